@@ -52,7 +52,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UpcycleError(problem(str(path), got="no such file", expected="a JSON file", fix="check the path")) from None
+        raise UpcycleError(
+            problem(str(path), got="no such file", expected="a JSON file", fix="check the path")
+        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UpcycleError(
             problem(str(path), got=f"unreadable JSON ({error})", expected="valid JSON", fix="write the file again")
@@ -68,7 +70,7 @@ def is_complete(folder: Path) -> bool:
 def output_folder(target: Path) -> Iterator[Path]:
     """Give a folder to write into, and put it in the place of `target` when the block ends without an error.
 
-    The work happens in a hidden sibling of `target`. An error removes it; a kill leaves it, and the next call clears it.
+    The work happens in a hidden sibling of `target`. An error removes it; a kill leaves it for the next call to clear.
     A complete `target` of an earlier run is replaced, and is left untouched when the block fails.
 
     Args:

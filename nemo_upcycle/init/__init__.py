@@ -1,0 +1,1 @@
+"""Pure tensor functions that make a layer's experts and router from the dense feed-forward network."""

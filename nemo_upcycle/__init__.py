@@ -1,0 +1,33 @@
+"""Turn a pretrained dense Llama into a Mixture-of-Experts model inside the NeMo training job that continues it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nemo_upcycle.package_info import __version__
+
+
+if TYPE_CHECKING:
+    from nemo_upcycle.connector import load_dense_into, upcycle_into
+    from nemo_upcycle.receipt import UpcycleReceipt
+    from nemo_upcycle.sources import open_dense
+    from nemo_upcycle.spec import UpcycleSpec
+
+__all__ = ["UpcycleReceipt", "UpcycleSpec", "__version__", "load_dense_into", "open_dense", "upcycle_into"]
+
+_HOMES = {
+    "UpcycleSpec": "spec",
+    "UpcycleReceipt": "receipt",
+    "open_dense": "sources",
+    "upcycle_into": "connector",
+    "load_dense_into": "connector",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily, so that light tools start without torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,217 @@
+"""NeMo or Megatron weights -> a Hugging Face folder, streamed, by the mapping table.
+
+A dense model becomes its own class again, an upcycled one `MixtralForCausalLM`. Two places to read from: a distributed
+checkpoint of any layout, and the chunk of a live one-rank model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from nemo_upcycle.architecture import Architecture, read_architecture
+from nemo_upcycle.errors import CheckpointError, SpecError, problem
+from nemo_upcycle.files import MARKER, output_folder, write_json
+from nemo_upcycle.hf_folder import copy_companions, write_config, write_weights
+from nemo_upcycle.mapping import BY_ROLE, ROWS, Row, Shard, hf_names, hf_shape, pieces, shard_shape
+from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
+
+
+class MegatronWeights(Protocol):
+    """Whole Megatron parameters, by row, layer and expert."""
+
+    def read(self, row: Row, layer: int, expert: int) -> torch.Tensor:
+        """Return a parameter, gathered over tensor-parallel ranks; vocabularies may be padded."""
+
+
+class CheckpointWeights:
+    """Parameters of a distributed checkpoint.
+
+    Args:
+        folder: a NeMo checkpoint (with `weights/`) or a Megatron one (with `.metadata`).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        weights = folder / "weights"
+        self.checkpoint = DistributedCheckpoint(weights if weights.is_dir() else folder)
+        self._prefix = self._find_prefix()
+
+    def _find_prefix(self) -> str:
+        ending = BY_ROLE["embedding"].megatron[0]
+        for name in self.checkpoint.names():
+            if name.endswith(ending) and not name.startswith("optimizer."):
+                return name.removesuffix(ending)
+        raise CheckpointError(
+            problem(str(self.checkpoint.path), got=f"no {ending}", expected="a GPT checkpoint", fix="check the path")
+        )
+
+    def _key(self, row: Row, layer: int) -> tuple[str, bool]:
+        """Return the name of a row's tensor and whether its first axis counts layers."""
+        for stored in row.stored:
+            stacked = f"{self._prefix}decoder.layers.{stored}" if row.in_layer else self._prefix + stored
+            if stacked in self.checkpoint.names():
+                return stacked, row.in_layer
+            single = f"{self._prefix}decoder.layers.{layer}.{stored}"
+            if row.in_layer and single in self.checkpoint.names():
+                return single, False
+        raise CheckpointError(
+            problem(
+                f"{self.checkpoint.path}: {row.role} of layer {layer}",
+                got="no such tensor",
+                expected=" or ".join(row.stored),
+                fix="export a checkpoint of a Llama-family model, dense or upcycled",
+            )
+        )
+
+    @property
+    def num_experts(self) -> int | None:
+        """Experts per layer, or None for a dense model."""
+        router = BY_ROLE["router"].stored[0]
+        names = [
+            name for name in self.checkpoint.names() if name.endswith(router) and not name.startswith("optimizer.")
+        ]
+        return self.checkpoint.shape(names[0])[-2] if names else None
+
+    def read(self, row: Row, layer: int, expert: int) -> torch.Tensor:
+        """Return a parameter, put together from the pieces of all ranks."""
+        key, stacked = self._key(row, layer)
+        position = ([layer] if stacked else []) + ([expert] if row.is_expert else [])
+        shape = self.checkpoint.shape(key)
+        index = [(at, at + 1) for at in position] + [(0, size) for size in shape[len(position) :]]
+        return self.checkpoint.read(key, index).view(shape[len(position) :])
+
+
+class LiveWeights:
+    """Parameters of a live Megatron model that is whole on this rank (one chunk, no tensor or expert parallelism)."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._parameters: dict[str, Any] = dict(model.named_parameters())
+
+    def read(self, row: Row, layer: int, expert: int) -> torch.Tensor:
+        """Return a parameter."""
+        prefix = f"decoder.layers.{layer}." if row.in_layer else ""
+        for template in row.megatron:
+            if (name := prefix + template.format(expert=expert)) in self._parameters:
+                return self._parameters[name].detach()
+        raise CheckpointError(
+            problem(
+                f"{row.role} of layer {layer}", got="no such parameter", expected=row.megatron[-1], fix="use one rank"
+            )
+        )
+
+
+def _place_of(hf_name: str) -> tuple[Row, int, int, int]:
+    """Return the row of a Hugging Face tensor, the part of it, its layer and its expert."""
+    for row in ROWS:
+        for part, template in enumerate(row.hf):
+            pattern = re.escape(template)
+            for field in ("layer", "expert"):
+                pattern = pattern.replace(re.escape(f"{{{field}}}"), rf"(?P<{field}>\d+)")
+            if match := re.fullmatch(pattern, hf_name):
+                found = match.groupdict()
+                return row, part, int(found.get("layer", 0)), int(found.get("expert", 0))
+    raise CheckpointError(f"{hf_name} is not in the mapping table")
+
+
+def hf_reader(weights: MegatronWeights, arch: Architecture) -> Callable[[str], torch.Tensor]:
+    """Return a function that gives the tensors of the Hugging Face model by name.
+
+    Args:
+        weights: where the Megatron parameters come from.
+        arch: shapes of the Hugging Face model.
+    """
+
+    def read(hf_name: str) -> torch.Tensor:
+        row, part, layer, expert = _place_of(hf_name)
+        whole = weights.read(row, layer, expert)
+        wanted = shard_shape(row, arch, Shard(), padded_vocab=whole.shape[0])
+        if tuple(whole.shape) != wanted:
+            fix = "the checkpoint belongs to another dense parent"
+            raise CheckpointError(
+                problem(f"shape of {hf_name}", got=list(whole.shape), expected=list(wanted), fix=fix)
+            )
+        piece = next(piece for piece in pieces(row, arch, Shard(), wanted) if piece.part == part)
+        return piece.view(whole).reshape(hf_shape(row, part, arch))
+
+    return read
+
+
+def export_weights(
+    weights: MegatronWeights,
+    arch: Architecture,
+    dense_folder: Path,
+    output: Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    facts: dict[str, Any] | None = None,
+) -> Path:
+    """Write a Hugging Face folder; complete or not at all.
+
+    Args:
+        weights: where the Megatron parameters come from.
+        arch: the model to write, dense or MoE.
+        dense_folder: the parent, whose config and tokenizer travel along.
+        output: the folder to make.
+        dtype: type on disk.
+        facts: what the success marker says besides the sizes.
+
+    Raises:
+        CheckpointError: the weights do not fit `arch`.
+        UpcycleError: the disk has no room.
+    """
+    shapes = {}
+    for name in hf_names(arch):
+        row, part, _, _ = _place_of(name)
+        shapes[name] = hf_shape(row, part, arch)
+    with output_folder(output) as folder:
+        write_config(dense_folder, folder, arch, dtype)
+        companions = copy_companions(dense_folder, folder)
+        total_bytes = write_weights(folder, shapes, hf_reader(weights, arch), dtype, label=f"export {output.name}")
+        marker = {"tensors": len(shapes), "bytes": total_bytes, "companions": companions, **(facts or {})}
+        write_json(folder / MARKER, marker)
+    return output
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    dense_folder: Path,
+    output: Path,
+    *,
+    top_k: int | None = None,
+    router_order: str = "topk_softmax",
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:
+    """Export a NeMo or Megatron checkpoint, saved under any layout, to a Hugging Face folder.
+
+    Args:
+        checkpoint: the checkpoint.
+        dense_folder: the dense parent's Hugging Face folder.
+        output: the folder to make.
+        top_k: experts per token of an MoE checkpoint.
+        router_order: of an MoE checkpoint; Hugging Face's Mixtral renormalises the chosen weights, so it can hold
+            `topk_softmax` only.
+        dtype: type on disk.
+
+    Raises:
+        SpecError: Mixtral cannot hold the model.
+        CheckpointError: the checkpoint is damaged or belongs to another parent.
+
+    Example:
+        >>> export_checkpoint(Path("last"), Path("dense"), Path("hf"), top_k=2)  # doctest: +SKIP
+    """
+    weights = CheckpointWeights(checkpoint)
+    arch = read_architecture(dense_folder)
+    if experts := weights.num_experts:
+        if top_k is None:
+            raise SpecError(
+                problem("top_k", got=None, expected=f"1 to {experts}", fix="say how many experts a token uses")
+            )
+        if router_order != "topk_softmax" and top_k != experts:
+            fix = "train with router_order=topk_softmax to export to Mixtral"
+            raise SpecError(problem("router_order", got=router_order, expected="topk_softmax", fix=fix))
+        arch = arch.with_experts(experts, top_k)
+    return export_weights(weights, arch, dense_folder, output, dtype=dtype, facts={"checkpoint": checkpoint.name})

@@ -1,0 +1,153 @@
+"""Writes a Hugging Face folder: config, weights as streamed safetensors shards, tokenizer files of the parent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_upcycle.architecture import Architecture
+from nemo_upcycle.errors import CheckpointError, problem
+from nemo_upcycle.files import read_json, require_disk, write_json
+from nemo_upcycle.progress import ProgressLine
+
+
+MAX_SHARD_BYTES = 5 * 10**9
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+#: What travels with the weights unchanged: a tokenizer saved again by a newer library may not open in an older one.
+_COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+def moe_config(dense_config: dict[str, Any], arch: Architecture) -> dict[str, Any]:
+    """Return the Mixtral `config.json` of an upcycled Llama: the parent's settings, plus what the experts need.
+
+    Rotary base and scaling, tied embeddings, special tokens and positions are kept as they are.
+    """
+    config = {key: value for key, value in dense_config.items() if key not in ("attention_bias", "mlp_bias")}
+    return config | {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": arch.num_experts,
+        "num_experts_per_tok": arch.top_k,
+        "head_dim": arch.head_dim,
+        "num_key_value_heads": arch.num_kv_heads,
+        "output_router_logits": False,
+        "sliding_window": dense_config.get("sliding_window"),
+    }
+
+
+def _shards(shapes: dict[str, tuple[int, ...]], item_bytes: int, max_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size_bytes = 0
+    for name, shape in shapes.items():
+        tensor_bytes = torch.Size(shape).numel() * item_bytes
+        if shards[-1] and size_bytes + tensor_bytes > max_bytes:
+            shards.append([])
+            size_bytes = 0
+        shards[-1].append(name)
+        size_bytes += tensor_bytes
+    return shards
+
+
+def _header(names: list[str], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        stop = offset + torch.Size(shapes[name]).numel() * dtype.itemsize
+        entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shapes[name]), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8, as the format asks
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_weights(
+    folder: Path,
+    shapes: dict[str, tuple[int, ...]],
+    read: Callable[[str], torch.Tensor],
+    dtype: torch.dtype,
+    *,
+    label: str = "export",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> int:
+    """Stream tensors into safetensors shards, one tensor in memory at a time.
+
+    Args:
+        folder: an existing folder.
+        shapes: every tensor's name and shape, in the order in which to write them.
+        read: gives a tensor by its name.
+        dtype: type on disk.
+        label: what the progress line says.
+        max_shard_bytes: largest size of a file.
+
+    Returns:
+        The bytes of the tensors.
+
+    Raises:
+        CheckpointError: a tensor has another shape than announced, or contains NaN or infinity.
+        UpcycleError: the disk has no room.
+    """
+    total_bytes = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
+    require_disk(folder, total_bytes, "the exported weights")
+    shards = _shards(shapes, dtype.itemsize, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    with ProgressLine(label, len(shapes)) as line:
+        for number, names in enumerate(shards, start=1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            with (folder / file).open("wb") as handle:
+                handle.write(_header(names, shapes, dtype))
+                for name in names:
+                    tensor = _checked(name, read(name), shapes[name]).to(dtype).contiguous()
+                    handle.write(tensor.view(torch.uint8).numpy().data)
+                    weight_map[name] = file
+                    line.advance()
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+    return total_bytes
+
+
+def _checked(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(
+            problem(
+                f"shape of {name}", got=list(tensor.shape), expected=list(shape), fix="check the checkpoint's config"
+            )
+        )
+    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+        raise CheckpointError(
+            problem(
+                name, got="NaN or infinity", expected="finite weights", fix="export a checkpoint from before it broke"
+            )
+        )
+    return tensor
+
+
+def copy_companions(dense_folder: Path, folder: Path) -> list[str]:
+    """Copy tokenizer, chat template and generation settings of the parent, unchanged; return the names."""
+    found: Iterable[Path] = sorted({path for pattern in _COMPANIONS for path in dense_folder.glob(pattern)})
+    for path in found:
+        shutil.copyfile(path, folder / path.name)
+    return [path.name for path in found]
+
+
+def write_config(dense_folder: Path, folder: Path, arch: Architecture, dtype: torch.dtype) -> None:
+    """Write the `config.json` of `arch`, made from the parent's."""
+    config = read_json(dense_folder / "config.json")
+    if arch.num_experts:
+        config = moe_config(config, arch)
+    config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    config.pop("dtype", None)
+    write_json(folder / "config.json", config)

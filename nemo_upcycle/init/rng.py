@@ -1,0 +1,36 @@
+"""Random numbers that depend on what they are for, never on who draws them.
+
+Every block of numbers has a name (seed, layer, tensor, expert). The name is hashed into the seed of a generator of
+its own, so any rank of any parallel layout draws the same bits for the same block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+
+
+def block_generator(seed: int, *name: object) -> torch.Generator:
+    """Return the generator of the block called `name`.
+
+    Example:
+        >>> a, b = block_generator(1, "router", 3, 0), block_generator(1, "router", 3, 0)
+        >>> bool((torch.rand(4, generator=a) == torch.rand(4, generator=b)).all())
+        True
+    """
+    text = "/".join(str(part) for part in (seed, *name))
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def normal(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Return standard normal numbers in float64.
+
+    Box-Muller in float64 on the generator's uniform numbers: `torch.randn` takes other code paths, with other last
+    bits, on processors with other vector units; these differ at most in the last bit of float64, which the rounding to
+    float32 or bfloat16 hides.
+    """
+    uniform = torch.rand((2, *shape), generator=generator, dtype=torch.float64)
+    return torch.sqrt(-2.0 * torch.log1p(-uniform[0])) * torch.cos(2.0 * math.pi * uniform[1])

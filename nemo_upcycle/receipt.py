@@ -1,0 +1,65 @@
+"""The receipt: what was made of what, on this rank and over all ranks, and how faithful it is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.files import write_json
+from nemo_upcycle.package_info import __version__
+
+
+@dataclass(frozen=True)
+class ParameterRecord:
+    """Where one parameter of this rank came from."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    made_by: str
+    sources: tuple[str, ...]
+
+
+@dataclass
+class UpcycleReceipt:
+    """What `upcycle_into` did on one rank; `merge` adds the other ranks' numbers.
+
+    `*_params` count this rank's parameters until merged; bytes and seconds likewise (seconds: the slowest rank).
+    """
+
+    source: str
+    source_files: dict[str, str]
+    spec: dict[str, Any] | None
+    exact: bool
+    dense_params: int
+    total_params: int
+    active_params: int
+    parameters: list[ParameterRecord]
+    bytes_read: int
+    bytes_needed: int
+    bytes_written: int
+    seconds: float
+    ranks: int = 1
+    layout: dict[str, int] = field(default_factory=dict)
+    equivalence: dict[str, Any] = field(default_factory=dict)
+    version: str = __version__
+
+    def merge(self, others: list[UpcycleReceipt]) -> UpcycleReceipt:
+        """Return this receipt with the numbers of all ranks (this one among `others`) added up."""
+        merged = UpcycleReceipt(**{**self.__dict__})
+        merged.ranks = len(others)
+        for name in ("bytes_read", "bytes_needed", "bytes_written"):
+            setattr(merged, name, sum(getattr(other, name) for other in others))
+        merged.seconds = max(other.seconds for other in others)
+        return merged
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the receipt as plain values; the equivalence numbers stand at the top level."""
+        value = asdict(self)
+        equivalence, parameters = value.pop("equivalence"), value.pop("parameters")
+        return {**equivalence, **value, "parameters": parameters}
+
+    def write(self, path: Path) -> None:
+        """Write the receipt as JSON, atomically."""
+        write_json(path, self.to_dict())

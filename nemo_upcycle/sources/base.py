@@ -1,0 +1,45 @@
+"""What a checkpoint looks like to the rest of the package: named tensors of which one may read a slice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import torch
+
+from nemo_upcycle.architecture import Architecture
+
+
+Index = Sequence[tuple[int, int]]
+
+
+class DenseSource(Protocol):
+    """A dense checkpoint, open for reading slices."""
+
+    path: Path
+    architecture: Architecture
+    #: bytes of all slices read so far
+    bytes_read: int
+
+    def names(self) -> Iterable[str]:
+        """Return the names of its tensors, in Hugging Face's spelling."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's type."""
+
+    def read(self, name: str, index: Index | None = None) -> torch.Tensor:
+        """Return a slice, given as (start, stop) along every axis, and read nothing but that slice."""
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return what identifies the files without reading them whole."""
+
+    def __enter__(self) -> DenseSource: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
