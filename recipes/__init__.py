@@ -1,0 +1,8 @@
+"""Recipes, named and shaped like NeMo's own. Importing the package registers them with NeMo-Run."""
+
+from nemo_upcycle.recipes import llama3_8b_e8t2, smollm2_135m_dense_ct, smollm2_135m_e8t2
+
+from nemo_upcycle.pipeline import launch
+
+
+__all__ = ["launch", "llama3_8b_e8t2", "smollm2_135m_dense_ct", "smollm2_135m_e8t2"]

@@ -1,0 +1,41 @@
+# The two commands for a newcomer: `make demo` and `make test`. Both create the environment when it is not there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN_DIR ?= runs/demo
+
+.PHONY: help demo test lint format clean venv
+
+help:
+	@echo "make demo    upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (about 15 minutes, no GPU)"
+	@echo "make test    all tests that need no GPU"
+	@echo "make lint    format, style, types, import layers, YAML"
+	@echo "make venv    only the environment, in $(VENV)"
+
+venv: $(VENV)/.complete
+
+$(VENV)/.complete: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --progress-bar off --upgrade pip
+	$(BIN)/pip install --progress-bar off -e ".[dev]"
+	$(BIN)/pip check
+	touch $@
+
+demo: venv
+	$(BIN)/nemo upcycle pipeline --factory smollm2_135m_e8t2 dir=$(RUN_DIR) --yes
+
+test: venv
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: venv
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

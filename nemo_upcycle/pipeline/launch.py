@@ -1,0 +1,106 @@
+"""`nemo upcycle pipeline`: checks the recipes, writes the plan, launches the stages as one `run.Experiment`."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import nemo_run as run
+import typer
+
+from nemo_upcycle.errors import StageError, UpcycleError
+from nemo_upcycle.pipeline.markers import StageFolder
+from nemo_upcycle.pipeline.plan import RunPlan, Stage
+from nemo_upcycle.pipeline.recipes_io import check_recipe, dump_recipe, load_recipe, ranks_of
+from nemo_upcycle.pipeline.runner import run_stage
+from nemo_upcycle.pipeline.stages import STAGES
+
+
+class PipelineContext(run.cli.RunContext):
+    """Hands the pipeline its recipes as configurations (NeMo-Run would build them here, in the launching process)."""
+
+    def _execute_experiment(self, fn: Any, experiment_args: list[str]) -> None:
+        task = self.parse_fn(fn, experiment_args)
+        run.dryrun_fn(task, executor=self.executor)
+        if not self._should_continue(self.skip_confirmation or self.dryrun):
+            return
+        try:
+            fn(self, **{name: value for name, value in task.__arguments__.items() if name != "ctx"})
+        except UpcycleError as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(code=2) from None
+
+
+@run.cli.entrypoint(namespace="upcycle", type="experiment", run_ctx_cls=PipelineContext)
+def pipeline(
+    ctx: run.cli.RunContext,
+    dir: str,
+    dense: str,
+    pretrain: run.Partial,
+    dense_ct: run.Partial | None = None,
+    corpus: str = "sotu",
+    evaluation: str = "demo",
+) -> None:
+    """Turn a dense checkpoint into a trained, exported and evaluated Mixture-of-Experts model.
+
+    Run it again after a stop of any kind, with the same `dir`: finished stages are skipped, training resumes from its
+    last checkpoint.
+
+    Args:
+        ctx: NeMo-Run's context of the command.
+        dir: folder of the run.
+        dense: the dense parent: `asset://smollm2-135m`, `hf://ORG/NAME`, or a Hugging Face folder.
+        pretrain: recipe of the upcycled model.
+        dense_ct: recipe of its dense twin; None leaves the twin out.
+        corpus: what to train on: a name in conf/data, or a YAML file.
+        evaluation: what to evaluate: a name in conf/evaluation, or a YAML file.
+
+    Raises:
+        UpcycleError: a recipe is not valid, or a stage failed.
+    """
+    for recipe in filter(None, (pretrain, dense_ct)):
+        check_recipe(recipe)
+    run_dir = Path(dir).absolute()
+    plan = RunPlan(dense, corpus, evaluation, dump_recipe(pretrain), dump_recipe(dense_ct) if dense_ct else None)
+    if not ctx.dryrun:
+        plan.write(run_dir)
+    with run.Experiment(f"upcycle-{run_dir.name}") as experiment:
+        _add_stages(experiment, run_dir, plan, ctx.executor)
+        ctx.launch(experiment, sequential=not _chains(ctx.executor))
+    if not ctx.dryrun and not ctx.detach:
+        _check_finished(run_dir)
+
+
+def _chains(executor: Any) -> bool:
+    """Return whether the executor's scheduler holds a stage back until the one before it succeeded."""
+    return isinstance(executor, run.SlurmExecutor)
+
+
+def _add_stages(experiment: run.Experiment, run_dir: Path, plan: RunPlan, executor: Any) -> None:
+    before: list[str] = []
+    for stage in STAGES:
+        task = run.Partial(run_stage, name=stage.name, dir=str(run_dir))
+        chained = {"dependencies": before} if _chains(executor) and before else {}
+        identity = experiment.add(task, executor=_executor_for(stage, plan, executor), name=stage.name, **chained)
+        before = [identity]
+
+
+def _executor_for(stage: Stage, plan: RunPlan, executor: Any) -> run.Executor:
+    """Return an executor of the user's kind with the ranks that the stage needs."""
+    serialised = getattr(plan, stage.name, None) if stage.parallel else None
+    nodes, per_node = ranks_of(load_recipe(serialised)) if serialised else (1, 1)
+    if executor is None:
+        return run.LocalExecutor(ntasks_per_node=per_node, launcher="torchrun" if serialised else None)
+    mine = copy.deepcopy(executor)
+    mine.nodes, mine.ntasks_per_node = nodes, per_node
+    return mine
+
+
+def _check_finished(run_dir: Path) -> None:
+    for stage in STAGES:
+        if not StageFolder(run_dir, stage.name).marker.is_file():
+            raise StageError(
+                f"Stage '{stage.name}' did not finish; its message stands above. "
+                f"Run the same command again: it goes on from there. Folder: {run_dir}"
+            )

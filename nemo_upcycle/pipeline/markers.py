@@ -1,0 +1,106 @@
+"""What a stage leaves behind when it is done, and how the next run knows that it need not do it again.
+
+A stage's marker, `<run>/<stage>/_SUCCESS.json`, names the hashes of everything the stage was made from: its settings
+and the markers of the stages before it. Whatever changes upstream changes these hashes, and the stage runs again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.errors import StageError, problem
+from nemo_upcycle.files import MARKER, read_json, sha256_file, write_json
+
+
+_STARTED = "_STARTED.json"
+
+
+def hash_of(value: Any) -> str:
+    """Return the sha256 of a plain value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """The folder of one stage of a run.
+
+    Args:
+        run_dir: the run's folder.
+        name: of the stage.
+        after: names of the stages whose results it reads.
+    """
+
+    run_dir: Path
+    name: str
+    after: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self.run_dir / self.name
+
+    @property
+    def marker(self) -> Path:
+        """The success marker."""
+        return self.path / MARKER
+
+    def inputs(self, settings: dict[str, Any]) -> dict[str, str]:
+        """Return the hashes of the stage's settings and of the markers of the stages before it.
+
+        Raises:
+            StageError: one of these stages has not finished.
+        """
+        hashes = {f"setting {name}": hash_of(value) for name, value in sorted(settings.items())}
+        for before in self.after:
+            marker = StageFolder(self.run_dir, before).marker
+            if not marker.is_file():
+                raise StageError(
+                    f"Stage '{self.name}' was not started: stage '{before}' has not finished in {self.run_dir}."
+                )
+            hashes[f"stage {before}"] = sha256_file(marker)
+        return hashes
+
+    def is_done(self, inputs: dict[str, str]) -> bool:
+        """Return whether the stage finished earlier, from the same inputs."""
+        return self.marker.is_file() and read_json(self.marker).get("inputs") == inputs
+
+    def start(self, inputs: dict[str, str], *, resumable: bool) -> None:
+        """Note what the stage is started from; its old marker is void.
+
+        Args:
+            inputs: what `inputs()` gave.
+            resumable: the folder holds work that a new start goes on with, so the inputs must be the same.
+
+        Raises:
+            StageError: a resumable stage was started from other inputs.
+        """
+        started = self.path / _STARTED
+        if resumable and started.is_file() and (changed := _changed(read_json(started), inputs)):
+            raise StageError(
+                problem(
+                    f"{self.path}",
+                    got=f"work started from other inputs (changed: {', '.join(changed)})",
+                    expected="the inputs it was started from, or an empty folder",
+                    fix=f"set them back, choose another dir, or delete {self.path} to lose that work",
+                )
+            )
+        self.marker.unlink(missing_ok=True)
+        write_json(started, inputs)
+
+    def finish(self, inputs: dict[str, str], seconds: float, outputs: dict[str, Any]) -> None:
+        """Leave the success marker."""
+        write_json(
+            self.marker, {"stage": self.name, "inputs": inputs, "seconds": round(seconds, 1), "outputs": outputs}
+        )
+
+    def outputs(self) -> dict[str, Any]:
+        """Return what a finished stage reported."""
+        return read_json(self.marker)["outputs"]
+
+
+def _changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    return [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]

@@ -1,0 +1,64 @@
+"""What a run of the pipeline consists of: its stages, in order, and the settings each is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.files import read_json, write_json
+
+
+PLAN = "pipeline.json"
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything that the stages of a run need to know, as plain values.
+
+    Recipes are NeMo-Run's own serialised form: a stage builds them only after it has checked that it may start.
+
+    Args:
+        dense: address of the dense parent.
+        corpus: a name in `conf/data`, or a YAML file.
+        evaluation: a name in `conf/evaluation`, or a YAML file.
+        pretrain: the serialised recipe of the upcycled model.
+        dense_ct: the serialised recipe of the dense twin; None leaves it out.
+    """
+
+    dense: str
+    corpus: str
+    evaluation: str
+    pretrain: str
+    dense_ct: str | None
+
+    def write(self, run_dir: Path) -> None:
+        """Keep the plan in the run's folder, where the stages read it."""
+        write_json(run_dir / PLAN, asdict(self))
+
+    @staticmethod
+    def read(run_dir: Path) -> RunPlan:
+        """Read the plan of a run."""
+        return RunPlan(**read_json(run_dir / PLAN))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Args:
+        name: also of its folder.
+        work: does it; gets the run's folder and plan, returns what the marker reports.
+        after: stages whose results it reads.
+        settings: fields of the plan that it is made from.
+        parallel: runs on all ranks of the training job.
+        resumable: a new start goes on where a killed one stopped.
+    """
+
+    name: str
+    work: Callable[[Path, RunPlan], dict[str, Any]]
+    after: tuple[str, ...]
+    settings: tuple[str, ...]
+    parallel: bool = False
+    resumable: bool = False

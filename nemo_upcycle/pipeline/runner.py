@@ -1,0 +1,74 @@
+"""Runs one stage in its own process (on every rank, for a parallel one): checks, work, marker."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from nemo_upcycle.errors import StageError, UpcycleError, problem
+from nemo_upcycle.pipeline.markers import StageFolder
+from nemo_upcycle.pipeline.plan import RunPlan, Stage
+from nemo_upcycle.pipeline.stages import BY_NAME
+from nemo_upcycle.progress import duration
+
+
+logger = logging.getLogger("nemo_upcycle")
+
+
+def run_stage(name: str, dir: str) -> None:
+    """Run a stage of a run, unless it is done already.
+
+    The task that NeMo-Run executes. A mistake of the user's ends the process with one message and status 2.
+
+    Args:
+        name: of the stage.
+        dir: the run's folder, with its plan.
+    """
+    _show_messages()
+    try:
+        _run(BY_NAME[name], Path(dir))
+    except UpcycleError as error:
+        sys.stderr.write(f"[{name}] {error}\n")
+        raise SystemExit(2) from None
+
+
+def _show_messages() -> None:
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+
+
+def _run(stage: Stage, run_dir: Path) -> None:
+    plan = RunPlan.read(run_dir)
+    folder = StageFolder(run_dir, stage.name, stage.after)
+    inputs = folder.inputs({name: getattr(plan, name) for name in stage.settings})
+    first = int(os.environ.get("RANK", "0")) == 0
+    if folder.is_done(inputs):
+        if first:
+            logger.info("[%s] done before, from the same inputs", stage.name)
+        return
+    if not first:
+        stage.work(run_dir, plan)
+        return
+    folder.path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        fix = "wait for it, or choose another dir"
+        raise StageError(problem(str(folder.path), got="in use by another run", expected="one run", fix=fix)) from None
+    with lock:
+        folder.start(inputs, resumable=stage.resumable)
+        logger.info("[%s] %s", stage.name, (stage.work.__doc__ or "").split("\n")[0])
+        start_s = time.monotonic()
+        outputs = stage.work(run_dir, plan)
+        seconds = time.monotonic() - start_s
+        folder.finish(inputs, seconds, outputs)
+        logger.info("[%s] done in %s", stage.name, duration(seconds))

@@ -1,0 +1,180 @@
+"""The stages of the chain: import, upcycle, pretrain, dense_ct, export, evaluate, report.
+
+Every stage can be run alone and again. Heavy libraries are imported by the stage that needs them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.errors import StageError, problem
+from nemo_upcycle.pipeline.markers import StageFolder
+from nemo_upcycle.pipeline.plan import RunPlan, Stage
+
+
+#: Real text that the step-0 comparison runs on.
+REHEARSAL_WINDOWS, REHEARSAL_WINDOW_TOKENS = 2, 256
+
+
+def import_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
+    """Get the dense parent, tokenise the corpus, build the evaluation suite."""
+    from nemo_upcycle.data.assets import fetch_asset
+    from nemo_upcycle.data.corpus import load_corpus, read_data_config
+    from nemo_upcycle.data.dense import import_dense
+    from nemo_upcycle.data.prepare import prepare_corpus
+    from nemo_upcycle.data.questions import mmlu_questions
+    from nemo_upcycle.evaluation.suite import build_suite, read_suite_config
+
+    dense = import_dense(plan.dense, run_dir / "dense").resolve()
+    documents = load_corpus(read_data_config(plan.corpus))
+    manifest = prepare_corpus(documents, dense, run_dir / "data")
+    config = read_suite_config(plan.evaluation)
+    questions = mmlu_questions(fetch_asset("mmlu")) if config.local else []
+    heldout = [(document.id, document.text) for document in documents["heldout"]]
+    build_suite(questions, heldout, run_dir / "suite", config)
+    return {
+        "dense_folder": str(dense),
+        "tokens": {name: split["tokens"] for name, split in manifest["splits"].items()},
+    }
+
+
+def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
+    """Upcycle once in float32, hold it against the parent, and keep the model of step 0."""
+    import torch
+
+    from nemo_upcycle.pipeline.recipes_io import load_recipe, model_config
+    from nemo_upcycle.training.equivalence import rehearse
+
+    recipe = load_recipe(plan.pretrain)
+    dense_folder = dense_folder_of(run_dir)
+    receipt = rehearse(
+        model_config(recipe, dense=False),
+        model_config(recipe, dense=True),
+        dense_folder,
+        recipe.resume.restore_config.spec,
+        _sample_tokens(run_dir, dense_folder),
+        step0_folder=run_dir / "upcycle" / "hf",
+        export_dtype=torch.float32,
+    )
+    receipt.write(run_dir / "receipt.json")
+    found = receipt.equivalence
+    if receipt.exact and not found["within_tolerance"]:
+        raise StageError(
+            problem(
+                "step-0 equivalence of the upcycled model",
+                got=f"{found['max_abs_logit_diff']:.3g} ({found['max_abs_logit_diff_same_stack']:.3g} same stack)",
+                expected=f"at most {found['tolerance']:.3g} ({found['tolerance_same_stack']:.3g})",
+                fix="compare the model's configuration (rotary base, norms, capacity factor) with the dense parent's",
+            )
+        )
+    return found
+
+
+def _sample_tokens(run_dir: Path, dense_folder: Path) -> Any:
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    from nemo_upcycle.data.prepare import dataset_prefix
+
+    dataset = IndexedDataset(str(dataset_prefix(run_dir / "data", "validation")))
+    wanted = REHEARSAL_WINDOWS * REHEARSAL_WINDOW_TOKENS
+    tokens = torch.cat([torch.from_numpy(dataset[number].astype("int64")) for number in range(len(dataset))])
+    if len(tokens) < wanted:
+        expected, fix = f"{wanted} or more", "give the corpus a longer validation split"
+        raise StageError(problem("tokens of the validation split", got=len(tokens), expected=expected, fix=fix))
+    return tokens[:wanted].view(REHEARSAL_WINDOWS, REHEARSAL_WINDOW_TOKENS)
+
+
+def dense_folder_of(run_dir: Path) -> Path:
+    """Return the dense parent's folder, as the import stage found it."""
+    return Path(StageFolder(run_dir, "import").outputs()["dense_folder"])
+
+
+def pretrain_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
+    """Upcycle online inside the training job, and continue pretraining."""
+    return _train(run_dir, plan.pretrain, "pretrain")
+
+
+def dense_ct_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
+    """Continue pretraining of the dense parent on the same data."""
+    return _train(run_dir, plan.dense_ct, "dense_ct") if plan.dense_ct else {"left_out": True}
+
+
+def _train(run_dir: Path, serialised: str, name: str) -> dict[str, Any]:
+    from nemo_upcycle.pipeline.recipes_io import load_recipe, place_recipe
+
+    recipe = load_recipe(serialised)
+    place_recipe(recipe, run_dir / name, dense_folder_of(run_dir), run_dir / "data")
+    import fiddle as fdl
+
+    fdl.build(recipe)()
+    return {"checkpoint": str(last_checkpoint(run_dir / name))}
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """Return the newest finished checkpoint that NeMo left in a training stage's folder.
+
+    Raises:
+        StageError: there is none.
+    """
+    found = [path.parent.parent for path in folder.glob("**/checkpoints/*/weights/.metadata")]
+    finished = [path for path in found if not path.with_name(path.name + "-unfinished").exists()]
+    if not finished:
+        fix = "run the stage again"
+        raise StageError(problem(f"checkpoint in {folder}", got="none", expected="a finished checkpoint", fix=fix))
+    return max(finished, key=lambda path: (path / "weights" / ".metadata").stat().st_mtime)
+
+
+def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
+    """Export the trained models to Hugging Face folders."""
+    from nemo_upcycle.export import export_checkpoint
+    from nemo_upcycle.pipeline.recipes_io import load_recipe
+
+    spec = load_recipe(plan.pretrain).resume.restore_config.spec
+    dense_folder = dense_folder_of(run_dir)
+    order = {"top_k": spec.top_k, "router_order": spec.router_order}
+    folders = {
+        "trained": export_checkpoint(last_checkpoint(run_dir / "pretrain"), dense_folder, run_dir / "hf", **order)
+    }
+    if plan.dense_ct:
+        checkpoint = last_checkpoint(run_dir / "dense_ct")
+        folders["dense_ct"] = export_checkpoint(checkpoint, dense_folder, run_dir / "dense_ct" / "hf")
+    return {name: str(folder) for name, folder in folders.items()}
+
+
+def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
+    """Evaluate parent, step 0, the trained model and the dense twin on the same items."""
+    from nemo_upcycle.evaluation.run import evaluate
+
+    models = {
+        "dense": dense_folder_of(run_dir),
+        "step0": run_dir / "upcycle" / "hf",
+        "trained": run_dir / "hf",
+        "dense_ct": run_dir / "dense_ct" / "hf",
+    }
+    done = {}
+    for name, folder in models.items():
+        if name != "dense_ct" or plan.dense_ct:
+            evaluate(folder, run_dir / "suite", run_dir / "evaluation", name=name)
+            done[name] = str(folder)
+    return done
+
+
+def report_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
+    """Write report.md, results.json and the figures."""
+    from nemo_upcycle.reporting.report import write_report
+
+    return {"report": str(write_report(run_dir))}
+
+
+STAGES = (
+    Stage("import", import_stage, (), ("dense", "corpus", "evaluation")),
+    Stage("upcycle", upcycle_stage, ("import",), ("pretrain",)),
+    Stage("pretrain", pretrain_stage, ("import", "upcycle"), ("pretrain",), parallel=True, resumable=True),
+    Stage("dense_ct", dense_ct_stage, ("import",), ("dense_ct",), parallel=True, resumable=True),
+    Stage("export", export_stage, ("pretrain", "dense_ct"), ()),
+    Stage("evaluate", evaluate_stage, ("upcycle", "export"), ("evaluation",)),
+    Stage("report", report_stage, ("evaluate",), ()),
+)
+BY_NAME = {stage.name: stage for stage in STAGES}

@@ -1,0 +1,171 @@
+"""Step-0 equivalence: does the upcycled Megatron model compute what the dense parent computes?
+
+Measured in float32 on real text, on one rank, before any training: the parent in Hugging Face's implementation, the
+parent in Megatron, and the upcycled model in Megatron. The first pair crosses two implementations of the same model,
+the second isolates upcycling itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_upcycle.connector import load_dense_into, upcycle_into
+from nemo_upcycle.export import LiveWeights, export_weights
+from nemo_upcycle.progress import ProgressLine
+from nemo_upcycle.receipt import UpcycleReceipt
+from nemo_upcycle.sources import open_dense
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.training.cpu import configure_for_cpu, use_cpu_backend
+
+
+#: What float32 rounding may make of logits: across implementations, and within one.
+TOLERANCE = 2e-4
+TOLERANCE_SAME_STACK = 2e-5
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Largest and mean absolute difference of logits, and how often the likeliest token is the same."""
+
+    max_abs: float
+    mean_abs: float
+    same_argmax: float
+
+    @staticmethod
+    def of(a_BSV: torch.Tensor, b_BSV: torch.Tensor) -> Comparison:
+        """Compare two models' logits of the same tokens."""
+        difference = (a_BSV - b_BSV).abs()
+        same = (a_BSV.argmax(-1) == b_BSV.argmax(-1)).double().mean()
+        return Comparison(float(difference.max()), float(difference.mean()), float(same))
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """Set up torch.distributed and Megatron's groups for this process alone, where nobody has yet."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    on_cpu = use_cpu_backend()
+    if not torch.distributed.is_initialized():
+        backend = "gloo" if on_cpu else "nccl"
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(0)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def build_float32(config: Any, vocab_size: int) -> torch.nn.Module:
+    """Return the Megatron model of a NeMo config, in float32 on one rank, its weights left uninitialised.
+
+    Args:
+        config: a NeMo `GPTConfig`, of any layout; it is not changed.
+        vocab_size: V of the checkpoint; the model is built without padding.
+    """
+    config = copy.deepcopy(config)
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"):
+        setattr(config, name, 1)
+    config.virtual_pipeline_model_parallel_size = None
+    config.context_parallel_size, config.sequence_parallel = 1, False
+    config.expert_tensor_parallel_size = 1
+    config.perform_initialization = False
+    config.bf16 = config.fp16 = False
+    config.fp8 = None
+    config.params_dtype = config.autocast_dtype = config.pipeline_dtype = torch.float32
+    config.vocab_size, config.should_pad_vocab = vocab_size, False
+    if use_cpu_backend():
+        configure_for_cpu(config)
+    model = config.configure_model(tokenizer=None)
+    return model.eval() if not torch.cuda.is_available() else model.cuda().eval()
+
+
+@torch.no_grad()
+def megatron_logits(model: torch.nn.Module, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """Return a Megatron model's logits, float32 [B, S, V], on the CPU."""
+    device = next(model.parameters()).device
+    length = tokens_BS.shape[1]
+    positions_BS = torch.arange(length, device=device).expand_as(tokens_BS)
+    masked = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)[None, None]
+    return model(tokens_BS.to(device), positions_BS, masked).float().cpu()
+
+
+@torch.no_grad()
+def hugging_face_logits(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """Return the logits of a Hugging Face folder in float32, [B, S, V]."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+    return model(tokens_BS).logits
+
+
+def rehearse(
+    moe_config: Any,
+    dense_config: Any,
+    dense_folder: Path,
+    spec: UpcycleSpec,
+    tokens_BS: torch.Tensor,
+    step0_folder: Path | None = None,
+    export_dtype: torch.dtype = torch.float32,
+) -> UpcycleReceipt:
+    """Upcycle on one rank in float32, compare with the dense parent, and export the model of step 0.
+
+    Args:
+        moe_config: NeMo config of the upcycled model.
+        dense_config: NeMo config of the parent.
+        dense_folder: the parent's Hugging Face folder.
+        spec: how to upcycle.
+        tokens_BS: token ids of real text, [B, S].
+        step0_folder: where to write the upcycled model of step 0 as a Hugging Face folder; not written when None.
+        export_dtype: type of that export.
+
+    Returns:
+        The receipt, with `max_abs_logit_diff` (parent in Hugging Face against the upcycled model in Megatron),
+        `max_abs_logit_diff_same_stack` (both in Megatron) and what is expected of them.
+    """
+    with one_rank(), open_dense(dense_folder) as dense, ProgressLine("rehearsal", 4) as line:
+        vocab = dense.architecture.vocab_size
+        parent_BSV = hugging_face_logits(dense_folder, tokens_BS)
+        line.advance(note="parent in Hugging Face")
+        model = build_float32(dense_config, vocab)
+        load_dense_into([model], dense)
+        same_stack_BSV = megatron_logits(model, tokens_BS)
+        del model
+        line.advance(note="parent in Megatron")
+        model = build_float32(moe_config, vocab)
+        receipt = upcycle_into([model], dense, spec)
+        upcycled_BSV = megatron_logits(model, tokens_BS)
+        line.advance(note="upcycled model in Megatron")
+        receipt.equivalence = _equivalence(parent_BSV, same_stack_BSV, upcycled_BSV, receipt.exact)
+        if step0_folder:
+            arch = dense.architecture.with_experts(spec.num_experts, spec.top_k)
+            export_weights(LiveWeights(model), arch, dense_folder, step0_folder, dtype=export_dtype)
+        line.advance(note="export of step 0")
+    receipt.layout = {"tensor": 1, "pipeline": 1, "expert": 1, "data": 1}
+    return receipt
+
+
+def _equivalence(
+    parent_BSV: torch.Tensor, same_stack_BSV: torch.Tensor, upcycled_BSV: torch.Tensor, exact: bool
+) -> dict[str, Any]:
+    across, within = Comparison.of(parent_BSV, upcycled_BSV), Comparison.of(same_stack_BSV, upcycled_BSV)
+    return {
+        "max_abs_logit_diff": across.max_abs,
+        "max_abs_logit_diff_same_stack": within.max_abs,
+        "mean_abs_logit_diff": across.mean_abs,
+        "same_argmax": across.same_argmax,
+        "max_abs_logit": float(parent_BSV.abs().max()),
+        "tokens_compared": parent_BSV.shape[0] * parent_BSV.shape[1],
+        "tolerance": TOLERANCE if exact else None,
+        "tolerance_same_stack": TOLERANCE_SAME_STACK if exact else None,
+        "within_tolerance": across.max_abs <= TOLERANCE and within.max_abs <= TOLERANCE_SAME_STACK,
+    }

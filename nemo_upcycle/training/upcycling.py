@@ -1,0 +1,160 @@
+"""Where upcycling enters NeMo: a restore configuration that names a dense checkpoint, and the strategy that obeys it.
+
+NeMo's `AutoResume` hands the restore configuration to the strategy only when the run has no checkpoint of its own yet,
+so a restarted run resumes and never upcycles twice. Model and config classes stay NeMo's: the checkpoints that the
+run writes open in plain NeMo.
+"""
+
+from __future__ import annotations
+
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from nemo import lightning as nl
+from nemo.lightning.pytorch.strategies.utils import RestoreConfig
+from nemo.utils import logging
+from nemo.utils.app_state import AppState
+
+from nemo_upcycle.connector import Progress, load_dense_into, upcycle_into
+from nemo_upcycle.data.dense import ensure_dense
+from nemo_upcycle.errors import SpecError, problem
+from nemo_upcycle.progress import ProgressLine
+from nemo_upcycle.receipt import UpcycleReceipt
+from nemo_upcycle.sources import open_dense
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.training.cpu import configure_for_cpu, use_cpu_backend
+
+
+@dataclass(kw_only=True)
+class UpcycleConfig(RestoreConfig):
+    """What `AutoResume.restore_config` is for a run that starts from a dense Hugging Face checkpoint.
+
+    Args:
+        path: the dense checkpoint: a folder, `hf://organisation/model`, or `asset://smollm2-135m`. What is not on this
+            machine yet is fetched into the cache before the weights are read.
+        spec: how to upcycle it; None loads it into a dense model as it is (continued training of the parent).
+
+    Example:
+        >>> recipe.resume.restore_config = run.Config(  # doctest: +SKIP
+        ...     UpcycleConfig, path="/models/Llama-3-8B", spec=run.Config(UpcycleSpec, num_experts=8, top_k=2)
+        ... )
+    """
+
+    path: str
+    spec: UpcycleSpec | None = None
+    load_artifacts: bool = False  # the folder holds no NeMo context; the tokenizer comes with the data
+
+    def __post_init__(self) -> None:
+        # AutoResume accepts no address but nemo:// in `path`; it gets the folder in which the model will be.
+        self.path = str(ensure_dense(self.path))
+
+
+class UpcycleStrategy(nl.MegatronStrategy):
+    """NeMo's Megatron strategy, able to start from an `UpcycleConfig`.
+
+    Takes the arguments of `nl.MegatronStrategy`. On a machine without CUDA it also switches the CPU backend on.
+    """
+
+    def connect(self, model: pl.LightningModule) -> None:
+        """Adapt the model to the machine, then connect it."""
+        if use_cpu_backend():
+            configure_for_cpu(model.config)
+        super().connect(model)
+
+    def setup_megatron_parallel(self, trainer: pl.Trainer) -> None:
+        """Build the chunks, without a random initialisation that would be overwritten at once."""
+        model = self.model
+        overwritten = isinstance(self.restore_config, UpcycleConfig) or bool(trainer.ckpt_path)
+        with _uninitialised(model.config) if overwritten else _as_it_is():
+            super().setup_megatron_parallel(trainer)
+
+    def selective_restore(self) -> None:
+        """Fill the chunks from the dense checkpoint, then reload the optimizers' master weights from them."""
+        restore = self.restore_config
+        if not isinstance(restore, UpcycleConfig):
+            super().selective_restore()
+            return
+        receipt = fill_chunks(list(self.megatron_parallel), restore)
+        for optimizer in self.optimizers:
+            # Without this the float32 masters keep what they were built from and the first step writes it back.
+            optimizer.reload_model_params()
+        _report(receipt, self.parallelism_sizes())
+        self.barrier("UpcycleStrategy.selective_restore")
+
+    def parallelism_sizes(self) -> dict[str, int]:
+        """Return the sizes of the parallel groups, for the receipt."""
+        sizes = {
+            "tensor": self.tensor_model_parallel_size,
+            "pipeline": self.pipeline_model_parallel_size,
+            "virtual_pipeline": self.virtual_pipeline_model_parallel_size or 1,
+            "context": self.context_parallel_size,
+            "expert": self.expert_model_parallel_size,
+            "expert_tensor": self.expert_tensor_parallel_size or self.tensor_model_parallel_size,
+        }
+        model_parallel = sizes["tensor"] * sizes["pipeline"] * sizes["context"]
+        return sizes | {"data": torch.distributed.get_world_size() // model_parallel}
+
+
+@contextmanager
+def _as_it_is() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _uninitialised(config: Any) -> Iterator[None]:
+    """Let Megatron leave weights as they come from the allocator; afterwards the config says what it said before."""
+    before = config.perform_initialization
+    config.perform_initialization = False
+    try:
+        yield
+    finally:
+        config.perform_initialization = before
+
+
+def fill_chunks(chunks: list[torch.nn.Module], restore: UpcycleConfig) -> UpcycleReceipt:
+    """Fill this rank's chunks from the dense checkpoint that `restore` names, with a progress line on the first rank.
+
+    Raises:
+        SpecError: an MoE model without a spec, or a spec without an MoE model.
+        CheckpointError: model and checkpoint do not fit.
+    """
+    experts = next(iter(chunks)).config.num_moe_experts
+    if bool(experts) != bool(restore.spec):
+        fix = "give UpcycleConfig a spec for an MoE model, and none for a dense one"
+        raise SpecError(
+            problem("model.config.num_moe_experts", got=experts, expected=f"to fit spec={restore.spec}", fix=fix)
+        )
+    total = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
+    first = torch.distributed.get_rank() == 0
+    with open_dense(restore.path) as dense, ProgressLine("upcycle", total, enabled=first) as line:
+        progress: Progress = lambda name, written_bytes: line.advance(written_bytes, note=name)  # noqa: E731
+        if restore.spec:
+            return upcycle_into(chunks, dense, restore.spec, progress)
+        return load_dense_into(chunks, dense, progress)
+
+
+def _report(receipt: UpcycleReceipt, layout: dict[str, int]) -> None:
+    """Add up the ranks' receipts; the first rank writes the sum beside the run's logs."""
+    receipts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(receipts, receipt)
+    if torch.distributed.get_rank() != 0:
+        return
+    merged = receipt.merge(receipts)
+    merged.layout = layout
+    merged.write(Path(AppState().log_dir) / "receipt.json")
+    logging.info(
+        "%s: %.1fM -> %.1fM parameters, read %.2f GiB, wrote %.2f GiB in %.1f s on %d ranks",
+        merged.source,
+        merged.dense_params / 1e6,
+        merged.total_params / 1e6,
+        merged.bytes_read / 2**30,
+        merged.bytes_written / 2**30,
+        merged.seconds,
+        merged.ranks,
+    )

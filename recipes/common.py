@@ -1,0 +1,67 @@
+"""What every upcycling recipe does to the NeMo recipe it derives from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fiddle as fdl
+import nemo_run as run
+from nemo import lightning as nl
+
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.training.metrics import MetricsLogger
+from nemo_upcycle.training.upcycling import UpcycleConfig, UpcycleStrategy
+
+
+def moe_settings(spec: UpcycleSpec) -> dict[str, Any]:
+    """Return the fields of a NeMo model config that turn the dense family's own config into the upcycled model's.
+
+    The load-balancing loss is the one of NeMo's Mixtral: 0.01, which He et al. (arXiv 2410.07524) found best as well.
+    """
+    return {
+        "num_moe_experts": spec.num_experts,
+        "moe_router_topk": spec.top_k,
+        "moe_router_pre_softmax": spec.router_order == "softmax_topk",
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.01,
+        "moe_token_dispatcher_type": "alltoall",
+    }
+
+
+def start_from(recipe: run.Partial, dense: str, spec: UpcycleSpec | None) -> run.Partial:
+    """Let a training recipe start from a dense checkpoint: upcycled online, or as it is.
+
+    Args:
+        recipe: a NeMo pretraining recipe; changed in place.
+        dense: a Hugging Face folder, `hf://ORG/NAME` or `asset://smollm2-135m`.
+        spec: how to upcycle; None continues the dense model.
+
+    Returns:
+        The recipe.
+    """
+    fdl.update_callable(recipe.trainer.strategy, UpcycleStrategy)
+    recipe.resume.restore_config = run.Config(
+        UpcycleConfig, path=dense, spec=run.Config(UpcycleSpec, **spec.to_dict()) if spec else None
+    )
+    recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), run.Config(MetricsLogger)]
+    return recipe
+
+
+def checkpoints(every_n_steps: int, keep: int = 1) -> run.Config[nl.ModelCheckpoint]:
+    """Return a checkpoint callback that keeps the last states only.
+
+    NeMo's default keeps the ten best, every 15 minutes; for an upcycled 8B model that is 6.6 TB.
+
+    Args:
+        every_n_steps: steps between two checkpoints.
+        keep: how many to keep besides the last.
+    """
+    return run.Config(
+        nl.ModelCheckpoint,
+        save_last=True,
+        save_top_k=keep,
+        monitor="step",
+        mode="max",
+        every_n_train_steps=every_n_steps,
+        filename="{model_name}--{step}",
+    )

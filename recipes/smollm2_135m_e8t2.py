@@ -1,0 +1,127 @@
+"""SmolLM2-135M upcycled to 8 experts, top-2: the whole chain on a laptop, with a real model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import lightning.pytorch as pl
+import nemo_run as run
+from lightning.pytorch.callbacks.callback import Callback
+from nemo import lightning as nl
+from nemo.collections.llm.api import pretrain
+from nemo_upcycle.recipes import smollm2_135m_dense_ct as dense_ct
+from nemo_upcycle.recipes.common import moe_settings, start_from
+
+from nemo_upcycle.pipeline.launch import pipeline
+from nemo_upcycle.spec import UpcycleSpec
+
+
+NAME = "smollm2_135m_e8t2"
+SPEC = UpcycleSpec(num_experts=8, top_k=2)
+
+
+@run.cli.factory(name=NAME)
+def model() -> run.Config[pl.LightningModule]:
+    """Factory function to create the upcycled SmolLM2-135M configuration: 692.0M parameters, 214.2M active.
+
+    Returns:
+        run.Config[pl.LightningModule]: the dense model's own configuration with its MoE fields switched on.
+
+    Examples:
+        CLI usage:
+            $ nemo llm pretrain model=smollm2_135m_e8t2 ...
+
+        Python API usage:
+            >>> model_config = model()
+    """
+    config = dense_ct.model()
+    for name, value in moe_settings(SPEC).items():
+        setattr(config.config, name, value)
+    return config
+
+
+def trainer(
+    expert_parallelism: int = 1,
+    num_nodes: int = 1,
+    num_gpus_per_node: int = 1,
+    max_steps: int = dense_ct.MAX_STEPS,
+    callbacks: list[run.Config[Callback]] | None = None,
+) -> run.Config[nl.Trainer]:
+    """Configure the NeMo Lightning Trainer; expert parallelism is the only dimension that pays at this size.
+
+    Args:
+        expert_parallelism (int): Degree of expert parallelism.
+        num_nodes (int): Number of compute nodes to use.
+        num_gpus_per_node (int): Number of GPUs (without CUDA: processes) per node.
+        max_steps (int): Maximum number of training steps.
+        callbacks (list[run.Config[Callback]] | None): List of callback configurations.
+
+    Returns:
+        run.Config[nl.Trainer]: Configuration for the NeMo Lightning Trainer.
+    """
+    config = dense_ct.trainer(num_nodes, num_gpus_per_node, max_steps, callbacks)
+    config.strategy.expert_model_parallel_size = expert_parallelism
+    return config
+
+
+@run.cli.factory(target=pretrain, name=NAME)
+def pretrain_recipe(
+    dir: str | None = None,
+    name: str = NAME,
+    num_nodes: int = 1,
+    num_gpus_per_node: int = 1,
+    expert_parallelism: int = 1,
+    dense: str = dense_ct.DENSE,
+    fn: Callable = pretrain,
+) -> run.Partial:
+    """Create a recipe that upcycles SmolLM2-135M online and continues its pretraining.
+
+    Args:
+        dir (str | None): Directory for saving logs and checkpoints.
+        name (str): Name of the run.
+        num_nodes (int): Number of compute nodes to use.
+        num_gpus_per_node (int): Number of GPUs (without CUDA: processes) per node.
+        expert_parallelism (int): Degree of expert parallelism.
+        dense (str): The dense checkpoint to start from.
+        fn (Callable): The pretraining function to use.
+
+    Returns:
+        run.Partial: Partial configuration for pretraining.
+
+    Examples:
+        CLI usage:
+            $ nemo llm pretrain --factory smollm2_135m_e8t2 trainer.max_steps=4 --yes
+            $ nemo llm pretrain --factory "smollm2_135m_e8t2(dir='runs/mine')" optim.config.lr=1e-4 --yes
+
+        Python API usage:
+            >>> recipe = pretrain_recipe(dir="runs/mine")
+    """
+    recipe = dense_ct.base_recipe(dir, name, num_nodes, num_gpus_per_node, fn)
+    recipe.model = model()
+    recipe.trainer = trainer(expert_parallelism, num_nodes, num_gpus_per_node)
+    return start_from(recipe, dense, SPEC)
+
+
+@run.cli.factory(target=pipeline, name=NAME)
+def pipeline_recipe(dir: str = f"runs/{NAME}", processes: int = 2) -> run.Partial:
+    """Create the whole chain: import, upcycle, pretrain, dense twin, export, evaluate, report.
+
+    Args:
+        dir (str): Folder of the run.
+        processes (int): Ranks of the two training stages; the experts are spread over them.
+
+    Returns:
+        run.Partial: Partial configuration of the pipeline.
+
+    Examples:
+        CLI usage:
+            $ nemo upcycle pipeline --factory smollm2_135m_e8t2 dir=runs/demo --yes
+            $ nemo upcycle pipeline --factory smollm2_135m_e8t2 dir=runs/more pretrain.trainer.max_steps=100 --yes
+    """
+    return run.Partial(
+        pipeline,
+        dir=dir,
+        dense=dense_ct.DENSE,
+        pretrain=pretrain_recipe(num_gpus_per_node=processes, expert_parallelism=processes),
+        dense_ct=dense_ct.pretrain_recipe(num_gpus_per_node=processes),
+    )
