@@ -1,0 +1,120 @@
+"""Small dense checkpoints with realistic activations, and the Megatron models that belong to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def write_llama(folder: Path, *, tied: bool = False, layers: int = 4, shards: int = 1, **changes: Any) -> Path:
+    """Write a random Llama with Hugging Face's own writer: weights of std 0.1 keep activations of order one."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(7)
+    sizes = {
+        "vocab_size": 250,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "tie_word_embeddings": tied,
+        "rope_theta": 100000.0,
+        "rms_norm_eps": 1e-5,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**(sizes | changes))).float().eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.1)
+        else:
+            parameter.data.uniform_(0.5, 1.5)
+    total_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    model.save_pretrained(folder, max_shard_size=total_bytes if shards == 1 else total_bytes // shards)
+    return folder
+
+
+def build_chunks(
+    folder: Path, *, num_experts: int | None, top_k: int = 2, layout: dict[str, int] | None = None, **changes: Any
+) -> list[Any]:
+    """Initialise Megatron's groups for `layout` (tp, pp, vp, ep, etp) and build this rank's chunks."""
+    from megatron.core import parallel_state as ps
+    from megatron.core import tensor_parallel
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from nemo_upcycle.architecture import read_architecture
+    from nemo_upcycle.training.cpu import use_cpu_backend
+
+    use_cpu_backend()
+    sizes = {"tp": 1, "pp": 1, "vp": 1, "ep": 1, "etp": 1} | (layout or {})
+    virtual = sizes["vp"] if sizes["vp"] > 1 else None
+    if not ps.model_parallel_is_initialized():
+        ps.initialize_model_parallel(
+            tensor_model_parallel_size=sizes["tp"],
+            pipeline_model_parallel_size=sizes["pp"],
+            virtual_pipeline_model_parallel_size=virtual,
+            expert_model_parallel_size=sizes["ep"],
+            expert_tensor_parallel_size=sizes["etp"],
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+    arch = read_architecture(folder)
+    settings = {
+        "num_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.ffn_size,
+        "num_attention_heads": arch.num_heads,
+        "num_query_groups": arch.num_kv_heads,
+        "kv_channels": arch.head_dim,
+        "num_moe_experts": num_experts,
+        "moe_router_topk": top_k,
+        "moe_ffn_hidden_size": arch.ffn_size if num_experts else None,
+        "moe_token_dispatcher_type": "alltoall",
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "bias_activation_fusion": False,
+        "layernorm_epsilon": arch.norm_eps,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "use_cpu_initialization": True,
+        "tensor_model_parallel_size": sizes["tp"],
+        "pipeline_model_parallel_size": sizes["pp"],
+        "virtual_pipeline_model_parallel_size": virtual,
+        "expert_model_parallel_size": sizes["ep"],
+        "expert_tensor_parallel_size": sizes["etp"],
+        "sequence_parallel": sizes["tp"] > 1,
+        "pipeline_dtype": torch.float32,
+    }
+    config = TransformerConfig(**(settings | changes))
+    spec = get_gpt_layer_local_spec(num_experts=num_experts, normalization="RMSNorm")
+    padded = -(-arch.vocab_size // (8 * sizes["tp"])) * 8 * sizes["tp"]
+    chunks = []
+    for stage in range(sizes["vp"]):
+        vp_stage = stage if virtual else None
+        first = ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        last = ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        chunks.append(
+            GPTModel(
+                config,
+                spec,
+                padded,
+                128,
+                pre_process=first,
+                post_process=last,
+                share_embeddings_and_output_weights=arch.tied_embeddings,
+                position_embedding_type="rope",
+                rotary_base=int(arch.rope_theta),
+                vp_stage=vp_stage,
+            )
+        )
+    return chunks
+
+
+def sample_tokens(vocab_size: int, batch: int = 2, length: int = 32) -> torch.Tensor:
+    """Return the same random token ids on every rank, [B, S]."""
+    return torch.randint(0, vocab_size, (batch, length), generator=torch.Generator().manual_seed(3))

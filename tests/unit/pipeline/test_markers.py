@@ -1,0 +1,38 @@
+"""Markers: a stage is done only from the same inputs, and resumable work is never continued from others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.errors import StageError
+from nemo_upcycle.pipeline.markers import StageFolder
+
+
+def test_a_stage_waits_for_those_before_it(tmp_path: Path) -> None:
+    stage = StageFolder(tmp_path, "upcycle", ("import",))
+    with pytest.raises(StageError, match="stage 'import' has not finished"):
+        stage.inputs({})
+
+
+def test_changed_inputs_void_the_marker(tmp_path: Path) -> None:
+    first, second = StageFolder(tmp_path, "import"), StageFolder(tmp_path, "upcycle", ("import",))
+    inputs = first.inputs({"dense": "a"})
+    first.start(inputs, resumable=False)
+    assert not first.is_done(inputs)
+    first.finish(inputs, 1.0, {"x": 1})
+    assert first.is_done(inputs)
+    assert first.outputs() == {"x": 1}
+    assert not first.is_done(first.inputs({"dense": "b"}))
+    before = second.inputs({})
+    first.finish(inputs, 2.0, {"x": 2})
+    assert second.inputs({}) != before
+
+
+def test_resumable_work_refuses_other_inputs(tmp_path: Path) -> None:
+    stage = StageFolder(tmp_path, "pretrain")
+    stage.start(stage.inputs({"recipe": "a", "seed": 1}), resumable=True)
+    stage.start(stage.inputs({"recipe": "a", "seed": 1}), resumable=True)
+    with pytest.raises(StageError, match="changed: setting recipe"):
+        stage.start(stage.inputs({"recipe": "b", "seed": 1}), resumable=True)

@@ -1,0 +1,50 @@
+"""`UpcycleSpec`: refuses what cannot work, and knows when it is exact."""
+
+from __future__ import annotations
+
+import pytest
+
+from nemo_upcycle import UpcycleSpec
+from nemo_upcycle.errors import SpecError
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"top_k": 9}, ["top_k", "9", "1 to 8 (num_experts)"]),
+        ({"top_k": 0}, ["top_k", "0"]),
+        ({"num_experts": 1}, ["num_experts", "2 or more"]),
+        ({"num_experts": 8.0}, ["num_experts", "8.0"]),
+        ({"method": "copi"}, ["copi", "Did you mean 'copy'?"]),
+        ({"router_init": "norml"}, ["Did you mean 'normal'?"]),
+        ({"router_order": "softmax"}, ["softmax_topk"]),
+        ({"router_std": -1.0}, ["router_std", "-1.0"]),
+        ({"router_std": float("nan")}, ["router_std", "nan"]),
+    ],
+)
+def test_a_bad_value_is_refused_with_the_fix(changes: dict, words: list[str]) -> None:
+    with pytest.raises(SpecError) as caught:
+        UpcycleSpec(**changes)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_the_default_is_the_papers() -> None:
+    spec = UpcycleSpec()
+    assert (spec.num_experts, spec.top_k, spec.method, spec.router_order) == (8, 2, "copy", "topk_softmax")
+    assert spec.is_exact
+    assert spec.down_scale == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "exact", "scale"),
+    [
+        ({"router_order": "softmax_topk", "router_init": "zero"}, True, 4.0),
+        ({"router_order": "softmax_topk"}, False, 4.0),
+        ({"router_order": "softmax_topk", "output_scale": "none"}, False, 1.0),
+        ({"router_order": "softmax_topk", "top_k": 8}, True, 1.0),
+    ],
+)
+def test_softmax_before_top_k(changes: dict, exact: bool, scale: float) -> None:
+    spec = UpcycleSpec(**changes)
+    assert (spec.is_exact, spec.down_scale) == (exact, scale)
