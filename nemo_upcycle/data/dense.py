@@ -1,0 +1,117 @@
+"""From what the user names to a dense Hugging Face folder on this machine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from nemo_upcycle.data.assets import ASSETS, fetch_asset
+from nemo_upcycle.data.gguf import convert_gguf
+from nemo_upcycle.errors import CheckpointError, UpcycleError, problem, unknown
+from nemo_upcycle.sources import open_dense
+
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_WANTED = ["*.safetensors", "*.json", "tokenizer*", "merges.txt", "*.jinja"]
+# subfolders hold other formats of the same weights (original/, onnx/), as does consolidated.safetensors
+_UNWANTED = ["*/*", "consolidated*"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def import_dense(source: str, output: Path) -> Path:
+    """Return a local folder that holds the dense model `source`, making or downloading it where needed.
+
+    Args:
+        source: `asset://NAME` (a model of `nemo_upcycle.data.assets`, converted into `output`), `hf://ORG/NAME` or
+            plain `ORG/NAME` (the Hugging Face hub, kept in the hub's own cache, where a broken download goes on), or
+            a local folder, plain or as `hf:///absolute/path` (used where it lies).
+        output: where a converted model goes. Untouched when nothing is converted.
+
+    Returns:
+        A folder with `config.json`, safetensors and tokenizer files, checked to be a whole dense Llama-family model.
+
+    Raises:
+        UpcycleError: the source cannot be reached, or is not such a model (CheckpointError).
+
+    Example:
+        >>> import_dense("asset://smollm2-135m", Path("runs/demo/dense"))  # doctest: +SKIP
+    """
+    scheme, separator, rest = source.partition("://")
+    if not separator:
+        scheme, rest = "hf", source
+    if scheme == "asset":
+        folder = _from_asset(rest, output)
+    elif scheme == "hf":
+        folder = _from_hf(rest)
+    else:
+        raise UpcycleError(unknown("address scheme", scheme, ["asset", "hf"]))
+    _check(folder)
+    return folder
+
+
+def _from_asset(name: str, output: Path) -> Path:
+    models = [key for key, asset in ASSETS.items() if asset.kind == "model"]
+    if name not in models:
+        raise UpcycleError(unknown("model asset", name, models))
+    return convert_gguf(fetch_asset(name), output)
+
+
+def _from_hf(rest: str) -> Path:
+    path = Path(rest).expanduser()
+    if path.is_dir():
+        return path
+    if not _HUB_NAME.fullmatch(rest):
+        raise CheckpointError(
+            problem(
+                f"dense model {rest!r}",
+                got="no such folder",
+                expected="a Hugging Face folder, hf://ORG/NAME or asset://NAME",
+                fix="check the path",
+            )
+        )
+    return _download(rest)
+
+
+def _download(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        fix = "pip install nemo-upcycle[nemo]"
+        raise UpcycleError(problem("package huggingface-hub", got="not installed", expected="any", fix=fix)) from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+    except (OSError, ValueError) as error:  # every error of huggingface_hub and requests is one of the two
+        raise UpcycleError(
+            problem(
+                f"download of {name} from the Hugging Face hub",
+                got=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
+                expected="a model that this machine can reach",
+                fix="check the name, the network and (for a gated model) `hf auth login`; or run `hf download "
+                f"{name} --local-dir FOLDER` on a machine with a network and give that folder; or try "
+                "asset://smollm2-135m",
+            )
+        ) from None
+
+
+def require_tokenizer(folder: Path) -> None:
+    """Check that `folder` holds a tokenizer; without one, transformers guesses from the path's name.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise CheckpointError(
+            problem(
+                f"tokenizer in {folder}",
+                got="none",
+                expected=f"one of {', '.join(_TOKENIZER_FILES)}",
+                fix="copy the model's tokenizer files into the folder",
+            )
+        )
+
+
+def _check(folder: Path) -> None:
+    """Raise unless the folder holds a whole dense model and a tokenizer."""
+    with open_dense(folder):
+        pass  # opening reads the configuration and every header, and checks that no file is cut short
+    require_tokenizer(folder)

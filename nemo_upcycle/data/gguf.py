@@ -1,0 +1,208 @@
+"""GGUF to a Hugging Face folder, for Llama models with a byte-level BPE tokenizer.
+
+Only the `gguf` package reads the file, so the result does not depend on the GGUF support of any transformers release:
+those differ in what they accept, in whether the result may be saved and in the tokenizer they rebuild.
+Quantised weights are dequantised: the result is an ordinary float checkpoint.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from nemo_upcycle.data.gguf_tokenizer import write_tokenizer
+from nemo_upcycle.errors import CheckpointError, UpcycleError, problem, unknown
+from nemo_upcycle.files import MARKER, output_folder, require_disk, write_json
+from nemo_upcycle.progress import ProgressLine
+
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_SHARD_BYTES = 2 << 30  # what is held in memory at once
+_OUTER = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+_LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+
+
+def convert_gguf(gguf_path: Path, output: Path, dtype: str = "bfloat16") -> Path:
+    """Write the model and the tokenizer of a GGUF file as a Hugging Face folder.
+
+    Args:
+        gguf_path: a `llama` model; any quantisation that `gguf` can undo.
+        output: the folder that shall exist afterwards, complete with its success marker.
+        dtype: `bfloat16` or `float32`, of the weights written.
+
+    Returns:
+        `output`.
+
+    Raises:
+        CheckpointError: not a readable GGUF file, another architecture, a tensor or tokenizer this does not know.
+        UpcycleError: the `gguf` package is missing, an unknown dtype, the disk is full.
+
+    Example:
+        >>> convert_gguf(fetch_asset("smollm2-135m"), Path("runs/demo/dense"))  # doctest: +SKIP
+    """
+    if dtype not in _DTYPES:
+        raise UpcycleError(unknown("dtype", dtype, _DTYPES))
+    reader = _open(gguf_path)
+    fields = _fields(reader, gguf_path)
+    config = _config(fields, reader.tensors, dtype)
+    torch_dtype = _DTYPES[dtype]
+    parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    require_disk(output, parameters * torch_dtype.itemsize, f"the model of {gguf_path.name}")
+    with output_folder(output) as folder:
+        write_json(folder / "config.json", config)
+        _write_weights(reader.tensors, config, torch_dtype, folder)
+        write_tokenizer(fields, folder)
+        special = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
+        write_json(folder / "generation_config.json", {"_from_model_config": True, **special})
+        write_json(folder / MARKER, {"source": gguf_path.name, "dtype": dtype, "parameters": parameters})
+    return output
+
+
+def _open(path: Path) -> Any:
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise UpcycleError(
+            problem(
+                "package gguf", got="not installed", expected="0.17 or newer", fix="pip install nemo-upcycle[demo]"
+            )
+        ) from None
+    try:
+        return GGUFReader(path)
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise CheckpointError(
+            problem(str(path), got=f"unreadable ({error})", expected="a GGUF file", fix="fetch the file again")
+        ) from None
+
+
+def _fields(reader: Any, path: Path) -> dict[str, Any]:
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    architecture = fields.get("general.architecture")
+    if architecture != "llama" or "llama.rope.scaling.type" in fields or "llama.expert_count" in fields:
+        raise CheckpointError(
+            problem(
+                f"architecture of {path.name}",
+                got=f"{architecture}, rope scaling {fields.get('llama.rope.scaling.type', 'none')}, "
+                f"experts {fields.get('llama.expert_count', 0)}",
+                expected="a dense llama without rope scaling",
+                fix="convert this file with its own tools and give the Hugging Face folder",
+            )
+        )
+    return fields
+
+
+def _config(fields: dict[str, Any], tensors: Any, dtype: str) -> dict[str, Any]:
+    """Return the `config.json` of a `LlamaForCausalLM`."""
+    names = {tensor.name for tensor in tensors}
+    heads, hidden = fields["llama.attention.head_count"], fields["llama.embedding_length"]
+    vocab_size = len(fields["tokenizer.ggml.tokens"])
+    special = {
+        f"{role}_token_id": fields[f"tokenizer.ggml.{key}_token_id"]
+        for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+        if f"tokenizer.ggml.{key}_token_id" in fields
+    }
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": hidden,
+        "intermediate_size": fields["llama.feed_forward_length"],
+        "num_hidden_layers": fields["llama.block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
+        "head_dim": fields.get("llama.attention.key_length", hidden // heads),
+        "max_position_embeddings": fields["llama.context_length"],
+        # stored in single precision: 9.999999747378752e-06 is meant to be 1e-05
+        "rms_norm_eps": float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
+        "rope_theta": float(fields.get("llama.rope.freq_base", 10000.0)),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": "output.weight" not in names,
+        "torch_dtype": dtype,
+        **special,
+    }
+
+
+def _target_name(name: str) -> str:
+    if name in _OUTER:
+        return _OUTER[name]
+    match = _LAYER_NAME.fullmatch(name)
+    if match and match[2] in _LAYER:
+        return f"model.layers.{match[1]}.{_LAYER[match[2]]}.weight"
+    raise CheckpointError(
+        problem(
+            "tensor of the GGUF file",
+            got=name,
+            expected=f"{', '.join(_OUTER)} or blk.N.({'|'.join(_LAYER)}).weight",
+            fix="convert this file with its own tools and give the Hugging Face folder",
+        )
+    )
+
+
+def _read(tensor: Any, config: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
+    """Dequantise one tensor and put the rows of the query and key projections in Hugging Face's order."""
+    from gguf.quants import dequantize
+
+    shape = [int(size) for size in reversed(tensor.shape)]
+    array = dequantize(tensor.data, tensor.tensor_type)  # float32 tensors come as read-only views of the file
+    values = torch.from_numpy(np.require(array, requirements="W")).reshape(shape)
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    match = _LAYER_NAME.fullmatch(tensor.name)
+    if match and match[2] in heads:
+        # GGUF rotates neighbouring pairs of rows, Hugging Face the two halves of a head
+        pairs = values.view(heads[match[2]], config["head_dim"] // 2, 2, shape[1])
+        values = pairs.transpose(1, 2).reshape(shape)
+    return values.to(dtype)
+
+
+def _shards(tensors: Any, itemsize: int) -> Iterator[list[Any]]:
+    """Group the tensors so that each group takes at most `_SHARD_BYTES`, or is a single larger tensor."""
+    group: list[Any] = []
+    for tensor in tensors:
+        if group and (sum(int(one.n_elements) for one in group) + int(tensor.n_elements)) * itemsize > _SHARD_BYTES:
+            yield group
+            group = []
+        group.append(tensor)
+    yield group
+
+
+def _write_weights(tensors: Any, config: dict[str, Any], dtype: torch.dtype, folder: Path) -> None:
+    """Write the safetensors, one shard in memory at a time, and their index where there are several."""
+    shards = list(_shards(tensors, dtype.itemsize))
+    count, index = len(shards), {}
+    with ProgressLine("dequantise", total=len(tensors)) as progress:
+        for number, group in enumerate(shards, 1):
+            file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            weights = {}
+            for tensor in group:
+                weights[_target_name(tensor.name)] = _read(tensor, config, dtype)
+                progress.advance()
+            index.update(dict.fromkeys(weights, file))
+            save_file(weights, folder / file, metadata={"format": "pt"})
+            shutil.copymode(folder / "config.json", folder / file)  # safetensors makes files only their owner may read
+    if count > 1:
+        total = sum(int(tensor.n_elements) for tensor in tensors) * dtype.itemsize
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})

