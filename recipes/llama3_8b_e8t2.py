@@ -1,8 +1,7 @@
 """Llama 3 8B upcycled to 8 experts, top-2: the main run of arXiv 2412.09952."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from typing import Optional
 
 import lightning.pytorch as pl
 import nemo_run as run
@@ -12,8 +11,8 @@ from nemo import lightning as nl
 from nemo.collections.llm.api import pretrain
 from nemo.collections.llm.gpt.model.llama import Llama3Config8B, LlamaModel
 from nemo.collections.llm.recipes import llama3_8b
-from nemo_upcycle.recipes.common import checkpoints, moe_settings, start_from
 
+from nemo_upcycle.recipes.common import checkpoints, moe_settings, start_from
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -50,14 +49,14 @@ def model() -> run.Config[pl.LightningModule]:
 def trainer(
     tensor_parallelism: int = 2,
     pipeline_parallelism: int = 4,
-    virtual_pipeline_parallelism: int | None = 8,
+    virtual_pipeline_parallelism: Optional[int] = 8,
     context_parallelism: int = 1,
     sequence_parallelism: bool = True,
     expert_parallelism: int = 8,
     num_nodes: int = 64,
     num_gpus_per_node: int = 8,
     max_steps: int = MAX_STEPS,
-    callbacks: list[run.Config[Callback]] | None = None,
+    callbacks: Optional[list[run.Config[Callback]]] = None,
 ) -> run.Config[nl.Trainer]:
     """Configure the NeMo Lightning Trainer with the paper's layout: TP2 EP8 PP4 VPP8; experts are not cut by TP.
 
@@ -95,7 +94,7 @@ def trainer(
 
 @run.cli.factory(target=pretrain, name=NAME)
 def pretrain_recipe(
-    dir: str | None = None,
+    dir: Optional[str] = None,
     name: str = NAME,
     num_nodes: int = 64,
     num_gpus_per_node: int = 8,

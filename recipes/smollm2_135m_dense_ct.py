@@ -1,8 +1,7 @@
 """SmolLM2-135M, continued as the dense model it is: the twin that the upcycled model has to beat on the same data."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from typing import Optional
 
 import lightning.pytorch as pl
 import nemo_run as run
@@ -14,9 +13,9 @@ from nemo.collections.llm.gpt.model.llama import LlamaConfig, LlamaModel
 from nemo.collections.llm.recipes import llama3_8b
 from nemo.collections.llm.recipes.log.default import default_log, default_resume
 from nemo.collections.llm.recipes.optim.adam import distributed_fused_adam_with_cosine_annealing
+
 from nemo_upcycle.data.module import corpus_data
 from nemo_upcycle.recipes.common import checkpoints, start_from
-
 from nemo_upcycle.training.cpu import cpu_has_fast_bf16
 
 
@@ -44,6 +43,7 @@ def model() -> run.Config[pl.LightningModule]:
         rotary_base=100000,
         layernorm_epsilon=1e-5,
         share_embeddings_and_output_weights=True,
+        apply_rope_fusion=False,  # a kernel of Transformer Engine; without it the config refuses to be built
     )
     return run.Config(LlamaModel, config=config)
 
@@ -52,7 +52,7 @@ def trainer(
     num_nodes: int = 1,
     num_gpus_per_node: int = 1,
     max_steps: int = MAX_STEPS,
-    callbacks: list[run.Config[Callback]] | None = None,
+    callbacks: Optional[list[run.Config[Callback]]] = None,
 ) -> run.Config[nl.Trainer]:
     """Configure the NeMo Lightning Trainer: NeMo's own for Llama 3, without model parallelism, on whatever is there.
 
@@ -84,7 +84,7 @@ def trainer(
 
 
 def base_recipe(
-    dir: str | None, name: str, num_nodes: int, num_gpus_per_node: int, fn: Callable = pretrain
+    dir: Optional[str], name: str, num_nodes: int, num_gpus_per_node: int, fn: Callable = pretrain
 ) -> run.Partial:
     """Create what the twins share: data, optimizer, logging. Arguments as in `pretrain_recipe`."""
     recipe = run.Partial(
@@ -103,7 +103,7 @@ def base_recipe(
 
 @run.cli.factory(target=pretrain, name=NAME)
 def pretrain_recipe(
-    dir: str | None = None,
+    dir: Optional[str] = None,
     name: str = NAME,
     num_nodes: int = 1,
     num_gpus_per_node: int = 1,

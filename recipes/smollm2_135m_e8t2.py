@@ -1,18 +1,17 @@
 """SmolLM2-135M upcycled to 8 experts, top-2: the whole chain on a laptop, with a real model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from typing import Optional
 
 import lightning.pytorch as pl
 import nemo_run as run
 from lightning.pytorch.callbacks.callback import Callback
 from nemo import lightning as nl
 from nemo.collections.llm.api import pretrain
-from nemo_upcycle.recipes import smollm2_135m_dense_ct as dense_ct
-from nemo_upcycle.recipes.common import moe_settings, start_from
 
 from nemo_upcycle.pipeline.launch import pipeline
+from nemo_upcycle.recipes import smollm2_135m_dense_ct as dense_ct
+from nemo_upcycle.recipes.common import moe_settings, start_from
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -45,7 +44,7 @@ def trainer(
     num_nodes: int = 1,
     num_gpus_per_node: int = 1,
     max_steps: int = dense_ct.MAX_STEPS,
-    callbacks: list[run.Config[Callback]] | None = None,
+    callbacks: Optional[list[run.Config[Callback]]] = None,
 ) -> run.Config[nl.Trainer]:
     """Configure the NeMo Lightning Trainer; expert parallelism is the only dimension that pays at this size.
 
@@ -66,7 +65,7 @@ def trainer(
 
 @run.cli.factory(target=pretrain, name=NAME)
 def pretrain_recipe(
-    dir: str | None = None,
+    dir: Optional[str] = None,
     name: str = NAME,
     num_nodes: int = 1,
     num_gpus_per_node: int = 1,

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from nemo_upcycle.data.assets import ASSETS, fetch_asset
+from filelock import FileLock
+
+from nemo_upcycle.data.assets import ASSETS, cache_folder, fetch_asset
 from nemo_upcycle.data.gguf import convert_gguf
 from nemo_upcycle.errors import CheckpointError, UpcycleError, problem, unknown
+from nemo_upcycle.files import is_complete
 from nemo_upcycle.sources import open_dense
 
 
@@ -115,3 +118,23 @@ def _check(folder: Path) -> None:
     with open_dense(folder):
         pass  # opening reads the configuration and every header, and checks that no file is cut short
     require_tokenizer(folder)
+
+
+def ensure_dense(source: str) -> Path:
+    """Return the folder of a dense model, keeping in the cache what has to be made or fetched first.
+
+    Several ranks may call it at the same time: one makes the folder, the others wait.
+
+    Args:
+        source: as in `import_dense`.
+
+    Example:
+        >>> ensure_dense("asset://smollm2-135m")  # doctest: +SKIP
+        PosixPath('/home/me/.cache/nemo-upcycle/dense/smollm2-135m')
+    """
+    output = cache_folder() / "dense" / re.sub(r"\W+", "-", source.partition("://")[2] or source).strip("-")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{output}.lock"):
+        if source.startswith("asset://") and is_complete(output):
+            return output
+        return import_dense(source, output)

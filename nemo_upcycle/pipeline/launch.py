@@ -1,10 +1,10 @@
 """`nemo upcycle pipeline`: checks the recipes, writes the plan, launches the stages as one `run.Experiment`."""
 
-from __future__ import annotations
+# No postponed annotations here and in the recipes, and Optional[...]: NeMo-Run parses values by them.
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import nemo_run as run
 import typer
@@ -38,7 +38,7 @@ def pipeline(
     dir: str,
     dense: str,
     pretrain: run.Partial,
-    dense_ct: run.Partial | None = None,
+    dense_ct: Optional[run.Partial] = None,
     corpus: str = "sotu",
     evaluation: str = "demo",
 ) -> None:

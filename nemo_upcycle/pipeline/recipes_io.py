@@ -35,8 +35,7 @@ def check_recipe(recipe: run.Partial) -> None:
         SpecError: the layout does not fit the model or the ranks, or the upcycling spec is not valid.
     """
     nodes, per_node = ranks_of(recipe)
-    config = fdl.build(recipe.model.config)
-    check_layout(recipe.trainer.strategy, config, nodes * per_node)
+    check_layout(recipe.trainer.strategy, recipe.model.config, nodes * per_node)
     fdl.build(recipe.resume.restore_config.spec)
 
 

@@ -20,14 +20,14 @@ REHEARSAL_WINDOWS, REHEARSAL_WINDOW_TOKENS = 2, 256
 def import_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Get the dense parent, tokenise the corpus, build the evaluation suite."""
     from nemo_upcycle.data.assets import fetch_asset
-    from nemo_upcycle.data.corpus import load_corpus, read_data_config
+    from nemo_upcycle.data.corpus import load_corpus
     from nemo_upcycle.data.dense import import_dense
     from nemo_upcycle.data.prepare import prepare_corpus
     from nemo_upcycle.data.questions import mmlu_questions
     from nemo_upcycle.evaluation.suite import build_suite, read_suite_config
 
     dense = import_dense(plan.dense, run_dir / "dense").resolve()
-    documents = load_corpus(read_data_config(plan.corpus))
+    documents = load_corpus(plan.corpus)
     manifest = prepare_corpus(documents, dense, run_dir / "data")
     config = read_suite_config(plan.evaluation)
     questions = mmlu_questions(fetch_asset("mmlu")) if config.local else []
@@ -75,9 +75,9 @@ def _sample_tokens(run_dir: Path, dense_folder: Path) -> Any:
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    from nemo_upcycle.data.prepare import dataset_prefix
+    from nemo_upcycle.data.prepare import data_arguments
 
-    dataset = IndexedDataset(str(dataset_prefix(run_dir / "data", "validation")))
+    dataset = IndexedDataset(data_arguments(run_dir / "data")["paths"]["validation"][0])
     wanted = REHEARSAL_WINDOWS * REHEARSAL_WINDOW_TOKENS
     tokens = torch.cat([torch.from_numpy(dataset[number].astype("int64")) for number in range(len(dataset))])
     if len(tokens) < wanted:

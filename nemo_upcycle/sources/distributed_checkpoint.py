@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from nemo_upcycle.errors import CheckpointError, problem, unknown
 from nemo_upcycle.sources.base import Index
@@ -31,7 +32,6 @@ _ALLOWED = {
         "_MEM_FORMAT_ENCODING",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.planner": {"WriteItem", "WriteItemType"},
     "torch.serialization": {"_get_layout"},
     "torch": {"Size", "device", "dtype"}
     | {str(dtype).removeprefix("torch.") for dtype in torch.storage._dtype_to_storage_type_map()},
@@ -41,8 +41,22 @@ _ALLOWED = {
 }
 
 
+class _Ignored:
+    """Stands in for what a writer noted for itself (save plans, Megatron's extra fields): built, never used."""
+
+    def __init__(self, *_: object) -> None: ...
+
+
+class _MegatronMetadata(Metadata):
+    """Stands in for Megatron's subclass, so that Megatron need not be installed."""
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if module == "megatron.core.dist_checkpointing.strategies.torch":
+            return _MegatronMetadata if name == "MCoreMetadata" else _Ignored
+        if module == "torch.distributed.checkpoint.planner":
+            return _Ignored
         if name not in _ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"the class {module}.{name} is not allowed in checkpoint metadata")
         return super().find_class(module, name)

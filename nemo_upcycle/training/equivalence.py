@@ -1,8 +1,11 @@
 """Step-0 equivalence: does the upcycled Megatron model compute what the dense parent computes?
 
-Measured in float32 on real text, on one rank, before any training: the parent in Hugging Face's implementation, the
-parent in Megatron, and the upcycled model in Megatron. The first pair crosses two implementations of the same model,
-the second isolates upcycling itself.
+Measured on real text, on one rank, before any training: the parent in Hugging Face's implementation, the parent in
+Megatron, and the upcycled model in Megatron. The first pair crosses two implementations of the same model in float32.
+
+The second isolates upcycling, and is measured in float64 as well: in float32 the combine weights, which sum to one
+only up to rounding, disturb every layer by one unit in the last place, and thirty layers amplify that to what any
+reordering of a sum costs the parent itself. That cost, the parent's float32 against its float64, stands beside it.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.training.cpu import configure_for_cpu, use_cpu_backend
 
 
-#: What float32 rounding may make of logits: across implementations, and within one.
+#: What rounding may make of logits: across implementations in float32; within one in float64, where Megatron still
+#: computes the router's softmax in float32.
 TOLERANCE = 2e-4
 TOLERANCE_SAME_STACK = 2e-5
 
@@ -83,6 +87,7 @@ def build_float32(config: Any, vocab_size: int) -> torch.nn.Module:
     config.fp8 = None
     config.params_dtype = config.autocast_dtype = config.pipeline_dtype = torch.float32
     config.vocab_size, config.should_pad_vocab = vocab_size, False
+    config.moe_router_dtype = "fp64"  # follows the activations: no less than they have, in either precision
     if use_cpu_backend():
         configure_for_cpu(config)
     model = config.configure_model(tokenizer=None)
@@ -91,12 +96,12 @@ def build_float32(config: Any, vocab_size: int) -> torch.nn.Module:
 
 @torch.no_grad()
 def megatron_logits(model: torch.nn.Module, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Return a Megatron model's logits, float32 [B, S, V], on the CPU."""
+    """Return a Megatron model's logits [B, S, V] in the type of its weights, on the CPU."""
     device = next(model.parameters()).device
     length = tokens_BS.shape[1]
     positions_BS = torch.arange(length, device=device).expand_as(tokens_BS)
     masked = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)[None, None]
-    return model(tokens_BS.to(device), positions_BS, masked).float().cpu()
+    return model(tokens_BS.to(device), positions_BS, masked).cpu()
 
 
 @torch.no_grad()
@@ -129,8 +134,9 @@ def rehearse(
         export_dtype: type of that export.
 
     Returns:
-        The receipt, with `max_abs_logit_diff` (parent in Hugging Face against the upcycled model in Megatron),
-        `max_abs_logit_diff_same_stack` (both in Megatron) and what is expected of them.
+        The receipt, with `max_abs_logit_diff` (parent in Hugging Face against the upcycled model in Megatron, float32),
+        `max_abs_logit_diff_same_stack` (both in Megatron, float64; `..._float32` beside it), `parent_float32_rounding`
+        (the parent in Megatron, float32 against float64), and what is expected of them.
     """
     with one_rank(), open_dense(dense_folder) as dense, ProgressLine("rehearsal", 4) as line:
         vocab = dense.architecture.vocab_size
@@ -138,29 +144,40 @@ def rehearse(
         line.advance(note="parent in Hugging Face")
         model = build_float32(dense_config, vocab)
         load_dense_into([model], dense)
-        same_stack_BSV = megatron_logits(model, tokens_BS)
+        dense_pair = _both_precisions(model, tokens_BS)
         del model
         line.advance(note="parent in Megatron")
         model = build_float32(moe_config, vocab)
         receipt = upcycle_into([model], dense, spec)
-        upcycled_BSV = megatron_logits(model, tokens_BS)
-        line.advance(note="upcycled model in Megatron")
-        receipt.equivalence = _equivalence(parent_BSV, same_stack_BSV, upcycled_BSV, receipt.exact)
         if step0_folder:
             arch = dense.architecture.with_experts(spec.num_experts, spec.top_k)
             export_weights(LiveWeights(model), arch, dense_folder, step0_folder, dtype=export_dtype)
         line.advance(note="export of step 0")
+        moe_pair = _both_precisions(model, tokens_BS)
+        receipt.equivalence = _equivalence(parent_BSV, dense_pair, moe_pair, receipt.exact)
+        line.advance(note="upcycled model in Megatron")
     receipt.layout = {"tensor": 1, "pipeline": 1, "expert": 1, "data": 1}
     return receipt
 
 
+def _both_precisions(model: torch.nn.Module, tokens_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits in float32 and in float64; afterwards the model's weights are float64."""
+    single_BSV = megatron_logits(model, tokens_BS)
+    return single_BSV, megatron_logits(model.double(), tokens_BS)
+
+
 def _equivalence(
-    parent_BSV: torch.Tensor, same_stack_BSV: torch.Tensor, upcycled_BSV: torch.Tensor, exact: bool
+    parent_BSV: torch.Tensor,
+    dense_pair: tuple[torch.Tensor, torch.Tensor],
+    moe_pair: tuple[torch.Tensor, torch.Tensor],
+    exact: bool,
 ) -> dict[str, Any]:
-    across, within = Comparison.of(parent_BSV, upcycled_BSV), Comparison.of(same_stack_BSV, upcycled_BSV)
+    across, within = Comparison.of(parent_BSV, moe_pair[0]), Comparison.of(dense_pair[1], moe_pair[1])
     return {
         "max_abs_logit_diff": across.max_abs,
         "max_abs_logit_diff_same_stack": within.max_abs,
+        "max_abs_logit_diff_same_stack_float32": Comparison.of(dense_pair[0], moe_pair[0]).max_abs,
+        "parent_float32_rounding": Comparison.of(dense_pair[0].double(), dense_pair[1]).max_abs,
         "mean_abs_logit_diff": across.mean_abs,
         "same_argmax": across.same_argmax,
         "max_abs_logit": float(parent_BSV.abs().max()),
