@@ -81,7 +81,7 @@ def upcycle_into(
 
     Raises:
         SpecError: spec and model disagree. Nothing was written.
-        CheckpointError: a parameter has no source, a source tensor is not used, or shapes disagree; nothing was written.
+        CheckpointError: a parameter has no source, a source tensor is unused, or shapes disagree; nothing was written.
 
     Example:
         >>> with open_dense("hf:///models/Llama-3-8B") as dense:  # doctest: +SKIP

@@ -40,8 +40,8 @@ class Row:
 
     Args:
         role: what it is; an expert's role is the dense role behind `expert_`.
-        megatron: parameter names, inside the layer for what every layer has, else inside the model. More than one where
-            layer specs differ: first Transformer Engine's, then the local spec's.
+        megatron: parameter names, inside the layer for what every layer has, else inside the model. More than one
+            where layer specs differ: first Transformer Engine's, then the local spec's.
         checkpoint: names in a Megatron distributed checkpoint, where they differ (experts are stacked there; the local
             spec saves its norms under Transformer Engine's names).
         hf: Hugging Face names, in the order in which Megatron fuses them.

@@ -42,7 +42,7 @@ class ProgressLine:
         self._done, self._start_s = 0, time.monotonic()
         self._last_line_s = self._start_s
         self._bar: Progress | None = None
-        if enabled and sys.stderr.isatty():
+        if enabled and getattr(sys.stderr, "isatty", bool)():  # NeMo-Run may put a stream without it there
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),

@@ -3,11 +3,12 @@
 # No postponed annotations here and in the recipes, and Optional[...]: NeMo-Run parses values by them.
 
 import copy
+import os
+import sys
 from pathlib import Path
 from typing import Any, Optional
 
 import nemo_run as run
-import typer
 
 from nemo_upcycle.errors import StageError, UpcycleError
 from nemo_upcycle.pipeline.markers import StageFolder
@@ -22,14 +23,15 @@ class PipelineContext(run.cli.RunContext):
 
     def _execute_experiment(self, fn: Any, experiment_args: list[str]) -> None:
         task = self.parse_fn(fn, experiment_args)
-        run.dryrun_fn(task, executor=self.executor)
+        if self.dryrun or not self.skip_confirmation:
+            run.dryrun_fn(task, executor=self.executor)
         if not self._should_continue(self.skip_confirmation or self.dryrun):
             return
         try:
             fn(self, **{name: value for name, value in task.__arguments__.items() if name != "ctx"})
         except UpcycleError as error:
-            typer.echo(f"Error: {error}", err=True)
-            raise typer.Exit(code=2) from None
+            sys.stderr.write(f"Error: {error}\n")
+            raise SystemExit(2) from None  # NeMo-Run turns every Exception into status 1
 
 
 @run.cli.entrypoint(namespace="upcycle", type="experiment", run_ctx_cls=PipelineContext)
@@ -67,8 +69,11 @@ def pipeline(
         plan.write(run_dir)
     with run.Experiment(f"upcycle-{run_dir.name}") as experiment:
         _add_stages(experiment, run_dir, plan, ctx.executor)
-        ctx.launch(experiment, sequential=not _chains(ctx.executor))
-    if not ctx.dryrun and not ctx.detach:
+        if ctx.dryrun:
+            experiment.dryrun()
+            return
+        experiment.run(sequential=not _chains(ctx.executor), detach=ctx.detach, tail_logs=True)
+    if not ctx.detach:
         _check_finished(run_dir)
 
 
@@ -91,10 +96,18 @@ def _executor_for(stage: Stage, plan: RunPlan, executor: Any) -> run.Executor:
     serialised = getattr(plan, stage.name, None) if stage.parallel else None
     nodes, per_node = ranks_of(load_recipe(serialised)) if serialised else (1, 1)
     if executor is None:
+        _put_own_interpreter_first()
         return run.LocalExecutor(ntasks_per_node=per_node, launcher="torchrun" if serialised else None)
     mine = copy.deepcopy(executor)
     mine.nodes, mine.ntasks_per_node = nodes, per_node
     return mine
+
+
+def _put_own_interpreter_first() -> None:
+    """Let NeMo-Run's local jobs find this environment's `python` and `torchrun`, activated or not."""
+    own = str(Path(sys.executable).parent)
+    if os.environ.get("PATH", "").split(os.pathsep)[0] != own:
+        os.environ["PATH"] = os.pathsep.join([own, os.environ.get("PATH", "")])
 
 
 def _check_finished(run_dir: Path) -> None:

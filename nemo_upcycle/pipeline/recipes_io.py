@@ -36,7 +36,13 @@ def check_recipe(recipe: run.Partial) -> None:
     """
     nodes, per_node = ranks_of(recipe)
     check_layout(recipe.trainer.strategy, recipe.model.config, nodes * per_node)
-    fdl.build(recipe.resume.restore_config.spec)
+    if recipe.resume.restore_config.spec:
+        spec_of(recipe)
+
+
+def spec_of(recipe: run.Partial) -> Any:
+    """Return the upcycling spec of a recipe, built (and so checked)."""
+    return fdl.build(recipe.resume.restore_config.spec)
 
 
 def model_config(recipe: run.Partial, *, dense: bool) -> Any:

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from nemo_upcycle.errors import StageError, UpcycleError, problem
 from nemo_upcycle.pipeline.markers import StageFolder
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
-from nemo_upcycle.pipeline.stages import BY_NAME
+from nemo_upcycle.pipeline.stages import BY_NAME, STAGES
 from nemo_upcycle.progress import duration
 
 
@@ -45,8 +45,16 @@ def _show_messages() -> None:
         logger.setLevel(logging.INFO)
 
 
+def _require_earlier(stage: Stage, run_dir: Path) -> None:
+    """Stop the chain where it broke: local executors go on to the next stage whatever became of the one before."""
+    for earlier in STAGES[: STAGES.index(stage)]:
+        if not StageFolder(run_dir, earlier.name).marker.is_file():
+            raise StageError(f"not started: stage '{earlier.name}' has not finished in {run_dir}.")
+
+
 def _run(stage: Stage, run_dir: Path) -> None:
     plan = RunPlan.read(run_dir)
+    _require_earlier(stage, run_dir)
     folder = StageFolder(run_dir, stage.name, stage.after)
     inputs = folder.inputs({name: getattr(plan, name) for name in stage.settings})
     first = int(os.environ.get("RANK", "0")) == 0

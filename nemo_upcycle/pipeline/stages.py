@@ -43,7 +43,7 @@ def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Upcycle once in float32, hold it against the parent, and keep the model of step 0."""
     import torch
 
-    from nemo_upcycle.pipeline.recipes_io import load_recipe, model_config
+    from nemo_upcycle.pipeline.recipes_io import load_recipe, model_config, spec_of
     from nemo_upcycle.training.equivalence import rehearse
 
     recipe = load_recipe(plan.pretrain)
@@ -52,7 +52,7 @@ def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
         model_config(recipe, dense=False),
         model_config(recipe, dense=True),
         dense_folder,
-        recipe.resume.restore_config.spec,
+        spec_of(recipe),
         _sample_tokens(run_dir, dense_folder),
         step0_folder=run_dir / "upcycle" / "hf",
         export_dtype=torch.float32,
@@ -129,9 +129,9 @@ def last_checkpoint(folder: Path) -> Path:
 def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Export the trained models to Hugging Face folders."""
     from nemo_upcycle.export import export_checkpoint
-    from nemo_upcycle.pipeline.recipes_io import load_recipe
+    from nemo_upcycle.pipeline.recipes_io import load_recipe, spec_of
 
-    spec = load_recipe(plan.pretrain).resume.restore_config.spec
+    spec = spec_of(load_recipe(plan.pretrain))
     dense_folder = dense_folder_of(run_dir)
     order = {"top_k": spec.top_k, "router_order": spec.router_order}
     folders = {

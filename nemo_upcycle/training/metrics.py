@@ -6,7 +6,6 @@ Works the same on every layout: each step ends with one small all-reduce in whic
 from __future__ import annotations
 
 import json
-
 import re
 import time
 from pathlib import Path

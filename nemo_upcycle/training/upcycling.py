@@ -7,7 +7,6 @@ run writes open in plain NeMo.
 
 from __future__ import annotations
 
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

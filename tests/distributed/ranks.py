@@ -6,6 +6,7 @@ not the ten seconds of that import. Call `run_ranks` from a test, or under `if _
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import multiprocessing.connection
@@ -54,7 +55,7 @@ def run_ranks(
     variables = _torchrun_variables(world_size)
     pipes, processes = [], []
     for rank in range(world_size):
-        receiver, sender = context.Pipe(duplex=False)
+        receiver, sender = context.Pipe()
         job = (payload, variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, process_group, timeout_s)
         process = context.Process(target=_rank_main, args=(sender, *job))
         process.start()
@@ -64,8 +65,11 @@ def run_ranks(
     try:
         return _collect(pipes, time.monotonic() + timeout_s)
     finally:
+        for pipe in pipes:
+            pipe.close()
         for process in processes:
-            process.kill()  # a rank that has answered has nothing left to do
+            process.join(timeout=5.0)  # time to end what the rank itself has started
+            process.kill()
             process.join()
 
 
@@ -112,10 +116,10 @@ def _rank_main(pipe: Connection, payload: bytes, variables: dict[str, str], grou
         answer = (False, traceback.format_exc())
     sys.stdout.flush()
     sys.stderr.flush()
-    pipe.send_bytes(pickle.dumps(answer))
-    # Stay until the caller ends all ranks together: the first one holds the store that the others may still ask.
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel], timeout=timeout_s)
-    os._exit(0)
+    with contextlib.suppress(BrokenPipeError):  # another rank has failed before this one
+        pipe.send_bytes(pickle.dumps(answer))
+        # Stay until the caller ends all ranks together: the first one holds the store that the others may still ask.
+        multiprocessing.connection.wait([pipe], timeout=timeout_s)
 
 
 def _call(payload: bytes, group: bool, timeout_s: float) -> Any:

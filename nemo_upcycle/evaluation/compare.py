@@ -1,0 +1,175 @@
+"""Two evaluations of the same items: how equal are they, and is one better?
+
+Pure functions on what `evaluate` writes. Every uncertainty here is a jackknife over the items: for a mean it is the
+usual standard error, and it serves perplexities (ratios of sums) just as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from nemo_upcycle.errors import UpcycleError, problem, unknown
+
+
+Score = Any  # a number, or [loglikelihood, units] for a metric that divides sums
+#: Metrics that divide the sum of log-likelihoods (nats) by the sum of words or bytes; every other one is a mean.
+RATIOS = ("word_perplexity", "byte_perplexity", "bits_per_byte")
+_CONFIDENCE = 0.95
+
+
+def statistic(metric: str, scores: Sequence[Score]) -> float:
+    """Return the value of a metric from the scores of its items, by lm-eval's definitions.
+
+    Args:
+        metric: its name, without the task.
+        scores: one entry an item: a pair of log-likelihood and units for the metrics in `RATIOS`, else a number.
+
+    Example:
+        >>> statistic("acc", [1.0, 0.0])
+        0.5
+    """
+    parts = _parts(metric, scores)
+    return _value(metric, sum(part[0] for part in parts), sum(part[1] for part in parts))
+
+
+def leave_one_out(metric: str, scores: Sequence[Score]) -> list[float]:
+    """Return the metric's value without each item in turn; nothing for fewer than two items."""
+    parts = _parts(metric, scores)
+    total, units = (sum(part[place] for part in parts) for place in (0, 1))
+    return [_value(metric, total - one, units - its) for one, its in parts] if len(parts) > 1 else []
+
+
+def jackknife_stderr(left_out: Sequence[float]) -> float | None:
+    """Return the jackknife standard error of a value, from what it is without each item in turn.
+
+    Returns:
+        The standard error, or None with fewer than two items.
+    """
+    items = len(left_out)
+    if items < 2:
+        return None
+    mean = sum(left_out) / items
+    return math.sqrt((items - 1) / items * sum((entry - mean) ** 2 for entry in left_out))
+
+
+def _parts(metric: str, scores: Sequence[Score]) -> list[tuple[float, float]]:
+    return [(score[0], score[1]) if metric in RATIOS else (score, 1) for score in scores]
+
+
+def _value(metric: str, total: float, units: float) -> float:
+    mean = total / units
+    if metric == "bits_per_byte":
+        return -mean / math.log(2)
+    return math.exp(-mean) if metric.endswith("perplexity") else mean
+
+
+def compare_items(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """Compare two evaluations item by item.
+
+    Args:
+        a: the reference, as `evaluate` returns it.
+        b: the other one, of the same items.
+
+    Returns:
+        `items`, `loglikelihoods` (how many were compared), `max_absolute_loglikelihood_difference` (nats),
+        `max_relative_loglikelihood_difference` (of the value in `a`), `largest_at` (task and item id of the latter),
+        `questions` and `changed_answers`: questions whose preferred answer, or any score of it, differs.
+
+    Raises:
+        UpcycleError: the two were not evaluated on the same items.
+    """
+    count = {"items": 0, "loglikelihoods": 0, "questions": 0, "changed_answers": 0}
+    absolute = relative = 0.0
+    largest_at: dict[str, Any] | None = None
+    for task in _same_tasks(a, b):
+        for one, other in _pairs(a, b, task):
+            count["items"] += 1
+            count["questions"] += "answer" in one
+            count["changed_answers"] += "answer" in one and _choices(one) != _choices(other)
+            for x, y in zip(one["loglikelihoods"], other["loglikelihoods"], strict=True):
+                count["loglikelihoods"] += 1
+                absolute = max(absolute, abs(x - y))
+                share = abs(x - y) / abs(x) if x else math.inf if y else 0.0
+                if share > relative or largest_at is None:
+                    relative, largest_at = share, {"task": task, "id": one["id"]}
+    return {
+        **count,
+        "max_absolute_loglikelihood_difference": absolute,
+        "max_relative_loglikelihood_difference": relative,
+        "largest_at": largest_at,
+    }
+
+
+def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str) -> dict[str, Any]:
+    """Return how much better or worse `b` is than `a`, with the uncertainty of the difference itself.
+
+    Both models saw the same items, so what makes an item hard cancels: the paired standard error is far below that of
+    either value.
+
+    Args:
+        a: an evaluation.
+        b: another one, of the same items.
+        metric: a key of `metrics`, for example `heldout_perplexity/bits_per_byte`.
+
+    Returns:
+        `difference` (b minus a), its `stderr`, a 95 % t interval `low` to `high` (None with fewer than two items),
+        `items`, `higher_is_better`, and `significant`: the difference is beyond twice its standard error.
+
+    Raises:
+        UpcycleError: no such metric, or not the same items.
+    """
+    for result in (a, b):
+        if metric not in result["metrics"]:
+            raise UpcycleError(unknown(f"metric of evaluation {result['name']}", metric, result["metrics"]))
+    task, _, name = metric.rpartition("/")
+    pairs = [pair for leaf in a["groups"].get(task, [task]) for pair in _pairs(a, b, leaf)]
+    scores_a, scores_b = ([pair[side]["scores"][name] for pair in pairs] for side in (0, 1))
+    value = statistic(name, scores_b) - statistic(name, scores_a)
+    left_out = zip(leave_one_out(name, scores_a), leave_one_out(name, scores_b), strict=True)
+    stderr = jackknife_stderr([after - before for before, after in left_out])
+    half_width = None if stderr is None else stderr * _t_quantile(len(pairs) - 1)
+    return {
+        "difference": value,
+        "stderr": stderr,
+        "low": None if half_width is None else value - half_width,
+        "high": None if half_width is None else value + half_width,
+        "items": len(pairs),
+        "higher_is_better": a["metrics"][metric]["higher_is_better"],
+        "significant": stderr is not None and abs(value) > 2 * stderr,
+    }
+
+
+def _t_quantile(degrees_of_freedom: int) -> float:
+    from scipy.stats import t
+
+    return float(t.ppf((1 + _CONFIDENCE) / 2, degrees_of_freedom))
+
+
+def _choices(item: dict[str, Any]) -> tuple[Any, ...]:
+    return item["answer"], *item["scores"].values()
+
+
+def _same_tasks(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    if set(a["items"]) != set(b["items"]):
+        raise _different_items(a, b, sorted(b["items"]), sorted(a["items"]))
+    return list(a["items"])
+
+
+def _pairs(a: dict[str, Any], b: dict[str, Any], task: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield the items of a task from both evaluations, in the same order.
+
+    Raises:
+        UpcycleError: an item is in one of them only.
+    """
+    hashes_a, hashes_b = ([item["hash"] for item in result["items"].get(task, [])] for result in (a, b))
+    if hashes_a != hashes_b or not hashes_a:
+        got, expected = (f"{len(hashes)} items of {task}" for hashes in (hashes_b, hashes_a))
+        raise _different_items(a, b, got, f"the same items, {expected}")
+    yield from zip(a["items"][task], b["items"][task], strict=True)
+
+
+def _different_items(a: dict[str, Any], b: dict[str, Any], got: object, expected: object) -> UpcycleError:
+    what = f"evaluation {b['name']} beside {a['name']}"
+    return UpcycleError(problem(what, got=got, expected=expected, fix="evaluate both with the same suite and limit"))

@@ -1,0 +1,119 @@
+"""The model under evaluation: loaded strictly, and wrapped for lm-eval."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from nemo_upcycle.errors import CheckpointError, UpcycleError, problem, unknown
+from nemo_upcycle.progress import ProgressLine
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load_model(folder: Path, dtype: str) -> tuple[Any, Any]:
+    """Load a Hugging Face causal language model and its tokenizer, and check that every tensor found its place.
+
+    A wrong tensor name is only a warning in transformers, and leaves random weights behind.
+
+    Raises:
+        CheckpointError: the folder is not such a model, or a tensor is missing, unexpected or of another shape.
+        UpcycleError: an unknown dtype.
+    """
+    if dtype not in DTYPES:
+        raise UpcycleError(unknown("dtype", dtype, DTYPES))
+    if not (folder / "config.json").is_file():
+        expected = "a Hugging Face folder with config.json, *.safetensors and tokenizer files"
+        raise CheckpointError(
+            problem(f"model {folder}", got="no config.json", expected=expected, fix="check the path")
+        )
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model, info = cast("Any", AutoModelForCausalLM).from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            device_map="auto" if torch.cuda.is_available() else None,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        fix = "export the model again, with the tokenizer files of the dense model"
+        got = f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            problem(f"model {folder}", got=got, expected="a model that transformers can load", fix=fix)
+        ) from error
+    wrong = {kind: sorted(map(str, names))[:5] for kind, names in info.items() if names}
+    if wrong:
+        fix = "export the model again with `nemo-upcycle export`"
+        raise CheckpointError(
+            problem(f"weights of {folder}", got=wrong, expected="every tensor, each with its place", fix=fix)
+        )
+    return model.eval(), tokenizer
+
+
+def wrap_model(model: Any, tokenizer: Any, batch_size: int, label: str) -> Any:
+    """Return lm-eval's wrapper of a loaded model, with this package's progress report.
+
+    Args:
+        model: what `load_model` gave.
+        tokenizer: likewise.
+        batch_size: sequences in one forward pass.
+        label: what the progress report calls the model.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    class ReportingHFLM(HFLM):
+        add_bos_token: bool | None
+        _line: ProgressLine | None = None
+
+        @contextmanager
+        def _reporting(self, what: str, passes: int) -> Iterator[None]:
+            with ProgressLine(f"{label}: {what}", total=passes) as self._line:
+                yield
+            self._line = None
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            # lm-eval puts the first token there itself: a tokenizer that adds one too would have it predicted.
+            kept, self.add_bos_token = self.add_bos_token, False
+            try:
+                with self._reporting("held-out text", len(requests)):
+                    return super().loglikelihood_rolling(requests, disable_tqdm=True)
+            finally:
+                self.add_bos_token = kept
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
+            if self._line:  # a batch of held-out text
+                return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+            # Answers of a question that differ in their last token only share one forward pass.
+            passes = {(*context, *continuation[:-1]) for _, context, continuation in requests}
+            with self._reporting("questions", len(passes)):
+                return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+            logits = super()._model_call(inps, *args, **kwargs)
+            if self._line:
+                self._line.advance(len(inps))
+            return logits
+
+    with quiet("lm_eval"):
+        return ReportingHFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+@contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Show only the errors of a library's logger, for advice that does not apply here."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

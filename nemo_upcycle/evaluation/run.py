@@ -1,0 +1,202 @@
+"""Evaluate one Hugging Face folder with lm-eval and keep every item's log-likelihoods."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.errors import UpcycleError, problem, unknown
+from nemo_upcycle.evaluation.compare import RATIOS, jackknife_stderr, leave_one_out
+from nemo_upcycle.evaluation.model import load_model, quiet, wrap_model
+from nemo_upcycle.evaluation.suite import SuiteConfig, data_files
+from nemo_upcycle.files import MARKER, is_complete, read_json, sha256_file, write_json
+from nemo_upcycle.package_info import __version__
+
+
+#: Draws for the few hub metrics that only a bootstrap can give a standard error; means have a closed form.
+_BOOTSTRAP_DRAWS = 1000
+
+
+def evaluate(
+    model_folder: Path,
+    suite: Path | Mapping[str, Sequence[int]],
+    output: Path,
+    *,
+    name: str,
+    dtype: str = "float32",
+    batch_size: int | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Evaluate a model and write `<output>/<name>.json`.
+
+    Args:
+        model_folder: a Hugging Face folder with safetensors weights and a tokenizer.
+        suite: the folder `build_suite` wrote, or lm-eval task names with the numbers of few-shot examples
+            (`{"mmlu": [0, 5]}`). A local suite fetches nothing; lm-eval's own tasks come from the hub.
+        output: folder for the result.
+        name: what to call the model in the report, for example `dense`.
+        dtype: of the weights and the computation: `float32`, `bfloat16` or `float16`.
+        batch_size: sequences in one forward pass; the suite's own (else 8) when None.
+        limit: take only the first items of each task, for a quick look.
+
+    Returns:
+        What was written: `metrics` (`task/metric` -> `value`, `stderr`, `higher_is_better`), `items` (task -> an entry
+        for each item: `id`, `hash`, `loglikelihoods` in nats, `scores`, and `answer` for a question), `groups` (task
+        groups -> their tasks), and what it was measured with.
+
+    Raises:
+        CheckpointError: the folder is not a model, or its weights do not fit it exactly.
+        UpcycleError: the suite is incomplete, or lm-eval does not know a task.
+
+    Example:
+        >>> evaluate(Path("models/dense"), Path("runs/suite"), Path("runs/evaluation"), name="dense")  # doctest: +SKIP
+    """
+    start_s = time.monotonic()
+    described = _suite(suite)
+    config = described["config"]
+    folder = suite if isinstance(suite, Path) and config["local"] else None
+    batch_size = batch_size or config["batch_size"]
+    with _offline(folder is not None):
+        model, tokenizer = load_model(model_folder, dtype)
+        loaded_s = time.monotonic()
+        lm = wrap_model(model, tokenizer, batch_size, name)
+        merged: dict[str, Any] = {"metrics": {}, "items": {}, "groups": {}}
+        for shots, names in _by_shots(config["tasks"]).items():
+            found = _run(lm, names, folder, shots, limit)
+            for part, values in _extract(found, f"_{shots}shot" if shots else "").items():
+                merged[part].update(values)
+    result = {
+        "name": name,
+        "model": {
+            "folder": str(model_folder),
+            "class": type(model).__name__,
+            "parameters": model.num_parameters(),
+            "config_sha256": sha256_file(model_folder / "config.json"),
+        },
+        "suite": described,
+        "settings": {"dtype": dtype, "device": str(model.device), "batch_size": batch_size, "limit": limit},
+        "versions": _versions(),
+        "seconds": {"load": loaded_s - start_s, "total": time.monotonic() - start_s},
+        **merged,
+    }
+    write_json(output / f"{name}.json", result)
+    return result
+
+
+def _run(lm: Any, tasks: list[str], folder: Path | None, shots: int, limit: int | None) -> dict[str, Any]:
+    """Run lm-eval on some tasks with one number of few-shot examples."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    # Indexing lm-eval's own thousands of task files takes long; a local suite needs none of them.
+    manager = TaskManager(include_defaults=folder is None)
+    if folder is None:
+        for task in tasks:
+            if task not in manager.all_tasks:
+                raise UpcycleError(unknown("lm-eval task", task, manager.all_tasks))
+    with quiet("lm_eval"):
+        return simple_evaluate(
+            model=lm,
+            tasks=tasks if folder is None else [_local_task(folder, task) for task in tasks],
+            num_fewshot=shots or None,
+            limit=limit,
+            bootstrap_iters=_BOOTSTRAP_DRAWS,
+            task_manager=manager,
+            log_samples=True,
+        )
+
+
+def _local_task(folder: Path, task: str) -> dict[str, Any]:
+    """Return the definition of a suite's task, with its data where the folder lies now."""
+    import yaml
+
+    definition = yaml.safe_load((folder / f"{task}.yaml").read_text(encoding="utf-8"))
+    return {**definition, "dataset_kwargs": data_files(folder, task)}
+
+
+def _extract(found: dict[str, Any], suffix: str) -> dict[str, dict[str, Any]]:
+    """Turn lm-eval's results into `metrics`, `items` and `groups`; `suffix` ends every task's name."""
+    items = {task: [_item(sample) for sample in samples] for task, samples in found["samples"].items()}
+    metrics: dict[str, Any] = {}
+    for task, values in found["results"].items():
+        for key, value in values.items():
+            metric, comma, _ = key.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            stderr = values.get(key.replace(",", "_stderr,", 1))
+            if metric in RATIOS and task in items:  # lm-eval has none for the perplexity of whole texts
+                scores = [item["scores"][metric] for item in items[task]]
+                stderr = jackknife_stderr(leave_one_out(metric, scores))
+            metrics[f"{task}{suffix}/{metric}"] = {
+                "value": value,
+                "stderr": stderr if isinstance(stderr, float) else None,
+                "higher_is_better": found["higher_is_better"].get(task, {}).get(metric),
+            }
+    children = found.get("group_subtasks", {})
+    groups = {task: _leaves(task, children) for task, below in children.items() if below}
+    return {
+        "metrics": metrics,
+        "items": {f"{task}{suffix}": entries for task, entries in items.items()},
+        "groups": {f"{task}{suffix}": [f"{leaf}{suffix}" for leaf in leaves] for task, leaves in groups.items()},
+    }
+
+
+def _item(sample: dict[str, Any]) -> dict[str, Any]:
+    """Return what is kept of one of lm-eval's samples."""
+    responses = [entry if isinstance(entry, (list, tuple)) else (entry,) for entry in sample["filtered_resps"]]
+    likelihoods = [float(first) for first, *_ in responses if isinstance(first, (int, float))]
+    item: dict[str, Any] = {"id": sample["doc_id"], "hash": sample["doc_hash"], "loglikelihoods": likelihoods}
+    if len(likelihoods) > 1:
+        item["answer"] = likelihoods.index(max(likelihoods))
+    item["scores"] = {metric: sample[metric] for metric in sample["metrics"]}
+    return item
+
+
+def _leaves(task: str, children: Mapping[str, Sequence[str]]) -> list[str]:
+    below = children.get(task)
+    return [leaf for child in below for leaf in _leaves(child, children)] if below else [task]
+
+
+def _by_shots(tasks: Mapping[str, Sequence[int]]) -> dict[int, list[str]]:
+    grouped = defaultdict(list)
+    for task, numbers in tasks.items():
+        for shots in numbers:
+            grouped[shots].append(task)
+    return dict(sorted(grouped.items()))
+
+
+def _suite(suite: Path | Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Return what `build_suite` noted of a suite, or the same of task names."""
+    if not isinstance(suite, Path):
+        tasks = {task: list(shots) for task, shots in suite.items()}
+        return {"config": dataclasses.asdict(SuiteConfig(tasks=tasks, local=False)), "tasks": {}}
+    if not is_complete(suite):
+        expected = "a folder that build_suite finished"
+        raise UpcycleError(problem(f"suite {suite}", got=f"no {MARKER}", expected=expected, fix="build the suite"))
+    return read_json(suite / MARKER)
+
+
+@contextmanager
+def _offline(wanted: bool) -> Iterator[None]:
+    """Keep the Hugging Face libraries from asking the network, as far as they have not been imported yet."""
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if wanted else ()
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("lm_eval", "transformers", "torch")}
+    return {"nemo_upcycle": __version__, "python": platform.python_version(), **packages}

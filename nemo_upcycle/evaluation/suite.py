@@ -1,0 +1,250 @@
+"""A suite: a folder with lm-eval tasks and their data, built from local questions and held-out documents.
+
+Every task is a YAML file of lm-eval's own kind beside a JSON lines file, so that
+`lm_eval --include_path FOLDER --tasks mmlu_letter ...` runs the same suite without this package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, cast
+
+from nemo_upcycle.errors import UpcycleError, problem, unknown
+from nemo_upcycle.files import MARKER, output_folder, sha256_file, write_json
+
+
+@dataclass
+class QuestionsConfig:
+    """Which multiple-choice questions to take; None is no limit."""
+
+    per_subject: int | None = None
+    total: int | None = None
+    max_characters: int | None = None
+
+
+@dataclass
+class HeldoutConfig:
+    """How held-out documents are cut, and how many windows are taken; None is all."""
+
+    window_bytes: int = 4096
+    windows: int | None = None
+
+
+@dataclass
+class SuiteConfig:
+    """What to evaluate; `conf/evaluation/demo.yaml` explains every key."""
+
+    tasks: dict[str, list[int]]
+    local: bool = True
+    seed: int = 1234
+    questions: QuestionsConfig = field(default_factory=QuestionsConfig)
+    heldout: HeldoutConfig = field(default_factory=HeldoutConfig)
+    batch_size: int = 8
+
+
+#: The tasks that can be built locally: what lm-eval reads for each, without the name and the place of the data.
+#: The prompts are those of lm-eval's `mmlu` (letters) and of its cloze variant (answers).
+LOCAL_TASKS: dict[str, dict[str, Any]] = {
+    "mmlu_letter": {
+        "output_type": "multiple_choice",
+        "description": "The following are multiple choice questions (with answers) about"
+        " {{subject.replace('_', ' ')}}.\n\n",
+        "doc_to_text": "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\n"
+        "D. {{choices[3]}}\nAnswer:",
+        "doc_to_choice": ["A", "B", "C", "D"],
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    },
+    "mmlu_answer": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{question.strip()}}\nAnswer:",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [
+            {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")
+        ],
+    },
+    "heldout_perplexity": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "text",
+        "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
+    },
+}
+
+
+def read_suite_config(name: str | Path) -> SuiteConfig:
+    """Read a suite configuration.
+
+    Args:
+        name: one of the package's own (`demo`, `full`, `paper`), or the path of a YAML file.
+
+    Raises:
+        UpcycleError: there is no such configuration, or it has an unknown key, task or a value of the wrong type.
+
+    Example:
+        >>> read_suite_config("demo").heldout.window_bytes
+        1024
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    folder = Path(str(resources.files("nemo_upcycle.conf"))) / "evaluation"
+    path = Path(name) if Path(name).suffix in {".yaml", ".yml"} else folder / f"{name}.yaml"
+    if not path.is_file():
+        raise UpcycleError(unknown("evaluation suite", str(name), [entry.stem for entry in folder.glob("*.yaml")]))
+    try:
+        loaded = OmegaConf.load(path)
+        _check_keys(str(path), OmegaConf.to_container(loaded), SuiteConfig)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SuiteConfig), loaded))
+    except (OmegaConfBaseException, YAMLError, TypeError) as error:
+        fix = "see the comments in conf/evaluation/demo.yaml"
+        got = " ".join(str(error).split())  # OmegaConf writes three lines
+        raise UpcycleError(problem(str(path), got=got, expected="a suite configuration", fix=fix)) from None
+    return _checked(str(path), cast("SuiteConfig", config))
+
+
+def _checked(where: str, config: SuiteConfig) -> SuiteConfig:
+    for task, shots in config.tasks.items() if config.local else ():
+        if task not in LOCAL_TASKS:
+            raise UpcycleError(unknown(f"{where}: local task", task, LOCAL_TASKS))
+        if shots != [0]:
+            fix = "write [0]: local questions have no development split to take examples from"
+            raise UpcycleError(problem(f"{where}: tasks.{task}", got=shots, expected="[0]", fix=fix))
+    return config
+
+
+def _check_keys(where: str, values: Any, schema: type) -> None:
+    """Refuse a key that `schema` lacks; OmegaConf refuses it too, but without the closest match."""
+    nested = {"questions": QuestionsConfig, "heldout": HeldoutConfig}
+    names = [entry.name for entry in dataclasses.fields(schema)]
+    for key, value in values.items() if isinstance(values, dict) else ():
+        if key not in names:
+            raise UpcycleError(unknown(f"{where}: key", str(key), names))
+        if key in nested:
+            _check_keys(f"{where}: {key}", value, nested[key])
+
+
+def build_suite(
+    questions: Iterable[dict[str, Any]],
+    heldout_documents: Iterable[tuple[str, str]],
+    output: Path,
+    config: SuiteConfig,
+) -> Path:
+    """Write the folder of a suite, which `evaluate` reads.
+
+    Args:
+        questions: dicts with `question`, `choices` (four texts), `answer` (0 to 3) and `subject`.
+        heldout_documents: id and text of whole documents that no training step saw.
+        output: the folder to write; an earlier one is replaced.
+        config: what to take. With `local: false` the folder only names lm-eval's own tasks, and neither questions nor
+            documents are used.
+
+    Returns:
+        `output`.
+
+    Raises:
+        UpcycleError: a local task is left without an item.
+    """
+    described: dict[str, Any] = {"config": dataclasses.asdict(config), "tasks": {}}
+    with output_folder(output) as folder:
+        if config.local:
+            chosen = choose_questions(questions, config.questions, config.seed)
+            windows = choose_windows(heldout_documents, config.heldout, config.seed)
+            for task in config.tasks:
+                rows = windows if LOCAL_TASKS[task]["doc_to_target"] == "text" else chosen
+                _write_task(folder, output, task, rows)
+                described["tasks"][task] = {"items": len(rows), "sha256": sha256_file(folder / f"{task}.jsonl")}
+        write_json(folder / MARKER, described)
+    return output
+
+
+def _write_task(folder: Path, final: Path, task: str, rows: Sequence[Any]) -> None:
+    """Write `TASK.yaml` and `TASK.jsonl` into `folder`, which will be renamed to `final`."""
+    import yaml
+
+    if not rows:
+        fix = "give more data, or raise the limits of the configuration"
+        raise UpcycleError(problem(f"suite, task {task}", got="no item", expected="at least one", fix=fix))
+    with (folder / f"{task}.jsonl").open("w", encoding="utf-8") as handle:
+        handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    definition = {
+        "task": task,
+        "dataset_path": "json",
+        "dataset_kwargs": data_files(final, task),
+        "test_split": "test",
+        **LOCAL_TASKS[task],
+        "metadata": {"version": 1.0},
+    }
+    (folder / f"{task}.yaml").write_text(yaml.safe_dump(definition, sort_keys=False, width=1000), encoding="utf-8")
+
+
+def data_files(suite: Path, task: str) -> dict[str, Any]:
+    """Return lm-eval's `dataset_kwargs` for a task of a suite: its data, by absolute path."""
+    return {"data_files": {"test": str(suite.absolute() / f"{task}.jsonl")}}
+
+
+def choose_questions(questions: Iterable[dict[str, Any]], config: QuestionsConfig, seed: int) -> list[dict[str, Any]]:
+    """Return the questions a configuration asks for, by subject; the order of the input does not matter.
+
+    A question with an empty answer is left out: its length cannot normalise anything.
+    """
+    by_subject: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
+    for question in questions:
+        texts = [question["question"], *question["choices"]]
+        fits = config.max_characters is None or sum(map(len, texts)) <= config.max_characters
+        if fits and all(text.strip() for text in texts):
+            by_subject[question["subject"]].append((_rank(seed, *texts), question))
+    ranked = [entry for group in by_subject.values() for entry in _first(group, config.per_subject)]
+    taken = [question for _, question in _first(ranked, config.total)]
+    return sorted(taken, key=lambda question: question["subject"])
+
+
+def choose_windows(documents: Iterable[tuple[str, str]], config: HeldoutConfig, seed: int) -> list[dict[str, Any]]:
+    """Return the windows a configuration asks for, by document and place.
+
+    Returns:
+        Dicts with `document` (its id), `window` (its number in the document) and `text`.
+    """
+    windows: list[dict[str, Any]] = [
+        {"document": document, "window": place, "text": text}
+        for document, whole in documents
+        for place, text in enumerate(cut_windows(whole, config.window_bytes))
+    ]
+    ranked = [(_rank(seed, entry["text"]), entry) for entry in windows]
+    taken = [entry for _, entry in _first(ranked, config.windows)]
+    return sorted(taken, key=lambda entry: (entry["document"], entry["window"]))
+
+
+def cut_windows(text: str, window_bytes: int) -> list[str]:
+    """Cut a text at blanks into windows of at most `window_bytes` bytes of UTF-8; a longer word stands alone.
+
+    Example:
+        >>> cut_windows("one two three", 8)
+        ['one two', 'three']
+    """
+    windows: list[str] = []
+    for word in re.findall(r"\s*\S+", text):
+        if windows and len((windows[-1] + word).encode()) <= window_bytes:
+            windows[-1] += word
+        else:
+            windows.append(word.lstrip())
+    return windows
+
+
+def _first(ranked: list[tuple[str, Any]], count: int | None) -> list[tuple[str, Any]]:
+    return sorted(ranked, key=lambda entry: entry[0])[:count]
+
+
+def _rank(seed: int, *texts: str) -> str:
+    """Return a hash that orders items at random, but the same way everywhere."""
+    return hashlib.sha256("\0".join([str(seed), *texts]).encode()).hexdigest()

@@ -1,0 +1,68 @@
+"""Markdown and number formats of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table: the first column to the left, the others to the right.
+
+    Example:
+        >>> print(table(["stage", "s"], [["import", "3"]]))
+        | stage | s |
+        |---|---:|
+        | import | 3 |
+    """
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    lines = [f"| {' | '.join(header)} |", f"|{'|'.join(rule)}|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Return a number with some significant digits, or a dash.
+
+    Example:
+        >>> number(0.000012345), number(1234567.0, 3), number(None)
+        ('1.234e-05', '1.23e+06', '-')
+    """
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def with_error(value: float | None, stderr: float | None) -> str:
+    """Return a value with its standard error, to the decimal place that the error leaves meaningful.
+
+    Example:
+        >>> with_error(1.12345, 0.0288), with_error(0.35, 0.0), with_error(12.0, None)
+        ('1.123 ± 0.029', '0.35 ± 0', '12')
+    """
+    if value is None or not stderr:
+        return f"{number(value)} ± 0" if value is not None and stderr == 0 else number(value)
+    decimals = max(0, 1 - _exponent(stderr))
+    if decimals > 6:
+        return f"{number(value)} ± {number(stderr, 2)}"
+    return f"{value:.{decimals}f} ± {stderr:.{decimals}f}"
+
+
+def _exponent(value: float) -> int:
+    return int(f"{value:e}".partition("e")[2])
+
+
+def millions(count: float) -> str:
+    """Return a count in millions or billions.
+
+    Example:
+        >>> millions(134515008), millions(8030261248)
+        ('134.5M', '8.03B')
+    """
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+
+
+def size(count_bytes: float) -> str:
+    """Return bytes as GiB or MiB.
+
+    Example:
+        >>> size(269030016), size(1384073856)
+        ('256.6 MiB', '1.29 GiB')
+    """
+    return f"{count_bytes / 2**30:.2f} GiB" if count_bytes >= 2**30 else f"{count_bytes / 2**20:.1f} MiB"

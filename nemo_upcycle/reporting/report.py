@@ -1,0 +1,63 @@
+"""`write_report`: a run's folder becomes report.md, results.json and two figures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.files import write_json
+from nemo_upcycle.reporting import sections
+from nemo_upcycle.reporting.environment import describe_environment
+from nemo_upcycle.reporting.figures import draw_expert_load, draw_losses
+from nemo_upcycle.reporting.results import collect_results
+from nemo_upcycle.reporting.run_folder import read_run
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.md`, `results.json`, `loss.png` and `experts.png` into a run's folder.
+
+    Args:
+        run_dir: the folder, with the results of the stages upcycle, pretrain, dense_ct (may be left out) and evaluate.
+
+    Returns:
+        The path of `report.md`, which is written last.
+
+    Raises:
+        UpcycleError: an input is missing or damaged; the message names the stage that writes it.
+
+    Example:
+        >>> write_report(Path("runs/demo"))  # doctest: +SKIP
+        PosixPath('runs/demo/report.md')
+    """
+    run = read_run(run_dir)
+    results = collect_results(run, describe_environment())
+    draw_losses(run.curves, run_dir / "loss.png")
+    draw_expert_load(run.curves["pretrain"], run_dir / "experts.png")
+    write_json(run_dir / "results.json", results)
+    target = run_dir / "report.md"
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
+    aside.write_text(compose(results, run_dir), encoding="utf-8")
+    aside.replace(target)
+    return target
+
+
+def compose(results: dict[str, Any], run_dir: Path) -> str:
+    """Return the text of the report.
+
+    Args:
+        results: what `collect_results` returned.
+        run_dir: the run's folder, for its name and the commands.
+    """
+    parts = [
+        f"# {run_dir.resolve().name}",
+        sections.summary(results),
+        sections.evaluation(results),
+        sections.step_zero(results),
+        sections.training(results),
+        sections.expert_load(results),
+        sections.receipt(results),
+        sections.setting(results),
+        sections.next_steps(results, run_dir),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"

@@ -1,0 +1,134 @@
+"""The numbers of a report, computed once: `results.json` holds them, `report.md` prints them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+from nemo_upcycle.evaluation.compare import compare_items, paired_difference
+from nemo_upcycle.reporting.run_folder import Curve, RunRecord
+
+
+#: Which models are compared: the second against the first.
+PAIRS = (("dense_ct", "trained"), ("dense", "trained"), ("dense", "dense_ct"))
+_LOGIT_KEYS = (
+    "max_abs_logit_diff",
+    "max_abs_logit_diff_same_stack",
+    "mean_abs_logit_diff",
+    "same_argmax",
+    "max_abs_logit",
+    "tokens_compared",
+    "tolerance",
+    "tolerance_same_stack",
+    "within_tolerance",
+)
+
+
+def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, Any]:
+    """Return every number of the report.
+
+    Args:
+        run: what `read_run` read.
+        environment: what `describe_environment` found.
+
+    Returns:
+        `evaluation` (model -> metric -> value, stderr), `step0` (parent against step 0, item by item, and `logits`
+        from the receipt), `paired` (`B_minus_A` -> metric -> difference; groups of tasks stand for their tasks),
+        `training` (stage -> first and last losses, tokens, seconds, expert load), `receipt` and `online_receipt`
+        (without the list of parameters), `evaluation_settings`, `stage_seconds` and `environment`.
+
+    Raises:
+        UpcycleError: two models were evaluated on different items.
+    """
+    evaluations = run.evaluations
+    return {
+        "evaluation": {
+            name: {
+                metric: {"value": entry["value"], "stderr": entry["stderr"]}
+                for metric, entry in evaluation["metrics"].items()
+            }
+            for name, evaluation in evaluations.items()
+        },
+        "step0": {
+            **compare_items(evaluations["dense"], evaluations["step0"]),
+            "logits": {key: run.receipt[key] for key in _LOGIT_KEYS if key in run.receipt},
+        },
+        "paired": {
+            f"{b}_minus_{a}": {
+                metric: paired_difference(evaluations[a], evaluations[b], metric)
+                for metric in _main_metrics(evaluations[a])
+            }
+            for a, b in PAIRS
+            if a in evaluations and b in evaluations
+        },
+        "training": {stage: summarise_curve(curve) for stage, curve in run.curves.items()},
+        "receipt": _receipt(run.receipt),
+        "online_receipt": _receipt(run.online_receipt) if run.online_receipt else None,
+        "evaluation_settings": {
+            name: {key: evaluation[key] for key in ("settings", "versions", "seconds", "model")}
+            for name, evaluation in evaluations.items()
+        },
+        "stage_seconds": run.stage_seconds,
+        "environment": environment,
+    }
+
+
+def _main_metrics(evaluation: dict[str, Any]) -> list[str]:
+    """Return the metrics of an evaluation, without those of tasks that a group sums up."""
+    grouped = {leaf for leaves in evaluation["groups"].values() for leaf in leaves}
+    return [metric for metric in evaluation["metrics"] if metric.rpartition("/")[0] not in grouped]
+
+
+def summarise_curve(curve: Curve) -> dict[str, Any]:
+    """Return where a training stage began and ended."""
+    first, last = curve.steps[0], curve.steps[-1]
+    seconds = sum(line["seconds"] for line in curve.steps)
+    done_tokens = last["tokens"] - first["tokens"] + first["tokens"] // first["step"]
+    summary = {
+        "steps": last["step"],
+        "tokens": last["tokens"],
+        "seconds": seconds,
+        "tokens_per_s": done_tokens / seconds if seconds else None,
+        "first_loss": first["loss"],
+        "last_loss": last["loss"],
+        "first_validation_loss": curve.validation[0][1] if curve.validation else None,
+        "last_validation_loss": curve.validation[-1][1] if curve.validation else None,
+    }
+    if loads := [line["expert_load"] for line in curve.steps if line.get("expert_load")]:
+        summary["expert_load"] = {"first": summarise_load(loads[0]), "last": summarise_load(loads[-1])}
+    return summary
+
+
+def summarise_load(load_LE: list[list[float]]) -> dict[str, float]:
+    """Summarise the experts' shares of the token slots of every layer.
+
+    Args:
+        load_LE: [layers][experts]; a row of zeros is a layer without experts.
+
+    Returns:
+        `balanced` (1/E), `min` and `max` over all layers and experts, and `cv`: the standard deviation over the mean
+        within a layer, averaged over the layers (0 is perfect balance).
+    """
+    rows = [row for row in load_LE if any(row)]
+    experts = len(rows[0])
+    spreads = []
+    for row in rows:
+        mean = sum(row) / experts
+        spreads.append(math.sqrt(sum((share - mean) ** 2 for share in row) / experts) / mean)
+    return {
+        "balanced": 1 / experts,
+        "min": min(map(min, rows)),
+        "max": max(map(max, rows)),
+        "cv": sum(spreads) / len(spreads),
+    }
+
+
+def _receipt(receipt: dict[str, Any]) -> dict[str, Any]:
+    """Return a receipt with its list of parameters counted: by what made them, and by type."""
+    parameters = receipt.get("parameters", [])
+    return {
+        **{key: value for key, value in receipt.items() if key != "parameters"},
+        "parameters_made_by": dict(Counter(entry["made_by"] for entry in parameters)),
+        "parameter_dtypes": dict(Counter(entry["dtype"] for entry in parameters)),
+    }

@@ -1,0 +1,124 @@
+"""What a report needs from a run's folder, read and checked in one place."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.errors import UpcycleError, problem
+from nemo_upcycle.files import MARKER, read_json
+
+
+#: The models that are evaluated, in the order of the report, and what each is called there.
+MODELS = {
+    "dense": "dense parent",
+    "step0": "upcycled, step 0",
+    "trained": "upcycled, trained",
+    "dense_ct": "dense twin, trained",
+}
+#: The stages whose wall time is reported, in order.
+STAGES = ("import", "upcycle", "pretrain", "dense_ct", "export", "evaluate", "report")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The metrics of one training stage.
+
+    Attributes:
+        steps: one entry a training step, as the stage wrote it, in order.
+        validation: tokens seen and validation loss, in order.
+    """
+
+    steps: list[dict[str, Any]]
+    validation: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The inputs of a report.
+
+    Attributes:
+        folder: of the run.
+        receipt: of the rehearsal on one rank, with the step-0 comparison of logits.
+        online_receipt: of the upcycling inside the training job; None where that left none.
+        curves: of `pretrain` and, unless it was left out, `dense_ct`.
+        evaluations: by the names in `MODELS`; `dense_ct` may be left out.
+        stage_seconds: wall time of the stages that finished.
+    """
+
+    folder: Path
+    receipt: dict[str, Any]
+    online_receipt: dict[str, Any] | None
+    curves: dict[str, Curve]
+    evaluations: dict[str, dict[str, Any]]
+    stage_seconds: dict[str, float]
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read the folder of a run.
+
+    Raises:
+        UpcycleError: a file is missing or damaged; the message names the stage that writes it.
+    """
+    markers = {stage: read_json(path) for stage in STAGES if (path := folder / stage / MARKER).is_file()}
+    no_twin = markers.get("dense_ct", {}).get("outputs", {}).get("left_out", False)
+    online = folder / "pretrain" / "receipt.json"
+    return RunRecord(
+        folder=folder,
+        receipt=read_json(_made_by("upcycle", folder / "receipt.json")),
+        online_receipt=read_json(online) if online.is_file() else None,
+        curves={
+            stage: read_curve(_made_by(stage, folder / stage / "metrics.jsonl"))
+            for stage in ("pretrain", "dense_ct")
+            if not (no_twin and stage == "dense_ct")
+        },
+        evaluations={
+            name: read_json(_made_by("evaluate", folder / "evaluation" / f"{name}.json"))
+            for name in MODELS
+            if not (no_twin and name == "dense_ct")
+        },
+        stage_seconds={stage: marker["seconds"] for stage, marker in markers.items() if "seconds" in marker},
+    )
+
+
+def read_curve(path: Path) -> Curve:
+    """Read the `metrics.jsonl` of a training stage.
+
+    Validation losses stand in the line of their step or in a line of their own, which then has no token count.
+
+    Raises:
+        UpcycleError: a line is not JSON, or there is no training step.
+    """
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            fix = f"delete the line, or run stage '{path.parent.name}' again"
+            raise UpcycleError(problem(f"{path}:{number}", got=error, expected="one JSON object", fix=fix)) from None
+    steps = [line for line in lines if line.get("loss") is not None]
+    if not steps:
+        fix = f"run stage '{path.parent.name}' again"
+        raise UpcycleError(problem(str(path), got="no step with a loss", expected="at least one", fix=fix))
+    step_tokens = steps[0]["tokens"] // steps[0]["step"]
+    validation = [
+        (line.get("tokens", line["step"] * step_tokens), line["validation_loss"])
+        for line in lines
+        if line.get("validation_loss") is not None
+    ]
+    return Curve(steps, validation)
+
+
+def _made_by(stage: str, path: Path) -> Path:
+    if not path.is_file():
+        raise UpcycleError(
+            problem(
+                str(path),
+                got="no such file",
+                expected=f"what stage '{stage}' writes",
+                fix=f"run the pipeline again with the same dir: it goes on with stage '{stage}'",
+            )
+        )
+    return path

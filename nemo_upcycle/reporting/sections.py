@@ -1,0 +1,271 @@
+"""The sections of report.md, each a function of the results; each names the files its numbers come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.progress import duration
+from nemo_upcycle.reporting.markdown import millions, number, size, table, with_error
+from nemo_upcycle.reporting.results import PAIRS
+from nemo_upcycle.reporting.run_folder import MODELS
+
+
+#: The metric of the first paragraph: by far the most sensitive one of the local suites.
+_HEADLINE = "heldout_perplexity/bits_per_byte"
+_TRAINED = {"pretrain": "trained", "dense_ct": "dense_ct"}
+
+
+def summary(results: dict[str, Any]) -> str:
+    """Return the result in one paragraph."""
+    receipt, step0, done = results["receipt"], results["step0"], results["training"]["pretrain"]
+    spec = receipt["spec"]
+    metric = _headline(results)
+    values = {name: with_error(**found[metric]) for name, found in results["evaluation"].items()}
+    text = (
+        f"A dense model of {millions(receipt['dense_params'])} parameters became one of {spec['num_experts']} experts,"
+        f" top-{spec['top_k']}: {millions(receipt['total_params'])} parameters, {millions(receipt['active_params'])}"
+        f" of them active for a token. Before training {step0['changed_answers']} of {step0['questions']} answers"
+        " differed from its parent's, and no log-likelihood by more than"
+        f" {number(step0['max_relative_loglikelihood_difference'], 2)} of its value."
+        f" After {done['steps']} steps on {done['tokens']:,} tokens {_label(metric)} is {values['trained']}; it was"
+        f" {values['dense']} for the parent."
+    )
+    return text + _against_twin(results, metric, values) if "dense_ct" in values else text
+
+
+def _against_twin(results: dict[str, Any], metric: str, values: dict[str, str]) -> str:
+    twin, found = results["training"]["dense_ct"], results["paired"]["trained_minus_dense_ct"][metric]
+    return (
+        f" The dense twin, after {twin['tokens']:,} tokens, has {values['dense_ct']}. The upcycled model differs from"
+        f" the twin by {_signed(found)}, paired over {found['items']} items:"
+        f" {verdict(found, 'the twin', 'the upcycled model')}. {_compute_note(results)}"
+    )
+
+
+def _compute_note(results: dict[str, Any]) -> str:
+    """Say how fair the comparison with the twin is."""
+    receipt, training = results["receipt"], results["training"]
+    tokens = [training[stage]["tokens"] for stage in ("pretrain", "dense_ct")]
+    share = receipt["active_params"] / receipt["dense_params"]
+    same = "Both saw equally many tokens" if tokens[0] == tokens[1] else "They did not see equally many tokens"
+    return f"{same}; for each, the upcycled model computes with {share:.2f} times the parameters."
+
+
+def _headline(results: dict[str, Any]) -> str:
+    metrics = results["evaluation"]["dense"]
+    return _HEADLINE if _HEADLINE in metrics else next(iter(metrics))
+
+
+def verdict(found: dict[str, Any], a: str, b: str) -> str:
+    """Say who is better: only a difference beyond twice its paired standard error counts."""
+    if found["stderr"] is None or found["higher_is_better"] is None:
+        return "not judged"
+    if not found["significant"]:
+        return "no difference beyond twice its standard error"
+    return f"{b if (found['difference'] > 0) == found['higher_is_better'] else a} is better"
+
+
+def _signed(found: dict[str, Any]) -> str:
+    text = with_error(found["difference"], found["stderr"])
+    return f"+{text}" if found["difference"] > 0 else text
+
+
+def _label(metric: str) -> str:
+    task, _, name = metric.rpartition("/")
+    return f"{name.replace('_', ' ')} ({task})"
+
+
+def evaluation(results: dict[str, Any]) -> str:
+    """Return the values of all models, and who is better than whom."""
+    models = {name: title for name, title in MODELS.items() if name in results["evaluation"]}
+    metrics = next(iter(results["paired"].values()))
+    values = [
+        [_label(metric), *(with_error(**results["evaluation"][name][metric]) for name in models)] for metric in metrics
+    ]
+    parts = [
+        "## Evaluation",
+        table(["metric", *models.values()], values),
+        "Value ± standard error over the items. Perplexities and bits per byte: lower is better; accuracies: higher.",
+        "Differences on the same items, second model minus first, with their paired standard errors:",
+    ]
+    rows = []
+    for a, b in PAIRS:
+        for metric, found in results["paired"].get(f"{b}_minus_{a}", {}).items():
+            sides = f"{MODELS[b]} - {MODELS[a]}"
+            rows.append(
+                [sides, _label(metric), _signed(found), str(found["items"]), verdict(found, MODELS[a], MODELS[b])]
+            )
+    parts.append(table(["models", "metric", "difference", "items", "verdict"], rows))
+    files = ", ".join(f"`evaluation/{name}.json`" for name in models)
+    return "\n\n".join([*parts, f"Sources: {files}."])
+
+
+def step_zero(results: dict[str, Any]) -> str:
+    """Return how equal the parent and the upcycled model are before training."""
+    found, logits = results["step0"], results["step0"]["logits"]
+    rows = [
+        ["answers that changed", f"{found['changed_answers']} of {found['questions']}"],
+        ["largest relative log-likelihood difference", number(found["max_relative_loglikelihood_difference"], 3)],
+        ["largest absolute one (nats)", number(found["max_absolute_loglikelihood_difference"], 3)],
+        ["log-likelihoods compared", str(found["loglikelihoods"])],
+    ]
+    parts = [
+        "## Step 0: upcycled against parent",
+        table(["through export and lm-eval", "value"], rows),
+        "Sources: `evaluation/dense.json`, `evaluation/step0.json`.",
+    ]
+    if logits:
+        rows = [
+            ["parent in Hugging Face", *_logit_row(logits, "max_abs_logit_diff", "tolerance")],
+            ["parent in Megatron", *_logit_row(logits, "max_abs_logit_diff_same_stack", "tolerance_same_stack")],
+        ]
+        parts += [
+            table(["upcycled in Megatron, float32, against", "largest logit difference", "allowed"], rows),
+            f"Over {logits['tokens_compared']} tokens; the largest logit is {number(logits['max_abs_logit'])}, and the"
+            f" likeliest token is the same on {100 * logits['same_argmax']:.4g} % of them. Source: `receipt.json`.",
+        ]
+    return "\n\n".join(parts)
+
+
+def _logit_row(logits: dict[str, Any], value: str, tolerance: str) -> list[str]:
+    return [number(logits[value], 3), number(logits[tolerance], 3)]
+
+
+def training(results: dict[str, Any]) -> str:
+    """Return where the losses began and ended."""
+    stages = results["training"]
+    rows = [
+        ["steps", *(str(done["steps"]) for done in stages.values())],
+        ["tokens", *(f"{done['tokens']:,}" for done in stages.values())],
+        ["training loss, first step", *(number(done["first_loss"]) for done in stages.values())],
+        ["training loss, last step", *(number(done["last_loss"]) for done in stages.values())],
+        ["validation loss, first", *(number(done["first_validation_loss"]) for done in stages.values())],
+        ["validation loss, last", *(number(done["last_validation_loss"]) for done in stages.values())],
+        ["tokens per second", *(number(done["tokens_per_s"]) for done in stages.values())],
+        ["time in steps", *(duration(done["seconds"]) for done in stages.values())],
+    ]
+    titles = [MODELS[_TRAINED[stage]] for stage in stages]
+    files = ", ".join(f"`{stage}/metrics.jsonl`" for stage in stages)
+    return "\n\n".join(
+        ["## Training", "![loss over tokens](loss.png)", table(["", *titles], rows), f"Sources: {files}."]
+    )
+
+
+def expert_load(results: dict[str, Any]) -> str:
+    """Return how evenly the experts were used; nothing where none were counted."""
+    load = results["training"]["pretrain"].get("expert_load")
+    if not load:
+        return ""
+    rows = [
+        [name, *(f"{100 * load[step][key]:.2f} %" for step in ("first", "last"))]
+        for name, key in (("least used expert of any layer", "min"), ("most used expert of any layer", "max"))
+    ]
+    rows.append(["coefficient of variation, mean of the layers", *(f"{load[s]['cv']:.3f}" for s in ("first", "last"))])
+    return "\n\n".join(
+        [
+            "## Expert load",
+            "![expert load per layer](experts.png)",
+            table(["share of a layer's token slots", "first step", "last step"], rows),
+            f"Perfect balance is 1/E = {100 * load['first']['balanced']:.4g} % and a coefficient of 0."
+            " Source: `pretrain/metrics.jsonl`.",
+        ]
+    )
+
+
+def receipt(results: dict[str, Any]) -> str:
+    """Return what was made of what: once in the rehearsal, once inside the training job."""
+    columns = {"rehearsal": (results["receipt"], "receipt.json")}
+    if results["online_receipt"]:
+        columns["training job"] = (results["online_receipt"], "pretrain/receipt.json")
+    found = [receipt for receipt, _ in columns.values()]
+    rows = [
+        ["parameters, dense", *(millions(entry["dense_params"]) for entry in found)],
+        ["parameters, upcycled", *(millions(entry["total_params"]) for entry in found)],
+        ["of these active for a token", *(millions(entry["active_params"]) for entry in found)],
+        ["bytes read", *(size(entry["bytes_read"]) for entry in found)],
+        ["bytes the slices needed", *(size(entry["bytes_needed"]) for entry in found)],
+        ["bytes written", *(size(entry["bytes_written"]) for entry in found)],
+        ["seconds, slowest rank", *(number(entry["seconds"], 3) for entry in found)],
+        ["ranks", *(str(entry["ranks"]) for entry in found)],
+        ["layout", *(_layout(entry["layout"]) for entry in found)],
+        ["type of the parameters", *(_counts(entry["parameter_dtypes"]) for entry in found)],
+    ]
+    spec = ", ".join(f"`{key}={value}`" for key, value in found[0]["spec"].items())
+    made = "\n".join(f"- {made_by}: {count}" for made_by, count in found[0]["parameters_made_by"].items())
+    files = ", ".join(f"`{file}`" for _, file in columns.values())
+    return "\n\n".join(
+        [
+            "## Receipt",
+            table(["", *columns], rows),
+            f"Specification: {spec}.",
+            _exactness(found[0]),
+            f"Tensors by what made them:\n\n{made}" if made else "",
+            f"Dense source: `{found[0]['source']}`. Sources: {files}.",
+        ]
+    )
+
+
+def _exactness(entry: dict[str, Any]) -> str:
+    measured = entry.get("within_tolerance")
+    if not entry["exact"]:
+        size_text = number(entry.get("max_abs_logit_diff"), 3)
+        return f"This specification cannot be exact: the largest logit difference before training was {size_text}."
+    if measured is None:
+        return "This specification is exact up to rounding; logits were not compared."
+    return (
+        "This specification is exact up to rounding, and what was measured is"
+        f" {'within' if measured else '**not** within'} the tolerance."
+    )
+
+
+def _layout(layout: dict[str, int]) -> str:
+    return " ".join(f"{key}={value}" for key, value in layout.items() if value > 1) or "one of everything"
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(counts) or "-"
+
+
+def setting(results: dict[str, Any]) -> str:
+    """Return what ran where, with which versions, and how long the stages took."""
+    environment, settings = results["environment"], results["evaluation_settings"]["dense"]["settings"]
+    rows = [
+        ["processor", f"{environment['processor']}, {environment['cores']} cores"],
+        ["memory", f"{environment['memory_gib']} GiB"],
+        ["GPUs", ", ".join(environment["gpus"]) or "none"],
+        ["system", environment["system"]],
+        ["commit of nemo-upcycle", environment["commit"] or "not in git"],
+        ["evaluation", f"{settings['dtype']} on {settings['device']}, {settings['batch_size']} sequences at a time"],
+        *([name, text] for name, text in environment["versions"].items()),
+    ]
+    parts = [
+        "## What ran on what",
+        table(["machine and versions, as the report was written", ""], rows),
+        "Sources: this machine, `evaluation/dense.json`.",
+    ]
+    if seconds := results["stage_seconds"]:
+        stages = [[stage, duration(value), f"`{stage}/_SUCCESS.json`"] for stage, value in seconds.items()]
+        total = ["all of these", duration(sum(seconds.values())), ""]
+        parts.append(table(["stage", "wall time", "source"], [*stages, total]))
+    return "\n\n".join(parts)
+
+
+def next_steps(results: dict[str, Any], run_dir: Path) -> str:
+    """Return the commands to go on with."""
+    model = Path(results["evaluation_settings"]["trained"]["model"]["folder"])
+    return "\n".join(
+        [
+            "## How to go on",
+            "",
+            "```bash",
+            "# train both models for longer, into a new folder (RECIPE: the recipe of this run)",
+            f"nemo upcycle pipeline --factory RECIPE dir={run_dir}-longer \\",
+            "    pretrain.trainer.max_steps=200 dense_ct.trainer.max_steps=200 --yes",
+            "# evaluate the trained model with lm-eval itself, on any of its tasks (needs the Hugging Face hub)",
+            f"lm_eval run --model hf --model_args pretrained={model},dtype=bfloat16 --tasks mmlu,piqa --batch_size 8",
+            "# write this report again",
+            f"nemo-upcycle report {run_dir}",
+            "```",
+        ]
+    )

@@ -1,0 +1,79 @@
+"""Adam for Megatron on a CPU: torch's fused kernel behind the interface of the Adam that Megatron uses on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
+
+
+class FusedCpuAdam(torch.optim.Optimizer):
+    """Adam or AdamW whose step count is one number a parameter group, as in Apex and Transformer Engine.
+
+    With `torch.optim.AdamW`, Megatron 0.15's distributed optimizer cannot be saved (the zero-dimensional `step` of each
+    parameter fails an assertion) and, once loaded, shares one `step` tensor between all parameters, which then counts
+    every parameter's update. With the count in the group none of that arises, and the optimizer part of a checkpoint
+    is what a GPU run writes and reads.
+
+    Args:
+        params: float32 CPU parameters or parameter groups.
+        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
+        adam_w_mode: decoupled weight decay (AdamW) or L2 regularisation (Adam).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        adam_w_mode: bool = True,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.adam_w_mode = adam_w_mode
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters that have a gradient; return what `closure` gave, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        params = [param for param in group["params"] if param.grad is not None]
+        if not params:
+            return
+        states = [self._state(param) for param in params]
+        update = adamw if self.adam_w_mode else adam
+        update(
+            params,
+            [param.grad for param in params],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [torch.tensor(float(group.get("step", 0))) for _ in params],  # the kernel adds one before it computes
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        group["step"] = group.get("step", 0) + 1
+
+    def _state(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
+        state = self.state[param]
+        if not state:
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
+        return state

@@ -1,0 +1,136 @@
+"""Every expected number here is computed by hand in the comment beside it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.evaluation.compare import (
+    compare_items,
+    jackknife_stderr,
+    leave_one_out,
+    paired_difference,
+    statistic,
+)
+
+
+def evaluation(
+    name: str, likelihoods: list[list[float]], accuracies: list[float], texts: list[float]
+) -> dict[str, Any]:
+    """An evaluation of some questions, and of windows of 10 words and 50 bytes each."""
+    questions = [
+        {
+            "id": number,
+            "hash": f"question {number}",
+            "loglikelihoods": values,
+            "answer": values.index(max(values)),
+            "scores": {"acc": accuracy},
+        }
+        for number, (values, accuracy) in enumerate(zip(likelihoods, accuracies, strict=True))
+    ]
+    windows = [
+        {
+            "id": number,
+            "hash": f"window {number}",
+            "loglikelihoods": [value],
+            "scores": {"word_perplexity": [value, 10], "bits_per_byte": [value, 50]},
+        }
+        for number, value in enumerate(texts)
+    ]
+    items = {"quiz": questions, "text": windows}
+    metrics = {
+        "quiz/acc": {"higher_is_better": True},
+        "all/acc": {"higher_is_better": True},
+        "text/word_perplexity": {"higher_is_better": False},
+        "text/bits_per_byte": {"higher_is_better": False},
+    }
+    return {"name": name, "items": items, "metrics": metrics, "groups": {"all": ["quiz"]}}
+
+
+A = evaluation("a", [[-1.0, -2.0], [-4.0, -3.0]], [1.0, 0.0], [-20.0, -30.0])
+B = evaluation("b", [[-1.5, -2.0], [-2.0, -3.0]], [1.0, 1.0], [-20.0, -24.0])
+
+
+def test_statistics() -> None:
+    assert statistic("acc", [1.0, 0.0, 0.0, 1.0]) == 0.5
+    assert statistic("perplexity", [-1.0, -3.0]) == pytest.approx(math.exp(2))  # mean -2
+    assert statistic("word_perplexity", [[-20.0, 10], [-30.0, 15]]) == pytest.approx(math.exp(2))  # 50 / 25
+    assert statistic("bits_per_byte", [[-math.log(2) * 30, 20], [-math.log(2) * 30, 40]]) == pytest.approx(1.0)
+
+
+def test_the_jackknife_of_a_mean_is_the_usual_standard_error() -> None:
+    # mean 4, squared deviations 9 + 4 + 0 + 25 = 38; sqrt(38 / 3 / 4)
+    left_out = leave_one_out("acc", [1.0, 2.0, 4.0, 9.0])
+    assert left_out == pytest.approx([5.0, 14 / 3, 4.0, 7 / 3])
+    assert jackknife_stderr(left_out) == pytest.approx(math.sqrt(38 / 12))
+    assert jackknife_stderr(leave_one_out("acc", [1.0])) is None
+
+
+def test_items_are_compared_one_by_one() -> None:
+    found = compare_items(A, B)
+    assert found == {
+        "items": 4,
+        "loglikelihoods": 6,
+        "questions": 2,
+        "changed_answers": 1,  # the second question: from 1 to 0
+        "max_absolute_loglikelihood_difference": 6.0,  # -30 to -24
+        "max_relative_loglikelihood_difference": 0.5,  # -1 to -1.5 and -4 to -2: 0.5 both, the first is named
+        "largest_at": {"task": "quiz", "id": 0},
+    }
+    same = compare_items(A, A)
+    assert same["max_absolute_loglikelihood_difference"] == same["max_relative_loglikelihood_difference"] == 0.0
+    assert same["changed_answers"] == 0
+
+
+def test_a_question_counts_as_changed_when_only_its_normalised_answer_changes() -> None:
+    other = evaluation("c", [[-1.0, -2.0], [-4.0, -3.0]], [1.0, 1.0], [-20.0, -30.0])
+    assert compare_items(A, other)["changed_answers"] == 1
+
+
+def test_the_paired_difference_of_accuracies() -> None:
+    # differences 0 and 1: mean 0.5, standard deviation sqrt(0.5), over sqrt(2): 0.5; t(0.975, 1) = 12.7062
+    found = paired_difference(A, B, "quiz/acc")
+    assert found["difference"] == pytest.approx(0.5)
+    assert found["stderr"] == pytest.approx(0.5)
+    assert found["low"] == pytest.approx(0.5 - 0.5 * 12.7062, abs=1e-4)
+    assert found["high"] == pytest.approx(0.5 + 0.5 * 12.7062, abs=1e-4)
+    assert found["items"] == 2
+    assert found["higher_is_better"] is True
+    assert found["significant"] is False
+    assert paired_difference(A, B, "all/acc") == found  # a group is its tasks' items
+
+
+def test_the_paired_difference_of_perplexities() -> None:
+    # A: exp(50 / 20), B: exp(44 / 20). Left out one: exp(2.4) - exp(3) and exp(2) - exp(2) = 0.
+    found = paired_difference(A, B, "text/word_perplexity")
+    first = math.exp(2.4) - math.exp(3)
+    assert found["difference"] == pytest.approx(math.exp(2.2) - math.exp(2.5))
+    assert found["stderr"] == pytest.approx(abs(first) / 2)  # sqrt(1/2 * 2 * (first / 2)^2)
+    assert paired_difference(A, B, "text/bits_per_byte")["difference"] == pytest.approx(-6 / 100 / math.log(2))
+
+
+def test_a_difference_beyond_twice_its_error_is_significant() -> None:
+    texts = [-20.0, -30.0, -25.0, -22.0]
+    one = evaluation("one", [], [], texts)
+    better = evaluation("better", [], [], [value + 2.0 + 0.01 * number for number, value in enumerate(texts)])
+    assert paired_difference(one, better, "text/bits_per_byte")["significant"] is True
+    assert paired_difference(one, one, "text/bits_per_byte")["significant"] is False
+
+
+def test_different_items_are_refused() -> None:
+    shorter = evaluation("short", [[-1.0, -2.0]], [1.0], [-20.0, -30.0])
+    with pytest.raises(UpcycleError, match="evaluation short beside a: got 1 items of quiz, expected the same items"):
+        compare_items(A, shorter)
+    with pytest.raises(UpcycleError, match="same suite and limit"):
+        paired_difference(A, shorter, "quiz/acc")
+    fewer_tasks = {**A, "items": {"quiz": A["items"]["quiz"]}}
+    with pytest.raises(UpcycleError, match="same suite and limit"):
+        compare_items(A, fewer_tasks)
+
+
+def test_an_unknown_metric_is_refused() -> None:
+    with pytest.raises(UpcycleError, match="Did you mean 'quiz/acc'"):
+        paired_difference(A, B, "quiz/ac")

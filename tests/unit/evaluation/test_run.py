@@ -1,0 +1,152 @@
+"""Real lm-eval runs on a tiny random Llama, held against a plain loop over its logits."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.evaluation.compare import compare_items
+from nemo_upcycle.evaluation.model import load_model
+from nemo_upcycle.evaluation.run import evaluate
+from nemo_upcycle.evaluation.suite import HeldoutConfig, SuiteConfig, build_suite
+from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS, write_tokenizer
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tasks = {"mmlu_letter": [0], "mmlu_answer": [0], "heldout_perplexity": [0]}
+    config = SuiteConfig(tasks=tasks, heldout=HeldoutConfig(window_bytes=40), batch_size=4)
+    return build_suite(QUESTIONS, DOCUMENTS, tmp_path_factory.mktemp("made") / "suite", config)
+
+
+@pytest.fixture(scope="module")
+def result(tiny_llama: Path, suite: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return evaluate(tiny_llama, suite, tmp_path_factory.mktemp("evaluation"), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def windows(suite: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in (suite / "heldout_perplexity.jsonl").open()]
+
+
+def loglikelihood(folder: Path, context: str, continuation: str) -> float:
+    """log P(continuation | context), one token after the other; <s> (token 0) is the context of an empty one."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in (context, continuation)]
+    tokens = (ids[0] or [0]) + ids[1]
+    total = 0.0
+    for place in range(len(tokens) - len(ids[1]), len(tokens)):
+        with torch.no_grad():
+            logits_V = model(torch.tensor([tokens[:place]])).logits[0, -1]
+        total += float(logits_V.double().log_softmax(-1)[tokens[place]])
+    return total
+
+
+def test_perplexity_is_that_of_a_plain_loop(result: dict[str, Any], windows: list[str], tiny_llama: Path) -> None:
+    expected = [loglikelihood(tiny_llama, "", window) for window in windows]
+    found = [item["loglikelihoods"] for item in result["items"]["heldout_perplexity"]]
+    assert len(found) == 5
+    assert [value for (value,) in found] == pytest.approx(expected, rel=1e-5)
+    metrics = {name.split("/")[1]: entry["value"] for name, entry in result["metrics"].items() if "heldout" in name}
+    total, text_bytes = -sum(expected), sum(len(window.encode()) for window in windows)
+    words = sum(len(re.split(r"\s+", window)) for window in windows)
+    assert metrics["word_perplexity"] == pytest.approx(math.exp(total / words), rel=1e-4)
+    assert metrics["byte_perplexity"] == pytest.approx(math.exp(total / text_bytes), rel=1e-5)
+    assert metrics["bits_per_byte"] == pytest.approx(total / text_bytes / math.log(2), rel=1e-5)
+
+
+def test_questions_are_scored_as_in_a_plain_loop(result: dict[str, Any], tiny_llama: Path) -> None:
+    item = result["items"]["mmlu_letter"][2]
+    prompt = (
+        "The following are multiple choice questions (with answers) about weather now.\n\n"
+        "Which is wet?\nA. fire\nB. ash\nC. dust\nD. rain\nAnswer:"
+    )
+    expected = [loglikelihood(tiny_llama, prompt, f" {letter}") for letter in "ABCD"]
+    assert item["loglikelihoods"] == pytest.approx(expected, rel=1e-5)
+    assert item["answer"] == expected.index(max(expected))
+    assert item["scores"] == {"acc": float(item["answer"] == 3)}
+
+    item = result["items"]["mmlu_answer"][0]
+    answers = ["1", "2", "three", "10"]
+    expected = [loglikelihood(tiny_llama, "Question: What is 1 + 1?\nAnswer:", f" {answer}") for answer in answers]
+    assert item["loglikelihoods"] == pytest.approx(expected, rel=1e-5)
+    normalised = [value / len(answer) for value, answer in zip(expected, answers, strict=True)]
+    assert item["scores"]["acc_norm"] == float(normalised.index(max(normalised)) == 1)
+
+
+def test_every_metric_has_a_value_an_error_and_a_direction(result: dict[str, Any]) -> None:
+    assert set(result["metrics"]) == {
+        "mmlu_letter/acc",
+        "mmlu_answer/acc",
+        "mmlu_answer/acc_norm",
+        "heldout_perplexity/word_perplexity",
+        "heldout_perplexity/byte_perplexity",
+        "heldout_perplexity/bits_per_byte",
+    }
+    for name, entry in result["metrics"].items():
+        assert math.isfinite(entry["value"])
+        assert entry["stderr"] >= 0
+        assert entry["higher_is_better"] == ("acc" in name)
+    assert result["metrics"]["heldout_perplexity/bits_per_byte"]["stderr"] > 0
+
+
+def test_the_file_says_what_was_measured(
+    tiny_llama: Path, suite: Path, result: dict[str, Any], tmp_path: Path
+) -> None:
+    moved = shutil.copytree(suite, tmp_path / "moved")  # a suite works wherever it lies
+    again = evaluate(tiny_llama, moved, tmp_path, name="again", limit=2, batch_size=1)
+    assert json.loads((tmp_path / "again.json").read_text()) == json.loads(json.dumps(again))
+    assert {task: len(items) for task, items in again["items"].items()} == dict.fromkeys(result["items"], 2)
+    assert again["settings"] == {"dtype": "float32", "device": "cpu", "batch_size": 1, "limit": 2}
+    assert result["settings"]["batch_size"] == 4
+    assert again["model"]["class"] == "LlamaForCausalLM"
+    assert again["versions"].keys() >= {"lm_eval", "transformers", "torch", "nemo_upcycle", "python"}
+    first_two = {**result, "items": {task: items[:2] for task, items in result["items"].items()}}
+    assert compare_items(first_two, again)["max_relative_loglikelihood_difference"] < 1e-5
+
+
+def test_a_tokenizer_that_adds_its_own_first_token_changes_no_perplexity(
+    tiny_llama: Path, suite: Path, result: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "with_bos")
+    write_tokenizer(folder, adds_bos=True)
+    found = evaluate(folder, suite, tmp_path, name="with_bos")
+    assert (
+        found["metrics"]["heldout_perplexity/bits_per_byte"] == result["metrics"]["heldout_perplexity/bits_per_byte"]
+    )
+    assert found["items"]["mmlu_answer"] != result["items"]["mmlu_answer"]
+
+
+@pytest.mark.parametrize("renamed", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_tensor_with_a_wrong_name_is_an_error(tiny_llama: Path, tmp_path: Path, renamed: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny_llama, tmp_path / "renamed")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"wrong.{renamed}"] = tensors.pop(renamed)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="missing_keys") as caught:
+        load_model(folder, "float32")
+    assert f"wrong.{renamed}" in str(caught.value)
+
+
+def test_what_is_no_model_is_an_error(tiny_llama: Path, suite: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        load_model(tmp_path, "float32")
+    (tmp_path / "config.json").write_text((tiny_llama / "config.json").read_text())
+    with pytest.raises(CheckpointError, match="a model that transformers can load"):
+        load_model(tmp_path, "float32")
+    with pytest.raises(UpcycleError, match="Did you mean 'float32'"):
+        load_model(tiny_llama, "flot32")
+    with pytest.raises(UpcycleError, match="build the suite"):
+        evaluate(tiny_llama, tmp_path, tmp_path, name="none")

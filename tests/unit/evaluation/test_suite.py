@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.evaluation.suite import (
+    HeldoutConfig,
+    QuestionsConfig,
+    SuiteConfig,
+    build_suite,
+    choose_questions,
+    choose_windows,
+    cut_windows,
+    read_suite_config,
+)
+from nemo_upcycle.files import MARKER
+from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS
+
+
+MANY = [
+    {
+        "question": f"Question {number}?",
+        "choices": ["a", "b", "c", "d"],
+        "answer": number % 4,
+        "subject": f"s{number % 5}",
+    }
+    for number in range(40)
+]
+
+
+@pytest.mark.parametrize("name", ["demo", "full", "paper"])
+def test_every_configuration_of_the_package_loads(name: str) -> None:
+    config = read_suite_config(name)
+    assert config.tasks
+    assert config.local == (name != "paper")
+
+
+def test_the_papers_eight_columns() -> None:
+    tasks = read_suite_config("paper").tasks
+    assert sum(map(len, tasks.values())) == 8
+    assert tasks["mmlu"] == [0, 5]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tasks: {mmlu_leter: [0]}", "local task 'mmlu_leter' does not exist. Did you mean 'mmlu_letter'?"),
+        ("tasks: {mmlu_letter: [5]}", "got [5], expected [0]"),
+        ("tasks: {mmlu_letter: [0]}\nsede: 1", "key 'sede' does not exist. Did you mean 'seed'?"),
+        ("tasks: {mmlu_letter: [0]}\nheldout: {window: 1}", "heldout: key 'window' does not exist"),
+        ("tasks: {mmlu_letter: [0]}\nseed: some", "a suite configuration"),
+        ("tasks: [", "a suite configuration"),
+        ("seed: 1", "tasks"),
+        ("[1, 2]", "a suite configuration"),
+    ],
+)
+def test_a_wrong_configuration_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UpcycleError, match=r"mine\.yaml") as caught:
+        read_suite_config(path)
+    assert message in str(caught.value)
+
+
+def test_an_unknown_name_gets_the_closest_one() -> None:
+    with pytest.raises(UpcycleError, match="Did you mean 'demo'"):
+        read_suite_config("dmo")
+
+
+def test_the_choice_does_not_depend_on_the_order_but_on_the_seed() -> None:
+    config = QuestionsConfig(per_subject=2, total=7)
+    shuffled = random.Random(1).sample(MANY, len(MANY))
+    chosen = choose_questions(MANY, config, seed=0)
+    assert choose_questions(shuffled, config, seed=0) == chosen
+    assert choose_questions(MANY, config, seed=1) != chosen
+    assert len(chosen) == 7
+    subjects = [question["subject"] for question in chosen]
+    assert subjects == sorted(subjects)
+    assert max(map(subjects.count, subjects)) <= 2
+
+
+def test_no_limit_takes_every_question_and_a_limit_on_length_the_short_ones() -> None:
+    assert len(choose_questions(MANY, QuestionsConfig(), seed=0)) == 40
+    short = choose_questions(MANY, QuestionsConfig(max_characters=len("Question 9?") + 4), seed=0)
+    assert sorted(question["question"] for question in short) == [f"Question {number}?" for number in range(10)]
+
+
+def test_a_question_with_an_empty_answer_is_left_out() -> None:
+    empty = {**MANY[0], "choices": ["a", "", "c", "d"]}
+    assert choose_questions([empty, MANY[1]], QuestionsConfig(), seed=0) == [MANY[1]]
+
+
+def test_windows_hold_the_whole_document_within_their_size() -> None:
+    text = "  one  two\nthree éé " + "x" * 30 + " end "
+    windows = cut_windows(text, 12)
+    assert windows == ["one  two", "three éé", "x" * 30, "end"]
+    assert [window.split() for window in windows] == [["one", "two"], ["three", "éé"], ["x" * 30], ["end"]]
+    assert all(len(window.encode()) <= 12 for window in windows if "x" not in window)
+
+
+def test_windows_are_chosen_by_seed_and_come_in_order() -> None:
+    everything = choose_windows(DOCUMENTS, HeldoutConfig(window_bytes=20), seed=0)
+    some = choose_windows(DOCUMENTS, HeldoutConfig(window_bytes=20, windows=4), seed=0)
+    assert len(some) == 4
+    assert [window for window in everything if window in some] == some
+    assert some != choose_windows(DOCUMENTS, HeldoutConfig(window_bytes=20, windows=4), seed=3)
+
+
+def test_the_folder_holds_lm_eval_tasks_and_their_data(tmp_path: Path) -> None:
+    config = SuiteConfig(tasks={"mmlu_answer": [0], "heldout_perplexity": [0]})
+    suite = build_suite(QUESTIONS, DOCUMENTS, tmp_path / "suite", config)
+    assert sorted(path.name for path in suite.iterdir()) == [
+        MARKER,
+        "heldout_perplexity.jsonl",
+        "heldout_perplexity.yaml",
+        "mmlu_answer.jsonl",
+        "mmlu_answer.yaml",
+    ]
+    task = yaml.safe_load((suite / "mmlu_answer.yaml").read_text())
+    data = Path(task["dataset_kwargs"]["data_files"]["test"]).read_text()
+    rows = [json.loads(line) for line in data.splitlines()]
+    assert rows == sorted(QUESTIONS, key=lambda question: question["subject"])
+    noted = json.loads((suite / MARKER).read_text())
+    assert noted["tasks"]["mmlu_answer"]["items"] == 3
+    assert noted["config"]["tasks"] == config.tasks
+
+
+def test_a_task_without_items_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UpcycleError, match="task heldout_perplexity: got no item"):
+        build_suite(QUESTIONS, [], tmp_path / "suite", SuiteConfig(tasks={"heldout_perplexity": [0]}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hub_suite_only_names_its_tasks(tmp_path: Path) -> None:
+    suite = build_suite([], [], tmp_path / "suite", read_suite_config("paper"))
+    assert [path.name for path in suite.iterdir()] == [MARKER]
