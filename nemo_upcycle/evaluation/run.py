@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import platform
 import time
@@ -13,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.errors import UpcycleError, problem, unknown
+from nemo_upcycle.errors import UpcycleError, problem
 from nemo_upcycle.evaluation.compare import RATIOS, jackknife_stderr, leave_one_out
 from nemo_upcycle.evaluation.model import load_model, quiet, wrap_model
 from nemo_upcycle.evaluation.suite import SuiteConfig, data_files
@@ -54,7 +55,7 @@ def evaluate(
 
     Raises:
         CheckpointError: the folder is not a model, or its weights do not fit it exactly.
-        UpcycleError: the suite is incomplete, or lm-eval does not know a task.
+        UpcycleError: the suite is incomplete, lm-eval does not know a task, or its data cannot be fetched.
 
     Example:
         >>> evaluate(Path("models/dense"), Path("runs/suite"), Path("runs/evaluation"), name="dense")  # doctest: +SKIP
@@ -99,19 +100,29 @@ def _run(lm: Any, tasks: list[str], folder: Path | None, shots: int, limit: int 
     # Indexing lm-eval's own thousands of task files takes long; a local suite needs none of them.
     manager = TaskManager(include_defaults=folder is None)
     if folder is None:
-        for task in tasks:
-            if task not in manager.all_tasks:
-                raise UpcycleError(unknown("lm-eval task", task, manager.all_tasks))
-    with quiet("lm_eval"):
-        return simple_evaluate(
-            model=lm,
-            tasks=tasks if folder is None else [_local_task(folder, task) for task in tasks],
-            num_fewshot=shots or None,
-            limit=limit,
-            bootstrap_iters=_BOOTSTRAP_DRAWS,
-            task_manager=manager,
-            log_samples=True,
-        )
+        _check_names(tasks, manager.all_tasks)
+    try:
+        with quiet("lm_eval"):
+            return simple_evaluate(
+                model=lm,
+                tasks=tasks if folder is None else [_local_task(folder, task) for task in tasks],
+                num_fewshot=shots or None,
+                limit=limit,
+                bootstrap_iters=_BOOTSTRAP_DRAWS,
+                task_manager=manager,
+                log_samples=True,
+            )
+    except ConnectionError as error:
+        expected, fix = "the data of the tasks from the Hugging Face hub", "evaluate where the hub can be reached"
+        raise UpcycleError(problem(f"tasks {', '.join(tasks)}", got=error, expected=expected, fix=fix)) from error
+
+
+def _check_names(tasks: list[str], known: list[str]) -> None:
+    for task in tasks:
+        if task not in known:  # there are thousands: only the closest are worth naming
+            close = ", ".join(difflib.get_close_matches(task, known))
+            expected = f"a task of lm-eval{f' ({close}?)' if close else ''}"
+            raise UpcycleError(problem("task", got=task, expected=expected, fix="see `lm-eval ls tasks`"))
 
 
 def _local_task(folder: Path, task: str) -> dict[str, Any]:

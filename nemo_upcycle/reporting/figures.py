@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_STYLES = {"pretrain": ("upcycled", "#0072B2"), "dense_ct": ("dense twin", "#D55E00")}
+_STYLES = {"pretrain": ("MoE", "#0072B2"), "dense_ct": ("dense twin", "#D55E00")}
 _DPI = 150
 
 
@@ -42,7 +42,7 @@ def draw_losses(curves: Mapping[str, Curve], path: Path) -> None:
                 linewidth=2,
                 label=f"{name}, validation",
             )
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title="Loss of the upcycled model and its dense twin")
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title="Loss of the upcycled MoE and its dense twin")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -80,8 +80,9 @@ def draw_expert_load(curve: Curve, path: Path) -> bool:
     figure.suptitle("Share of the token slots that each expert was given")
     bar = figure.colorbar(image, ax=panels, label="share of the layer's token slots")
     bar.ax.axhline(balanced, color="black", linewidth=1.5)
-    labels = ["0 %", f"balanced 1/E = {100 * balanced:.3g} %", f"{100 * highest:.3g} %"]
-    bar.set_ticks([0, balanced, highest], labels=labels)
+    ticks = [0, balanced / 2, balanced, (balanced + highest) / 2, highest]
+    labels = [f"{100 * tick:.3g} %" + (" = 1/E, balanced" if tick == balanced else "") for tick in ticks]
+    bar.set_ticks(ticks, labels=labels)
     _save(figure, path)
     return True
 

@@ -14,9 +14,9 @@ from nemo_upcycle.files import MARKER, read_json
 #: The models that are evaluated, in the order of the report, and what each is called there.
 MODELS = {
     "dense": "dense parent",
-    "step0": "upcycled, step 0",
-    "trained": "upcycled, trained",
-    "dense_ct": "dense twin, trained",
+    "step0": "MoE at step 0",
+    "trained": "trained MoE",
+    "dense_ct": "trained dense twin",
 }
 #: The stages whose wall time is reported, in order.
 STAGES = ("import", "upcycle", "pretrain", "dense_ct", "export", "evaluate", "report")

@@ -19,27 +19,29 @@ _TRAINED = {"pretrain": "trained", "dense_ct": "dense_ct"}
 def summary(results: dict[str, Any]) -> str:
     """Return the result in one paragraph."""
     receipt, step0, done = results["receipt"], results["step0"], results["training"]["pretrain"]
-    spec = receipt["spec"]
+    experts, top_k = receipt["spec"]["num_experts"], receipt["spec"]["top_k"]
     metric = _headline(results)
     values = {name: with_error(**found[metric]) for name, found in results["evaluation"].items()}
     text = (
-        f"A dense model of {millions(receipt['dense_params'])} parameters became one of {spec['num_experts']} experts,"
-        f" top-{spec['top_k']}: {millions(receipt['total_params'])} parameters, {millions(receipt['active_params'])}"
+        f"A dense model of {millions(receipt['dense_params'])} parameters became an MoE of {experts} experts,"
+        f" top-{top_k}: {millions(receipt['total_params'])} parameters, {millions(receipt['active_params'])}"
         f" of them active for a token. Before training {step0['changed_answers']} of {step0['questions']} answers"
         " differed from its parent's, and no log-likelihood by more than"
         f" {number(step0['max_relative_loglikelihood_difference'], 2)} of its value."
         f" After {done['steps']} steps on {done['tokens']:,} tokens {_label(metric)} is {values['trained']}; it was"
         f" {values['dense']} for the parent."
     )
-    return text + _against_twin(results, metric, values) if "dense_ct" in values else text
+    if "dense_ct" in values:
+        text += _against_twin(results, metric, values)
+    return f"{text}\n\nEvery number stands again below, with the file that it comes from."
 
 
 def _against_twin(results: dict[str, Any], metric: str, values: dict[str, str]) -> str:
     twin, found = results["training"]["dense_ct"], results["paired"]["trained_minus_dense_ct"][metric]
     return (
-        f" The dense twin, after {twin['tokens']:,} tokens, has {values['dense_ct']}. The upcycled model differs from"
+        f" The dense twin, after {twin['tokens']:,} tokens, has {values['dense_ct']}. The MoE differs from"
         f" the twin by {_signed(found)}, paired over {found['items']} items:"
-        f" {verdict(found, 'the twin', 'the upcycled model')}. {_compute_note(results)}"
+        f" {verdict(found, 'the twin', 'the MoE')}. {_compute_note(results)}"
     )
 
 
@@ -49,7 +51,7 @@ def _compute_note(results: dict[str, Any]) -> str:
     tokens = [training[stage]["tokens"] for stage in ("pretrain", "dense_ct")]
     share = receipt["active_params"] / receipt["dense_params"]
     same = "Both saw equally many tokens" if tokens[0] == tokens[1] else "They did not see equally many tokens"
-    return f"{same}; for each, the upcycled model computes with {share:.2f} times the parameters."
+    return f"{same}; for each, the MoE computes with {share:.2f} times the parameters."
 
 
 def _headline(results: dict[str, Any]) -> str:
@@ -62,7 +64,7 @@ def verdict(found: dict[str, Any], a: str, b: str) -> str:
     if found["stderr"] is None or found["higher_is_better"] is None:
         return "not judged"
     if not found["significant"]:
-        return "no difference beyond twice its standard error"
+        return "no difference shown"
     return f"{b if (found['difference'] > 0) == found['higher_is_better'] else a} is better"
 
 
@@ -83,22 +85,28 @@ def evaluation(results: dict[str, Any]) -> str:
     values = [
         [_label(metric), *(with_error(**results["evaluation"][name][metric]) for name in models)] for metric in metrics
     ]
-    parts = [
-        "## Evaluation",
-        table(["metric", *models.values()], values),
-        "Value ± standard error over the items. Perplexities and bits per byte: lower is better; accuracies: higher.",
-        "Differences on the same items, second model minus first, with their paired standard errors:",
+    pairs = {f"{b}_minus_{a}": (a, b) for a, b in PAIRS if f"{b}_minus_{a}" in results["paired"]}
+    differences = [
+        [_label(metric), *(_judged(results["paired"][pair][metric], *sides) for pair, sides in pairs.items())]
+        for metric in metrics
     ]
-    rows = []
-    for a, b in PAIRS:
-        for metric, found in results["paired"].get(f"{b}_minus_{a}", {}).items():
-            sides = f"{MODELS[b]} - {MODELS[a]}"
-            rows.append(
-                [sides, _label(metric), _signed(found), str(found["items"]), verdict(found, MODELS[a], MODELS[b])]
-            )
-    parts.append(table(["models", "metric", "difference", "items", "verdict"], rows))
     files = ", ".join(f"`evaluation/{name}.json`" for name in models)
-    return "\n\n".join([*parts, f"Sources: {files}."])
+    return "\n\n".join(
+        [
+            "## Evaluation",
+            table(["metric", *models.values()], values),
+            "Value ± standard error. Perplexities and bits per byte: lower is better; accuracies: higher is better.",
+            table(["difference", *(f"{MODELS[b]} - {MODELS[a]}" for a, b in pairs.values())], differences),
+            "Difference ± its paired standard error: both models saw the same items, so the error of a difference is"
+            " smaller than that of the values. A model is called better only beyond twice that error. Questions and"
+            " windows of text count as independent.",
+            f"Sources: {files}.",
+        ]
+    )
+
+
+def _judged(found: dict[str, Any], a: str, b: str) -> str:
+    return f"{_signed(found)} ({verdict(found, MODELS[a], MODELS[b])})"
 
 
 def step_zero(results: dict[str, Any]) -> str:
@@ -111,7 +119,7 @@ def step_zero(results: dict[str, Any]) -> str:
         ["log-likelihoods compared", str(found["loglikelihoods"])],
     ]
     parts = [
-        "## Step 0: upcycled against parent",
+        "## Step 0: MoE against parent",
         table(["through export and lm-eval", "value"], rows),
         "Sources: `evaluation/dense.json`, `evaluation/step0.json`.",
     ]
@@ -121,7 +129,7 @@ def step_zero(results: dict[str, Any]) -> str:
             ["parent in Megatron", *_logit_row(logits, "max_abs_logit_diff_same_stack", "tolerance_same_stack")],
         ]
         parts += [
-            table(["upcycled in Megatron, float32, against", "largest logit difference", "allowed"], rows),
+            table(["MoE in Megatron, float32, against", "largest logit difference", "allowed"], rows),
             f"Over {logits['tokens_compared']} tokens; the largest logit is {number(logits['max_abs_logit'])}, and the"
             f" likeliest token is the same on {100 * logits['same_argmax']:.4g} % of them. Source: `receipt.json`.",
         ]
@@ -181,7 +189,7 @@ def receipt(results: dict[str, Any]) -> str:
     found = [receipt for receipt, _ in columns.values()]
     rows = [
         ["parameters, dense", *(millions(entry["dense_params"]) for entry in found)],
-        ["parameters, upcycled", *(millions(entry["total_params"]) for entry in found)],
+        ["parameters, MoE", *(millions(entry["total_params"]) for entry in found)],
         ["of these active for a token", *(millions(entry["active_params"]) for entry in found)],
         ["bytes read", *(size(entry["bytes_read"]) for entry in found)],
         ["bytes the slices needed", *(size(entry["bytes_needed"]) for entry in found)],
@@ -220,7 +228,7 @@ def _exactness(entry: dict[str, Any]) -> str:
 
 
 def _layout(layout: dict[str, int]) -> str:
-    return " ".join(f"{key}={value}" for key, value in layout.items() if value > 1) or "one of everything"
+    return " ".join(f"{key}={value}" for key, value in layout.items() if value > 1) or "no parallelism"
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -7,9 +7,9 @@
     trainer = nl.Trainer(accelerator="cpu", devices=2, strategy=nl.MegatronStrategy(expert_model_parallel_size=2), ...)
     llm.train(model, data, trainer, optim=optim, tokenizer="data")
 
-The configuration object keeps what the user wrote in it (a checkpoint's `context` is the same as on a GPU); what needs CUDA or
-Transformer Engine is switched off as Megatron reads it. What Megatron and NeMo expect of CUDA itself is supplied
-by the functions of `cpu_patches`, each small enough to be read on its own.
+What the user wrote is what a checkpoint's `context` holds, as on a GPU; what needs CUDA or Transformer Engine is
+switched off in the object, as it is made. What Megatron and NeMo expect of CUDA itself is supplied by the functions of
+`cpu_patches`, each small enough to be read on its own.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def use_cpu_backend() -> bool:
 def cpu_has_fast_bf16() -> bool:
     """Return whether the processor multiplies bfloat16 matrices in hardware (AVX512-BF16, AMX, or Arm's BF16).
 
-    Where it does, `bf16-mixed` is faster than `32`; where it does not, it is slower. torch before 2.10 cannot be asked,
-    and the answer is False, which costs time but never exactness.
+    Where it does, `bf16-mixed` is faster than `32`; where it does not, it is slower. A torch that cannot be asked
+    gives False, which costs time but never exactness.
     """
     ask: Callable[[], Any] | None = getattr(torch.cpu, "get_capabilities", None)
     return ask is not None and any(ask().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
@@ -84,8 +84,8 @@ def cpu_has_fast_bf16() -> bool:
 def configure_for_cpu(config: Any) -> None:
     """Switch off, in place, what a NeMo or Megatron model configuration asks of CUDA and Transformer Engine.
 
-    `use_cpu_backend` does this to every configuration as it is made, unseen by the checkpoint's `context`. Call it on a
-    `run.Config` only to make the choice visible: it is then recorded with the run.
+    `use_cpu_backend` does this to every configuration as it is made, unseen by the checkpoint's `context`. It is
+    needed for an object made before that call; on a `run.Config` it makes the choice visible, and recorded.
 
     Args:
         config: a `TransformerConfig`, a NeMo `GPTConfig`, or a `run.Config` of one. Fields it does not have are left.

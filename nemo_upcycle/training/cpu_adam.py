@@ -13,10 +13,10 @@ from torch.optim.adamw import adamw
 class FusedCpuAdam(torch.optim.Optimizer):
     """Adam or AdamW whose step count is one number a parameter group, as in Apex and Transformer Engine.
 
-    With `torch.optim.AdamW`, Megatron 0.15's distributed optimizer cannot be saved (the zero-dimensional `step` of each
-    parameter fails an assertion) and, once loaded, shares one `step` tensor between all parameters, which then counts
-    every parameter's update. With the count in the group none of that arises, and the optimizer part of a checkpoint
-    is what a GPU run writes and reads.
+    With `torch.optim.AdamW`, Megatron 0.15's distributed optimizer cannot be saved (each parameter's zero-dimensional
+    `step` fails an assertion) and, once loaded, shares one `step` tensor between all parameters, which then counts the
+    update of every one. With the count in the group neither arises, and the optimizer's part of a checkpoint is what a
+    GPU run writes and reads.
 
     Args:
         params: float32 CPU parameters or parameter groups.

@@ -1,7 +1,8 @@
 """What Megatron-Core 0.15 and NeMo 2.7 take for granted of CUDA, supplied on a CPU: one function for each matter.
 
-Every docstring says what breaks without the function. `cpu.use_cpu_backend` calls all of `PATCHES`, once, and only where there is no CUDA.
-Megatron's own checks stay: a patch gives the code what it asks for, or the value it would have got.
+Every docstring says what breaks without the function. `cpu.use_cpu_backend` calls all of `PATCHES`, once, and only
+where there is no CUDA. Megatron's own checks stay: a patch gives the code what it asks for, or the value it would have
+got.
 """
 
 from __future__ import annotations
@@ -13,86 +14,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
-
-_CPU = torch.device("cpu")
-
-
-class _CudaMeansCpu(TorchFunctionMode):
-    """Makes tensors on the CPU where code names CUDA, and leaves every other call alone."""
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
-            return args[0]
-        if kwargs:
-            if kwargs.get("pin_memory"):
-                kwargs["pin_memory"] = False
-            if _is_cuda(kwargs.get("device")):
-                kwargs["device"] = _CPU
-        if func is torch.Tensor.to and _is_cuda(args[1] if len(args) > 1 else None):
-            args = (args[0], _CPU, *args[2:])
-        return func(*args, **(kwargs or {}))
-
-
-def _is_cuda(device: Any) -> bool:
-    if isinstance(device, torch.device):
-        return device.type == "cuda"
-    return isinstance(device, str) and device.startswith("cuda")
-
-
-class _Stream:
-    """The only stream of a CPU: what was asked of it before is done."""
-
-    def synchronize(self) -> None:
-        """Return at once."""
-
-    def wait_stream(self, stream: _Stream) -> None:
-        """Return at once."""
-
-    def record_event(self) -> _Stream:
-        """Return something to synchronize on."""
-        return self
-
-
-_DEVICE_MODE = _CudaMeansCpu()
-
-
-def place_tensors_on_cpu() -> None:
-    """Answer what code asks of `torch.cuda`, and read a CUDA device as the CPU.
-
-    Without it nearly every module fails: "Torch not compiled with CUDA enabled". Only calls that would raise on this
-    machine are changed, so code outside Megatron and NeMo runs as before; the look at each torch call costs about a microsecond.
-    """
-    stream = _Stream()
-    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment, return-value]
-    torch.cuda.synchronize = lambda device=None: None
-    for name in ("Stream", "current_stream", "default_stream"):
-        setattr(torch.cuda, name, lambda *args, **kwargs: stream)
-    _DEVICE_MODE.__enter__()
-
-
-class _CudaTypeNames(TorchFunctionMode):
-    """Reports a CPU tensor's type as the CUDA type of the same element: `torch.cuda.FloatTensor`."""
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is torch.Tensor.type and isinstance(result, str):
-            return result.replace("torch.", "torch.cuda.", 1)
-        return result
-
-
-def _with_cuda_type_names(function: Callable) -> Callable:
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with _CudaTypeNames():
-            return function(*args, **kwargs)
-
-    return call
+from nemo_upcycle.training.cpu_device import place_tensors_on_cpu, with_cuda_type_names
 
 
 def accept_cpu_parameters() -> None:
@@ -104,10 +27,10 @@ def accept_cpu_parameters() -> None:
     from megatron.core.optimizer import clip_grads, optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    clip = _with_cuda_type_names(clip_grads.clip_grad_by_total_norm_fp32)
+    clip = with_cuda_type_names(clip_grads.clip_grad_by_total_norm_fp32)
     clip_grads.clip_grad_by_total_norm_fp32 = optimizer.clip_grad_by_total_norm_fp32 = clip
     for cls in (optimizer.Float16OptimizerWithFloat16Params, DistributedOptimizer):
-        cls.__init__ = _with_cuda_type_names(cls.__init__)
+        cls.__init__ = with_cuda_type_names(cls.__init__)
 
 
 def use_fused_adam() -> None:
@@ -229,8 +152,8 @@ def hand_over_split_sizes() -> None:
 def gather_uneven_rows() -> None:
     """Gather and reduce-scatter different numbers of rows a rank, by padding them to the longest.
 
-    Without it an MoE layer under tensor and expert parallelism fails as soon as its ranks hold different numbers of tokens:
-    gloo, unlike NCCL, wants equal sizes.
+    Without it an MoE layer under tensor and expert parallelism fails as soon as its ranks hold different numbers of
+    tokens: gloo, unlike NCCL, wants equal sizes.
     """
     from megatron.core.tensor_parallel import mappings
 
@@ -259,8 +182,8 @@ def gather_uneven_rows() -> None:
 def reduce_gradients_in_place() -> None:
     """Sum the distributed optimizer's gradients in their own buffer.
 
-    Without it every step copies the whole buffer (4 bytes a parameter): gloo's reduce-scatter is an all-reduce of a copy.
-    Megatron's output is a slice of its input, so an all-reduce in place leaves the same numbers there.
+    Without it every step copies the whole buffer (4 bytes a parameter): gloo's reduce-scatter is an all-reduce of a
+    copy. Megatron's output is a slice of its input, so an all-reduce in place leaves the same numbers there.
     """
     from megatron.core.distributed import param_and_grad_buffer
 
@@ -273,8 +196,8 @@ def reduce_gradients_in_place() -> None:
 def collect_writers_quickly() -> None:
     """Fork the small process that collects what the checkpoint's writers report, rather than spawn it.
 
-    Without it the first save of every rank waits about ten seconds while the spawned process imports NeMo, and a script without
-    `if __name__ == "__main__"` runs itself again. Spawning is there to keep CUDA out of the child.
+    Without it the first save of every rank waits about ten seconds while the spawned process imports NeMo, and a
+    script without `if __name__ == "__main__"` runs itself again. Spawning is there to keep CUDA out of the child.
     """
     import multiprocessing
 
@@ -300,8 +223,8 @@ def leave_loaded_tensors() -> None:
 def print_progress_alone() -> None:
     """Keep NeMo's `ProgressPrinter` from asking Megatron's timers for a report.
 
-    Without it a run of several ranks hangs at the next collective call: the report is an all-gather, and only the first
-    rank prints.
+    Without it a run of several ranks hangs at the next collective call: the report is an all-gather, and only the
+    first rank prints.
     """
     from nemo.lightning.pytorch.callbacks.progress_printer import ProgressPrinter
 

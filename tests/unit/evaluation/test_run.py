@@ -37,18 +37,20 @@ def windows(suite: Path) -> list[str]:
 
 
 def loglikelihood(folder: Path, context: str, continuation: str) -> float:
-    """log P(continuation | context), one token after the other; <s> (token 0) is the context of an empty one."""
+    """log P(continuation | context), added up token by token; <s> (token 0) is the context of an empty one."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    ids = [tokenizer.encode(text, add_special_tokens=False) for text in (context, continuation)]
-    tokens = (ids[0] or [0]) + ids[1]
+    context_ids, continuation_ids = (
+        tokenizer.encode(text, add_special_tokens=False) for text in (context, continuation)
+    )
+    tokens = (context_ids or [0]) + continuation_ids
+    with torch.no_grad():
+        logits_SV = model(torch.tensor([tokens])).logits[0].double()
     total = 0.0
-    for place in range(len(tokens) - len(ids[1]), len(tokens)):
-        with torch.no_grad():
-            logits_V = model(torch.tensor([tokens[:place]])).logits[0, -1]
-        total += float(logits_V.double().log_softmax(-1)[tokens[place]])
+    for place in range(len(tokens) - len(continuation_ids), len(tokens)):
+        total += float(logits_SV[place - 1, tokens[place]] - logits_SV[place - 1].logsumexp(0))
     return total
 
 

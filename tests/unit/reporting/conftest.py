@@ -1,0 +1,103 @@
+"""A small run folder, with numbers that are easy to find again in the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+RECEIPT = {
+    "max_abs_logit_diff": 6.25e-5,
+    "max_abs_logit_diff_same_stack": 7.5e-6,
+    "mean_abs_logit_diff": 1e-6,
+    "same_argmax": 1.0,
+    "max_abs_logit": 31.5,
+    "tokens_compared": 512,
+    "tolerance": 2e-4,
+    "tolerance_same_stack": 2e-5,
+    "within_tolerance": True,
+    "source": "models/dense",
+    "spec": {"num_experts": 4, "top_k": 2, "seed": 4321},
+    "exact": True,
+    "dense_params": 100_000_000,
+    "total_params": 300_000_000,
+    "active_params": 150_000_000,
+    "bytes_read": 2**28,
+    "bytes_needed": 2**28,
+    "bytes_written": 3 * 2**29,
+    "seconds": 1.25,
+    "ranks": 1,
+    "layout": {"tensor": 1, "expert": 1},
+    "parameters": [
+        {"name": "embedding", "made_by": "copied", "dtype": "float32"},
+        {"name": "experts", "made_by": "copied into 4 experts", "dtype": "float32"},
+    ],
+}
+
+
+def evaluation(name: str, likelihoods: list[float], accuracies: list[float]) -> dict[str, Any]:
+    """An evaluation of windows of 100 bytes, and of questions; the values are what the report has to print."""
+    windows = [
+        {"id": i, "hash": f"w{i}", "loglikelihoods": [value], "scores": {"bits_per_byte": [value, 100]}}
+        for i, value in enumerate(likelihoods)
+    ]
+    questions = [
+        {"id": i, "hash": f"q{i}", "loglikelihoods": [-1.0, -2.0], "answer": 0, "scores": {"acc": value}}
+        for i, value in enumerate(accuracies)
+    ]
+    return {
+        "name": name,
+        "model": {"folder": f"models/{name}", "class": "LlamaForCausalLM", "parameters": 1, "config_sha256": ""},
+        "settings": {"dtype": "float32", "device": "cpu", "batch_size": 8, "limit": None},
+        "versions": {"lm_eval": "0.4.13"},
+        "seconds": {"load": 1.0, "total": 2.0},
+        "metrics": {
+            "heldout_perplexity/bits_per_byte": {
+                "value": -sum(likelihoods) / len(likelihoods) / 100,
+                "stderr": 0.0321,
+                "higher_is_better": False,
+            },
+            "quiz/acc": {"value": sum(accuracies) / len(accuracies), "stderr": 0.25, "higher_is_better": True},
+        },
+        "items": {"heldout_perplexity": windows, "quiz": questions},
+        "groups": {},
+    }
+
+
+EVALUATIONS = {
+    "dense": evaluation("dense", [-110.0, -120.0, -130.0], [1.0, 0.0, 0.0, 0.0]),
+    "step0": evaluation("step0", [-110.0, -120.0, -130.13], [1.0, 0.0, 0.0, 1.0]),
+    "trained": evaluation("trained", [-100.0, -111.0, -121.0], [1.0, 0.0, 1.0, 0.0]),
+    "dense_ct": evaluation("dense_ct", [-99.0, -109.0, -118.0], [1.0, 0.0, 0.0, 0.0]),
+}
+
+
+def metrics(stage: str) -> list[dict[str, Any]]:
+    """Three steps of 1000 tokens; the validation loss in its own line, as the training stage writes it."""
+    offset = 0.0 if stage == "pretrain" else 0.5
+    loads = [[[0.7, 0.1, 0.1, 0.1], [0.0, 0.0, 0.0, 0.0]], [[0.25] * 4, [0.0] * 4], [[0.3, 0.2, 0.3, 0.2], [0.0] * 4]]
+    lines: list[dict[str, Any]] = []
+    for step in (1, 2, 3):
+        line = {"step": step, "loss": 3.5 - step / 4 + offset, "lr": 1e-4, "grad_norm": 1.0, "tokens": 1000 * step}
+        load = {"expert_load": loads[step - 1]} if stage == "pretrain" else {}
+        lines.append({**line, "seconds": 2.0, "tokens_per_s": 500.0, **load})
+        lines.append({"step": step, "validation_loss": 3.625 - step / 8 + offset})
+    return lines
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "demo"
+    (folder / "evaluation").mkdir(parents=True)
+    (folder / "receipt.json").write_text(json.dumps(RECEIPT))
+    for name, value in EVALUATIONS.items():
+        (folder / "evaluation" / f"{name}.json").write_text(json.dumps(value))
+    for stage, seconds in (("pretrain", 61.0), ("dense_ct", 30.0)):
+        (folder / stage).mkdir()
+        (folder / stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics(stage)))
+        marker = {"stage": stage, "seconds": seconds, "outputs": {}}
+        (folder / stage / "_SUCCESS.json").write_text(json.dumps(marker))
+    return folder

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import doctest
+
+import pytest
+
+from nemo_upcycle.reporting import markdown
+from nemo_upcycle.reporting.markdown import with_error
+
+
+def test_the_examples_of_the_docstrings() -> None:
+    assert doctest.testmod(markdown).attempted >= 5
+    assert doctest.testmod(markdown).failed == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "text"),
+    [
+        (101.33, 16.45, "101 ± 16"),
+        (0.225, 0.0669, "0.225 ± 0.067"),
+        (7.2e-9, 2.7e-8, "7.2e-09 ± 2.7e-08"),
+        (-0.00642, 0.002, "-0.0064 ± 0.0020"),
+        (None, None, "-"),
+    ],
+)
+def test_a_value_is_as_precise_as_its_error(value: float | None, stderr: float | None, text: str) -> None:
+    assert with_error(value, stderr) == text

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.evaluation.compare import paired_difference
+from nemo_upcycle.reporting.report import write_report
+from tests.unit.reporting.conftest import EVALUATIONS, RECEIPT
+
+
+def rows(report: Path) -> dict[str, list[str]]:
+    """The cells of every table row, by its first cell."""
+    cells = [line.strip("| ").split(" | ") for line in report.read_text().splitlines() if line.startswith("| ")]
+    return {first: rest for first, *rest in cells}
+
+
+@pytest.fixture
+def results(run_dir: Path) -> dict[str, Any]:
+    write_report(run_dir)
+    return json.loads((run_dir / "results.json").read_text())
+
+
+def test_the_results_hold_the_inputs(results: dict[str, Any]) -> None:
+    for name, evaluation in EVALUATIONS.items():
+        for metric, entry in evaluation["metrics"].items():
+            assert results["evaluation"][name][metric] == {"value": entry["value"], "stderr": entry["stderr"]}
+    assert results["step0"]["max_relative_loglikelihood_difference"] == pytest.approx(0.001)  # -130 to -130.13
+    assert results["step0"]["changed_answers"] == 1
+    assert results["step0"]["items"] == 7
+    assert results["step0"]["logits"]["max_abs_logit_diff"] == 6.25e-5
+    metric = "heldout_perplexity/bits_per_byte"
+    assert results["paired"]["trained_minus_dense_ct"][metric] == paired_difference(
+        EVALUATIONS["dense_ct"], EVALUATIONS["trained"], metric
+    )
+    assert set(results["paired"]) == {"trained_minus_dense_ct", "trained_minus_dense", "dense_ct_minus_dense"}
+    assert results["receipt"]["parameters_made_by"] == {"copied": 1, "copied into 4 experts": 1}
+    assert {key: results["receipt"][key] for key in ("total_params", "bytes_read", "spec")} == {
+        key: RECEIPT[key] for key in ("total_params", "bytes_read", "spec")
+    }
+    assert results["online_receipt"] is None
+    assert results["stage_seconds"] == {"pretrain": 61.0, "dense_ct": 30.0}
+
+
+def test_the_training_summary(results: dict[str, Any]) -> None:
+    done = results["training"]["pretrain"]
+    load = done.pop("expert_load")
+    assert done == {
+        "steps": 3,
+        "tokens": 3000,
+        "seconds": 6.0,
+        "tokens_per_s": 500.0,
+        "first_loss": 3.25,
+        "last_loss": 2.75,
+        "first_validation_loss": 3.5,
+        "last_validation_loss": 3.25,
+    }
+    assert load["last"] == pytest.approx({"balanced": 0.25, "min": 0.2, "max": 0.3, "cv": 0.2})  # 0.05 / 0.25
+    assert load["first"]["cv"] == pytest.approx((3 * 0.15**2 + 0.45**2) ** 0.5 / 2 / 0.25)
+    assert "expert_load" not in results["training"]["dense_ct"]
+
+
+def test_the_environment_is_this_machine(results: dict[str, Any]) -> None:
+    environment = results["environment"]
+    assert environment["versions"].keys() >= {"nemo_upcycle", "python", "torch", "transformers", "lm_eval"}
+    assert environment["cores"] >= 1
+    assert environment["memory_gib"] > 0
+    assert environment["processor"]
+    assert environment["commit"] is None or re.fullmatch(r"[0-9a-f]{12}(-dirty)?", environment["commit"])
+
+
+def test_the_report_prints_these_numbers(run_dir: Path) -> None:
+    found = rows(write_report(run_dir))
+    assert found["bits per byte (heldout_perplexity)"][-1].endswith(
+        "dense twin, trained is better"
+    )  # the second table
+    assert found["training loss, last step"] == ["2.75", "3.25"]
+    assert found["validation loss, first"] == ["3.5", "4"]
+    assert found["tokens"] == ["3,000", "3,000"]
+    assert found["most used expert of any layer"] == ["70.00 %", "30.00 %"]
+    assert found["answers that changed"] == ["1 of 4"]
+    assert found["parent in Megatron"] == ["7.5e-06", "2e-05"]
+    assert found["parameters, MoE"] == ["300.0M"]
+    assert found["bytes read"] == ["256.0 MiB"]
+    assert found["bytes written"] == ["1.50 GiB"]
+    assert found["pretrain"] == ["1:01", "`pretrain/_SUCCESS.json`"]
+    text = (run_dir / "report.md").read_text()
+    assert (
+        "| bits per byte (heldout_perplexity) | 1.200 ± 0.032 | 1.200 ± 0.032 | 1.107 ± 0.032 | 1.087 ± 0.032 |"
+        in text
+    )
+    assert "150.0M of them active" in text
+    assert "Both saw equally many tokens; for each, the MoE computes with 1.50 times the parameters." in text
+    assert "`seed=4321`" in text
+
+
+def test_the_report_says_so_when_the_twin_wins(run_dir: Path) -> None:
+    text = write_report(run_dir).read_text()
+    assert "paired over 3 items: the twin is better." in text
+    found = rows(run_dir / "report.md")
+    assert found["acc (quiz)"][0].startswith("+0.25 ± 0.25 (no difference shown)")
+
+
+def test_the_sections_stand_in_order(run_dir: Path) -> None:
+    headings = re.findall(r"^## (.+)$", write_report(run_dir).read_text(), flags=re.MULTILINE)
+    assert headings == [
+        "Evaluation",
+        "Step 0: MoE against parent",
+        "Training",
+        "Expert load",
+        "Receipt",
+        "What ran on what",
+        "How to go on",
+    ]
+
+
+def test_the_figures_are_drawn(run_dir: Path) -> None:
+    write_report(run_dir)
+    for name in ("loss.png", "experts.png"):
+        assert (run_dir / name).read_bytes().startswith(b"\x89PNG")
+    assert not [path for path in run_dir.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("file", "stage"),
+    [
+        ("receipt.json", "upcycle"),
+        ("pretrain/metrics.jsonl", "pretrain"),
+        ("dense_ct/metrics.jsonl", "dense_ct"),
+        ("evaluation/step0.json", "evaluate"),
+        ("evaluation/dense_ct.json", "evaluate"),
+    ],
+)
+def test_a_missing_file_names_its_stage(run_dir: Path, file: str, stage: str) -> None:
+    (run_dir / file).unlink()
+    with pytest.raises(UpcycleError, match=f"what stage '{stage}' writes") as caught:
+        write_report(run_dir)
+    assert str(run_dir / file) in str(caught.value)
+    assert not (run_dir / "report.md").exists()
+
+
+def test_a_damaged_line_is_named(run_dir: Path) -> None:
+    with (run_dir / "pretrain" / "metrics.jsonl").open("a") as handle:
+        handle.write('{"step": 4, "lo')
+    with pytest.raises(UpcycleError, match=r"metrics\.jsonl:7"):
+        write_report(run_dir)
+
+
+def test_a_training_stage_without_a_step_is_named(run_dir: Path) -> None:
+    (run_dir / "dense_ct" / "metrics.jsonl").write_text('{"step": 0, "validation_loss": 3.0}\n')
+    with pytest.raises(UpcycleError, match="no step with a loss"):
+        write_report(run_dir)
+
+
+def test_a_run_without_the_twin(run_dir: Path) -> None:
+    (run_dir / "dense_ct" / "metrics.jsonl").unlink()
+    (run_dir / "evaluation" / "dense_ct.json").unlink()
+    marker = {"stage": "dense_ct", "seconds": 0.0, "outputs": {"left_out": True}}
+    (run_dir / "dense_ct" / "_SUCCESS.json").write_text(json.dumps(marker))
+    text = write_report(run_dir).read_text()
+    assert "twin" not in text.split("## Training")[0]
+    assert list(json.loads((run_dir / "results.json").read_text())["paired"]) == ["trained_minus_dense"]
+
+
+def test_an_inexact_specification_is_reported_as_such(run_dir: Path) -> None:
+    receipt = {**RECEIPT, "exact": False, "tolerance": None, "within_tolerance": False, "max_abs_logit_diff": 0.125}
+    (run_dir / "receipt.json").write_text(json.dumps(receipt))
+    text = write_report(run_dir).read_text()
+    assert "This specification cannot be exact: the largest logit difference before training was 0.125." in text
+
+
+def test_the_receipt_of_the_training_job_stands_beside_the_rehearsal(run_dir: Path) -> None:
+    online = {**RECEIPT, "ranks": 2, "layout": {"tensor": 1, "expert": 2}, "bytes_read": 2**27}
+    (run_dir / "pretrain" / "receipt.json").write_text(json.dumps(online))
+    found = rows(write_report(run_dir))
+    assert found["bytes read"] == ["256.0 MiB", "128.0 MiB"]
+    assert found["layout"] == ["no parallelism", "expert=2"]
+
+
+def test_a_group_of_tasks_stands_for_its_tasks(run_dir: Path) -> None:
+    for name, value in EVALUATIONS.items():
+        metrics = {**value["metrics"], "all/acc": value["metrics"]["quiz/acc"]}
+        grouped = {**value, "metrics": metrics, "groups": {"all": ["quiz"]}}
+        (run_dir / "evaluation" / f"{name}.json").write_text(json.dumps(grouped))
+    found = rows(write_report(run_dir))
+    assert "acc (all)" in found
+    assert "acc (quiz)" not in found
