@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def evaluation(name: str, likelihoods: list[float], accuracies: list[float]) -> 
         "seconds": {"load": 1.0, "total": 2.0},
         "metrics": {
             "heldout_perplexity/bits_per_byte": {
-                "value": -sum(likelihoods) / len(likelihoods) / 100,
+                "value": -sum(likelihoods) / len(likelihoods) / 100 / math.log(2),
                 "stderr": 0.0321,
                 "higher_is_better": False,
             },
