@@ -139,7 +139,8 @@ def _check_spec(config: Any, spec: UpcycleSpec) -> None:
             )
 
 
-def _check_model(config: Any, arch: Architecture) -> None:
+def _check_model(model: Any, arch: Architecture) -> None:
+    config = model.config
     wanted = {
         "num_layers": arch.num_layers,
         "hidden_size": arch.hidden_size,
@@ -153,19 +154,13 @@ def _check_model(config: Any, arch: Architecture) -> None:
     }
     if config.num_moe_experts:
         wanted["moe_ffn_hidden_size"] = arch.ffn_size
-    # Of NeMo's own, and what it hands to the rotary embedding: a wrong base changes the function without an error.
-    if hasattr(config, "rotary_base"):
-        wanted["rotary_base"] = arch.rope_theta
+    found = {name: getattr(config, name) for name in wanted}
+    # NeMo's config holds the base, Megatron's does not: the model does. A wrong one changes the function unnoticed.
+    wanted["rotary_base"], found["rotary_base"] = arch.rope_theta, model.rotary_base
     for name, value in wanted.items():
-        if getattr(config, name) != value:
-            raise CheckpointError(
-                problem(
-                    f"model.config.{name}",
-                    got=getattr(config, name),
-                    expected=f"{value}, as in the dense checkpoint",
-                    fix="use the dense model's own configuration",
-                )
-            )
+        if found[name] != value:
+            expected, fix = f"{value}, as in the dense checkpoint", "use the dense model's own configuration"
+            raise CheckpointError(problem(f"model.config.{name}", got=found[name], expected=expected, fix=fix))
 
 
 def _fill(
@@ -174,9 +169,10 @@ def _fill(
     arch = dense.architecture
     _check_source(dense)
     for model in models:
-        _check_model(model.config, arch)
+        _check_model(model, arch)
     place = _Place.here()
     targets = [target for model in models for target in _targets(model, arch, place)]
+    _check_shapes(targets, dense)
     _check_covered(targets, models, arch)
     start_s, bytes_before = time.monotonic(), dense.bytes_read
     for target in targets:
@@ -247,15 +243,17 @@ def _target(
         source = BY_ROLE["embedding"]
     shape = tuple(tensors[0].shape)
     wanted = shard_shape(source, arch, shard, padded_vocab=shape[0] * shard.size)
-    if shape != wanted or (row.cut is Cut.VOCABULARY and shape[0] * shard.size < arch.vocab_size):
-        expected = f"{list(wanted)}, from {hf_shape(source, 0, arch)} over {shard.size} ranks"
+    too_few = row.cut is Cut.VOCABULARY and shape[0] * shard.size < arch.vocab_size
+    if shape != wanted or too_few:
+        least = f"at least {arch.vocab_size} rows over all ranks"
+        expected = least if too_few else f"{list(wanted)}, from {hf_shape(source, 0, arch)} over {shard.size} ranks"
         fix = "vocabulary and layout must fit the dense checkpoint"
         raise CheckpointError(problem(f"shape of {name}", got=list(shape), expected=expected, fix=fix))
     return _Target(name, row, layer, tensors, source, pieces(source, arch, shard, shape))
 
 
 def _check_source(dense: DenseSource) -> None:
-    """Check that the checkpoint holds what its architecture says, with the right shapes, and nothing else."""
+    """Check that the checkpoint holds what its architecture says and nothing else."""
     arch = dense.architecture
     expected = set(hf_names(arch))
     # Tied models may repeat the embedding; old ones store the rotary frequencies, which follow from the config.
@@ -272,6 +270,17 @@ def _check_source(dense: DenseSource) -> None:
                     fix="check that config.json and weights belong together",
                 )
             )
+
+
+def _check_shapes(targets: list[_Target], dense: DenseSource) -> None:
+    """Check that the tensors that are read have the shapes that follow from `config.json`."""
+    for target in targets:
+        for part in range(len(target.source.hf) if target.source else 0):
+            name, wanted = target.hf_name(part), hf_shape(target.source or target.row, part, dense.architecture)
+            if dense.shape(name) != wanted:
+                fix = "check that config.json and weights belong together"
+                got, expected = list(dense.shape(name)), f"{list(wanted)} (from config.json)"
+                raise CheckpointError(problem(f"{dense.path}: shape of {name}", got=got, expected=expected, fix=fix))
 
 
 def _check_covered(targets: list[_Target], models: list[Any], arch: Architecture) -> None:

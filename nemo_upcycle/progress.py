@@ -90,3 +90,15 @@ def track(items: Iterable[T], label: str, total: int, *, enabled: bool = True) -
         for item in items:
             yield item
             line.advance()
+
+
+def show_messages() -> logging.Logger:
+    """Let the package's messages reach the console, plainly, and return the logger that carries them."""
+    package = logging.getLogger("nemo_upcycle")
+    if not package.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        package.addHandler(handler)
+        package.setLevel(logging.INFO)
+        package.propagate = False
+    return package

@@ -64,7 +64,8 @@ def pipeline(
     for recipe in filter(None, (pretrain, dense_ct)):
         check_recipe(recipe)
     run_dir = Path(dir).absolute()
-    plan = RunPlan(dense, corpus, evaluation, dump_recipe(pretrain), dump_recipe(dense_ct) if dense_ct else None)
+    twin = dump_recipe(dense_ct) if dense_ct else None
+    plan = RunPlan(pretrain.log.name, dense, corpus, evaluation, dump_recipe(pretrain), twin)
     if not ctx.dryrun:
         plan.write(run_dir)
     with run.Experiment(f"upcycle-{run_dir.name}") as experiment:
@@ -97,7 +98,9 @@ def _executor_for(stage: Stage, plan: RunPlan, executor: Any) -> run.Executor:
     nodes, per_node = ranks_of(load_recipe(serialised)) if serialised else (1, 1)
     if executor is None:
         _put_own_interpreter_first()
-        return run.LocalExecutor(ntasks_per_node=per_node, launcher="torchrun" if serialised else None)
+        quiet = {"LOGLEVEL": "WARNING", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // per_node))}
+        launcher = "torchrun" if serialised else None
+        return run.LocalExecutor(ntasks_per_node=per_node, launcher=launcher, env_vars=quiet)
     mine = copy.deepcopy(executor)
     mine.nodes, mine.ntasks_per_node = nodes, per_node
     return mine

@@ -20,6 +20,7 @@ class RunPlan:
     Recipes are NeMo-Run's own serialised form: a stage builds them only after it has checked that it may start.
 
     Args:
+        recipe: name of the upcycling recipe, for people.
         dense: address of the dense parent.
         corpus: a name in `conf/data`, or a YAML file.
         evaluation: a name in `conf/evaluation`, or a YAML file.
@@ -27,6 +28,7 @@ class RunPlan:
         dense_ct: the serialised recipe of the dense twin; None leaves it out.
     """
 
+    recipe: str
     dense: str
     corpus: str
     evaluation: str

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -14,10 +15,10 @@ from nemo_upcycle.errors import StageError, UpcycleError, problem
 from nemo_upcycle.pipeline.markers import StageFolder
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
 from nemo_upcycle.pipeline.stages import BY_NAME, STAGES
-from nemo_upcycle.progress import duration
+from nemo_upcycle.progress import duration, show_messages
 
 
-logger = logging.getLogger("nemo_upcycle")
+logger = logging.getLogger(__name__)
 
 
 def run_stage(name: str, dir: str) -> None:
@@ -29,7 +30,8 @@ def run_stage(name: str, dir: str) -> None:
         name: of the stage.
         dir: the run's folder, with its plan.
     """
-    _show_messages()
+    show_messages()
+    _quiet_libraries()
     try:
         _run(BY_NAME[name], Path(dir))
     except UpcycleError as error:
@@ -37,12 +39,13 @@ def run_stage(name: str, dir: str) -> None:
         raise SystemExit(2) from None
 
 
-def _show_messages() -> None:
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
+def _quiet_libraries() -> None:
+    """Keep the console for progress and results; NEMO_UPCYCLE_VERBOSE=1 lets the libraries speak too."""
+    if os.environ.get("NEMO_UPCYCLE_VERBOSE"):
+        return
+    warnings.filterwarnings("ignore")
+    for name in ("megatron", "lightning.pytorch", "lightning.fabric", "nv_one_logger"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _require_earlier(stage: Stage, run_dir: Path) -> None:

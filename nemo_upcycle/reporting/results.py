@@ -15,6 +15,8 @@ PAIRS = (("dense_ct", "trained"), ("dense", "trained"), ("dense", "dense_ct"))
 _LOGIT_KEYS = (
     "max_abs_logit_diff",
     "max_abs_logit_diff_same_stack",
+    "max_abs_logit_diff_same_stack_float32",
+    "parent_float32_rounding",
     "mean_abs_logit_diff",
     "same_argmax",
     "max_abs_logit",
@@ -70,6 +72,7 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
             for name, evaluation in evaluations.items()
         },
         "stage_seconds": run.stage_seconds,
+        "recipe": run.recipe,
         "environment": environment,
     }
 

@@ -41,6 +41,7 @@ class RunRecord:
 
     Attributes:
         folder: of the run.
+        recipe: name of the recipe, from `pipeline.json`; `RECIPE` for a folder made otherwise.
         receipt: of the rehearsal on one rank, with the step-0 comparison of logits.
         online_receipt: of the upcycling inside the training job; None where that left none.
         curves: of `pretrain` and, unless it was left out, `dense_ct`.
@@ -49,6 +50,7 @@ class RunRecord:
     """
 
     folder: Path
+    recipe: str
     receipt: dict[str, Any]
     online_receipt: dict[str, Any] | None
     curves: dict[str, Curve]
@@ -67,6 +69,7 @@ def read_run(folder: Path) -> RunRecord:
     online = folder / "pretrain" / "receipt.json"
     return RunRecord(
         folder=folder,
+        recipe=read_json(plan).get("recipe", "RECIPE") if (plan := folder / "pipeline.json").is_file() else "RECIPE",
         receipt=read_json(_made_by("upcycle", folder / "receipt.json")),
         online_receipt=read_json(online) if online.is_file() else None,
         curves={

@@ -129,8 +129,11 @@ def step_zero(results: dict[str, Any]) -> str:
             ["parent in Megatron", *_logit_row(logits, "max_abs_logit_diff_same_stack", "tolerance_same_stack")],
         ]
         parts += [
-            table(["MoE in Megatron, float32, against", "largest logit difference", "allowed"], rows),
-            f"Over {logits['tokens_compared']} tokens; the largest logit is {number(logits['max_abs_logit'])}, and the"
+            table(["MoE in Megatron against", "largest logit difference", "allowed"], rows),
+            "The first row is measured in float32. The second in float64, which isolates upcycling: in float32 it is"
+            f" {number(logits.get('max_abs_logit_diff_same_stack_float32'), 3)}, no more than rounding costs the parent itself"
+            f" ({number(logits.get('parent_float32_rounding'), 3)}, its float32 against its float64)."
+            f" Over {logits['tokens_compared']} tokens; the largest logit is {number(logits['max_abs_logit'])}, and the"
             f" likeliest token is the same on {100 * logits['same_argmax']:.4g} % of them. Source: `receipt.json`.",
         ]
     return "\n\n".join(parts)
@@ -267,13 +270,11 @@ def next_steps(results: dict[str, Any], run_dir: Path) -> str:
             "## How to go on",
             "",
             "```bash",
-            "# train both models for longer, into a new folder (RECIPE: the recipe of this run)",
-            f"nemo upcycle pipeline --factory RECIPE dir={run_dir}-longer \\",
+            "# train both models for longer, into a new folder",
+            f"nemo upcycle pipeline --factory {results['recipe']} dir={run_dir}-longer \\",
             "    pretrain.trainer.max_steps=200 dense_ct.trainer.max_steps=200 --yes",
             "# evaluate the trained model with lm-eval itself, on any of its tasks (needs the Hugging Face hub)",
             f"lm_eval run --model hf --model_args pretrained={model},dtype=bfloat16 --tasks mmlu,piqa --batch_size 8",
-            "# write this report again",
-            f"nemo-upcycle report {run_dir}",
             "```",
         ]
     )

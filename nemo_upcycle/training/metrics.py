@@ -14,10 +14,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from nemo.utils import logging
 from nemo.utils.app_state import AppState
 
-from nemo_upcycle.progress import duration
+from nemo_upcycle.progress import duration, show_messages
 
 
 class ExpertLoad:
@@ -106,7 +105,7 @@ class MetricsLogger(Callback):
         loss = _number(trainer.callback_metrics.get("val_loss"))
         if torch.distributed.get_rank() == 0 and not trainer.sanity_checking and loss is not None:
             self._append({"step": trainer.global_step, "validation_loss": loss})
-            logging.info("step %d/%d  validation loss %.4f", trainer.global_step, trainer.max_steps, loss)
+            show_messages().info("step %d/%d  validation loss %.4f", trainer.global_step, trainer.max_steps, loss)
         self._last_s = time.monotonic()
 
     def _path(self) -> Path:
@@ -119,7 +118,7 @@ class MetricsLogger(Callback):
     def _say(self, line: dict[str, Any], max_steps: int, now_s: float) -> None:
         done = line["step"] - self._first_step
         left_s = (now_s - self._start_s) / max(done, 1) * (max_steps - line["step"])
-        logging.info(
+        show_messages().info(
             "step %d/%d  loss %s  grad norm %s  lr %s  %.0f tokens/s  ETA %s",
             line["step"],
             max_steps,

@@ -17,13 +17,12 @@ import lightning.pytorch as pl
 import torch
 from nemo import lightning as nl
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
-from nemo.utils import logging
 from nemo.utils.app_state import AppState
 
 from nemo_upcycle.connector import Progress, load_dense_into, upcycle_into
 from nemo_upcycle.data.dense import ensure_dense
 from nemo_upcycle.errors import SpecError, problem
-from nemo_upcycle.progress import ProgressLine
+from nemo_upcycle.progress import ProgressLine, show_messages
 from nemo_upcycle.receipt import UpcycleReceipt
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.spec import UpcycleSpec
@@ -147,7 +146,7 @@ def _report(receipt: UpcycleReceipt, layout: dict[str, int]) -> None:
     merged = receipt.merge(receipts)
     merged.layout = layout
     merged.write(Path(AppState().log_dir) / "receipt.json")
-    logging.info(
+    show_messages().info(
         "%s: %.1fM -> %.1fM parameters, read %.2f GiB, wrote %.2f GiB in %.1f s on %d ranks",
         merged.source,
         merged.dense_params / 1e6,
