@@ -69,7 +69,7 @@ class MetricsLogger(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the routers and start the clock."""
         chunks = list(trainer.strategy.megatron_parallel)
-        config = pl_module.config
+        config: Any = pl_module.config
         if config.num_moe_experts:
             self._load = ExpertLoad(chunks, config.num_layers, config.num_moe_experts)
         self._start_s = self._last_s = time.monotonic()
