@@ -130,11 +130,11 @@ def step_zero(results: dict[str, Any]) -> str:
         ]
         parts += [
             table(["MoE in Megatron against", "largest logit difference", "allowed"], rows),
-            "The first row is measured in float32. The second in float64, which isolates upcycling: in float32 it is"
-            f" {number(logits.get('max_abs_logit_diff_same_stack_float32'), 3)}, no more than rounding costs the parent"
-            f" ({number(logits.get('parent_float32_rounding'), 3)}, its float32 against its float64)."
-            f" Over {logits['tokens_compared']} tokens; the largest logit is {number(logits['max_abs_logit'])}, and the"
-            f" likeliest token is the same on {100 * logits['same_argmax']:.4g} % of them. Source: `receipt.json`.",
+            "The first row is in float32, the second in float64, where nothing but upcycling is left. In float32 it is"
+            f" {number(logits.get('max_abs_logit_diff_same_stack_float32'), 3)}; rounding alone costs the parent"
+            f" {number(logits.get('parent_float32_rounding'), 3)} (its float32 against its float64)."
+            f" Over {logits['tokens_compared']} tokens; the largest logit is {number(logits['max_abs_logit'])}, and"
+            f" the likeliest token is the same on {100 * logits['same_argmax']:.4g} % of them. Source: `receipt.json`.",
         ]
     return "\n\n".join(parts)
 

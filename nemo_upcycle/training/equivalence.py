@@ -134,7 +134,7 @@ def rehearse(
         export_dtype: type of that export.
 
     Returns:
-        The receipt, with `max_abs_logit_diff` (parent in Hugging Face against the upcycled model in Megatron, float32),
+        The receipt, with `max_abs_logit_diff` (parent in Hugging Face against upcycled model in Megatron, float32),
         `max_abs_logit_diff_same_stack` (both in Megatron, float64; `..._float32` beside it), `parent_float32_rounding`
         (the parent in Megatron, float32 against float64), and what is expected of them.
     """

@@ -68,7 +68,7 @@ class MetricsLogger(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the routers and start the clock."""
-        chunks = list(trainer.strategy.megatron_parallel)
+        chunks = _megatron(trainer.strategy)
         config: Any = pl_module.config
         if config.num_moe_experts:
             self._load = ExpertLoad(chunks, config.num_layers, config.num_moe_experts)
@@ -85,7 +85,7 @@ class MetricsLogger(Callback):
         if torch.distributed.get_rank() != 0:
             return
         now_s = time.monotonic()
-        sampler = trainer.datamodule.data_sampler
+        sampler = pl_module.trainer.datamodule.data_sampler  # type: ignore[attr-defined]
         step_tokens = sampler.global_batch_size * sampler.seq_len
         line: dict[str, Any] = {
             "step": trainer.global_step,
@@ -128,6 +128,11 @@ class MetricsLogger(Callback):
             line["tokens_per_s"],
             duration(left_s),
         )
+
+
+def _megatron(strategy: Any) -> list[torch.nn.Module]:
+    """Return this rank's chunks of a NeMo Megatron strategy."""
+    return list(strategy.megatron_parallel)
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -122,7 +122,8 @@ def fill_chunks(chunks: list[torch.nn.Module], restore: UpcycleConfig) -> Upcycl
         SpecError: an MoE model without a spec, or a spec without an MoE model.
         CheckpointError: model and checkpoint do not fit.
     """
-    experts = next(iter(chunks)).config.num_moe_experts
+    config: Any = chunks[0].config
+    experts = config.num_moe_experts
     if bool(experts) != bool(restore.spec):
         fix = "give UpcycleConfig a spec for an MoE model, and none for a dense one"
         raise SpecError(

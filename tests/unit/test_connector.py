@@ -150,7 +150,6 @@ def test_weights_that_are_not_what_config_json_says_are_refused(copy: Path, chan
     [
         ({"add_bias_linear": True}, ["model.config.add_bias_linear: got True, expected False"]),
         ({"add_qkv_bias": True}, ["parameters without a source", "decoder.layers.0.self_attention.linear_qkv.bias"]),
-        ({"qk_layernorm": True}, ["parameters without a source", "layers.0.self_attention.q_layernorm.weight"]),
     ],
 )
 @pytest.mark.parametrize("experts", [4, None], ids=["moe", "dense"])

@@ -1,0 +1,84 @@
+"""What the repository promises about itself: commands that exist, YAML that loads, names and files that are in order."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CODE_BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+
+
+def _tracked(*patterns: str) -> list[Path]:
+    names = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in names.splitlines()]
+
+
+def _commands() -> list[str]:
+    blocks = [text.replace("\\\n", " ") for language, text in CODE_BLOCKS if language == "bash"]
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("path", _tracked("conf/*.yaml", "conf/**/*.yaml"), ids=lambda path: path.name)
+def test_every_yaml_loads_and_every_key_is_explained(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+    assert text.startswith("#"), "a header comment says what the file is for"
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
+        if re.match(r"\S+:", line):
+            before = lines[number - 1]
+            assert before.startswith("#") or "  # " in line or before.startswith(" "), f"{path.name}: {line}"
+
+
+def test_the_readmes_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = {word for command in _commands() for word in re.findall(r"\bmake ([a-z-]+)", command)}
+    assert named
+    assert named <= targets
+
+
+def test_the_readmes_nemo_commands_name_registered_recipes() -> None:
+    recipes = {path.stem for path in (ROOT / "recipes").glob("*_*.py")}
+    named = {
+        match for command in _commands() for match in re.findall(r"--factory \"?([a-z0-9_]+)", command) if "nemo" in command
+    }
+    assert named
+    assert named <= recipes
+
+
+def test_the_readmes_python_compiles() -> None:
+    blocks = [text for language, text in CODE_BLOCKS if language == "python"]
+    assert blocks
+    for block in blocks:
+        compile(block, "README.md", "exec")
+
+
+def test_relative_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_files_can_be_read_in_one_sitting() -> None:
+    long = {p.name: n for p in _tracked("*.py") if (n := len(p.read_text(encoding="utf-8").splitlines())) > 400}
+    assert not long
+
+
+def test_modules_import_without_cuda_and_without_nemo() -> None:
+    """The library layers start light: importing them pulls in neither Megatron nor NeMo nor transformers."""
+    modules = ["", ".spec", ".architecture", ".mapping", ".init.router", ".sources", ".connector", ".export", ".receipt"]
+    code = (
+        "import sys, importlib\n"
+        f"for name in {modules}: importlib.import_module('nemo_upcycle' + name)\n"
+        "heavy = {'megatron', 'nemo', 'nemo_run', 'lightning', 'transformers', 'lm_eval'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
