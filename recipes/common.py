@@ -47,21 +47,19 @@ def start_from(recipe: run.Partial, dense: str, spec: UpcycleSpec | None) -> run
     return recipe
 
 
-def checkpoints(every_n_steps: int, keep: int = 1) -> run.Config[nl.ModelCheckpoint]:
-    """Return a checkpoint callback that keeps the last states only.
+def checkpoints(every_n_steps: int) -> run.Config[nl.ModelCheckpoint]:
+    """Return a checkpoint callback that keeps the last state only.
 
     NeMo's default keeps the ten best, every 15 minutes; for an upcycled 8B model that is 6.6 TB.
 
     Args:
         every_n_steps: steps between two checkpoints.
-        keep: how many to keep besides the last.
     """
     return run.Config(
         nl.ModelCheckpoint,
         save_last=True,
-        save_top_k=keep,
-        monitor="step",
-        mode="max",
+        save_top_k=0,
+        monitor=None,
         every_n_train_steps=every_n_steps,
         filename="{model_name}--{step}",
     )

@@ -134,7 +134,7 @@ def step_zero(results: dict[str, Any]) -> str:
             f" {number(logits.get('max_abs_logit_diff_same_stack_float32'), 3)}; rounding alone costs the parent"
             f" {number(logits.get('parent_float32_rounding'), 3)} (its float32 against its float64)."
             f" Over {logits['tokens_compared']} tokens; the largest logit is {number(logits['max_abs_logit'])}, and"
-            f" the likeliest token is the same on {100 * logits['same_argmax']:.4g} % of them. Source: `receipt.json`.",
+            f" the likeliest token is the same on {100 * logits['same_argmax']:.4g} % of them (`receipt.json`).",
         ]
     return "\n\n".join(parts)
 

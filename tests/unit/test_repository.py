@@ -49,7 +49,10 @@ def test_the_readmes_make_targets_exist() -> None:
 def test_the_readmes_nemo_commands_name_registered_recipes() -> None:
     recipes = {path.stem for path in (ROOT / "recipes").glob("*_*.py")}
     named = {
-        match for command in _commands() for match in re.findall(r"--factory \"?([a-z0-9_]+)", command) if "nemo" in command
+        match
+        for command in _commands()
+        for match in re.findall(r"--factory \"?([a-z0-9_]+)", command)
+        if "nemo" in command
     }
     assert named
     assert named <= recipes
@@ -74,7 +77,17 @@ def test_files_can_be_read_in_one_sitting() -> None:
 
 def test_modules_import_without_cuda_and_without_nemo() -> None:
     """The library layers start light: importing them pulls in neither Megatron nor NeMo nor transformers."""
-    modules = ["", ".spec", ".architecture", ".mapping", ".init.router", ".sources", ".connector", ".export", ".receipt"]
+    modules = [
+        "",
+        ".spec",
+        ".architecture",
+        ".mapping",
+        ".init.router",
+        ".sources",
+        ".connector",
+        ".export",
+        ".receipt",
+    ]
     code = (
         "import sys, importlib\n"
         f"for name in {modules}: importlib.import_module('nemo_upcycle' + name)\n"
