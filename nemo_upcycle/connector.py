@@ -89,7 +89,7 @@ def upcycle_into(
     """
     models = [_unwrap(chunk) for chunk in chunks]
     for model in models:
-        _check_spec(model.config, spec)
+        check_spec(model.config, spec)
     return _fill(models, dense, spec, progress)
 
 
@@ -110,8 +110,9 @@ def load_dense_into(
 
 
 def _unwrap(chunk: Any) -> Any:
-    while not hasattr(chunk, "decoder"):
-        if not isinstance(getattr(chunk, "module", None), torch.nn.Module):
+    # Not by attribute: NeMo's wrappers hand out what is inside them, under other parameter names than their own.
+    while "decoder" not in chunk._modules:
+        if "module" not in chunk._modules:
             raise SpecError(
                 problem("model chunk", got=type(chunk).__name__, expected="a Megatron GPTModel", fix="pass the chunks")
             )
@@ -119,7 +120,16 @@ def _unwrap(chunk: Any) -> Any:
     return chunk
 
 
-def _check_spec(config: Any, spec: UpcycleSpec) -> None:
+def check_spec(config: Any, spec: UpcycleSpec) -> None:
+    """Check that a model's configuration is what a spec asks for.
+
+    Args:
+        config: Megatron's or NeMo's, built or as a `run.Config`.
+        spec: what the model is to be made by.
+
+    Raises:
+        SpecError: they disagree.
+    """
     wanted = {
         "num_moe_experts": spec.num_experts,
         "moe_router_topk": spec.top_k,

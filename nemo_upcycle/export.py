@@ -76,6 +76,35 @@ class CheckpointWeights:
         ]
         return self.checkpoint.shape(names[0])[-2] if names else None
 
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        inside = self._prefix + "decoder.layers."
+        for stored in BY_ROLE["attention_norm"].stored:
+            if inside + stored in self.checkpoint.names():
+                return self.checkpoint.shape(inside + stored)[0]
+        found = (re.match(re.escape(inside) + r"(\d+)\.", name) for name in self.checkpoint.names())
+        return 1 + max((int(match.group(1)) for match in found if match), default=-1)
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the model has no output layer of its own."""
+        return self._prefix + BY_ROLE["output"].stored[0] not in self.checkpoint.names()
+
+    def require_parent(self, arch: Architecture) -> None:
+        """Check what the tensors that `arch` names would not show: layers and output weights that it does not have.
+
+        Raises:
+            CheckpointError: the model is not made from a parent of this architecture.
+        """
+        for what in ("num_layers", "tied_embeddings"):
+            if (got := getattr(self, what)) != (expected := getattr(arch, what)):
+                fix = "export with the dense parent that the model was made from"
+                expected = f"{expected}, as in the dense parent"
+                raise CheckpointError(
+                    problem(f"{what} of {self.checkpoint.path}", got=got, expected=expected, fix=fix)
+                )
+
     def read(self, row: Row, layer: int, expert: int) -> torch.Tensor:
         """Return a parameter, put together from the pieces of all ranks."""
         key, stacked = self._key(row, layer)
@@ -128,7 +157,7 @@ def hf_reader(weights: MegatronWeights, arch: Architecture) -> Callable[[str], t
     def read(hf_name: str) -> torch.Tensor:
         row, part, layer, expert = _place_of(hf_name)
         whole = weights.read(row, layer, expert)
-        wanted = shard_shape(row, arch, Shard(), padded_vocab=whole.shape[0])
+        wanted = shard_shape(row, arch, Shard(), padded_vocab=max(whole.shape[0], arch.vocab_size))
         if tuple(whole.shape) != wanted:
             fix = "the checkpoint belongs to another dense parent"
             raise CheckpointError(
@@ -205,10 +234,11 @@ def export_checkpoint(
     """
     weights = CheckpointWeights(checkpoint)
     arch = read_architecture(dense_folder)
+    weights.require_parent(arch)
     if experts := weights.num_experts:
-        if top_k is None:
+        if top_k is None or not 1 <= top_k <= experts:
             raise SpecError(
-                problem("top_k", got=None, expected=f"1 to {experts}", fix="say how many experts a token uses")
+                problem("top_k", got=top_k, expected=f"1 to {experts}", fix="say how many experts a token uses")
             )
         if router_order != "topk_softmax" and top_k != experts:
             fix = "train with router_order=topk_softmax to export to Mixtral"

@@ -118,3 +118,18 @@ def build_chunks(
 def sample_tokens(vocab_size: int, batch: int = 2, length: int = 32) -> torch.Tensor:
     """Return the same random token ids on every rank, [B, S]."""
     return torch.randint(0, vocab_size, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """Write a byte-level tokenizer with transformers' own writer: 256 bytes, then `<unk>`, `<s>` and `</s>` (258)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<s>", "</s>"]
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *special]
+    backend = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    names = dict(zip(("unk_token", "bos_token", "eos_token"), special, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+    return folder

@@ -10,6 +10,7 @@ import fiddle as fdl
 import nemo_run as run
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
+from nemo_upcycle.connector import check_spec
 from nemo_upcycle.training.layout import check_layout
 
 
@@ -32,12 +33,12 @@ def check_recipe(recipe: run.Partial) -> None:
     """Check a recipe before it is launched.
 
     Raises:
-        SpecError: the layout does not fit the model or the ranks, or the upcycling spec is not valid.
+        SpecError: layout, model and ranks do not fit, or the upcycling spec is not valid or not the model's.
     """
     nodes, per_node = ranks_of(recipe)
     check_layout(recipe.trainer.strategy, recipe.model.config, nodes * per_node)
     if recipe.resume.restore_config.spec:
-        spec_of(recipe)
+        check_spec(recipe.model.config, spec_of(recipe))
 
 
 def spec_of(recipe: run.Partial) -> Any:

@@ -31,7 +31,8 @@ def import_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     documents = load_corpus(plan.corpus)
     manifest = prepare_corpus(documents, dense, run_dir / "data")
     config = read_suite_config(plan.evaluation)
-    questions = mmlu_questions(fetch_asset("mmlu")) if config.local else []
+    asks_mmlu = config.local and any(task.startswith("mmlu") for task in config.tasks)
+    questions = mmlu_questions(fetch_asset("mmlu")) if asks_mmlu else []
     heldout = [(document.id, document.text) for document in documents["heldout"]]
     build_suite(questions, heldout, run_dir / "suite", config)
     return {

@@ -74,7 +74,10 @@ def _read_metadata(folder: Path) -> Any:
             )
         )
     try:
-        return _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(f"a {type(metadata).__name__}")
+        return metadata
     except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, ValueError) as error:
         raise CheckpointError(
             problem(

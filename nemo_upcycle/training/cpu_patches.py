@@ -193,21 +193,18 @@ def reduce_gradients_in_place() -> None:
     param_and_grad_buffer.dist_reduce_scatter_func = all_reduce
 
 
-def collect_writers_quickly() -> None:
-    """Fork the small process that collects what the checkpoint's writers report, rather than spawn it.
+def collect_writers_quietly() -> None:
+    """Let the checkpoint's writers report through files.
 
-    Without it the first save of every rank waits about ten seconds while the spawned process imports NeMo, and a
-    script without `if __name__ == "__main__"` runs itself again. Spawning is there to keep CUDA out of the child.
+    Without it the first save of every rank spawns a process to collect the reports, which imports NeMo for ten
+    seconds (and runs a script without `if __name__ == "__main__"` again). A forked one would cost more: it lives as
+    long as the training and keeps its own copy of every page that the training changes, so that memory doubles.
     """
-    import multiprocessing
-
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    @functools.cache
-    def results_queue() -> Any:
-        return multiprocessing.get_context("fork").Manager().Queue()
+    from nemo_upcycle.training.cpu_queue import FolderQueue
 
-    filesystem_async._get_write_results_queue = results_queue
+    filesystem_async._get_write_results_queue = functools.cache(FolderQueue)
 
 
 def leave_loaded_tensors() -> None:
@@ -242,7 +239,7 @@ PATCHES: tuple[Callable[[], None], ...] = (
     hand_over_split_sizes,
     gather_uneven_rows,
     reduce_gradients_in_place,
-    collect_writers_quickly,
+    collect_writers_quietly,
     leave_loaded_tensors,
     print_progress_alone,
 )

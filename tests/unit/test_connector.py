@@ -175,6 +175,34 @@ def test_what_is_no_gpt_model_is_refused(dense: Path) -> None:
         upcycle_into([torch.nn.Linear(2, 2)], source, SPEC)
 
 
+class _Wrapper(torch.nn.Module):
+    """Hands out the attributes of what it wraps, as NeMo's DDP does."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+            return getattr(self.module, name)
+
+
+def test_wrapped_chunks_are_filled(dense: Path) -> None:
+    from megatron.core.transformer.module import Float16Module
+
+    (chunk,) = build_chunks(dense, num_experts=4, bf16=True, params_dtype=torch.bfloat16)
+    (alone,) = build_chunks(dense, num_experts=4, params_dtype=torch.bfloat16)
+    with open_dense(dense) as source:
+        upcycle_into([_Wrapper(_Wrapper(Float16Module(chunk.config, chunk)))], source, SPEC)
+        upcycle_into([alone], source, SPEC)
+    for (name, wrapped), plain in zip(chunk.named_parameters(), alone.parameters(), strict=True):
+        assert torch.equal(wrapped, plain.to(torch.bfloat16)), name  # the norms ignore params_dtype
+
+
 def _logits(chunks: list[Any], vocab_size: int = 250) -> torch.Tensor:
     return megatron_logits(chunks[0].eval(), sample_tokens(vocab_size))[..., :vocab_size]
 

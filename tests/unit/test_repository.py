@@ -1,4 +1,4 @@
-"""What the repository promises about itself: commands that exist, YAML that loads, names and files that are in order."""
+"""What the repository promises about itself: commands that exist, YAML that loads, files that are in order."""
 
 from __future__ import annotations
 

@@ -1,0 +1,208 @@
+"""The chain of stages, each in its own process, on a tiny real model: killed, run again, changed, failed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from nemo_upcycle.files import MARKER, is_complete, read_json
+from nemo_upcycle.pipeline.plan import RunPlan
+from tests.distributed.ranks import run_ranks
+from tests.functional.tiny import shrink, write_corpus, write_parent
+
+
+pytestmark = pytest.mark.slow
+STAGES = ("import", "upcycle", "pretrain", "dense_ct", "export", "evaluate", "report")
+EVALUATION = """
+tasks: {heldout_perplexity: [0]}
+local: true
+seed: 1234
+questions: {per_subject: 1, total: 1, max_characters: 150}
+heldout: {window_bytes: 128, windows: WINDOWS}
+batch_size: 4
+"""
+
+
+class Answer(NamedTuple):
+    """How a stage's process ended, and what it wrote to the console."""
+
+    status: int
+    text: str
+
+
+def _kill_when(path: Path, lines: int) -> None:
+    """End this process as `kill -9` does, once `path` is there and, if a file, has so many lines."""
+    while True:
+        with contextlib.suppress(OSError):
+            if path.exists() and (not lines or path.read_text().count("\n") >= lines):
+                os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.001)
+
+
+def _stage(name: str, run_dir: str, kill_at: tuple[str, int] | None) -> Answer:
+    sys.stderr = io.StringIO()  # where messages and progress go
+    from nemo_upcycle.pipeline.runner import run_stage
+
+    if kill_at:
+        threading.Thread(target=_kill_when, args=(Path(run_dir) / kill_at[0], kill_at[1]), daemon=True).start()
+    status = 0
+    try:
+        run_stage(name, run_dir)
+    except SystemExit as exit_:
+        status = int(exit_.code or 0)
+    return Answer(status, sys.stderr.getvalue())
+
+
+def run_in_own_process(name: str, run_dir: Path, ranks: int = 1, kill_at: tuple[str, int] | None = None) -> Answer:
+    """Run a stage as NeMo-Run's task does; return the first rank's answer."""
+    return run_ranks(_stage, ranks, name, str(run_dir), kill_at, process_group=False)[0]
+
+
+def _plan(folder: Path) -> RunPlan:
+    from nemo_upcycle.pipeline.recipes_io import dump_recipe
+    from nemo_upcycle.recipes import smollm2_135m_dense_ct, smollm2_135m_e8t2
+
+    evaluation = folder / "evaluation.yaml"
+    evaluation.write_text(EVALUATION.replace("WINDOWS", "4"))
+    texts = {
+        name: dump_recipe(shrink(module.pretrain_recipe(), max_steps=6, checkpoint_every=2))
+        for name, module in (("pretrain", smollm2_135m_e8t2), ("dense_ct", smollm2_135m_dense_ct))
+    }
+    parent, corpus = write_parent(folder / "parent"), write_corpus(folder / "texts")
+    return RunPlan(str(parent), str(corpus), str(evaluation), **texts)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> RunPlan:
+    return _plan(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def finished(plan: RunPlan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of all stages; upcycle and pretrain were killed in the middle and run again."""
+    run_dir = tmp_path_factory.mktemp("run") / "run"
+    plan.write(run_dir)
+    for name in STAGES:
+        kill_at = {"upcycle": ("upcycle/.hf.partial", 0), "pretrain": ("pretrain/metrics.jsonl", 3)}.get(name)
+        if kill_at:
+            with pytest.raises(RuntimeError, match="rank 0 died"):
+                run_in_own_process(name, run_dir, kill_at=kill_at)
+            assert not (run_dir / name / MARKER).exists()
+        answer = run_in_own_process(name, run_dir)
+        assert answer.status == 0, answer.text
+        assert f"[{name}] done in" in answer.text
+    return run_dir
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Iterator[Path]:
+    """The finished run, to be changed by the test."""
+    yield shutil.copytree(finished, tmp_path / "copy")
+
+
+def test_a_killed_chain_completes(finished: Path) -> None:
+    assert all((finished / name / MARKER).is_file() for name in STAGES)
+    assert [path for path in finished.rglob("*.partial")] == []
+    assert all(is_complete(finished / name) for name in ("hf", "upcycle/hf", "dense_ct/hf", "data", "suite"))
+    steps = [line for line in (finished / "pretrain/metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert len(steps) == 6
+    report = (finished / "report.md").read_text()
+    assert "heldout_perplexity" in report
+
+
+def test_the_models_are_what_they_should_be(finished: Path) -> None:
+    receipt = read_json(finished / "receipt.json")
+    assert receipt["within_tolerance"] is True
+    assert receipt["max_abs_logit_diff"] <= receipt["tolerance"]
+    nats = {
+        name: read_json(finished / f"evaluation/{name}.json")["metrics"]["heldout_perplexity/bits_per_byte"]["value"]
+        for name in ("dense", "step0", "trained", "dense_ct")
+    }
+    assert nats["step0"] == pytest.approx(nats["dense"], rel=1e-4)
+    assert nats["trained"] < nats["dense"] - 0.05
+    assert nats["dense_ct"] < nats["dense"] - 0.05
+
+
+def test_a_second_run_skips_every_stage(finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    for name in STAGES:
+        answer = run_in_own_process(name, finished)
+        assert (answer.status, answer.text) == (0, f"[{name}] done before, from the same inputs\n")
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_a_stage_done_again_reruns_what_depends_on_it(copy: Path) -> None:
+    (copy / "export" / MARKER).unlink()
+    texts = {name: run_in_own_process(name, copy).text for name in STAGES}
+    done_again = [name for name in STAGES if f"[{name}] done in" in texts[name]]
+    assert done_again == ["export", "evaluate", "report"]
+
+
+def test_changed_settings_rerun_what_is_made_from_them(plan: RunPlan, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    plan.write(run_dir)
+    assert run_in_own_process("import", run_dir).status == 0
+    items = len((run_dir / "suite/heldout_perplexity.jsonl").read_text().splitlines())
+    changed = tmp_path / "evaluation.yaml"
+    changed.write_text(EVALUATION.replace("WINDOWS", "2"))
+    replace(plan, evaluation=str(changed)).write(run_dir)
+    answer = run_in_own_process("import", run_dir)
+    assert (answer.status, items) == (0, 4)
+    assert "[import] done in" in answer.text
+    assert len((run_dir / "suite/heldout_perplexity.jsonl").read_text().splitlines()) == 2
+
+
+def test_training_does_not_go_on_from_other_inputs(copy: Path) -> None:
+    from nemo_upcycle.pipeline.recipes_io import dump_recipe, load_recipe
+
+    before = sorted((path, path.stat().st_mtime_ns) for path in (copy / "dense_ct").rglob("*"))
+    recipe = load_recipe(RunPlan.read(copy).dense_ct)
+    recipe.optim.config.lr = 5e-4
+    replace(RunPlan.read(copy), dense_ct=dump_recipe(recipe)).write(copy)
+    answer = run_in_own_process("dense_ct", copy)
+    assert answer.status == 2
+    assert "work started from other inputs (changed: setting dense_ct)" in answer.text
+    assert f"delete {copy / 'dense_ct'} to lose that work" in answer.text
+    after = sorted((path, path.stat().st_mtime_ns) for path in (copy / "dense_ct").rglob("*"))
+    assert [entry for entry in before if entry not in after] == []
+
+
+def test_after_a_failed_stage_the_later_ones_refuse(plan: RunPlan, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    replace(plan, corpus=str(tmp_path / "absent.yaml")).write(run_dir)
+    answer = run_in_own_process("import", run_dir)
+    assert answer.status == 2
+    assert answer.text.startswith("[import] ") or "\n[import] " in answer.text
+    assert "absent.yaml" in answer.text
+    assert "Traceback" not in answer.text
+    for name in STAGES[1:]:
+        answer = run_in_own_process(name, run_dir)
+        assert answer.status == 2
+        assert f"[{name}] not started: stage 'import' has not finished in {run_dir}" in answer.text
+    assert {path.name for path in run_dir.iterdir()} <= {"pipeline.json", "import", "dense"}
+
+
+def _hold(run_dir: str) -> Any:
+    from filelock import FileLock
+
+    with FileLock(Path(run_dir) / "export/.lock"):
+        return _stage("export", run_dir, None)
+
+
+def test_two_runs_do_not_share_a_folder(copy: Path) -> None:
+    (copy / "export" / MARKER).unlink()
+    (answer,) = run_ranks(_hold, 1, str(copy), process_group=False)
+    assert answer.status == 2
+    assert "in use by another run" in answer.text

@@ -1,0 +1,235 @@
+"""The recipe itself, on real ranks: layouts start at the same loss, runs resume, checkpoints are plain NeMo's."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+
+from tests.distributed.ranks import run_ranks
+from tests.functional.tiny import BATCH, EXPERTS, LAYERS, SEQUENCE, prepare, shrink
+
+
+pytestmark = pytest.mark.slow
+LAYOUTS = [
+    (2, {"ep": 2}),
+    (2, {"tp": 2}),
+    (2, {"pp": 2}),
+    (8, {"tp": 2, "pp": 2, "ep": 2}),
+]
+
+
+class Kill(pl.Callback):
+    """Ends its process as `kill -9` does, after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> None:
+    """Build the recipe, cut it down, and call it: what `nemo llm pretrain` does on every rank."""
+    import fiddle as fdl
+    import nemo.utils
+    import nemo_run as run
+    from nemo.lightning.pytorch.strategies.utils import RestoreConfig
+
+    from nemo_upcycle.pipeline.recipes_io import check_recipe, place_recipe
+    from nemo_upcycle.recipes import smollm2_135m_e8t2
+    from nemo_upcycle.training.cpu import use_cpu_backend
+
+    use_cpu_backend()
+    nemo.utils.logging.set_verbosity(nemo.utils.logging.ERROR)
+    ranks = int(os.environ["WORLD_SIZE"])
+    recipe = smollm2_135m_e8t2.pretrain_recipe(num_gpus_per_node=ranks, expert_parallelism=options.get("ep", 1))
+    shrink(recipe, max_steps=options["steps"], checkpoint_every=options.get("every"))
+    strategy = recipe.trainer.strategy
+    strategy.tensor_model_parallel_size = options.get("tp", 1)
+    strategy.sequence_parallel = options.get("tp", 1) > 1
+    strategy.pipeline_model_parallel_size = options.get("pp", 1)
+    place_recipe(recipe, Path(folder), Path(parent), Path(data))
+    if restore := options.get("restore"):
+        recipe.resume.restore_config = run.Config(
+            RestoreConfig, path=restore, load_optim_state=False, load_artifacts=False
+        )
+    else:
+        check_recipe(recipe)
+    if "kill" in options:
+        recipe.trainer.callbacks.append(run.Config(Kill, step=options["kill"]))
+    fdl.build(recipe)()
+
+
+class Runs:
+    """Runs of one parent on one corpus."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.parent, self.data = prepare(folder)
+
+    def train(self, name: str, world_size: int, **options: Any) -> list[dict[str, Any]]:
+        """Train, and return the lines of the run's metrics."""
+        run_ranks(
+            _rank, world_size, str(self.parent), str(self.data), str(self.folder / name), options, process_group=False
+        )
+        return self.metrics(name)
+
+    def metrics(self, name: str) -> list[dict[str, Any]]:
+        """Return the lines of a run's metrics."""
+        return [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
+
+    def receipt(self, name: str) -> Path:
+        """Return the receipt's path."""
+        return self.folder / name / "receipt.json"
+
+    def checkpoint(self, name: str) -> Path:
+        """Return the last checkpoint."""
+        from nemo_upcycle.pipeline.stages import last_checkpoint
+
+        return last_checkpoint(self.folder / name)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("training"))
+
+
+@pytest.fixture(scope="module")
+def alone(runs: Runs) -> list[dict[str, Any]]:
+    """What one rank does in six steps, with a checkpoint every second step."""
+    return runs.train("alone", 1, steps=6, every=2)
+
+
+def test_every_step_has_a_complete_line(runs: Runs, alone: list[dict[str, Any]]) -> None:
+    assert [line["step"] for line in alone] == [1, 2, 3, 4, 5, 6]
+    for line in alone:
+        assert set(line) == {"step", "loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_s", "expert_load"}
+        assert line["tokens"] == line["step"] * BATCH * SEQUENCE
+        assert line["tokens_per_s"] == pytest.approx(BATCH * SEQUENCE / line["seconds"], rel=0.05)
+        assert line["loss"] > 0
+        assert line["grad_norm"] > 0
+        assert len(line["expert_load"]) == LAYERS
+        for shares in line["expert_load"]:
+            assert len(shares) == EXPERTS
+            assert sum(shares) == pytest.approx(1.0, abs=1e-4)
+    assert alone[-1]["loss"] < alone[0]["loss"] - 0.1
+
+
+@pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=lambda value: str(value))
+def test_every_layout_starts_at_the_same_loss(
+    runs: Runs, alone: list[dict[str, Any]], world_size: int, layout: dict[str, int]
+) -> None:
+    name = "-".join(f"{axis}{size}" for axis, size in layout.items())
+    lines = runs.train(name, world_size, steps=2, **layout)
+    assert [line["step"] for line in lines] == [1, 2]
+    for got, expected in zip(lines, alone, strict=False):
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+        assert got["expert_load"] == [pytest.approx(shares, abs=5e-3) for shares in expected["expert_load"]]
+    receipt = json.loads(runs.receipt(name).read_text())
+    assert receipt["ranks"] == world_size
+    assert receipt["bytes_read"] == receipt["bytes_needed"]
+    assert (receipt["layout"]["tensor"], receipt["layout"]["expert"]) == (layout.get("tp", 1), layout.get("ep", 1))
+
+
+def test_a_finished_run_is_not_upcycled_again(runs: Runs, alone: list[dict[str, Any]]) -> None:
+    before = runs.receipt("alone").stat()
+    assert runs.train("alone", 1, steps=6, every=2) == alone
+    after = runs.receipt("alone").stat()
+    assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(runs: Runs, alone: list[dict[str, Any]]) -> None:
+    """Killed after step 5, with the checkpoint of step 4 behind it: the same numbers as never stopped."""
+    with pytest.raises(RuntimeError, match="rank 0 died"):
+        runs.train("killed", 1, steps=6, every=2, kill=5)
+    assert runs.metrics("killed")[-1]["step"] >= 4
+    before = runs.receipt("killed").stat()
+    lines = runs.train("killed", 1, steps=6, every=2)
+    after = runs.receipt("killed").stat()
+    assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for got, expected in zip(lines, alone, strict=True):
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"), [(2, {"ep": 2}), (4, {"tp": 2, "pp": 2})], ids=lambda value: str(value)
+)
+def test_a_checkpoint_loads_under_another_layout(
+    runs: Runs, alone: list[dict[str, Any]], world_size: int, layout: dict[str, int]
+) -> None:
+    """Restored weights, trained for one step from the start of the data, on one rank and on several."""
+    restore = str(runs.checkpoint("alone"))
+    name = f"restored-{world_size}"
+    (expected,) = runs.train(f"{name}-alone", 1, steps=1, restore=restore)
+    (got,) = runs.train(name, world_size, steps=1, restore=restore, **layout)
+    assert got["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert got["loss"] < alone[0]["loss"] - 0.1  # trained, not upcycled anew
+    assert not runs.receipt(name).exists()
+
+
+_PLAIN_NEMO = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "nemo_upcycle":
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+checkpoint = sys.argv[1]
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from nemo.collections.llm import LlamaModel
+from nemo.collections.llm.gpt.model.base import local_layer_spec
+from nemo.lightning.io import load_context
+
+model = load_context(f"{checkpoint}/context", subpath="model")
+assert type(model) is LlamaModel, type(model)
+config = model.config
+# What any NeMo user sets who has neither CUDA nor Transformer Engine; Megatron's own checkpoint code does the rest.
+config.transformer_layer_spec, config.use_cpu_initialization = local_layer_spec, True
+config.masked_softmax_fusion = config.bias_dropout_fusion = config.gradient_accumulation_fusion = False
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+parallel_state.initialize_model_parallel()
+megatron = config.configure_model(model.tokenizer)
+for parameter in megatron.parameters():
+    parameter.data.fill_(float("nan"))
+loaded = dist_checkpointing.load(megatron.sharded_state_dict(prefix="module."), f"{checkpoint}/weights")
+megatron.load_state_dict({name.removeprefix("module."): value for name, value in loaded.items()})
+assert all(parameter.isfinite().all() for parameter in megatron.parameters())
+assert not [name for name in sys.modules if name.startswith("nemo_upcycle")]
+router = megatron.decoder.layers[3].mlp.router.weight
+print("LOADED", sum(parameter.numel() for parameter in megatron.parameters()), float(router.double().sum()))
+"""
+
+
+def test_a_checkpoint_opens_in_plain_nemo(runs: Runs, alone: list[dict[str, Any]]) -> None:
+    from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
+
+    checkpoint = runs.checkpoint("alone")
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(_PLAIN_NEMO), str(checkpoint)],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        cwd=runs.folder,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    _, parameters, router_sum = next(line for line in done.stdout.splitlines() if line.startswith("LOADED")).split()
+    receipt = json.loads(runs.receipt("alone").read_text())
+    assert int(parameters) == receipt["total_params"] + (384 - 259) * 64  # the vocabulary is padded to 384
+    router = DistributedCheckpoint(checkpoint / "weights").read("module.decoder.layers.mlp.router.weight")[3]
+    assert float(router_sum) == pytest.approx(float(router.double().sum()), rel=1e-12)

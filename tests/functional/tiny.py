@@ -1,0 +1,89 @@
+"""A tiny dense parent with a corpus, and the demo's recipes cut down to it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.models import write_llama, write_tokenizer
+
+
+SEQUENCE, BATCH, LAYERS, EXPERTS = 64, 4, 4, 8
+#: The demo's model in a size that trains at many steps a second.
+SIZES = {
+    "num_layers": LAYERS,
+    "hidden_size": 64,
+    "ffn_hidden_size": 96,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "seq_length": SEQUENCE,
+}
+_WORDS = [
+    "the",
+    "state",
+    "of",
+    "our",
+    "union",
+    "is",
+    "strong",
+    "every",
+    "expert",
+    "was",
+    "dense",
+    "before",
+    "learning",
+]
+
+
+def write_corpus(folder: Path) -> Path:
+    """Write texts and the YAML file that names them; return the YAML file."""
+    numbers = random.Random(0)
+    sizes = {"train": 600, "validation": 300, "heldout": 100}
+    lines = ["corpus: text", "files:"]
+    for split, words in sizes.items():
+        (folder / split).mkdir(parents=True)
+        for number in range(3):
+            text = " ".join(numbers.choices(_WORDS, k=words)) + f" {split} {number}"
+            (folder / split / f"{number}.txt").write_text(text)
+        lines.append(f'  {split}: ["{folder / split}/*.txt"]')
+    config = folder / "corpus.yaml"
+    config.write_text("\n".join(lines) + "\n")
+    return config
+
+
+def write_parent(folder: Path) -> Path:
+    """Write the dense parent: tied embeddings, as the demo's."""
+    return write_tokenizer(write_llama(folder, tied=True, vocab_size=259))
+
+
+def prepare(folder: Path) -> tuple[Path, Path]:
+    """Write parent and tokenised corpus; return their folders."""
+    from nemo_upcycle.data.corpus import load_corpus
+    from nemo_upcycle.data.prepare import prepare_corpus
+
+    dense = write_parent(folder / "dense")
+    prepare_corpus(load_corpus(write_corpus(folder / "texts")), dense, folder / "data")
+    return dense, folder / "data"
+
+
+def shrink(recipe: Any, *, max_steps: int, checkpoint_every: int | None, precision: str = "32") -> Any:
+    """Cut a recipe of the demo down to the tiny model, in place: no checkpoints when `checkpoint_every` is None."""
+    import nemo_run as run
+    from nemo import lightning as nl
+
+    for name, value in SIZES.items():
+        setattr(recipe.model.config, name, value)
+    recipe.data.seq_length, recipe.data.global_batch_size = SEQUENCE, BATCH
+    recipe.trainer.max_steps = max_steps
+    recipe.trainer.limit_val_batches, recipe.trainer.val_check_interval = 0, 1
+    dtype = torch.float32 if precision == "32" else torch.bfloat16
+    recipe.trainer.plugins = run.Config(nl.MegatronMixedPrecision, precision=precision, params_dtype=dtype)
+    recipe.optim.config.lr = 1e-3
+    if checkpoint_every:
+        recipe.log.ckpt.every_n_train_steps = checkpoint_every
+    else:
+        recipe.log.ckpt.save_top_k, recipe.log.ckpt.save_last = 0, False
+    return recipe

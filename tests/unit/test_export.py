@@ -1,0 +1,372 @@
+"""Megatron weights to a Hugging Face folder: the same function, complete or absent, and no code from a checkpoint."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import pickle
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
+from nemo_upcycle.architecture import read_architecture
+from nemo_upcycle.connector import load_dense_into
+from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
+from nemo_upcycle.export import LiveWeights, export_checkpoint, export_weights
+from nemo_upcycle.files import MARKER, is_complete, read_json
+from nemo_upcycle.hf_folder import write_weights
+from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
+from nemo_upcycle.training.equivalence import hugging_face_logits, megatron_logits, one_rank
+from tests.distributed.ranks import run_ranks
+from tests.models import build_chunks, sample_tokens, write_llama, write_tokenizer
+
+
+EXPERTS, TOP_K = 4, 2
+FLOAT32 = {"dtype": torch.float32}
+ROPE_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokenizer(write_llama(tmp_path_factory.mktemp("dense"), vocab_size=259))
+
+
+def _fill(folder: Path, *, moe: bool, layout: dict[str, int] | None = None) -> list[Any]:
+    """Build and fill this rank's chunks; no two experts are alike."""
+    chunks = build_chunks(folder, num_experts=EXPERTS if moe else None, layout=layout)
+    with open_dense(folder) as source:
+        if not moe:
+            load_dense_into(chunks, source)
+            return chunks
+        upcycle_into(chunks, source, UpcycleSpec(num_experts=EXPERTS, top_k=TOP_K, router_std=1.0))
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            first = layer.mlp.local_expert_indices[0]
+            for number, expert in enumerate(layer.mlp.experts.local_experts):
+                for parameter in expert.parameters():
+                    parameter.data.mul_(1.0 + 0.125 * (first + number))
+    return chunks
+
+
+def _save(folder: str, output: str, moe: bool, layout: dict[str, int], prefix: str) -> None:
+    from megatron.core import dist_checkpointing
+
+    (chunk,) = _fill(Path(folder), moe=moe, layout=layout)
+    Path(output).mkdir(parents=True, exist_ok=True)
+    torch.distributed.barrier()
+    dist_checkpointing.save(chunk.sharded_state_dict(prefix=prefix), output)
+
+
+@pytest.fixture(scope="module")
+def saved(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of one model: Megatron's own on one rank, as NeMo keeps it on four; and of the dense parent."""
+    folder = tmp_path_factory.mktemp("saved")
+    run_ranks(_save, 1, str(dense), str(folder / "one"), True, {}, "")
+    run_ranks(_save, 4, str(dense), str(folder / "four/weights"), True, {"tp": 2, "ep": 2}, "module.")
+    run_ranks(_save, 2, str(dense), str(folder / "dense/weights"), False, {"pp": 2}, "module.")
+    return folder
+
+
+@contextmanager
+def _leaves_nothing(folder: Path, error: type[Exception], words: str) -> Iterator[None]:
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(error, match=words):
+        yield
+    assert sorted(folder.rglob("*")) == before
+
+
+def _load(folder: Path, model_class: str) -> Any:
+    import transformers
+
+    model, info = getattr(transformers, model_class).from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert {key: value for key, value in info.items() if value} == {}
+    return model.eval()
+
+
+@torch.no_grad()
+def _hf_logits(folder: Path, model_class: str = "MixtralForCausalLM") -> torch.Tensor:
+    return _load(folder, model_class)(sample_tokens(259)).logits
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_live_upcycled_model_becomes_the_mixtral_of_the_same_function(tmp_path: Path, tied: bool) -> None:
+    folder = write_llama(tmp_path / "dense", vocab_size=259, tied=tied)
+    arch = read_architecture(folder).with_experts(EXPERTS, TOP_K)
+    with one_rank():
+        (model,) = _fill(folder, moe=True)
+        expected = megatron_logits(model.eval(), sample_tokens(259))[..., :259]
+        export_weights(LiveWeights(model), arch, folder, tmp_path / "hf", dtype=torch.float32)
+    assert float((_hf_logits(tmp_path / "hf") - expected).abs().max()) <= 1e-5
+    parent = hugging_face_logits(folder, sample_tokens(259))
+    assert float((parent - expected).abs().max()) > 1e-2  # the experts do differ
+
+
+def test_every_layout_exports_to_the_same_bits(saved: Path, dense: Path, tmp_path: Path) -> None:
+    for name in ("one", "four"):
+        export_checkpoint(saved / name, dense, tmp_path / name, top_k=TOP_K, **FLOAT32)
+    with one_rank():
+        (model,) = _fill(dense, moe=True)
+        arch = read_architecture(dense).with_experts(EXPERTS, TOP_K)
+        export_weights(LiveWeights(model), arch, dense, tmp_path / "live", dtype=torch.float32)
+    weights = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "four", "live")}
+    assert weights["one"] == weights["four"] == weights["live"]
+    _load(tmp_path / "four", "MixtralForCausalLM")
+    marker = read_json(tmp_path / "four" / MARKER)
+    assert marker["tensors"] == len(load_file(tmp_path / "four/model.safetensors"))
+    assert marker["bytes"] == arch.total_params * 4
+
+
+def test_a_dense_model_comes_back_bit_by_bit(saved: Path, dense: Path, tmp_path: Path) -> None:
+    export_checkpoint(saved / "dense", dense, tmp_path / "hf", **FLOAT32)
+    before, after = (load_file(folder / "model.safetensors") for folder in (dense, tmp_path / "hf"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(_hf_logits(tmp_path / "hf", "LlamaForCausalLM"), hugging_face_logits(dense, sample_tokens(259)))
+
+
+def test_the_type_on_disk_is_the_one_asked_for(saved: Path, dense: Path, tmp_path: Path) -> None:
+    export_checkpoint(saved / "one", dense, tmp_path / "hf", top_k=TOP_K)
+    export_checkpoint(saved / "one", dense, tmp_path / "exact", top_k=TOP_K, **FLOAT32)
+    half, exact = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "exact"))
+    assert all(torch.equal(half[name], exact[name].to(torch.bfloat16)) for name in exact)
+    assert read_json(tmp_path / "hf/config.json")["torch_dtype"] == "bfloat16"
+
+
+def test_several_shards_have_the_right_index(saved: Path, dense: Path, tmp_path: Path) -> None:
+    folder = export_checkpoint(saved / "one", dense, tmp_path / "hf", top_k=TOP_K, **FLOAT32)
+    expected = _hf_logits(folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    limit_bytes = 100_000
+    total_bytes = write_weights(folder, shapes, tensors.__getitem__, torch.float32, max_shard_bytes=limit_bytes)
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 5
+    assert [file.name for file in files] == [
+        f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)
+    ]
+    index = read_json(folder / "model.safetensors.index.json")
+    assert index["metadata"]["total_size"] == total_bytes == sum(tensor.nbytes for tensor in tensors.values())
+    held = {file.name: load_file(file) for file in files}
+    assert index["weight_map"] == {name: file for file, inside in held.items() for name in inside}
+    assert all(sum(tensor.nbytes for tensor in inside.values()) <= limit_bytes for inside in held.values())
+    assert torch.equal(_hf_logits(folder), expected)
+
+
+def test_what_belongs_to_the_parent_travels_along(tmp_path: Path) -> None:
+    extra = {"rope_scaling": ROPE_SCALING, "eos_token_id": [258, 257], "max_position_embeddings": 128}
+    folder = write_tokenizer(write_llama(tmp_path / "dense", vocab_size=259, layers=2, **extra))
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    (folder / "generation_config.json").write_text('{"temperature": 0.6,\n "eos_token_id": [258, 257]}')
+    (folder / "README.md").write_text("of the parent only")
+    (folder / "modeling_custom.py").write_text("raise SystemExit")
+    arch = read_architecture(folder).with_experts(EXPERTS, TOP_K)
+    with one_rank():
+        chunks = build_chunks(folder, num_experts=EXPERTS)
+        with open_dense(folder) as source:
+            upcycle_into(chunks, source, UpcycleSpec(num_experts=EXPERTS, top_k=TOP_K))
+        export_weights(LiveWeights(chunks[0]), arch, folder, tmp_path / "hf", dtype=torch.float32)
+    output = tmp_path / "hf"
+    copied = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
+    copied.add("generation_config.json")
+    assert {path.name for path in output.iterdir()} == copied | {"config.json", "model.safetensors", MARKER}
+    assert set(read_json(output / MARKER)["companions"]) == copied
+    assert all((output / name).read_bytes() == (folder / name).read_bytes() for name in copied)
+    config, parent = read_json(output / "config.json"), read_json(folder / "config.json")
+    for key in ("rope_scaling", "rope_theta", "eos_token_id", "max_position_embeddings", "rms_norm_eps", "hidden_act"):
+        assert config[key] == parent[key]
+    assert (config["num_local_experts"], config["num_experts_per_tok"]) == (EXPERTS, TOP_K)
+    # Whole in one place: the scaled rotary embedding gives the parent's function only if Mixtral reads it too.
+    assert float((_hf_logits(output) - _hf_logits(folder, "LlamaForCausalLM")).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_broken_weights_are_refused_by_name(dense: Path, tmp_path: Path, value: float) -> None:
+    with one_rank():
+        (model,) = _fill(dense, moe=True)
+        model.decoder.layers[2].mlp.experts.local_experts[3].linear_fc2.weight.data[5, 7] = value
+        arch = read_architecture(dense).with_experts(EXPERTS, TOP_K)
+        name = r"model\.layers\.2\.block_sparse_moe\.experts\.3\.w2\.weight: got NaN or infinity"
+        with _leaves_nothing(tmp_path, CheckpointError, name):
+            export_weights(LiveWeights(model), arch, dense, tmp_path / "hf")
+
+
+class _Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def test_a_full_disk_is_refused_and_the_earlier_export_kept(
+    saved: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(10**6, 10**6 - 1000, 1000))
+    with _leaves_nothing(tmp_path, UpcycleError, r"disk space.*got 0\.00 GiB free.*Fix: free some space"):
+        export_checkpoint(saved / "one", dense, tmp_path / "hf", top_k=TOP_K)
+    monkeypatch.undo()
+    export_checkpoint(saved / "one", dense, tmp_path / "hf", top_k=TOP_K)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(10**6, 10**6 - 1000, 1000))
+    with _leaves_nothing(tmp_path, UpcycleError, "disk space"):
+        export_checkpoint(saved / "one", dense, tmp_path / "hf", top_k=TOP_K)
+    assert is_complete(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, r"top_k: got None, expected 1 to 4"),
+        ({"top_k": 5}, r"top_k: got 5, expected 1 to 4"),
+        ({"top_k": 0}, r"top_k: got 0, expected 1 to 4"),
+        ({"top_k": 2, "router_order": "softmax_topk"}, r"router_order: got softmax_topk, expected topk_softmax"),
+    ],
+)
+def test_what_mixtral_cannot_hold_is_refused(
+    saved: Path, dense: Path, tmp_path: Path, options: dict, words: str
+) -> None:
+    with _leaves_nothing(tmp_path, SpecError, words):
+        export_checkpoint(saved / "one", dense, tmp_path / "hf", **options)
+
+
+@pytest.mark.parametrize(
+    ("parent", "words"),
+    [
+        ({"intermediate_size": 128}, "another dense parent"),
+        ({"vocab_size": 400}, r"embed_tokens\.weight: got \[272, 64\], expected \[400, 64\]"),
+        ({"num_hidden_layers": 5}, r"num_layers of .*got 4, expected 5"),
+        ({"num_hidden_layers": 3}, r"num_layers of .*got 4, expected 3"),
+        ({"tie_word_embeddings": True}, "tied_embeddings of .*got False, expected True"),
+    ],
+)
+def test_a_checkpoint_of_another_parent_is_refused(saved: Path, tmp_path: Path, parent: dict, words: str) -> None:
+    other = write_llama(tmp_path / "other", **({"vocab_size": 259} | parent))
+    with _leaves_nothing(tmp_path, CheckpointError, words):
+        export_checkpoint(saved / "four", other, tmp_path / "hf", top_k=TOP_K)
+
+
+@pytest.fixture
+def spoiled(saved: Path, tmp_path: Path) -> Path:
+    """A checkpoint that the test may damage."""
+    shutil.copytree(saved / "four", tmp_path / "spoiled")
+    return tmp_path / "spoiled"
+
+
+def _cut(weights: Path) -> str:
+    file = max(weights.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    return rf"{file.name}: got damaged data of .*copy the checkpoint again"
+
+
+def _overwrite(weights: Path) -> str:
+    for file in weights.glob("*.distcp"):
+        file.write_bytes(b"\x00" * file.stat().st_size)
+    return r"distcp: got damaged data"
+
+
+def _remove_file(weights: Path) -> str:
+    file = max(weights.glob("*.distcp"))
+    file.unlink()
+    return rf"got no {file.name}"
+
+
+def _remove_metadata(weights: Path) -> str:
+    (weights / ".metadata").unlink()
+    return r"got no \.metadata.*was not finished"
+
+
+@pytest.mark.parametrize("damage", [_cut, _overwrite, _remove_file, _remove_metadata])
+def test_a_damaged_checkpoint_is_refused(spoiled: Path, dense: Path, damage: Callable[[Path], str]) -> None:
+    words = damage(spoiled / "weights")
+    with _leaves_nothing(spoiled.parent, CheckpointError, words):
+        export_checkpoint(spoiled, dense, spoiled.parent / "hf", top_k=TOP_K)
+
+
+def test_metadata_cut_anywhere_is_refused(spoiled: Path) -> None:
+    path = spoiled / "weights/.metadata"
+    whole = path.read_bytes()
+    for length in [0, 1, *range(2, len(whole) - 1, len(whole) // 150)]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match="unreadable metadata"):
+            DistributedCheckpoint(spoiled / "weights")
+
+
+@pytest.mark.parametrize(
+    "content", [b"{}", pickle.dumps({"state_dict_metadata": {}}), pickle.dumps([1]), b"\x80\x05N."]
+)
+def test_what_is_no_metadata_is_refused(spoiled: Path, content: bytes) -> None:
+    (spoiled / "weights/.metadata").write_bytes(content)
+    with pytest.raises(CheckpointError, match="unreadable metadata"):
+        DistributedCheckpoint(spoiled / "weights")
+
+
+class _Runs:
+    """Pickles to a call."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = (function, args)
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return self.call
+
+
+@pytest.mark.parametrize("kind", ["system", "eval", "exec", "popen", "getattr"])
+def test_metadata_that_names_code_is_refused_and_not_run(spoiled: Path, dense: Path, kind: str) -> None:
+    trace = spoiled / "trace"
+    call = {
+        "system": _Runs(os.system, f"touch {trace}"),
+        "eval": _Runs(builtins.eval, f"open({str(trace)!r}, 'w')"),
+        "exec": _Runs(builtins.exec, f"open({str(trace)!r}, 'w')"),
+        "popen": _Runs(subprocess.Popen, ["touch", str(trace)]),
+        "getattr": _Runs(builtins.getattr, "text", "upper"),
+    }[kind]
+    pickle.loads(pickle.dumps(call))  # a plain unpickler does run it
+    if kind == "popen":
+        os.wait()
+    assert trace.exists() is (kind != "getattr")
+    trace.unlink(missing_ok=True)
+    (spoiled / "weights/.metadata").write_bytes(pickle.dumps({"state_dict_metadata": call}))
+    with pytest.raises(CheckpointError, match=r"the class \w+\.\w+ is not allowed in checkpoint metadata"):
+        export_checkpoint(spoiled, dense, spoiled.parent / "hf", top_k=TOP_K)
+    assert not trace.exists()
+
+
+def test_pieces_that_name_code_are_refused_and_not_run(spoiled: Path, dense: Path) -> None:
+    """The tensors' own bytes are a pickle too."""
+    trace = spoiled / "trace"
+    evil = spoiled / "evil"
+    torch.save(_Runs(os.system, f"touch {trace}"), evil)
+    for file in (spoiled / "weights").glob("*.distcp"):
+        content = evil.read_bytes()
+        file.write_bytes((content * (file.stat().st_size // len(content) + 1))[: file.stat().st_size])
+    with pytest.raises(CheckpointError, match="damaged data"):
+        export_checkpoint(spoiled, dense, spoiled.parent / "hf", top_k=TOP_K)
+    assert not trace.exists()
+
+
+def test_a_slice_of_a_checkpoint_is_put_together_from_all_ranks(saved: Path, dense: Path) -> None:
+    with open_dense(dense) as source:
+        expected = source.read("model.layers.1.self_attn.o_proj.weight", [(0, 64), (20, 50)]).clone()
+    checkpoint = DistributedCheckpoint(saved / "four/weights")
+    name = "module.decoder.layers.self_attention.linear_proj.weight"
+    assert checkpoint.shape(name) == (4, 64, 64)
+    assert checkpoint.dtype(name) == torch.float32
+    assert torch.equal(checkpoint.read(name, [(1, 2), (0, 64), (20, 50)])[0], expected)
+    with pytest.raises(CheckpointError, match=r"does not exist\. Did you mean 'module\.decoder"):
+        checkpoint.read("module.decoder.layers.self_attention.linear_pro.weight")
+    assert json.dumps(sorted(checkpoint.names()))
