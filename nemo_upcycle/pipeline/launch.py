@@ -76,6 +76,7 @@ def pipeline(
         experiment.run(sequential=not _chains(ctx.executor), detach=ctx.detach, tail_logs=True)
     if not ctx.detach:
         _check_finished(run_dir)
+        _show_result(run_dir)
 
 
 def _chains(executor: Any) -> bool:
@@ -111,6 +112,13 @@ def _put_own_interpreter_first() -> None:
     own = str(Path(sys.executable).parent)
     if os.environ.get("PATH", "").split(os.pathsep)[0] != own:
         os.environ["PATH"] = os.pathsep.join([own, os.environ.get("PATH", "")])
+
+
+def _show_result(run_dir: Path) -> None:
+    """Print the report's first paragraph and where to read on."""
+    report = run_dir / "report.md"
+    headline = report.read_text(encoding="utf-8").split("\n\n")[1]
+    sys.stdout.write(f"\n{headline}\n\nReport: {report}\n")
 
 
 def _check_finished(run_dir: Path) -> None:
