@@ -59,6 +59,7 @@ def checkpoints(every_n_steps: int) -> run.Config[nl.ModelCheckpoint]:
         nl.ModelCheckpoint,
         save_last=True,
         save_top_k=0,
+        save_optim_on_train_end=True,  # else a finished run cannot be trained further
         monitor=None,
         every_n_train_steps=every_n_steps,
         filename="{model_name}--{step}",

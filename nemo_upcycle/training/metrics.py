@@ -75,6 +75,7 @@ class MetricsLogger(Callback):
         self._start_s = self._last_s = time.monotonic()
         self._first_step = trainer.global_step
         if torch.distributed.get_rank() == 0:
+            _move_logs_only()
             _keep_until(self._path(), trainer.global_step)
 
     def on_train_batch_end(
@@ -133,6 +134,15 @@ class MetricsLogger(Callback):
 def _megatron(strategy: Any) -> list[torch.nn.Module]:
     """Return this rank's chunks of a NeMo Megatron strategy."""
     return list(strategy.megatron_parallel)
+
+
+def _move_logs_only() -> None:
+    """Let NeMo's checkpoint callback, which comes after this one, put only logs of earlier runs aside, into `run_0`.
+
+    It moves every file of the log folder: metrics and receipt too, and the notes by which the pipeline knows a stage.
+    """
+    state = AppState()
+    state.files_to_move = [file for file in state.files_to_move or [] if Path(file).suffix in (".log", ".txt")]
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,7 +80,7 @@ def _plan(folder: Path) -> RunPlan:
         for name, module in (("pretrain", smollm2_135m_e8t2), ("dense_ct", smollm2_135m_dense_ct))
     }
     parent, corpus = write_parent(folder / "parent"), write_corpus(folder / "texts")
-    return RunPlan(str(parent), str(corpus), str(evaluation), **texts)
+    return RunPlan("smollm2_135m_e8t2", str(parent), str(corpus), str(evaluation), **texts)
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +106,14 @@ def finished(plan: RunPlan, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def copy(finished: Path, tmp_path: Path) -> Iterator[Path]:
+def copy(finished: Path, tmp_path: Path) -> Path:
     """The finished run, to be changed by the test."""
-    yield shutil.copytree(finished, tmp_path / "copy")
+    return shutil.copytree(finished, tmp_path / "copy")
 
 
 def test_a_killed_chain_completes(finished: Path) -> None:
     assert all((finished / name / MARKER).is_file() for name in STAGES)
-    assert [path for path in finished.rglob("*.partial")] == []
+    assert list(finished.rglob("*.partial")) == []
     assert all(is_complete(finished / name) for name in ("hf", "upcycle/hf", "dense_ct/hf", "data", "suite"))
     steps = [line for line in (finished / "pretrain/metrics.jsonl").read_text().splitlines() if '"loss"' in line]
     assert len(steps) == 6

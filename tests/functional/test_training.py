@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 import pytest
 
 from tests.distributed.ranks import run_ranks
-from tests.functional.tiny import BATCH, EXPERTS, LAYERS, SEQUENCE, prepare, shrink
+from tests.functional.tiny import BATCH, EXPERTS, LAYERS, PADDED_VOCAB, SEQUENCE, prepare, shrink
 
 
 pytestmark = pytest.mark.slow
@@ -201,7 +201,8 @@ assert type(model) is LlamaModel, type(model)
 config = model.config
 # What any NeMo user sets who has neither CUDA nor Transformer Engine; Megatron's own checkpoint code does the rest.
 config.transformer_layer_spec, config.use_cpu_initialization = local_layer_spec, True
-config.masked_softmax_fusion = config.bias_dropout_fusion = config.gradient_accumulation_fusion = False
+for name in ("persist_layer_norm", "masked_softmax_fusion", "bias_dropout_fusion", "gradient_accumulation_fusion"):
+    setattr(config, name, False)
 torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 parallel_state.initialize_model_parallel()
 megatron = config.configure_model(model.tokenizer)
@@ -230,6 +231,6 @@ def test_a_checkpoint_opens_in_plain_nemo(runs: Runs, alone: list[dict[str, Any]
     assert done.returncode == 0, done.stderr[-3000:]
     _, parameters, router_sum = next(line for line in done.stdout.splitlines() if line.startswith("LOADED")).split()
     receipt = json.loads(runs.receipt("alone").read_text())
-    assert int(parameters) == receipt["total_params"] + (384 - 259) * 64  # the vocabulary is padded to 384
+    assert int(parameters) == receipt["total_params"] + (PADDED_VOCAB - 259) * 64
     router = DistributedCheckpoint(checkpoint / "weights").read("module.decoder.layers.mlp.router.weight")[3]
     assert float(router_sum) == pytest.approx(float(router.double().sum()), rel=1e-12)

@@ -11,7 +11,7 @@ import torch
 from tests.models import write_llama, write_tokenizer
 
 
-SEQUENCE, BATCH, LAYERS, EXPERTS = 64, 4, 4, 8
+SEQUENCE, BATCH, LAYERS, EXPERTS, PADDED_VOCAB = 64, 4, 4, 8, 512
 #: The demo's model in a size that trains at many steps a second.
 SIZES = {
     "num_layers": LAYERS,
@@ -20,6 +20,8 @@ SIZES = {
     "num_attention_heads": 4,
     "num_query_groups": 2,
     "seq_length": SEQUENCE,
+    # Padding rows count in the loss: every layout must have as many, so pad to the same size under TP1 and TP2.
+    "make_vocab_size_divisible_by": PADDED_VOCAB // 2,
 }
 _WORDS = [
     "the",

@@ -1,0 +1,78 @@
+"""The router's numbers: as wide as asked, different everywhere, the same for every layout."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from nemo_upcycle import UpcycleSpec
+from nemo_upcycle.init.router import router_row, router_weight
+
+
+HIDDEN = 4096
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform", "zero"])
+def test_a_row_does_not_depend_on_who_asks_for_it(kind: str) -> None:
+    spec = UpcycleSpec(num_experts=8, top_k=2, router_init=kind)
+    whole_ED = router_weight(spec, 5, 96)
+    assert whole_ED.shape == (8, 96)
+    assert whole_ED.dtype == torch.float32
+    torch.manual_seed(99)  # nor on the state of torch's own generator
+    for expert in reversed(range(8)):
+        assert torch.equal(whole_ED[expert], router_row(spec, 5, expert, 96))
+
+
+def test_a_row_does_not_depend_on_how_many_experts_there_are() -> None:
+    few, many = UpcycleSpec(num_experts=4, top_k=2), UpcycleSpec(num_experts=64, top_k=2)
+    assert torch.equal(router_row(few, 1, 3, HIDDEN), router_row(many, 1, 3, HIDDEN))
+
+
+@pytest.mark.parametrize("std", [0.02, 1.0])
+@pytest.mark.parametrize("kind", ["normal", "uniform"])
+def test_mean_and_deviation_are_as_asked(kind: str, std: float) -> None:
+    spec = UpcycleSpec(num_experts=16, top_k=2, router_init=kind, router_std=std)
+    values = router_weight(spec, 0, HIDDEN).double()
+    # Of 65536 numbers the mean deviates by std / 256, the deviation by at most std / 362; five times that.
+    assert abs(float(values.mean())) < 5 * std / 256
+    assert float(values.std()) == pytest.approx(std, rel=5 / 362)
+    per_expert = values.std(dim=1)
+    assert float(per_expert.min()) == pytest.approx(std, rel=0.06)
+    assert float(per_expert.max()) == pytest.approx(std, rel=0.06)
+
+
+def test_normal_has_the_tails_of_a_normal_and_uniform_has_none() -> None:
+    normal = router_weight(UpcycleSpec(num_experts=16, router_std=1.0), 0, HIDDEN)
+    assert float((normal.abs() > 2).double().mean()) == pytest.approx(0.0455, abs=0.005)
+    assert float(normal.abs().max()) > 3.5
+    uniform = router_weight(UpcycleSpec(num_experts=16, router_init="uniform", router_std=1.0), 0, HIDDEN)
+    bound = math.sqrt(3.0)
+    assert float(uniform.abs().max()) <= bound
+    assert float(uniform.max()) > 0.999 * bound
+    assert float(uniform.min()) < -0.999 * bound
+
+
+def test_zero_is_zero() -> None:
+    assert not router_weight(UpcycleSpec(router_init="zero"), 3, HIDDEN).any()
+    assert not router_weight(UpcycleSpec(router_std=0.0), 3, HIDDEN).any()
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform"])
+def test_layers_experts_and_seeds_differ(kind: str) -> None:
+    rows = [
+        router_row(UpcycleSpec(router_init=kind, seed=seed), layer, expert, HIDDEN)
+        for seed in (0, 1)
+        for layer in (0, 1, 11)
+        for expert in (0, 1, 2)
+    ]
+    correlation = torch.corrcoef(torch.stack(rows).double())
+    off_diagonal = correlation - torch.eye(len(rows), dtype=torch.float64)
+    assert float(off_diagonal.abs().max()) < 5 / math.sqrt(HIDDEN)
+
+
+def test_names_do_not_run_into_each_other() -> None:
+    """Layer 1 expert 11 and layer 11 expert 1 are two blocks."""
+    spec = UpcycleSpec(num_experts=16)
+    assert not torch.equal(router_row(spec, 1, 11, HIDDEN), router_row(spec, 11, 1, HIDDEN))
