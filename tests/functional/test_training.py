@@ -203,6 +203,7 @@ config = model.config
 config.transformer_layer_spec, config.use_cpu_initialization = local_layer_spec, True
 for name in ("persist_layer_norm", "masked_softmax_fusion", "bias_dropout_fusion", "gradient_accumulation_fusion"):
     setattr(config, name, False)
+config.moe_token_dispatcher_type = "allgather"  # the other one makes a CUDA stream
 torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 parallel_state.initialize_model_parallel()
 megatron = config.configure_model(model.tokenizer)
