@@ -210,7 +210,8 @@ megatron = config.configure_model(model.tokenizer)
 for parameter in megatron.parameters():
     parameter.data.fill_(float("nan"))
 loaded = dist_checkpointing.load(megatron.sharded_state_dict(prefix="module."), f"{checkpoint}/weights")
-megatron.load_state_dict({name.removeprefix("module."): value for name, value in loaded.items()})
+weights = {name.removeprefix("module."): value for name, value in loaded.items() if name.startswith("module.")}
+megatron.load_state_dict(weights)
 assert all(parameter.isfinite().all() for parameter in megatron.parameters())
 assert not [name for name in sys.modules if name.startswith("nemo_upcycle")]
 router = megatron.decoder.layers[3].mlp.router.weight
