@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 _CPU_FIELDS: dict[str, Any] = {
     "apply_rope_fusion": False,
     "batch_p2p_comm": False,  # two messages between the same two stages would be swapped: two stages, interleaved
-    "bias_activation_fusion": False,
     "bias_dropout_fusion": False,
     "cross_entropy_loss_fusion": False,
     "gradient_accumulation_fusion": False,
@@ -98,8 +97,14 @@ def configure_for_cpu(config: Any) -> None:
     for name, value in _CPU_FIELDS.items():
         if name in names:
             setattr(config, name, value)
+    if "bias_activation_fusion" in names and not _is_swiglu(config):
+        config.bias_activation_fusion = False  # Megatron has no weighted one for experts of other activations
     if "transformer_layer_spec" in names:
         config.transformer_layer_spec = _local_layer_spec(config.transformer_layer_spec)
+
+
+def _is_swiglu(config: Any) -> bool:
+    return bool(getattr(config, "gated_linear_unit", False)) and config.activation_func is torch.nn.functional.silu
 
 
 def _local_layer_spec(spec: Any) -> Any:
