@@ -11,6 +11,7 @@ from typing import Any, Optional
 import nemo_run as run
 
 from nemo_upcycle.errors import StageError, UpcycleError
+from nemo_upcycle.evaluation.suite import read_suite_config
 from nemo_upcycle.pipeline.markers import StageFolder
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
 from nemo_upcycle.pipeline.recipes_io import check_recipe, dump_recipe, load_recipe, ranks_of
@@ -59,10 +60,11 @@ def pipeline(
         evaluation: what to evaluate: a name in conf/evaluation, or a YAML file.
 
     Raises:
-        UpcycleError: a recipe is not valid, or a stage failed.
+        UpcycleError: a recipe or the evaluation's settings are not valid, or a stage failed.
     """
     for recipe in filter(None, (pretrain, dense_ct)):
         check_recipe(recipe)
+    read_suite_config(evaluation)
     run_dir = Path(dir).absolute()
     twin = dump_recipe(dense_ct) if dense_ct else None
     plan = RunPlan(pretrain.log.name, dense, corpus, evaluation, dump_recipe(pretrain), twin)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.files import read_json, write_json
+from nemo_upcycle.files import read_json, sha256_file, write_json
 
 
 PLAN = "pipeline.json"
@@ -43,6 +43,12 @@ class RunPlan:
     def read(run_dir: Path) -> RunPlan:
         """Read the plan of a run."""
         return RunPlan(**read_json(run_dir / PLAN))
+
+    def setting(self, name: str) -> Any:
+        """Return a field as the markers hash it: of a file that the user wrote, the content counts, not the name."""
+        value = getattr(self, name)
+        is_file = isinstance(value, str) and value.endswith((".yaml", ".yml")) and Path(value).expanduser().is_file()
+        return sha256_file(Path(value).expanduser()) if is_file else value
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def _run(stage: Stage, run_dir: Path) -> None:
     plan = RunPlan.read(run_dir)
     _require_earlier(stage, run_dir)
     folder = StageFolder(run_dir, stage.name, stage.after)
-    inputs = folder.inputs({name: getattr(plan, name) for name in stage.settings})
+    inputs = folder.inputs({name: plan.setting(name) for name in stage.settings})
     first = int(os.environ.get("RANK", "0")) == 0
     if folder.is_done(inputs):
         if first:

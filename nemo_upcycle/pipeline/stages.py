@@ -19,22 +19,13 @@ REHEARSAL_WINDOWS, REHEARSAL_WINDOW_TOKENS = 2, 256
 
 
 def import_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
-    """Get the dense parent, tokenise the corpus, build the evaluation suite."""
-    from nemo_upcycle.data.assets import fetch_asset
+    """Get the dense parent and tokenise the corpus."""
     from nemo_upcycle.data.corpus import load_corpus
     from nemo_upcycle.data.dense import import_dense
     from nemo_upcycle.data.prepare import prepare_corpus
-    from nemo_upcycle.data.questions import mmlu_questions
-    from nemo_upcycle.evaluation.suite import build_suite, read_suite_config
 
     dense = import_dense(plan.dense, run_dir / "dense").resolve()
-    documents = load_corpus(plan.corpus)
-    manifest = prepare_corpus(documents, dense, run_dir / "data")
-    config = read_suite_config(plan.evaluation)
-    asks_mmlu = config.local and any(task.startswith("mmlu") for task in config.tasks)
-    questions = mmlu_questions(fetch_asset("mmlu")) if asks_mmlu else []
-    heldout = [(document.id, document.text) for document in documents["heldout"]]
-    build_suite(questions, heldout, run_dir / "suite", config)
+    manifest = prepare_corpus(load_corpus(plan.corpus), dense, run_dir / "data")
     return {
         "dense_folder": str(dense),
         "tokens": {name: split["tokens"] for name, split in manifest["splits"].items()},
@@ -146,10 +137,8 @@ def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
     spec = spec_of(load_recipe(plan.pretrain))
     dense_folder = dense_folder_of(run_dir)
-    order = {"top_k": spec.top_k, "router_order": spec.router_order}
-    folders = {
-        "trained": export_checkpoint(last_checkpoint(run_dir / "pretrain"), dense_folder, run_dir / "hf", **order)
-    }
+    trained = last_checkpoint(run_dir / "pretrain")
+    folders = {"trained": export_checkpoint(trained, dense_folder, run_dir / "hf", spec=spec)}
     if plan.dense_ct:
         checkpoint = last_checkpoint(run_dir / "dense_ct")
         folders["dense_ct"] = export_checkpoint(checkpoint, dense_folder, run_dir / "dense_ct" / "hf")
@@ -160,6 +149,7 @@ def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Evaluate parent, step 0, the trained model and the dense twin on the same items."""
     from nemo_upcycle.evaluation.run import evaluate
 
+    _build_suite(run_dir, plan)
     models = {
         "dense": dense_folder_of(run_dir),
         "step0": run_dir / "upcycle" / "hf",
@@ -174,6 +164,20 @@ def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     return done
 
 
+def _build_suite(run_dir: Path, plan: RunPlan) -> None:
+    """Build the evaluation suite: the corpus's held-out documents and the questions that the suite asks."""
+    from nemo_upcycle.data.assets import fetch_asset
+    from nemo_upcycle.data.corpus import load_corpus
+    from nemo_upcycle.data.questions import mmlu_questions
+    from nemo_upcycle.evaluation.suite import build_suite, read_suite_config
+
+    config = read_suite_config(plan.evaluation)
+    asks_mmlu = config.local and any(task.startswith("mmlu") for task in config.tasks)
+    questions = mmlu_questions(fetch_asset("mmlu")) if asks_mmlu else []
+    heldout = [(document.id, document.text) for document in load_corpus(plan.corpus)["heldout"]]
+    build_suite(questions, heldout, run_dir / "suite", config)
+
+
 def report_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Write report.md, results.json and the figures."""
     from nemo_upcycle.reporting.report import write_report
@@ -182,12 +186,12 @@ def report_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 
 STAGES = (
-    Stage("import", import_stage, (), ("dense", "corpus", "evaluation")),
+    Stage("import", import_stage, (), ("dense", "corpus")),
     Stage("upcycle", upcycle_stage, ("import",), ("pretrain",)),
     Stage("pretrain", pretrain_stage, ("import", "upcycle"), ("pretrain",), parallel=True, resumable=True),
     Stage("dense_ct", dense_ct_stage, ("import",), ("dense_ct",), parallel=True, resumable=True),
     Stage("export", export_stage, ("pretrain", "dense_ct"), ()),
-    Stage("evaluate", evaluate_stage, ("upcycle", "export"), ("evaluation",)),
+    Stage("evaluate", evaluate_stage, ("import", "upcycle", "export"), ("evaluation",)),
     Stage("report", report_stage, ("evaluate",), ()),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}

@@ -149,18 +149,25 @@ def test_a_stage_done_again_reruns_what_depends_on_it(copy: Path) -> None:
     assert done_again == ["export", "evaluate", "report"]
 
 
-def test_changed_settings_rerun_what_is_made_from_them(plan: RunPlan, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    plan.write(run_dir)
-    assert run_in_own_process("import", run_dir).status == 0
-    items = len((run_dir / "suite/heldout_perplexity.jsonl").read_text().splitlines())
+def test_other_evaluation_settings_evaluate_again_and_train_no_more(copy: Path, tmp_path: Path) -> None:
+    items = len((copy / "suite/heldout_perplexity.jsonl").read_text().splitlines())
     changed = tmp_path / "evaluation.yaml"
     changed.write_text(EVALUATION.replace("WINDOWS", "2"))
-    replace(plan, evaluation=str(changed)).write(run_dir)
-    answer = run_in_own_process("import", run_dir)
-    assert (answer.status, items) == (0, 4)
-    assert "[import] done in" in answer.text
-    assert len((run_dir / "suite/heldout_perplexity.jsonl").read_text().splitlines()) == 2
+    replace(RunPlan.read(copy), evaluation=str(changed)).write(copy)
+    answers = {name: run_in_own_process(name, copy) for name in STAGES}
+    assert all(answer.status == 0 for answer in answers.values())
+    assert [name for name in STAGES if f"[{name}] done in" in answers[name].text] == ["evaluate", "report"]
+    assert (items, len((copy / "suite/heldout_perplexity.jsonl").read_text().splitlines())) == (4, 2)
+
+
+def test_an_edited_settings_file_counts_as_changed(plan: RunPlan, tmp_path: Path) -> None:
+    edited = tmp_path / "evaluation.yaml"
+    edited.write_text("tasks: {}\n")
+    plan = replace(plan, evaluation=str(edited))
+    before = plan.setting("evaluation")
+    edited.write_text("tasks: {mmlu: [0]}\n")
+    assert plan.setting("evaluation") != before
+    assert plan.setting("corpus") == plan.setting("corpus")
 
 
 def test_training_does_not_go_on_from_other_inputs(copy: Path) -> None:
