@@ -1,4 +1,4 @@
-"""Shapes of dense and MoE models, read from a Hugging Face `config.json`, and their parameter counts.
+"""Shapes of dense and MoE models, read from a Hugging Face `config.json`; their parameter counts and FLOPs.
 
 Legend of shape suffixes used in the package: E experts, F intermediate (FFN) dim, D model dim, V vocabulary,
 H attention heads, G key-value groups, K head dim, L layers.
@@ -6,22 +6,45 @@ H attention heads, G key-value groups, K head dim, L layers.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nemo_upcycle.errors import CheckpointError, problem
 from nemo_upcycle.files import read_json
+from nemo_upcycle.spec import UpcycleSpec
 
 
-#: Hugging Face classes whose tensors the mapping table knows, dense and MoE.
-DENSE_CLASSES = ("LlamaForCausalLM", "MistralForCausalLM")
-MOE_CLASSES = ("MixtralForCausalLM",)
+#: Hugging Face classes whose tensors the mapping table knows, dense and MoE, and what their configs leave unsaid.
+DENSE_CLASSES: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": {},
+    "Qwen2ForCausalLM": {"qkv_bias": True},
+    "GemmaForCausalLM": {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+        "zero_centered_norm": True,
+    },
+}
+MOE_CLASSES: dict[str, dict[str, Any]] = {"MixtralForCausalLM": {}, "Qwen2MoeForCausalLM": {"qkv_bias": True}}
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Everything about a decoder that decides shapes, and what has to travel with its weights."""
+    """Everything about a decoder that decides shapes, and what has to travel with its weights.
+
+    Args:
+        hf_class: the Hugging Face class that names its tensors.
+        ffn_size: F of a dense layer.
+        expert_ffn_size: F of one routed expert; None in a dense model.
+        shared_ffn_size: F of all shared experts together; 0 without.
+        moe_pattern: which layers are MoE layers; None: all, if there are experts.
+        norm_topk: whether the weights of the chosen experts are made to sum to one.
+    """
 
     hf_class: str
     num_layers: int
@@ -33,45 +56,134 @@ class Architecture:
     vocab_size: int
     tied_embeddings: bool
     activation: str = "silu"
+    gated: bool = True
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    ffn_bias: bool = False
+    zero_centered_norm: bool = False
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
     max_positions: int = 4096
     num_experts: int | None = None
     top_k: int | None = None
+    expert_ffn_size: int | None = None
+    shared_ffn_size: int = 0
+    moe_pattern: tuple[bool, ...] | None = None
+    norm_topk: bool = True
 
     @property
     def heads_per_group(self) -> int:
         """Query heads that share one key-value head."""
         return self.num_heads // self.num_kv_heads
 
+    def is_moe_layer(self, layer: int) -> bool:
+        """Return whether a layer has experts."""
+        return bool(self.num_experts) and (self.moe_pattern is None or self.moe_pattern[layer])
+
     @property
-    def ffn_params(self) -> int:
-        """Parameters of one gated feed-forward network: gate, up and down."""
-        return 3 * self.ffn_size * self.hidden_size
+    def moe_layer_count(self) -> int:
+        """Layers with experts."""
+        return sum(self.is_moe_layer(layer) for layer in range(self.num_layers))
+
+    def ffn_params(self, ffn_size: int) -> int:
+        """Return the parameters of one feed-forward network of F neurons: gate (if gated), up, down, biases."""
+        matrices = 3 if self.gated else 2
+        biases = (matrices - 1) * ffn_size + self.hidden_size if self.ffn_bias else 0
+        return matrices * ffn_size * self.hidden_size + biases
+
+    @property
+    def attention_params(self) -> int:
+        """Parameters of one layer's attention, biases included."""
+        heads, groups = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        biases = (heads + 2 * groups if self.qkv_bias else 0) + (self.hidden_size if self.attention_out_bias else 0)
+        return 2 * (heads + groups) * self.hidden_size + biases
+
+    @property
+    def embedding_params(self) -> int:
+        """Parameters of the input embedding."""
+        return self.vocab_size * self.hidden_size
+
+    def _layers_params(self, experts: int) -> int:
+        """Parameters of all layers, norms included, counting so many routed experts in an MoE layer."""
+        every = self.attention_params + 2 * self.hidden_size
+        dense = self.ffn_params(self.ffn_size)
+        router = (self.num_experts or 0) * self.hidden_size
+        shared = self.ffn_params(self.shared_ffn_size) if self.shared_ffn_size else 0
+        moe = experts * self.ffn_params(self.expert_ffn_size or 0) + router + shared
+        moe_layers = self.moe_layer_count
+        return self.num_layers * every + (self.num_layers - moe_layers) * dense + moe_layers * moe
 
     @property
     def total_params(self) -> int:
         """All parameters; tied embeddings count once.
 
         Example:
-            Llama 3 8B has 8_030_261_248, its eight-expert upcycling 47_491_321_856.
+            Llama 3 8B has 8_030_261_248, its eight-expert upcycling 47_491_321_856 (arXiv 2412.09952 prints 34.4B: the
+            extra experts without one of their three matrices).
         """
-        attention = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.hidden_size
-        router = (self.num_experts or 0) * self.hidden_size
-        layer = attention + (self.num_experts or 1) * self.ffn_params + router + 2 * self.hidden_size
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        return self.num_layers * layer + embeddings + self.hidden_size
+        embeddings = self.embedding_params * (1 if self.tied_embeddings else 2)
+        return self._layers_params(self.num_experts or 0) + embeddings + self.hidden_size
 
     @property
     def active_params(self) -> int:
-        """Parameters that one token passes through."""
-        idle = (self.num_experts or 1) - (self.top_k or 1)
-        return self.total_params - self.num_layers * idle * self.ffn_params
+        """Parameters that one token passes through; Llama 3 8B E8T2 has 13_668_454_400 (the paper prints 11.8B)."""
+        embeddings = self.embedding_params * (1 if self.tied_embeddings else 2)
+        return self._layers_params(self.top_k or 0) + embeddings + self.hidden_size
 
-    def with_experts(self, num_experts: int, top_k: int) -> Architecture:
-        """Return the Mixtral-shaped architecture that upcycling makes of this dense one."""
-        return replace(self, hf_class="MixtralForCausalLM", num_experts=num_experts, top_k=top_k)
+    def flops_per_token(self, seq_length: int, *, causal: bool) -> float:
+        """Return the FLOPs of training on one token: forward and backward, without recomputation. THE formula.
+
+            6 (active parameters - input embedding) + attention, where attention is 12 L H K s over the whole square of
+            scores (`causal=False`: as arXiv 2412.09952, Table 1, and Megatron-Core to 0.10 count) or 6 L H K s over
+            its lower half (`causal=True`: as Megatron-Bridge counts).
+
+        The output layer counts, tied or not; norms and biases are counted with the parameters.
+
+        Args:
+            seq_length: s, tokens in a sequence.
+            causal: which of the two conventions.
+
+        Example:
+            Llama 3 8B, s = 8192, full: 4.744e14 FLOPs a sequence; its E8T2 7.515e14 (the paper: 4.7e14 and 7.5e14).
+        """
+        embeddings = 0 if self.tied_embeddings else self.embedding_params
+        scores = (6 if causal else 12) * self.num_layers * self.num_heads * self.head_dim * seq_length
+        return 6.0 * (self.active_params - embeddings) + scores
+
+    def upcycled(self, spec: UpcycleSpec) -> Architecture:
+        """Return the MoE architecture that a spec makes of this dense one.
+
+        The Hugging Face class is Mixtral's where it can hold the model, Qwen2-MoE's where only that can (biases of
+        query, key and value, shared experts, dense layers between, weights that do not sum to one), else none ("").
+
+        Raises:
+            SpecError: the spec's layers do not fit.
+            CheckpointError: granularity does not divide F.
+        """
+        if self.ffn_size % spec.granularity:
+            divisors = [number for number in range(1, 65) if self.ffn_size % number == 0]
+            fix = "use one of " + ", ".join(str(number) for number in divisors)
+            expected = f"a divisor of the feed-forward size {self.ffn_size}"
+            raise CheckpointError(problem("granularity", got=spec.granularity, expected=expected, fix=fix))
+        width = self.ffn_size // spec.granularity
+        pattern = spec.moe_pattern(self.num_layers)
+        normed = spec.router_order == "topk_softmax" or spec.top_k == spec.num_experts
+        return replace(
+            self,
+            hf_class=self._moe_class(plain=all(pattern) and normed and not spec.shared_experts),
+            num_experts=spec.num_experts,
+            top_k=spec.top_k,
+            expert_ffn_size=width,
+            shared_ffn_size=spec.shared_experts * width,
+            moe_pattern=None if all(pattern) else pattern,
+            norm_topk=normed,
+        )
+
+    def _moe_class(self, *, plain: bool) -> str:
+        if self.hf_class == "GemmaForCausalLM" or self.attention_out_bias or self.ffn_bias or not self.gated:
+            return ""
+        return "MixtralForCausalLM" if plain and not self.qkv_bias else "Qwen2MoeForCausalLM"
 
 
 def _positive(config: dict[str, Any], key: str, where: str) -> int:
@@ -85,7 +197,7 @@ def _positive(config: dict[str, Any], key: str, where: str) -> int:
 
 def _class_of(config: dict[str, Any], where: str) -> str:
     names = config.get("architectures") or []
-    known = DENSE_CLASSES + MOE_CLASSES
+    known = [*DENSE_CLASSES, *MOE_CLASSES]
     if len(names) != 1 or names[0] not in known:
         raise CheckpointError(
             problem(
@@ -109,17 +221,16 @@ def architecture_from_config(config: dict[str, Any], where: str = "config.json")
         CheckpointError: the class is not known, a size is missing or sizes contradict each other.
     """
     hf_class = _class_of(config, where)
+    config = {**(DENSE_CLASSES | MOE_CLASSES)[hf_class], **config}
     heads = _positive(config, "num_attention_heads", where)
     hidden = _positive(config, "hidden_size", where)
-    moe = hf_class in MOE_CLASSES
-    for key in ("attention_bias", "mlp_bias"):
-        if config.get(key):
-            raise CheckpointError(
-                problem(f"{where}: {key}", got=True, expected="no bias", fix="use a checkpoint without biases")
-            )
-    found = Architecture(
+    layers = _positive(config, "num_hidden_layers", where)
+    activation = config.get("hidden_activation") or config.get("hidden_act", "silu")
+    _check(config, activation, heads, where)
+    bias = bool(config.get("attention_bias"))
+    return Architecture(
         hf_class=hf_class,
-        num_layers=_positive(config, "num_hidden_layers", where),
+        num_layers=layers,
         hidden_size=hidden,
         ffn_size=_positive(config, "intermediate_size", where),
         num_heads=heads,
@@ -127,32 +238,84 @@ def architecture_from_config(config: dict[str, Any], where: str = "config.json")
         head_dim=config.get("head_dim") or hidden // heads,
         vocab_size=_positive(config, "vocab_size", where),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        activation=config.get("hidden_act", "silu"),
+        activation=_ACTIVATIONS[activation],
+        qkv_bias=bias or bool(config.get("qkv_bias")),
+        attention_out_bias=bias,
+        ffn_bias=bool(config.get("mlp_bias")),
+        zero_centered_norm=bool(config.get("zero_centered_norm")),
         norm_eps=float(config.get("rms_norm_eps", 1e-5)),
         rope_theta=float(config.get("rope_theta", 10000.0)),
         rope_scaling=config.get("rope_scaling"),
         max_positions=int(config.get("max_position_embeddings", 4096)),
-        num_experts=_positive(config, "num_local_experts", where) if moe else None,
-        top_k=_positive(config, "num_experts_per_tok", where) if moe else None,
+        **_experts(config, hf_class, layers, where),
     )
-    _check(found, where)
-    return found
 
 
-def _check(found: Architecture, where: str) -> None:
-    if found.num_heads % found.num_kv_heads:
+def _experts(config: dict[str, Any], hf_class: str, layers: int, where: str) -> dict[str, Any]:
+    if hf_class == "MixtralForCausalLM":
+        return {
+            "num_experts": _positive(config, "num_local_experts", where),
+            "top_k": _positive(config, "num_experts_per_tok", where),
+            "expert_ffn_size": _positive(config, "intermediate_size", where),
+        }
+    if hf_class == "Qwen2MoeForCausalLM":
+        step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+        pattern = tuple((layer + 1) % step == 0 and layer not in dense for layer in range(layers))
+        return {
+            "num_experts": _positive(config, "num_experts", where),
+            "top_k": _positive(config, "num_experts_per_tok", where),
+            "expert_ffn_size": _positive(config, "moe_intermediate_size", where),
+            "shared_ffn_size": int(config.get("shared_expert_intermediate_size") or 0),
+            "moe_pattern": None if all(pattern) else pattern,
+            "norm_topk": bool(config.get("norm_topk_prob", False)),
+        }
+    return {}
+
+
+def _check(config: dict[str, Any], activation: str, heads: int, where: str) -> None:
+    groups = config.get("num_key_value_heads", heads)
+    if isinstance(groups, int) and groups > 0 and heads % groups:
         raise CheckpointError(
             problem(
                 f"{where}: num_key_value_heads",
-                got=found.num_kv_heads,
-                expected=f"a divisor of num_attention_heads ({found.num_heads})",
+                got=groups,
+                expected=f"a divisor of num_attention_heads ({heads})",
                 fix="mend config.json",
             )
         )
-    if found.activation != "silu":
-        raise CheckpointError(
-            problem(f"{where}: hidden_act", got=found.activation, expected="silu", fix="use a SwiGLU checkpoint")
-        )
+    if activation not in _ACTIVATIONS:
+        expected, fix = " or ".join(_ACTIVATIONS), "use a SwiGLU or GEGLU checkpoint"
+        raise CheckpointError(problem(f"{where}: hidden_act", got=activation, expected=expected, fix=fix))
+    if config.get("use_sliding_window"):
+        fix = "train with sequences within the window, and set use_sliding_window to false"
+        raise CheckpointError(problem(f"{where}: use_sliding_window", got=True, expected="full attention", fix=fix))
+
+
+def rope_frequencies(arch: Architecture) -> torch.Tensor:
+    """Return the rotary embedding's inverse frequencies, float32 [K / 2], scaled as `rope_scaling` says.
+
+    Raises:
+        CheckpointError: the kind of scaling is not known; only none and Llama 3's are.
+    """
+    inverse = arch.rope_theta ** -(torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim)
+    scaling = arch.rope_scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return inverse
+    if kind != "llama3":
+        fix = "use a checkpoint without position interpolation"
+        raise CheckpointError(problem("rope_scaling", got=kind, expected="default or llama3", fix=fix))
+    factor, low, high = (float(scaling[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    # Long waves are stretched by the factor, short ones kept, and those between get a mean of the two.
+    turns = float(scaling["original_max_position_embeddings"]) * inverse / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * inverse / factor + kept * inverse
+
+
+def same_frequencies(inverse: torch.Tensor, arch: Architecture) -> bool:
+    """Return whether a model's inverse frequencies are the architecture's, up to rounding."""
+    expected = rope_frequencies(arch)
+    return inverse.shape == expected.shape and torch.allclose(inverse.cpu().float(), expected, rtol=1e-5, atol=0)
 
 
 def read_architecture(folder: Path) -> Architecture:

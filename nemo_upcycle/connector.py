@@ -2,25 +2,30 @@
 
 Every rank reads only the dense slices that its own parameters are made of and expands them into its own expert shard
 (the idea of arXiv 2412.09952, section 2.3). No dense model is built, nothing is gathered or sent between ranks.
-The work is planned and checked as a whole first; nothing is written until the plan is sound.
+The work is planned and checked as a whole first (`placement.py`); nothing is written until the plan is sound.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
+import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from nemo_upcycle.architecture import Architecture
+from nemo_upcycle.architecture import Architecture, same_frequencies
 from nemo_upcycle.errors import CheckpointError, SpecError, problem
-from nemo_upcycle.init.experts import fill_copies
+from nemo_upcycle.init.experts import ExpertMatrix, change, fill_copies
 from nemo_upcycle.init.router import router_weight
-from nemo_upcycle.mapping import BY_ROLE, Cut, Piece, Row, Shard, find_row, hf_names, hf_shape, pieces, shard_shape
+from nemo_upcycle.mapping import Cut, hf_names
+from nemo_upcycle.placement import Place, Target, filled_bytes, targets_of
 from nemo_upcycle.receipt import ParameterRecord, UpcycleReceipt
+from nemo_upcycle.slices import hf_shape
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.spec import UpcycleSpec
 
@@ -29,41 +34,13 @@ from nemo_upcycle.spec import UpcycleSpec
 Progress = Callable[[str, int], None]
 
 
-@dataclass(frozen=True)
-class _Target:
-    """A parameter of this rank, or the same matrix of all its experts of one layer."""
-
-    name: str
-    row: Row
-    layer: int | None
-    tensors: list[torch.Tensor]
-    source: Row | None
-    pieces: list[Piece]
-
-    def hf_name(self, part: int) -> str:
-        assert self.source is not None
-        return self.source.hf[part].format(layer=self.layer)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where this rank stands in the groups that cut tensors."""
-
-    dense: Shard
-    expert: Shard
-
-    @staticmethod
-    def here() -> _Place:
-        from megatron.core import parallel_state as ps
-
-        return _Place(
-            Shard(ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size()),
-            Shard(ps.get_expert_tensor_parallel_rank(), ps.get_expert_tensor_parallel_world_size()),
-        )
-
-
 def upcycle_into(
-    chunks: Sequence[torch.nn.Module], dense: DenseSource, spec: UpcycleSpec, progress: Progress | None = None
+    chunks: Sequence[torch.nn.Module],
+    dense: DenseSource,
+    spec: UpcycleSpec,
+    progress: Progress | None = None,
+    *,
+    hashes: bool = False,
 ) -> UpcycleReceipt:
     """Make the local chunks of an MoE model from a dense checkpoint, in place.
 
@@ -75,6 +52,7 @@ def upcycle_into(
         dense: the open dense checkpoint.
         spec: what to make of it.
         progress: called after every parameter.
+        hashes: note the sha256 of every parameter in the receipt, which takes longer than the upcycling.
 
     Returns:
         The receipt of this rank.
@@ -82,6 +60,7 @@ def upcycle_into(
     Raises:
         SpecError: spec and model disagree. Nothing was written.
         CheckpointError: a parameter has no source, a source tensor is unused, or shapes disagree; nothing was written.
+            Or a dense tensor holds NaN or infinity: the model is then unfinished.
 
     Example:
         >>> with open_dense("hf:///models/Llama-3-8B") as dense:  # doctest: +SKIP
@@ -90,7 +69,7 @@ def upcycle_into(
     models = [_unwrap(chunk) for chunk in chunks]
     for model in models:
         check_spec(model.config, spec)
-    return _fill(models, dense, spec, progress)
+    return _fill(models, dense, spec, progress, hashes)
 
 
 def load_dense_into(
@@ -106,7 +85,7 @@ def load_dense_into(
             raise SpecError(
                 problem("num_moe_experts", got=model.config.num_moe_experts, expected="none", fix="use upcycle_into")
             )
-    return _fill(models, dense, None, progress)
+    return _fill(models, dense, None, progress, False)
 
 
 def _unwrap(chunk: Any) -> Any:
@@ -128,138 +107,103 @@ def check_spec(config: Any, spec: UpcycleSpec) -> None:
         spec: what the model is to be made by.
 
     Raises:
-        SpecError: they disagree.
+        SpecError: they disagree, or the configuration makes a router that no spec can be exact with.
     """
-    wanted = {
+    scaling = None if spec.routed_scaling == 1 else spec.routed_scaling
+    wanted: dict[str, Any] = {
         "num_moe_experts": spec.num_experts,
         "moe_router_topk": spec.top_k,
         "moe_router_pre_softmax": spec.router_order == "softmax_topk",
-        "moe_router_score_function": "softmax",
-        "moe_router_topk_scaling_factor": None,
-        "moe_router_enable_expert_bias": False,
-        "moe_shared_expert_intermediate_size": None,
+        "moe_router_score_function": spec.router_score,
+        "moe_router_topk_scaling_factor": scaling,
+        "moe_router_enable_expert_bias": False,  # the spec says nothing of it
+        "moe_router_num_groups": None,  # choosing among groups of experts would tear copies apart
+        "moe_apply_probs_on_input": False,  # the network is not linear in its input
+        "moe_router_force_load_balancing": False,  # random routing, for benchmarks
     }
     for name, value in wanted.items():
         got = getattr(config, name, None)
-        if got != value and not (not got and not value):
+        if got != value and not (not got and not value) and not (value is None and got == 1):
             raise SpecError(
                 problem(
                     f"model.config.{name}", got=got, expected=f"{value} (from the UpcycleSpec)", fix="make them agree"
                 )
             )
+    frequency, layers = getattr(config, "moe_layer_freq", 1), config.num_layers
+    pattern = [layer % frequency == 0 for layer in range(layers)] if isinstance(frequency, int) else frequency
+    if (want := spec.moe_pattern(layers)) != tuple(map(bool, pattern)):
+        expected = f"{[int(is_moe) for is_moe in want]} (moe_layers={spec.moe_layers})"
+        got = frequency if isinstance(frequency, int) else list(frequency)
+        raise SpecError(problem("model.config.moe_layer_freq", got=got, expected=expected, fix="make them agree"))
 
 
-def _check_model(model: Any, arch: Architecture) -> None:
-    config = model.config
-    wanted = {
-        "num_layers": arch.num_layers,
-        "hidden_size": arch.hidden_size,
-        "ffn_hidden_size": arch.ffn_size,
-        "num_attention_heads": arch.num_heads,
-        "num_query_groups": arch.num_kv_heads,
-        "kv_channels": arch.head_dim,
-        "gated_linear_unit": True,
-        "add_bias_linear": False,
-        "layernorm_epsilon": arch.norm_eps,
+def _check_model(model: Any, made: Architecture) -> None:
+    config, frequencies = model.config, model.rotary_pos_emb.inv_freq
+    wanted: dict[str, Any] = {
+        "num_layers": made.num_layers,
+        "hidden_size": made.hidden_size,
+        "ffn_hidden_size": made.ffn_size,
+        "num_attention_heads": made.num_heads,
+        "num_query_groups": made.num_kv_heads,
+        "kv_channels": made.head_dim,
+        "gated_linear_unit": made.gated,
+        "layernorm_epsilon": made.norm_eps,
+        "layernorm_zero_centered_gamma": made.zero_centered_norm,
     }
     if config.num_moe_experts:
-        wanted["moe_ffn_hidden_size"] = arch.ffn_size
-    found = {name: getattr(config, name) for name in wanted}
-    # NeMo's config holds the base, Megatron's does not: the model does. A wrong one changes the function unnoticed.
-    wanted["rotary_base"], found["rotary_base"] = arch.rope_theta, model.rotary_base
-    for name, value in wanted.items():
-        if found[name] != value:
+        wanted["moe_ffn_hidden_size"] = made.expert_ffn_size or made.ffn_size
+        wanted["moe_shared_expert_intermediate_size"] = made.shared_ffn_size or None
+    checks: list[tuple[str, Any, Any]] = [(name, getattr(config, name), value) for name, value in wanted.items()]
+    # What follows changes the function unnoticed. NeMo scales the rotary frequencies outside of its config.
+    is_silu = config.activation_func is torch.nn.functional.silu
+    if is_silu is not (made.activation == "silu"):
+        checks.append(("activation_func", getattr(config.activation_func, "__name__", "?"), made.activation))
+    if not frequencies.is_meta and not same_frequencies(frequencies, made):
+        got = f"rotary_base {model.rotary_base:g}, frequencies down to {float(frequencies[-1]):.4g}"
+        expected = f"rope_theta {made.rope_theta:g}, rope_scaling {made.rope_scaling}"
+        checks.append(("rotary_base and RoPE scaling", got, expected))
+    for name, got, value in checks:
+        if got != value:
             expected, fix = f"{value}, as in the dense checkpoint", "use the dense model's own configuration"
-            raise CheckpointError(problem(f"model.config.{name}", got=found[name], expected=expected, fix=fix))
+            raise CheckpointError(problem(f"model.config.{name}", got=got, expected=expected, fix=fix))
 
 
 def _fill(
-    models: list[Any], dense: DenseSource, spec: UpcycleSpec | None, progress: Progress | None
+    models: list[Any], dense: DenseSource, spec: UpcycleSpec | None, progress: Progress | None, hashes: bool
 ) -> UpcycleReceipt:
     arch = dense.architecture
+    made = arch.upcycled(spec) if spec else arch
     _check_source(dense)
     for model in models:
-        _check_model(model, arch)
-    place = _Place.here()
-    targets = [target for model in models for target in _targets(model, arch, place)]
+        _check_model(model, made)
+    place, branches = Place.here(), len(dense.branches())
+    targets = [
+        target for model in models for target in targets_of(model, arch, made, spec, place, lambda c: c % branches)
+    ]
     _check_shapes(targets, dense)
-    _check_covered(targets, models, arch)
     start_s, bytes_before = time.monotonic(), dense.bytes_read
     for target in targets:
         _write(target, dense, spec, arch)
         if progress:
-            progress(target.name, sum(tensor.nbytes for tensor in target.tensors))
-    made = arch.with_experts(spec.num_experts, spec.top_k) if spec else arch
+            progress(target.names[0], sum(tensor.nbytes for tensor in target.tensors))
+    seconds = time.monotonic() - start_s
+    reasons = (*(spec.inexact_because if spec else ()), *dense.inexact_because())
     return UpcycleReceipt(
         source=str(dense.path),
         source_files=dense.fingerprint(),
         spec=spec.to_dict() if spec else None,
-        exact=spec.is_exact if spec else True,
+        exact=not reasons,
+        inexact_because=list(reasons),
         dense_params=arch.total_params,
         total_params=made.total_params,
         active_params=made.active_params,
-        parameters=[_record(target, spec) for target in targets],
+        parameters=[record for target in targets for record in _records(target, spec, hashes)],
         bytes_read=dense.bytes_read - bytes_before,
         bytes_needed=_bytes_needed(targets, dense),
         bytes_written=sum(tensor.nbytes for target in targets for tensor in target.tensors),
-        seconds=round(time.monotonic() - start_s, 3),
+        seconds=round(seconds, 3),
+        peak_rss_gib=round(_peak_rss_gib(), 3),
     )
-
-
-def _targets(model: Any, arch: Architecture, place: _Place) -> Iterator[_Target]:
-    """Yield what is to be filled; the same matrix of a layer's experts is one target."""
-    grouped: dict[tuple[str, int | None], list[tuple[int, str, torch.Tensor]]] = {}
-    unknown_names = []
-    for name, parameter in model.named_parameters():
-        layer, inner = _split(name, model)
-        found = find_row(inner, in_layer=layer is not None)
-        if found is None:
-            unknown_names.append(name)
-            continue
-        row, expert = found
-        grouped.setdefault((row.role, layer), []).append((expert or 0, name, parameter.data))
-    if unknown_names:
-        raise CheckpointError(
-            problem(
-                "model parameters without a source",
-                got=", ".join(unknown_names[:5]),
-                expected="parameters of a Llama-family model",
-                fix="remove what the dense model does not have (biases, shared experts, other layer specs)",
-            )
-        )
-    for (role, layer), members in grouped.items():
-        members.sort(key=lambda member: member[0])
-        yield _target(BY_ROLE[role], layer, members, arch, place)
-
-
-def _split(name: str, model: Any) -> tuple[int | None, str]:
-    """Return the layer's number in the whole model (None outside the layers) and the name inside it."""
-    prefix = "decoder.layers."
-    if not name.startswith(prefix):
-        return None, name
-    local, _, inner = name.removeprefix(prefix).partition(".")
-    return model.decoder.layers[int(local)].layer_number - 1, inner
-
-
-def _target(
-    row: Row, layer: int | None, members: list[tuple[int, str, torch.Tensor]], arch: Architecture, place: _Place
-) -> _Target:
-    shard = place.expert if row.is_expert else place.dense
-    name, tensors = members[0][1], [tensor for _, _, tensor in members]
-    if row.role == "router":
-        return _Target(name, row, layer, tensors, None, [])
-    source = BY_ROLE[row.role.removeprefix("expert_")]
-    if row.role == "output" and arch.tied_embeddings:
-        source = BY_ROLE["embedding"]
-    shape = tuple(tensors[0].shape)
-    wanted = shard_shape(source, arch, shard, padded_vocab=shape[0] * shard.size)
-    too_few = row.cut is Cut.VOCABULARY and shape[0] * shard.size < arch.vocab_size
-    if shape != wanted or too_few:
-        least = f"at least {arch.vocab_size} rows over all ranks"
-        expected = least if too_few else f"{list(wanted)}, from {hf_shape(source, 0, arch)} over {shard.size} ranks"
-        fix = "vocabulary and layout must fit the dense checkpoint"
-        raise CheckpointError(problem(f"shape of {name}", got=list(shape), expected=expected, fix=fix))
-    return _Target(name, row, layer, tensors, source, pieces(source, arch, shard, shape))
 
 
 def _check_source(dense: DenseSource) -> None:
@@ -282,7 +226,7 @@ def _check_source(dense: DenseSource) -> None:
             )
 
 
-def _check_shapes(targets: list[_Target], dense: DenseSource) -> None:
+def _check_shapes(targets: list[Target], dense: DenseSource) -> None:
     """Check that the tensors that are read have the shapes that follow from `config.json`."""
     for target in targets:
         for part in range(len(target.source.hf) if target.source else 0):
@@ -293,61 +237,117 @@ def _check_shapes(targets: list[_Target], dense: DenseSource) -> None:
                 raise CheckpointError(problem(f"{dense.path}: shape of {name}", got=got, expected=expected, fix=fix))
 
 
-def _check_covered(targets: list[_Target], models: list[Any], arch: Architecture) -> None:
-    """Check that every dense tensor of every local layer is used."""
-    used = {target.hf_name(part) for target in targets if target.source for part in range(len(target.source.hf))}
-    layers = {layer.layer_number - 1 for model in models for layer in model.decoder.layers}
-    wanted = {name for name in hf_names(arch) if any(name.startswith(f"model.layers.{layer}.") for layer in layers)}
-    if left := sorted(wanted - used):
-        raise CheckpointError(
-            problem(
-                "dense tensors that no parameter takes",
-                got=", ".join(left[:5]),
-                expected="every tensor of a layer to be used",
-                fix="use a model with the dense model's layers (MoE in every layer)",
-            )
-        )
-
-
-def _write(target: _Target, dense: DenseSource, spec: UpcycleSpec | None, arch: Architecture) -> None:
+def _write(target: Target, dense: DenseSource, spec: UpcycleSpec | None, arch: Architecture) -> None:
     first = target.tensors[0]
     if target.row.role == "router":
         assert spec is not None
         assert target.layer is not None
         first.copy_(router_weight(spec, target.layer, arch.hidden_size))
         return
+    source = dense if target.branch is None else dense.branches()[target.branch]
     covered = 0
     for piece in target.pieces:
         view = piece.view(first)
-        slice_ = dense.read(target.hf_name(piece.part), piece.source)
+        slice_ = source.read(target.hf_name(piece.part), piece.source)
+        _check_finite(slice_, target.hf_name(piece.part), source)
         view.copy_(slice_.unflatten(0, view.shape[:2]))
         covered += view.numel()
     if covered < first.numel():  # the vocabulary's padding rows
         rows = covered // first[0].numel()
         first[rows:].zero_()
-    if target.row.is_expert:
-        scale = spec.down_scale if spec and target.row.role == "expert_fc2" else 1.0
-        fill_copies(target.tensors, scale)
+    scale = _scale(target, spec)
+    if scale != 1.0:
+        first.mul_(scale)
+    if target.experts and spec:
+        fill_copies(list(target.tensors))
+        if spec.method != "copy":
+            for matrix in _matrices(target, source, scale):
+                change(spec, matrix)
 
 
-def _bytes_needed(targets: list[_Target], dense: DenseSource) -> int:
+def _check_finite(slice_: torch.Tensor, name: str, source: DenseSource) -> None:
+    # The sum is one fast pass; an overflow of finite weights is told from a NaN by looking again.
+    if not math.isfinite(slice_.sum(dtype=torch.float32).item()) and not slice_.isfinite().all():
+        got = f"{int((~slice_.isfinite()).sum())} values that are NaN or infinite"
+        fix = "train or upcycle from a sound checkpoint"
+        raise CheckpointError(problem(f"{source.path}: {name}", got=got, expected="finite weights", fix=fix))
+
+
+def _scale(target: Target, spec: UpcycleSpec | None) -> float:
+    """Return the factor on a target: of the spec's formulas, for what is behind an expert's activation."""
+    if spec is None:
+        return 1.0
+    factors = {
+        "expert_fc2": lambda: spec.expert_scale(target.experts[0]),
+        "expert_fc2_bias": lambda: spec.bias_scale,
+        "shared_fc2": lambda: 0.5,
+    }
+    return factors.get(target.row.role, lambda: 1.0)()
+
+
+def _matrices(target: Target, source: DenseSource, scale: float) -> Iterator[ExpertMatrix]:
+    """Yield the gate, up or down matrices of the target's experts, neuron by neuron; biases are not changed."""
+    if target.tensors[0].dim() < 2:
+        return
+    is_down = target.row.cut is Cut.NEURON_COLUMNS
+    parts = ("down",) if is_down else ("gate", "up")[-len(target.row.hf) :]
+    assert target.layer is not None
+    for expert, tensor in zip(target.experts, target.tensors, strict=True):
+        views = [tensor.T] if is_down else list(tensor.chunk(len(parts)))
+        for number, (part, view) in enumerate(zip(parts, views, strict=True)):
+            whole = functools.cache(functools.partial(_whole, target, source, number, view, scale))
+            yield ExpertMatrix(target.layer, expert, part, target.shard.rank * view.shape[0], view, whole)
+
+
+def _whole(target: Target, source: DenseSource, part: int, local_FD: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return all neurons of an expert's matrix; read once more where tensor parallelism left some of them here."""
+    if target.shard.size == 1:
+        return local_FD.clone()
+    assert target.source is not None
+    name, count = target.hf_name(part), local_FD.shape[0] * target.shard.size
+    neurons = (target.first_neuron, target.first_neuron + count)
+    rows, columns = source.shape(name)
+    if target.row.cut is Cut.NEURON_COLUMNS:
+        whole_FD = source.read(name, [(0, rows), neurons]).T
+    else:
+        whole_FD = source.read(name, [neurons, (0, columns)])
+    return whole_FD.to(local_FD) * scale
+
+
+def _bytes_needed(targets: list[Target], dense: DenseSource) -> int:
     """Return the bytes of the distinct slices that this rank's parameters are made of."""
-    slices = {(target.hf_name(piece.part), piece.source) for target in targets for piece in target.pieces}
+    slices = {(target.branch, *slice_) for target in targets for slice_ in filled_bytes(target)}
     return sum(
-        math.prod(stop - start for start, stop in source) * dense.dtype(name).itemsize for name, source in slices
+        math.prod(stop - start for start, stop in source) * dense.dtype(name).itemsize for _, name, source in slices
     )
 
 
-def _record(target: _Target, spec: UpcycleSpec | None) -> ParameterRecord:
-    first = target.tensors[0]
+def _records(target: Target, spec: UpcycleSpec | None, hashes: bool) -> list[ParameterRecord]:
     sources: tuple[str, ...] = ()
     if target.row.role == "router":
         assert spec is not None
         made_by = f"router_init={spec.router_init}, std={spec.router_std}, seed={spec.seed}"
     else:
+        branch = f"{target.branch}:" if target.branch else ""
         sources = tuple(
-            f"{target.hf_name(piece.part)}[{', '.join(f'{start}:{stop}' for start, stop in piece.source)}]"
-            for piece in target.pieces
+            f"{branch}{name}[{', '.join(f'{start}:{stop}' for start, stop in bounds)}]"
+            for name, bounds in filled_bytes(target)
         )
-        made_by = f"copied into {len(target.tensors)} experts" if target.row.is_expert else "copied"
-    return ParameterRecord(target.name, tuple(first.shape), str(first.dtype).removeprefix("torch."), made_by, sources)
+        made_by = "copied" if (scale := _scale(target, spec)) == 1 else f"copied, times {scale:.6g}"
+        if spec and target.experts and spec.method != "copy" and target.tensors[0].dim() > 1:
+            amount = {"noise": f"std {spec.noise_std}", "drop": f"ratio {spec.drop_ratio}"}[spec.method]
+            made_by += f", {spec.method} ({amount}, seed {spec.seed})"
+    first = target.tensors[0]
+    record = ParameterRecord("", tuple(first.shape), str(first.dtype).removeprefix("torch."), made_by, sources)
+    return [
+        replace(record, name=name, sha256=_sha256(tensor) if hashes else None)
+        for name, tensor in zip(target.names, target.tensors, strict=True)
+    ]
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
+
+
+def _peak_rss_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,7 +1,7 @@
 """NeMo or Megatron weights -> a Hugging Face folder, streamed, by the mapping table.
 
-A dense model becomes its own class again, an upcycled one `MixtralForCausalLM`. Two places to read from: a distributed
-checkpoint of any layout, and the chunk of a live one-rank model.
+A dense model becomes its own class again, an upcycled one Mixtral, or Qwen2-MoE where Mixtral cannot hold it. Two
+places to read from: a distributed checkpoint of any layout, and the chunk of a live one-rank model.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from nemo_upcycle.architecture import Architecture, read_architecture
 from nemo_upcycle.errors import CheckpointError, SpecError, problem
 from nemo_upcycle.files import MARKER, output_folder, write_json
 from nemo_upcycle.hf_folder import copy_companions, write_config, write_weights
-from nemo_upcycle.mapping import BY_ROLE, ROWS, Row, Shard, hf_names, hf_shape, pieces, shard_shape
+from nemo_upcycle.mapping import BY_ROLE, Row, hf_constants, hf_names, row_of_hf
+from nemo_upcycle.slices import Shard, hf_shape, pieces, shard_shape
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
+from nemo_upcycle.spec import UpcycleSpec
 
 
 class MegatronWeights(Protocol):
@@ -133,19 +135,6 @@ class LiveWeights:
         )
 
 
-def _place_of(hf_name: str) -> tuple[Row, int, int, int]:
-    """Return the row of a Hugging Face tensor, the part of it, its layer and its expert."""
-    for row in ROWS:
-        for part, template in enumerate(row.hf):
-            pattern = re.escape(template)
-            for field in ("layer", "expert"):
-                pattern = pattern.replace(re.escape(f"{{{field}}}"), rf"(?P<{field}>\d+)")
-            if match := re.fullmatch(pattern, hf_name):
-                found = match.groupdict()
-                return row, part, int(found.get("layer", 0)), int(found.get("expert", 0))
-    raise CheckpointError(f"{hf_name} is not in the mapping table")
-
-
 def hf_reader(weights: MegatronWeights, arch: Architecture) -> Callable[[str], torch.Tensor]:
     """Return a function that gives the tensors of the Hugging Face model by name.
 
@@ -154,8 +143,12 @@ def hf_reader(weights: MegatronWeights, arch: Architecture) -> Callable[[str], t
         arch: shapes of the Hugging Face model.
     """
 
+    constants = hf_constants(arch)
+
     def read(hf_name: str) -> torch.Tensor:
-        row, part, layer, expert = _place_of(hf_name)
+        if hf_name in constants:
+            return torch.zeros(constants[hf_name])
+        row, part, layer, expert = row_of_hf(hf_name, arch)
         whole = weights.read(row, layer, expert)
         wanted = shard_shape(row, arch, Shard(), padded_vocab=max(whole.shape[0], arch.vocab_size))
         if tuple(whole.shape) != wanted:
@@ -164,9 +157,28 @@ def hf_reader(weights: MegatronWeights, arch: Architecture) -> Callable[[str], t
                 problem(f"shape of {hf_name}", got=list(whole.shape), expected=list(wanted), fix=fix)
             )
         piece = next(piece for piece in pieces(row, arch, Shard(), wanted) if piece.part == part)
-        return piece.view(whole).reshape(hf_shape(row, part, arch))
+        tensor = piece.view(whole).reshape(hf_shape(row, part, arch))
+        # Qwen2-MoE halves its shared expert, see `hf_constants`.
+        return tensor * 2 if row.role == "shared_fc2" else tensor
 
     return read
+
+
+def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every tensor of a Hugging Face folder, in the order in which they are written.
+
+    Raises:
+        SpecError: no Hugging Face class can hold the model.
+    """
+    if not arch.hf_class:
+        expected = "no biases but query, key and value's, SwiGLU, and no Gemma"
+        fix = "keep the model in NeMo: it trains and evaluates there"
+        raise SpecError(problem("Hugging Face class for this MoE", got="none", expected=expected, fix=fix))
+    shapes = {}
+    for name in hf_names(arch):
+        row, part, _, _ = row_of_hf(name, arch)
+        shapes[name] = hf_shape(row, part, arch)
+    return shapes | hf_constants(arch)
 
 
 def export_weights(
@@ -192,10 +204,7 @@ def export_weights(
         CheckpointError: the weights do not fit `arch`.
         UpcycleError: the disk has no room.
     """
-    shapes = {}
-    for name in hf_names(arch):
-        row, part, _, _ = _place_of(name)
-        shapes[name] = hf_shape(row, part, arch)
+    shapes = hf_shapes(arch)
     with output_folder(output) as folder:
         write_config(dense_folder, folder, arch, dtype)
         companions = copy_companions(dense_folder, folder)
@@ -210,8 +219,7 @@ def export_checkpoint(
     dense_folder: Path,
     output: Path,
     *,
-    top_k: int | None = None,
-    router_order: str = "topk_softmax",
+    spec: UpcycleSpec | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Path:
     """Export a NeMo or Megatron checkpoint, saved under any layout, to a Hugging Face folder.
@@ -220,28 +228,23 @@ def export_checkpoint(
         checkpoint: the checkpoint.
         dense_folder: the dense parent's Hugging Face folder.
         output: the folder to make.
-        top_k: experts per token of an MoE checkpoint.
-        router_order: of an MoE checkpoint; Hugging Face's Mixtral renormalises the chosen weights, so it can hold
-            `topk_softmax` only.
+        spec: what an MoE checkpoint was upcycled by.
         dtype: type on disk.
 
     Raises:
-        SpecError: Mixtral cannot hold the model.
+        SpecError: an MoE checkpoint without a spec, or one that no Hugging Face class can hold.
         CheckpointError: the checkpoint is damaged or belongs to another parent.
 
     Example:
-        >>> export_checkpoint(Path("last"), Path("dense"), Path("hf"), top_k=2)  # doctest: +SKIP
+        >>> export_checkpoint(Path("last"), Path("dense"), Path("hf"), spec=UpcycleSpec())  # doctest: +SKIP
     """
     weights = CheckpointWeights(checkpoint)
     arch = read_architecture(dense_folder)
     weights.require_parent(arch)
     if experts := weights.num_experts:
-        if top_k is None or not 1 <= top_k <= experts:
-            raise SpecError(
-                problem("top_k", got=top_k, expected=f"1 to {experts}", fix="say how many experts a token uses")
-            )
-        if router_order != "topk_softmax" and top_k != experts:
-            fix = "train with router_order=topk_softmax to export to Mixtral"
-            raise SpecError(problem("router_order", got=router_order, expected="topk_softmax", fix=fix))
-        arch = arch.with_experts(experts, top_k)
+        if spec is None or spec.num_experts != experts:
+            got = f"num_experts={spec.num_experts}" if spec else "none"
+            fix = "give the spec that the model was upcycled by"
+            raise SpecError(problem("spec", got=got, expected=f"num_experts={experts}, as in {checkpoint}", fix=fix))
+        arch = arch.upcycled(spec)
     return export_weights(weights, arch, dense_folder, output, dtype=dtype, facts={"checkpoint": checkpoint.name})

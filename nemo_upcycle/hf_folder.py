@@ -31,21 +31,39 @@ _COMPANIONS = (
 
 
 def moe_config(dense_config: dict[str, Any], arch: Architecture) -> dict[str, Any]:
-    """Return the Mixtral `config.json` of an upcycled Llama: the parent's settings, plus what the experts need.
+    """Return the `config.json` of an upcycled model: the parent's settings, plus what the experts need.
 
     Rotary base and scaling, tied embeddings, special tokens and positions are kept as they are.
     """
     config = {key: value for key, value in dense_config.items() if key not in ("attention_bias", "mlp_bias")}
-    return config | {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        "num_local_experts": arch.num_experts,
+    common = {
+        "architectures": [arch.hf_class],
         "num_experts_per_tok": arch.top_k,
         "head_dim": arch.head_dim,
         "num_key_value_heads": arch.num_kv_heads,
         "output_router_logits": False,
-        "sliding_window": dense_config.get("sliding_window"),
     }
+    if arch.hf_class == "MixtralForCausalLM":
+        own = {
+            "model_type": "mixtral",
+            "num_local_experts": arch.num_experts,
+            "intermediate_size": arch.expert_ffn_size,
+            "sliding_window": dense_config.get("sliding_window"),
+        }
+    else:
+        own = {
+            "model_type": "qwen2_moe",
+            "num_experts": arch.num_experts,
+            "intermediate_size": arch.ffn_size,
+            "moe_intermediate_size": arch.expert_ffn_size,
+            "shared_expert_intermediate_size": arch.shared_ffn_size,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [layer for layer in range(arch.num_layers) if not arch.is_moe_layer(layer)],
+            "norm_topk_prob": arch.norm_topk,
+            "qkv_bias": arch.qkv_bias,
+            "use_sliding_window": False,
+        }
+    return config | common | own
 
 
 def _shards(shapes: dict[str, tuple[int, ...]], item_bytes: int, max_bytes: int) -> list[list[str]]:

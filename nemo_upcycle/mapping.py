@@ -1,26 +1,26 @@
 """THE table Megatron <-> Hugging Face. Import, upcycle and export all read it, and nothing else knows a tensor name.
 
-A `Row` says how one Megatron parameter and its Hugging Face tensors are called and cut. `pieces` turns a row into
+A `Row` says how one Megatron parameter and its Hugging Face tensors are called and cut; `slices.py` turns a row into
 the exact slices that a rank's shard of the parameter is made of.
 
 Shapes (legend in `architecture.py`): qkv [(H + 2 G) K, D], per key-value group its query heads, then key, then value;
 linear_fc1 [2 F, D], gate rows above up rows, each half cut by tensor parallelism on its own; linear_fc2 [D, F].
+Biases have the first of these axes.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
-import torch
-
 from nemo_upcycle.architecture import Architecture
+from nemo_upcycle.errors import CheckpointError
 
 
 class Cut(Enum):
-    """How tensor parallelism cuts a parameter."""
+    """How tensor parallelism cuts a parameter. Networks are cut by neuron, attention by key-value group."""
 
     #: whole on every rank
     REPLICATED = "replicated"
@@ -28,9 +28,13 @@ class Cut(Enum):
     VOCABULARY = "vocabulary"
     #: rows, by key-value group
     QKV = "qkv"
-    #: rows, gate and up each on its own
+    #: rows of one matrix, by neuron (a network without a gate)
+    NEURON_ROWS = "neuron rows"
+    #: rows of gate and up, each on its own, by neuron
     GATED = "gated"
-    #: columns
+    #: columns, by neuron
+    NEURON_COLUMNS = "neuron columns"
+    #: columns, by attention head
     COLUMNS = "columns"
 
 
@@ -39,13 +43,14 @@ class Row:
     """One parameter: its names on both sides and how it is cut.
 
     Args:
-        role: what it is; an expert's role is the dense role behind `expert_`.
+        role: what it is. An expert's role is the dense role behind `expert_` or `shared_`.
         megatron: parameter names, inside the layer for what every layer has, else inside the model. More than one
             where layer specs differ: first Transformer Engine's, then the local spec's.
         checkpoint: names in a Megatron distributed checkpoint, where they differ (experts are stacked there; the local
             spec saves its norms under Transformer Engine's names).
-        hf: Hugging Face names, in the order in which Megatron fuses them.
+        hf: Hugging Face names, in the order in which Megatron fuses them; of experts, Mixtral's.
         cut: how tensor parallelism cuts it.
+        qwen2_moe: the names in Qwen2-MoE, where they differ.
     """
 
     role: str
@@ -53,25 +58,43 @@ class Row:
     hf: tuple[str, ...]
     cut: Cut
     checkpoint: tuple[str, ...] = ()
+    qwen2_moe: tuple[str, ...] = ()
 
     @property
     def in_layer(self) -> bool:
-        """Whether every layer has this parameter."""
+        """Whether it belongs to a layer."""
         return "{layer}" in self.hf[0]
 
     @property
     def is_expert(self) -> bool:
-        """Whether every expert has this parameter, cut by expert-tensor parallelism."""
+        """Whether every routed expert has this parameter, cut by expert-tensor parallelism."""
         return self.role.startswith("expert_")
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether it belongs to the shared experts, which Megatron fuses into one network."""
+        return self.role.startswith("shared_")
+
+    @property
+    def dense_role(self) -> str:
+        """The dense network's parameter that an expert's is made from."""
+        return self.role.removeprefix("expert_").removeprefix("shared_")
 
     @property
     def stored(self) -> tuple[str, ...]:
         """The names to look for in a distributed checkpoint."""
         return self.checkpoint or self.megatron
 
+    def names(self, arch: Architecture) -> tuple[str, ...]:
+        """Return the Hugging Face names in a model of this architecture."""
+        return self.qwen2_moe if self.qwen2_moe and arch.hf_class == "Qwen2MoeForCausalLM" else self.hf
+
 
 _HF = "model.layers.{layer}."
-_HF_EXPERT = _HF + "block_sparse_moe.experts.{expert}."
+_MLP = _HF + "mlp."
+_MIXTRAL = _HF + "block_sparse_moe.experts.{expert}."
+_QWEN2_MOE = _MLP + "experts.{expert}."
+_GATE_UP = ("gate", "up")
 
 #: Outside the layers.
 MODEL_ROWS = (
@@ -94,7 +117,14 @@ ATTENTION_ROWS = (
         tuple(_HF + f"self_attn.{part}_proj.weight" for part in "qkv"),
         Cut.QKV,
     ),
+    Row(
+        "qkv_bias",
+        ("self_attention.linear_qkv.bias",),
+        tuple(_HF + f"self_attn.{part}_proj.bias" for part in "qkv"),
+        Cut.QKV,
+    ),
     Row("attention_out", ("self_attention.linear_proj.weight",), (_HF + "self_attn.o_proj.weight",), Cut.COLUMNS),
+    Row("attention_out_bias", ("self_attention.linear_proj.bias",), (_HF + "self_attn.o_proj.bias",), Cut.REPLICATED),
     Row(
         "ffn_norm",
         ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
@@ -103,30 +133,52 @@ ATTENTION_ROWS = (
     ),
 )
 
-#: In a dense layer.
+#: In a dense layer. A network without a gate has its up projection alone.
 DENSE_ROWS = (
-    Row(
-        "fc1", ("mlp.linear_fc1.weight",), tuple(_HF + f"mlp.{part}_proj.weight" for part in ("gate", "up")), Cut.GATED
-    ),
-    Row("fc2", ("mlp.linear_fc2.weight",), (_HF + "mlp.down_proj.weight",), Cut.COLUMNS),
+    Row("fc1", ("mlp.linear_fc1.weight",), tuple(_MLP + f"{part}_proj.weight" for part in _GATE_UP), Cut.GATED),
+    Row("fc1_bias", ("mlp.linear_fc1.bias",), tuple(_MLP + f"{part}_proj.bias" for part in _GATE_UP), Cut.GATED),
+    Row("fc2", ("mlp.linear_fc2.weight",), (_MLP + "down_proj.weight",), Cut.NEURON_COLUMNS),
+    Row("fc2_bias", ("mlp.linear_fc2.bias",), (_MLP + "down_proj.bias",), Cut.REPLICATED),
 )
 
-#: In an MoE layer. TEGroupedMLP numbers its weights, SequentialMLP its modules; both save the same stacked tensors.
+
+def _expert_row(fc: int, kind: str, mixtral: tuple[str, ...], qwen: tuple[str, ...], cut: Cut) -> Row:
+    """TEGroupedMLP numbers its weights, SequentialMLP its modules; both save the same stacked tensors."""
+    name = f"linear_fc{fc}.{kind}"
+    return Row(
+        f"expert_fc{fc}" + ("_bias" if kind == "bias" else ""),
+        (f"mlp.experts.{name}{{expert}}", f"mlp.experts.local_experts.{{expert}}.{name}"),
+        tuple(_MIXTRAL + f"{part}.{kind}" for part in mixtral),
+        cut,
+        (f"mlp.experts.experts.{name}",),
+        tuple(_QWEN2_MOE + f"{part}_proj.{kind}" for part in qwen),
+    )
+
+
+#: In an MoE layer.
 MOE_ROWS = (
-    Row("router", ("mlp.router.weight",), (_HF + "block_sparse_moe.gate.weight",), Cut.REPLICATED),
     Row(
-        "expert_fc1",
-        ("mlp.experts.linear_fc1.weight{expert}", "mlp.experts.local_experts.{expert}.linear_fc1.weight"),
-        (_HF_EXPERT + "w1.weight", _HF_EXPERT + "w3.weight"),
+        "router",
+        ("mlp.router.weight",),
+        (_HF + "block_sparse_moe.gate.weight",),
+        Cut.REPLICATED,
+        qwen2_moe=(_MLP + "gate.weight",),
+    ),
+    _expert_row(1, "weight", ("w1", "w3"), _GATE_UP, Cut.GATED),
+    _expert_row(1, "bias", ("w1", "w3"), _GATE_UP, Cut.GATED),
+    _expert_row(2, "weight", ("w2",), ("down",), Cut.NEURON_COLUMNS),
+    _expert_row(2, "bias", ("w2",), ("down",), Cut.REPLICATED),
+    Row(
+        "shared_fc1",
+        ("mlp.shared_experts.linear_fc1.weight",),
+        tuple(_MLP + f"shared_expert.{part}_proj.weight" for part in _GATE_UP),
         Cut.GATED,
-        ("mlp.experts.experts.linear_fc1.weight",),
     ),
     Row(
-        "expert_fc2",
-        ("mlp.experts.linear_fc2.weight{expert}", "mlp.experts.local_experts.{expert}.linear_fc2.weight"),
-        (_HF_EXPERT + "w2.weight",),
-        Cut.COLUMNS,
-        ("mlp.experts.experts.linear_fc2.weight",),
+        "shared_fc2",
+        ("mlp.shared_experts.linear_fc2.weight",),
+        (_MLP + "shared_expert.down_proj.weight",),
+        Cut.NEURON_COLUMNS,
     ),
 )
 
@@ -134,9 +186,26 @@ ROWS = (*MODEL_ROWS, *ATTENTION_ROWS, *DENSE_ROWS, *MOE_ROWS)
 BY_ROLE = {row.role: row for row in ROWS}
 
 
-def layer_rows(arch: Architecture) -> tuple[Row, ...]:
+def row_of(role: str, arch: Architecture) -> Row:
+    """Return a parameter's row as it is in this architecture: without a gate, up alone."""
+    row = BY_ROLE[role]
+    if row.cut is Cut.GATED and not arch.gated:
+        return replace(row, hf=row.hf[1:], qwen2_moe=row.qwen2_moe[1:], cut=Cut.NEURON_ROWS)
+    return row
+
+
+def layer_rows(arch: Architecture, layer: int) -> tuple[Row, ...]:
     """Return the rows of one layer of `arch`."""
-    return ATTENTION_ROWS + (MOE_ROWS if arch.num_experts else DENSE_ROWS)
+    rows = ATTENTION_ROWS + (MOE_ROWS if arch.is_moe_layer(layer) else DENSE_ROWS)
+    return tuple(row_of(row.role, arch) for row in rows if _has(row, arch))
+
+
+def _has(row: Row, arch: Architecture) -> bool:
+    """Return whether the architecture has this parameter where a layer of that kind could have it."""
+    if row.is_shared:
+        return arch.shared_ffn_size > 0
+    biases = {"qkv_bias": arch.qkv_bias, "attention_out_bias": arch.attention_out_bias}
+    return biases.get(row.role, arch.ffn_bias if row.role.endswith("_bias") else True)
 
 
 def hf_names(arch: Architecture) -> Iterator[str]:
@@ -146,10 +215,44 @@ def hf_names(arch: Architecture) -> Iterator[str]:
             continue
         if row.role == "final_norm":
             for layer in range(arch.num_layers):
-                for layer_row in layer_rows(arch):
+                for layer_row in layer_rows(arch, layer):
                     experts = range(arch.num_experts or 0) if layer_row.is_expert else range(1)
-                    yield from (name.format(layer=layer, expert=expert) for expert in experts for name in layer_row.hf)
+                    names = layer_row.names(arch)
+                    yield from (name.format(layer=layer, expert=expert) for expert in experts for name in names)
         yield from row.hf
+
+
+def hf_constants(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of the tensors of zeros that the Hugging Face class wants and Megatron does not have.
+
+    Qwen2-MoE multiplies its shared expert by the sigmoid of a gate: one half, if the gate is zero, which the export
+    makes up for in the shared down projection. It has a shared expert always: without one, an expert of no neurons.
+    """
+    if arch.hf_class != "Qwen2MoeForCausalLM":
+        return {}
+    gate, none = {"shared_expert_gate": (1, arch.hidden_size)}, {}
+    if not arch.shared_ffn_size:
+        none = {f"shared_expert.{part}_proj": (0, arch.hidden_size) for part in _GATE_UP}
+        none["shared_expert.down_proj"] = (arch.hidden_size, 0)
+    layers = [layer for layer in range(arch.num_layers) if arch.is_moe_layer(layer)]
+    return {
+        f"{_MLP.format(layer=layer)}{name}.weight": shape for layer in layers for name, shape in (none | gate).items()
+    }
+
+
+def row_of_hf(hf_name: str, arch: Architecture) -> tuple[Row, int, int, int]:
+    """Return the row of a Hugging Face tensor, the part of it, its layer and its expert.
+
+    Raises:
+        CheckpointError: the table has no such tensor.
+    """
+    layer, expert = (re.search(rf"\.{kind}\.(\d+)\.", hf_name) for kind in ("layers", "experts"))
+    numbers = {"layer": int(layer[1]) if layer else 0, "expert": int(expert[1]) if expert else 0}
+    for row in (row_of(row.role, arch) for row in ROWS):
+        for part, template in enumerate(row.names(arch)):
+            if template.format(**numbers) == hf_name:
+                return row, part, numbers["layer"], numbers["expert"]
+    raise CheckpointError(f"{hf_name} is not in the mapping table")
 
 
 def find_row(name: str, *, in_layer: bool) -> tuple[Row, int | None] | None:
@@ -172,110 +275,3 @@ def find_row(name: str, *, in_layer: bool) -> tuple[Row, int | None] | None:
             if match := re.fullmatch(pattern, name):
                 return row, int(match.group(1)) if match.groups() else None
     return None
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A rank's place in a tensor-parallel group (expert-tensor-parallel for experts)."""
-
-    rank: int = 0
-    size: int = 1
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One slice of a Hugging Face tensor and the rows of the Megatron shard that it is.
-
-    Args:
-        part: which of the row's Hugging Face tensors.
-        source: the slice of it, as (start, stop) along every axis.
-        blocks: the shard's rows are seen as so many equal blocks ...
-        rows: ... and the slice fills these rows (start, stop) of every block, block by block.
-    """
-
-    part: int
-    source: tuple[tuple[int, int], ...]
-    blocks: int
-    rows: tuple[int, int]
-
-    def view(self, shard: torch.Tensor) -> torch.Tensor:
-        """Return the rows of a Megatron shard that this piece is, as a view of shape [blocks, rows, ...]."""
-        blocked = shard.view(self.blocks, shard.shape[0] // self.blocks, *shard.shape[1:])
-        return blocked[:, self.rows[0] : self.rows[1]]
-
-
-def hf_shape(row: Row, part: int, arch: Architecture) -> tuple[int, ...]:
-    """Return the shape of one of a row's Hugging Face tensors."""
-    attention = arch.num_heads * arch.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "embedding": (arch.vocab_size, arch.hidden_size),
-        "output": (arch.vocab_size, arch.hidden_size),
-        "qkv": (attention if part == 0 else arch.num_kv_heads * arch.head_dim, arch.hidden_size),
-        "attention_out": (arch.hidden_size, attention),
-        "fc1": (arch.ffn_size, arch.hidden_size),
-        "fc2": (arch.hidden_size, arch.ffn_size),
-        "router": (arch.num_experts or 0, arch.hidden_size),
-    }
-    return shapes.get(row.role.removeprefix("expert_"), (arch.hidden_size,))
-
-
-def shard_shape(row: Row, arch: Architecture, shard: Shard, padded_vocab: int | None = None) -> tuple[int, ...]:
-    """Return the shape of a rank's shard of a Megatron parameter.
-
-    Args:
-        row: the parameter.
-        arch: the model's shapes.
-        shard: the rank's place.
-        padded_vocab: V after padding, for the vocabulary's rows; unpadded when None.
-    """
-    first = hf_shape(row, 0, arch)
-    if row.cut is Cut.VOCABULARY:
-        return ((padded_vocab or arch.vocab_size) // shard.size, arch.hidden_size)
-    if row.cut is Cut.QKV:
-        return ((arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim // shard.size, first[1])
-    if row.cut is Cut.GATED:
-        return (2 * first[0] // shard.size, first[1])
-    if row.cut is Cut.COLUMNS:
-        return (first[0], first[1] // shard.size)
-    return first
-
-
-def pieces(row: Row, arch: Architecture, shard: Shard, local_shape: tuple[int, ...]) -> list[Piece]:
-    """Return the slices that make up a rank's shard of a parameter.
-
-    Args:
-        row: the parameter.
-        arch: shapes of the Hugging Face side (for experts made of a dense network: the dense architecture).
-        shard: the rank's place in the group that cuts this row.
-        local_shape: the shard's shape.
-
-    Returns:
-        Pieces whose rows do not overlap. They cover the shard, but for padding rows at the end of a vocabulary.
-
-    Example:
-        The second half of the feed-forward's gate and up rows, on rank 1 of 2, with F = 8 and D = 4:
-        `Piece(0, ((4, 8), (0, 4)), 1, (0, 4))` and `Piece(1, ((4, 8), (0, 4)), 1, (4, 8))`.
-    """
-    shapes = [hf_shape(row, part, arch) for part in range(len(row.hf))]
-    whole = [tuple((0, size) for size in shape) for shape in shapes]
-    if row.cut is Cut.REPLICATED:
-        return [Piece(0, whole[0], 1, (0, local_shape[0]))]
-    if row.cut is Cut.COLUMNS:
-        columns = (shard.rank * local_shape[1], (shard.rank + 1) * local_shape[1])
-        return [Piece(0, (whole[0][0], columns), 1, (0, local_shape[0]))]
-    if row.cut is Cut.VOCABULARY:
-        start = shard.rank * local_shape[0]
-        stop = min(start + local_shape[0], arch.vocab_size)
-        return [Piece(0, ((start, stop), whole[0][1]), 1, (0, stop - start))] if stop > start else []
-    if row.cut is Cut.GATED:
-        half = local_shape[0] // 2
-        source = ((shard.rank * half, (shard.rank + 1) * half), whole[0][1])
-        return [Piece(part, source, 1, (part * half, (part + 1) * half)) for part in range(2)]
-    groups = arch.num_kv_heads // shard.size
-    found, row_start = [], 0
-    for part, heads in enumerate((arch.heads_per_group, 1, 1)):
-        rows = heads * arch.head_dim
-        source = ((shard.rank * groups * rows, (shard.rank + 1) * groups * rows), whole[part][1])
-        found.append(Piece(part, source, groups, (row_start, row_start + rows)))
-        row_start += rows
-    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +12,30 @@ from nemo_upcycle.package_info import __version__
 
 @dataclass(frozen=True)
 class ParameterRecord:
-    """Where one parameter of this rank came from."""
+    """Where one parameter of a rank came from; `sha256` is of its bytes, when asked for."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     made_by: str
     sources: tuple[str, ...]
+    sha256: str | None = None
+    rank: int = 0
 
 
 @dataclass
 class UpcycleReceipt:
-    """What `upcycle_into` did on one rank; `merge` adds the other ranks' numbers.
+    """What `upcycle_into` did on one rank; `merge` makes it that of all ranks.
 
-    `*_params` count this rank's parameters until merged; bytes and seconds likewise (seconds: the slowest rank).
+    `*_params` count the whole model. Bytes are this rank's until merged, then the sum over ranks; seconds and
+    `peak_rss_gib` (of the process's whole life) then those of the slowest and the largest rank.
     """
 
     source: str
     source_files: dict[str, str]
     spec: dict[str, Any] | None
     exact: bool
+    inexact_because: list[str]
     dense_params: int
     total_params: int
     active_params: int
@@ -40,6 +44,7 @@ class UpcycleReceipt:
     bytes_needed: int
     bytes_written: int
     seconds: float
+    peak_rss_gib: float
     ranks: int = 1
     layout: dict[str, int] = field(default_factory=dict)
     equivalence: dict[str, Any] = field(default_factory=dict)
@@ -51,7 +56,11 @@ class UpcycleReceipt:
         merged.ranks = len(others)
         for name in ("bytes_read", "bytes_needed", "bytes_written"):
             setattr(merged, name, sum(getattr(other, name) for other in others))
-        merged.seconds = max(other.seconds for other in others)
+        for name in ("seconds", "peak_rss_gib"):
+            setattr(merged, name, max(getattr(other, name) for other in others))
+        merged.parameters = [
+            replace(record, rank=rank) for rank, other in enumerate(others) for record in other.parameters
+        ]
         return merged
 
     def to_dict(self) -> dict[str, Any]:

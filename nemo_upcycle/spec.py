@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from nemo_upcycle.errors import SpecError, problem, unknown
 
 
-METHODS = ("copy",)
+METHODS = ("copy", "noise", "drop")
 ROUTER_INITS = ("normal", "uniform", "zero")
 ROUTER_ORDERS = ("topk_softmax", "softmax_topk")
+ROUTER_SCORES = ("softmax", "sigmoid")
 OUTPUT_SCALES = ("exact", "none")
+MOE_LAYERS = ("all", "every-N", "first-K-dense", "a list of layer numbers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,32 +23,52 @@ class UpcycleSpec:
     """How a dense model becomes a Mixture-of-Experts model; by default as in the paper (arXiv 2412.09952, section 2).
 
     Args:
-        num_experts: experts in every layer.
+        num_experts: N, routed experts in every MoE layer.
         top_k: experts that a token passes through.
-        method: `copy` makes every expert an exact copy of the dense feed-forward network.
+        granularity: G. The dense network's F neurons are cut into G shards; expert `c G + g` holds shard g, and the
+            experts of one copy c share their router row, so that top-k, a multiple of G, picks whole networks
+            ("virtual groups", arXiv 2410.07524). 1 keeps the network whole.
+        method: `copy` (exact copies), `noise` (copies plus Gaussian noise) or `drop` (Drop-Upcycling, arXiv
+            2502.19261: a part of every expert's neurons is drawn anew).
+        noise_std: of method `noise`, as a part of the standard deviation of the matrix it is added to.
+        drop_ratio: of method `drop`, the part of the neurons.
+        shared_experts: S, at most G: experts that every token passes through. They hold the shards 0 to S - 1, and
+            what such a shard adds to the output comes half from them, half from the routed experts: the sum is exact.
+        moe_layers: `all`; `every-N` (layers 0, N, 2N ...: Megatron's `moe_layer_freq`); `first-K-dense`; or the
+            numbers of the MoE layers, from 0.
         router_init: `normal` (mean 0), `uniform` (mean 0) or `zero`.
         router_std: standard deviation of the router's weights; the paper gives none, 0.02 is the family's usual one.
         router_order: `topk_softmax` (Mixtral type: the weights of the chosen experts sum to one) or `softmax_topk`
             (ST type: they do not; `moe_router_pre_softmax` in Megatron).
-        output_scale: `exact` scales the experts' down projection so that identical experts compute the dense function
-            (1 for `topk_softmax`, num_experts / top_k for `softmax_topk`, exact there only with a zero router);
-            `none` leaves the weights as they are, as the paper does.
-        seed: of the router's random numbers. They depend on seed, layer and expert alone, never on the layout.
+        router_score: `softmax`, or `sigmoid` (DeepSeek-V3 type: the chosen scores divided by their sum, if top_k > 1).
+        routed_scaling: factor on the weights of the chosen experts (`moe_router_topk_scaling_factor` in Megatron).
+        output_scale: `exact` scales the experts' down projection so that identical experts compute the dense function,
+            see `down_scale`; `none` leaves the weights as they are, as the paper does.
+        seed: of all random numbers. They depend on seed, layer, expert and place in the matrix, never on the layout.
 
     Raises:
-        SpecError: a value is out of range or unknown.
+        SpecError: a value is out of range or unknown, or values contradict each other.
 
     Example:
         >>> UpcycleSpec(num_experts=8, top_k=2).down_scale
         1.0
+        >>> UpcycleSpec(num_experts=16, top_k=4, granularity=2).down_scale
+        2.0
     """
 
     num_experts: int = 8
     top_k: int = 2
+    granularity: int = 1
     method: str = "copy"
+    noise_std: float = 0.01
+    drop_ratio: float = 0.5
+    shared_experts: int = 0
+    moe_layers: str | Sequence[int] = "all"
     router_init: str = "normal"
     router_std: float = 0.02
     router_order: str = "topk_softmax"
+    router_score: str = "softmax"
+    routed_scaling: float = 1.0
     output_scale: str = "exact"
     seed: int = 1234
 
@@ -53,47 +77,141 @@ class UpcycleSpec:
             ("method", METHODS),
             ("router_init", ROUTER_INITS),
             ("router_order", ROUTER_ORDERS),
+            ("router_score", ROUTER_SCORES),
             ("output_scale", OUTPUT_SCALES),
         ):
             if getattr(self, name) not in valid:
                 raise SpecError(unknown(name, str(getattr(self, name)), valid))
-        self._check_whole("num_experts", self.num_experts, 2, None)
-        self._check_whole("top_k", self.top_k, 1, self.num_experts)
-        self._check_whole("seed", self.seed, 0, 2**63 - 1)
-        if not self.router_std >= 0:
-            raise SpecError(problem("router_std", got=self.router_std, expected="0 or more", fix="use 0.02"))
+        _check_whole("num_experts", self.num_experts, 2)
+        _check_whole("top_k", self.top_k, 1, self.num_experts, "num_experts")
+        _check_whole("granularity", self.granularity, 1)
+        _check_whole("shared_experts", self.shared_experts, 0, self.granularity, "granularity")
+        _check_whole("seed", self.seed, 0, 2**63 - 1)
+        _check_number("router_std", self.router_std, 0.0, None)
+        _check_number("noise_std", self.noise_std, 0.0, None)
+        _check_number("drop_ratio", self.drop_ratio, 0.0, 1.0)
+        if not self.routed_scaling > 0:
+            got, fix = self.routed_scaling, "use 1 unless the model has one"
+            raise SpecError(problem("routed_scaling", got=got, expected="more than 0", fix=fix))
+        if self.num_experts % self.granularity:
+            expected = f"a multiple of granularity ({self.granularity}): every copy of the network has so many experts"
+            nearest = self.granularity * max(1, round(self.num_experts / self.granularity))
+            raise SpecError(problem("num_experts", got=self.num_experts, expected=expected, fix=f"use {nearest}"))
+        if self.router_score == "sigmoid" and self.router_order == "softmax_topk":
+            fix = "leave router_order at topk_softmax"
+            raise SpecError(problem("router_order", got="softmax_topk", expected="no softmax with sigmoid", fix=fix))
+        object.__setattr__(self, "moe_layers", _layers(self.moe_layers))
 
-    @staticmethod
-    def _check_whole(name: str, value: object, low: int, high: int | None) -> None:
-        if isinstance(value, int) and not isinstance(value, bool) and low <= value and (high is None or value <= high):
-            return
-        limit = f"{low} to {high}" if high is not None else f"{low} or more"
-        if name == "top_k":
-            limit += " (num_experts)"
-        raise SpecError(
-            problem(name, got=value, expected=f"a whole number, {limit}", fix=f"set {name} within the range")
-        )
+    @property
+    def copies(self) -> int:
+        """E, how often the dense network is in a layer: N / G."""
+        return self.num_experts // self.granularity
 
     @property
     def down_scale(self) -> float:
         """Factor on every expert's down projection.
 
         Only this matrix is scaled: the network is linear in it, so the factor acts on the output exactly, whatever the
-        activation. With identical experts of output f(x) and combine weights p_i over the chosen k, the layer gives
-        down_scale * sum(p_i) * f(x). `topk_softmax` has sum(p_i) = 1. `softmax_topk` with a zero router has k / E.
+        activation. With f = sum over the shards of f_g, and combine weights p_i equal within a copy, the layer gives
+        down_scale * sum over the chosen copies of p * f = down_scale * sum(p_i) / G * f. The weights of the
+        chosen k sum to r = routed_scaling for `topk_softmax` and for sigmoid with k > 1, to r k / N for `softmax_topk`
+        and to r / 2 for sigmoid with k = 1, the last two with a zero router.
         """
-        if self.output_scale == "exact" and self.router_order == "softmax_topk":
-            return self.num_experts / self.top_k
-        return 1.0
+        return self.granularity / self.weight_sum if self.output_scale == "exact" else 1.0
+
+    @property
+    def weight_sum(self) -> float:
+        """What the weights of the chosen experts sum to; where the router decides it, with a zero router."""
+        if self.router_score == "sigmoid":
+            return self.routed_scaling * (1.0 if self.top_k > 1 else 0.5)
+        share = self.top_k / self.num_experts if self.router_order == "softmax_topk" else 1.0
+        return self.routed_scaling * share
+
+    @property
+    def bias_scale(self) -> float:
+        """Factor on every expert's output bias, which each of the chosen k adds whole: 1 / sum(p_i)."""
+        return 1.0 / self.weight_sum if self.output_scale == "exact" else 1.0
+
+    def expert_scale(self, expert: int) -> float:
+        """Factor on one routed expert's down projection: half where its shard is a shared expert's, too."""
+        return self.down_scale * (0.5 if expert % self.granularity < self.shared_experts else 1.0)
+
+    @property
+    def inexact_because(self) -> tuple[str, ...]:
+        """Why the upcycled model does not compute the dense function at step 0; empty if it does, up to rounding."""
+        zero_router = self.router_init == "zero" or self.router_std == 0
+        free_sum = self.router_order == "softmax_topk" and self.top_k < self.num_experts
+        free_sum = free_sum or (self.router_score == "sigmoid" and self.top_k == 1)
+        torn, part = self.top_k % self.granularity, self.weight_sum / self.granularity
+        reasons = (
+            (self.method == "noise" and self.noise_std > 0, f"noise_std={self.noise_std} changes every weight"),
+            (self.method == "drop" and self.drop_ratio > 0, f"drop_ratio={self.drop_ratio} draws neurons anew"),
+            (
+                torn,
+                f"top_k={self.top_k} is no multiple of granularity={self.granularity}: tokens get parts of networks",
+            ),
+            (free_sum and not zero_router, "only with a zero router is the sum of the chosen experts' weights known"),
+            (self.output_scale == "none" and part != 1, f"output_scale=none leaves {part:.4g} of the dense output"),
+        )
+        return tuple(reason for holds, reason in reasons if holds)
 
     @property
     def is_exact(self) -> bool:
         """Whether the upcycled model computes the dense function at step 0, up to rounding."""
-        zero_router = self.router_init == "zero" or self.router_std == 0
-        if self.router_order == "topk_softmax":
-            return True
-        return (self.output_scale == "exact" and zero_router) or self.top_k == self.num_experts
+        return not self.inexact_because
+
+    def moe_pattern(self, num_layers: int) -> tuple[bool, ...]:
+        """Return which of a model's layers are MoE layers.
+
+        Raises:
+            SpecError: the numbers do not fit the model, or no layer is one.
+        """
+        if isinstance(self.moe_layers, str):
+            kind, number = re.match(r"(\w+)-?(\d*)", self.moe_layers).groups()  # type: ignore[union-attr]
+            count = int(number or 0)
+            rules = {"all": lambda i: True, "every": lambda i: i % count == 0, "first": lambda i: i >= count}
+            pattern = tuple(rules[kind](layer) for layer in range(num_layers))
+        else:
+            if max(self.moe_layers) >= num_layers:
+                expected = f"0 to {num_layers - 1} (the model has {num_layers} layers)"
+                raise SpecError(
+                    problem("moe_layers", got=max(self.moe_layers), expected=expected, fix="mend the list")
+                )
+            pattern = tuple(layer in self.moe_layers for layer in range(num_layers))
+        if not any(pattern):
+            expected = f"at least one MoE layer in {num_layers} layers"
+            raise SpecError(problem("moe_layers", got=self.moe_layers, expected=expected, fix="use all"))
+        return pattern
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, for receipts."""
-        return asdict(self)
+        layers = self.moe_layers if isinstance(self.moe_layers, str) else list(self.moe_layers)
+        return asdict(self) | {"moe_layers": layers}
+
+
+def _check_whole(name: str, value: object, low: int, high: int | None = None, of: str = "") -> None:
+    if isinstance(value, int) and not isinstance(value, bool) and low <= value and (high is None or value <= high):
+        return
+    limit = f"{low} to {high}" if high is not None else f"{low} or more"
+    expected = f"a whole number, {limit}" + (f" ({of})" if of else "")
+    raise SpecError(problem(name, got=value, expected=expected, fix=f"set {name} within the range"))
+
+
+def _check_number(name: str, value: float, low: float, high: float | None) -> None:
+    if not (value >= low and (high is None or value <= high)):
+        limit = f"{low:g} to {high:g}" if high is not None else f"{low:g} or more"
+        raise SpecError(problem(name, got=value, expected=limit, fix=f"set {name} within the range"))
+
+
+def _layers(value: str | Sequence[int]) -> str | tuple[int, ...]:
+    """Return the layers as a rule, or as sorted numbers; `0,2,5` on a command line is a list."""
+    if isinstance(value, str) and re.fullmatch(r"\d+(,\d+)*", value):
+        value = [int(number) for number in value.split(",")]
+    if isinstance(value, str):
+        if not re.fullmatch(r"all|every-[1-9]\d*|first-\d+-dense", value):
+            raise SpecError(unknown("moe_layers", value, MOE_LAYERS))
+        return value
+    numbers = tuple(sorted(set(value)))
+    if not numbers or not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise SpecError(problem("moe_layers", got=value, expected="layer numbers from 0", fix="write e.g. 0,2,4"))
+    return numbers

@@ -112,7 +112,21 @@ def build_chunks(
                 vp_stage=vp_stage,
             )
         )
+    if arch.rope_scaling:
+        _scale_rotary(chunks, arch.rope_scaling)
     return chunks
+
+
+def _scale_rotary(chunks: list[Any], scaling: dict[str, Any]) -> None:
+    """Scale as NeMo's Llama 3.1 does, after building."""
+    from nemo.collections.llm.gpt.model.llama import apply_rope_scaling
+
+    names = ("factor", "low_freq_factor", "high_freq_factor")
+    settings = {name: scaling[name] for name in names} | {
+        "old_context_len": scaling["original_max_position_embeddings"]
+    }
+    for chunk in chunks:
+        chunk.rotary_pos_emb.inv_freq = apply_rope_scaling(chunk.rotary_pos_emb.inv_freq, **settings)
 
 
 def sample_tokens(vocab_size: int, batch: int = 2, length: int = 32) -> torch.Tensor:

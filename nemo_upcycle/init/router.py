@@ -14,7 +14,8 @@ def router_row(spec: UpcycleSpec, layer: int, expert: int, hidden_size: int) -> 
     """Return the router's weights for one expert.
 
     With combine weights that sum to one the router does not change the function at step 0, whatever its values; they
-    decide which experts drift apart first.
+    decide which experts drift apart first. With granularity, the rows of one copy's experts are the same, so that they
+    are chosen together.
 
     Args:
         spec: says how, with which deviation and seed.
@@ -25,7 +26,8 @@ def router_row(spec: UpcycleSpec, layer: int, expert: int, hidden_size: int) -> 
     Returns:
         A float32 tensor of shape [D].
     """
-    generator = block_generator(spec.seed, "router", layer, expert)
+    copy = expert // spec.granularity  # the experts of one copy share their row, see `UpcycleSpec.granularity`
+    generator = block_generator(spec.seed, "router", layer, copy)
     if spec.router_init == "zero":
         row_D = torch.zeros(hidden_size, dtype=torch.float64)
     elif spec.router_init == "normal":

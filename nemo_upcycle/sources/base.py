@@ -38,6 +38,12 @@ class DenseSource(Protocol):
     def fingerprint(self) -> dict[str, str]:
         """Return what identifies the files without reading them whole."""
 
+    def branches(self) -> Sequence[DenseSource]:
+        """Return the sources whose networks become experts, copy by copy in turn: one, unless several are mixed."""
+
+    def inexact_because(self) -> tuple[str, ...]:
+        """Return why an upcycled model cannot compute what this source's dense model computes; usually empty."""
+
     def __enter__(self) -> DenseSource: ...
 
     def __exit__(

@@ -185,6 +185,14 @@ class SafetensorsFolder:
             for file, digest in self._headers.items()
         }
 
+    def branches(self) -> tuple[SafetensorsFolder]:
+        """Return this one source."""
+        return (self,)
+
+    def inexact_because(self) -> tuple[str, ...]:
+        """Return nothing: it is the dense model itself."""
+        return ()
+
     def __enter__(self) -> SafetensorsFolder:
         return self
 

@@ -150,7 +150,7 @@ def rehearse(
         model = build_float32(moe_config, vocab)
         receipt = upcycle_into([model], dense, spec)
         if step0_folder:
-            arch = dense.architecture.with_experts(spec.num_experts, spec.top_k)
+            arch = dense.architecture.upcycled(spec)
             export_weights(LiveWeights(model), arch, dense_folder, step0_folder, dtype=export_dtype)
         line.advance(note="export of step 0")
         moe_pair = _both_precisions(model, tokens_BS)

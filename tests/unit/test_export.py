@@ -31,6 +31,7 @@ from tests.models import build_chunks, sample_tokens, write_llama, write_tokeniz
 
 
 EXPERTS, TOP_K = 4, 2
+SPEC = UpcycleSpec(num_experts=EXPERTS, top_k=TOP_K)
 FLOAT32 = {"dtype": torch.float32}
 ROPE_SCALING = {
     "rope_type": "llama3",
@@ -108,7 +109,7 @@ def _hf_logits(folder: Path, model_class: str = "MixtralForCausalLM") -> torch.T
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_a_live_upcycled_model_becomes_the_mixtral_of_the_same_function(tmp_path: Path, tied: bool) -> None:
     folder = write_llama(tmp_path / "dense", vocab_size=259, tied=tied)
-    arch = read_architecture(folder).with_experts(EXPERTS, TOP_K)
+    arch = read_architecture(folder).upcycled(SPEC)
     with one_rank():
         (model,) = _fill(folder, moe=True)
         expected = megatron_logits(model.eval(), sample_tokens(259))[..., :259]
@@ -120,10 +121,10 @@ def test_a_live_upcycled_model_becomes_the_mixtral_of_the_same_function(tmp_path
 
 def test_every_layout_exports_to_the_same_bits(saved: Path, dense: Path, tmp_path: Path) -> None:
     for name in ("one", "four"):
-        export_checkpoint(saved / name, dense, tmp_path / name, top_k=TOP_K, **FLOAT32)
+        export_checkpoint(saved / name, dense, tmp_path / name, spec=SPEC, **FLOAT32)
     with one_rank():
         (model,) = _fill(dense, moe=True)
-        arch = read_architecture(dense).with_experts(EXPERTS, TOP_K)
+        arch = read_architecture(dense).upcycled(SPEC)
         export_weights(LiveWeights(model), arch, dense, tmp_path / "live", dtype=torch.float32)
     weights = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "four", "live")}
     assert weights["one"] == weights["four"] == weights["live"]
@@ -142,15 +143,15 @@ def test_a_dense_model_comes_back_bit_by_bit(saved: Path, dense: Path, tmp_path:
 
 
 def test_the_type_on_disk_is_the_one_asked_for(saved: Path, dense: Path, tmp_path: Path) -> None:
-    export_checkpoint(saved / "one", dense, tmp_path / "hf", top_k=TOP_K)
-    export_checkpoint(saved / "one", dense, tmp_path / "exact", top_k=TOP_K, **FLOAT32)
+    export_checkpoint(saved / "one", dense, tmp_path / "hf", spec=SPEC)
+    export_checkpoint(saved / "one", dense, tmp_path / "exact", spec=SPEC, **FLOAT32)
     half, exact = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "exact"))
     assert all(torch.equal(half[name], exact[name].to(torch.bfloat16)) for name in exact)
     assert read_json(tmp_path / "hf/config.json")["torch_dtype"] == "bfloat16"
 
 
 def test_several_shards_have_the_right_index(saved: Path, dense: Path, tmp_path: Path) -> None:
-    folder = export_checkpoint(saved / "one", dense, tmp_path / "hf", top_k=TOP_K, **FLOAT32)
+    folder = export_checkpoint(saved / "one", dense, tmp_path / "hf", spec=SPEC, **FLOAT32)
     expected = _hf_logits(folder)
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -177,7 +178,7 @@ def test_what_belongs_to_the_parent_travels_along(tmp_path: Path) -> None:
     (folder / "generation_config.json").write_text('{"temperature": 0.6,\n "eos_token_id": [258, 257]}')
     (folder / "README.md").write_text("of the parent only")
     (folder / "modeling_custom.py").write_text("raise SystemExit")
-    arch = read_architecture(folder).with_experts(EXPERTS, TOP_K)
+    arch = read_architecture(folder).upcycled(SPEC)
     with one_rank():
         chunks = build_chunks(folder, num_experts=EXPERTS)
         with open_dense(folder) as source:
@@ -202,7 +203,7 @@ def test_broken_weights_are_refused_by_name(dense: Path, tmp_path: Path, value: 
     with one_rank():
         (model,) = _fill(dense, moe=True)
         model.decoder.layers[2].mlp.experts.local_experts[3].linear_fc2.weight.data[5, 7] = value
-        arch = read_architecture(dense).with_experts(EXPERTS, TOP_K)
+        arch = read_architecture(dense).upcycled(SPEC)
         name = r"model\.layers\.2\.block_sparse_moe\.experts\.3\.w2\.weight: got NaN or infinity"
         with _leaves_nothing(tmp_path, CheckpointError, name):
             export_weights(LiveWeights(model), arch, dense, tmp_path / "hf")
@@ -219,29 +220,27 @@ def test_a_full_disk_is_refused_and_the_earlier_export_kept(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(10**6, 10**6 - 1000, 1000))
     with _leaves_nothing(tmp_path, UpcycleError, r"disk space.*got 0\.00 GiB free.*Fix: free some space"):
-        export_checkpoint(saved / "one", dense, tmp_path / "hf", top_k=TOP_K)
+        export_checkpoint(saved / "one", dense, tmp_path / "hf", spec=SPEC)
     monkeypatch.undo()
-    export_checkpoint(saved / "one", dense, tmp_path / "hf", top_k=TOP_K)
+    export_checkpoint(saved / "one", dense, tmp_path / "hf", spec=SPEC)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(10**6, 10**6 - 1000, 1000))
     with _leaves_nothing(tmp_path, UpcycleError, "disk space"):
-        export_checkpoint(saved / "one", dense, tmp_path / "hf", top_k=TOP_K)
+        export_checkpoint(saved / "one", dense, tmp_path / "hf", spec=SPEC)
     assert is_complete(tmp_path / "hf")
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("spec", "words"),
     [
-        ({}, r"top_k: got None, expected 1 to 4"),
-        ({"top_k": 5}, r"top_k: got 5, expected 1 to 4"),
-        ({"top_k": 0}, r"top_k: got 0, expected 1 to 4"),
-        ({"top_k": 2, "router_order": "softmax_topk"}, r"router_order: got softmax_topk, expected topk_softmax"),
+        (None, r"spec: got none, expected num_experts=4"),
+        (UpcycleSpec(num_experts=8), r"spec: got num_experts=8, expected num_experts=4"),
     ],
 )
-def test_what_mixtral_cannot_hold_is_refused(
-    saved: Path, dense: Path, tmp_path: Path, options: dict, words: str
+def test_a_spec_of_another_model_is_refused(
+    saved: Path, dense: Path, tmp_path: Path, spec: UpcycleSpec | None, words: str
 ) -> None:
     with _leaves_nothing(tmp_path, SpecError, words):
-        export_checkpoint(saved / "one", dense, tmp_path / "hf", **options)
+        export_checkpoint(saved / "one", dense, tmp_path / "hf", spec=spec)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +256,7 @@ def test_what_mixtral_cannot_hold_is_refused(
 def test_a_checkpoint_of_another_parent_is_refused(saved: Path, tmp_path: Path, parent: dict, words: str) -> None:
     other = write_llama(tmp_path / "other", **({"vocab_size": 259} | parent))
     with _leaves_nothing(tmp_path, CheckpointError, words):
-        export_checkpoint(saved / "four", other, tmp_path / "hf", top_k=TOP_K)
+        export_checkpoint(saved / "four", other, tmp_path / "hf", spec=SPEC)
 
 
 @pytest.fixture
@@ -294,7 +293,7 @@ def _remove_metadata(weights: Path) -> str:
 def test_a_damaged_checkpoint_is_refused(spoiled: Path, dense: Path, damage: Callable[[Path], str]) -> None:
     words = damage(spoiled / "weights")
     with _leaves_nothing(spoiled.parent, CheckpointError, words):
-        export_checkpoint(spoiled, dense, spoiled.parent / "hf", top_k=TOP_K)
+        export_checkpoint(spoiled, dense, spoiled.parent / "hf", spec=SPEC)
 
 
 def test_metadata_cut_anywhere_is_refused(spoiled: Path) -> None:
@@ -342,7 +341,7 @@ def test_metadata_that_names_code_is_refused_and_not_run(spoiled: Path, dense: P
     trace.unlink(missing_ok=True)
     (spoiled / "weights/.metadata").write_bytes(pickle.dumps({"state_dict_metadata": call}))
     with pytest.raises(CheckpointError, match=r"the class \w+\.\w+ is not allowed in checkpoint metadata"):
-        export_checkpoint(spoiled, dense, spoiled.parent / "hf", top_k=TOP_K)
+        export_checkpoint(spoiled, dense, spoiled.parent / "hf", spec=SPEC)
     assert not trace.exists()
 
 
@@ -355,7 +354,7 @@ def test_pieces_that_name_code_are_refused_and_not_run(spoiled: Path, dense: Pat
         content = evil.read_bytes()
         file.write_bytes((content * (file.stat().st_size // len(content) + 1))[: file.stat().st_size])
     with pytest.raises(CheckpointError, match="damaged data"):
-        export_checkpoint(spoiled, dense, spoiled.parent / "hf", top_k=TOP_K)
+        export_checkpoint(spoiled, dense, spoiled.parent / "hf", spec=SPEC)
     assert not trace.exists()
 
 

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_upcycle.architecture import Architecture
-from nemo_upcycle.mapping import BY_ROLE, Cut, Shard, find_row, hf_names, hf_shape, layer_rows, pieces, shard_shape
+from nemo_upcycle.mapping import BY_ROLE, Cut, find_row, hf_names, layer_rows
+from nemo_upcycle.slices import Shard, hf_shape, pieces, shard_shape
+from nemo_upcycle.spec import UpcycleSpec
 
 
 def _arch(**changes: object) -> Architecture:
@@ -102,7 +104,7 @@ def test_names_of_both_layer_specs_are_found(name: str, role: str, expert: int |
 
 
 def test_unknown_names_are_not_guessed() -> None:
-    assert find_row("self_attention.linear_qkv.bias", in_layer=True) is None
+    assert find_row("self_attention.linear_qkv.biases", in_layer=True) is None
     assert find_row("mlp.experts.linear_fc1.weight", in_layer=True) is None
     assert find_row("embedding.word_embeddings.weight", in_layer=True) is None
 
@@ -121,5 +123,5 @@ def test_names_are_those_that_hugging_face_saves() -> None:
     mixtral = MixtralForCausalLM(MixtralConfig(**common, num_local_experts=3, num_key_value_heads=2))
     dense = _arch(hidden_size=8, ffn_size=8, num_heads=2, num_kv_heads=2, head_dim=4, vocab_size=9)
     assert set(hf_names(dense)) == set(llama.state_dict())
-    assert set(hf_names(dense.with_experts(3, 2))) == set(mixtral.state_dict())
-    assert len(layer_rows(dense)) == 6
+    assert set(hf_names(dense.upcycled(UpcycleSpec(num_experts=3, top_k=2)))) == set(mixtral.state_dict())
+    assert len(layer_rows(dense, 0)) == 6

@@ -1,4 +1,4 @@
-"""Copies of the dense feed-forward network: the same bits, times a factor where one is asked for."""
+"""Copies of the dense feed-forward network: the same bits."""
 
 from __future__ import annotations
 
@@ -19,15 +19,6 @@ def test_copies_carry_the_same_bits(dtype: torch.dtype) -> None:
     for expert in experts:
         assert torch.equal(expert.view(bits), dense_FD.view(bits))
     assert [expert.data_ptr() for expert in experts] == places
-
-
-@pytest.mark.parametrize("scale", [4.0, 2.5])
-def test_every_copy_is_scaled_once(scale: float) -> None:
-    dense_FD = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
-    experts = [dense_FD.clone(), *(torch.empty_like(dense_FD) for _ in range(3))]
-    fill_copies(experts, scale)
-    for expert in experts:
-        assert torch.equal(expert, dense_FD * scale)
 
 
 def test_a_single_expert_stays_what_it_is() -> None:
