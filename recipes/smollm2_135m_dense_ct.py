@@ -21,8 +21,8 @@ from nemo_upcycle.training.cpu import cpu_has_fast_bf16
 
 NAME = "smollm2_135m_dense_ct"
 DENSE = "asset://smollm2-135m"
-#: 10 steps of 4 x 512 tokens: what two CPU cores do in a few minutes.
-MAX_STEPS = 10
+#: 6 steps of 4 x 512 tokens: what two CPU cores do in a few minutes.
+MAX_STEPS = 6
 
 
 @run.cli.factory(name=NAME)
@@ -100,7 +100,7 @@ def base_recipe(
         optim=distributed_fused_adam_with_cosine_annealing(warmup_steps=2, constant_steps=0, max_lr=1e-4, min_lr=1e-5),
         resume=default_resume(),
     )
-    recipe.log.ckpt = checkpoints(every_n_steps=6)
+    recipe.log.ckpt = checkpoints(every_n_steps=4)
     return recipe
 
 

@@ -58,10 +58,16 @@ def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
                 "step-0 equivalence of the upcycled model",
                 got=f"{found['max_abs_logit_diff']:.3g} ({found['max_abs_logit_diff_same_stack']:.3g} same stack)",
                 expected=f"at most {found['tolerance']:.3g} ({found['tolerance_same_stack']:.3g})",
-                fix="compare the model's configuration (rotary base, norms, capacity factor) with the dense parent's",
+                fix=f"{_where_it_breaks(found)}; compare the model's configuration with the parent's",
             )
         )
     return found
+
+
+def _where_it_breaks(found: dict[str, Any]) -> str:
+    layers = found["layer_relative_diff"]
+    first = next((number for number, difference in enumerate(layers) if difference > 1e-5), None)
+    return "look behind the last layer" if first is None else f"look at layer {first}, the first to differ"
 
 
 def _sample_tokens(run_dir: Path, dense_folder: Path) -> Any:

@@ -104,6 +104,19 @@ def megatron_logits(model: torch.nn.Module, tokens_BS: torch.Tensor) -> torch.Te
     return model(tokens_BS.to(device), positions_BS, masked).cpu()
 
 
+@contextmanager
+def _layer_outputs(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collect what every layer hands on, in order."""
+    outputs: list[torch.Tensor] = []
+    layers: Any = model.decoder.layers
+    hooks = [layer.register_forward_hook(lambda *call: outputs.append(call[-1][0].detach())) for layer in layers]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @torch.no_grad()
 def hugging_face_logits(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
     """Return the logits of a Hugging Face folder in float32, [B, S, V]."""
@@ -136,7 +149,8 @@ def rehearse(
     Returns:
         The receipt, with `max_abs_logit_diff` (parent in Hugging Face against upcycled model in Megatron, float32),
         `max_abs_logit_diff_same_stack` (both in Megatron, float64; `..._float32` beside it), `parent_float32_rounding`
-        (the parent in Megatron, float32 against float64), and what is expected of them.
+        (the parent in Megatron, float32 against float64), `layer_relative_diff` (both in Megatron, float64, after
+        every layer: it shows where they part), and what is expected of them.
     """
     with one_rank(), open_dense(dense_folder) as dense, ProgressLine("rehearsal", 4) as line:
         vocab = dense.architecture.vocab_size
@@ -144,7 +158,7 @@ def rehearse(
         line.advance(note="parent in Hugging Face")
         model = build_float32(dense_config, vocab)
         load_dense_into([model], dense)
-        dense_pair = _both_precisions(model, tokens_BS)
+        dense_run = _run(model, tokens_BS)
         del model
         line.advance(note="parent in Megatron")
         model = build_float32(moe_config, vocab)
@@ -153,34 +167,43 @@ def rehearse(
             arch = dense.architecture.upcycled(spec)
             export_weights(LiveWeights(model), arch, dense_folder, step0_folder, dtype=export_dtype)
         line.advance(note="export of step 0")
-        moe_pair = _both_precisions(model, tokens_BS)
-        receipt.equivalence = _equivalence(parent_BSV, dense_pair, moe_pair, receipt.exact)
+        receipt.equivalence = _equivalence(parent_BSV, dense_run, _run(model, tokens_BS), receipt.exact)
         line.advance(note="upcycled model in Megatron")
     receipt.layout = {"tensor": 1, "pipeline": 1, "expert": 1, "data": 1}
     return receipt
 
 
-def _both_precisions(model: torch.nn.Module, tokens_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logits in float32 and in float64; afterwards the model's weights are float64."""
+@dataclass(frozen=True)
+class _Run:
+    """One Megatron model's logits in float32 and float64, and what its layers handed on in float64."""
+
+    single_BSV: torch.Tensor
+    double_BSV: torch.Tensor
+    layers: list[torch.Tensor]
+
+
+def _run(model: torch.nn.Module, tokens_BS: torch.Tensor) -> _Run:
+    """Run a model in both precisions; afterwards its weights are float64."""
     single_BSV = megatron_logits(model, tokens_BS)
-    return single_BSV, megatron_logits(model.double(), tokens_BS)
+    with _layer_outputs(model.double()) as layers:
+        return _Run(single_BSV, megatron_logits(model, tokens_BS), layers)
 
 
-def _equivalence(
-    parent_BSV: torch.Tensor,
-    dense_pair: tuple[torch.Tensor, torch.Tensor],
-    moe_pair: tuple[torch.Tensor, torch.Tensor],
-    exact: bool,
-) -> dict[str, Any]:
-    across, within = Comparison.of(parent_BSV, moe_pair[0]), Comparison.of(dense_pair[1], moe_pair[1])
+def _equivalence(parent_BSV: torch.Tensor, dense: _Run, moe: _Run, exact: bool) -> dict[str, Any]:
+    across = Comparison.of(parent_BSV, moe.single_BSV)
+    within = Comparison.of(dense.double_BSV, moe.double_BSV)
     return {
         "max_abs_logit_diff": across.max_abs,
         "max_abs_logit_diff_same_stack": within.max_abs,
-        "max_abs_logit_diff_same_stack_float32": Comparison.of(dense_pair[0], moe_pair[0]).max_abs,
-        "parent_float32_rounding": Comparison.of(dense_pair[0].double(), dense_pair[1]).max_abs,
+        "max_abs_logit_diff_same_stack_float32": Comparison.of(dense.single_BSV, moe.single_BSV).max_abs,
+        "parent_float32_rounding": Comparison.of(dense.single_BSV.double(), dense.double_BSV).max_abs,
         "mean_abs_logit_diff": across.mean_abs,
         "same_argmax": across.same_argmax,
         "max_abs_logit": float(parent_BSV.abs().max()),
+        "layer_relative_diff": [
+            float((mine - parents).norm() / parents.norm())
+            for mine, parents in zip(moe.layers, dense.layers, strict=True)
+        ],
         "tokens_compared": parent_BSV.shape[0] * parent_BSV.shape[1],
         "tolerance": TOLERANCE if exact else None,
         "tolerance_same_stack": TOLERANCE_SAME_STACK if exact else None,

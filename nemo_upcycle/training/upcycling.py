@@ -134,7 +134,7 @@ def fill_chunks(chunks: list[torch.nn.Module], restore: UpcycleConfig) -> Upcycl
     with open_dense(restore.path) as dense, ProgressLine("upcycle", total, enabled=first) as line:
         progress: Progress = lambda name, written_bytes: line.advance(written_bytes, note=name)  # noqa: E731
         if restore.spec:
-            return upcycle_into(chunks, dense, restore.spec, progress)
+            return upcycle_into(chunks, dense, restore.spec, progress, hashes=True)
         return load_dense_into(chunks, dense, progress)
 
 
