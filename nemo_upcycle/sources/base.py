@@ -20,8 +20,10 @@ class DenseSource(Protocol):
 
     path: Path
     architecture: Architecture
-    #: bytes of all slices read so far
-    bytes_read: int
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of all slices read so far; headers do not count."""
 
     def names(self) -> Iterable[str]:
         """Return the names of its tensors, in Hugging Face's spelling."""
@@ -34,6 +36,12 @@ class DenseSource(Protocol):
 
     def read(self, name: str, index: Index | None = None) -> torch.Tensor:
         """Return a slice, given as (start, stop) along every axis, and read nothing but that slice."""
+
+    def expect(self, name: str, index: Index | None = None) -> None:
+        """Begin to fetch a slice that will be read soon, where that helps; it is not counted as read."""
+
+    def release(self) -> None:
+        """Give back memory that earlier reads still take up."""
 
     def fingerprint(self) -> dict[str, str]:
         """Return what identifies the files without reading them whole."""

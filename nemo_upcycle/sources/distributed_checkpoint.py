@@ -1,15 +1,22 @@
 """A Megatron distributed checkpoint (torch_dist), read by slice, without Megatron and without building a model.
 
 Such a folder holds `.metadata`, a pickle that says which piece of which tensor lies where, and `*.distcp` files that
-the ranks wrote. The pickle is opened with a list of the only classes that it may name; the pieces with `weights_only`.
+the ranks wrote. The pickle is opened with a list of the only classes that it may name. The pieces are read by slice,
+as safetensors files are, and none is ever loaded whole (`torch_piece.py`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
+import itertools
+import math
 import pickle
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -17,6 +24,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from nemo_upcycle.errors import CheckpointError, problem, unknown
 from nemo_upcycle.sources.base import Index
+from nemo_upcycle.sources.mapped_files import MappedFiles, Stored, bounds_of
+from nemo_upcycle.sources.torch_piece import DAMAGE, Window, open_piece
 
 
 #: What torch's and Megatron's own writers put into `.metadata`; nothing here runs code when it is built.
@@ -39,6 +48,7 @@ _ALLOWED = {
     "collections": {"OrderedDict"},
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
 }
+Bounds = list[tuple[int, int]]
 
 
 class _Ignored:
@@ -62,7 +72,18 @@ class _MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _read_metadata(folder: Path) -> Any:
+@dataclass(frozen=True)
+class _Place:
+    """Where a piece lies; `transforms` is None but for compressed ones."""
+
+    file: str
+    offset: int
+    length: int
+    transforms: Any
+
+
+def _read_metadata(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, tuple[int, ...]], _Place], str]:
+    """Return the tensors, the places of their pieces by name and offset, and the sha256 of it all."""
     path = folder / ".metadata"
     if not path.is_file():
         raise CheckpointError(
@@ -74,16 +95,42 @@ def _read_metadata(folder: Path) -> Any:
             )
         )
     try:
-        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        raw = path.read_bytes()
+        metadata = _MetadataUnpickler(io.BytesIO(raw)).load()
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError(f"a {type(metadata).__name__}")
-        return metadata
-    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, ValueError) as error:
+        return _tensors_of(metadata), _places_of(metadata), hashlib.sha256(raw).hexdigest()
+    except (pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(
             problem(
                 str(path), got=f"unreadable metadata ({error})", expected="torch_dist metadata", fix="copy it again"
             )
         ) from None
+
+
+def _tensors_of(metadata: Metadata) -> dict[str, Any]:
+    entries: dict[str, Any] = metadata.state_dict_metadata
+    tensors = {name: entry for name, entry in entries.items() if hasattr(entry, "chunks")}
+    for name, entry in tensors.items():
+        _require(isinstance(name, str) and isinstance(entry.properties.dtype, torch.dtype), name)
+        for chunk in entry.chunks:
+            _require(len(chunk.offsets) == len(chunk.sizes) == len(entry.size), name)
+    return tensors
+
+
+def _places_of(metadata: Metadata) -> dict[tuple[str, tuple[int, ...]], _Place]:
+    places = {}
+    for index, info in metadata.storage_data.items():
+        if index.offset is not None:
+            place = _Place(info.relative_path, info.offset, info.length, getattr(info, "transform_descriptors", None))
+            _require(isinstance(place.file, str) and place.offset >= 0 and place.length >= 0, index.fqn)
+            places[index.fqn, tuple(index.offset)] = place
+    return places
+
+
+def _require(holds: bool, name: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is not described as torch does it")
 
 
 class DistributedCheckpoint:
@@ -102,21 +149,28 @@ class DistributedCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
-        metadata = _read_metadata(folder)
-        self._tensors = {key: value for key, value in metadata.state_dict_metadata.items() if hasattr(value, "chunks")}
-        self._places = {
-            (index.fqn, tuple(index.offset)): info
-            for index, info in metadata.storage_data.items()
-            if index.offset is not None
-        }
-        self._last: tuple[Any, torch.Tensor] | None = None
-        files = {info.relative_path for info in self._places.values()}
-        if missing := sorted(file for file in files if not (folder / file).is_file()):
-            raise CheckpointError(
-                problem(
-                    str(folder), got=f"no {missing[0]}", expected="every file of the checkpoint", fix="copy it again"
-                )
-            )
+        self.bytes_read = 0
+        self._tensors, self._places, self._digest = _read_metadata(folder)
+        self._chunks = {name: sorted(entry.chunks, key=_first_row) for name, entry in self._tensors.items()}
+        self._files = MappedFiles(folder)
+        self._pieces: dict[tuple[str, tuple[int, ...]], Stored] = {}
+        self._sizes_bytes = {file: self._size_bytes(file) for file in {place.file for place in self._places.values()}}
+        for (name, _), place in self._places.items():
+            if place.offset + place.length > self._sizes_bytes[place.file]:
+                raise self._damaged(place.file, name, "the file ends before it")
+
+    def _size_bytes(self, file: str) -> int:
+        path = self.path / file
+        if path.parent != self.path or not path.is_file():
+            expected = "every file of the checkpoint"
+            raise CheckpointError(problem(str(self.path), got=f"no {file}", expected=expected, fix="copy it again"))
+        return path.stat().st_size
+
+    def _damaged(self, file: str, name: str, why: str) -> CheckpointError:
+        got, expected = f"damaged data of {name} ({why})", "the bytes that the metadata names"
+        return CheckpointError(
+            problem(str(self.path / file), got=got, expected=expected, fix="copy the checkpoint again")
+        )
 
     def names(self) -> Iterable[str]:
         """Return the names of its tensors."""
@@ -136,53 +190,93 @@ class DistributedCheckpoint:
         return self._entry(name).properties.dtype
 
     def read(self, name: str, index: Index | None = None) -> torch.Tensor:
-        """Return a slice, given as (start, stop) along every axis, put together from the pieces that overlap it.
+        """Return a slice, given as (start, stop) along every axis: of one piece a view, of several put together.
+
+        Copy it; never write to it. Only the slice is read, and the first time some hundred bytes of each piece.
 
         Raises:
             CheckpointError: there is no such tensor, a piece is damaged or the pieces do not cover the slice.
         """
-        entry = self._entry(name)
-        wanted = list(index) if index is not None else [(0, size) for size in entry.size]
-        result = torch.empty([stop - start for start, stop in wanted], dtype=entry.properties.dtype)
-        filled = 0
-        for chunk in entry.chunks:
-            overlap = [
-                (max(start, offset), min(stop, offset + size))
-                for (start, stop), offset, size in zip(wanted, chunk.offsets, chunk.sizes, strict=True)
-            ]
-            if any(start >= stop for start, stop in overlap):
-                continue
-            here = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(overlap, wanted, strict=True))
-            there = tuple(slice(a - offset, b - offset) for (a, b), offset in zip(overlap, chunk.offsets, strict=True))
-            target = result[here]
-            target.copy_(self._chunk(name, tuple(chunk.offsets), tuple(chunk.sizes))[there])
-            filled += target.numel()
-        if filled != result.numel():
-            raise CheckpointError(
-                problem(
-                    f"{self.path}: {name}", got=f"{filled} elements", expected=f"{result.numel()}", fix="save it again"
-                )
-            )
+        bounds = bounds_of(f"{self.path}: {name}", self.shape(name), index)
+        parts = list(self._parts(name, bounds))
+        if len(parts) == 1 and parts[0][0] == bounds:
+            result = self._files.read(name, *parts[0][1:])
+        else:
+            result = torch.empty([stop - start for start, stop in bounds], dtype=self.dtype(name))
+            self._check_cover(name, result.numel(), [place for place, _, _ in parts])
+            for part in parts:
+                self._files.expect(name, *part[1:])
+            for place, piece, inside in parts:
+                here = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(place, bounds, strict=True))
+                result[here] = self._files.read(name, piece, inside)
+        self.bytes_read += result.nbytes
         return result
 
-    def _chunk(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
-        info = self._places[name, offset]
-        place = (info.relative_path, info.offset)
-        if self._last is None or self._last[0] != place:
-            with (self.path / info.relative_path).open("rb") as handle:
-                handle.seek(info.offset)
-                data = handle.read(info.length)
+    def expect(self, name: str, index: Index | None = None) -> None:
+        """Begin to fetch a slice that will be read soon."""
+        for _, piece, inside in self._parts(name, bounds_of(f"{self.path}: {name}", self.shape(name), index)):
+            self._files.expect(name, piece, inside)
+
+    def release(self) -> None:
+        """Give back the memory that the mapped files take up in this process."""
+        self._files.release()
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return the size of every file, and the sha256 of the metadata."""
+        sizes = {file: f"{size} bytes" for file, size in sorted(self._sizes_bytes.items())}
+        return {".metadata": f"sha256 {self._digest}"} | sizes
+
+    def close(self) -> None:
+        """Close the files."""
+        self._files.close()
+
+    def _parts(self, name: str, bounds: Bounds) -> Iterator[tuple[Bounds, Stored, Bounds]]:
+        """Yield which part of a slice lies in which piece, and where in that."""
+        chunks, (start, stop) = self._chunks[name], bounds[0] if bounds else (0, 1)
+        tallest = max((chunk.sizes[0] for chunk in chunks if chunk.sizes), default=0)
+        first, last = (bisect_left(chunks, row, key=_first_row) for row in (start - tallest + 1, stop))
+        for chunk in chunks[first:last]:
+            place = [
+                (max(start, offset), min(stop, offset + size))
+                for (start, stop), offset, size in zip(bounds, chunk.offsets, chunk.sizes, strict=True)
+            ]
+            if all(start < stop for start, stop in place):
+                inside = [(a - offset, b - offset) for (a, b), offset in zip(place, chunk.offsets, strict=True)]
+                yield place, self._piece(name, tuple(chunk.offsets), tuple(chunk.sizes)), inside
+
+    def _check_cover(self, name: str, wanted: int, places: list[Bounds]) -> None:
+        got = sum(math.prod(stop - start for start, stop in place) for place in places)
+        twice = any(
+            all(a < d and c < b for (a, b), (c, d) in zip(one, other, strict=True))
+            for one, other in itertools.combinations(places, 2)
+        )
+        if got != wanted or twice:
+            found = "pieces that overlap" if twice else f"{got} elements"
+            raise CheckpointError(
+                problem(f"{self.path}: {name}", got=found, expected=f"{wanted} elements", fix="save it again")
+            )
+
+    def _piece(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Stored:
+        if (name, offset) not in self._pieces:
+            place = self._places.get((name, offset))
+            if place is None or place.transforms:
+                why = "compressed, which is not supported" if place else "no place in the metadata"
+                raise self._damaged(place.file if place else ".metadata", name, why)
+            window = Window(self._files, place.file, place.offset, place.length)
             try:
-                tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-                raise CheckpointError(
-                    problem(
-                        str(self.path / info.relative_path),
-                        got=f"damaged data of {name} ({type(error).__name__})",
-                        expected="the bytes that the metadata names",
-                        fix="copy the checkpoint again",
-                    )
-                ) from None
-            # Neighbouring slices often lie in one piece.
-            self._last = (place, tensor.view(sizes))
-        return self._last[1]
+                self._pieces[name, offset] = open_piece(window, sizes, self.dtype(name))
+            except DAMAGE as error:
+                raise self._damaged(place.file, name, type(error).__name__) from None
+        return self._pieces[name, offset]
+
+    def __enter__(self) -> DistributedCheckpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _first_row(chunk: Any) -> int:
+    return chunk.offsets[0] if chunk.offsets else 0

@@ -2,44 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from nemo_upcycle.architecture import DENSE_CLASSES
 from nemo_upcycle.errors import CheckpointError, problem, unknown
 from nemo_upcycle.sources.base import DenseSource
+from nemo_upcycle.sources.branches import Branches
+from nemo_upcycle.sources.megatron_checkpoint import MegatronCheckpoint, is_megatron
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 
 
-def open_dense(uri: str | Path) -> DenseSource:
+_SCHEMES = {"hf": SafetensorsFolder, "nemo": MegatronCheckpoint}
+
+
+def open_dense(uri: str | Path | Sequence[str | Path], *, others: str = "first") -> DenseSource:
     """Open a dense checkpoint for reading slices.
 
     Args:
-        uri: a Hugging Face folder, as a plain path or as `hf:///absolute/path`.
+        uri: a folder, as a plain path (its contents tell the kind), as `hf:///absolute/path` (Hugging Face:
+            safetensors) or as `nemo:///absolute/path` (a NeMo 2 or Megatron distributed checkpoint). Or several, whose
+            feed-forward networks become experts in turn.
+        others: of several: whether everything but the experts is the "first" one's or the "mean" of all.
 
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or it is not a dense Llama-family model.
+        SpecError: `others` is neither.
 
     Example:
         >>> with open_dense("hf:///models/Llama-3-8B") as dense:  # doctest: +SKIP
         ...     dense.architecture.num_layers
         32
     """
-    scheme, separator, rest = str(uri).partition("://")
-    if not separator:
-        rest = scheme
-    elif scheme != "hf":
-        raise CheckpointError(unknown("address scheme", scheme, ["hf"]))
-    path = Path(rest)
+    if isinstance(uri, str | Path):
+        return _open_one(str(uri))
+    if len(uri) == 1:
+        return _open_one(str(uri[0]))
+    with ExitStack() as opened:
+        branches = Branches([opened.enter_context(_open_one(str(one))) for one in uri], others)
+        opened.pop_all()
+    return branches
+
+
+def _open_one(uri: str) -> DenseSource:
+    scheme, separator, rest = uri.partition("://")
+    if separator and scheme not in _SCHEMES:
+        raise CheckpointError(unknown("address scheme", scheme, _SCHEMES))
+    path = Path(rest if separator else uri)
     if separator and not path.is_absolute():
         raise CheckpointError(
             problem(
-                str(uri),
-                got="a name on the hub",
-                expected="a folder on this machine (hf:///absolute/path)",
-                fix="import it first: the pipeline's import stage downloads hf://organisation/model",
+                uri,
+                got="a name on the hub" if scheme == "hf" else "a relative path",
+                expected=f"a folder on this machine ({scheme}:///absolute/path)",
+                fix="import it first: the pipeline's import stage downloads hf://organisation/model"
+                if scheme == "hf"
+                else "write the whole path",
             )
         )
-    source = SafetensorsFolder(path)
+    kind = _SCHEMES[scheme] if separator else MegatronCheckpoint if is_megatron(path) else SafetensorsFolder
+    source: DenseSource = kind(path)
     if source.architecture.hf_class not in DENSE_CLASSES:
         raise CheckpointError(
             problem(

@@ -1,19 +1,17 @@
 """A Hugging Face folder of safetensors files, read by slice through a memory map.
 
-`read` returns a view of the mapped file: bytes come from the disk (or the page cache) when the view is copied into
-its place, so a slice exists nowhere else and costs no memory of its own.
+`read` returns a view of the mapped file, whose bytes are in the page cache by then (`mapped_files.py`): a slice
+exists nowhere else and costs no memory of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import mmap
-import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -21,6 +19,7 @@ from nemo_upcycle.architecture import read_architecture
 from nemo_upcycle.errors import CheckpointError, problem, unknown
 from nemo_upcycle.files import read_json
 from nemo_upcycle.sources.base import Index
+from nemo_upcycle.sources.mapped_files import MappedFiles, Stored, row_major
 
 
 #: The format's names of the types that weights come in.
@@ -30,21 +29,12 @@ _SINGLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000
 
 
-@dataclass(frozen=True)
-class _Entry:
-    file: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start_byte: int
-    stop_byte: int
-
-
 def _broken(path: Path, got: str, expected: str) -> CheckpointError:
     return CheckpointError(problem(str(path), got=got, expected=expected, fix="download or copy the file again"))
 
 
-def _read_header(path: Path) -> tuple[dict[str, dict], int, str]:
-    """Return the header, the offset of the data and the header's sha256; checks the file's length."""
+def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
+    """Return what the header says of every tensor, and the header's sha256; checks the file's length."""
     size_bytes = path.stat().st_size
     with path.open("rb") as handle:
         prefix = handle.read(8)
@@ -54,25 +44,49 @@ def _read_header(path: Path) -> tuple[dict[str, dict], int, str]:
         raw = handle.read(header_bytes)
     try:
         header = json.loads(raw)
-        stop = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        header.pop("__metadata__", None)
+        entries = [(name, *_fields(entry)) for name, entry in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _broken(path, "an unreadable safetensors header", "a safetensors file") from None
-    if size_bytes != 8 + header_bytes + stop:
-        raise _broken(
-            path, f"{size_bytes} bytes", f"{8 + header_bytes + stop} bytes (the file is truncated or damaged)"
-        )
-    header.pop("__metadata__", None)
-    return header, 8 + header_bytes, hashlib.sha256(raw).hexdigest()
+    data_byte = position = 8 + header_bytes
+    stored = {}
+    for name, kind, shape, start, stop in sorted(entries, key=lambda entry: entry[3:]):
+        dtype = _DTYPES.get(kind)
+        if dtype is None:
+            raise _broken(path, f"{name} of type {kind}", f"one of {', '.join(_DTYPES)}")
+        if torch.Size(shape).numel() * dtype.itemsize != stop - start:
+            raise _broken(path, f"{name} with {stop - start} bytes", f"the bytes of a {list(shape)} {dtype}")
+        if data_byte + start != position:
+            where = f"{position - data_byte}, where the tensor before it ends"
+            raise _broken(path, f"{name} from byte {start} of the data", f"it from byte {where}")
+        stored[name] = Stored(path.name, dtype, shape, row_major(shape), position)
+        position = data_byte + stop
+    if size_bytes != position:
+        raise _broken(path, f"{size_bytes} bytes", f"{position} bytes (the file is truncated or damaged)")
+    return stored, hashlib.sha256(raw).hexdigest()
 
 
-def _files_of(folder: Path) -> list[str]:
+def _fields(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+    start, stop = entry["data_offsets"]
+    numbers = (*entry["shape"], start, stop)
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError
+    return entry["dtype"], tuple(entry["shape"]), start, stop
+
+
+def _files_of(folder: Path) -> dict[str, set[str]]:
+    """Return the folder's files, and for each the tensors that the index expects in it."""
     if (folder / _INDEX).is_file():
-        weight_map = read_json(folder / _INDEX).get("weight_map")
+        index = read_json(folder / _INDEX)
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise _broken(folder / _INDEX, "no weight_map", "an index with a weight_map")
-        return sorted(set(weight_map.values()))
+        files: dict[str, set[str]] = {}
+        for name, file in weight_map.items():
+            files.setdefault(str(file), set()).add(name)
+        return dict(sorted(files.items()))
     if (folder / _SINGLE).is_file():
-        return [_SINGLE]
+        return {_SINGLE: set()}
     other = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pth", ".gguf"))
     raise CheckpointError(
         problem(
@@ -87,7 +101,8 @@ def _files_of(folder: Path) -> list[str]:
 class SafetensorsFolder:
     """A dense checkpoint in Hugging Face's layout: `config.json` and one or many safetensors files.
 
-    Opening it reads the headers only and checks every file's length against its header.
+    Opening it reads the headers only. They are checked as the format demands: the tensors fill the file from end to
+    end without gaps or overlaps, and every tensor is where the index says.
 
     Args:
         folder: the folder.
@@ -104,13 +119,13 @@ class SafetensorsFolder:
         self.path = folder
         self.architecture = read_architecture(folder)
         self.bytes_read = 0
-        self._entries: dict[str, _Entry] = {}
+        self._stored: dict[str, Stored] = {}
         self._headers: dict[str, str] = {}
-        self._maps: dict[str, mmap.mmap] = {}
-        for file in _files_of(folder):
-            self._add_file(file)
+        self._files = MappedFiles(folder)
+        for file, names in _files_of(folder).items():
+            self._add_file(file, names)
 
-    def _add_file(self, file: str) -> None:
+    def _add_file(self, file: str, names: set[str]) -> None:
         path = self.path / file
         if path.parent != self.path or not path.is_file():
             raise CheckpointError(
@@ -121,26 +136,22 @@ class SafetensorsFolder:
                     fix="download the missing shard",
                 )
             )
-        header, data_byte, digest = _read_header(path)
+        stored, digest = _read_header(path)
+        if absent := sorted(names - stored.keys()):
+            raise _broken(path, f"no {absent[0]}", f"the tensors that {_INDEX} places there")
+        if twice := sorted(stored.keys() & self._stored.keys()):
+            raise _broken(path, f"{twice[0]}, which {self._stored[twice[0]].file} holds too", "every tensor once")
         self._headers[file] = digest
-        for name, entry in header.items():
-            dtype = _DTYPES.get(entry["dtype"])
-            start, stop = entry["data_offsets"]
-            shape = tuple(entry["shape"])
-            if dtype is None:
-                raise _broken(path, f"{name} of type {entry['dtype']}", f"one of {', '.join(_DTYPES)}")
-            if torch.Size(shape).numel() * dtype.itemsize != stop - start:
-                raise _broken(path, f"{name} with {stop - start} bytes", f"the bytes of a {list(shape)} {dtype}")
-            self._entries[name] = _Entry(file, dtype, shape, data_byte + start, data_byte + stop)
+        self._stored |= stored
 
     def names(self) -> Iterable[str]:
         """Return the names of its tensors."""
-        return self._entries.keys()
+        return self._stored.keys()
 
-    def _entry(self, name: str) -> _Entry:
-        if name not in self._entries:
-            raise CheckpointError(f"{self.path}: {unknown('tensor', name, self._entries)}")
-        return self._entries[name]
+    def _entry(self, name: str) -> Stored:
+        if name not in self._stored:
+            raise CheckpointError(f"{self.path}: {unknown('tensor', name, self._stored)}")
+        return self._stored[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape."""
@@ -153,35 +164,31 @@ class SafetensorsFolder:
     def read(self, name: str, index: Index | None = None) -> torch.Tensor:
         """Return a slice as a view of the mapped file. Copy it; never write to it.
 
+        Of a slice of columns the whole rows are fetched: the other ranks of the machine need the rest.
+
         Args:
             name: the tensor.
             index: (start, stop) along every axis; the whole tensor when None.
 
         Raises:
-            CheckpointError: there is no such tensor, or the slice reaches beyond it.
+            CheckpointError: there is no such tensor, the slice reaches beyond it, or the file cannot be read.
         """
-        entry = self._entry(name)
-        whole = torch.frombuffer(
-            self._map(entry.file), dtype=entry.dtype, count=torch.Size(entry.shape).numel(), offset=entry.start_byte
-        ).view(entry.shape)
-        for axis, (start, stop) in enumerate(index or ()):
-            if not 0 <= start <= stop <= entry.shape[axis]:
-                raise CheckpointError(f"{name}: slice {start}:{stop} of axis {axis} reaches beyond {entry.shape}")
-            whole = whole.narrow(axis, start, stop - start)
-        self.bytes_read += whole.numel() * entry.dtype.itemsize
-        return whole
+        slice_ = self._files.read(name, self._entry(name), index)
+        self.bytes_read += slice_.nbytes
+        return slice_
 
-    def _map(self, file: str) -> mmap.mmap:
-        if file not in self._maps:
-            with (self.path / file).open("rb") as handle:
-                # A private map is writable, as torch.frombuffer wants it, and no write reaches the file.
-                self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
-        return self._maps[file]
+    def expect(self, name: str, index: Index | None = None) -> None:
+        """Begin to fetch a slice that will be read soon."""
+        self._files.expect(name, self._entry(name), index)
+
+    def release(self) -> None:
+        """Give back the memory that the mapped files take up in this process; what is read again comes back."""
+        self._files.release()
 
     def fingerprint(self) -> dict[str, str]:
         """Return, for every file, its size in bytes and the sha256 of its header."""
         return {
-            file: f"{os.stat(self.path / file).st_size} bytes, header sha256 {digest}"
+            file: f"{(self.path / file).stat().st_size} bytes, header sha256 {digest}"
             for file, digest in self._headers.items()
         }
 
@@ -199,5 +206,4 @@ class SafetensorsFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Views that are still alive keep their map; dropping ours lets the last of them close it.
-        self._maps.clear()
+        self._files.close()

@@ -25,6 +25,7 @@ from nemo_upcycle.errors import SpecError, problem
 from nemo_upcycle.progress import ProgressLine, show_messages
 from nemo_upcycle.receipt import UpcycleReceipt
 from nemo_upcycle.sources import open_dense
+from nemo_upcycle.sources.megatron_checkpoint import is_megatron
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.training.cpu import configure_for_cpu, use_cpu_backend
 
@@ -34,9 +35,13 @@ class UpcycleConfig(RestoreConfig):
     """What `AutoResume.restore_config` is for a run that starts from a dense Hugging Face checkpoint.
 
     Args:
-        path: the dense checkpoint: a folder, `hf://organisation/model`, or `asset://smollm2-135m`. What is not on this
-            machine yet is fetched into the cache before the weights are read.
+        path: the dense checkpoint: a folder, `hf://organisation/model`, `asset://smollm2-135m`, or
+            `nemo:///absolute/path` (NeMo 2, Megatron). What is not on this machine yet is fetched into the cache
+            before the weights are read.
         spec: how to upcycle it; None loads it into a dense model as it is (continued training of the parent).
+        branches: further dense checkpoints of the same architecture, named as `path` is: the experts are made of the
+            first, the second ... in turn (Branch-Train-MiX).
+        others: with branches, whether everything but the routed experts is the "first" one's or the "mean" of all.
 
     Example:
         >>> recipe.resume.restore_config = run.Config(  # doctest: +SKIP
@@ -46,11 +51,23 @@ class UpcycleConfig(RestoreConfig):
 
     path: str
     spec: UpcycleSpec | None = None
+    branches: list[str] | None = None
+    others: str = "first"
     load_artifacts: bool = False  # the folder holds no NeMo context; the tokenizer comes with the data
 
     def __post_init__(self) -> None:
         # AutoResume accepts no address but nemo:// in `path`; it gets the folder in which the model will be.
-        self.path = str(ensure_dense(self.path))
+        self.path = str(_local(self.path))
+        self.branches = [str(_local(branch)) for branch in self.branches or []]
+
+
+def _local(source: str) -> Path:
+    """Return the folder of a dense checkpoint, fetched where needed."""
+    scheme, separator, rest = source.partition("://")
+    if scheme == "nemo" and separator:
+        return Path(rest)
+    # The tokenizer comes with the data: unlike a Hugging Face folder, this one need not hold its files.
+    return Path(source) if is_megatron(Path(source)) else ensure_dense(source)
 
 
 class UpcycleStrategy(nl.MegatronStrategy):
@@ -131,7 +148,8 @@ def fill_chunks(chunks: list[torch.nn.Module], restore: UpcycleConfig) -> Upcycl
         )
     total = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
     first = torch.distributed.get_rank() == 0
-    with open_dense(restore.path) as dense, ProgressLine("upcycle", total, enabled=first) as line:
+    paths = [restore.path, *(restore.branches or [])]
+    with open_dense(paths, others=restore.others) as dense, ProgressLine("upcycle", total, enabled=first) as line:
         progress: Progress = lambda name, written_bytes: line.advance(written_bytes, note=name)  # noqa: E731
         if restore.spec:
             return upcycle_into(chunks, dense, restore.spec, progress, hashes=True)

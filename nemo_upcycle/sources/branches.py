@@ -1,0 +1,143 @@
+"""Several dense models as one source: each becomes experts, the rest comes from one of them or from their mean.
+
+Branch-Train-MiX (arXiv 2403.07816, section 2): copies of one seed model, trained apart on different domains, become
+the experts of one MoE; everything else is averaged, and the router is new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from types import TracebackType
+
+import torch
+
+from nemo_upcycle.architecture import Architecture
+from nemo_upcycle.errors import CheckpointError, SpecError, problem, unknown
+from nemo_upcycle.mapping import hf_names
+from nemo_upcycle.sources.base import DenseSource, Index
+
+
+_OTHERS = ("first", "mean")
+#: How long sequences may be is no matter of the weights; checkpoint formats note it differently.
+_MAY_DIFFER = ("max_positions",)
+
+
+class Branches:
+    """Dense models of one architecture; copy c of the feed-forward network is that of model c modulo their number.
+
+    The step-0 model computes what none of its parents computes. Reading a mean reads every parent: `bytes_read` counts
+    the slices of them all.
+
+    Args:
+        sources: the open sources, first the one that names the result. They are closed with this one.
+        others: what everything but the routed experts is: "first", the first model's, or "mean", the mean in float32
+            of them all, cast back to the type on disk.
+
+    Raises:
+        SpecError: `others` is neither.
+        CheckpointError: there are no sources, or they are not of one architecture, with the same tensors and types.
+
+    Example:
+        >>> code, law = open_dense("models/code"), open_dense("models/law")  # doctest: +SKIP
+        >>> with Branches([code, law], others="mean") as dense:  # doctest: +SKIP
+        ...     receipt = upcycle_into(model_chunks, dense, UpcycleSpec(num_experts=4, top_k=2))
+    """
+
+    def __init__(self, sources: Sequence[DenseSource], others: str = "first") -> None:
+        if others not in _OTHERS:
+            raise SpecError(unknown("others", others, _OTHERS))
+        if not sources:
+            raise CheckpointError(problem("branches", got="none", expected="dense checkpoints", fix="name some"))
+        self._sources, self._others = tuple(sources), others
+        self.path = sources[0].path
+        self.architecture: Architecture = sources[0].architecture
+        for source in sources[1:]:
+            self._check(source)
+
+    def _check(self, source: DenseSource) -> None:
+        first, mine, other = self._sources[0], self.architecture, source.architecture
+        names = [field.name for field in fields(mine) if field.name not in _MAY_DIFFER]
+        pairs = [(name, getattr(mine, name), getattr(other, name)) for name in names]
+        if differing := [pair for pair in pairs if pair[1] != pair[2]]:
+            raise self._differ(source, *differing[0])
+        for name in hf_names(mine):
+            for what in ("shape", "dtype"):
+                expected, got = (getattr(one, what)(name) for one in (first, source))
+                if expected != got:
+                    raise self._differ(source, f"{what} of {name}", expected, got)
+
+    def _differ(self, source: DenseSource, what: str, expected: object, got: object) -> CheckpointError:
+        expected, fix = f"{expected}, as in {self.path}", "mix models that were trained from one parent"
+        return CheckpointError(problem(f"{what} of {source.path}", got=got, expected=expected, fix=fix))
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of all slices read so far, of all sources."""
+        return sum(source.bytes_read for source in self._sources)
+
+    def names(self) -> Iterable[str]:
+        """Return the names of the first model's tensors."""
+        return self._sources[0].names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
+        return self._sources[0].shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's type."""
+        return self._sources[0].dtype(name)
+
+    def read(self, name: str, index: Index | None = None) -> torch.Tensor:
+        """Return a slice of what is not a routed expert's: the first model's, or the mean.
+
+        Args:
+            name: the tensor.
+            index: (start, stop) along every axis; the whole tensor when None.
+
+        Raises:
+            CheckpointError: as the sources do.
+        """
+        if self._others == "first" or len(self._sources) == 1:
+            return self._sources[0].read(name, index)
+        self.expect(name, index)
+        total = self._sources[0].read(name, index).to(torch.float32, copy=True)
+        for source in self._sources[1:]:
+            total += source.read(name, index)
+        return (total / len(self._sources)).to(self.dtype(name))
+
+    def expect(self, name: str, index: Index | None = None) -> None:
+        """Begin to fetch a slice that will be read soon."""
+        for source in self._sources if self._others == "mean" else self._sources[:1]:
+            source.expect(name, index)
+
+    def release(self) -> None:
+        """Give back the memory that the sources' files take up in this process."""
+        for source in self._sources:
+            source.release()
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return what identifies the files of all sources, under their paths."""
+        return {
+            f"{source.path}/{file}": mark for source in self._sources for file, mark in source.fingerprint().items()
+        }
+
+    def branches(self) -> Sequence[DenseSource]:
+        """Return the sources."""
+        return self._sources
+
+    def inexact_because(self) -> tuple[str, ...]:
+        """Return why step 0 is no parent's function: experts differ, and maybe the rest is a mean."""
+        if (count := len(self._sources)) == 1:
+            return self._sources[0].inexact_because()
+        rest = "the mean of them all" if self._others == "mean" else "the first one's"
+        return (f"experts come from {count} dense models and the rest is {rest}: no parent's function",)
+
+    def __enter__(self) -> Branches:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for source in self._sources:
+            source.__exit__(kind, error, trace)

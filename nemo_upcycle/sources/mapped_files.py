@@ -1,0 +1,207 @@
+"""Tensors that lie in files: slices of them as views of the mapped file, fetched by large reads in parallel.
+
+A page fault on a map waits for one small read, and on a network file system that is slow. So what a slice spans is
+first read by a few threads, in blocks, into the page cache; the bytes themselves are thrown away, the map sees them.
+The page cache belongs to the machine: what one rank has fetched, or is fetching, no other rank of it reads again, as
+long as they fit. Blocks that are there already are not read at all, so a warm local file costs one probe a block.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import threading
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nemo_upcycle.errors import CheckpointError, problem
+from nemo_upcycle.sources.base import Index
+
+
+#: Bytes of one read, and reads at a time: 16 MiB of buffers, which only a process that reads a cold file has.
+_BLOCK_BYTES = 4 << 20
+_THREADS = 4
+#: Reads from the page cache or not at all; without it (not Linux) the map is all there is.
+_NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies.
+
+    Args:
+        file: name inside the folder.
+        dtype: its type.
+        shape: its shape.
+        stride: its strides, in elements.
+        start_byte: of its first element, in the file.
+    """
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    start_byte: int
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of a tensor without gaps."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return tuple(strides[: len(shape)])
+
+
+def bounds_of(name: str, shape: tuple[int, ...], index: Index | None) -> list[tuple[int, int]]:
+    """Return the slice along every axis, checked; the whole tensor when `index` is None.
+
+    Raises:
+        CheckpointError: it reaches beyond the tensor, or has another number of axes.
+    """
+    bounds = [(0, size) for size in shape] if index is None else [(start, stop) for start, stop in index]
+    if len(bounds) != len(shape) or not all(0 <= a <= b <= size for (a, b), size in zip(bounds, shape, strict=True)):
+        raise CheckpointError(f"{name}: slice {bounds} reaches beyond its shape {list(shape)}")
+    return bounds
+
+
+class MappedFiles:
+    """The files of a folder, opened and mapped when they are first asked for.
+
+    Args:
+        folder: the folder.
+
+    Example:
+        >>> files = MappedFiles(Path("dense"))  # doctest: +SKIP
+        >>> stored = Stored("model.safetensors", torch.bfloat16, (8, 4), (4, 1), 1024)  # doctest: +SKIP
+        >>> row_1D = files.read("model.norm.weight", stored, [(2, 3), (0, 4)])  # doctest: +SKIP
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._descriptors: dict[str, int] = {}
+        self._maps: dict[str, mmap.mmap] = {}
+        self._fetched: dict[tuple[str, int, int], list[Future[None]]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._buffers = threading.local()
+        weakref.finalize(self, _close, self._descriptors)
+
+    def read(self, name: str, stored: Stored, index: Index | None = None) -> torch.Tensor:
+        """Return a slice, its bytes fetched: a view of the map, never to be written to.
+
+        A tensor that does not lie on a multiple of its element's size comes as a copy: no kernel is safe with it.
+
+        Raises:
+            CheckpointError: the slice reaches beyond the tensor, or the file cannot be read.
+        """
+        bounds = bounds_of(f"{self._folder}: {name}", stored.shape, index)
+        sizes = [stop - start for start, stop in bounds]
+        if 0 in sizes:
+            return torch.empty(sizes, dtype=stored.dtype)
+        start, stop = _span(stored, bounds)
+        for block in self._fetch(stored.file, start, stop):
+            block.result()
+        self._fetched[stored.file, start, stop] = []
+        data, item = self._map(stored.file), stored.dtype.itemsize
+        if start % item == 0:
+            flat = torch.frombuffer(data, dtype=stored.dtype, count=(stop - start) // item, offset=start)
+            return flat.as_strided(sizes, stored.stride)
+        flat = torch.frombuffer(data, dtype=torch.uint8, count=stop - start, offset=start)
+        items = flat.as_strided([*sizes, item], [*(stride * item for stride in stored.stride), 1])
+        return items.clone(memory_format=torch.contiguous_format).view(stored.dtype).squeeze(-1)
+
+    def expect(self, name: str, stored: Stored, index: Index | None = None) -> None:
+        """Begin to fetch a slice that will be read soon. Returns at once."""
+        bounds = bounds_of(f"{self._folder}: {name}", stored.shape, index)
+        if all(start < stop for start, stop in bounds):
+            self._fetch(stored.file, *_span(stored, bounds))
+
+    def read_bytes(self, file: str, start: int, count: int) -> bytes:
+        """Return a few bytes of a file, for its headers; fewer where it ends."""
+        return os.pread(self._descriptor(file), count, start)
+
+    def size_bytes(self, file: str) -> int:
+        """Return the file's size."""
+        return os.fstat(self._descriptor(file)).st_size
+
+    def release(self) -> None:
+        """Take the pages out of this process's memory; they stay in the page cache, and views stay valid."""
+        for mapped in self._maps.values():
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+    def close(self) -> None:
+        """Close the files. Views that are still alive keep their map; the last of them closes it."""
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+        self._maps.clear()
+        self._fetched.clear()
+        _close(self._descriptors)
+
+    def _fetch(self, file: str, start: int, stop: int) -> list[Future[None]]:
+        """Return the reads of a span that are under way; begins those of blocks that are not in the page cache."""
+        key = (file, start, stop)
+        if key not in self._fetched:
+            first, last = start // _BLOCK_BYTES, -(-stop // _BLOCK_BYTES)
+            edges = [start, *(block * _BLOCK_BYTES for block in range(first + 1, last)), stop]
+            blocks = [(a, b) for a, b in itertools.pairwise(edges) if not self._is_cached(file, b - 1)]
+            self._fetched[key] = [self._submit(file, a, b) for a, b in blocks]
+        return self._fetched[key]
+
+    def _is_cached(self, file: str, byte: int) -> bool:
+        if _NOWAIT is None:
+            return True
+        try:
+            return os.preadv(self._descriptor(file), [bytearray(1)], byte, _NOWAIT) == 1
+        except OSError:  # not there, or the file system cannot tell
+            return False
+
+    def _submit(self, file: str, start: int, stop: int) -> Future[None]:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="read")
+        return self._pool.submit(self._read_block, file, self._descriptor(file), start, stop)
+
+    def _read_block(self, file: str, descriptor: int, start: int, stop: int) -> None:
+        if not hasattr(self._buffers, "block"):
+            self._buffers.block = memoryview(bytearray(_BLOCK_BYTES))
+        while start < stop:
+            try:
+                count = os.preadv(descriptor, [self._buffers.block[: stop - start]], start)
+                got = "the end of the file"
+            except OSError as error:
+                count, got = 0, str(error)
+            if not count:
+                expected = f"to read bytes {start} to {stop}"
+                fix = "check the file system, and that nobody writes to the checkpoint"
+                raise CheckpointError(problem(str(self._folder / file), got=got, expected=expected, fix=fix))
+            start += count
+
+    def _descriptor(self, file: str) -> int:
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(self._folder / file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            if hasattr(os, "posix_fadvise"):
+                # The reads are as large as they are to be: no reading ahead beyond the slice.
+                os.posix_fadvise(self._descriptors[file], 0, 0, os.POSIX_FADV_RANDOM)
+        return self._descriptors[file]
+
+    def _map(self, file: str) -> mmap.mmap:
+        if file not in self._maps:
+            # A private map is writable, as torch.frombuffer wants it, and no write reaches the file.
+            self._maps[file] = mmap.mmap(self._descriptor(file), 0, access=mmap.ACCESS_COPY)
+        return self._maps[file]
+
+
+def _span(stored: Stored, bounds: list[tuple[int, int]]) -> tuple[int, int]:
+    """Return first byte and last byte + 1 of a slice that is not empty, in the file."""
+    first = sum(start * stride for (start, _), stride in zip(bounds, stored.stride, strict=True))
+    last = sum((stop - 1) * stride for (_, stop), stride in zip(bounds, stored.stride, strict=True))
+    return stored.start_byte + first * stored.dtype.itemsize, stored.start_byte + (last + 1) * stored.dtype.itemsize
+
+
+def _close(descriptors: dict[str, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])

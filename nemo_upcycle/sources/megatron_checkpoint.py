@@ -1,0 +1,233 @@
+"""A dense NeMo 2 or Megatron distributed checkpoint, read by slice under Hugging Face's names.
+
+Megatron fuses what Hugging Face keeps apart: query, key and value, interleaved by key-value group, and gate above up.
+The mapping table says which of its rows a Hugging Face tensor is made of; nothing but them is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from nemo_upcycle.architecture import Architecture, architecture_from_config, read_architecture
+from nemo_upcycle.errors import CheckpointError, problem, unknown
+from nemo_upcycle.files import read_json
+from nemo_upcycle.mapping import BY_ROLE, MOE_ROWS, ROWS, Cut, Row, row_of
+from nemo_upcycle.slices import Piece, Shard, hf_shape, pieces, shard_shape
+from nemo_upcycle.sources.base import Index
+from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
+from nemo_upcycle.sources.mapped_files import bounds_of
+from nemo_upcycle.sources.nemo_context import hf_config_of
+
+
+_LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class _Fused:
+    """The Megatron tensor that holds a Hugging Face one.
+
+    Args:
+        key: its name in the checkpoint.
+        row: of the mapping table.
+        piece: which of its rows are the Hugging Face tensor.
+        shape: its own, without the layers' axis.
+        layer: where on the layers' axis; None without one.
+    """
+
+    key: str
+    row: Row
+    piece: Piece
+    shape: tuple[int, ...]
+    layer: int | None
+
+
+def is_megatron(path: Path) -> bool:
+    """Return whether a folder is (or began to be) a NeMo or Megatron distributed checkpoint."""
+    folders = (path, path / "weights")
+    return any((folder / ".metadata").is_file() or any(folder.glob("*.distcp")) for folder in folders)
+
+
+class MegatronCheckpoint:
+    """A dense checkpoint of NeMo 2 (with `weights/` and `context/`) or of Megatron (with `.metadata`).
+
+    A slice is a view of the mapped file where it lies in one piece that a rank saved, in one run of rows; else it is
+    put together in memory of its own, of the slice's size. `bytes_read` counts the slices alone. Beside them some
+    hundred bytes are read of each piece that a slice touches, once; neither optimizer state nor other layers are.
+
+    Args:
+        path: the folder.
+        config: a Hugging Face `config.json`. Without it: the one in the folder, else the settings in `context/`.
+
+    Raises:
+        CheckpointError: the checkpoint is unfinished or damaged, is no dense model of a known kind, its configuration
+            is not known, or configuration and weights disagree.
+
+    Example:
+        >>> with MegatronCheckpoint(Path("checkpoints/llama3-8b")) as dense:  # doctest: +SKIP
+        ...     query_2KD = dense.read("model.layers.0.self_attn.q_proj.weight", [(0, 256), (0, 4096)])
+    """
+
+    def __init__(self, path: Path, config: Path | None = None) -> None:
+        self.path = path
+        weights = path / "weights"
+        self._checkpoint = DistributedCheckpoint(weights if weights.is_dir() else path)
+        self._prefix = self._find_prefix()
+        self.architecture = self._read_architecture(config)
+        self._fused = dict(self._find_all())
+
+    def _find_prefix(self) -> str:
+        ending = BY_ROLE["embedding"].stored[0]
+        for key in self._checkpoint.names():
+            if key.endswith(ending) and not key.startswith("optimizer."):
+                return key.removesuffix(ending)
+        fix = "give a language model's checkpoint"
+        raise CheckpointError(problem(str(self.path), got=f"no {ending}", expected="a GPT checkpoint", fix=fix))
+
+    def _read_architecture(self, config: Path | None) -> Architecture:
+        if config is not None:
+            return architecture_from_config(read_json(config), str(config))
+        if (self.path / "config.json").is_file():
+            return read_architecture(self.path)
+        if not (self.path / "context").is_dir():
+            raise CheckpointError(
+                problem(
+                    f"architecture of {self.path}",
+                    got="neither context/ (NeMo's) nor config.json",
+                    expected="one of them",
+                    fix="put the Hugging Face config.json of the model into the folder",
+                )
+            )
+        rows = self._checkpoint.shape(self._prefix + BY_ROLE["embedding"].stored[0])[0]
+        return architecture_from_config(
+            hf_config_of(self.path / "context", rows), str(self.path / "context/model.yaml")
+        )
+
+    def _find_all(self) -> Iterator[tuple[str, _Fused]]:
+        """Yield every Hugging Face tensor by name; refuses what the table does not know of a dense model."""
+        for key in self._checkpoint.names():
+            if not key.startswith(self._prefix) or key.startswith("optimizer."):
+                continue
+            layer, name = _split(key.removeprefix(self._prefix))
+            row = next((row for row in ROWS if name in row.stored and row.in_layer is (layer is not None)), None)
+            if row is None or row in MOE_ROWS:
+                fix = "give the dense parent" if row else "remove what is not the model's, or use another checkpoint"
+                expected = f"the tensors of a dense {self.architecture.hf_class}"
+                raise CheckpointError(problem(f"{self.path}: tensor", got=key, expected=expected, fix=fix))
+            yield from self._find(key, row_of(row.role, self.architecture), layer)
+
+    def _find(self, key: str, row: Row, layer: str | None) -> Iterator[tuple[str, _Fused]]:
+        shape, stacked = self._checkpoint.shape(key), layer == ""
+        own = shape[1:] if stacked else shape
+        self._check(key, row, own)
+        parts = pieces(row, self.architecture, Shard(), own)
+        for number in range(shape[0]) if stacked else [int(layer or 0)]:
+            for part in parts:
+                name = row.hf[part.part].format(layer=number)
+                yield name, _Fused(key, row, part, own, number if stacked else None)
+
+    def _check(self, key: str, row: Row, shape: tuple[int, ...]) -> None:
+        arch = self.architecture
+        is_vocabulary = row.cut is Cut.VOCABULARY
+        wanted = shard_shape(
+            row, arch, Shard(), padded_vocab=max(shape[0], arch.vocab_size) if is_vocabulary else None
+        )
+        dtype = self._checkpoint.dtype(key)
+        fix = "check that configuration and weights belong together"
+        if shape != wanted:
+            got, expected = list(shape), f"{list(wanted)}, as the configuration says"
+            raise CheckpointError(problem(f"{self.path}: shape of {key}", got=got, expected=expected, fix=fix))
+        if dtype not in _FLOATS:
+            raise CheckpointError(problem(f"{self.path}: type of {key}", got=dtype, expected="a float", fix=fix))
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of all slices read so far."""
+        return self._checkpoint.bytes_read
+
+    def names(self) -> Iterable[str]:
+        """Return the names of its tensors, in Hugging Face's spelling."""
+        return self._fused.keys()
+
+    def _entry(self, name: str) -> _Fused:
+        if name not in self._fused:
+            raise CheckpointError(f"{self.path}: {unknown('tensor', name, self._fused)}")
+        return self._fused[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape, without padding."""
+        fused = self._entry(name)
+        return hf_shape(fused.row, fused.piece.part, self.architecture)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's type."""
+        return self._checkpoint.dtype(self._entry(name).key)
+
+    def read(self, name: str, index: Index | None = None) -> torch.Tensor:
+        """Return a slice. Copy it; never write to it.
+
+        Args:
+            name: the tensor.
+            index: (start, stop) along every axis; the whole tensor when None.
+
+        Raises:
+            CheckpointError: there is no such tensor, the slice reaches beyond it, or its data are damaged.
+        """
+        bounds, key = bounds_of(f"{self.path}: {name}", self.shape(name), index), self._entry(name).key
+        runs = [self._checkpoint.read(key, run) for run in self._runs(name, bounds)]
+        sizes = [stop - start for start, stop in bounds]
+        if not runs:
+            return torch.empty(sizes, dtype=self.dtype(name))
+        return (runs[0] if len(runs) == 1 else torch.cat(runs, dim=-len(sizes))).view(sizes)
+
+    def expect(self, name: str, index: Index | None = None) -> None:
+        """Begin to fetch a slice that will be read soon."""
+        for run in self._runs(name, bounds_of(f"{self.path}: {name}", self.shape(name), index)):
+            self._checkpoint.expect(self._entry(name).key, run)
+
+    def _runs(self, name: str, bounds: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+        """Yield where the slice lies in the Megatron tensor: for query, key and value a run of rows a group."""
+        fused = self._entry(name)
+        piece, (start, stop) = fused.piece, bounds[0]
+        rows, block = piece.rows[1] - piece.rows[0], fused.shape[0] // piece.blocks
+        for number in range(start // rows, -(-stop // rows)):
+            first, last = max(start, number * rows), min(stop, (number + 1) * rows)
+            moved = number * (block - rows) + piece.rows[0]
+            layer = [] if fused.layer is None else [(fused.layer, fused.layer + 1)]
+            yield [*layer, (first + moved, last + moved), *bounds[1:]]
+
+    def release(self) -> None:
+        """Give back the memory that the mapped files take up in this process."""
+        self._checkpoint.release()
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return the size of every file, and the sha256 of the metadata."""
+        return self._checkpoint.fingerprint()
+
+    def branches(self) -> tuple[MegatronCheckpoint]:
+        """Return this one source."""
+        return (self,)
+
+    def inexact_because(self) -> tuple[str, ...]:
+        """Return nothing: it is the dense model itself."""
+        return ()
+
+    def __enter__(self) -> MegatronCheckpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._checkpoint.close()
+
+
+def _split(name: str) -> tuple[str | None, str]:
+    """Return the layer's number ("" where layers are stacked, None outside them) and the name inside it."""
+    match = _LAYER.fullmatch(name)
+    return (match.group(1) or "", match.group(2)) if match else (None, name)

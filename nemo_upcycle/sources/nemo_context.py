@@ -1,0 +1,123 @@
+"""The architecture of a NeMo 2 checkpoint, from the plain files of its `context/`.
+
+NeMo keeps two descriptions of the model there: `io.json`, to be rebuilt by importing the classes that it names, and
+`model.yaml`, all settings as plain values, defaults included. Only the latter is read, with a safe loader: a class
+name is a text here, compared with known ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_upcycle.errors import CheckpointError, UpcycleError, problem
+from nemo_upcycle.files import read_json
+
+
+#: NeMo's module of model configurations -> the Hugging Face class that names such a model's tensors.
+_FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+}
+_ACTIVATIONS = {"silu": "silu", "openai_gelu": "gelu_pytorch_tanh"}
+#: Settings that make another function of the same weights; one that is absent is as it must be.
+_REQUIRED: dict[str, Any] = {
+    "num_moe_experts": None,
+    "normalization": "RMSNorm",
+    "position_embedding_type": "rope",
+    "gated_linear_unit": True,
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "seq_len_interpolation_factor": None,
+    "qk_layernorm": False,
+    "qk_l2_norm": False,
+    "softmax_scale": None,
+    "multi_latent_attention": False,
+}
+
+
+def hf_config_of(context: Path, padded_vocab: int) -> dict[str, Any]:
+    """Return the model's configuration in Hugging Face's terms.
+
+    The vocabulary is the one that the model was built with; where that was left to the tokenizer, the tokenizer's, if
+    it lies in the context as `tokenizer.json`; else all rows of the embedding, padding included.
+
+    Args:
+        context: the checkpoint's `context/`.
+        padded_vocab: rows of the embedding.
+
+    Raises:
+        CheckpointError: there is no `model.yaml`, or it describes no dense model that the mapping table knows.
+    """
+    path = context / "model.yaml"
+    fix = "put the Hugging Face config.json of the model beside the checkpoint's weights"
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))["config"]
+        family = config["_target_"].split(".")[-2]
+        activation = config["activation_func"]["_target_"].rpartition(".")[2]
+        layers, hidden, heads, neurons = (
+            int(config[key]) for key in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
+        )
+    except FileNotFoundError:
+        raise CheckpointError(problem(str(path), got="no such file", expected="NeMo's model", fix=fix)) from None
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, yaml.YAMLError) as error:
+        got = f"an unreadable description ({type(error).__name__})"
+        raise CheckpointError(problem(str(path), got=got, expected="a NeMo 2 language model", fix=fix)) from None
+    checks = [(name, config.get(name, value), value) for name, value in _REQUIRED.items()]
+    checks += [("_target_", family, family if family in _FAMILIES else " or ".join(_FAMILIES))]
+    checks += [
+        ("activation_func", activation, activation if activation in _ACTIVATIONS else " or ".join(_ACTIVATIONS))
+    ]
+    for name, got, expected in checks:
+        if got != expected:
+            reason = "give a dense parent" if name == "num_moe_experts" else fix
+            raise CheckpointError(problem(f"{path}: {name}", got=got, expected=expected, fix=reason))
+    return {
+        "architectures": [_FAMILIES[family]],
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": neurons,
+        "num_attention_heads": heads,
+        "num_key_value_heads": config.get("num_query_groups") or heads,
+        "head_dim": config.get("kv_channels") or hidden // heads,
+        "vocab_size": config.get("vocab_size") or _tokenizer_size(context) or padded_vocab,
+        "tie_word_embeddings": bool(config.get("share_embeddings_and_output_weights")),
+        "hidden_act": _ACTIVATIONS[activation],
+        "hidden_activation": _ACTIVATIONS[activation],
+        "attention_bias": bool(config.get("add_bias_linear")),
+        "mlp_bias": bool(config.get("add_bias_linear")),
+        "qkv_bias": bool(config.get("add_qkv_bias")),
+        "zero_centered_norm": bool(config.get("layernorm_zero_centered_gamma")),
+        "rms_norm_eps": config.get("layernorm_epsilon", 1e-5),
+        "rope_theta": config.get("rotary_base", 10000),
+        "rope_scaling": _rope_scaling(config),
+        "max_position_embeddings": config.get("seq_length", 4096),
+    }
+
+
+def _rope_scaling(config: dict[str, Any]) -> dict[str, Any] | None:
+    if "old_context_len" not in config:
+        return None
+    return {
+        "rope_type": "llama3",
+        "factor": float(config["scale_factor"]),
+        "low_freq_factor": float(config["low_freq_factor"]),
+        "high_freq_factor": float(config["high_freq_factor"]),
+        "original_max_position_embeddings": int(config["old_context_len"]),
+    }
+
+
+def _tokenizer_size(context: Path) -> int | None:
+    """Return the number of a tokenizer's tokens, or None without one that says it."""
+    for path in sorted(context.rglob("tokenizer.json")):
+        try:
+            tokenizer = read_json(path)
+            numbers = [*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"])]
+            return 1 + max(numbers)
+        except (UpcycleError, KeyError, TypeError, ValueError, AttributeError):
+            return None
+    return None
