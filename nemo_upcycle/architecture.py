@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.errors import CheckpointError, problem
 from nemo_upcycle.files import read_json
 from nemo_upcycle.spec import UpcycleSpec
 
+
+if TYPE_CHECKING:
+    import torch  # a second and a half, which the planner does without
 
 #: Hugging Face classes whose tensors the mapping table knows, dense and MoE, and what their configs leave unsaid.
 DENSE_CLASSES: dict[str, dict[str, Any]] = {
@@ -108,7 +109,7 @@ class Architecture:
         """Parameters of all layers, norms included, counting so many routed experts in an MoE layer."""
         every = self.attention_params + 2 * self.hidden_size
         dense = self.ffn_params(self.ffn_size)
-        router = (self.num_experts or 0) * self.hidden_size
+        router = (self.num_experts or 0) * (self.hidden_size + (1 if self.ffn_bias else 0))
         shared = self.ffn_params(self.shared_ffn_size) if self.shared_ffn_size else 0
         moe = experts * self.ffn_params(self.expert_ffn_size or 0) + router + shared
         moe_layers = self.moe_layer_count
@@ -156,6 +157,7 @@ class Architecture:
 
         The Hugging Face class is Mixtral's where it can hold the model, Qwen2-MoE's where only that can (biases of
         query, key and value, shared experts, dense layers between, weights that do not sum to one), else none ("").
+        Neither class knows sigmoid scores or a factor on the weights of the chosen experts.
 
         Raises:
             SpecError: the spec's layers do not fit.
@@ -171,7 +173,7 @@ class Architecture:
         normed = spec.router_order == "topk_softmax" or spec.top_k == spec.num_experts
         return replace(
             self,
-            hf_class=self._moe_class(plain=all(pattern) and normed and not spec.shared_experts),
+            hf_class=self._moe_class(spec, plain=all(pattern) and normed and not spec.shared_experts),
             num_experts=spec.num_experts,
             top_k=spec.top_k,
             expert_ffn_size=width,
@@ -180,10 +182,15 @@ class Architecture:
             norm_topk=normed,
         )
 
-    def _moe_class(self, *, plain: bool) -> str:
+    def _moe_class(self, spec: UpcycleSpec, *, plain: bool) -> str:
         if self.hf_class == "GemmaForCausalLM" or self.attention_out_bias or self.ffn_bias or not self.gated:
             return ""
-        return "MixtralForCausalLM" if plain and not self.qkv_bias else "Qwen2MoeForCausalLM"
+        if spec.router_score != "softmax" or spec.routed_scaling != 1:
+            return ""
+        if plain and not self.qkv_bias:
+            return "MixtralForCausalLM"
+        # transformers' Qwen2-MoE refuses heads that do not make up the hidden size.
+        return "Qwen2MoeForCausalLM" if self.num_heads * self.head_dim == self.hidden_size else ""
 
 
 def _positive(config: dict[str, Any], key: str, where: str) -> int:
@@ -297,6 +304,8 @@ def rope_frequencies(arch: Architecture) -> torch.Tensor:
     Raises:
         CheckpointError: the kind of scaling is not known; only none and Llama 3's are.
     """
+    import torch
+
     inverse = arch.rope_theta ** -(torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim)
     scaling = arch.rope_scaling or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -314,6 +323,8 @@ def rope_frequencies(arch: Architecture) -> torch.Tensor:
 
 def same_frequencies(inverse: torch.Tensor, arch: Architecture) -> bool:
     """Return whether a model's inverse frequencies are the architecture's, up to rounding."""
+    import torch
+
     expected = rope_frequencies(arch)
     return inverse.shape == expected.shape and torch.allclose(inverse.cpu().float(), expected, rtol=1e-5, atol=0)
 

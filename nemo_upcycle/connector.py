@@ -20,7 +20,7 @@ import torch
 
 from nemo_upcycle.architecture import Architecture, same_frequencies
 from nemo_upcycle.errors import CheckpointError, SpecError, problem
-from nemo_upcycle.init.experts import ExpertMatrix, change, fill_copies
+from nemo_upcycle.init.experts import ExpertMatrix, change, fill_copies, output_factor
 from nemo_upcycle.init.router import router_weight
 from nemo_upcycle.mapping import Cut, hf_names
 from nemo_upcycle.placement import Place, Target, filled_bytes, targets_of
@@ -129,6 +129,10 @@ def check_spec(config: Any, spec: UpcycleSpec) -> None:
                     f"model.config.{name}", got=got, expected=f"{value} (from the UpcycleSpec)", fix="make them agree"
                 )
             )
+    if (routing := getattr(config, "moe_router_load_balancing_type", None)) == "sinkhorn":
+        expected, fix = "a type that leaves the router's scores alone", "use aux_loss or none"
+        name = "model.config.moe_router_load_balancing_type"
+        raise SpecError(problem(name, got=routing, expected=expected, fix=fix))
     frequency, layers = getattr(config, "moe_layer_freq", 1), config.num_layers
     pattern = [layer % frequency == 0 for layer in range(layers)] if isinstance(frequency, int) else frequency
     if (want := spec.moe_pattern(layers)) != tuple(map(bool, pattern)):
@@ -173,7 +177,7 @@ def _fill(
 ) -> UpcycleReceipt:
     arch = dense.architecture
     made = arch.upcycled(spec) if spec else arch
-    _check_source(dense)
+    check_source(dense)
     for model in models:
         _check_model(model, made)
     place, branches = Place.here(), len(dense.branches())
@@ -206,8 +210,12 @@ def _fill(
     )
 
 
-def _check_source(dense: DenseSource) -> None:
-    """Check that the checkpoint holds what its architecture says and nothing else."""
+def check_source(dense: DenseSource) -> None:
+    """Check that the checkpoint holds what its architecture says and nothing else.
+
+    Raises:
+        CheckpointError: a tensor is missing, or one is there that nothing would take.
+    """
     arch = dense.architecture
     expected = set(hf_names(arch))
     # Tied models may repeat the embedding; old ones store the rotary frequencies, which follow from the config.
@@ -244,12 +252,15 @@ def _write(target: Target, dense: DenseSource, spec: UpcycleSpec | None, arch: A
         assert target.layer is not None
         first.copy_(router_weight(spec, target.layer, arch.hidden_size))
         return
+    if target.row.role == "router_bias":
+        first.zero_()
+        return
     source = dense if target.branch is None else dense.branches()[target.branch]
     covered = 0
     for piece in target.pieces:
         view = piece.view(first)
         slice_ = source.read(target.hf_name(piece.part), piece.source)
-        _check_finite(slice_, target.hf_name(piece.part), source)
+        require_finite(slice_, target.hf_name(piece.part), source)
         view.copy_(slice_.unflatten(0, view.shape[:2]))
         covered += view.numel()
     if covered < first.numel():  # the vocabulary's padding rows
@@ -265,7 +276,12 @@ def _write(target: Target, dense: DenseSource, spec: UpcycleSpec | None, arch: A
                 change(spec, matrix)
 
 
-def _check_finite(slice_: torch.Tensor, name: str, source: DenseSource) -> None:
+def require_finite(slice_: torch.Tensor, name: str, source: DenseSource) -> None:
+    """Check that a slice of a dense tensor holds no NaN and no infinity.
+
+    Raises:
+        CheckpointError: it does; the text names tensor and source.
+    """
     # The sum is one fast pass; an overflow of finite weights is told from a NaN by looking again.
     if not math.isfinite(slice_.sum(dtype=torch.float32).item()) and not slice_.isfinite().all():
         got = f"{int((~slice_.isfinite()).sum())} values that are NaN or infinite"
@@ -277,12 +293,7 @@ def _scale(target: Target, spec: UpcycleSpec | None) -> float:
     """Return the factor on a target: of the spec's formulas, for what is behind an expert's activation."""
     if spec is None:
         return 1.0
-    factors = {
-        "expert_fc2": lambda: spec.expert_scale(target.experts[0]),
-        "expert_fc2_bias": lambda: spec.bias_scale,
-        "shared_fc2": lambda: 0.5,
-    }
-    return factors.get(target.row.role, lambda: 1.0)()
+    return output_factor(spec, target.row.role, target.experts[0] if target.experts else 0)
 
 
 def _matrices(target: Target, source: DenseSource, scale: float) -> Iterator[ExpertMatrix]:
@@ -327,6 +338,8 @@ def _records(target: Target, spec: UpcycleSpec | None, hashes: bool) -> list[Par
     if target.row.role == "router":
         assert spec is not None
         made_by = f"router_init={spec.router_init}, std={spec.router_std}, seed={spec.seed}"
+    elif target.row.role == "router_bias":
+        made_by = "zero"
     else:
         branch = f"{target.branch}:" if target.branch else ""
         sources = tuple(

@@ -164,6 +164,7 @@ MOE_ROWS = (
         Cut.REPLICATED,
         qwen2_moe=(_MLP + "gate.weight",),
     ),
+    Row("router_bias", ("mlp.router.bias",), (_HF + "block_sparse_moe.gate.bias",), Cut.REPLICATED),
     _expert_row(1, "weight", ("w1", "w3"), _GATE_UP, Cut.GATED),
     _expert_row(1, "bias", ("w1", "w3"), _GATE_UP, Cut.GATED),
     _expert_row(2, "weight", ("w2",), ("down",), Cut.NEURON_COLUMNS),

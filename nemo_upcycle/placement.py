@@ -111,6 +111,10 @@ def targets_of(
             part = (expert % granularity, branch_of(expert // granularity))
         grouped.setdefault((row.role, layer, part), []).append((expert or 0, name, parameter.data))
     _check_roles(unknown_names, found, made, [layer.layer_number - 1 for layer in model.decoder.layers])
+    if model.post_process and not dense.tied_embeddings and "output" not in found.get(None, {}):
+        fix = "set share_embeddings_and_output_weights to False"
+        expected = "output_layer.weight: the dense checkpoint has one of its own"
+        raise CheckpointError(problem("output layer of the model", got="none", expected=expected, fix=fix))
     return [_target(key, sorted(members, key=_number), dense, made, place) for key, members in grouped.items()]
 
 
@@ -169,7 +173,7 @@ def _target(
         expected = least if too_few else f"{list(wanted)}, from {hf_shape(row, 0, made)} over {shard.size} ranks"
         fix = "vocabulary and layout must fit the dense checkpoint"
         raise CheckpointError(problem(f"shape of {names[0]}", got=list(shape), expected=expected, fix=fix))
-    if role == "router":
+    if role in ("router", "router_bias"):
         return Target(names, row, layer, tensors, (), None, (), None, shard)
     source = row_of("embedding" if role == "output" and dense.tied_embeddings else row.dense_role, dense)
     first_neuron = part[0] * (made.expert_ffn_size or 0) if part else 0

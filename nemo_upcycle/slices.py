@@ -61,6 +61,7 @@ def hf_shape(row: Row, part: int, arch: Architecture) -> tuple[int, ...]:
         "fc1_bias": (neurons,),
         "fc2": (arch.hidden_size, neurons),
         "router": (arch.num_experts or 0, arch.hidden_size),
+        "router_bias": (arch.num_experts or 0,),
     }
     return shapes.get(row.dense_role, (arch.hidden_size,))
 

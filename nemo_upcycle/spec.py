@@ -115,7 +115,8 @@ class UpcycleSpec:
         activation. With f = sum over the shards of f_g, and combine weights p_i equal within a copy, the layer gives
         down_scale * sum over the chosen copies of p * f = down_scale * sum(p_i) / G * f. The weights of the
         chosen k sum to r = routed_scaling for `topk_softmax` and for sigmoid with k > 1, to r k / N for `softmax_topk`
-        and to r / 2 for sigmoid with k = 1, the last two with a zero router.
+        and to r / 2 for sigmoid with k = 1, the last two with a zero router. (That ties all experts: with granularity,
+        which of a network's shards top-k takes is then left to chance.)
         """
         return self.granularity / self.weight_sum if self.output_scale == "exact" else 1.0
 
@@ -143,6 +144,7 @@ class UpcycleSpec:
         free_sum = self.router_order == "softmax_topk" and self.top_k < self.num_experts
         free_sum = free_sum or (self.router_score == "sigmoid" and self.top_k == 1)
         torn, part = self.top_k % self.granularity, self.weight_sum / self.granularity
+        tied = zero_router and self.granularity > 1 and self.top_k < self.num_experts
         reasons = (
             (self.method == "noise" and self.noise_std > 0, f"noise_std={self.noise_std} changes every weight"),
             (self.method == "drop" and self.drop_ratio > 0, f"drop_ratio={self.drop_ratio} draws neurons anew"),
@@ -150,6 +152,7 @@ class UpcycleSpec:
                 torn,
                 f"top_k={self.top_k} is no multiple of granularity={self.granularity}: tokens get parts of networks",
             ),
+            (tied and not torn, "a zero router ties all experts: top-k then chooses parts of networks"),
             (free_sum and not zero_router, "only with a zero router is the sum of the chosen experts' weights known"),
             (self.output_scale == "none" and part != 1, f"output_scale=none leaves {part:.4g} of the dense output"),
         )

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from nemo_upcycle.architecture import Architecture, read_architecture
+from nemo_upcycle.mapping import hf_names, row_of_hf
+from nemo_upcycle.slices import hf_shape
+from nemo_upcycle.spec import UpcycleSpec
 
 
 def write_llama(folder: Path, *, tied: bool = False, layers: int = 4, shards: int = 1, **changes: Any) -> Path:
@@ -36,32 +42,130 @@ def write_llama(folder: Path, *, tied: bool = False, layers: int = 4, shards: in
     return folder
 
 
+class MemorySource:
+    """A random dense checkpoint in memory, also one that no Hugging Face class holds; activations of order one."""
+
+    def __init__(self, architecture: Architecture, seed: int = 7) -> None:
+        self.path = Path("memory")
+        self.architecture = architecture
+        self.bytes_read = 0
+        generator = torch.Generator().manual_seed(seed)
+        self.tensors: dict[str, torch.Tensor] = {}
+        for name in hf_names(architecture):
+            row, part, _, _ = row_of_hf(name, architecture)
+            numbers = torch.randn(hf_shape(row, part, architecture), generator=generator)
+            deviation, mean = (0.2, 1.0) if row.role.endswith("norm") else (0.1, 0.0)
+            self.tensors[name] = numbers * deviation + mean
+
+    def names(self) -> Iterable[str]:
+        return self.tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    def read(self, name: str, index: Sequence[tuple[int, int]] | None = None) -> torch.Tensor:
+        slice_ = self.tensors[name][tuple(slice(*bounds) for bounds in index or ())]
+        self.bytes_read += slice_.nbytes
+        return slice_
+
+    def release(self) -> None: ...
+
+    def fingerprint(self) -> dict[str, str]:
+        return {}
+
+    def branches(self) -> tuple[MemorySource]:
+        return (self,)
+
+    def inexact_because(self) -> tuple[str, ...]:
+        return ()
+
+    def __enter__(self) -> MemorySource:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def small_architecture(**changes: Any) -> Architecture:
+    """Return the shapes of a model that computes in milliseconds."""
+    sizes: dict[str, Any] = {
+        "hf_class": "LlamaForCausalLM",
+        "num_layers": 2,
+        "hidden_size": 64,
+        "ffn_size": 96,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 250,
+        "tied_embeddings": False,
+    }
+    return Architecture(**(sizes | changes))
+
+
+def moe_settings(arch: Architecture, spec: UpcycleSpec) -> dict[str, Any]:
+    """Return what `build_chunks` needs for the model that a spec makes."""
+    made = arch.upcycled(spec)
+    pattern = spec.moe_pattern(arch.num_layers)
+    return {
+        "num_experts": spec.num_experts,
+        "top_k": spec.top_k,
+        "moe_ffn_hidden_size": made.expert_ffn_size,
+        "moe_shared_expert_intermediate_size": made.shared_ffn_size or None,
+        "moe_router_pre_softmax": spec.router_order == "softmax_topk",
+        "moe_router_score_function": spec.router_score,
+        "moe_router_topk_scaling_factor": None if spec.routed_scaling == 1 else spec.routed_scaling,
+        "moe_layer_freq": 1 if all(pattern) else [int(is_moe) for is_moe in pattern],
+    }
+
+
+def _activation(arch: Architecture) -> Any:
+    from megatron.core.activations import squared_relu
+
+    functional = torch.nn.functional
+    return {"silu": functional.silu, "gelu": functional.gelu, "squared_relu": squared_relu}[arch.activation]
+
+
 def build_chunks(
-    folder: Path, *, num_experts: int | None, top_k: int = 2, layout: dict[str, int] | None = None, **changes: Any
+    dense: Path | Architecture,
+    *,
+    num_experts: int | None,
+    top_k: int = 2,
+    layout: dict[str, int] | None = None,
+    **changes: Any,
 ) -> list[Any]:
-    """Initialise Megatron's groups for `layout` (tp, pp, vp, ep, etp) and build this rank's chunks."""
+    """Initialise Megatron's groups for `layout` (tp, cp, pp, vp, ep, etp) and build this rank's chunks.
+
+    Args:
+        dense: the parent's folder, or its shapes.
+        num_experts: None for a dense model.
+        top_k: of the router.
+        layout: sizes that are not 1. Context parallelism changes the groups only: the local attention refuses it.
+        changes: of the Megatron configuration; `moe_settings` gives those of a spec.
+    """
     from megatron.core import parallel_state as ps
     from megatron.core import tensor_parallel
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from nemo_upcycle.architecture import read_architecture
     from nemo_upcycle.training.cpu import use_cpu_backend
 
     use_cpu_backend()
-    sizes = {"tp": 1, "pp": 1, "vp": 1, "ep": 1, "etp": 1} | (layout or {})
+    sizes = {"tp": 1, "cp": 1, "pp": 1, "vp": 1, "ep": 1, "etp": 1} | (layout or {})
     virtual = sizes["vp"] if sizes["vp"] > 1 else None
     if not ps.model_parallel_is_initialized():
         ps.initialize_model_parallel(
             tensor_model_parallel_size=sizes["tp"],
             pipeline_model_parallel_size=sizes["pp"],
             virtual_pipeline_model_parallel_size=virtual,
+            context_parallel_size=sizes["cp"],
             expert_model_parallel_size=sizes["ep"],
             expert_tensor_parallel_size=sizes["etp"],
         )
         tensor_parallel.model_parallel_cuda_manual_seed(1)
-    arch = read_architecture(folder)
+    arch = dense if isinstance(dense, Architecture) else read_architecture(dense)
     settings = {
         "num_layers": arch.num_layers,
         "hidden_size": arch.hidden_size,
@@ -74,9 +178,10 @@ def build_chunks(
         "moe_ffn_hidden_size": arch.ffn_size if num_experts else None,
         "moe_token_dispatcher_type": "alltoall",
         "normalization": "RMSNorm",
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
-        "add_bias_linear": False,
+        "gated_linear_unit": arch.gated,
+        "activation_func": _activation(arch),
+        "add_bias_linear": arch.ffn_bias,  # Megatron has it for all of attention and network together
+        "add_qkv_bias": arch.qkv_bias,
         "bias_activation_fusion": False,
         "layernorm_epsilon": arch.norm_eps,
         "hidden_dropout": 0.0,
@@ -91,6 +196,7 @@ def build_chunks(
         "pipeline_dtype": torch.float32,
     }
     config = TransformerConfig(**(settings | changes))
+    mixed = config.moe_layer_freq != 1
     spec = get_gpt_layer_local_spec(num_experts=num_experts, normalization="RMSNorm")
     padded = -(-arch.vocab_size // (8 * sizes["tp"])) * 8 * sizes["tp"]
     chunks = []
@@ -98,6 +204,8 @@ def build_chunks(
         vp_stage = stage if virtual else None
         first = ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         last = ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        if mixed:
+            spec = get_gpt_decoder_block_spec(config, False, normalization="RMSNorm", vp_stage=vp_stage)
         chunks.append(
             GPTModel(
                 config,

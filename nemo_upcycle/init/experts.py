@@ -55,6 +55,19 @@ def fill_copies(experts: list[torch.Tensor]) -> None:
         other.copy_(experts[0])
 
 
+def output_factor(spec: UpcycleSpec, role: str, expert: int) -> float:
+    """Return the factor on what stands behind a network's activation, which keeps the sum of the experts exact.
+
+    Args:
+        spec: has the formulas (`down_scale`, `bias_scale`).
+        role: of the mapping table's row.
+        expert: number of the routed expert; shared experts count half, as `UpcycleSpec.shared_experts` says.
+    """
+    if role == "expert_fc2":
+        return spec.expert_scale(expert)
+    return {"expert_fc2_bias": spec.bias_scale, "shared_fc2": 0.5}.get(role, 1.0)
+
+
 def change(spec: UpcycleSpec, matrix: ExpertMatrix) -> None:
     """Do to one expert's copy what the spec's method asks for.
 

@@ -1,11 +1,23 @@
-"""Copies of the dense feed-forward network: the same bits."""
+"""The experts: copies carry the same bits, noise and new neurons are as wide as asked, any cut gives the same bits."""
 
 from __future__ import annotations
 
+import hashlib
+import math
+from itertools import pairwise
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from nemo_upcycle.init.experts import fill_copies
+from nemo_upcycle import UpcycleSpec
+from nemo_upcycle.init.experts import BLOCK, ExpertMatrix, change, dropped_neurons, fill_copies
+
+
+NOISE = UpcycleSpec(method="noise", noise_std=0.1)
+DROP = UpcycleSpec(method="drop", drop_ratio=0.3)
+NEURONS, WIDTH = 2 * BLOCK + 88, 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -32,3 +44,119 @@ def test_copies_do_not_share_memory() -> None:
     fill_copies(experts)
     experts[1][0] = 5.0
     assert float(experts[0][0]) == 1.0
+
+
+def _weight(neurons: int = NEURONS, mean: float = 0.0, std: float = 0.1) -> torch.Tensor:
+    return torch.randn(neurons, WIDTH, generator=torch.Generator().manual_seed(5)) * std + mean
+
+
+def _changed(
+    spec: UpcycleSpec,
+    dense_FD: torch.Tensor,
+    *,
+    layer: int = 2,
+    expert: int = 1,
+    part: str = "up",
+    cuts: tuple[int, ...] = (),
+) -> torch.Tensor:
+    """Return an expert's matrix as ranks make it that each hold the neurons between two cuts."""
+    bounds = (0, *cuts, len(dense_FD))
+    locals_FD = [dense_FD[start:stop].clone() for start, stop in pairwise(bounds)]
+    for start, local_FD in zip(bounds, locals_FD, strict=False):
+        change(spec, ExpertMatrix(layer, expert, part, start, local_FD, dense_FD.clone))
+    return torch.cat(locals_FD)
+
+
+@pytest.mark.parametrize("spec", [UpcycleSpec(), UpcycleSpec(method="noise", noise_std=0.0)], ids=["copy", "no noise"])
+def test_copy_and_zero_noise_change_nothing(spec: UpcycleSpec) -> None:
+    assert torch.equal(_changed(spec, _weight()), _weight())
+
+
+def test_noise_is_normal_and_relative_to_the_weights_own_deviation() -> None:
+    dense_FD = _weight(mean=3.0, std=0.25)
+    drawn = (_changed(NOISE, dense_FD).double() - dense_FD) / (0.1 * dense_FD.double().std(correction=0))
+    count = drawn.numel()
+    assert abs(float(drawn.mean())) < 5 / math.sqrt(count)
+    assert float(drawn.std()) == pytest.approx(1.0, rel=5 / math.sqrt(2 * count))
+    assert float((drawn.abs() > 2).double().mean()) == pytest.approx(0.0455, abs=0.01)
+
+
+def test_seeds_layers_experts_and_parts_get_noise_of_their_own() -> None:
+    drawn = [
+        (_changed(UpcycleSpec(method="noise", seed=seed), dense_FD, layer=layer, expert=expert, part=part) - dense_FD)
+        for dense_FD in [_weight()]
+        for seed in (0, 1)
+        for layer, expert in ((1, 11), (11, 1), (1, 1))
+        for part in ("gate", "up", "down")
+    ]
+    blocks = [block.flatten() for noise in drawn for block in noise[: 2 * BLOCK].split(BLOCK)]
+    correlation = torch.corrcoef(torch.stack(blocks).double()) - torch.eye(len(blocks), dtype=torch.float64)
+    assert float(correlation.abs().max()) < 5 / math.sqrt(BLOCK * WIDTH)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(cuts=st.sets(st.integers(1, NEURONS - 1), max_size=6), spec=st.sampled_from([NOISE, DROP]))
+def test_any_cut_of_the_neurons_gives_the_same_bits(cuts: set[int], spec: UpcycleSpec) -> None:
+    for dense_FD in (_weight(), _weight().bfloat16()):
+        assert torch.equal(_changed(spec, dense_FD, cuts=tuple(sorted(cuts))), _changed(spec, dense_FD))
+
+
+@pytest.mark.parametrize("spec", [NOISE, DROP], ids=["noise", "drop"])
+def test_a_down_projection_is_changed_through_its_transposed_view(spec: UpcycleSpec) -> None:
+    down_DF = _weight().T.contiguous()
+    view_FD = down_DF.T
+    change(spec, ExpertMatrix(2, 1, "down", 0, view_FD, view_FD.clone))
+    assert torch.equal(down_DF.T, _changed(spec, _weight(), part="down"))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.3, 0.5, 0.999, 1.0])
+def test_floor_of_ratio_times_neurons_are_drawn_anew_the_same_in_gate_up_and_down(ratio: float) -> None:
+    spec = UpcycleSpec(method="drop", drop_ratio=ratio)
+    chosen = dropped_neurons(spec, 2, 1, NEURONS)
+    assert len(chosen.unique()) == len(chosen) == math.floor(ratio * NEURONS)
+    dense_FD = _weight()
+    kept = torch.ones(NEURONS, dtype=torch.bool)
+    kept[chosen] = False
+    for part in ("gate", "up", "down"):
+        new_FD = _changed(spec, dense_FD, part=part)
+        assert torch.equal(new_FD[kept], dense_FD[kept])
+        assert bool((new_FD[chosen] != dense_FD[chosen]).any(1).all())
+
+
+def test_new_neurons_have_the_statistics_of_those_they_replace() -> None:
+    dense_FD = _weight()
+    chosen = dropped_neurons(DROP, 2, 1, NEURONS)
+    dense_FD[chosen] = dense_FD[chosen] * 3 + 2.0  # unlike the rest
+    new = _changed(DROP, dense_FD)[chosen].double()
+    mean, deviation = dense_FD[chosen].double().mean(), dense_FD[chosen].double().std()
+    assert float(new.mean()) == pytest.approx(float(mean), abs=5 * float(deviation) / math.sqrt(new.numel()))
+    assert float(new.std()) == pytest.approx(float(deviation), rel=5 / math.sqrt(2 * new.numel()))
+    old = dense_FD[chosen].double()
+    correlation = torch.corrcoef(torch.stack([new.flatten(), old.flatten()]))[0, 1]
+    assert abs(float(correlation)) < 5 / math.sqrt(new.numel())
+
+
+def test_experts_layers_and_seeds_drop_other_neurons_and_each_neuron_as_often() -> None:
+    names = [(seed, layer, expert) for seed in (0, 1) for layer in (1, 11) for expert in (1, 11, *range(20, 118))]
+    sets = [
+        dropped_neurons(UpcycleSpec(method="drop", drop_ratio=0.5, seed=seed), layer, expert, NEURONS)
+        for seed, layer, expert in names
+    ]
+    assert len({tuple(chosen.tolist()) for chosen in sets}) == len(names)
+    share = torch.bincount(torch.cat(sets), minlength=NEURONS) / len(names)
+    assert float((share - 0.5).abs().max()) < 5 * 0.5 / math.sqrt(len(names))
+
+
+@pytest.mark.parametrize(
+    ("spec", "digest"),
+    [
+        (NOISE, "ea0d722a06d4e0f1f2f2fee4f192a893917bac09529ff46b6fad84eab30064b2"),
+        (DROP, "04cf5e051e65a75ac572450a738d476959e96eb98cc39fa6b853397c423d674e"),
+    ],
+    ids=["noise", "drop"],
+)
+def test_bits_are_what_they_were(spec: UpcycleSpec, digest: str) -> None:
+    """Golden values: the same seed gives the same model in every future version."""
+    dense_FD = torch.arange(NEURONS * WIDTH, dtype=torch.float32).view(NEURONS, WIDTH) / 64
+    new_FD = _changed(spec, dense_FD).bfloat16().view(torch.int16)
+    assert hashlib.sha256(new_FD.numpy().tobytes()).hexdigest() == digest

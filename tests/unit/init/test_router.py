@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import pytest
@@ -76,3 +77,21 @@ def test_names_do_not_run_into_each_other() -> None:
     """Layer 1 expert 11 and layer 11 expert 1 are two blocks."""
     spec = UpcycleSpec(num_experts=16)
     assert not torch.equal(router_row(spec, 1, 11, HIDDEN), router_row(spec, 11, 1, HIDDEN))
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform"])
+@pytest.mark.parametrize("granularity", [2, 3, 8])
+def test_the_experts_of_one_copy_share_their_row(kind: str, granularity: int) -> None:
+    spec = UpcycleSpec(num_experts=4 * granularity, top_k=granularity, granularity=granularity, router_init=kind)
+    rows_cgD = router_weight(spec, 5, 96).view(4, granularity, 96)
+    whole = UpcycleSpec(num_experts=4, top_k=1, router_init=kind)
+    assert torch.equal(rows_cgD, router_weight(whole, 5, 96)[:, None].expand_as(rows_cgD))
+    assert len({tuple(row.tolist()) for row in rows_cgD[:, 0]}) == 4
+
+
+def test_bits_are_what_they_were() -> None:
+    """A golden value: the same seed gives the same router in every future version."""
+    spec = UpcycleSpec(num_experts=4, top_k=2)
+    routers_LED = torch.stack([router_weight(spec, layer, 64) for layer in range(4)])
+    digest = hashlib.sha256(routers_LED.numpy().tobytes()).hexdigest()
+    assert digest == "6940a7263657d1304efda3188e5608e71ec466eb458eb8f73f93d0d74660fdce"
