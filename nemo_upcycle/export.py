@@ -164,6 +164,20 @@ def hf_reader(weights: MegatronWeights, arch: Architecture) -> Callable[[str], t
     return read
 
 
+def _no_class(arch: Architecture) -> str:
+    """Return why no Hugging Face class can hold an MoE."""
+    reasons = {
+        "a Gemma: norms around zero": arch.zero_centered_norm,
+        "a network without a gate": not arch.gated,
+        "a bias of the attention's output": arch.attention_out_bias,
+        "biases of the feed-forward network": arch.ffn_bias,
+    }
+    router = "sigmoid scores or a routed_scaling"
+    if arch.num_heads * arch.head_dim != arch.hidden_size:
+        router += ", or heads that do not make up the hidden size (Qwen2-MoE)"
+    return next((reason for reason, holds in reasons.items() if holds), router)
+
+
 def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor of a Hugging Face folder, in the order in which they are written.
 
@@ -171,9 +185,9 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
         SpecError: no Hugging Face class can hold the model.
     """
     if not arch.hf_class:
-        expected = "no biases but query, key and value's, SwiGLU, and no Gemma"
         fix = "keep the model in NeMo: it trains and evaluates there"
-        raise SpecError(problem("Hugging Face class for this MoE", got="none", expected=expected, fix=fix))
+        expected = "what Mixtral or Qwen2-MoE can hold"
+        raise SpecError(problem("Hugging Face class for this MoE", got=_no_class(arch), expected=expected, fix=fix))
     shapes = {}
     for name in hf_names(arch):
         row, part, _, _ = row_of_hf(name, arch)

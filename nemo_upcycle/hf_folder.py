@@ -66,20 +66,36 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture) -> dict[str, An
     return config | common | own
 
 
-def _shards(shapes: dict[str, tuple[int, ...]], item_bytes: int, max_bytes: int) -> list[list[str]]:
+def shard_files(
+    shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> dict[str, list[str]]:
+    """Return which tensors go into which safetensors file, named as transformers names them."""
     shards: list[list[str]] = [[]]
     size_bytes = 0
     for name, shape in shapes.items():
-        tensor_bytes = torch.Size(shape).numel() * item_bytes
-        if shards[-1] and size_bytes + tensor_bytes > max_bytes:
+        tensor_bytes = torch.Size(shape).numel() * dtype.itemsize
+        if shards[-1] and size_bytes + tensor_bytes > max_shard_bytes:
             shards.append([])
             size_bytes = 0
         shards[-1].append(name)
         size_bytes += tensor_bytes
-    return shards
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors": names for number, names in enumerate(shards, start=1)
+    }
 
 
-def _header(names: list[str], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+def write_index(folder: Path, files: dict[str, list[str]], total_bytes: int) -> None:
+    """Write which tensor lies in which file, if there are several."""
+    if len(files) > 1:
+        weight_map = {name: file for file, names in files.items() for name in names}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def safetensors_header(names: list[str], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+    """Return what stands before the data of a safetensors file, which holds the tensors one after the other."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:
@@ -119,21 +135,16 @@ def write_weights(
     """
     total_bytes = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
     require_disk(folder, total_bytes, "the exported weights")
-    shards = _shards(shapes, dtype.itemsize, max_shard_bytes)
-    weight_map: dict[str, str] = {}
+    files = shard_files(shapes, dtype, max_shard_bytes)
     with ProgressLine(label, len(shapes)) as line:
-        for number, names in enumerate(shards, start=1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for file, names in files.items():
             with (folder / file).open("wb") as handle:
-                handle.write(_header(names, shapes, dtype))
+                handle.write(safetensors_header(names, shapes, dtype))
                 for name in names:
                     tensor = _checked(name, read(name), shapes[name]).to(dtype).contiguous()
                     handle.write(tensor.view(torch.uint8).numpy().data)
-                    weight_map[name] = file
                     line.advance()
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
+    write_index(folder, files, total_bytes)
     return total_bytes
 
 

@@ -1,0 +1,1 @@
+"""The tools behind `nemo-upcycle`, one module a command."""

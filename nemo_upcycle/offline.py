@@ -1,0 +1,242 @@
+"""A dense checkpoint -> an upcycled Hugging Face folder, without a training job: the bits of upcycling and exporting.
+
+Every file of the output stands under its own name only when it is whole and on the disk, so a run that was stopped, at
+any time and by anything, goes on with the first file that is missing. `expansion.py` makes the files.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import resource
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_upcycle.connector import check_source
+from nemo_upcycle.errors import CheckpointError, UpcycleError, problem
+from nemo_upcycle.expansion import Expansion
+from nemo_upcycle.export import hf_shapes
+from nemo_upcycle.files import MARKER, is_complete, read_json, require_disk, write_json
+from nemo_upcycle.hf_folder import MAX_SHARD_BYTES, copy_companions, shard_files, write_config, write_index
+from nemo_upcycle.package_info import __version__
+from nemo_upcycle.progress import ProgressLine
+from nemo_upcycle.sources.base import DenseSource
+from nemo_upcycle.spec import UpcycleSpec
+
+
+_PLAN = ".conversion.json"
+_LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did; bytes and seconds are of this call, which may have found some files done already."""
+
+    output: Path
+    hf_class: str
+    dtype: str
+    exact: bool
+    inexact_because: tuple[str, ...]
+    dense_params: int
+    total_params: int
+    active_params: int
+    tensors: int
+    files: int
+    files_kept: int
+    bytes_total: int
+    bytes_written: int
+    bytes_read: int
+    seconds: float
+    peak_rss_gib: float
+
+
+def convert(
+    dense: DenseSource,
+    output: Path,
+    spec: UpcycleSpec,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: bool = True,
+) -> Conversion:
+    """Write the Hugging Face folder of the model that a spec makes of a dense checkpoint; complete or not at all.
+
+    The bits are those of `upcycle_into` in a model of that type, exported. Work in progress lies in a hidden folder
+    beside `output`; called again with the same source and spec, what is finished there is kept.
+
+    Args:
+        dense: the open dense checkpoint, whose folder also has config and tokenizer.
+        output: the folder to make.
+        spec: what to make.
+        dtype: type of the weights on disk, in which they are scaled and changed, too; the source's own when None.
+        max_shard_bytes: largest size of a file.
+        progress: whether to show how far it is, on stderr.
+
+    Returns:
+        Counts, bytes, time and whether the model computes the dense function.
+
+    Raises:
+        SpecError: the spec does not fit, or no Hugging Face class can hold the model. Nothing was written.
+        CheckpointError: the source is damaged, holds NaN or infinity, or does not fit its `config.json`.
+        UpcycleError: `output` is there already and something else, another process writes it, or the disk is full.
+
+    Example:
+        >>> with open_dense("models/Llama-3-8B") as dense:  # doctest: +SKIP
+        ...     convert(dense, Path("models/Llama-3-8B-E8T2"), UpcycleSpec(num_experts=8, top_k=2))
+    """
+    start_s, bytes_before = time.monotonic(), dense.bytes_read
+    dtype = dtype or dense.dtype("model.embed_tokens.weight")
+    expansion = Expansion(dense, spec, dtype)
+    made, names = expansion.made, list(expansion.shapes)
+    check_source(dense)
+    _check_shapes(dense)
+    files = shard_files(expansion.shapes, dtype, max_shard_bytes)
+    plan = _plan(dense, spec, dtype, max_shard_bytes)
+    kept, written = set(files), 0
+    if not _is_done(output, plan):
+        with _only_writer(output, plan) as folder:
+            kept = {file for file in files if _is_whole(folder / file, expansion, files[file])}
+            written = _write(expansion, folder, files, kept, f"convert {output.name}", progress)
+            _finish(expansion, folder, files, plan)
+    reasons = (*spec.inexact_because, *dense.inexact_because())
+    return Conversion(
+        output=output,
+        hf_class=made.hf_class,
+        dtype=str(dtype).removeprefix("torch."),
+        exact=not reasons,
+        inexact_because=reasons,
+        dense_params=dense.architecture.total_params,
+        total_params=made.total_params,
+        active_params=made.active_params,
+        tensors=len(names),
+        files=len(files),
+        files_kept=len(kept),
+        bytes_total=expansion.size_bytes(names),
+        bytes_written=written,
+        bytes_read=dense.bytes_read - bytes_before,
+        seconds=round(time.monotonic() - start_s, 3),
+        peak_rss_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+    )
+
+
+def _check_shapes(dense: DenseSource) -> None:
+    for name, wanted in hf_shapes(dense.architecture).items():
+        if dense.shape(name) != wanted:
+            got, expected = list(dense.shape(name)), f"{list(wanted)} (from config.json)"
+            fix = "check that config.json and weights belong together"
+            raise CheckpointError(problem(f"{dense.path}: shape of {name}", got=got, expected=expected, fix=fix))
+
+
+def _plan(dense: DenseSource, spec: UpcycleSpec, dtype: torch.dtype, max_shard_bytes: int) -> dict[str, Any]:
+    """Return what the bytes of the output follow from; files of a stopped run are kept only if all of it is the same.
+
+    Two models of one shape have the same headers: the times at which the files were written tell them apart.
+    """
+    sources = []
+    for source in (dense, *dense.branches()):
+        files = [path for name in source.fingerprint() if (path := source.path / name).is_file()]
+        changed_ns = {path.name: path.stat().st_mtime_ns for path in files}
+        sources.append({"path": str(source.path.resolve()), "files": source.fingerprint(), "changed_ns": changed_ns})
+    config = dense.path / "config.json"
+    return {
+        "sources": sources,
+        "mixed": list(dense.inexact_because()),
+        "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else None,
+        "spec": spec.to_dict(),
+        "dtype": str(dtype),
+        "max_shard_bytes": max_shard_bytes,
+        "version": __version__,
+    }
+
+
+def _is_done(output: Path, plan: dict[str, Any]) -> bool:
+    """Return whether an earlier run finished this very conversion; nothing else may stand where the output goes.
+
+    Raises:
+        UpcycleError: something else does. It is never deleted.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    if is_complete(output) and read_json(output / MARKER).get("made_from") == plan:
+        return True
+    got = "a finished folder made from something else" if is_complete(output) else "files that are not ours"
+    fix = "choose another name, or remove it first"
+    raise UpcycleError(problem(str(output), got=got, expected="no such folder, or an empty one", fix=fix))
+
+
+@contextmanager
+def _only_writer(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
+    """Give the folder to work in, to one process at a time, with what a stopped run of the same plan left there."""
+    aside = output.with_name(f".{output.name}.partial")
+    aside.mkdir(parents=True, exist_ok=True)
+    with (aside / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between opening and locking, another process may have finished and moved the folder to its place.
+            is_ours = os.path.samestat(os.fstat(lock.fileno()), (aside / _LOCK).stat())
+        except OSError:
+            is_ours = False
+        if not is_ours:
+            fix = "wait for it, or choose another folder"
+            raise UpcycleError(problem(str(output), got="another process writing it", expected="none", fix=fix))
+        if not (aside / _PLAN).is_file() or read_json(aside / _PLAN) != plan:
+            for path in aside.iterdir():
+                if path.name != _LOCK:
+                    path.unlink()
+            write_json(aside / _PLAN, plan)
+        try:
+            yield aside
+        except BaseException as error:
+            # What is made of a broken source is not worth keeping.
+            if isinstance(error, CheckpointError) or not any(aside.glob("*.safetensors")):
+                shutil.rmtree(aside)
+            if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            fix = "free some space and run the same command again: finished files are kept"
+            raise UpcycleError(problem(f"disk of {output}", got="full", expected="room", fix=fix)) from None
+        aside.rename(output)
+        for name in (_PLAN, _LOCK):
+            (output / name).unlink()
+
+
+def _is_whole(path: Path, expansion: Expansion, names: list[str]) -> bool:
+    header = expansion.header(names)
+    if not path.is_file() or path.stat().st_size != len(header) + expansion.size_bytes(names):
+        return False
+    with path.open("rb") as handle:
+        return handle.read(len(header)) == header
+
+
+def _write(
+    expansion: Expansion, folder: Path, files: dict[str, list[str]], kept: set[str], label: str, progress: bool
+) -> int:
+    """Write the files that are missing; return their bytes."""
+    todo = {file: names for file, names in files.items() if file not in kept}
+    needed_bytes = sum(expansion.size_bytes(names) for names in todo.values())
+    require_disk(folder, needed_bytes, f"the rest of {label}" if kept else label)
+    with ProgressLine(label, len(expansion.shapes), enabled=progress) as line:
+        line.advance(sum(len(files[file]) for file in kept))
+        for file, names in todo.items():
+            unfinished = folder / f"{file}.unfinished"
+            expansion.write_file(unfinished, names, line)
+            unfinished.rename(folder / file)
+    return needed_bytes
+
+
+def _finish(expansion: Expansion, folder: Path, files: dict[str, list[str]], plan: dict[str, Any]) -> None:
+    """Add everything but the weights; the marker comes last."""
+    total_bytes = expansion.size_bytes(list(expansion.shapes))
+    write_index(folder, files, total_bytes)
+    write_config(expansion.dense.path, folder, expansion.made, expansion.dtype)
+    companions = copy_companions(expansion.dense.path, folder)
+    marker = {"tensors": len(expansion.shapes), "bytes": total_bytes, "companions": companions, "made_from": plan}
+    write_json(folder / MARKER, marker)

@@ -1,0 +1,156 @@
+"""`nemo-upcycle plan`: what it prints, its JSON, its refusals and its speed's precondition."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_upcycle.commands import plan
+from nemo_upcycle.errors import UpcycleError
+
+
+PAPER = ["--recipe", "llama3_8b_e8t2", "--gpus", "512", "--layout", "tp=2,pp=4,vp=8,cp=1,ep=8,etp=1"]
+
+
+def _run(*options: str) -> int:
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    return plan.run(parser.parse_args(options))
+
+
+def _json(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    _run(*options, "--json")
+    return json.loads(capsys.readouterr().out)
+
+
+def _config(folder: Path, **changes: Any) -> Path:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    }
+    folder.joinpath("config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_json_has_exactly_what_is_promised(capsys: pytest.CaptureFixture[str]) -> None:
+    values = _json(capsys, *PAPER, "--rank", "37")
+    assert set(values) == {"model", "rows", "ranks"}
+    assert values["model"] == {
+        "total_params": 47_491_321_856,
+        "active_params": 13_668_454_400,
+        "flops_per_token": {"full": 91_743_608_832.0, "causal": 85_301_157_888.0},
+    }
+    row = values["rows"][0]
+    assert set(row) == {
+        *("layout", "memory_gib", "fits", "tokens_per_s_per_gpu", "tflops_per_gpu", "mfu", "bound_by", "hours"),
+        *("cost", "checkpoint_gib", "command"),
+    }
+    assert row["layout"]["dp"] == 64
+    assert row["memory_gib"]["total"] == pytest.approx(
+        sum(value for name, value in row["memory_gib"].items() if name != "total"), abs=0.01
+    )
+    assert set(row["tflops_per_gpu"]) == {"full", "causal"}
+    assert row["cost"] is None
+    assert values["ranks"] == [{"rank": 37, "params": 1_840_054_272, "expert_params": 1_409_286_144}]
+
+
+def test_text_states_the_true_size_and_why_the_paper_differs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(*PAPER, "--price-per-gpu-hour", "2", "--explain", "1", "--rank", "0,511") == 0
+    out = capsys.readouterr().out
+    for word in ("47.49B", "13.67B", "34.4B", "11.8B", "two of the three", "bubble = ", "assumed:", "rank 511"):
+        assert word in out
+
+
+def test_the_command_of_a_row_holds_its_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    row = _json(capsys, *PAPER, "--precision", "fp8-blockwise", "--capacity-factor", "1", "--pad-to-capacity")["rows"][
+        0
+    ]
+    words = shlex.split(row["command"])
+    assert words[:4] == ["nemo", "llm", "pretrain", "--factory"]
+    for part in ("num_nodes=64", "fp8_recipe='blockwise'", "capacity_factor=1.0", "pad_to_capacity=True"):
+        assert part in words[4]
+    for setting in (
+        "trainer.strategy.tensor_model_parallel_size=2",
+        "trainer.strategy.virtual_pipeline_model_parallel_size=8",
+        "trainer.strategy.expert_tensor_parallel_size=1",
+        "trainer.strategy.sequence_parallel=True",
+        "data.global_batch_size=512",
+        "trainer.max_steps=23842",
+    ):
+        assert setting in words
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"{stem}_{kind}" for stem in ("llama3_8b", "llama31_8b", "llama3_70b") for kind in ("e8t2", "dense_ct")],
+)
+def test_every_recipe_has_a_layout(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("--recipe", name, "--gpus", "512", "--rows", "2") == 0
+    assert "nemo llm pretrain" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["smollm2_135m_e8t2", "smollm2_135m_dense_ct"])
+def test_small_recipes_fit_one_card(name: str) -> None:
+    assert _run("--recipe", name, "--gpus", "1") == 0
+
+
+def test_a_model_folder_dense_upcycled_or_moe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(_config(tmp_path))
+    dense = _json(capsys, "--model", folder, "--gpus", "64")
+    assert dense["model"]["total_params"] == 8_030_261_248
+    assert dense["rows"][0]["command"] is None
+    moe = _json(capsys, "--model", folder, "--experts", "8", "--top-k", "2", "--gpus", "64")
+    assert moe["model"]["total_params"] == 47_491_321_856
+    mixtral = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2}
+    _config(tmp_path, vocab_size=32000, **mixtral)
+    assert _json(capsys, "--model", folder, "--gpus", "64")["model"]["total_params"] == 46_702_792_704
+
+
+def test_nothing_that_fits_is_exit_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("--recipe", "llama3_8b_e8t2", "--gpus", "8", "--rows", "2") == 1
+    assert "Nothing fits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--recipe", "llama3_8b_e8t", "--gpus", "8"], "Did you mean 'llama3_8b_e8t2'"),
+        (["--recipe", "llama3_8b_e8t2", "--gpus", "8", "--gpu", "h10"], "Did you mean 'h100'"),
+        (["--recipe", "llama3_8b_e8t2", "--gpus", "8", "--precision", "fp8"], "precision 'fp8'"),
+        (["--recipe", "llama3_8b_e8t2", "--gpus", "8", "--gpu", "a100", "--precision", "fp8-delayed"], "bf16 on A100"),
+        (["--recipe", "llama3_8b_e8t2", "--gpus", "0"], "gpus: got 0"),
+        (["--recipe", "llama3_8b_e8t2", "--gpus", "8", "--experts", "4"], "none beside --recipe"),
+        ([*PAPER, "--explain", "2"], "explain: got 2"),
+        ([*PAPER, "--rank", "512"], "rank: got 512"),
+        ([*PAPER, "--rank", "x"], "rank: got x"),
+        (["--model", "no/such/folder", "--gpus", "8"], "no such folder"),
+        (["--recipe", "llama3_8b_e8t2", "--gpus", "12", "--layout", "ep=6"], "use|set ep=4"),
+    ],
+)
+def test_mistakes_are_named(options: list[str], words: str) -> None:
+    with pytest.raises(UpcycleError, match=words):
+        _run(*options)
+
+
+def test_it_plans_without_torch() -> None:
+    code = (
+        "import argparse, sys\n"
+        "from nemo_upcycle.commands import plan\n"
+        "parser = argparse.ArgumentParser(); plan.add_arguments(parser)\n"
+        "plan.run(parser.parse_args(['--recipe', 'llama3_8b_e8t2', '--gpus', '128', '--json']))\n"
+        "assert not {'torch', 'megatron', 'nemo', 'nemo_run'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
