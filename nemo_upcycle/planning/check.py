@@ -1,0 +1,290 @@
+"""The plan against Megatron itself: real modules of every kind of rank, on meta, under a fake process group.
+
+Nothing is computed and no memory taken, so that one core stands for a cluster of thousands of ranks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from nemo_upcycle.architecture import Architecture
+from nemo_upcycle.errors import UpcycleError, problem
+from nemo_upcycle.placement import Place, Target, targets_of
+from nemo_upcycle.planning.layout import Layout, Seat
+from nemo_upcycle.planning.parameters import StagePlan
+from nemo_upcycle.planning.workload import Workload
+from nemo_upcycle.progress import track
+from nemo_upcycle.slices import Shard
+from nemo_upcycle.spec import UpcycleSpec
+
+
+#: Ways of building a rank besides Megatron's local spec: real Transformer Engine modules, without and with FP8.
+TRANSFORMER_ENGINE = ("bf16", "delayed", "tensorwise", "blockwise")
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What was compared.
+
+    Args:
+        ranks: of the cluster.
+        kinds: how many different ones were built: same stage, same place in the tensor and expert groups.
+        parameters: elements of all built ranks together, equal to the plan's.
+        tensors: parameters of all built ranks that the connector's read plan fills once.
+        specs: `local`, and the Transformer Engine builds of a rank of every stage.
+    """
+
+    ranks: int
+    kinds: int
+    parameters: int
+    tensors: int
+    specs: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Checker:
+    """Compares one rank at a time."""
+
+    arch: Architecture
+    layout: Layout
+    dense: Architecture | None
+    spec: UpcycleSpec | None
+
+    def rank(self, rank: int, plan: StagePlan, engine: str | None) -> tuple[int, int]:
+        """Build a rank; return its elements and the tensors that the read plan fills."""
+        seat = self.layout.seat(rank)
+        elements = tensors = 0
+        with megatron_rank(self.layout, rank) as got:
+            _compare(rank, "tp, ep, etp, pp rank", got, (seat.tp, seat.ep, seat.etp, seat.pp))
+            for number, chunk in enumerate(build_rank(self.arch, self.layout, engine)):
+                wanted = sum(param.numel for param in plan.chunks[number])
+                found = sum(parameter.numel() for parameter in chunk.parameters())
+                _compare(rank, f"parameters of chunk {number} ({engine or 'local'})", found, wanted)
+                elements += found
+                if self.dense is not None:
+                    tensors += _covered(chunk, self.dense, self.arch, self.spec, self.layout, seat, rank)
+        return elements, tensors
+
+
+def check_layout_against_megatron(
+    arch: Architecture,
+    layout: Layout,
+    work: Workload,
+    dense: Architecture | None = None,
+    spec: UpcycleSpec | None = None,
+) -> CheckResult:
+    """Build every kind of rank of a layout, and compare its parameters with the plan and with the read plan.
+
+    Where Transformer Engine and CUDA are there, a rank of every stage is built of its modules, too: in BF16 and
+    with each FP8 recipe.
+
+    Args:
+        arch: of the model that is trained.
+        layout: the cluster's.
+        work: precision decides the buffers.
+        dense: the architecture it is upcycled from; without one only the parameters are compared.
+        spec: how.
+
+    Raises:
+        UpcycleError: a rank differs; the text names the first.
+    """
+    kinds: dict[tuple[int, int, int, int], int] = {}
+    for rank in range(layout.gpus):
+        seat = layout.seat(rank)
+        kinds.setdefault((seat.pp, seat.tp, seat.ep, seat.etp), rank)
+    engines = TRANSFORMER_ENGINE if _has_transformer_engine() else ()
+    stages = [stage * (layout.gpus // layout.pp) for stage in range(layout.pp)]
+    jobs: list[tuple[int, str | None]] = [(rank, None) for rank in kinds.values()]
+    jobs += [(rank, engine) for engine in engines for rank in stages]
+    plans: dict[int, StagePlan] = {}
+    checker, elements, tensors = _Checker(arch, layout, dense, spec), 0, 0
+    for rank, engine in track(jobs, "check", total=len(jobs)):
+        stage = layout.seat(rank).pp
+        if stage not in plans:
+            plans[stage] = StagePlan(arch, layout, work, stage)
+        found = checker.rank(rank, plans[stage], engine)
+        elements, tensors = elements + found[0], tensors + found[1]
+    return CheckResult(layout.gpus, len(kinds), elements, tensors, ("local", *engines))
+
+
+def _has_transformer_engine() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available()
+
+
+def _compare(rank: int, what: str, found: object, wanted: object) -> None:
+    if found != wanted:
+        fix = "report it: the plan and Megatron-Core disagree"
+        raise UpcycleError(
+            problem(f"rank {rank}: {what}", got=f"{found} (Megatron)", expected=f"{wanted} (plan)", fix=fix)
+        )
+
+
+@contextmanager
+def megatron_rank(layout: Layout, rank: int) -> Iterator[tuple[int, int, int, int]]:
+    """Be one rank of a cluster that is not there: Megatron's own groups, over a back end that does nothing.
+
+    Yields:
+        Its ranks in the tp, ep, etp and pp groups, as Megatron counts.
+    """
+    from megatron.core import parallel_state as ps
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.gpus)
+    try:
+        ps.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
+            context_parallel_size=layout.cp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.etp,
+            create_gloo_process_groups=False,
+        )
+        yield (
+            ps.get_tensor_model_parallel_rank(),
+            ps.get_expert_model_parallel_rank(),
+            ps.get_expert_tensor_parallel_rank(),
+            ps.get_pipeline_model_parallel_rank(),
+        )
+    finally:
+        ps.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def build_rank(arch: Architecture, layout: Layout, engine: str | None = None) -> list[Any]:
+    """Return the chunks of the rank that this process stands for, Megatron's own `GPTModel`s on the meta device.
+
+    Args:
+        arch: the model's shapes.
+        layout: the cluster's.
+        engine: one of `TRANSFORMER_ENGINE`; None for Megatron's own modules.
+    """
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    config = transformer_config(arch, layout)
+    if engine is not None:
+        fp8 = {} if engine == "bf16" else {"fp8": "hybrid", "fp8_recipe": engine}
+        grouped = bool(arch.num_experts)
+        config = replace(config, sequence_parallel=layout.tp > 1, moe_grouped_gemm=grouped, **fp8)
+    chunks = []
+    for number, parts in enumerate(layout.chunks(arch, _stage())):
+        stage = number if layout.vp > 1 else None
+        block = get_gpt_decoder_block_spec(
+            config, use_transformer_engine=engine is not None, normalization="RMSNorm", vp_stage=stage
+        )
+        with torch.device("meta"):
+            chunks.append(
+                GPTModel(
+                    config,
+                    block,
+                    layout.padded_vocab(arch),
+                    arch.max_positions,
+                    pre_process=parts.has_embedding,
+                    post_process=parts.has_output,
+                    share_embeddings_and_output_weights=arch.tied_embeddings,
+                    position_embedding_type="rope",
+                    vp_stage=stage,
+                )
+            )
+    return chunks
+
+
+def _stage() -> int:
+    from megatron.core import parallel_state as ps
+
+    return int(ps.get_pipeline_model_parallel_rank())
+
+
+def transformer_config(arch: Architecture, layout: Layout) -> Any:
+    """Return Megatron's configuration of a model under a layout, for building it without initialising it."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    moe: dict[str, Any] = {}
+    if arch.num_experts:
+        moe = {
+            "num_moe_experts": arch.num_experts,
+            "moe_router_topk": arch.top_k,
+            "moe_ffn_hidden_size": arch.expert_ffn_size,
+            "moe_shared_expert_intermediate_size": arch.shared_ffn_size or None,
+            "moe_layer_freq": [int(arch.is_moe_layer(layer)) for layer in range(arch.num_layers)],
+            "moe_token_dispatcher_type": "allgather",  # the one that asks for no CUDA stream
+        }
+    config = TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_size,
+        num_attention_heads=arch.num_heads,
+        num_query_groups=arch.num_kv_heads,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        gated_linear_unit=arch.gated,
+        activation_func=torch.nn.functional.silu if arch.activation == "silu" else torch.nn.functional.gelu,
+        add_bias_linear=arch.ffn_bias,
+        add_qkv_bias=arch.qkv_bias,
+        bias_activation_fusion=False,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        params_dtype=torch.bfloat16,
+        bf16=True,
+        pipeline_dtype=torch.bfloat16,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        num_layers_in_first_pipeline_stage=layout.first,
+        num_layers_in_last_pipeline_stage=layout.last,
+        account_for_embedding_in_pipeline_split=bool(layout.embedding),
+        account_for_loss_in_pipeline_split=bool(layout.loss),
+        sequence_parallel=layout.tp > 1,
+        **moe,
+    )
+    config.sequence_parallel = False  # changes no shape, and torch's norm in the local spec refuses it
+    return config
+
+
+def _covered(
+    chunk: Any,
+    dense: Architecture,
+    made: Architecture,
+    spec: UpcycleSpec | None,
+    layout: Layout,
+    seat: Seat,
+    rank: int,
+) -> int:
+    """Return the number of a chunk's parameters, after checking that the read plan fills each, and each row, once."""
+    place = Place(Shard(seat.tp, layout.tp), Shard(seat.etp, layout.etp), Shard(seat.ep, layout.ep))
+    targets = targets_of(chunk, dense, made, spec, place, branch_of=lambda copy: 0)
+    names = sorted(name for target in targets for name in target.names)
+    _compare(rank, "parameters in the read plan", names, sorted(name for name, _ in chunk.named_parameters()))
+    for target in targets:
+        if target.source is not None:
+            _compare(rank, f"rows filled of {target.names[0]}", *_rows(target, made))
+    return len(names)
+
+
+def _rows(target: Target, made: Architecture) -> tuple[list[int], list[int]]:
+    """Return the rows that the pieces of a target fill, in order, and those that have to be filled."""
+    rows = target.tensors[0].shape[0]
+    filled = sorted(
+        block * (rows // piece.blocks) + row
+        for piece in target.pieces
+        for block in range(piece.blocks)
+        for row in range(*piece.rows)
+    )
+    real = rows
+    if target.row.role in ("embedding", "output"):
+        real = max(0, min(rows, made.vocab_size - target.shard.rank * rows))
+    return filled, list(range(real))

@@ -1,0 +1,92 @@
+"""Cards, model shapes and recipes that the planner knows by name, read from `conf/planning`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+from nemo_upcycle.architecture import Architecture
+from nemo_upcycle.errors import SpecError, unknown
+from nemo_upcycle.spec import UpcycleSpec
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A card in its machine; `conf/planning/gpus.yaml` explains the fields."""
+
+    name: str
+    memory_gib: float
+    bf16_tflops: float
+    fp8_tflops: float | None
+    hbm_gb_s: float
+    nvlink_gb_s: float
+    network_gb_s: float
+    per_node: int
+
+
+@dataclass(frozen=True)
+class KnownRecipe:
+    """What the planner has to know of a recipe.
+
+    Args:
+        dense: architecture that the run starts from.
+        spec: how it is upcycled; None for continued dense training.
+        defaults: what a step works on, by the names of the command's options.
+    """
+
+    dense: Architecture
+    spec: UpcycleSpec | None
+    defaults: dict[str, Any]
+
+    @property
+    def made(self) -> Architecture:
+        """The architecture that is trained."""
+        return self.dense.upcycled(self.spec) if self.spec else self.dense
+
+
+@lru_cache(maxsize=8)
+def read_data(name: str) -> Any:
+    """Return a file of `conf/planning` as plain values."""
+    import yaml
+
+    text = (resources.files("nemo_upcycle.conf") / "planning" / name).read_text(encoding="utf-8")
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def gpu_names() -> list[str]:
+    """Return the names of the known cards."""
+    return list(read_data("gpus.yaml"))
+
+
+def known_gpu(name: str) -> Gpu:
+    """Return a card.
+
+    Raises:
+        SpecError: it is not known.
+    """
+    known = read_data("gpus.yaml")
+    if name not in known:
+        raise SpecError(unknown("gpu", name, known))
+    return Gpu(**known[name])
+
+
+def known_shape(name: str) -> Architecture:
+    """Return the architecture of a model by its name in `models.yaml`."""
+    return Architecture(**read_data("models.yaml")["shapes"][name])
+
+
+def known_recipe(name: str) -> KnownRecipe:
+    """Return a recipe.
+
+    Raises:
+        SpecError: it is not known.
+    """
+    known = read_data("models.yaml")["recipes"]
+    if name not in known:
+        raise SpecError(unknown("recipe", name, known))
+    entry: dict[str, Any] = dict(known[name])
+    entry["tokens"] = float(entry["tokens"])
+    dense, experts, top_k = known_shape(entry.pop("dense")), entry.pop("experts", None), entry.pop("top_k", None)
+    return KnownRecipe(dense, UpcycleSpec(num_experts=experts, top_k=top_k) if experts else None, entry)

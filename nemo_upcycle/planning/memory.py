@@ -1,0 +1,185 @@
+"""What a rank has to hold, by component: states exactly, activations by formula, the rest as stated assumptions.
+
+Activations follow Korthikanti et al. (arXiv 2205.05198, section 4): each layer's saved tensors, cut by tensor and
+sequence parallelism, times the micro-batches in flight; with flash attention (no s x s matrix), RMSNorm, gated units
+and no dropout, and with the token slots that a rank's experts are given in place of the feed-forward network's tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, fields
+
+from nemo_upcycle.architecture import Architecture
+from nemo_upcycle.planning.layout import Chunk, Layout
+from nemo_upcycle.planning.parameters import StagePlan, States
+from nemo_upcycle.planning.workload import Workload
+
+
+GIB = 2**30
+#: Bytes of CUDA context, cuBLAS and allocator slack that PyTorch's own counters do not show. Assumed, not measured.
+CONTEXT_BYTES = int(1.5 * GIB)
+#: Bytes of NCCL's buffers for one group of more than one rank. Assumed, not measured.
+GROUP_BYTES = int(0.25 * GIB)
+#: Bytes for one logit of the last stage: bf16, float32, and the exponentials that the loss keeps.
+LOGIT_BYTES = 10
+
+ASSUMPTIONS = (
+    "weights, gradients, optimizer: exactly Megatron-Core's buffers (bf16, float32 masters and moments)",
+    "activations: saved tensors of a layer x micro-batches in flight (arXiv 2205.05198), flash attention, no dropout",
+    "routed: token slots at the capacity factor, else at --imbalance times the mean, at most every token once",
+    "workspace: 1.5 GiB for CUDA, cuBLAS and allocator slack, 0.25 GiB for every NCCL group, one layer's gradients",
+)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank by component."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    fp8_copies: int
+    activations: int
+    routed: int
+    logits: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def gib(self) -> dict[str, float]:
+        """Return the components and their sum in GiB."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)} | {"total": self.total}
+        return {name: round(value / GIB, 3) for name, value in parts.items()}
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """What one layer keeps of one micro-batch for its backward pass.
+
+    Args:
+        plain: bytes of everything but the token slots of routed experts.
+        routed: bytes of those.
+        working: bytes that exist only while the layer is worked on: its recomputed tensors and their gradients.
+    """
+
+    plain: float
+    routed: float
+    working: float
+
+
+def layer_bytes(arch: Architecture, layout: Layout, work: Workload, moe: bool, fp8: bool) -> LayerBytes:
+    """Return what one layer keeps of one micro-batch.
+
+    Elements for each token of a rank's part of the sequence (s / cp): inputs and outputs of two norms, 4 D; query,
+    key, value and the attention's output, (2 H + 2 G) K; all of it over tp. A dense network adds (2 F + F) / tp, an
+    MoE layer (2 F + F) / etp for every token slot, and the experts' input, D a slot. In FP8 the inputs of linear
+    layers take one byte, all others two.
+    """
+    tokens = work.seq_length // layout.cp * layout.micro_batch
+    saved = work.numbers.saved_bytes if fp8 else 2
+    heads, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    width, gates = arch.hidden_size, 2 if arch.gated else 1
+    attention = tokens * (2 * width + saved * width + 2 * (heads + 2 * groups) + 2 * heads + 4 * arch.num_heads)
+    norm = tokens * (2 * width + saved * width)
+    routed = kept_routed = 0.0
+    if moe:
+        # Slots of a rank: the tokens of its tp part, from all ranks of its group; gathered once more over etp.
+        slots = tokens / layout.tp * work.buffer_slots_per_token(arch, layout.ep) * layout.etp
+        neurons = (arch.expert_ffn_size or 0) / layout.etp
+        moved, act = slots * saved * width, slots * saved * neurons
+        routed = moved + slots * 2 * gates * neurons + act
+        kept_routed = {"none": routed, "moe_act": routed - act}.get(work.recompute, 0.0)
+        network = tokens * (gates * 2 + saved) * arch.shared_ffn_size + tokens * 16 * (arch.num_experts or 0)
+    else:
+        network = tokens * (gates * 2 + saved) * arch.ffn_size
+    every = (attention + norm + network) / layout.tp
+    kept = every
+    if work.recompute == "moe":
+        kept = (attention + norm) / layout.tp
+    if work.recompute == "full":
+        kept = tokens * 2 * width / layout.tp
+    recomputed = every + routed - kept - kept_routed
+    # Gradients of a layer's largest tensors live beside them: of its network, and of attention, never both.
+    gradients = max(attention / layout.tp, routed + network / layout.tp)
+    return LayerBytes(kept, kept_routed, recomputed + gradients)
+
+
+def in_flight(layout: Layout, work: Workload, stage: int) -> list[int]:
+    """Return for each chunk of a stage how many micro-batches it keeps at the worst moment.
+
+    1F1B keeps pp - stage of them. Interleaved, a stage has warmed up with 2 (pp - stage - 1) + (vp - 1) pp chunks and
+    works on one more; chunks take turns every pp micro-batches, so the first ones are the fullest.
+    """
+    count = work.global_batch // (layout.dp * layout.micro_batch)
+    if layout.vp == 1:
+        return [min(layout.pp - stage, count)]
+    total = min(2 * (layout.pp - stage - 1) + (layout.vp - 1) * layout.pp + 1, count * layout.vp)
+    held = [0] * layout.vp
+    for turn in range(total):
+        held[turn // layout.pp % layout.vp] += 1
+    return held
+
+
+def activation_bytes(arch: Architecture, layout: Layout, work: Workload, stage: int) -> tuple[float, float, float]:
+    """Return what a stage's ranks keep at the worst moment: plain, of routed experts, and of one layer's work."""
+    counts: Counter[tuple[bool, bool]] = Counter()
+    for chunk, count in zip(layout.chunks(arch, stage), in_flight(layout, work, stage), strict=True):
+        for layer in chunk.layers:
+            counts[arch.is_moe_layer(layer), work.is_fp8_layer(arch, layer)] += count
+    held = {kind: layer_bytes(arch, layout, work, *kind) for kind in counts}
+    return (
+        sum(count * held[kind].plain for kind, count in counts.items()),
+        sum(count * held[kind].routed for kind, count in counts.items()),
+        max((layer.working for layer in held.values()), default=0.0),
+    )
+
+
+def stage_memory(
+    arch: Architecture, layout: Layout, work: Workload, stage: int, plan: StagePlan | None = None
+) -> Memory:
+    """Return what the ranks of a pipeline stage hold; where they differ (by padding only), the fullest."""
+    plan = plan or StagePlan(arch, layout, work, stage)
+    return _memory(arch, layout, work, stage, plan.states())
+
+
+def _memory(arch: Architecture, layout: Layout, work: Workload, stage: int, states: States) -> Memory:
+    plain, routed, working = activation_bytes(arch, layout, work, stage)
+    return Memory(
+        weights=states.weights_bytes,
+        gradients=states.gradients_bytes,
+        optimizer=states.optimizer_bytes,
+        fp8_copies=states.fp8_bytes,
+        activations=round(plain),
+        routed=round(routed),
+        logits=_logits(arch, layout, work, layout.chunks(arch, stage)),
+        workspace=CONTEXT_BYTES + GROUP_BYTES * _groups(layout) + round(working),
+    )
+
+
+def _logits(arch: Architecture, layout: Layout, work: Workload, chunks: list[Chunk]) -> int:
+    if not any(chunk.has_output for chunk in chunks):
+        return 0
+    tokens = work.seq_length // layout.cp * layout.micro_batch
+    return tokens * layout.padded_vocab(arch) // layout.tp * LOGIT_BYTES
+
+
+def _groups(layout: Layout) -> int:
+    sizes = (layout.tp, layout.pp, layout.cp, layout.ep, layout.etp, layout.dense_shards, layout.expert_dp)
+    return sum(size > 1 for size in sizes)
+
+
+def worst_memory(arch: Architecture, layout: Layout, work: Workload) -> tuple[int, Memory]:
+    """Return the pipeline stage whose ranks hold most, and what they hold."""
+    # Of equal stages the first keeps most micro-batches and the last the logits.
+    stages = range(layout.pp) if layout.first or layout.last or arch.moe_pattern else {0, 1, layout.pp - 1}
+    found = [(stage, stage_memory(arch, layout, work, stage)) for stage in stages if stage < layout.pp]
+    return max(found, key=lambda pair: pair[1].total)
+
+
+def checkpoint_bytes(arch: Architecture) -> int:
+    """Return the bytes of a full checkpoint: bf16 weights, float32 masters and moments (14 for each parameter)."""
+    return 14 * arch.total_params

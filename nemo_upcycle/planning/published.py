@@ -1,0 +1,65 @@
+"""Published throughput of H100s, in a form that predictions can be compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_upcycle.architecture import Architecture
+from nemo_upcycle.planning.hardware import Gpu, known_gpu, known_shape, read_data
+from nemo_upcycle.planning.layout import Layout, parse_layout
+from nemo_upcycle.planning.throughput import Machine, ThroughputModel
+from nemo_upcycle.planning.workload import Workload
+from nemo_upcycle.spec import UpcycleSpec
+
+
+@dataclass(frozen=True)
+class Published:
+    """One row of `conf/planning/published.yaml`, which explains the fields.
+
+    Args:
+        tokens_per_s_per_gpu: measured; from TFLOP/s or MFU by the formula of `Architecture.flops_per_token`.
+        fitted: whether the constants of `Machine` were fitted on it.
+    """
+
+    name: str
+    arch: Architecture
+    layout: Layout
+    work: Workload
+    tokens_per_s_per_gpu: float
+    source: str
+    assumed: str
+    fitted: bool
+
+    def predicted(self, machine: Machine, gpu: Gpu | None = None) -> float:
+        """Return the predicted tokens/s/GPU."""
+        return ThroughputModel(self.arch, gpu or known_gpu("h100"), machine).tokens_per_s_per_gpu(
+            self.layout, self.work
+        )
+
+
+def published_rows() -> list[Published]:
+    """Return every row, in the order of the file."""
+    return [_row(values) for values in read_data("published.yaml")["rows"]]
+
+
+def _row(values: dict[str, Any]) -> Published:
+    arch = known_shape(values["model"])
+    if "experts" in values:
+        arch = arch.upcycled(UpcycleSpec(num_experts=values["experts"], top_k=2))
+    work = Workload(
+        seq_length=values["seq"],
+        global_batch=values["batch"],
+        capacity_factor=values.get("cf"),
+        pad=values.get("pad", False),
+        precision=values.get("precision", "bf16"),
+        recompute=values.get("recompute", "none"),
+    )
+    layout = parse_layout(values["layout"], values["gpus"])
+    layout.check(arch, work.seq_length, work.global_batch)
+    measured = values.get("tokens")
+    if measured is None:
+        tflops = values.get("tflops") or values["mfu"] / 100 * known_gpu("h100").bf16_tflops
+        measured = tflops * 1e12 / arch.flops_per_token(work.seq_length, causal=False)
+    assumed, fitted = values.get("assumed", ""), values.get("fit", True)
+    return Published(values["name"], arch, layout, work, measured, values["source"], assumed, fitted)

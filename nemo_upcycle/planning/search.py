@@ -1,0 +1,222 @@
+"""Judges one layout, or looks for the fastest ones that fit."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from nemo_upcycle.architecture import Architecture
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.planning.hardware import Gpu
+from nemo_upcycle.planning.layout import Layout
+from nemo_upcycle.planning.memory import GIB, Memory, activation_bytes, checkpoint_bytes, worst_memory
+from nemo_upcycle.planning.throughput import Machine, StepTime, ThroughputModel
+from nemo_upcycle.planning.workload import RECOMPUTES, Workload
+
+
+#: Up to this part of the card a layout fits; up to the next it is tight: it may run, and may fall to fragmentation.
+FITS, TIGHT = 0.90, 0.97
+_MICRO_BATCHES = (1, 2, 4)
+_CONTEXTS = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is to be planned for.
+
+    Args:
+        arch: of the model that is trained.
+        gpu: the cards.
+        gpus: their number.
+        work: what a step works on.
+        tokens: of the whole run.
+        machine: what is reached of the card's peaks.
+    """
+
+    arch: Architecture
+    gpu: Gpu
+    gpus: int
+    work: Workload
+    tokens: float
+    machine: Machine
+
+    @cached_property
+    def model(self) -> ThroughputModel:
+        """The throughput model of the architecture on these cards."""
+        return ThroughputModel(self.arch, self.gpu, self.machine)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout, judged.
+
+    Args:
+        goal: what it is judged for.
+        layout: the layout.
+        work: with the recomputation that was chosen.
+    """
+
+    goal: Goal
+    layout: Layout
+    work: Workload
+
+    @cached_property
+    def worst(self) -> tuple[int, Memory]:
+        """The pipeline stage whose ranks hold most, and what they hold."""
+        return worst_memory(self.goal.arch, self.layout, self.work)
+
+    @property
+    def memory(self) -> Memory:
+        """What the fullest ranks hold."""
+        return self.worst[1]
+
+    @property
+    def verdict(self) -> str:
+        """`fits`, `tight` or `no`."""
+        share = self.memory.total / GIB / self.goal.gpu.memory_gib
+        return "fits" if share <= FITS else "tight" if share <= TIGHT else "no"
+
+    @cached_property
+    def time(self) -> StepTime:
+        """Seconds of a step."""
+        return self.goal.model.step(self.layout, self.work)
+
+    @property
+    def tokens_per_s_per_gpu(self) -> float:
+        """Predicted throughput."""
+        return self.work.global_batch * self.work.seq_length / self.time.total / self.goal.gpus
+
+    def tflops_per_gpu(self, *, causal: bool) -> float:
+        """Return the model's FLOPs (recomputation does not count) over the time, in either convention."""
+        return self.tokens_per_s_per_gpu * self.goal.arch.flops_per_token(self.work.seq_length, causal=causal) / 1e12
+
+    @property
+    def peak_tflops(self) -> float:
+        """The peak that MFU is measured against: FP8's for FP8."""
+        gpu = self.goal.gpu
+        return (gpu.fp8_tflops or gpu.bf16_tflops) if self.work.numbers.fp8 else gpu.bf16_tflops
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs, full attention as the paper counts, over the peak."""
+        return self.tflops_per_gpu(causal=False) / self.peak_tflops
+
+    @property
+    def hours(self) -> float:
+        """Hours of the run, without evaluation, checkpoints and failures."""
+        return self.goal.tokens / (self.tokens_per_s_per_gpu * self.goal.gpus) / 3600
+
+    @property
+    def checkpoint_gib(self) -> float:
+        """Size of a checkpoint with optimizer states."""
+        return checkpoint_bytes(self.goal.arch) / GIB
+
+
+def judge(goal: Goal, layout: Layout, recompute: str | None = None) -> Plan:
+    """Return a layout's plan, with the least recomputation that fits.
+
+    Args:
+        goal: what it is for.
+        layout: checked here.
+        recompute: a kind of recomputation that is given; None chooses.
+
+    Raises:
+        SpecError: the layout breaks a rule.
+    """
+    layout.check(goal.arch, goal.work.seq_length, goal.work.global_batch)
+    kinds = (recompute,) if recompute else _recomputes(goal.arch)
+    plans = (Plan(goal, layout, replace(goal.work, recompute=kind)) for kind in kinds)
+    return next(
+        (plan for plan in plans if plan.verdict == "fits"), Plan(goal, layout, replace(goal.work, recompute=kinds[-1]))
+    )
+
+
+def search(goal: Goal, limit: int = 10, micro_batch: int | None = None, recompute: str | None = None) -> list[Plan]:
+    """Return the fastest layouts that fit, fastest first; if none does, those that come nearest.
+
+    Args:
+        goal: what they are for.
+        limit: how many.
+        micro_batch: only this one.
+        recompute: only this kind.
+
+    Raises:
+        SpecError: no layout obeys the rules for this number of GPUs and this batch.
+    """
+    every = list(layouts(goal, (micro_batch,) if micro_batch else _MICRO_BATCHES))
+    if not every:
+        # The plain layout breaks a rule: say which.
+        Layout(gpus=goal.gpus).check(goal.arch, goal.work.seq_length, goal.work.global_batch)
+        raise SpecError("no layout obeys the rules")
+    works = [replace(goal.work, recompute=kind) for kind in ((recompute,) if recompute else _recomputes(goal.arch))]
+    room_gib = goal.gpu.memory_gib * TIGHT
+    able = [layout for layout in every if _least_gib(goal, layout) <= room_gib]
+    found: list[Plan] = []
+    seen: set[Layout] = set()
+    for plan in sorted((Plan(goal, layout, work) for layout in able for work in works), key=_rank):
+        if plan.layout not in seen and _could_fit(plan) and plan.verdict != "no":
+            seen.add(plan.layout)
+            found.append(plan)
+            if len(found) == limit:
+                return found
+    if found:
+        return found
+    nearest = heapq.nsmallest(50, every, key=lambda layout: _least_gib(goal, layout))
+    return sorted((Plan(goal, layout, works[-1]) for layout in nearest), key=lambda plan: plan.memory.total)[:limit]
+
+
+def _rank(plan: Plan) -> tuple[float, int]:
+    return (plan.time.total, plan.layout.cp)
+
+
+def _recomputes(arch: Architecture) -> tuple[str, ...]:
+    return tuple(kind for kind in RECOMPUTES if kind != "moe_act" or arch.num_experts)
+
+
+def layouts(goal: Goal, micro_batches: tuple[int, ...]) -> Iterator[Layout]:
+    """Yield every layout that obeys the rules; tensor and expert parallelism stay inside a node."""
+    arch, node = goal.arch, goal.gpu.per_node
+    experts = _divisors(arch.num_experts) if arch.num_experts else [1]
+    for tp, cp, pp, ep in itertools.product(_divisors(node), _CONTEXTS, _divisors(arch.num_layers), experts):
+        if goal.gpus % (tp * cp * pp) or goal.gpus % (ep * pp) or arch.num_kv_heads % tp:
+            continue
+        for etp in {1, tp} if arch.num_experts else {1}:
+            # Cutting a sequence and taking two at a time undo each other.
+            micros = micro_batches[:1] if cp > 1 else micro_batches
+            for vp, micro in itertools.product(_divisors(arch.num_layers // pp) if pp > 1 else [1], micros):
+                layout = Layout(gpus=goal.gpus, tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, etp=etp, micro_batch=micro)
+                if _obeys(layout, goal):
+                    yield layout
+
+
+def _obeys(layout: Layout, goal: Goal) -> bool:
+    try:
+        layout.check(goal.arch, goal.work.seq_length, goal.work.global_batch)
+    except SpecError:
+        return False
+    return True
+
+
+def _least_gib(goal: Goal, layout: Layout) -> float:
+    """Return a lower bound of what the worst rank holds: the states of its share of the parameters."""
+    arch, gradient = goal.arch, 2 + goal.work.gradient_bytes
+    expert = arch.moe_layer_count * (arch.num_experts or 0) * arch.ffn_params(arch.expert_ffn_size or 0)
+    dense = (arch.total_params - expert) / layout.tp / layout.pp
+    expert_part = expert / layout.ep / layout.etp / layout.pp
+    bytes_ = dense * (gradient + 12 / layout.dense_shards) + expert_part * (gradient + 12 / layout.expert_dp)
+    return bytes_ / GIB
+
+
+def _could_fit(plan: Plan) -> bool:
+    """Return whether the first stage has room for states and activations; cheap, and true for all that fit."""
+    if plan.goal.arch.moe_pattern:
+        return True  # the first stage may hold less than its share
+    goal, activations = plan.goal, activation_bytes(plan.goal.arch, plan.layout, plan.work, 0)
+    return _least_gib(goal, plan.layout) + sum(activations) / GIB <= goal.gpu.memory_gib * TIGHT
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

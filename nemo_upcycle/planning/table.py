@@ -1,0 +1,171 @@
+"""Plans as a table, as arithmetic, as JSON values, and as the command that runs them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_upcycle.architecture import Architecture
+from nemo_upcycle.planning.memory import ASSUMPTIONS, GIB, Memory
+from nemo_upcycle.planning.search import Plan
+
+
+#: What the recipes call what the planner calls a precision.
+_FP8_RECIPES = {"fp8-delayed": "delayed", "fp8-current": "tensorwise", "fp8-blockwise": "blockwise"}
+
+
+def row_values(plan: Plan, command: str | None, price: float | None) -> dict[str, Any]:
+    """Return a plan for machines."""
+    layout = plan.layout
+    sizes = {name: getattr(layout, name) for name in ("tp", "pp", "vp", "cp", "ep", "etp", "dp", "expert_dp")}
+    return {
+        "layout": sizes | {"micro_batch": layout.micro_batch, "recompute": plan.work.recompute},
+        "memory_gib": plan.memory.gib(),
+        "fits": plan.verdict,
+        "tokens_per_s_per_gpu": round(plan.tokens_per_s_per_gpu, 1),
+        "tflops_per_gpu": {
+            "full": round(plan.tflops_per_gpu(causal=False), 1),
+            "causal": round(plan.tflops_per_gpu(causal=True), 1),
+        },
+        "mfu": round(plan.mfu, 4),
+        "bound_by": plan.time.bound_by,
+        "hours": round(plan.hours, 2),
+        "cost": None if price is None else round(plan.hours * plan.goal.gpus * price, 2),
+        "checkpoint_gib": round(plan.checkpoint_gib, 1),
+        "command": command,
+    }
+
+
+def nemo_command(recipe: str, plan: Plan, *, upcycled: bool) -> str:
+    """Return the command that runs a plan: the recipe's own arguments for nodes, NeMo's settings for the rest."""
+    layout, work, node = plan.layout, plan.work, plan.goal.gpu.per_node
+    nodes = -(-layout.gpus // node)
+    per_node = layout.gpus // nodes
+    strategy = {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vp if layout.vp > 1 else None,
+        "context_parallel_size": layout.cp,
+        "sequence_parallel": layout.tp > 1,
+    }
+    if layout.pp > 1:
+        strategy |= {"num_layers_in_first_pipeline_stage": layout.first} if layout.first else {}
+        strategy |= {"num_layers_in_last_pipeline_stage": layout.last} if layout.last else {}
+        strategy |= {"account_for_embedding_in_pipeline_split": True} if layout.embedding else {}
+        strategy |= {"account_for_loss_in_pipeline_split": True} if layout.loss else {}
+    if upcycled:
+        strategy |= {"expert_model_parallel_size": layout.ep, "expert_tensor_parallel_size": layout.etp}
+    settings = [f"trainer.strategy.{name}={value}" for name, value in strategy.items()]
+    settings += [
+        f"model.config.seq_length={work.seq_length}",
+        f"data.seq_length={work.seq_length}",
+        f"data.global_batch_size={work.global_batch}",
+        f"data.micro_batch_size={layout.micro_batch}",
+        f"trainer.max_steps={round(plan.goal.tokens / work.seq_length / work.global_batch)}",
+    ]
+    arguments = f"num_nodes={nodes}, num_gpus_per_node={per_node}"
+    if upcycled and not recipe.startswith("smollm2"):
+        arguments += f", capacity_factor={work.capacity_factor or 0}, pad_to_capacity={work.pad}"
+        steps = round(plan.goal.tokens / work.seq_length / work.global_batch)
+        arguments += f", recompute_moe_steps={steps if work.recompute == 'moe' else 0}"
+        if work.precision in _FP8_RECIPES:
+            arguments += f", fp8_recipe='{_FP8_RECIPES[work.precision]}'"
+    if work.recompute == "full":
+        settings += [
+            f"model.config.recompute_{part}" for part in ("granularity=full", "method=uniform", "num_layers=1")
+        ]
+    if work.recompute == "moe_act" or (work.recompute == "moe" and "recompute_moe" not in arguments):
+        part = work.recompute if upcycled else "mlp"
+        settings += ["model.config.recompute_granularity=selective", f"\"model.config.recompute_modules=['{part}']\""]
+    return f'nemo llm pretrain --factory "{recipe}({arguments})" {" ".join(settings)}'
+
+
+_COLUMNS = (
+    *("row", "layout", "recompute", "weights", "grads", "optim", "fp8", "activ", "routed", "logits", "other", "GiB"),
+    *("of card", "fits", "tok/s/GPU", "TFLOP/s", "MFU", "bound by", "hours", "GPU-hours", "cost"),
+)
+_LEFT = ("layout", "recompute", "fits", "bound by")
+
+
+def table_text(plans: list[Plan], price: float | None) -> str:
+    """Return plans as a table: GiB of the fullest rank by component, verdict, speed, time, cost."""
+    rows = [_COLUMNS, *(_cells(number, plan, price) for number, plan in enumerate(plans, 1))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if name in _LEFT else cell.rjust(width)
+            for cell, width, name in zip(row, widths, _COLUMNS, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _cells(number: int, plan: Plan, price: float | None) -> tuple[str, ...]:
+    total_gib, gpu_hours = plan.memory.total / GIB, plan.hours * plan.goal.gpus
+    return (
+        str(number),
+        str(plan.layout),
+        plan.work.recompute,
+        *(f"{value:.1f}" for name, value in plan.memory.gib().items() if name != "total"),
+        f"{total_gib:.1f}",
+        f"{100 * total_gib / plan.goal.gpu.memory_gib:.0f}%",
+        plan.verdict,
+        f"{plan.tokens_per_s_per_gpu:.0f}",
+        f"{plan.tflops_per_gpu(causal=False):.0f}",
+        f"{100 * plan.mfu:.1f}%",
+        plan.time.bound_by,
+        f"{plan.hours:.1f}",
+        f"{gpu_hours:.0f}",
+        "-" if price is None else f"{gpu_hours * price:.0f}",
+    )
+
+
+def model_line(arch: Architecture, seq_length: int) -> str:
+    """Return size and FLOPs of a model, in both conventions."""
+    full, causal = (arch.flops_per_token(seq_length, causal=causal) for causal in (False, True))
+    text = (
+        f"{arch.total_params / 1e9:.2f}B parameters, {arch.active_params / 1e9:.2f}B active; training on a token of a "
+        f"sequence of {seq_length}: {full:.3e} FLOPs (full attention), {causal:.3e} (causal half)"
+    )
+    if (arch.total_params, arch.active_params) == (47_491_321_856, 13_668_454_400):
+        text += (
+            "\nThe paper (arXiv 2412.09952, Table 1) prints 34.4B and 11.8B: it counts two of the three matrices of "
+            "each additional expert. Its FLOPs are those of this model."
+        )
+    return text
+
+
+def explanation(plan: Plan) -> str:
+    """Return the arithmetic of a plan: where the bytes and the seconds go, and what was assumed."""
+    layout, work, goal, time = plan.layout, plan.work, plan.goal, plan.time
+    count = layout.micro_batches(work.global_batch)
+    step_tokens = work.global_batch * work.seq_length
+    lines = [
+        f"layout {layout}: {goal.gpus} GPUs = tp {layout.tp} x cp {layout.cp} x dp {layout.dp} x pp {layout.pp}"
+        f" = etp {layout.etp} x ep {layout.ep} x expert dp {layout.expert_dp} x pp {layout.pp}",
+        f"step: {work.global_batch} sequences x {work.seq_length} = {step_tokens:,} tokens;"
+        f" {count} micro-batches of {layout.micro_batch} on each of {layout.dp} pipelines",
+        "",
+        f"GiB of the fullest rank (pipeline stage {plan.worst[0]}), of {goal.gpu.memory_gib} on {goal.gpu.name}:",
+        *_memory_lines(plan.memory),
+        "",
+        "seconds of a step:",
+        *(f"  {name:<10}{value:10.4f}  {100 * value / time.total:5.1f}%" for name, value in time.to_dict().items()),
+        f"bubble = (pp - 1) / (micro-batches x vp) = {layout.pp - 1} / ({count} x {layout.vp})"
+        f" = {(layout.pp - 1) / (count * layout.vp):.4f} of the time of the micro-batches",
+        "",
+        f"{step_tokens:,} tokens / {time.total:.4f} s / {goal.gpus} GPUs = {plan.tokens_per_s_per_gpu:.1f} a second",
+        f"x FLOPs of a token = {plan.tflops_per_gpu(causal=False):.1f} TFLOP/s (full attention),"
+        f" {plan.tflops_per_gpu(causal=True):.1f} (causal half)",
+        f"MFU = {plan.tflops_per_gpu(causal=False):.1f} / {plan.peak_tflops:g} = {100 * plan.mfu:.1f}%",
+        f"{goal.tokens:.3g} tokens = {plan.hours:.1f} h; full checkpoint {plan.checkpoint_gib:.0f} GiB"
+        " (14 bytes for each parameter)",
+        "",
+        "assumed:",
+        *(f"  {text}" for text in ASSUMPTIONS),
+    ]
+    return "\n".join(lines)
+
+
+def _memory_lines(memory: Memory) -> list[str]:
+    return [f"  {name:<12}{value:9.3f}" for name, value in memory.gib().items()]

@@ -1,0 +1,311 @@
+"""How long a step takes: work and traffic of every part of a layer, divided by what the machine can do.
+
+A sum of times with a physical meaning each. Work and traffic are counts; how much of a peak a kernel reaches is what
+`Machine` holds, fitted on published measurements of H100s (`benchmarks/throughput.py`; table and errors in
+docs/planning.md). All times are of one GPU and of forward and backward together.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, fields
+
+from nemo_upcycle.architecture import Architecture
+from nemo_upcycle.planning.hardware import Gpu
+from nemo_upcycle.planning.layout import Layout
+from nemo_upcycle.planning.workload import Workload
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is reached of the peaks. Fitted are `gemm`, `gemm_fp8`, `moe_us` and `imbalance`; the rest is set.
+
+    Args:
+        gemm: part of the peak that large matrix products reach, at the clock they run at.
+        gemm_fp8: the same for FP8, scaling and transposing included.
+        attention: part of the BF16 peak that flash attention reaches over forward and backward.
+        memory: part of the HBM's bandwidth.
+        link: part of the bandwidth of NVLink and of the network.
+        layer_us: kernel launches and host work of one layer and micro-batch.
+        moe_us: the same for its router and dispatcher, which wait for the number of tokens of each expert.
+        expert_us: the same for every further expert of the rank: grouped products are launched expert by expert.
+        imbalance: token slots of the busiest expert rank, for which the others wait, over the mean, when experts are
+            not padded to a capacity.
+    """
+
+    gemm: float = 0.55
+    gemm_fp8: float = 0.54
+    attention: float = 0.5
+    memory: float = 0.85
+    link: float = 0.7
+    layer_us: float = 200.0
+    moe_us: float = 730.0
+    expert_us: float = 50.0
+    imbalance: float = 1.13
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step by what they are spent on; what is hidden behind computation is not counted.
+
+    Args:
+        gemm: matrix products.
+        attention: the core of attention.
+        memory: norms, activation functions, permutations, casts, the optimizer.
+        launch: kernel launches and host work.
+        nvlink: traffic inside a node.
+        network: traffic between nodes.
+        bubble: waiting for other pipeline stages.
+    """
+
+    gemm: float
+    attention: float
+    memory: float
+    launch: float
+    nvlink: float
+    network: float
+    bubble: float
+
+    @property
+    def total(self) -> float:
+        """The step."""
+        return float(sum(self.__dict__.values()))
+
+    @property
+    def bound_by(self) -> str:
+        """What takes most: `compute`, `hbm`, `launch`, `nvlink`, `infiniband` or `bubble`."""
+        parts = {
+            "compute": self.gemm + self.attention,
+            "hbm": self.memory,
+            "launch": self.launch,
+            "nvlink": self.nvlink,
+            "infiniband": self.network,
+            "bubble": self.bubble,
+        }
+        return max(parts, key=lambda name: parts[name])
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the parts and their sum."""
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"total": self.total}
+
+
+@dataclass
+class _Times:
+    """Running sums while the parts of a micro-batch are counted."""
+
+    gemm: float = 0.0
+    attention: float = 0.0
+    memory: float = 0.0
+    launch: float = 0.0
+    nvlink: float = 0.0
+    network: float = 0.0
+
+    def add(self, other: _Times, times: float = 1.0) -> None:
+        for name in self.__dict__:
+            setattr(self, name, getattr(self, name) + times * getattr(other, name))
+
+    @property
+    def total(self) -> float:
+        return sum(self.__dict__.values())
+
+
+def layer_kinds(arch: Architecture, work: Workload) -> Counter[tuple[bool, bool]]:
+    """Return how many layers are (MoE layers, in FP8): all others have the same shapes."""
+    return Counter((arch.is_moe_layer(layer), work.is_fp8_layer(arch, layer)) for layer in range(arch.num_layers))
+
+
+class ThroughputModel:
+    """Predicts steps of one architecture on one kind of GPU.
+
+    Args:
+        arch: of the model that is trained.
+        gpu: the card.
+        machine: what is reached of its peaks.
+    """
+
+    def __init__(self, arch: Architecture, gpu: Gpu, machine: Machine) -> None:
+        self.arch, self.gpu, self.machine = arch, gpu, machine
+        self._known: dict[tuple[object, ...], _Times] = {}
+        self._kinds: dict[str, Counter[tuple[bool, bool]]] = {}
+        self._routed = float(
+            arch.moe_layer_count * (arch.num_experts or 0) * arch.ffn_params(arch.expert_ffn_size or 0)
+        )
+        self._rest = arch.total_params - self._routed
+
+    def step(self, layout: Layout, work: Workload) -> StepTime:
+        """Return the time of a step.
+
+        m (layers of a stage + its share of the output layer) + bubble, (pp - 1) / (m vp) of it (arXiv 2104.04473), +
+        what the data-parallel traffic cannot hide, + the optimizer.
+        """
+        count = layout.micro_batches(work.global_batch)
+        stage = _Times()
+        if work.precision not in self._kinds:
+            self._kinds[work.precision] = layer_kinds(self.arch, work)
+        for (moe, fp8), layers in self._kinds[work.precision].items():
+            key = (moe, fp8, layout.tp, layout.cp, layout.ep, layout.etp, layout.micro_batch, work)
+            if key not in self._known:
+                self._known[key] = self._layer(layout, work, moe, fp8)
+            stage.add(self._known[key], layers / layout.pp)
+        # The last stage does the output layer besides; with many stages the others wait for it.
+        output = self._output(layout, work)
+        stage.add(output)
+        stage.add(self._send(layout, work))
+        step = _Times()
+        step.add(stage, count)
+        bubble = stage.total * (layout.pp - 1) / layout.vp
+        step.memory += self._optimizer_s(layout)
+        step.network += self._data_parallel_s(layout, stage.total * 2 / 3)
+        return StepTime(step.gemm, step.attention, step.memory, step.launch, step.nvlink, step.network, bubble)
+
+    def tokens_per_s_per_gpu(self, layout: Layout, work: Workload) -> float:
+        """Return the predicted throughput."""
+        return work.global_batch * work.seq_length / self.step(layout, work).total / layout.gpus
+
+    def _layer(self, layout: Layout, work: Workload, moe: bool, fp8: bool) -> _Times:
+        arch = self.arch
+        tokens = work.seq_length / layout.cp * layout.micro_batch
+        heads, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+        width = arch.hidden_size
+        again = 1.0 if work.recompute == "full" else 0.0
+        # Attention is called once for each step of context parallelism's ring.
+        attention = _Times(launch=self.machine.layer_us * 1e-6 * (1 + (layout.cp - 1) / 4))
+        for rows, columns in ((width, heads + 2 * groups), (heads, width)):
+            self._matrix(attention, tokens, rows, columns / layout.tp, 1, fp8)
+        scores = 2.0 * tokens * work.seq_length * heads / layout.tp  # forward, two products, the causal half
+        attention.attention += 3.5 * scores / (self.machine.attention * self.gpu.bf16_tflops * 1e12)
+        # Two norms and residuals; rotary embedding and what attention reads and writes.
+        self._moved(attention, tokens / layout.tp * (24 * width + 8 * (heads + groups)), fp8)
+        self._tensor_traffic(attention, tokens, layout)
+        kv_bytes = 2 * 2 * groups / layout.tp * tokens * (layout.cp - 1)
+        self._link(
+            attention,
+            0.0 if kv_bytes == 0 else kv_bytes * 3,
+            layout.tp * layout.cp,
+            layout.cp,
+            hidden=attention.attention,
+        )
+        network = self._moe(layout, work, tokens, fp8) if moe else _Times()
+        if not moe:
+            self._network(network, tokens, arch.ffn_size / layout.tp, fp8)
+            self._tensor_traffic(network, tokens, layout)
+        attention.add(attention, again / 3)
+        attention.add(network, 1 + (1 / 3 if work.recompute in ("moe", "full") else 0.0))
+        return attention
+
+    def _moe(self, layout: Layout, work: Workload, tokens: float, fp8: bool) -> _Times:
+        arch, width = self.arch, self.arch.hidden_size
+        even = work.slots_per_token(arch)
+        room = work.capacity_factor if work.capacity_factor is not None else self.machine.imbalance
+        waits = 1.0 if work.pad or layout.ep == 1 else max(1.0, min(self.machine.imbalance, room))
+        slots = tokens / layout.tp * even * waits
+        local = (arch.num_experts or 1) // layout.ep
+        found = _Times(launch=(self.machine.moe_us + self.machine.expert_us * (local - 1)) * 1e-6)
+        neurons = (arch.expert_ffn_size or 0) / layout.etp
+        # A rank's experts get slots of its whole group: as many as its own tokens, etp times.
+        self._network(found, slots * layout.etp / local, neurons, fp8, local)
+        # Permute, sort by expert, sort back, unpermute: read and written, forward and backward.
+        self._moved(found, slots * 16 * width, fp8)
+        crossing = 4 * 2 * slots * width * (layout.ep - 1) / layout.ep
+        self._link(found, crossing, layout.etp * layout.ep, layout.ep)
+        self._link(found, 4 * 2 * slots * width * (layout.etp - 1), layout.etp, layout.etp)
+        if arch.shared_ffn_size:
+            self._network(found, tokens, arch.shared_ffn_size / layout.tp, fp8)
+            self._tensor_traffic(found, tokens, layout)
+        return found
+
+    def _network(self, found: _Times, rows: float, neurons: float, fp8: bool, count: int = 1) -> None:
+        gates = 2 if self.arch.gated else 1
+        self._matrix(found, rows, self.arch.hidden_size, gates * neurons, count, fp8)
+        self._matrix(found, rows, neurons, self.arch.hidden_size, count, fp8)
+        self._moved(found, count * rows * 8 * neurons, fp8)
+
+    def _matrix(self, found: _Times, rows: float, inner: float, columns: float, count: int, fp8: bool) -> None:
+        """Add a product and its two gradients: [rows, inner] x [inner, columns], `count` of them."""
+        peak = (self.gpu.fp8_tflops or self.gpu.bf16_tflops) if fp8 else self.gpu.bf16_tflops
+        reached = self.machine.gemm_fp8 if fp8 else self.machine.gemm
+        compute_s = 6.0 * count * rows * inner * columns / (reached * peak * 1e12)
+        size = 1 if fp8 else 2
+        # Each operand is read twice and each result written once; a weight's gradient is added to in float32.
+        moved = size * 2 * (rows * inner + rows * columns + inner * columns) + 2 * (rows * inner + rows * columns)
+        moved += 8 * inner * columns
+        memory_s = count * moved / (self.machine.memory * self.gpu.hbm_gb_s * 1e9)
+        # A roofline: of the two the shorter is hidden behind the longer.
+        found.gemm += compute_s
+        found.memory += max(0.0, memory_s - compute_s)
+
+    def _moved(self, found: _Times, elements: float, fp8: bool) -> None:
+        """Add 16-bit elements read or written by what is no matrix product; a quarter more for casts to FP8."""
+        found.memory += 2.0 * elements * (1.25 if fp8 else 1.0) / (self.machine.memory * self.gpu.hbm_gb_s * 1e9)
+
+    def _tensor_traffic(self, found: _Times, tokens: float, layout: Layout) -> None:
+        """Add sequence parallelism's gathers and scatters: two forward, three backward, of the rank's tokens."""
+        volume = 5 * 2 * tokens * self.arch.hidden_size * (layout.tp - 1) / layout.tp
+        self._link(found, volume, layout.tp, layout.tp)
+
+    def _link(self, found: _Times, volume: float, span: int, size: int, hidden: float = 0.0) -> None:
+        """Add traffic of a group that lies within `span` neighbouring ranks, beyond seconds of work that hide it."""
+        if volume <= 0 or size <= 1:
+            return
+        inside = span <= self.gpu.per_node
+        bandwidth = self.gpu.nvlink_gb_s if inside else self.gpu.network_gb_s
+        # Of a group over several nodes, the members of the own node are reached over NVLink.
+        away = 1.0 if inside else 1 - (self.gpu.per_node * size / span - 1) / max(size - 1, 1)
+        time_s = volume * max(away, 0.0) / (self.machine.link * bandwidth * 1e9)
+        time_s = max(0.0, time_s - hidden)
+        if inside:
+            found.nvlink += time_s
+        else:
+            found.network += time_s
+
+    def _output(self, layout: Layout, work: Workload) -> _Times:
+        """Return the output layer and the loss, as a part of the time of every stage."""
+        found = _Times()
+        tokens = work.seq_length / layout.cp * layout.micro_batch
+        vocabulary = layout.padded_vocab(self.arch) / layout.tp
+        self._matrix(found, tokens, self.arch.hidden_size, vocabulary, 1, False)
+        self._moved(found, tokens * vocabulary * 12, False)
+        share = 1.0 if layout.pp == 1 else (1.0 / layout.vp if layout.vp > 1 else 1.0)
+        scaled = _Times()
+        scaled.add(found, share if layout.vp == 1 else max(share, 1 / layout.pp))
+        return scaled
+
+    def _send(self, layout: Layout, work: Workload) -> _Times:
+        """Return what the hand-over between stages costs: overlapped with interleaving, waited for without."""
+        found = _Times()
+        if layout.pp == 1:
+            return found
+        tokens = work.seq_length / layout.cp * layout.micro_batch
+        volume = 2 * 2 * tokens * self.arch.hidden_size / layout.tp
+        if layout.vp == 1:
+            self._link(found, volume, layout.gpus, layout.gpus)
+        return found
+
+    def _optimizer_s(self, layout: Layout) -> float:
+        dense, expert = self._rank_params(layout)
+        owned = dense / layout.dense_shards + expert / layout.expert_dp
+        # Adam reads gradient, master and moments, and writes them and the weight; clearing the gradients writes them.
+        moved = owned * 34 + (dense + expert) * 8
+        return moved / (self.machine.memory * self.gpu.hbm_gb_s * 1e9)
+
+    def _data_parallel_s(self, layout: Layout, backward_s: float) -> float:
+        """Return what of reducing gradients and gathering weights no backward pass hides: at least a layer's share.
+
+        A ring over nodes uses the network cards of all its members in a node at once.
+        """
+        dense, expert = self._rank_params(layout)
+        time_s = 0.0
+        for params, ranks, stride in (
+            (dense, layout.dense_shards, layout.tp),
+            (expert, layout.expert_dp, layout.ep * layout.etp),
+        ):
+            members = max(1, self.gpu.per_node // stride)
+            bandwidth = self.gpu.nvlink_gb_s
+            if ranks > members:
+                bandwidth = min(bandwidth, self.gpu.network_gb_s * members)
+            time_s += 6 * params * (1 - 1 / ranks) / (self.machine.link * bandwidth * 1e9)
+        return max(time_s / max(1, self.arch.num_layers // layout.pp), time_s - backward_s)
+
+    def _rank_params(self, layout: Layout) -> tuple[float, float]:
+        """Return the parameters of a middling rank: dense part, routed experts."""
+        return self._rest / layout.tp / layout.pp, self._routed / layout.ep / layout.etp / layout.pp

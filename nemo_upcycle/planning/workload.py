@@ -1,0 +1,101 @@
+"""What is trained with a layout: batch, sequence, precision, recomputation, capacity of the experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_upcycle.architecture import Architecture
+from nemo_upcycle.errors import SpecError, problem, unknown
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How numbers are kept; parameters always in BF16.
+
+    Args:
+        fp8: whether the linear layers inside the transformer layers multiply in FP8.
+        copy_bytes: for each of their weights, what Transformer Engine holds beside it: FP8, in rows and in columns.
+        saved_bytes: of one element of an input that such a layer keeps for its backward pass.
+        bf16_ends: layers at either end of the model that stay in BF16.
+    """
+
+    fp8: bool = False
+    copy_bytes: int = 0
+    saved_bytes: int = 2
+    bf16_ends: int = 0
+
+
+#: As the recipes set them: NeMo's mixed-precision factories, but with parameters in BF16 (a run that starts by
+#: upcycling cannot have `fp8_param_gather`). Current scaling leaves the first and the last layer in BF16.
+PRECISIONS = {
+    "bf16": Precision(),
+    "fp8-delayed": Precision(fp8=True, copy_bytes=2, saved_bytes=1),
+    "fp8-current": Precision(fp8=True, copy_bytes=2, saved_bytes=1, bf16_ends=1),
+    "fp8-blockwise": Precision(fp8=True, copy_bytes=2, saved_bytes=1),
+}
+#: From keeping everything to keeping the input of each layer only: nothing, the experts' activation function,
+#: the whole MoE layer (or feed-forward network), the whole layer.
+RECOMPUTES = ("none", "moe_act", "moe", "full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What a step works on.
+
+    Args:
+        seq_length: tokens of a sequence.
+        global_batch: sequences of a step.
+        capacity_factor: an expert takes at most this many times its even share of the token slots, the rest is
+            dropped (`moe_expert_capacity_factor`); None drops nothing.
+        pad: whether every expert is padded up to its capacity (`moe_pad_expert_input_to_capacity`).
+        imbalance: token slots of the busiest rank over the mean, for the memory of experts that drop nothing.
+        precision: one of `PRECISIONS`.
+        recompute: one of `RECOMPUTES`.
+        gradient_bytes: of one gradient: 4, or 2 without `grad_reduce_in_fp32`.
+
+    Raises:
+        SpecError: a value is out of range or unknown.
+    """
+
+    seq_length: int
+    global_batch: int
+    capacity_factor: float | None = None
+    pad: bool = False
+    imbalance: float = 1.5
+    precision: str = "bf16"
+    recompute: str = "none"
+    gradient_bytes: int = 4
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise SpecError(unknown("precision", self.precision, PRECISIONS))
+        if self.recompute not in RECOMPUTES:
+            raise SpecError(unknown("recompute", self.recompute, RECOMPUTES))
+        for name, low in (("seq_length", 1), ("global_batch", 1), ("capacity_factor", 0.01), ("imbalance", 1.0)):
+            if (value := getattr(self, name)) is not None and not value >= low:
+                raise SpecError(problem(name, got=value, expected=f"{low} or more", fix=f"raise {name}"))
+
+    @property
+    def numbers(self) -> Precision:
+        """How numbers are kept."""
+        return PRECISIONS[self.precision]
+
+    def is_fp8_layer(self, arch: Architecture, layer: int) -> bool:
+        """Return whether the linear layers of a transformer layer multiply in FP8."""
+        ends = self.numbers.bf16_ends
+        return self.numbers.fp8 and ends <= layer < arch.num_layers - ends
+
+    def slots_per_token(self, arch: Architecture) -> float:
+        """Return the token slots that a balanced expert rank works on for each token, without the dropped ones."""
+        share = self.capacity_factor if self.capacity_factor is not None else 1.0
+        return (arch.top_k or 0) * (share if self.pad else min(share, 1.0))
+
+    def buffer_slots_per_token(self, arch: Architecture, ep: int) -> float:
+        """Return the token slots that the busiest rank of `ep` has to hold for each of its tokens.
+
+        With all experts on every rank nothing is uneven; else it holds at most every token of the group once for each
+        of its experts.
+        """
+        capacity = self.capacity_factor if self.capacity_factor is not None else float("inf")
+        share = capacity if self.pad else min(capacity, self.imbalance if ep > 1 else 1.0)
+        return min((arch.top_k or 0) * share, float(arch.num_experts or 0))

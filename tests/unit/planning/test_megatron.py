@@ -1,0 +1,138 @@
+"""The plan's parameters, buffers and optimizer states are those that Megatron-Core allocates, rank by rank.
+
+Megatron's own modules, data-parallel wrapper and distributed optimizer's shards, on the meta device under a fake
+process group: exact sizes of any cluster, without its memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_upcycle.architecture import Architecture
+from nemo_upcycle.planning.check import build_rank, check_layout_against_megatron, megatron_rank
+from nemo_upcycle.planning.hardware import known_shape
+from nemo_upcycle.planning.layout import Layout, parse_layout
+from nemo_upcycle.planning.parameters import rank_states
+from nemo_upcycle.planning.workload import Workload
+from nemo_upcycle.spec import UpcycleSpec
+
+
+# Odd sizes, so that padding is not empty.
+SMALL = replace(
+    known_shape("llama3_8b"),
+    num_layers=8,
+    hidden_size=72,
+    ffn_size=168,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=10,
+    vocab_size=1003,
+)
+TIED = replace(SMALL, tied_embeddings=True)
+BIASED = replace(SMALL, hf_class="Qwen2ForCausalLM", qkv_bias=True)
+E8T2 = SMALL.upcycled(UpcycleSpec())
+MIXED = BIASED.upcycled(UpcycleSpec(num_experts=8, top_k=4, granularity=2, shared_experts=1, moe_layers="every-2"))
+TIED_MOE = TIED.upcycled(UpcycleSpec(num_experts=4))
+LLAMA = known_shape("llama3_8b").upcycled(UpcycleSpec())
+
+CASES = [
+    *((E8T2, text, gpus) for text, gpus in [
+        ("tp=1", 1), ("tp=1", 3), ("tp=2", 4), ("tp=4,ep=2", 8), ("ep=8", 8), ("ep=2", 6), ("tp=2,etp=2,ep=2", 8),
+        ("etp=2,ep=4", 8), ("tp=4,etp=2", 8), ("pp=2", 4), ("pp=4,vp=2", 8), ("pp=8", 8), ("pp=2,vp=4,ep=4", 16),
+        ("tp=2,pp=2,ep=4", 16), ("cp=2,ep=2", 4), ("tp=2,cp=2,pp=2,ep=8", 16), ("pp=4,first=1,last=1", 4),
+        ("pp=3,first=2,last=4", 6), ("pp=2,vp=2,first=2", 4), ("pp=3,embedding=1", 6), ("pp=5,embedding=1,loss=1", 5),
+        ("tp=2,pp=5,embedding=1,loss=1,ep=2,vp=2", 20),
+    ]),
+    *((MIXED, text, gpus) for text, gpus in [("tp=2,ep=2", 4), ("pp=4,vp=2,ep=4", 16), ("tp=4,etp=1,ep=8,pp=2", 16)]),
+    *((SMALL, text, gpus) for text, gpus in [("tp=4", 8), ("pp=2,vp=2,cp=2", 8), ("tp=1", 7)]),
+    *((TIED, text, gpus) for text, gpus in [("tp=1", 5), ("pp=2", 6), ("tp=2,pp=4,vp=2", 8)]),
+    (TIED_MOE, "pp=2,ep=2", 12),
+    (BIASED, "tp=2,pp=2", 4),
+    (LLAMA, "tp=2,pp=4,vp=8,ep=8", 64),
+]  # fmt: skip
+WORK = Workload(seq_length=512, global_batch=840)
+
+
+@pytest.fixture(autouse=True)
+def buffers_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
+
+
+def _ranks(layout: Layout) -> Iterator[int]:
+    """Yield the first and the last rank of every stage, and some between."""
+    per_stage = layout.gpus // layout.pp
+    for stage in range(layout.pp):
+        yield from sorted({stage * per_stage, stage * per_stage + per_stage // 2, (stage + 1) * per_stage - 1})
+
+
+def _allocated(arch: Architecture, layout: Layout) -> tuple[int, int, int, int, int]:
+    """Return Megatron's bytes of weights, gradients and optimizer, and its parameters and those of experts."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=True, use_distributed_optimizer=True
+    )
+    weights = gradients = owned = params = experts = 0
+    for number, chunk in enumerate(build_rank(arch, layout)):
+        chunk.bfloat16()
+        wrapped: Any = DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=number > 0)
+        for buffer in [*wrapped.buffers, *wrapped.expert_parallel_buffers]:
+            weights += buffer.param_data.nbytes
+            gradients += buffer.grad_data.nbytes
+            for shards in DistributedOptimizer._build_gbuf_range_map(buffer).values():
+                owned += sum(part["param"].size for shard in shards for part in shard["param_map"].values())
+        params += sum(parameter.numel() for parameter in chunk.parameters())
+        experts += sum(p.numel() for name, p in chunk.named_parameters() if ".experts." in name)
+    # A float32 master and two moments of every element that this rank owns.
+    return weights, gradients, 12 * owned, params, experts
+
+
+def test_there_are_enough_layouts() -> None:
+    assert len(CASES) >= 30
+
+
+@pytest.mark.parametrize(("arch", "text", "gpus"), CASES)
+def test_states_equal_megatrons(arch: Architecture, text: str, gpus: int) -> None:
+    layout = parse_layout(text, gpus)
+    layout.check(arch, WORK.seq_length, layout.dp * layout.pp)
+    for rank in _ranks(layout):
+        with megatron_rank(layout, rank) as seat:
+            got = _allocated(arch, layout)
+        plan = rank_states(arch, layout, WORK, rank)
+        planned = (
+            plan.weights_bytes, plan.gradients_bytes, plan.optimizer_bytes, plan.params, plan.expert_params
+        )  # fmt: skip
+        assert got == planned, (rank, seat)
+
+
+def test_optimizer_shards_make_up_the_model() -> None:
+    layout = parse_layout("tp=2,pp=2,ep=4", 16)
+    states = [rank_states(E8T2, layout, WORK, rank) for rank in range(16)]
+    padding = (layout.padded_vocab(E8T2) - E8T2.vocab_size) * E8T2.hidden_size * 2
+    replicated = (17 * E8T2.hidden_size + 8 * 8 * E8T2.hidden_size) * (layout.tp - 1)  # norms and routers
+    assert sum(state.optimizer_bytes for state in states) == 12 * (E8T2.total_params + padding + replicated)
+
+
+@pytest.mark.parametrize("spec", [UpcycleSpec(), UpcycleSpec(num_experts=16, top_k=4, granularity=2)])
+def test_check_compares_every_kind_of_rank(spec: UpcycleSpec) -> None:
+    made = SMALL.upcycled(spec)
+    layout = parse_layout("tp=2,pp=2,vp=2,ep=4", 32)
+    result = check_layout_against_megatron(made, layout, WORK, SMALL, spec)
+    assert (result.ranks, result.kinds) == (32, 8)
+    assert result.tensors > 0
+
+
+def test_check_finds_a_plan_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_upcycle.errors import UpcycleError
+    from nemo_upcycle.planning import parameters
+
+    right = parameters._kind
+    monkeypatch.setattr(parameters, "_kind", lambda *args: right(*args)[:-1])
+    with pytest.raises(UpcycleError, match=r"rank 0: parameters of chunk 0.*Megatron.*plan"):
+        check_layout_against_megatron(E8T2, parse_layout("ep=2", 2), WORK)

@@ -1,0 +1,131 @@
+"""What a rank holds: known sums, formulas by hand, and how the parts react to what is changed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from nemo_upcycle.planning.hardware import known_recipe
+from nemo_upcycle.planning.layout import parse_layout
+from nemo_upcycle.planning.memory import GIB, in_flight, layer_bytes, stage_memory, worst_memory
+from nemo_upcycle.planning.parameters import lay_out, rank_states
+from nemo_upcycle.planning.workload import Workload
+
+
+LLAMA = known_recipe("llama3_8b_e8t2").made
+DENSE = known_recipe("llama3_8b_dense_ct").made
+WORK = Workload(seq_length=8192, global_batch=512, capacity_factor=1.0, pad=True)
+
+
+def test_a_rank_of_the_papers_run() -> None:
+    states = rank_states(LLAMA, parse_layout("tp=2,pp=4,vp=8,ep=8", 512), WORK, 37)
+    assert states.params == 1_840_054_272  # counted in Megatron's own modules
+    assert states.expert_params == 8 * 3 * 4096 * 14336
+
+
+@pytest.mark.parametrize(
+    ("text", "gpus", "gib"),
+    [
+        ("ep=8", 8, 111.2),
+        ("tp=4,ep=8", 8, 101.2),
+        ("ep=8", 16, 78.1),
+        ("pp=4,ep=8", 32, 29.6),
+        ("tp=2,ep=8", 128, 42.3),
+    ],
+)
+def test_model_states_by_hand(text: str, gpus: int, gib: float) -> None:
+    """6 + 12 / shards bytes for each parameter of the worst stage."""
+    layout = parse_layout(text, gpus)
+    worst = max(
+        (rank_states(LLAMA, layout, WORK, rank) for rank in range(0, gpus, gpus // layout.pp)),
+        key=lambda state: state.weights_bytes,
+    )
+    assert (worst.weights_bytes + worst.gradients_bytes + worst.optimizer_bytes) / GIB == pytest.approx(gib, abs=0.06)
+
+
+def test_activations_of_a_dense_layer_by_hand() -> None:
+    layout = parse_layout("tp=1", 1)
+    held = layer_bytes(DENSE, layout, replace(WORK, seq_length=1, global_batch=1), moe=False, fp8=False)
+    elements = 4 * 4096 + (32 + 2 * 8) * 128 + 32 * 128 + 3 * 14336
+    assert held.plain == 2 * elements + 4 * 32  # and the softmax's statistics, float32 for each head
+    assert held.routed == 0
+
+
+def test_token_slots_by_hand() -> None:
+    layout = parse_layout("ep=8", 8)
+    held = layer_bytes(LLAMA, layout, replace(WORK, seq_length=1024), moe=True, fp8=False)
+    assert held.routed == 1024 * 2 * 2 * (4096 + 3 * 14336)
+
+
+def test_what_is_dropped_or_uneven_changes_the_routed_buffers_only() -> None:
+    layout = parse_layout("pp=4,vp=8,ep=8", 128)
+
+    def memory(**changes: object) -> dict[str, float]:
+        return stage_memory(LLAMA, layout, replace(WORK, **changes), 0).gib()
+
+    even, dropless = memory(), memory(capacity_factor=None, pad=False, imbalance=1.5)
+    assert dropless["routed"] == pytest.approx(1.5 * even["routed"], rel=1e-3)
+    assert memory(capacity_factor=2.0, pad=False, imbalance=3.0)["routed"] == pytest.approx(
+        2 * even["routed"], rel=1e-3
+    )
+    # Every token once for each of eight experts: four times the slots of top-2, however uneven.
+    assert memory(capacity_factor=None, pad=False, imbalance=9.0)["routed"] == pytest.approx(
+        4 * even["routed"], rel=1e-3
+    )
+    for name in ("weights", "gradients", "optimizer", "activations", "logits"):
+        assert dropless[name] == even[name]
+
+
+def test_more_recomputation_keeps_less() -> None:
+    layout = parse_layout("pp=4,vp=8,ep=8", 128)
+    kept = []
+    for kind in ("none", "moe_act", "moe", "full"):
+        memory = stage_memory(LLAMA, layout, replace(WORK, recompute=kind), 0)
+        kept.append(memory.activations + memory.routed)
+    assert kept == sorted(kept, reverse=True)
+    assert len(set(kept)) == 4
+
+
+def test_fp8_holds_copies_and_keeps_smaller_inputs() -> None:
+    layout = parse_layout("pp=4,vp=8,ep=8", 128)
+    bf16 = stage_memory(LLAMA, layout, WORK, 1)
+    fp8 = stage_memory(LLAMA, layout, replace(WORK, precision="fp8-blockwise"), 1)
+    linear = 8 * (4096 * 128 * (2 * 32 + 2 * 8) + 3 * 4096 * 14336)  # eight layers, one expert each
+    assert (bf16.fp8_copies, fp8.fp8_copies) == (0, 2 * linear)
+    assert fp8.activations < bf16.activations
+    assert fp8.weights == bf16.weights
+    # Current scaling leaves the first and the last layer in BF16.
+    current = stage_memory(LLAMA, layout, replace(WORK, precision="fp8-current"), 0)
+    assert current.fp8_copies == 2 * linear // 8 * 7
+
+
+def test_micro_batches_in_flight() -> None:
+    work = replace(WORK, global_batch=512)
+    assert in_flight(parse_layout("pp=4", 4), work, 0) == [4]
+    assert in_flight(parse_layout("pp=4", 4), work, 3) == [1]
+    # Korthikanti et al.: layers x (1 + (pp - 1) / (pp vp)) on the first stage, in chunks of which there are pp vp.
+    for stages, virtual in ((4, 8), (8, 4), (2, 2)):
+        held = sum(in_flight(parse_layout(f"pp={stages},vp={virtual}", stages), work, 0))
+        assert held == pytest.approx(stages * virtual * (1 + (stages - 1) / (stages * virtual)), abs=stages)
+    # Never more than there are.
+    assert sum(in_flight(parse_layout("pp=4,vp=8", 128), replace(work, global_batch=128), 0)) <= 4 * 8
+
+
+def test_the_last_stage_has_the_logits() -> None:
+    layout = parse_layout("tp=2,pp=4", 8)
+    assert stage_memory(LLAMA, layout, WORK, 0).logits == 0
+    assert stage_memory(LLAMA, layout, WORK, 3).logits == 8192 * 128256 // 2 * 10
+    stage, worst = worst_memory(LLAMA, layout, WORK)
+    assert worst.total == max(stage_memory(LLAMA, layout, WORK, number).total for number in range(4))
+    assert stage in range(4)
+
+
+def test_buffers_pad_where_megatron_pads() -> None:
+    buffer = lay_out([(100, False), (70, False), (300, False)], shards=4, bucket=None)
+    # From the end: 300, then 70 at 320, then 100 at 448 (multiples of 64); the bucket ends at a multiple of 128.
+    assert buffer.buckets == ((0, 640),)
+    assert sum(buffer.owned(shard) for shard in range(4)) == 470
+    assert [buffer.owned(shard) for shard in range(4)] == [160, 140, 102, 68]
+    alone = lay_out([(100, True), (70, False)], shards=2, bucket=None)
+    assert alone.buckets == ((0, 128), (128, 256))

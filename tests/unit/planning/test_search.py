@@ -1,0 +1,61 @@
+"""The search finds what fits, ranks it, and says when nothing does."""
+
+from __future__ import annotations
+
+import pytest
+
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.planning.hardware import known_gpu, known_recipe
+from nemo_upcycle.planning.layout import parse_layout
+from nemo_upcycle.planning.search import Goal, Plan, judge, search
+from nemo_upcycle.planning.throughput import Machine
+from nemo_upcycle.planning.workload import Workload
+
+
+def _goal(gpus: int, recipe: str = "llama3_8b_e8t2", gpu: str = "h100", batch: int = 512) -> Goal:
+    work = Workload(seq_length=8192, global_batch=batch, capacity_factor=1.0, pad=True)
+    return Goal(known_recipe(recipe).made, known_gpu(gpu), gpus, work, 100e9, Machine())
+
+
+def test_rows_fit_and_the_fastest_comes_first() -> None:
+    plans = search(_goal(128), 5)
+    speeds = [plan.tokens_per_s_per_gpu for plan in plans]
+    assert len({plan.layout for plan in plans}) == 5
+    assert speeds == sorted(speeds, reverse=True)
+    assert all(plan.verdict in ("fits", "tight") for plan in plans)
+    for plan in plans:
+        plan.layout.check(plan.goal.arch, 8192, 512)
+
+
+def test_no_hand_made_layout_is_faster_than_the_search() -> None:
+    goal = _goal(128)
+    best = search(goal, 1)[0].tokens_per_s_per_gpu
+    for text in ("cp=2,ep=8,pp=4,vp=8", "tp=2,cp=2,ep=8,pp=4,vp=8", "ep=8,pp=4,vp=8", "tp=2,ep=8,pp=4,vp=4"):
+        plan = judge(goal, parse_layout(text, 128))
+        assert plan.verdict == "no" or plan.tokens_per_s_per_gpu <= best * (1 + 1e-9)
+
+
+def test_eight_cards_do_not_hold_the_model() -> None:
+    plans = search(_goal(8, batch=64), 3)
+    assert [plan.verdict for plan in plans] == ["no"] * 3
+    assert plans[0].memory.total <= plans[1].memory.total
+
+
+def test_a_card_with_more_memory_needs_less_recomputation() -> None:
+    layout = parse_layout("pp=4,vp=8,ep=8", 128)
+    assert judge(_goal(128), layout).work.recompute != "none"
+    assert judge(_goal(128, gpu="b200"), layout).work.recompute == "none"
+    assert judge(_goal(128), layout, "none").work.recompute == "none"
+
+
+def test_hours_and_mfu_agree_with_the_speed() -> None:
+    plan: Plan = search(_goal(128), 1)[0]
+    assert plan.hours == pytest.approx(100e9 / plan.tokens_per_s_per_gpu / 128 / 3600)
+    assert plan.mfu == pytest.approx(plan.tokens_per_s_per_gpu * 9.1743608832e10 / 989e12)
+    assert plan.tflops_per_gpu(causal=True) < plan.tflops_per_gpu(causal=False)
+    assert plan.checkpoint_gib == pytest.approx(47_491_321_856 * 14 / 2**30)
+
+
+def test_a_batch_that_fits_no_layout_is_refused() -> None:
+    with pytest.raises(SpecError, match="global-batch: got 1"):
+        search(_goal(7, batch=1), 3)

@@ -1,0 +1,91 @@
+"""Predictions against published measurements, and the signs of every influence."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+
+import pytest
+
+from nemo_upcycle.planning.hardware import known_gpu, known_recipe
+from nemo_upcycle.planning.layout import parse_layout
+from nemo_upcycle.planning.published import published_rows
+from nemo_upcycle.planning.throughput import Machine, StepTime, ThroughputModel
+from nemo_upcycle.planning.workload import Workload
+
+
+LLAMA = known_recipe("llama3_8b_e8t2").made
+MODEL = ThroughputModel(LLAMA, known_gpu("h100"), Machine())
+WORK = Workload(seq_length=8192, global_batch=512, capacity_factor=1.0, pad=True)
+
+
+def _step(text: str, gpus: int = 128, **changes: object) -> StepTime:
+    return MODEL.step(parse_layout(text, gpus), replace(WORK, **changes))
+
+
+def test_published_rows_are_predicted() -> None:
+    misses = {
+        row.name: row.predicted(Machine()) / row.tokens_per_s_per_gpu - 1 for row in published_rows() if row.fitted
+    }
+    assert len(misses) >= 13
+    assert statistics.median(abs(miss) for miss in misses.values()) <= 0.10, misses
+    assert max(abs(miss) for miss in misses.values()) <= 0.25, misses
+
+
+def test_the_paper_s_order_is_kept() -> None:
+    rows = {row.name: row.predicted(Machine()) for row in published_rows()}
+    assert rows["Llama 3 8B, continued"] > rows["Llama 3 E8T2, CF 1"] > rows["Llama 3 E8T2, CF 2"]
+    assert rows["Mixtral 8x22B, folding"] > 0.8 * rows["Mixtral 8x22B G8T8, folding"]
+
+
+def test_the_bubble_is_what_the_schedule_says() -> None:
+    step, twice = (_step("pp=4,vp=8,ep=8", global_batch=batch) for batch in (512, 1024))
+    micro_batches = 512 // 32
+    assert step.bubble == pytest.approx((twice.total - step.total) * 3 / (micro_batches * 8))
+    assert _step("pp=4,vp=1,ep=8").bubble > 6 * step.bubble
+    assert _step("ep=8").bubble == 0
+
+
+def test_no_time_exceeds_the_peak() -> None:
+    """Model FLOPs over all times but that of matrix products alone stay under the peak."""
+    step = _step("pp=4,vp=8,ep=8")
+    flops = LLAMA.flops_per_token(8192, causal=True) * 512 * 8192 / 128
+    assert flops / (step.gemm + step.attention) < 989e12
+
+
+@pytest.mark.parametrize(
+    ("more", "less"),
+    [
+        ("tp=2,pp=4,vp=8,ep=8", "pp=4,vp=8,ep=8"),
+        ("tp=4,pp=4,vp=8,ep=8", "tp=2,pp=4,vp=8,ep=8"),
+        ("pp=4,vp=8,ep=8,etp=2", "pp=4,vp=8,ep=8"),
+    ],
+)
+def test_cutting_more_costs_traffic(more: str, less: str) -> None:
+    assert _step(more).nvlink > _step(less).nvlink
+
+
+def test_experts_over_several_nodes_use_the_network() -> None:
+    inside, outside = _step("pp=4,ep=8"), _step("pp=4,ep=8,etp=4")
+    assert outside.network > 2 * inside.network
+
+
+def test_what_is_dropped_is_not_computed() -> None:
+    even, uneven = _step("ep=8"), _step("ep=8", capacity_factor=None, pad=False)
+    assert uneven.gemm > even.gemm  # the others wait for the busiest rank
+    assert _step("ep=8", capacity_factor=0.5).gemm < even.gemm
+    assert _step("ep=8", capacity_factor=2.0, pad=True).gemm > 1.5 * even.gemm
+
+
+def test_recomputation_costs_time() -> None:
+    times = [_step("pp=4,vp=8,ep=8", recompute=kind).total for kind in ("none", "moe", "full")]
+    assert times == sorted(times)
+    assert times[2] / times[0] == pytest.approx(4 / 3, abs=0.05)
+
+
+def test_fp8_and_faster_cards_are_faster() -> None:
+    layout = parse_layout("pp=4,vp=8,ep=8", 128)
+    h100 = _step("pp=4,vp=8,ep=8").total
+    assert _step("pp=4,vp=8,ep=8", precision="fp8-delayed").total < h100
+    assert ThroughputModel(LLAMA, known_gpu("b200"), Machine()).step(layout, WORK).total < h100
+    assert ThroughputModel(LLAMA, known_gpu("a100"), Machine()).step(layout, WORK).total > 2 * h100
