@@ -37,8 +37,8 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
     Returns:
         `evaluation` (model -> metric -> value, stderr), `step0` (parent against step 0, item by item, and `logits`
         from the receipt), `paired` (`B_minus_A` -> metric -> difference; groups of tasks stand for their tasks),
-        `training` (stage -> first and last losses, tokens, seconds, expert load), `receipt` and `online_receipt`
-        (without the list of parameters), `evaluation_settings`, `stage_seconds` and `environment`.
+        `training` (stage -> first and last losses, tokens, seconds, expert load, routers), `receipt` and
+        `online_receipt` (without the list of parameters), `evaluation_settings`, `stage_seconds` and `environment`.
 
     Raises:
         UpcycleError: two models were evaluated on different items.
@@ -100,7 +100,22 @@ def summarise_curve(curve: Curve) -> dict[str, Any]:
     }
     if loads := [line["expert_load"] for line in curve.steps if line.get("expert_load")]:
         summary["expert_load"] = {"first": summarise_load(loads[0]), "last": summarise_load(loads[-1])}
+    if routers := [line["router"] for line in curve.steps if line.get("router")]:
+        summary["router"] = {"first": summarise_router(routers[0]), "last": summarise_router(routers[-1])}
+    summary |= {key: last[key] for key in ("tflops_per_gpu", "mfu", "memory_gib", "memory_share") if key in last}
     return summary
+
+
+def summarise_router(router: dict[str, list[float | None]]) -> dict[str, float]:
+    """Sum up one step's `router` of `metrics.jsonl`: the mean of the layers, of dead experts their number.
+
+    Args:
+        router: for each name one value a layer; None for a layer without experts.
+    """
+    known = {name: [value for value in values if value is not None] for name, values in router.items()}
+    return {
+        name: sum(values) / (1 if name == "dead_experts" else len(values)) for name, values in known.items() if values
+    }
 
 
 def summarise_load(load_LE: list[list[float]]) -> dict[str, float]:

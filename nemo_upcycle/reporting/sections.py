@@ -163,6 +163,16 @@ def training(results: dict[str, Any]) -> str:
     )
 
 
+#: What the report says of the routers, beside the load: a name of `metrics.jsonl` and its title.
+_ROUTER_ROWS = {
+    "load_entropy": "entropy of the load over that of perfect balance",
+    "dead_experts": "dead experts, all layers (less than 1 % of a balanced share)",
+    "dropped": "dropped, as a part of the wanted slots",
+    "load_balancing_loss": "load-balancing loss without its coefficient (1: balanced)",
+    "expert_distance": "distance of the experts from their mean, relative (0: copies)",
+}
+
+
 def expert_load(results: dict[str, Any]) -> str:
     """Return how evenly the experts were used; nothing where none were counted."""
     load = results["training"]["pretrain"].get("expert_load")
@@ -173,6 +183,12 @@ def expert_load(results: dict[str, Any]) -> str:
         for name, key in (("least used expert of any layer", "min"), ("most used expert of any layer", "max"))
     ]
     rows.append(["coefficient of variation, mean of the layers", *(f"{load[s]['cv']:.3f}" for s in ("first", "last"))])
+    router = results["training"]["pretrain"].get("router", {"first": {}, "last": {}})
+    rows += [
+        [title, *(f"{router[step][key]:.4g}" if key in router[step] else "-" for step in ("first", "last"))]
+        for key, title in _ROUTER_ROWS.items()
+        if key in router["first"] | router["last"]
+    ]
     return "\n\n".join(
         [
             "## Expert load",

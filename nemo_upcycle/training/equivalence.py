@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -108,7 +108,7 @@ def megatron_logits(model: torch.nn.Module, tokens_BS: torch.Tensor) -> torch.Te
 def _layer_outputs(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
     """Collect what every layer hands on, in order."""
     outputs: list[torch.Tensor] = []
-    layers: Any = model.decoder.layers
+    layers = cast("Any", model).decoder.layers
     hooks = [layer.register_forward_hook(lambda *call: outputs.append(call[-1][0].detach())) for layer in layers]
     try:
         yield outputs

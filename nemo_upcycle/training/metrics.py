@@ -1,13 +1,14 @@
-"""One line of metrics per training step, for people on the console and for the report as JSON lines.
+"""One line of metrics per training step: for people on the console, for the report as JSON lines, for TensorBoard.
 
-Works the same on every layout: each step ends with one small all-reduce in which all ranks take part.
+Works the same on every layout: each step ends with one small reduction in which all ranks take part (`router_health`),
+and only the first rank waits for it.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,89 +18,90 @@ from lightning.pytorch.callbacks import Callback
 from nemo.utils.app_state import AppState
 
 from nemo_upcycle.progress import duration, show_messages
-
-
-class ExpertLoad:
-    """Counts, for every MoE layer of the whole model, how many token slots each expert was given.
-
-    Args:
-        chunks: this rank's Megatron chunks.
-        num_layers: layers of the whole model.
-        num_experts: E.
-    """
-
-    def __init__(self, chunks: list[torch.nn.Module], num_layers: int, num_experts: int) -> None:
-        self._counts_LE: torch.Tensor = torch.zeros(num_layers, num_experts, dtype=torch.float64)
-        for chunk in chunks:
-            for name, module in chunk.named_modules():
-                if re.fullmatch(r"(module\.)*decoder\.layers\.\d+\.mlp\.router", name):
-                    module.register_forward_hook(self._counter(module.layer_number - 1))
-
-    def _counter(self, layer: int) -> Any:
-        def count(module: torch.nn.Module, inputs: Any, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
-            if module.training:
-                routing_map_TE = outputs[1]
-                self._counts_LE = self._counts_LE.to(routing_map_TE.device)
-                self._counts_LE[layer] += routing_map_TE.sum(dim=0)
-
-        return count
-
-    def take(self) -> list[list[float]]:
-        """Return every expert's share of the token slots since the last call, [L][E], summed over all ranks."""
-        counts_LE = self._counts_LE.clone()
-        self._counts_LE.zero_()
-        torch.distributed.all_reduce(counts_LE)
-        shares_LE = counts_LE / counts_LE.sum(dim=1, keepdim=True).clamp(min=1)
-        return [[round(share, 5) for share in row] for row in shares_LE.tolist()]
+from nemo_upcycle.training.flops import Throughput, architecture_of, memory_gib, peaks_of
+from nemo_upcycle.training.router_health import RouterHealth, shares, sum_over_ranks
 
 
 class MetricsLogger(Callback):
-    """Writes `metrics.jsonl` beside the run's logs and a line with an ETA to the console, on the first rank.
+    """Logs every step, on the first rank: `metrics.jsonl` beside the run's logs, a line with an ETA on the console.
+
+    A step's line holds `step`, `loss`, `grad_norm`, `lr`, `tokens`, `seconds`; the rates of `Throughput.of`;
+    `memory_gib` (the most that any rank has held) and `memory_share` of its card; and, of an MoE model,
+    `expert_load` ([L][E], each expert's share of its layer's token slots) and `router` (`RouterHealth.describe`, one
+    number a layer). The same numbers go to the trainer's own loggers, TensorBoard for one: of layers their mean at
+    every step, and each of them every `trainer.log_every_n_steps` steps.
 
     Args:
         filename: name of the file, inside the run's log folder.
+        gpu: the card that MFU is stated for, as in `peaks_of`; None asks the driver, and states none without it.
+        expert_distance_every: steps between two looks at the experts' weights; the first and the last step have one.
+
+    Example:
+        >>> recipe.trainer.callbacks.append(run.Config(MetricsLogger, gpu="h100"))  # doctest: +SKIP
     """
 
-    def __init__(self, filename: str = "metrics.jsonl") -> None:
+    def __init__(
+        self, filename: str = "metrics.jsonl", gpu: str | None = None, expert_distance_every: int = 100
+    ) -> None:
         self.filename = filename
-        self._load: ExpertLoad | None = None
+        self.gpu = gpu
+        self.expert_distance_every = expert_distance_every
+        self._health: RouterHealth | None = None
+        self._throughput: Throughput | None = None
         self._start_s = self._last_s = 0.0
         self._first_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the routers and start the clock."""
-        chunks = _megatron(trainer.strategy)
         config: Any = pl_module.config
         if config.num_moe_experts:
-            self._load = ExpertLoad(chunks, config.num_layers, config.num_moe_experts)
-        self._start_s = self._last_s = time.monotonic()
-        self._first_step = trainer.global_step
+            self._health = RouterHealth(_megatron(trainer.strategy), config)
         if torch.distributed.get_rank() == 0:
             _move_logs_only()
             _keep_until(self._path(), trainer.global_step)
+            self._throughput = self._rates(trainer, pl_module)
+            show_messages().info("%s", self._throughput.describe())
+        self._start_s = self._last_s = time.monotonic()
+        self._first_step = trainer.global_step
+
+    def _rates(self, trainer: Any, pl_module: Any) -> Throughput:
+        config = pl_module.config
+        gpu = self.gpu or (torch.cuda.get_device_name() if torch.cuda.is_available() else "")
+        architecture = architecture_of(config, config.vocab_size or pl_module.tokenizer.vocab_size)
+        sequence = trainer.datamodule.data_sampler.seq_len
+        return Throughput(architecture, sequence, torch.distributed.get_world_size(), peaks_of(gpu))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write the step's line."""
-        load = self._load.take() if self._load else None
-        if torch.distributed.get_rank() != 0:
+        step = trainer.global_step
+        due = step in (1, trainer.max_steps) or step % self.expert_distance_every == 0
+        parts = self._health.local(with_experts=due) if self._health else {}
+        summed = sum_over_ranks(parts | {"memory": _own_memory()})
+        if summed is None:
             return
+        assert self._throughput is not None
         now_s = time.monotonic()
         sampler = pl_module.trainer.datamodule.data_sampler  # type: ignore[attr-defined]
         step_tokens = sampler.global_batch_size * sampler.seq_len
         line: dict[str, Any] = {
-            "step": trainer.global_step,
+            "step": step,
             "loss": _number(trainer.callback_metrics.get("reduced_train_loss")),
             "grad_norm": _number(trainer.callback_metrics.get("grad_norm")),
-            "lr": _number(trainer.callback_metrics.get("lr")),
-            "tokens": trainer.global_step * step_tokens,
+            "lr": _number(trainer.callback_metrics.get("lr"), 12),
+            "tokens": step * step_tokens,
             "seconds": round(now_s - self._last_s, 3),
-            "tokens_per_s": round(step_tokens / max(now_s - self._last_s, 1e-9), 1),
+            **self._throughput.of(step_tokens, now_s - self._last_s),
+            **_most_memory(summed["memory"]),
         }
         self._last_s = now_s
         self._say(line, trainer.max_steps, now_s)
-        self._append(line | ({"expert_load": load} if load else {}))
+        if self._health:
+            line["expert_load"] = [[round(share, 5) for share in row] for row in shares(summed["counts"]).tolist()]
+            line["router"] = self._health.describe(summed)
+        self._append(line)
+        self._log(trainer, line)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the validation loss."""
@@ -116,17 +118,32 @@ class MetricsLogger(Callback):
         with self._path().open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")
 
+    def _log(self, trainer: pl.Trainer, line: dict[str, Any]) -> None:
+        """Hand the line to TensorBoard and its like; what NeMo logs there itself is left to NeMo."""
+        rates = {name: line[name] for name in line if name.startswith(("tokens_per_s", "tflops", "mfu", "memory"))}
+        scalars = dict(_flat(rates))
+        every_layer = line["step"] % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        for name, values in line.get("router", {}).items():
+            layers = {layer: value for layer, value in enumerate(values) if value is not None}
+            scalars[f"router/{name}"] = sum(layers.values()) / len(layers)
+            if every_layer:
+                scalars |= {f"router_layers/{name}/{layer:03d}": value for layer, value in layers.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=line["step"])
+
     def _say(self, line: dict[str, Any], max_steps: int, now_s: float) -> None:
         done = line["step"] - self._first_step
         left_s = (now_s - self._start_s) / max(done, 1) * (max_steps - line["step"])
+        mfu = line.get("mfu", {}).get("bf16")
         show_messages().info(
-            "step %d/%d  loss %s  grad norm %s  lr %s  %.0f tokens/s  ETA %s",
+            "step %d/%d  loss %s  grad norm %s  lr %s  %.0f tokens/s%s  ETA %s",
             line["step"],
             max_steps,
             _short(line["loss"], ".4f"),
             _short(line["grad_norm"], ".3f"),
             _short(line["lr"], ".2e"),
             line["tokens_per_s"],
+            f"  MFU {100 * mfu['full']:.1f} % of BF16 (full attention)" if mfu else "",
             duration(left_s),
         )
 
@@ -134,6 +151,28 @@ class MetricsLogger(Callback):
 def _megatron(strategy: Any) -> list[torch.nn.Module]:
     """Return this rank's chunks of a NeMo Megatron strategy."""
     return list(strategy.megatron_parallel)
+
+
+def _own_memory() -> torch.Tensor:
+    """Return GiB held and GiB of the card in this rank's row of [ranks, 2]; in a sum each rank has its own."""
+    memory = torch.zeros(torch.distributed.get_world_size(), 2, dtype=torch.float64)
+    held, card = memory_gib()
+    memory[torch.distributed.get_rank()] = torch.tensor([held, card or 0.0])
+    return memory
+
+
+def _most_memory(memory: torch.Tensor) -> dict[str, Any]:
+    held, card = memory[memory[:, 0].argmax()].tolist()
+    return {"memory_gib": round(held, 3)} | ({"memory_share": round(held / card, 4)} if card else {})
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yield `a/b` and its value for what is nested."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
 
 
 def _move_logs_only() -> None:
@@ -153,8 +192,8 @@ def _keep_until(path: Path, step: int) -> None:
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
-def _number(value: Any) -> float | None:
-    return None if value is None else round(float(value), 6)
+def _number(value: Any, digits: int = 6) -> float | None:
+    return None if value is None else round(float(value), digits)
 
 
 def _short(value: float | None, form: str) -> str:

@@ -113,7 +113,10 @@ def alone(runs: Runs) -> list[dict[str, Any]]:
 def test_every_step_has_a_complete_line(runs: Runs, alone: list[dict[str, Any]]) -> None:
     assert [line["step"] for line in alone] == [1, 2, 3, 4, 5, 6]
     for line in alone:
-        assert set(line) == {"step", "loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_s", "expert_load"}
+        assert set(line) == {
+            *("step", "loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_s", "tokens_per_s_per_gpu"),
+            *("tflops_per_gpu", "memory_gib", "expert_load", "router"),
+        }
         assert line["tokens"] == line["step"] * BATCH * SEQUENCE
         assert line["tokens_per_s"] == pytest.approx(BATCH * SEQUENCE / line["seconds"], rel=0.05)
         assert line["loss"] > 0

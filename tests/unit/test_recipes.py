@@ -12,10 +12,15 @@ import pytest
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import SpecError
+from tests.golden import GOLDEN, golden_path, text_of
 
 
-NAMES = ("llama3_8b_e8t2", "smollm2_135m_dense_ct", "smollm2_135m_e8t2")
-UPCYCLED = ("llama3_8b_e8t2", "smollm2_135m_e8t2")
+BIG = ("llama3_8b", "llama31_8b", "llama3_70b")
+UPCYCLED = ("smollm2_135m_e8t2", *(f"{base}_e8t2" for base in BIG))
+NAMES = (*UPCYCLED, "smollm2_135m_dense_ct", *(f"{base}_dense_ct" for base in BIG))
+ABLATIONS = sorted((Path(__file__).parents[2] / "conf/ablations").glob("*.yaml"))
+#: Tokens of a step of the H100 recipes.
+STEP_TOKENS = 512 * 8192
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,8 @@ def test_importing_the_package_registers_every_factory(recipes: Any) -> None:
         module = getattr(recipes, name)
         assert name == module.NAME
         assert resolve_factory(pretrain, name) is module.pretrain_recipe
-        assert resolve_factory(pl.LightningModule, name) is module.model
+        if "llama" not in name or "dense" not in name:  # these models are NeMo's own
+            assert resolve_factory(pl.LightningModule, name) is module.model
         for attribute in ("model", "trainer", "pretrain_recipe"):
             assert getattr(module, attribute).__doc__
     assert resolve_factory(pipeline, "smollm2_135m_e8t2") is recipes.smollm2_135m_e8t2.pipeline_recipe
@@ -65,6 +71,7 @@ def test_llama3_8b_e8t2_has_the_papers_numbers(recipes: Any) -> None:
     assert config.moe_expert_capacity_factor == 4.0
     assert config.moe_aux_loss_coeff == 0.01
     assert recipe.data.seq_length == 8192
+    assert fdl.build(recipe.data.tokenizer).vocab_size == 128_256
     assert recipe.optim.config.lr == 3e-5
     assert recipe.optim.lr_scheduler.min_lr == 3e-7
     assert recipe.optim.lr_scheduler.warmup_steps == 100
@@ -72,6 +79,151 @@ def test_llama3_8b_e8t2_has_the_papers_numbers(recipes: Any) -> None:
     assert spec_of(recipe) == UpcycleSpec(num_experts=8, top_k=2)
     assert recipe.resume.restore_config.path == "hf://meta-llama/Meta-Llama-3-8B"
     check_recipe(recipe)
+    assert recipe.trainer.plugins.grad_reduce_in_fp32 is True
+    assert (recipe.log.ckpt.save_top_k, recipe.log.ckpt.save_last, recipe.log.ckpt.every_n_train_steps) == (
+        0,
+        True,
+        1000,
+    )
+
+
+def test_the_fast_run_has_the_layout_of_the_papers_fastest_row(recipes: Any) -> None:
+    from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
+
+    recipe = recipes.llama3_8b_e8t2.pretrain_recipe(performance_mode=True, num_nodes=16)
+    strategy, config = recipe.trainer.strategy, recipe.model.config
+    assert (strategy.tensor_model_parallel_size, strategy.context_parallel_size) == (1, 2)
+    assert (strategy.expert_model_parallel_size, strategy.expert_tensor_parallel_size) == (8, 1)
+    assert (strategy.pipeline_model_parallel_size, strategy.virtual_pipeline_model_parallel_size) == (4, 8)
+    assert strategy.sequence_parallel is False
+    assert (config.moe_expert_capacity_factor, config.moe_pad_expert_input_to_capacity) == (1.0, True)
+    assert config.recompute_granularity is None
+    assert recipe.trainer.plugins.grad_reduce_in_fp32 is True
+    assert [item for item in recipe.trainer.callbacks if item.__fn_or_cls__ is MegatronCommOverlapCallback]
+
+
+@pytest.mark.parametrize("base", BIG)
+@pytest.mark.parametrize("name", ["delayed", "tensorwise", "current", "blockwise"])
+def test_an_fp8_run_names_its_recipe_everywhere(recipes: Any, base: str, name: str) -> None:
+    recipe = getattr(recipes, f"{base}_e8t2").pretrain_recipe(fp8_recipe=name)
+    config, precision = recipe.model.config, recipe.trainer.plugins
+    assert precision.fp8_recipe == config.fp8_recipe == {"current": "tensorwise"}.get(name, name)
+    assert precision.fp8 == config.fp8 == "hybrid"
+    assert precision.fp8_param_gather is False  # upcycling fills weights in bfloat16
+    assert config.moe_router_padding_for_fp8 is True
+    assert precision.grad_reduce_in_fp32 is True
+
+
+KNOBS = {
+    "capacity_factor": (2.0, "model.config.moe_expert_capacity_factor", 2.0),
+    "router_order": ("softmax_topk", "model.config.moe_router_pre_softmax", True),
+    "scale_output": (False, "resume.restore_config.spec.output_scale", "none"),
+    "dispatcher": ("deepep", "model.config.moe_token_dispatcher_type", "flex"),
+    "recompute_moe_steps": (0, "model.config.recompute_granularity", None),
+    "tensor_parallelism": (4, "trainer.strategy.tensor_model_parallel_size", 4),
+    "pipeline_parallelism": (2, "trainer.strategy.pipeline_model_parallel_size", 2),
+    "virtual_pipeline_parallelism": (1, "trainer.strategy.virtual_pipeline_model_parallel_size", None),
+    "context_parallelism": (4, "trainer.strategy.context_parallel_size", 4),
+    "expert_parallelism": (4, "trainer.strategy.expert_model_parallel_size", 4),
+    "expert_tensor_parallelism": (2, "trainer.strategy.expert_tensor_parallel_size", 2),
+}
+
+
+@pytest.mark.parametrize("base", BIG)
+@pytest.mark.parametrize("knob", KNOBS)
+def test_every_argument_changes_its_setting_also_in_the_fast_run(recipes: Any, base: str, knob: str) -> None:
+    value, path, expected = KNOBS[knob]
+    fast = {"pad_to_capacity": False} if knob == "dispatcher" else {}
+    for arguments in ({}, {"performance_mode": True, **fast}):
+        setting: Any = getattr(recipes, f"{base}_e8t2").pretrain_recipe(**arguments, **{knob: value})
+        for name in path.split("."):
+            setting = getattr(setting, name)
+        assert setting == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"fp8_recipe": "blokwise"}, "Did you mean 'blockwise'"),
+        ({"dispatcher": "alltoal"}, "Did you mean 'alltoall'"),
+        ({"router_order": "topk"}, "Valid: softmax_topk, topk_softmax"),
+        ({"pad_to_capacity": True}, "every expert would compute every token"),
+        ({"pad_to_capacity": True, "capacity_factor": 0.0}, "expected False without a capacity"),
+        ({"performance_mode": True, "dispatcher": "deepep"}, "expected alltoall with pad_to_capacity"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(recipes: Any, arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        recipes.llama3_8b_e8t2.pretrain_recipe(**arguments)
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_an_ablation_is_a_recipe_with_27b_tokens(recipes: Any, path: Path) -> None:
+    """As `nemo llm pretrain --yaml FILE` reads it."""
+    from nemo.collections.llm.api import pretrain
+    from nemo_run.cli.lazy import LazyEntrypoint
+
+    from nemo_upcycle.pipeline.recipes_io import check_recipe, spec_of
+    from nemo_upcycle.training.flops import architecture_of
+
+    recipe = LazyEntrypoint(pretrain, yaml=str(path)).resolve()
+    check_recipe(recipe)
+    assert recipe.log.name == path.stem
+    assert recipe.trainer.num_nodes == 16
+    tokens = recipe.trainer.max_steps * STEP_TOKENS
+    if path.stem == "dense_ct_equal_flops":
+        dense, moe = (
+            architecture_of(getattr(recipes, name).model().config, 128_256).flops_per_token(8192, causal=False)
+            for name in ("llama3_8b_dense_ct", "llama3_8b_e8t2")
+        )
+        tokens *= dense / moe
+    assert tokens == pytest.approx(27e9, rel=2e-4)
+    capacities = {"capacity_1": 1.0, "capacity_2": 2.0, "dropless": None}
+    if not path.stem.startswith("dense"):
+        config, spec = recipe.model.config, spec_of(recipe)
+        assert config.moe_expert_capacity_factor == capacities.get(path.stem, 4.0)
+        assert config.moe_pad_expert_input_to_capacity is (path.stem == "capacity_1")
+        assert spec.router_order == ("softmax_topk" if "router" in path.stem else "topk_softmax")
+        assert spec.down_scale == (4.0 if path.stem == "router_st_scaled" else 1.0)
+
+
+def test_the_ablations_of_the_paper_are_there() -> None:
+    assert {path.stem for path in ABLATIONS} >= {
+        *("capacity_1", "capacity_2", "capacity_4", "dropless", "router_st", "dense_ct")
+    }
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_a_recipes_configuration_is_the_reviewed_one(name: str) -> None:
+    """After a wanted change: `python -m tests.golden`, and read the difference."""
+    assert text_of(name) == golden_path(name).read_text(encoding="utf-8")
+
+
+def test_every_recipe_has_a_golden_file() -> None:
+    assert {recipe for recipe, _ in GOLDEN.values()} == set(NAMES)
+    assert {path.stem for path in golden_path("x").parent.glob("*.yaml")} == set(GOLDEN)
+
+
+@pytest.mark.parametrize("base", BIG)
+def test_the_recipe_builds_without_a_gpu(recipes: Any, base: str) -> None:
+    """All but the trainer's devices; Megatron's own checks accept the model, in FP8 as well."""
+    from nemo_upcycle.training.cpu import use_cpu_backend
+
+    use_cpu_backend()
+    for name, arguments in (
+        (f"{base}_e8t2", {"performance_mode": True, "fp8_recipe": "blockwise"}),
+        (f"{base}_dense_ct", {}),
+    ):
+        recipe = getattr(recipes, name).pretrain_recipe(**arguments)
+        recipe.trainer.accelerator, recipe.trainer.devices, recipe.trainer.num_nodes = "cpu", 1, 1
+        config = fdl.build(recipe.model.config)
+        assert config.hidden_size == (8192 if base == "llama3_70b" else 4096)
+        assert bool(config.num_moe_experts) is name.endswith("e8t2")
+        assert getattr(config, "scale_factor", None) == (8.0 if base == "llama31_8b" else None)
+        assert config.seq_length == recipe.data.seq_length == 8192
+        trainer = fdl.build(recipe.trainer)
+        assert trainer.strategy.pipeline_model_parallel_size == recipe.trainer.strategy.pipeline_model_parallel_size
+        fdl.build(recipe.optim)
 
 
 def test_built_llama3_8b_e8t2_is_llama_3_8b_with_experts(recipes: Any) -> None:

@@ -189,3 +189,22 @@ def test_a_group_of_tasks_stands_for_its_tasks(run_dir: Path) -> None:
     found = rows(write_report(run_dir))
     assert "acc (all)" in found
     assert "acc (quiz)" not in found
+
+
+def test_the_routers_stand_beside_the_load(run_dir: Path) -> None:
+    """Means of the layers that have experts, dead experts counted; what was not measured at a step is a dash."""
+    path = run_dir / "pretrain/metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    steps[0]["router"] = {
+        "dead_experts": [1, 2, None],
+        "dropped": [0.0, 0.5, None],
+        "expert_distance": [0.25, 0.75, None],
+    }
+    steps[-1]["router"] = {"dead_experts": [0, 0, None], "dropped": [0.0, 0.125, None]}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_report(run_dir)
+    found = rows(run_dir / "report.md")
+    assert found["dead experts, all layers (less than 1 % of a balanced share)"] == ["3", "0"]
+    assert found["dropped, as a part of the wanted slots"] == ["0.25", "0.0625"]
+    assert found["distance of the experts from their mean, relative (0: copies)"] == ["0.5", "-"]

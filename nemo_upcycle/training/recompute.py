@@ -1,0 +1,43 @@
+"""Recompute the MoE layers in the first steps only, while the routers are still unbalanced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from megatron.core.transformer.moe.moe_layer import MoELayer
+
+
+class RecomputeFirstSteps(Callback):
+    """Ends the recomputation of MoE layers after some steps.
+
+    An expert holds what its tokens need for the backward pass, so an unbalanced router can take many times the memory
+    of a balanced one, and fresh routers are unbalanced (practice 5 of arXiv 2412.09952, section 3.2). Recomputing
+    costs the forward pass of the MoE layers once more and changes no number. What a step does depends on its number
+    alone, so a resumed run goes on as it would have.
+
+    Args:
+        steps: how many steps recompute. The model's configuration must ask for it: `recompute_granularity="selective"`
+            with `moe` among the `recompute_modules`.
+
+    Example:
+        >>> recipe.trainer.callbacks.append(run.Config(RecomputeFirstSteps, steps=500))  # doctest: +SKIP
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self._layers: list[MoELayer] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the layers that recompute."""
+        strategy: Any = trainer.strategy
+        modules = (module for chunk in strategy.megatron_parallel for module in chunk.modules())
+        self._layers = [module for module in modules if isinstance(module, MoELayer) and module.moe_layer_recompute]
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Recompute or not, as the step's number says."""
+        for layer in self._layers:
+            layer.moe_layer_recompute = trainer.global_step < self.steps

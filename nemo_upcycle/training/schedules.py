@@ -1,0 +1,136 @@
+"""How router and experts are trained differently from the rest, as plain functions of the global step.
+
+Nothing is remembered from one step to the next: a run that resumes has the values of one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from nemo_upcycle.errors import SpecError, problem, unknown
+
+
+ROUTER, EXPERTS, REST = "router", "experts", "rest"
+SHAPES = ("cosine", "linear")
+FREEZES = ("experts", "all")
+
+
+def part_of(name: str) -> str:
+    """Return whether a Megatron parameter belongs to a router, to a routed expert or to the rest.
+
+    A shared expert sees every token, as a dense layer does, so it counts as the rest.
+
+    Example:
+        >>> part_of("decoder.layers.0.mlp.experts.linear_fc1.weight3")
+        'experts'
+    """
+    found = re.search(r"\.mlp\.(router|experts)\.", name)
+    return found.group(1) if found else REST
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRateFactors:
+    """Factors on the scheduled learning rate, for each part of the model and each step.
+
+    factor(part, step) = 0 while the part is frozen (step < warmup_steps), else the part's multiplier; 1 for the rest.
+    With decoupled weight decay (AdamW) an update is lr * (Adam's direction + decay * weight): the factor acts on the
+    decay too, and 0 leaves a weight exactly as it is.
+
+    Args:
+        router: multiplier of the router's learning rate.
+        experts: multiplier of the routed experts' learning rate.
+        warmup_steps: optimizer steps at the start in which something is frozen; 0 for none.
+        freezes: what is frozen in these steps: `experts`, or `all` but the router.
+
+    Raises:
+        SpecError: a value is out of range or unknown.
+
+    Example:
+        >>> factors = LearningRateFactors(router=4.0, warmup_steps=100)
+        >>> factors.of("router", 0), factors.of("experts", 99), factors.of("experts", 100)
+        (4.0, 0.0, 1.0)
+    """
+
+    router: float = 1.0
+    experts: float = 1.0
+    warmup_steps: int = 0
+    freezes: str = "experts"
+
+    def __post_init__(self) -> None:
+        _check_number("router_lr_mult", self.router)
+        _check_number("expert_lr_mult", self.experts)
+        _check_steps("router_warmup_steps", self.warmup_steps)
+        if self.freezes not in FREEZES:
+            raise SpecError(unknown("router_warmup_freezes", str(self.freezes), FREEZES))
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether every factor is 1 at every step."""
+        return self.router == self.experts == 1 and self.warmup_steps == 0
+
+    def of(self, part: str, step: int) -> float:
+        """Return the factor of a part for the optimizer step that follows `step` finished ones."""
+        if step < self.warmup_steps and (part == EXPERTS or (part == REST and self.freezes == "all")):
+            return 0.0
+        return {ROUTER: self.router, EXPERTS: self.experts, REST: 1.0}[part]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anneal:
+    """A value that goes from `start` to `end` within `steps` steps and stays there.
+
+    With t = min(step / steps, 1): linear is start + (end - start) * t; cosine has (1 - cos(pi t)) / 2 in place of t.
+
+    Args:
+        start: value of the first step (step 0).
+        end: value from step `steps` on.
+        steps: optimizer steps from the one to the other; 0 keeps `start`.
+        shape: `cosine` or `linear`.
+
+    Raises:
+        SpecError: a value is out of range or unknown, or there is an end without steps.
+
+    Example:
+        >>> Anneal(start=0.01, end=0.0, steps=4, shape="linear").at(1)
+        0.0075
+    """
+
+    start: float
+    end: float = 0.0
+    steps: int = 0
+    shape: str = "cosine"
+
+    def __post_init__(self) -> None:
+        _check_number("moe_aux_loss_coeff", self.start)
+        _check_number("aux_loss_end", self.end)
+        _check_steps("aux_loss_steps", self.steps)
+        if self.shape not in SHAPES:
+            raise SpecError(unknown("aux_loss_shape", str(self.shape), SHAPES))
+        if self.end and not self.steps:
+            fix = "set optim.aux_loss_steps, or leave optim.aux_loss_end at 0"
+            raise SpecError(problem("aux_loss_steps", got=0, expected=f"1 or more, to reach {self.end}", fix=fix))
+
+    def at(self, step: int) -> float:
+        """Return the value for the step that follows `step` finished ones."""
+        if not self.steps or step <= 0:
+            return self.start
+        if step >= self.steps:
+            return self.end
+        share = step / self.steps
+        if self.shape == "cosine":
+            share = (1 - math.cos(math.pi * share)) / 2
+        return self.start + (self.end - self.start) * share
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise SpecError(problem(name, got=value, expected="a number, 0 or more", fix=f"set {name} to such a number"))
+
+
+def _check_steps(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise SpecError(
+            problem(name, got=value, expected="a whole number, 0 or more", fix=f"set {name} to a number of steps")
+        )

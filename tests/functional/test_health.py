@@ -1,0 +1,227 @@
+"""Router health and throughput in real NeMo jobs: the same numbers on every layout, and no rank waits for another."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from tests.distributed.ranks import run_ranks
+from tests.functional.tiny import BATCH, EXPERTS, LAYERS, SEQUENCE, prepare, shrink
+
+
+pytestmark = pytest.mark.slow
+TOP_K, STEPS = 2, 3
+PER_STEP = {
+    "load_min",
+    "load_max",
+    "load_cv",
+    "load_entropy",
+    "dead_experts",
+    "dropped",
+    "load_balancing_loss",
+}
+LAYOUTS = [
+    (2, {"pp": 2}),
+    (2, {"pp": 2, "vp": 2}),
+    (2, {"ep": 2}),
+    (2, {"tp": 2}),
+    (2, {}),
+    (4, {"tp": 2, "ep": 2, "etp": 2}),
+    (4, {"pp": 2, "ep": 2}),
+]
+
+
+class Witness(pl.Callback):
+    """Counts on its own what one rank's routers decide, and sees which layers recompute."""
+
+    def __init__(self) -> None:
+        self.slots: list[torch.Tensor] = []
+        self.losses: list[float] = []
+        self.recomputed: list[bool] = []
+        self._routed: list[tuple[int, torch.Tensor]] = []
+        self._balanced: list[float] = []
+
+    def on_train_start(self, trainer: Any, *_: Any) -> None:
+        from megatron.core.transformer.moe import router
+
+        balance = router.switch_load_balancing_loss_func
+
+        def listen(**kwargs: Any) -> torch.Tensor:
+            loss = balance(**kwargs)
+            self._balanced.append(float(loss) / kwargs["moe_aux_loss_coeff"])
+            return loss
+
+        router.switch_load_balancing_loss_func = listen
+        self._layers = [module for module in trainer.strategy.megatron_parallel.modules() if hasattr(module, "router")]
+        for layer, module in enumerate(self._layers):
+            module.router.register_forward_hook(lambda *call, layer=layer: self._routed.append((layer, call[-1][1])))
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        counts_LE = torch.zeros(LAYERS, EXPERTS)
+        for layer, map_TE in self._routed:
+            counts_LE[layer] += map_TE.sum(dim=0)
+        self.slots.append(counts_LE)
+        self.losses.append(sum(self._balanced) / len(self._balanced))
+        self.recomputed.append(all(layer.moe_layer_recompute for layer in self._layers))
+        self._routed.clear()
+        self._balanced.clear()
+
+
+def _rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> Any:
+    """Build the demo's recipe, cut it down, train; return what the witness saw."""
+    import fiddle as fdl
+    import nemo.utils
+    import nemo_run as run
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from nemo_upcycle.pipeline.recipes_io import check_recipe, place_recipe
+    from nemo_upcycle.recipes import smollm2_135m_e8t2
+    from nemo_upcycle.recipes.h100 import adjust
+    from nemo_upcycle.training.cpu import use_cpu_backend
+
+    use_cpu_backend()
+    nemo.utils.logging.set_verbosity(nemo.utils.logging.ERROR)
+    recipe = smollm2_135m_e8t2.pretrain_recipe(num_gpus_per_node=int(os.environ["WORLD_SIZE"]))
+    shrink(recipe, max_steps=STEPS, checkpoint_every=None)
+    place_recipe(recipe, Path(folder), Path(parent), Path(data))
+    recipe.trainer.strategy.ddp.overlap_param_gather = False  # else a sample may hold weights of the step before
+    recipe.log.tensorboard = run.Config(TensorBoardLogger, save_dir=folder, name="board", version="one")
+    for name, value in options.get("model", {}).items():
+        setattr(recipe.model.config, name, value)
+    if moe_layers := options.get("moe_layers"):
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+        recipe.resume.restore_config.spec.moe_layers = moe_layers
+        recipe.model.config.moe_layer_freq = [int(layer in moe_layers) for layer in range(LAYERS)]
+        spec = run.Partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
+        recipe.model.config.transformer_layer_spec = spec
+    adjust(
+        recipe,
+        tensor_parallelism=options.get("tp", 1),
+        pipeline_parallelism=options.get("pp", 1),
+        virtual_pipeline_parallelism=options.get("vp", 1),
+        expert_parallelism=options.get("ep", 1),
+        expert_tensor_parallelism=options.get("etp", 1),
+        capacity_factor=options.get("capacity"),
+        pad_to_capacity=options.get("pad"),
+        recompute_moe_steps=options.get("recompute"),
+    )
+    check_recipe(recipe)
+    job, witness = fdl.build(recipe), Witness()
+    if options.get("witness"):
+        job.keywords["trainer"].callbacks.append(witness)
+    job()
+    return {"slots": witness.slots, "losses": witness.losses, "recomputed": witness.recomputed}
+
+
+class Jobs:
+    """Jobs of one parent on one corpus."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.parent, self.data = prepare(folder)
+
+    def train(self, name: str, world_size: int = 1, **options: Any) -> tuple[list[dict[str, Any]], Any]:
+        """Train; return the lines of the metrics and what the first rank's witness saw."""
+        paths = (str(self.parent), str(self.data), str(self.folder / name))
+        seen = run_ranks(_rank, world_size, *paths, options, process_group=False)
+        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines], seen[0]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    return Jobs(tmp_path_factory.mktemp("health"))
+
+
+@pytest.fixture(scope="module")
+def alone(jobs: Jobs) -> tuple[list[dict[str, Any]], Any]:
+    return jobs.train("alone", witness=True)
+
+
+def test_counts_and_losses_are_what_the_routers_decide(alone: tuple[list[dict[str, Any]], Any]) -> None:
+    lines, seen = alone
+    assert len(lines) == len(seen["slots"]) == STEPS
+    for line, slots_LE, loss in zip(lines, seen["slots"], seen["losses"], strict=True):
+        assert float(slots_LE.sum()) == LAYERS * BATCH * SEQUENCE * TOP_K
+        for shares, counts_E, low, high in zip(
+            line["expert_load"], slots_LE, line["router"]["load_min"], line["router"]["load_max"], strict=True
+        ):
+            expected = (counts_E / counts_E.sum()).tolist()
+            assert shares == pytest.approx(expected, abs=1e-5)
+            assert (low, high) == pytest.approx((min(expected), max(expected)), abs=1e-5)
+        assert sum(line["router"]["load_balancing_loss"]) / LAYERS == pytest.approx(loss, rel=1e-4)
+        assert line["router"]["dropped"] == [0.0] * LAYERS
+    experts_known = [set(line["router"]) - PER_STEP for line in lines]
+    assert experts_known == [{"expert_distance"}, set(), {"expert_distance"}]
+    first, last = lines[0]["router"]["expert_distance"], lines[-1]["router"]["expert_distance"]
+    assert all(0 < before < after < 1 for before, after in zip(first, last, strict=True))
+
+
+@pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=lambda value: str(value))
+def test_every_layout_says_the_same(
+    jobs: Jobs, alone: tuple[list[dict[str, Any]], Any], world_size: int, layout: dict[str, int]
+) -> None:
+    name = "-".join([str(world_size), *(f"{axis}{size}" for axis, size in layout.items())])
+    lines, _ = jobs.train(name, world_size, **layout)
+    assert len(lines) == STEPS
+    for got, expected in zip(lines, alone[0], strict=True):
+        assert set(got["router"]) == set(expected["router"])
+        for key in ("load_min", "load_max", "dropped"):
+            assert got["router"][key] == pytest.approx(expected["router"][key], abs=5e-3), key
+        for key in ("load_cv", "load_balancing_loss"):
+            assert got["router"][key] == pytest.approx(expected["router"][key], rel=0.02), key
+        if "expert_distance" in expected["router"]:
+            assert got["router"]["expert_distance"] == pytest.approx(expected["router"]["expert_distance"], rel=0.03)
+        assert got["tokens_per_s_per_gpu"] == pytest.approx(got["tokens_per_s"] / world_size, rel=0.01)
+
+
+def test_a_stage_without_routers_keeps_nobody_waiting(jobs: Jobs) -> None:
+    """The second pipeline stage has dense layers only: it has nothing to say and takes part all the same."""
+    lines, _ = jobs.train("dense-stage", 2, pp=2, moe_layers=[0, 1])
+    assert len(lines) == STEPS
+    for line in lines:
+        for values in line["router"].values():
+            assert values[2:] == [None, None]
+            assert None not in values[:2]
+        assert line["expert_load"][2:] == [[0.0] * EXPERTS] * 2
+
+
+def test_recomputation_ends_in_time_and_counts_once(jobs: Jobs, alone: tuple[list[dict[str, Any]], Any]) -> None:
+    lines, seen = jobs.train("recompute", recompute=2, witness=True)
+    assert seen["recomputed"] == [True, True, False]
+    for got, expected in zip(lines, alone[0], strict=True):
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+        assert got["expert_load"] == expected["expert_load"]
+        assert got["router"] == expected["router"]
+
+
+def test_padding_does_not_count_as_load(jobs: Jobs) -> None:
+    dropping, _ = jobs.train("dropping", capacity=0.5)
+    padded, _ = jobs.train("padded", capacity=0.5, pad=True)
+    for got, expected in zip(padded, dropping, strict=True):
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert got["router"]["dropped"] == pytest.approx(expected["router"]["dropped"], abs=5e-3)
+    # Half of the wanted slots fit at the most.
+    assert all(0.5 <= dropped < 0.75 for dropped in dropping[0]["router"]["dropped"])
+
+
+def test_tensorboard_has_it(jobs: Jobs, alone: tuple[list[dict[str, Any]], Any]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = next((jobs.folder / "alone").rglob("events.out.tfevents.*"))
+    board = EventAccumulator(str(events))
+    board.Reload()
+    tags = set(board.Tags()["scalars"])
+    assert {"tokens_per_s", "tflops_per_gpu/full", "tflops_per_gpu/causal", "memory_gib"} <= tags
+    assert {f"router/{name}" for name in PER_STEP | {"expert_distance"}} <= tags
+    assert {f"router_layers/load_cv/{layer:03d}" for layer in range(LAYERS)} <= tags
+    logged = [(event.step, event.value) for event in board.Scalars("router_layers/load_cv/003")]
+    assert logged == [(line["step"], pytest.approx(line["router"]["load_cv"][3], abs=1e-6)) for line in alone[0]]

@@ -1,0 +1,51 @@
+"""Lets real Transformer Engine modules be built without a GPU, in the environment of `make te-env`.
+
+They cannot compute there. But names, shapes, the way they are cut and what fills them do not depend on that: CUDA need
+only seem to be there, as an H100, while they are made.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+
+class _Stream:
+    """In the place of `torch.cuda.Stream`, whose instances are made with the attention and never used here."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+
+_H100 = SimpleNamespace(name="H100", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30)
+_CUDA = {
+    "is_available": lambda: True,
+    "device_count": lambda: 1,
+    "current_device": lambda: torch.device("cpu"),
+    "get_device_capability": lambda device=None: (_H100.major, _H100.minor),
+    "get_device_properties": lambda device=None: _H100,
+    "synchronize": lambda device=None: None,
+    "Stream": _Stream,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cuda_seems_to_be_there() -> Iterator[None]:
+    """Skip without Transformer Engine; put the stand-ins in place only for these modules, and only without CUDA."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        pytest.skip("Transformer Engine is not in this environment: `make test-te` has one with it")
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            cuda = Path(sysconfig.get_path("purelib"), "nvidia", "cu13")
+            if cuda.is_dir():
+                patch.setenv("CUDA_HOME", str(cuda))  # where Transformer Engine looks for NVRTC, and torch for headers
+            patch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")  # Megatron-Core compiles an extension when it is imported
+            for name, stand_in in _CUDA.items():
+                patch.setattr(torch.cuda, name, stand_in)
+        yield
