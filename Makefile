@@ -1,16 +1,18 @@
 # The two commands for a newcomer: `make demo` and `make test`. Both create the environment when it is not there.
 PYTHON ?= python3
 VENV := .venv
+TE_VENV := .venv-te
 BIN := $(VENV)/bin
 RUN_DIR ?= runs/demo
 
-.PHONY: help demo test lint format clean venv
+.PHONY: help demo test lint format clean venv te-env test-te
 
 help:
 	@echo "make demo    upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (about 15 minutes, no GPU)"
 	@echo "make test    all tests that need no GPU"
 	@echo "make lint    format, style, types, import layers, YAML"
 	@echo "make venv    only the environment, in $(VENV)"
+	@echo "make test-te tests with real Transformer Engine modules, in an environment of their own, $(TE_VENV) (no GPU)"
 
 venv: $(VENV)/.complete
 
@@ -26,6 +28,14 @@ demo: venv
 
 test: venv
 	$(BIN)/python -m pytest
+
+te-env: $(TE_VENV)/.complete
+
+$(TE_VENV)/.complete: scripts/te_env.sh
+	PYTHON=$(PYTHON) scripts/te_env.sh $(TE_VENV)
+
+test-te: te-env
+	$(TE_VENV)/bin/python -m pytest tests/te
 
 lint: venv
 	$(BIN)/ruff format --check .
