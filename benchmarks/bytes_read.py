@@ -1,0 +1,132 @@
+"""Bytes that each rank of a 512-GPU job reads to upcycle Llama 3 8B: against what its parameters need.
+
+    python -m benchmarks.bytes_read         # writes benchmarks/results/bytes_read.md
+
+TP2 PP4 VPP8 EP8 on 512 ranks, the paper's layout. The checkpoint is a sparse safetensors file: Llama 3 8B's shapes
+without the disk. Megatron's own modules are built on the meta device, for every rank under a fake process group, and
+the connector's plan for them is read from the file, slice by slice. `needed` are the bytes of the distinct slices;
+`read` is what the source gave; `fetched` the file's blocks that had to be read for it, which for matrices that tensor
+parallelism cuts by columns reach over the other ranks' columns; `node` what eight ranks of a node fetch together, over
+what they need together: the page cache is theirs in common.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from nemo_upcycle import UpcycleSpec, open_dense
+from nemo_upcycle.architecture import architecture_from_config
+from nemo_upcycle.export import hf_shapes
+from nemo_upcycle.hf_folder import safetensors_header
+from nemo_upcycle.placement import Place, filled_bytes, targets_of
+from nemo_upcycle.planning.check import build_rank, megatron_rank
+from nemo_upcycle.planning.layout import Layout
+from nemo_upcycle.progress import track
+from nemo_upcycle.sources.base import DenseSource
+from nemo_upcycle.sources.mapped_files import row_major
+
+
+RESULTS = Path(__file__).parent / "results" / "bytes_read.md"
+LAYOUT = Layout(gpus=512, tp=2, pp=4, vp=8, ep=8)
+LLAMA_3_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "rope_theta": 500000.0,
+}
+Slice = tuple[str, tuple[tuple[int, int], ...]]
+
+
+def write_sparse(folder: Path) -> None:
+    """Write a checkpoint of the right shapes that takes no room on the disk."""
+    shapes = hf_shapes(architecture_from_config(LLAMA_3_8B))
+    header = safetensors_header(list(shapes), shapes, torch.bfloat16)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + sum(math.prod(shape) for shape in shapes.values()) * 2)
+    (folder / "config.json").write_text(json.dumps(LLAMA_3_8B), encoding="utf-8")
+
+
+def slices_of(rank: int, dense: DenseSource, spec: UpcycleSpec) -> Iterator[Slice]:
+    """Yield the slices that a rank reads, in the order in which it does; some might come twice."""
+    arch = dense.architecture
+    made = arch.upcycled(spec)
+    with megatron_rank(LAYOUT, rank):
+        for chunk in build_rank(made, LAYOUT):
+            for target in targets_of(chunk, arch, made, spec, Place.here(), branch_of=lambda copy: 0):
+                yield from filled_bytes(target)
+
+
+def size_bytes(slices: set[Slice]) -> int:
+    """Return the bytes of slices."""
+    return sum(math.prod(stop - start for start, stop in bounds) * 2 for _, bounds in slices)
+
+
+def spans(slices: set[Slice], dense: DenseSource) -> dict[str, set[tuple[int, int]]]:
+    """Return, by tensor, the bytes from the first to the last of every slice."""
+    found: dict[str, set[tuple[int, int]]] = {}
+    for name, bounds in slices:
+        strides = row_major(tuple(dense.shape(name)))
+        first = sum(start * stride for (start, _), stride in zip(bounds, strides, strict=True))
+        last = sum((stop - 1) * stride for (_, stop), stride in zip(bounds, strides, strict=True))
+        found.setdefault(name, set()).add((2 * first, 2 * (last + 1)))
+    return found
+
+
+def union_bytes(found: dict[str, set[tuple[int, int]]]) -> int:
+    """Return the length of the union of spans."""
+    total = 0
+    for ranges in found.values():
+        end = 0
+        for start, stop in sorted(ranges):
+            total += max(0, stop - max(start, end))
+            end = max(end, stop)
+    return total
+
+
+def main() -> None:
+    """Measure every rank, print, and keep the table."""
+    spec = UpcycleSpec(num_experts=8, top_k=2)
+    read_over, fetched_over, node_over, needed_gib = [], [], [], []
+    with TemporaryDirectory() as folder:
+        write_sparse(Path(folder))
+        with open_dense(folder) as dense:
+            together: set[Slice] = set()
+            for rank in track(range(LAYOUT.gpus), "ranks", total=LAYOUT.gpus):
+                before, wanted = dense.bytes_read, set()
+                for name, bounds in slices_of(rank, dense, spec):
+                    wanted.add((name, bounds))
+                    dense.read(name, bounds)
+                needed = size_bytes(wanted)
+                needed_gib.append(needed / 2**30)
+                read_over.append((dense.bytes_read - before) / needed)
+                fetched_over.append(union_bytes(spans(wanted, dense)) / needed)
+                together |= wanted
+                if rank % 8 == 7:
+                    node_over.append(union_bytes(spans(together, dense)) / size_bytes(together))
+                    together = set()
+    rows = [
+        ("needed, GiB a rank", needed_gib),
+        ("read / needed", read_over),
+        ("fetched / needed", fetched_over),
+        ("node: fetched / needed", node_over),
+    ]
+    text = f"`python -m benchmarks.bytes_read`, {LAYOUT}, {LAYOUT.gpus} ranks\n\n| | least | most |\n|---|---:|---:|\n"
+    text += "".join(f"| {name} | {min(values):.4f} | {max(values):.4f} |\n" for name, values in rows)
+    print(text)
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
