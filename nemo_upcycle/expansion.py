@@ -1,14 +1,16 @@
 """The tensors of an upcycled Hugging Face model, made from dense slices and written straight into their files.
 
-A dense slice is read, cast and checked once, in blocks of bounded size, and every block is written to all experts that
-are copies of it: memory does not grow with the model, and nothing is computed twice.
+A dense slice is read, cast and checked once and written to all experts that are copies of it. In a file they lie side
+by side, so that it is written from front to end. Memory does not grow with the model: slices go through in blocks.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -27,8 +29,29 @@ from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.spec import UpcycleSpec
 
 
-#: What is read, cast and written at once.
+#: What is read, cast and written at once; and up to which size a slice is kept for the next copy, not made again.
 BLOCK_BYTES = 32 << 20
+KEPT_BYTES = 512 << 20
+
+
+def dense_slice(
+    hf_name: str, dense: Architecture, made: Architecture
+) -> tuple[str, tuple[tuple[int, int], ...]] | None:
+    """Return name and bounds of the dense slice that a tensor of an upcycled model is made of; None for a router.
+
+    Args:
+        hf_name: the tensor's.
+        dense: the parent's architecture.
+        made: the upcycled model's.
+    """
+    row, part, layer, expert = row_of_hf(hf_name, made)
+    if row.role == "router":
+        return None
+    source, width = row_of(row.dense_role, dense), made.expert_ffn_size or dense.ffn_size
+    first_neuron = expert % (dense.ffn_size // width) * width
+    found = pieces(source, dense, Shard(), shard_shape(row, made, Shard()), first_neuron)
+    bounds = next(piece.source for piece in found if piece.part == part)
+    return source.hf[part].format(layer=layer), bounds
 
 
 @dataclass(frozen=True)
@@ -77,50 +100,41 @@ class Expansion:
         """Return the bytes of the data of these tensors."""
         return sum(torch.Size(self.shapes[name]).numel() for name in names) * self.dtype.itemsize
 
+    def file_order(self, names: list[str]) -> dict[Origin | str, list[str]]:
+        """Return the tensors of a file in the order in which they lie in it, by what they are made of."""
+        found: dict[Origin | str, list[str]] = {}
+        for name in names:
+            found.setdefault(self._origin(name) or name, []).append(name)
+        return found
+
     def header(self, names: list[str]) -> bytes:
         """Return what stands before the data of a file with these tensors."""
-        return safetensors_header(names, self.shapes, self.dtype)
+        ordered = [name for copies in self.file_order(names).values() for name in copies]
+        return safetensors_header(ordered, self.shapes, self.dtype)
 
     def write_file(self, path: Path, names: list[str], line: ProgressLine) -> None:
-        """Write one file, in whatever order the dense slices come, and see that it is on the disk.
+        """Write one file and see that it is on the disk.
 
         Raises:
             CheckpointError: a slice holds NaN, infinity or a number too large for the type.
         """
-        header = self.header(names)
-        place = len(header)
-        copies: dict[Origin, list[tuple[str, int]]] = {}
-        with path.open("wb", buffering=0) as handle:
-            file = handle.fileno()
-            handle.truncate(place + self.size_bytes(names))
-            _put(file, header, 0)
-            for name in names:
-                if origin := self._origin(name):
-                    copies.setdefault(origin, []).append((name, place))
+        with path.open("wb", buffering=0) as file:
+            _write_all(file, self.header(names))
+            for origin, copies in self.file_order(names).items():
+                if isinstance(origin, Origin):
+                    self._write_copies(file, origin, copies)
                 else:
-                    _put(file, _bytes(self._small(name)), place)
-                    line.advance()
-                place += self.size_bytes([name])
-            for origin, places in copies.items():
-                self._write_copies(file, origin, places)
-                line.advance(len(places))
-            os.fsync(file)
+                    _write_all(file, _bytes(self._small(origin)))
+                line.advance(len(copies))
+            os.fsync(file.fileno())
 
     def _origin(self, name: str) -> Origin | None:
         """Return what a tensor is made of; None for a router and for constants."""
-        if name in self._constants:
+        if name in self._constants or (found := dense_slice(name, self.dense.architecture, self.made)) is None:
             return None
-        row, part, layer, expert = row_of_hf(name, self.made)
-        if row.role == "router":
-            return None
-        arch, (copy, shard) = self.dense.architecture, divmod(expert, self.spec.granularity)
-        source = row_of(row.dense_role, arch)
-        first_neuron = shard * (self.made.expert_ffn_size or 0)
-        found = pieces(source, arch, Shard(), shard_shape(row, self.made, Shard()), first_neuron)
-        bounds = next(piece.source for piece in found if piece.part == part)
-        branch = copy % len(self.dense.branches()) if row.is_expert else None
-        factor = output_factor(self.spec, row.role, expert)
-        return Origin(branch, source.hf[part].format(layer=layer), bounds, row.role, factor)
+        row, _, _, expert = row_of_hf(name, self.made)
+        branch = expert // self.spec.granularity % len(self.dense.branches()) if row.is_expert else None
+        return Origin(branch, *found, row.role, output_factor(self.spec, row.role, expert))
 
     def _small(self, name: str) -> torch.Tensor:
         if name in self._constants:
@@ -128,19 +142,26 @@ class Expansion:
         _, _, layer, _ = row_of_hf(name, self.made)
         return router_weight(self.spec, layer, self.made.hidden_size).to(self.dtype)
 
-    def _write_copies(self, file: int, origin: Origin, places: list[tuple[str, int]]) -> None:
-        """Write the tensors that are made of one dense slice; what the method changes is needed whole."""
-        is_changed = origin.role.startswith("expert_") and self.spec.method != "copy"
+    def _write_copies(self, file: FileIO, origin: Origin, names: list[str]) -> None:
+        """Write the tensors that are made of one dense slice."""
         source = self.dense if origin.branch is None else self.dense.branches()[origin.branch]
+        is_changed = origin.role.startswith("expert_") and self.spec.method != "copy"
+        is_kept = is_changed or self.size_bytes(names[:1]) <= KEPT_BYTES
+        blocks = list(self._blocks(source, origin, whole=is_changed)) if is_kept else None
+        for name in names:
+            for block in blocks or self._blocks(source, origin, whole=False):
+                _write_all(file, _bytes(self._changed(name, block) if is_changed else block))
+                if not is_kept:
+                    source.release()
+        source.release()
+
+    def _blocks(self, source: DenseSource, origin: Origin, *, whole: bool) -> Iterator[torch.Tensor]:
+        """Yield what a slice becomes, block by block of its rows; all at once for a method that needs all of it."""
         (first, last), *rest = origin.bounds
         row_bytes = torch.Size([stop - start for start, stop in rest]).numel() * self.dtype.itemsize
-        rows = last - first if is_changed else max(1, BLOCK_BYTES // row_bytes)
+        rows = last - first if whole else max(1, BLOCK_BYTES // row_bytes)
         for start in range(first, last, rows):
-            block = self._read(source, origin, ((start, min(start + rows, last)), *rest))
-            for name, place in places:
-                own = self._changed(name, block) if is_changed else block
-                _put(file, _bytes(own), place + (start - first) * row_bytes)
-            source.release()
+            yield self._read(source, origin, ((start, min(start + rows, last)), *rest))
 
     def _read(self, source: DenseSource, origin: Origin, bounds: tuple[tuple[int, int], ...]) -> torch.Tensor:
         """Return a slice as the output holds it: cast, then scaled in that type, as the connector does."""
@@ -173,8 +194,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def _put(file: int, data: bytes | memoryview, place: int) -> None:
+def _write_all(file: FileIO, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while len(view):  # the kernel writes at most 2 GiB at once
-        count = os.pwrite(file, view, place)
-        view, place = view[count:], place + count
+        view = view[file.write(view) :]

@@ -155,7 +155,7 @@ def _checked(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.T
                 f"shape of {name}", got=list(tensor.shape), expected=list(shape), fix="check the checkpoint's config"
             )
         )
-    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+    if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
         raise CheckpointError(
             problem(
                 name, got="NaN or infinity", expected="finite weights", fix="export a checkpoint from before it broke"

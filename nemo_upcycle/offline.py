@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import os
 import resource
 import shutil
@@ -25,7 +24,7 @@ from nemo_upcycle.connector import check_source
 from nemo_upcycle.errors import CheckpointError, UpcycleError, problem
 from nemo_upcycle.expansion import Expansion
 from nemo_upcycle.export import hf_shapes
-from nemo_upcycle.files import MARKER, is_complete, read_json, require_disk, write_json
+from nemo_upcycle.files import MARKER, is_complete, read_json, require_disk, sha256_file, write_json
 from nemo_upcycle.hf_folder import MAX_SHARD_BYTES, copy_companions, shard_files, write_config, write_index
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.progress import ProgressLine
@@ -97,6 +96,7 @@ def convert(
     dtype = dtype or dense.dtype("model.embed_tokens.weight")
     expansion = Expansion(dense, spec, dtype)
     made, names = expansion.made, list(expansion.shapes)
+    _check_folder(dense)
     check_source(dense)
     _check_shapes(dense)
     files = shard_files(expansion.shapes, dtype, max_shard_bytes)
@@ -128,6 +128,13 @@ def convert(
     )
 
 
+def _check_folder(dense: DenseSource) -> None:
+    """Check what is not needed before the end: config and tokenizer stand beside Hugging Face's weights only."""
+    if not (dense.path / "config.json").is_file():
+        expected, fix = "a Hugging Face folder", "export the checkpoint first (nemo-upcycle export), then convert that"
+        raise CheckpointError(problem(str(dense.path), got="no config.json", expected=expected, fix=fix))
+
+
 def _check_shapes(dense: DenseSource) -> None:
     for name, wanted in hf_shapes(dense.architecture).items():
         if dense.shape(name) != wanted:
@@ -144,13 +151,12 @@ def _plan(dense: DenseSource, spec: UpcycleSpec, dtype: torch.dtype, max_shard_b
     sources = []
     for source in (dense, *dense.branches()):
         files = [path for name in source.fingerprint() if (path := source.path / name).is_file()]
-        changed_ns = {path.name: path.stat().st_mtime_ns for path in files}
+        changed_ns = {str(path): path.stat().st_mtime_ns for path in files}
         sources.append({"path": str(source.path.resolve()), "files": source.fingerprint(), "changed_ns": changed_ns})
-    config = dense.path / "config.json"
     return {
         "sources": sources,
         "mixed": list(dense.inexact_because()),
-        "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else None,
+        "config_sha256": sha256_file(dense.path / "config.json"),
         "spec": spec.to_dict(),
         "dtype": str(dtype),
         "max_shard_bytes": max_shard_bytes,

@@ -242,4 +242,6 @@ def _print_text(
 
 
 def _command(subject: _Subject, plan: Plan) -> str | None:
-    return table.nemo_command(subject.recipe, plan, upcycled=subject.spec is not None) if subject.recipe else None
+    if not subject.recipe:
+        return None
+    return table.nemo_command(subject.recipe, plan, subject.defaults, upcycled=subject.spec is not None)

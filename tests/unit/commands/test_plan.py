@@ -74,10 +74,8 @@ def test_text_states_the_true_size_and_why_the_paper_differs(capsys: pytest.Capt
 
 
 def test_the_command_of_a_row_holds_its_layout(capsys: pytest.CaptureFixture[str]) -> None:
-    row = _json(capsys, *PAPER, "--precision", "fp8-blockwise", "--capacity-factor", "1", "--pad-to-capacity")["rows"][
-        0
-    ]
-    words = shlex.split(row["command"])
+    options = ("--precision", "fp8-blockwise", "--capacity-factor", "1", "--pad-to-capacity", "--global-batch", "1024")
+    words = shlex.split(_json(capsys, *PAPER, *options)["rows"][0]["command"])
     assert words[:4] == ["nemo", "llm", "pretrain", "--factory"]
     for part in ("num_nodes=64", "fp8_recipe='blockwise'", "capacity_factor=1.0", "pad_to_capacity=True"):
         assert part in words[4]
@@ -86,8 +84,8 @@ def test_the_command_of_a_row_holds_its_layout(capsys: pytest.CaptureFixture[str
         "trainer.strategy.virtual_pipeline_model_parallel_size=8",
         "trainer.strategy.expert_tensor_parallel_size=1",
         "trainer.strategy.sequence_parallel=True",
-        "data.global_batch_size=512",
-        "trainer.max_steps=23842",
+        "data.global_batch_size=1024",
+        "trainer.max_steps=11921",
     ):
         assert setting in words
 
@@ -99,6 +97,10 @@ def test_the_command_of_a_row_holds_its_layout(capsys: pytest.CaptureFixture[str
 def test_every_recipe_has_a_layout(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert _run("--recipe", name, "--gpus", "512", "--rows", "2") == 0
     assert "nemo llm pretrain" in capsys.readouterr().out
+
+
+def test_what_the_recipe_sets_already_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "data." not in _json(capsys, *PAPER)["rows"][0]["command"]
 
 
 @pytest.mark.parametrize("name", ["smollm2_135m_e8t2", "smollm2_135m_dense_ct"])

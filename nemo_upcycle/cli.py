@@ -1,0 +1,111 @@
+"""The light command `nemo-upcycle`: one module a command, imported only when it is asked for, and never NeMo."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from nemo_upcycle.errors import UpcycleError, unknown
+from nemo_upcycle.package_info import __version__
+
+
+#: name -> (module with `HELP`, `add_arguments(parser)` and `run(args) -> exit status`, what it does)
+COMMANDS = {
+    "plan": ("nemo_upcycle.commands.plan", "what fits where, how fast, how long, how much"),
+    "convert": ("nemo_upcycle.commands.convert", "dense checkpoint -> MoE Hugging Face folder"),
+    "verify": ("nemo_upcycle.commands.verify", "dense folder against MoE folder: how equal are they"),
+    "export": ("nemo_upcycle.commands.export", "NeMo checkpoint -> Hugging Face folder"),
+    "report": ("nemo_upcycle.commands.report", "run folder -> report.md and plots"),
+    "doctor": ("nemo_upcycle.commands.doctor", "what is installed, what fits, what is missing"),
+}
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, not the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UpcycleError(f"{message}. Fix: see {self.prog} --help.")
+
+
+def usage() -> str:
+    """Return the text of `nemo-upcycle --help`."""
+    lines = [f"  {name:<9}{text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: nemo-upcycle COMMAND ...",
+            "",
+            "Turn a dense Llama into a Mixture-of-Experts model. Training runs through `nemo` itself.",
+            "",
+            *lines,
+            "",
+            "example: nemo-upcycle convert models/Llama-3-8B models/Llama-3-8B-E8T2 --experts 8 --top-k 2",
+            "",
+            "nemo-upcycle COMMAND --help has the options and an example of each; --version the version.",
+            "exit status: 0 done, or yes; 1 the answer is no; 2 bad usage or input.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit status: 0, 1 (the answer is no), 2 (bad usage or input) or 130 (stopped)."""
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except UpcycleError as error:
+        sys.stderr.write(f"error: {error}\n")
+    except BrokenPipeError:  # the reader has seen enough
+        sys.stderr.close()
+    except OSError as error:
+        sys.stderr.write(f"error: {error.filename or 'system'}: {error.strerror or error}\n")
+    except ModuleNotFoundError as error:
+        if (error.name or "nemo_upcycle").startswith("nemo_upcycle"):
+            raise
+        sys.stderr.write(f"error: {error.name} is not installed. Fix: nemo-upcycle doctor names the command for it.\n")
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; run again to go on\n")
+        return INTERRUPTED
+    return BAD_INPUT
+
+
+def _run(argv: list[str]) -> int:
+    name, *rest = argv or [""]
+    if name in ("-h", "--help"):
+        sys.stdout.write(usage() + "\n")
+        return 0
+    if name == "--version":
+        sys.stdout.write(f"nemo-upcycle {__version__}\n")
+        return 0
+    if not name:
+        sys.stderr.write(usage() + "\n")
+        return BAD_INPUT
+    if name not in COMMANDS:
+        raise UpcycleError(unknown("command", name, COMMANDS))
+    module = importlib.import_module(COMMANDS[name][0])
+    parser = _Parser(
+        prog=f"nemo-upcycle {name}",
+        description=module.HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    _check_options(parser, rest)
+    return int(module.run(parser.parse_args(rest)))
+
+
+def _check_options(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """Refuse an option that does not exist, with the closest one that does: argparse would name none."""
+    known = [option for action in parser._actions for option in action.option_strings]
+    for word in argv[: argv.index("--") if "--" in argv else None]:
+        option = word.partition("=")[0]
+        if option.startswith("--") and option not in known:
+            close = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
+            hint = f" Did you mean '{close[0]}'?" if close else ""
+            raise UpcycleError(f"option '{option}' does not exist.{hint} Fix: see {parser.prog} --help.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

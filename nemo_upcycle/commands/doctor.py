@@ -1,0 +1,137 @@
+"""`nemo-upcycle doctor`: what is installed, which versions fit, what is missing and the command that mends it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, metadata, version
+from typing import Any
+
+from nemo_upcycle.commands.common import add_json, show
+from nemo_upcycle.errors import UpcycleError, problem
+from nemo_upcycle.package_info import __version__
+
+
+HELP = "what is installed, which versions fit, what is missing and the command that mends it"
+_EXAMPLES = """example:
+  nemo-upcycle doctor
+
+exit status: 0 what is installed fits; 1 something does not, or a library that everything needs is missing."""
+_PACKAGE = "nemo-upcycle"
+#: extra -> what it is for
+_EXTRAS = {
+    "": "reading, converting and verifying weights",
+    "nemo": "training",
+    "eval": "evaluation and the report's figures",
+    "demo": "the demo's model",
+    "gpu": "FP8 and grouped GEMM on NVIDIA GPUs",
+}
+_OK, _MISSING, _WRONG = "ok", "missing", "does not fit"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.epilog = _EXAMPLES
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Look, show what was found, and return the exit status.
+
+    Raises:
+        UpcycleError: the package itself is not installed, so that nothing says what it needs.
+    """
+    libraries = _libraries()
+    fixes = _fixes(libraries)
+    gpus = _gpus()
+    answer = {
+        "nemo_upcycle": __version__,
+        "python": {"version": platform.python_version(), "needs": metadata(_PACKAGE)["Requires-Python"]},
+        "libraries": libraries,
+        "gpus": gpus,
+        "torch_for_cuda": _torch_cuda(),
+        "fixes": fixes,
+    }
+    broken = [one for one in libraries if one["state"] == _WRONG or (one["state"] == _MISSING and not one["extra"])]
+    show(args, answer | {"fits": not broken}, _text(answer))
+    return 1 if broken else 0
+
+
+def _libraries() -> list[dict[str, Any]]:
+    """Return every library that the installed package's own metadata names, with its version and whether it fits."""
+    from packaging.requirements import Requirement
+
+    try:
+        requirements = [Requirement(line) for line in metadata(_PACKAGE).get_all("Requires-Dist") or []]
+    except PackageNotFoundError:
+        fix = "pip install -e . in its folder"
+        raise UpcycleError(problem(_PACKAGE, got="not installed", expected="an installed package", fix=fix)) from None
+    found = []
+    for extra in _EXTRAS:
+        for one in requirements:
+            mine = one.marker is None or one.marker.evaluate({"extra": extra})
+            if not mine or (extra and one.marker is None) or one.name == _PACKAGE:
+                continue
+            found.append({"extra": extra, "name": one.name, "needs": str(one.specifier), **_state(one)})
+    return found
+
+
+def _state(requirement: Any) -> dict[str, Any]:
+    try:
+        installed = version(requirement.name)
+    except PackageNotFoundError:
+        return {"installed": None, "state": _MISSING}
+    fits = requirement.specifier.contains(installed, prereleases=True)
+    return {"installed": installed, "state": _OK if fits else _WRONG}
+
+
+def _fixes(libraries: list[dict[str, Any]]) -> list[str]:
+    """Return one command for each extra that something is amiss with."""
+    bad = {one["extra"] for one in libraries if one["state"] != _OK}
+    return [
+        f"pip install '{_PACKAGE}[{extra}]'" if extra else f"pip install {_PACKAGE}"
+        for extra in _EXTRAS
+        if extra in bad
+    ]
+
+
+def _gpus() -> list[str]:
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return done.stdout.splitlines()
+
+
+def _torch_cuda() -> str | None:
+    """Return the CUDA version that torch was built for; without importing it, which takes longer than all the rest."""
+    spec = importlib.util.find_spec("torch")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        source = importlib.util.spec_from_file_location("_torch_version", f"{folder}/version.py")
+        if source and source.loader:
+            module = importlib.util.module_from_spec(source)
+            source.loader.exec_module(module)
+            return getattr(module, "cuda", None)
+    return None
+
+
+def _text(answer: dict[str, Any]) -> str:
+    python = answer["python"]
+    lines = [f"nemo-upcycle {answer['nemo_upcycle']}, Python {python['version']} (needs {python['needs']})"]
+    for extra, purpose in _EXTRAS.items():
+        lines.append(f"{extra or 'base'}: {purpose}")
+        for one in answer["libraries"]:
+            if one["extra"] == extra:
+                installed = one["installed"] or "-"
+                lines.append(f"  {one['name']:<24}{installed:<20}{one['state']:<14}{one['needs']}")
+    cuda = answer["torch_for_cuda"]
+    lines.append("GPUs: " + (", ".join(answer["gpus"]) or "none; the CPU backend trains small models"))
+    lines.append("torch: " + (f"built for CUDA {cuda}" if cuda else "built without CUDA, or not installed"))
+    lines += ["to mend or to add:", *(f"  {fix}" for fix in answer["fixes"])] if answer["fixes"] else ["all fits"]
+    return "\n".join(lines)

@@ -1,0 +1,78 @@
+"""`nemo-upcycle verify`: how equal are a dense model and the MoE model made from it?"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_upcycle.commands.common import add_json, show
+
+
+if TYPE_CHECKING:
+    from nemo_upcycle.verify import Verification
+
+HELP = "dense folder against MoE folder: what was done to the weights, and do both compute the same function?"
+_EXAMPLES = """examples:
+  nemo-upcycle verify models/Llama-3-8B models/Llama-3-8B-E8T2 --weights-only
+  nemo-upcycle verify runs/demo/dense runs/demo/upcycle/hf --text README.md --layers
+
+Logits are compared in float32, the weights streamed.
+exit status: 0 equal within the tolerance; 1 not; 2 a folder is damaged or a value is wrong."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.epilog = _EXAMPLES
+    parser.add_argument("dense", metavar="DENSE", type=Path, help="Hugging Face folder of the parent")
+    parser.add_argument("moe", metavar="MOE", type=Path, help="Hugging Face folder of the MoE model")
+    parser.add_argument("--text", metavar="FILE", type=Path, help="text to run on (default: a short one of ours)")
+    parser.add_argument("--layers", action="store_true", help="compare every layer, to find where the models part")
+    parser.add_argument("--weights-only", action="store_true", help="run nothing: a verdict from the weights alone")
+    parser.add_argument(
+        "--tolerance",
+        metavar="X",
+        type=float,
+        default=1e-4,
+        help="largest difference of logits over the largest logit (default: 1e-4)",
+    )
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, show what was found, and return the exit status.
+
+    Raises:
+        UpcycleError: a folder is damaged or a value is wrong.
+    """
+    from nemo_upcycle.verify import verify
+
+    found = verify(
+        args.dense,
+        args.moe,
+        args.text,
+        layers=args.layers,
+        logits=not args.weights_only,
+        tolerance=args.tolerance,
+    )
+    show(args, asdict(found), _text(found))
+    return 0 if found.equal else 1
+
+
+def _text(found: Verification) -> str:
+    lines = [f"{found.moe}: {found.hf_class}, of {found.dense}", "weights", *map(str, found.weights)]
+    lines.append(f"  {'as copies, exact' if found.weights_exact else 'not those of an exact upcycling'}")
+    if logits := found.logits:
+        lines += [
+            f"logits of {logits.tokens} tokens, float32",
+            f"  largest difference {logits.max_abs:.3g}, mean {logits.mean_abs:.3g},"
+            f" relative {logits.relative:.3g} (tolerance {found.tolerance:g})",
+            f"  same likeliest token: {100 * logits.same_argmax:.4g} %",
+        ]
+        if logits.layer_relative:
+            names = ["embedding", *(f"layer {number}" for number in range(len(logits.layer_relative) - 1))]
+            lines.append("difference after")
+            lines += [f"  {name:<10}{value:.3g}" for name, value in zip(names, logits.layer_relative, strict=True)]
+    lines.append("equal: " + ("yes" if found.equal else "no"))
+    return "\n".join(lines)

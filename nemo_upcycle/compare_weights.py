@@ -1,0 +1,208 @@
+"""What was done to the weights of an MoE model, told from them and from the dense parent's, streamed.
+
+Every expert's matrix is held against the shard of the dense network that it is made of: is it the same, the same times
+a factor, or were some of its neurons changed? Nothing is loaded whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from nemo_upcycle.architecture import Architecture
+from nemo_upcycle.connector import check_source
+from nemo_upcycle.errors import CheckpointError, problem
+from nemo_upcycle.expansion import dense_slice
+from nemo_upcycle.init.experts import output_factor
+from nemo_upcycle.mapping import Cut, Row, hf_constants, hf_names, row_of_hf
+from nemo_upcycle.progress import track
+from nemo_upcycle.sources.base import DenseSource
+from nemo_upcycle.spec import UpcycleSpec
+
+
+_BLOCK_BYTES = 32 << 20
+_KEPT = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "tied_embeddings")
+
+
+@dataclass
+class _Routers:
+    """Whether all routers are zero, and whether the rows of one copy's experts are the same."""
+
+    zero: bool = False
+    tied: bool = True
+
+    def look_at(self, weight_ED: torch.Tensor, granularity: int) -> None:
+        """Look at one layer's."""
+        copies = weight_ED.unflatten(0, (-1, granularity))
+        self.zero &= not weight_ED.any()
+        self.tied &= bool((copies == copies[:, :1]).all())
+
+
+@dataclass
+class WeightGroup:
+    """The tensors of one kind, all layers and experts together.
+
+    Args:
+        kind: `expert gate`, `expert up`, `expert down`, the same of `shared`, `router`, or `everything else`.
+        tensors: how many there are.
+        identical: how many are the dense model's, bit by bit (in the MoE model's type).
+        scales: the factors found, rounded.
+        changed: smallest and largest part of a matrix's neurons that is not the dense model's times the factor.
+    """
+
+    kind: str
+    tensors: int = 0
+    identical: int = 0
+    scales: list[float] = field(default_factory=list)
+    changed: list[float] = field(default_factory=lambda: [1.0, 0.0])
+
+    def add(self, scale: float, changed: float) -> None:
+        """Count one tensor."""
+        self.tensors += 1
+        self.identical += scale == 1.0 and changed == 0.0
+        self.scales = sorted({*self.scales, round(scale, 4)})
+        self.changed = [min(self.changed[0], changed), max(self.changed[1], changed)]
+
+    def __str__(self) -> str:
+        """Return it as a line of a table."""
+        name = f"  {self.kind:<16}"
+        if self.kind == "router":
+            return f"{name}{self.tensors}"
+        if self.identical == self.tensors:
+            return f"{name}{self.tensors} of {self.tensors} identical"
+        factors = ", ".join(f"{scale:g}" for scale in self.scales[:4]) + (" ..." if len(self.scales) > 4 else "")
+        low, high = (f"{100 * part:.3g}" for part in self.changed)
+        changed = "" if self.changed[1] == 0 else f"; {low} to {high} % of the neurons changed"
+        return f"{name}{self.identical} of {self.tensors} identical; factors {factors}{changed}"
+
+
+def compare_weights(dense: DenseSource, moe: DenseSource) -> tuple[tuple[WeightGroup, ...], bool]:
+    """Return what was done to each kind of tensor, and whether such weights compute the dense function exactly.
+
+    They do if everything is the dense model's but the experts' down projection, which is scaled as the model's routing
+    asks for (`UpcycleSpec.down_scale`), and the router leaves the sum of the experts alone (`UpcycleSpec.is_exact`).
+
+    Raises:
+        CheckpointError: a folder lacks tensors, or the MoE model is of another parent.
+    """
+    check_source(dense)
+    arch, made = dense.architecture, moe.architecture
+    _check_child(arch, moe)
+    routers = _Routers(zero=True, tied=True)
+    groups: dict[str, WeightGroup] = {}
+    is_exact = all(not moe.read(name).any() for name, shape in hf_constants(made).items() if 0 not in shape)
+    spec = _spec_of(arch, made)
+    names = list(hf_names(made))
+    for name in track(names, "compare weights", len(names)):
+        row, part, _, expert = row_of_hf(name, made)
+        kind = _kind(row, part)
+        group = groups.setdefault(kind, WeightGroup(kind))
+        found = dense_slice(name, arch, made)
+        if found is None:
+            group.tensors += 1
+            routers.look_at(moe.read(name), spec.granularity)
+            continue
+        # A shared expert's half is made up for by Qwen2-MoE's gate, see `hf_constants`.
+        wanted = 1.0 if row.is_shared else output_factor(spec, row.role, expert)
+        scale, changed = _relation(_pairs(dense, moe, name, *found), row.cut is Cut.NEURON_COLUMNS, wanted)
+        dense.release()
+        moe.release()
+        group.add(scale, changed)
+        is_exact &= changed == 0.0 and scale == wanted
+    return tuple(groups.values()), is_exact and routers.tied and _spec_of(arch, made, routers).is_exact
+
+
+def _check_child(arch: Architecture, moe: DenseSource) -> None:
+    made = moe.architecture
+    checks = [(name, getattr(made, name), getattr(arch, name)) for name in _KEPT]
+    checks += [("rope_theta", made.rope_theta, arch.rope_theta), ("rms_norm_eps", made.norm_eps, arch.norm_eps)]
+    for name, got, wanted in checks:
+        if got != wanted:
+            expected, fix = f"{wanted}, as in the dense model", "compare a model with its own parent"
+            raise CheckpointError(problem(f"{moe.path}: {name}", got=got, expected=expected, fix=fix))
+    width = made.expert_ffn_size or 0
+    if arch.ffn_size % width or made.shared_ffn_size % width or (made.num_experts or 0) % (arch.ffn_size // width):
+        expected = f"a part of the dense {arch.ffn_size}, and whole copies of it"
+        got = f"{made.num_experts} experts of {width} neurons, shared {made.shared_ffn_size}"
+        raise CheckpointError(problem(str(moe.path), got=got, expected=expected, fix="give the MoE's own parent"))
+    present = set(moe.names())
+    if missing := [name for name in hf_names(made) if name not in present]:
+        fix = "convert or export it again"
+        raise CheckpointError(problem(f"{moe.path}: {missing[0]}", got="no such tensor", expected="it", fix=fix))
+
+
+def _spec_of(arch: Architecture, made: Architecture, routers: _Routers | None = None) -> UpcycleSpec:
+    """Return a spec of plain copies that makes this model, as far as the configuration and the routers show."""
+    width, experts = made.expert_ffn_size or 1, made.num_experts or 0
+    granularity = arch.ffn_size // width
+    return UpcycleSpec(
+        num_experts=experts,
+        top_k=made.top_k or 1,
+        granularity=granularity,
+        shared_experts=made.shared_ffn_size // width,
+        router_init="zero" if routers and routers.zero else "normal",
+        router_order="topk_softmax" if made.norm_topk else "softmax_topk",
+    )
+
+
+def _kind(row: Row, part: int) -> str:
+    if row.role == "router" or not (row.is_expert or row.is_shared):
+        return "router" if row.role == "router" else "everything else"
+    matrix = "down" if row.cut is Cut.NEURON_COLUMNS else ("gate", "up")[part]
+    return f"{row.role.partition('_')[0]} {matrix}"
+
+
+def _pairs(
+    dense: DenseSource, moe: DenseSource, name: str, source: str, bounds: tuple[tuple[int, int], ...]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield both models' rows, block by block; the dense ones in the MoE model's type, as floats of that type."""
+    shape, dtype = moe.shape(name), moe.dtype(name)
+    (first, last), *rest = bounds
+    if shape != tuple(stop - start for start, stop in bounds):
+        expected, fix = f"{[stop - start for start, stop in bounds]}", "check that config.json and weights fit"
+        raise CheckpointError(problem(f"{moe.path}: shape of {name}", got=list(shape), expected=expected, fix=fix))
+    rows = max(1, _BLOCK_BYTES // max(1, torch.Size(shape[1:]).numel() * dtype.itemsize))
+    for start in range(0, last - first, rows):
+        stop = min(start + rows, last - first)
+        theirs = moe.read(name, [(start, stop), *((0, size) for size in shape[1:])])
+        ours = dense.read(source, [(first + start, first + stop), *rest])
+        yield theirs, ours.to(dtype)
+
+
+def _relation(
+    blocks: Iterator[tuple[torch.Tensor, torch.Tensor]], by_column: bool, expected: float
+) -> tuple[float, float]:
+    """Return the factor between two matrices and the part of the neurons (rows, or columns) where it does not hold."""
+    scale: float | None = None
+    kept: list[torch.Tensor] = []
+    for theirs, ours in blocks:
+        if scale is None:
+            scale = _factor(theirs, ours, expected)
+        same = _same(theirs, ours, scale)
+        if same.dim() < 2:
+            kept.append(same)
+        elif by_column:
+            kept = [kept[0] & same.all(0) if kept else same.all(0)]
+        else:
+            kept.append(same.all(1))
+    whole = torch.cat(kept)
+    return 1.0 if scale is None else scale, 1.0 - float(whole.double().mean())
+
+
+def _same(theirs: torch.Tensor, ours: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return where one is the other times a factor: bit by bit for 1, else up to rounding in their type."""
+    if scale == 1.0:
+        return theirs == ours
+    scaled = ours.float() * scale
+    limits = torch.finfo(ours.dtype)
+    return (theirs.float() - scaled).abs() <= limits.eps * scaled.abs() + limits.tiny
+
+
+def _factor(theirs: torch.Tensor, ours: torch.Tensor, expected: float) -> float:
+    """Return the factor that holds most often: 1, the expected one, or the median of the ratios."""
+    a, b = theirs.flatten()[: 1 << 20].float(), ours.flatten()[: 1 << 20].float()
+    ratios = (a / b)[b != 0]
+    candidates = [1.0, expected] + ([float(ratios.median())] if len(ratios) else [])
+    return max(candidates, key=lambda scale: float(_same(theirs, ours, scale).double().mean()))

@@ -1,0 +1,184 @@
+"""How equal are a dense model and the MoE model that was made from it? Asked of two Hugging Face folders.
+
+Twice: of the weights, matrix by matrix and streamed, which tells what was done to them; and of the logits on real
+text, in float32 with Hugging Face's own implementations, which tells whether the two compute the same function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_upcycle.architecture import MOE_CLASSES
+from nemo_upcycle.compare_weights import WeightGroup, compare_weights
+from nemo_upcycle.errors import CheckpointError, UpcycleError, problem
+from nemo_upcycle.progress import ProgressLine
+from nemo_upcycle.sources import open_dense
+from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
+
+
+#: Largest difference of logits, over the largest logit, that rounding makes of two float32 implementations.
+TOLERANCE = 1e-4
+WINDOWS, WINDOW_TOKENS = 2, 256
+SAMPLE_TEXT = """\
+The lighthouse keeper wrote one line into the log every evening, whether anything had happened or not. Most evenings
+nothing had. The lamp was lit at dusk, the wind stood in the north-west, two fishing boats passed inside the reef. He
+had kept the habit for thirty-one years, and in that time the book had been replaced eleven times; the old volumes
+stood on a shelf above the stove, their spines bleached by salt and steam.
+
+To cook lentils for four people, wash 300 g of them under cold water until it runs clear. Chop an onion, two carrots
+and a stick of celery, and fry them slowly in olive oil for ten minutes. Add the lentils, a bay leaf and 900 ml of
+stock, and let everything simmer for 25 minutes. Salt goes in at the end, because it keeps the skins hard.
+
+In 1854 a doctor in London drew the deaths of an epidemic on a map of Soho and saw that they lay around one pump. The
+handle was taken off, and the cases became fewer; how much of that was due to the handle is still argued about. What
+remains is the method: put each observation in its place, and look where they gather.
+
+def mean(values):
+    if not values:
+        raise ValueError("no values")
+    return sum(values) / len(values)
+
+If a train leaves at 9:40 and needs 2 hours and 35 minutes, it arrives at 12:15. If it is eight minutes late, the
+connection at 12:20 is missed, and the next one leaves an hour later. "We will wait," she said, "there is a bench,
+there is a bakery, and nobody expects us before the evening." He put the suitcase down and counted their coins.
+"""
+
+
+@dataclass(frozen=True)
+class LogitComparison:
+    """Differences of logits [B, S, V] over some tokens of text; `relative` is the largest over the largest logit."""
+
+    tokens: int
+    max_abs: float
+    mean_abs: float
+    relative: float
+    same_argmax: float
+    #: after the embedding and after every layer: norm of the difference over the norm of the dense model's
+    layer_relative: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found; `equal` is by the logits where they were compared, else by the weights."""
+
+    dense: Path
+    moe: Path
+    hf_class: str
+    equal: bool
+    tolerance: float
+    weights: tuple[WeightGroup, ...]
+    weights_exact: bool
+    logits: LogitComparison | None
+
+
+def verify(
+    dense: Path,
+    moe: Path,
+    text_file: Path | None = None,
+    *,
+    layers: bool = False,
+    logits: bool = True,
+    tolerance: float = TOLERANCE,
+) -> Verification:
+    """Compare a dense Hugging Face folder with the MoE folder made from it.
+
+    Args:
+        dense: the parent, with its tokenizer.
+        moe: Mixtral or Qwen2-MoE.
+        text_file: UTF-8 text to run on; a short one of the package's when None.
+        layers: whether to compare what every layer hands on, to find where the models part.
+        logits: whether to load and run the models, one after the other, in float32; else only weights are compared.
+        tolerance: largest difference of logits over the largest logit, to count as equal.
+
+    Raises:
+        CheckpointError: a folder is damaged, or the MoE model is of another parent.
+        UpcycleError: a model does not fit into memory, there is no tokenizer, or no text.
+
+    Example:
+        >>> verify(Path("models/Llama-3-8B"), Path("models/Llama-3-8B-E8T2")).equal  # doctest: +SKIP
+        True
+    """
+    with open_dense(dense) as parent, SafetensorsFolder(moe) as child:
+        hf_class = child.architecture.hf_class
+        if hf_class not in MOE_CLASSES:
+            expected, fix = f"an MoE model ({', '.join(MOE_CLASSES)})", "give the dense folder first, then the MoE's"
+            raise CheckpointError(problem(str(moe), got=hf_class, expected=expected, fix=fix))
+        if logits:
+            _require_memory(child.architecture.total_params * 4)
+        groups, exact = compare_weights(parent, child)
+    found = _compare_logits(dense, moe, _tokens(dense, text_file), layers) if logits else None
+    equal = found.relative <= tolerance if found else exact
+    return Verification(dense, moe, hf_class, equal, tolerance, groups, exact, found)
+
+
+def _require_memory(needed_bytes: int) -> None:
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if meminfo.is_file() else []
+    free_bytes = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), needed_bytes)
+    if free_bytes < needed_bytes:
+        raise UpcycleError(
+            problem(
+                "memory for the MoE model in float32",
+                got=f"{free_bytes / 2**30:.1f} GiB",
+                expected=f"{needed_bytes / 2**30:.1f} GiB",
+                fix="use a larger machine, or compare the weights alone (--weights-only)",
+            )
+        )
+
+
+def _tokens(dense: Path, text_file: Path | None) -> torch.Tensor:
+    """Return token ids of the text, [B, S]."""
+    try:
+        text = text_file.read_text(encoding="utf-8") if text_file else SAMPLE_TEXT
+    except (OSError, UnicodeDecodeError) as error:
+        raise UpcycleError(problem(str(text_file), got=error, expected="UTF-8 text", fix="check the file")) from None
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(dense, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        fix = "copy the model's tokenizer files there, or compare the weights alone (--weights-only)"
+        raise UpcycleError(problem(f"{dense}: tokenizer", got="none", expected="tokenizer files", fix=fix)) from None
+    ids = torch.tensor(tokenizer(text)["input_ids"][: WINDOWS * WINDOW_TOKENS])
+    length = min(WINDOW_TOKENS, len(ids))
+    if length < 2:
+        expected, fix = "some words", "choose another text"
+        raise UpcycleError(problem(str(text_file), got=f"{length} tokens", expected=expected, fix=fix))
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
+def _compare_logits(dense: Path, moe: Path, tokens_BS: torch.Tensor, layers: bool) -> LogitComparison:
+    with ProgressLine("verify", 2) as line:
+        parent_BSV, parents = _run(dense, tokens_BS, layers)
+        line.advance(note="dense model")
+        child_BSV, children = _run(moe, tokens_BS, layers)
+        line.advance(note="MoE model")
+    difference = (child_BSV - parent_BSV).abs()
+    return LogitComparison(
+        tokens=tokens_BS.numel(),
+        max_abs=float(difference.max()),
+        mean_abs=float(difference.mean()),
+        relative=float(difference.max() / parent_BSV.abs().max()),
+        same_argmax=float((child_BSV.argmax(-1) == parent_BSV.argmax(-1)).double().mean()),
+        layer_relative=tuple(float((b - a).norm() / a.norm()) for a, b in zip(parents, children, strict=True)),
+    )
+
+
+@torch.no_grad()
+def _run(folder: Path, tokens_BS: torch.Tensor, layers: bool) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Return logits [B, S, V] and, if asked for, what the embedding and every layer hand on [B, S, D]."""
+    import transformers
+
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+        found = model(tokens_BS, output_hidden_states=layers, use_cache=False)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    return found.logits, tuple(found.hidden_states) if layers else ()

@@ -1,0 +1,350 @@
+"""Converting without a training job: the bits of upcycling and exporting, whatever happens in between."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
+from nemo_upcycle.architecture import read_architecture
+from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
+from nemo_upcycle.expansion import Expansion
+from nemo_upcycle.export import LiveWeights, export_weights
+from nemo_upcycle.files import MARKER, is_complete, read_json
+from nemo_upcycle.offline import Conversion, convert
+from nemo_upcycle.training.equivalence import one_rank
+from tests.models import build_chunks, sample_tokens, write_llama, write_tokenizer
+
+
+ROOT = Path(__file__).parents[2]
+COPY = {"num_experts": 4, "top_k": 2}
+FINE = {"num_experts": 8, "top_k": 4, "granularity": 2}
+#: name -> spec, settings of the Megatron model that it is made in
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "copy": (COPY, {}),
+    "noise": (COPY | {"method": "noise", "noise_std": 0.1}, {}),
+    "drop": (COPY | {"method": "drop", "router_init": "uniform"}, {}),
+    "granular": (FINE, {"moe_ffn_hidden_size": 48}),
+    "granular drop": (FINE | {"method": "drop"}, {"moe_ffn_hidden_size": 48}),
+    "shared": (
+        FINE | {"shared_experts": 1},
+        {"moe_ffn_hidden_size": 48, "moe_shared_expert_intermediate_size": 48},
+    ),
+    "mixed": (COPY | {"moe_layers": "every-2"}, {"moe_layer_freq": [1, 0, 1, 0]}),
+    "before top-k": (
+        COPY | {"router_order": "softmax_topk", "router_init": "zero"},
+        {"moe_router_pre_softmax": True},
+    ),
+}
+SPEC = UpcycleSpec(**COPY)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokenizer(write_llama(tmp_path_factory.mktemp("dense"), vocab_size=259, shards=3))
+
+
+@pytest.fixture
+def copy(dense: Path, tmp_path: Path) -> Path:
+    """A dense folder that the test may spoil."""
+    return Path(shutil.copytree(dense, tmp_path / "copy"))
+
+
+def _convert(folder: Path, output: Path, spec: UpcycleSpec = SPEC, **options: Any) -> Conversion:
+    with open_dense(folder) as source:
+        return convert(source, output, spec, **options)
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def _same_bits(a: Path, b: Path) -> None:
+    one, other = _tensors(a), _tensors(b)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype
+        assert torch.equal(tensor, other[name]), name
+
+
+def _load(folder: Path) -> Any:
+    import transformers
+
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert {key: value for key, value in info.items() if value} == {}
+    return model.eval()
+
+
+@torch.no_grad()
+def _logits(folder: Path, vocab_size: int = 259) -> torch.Tensor:
+    return _load(folder)(sample_tokens(vocab_size)).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES)
+def test_offline_and_online_give_the_same_bits(dense: Path, tmp_path: Path, case: str, dtype: torch.dtype) -> None:
+    fields, settings = CASES[case]
+    spec = UpcycleSpec(**fields)
+    with one_rank():
+        (model,) = build_chunks(dense, num_experts=spec.num_experts, top_k=spec.top_k, params_dtype=dtype, **settings)
+        with open_dense(dense) as source:
+            upcycle_into([model], source, spec)
+        arch = read_architecture(dense).upcycled(spec)
+        export_weights(LiveWeights(model), arch, dense, tmp_path / "online", dtype=dtype)
+    done = _convert(dense, tmp_path / "offline", spec, dtype=dtype)
+    _same_bits(tmp_path / "online", tmp_path / "offline")
+    configs = [read_json(tmp_path / name / "config.json") for name in ("online", "offline")]
+    assert configs[0] == configs[1]
+    assert (done.exact, done.hf_class) == (spec.is_exact, arch.hf_class)
+    assert done.bytes_written == done.bytes_total >= arch.total_params * dtype.itemsize
+    if spec.is_exact and dtype is torch.float32:
+        assert float((_logits(tmp_path / "offline") - _logits(dense)).abs().max()) <= 1e-5
+    else:
+        _load(tmp_path / "offline")
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("fields", [COPY, FINE, FINE | {"shared_experts": 2}], ids=["copy", "granular", "shared"])
+def test_a_qwen2_keeps_its_biases_and_its_function(tmp_path: Path, fields: dict[str, Any], tied: bool) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(5)
+    sizes = {"vocab_size": 259, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": tied}
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, **heads)).float()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.1)
+    model.save_pretrained(tmp_path / "dense")
+    done = _convert(tmp_path / "dense", tmp_path / "moe", UpcycleSpec(**fields))
+    assert done.hf_class == "Qwen2MoeForCausalLM"
+    parent = _logits(tmp_path / "dense")
+    assert float(parent.abs().max()) > 0.1
+    assert float((_logits(tmp_path / "moe") - parent).abs().max()) <= 1e-5
+
+
+def test_half_precision_and_small_blocks_change_nothing(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slices that are too large to be kept are made again for every copy."""
+    _convert(dense, tmp_path / "once", UpcycleSpec(**FINE), dtype=torch.bfloat16)
+    monkeypatch.setattr("nemo_upcycle.expansion.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("nemo_upcycle.expansion.KEPT_BYTES", 0)
+    _convert(dense, tmp_path / "blocks", UpcycleSpec(**FINE), dtype=torch.bfloat16, max_shard_bytes=50_000)
+    assert len(list((tmp_path / "blocks").glob("*.safetensors"))) > 10
+    _same_bits(tmp_path / "once", tmp_path / "blocks")
+    _load(tmp_path / "blocks")
+
+
+def test_everything_of_the_parent_travels_along(dense: Path, tmp_path: Path) -> None:
+    done = _convert(dense, tmp_path / "moe")
+    marker = read_json(tmp_path / "moe" / MARKER)
+    assert marker["bytes"] == done.bytes_total
+    assert marker["tensors"] == done.tensors == len(_tensors(tmp_path / "moe"))
+    assert "tokenizer.json" in marker["companions"]
+    assert {path.name for path in tmp_path.iterdir()} == {"moe"}
+    assert not [path.name for path in (tmp_path / "moe").iterdir() if path.name.startswith(".")]
+
+
+def test_the_same_again_is_done_already_and_another_is_refused(dense: Path, tmp_path: Path) -> None:
+    first = _convert(dense, tmp_path / "moe")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "moe").iterdir()}
+    again = _convert(dense, tmp_path / "moe")
+    assert (first.files_kept, again.files_kept, again.bytes_written) == (0, again.files, 0)
+    with pytest.raises(UpcycleError, match="finished folder made from something else"):
+        _convert(dense, tmp_path / "moe", UpcycleSpec(num_experts=4, top_k=1))
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "moe").iterdir()}
+    with pytest.raises(UpcycleError, match="files that are not ours"):
+        _convert(dense, dense)
+    assert is_complete(tmp_path / "moe")
+
+
+SHARD_BYTES = 100_000
+
+
+def _kill_after(files: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the process die inside the file after so many, half written."""
+    done: list[Path] = []
+    write_file = Expansion.write_file
+
+    def write(self: Expansion, path: Path, names: list[str], line: Any) -> None:
+        write_file(self, path, names, line)
+        done.append(path)
+        if len(done) > files:
+            path.write_bytes(path.read_bytes()[:-7])
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Expansion, "write_file", write)
+
+
+def test_a_stopped_run_goes_on_with_what_is_missing(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _convert(dense, tmp_path / "whole", max_shard_bytes=SHARD_BYTES)
+    _kill_after(3, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
+    monkeypatch.undo()
+    assert not (tmp_path / "moe").exists()
+    done = _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
+    assert done.files_kept == 3
+    assert done.bytes_written < done.bytes_total
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "moe" / file.name).read_bytes()
+    assert {path.name for path in (tmp_path / "moe").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+
+
+@pytest.mark.parametrize("change", ["spec", "weights", "type"])
+def test_files_made_from_something_else_are_not_kept(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    _kill_after(3, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        _convert(copy, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
+    monkeypatch.undo()
+    spec, options = SPEC, {}
+    if change == "spec":
+        spec = UpcycleSpec(num_experts=4, top_k=2, seed=5)
+    elif change == "type":
+        options = {"dtype": torch.bfloat16}
+    else:
+        for file in copy.glob("*.safetensors"):  # the same names, shapes and sizes
+            save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    done = _convert(copy, tmp_path / "moe", spec, max_shard_bytes=SHARD_BYTES, **options)
+    assert done.files_kept == 0
+    _convert(copy, tmp_path / "afresh", spec, max_shard_bytes=SHARD_BYTES, **options)
+    _same_bits(tmp_path / "moe", tmp_path / "afresh")
+
+
+def test_killed_for_real_it_leaves_no_result_and_goes_on(dense: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom nemo_upcycle import UpcycleSpec, open_dense\n"
+        "from nemo_upcycle.expansion import Expansion\nfrom nemo_upcycle.offline import convert\n"
+        "write_copies = Expansion._write_copies\n"
+        "def slowly(*given):\n    time.sleep(0.05)\n    write_copies(*given)\n"
+        "Expansion._write_copies = slowly\n"
+        "with open_dense(sys.argv[1]) as dense:\n"
+        f"    convert(dense, Path(sys.argv[2]), UpcycleSpec(num_experts=4), max_shard_bytes={SHARD_BYTES})\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(dense), str(tmp_path / "moe")], cwd=ROOT)
+    aside = tmp_path / ".moe.partial"
+    while len(list(aside.glob("*.safetensors"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    with pytest.raises(UpcycleError, match="another process writing it"):
+        _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "moe").exists()
+    done = _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
+    assert done.files_kept >= 2
+    _convert(dense, tmp_path / "whole", max_shard_bytes=SHARD_BYTES)
+    _same_bits(tmp_path / "moe", tmp_path / "whole")
+
+
+class _Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def test_a_full_disk_is_told_before_or_while_writing(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(10**6, 10**6 - 1000, 1000))
+    with pytest.raises(UpcycleError, match=r"disk space for convert moe.*Fix: free some space"):
+        _convert(dense, tmp_path / "moe")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    fsync, calls = os.fsync, []
+
+    def full(file: int) -> None:
+        calls.append(file)
+        if len(calls) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UpcycleError, match=r"got full, expected room.*finished files are kept"):
+        _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
+    monkeypatch.undo()
+    assert _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES).files_kept >= 3
+
+
+def _change(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            tensors[name] = change(tensors[name])
+            save_file(tensors, file, {"format": "pt"})
+
+
+DOWN = "model.layers.3.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "words"),
+    [
+        (lambda w: w.fill_(float("nan")), {}, rf"{DOWN}: got 6144 values that are NaN or infinite"),
+        (lambda w: w.mul_(1e6), {"dtype": torch.float16}, rf"{DOWN}: got larger ones.*float16 can hold"),
+        (lambda w: w[:, :90].contiguous(), {}, rf"shape of {DOWN}: got \[64, 90\], expected \[64, 96\]"),
+    ],
+    ids=["nan", "overflow", "shape"],
+)
+def test_a_broken_source_is_refused_and_leaves_nothing(
+    copy: Path, tmp_path: Path, change: Any, options: dict[str, Any], words: str
+) -> None:
+    _change(copy, DOWN, change)
+    with pytest.raises(CheckpointError, match=words):
+        _convert(copy, tmp_path / "moe", max_shard_bytes=SHARD_BYTES, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_truncated_source_is_refused(copy: Path, tmp_path: Path) -> None:
+    file = next(copy.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        _convert(copy, tmp_path / "moe")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_weights_without_config_are_refused_before_anything_is_written(copy: Path, tmp_path: Path) -> None:
+    """A NeMo checkpoint can be read, but has neither config.json nor a tokenizer of Hugging Face's."""
+    with open_dense(copy) as source:
+        (copy / "config.json").unlink()
+        with pytest.raises(CheckpointError, match="export the checkpoint first"):
+            convert(source, tmp_path / "moe", SPEC)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "parent", "words"),
+    [
+        ({"router_score": "sigmoid"}, {}, "got sigmoid scores or a routed_scaling"),
+        ({"routed_scaling": 2.5}, {}, "got sigmoid scores or a routed_scaling"),
+        ({"shared_experts": 1}, {"head_dim": 32}, "heads that do not make up the hidden size"),
+        ({}, {"mlp_bias": True}, "got biases of the feed-forward network"),
+        ({}, {"attention_bias": True}, "got a bias of the attention's output"),
+        ({"moe_layers": (9,)}, {}, "moe_layers: got 9"),
+    ],
+)
+def test_what_no_class_can_hold_is_refused(
+    tmp_path: Path, fields: dict[str, Any], parent: dict[str, Any], words: str
+) -> None:
+    folder = write_llama(tmp_path / "dense", layers=2, **parent)
+    with pytest.raises(SpecError, match=words):
+        _convert(folder, tmp_path / "moe", UpcycleSpec(**(COPY | fields)))
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]

@@ -1,0 +1,153 @@
+"""Telling what was done to a dense model: equal is equal, and what is not is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nemo_upcycle import UpcycleSpec, open_dense
+from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.offline import convert
+from nemo_upcycle.verify import Verification, verify
+from tests.models import write_llama, write_tokenizer
+
+
+COPY = {"num_experts": 4, "top_k": 2}
+FINE = {"num_experts": 8, "top_k": 4, "granularity": 2}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokenizer(write_llama(tmp_path_factory.mktemp("dense"), vocab_size=259, layers=3))
+
+
+def _made(dense: Path, folder: Path, dtype: torch.dtype | None = None, **fields: Any) -> Path:
+    with open_dense(dense) as source:
+        return convert(source, folder, UpcycleSpec(**(COPY | fields)), dtype=dtype).output
+
+
+def _lines(found: Verification) -> dict[str, str]:
+    return {group.kind: str(group).split(group.kind)[1].strip() for group in found.weights}
+
+
+@pytest.mark.parametrize(
+    ("fields", "down"),
+    [
+        ({}, "12 of 12 identical"),
+        (FINE, "0 of 24 identical; factors 2"),
+        (FINE | {"shared_experts": 1}, "12 of 24 identical; factors 1, 2"),
+        ({"router_order": "softmax_topk", "router_init": "zero"}, "0 of 12 identical; factors 2"),
+        ({"num_experts": 6, "top_k": 4, "router_order": "softmax_topk", "router_init": "zero"}, "factors 1.5"),
+        ({"moe_layers": "first-2-dense"}, "4 of 4 identical"),
+    ],
+    ids=["copy", "granular", "shared", "before top-k", "odd", "mixed"],
+)
+def test_exact_models_are_equal_by_weights_and_by_logits(
+    dense: Path, tmp_path: Path, fields: dict[str, Any], down: str
+) -> None:
+    found = verify(dense, _made(dense, tmp_path / "moe", **fields), layers=True)
+    assert found.equal
+    assert found.weights_exact
+    assert down in _lines(found)["expert down"]
+    assert _lines(found)["expert gate"].endswith("identical")
+    assert found.logits is not None
+    assert found.logits.relative <= 2e-6
+    assert found.logits.same_argmax == 1.0
+    assert found.logits.tokens == 512
+    assert len(found.logits.layer_relative) == 4
+    assert max(found.logits.layer_relative) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "line"),
+    [
+        ({"method": "drop", "drop_ratio": 0.25}, "expert up", "factors 1; 25 to 25 % of the neurons changed"),
+        ({"method": "drop", "drop_ratio": 0.5}, "expert down", "factors 1; 50 to 50 % of the neurons changed"),
+        ({"method": "noise"}, "expert gate", "100 to 100 % of the neurons changed"),
+        (FINE | {"output_scale": "none"}, "expert down", "24 of 24 identical"),
+        ({"router_order": "softmax_topk"}, "expert down", "0 of 12 identical; factors 2"),
+    ],
+    ids=["drop 25", "drop 50", "noise", "unscaled", "random before top-k"],
+)
+def test_what_is_not_exact_is_named(dense: Path, tmp_path: Path, fields: dict[str, Any], kind: str, line: str) -> None:
+    moe = _made(dense, tmp_path / "moe", **fields)
+    found = verify(dense, moe, logits=False)
+    assert not found.equal
+    assert line in _lines(found)[kind]
+    assert not verify(dense, moe).equal
+
+
+def test_a_type_with_less_precision_is_compared_in_that_type(dense: Path, tmp_path: Path) -> None:
+    fields = FINE | {"num_experts": 6, "top_k": 2}
+    found = verify(dense, _made(dense, tmp_path / "moe", torch.bfloat16, **fields), logits=False)
+    assert found.equal
+    assert _lines(found)["everything else"].endswith("identical")
+
+
+def _change(folder: Path, name: str, value: float) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("model.layers.1.self_attn.q_proj.weight", "everything else"),
+        ("model.layers.1.block_sparse_moe.experts.3.w2.weight", "expert down"),
+    ],
+)
+def test_one_wrong_weight_is_found_with_its_layer(dense: Path, tmp_path: Path, name: str, kind: str) -> None:
+    moe = _made(dense, tmp_path / "moe")
+    _change(moe, name, 50.0)
+    found = verify(dense, moe, layers=True)
+    assert not found.equal
+    assert not found.weights_exact
+    group = next(group for group in found.weights if group.kind == kind)
+    assert group.identical == group.tensors - 1
+    assert found.logits is not None
+    assert found.logits.layer_relative[1] < 1e-5 < found.logits.layer_relative[2]
+
+
+def test_routers_that_tear_copies_apart_are_found(dense: Path, tmp_path: Path) -> None:
+    moe = _made(dense, tmp_path / "moe", **FINE)
+    _change(moe, "model.layers.0.block_sparse_moe.gate.weight", 1.0)
+    assert not verify(dense, moe, logits=False).equal
+
+
+def test_the_text_is_the_one_asked_for(dense: Path, tmp_path: Path) -> None:
+    moe = _made(dense, tmp_path / "moe")
+    (tmp_path / "text").write_text("some words")
+    found = verify(dense, moe, tmp_path / "text")
+    assert found.logits is not None
+    assert found.logits.tokens == len("some words")
+
+
+def test_bad_input_is_refused(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = _made(dense, tmp_path / "moe")
+    other = write_llama(tmp_path / "other", vocab_size=259, layers=2)
+    with pytest.raises(CheckpointError, match="num_layers: got 3, expected 2"):
+        verify(other, moe)
+    with pytest.raises(CheckpointError, match="give the dense folder first"):
+        verify(dense, dense)
+    with pytest.raises(UpcycleError, match=r"no such file|No such file"):
+        verify(dense, moe, tmp_path / "absent")
+    (tmp_path / "empty").write_text("")
+    with pytest.raises(UpcycleError, match="got 0 tokens"):
+        verify(dense, moe, tmp_path / "empty")
+    bare = write_llama(tmp_path / "bare", vocab_size=259, layers=3)
+    with pytest.raises(UpcycleError, match="tokenizer: got none"):
+        verify(bare, moe)
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: "MemAvailable: 100 kB\n")
+    with pytest.raises(UpcycleError, match="memory for the MoE model in float32"):
+        verify_memory(4 * 10**6)
+
+
+def verify_memory(needed_bytes: int) -> None:
+    from nemo_upcycle.verify import _require_memory
+
+    _require_memory(needed_bytes)
