@@ -233,7 +233,7 @@ class DistributedCheckpoint:
     def _parts(self, name: str, bounds: Bounds) -> Iterator[tuple[Bounds, Stored, Bounds]]:
         """Yield which part of a slice lies in which piece, and where in that."""
         chunks, (start, stop) = self._chunks[name], bounds[0] if bounds else (0, 1)
-        tallest = max((chunk.sizes[0] for chunk in chunks if chunk.sizes), default=0)
+        tallest = max((chunk.sizes[0] if chunk.sizes else 1 for chunk in chunks), default=0)
         first, last = (bisect_left(chunks, row, key=_first_row) for row in (start - tallest + 1, stop))
         for chunk in chunks[first:last]:
             place = [

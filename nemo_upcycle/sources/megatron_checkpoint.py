@@ -116,8 +116,8 @@ class MegatronCheckpoint:
                 continue
             layer, name = _split(key.removeprefix(self._prefix))
             row = next((row for row in ROWS if name in row.stored and row.in_layer is (layer is not None)), None)
-            if row is None or row in MOE_ROWS:
-                fix = "give the dense parent" if row else "remove what is not the model's, or use another checkpoint"
+            if row is None or row in MOE_ROWS or (row.role == "output" and self.architecture.tied_embeddings):
+                fix = "give the dense parent" if row in MOE_ROWS else "check that configuration and weights fit"
                 expected = f"the tensors of a dense {self.architecture.hf_class}"
                 raise CheckpointError(problem(f"{self.path}: tensor", got=key, expected=expected, fix=fix))
             yield from self._find(key, row_of(row.role, self.architecture), layer)

@@ -32,12 +32,20 @@ def test_slices_equal_the_whole_and_only_they_are_counted(folder: Path) -> None:
         assert torch.equal(part, tensors[name][3:9, 10:40])
         assert dense.bytes_read == 6 * 30 * 4
         assert torch.equal(dense.read("model.norm.weight"), tensors["model.norm.weight"])
+        dense.expect(name)
+        assert dense.bytes_read == 6 * 30 * 4 + 64 * 4
+        with pytest.raises(CheckpointError, match=r"down_proj\.weight: slice .* reaches beyond its shape \[64, 96\]"):
+            dense.read(name, [(0, 64), (90, 97)])
 
 
 def test_addresses(folder: Path) -> None:
     assert open_dense(f"hf://{folder}").architecture == open_dense(folder).architecture
     with pytest.raises(CheckpointError, match="import it first"):
         open_dense("hf://organisation/model")
+    with pytest.raises(CheckpointError, match="got a relative path, expected a folder on this machine"):
+        open_dense("nemo://somewhere")
+    with pytest.raises(CheckpointError, match=r"'nemoo' does not exist\. Did you mean 'nemo'"):
+        open_dense("nemoo:///somewhere")
     with pytest.raises(CheckpointError, match=r"'hff' does not exist\. Did you mean 'hf'"):
         open_dense("hff:///somewhere")
 
@@ -73,6 +81,70 @@ def test_an_index_cannot_point_outside_the_folder(folder: Path) -> None:
     content["weight_map"]["x"] = "../elsewhere.safetensors"
     index.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="elsewhere"):
+        open_dense(folder)
+
+
+def _write(path: Path, header: dict, data: bytes) -> None:
+    raw = json.dumps(header).encode()
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + data)
+
+
+def _entry(start: int, stop: int, **changes: object) -> dict:
+    return {"dtype": "F32", "shape": [(stop - start) // 4], "data_offsets": [start, stop]} | changes
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ({"a": _entry(0, 16), "b": _entry(8, 24)}, r"b from byte 8 of the data, expected it from byte 16"),
+        ({"a": _entry(0, 8), "b": _entry(16, 24)}, r"b from byte 16 of the data, expected it from byte 8"),
+        ({"a": _entry(4, 24)}, r"a from byte 4 of the data, expected it from byte 0"),
+        ({"a": _entry(0, 24), "b": _entry(0, 24)}, r"b from byte 0 of the data"),
+        ({"a": _entry(0, 32)}, r"got \d+ bytes, expected \d+ bytes \(the file is truncated"),
+        ({"a": _entry(0, 16)}, r"got \d+ bytes, expected \d+ bytes \(the file is truncated"),
+        ({"a": _entry(0, 24, shape=[7])}, "a with 24 bytes, expected the bytes of a"),
+        ({"a": _entry(0, 24, dtype="F8_E4M3")}, "a of type F8_E4M3"),
+        ({"a": _entry(0, 24, shape=[-2, -3])}, "an unreadable safetensors header"),
+        ({"a": _entry(0, 24, shape=[6.0])}, "an unreadable safetensors header"),
+        ({"a": _entry(0, 24, data_offsets=[24])}, "an unreadable safetensors header"),
+        ({"a": {"data_offsets": [0, 24], "shape": [6]}}, "an unreadable safetensors header"),
+        ({"a": 3}, "an unreadable safetensors header"),
+    ],
+)
+def test_a_header_that_does_not_fit_the_data_is_refused(tmp_path: Path, header: dict, words: str) -> None:
+    folder = write_llama(tmp_path / "dense")
+    _write(folder / "model.safetensors", header, bytes(24))
+    with pytest.raises(CheckpointError, match=words):
+        open_dense(folder)
+
+
+def test_a_header_that_is_a_list_or_too_deep_is_refused(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path / "dense")
+    for text in (b"[]", b"3 ", b"[" * 100_000):
+        (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+        with pytest.raises(CheckpointError, match="an unreadable safetensors header"):
+            open_dense(folder)
+
+
+def test_the_index_and_the_shards_must_agree(folder: Path) -> None:
+    path, files = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))
+    index = json.loads(path.read_text())
+    moved = index["weight_map"] | {"model.norm.weight": files[0].name}
+    path.write_text(json.dumps(index | {"weight_map": moved}))
+    with pytest.raises(CheckpointError, match=rf"{files[0].name}: got no model\.norm\.weight, expected the tensors"):
+        open_dense(folder)
+    path.write_text(json.dumps(index))
+    save_file(load_file(files[0]) | {"model.norm.weight": torch.ones(64)}, files[0])
+    with pytest.raises(
+        CheckpointError, match=r"got model\.norm\.weight, which .* holds too, expected every tensor once"
+    ):
+        open_dense(folder)
+
+
+@pytest.mark.parametrize("index", [[], {}, {"weight_map": []}, {"weight_map": {"a": 3}}, {"weight_map": {"a": None}}])
+def test_an_index_that_is_none_is_refused(folder: Path, index: object) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"no weight_map|which does not exist"):
         open_dense(folder)
 
 

@@ -1,0 +1,119 @@
+"""Several dense models mixed into one: experts in turn, the rest of the first or averaged; what cannot be mixed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
+from nemo_upcycle.errors import CheckpointError, SpecError
+from nemo_upcycle.sources.branches import Branches
+from nemo_upcycle.training.equivalence import one_rank
+from tests.models import build_chunks, write_llama
+
+
+ATTENTION = "model.layers.1.self_attn.o_proj.weight"
+NETWORK = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    """A seed model and two that were trained from it."""
+    first = write_llama(tmp_path / "first", layers=2)
+    found = [first]
+    for number in (1, 2):
+        folder = Path(shutil.copytree(first, tmp_path / f"other{number}"))
+        torch.manual_seed(number)
+        tensors = load_file(first / "model.safetensors")
+        save_file({name: t + torch.randn(t.shape) * 0.05 for name, t in tensors.items()}, folder / "model.safetensors")
+        found.append(folder)
+    return found
+
+
+def _tensors(folders: list[Path]) -> list[dict[str, torch.Tensor]]:
+    return [load_file(folder / "model.safetensors") for folder in folders]
+
+
+@pytest.mark.parametrize("others", ["first", "mean"])
+def test_experts_are_the_models_in_turn_and_the_rest_is_one(folders: list[Path], others: str) -> None:
+    with one_rank():
+        (model,) = build_chunks(folders[0], num_experts=4)
+        with open_dense(folders, others=others) as dense:
+            receipt = upcycle_into([model], dense, UpcycleSpec(num_experts=4, top_k=2))
+        layer = model.decoder.layers[1]
+        down = [expert.linear_fc2.weight.data.clone() for expert in layer.mlp.experts.local_experts]
+        attention = layer.self_attention.linear_proj.weight.data.clone()
+    tensors = _tensors(folders)
+    assert all(torch.equal(down[expert], tensors[expert % 3][NETWORK]) for expert in range(4))
+    mean = sum(each[ATTENTION].double() for each in tensors) / 3
+    assert torch.allclose(attention.double(), mean if others == "mean" else tensors[0][ATTENTION].double(), rtol=1e-6)
+    assert not receipt.exact
+    words = "the mean of them all" if others == "mean" else "the first one's"
+    assert receipt.inexact_because == [
+        f"experts come from 3 dense models and the rest is {words}: no parent's function"
+    ]
+    assert set(receipt.source_files) == {f"{folder}/model.safetensors" for folder in folders}
+
+
+def test_a_mean_is_taken_in_float32_and_cast_back(folders: list[Path]) -> None:
+    for folder in folders:
+        tensors = load_file(folder / "model.safetensors")
+        save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    expected = sum(each[ATTENTION].float() for each in _tensors(folders)) / 3
+    with open_dense(folders, others="mean") as dense:
+        got = dense.read(ATTENTION, [(3, 9), (10, 40)])
+        assert torch.equal(got, expected[3:9, 10:40].bfloat16())
+        assert dense.bytes_read == 3 * got.nbytes
+        assert [branch.path for branch in dense.branches()] == folders
+    with open_dense(folders) as dense:
+        assert torch.equal(dense.read(ATTENTION), _tensors(folders)[0][ATTENTION])
+        assert dense.bytes_read == 64 * 64 * 2
+
+
+def test_one_model_is_no_mixture(folders: list[Path]) -> None:
+    with open_dense(folders[:1], others="mean") as dense:
+        assert dense.branches() == (dense,)
+        assert not dense.inexact_because()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rope_theta": 5e5}, r"rope_theta of .*other2: got 500000\.0, expected 100000\.0, as in .*first"),
+        ({"num_hidden_layers": 3}, "num_layers of .*other2: got 3, expected 2"),
+        ({"rms_norm_eps": 1e-6}, "norm_eps of .*other2"),
+        ({"architectures": ["Qwen2ForCausalLM"]}, "hf_class of .*other2: got Qwen2ForCausalLM"),
+    ],
+)
+def test_architectures_must_agree(folders: list[Path], change: dict, words: str) -> None:
+    path = folders[2] / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=words):
+        open_dense(folders)
+
+
+def test_tensors_must_agree(folders: list[Path]) -> None:
+    tensors = load_file(folders[1] / "model.safetensors")
+    save_file(tensors | {NETWORK: tensors[NETWORK].bfloat16()}, folders[1] / "model.safetensors")
+    words = r"dtype of .*down_proj\.weight of .*other1: got torch\.bfloat16, expected torch\.float32"
+    with pytest.raises(CheckpointError, match=words):
+        open_dense(folders)
+    save_file(tensors | {NETWORK: tensors[NETWORK].T.contiguous()}, folders[1] / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"shape of .*down_proj\.weight of .*other1: got \(96, 64\)"):
+        open_dense(folders)
+    del tensors[NETWORK]
+    save_file(tensors, folders[1] / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"other1: tensor '.*down_proj\.weight' does not exist"):
+        open_dense(folders)
+
+
+def test_what_others_can_be(folders: list[Path]) -> None:
+    with pytest.raises(SpecError, match=r"'meen' does not exist\. Did you mean 'mean'"):
+        open_dense(folders, others="meen")
+    with pytest.raises(CheckpointError, match="branches: got none"):
+        Branches([])

@@ -1,0 +1,203 @@
+"""Distributed checkpoints, written by torch's own writer: slices, and what damage of every kind leads to."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
+
+
+TENSORS = {
+    "a": torch.arange(24.0).view(4, 6),
+    "b": torch.arange(15.0).view(3, 5).to(torch.bfloat16),
+    "transposed": torch.arange(24.0).view(4, 6).T,
+    "scalar": torch.tensor(3.0),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    dcp.save(TENSORS, checkpoint_id=tmp_path / "weights", no_dist=True)
+    return tmp_path / "weights"
+
+
+def test_slices_and_only_they_are_counted(folder: Path) -> None:
+    with DistributedCheckpoint(folder) as checkpoint:
+        for name, tensor in TENSORS.items():
+            assert checkpoint.dtype(name) == tensor.dtype
+            assert torch.equal(checkpoint.read(name), tensor)
+        before = checkpoint.bytes_read
+        assert torch.equal(checkpoint.read("a", [(1, 3), (2, 6)]), TENSORS["a"][1:3, 2:6])
+        assert checkpoint.bytes_read - before == 2 * 4 * 4
+        assert sorted(checkpoint.fingerprint()) == [".metadata", "__0_0.distcp"]
+
+
+def test_a_piece_is_a_view_where_it_can_be(folder: Path) -> None:
+    with DistributedCheckpoint(folder) as checkpoint:
+        pieces = [checkpoint._piece(name, (0, 0), tuple(TENSORS[name].shape)) for name in ("a", "transposed")]
+        for name, piece in zip(("a", "transposed"), pieces, strict=True):
+            twice = [checkpoint.read(name).data_ptr() for _ in range(2)]
+            assert (twice[0] == twice[1]) is (piece.start_byte % 4 == 0)  # else no kernel is safe with it
+
+
+def _edit(folder: Path, change: Callable[[Any], None]) -> None:
+    """Change the metadata as somebody with a debugger would."""
+    path = folder / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    change(metadata)
+    path.write_bytes(pickle.dumps(metadata))
+
+
+def _add_chunk(offset: int) -> Callable[[Any], None]:
+    """Declare "a" of twice the rows, its second half from the same bytes."""
+
+    def change(metadata: Any) -> None:
+        entry = metadata.state_dict_metadata["a"]
+        entry.size = torch.Size((8, 6))
+        entry.chunks.append(ChunkStorageMetadata(torch.Size((offset, 0)), torch.Size((4, 6))))
+        place = metadata.storage_data[MetadataIndex("a", torch.Size((0, 0)))]
+        metadata.storage_data[MetadataIndex("a", torch.Size((offset, 0)))] = place
+
+    return change
+
+
+def test_pieces_are_put_together(folder: Path) -> None:
+    _edit(folder, _add_chunk(4))
+    with DistributedCheckpoint(folder) as checkpoint:
+        assert torch.equal(checkpoint.read("a"), torch.cat([TENSORS["a"]] * 2))
+        assert torch.equal(checkpoint.read("a", [(3, 6), (1, 2)]), torch.cat([TENSORS["a"]] * 2)[3:6, 1:2])
+
+
+def test_pieces_that_overlap_or_leave_a_gap_are_refused(folder: Path) -> None:
+    _edit(folder, _add_chunk(2))
+    checkpoint = DistributedCheckpoint(folder)
+    with pytest.raises(CheckpointError, match=r"weights: a: got pieces that overlap"):
+        checkpoint.read("a")
+    with pytest.raises(CheckpointError, match=r"weights: a: got 12 elements, expected 24"):
+        checkpoint.read("a", [(4, 8), (0, 6)])
+
+
+def _set_place(name: str, **changes: Any) -> Callable[[Any], None]:
+    def change(metadata: Any) -> None:
+        index = MetadataIndex(name, torch.Size((0, 0)))
+        metadata.storage_data[index] = replace(metadata.storage_data[index], **changes)
+
+    return change
+
+
+def _no_place(metadata: Any) -> None:
+    del metadata.storage_data[MetadataIndex("a", torch.Size((0, 0)))]
+
+
+def _set_type(metadata: Any) -> None:
+    metadata.state_dict_metadata["a"].properties = TensorProperties(dtype=torch.bfloat16)
+
+
+def _set_shape(metadata: Any) -> None:
+    entry = metadata.state_dict_metadata["a"]
+    entry.size, entry.chunks[0].sizes = torch.Size((5, 6)), torch.Size((5, 6))
+
+
+def _mixed_axes(metadata: Any) -> None:
+    metadata.state_dict_metadata["a"].chunks[0].sizes = torch.Size((24,))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_no_place, r"\.metadata: got damaged data of a \(no place"),
+        (_set_type, r"distcp: got damaged data of a \(ValueError"),
+        (_set_shape, r"distcp: got damaged data of a \(RuntimeError"),
+        (_mixed_axes, r"unreadable metadata \(a is not described as torch does it"),
+        (_set_place("a", relative_path="../elsewhere"), r"got no \.\./elsewhere"),
+        (_set_place("a", offset=-1), "unreadable metadata"),
+        (_set_place("a", offset=10**9), r"damaged data of a \(the file ends before it"),
+        (_set_place("a", transform_descriptors=["zstd"]), r"damaged data of a \(compressed"),
+        (lambda metadata: metadata.storage_data.clear(), "no place in the metadata"),
+        (lambda metadata: setattr(metadata, "storage_data", None), "unreadable metadata"),
+    ],
+)
+def test_metadata_that_does_not_fit_is_refused(folder: Path, change: Callable[[Any], None], words: str) -> None:
+    _edit(folder, change)
+    with pytest.raises(CheckpointError, match=words):
+        DistributedCheckpoint(folder).read("a")
+
+
+@pytest.mark.parametrize("length", [0, 100, 1000])
+def test_a_file_cut_short_is_refused_at_once(folder: Path, length: int) -> None:
+    os.truncate(folder / "__0_0.distcp", length)
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: got damaged data of .*the file ends before it"):
+        DistributedCheckpoint(folder)
+
+
+def test_a_missing_file_is_refused_at_once(folder: Path) -> None:
+    (folder / "__0_0.distcp").unlink()
+    with pytest.raises(CheckpointError, match=r"got no __0_0\.distcp, expected every file"):
+        DistributedCheckpoint(folder)
+
+
+def test_a_damaged_byte_anywhere_leads_to_an_error_or_to_other_numbers(folder: Path) -> None:
+    """Never to a traceback, and never to a tensor of another shape. Numbers have no checksum, in any format."""
+    path = folder / "__0_0.distcp"
+    whole = path.read_bytes()
+    refused = 0
+    for position in range(0, len(whole), 3):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :])
+        with DistributedCheckpoint(folder) as checkpoint:
+            for name, tensor in TENSORS.items():
+                try:
+                    shape = checkpoint.read(name).shape
+                except CheckpointError:
+                    refused += 1
+                else:
+                    assert shape == tensor.shape
+    assert refused > 100
+
+
+class _Runs:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_piece_whose_description_names_code_is_refused_and_not_run(folder: Path, tmp_path: Path) -> None:
+    path, trace, evil = folder / "__0_0.distcp", tmp_path / "trace", io.BytesIO()
+    with zipfile.ZipFile(evil, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(_Runs(trace)))
+        archive.writestr("archive/data/0", TENSORS["a"].numpy().tobytes())
+    offset = path.stat().st_size
+    path.write_bytes(path.read_bytes() + evil.getvalue())
+    _edit(folder, _set_place("a", offset=offset, length=len(evil.getvalue())))
+    with pytest.raises(CheckpointError, match="damaged data of a"):
+        DistributedCheckpoint(folder).read("a")
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(_Runs(trace)))  # a plain unpickler does run it
+    assert trace.exists()
+
+
+def test_metadata_that_names_code_is_refused_and_not_run(folder: Path, tmp_path: Path) -> None:
+    (folder / ".metadata").write_bytes(pickle.dumps(_Runs(tmp_path / "trace")))
+    with pytest.raises(CheckpointError, match=r"the class \w+\.system is not allowed in checkpoint metadata"):
+        DistributedCheckpoint(folder)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_an_unfinished_checkpoint_is_refused(folder: Path) -> None:
+    (folder / ".metadata").unlink()
+    with pytest.raises(CheckpointError, match=r"got no \.metadata.*was not finished"):
+        DistributedCheckpoint(folder)
