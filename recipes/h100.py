@@ -83,13 +83,13 @@ def fast_run(recipe: run.Partial, tensor_parallelism: int, context_parallelism: 
     recipe.trainer.callbacks = [
         *(recipe.trainer.callbacks or []),
         run.Config(GarbageCollectionCallback, gc_interval_train=100, gc_interval_val=100),
-        run.Config(MegatronCommOverlapCallback, tp_comm_overlap=False),
     ]
     return adjust(
         recipe,
         capacity_factor=1.0,
         pad_to_capacity=True,
         recompute_moe_steps=0,
+        comm_overlap=True,
         tensor_parallelism=tensor_parallelism,
         context_parallelism=context_parallelism,
     )
@@ -105,6 +105,7 @@ def adjust(
     scale_output: Optional[bool] = None,
     dispatcher: Optional[str] = None,
     recompute_moe_steps: Optional[int] = None,
+    comm_overlap: Optional[bool] = None,
     tensor_parallelism: Optional[int] = None,
     pipeline_parallelism: Optional[int] = None,
     virtual_pipeline_parallelism: Optional[int] = None,
@@ -123,6 +124,7 @@ def adjust(
         scale_output: scale the experts' down projection where the router's order asks for it (`output_scale`).
         dispatcher: `alltoall` or `deepep`.
         recompute_moe_steps: recompute the MoE layers in so many first steps; 0 never.
+        comm_overlap: overlap messages between pipeline stages, gradients and parameters with computation.
         tensor_parallelism: of the attention; above 1 with sequence parallelism.
         pipeline_parallelism: stages.
         virtual_pipeline_parallelism: chunks of each stage; 1 without interleaving.
@@ -152,6 +154,9 @@ def adjust(
         _dispatch(config, dispatcher)
     if recompute_moe_steps is not None:
         _recompute(recipe, recompute_moe_steps)
+    if comm_overlap is not None:
+        overlap = run.Config(MegatronCommOverlapCallback, tp_comm_overlap=False) if comm_overlap else None
+        _replace_callback(recipe, MegatronCommOverlapCallback, overlap)
     sizes = {
         "tensor_model_parallel_size": tensor_parallelism,
         "pipeline_model_parallel_size": pipeline_parallelism,
@@ -185,9 +190,14 @@ def _dispatch(config: run.Config, dispatcher: str) -> None:
 
 def _recompute(recipe: run.Partial, steps: int) -> None:
     config = recipe.model.config
-    others = [item for item in recipe.trainer.callbacks or [] if item.__fn_or_cls__ is not RecomputeFirstSteps]
     config.recompute_granularity, config.recompute_modules = ("selective", ["moe"]) if steps else (None, None)
-    recipe.trainer.callbacks = [*others, run.Config(RecomputeFirstSteps, steps=steps)] if steps else others
+    callback = run.Config(RecomputeFirstSteps, steps=steps) if steps else None
+    _replace_callback(recipe, RecomputeFirstSteps, callback)
+
+
+def _replace_callback(recipe: run.Partial, kind: type, callback: Optional[run.Config]) -> None:
+    others = [item for item in recipe.trainer.callbacks or [] if item.__fn_or_cls__ is not kind]
+    recipe.trainer.callbacks = [*others, callback] if callback else others
 
 
 def _compute_in_fp8(recipe: run.Partial, name: str) -> None:

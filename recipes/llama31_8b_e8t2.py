@@ -55,6 +55,7 @@ def pretrain_recipe(
     scale_output: Optional[bool] = None,
     dispatcher: Optional[str] = None,
     recompute_moe_steps: Optional[int] = None,
+    comm_overlap: Optional[bool] = None,
     tensor_parallelism: Optional[int] = None,
     pipeline_parallelism: Optional[int] = None,
     virtual_pipeline_parallelism: Optional[int] = None,
@@ -81,6 +82,7 @@ def pretrain_recipe(
         scale_output (bool | None): Scale the experts' down projection where the router's order asks for it.
         dispatcher (str | None): `alltoall` or `deepep`.
         recompute_moe_steps (int | None): Recompute the MoE layers in so many first steps.
+        comm_overlap (bool | None): Overlap pipeline and data-parallel communication with computation.
         tensor_parallelism (int | None): Degree of tensor model parallelism; above 1 with sequence parallelism.
         pipeline_parallelism (int | None): Degree of pipeline model parallelism.
         virtual_pipeline_parallelism (int | None): Size of virtual pipeline parallelism; 1 without.
@@ -106,7 +108,7 @@ def pretrain_recipe(
     recipe.trainer = trainer(
         num_nodes=num_nodes, num_gpus_per_node=num_gpus_per_node, callbacks=recipe.trainer.callbacks
     )
-    recipe = adjust(start_from(recipe, dense, SPEC), recompute_moe_steps=RECOMPUTE_MOE_STEPS)
+    recipe = adjust(start_from(recipe, dense, SPEC), recompute_moe_steps=RECOMPUTE_MOE_STEPS, comm_overlap=True)
     if performance_mode:
         recipe = pretrain_performance_optimizations(recipe)
     return adjust(
@@ -118,6 +120,7 @@ def pretrain_recipe(
         scale_output=scale_output,
         dispatcher=dispatcher,
         recompute_moe_steps=recompute_moe_steps,
+        comm_overlap=comm_overlap,
         tensor_parallelism=tensor_parallelism,
         pipeline_parallelism=pipeline_parallelism,
         virtual_pipeline_parallelism=virtual_pipeline_parallelism,

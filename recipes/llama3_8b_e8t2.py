@@ -103,6 +103,7 @@ def pretrain_recipe(
     scale_output: Optional[bool] = None,
     dispatcher: Optional[str] = None,
     recompute_moe_steps: Optional[int] = None,
+    comm_overlap: Optional[bool] = None,
     tensor_parallelism: Optional[int] = None,
     pipeline_parallelism: Optional[int] = None,
     virtual_pipeline_parallelism: Optional[int] = None,
@@ -117,9 +118,10 @@ def pretrain_recipe(
     tokens, learning rate and its schedule. Not stated, and chosen here:
 
     - sequences of 8192: its FLOPs fit no other length; 512 of them a step, Adam and clipping: `paper_training`;
-    - no context parallelism: its Table 2 has CP2, for 128 GPUs; on 512 that would leave pipelines half as full;
+    - no context parallelism: the list of the main run's parallelism names none (Table 2, on 128 GPUs, has CP2);
     - load-balancing loss 0.01, no z-loss: NeMo's Mixtral, and what He et al. found best; router std 0.02;
-    - MoE layers recomputed in the first 500 steps: routers start unbalanced, and the paper advises it.
+    - MoE layers recomputed in the first 500 steps: routers start unbalanced, and the paper advises it;
+    - communication overlapped: eight virtual stages in place of one make eight times the messages.
 
     Every argument below `dense` changes one setting of the run; None leaves it as it stands. Each is an override, too.
 
@@ -137,6 +139,7 @@ def pretrain_recipe(
         scale_output (bool | None): Scale the experts' down projection where the router's order asks for it.
         dispatcher (str | None): `alltoall` or `deepep`.
         recompute_moe_steps (int | None): Recompute the MoE layers in so many first steps.
+        comm_overlap (bool | None): Overlap pipeline and data-parallel communication with computation.
         tensor_parallelism (int | None): Degree of tensor model parallelism; above 1 with sequence parallelism.
         pipeline_parallelism (int | None): Degree of pipeline model parallelism.
         virtual_pipeline_parallelism (int | None): Size of virtual pipeline parallelism; 1 without.
@@ -167,7 +170,7 @@ def pretrain_recipe(
     recipe.trainer = trainer(
         num_nodes=num_nodes, num_gpus_per_node=num_gpus_per_node, callbacks=recipe.trainer.callbacks
     )
-    recipe = adjust(start_from(recipe, dense, SPEC), recompute_moe_steps=RECOMPUTE_MOE_STEPS)
+    recipe = adjust(start_from(recipe, dense, SPEC), recompute_moe_steps=RECOMPUTE_MOE_STEPS, comm_overlap=True)
     if performance_mode:
         recipe = pretrain_performance_optimizations(recipe)
     return adjust(
@@ -179,6 +182,7 @@ def pretrain_recipe(
         scale_output=scale_output,
         dispatcher=dispatcher,
         recompute_moe_steps=recompute_moe_steps,
+        comm_overlap=comm_overlap,
         tensor_parallelism=tensor_parallelism,
         pipeline_parallelism=pipeline_parallelism,
         virtual_pipeline_parallelism=virtual_pipeline_parallelism,

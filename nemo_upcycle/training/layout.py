@@ -55,6 +55,11 @@ def check_layout(strategy: Any, config: Any, ranks: int) -> None:
     elif expert > 1:
         fix = f"set {where}expert_model_parallel_size=1"
         raise SpecError(problem("expert parallelism", got=expert, expected="1 for a dense model", fix=fix))
+    if experts and expert == 1 and expert_tensor != tensor:
+        # Megatron-Core 0.15 marks experts for a reduction of their own only where they are spread over ranks.
+        fix = f"set {where}expert_model_parallel_size above 1, or expert_tensor_parallel_size={tensor}"
+        expected = f"{tensor}, as tensor parallelism, without expert parallelism: gradients would stay unsummed"
+        raise SpecError(problem("expert-tensor parallelism", got=expert_tensor, expected=expected, fix=fix))
     setting = f"{where}pipeline_model_parallel_size or virtual_pipeline_model_parallel_size"
     _require_divides("pipeline stages", setting, pipeline * virtual, "num_layers", config.num_layers)
     for what, product in (

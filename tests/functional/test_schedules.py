@@ -223,15 +223,33 @@ def test_the_router_uses_the_scheduled_coefficient(whole: Any) -> None:
 
 def test_a_killed_run_goes_on_with_the_same_values(jobs: Jobs, whole: Any) -> None:
     """Killed after step 3, with the checkpoint of step 2 behind it: in the middle of the warm-up and of the anneal."""
-    with pytest.raises(RuntimeError, match="rank 0 died"):
-        jobs.train("killed", 1, ALL, steps=6, every=2, kill=3)
-    (run,) = jobs.train("killed", 1, ALL, steps=6, every=2)
+    (run,) = _kill_and_resume(jobs, "killed", 1)
+    _assert_goes_on(run, whole, "weights")
+
+
+def test_ranks_that_hold_no_router_resume_too(jobs: Jobs) -> None:
+    """With two data-parallel ranks, one of them has no share of the routers' masters: its group is empty."""
+    options = {"ep": 2, "precision": "bf16-mixed"}
+    wholes = jobs.train("whole-ep2", 2, ALL, steps=6, every=2, **options)
+    held = [{part_of(name) for name in run["masters"][0]} for run in wholes]
+    assert [part for part in held if "router" not in part]
+    for run, whole in zip(_kill_and_resume(jobs, "killed-ep2", 2, **options), wholes, strict=True):
+        _assert_goes_on(run, whole, "masters")
+
+
+def _kill_and_resume(jobs: Jobs, name: str, world_size: int, **options: Any) -> list[Any]:
+    with pytest.raises(RuntimeError, match=r"rank \d died"):
+        jobs.train(name, world_size, ALL, steps=6, every=2, kill=3, **options)
+    return jobs.train(name, world_size, ALL, steps=6, every=2, **options)
+
+
+def _assert_goes_on(run: Any, whole: Any, kind: str) -> None:
     assert sorted(run["coefficients"]) == [2, 3, 4, 5]
     for step in (2, 3, 4, 5):
         assert run["coefficients"][step] == whole["coefficients"][step]
         assert run["shown"][step]["lr_experts"] == whole["shown"][step]["lr_experts"]
-    assert [_moved(run["weights"], step)["experts"] for step in (0, 1)] == [{False}, {True}]
-    for resumed, expected in zip(run["weights"], whole["weights"][2:], strict=True):
+    assert [_moved(run[kind], step)["experts"] for step in (0, 1)] == [{False}, {True}]
+    for resumed, expected in zip(run[kind], whole[kind][2:], strict=True):
         for name, weight in expected.items():
             torch.testing.assert_close(resumed[name], weight, rtol=1e-6, atol=1e-8, msg=name)
 

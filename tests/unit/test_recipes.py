@@ -141,6 +141,19 @@ def test_every_argument_changes_its_setting_also_in_the_fast_run(recipes: Any, b
         assert setting == expected
 
 
+@pytest.mark.parametrize("base", BIG)
+def test_overlap_and_recomputation_can_be_left_out(recipes: Any, base: str) -> None:
+    module = getattr(recipes, f"{base}_e8t2")
+
+    def callbacks(**arguments: Any) -> set[str]:
+        return {item.__fn_or_cls__.__name__ for item in module.pretrain_recipe(**arguments).trainer.callbacks}
+
+    both = {"MegatronCommOverlapCallback", "RecomputeFirstSteps"}
+    assert callbacks() - callbacks(comm_overlap=False, recompute_moe_steps=0) == both
+    assert "RecomputeFirstSteps" not in callbacks(performance_mode=True)
+    assert "RecomputeFirstSteps" in callbacks(performance_mode=True, recompute_moe_steps=10)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -42,6 +42,7 @@ def test_the_papers_layout_fits() -> None:
         ({"virtual_pipeline_model_parallel_size": 3}, {}, 512, ["pipeline stages", "got 12", "num_layers (32)"]),
         ({}, {"moe_router_topk": 9}, 512, ["top_k", "got 9", "1 to num_moe_experts (8)"]),
         ({}, {"num_moe_experts": None}, 512, ["expert parallelism", "1 for a dense model"]),
+        ({"expert_model_parallel_size": 1}, {}, 512, ["expert-tensor parallelism", "got 1", "expected 2", "unsummed"]),
         ({}, {}, 12, ["ranks", "got 12", "multiple of 8"]),
         ({}, {}, 8, ["ranks", "got 8", "multiple of 32", "expert-tensor"]),
     ],
