@@ -91,6 +91,8 @@ def megatron(moe: list[Any], dense: list[Any], source: MemorySource, spec: Upcyc
     for name, parameter in moe[0].named_parameters():
         if name.endswith("router.weight"):
             parameter.data.normal_(0, router_std, generator=torch.Generator().manual_seed(1))
+        elif name.endswith("router.bias"):
+            parameter.data.zero_()  # Megatron-Core leaves it as it was allocated
     moe[0].load_state_dict(upcycle_state_dict(moe, dense)["model"], strict=True)
 
 
@@ -100,7 +102,7 @@ def error(fill: Callable[..., None], network: dict[str, Any], spec: UpcycleSpec)
     source = MemorySource(arch)
     dense, wanted = _dense_logits(arch, source)
     torch.manual_seed(0)
-    moe = build_chunks(arch, **moe_settings(arch, spec))
+    moe = build_chunks(arch, **moe_settings(arch, spec), init_method_std=0.1)  # of what is not filled
     try:
         fill(moe, dense, source, spec)
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as raised:

@@ -283,7 +283,7 @@ def require_finite(slice_: torch.Tensor, name: str, source: DenseSource) -> None
         CheckpointError: it does; the text names tensor and source.
     """
     # The sum is one fast pass; an overflow of finite weights is told from a NaN by looking again.
-    if not math.isfinite(slice_.sum(dtype=torch.float32).item()) and not slice_.isfinite().all():
+    if not math.isfinite(slice_.sum().item()) and not slice_.isfinite().all():
         got = f"{int((~slice_.isfinite()).sum())} values that are NaN or infinite"
         fix = "train or upcycle from a sound checkpoint"
         raise CheckpointError(problem(f"{source.path}: {name}", got=got, expected="finite weights", fix=fix))

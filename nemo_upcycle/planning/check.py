@@ -176,14 +176,16 @@ def build_rank(arch: Architecture, layout: Layout, engine: str | None = None) ->
     if engine is not None:
         fp8 = {} if engine == "bf16" else {"fp8": "hybrid", "fp8_recipe": engine}
         grouped = bool(arch.num_experts)
-        config = replace(config, sequence_parallel=layout.tp > 1, moe_grouped_gemm=grouped, **fp8)
+        meta = {"use_cpu_initialization": False, "init_model_with_meta_device": True}
+        cut = {"sequence_parallel": layout.tp > 1, "context_parallel_size": layout.cp}
+        config = replace(config, moe_grouped_gemm=grouped, **cut, **meta, **fp8)
     chunks = []
     for number, parts in enumerate(layout.chunks(arch, _stage())):
         stage = number if layout.vp > 1 else None
         block = get_gpt_decoder_block_spec(
             config, use_transformer_engine=engine is not None, normalization="RMSNorm", vp_stage=stage
         )
-        with torch.device("meta"):
+        with torch.device("meta"), _stay_on_meta():
             chunks.append(
                 GPTModel(
                     config,
@@ -198,6 +200,17 @@ def build_rank(arch: Architecture, layout: Layout, engine: str | None = None) ->
                 )
             )
     return chunks
+
+
+@contextmanager
+def _stay_on_meta() -> Iterator[None]:
+    """Keep tied embeddings where they are made: Megatron moves them to the GPU to make them equal on both stages."""
+    cuda = torch.Tensor.cuda
+    torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.cuda = cuda  # type: ignore[method-assign]
 
 
 def _stage() -> int:
@@ -251,7 +264,8 @@ def transformer_config(arch: Architecture, layout: Layout) -> Any:
         sequence_parallel=layout.tp > 1,
         **moe,
     )
-    config.sequence_parallel = False  # changes no shape, and torch's norm in the local spec refuses it
+    # They change no shape, and the local spec's norm and attention refuse them.
+    config.sequence_parallel, config.context_parallel_size = False, 1
     return config
 
 

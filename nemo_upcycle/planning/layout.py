@@ -6,7 +6,7 @@ Megatron-Core's rules and orders (tp fastest, then cp, dp, pp; for experts etp, 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from nemo_upcycle.architecture import Architecture
@@ -74,7 +74,8 @@ class Layout:
     loss: int = 0
 
     def __str__(self) -> str:
-        names = [name for name in ("tp", "pp", "vp", "cp", "ep", "etp") if getattr(self, name) > 1]
+        names = [name for name in ("tp", "pp", "vp", "cp", "ep") if getattr(self, name) > 1]
+        names += ["etp"] if self.etp > 1 and self.ep > 1 else []  # else it is tp
         names += [name for name in ("first", "last", "embedding", "loss") if getattr(self, name)]
         sizes = "".join(f"{name}={getattr(self, name)}," for name in names)
         return f"{sizes}dp={self.dp},mbs={self.micro_batch}"
@@ -125,6 +126,13 @@ class Layout:
                 begin = end
         return found
 
+    def stage_layers(self, layers: int) -> list[int]:
+        """Return how many layers each pipeline stage holds."""
+        if not (self.first or self.last or self.embedding or self.loss):
+            return [layers // self.pp] * self.pp
+        each = range(self.vp)
+        return [sum(self._chunk_layers(layers, stage, virtual) for virtual in each) for stage in range(self.pp)]
+
     def _chunk_layers(self, layers: int, stage: int, virtual: int) -> int:
         fixed = {0: self.first, self.pp - 1: self.last} if self.pp > 1 else {}
         fixed = {where: count for where, count in fixed.items() if count is not None}
@@ -172,11 +180,12 @@ class Layout:
         if arch.num_experts:
             _require_divides("ep", self.ep, arch.num_experts, "num_experts")
             _require_divides("etp", self.etp, arch.expert_ffn_size or 1, "an expert's feed-forward size")
-            return
-        for name in ("ep", "etp"):
-            if getattr(self, name) > 1:
-                got, fix = getattr(self, name), f"set {name}=1"
-                raise SpecError(problem(name, got=got, expected="1 for a dense model", fix=fix))
+            if self.ep == 1 and self.etp != self.tp:
+                # It takes experts for dense parameters then, and sums their gradients over dp x cp.
+                expected = f"tp ({self.tp}) where ep is 1: else Megatron-Core sums gradients over the wrong ranks"
+                raise SpecError(problem("etp", got=self.etp, expected=expected, fix=f"set etp={self.tp}"))
+        elif self.ep > 1:
+            raise SpecError(problem("ep", got=self.ep, expected="1 for a dense model", fix="set ep=1"))
 
     def _check_stages(self, arch: Architecture) -> None:
         if self.vp > 1 and self.pp == 1:
@@ -222,7 +231,9 @@ class Layout:
 
 
 def parse_layout(text: str, gpus: int) -> Layout:
-    """Return the layout that a text such as `tp=2,pp=4,vp=8,cp=1,ep=8,etp=1` describes; what is left out is 1.
+    """Return the layout that a text such as `tp=2,pp=4,vp=8,cp=1,ep=8,etp=1` describes.
+
+    What is left out is 1; but etp is tp where experts are not spread, for Megatron-Core works no other way.
 
     Raises:
         SpecError: a name or a number is wrong.
@@ -238,16 +249,13 @@ def parse_layout(text: str, gpus: int) -> Layout:
             raise SpecError(problem("layout", got=repr(part), expected=expected, fix="write a whole number"))
         sizes["micro_batch" if name == "mbs" else name] = int(number)
     dp = sizes.pop("dp", None)
+    if sizes.get("ep", 1) == 1:
+        sizes.setdefault("etp", sizes.get("tp", 1))
     layout = Layout(gpus=gpus, **sizes)
     if dp is not None and layout.tp * layout.cp * layout.pp * dp != gpus:
         needed = layout.tp * layout.cp * layout.pp * dp
         raise SpecError(problem("gpus", got=gpus, expected=f"tp x cp x pp x dp ({needed})", fix="leave dp away"))
     return layout
-
-
-def with_micro_batch(layout: Layout, micro_batch: int) -> Layout:
-    """Return the layout with another micro-batch."""
-    return replace(layout, micro_batch=micro_batch)
 
 
 def _divisors(number: int) -> list[int]:

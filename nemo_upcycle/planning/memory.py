@@ -76,8 +76,8 @@ def layer_bytes(arch: Architecture, layout: Layout, work: Workload, moe: bool, f
 
     Elements for each token of a rank's part of the sequence (s / cp): inputs and outputs of two norms, 4 D; query,
     key, value and the attention's output, (2 H + 2 G) K; all of it over tp. A dense network adds (2 F + F) / tp, an
-    MoE layer (2 F + F) / etp for every token slot, and the experts' input, D a slot. In FP8 the inputs of linear
-    layers take one byte, all others two.
+    MoE layer (2 F + F) / etp for every token slot, the experts' input, D a slot, and 16 bytes for each of the router's
+    logits. In FP8 the inputs of linear layers take one byte, all others two.
     """
     tokens = work.seq_length // layout.cp * layout.micro_batch
     saved = work.numbers.saved_bytes if fp8 else 2
@@ -87,18 +87,18 @@ def layer_bytes(arch: Architecture, layout: Layout, work: Workload, moe: bool, f
     norm = tokens * (2 * width + saved * width)
     routed = kept_routed = 0.0
     if moe:
-        # Slots of a rank: the tokens of its tp part, from all ranks of its group; gathered once more over etp.
+        # As many slots as the rank's own tokens have, from all over its group; etp ranks gather theirs.
         slots = tokens / layout.tp * work.buffer_slots_per_token(arch, layout.ep) * layout.etp
         neurons = (arch.expert_ffn_size or 0) / layout.etp
-        moved, act = slots * saved * width, slots * saved * neurons
-        routed = moved + slots * 2 * gates * neurons + act
+        act = slots * saved * neurons
+        routed = slots * (saved * width + 2 * gates * neurons) + act
         kept_routed = {"none": routed, "moe_act": routed - act}.get(work.recompute, 0.0)
         network = tokens * (gates * 2 + saved) * arch.shared_ffn_size + tokens * 16 * (arch.num_experts or 0)
     else:
         network = tokens * (gates * 2 + saved) * arch.ffn_size
     every = (attention + norm + network) / layout.tp
     kept = every
-    if work.recompute == "moe":
+    if work.recompute == "moe" and (moe or not arch.num_experts):  # in a dense model, the feed-forward networks
         kept = (attention + norm) / layout.tp
     if work.recompute == "full":
         kept = tokens * 2 * width / layout.tp

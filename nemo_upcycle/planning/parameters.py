@@ -204,7 +204,8 @@ class StagePlan:
                 members = [
                     (param.numel, apart and param.role in ("embedding", "output"))
                     for param in chunk
-                    if param.is_expert is expert
+                    # Experts that are not spread lie among the dense parameters.
+                    if (param.is_expert and layout.ep > 1) is expert
                 ]
                 shards = layout.expert_dp if expert else layout.dense_shards
                 self.buffers.append((lay_out(members, shards, bucket), expert))

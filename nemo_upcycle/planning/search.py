@@ -183,7 +183,7 @@ def layouts(goal: Goal, micro_batches: tuple[int, ...]) -> Iterator[Layout]:
     for tp, cp, pp, ep in itertools.product(_divisors(node), _CONTEXTS, _divisors(arch.num_layers), experts):
         if goal.gpus % (tp * cp * pp) or goal.gpus % (ep * pp) or arch.num_kv_heads % tp:
             continue
-        for etp in {1, tp} if arch.num_experts else {1}:
+        for etp in {1, tp} if ep > 1 else {tp}:
             # Cutting a sequence and taking two at a time undo each other.
             micros = micro_batches[:1] if cp > 1 else micro_batches
             for vp, micro in itertools.product(_divisors(arch.num_layers // pp) if pp > 1 else [1], micros):

@@ -35,8 +35,15 @@ def row_values(plan: Plan, command: str | None, price: float | None) -> dict[str
     }
 
 
-def nemo_command(recipe: str, plan: Plan, *, upcycled: bool) -> str:
-    """Return the command that runs a plan: the recipe's own arguments for nodes, NeMo's settings for the rest."""
+def nemo_command(recipe: str, plan: Plan, defaults: dict[str, Any], *, upcycled: bool) -> str:
+    """Return the command that runs a plan: the recipe's own arguments where it has them, NeMo's settings for the rest.
+
+    Args:
+        recipe: its name.
+        plan: what to run.
+        defaults: the recipe's own `seq_length` and `global_batch`, which need no setting.
+        upcycled: whether the recipe's model has experts.
+    """
     layout, work, node = plan.layout, plan.work, plan.goal.gpu.per_node
     nodes = -(-layout.gpus // node)
     per_node = layout.gpus // nodes
@@ -55,20 +62,24 @@ def nemo_command(recipe: str, plan: Plan, *, upcycled: bool) -> str:
     if upcycled:
         strategy |= {"expert_model_parallel_size": layout.ep, "expert_tensor_parallel_size": layout.etp}
     settings = [f"trainer.strategy.{name}={value}" for name, value in strategy.items()]
-    settings += [
-        f"model.config.seq_length={work.seq_length}",
-        f"data.seq_length={work.seq_length}",
-        f"data.global_batch_size={work.global_batch}",
-        f"data.micro_batch_size={layout.micro_batch}",
-        f"trainer.max_steps={round(plan.goal.tokens / work.seq_length / work.global_batch)}",
-    ]
+    if work.seq_length != defaults["seq_length"]:
+        settings += [f"{where}.seq_length={work.seq_length}" for where in ("model.config", "data")]
+    if work.global_batch != defaults["global_batch"]:
+        settings.append(f"data.global_batch_size={work.global_batch}")
+    if layout.micro_batch != 1:
+        settings.append(f"data.micro_batch_size={layout.micro_batch}")
+    steps = round(plan.goal.tokens / work.seq_length / work.global_batch)
+    settings.append(f"trainer.max_steps={steps}")
     arguments = f"num_nodes={nodes}, num_gpus_per_node={per_node}"
     if upcycled and not recipe.startswith("smollm2"):
         arguments += f", capacity_factor={work.capacity_factor or 0}, pad_to_capacity={work.pad}"
-        steps = round(plan.goal.tokens / work.seq_length / work.global_batch)
         arguments += f", recompute_moe_steps={steps if work.recompute == 'moe' else 0}"
-        if work.precision in _FP8_RECIPES:
-            arguments += f", fp8_recipe='{_FP8_RECIPES[work.precision]}'"
+    if work.precision in _FP8_RECIPES and "capacity_factor" in arguments:
+        arguments += f", fp8_recipe='{_FP8_RECIPES[work.precision]}'"
+    elif work.precision in _FP8_RECIPES:
+        fp8 = ["fp8=hybrid", f"fp8_recipe={_FP8_RECIPES[work.precision]}", "fp8_param_gather=False"]
+        fp8 += ["first_last_layers_bf16=True"] if work.numbers.bf16_ends else []
+        settings += [f"trainer.plugins.{part}" for part in fp8]
     if work.recompute == "full":
         settings += [
             f"model.config.recompute_{part}" for part in ("granularity=full", "method=uniform", "num_layers=1")

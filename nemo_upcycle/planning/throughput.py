@@ -33,15 +33,15 @@ class Machine:
             not padded to a capacity.
     """
 
-    gemm: float = 0.55
-    gemm_fp8: float = 0.54
+    gemm: float = 0.59
+    gemm_fp8: float = 0.55
     attention: float = 0.5
     memory: float = 0.85
     link: float = 0.7
     layer_us: float = 200.0
-    moe_us: float = 730.0
+    moe_us: float = 600.0
     expert_us: float = 50.0
-    imbalance: float = 1.13
+    imbalance: float = 1.12
 
 
 @dataclass(frozen=True)
@@ -135,21 +135,25 @@ class ThroughputModel:
     def step(self, layout: Layout, work: Workload) -> StepTime:
         """Return the time of a step.
 
-        m (layers of a stage + its share of the output layer) + bubble, (pp - 1) / (m vp) of it (arXiv 2104.04473), +
-        what the data-parallel traffic cannot hide, + the optimizer.
+        m times the slowest stage, + the bubble, (pp - 1) / (m vp) of that (arXiv 2104.04473), + the traffic of data
+        parallelism that nothing hides, + the optimizer.
         """
         count = layout.micro_batches(work.global_batch)
-        stage = _Times()
+        layer = _Times()  # of all of them, the mean
         if work.precision not in self._kinds:
             self._kinds[work.precision] = layer_kinds(self.arch, work)
         for (moe, fp8), layers in self._kinds[work.precision].items():
             key = (moe, fp8, layout.tp, layout.cp, layout.ep, layout.etp, layout.micro_batch, work)
             if key not in self._known:
                 self._known[key] = self._layer(layout, work, moe, fp8)
-            stage.add(self._known[key], layers / layout.pp)
-        # The last stage does the output layer besides; with many stages the others wait for it.
-        output = self._output(layout, work)
-        stage.add(output)
+            layer.add(self._known[key], layers / self.arch.num_layers)
+        # The slowest stage sets the pace: the fullest one, or the last one with the output layer.
+        counts = layout.stage_layers(self.arch.num_layers)
+        fullest, stage = _Times(), _Times()
+        fullest.add(layer, max(counts))
+        stage.add(layer, counts[-1])
+        stage.add(self._output(layout, work))
+        stage = max(stage, fullest, key=lambda times: times.total)
         stage.add(self._send(layout, work))
         step = _Times()
         step.add(stage, count)
@@ -167,7 +171,6 @@ class ThroughputModel:
         tokens = work.seq_length / layout.cp * layout.micro_batch
         heads, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
         width = arch.hidden_size
-        again = 1.0 if work.recompute == "full" else 0.0
         # Attention is called once for each step of context parallelism's ring.
         attention = _Times(launch=self.machine.layer_us * 1e-6 * (1 + (layout.cp - 1) / 4))
         for rows, columns in ((width, heads + 2 * groups), (heads, width)):
@@ -177,20 +180,16 @@ class ThroughputModel:
         # Two norms and residuals; rotary embedding and what attention reads and writes.
         self._moved(attention, tokens / layout.tp * (24 * width + 8 * (heads + groups)), fp8)
         self._tensor_traffic(attention, tokens, layout)
-        kv_bytes = 2 * 2 * groups / layout.tp * tokens * (layout.cp - 1)
-        self._link(
-            attention,
-            0.0 if kv_bytes == 0 else kv_bytes * 3,
-            layout.tp * layout.cp,
-            layout.cp,
-            hidden=attention.attention,
-        )
+        # Keys and values go round the ring once forward, and with their gradients backward; attention hides it.
+        ring = 3 * 2 * 2 * groups / layout.tp * tokens * (layout.cp - 1)
+        self._link(attention, ring, layout.tp * layout.cp, layout.cp, hidden=attention.attention)
         network = self._moe(layout, work, tokens, fp8) if moe else _Times()
         if not moe:
             self._network(network, tokens, arch.ffn_size / layout.tp, fp8)
             self._tensor_traffic(network, tokens, layout)
-        attention.add(attention, again / 3)
-        attention.add(network, 1 + (1 / 3 if work.recompute in ("moe", "full") else 0.0))
+        attention.add(attention, 1 / 3 if work.recompute == "full" else 0.0)
+        network_again = work.recompute == "full" or (work.recompute == "moe" and (moe or not arch.num_experts))
+        attention.add(network, 1 + (1 / 3 if network_again else 0.0))
         return attention
 
     def _moe(self, layout: Layout, work: Workload, tokens: float, fp8: bool) -> _Times:
@@ -259,16 +258,13 @@ class ThroughputModel:
             found.network += time_s
 
     def _output(self, layout: Layout, work: Workload) -> _Times:
-        """Return the output layer and the loss, as a part of the time of every stage."""
+        """Return the output layer and the loss: the last stage's work, for which all others wait."""
         found = _Times()
         tokens = work.seq_length / layout.cp * layout.micro_batch
         vocabulary = layout.padded_vocab(self.arch) / layout.tp
         self._matrix(found, tokens, self.arch.hidden_size, vocabulary, 1, False)
         self._moved(found, tokens * vocabulary * 12, False)
-        share = 1.0 if layout.pp == 1 else (1.0 / layout.vp if layout.vp > 1 else 1.0)
-        scaled = _Times()
-        scaled.add(found, share if layout.vp == 1 else max(share, 1 / layout.pp))
-        return scaled
+        return found
 
     def _send(self, layout: Layout, work: Workload) -> _Times:
         """Return what the hand-over between stages costs: overlapped with interleaving, waited for without."""

@@ -17,7 +17,7 @@ import torch
 from nemo_upcycle import UpcycleSpec, upcycle_into
 from nemo_upcycle.architecture import Architecture
 from nemo_upcycle.connector import load_dense_into
-from nemo_upcycle.mapping import find_row
+from nemo_upcycle.mapping import ROWS, find_row
 from nemo_upcycle.placement import Place, targets_of
 from nemo_upcycle.planning.check import megatron_rank, transformer_config
 from nemo_upcycle.planning.layout import Layout
@@ -156,7 +156,7 @@ def test_every_rank_of_a_layout(layout: Layout, grouped: bool) -> None:
 
 
 @GROUPED
-@pytest.mark.parametrize("layout", [ONE_RANK, Layout(gpus=4, tp=2, pp=2, ep=2, etp=2)], ids=str)
+@pytest.mark.parametrize("layout", [ONE_RANK, Layout(gpus=8, tp=2, pp=2, ep=2, etp=2)], ids=str)
 @pytest.mark.parametrize("model", MODELS)
 def test_every_kind_of_model(model: str, layout: Layout, grouped: bool) -> None:
     shapes, fields = MODELS[model]
@@ -178,22 +178,27 @@ def test_fp8_changes_no_parameter(recipe: str, grouped: bool) -> None:
 
 
 def _saved(chunk: Any) -> dict[Any, tuple[Any, torch.Tensor]]:
-    """Return what Megatron saves of a chunk: shape of the whole and data, by name and place in the checkpoint."""
+    """Return what Megatron saves of a chunk: shape of the whole and data, by role, layer and place in the whole."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
     state = chunk.sharded_state_dict()
     apply_factories(state)
-    shards = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
-    return {(shard.key, tuple(shard.global_offset)): (shard.global_shape, shard.data) for shard in shards}
+    saved = {}
+    for shard in (value for value in nested_values(state) if isinstance(value, ShardedTensor)):
+        in_layer = re.fullmatch(r"decoder\.layers\.(?:(\d+)\.)?(.*)", shard.key)
+        layer, name = in_layer.groups() if in_layer else (None, shard.key)
+        (role,) = (row.role for row in ROWS if name in row.stored)
+        saved[role, layer, tuple(shard.global_offset)] = shard.global_shape, shard.data
+    return saved
 
 
 @GROUPED
 @pytest.mark.parametrize("model", ["shared", "mixed", "biases"])
 def test_a_checkpoint_has_the_same_tensors(model: str, grouped: bool) -> None:
-    """What was trained with Transformer Engine is exported, or read as a source, under the names of the local spec."""
+    """The mapping table finds what was trained with Transformer Engine as it finds what the local spec saves."""
     shapes, fields = MODELS[model]
-    arch, layout = small_architecture(num_layers=4, **shapes), Layout(gpus=4, tp=2, ep=2, etp=2)
+    arch, layout = small_architecture(num_layers=4, **shapes), Layout(gpus=4, tp=2, ep=2)
     spec, source = UpcycleSpec(**({"num_experts": 4, "top_k": 2} | fields)), MemorySource(arch)
     with megatron_rank(layout, 3):
         local = _local(arch, spec, layout)
@@ -212,7 +217,7 @@ def test_a_dense_model(layout: Layout) -> None:
     _check_same(small_architecture(num_layers=4), None, layout)
 
 
-def test_llama_3_8b_on_a_rank_of_512() -> None:
+def test_llama_3_8b_on_a_rank_of_512(monkeypatch: pytest.MonkeyPatch) -> None:
     """The shapes of the paper's model and layout, on the meta device."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -222,16 +227,24 @@ def test_llama_3_8b_on_a_rank_of_512() -> None:
     spec = UpcycleSpec(num_experts=8, top_k=2)
     made, layout = dense.upcycled(spec), Layout(gpus=512, tp=2, pp=4, vp=8, ep=8)
     parameters = 0
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "meta")
     with megatron_rank(layout, 37):
-        fp8 = {"fp8": "hybrid", "fp8_recipe": "blockwise"}
-        config = replace(transformer_config(made, layout), moe_grouped_gemm=True, sequence_parallel=True, **fp8)
+        config = replace(
+            transformer_config(made, layout),
+            use_cpu_initialization=False,
+            init_model_with_meta_device=True,
+            sequence_parallel=True,
+            moe_grouped_gemm=True,
+            fp8="hybrid",
+            fp8_recipe="blockwise",
+        )
         for stage, part in enumerate(layout.chunks(made, layout.seat(37).pp)):
             block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=stage)
             ends = {"pre_process": part.has_embedding, "post_process": part.has_output}
-            with torch.device("meta"):
-                chunk = GPTModel(
-                    config, block, made.vocab_size, 8192, position_embedding_type="rope", vp_stage=stage, **ends
-                )
+            chunk = GPTModel(
+                config, block, made.vocab_size, 8192, position_embedding_type="rope", vp_stage=stage, **ends
+            )
+            assert {parameter.device.type for parameter in chunk.parameters()} == {"meta"}
             targets = targets_of(chunk, dense, made, spec, Place.here(), lambda copy: 0)
             names = [name for target in targets for name in target.names]
             assert sorted(names) == sorted(name for name, _ in chunk.named_parameters())

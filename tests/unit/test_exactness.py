@@ -134,7 +134,7 @@ def test_everything_together_is_exact() -> None:
             UpcycleSpec(num_experts=8, top_k=3, granularity=2, router_std=1.0),
             "top_k=3 is no multiple of granularity=2",
         ),
-        (_spec(chosen=1, granularity=2, router_init="zero"), "a zero router ties all experts"),
+        (_spec(copies=6, chosen=1, granularity=2, router_init="zero"), "a zero router ties all experts"),
         (_spec(router_order="softmax_topk"), "only with a zero router"),
         (_spec(chosen=1, router_score="sigmoid"), "only with a zero router"),
         (_spec(granularity=2, output_scale="none"), "output_scale=none leaves 0.5 of the dense output"),

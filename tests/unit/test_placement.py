@@ -22,6 +22,7 @@ from nemo_upcycle.architecture import Architecture
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.init.router import router_weight
 from nemo_upcycle.placement import Place, Target, targets_of
+from nemo_upcycle.slices import Shard
 from tests.models import MemorySource, build_chunks, moe_settings, small_architecture
 
 
@@ -49,6 +50,12 @@ def _rank(rank: int, layout: dict[str, int]) -> Iterator[None]:
 
 def _ranks(layout: dict[str, int]) -> int:
     return layout["pp"] * math.lcm(layout["tp"], layout["ep"] * layout["etp"])
+
+
+def _place(rank: int, layout: dict[str, int]) -> Place:
+    """Return where a rank stands: in Megatron's order tensor parallelism varies fastest, then expert parallelism."""
+    tp, etp, ep = layout["tp"], layout["etp"], layout["ep"]
+    return Place(Shard(rank % tp, tp), Shard(rank % etp, etp), Shard(rank // etp % ep, ep))
 
 
 @st.composite
@@ -163,7 +170,7 @@ def test_every_rank_of_any_cluster_gets_what_belongs_there(
     for rank in range(_ranks(layout)):
         with _rank(rank, layout):
             chunks = build_chunks(arch, layout=layout, **moe_settings(arch, spec), **changes)
-            place = Place.here()
+            place = _place(rank, layout)
             for chunk in chunks:
                 _check_filled_once(chunk, targets_of(chunk, arch, arch.upcycled(spec), spec, place, lambda c: 0), used)
                 for parameter in chunk.parameters():

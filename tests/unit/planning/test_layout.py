@@ -17,7 +17,7 @@ LLAMA = known_recipe("llama3_8b_e8t2").made
     [
         ("tp=3", 6, 512, ["tp: got 3", "key-value heads (8): 1, 2, 4, 8", "Fix: set tp=2"]),
         ("ep=6", 12, 512, ["ep: got 6", "num_experts (8)", "Fix: set ep=4"]),
-        ("etp=5", 10, 512, ["etp: got 5", "feed-forward size (14336)", "Fix: set etp=4"]),
+        ("etp=5,ep=2", 10, 512, ["etp: got 5", "feed-forward size (14336)", "Fix: set etp=4"]),
         ("pp=5", 20, 512, ["pp: got 5", "num_layers (32)", "Fix: set pp=4"]),
         ("pp=4,vp=3", 8, 512, ["vp: got 3", "layers of a pipeline stage (8)", "Fix: set vp=2"]),
         ("vp=2", 8, 512, ["vp: got 2", "without pipeline stages"]),
@@ -31,6 +31,7 @@ LLAMA = known_recipe("llama3_8b_e8t2").made
         ("pp=4,first=6,last=6", 4, 512, []),
         ("pp=4,first=6,last=5", 4, 512, ["pp: got 4", "21 layers"]),
         ("pp=2,first=6,loss=1", 4, 512, ["first and last", "loss=1"]),
+        ("tp=2,etp=1", 8, 512, ["etp: got 1", "where ep is 1", "Fix: set etp=2"]),
         ("tp=0", 8, 512, ["tp: got 0", "1 or more"]),
     ],
 )

@@ -89,3 +89,10 @@ def test_fp8_and_faster_cards_are_faster() -> None:
     assert _step("pp=4,vp=8,ep=8", precision="fp8-delayed").total < h100
     assert ThroughputModel(LLAMA, known_gpu("b200"), Machine()).step(layout, WORK).total < h100
     assert ThroughputModel(LLAMA, known_gpu("a100"), Machine()).step(layout, WORK).total > 2 * h100
+
+
+def test_a_shorter_last_stage_makes_up_for_the_output_layer() -> None:
+    # Nine layers on the other stages, five on the last one with its output layer (27, then 5).
+    even, shorter = _step("pp=4,ep=8"), _step("pp=4,ep=8,last=5")
+    assert shorter.total < even.total
+    assert _step("pp=4,ep=8,last=2").total > shorter.total
