@@ -1,6 +1,6 @@
 """What to build from a dense model: `UpcycleSpec`, checked when it is made."""
 
-from __future__ import annotations
+# No postponed annotations: NeMo-Run reads those of the fields, for overrides on the command line.
 
 import re
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class UpcycleSpec:
         shared_experts: S, at most G: experts that every token passes through. They hold the shards 0 to S - 1, and
             what such a shard adds to the output comes half from them, half from the routed experts: the sum is exact.
         moe_layers: `all`; `every-N` (layers 0, N, 2N ...: Megatron's `moe_layer_freq`); `first-K-dense`; or the
-            numbers of the MoE layers, from 0.
+            numbers of the MoE layers, from 0: `0,2,5`.
         router_init: `normal` (mean 0), `uniform` (mean 0) or `zero`.
         router_std: standard deviation of the router's weights; the paper gives none, 0.02 is the family's usual one.
         router_order: `topk_softmax` (Mixtral type: the weights of the chosen experts sum to one) or `softmax_topk`
@@ -63,7 +63,7 @@ class UpcycleSpec:
     noise_std: float = 0.01
     drop_ratio: float = 0.5
     shared_experts: int = 0
-    moe_layers: str | Sequence[int] = "all"
+    moe_layers: str = "all"
     router_init: str = "normal"
     router_std: float = 0.02
     router_order: str = "topk_softmax"
@@ -169,18 +169,17 @@ class UpcycleSpec:
         Raises:
             SpecError: the numbers do not fit the model, or no layer is one.
         """
-        if isinstance(self.moe_layers, str):
-            kind, number = re.match(r"(\w+)-?(\d*)", self.moe_layers).groups()  # type: ignore[union-attr]
-            count = int(number or 0)
+        numbers = [int(number) for number in self.moe_layers.split(",") if number.isdigit()]
+        if numbers:
+            if numbers[-1] >= num_layers:
+                expected = f"0 to {num_layers - 1} (the model has {num_layers} layers)"
+                raise SpecError(problem("moe_layers", got=numbers[-1], expected=expected, fix="mend the list"))
+            pattern = tuple(layer in numbers for layer in range(num_layers))
+        else:
+            kind, _, rest = self.moe_layers.partition("-")
+            count = int(rest.partition("-")[0] or 0)
             rules = {"all": lambda i: True, "every": lambda i: i % count == 0, "first": lambda i: i >= count}
             pattern = tuple(rules[kind](layer) for layer in range(num_layers))
-        else:
-            if max(self.moe_layers) >= num_layers:
-                expected = f"0 to {num_layers - 1} (the model has {num_layers} layers)"
-                raise SpecError(
-                    problem("moe_layers", got=max(self.moe_layers), expected=expected, fix="mend the list")
-                )
-            pattern = tuple(layer in self.moe_layers for layer in range(num_layers))
         if not any(pattern):
             expected = f"at least one MoE layer in {num_layers} layers"
             raise SpecError(problem("moe_layers", got=self.moe_layers, expected=expected, fix="use all"))
@@ -188,8 +187,7 @@ class UpcycleSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, for receipts."""
-        layers = self.moe_layers if isinstance(self.moe_layers, str) else list(self.moe_layers)
-        return asdict(self) | {"moe_layers": layers}
+        return asdict(self)
 
 
 def _check_whole(name: str, value: object, low: int, high: int | None = None, of: str = "") -> None:
@@ -206,15 +204,13 @@ def _check_number(name: str, value: float, low: float, high: float | None) -> No
         raise SpecError(problem(name, got=value, expected=limit, fix=f"set {name} within the range"))
 
 
-def _layers(value: str | Sequence[int]) -> str | tuple[int, ...]:
-    """Return the layers as a rule, or as sorted numbers; `0,2,5` on a command line is a list."""
-    if isinstance(value, str) and re.fullmatch(r"\d+(,\d+)*", value):
-        value = [int(number) for number in value.split(",")]
-    if isinstance(value, str):
-        if not re.fullmatch(r"all|every-[1-9]\d*|first-\d+-dense", value):
-            raise SpecError(unknown("moe_layers", value, MOE_LAYERS))
+def _layers(value: str | Sequence[int]) -> str:
+    """Return the layers as a rule, or their numbers sorted: `0,2,5`; a sequence of numbers will do, too."""
+    if isinstance(value, str) and re.fullmatch(r"all|every-[1-9]\d*|first-\d+-dense", value):
         return value
-    numbers = tuple(sorted(set(value)))
+    if isinstance(value, str) and not re.fullmatch(r"\d+(,\d+)*", value):
+        raise SpecError(unknown("moe_layers", value, MOE_LAYERS))
+    numbers = [int(number) for number in value.split(",")] if isinstance(value, str) else list(value)
     if not numbers or not all(isinstance(number, int) and number >= 0 for number in numbers):
         raise SpecError(problem("moe_layers", got=value, expected="layer numbers from 0", fix="write e.g. 0,2,4"))
-    return numbers
+    return ",".join(str(number) for number in sorted(set(numbers)))

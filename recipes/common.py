@@ -10,6 +10,7 @@ from nemo import lightning as nl
 
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.training.metrics import MetricsLogger
+from nemo_upcycle.training.optimizer import UpcycleOptimizer
 from nemo_upcycle.training.upcycling import UpcycleConfig, UpcycleStrategy
 
 
@@ -28,6 +29,36 @@ def moe_settings(spec: UpcycleSpec) -> dict[str, Any]:
     }
 
 
+def use_spec(recipe: run.Partial, spec: UpcycleSpec) -> run.Partial:
+    """Let an upcycling recipe build another model: the spec and every field of the model that follows from it.
+
+    Args:
+        recipe: one that `start_from` made; changed in place.
+        spec: what to build.
+
+    Returns:
+        The recipe.
+
+    Example:
+        >>> recipe = llama3_8b_e8t2.pretrain_recipe()  # doctest: +SKIP
+        >>> use_spec(recipe, UpcycleSpec(num_experts=64, top_k=8, granularity=8, shared_experts=1))  # doctest: +SKIP
+    """
+    config = recipe.model.config
+    width = config.ffn_hidden_size // spec.granularity
+    fields = {
+        **{name: value for name, value in moe_settings(spec).items() if name.startswith(("num_moe", "moe_router"))},
+        "moe_ffn_hidden_size": width,
+        "moe_shared_expert_intermediate_size": spec.shared_experts * width or None,
+        "moe_layer_freq": 1 if spec.moe_layers == "all" else list(map(int, spec.moe_pattern(config.num_layers))),
+        "moe_router_score_function": spec.router_score,
+        "moe_router_topk_scaling_factor": None if spec.routed_scaling == 1 else spec.routed_scaling,
+    }
+    for name, value in fields.items():
+        setattr(config, name, value)
+    recipe.resume.restore_config.spec = run.Config(UpcycleSpec, **spec.to_dict())
+    return recipe
+
+
 def start_from(recipe: run.Partial, dense: str, spec: UpcycleSpec | None) -> run.Partial:
     """Let a training recipe start from a dense checkpoint: upcycled online, or as it is.
 
@@ -43,6 +74,8 @@ def start_from(recipe: run.Partial, dense: str, spec: UpcycleSpec | None) -> run
     recipe.resume.restore_config = run.Config(
         UpcycleConfig, path=dense, spec=run.Config(UpcycleSpec, **spec.to_dict()) if spec else None
     )
+    if spec:  # its settings are neutral, but only a run that starts with it can resume with it
+        fdl.update_callable(recipe.optim, UpcycleOptimizer)
     recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), run.Config(MetricsLogger)]
     return recipe
 

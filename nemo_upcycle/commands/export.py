@@ -72,7 +72,7 @@ def _receipt(args: argparse.Namespace) -> dict[str, Any]:
     """Return the receipt that was named, else the nearest one in a folder above the checkpoint; empty without one."""
     if args.receipt:
         return dict(read_json(args.receipt))
-    for folder in list(args.checkpoint.resolve().parents)[:4]:
+    for folder in list(args.checkpoint.resolve().parents)[:6]:
         if (folder / _RECEIPT).is_file():
             return dict(read_json(folder / _RECEIPT))
     return {}

@@ -156,10 +156,14 @@ def test_every_rank_of_a_layout(layout: Layout, grouped: bool) -> None:
 
 
 @GROUPED
-@pytest.mark.parametrize("layout", [ONE_RANK, Layout(gpus=8, tp=2, pp=2, ep=2, etp=2)], ids=str)
+@pytest.mark.parametrize(
+    "layout", [ONE_RANK, Layout(gpus=4, tp=2, pp=2, ep=2), Layout(gpus=4, tp=2, ep=2, etp=2)], ids=str
+)
 @pytest.mark.parametrize("model", MODELS)
 def test_every_kind_of_model(model: str, layout: Layout, grouped: bool) -> None:
     shapes, fields = MODELS[model]
+    if shapes.get("ffn_bias") and layout.etp > 1:
+        pytest.skip("Megatron-Core has biases of experts only without expert-tensor parallelism")
     spec = UpcycleSpec(**({"num_experts": 4, "top_k": 2} | fields))
     _check_same(small_architecture(num_layers=4, **shapes), spec, layout, grouped)
 
@@ -241,9 +245,10 @@ def test_llama_3_8b_on_a_rank_of_512(monkeypatch: pytest.MonkeyPatch) -> None:
         for stage, part in enumerate(layout.chunks(made, layout.seat(37).pp)):
             block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=stage)
             ends = {"pre_process": part.has_embedding, "post_process": part.has_output}
-            chunk = GPTModel(
-                config, block, made.vocab_size, 8192, position_embedding_type="rope", vp_stage=stage, **ends
-            )
+            with torch.device("meta"):
+                chunk = GPTModel(
+                    config, block, made.vocab_size, 8192, position_embedding_type="rope", vp_stage=stage, **ends
+                )
             assert {parameter.device.type for parameter in chunk.parameters()} == {"meta"}
             targets = targets_of(chunk, dense, made, spec, Place.here(), lambda copy: 0)
             names = [name for target in targets for name in target.names]

@@ -330,3 +330,17 @@ def test_a_mistyped_factory_is_an_error(tmp_path: Path) -> None:
     shown = _nemo("llm", "pretrain", "--factory", "llama3_8b_e8t3", "--dryrun", cwd=tmp_path)
     assert shown.returncode != 0
     assert "llama3_8b_e8t3" in shown.stdout + shown.stderr
+
+
+def test_another_spec_changes_every_field_that_follows_from_it(recipes: Any) -> None:
+    from nemo_upcycle.connector import check_spec
+    from nemo_upcycle.recipes.common import use_spec
+
+    spec = UpcycleSpec(
+        num_experts=16, top_k=4, granularity=2, shared_experts=1, moe_layers="every-2", router_order="softmax_topk"
+    )
+    recipe = use_spec(recipes.smollm2_135m_e8t2.pretrain_recipe(), spec)
+    check_spec(recipe.model.config, spec)
+    config = recipe.model.config
+    assert (config.moe_ffn_hidden_size, config.moe_shared_expert_intermediate_size) == (768, 768)
+    assert recipe.resume.restore_config.spec.granularity == 2

@@ -117,7 +117,6 @@ def test_upcycling_from_it_gives_the_same_bits(saved: Path, parent: Path) -> Non
             chunks = build_chunks(parent, num_experts=4, moe_ffn_hidden_size=48)
             with open_dense(folder) as dense:
                 receipt = upcycle_into(chunks, dense, spec, hashes=True)
-            assert receipt.bytes_read >= receipt.bytes_needed
             results.append((receipt.bytes_read, {record.name: record.sha256 for record in receipt.parameters}))
     assert results[0] == results[1]
 
@@ -193,7 +192,8 @@ def test_names_and_bounds_are_checked(saved: Path) -> None:
 
 
 def test_without_a_tokenizer_the_padding_stays(nemo: Path) -> None:
-    shutil.rmtree(nemo / "context/tokenizer")
+    (tokenizer,) = (nemo / "context").rglob("tokenizer.json")
+    tokenizer.unlink()
     assert open_dense(nemo).architecture.vocab_size == 272
 
 
