@@ -185,8 +185,13 @@ def _fill(
         target for model in models for target in targets_of(model, arch, made, spec, place, lambda c: c % branches)
     ]
     _check_shapes(targets, dense)
+    if spec and branches > spec.copies:
+        expected, fix = f"at most {spec.copies}, the copies of the network", "give fewer, or more experts"
+        raise SpecError(problem("dense sources", got=branches, expected=expected, fix=fix))
     start_s, bytes_before = time.monotonic(), dense.bytes_read
-    for target in targets:
+    for number, target in enumerate(targets):
+        for ahead in targets[number + 1 : number + 2]:
+            _expect(ahead, dense)
         _write(target, dense, spec, arch)
         if progress:
             progress(target.names[0], sum(tensor.nbytes for tensor in target.tensors))
@@ -245,6 +250,16 @@ def _check_shapes(targets: list[Target], dense: DenseSource) -> None:
                 raise CheckpointError(problem(f"{dense.path}: shape of {name}", got=got, expected=expected, fix=fix))
 
 
+def _source(target: Target, dense: DenseSource) -> DenseSource:
+    return dense if target.branch is None else dense.branches()[target.branch]
+
+
+def _expect(target: Target, dense: DenseSource) -> None:
+    """Let the slices of the next target be fetched while this one is filled."""
+    for name, bounds in filled_bytes(target):
+        _source(target, dense).expect(name, bounds)
+
+
 def _write(target: Target, dense: DenseSource, spec: UpcycleSpec | None, arch: Architecture) -> None:
     first = target.tensors[0]
     if target.row.role == "router":
@@ -255,7 +270,7 @@ def _write(target: Target, dense: DenseSource, spec: UpcycleSpec | None, arch: A
     if target.row.role == "router_bias":
         first.zero_()
         return
-    source = dense if target.branch is None else dense.branches()[target.branch]
+    source = _source(target, dense)
     covered = 0
     for piece in target.pieces:
         view = piece.view(first)

@@ -71,6 +71,8 @@ class MemorySource:
         self.bytes_read += slice_.nbytes
         return slice_
 
+    def expect(self, name: str, index: Sequence[tuple[int, int]] | None = None) -> None: ...
+
     def release(self) -> None: ...
 
     def fingerprint(self) -> dict[str, str]:
