@@ -196,7 +196,7 @@ def _fill(
         if progress:
             progress(target.names[0], sum(tensor.nbytes for tensor in target.tensors))
     seconds = time.monotonic() - start_s
-    reasons = (*(spec.inexact_because if spec else ()), *dense.inexact_because())
+    reasons = (*(spec.inexact_because if spec else ()), *dense.inexact_because(), *_dropped(models[0].config, spec))
     return UpcycleReceipt(
         source=str(dense.path),
         source_files=dense.fingerprint(),
@@ -213,6 +213,14 @@ def _fill(
         seconds=round(seconds, 3),
         peak_rss_gib=round(_peak_rss_gib(), 3),
     )
+
+
+def _dropped(config: Any, spec: UpcycleSpec | None) -> tuple[str, ...]:
+    """Return why a model with a capacity factor is not exact: an expert that overflows drops tokens."""
+    factor = config.moe_expert_capacity_factor
+    if not spec or factor is None or factor < 0 or factor * spec.top_k >= spec.num_experts:
+        return ()
+    return (f"moe_expert_capacity_factor={factor} drops the tokens of experts that overflow",)
 
 
 def check_source(dense: DenseSource) -> None:

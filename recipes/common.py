@@ -51,6 +51,8 @@ def use_spec(recipe: run.Partial, spec: UpcycleSpec) -> run.Partial:
         "moe_shared_expert_intermediate_size": spec.shared_experts * width or None,
         "moe_layer_freq": 1 if spec.moe_layers == "all" else list(map(int, spec.moe_pattern(config.num_layers))),
         "moe_router_score_function": spec.router_score,
+        # In bfloat16 the logits of two copies can collide, and top-k then picks parts of both.
+        "moe_router_dtype": "fp32" if spec.granularity > 1 else config.moe_router_dtype,
         "moe_router_topk_scaling_factor": None if spec.routed_scaling == 1 else spec.routed_scaling,
     }
     for name, value in fields.items():
