@@ -1,9 +1,9 @@
 """The training data of the recipes: NeMo's own data module over a prepared corpus, prepared on first use."""
 
-from __future__ import annotations
+# No postponed annotations, and Optional: NeMo-Run parses `data.seq_length=1024` by them.
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Optional
 
 from filelock import FileLock
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 def corpus_data(
     dense: str,
     corpus: str = "sotu",
-    folder: str | None = None,
+    folder: Optional[str] = None,  # noqa: UP045
     seq_length: int = 512,
     micro_batch_size: int = 1,
     global_batch_size: int = 4,
     num_workers: int = 0,
     seed: int = 1234,
-) -> PreTrainingDataModule:
+) -> "PreTrainingDataModule":
     """Return NeMo's pretraining data module over a corpus, tokenised with the dense model's tokenizer.
 
     Args:
