@@ -21,7 +21,7 @@ from nemo_upcycle.training.cpu import cpu_has_fast_bf16
 
 NAME = "smollm2_135m_dense_ct"
 DENSE = "asset://smollm2-135m"
-#: 6 steps of 4 x 512 tokens: what two CPU cores do in a few minutes.
+#: 6 steps of 2 x 512 tokens: what two CPU cores do in a few minutes.
 MAX_STEPS = 6
 
 
@@ -94,7 +94,7 @@ def base_recipe(
         fn,
         model=model(),
         trainer=trainer(num_nodes, num_gpus_per_node),
-        data=run.Config(corpus_data, dense=DENSE, seq_length=512, global_batch_size=4, micro_batch_size=1),
+        data=run.Config(corpus_data, dense=DENSE, seq_length=512, global_batch_size=2, micro_batch_size=1),
         log=default_log(dir=dir, name=name),
         # The peak of the upcycling run in the paper is 3e-5 on 8B parameters; small models bear more.
         optim=distributed_fused_adam_with_cosine_annealing(warmup_steps=2, constant_steps=0, max_lr=1e-4, min_lr=1e-5),
