@@ -66,6 +66,13 @@ def _megabytes(*ranges: tuple[float, float]) -> list[bool]:
     return [any(a * pages <= page < b * pages for a, b in ranges) for page in range(32 * pages)]
 
 
+def _is_fetched(path: Path, *ranges: tuple[float, float]) -> bool:
+    """Return whether these parts of the file are there and no others; the kernel may have dropped some pages again."""
+    cached, wanted = _cached(path), _megabytes(*ranges)
+    inside = sum(is_there for is_there, is_wanted in zip(cached, wanted, strict=True) if is_wanted)
+    return sum(cached) == inside and inside > sum(wanted) / 2
+
+
 @pytest.fixture
 def cold(tmp_path: Path) -> Path:
     """A file of 32 MiB that is on the disk and not in the page cache."""
@@ -84,7 +91,7 @@ def test_a_cold_slice_is_fetched_and_nothing_beyond_it(cold: Path, tmp_path: Pat
     files = MappedFiles(tmp_path)
     stored = Stored("f", torch.uint8, (32, MIB), (MIB, 1), 0)
     part = files.read("t", stored, [(9, 18), (0, MIB)])
-    assert _cached(cold) == _megabytes((9, 18))  # before the view is touched
+    assert _is_fetched(cold, (9, 18))  # before the view is touched
     assert torch.equal(part[0, :256], torch.arange(256, dtype=torch.uint8))
 
 
@@ -94,7 +101,7 @@ def test_what_is_expected_is_fetched_in_the_background(cold: Path, tmp_path: Pat
     stored = Stored("f", torch.uint8, (32, MIB), (MIB, 1), 0)
     files.expect("t", stored, [(20, 22), (0, MIB)])
     deadline_s = time.monotonic() + 20
-    while _cached(cold) != _megabytes((20, 22)):
+    while not _is_fetched(cold, (20, 22)):
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
     files.close()
@@ -105,7 +112,7 @@ def test_of_columns_the_rows_are_fetched(cold: Path, tmp_path: Path) -> None:
     files = MappedFiles(tmp_path)
     stored = Stored("f", torch.uint8, (32, MIB), (MIB, 1), 0)
     files.read("t", stored, [(4, 8), (MIB // 2, MIB // 2 + mmap.PAGESIZE)])
-    assert _cached(cold) == _megabytes((4.5, 7.5 + mmap.PAGESIZE / MIB))
+    assert _is_fetched(cold, (4.5, 7.5 + mmap.PAGESIZE / MIB))
 
 
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="Linux")
