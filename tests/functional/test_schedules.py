@@ -207,8 +207,9 @@ def test_frozen_parts_keep_their_bits_until_the_warmup_ends(
                 moved = _moved(states, step)
                 assert moved["experts"] == {False}
                 assert (True in moved["rest"]) == (freezes == "experts")
-            assert True in _moved(states, 2)["experts"]
-            assert True in _moved(states, 2)["rest"]
+            after_warmup = _moved(states, 2)
+            assert after_warmup["experts"] != {False}
+            assert after_warmup["rest"] != {False}
     for step in (0, 1, 2):  # the distributed optimizer gives a router's master to one of the ranks
         assert any(True in _moved(run[kinds[-1]], step).get("router", ()) for run in runs)
 
