@@ -19,7 +19,7 @@ from nemo_upcycle.files import MARKER, output_folder, write_json
 from nemo_upcycle.hf_folder import copy_companions, write_config, write_weights
 from nemo_upcycle.mapping import BY_ROLE, Row, hf_constants, hf_names, row_of_hf
 from nemo_upcycle.slices import Shard, hf_shape, pieces, shard_shape
-from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
+from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint, model_prefix
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -40,16 +40,7 @@ class CheckpointWeights:
     def __init__(self, folder: Path) -> None:
         weights = folder / "weights"
         self.checkpoint = DistributedCheckpoint(weights if weights.is_dir() else folder)
-        self._prefix = self._find_prefix()
-
-    def _find_prefix(self) -> str:
-        ending = BY_ROLE["embedding"].megatron[0]
-        for name in self.checkpoint.names():
-            if name.endswith(ending) and not name.startswith("optimizer."):
-                return name.removesuffix(ending)
-        raise CheckpointError(
-            problem(str(self.checkpoint.path), got=f"no {ending}", expected="a GPT checkpoint", fix="check the path")
-        )
+        self._prefix = model_prefix(self.checkpoint)
 
     def _key(self, row: Row, layer: int) -> tuple[str, bool]:
         """Return the name of a row's tensor and whether its first axis counts layers."""

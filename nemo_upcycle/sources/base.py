@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from nemo_upcycle.architecture import Architecture
 
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Index = Sequence[tuple[int, int]]
 
@@ -57,3 +60,15 @@ class DenseSource(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+class OneModel:
+    """What a source of one dense model answers to the questions that several mixed ones raise."""
+
+    def branches(self) -> tuple[Self]:
+        """Return this one source."""
+        return (self,)
+
+    def inexact_because(self) -> tuple[str, ...]:
+        """Return nothing: it is the dense model itself."""
+        return ()

@@ -23,6 +23,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 from nemo_upcycle.errors import CheckpointError, problem, unknown
+from nemo_upcycle.mapping import BY_ROLE
 from nemo_upcycle.sources.base import Index
 from nemo_upcycle.sources.mapped_files import MappedFiles, Stored, bounds_of
 from nemo_upcycle.sources.torch_piece import DAMAGE, Window, open_piece
@@ -280,3 +281,17 @@ class DistributedCheckpoint:
 
 def _first_row(chunk: Any) -> int:
     return chunk.offsets[0] if chunk.offsets else 0
+
+
+def model_prefix(checkpoint: DistributedCheckpoint) -> str:
+    """Return what stands before the names of the model's tensors: NeMo writes `module.`, Megatron nothing.
+
+    Raises:
+        CheckpointError: there is no embedding, so it is no language model's.
+    """
+    ending = BY_ROLE["embedding"].stored[0]
+    for name in checkpoint.names():
+        if name.endswith(ending) and not name.startswith("optimizer."):
+            return name.removesuffix(ending)
+    fix = "give a language model's checkpoint"
+    raise CheckpointError(problem(str(checkpoint.path), got=f"no {ending}", expected="a GPT checkpoint", fix=fix))

@@ -19,8 +19,8 @@ from nemo_upcycle.errors import CheckpointError, problem, unknown
 from nemo_upcycle.files import read_json
 from nemo_upcycle.mapping import BY_ROLE, MOE_ROWS, ROWS, Cut, Row, row_of
 from nemo_upcycle.slices import Piece, Shard, hf_shape, pieces, shard_shape
-from nemo_upcycle.sources.base import Index
-from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
+from nemo_upcycle.sources.base import Index, OneModel
+from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint, model_prefix
 from nemo_upcycle.sources.mapped_files import bounds_of
 from nemo_upcycle.sources.nemo_context import hf_config_of
 
@@ -54,7 +54,7 @@ def is_megatron(path: Path) -> bool:
     return any((folder / ".metadata").is_file() or any(folder.glob("*.distcp")) for folder in folders)
 
 
-class MegatronCheckpoint:
+class MegatronCheckpoint(OneModel):
     """A dense checkpoint of NeMo 2 (with `weights/` and `context/`) or of Megatron (with `.metadata`).
 
     A slice is a view of the mapped file where it lies in one piece that a rank saved, in one run of rows; else it is
@@ -78,17 +78,9 @@ class MegatronCheckpoint:
         self.path = path
         weights = path / "weights"
         self._checkpoint = DistributedCheckpoint(weights if weights.is_dir() else path)
-        self._prefix = self._find_prefix()
+        self._prefix = model_prefix(self._checkpoint)
         self.architecture = self._read_architecture(config)
         self._fused = dict(self._find_all())
-
-    def _find_prefix(self) -> str:
-        ending = BY_ROLE["embedding"].stored[0]
-        for key in self._checkpoint.names():
-            if key.endswith(ending) and not key.startswith("optimizer."):
-                return key.removesuffix(ending)
-        fix = "give a language model's checkpoint"
-        raise CheckpointError(problem(str(self.path), got=f"no {ending}", expected="a GPT checkpoint", fix=fix))
 
     def _read_architecture(self, config: Path | None) -> Architecture:
         if config is not None:
@@ -209,14 +201,6 @@ class MegatronCheckpoint:
     def fingerprint(self) -> dict[str, str]:
         """Return the size of every file, and the sha256 of the metadata."""
         return self._checkpoint.fingerprint()
-
-    def branches(self) -> tuple[MegatronCheckpoint]:
-        """Return this one source."""
-        return (self,)
-
-    def inexact_because(self) -> tuple[str, ...]:
-        """Return nothing: it is the dense model itself."""
-        return ()
 
     def __enter__(self) -> MegatronCheckpoint:
         return self

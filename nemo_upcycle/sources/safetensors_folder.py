@@ -18,7 +18,7 @@ import torch
 from nemo_upcycle.architecture import read_architecture
 from nemo_upcycle.errors import CheckpointError, problem, unknown
 from nemo_upcycle.files import read_json
-from nemo_upcycle.sources.base import Index
+from nemo_upcycle.sources.base import Index, OneModel
 from nemo_upcycle.sources.mapped_files import MappedFiles, Stored, row_major
 
 
@@ -98,7 +98,7 @@ def _files_of(folder: Path) -> dict[str, set[str]]:
     )
 
 
-class SafetensorsFolder:
+class SafetensorsFolder(OneModel):
     """A dense checkpoint in Hugging Face's layout: `config.json` and one or many safetensors files.
 
     Opening it reads the headers only. They are checked as the format demands: the tensors fill the file from end to
@@ -191,14 +191,6 @@ class SafetensorsFolder:
             file: f"{(self.path / file).stat().st_size} bytes, header sha256 {digest}"
             for file, digest in self._headers.items()
         }
-
-    def branches(self) -> tuple[SafetensorsFolder]:
-        """Return this one source."""
-        return (self,)
-
-    def inexact_because(self) -> tuple[str, ...]:
-        """Return nothing: it is the dense model itself."""
-        return ()
 
     def __enter__(self) -> SafetensorsFolder:
         return self
