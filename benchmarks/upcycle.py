@@ -50,19 +50,10 @@ def dense_folder(name: str) -> Path:
 
     if name == "smollm2":
         return ensure_dense("asset://smollm2-135m")
+    from tests.models import write_random
+
     folder = Path(gettempdir()) / "nemo-upcycle-benchmark-llama1b"
-    if not (folder / "config.json").is_file():
-        from safetensors.torch import save_file
-
-        from nemo_upcycle.architecture import architecture_from_config
-        from nemo_upcycle.export import hf_shapes
-
-        folder.mkdir(exist_ok=True)
-        shapes = hf_shapes(architecture_from_config(LLAMA_1B))
-        weights = {tensor: torch.randn(shape, dtype=torch.bfloat16) * 0.02 for tensor, shape in shapes.items()}
-        save_file(weights, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(LLAMA_1B), encoding="utf-8")
-    return folder
+    return folder if (folder / "config.json").is_file() else write_random(folder, LLAMA_1B)
 
 
 def _anonymous_bytes() -> int:

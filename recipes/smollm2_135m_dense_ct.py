@@ -100,7 +100,7 @@ def base_recipe(
         optim=distributed_fused_adam_with_cosine_annealing(warmup_steps=2, constant_steps=0, max_lr=1e-4, min_lr=1e-5),
         resume=default_resume(),
     )
-    recipe.log.ckpt = checkpoints(every_n_steps=4)
+    recipe.log.ckpt = checkpoints(every_n_steps=10)
     return recipe
 
 

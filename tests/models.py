@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,24 @@ def write_llama(folder: Path, *, tied: bool = False, layers: int = 4, shards: in
             parameter.data.uniform_(0.5, 1.5)
     total_bytes = sum(parameter.nbytes for parameter in model.parameters())
     model.save_pretrained(folder, max_shard_size=total_bytes if shards == 1 else total_bytes // shards)
+    return folder
+
+
+def write_random(folder: Path, config: dict[str, Any], deviation: float = 0.02) -> Path:
+    """Write random bfloat16 weights for a `config.json` of any size, tensor by tensor; norms are ones."""
+    from safetensors.torch import save_file
+
+    from nemo_upcycle.architecture import architecture_from_config
+    from nemo_upcycle.export import hf_shapes
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(7)
+    weights = {}
+    for name, shape in hf_shapes(architecture_from_config(config)).items():
+        weight = torch.empty(shape, dtype=torch.bfloat16)
+        weights[name] = weight.fill_(1.0) if len(shape) == 1 else weight.normal_(0, deviation, generator=generator)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 
 

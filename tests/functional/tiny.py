@@ -40,10 +40,10 @@ _WORDS = [
 ]
 
 
-def write_corpus(folder: Path) -> Path:
+def write_corpus(folder: Path, words: int = 600) -> Path:
     """Write texts and the YAML file that names them; return the YAML file."""
     numbers = random.Random(0)
-    sizes = {"train": 600, "validation": 300, "heldout": 100}
+    sizes = {"train": words, "validation": words // 2, "heldout": 100}
     lines = ["corpus: text", "files:"]
     for split, words in sizes.items():
         (folder / split).mkdir(parents=True)

@@ -54,6 +54,25 @@ def test_importing_the_package_registers_every_factory(recipes: Any) -> None:
     assert resolve_factory(pipeline, "smollm2_135m_e8t2") is recipes.smollm2_135m_e8t2.pipeline_recipe
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_planner_knows_every_recipe_as_it_is(recipes: Any, name: str) -> None:
+    from nemo_upcycle.planning.hardware import known_recipe
+
+    recipe, known = getattr(recipes, name).pretrain_recipe(), known_recipe(name)
+    config, defaults = recipe.model.config, known.defaults
+    batch, length = recipe.data.global_batch_size, recipe.data.seq_length
+    assert (defaults["global_batch"], defaults["seq_length"]) == (batch, length)
+    assert defaults["tokens"] == pytest.approx(recipe.trainer.max_steps * batch * length, rel=1e-3)
+    assert defaults.get("capacity_factor") == config.moe_expert_capacity_factor
+    assert (known.made.num_experts or None, known.made.top_k or 2) == (config.num_moe_experts, config.moe_router_topk)
+    for ours, theirs in (
+        ("num_layers", "num_layers"),
+        ("hidden_size", "hidden_size"),
+        ("ffn_size", "ffn_hidden_size"),
+    ):
+        assert getattr(known.made, ours) == getattr(config, theirs)
+
+
 def test_llama3_8b_e8t2_has_the_papers_numbers(recipes: Any) -> None:
     from nemo_upcycle.pipeline.recipes_io import check_recipe, ranks_of, spec_of
 

@@ -1,0 +1,149 @@
+"""Offline conversion against `cp` of its output and against mergekit-moe: time, and memory of the process.
+
+    python -m benchmarks.convert            # writes benchmarks/results/convert.md; needs 60 GB of disk
+    python -m benchmarks.convert smollm2    # one of the models
+
+Everything ends with the bytes on the disk (`sync -f`), and starts with the source, or what `cp` copies, in the page
+cache. `smollm2` is the real model; `llama1b` has Llama 3.2 1B's shapes and random weights; `llama8b` has Llama 3 8B's
+shapes in a sparse file, and its output is larger than the memory of most laptops: its memory is of interest, and no
+`cp` could have it in the page cache. mergekit is installed in an environment of its own, on first use, and given
+the same parent once for every expert, with random gates: the only mode that reads no prompts.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
+
+import yaml
+
+from benchmarks.bytes_read import write_sparse
+from benchmarks.upcycle import dense_folder
+
+
+RESULTS = Path(__file__).parent / "results" / "convert.md"
+#: Name -> experts and top-k.
+MODELS = {"smollm2": (8, 2), "llama1b": (4, 2), "llama8b": (2, 1)}
+MERGEKIT = "mergekit==0.1.5"
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measured command."""
+
+    seconds: float
+    peak_rss_gib: float
+
+
+def measure(command: list[str], output: Path) -> Run:
+    """Run a command that writes `output`, until its bytes are on the disk."""
+    shutil.rmtree(output, ignore_errors=True)
+    subprocess.run(["sync", "-f", str(output.parent)], check=True)
+    start_s = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    said = process.stderr.read() if process.stderr else ""
+    _, status, used = os.wait4(process.pid, 0)
+    subprocess.run(["sync", "-f", str(output.parent)], check=True)
+    seconds = time.perf_counter() - start_s
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed:\n{said[-2000:]}")
+    return Run(seconds, used.ru_maxrss / 2**20)
+
+
+def mergekit_command(source: Path, experts: int, top_k: int, folder: Path, output: Path) -> list[str]:
+    """Return the command that makes the same model with mergekit, which is installed where it is not."""
+    environment = Path(gettempdir()) / "nemo-upcycle-benchmark-mergekit"
+    program = environment / "bin" / "mergekit-moe"
+    if not program.is_file():
+        venv.create(environment, with_pip=True)
+        subprocess.run([environment / "bin" / "pip", "install", "-q", MERGEKIT], check=True)
+    config = {
+        "base_model": str(source),
+        "gate_mode": "random",
+        "dtype": "bfloat16",
+        "experts_per_token": top_k,
+        "experts": [{"source_model": str(source), "positive_prompts": [""]}] * experts,
+    }
+    path = folder / "mergekit.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return [str(program), str(path), str(output)]
+
+
+def source_of(model: str, folder: Path) -> Path:
+    """Return the dense checkpoint."""
+    if model != "llama8b":
+        return dense_folder(model)
+    sparse = folder / "llama8b"
+    sparse.mkdir()
+    write_sparse(sparse)
+    return sparse
+
+
+def _warm(folder: Path) -> None:
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as handle:
+            while handle.read(2**24):
+                pass
+
+
+def runs_of(model: str, folder: Path) -> tuple[dict[str, Run], float]:
+    """Measure everything on one model; return the median runs and the GB of our output."""
+    experts, top_k = MODELS[model]
+    source, ours, copied = source_of(model, folder), folder / "ours", folder / "copied"
+    convert = ["convert", str(source), str(ours), "--experts", str(experts), "--top-k", str(top_k)]
+    commands = {
+        "nemo-upcycle convert": ([str(Path(sys.executable).with_name("nemo-upcycle")), *convert], source, ours)
+    }
+    if model != "llama8b":
+        commands["cp -r of the output"] = (["cp", "-r", str(ours), str(copied)], ours, copied)
+    if model == "smollm2":
+        merged = folder / "merged"
+        command = mergekit_command(source, experts, top_k, folder, merged)
+        commands["mergekit-moe"] = (command, source, merged)
+    found = {}
+    for name, (command, reads, writes) in commands.items():
+        runs = []
+        for _ in range(REPEATS if model != "llama8b" else 1):
+            _warm(reads)
+            runs.append(measure(command, writes))
+        found[name] = sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
+    return found, sum(path.stat().st_size for path in ours.iterdir()) / 1e9
+
+
+def table(models: list[str]) -> str:
+    """Return the results as Markdown."""
+    rows = ["| model | what | written, GB | time, s | against cp | peak RSS, GiB |", "|---|---|---:|---:|---:|---:|"]
+    for model in models:
+        experts, top_k = MODELS[model]
+        with TemporaryDirectory(prefix="nemo-upcycle-convert-", dir=Path.cwd()) as folder:
+            found, size_gb = runs_of(model, Path(folder))
+        copy = found.get("cp -r of the output")
+        for name, run in found.items():
+            ratio = f"{run.seconds / copy.seconds:.2f}x" if copy else ""
+            label = f"{model} -> E{experts}T{top_k}"
+            rows.append(f"| {label} | {name} | {size_gb:.1f} | {run.seconds:.1f} | {ratio} | {run.peak_rss_gib:.2f} |")
+            print(rows[-1], flush=True)
+    return "\n".join(rows) + "\n"
+
+
+def main(arguments: list[str]) -> None:
+    """Measure, print, and keep the table."""
+    models = arguments or list(MODELS)
+    how = f"`python -m benchmarks.convert`, {os.cpu_count()} cores, median of {REPEATS} runs, for llama8b one"
+    text = f"{how}\n\n{table(models)}"
+    print(text)
+    if models == list(MODELS):
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,168 @@
+"""Two layers of Llama 3 8B -> 8 experts, top-2, in their full width, trained by the recipe itself on one card.
+
+    python -m tests.gpu.one_card DENSE DATA FOLDER PRECISION
+
+is one run, in a process of its own: what one precision holds of the card's memory is then not another's. Two layers
+and 32,768 logits are what fits 80 GB together with gradients and optimizer: 18 bytes for each of 3.1B parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tests.functional.tiny import write_corpus
+from tests.models import write_random, write_tokenizer
+
+
+#: The recipe's `fp8_recipe` by the planner's name of the precision.
+PRECISIONS = {"bf16": None, "fp8-delayed": "delayed", "fp8-current": "tensorwise", "fp8-blockwise": "blockwise"}
+CAPACITY_FACTOR = 4.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is trained: by default Llama 3 8B's width, in fewer layers and with a smaller vocabulary."""
+
+    layers: int = 2
+    hidden: int = 4096
+    ffn: int = 14336
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    padded_vocab: int = 32768
+    sequence: int = 4096
+    batch: int = 4
+    steps: int = 12
+
+    def hf_config(self) -> dict[str, Any]:
+        """Return the parent's `config.json`; its vocabulary is the 259 tokens of `write_tokenizer`."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "num_hidden_layers": self.layers,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.ffn,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": 259,
+            "rope_theta": 500000.0,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": False,
+        }
+
+
+def prepare(folder: Path, sizes: Sizes) -> tuple[Path, Path]:
+    """Write a random parent and a corpus of its tokens; return their folders."""
+    from nemo_upcycle.data.corpus import load_corpus
+    from nemo_upcycle.data.prepare import prepare_corpus
+
+    dense = write_tokenizer(write_random(folder / "dense", sizes.hf_config()))
+    corpus = write_corpus(folder / "texts", words=2 * sizes.sequence)
+    prepare_corpus(load_corpus(corpus), dense, folder / "data")
+    return dense, folder / "data"
+
+
+def cut_down(config: Any, sizes: Sizes) -> None:
+    """Set the sizes in the configuration of a NeMo model, in place."""
+    fields = {
+        "num_layers": sizes.layers,
+        "hidden_size": sizes.hidden,
+        "ffn_hidden_size": sizes.ffn,
+        "num_attention_heads": sizes.heads,
+        "num_query_groups": sizes.kv_heads,
+        "kv_channels": sizes.head_dim,
+        "seq_length": sizes.sequence,
+        "make_vocab_size_divisible_by": sizes.padded_vocab,
+    }
+    for name, value in fields.items():
+        setattr(config, name, value)
+
+
+def recipe_for(sizes: Sizes, dense: Path, data: Path, folder: Path, precision: str) -> Any:
+    """Return the recipe of Llama 3 8B, cut down to one card: the same kernels, data and optimizer settings."""
+    import nemo_run as run
+
+    from nemo_upcycle.data.module import corpus_data
+    from nemo_upcycle.pipeline.recipes_io import place_recipe
+    from nemo_upcycle.recipes import llama3_8b_e8t2
+
+    recipe = llama3_8b_e8t2.pretrain_recipe(
+        num_nodes=1,
+        num_gpus_per_node=1,
+        fp8_recipe=PRECISIONS[precision],
+        capacity_factor=CAPACITY_FACTOR,
+        recompute_moe_steps=0,
+        comm_overlap=False,
+        tensor_parallelism=1,
+        pipeline_parallelism=1,
+        virtual_pipeline_parallelism=1,
+        expert_parallelism=1,
+    )
+    cut_down(recipe.model.config, sizes)
+    recipe.data = run.Config(
+        corpus_data, dense=str(dense), seq_length=sizes.sequence, global_batch_size=sizes.batch, micro_batch_size=1
+    )
+    recipe.trainer.accelerator = "auto"  # without a GPU the same code trains with the local modules
+    recipe.trainer.max_steps = sizes.steps
+    recipe.trainer.limit_val_batches, recipe.trainer.val_check_interval = 0, 1
+    recipe.optim.config.lr = 1e-4
+    recipe.optim.lr_scheduler.warmup_steps = 1
+    recipe.log.ckpt.save_last = False
+    recipe.log.ckpt.save_optim_on_train_end = False
+    place_recipe(recipe, folder, dense, data)
+    return recipe
+
+
+def planned_gib(sizes: Sizes, precision: str) -> dict[str, float]:
+    """Return what the planner says that the card's allocator holds; the driver's own memory is not the allocator's."""
+    from nemo_upcycle.architecture import architecture_from_config
+    from nemo_upcycle.planning.layout import Layout
+    from nemo_upcycle.planning.memory import CONTEXT_BYTES, stage_memory
+    from nemo_upcycle.planning.workload import Workload
+    from nemo_upcycle.recipes.llama3_8b_e8t2 import SPEC
+
+    dense = architecture_from_config(sizes.hf_config())
+    arch = replace(dense, vocab_size=sizes.padded_vocab).upcycled(SPEC)
+    work = Workload(
+        seq_length=sizes.sequence,
+        global_batch=sizes.batch,
+        capacity_factor=CAPACITY_FACTOR,
+        precision=precision,
+    )
+    memory = stage_memory(arch, Layout(gpus=1), work, 0)
+    return replace(memory, workspace=memory.workspace - CONTEXT_BYTES).gib()
+
+
+def train(sizes: Sizes, dense: Path, data: Path, folder: Path, precision: str) -> list[dict[str, Any]]:
+    """Train in a process of its own and return the lines of its metrics.
+
+    Raises:
+        RuntimeError: training failed; the text ends with what the process said.
+    """
+    command = [sys.executable, "-m", "tests.gpu.one_card", str(dense), str(data), str(folder), precision]
+    done = subprocess.run([*command, json.dumps(asdict(sizes))], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"training in {precision} ended with status {done.returncode}\n{done.stderr[-4000:]}")
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def main(arguments: list[str]) -> None:
+    """Train once."""
+    import fiddle as fdl
+
+    from nemo_upcycle.training.cpu import use_cpu_backend
+
+    use_cpu_backend()
+    dense, data, folder, precision, sizes = arguments
+    fdl.build(recipe_for(Sizes(**json.loads(sizes)), Path(dense), Path(data), Path(folder), precision))()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
