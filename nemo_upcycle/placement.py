@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from nemo_upcycle.architecture import Architecture
-from nemo_upcycle.errors import CheckpointError, problem
+from nemo_upcycle.errors import CheckpointError, SpecError, problem
 from nemo_upcycle.mapping import Cut, Row, find_row, layer_rows, row_of
 from nemo_upcycle.slices import Piece, Shard, hf_shape, pieces, shard_shape
 from nemo_upcycle.spec import UpcycleSpec
@@ -92,6 +92,7 @@ def targets_of(
 
     Raises:
         CheckpointError: a parameter has no source, one is missing, or a shape is wrong.
+        SpecError: a parameter cannot be filled through views.
     """
     granularity = spec.granularity if spec else 1
     grouped: dict[Any, list[tuple[int, str, torch.Tensor]]] = {}
@@ -109,13 +110,26 @@ def targets_of(
         if local is not None:
             expert = place.experts.rank * (made.num_experts or 0) // place.experts.size + local
             part = (expert % granularity, branch_of(expert // granularity))
-        grouped.setdefault((row.role, layer, part), []).append((expert or 0, name, parameter.data))
+        grouped.setdefault((row.role, layer, part), []).append((expert or 0, name, _plain(name, parameter)))
     _check_roles(unknown_names, found, made, [layer.layer_number - 1 for layer in model.decoder.layers])
     if model.post_process and not dense.tied_embeddings and "output" not in found.get(None, {}):
         fix = "set share_embeddings_and_output_weights to False"
         expected = "output_layer.weight: the dense checkpoint has one of its own"
         raise CheckpointError(problem("output layer of the model", got="none", expected=expected, fix=fix))
     return [_target(key, sorted(members, key=_number), dense, made, place) for key, members in grouped.items()]
+
+
+def _plain(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Return what a parameter holds, which must be memory that can be filled through views.
+
+    Raises:
+        SpecError: it is Transformer Engine's FP8 (`fp8_param_gather`), a `DTensor` of FSDP, or the like.
+    """
+    data = parameter.data
+    if type(data) is not torch.Tensor:
+        fix = "use fp8_param_gather=False (products may be in FP8 all the same), and no FSDP"
+        raise SpecError(problem(f"parameter {name}", got=type(data).__name__, expected="a plain tensor", fix=fix))
+    return data
 
 
 def _number(member: tuple[int, str, torch.Tensor]) -> int:

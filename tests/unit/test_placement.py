@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from nemo_upcycle import UpcycleSpec, upcycle_into
 from nemo_upcycle.architecture import Architecture
-from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.init.router import router_weight
 from nemo_upcycle.placement import Place, Target, targets_of
 from nemo_upcycle.slices import Shard
@@ -197,3 +197,16 @@ def test_an_output_layer_that_the_model_lacks_is_missed() -> None:
         chunks = build_chunks(small_architecture(tied_embeddings=True), num_experts=8)
         with pytest.raises(CheckpointError, match="output layer of the model: got none"):
             upcycle_into(chunks, MemorySource(small_architecture()), UpcycleSpec())
+
+
+def test_parameters_that_are_no_plain_tensors_are_refused() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    arch = small_architecture()
+    with _rank(0, dict.fromkeys(("tp", "pp", "vp", "ep", "etp"), 1)):
+        chunks = build_chunks(arch, num_experts=4)
+        norm = chunks[0].decoder.final_layernorm
+        norm.weight = torch.nn.Parameter(distribute_tensor(norm.weight.data, init_device_mesh("cpu", (1,))))
+        with pytest.raises(SpecError, match=r"final_layernorm\.weight.*DTensor"):
+            upcycle_into(chunks, MemorySource(arch), UpcycleSpec(num_experts=4, top_k=2))

@@ -8,7 +8,6 @@ from nemo_upcycle.planning import check
 from nemo_upcycle.planning.hardware import known_recipe
 from nemo_upcycle.planning.layout import parse_layout
 from nemo_upcycle.planning.workload import Workload
-from tests.te.conftest import _cuda_seems_to_be_there  # noqa: F401
 
 
 def test_transformer_engine_in_every_precision() -> None:
