@@ -125,11 +125,11 @@ def _plain(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
     Raises:
         SpecError: it is Transformer Engine's FP8 (`fp8_param_gather`), a `DTensor` of FSDP, or the like.
     """
-    data = parameter.data
-    if type(data) is not torch.Tensor:
+    if type(parameter) is not torch.nn.Parameter:
         fix = "use fp8_param_gather=False (products may be in FP8 all the same), and no FSDP"
-        raise SpecError(problem(f"parameter {name}", got=type(data).__name__, expected="a plain tensor", fix=fix))
-    return data
+        got, expected = type(parameter).__name__, "torch.nn.Parameter"
+        raise SpecError(problem(f"parameter {name}", got=got, expected=expected, fix=fix))
+    return parameter.data
 
 
 def _number(member: tuple[int, str, torch.Tensor]) -> int:
