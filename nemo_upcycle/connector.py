@@ -27,7 +27,7 @@ from nemo_upcycle.placement import Place, Target, filled_bytes, targets_of
 from nemo_upcycle.receipt import ParameterRecord, UpcycleReceipt
 from nemo_upcycle.slices import hf_shape
 from nemo_upcycle.sources.base import DenseSource
-from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.spec import UpcycleSpec, check_capacity
 
 
 #: Called after every filled parameter with its name and the bytes written.
@@ -129,6 +129,10 @@ def check_spec(config: Any, spec: UpcycleSpec) -> None:
                     f"model.config.{name}", got=got, expected=f"{value} (from the UpcycleSpec)", fix="make them agree"
                 )
             )
+    capacity = getattr(config, "moe_expert_capacity_factor", None)
+    pad = bool(getattr(config, "moe_pad_expert_input_to_capacity", False))
+    # Megatron takes a negative factor for none.
+    check_capacity(capacity if capacity and capacity > 0 else None, pad, spec.num_experts, spec.top_k)
     if (routing := getattr(config, "moe_router_load_balancing_type", None)) == "sinkhorn":
         expected, fix = "a type that leaves the router's scores alone", "use aux_loss or none"
         name = "model.config.moe_router_load_balancing_type"

@@ -214,3 +214,31 @@ def _layers(value: str | Sequence[int]) -> str:
     if not numbers or not all(isinstance(number, int) and number >= 0 for number in numbers):
         raise SpecError(problem("moe_layers", got=value, expected="layer numbers from 0", fix="write e.g. 0,2,4"))
     return ",".join(str(number) for number in sorted(set(numbers)))
+
+
+def check_capacity(factor: float | None, pad: bool, num_experts: int, top_k: int) -> None:
+    """Check how many token slots an expert gets: `moe_expert_capacity_factor`, `moe_pad_expert_input_to_capacity`.
+
+    Args:
+        factor: slots over those of perfect balance; None drops nothing.
+        pad: whether every expert computes its whole capacity.
+        num_experts: of a layer.
+        top_k: of the router.
+
+    Raises:
+        SpecError: an expert would have more slots than there are tokens (Megatron-Core then fails in the first step),
+            or padding would let every expert compute every token, or there is no capacity to pad to.
+    """
+    if factor is None:
+        if pad:
+            fix = "give a capacity factor, or do not pad"
+            raise SpecError(problem("padding to the capacity", got="no capacity factor", expected="one", fix=fix))
+        return
+    most = num_experts / top_k
+    if factor > most:
+        expected = f"at most num_experts / top_k ({most:g}), which drops nothing"
+        raise SpecError(problem("capacity factor", got=f"{factor:g}", expected=expected, fix=f"set it to {most:g}"))
+    if pad and factor == most:
+        fix = "lower it, or do not pad"
+        expected = f"less than {most:g} with padding: every expert would compute every token"
+        raise SpecError(problem("capacity factor", got=f"{factor:g}", expected=expected, fix=fix))

@@ -6,6 +6,7 @@ from typing import Any
 
 import fiddle as fdl
 import nemo_run as run
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from nemo import lightning as nl
 
 from nemo_upcycle.spec import UpcycleSpec
@@ -57,6 +58,8 @@ def use_spec(recipe: run.Partial, spec: UpcycleSpec) -> run.Partial:
     }
     for name, value in fields.items():
         setattr(config, name, value)
+    if spec.moe_layers != "all":  # NeMo's default builds every layer alike
+        config.transformer_layer_spec = run.Partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
     recipe.resume.restore_config.spec = run.Config(UpcycleSpec, **spec.to_dict())
     return recipe
 

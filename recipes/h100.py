@@ -24,7 +24,7 @@ from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommO
 
 from nemo_upcycle.errors import SpecError, problem, unknown
 from nemo_upcycle.recipes.common import checkpoints
-from nemo_upcycle.spec import ROUTER_ORDERS
+from nemo_upcycle.spec import ROUTER_ORDERS, check_capacity
 from nemo_upcycle.training.recompute import RecomputeFirstSteps
 
 
@@ -157,6 +157,7 @@ def adjust(
     if comm_overlap is not None:
         overlap = run.Config(MegatronCommOverlapCallback, tp_comm_overlap=False) if comm_overlap else None
         _replace_callback(recipe, MegatronCommOverlapCallback, overlap)
+        strategy.ddp.overlap_grad_reduce = strategy.ddp.overlap_param_gather = comm_overlap
     sizes = {
         "tensor_model_parallel_size": tensor_parallelism,
         "pipeline_model_parallel_size": pipeline_parallelism,
@@ -185,7 +186,8 @@ def _dispatch(config: run.Config, dispatcher: str) -> None:
     is_deepep = dispatcher == "deepep"
     config.moe_token_dispatcher_type = "flex" if is_deepep else "alltoall"
     config.moe_enable_deepep = is_deepep
-    config.moe_router_dtype = "fp32" if is_deepep else None  # DeepEP sends weights in float32 only
+    if is_deepep:
+        config.moe_router_dtype = "fp32"  # DeepEP sends weights in float32 only
 
 
 def _recompute(recipe: run.Partial, steps: int) -> None:
@@ -220,16 +222,8 @@ def _compute_in_fp8(recipe: run.Partial, name: str) -> None:
 
 
 def _check(config: run.Config) -> None:
-    capacity = config.moe_expert_capacity_factor
-    if config.moe_pad_expert_input_to_capacity and capacity is None:
-        fix = "give a capacity_factor, or pad_to_capacity=False"
-        raise SpecError(problem("pad_to_capacity", got=True, expected="False without a capacity", fix=fix))
-    if config.moe_pad_expert_input_to_capacity and capacity * config.moe_router_topk >= config.num_moe_experts:
-        fix = "lower capacity_factor, or set pad_to_capacity=False"
-        expected = "False: every expert would compute every token"
-        raise SpecError(
-            problem(f"pad_to_capacity with capacity_factor {capacity:g}", got=True, expected=expected, fix=fix)
-        )
+    pad = config.moe_pad_expert_input_to_capacity
+    check_capacity(config.moe_expert_capacity_factor, pad, config.num_moe_experts, config.moe_router_topk)
     if config.moe_pad_expert_input_to_capacity and config.moe_enable_deepep:
         fix = "set pad_to_capacity=False, or dispatcher='alltoall'"
         raise SpecError(problem("dispatcher", got="deepep", expected="alltoall with pad_to_capacity", fix=fix))

@@ -87,14 +87,14 @@ def trainer(
 
 
 def base_recipe(
-    dir: Optional[str], name: str, num_nodes: int, num_gpus_per_node: int, fn: Callable = pretrain
+    dir: Optional[str], name: str, num_nodes: int, num_gpus_per_node: int, dense: str, fn: Callable = pretrain
 ) -> run.Partial:
     """Create what the twins share: data, optimizer, logging. Arguments as in `pretrain_recipe`."""
     recipe = run.Partial(
         fn,
         model=model(),
         trainer=trainer(num_nodes, num_gpus_per_node),
-        data=run.Config(corpus_data, dense=DENSE, seq_length=512, global_batch_size=2, micro_batch_size=1),
+        data=run.Config(corpus_data, dense=dense, seq_length=512, global_batch_size=2, micro_batch_size=1),
         log=default_log(dir=dir, name=name),
         # The peak of the upcycling run in the paper is 3e-5 on 8B parameters; small models bear more.
         optim=distributed_fused_adam_with_cosine_annealing(warmup_steps=2, constant_steps=0, max_lr=1e-4, min_lr=1e-5),
@@ -130,4 +130,4 @@ def pretrain_recipe(
         CLI usage:
             $ nemo llm pretrain --factory smollm2_135m_dense_ct trainer.max_steps=4 --yes
     """
-    return start_from(base_recipe(dir, name, num_nodes, num_gpus_per_node, fn), dense, None)
+    return start_from(base_recipe(dir, name, num_nodes, num_gpus_per_node, dense, fn), dense, None)

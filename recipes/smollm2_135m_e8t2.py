@@ -5,6 +5,7 @@ from typing import Optional
 
 import lightning.pytorch as pl
 import nemo_run as run
+import torch
 from lightning.pytorch.callbacks.callback import Callback
 from nemo import lightning as nl
 from nemo.collections.llm.api import pretrain
@@ -95,19 +96,20 @@ def pretrain_recipe(
         Python API usage:
             >>> recipe = pretrain_recipe(dir="runs/mine")
     """
-    recipe = dense_ct.base_recipe(dir, name, num_nodes, num_gpus_per_node, fn)
+    recipe = dense_ct.base_recipe(dir, name, num_nodes, num_gpus_per_node, dense, fn)
     recipe.model = model()
     recipe.trainer = trainer(expert_parallelism, num_nodes, num_gpus_per_node)
     return start_from(recipe, dense, SPEC)
 
 
 @run.cli.factory(target=pipeline, name=NAME)
-def pipeline_recipe(dir: str = f"runs/{NAME}", processes: int = 2) -> run.Partial:
+def pipeline_recipe(dir: str = f"runs/{NAME}", processes: Optional[int] = None) -> run.Partial:
     """Create the whole chain: import, upcycle, pretrain, dense twin, export, evaluate, report.
 
     Args:
         dir (str): Folder of the run.
-        processes (int): Ranks of the two training stages; the experts are spread over them.
+        processes (int | None): Ranks of the two training stages; the experts are spread over them. None: two, or one
+            on a machine with one GPU.
 
     Returns:
         run.Partial: Partial configuration of the pipeline.
@@ -117,6 +119,7 @@ def pipeline_recipe(dir: str = f"runs/{NAME}", processes: int = 2) -> run.Partia
             $ nemo upcycle pipeline --factory smollm2_135m_e8t2 dir=runs/demo --yes
             $ nemo upcycle pipeline --factory smollm2_135m_e8t2 dir=runs/more pretrain.trainer.max_steps=100 --yes
     """
+    processes = processes or (1 if torch.cuda.device_count() == 1 else 2)
     return run.Partial(
         pipeline,
         dir=dir,

@@ -19,7 +19,7 @@ from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.search import Goal, Plan, judge, search
 from nemo_upcycle.planning.throughput import Machine
 from nemo_upcycle.planning.workload import PRECISIONS, RECOMPUTES, Workload
-from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.spec import UpcycleSpec, check_capacity
 
 
 HELP = "what fits where, how fast, how long, how much: layouts for a cluster, without a GPU"
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model and step")
     model.add_argument("--experts", type=int, metavar="N", help="upcycle a dense --model to so many experts")
     model.add_argument("--top-k", type=int, metavar="K", help="experts that a token passes through (default: 2)")
-    model.add_argument("--granularity", type=int, default=1, metavar="G", help="parts of a dense network (default: 1)")
+    model.add_argument("--granularity", type=int, metavar="G", help="parts of a dense network (default: 1)")
     model.add_argument("--seq-length", type=int, metavar="TOKENS", help="tokens of a sequence (default: 8192)")
     model.add_argument("--global-batch", type=int, metavar="SEQUENCES", help="sequences of a step (default: 512)")
     model.add_argument("--capacity-factor", type=float, metavar="CF", help="of the experts; 0 drops nothing")
@@ -101,9 +101,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _subject(args: argparse.Namespace) -> _Subject:
     if args.recipe:
-        if args.experts or args.top_k:
-            fix = "use --model FOLDER --experts N --top-k K"
-            raise SpecError(problem("experts", got=args.experts, expected="none beside --recipe", fix=fix))
+        for name in ("experts", "top_k", "granularity"):
+            if (value := getattr(args, name)) is not None:
+                fix = "use --model FOLDER --experts N --top-k K"
+                what = name.replace("_", "-")
+                raise SpecError(problem(what, got=value, expected="none beside --recipe", fix=fix))
         known = known_recipe(args.recipe)
         return _Subject(known.made, known.dense, known.spec, args.recipe, _DEFAULTS | known.defaults)
     folder = args.model.parent if args.model.name == "config.json" else args.model
@@ -115,7 +117,7 @@ def _subject(args: argparse.Namespace) -> _Subject:
     if arch.num_experts:
         fix = "leave --experts away: an MoE model is planned as it is"
         raise SpecError(problem("experts", got=args.experts, expected="a dense model", fix=fix))
-    spec = UpcycleSpec(num_experts=args.experts, top_k=args.top_k or 2, granularity=args.granularity)
+    spec = UpcycleSpec(num_experts=args.experts, top_k=args.top_k or 2, granularity=args.granularity or 1)
     return _Subject(arch.upcycled(spec), arch, spec, None, _DEFAULTS)
 
 
@@ -126,12 +128,11 @@ def _goal(args: argparse.Namespace, subject: _Subject) -> Goal:
 
     if args.gpus < 1:
         raise SpecError(problem("gpus", got=args.gpus, expected="1 or more", fix="set --gpus 8"))
-    if not given("tokens") > 0:
+    if not 0 < given("tokens") < float("inf"):
         raise SpecError(problem("tokens", got=given("tokens"), expected="more than 0", fix="set --tokens 100e9"))
     capacity = given("capacity_factor") or None
-    if args.pad_to_capacity and capacity is None:
-        fix = "set --capacity-factor 1"
-        raise SpecError(problem("pad-to-capacity", got="no capacity", expected="a capacity factor", fix=fix))
+    if subject.arch.num_experts:
+        check_capacity(capacity, args.pad_to_capacity, subject.arch.num_experts, subject.arch.top_k or 1)
     work = Workload(
         seq_length=given("seq_length"),
         global_batch=given("global_batch"),

@@ -2,6 +2,7 @@
 
 # No postponed annotations, and Optional: NeMo-Run parses `data.seq_length=1024` by them.
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
@@ -66,12 +67,19 @@ def corpus_data(
 
 
 def _prepared(dense: str, corpus: str) -> Path:
-    model = ensure_dense(dense)
-    output = cache_folder() / "corpora" / f"{Path(corpus).stem}-{model.name}"
+    model, documents = ensure_dense(dense), load_corpus(corpus)
+    # Of two corpora or tokenizers with one name, each has a folder of its own.
+    digest = hashlib.sha256()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        digest.update((model / name).read_bytes() if (model / name).is_file() else b"")
+    for split, members in documents.items():
+        for document in members:
+            digest.update(f"{split}\0{document.id}\0{document.text}\0".encode())
+    output = cache_folder() / "corpora" / f"{Path(corpus).stem}-{model.name}-{digest.hexdigest()[:16]}"
     output.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{output}.lock"):
         if not is_complete(output):
-            prepare_corpus(load_corpus(corpus), model, output)
+            prepare_corpus(documents, model, output)
     return output
 
 

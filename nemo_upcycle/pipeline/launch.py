@@ -12,11 +12,11 @@ import nemo_run as run
 
 from nemo_upcycle.errors import StageError, UpcycleError
 from nemo_upcycle.evaluation.suite import read_suite_config
-from nemo_upcycle.pipeline.markers import StageFolder
+from nemo_upcycle.pipeline.markers import setting_hashes
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
 from nemo_upcycle.pipeline.recipes_io import check_recipe, dump_recipe, load_recipe, ranks_of
 from nemo_upcycle.pipeline.runner import run_stage
-from nemo_upcycle.pipeline.stages import STAGES
+from nemo_upcycle.pipeline.stages import STAGES, unfinished
 
 
 class PipelineContext(run.cli.RunContext):
@@ -68,6 +68,9 @@ def pipeline(
     run_dir = Path(dir).absolute()
     twin = dump_recipe(dense_ct) if dense_ct else None
     plan = RunPlan(pretrain.log.name, dense, corpus, evaluation, dump_recipe(pretrain), twin)
+    for stage in STAGES:
+        if stage.resumable:  # said now, not after the stages before it
+            stage.folder(run_dir).require_same(setting_hashes(stage.settings_of(plan)))
     if not ctx.dryrun:
         plan.write(run_dir)
     with run.Experiment(f"upcycle-{run_dir.name}") as experiment:
@@ -77,7 +80,7 @@ def pipeline(
             return
         experiment.run(sequential=not _chains(ctx.executor), detach=ctx.detach, tail_logs=True)
     if not ctx.detach:
-        _check_finished(run_dir)
+        _check_finished(run_dir, plan)
         _show_result(run_dir)
 
 
@@ -123,10 +126,9 @@ def _show_result(run_dir: Path) -> None:
     sys.stdout.write(f"\n{headline}\n\nReport: {report}\n")
 
 
-def _check_finished(run_dir: Path) -> None:
-    for stage in STAGES:
-        if not StageFolder(run_dir, stage.name).marker.is_file():
-            raise StageError(
-                f"Stage '{stage.name}' did not finish; its message stands above. "
-                f"Run the same command again: it goes on from there. Folder: {run_dir}"
-            )
+def _check_finished(run_dir: Path, plan: RunPlan) -> None:
+    if (broken := unfinished(STAGES, run_dir, plan)) is not None:
+        raise StageError(
+            f"Stage '{broken}' did not finish; its message stands above. "
+            f"Run the same command again: it goes on from there. Folder: {run_dir}"
+        )

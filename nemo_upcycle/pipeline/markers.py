@@ -24,6 +24,11 @@ def hash_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def setting_hashes(settings: dict[str, Any]) -> dict[str, str]:
+    """Return the hashes of a stage's own settings, as its marker names them."""
+    return {f"setting {name}": hash_of(value) for name, value in sorted(settings.items())}
+
+
 @dataclass(frozen=True)
 class StageFolder:
     """The folder of one stage of a run.
@@ -54,7 +59,7 @@ class StageFolder:
         Raises:
             StageError: one of these stages has not finished.
         """
-        hashes = {f"setting {name}": hash_of(value) for name, value in sorted(settings.items())}
+        hashes = setting_hashes(settings)
         for before in self.after:
             marker = StageFolder(self.run_dir, before).marker
             if not marker.is_file():
@@ -68,6 +73,27 @@ class StageFolder:
         """Return whether the stage finished earlier, from the same inputs."""
         return self.marker.is_file() and read_json(self.marker).get("inputs") == inputs
 
+    def require_same(self, inputs: dict[str, str]) -> None:
+        """Check that work which the folder holds was started from these inputs, or from nothing that contradicts them.
+
+        Args:
+            inputs: what `inputs()` gave, or a part of it.
+
+        Raises:
+            StageError: it was started from others.
+        """
+        started = self.path / _STARTED
+        before = read_json(started) if started.is_file() else inputs
+        if changed := [name for name, digest in sorted(inputs.items()) if before.get(name) != digest]:
+            raise StageError(
+                problem(
+                    f"{self.path}",
+                    got=f"work started from other inputs (changed: {', '.join(changed)})",
+                    expected="the inputs it was started from, or an empty folder",
+                    fix=f"set them back, choose another dir, or delete {self.path} to lose that work",
+                )
+            )
+
     def start(self, inputs: dict[str, str], *, resumable: bool) -> None:
         """Note what the stage is started from; its old marker is void.
 
@@ -78,18 +104,10 @@ class StageFolder:
         Raises:
             StageError: a resumable stage was started from other inputs.
         """
-        started = self.path / _STARTED
-        if resumable and started.is_file() and (changed := _changed(read_json(started), inputs)):
-            raise StageError(
-                problem(
-                    f"{self.path}",
-                    got=f"work started from other inputs (changed: {', '.join(changed)})",
-                    expected="the inputs it was started from, or an empty folder",
-                    fix=f"set them back, choose another dir, or delete {self.path} to lose that work",
-                )
-            )
+        if resumable:
+            self.require_same(inputs)
         self.marker.unlink(missing_ok=True)
-        write_json(started, inputs)
+        write_json(self.path / _STARTED, inputs)
 
     def finish(self, inputs: dict[str, str], seconds: float, outputs: dict[str, Any]) -> None:
         """Leave the success marker."""
@@ -100,7 +118,3 @@ class StageFolder:
     def outputs(self) -> dict[str, Any]:
         """Return what a finished stage reported."""
         return read_json(self.marker)["outputs"]
-
-
-def _changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    return [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.files import read_json, sha256_file, write_json
+from nemo_upcycle.pipeline.markers import StageFolder
 
 
 PLAN = "pipeline.json"
@@ -70,3 +71,16 @@ class Stage:
     settings: tuple[str, ...]
     parallel: bool = False
     resumable: bool = False
+
+    def folder(self, run_dir: Path) -> StageFolder:
+        """Return its folder in a run."""
+        return StageFolder(run_dir, self.name, self.after)
+
+    def settings_of(self, plan: RunPlan) -> dict[str, Any]:
+        """Return the values of its settings."""
+        return {name: plan.setting(name) for name in self.settings}
+
+    def is_done(self, run_dir: Path, plan: RunPlan) -> bool:
+        """Return whether it finished, from what its inputs are now; those before it must be done."""
+        folder = self.folder(run_dir)
+        return folder.is_done(folder.inputs(self.settings_of(plan)))

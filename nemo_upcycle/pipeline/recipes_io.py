@@ -33,10 +33,10 @@ def check_recipe(recipe: run.Partial) -> None:
     """Check a recipe before it is launched.
 
     Raises:
-        SpecError: layout, model and ranks do not fit, or the upcycling spec is not valid or not the model's.
+        SpecError: layout, model, data and ranks do not fit, or the upcycling spec is not valid or not the model's.
     """
     nodes, per_node = ranks_of(recipe)
-    check_layout(recipe.trainer.strategy, recipe.model.config, nodes * per_node)
+    check_layout(recipe.trainer.strategy, recipe.model.config, recipe.data, nodes * per_node)
     if recipe.resume.restore_config.spec:
         check_spec(recipe.model.config, spec_of(recipe))
 

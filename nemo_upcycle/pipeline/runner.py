@@ -12,9 +12,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from nemo_upcycle.errors import StageError, UpcycleError, problem
-from nemo_upcycle.pipeline.markers import StageFolder
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
-from nemo_upcycle.pipeline.stages import BY_NAME, STAGES
+from nemo_upcycle.pipeline.stages import BY_NAME, STAGES, unfinished
 from nemo_upcycle.progress import duration, show_messages
 
 
@@ -48,19 +47,19 @@ def _quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _require_earlier(stage: Stage, run_dir: Path) -> None:
+def _require_earlier(stage: Stage, run_dir: Path, plan: RunPlan) -> None:
     """Stop the chain where it broke: local executors go on to the next stage whatever became of the one before."""
-    for earlier in STAGES[: STAGES.index(stage)]:
-        if not StageFolder(run_dir, earlier.name).marker.is_file():
-            raise StageError(f"not started: stage '{earlier.name}' has not finished in {run_dir}.")
+    if (broken := unfinished(STAGES[: STAGES.index(stage)], run_dir, plan)) is not None:
+        raise StageError(f"not started: stage '{broken}' has not finished in {run_dir}.")
 
 
 def _run(stage: Stage, run_dir: Path) -> None:
     plan = RunPlan.read(run_dir)
-    _require_earlier(stage, run_dir)
-    folder = StageFolder(run_dir, stage.name, stage.after)
-    inputs = folder.inputs({name: plan.setting(name) for name in stage.settings})
-    first = int(os.environ.get("RANK", "0")) == 0
+    _require_earlier(stage, run_dir, plan)
+    folder = stage.folder(run_dir)
+    inputs = folder.inputs(stage.settings_of(plan))
+    # torchrun says RANK; srun alone, without a launcher, says SLURM_PROCID.
+    first = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
     if folder.is_done(inputs):
         if first:
             logger.info("[%s] done before, from the same inputs", stage.name)

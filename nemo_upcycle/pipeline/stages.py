@@ -171,16 +171,16 @@ def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 
 def _build_suite(run_dir: Path, plan: RunPlan) -> None:
-    """Build the evaluation suite: the corpus's held-out documents and the questions that the suite asks."""
+    """Build the evaluation suite: the documents that import held out, and the questions that the suite asks."""
     from nemo_upcycle.data.assets import fetch_asset
-    from nemo_upcycle.data.corpus import load_corpus
+    from nemo_upcycle.data.prepare import heldout_documents
     from nemo_upcycle.data.questions import mmlu_questions
     from nemo_upcycle.evaluation.suite import build_suite, read_suite_config
 
     config = read_suite_config(plan.evaluation)
     asks_mmlu = config.local and any(task.startswith("mmlu") for task in config.tasks)
     questions = mmlu_questions(fetch_asset("mmlu")) if asks_mmlu else []
-    heldout = [(document.id, document.text) for document in load_corpus(plan.corpus)["heldout"]]
+    heldout = [(document.id, document.text) for document in heldout_documents(run_dir / "data")]
     build_suite(questions, heldout, run_dir / "suite", config)
 
 
@@ -201,3 +201,8 @@ STAGES = (
     Stage("report", report_stage, ("evaluate",), ()),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}
+
+
+def unfinished(stages: tuple[Stage, ...], run_dir: Path, plan: RunPlan) -> str | None:
+    """Return the first of these stages, from the first of all on, that is not done from what its inputs are now."""
+    return next((stage.name for stage in stages if not stage.is_done(run_dir, plan)), None)

@@ -161,9 +161,10 @@ class Layout:
         """
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("embedding", "loss", "first", "last") else 1
-            if value is not None and value < least:
-                raise SpecError(problem(field.name, got=value, expected=f"{least} or more", fix=f"set {field.name}=1"))
+            is_switch = field.name in ("embedding", "loss")
+            if value is not None and (value not in (0, 1) if is_switch else value < 1):
+                expected = "0 or 1" if is_switch else "1 or more"
+                raise SpecError(problem(field.name, got=value, expected=expected, fix=f"set {field.name}=1"))
         self._check_model(arch)
         self._check_stages(arch)
         self._check_ranks()
@@ -202,7 +203,7 @@ class Layout:
         stages = self.pp - len(fixed)
         what = f"{left} layers" if fixed or self.embedding or self.loss else f"num_layers ({left})"
         if (stages and (left < 0 or left % stages)) or (not stages and left):
-            good = [n for n in _divisors(left) if n >= 1] if left > 0 and stages else []
+            good = [n for n in divisors(left) if n >= 1] if left > 0 and stages else []
             expected = f"a divisor of {what}: {_listed(good)}" if good else f"stages that share out {what}"
             nearest = _nearest(self.pp - len(fixed), good) + len(fixed) if good else 1
             raise SpecError(problem("pp", got=self.pp, expected=expected, fix=f"set pp={nearest}"))
@@ -258,7 +259,8 @@ def parse_layout(text: str, gpus: int) -> Layout:
     return layout
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """Return the divisors of a number, from 1 on."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
@@ -273,7 +275,7 @@ def _nearest(value: int, good: Iterable[int]) -> int:
 
 def _require_divides(name: str, value: int, number: int, what: str) -> None:
     if number % value:
-        good = _divisors(number)
+        good = divisors(number)
         expected = f"a divisor of {what} ({number}): {_listed(good)}"
         raise SpecError(problem(name, got=value, expected=expected, fix=f"set {name}={_nearest(value, good)}"))
 

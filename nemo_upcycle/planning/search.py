@@ -11,7 +11,7 @@ from functools import cached_property
 from nemo_upcycle.architecture import Architecture
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.planning.hardware import Gpu
-from nemo_upcycle.planning.layout import Layout
+from nemo_upcycle.planning.layout import Layout, divisors
 from nemo_upcycle.planning.memory import GIB, Memory, activation_bytes, checkpoint_bytes, worst_memory
 from nemo_upcycle.planning.throughput import Machine, StepTime, ThroughputModel
 from nemo_upcycle.planning.workload import RECOMPUTES, Workload
@@ -127,7 +127,7 @@ def judge(goal: Goal, layout: Layout, recompute: str | None = None) -> Plan:
         SpecError: the layout breaks a rule.
     """
     layout.check(goal.arch, goal.work.seq_length, goal.work.global_batch)
-    kinds = (recompute,) if recompute else _recomputes(goal.arch)
+    kinds = (recompute,) if recompute else _recomputes(goal)
     plans = (Plan(goal, layout, replace(goal.work, recompute=kind)) for kind in kinds)
     return next(
         (plan for plan in plans if plan.verdict == "fits"), Plan(goal, layout, replace(goal.work, recompute=kinds[-1]))
@@ -151,7 +151,7 @@ def search(goal: Goal, limit: int = 10, micro_batch: int | None = None, recomput
         # The plain layout breaks a rule: say which.
         Layout(gpus=goal.gpus).check(goal.arch, goal.work.seq_length, goal.work.global_batch)
         raise SpecError("no layout obeys the rules")
-    works = [replace(goal.work, recompute=kind) for kind in ((recompute,) if recompute else _recomputes(goal.arch))]
+    works = [replace(goal.work, recompute=kind) for kind in ((recompute,) if recompute else _recomputes(goal))]
     room_gib = goal.gpu.memory_gib * TIGHT
     able = [layout for layout in every if _least_gib(goal, layout) <= room_gib]
     found: list[Plan] = []
@@ -172,21 +172,22 @@ def _rank(plan: Plan) -> tuple[float, int]:
     return (plan.time.total, plan.layout.cp)
 
 
-def _recomputes(arch: Architecture) -> tuple[str, ...]:
-    return tuple(kind for kind in RECOMPUTES if kind != "moe_act" or arch.num_experts)
+def _recomputes(goal: Goal) -> tuple[str, ...]:
+    has_moe_act = goal.arch.num_experts and goal.work.precision != "fp8-delayed"
+    return tuple(kind for kind in RECOMPUTES if kind != "moe_act" or has_moe_act)
 
 
 def layouts(goal: Goal, micro_batches: tuple[int, ...]) -> Iterator[Layout]:
-    """Yield every layout that obeys the rules; tensor and expert parallelism stay inside a node."""
+    """Yield every layout of even stages that obeys the rules; tensor parallelism stays inside a node."""
     arch, node = goal.arch, goal.gpu.per_node
-    experts = _divisors(arch.num_experts) if arch.num_experts else [1]
-    for tp, cp, pp, ep in itertools.product(_divisors(node), _CONTEXTS, _divisors(arch.num_layers), experts):
+    experts = divisors(arch.num_experts) if arch.num_experts else [1]
+    for tp, cp, pp, ep in itertools.product(divisors(node), _CONTEXTS, divisors(arch.num_layers), experts):
         if goal.gpus % (tp * cp * pp) or goal.gpus % (ep * pp) or arch.num_kv_heads % tp:
             continue
         for etp in {1, tp} if ep > 1 else {tp}:
             # Cutting a sequence and taking two at a time undo each other.
             micros = micro_batches[:1] if cp > 1 else micro_batches
-            for vp, micro in itertools.product(_divisors(arch.num_layers // pp) if pp > 1 else [1], micros):
+            for vp, micro in itertools.product(divisors(arch.num_layers // pp) if pp > 1 else [1], micros):
                 layout = Layout(gpus=goal.gpus, tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, etp=etp, micro_batch=micro)
                 if _obeys(layout, goal):
                     yield layout
@@ -216,7 +217,3 @@ def _could_fit(plan: Plan) -> bool:
         return True  # the first stage may hold less than its share
     goal, activations = plan.goal, activation_bytes(plan.goal.arch, plan.layout, plan.work, 0)
     return _least_gib(goal, plan.layout) + sum(activations) / GIB <= goal.gpu.memory_gib * TIGHT
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]

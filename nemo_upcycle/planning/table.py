@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_upcycle.architecture import Architecture
+from nemo_upcycle.planning.layout import divisors
 from nemo_upcycle.planning.memory import ASSUMPTIONS, GIB, Memory
 from nemo_upcycle.planning.search import Plan
 
@@ -45,8 +46,8 @@ def nemo_command(recipe: str, plan: Plan, defaults: dict[str, Any], *, upcycled:
         upcycled: whether the recipe's model has experts.
     """
     layout, work, node = plan.layout, plan.work, plan.goal.gpu.per_node
-    nodes = -(-layout.gpus // node)
-    per_node = layout.gpus // nodes
+    per_node = max(size for size in divisors(layout.gpus) if size <= node)
+    nodes = layout.gpus // per_node
     strategy = {
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
@@ -74,6 +75,9 @@ def nemo_command(recipe: str, plan: Plan, defaults: dict[str, Any], *, upcycled:
     if upcycled and not recipe.startswith("smollm2"):
         arguments += f", capacity_factor={work.capacity_factor or 0}, pad_to_capacity={work.pad}"
         arguments += f", recompute_moe_steps={steps if work.recompute == 'moe' else 0}"
+    elif work.capacity_factor is not None:
+        settings.append(f"model.config.moe_expert_capacity_factor={work.capacity_factor}")
+        settings += ["model.config.moe_pad_expert_input_to_capacity=True"] if work.pad else []
     if work.precision in _FP8_RECIPES and "capacity_factor" in arguments:
         arguments += f", fp8_recipe='{_FP8_RECIPES[work.precision]}'"
     elif work.precision in _FP8_RECIPES:

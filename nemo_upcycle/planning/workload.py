@@ -71,6 +71,9 @@ class Workload:
             raise SpecError(unknown("precision", self.precision, PRECISIONS))
         if self.recompute not in RECOMPUTES:
             raise SpecError(unknown("recompute", self.recompute, RECOMPUTES))
+        if self.recompute == "moe_act" and self.precision == "fp8-delayed":
+            expected, fix = "another kind: Megatron-Core recomputes no activation under delayed scaling", "use moe"
+            raise SpecError(problem("recompute", got=f"moe_act with {self.precision}", expected=expected, fix=fix))
         for name, low in (("seq_length", 1), ("global_batch", 1), ("capacity_factor", 0.01), ("imbalance", 1.0)):
             if (value := getattr(self, name)) is not None and not value >= low:
                 raise SpecError(problem(name, got=value, expected=f"{low} or more", fix=f"raise {name}"))

@@ -281,14 +281,15 @@ def setting(results: dict[str, Any]) -> str:
 def next_steps(results: dict[str, Any], run_dir: Path) -> str:
     """Return the commands to go on with."""
     model = Path(results["evaluation_settings"]["trained"]["model"]["folder"])
+    twin = " dense_ct.trainer.max_steps=200" if "dense_ct" in results["evaluation"] else ""
     return "\n".join(
         [
             "## How to go on",
             "",
             "```bash",
-            "# train both models for longer, into a new folder",
+            "# train for longer, into a new folder",
             f"nemo upcycle pipeline --factory {results['recipe']} dir={run_dir}-longer \\",
-            "    pretrain.trainer.max_steps=200 dense_ct.trainer.max_steps=200 --yes",
+            f"    pretrain.trainer.max_steps=200{twin} --yes",
             "# evaluate the trained model with lm-eval itself, on any of its tasks (needs the Hugging Face hub)",
             f"lm_eval run --model hf --model_args pretrained={model},dtype=bfloat16 --tasks mmlu,piqa --batch_size 8",
             "```",

@@ -88,8 +88,7 @@ def build_float32(config: Any, vocab_size: int) -> torch.nn.Module:
     config.params_dtype = config.autocast_dtype = config.pipeline_dtype = torch.float32
     config.vocab_size, config.should_pad_vocab = vocab_size, False
     config.moe_router_dtype = "fp64"  # follows the activations: no less than they have, in either precision
-    if use_cpu_backend():
-        configure_for_cpu(config)
+    configure_for_cpu(config)  # on a GPU too: Transformer Engine knows no float64
     model = config.configure_model(tokenizer=None)
     return model.eval() if not torch.cuda.is_available() else model.cuda().eval()
 

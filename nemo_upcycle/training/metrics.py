@@ -7,6 +7,7 @@ and only the first rank waits for it.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,10 +187,19 @@ def _move_logs_only() -> None:
 
 def _keep_until(path: Path, step: int) -> None:
     """Drop lines of steps that a resumed run will do again."""
-    if not path.is_file():
-        return
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    if path.is_file():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        aside = path.with_name(f"{path.name}.unfinished")
+        aside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        aside.replace(path)
+
+
+def _step_of(line: str) -> float:
+    """Return the step of a line; one that was torn, by a full disk, belongs to no step that was done."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def _number(value: Any, digits: int = 6) -> float | None:

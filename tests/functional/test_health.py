@@ -86,7 +86,9 @@ def _rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> Any:
 
     from nemo_upcycle.pipeline.recipes_io import check_recipe, place_recipe
     from nemo_upcycle.recipes import smollm2_135m_e8t2
+    from nemo_upcycle.recipes.common import use_spec
     from nemo_upcycle.recipes.h100 import adjust
+    from nemo_upcycle.spec import UpcycleSpec
     from nemo_upcycle.training.cpu import use_cpu_backend
 
     use_cpu_backend()
@@ -99,12 +101,7 @@ def _rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> Any:
     for name, value in options.get("model", {}).items():
         setattr(recipe.model.config, name, value)
     if moe_layers := options.get("moe_layers"):
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-
-        recipe.resume.restore_config.spec.moe_layers = moe_layers
-        recipe.model.config.moe_layer_freq = [int(layer in moe_layers) for layer in range(LAYERS)]
-        spec = run.Partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
-        recipe.model.config.transformer_layer_spec = spec
+        use_spec(recipe, UpcycleSpec(moe_layers=moe_layers))
     adjust(
         recipe,
         tensor_parallelism=options.get("tp", 1),

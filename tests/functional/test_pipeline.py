@@ -183,6 +183,9 @@ def test_training_does_not_go_on_from_other_inputs(copy: Path) -> None:
     assert f"delete {copy / 'dense_ct'} to lose that work" in answer.text
     after = sorted((path, path.stat().st_mtime_ns) for path in (copy / "dense_ct").rglob("*"))
     assert [entry for entry in before if entry not in after] == []
+    answer = run_in_own_process("export", copy)
+    assert answer.status == 2
+    assert "[export] not started: stage 'dense_ct' has not finished" in answer.text
 
 
 def test_after_a_failed_stage_the_later_ones_refuse(plan: RunPlan, tmp_path: Path) -> None:

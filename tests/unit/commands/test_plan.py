@@ -103,6 +103,13 @@ def test_what_the_recipe_sets_already_is_not_repeated(capsys: pytest.CaptureFixt
     assert "data." not in _json(capsys, *PAPER)["rows"][0]["command"]
 
 
+def test_the_command_starts_as_many_ranks_as_were_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--recipe", "smollm2_135m_e8t2", "--gpus", "20", "--global-batch", "20", "--capacity-factor", "2")
+    command = _json(capsys, *options)["rows"][0]["command"]
+    assert "num_nodes=4, num_gpus_per_node=5" in command
+    assert "model.config.moe_expert_capacity_factor=2.0" in command
+
+
 @pytest.mark.parametrize("name", ["smollm2_135m_e8t2", "smollm2_135m_dense_ct"])
 def test_small_recipes_fit_one_card(name: str) -> None:
     assert _run("--recipe", name, "--gpus", "1") == 0
@@ -139,6 +146,12 @@ def test_nothing_that_fits_is_exit_status_1(capsys: pytest.CaptureFixture[str]) 
         ([*PAPER, "--rank", "x"], "rank: got x"),
         (["--model", "no/such/folder", "--gpus", "8"], "no such folder"),
         (["--recipe", "llama3_8b_e8t2", "--gpus", "12", "--layout", "ep=6"], "use|set ep=4"),
+        ([*PAPER, "--granularity", "2"], "granularity: got 2, expected none beside --recipe"),
+        ([*PAPER, "--tokens", "inf"], "tokens: got inf"),
+        ([*PAPER, "--capacity-factor", "5"], r"capacity factor: got 5, expected at most num_experts / top_k \(4\)"),
+        ([*PAPER, "--pad-to-capacity"], "less than 4 with padding"),
+        ([*PAPER, "--capacity-factor", "0", "--pad-to-capacity"], "got no capacity factor"),
+        ([*PAPER, "--precision", "fp8-delayed", "--recompute", "moe_act"], "moe_act with fp8-delayed"),
     ],
 )
 def test_mistakes_are_named(options: list[str], words: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.errors import StageError
-from nemo_upcycle.pipeline.markers import StageFolder
+from nemo_upcycle.pipeline.markers import StageFolder, setting_hashes
 
 
 def test_a_stage_waits_for_those_before_it(tmp_path: Path) -> None:
@@ -34,5 +34,8 @@ def test_resumable_work_refuses_other_inputs(tmp_path: Path) -> None:
     stage = StageFolder(tmp_path, "pretrain")
     stage.start(stage.inputs({"recipe": "a", "seed": 1}), resumable=True)
     stage.start(stage.inputs({"recipe": "a", "seed": 1}), resumable=True)
+    stage.require_same(setting_hashes({"recipe": "a"}))
+    with pytest.raises(StageError, match="changed: setting recipe"):
+        stage.require_same(setting_hashes({"recipe": "b"}))
     with pytest.raises(StageError, match="changed: setting recipe"):
         stage.start(stage.inputs({"recipe": "b", "seed": 1}), resumable=True)

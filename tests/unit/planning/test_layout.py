@@ -33,6 +33,8 @@ LLAMA = known_recipe("llama3_8b_e8t2").made
         ("pp=2,first=6,loss=1", 4, 512, ["first and last", "loss=1"]),
         ("tp=2,etp=1", 8, 512, ["etp: got 1", "where ep is 1", "Fix: set etp=2"]),
         ("tp=0", 8, 512, ["tp: got 0", "1 or more"]),
+        ("pp=4,first=0", 4, 512, ["first: got 0", "1 or more"]),
+        ("pp=4,embedding=2", 4, 512, ["embedding: got 2", "0 or 1"]),
     ],
 )
 def test_rules(text: str, gpus: int, batch: int, words: list[str]) -> None:

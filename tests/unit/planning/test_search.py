@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from nemo_upcycle.errors import SpecError
@@ -33,6 +35,13 @@ def test_no_hand_made_layout_is_faster_than_the_search() -> None:
     for text in ("cp=2,ep=8,pp=4,vp=8", "tp=2,cp=2,ep=8,pp=4,vp=8", "ep=8,pp=4,vp=8", "tp=2,ep=8,pp=4,vp=4"):
         plan = judge(goal, parse_layout(text, 128))
         assert plan.verdict == "no" or plan.tokens_per_s_per_gpu <= best * (1 + 1e-9)
+
+
+def test_only_what_megatron_runs_is_searched() -> None:
+    """Under delayed scaling it recomputes no activation."""
+    goal = _goal(64)
+    goal = replace(goal, work=replace(goal.work, precision="fp8-delayed", capacity_factor=4.0, pad=False))
+    assert {plan.work.recompute for plan in search(goal, 40)} <= {"none", "moe", "full"}
 
 
 def test_eight_cards_do_not_hold_the_model() -> None:

@@ -1,8 +1,8 @@
-"""A layout that does not fit is refused with the rule and the valid values."""
+"""A layout that does not fit is refused with the rule, the nearest good value and the setting."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -10,45 +10,55 @@ from nemo_upcycle.errors import SpecError
 from nemo_upcycle.training.layout import check_layout
 
 
-CONFIG = {
-    "num_layers": 32,
-    "num_attention_heads": 32,
-    "num_query_groups": 8,
-    "num_moe_experts": 8,
-    "moe_router_topk": 2,
-}
-PAPER = {
-    "tensor_model_parallel_size": 2,
-    "pipeline_model_parallel_size": 4,
-    "virtual_pipeline_model_parallel_size": 8,
-    "expert_model_parallel_size": 8,
-    "expert_tensor_parallel_size": 1,
-}
+def _check(changes: dict[str, Any], ranks: int = 512) -> None:
+    """Check the recipe of the paper's run, with some settings changed."""
+    from nemo_upcycle.recipes import llama3_8b_e8t2
+
+    recipe = llama3_8b_e8t2.pretrain_recipe()
+    for name, value in changes.items():
+        owners = (recipe.data, recipe.trainer.strategy, recipe.model.config)
+        setattr(next(owner for owner in owners if _has(owner, name)), name, value)
+    check_layout(recipe.trainer.strategy, recipe.model.config, recipe.data, ranks)
 
 
-def _check(strategy: dict, config: dict | None = None, ranks: int = 512) -> None:
-    check_layout(SimpleNamespace(**(PAPER | strategy)), SimpleNamespace(**(CONFIG | (config or {}))), ranks)
+def _has(config: Any, name: str) -> bool:
+    return name in config.__signature_info__.parameters
 
 
 def test_the_papers_layout_fits() -> None:
     _check({})
 
 
+def test_uneven_stages_fit_where_megatron_takes_them() -> None:
+    sizes = {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": None, "num_layers": 30}
+    ends = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
+    _check(sizes | ends)
+    with pytest.raises(SpecError, match=r"num_layers \(30\)"):
+        _check(sizes)
+
+
 @pytest.mark.parametrize(
-    ("strategy", "config", "ranks", "words"),
+    ("changes", "ranks", "words"),
     [
-        ({"expert_model_parallel_size": 6}, {}, 512, ["expert parallelism", "got 6", "1, 2, 4, 8"]),
-        ({"tensor_model_parallel_size": 3}, {}, 512, ["tensor parallelism", "got 3", "key-value heads (8)"]),
-        ({"virtual_pipeline_model_parallel_size": 3}, {}, 512, ["pipeline stages", "got 12", "num_layers (32)"]),
-        ({}, {"moe_router_topk": 9}, 512, ["top_k", "got 9", "1 to num_moe_experts (8)"]),
-        ({}, {"num_moe_experts": None}, 512, ["expert parallelism", "1 for a dense model"]),
-        ({"expert_model_parallel_size": 1}, {}, 512, ["expert-tensor parallelism", "got 1", "expected 2", "unsummed"]),
-        ({}, {}, 12, ["ranks", "got 12", "multiple of 8"]),
-        ({}, {}, 8, ["ranks", "got 8", "multiple of 32", "expert-tensor"]),
+        ({"expert_model_parallel_size": 6}, 512, ["ep: got 6", "1, 2, 4, 8", "strategy.expert_model_parallel_size"]),
+        ({"tensor_model_parallel_size": 3}, 512, ["tp: got 3", "key-value heads (8)", "tensor_model_parallel_size"]),
+        ({"virtual_pipeline_model_parallel_size": 3}, 512, ["vp: got 3", "a pipeline stage (8)", "set vp=2"]),
+        ({"moe_router_topk": 9}, 512, ["top_k: got 9", "1 to num_moe_experts (8)", "moe_router_topk"]),
+        ({"num_moe_experts": None}, 512, ["ep: got 8", "1 for a dense model"]),
+        (
+            {"expert_model_parallel_size": 1},
+            512,
+            ["etp: got 1", "wrong ranks", "expert_tensor_parallel_size"],
+        ),
+        ({}, 12, ["gpus: got 12", "multiple of tp x cp x pp (8)", "trainer.num_nodes x trainer.devices"]),
+        ({}, 8, ["gpus: got 8", "multiple of etp x ep x pp (32)"]),
+        ({"global_batch_size": 100}, 512, ["global-batch: got 100", "data.global_batch_size"]),
+        ({"global_batch_size": 64}, 512, ["global-batch: got 64", "interleaved stages", "data.global_batch_size"]),
+        ({"seq_length": 8191}, 512, ["seq-length: got 8191", "data.seq_length"]),
     ],
 )
-def test_what_does_not_fit_is_named(strategy: dict, config: dict, ranks: int, words: list[str]) -> None:
+def test_what_does_not_fit_is_named(changes: dict[str, Any], ranks: int, words: list[str]) -> None:
     with pytest.raises(SpecError) as caught:
-        _check(strategy, config, ranks)
+        _check(changes, ranks)
     for word in words:
         assert word in str(caught.value)
