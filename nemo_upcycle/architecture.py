@@ -13,25 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.errors import CheckpointError, problem
 from nemo_upcycle.files import read_json
+from nemo_upcycle.hf_settings import DENSE_CLASSES as DENSE_CLASSES
+from nemo_upcycle.hf_settings import MOE_CLASSES as MOE_CLASSES
+from nemo_upcycle.hf_settings import Settings, settings_of
 from nemo_upcycle.spec import UpcycleSpec
 
 
 if TYPE_CHECKING:
     import torch  # a second and a half, which the planner does without
-
-#: Hugging Face classes whose tensors the mapping table knows, dense and MoE, and what their configs leave unsaid.
-DENSE_CLASSES: dict[str, dict[str, Any]] = {
-    "LlamaForCausalLM": {},
-    "MistralForCausalLM": {},
-    "Qwen2ForCausalLM": {"qkv_bias": True},
-    "GemmaForCausalLM": {
-        "hidden_activation": "gelu_pytorch_tanh",
-        "tie_word_embeddings": True,
-        "zero_centered_norm": True,
-    },
-}
-MOE_CLASSES: dict[str, dict[str, Any]] = {"MixtralForCausalLM": {}, "Qwen2MoeForCausalLM": {"qkv_bias": True}}
-_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +34,7 @@ class Architecture:
         shared_ffn_size: F of all shared experts together; 0 without.
         moe_pattern: which layers are MoE layers; None: all, if there are experts.
         norm_topk: whether the weights of the chosen experts are made to sum to one.
+        sliding_window: tokens that attention sees, the current one included; None: all before it.
     """
 
     hf_class: str
@@ -66,6 +56,7 @@ class Architecture:
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
     max_positions: int = 4096
+    sliding_window: int | None = None
     num_experts: int | None = None
     top_k: int | None = None
     expert_ffn_size: int | None = None
@@ -77,6 +68,11 @@ class Architecture:
     def heads_per_group(self) -> int:
         """Query heads that share one key-value head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def window(self) -> int | None:
+        """The sliding window, in tokens; None where no sequence is longer."""
+        return self.sliding_window if self.sliding_window and self.sliding_window < self.max_positions else None
 
     def is_moe_layer(self, layer: int) -> bool:
         """Return whether a layer has experts."""
@@ -157,7 +153,8 @@ class Architecture:
 
         The Hugging Face class is Mixtral's where it can hold the model, Qwen2-MoE's where only that can (biases of
         query, key and value, shared experts, dense layers between, weights that do not sum to one), else none ("").
-        Neither class knows sigmoid scores or a factor on the weights of the chosen experts.
+        Neither class knows sigmoid scores or a factor on the weights of the chosen experts; a sliding window is for
+        Mixtral only.
 
         Raises:
             SpecError: the spec's layers do not fit.
@@ -190,112 +187,75 @@ class Architecture:
         if plain and not self.qkv_bias:
             return "MixtralForCausalLM"
         # transformers' Qwen2-MoE refuses heads that do not make up the hidden size.
-        return "Qwen2MoeForCausalLM" if self.num_heads * self.head_dim == self.hidden_size else ""
-
-
-def _positive(config: dict[str, Any], key: str, where: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise CheckpointError(
-            problem(f"{where}: {key}", got=value, expected="a positive whole number", fix="mend config.json")
-        )
-    return value
-
-
-def _class_of(config: dict[str, Any], where: str) -> str:
-    names = config.get("architectures") or []
-    known = [*DENSE_CLASSES, *MOE_CLASSES]
-    if len(names) != 1 or names[0] not in known:
-        raise CheckpointError(
-            problem(
-                f"{where}: architectures",
-                got=names or "nothing",
-                expected=f"a Llama-family model ({', '.join(known)})",
-                fix="use a checkpoint of one of these classes",
-            )
-        )
-    return str(names[0])
+        fits = self.num_heads * self.head_dim == self.hidden_size and not self.window
+        return "Qwen2MoeForCausalLM" if fits else ""
 
 
 def architecture_from_config(config: dict[str, Any], where: str = "config.json") -> Architecture:
-    """Return the architecture that a Hugging Face configuration describes.
+    """Return the architecture that a Hugging Face configuration describes, read as transformers 4 and 5 write it.
 
     Args:
         config: the parsed `config.json`.
         where: how messages call the file.
 
     Raises:
-        CheckpointError: the class is not known, a size is missing or sizes contradict each other.
+        CheckpointError: the class is not known, the weights are quantized, a size is missing, a value is of another
+            type, or values contradict each other.
     """
-    hf_class = _class_of(config, where)
-    config = {**(DENSE_CLASSES | MOE_CLASSES)[hf_class], **config}
-    heads = _positive(config, "num_attention_heads", where)
-    hidden = _positive(config, "hidden_size", where)
-    layers = _positive(config, "num_hidden_layers", where)
-    activation = config.get("hidden_activation") or config.get("hidden_act", "silu")
-    _check(config, activation, heads, where)
-    bias = bool(config.get("attention_bias"))
+    settings = settings_of(config, where)
+    hf_class = settings.hf_class
+    heads, hidden, layers = (
+        settings.whole(key) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers")
+    )
+    groups = settings.whole("num_key_value_heads", heads)
+    if heads % groups:
+        raise settings.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
+    bias = settings.flag("attention_bias")
     return Architecture(
         hf_class=hf_class,
         num_layers=layers,
         hidden_size=hidden,
-        ffn_size=_positive(config, "intermediate_size", where),
+        ffn_size=settings.whole("intermediate_size"),
         num_heads=heads,
-        num_kv_heads=_positive(config, "num_key_value_heads", where) if "num_key_value_heads" in config else heads,
-        head_dim=config.get("head_dim") or hidden // heads,
-        vocab_size=_positive(config, "vocab_size", where),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        activation=_ACTIVATIONS[activation],
-        qkv_bias=bias or bool(config.get("qkv_bias")),
+        num_kv_heads=groups,
+        head_dim=settings.whole("head_dim", hidden // heads),
+        vocab_size=settings.whole("vocab_size"),
+        tied_embeddings=settings.flag("tie_word_embeddings"),
+        activation=settings.activation(),
+        qkv_bias=bias or settings.flag("qkv_bias"),
         attention_out_bias=bias,
-        ffn_bias=bool(config.get("mlp_bias")),
-        zero_centered_norm=bool(config.get("zero_centered_norm")),
-        norm_eps=float(config.get("rms_norm_eps", 1e-5)),
-        rope_theta=float(config.get("rope_theta", 10000.0)),
-        rope_scaling=config.get("rope_scaling"),
-        max_positions=int(config.get("max_position_embeddings", 4096)),
-        **_experts(config, hf_class, layers, where),
+        ffn_bias=settings.flag("mlp_bias"),
+        zero_centered_norm=settings.flag("zero_centered_norm"),
+        norm_eps=settings.number("rms_norm_eps"),
+        rope_theta=settings.number("rope_theta"),
+        rope_scaling=settings.values["rope_scaling"],
+        max_positions=settings.whole("max_position_embeddings"),
+        sliding_window=settings.whole("sliding_window") if "sliding_window" in settings.values else None,
+        **_experts(settings, hf_class, layers),
     )
 
 
-def _experts(config: dict[str, Any], hf_class: str, layers: int, where: str) -> dict[str, Any]:
+def _experts(settings: Settings, hf_class: str, layers: int) -> dict[str, Any]:
     if hf_class == "MixtralForCausalLM":
         return {
-            "num_experts": _positive(config, "num_local_experts", where),
-            "top_k": _positive(config, "num_experts_per_tok", where),
-            "expert_ffn_size": _positive(config, "intermediate_size", where),
+            "num_experts": settings.whole("num_local_experts"),
+            "top_k": settings.whole("num_experts_per_tok"),
+            "expert_ffn_size": settings.whole("intermediate_size"),
         }
     if hf_class == "Qwen2MoeForCausalLM":
-        step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+        step, dense = settings.whole("decoder_sparse_step", 1), settings.values.get("mlp_only_layers", [])
+        if not isinstance(dense, list):
+            raise settings.wrong("mlp_only_layers", "a list of layer numbers")
         pattern = tuple((layer + 1) % step == 0 and layer not in dense for layer in range(layers))
         return {
-            "num_experts": _positive(config, "num_experts", where),
-            "top_k": _positive(config, "num_experts_per_tok", where),
-            "expert_ffn_size": _positive(config, "moe_intermediate_size", where),
-            "shared_ffn_size": int(config.get("shared_expert_intermediate_size") or 0),
+            "num_experts": settings.whole("num_experts"),
+            "top_k": settings.whole("num_experts_per_tok"),
+            "expert_ffn_size": settings.whole("moe_intermediate_size"),
+            "shared_ffn_size": settings.whole("shared_expert_intermediate_size", 0, least=0),
             "moe_pattern": None if all(pattern) else pattern,
-            "norm_topk": bool(config.get("norm_topk_prob", False)),
+            "norm_topk": settings.flag("norm_topk_prob"),
         }
     return {}
-
-
-def _check(config: dict[str, Any], activation: str, heads: int, where: str) -> None:
-    groups = config.get("num_key_value_heads", heads)
-    if isinstance(groups, int) and groups > 0 and heads % groups:
-        raise CheckpointError(
-            problem(
-                f"{where}: num_key_value_heads",
-                got=groups,
-                expected=f"a divisor of num_attention_heads ({heads})",
-                fix="mend config.json",
-            )
-        )
-    if activation not in _ACTIVATIONS:
-        expected, fix = " or ".join(_ACTIVATIONS), "use a SwiGLU or GEGLU checkpoint"
-        raise CheckpointError(problem(f"{where}: hidden_act", got=activation, expected=expected, fix=fix))
-    if config.get("use_sliding_window"):
-        fix = "train with sequences within the window, and set use_sliding_window to false"
-        raise CheckpointError(problem(f"{where}: use_sliding_window", got=True, expected="full attention", fix=fix))
 
 
 def rope_frequencies(arch: Architecture) -> torch.Tensor:
@@ -327,6 +287,40 @@ def same_frequencies(inverse: torch.Tensor, arch: Architecture) -> bool:
 
     expected = rope_frequencies(arch)
     return inverse.shape == expected.shape and torch.allclose(inverse.cpu().float(), expected, rtol=1e-5, atol=0)
+
+
+#: Functions of Megatron and NeMo, by their names: some are compiled when they are first called.
+_FUNCTIONS = {
+    "openai_gelu": "gelu_tanh",
+    "fast_gelu": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "squared_relu": "squared_relu",
+}
+
+
+def activation_of(function: Any) -> str:
+    """Return what an architecture calls a model's activation function, told by its values; else its own name.
+
+    Example:
+        >>> activation_of(torch.nn.functional.gelu), activation_of(torch.nn.GELU("tanh"))  # doctest: +SKIP
+        ('gelu', 'gelu_tanh')
+    """
+    import torch
+    import torch.nn.functional as functional
+
+    name = getattr(function, "__name__", repr(function))
+    if name in _FUNCTIONS and str(getattr(function, "__module__", "")).startswith(("megatron.", "nemo.")):
+        return _FUNCTIONS[name]
+    x = torch.linspace(-6, 6, 121, dtype=torch.float32, device="cpu")
+    known = {
+        "silu": functional.silu(x),
+        "gelu": functional.gelu(x),  # 5e-4 from the next one
+        "gelu_tanh": functional.gelu(x, approximate="tanh"),
+        "squared_relu": functional.relu(x).square(),
+    }
+    with torch.no_grad():
+        got = function(x)
+    return next((kind for kind, y in known.items() if torch.allclose(got, y, rtol=0, atol=1e-4)), name)
 
 
 def read_architecture(folder: Path) -> Architecture:

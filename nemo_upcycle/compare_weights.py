@@ -12,18 +12,22 @@ from dataclasses import dataclass, field
 import torch
 
 from nemo_upcycle.architecture import Architecture
-from nemo_upcycle.connector import check_source
 from nemo_upcycle.errors import CheckpointError, problem
 from nemo_upcycle.expansion import dense_slice
 from nemo_upcycle.init.experts import output_factor
 from nemo_upcycle.mapping import Cut, Row, hf_constants, hf_names, row_of_hf
 from nemo_upcycle.progress import track
 from nemo_upcycle.sources.base import DenseSource
+from nemo_upcycle.sources.checks import check_source
 from nemo_upcycle.spec import UpcycleSpec
 
 
 _BLOCK_BYTES = 32 << 20
-_KEPT = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "tied_embeddings")
+#: What makes another function, or other shapes, if it is not the parent's.
+_KEPT = (
+    *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "tied_embeddings"),
+    *("activation", "rope_theta", "rope_scaling", "window"),
+)
 
 
 @dataclass
@@ -115,7 +119,7 @@ def compare_weights(dense: DenseSource, moe: DenseSource) -> tuple[tuple[WeightG
 def _check_child(arch: Architecture, moe: DenseSource) -> None:
     made = moe.architecture
     checks = [(name, getattr(made, name), getattr(arch, name)) for name in _KEPT]
-    checks += [("rope_theta", made.rope_theta, arch.rope_theta), ("rms_norm_eps", made.norm_eps, arch.norm_eps)]
+    checks.append(("rms_norm_eps", made.norm_eps, arch.norm_eps))
     for name, got, wanted in checks:
         if got != wanted:
             expected, fix = f"{wanted}, as in the dense model", "compare a model with its own parent"

@@ -18,15 +18,16 @@ from typing import Any
 
 import torch
 
-from nemo_upcycle.architecture import Architecture, same_frequencies
+from nemo_upcycle.architecture import Architecture, activation_of, same_frequencies
 from nemo_upcycle.errors import CheckpointError, SpecError, problem
 from nemo_upcycle.init.experts import ExpertMatrix, change, fill_copies, output_factor
 from nemo_upcycle.init.router import router_weight
-from nemo_upcycle.mapping import Cut, hf_names
+from nemo_upcycle.mapping import Cut
 from nemo_upcycle.placement import Place, Target, filled_bytes, targets_of
 from nemo_upcycle.receipt import ParameterRecord, UpcycleReceipt
-from nemo_upcycle.slices import hf_shape
 from nemo_upcycle.sources.base import DenseSource
+from nemo_upcycle.sources.branches import require_copies
+from nemo_upcycle.sources.checks import check_shapes, check_source, require_finite
 from nemo_upcycle.spec import UpcycleSpec, check_capacity
 
 
@@ -163,9 +164,7 @@ def _check_model(model: Any, made: Architecture) -> None:
         wanted["moe_shared_expert_intermediate_size"] = made.shared_ffn_size or None
     checks: list[tuple[str, Any, Any]] = [(name, getattr(config, name), value) for name, value in wanted.items()]
     # What follows changes the function unnoticed. NeMo scales the rotary frequencies outside of its config.
-    is_silu = config.activation_func is torch.nn.functional.silu
-    if is_silu is not (made.activation == "silu"):
-        checks.append(("activation_func", getattr(config.activation_func, "__name__", "?"), made.activation))
+    checks.append(("activation_func", activation_of(config.activation_func), made.activation))
     if not frequencies.is_meta and not same_frequencies(frequencies, made):
         got = f"rotary_base {model.rotary_base:g}, frequencies down to {float(frequencies[-1]):.4g}"
         expected = f"rope_theta {made.rope_theta:g}, rope_scaling {made.rope_scaling}"
@@ -188,10 +187,9 @@ def _fill(
     targets = [
         target for model in models for target in targets_of(model, arch, made, spec, place, lambda c: c % branches)
     ]
-    _check_shapes(targets, dense)
-    if spec and branches > spec.copies:
-        expected, fix = f"at most {spec.copies}, the copies of the network", "give fewer, or more experts"
-        raise SpecError(problem("dense sources", got=branches, expected=expected, fix=fix))
+    check_shapes(dense, sorted({target.hf_name(piece.part) for target in targets for piece in target.pieces}))
+    if spec:
+        require_copies(dense, spec.copies)
     start_s, bytes_before = time.monotonic(), dense.bytes_read
     for number, target in enumerate(targets):
         for ahead in targets[number + 1 : number + 2]:
@@ -200,7 +198,7 @@ def _fill(
         if progress:
             progress(target.names[0], sum(tensor.nbytes for tensor in target.tensors))
     seconds = time.monotonic() - start_s
-    reasons = (*(spec.inexact_because if spec else ()), *dense.inexact_because(), *_dropped(models[0].config, spec))
+    reasons = (*(spec.inexact_because if spec else ()), *dense.inexact_because(), *_changed_by(models[0], made, spec))
     return UpcycleReceipt(
         source=str(dense.path),
         source_files=dense.fingerprint(),
@@ -219,47 +217,19 @@ def _fill(
     )
 
 
-def _dropped(config: Any, spec: UpcycleSpec | None) -> tuple[str, ...]:
-    """Return why a model with a capacity factor is not exact: an expert that overflows drops tokens."""
+def _changed_by(model: Any, made: Architecture, spec: UpcycleSpec | None) -> Iterator[str]:
+    """Yield why a model whose weights are exact is not: experts that overflow drop tokens, attention sees others."""
+    config = model.config
     factor = config.moe_expert_capacity_factor
-    if not spec or factor is None or factor < 0 or factor * spec.top_k >= spec.num_experts:
-        return ()
-    return (f"moe_expert_capacity_factor={factor} drops the tokens of experts that overflow",)
-
-
-def check_source(dense: DenseSource) -> None:
-    """Check that the checkpoint holds what its architecture says and nothing else.
-
-    Raises:
-        CheckpointError: a tensor is missing, or one is there that nothing would take.
-    """
-    arch = dense.architecture
-    expected = set(hf_names(arch))
-    # Tied models may repeat the embedding; old ones store the rotary frequencies, which follow from the config.
-    present = {name for name in dense.names() if not name.endswith("rotary_emb.inv_freq")}
-    if arch.tied_embeddings:
-        present.discard("lm_head.weight")
-    for what, names in (("missing", expected - present), ("not used by this architecture", present - expected)):
-        if names:
-            raise CheckpointError(
-                problem(
-                    f"{dense.path}: tensors {what}",
-                    got=", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else ""),
-                    expected=f"exactly the {len(expected)} tensors of {arch.hf_class}",
-                    fix="check that config.json and weights belong together",
-                )
-            )
-
-
-def _check_shapes(targets: list[Target], dense: DenseSource) -> None:
-    """Check that the tensors that are read have the shapes that follow from `config.json`."""
-    for target in targets:
-        for part in range(len(target.source.hf) if target.source else 0):
-            name, wanted = target.hf_name(part), hf_shape(target.source or target.row, part, dense.architecture)
-            if dense.shape(name) != wanted:
-                fix = "check that config.json and weights belong together"
-                got, expected = list(dense.shape(name)), f"{list(wanted)} (from config.json)"
-                raise CheckpointError(problem(f"{dense.path}: shape of {name}", got=got, expected=expected, fix=fix))
+    if spec and factor is not None and factor >= 0 and factor * spec.top_k < spec.num_experts:
+        yield f"moe_expert_capacity_factor={factor} drops the tokens of experts that overflow"
+    # Megatron counts the tokens before the current one (NeMo's import forgets that), Hugging Face that one, too.
+    tokens, window = min(made.max_positions, model.max_sequence_length), config.window_size
+    seen = window[0] + 1 if window and window[0] >= 0 else tokens
+    wanted = made.sliding_window or tokens
+    if min(seen, tokens) != min(wanted, tokens) or (seen < tokens and config.window_attn_skip_freq):
+        exact = (wanted - 1, 0) if made.sliding_window else None
+        yield f"window_size={window} is not the dense model's attention: {exact} in every layer would be"
 
 
 def _source(target: Target, dense: DenseSource) -> DenseSource:
@@ -301,19 +271,6 @@ def _write(target: Target, dense: DenseSource, spec: UpcycleSpec | None, arch: A
         if spec.method != "copy":
             for matrix in _matrices(target, source, scale):
                 change(spec, matrix)
-
-
-def require_finite(slice_: torch.Tensor, name: str, source: DenseSource) -> None:
-    """Check that a slice of a dense tensor holds no NaN and no infinity.
-
-    Raises:
-        CheckpointError: it does; the text names tensor and source.
-    """
-    # The sum is one fast pass; an overflow of finite weights is told from a NaN by looking again.
-    if not math.isfinite(slice_.sum().item()) and not slice_.isfinite().all():
-        got = f"{int((~slice_.isfinite()).sum())} values that are NaN or infinite"
-        fix = "train or upcycle from a sound checkpoint"
-        raise CheckpointError(problem(f"{source.path}: {name}", got=got, expected="finite weights", fix=fix))
 
 
 def _scale(target: Target, spec: UpcycleSpec | None) -> float:

@@ -16,8 +16,6 @@ from pathlib import Path
 import torch
 
 from nemo_upcycle.architecture import Architecture
-from nemo_upcycle.connector import require_finite
-from nemo_upcycle.errors import CheckpointError, problem
 from nemo_upcycle.export import hf_shapes
 from nemo_upcycle.hf_folder import safetensors_header
 from nemo_upcycle.init.experts import ExpertMatrix, change, output_factor
@@ -26,6 +24,7 @@ from nemo_upcycle.mapping import Cut, hf_constants, row_of, row_of_hf
 from nemo_upcycle.progress import ProgressLine
 from nemo_upcycle.slices import Shard, pieces, shard_shape
 from nemo_upcycle.sources.base import DenseSource
+from nemo_upcycle.sources.checks import require_finite
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -140,7 +139,10 @@ class Expansion:
         if name in self._constants:
             return torch.zeros(self.shapes[name], dtype=self.dtype)
         _, _, layer, _ = row_of_hf(name, self.made)
-        return router_weight(self.spec, layer, self.made.hidden_size).to(self.dtype)
+        router = router_weight(self.spec, layer, self.made.hidden_size)
+        made = router.to(self.dtype)
+        require_finite(router, name, made=made)
+        return made
 
     def _write_copies(self, file: FileIO, origin: Origin, names: list[str]) -> None:
         """Write the tensors that are made of one dense slice."""
@@ -171,12 +173,7 @@ class Expansion:
             made = made * origin.factor
         if origin.role == "shared_fc2":  # Qwen2-MoE halves its shared expert, see `hf_constants`
             made = made * 2
-        try:
-            require_finite(made, origin.name, source)
-        except CheckpointError:
-            require_finite(slice_, origin.name, source)
-            expected, fix = f"numbers that {self.dtype} can hold", "convert to bfloat16 or float32"
-            raise CheckpointError(problem(origin.name, got="larger ones", expected=expected, fix=fix)) from None
+        require_finite(slice_, origin.name, source, made=made)
         return made.contiguous()
 
     def _changed(self, name: str, copied: torch.Tensor) -> torch.Tensor:
@@ -187,6 +184,7 @@ class Expansion:
         own_FD, copied_FD = (own.T, copied.T) if is_down else (own, copied)
         part = "down" if is_down else ("gate", "up")[number]
         change(self.spec, ExpertMatrix(layer, expert, part, 0, own_FD, lambda: copied_FD))
+        require_finite(copied, name, made=own)
         return own
 
 

@@ -15,12 +15,19 @@ import torch
 
 from nemo_upcycle.architecture import Architecture, read_architecture
 from nemo_upcycle.errors import CheckpointError, SpecError, problem
-from nemo_upcycle.files import MARKER, output_folder, write_json
-from nemo_upcycle.hf_folder import copy_companions, write_config, write_weights
-from nemo_upcycle.mapping import BY_ROLE, Row, hf_constants, hf_names, row_of_hf
+from nemo_upcycle.files import MARKER, output_folder, require_apart, write_json
+from nemo_upcycle.hf_folder import copy_companions, require_dtype, write_config, write_weights
+from nemo_upcycle.mapping import BY_ROLE, MODEL_ROWS, Row, hf_constants, hf_names, layer_rows, row_of_hf
 from nemo_upcycle.slices import Shard, hf_shape, pieces, shard_shape
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint, model_prefix
+from nemo_upcycle.sources.megatron_checkpoint import model_tensors
 from nemo_upcycle.spec import UpcycleSpec
+
+
+#: Who made a folder, as its marker says: such a folder may be replaced by the next export.
+MADE_BY = "nemo-upcycle export"
+#: What is read before the mapped files' memory is given back: often enough to stay small, too seldom to cost time.
+_RELEASE_BYTES = 256 << 20
 
 
 class MegatronWeights(Protocol):
@@ -41,6 +48,7 @@ class CheckpointWeights:
         weights = folder / "weights"
         self.checkpoint = DistributedCheckpoint(weights if weights.is_dir() else folder)
         self._prefix = model_prefix(self.checkpoint)
+        self._released_at_bytes = 0
 
     def _key(self, row: Row, layer: int) -> tuple[str, bool]:
         """Return the name of a row's tensor and whether its first axis counts layers."""
@@ -64,9 +72,7 @@ class CheckpointWeights:
     def num_experts(self) -> int | None:
         """Experts per layer, or None for a dense model."""
         router = BY_ROLE["router"].stored[0]
-        names = [
-            name for name in self.checkpoint.names() if name.endswith(router) and not name.startswith("optimizer.")
-        ]
+        names = [name for name in model_tensors(self.checkpoint, self._prefix) if name.endswith(router)]
         return self.checkpoint.shape(names[0])[-2] if names else None
 
     @property
@@ -98,8 +104,30 @@ class CheckpointWeights:
                     problem(f"{what} of {self.checkpoint.path}", got=got, expected=expected, fix=fix)
                 )
 
+    def require_all_read(self, arch: Architecture) -> None:
+        """Check that the model holds nothing that an export as `arch` would leave out.
+
+        Raises:
+            CheckpointError: it does, or lacks a tensor of `arch`.
+        """
+        rows = [(row, 0) for row in MODEL_ROWS if row.role != "output" or not arch.tied_embeddings]
+        rows += [(row, layer) for layer in range(arch.num_layers) for row in layer_rows(arch, layer)]
+        read = {self._key(row, layer)[0] for row, layer in rows}
+        if unread := sorted(set(model_tensors(self.checkpoint, self._prefix)) - read):
+            raise CheckpointError(
+                problem(
+                    f"{self.checkpoint.path}: tensors that the export would leave out",
+                    got=", ".join(unread[:3]) + (f" and {len(unread) - 3} more" if len(unread) > 3 else ""),
+                    expected=f"the tensors of this {arch.hf_class or 'model'} alone",
+                    fix="give the spec that it was upcycled by (as --shared-experts, --moe-layers) and its own parent",
+                )
+            )
+
     def read(self, row: Row, layer: int, expert: int) -> torch.Tensor:
         """Return a parameter, put together from the pieces of all ranks."""
+        if self.checkpoint.bytes_read - self._released_at_bytes > _RELEASE_BYTES:
+            self.checkpoint.release()
+            self._released_at_bytes = self.checkpoint.bytes_read
         key, stacked = self._key(row, layer)
         position = ([layer] if stacked else []) + ([expert] if row.is_expert else [])
         shape = self.checkpoint.shape(key)
@@ -166,6 +194,8 @@ def _no_class(arch: Architecture) -> str:
     router = "sigmoid scores or a routed_scaling"
     if arch.num_heads * arch.head_dim != arch.hidden_size:
         router += ", or heads that do not make up the hidden size (Qwen2-MoE)"
+    if arch.window:
+        router += ", or a sliding window (Mixtral's alone) with shared experts, biases or dense layers (Qwen2-MoE's)"
     return next((reason for reason, holds in reasons.items() if holds), router)
 
 
@@ -177,6 +207,8 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """
     if not arch.hf_class:
         fix = "keep the model in NeMo: it trains and evaluates there"
+        if arch.window:
+            fix += ", or set sliding_window to null in config.json if training sequences were no longer"
         expected = "what Mixtral or Qwen2-MoE can hold"
         raise SpecError(problem("Hugging Face class for this MoE", got=_no_class(arch), expected=expected, fix=fix))
     shapes = {}
@@ -207,14 +239,18 @@ def export_weights(
 
     Raises:
         CheckpointError: the weights do not fit `arch`.
-        UpcycleError: the disk has no room.
+        UpcycleError: the disk has no room, `output` is there already and no earlier export, or is the parent.
     """
     shapes = hf_shapes(arch)
-    with output_folder(output) as folder:
+    require_dtype(dtype)
+    require_apart(output, dense_folder)
+    output = output.resolve()
+    with output_folder(output, MADE_BY) as folder:
         write_config(dense_folder, folder, arch, dtype)
         companions = copy_companions(dense_folder, folder)
         total_bytes = write_weights(folder, shapes, hf_reader(weights, arch), dtype, label=f"export {output.name}")
-        marker = {"tensors": len(shapes), "bytes": total_bytes, "companions": companions, **(facts or {})}
+        sizes = {"tensors": len(shapes), "bytes": total_bytes, "companions": companions}
+        marker = {"made_by": MADE_BY, **sizes, **(facts or {})}
         write_json(folder / MARKER, marker)
     return output
 
@@ -238,11 +274,13 @@ def export_checkpoint(
 
     Raises:
         SpecError: an MoE checkpoint without a spec, or one that no Hugging Face class can hold.
-        CheckpointError: the checkpoint is damaged or belongs to another parent.
+        CheckpointError: the checkpoint is damaged, belongs to another parent or holds what the spec does not say.
+        UpcycleError: `output` is no earlier export, or not apart from checkpoint and parent.
 
     Example:
         >>> export_checkpoint(Path("last"), Path("dense"), Path("hf"), spec=UpcycleSpec())  # doctest: +SKIP
     """
+    require_apart(output, checkpoint)
     weights = CheckpointWeights(checkpoint)
     arch = read_architecture(dense_folder)
     weights.require_parent(arch)
@@ -252,4 +290,7 @@ def export_checkpoint(
             fix = "give the spec that the model was upcycled by"
             raise SpecError(problem("spec", got=got, expected=f"num_experts={experts}, as in {checkpoint}", fix=fix))
         arch = arch.upcycled(spec)
-    return export_weights(weights, arch, dense_folder, output, dtype=dtype, facts={"checkpoint": checkpoint.name})
+    weights.require_all_read(arch)
+    with weights.checkpoint:
+        facts = {"checkpoint": checkpoint.name}
+        return export_weights(weights, arch, dense_folder, output, dtype=dtype, facts=facts)

@@ -1,17 +1,20 @@
 """Files that are either complete or absent: write aside, rename, then mark.
 
 A folder that took work to make carries a marker, `_SUCCESS.json`, written last. Whoever reads the folder
-asks for the marker, so the remains of an interrupted run are never taken for a result.
+asks for the marker, so the remains of an interrupted run are never taken for a result. One process at a time
+writes a folder: a lock lies in the hidden folder in which the work is done.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from nemo_upcycle.errors import UpcycleError, problem
 
 
 MARKER = "_SUCCESS.json"
+_LOCK = ".lock"
 _CHUNK_BYTES = 1 << 22
 
 
@@ -67,7 +71,59 @@ def is_complete(folder: Path) -> bool:
 
 
 @contextmanager
-def output_folder(target: Path) -> Iterator[Path]:
+def only_writer(target: Path) -> Iterator[Path]:
+    """Give the hidden sibling of `target` to work in, to one writer at a time, with what an earlier one left there.
+
+    It takes the place of `target` when the block ends without an error. What stays after one is the block's business.
+
+    Args:
+        target: the folder that shall exist afterwards: until then nothing, or an empty folder.
+
+    Raises:
+        UpcycleError: another process writes it, or nothing can take its place.
+    """
+    target = target.resolve()
+    if os.path.ismount(target):
+        fix = "name a folder inside it"
+        raise UpcycleError(problem(str(target), got="a mount point", expected="a folder to replace", fix=fix))
+    aside = target.with_name(f".{target.name}.partial")
+    aside.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as opened:
+        try:
+            lock = opened.enter_context((aside / _LOCK).open("w"))
+            _lock(lock.fileno())
+            # Between opening and locking, another process may have finished and moved the folder to its place.
+            is_ours = os.path.samestat(os.fstat(lock.fileno()), (aside / _LOCK).stat())
+        except (BlockingIOError, FileNotFoundError):
+            is_ours = False
+        if not is_ours:
+            fix = "wait for it, or choose another folder"
+            raise UpcycleError(problem(str(target), got="another process writing it", expected="none", fix=fix))
+        yield aside
+        aside.rename(target)
+        (target / _LOCK).unlink()
+
+
+def _lock(descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Some network file systems have no locks: there, whoever starts two writers must know what he does.
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+
+
+def clear(aside: Path) -> None:
+    """Delete what lies in the folder of `only_writer`, which stays locked."""
+    for path in aside.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != _LOCK:
+            path.unlink()
+
+
+@contextmanager
+def output_folder(target: Path, made_by: str | None = None) -> Iterator[Path]:
     """Give a folder to write into, and put it in the place of `target` when the block ends without an error.
 
     The work happens in a hidden sibling of `target`. An error removes it; a kill leaves it for the next call to clear.
@@ -75,22 +131,64 @@ def output_folder(target: Path) -> Iterator[Path]:
 
     Args:
         target: the folder that shall exist afterwards.
+        made_by: who writes it, as the marker will say. Then only what `require_replaceable` lets pass is replaced.
+
+    Raises:
+        UpcycleError: another process writes it, or something else stands there.
 
     Example:
         >>> with output_folder(Path("runs/demo/hf")) as folder:  # doctest: +SKIP
         ...     (folder / "config.json").write_text("{}")
     """
-    aside = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    if target.exists():
-        shutil.rmtree(target)
-    aside.rename(target)
+    target = target.resolve()
+    if made_by:
+        require_replaceable(target, made_by)
+    with only_writer(target) as aside:
+        clear(aside)
+        try:
+            yield aside
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        if made_by:
+            require_replaceable(target, made_by)
+        if target.exists():
+            shutil.rmtree(target)
+
+
+def require_replaceable(target: Path, made_by: str) -> None:
+    """Check that nothing stands at `target` but an empty folder, or one whose marker says the same maker.
+
+    Stages of the pipeline and the tools for data and models mark their folders, too: those are never replaced.
+
+    Raises:
+        UpcycleError: something else does.
+    """
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    got = "files that are not ours"
+    if is_complete(target):
+        marker = read_json(target / MARKER)
+        if isinstance(marker, dict) and marker.get("made_by") == made_by:
+            return
+        got = f"a finished folder that was not made by {made_by}"
+    expected, fix = f"no such folder, or an earlier result of {made_by}", "choose another name, or remove it first"
+    raise UpcycleError(problem(str(target), got=got, expected=expected, fix=fix))
+
+
+def require_apart(target: Path, *inputs: Path) -> None:
+    """Check that a folder to write is none of the inputs, holds none and lies inside none.
+
+    Raises:
+        UpcycleError: it does; writing it could delete or change the input.
+    """
+    here = target.resolve()
+    for path in inputs:
+        there = path.resolve()
+        if here == there or here in there.parents or there in here.parents:
+            how = "the same folder" if here == there else "one inside the other"
+            expected, fix = f"a folder apart from {path}", "choose another name"
+            raise UpcycleError(problem(str(target), got=how, expected=expected, fix=fix))
 
 
 def require_disk(folder: Path, needed_bytes: int, what: str) -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nemo_upcycle.architecture import Architecture
-from nemo_upcycle.errors import CheckpointError, problem
+from nemo_upcycle.errors import CheckpointError, UpcycleError, problem
 from nemo_upcycle.files import read_json, require_disk, write_json
+from nemo_upcycle.hf_settings import ACTIVATIONS
 from nemo_upcycle.progress import ProgressLine
+from nemo_upcycle.sources.checks import require_finite
 
 
+INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 #: What travels with the weights unchanged: a tokenizer saved again by a newer library may not open in an older one.
@@ -33,22 +36,30 @@ _COMPANIONS = (
 def moe_config(dense_config: dict[str, Any], arch: Architecture) -> dict[str, Any]:
     """Return the `config.json` of an upcycled model: the parent's settings, plus what the experts need.
 
-    Rotary base and scaling, tied embeddings, special tokens and positions are kept as they are.
+    Special tokens and the like are kept as they are. What decides the function is written always, as transformers 4
+    reads it: where the parent's config says nothing, its class and that of the MoE may have other defaults.
     """
-    config = {key: value for key, value in dense_config.items() if key not in ("attention_bias", "mlp_bias")}
+    dropped = ("attention_bias", "mlp_bias", "hidden_activation", "rope_parameters")
+    config = {key: value for key, value in dense_config.items() if key not in dropped}
     common = {
         "architectures": [arch.hf_class],
         "num_experts_per_tok": arch.top_k,
         "head_dim": arch.head_dim,
         "num_key_value_heads": arch.num_kv_heads,
+        "rope_theta": arch.rope_theta,
+        "rope_scaling": arch.rope_scaling,
+        "rms_norm_eps": arch.norm_eps,
+        "tie_word_embeddings": arch.tied_embeddings,
+        "hidden_act": next(name for name, kind in ACTIVATIONS.items() if kind == arch.activation),
+        "max_position_embeddings": arch.max_positions,
         "output_router_logits": False,
     }
     if arch.hf_class == "MixtralForCausalLM":
-        own = {
+        own: dict[str, Any] = {
             "model_type": "mixtral",
             "num_local_experts": arch.num_experts,
             "intermediate_size": arch.expert_ffn_size,
-            "sliding_window": dense_config.get("sliding_window"),
+            "sliding_window": arch.sliding_window,
         }
     else:
         own = {
@@ -64,6 +75,18 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture) -> dict[str, An
             "use_sliding_window": False,
         }
     return config | common | own
+
+
+def require_dtype(dtype: torch.dtype) -> None:
+    """Check that weights of this type can be written.
+
+    Raises:
+        UpcycleError: they cannot.
+    """
+    if dtype not in _DTYPE_NAMES:
+        names = [str(one).removeprefix("torch.") for one in _DTYPE_NAMES]
+        got, fix = str(dtype).removeprefix("torch."), f"add --dtype {names[0]}"
+        raise UpcycleError(problem("type of the weights on disk", got=got, expected=" or ".join(names), fix=fix))
 
 
 def shard_files(
@@ -91,7 +114,7 @@ def write_index(folder: Path, files: dict[str, list[str]], total_bytes: int) -> 
     if len(files) > 1:
         weight_map = {name: file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / INDEX, index)
 
 
 def safetensors_header(names: list[str], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
@@ -130,7 +153,8 @@ def write_weights(
         The bytes of the tensors.
 
     Raises:
-        CheckpointError: a tensor has another shape than announced, or contains NaN or infinity.
+        CheckpointError: a tensor has another shape than announced, or contains NaN, infinity or a number too large
+            for the type.
         UpcycleError: the disk has no room.
     """
     total_bytes = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
@@ -141,32 +165,26 @@ def write_weights(
             with (folder / file).open("wb") as handle:
                 handle.write(safetensors_header(names, shapes, dtype))
                 for name in names:
-                    tensor = _checked(name, read(name), shapes[name]).to(dtype).contiguous()
+                    tensor = _checked(name, read(name), shapes[name], dtype)
                     handle.write(tensor.view(torch.uint8).numpy().data)
                     line.advance()
     write_index(folder, files, total_bytes)
     return total_bytes
 
 
-def _checked(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+def _checked(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor as it lies on disk."""
     if tuple(tensor.shape) != shape:
-        raise CheckpointError(
-            problem(
-                f"shape of {name}", got=list(tensor.shape), expected=list(shape), fix="check the checkpoint's config"
-            )
-        )
-    if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-        raise CheckpointError(
-            problem(
-                name, got="NaN or infinity", expected="finite weights", fix="export a checkpoint from before it broke"
-            )
-        )
-    return tensor
+        got, expected, fix = list(tensor.shape), list(shape), "check the checkpoint's config"
+        raise CheckpointError(problem(f"shape of {name}", got=got, expected=expected, fix=fix))
+    made = tensor.to(dtype).contiguous()
+    require_finite(tensor, name, made=made)
+    return made
 
 
 def copy_companions(dense_folder: Path, folder: Path) -> list[str]:
     """Copy tokenizer, chat template and generation settings of the parent, unchanged; return the names."""
-    found: Iterable[Path] = sorted({path for pattern in _COMPANIONS for path in dense_folder.glob(pattern)})
+    found = sorted({path for pattern in _COMPANIONS for path in dense_folder.glob(pattern) if path.is_file()})
     for path in found:
         shutil.copyfile(path, folder / path.name)
     return [path.name for path in found]

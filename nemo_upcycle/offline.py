@@ -7,8 +7,6 @@ any time and by anything, goes on with the first file that is missing. `expansio
 from __future__ import annotations
 
 import errno
-import fcntl
-import os
 import resource
 import shutil
 import time
@@ -20,20 +18,36 @@ from typing import Any
 
 import torch
 
-from nemo_upcycle.connector import check_source
 from nemo_upcycle.errors import CheckpointError, UpcycleError, problem
 from nemo_upcycle.expansion import Expansion
-from nemo_upcycle.export import hf_shapes
-from nemo_upcycle.files import MARKER, is_complete, read_json, require_disk, sha256_file, write_json
-from nemo_upcycle.hf_folder import MAX_SHARD_BYTES, copy_companions, shard_files, write_config, write_index
+from nemo_upcycle.files import (
+    MARKER,
+    clear,
+    is_complete,
+    only_writer,
+    read_json,
+    require_disk,
+    sha256_file,
+    write_json,
+)
+from nemo_upcycle.hf_folder import (
+    INDEX,
+    MAX_SHARD_BYTES,
+    copy_companions,
+    require_dtype,
+    shard_files,
+    write_config,
+    write_index,
+)
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.progress import ProgressLine
 from nemo_upcycle.sources.base import DenseSource
+from nemo_upcycle.sources.branches import require_copies
+from nemo_upcycle.sources.checks import BrokenWeights, check_shapes, check_source, rounded_because
 from nemo_upcycle.spec import UpcycleSpec
 
 
 _PLAN = ".conversion.json"
-_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -86,28 +100,34 @@ def convert(
     Raises:
         SpecError: the spec does not fit, or no Hugging Face class can hold the model. Nothing was written.
         CheckpointError: the source is damaged, holds NaN or infinity, or does not fit its `config.json`.
-        UpcycleError: `output` is there already and something else, another process writes it, or the disk is full.
+        UpcycleError: `output` is there already and something else or damaged, another process writes it, no file can
+            hold weights of this type, or the disk is full.
 
     Example:
         >>> with open_dense("models/Llama-3-8B") as dense:  # doctest: +SKIP
         ...     convert(dense, Path("models/Llama-3-8B-E8T2"), UpcycleSpec(num_experts=8, top_k=2))
     """
     start_s, bytes_before = time.monotonic(), dense.bytes_read
-    dtype = dtype or dense.dtype("model.embed_tokens.weight")
+    output = output.resolve()
+    require_dtype(dtype := dtype or dense.dtype("model.embed_tokens.weight"))
+    require_copies(dense, spec.copies)
     expansion = Expansion(dense, spec, dtype)
     made, names = expansion.made, list(expansion.shapes)
     _check_folder(dense)
     check_source(dense)
-    _check_shapes(dense)
+    check_shapes(dense)
     files = shard_files(expansion.shapes, dtype, max_shard_bytes)
     plan = _plan(dense, spec, dtype, max_shard_bytes)
     kept, written = set(files), 0
-    if not _is_done(output, plan):
+    if _is_done(output, plan):
+        _check_done(output, expansion, files)
+    else:
         with _only_writer(output, plan) as folder:
             kept = {file for file in files if _is_whole(folder / file, expansion, files[file])}
             written = _write(expansion, folder, files, kept, f"convert {output.name}", progress)
             _finish(expansion, folder, files, plan)
-    reasons = (*spec.inexact_because, *dense.inexact_because())
+    rounded = rounded_because(dense, dtype)
+    reasons = (*spec.inexact_because, *dense.inexact_because(), *rounded)
     return Conversion(
         output=output,
         hf_class=made.hf_class,
@@ -135,22 +155,15 @@ def _check_folder(dense: DenseSource) -> None:
         raise CheckpointError(problem(str(dense.path), got="no config.json", expected=expected, fix=fix))
 
 
-def _check_shapes(dense: DenseSource) -> None:
-    for name, wanted in hf_shapes(dense.architecture).items():
-        if dense.shape(name) != wanted:
-            got, expected = list(dense.shape(name)), f"{list(wanted)} (from config.json)"
-            fix = "check that config.json and weights belong together"
-            raise CheckpointError(problem(f"{dense.path}: shape of {name}", got=got, expected=expected, fix=fix))
-
-
 def _plan(dense: DenseSource, spec: UpcycleSpec, dtype: torch.dtype, max_shard_bytes: int) -> dict[str, Any]:
     """Return what the bytes of the output follow from; files of a stopped run are kept only if all of it is the same.
 
     Two models of one shape have the same headers: the times at which the files were written tell them apart.
     """
     sources = []
-    for source in (dense, *dense.branches()):
-        files = [path for name in source.fingerprint() if (path := source.path / name).is_file()]
+    for source in dense.branches():
+        folders = (source.path, source.path / "weights")  # NeMo's files lie in the latter
+        files = [path for name in source.fingerprint() for folder in folders if (path := folder / name).is_file()]
         changed_ns = {str(path): path.stat().st_mtime_ns for path in files}
         sources.append({"path": str(source.path.resolve()), "files": source.fingerprint(), "changed_ns": changed_ns})
     return {
@@ -172,46 +185,47 @@ def _is_done(output: Path, plan: dict[str, Any]) -> bool:
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
-    if is_complete(output) and read_json(output / MARKER).get("made_from") == plan:
+    marker = read_json(output / MARKER) if is_complete(output) else None
+    if isinstance(marker, dict) and marker.get("made_from") == plan:
         return True
     got = "a finished folder made from something else" if is_complete(output) else "files that are not ours"
     fix = "choose another name, or remove it first"
     raise UpcycleError(problem(str(output), got=got, expected="no such folder, or an empty one", fix=fix))
 
 
+def _check_done(output: Path, expansion: Expansion, files: dict[str, list[str]]) -> None:
+    """Check that what an earlier run finished is still there.
+
+    Raises:
+        UpcycleError: a file is missing or has another size or header.
+    """
+    others = ["config.json", *([INDEX] if len(files) > 1 else []), *read_json(output / MARKER)["companions"]]
+    lost = [name for name in others if not (output / name).is_file()]
+    lost += [file for file, names in files.items() if not _is_whole(output / file, expansion, names)]
+    if lost:
+        got = f"no whole {lost[0]}" + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
+        expected, fix = "every file of the finished conversion", "remove the folder and run the same command again"
+        raise UpcycleError(problem(str(output), got=got, expected=expected, fix=fix))
+
+
 @contextmanager
 def _only_writer(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
     """Give the folder to work in, to one process at a time, with what a stopped run of the same plan left there."""
-    aside = output.with_name(f".{output.name}.partial")
-    aside.mkdir(parents=True, exist_ok=True)
-    with (aside / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between opening and locking, another process may have finished and moved the folder to its place.
-            is_ours = os.path.samestat(os.fstat(lock.fileno()), (aside / _LOCK).stat())
-        except OSError:
-            is_ours = False
-        if not is_ours:
-            fix = "wait for it, or choose another folder"
-            raise UpcycleError(problem(str(output), got="another process writing it", expected="none", fix=fix))
+    with only_writer(output) as aside:
         if not (aside / _PLAN).is_file() or read_json(aside / _PLAN) != plan:
-            for path in aside.iterdir():
-                if path.name != _LOCK:
-                    path.unlink()
+            clear(aside)
             write_json(aside / _PLAN, plan)
         try:
             yield aside
         except BaseException as error:
-            # What is made of a broken source is not worth keeping.
-            if isinstance(error, CheckpointError) or not any(aside.glob("*.safetensors")):
+            # What is made of a broken source is not worth keeping; a file system that failed may work again.
+            if isinstance(error, BrokenWeights) or not any(aside.glob("*.safetensors")):
                 shutil.rmtree(aside)
             if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             fix = "free some space and run the same command again: finished files are kept"
             raise UpcycleError(problem(f"disk of {output}", got="full", expected="room", fix=fix)) from None
-        aside.rename(output)
-        for name in (_PLAN, _LOCK):
-            (output / name).unlink()
+    (output / _PLAN).unlink(missing_ok=True)  # not before it is in its place: without a plan nothing is kept
 
 
 def _is_whole(path: Path, expansion: Expansion, names: list[str]) -> bool:

@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.files import write_json
+from nemo_upcycle.errors import UpcycleError, problem
+from nemo_upcycle.files import read_json, write_json
 from nemo_upcycle.package_info import __version__
+from nemo_upcycle.spec import UpcycleSpec
 
 
 @dataclass(frozen=True)
@@ -72,3 +74,36 @@ class UpcycleReceipt:
     def write(self, path: Path) -> None:
         """Write the receipt as JSON, atomically."""
         write_json(path, self.to_dict())
+
+
+def read_receipt(path: Path) -> dict[str, Any]:
+    """Return a receipt as plain values, as `UpcycleReceipt.to_dict` makes them.
+
+    Raises:
+        UpcycleError: the file is missing or no receipt.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict) or not isinstance(value.get("spec") or {}, dict):
+        expected, fix = "the receipt of an upcycling", "give the receipt.json of the run"
+        raise UpcycleError(problem(str(path), got="no receipt", expected=expected, fix=fix))
+    return value
+
+
+def spec_of(receipt: dict[str, Any], path: Path | None, changes: dict[str, Any]) -> UpcycleSpec | None:
+    """Return the spec of a receipt, changed; None if there is neither.
+
+    Args:
+        receipt: plain values.
+        path: of its file, for the text of an error.
+        changes: fields to set.
+
+    Raises:
+        UpcycleError: the receipt's spec has a field that there is none of, or a value of another type.
+        SpecError: a value is wrong.
+    """
+    fields = (receipt.get("spec") or {}) | changes
+    try:
+        return UpcycleSpec(**fields) if fields else None
+    except (TypeError, ValueError, AttributeError) as error:
+        expected, fix = "the fields of an UpcycleSpec", "give the receipt of this version, or name the spec's options"
+        raise UpcycleError(problem(f"{path}: spec", got=error, expected=expected, fix=fix)) from None

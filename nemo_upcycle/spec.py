@@ -2,6 +2,7 @@
 
 # No postponed annotations: NeMo-Run reads those of the fields, for overrides on the command line.
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -90,6 +91,7 @@ class UpcycleSpec:
         _check_number("router_std", self.router_std, 0.0, None)
         _check_number("noise_std", self.noise_std, 0.0, None)
         _check_number("drop_ratio", self.drop_ratio, 0.0, 1.0)
+        _check_number("routed_scaling", self.routed_scaling, 0.0, None)
         if not self.routed_scaling > 0:
             got, fix = self.routed_scaling, "use 1 unless the model has one"
             raise SpecError(problem("routed_scaling", got=got, expected="more than 0", fix=fix))
@@ -199,9 +201,10 @@ def _check_whole(name: str, value: object, low: int, high: int | None = None, of
 
 
 def _check_number(name: str, value: float, low: float, high: float | None) -> None:
-    if not (value >= low and (high is None or value <= high)):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not (is_number and value >= low and (high is None or value <= high)):
         limit = f"{low:g} to {high:g}" if high is not None else f"{low:g} or more"
-        raise SpecError(problem(name, got=value, expected=limit, fix=f"set {name} within the range"))
+        raise SpecError(problem(name, got=value, expected=f"a number, {limit}", fix=f"set {name} within the range"))
 
 
 def _layers(value: str | Sequence[int]) -> str:
@@ -235,7 +238,7 @@ def check_capacity(factor: float | None, pad: bool, num_experts: int, top_k: int
             raise SpecError(problem("padding to the capacity", got="no capacity factor", expected="one", fix=fix))
         return
     most = num_experts / top_k
-    if factor > most:
+    if not factor <= most:  # nor NaN
         expected = f"at most num_experts / top_k ({most:g}), which drops nothing"
         raise SpecError(problem("capacity factor", got=f"{factor:g}", expected=expected, fix=f"set it to {most:g}"))
     if pad and factor == most:

@@ -109,8 +109,9 @@ def verify(
             raise CheckpointError(problem(str(moe), got=hf_class, expected=expected, fix=fix))
         if logits:
             _require_memory(child.architecture.total_params * 4)
+        tokens_BS = _tokens(dense, text_file) if logits else None  # a wrong text shows before the long work
         groups, exact = compare_weights(parent, child)
-    found = _compare_logits(dense, moe, _tokens(dense, text_file), layers) if logits else None
+    found = _compare_logits(dense, moe, tokens_BS, layers) if tokens_BS is not None else None
     equal = found.relative <= tolerance if found else exact
     return Verification(dense, moe, hf_class, equal, tolerance, groups, exact, found)
 
@@ -140,9 +141,10 @@ def _tokens(dense: Path, text_file: Path | None) -> torch.Tensor:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(dense, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
+    except Exception as error:  # a damaged file makes the tokenizers library raise just that
         fix = "copy the model's tokenizer files there, or compare the weights alone (--weights-only)"
-        raise UpcycleError(problem(f"{dense}: tokenizer", got="none", expected="tokenizer files", fix=fix)) from None
+        got = "none" if isinstance(error, OSError | ValueError | KeyError) else f"a damaged one ({error})"
+        raise UpcycleError(problem(f"{dense}: tokenizer", got=got, expected="tokenizer files", fix=fix)) from None
     ids = torch.tensor(tokenizer(text)["input_ids"][: WINDOWS * WINDOW_TOKENS])
     length = min(WINDOW_TOKENS, len(ids))
     if length < 2:

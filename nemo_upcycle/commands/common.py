@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_upcycle.errors import UpcycleError, problem, unknown
+from nemo_upcycle.errors import UpcycleError, unknown
 from nemo_upcycle.spec import METHODS, MOE_LAYERS, OUTPUT_SCALES, ROUTER_INITS, ROUTER_ORDERS, UpcycleSpec
 
 
@@ -90,16 +89,3 @@ def show(args: argparse.Namespace, answer: dict[str, Any], text: str) -> None:
     """Write a command's answer to stdout, for people or as JSON."""
     as_json = json.dumps(answer, indent=2, default=str)
     sys.stdout.write((as_json if args.json else text.rstrip()) + "\n")
-
-
-def require_free(output: Path) -> None:
-    """Check that nothing of somebody else's stands where a folder is to be written.
-
-    Raises:
-        UpcycleError: something does.
-    """
-    from nemo_upcycle.files import is_complete
-
-    if output.exists() and not is_complete(output) and (not output.is_dir() or any(output.iterdir())):
-        expected, fix = "no such folder, or an earlier result", "choose another name"
-        raise UpcycleError(problem(str(output), got="files that are not ours", expected=expected, fix=fix))

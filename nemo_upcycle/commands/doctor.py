@@ -8,12 +8,15 @@ import platform
 import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, metadata, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.commands.common import add_json, show
 from nemo_upcycle.errors import UpcycleError, problem
 from nemo_upcycle.package_info import __version__
 
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 HELP = "what is installed, which versions fit, what is missing and the command that mends it"
 _EXAMPLES = """example:
@@ -25,10 +28,13 @@ _PACKAGE = "nemo-upcycle"
 _EXTRAS = {
     "": "reading, converting and verifying weights",
     "nemo": "training",
+    "verify": "comparing logits",
     "eval": "evaluation and the report's figures",
     "demo": "the demo's model",
     "gpu": "FP8 and grouped GEMM on NVIDIA GPUs",
 }
+#: Not an extra of its own: NeMo brings it along. 4.56 is the first whose `from_pretrained` takes `dtype`.
+_ALONE = {"verify": "transformers>=4.56"}
 _OK, _MISSING, _WRONG = "ok", "missing", "does not fit"
 
 
@@ -75,11 +81,17 @@ def _libraries() -> list[dict[str, Any]]:
             mine = one.marker is None or one.marker.evaluate({"extra": extra})
             if not mine or (extra and one.marker is None) or one.name == _PACKAGE:
                 continue
-            found.append({"extra": extra, "name": one.name, "needs": str(one.specifier), **_state(one)})
+            found.append(_described(one, extra))
+        if extra in _ALONE:
+            found.append(_described(Requirement(_ALONE[extra]), extra))
     return found
 
 
-def _state(requirement: Any) -> dict[str, Any]:
+def _described(one: Requirement, extra: str) -> dict[str, Any]:
+    return {"extra": extra, "name": one.name, "needs": str(one.specifier), **_state(one)}
+
+
+def _state(requirement: Requirement) -> dict[str, Any]:
     try:
         installed = version(requirement.name)
     except PackageNotFoundError:
@@ -91,11 +103,8 @@ def _state(requirement: Any) -> dict[str, Any]:
 def _fixes(libraries: list[dict[str, Any]]) -> list[str]:
     """Return one command for each extra that something is amiss with."""
     bad = {one["extra"] for one in libraries if one["state"] != _OK}
-    return [
-        f"pip install '{_PACKAGE}[{extra}]'" if extra else f"pip install {_PACKAGE}"
-        for extra in _EXTRAS
-        if extra in bad
-    ]
+    names = {extra: f"'{_ALONE.get(extra, f'{_PACKAGE}[{extra}]')}'" if extra else _PACKAGE for extra in _EXTRAS}
+    return [f"pip install {names[extra]}" for extra in _EXTRAS if extra in bad]
 
 
 def _gpus() -> list[str]:

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from nemo_upcycle.commands.common import (
-    add_dtype,
-    add_json,
-    add_spec_options,
-    dtype_of,
-    given_spec,
-    require_free,
-    show,
-)
+from nemo_upcycle.commands.common import add_dtype, add_json, add_spec_options, dtype_of, given_spec, show
 from nemo_upcycle.errors import UpcycleError, problem
-from nemo_upcycle.files import MARKER, read_json
-from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.files import MARKER, read_json, require_replaceable
+from nemo_upcycle.receipt import read_receipt, spec_of
 
 
 HELP = "NeMo or Megatron checkpoint, saved under any layout -> Hugging Face folder"
@@ -48,17 +39,17 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UpcycleError: a value or a file is wrong.
     """
-    receipt = _receipt(args)
-    given = given_spec(args)
-    spec = UpcycleSpec(**((receipt.get("spec") or {}) | given)) if given or receipt.get("spec") else None
-    dense = args.dense or (Path(receipt["source"]) if receipt.get("source") else None)
+    path = args.receipt or _nearest_receipt(args.checkpoint)
+    receipt = read_receipt(path) if path else {}
+    spec = spec_of(receipt, path, given_spec(args))
+    dense = args.dense or (Path(receipt["source"]) if isinstance(receipt.get("source"), str) else None)
     if dense is None:
         fix = "add --dense FOLDER, or --receipt FILE of the run"
         raise UpcycleError(problem("dense parent", got="none", expected="its Hugging Face folder", fix=fix))
-    require_free(args.output)
     dtype = dtype_of(args.dtype or "bfloat16")
-    from nemo_upcycle.export import export_checkpoint
+    from nemo_upcycle.export import MADE_BY, export_checkpoint
 
+    require_replaceable(args.output, MADE_BY)
     assert dtype is not None
     folder = export_checkpoint(args.checkpoint, dense, args.output, spec=spec, dtype=dtype)
     marker = read_json(folder / MARKER)
@@ -68,11 +59,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _receipt(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the receipt that was named, else the nearest one in a folder above the checkpoint; empty without one."""
-    if args.receipt:
-        return dict(read_json(args.receipt))
-    for folder in list(args.checkpoint.resolve().parents)[:6]:
-        if (folder / _RECEIPT).is_file():
-            return dict(read_json(folder / _RECEIPT))
-    return {}
+def _nearest_receipt(checkpoint: Path) -> Path | None:
+    """Return the receipt in the nearest folder above the checkpoint that has one."""
+    paths = (folder / _RECEIPT for folder in list(checkpoint.resolve().parents)[:6])
+    return next((path for path in paths if path.is_file()), None)

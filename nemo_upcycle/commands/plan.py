@@ -110,14 +110,17 @@ def _subject(args: argparse.Namespace) -> _Subject:
         return _Subject(known.made, known.dense, known.spec, args.recipe, _DEFAULTS | known.defaults)
     folder = args.model.parent if args.model.name == "config.json" else args.model
     arch = read_architecture(folder)
-    if not args.experts:
-        if args.top_k:
-            raise SpecError(problem("top-k", got=args.top_k, expected="--experts beside it", fix="add --experts 8"))
+    if args.experts is None:
+        for name in ("top_k", "granularity"):
+            if (value := getattr(args, name)) is not None:
+                what = name.replace("_", "-")
+                raise SpecError(problem(what, got=value, expected="--experts beside it", fix="add --experts 8"))
         return _Subject(arch, arch, None, None, _DEFAULTS)
     if arch.num_experts:
         fix = "leave --experts away: an MoE model is planned as it is"
         raise SpecError(problem("experts", got=args.experts, expected="a dense model", fix=fix))
-    spec = UpcycleSpec(num_experts=args.experts, top_k=args.top_k or 2, granularity=args.granularity or 1)
+    given = {name: getattr(args, name) for name in ("top_k", "granularity") if getattr(args, name) is not None}
+    spec = UpcycleSpec(num_experts=args.experts, **given)
     return _Subject(arch.upcycled(spec), arch, spec, None, _DEFAULTS)
 
 

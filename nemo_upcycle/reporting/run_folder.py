@@ -20,6 +20,13 @@ MODELS = {
 }
 #: The stages whose wall time is reported, in order.
 STAGES = ("import", "upcycle", "pretrain", "dense_ct", "export", "evaluate", "report")
+#: What the report prints, and so must find, of every file.
+_RECEIPT = (
+    *("spec", "exact", "dense_params", "total_params", "active_params", "bytes_read", "bytes_needed"),
+    *("bytes_written", "seconds", "ranks", "layout"),
+)
+_EVALUATION = ("metrics", "items", "groups", "settings", "versions", "seconds", "model")
+_STEP = ("step", "tokens", "seconds")
 
 
 @dataclass(frozen=True)
@@ -64,21 +71,23 @@ def read_run(folder: Path) -> RunRecord:
     Raises:
         UpcycleError: a file is missing or damaged; the message names the stage that writes it.
     """
-    markers = {stage: read_json(path) for stage in STAGES if (path := folder / stage / MARKER).is_file()}
+    markers = {stage: _read(path, stage) for stage in STAGES if (path := folder / stage / MARKER).is_file()}
     no_twin = markers.get("dense_ct", {}).get("outputs", {}).get("left_out", False)
     online = folder / "pretrain" / "receipt.json"
     return RunRecord(
         folder=folder,
-        recipe=read_json(plan).get("recipe", "RECIPE") if (plan := folder / "pipeline.json").is_file() else "RECIPE",
-        receipt=read_json(_made_by("upcycle", folder / "receipt.json")),
-        online_receipt=read_json(online) if online.is_file() else None,
+        recipe=_read(plan, "import").get("recipe", "RECIPE")
+        if (plan := folder / "pipeline.json").is_file()
+        else "RECIPE",
+        receipt=_read(folder / "receipt.json", "upcycle", _RECEIPT),
+        online_receipt=_read(online, "pretrain", _RECEIPT) if online.is_file() else None,
         curves={
             stage: read_curve(_made_by(stage, folder / stage / "metrics.jsonl"))
             for stage in ("pretrain", "dense_ct")
             if not (no_twin and stage == "dense_ct")
         },
         evaluations={
-            name: read_json(_made_by("evaluate", folder / "evaluation" / f"{name}.json"))
+            name: _read(folder / "evaluation" / f"{name}.json", "evaluate", _EVALUATION)
             for name in MODELS
             if not (no_twin and name == "dense_ct")
         },
@@ -92,26 +101,43 @@ def read_curve(path: Path) -> Curve:
     Validation losses stand in the line of their step or in a line of their own, which then has no token count.
 
     Raises:
-        UpcycleError: a line is not JSON, or there is no training step.
+        UpcycleError: a line is not JSON or lacks a number, or there is no training step.
     """
     lines = []
+    fix = f"delete the line, or run stage '{path.parent.name}' again"
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError as error:
-            fix = f"delete the line, or run stage '{path.parent.name}' again"
             raise UpcycleError(problem(f"{path}:{number}", got=error, expected="one JSON object", fix=fix)) from None
+        wanted = _STEP if isinstance(line, dict) and line.get("loss") is not None else _STEP[:1]
+        if not isinstance(line, dict) or not all(isinstance(line.get(key), int | float) for key in wanted):
+            expected = "one JSON object with " + ", ".join(wanted)
+            raise UpcycleError(problem(f"{path}:{number}", got=text[:80], expected=expected, fix=fix))
+        lines.append(line)
     steps = [line for line in lines if line.get("loss") is not None]
     if not steps:
         fix = f"run stage '{path.parent.name}' again"
         raise UpcycleError(problem(str(path), got="no step with a loss", expected="at least one", fix=fix))
-    step_tokens = steps[0]["tokens"] // steps[0]["step"]
+    step_tokens = steps[0]["tokens"] // max(1, steps[0]["step"])
     validation = [
         (line.get("tokens", line["step"] * step_tokens), line["validation_loss"])
         for line in lines
         if line.get("validation_loss") is not None
     ]
     return Curve(steps, validation)
+
+
+def _read(path: Path, stage: str, keys: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return a JSON object that a stage wrote, with these keys at least."""
+    value = read_json(_made_by(stage, path))
+    missing = [key for key in keys if value.get(key) is None] if isinstance(value, dict) else ["JSON object"]
+    if missing:
+        fix = f"run stage '{stage}' again: delete {path} and its marker, then run the pipeline with the same dir"
+        raise UpcycleError(
+            problem(str(path), got=f"no {missing[0]}", expected=f"what stage '{stage}' writes", fix=fix)
+        )
+    return value
 
 
 def _made_by(stage: str, path: Path) -> Path:

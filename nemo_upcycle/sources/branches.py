@@ -23,6 +23,21 @@ _OTHERS = ("first", "mean")
 _MAY_DIFFER = ("max_positions",)
 
 
+def require_copies(dense: DenseSource, copies: int) -> None:
+    """Check that every dense model of a source becomes an expert.
+
+    Args:
+        dense: one model, or several mixed.
+        copies: how often the feed-forward network is in a layer, `UpcycleSpec.copies`.
+
+    Raises:
+        SpecError: there are more models than copies, so that some would be left out.
+    """
+    if (branches := len(dense.branches())) > copies:
+        expected, fix = f"at most {copies}, the copies of the network", "give fewer, or more experts"
+        raise SpecError(problem("dense sources", got=branches, expected=expected, fix=fix))
+
+
 class Branches:
     """Dense models of one architecture; copy c of the feed-forward network is that of model c modulo their number.
 

@@ -25,6 +25,8 @@ from nemo_upcycle.sources.mapped_files import bounds_of
 from nemo_upcycle.sources.nemo_context import hf_config_of
 
 
+#: With several optimizers, as MoE has them, their states are numbered.
+_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 _LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -46,6 +48,18 @@ class _Fused:
     piece: Piece
     shape: tuple[int, ...]
     layer: int | None
+
+
+def model_tensors(checkpoint: DistributedCheckpoint, prefix: str) -> Iterator[str]:
+    """Yield the names of the model's own tensors: no optimizer's state, no layer's extra state (FP8's factors).
+
+    Args:
+        checkpoint: the open checkpoint.
+        prefix: what `model_prefix` says.
+    """
+    for name in checkpoint.names():
+        if name.startswith(prefix) and not _OPTIMIZER.match(name) and "_extra_state" not in name:
+            yield name
 
 
 def is_megatron(path: Path) -> bool:
@@ -103,9 +117,7 @@ class MegatronCheckpoint(OneModel):
 
     def _find_all(self) -> Iterator[tuple[str, _Fused]]:
         """Yield every Hugging Face tensor by name; refuses what the table does not know of a dense model."""
-        for key in self._checkpoint.names():
-            if not key.startswith(self._prefix) or key.startswith("optimizer."):
-                continue
+        for key in model_tensors(self._checkpoint, self._prefix):
             layer, name = _split(key.removeprefix(self._prefix))
             row = next((row for row in ROWS if name in row.stored and row.in_layer is (layer is not None)), None)
             if row is None or row in MOE_ROWS or (row.role == "output" and self.architecture.tied_embeddings):

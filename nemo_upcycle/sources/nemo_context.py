@@ -76,6 +76,7 @@ def hf_config_of(context: Path, padded_vocab: int) -> dict[str, Any]:
         if got != expected:
             reason = "give a dense parent" if name == "num_moe_experts" else fix
             raise CheckpointError(problem(f"{path}: {name}", got=got, expected=expected, fix=reason))
+    window = config.get("window_size")  # (tokens back, tokens ahead), -1 for all
     return {
         "architectures": [_FAMILIES[family]],
         "num_hidden_layers": layers,
@@ -96,6 +97,7 @@ def hf_config_of(context: Path, padded_vocab: int) -> dict[str, Any]:
         "rope_theta": config.get("rotary_base", 10000),
         "rope_scaling": _rope_scaling(config),
         "max_position_embeddings": config.get("seq_length", 4096),
+        "sliding_window": int(window[0]) + 1 if window and int(window[0]) >= 0 else None,
     }
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +29,8 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000
+#: Types of the format that quantized weights come in: integers, and floats of a byte or less.
+_QUANTIZED = re.compile(r"[IU](8|16|32|64)|F[468](_\w+)?|BOOL")
 
 
 def _broken(path: Path, got: str, expected: str) -> CheckpointError:
@@ -52,9 +56,13 @@ def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
     stored = {}
     for name, kind, shape, start, stop in sorted(entries, key=lambda entry: entry[3:]):
         dtype = _DTYPES.get(kind)
+        if dtype is None and _QUANTIZED.fullmatch(kind):
+            got, expected = f"{name} of type {kind}: quantized weights", f"one of {', '.join(_DTYPES)}"
+            fix = "use the unquantized checkpoint"
+            raise CheckpointError(problem(str(path), got=got, expected=expected, fix=fix))
         if dtype is None:
             raise _broken(path, f"{name} of type {kind}", f"one of {', '.join(_DTYPES)}")
-        if torch.Size(shape).numel() * dtype.itemsize != stop - start:
+        if math.prod(shape) * dtype.itemsize != stop - start:
             raise _broken(path, f"{name} with {stop - start} bytes", f"the bytes of a {list(shape)} {dtype}")
         if data_byte + start != position:
             where = f"{position - data_byte}, where the tensor before it ends"
@@ -69,8 +77,10 @@ def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
 def _fields(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
     start, stop = entry["data_offsets"]
     numbers = (*entry["shape"], start, stop)
-    if not all(type(number) is int and number >= 0 for number in numbers):
+    if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
         raise ValueError
+    if not isinstance(entry["dtype"], str):
+        raise TypeError
     return entry["dtype"], tuple(entry["shape"]), start, stop
 
 
@@ -84,6 +94,11 @@ def _files_of(folder: Path) -> dict[str, set[str]]:
         files: dict[str, set[str]] = {}
         for name, file in weight_map.items():
             files.setdefault(str(file), set()).add(name)
+        # transformers would take the single file then. Nothing tells which of the two is the stale one.
+        if (folder / _SINGLE).is_file() and set(files) != {_SINGLE}:
+            got, expected = f"{_INDEX} (naming {min(files)}) and {_SINGLE}", "one of the two"
+            fix = f"remove {_INDEX} with its shards, or {_SINGLE}: whichever is the old one"
+            raise CheckpointError(problem(str(folder), got=got, expected=expected, fix=fix))
         return dict(sorted(files.items()))
     if (folder / _SINGLE).is_file():
         return {_SINGLE: set()}

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
+from nemo_upcycle.architecture import activation_of
 from nemo_upcycle.connector import load_dense_into
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.training.equivalence import hugging_face_logits, megatron_logits, one_rank
-from tests.models import build_chunks, sample_tokens, write_llama
+from tests.models import MemorySource, build_chunks, sample_tokens, small_architecture, write_llama
 
 
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
@@ -102,6 +103,82 @@ def test_a_parent_of_another_shape_is_refused(
     chunks = build_chunks(dense, num_experts=experts)
     with open_dense(folder) as source, _refuses(chunks, CheckpointError, *words):
         _ = upcycle_into(chunks, source, SPEC) if experts else load_dense_into(chunks, source)
+
+
+def _tanh_gelu(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+@pytest.mark.parametrize(
+    ("parent", "function", "got"),
+    [
+        ("silu", torch.nn.functional.gelu, "gelu"),
+        ("gelu_tanh", torch.nn.functional.relu, "relu"),
+        ("gelu_tanh", torch.nn.functional.gelu, "gelu"),
+        ("gelu", _tanh_gelu, "gelu_tanh"),
+        ("gelu_tanh", torch.nn.functional.silu, "silu"),
+    ],
+)
+def test_another_activation_is_refused(parent: str, function: Any, got: str) -> None:
+    chunks = build_chunks(small_architecture(), num_experts=4, activation_func=function)
+    source = MemorySource(small_architecture(activation=parent))
+    with _refuses(chunks, CheckpointError, f"activation_func: got {got}, expected {parent}, as in the dense"):
+        upcycle_into(chunks, source, SPEC)
+
+
+def test_an_activation_of_another_name_that_computes_the_same_is_accepted() -> None:
+    chunks = build_chunks(small_architecture(), num_experts=4, activation_func=_tanh_gelu)
+    assert upcycle_into(chunks, MemorySource(small_architecture(activation="gelu_tanh")), SPEC).exact
+
+
+def test_megatrons_and_nemos_own_activation_functions_are_known() -> None:
+    from megatron.core import activations as megatron
+    from nemo.collections.llm.fn import activation as nemo
+
+    assert activation_of(nemo.openai_gelu) == activation_of(megatron.fast_gelu) == "gelu_tanh"
+    assert activation_of(nemo.squared_relu) == activation_of(megatron.squared_relu) == "squared_relu"
+    assert activation_of(nemo.quick_gelu) == activation_of(megatron.quick_gelu) == "quick_gelu"
+    x = torch.linspace(-6, 6, 121)
+    assert torch.allclose(nemo.openai_gelu(x), torch.nn.functional.gelu(x, approximate="tanh"), rtol=0, atol=1e-6)
+
+
+def _write_mistral(folder: Path, window: int) -> Path:
+    """Write the small Llama as a Mistral, whose attention sees so many tokens."""
+    write_llama(folder, layers=2)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "exact"),
+    [({"window_size": (7, 0)}, True), ({}, False), ({"window_size": (8, 0)}, False)],
+    ids=["the same", "none", "one token more, as NeMo imports it"],
+)
+def test_a_sliding_window_is_exact_if_the_model_has_the_same(tmp_path: Path, changes: dict, exact: bool) -> None:
+    folder = _write_mistral(tmp_path / "dense", window=8)
+    chunks = build_chunks(folder, num_experts=4, **changes)
+    with open_dense(folder) as source:
+        receipt = upcycle_into(chunks, source, SPEC)
+    assert receipt.exact is exact
+    assert exact or "attention: (7, 0) in every layer would be" in receipt.inexact_because[0]
+    assert (_difference(folder, _logits(chunks)) <= 1e-5) is exact
+
+
+@pytest.mark.parametrize(
+    ("parent", "changes", "exact"),
+    [
+        ({"sliding_window": 128}, {}, True),  # the model takes no longer sequences
+        ({"sliding_window": 16, "max_positions": 16}, {}, True),
+        ({"sliding_window": 16}, {"window_size": (15, 0), "window_attn_skip_freq": 2}, False),
+        ({"sliding_window": None}, {"window_size": (15, 0)}, False),
+        ({"sliding_window": None}, {"window_size": (-1, 0)}, True),
+    ],
+)
+def test_a_window_counts_where_a_sequence_is_longer(parent: dict, changes: dict, exact: bool) -> None:
+    chunks = build_chunks(small_architecture(), num_experts=4, **changes)
+    assert upcycle_into(chunks, MemorySource(small_architecture(**parent)), SPEC).exact is exact
 
 
 def test_experts_of_another_size_are_refused(dense: Path) -> None:

@@ -21,9 +21,11 @@ from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.architecture import read_architecture
 from nemo_upcycle.connector import load_dense_into
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
-from nemo_upcycle.export import LiveWeights, export_checkpoint, export_weights
+from nemo_upcycle.export import CheckpointWeights, LiveWeights, export_checkpoint, export_weights
 from nemo_upcycle.files import MARKER, is_complete, read_json
 from nemo_upcycle.hf_folder import write_weights
+from nemo_upcycle.mapping import MODEL_ROWS, Row, layer_rows
+from nemo_upcycle.slices import Shard, shard_shape
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
 from nemo_upcycle.training.equivalence import hugging_face_logits, megatron_logits, one_rank
 from tests.distributed.ranks import run_ranks
@@ -80,6 +82,27 @@ def saved(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_ranks(_save, 1, str(dense), str(folder / "one"), True, {}, "")
     run_ranks(_save, 4, str(dense), str(folder / "four/weights"), True, {"tp": 2, "ep": 2}, "module.")
     run_ranks(_save, 2, str(dense), str(folder / "dense/weights"), False, {"pp": 2}, "module.")
+    return folder
+
+
+def write_checkpoint(
+    folder: Path, dense: Path, spec: UpcycleSpec | None, factor: float = 1.0, prefix: str = "module.", **extra: Any
+) -> Path:
+    """Write a random NeMo checkpoint, layer by layer, with torch's own writer: weights of std 0.1 times `factor`."""
+    import torch.distributed.checkpoint as dcp
+
+    arch = read_architecture(dense)
+    made = arch.upcycled(spec) if spec else arch
+    generator = torch.Generator().manual_seed(3)
+    state: dict[str, Any] = {}
+    for layer, rows in [(None, MODEL_ROWS), *((n, layer_rows(made, n)) for n in range(made.num_layers))]:
+        for row in rows:
+            shape = shard_shape(row, made, Shard())
+            shape = (made.num_experts, *shape) if row.is_expert else shape
+            inside = "" if layer is None else f"decoder.layers.{layer}."
+            state[prefix + inside + row.stored[0]] = torch.randn(shape, generator=generator) * 0.1 * factor
+    (folder / "weights").mkdir(parents=True)
+    dcp.save(state | extra, checkpoint_id=str(folder / "weights"), no_dist=True)
     return folder
 
 
@@ -204,9 +227,101 @@ def test_broken_weights_are_refused_by_name(dense: Path, tmp_path: Path, value: 
         (model,) = _fill(dense, moe=True)
         model.decoder.layers[2].mlp.experts.local_experts[3].linear_fc2.weight.data[5, 7] = value
         arch = read_architecture(dense).upcycled(SPEC)
-        name = r"model\.layers\.2\.block_sparse_moe\.experts\.3\.w2\.weight: got NaN or infinity"
+        name = r"model\.layers\.2\.block_sparse_moe\.experts\.3\.w2\.weight: got 1 values that are NaN"
         with _leaves_nothing(tmp_path, CheckpointError, name):
             export_weights(LiveWeights(model), arch, dense, tmp_path / "hf")
+
+
+def test_numbers_too_large_for_the_type_are_refused(dense: Path, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "ck", dense, SPEC, factor=1e6)
+    words = r"got larger ones, expected numbers that float16 can hold.*bfloat16 or float32"
+    with _leaves_nothing(tmp_path, CheckpointError, words):
+        export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC, dtype=torch.float16)
+    export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC, dtype=torch.bfloat16)
+    with _leaves_nothing(tmp_path, UpcycleError, "type of the weights on disk: got float64"):
+        export_checkpoint(checkpoint, dense, tmp_path / "double", spec=SPEC, dtype=torch.float64)
+
+
+FINE = {"num_experts": 4, "top_k": 2, "granularity": 2}
+
+
+def test_weights_that_the_spec_does_not_name_are_never_left_out(dense: Path, tmp_path: Path) -> None:
+    spec = UpcycleSpec(**FINE, shared_experts=1)
+    checkpoint = write_checkpoint(tmp_path / "ck", dense, spec)
+    words = r"would leave out: got module\.decoder\.layers\.0\.mlp\.shared_experts\.\S+ .*--shared-experts"
+    with _leaves_nothing(tmp_path, CheckpointError, words):
+        export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=UpcycleSpec(**FINE))
+    export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=spec)
+
+
+def test_biases_that_the_parent_does_not_have_are_never_left_out(dense: Path, tmp_path: Path) -> None:
+    qwen = write_llama(tmp_path / "qwen", vocab_size=259)
+    config = read_json(qwen / "config.json") | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    (qwen / "config.json").write_text(json.dumps(config))
+    checkpoint = write_checkpoint(tmp_path / "ck", qwen, SPEC)
+    words = r"self_attention\.linear_qkv\.bias.* and 1 more.*its own parent"
+    with _leaves_nothing(tmp_path, CheckpointError, words):
+        export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC)
+
+
+@pytest.mark.parametrize("prefix", ["module.", ""])
+def test_what_is_no_weight_is_left_out(dense: Path, tmp_path: Path, prefix: str) -> None:
+    names = [f"{kind}optimizer.state.exp_avg.decoder.layers.0.x" for kind in ("", "chained_0.", "chained_11.")]
+    names.append(f"{prefix}decoder.layers.0.mlp._extra_state")
+    extra = {name: torch.zeros(3) for name in names}
+    checkpoint = write_checkpoint(tmp_path / "ck", dense, SPEC, prefix=prefix, **extra)
+    export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC)
+    assert is_complete(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("target", ["run/pretrain", "run/pretrain/ck", "run/pretrain/ck/hf", "run/dense", "run"])
+def test_checkpoint_and_parent_are_never_replaced(dense: Path, tmp_path: Path, target: str) -> None:
+    parent = Path(shutil.copytree(dense, tmp_path / "run/dense"))
+    checkpoint = write_checkpoint(tmp_path / "run/pretrain/ck", dense, SPEC)
+    for folder in (tmp_path / "run", tmp_path / "run/pretrain", parent):
+        (folder / MARKER).write_text('{"stage": "pretrain"}')
+    with _leaves_nothing(tmp_path, UpcycleError, "expected a folder apart from|not made by nemo-upcycle export"):
+        export_checkpoint(checkpoint, parent, tmp_path / target, spec=SPEC)
+    with _leaves_nothing(tmp_path, UpcycleError, "expected a folder apart from|not made by nemo-upcycle export"):
+        export_weights(LiveWeights(torch.nn.Module()), read_architecture(parent), parent, parent)
+    export_checkpoint(checkpoint, parent, tmp_path / "run/hf", spec=SPEC)
+    first = (tmp_path / "run/hf/model.safetensors").stat().st_ino
+    export_checkpoint(checkpoint, parent, tmp_path / "run/hf", spec=SPEC)
+    assert (tmp_path / "run/hf/model.safetensors").stat().st_ino != first
+
+
+def test_a_second_export_into_the_same_folder_waits_for_none(dense: Path, tmp_path: Path) -> None:
+    """It is refused while the first goes on, which then is whole."""
+    checkpoint = write_checkpoint(tmp_path / "ck", dense, SPEC)
+    refused = []
+
+    class Interrupted(CheckpointWeights):
+        def read(self, row: Row, layer: int, expert: int) -> torch.Tensor:
+            if not refused:
+                with pytest.raises(UpcycleError, match="another process writing it") as error:
+                    export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC)
+                refused.append(error)
+            return super().read(row, layer, expert)
+
+    arch = read_architecture(dense).upcycled(SPEC)
+    export_weights(Interrupted(checkpoint), arch, dense, tmp_path / "hf", dtype=torch.float32)
+    assert refused
+    export_checkpoint(checkpoint, dense, tmp_path / "alone", spec=SPEC, **FLOAT32)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("hf", "alone")]
+    assert files[0] == files[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "ck", "hf"]
+
+
+def test_memory_is_given_back_on_the_way(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = write_checkpoint(tmp_path / "ck", dense, SPEC)
+    export_checkpoint(checkpoint, dense, tmp_path / "seldom", spec=SPEC)
+    released, release = [], DistributedCheckpoint.release
+    monkeypatch.setattr("nemo_upcycle.export._RELEASE_BYTES", 100_000)
+    monkeypatch.setattr(DistributedCheckpoint, "release", lambda self: (released.append(self), release(self)))
+    export_checkpoint(checkpoint, dense, tmp_path / "often", spec=SPEC)
+    assert len(released) > 5
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("seldom", "often")]
+    assert files[0] == files[1]
 
 
 class _Usage(NamedTuple):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 from pathlib import Path
 
 import pytest
 
 from nemo_upcycle.errors import UpcycleError, problem, unknown
-from nemo_upcycle.files import output_folder, read_json, require_disk, write_json
+from nemo_upcycle.files import MARKER, output_folder, read_json, require_apart, require_disk, write_json
 
 
 def test_a_failed_block_leaves_nothing_and_keeps_the_old_result(tmp_path: Path) -> None:
@@ -32,6 +34,74 @@ def test_the_remains_of_a_killed_run_are_cleared(tmp_path: Path) -> None:
     (remains / "half").write_text("x")
     with output_folder(tmp_path / "out") as folder:
         assert not (folder / "half").exists()
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    with output_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("first")
+        with pytest.raises(UpcycleError, match="another process writing it"), output_folder(tmp_path / "out"):
+            pass
+        assert (folder / "a").read_text() == "first"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+    with output_folder(tmp_path / "out") as folder:
+        (folder / "b").write_text("second")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_system_without_locks_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with output_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("first")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("marker", [{"stage": "pretrain"}, {"made_by": "another"}, {}, None])
+def test_only_what_the_same_maker_made_is_replaced(tmp_path: Path, marker: dict[str, str] | None) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "weights").write_text("of days")
+    if marker is not None:
+        write_json(target / MARKER, marker)
+    with (
+        pytest.raises(UpcycleError, match="not made by maker" if marker is not None else "files that are not ours"),
+        output_folder(target, "maker"),
+    ):
+        pass
+    assert (target / "weights").read_text() == "of days"
+    write_json(target / MARKER, {"made_by": "maker"})
+    with output_folder(target, "maker") as folder:
+        (folder / "a").write_text("new")
+    assert [path.name for path in target.iterdir()] == ["a"]
+
+
+def test_an_empty_folder_is_filled_by_whatever_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("here", "real"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path / "here")
+    for target in (Path(), tmp_path / "link"):
+        with output_folder(target, "maker") as folder:
+            (folder / "a").write_text("x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link", "real"]
+    assert (tmp_path / "here/a").read_text() == (tmp_path / "link/a").read_text() == "x"
+
+
+def test_a_mount_point_is_refused_before_the_work() -> None:
+    with pytest.raises(UpcycleError, match=r"mount point.*name a folder inside it"), output_folder(Path("/proc")):
+        pass
+
+
+@pytest.mark.parametrize("target", ["run/ck", "run", "run/ck/hf", ".", "run/link"])
+def test_a_result_lies_apart_from_what_it_is_made_of(tmp_path: Path, target: str) -> None:
+    (tmp_path / "run/ck").mkdir(parents=True)
+    (tmp_path / "run/link").symlink_to(tmp_path / "run/ck")
+    with pytest.raises(UpcycleError, match="expected a folder apart from"):
+        require_apart(tmp_path / target, tmp_path / "run/ck")
+    require_apart(tmp_path / "run/hf", tmp_path / "run/ck")
 
 
 def test_json_errors_name_the_file(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -24,6 +25,7 @@ from nemo_upcycle.expansion import Expansion
 from nemo_upcycle.export import LiveWeights, export_weights
 from nemo_upcycle.files import MARKER, is_complete, read_json
 from nemo_upcycle.offline import Conversion, convert
+from nemo_upcycle.sources.mapped_files import MappedFiles
 from nemo_upcycle.training.equivalence import one_rank
 from tests.models import build_chunks, sample_tokens, write_llama, write_tokenizer
 
@@ -109,7 +111,7 @@ def test_offline_and_online_give_the_same_bits(dense: Path, tmp_path: Path, case
     _same_bits(tmp_path / "online", tmp_path / "offline")
     configs = [read_json(tmp_path / name / "config.json") for name in ("online", "offline")]
     assert configs[0] == configs[1]
-    assert (done.exact, done.hf_class) == (spec.is_exact, arch.hf_class)
+    assert (done.exact, done.hf_class) == (spec.is_exact and dtype is torch.float32, arch.hf_class)
     assert done.bytes_written == done.bytes_total >= arch.total_params * dtype.itemsize
     if spec.is_exact and dtype is torch.float32:
         assert float((_logits(tmp_path / "offline") - _logits(dense)).abs().max()) <= 1e-5
@@ -170,6 +172,106 @@ def test_the_same_again_is_done_already_and_another_is_refused(dense: Path, tmp_
     with pytest.raises(UpcycleError, match="files that are not ours"):
         _convert(dense, dense)
     assert is_complete(tmp_path / "moe")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "half a file"])
+def test_a_finished_folder_that_lost_a_file_is_not_done(dense: Path, tmp_path: Path, file: str) -> None:
+    _convert(dense, tmp_path / "moe")
+    if file == "half a file":
+        file = "model.safetensors"
+        whole = (tmp_path / "moe" / file).read_bytes()
+        (tmp_path / "moe" / file).write_bytes(whole[: len(whole) // 2])
+    else:
+        (tmp_path / "moe" / file).unlink()
+    with pytest.raises(UpcycleError, match=rf"moe: got no whole {file}.*Fix: remove the folder and run"):
+        _convert(dense, tmp_path / "moe")
+
+
+def test_a_nemo_source_that_changed_is_not_done(dense: Path, tmp_path: Path) -> None:
+    """Its files lie in `weights/`, and a change of one bit leaves their sizes alone."""
+    from tests.unit.test_export import write_checkpoint
+
+    source = write_checkpoint(tmp_path / "nemo", dense, None)
+    shutil.copy(dense / "config.json", source / "config.json")
+    assert _convert(source, tmp_path / "moe").files_kept == 0
+    assert _convert(source, tmp_path / "moe").files_kept == 1
+    file = next((source / "weights").glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UpcycleError, match="finished folder made from something else"):
+        _convert(source, tmp_path / "moe")
+    assert len(read_json(tmp_path / "moe" / MARKER)["made_from"]["sources"]) == 1
+
+
+def test_an_empty_folder_is_filled_by_whatever_name(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here", "real"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path / "here")
+    assert _convert(dense, Path()).output == tmp_path / "here"
+    _convert(dense, tmp_path / "link")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link", "real"]
+    _same_bits(tmp_path / "here", tmp_path / "link")
+
+
+def test_a_folder_called_tokenizer_is_left_alone(copy: Path, tmp_path: Path) -> None:
+    (copy / "tokenizer").mkdir()
+    _convert(copy, tmp_path / "moe")
+    assert not (tmp_path / "moe/tokenizer").exists()
+    assert (tmp_path / "moe/tokenizer.json").is_file()
+
+
+def test_a_type_that_no_file_holds_is_refused_before_anything_is_written(copy: Path, tmp_path: Path) -> None:
+    for file in copy.glob("*.safetensors"):
+        save_file({name: tensor.double() for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(UpcycleError, match=r"got float64, expected .*Fix: add --dtype float32"):
+        _convert(copy, tmp_path / "moe")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+    done = _convert(copy, tmp_path / "moe", dtype=torch.float32)
+    assert done.inexact_because[0].startswith("float64 weights are rounded to float32 (")
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "is_lossless"),
+    [
+        (torch.float32, torch.float32, True),
+        (torch.bfloat16, torch.float32, True),
+        (torch.float16, torch.float32, True),
+        (torch.float32, torch.bfloat16, False),
+        (torch.bfloat16, torch.float16, False),
+        (torch.float16, torch.bfloat16, False),
+    ],
+)
+def test_a_type_that_rounds_is_not_exact(
+    copy: Path, tmp_path: Path, stored: torch.dtype, dtype: torch.dtype, is_lossless: bool
+) -> None:
+    for file in copy.glob("*.safetensors"):
+        save_file({name: tensor.to(stored) for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    done = _convert(copy, tmp_path / "moe", dtype=dtype)
+    assert done.exact is is_lossless
+    names = [str(one).removeprefix("torch.") for one in (stored, dtype)]
+    assert is_lossless or done.inexact_because[0].startswith(f"{names[0]} weights are rounded to {names[1]} (model.")
+
+
+def test_norms_with_more_digits_than_the_embedding_are_told(copy: Path, tmp_path: Path) -> None:
+    """Without `dtype`, all is written in the embedding's type."""
+    for file in copy.glob("*.safetensors"):
+        half = {name: tensor if tensor.dim() == 1 else tensor.half() for name, tensor in load_file(file).items()}
+        save_file(half, file, {"format": "pt"})
+    done = _convert(copy, tmp_path / "moe")
+    (reason,) = done.inexact_because
+    assert reason == ("float32 weights are rounded to float16 (model.layers.0.input_layernorm.weight and 8 more)")
+
+
+def test_more_parents_than_copies_are_refused(dense: Path, tmp_path: Path) -> None:
+    spec = UpcycleSpec(num_experts=4, top_k=2, granularity=2)
+    words = "dense sources: got 3, expected at most 2, the copies"
+    with open_dense([dense, dense, dense]) as source, pytest.raises(SpecError, match=words):
+        convert(source, tmp_path / "moe", spec)
+    assert not list(tmp_path.iterdir())
 
 
 SHARD_BYTES = 100_000
@@ -255,6 +357,27 @@ def test_killed_for_real_it_leaves_no_result_and_goes_on(dense: Path, tmp_path: 
     _same_bits(tmp_path / "moe", tmp_path / "whole")
 
 
+def test_a_read_error_keeps_what_is_finished(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, preadv = [], os.preadv
+
+    def fails_once(descriptor: int, buffers: Any, offset: int, *_: int) -> int:
+        reads.append(offset)
+        if len(reads) == 15:
+            raise OSError(errno.EIO, "Input/output error")
+        return preadv(descriptor, buffers, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", fails_once)
+        patch.setattr(MappedFiles, "_is_cached", lambda *_: False)
+        with pytest.raises(CheckpointError, match="Input/output error"):
+            _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
+    assert not (tmp_path / "moe").exists()
+    done = _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
+    assert 1 <= done.files_kept < done.files
+    _convert(dense, tmp_path / "whole", max_shard_bytes=SHARD_BYTES)
+    _same_bits(tmp_path / "moe", tmp_path / "whole")
+
+
 class _Usage(NamedTuple):
     total: int
     used: int
@@ -328,6 +451,14 @@ def test_weights_without_config_are_refused_before_anything_is_written(copy: Pat
         with pytest.raises(CheckpointError, match="export the checkpoint first"):
             convert(source, tmp_path / "moe", SPEC)
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_sliding_window_with_what_mixtral_lacks_is_named(copy: Path, tmp_path: Path) -> None:
+    mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 16}
+    (copy / "config.json").write_text(json.dumps(read_json(copy / "config.json") | mistral))
+    with pytest.raises(SpecError, match=r"or a sliding window \(Mixtral's alone\) with shared experts"):
+        _convert(copy, tmp_path / "moe", UpcycleSpec(**FINE, shared_experts=1))
+    _convert(copy, tmp_path / "moe")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import SpecError
+from nemo_upcycle.spec import check_capacity
 
 
 @pytest.mark.parametrize(
@@ -20,6 +21,14 @@ from nemo_upcycle.errors import SpecError
         ({"router_order": "softmax"}, ["softmax_topk"]),
         ({"router_std": -1.0}, ["router_std", "-1.0"]),
         ({"router_std": float("nan")}, ["router_std", "nan"]),
+        ({"router_std": float("inf")}, ["router_std: got inf, expected a number, 0 or more"]),
+        ({"noise_std": float("inf")}, ["noise_std: got inf"]),
+        ({"method": "noise", "noise_std": float("nan")}, ["noise_std: got nan"]),
+        ({"drop_ratio": float("nan")}, ["drop_ratio: got nan, expected a number, 0 to 1"]),
+        ({"routed_scaling": float("inf")}, ["routed_scaling: got inf"]),
+        ({"routed_scaling": float("nan")}, ["routed_scaling: got nan"]),
+        ({"routed_scaling": 0.0}, ["routed_scaling: got 0.0, expected more than 0"]),
+        ({"router_std": "wide"}, ["router_std: got wide"]),
     ],
 )
 def test_a_bad_value_is_refused_with_the_fix(changes: dict, words: list[str]) -> None:
@@ -48,3 +57,9 @@ def test_the_default_is_the_papers() -> None:
 def test_softmax_before_top_k(changes: dict, exact: bool, scale: float) -> None:
     spec = UpcycleSpec(**changes)
     assert (spec.is_exact, spec.down_scale) == (exact, scale)
+
+
+@pytest.mark.parametrize("factor", [4.5, float("inf"), float("nan")])
+def test_a_capacity_beyond_every_token_is_refused(factor: float) -> None:
+    with pytest.raises(SpecError, match=f"capacity factor: got {factor:g}, expected at most"):
+        check_capacity(factor, pad=False, num_experts=8, top_k=2)

@@ -129,7 +129,7 @@ def test_the_text_is_the_one_asked_for(dense: Path, tmp_path: Path) -> None:
 
 def test_bad_input_is_refused(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moe = _made(dense, tmp_path / "moe")
-    other = write_llama(tmp_path / "other", vocab_size=259, layers=2)
+    other = write_tokenizer(write_llama(tmp_path / "other", vocab_size=259, layers=2))
     with pytest.raises(CheckpointError, match="num_layers: got 3, expected 2"):
         verify(other, moe)
     with pytest.raises(CheckpointError, match="give the dense folder first"):

@@ -159,6 +159,21 @@ def test_mistakes_are_named(options: list[str], words: str) -> None:
         _run(*options)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--experts", "8", "--top-k", "0"], "top_k: got 0"),
+        (["--experts", "8", "--granularity", "0"], "granularity: got 0"),
+        (["--experts", "0"], "num_experts: got 0"),
+        (["--top-k", "0"], "top-k: got 0, expected --experts beside it"),
+        (["--granularity", "2"], "granularity: got 2, expected --experts beside it"),
+    ],
+)
+def test_a_zero_is_a_value(tmp_path: Path, options: list[str], words: str) -> None:
+    with pytest.raises(UpcycleError, match=words):
+        _run("--model", str(_config(tmp_path)), "--gpus", "64", *options)
+
+
 def test_it_plans_without_torch() -> None:
     code = (
         "import argparse, sys\n"

@@ -150,6 +150,33 @@ def test_a_damaged_line_is_named(run_dir: Path) -> None:
         write_report(run_dir)
 
 
+@pytest.mark.parametrize(
+    "line", ['{"loss": 1.0}', '{"step": 4, "loss": 1.0, "tokens": 4000}', '{"validation_loss": 1.0}', "[1]", "7"]
+)
+def test_a_line_that_lacks_a_number_is_named(run_dir: Path, line: str) -> None:
+    with (run_dir / "pretrain" / "metrics.jsonl").open("a") as handle:
+        handle.write(line + "\n")
+    with pytest.raises(UpcycleError, match=r"metrics\.jsonl:7: got .* expected one JSON object with step"):
+        write_report(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("receipt.json", "{}", "receipt.json: got no spec, expected what stage 'upcycle' writes"),
+        ("receipt.json", "[1]", "receipt.json: got no JSON object"),
+        ("receipt.json", json.dumps(RECEIPT | {"spec": None}), "receipt.json: got no spec"),
+        ("evaluation/trained.json", "{}", "trained.json: got no metrics, expected what stage 'evaluate' writes"),
+        ("pretrain/_SUCCESS.json", "[]", "_SUCCESS.json: got no JSON object"),
+    ],
+)
+def test_a_file_that_lacks_an_entry_is_named(run_dir: Path, file: str, content: str, words: str) -> None:
+    (run_dir / file).write_text(content)
+    with pytest.raises(UpcycleError, match=words):
+        write_report(run_dir)
+    assert not (run_dir / "report.md").exists()
+
+
 def test_a_training_stage_without_a_step_is_named(run_dir: Path) -> None:
     (run_dir / "dense_ct" / "metrics.jsonl").write_text('{"step": 0, "validation_loss": 3.0}\n')
     with pytest.raises(UpcycleError, match="no step with a loss"):

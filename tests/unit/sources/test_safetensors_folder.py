@@ -103,7 +103,12 @@ def _entry(start: int, stop: int, **changes: object) -> dict:
         ({"a": _entry(0, 32)}, r"got \d+ bytes, expected \d+ bytes \(the file is truncated"),
         ({"a": _entry(0, 16)}, r"got \d+ bytes, expected \d+ bytes \(the file is truncated"),
         ({"a": _entry(0, 24, shape=[7])}, "a with 24 bytes, expected the bytes of a"),
-        ({"a": _entry(0, 24, dtype="F8_E4M3")}, "a of type F8_E4M3"),
+        ({"a": _entry(0, 24, dtype="F8_E4M3")}, "a of type F8_E4M3: quantized.*Fix: use the unquantized checkpoint"),
+        ({"a": _entry(0, 24, dtype="U8")}, "a of type U8: quantized.*Fix: use the unquantized checkpoint"),
+        ({"a": _entry(0, 24, dtype="C64")}, "a of type C64, expected one of.*Fix: download or copy"),
+        ({"a": _entry(0, 24, dtype=[])}, "an unreadable safetensors header"),
+        ({"a": _entry(0, 24, shape=[2**70])}, "an unreadable safetensors header"),
+        ({"a": _entry(0, 24, shape=[2**40, 2**40])}, "a with 24 bytes, expected the bytes of a"),
         ({"a": _entry(0, 24, shape=[-2, -3])}, "an unreadable safetensors header"),
         ({"a": _entry(0, 24, shape=[6.0])}, "an unreadable safetensors header"),
         ({"a": _entry(0, 24, data_offsets=[24])}, "an unreadable safetensors header"),
@@ -168,5 +173,28 @@ def test_integer_weights_are_refused(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="I8"):
+    with pytest.raises(CheckpointError, match=r"of type I8: quantized.*Fix: use the unquantized checkpoint"):
         open_dense(folder)
+
+
+def test_a_quantized_model_is_refused_by_its_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"quantized weights \(fp8\).*use the unquantized checkpoint"):
+        open_dense(folder)
+
+
+def test_an_index_beside_a_single_file_is_refused_unless_it_means_that(tmp_path: Path) -> None:
+    """transformers takes the single file, so an index that is left over would give other weights than expected."""
+    folder = write_llama(tmp_path / "dense")
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    save_file({name: tensor * 2 for name, tensor in load_file(single).items()}, folder / "old.safetensors")
+    names = list(load_file(single))
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "old.safetensors")}))
+    words = r"got model\.safetensors\.index\.json \(naming old\.safetensors\) and model\.safetensors.*Fix: remove"
+    with pytest.raises(CheckpointError, match=words):
+        open_dense(folder)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
+    with open_dense(folder) as dense:
+        assert set(dense.names()) == set(names)

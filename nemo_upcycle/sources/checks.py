@@ -1,0 +1,113 @@
+"""Checks of a dense checkpoint before and while it is used: the tensors that its architecture says, finite ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from nemo_upcycle.errors import CheckpointError, problem
+from nemo_upcycle.mapping import hf_names, row_of_hf
+from nemo_upcycle.slices import hf_shape
+from nemo_upcycle.sources.base import DenseSource
+
+
+class BrokenWeights(CheckpointError):
+    """A checkpoint's numbers are bad: reading it again cannot help."""
+
+
+def check_source(dense: DenseSource) -> None:
+    """Check that the checkpoint holds what its architecture says and nothing else.
+
+    Raises:
+        CheckpointError: a tensor is missing, or one is there that nothing would take.
+    """
+    arch = dense.architecture
+    expected = set(hf_names(arch))
+    # Tied models may repeat the embedding; old ones store the rotary frequencies, which follow from the config.
+    present = {name for name in dense.names() if not name.endswith("rotary_emb.inv_freq")}
+    if arch.tied_embeddings:
+        present.discard("lm_head.weight")
+    for what, names in (("missing", expected - present), ("not used by this architecture", present - expected)):
+        if names:
+            raise CheckpointError(
+                problem(
+                    f"{dense.path}: tensors {what}",
+                    got=", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else ""),
+                    expected=f"exactly the {len(expected)} tensors of {arch.hf_class}",
+                    fix="check that config.json and weights belong together",
+                )
+            )
+
+
+def check_shapes(dense: DenseSource, names: Iterable[str] | None = None) -> None:
+    """Check that tensors have the shapes that follow from `config.json`.
+
+    Args:
+        dense: the checkpoint.
+        names: the tensors; all when None.
+
+    Raises:
+        CheckpointError: one has another shape.
+    """
+    arch = dense.architecture
+    for name in hf_names(arch) if names is None else names:
+        row, part, _, _ = row_of_hf(name, arch)
+        if dense.shape(name) != (wanted := hf_shape(row, part, arch)):
+            fix = "check that config.json and weights belong together"
+            got, expected = list(dense.shape(name)), f"{list(wanted)} (from config.json)"
+            raise CheckpointError(problem(f"{dense.path}: shape of {name}", got=got, expected=expected, fix=fix))
+
+
+def require_finite(
+    slice_: torch.Tensor, name: str, source: DenseSource | None = None, *, made: torch.Tensor | None = None
+) -> None:
+    """Check that a slice of a tensor, or what it was cast to, holds no NaN and no infinity.
+
+    Args:
+        slice_: as it was read.
+        name: the tensor's.
+        source: the checkpoint, for the text of an error.
+        made: what it became. Then that is looked at, and the slice only to tell which of the two is to blame.
+
+    Raises:
+        BrokenWeights: it does; the text names tensor and source.
+    """
+    if _is_finite(slice_ if made is None else made):
+        return
+    where = f"{source.path}: {name}" if source else name
+    if made is not None and _is_finite(slice_):
+        expected, fix = f"numbers that {_short(made.dtype)} can hold", "choose bfloat16 or float32"
+        raise BrokenWeights(problem(where, got="larger ones", expected=expected, fix=fix))
+    got = f"{int((~slice_.isfinite()).sum())} values that are NaN or infinite"
+    fix = "use a checkpoint from before it broke"
+    raise BrokenWeights(problem(where, got=got, expected="finite weights", fix=fix))
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # The sum is one fast pass; an overflow of finite weights is told from a NaN by looking again.
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
+
+
+def rounded_because(dense: DenseSource, dtype: torch.dtype) -> tuple[str, ...]:
+    """Return why weights lose digits when they are cast to a type; empty when it holds all numbers of theirs.
+
+    Example:
+        >>> with open_dense("models/float32") as dense:  # doctest: +SKIP
+        ...     rounded_because(dense, torch.bfloat16)
+        ('float32 weights are rounded to bfloat16 (model.embed_tokens.weight and 290 more)',)
+    """
+    rounded: dict[torch.dtype, list[str]] = {}
+    for name in hf_names(dense.architecture):
+        if torch.promote_types(stored := dense.dtype(name), dtype) != dtype:
+            rounded.setdefault(stored, []).append(name)
+    return tuple(
+        f"{_short(stored)} weights are rounded to {_short(dtype)} ({found[0]}"
+        + (f" and {len(found) - 1} more)" if len(found) > 1 else ")")
+        for stored, found in rounded.items()
+    )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,50 @@
+"""`convert`: mistakes that show in the command line alone, and what is told of the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from nemo_upcycle.cli import main
+from tests.models import write_llama
+
+
+SPEC = ("--experts", "2", "--top-k", "1")
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    return write_llama(tmp_path / "dense", layers=1)
+
+
+def test_a_type_on_disk_that_rounds_is_told(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(dense), str(tmp_path / "moe"), *SPEC, "--dtype", "bfloat16"]) == 0
+    assert "not exact: float32 weights are rounded to bfloat16 (model.embed" in capsys.readouterr().out
+    assert main(["convert", str(dense), str(tmp_path / "same"), *SPEC]) == 0
+    assert "computes the dense function" in capsys.readouterr().out
+
+
+def test_more_parents_than_copies_are_refused(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--branch", str(dense), "--branch", str(dense)]
+    assert main(["convert", str(dense), str(tmp_path / "moe"), *more, *SPEC]) == 2
+    assert "dense sources: got 3, expected at most 2" in capsys.readouterr().err
+    assert not (tmp_path / "moe").exists()
+
+
+def test_a_source_in_float64_asks_for_a_type(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = dense / "model.safetensors"
+    save_file({name: tensor.double() for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    assert main(["convert", str(dense), str(tmp_path / "moe"), *SPEC]) == 2
+    assert "Fix: add --dtype float32" in capsys.readouterr().err
+
+
+def test_the_current_folder_will_do(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["convert", str(dense), ".", *SPEC]) == 0
+    assert str(tmp_path / "here") in capsys.readouterr().out
+    assert (tmp_path / "here/model.safetensors").is_file()
