@@ -10,6 +10,7 @@ Biases have the first of these axes.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -268,11 +269,19 @@ def find_row(name: str, *, in_layer: bool) -> tuple[Row, int | None] | None:
         >>> row.role, expert
         ('expert_fc2', 3)
     """
-    for row in ROWS:
-        if row.in_layer is not in_layer:
-            continue
-        for template in row.megatron:
-            pattern = re.escape(template).replace(re.escape("{expert}"), r"(\d+)")
-            if match := re.fullmatch(pattern, name):
-                return row, int(match.group(1)) if match.groups() else None
+    for row, pattern in _patterns(in_layer):
+        if match := pattern.fullmatch(name):
+            return row, int(match.group(1)) if match.groups() else None
     return None
+
+
+@functools.cache
+def _patterns(in_layer: bool) -> list[tuple[Row, re.Pattern[str]]]:
+    """Return what `find_row` looks for: compiled once, for a model has thousands of names."""
+    number = re.escape("{expert}")
+    return [
+        (row, re.compile(re.escape(template).replace(number, r"(\d+)")))
+        for row in ROWS
+        if row.in_layer is in_layer
+        for template in row.megatron
+    ]

@@ -1,17 +1,11 @@
-"""Megatron weights to a Hugging Face folder: the same function, complete or absent, and no code from a checkpoint."""
+"""Megatron weights to a Hugging Face folder: the same function, complete or absent."""
 
 from __future__ import annotations
 
-import builtins
 import json
-import os
-import pickle
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -19,21 +13,19 @@ from safetensors.torch import load_file
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.architecture import read_architecture
-from nemo_upcycle.connector import load_dense_into
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.export import CheckpointWeights, LiveWeights, export_checkpoint, export_weights
 from nemo_upcycle.files import MARKER, is_complete, read_json
 from nemo_upcycle.hf_folder import write_weights
-from nemo_upcycle.mapping import MODEL_ROWS, Row, layer_rows
-from nemo_upcycle.slices import Shard, shard_shape
+from nemo_upcycle.mapping import Row
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
 from nemo_upcycle.training.equivalence import hugging_face_logits, megatron_logits, one_rank
-from tests.distributed.ranks import run_ranks
 from tests.models import build_chunks, sample_tokens, write_llama, write_tokenizer
+from tests.unit import exports
+from tests.unit.exports import EXPERTS, SPEC, TOP_K, _fill, _leaves_nothing, _Usage, write_checkpoint
 
 
-EXPERTS, TOP_K = 4, 2
-SPEC = UpcycleSpec(num_experts=EXPERTS, top_k=TOP_K)
+dense, saved = exports.dense, exports.saved
 FLOAT32 = {"dtype": torch.float32}
 ROPE_SCALING = {
     "rope_type": "llama3",
@@ -42,76 +34,6 @@ ROPE_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokenizer(write_llama(tmp_path_factory.mktemp("dense"), vocab_size=259))
-
-
-def _fill(folder: Path, *, moe: bool, layout: dict[str, int] | None = None) -> list[Any]:
-    """Build and fill this rank's chunks; no two experts are alike."""
-    chunks = build_chunks(folder, num_experts=EXPERTS if moe else None, layout=layout)
-    with open_dense(folder) as source:
-        if not moe:
-            load_dense_into(chunks, source)
-            return chunks
-        upcycle_into(chunks, source, UpcycleSpec(num_experts=EXPERTS, top_k=TOP_K, router_std=1.0))
-    for chunk in chunks:
-        for layer in chunk.decoder.layers:
-            first = layer.mlp.local_expert_indices[0]
-            for number, expert in enumerate(layer.mlp.experts.local_experts):
-                for parameter in expert.parameters():
-                    parameter.data.mul_(1.0 + 0.125 * (first + number))
-    return chunks
-
-
-def _save(folder: str, output: str, moe: bool, layout: dict[str, int], prefix: str) -> None:
-    from megatron.core import dist_checkpointing
-
-    (chunk,) = _fill(Path(folder), moe=moe, layout=layout)
-    Path(output).mkdir(parents=True, exist_ok=True)
-    torch.distributed.barrier()
-    dist_checkpointing.save(chunk.sharded_state_dict(prefix=prefix), output)
-
-
-@pytest.fixture(scope="module")
-def saved(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of one model: Megatron's own on one rank, as NeMo keeps it on four; and of the dense parent."""
-    folder = tmp_path_factory.mktemp("saved")
-    run_ranks(_save, 1, str(dense), str(folder / "one"), True, {}, "")
-    run_ranks(_save, 4, str(dense), str(folder / "four/weights"), True, {"tp": 2, "ep": 2}, "module.")
-    run_ranks(_save, 2, str(dense), str(folder / "dense/weights"), False, {"pp": 2}, "module.")
-    return folder
-
-
-def write_checkpoint(
-    folder: Path, dense: Path, spec: UpcycleSpec | None, factor: float = 1.0, prefix: str = "module.", **extra: Any
-) -> Path:
-    """Write a random NeMo checkpoint, layer by layer, with torch's own writer: weights of std 0.1 times `factor`."""
-    import torch.distributed.checkpoint as dcp
-
-    arch = read_architecture(dense)
-    made = arch.upcycled(spec) if spec else arch
-    generator = torch.Generator().manual_seed(3)
-    state: dict[str, Any] = {}
-    for layer, rows in [(None, MODEL_ROWS), *((n, layer_rows(made, n)) for n in range(made.num_layers))]:
-        for row in rows:
-            shape = shard_shape(row, made, Shard())
-            shape = (made.num_experts, *shape) if row.is_expert else shape
-            inside = "" if layer is None else f"decoder.layers.{layer}."
-            state[prefix + inside + row.stored[0]] = torch.randn(shape, generator=generator) * 0.1 * factor
-    (folder / "weights").mkdir(parents=True)
-    dcp.save(state | extra, checkpoint_id=str(folder / "weights"), no_dist=True)
-    return folder
-
-
-@contextmanager
-def _leaves_nothing(folder: Path, error: type[Exception], words: str) -> Iterator[None]:
-    before = sorted(folder.rglob("*"))
-    with pytest.raises(error, match=words):
-        yield
-    assert sorted(folder.rglob("*")) == before
 
 
 def _load(folder: Path, model_class: str) -> Any:
@@ -324,12 +246,6 @@ def test_memory_is_given_back_on_the_way(dense: Path, tmp_path: Path, monkeypatc
     assert files[0] == files[1]
 
 
-class _Usage(NamedTuple):
-    total: int
-    used: int
-    free: int
-
-
 def test_a_full_disk_is_refused_and_the_earlier_export_kept(
     saved: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,105 +288,6 @@ def test_a_checkpoint_of_another_parent_is_refused(saved: Path, tmp_path: Path, 
     other = write_llama(tmp_path / "other", **({"vocab_size": 259} | parent))
     with _leaves_nothing(tmp_path, CheckpointError, words):
         export_checkpoint(saved / "four", other, tmp_path / "hf", spec=SPEC)
-
-
-@pytest.fixture
-def spoiled(saved: Path, tmp_path: Path) -> Path:
-    """A checkpoint that the test may damage."""
-    shutil.copytree(saved / "four", tmp_path / "spoiled")
-    return tmp_path / "spoiled"
-
-
-def _cut(weights: Path) -> str:
-    file = max(weights.glob("*.distcp"), key=lambda path: path.stat().st_size)
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    return rf"{file.name}: got damaged data of .*copy the checkpoint again"
-
-
-def _overwrite(weights: Path) -> str:
-    for file in weights.glob("*.distcp"):
-        file.write_bytes(b"\x00" * file.stat().st_size)
-    return r"distcp: got damaged data"
-
-
-def _remove_file(weights: Path) -> str:
-    file = max(weights.glob("*.distcp"))
-    file.unlink()
-    return rf"got no {file.name}"
-
-
-def _remove_metadata(weights: Path) -> str:
-    (weights / ".metadata").unlink()
-    return r"got no \.metadata.*was not finished"
-
-
-@pytest.mark.parametrize("damage", [_cut, _overwrite, _remove_file, _remove_metadata])
-def test_a_damaged_checkpoint_is_refused(spoiled: Path, dense: Path, damage: Callable[[Path], str]) -> None:
-    words = damage(spoiled / "weights")
-    with _leaves_nothing(spoiled.parent, CheckpointError, words):
-        export_checkpoint(spoiled, dense, spoiled.parent / "hf", spec=SPEC)
-
-
-def test_metadata_cut_anywhere_is_refused(spoiled: Path) -> None:
-    path = spoiled / "weights/.metadata"
-    whole = path.read_bytes()
-    for length in [0, 1, *range(2, len(whole) - 1, len(whole) // 150)]:
-        path.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match="unreadable metadata"):
-            DistributedCheckpoint(spoiled / "weights")
-
-
-@pytest.mark.parametrize(
-    "content", [b"{}", pickle.dumps({"state_dict_metadata": {}}), pickle.dumps([1]), b"\x80\x05N."]
-)
-def test_what_is_no_metadata_is_refused(spoiled: Path, content: bytes) -> None:
-    (spoiled / "weights/.metadata").write_bytes(content)
-    with pytest.raises(CheckpointError, match="unreadable metadata"):
-        DistributedCheckpoint(spoiled / "weights")
-
-
-class _Runs:
-    """Pickles to a call."""
-
-    def __init__(self, function: Any, *args: Any) -> None:
-        self.call = (function, args)
-
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return self.call
-
-
-@pytest.mark.parametrize("kind", ["system", "eval", "exec", "popen", "getattr"])
-def test_metadata_that_names_code_is_refused_and_not_run(spoiled: Path, dense: Path, kind: str) -> None:
-    trace = spoiled / "trace"
-    call = {
-        "system": _Runs(os.system, f"touch {trace}"),
-        "eval": _Runs(builtins.eval, f"open({str(trace)!r}, 'w')"),
-        "exec": _Runs(builtins.exec, f"open({str(trace)!r}, 'w')"),
-        "popen": _Runs(subprocess.Popen, ["touch", str(trace)]),
-        "getattr": _Runs(builtins.getattr, "text", "upper"),
-    }[kind]
-    ran = pickle.loads(pickle.dumps(call))  # a plain unpickler does run it
-    if isinstance(ran, subprocess.Popen):
-        ran.wait()
-    assert trace.exists() is (kind != "getattr")
-    trace.unlink(missing_ok=True)
-    (spoiled / "weights/.metadata").write_bytes(pickle.dumps({"state_dict_metadata": call}))
-    with pytest.raises(CheckpointError, match=r"the class \w+\.\w+ is not allowed in checkpoint metadata"):
-        export_checkpoint(spoiled, dense, spoiled.parent / "hf", spec=SPEC)
-    assert not trace.exists()
-
-
-def test_pieces_that_name_code_are_refused_and_not_run(spoiled: Path, dense: Path) -> None:
-    """The tensors' own bytes are a pickle too."""
-    trace = spoiled / "trace"
-    evil = spoiled / "evil"
-    torch.save(_Runs(os.system, f"touch {trace}"), evil)
-    for file in (spoiled / "weights").glob("*.distcp"):
-        content = evil.read_bytes()
-        file.write_bytes((content * (file.stat().st_size // len(content) + 1))[: file.stat().st_size])
-    with pytest.raises(CheckpointError, match="damaged data"):
-        export_checkpoint(spoiled, dense, spoiled.parent / "hf", spec=SPEC)
-    assert not trace.exists()
 
 
 def test_a_slice_of_a_checkpoint_is_put_together_from_all_ranks(saved: Path, dense: Path) -> None:
