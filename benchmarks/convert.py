@@ -4,10 +4,11 @@
     python -m benchmarks.convert smollm2    # one of the models
 
 Everything ends with the bytes on the disk (`sync -f`), and starts with the source, or what `cp` copies, in the page
-cache. `smollm2` is the real model; `llama1b` has Llama 3.2 1B's shapes and random weights; `llama8b` has Llama 3 8B's
-shapes in a sparse file, and its output is larger than the memory of most laptops: its memory is of interest, and no
-`cp` could have it in the page cache. mergekit is installed in an environment of its own, on first use, and given
-the same parent once for every expert, with random gates: the only mode that reads no prompts.
+cache; the competitors take turns. `smollm2` is the real model; `llama1b` has Llama 3.2 1B's shapes and random weights;
+`llama8b` has Llama 3 8B's shapes in a sparse file, and its output is larger than the memory of most laptops: its memory
+is of interest, no `cp` could have it in the page cache, and on a virtual disk its zeros may cost less than weights.
+mergekit is installed in an environment of its own, on first use, and given the same parent once for every expert, with
+random gates: the only mode that reads no prompts.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 import venv
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory, gettempdir
 
 import yaml
@@ -31,8 +33,19 @@ from benchmarks.upcycle import dense_folder
 RESULTS = Path(__file__).parent / "results" / "convert.md"
 #: Name -> experts and top-k.
 MODELS = {"smollm2": (8, 2), "llama1b": (4, 2), "llama8b": (2, 1)}
+COPY = "cp -r of the output"
 MERGEKIT = "mergekit==0.1.5"
 REPEATS = 3
+
+
+#: Runs a command and says how much memory it took: a process as small as this one, for a child's peak begins with
+#: the memory of the process that starts it.
+_WATCH = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, used = os.wait4(process.pid, 0)
+print(status, used.ru_maxrss)
+"""
 
 
 @dataclass(frozen=True)
@@ -48,14 +61,13 @@ def measure(command: list[str], output: Path) -> Run:
     shutil.rmtree(output, ignore_errors=True)
     subprocess.run(["sync", "-f", str(output.parent)], check=True)
     start_s = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    said = process.stderr.read() if process.stderr else ""
-    _, status, used = os.wait4(process.pid, 0)
+    done = subprocess.run([sys.executable, "-S", "-c", _WATCH, *command], capture_output=True, text=True)
     subprocess.run(["sync", "-f", str(output.parent)], check=True)
     seconds = time.perf_counter() - start_s
+    status, peak_kib = map(int, done.stdout.split())
     if status:
-        raise SystemExit(f"{' '.join(command)} failed:\n{said[-2000:]}")
-    return Run(seconds, used.ru_maxrss / 2**20)
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return Run(seconds, peak_kib / 2**20)
 
 
 def mergekit_command(source: Path, experts: int, top_k: int, folder: Path, output: Path) -> list[str]:
@@ -94,8 +106,8 @@ def _warm(folder: Path) -> None:
                 pass
 
 
-def runs_of(model: str, folder: Path) -> tuple[dict[str, Run], float]:
-    """Measure everything on one model; return the median runs and the GB of our output."""
+def runs_of(model: str, folder: Path) -> tuple[dict[str, list[Run]], float]:
+    """Measure everything on one model; return all runs and the GB of our output."""
     experts, top_k = MODELS[model]
     source, ours, copied = source_of(model, folder), folder / "ours", folder / "copied"
     convert = ["convert", str(source), str(ours), "--experts", str(experts), "--top-k", str(top_k)]
@@ -103,33 +115,37 @@ def runs_of(model: str, folder: Path) -> tuple[dict[str, Run], float]:
         "nemo-upcycle convert": ([str(Path(sys.executable).with_name("nemo-upcycle")), *convert], source, ours)
     }
     if model != "llama8b":
-        commands["cp -r of the output"] = (["cp", "-r", str(ours), str(copied)], ours, copied)
+        commands[COPY] = (["cp", "-r", str(ours), str(copied)], ours, copied)
     if model == "smollm2":
         merged = folder / "merged"
         command = mergekit_command(source, experts, top_k, folder, merged)
         commands["mergekit-moe"] = (command, source, merged)
-    found = {}
-    for name, (command, reads, writes) in commands.items():
-        runs = []
-        for _ in range(REPEATS if model != "llama8b" else 1):
+    found: dict[str, list[Run]] = {name: [] for name in commands}
+    for _ in range(REPEATS if model != "llama8b" else 1):  # in turn, for the speed of a machine changes
+        for name, (command, reads, writes) in commands.items():
             _warm(reads)
-            runs.append(measure(command, writes))
-        found[name] = sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
+            found[name].append(measure(command, writes))
     return found, sum(path.stat().st_size for path in ours.iterdir()) / 1e9
 
 
 def table(models: list[str]) -> str:
     """Return the results as Markdown."""
-    rows = ["| model | what | written, GB | time, s | against cp | peak RSS, GiB |", "|---|---|---:|---:|---:|---:|"]
+    rows = [
+        "| model | what | written, GB | time, s: median (all) | against cp | peak RSS, GiB |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
     for model in models:
         experts, top_k = MODELS[model]
         with TemporaryDirectory(prefix="nemo-upcycle-convert-", dir=Path.cwd()) as folder:
             found, size_gb = runs_of(model, Path(folder))
-        copy = found.get("cp -r of the output")
-        for name, run in found.items():
-            ratio = f"{run.seconds / copy.seconds:.2f}x" if copy else ""
-            label = f"{model} -> E{experts}T{top_k}"
-            rows.append(f"| {label} | {name} | {size_gb:.1f} | {run.seconds:.1f} | {ratio} | {run.peak_rss_gib:.2f} |")
+        copy_s = median(run.seconds for run in found[COPY]) if COPY in found else None
+        for name, runs in found.items():
+            middle_s = median(run.seconds for run in runs)
+            ratio = f"{middle_s / copy_s:.2f}x" if copy_s else ""
+            every = ", ".join(f"{run.seconds:.1f}" for run in runs)
+            peak_gib = max(run.peak_rss_gib for run in runs)
+            label = f"{model} -> E{experts}T{top_k} | {name} | {size_gb:.1f}"
+            rows.append(f"| {label} | {middle_s:.1f} ({every}) | {ratio} | {peak_gib:.2f} |")
             print(rows[-1], flush=True)
     return "\n".join(rows) + "\n"
 
@@ -137,7 +153,7 @@ def table(models: list[str]) -> str:
 def main(arguments: list[str]) -> None:
     """Measure, print, and keep the table."""
     models = arguments or list(MODELS)
-    how = f"`python -m benchmarks.convert`, {os.cpu_count()} cores, median of {REPEATS} runs, for llama8b one"
+    how = f"`python -m benchmarks.convert`, {os.cpu_count()} cores, {REPEATS} runs in turn, for llama8b one"
     text = f"{how}\n\n{table(models)}"
     print(text)
     if models == list(MODELS):
