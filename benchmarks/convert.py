@@ -5,7 +5,7 @@
 
 Everything ends with the bytes on the disk (`sync -f`), and starts with the source, or what `cp` copies, in the page
 cache; the competitors take turns. `smollm2` is the real model; `llama1b` has Llama 3.2 1B's shapes and random weights;
-`llama8b` has Llama 3 8B's shapes in a sparse file, and its output is larger than most laptops' memory: its own memory is
+`llama8b` has Llama 3 8B's shapes in a sparse file, and its output is larger than most laptops' memory: its own is
 of interest, no `cp` could have it in the page cache, and on a virtual disk its zeros may cost less than weights.
 mergekit is installed in an environment of its own, on first use, and given the same parent once for every expert, with
 random gates: the only mode that reads no prompts.
