@@ -13,7 +13,6 @@ random gates: the only mode that reads no prompts.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from tempfile import TemporaryDirectory, gettempdir
 import yaml
 
 from benchmarks.bytes_read import write_sparse
-from benchmarks.upcycle import dense_folder
+from benchmarks.upcycle import dense_folder, tabulate
 
 
 RESULTS = Path(__file__).parent / "results" / "convert.md"
@@ -152,13 +151,7 @@ def table(models: list[str]) -> str:
 
 def main(arguments: list[str]) -> None:
     """Measure, print, and keep the table."""
-    models = arguments or list(MODELS)
-    how = f"`python -m benchmarks.convert`, {os.cpu_count()} cores, {REPEATS} runs in turn, for llama8b one"
-    text = f"{how}\n\n{table(models)}"
-    print(text)
-    if models == list(MODELS):
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(text, encoding="utf-8")
+    tabulate(arguments, MODELS, table, RESULTS, f"{REPEATS} runs in turn, for llama8b one")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import gettempdir
@@ -171,6 +171,26 @@ def table(models: list[str]) -> str:
     return "\n".join(rows) + "\n"
 
 
+def tabulate(
+    arguments: list[str], known: Iterable[str], table: Callable[[list[str]], str], results: Path, how: str
+) -> None:
+    """Print the table of the models that the command names; with none named, of all, and keep it.
+
+    Args:
+        arguments: of the command.
+        known: every model.
+        table: makes the table.
+        results: the file that it is kept in, named like the benchmark.
+        how: often was measured.
+    """
+    command = f"`python -m benchmarks.{results.stem}`, {os.cpu_count()} cores, {how}"
+    text = f"{command}\n\n{table(arguments or list(known))}"
+    print(text)
+    if not arguments:
+        results.parent.mkdir(exist_ok=True)
+        results.write_text(text, encoding="utf-8")
+
+
 def main(arguments: list[str]) -> None:
     """Measure, print, and keep the table."""
     if arguments[:1] == ["--worker"]:
@@ -180,14 +200,9 @@ def main(arguments: list[str]) -> None:
         with one_rank():
             print(json.dumps(WORKERS[worker](dense_folder(model), *MODELS[model])))
         return
-    models = arguments or list(MODELS)
-    for model in models:
+    for model in arguments or MODELS:
         dense_folder(model)
-    text = f"`python -m benchmarks.upcycle`, {os.cpu_count()} cores, median of {REPEATS}\n\n{table(models)}"
-    print(text)
-    if models == list(MODELS):
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(text, encoding="utf-8")
+    tabulate(arguments, MODELS, table, RESULTS, f"median of {REPEATS}")
 
 
 if __name__ == "__main__":
