@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.errors import CheckpointError, problem
 from nemo_upcycle.files import read_json
-from nemo_upcycle.hf_settings import DENSE_CLASSES as DENSE_CLASSES
-from nemo_upcycle.hf_settings import MOE_CLASSES as MOE_CLASSES
 from nemo_upcycle.hf_settings import Settings, settings_of
 from nemo_upcycle.spec import UpcycleSpec
 

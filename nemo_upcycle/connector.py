@@ -133,7 +133,7 @@ def check_spec(config: Any, spec: UpcycleSpec) -> None:
     capacity = getattr(config, "moe_expert_capacity_factor", None)
     pad = bool(getattr(config, "moe_pad_expert_input_to_capacity", False))
     # Megatron takes a negative factor for none.
-    check_capacity(capacity if capacity and capacity > 0 else None, pad, spec.num_experts, spec.top_k)
+    check_capacity(None if capacity is None or capacity < 0 else capacity, pad, spec.num_experts, spec.top_k)
     if (routing := getattr(config, "moe_router_load_balancing_type", None)) == "sinkhorn":
         expected, fix = "a type that leaves the router's scores alone", "use aux_loss or none"
         name = "model.config.moe_router_load_balancing_type"

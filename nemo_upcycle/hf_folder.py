@@ -16,9 +16,9 @@ from nemo_upcycle.files import read_json, require_disk, write_json
 from nemo_upcycle.hf_settings import ACTIVATIONS
 from nemo_upcycle.progress import ProgressLine
 from nemo_upcycle.sources.checks import require_finite
+from nemo_upcycle.sources.safetensors_folder import INDEX
 
 
-INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 #: What travels with the weights unchanged: a tokenizer saved again by a newer library may not open in an older one.

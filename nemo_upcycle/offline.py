@@ -31,7 +31,6 @@ from nemo_upcycle.files import (
     write_json,
 )
 from nemo_upcycle.hf_folder import (
-    INDEX,
     MAX_SHARD_BYTES,
     copy_companions,
     require_dtype,
@@ -44,6 +43,7 @@ from nemo_upcycle.progress import ProgressLine
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.branches import require_copies
 from nemo_upcycle.sources.checks import BrokenWeights, check_shapes, check_source, rounded_because
+from nemo_upcycle.sources.safetensors_folder import INDEX
 from nemo_upcycle.spec import UpcycleSpec
 
 

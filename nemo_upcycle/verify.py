@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from nemo_upcycle.architecture import MOE_CLASSES
 from nemo_upcycle.compare_weights import WeightGroup, compare_weights
 from nemo_upcycle.errors import CheckpointError, UpcycleError, problem
+from nemo_upcycle.hf_settings import MOE_CLASSES
 from nemo_upcycle.progress import ProgressLine
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder

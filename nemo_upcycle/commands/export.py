@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nemo_upcycle.commands.common import add_dtype, add_json, add_spec_options, dtype_of, given_spec, show
 from nemo_upcycle.errors import UpcycleError, problem
-from nemo_upcycle.files import MARKER, read_json, require_replaceable
+from nemo_upcycle.files import MARKER, read_json
 from nemo_upcycle.receipt import read_receipt, spec_of
 
 
@@ -47,9 +47,8 @@ def run(args: argparse.Namespace) -> int:
         fix = "add --dense FOLDER, or --receipt FILE of the run"
         raise UpcycleError(problem("dense parent", got="none", expected="its Hugging Face folder", fix=fix))
     dtype = dtype_of(args.dtype or "bfloat16")
-    from nemo_upcycle.export import MADE_BY, export_checkpoint
+    from nemo_upcycle.export import export_checkpoint
 
-    require_replaceable(args.output, MADE_BY)
     assert dtype is not None
     folder = export_checkpoint(args.checkpoint, dense, args.output, spec=spec, dtype=dtype)
     marker = read_json(folder / MARKER)

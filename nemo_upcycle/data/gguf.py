@@ -21,6 +21,7 @@ from nemo_upcycle.data.gguf_tokenizer import write_tokenizer
 from nemo_upcycle.errors import CheckpointError, UpcycleError, problem, unknown
 from nemo_upcycle.files import MARKER, output_folder, require_disk, write_json
 from nemo_upcycle.progress import ProgressLine
+from nemo_upcycle.sources.safetensors_folder import INDEX
 
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -205,4 +206,4 @@ def _write_weights(tensors: Any, config: dict[str, Any], dtype: torch.dtype, fol
             shutil.copymode(folder / "config.json", folder / file)  # safetensors makes files only their owner may read
     if count > 1:
         total = sum(int(tensor.n_elements) for tensor in tensors) * dtype.itemsize
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})

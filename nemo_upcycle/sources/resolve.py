@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from nemo_upcycle.architecture import DENSE_CLASSES
 from nemo_upcycle.errors import CheckpointError, problem, unknown
+from nemo_upcycle.hf_settings import DENSE_CLASSES
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.branches import Branches
 from nemo_upcycle.sources.megatron_checkpoint import MegatronCheckpoint, is_megatron

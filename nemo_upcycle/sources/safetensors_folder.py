@@ -26,7 +26,8 @@ from nemo_upcycle.sources.mapped_files import MappedFiles, Stored, row_major
 
 #: The format's names of the types that weights come in.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_INDEX = "model.safetensors.index.json"
+#: Says which tensor lies in which of several files.
+INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000
 #: Types of the format that quantized weights come in: integers, and floats of a byte or less.
@@ -86,18 +87,18 @@ def _fields(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
 
 def _files_of(folder: Path) -> dict[str, set[str]]:
     """Return the folder's files, and for each the tensors that the index expects in it."""
-    if (folder / _INDEX).is_file():
-        index = read_json(folder / _INDEX)
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
-            raise _broken(folder / _INDEX, "no weight_map", "an index with a weight_map")
+            raise _broken(folder / INDEX, "no weight_map", "an index with a weight_map")
         files: dict[str, set[str]] = {}
         for name, file in weight_map.items():
             files.setdefault(str(file), set()).add(name)
         # transformers would take the single file then. Nothing tells which of the two is the stale one.
         if (folder / _SINGLE).is_file() and set(files) != {_SINGLE}:
-            got, expected = f"{_INDEX} (naming {min(files)}) and {_SINGLE}", "one of the two"
-            fix = f"remove {_INDEX} with its shards, or {_SINGLE}: whichever is the old one"
+            got, expected = f"{INDEX} (naming {min(files)}) and {_SINGLE}", "one of the two"
+            fix = f"remove {INDEX} with its shards, or {_SINGLE}: whichever is the old one"
             raise CheckpointError(problem(str(folder), got=got, expected=expected, fix=fix))
         return dict(sorted(files.items()))
     if (folder / _SINGLE).is_file():
@@ -106,7 +107,7 @@ def _files_of(folder: Path) -> dict[str, set[str]]:
     raise CheckpointError(
         problem(
             str(folder),
-            got=f"no {_SINGLE} and no {_INDEX}" + (f", but {', '.join(other[:3])}" if other else ""),
+            got=f"no {_SINGLE} and no {INDEX}" + (f", but {', '.join(other[:3])}" if other else ""),
             expected="weights as safetensors",
             fix="save the model with safe_serialization=True" if other else "check the path",
         )
@@ -145,7 +146,7 @@ class SafetensorsFolder(OneModel):
         if path.parent != self.path or not path.is_file():
             raise CheckpointError(
                 problem(
-                    f"{self.path / _INDEX}",
+                    f"{self.path / INDEX}",
                     got=f"the shard {file}, which does not exist",
                     expected="every shard that the index names",
                     fix="download the missing shard",
@@ -153,7 +154,7 @@ class SafetensorsFolder(OneModel):
             )
         stored, digest = _read_header(path)
         if absent := sorted(names - stored.keys()):
-            raise _broken(path, f"no {absent[0]}", f"the tensors that {_INDEX} places there")
+            raise _broken(path, f"no {absent[0]}", f"the tensors that {INDEX} places there")
         if twice := sorted(stored.keys() & self._stored.keys()):
             raise _broken(path, f"{twice[0]}, which {self._stored[twice[0]].file} holds too", "every tensor once")
         self._headers[file] = digest

@@ -9,15 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_upcycle.architecture import (
-    DENSE_CLASSES,
-    MOE_CLASSES,
-    activation_of,
-    architecture_from_config,
-    read_architecture,
-)
+from nemo_upcycle.architecture import activation_of, architecture_from_config, read_architecture
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.hf_folder import moe_config
+from nemo_upcycle.hf_settings import DENSE_CLASSES, MOE_CLASSES
 from nemo_upcycle.spec import UpcycleSpec
 
 
