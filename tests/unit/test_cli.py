@@ -152,7 +152,11 @@ def test_export_finds_the_spec_in_the_runs_receipt(
     assert main(["verify", str(dense), str(tmp_path / "hf"), "--weights-only"]) == 0
     capsys.readouterr()
     assert "spec: got num_experts=8" in _fails(capsys, "export", checkpoint, str(tmp_path / "x"), "--experts", "8")
-    assert "files that are not ours" in _fails(capsys, "export", checkpoint, str(dense))
+    assert "got the same folder" in _fails(capsys, "export", checkpoint, str(dense))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine", encoding="utf-8")
+    assert "files that are not ours" in _fails(capsys, "export", checkpoint, str(other))
 
 
 def test_doctor_reads_the_packages_own_pins(
