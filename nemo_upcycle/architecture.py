@@ -7,7 +7,7 @@ H attention heads, G key-value groups, K head dim, L layers.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,7 @@ class Architecture:
     zero_centered_norm: bool = False
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None
+    rope_scaling: dict[str, Any] | None = field(default=None, hash=False)  # a dict has no hash
     max_positions: int = 4096
     sliding_window: int | None = None
     num_experts: int | None = None

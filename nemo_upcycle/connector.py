@@ -2,37 +2,30 @@
 
 Every rank reads only the dense slices that its own parameters are made of and expands them into its own expert shard
 (the idea of arXiv 2412.09952, section 2.3). No dense model is built, nothing is gathered or sent between ranks.
-The work is planned and checked as a whole first (`placement.py`); nothing is written until the plan is sound.
+The work is planned and checked as a whole first (`placement.py`); nothing is written until the plan is sound. Then
+`filling.py` moves the bytes.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from nemo_upcycle.architecture import Architecture, activation_of, same_frequencies
 from nemo_upcycle.errors import CheckpointError, SpecError, problem
-from nemo_upcycle.init.experts import ExpertMatrix, change, fill_copies, output_factor
-from nemo_upcycle.init.router import router_weight
-from nemo_upcycle.mapping import Cut
+from nemo_upcycle.filling import Progress, fill, scale_of
 from nemo_upcycle.placement import Place, Target, filled_bytes, targets_of
 from nemo_upcycle.receipt import ParameterRecord, UpcycleReceipt
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.branches import require_copies
-from nemo_upcycle.sources.checks import check_shapes, check_source, require_finite
+from nemo_upcycle.sources.checks import check_shapes, check_source
 from nemo_upcycle.spec import UpcycleSpec, check_capacity
-
-
-#: Called after every filled parameter with its name and the bytes written.
-Progress = Callable[[str, int], None]
 
 
 def upcycle_into(
@@ -191,12 +184,7 @@ def _fill(
     if spec:
         require_copies(dense, spec.copies)
     start_s, bytes_before = time.monotonic(), dense.bytes_read
-    for number, target in enumerate(targets):
-        for ahead in targets[number + 1 : number + 2]:
-            _expect(ahead, dense)
-        _write(target, dense, spec, arch)
-        if progress:
-            progress(target.names[0], sum(tensor.nbytes for tensor in target.tensors))
+    fill(targets, dense, spec, progress)
     seconds = time.monotonic() - start_s
     reasons = (*(spec.inexact_because if spec else ()), *dense.inexact_because(), *_changed_by(models[0], made, spec))
     return UpcycleReceipt(
@@ -232,83 +220,6 @@ def _changed_by(model: Any, made: Architecture, spec: UpcycleSpec | None) -> Ite
         yield f"window_size={window} is not the dense model's attention: {exact} in every layer would be"
 
 
-def _source(target: Target, dense: DenseSource) -> DenseSource:
-    return dense if target.branch is None else dense.branches()[target.branch]
-
-
-def _expect(target: Target, dense: DenseSource) -> None:
-    """Let the slices of the next target be fetched while this one is filled."""
-    for name, bounds in filled_bytes(target):
-        _source(target, dense).expect(name, bounds)
-
-
-def _write(target: Target, dense: DenseSource, spec: UpcycleSpec | None, arch: Architecture) -> None:
-    first = target.tensors[0]
-    if target.row.role == "router":
-        assert spec is not None
-        assert target.layer is not None
-        first.copy_(router_weight(spec, target.layer, arch.hidden_size))
-        return
-    if target.row.role == "router_bias":
-        first.zero_()
-        return
-    source = _source(target, dense)
-    covered = 0
-    for piece in target.pieces:
-        view = piece.view(first)
-        slice_ = source.read(target.hf_name(piece.part), piece.source)
-        require_finite(slice_, target.hf_name(piece.part), source)
-        view.copy_(slice_.unflatten(0, view.shape[:2]))
-        covered += view.numel()
-    if covered < first.numel():  # the vocabulary's padding rows
-        rows = covered // first[0].numel()
-        first[rows:].zero_()
-    scale = _scale(target, spec)
-    if scale != 1.0:
-        first.mul_(scale)
-    if target.experts and spec:
-        fill_copies(list(target.tensors))
-        if spec.method != "copy":
-            for matrix in _matrices(target, source, scale):
-                change(spec, matrix)
-
-
-def _scale(target: Target, spec: UpcycleSpec | None) -> float:
-    """Return the factor on a target: of the spec's formulas, for what is behind an expert's activation."""
-    if spec is None:
-        return 1.0
-    return output_factor(spec, target.row.role, target.experts[0] if target.experts else 0)
-
-
-def _matrices(target: Target, source: DenseSource, scale: float) -> Iterator[ExpertMatrix]:
-    """Yield the gate, up or down matrices of the target's experts, neuron by neuron; biases are not changed."""
-    if target.tensors[0].dim() < 2:
-        return
-    is_down = target.row.cut is Cut.NEURON_COLUMNS
-    parts = ("down",) if is_down else ("gate", "up")[-len(target.row.hf) :]
-    assert target.layer is not None
-    for expert, tensor in zip(target.experts, target.tensors, strict=True):
-        views = [tensor.T] if is_down else list(tensor.chunk(len(parts)))
-        for number, (part, view) in enumerate(zip(parts, views, strict=True)):
-            whole = functools.cache(functools.partial(_whole, target, source, number, view, scale))
-            yield ExpertMatrix(target.layer, expert, part, target.shard.rank * view.shape[0], view, whole)
-
-
-def _whole(target: Target, source: DenseSource, part: int, local_FD: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return all neurons of an expert's matrix; read once more where tensor parallelism left some of them here."""
-    if target.shard.size == 1:
-        return local_FD.clone()
-    assert target.source is not None
-    name, count = target.hf_name(part), local_FD.shape[0] * target.shard.size
-    neurons = (target.first_neuron, target.first_neuron + count)
-    rows, columns = source.shape(name)
-    if target.row.cut is Cut.NEURON_COLUMNS:
-        whole_FD = source.read(name, [(0, rows), neurons]).T
-    else:
-        whole_FD = source.read(name, [neurons, (0, columns)])
-    return whole_FD.to(local_FD) * scale
-
-
 def _bytes_needed(targets: list[Target], dense: DenseSource) -> int:
     """Return the bytes of the distinct slices that this rank's parameters are made of."""
     slices = {(target.branch, *slice_) for target in targets for slice_ in filled_bytes(target)}
@@ -330,14 +241,14 @@ def _records(target: Target, spec: UpcycleSpec | None, hashes: bool) -> list[Par
             f"{branch}{name}[{', '.join(f'{start}:{stop}' for start, stop in bounds)}]"
             for name, bounds in filled_bytes(target)
         )
-        made_by = "copied" if (scale := _scale(target, spec)) == 1 else f"copied, times {scale:.6g}"
+        made_by = "copied" if (scale := scale_of(target, spec)) == 1 else f"copied, times {scale:.6g}"
         if spec and target.experts and spec.method != "copy" and target.tensors[0].dim() > 1:
             amount = {"noise": f"std {spec.noise_std}", "drop": f"ratio {spec.drop_ratio}"}[spec.method]
             made_by += f", {spec.method} ({amount}, seed {spec.seed})"
     first = target.tensors[0]
-    record = ParameterRecord("", tuple(first.shape), str(first.dtype).removeprefix("torch."), made_by, sources)
+    shape, dtype = tuple(first.shape), str(first.dtype).removeprefix("torch.")
     return [
-        replace(record, name=name, sha256=_sha256(tensor) if hashes else None)
+        ParameterRecord(name, shape, dtype, made_by, sources, _sha256(tensor) if hashes else None)
         for name, tensor in zip(target.names, target.tensors, strict=True)
     ]
 

@@ -248,15 +248,26 @@ def row_of_hf(hf_name: str, arch: Architecture) -> tuple[Row, int, int, int]:
     Raises:
         CheckpointError: the table has no such tensor.
     """
-    layer, expert = (re.search(rf"\.{kind}\.(\d+)\.", hf_name) for kind in ("layers", "experts"))
-    numbers = {"layer": int(layer[1]) if layer else 0, "expert": int(expert[1]) if expert else 0}
-    for row in (row_of(row.role, arch) for row in ROWS):
-        for part, template in enumerate(row.names(arch)):
-            if template.format(**numbers) == hf_name:
-                return row, part, numbers["layer"], numbers["expert"]
-    raise CheckpointError(f"{hf_name} is not in the mapping table")
+    numbers = dict(_NUMBER.findall(hf_name))
+    row, part = _templates(arch).get(_NUMBER.sub(r".\1.{\1}", hf_name), (None, 0))
+    if row is None:
+        raise CheckpointError(f"{hf_name} is not in the mapping table")
+    return row, part, int(numbers.get("layers", 0)), int(numbers.get("experts", 0))
 
 
+#: The numbers in a Hugging Face name.
+_NUMBER = re.compile(r"\.(layers|experts)\.(\d+)(?=\.)")
+
+
+@functools.cache
+def _templates(arch: Architecture) -> dict[str, tuple[Row, int]]:
+    """Return row and part of every Hugging Face name, numbers left open."""
+    rows = [row_of(row.role, arch) for row in ROWS]
+    named = [(name, (row, part)) for row in rows for part, name in enumerate(row.names(arch))]
+    return {name.format(layer="{layers}", expert="{experts}"): found for name, found in reversed(named)}
+
+
+@functools.cache
 def find_row(name: str, *, in_layer: bool) -> tuple[Row, int | None] | None:
     """Return the row of a Megatron parameter and the expert number in its name; None where the table has none.
 

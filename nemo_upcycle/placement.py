@@ -95,11 +95,12 @@ def targets_of(
         SpecError: a parameter cannot be filled through views.
     """
     granularity = spec.granularity if spec else 1
+    layers = [layer.layer_number - 1 for layer in model.decoder.layers]
     grouped: dict[Any, list[tuple[int, str, torch.Tensor]]] = {}
     found: dict[int | None, dict[str, str]] = {}
     unknown_names = []
     for name, parameter in model.named_parameters():
-        layer, inner = _split(name, model)
+        layer, inner = _split(name, layers)
         match = find_row(inner, in_layer=layer is not None)
         if match is None:
             unknown_names.append(name)
@@ -111,7 +112,7 @@ def targets_of(
             expert = place.experts.rank * (made.num_experts or 0) // place.experts.size + local
             part = (expert % granularity, branch_of(expert // granularity))
         grouped.setdefault((row.role, layer, part), []).append((expert or 0, name, _plain(name, parameter)))
-    _check_roles(unknown_names, found, made, [layer.layer_number - 1 for layer in model.decoder.layers])
+    _check_roles(unknown_names, found, made, layers)
     if model.post_process and not dense.tied_embeddings and "output" not in found.get(None, {}):
         fix = "set share_embeddings_and_output_weights to False"
         expected = "output_layer.weight: the dense checkpoint has one of its own"
@@ -136,13 +137,13 @@ def _number(member: tuple[int, str, torch.Tensor]) -> int:
     return member[0]
 
 
-def _split(name: str, model: Any) -> tuple[int | None, str]:
+def _split(name: str, layers: list[int]) -> tuple[int | None, str]:
     """Return the layer's number in the whole model (None outside the layers) and the name inside it."""
     prefix = "decoder.layers."
     if not name.startswith(prefix):
         return None, name
     local, _, inner = name.removeprefix(prefix).partition(".")
-    return model.decoder.layers[int(local)].layer_number - 1, inner
+    return layers[int(local)], inner
 
 
 def _check_roles(
@@ -191,7 +192,7 @@ def _target(
         return Target(names, row, layer, tensors, (), None, (), None, shard)
     source = row_of("embedding" if role == "output" and dense.tied_embeddings else row.dense_role, dense)
     first_neuron = part[0] * (made.expert_ffn_size or 0) if part else 0
-    made_of = tuple(pieces(source, dense, shard, shape, first_neuron))
+    made_of = pieces(source, dense, shard, shape, first_neuron)
     experts = tuple(expert for expert, _, _ in members) if part else ()
     branch = part[1] if part else None
     return Target(names, row, layer, tensors, experts, source, made_of, branch, shard, first_neuron)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +36,18 @@ class Piece:
     rows: tuple[int, int]
 
     def view(self, shard: torch.Tensor) -> torch.Tensor:
-        """Return the rows of a Megatron shard that this piece is, as a view of shape [blocks, rows, ...]."""
+        """Return the rows of a Megatron shard that this piece is, as a view.
+
+        Its shape is the slice's; with more than one block [blocks, rows, ...].
+        """
+        if self.blocks == 1:
+            return shard if self.rows == (0, shard.shape[0]) else shard[self.rows[0] : self.rows[1]]
         blocked = shard.view(self.blocks, shard.shape[0] // self.blocks, *shard.shape[1:])
         return blocked[:, self.rows[0] : self.rows[1]]
+
+    def seen(self, slice_: torch.Tensor) -> torch.Tensor:
+        """Return the slice in the shape of `view`."""
+        return slice_ if self.blocks == 1 else slice_.unflatten(0, (self.blocks, self.rows[1] - self.rows[0]))
 
 
 def ffn_size(row: Row, arch: Architecture) -> int:
@@ -66,6 +76,7 @@ def hf_shape(row: Row, part: int, arch: Architecture) -> tuple[int, ...]:
     return shapes.get(row.dense_role, (arch.hidden_size,))
 
 
+@functools.cache
 def shard_shape(row: Row, arch: Architecture, shard: Shard, padded_vocab: int | None = None) -> tuple[int, ...]:
     """Return the shape of a rank's shard of a Megatron parameter.
 
@@ -87,9 +98,10 @@ def shard_shape(row: Row, arch: Architecture, shard: Shard, padded_vocab: int | 
     return first
 
 
+@functools.cache
 def pieces(
     row: Row, arch: Architecture, shard: Shard, local_shape: tuple[int, ...], first_neuron: int = 0
-) -> list[Piece]:
+) -> tuple[Piece, ...]:
     """Return the slices that make up a rank's shard of a parameter.
 
     Args:
@@ -109,21 +121,21 @@ def pieces(
     shapes = [hf_shape(row, part, arch) for part in range(len(row.hf))]
     rest = [tuple((0, size) for size in shape[1:]) for shape in shapes]
     if row.cut is Cut.REPLICATED:
-        return [Piece(0, ((0, shapes[0][0]), *rest[0]), 1, (0, local_shape[0]))]
+        return (Piece(0, ((0, shapes[0][0]), *rest[0]), 1, (0, local_shape[0])),)
     if row.cut in (Cut.COLUMNS, Cut.NEURON_COLUMNS):
         start = first_neuron + shard.rank * local_shape[1]
-        return [Piece(0, ((0, shapes[0][0]), (start, start + local_shape[1])), 1, (0, local_shape[0]))]
+        return (Piece(0, ((0, shapes[0][0]), (start, start + local_shape[1])), 1, (0, local_shape[0])),)
     if row.cut is Cut.VOCABULARY:
         start = shard.rank * local_shape[0]
         stop = min(start + local_shape[0], arch.vocab_size)
-        return [Piece(0, ((start, stop), *rest[0]), 1, (0, stop - start))] if stop > start else []
+        return (Piece(0, ((start, stop), *rest[0]), 1, (0, stop - start)),) if stop > start else ()
     if row.cut in (Cut.GATED, Cut.NEURON_ROWS):
         neurons = local_shape[0] // len(row.hf)
         start = first_neuron + shard.rank * neurons
-        return [
+        return tuple(
             Piece(part, ((start, start + neurons), *rest[part]), 1, (part * neurons, (part + 1) * neurons))
             for part in range(len(row.hf))
-        ]
+        )
     groups = arch.num_kv_heads // shard.size
     found, row_start = [], 0
     for part, heads in enumerate((arch.heads_per_group, 1, 1)):
@@ -131,4 +143,4 @@ def pieces(
         source = ((shard.rank * groups * rows, (shard.rank + 1) * groups * rows), *rest[part])
         found.append(Piece(part, source, groups, (row_start, row_start + rows)))
         row_start += rows
-    return found
+    return tuple(found)

@@ -9,7 +9,7 @@ neurons lie in and uses its part, so that any layout, and a conversion without a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,16 +43,18 @@ class ExpertMatrix:
     whole_FD: Callable[[], torch.Tensor]
 
 
-def fill_copies(experts: list[torch.Tensor]) -> None:
+def fill_copies(experts: Sequence[torch.Tensor]) -> None:
     """Make every expert's matrix the first one's. Exact: the copies carry the same bits.
 
     The dense slice was read straight into the first expert, so no copy of it exists anywhere else.
 
     Args:
-        experts: the matrices of this rank's experts that hold the same slice, one shape; the first holds it already.
+        experts: the matrices, or the same part of them, of this rank's experts that hold the same slice, one shape;
+            the first holds it already.
     """
-    for other in experts[1:]:
-        other.copy_(experts[0])
+    first, *others = experts
+    if others:
+        torch._foreach_copy_(others, [first] * len(others))
 
 
 def output_factor(spec: UpcycleSpec, role: str, expert: int) -> float:
@@ -127,7 +129,7 @@ def _blocks(spec: UpcycleSpec, matrix: ExpertMatrix) -> Iterator[tuple[slice, to
     first, count = matrix.first, matrix.local_FD.shape[0]
     for block in range(first // BLOCK, -(-(first + count) // BLOCK)):
         generator = block_generator(spec.seed, spec.method, matrix.layer, matrix.expert, matrix.part, block)
-        numbers_FD = normal((BLOCK, matrix.local_FD.shape[1]), generator)
+        numbers_FD = normal((BLOCK, matrix.local_FD.shape[1]), [generator])[0]
         start, stop = max(first, block * BLOCK), min(first + count, (block + 1) * BLOCK)
         rows = numbers_FD[start - block * BLOCK : stop - block * BLOCK]
         yield slice(start - first, stop - first), rows.to(matrix.local_FD.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -25,8 +26,16 @@ def block_generator(seed: int, *name: object) -> torch.Generator:
     return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def normal(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Return standard normal numbers in float64.
+def uniform(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Return float64 numbers between 0 and 1, of one block for each generator: [len(generators), *shape]."""
+    drawn = torch.empty((len(generators), *shape), dtype=torch.float64)
+    for block, generator in zip(drawn, generators, strict=True):
+        torch.rand(shape, generator=generator, out=block)
+    return drawn
+
+
+def normal(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Return standard normal numbers in float64, of one block for each generator: [len(generators), *shape].
 
     Box-Muller in float64 on the generator's uniform numbers: `torch.randn` takes other code paths, with other last
     bits, on processors with other vector units. Logarithm, root and cosine may still differ there in the last bit of
@@ -34,5 +43,5 @@ def normal(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     one such difference in 2^29 shows in float32, and one in 2^45 in bfloat16. Among billions of float32 numbers a few
     may thus differ between processors; on one kind of processor all bits are the same.
     """
-    uniform = torch.rand((2, *shape), generator=generator, dtype=torch.float64)
-    return torch.sqrt(-2.0 * torch.log1p(-uniform[0])) * torch.cos(2.0 * math.pi * uniform[1])
+    drawn = uniform((2, *shape), generators)
+    return torch.sqrt(-2.0 * torch.log1p(-drawn[:, 0])) * torch.cos(2.0 * math.pi * drawn[:, 1])

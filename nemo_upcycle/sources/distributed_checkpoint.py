@@ -198,7 +198,7 @@ class DistributedCheckpoint:
         Raises:
             CheckpointError: there is no such tensor, a piece is damaged or the pieces do not cover the slice.
         """
-        bounds = bounds_of(f"{self.path}: {name}", self.shape(name), index)
+        bounds = bounds_of(self.path, name, self.shape(name), index)
         parts = list(self._parts(name, bounds))
         if len(parts) == 1 and parts[0][0] == bounds:
             result = self._files.read(name, *parts[0][1:])
@@ -215,7 +215,7 @@ class DistributedCheckpoint:
 
     def expect(self, name: str, index: Index | None = None) -> None:
         """Begin to fetch a slice that will be read soon."""
-        for _, piece, inside in self._parts(name, bounds_of(f"{self.path}: {name}", self.shape(name), index)):
+        for _, piece, inside in self._parts(name, bounds_of(self.path, name, self.shape(name), index)):
             self._files.expect(name, piece, inside)
 
     def release(self) -> None:

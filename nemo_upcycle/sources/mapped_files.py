@@ -57,7 +57,7 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(strides[: len(shape)])
 
 
-def bounds_of(name: str, shape: tuple[int, ...], index: Index | None) -> list[tuple[int, int]]:
+def bounds_of(folder: Path, name: str, shape: tuple[int, ...], index: Index | None) -> list[tuple[int, int]]:
     """Return the slice along every axis, checked; the whole tensor when `index` is None.
 
     Raises:
@@ -65,7 +65,7 @@ def bounds_of(name: str, shape: tuple[int, ...], index: Index | None) -> list[tu
     """
     bounds = [(0, size) for size in shape] if index is None else [(start, stop) for start, stop in index]
     if len(bounds) != len(shape) or not all(0 <= a <= b <= size for (a, b), size in zip(bounds, shape, strict=True)):
-        raise CheckpointError(f"{name}: slice {bounds} reaches beyond its shape {list(shape)}")
+        raise CheckpointError(f"{folder}: {name}: slice {bounds} reaches beyond its shape {list(shape)}")
     return bounds
 
 
@@ -98,7 +98,7 @@ class MappedFiles:
         Raises:
             CheckpointError: the slice reaches beyond the tensor, or the file cannot be read.
         """
-        bounds = bounds_of(f"{self._folder}: {name}", stored.shape, index)
+        bounds = bounds_of(self._folder, name, stored.shape, index)
         sizes = [stop - start for start, stop in bounds]
         if 0 in sizes:
             return torch.empty(sizes, dtype=stored.dtype)
@@ -116,7 +116,7 @@ class MappedFiles:
 
     def expect(self, name: str, stored: Stored, index: Index | None = None) -> None:
         """Begin to fetch a slice that will be read soon. Returns at once."""
-        bounds = bounds_of(f"{self._folder}: {name}", stored.shape, index)
+        bounds = bounds_of(self._folder, name, stored.shape, index)
         if all(start < stop for start, stop in bounds):
             self._fetch(stored.file, *_span(stored, bounds))
 

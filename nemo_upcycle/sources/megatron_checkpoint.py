@@ -183,7 +183,7 @@ class MegatronCheckpoint(OneModel):
         Raises:
             CheckpointError: there is no such tensor, the slice reaches beyond it, or its data are damaged.
         """
-        bounds, key = bounds_of(f"{self.path}: {name}", self.shape(name), index), self._entry(name).key
+        bounds, key = bounds_of(self.path, name, self.shape(name), index), self._entry(name).key
         runs = [self._checkpoint.read(key, run) for run in self._runs(name, bounds)]
         sizes = [stop - start for start, stop in bounds]
         if not runs:
@@ -192,7 +192,7 @@ class MegatronCheckpoint(OneModel):
 
     def expect(self, name: str, index: Index | None = None) -> None:
         """Begin to fetch a slice that will be read soon."""
-        for run in self._runs(name, bounds_of(f"{self.path}: {name}", self.shape(name), index)):
+        for run in self._runs(name, bounds_of(self.path, name, self.shape(name), index)):
             self._checkpoint.expect(self._entry(name).key, run)
 
     def _runs(self, name: str, bounds: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:

@@ -62,7 +62,7 @@ def test_shards_hold_every_source_element_once(
             view = piece.view(shard)
             assert (view == -1).all(), "pieces overlap"
             index = tuple(slice(*bounds) for bounds in piece.source)
-            view.copy_(sources[piece.part][index].unflatten(0, view.shape[:2]))
+            view.copy_(piece.seen(sources[piece.part][index]))
         filled = shard[shard >= 0]
         if row.cut is not Cut.VOCABULARY:
             assert filled.numel() == shard.numel(), "a hole"
@@ -83,7 +83,7 @@ def test_qkv_rows_are_grouped_as_megatron_wants_them() -> None:
     ]
     for piece in pieces(row, arch, Shard(), tuple(shard.shape)):
         view = piece.view(shard)
-        view.copy_(q_k_v[piece.part].unflatten(0, view.shape[:2]))
+        view.copy_(piece.seen(q_k_v[piece.part]))
     assert shard.flatten().tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
 
 
