@@ -6,11 +6,9 @@ by side, so that it is written from front to end. Memory does not grow with the 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from io import FileIO
 from pathlib import Path
 
 import torch
@@ -26,6 +24,7 @@ from nemo_upcycle.slices import Shard, pieces, shard_shape
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import require_finite
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.streamed import FilePart, StreamedFile
 
 
 #: What is read, cast and written at once; and up to which size a slice is kept for the next copy, not made again.
@@ -117,15 +116,14 @@ class Expansion:
         Raises:
             CheckpointError: a slice holds NaN, infinity or a number too large for the type.
         """
-        with path.open("wb", buffering=0) as file:
-            _write_all(file, self.header(names))
+        with StreamedFile(path) as file:
+            file.write(self.header(names))
             for origin, copies in self.file_order(names).items():
                 if isinstance(origin, Origin):
                     self._write_copies(file, origin, copies)
                 else:
-                    _write_all(file, _bytes(self._small(origin)))
+                    file.write(_bytes(self._small(origin)))
                 line.advance(len(copies))
-            os.fsync(file.fileno())
 
     def _origin(self, name: str) -> Origin | None:
         """Return what a tensor is made of; None for a router and for constants."""
@@ -144,18 +142,34 @@ class Expansion:
         require_finite(router, name, made=made)
         return made
 
-    def _write_copies(self, file: FileIO, origin: Origin, names: list[str]) -> None:
+    def _write_copies(self, file: StreamedFile, origin: Origin, names: list[str]) -> None:
         """Write the tensors that are made of one dense slice."""
         source = self.dense if origin.branch is None else self.dense.branches()[origin.branch]
-        is_changed = origin.role.startswith("expert_") and self.spec.method != "copy"
+        if part := self._unchanged(source, origin):
+            for _ in self._blocks(source, origin, whole=False):  # checks them
+                source.release()
+            for _ in names:
+                file.copy(part)
+            return
+        is_changed = self._is_changed(origin)
         is_kept = is_changed or self.size_bytes(names[:1]) <= KEPT_BYTES
         blocks = list(self._blocks(source, origin, whole=is_changed)) if is_kept else None
         for name in names:
             for block in blocks or self._blocks(source, origin, whole=False):
-                _write_all(file, _bytes(self._changed(name, block) if is_changed else block))
+                file.write(_bytes(self._changed(name, block) if is_changed else block))
                 if not is_kept:
                     source.release()
         source.release()
+
+    def _is_changed(self, origin: Origin) -> bool:
+        return origin.role.startswith("expert_") and self.spec.method != "copy"
+
+    def _unchanged(self, source: DenseSource, origin: Origin) -> FilePart | None:
+        """Return where in a file the bytes of the output stand already; None if they stand nowhere."""
+        made_anew = self._is_changed(origin) or origin.factor != 1.0 or origin.role == "shared_fc2"
+        if made_anew or source.dtype(origin.name) is not self.dtype:
+            return None
+        return source.file_part(origin.name, origin.bounds)
 
     def _blocks(self, source: DenseSource, origin: Origin, *, whole: bool) -> Iterator[torch.Tensor]:
         """Yield what a slice becomes, block by block of its rows; all at once for a method that needs all of it."""
@@ -190,9 +204,3 @@ class Expansion:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-
-
-def _write_all(file: FileIO, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while len(view):  # the kernel writes at most 2 GiB at once
-        view = view[file.write(view) :]

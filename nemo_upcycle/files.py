@@ -2,7 +2,7 @@
 
 A folder that took work to make carries a marker, `_SUCCESS.json`, written last. Whoever reads the folder
 asks for the marker, so the remains of an interrupted run are never taken for a result. One process at a time
-writes a folder: a lock lies in the hidden folder in which the work is done.
+writes a folder: a lock lies in the hidden folder in which the work is done. `streamed.py` writes large files.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from nemo_upcycle.hf_settings import ACTIVATIONS
 from nemo_upcycle.progress import ProgressLine
 from nemo_upcycle.sources.checks import require_finite
 from nemo_upcycle.sources.safetensors_folder import INDEX
+from nemo_upcycle.streamed import StreamedFile
 
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -162,11 +163,11 @@ def write_weights(
     files = shard_files(shapes, dtype, max_shard_bytes)
     with ProgressLine(label, len(shapes)) as line:
         for file, names in files.items():
-            with (folder / file).open("wb") as handle:
-                handle.write(safetensors_header(names, shapes, dtype))
+            with StreamedFile(folder / file) as out:
+                out.write(safetensors_header(names, shapes, dtype))
                 for name in names:
                     tensor = _checked(name, read(name), shapes[name], dtype)
-                    handle.write(tensor.view(torch.uint8).numpy().data)
+                    out.write(tensor.view(torch.uint8).numpy().data)
                     line.advance()
     write_index(folder, files, total_bytes)
     return total_bytes

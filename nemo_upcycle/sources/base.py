@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from nemo_upcycle.architecture import Architecture
+from nemo_upcycle.streamed import FilePart
 
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ class DenseSource(Protocol):
     def expect(self, name: str, index: Index | None = None) -> None:
         """Begin to fetch a slice that will be read soon, where that helps; it is not counted as read."""
 
+    def file_part(self, name: str, index: Index | None = None) -> FilePart | None:
+        """Return where a slice's bytes lie, if that is in one file, one after the other, as `read` gives them."""
+
     def release(self) -> None:
         """Give back memory that earlier reads still take up."""
 
@@ -68,6 +72,10 @@ class OneModel:
     def branches(self) -> tuple[Self]:
         """Return this one source."""
         return (self,)
+
+    def file_part(self, name: str, index: Index | None = None) -> FilePart | None:
+        """Return nothing: most formats put a tensor together."""
+        return None
 
     def inexact_because(self) -> tuple[str, ...]:
         """Return nothing: it is the dense model itself."""

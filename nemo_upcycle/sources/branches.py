@@ -16,6 +16,7 @@ from nemo_upcycle.architecture import Architecture
 from nemo_upcycle.errors import CheckpointError, SpecError, problem, unknown
 from nemo_upcycle.mapping import hf_names
 from nemo_upcycle.sources.base import DenseSource, Index
+from nemo_upcycle.streamed import FilePart
 
 
 _OTHERS = ("first", "mean")
@@ -125,6 +126,11 @@ class Branches:
         """Begin to fetch a slice that will be read soon."""
         for source in self._sources if self._others == "mean" else self._sources[:1]:
             source.expect(name, index)
+
+    def file_part(self, name: str, index: Index | None = None) -> FilePart | None:
+        """Return where a slice's bytes lie: the first model's, a mean lies nowhere."""
+        alone = self._others == "first" or len(self._sources) == 1
+        return self._sources[0].file_part(name, index) if alone else None
 
     def release(self) -> None:
         """Give back the memory that the sources' files take up in this process."""

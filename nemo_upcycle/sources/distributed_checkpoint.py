@@ -20,7 +20,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
 
 from nemo_upcycle.errors import CheckpointError, problem, unknown
 from nemo_upcycle.mapping import BY_ROLE
@@ -58,18 +57,23 @@ class _Ignored:
     def __init__(self, *_: object) -> None: ...
 
 
-class _MegatronMetadata(Metadata):
-    """Stands in for Megatron's subclass, so that Megatron need not be installed."""
+class _Metadata:
+    """Stands in for torch's class, which takes half a second to import, and for Megatron's subclass of it."""
+
+    state_dict_metadata: dict[str, Any]
+    storage_data: dict[Any, Any]
 
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "megatron.core.dist_checkpointing.strategies.torch":
-            return _MegatronMetadata if name == "MCoreMetadata" else _Ignored
+            return _Metadata if name == "MCoreMetadata" else _Ignored
         if module == "torch.distributed.checkpoint.planner":
             return _Ignored
         if name not in _ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"the class {module}.{name} is not allowed in checkpoint metadata")
+        if name == "Metadata":
+            return _Metadata
         return super().find_class(module, name)
 
 
@@ -98,7 +102,7 @@ def _read_metadata(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, tuple[
     try:
         raw = path.read_bytes()
         metadata = _MetadataUnpickler(io.BytesIO(raw)).load()
-        if not isinstance(metadata, Metadata):
+        if not isinstance(metadata, _Metadata):
             raise pickle.UnpicklingError(f"a {type(metadata).__name__}")
         return _tensors_of(metadata), _places_of(metadata), hashlib.sha256(raw).hexdigest()
     except (pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError, ValueError) as error:
@@ -109,8 +113,8 @@ def _read_metadata(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, tuple[
         ) from None
 
 
-def _tensors_of(metadata: Metadata) -> dict[str, Any]:
-    entries: dict[str, Any] = metadata.state_dict_metadata
+def _tensors_of(metadata: _Metadata) -> dict[str, Any]:
+    entries = metadata.state_dict_metadata
     tensors = {name: entry for name, entry in entries.items() if hasattr(entry, "chunks")}
     for name, entry in tensors.items():
         _require(isinstance(name, str) and isinstance(entry.properties.dtype, torch.dtype), name)
@@ -119,7 +123,7 @@ def _tensors_of(metadata: Metadata) -> dict[str, Any]:
     return tensors
 
 
-def _places_of(metadata: Metadata) -> dict[tuple[str, tuple[int, ...]], _Place]:
+def _places_of(metadata: _Metadata) -> dict[tuple[str, tuple[int, ...]], _Place]:
     places = {}
     for index, info in metadata.storage_data.items():
         if index.offset is not None:

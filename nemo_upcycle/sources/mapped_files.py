@@ -21,6 +21,7 @@ import torch
 
 from nemo_upcycle.errors import CheckpointError, problem
 from nemo_upcycle.sources.base import Index
+from nemo_upcycle.streamed import FilePart
 
 
 #: Bytes of one read, and reads at a time: 16 MiB of buffers, which only a process that reads a cold file has.
@@ -119,6 +120,16 @@ class MappedFiles:
         bounds = bounds_of(self._folder, name, stored.shape, index)
         if all(start < stop for start, stop in bounds):
             self._fetch(stored.file, *_span(stored, bounds))
+
+    def part(self, name: str, stored: Stored, index: Index | None = None) -> FilePart | None:
+        """Return where a slice's bytes lie, if they lie one after the other in the order of its elements."""
+        bounds = bounds_of(self._folder, name, stored.shape, index)
+        sizes = tuple(stop - start for start, stop in bounds)
+        wanted = row_major(sizes)
+        if 0 in sizes or any(size > 1 and a != b for size, a, b in zip(sizes, stored.stride, wanted, strict=True)):
+            return None
+        start, stop = _span(stored, bounds)
+        return FilePart(self._folder / stored.file, self._descriptor(stored.file), start, stop - start)
 
     def read_bytes(self, file: str, start: int, count: int) -> bytes:
         """Return a few bytes of a file, for its headers; fewer where it ends."""

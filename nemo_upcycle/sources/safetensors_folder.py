@@ -22,6 +22,7 @@ from nemo_upcycle.errors import CheckpointError, problem, unknown
 from nemo_upcycle.files import read_json
 from nemo_upcycle.sources.base import Index, OneModel
 from nemo_upcycle.sources.mapped_files import MappedFiles, Stored, row_major
+from nemo_upcycle.streamed import FilePart
 
 
 #: The format's names of the types that weights come in.
@@ -196,6 +197,10 @@ class SafetensorsFolder(OneModel):
     def expect(self, name: str, index: Index | None = None) -> None:
         """Begin to fetch a slice that will be read soon."""
         self._files.expect(name, self._entry(name), index)
+
+    def file_part(self, name: str, index: Index | None = None) -> FilePart | None:
+        """Return where a slice's bytes lie, if they lie one after the other."""
+        return self._files.part(name, self._entry(name), index)
 
     def release(self) -> None:
         """Give back the memory that the mapped files take up in this process; what is read again comes back."""

@@ -132,3 +132,24 @@ def test_released_pages_come_back(tmp_path: Path) -> None:
     part = files.read("t", Stored("f", torch.uint8, (8192,), (1,), 0))
     files.release()
     assert part.eq(7).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_part_of_a_file_is_what_read_gives_or_nothing(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
+    transposed = data.draw(st.booleans())
+    bounds = [tuple(sorted(data.draw(st.tuples(st.integers(0, size), st.integers(0, size))))) for size in shape]
+    stride = row_major(shape[::-1])[::-1] if transposed else row_major(shape)
+    folder = tmp_path_factory.mktemp("files")
+    whole = torch.arange(torch.Size(shape).numel(), dtype=torch.float32)
+    (folder / "f").write_bytes(b"x" * 4 + whole.view(torch.uint8).numpy().tobytes())
+    files, stored = MappedFiles(folder), Stored("f", torch.float32, shape, stride, 4)
+    slice_ = files.read("t", stored, bounds)
+    part = files.part("t", stored, bounds)
+    assert (part is not None) == (slice_.numel() > 0 and slice_.is_contiguous())
+    if part:
+        expected = slice_.reshape(-1).numpy().tobytes()
+        assert os.pread(part.descriptor, part.size_bytes, part.start) == expected
