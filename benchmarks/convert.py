@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parent / "results" / "convert.md"
 MODELS = {"smollm2": (8, 2), "llama1b": (4, 2), "llama8b": (2, 1)}
 COPY = "cp -r of the output"
 MERGEKIT = "mergekit==0.1.5"
-REPEATS = 3
+REPEATS = 5
 
 
 #: Runs a command and says how much memory it took: a process as small as this one, for a child's peak begins with

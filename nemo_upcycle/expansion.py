@@ -6,7 +6,8 @@ by side, so that it is written from front to end. Memory does not grow with the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,6 @@ from nemo_upcycle.hf_folder import safetensors_header
 from nemo_upcycle.init.experts import ExpertMatrix, change, output_factor
 from nemo_upcycle.init.router import router_weight
 from nemo_upcycle.mapping import Cut, hf_constants, row_of, row_of_hf
-from nemo_upcycle.progress import ProgressLine
 from nemo_upcycle.slices import Shard, pieces, shard_shape
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import require_finite
@@ -29,7 +29,9 @@ from nemo_upcycle.streamed import FilePart, StreamedFile
 
 #: What is read, cast and written at once; and up to which size a slice is kept for the next copy, not made again.
 BLOCK_BYTES = 32 << 20
-KEPT_BYTES = 512 << 20
+KEPT_BYTES = 256 << 20
+#: Files written at a time: writing is the kernel's work, done on one core for each.
+WRITERS = 4
 
 
 def dense_slice(
@@ -110,8 +112,18 @@ class Expansion:
         ordered = [name for copies in self.file_order(names).values() for name in copies]
         return safetensors_header(ordered, self.shapes, self.dtype)
 
-    def write_file(self, path: Path, names: list[str], line: ProgressLine) -> None:
-        """Write one file and see that it is on the disk.
+    @property
+    def writers(self) -> int:
+        """Files to write at a time. Methods that compute use all cores for one, and hold whole matrices in memory."""
+        return 1 if self.spec.method != "copy" else min(WRITERS, os.cpu_count() or 1)
+
+    def write_file(self, path: Path, names: list[str], advance: Callable[[int], None]) -> None:
+        """Write one file and see that it is on the disk; several threads may do so, each another file.
+
+        Args:
+            path: the file.
+            names: its tensors.
+            advance: is told how many tensors more are written.
 
         Raises:
             CheckpointError: a slice holds NaN, infinity or a number too large for the type.
@@ -123,7 +135,7 @@ class Expansion:
                     self._write_copies(file, origin, copies)
                 else:
                     file.write(_bytes(self._small(origin)))
-                line.advance(len(copies))
+                advance(len(copies))
 
     def _origin(self, name: str) -> Origin | None:
         """Return what a tensor is made of; None for a router and for constants."""

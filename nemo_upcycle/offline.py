@@ -9,8 +9,10 @@ from __future__ import annotations
 import errno
 import resource
 import shutil
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,11 +247,37 @@ def _write(
     require_disk(folder, needed_bytes, f"the rest of {label}" if kept else label)
     with ProgressLine(label, len(expansion.shapes), enabled=progress) as line:
         line.advance(sum(len(files[file]) for file in kept))
-        for file, names in todo.items():
-            unfinished = folder / f"{file}.unfinished"
-            expansion.write_file(unfinished, names, line)
-            unfinished.rename(folder / file)
+        _write_files(expansion, folder, todo, line)
     return needed_bytes
+
+
+class _Stopped(Exception):
+    """Another file could not be written."""
+
+
+def _write_files(expansion: Expansion, folder: Path, todo: dict[str, list[str]], line: ProgressLine) -> None:
+    """Write several files at a time; the first that fails stops all."""
+    stopped, counting = threading.Event(), threading.Lock()
+
+    def advance(tensors: int) -> None:
+        if stopped.is_set():
+            raise _Stopped
+        with counting:
+            line.advance(tensors)
+
+    def write(file: str) -> None:
+        unfinished = folder / f"{file}.unfinished"
+        expansion.write_file(unfinished, todo[file], advance)
+        unfinished.rename(folder / file)
+
+    with ThreadPoolExecutor(expansion.writers, "write") as pool:
+        try:
+            for job in as_completed([pool.submit(write, file) for file in todo]):
+                job.result()
+        except BaseException:  # an interrupt, too
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _finish(expansion: Expansion, folder: Path, files: dict[str, list[str]], plan: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Large files, written from front to end: bytes that do not change are copied by the kernel; on the disk when closed."""
+"""Large files, written from front to end: the kernel copies bytes that do not change; on the disk when closed."""
 
 from __future__ import annotations
 

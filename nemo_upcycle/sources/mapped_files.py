@@ -89,6 +89,7 @@ class MappedFiles:
         self._fetched: dict[tuple[str, int, int], list[Future[None]]] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._buffers = threading.local()
+        self._lock = threading.RLock()  # several threads may read
         weakref.finalize(self, _close, self._descriptors)
 
     def read(self, name: str, stored: Stored, index: Index | None = None) -> torch.Tensor:
@@ -106,8 +107,9 @@ class MappedFiles:
         start, stop = _span(stored, bounds)
         for block in self._fetch(stored.file, start, stop):
             block.result()
-        self._fetched[stored.file, start, stop] = []
-        data, item = self._map(stored.file), stored.dtype.itemsize
+        with self._lock:
+            self._fetched[stored.file, start, stop] = []
+            data, item = self._map(stored.file), stored.dtype.itemsize
         if start % item == 0:
             flat = torch.frombuffer(data, dtype=stored.dtype, count=(stop - start) // item, offset=start)
             return flat.as_strided(sizes, stored.stride)
@@ -141,7 +143,7 @@ class MappedFiles:
 
     def release(self) -> None:
         """Take the pages out of this process's memory; they stay in the page cache, and views stay valid."""
-        for mapped in self._maps.values():
+        for mapped in list(self._maps.values()):
             mapped.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
@@ -156,12 +158,13 @@ class MappedFiles:
     def _fetch(self, file: str, start: int, stop: int) -> list[Future[None]]:
         """Return the reads of a span that are under way; begins those of blocks that are not in the page cache."""
         key = (file, start, stop)
-        if key not in self._fetched:
-            first, last = start // _BLOCK_BYTES, -(-stop // _BLOCK_BYTES)
-            edges = [start, *(block * _BLOCK_BYTES for block in range(first + 1, last)), stop]
-            blocks = [(a, b) for a, b in itertools.pairwise(edges) if not self._is_cached(file, b - 1)]
-            self._fetched[key] = [self._submit(file, a, b) for a, b in blocks]
-        return self._fetched[key]
+        with self._lock:
+            if key not in self._fetched:
+                first, last = start // _BLOCK_BYTES, -(-stop // _BLOCK_BYTES)
+                edges = [start, *(block * _BLOCK_BYTES for block in range(first + 1, last)), stop]
+                blocks = [(a, b) for a, b in itertools.pairwise(edges) if not self._is_cached(file, b - 1)]
+                self._fetched[key] = [self._submit(file, a, b) for a, b in blocks]
+            return self._fetched[key]
 
     def _is_cached(self, file: str, byte: int) -> bool:
         if _NOWAIT is None:
@@ -192,12 +195,13 @@ class MappedFiles:
             start += count
 
     def _descriptor(self, file: str) -> int:
-        if file not in self._descriptors:
-            self._descriptors[file] = os.open(self._folder / file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-            if hasattr(os, "posix_fadvise"):
-                # The reads are as large as they are to be: no reading ahead beyond the slice.
-                os.posix_fadvise(self._descriptors[file], 0, 0, os.POSIX_FADV_RANDOM)
-        return self._descriptors[file]
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(self._folder / file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                if hasattr(os, "posix_fadvise"):
+                    # The reads are as large as they are to be: no reading ahead beyond the slice.
+                    os.posix_fadvise(self._descriptors[file], 0, 0, os.POSIX_FADV_RANDOM)
+            return self._descriptors[file]
 
     def _map(self, file: str) -> mmap.mmap:
         if file not in self._maps:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -135,7 +136,7 @@ class SafetensorsFolder(OneModel):
     def __init__(self, folder: Path) -> None:
         self.path = folder
         self.architecture = read_architecture(folder)
-        self.bytes_read = 0
+        self.bytes_read, self._counting = 0, threading.Lock()
         self._stored: dict[str, Stored] = {}
         self._headers: dict[str, str] = {}
         self._files = MappedFiles(folder)
@@ -191,7 +192,8 @@ class SafetensorsFolder(OneModel):
             CheckpointError: there is no such tensor, the slice reaches beyond it, or the file cannot be read.
         """
         slice_ = self._files.read(name, self._entry(name), index)
-        self.bytes_read += slice_.nbytes
+        with self._counting:
+            self.bytes_read += slice_.nbytes
         return slice_
 
     def expect(self, name: str, index: Index | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -198,3 +199,12 @@ def test_an_index_beside_a_single_file_is_refused_unless_it_means_that(tmp_path:
     index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
     with open_dense(folder) as dense:
         assert set(dense.names()) == set(names)
+
+
+def test_threads_may_read_at_the_same_time(folder: Path) -> None:
+    tensors = _all(folder)
+    with open_dense(folder) as dense, ThreadPoolExecutor(8) as pool:
+        names = list(tensors) * 50
+        for name, got in zip(names, pool.map(dense.read, names), strict=True):
+            assert torch.equal(got, tensors[name])
+        assert dense.bytes_read == 50 * sum(tensor.nbytes for tensor in tensors.values())
