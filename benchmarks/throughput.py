@@ -80,7 +80,8 @@ def table(rows: Sequence[Published], machine: Machine, left_out: dict[str, float
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        left = f"{100 * left_out[row.name]:+.1f} %" if row.fitted else "never fitted"
+        unfitted = f"sets {row.sets}" if row.sets else "never fitted"
+        left = f"{100 * left_out[row.name]:+.1f} %" if row.fitted else unfitted
         measured, predicted = row.tokens_per_s_per_gpu, row.predicted(machine)
         lines.append(
             f"| {row.name} | {row.layout.gpus} | {row.layout} | {measured:.0f} | {predicted:.0f} |"
@@ -89,7 +90,7 @@ def table(rows: Sequence[Published], machine: Machine, left_out: dict[str, float
     groups = (
         ("Fitted rows", [abs(error(row, machine)) for row in rows if row.fitted]),
         ("Each fitted row left out of its own fit", [abs(miss) for miss in left_out.values()]),
-        ("Rows never fitted", [abs(error(row, machine)) for row in rows if not row.fitted]),
+        ("Rows never fitted", [abs(error(row, machine)) for row in rows if not row.fitted and not row.sets]),
     )
     lines.append("")
     for name, misses in groups:

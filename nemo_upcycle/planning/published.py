@@ -20,6 +20,7 @@ class Published:
     Args:
         tokens_per_s_per_gpu: measured; from TFLOP/s or MFU by the formula of `Architecture.flops_per_token`.
         fitted: whether the constants of `Machine` were fitted on it.
+        sets: a constant that was chosen by hand for it; empty for most.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Published:
     source: str
     assumed: str
     fitted: bool
+    sets: str = ""
 
     def predicted(self, machine: Machine, gpu: Gpu | None = None) -> float:
         """Return the predicted tokens/s/GPU."""
@@ -62,4 +64,5 @@ def _row(values: dict[str, Any]) -> Published:
         tflops = values.get("tflops") or values["mfu"] / 100 * known_gpu("h100").bf16_tflops
         measured = tflops * 1e12 / arch.flops_per_token(work.seq_length, causal=False)
     assumed, fitted = values.get("assumed", ""), values.get("fit", True)
-    return Published(values["name"], arch, layout, work, measured, values["source"], assumed, fitted)
+    sets = values.get("sets", "")
+    return Published(values["name"], arch, layout, work, measured, values["source"], assumed, fitted, sets)

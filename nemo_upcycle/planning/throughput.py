@@ -29,6 +29,8 @@ class Machine:
         layer_us: kernel launches and host work of one layer and micro-batch.
         moe_us: the same for its router and dispatcher, which wait for the number of tokens of each expert.
         expert_us: the same for every further expert of the rank: grouped products are launched expert by expert.
+        uneven_expert_us: the same without padding: the host has waited for the numbers of tokens, and nothing that it
+            launched before hides what it does then.
         imbalance: token slots of the busiest expert rank, for which the others wait, over the mean, when experts are
             not padded to a capacity.
     """
@@ -41,6 +43,7 @@ class Machine:
     layer_us: float = 200.0
     moe_us: float = 600.0
     expert_us: float = 50.0
+    uneven_expert_us: float = 250.0
     imbalance: float = 1.12
 
 
@@ -199,7 +202,8 @@ class ThroughputModel:
         waits = 1.0 if work.pad or layout.ep == 1 else max(1.0, min(self.machine.imbalance, room))
         slots = tokens / layout.tp * even * waits
         local = (arch.num_experts or 1) // layout.ep
-        found = _Times(launch=(self.machine.moe_us + self.machine.expert_us * (local - 1)) * 1e-6)
+        expert_us = self.machine.expert_us if work.pad else self.machine.uneven_expert_us
+        found = _Times(launch=(self.machine.moe_us + expert_us * (local - 1)) * 1e-6)
         neurons = (arch.expert_ffn_size or 0) / layout.etp
         # A rank's experts get slots of its whole group: as many as its own tokens, etp times.
         self._network(found, slots * layout.etp / local, neurons, fp8, local)

@@ -77,6 +77,12 @@ def test_what_is_dropped_is_not_computed() -> None:
     assert _step("ep=8", capacity_factor=2.0, pad=True).gemm > 1.5 * even.gemm
 
 
+def test_the_host_waits_for_every_expert_that_is_not_padded() -> None:
+    few, many = (_step(f"ep={ep}", capacity_factor=None, pad=False).launch for ep in (8, 4))
+    assert many > few
+    assert many - few > _step("ep=4").launch - _step("ep=8").launch
+
+
 def test_recomputation_costs_time() -> None:
     times = [_step("pp=4,vp=8,ep=8", recompute=kind).total for kind in ("none", "moe", "full")]
     assert times == sorted(times)
