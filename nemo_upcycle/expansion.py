@@ -158,8 +158,8 @@ class Expansion:
         """Write the tensors that are made of one dense slice."""
         source = self.dense if origin.branch is None else self.dense.branches()[origin.branch]
         if part := self._unchanged(source, origin):
-            for _ in self._blocks(source, origin, whole=False):  # checks them
-                source.release()
+            for _ in self._blocks(source, origin, whole=False):
+                pass  # it was checked
             for _ in names:
                 file.copy(part)
             return
@@ -169,9 +169,6 @@ class Expansion:
         for name in names:
             for block in blocks or self._blocks(source, origin, whole=False):
                 file.write(_bytes(self._changed(name, block) if is_changed else block))
-                if not is_kept:
-                    source.release()
-        source.release()
 
     def _is_changed(self, origin: Origin) -> bool:
         return origin.role.startswith("expert_") and self.spec.method != "copy"
@@ -190,6 +187,7 @@ class Expansion:
         rows = last - first if whole else max(1, BLOCK_BYTES // row_bytes)
         for start in range(first, last, rows):
             yield self._read(source, origin, ((start, min(start + rows, last)), *rest))
+            source.release()  # pages of the mapped file; what is still needed of them comes back from the page cache
 
     def _read(self, source: DenseSource, origin: Origin, bounds: tuple[tuple[int, int], ...]) -> torch.Tensor:
         """Return a slice as the output holds it: cast, then scaled in that type, as the connector does."""

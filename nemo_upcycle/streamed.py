@@ -79,24 +79,27 @@ class StreamedFile:
         done, in_kernel = 0, hasattr(os, "copy_file_range")
         while left := part.size_bytes - done:
             if in_kernel:
-                try:
-                    start, most = part.start + done, min(left, _FLUSH_BYTES)
-                    count = os.copy_file_range(part.descriptor, self._file.fileno(), most, offset_src=start)
-                except OSError as error:
-                    if error.errno not in _CANNOT_COPY:
-                        raise
-                    in_kernel = False
-                    continue
-                self._count(count)
+                count = self._copy_in_kernel(part.descriptor, part.start + done, min(left, _FLUSH_BYTES))
+                in_kernel = count > 0  # some file systems copy nothing and do not say why
             else:
                 data = os.pread(part.descriptor, min(left, _STEP_BYTES), part.start + done)
                 self.write(data)
-                count = len(data)
-            if not count:
-                got, expected = f"its end at byte {part.start + done}", f"{left} bytes more"
-                fix = "copy the file again, and see that nobody writes to it"
-                raise UpcycleError(problem(str(part.path), got=got, expected=expected, fix=fix))
+                if not (count := len(data)):
+                    got, expected = f"its end at byte {part.start + done}", f"{left} bytes more"
+                    fix = "copy the file again, and see that nobody writes to it"
+                    raise UpcycleError(problem(str(part.path), got=got, expected=expected, fix=fix))
             done += count
+
+    def _copy_in_kernel(self, descriptor: int, start: int, most: int) -> int:
+        """Return how many bytes were appended; 0 where the kernel cannot."""
+        try:
+            count = os.copy_file_range(descriptor, self._file.fileno(), most, offset_src=start)
+        except OSError as error:
+            if error.errno not in _CANNOT_COPY:
+                raise
+            return 0
+        self._count(count)
+        return count
 
     def _count(self, written: int) -> None:
         """Begin to write to the disk what has come together; this does not wait for it."""
