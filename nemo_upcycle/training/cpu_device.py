@@ -75,8 +75,8 @@ def place_tensors_on_cpu() -> None:
 def give_back_freed_memory() -> None:
     """Let glibc give the memory of large tensors back as soon as they are freed. Other C libraries are left alone.
 
-    Without it, every large tensor that is freed raises the size (up to 32 MiB) below which glibc keeps memory in heaps
-    that fall apart: a rank of the demo grows from step to step, by half a GiB in six.
+    Without it, every large tensor that is freed raises the size (up to 32 MiB) below which glibc keeps memory in heaps,
+    one for each few threads, which fall apart: a rank of the demo grows from step to step, by half a GiB in six.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "gnu_get_libc_version"):

@@ -127,7 +127,7 @@ def test_only_cuda_is_read_as_cpu() -> None:
 
 
 def _kept_after_freeing() -> list[int]:
-    """Return how many MiB stay after tensors of 8 MiB, made between small ones that live on, are freed."""
+    """Return how many MiB stay after tensors of 8 MiB, made between small ones that live on, are freed; three times."""
     assert use_cpu_backend()
     small, grown_mib = [], []
     for _ in range(3):
