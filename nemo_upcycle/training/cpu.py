@@ -21,8 +21,6 @@ from typing import Any
 
 import torch
 
-from nemo_upcycle.training.cpu_device import give_back_freed_memory
-
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +65,6 @@ def use_cpu_backend() -> bool:
     if not _installed:
         from nemo_upcycle.training import cpu_patches
 
-        give_back_freed_memory()
         for patch in (adapt_every_config, *cpu_patches.PATCHES):
             patch()
         _installed = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +11,6 @@ from torch.overrides import TorchFunctionMode
 
 
 _CPU = torch.device("cpu")
-#: Parameters of glibc's mallopt, and from which size on memory is mapped, not taken from a heap.
-_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
-_LARGE_BYTES = 1 << 20
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -70,18 +66,6 @@ def place_tensors_on_cpu() -> None:
     for name in ("Stream", "current_stream", "default_stream"):
         setattr(torch.cuda, name, lambda *args, **kwargs: stream)
     _DEVICE_MODE.__enter__()
-
-
-def give_back_freed_memory() -> None:
-    """Let glibc give the memory of large tensors back as soon as they are freed. Other C libraries are left alone.
-
-    Without it, every large tensor that is freed raises the size (up to 32 MiB) below which glibc keeps memory in heaps,
-    one for each few threads, which fall apart: a rank of the demo grows from step to step, by half a GiB in six.
-    """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "gnu_get_libc_version"):
-        library.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
-        library.mallopt(_M_ARENA_MAX, 2)
 
 
 class _CudaTypeNames(TorchFunctionMode):
