@@ -16,7 +16,7 @@ from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.architecture import activation_of
 from nemo_upcycle.connector import load_dense_into
 from nemo_upcycle.errors import CheckpointError, SpecError
-from nemo_upcycle.training.equivalence import hugging_face_logits, megatron_logits, one_rank
+from nemo_upcycle.training.equivalence import hugging_face_logits, megatron_logits
 from tests.models import MemorySource, build_chunks, sample_tokens, small_architecture, write_llama
 
 
@@ -25,15 +25,7 @@ SOFTMAX_TOPK = {"num_experts": 4, "top_k": 2, "router_order": "softmax_topk"}
 PRE_SOFTMAX = {"moe_router_pre_softmax": True}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _megatron() -> Iterator[None]:
-    with one_rank():
-        yield
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("dense"), layers=2)
+pytestmark = pytest.mark.usefixtures("megatron")
 
 
 @pytest.fixture

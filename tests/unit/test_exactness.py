@@ -6,7 +6,6 @@ difference of the logits over the norm of the logits; without its networks the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ import pytest
 from nemo_upcycle import UpcycleSpec, upcycle_into
 from nemo_upcycle.connector import load_dense_into
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.training.equivalence import megatron_logits, one_rank
+from nemo_upcycle.training.equivalence import megatron_logits
 from tests.models import MemorySource, build_chunks, moe_settings, sample_tokens, small_architecture
 
 
@@ -28,10 +27,7 @@ BIASES = {"qkv_bias": True, "attention_out_bias": True, "ffn_bias": True}
 EXACT, VISIBLE = 2e-6, 1e-3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _megatron() -> Iterator[None]:
-    with one_rank():
-        yield
+pytestmark = pytest.mark.usefixtures("megatron")
 
 
 def _error(network: dict[str, Any], spec: UpcycleSpec, **changes: Any) -> float:

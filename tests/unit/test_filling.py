@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,19 +11,10 @@ from safetensors.torch import load_file, save_file
 from nemo_upcycle import UpcycleSpec, filling, open_dense, upcycle_into
 from nemo_upcycle.architecture import read_architecture
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.training.equivalence import one_rank
 from tests.models import build_chunks, moe_settings, write_llama
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _megatron() -> Iterator[None]:
-    with one_rank():
-        yield
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("dense"), layers=2)
+pytestmark = pytest.mark.usefixtures("megatron")
 
 
 def _filled(folder: Path, spec: UpcycleSpec, dtype: torch.dtype) -> dict[str, torch.Tensor]:

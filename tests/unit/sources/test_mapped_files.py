@@ -22,7 +22,7 @@ MIB = 1 << 20
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_any_slice_of_any_layout_has_the_right_bits(
+def test_any_slice_of_any_layout_has_the_right_bits_and_lies_where_it_is_said_to(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     shape = tuple(data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
@@ -33,11 +33,16 @@ def test_any_slice_of_any_layout_has_the_right_bits(
     whole = torch.arange(torch.Size(shape).numel()).to(dtype)
     folder = tmp_path_factory.mktemp("files")
     (folder / "f").write_bytes(b"x" * start + whole.view(torch.uint8).numpy().tobytes())
-    files = MappedFiles(folder)
-    got = files.read("t", Stored("f", dtype, shape, stride, start), bounds)
+    files, stored = MappedFiles(folder), Stored("f", dtype, shape, stride, start)
+    got, part = files.read("t", stored, bounds), files.part("t", stored, bounds)
     expected = whole.as_strided(shape, stride)[tuple(slice(*bound) for bound in bounds)]
     assert got.dtype == dtype
     assert torch.equal(got, expected)
+    assert files.bytes_read == got.nbytes
+    assert (part is not None) == (expected.numel() > 0 and expected.is_contiguous())
+    if part:
+        stored_bytes = bytearray(os.pread(part.descriptor, part.size_bytes, part.start))
+        assert torch.equal(torch.frombuffer(stored_bytes, dtype=dtype), expected.reshape(-1))
     files.close()
     assert torch.equal(got, expected)  # views outlive the files
 
@@ -132,24 +137,3 @@ def test_released_pages_come_back(tmp_path: Path) -> None:
     part = files.read("t", Stored("f", torch.uint8, (8192,), (1,), 0))
     files.release()
     assert part.eq(7).all()
-
-
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_a_part_of_a_file_is_what_read_gives_or_nothing(
-    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
-    transposed = data.draw(st.booleans())
-    bounds = [tuple(sorted(data.draw(st.tuples(st.integers(0, size), st.integers(0, size))))) for size in shape]
-    stride = row_major(shape[::-1])[::-1] if transposed else row_major(shape)
-    folder = tmp_path_factory.mktemp("files")
-    whole = torch.arange(torch.Size(shape).numel(), dtype=torch.float32)
-    (folder / "f").write_bytes(b"x" * 4 + whole.view(torch.uint8).numpy().tobytes())
-    files, stored = MappedFiles(folder), Stored("f", torch.float32, shape, stride, 4)
-    slice_ = files.read("t", stored, bounds)
-    part = files.part("t", stored, bounds)
-    assert (part is not None) == (slice_.numel() > 0 and slice_.is_contiguous())
-    if part:
-        expected = slice_.reshape(-1).numpy().tobytes()
-        assert os.pread(part.descriptor, part.size_bytes, part.start) == expected
