@@ -15,7 +15,6 @@ from nemo_upcycle.init.experts import ExpertMatrix, change, fill_copies, output_
 from nemo_upcycle.init.router import router_weight
 from nemo_upcycle.mapping import Cut
 from nemo_upcycle.placement import Target, filled_bytes
-from nemo_upcycle.slices import Piece
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import require_finite
 from nemo_upcycle.spec import UpcycleSpec
@@ -71,11 +70,12 @@ def _fill(target: Target, dense: DenseSource, spec: UpcycleSpec | None) -> None:
         first.zero_()
         return
     source, scale = _source(target, dense), scale_of(target, spec)
-    at_once = first.is_cuda or first.nbytes <= _BLOCK_BYTES
+    at_once = first.is_cuda or first.nbytes <= _BLOCK_BYTES  # the other experts are copies of the whole first one
     for piece in target.pieces:
         name = target.hf_name(piece.part)
         slice_ = source.read(name, piece.source)
-        for part, *experts in _blocks(piece, slice_, target.tensors[:1] if at_once else target.tensors):
+        whole = (piece.seen(slice_), *(piece.view(tensor) for tensor in target.tensors[: 1 if at_once else None]))
+        for part, *experts in [whole] if at_once else _blocks(whole):
             experts[0].copy_(part)
             if scale != 1.0:
                 experts[0].mul_(scale)
@@ -91,16 +91,10 @@ def _fill(target: Target, dense: DenseSource, spec: UpcycleSpec | None) -> None:
             change(spec, matrix)
 
 
-def _blocks(
-    piece: Piece, slice_: torch.Tensor, tensors: tuple[torch.Tensor, ...]
-) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yield parts of a slice, each with what it fills of the tensors."""
-    seen = [piece.seen(slice_), *(piece.view(tensor) for tensor in tensors)]
-    blocks = 1 if seen[1].is_cuda else -(-seen[1].nbytes // _BLOCK_BYTES)
-    if blocks <= 1:
-        yield tuple(seen)
-    else:
-        yield from zip(*(tensor.split(-(-tensor.shape[0] // blocks)) for tensor in seen), strict=True)
+def _blocks(tensors: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield the same rows of tensors that have as many, the first the dense slice, block by block."""
+    count = max(1, -(-tensors[1].nbytes // _BLOCK_BYTES))
+    yield from zip(*(tensor.split(-(-tensor.shape[0] // count)) for tensor in tensors), strict=True)
 
 
 def _matrices(target: Target, source: DenseSource, scale: float) -> Iterator[ExpertMatrix]:

@@ -264,7 +264,7 @@ def _templates(arch: Architecture) -> dict[str, tuple[Row, int]]:
     """Return row and part of every Hugging Face name, numbers left open."""
     rows = [row_of(row.role, arch) for row in ROWS]
     named = [(name, (row, part)) for row in rows for part, name in enumerate(row.names(arch))]
-    return {name.format(layer="{layers}", expert="{experts}"): found for name, found in reversed(named)}
+    return {name.format(layer="{layers}", expert="{experts}"): found for name, found in named}
 
 
 @functools.cache

@@ -12,7 +12,6 @@ import io
 import itertools
 import math
 import pickle
-import threading
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -155,7 +154,6 @@ class DistributedCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
-        self.bytes_read, self._counting = 0, threading.Lock()
         self._tensors, self._places, self._digest = _read_metadata(folder)
         self._chunks = {name: sorted(entry.chunks, key=_first_row) for name, entry in self._tensors.items()}
         self._files = MappedFiles(folder)
@@ -177,6 +175,11 @@ class DistributedCheckpoint:
         return CheckpointError(
             problem(str(self.path / file), got=got, expected=expected, fix="copy the checkpoint again")
         )
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of all slices read so far; headers do not count."""
+        return self._files.bytes_read
 
     def names(self) -> Iterable[str]:
         """Return the names of its tensors."""
@@ -215,8 +218,6 @@ class DistributedCheckpoint:
             for place, piece, inside in parts:
                 here = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(place, bounds, strict=True))
                 result[here] = self._files.read(name, piece, inside)
-        with self._counting:
-            self.bytes_read += result.nbytes
         return result
 
     def expect(self, name: str, index: Index | None = None) -> None:

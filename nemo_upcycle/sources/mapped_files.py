@@ -9,6 +9,7 @@ long as they fit. Blocks that are there already are not read at all, so a warm l
 from __future__ import annotations
 
 import itertools
+import math
 import mmap
 import os
 import threading
@@ -84,6 +85,7 @@ class MappedFiles:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.bytes_read = 0  # of all slices; headers do not count
         self._descriptors: dict[str, int] = {}
         self._maps: dict[str, mmap.mmap] = {}
         self._fetched: dict[tuple[str, int, int], list[Future[None]]] = {}
@@ -107,9 +109,10 @@ class MappedFiles:
         start, stop = _span(stored, bounds)
         for block in self._fetch(stored.file, start, stop):
             block.result()
+        data, item = self._map(stored.file), stored.dtype.itemsize
         with self._lock:
             self._fetched[stored.file, start, stop] = []
-            data, item = self._map(stored.file), stored.dtype.itemsize
+            self.bytes_read += math.prod(sizes) * item
         if start % item == 0:
             flat = torch.frombuffer(data, dtype=stored.dtype, count=(stop - start) // item, offset=start)
             return flat.as_strided(sizes, stored.stride)
@@ -204,10 +207,11 @@ class MappedFiles:
             return self._descriptors[file]
 
     def _map(self, file: str) -> mmap.mmap:
-        if file not in self._maps:
-            # A private map is writable, as torch.frombuffer wants it, and no write reaches the file.
-            self._maps[file] = mmap.mmap(self._descriptor(file), 0, access=mmap.ACCESS_COPY)
-        return self._maps[file]
+        with self._lock:
+            if file not in self._maps:
+                # A private map is writable, as torch.frombuffer wants it, and no write reaches the file.
+                self._maps[file] = mmap.mmap(self._descriptor(file), 0, access=mmap.ACCESS_COPY)
+            return self._maps[file]
 
 
 def _span(stored: Stored, bounds: list[tuple[int, int]]) -> tuple[int, int]:

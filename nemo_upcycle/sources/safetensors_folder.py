@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import re
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -136,7 +135,6 @@ class SafetensorsFolder(OneModel):
     def __init__(self, folder: Path) -> None:
         self.path = folder
         self.architecture = read_architecture(folder)
-        self.bytes_read, self._counting = 0, threading.Lock()
         self._stored: dict[str, Stored] = {}
         self._headers: dict[str, str] = {}
         self._files = MappedFiles(folder)
@@ -161,6 +159,11 @@ class SafetensorsFolder(OneModel):
             raise _broken(path, f"{twice[0]}, which {self._stored[twice[0]].file} holds too", "every tensor once")
         self._headers[file] = digest
         self._stored |= stored
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of all slices read so far; headers do not count."""
+        return self._files.bytes_read
 
     def names(self) -> Iterable[str]:
         """Return the names of its tensors."""
@@ -191,10 +194,7 @@ class SafetensorsFolder(OneModel):
         Raises:
             CheckpointError: there is no such tensor, the slice reaches beyond it, or the file cannot be read.
         """
-        slice_ = self._files.read(name, self._entry(name), index)
-        with self._counting:
-            self.bytes_read += slice_.nbytes
-        return slice_
+        return self._files.read(name, self._entry(name), index)
 
     def expect(self, name: str, index: Index | None = None) -> None:
         """Begin to fetch a slice that will be read soon."""
