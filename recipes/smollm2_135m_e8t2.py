@@ -37,7 +37,7 @@ def model() -> run.Config[pl.LightningModule]:
     config = dense_ct.model()
     for name, value in moe_settings(SPEC).items():
         setattr(config.config, name, value)
-    # Two ranks of a laptop hold 692M parameters and Adam: of the experts' work they keep nothing for the backward pass.
+    # A laptop holds 692M parameters and their Adam: of the experts' work it keeps nothing for the backward pass.
     config.config.recompute_modules = ["core_attn", "moe"]
     return config
 
