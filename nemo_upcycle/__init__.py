@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from nemo_upcycle.megatron_import import need_no_cuda_to_import
 from nemo_upcycle.package_info import __version__
 
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from nemo_upcycle.spec import UpcycleSpec
 
 __all__ = ["UpcycleReceipt", "UpcycleSpec", "__version__", "load_dense_into", "open_dense", "upcycle_into"]
+
+need_no_cuda_to_import()
 
 _HOMES = {
     "UpcycleSpec": "spec",

@@ -1,0 +1,42 @@
+"""Lets Megatron-Core be imported on a machine that has a CUDA build of torch and no CUDA device.
+
+That is a laptop with torch from PyPI, or a cluster's login node. As it is imported, Megatron-Core 0.15 compiles an
+allocator for its inference (`unified_memory`); without a device torch finds no architecture to compile for and raises
+an IndexError, which Megatron does not expect, so that `import nemo.collections.llm` fails.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+
+_ALLOCATOR = "megatron.core.inference.unified_memory"
+
+
+class _NoUnifiedMemory(MetaPathFinder, Loader):
+    """Answers for the allocator, where there is no CUDA device, what Megatron answers when it cannot be compiled."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+        if fullname != _ALLOCATOR:
+            return None
+        import torch
+
+        return None if torch.cuda.is_available() else ModuleSpec(fullname, self)
+
+    def exec_module(self, module: ModuleType) -> None:
+        vars(module).update(has_unified_memory=False, create_unified_mempool=_refuse)
+
+
+def _refuse() -> None:
+    raise RuntimeError("unified memory needs a CUDA device")
+
+
+def need_no_cuda_to_import() -> None:
+    """Keep Megatron from compiling for CUDA where there is no CUDA device; nothing else changes, anywhere."""
+    if not any(isinstance(finder, _NoUnifiedMemory) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _NoUnifiedMemory())
