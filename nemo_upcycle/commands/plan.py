@@ -18,7 +18,7 @@ from nemo_upcycle.planning.layout import Layout, parse_layout
 from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.search import Goal, Plan, judge, search
 from nemo_upcycle.planning.throughput import Machine
-from nemo_upcycle.planning.workload import PRECISIONS, RECOMPUTES, Workload
+from nemo_upcycle.planning.workload import DISPATCHERS, PRECISIONS, RECOMPUTES, Workload
 from nemo_upcycle.spec import UpcycleSpec, check_capacity
 
 
@@ -60,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--pad-to-capacity", action="store_true", help="pad every expert up to its capacity")
     model.add_argument("--imbalance", type=float, default=1.5, metavar="X", help="busiest over mean expert rank (1.5)")
     model.add_argument("--precision", default="bf16", metavar="NAME", help=f"{', '.join(PRECISIONS)} (default: bf16)")
+    model.add_argument("--dispatcher", default="alltoall", metavar="NAME", help=f"{', '.join(DISPATCHERS)} (alltoall)")
+    model.add_argument("--overlap", metavar="tp,ep", help="traffic beside computation; the recipes have none")
     model.add_argument("--tokens", type=float, metavar="N", help="tokens of the run (default: 100e9)")
     cluster = parser.add_argument_group("cluster")
     cluster.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
@@ -144,7 +146,12 @@ def _goal(args: argparse.Namespace, subject: _Subject) -> Goal:
         imbalance=args.imbalance,
         precision=args.precision,
         recompute=args.recompute or "none",
+        dispatcher=args.dispatcher,
+        overlap=tuple(args.overlap.split(",")) if args.overlap else (),
     )
+    if args.recipe and args.overlap:
+        fix = "use --model FOLDER, or leave --overlap away"
+        raise SpecError(problem("overlap", got=args.overlap, expected="none beside --recipe", fix=fix))
     gpu = known_gpu(args.gpu)
     if work.numbers.fp8 and gpu.fp8_tflops is None:
         raise SpecError(problem("precision", got=args.precision, expected=f"bf16 on {gpu.name}", fix="use bf16"))

@@ -56,6 +56,8 @@ def _row(values: dict[str, Any]) -> Published:
         pad=values.get("pad", False),
         precision=values.get("precision", "bf16"),
         recompute=values.get("recompute", "none"),
+        dispatcher=values.get("dispatcher", "alltoall"),
+        overlap=tuple(values.get("overlap", ())),
     )
     layout = parse_layout(values["layout"], values["gpus"])
     layout.check(arch, work.seq_length, work.global_batch)

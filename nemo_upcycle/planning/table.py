@@ -75,6 +75,7 @@ def nemo_command(recipe: str, plan: Plan, defaults: dict[str, Any], *, upcycled:
     if upcycled and not recipe.startswith("smollm2"):
         arguments += f", capacity_factor={work.capacity_factor or 0}, pad_to_capacity={work.pad}"
         arguments += f", recompute_moe_steps={steps if work.recompute == 'moe' else 0}"
+        arguments += f", dispatcher='{work.dispatcher}'" if work.dispatcher != "alltoall" else ""
     elif work.capacity_factor is not None:
         settings.append(f"model.config.moe_expert_capacity_factor={work.capacity_factor}")
         settings += ["model.config.moe_pad_expert_input_to_capacity=True"] if work.pad else []

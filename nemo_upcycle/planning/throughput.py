@@ -7,6 +7,7 @@ docs/planning.md). All times are of one GPU and of forward and backward together
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, fields
 
@@ -26,11 +27,13 @@ class Machine:
         attention: part of the BF16 peak that flash attention reaches over forward and backward.
         memory: part of the HBM's bandwidth.
         link: part of the bandwidth of NVLink and of the network.
+        tp_hidden: part of tensor parallelism's traffic that products hide where it is overlapped.
         layer_us: kernel launches and host work of one layer and micro-batch.
         moe_us: the same for its router and dispatcher, which wait for the number of tokens of each expert.
         expert_us: the same for every further expert of the rank: grouped products are launched expert by expert.
         uneven_expert_us: the same without padding: the host has waited for the numbers of tokens, and nothing that it
             launched before hides what it does then.
+        uneven_fp8_expert_us: the same in FP8, where each expert's tensors are measured, cast and transposed.
         imbalance: token slots of the busiest expert rank, for which the others wait, over the mean, when experts are
             not padded to a capacity.
     """
@@ -40,10 +43,12 @@ class Machine:
     attention: float = 0.5
     memory: float = 0.85
     link: float = 0.7
+    tp_hidden: float = 0.5
     layer_us: float = 200.0
     moe_us: float = 600.0
     expert_us: float = 50.0
     uneven_expert_us: float = 250.0
+    uneven_fp8_expert_us: float = 900.0
     imbalance: float = 1.12
 
 
@@ -182,40 +187,62 @@ class ThroughputModel:
         attention.attention += 3.5 * scores / (self.machine.attention * self.gpu.bf16_tflops * 1e12)
         # Two norms and residuals; rotary embedding and what attention reads and writes.
         self._moved(attention, tokens / layout.tp * (24 * width + 8 * (heads + groups)), fp8)
-        self._tensor_traffic(attention, tokens, layout)
+        self._tensor_traffic(attention, tokens, layout, work)
         # Keys and values go round the ring once forward, and with their gradients backward; attention hides it.
         ring = 3 * 2 * 2 * groups / layout.tp * tokens * (layout.cp - 1)
         self._link(attention, ring, layout.tp * layout.cp, layout.cp, hidden=attention.attention)
         network = self._moe(layout, work, tokens, fp8) if moe else _Times()
-        if not moe:
+        if moe:
+            hidden = attention.total + network.total if "ep" in work.overlap else 0.0
+            self._dispatch(network, layout, work, tokens, hidden)
+        else:
             self._network(network, tokens, arch.ffn_size / layout.tp, fp8)
-            self._tensor_traffic(network, tokens, layout)
+            self._tensor_traffic(network, tokens, layout, work)
         attention.add(attention, 1 / 3 if work.recompute == "full" else 0.0)
         network_again = work.recompute == "full" or (work.recompute == "moe" and (moe or not arch.num_experts))
         attention.add(network, 1 + (1 / 3 if network_again else 0.0))
         return attention
 
     def _moe(self, layout: Layout, work: Workload, tokens: float, fp8: bool) -> _Times:
-        arch, width = self.arch, self.arch.hidden_size
-        even = work.slots_per_token(arch)
-        room = work.capacity_factor if work.capacity_factor is not None else self.machine.imbalance
-        waits = 1.0 if work.pad or layout.ep == 1 else max(1.0, min(self.machine.imbalance, room))
-        slots = tokens / layout.tp * even * waits
+        arch, machine = self.arch, self.machine
+        slots = tokens / layout.tp * self._slots_per_token(layout, work)
         local = (arch.num_experts or 1) // layout.ep
-        expert_us = self.machine.expert_us if work.pad else self.machine.uneven_expert_us
-        found = _Times(launch=(self.machine.moe_us + expert_us * (local - 1)) * 1e-6)
+        uneven_us = machine.uneven_fp8_expert_us if fp8 else machine.uneven_expert_us
+        expert_us = machine.expert_us if work.pad else uneven_us
+        found = _Times(launch=(machine.moe_us + expert_us * (local - 1)) * 1e-6)
         neurons = (arch.expert_ffn_size or 0) / layout.etp
         # A rank's experts get slots of its whole group: as many as its own tokens, etp times.
         self._network(found, slots * layout.etp / local, neurons, fp8, local)
         # Permute, sort by expert, sort back, unpermute: read and written, forward and backward.
-        self._moved(found, slots * 16 * width, fp8)
-        crossing = 4 * 2 * slots * width * (layout.ep - 1) / layout.ep
-        self._link(found, crossing, layout.etp * layout.ep, layout.ep)
-        self._link(found, 4 * 2 * slots * width * (layout.etp - 1), layout.etp, layout.etp)
+        self._moved(found, slots * 16 * arch.hidden_size, fp8)
         if arch.shared_ffn_size:
             self._network(found, tokens, arch.shared_ffn_size / layout.tp, fp8)
-            self._tensor_traffic(found, tokens, layout)
+            self._tensor_traffic(found, tokens, layout, work)
         return found
+
+    def _slots_per_token(self, layout: Layout, work: Workload) -> float:
+        """Return the token slots for each token of the expert rank that the others wait for."""
+        room = work.capacity_factor if work.capacity_factor is not None else self.machine.imbalance
+        waits = 1.0 if work.pad or layout.ep == 1 else max(1.0, min(self.machine.imbalance, room))
+        return work.slots_per_token(self.arch) * waits
+
+    def _dispatch(self, found: _Times, layout: Layout, work: Workload, tokens: float, hidden: float) -> None:
+        """Add what sends tokens to their experts and back, forward and backward, beyond what hides it."""
+        copies = self._slots_per_token(layout, work)
+        span = layout.etp * layout.ep
+        if work.dispatcher == "deepep":
+            # A token is sent once to each rank of its node, or once to each other node, that has experts of it.
+            places = layout.ep if span <= self.gpu.per_node else span // self.gpu.per_node
+            copies *= self._places_of_a_token(places) / (self.arch.top_k or 1)
+        bytes_of_copy = 4 * 2 * tokens / layout.tp * self.arch.hidden_size
+        self._link(found, bytes_of_copy * copies * (layout.ep - 1) / layout.ep, span, layout.ep, hidden)
+        slots = tokens / layout.tp * self._slots_per_token(layout, work)
+        self._link(found, 4 * 2 * slots * self.arch.hidden_size * (layout.etp - 1), layout.etp, layout.etp)
+
+    def _places_of_a_token(self, places: int) -> float:
+        """Return at how many of so many places a token's experts are, on average, if all choices are as likely."""
+        experts, top_k = self.arch.num_experts or 1, self.arch.top_k or 1
+        return places * (1 - math.comb(experts - experts // places, top_k) / math.comb(experts, top_k))
 
     def _network(self, found: _Times, rows: float, neurons: float, fp8: bool, count: int = 1) -> None:
         gates = 2 if self.arch.gated else 1
@@ -241,9 +268,11 @@ class ThroughputModel:
         """Add 16-bit elements read or written by what is no matrix product; a quarter more for casts to FP8."""
         found.memory += 2.0 * elements * (1.25 if fp8 else 1.0) / (self.machine.memory * self.gpu.hbm_gb_s * 1e9)
 
-    def _tensor_traffic(self, found: _Times, tokens: float, layout: Layout) -> None:
+    def _tensor_traffic(self, found: _Times, tokens: float, layout: Layout, work: Workload) -> None:
         """Add sequence parallelism's gathers and scatters: two forward, three backward, of the rank's tokens."""
         volume = 5 * 2 * tokens * self.arch.hidden_size * (layout.tp - 1) / layout.tp
+        if "tp" in work.overlap:
+            volume *= 1 - self.machine.tp_hidden
         self._link(found, volume, layout.tp, layout.tp)
 
     def _link(self, found: _Times, volume: float, span: int, size: int, hidden: float = 0.0) -> None:

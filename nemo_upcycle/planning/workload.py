@@ -36,6 +36,11 @@ PRECISIONS = {
 #: From keeping everything to keeping the input of each layer only: nothing, the experts' activation function,
 #: the whole MoE layer (or feed-forward network), the whole layer.
 RECOMPUTES = ("none", "moe_act", "moe", "full")
+#: What sends tokens to their experts: a message for each expert of a token, or for each place that has experts of it.
+DISPATCHERS = ("alltoall", "deepep")
+#: Tensor parallelism's traffic beside the products it belongs to (`tp_comm_overlap`), and the experts' beside another
+#: micro-batch (Megatron-Core's `overlap_moe_expert_parallel_comm`, not in NeMo 2.7). The recipes have neither.
+OVERLAPS = ("tp", "ep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,8 @@ class Workload:
         imbalance: token slots of the busiest rank over the mean, for the memory of experts that drop nothing.
         precision: one of `PRECISIONS`.
         recompute: one of `RECOMPUTES`.
+        dispatcher: one of `DISPATCHERS`.
+        overlap: whose traffic runs beside computation, of `OVERLAPS`.
         gradient_bytes: of one gradient: 4, or 2 without `grad_reduce_in_fp32`.
 
     Raises:
@@ -64,6 +71,8 @@ class Workload:
     imbalance: float = 1.5
     precision: str = "bf16"
     recompute: str = "none"
+    dispatcher: str = "alltoall"
+    overlap: tuple[str, ...] = ()
     gradient_bytes: int = 4
 
     def __post_init__(self) -> None:
@@ -71,6 +80,13 @@ class Workload:
             raise SpecError(unknown("precision", self.precision, PRECISIONS))
         if self.recompute not in RECOMPUTES:
             raise SpecError(unknown("recompute", self.recompute, RECOMPUTES))
+        if self.dispatcher not in DISPATCHERS:
+            raise SpecError(unknown("dispatcher", self.dispatcher, DISPATCHERS))
+        if others := [name for name in self.overlap if name not in OVERLAPS]:
+            raise SpecError(unknown("overlap", others[0], OVERLAPS))
+        if self.pad and self.dispatcher == "deepep":
+            fix = "plan without padding, or with alltoall"
+            raise SpecError(problem("dispatcher", got="deepep with padding", expected="alltoall", fix=fix))
         if self.recompute == "moe_act" and self.precision == "fp8-delayed":
             expected, fix = "another kind: Megatron-Core recomputes no activation under delayed scaling", "use moe"
             raise SpecError(problem("recompute", got=f"moe_act with {self.precision}", expected=expected, fix=fix))
