@@ -40,7 +40,7 @@ def test_rows_that_set_no_constant_are_predicted_as_well() -> None:
         for row in published_rows()
         if not row.fitted and not row.sets
     }
-    assert len(misses) >= 14
+    assert len(misses) >= 15
     assert statistics.median(abs(miss) for miss in misses.values()) <= 0.10, misses
     assert max(abs(miss) for miss in misses.values()) <= 0.25, misses
 
