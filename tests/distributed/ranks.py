@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 
-_PRELOAD = ["torch", "nemo.collections.llm"]
+_PRELOAD = ["nemo_upcycle", "torch", "nemo.collections.llm"]  # the first makes the last importable without CUDA
 
 
 def run_ranks(

@@ -194,6 +194,12 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 checkpoint = sys.argv[1]
 import torch
+from torch.utils import cpp_extension
+
+def no_compiler(*args, **kwargs):
+    raise RuntimeError
+
+cpp_extension.load_inline = no_compiler  # with torch for CUDA and without a GPU, Megatron's import would break here
 from megatron.core import dist_checkpointing, parallel_state
 from nemo.collections.llm import LlamaModel
 from nemo.collections.llm.gpt.model.base import local_layer_spec
