@@ -37,8 +37,6 @@ def model() -> run.Config[pl.LightningModule]:
     config = dense_ct.model()
     for name, value in moe_settings(SPEC).items():
         setattr(config.config, name, value)
-    # A laptop holds 692M parameters and their Adam: of the experts' work it keeps nothing for the backward pass.
-    config.config.recompute_modules = ["core_attn", "moe"]
     return config
 
 
@@ -122,10 +120,15 @@ def pipeline_recipe(dir: str = f"runs/{NAME}", processes: Optional[int] = None) 
             $ nemo upcycle pipeline --factory smollm2_135m_e8t2 dir=runs/more pretrain.trainer.max_steps=100 --yes
     """
     processes = processes or (1 if torch.cuda.device_count() == 1 else 2)
+    training = pretrain_recipe(num_gpus_per_node=processes, expert_parallelism=processes)
+    if not torch.cuda.is_available():
+        # A laptop holds 692M parameters and their Adam; of a layer it keeps only the input for the backward pass.
+        config = training.model.config
+        config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
     return run.Partial(
         pipeline,
         dir=dir,
         dense=dense_ct.DENSE,
-        pretrain=pretrain_recipe(num_gpus_per_node=processes, expert_parallelism=processes),
+        pretrain=training,
         dense_ct=dense_ct.pretrain_recipe(num_gpus_per_node=processes),
     )

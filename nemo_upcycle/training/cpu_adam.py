@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
+
+
+def _return_freed_memory() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 class FusedCpuAdam(torch.optim.Optimizer):
@@ -39,7 +46,12 @@ class FusedCpuAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters that have a gradient; return what `closure` gave, if there is one."""
+        """Update the parameters that have a gradient; return what `closure` gave, if there is one.
+
+        First, what the backward pass has freed goes back to the system: the holes between its tensors do not fit those
+        of the next step, so that a rank of the demo grew by 0.3 GiB.
+        """
+        _return_freed_memory()
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -98,7 +98,6 @@ def _rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> Any:
     place_recipe(recipe, Path(folder), Path(parent), Path(data))
     recipe.trainer.strategy.ddp.overlap_param_gather = False  # else a sample may hold weights of the step before
     recipe.log.tensorboard = run.Config(TensorBoardLogger, save_dir="board", name="board")
-    recipe.model.config.recompute_modules = ["core_attn"]  # the witness counts every time that a router runs
     for name, value in options.get("model", {}).items():
         setattr(recipe.model.config, name, value)
     if moe_layers := options.get("moe_layers"):
