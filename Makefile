@@ -8,7 +8,7 @@ RUN_DIR ?= runs/demo
 .PHONY: help demo test lint format clean venv te-env test-te
 
 help:
-	@echo "make demo    upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (about 15 minutes, no GPU)"
+	@echo "make demo    upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (about 8 minutes, no GPU)"
 	@echo "make test    all tests that need no GPU"
 	@echo "make lint    format, style, types, import layers, YAML"
 	@echo "make venv    only the environment, in $(VENV)"
