@@ -24,6 +24,8 @@ from nemo_upcycle.spec import UpcycleSpec
 Progress = Callable[[str, int], None]
 #: What is read, checked and copied to all experts before the next is read.
 _BLOCK_BYTES = 4 << 20
+#: What is fetched while something is filled: so much that a cold file is read without a pause.
+_AHEAD_BYTES = 128 << 20
 
 
 def fill(targets: list[Target], dense: DenseSource, spec: UpcycleSpec | None, progress: Progress | None) -> None:
@@ -39,11 +41,14 @@ def fill(targets: list[Target], dense: DenseSource, spec: UpcycleSpec | None, pr
         CheckpointError: a slice holds NaN, infinity or a number too large for the model's type, or cannot be read. The
             model is then unfinished.
     """
-    for number, target in enumerate(targets):
-        for ahead in targets[number + 1 : number + 2]:  # is fetched while this one is filled
-            for name, bounds in filled_bytes(ahead):
-                _source(ahead, dense).expect(name, bounds)
+    waiting, ahead_bytes = iter(targets), 0
+    for target in targets:
+        while ahead_bytes < _AHEAD_BYTES and (later := next(waiting, None)):
+            ahead_bytes += later.tensors[0].nbytes
+            for name, bounds in filled_bytes(later):
+                _source(later, dense).expect(name, bounds)
         _fill(target, dense, spec)
+        ahead_bytes -= target.tensors[0].nbytes
         if progress:
             progress(target.names[0], sum(tensor.nbytes for tensor in target.tensors))
 
