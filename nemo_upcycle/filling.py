@@ -41,14 +41,14 @@ def fill(targets: list[Target], dense: DenseSource, spec: UpcycleSpec | None, pr
         CheckpointError: a slice holds NaN, infinity or a number too large for the model's type, or cannot be read. The
             model is then unfinished.
     """
-    waiting, ahead_bytes = iter(targets), 0
+    waiting, ahead_bytes = iter(targets), 0  # what comes after `target`, which the first does not
     for target in targets:
+        ahead_bytes -= target.tensors[0].nbytes
         while ahead_bytes < _AHEAD_BYTES and (later := next(waiting, None)):
             ahead_bytes += later.tensors[0].nbytes
             for name, bounds in filled_bytes(later):
                 _source(later, dense).expect(name, bounds)
         _fill(target, dense, spec)
-        ahead_bytes -= target.tensors[0].nbytes
         if progress:
             progress(target.names[0], sum(tensor.nbytes for tensor in target.tensors))
 
