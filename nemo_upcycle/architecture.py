@@ -72,6 +72,11 @@ class Architecture:
         """The sliding window, in tokens; None where no sequence is longer."""
         return self.sliding_window if self.sliding_window and self.sliding_window < self.max_positions else None
 
+    @property
+    def scaled_embedding(self) -> bool:
+        """Whether the model multiplies its embedding by the root of the hidden size; no setting says so."""
+        return self.hf_class == "GemmaForCausalLM"
+
     def is_moe_layer(self, layer: int) -> bool:
         """Return whether a layer has experts."""
         return bool(self.num_experts) and (self.moe_pattern is None or self.moe_pattern[layer])
@@ -202,9 +207,10 @@ def architecture_from_config(config: dict[str, Any], where: str = "config.json")
     """
     settings = settings_of(config, where)
     hf_class = settings.hf_class
-    heads, hidden, layers = (
-        settings.whole(key) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers")
-    )
+    heads, hidden = (settings.whole(key) for key in ("num_attention_heads", "hidden_size"))
+    layers = settings.whole("num_hidden_layers", most=10_000)
+    if hidden % heads and "head_dim" not in settings.values:
+        raise settings.wrong("hidden_size", f"a multiple of num_attention_heads ({heads}), or head_dim beside it")
     groups = settings.whole("num_key_value_heads", heads)
     if heads % groups:
         raise settings.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
@@ -235,19 +241,21 @@ def architecture_from_config(config: dict[str, Any], where: str = "config.json")
 
 def _experts(settings: Settings, hf_class: str, layers: int) -> dict[str, Any]:
     if hf_class == "MixtralForCausalLM":
+        experts = settings.whole("num_local_experts")
         return {
-            "num_experts": settings.whole("num_local_experts"),
-            "top_k": settings.whole("num_experts_per_tok"),
+            "num_experts": experts,
+            "top_k": settings.whole("num_experts_per_tok", most=experts),
             "expert_ffn_size": settings.whole("intermediate_size"),
         }
     if hf_class == "Qwen2MoeForCausalLM":
         step, dense = settings.whole("decoder_sparse_step", 1), settings.values.get("mlp_only_layers", [])
-        if not isinstance(dense, list):
-            raise settings.wrong("mlp_only_layers", "a list of layer numbers")
+        if not isinstance(dense, list) or not all(type(layer) is int and 0 <= layer < layers for layer in dense):
+            raise settings.wrong("mlp_only_layers", f"a list of layer numbers, 0 to {layers - 1}")
+        experts = settings.whole("num_experts")
         pattern = tuple((layer + 1) % step == 0 and layer not in dense for layer in range(layers))
         return {
-            "num_experts": settings.whole("num_experts"),
-            "top_k": settings.whole("num_experts_per_tok"),
+            "num_experts": experts,
+            "top_k": settings.whole("num_experts_per_tok", most=experts),
             "expert_ffn_size": settings.whole("moe_intermediate_size"),
             "shared_ffn_size": settings.whole("shared_expert_intermediate_size", 0, least=0),
             "moe_pattern": None if all(pattern) else pattern,

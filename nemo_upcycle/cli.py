@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from nemo_upcycle.errors import UpcycleError, unknown
+from nemo_upcycle.errors import UpcycleError, problem, unknown
 from nemo_upcycle.package_info import __version__
 
 
@@ -53,6 +55,7 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status: 0, 1 (the answer is no), 2 (bad usage or input) or 130 (stopped)."""
+    _prepare_output()
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except UpcycleError as error:
@@ -60,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough
         sys.stderr.close()
     except OSError as error:
-        sys.stderr.write(f"error: {error.filename or 'system'}: {error.strerror or error}\n")
+        sys.stderr.write(f"error: {_said(error)}\n")
     except ModuleNotFoundError as error:
         if (error.name or "nemo_upcycle").startswith("nemo_upcycle"):
             raise
@@ -69,6 +72,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("\nstopped; run again to go on\n")
         return INTERRUPTED
     return BAD_INPUT
+
+
+_FIXES = {
+    errno.ENOSPC: "free some space and run again",
+    errno.EDQUOT: "free some of your quota and run again",
+    errno.EFBIG: "choose a file system that holds larger files, or raise the limit (ulimit -f)",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "a part of the path is a file: check the path",
+}
+
+
+def _said(error: OSError) -> str:
+    """Return what to tell of a mistake that only the system knows of."""
+    fix = _FIXES.get(error.errno or 0, "check the path and who may read and write there")
+    return problem(
+        str(error.filename or "file system"), got=error.strerror or error, expected="access and room", fix=fix
+    )
+
+
+def _prepare_output() -> None:
+    """Let a command print names that the terminal has no characters for, and run with its output closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(argv: list[str]) -> int:

@@ -14,11 +14,12 @@ import torch
 from nemo_upcycle.architecture import Architecture
 from nemo_upcycle.errors import CheckpointError, problem
 from nemo_upcycle.expansion import dense_slice
-from nemo_upcycle.init.experts import output_factor
+from nemo_upcycle.export import hf_shapes
+from nemo_upcycle.init.experts import output_factor, rounded_factors
 from nemo_upcycle.mapping import Cut, Row, hf_constants, hf_names, row_of_hf
 from nemo_upcycle.progress import track
 from nemo_upcycle.sources.base import DenseSource
-from nemo_upcycle.sources.checks import check_source
+from nemo_upcycle.sources.checks import check_source, require_finite, rounded_because
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -26,7 +27,7 @@ _BLOCK_BYTES = 32 << 20
 #: What makes another function, or other shapes, if it is not the parent's.
 _KEPT = (
     *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "tied_embeddings"),
-    *("activation", "rope_theta", "rope_scaling", "window"),
+    *("activation", "rope_theta", "rope_scaling", "window", "qkv_bias", "zero_centered_norm"),
 )
 
 
@@ -82,14 +83,16 @@ class WeightGroup:
         return f"{name}{self.identical} of {self.tensors} identical; factors {factors}{changed}"
 
 
-def compare_weights(dense: DenseSource, moe: DenseSource) -> tuple[tuple[WeightGroup, ...], bool]:
-    """Return what was done to each kind of tensor, and whether such weights compute the dense function exactly.
+def compare_weights(dense: DenseSource, moe: DenseSource) -> tuple[tuple[WeightGroup, ...], bool, tuple[str, ...]]:
+    """Return what was done to each kind of tensor, whether such weights compute the dense function, what was rounded.
 
     They do if everything is the dense model's but the experts' down projection, which is scaled as the model's routing
     asks for (`UpcycleSpec.down_scale`), and the router leaves the sum of the experts alone (`UpcycleSpec.is_exact`).
+    Weights that were rounded to the MoE model's type compute it up to that.
 
     Raises:
-        CheckpointError: a folder lacks tensors, or the MoE model is of another parent.
+        CheckpointError: a folder's tensors are not those of its configuration, one holds NaN or infinity, or the MoE
+            model is of another parent.
     """
     check_source(dense)
     arch, made = dense.architecture, moe.architecture
@@ -106,14 +109,17 @@ def compare_weights(dense: DenseSource, moe: DenseSource) -> tuple[tuple[WeightG
         found = dense_slice(name, arch, made)
         if found is None:
             group.tensors += 1
-            routers.look_at(moe.read(name), spec.granularity)
+            require_finite(router_ED := moe.read(name), name, moe)
+            routers.look_at(router_ED, spec.granularity)
             continue
         # A shared expert's half is made up for by Qwen2-MoE's gate, see `hf_constants`.
         wanted = 1.0 if row.is_shared else output_factor(spec, row.role, expert)
         scale, changed = _relation(_pairs(dense, moe, name, *found), row.cut is Cut.NEURON_COLUMNS, wanted)
         group.add(scale, changed)
         is_exact &= changed == 0.0 and scale == wanted
-    return tuple(groups.values()), is_exact and routers.tied and _spec_of(arch, made, routers).is_exact
+    dtype = moe.dtype(names[0])
+    rounded = (*rounded_because(dense, dtype), *rounded_factors(spec, dtype))
+    return tuple(groups.values()), is_exact and routers.tied and _spec_of(arch, made, routers).is_exact, rounded
 
 
 def _check_child(arch: Architecture, moe: DenseSource) -> None:
@@ -129,10 +135,17 @@ def _check_child(arch: Architecture, moe: DenseSource) -> None:
         expected = f"a part of the dense {arch.ffn_size}, and whole copies of it"
         got = f"{made.num_experts} experts of {width} neurons, shared {made.shared_ffn_size}"
         raise CheckpointError(problem(str(moe.path), got=got, expected=expected, fix="give the MoE's own parent"))
-    present = set(moe.names())
-    if missing := [name for name in hf_names(made) if name not in present]:
-        fix = "convert or export it again"
-        raise CheckpointError(problem(f"{moe.path}: {missing[0]}", got="no such tensor", expected="it", fix=fix))
+    shapes = hf_shapes(made)
+    optional = {name for name in moe.names() if name.endswith("rotary_emb.inv_freq")}
+    optional |= {"lm_head.weight"} if made.tied_embeddings else set()
+    fix = "check that config.json and weights belong together, or convert it again"
+    for name in sorted((shapes.keys() ^ set(moe.names())) - optional):
+        got, expected = ("no such tensor", "it") if name in shapes else ("it", "no such tensor, by config.json")
+        raise CheckpointError(problem(f"{moe.path}: {name}", got=got, expected=expected, fix=fix))
+    for name, shape in shapes.items():
+        if moe.shape(name) != shape:
+            got, expected = list(moe.shape(name)), f"{list(shape)}, by config.json"
+            raise CheckpointError(problem(f"{moe.path}: shape of {name}", got=got, expected=expected, fix=fix))
 
 
 def _spec_of(arch: Architecture, made: Architecture, routers: _Routers | None = None) -> UpcycleSpec:
@@ -162,14 +175,12 @@ def _pairs(
     """Yield both models' rows, block by block; the dense ones in the MoE model's type, as floats of that type."""
     shape, dtype = moe.shape(name), moe.dtype(name)
     (first, last), *rest = bounds
-    if shape != tuple(stop - start for start, stop in bounds):
-        expected, fix = f"{[stop - start for start, stop in bounds]}", "check that config.json and weights fit"
-        raise CheckpointError(problem(f"{moe.path}: shape of {name}", got=list(shape), expected=expected, fix=fix))
     rows = max(1, _BLOCK_BYTES // max(1, torch.Size(shape[1:]).numel() * dtype.itemsize))
     for start in range(0, last - first, rows):
         stop = min(start + rows, last - first)
         theirs = moe.read(name, [(start, stop), *((0, size) for size in shape[1:])])
         ours = dense.read(source, [(first + start, first + stop), *rest])
+        require_finite(theirs, name, moe)
         yield theirs, ours.to(dtype)
         dense.release()
         moe.release()

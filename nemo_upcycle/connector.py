@@ -20,12 +20,26 @@ import torch
 from nemo_upcycle.architecture import Architecture, activation_of, same_frequencies
 from nemo_upcycle.errors import CheckpointError, SpecError, problem
 from nemo_upcycle.filling import Progress, fill, scale_of
+from nemo_upcycle.init.experts import rounded_factors
 from nemo_upcycle.placement import Place, Target, filled_bytes, targets_of
 from nemo_upcycle.receipt import ParameterRecord, UpcycleReceipt
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.branches import require_copies
-from nemo_upcycle.sources.checks import check_shapes, check_source
+from nemo_upcycle.sources.checks import check_shapes, check_source, rounded_because
 from nemo_upcycle.spec import UpcycleSpec, check_capacity
+
+
+#: Settings of Megatron's that change the function and leave every shape as it is. No known parent has another value.
+_PLAIN: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "rotary_interleaved": False,
+    "no_rope_freq": None,
+    "mrope_section": None,
+    "softmax_type": "vanilla",
+    "glu_linear_offset": 0.0,
+    "activation_func_clamp_value": None,
+    "apply_residual_connection_post_layernorm": False,
+}
 
 
 def upcycle_into(
@@ -156,6 +170,9 @@ def _check_model(model: Any, made: Architecture) -> None:
         wanted["moe_ffn_hidden_size"] = made.expert_ffn_size or made.ffn_size
         wanted["moe_shared_expert_intermediate_size"] = made.shared_ffn_size or None
     checks: list[tuple[str, Any, Any]] = [(name, getattr(config, name), value) for name, value in wanted.items()]
+    checks += [(name, getattr(config, name, value) or value, value) for name, value in _PLAIN.items()]
+    if config.softmax_scale and not math.isclose(config.softmax_scale, made.head_dim**-0.5, rel_tol=1e-6):
+        checks.append(("softmax_scale", config.softmax_scale, f"None or {made.head_dim**-0.5:.6g}"))
     # What follows changes the function unnoticed. NeMo scales the rotary frequencies outside of its config.
     checks.append(("activation_func", activation_of(config.activation_func), made.activation))
     if not frequencies.is_meta and not same_frequencies(frequencies, made):
@@ -186,7 +203,12 @@ def _fill(
     start_s, bytes_before = time.monotonic(), dense.bytes_read
     fill(targets, dense, spec, progress)
     seconds = time.monotonic() - start_s
-    reasons = (*(spec.inexact_because if spec else ()), *dense.inexact_because(), *_changed_by(models[0], made, spec))
+    reasons = (
+        *(spec.inexact_because if spec else ()),
+        *dense.inexact_because(),
+        *_rounded(targets, dense, spec),
+        *_changed_by(models[0], arch, spec),
+    )
     return UpcycleReceipt(
         source=str(dense.path),
         source_files=dense.fingerprint(),
@@ -205,19 +227,31 @@ def _fill(
     )
 
 
-def _changed_by(model: Any, made: Architecture, spec: UpcycleSpec | None) -> Iterator[str]:
+def _rounded(targets: list[Target], dense: DenseSource, spec: UpcycleSpec | None) -> Iterator[str]:
+    """Yield why weights lose digits in the model's types."""
+    for dtype in dict.fromkeys(target.tensors[0].dtype for target in targets if target.pieces):
+        yield from rounded_because(dense, dtype)
+        yield from rounded_factors(spec, dtype) if spec else ()
+
+
+def _changed_by(model: Any, dense: Architecture, spec: UpcycleSpec | None) -> Iterator[str]:
     """Yield why a model whose weights are exact is not: experts that overflow drop tokens, attention sees others."""
     config = model.config
     factor = config.moe_expert_capacity_factor
     if spec and factor is not None and factor >= 0 and factor * spec.top_k < spec.num_experts:
         yield f"moe_expert_capacity_factor={factor} drops the tokens of experts that overflow"
     # Megatron counts the tokens before the current one (NeMo's import forgets that), Hugging Face that one, too.
-    tokens, window = min(made.max_positions, model.max_sequence_length), config.window_size
+    tokens, window = min(dense.max_positions, model.max_sequence_length), config.window_size
     seen = window[0] + 1 if window and window[0] >= 0 else tokens
-    wanted = made.sliding_window or tokens
+    wanted = dense.sliding_window or tokens
     if min(seen, tokens) != min(wanted, tokens) or (seen < tokens and config.window_attn_skip_freq):
-        exact = (wanted - 1, 0) if made.sliding_window else None
+        exact = (wanted - 1, 0) if dense.sliding_window else None
         yield f"window_size={window} is not the dense model's attention: {exact} in every layer would be"
+    # Gemma multiplies its embedding by the root of D; NeMo's model class does so, Megatron's has no setting for it.
+    scales = any(base.__name__ == "EmbeddingScalingMixin" for base in type(getattr(model, "embedding", None)).__mro__)
+    if model.pre_process and scales is not dense.scaled_embedding:
+        done = ("does not multiply", "multiplies")[scales]
+        yield f"the model {done} its embedding by sqrt(hidden_size), unlike the dense one: see NeMo's GemmaModel"
 
 
 def _bytes_needed(targets: list[Target], dense: DenseSource) -> int:

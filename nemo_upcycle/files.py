@@ -39,12 +39,16 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON to `path`, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as handle:
-        json.dump(value, handle, indent=2, sort_keys=False)
-        handle.write("\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("w", encoding="utf-8") as handle:
+            json.dump(value, handle, indent=2, sort_keys=False)
+            handle.write("\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> Any:
@@ -59,7 +63,7 @@ def read_json(path: Path) -> Any:
         raise UpcycleError(
             problem(str(path), got="no such file", expected="a JSON file", fix="check the path")
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, a number of 5,000 digits
         raise UpcycleError(
             problem(str(path), got=f"unreadable JSON ({error})", expected="valid JSON", fix="write the file again")
         ) from None
@@ -101,7 +105,13 @@ def only_writer(target: Path) -> Iterator[Path]:
             raise UpcycleError(problem(str(target), got="another process writing it", expected="none", fix=fix))
         yield aside
         aside.rename(target)
-        (target / _LOCK).unlink()
+        forget_work(target)
+
+
+def forget_work(folder: Path, *names: str) -> None:
+    """Delete what was of use while a folder was made: the lock, and files of these names."""
+    for name in (_LOCK, *names):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _lock(descriptor: int) -> None:
@@ -191,6 +201,19 @@ def require_apart(target: Path, *inputs: Path) -> None:
             raise UpcycleError(problem(str(target), got=how, expected=expected, fix=fix))
 
 
+def resolved(path: Path) -> Path:
+    """Return where a path leads, through links, whether something is there or not.
+
+    Raises:
+        UpcycleError: links lead in a circle.
+    """
+    try:
+        return path.resolve()
+    except (RuntimeError, OSError):
+        fix = "choose another name"
+        raise UpcycleError(problem(str(path), got="links that go in a circle", expected="a path", fix=fix)) from None
+
+
 def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
     """Check that `needed_bytes` fit on the disk of `folder` (which need not exist yet).
 
@@ -203,8 +226,13 @@ def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
         raise UpcycleError(
             problem(
                 f"disk space for {what} in {existing}",
-                got=f"{free_bytes / 2**30:.2f} GiB free",
-                expected=f"at least {needed_bytes / 2**30:.2f} GiB",
+                got=f"{_size(free_bytes)} free",
+                expected=f"at least {_size(needed_bytes)}",
                 fix="free some space or choose another folder",
             )
         )
+
+
+def _size(count_bytes: int) -> str:
+    unit, name = next((pair for pair in ((2**30, "GiB"), (2**20, "MiB")) if count_bytes >= pair[0]), (0, "bytes"))
+    return f"{count_bytes / unit:.2f} {name}" if unit else f"{count_bytes} {name}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,9 +57,11 @@ class Settings:
         got = "nothing" if value is None else repr(value)
         return CheckpointError(problem(f"{self.where}: {key}", got=got, expected=expected, fix=fix))
 
-    def whole(self, key: str, default: int | None = None, least: int = 1) -> int:
+    def whole(self, key: str, default: int | None = None, least: int = 1, most: int = 10**9) -> int:
         """Return a whole number; a size has no default."""
         value = self.values.get(key, default)
+        if type(value) is int and value > most:
+            raise self.wrong(key, f"at most {most:,}")
         if type(value) is not int or value < least:
             raise self.wrong(key, "a positive whole number" if least else "a whole number, 0 or more")
         return value
@@ -68,7 +69,7 @@ class Settings:
     def number(self, key: str) -> float:
         """Return a positive number."""
         value = self.values.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
             raise self.wrong(key, "a positive number")
         return float(value)
 

@@ -7,6 +7,7 @@ any time and by anything, goes on with the first file that is missing. `expansio
 from __future__ import annotations
 
 import errno
+import math
 import resource
 import shutil
 import threading
@@ -25,10 +26,13 @@ from nemo_upcycle.expansion import Expansion
 from nemo_upcycle.files import (
     MARKER,
     clear,
+    forget_work,
     is_complete,
     only_writer,
     read_json,
+    require_apart,
     require_disk,
+    resolved,
     sha256_file,
     write_json,
 )
@@ -40,6 +44,8 @@ from nemo_upcycle.hf_folder import (
     write_config,
     write_index,
 )
+from nemo_upcycle.init.experts import rounded_factors
+from nemo_upcycle.mapping import hf_constants
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.progress import ProgressLine
 from nemo_upcycle.sources.base import DenseSource
@@ -50,6 +56,12 @@ from nemo_upcycle.spec import UpcycleSpec
 
 
 _PLAN = ".conversion.json"
+#: What a file system may refuse in the middle of the work.
+_FULL = {
+    errno.ENOSPC: ("full", "room"),
+    errno.EDQUOT: ("quota used up", "room"),
+    errno.EFBIG: ("a file too large for it", "files of up to 5 GB (see ulimit -f, too)"),
+}
 
 
 @dataclass(frozen=True)
@@ -110,7 +122,8 @@ def convert(
         ...     convert(dense, Path("models/Llama-3-8B-E8T2"), UpcycleSpec(num_experts=8, top_k=2))
     """
     start_s, bytes_before = time.monotonic(), dense.bytes_read
-    output = output.resolve()
+    output = resolved(output)
+    require_apart(output, *(source.path for source in dense.branches()))
     require_dtype(dtype := dtype or dense.dtype("model.embed_tokens.weight"))
     require_copies(dense, spec.copies)
     expansion = Expansion(dense, spec, dtype)
@@ -123,13 +136,15 @@ def convert(
     kept, written = set(files), 0
     if _is_done(output, plan):
         _check_done(output, expansion, files)
+        forget_work(output, _PLAN)
     else:
         with _only_writer(output, plan) as folder:
             kept = {file for file in files if _is_whole(folder / file, expansion, files[file])}
             written = _write(expansion, folder, files, kept, f"convert {output.name}", progress)
             _finish(expansion, folder, files, plan)
-    rounded = rounded_because(dense, dtype)
+    rounded = (*rounded_because(dense, dtype), *rounded_factors(spec, dtype))
     reasons = (*spec.inexact_because, *dense.inexact_because(), *rounded)
+    constants = sum(math.prod(shape) for shape in hf_constants(made).values())
     return Conversion(
         output=output,
         hf_class=made.hf_class,
@@ -137,8 +152,8 @@ def convert(
         exact=not reasons,
         inexact_because=reasons,
         dense_params=dense.architecture.total_params,
-        total_params=made.total_params,
-        active_params=made.active_params,
+        total_params=made.total_params + constants,
+        active_params=made.active_params + constants,
         tensors=len(names),
         files=len(files),
         files_kept=len(kept),
@@ -166,7 +181,7 @@ def _plan(dense: DenseSource, spec: UpcycleSpec, dtype: torch.dtype, max_shard_b
     for source in dense.branches():
         folders = (source.path, source.path / "weights")  # NeMo's files lie in the latter
         files = [path for name in source.fingerprint() for folder in folders if (path := folder / name).is_file()]
-        changed_ns = {str(path): path.stat().st_mtime_ns for path in files}
+        changed_ns = {str(path.relative_to(source.path)): path.stat().st_mtime_ns for path in files}
         sources.append({"path": str(source.path.resolve()), "files": source.fingerprint(), "changed_ns": changed_ns})
     return {
         "sources": sources,
@@ -214,20 +229,29 @@ def _check_done(output: Path, expansion: Expansion, files: dict[str, list[str]])
 def _only_writer(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
     """Give the folder to work in, to one process at a time, with what a stopped run of the same plan left there."""
     with only_writer(output) as aside:
-        if not (aside / _PLAN).is_file() or read_json(aside / _PLAN) != plan:
-            clear(aside)
-            write_json(aside / _PLAN, plan)
         try:
+            if not (aside / _PLAN).is_file() or read_json(aside / _PLAN) != plan:
+                clear(aside)
+                write_json(aside / _PLAN, plan)
+            _clear_unfinished(aside)  # before anyone asks how much room there is
             yield aside
         except BaseException as error:
+            _clear_unfinished(aside)
             # What is made of a broken source is not worth keeping; a file system that failed may work again.
             if isinstance(error, BrokenWeights) or not any(aside.glob("*.safetensors")):
                 shutil.rmtree(aside)
-            if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not isinstance(error, OSError) or error.errno not in _FULL:
                 raise
-            fix = "free some space and run the same command again: finished files are kept"
-            raise UpcycleError(problem(f"disk of {output}", got="full", expected="room", fix=fix)) from None
-    (output / _PLAN).unlink(missing_ok=True)  # not before it is in its place: without a plan nothing is kept
+            got, expected = _FULL[error.errno]
+            fix = "mend that and run the same command again: finished files are kept"
+            raise UpcycleError(problem(f"disk of {output}", got=got, expected=expected, fix=fix)) from None
+    forget_work(output, _PLAN)  # not before it is in its place: without a plan nothing is kept
+
+
+def _clear_unfinished(folder: Path) -> None:
+    """Delete what a stopped run was just writing."""
+    for path in (*folder.glob("*.unfinished"), *folder.glob(".*.json.[0-9]*")):
+        path.unlink(missing_ok=True)
 
 
 def _is_whole(path: Path, expansion: Expansion, names: list[str]) -> bool:

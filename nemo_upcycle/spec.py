@@ -2,7 +2,6 @@
 
 # No postponed annotations: NeMo-Run reads those of the fields, for overrides on the command line.
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -88,10 +87,10 @@ class UpcycleSpec:
         _check_whole("granularity", self.granularity, 1)
         _check_whole("shared_experts", self.shared_experts, 0, self.granularity, "granularity")
         _check_whole("seed", self.seed, 0, 2**63 - 1)
-        _check_number("router_std", self.router_std, 0.0, None)
-        _check_number("noise_std", self.noise_std, 0.0, None)
+        _check_number("router_std", self.router_std, 0.0, 1000.0)
+        _check_number("noise_std", self.noise_std, 0.0, 1000.0)
         _check_number("drop_ratio", self.drop_ratio, 0.0, 1.0)
-        _check_number("routed_scaling", self.routed_scaling, 0.0, None)
+        _check_number("routed_scaling", self.routed_scaling, 0.0, 1000.0)
         if not self.routed_scaling > 0:
             got, fix = self.routed_scaling, "use 1 unless the model has one"
             raise SpecError(problem("routed_scaling", got=got, expected="more than 0", fix=fix))
@@ -200,21 +199,21 @@ def _check_whole(name: str, value: object, low: int, high: int | None = None, of
     raise SpecError(problem(name, got=value, expected=expected, fix=f"set {name} within the range"))
 
 
-def _check_number(name: str, value: float, low: float, high: float | None) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not (is_number and value >= low and (high is None or value <= high)):
-        limit = f"{low:g} to {high:g}" if high is not None else f"{low:g} or more"
-        raise SpecError(problem(name, got=value, expected=f"a number, {limit}", fix=f"set {name} within the range"))
+def _check_number(name: str, value: float, low: float, high: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+        expected = f"a number, {low:g} to {high:g}"
+        raise SpecError(problem(name, got=value, expected=expected, fix=f"set {name} within the range"))
 
 
 def _layers(value: str | Sequence[int]) -> str:
     """Return the layers as a rule, or their numbers sorted: `0,2,5`; a sequence of numbers will do, too."""
-    if isinstance(value, str) and re.fullmatch(r"all|every-[1-9]\d*|first-\d+-dense", value):
+    if isinstance(value, str) and re.fullmatch(r"all|every-[1-9]\d{0,5}|first-\d{1,6}-dense", value):
         return value
-    if isinstance(value, str) and not re.fullmatch(r"\d+(,\d+)*", value):
+    if isinstance(value, str) and not re.fullmatch(r"\d{1,6}(,\d{1,6})*", value):
         raise SpecError(unknown("moe_layers", value, MOE_LAYERS))
-    numbers = [int(number) for number in value.split(",")] if isinstance(value, str) else list(value)
-    if not numbers or not all(isinstance(number, int) and number >= 0 for number in numbers):
+    numbers = [int(number) for number in value.split(",")] if isinstance(value, str) else value
+    is_list = isinstance(numbers, Sequence) and all(type(number) is int and number >= 0 for number in numbers)
+    if not is_list or not numbers:
         raise SpecError(problem("moe_layers", got=value, expected="layer numbers from 0", fix="write e.g. 0,2,4"))
     return ",".join(str(number) for number in sorted(set(numbers)))
 

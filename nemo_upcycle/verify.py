@@ -6,6 +6,7 @@ text, in float32 with Hugging Face's own implementations, which tells whether th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from nemo_upcycle.compare_weights import WeightGroup, compare_weights
-from nemo_upcycle.errors import CheckpointError, UpcycleError, problem
+from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError, problem
 from nemo_upcycle.hf_settings import MOE_CLASSES
 from nemo_upcycle.progress import ProgressLine
 from nemo_upcycle.sources import open_dense
@@ -72,6 +73,7 @@ class Verification:
     tolerance: float
     weights: tuple[WeightGroup, ...]
     weights_exact: bool
+    weights_rounded: tuple[str, ...]
     logits: LogitComparison | None
 
 
@@ -95,13 +97,16 @@ def verify(
         tolerance: largest difference of logits over the largest logit, to count as equal.
 
     Raises:
-        CheckpointError: a folder is damaged, or the MoE model is of another parent.
+        CheckpointError: a folder is damaged, holds NaN or infinity, or the MoE model is of another parent.
+        SpecError: the tolerance is no number, 0 or more.
         UpcycleError: a model does not fit into memory, there is no tokenizer, or no text.
 
     Example:
         >>> verify(Path("models/Llama-3-8B"), Path("models/Llama-3-8B-E8T2")).equal  # doctest: +SKIP
         True
     """
+    if not 0 <= tolerance < math.inf:
+        raise SpecError(problem("tolerance", got=tolerance, expected="a number, 0 or more", fix="leave it at 1e-4"))
     with open_dense(dense) as parent, SafetensorsFolder(moe) as child:
         hf_class = child.architecture.hf_class
         if hf_class not in MOE_CLASSES:
@@ -110,10 +115,10 @@ def verify(
         if logits:
             _require_memory(child.architecture.total_params * 4)
         tokens_BS = _tokens(dense, text_file) if logits else None  # a wrong text shows before the long work
-        groups, exact = compare_weights(parent, child)
+        groups, exact, rounded = compare_weights(parent, child)
     found = _compare_logits(dense, moe, tokens_BS, layers) if tokens_BS is not None else None
-    equal = found.relative <= tolerance if found else exact
-    return Verification(dense, moe, hf_class, equal, tolerance, groups, exact, found)
+    equal = found.relative <= tolerance if found else exact and not rounded
+    return Verification(dense, moe, hf_class, equal, tolerance, groups, exact, rounded, found)
 
 
 def _require_memory(needed_bytes: int) -> None:
@@ -160,6 +165,10 @@ def _compare_logits(dense: Path, moe: Path, tokens_BS: torch.Tensor, layers: boo
         child_BSV, children = _run(moe, tokens_BS, layers)
         line.advance(note="MoE model")
     difference = (child_BSV - parent_BSV).abs()
+    if not difference.isfinite().all():
+        which = moe if parent_BSV.isfinite().all() else dense
+        fix = "check its config.json: the weights themselves are finite"
+        raise CheckpointError(problem(f"{which}: logits", got="NaN or infinity", expected="finite ones", fix=fix))
     return LogitComparison(
         tokens=tokens_BS.numel(),
         max_abs=float(difference.max()),

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from nemo_upcycle.errors import UpcycleError, unknown
+from nemo_upcycle.errors import SpecError, UpcycleError, problem, unknown
 from nemo_upcycle.spec import METHODS, MOE_LAYERS, OUTPUT_SCALES, ROUTER_INITS, ROUTER_ORDERS, UpcycleSpec
 
 
@@ -54,9 +54,18 @@ def add_spec_options(parser: argparse.ArgumentParser) -> None:
 
 
 def given_spec(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the fields of the spec that the command line names."""
+    """Return the fields of the spec that the command line names.
+
+    Raises:
+        SpecError: an option belongs to another method.
+    """
     fields = {field for field, *_ in _SPEC_OPTIONS.values()}
-    return {name: value for name, value in vars(args).items() if name in fields}
+    given = {name: value for name, value in vars(args).items() if name in fields}
+    for name, method in (("noise_std", "noise"), ("drop_ratio", "drop")):
+        if name in given and given.get("method") != method:
+            option, fix = f"--{name.replace('_', '-')}", f"add --method {method}, or leave it away"
+            raise SpecError(problem(option, got=given[name], expected=f"it with --method {method} only", fix=fix))
+    return given
 
 
 def add_dtype(parser: argparse.ArgumentParser, default: str) -> None:
@@ -87,5 +96,5 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def show(args: argparse.Namespace, answer: dict[str, Any], text: str) -> None:
     """Write a command's answer to stdout, for people or as JSON."""
-    as_json = json.dumps(answer, indent=2, default=str)
+    as_json = json.dumps(answer, indent=2, default=str, allow_nan=False)
     sys.stdout.write((as_json if args.json else text.rstrip()) + "\n")

@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _text(found: Verification) -> str:
     lines = [f"{found.moe}: {found.hf_class}, of {found.dense}", "weights", *map(str, found.weights)]
-    lines.append(f"  {'as copies, exact' if found.weights_exact else 'not those of an exact upcycling'}")
+    verdict = "as copies, exact" if found.weights_exact else "not those of an exact upcycling"
+    lines.append("; ".join([f"  {verdict}", *found.weights_rounded]))
     if logits := found.logits:
         lines += [
             f"logits of {logits.tokens} tokens, float32",

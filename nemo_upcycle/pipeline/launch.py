@@ -109,6 +109,9 @@ def _executor_for(stage: Stage, plan: RunPlan, executor: Any) -> run.Executor:
         return run.LocalExecutor(ntasks_per_node=per_node, launcher=launcher, env_vars=quiet)
     mine = copy.deepcopy(executor)
     mine.nodes, mine.ntasks_per_node = nodes, per_node
+    if _chains(mine):
+        # A stage after one that failed would else wait in the queue for ever, and the launcher for it.
+        mine.additional_parameters = {"kill_on_invalid_dep": "yes"} | (mine.additional_parameters or {})
     return mine
 
 

@@ -19,7 +19,7 @@ from nemo_upcycle.sources.base import DenseSource, Index
 from nemo_upcycle.streamed import FilePart
 
 
-_OTHERS = ("first", "mean")
+OTHERS = ("first", "mean")
 #: How long sequences may be is no matter of the weights; checkpoint formats note it differently.
 _MAY_DIFFER = ("max_positions",)
 
@@ -61,8 +61,8 @@ class Branches:
     """
 
     def __init__(self, sources: Sequence[DenseSource], others: str = "first") -> None:
-        if others not in _OTHERS:
-            raise SpecError(unknown("others", others, _OTHERS))
+        if others not in OTHERS:
+            raise SpecError(unknown("others", others, OTHERS))
         if not sources:
             raise CheckpointError(problem("branches", got="none", expected="dense checkpoints", fix="name some"))
         self._sources, self._others = tuple(sources), others

@@ -250,7 +250,7 @@ def test_a_full_disk_is_refused_and_the_earlier_export_kept(
     saved: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(10**6, 10**6 - 1000, 1000))
-    with _leaves_nothing(tmp_path, UpcycleError, r"disk space.*got 0\.00 GiB free.*Fix: free some space"):
+    with _leaves_nothing(tmp_path, UpcycleError, r"disk space.*got 1000 bytes free.*Fix: free some space"):
         export_checkpoint(saved / "one", dense, tmp_path / "hf", spec=SPEC)
     monkeypatch.undo()
     export_checkpoint(saved / "one", dense, tmp_path / "hf", spec=SPEC)

@@ -123,6 +123,8 @@ def test_everything_of_the_parent_travels_along(dense: Path, tmp_path: Path) -> 
 
 
 def test_the_same_again_is_done_already_and_another_is_refused(dense: Path, tmp_path: Path) -> None:
+    (not_ours := tmp_path / "other").mkdir()
+    (not_ours / "notes").write_text("mine")
     first = _convert(dense, tmp_path / "moe")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "moe").iterdir()}
     again = _convert(dense, tmp_path / "moe")
@@ -131,7 +133,10 @@ def test_the_same_again_is_done_already_and_another_is_refused(dense: Path, tmp_
         _convert(dense, tmp_path / "moe", UpcycleSpec(num_experts=4, top_k=1))
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "moe").iterdir()}
     with pytest.raises(UpcycleError, match="files that are not ours"):
-        _convert(dense, dense)
+        _convert(dense, not_ours)
+    for output in (dense, dense / "moe", dense.parent):
+        with pytest.raises(UpcycleError, match=r"got (the same folder|one inside the other)"):
+            _convert(dense, output)
     assert is_complete(tmp_path / "moe")
 
 
@@ -198,6 +203,25 @@ def test_a_type_that_rounds_is_not_exact(
     assert done.exact is is_lossless
     names = [str(one).removeprefix("torch.") for one in (stored, dtype)]
     assert is_lossless or done.inexact_because[0].startswith(f"{names[0]} weights are rounded to {names[1]} (model.")
+
+
+def test_a_factor_that_a_type_rounds_is_told(copy: Path, tmp_path: Path) -> None:
+    for file in copy.glob("*.safetensors"):
+        save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    spec = UpcycleSpec(num_experts=6, top_k=3, granularity=3)
+    done = _convert(copy, tmp_path / "moe", spec)
+    assert done.inexact_because == ("the factor 3 on the down projection is rounded in bfloat16",)
+    assert _convert(copy, tmp_path / "float32", spec, dtype=torch.float32).exact
+    assert _convert(copy, tmp_path / "even", UpcycleSpec(num_experts=4, top_k=2, granularity=2)).exact
+
+
+def test_a_source_is_the_same_however_it_is_spelled(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = _convert(dense, tmp_path / "moe")
+    monkeypatch.chdir(dense.parent)
+    again = _convert(Path(dense.name), tmp_path / "moe")
+    assert (again.files_kept, again.bytes_written) == (first.files, 0)
 
 
 def test_norms_with_more_digits_than_the_embedding_are_told(copy: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_upcycle import UpcycleSpec
+from nemo_upcycle import UpcycleSpec, offline
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.expansion import Expansion
 from nemo_upcycle.files import MARKER, read_json
@@ -73,12 +73,33 @@ def test_a_stopped_run_goes_on_with_what_is_missing(
         _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
     monkeypatch.undo()
     assert not (tmp_path / "moe").exists()
+    aside = tmp_path / ".moe.partial"
+    assert not list(aside.glob("*.unfinished"))
+    # A process that is killed clears nothing: what it leaves must not count as used when room is looked for.
+    for name in ("model-00009-of-00009.safetensors.unfinished", ".config.json.4711"):
+        (aside / name).write_bytes(b"half")
+    require_disk = offline.require_disk
+
+    def room(folder: Path, *given: Any) -> None:
+        assert {path.name[-11:] for path in aside.iterdir()} == {".lock", "ersion.json", "safetensors"}
+        require_disk(folder, *given)
+
+    monkeypatch.setattr(offline, "require_disk", room)
     done = _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
     assert done.files_kept == 3
     assert done.bytes_written < done.bytes_total
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "moe" / file.name).read_bytes()
     assert {path.name for path in (tmp_path / "moe").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+
+
+def test_what_a_kill_at_the_very_end_left_is_cleared(dense: Path, tmp_path: Path) -> None:
+    _convert(dense, tmp_path / "moe")
+    names = {path.name for path in (tmp_path / "moe").iterdir()}
+    for name in (".lock", ".conversion.json"):
+        (tmp_path / "moe" / name).write_text("{}")
+    assert _convert(dense, tmp_path / "moe").bytes_written == 0
+    assert {path.name for path in (tmp_path / "moe").iterdir()} == names
 
 
 @pytest.mark.parametrize("change", ["spec", "weights", "type"])

@@ -21,7 +21,7 @@ from nemo_upcycle.spec import check_capacity
         ({"router_order": "softmax"}, ["softmax_topk"]),
         ({"router_std": -1.0}, ["router_std", "-1.0"]),
         ({"router_std": float("nan")}, ["router_std", "nan"]),
-        ({"router_std": float("inf")}, ["router_std: got inf, expected a number, 0 or more"]),
+        ({"router_std": float("inf")}, ["router_std: got inf, expected a number, 0 to 1000"]),
         ({"noise_std": float("inf")}, ["noise_std: got inf"]),
         ({"method": "noise", "noise_std": float("nan")}, ["noise_std: got nan"]),
         ({"drop_ratio": float("nan")}, ["drop_ratio: got nan, expected a number, 0 to 1"]),

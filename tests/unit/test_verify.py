@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_upcycle import UpcycleSpec, open_dense
-from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.offline import convert
 from nemo_upcycle.verify import Verification, verify
 from tests.models import write_llama, write_tokenizer
@@ -84,7 +85,10 @@ def test_what_is_not_exact_is_named(dense: Path, tmp_path: Path, fields: dict[st
 def test_a_type_with_less_precision_is_compared_in_that_type(dense: Path, tmp_path: Path) -> None:
     fields = FINE | {"num_experts": 6, "top_k": 2}
     found = verify(dense, _made(dense, tmp_path / "moe", torch.bfloat16, **fields), logits=False)
-    assert found.equal
+    assert found.weights_exact
+    (reason,) = found.weights_rounded
+    assert reason.startswith("float32 weights are rounded to bfloat16 (")
+    assert not found.equal
     assert _lines(found)["everything else"].endswith("identical")
 
 
@@ -117,6 +121,42 @@ def test_routers_that_tear_copies_apart_are_found(dense: Path, tmp_path: Path) -
     moe = _made(dense, tmp_path / "moe", **FINE)
     _change(moe, "model.layers.0.block_sparse_moe.gate.weight", 1.0)
     assert not verify(dense, moe, logits=False).equal
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.block_sparse_moe.experts.0.w2.weight", "model.layers.2.block_sparse_moe.gate.weight"]
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(dense: Path, tmp_path: Path, name: str, value: float) -> None:
+    moe = _made(dense, tmp_path / "moe")
+    _change(moe, name, value)
+    with pytest.raises(CheckpointError, match=f"{name}: got 1 values that are NaN or infinite"):
+        verify(dense, moe)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_local_experts": 2}, "experts.2.*weight: got it, expected no such tensor"),
+        ({"num_local_experts": 6}, "experts.4.*weight: got no such tensor"),
+        ({"vocab_size": 300}, "vocab_size: got 300, expected 259"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok: got 5, expected at most 4"),
+    ],
+)
+@pytest.mark.parametrize("logits", [True, False], ids=["logits", "weights only"])
+def test_a_configuration_that_is_not_the_weights_own(
+    dense: Path, tmp_path: Path, change: dict[str, int], words: str, logits: bool
+) -> None:
+    moe = _made(dense, tmp_path / "moe")
+    (moe / "config.json").write_text(json.dumps(json.loads((moe / "config.json").read_text()) | change))
+    with pytest.raises(CheckpointError, match=words):
+        verify(dense, moe, logits=logits)
+
+
+@pytest.mark.parametrize("tolerance", [float("nan"), float("inf"), -1.0])
+def test_a_tolerance_is_a_number(dense: Path, tolerance: float) -> None:
+    with pytest.raises(SpecError, match="tolerance: got"):
+        verify(dense, dense, tolerance=tolerance)
 
 
 def test_the_text_is_the_one_asked_for(dense: Path, tmp_path: Path) -> None:
