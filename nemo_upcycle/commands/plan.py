@@ -13,7 +13,7 @@ from typing import Any
 from nemo_upcycle.architecture import Architecture, read_architecture
 from nemo_upcycle.errors import SpecError, UpcycleError, problem
 from nemo_upcycle.planning import table
-from nemo_upcycle.planning.hardware import gpu_names, known_gpu, known_recipe
+from nemo_upcycle.planning.hardware import KnownRecipe, gpu_names, known_gpu, known_recipe, recipe_for
 from nemo_upcycle.planning.layout import Layout, parse_layout
 from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.search import Goal, Plan, judge, search
@@ -30,18 +30,23 @@ EPILOG = """examples:
 
 exit status: 0 a layout fits (or is tight); 1 none does; 2 a value is wrong.
 TFLOP/s and MFU count full attention, as arXiv 2412.09952 does; --json has the causal half beside it."""
+_MOST_GPUS = 1_000_000
 _DEFAULTS = {"seq_length": 8192, "global_batch": 512, "capacity_factor": None, "tokens": 100e9}
 
 
 @dataclass(frozen=True)
 class _Subject:
-    """The model to plan for, what it is made from, and the recipe that runs it, if there is one."""
+    """The model to plan for, what it is made from, and the recipe that runs it, if there is one.
+
+    With `folder`, the model is that folder's, and the recipe was found by its shapes.
+    """
 
     arch: Architecture
     dense: Architecture
     spec: UpcycleSpec | None
-    recipe: str | None
+    recipe: KnownRecipe | None
     defaults: dict[str, Any]
+    folder: Path | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,14 +107,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _subject(args: argparse.Namespace) -> _Subject:
-    if args.recipe:
+    if args.recipe is not None:
         for name in ("experts", "top_k", "granularity"):
             if (value := getattr(args, name)) is not None:
                 fix = "use --model FOLDER --experts N --top-k K"
                 what = name.replace("_", "-")
                 raise SpecError(problem(what, got=value, expected="none beside --recipe", fix=fix))
         known = known_recipe(args.recipe)
-        return _Subject(known.made, known.dense, known.spec, args.recipe, _DEFAULTS | known.defaults)
+        return _Subject(known.made, known.dense, known.spec, known, _DEFAULTS | known.defaults)
     folder = args.model.parent if args.model.name == "config.json" else args.model
     arch = read_architecture(folder)
     if args.experts is None:
@@ -117,13 +122,14 @@ def _subject(args: argparse.Namespace) -> _Subject:
             if (value := getattr(args, name)) is not None:
                 what = name.replace("_", "-")
                 raise SpecError(problem(what, got=value, expected="--experts beside it", fix="add --experts 8"))
-        return _Subject(arch, arch, None, None, _DEFAULTS)
+        return _Subject(arch, arch, None, recipe_for(arch, arch), _DEFAULTS, folder)
     if arch.num_experts:
         fix = "leave --experts away: an MoE model is planned as it is"
         raise SpecError(problem("experts", got=args.experts, expected="a dense model", fix=fix))
     given = {name: getattr(args, name) for name in ("top_k", "granularity") if getattr(args, name) is not None}
     spec = UpcycleSpec(num_experts=args.experts, **given)
-    return _Subject(arch.upcycled(spec), arch, spec, None, _DEFAULTS)
+    made = arch.upcycled(spec)
+    return _Subject(made, arch, spec, recipe_for(arch, made), _DEFAULTS, folder)
 
 
 def _goal(args: argparse.Namespace, subject: _Subject) -> Goal:
@@ -131,10 +137,16 @@ def _goal(args: argparse.Namespace, subject: _Subject) -> Goal:
         value = getattr(args, name)
         return subject.defaults[name] if value is None else value
 
-    if args.gpus < 1:
-        raise SpecError(problem("gpus", got=args.gpus, expected="1 or more", fix="set --gpus 8"))
+    if not 1 <= args.gpus <= _MOST_GPUS:
+        raise SpecError(problem("gpus", got=args.gpus, expected=f"1 to {_MOST_GPUS:,}", fix="set --gpus 8"))
+    if args.price_per_gpu_hour is not None and not 0 <= args.price_per_gpu_hour < 1e9:
+        got, fix = args.price_per_gpu_hour, "set --price-per-gpu-hour 2.5"
+        raise SpecError(problem("price-per-gpu-hour", got=got, expected="0 or more", fix=fix))
+    if args.rows < 1:
+        raise SpecError(problem("rows", got=args.rows, expected="1 or more", fix="set --rows 10"))
     if not 0 < given("tokens") < float("inf"):
         raise SpecError(problem("tokens", got=given("tokens"), expected="more than 0", fix="set --tokens 100e9"))
+    _require_taken(args, subject)
     capacity = given("capacity_factor") or None
     if subject.arch.num_experts:
         check_capacity(capacity, args.pad_to_capacity, subject.arch.num_experts, subject.arch.top_k or 1)
@@ -149,21 +161,58 @@ def _goal(args: argparse.Namespace, subject: _Subject) -> Goal:
         dispatcher=args.dispatcher,
         overlap=tuple(args.overlap.split(",")) if args.overlap else (),
     )
-    if args.recipe and args.overlap:
-        fix = "use --model FOLDER, or leave --overlap away"
-        raise SpecError(problem("overlap", got=args.overlap, expected="none beside --recipe", fix=fix))
     gpu = known_gpu(args.gpu)
     if work.numbers.fp8 and gpu.fp8_tflops is None:
         raise SpecError(problem("precision", got=args.precision, expected=f"bf16 on {gpu.name}", fix="use bf16"))
-    return Goal(subject.arch, gpu, args.gpus, work, given("tokens"), Machine())
+    return Goal(subject.arch, gpu, args.gpus, work, given("tokens"), Machine(), _is_grouped(subject))
+
+
+def _is_grouped(subject: _Subject) -> bool:
+    """Return whether the experts' products are grouped: in all recipes but those for a laptop."""
+    return subject.recipe is None or subject.recipe.h100
+
+
+def _require_taken(args: argparse.Namespace, subject: _Subject) -> None:
+    """Check that no option is given that would change nothing.
+
+    Raises:
+        SpecError: one is.
+    """
+    overlap = (args.overlap or "").split(",")
+    of_experts = {
+        "capacity-factor": args.capacity_factor,
+        "pad-to-capacity": args.pad_to_capacity or None,
+        "dispatcher": None if args.dispatcher == "alltoall" else args.dispatcher,
+        "overlap": "ep" if "ep" in overlap else None,
+        "recompute": "moe_act" if args.recompute == "moe_act" else None,
+    }
+    if not subject.arch.num_experts:
+        refused, why = of_experts, "none for a dense model"
+    elif args.recipe is not None and args.overlap:
+        refused, why = {"overlap": args.overlap}, "none beside --recipe: no recipe has it"
+    elif not _is_grouped(subject):
+        refused = {name: of_experts[name] for name in ("dispatcher", "recompute")}
+        why = "none for this recipe, which does not group the experts' products"
+    else:
+        return
+    for name, value in refused.items():
+        if value is not None:
+            fix = f"leave --{name} away, or use --model FOLDER"
+            raise SpecError(problem(name, got="it" if value is True else value, expected=why, fix=fix))
 
 
 def _plans(args: argparse.Namespace, goal: Goal) -> list[Plan]:
+    micro = args.micro_batch
+    if micro is not None and not 1 <= micro <= goal.work.global_batch:
+        expected, fix = f"1 to the global batch ({goal.work.global_batch})", "set --micro-batch 1"
+        raise SpecError(problem("micro-batch", got=micro, expected=expected, fix=fix))
     if args.layout is None:
-        return search(goal, max(1, args.rows), args.micro_batch, args.recompute)
+        return search(goal, args.rows, micro, args.recompute)
     layout = parse_layout(args.layout, args.gpus)
-    if args.micro_batch is not None:
-        layout = replace(layout, micro_batch=args.micro_batch)
+    if micro is not None and "mbs=" in args.layout and layout.micro_batch != micro:
+        got, fix = f"{micro} beside mbs={layout.micro_batch}", "give one of them"
+        raise SpecError(problem("micro-batch", got=got, expected="the layout's own", fix=fix))
+    layout = replace(layout, micro_batch=micro or layout.micro_batch)
     return [judge(goal, layout, args.recompute)]
 
 
@@ -189,7 +238,7 @@ def _check(subject: _Subject, plan: Plan) -> dict[str, Any]:
         raise UpcycleError(problem("--check", got="no megatron-core", expected="megatron-core", fix=fix))
     from nemo_upcycle.planning.check import check_layout_against_megatron
 
-    dense = subject.dense if subject.recipe or subject.spec else None
+    dense = subject.dense if subject.folder is None or subject.spec else None
     result = check_layout_against_megatron(subject.arch, plan.layout, plan.work, dense, subject.spec)
     return result.to_dict()
 
@@ -235,7 +284,9 @@ def _print_text(
     say()
     say(table.table_text(plans, args.price_per_gpu_hour))
     say()
-    if all(plan.verdict == "no" for plan in plans):
+    if args.layout is not None and plans[0].verdict == "no":
+        say("This layout does not fit. Leave --layout away, and the planner looks for one that does.")
+    elif all(plan.verdict == "no" for plan in plans):
         say("Nothing fits: these come nearest. Use more GPUs or a card with more memory.")
     say(f"A full checkpoint takes {plans[0].checkpoint_gib:.0f} GiB.")
     chosen = plans[(args.explain or 1) - 1]
@@ -243,6 +294,8 @@ def _print_text(
         say(table.explanation(chosen))
     if command := _command(subject, chosen):
         say(f"row {args.explain or 1}: {command}")
+    else:
+        say("No recipe of this package trains this model, so there is no command. See docs/planning.md.")
     for entry in ranks or []:
         say(f"rank {entry['rank']}: {entry['params']:,} parameters, {entry['expert_params']:,} of them of experts")
     if checked:
@@ -253,6 +306,6 @@ def _print_text(
 
 
 def _command(subject: _Subject, plan: Plan) -> str | None:
-    if not subject.recipe:
+    if subject.recipe is None:
         return None
-    return table.nemo_command(subject.recipe, plan, subject.defaults, upcycled=subject.spec is not None)
+    return table.nemo_command(subject.recipe, plan, str(subject.folder.absolute()) if subject.folder else None)

@@ -1,11 +1,10 @@
-"""How a cluster cuts a model: the rules a layout has to obey, who is in which group, which layers a rank holds.
+"""How a cluster cuts a model: who is in which group, which layers a rank holds. `rules.py` says what is allowed.
 
 Megatron-Core's rules and orders (tp fastest, then cp, dp, pp; for experts etp, ep, expert dp, pp), without Megatron.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -95,6 +94,16 @@ class Layout:
         """Ranks over which the distributed optimizer cuts the states of the dense part: dp x cp."""
         return self.dp * self.cp
 
+    def node_gpus(self, per_node: int) -> int:
+        """Return the GPUs of a node that a job is to use: of so many, what divides the job and holds tensor groups.
+
+        Example:
+            >>> Layout(gpus=128, tp=2).node_gpus(8), Layout(gpus=36, tp=4).node_gpus(8)
+            (8, 4)
+        """
+        sizes = [size for size in range(1, per_node + 1) if self.gpus % size == 0]
+        return max((size for size in sizes if size % max(self.tp, self.etp) == 0), default=sizes[-1])
+
     def micro_batches(self, global_batch: int) -> int:
         """Return how many micro-batches every rank works through in a step."""
         return global_batch // (self.dp * self.micro_batch)
@@ -148,88 +157,6 @@ class Layout:
         multiple = VOCABULARY_MULTIPLE * self.tp
         return -(-arch.vocab_size // multiple) * multiple
 
-    def check(self, arch: Architecture, seq_length: int, global_batch: int) -> None:
-        """Check every rule of divisibility.
-
-        Args:
-            arch: of the model that is trained.
-            seq_length: tokens of a sequence.
-            global_batch: sequences of a step.
-
-        Raises:
-            SpecError: one is broken; the text names it and the nearest good value.
-        """
-        for field in fields(self):
-            value = getattr(self, field.name)
-            is_switch = field.name in ("embedding", "loss")
-            if value is not None and (value not in (0, 1) if is_switch else value < 1):
-                expected = "0 or 1" if is_switch else "1 or more"
-                raise SpecError(problem(field.name, got=value, expected=expected, fix=f"set {field.name}=1"))
-        self._check_model(arch)
-        self._check_stages(arch)
-        self._check_ranks()
-        self._check_data(seq_length, global_batch)
-
-    def _check_model(self, arch: Architecture) -> None:
-        tensor = {"the key-value heads": arch.num_kv_heads}  # which divide the heads
-        if arch.moe_layer_count < arch.num_layers:
-            tensor["the feed-forward size"] = arch.ffn_size
-        if arch.shared_ffn_size:
-            tensor["the shared experts' feed-forward size"] = arch.shared_ffn_size
-        for what, number in tensor.items():
-            _require_divides("tp", self.tp, number, what)
-        if arch.num_experts:
-            _require_divides("ep", self.ep, arch.num_experts, "num_experts")
-            _require_divides("etp", self.etp, arch.expert_ffn_size or 1, "an expert's feed-forward size")
-            if self.ep == 1 and self.etp != self.tp:
-                # It takes experts for dense parameters then, and sums their gradients over dp x cp.
-                expected = f"tp ({self.tp}) where ep is 1: else Megatron-Core sums gradients over the wrong ranks"
-                raise SpecError(problem("etp", got=self.etp, expected=expected, fix=f"set etp={self.tp}"))
-        elif self.ep > 1:
-            raise SpecError(problem("ep", got=self.ep, expected="1 for a dense model", fix="set ep=1"))
-
-    def _check_stages(self, arch: Architecture) -> None:
-        if self.vp > 1 and self.pp == 1:
-            raise SpecError(problem("vp", got=self.vp, expected="1 without pipeline stages (pp=1)", fix="set vp=1"))
-        fixed = [count for count in (self.first, self.last) if count is not None]
-        if fixed and (self.embedding or self.loss or self.pp == 1):
-            expected = "neither embedding=1 nor loss=1 beside them, and pp above 1 (Megatron-Core's rule)"
-            got = ", ".join(str(count) for count in fixed)
-            raise SpecError(problem("first and last", got=got, expected=expected, fix="leave one of them away"))
-        for name in ("first", "last"):
-            if (count := getattr(self, name)) and count % self.vp:
-                _require_multiple(name, count, self.vp, f"vp ({self.vp})")
-        left = arch.num_layers - sum(fixed) + self.embedding + self.loss
-        stages = self.pp - len(fixed)
-        what = f"{left} layers" if fixed or self.embedding or self.loss else f"num_layers ({left})"
-        if (stages and (left < 0 or left % stages)) or (not stages and left):
-            good = [n for n in divisors(left) if n >= 1] if left > 0 and stages else []
-            expected = f"a divisor of {what}: {_listed(good)}" if good else f"stages that share out {what}"
-            nearest = _nearest(self.pp - len(fixed), good) + len(fixed) if good else 1
-            raise SpecError(problem("pp", got=self.pp, expected=expected, fix=f"set pp={nearest}"))
-        if stages and left // stages % self.vp:
-            _require_divides("vp", self.vp, left // stages, "the layers of a pipeline stage")
-
-    def _check_ranks(self) -> None:
-        for product, text in (
-            (self.tp * self.cp * self.pp, "tp x cp x pp"),
-            (self.etp * self.ep * self.pp, "etp x ep x pp"),
-        ):
-            if self.gpus % product:
-                _require_multiple("gpus", self.gpus, product, f"{text} ({product})")
-
-    def _check_data(self, seq_length: int, global_batch: int) -> None:
-        multiple = (2 * self.cp if self.cp > 1 else 1) * self.tp
-        if seq_length % multiple:
-            text = f"tp{' x 2 x cp' if self.cp > 1 else ''} ({multiple})"
-            _require_multiple("seq-length", seq_length, multiple, text)
-        step = self.dp * self.micro_batch
-        if global_batch % step:
-            _require_multiple("global-batch", global_batch, step, f"dp x micro-batch ({self.dp} x {self.micro_batch})")
-        if self.vp > 1 and self.micro_batches(global_batch) % self.pp:
-            text = f"dp x micro-batch x pp ({step} x {self.pp}), which interleaved stages (vp above 1) need"
-            _require_multiple("global-batch", global_batch, step * self.pp, text)
-
 
 def parse_layout(text: str, gpus: int) -> Layout:
     """Return the layout that a text such as `tp=2,pp=4,vp=8,cp=1,ep=8,etp=1` describes.
@@ -245,10 +172,13 @@ def parse_layout(text: str, gpus: int) -> Layout:
         name, _, number = part.partition("=")
         if name not in names and name != "dp":
             raise SpecError(unknown("layout key", name, names))
-        if not number.isdecimal():
+        if not number.isdecimal() or len(number) > 9:
             expected = "name=number, for example tp=2,pp=4,ep=8"
             raise SpecError(problem("layout", got=repr(part), expected=expected, fix="write a whole number"))
-        sizes["micro_batch" if name == "mbs" else name] = int(number)
+        field = "micro_batch" if name == "mbs" else name
+        if field in sizes:
+            raise SpecError(problem("layout", got=f"{name} twice", expected="each size once", fix=f"keep one {name}"))
+        sizes[field] = int(number)
     dp = sizes.pop("dp", None)
     if sizes.get("ep", 1) == 1:
         sizes.setdefault("etp", sizes.get("tp", 1))
@@ -262,24 +192,3 @@ def parse_layout(text: str, gpus: int) -> Layout:
 def divisors(number: int) -> list[int]:
     """Return the divisors of a number, from 1 on."""
     return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _listed(numbers: Iterable[int]) -> str:
-    shown = [str(number) for number in numbers]
-    return ", ".join(shown[:12]) + (" ..." if len(shown) > 12 else "")
-
-
-def _nearest(value: int, good: Iterable[int]) -> int:
-    return min(good, key=lambda number: (abs(number - value), number))
-
-
-def _require_divides(name: str, value: int, number: int, what: str) -> None:
-    if number % value:
-        good = divisors(number)
-        expected = f"a divisor of {what} ({number}): {_listed(good)}"
-        raise SpecError(problem(name, got=value, expected=expected, fix=f"set {name}={_nearest(value, good)}"))
-
-
-def _require_multiple(name: str, value: int, of: int, text: str) -> None:
-    good = max(1, (2 * value + of) // (2 * of)) * of
-    raise SpecError(problem(name, got=value, expected=f"a multiple of {text}", fix=f"set {name}={good}"))

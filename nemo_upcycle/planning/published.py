@@ -8,6 +8,7 @@ from typing import Any
 from nemo_upcycle.architecture import Architecture
 from nemo_upcycle.planning.hardware import Gpu, known_gpu, known_shape, read_data
 from nemo_upcycle.planning.layout import Layout, parse_layout
+from nemo_upcycle.planning.rules import check_layout
 from nemo_upcycle.planning.throughput import Machine, ThroughputModel
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec
@@ -60,7 +61,7 @@ def _row(values: dict[str, Any]) -> Published:
         overlap=tuple(values.get("overlap", ())),
     )
     layout = parse_layout(values["layout"], values["gpus"])
-    layout.check(arch, work.seq_length, work.global_batch)
+    check_layout(layout, arch, work)
     measured = values.get("tokens")
     if measured is None:
         tflops = values.get("tflops") or values["mfu"] / 100 * known_gpu("h100").bf16_tflops

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from nemo_upcycle.architecture import Architecture
-from nemo_upcycle.errors import SpecError
+from nemo_upcycle.errors import SpecError, problem
 from nemo_upcycle.planning.hardware import Gpu
 from nemo_upcycle.planning.layout import Layout, divisors
 from nemo_upcycle.planning.memory import GIB, Memory, activation_bytes, checkpoint_bytes, worst_memory
+from nemo_upcycle.planning.rules import broken, check_layout
 from nemo_upcycle.planning.throughput import Machine, StepTime, ThroughputModel
 from nemo_upcycle.planning.workload import RECOMPUTES, Workload
 
@@ -34,6 +35,7 @@ class Goal:
         work: what a step works on.
         tokens: of the whole run.
         machine: what is reached of the card's peaks.
+        grouped: whether the experts' products are grouped; else Megatron-Core cannot recompute their activation alone.
     """
 
     arch: Architecture
@@ -42,6 +44,7 @@ class Goal:
     work: Workload
     tokens: float
     machine: Machine
+    grouped: bool = True
 
     @cached_property
     def model(self) -> ThroughputModel:
@@ -116,7 +119,7 @@ class Plan:
 
 
 def judge(goal: Goal, layout: Layout, recompute: str | None = None) -> Plan:
-    """Return a layout's plan, with the least recomputation that fits.
+    """Return a layout's plan, with the least recomputation that fits; if none does, the least that is tight.
 
     Args:
         goal: what it is for.
@@ -126,16 +129,20 @@ def judge(goal: Goal, layout: Layout, recompute: str | None = None) -> Plan:
     Raises:
         SpecError: the layout breaks a rule.
     """
-    layout.check(goal.arch, goal.work.seq_length, goal.work.global_batch)
+    check_layout(layout, goal.arch, goal.work)
     kinds = (recompute,) if recompute else _recomputes(goal)
-    plans = (Plan(goal, layout, replace(goal.work, recompute=kind)) for kind in kinds)
-    return next(
-        (plan for plan in plans if plan.verdict == "fits"), Plan(goal, layout, replace(goal.work, recompute=kinds[-1]))
-    )
+    plans = [Plan(goal, layout, replace(goal.work, recompute=kind)) for kind in kinds]
+    for verdict in ("fits", "tight"):
+        for plan in plans:
+            if plan.verdict == verdict:
+                return plan
+    return plans[-1]
 
 
 def search(goal: Goal, limit: int = 10, micro_batch: int | None = None, recompute: str | None = None) -> list[Plan]:
     """Return the fastest layouts that fit, fastest first; if none does, those that come nearest.
+
+    Each with the recomputation that `judge` chooses, too.
 
     Args:
         goal: what they are for.
@@ -146,22 +153,28 @@ def search(goal: Goal, limit: int = 10, micro_batch: int | None = None, recomput
     Raises:
         SpecError: no layout obeys the rules for this number of GPUs and this batch.
     """
-    every = list(layouts(goal, (micro_batch,) if micro_batch else _MICRO_BATCHES))
+    every = list(layouts(goal, _MICRO_BATCHES if micro_batch is None else (micro_batch,)))
     if not every:
         # The plain layout breaks a rule: say which.
-        Layout(gpus=goal.gpus).check(goal.arch, goal.work.seq_length, goal.work.global_batch)
-        raise SpecError("no layout obeys the rules")
+        check_layout(Layout(gpus=goal.gpus, micro_batch=micro_batch or 1), goal.arch, goal.work)
+        fix = "change --gpus or --global-batch, or judge a --layout to see which rules it breaks"
+        expected = "a number that some layout of the model can use"
+        raise SpecError(problem("gpus", got=goal.gpus, expected=expected, fix=fix))
     works = [replace(goal.work, recompute=kind) for kind in ((recompute,) if recompute else _recomputes(goal))]
     room_gib = goal.gpu.memory_gib * TIGHT
     able = [layout for layout in every if _least_gib(goal, layout) <= room_gib]
+    kinds = {layout: [Plan(goal, layout, work) for work in works] for layout in able}
     found: list[Plan] = []
     seen: set[Layout] = set()
-    for plan in sorted((Plan(goal, layout, work) for layout in able for work in works), key=_rank):
-        if plan.layout not in seen and _could_fit(plan) and plan.verdict != "no":
-            seen.add(plan.layout)
-            found.append(plan)
-            if len(found) == limit:
-                return found
+    for plan in sorted(itertools.chain.from_iterable(kinds.values()), key=_rank):
+        if plan.layout in seen or not _could_fit(plan) or plan.verdict == "no":
+            continue
+        if plan.verdict == "tight" and any(other.verdict == "fits" for other in kinds[plan.layout]):
+            continue  # that one comes later
+        seen.add(plan.layout)
+        found.append(plan)
+        if len(found) == limit:
+            return found
     if found:
         return found
     nearest = heapq.nsmallest(50, every, key=lambda layout: _least_gib(goal, layout))
@@ -173,7 +186,7 @@ def _rank(plan: Plan) -> tuple[float, int]:
 
 
 def _recomputes(goal: Goal) -> tuple[str, ...]:
-    has_moe_act = goal.arch.num_experts and goal.work.precision != "fp8-delayed"
+    has_moe_act = goal.arch.num_experts and goal.grouped and goal.work.precision != "fp8-delayed"
     return tuple(kind for kind in RECOMPUTES if kind != "moe_act" or has_moe_act)
 
 
@@ -189,16 +202,8 @@ def layouts(goal: Goal, micro_batches: tuple[int, ...]) -> Iterator[Layout]:
             micros = micro_batches[:1] if cp > 1 else micro_batches
             for vp, micro in itertools.product(divisors(arch.num_layers // pp) if pp > 1 else [1], micros):
                 layout = Layout(gpus=goal.gpus, tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, etp=etp, micro_batch=micro)
-                if _obeys(layout, goal):
+                if broken(layout, goal.arch, goal.work) is None:
                     yield layout
-
-
-def _obeys(layout: Layout, goal: Goal) -> bool:
-    try:
-        layout.check(goal.arch, goal.work.seq_length, goal.work.global_batch)
-    except SpecError:
-        return False
-    return True
 
 
 def _least_gib(goal: Goal, layout: Layout) -> float:

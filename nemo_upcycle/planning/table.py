@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_upcycle.architecture import Architecture
-from nemo_upcycle.planning.layout import divisors
+from nemo_upcycle.planning.hardware import KnownRecipe
 from nemo_upcycle.planning.memory import ASSUMPTIONS, GIB, Memory
 from nemo_upcycle.planning.search import Plan
 
@@ -36,17 +36,28 @@ def row_values(plan: Plan, command: str | None, price: float | None) -> dict[str
     }
 
 
-def nemo_command(recipe: str, plan: Plan, defaults: dict[str, Any], *, upcycled: bool) -> str:
+#: What NeMo's precisions set beside the kind of scaling; without an own argument for it, a recipe needs each.
+_FP8_SETTINGS = {
+    "fp8-delayed": ("fp8_amax_history_len=1024", "fp8_amax_compute_algo=max"),
+    "fp8-current": (
+        "first_last_layers_bf16=True",
+        "num_layers_at_start_in_bf16=1",
+        "num_layers_at_end_in_bf16=1",
+    ),
+    "fp8-blockwise": (),
+}
+
+
+def nemo_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> str:
     """Return the command that runs a plan: the recipe's own arguments where it has them, NeMo's settings for the rest.
 
     Args:
-        recipe: its name.
+        recipe: the recipe; what a step works on needs no setting where it is the recipe's own.
         plan: what to run.
-        defaults: the recipe's own `seq_length` and `global_batch`, which need no setting.
-        upcycled: whether the recipe's model has experts.
+        dense: the dense parent's folder; the recipe's own when None.
     """
-    layout, work, node = plan.layout, plan.work, plan.goal.gpu.per_node
-    per_node = max(size for size in divisors(layout.gpus) if size <= node)
+    layout, work, defaults, upcycled = plan.layout, plan.work, recipe.defaults, recipe.spec is not None
+    per_node = layout.node_gpus(plan.goal.gpu.per_node)
     nodes = layout.gpus // per_node
     strategy = {
         "tensor_model_parallel_size": layout.tp,
@@ -69,10 +80,11 @@ def nemo_command(recipe: str, plan: Plan, defaults: dict[str, Any], *, upcycled:
         settings.append(f"data.global_batch_size={work.global_batch}")
     if layout.micro_batch != 1:
         settings.append(f"data.micro_batch_size={layout.micro_batch}")
-    steps = round(plan.goal.tokens / work.seq_length / work.global_batch)
+    steps = max(1, round(plan.goal.tokens / work.seq_length / work.global_batch))
     settings.append(f"trainer.max_steps={steps}")
-    arguments = f"num_nodes={nodes}, num_gpus_per_node={per_node}"
-    if upcycled and not recipe.startswith("smollm2"):
+    arguments = f"dense='{dense}', " if dense else ""
+    arguments += f"num_nodes={nodes}, num_gpus_per_node={per_node}"
+    if upcycled and recipe.h100:
         arguments += f", capacity_factor={work.capacity_factor or 0}, pad_to_capacity={work.pad}"
         arguments += f", recompute_moe_steps={steps if work.recompute == 'moe' else 0}"
         arguments += f", dispatcher='{work.dispatcher}'" if work.dispatcher != "alltoall" else ""
@@ -83,7 +95,7 @@ def nemo_command(recipe: str, plan: Plan, defaults: dict[str, Any], *, upcycled:
         arguments += f", fp8_recipe='{_FP8_RECIPES[work.precision]}'"
     elif work.precision in _FP8_RECIPES:
         fp8 = ["fp8=hybrid", f"fp8_recipe={_FP8_RECIPES[work.precision]}", "fp8_param_gather=False"]
-        fp8 += ["first_last_layers_bf16=True"] if work.numbers.bf16_ends else []
+        fp8 += _FP8_SETTINGS[work.precision]
         settings += [f"trainer.plugins.{part}" for part in fp8]
     if work.recompute == "full":
         settings += [
@@ -92,7 +104,7 @@ def nemo_command(recipe: str, plan: Plan, defaults: dict[str, Any], *, upcycled:
     if work.recompute == "moe_act" or (work.recompute == "moe" and "recompute_moe" not in arguments):
         part = work.recompute if upcycled else "mlp"
         settings += ["model.config.recompute_granularity=selective", f"\"model.config.recompute_modules=['{part}']\""]
-    return f'nemo llm pretrain --factory "{recipe}({arguments})" {" ".join(settings)}'
+    return f'nemo llm pretrain --factory "{recipe.name}({arguments})" {" ".join(settings)}'
 
 
 _COLUMNS = (

@@ -151,7 +151,8 @@ class ThroughputModel:
         if work.precision not in self._kinds:
             self._kinds[work.precision] = layer_kinds(self.arch, work)
         for (moe, fp8), layers in self._kinds[work.precision].items():
-            key = (moe, fp8, layout.tp, layout.cp, layout.ep, layout.etp, layout.micro_batch, work)
+            sizes = (layout.tp, layout.cp, layout.ep, layout.etp, layout.micro_batch)
+            key = (moe, fp8, *sizes, layout.node_gpus(self.gpu.per_node), work)
             if key not in self._known:
                 self._known[key] = self._layer(layout, work, moe, fp8)
             layer.add(self._known[key], layers / self.arch.num_layers)
@@ -190,7 +191,7 @@ class ThroughputModel:
         self._tensor_traffic(attention, tokens, layout, work)
         # Keys and values go round the ring once forward, and with their gradients backward; attention hides it.
         ring = 3 * 2 * 2 * groups / layout.tp * tokens * (layout.cp - 1)
-        self._link(attention, ring, layout.tp * layout.cp, layout.cp, hidden=attention.attention)
+        self._link(attention, layout, ring, layout.tp * layout.cp, layout.cp, hidden=attention.attention)
         network = self._moe(layout, work, tokens, fp8) if moe else _Times()
         if moe:
             hidden = attention.total + network.total if "ep" in work.overlap else 0.0
@@ -201,6 +202,10 @@ class ThroughputModel:
         attention.add(attention, 1 / 3 if work.recompute == "full" else 0.0)
         network_again = work.recompute == "full" or (work.recompute == "moe" and (moe or not arch.num_experts))
         attention.add(network, 1 + (1 / 3 if network_again else 0.0))
+        if moe and work.recompute == "moe_act":
+            # Read gate and up, write their product once more; what the busiest rank does.
+            slots = tokens / layout.tp * self._slots_per_token(layout, work)
+            self._moved(attention, slots * 3 * (self.arch.expert_ffn_size or 0), fp8)
         return attention
 
     def _moe(self, layout: Layout, work: Workload, tokens: float, fp8: bool) -> _Times:
@@ -232,12 +237,13 @@ class ThroughputModel:
         span = layout.etp * layout.ep
         if work.dispatcher == "deepep":
             # A token is sent once to each rank of its node, or once to each other node, that has experts of it.
-            places = layout.ep if span <= self.gpu.per_node else span // self.gpu.per_node
+            per_node = layout.node_gpus(self.gpu.per_node)
+            places = layout.ep if span <= per_node else span // per_node
             copies *= self._places_of_a_token(places) / (self.arch.top_k or 1)
         bytes_of_copy = 4 * 2 * tokens / layout.tp * self.arch.hidden_size
-        self._link(found, bytes_of_copy * copies * (layout.ep - 1) / layout.ep, span, layout.ep, hidden)
+        self._link(found, layout, bytes_of_copy * copies * (layout.ep - 1) / layout.ep, span, layout.ep, hidden)
         slots = tokens / layout.tp * self._slots_per_token(layout, work)
-        self._link(found, 4 * 2 * slots * self.arch.hidden_size * (layout.etp - 1), layout.etp, layout.etp)
+        self._link(found, layout, 4 * 2 * slots * self.arch.hidden_size * (layout.etp - 1), layout.etp, layout.etp)
 
     def _places_of_a_token(self, places: int) -> float:
         """Return at how many of so many places a token's experts are, on average, if all choices are as likely."""
@@ -273,16 +279,17 @@ class ThroughputModel:
         volume = 5 * 2 * tokens * self.arch.hidden_size * (layout.tp - 1) / layout.tp
         if "tp" in work.overlap:
             volume *= 1 - self.machine.tp_hidden
-        self._link(found, volume, layout.tp, layout.tp)
+        self._link(found, layout, volume, layout.tp, layout.tp)
 
-    def _link(self, found: _Times, volume: float, span: int, size: int, hidden: float = 0.0) -> None:
+    def _link(self, found: _Times, layout: Layout, volume: float, span: int, size: int, hidden: float = 0.0) -> None:
         """Add traffic of a group that lies within `span` neighbouring ranks, beyond seconds of work that hide it."""
         if volume <= 0 or size <= 1:
             return
-        inside = span <= self.gpu.per_node
+        per_node = layout.node_gpus(self.gpu.per_node)
+        inside = span <= per_node
         bandwidth = self.gpu.nvlink_gb_s if inside else self.gpu.network_gb_s
         # Of a group over several nodes, the members of the own node are reached over NVLink.
-        away = 1.0 if inside else 1 - (self.gpu.per_node * size / span - 1) / max(size - 1, 1)
+        away = 1.0 if inside else 1 - (per_node * size / span - 1) / max(size - 1, 1)
         time_s = volume * max(away, 0.0) / (self.machine.link * bandwidth * 1e9)
         time_s = max(0.0, time_s - hidden)
         if inside:
@@ -307,7 +314,7 @@ class ThroughputModel:
         tokens = work.seq_length / layout.cp * layout.micro_batch
         volume = 2 * 2 * tokens * self.arch.hidden_size / layout.tp
         if layout.vp == 1:
-            self._link(found, volume, layout.gpus, layout.gpus)
+            self._link(found, layout, volume, layout.gpus, layout.gpus)
         return found
 
     def _optimizer_s(self, layout: Layout) -> float:
@@ -328,7 +335,7 @@ class ThroughputModel:
             (dense, layout.dense_shards, layout.tp),
             (expert, layout.expert_dp, layout.ep * layout.etp),
         ):
-            members = max(1, self.gpu.per_node // stride)
+            members = max(1, layout.node_gpus(self.gpu.per_node) // stride)
             bandwidth = self.gpu.nvlink_gb_s
             if ranks > members:
                 bandwidth = min(bandwidth, self.gpu.network_gb_s * members)

@@ -36,6 +36,7 @@ PRECISIONS = {
 #: From keeping everything to keeping the input of each layer only: nothing, the experts' activation function,
 #: the whole MoE layer (or feed-forward network), the whole layer.
 RECOMPUTES = ("none", "moe_act", "moe", "full")
+_MOST = 10**9
 #: What sends tokens to their experts: a message for each expert of a token, or for each place that has experts of it.
 DISPATCHERS = ("alltoall", "deepep")
 #: Tensor parallelism's traffic beside the products it belongs to (`tp_comm_overlap`), and the experts' beside another
@@ -91,8 +92,9 @@ class Workload:
             expected, fix = "another kind: Megatron-Core recomputes no activation under delayed scaling", "use moe"
             raise SpecError(problem("recompute", got=f"moe_act with {self.precision}", expected=expected, fix=fix))
         for name, low in (("seq_length", 1), ("global_batch", 1), ("capacity_factor", 0.01), ("imbalance", 1.0)):
-            if (value := getattr(self, name)) is not None and not value >= low:
-                raise SpecError(problem(name, got=value, expected=f"{low} or more", fix=f"raise {name}"))
+            if (value := getattr(self, name)) is not None and not low <= value <= _MOST:
+                expected, fix = f"{low} to {_MOST:,}", f"set {name} within the range"
+                raise SpecError(problem(name, got=value, expected=expected, fix=fix))
 
     @property
     def numbers(self) -> Precision:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_upcycle.errors import SpecError, problem
+from nemo_upcycle.planning import rules
 from nemo_upcycle.planning.layout import Layout
+from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.training.flops import architecture_of
 
 
@@ -17,7 +19,8 @@ _SETTINGS = {
     "cp": "trainer.strategy.context_parallel_size",
     "ep": "trainer.strategy.expert_model_parallel_size",
     "etp": "trainer.strategy.expert_tensor_parallel_size",
-    "gpus": "trainer.num_nodes x trainer.devices",
+    "tp x cp x pp": "of trainer.strategy, and the GPUs are trainer.num_nodes x trainer.devices",
+    "etp x ep x pp": "of trainer.strategy, and the GPUs are trainer.num_nodes x trainer.devices",
     "seq-length": "data.seq_length",
     "global-batch": "data.global_batch_size",
     "top_k": "model.config.moe_router_topk",
@@ -67,8 +70,18 @@ def check_layout(strategy: Any, config: Any, data: Any, ranks: int) -> None:
         if arch.num_experts and not 1 <= (arch.top_k or 0) <= arch.num_experts:
             expected = f"1 to num_moe_experts ({arch.num_experts})"
             raise SpecError(problem("top_k", got=arch.top_k, expected=expected, fix="lower it"))
-        layout.check(arch, getattr(data, "seq_length", 0), getattr(data, "global_batch_size", 0))
+        rules.check_layout(layout, arch, _work(config, data, layout))
     except SpecError as error:
         name = str(error).partition(":")[0]
         where = f" ({name} is {_SETTINGS[name]})" if name in _SETTINGS else ""
         raise SpecError(f"{error}{where}") from None
+
+
+def _work(config: Any, data: Any, layout: Layout) -> Workload:
+    """Return what a step works on; of what the data do not say, numbers that no rule minds."""
+    sizes = max(1, layout.gpus) * max(1, layout.micro_batch) * max(1, layout.pp)
+    return Workload(
+        seq_length=getattr(data, "seq_length", None) or 16 * max(1, layout.tp) * max(1, layout.cp),
+        global_batch=getattr(data, "global_batch_size", None) or sizes,
+        dispatcher="deepep" if getattr(config, "moe_enable_deepep", False) else "alltoall",
+    )

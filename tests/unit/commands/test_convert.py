@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +52,47 @@ def test_the_current_folder_will_do(
     assert main(["convert", str(dense), ".", *SPEC]) == 0
     assert str(tmp_path / "here") in capsys.readouterr().out
     assert (tmp_path / "here/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("file/moe", "Not a directory, expected access and room. Fix: a part of the path is a file"),
+        ("x" * 300, "File name too long, expected access and room. Fix: choose a shorter name"),
+        ("loop/moe", "got links that go in a circle, expected a path"),
+        ("dense/moe", "got one inside the other, expected a folder apart from"),
+    ],
+)
+def test_where_nothing_can_be_written_says_what_to_do(
+    dense: Path, tmp_path: Path, output: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert main(["convert", str(dense), str(tmp_path / output), *SPEC]) == 2
+    assert words in capsys.readouterr().err
+
+
+def _command(dense: Path, output: Path) -> str:
+    return shlex.join([sys.executable, "-m", "nemo_upcycle.cli", "convert", str(dense), str(output), *SPEC])
+
+
+@pytest.mark.parametrize("redirect", [">&-", "2>&-"])
+def test_a_closed_output_or_a_poor_terminal_stops_nothing(dense: Path, tmp_path: Path, redirect: str) -> None:
+    command = shlex.join(
+        [sys.executable, "-m", "nemo_upcycle.cli", "convert", str(dense), str(tmp_path / "m\u00f6e"), *SPEC]
+    )
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(f"{command} {redirect}", shell=True, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"Traceback" not in done.stderr
+    assert (tmp_path / "m\u00f6e/config.json").is_file()
+
+
+def test_a_file_larger_than_the_system_takes(dense: Path, tmp_path: Path) -> None:
+    command = shlex.join(
+        [sys.executable, "-m", "nemo_upcycle.cli", "convert", str(dense), str(tmp_path / "moe"), *SPEC]
+    )
+    done = subprocess.run(["bash", "-c", f"ulimit -f 100; {command}"], capture_output=True, check=False, text=True)
+    assert done.returncode == 2
+    assert "got a file too large for it, expected files of up to 5 GB" in done.stderr
+    assert not (tmp_path / "moe").exists()

@@ -119,12 +119,35 @@ def test_a_model_folder_dense_upcycled_or_moe(tmp_path: Path, capsys: pytest.Cap
     folder = str(_config(tmp_path))
     dense = _json(capsys, "--model", folder, "--gpus", "64")
     assert dense["model"]["total_params"] == 8_030_261_248
-    assert dense["rows"][0]["command"] is None
+    assert f"llama3_8b_dense_ct(dense='{folder}', num_nodes=8, num_gpus_per_node=8)" in dense["rows"][0]["command"]
     moe = _json(capsys, "--model", folder, "--experts", "8", "--top-k", "2", "--gpus", "64")
     assert moe["model"]["total_params"] == 47_491_321_856
+    assert f"llama3_8b_e8t2(dense='{folder}', num_nodes=8," in moe["rows"][0]["command"]
     mixtral = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2}
     _config(tmp_path, vocab_size=32000, **mixtral)
     assert _json(capsys, "--model", folder, "--gpus", "64")["model"]["total_params"] == 46_702_792_704
+    assert _run("--model", folder, "--gpus", "64", "--rows", "1") == 0
+    assert "No recipe of this package trains this model" in capsys.readouterr().out
+
+
+def test_a_layout_that_does_not_fit_is_not_all_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("--recipe", "llama3_8b_e8t2", "--gpus", "64", "--layout", "tp=4") == 1
+    assert "This layout does not fit. Leave --layout away" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("precision", ["fp8-delayed", "fp8-current", "fp8-blockwise"])
+def test_a_recipe_without_the_argument_gets_every_setting_of_nemos_precision(
+    precision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nemo_upcycle.recipes.h100 import FP8_RECIPES
+
+    options = ("--recipe", "llama3_8b_dense_ct", "--gpus", "8", "--precision", precision, "--layout", "cp=2")
+    words = shlex.split(_json(capsys, *options)["rows"][0]["command"])
+    given = dict(word.removeprefix("trainer.plugins.").split("=") for word in words if "trainer.plugins." in word)
+    kind = {"fp8-delayed": "delayed", "fp8-current": "tensorwise", "fp8-blockwise": "blockwise"}[precision]
+    wanted = FP8_RECIPES[kind]().__arguments__ | {"fp8_param_gather": False}
+    names = {name for name in wanted if name.startswith(("fp8", "first_last", "num_layers_at"))} - {"fp8_margin"}
+    assert given == {name: str(wanted[name]) for name in names}
 
 
 def test_nothing_that_fits_is_exit_status_1(capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,6 +171,19 @@ def test_nothing_that_fits_is_exit_status_1(capsys: pytest.CaptureFixture[str]) 
         (["--recipe", "llama3_8b_e8t2", "--gpus", "12", "--layout", "ep=6"], "use|set ep=4"),
         ([*PAPER, "--granularity", "2"], "granularity: got 2, expected none beside --recipe"),
         ([*PAPER, "--tokens", "inf"], "tokens: got inf"),
+        (["--recipe", "", "--gpus", "8"], "recipe '' does not exist"),
+        ([*PAPER, "--price-per-gpu-hour", "-3"], "price-per-gpu-hour: got -3"),
+        ([*PAPER, "--price-per-gpu-hour", "nan"], "price-per-gpu-hour: got nan"),
+        ([*PAPER, "--rows", "0"], "rows: got 0"),
+        ([*PAPER, "--micro-batch", "0"], "micro-batch: got 0, expected 1 to the global batch"),
+        ([*PAPER[:-1], PAPER[-1] + ",mbs=2", "--micro-batch", "1"], "micro-batch: got 1 beside mbs=2"),
+        (["--recipe", "llama3_8b_e8t2", "--gpus", "64", "--micro-batch", "3"], r"dp x micro-batch \(64 x 3\)"),
+        (["--recipe", "smollm2_135m_e8t2", "--gpus", "2", "--recompute", "moe_act"], "recompute: got moe_act"),
+        (["--recipe", "smollm2_135m_e8t2", "--gpus", "2", "--dispatcher", "deepep"], "dispatcher: got deepep"),
+        (["--recipe", "llama3_8b_dense_ct", "--gpus", "8", "--capacity-factor", "2"], "none for a dense model"),
+        (["--recipe", "llama3_8b_dense_ct", "--gpus", "8", "--recompute", "moe_act"], "none for a dense model"),
+        ([*PAPER, "--overlap", "tp"], "overlap: got tp, expected none beside --recipe"),
+        ([*PAPER, "--seq-length", "8" * 400], "seq_length: got 888"),
         ([*PAPER, "--capacity-factor", "5"], r"capacity factor: got 5, expected at most num_experts / top_k \(4\)"),
         ([*PAPER, "--pad-to-capacity"], "less than 4 with padding"),
         ([*PAPER, "--capacity-factor", "0", "--pad-to-capacity"], "got no capacity factor"),

@@ -18,6 +18,7 @@ from nemo_upcycle.planning.check import build_rank, check_layout_against_megatro
 from nemo_upcycle.planning.hardware import known_shape
 from nemo_upcycle.planning.layout import Layout, parse_layout
 from nemo_upcycle.planning.parameters import rank_states
+from nemo_upcycle.planning.rules import check_layout
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec
 
@@ -104,7 +105,7 @@ def test_there_are_enough_layouts() -> None:
 @pytest.mark.parametrize(("arch", "text", "gpus"), CASES)
 def test_states_equal_megatrons(arch: Architecture, text: str, gpus: int) -> None:
     layout = parse_layout(text, gpus)
-    layout.check(arch, WORK.seq_length, layout.dp * layout.pp)
+    check_layout(layout, arch, replace(WORK, global_batch=layout.dp * layout.pp))
     for rank in _ranks(layout):
         with megatron_rank(layout, rank) as seat:
             got = _allocated(arch, layout)

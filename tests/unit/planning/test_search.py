@@ -9,6 +9,7 @@ import pytest
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.planning.hardware import known_gpu, known_recipe
 from nemo_upcycle.planning.layout import parse_layout
+from nemo_upcycle.planning.rules import check_layout
 from nemo_upcycle.planning.search import Goal, Plan, judge, search
 from nemo_upcycle.planning.throughput import Machine
 from nemo_upcycle.planning.workload import Workload
@@ -26,7 +27,24 @@ def test_rows_fit_and_the_fastest_comes_first() -> None:
     assert speeds == sorted(speeds, reverse=True)
     assert all(plan.verdict in ("fits", "tight") for plan in plans)
     for plan in plans:
-        plan.layout.check(plan.goal.arch, 8192, 512)
+        check_layout(plan.layout, plan.goal.arch, plan.work)
+
+
+@pytest.mark.parametrize(("recipe", "gpu"), [("llama3_8b_e8t2", "h100"), ("llama3_8b_e8t2", "a100")])
+def test_a_layout_given_by_hand_is_judged_as_the_search_does(recipe: str, gpu: str) -> None:
+    goal = _goal(128, recipe, gpu)
+    goal = replace(goal, work=replace(goal.work, capacity_factor=4.0, pad=False))
+    for plan in search(goal, 20):
+        assert judge(goal, plan.layout) == plan
+
+
+def test_recomputing_costs_time_and_what_is_tight_gives_way_to_what_fits() -> None:
+    goal = _goal(128)
+    goal = replace(goal, work=replace(goal.work, capacity_factor=4.0, pad=False))
+    none, activation = (judge(goal, parse_layout("pp=2,vp=16,cp=2,ep=8", 128), kind) for kind in ("none", "moe_act"))
+    assert (none.verdict, activation.verdict) == ("tight", "fits")
+    assert none.tokens_per_s_per_gpu > activation.tokens_per_s_per_gpu
+    assert judge(goal, none.layout) == activation
 
 
 def test_no_hand_made_layout_is_faster_than_the_search() -> None:

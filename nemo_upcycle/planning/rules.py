@@ -1,0 +1,221 @@
+"""Which layouts are allowed: Megatron-Core's rules of divisibility, NeMo's, and those of the dispatcher and of FP8.
+
+A layout that breaks one is answered with the rule and with the nearest change that breaks none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
+
+from nemo_upcycle.architecture import Architecture
+from nemo_upcycle.errors import SpecError, problem
+from nemo_upcycle.planning.layout import Layout, divisors
+from nemo_upcycle.planning.workload import Workload
+
+
+#: Transformer Engine multiplies rows in FP8 by so many at a time.
+_FP8_ROWS = 8
+_SIZES = ("tp", "pp", "vp", "cp", "ep", "etp", "micro_batch")
+_SWITCHES = ("embedding", "loss")
+
+
+class Broken(NamedTuple):
+    """A rule that a layout breaks: of which setting, its value, what it should be."""
+
+    name: str
+    got: object
+    expected: str
+
+
+def check_layout(layout: Layout, arch: Architecture, work: Workload) -> None:
+    """Check every rule.
+
+    Args:
+        layout: the layout.
+        arch: of the model that is trained.
+        work: what a step works on.
+
+    Raises:
+        SpecError: one is broken; the text names it and the nearest change that makes the layout a good one.
+    """
+    if rule := broken(layout, arch, work):
+        name, got, expected = rule
+        raise SpecError(problem(_said(name), got=got, expected=expected, fix=_fix(name, layout, arch, work)))
+
+
+def broken(layout: Layout, arch: Architecture, work: Workload) -> Broken | None:
+    """Return the first rule that a layout breaks; None if it is allowed."""
+    return next(_rules(layout, arch, work), None)
+
+
+def _rules(layout: Layout, arch: Architecture, work: Workload) -> Iterator[Broken]:
+    """Yield broken rules, one by one: a later one is worth asking for only if the earlier ones hold."""
+    yield from _value_rules(layout)
+    yield from _model_rules(layout, arch)
+    yield from _stage_rules(layout, arch)
+    yield from _rank_rules(layout)
+    yield from _data_rules(layout, work)
+    yield from _kernel_rules(layout, arch, work)
+
+
+def _value_rules(layout: Layout) -> Iterator[Broken]:
+    for name in ("gpus", *_SIZES, "first", "last"):
+        if (value := getattr(layout, name)) is not None and value < 1:
+            yield Broken(name, value, "1 or more")
+    for name in _SWITCHES:
+        if (value := getattr(layout, name)) not in (0, 1):
+            yield Broken(name, value, "0 or 1")
+
+
+def _model_rules(layout: Layout, arch: Architecture) -> Iterator[Broken]:
+    tensor = {"the key-value heads": arch.num_kv_heads}  # which divide the heads
+    if arch.moe_layer_count < arch.num_layers:
+        tensor["the feed-forward size"] = arch.ffn_size
+    if arch.shared_ffn_size:
+        tensor["the shared experts' feed-forward size"] = arch.shared_ffn_size
+    for what, number in tensor.items():
+        yield from _divides("tp", layout.tp, number, what)
+    if arch.num_experts:
+        yield from _divides("ep", layout.ep, arch.num_experts, "num_experts")
+        yield from _divides("etp", layout.etp, arch.expert_ffn_size or 1, "an expert's feed-forward size")
+    elif layout.ep > 1:
+        yield Broken("ep", layout.ep, "1 for a dense model")
+    if layout.ep == 1 and layout.etp != layout.tp:
+        # Megatron-Core takes experts for dense parameters then, and sums their gradients over dp x cp.
+        why = "else Megatron-Core sums gradients over the wrong ranks" if arch.num_experts else "there are no experts"
+        yield Broken("etp", layout.etp, f"tp ({layout.tp}) where ep is 1: {why}")
+
+
+def _stage_rules(layout: Layout, arch: Architecture) -> Iterator[Broken]:
+    if layout.vp > 1 and layout.pp == 1:
+        yield Broken("vp", layout.vp, "1 without pipeline stages (pp=1)")
+    fixed = {name: count for name in ("first", "last") if (count := getattr(layout, name)) is not None}
+    for name, count in fixed.items():
+        if layout.pp == 1:
+            yield Broken(name, count, "none without pipeline stages (pp=1)")
+        if layout.embedding or layout.loss:
+            yield Broken(name, count, "none beside embedding=1 or loss=1 (Megatron-Core's rule)")
+        if count % layout.vp:
+            yield Broken(name, count, f"a multiple of vp ({layout.vp})")
+    left = arch.num_layers - sum(fixed.values()) + layout.embedding + layout.loss
+    stages = layout.pp - len(fixed)
+    what = f"{left} layers" if fixed or layout.embedding or layout.loss else f"num_layers ({left})"
+    if (stages and (left < 0 or left % stages)) or (not stages and left):
+        good = divisors(left) if left > 0 and stages else []
+        listed = _listed(size + len(fixed) for size in good)
+        more = f", and {len(fixed)} more" if fixed else ""
+        expected = f"a divisor of {what}{more}: {listed}" if good else f"stages that share out {what}"
+        yield Broken("pp", layout.pp, expected)
+    if stages:
+        yield from _divides("vp", layout.vp, left // stages, "the layers of a pipeline stage")
+
+
+def _rank_rules(layout: Layout) -> Iterator[Broken]:
+    for names in (("tp", "cp", "pp"), ("etp", "ep", "pp")):
+        if layout.gpus % (product := math.prod(getattr(layout, name) for name in names)):
+            yield Broken(" x ".join(names), product, f"a divisor of the GPUs ({layout.gpus})")
+
+
+def _data_rules(layout: Layout, work: Workload) -> Iterator[Broken]:
+    multiple = (2 * layout.cp if layout.cp > 1 else 1) * layout.tp
+    if work.seq_length % multiple:
+        text = f"tp{' x 2 x cp' if layout.cp > 1 else ''} ({multiple})"
+        yield Broken("seq_length", work.seq_length, f"a multiple of {text}")
+    step, batch = layout.dp * layout.micro_batch, work.global_batch
+    if batch % step:
+        yield Broken("global_batch", batch, f"a multiple of dp x micro-batch ({layout.dp} x {layout.micro_batch})")
+    if layout.vp > 1 and layout.micro_batches(batch) % layout.pp:
+        text = f"dp x micro-batch x pp ({step} x {layout.pp}), which interleaved stages (vp above 1) need"
+        yield Broken("global_batch", batch, f"a multiple of {text}")
+
+
+def _kernel_rules(layout: Layout, arch: Architecture, work: Workload) -> Iterator[Broken]:
+    if arch.num_experts and work.dispatcher == "deepep" and layout.etp * layout.ep == 1:
+        yield Broken("ep", 1, "experts spread over ranks: Megatron-Core's DeepEP dispatcher needs etp x ep above 1")
+    rows = work.seq_length // layout.cp * layout.micro_batch
+    if work.numbers.fp8 and rows % _FP8_ROWS:
+        expected = f"tokens of a micro-batch on each rank ({rows}) in eights: FP8 multiplies so many"
+        yield Broken("seq_length", work.seq_length, expected)
+
+
+def _divides(name: str, value: int, number: int, what: str) -> Iterator[Broken]:
+    if number % value:
+        yield Broken(name, value, f"a divisor of {what} ({number}): {_listed(divisors(number))}")
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    shown = [str(number) for number in numbers]
+    return ", ".join(shown[:12]) + (" ..." if len(shown) > 12 else "")
+
+
+def _said(name: str) -> str:
+    """Return what people call a setting: `mbs` in a layout, and the options of the command."""
+    return {"micro_batch": "mbs", "global_batch": "global-batch", "seq_length": "seq-length"}.get(name, name)
+
+
+def _fix(name: str, layout: Layout, arch: Architecture, work: Workload) -> str:
+    """Return the nearest change of one setting that makes the layout a good one.
+
+    The setting that the rule is about is tried first, then sizes that were chosen, then the rest.
+    """
+    chosen = [field.name for field in fields(layout) if getattr(layout, field.name) != field.default]
+    chosen = [key for key in chosen if key != "gpus"]
+    order = dict.fromkeys([*name.split(" x "), *chosen, "global_batch", "seq_length", *_SIZES, "gpus"])
+    for key in order:
+        for value in _candidates(key, layout, arch, work):
+            changed = _changed(layout, work, key, value)
+            if broken(changed[0], arch, changed[1]) is None:
+                return f"leave {key} away" if value is None else f"set {_said(key)}={value}"
+    # No single change is enough: name one that mends at least this rule.
+    first = broken(layout, arch, work)
+    for key in name.split(" x "):
+        for value in _candidates(key, layout, arch, work):
+            changed = _changed(layout, work, key, value)
+            rule = broken(changed[0], arch, changed[1])
+            if rule is None or first is None or rule.name != first.name:
+                return f"set {_said(key)}={value}"
+    return "change several sizes: without --layout the planner looks for good ones"
+
+
+def _candidates(key: str, layout: Layout, arch: Architecture, work: Workload) -> list[int | None]:
+    """Return values to try, the nearest first."""
+    now = getattr(layout if hasattr(layout, key) else work, key)
+    values: set[int | None]
+    if key in _SWITCHES:
+        return [0, 1]
+    if key in ("first", "last"):
+        values = {None, *range(1, arch.num_layers)}
+    elif key in _SIZES:
+        values = {*range(1, 129), *(size for size in divisors(arch.num_layers) if size > 128)}
+    else:
+        values = {multiple for of in _multiples_of(key, layout) for multiple in _around(now, of)}
+    return sorted(
+        values - {now}, key=lambda value: (math.inf, 0) if value is None else (abs(value - (now or 0)), value)
+    )
+
+
+def _multiples_of(key: str, layout: Layout) -> tuple[int, ...]:
+    if key == "gpus":
+        return (math.lcm(layout.tp * layout.cp * layout.pp, layout.etp * layout.ep * layout.pp),)
+    if key == "seq_length":
+        of = layout.tp * (2 * layout.cp if layout.cp > 1 else 1)
+        return of, math.lcm(of, _FP8_ROWS * layout.cp)
+    step = max(1, layout.gpus // max(1, layout.tp * layout.cp * layout.pp)) * layout.micro_batch
+    return step, step * layout.pp
+
+
+def _around(value: int, of: int) -> set[int]:
+    of = max(1, of)
+    return {of * count for count in (value // of, value // of + 1) if count}
+
+
+def _changed(layout: Layout, work: Workload, key: str, value: int | None) -> tuple[Layout, Workload]:
+    sizes: dict[str, Any] = {key: value}
+    if not hasattr(layout, key):
+        return layout, replace(work, **sizes)
+    if key == "tp" and layout.ep == 1 and layout.etp == layout.tp:
+        sizes["etp"] = value  # which nobody chose: `parse_layout`
+    return replace(layout, **sizes), work

@@ -1,0 +1,102 @@
+"""Which layouts are allowed, and what is said of the others: the rule, and a change that is a good one."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.planning.hardware import known_recipe
+from nemo_upcycle.planning.layout import parse_layout
+from nemo_upcycle.planning.rules import broken, check_layout
+from nemo_upcycle.planning.workload import Workload
+
+
+LLAMA = known_recipe("llama3_8b_e8t2").made
+DENSE = known_recipe("llama3_8b_dense_ct").made
+WORK = Workload(seq_length=8192, global_batch=512)
+
+
+def _work(batch: int, **changes: object) -> Workload:
+    return replace(WORK, global_batch=batch, **changes)
+
+
+@pytest.mark.parametrize("text", ["pp=4,vp=8,mbs=2", "pp=4,first=6,last=6", "tp=2,pp=4,vp=8,ep=8,etp=1"])
+def test_good_layouts(text: str) -> None:
+    check_layout(parse_layout(text, 128), LLAMA, WORK)
+
+
+@pytest.mark.parametrize(
+    ("text", "gpus", "batch", "words"),
+    [
+        ("tp=3", 6, 512, ["tp: got 3", "key-value heads (8): 1, 2, 4, 8"]),
+        ("ep=6", 12, 512, ["ep: got 6", "num_experts (8)"]),
+        ("etp=5,ep=2", 10, 500, ["etp: got 5", "feed-forward size (14336)"]),
+        ("pp=5", 20, 512, ["pp: got 5", "num_layers (32)", "Fix: set pp=4"]),
+        ("pp=4,vp=3", 8, 512, ["vp: got 3", "layers of a pipeline stage (8)", "Fix: set vp=2"]),
+        ("vp=2", 8, 512, ["vp: got 2", "without pipeline stages", "Fix: set vp=1"]),
+        ("tp=2,pp=4", 12, 512, ["tp x cp x pp: got 8", "the GPUs (12)", "Fix: set gpus=8"]),
+        ("pp=4,ep=8", 48, 512, ["etp x ep x pp: got 32", "the GPUs (48)"]),
+        ("cp=3", 64, 512, ["tp x cp x pp: got 3", "Fix: set cp=2"]),
+        ("etp=16,ep=8", 64, 512, ["etp x ep x pp: got 128", "Fix: set etp=8"]),
+        ("tp=1", 64, 100, ["global-batch: got 100", "dp x micro-batch (64 x 1)", "Fix: set global-batch=128"]),
+        ("pp=8,vp=4", 64, 36, ["global-batch: got 36", "a multiple of dp x micro-batch", "Fix: set global-batch=64"]),
+        ("pp=8,vp=4", 64, 40, ["global-batch: got 40", "interleaved"]),
+        ("pp=4,vp=2,ep=8", 64, 100, ["global-batch: got 100", "Fix: set"]),
+        ("cp=3", 3, 3, ["seq-length: got 8192", "tp x 2 x cp (6)", "Fix: set seq-length=8190"]),
+        ("pp=4,first=6,last=5", 4, 512, ["pp: got 4", "21 layers, and 2 more"]),
+        ("pp=2,first=20,last=20", 64, 512, ["pp: got 2", "share out -8 layers"]),
+        ("pp=2,first=6,loss=1", 4, 512, ["first: got 6", "loss=1", "Fix: set loss=0"]),
+        ("first=3", 8, 512, ["first: got 3", "none without pipeline stages"]),
+        ("tp=2,etp=1", 8, 512, ["etp: got 1", "where ep is 1", "Fix: set etp=2"]),
+        ("tp=0", 8, 512, ["tp: got 0", "1 or more", "Fix: set tp=1"]),
+        ("mbs=0", 8, 512, ["mbs: got 0", "1 or more", "Fix: set mbs=1"]),
+        ("pp=4,first=0", 4, 512, ["first: got 0", "1 or more", "Fix: set first=2"]),
+        ("pp=4,embedding=2", 4, 512, ["embedding: got 2", "0 or 1", "Fix: set embedding=0"]),
+        ("mbs=3", 64, 512, ["global-batch: got 512", "dp x micro-batch (64 x 3)"]),
+    ],
+)
+def test_rules(text: str, gpus: int, batch: int, words: list[str]) -> None:
+    layout, work = parse_layout(text, gpus), _work(batch)
+    with pytest.raises(SpecError) as caught:
+        check_layout(layout, LLAMA, work)
+    for word in words:
+        assert word in str(caught.value)
+    _take(str(caught.value), layout, work)
+
+
+def _take(text: str, layout: object, work: Workload) -> None:
+    """Do what a message says, and find that the layout is a good one then (or at least no longer broken there)."""
+    found = re.search(r"Fix: (?:set ([\w-]+)=(\d+)|leave (\w+) away)", text)
+    assert found, text
+    name = (found[1] or found[3]).replace("-", "_").replace("mbs", "micro_batch")
+    value = int(found[2]) if found[2] else None
+    if hasattr(work, name):
+        work = replace(work, **{name: value})
+    else:
+        layout = replace(layout, **{name: value}, **({"etp": value} if name == "tp" and layout.ep == 1 else {}))
+    rule = broken(layout, LLAMA, work)
+    assert rule is None or rule.name not in text.partition(":")[0]
+
+
+def test_dense_models_have_no_experts_to_spread() -> None:
+    with pytest.raises(SpecError, match=r"1 for a dense model\. Fix: set ep=1"):
+        check_layout(parse_layout("ep=2", 8), DENSE, WORK)
+    with pytest.raises(SpecError, match=r"there are no experts\. Fix: set etp=1"):
+        check_layout(parse_layout("etp=3", 8), DENSE, WORK)
+
+
+def test_deepep_needs_ranks_to_send_to() -> None:
+    work = replace(WORK, dispatcher="deepep")
+    assert broken(parse_layout("ep=8,pp=8", 64), LLAMA, work) is None
+    with pytest.raises(SpecError, match=r"DeepEP dispatcher needs etp x ep above 1\. Fix: set ep=2"):
+        check_layout(parse_layout("pp=32", 64), LLAMA, work)
+
+
+def test_fp8_multiplies_tokens_in_eights() -> None:
+    work = replace(WORK, seq_length=8190, precision="fp8-delayed")
+    with pytest.raises(SpecError, match="in eights"):
+        check_layout(parse_layout("tp=2", 8), DENSE, work)
+    assert broken(parse_layout("tp=2", 8), DENSE, replace(work, precision="bf16")) is None
