@@ -183,9 +183,14 @@ def _checked(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: tor
     return made
 
 
+def companions_of(dense_folder: Path) -> list[Path]:
+    """Return the parent's tokenizer, chat template and generation settings."""
+    return sorted({path for pattern in _COMPANIONS for path in dense_folder.glob(pattern) if path.is_file()})
+
+
 def copy_companions(dense_folder: Path, folder: Path) -> list[str]:
     """Copy tokenizer, chat template and generation settings of the parent, unchanged; return the names."""
-    found = sorted({path for pattern in _COMPANIONS for path in dense_folder.glob(pattern) if path.is_file()})
+    found = companions_of(dense_folder)
     for path in found:
         shutil.copyfile(path, folder / path.name)
     return [path.name for path in found]

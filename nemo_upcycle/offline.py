@@ -38,6 +38,7 @@ from nemo_upcycle.files import (
 )
 from nemo_upcycle.hf_folder import (
     MAX_SHARD_BYTES,
+    companions_of,
     copy_companions,
     require_dtype,
     shard_files,
@@ -136,6 +137,7 @@ def convert(
     kept, written = set(files), 0
     if _is_done(output, plan):
         _check_done(output, expansion, files)
+        _add_companions(dense.path, output)
         forget_work(output, _PLAN)
     else:
         with _only_writer(output, plan) as folder:
@@ -223,6 +225,13 @@ def _check_done(output: Path, expansion: Expansion, files: dict[str, list[str]])
         got = f"no whole {lost[0]}" + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
         expected, fix = "every file of the finished conversion", "remove the folder and run the same command again"
         raise UpcycleError(problem(str(output), got=got, expected=expected, fix=fix))
+
+
+def _add_companions(dense_folder: Path, output: Path) -> None:
+    """Copy what the parent's folder got after the conversion, say a tokenizer."""
+    marker = read_json(output / MARKER)
+    if not {path.name for path in companions_of(dense_folder)} <= set(marker["companions"]):
+        write_json(output / MARKER, marker | {"companions": copy_companions(dense_folder, output)})
 
 
 @contextmanager

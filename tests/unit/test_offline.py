@@ -140,6 +140,15 @@ def test_the_same_again_is_done_already_and_another_is_refused(dense: Path, tmp_
     assert is_complete(tmp_path / "moe")
 
 
+def test_a_tokenizer_that_comes_later_is_added(copy: Path, tmp_path: Path) -> None:
+    (copy / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    _convert(copy, tmp_path / "moe")
+    (tmp_path / "tokenizer.json").rename(copy / "tokenizer.json")
+    assert _convert(copy, tmp_path / "moe").bytes_written == 0
+    assert (tmp_path / "moe/tokenizer.json").read_bytes() == (copy / "tokenizer.json").read_bytes()
+    assert "tokenizer.json" in read_json(tmp_path / "moe" / MARKER)["companions"]
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "half a file"])
 def test_a_finished_folder_that_lost_a_file_is_not_done(dense: Path, tmp_path: Path, file: str) -> None:
     _convert(dense, tmp_path / "moe")
