@@ -43,6 +43,18 @@ def test_llama_3_8b_and_its_eight_experts() -> None:
         ({"num_key_value_heads": 5}, ["num_key_value_heads", "5", "32"]),
         ({"vocab_size": "many"}, ["vocab_size", "many"]),
         ({"num_hidden_layers": 0}, ["num_hidden_layers", "0"]),
+        ({"num_hidden_layers": 10**6}, ["num_hidden_layers: got 1000000, expected at most 10,000"]),
+        ({"intermediate_size": 10**12}, ["intermediate_size: got 1000000000000"]),
+        ({"rope_theta": 10**400}, ["rope_theta: got 1000"]),
+        ({"hidden_size": 4097}, ["hidden_size: got 4097, expected a multiple of num_attention_heads (32)"]),
+        (
+            {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 9},
+            ["num_experts_per_tok: got 9, expected at most 8"],
+        ),
+        (
+            {"architectures": ["Qwen2MoeForCausalLM"], "mlp_only_layers": ["0", None]},
+            ["mlp_only_layers: got ['0', None], expected a list of layer numbers, 0 to"],
+        ),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
         ({"hidden_act": []}, ["hidden_act: got []", "silu"]),
         ({"architectures": {"a": 1}}, ["architectures: got {'a': 1}"]),

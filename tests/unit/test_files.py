@@ -110,8 +110,18 @@ def test_json_errors_name_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"x":')
     with pytest.raises(UpcycleError, match=r"a\.json"):
         read_json(tmp_path / "a.json")
+    for broken in ("[" * 100_000, "1" * 5000, b"\xff".decode("latin-1")):
+        (tmp_path / "a.json").write_text(broken, encoding="latin-1")
+        with pytest.raises(UpcycleError, match=r"a\.json: got unreadable JSON"):
+            read_json(tmp_path / "a.json")
     with pytest.raises(UpcycleError, match=r"b\.json.*no such file"):
         read_json(tmp_path / "b.json")
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"x": object()})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_told_before_writing(tmp_path: Path) -> None:

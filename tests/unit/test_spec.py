@@ -29,6 +29,10 @@ from nemo_upcycle.spec import check_capacity
         ({"routed_scaling": float("nan")}, ["routed_scaling: got nan"]),
         ({"routed_scaling": 0.0}, ["routed_scaling: got 0.0, expected more than 0"]),
         ({"router_std": "wide"}, ["router_std: got wide"]),
+        ({"noise_std": 10**400}, ["noise_std: got 1000", "0 to 1000"]),
+        ({"moe_layers": None}, ["moe_layers: got None, expected layer numbers"]),
+        ({"moe_layers": 5}, ["moe_layers: got 5, expected layer numbers"]),
+        ({"moe_layers": [True, False]}, ["moe_layers: got [True, False], expected layer numbers"]),
     ],
 )
 def test_a_bad_value_is_refused_with_the_fix(changes: dict, words: list[str]) -> None:

@@ -123,6 +123,11 @@ def test_floor_of_ratio_times_neurons_are_drawn_anew_the_same_in_gate_up_and_dow
         assert bool((new_FD[chosen] != dense_FD[chosen]).any(1).all())
 
 
+def test_a_ratio_that_binary_numbers_miss_is_counted_right() -> None:
+    """0.41 * 600 is 245.99999999999997."""
+    assert len(dropped_neurons(UpcycleSpec(method="drop", drop_ratio=0.41), 0, 0, 600)) == 246
+
+
 def test_new_neurons_have_the_statistics_of_those_they_replace() -> None:
     dense_FD = _weight()
     chosen = dropped_neurons(DROP, 2, 1, NEURONS)
