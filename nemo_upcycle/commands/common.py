@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from nemo_upcycle.errors import SpecError, UpcycleError, problem, unknown
+from nemo_upcycle.errors import UpcycleError, unknown
 from nemo_upcycle.spec import METHODS, MOE_LAYERS, OUTPUT_SCALES, ROUTER_INITS, ROUTER_ORDERS, UpcycleSpec
 
 
@@ -54,18 +54,9 @@ def add_spec_options(parser: argparse.ArgumentParser) -> None:
 
 
 def given_spec(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the fields of the spec that the command line names.
-
-    Raises:
-        SpecError: an option belongs to another method.
-    """
+    """Return the fields of the spec that the command line names."""
     fields = {field for field, *_ in _SPEC_OPTIONS.values()}
-    given = {name: value for name, value in vars(args).items() if name in fields}
-    for name, method in (("noise_std", "noise"), ("drop_ratio", "drop")):
-        if name in given and given.get("method") != method:
-            option, fix = f"--{name.replace('_', '-')}", f"add --method {method}, or leave it away"
-            raise SpecError(problem(option, got=given[name], expected=f"it with --method {method} only", fix=fix))
-    return given
+    return {name: value for name, value in vars(args).items() if name in fields}
 
 
 def add_dtype(parser: argparse.ArgumentParser, default: str) -> None:

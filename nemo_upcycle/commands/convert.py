@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from nemo_upcycle.commands.common import add_dtype, add_json, add_spec_options, dtype_of, given_spec, show
+from nemo_upcycle.errors import SpecError, problem
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -41,7 +42,12 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UpcycleError: a value or a file is wrong.
     """
-    spec, dtype = UpcycleSpec(**given_spec(args)), dtype_of(args.dtype)
+    given, dtype = given_spec(args), dtype_of(args.dtype)
+    spec = UpcycleSpec(**given)
+    for name, method in (("noise_std", "noise"), ("drop_ratio", "drop")):
+        if name in given and spec.method != method:
+            option, fix = f"--{name.replace('_', '-')}", f"add --method {method}, or leave it away"
+            raise SpecError(problem(option, got=given[name], expected=f"it with --method {method} only", fix=fix))
     from nemo_upcycle.offline import Conversion, convert
     from nemo_upcycle.sources import open_dense
 
