@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -208,12 +208,7 @@ def _plans(args: argparse.Namespace, goal: Goal) -> list[Plan]:
         raise SpecError(problem("micro-batch", got=micro, expected=expected, fix=fix))
     if args.layout is None:
         return search(goal, args.rows, micro, args.recompute)
-    layout = parse_layout(args.layout, args.gpus)
-    if micro is not None and "mbs=" in args.layout and layout.micro_batch != micro:
-        got, fix = f"{micro} beside mbs={layout.micro_batch}", "give one of them"
-        raise SpecError(problem("micro-batch", got=got, expected="the layout's own", fix=fix))
-    layout = replace(layout, micro_batch=micro or layout.micro_batch)
-    return [judge(goal, layout, args.recompute)]
+    return [judge(goal, parse_layout(args.layout, args.gpus, micro), args.recompute)]
 
 
 def _ranks(text: str, plan: Plan) -> list[dict[str, int]]:

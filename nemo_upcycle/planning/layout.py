@@ -5,6 +5,7 @@ Megatron-Core's rules and orders (tp fastest, then cp, dp, pp; for experts etp, 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -101,8 +102,7 @@ class Layout:
             >>> Layout(gpus=128, tp=2).node_gpus(8), Layout(gpus=36, tp=4).node_gpus(8)
             (8, 4)
         """
-        sizes = [size for size in range(1, per_node + 1) if self.gpus % size == 0]
-        return max((size for size in sizes if size % max(self.tp, self.etp) == 0), default=sizes[-1])
+        return _node_gpus(self.gpus, max(self.tp, self.etp), per_node)
 
     def micro_batches(self, global_batch: int) -> int:
         """Return how many micro-batches every rank works through in a step."""
@@ -158,13 +158,18 @@ class Layout:
         return -(-arch.vocab_size // multiple) * multiple
 
 
-def parse_layout(text: str, gpus: int) -> Layout:
+def parse_layout(text: str, gpus: int, micro_batch: int | None = None) -> Layout:
     """Return the layout that a text such as `tp=2,pp=4,vp=8,cp=1,ep=8,etp=1` describes.
 
     What is left out is 1; but etp is tp where experts are not spread, for Megatron-Core works no other way.
 
+    Args:
+        text: the layout.
+        gpus: ranks.
+        micro_batch: sequences of one micro-batch, where they are given apart from the text.
+
     Raises:
-        SpecError: a name or a number is wrong.
+        SpecError: a name or a number is wrong, or given twice.
     """
     names = {field.name for field in fields(Layout)} - {"gpus", "micro_batch"} | {"mbs"}
     sizes = {}
@@ -179,6 +184,9 @@ def parse_layout(text: str, gpus: int) -> Layout:
         if field in sizes:
             raise SpecError(problem("layout", got=f"{name} twice", expected="each size once", fix=f"keep one {name}"))
         sizes[field] = int(number)
+    if micro_batch is not None and sizes.setdefault("micro_batch", micro_batch) != micro_batch:
+        got, fix = f"{micro_batch} beside mbs={sizes['micro_batch']}", "give one of them"
+        raise SpecError(problem("micro-batch", got=got, expected="the layout's own", fix=fix))
     dp = sizes.pop("dp", None)
     if sizes.get("ep", 1) == 1:
         sizes.setdefault("etp", sizes.get("tp", 1))
@@ -187,6 +195,12 @@ def parse_layout(text: str, gpus: int) -> Layout:
         needed = layout.tp * layout.cp * layout.pp * dp
         raise SpecError(problem("gpus", got=gpus, expected=f"tp x cp x pp x dp ({needed})", fix="leave dp away"))
     return layout
+
+
+@functools.cache
+def _node_gpus(gpus: int, group: int, per_node: int) -> int:
+    sizes = [size for size in range(1, per_node + 1) if gpus % size == 0]
+    return max((size for size in sizes if size % group == 0), default=sizes[-1])
 
 
 def divisors(number: int) -> list[int]:

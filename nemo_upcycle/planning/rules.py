@@ -165,19 +165,22 @@ def _fix(name: str, layout: Layout, arch: Architecture, work: Workload) -> str:
     chosen = [key for key in chosen if key != "gpus"]
     order = dict.fromkeys([*name.split(" x "), *chosen, "global_batch", "seq_length", *_SIZES, "gpus"])
     for key in order:
-        for value in _candidates(key, layout, arch, work):
-            changed = _changed(layout, work, key, value)
-            if broken(changed[0], arch, changed[1]) is None:
-                return f"leave {key} away" if value is None else f"set {_said(key)}={value}"
-    # No single change is enough: name one that mends at least this rule.
-    first = broken(layout, arch, work)
-    for key in name.split(" x "):
-        for value in _candidates(key, layout, arch, work):
-            changed = _changed(layout, work, key, value)
-            rule = broken(changed[0], arch, changed[1])
-            if rule is None or first is None or rule.name != first.name:
-                return f"set {_said(key)}={value}"
-    return "change several sizes: without --layout the planner looks for good ones"
+        for text, rule in _changes(key, layout, arch, work):
+            if rule is None:
+                return text
+    for key in name.split(" x "):  # no single change is enough: one that mends at least this rule
+        for text, rule in _changes(key, layout, arch, work):
+            if rule is None or rule.name != name:
+                return text
+    return "change several sizes: nemo-upcycle plan without --layout finds good ones"
+
+
+def _changes(key: str, layout: Layout, arch: Architecture, work: Workload) -> Iterator[tuple[str, Broken | None]]:
+    """Yield changes of a setting, the nearest first, and which rule is broken then."""
+    for value in _candidates(key, layout, arch, work):
+        text = f"leave {key} away" if value is None else f"set {_said(key)}={value}"
+        changed = _changed(layout, work, key, value)
+        yield text, broken(changed[0], arch, changed[1])
 
 
 def _candidates(key: str, layout: Layout, arch: Architecture, work: Workload) -> list[int | None]:

@@ -8,6 +8,7 @@ from nemo_upcycle.architecture import Architecture
 from nemo_upcycle.planning.hardware import KnownRecipe
 from nemo_upcycle.planning.memory import ASSUMPTIONS, GIB, Memory
 from nemo_upcycle.planning.search import Plan
+from nemo_upcycle.planning.workload import Workload
 
 
 #: What the recipes call what the planner calls a precision.
@@ -34,18 +35,6 @@ def row_values(plan: Plan, command: str | None, price: float | None) -> dict[str
         "checkpoint_gib": round(plan.checkpoint_gib, 1),
         "command": command,
     }
-
-
-#: What NeMo's precisions set beside the kind of scaling; without an own argument for it, a recipe needs each.
-_FP8_SETTINGS = {
-    "fp8-delayed": ("fp8_amax_history_len=1024", "fp8_amax_compute_algo=max"),
-    "fp8-current": (
-        "first_last_layers_bf16=True",
-        "num_layers_at_start_in_bf16=1",
-        "num_layers_at_end_in_bf16=1",
-    ),
-    "fp8-blockwise": (),
-}
 
 
 def nemo_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> str:
@@ -94,9 +83,7 @@ def nemo_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> s
     if work.precision in _FP8_RECIPES and "capacity_factor" in arguments:
         arguments += f", fp8_recipe='{_FP8_RECIPES[work.precision]}'"
     elif work.precision in _FP8_RECIPES:
-        fp8 = ["fp8=hybrid", f"fp8_recipe={_FP8_RECIPES[work.precision]}", "fp8_param_gather=False"]
-        fp8 += _FP8_SETTINGS[work.precision]
-        settings += [f"trainer.plugins.{part}" for part in fp8]
+        settings += [f"trainer.plugins.{part}" for part in _fp8_settings(work)]
     if work.recompute == "full":
         settings += [
             f"model.config.recompute_{part}" for part in ("granularity=full", "method=uniform", "num_layers=1")
@@ -105,6 +92,16 @@ def nemo_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> s
         part = work.recompute if upcycled else "mlp"
         settings += ["model.config.recompute_granularity=selective", f"\"model.config.recompute_modules=['{part}']\""]
     return f'nemo llm pretrain --factory "{recipe.name}({arguments})" {" ".join(settings)}'
+
+
+def _fp8_settings(work: Workload) -> list[str]:
+    """Return everything that NeMo's precision sets, for recipes without an own argument for it."""
+    found = ["fp8=hybrid", f"fp8_recipe={_FP8_RECIPES[work.precision]}", "fp8_param_gather=False"]
+    if work.precision == "fp8-delayed":
+        found += ["fp8_amax_history_len=1024", "fp8_amax_compute_algo=max"]
+    if ends := work.numbers.bf16_ends:
+        found += ["first_last_layers_bf16=True", *(f"num_layers_at_{end}_in_bf16={ends}" for end in ("start", "end"))]
+    return found
 
 
 _COLUMNS = (

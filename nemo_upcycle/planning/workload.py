@@ -36,6 +36,7 @@ PRECISIONS = {
 #: From keeping everything to keeping the input of each layer only: nothing, the experts' activation function,
 #: the whole MoE layer (or feed-forward network), the whole layer.
 RECOMPUTES = ("none", "moe_act", "moe", "full")
+#: Larger numbers are mistakes.
 _MOST = 10**9
 #: What sends tokens to their experts: a message for each expert of a token, or for each place that has experts of it.
 DISPATCHERS = ("alltoall", "deepep")

@@ -176,7 +176,7 @@ def test_nothing_that_fits_is_exit_status_1(capsys: pytest.CaptureFixture[str]) 
         ([*PAPER, "--price-per-gpu-hour", "nan"], "price-per-gpu-hour: got nan"),
         ([*PAPER, "--rows", "0"], "rows: got 0"),
         ([*PAPER, "--micro-batch", "0"], "micro-batch: got 0, expected 1 to the global batch"),
-        ([*PAPER[:-1], PAPER[-1] + ",mbs=2", "--micro-batch", "1"], "micro-batch: got 1 beside mbs=2"),
+        ([*PAPER[:-1], PAPER[-1] + ", mbs = 2", "--micro-batch", "1"], "micro-batch: got 1 beside mbs=2"),
         (["--recipe", "llama3_8b_e8t2", "--gpus", "64", "--micro-batch", "3"], r"dp x micro-batch \(64 x 3\)"),
         (["--recipe", "smollm2_135m_e8t2", "--gpus", "2", "--recompute", "moe_act"], "recompute: got moe_act"),
         (["--recipe", "smollm2_135m_e8t2", "--gpus", "2", "--dispatcher", "deepep"], "dispatcher: got deepep"),
