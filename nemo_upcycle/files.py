@@ -23,6 +23,7 @@ from nemo_upcycle.errors import UpcycleError, problem
 
 MARKER = "_SUCCESS.json"
 _LOCK = ".lock"
+_ASIDE = ".half."
 _CHUNK_BYTES = 1 << 22
 
 
@@ -38,7 +39,7 @@ def sha256_file(path: Path) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON to `path`, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}{_ASIDE}{os.getpid()}")
     try:
         with aside.open("w", encoding="utf-8") as handle:
             json.dump(value, handle, indent=2, sort_keys=False)
@@ -49,6 +50,12 @@ def write_json(path: Path, value: Any) -> None:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def clear_unfinished(folder: Path, pattern: str) -> None:
+    """Delete the files that a killed process was just writing: of `write_json`, and those of a pattern."""
+    for path in (*folder.glob(f".*{_ASIDE}*"), *folder.glob(pattern)):
+        path.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:
@@ -86,7 +93,7 @@ def only_writer(target: Path) -> Iterator[Path]:
     Raises:
         UpcycleError: another process writes it, or nothing can take its place.
     """
-    target = target.resolve()
+    target = resolved(target)
     if os.path.ismount(target):
         fix = "name a folder inside it"
         raise UpcycleError(problem(str(target), got="a mount point", expected="a folder to replace", fix=fix))
@@ -150,7 +157,7 @@ def output_folder(target: Path, made_by: str | None = None) -> Iterator[Path]:
         >>> with output_folder(Path("runs/demo/hf")) as folder:  # doctest: +SKIP
         ...     (folder / "config.json").write_text("{}")
     """
-    target = target.resolve()
+    target = resolved(target)
     if made_by:
         require_replaceable(target, made_by)
     with only_writer(target) as aside:
@@ -192,9 +199,9 @@ def require_apart(target: Path, *inputs: Path) -> None:
     Raises:
         UpcycleError: it does; writing it could delete or change the input.
     """
-    here = target.resolve()
+    here = resolved(target)
     for path in inputs:
-        there = path.resolve()
+        there = resolved(path)
         if here == there or here in there.parents or there in here.parents:
             how = "the same folder" if here == there else "one inside the other"
             expected, fix = f"a folder apart from {path}", "choose another name"

@@ -41,7 +41,7 @@ def fill(targets: list[Target], dense: DenseSource, spec: UpcycleSpec | None, pr
         CheckpointError: a slice holds NaN, infinity or a number too large for the model's type, or cannot be read. The
             model is then unfinished.
     """
-    waiting, ahead_bytes = iter(targets), 0  # what comes after `target`, which the first does not
+    waiting, ahead_bytes = iter(targets), 0  # of what is expected beyond `target`
     for target in targets:
         ahead_bytes -= target.tensors[0].nbytes
         while ahead_bytes < _AHEAD_BYTES and (later := next(waiting, None)):

@@ -76,7 +76,7 @@ def test_a_stopped_run_goes_on_with_what_is_missing(
     aside = tmp_path / ".moe.partial"
     assert not list(aside.glob("*.unfinished"))
     # A process that is killed clears nothing: what it leaves must not count as used when room is looked for.
-    for name in ("model-00009-of-00009.safetensors.unfinished", ".config.json.4711"):
+    for name in ("model-00009-of-00009.safetensors.unfinished", ".config.json.half.4711"):
         (aside / name).write_bytes(b"half")
     require_disk = offline.require_disk
 
