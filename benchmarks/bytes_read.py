@@ -22,12 +22,12 @@ import torch
 
 from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.architecture import architecture_from_config
-from nemo_upcycle.export import hf_shapes
 from nemo_upcycle.hf_folder import safetensors_header
 from nemo_upcycle.placement import Place, filled_bytes, targets_of
 from nemo_upcycle.planning.check import build_rank, megatron_rank
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.progress import track
+from nemo_upcycle.slices import hf_shapes
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.mapped_files import row_major
 

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from nemo_upcycle.architecture import Architecture
 from nemo_upcycle.errors import CheckpointError, problem
 from nemo_upcycle.expansion import dense_slice
-from nemo_upcycle.export import hf_shapes
-from nemo_upcycle.init.experts import output_factor, rounded_factors
+from nemo_upcycle.init.experts import output_factor
 from nemo_upcycle.mapping import Cut, Row, hf_constants, hf_names, row_of_hf
 from nemo_upcycle.progress import track
 from nemo_upcycle.sources.base import DenseSource
-from nemo_upcycle.sources.checks import check_source, require_finite, rounded_because
+from nemo_upcycle.sources.checks import check_shapes, check_source, require_finite, rounded_because
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -83,12 +83,25 @@ class WeightGroup:
         return f"{name}{self.identical} of {self.tensors} identical; factors {factors}{changed}"
 
 
-def compare_weights(dense: DenseSource, moe: DenseSource) -> tuple[tuple[WeightGroup, ...], bool, tuple[str, ...]]:
-    """Return what was done to each kind of tensor, whether such weights compute the dense function, what was rounded.
+class WeightComparison(NamedTuple):
+    """What was done to the weights.
+
+    Args:
+        groups: to each kind of tensor.
+        exact: whether such weights compute the dense function, up to what was rounded.
+        rounded: why they lost digits.
+    """
+
+    groups: tuple[WeightGroup, ...]
+    exact: bool
+    rounded: tuple[str, ...]
+
+
+def compare_weights(dense: DenseSource, moe: DenseSource) -> WeightComparison:
+    """Return what was done to the weights of an MoE model, and whether they compute the dense function.
 
     They do if everything is the dense model's but the experts' down projection, which is scaled as the model's routing
     asks for (`UpcycleSpec.down_scale`), and the router leaves the sum of the experts alone (`UpcycleSpec.is_exact`).
-    Weights that were rounded to the MoE model's type compute it up to that.
 
     Raises:
         CheckpointError: a folder's tensors are not those of its configuration, one holds NaN or infinity, or the MoE
@@ -117,9 +130,8 @@ def compare_weights(dense: DenseSource, moe: DenseSource) -> tuple[tuple[WeightG
         scale, changed = _relation(_pairs(dense, moe, name, *found), row.cut is Cut.NEURON_COLUMNS, wanted)
         group.add(scale, changed)
         is_exact &= changed == 0.0 and scale == wanted
-    dtype = moe.dtype(names[0])
-    rounded = (*rounded_because(dense, dtype), *rounded_factors(spec, dtype))
-    return tuple(groups.values()), is_exact and routers.tied and _spec_of(arch, made, routers).is_exact, rounded
+    is_exact &= routers.tied and _spec_of(arch, made, routers).is_exact
+    return WeightComparison(tuple(groups.values()), is_exact, rounded_because(dense, moe.dtype(names[0]), spec))
 
 
 def _check_child(arch: Architecture, moe: DenseSource) -> None:
@@ -135,17 +147,8 @@ def _check_child(arch: Architecture, moe: DenseSource) -> None:
         expected = f"a part of the dense {arch.ffn_size}, and whole copies of it"
         got = f"{made.num_experts} experts of {width} neurons, shared {made.shared_ffn_size}"
         raise CheckpointError(problem(str(moe.path), got=got, expected=expected, fix="give the MoE's own parent"))
-    shapes = hf_shapes(made)
-    optional = {name for name in moe.names() if name.endswith("rotary_emb.inv_freq")}
-    optional |= {"lm_head.weight"} if made.tied_embeddings else set()
-    fix = "check that config.json and weights belong together, or convert it again"
-    for name in sorted((shapes.keys() ^ set(moe.names())) - optional):
-        got, expected = ("no such tensor", "it") if name in shapes else ("it", "no such tensor, by config.json")
-        raise CheckpointError(problem(f"{moe.path}: {name}", got=got, expected=expected, fix=fix))
-    for name, shape in shapes.items():
-        if moe.shape(name) != shape:
-            got, expected = list(moe.shape(name)), f"{list(shape)}, by config.json"
-            raise CheckpointError(problem(f"{moe.path}: shape of {name}", got=got, expected=expected, fix=fix))
+    check_source(moe)
+    check_shapes(moe)
 
 
 def _spec_of(arch: Architecture, made: Architecture, routers: _Routers | None = None) -> UpcycleSpec:

@@ -20,7 +20,6 @@ import torch
 from nemo_upcycle.architecture import Architecture, activation_of, same_frequencies
 from nemo_upcycle.errors import CheckpointError, SpecError, problem
 from nemo_upcycle.filling import Progress, fill, scale_of
-from nemo_upcycle.init.experts import rounded_factors
 from nemo_upcycle.placement import Place, Target, filled_bytes, targets_of
 from nemo_upcycle.receipt import ParameterRecord, UpcycleReceipt
 from nemo_upcycle.sources.base import DenseSource
@@ -203,10 +202,11 @@ def _fill(
     start_s, bytes_before = time.monotonic(), dense.bytes_read
     fill(targets, dense, spec, progress)
     seconds = time.monotonic() - start_s
+    dtypes = dict.fromkeys(target.tensors[0].dtype for target in targets if target.pieces)
     reasons = (
         *(spec.inexact_because if spec else ()),
         *dense.inexact_because(),
-        *_rounded(targets, dense, spec),
+        *(why for dtype in dtypes for why in rounded_because(dense, dtype, spec)),
         *_changed_by(models[0], arch, spec),
     )
     return UpcycleReceipt(
@@ -225,13 +225,6 @@ def _fill(
         seconds=round(seconds, 3),
         peak_rss_gib=round(_peak_rss_gib(), 3),
     )
-
-
-def _rounded(targets: list[Target], dense: DenseSource, spec: UpcycleSpec | None) -> Iterator[str]:
-    """Yield why weights lose digits in the model's types."""
-    for dtype in dict.fromkeys(target.tensors[0].dtype for target in targets if target.pieces):
-        yield from rounded_because(dense, dtype)
-        yield from rounded_factors(spec, dtype) if spec else ()
 
 
 def _changed_by(model: Any, dense: Architecture, spec: UpcycleSpec | None) -> Iterator[str]:

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 from nemo_upcycle.architecture import Architecture
-from nemo_upcycle.export import hf_shapes
+from nemo_upcycle.export import require_class
 from nemo_upcycle.hf_folder import safetensors_header
 from nemo_upcycle.init.experts import ExpertMatrix, change, output_factor
 from nemo_upcycle.init.router import router_weight
 from nemo_upcycle.mapping import Cut, hf_constants, row_of, row_of_hf
-from nemo_upcycle.slices import Shard, pieces, shard_shape
+from nemo_upcycle.slices import Shard, hf_shapes, pieces, shard_shape
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import require_finite
 from nemo_upcycle.spec import UpcycleSpec
@@ -90,6 +90,7 @@ class Expansion:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor, in the order in which they are written."""
+        require_class(self.made)
         return hf_shapes(self.made)
 
     @cached_property

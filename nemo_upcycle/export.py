@@ -17,8 +17,8 @@ from nemo_upcycle.architecture import Architecture, read_architecture
 from nemo_upcycle.errors import CheckpointError, SpecError, problem
 from nemo_upcycle.files import MARKER, output_folder, require_apart, write_json
 from nemo_upcycle.hf_folder import copy_companions, require_dtype, write_config, write_weights
-from nemo_upcycle.mapping import BY_ROLE, MODEL_ROWS, Row, hf_constants, hf_names, layer_rows, row_of_hf
-from nemo_upcycle.slices import Shard, hf_shape, pieces, shard_shape
+from nemo_upcycle.mapping import BY_ROLE, MODEL_ROWS, Row, hf_constants, layer_rows, row_of_hf
+from nemo_upcycle.slices import Shard, hf_shape, hf_shapes, pieces, shard_shape
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint, model_prefix
 from nemo_upcycle.sources.megatron_checkpoint import model_tensors
 from nemo_upcycle.spec import UpcycleSpec
@@ -199,11 +199,11 @@ def _no_class(arch: Architecture) -> str:
     return next((reason for reason, holds in reasons.items() if holds), router)
 
 
-def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor of a Hugging Face folder, in the order in which they are written.
+def require_class(arch: Architecture) -> None:
+    """Check that a Hugging Face class can hold a model.
 
     Raises:
-        SpecError: no Hugging Face class can hold the model.
+        SpecError: none can.
     """
     if not arch.hf_class:
         fix = "keep the model in NeMo: it trains and evaluates there"
@@ -211,11 +211,6 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
             fix += ", or set sliding_window to null in config.json if training sequences were no longer"
         expected = "what Mixtral or Qwen2-MoE can hold"
         raise SpecError(problem("Hugging Face class for this MoE", got=_no_class(arch), expected=expected, fix=fix))
-    shapes = {}
-    for name in hf_names(arch):
-        row, part, _, _ = row_of_hf(name, arch)
-        shapes[name] = hf_shape(row, part, arch)
-    return shapes | hf_constants(arch)
 
 
 def export_weights(
@@ -241,6 +236,7 @@ def export_weights(
         CheckpointError: the weights do not fit `arch`.
         UpcycleError: the disk has no room, `output` is there already and no earlier export, or is the parent.
     """
+    require_class(arch)
     shapes = hf_shapes(arch)
     require_dtype(dtype)
     require_apart(output, dense_folder)

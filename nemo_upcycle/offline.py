@@ -7,7 +7,6 @@ any time and by anything, goes on with the first file that is missing. `expansio
 from __future__ import annotations
 
 import errno
-import math
 import resource
 import shutil
 import threading
@@ -26,6 +25,7 @@ from nemo_upcycle.expansion import Expansion
 from nemo_upcycle.files import (
     MARKER,
     clear,
+    clear_unfinished,
     forget_work,
     is_complete,
     only_writer,
@@ -45,8 +45,6 @@ from nemo_upcycle.hf_folder import (
     write_config,
     write_index,
 )
-from nemo_upcycle.init.experts import rounded_factors
-from nemo_upcycle.mapping import hf_constants
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.progress import ProgressLine
 from nemo_upcycle.sources.base import DenseSource
@@ -56,7 +54,7 @@ from nemo_upcycle.sources.safetensors_folder import INDEX
 from nemo_upcycle.spec import UpcycleSpec
 
 
-_PLAN = ".conversion.json"
+_PLAN, _UNFINISHED = ".conversion.json", ".unfinished"
 #: What a file system may refuse in the middle of the work.
 _FULL = {
     errno.ENOSPC: ("full", "room"),
@@ -144,9 +142,8 @@ def convert(
             kept = {file for file in files if _is_whole(folder / file, expansion, files[file])}
             written = _write(expansion, folder, files, kept, f"convert {output.name}", progress)
             _finish(expansion, folder, files, plan)
-    rounded = (*rounded_because(dense, dtype), *rounded_factors(spec, dtype))
-    reasons = (*spec.inexact_because, *dense.inexact_because(), *rounded)
-    constants = sum(math.prod(shape) for shape in hf_constants(made).values())
+    reasons = (*spec.inexact_because, *dense.inexact_because(), *rounded_because(dense, dtype, spec))
+    total_params = expansion.size_bytes(names) // dtype.itemsize
     return Conversion(
         output=output,
         hf_class=made.hf_class,
@@ -154,8 +151,8 @@ def convert(
         exact=not reasons,
         inexact_because=reasons,
         dense_params=dense.architecture.total_params,
-        total_params=made.total_params + constants,
-        active_params=made.active_params + constants,
+        total_params=total_params,
+        active_params=total_params - made.total_params + made.active_params,
         tensors=len(names),
         files=len(files),
         files_kept=len(kept),
@@ -242,10 +239,10 @@ def _only_writer(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
             if not (aside / _PLAN).is_file() or read_json(aside / _PLAN) != plan:
                 clear(aside)
                 write_json(aside / _PLAN, plan)
-            _clear_unfinished(aside)  # before anyone asks how much room there is
+            clear_unfinished(aside, f"*{_UNFINISHED}")  # before anyone asks how much room there is
             yield aside
         except BaseException as error:
-            _clear_unfinished(aside)
+            clear_unfinished(aside, f"*{_UNFINISHED}")
             # What is made of a broken source is not worth keeping; a file system that failed may work again.
             if isinstance(error, BrokenWeights) or not any(aside.glob("*.safetensors")):
                 shutil.rmtree(aside)
@@ -255,12 +252,6 @@ def _only_writer(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
             fix = "mend that and run the same command again: finished files are kept"
             raise UpcycleError(problem(f"disk of {output}", got=got, expected=expected, fix=fix)) from None
     forget_work(output, _PLAN)  # not before it is in its place: without a plan nothing is kept
-
-
-def _clear_unfinished(folder: Path) -> None:
-    """Delete what a stopped run was just writing."""
-    for path in (*folder.glob("*.unfinished"), *folder.glob(".*.json.[0-9]*")):
-        path.unlink(missing_ok=True)
 
 
 def _is_whole(path: Path, expansion: Expansion, names: list[str]) -> bool:
@@ -299,7 +290,7 @@ def _write_files(expansion: Expansion, folder: Path, todo: dict[str, list[str]],
             line.advance(tensors)
 
     def write(file: str) -> None:
-        unfinished = folder / f"{file}.unfinished"
+        unfinished = folder / f"{file}{_UNFINISHED}"
         expansion.write_file(unfinished, todo[file], advance)
         unfinished.rename(folder / file)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from nemo_upcycle.architecture import Architecture
-from nemo_upcycle.mapping import Cut, Row
+from nemo_upcycle.mapping import Cut, Row, hf_constants, hf_names, row_of_hf
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,15 @@ def hf_shape(row: Row, part: int, arch: Architecture) -> tuple[int, ...]:
         "router_bias": (arch.num_experts or 0,),
     }
     return shapes.get(row.dense_role, (arch.hidden_size,))
+
+
+def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every tensor of a Hugging Face checkpoint of `arch`, in the model's order."""
+    shapes = {}
+    for name in hf_names(arch):
+        row, part, _, _ = row_of_hf(name, arch)
+        shapes[name] = hf_shape(row, part, arch)
+    return shapes | hf_constants(arch)
 
 
 @functools.cache

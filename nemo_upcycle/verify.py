@@ -115,10 +115,10 @@ def verify(
         if logits:
             _require_memory(child.architecture.total_params * 4)
         tokens_BS = _tokens(dense, text_file) if logits else None  # a wrong text shows before the long work
-        groups, exact, rounded = compare_weights(parent, child)
+        weights = compare_weights(parent, child)
     found = _compare_logits(dense, moe, tokens_BS, layers) if tokens_BS is not None else None
-    equal = found.relative <= tolerance if found else exact and not rounded
-    return Verification(dense, moe, hf_class, equal, tolerance, groups, exact, rounded, found)
+    equal = found.relative <= tolerance if found else weights.exact and not weights.rounded
+    return Verification(dense, moe, hf_class, equal, tolerance, *weights, found)
 
 
 def _require_memory(needed_bytes: int) -> None:

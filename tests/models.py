@@ -11,7 +11,7 @@ import torch
 
 from nemo_upcycle.architecture import Architecture, read_architecture
 from nemo_upcycle.mapping import hf_names, row_of_hf
-from nemo_upcycle.slices import hf_shape
+from nemo_upcycle.slices import hf_shape, hf_shapes
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -48,7 +48,6 @@ def write_random(folder: Path, config: dict[str, Any], deviation: float = 0.02) 
     from safetensors.torch import save_file
 
     from nemo_upcycle.architecture import architecture_from_config
-    from nemo_upcycle.export import hf_shapes
 
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(7)

@@ -71,22 +71,6 @@ def output_factor(spec: UpcycleSpec, role: str, expert: int) -> float:
     return {"expert_fc2_bias": spec.bias_scale, "shared_fc2": 0.5}.get(role, 1.0)
 
 
-def rounded_factors(spec: UpcycleSpec, dtype: torch.dtype) -> tuple[str, ...]:
-    """Return why scaling weights in a type loses digits; empty in float32, and where all factors are powers of two.
-
-    Example:
-        >>> rounded_factors(UpcycleSpec(num_experts=6, top_k=3, granularity=3), torch.bfloat16)
-        ('the factor 3 on the down projection is rounded in bfloat16',)
-    """
-    factors = {abs(spec.expert_scale(expert)) for expert in range(spec.granularity)}
-    odd = sorted(factor for factor in factors if math.frexp(factor)[0] != 0.5)
-    if not odd or torch.finfo(dtype).bits >= 32:
-        return ()
-    named, plural = ", ".join(f"{factor:.4g}" for factor in odd), len(odd) > 1
-    kind = str(dtype).removeprefix("torch.")
-    return (f"the factor{'s' * plural} {named} on the down projection {'are' if plural else 'is'} rounded in {kind}",)
-
-
 def change(spec: UpcycleSpec, matrix: ExpertMatrix) -> None:
     """Do to one expert's copy what the spec's method asks for.
 

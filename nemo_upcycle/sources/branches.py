@@ -19,7 +19,7 @@ from nemo_upcycle.sources.base import DenseSource, Index
 from nemo_upcycle.streamed import FilePart
 
 
-OTHERS = ("first", "mean")
+_OTHERS = ("first", "mean")
 #: How long sequences may be is no matter of the weights; checkpoint formats note it differently.
 _MAY_DIFFER = ("max_positions",)
 
@@ -37,6 +37,16 @@ def require_copies(dense: DenseSource, copies: int) -> None:
     if (branches := len(dense.branches())) > copies:
         expected, fix = f"at most {copies}, the copies of the network", "give fewer, or more experts"
         raise SpecError(problem("dense sources", got=branches, expected=expected, fix=fix))
+
+
+def check_others(others: str) -> None:
+    """Check where what is not a routed expert's is to come from.
+
+    Raises:
+        SpecError: there is no such place.
+    """
+    if others not in _OTHERS:
+        raise SpecError(unknown("others", others, _OTHERS))
 
 
 class Branches:
@@ -61,8 +71,7 @@ class Branches:
     """
 
     def __init__(self, sources: Sequence[DenseSource], others: str = "first") -> None:
-        if others not in OTHERS:
-            raise SpecError(unknown("others", others, OTHERS))
+        check_others(others)
         if not sources:
             raise CheckpointError(problem("branches", got="none", expected="dense checkpoints", fix="name some"))
         self._sources, self._others = tuple(sources), others

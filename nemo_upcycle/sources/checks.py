@@ -1,4 +1,4 @@
-"""Checks of a dense checkpoint before and while it is used: the tensors that its architecture says, finite ones."""
+"""Checks of a checkpoint before and while it is used: the tensors that its architecture says, finite ones."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Iterable
 import torch
 
 from nemo_upcycle.errors import CheckpointError, problem
-from nemo_upcycle.mapping import hf_names, row_of_hf
-from nemo_upcycle.slices import hf_shape
+from nemo_upcycle.mapping import hf_constants, hf_names
+from nemo_upcycle.slices import hf_shapes
 from nemo_upcycle.sources.base import DenseSource
+from nemo_upcycle.spec import UpcycleSpec
 
 
 class BrokenWeights(CheckpointError):
@@ -24,7 +25,7 @@ def check_source(dense: DenseSource) -> None:
         CheckpointError: a tensor is missing, or one is there that nothing would take.
     """
     arch = dense.architecture
-    expected = set(hf_names(arch))
+    expected = {*hf_names(arch), *hf_constants(arch)}
     # Tied models may repeat the embedding; old ones store the rotary frequencies, which follow from the config.
     present = {name for name in dense.names() if not name.endswith("rotary_emb.inv_freq")}
     if arch.tied_embeddings:
@@ -51,12 +52,11 @@ def check_shapes(dense: DenseSource, names: Iterable[str] | None = None) -> None
     Raises:
         CheckpointError: one has another shape.
     """
-    arch = dense.architecture
-    for name in hf_names(arch) if names is None else names:
-        row, part, _, _ = row_of_hf(name, arch)
-        if dense.shape(name) != (wanted := hf_shape(row, part, arch)):
+    wanted = hf_shapes(dense.architecture)
+    for name in wanted if names is None else names:
+        if dense.shape(name) != wanted[name]:
             fix = "check that config.json and weights belong together"
-            got, expected = list(dense.shape(name)), f"{list(wanted)} (from config.json)"
+            got, expected = list(dense.shape(name)), f"{list(wanted[name])} (from config.json)"
             raise CheckpointError(problem(f"{dense.path}: shape of {name}", got=got, expected=expected, fix=fix))
 
 
@@ -90,8 +90,14 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
-def rounded_because(dense: DenseSource, dtype: torch.dtype) -> tuple[str, ...]:
-    """Return why weights lose digits when they are cast to a type; empty when it holds all numbers of theirs.
+def rounded_because(dense: DenseSource, dtype: torch.dtype, spec: UpcycleSpec | None = None) -> tuple[str, ...]:
+    """Return why weights lose digits when they are cast to a type and scaled in it; empty when they lose none.
+
+    Args:
+        dense: the checkpoint.
+        dtype: the type.
+        spec: has the factors on what stands behind an expert's activation. One that is no power of two is rounded; in
+            16 bits that shows in the logits.
 
     Example:
         >>> with open_dense("models/float32") as dense:  # doctest: +SKIP
@@ -102,11 +108,23 @@ def rounded_because(dense: DenseSource, dtype: torch.dtype) -> tuple[str, ...]:
     for name in hf_names(dense.architecture):
         if torch.promote_types(stored := dense.dtype(name), dtype) != dtype:
             rounded.setdefault(stored, []).append(name)
-    return tuple(
+    weights = (
         f"{_short(stored)} weights are rounded to {_short(dtype)} ({found[0]}"
         + (f" and {len(found) - 1} more)" if len(found) > 1 else ")")
         for stored, found in rounded.items()
     )
+    factors = (
+        f"the factor {factor:.4g} on the {what} is rounded in {_short(dtype)}"
+        for what, factor in (_factors(spec, dense) if spec and torch.finfo(dtype).bits < 32 else {}).items()
+        if math.frexp(factor)[0] != 0.5
+    )
+    return (*weights, *factors)
+
+
+def _factors(spec: UpcycleSpec, dense: DenseSource) -> dict[str, float]:
+    """Return a spec's factors, but for the halves of shared experts, which round nothing."""
+    factors = {"down projection": spec.down_scale}
+    return factors | ({"output bias": spec.bias_scale} if dense.architecture.ffn_bias else {})
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from nemo_upcycle.errors import CheckpointError, SpecError, problem, unknown
+from nemo_upcycle.errors import CheckpointError, problem, unknown
 from nemo_upcycle.hf_settings import DENSE_CLASSES
 from nemo_upcycle.sources.base import DenseSource
-from nemo_upcycle.sources.branches import OTHERS, Branches
+from nemo_upcycle.sources.branches import Branches, check_others
 from nemo_upcycle.sources.megatron_checkpoint import MegatronCheckpoint, is_megatron
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 
@@ -35,8 +35,7 @@ def open_dense(uri: str | Path | Sequence[str | Path], *, others: str = "first")
         ...     dense.architecture.num_layers
         32
     """
-    if others not in OTHERS:
-        raise SpecError(unknown("others", others, OTHERS))
+    check_others(others)
     if isinstance(uri, str | Path):
         return _open_one(str(uri))
     if len(uri) == 1:

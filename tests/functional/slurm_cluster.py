@@ -3,7 +3,6 @@
 # No postponed annotations: NeMo-Run reads those of factories.
 
 import os
-import sys
 from pathlib import Path
 
 import nemo_run as run
@@ -45,5 +44,4 @@ def tiny(inputs: str, dir: str) -> run.Partial:
 
 
 if __name__ == "__main__":
-    sys.argv[0] = "cluster"
     run.cli.main(pipeline)
