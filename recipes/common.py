@@ -12,6 +12,8 @@ from nemo import lightning as nl
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.training.metrics import MetricsLogger
 from nemo_upcycle.training.optimizer import UpcycleOptimizer
+from nemo_upcycle.training.resume import UpcycleResume
+from nemo_upcycle.training.stopping import StopOnSignal
 from nemo_upcycle.training.upcycling import UpcycleConfig, UpcycleStrategy
 
 
@@ -76,12 +78,14 @@ def start_from(recipe: run.Partial, dense: str, spec: UpcycleSpec | None) -> run
         The recipe.
     """
     fdl.update_callable(recipe.trainer.strategy, UpcycleStrategy)
+    fdl.update_callable(recipe.resume, UpcycleResume)
     recipe.resume.restore_config = run.Config(
         UpcycleConfig, path=dense, spec=run.Config(UpcycleSpec, **spec.to_dict()) if spec else None
     )
     if spec:  # its settings are neutral, but only a run that starts with it can resume with it
         fdl.update_callable(recipe.optim, UpcycleOptimizer)
-    recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), run.Config(MetricsLogger)]
+    callbacks = [run.Config(MetricsLogger), run.Config(StopOnSignal)]
+    recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), *callbacks]
     return recipe
 
 

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from nemo_upcycle.checkpoints import newest_checkpoint
 from nemo_upcycle.errors import StageError, problem
 from nemo_upcycle.pipeline.markers import StageFolder
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
@@ -123,17 +124,16 @@ def _quiet_nemo() -> None:
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """Return the newest finished checkpoint that NeMo left in a training stage's folder.
+    """Return the checkpoint of the highest step that NeMo left in a training stage's folder.
 
     Raises:
         StageError: there is none.
     """
-    found = [path.parent.parent for path in folder.glob("**/checkpoints/*/weights/.metadata")]
-    finished = [path for path in found if not path.with_name(path.name + "-unfinished").exists()]
-    if not finished:
+    checkpoint = newest_checkpoint(folder / "checkpoints")
+    if checkpoint is None:
         fix = "run the stage again"
         raise StageError(problem(f"checkpoint in {folder}", got="none", expected="a finished checkpoint", fix=fix))
-    return max(finished, key=lambda path: (path / "weights" / ".metadata").stat().st_mtime)
+    return checkpoint
 
 
 def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from nemo_upcycle.training.cpu_checkpoints import copy_views_as_they_are_written, write_checkpoints_without_threads
 from nemo_upcycle.training.cpu_device import place_tensors_on_cpu, with_cuda_type_names
 
 
@@ -230,67 +231,6 @@ def communicate_in_place() -> None:
     param_and_grad_buffer._coalescing_manager = one_by_one
 
 
-def collect_writers_quietly() -> None:
-    """Let the checkpoint's writers report through files.
-
-    Without it the first save of every rank spawns a process to collect the reports, which imports NeMo for ten
-    seconds (and runs a script without `if __name__ == "__main__"` again). A forked one would cost more: it lives as
-    long as the training and keeps its own copy of every page that the training changes, so that memory doubles.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    from nemo_upcycle.training.cpu_queue import FolderQueue
-
-    filesystem_async._get_write_results_queue = functools.cache(FolderQueue)
-
-
-class _Later:
-    """Stands for a tensor while Megatron plans what to write: to look at, on a device that needs no copy yet."""
-
-    device = torch.device("meta")
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-
-    def detach(self) -> _Later:
-        """Return itself."""
-        return self
-
-
-def copy_views_as_they_are_written() -> None:
-    """Copy a parameter that is a view into a buffer when it is written, not all of them before the first.
-
-    Without it a save needs 2 GB more on each rank of the demo. (Written as it is, a view would take its buffer along.)
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    writer = filesystem_async.FileSystemWriterAsync
-    prepare, write = writer.prepare_write_data, filesystem_async._write_item
-
-    def prepare_views(self: Any, plan: Any, planner: Any) -> None:
-        resolve = planner.resolve_data
-        planner.resolve_data = lambda item: _deferred(resolve(item))
-        try:
-            prepare(self, plan, planner)
-        finally:
-            planner.resolve_data = resolve
-        self.write_buckets = [
-            (path, key, (data, [(item, later.tensor) for item, later in tensors]))
-            for path, key, (data, tensors) in self.write_buckets
-        ]
-
-    @functools.wraps(write)  # Megatron looks at its signature
-    def write_copy(*args: Any, **kwargs: Any) -> Any:
-        return write(*(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args), **kwargs)
-
-    writer.prepare_write_data = prepare_views
-    filesystem_async._write_item = write_copy
-
-
-def _deferred(data: Any) -> Any:
-    return _Later(data.detach()) if isinstance(data, torch.Tensor) else data
-
-
 def leave_loaded_tensors() -> None:
     """Skip the check that a loaded checkpoint lies on the right GPU.
 
@@ -325,7 +265,7 @@ PATCHES: tuple[Callable[[], None], ...] = (
     compile_nothing,
     keep_few_compiled_kernels,
     communicate_in_place,
-    collect_writers_quietly,
+    write_checkpoints_without_threads,
     copy_views_as_they_are_written,
     leave_loaded_tensors,
     print_progress_alone,

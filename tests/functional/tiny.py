@@ -56,17 +56,17 @@ def write_corpus(folder: Path, words: int = 600) -> Path:
     return config
 
 
-def write_parent(folder: Path) -> Path:
+def write_parent(folder: Path, **changes: Any) -> Path:
     """Write the dense parent: tied embeddings, as the demo's."""
-    return write_tokenizer(write_llama(folder, tied=True, vocab_size=259))
+    return write_tokenizer(write_llama(folder, tied=True, vocab_size=259, **changes))
 
 
-def prepare(folder: Path) -> tuple[Path, Path]:
+def prepare(folder: Path, **changes: Any) -> tuple[Path, Path]:
     """Write parent and tokenised corpus; return their folders."""
     from nemo_upcycle.data.corpus import load_corpus
     from nemo_upcycle.data.prepare import prepare_corpus
 
-    dense = write_parent(folder / "dense")
+    dense = write_parent(folder / "dense", **changes)
     prepare_corpus(load_corpus(write_corpus(folder / "texts")), dense, folder / "data")
     return dense, folder / "data"
 

@@ -1,0 +1,66 @@
+"""NeMo checkpoints of a run: which are complete, and which is the newest. A killed run leaves others, too."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
+
+
+#: NeMo puts an empty file of the checkpoint's name and this ending beside it, from its first byte to its last.
+UNFINISHED = "-unfinished"
+_STEP = re.compile(r"step=(\d+)")
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """Return the step that a checkpoint's name states, as `model_name=0--step=5-last` does; None without one."""
+    found = _STEP.search(checkpoint.name)
+    return int(found[1]) if found else None
+
+
+def is_marked(checkpoint: Path) -> bool:
+    """Return whether NeMo marked a checkpoint as being written, or removed."""
+    return checkpoint.with_name(checkpoint.name + UNFINISHED).exists()
+
+
+def was_saved(checkpoint: Path) -> bool:
+    """Return whether a checkpoint was once saved to the end: its metadata is written last."""
+    return (checkpoint / "weights" / ".metadata").is_file()
+
+
+def is_complete_checkpoint(checkpoint: Path) -> bool:
+    """Return whether a folder is a finished NeMo checkpoint with every file that its metadata names, in full size.
+
+    The marker alone does not tell: with asynchronous saving NeMo takes it away before an old checkpoint is removed.
+    """
+    weights = checkpoint / "weights"
+    if is_marked(checkpoint) or not was_saved(checkpoint) or not (weights / "common.pt").is_file():
+        return False
+    try:
+        with DistributedCheckpoint(weights):
+            return True
+    except (CheckpointError, OSError):  # OSError: it is being removed while it is read
+        return False
+
+
+def by_step(folder: Path) -> list[Path]:
+    """Return the checkpoints of a `checkpoints` folder, complete or not, by step; of one step `-last` comes last."""
+    found = [path for path in folder.glob("*") if path.is_dir()]
+    return sorted(found, key=lambda path: (-1 if (step := step_of(path)) is None else step, path.name))
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints of a `checkpoints` folder, by step.
+
+    Example:
+        >>> complete_checkpoints(Path("runs/mine/pretrain/checkpoints"))  # doctest: +SKIP
+        [PosixPath('runs/mine/pretrain/checkpoints/model_name=0--step=5-last')]
+    """
+    return [path for path in by_step(folder) if is_complete_checkpoint(path)]
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the complete checkpoint of the highest step in a `checkpoints` folder; None without one."""
+    return next(filter(is_complete_checkpoint, reversed(by_step(folder))), None)

@@ -1,0 +1,144 @@
+"""How a checkpoint is written on a CPU, where Megatron 0.15 would fork a writer for each file."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import pickle
+import queue
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+_PR_SET_PDEATHSIG = 1  # of Linux: sys/prctl.h
+
+
+def write_checkpoints_without_threads() -> None:
+    """Write a checkpoint in the process that asks for it: in this one, or for an asynchronous save in its one child.
+
+    Without it the first save hangs wherever this process computes with more than one thread: Megatron forks a writer
+    for each file, and a tensor that is copied there waits for OpenMP threads that no fork takes along. And each rank
+    would spawn one more process to collect the reports, which imports NeMo for ten seconds.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    writer, parent = filesystem_async.FileSystemWriterAsync, os.getpid()
+
+    def write_all(transforms: Any, use_msc: bool, rank: int, buckets: list[Any], reports: FolderQueue) -> None:
+        if os.getpid() != parent:
+            _end_with_parent()
+        results = {}
+        for number, bucket in enumerate(buckets):
+            waiting: queue.Queue[Any] = queue.Queue()
+            waiting.put(number)
+            report: queue.Queue[Any] = queue.Queue()
+            writer.write_preloaded_data(transforms, number, bucket, report, waiting, use_fsync=True, use_msc=use_msc)
+            _, result = report.get()
+            if isinstance(result, Exception):
+                reports.put(result)
+                return
+            results[number] = result
+        reports.put(results)
+
+    writer.write_preloaded_data_multiproc = staticmethod(write_all)
+    filesystem_async._get_write_results_queue = functools.cache(FolderQueue)
+
+
+class _Later:
+    """Stands for a tensor while Megatron plans what to write: to look at, on a device that needs no copy yet."""
+
+    device = torch.device("meta")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def detach(self) -> _Later:
+        """Return itself."""
+        return self
+
+
+def copy_views_as_they_are_written() -> None:
+    """Copy a parameter that is a view into a buffer when it is written, not all of them before the first.
+
+    Without it a save needs 2 GB more on each rank of the demo. (Written as it is, a view would take its buffer along.)
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    writer = filesystem_async.FileSystemWriterAsync
+    prepare, write = writer.prepare_write_data, filesystem_async._write_item
+
+    def prepare_views(self: Any, plan: Any, planner: Any) -> None:
+        resolve = planner.resolve_data
+        planner.resolve_data = lambda item: _deferred(resolve(item))
+        try:
+            prepare(self, plan, planner)
+        finally:
+            planner.resolve_data = resolve
+        self.write_buckets = [
+            (path, key, (data, [(item, later.tensor) for item, later in tensors]))
+            for path, key, (data, tensors) in self.write_buckets
+        ]
+
+    @functools.wraps(write)  # Megatron looks at its signature
+    def write_copy(*args: Any, **kwargs: Any) -> Any:
+        return write(*(_copied(arg) if isinstance(arg, torch.Tensor) else arg for arg in args), **kwargs)
+
+    writer.prepare_write_data = prepare_views
+    filesystem_async._write_item = write_copy
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy that owns its memory, made by no thread but this: OpenMP's are not there after a fork."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+    ctypes.memmove(copy.data_ptr(), tensor.data_ptr(), tensor.nbytes)
+    return copy
+
+
+def _deferred(data: Any) -> Any:
+    return _Later(data.detach().contiguous()) if isinstance(data, torch.Tensor) else data
+
+
+def _end_with_parent() -> None:
+    """Let this forked writer end when the training is killed: the next start may write to the same place."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class FolderQueue:
+    """Hands pickled values from this process and those it forks to this process, in the order of their arrival.
+
+    Example:
+        >>> reports = FolderQueue()
+        >>> reports.put({0: "done"})
+        >>> reports.get_nowait()
+        {0: 'done'}
+    """
+
+    def __init__(self) -> None:
+        self._owner = tempfile.TemporaryDirectory(prefix="nemo_upcycle_")
+        self._folder = Path(self._owner.name)
+
+    def put(self, value: Any) -> None:
+        """Add a value."""
+        aside = self._folder / f".{time.time_ns()}"
+        aside.write_bytes(pickle.dumps(value))
+        aside.rename(self._folder / aside.name[1:])
+
+    def get_nowait(self) -> Any:
+        """Take the oldest value.
+
+        Raises:
+            queue.Empty: there is none.
+        """
+        for path in sorted(self._folder.glob("[0-9]*")):
+            value = pickle.loads(path.read_bytes())  # written by `put`, in a folder that only this user can enter
+            path.unlink()
+            return value
+        raise queue.Empty

@@ -1,0 +1,73 @@
+"""From which checkpoint NeMo's own `AutoResume` machinery starts, for every state that a kill leaves behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from nemo.utils.app_state import AppState
+
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.training.resume import ASIDE, UpcycleResume
+from nemo_upcycle.training.upcycling import UpcycleConfig
+from tests.models import write_llama, write_tokenizer
+from tests.unit.test_checkpoints import write
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokenizer(write_llama(tmp_path_factory.mktemp("dense"), vocab_size=259))
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(AppState(), "log_dir", tmp_path)
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    return folder
+
+
+def _choose(dense: Path) -> Path | None:
+    config = UpcycleConfig(path=str(dense))
+    resume = UpcycleResume(restore_config=config, resume_if_exists=True, resume_ignore_no_checkpoint=True)
+    weights = resume.get_trainer_ckpt_path()
+    return None if weights is None else weights.parent
+
+
+def _mark(checkpoint: Path) -> Path:
+    checkpoint.with_name(checkpoint.name + "-unfinished").touch()
+    return checkpoint
+
+
+def test_a_run_killed_in_its_first_save_starts_from_the_dense_checkpoint(dense: Path, checkpoints: Path) -> None:
+    (_mark(checkpoints / "model_name=0--step=1-last") / "weights").mkdir(parents=True)
+    assert _choose(dense) is None
+
+
+def test_the_highest_complete_step_is_chosen_and_earlier_ones_are_moved_aside(dense: Path, checkpoints: Path) -> None:
+    earlier, chosen = write(checkpoints, 9), write(checkpoints, 11)
+    numbered, half = write(checkpoints, 9, ending=""), _mark(write(checkpoints, 13))
+    (checkpoints / "model_name=0--step=7-last" / "weights").mkdir(parents=True)  # half removed
+    assert _choose(dense) == chosen
+    assert _choose(dense) == chosen
+    left = [path.name for path in checkpoints.iterdir() if path.is_dir()]
+    assert sorted(left) == sorted([chosen.name, numbered.name, half.name])  # the user's, and what NeMo deletes itself
+    aside = checkpoints.parent / ASIDE
+    assert sorted(path.name for path in aside.iterdir()) == sorted([earlier.name, "model_name=0--step=7-last"])
+
+
+def test_a_damaged_only_checkpoint_is_refused_by_name(dense: Path, checkpoints: Path) -> None:
+    damaged = write(checkpoints, 9)
+    next((damaged / "weights").glob("*.distcp")).unlink()
+    with pytest.raises(CheckpointError, match=r"step=9-last: got a checkpoint that lacks files.*Fix: restore"):
+        _choose(dense)
+    assert damaged.is_dir()
+
+
+def test_nemo_decides_where_names_carry_no_step(dense: Path, checkpoints: Path) -> None:
+    """Such a checkpoint is saved over the last one, so that an unfinished one stands for work that is lost."""
+    write(checkpoints, 9).rename(checkpoints / "model-last")
+    assert _choose(dense) == checkpoints / "model-last"
+    _mark(checkpoints / "model-last")
+    with pytest.raises(ValueError, match="unfinished"):
+        _choose(dense)
