@@ -4,12 +4,15 @@ VENV := .venv
 TE_VENV := .venv-te
 BIN := $(VENV)/bin
 RUN_DIR ?= runs/demo
+COMMAND_DIR := runs/test-command
 
-.PHONY: help demo test lint format clean venv te-env test-te
+.PHONY: help demo test test-command soak lint format clean venv te-env test-te
 
 help:
 	@echo "make demo    upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (about 8 minutes, no GPU)"
 	@echo "make test    all tests that need no GPU"
+	@echo "make test-command  README's training command with the real 135M model, then resumed (about 3 minutes, 12 GiB)"
+	@echo "make soak    kill 60 trainings and 60 pipeline stages at many moments; all must end bit-equal (half an hour)"
 	@echo "make lint    format, style, types, import layers, YAML"
 	@echo "make venv    only the environment, in $(VENV)"
 	@echo "make test-te tests with real Transformer Engine modules, in an environment of their own, $(TE_VENV) (no GPU)"
@@ -28,6 +31,19 @@ demo: venv
 
 test: venv
 	$(BIN)/python -m pytest
+
+# As a user types it: default threads, the real model. What it is for is a hang, so it has a limit.
+test-command: venv
+	rm -rf $(COMMAND_DIR)
+	for steps in 2 3; do \
+	    timeout 900 $(BIN)/nemo llm pretrain --factory "smollm2_135m_e8t2(dir='$(COMMAND_DIR)')" \
+	        trainer.max_steps=$$steps --yes || exit 1; \
+	done
+	test -f "$(COMMAND_DIR)/smollm2_135m_e8t2/checkpoints/model_name=0--step=2-last/weights/.metadata"
+	rm -rf $(COMMAND_DIR)
+
+soak: venv
+	$(BIN)/python -m tests.functional.soak --kills 60
 
 te-env: $(TE_VENV)/.complete
 

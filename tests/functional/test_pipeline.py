@@ -69,7 +69,8 @@ def run_in_own_process(name: str, run_dir: Path, ranks: int = 1, kill_at: tuple[
     return run_ranks(_stage, ranks, name, str(run_dir), kill_at, process_group=False)[0]
 
 
-def _plan(folder: Path) -> RunPlan:
+def write_plan(folder: Path) -> RunPlan:
+    """Write the inputs of a tiny run; return its plan."""
     from nemo_upcycle.pipeline.recipes_io import dump_recipe
     from nemo_upcycle.recipes import smollm2_135m_dense_ct, smollm2_135m_e8t2
 
@@ -85,7 +86,7 @@ def _plan(folder: Path) -> RunPlan:
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> RunPlan:
-    return _plan(tmp_path_factory.mktemp("inputs"))
+    return write_plan(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

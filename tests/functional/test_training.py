@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 
-from tests.distributed.ranks import run_ranks
-from tests.functional.tiny import BATCH, EXPERTS, LAYERS, PADDED_VOCAB, SEQUENCE, prepare, shrink
+from tests.functional.runs import Runs
+from tests.functional.tiny import BATCH, EXPERTS, LAYERS, PADDED_VOCAB, SEQUENCE
 
 
 pytestmark = pytest.mark.slow
@@ -25,78 +21,6 @@ LAYOUTS = [
     (2, {"pp": 2}),
     (8, {"tp": 2, "pp": 2, "ep": 2}),
 ]
-
-
-class Kill(pl.Callback):
-    """Ends its process as `kill -9` does, after a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> None:
-    """Build the recipe, cut it down, and call it: what `nemo llm pretrain` does on every rank."""
-    import fiddle as fdl
-    import nemo.utils
-    import nemo_run as run
-    from nemo.lightning.pytorch.strategies.utils import RestoreConfig
-
-    from nemo_upcycle.pipeline.recipes_io import check_recipe, place_recipe
-    from nemo_upcycle.recipes import smollm2_135m_e8t2
-    from nemo_upcycle.training.cpu import use_cpu_backend
-
-    use_cpu_backend()
-    nemo.utils.logging.set_verbosity(nemo.utils.logging.ERROR)
-    ranks = int(os.environ["WORLD_SIZE"])
-    recipe = smollm2_135m_e8t2.pretrain_recipe(num_gpus_per_node=ranks, expert_parallelism=options.get("ep", 1))
-    shrink(recipe, max_steps=options["steps"], checkpoint_every=options.get("every"))
-    strategy = recipe.trainer.strategy
-    strategy.tensor_model_parallel_size = options.get("tp", 1)
-    strategy.sequence_parallel = options.get("tp", 1) > 1
-    strategy.pipeline_model_parallel_size = options.get("pp", 1)
-    place_recipe(recipe, Path(folder), Path(parent), Path(data))
-    if restore := options.get("restore"):
-        recipe.resume.restore_config = run.Config(
-            RestoreConfig, path=restore, load_optim_state=False, load_artifacts=False
-        )
-    else:
-        check_recipe(recipe)
-    if "kill" in options:
-        recipe.trainer.callbacks.append(run.Config(Kill, step=options["kill"]))
-    fdl.build(recipe)()
-
-
-class Runs:
-    """Runs of one parent on one corpus."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.parent, self.data = prepare(folder)
-
-    def train(self, name: str, world_size: int, **options: Any) -> list[dict[str, Any]]:
-        """Train, and return the lines of the run's metrics."""
-        run_ranks(
-            _rank, world_size, str(self.parent), str(self.data), str(self.folder / name), options, process_group=False
-        )
-        return self.metrics(name)
-
-    def metrics(self, name: str) -> list[dict[str, Any]]:
-        """Return the lines of a run's metrics."""
-        return [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
-
-    def receipt(self, name: str) -> Path:
-        """Return the receipt's path."""
-        return self.folder / name / "receipt.json"
-
-    def checkpoint(self, name: str) -> Path:
-        """Return the last checkpoint."""
-        from nemo_upcycle.pipeline.stages import last_checkpoint
-
-        return last_checkpoint(self.folder / name)
 
 
 @pytest.fixture(scope="module")

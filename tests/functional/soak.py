@@ -1,0 +1,277 @@
+"""Kills runs at many moments, starts them again, and compares what comes out with a run that nobody disturbed.
+
+    python -m tests.functional.soak --kills 60 training pipeline        (`make soak`)
+
+Half of the kills are aimed: inside the first save, inside the removal of an old checkpoint, between a stage's work and
+its marker; the others come after a random time. A run that cannot finish afterwards, or whose result differs by a
+bit, ends the soak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import itertools
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.checkpoints import complete_checkpoints, newest_checkpoint
+from nemo_upcycle.files import read_json
+from tests.distributed.ranks import run_ranks
+from tests.functional.runs import Runs
+from tests.functional.strikes import Strike, arm
+from tests.functional.test_pipeline import STAGES, write_plan
+
+
+#: Kills that one run has to survive before it is left alone.
+KILLS_A_RUN = 4
+STEPS, EVERY = 6, 2
+TRAINING_AIMS = (
+    Strike("open", ".distcp"),  # inside the first save
+    Strike("os.remove", "checkpoints", count=2, inside_removal=True),  # inside the removal of the one before
+    Strike("os.rename", ".metadata"),  # all is written, but for the last name
+    Strike("os.remove", "-unfinished"),  # all is there, and still marked
+    Strike("os.remove", "checkpoints", inside_removal=True),
+    Strike("open", ".distcp", count=2),
+    Strike("open", "-unfinished"),  # nothing is written yet
+    Strike("open", "common.pt"),
+    Strike("open", ".metadata"),
+    Strike("open", ".distcp", count=3),  # the second save
+    Strike("os.remove", "checkpoints", count=4, inside_removal=True),
+    Strike("os.remove", "-unfinished", count=2),
+    Strike("open", "metrics.jsonl", count=3),
+    Strike("open", "-unfinished", count=3),
+)
+
+
+def training_aims(ranks: int) -> Iterator[Strike]:
+    """Yield kills for ever, every second one aimed."""
+    numbers = random.Random(ranks)
+    for aim in itertools.cycle(TRAINING_AIMS):
+        yield aim
+        yield Strike(delay_s=numbers.uniform(0.5, 5.0), rank=numbers.randrange(ranks))
+
+
+def training_result(folder: Path) -> dict[str, Any]:
+    """Return what a finished training run holds: hashes of every tensor, and its metrics but for the clock."""
+    from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
+
+    kept = newest_checkpoint(folder / "checkpoints")
+    assert kept is not None, f"no complete checkpoint in {folder}"
+    with DistributedCheckpoint(kept / "weights") as checkpoint:
+        tensors = {name: _digest(checkpoint.read(name)) for name in sorted(checkpoint.names())}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timed = ("seconds", "tokens_per_s", "tokens_per_s_per_gpu", "tflops_per_gpu", "mfu", "memory_gib", "memory_share")
+    metrics = [{name: value for name, value in line.items() if name not in timed} for line in lines]
+    return {"checkpoint": kept.name, "tensors": tensors, "metrics": metrics}
+
+
+def _digest(tensor: Any) -> str:
+    import torch
+
+    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def survive(
+    start: Callable[[Strike | None], bool], strikes: Iterator[Strike], kills: int, seen: Counter[str]
+) -> tuple[int, int]:
+    """Start a run again and again until it has been killed `kills` times, then let it finish.
+
+    Args:
+        start: starts it with a strike or without; returns whether it finished.
+        strikes: what to kill it by, one after the other; one whose moment does not come ends the run alive.
+        kills: how many.
+        seen: counts kills by kind.
+
+    Returns:
+        Kills, and starts.
+    """
+    done = starts = 0
+    while done < kills:
+        strike = next(strikes)
+        starts += 1
+        if start(strike):
+            return done, starts
+        done += 1
+        seen[f"{strike.event or 'random'} {strike.where}".strip()] += 1
+    if not start(None):
+        raise AssertionError("the run was killed although nobody did it")
+    return done, starts + 1
+
+
+def soak_training(folder: Path, kills: int, *, ranks: int, asynchronous: bool) -> Counter[str]:
+    """Kill training runs so many times; every run must end bit-equal to an undisturbed one.
+
+    Raises:
+        AssertionError: it did not, or a run could not go on.
+    """
+    runs = Runs(folder)
+    options = {"steps": STEPS, "every": EVERY, "asynchronous": asynchronous, "ep": ranks}
+    runs.train("undisturbed", ranks, **options)
+    wanted = training_result(folder / "undisturbed")
+    seen: Counter[str] = Counter()
+    strikes = training_aims(ranks)
+    for number in itertools.count():
+        name = f"run-{number}"
+
+        def start(strike: Strike | None, name: str = name) -> bool:
+            return _finishes(lambda: runs.train(name, ranks, **options, **({"strike": strike} if strike else {})))
+
+        survive(start, strikes, min(KILLS_A_RUN, kills - sum(seen.values())), seen)
+        got = training_result(folder / name)
+        assert got == wanted, f"{folder / name} differs after {dict(seen)}: {_first_difference(got, wanted)}"
+        assert [path.name for path in complete_checkpoints(folder / name / "checkpoints")] == [wanted["checkpoint"]]
+        if sum(seen.values()) >= kills:
+            return seen
+    raise AssertionError  # the loop has no end of its own
+
+
+def _finishes(train: Callable[[], Any]) -> bool:
+    """Return whether a run finished; False if one of its ranks was killed.
+
+    Raises:
+        RuntimeError: it failed by itself.
+    """
+    try:
+        train()
+    except RuntimeError as error:
+        if "died without an answer" in str(error):
+            return False
+        if "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
+            return False  # a rank that waited for the one that was killed answered first
+        raise
+    return True
+
+
+def _first_difference(got: dict[str, Any], wanted: dict[str, Any]) -> str:
+    for name, value in wanted.items():
+        if got[name] != value:
+            parts = zip(got[name], value, strict=False) if isinstance(value, list) else [(got[name], value)]
+            return next((f"{name}: {mine} is not {other}" for mine, other in parts if mine != other), name)
+    return "nothing"
+
+
+PIPELINE_AIMS = (
+    Strike("os.rename", "_SUCCESS.json"),  # the stage's work is done, its marker is not there
+    Strike("open", "_SUCCESS"),
+    Strike("os.rename", ".partial"),  # a folder is complete, but for its name
+    Strike("open", "safetensors"),
+    Strike("os.rename", "receipt.json"),
+    Strike("os.rename", "results.json"),
+    Strike("open", ".distcp", count=2),
+    Strike("os.remove", "checkpoints", inside_removal=True),
+    Strike("open", "evaluation"),
+)
+
+
+def pipeline_aims() -> Iterator[Strike]:
+    """Yield kills for ever, every second one aimed."""
+    numbers = random.Random(0)
+    for aim in itertools.cycle(PIPELINE_AIMS):
+        yield aim
+        yield Strike(delay_s=numbers.uniform(0.1, 4.0))
+
+
+def strike_stage(name: str, run_dir: str, strike: Strike | None) -> tuple[int, str]:
+    """Run a stage as NeMo-Run's task does, with a strike; return its exit status and what it said."""
+    sys.stderr = io.StringIO()  # where messages and progress go
+    from nemo_upcycle.pipeline.runner import run_stage
+
+    if strike:
+        arm(strike)
+    try:
+        run_stage(name, run_dir)
+    except SystemExit as exit_:
+        return int(exit_.code or 0), sys.stderr.getvalue()
+    return 0, sys.stderr.getvalue()
+
+
+def pipeline_result(run_dir: Path) -> dict[str, Any]:
+    """Return what a finished pipeline leaves: hashes of both exports, training's metrics, scores."""
+    folders = {"trained": "hf", "dense_ct": "dense_ct/hf", "step0": "upcycle/hf"}
+    weights = {
+        f"{name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, folder in folders.items()
+        for path in sorted((run_dir / folder).glob("*.safetensors"))
+    }
+    scores = {name: read_json(run_dir / f"evaluation/{name}.json")["metrics"] for name in ("dense", *folders)}
+    return {"weights": weights, "scores": scores, "metrics": training_result(run_dir / "pretrain")["metrics"]}
+
+
+def soak_pipeline(folder: Path, kills: int) -> Counter[str]:
+    """Kill the stages of whole pipelines so many times; every pipeline must end as an undisturbed one does.
+
+    Raises:
+        AssertionError: it did not, or could not go on.
+    """
+    plan = write_plan(folder)
+
+    def run_stages(run_dir: Path, strikes: Iterator[Strike] | None, seen: Counter[str]) -> None:
+        plan.write(run_dir)
+        for name in STAGES:
+
+            def start(strike: Strike | None, name: str = name) -> bool:
+                def run() -> None:
+                    ((status, text),) = run_ranks(strike_stage, 1, name, str(run_dir), strike, process_group=False)
+                    assert status == 0, f"[{name}] in {run_dir}: {text}"
+
+                return _finishes(run)
+
+            if strikes is None:
+                assert start(None)
+            else:
+                survive(start, strikes, min(2, kills - sum(seen.values())), seen)
+
+    run_stages(folder / "undisturbed", None, Counter())
+    wanted = pipeline_result(folder / "undisturbed")
+    seen: Counter[str] = Counter()
+    strikes = pipeline_aims()
+    for number in itertools.count():
+        run_stages(folder / f"run-{number}", strikes, seen)
+        got = pipeline_result(folder / f"run-{number}")
+        assert got == wanted, f"{folder / f'run-{number}'} after {dict(seen)}: {_first_difference(got, wanted)}"
+        if sum(seen.values()) >= kills:
+            return seen
+    raise AssertionError  # the loop has no end of its own
+
+
+def main() -> None:
+    """Soak what the command line names, and print how many kills of which kind were survived."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--kills", type=int, default=60, help="of each part (default: 60)")
+    parser.add_argument("parts", nargs="*", default=["training", "pipeline"], help="training, pipeline")
+    args = parser.parse_args()
+    jobs = {
+        "training": {
+            "training, saved synchronously": lambda folder: soak_training(
+                folder, args.kills // 3, ranks=1, asynchronous=False
+            ),
+            "training, saved asynchronously": lambda folder: soak_training(
+                folder, args.kills // 3, ranks=1, asynchronous=True
+            ),
+            "training on two ranks, asynchronously": lambda folder: soak_training(
+                folder, args.kills - 2 * (args.kills // 3), ranks=2, asynchronous=True
+            ),
+        },
+        "pipeline": {"pipeline": lambda folder: soak_pipeline(folder, args.kills)},
+    }
+    for part in args.parts:
+        for title, soak in jobs[part].items():
+            start_s = time.monotonic()
+            with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+                seen = soak(Path(folder))
+            seconds = time.monotonic() - start_s
+            sys.stdout.write(f"{title}: {sum(seen.values())} kills in {seconds:.0f} s, every run bit-equal\n")
+            sys.stdout.writelines(f"  {count:3d}  {kind}\n" for kind, count in sorted(seen.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""`kill -9` of a process by itself, at a moment that is aimed at: the n-th time that it opens, renames or removes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Strike:
+    """When a process is killed.
+
+    Args:
+        event: an audit event of Python's that names a path: `open`, `os.rename`, `os.remove`; "" for `delay_s` alone.
+        where: part of the path.
+        count: the how many-th such event, before it happens.
+        inside_removal: count no event before the removal of a folder under `where` has begun; then all of them.
+        delay_s: seconds after `arm`, without an event.
+        rank: which rank is killed; the others fail by themselves, or are killed by whoever waits for them.
+
+    Example:
+        >>> Strike("open", ".distcp", count=2)  # while the second file of the first checkpoint is written
+        Strike(event='open', where='.distcp', count=2, inside_removal=False, delay_s=0.0, rank=0)
+    """
+
+    event: str = ""
+    where: str = ""
+    count: int = 1
+    inside_removal: bool = False
+    delay_s: float = 0.0
+    rank: int = 0
+
+
+def arm(strike: Strike) -> None:
+    """Wait for the moment, in this process and in those that it forks; then kill this one and that."""
+    if int(os.environ.get("RANK", "0")) != strike.rank:
+        return
+    victim, seen, removing = os.getpid(), 0, not strike.inside_removal
+
+    def kill() -> None:
+        os.kill(victim, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if not strike.event:
+        timer = threading.Timer(strike.delay_s, kill)
+        timer.daemon = True
+        timer.start()
+        return
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen, removing
+        if event == "shutil.rmtree" and strike.where in str(arguments[0]):
+            removing = True
+        elif event == strike.event and removing:
+            named = strike.inside_removal or any(strike.where in str(part) for part in arguments[:2])
+            seen += named
+            if named and seen == strike.count:
+                kill()
+
+    sys.addaudithook(watch)

@@ -1,0 +1,22 @@
+"""The short form of `make soak`: a dozen kills, half of them aimed; every run ends as an undisturbed one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.functional.soak import soak_training
+
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("ranks", "asynchronous"),
+    [(1, False), (1, True), (2, True)],
+    ids=["saved at once", "in the background", "two ranks"],
+)
+def test_killed_training_goes_on_and_ends_bit_equal(tmp_path: Path, ranks: int, asynchronous: bool) -> None:
+    seen = soak_training(tmp_path, 4, ranks=ranks, asynchronous=asynchronous)
+    assert sum(seen.values()) == 4
