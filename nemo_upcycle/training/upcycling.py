@@ -28,6 +28,10 @@ from nemo_upcycle.sources import open_dense
 from nemo_upcycle.sources.megatron_checkpoint import is_megatron
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.training.cpu import configure_for_cpu, use_cpu_backend
+from nemo_upcycle.training.signatures import repair_signatures
+
+
+repair_signatures()  # before the first configuration of a class is made: fiddle keeps what it saw then
 
 
 @dataclass(kw_only=True)
