@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RUN_DIR ?= runs/demo
 COMMAND_DIR := runs/test-command
 
-.PHONY: help demo test test-command soak lint format clean venv te-env test-te
+.PHONY: help demo test test-command test-pythons soak lint format clean venv te-env test-te
 
 help:
 	@echo "make demo    upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (about 8 minutes, no GPU)"
@@ -16,6 +16,7 @@ help:
 	@echo "make lint    format, style, types, import layers, YAML"
 	@echo "make venv    only the environment, in $(VENV)"
 	@echo "make test-te tests with real Transformer Engine modules, in an environment of their own, $(TE_VENV) (no GPU)"
+	@echo "make test-pythons  make test under each of Python 3.10, 3.11 and 3.12 that this machine has"
 
 venv: $(VENV)/.complete
 
@@ -52,6 +53,9 @@ $(TE_VENV)/.complete: scripts/te_env.sh
 
 test-te: te-env
 	$(TE_VENV)/bin/python -m pytest tests/te
+
+test-pythons:
+	scripts/test_pythons.sh
 
 lint: venv
 	$(BIN)/ruff format --check .

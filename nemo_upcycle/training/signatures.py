@@ -1,7 +1,7 @@
 """The arguments of NeMo's classes, shown by every Python alike.
 
 Before 3.11.4 `inspect` shows a class without an `__init__` of its own by any inherited `__new__`. NeMo's `IOMixin` has
-one that takes everything, so a `run.Config` of `nl.Trainer` or `UpcycleStrategy` would know neither names nor defaults.
+one that takes everything: a `run.Config` of `nl.Trainer` or `UpcycleStrategy` would know neither names nor defaults.
 """
 
 from __future__ import annotations
