@@ -8,11 +8,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# Prints the path of a Python that runs: pyenv puts a python3.N on PATH for versions that are not switched on.
+# Prints the path of a Python that runs and makes environments: pyenv has a python3.N on PATH even for what is not
+# switched on, and Debian one without ensurepip.
 find_python() {
     local python
     for python in "$(command -v "python$1")" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/"python$1"; do
-        if "$python" -c "import venv" 2>/dev/null; then
+        if "$python" -c "import ensurepip, venv" 2>/dev/null; then
             echo "$python"
             return
         fi
