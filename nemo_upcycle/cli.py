@@ -7,11 +7,12 @@ import difflib
 import errno
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from nemo_upcycle.errors import UpcycleError, problem, unknown
+from nemo_upcycle.errors import SpecError, UpcycleError, problem, unknown
 from nemo_upcycle.package_info import __version__
 
 
@@ -28,10 +29,11 @@ BAD_INPUT, INTERRUPTED = 2, 130
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, not the whole usage."""
+    """Says what is wrong in one line, with an example, not the whole usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise UpcycleError(f"{message}. Fix: see {self.prog} --help.")
+        examples = [line.strip() for line in (self.epilog or "").splitlines() if line.startswith(f"  {self.prog}")]
+        raise UpcycleError(f"{message}. Fix: type, for example, `{examples[0]}`; options: {self.prog} --help.")
 
 
 def usage() -> str:
@@ -47,7 +49,7 @@ def usage() -> str:
             "",
             "example: nemo-upcycle convert models/Llama-3-8B models/Llama-3-8B-E8T2 --experts 8 --top-k 2",
             "",
-            "nemo-upcycle COMMAND --help has the options and an example of each; --version the version.",
+            "nemo-upcycle help COMMAND, or COMMAND --help: options and an example; --version: the version.",
             "exit status: 0 done, or yes; 1 the answer is no; 2 bad usage or input.",
         ]
     )
@@ -103,7 +105,9 @@ def _prepare_output() -> None:
 
 def _run(argv: list[str]) -> int:
     name, *rest = argv or [""]
-    if name in ("-h", "--help"):
+    if name == "help" and rest:
+        name, rest = rest[0], ["--help"]
+    if name in ("-h", "--help", "help"):
         sys.stdout.write(usage() + "\n")
         return 0
     if name == "--version":
@@ -113,7 +117,7 @@ def _run(argv: list[str]) -> int:
         sys.stderr.write(usage() + "\n")
         return BAD_INPUT
     if name not in COMMANDS:
-        raise UpcycleError(unknown("command", name, COMMANDS))
+        raise UpcycleError(unknown("command", name, [*COMMANDS, "help"]))
     module = importlib.import_module(COMMANDS[name][0])
     parser = _Parser(
         prog=f"nemo-upcycle {name}",
@@ -123,7 +127,35 @@ def _run(argv: list[str]) -> int:
     )
     module.add_arguments(parser)
     _check_options(parser, rest)
-    return int(module.run(parser.parse_args(rest)))
+    args = parser.parse_args(rest)
+    try:
+        return int(module.run(args))
+    except SpecError as error:
+        raise SpecError(_as_typed(str(error), parser, args)) from None
+
+
+def _as_typed(text: str, parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """Return an error's text with the options' names in place of the fields' that they set.
+
+    Example:
+        `top_k: got 9, expected 1 to num_experts (8). Fix: set global-batch=64` becomes `--top-k: got 9, expected 1 to
+        --experts (8). Fix: set --global-batch 64`.
+    """
+    actions = [action for action in parser._actions if action.option_strings]
+    of_spec = {action.dest for action in actions if action.default is argparse.SUPPRESS}
+    if not of_spec & set(vars(args)):  # a spec of which the command line says nothing is a file's
+        actions = [action for action in actions if action.dest not in of_spec]
+    options: dict[str, str] = {}
+    for action in actions:
+        option = action.option_strings[-1]
+        options |= dict.fromkeys((action.dest, option.removeprefix("--")), option)
+    names = "|".join(sorted(map(re.escape, options), key=len, reverse=True))
+    text = re.sub(rf"(?<=\bset )({names})=(?=\S)", lambda found: f"{options[found[1]]} ", text)
+    if leading := re.match(rf"({names})(?=: | ')", text):
+        text = options[leading[1]] + text.removeprefix(leading[1])
+        fields = "|".join(name for name in options if "_" in name)
+        text = re.sub(rf"(?<![\w.-])({fields})(?![\w.-])", lambda found: options[found[1]], text) if fields else text
+    return text
 
 
 def _check_options(parser: argparse.ArgumentParser, argv: list[str]) -> None:

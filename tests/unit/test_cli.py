@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.cli import COMMANDS, main
-from nemo_upcycle.commands import doctor
-from nemo_upcycle.errors import UpcycleError
 from tests.models import write_llama, write_tokenizer
 
 
@@ -46,8 +45,31 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"  {name} " in text for name in COMMANDS)
+    assert main(["help"]) == 0
+    assert capsys.readouterr().out == text
     assert main([]) == 2
     assert "usage: nemo-upcycle" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_and_a_command_is_the_commands_help(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    wanted = capsys.readouterr().out
+    with pytest.raises(SystemExit) as done:
+        main(["help", name])
+    assert (done.value.code, capsys.readouterr().out) == (0, wanted)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_usage_error_is_one_line_with_an_example_that_parses(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    error = _fails(capsys, name, "one", "two", "three", "four")
+    assert len(error.splitlines()) == 1
+    example = error.partition("`")[2].partition("`")[0].split()
+    assert example[:2] == ["nemo-upcycle", name]
+    parser = argparse.ArgumentParser()
+    importlib.import_module(COMMANDS[name][0]).add_arguments(parser)
+    parser.parse_args(example[2:])
 
 
 def test_it_starts_without_torch_and_nemo() -> None:
@@ -66,18 +88,22 @@ def test_it_starts_without_torch_and_nemo() -> None:
     ("words", "said"),
     [
         (["convrt"], "command 'convrt' does not exist. Did you mean 'convert'?"),
+        (["help", "convrt"], "command 'convrt' does not exist. Did you mean 'convert'?"),
+        (["hlep"], "Did you mean 'help'?"),
         (["convert", "a", "b", "--expert", "8"], "option '--expert' does not exist. Did you mean '--experts'?"),
         (["convert", "a", "b", "--topk=2"], "option '--topk' does not exist. Did you mean '--top-k'?"),
         (["convert", "a"], "the following arguments are required: DST"),
         (["convert", "a", "b", "--experts", "many"], "--experts: invalid int value: 'many'"),
         (["convert", "a", "b", "--method", "copi"], "method 'copi' does not exist. Did you mean 'copy'?"),
         (["convert", "a", "b", "--dtype", "bfloat"], "dtype 'bfloat' does not exist. Did you mean 'bfloat16'?"),
-        (["convert", "a", "b", "--top-k", "9"], "top_k: got 9, expected a whole number, 1 to 8"),
+        (["convert", "a", "b", "--top-k", "9"], "error: --top-k: got 9, expected a whole number, 1 to 8"),
+        (["convert", "a", "b", "--experts", "0"], "error: --experts: got 0"),
+        (["convert", "a", "b", "--granularity", "3"], "error: --experts: got 8, expected a multiple of"),
         (["convert", "/absent", "b"], "/absent: got no such folder"),
         (["convert", "a", "b", "--others", "men"], "others 'men' does not exist. Did you mean 'mean'?"),
         (["convert", "a", "b", "--noise-std", "0.5"], "--noise-std: got 0.5, expected it with --method noise only"),
         (["convert", "a", "b", "--method", "noise", "--drop-ratio", "0"], "--drop-ratio: got 0.0, expected it with"),
-        (["convert", "a", "b", "--moe-layers", "1" * 5000], "moe_layers '1111"),
+        (["convert", "a", "b", "--moe-layers", "1" * 5000], "error: --moe-layers '1111"),
         (["verify", "a", "b", "--tolerance", "nan"], "tolerance: got nan, expected a number, 0 or more"),
         (["verify", "/absent", "/absent"], "/absent: got no such folder"),
         (["export", "/absent", "b"], "dense parent: got none"),
@@ -166,34 +192,6 @@ def test_export_finds_the_spec_in_the_runs_receipt(
     other.mkdir()
     (other / "notes.txt").write_text("mine", encoding="utf-8")
     assert "files that are not ours" in _fails(capsys, "export", checkpoint, str(other))
-
-
-def test_doctor_reads_the_packages_own_pins(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["doctor", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    by_name = {one["name"]: one for one in found["libraries"] if one["extra"] in ("", "nemo")}
-    assert by_name["torch"] == {
-        "extra": "", "name": "torch", "needs": ">=2.6", "installed": version("torch"), "state": "ok"
-    }  # fmt: skip
-    assert by_name["megatron-core"]["extra"] == "nemo"
-    monkeypatch.setattr(doctor, "version", lambda name: "0.16.1" if name == "megatron-core" else "99")
-    assert main(["doctor"]) == 1
-    text = capsys.readouterr().out
-    assert "megatron-core           0.16.1              does not fit" in text
-    assert "pip install 'nemo-upcycle[nemo]'" in text
-
-
-def test_doctor_says_when_the_package_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from importlib.metadata import PackageNotFoundError
-
-    def absent(name: str) -> str:
-        raise PackageNotFoundError(name)
-
-    monkeypatch.setattr(doctor, "metadata", absent)
-    with pytest.raises(UpcycleError, match="nemo-upcycle: got not installed"):
-        doctor._libraries()
 
 
 def test_the_console_script_is_declared() -> None:
