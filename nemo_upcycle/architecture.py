@@ -264,6 +264,20 @@ def _experts(settings: Settings, hf_class: str, layers: int) -> dict[str, Any]:
     return {}
 
 
+def rope_kind(arch: Architecture) -> str:
+    """Return how the rotary frequencies are scaled: `default` (not at all) or `llama3`.
+
+    Raises:
+        CheckpointError: in another way, which Megatron-Core's rotary embedding does not know.
+    """
+    scaling = arch.rope_scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        fix = "use a checkpoint without position interpolation"
+        raise CheckpointError(problem("rope_scaling", got=kind, expected="default or llama3", fix=fix))
+    return str(kind)
+
+
 def rope_frequencies(arch: Architecture) -> torch.Tensor:
     """Return the rotary embedding's inverse frequencies, float32 [K / 2], scaled as `rope_scaling` says.
 
@@ -274,12 +288,8 @@ def rope_frequencies(arch: Architecture) -> torch.Tensor:
 
     inverse = arch.rope_theta ** -(torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim)
     scaling = arch.rope_scaling or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
+    if rope_kind(arch) == "default":
         return inverse
-    if kind != "llama3":
-        fix = "use a checkpoint without position interpolation"
-        raise CheckpointError(problem("rope_scaling", got=kind, expected="default or llama3", fix=fix))
     factor, low, high = (float(scaling[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     # Long waves are stretched by the factor, short ones kept, and those between get a mean of the two.
     turns = float(scaling["original_max_position_embeddings"]) * inverse / (2 * math.pi)

@@ -5,48 +5,36 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
+import shutil
 import sys
-from dataclasses import dataclass
+import textwrap
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.architecture import Architecture, read_architecture
+from nemo_upcycle.commands.plan_request import Subject, goal_of, number_of_tokens, subject_of
 from nemo_upcycle.errors import SpecError, UpcycleError, problem
 from nemo_upcycle.planning import table
-from nemo_upcycle.planning.hardware import KnownRecipe, gpu_names, known_gpu, known_recipe, recipe_for
+from nemo_upcycle.planning.columns import named_columns, table_text
+from nemo_upcycle.planning.hardware import gpu_names
 from nemo_upcycle.planning.layout import Layout, parse_layout
 from nemo_upcycle.planning.parameters import StagePlan
-from nemo_upcycle.planning.search import Goal, Plan, judge, search
-from nemo_upcycle.planning.throughput import Machine
-from nemo_upcycle.planning.workload import DISPATCHERS, PRECISIONS, RECOMPUTES, Workload
-from nemo_upcycle.spec import UpcycleSpec, check_capacity
+from nemo_upcycle.planning.search import Goal, Plan, find, judge, nearest_gpus, search
+from nemo_upcycle.planning.workload import DISPATCHERS, PRECISIONS, RECOMPUTES
 
 
 HELP = "what fits where, how fast, how long, how much: layouts for a cluster, without a GPU"
 EPILOG = """examples:
   nemo-upcycle plan --recipe llama3_8b_e8t2 --gpus 128
-  nemo-upcycle plan --model /models/Llama-3-8B --experts 8 --top-k 2 --gpus 64 --tokens 27e9 --price-per-gpu-hour 2.5
+  nemo-upcycle plan --model /models/Llama-3-8B --experts 8 --top-k 2 --gpus 64 --tokens 27B --price-per-gpu-hour 2.5
   nemo-upcycle plan --recipe llama3_8b_e8t2 --gpus 512 --layout tp=2,pp=4,vp=8,cp=1,ep=8,etp=1 --explain 1 --check
+
+keys of --layout (what is omitted is 1): tp tensor, cp context, ep expert, etp expert tensor parallelism; pp pipeline
+  stages, vp virtual stages of each; mbs sequences of a micro-batch; dp data parallelism, which follows from the rest;
+  first, last: layers of the first and the last stage; embedding=1, loss=1: count as a layer when layers are dealt out
 
 exit status: 0 a layout fits (or is tight); 1 none does; 2 a value is wrong.
 TFLOP/s and MFU count full attention, as arXiv 2412.09952 does; --json has the causal half beside it."""
-_MOST_GPUS = 1_000_000
-_DEFAULTS = {"seq_length": 8192, "global_batch": 512, "capacity_factor": None, "tokens": 100e9}
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """The model to plan for, what it is made from, and the recipe that runs it, if there is one.
-
-    With `folder`, the model is that folder's, and the recipe was found by its shapes.
-    """
-
-    arch: Architecture
-    dense: Architecture
-    spec: UpcycleSpec | None
-    recipe: KnownRecipe | None
-    defaults: dict[str, Any]
-    folder: Path | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,15 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--precision", default="bf16", metavar="NAME", help=f"{', '.join(PRECISIONS)} (default: bf16)")
     model.add_argument("--dispatcher", default="alltoall", metavar="NAME", help=f"{', '.join(DISPATCHERS)} (alltoall)")
     model.add_argument("--overlap", metavar="tp,ep", help="traffic beside computation; the recipes have none")
-    model.add_argument("--tokens", type=float, metavar="N", help="tokens of the run (default: 100e9)")
+    model.add_argument(
+        "--tokens", type=number_of_tokens, metavar="N", help="tokens of the run: 100B, 27e9 (default: 100B)"
+    )
     cluster = parser.add_argument_group("cluster")
     cluster.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
     cluster.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(gpu_names())} (default: h100)")
     cluster.add_argument("--price-per-gpu-hour", type=float, metavar="PRICE", help="in your currency")
     layout = parser.add_argument_group("layout")
-    layout.add_argument(
-        "--layout", metavar="tp=2,pp=4,...", help="judge this one; keys tp pp vp cp ep etp mbs first last"
-    )
+    layout.add_argument("--layout", metavar="tp=2,pp=4,...", help="judge this one; its keys are listed below")
     layout.add_argument("--micro-batch", type=int, metavar="N", help="sequences of a micro-batch (default: searched)")
     layout.add_argument("--recompute", metavar="KIND", help=f"{', '.join(RECOMPUTES)} (default: the least that fits)")
     layout.add_argument("--rows", type=int, default=10, metavar="N", help="layouts to show (default: 10)")
@@ -83,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument("--explain", type=int, metavar="ROW", help="show the arithmetic of a row")
     show.add_argument("--rank", metavar="R", help="parameters of rank R (a number, 1,2,3 or all) in the first row")
     show.add_argument("--check", action="store_true", help="compare the first row with Megatron's own modules")
+    show.add_argument("--columns", metavar="GiB,MFU,...", help="columns of the table (default: what has room)")
+    show.add_argument("--wide", action="store_true", help="all columns, however wide the terminal")
     show.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
@@ -92,8 +82,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UpcycleError: a value is wrong.
     """
-    subject = _subject(args)
-    goal = _goal(args, subject)
+    names = named_columns(args.columns) if args.columns is not None else None
+    subject = subject_of(args)
+    goal = goal_of(args, subject)
     plans = _plans(args, goal)
     ranks = _ranks(args.rank, plans[0]) if args.rank is not None else None
     if args.explain is not None and not 1 <= args.explain <= len(plans):
@@ -102,103 +93,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(args, subject, goal, plans, ranks, checked)
     else:
-        _print_text(args, subject, goal, plans, ranks, checked)
+        _print_text(args, names, subject, goal, plans, ranks, checked)
     return 1 if all(plan.verdict == "no" for plan in plans) else 0
-
-
-def _subject(args: argparse.Namespace) -> _Subject:
-    if args.recipe is not None:
-        for name in ("experts", "top_k", "granularity"):
-            if (value := getattr(args, name)) is not None:
-                fix = "use --model FOLDER --experts N --top-k K"
-                what = name.replace("_", "-")
-                raise SpecError(problem(what, got=value, expected="none beside --recipe", fix=fix))
-        known = known_recipe(args.recipe)
-        return _Subject(known.made, known.dense, known.spec, known, _DEFAULTS | known.defaults)
-    folder = args.model.parent if args.model.name == "config.json" else args.model
-    arch = read_architecture(folder)
-    if args.experts is None:
-        for name in ("top_k", "granularity"):
-            if (value := getattr(args, name)) is not None:
-                what = name.replace("_", "-")
-                raise SpecError(problem(what, got=value, expected="--experts beside it", fix="add --experts 8"))
-        return _Subject(arch, arch, None, recipe_for(arch, arch), _DEFAULTS, folder)
-    if arch.num_experts:
-        fix = "leave --experts away: an MoE model is planned as it is"
-        raise SpecError(problem("experts", got=args.experts, expected="a dense model", fix=fix))
-    given = {name: getattr(args, name) for name in ("top_k", "granularity") if getattr(args, name) is not None}
-    spec = UpcycleSpec(num_experts=args.experts, **given)
-    made = arch.upcycled(spec)
-    return _Subject(made, arch, spec, recipe_for(arch, made), _DEFAULTS, folder)
-
-
-def _goal(args: argparse.Namespace, subject: _Subject) -> Goal:
-    def given(name: str) -> Any:
-        value = getattr(args, name)
-        return subject.defaults[name] if value is None else value
-
-    if not 1 <= args.gpus <= _MOST_GPUS:
-        raise SpecError(problem("gpus", got=args.gpus, expected=f"1 to {_MOST_GPUS:,}", fix="set --gpus 8"))
-    if args.price_per_gpu_hour is not None and not 0 <= args.price_per_gpu_hour < 1e9:
-        got, fix = args.price_per_gpu_hour, "set --price-per-gpu-hour 2.5"
-        raise SpecError(problem("price-per-gpu-hour", got=got, expected="0 or more", fix=fix))
-    if args.rows < 1:
-        raise SpecError(problem("rows", got=args.rows, expected="1 or more", fix="set --rows 10"))
-    if not 0 < given("tokens") < float("inf"):
-        raise SpecError(problem("tokens", got=given("tokens"), expected="more than 0", fix="set --tokens 100e9"))
-    _require_taken(args, subject)
-    capacity = given("capacity_factor") or None
-    if subject.arch.num_experts:
-        check_capacity(capacity, args.pad_to_capacity, subject.arch.num_experts, subject.arch.top_k or 1)
-    work = Workload(
-        seq_length=given("seq_length"),
-        global_batch=given("global_batch"),
-        capacity_factor=capacity if subject.arch.num_experts else None,
-        pad=args.pad_to_capacity,
-        imbalance=args.imbalance,
-        precision=args.precision,
-        recompute=args.recompute or "none",
-        dispatcher=args.dispatcher,
-        overlap=tuple(args.overlap.split(",")) if args.overlap else (),
-    )
-    gpu = known_gpu(args.gpu)
-    if work.numbers.fp8 and gpu.fp8_tflops is None:
-        raise SpecError(problem("precision", got=args.precision, expected=f"bf16 on {gpu.name}", fix="use bf16"))
-    return Goal(subject.arch, gpu, args.gpus, work, given("tokens"), Machine(), _is_grouped(subject))
-
-
-def _is_grouped(subject: _Subject) -> bool:
-    """Return whether the experts' products are grouped: in all recipes but those for a laptop."""
-    return subject.recipe is None or subject.recipe.h100
-
-
-def _require_taken(args: argparse.Namespace, subject: _Subject) -> None:
-    """Check that no option is given that would change nothing.
-
-    Raises:
-        SpecError: one is.
-    """
-    overlap = (args.overlap or "").split(",")
-    of_experts = {
-        "capacity-factor": args.capacity_factor,
-        "pad-to-capacity": args.pad_to_capacity or None,
-        "dispatcher": None if args.dispatcher == "alltoall" else args.dispatcher,
-        "overlap": "ep" if "ep" in overlap else None,
-        "recompute": "moe_act" if args.recompute == "moe_act" else None,
-    }
-    if not subject.arch.num_experts:
-        refused, why = of_experts, "none for a dense model"
-    elif args.recipe is not None and args.overlap:
-        refused, why = {"overlap": args.overlap}, "none beside --recipe: no recipe has it"
-    elif not _is_grouped(subject):
-        refused = {name: of_experts[name] for name in ("dispatcher", "recompute")}
-        why = "none for this recipe, which does not group the experts' products"
-    else:
-        return
-    for name, value in refused.items():
-        if value is not None:
-            fix = f"leave --{name} away, or use --model FOLDER"
-            raise SpecError(problem(name, got="it" if value is True else value, expected=why, fix=fix))
 
 
 def _plans(args: argparse.Namespace, goal: Goal) -> list[Plan]:
@@ -227,9 +123,9 @@ def _ranks(text: str, plan: Plan) -> list[dict[str, int]]:
     return found
 
 
-def _check(subject: _Subject, plan: Plan) -> dict[str, Any]:
+def _check(subject: Subject, plan: Plan) -> dict[str, Any]:
     if importlib.util.find_spec("megatron") is None:
-        fix = "pip install 'nemo-upcycle[nemo]'"
+        fix = "type nemo-upcycle doctor, which names the command for it"
         raise UpcycleError(problem("--check", got="no megatron-core", expected="megatron-core", fix=fix))
     from nemo_upcycle.planning.check import check_layout_against_megatron
 
@@ -240,7 +136,7 @@ def _check(subject: _Subject, plan: Plan) -> dict[str, Any]:
 
 def _print_json(
     args: argparse.Namespace,
-    subject: _Subject,
+    subject: Subject,
     goal: Goal,
     plans: list[Plan],
     ranks: list[dict[str, int]] | None,
@@ -258,6 +154,7 @@ def _print_json(
         },
         "rows": [table.row_values(plan, _command(subject, plan), args.price_per_gpu_hour) for plan in plans],
     }
+    values["warnings"] = _warnings(subject, goal)
     values |= {"ranks": ranks} if ranks is not None else {}
     values |= {"check": checked} if checked is not None else {}
     sys.stdout.write(json.dumps(values, indent=2) + "\n")
@@ -265,31 +162,39 @@ def _print_json(
 
 def _print_text(
     args: argparse.Namespace,
-    subject: _Subject,
+    names: list[str] | None,
+    subject: Subject,
     goal: Goal,
     plans: list[Plan],
     ranks: list[dict[str, int]] | None,
     checked: dict[str, Any] | None,
 ) -> None:
-    def say(text: str = "") -> None:
-        sys.stdout.write(text + "\n")
+    width = shutil.get_terminal_size().columns  # 80 without a terminal
 
-    say(table.model_line(goal.arch, goal.work.seq_length))
-    say(f"{goal.gpus} x {goal.gpu.name}, {goal.work.precision}, {goal.tokens:.3g} tokens; GiB of the fullest rank")
-    say()
-    say(table.table_text(plans, args.price_per_gpu_hour))
-    say()
-    if args.layout is not None and plans[0].verdict == "no":
-        say("This layout does not fit. Leave --layout away, and the planner looks for one that does.")
-    elif all(plan.verdict == "no" for plan in plans):
-        say("Nothing fits: these come nearest. Use more GPUs or a card with more memory.")
-    say(f"A full checkpoint takes {plans[0].checkpoint_gib:.0f} GiB.")
+    def say(text: str = "") -> None:
+        sys.stdout.write("".join(_wrapped(line, width) + "\n" for line in text.split("\n")))
+
+    shown, left_out = table_text(plans, args.price_per_gpu_hour, names, None if args.wide else width)
     chosen = plans[(args.explain or 1) - 1]
+    say(table.model_line(goal.arch, goal.work.seq_length))
+    say(
+        f"{goal.gpus} x {goal.gpu.name}, {goal.work.precision}, {goal.tokens:.3g} tokens; GiB of the fullest rank,"
+        f" tok/s of one GPU, MFU of {chosen.peak_tflops:g} TFLOP/s ({chosen.peak_of})"
+    )
+    for warning in _warnings(subject, goal):
+        say(f"warning: {warning}")
+    sys.stdout.write(f"\n{shown}\n\n")
+    if left_out and names is None:
+        say(f"No room for {', '.join(left_out)}: --wide shows all, --columns GiB,MFU those you name.")
+    if all(plan.verdict == "no" for plan in plans):
+        say(_way_out(args, goal))
+    say(f"A full checkpoint takes {plans[0].checkpoint_gib:.0f} GiB.")
     if args.explain is not None:
         say(table.explanation(chosen))
     if command := _command(subject, chosen):
-        say(f"row {args.explain or 1}: {command}")
-    else:
+        words = re.findall(r'(?:[^\s"]|"[^"]*")+', command)
+        sys.stdout.write(f"row {args.explain or 1}:\n" + _continued(words, width) + "\n")
+    elif subject.recipe is None:
         say("No recipe of this package trains this model, so there is no command. See docs/planning.md.")
     for entry in ranks or []:
         say(f"rank {entry['rank']}: {entry['params']:,} parameters, {entry['expert_params']:,} of them of experts")
@@ -300,7 +205,49 @@ def _print_text(
             say(f"and the connector's read plan fills each of their {checked['tensors']} tensors once")
 
 
-def _command(subject: _Subject, plan: Plan) -> str | None:
-    if subject.recipe is None:
+def _wrapped(line: str, width: int) -> str:
+    if len(line) <= width:
+        return line
+    return textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def _continued(words: list[str], width: int) -> str:
+    """Return a command over several lines that a shell takes as one."""
+    lines = [words[0]]
+    for word in words[1:]:
+        if len(lines[-1]) + len(word) + len("  \\") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"  {word}")
+    return " \\\n".join(lines)
+
+
+def _warnings(subject: Subject, goal: Goal) -> list[str]:
+    length, positions = goal.work.seq_length, subject.dense.max_positions
+    if length <= positions:
+        return []
+    return [
+        f"sequences of {length:,} tokens, but the parent has {positions:,} positions (max_position_embeddings): it was"
+        " not trained on longer ones, and what it computes of them is poor at first"
+    ]
+
+
+def _way_out(args: argparse.Namespace, goal: Goal) -> str:
+    """Return what to say where nothing fits: something that does."""
+    gpus = f"{goal.gpus} GPU" + "s" * (goal.gpus > 1)
+    if args.layout is None:
+        text = f"Nothing fits {gpus}: these come nearest."
+    else:
+        best = next(iter(find(goal, 1, args.micro_batch, args.recompute)), None)
+        if best and best.verdict != "no":
+            return f"This layout does not fit. Of {gpus} this one does: --layout {best.layout.sizes}"
+        text = f"This layout does not fit, nor does any other of {gpus}."
+    number = nearest_gpus(goal, args.micro_batch, args.recompute)
+    without = " and without --layout" if args.layout else ""
+    return text + (f" With --gpus {number}{without} something fits." if number else "")
+
+
+def _command(subject: Subject, plan: Plan) -> str | None:
+    if subject.recipe is None or plan.verdict == "no":
         return None
     return table.nemo_command(subject.recipe, plan, str(subject.folder.absolute()) if subject.folder else None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
 from typing import Any
@@ -35,7 +35,6 @@ class KnownRecipe:
         dense: architecture that the run starts from.
         spec: how it is upcycled; None for continued dense training.
         defaults: what a step works on, by the names of the command's options.
-        scaled_rope: whether it is for a parent whose rotary frequencies are scaled.
         h100: whether it takes the arguments of the H100 recipes, which group the experts' products.
     """
 
@@ -43,7 +42,6 @@ class KnownRecipe:
     dense: Architecture
     spec: UpcycleSpec | None
     defaults: dict[str, Any]
-    scaled_rope: bool = False
     h100: bool = True
 
     @property
@@ -96,19 +94,11 @@ def known_recipe(name: str) -> KnownRecipe:
     entry["tokens"] = float(entry["tokens"])
     dense, experts, top_k = known_shape(entry.pop("dense")), entry.pop("experts", None), entry.pop("top_k", None)
     spec = UpcycleSpec(num_experts=experts, top_k=top_k) if experts else None
-    kind = {key: entry.pop(key) for key in ("scaled_rope", "h100") if key in entry}
-    return KnownRecipe(name, dense, spec, entry, **kind)
-
-
-_SHAPE = (
-    *("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size"),
-    *("tied_embeddings", "qkv_bias", "zero_centered_norm", "shared_ffn_size", "moe_pattern"),
-    *("num_experts", "top_k", "expert_ffn_size"),
-)
+    return KnownRecipe(name, dense, spec, h100=entry.pop("h100", True), defaults=entry)
 
 
 def recipe_for(dense: Architecture, made: Architecture) -> KnownRecipe | None:
-    """Return the recipe that makes a model of a dense one, if there is one: told by the shapes and the rotary scaling.
+    """Return the recipe that makes a model of a dense one, if there is one: told by all that decides what it computes.
 
     Example:
         >>> llama = known_shape("llama3_8b")
@@ -116,8 +106,7 @@ def recipe_for(dense: Architecture, made: Architecture) -> KnownRecipe | None:
         'llama3_8b_e8t2'
     """
     for known in map(known_recipe, read_data("models.yaml")["recipes"]):
-        pairs = ((known.dense, dense), (known.made, made))
-        same = all(getattr(one, name) == getattr(other, name) for one, other in pairs for name in _SHAPE)
-        if same and known.scaled_rope is bool(dense.rope_scaling):
+        shape = replace(known.dense, max_positions=dense.max_positions)  # which change nothing that a model computes
+        if (shape, shape.upcycled(known.spec) if known.spec else shape) == (dense, made):
             return known
     return None

@@ -6,6 +6,7 @@ Megatron-Core's rules and orders (tp fastest, then cp, dp, pp; for experts etp, 
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -73,12 +74,16 @@ class Layout:
     embedding: int = 0
     loss: int = 0
 
-    def __str__(self) -> str:
+    @property
+    def sizes(self) -> str:
+        """The sizes that are not 1, as `--layout` takes them; without the copies that follow from them (dp)."""
         names = [name for name in ("tp", "pp", "vp", "cp", "ep") if getattr(self, name) > 1]
         names += ["etp"] if self.etp > 1 and self.ep > 1 else []  # else it is tp
         names += [name for name in ("first", "last", "embedding", "loss") if getattr(self, name)]
-        sizes = "".join(f"{name}={getattr(self, name)}," for name in names)
-        return f"{sizes}dp={self.dp},mbs={self.micro_batch}"
+        return "".join(f"{name}={getattr(self, name)}," for name in names) + f"mbs={self.micro_batch}"
+
+    def __str__(self) -> str:
+        return self.sizes.replace("mbs=", f"dp={self.dp},mbs=")
 
     @property
     def dp(self) -> int:
@@ -159,7 +164,7 @@ class Layout:
 
 
 def parse_layout(text: str, gpus: int, micro_batch: int | None = None) -> Layout:
-    """Return the layout that a text such as `tp=2,pp=4,vp=8,cp=1,ep=8,etp=1` describes.
+    """Return the layout that a text such as `tp=2,pp=4,vp=8,cp=1,ep=8,etp=1` describes, with commas or blanks between.
 
     What is left out is 1; but etp is tp where experts are not spread, for Megatron-Core works no other way.
 
@@ -172,13 +177,16 @@ def parse_layout(text: str, gpus: int, micro_batch: int | None = None) -> Layout
         SpecError: a name or a number is wrong, or given twice.
     """
     names = {field.name for field in fields(Layout)} - {"gpus", "micro_batch"} | {"mbs"}
-    sizes = {}
-    for part in text.replace(" ", "").strip(",").split(","):
+    sizes: dict[str, int] = {}
+    expected = "name=number, for example tp=2,pp=4,ep=8"
+    parts = re.sub(r"\s*=\s*", "=", text).replace(",", " ").split()
+    if not parts:
+        raise SpecError(problem("layout", got="nothing", expected=expected, fix="name a size"))
+    for part in parts:
         name, _, number = part.partition("=")
         if name not in names and name != "dp":
             raise SpecError(unknown("layout key", name, names))
         if not number.isdecimal() or len(number) > 9:
-            expected = "name=number, for example tp=2,pp=4,ep=8"
             raise SpecError(problem("layout", got=repr(part), expected=expected, fix="write a whole number"))
         field = "micro_batch" if name == "mbs" else name
         if field in sizes:
@@ -193,7 +201,7 @@ def parse_layout(text: str, gpus: int, micro_batch: int | None = None) -> Layout
     layout = Layout(gpus=gpus, **sizes)
     if dp is not None and layout.tp * layout.cp * layout.pp * dp != gpus:
         needed = layout.tp * layout.cp * layout.pp * dp
-        raise SpecError(problem("gpus", got=gpus, expected=f"tp x cp x pp x dp ({needed})", fix="leave dp away"))
+        raise SpecError(problem("gpus", got=gpus, expected=f"tp x cp x pp x dp ({needed})", fix="omit dp"))
     return layout
 
 

@@ -178,7 +178,7 @@ def _fix(name: str, layout: Layout, arch: Architecture, work: Workload) -> str:
 def _changes(key: str, layout: Layout, arch: Architecture, work: Workload) -> Iterator[tuple[str, Broken | None]]:
     """Yield changes of a setting, the nearest first, and which rule is broken then."""
     for value in _candidates(key, layout, arch, work):
-        text = f"leave {key} away" if value is None else f"set {_said(key)}={value}"
+        text = f"omit {key}" if value is None else f"set {_said(key)}={value}"
         changed = _changed(layout, work, key, value)
         yield text, broken(changed[0], arch, changed[1])
 

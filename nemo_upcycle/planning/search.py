@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -22,6 +22,8 @@ from nemo_upcycle.planning.workload import RECOMPUTES, Workload
 FITS, TIGHT = 0.90, 0.97
 _MICRO_BATCHES = (1, 2, 4)
 _CONTEXTS = (1, 2, 4, 8, 16)
+#: Larger numbers of GPUs are mistakes.
+MOST_GPUS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,11 @@ class Plan:
         return (gpu.fp8_tflops or gpu.bf16_tflops) if self.work.numbers.fp8 else gpu.bf16_tflops
 
     @property
+    def peak_of(self) -> str:
+        """The numbers whose peak that is."""
+        return "FP8" if self.work.numbers.fp8 else "BF16"
+
+    @property
     def mfu(self) -> float:
         """Model FLOPs, full attention as the paper counts, over the peak."""
         return self.tflops_per_gpu(causal=False) / self.peak_tflops
@@ -111,6 +118,11 @@ class Plan:
     def hours(self) -> float:
         """Hours of the run, without evaluation, checkpoints and failures."""
         return self.goal.tokens / (self.tokens_per_s_per_gpu * self.goal.gpus) / 3600
+
+    @property
+    def gpu_hours(self) -> float:
+        """Hours times GPUs."""
+        return self.hours * self.goal.gpus
 
     @property
     def checkpoint_gib(self) -> float:
@@ -151,15 +163,64 @@ def search(goal: Goal, limit: int = 10, micro_batch: int | None = None, recomput
         recompute: only this kind.
 
     Raises:
-        SpecError: no layout obeys the rules for this number of GPUs and this batch.
+        SpecError: no layout obeys the rules for this number of GPUs and this batch; the text names ones that fit.
     """
-    every = list(layouts(goal, _MICRO_BATCHES if micro_batch is None else (micro_batch,)))
-    if not every:
-        # The plain layout breaks a rule: say which.
-        check_layout(Layout(gpus=goal.gpus, micro_batch=micro_batch or 1), goal.arch, goal.work)
-        fix = "change --gpus or --global-batch, or judge a --layout to see which rules it breaks"
-        expected = "a number that some layout of the model can use"
-        raise SpecError(problem("gpus", got=goal.gpus, expected=expected, fix=fix))
+    if plans := find(goal, limit, micro_batch, recompute):
+        return plans
+    batch = goal.work.global_batch
+    for other in _batches(batch, goal.gpus * (micro_batch or 1)):
+        if _fits(replace(goal, work=replace(goal.work, global_batch=other)), micro_batch, recompute):
+            expected, fix = f"one that a layout of {goal.gpus} GPUs can use", f"set global-batch={other}"
+            raise SpecError(problem("global-batch", got=batch, expected=expected, fix=fix))
+    if gpus := nearest_gpus(goal, micro_batch, recompute):
+        expected = f"a number that holds the model and works on {batch} sequences a step"
+        raise SpecError(problem("gpus", got=goal.gpus, expected=expected, fix=f"set gpus={gpus}"))
+    # The plain layout breaks a rule: say which.
+    check_layout(Layout(gpus=goal.gpus, micro_batch=micro_batch or 1), goal.arch, goal.work)
+    expected, fix = "a number that some layout can use", "judge a --layout to see which rules it breaks"
+    raise SpecError(problem("gpus", got=goal.gpus, expected=expected, fix=fix))
+
+
+def nearest_gpus(goal: Goal, micro_batch: int | None = None, recompute: str | None = None) -> int | None:
+    """Return the number of GPUs nearest to the goal's with which something fits; None if none is found.
+
+    Args:
+        goal: the rest is kept.
+        micro_batch: as in `search`.
+        recompute: as in `search`.
+    """
+    step = max(goal.gpu.per_node, 2 ** (goal.gpus.bit_length() - 4))  # whole nodes; of many, an eighth or so of them
+    numbers = {2**n for n in range(20)} | {step * n for n in range(1, 2 * goal.gpus // step + 2)}
+    for gpus in sorted(numbers - {goal.gpus}, key=lambda number: (abs(number - goal.gpus), -number)):
+        if gpus <= MOST_GPUS and _fits(replace(goal, gpus=gpus), micro_batch, recompute):
+            return gpus
+    return None
+
+
+def _batches(batch: int, step: int) -> list[int]:
+    """Return the batches around one that some layout may use, the nearest first: multiples of a step or its parts."""
+    parts = [step // 2**n for n in range(4) if step % 2**n == 0]
+    around = {part * count for part in parts for count in (batch // part, batch // part + 1)}
+    return sorted(around - {0, batch}, key=lambda other: abs(other - batch))
+
+
+def _fits(goal: Goal, micro_batch: int | None, recompute: str | None) -> bool:
+    """Return whether something fits; of the layouts only those are looked at that need least."""
+    work = replace(goal.work, recompute=recompute or RECOMPUTES[-1])
+    return any(Plan(goal, layout, work).verdict != "no" for layout in _smallest(goal, _allowed(goal, micro_batch), 20))
+
+
+def _allowed(goal: Goal, micro_batch: int | None) -> Iterator[Layout]:
+    return layouts(goal, _MICRO_BATCHES if micro_batch is None else (micro_batch,))
+
+
+def _smallest(goal: Goal, every: Iterable[Layout], count: int) -> list[Layout]:
+    return heapq.nsmallest(count, every, key=lambda layout: _least_gib(goal, layout))
+
+
+def find(goal: Goal, limit: int, micro_batch: int | None = None, recompute: str | None = None) -> list[Plan]:
+    """Return what `search` returns, and nothing where that refuses."""
+    every = list(_allowed(goal, micro_batch))
     works = [replace(goal.work, recompute=kind) for kind in ((recompute,) if recompute else _recomputes(goal))]
     room_gib = goal.gpu.memory_gib * TIGHT
     able = [layout for layout in every if _least_gib(goal, layout) <= room_gib]
@@ -177,8 +238,8 @@ def search(goal: Goal, limit: int = 10, micro_batch: int | None = None, recomput
             return found
     if found:
         return found
-    nearest = heapq.nsmallest(50, every, key=lambda layout: _least_gib(goal, layout))
-    return sorted((Plan(goal, layout, works[-1]) for layout in nearest), key=lambda plan: plan.memory.total)[:limit]
+    nearest = (Plan(goal, layout, works[-1]) for layout in _smallest(goal, every, 50))
+    return sorted(nearest, key=lambda plan: plan.memory.total)[:limit]
 
 
 def _rank(plan: Plan) -> tuple[float, int]:

@@ -1,4 +1,4 @@
-"""Plans as a table, as arithmetic, as JSON values, and as the command that runs them."""
+"""Plans as arithmetic, as JSON values, and as the command that runs them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from nemo_upcycle.architecture import Architecture
 from nemo_upcycle.planning.hardware import KnownRecipe
-from nemo_upcycle.planning.memory import ASSUMPTIONS, GIB, Memory
+from nemo_upcycle.planning.memory import ASSUMPTIONS, Memory
 from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.planning.workload import Workload
 
@@ -29,9 +29,10 @@ def row_values(plan: Plan, command: str | None, price: float | None) -> dict[str
             "causal": round(plan.tflops_per_gpu(causal=True), 1),
         },
         "mfu": round(plan.mfu, 4),
+        "peak_tflops": plan.peak_tflops,
         "bound_by": plan.time.bound_by,
         "hours": round(plan.hours, 2),
-        "cost": None if price is None else round(plan.hours * plan.goal.gpus * price, 2),
+        "cost": None if price is None else round(plan.gpu_hours * price, 2),
         "checkpoint_gib": round(plan.checkpoint_gib, 1),
         "command": command,
     }
@@ -104,47 +105,6 @@ def _fp8_settings(work: Workload) -> list[str]:
     return found
 
 
-_COLUMNS = (
-    *("row", "layout", "recompute", "weights", "grads", "optim", "fp8", "activ", "routed", "logits", "other", "GiB"),
-    *("of card", "fits", "tok/s/GPU", "TFLOP/s", "MFU", "bound by", "hours", "GPU-hours", "cost"),
-)
-_LEFT = ("layout", "recompute", "fits", "bound by")
-
-
-def table_text(plans: list[Plan], price: float | None) -> str:
-    """Return plans as a table: GiB of the fullest rank by component, verdict, speed, time, cost."""
-    rows = [_COLUMNS, *(_cells(number, plan, price) for number, plan in enumerate(plans, 1))]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if name in _LEFT else cell.rjust(width)
-            for cell, width, name in zip(row, widths, _COLUMNS, strict=True)
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def _cells(number: int, plan: Plan, price: float | None) -> tuple[str, ...]:
-    total_gib, gpu_hours = plan.memory.total / GIB, plan.hours * plan.goal.gpus
-    return (
-        str(number),
-        str(plan.layout),
-        plan.work.recompute,
-        *(f"{value:.1f}" for name, value in plan.memory.gib().items() if name != "total"),
-        f"{total_gib:.1f}",
-        f"{100 * total_gib / plan.goal.gpu.memory_gib:.0f}%",
-        plan.verdict,
-        f"{plan.tokens_per_s_per_gpu:.0f}",
-        f"{plan.tflops_per_gpu(causal=False):.0f}",
-        f"{100 * plan.mfu:.1f}%",
-        plan.time.bound_by,
-        f"{plan.hours:.1f}",
-        f"{gpu_hours:.0f}",
-        "-" if price is None else f"{gpu_hours * price:.0f}",
-    )
-
-
 def model_line(arch: Architecture, seq_length: int) -> str:
     """Return size and FLOPs of a model, in both conventions."""
     full, causal = (arch.flops_per_token(seq_length, causal=causal) for causal in (False, True))
@@ -182,7 +142,8 @@ def explanation(plan: Plan) -> str:
         f"{step_tokens:,} tokens / {time.total:.4f} s / {goal.gpus} GPUs = {plan.tokens_per_s_per_gpu:.1f} a second",
         f"x FLOPs of a token = {plan.tflops_per_gpu(causal=False):.1f} TFLOP/s (full attention),"
         f" {plan.tflops_per_gpu(causal=True):.1f} (causal half)",
-        f"MFU = {plan.tflops_per_gpu(causal=False):.1f} / {plan.peak_tflops:g} = {100 * plan.mfu:.1f}%",
+        f"MFU = {plan.tflops_per_gpu(causal=False):.1f} / {plan.peak_tflops:g} (the peak of {plan.peak_of})"
+        f" = {100 * plan.mfu:.1f}%",
         f"{goal.tokens:.3g} tokens = {plan.hours:.1f} h; full checkpoint {plan.checkpoint_gib:.0f} GiB"
         " (14 bytes for each parameter)",
         "",

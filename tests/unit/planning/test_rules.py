@@ -69,7 +69,7 @@ def test_rules(text: str, gpus: int, batch: int, words: list[str]) -> None:
 
 def _take(text: str, layout: object, work: Workload) -> None:
     """Do what a message says, and find that the layout is a good one then (or at least no longer broken there)."""
-    found = re.search(r"Fix: (?:set ([\w-]+)=(\d+)|leave (\w+) away)", text)
+    found = re.search(r"Fix: (?:set ([\w-]+)=(\d+)|omit (\w+))", text)
     assert found, text
     name = (found[1] or found[3]).replace("-", "_").replace("mbs", "micro_batch")
     value = int(found[2]) if found[2] else None

@@ -10,7 +10,7 @@ from nemo_upcycle.errors import SpecError
 from nemo_upcycle.planning.hardware import known_gpu, known_recipe
 from nemo_upcycle.planning.layout import parse_layout
 from nemo_upcycle.planning.rules import check_layout
-from nemo_upcycle.planning.search import Goal, Plan, judge, search
+from nemo_upcycle.planning.search import MOST_GPUS, Goal, Plan, judge, nearest_gpus, search
 from nemo_upcycle.planning.throughput import Machine
 from nemo_upcycle.planning.workload import Workload
 
@@ -83,6 +83,20 @@ def test_hours_and_mfu_agree_with_the_speed() -> None:
     assert plan.checkpoint_gib == pytest.approx(47_491_321_856 * 14 / 2**30)
 
 
+@pytest.mark.parametrize("gpus", [3, 8, 100, 5000, 999_999])
+def test_nearest_gpus_is_a_number_that_is_taken_and_fits(gpus: int) -> None:
+    goal = _goal(gpus)
+    number = nearest_gpus(goal)
+    assert number
+    assert number <= MOST_GPUS
+    assert search(replace(goal, gpus=number), 1)[0].verdict != "no"
+
+
+def test_nearest_gpus_finds_none_where_one_sequence_is_too_long() -> None:
+    goal = _goal(8)
+    assert nearest_gpus(replace(goal, work=replace(goal.work, seq_length=10**8))) is None
+
+
 def test_a_batch_that_fits_no_layout_is_refused() -> None:
-    with pytest.raises(SpecError, match="global-batch: got 1"):
+    with pytest.raises(SpecError, match=r"gpus: got 7, .* works on 1 sequences a step\. Fix: set gpus=16"):
         search(_goal(7, batch=1), 3)
