@@ -1,14 +1,20 @@
-"""`nemo-upcycle doctor`: what is installed, which versions fit, what is missing and the command that mends it."""
+"""`nemo-upcycle doctor`: what is installed, which versions fit, what is missing and the command that adds it."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
+import os
 import platform
+import shlex
 import shutil
 import subprocess
-from importlib.metadata import PackageNotFoundError, metadata, version
+import sys
+from importlib.metadata import PackageNotFoundError, distribution, metadata, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 from nemo_upcycle.commands.common import add_json, show
 from nemo_upcycle.errors import UpcycleError, problem
@@ -18,7 +24,7 @@ from nemo_upcycle.package_info import __version__
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-HELP = "what is installed, which versions fit, what is missing and the command that mends it"
+HELP = "what is installed, which versions fit, what is missing and the command that adds it"
 _EXAMPLES = """example:
   nemo-upcycle doctor
 
@@ -31,7 +37,7 @@ _EXTRAS = {
     "verify": "comparing logits",
     "eval": "evaluation and the report's figures",
     "demo": "the demo's model",
-    "gpu": "FP8 and grouped GEMM on NVIDIA GPUs",
+    "gpu": "FP8 and grouped GEMM on NVIDIA GPUs; NVIDIA's NeMo container has it",
 }
 #: Not an extra of its own: NeMo brings it along. 4.56 is the first whose `from_pretrained` takes `dtype`.
 _ALONE = {"verify": "transformers>=4.56"}
@@ -50,19 +56,18 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UpcycleError: the package itself is not installed, so that nothing says what it needs.
     """
-    libraries = _libraries()
-    fixes = _fixes(libraries)
-    gpus = _gpus()
+    libraries, gpus = _libraries(), _gpus()
+    fixes = _activation() | _fixes(libraries, bool(gpus))
     answer = {
         "nemo_upcycle": __version__,
         "python": {"version": platform.python_version(), "needs": metadata(_PACKAGE)["Requires-Python"]},
         "libraries": libraries,
         "gpus": gpus,
         "torch_for_cuda": _torch_cuda(),
-        "fixes": fixes,
+        "fixes": list(fixes),
     }
     broken = [one for one in libraries if one["state"] == _WRONG or (one["state"] == _MISSING and not one["extra"])]
-    show(args, answer | {"fits": not broken}, _text(answer))
+    show(args, answer | {"fits": not broken}, _text(answer, fixes))
     return 1 if broken else 0
 
 
@@ -88,7 +93,9 @@ def _libraries() -> list[dict[str, Any]]:
 
 
 def _described(one: Requirement, extra: str) -> dict[str, Any]:
-    return {"extra": extra, "name": one.name, "needs": str(one.specifier), **_state(one)}
+    extras = f"[{','.join(sorted(one.extras))}]" if one.extras else ""
+    install = f"{one.name}{extras}{one.specifier}"
+    return {"extra": extra, "name": one.name, "needs": str(one.specifier), "install": install, **_state(one)}
 
 
 def _state(requirement: Requirement) -> dict[str, Any]:
@@ -100,11 +107,42 @@ def _state(requirement: Requirement) -> dict[str, Any]:
     return {"installed": installed, "state": _OK if fits else _WRONG}
 
 
-def _fixes(libraries: list[dict[str, Any]]) -> list[str]:
-    """Return one command for each extra that something is amiss with."""
-    bad = {one["extra"] for one in libraries if one["state"] != _OK}
-    names = {extra: f"'{_ALONE.get(extra, f'{_PACKAGE}[{extra}]')}'" if extra else _PACKAGE for extra in _EXTRAS}
-    return [f"pip install {names[extra]}" for extra in _EXTRAS if extra in bad]
+def _in_container() -> bool:
+    """Return whether this is one of NVIDIA's containers, whose torch, Megatron and Transformer Engine go together."""
+    return "NVIDIA_PYTORCH_VERSION" in os.environ
+
+
+def _activation() -> dict[str, str]:
+    """Return the command that puts this environment's commands on the PATH, if they are not, and what for."""
+    folder = Path(sys.prefix) / "bin"
+    if sys.prefix == sys.base_prefix or str(folder) in os.environ.get("PATH", "").split(os.pathsep):
+        return {}
+    return {f"source {shlex.quote(str(folder / 'activate'))}": "finds nemo and nemo-upcycle"}
+
+
+def _fixes(libraries: list[dict[str, Any]], has_gpus: bool) -> dict[str, str]:
+    """Return one command for each extra that something is amiss with, and what that is for."""
+    clone, pip = None if _in_container() else _clone(), f"{shlex.quote(sys.executable)} -m pip install"
+    found = {}
+    for extra, purpose in _EXTRAS.items():
+        bad = [one for one in libraries if one["extra"] == extra and one["state"] != _OK]
+        if _in_container():
+            bad = [one for one in bad if one["state"] == _MISSING]
+        if not bad or (extra == "gpu" and not has_gpus):
+            continue
+        if clone and extra not in _ALONE:
+            what = "-e " + shlex.quote(f"{clone}[{extra}]" if extra else str(clone))
+        else:
+            what = shlex.join(one["install"] for one in bad)
+        found[f"{pip} {what}"] = purpose
+    return found
+
+
+def _clone() -> Path | None:
+    """Return the folder that `pip install -e` installed the package from: its extras are on no package index."""
+    url = urlsplit(json.loads(distribution(_PACKAGE).read_text("direct_url.json") or "{}").get("url", ""))
+    folder = Path(unquote(url.path))
+    return folder if url.scheme == "file" and (folder / "pyproject.toml").is_file() else None
 
 
 def _gpus() -> list[str]:
@@ -130,7 +168,7 @@ def _torch_cuda() -> str | None:
     return None
 
 
-def _text(answer: dict[str, Any]) -> str:
+def _text(answer: dict[str, Any], fixes: dict[str, str]) -> str:
     python = answer["python"]
     lines = [f"nemo-upcycle {answer['nemo_upcycle']}, Python {python['version']} (needs {python['needs']})"]
     for extra, purpose in _EXTRAS.items():
@@ -142,5 +180,7 @@ def _text(answer: dict[str, Any]) -> str:
     cuda = answer["torch_for_cuda"]
     lines.append("GPUs: " + (", ".join(answer["gpus"]) or "none; the CPU backend trains small models"))
     lines.append("torch: " + (f"built for CUDA {cuda}" if cuda else "built without CUDA, or not installed"))
-    lines += ["to mend or to add:", *(f"  {fix}" for fix in answer["fixes"])] if answer["fixes"] else ["all fits"]
-    return "\n".join(lines)
+    own = [one["name"] for one in answer["libraries"] if one["state"] == _WRONG] if _in_container() else []
+    lines += [f"{name} is the container's own: choose a container that fits, see docs/install.md" for name in own]
+    lines += ["to fix or to add:", *(f"  {fix}  # {purpose}" for fix, purpose in fixes.items())] if fixes else []
+    return "\n".join(lines if fixes or own else [*lines, "all fits"])

@@ -85,11 +85,8 @@ def _open(path: Path) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise UpcycleError(
-            problem(
-                "package gguf", got="not installed", expected="0.17 or newer", fix="pip install nemo-upcycle[demo]"
-            )
-        ) from None
+        fix = "pip install 'gguf>=0.17'"
+        raise UpcycleError(problem("package gguf", got="not installed", expected="0.17 or newer", fix=fix)) from None
     try:
         return GGUFReader(path)
     except (OSError, ValueError, IndexError, KeyError) as error:

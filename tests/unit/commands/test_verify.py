@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -58,4 +59,4 @@ def test_doctor_names_what_verify_lacks(monkeypatch: pytest.MonkeyPatch, capsys:
     found = json.loads(capsys.readouterr().out)
     (state,) = {one["state"] for one in found["libraries"] if one["name"] == "transformers"}
     assert state == "missing"
-    assert "pip install 'transformers>=4.56'" in found["fixes"]
+    assert f"{sys.executable} -m pip install 'transformers>=4.56'" in found["fixes"]
