@@ -153,6 +153,7 @@ def build_chunks(
     num_experts: int | None,
     top_k: int = 2,
     layout: dict[str, int] | None = None,
+    model: dict[str, Any] | None = None,
     **changes: Any,
 ) -> list[Any]:
     """Initialise Megatron's groups for `layout` (tp, cp, pp, vp, ep, etp) and build this rank's chunks.
@@ -162,6 +163,7 @@ def build_chunks(
         num_experts: None for a dense model.
         top_k: of the router.
         layout: sizes that are not 1. Context parallelism changes the groups only: the local attention refuses it.
+        model: arguments of Megatron's `GPTModel` beside its configuration.
         changes: of the Megatron configuration; `moe_settings` gives those of a spec.
     """
     from megatron.core import parallel_state as ps
@@ -235,9 +237,8 @@ def build_chunks(
                 pre_process=first,
                 post_process=last,
                 share_embeddings_and_output_weights=arch.tied_embeddings,
-                position_embedding_type="rope",
-                rotary_base=int(arch.rope_theta),
                 vp_stage=vp_stage,
+                **({"position_embedding_type": "rope", "rotary_base": int(arch.rope_theta)} | (model or {})),
             )
         )
     if arch.rope_scaling:
