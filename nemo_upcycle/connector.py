@@ -205,7 +205,7 @@ def _fill(
 ) -> UpcycleReceipt:
     arch = dense.architecture
     made = arch.upcycled(spec) if spec else arch
-    check_source(dense)
+    check_source(dense, sampled=True)
     for model in models:
         _check_model(model, made)
     place, branches = Place.here(), len(dense.branches())

@@ -12,6 +12,7 @@ from nemo_upcycle.data.gguf import convert_gguf
 from nemo_upcycle.errors import CheckpointError, UpcycleError, problem, unknown
 from nemo_upcycle.files import is_complete
 from nemo_upcycle.sources import open_dense
+from nemo_upcycle.sources.checks import check_source
 
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -39,6 +40,10 @@ def import_dense(source: str, output: Path) -> Path:
     Example:
         >>> import_dense("asset://smollm2-135m", Path("runs/demo/dense"))  # doctest: +SKIP
     """
+    return _import(source, output, sampled=False)
+
+
+def _import(source: str, output: Path, *, sampled: bool) -> Path:
     scheme, separator, rest = source.partition("://")
     if not separator:
         scheme, rest = "hf", source
@@ -48,7 +53,10 @@ def import_dense(source: str, output: Path) -> Path:
         folder = _from_hf(rest)
     else:
         raise UpcycleError(unknown("address scheme", scheme, ["asset", "hf"]))
-    _check(folder)
+    # Opening reads the configuration and every header, and checks that no file is cut short.
+    with open_dense(folder) as dense:
+        check_source(dense, sampled=sampled)
+    require_tokenizer(folder)
     return folder
 
 
@@ -113,13 +121,6 @@ def require_tokenizer(folder: Path) -> None:
         )
 
 
-def _check(folder: Path) -> None:
-    """Raise unless the folder holds a whole dense model and a tokenizer."""
-    with open_dense(folder):
-        pass  # opening reads the configuration and every header, and checks that no file is cut short
-    require_tokenizer(folder)
-
-
 def ensure_dense(source: str) -> Path:
     """Return the folder of a dense model, keeping in the cache what has to be made or fetched first.
 
@@ -137,4 +138,4 @@ def ensure_dense(source: str) -> Path:
     with FileLock(f"{output}.lock"):
         if source.startswith("asset://") and is_complete(output):
             return output
-        return import_dense(source, output)
+        return _import(source, output, sampled=True)
