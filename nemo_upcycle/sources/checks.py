@@ -14,7 +14,7 @@ from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.spec import UpcycleSpec
 
 
-#: Bytes of the blocks in which tensors are compared, and rows where it is for one rank of many.
+#: Bytes of a block in which two tensors are compared, and the rows that one rank of many compares.
 _BLOCK_BYTES, _SAMPLE_ROWS = 32 << 20, 64
 _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -28,11 +28,12 @@ def check_source(dense: DenseSource, *, sampled: bool = False) -> None:
 
     Args:
         dense: the checkpoint.
-        sampled: whether to look at some rows only of an output layer that a tied model has for nothing: where many
-            ranks open one checkpoint. One that was trained by itself differs in all.
+        sampled: whether to compare only some rows of the output layer that a tied model may store: for many ranks
+            that open one checkpoint. A layer that was trained by itself differs in all rows.
 
     Raises:
-        CheckpointError: a tensor is missing, or one is there that nothing would take.
+        CheckpointError: a tensor is missing, or one is there that nothing would take, as an output layer of a tied
+            model that is not its embedding.
     """
     arch = dense.architecture
     expected = {*hf_names(arch), *hf_constants(arch)}
@@ -50,7 +51,6 @@ def check_source(dense: DenseSource, *, sampled: bool = False) -> None:
                     fix="check that config.json and weights belong together",
                 )
             )
-
     for source in dense.branches():
         if arch.tied_embeddings and _OUTPUT in source.names():
             _check_tied(source, sampled)
