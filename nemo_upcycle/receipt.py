@@ -25,6 +25,16 @@ class ParameterRecord:
     rank: int = 0
 
 
+@dataclass(frozen=True)
+class ActingCoefficient:
+    """The coefficient of an auxiliary loss of the router as it is set and as it acts on this layout, and why."""
+
+    name: str
+    coefficient: float
+    acting: float
+    why: str
+
+
 @dataclass
 class UpcycleReceipt:
     """What `upcycle_into` did on one rank; `merge` makes it that of all ranks.
@@ -49,6 +59,7 @@ class UpcycleReceipt:
     peak_rss_gib: float
     ranks: int = 1
     layout: dict[str, int] = field(default_factory=dict)
+    auxiliary_losses: list[ActingCoefficient] = field(default_factory=list)
     equivalence: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
 

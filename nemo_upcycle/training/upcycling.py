@@ -23,10 +23,11 @@ from nemo_upcycle.connector import Progress, load_dense_into, upcycle_into
 from nemo_upcycle.data.dense import ensure_dense
 from nemo_upcycle.errors import SpecError, problem
 from nemo_upcycle.progress import ProgressLine, show_messages
-from nemo_upcycle.receipt import UpcycleReceipt
+from nemo_upcycle.receipt import ActingCoefficient, UpcycleReceipt
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.sources.megatron_checkpoint import is_megatron
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.training.aux_loss import act_as_set
 from nemo_upcycle.training.cpu import configure_for_cpu, use_cpu_backend
 from nemo_upcycle.training.signatures import repair_signatures
 
@@ -92,6 +93,9 @@ class UpcycleStrategy(nl.MegatronStrategy):
         overwritten = isinstance(self.restore_config, UpcycleConfig) or bool(trainer.ckpt_path)
         with _uninitialised(model.config) if overwritten else _as_it_is():
             super().setup_megatron_parallel(trainer)
+        self._auxiliary_losses = act_as_set(model.config)
+        if torch.distributed.get_rank() == 0:
+            _say(self._auxiliary_losses)
 
     def selective_restore(self) -> None:
         """Fill the chunks from the dense checkpoint, then reload the optimizers' master weights from them."""
@@ -103,6 +107,7 @@ class UpcycleStrategy(nl.MegatronStrategy):
         for optimizer in self.optimizers:
             # Without this the float32 masters keep what they were built from and the first step writes it back.
             optimizer.reload_model_params()
+        receipt.auxiliary_losses = self._auxiliary_losses
         _report(receipt, self.parallelism_sizes())
         self.barrier("UpcycleStrategy.selective_restore")
 
@@ -158,6 +163,16 @@ def fill_chunks(chunks: list[torch.nn.Module], restore: UpcycleConfig) -> Upcycl
         if restore.spec:
             return upcycle_into(chunks, dense, restore.spec, progress, hashes=True)
         return load_dense_into(chunks, dense, progress)
+
+
+def _say(losses: list[ActingCoefficient]) -> None:
+    """Say which auxiliary losses do not act as they are set, or do so only because this package sees to it."""
+    for loss in losses:
+        if loss.acting != loss.coefficient:
+            text = "%s: a coefficient of %g acts as %g (%s)"
+            show_messages().warning(text, loss.name, loss.coefficient, loss.acting, loss.why)
+        elif loss.why != "as set":
+            show_messages().info("%s: a coefficient of %g acts as set (%s)", loss.name, loss.coefficient, loss.why)
 
 
 def _report(receipt: UpcycleReceipt, layout: dict[str, int]) -> None:

@@ -1,0 +1,126 @@
+"""Auxiliary losses of the router that act with the coefficient that is set, whatever the layout.
+
+A rank of a tensor- and context-parallel group computes its tokens' part of such a loss. Megatron sums gradients over
+tensor-parallel ranks and averages them over data- and context-parallel ones, so the context-parallel size belongs into
+the loss scale. In megatron-core 0.15 it is missing; with `calculate_per_token_loss` the tensor-parallel size is, too.
+What is missing is measured, not looked up by version: containers hold releases with fixes of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.package_info import __version__ as megatron_version
+from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection
+from megatron.core.transformer.moe.router import TopKRouter
+
+from nemo_upcycle.receipt import ActingCoefficient
+
+
+#: Settings of the router that is measured: plain top-1, nothing dropped, no random number drawn, no loss scale.
+_PROBE: dict[str, Any] = {
+    "moe_router_topk": 1,
+    "moe_router_score_function": "softmax",
+    "moe_router_pre_softmax": False,
+    "moe_router_num_groups": None,
+    "moe_router_group_topk": None,
+    "moe_router_enable_expert_bias": False,
+    "moe_router_fusion": False,
+    "moe_expert_capacity_factor": None,
+    "perform_initialization": False,
+    "grad_scale_func": None,
+    "mtp_num_layers": None,
+    "timers": None,
+}
+
+
+def act_as_set(config: Any) -> list[ActingCoefficient]:
+    """Multiply Megatron's scale of auxiliary losses by what it lacks on this layout, in this process.
+
+    The scale is where Megatron 0.16 has it, too: it serves every auxiliary loss and schedule, coefficients that change
+    during the training, and FP16's loss scale. Where nothing is missing, Megatron stays as it is. `global_aux_loss` is
+    weaker by the data-parallel size on top, in every release up to 0.19; that is reported and left so, because its
+    coefficients are chosen with Megatron as it is.
+
+    Args:
+        config: the model's. Megatron's groups must be there, and every rank must call this.
+
+    Returns:
+        What is set and what acts, for each auxiliary loss of the model.
+    """
+    _multiply_scale(1.0)
+    coefficients = _coefficients(config) if config.num_moe_experts else {}
+    if not coefficients:
+        return []
+    missing = round(1 / _acting_share(config, "aux_loss"), 4)
+    _multiply_scale(missing)
+    return [_describe(config, name, value, missing) for name, value in coefficients.items()]
+
+
+def _multiply_scale(factor: float) -> None:
+    """Let Megatron's schedules set `factor` times their scale of auxiliary losses; 1 puts their own function back."""
+    original = getattr(MoEAuxLossAutoScaler.set_loss_scale, "__wrapped__", MoEAuxLossAutoScaler.set_loss_scale)
+
+    @functools.wraps(original)
+    def set_loss_scale(scale: torch.Tensor) -> None:
+        original(scale * factor)
+
+    MoEAuxLossAutoScaler.set_loss_scale = staticmethod(original if factor == 1 else set_loss_scale)
+
+
+def _coefficients(config: Any) -> dict[str, float]:
+    kinds, values = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    balancing = dict(zip(kinds, values, strict=True)) if isinstance(kinds, list) else {kinds: values}
+    losses = {kind: value for kind, value in balancing.items() if kind.endswith("aux_loss")}
+    return {name: value for name, value in {**losses, "z_loss": config.moe_z_loss_coeff}.items() if value}
+
+
+def _describe(config: Any, name: str, coefficient: float, missing: float) -> ActingCoefficient:
+    share, reasons = _acting_share(config, name), []
+    if missing != 1:
+        reasons.append(f"megatron-core {megatron_version} divides it by {missing:g} on this layout, which is undone")
+    if abs(share - 1) > 1e-3:
+        replicas = parallel_state.get_data_parallel_world_size()
+        reasons.append(f"megatron-core divides {name} by the data-parallel size, {replicas}")
+    return ActingCoefficient(name, coefficient, float(f"{coefficient * share:.4g}"), "; ".join(reasons) or "as set")
+
+
+def _acting_share(config: Any, name: str) -> float:
+    """Return the gradient that a loss of coefficient 1 gives a router, over the one it should give.
+
+    Every rank routes the same token, so the loss of all of them is that of one rank alone: E * p_0 for balancing (all
+    tokens go to expert 0, with probability p_0), the squared logsumexp of the logits for the z-loss.
+    """
+    is_z_loss = name == "z_loss"
+    probe = copy.copy(config)
+    coefficients = {"moe_aux_loss_coeff": float(not is_z_loss), "moe_z_loss_coeff": 1.0 if is_z_loss else None}
+    balancing = {"moe_router_load_balancing_type": "none" if is_z_loss else name}
+    for field, value in {**_PROBE, **coefficients, **balancing}.items():
+        setattr(probe, field, value)
+    logits = torch.zeros(1, 1, config.num_moe_experts, device=torch.cuda.current_device())
+    logits[..., 0] = 1.0
+    logits.requires_grad_()
+    alone = logits.logsumexp(-1).square() if is_z_loss else config.num_moe_experts * logits.softmax(-1)[..., 0]
+    expected = torch.autograd.grad(alone.sum(), logits)[0]
+    got = _gradient(probe, logits)
+    if not config.calculate_per_token_loss:  # by the sum over tensor-parallel ranks; else tokens are counted instead
+        got = got * parallel_state.get_tensor_model_parallel_world_size()
+    return float((got * expected).sum() / expected.square().sum())
+
+
+def _gradient(config: Any, logits: torch.Tensor) -> torch.Tensor:
+    """Return what the auxiliary losses alone add to the gradient of these logits on this rank."""
+    before, MoEAuxLossAutoScaler.main_loss_backward_scale = MoEAuxLossAutoScaler.main_loss_backward_scale, None
+    try:
+        scores, _ = TopKRouter(config, get_default_pg_collection()).train().routing(logits)
+        # What a schedule does after every forward step: here of a stage without a loss of its own.
+        context = parallel_state.get_context_parallel_world_size()
+        forward_step_calc_loss(None, scores, None, config, None, False, 1, [], context, False)
+        return torch.autograd.grad(scores, logits, torch.zeros_like(scores))[0]
+    finally:
+        MoEAuxLossAutoScaler.main_loss_backward_scale = before
