@@ -81,19 +81,19 @@ def _coefficients(config: Any) -> dict[str, float]:
 
 
 def _describe(config: Any, name: str, coefficient: float, missing: float) -> ActingCoefficient:
-    share, reasons = _acting_share(config, name), []
+    share, reasons = float(f"{_acting_share(config, name):.5g}"), []
     if missing != 1:
         reasons.append(f"megatron-core {megatron_version} divides it by {missing:g} on this layout, which is undone")
-    if abs(share - 1) > 1e-3:
+    if share != 1:
         replicas = parallel_state.get_data_parallel_world_size()
         reasons.append(f"megatron-core divides {name} by the data-parallel size, {replicas}")
-    return ActingCoefficient(name, coefficient, float(f"{coefficient * share:.4g}"), "; ".join(reasons) or "as set")
+    return ActingCoefficient(name, coefficient, coefficient * share, "; ".join(reasons) or "as set")
 
 
 def _acting_share(config: Any, name: str) -> float:
-    """Return the gradient that a loss of coefficient 1 gives a router, over the one it should give.
+    """Return the gradient that a loss of coefficient 1 gives a router, over the one that it should give.
 
-    Every rank routes the same token, so the loss of all of them is that of one rank alone: E * p_0 for balancing (all
+    Every rank routes the same token, so that the loss of all of them is that of one alone: E * p_0 for balancing (all
     tokens go to expert 0, with probability p_0), the squared logsumexp of the logits for the z-loss.
     """
     is_z_loss = name == "z_loss"

@@ -169,8 +169,10 @@ def _say(losses: list[ActingCoefficient]) -> None:
     """Say which auxiliary losses do not act as they are set, or do so only because this package sees to it."""
     for loss in losses:
         if loss.acting != loss.coefficient:
-            text = "%s: a coefficient of %g acts as %g (%s)"
-            show_messages().warning(text, loss.name, loss.coefficient, loss.acting, loss.why)
+            text = "%s: a coefficient of %g acts as %g (%s); one that is %.4g times as large makes up for it"
+            show_messages().warning(
+                text, loss.name, loss.coefficient, loss.acting, loss.why, loss.coefficient / loss.acting
+            )
         elif loss.why != "as set":
             show_messages().info("%s: a coefficient of %g acts as set (%s)", loss.name, loss.coefficient, loss.why)
 
