@@ -90,11 +90,13 @@ class WeightComparison(NamedTuple):
         groups: to each kind of tensor.
         exact: whether such weights compute the dense function, up to what was rounded.
         rounded: why they lost digits.
+        granularity: parts that the dense network was cut into.
     """
 
     groups: tuple[WeightGroup, ...]
     exact: bool
     rounded: tuple[str, ...]
+    granularity: int
 
 
 def compare_weights(dense: DenseSource, moe: DenseSource) -> WeightComparison:
@@ -112,6 +114,7 @@ def compare_weights(dense: DenseSource, moe: DenseSource) -> WeightComparison:
     _check_child(arch, moe)
     routers = _Routers(zero=True, tied=True)
     groups: dict[str, WeightGroup] = {}
+    dtypes: dict[torch.dtype, None] = {}
     is_exact = all(not moe.read(name).any() for name, shape in hf_constants(made).items() if 0 not in shape)
     spec = _spec_of(arch, made)
     names = list(hf_names(made))
@@ -125,13 +128,16 @@ def compare_weights(dense: DenseSource, moe: DenseSource) -> WeightComparison:
             require_finite(router_ED := moe.read(name), name, moe)
             routers.look_at(router_ED, spec.granularity)
             continue
+        dtypes[moe.dtype(name)] = None
         # A shared expert's half is made up for by Qwen2-MoE's gate, see `hf_constants`.
         wanted = 1.0 if row.is_shared else output_factor(spec, row.role, expert)
-        scale, changed = _relation(_pairs(dense, moe, name, *found), row.cut is Cut.NEURON_COLUMNS, wanted)
+        pairs = _pairs(dense, moe, name, *found, is_halved=row.role == "shared_fc2")
+        scale, changed = _relation(pairs, row.cut is Cut.NEURON_COLUMNS, wanted)
         group.add(scale, changed)
         is_exact &= changed == 0.0 and scale == wanted
     is_exact &= routers.tied and _spec_of(arch, made, routers).is_exact
-    return WeightComparison(tuple(groups.values()), is_exact, rounded_because(dense, moe.dtype(names[0]), spec))
+    rounded = [why for dtype in dtypes for why in rounded_because(dense, dtype, spec)]
+    return WeightComparison(tuple(groups.values()), is_exact, tuple(rounded), spec.granularity)
 
 
 def _check_child(arch: Architecture, moe: DenseSource) -> None:
@@ -153,11 +159,13 @@ def _check_child(arch: Architecture, moe: DenseSource) -> None:
 
 def _spec_of(arch: Architecture, made: Architecture, routers: _Routers | None = None) -> UpcycleSpec:
     """Return a spec of plain copies that makes this model, as far as the configuration and the routers show."""
-    width, experts = made.expert_ffn_size or 1, made.num_experts or 0
+    width, experts, top_k = made.expert_ffn_size or 1, made.num_experts or 0, made.top_k or 1
     granularity = arch.ffn_size // width
+    if top_k == 1 and made.norm_topk:  # which no spec makes; one expert more has the same sums
+        experts, top_k = max(experts, 2 * granularity), granularity + 1
     return UpcycleSpec(
         num_experts=experts,
-        top_k=made.top_k or 1,
+        top_k=top_k,
         granularity=granularity,
         shared_experts=made.shared_ffn_size // width,
         router_init="zero" if routers and routers.zero else "normal",
@@ -173,9 +181,18 @@ def _kind(row: Row, part: int) -> str:
 
 
 def _pairs(
-    dense: DenseSource, moe: DenseSource, name: str, source: str, bounds: tuple[tuple[int, int], ...]
+    dense: DenseSource,
+    moe: DenseSource,
+    name: str,
+    source: str,
+    bounds: tuple[tuple[int, int], ...],
+    *,
+    is_halved: bool,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield both models' rows, block by block; the dense ones in the MoE model's type, as floats of that type."""
+    """Yield both models' rows, block by block; the dense ones in the MoE model's type, as floats of that type.
+
+    Of what was halved in Megatron and doubled again on export, the smallest numbers lost their last bit.
+    """
     shape, dtype = moe.shape(name), moe.dtype(name)
     (first, last), *rest = bounds
     rows = max(1, _BLOCK_BYTES // max(1, torch.Size(shape[1:]).numel() * dtype.itemsize))
@@ -184,7 +201,8 @@ def _pairs(
         theirs = moe.read(name, [(start, stop), *((0, size) for size in shape[1:])])
         ours = dense.read(source, [(first + start, first + stop), *rest])
         require_finite(theirs, name, moe)
-        yield theirs, ours.to(dtype)
+        ours = ours.to(dtype)
+        yield theirs, ours * 0.5 * 2 if is_halved else ours
         dense.release()
         moe.release()
 

@@ -147,6 +147,7 @@ def check_spec(config: Any, spec: UpcycleSpec) -> None:
         if (got := getattr(config, name, value)) not in (value, value or 1):
             expected, fix = f"{value}, as in every dense parent", "leave it at that"
             raise SpecError(problem(f"model.config.{name}", got=got, expected=expected, fix=fix))
+    _check_routing_type(config, spec)
     capacity = getattr(config, "moe_expert_capacity_factor", None)
     pad = bool(getattr(config, "moe_pad_expert_input_to_capacity", False))
     # Megatron takes a negative factor for none.
@@ -161,6 +162,15 @@ def check_spec(config: Any, spec: UpcycleSpec) -> None:
         expected = f"{[int(is_moe) for is_moe in want]} (moe_layers={spec.moe_layers})"
         got = frequency if isinstance(frequency, int) else list(frequency)
         raise SpecError(problem("model.config.moe_layer_freq", got=got, expected=expected, fix="make them agree"))
+
+
+def _check_routing_type(config: Any, spec: UpcycleSpec) -> None:
+    """Check that the experts of one copy are chosen together: in 16 bits the logits of two copies can be equal."""
+    is_recipe = hasattr(config, "__fn_or_cls__")  # then the type comes later, from the trainer's precision plugin
+    in_float32 = config.params_dtype is torch.float32 and not (config.bf16 or config.fp16 or is_recipe)
+    if spec.needs_float32_routing and not in_float32 and (got := config.moe_router_dtype) not in ("fp32", "fp64"):
+        expected = f"fp32 or fp64 with granularity={spec.granularity}: in 16 bits top-k picks parts of several copies"
+        raise SpecError(problem("model.config.moe_router_dtype", got=got, expected=expected, fix="set it to fp32"))
 
 
 def _check_model(model: Any, made: Architecture) -> None:

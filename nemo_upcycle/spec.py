@@ -16,6 +16,8 @@ ROUTER_ORDERS = ("topk_softmax", "softmax_topk")
 ROUTER_SCORES = ("softmax", "sigmoid")
 OUTPUT_SCALES = ("exact", "none")
 MOE_LAYERS = ("all", "every-N", "first-K-dense", "a list of layer numbers")
+#: Eight times the experts of the largest open models: beyond it, names and headers alone take minutes.
+MAX_EXPERTS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +25,8 @@ class UpcycleSpec:
     """How a dense model becomes a Mixture-of-Experts model; by default as in the paper (arXiv 2412.09952, section 2).
 
     Args:
-        num_experts: N, routed experts in every MoE layer.
-        top_k: experts that a token passes through.
+        num_experts: N, routed experts in every MoE layer, at most 4096.
+        top_k: experts that a token passes through; 1 with `softmax_topk` or sigmoid only, as in Megatron.
         granularity: G. The dense network's F neurons are cut into G shards; expert `c G + g` holds shard g, and the
             experts of one copy c share their router row, so that top-k, a multiple of G, picks whole networks
             ("virtual groups", arXiv 2410.07524). 1 keeps the network whole.
@@ -82,9 +84,9 @@ class UpcycleSpec:
         ):
             if getattr(self, name) not in valid:
                 raise SpecError(unknown(name, str(getattr(self, name)), valid))
-        _check_whole("num_experts", self.num_experts, 2)
+        _check_whole("num_experts", self.num_experts, 2, MAX_EXPERTS)
         _check_whole("top_k", self.top_k, 1, self.num_experts, "num_experts")
-        _check_whole("granularity", self.granularity, 1)
+        _check_whole("granularity", self.granularity, 1, self.num_experts, "num_experts")
         _check_whole("shared_experts", self.shared_experts, 0, self.granularity, "granularity")
         _check_whole("seed", self.seed, 0, 2**63 - 1)
         _check_number("router_std", self.router_std, 0.0, 1000.0)
@@ -101,6 +103,10 @@ class UpcycleSpec:
         if self.router_score == "sigmoid" and self.router_order == "softmax_topk":
             fix = "leave router_order at topk_softmax"
             raise SpecError(problem("router_order", got="softmax_topk", expected="no softmax with sigmoid", fix=fix))
+        if self.top_k == 1 and self.router_order == "topk_softmax" and self.router_score == "softmax":
+            expected = "2 or more with router_order=topk_softmax: a single weight is 1, whatever the router says"
+            fix = "set router_order to softmax_topk (exact with router_init=zero), or top_k to 2"
+            raise SpecError(problem("top_k", got=1, expected=f"{expected}, so that it never learns", fix=fix))
         object.__setattr__(self, "moe_layers", _layers(self.moe_layers))
 
     @property
@@ -139,13 +145,16 @@ class UpcycleSpec:
         return self.down_scale * (0.5 if expert % self.granularity < self.shared_experts else 1.0)
 
     @property
+    def _has_zero_router(self) -> bool:
+        return self.router_init == "zero" or self.router_std == 0
+
+    @property
     def inexact_because(self) -> tuple[str, ...]:
         """Why the upcycled model does not compute the dense function at step 0; empty if it does, up to rounding."""
-        zero_router = self.router_init == "zero" or self.router_std == 0
         free_sum = self.router_order == "softmax_topk" and self.top_k < self.num_experts
-        free_sum = free_sum or (self.router_score == "sigmoid" and self.top_k == 1)
+        free_sum = (free_sum or (self.router_score == "sigmoid" and self.top_k == 1)) and not self._has_zero_router
         torn, part = self.top_k % self.granularity, self.weight_sum / self.granularity
-        tied = zero_router and self.granularity > 1 and self.top_k < self.num_experts
+        tied = self._has_zero_router and self.granularity > 1 and self.top_k < self.num_experts
         reasons = (
             (self.method == "noise" and self.noise_std > 0, f"noise_std={self.noise_std} changes every weight"),
             (self.method == "drop" and self.drop_ratio > 0, f"drop_ratio={self.drop_ratio} draws neurons anew"),
@@ -154,14 +163,24 @@ class UpcycleSpec:
                 f"top_k={self.top_k} is no multiple of granularity={self.granularity}: tokens get parts of networks",
             ),
             (tied and not torn, "a zero router ties all experts: top-k then chooses parts of networks"),
-            (free_sum and not zero_router, "only with a zero router is the sum of the chosen experts' weights known"),
+            (free_sum, "only with a zero router is the sum of the chosen experts' weights known"),
             (self.output_scale == "none" and part != 1, f"output_scale=none leaves {part:.4g} of the dense output"),
         )
         return tuple(reason for holds, reason in reasons if holds)
 
     @property
+    def needs_float32_routing(self) -> bool:
+        """Whether top-k picks whole networks only where the router's logits are float32 or more.
+
+        The experts of one copy have the same logit. In 16 bits those of two copies can be the same as well: top-k then
+        picks parts of both.
+        """
+        picks_groups = self.granularity > 1 and self.top_k < self.num_experts and self.top_k % self.granularity == 0
+        return picks_groups and not self._has_zero_router
+
+    @property
     def is_exact(self) -> bool:
-        """Whether the upcycled model computes the dense function at step 0, up to rounding."""
+        """Whether the upcycled model computes the dense function at step 0, up to rounding, routed in float32."""
         return not self.inexact_because
 
     def moe_pattern(self, num_layers: int) -> tuple[bool, ...]:

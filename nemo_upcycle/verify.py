@@ -1,7 +1,8 @@
 """How equal are a dense model and the MoE model that was made from it? Asked of two Hugging Face folders.
 
 Twice: of the weights, matrix by matrix and streamed, which tells what was done to them; and of the logits on real
-text, in float32 with Hugging Face's own implementations, which tells whether the two compute the same function.
+text, in float32 with Hugging Face's own implementations, which tells whether the two compute the same function. Where
+networks were cut, also of the routing in the MoE model's own type: in 16 bits it may tear copies apart.
 """
 
 from __future__ import annotations
@@ -63,8 +64,21 @@ class LogitComparison:
 
 
 @dataclass(frozen=True)
+class TornTokens:
+    """Tokens to which top-k gives parts of several copies, in some layer, where the whole model is of that type."""
+
+    dtype: str
+    tokens: int
+    torn: int
+    share: float
+
+
+@dataclass(frozen=True)
 class Verification:
-    """What `verify` found; `equal` is by the logits where they were compared, else by the weights."""
+    """What `verify` found; `equal` is by the logits in float32 where they were compared, else by the weights.
+
+    Torn tokens do not change it: they are no matter of the weights, but of the type in which a server routes.
+    """
 
     dense: Path
     moe: Path
@@ -74,7 +88,9 @@ class Verification:
     weights: tuple[WeightGroup, ...]
     weights_exact: bool
     weights_rounded: tuple[str, ...]
+    granularity: int
     logits: LogitComparison | None
+    torn: TornTokens | None
 
 
 def verify(
@@ -93,7 +109,8 @@ def verify(
         moe: Mixtral or Qwen2-MoE.
         text_file: UTF-8 text to run on; a short one of the package's when None.
         layers: whether to compare what every layer hands on, to find where the models part.
-        logits: whether to load and run the models, one after the other, in float32; else only weights are compared.
+        logits: whether to load and run the models, one after the other, in float32, and a granular one in its own type
+            as well; else only weights are compared.
         tolerance: largest difference of logits over the largest logit, to count as equal.
 
     Raises:
@@ -116,9 +133,13 @@ def verify(
             _require_memory(child.architecture.total_params * 4)
         tokens_BS = _tokens(dense, text_file) if logits else None  # a wrong text shows before the long work
         weights = compare_weights(parent, child)
-    found = _compare_logits(dense, moe, tokens_BS, layers) if tokens_BS is not None else None
+        own_type, top_k = child.dtype("model.embed_tokens.weight"), child.architecture.top_k or 1
+    found = torn = None
+    if tokens_BS is not None:
+        found = _compare_logits(dense, moe, tokens_BS, layers)
+        torn = _torn_tokens(moe, tokens_BS, own_type, weights.granularity, top_k) if weights.granularity > 1 else None
     equal = found.relative <= tolerance if found else weights.exact and not weights.rounded
-    return Verification(dense, moe, hf_class, equal, tolerance, *weights, found)
+    return Verification(dense, moe, hf_class, equal, tolerance, *weights, found, torn)
 
 
 def _require_memory(needed_bytes: int) -> None:
@@ -158,10 +179,12 @@ def _tokens(dense: Path, text_file: Path | None) -> torch.Tensor:
 
 def _compare_logits(dense: Path, moe: Path, tokens_BS: torch.Tensor, layers: bool) -> LogitComparison:
     with ProgressLine("verify", 2) as line:
-        parent_BSV, parents = _run(dense, tokens_BS, layers)
+        parent = _run(dense, tokens_BS, torch.float32, output_hidden_states=layers)
         line.advance(note="dense model")
-        child_BSV, children = _run(moe, tokens_BS, layers)
+        child = _run(moe, tokens_BS, torch.float32, output_hidden_states=layers)
         line.advance(note="MoE model")
+    parent_BSV, child_BSV = parent.logits, child.logits
+    layer_pairs = zip(parent.hidden_states, child.hidden_states, strict=True) if layers else ()
     difference = (child_BSV - parent_BSV).abs()
     if not difference.isfinite().all():
         which = moe if parent_BSV.isfinite().all() else dense
@@ -173,14 +196,24 @@ def _compare_logits(dense: Path, moe: Path, tokens_BS: torch.Tensor, layers: boo
         mean_abs=float(difference.mean()),
         relative=float(difference.max() / parent_BSV.abs().max()),
         same_argmax=float((child_BSV.argmax(-1) == parent_BSV.argmax(-1)).double().mean()),
-        layer_relative=tuple(float((b - a).norm() / a.norm()) for a, b in zip(parents, children, strict=True)),
+        layer_relative=tuple(float((b - a).norm() / a.norm()) for a, b in layer_pairs),
     )
 
 
+def _torn_tokens(moe: Path, tokens_BS: torch.Tensor, dtype: torch.dtype, granularity: int, top_k: int) -> TornTokens:
+    """Count the tokens for which top-k, as the model's own class does it, does not take whole copies in some layer."""
+    torn_T = torch.zeros(tokens_BS.numel(), dtype=torch.bool)
+    for logits_TE in _run(moe, tokens_BS, dtype, output_router_logits=True).router_logits:
+        chosen_Tk = logits_TE.softmax(-1, dtype=torch.float32).topk(top_k).indices
+        taken_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, chosen_Tk, True)
+        copies_TCG = taken_TE.unflatten(1, (-1, granularity))
+        torn_T |= (copies_TCG.any(-1) != copies_TCG.all(-1)).any(-1)
+    torn, name = int(torn_T.sum()), str(dtype).removeprefix("torch.")
+    return TornTokens(name, len(torn_T), torn, torn / len(torn_T))
+
+
 @torch.no_grad()
-def _run(folder: Path, tokens_BS: torch.Tensor, layers: bool) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Return logits [B, S, V] and, if asked for, what the embedding and every layer hand on [B, S, D]."""
+def _run(folder: Path, tokens_BS: torch.Tensor, dtype: torch.dtype, **outputs: bool) -> Any:
+    """Return a model's logits [B, S, V] and the other outputs asked for, with weights and activations of a type."""
     with errors_only():
-        model = load_model(folder, dtype=torch.float32).eval()
-        found = model(tokens_BS, output_hidden_states=layers, use_cache=False)
-    return found.logits, tuple(found.hidden_states) if layers else ()
+        return load_model(folder, dtype=dtype).eval()(tokens_BS, use_cache=False, **outputs)

@@ -161,6 +161,7 @@ def moe_settings(arch: Architecture, spec: UpcycleSpec) -> dict[str, Any]:
         "moe_router_pre_softmax": spec.router_order == "softmax_topk",
         "moe_router_score_function": spec.router_score,
         "moe_router_topk_scaling_factor": None if spec.routed_scaling == 1 else spec.routed_scaling,
+        "moe_router_dtype": "fp32" if spec.needs_float32_routing else None,
         "moe_layer_freq": 1 if all(pattern) else [int(is_moe) for is_moe in pattern],
     }
 

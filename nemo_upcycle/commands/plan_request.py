@@ -83,7 +83,8 @@ def subject_of(args: argparse.Namespace) -> Subject:
         fix = "omit --experts: an MoE model is planned as it is"
         raise SpecError(problem("experts", got=args.experts, expected="a dense model", fix=fix))
     given = {name: getattr(args, name) for name in ("top_k", "granularity") if getattr(args, name) is not None}
-    spec = UpcycleSpec(num_experts=args.experts, **given)
+    order = "softmax_topk" if args.top_k == 1 else "topk_softmax"  # the other would be refused, and costs the same
+    spec = UpcycleSpec(num_experts=args.experts, router_order=order, **given)
     made = arch.upcycled(spec)
     return Subject(made, arch, spec, recipe_for(arch, made), _DEFAULTS, folder)
 

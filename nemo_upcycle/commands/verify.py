@@ -11,14 +11,15 @@ from nemo_upcycle.commands.common import add_json, show
 
 
 if TYPE_CHECKING:
-    from nemo_upcycle.verify import Verification
+    from nemo_upcycle.verify import TornTokens, Verification
 
 HELP = "dense folder against MoE folder: what was done to the weights, and do both compute the same function?"
 _EXAMPLES = """examples:
   nemo-upcycle verify models/Llama-3-8B models/Llama-3-8B-E8T2 --weights-only
   nemo-upcycle verify runs/demo/dense runs/demo/upcycle/hf --text README.md --layers
 
-Logits are compared in float32, the weights streamed.
+Logits are compared in float32, the weights streamed. With granularity, tokens are counted whose routing in the MoE
+model's own type picks parts of several copies: such a model needs float32 routing, and the verdict is for that.
 exit status: 0 equal within the tolerance; 1 not; 2 a folder is damaged or a value is wrong."""
 
 
@@ -75,5 +76,16 @@ def _text(found: Verification) -> str:
             names = ["embedding", *(f"layer {number}" for number in range(len(logits.layer_relative) - 1))]
             lines.append("difference after")
             lines += [f"  {name:<10}{value:.3g}" for name, value in zip(names, logits.layer_relative, strict=True)]
+    if found.granularity > 1:
+        lines.append(f"routing: {_routing(found.torn)}")
     lines.append("equal: " + ("yes" if found.equal else "no"))
     return "\n".join(lines)
+
+
+def _routing(torn: TornTokens | None) -> str:
+    if torn is None:
+        return "top-k picks whole copies only where router logits are float32: leave --weights-only out to count"
+    if not torn.torn:
+        return f"in {torn.dtype}, all {torn.tokens} tokens get whole copies"
+    share = f"{torn.torn} of {torn.tokens} tokens ({100 * torn.share:.2g} %) get parts of several copies"
+    return f"in {torn.dtype}, {share}; serve this model with router logits in float32, for which the verdict holds"

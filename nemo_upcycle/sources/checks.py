@@ -128,7 +128,8 @@ def rounded_because(dense: DenseSource, dtype: torch.dtype, spec: UpcycleSpec | 
         dense: the checkpoint.
         dtype: the type.
         spec: has the factors on what stands behind an expert's activation. One that is no power of two is rounded; in
-            16 bits that shows in the logits.
+            16 bits that shows in the logits. One below 1 takes a bit from the smallest numbers; other types than
+            float16 have them below 1e-38 only.
 
     Example:
         >>> with open_dense("models/float32") as dense:  # doctest: +SKIP
@@ -145,17 +146,27 @@ def rounded_because(dense: DenseSource, dtype: torch.dtype, spec: UpcycleSpec | 
         for stored, found in rounded.items()
     )
     factors = (
-        f"the factor {factor:.4g} on the {what} is rounded in {_short(dtype)}"
-        for what, factor in (_factors(spec, dense) if spec and torch.finfo(dtype).bits < 32 else {}).items()
-        if math.frexp(factor)[0] != 0.5
+        f"the factor {factor:.4g} on the {what} {how}"
+        for what, factor in (_factors(spec, dense) if spec else {}).items()
+        if (how := _rounding(factor, dtype))
     )
     return (*weights, *factors)
 
 
 def _factors(spec: UpcycleSpec, dense: DenseSource) -> dict[str, float]:
-    """Return a spec's factors, but for the halves of shared experts, which round nothing."""
+    """Return the factors that a spec puts on weights."""
     factors = {"down projection": spec.down_scale}
+    factors |= {"shared experts' down projection": 0.5} if spec.shared_experts else {}
     return factors | ({"output bias": spec.bias_scale} if dense.architecture.ffn_bias else {})
+
+
+def _rounding(factor: float, dtype: torch.dtype) -> str:
+    """Return which numbers of a type a factor rounds; empty for none worth a word."""
+    if math.frexp(factor)[0] != 0.5:
+        return f"is rounded in {_short(dtype)}" if torch.finfo(dtype).bits < 32 else ""
+    if factor < 1 and dtype is torch.float16:
+        return f"rounds numbers below {torch.finfo(dtype).tiny / factor:.2g} in {_short(dtype)}"
+    return ""
 
 
 def _short(dtype: torch.dtype) -> str:

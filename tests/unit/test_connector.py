@@ -57,7 +57,7 @@ def _change(folder: Path, change: Any) -> None:
     ("spec", "changes", "words"),
     [
         ({"num_experts": 8}, {}, ["model.config.num_moe_experts: got 4, expected 8"]),
-        ({"top_k": 1}, {}, ["model.config.moe_router_topk: got 2, expected 1"]),
+        ({"top_k": 3}, {}, ["model.config.moe_router_topk: got 2, expected 3"]),
         ({"router_order": "softmax_topk"}, {}, ["model.config.moe_router_pre_softmax: got False, expected True"]),
         ({}, PRE_SOFTMAX, ["model.config.moe_router_pre_softmax: got True, expected False"]),
         ({}, {"moe_router_score_function": "sigmoid"}, ["score_function: got sigmoid, expected softmax"]),

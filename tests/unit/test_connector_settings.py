@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from nemo_upcycle import UpcycleSpec, upcycle_into
-from nemo_upcycle.connector import load_dense_into
-from nemo_upcycle.errors import CheckpointError
-from tests.models import MemorySource, build_chunks, small_architecture
+from nemo_upcycle.connector import check_spec, load_dense_into
+from nemo_upcycle.errors import CheckpointError, SpecError
+from nemo_upcycle.training.equivalence import megatron_logits
+from tests.models import MemorySource, build_chunks, moe_settings, sample_tokens, small_architecture
 
 
 pytestmark = pytest.mark.usefixtures("megatron")
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
+GRANULAR = UpcycleSpec(num_experts=64, top_k=8, granularity=8)
 
 
 @pytest.mark.parametrize(
@@ -91,3 +93,54 @@ def test_gemmas_scaled_embedding_is_asked_for() -> None:
     # What NeMo's GemmaModel does.
     extend_instance(chunks[0].embedding, EmbeddingScalingMixin)
     assert upcycle_into(chunks, source, SPEC).exact
+
+
+def _torn_share(model: torch.nn.Module, granularity: int) -> float:
+    """Return the share of tokens that a router of Megatron's gives parts of several copies."""
+    torn = []
+
+    def look(module: torch.nn.Module, inputs: object, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+        copies_TCG = outputs[1].unflatten(-1, (-1, granularity))
+        torn.append((copies_TCG.any(-1) != copies_TCG.all(-1)).any(-1).flatten())
+
+    hooks = [layer.mlp.router.register_forward_hook(look) for layer in model.decoder.layers]
+    megatron_logits(model.eval(), sample_tokens(250, batch=8, length=128))
+    for hook in hooks:
+        hook.remove()
+    return float(torch.stack(torn).any(0).double().mean())
+
+
+def test_granular_models_need_routers_in_float32_unless_they_compute_in_it() -> None:
+    arch, half = small_architecture(), {"bf16": True, "params_dtype": torch.bfloat16}
+    settings = moe_settings(arch, GRANULAR)
+    for router_dtype, others in (("fp32", half), ("fp64", half), (None, {})):
+        (chunk,) = build_chunks(arch, **(settings | others | {"moe_router_dtype": router_dtype}))
+        assert not [why for why in upcycle_into([chunk], MemorySource(arch), GRANULAR).inexact_because if "top" in why]
+        assert _torn_share(chunk.bfloat16() if others else chunk, 8) == 0.0
+    chunks = build_chunks(arch, **(settings | half | {"moe_router_dtype": None}))
+    with pytest.raises(SpecError, match=r"moe_router_dtype: got None, expected fp32 or fp64 .*Fix: set it to fp32"):
+        upcycle_into(chunks, MemorySource(arch), GRANULAR)
+    chunk.config.moe_router_dtype = None
+    assert _torn_share(chunk.bfloat16(), 8) > 0.002  # what is refused would tear
+
+
+def test_a_recipe_of_a_granular_model_says_so_before_its_type_is_known() -> None:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from nemo_run import Config
+
+    settings = {name: value for name, value in moe_settings(small_architecture(), GRANULAR).items() if "moe" in name}
+    config = Config(TransformerConfig, num_layers=2, num_moe_experts=64, moe_router_topk=8, **settings)
+    check_spec(config, GRANULAR)
+    config.moe_router_dtype = None
+    with pytest.raises(SpecError, match="moe_router_dtype: got None"):
+        check_spec(config, GRANULAR)
+
+
+def test_a_spec_refuses_the_single_expert_that_megatron_refuses() -> None:
+    with pytest.raises(ValueError, match="moe-router-pre-softmax when topk is 1"):
+        build_chunks(small_architecture(), num_experts=4, top_k=1)
+    with pytest.raises(SpecError, match="top_k: got 1, expected 2 or more with router_order=topk_softmax"):
+        UpcycleSpec(num_experts=4, top_k=1)
+    allowed = UpcycleSpec(num_experts=4, top_k=1, router_order="softmax_topk", router_init="zero")
+    chunks = build_chunks(small_architecture(), **moe_settings(small_architecture(), allowed))
+    assert upcycle_into(chunks, MemorySource(small_architecture()), allowed).exact

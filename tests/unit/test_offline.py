@@ -28,11 +28,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "copy": (COPY, {}),
     "noise": (COPY | {"method": "noise", "noise_std": 0.1}, {}),
     "drop": (COPY | {"method": "drop", "router_init": "uniform"}, {}),
-    "granular": (FINE, {"moe_ffn_hidden_size": 48}),
-    "granular drop": (FINE | {"method": "drop"}, {"moe_ffn_hidden_size": 48}),
+    "granular": (FINE, {"moe_ffn_hidden_size": 48, "moe_router_dtype": "fp32"}),
+    "granular drop": (FINE | {"method": "drop"}, {"moe_ffn_hidden_size": 48, "moe_router_dtype": "fp32"}),
     "shared": (
         FINE | {"shared_experts": 1},
-        {"moe_ffn_hidden_size": 48, "moe_shared_expert_intermediate_size": 48},
+        {"moe_ffn_hidden_size": 48, "moe_shared_expert_intermediate_size": 48, "moe_router_dtype": "fp32"},
     ),
     "mixed": (COPY | {"moe_layers": "every-2"}, {"moe_layer_freq": [1, 0, 1, 0]}),
     "before top-k": (
@@ -130,7 +130,7 @@ def test_the_same_again_is_done_already_and_another_is_refused(dense: Path, tmp_
     again = _convert(dense, tmp_path / "moe")
     assert (first.files_kept, again.files_kept, again.bytes_written) == (0, again.files, 0)
     with pytest.raises(UpcycleError, match="finished folder made from something else"):
-        _convert(dense, tmp_path / "moe", UpcycleSpec(num_experts=4, top_k=1))
+        _convert(dense, tmp_path / "moe", UpcycleSpec(num_experts=4, top_k=3))
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "moe").iterdir()}
     with pytest.raises(UpcycleError, match="files that are not ours"):
         _convert(dense, not_ours)

@@ -92,6 +92,67 @@ def test_a_type_with_less_precision_is_compared_in_that_type(dense: Path, tmp_pa
     assert _lines(found)["everything else"].endswith("identical")
 
 
+@pytest.mark.parametrize("shared", [0, 1], ids=["mixtral", "qwen2_moe"])
+def test_tokens_that_16_bits_tear_are_counted_in_the_models_own_type(dense: Path, tmp_path: Path, shared: int) -> None:
+    fields = {"num_experts": 64, "top_k": 8, "granularity": 8, "shared_experts": shared}
+    half = verify(dense, _made(dense, tmp_path / "half", torch.bfloat16, **fields))
+    assert half.torn is not None
+    assert (half.torn.dtype, half.torn.tokens) == ("bfloat16", 512)
+    assert 0 < half.torn.torn == round(half.torn.share * 512) < 100
+    single = verify(dense, _made(dense, tmp_path / "single", **fields))
+    assert single.equal
+    assert single.torn is not None
+    assert (single.torn.dtype, single.torn.torn) == ("float32", 0)
+    assert verify(dense, tmp_path / "single", logits=False).torn is None
+    assert verify(dense, _made(dense, tmp_path / "whole", torch.bfloat16)).torn is None
+
+
+def test_a_model_whose_top_k_takes_half_networks_tears_every_token(dense: Path, tmp_path: Path) -> None:
+    found = verify(dense, _made(dense, tmp_path / "moe", num_experts=8, top_k=3, granularity=2))
+    assert found.torn is not None
+    assert found.torn.share == 1.0
+
+
+def test_a_foreign_top_1_model_is_compared_though_no_spec_makes_one(dense: Path, tmp_path: Path) -> None:
+    for name, fields, is_exact in (("whole", {}, True), ("torn", {"num_experts": 4, "granularity": 2}, False)):
+        moe = _made(dense, tmp_path / name, **fields)
+        config = json.loads((moe / "config.json").read_text())
+        (moe / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 1}))
+        found = verify(dense, moe)
+        assert found.equal is found.weights_exact is is_exact
+
+
+def test_a_float16_half_that_loses_the_last_bit_of_small_weights_is_named(dense: Path, tmp_path: Path) -> None:
+    half = tmp_path / "float16"
+    half.mkdir()
+    for path in dense.iterdir():
+        (half / path.name).write_bytes(path.read_bytes())
+    tensors = {name: tensor.half() for name, tensor in load_file(half / "model.safetensors").items()}
+    tensors["model.layers.0.mlp.down_proj.weight"][0] = 3 * 2.0**-24  # halved, it is no number of float16
+    save_file(tensors, half / "model.safetensors", {"format": "pt"})
+    spec = UpcycleSpec(**FINE, shared_experts=1)
+    with open_dense(half) as source:
+        done = convert(source, tmp_path / "moe", spec)
+    why = ("the factor 0.5 on the shared experts' down projection rounds numbers below 0.00012 in float16",)
+    assert (done.exact, done.inexact_because) == (False, why)
+    found = verify(half, done.output, logits=False)
+    assert found.weights_exact
+    assert found.weights_rounded == why
+    assert not found.equal
+    with open_dense(half) as source:
+        assert convert(source, tmp_path / "bfloat16", spec, dtype=torch.float32).exact
+
+
+def test_every_type_of_a_child_is_held_against_its_parents(dense: Path, tmp_path: Path) -> None:
+    moe = _made(dense, tmp_path / "moe")
+    tensors = load_file(moe / "model.safetensors")
+    name = "model.layers.2.input_layernorm.weight"
+    tensors[name] = tensors[name].bfloat16()
+    save_file(tensors, moe / "model.safetensors", {"format": "pt"})
+    (reason,) = verify(dense, moe, logits=False).weights_rounded
+    assert reason.startswith("float32 weights are rounded to bfloat16")
+
+
 def _change(folder: Path, name: str, value: float) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors[name].view(-1)[-1] = value

@@ -15,7 +15,7 @@ from nemo_upcycle.cli import main
 from tests.models import write_llama
 
 
-SPEC = ("--experts", "2", "--top-k", "1")
+SPEC = ("--experts", "2", "--top-k", "2")
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp("verify")
     dense = write_tokenizer(write_llama(folder / "dense", vocab_size=259, layers=1))
     with open_dense(dense) as source:
-        convert(source, folder / "moe", UpcycleSpec(num_experts=2, top_k=1))
+        convert(source, folder / "moe", UpcycleSpec(num_experts=2, top_k=2))
     return str(dense), str(folder / "moe")
 
 

@@ -84,7 +84,7 @@ def test_names_do_not_run_into_each_other() -> None:
 def test_the_experts_of_one_copy_share_their_row(kind: str, granularity: int) -> None:
     spec = UpcycleSpec(num_experts=4 * granularity, top_k=granularity, granularity=granularity, router_init=kind)
     rows_cgD = router_weight(spec, 5, 96).view(4, granularity, 96)
-    whole = UpcycleSpec(num_experts=4, top_k=1, router_init=kind)
+    whole = UpcycleSpec(num_experts=4, top_k=2, router_init=kind)
     assert torch.equal(rows_cgD, router_weight(whole, 5, 96)[:, None].expand_as(rows_cgD))
     assert len({tuple(row.tolist()) for row in rows_cgD[:, 0]}) == 4
 
