@@ -113,6 +113,16 @@ class Expansion:
         ordered = [name for copies in self.file_order(names).values() for name in copies]
         return safetensors_header(ordered, self.shapes, self.dtype)
 
+    def is_whole(self, path: Path, names: list[str]) -> bool:
+        """Return whether a file with these tensors is there, as far as its size and header tell."""
+        if not path.is_file():
+            return False
+        header = self.header(names)
+        if path.stat().st_size != len(header) + self.size_bytes(names):
+            return False
+        with path.open("rb") as handle:
+            return handle.read(len(header)) == header
+
     @property
     def writers(self) -> int:
         """Files to write at a time. Methods that compute use all cores for one, and hold whole matrices in memory."""

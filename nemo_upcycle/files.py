@@ -81,6 +81,11 @@ def is_complete(folder: Path) -> bool:
     return (folder / MARKER).is_file()
 
 
+def aside_of(target: Path) -> Path:
+    """Return the hidden sibling in which a folder is made."""
+    return target.with_name(f".{target.name}.partial")
+
+
 @contextmanager
 def only_writer(target: Path) -> Iterator[Path]:
     """Give the hidden sibling of `target` to work in, to one writer at a time, with what an earlier one left there.
@@ -97,7 +102,7 @@ def only_writer(target: Path) -> Iterator[Path]:
     if os.path.ismount(target):
         fix = "name a folder inside it"
         raise UpcycleError(problem(str(target), got="a mount point", expected="a folder to replace", fix=fix))
-    aside = target.with_name(f".{target.name}.partial")
+    aside = aside_of(target)
     aside.mkdir(parents=True, exist_ok=True)
     with ExitStack() as opened:
         try:

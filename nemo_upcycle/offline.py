@@ -24,6 +24,7 @@ from nemo_upcycle.errors import CheckpointError, UpcycleError, problem
 from nemo_upcycle.expansion import Expansion
 from nemo_upcycle.files import (
     MARKER,
+    aside_of,
     clear,
     clear_unfinished,
     forget_work,
@@ -33,24 +34,21 @@ from nemo_upcycle.files import (
     require_apart,
     require_disk,
     resolved,
-    sha256_file,
     write_json,
 )
+from nemo_upcycle.finished import add_companions, check_done, is_done, plan_of
 from nemo_upcycle.hf_folder import (
     MAX_SHARD_BYTES,
-    companions_of,
     copy_companions,
     require_dtype,
     shard_files,
     write_config,
     write_index,
 )
-from nemo_upcycle.package_info import __version__
 from nemo_upcycle.progress import ProgressLine
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.branches import require_copies
 from nemo_upcycle.sources.checks import BrokenWeights, check_shapes, check_source, rounded_because
-from nemo_upcycle.sources.safetensors_folder import INDEX
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -59,13 +57,16 @@ _PLAN, _UNFINISHED = ".conversion.json", ".unfinished"
 _FULL = {
     errno.ENOSPC: ("full", "room"),
     errno.EDQUOT: ("quota used up", "room"),
-    errno.EFBIG: ("a file too large for it", "files of up to 5 GB (see ulimit -f, too)"),
+    errno.EFBIG: ("a file too large for it", "files of that size: see ulimit -f, or lower --max-shard-size"),
 }
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` did; bytes and seconds are of this call, which may have found some files done already."""
+    """What `convert` did; bytes and seconds are of this call, which may have found some files done already.
+
+    Those are told by their size and header, not read again. Where routing is needed in float32, `exact` is for that.
+    """
 
     output: Path
     hf_class: str
@@ -81,6 +82,8 @@ class Conversion:
     bytes_total: int
     bytes_written: int
     bytes_read: int
+    max_shard_bytes: int
+    needs_float32_routing: bool
     seconds: float
     peak_rss_gib: float
 
@@ -126,20 +129,23 @@ def convert(
     require_dtype(dtype := dtype or dense.dtype("model.embed_tokens.weight"))
     require_copies(dense, spec.copies)
     expansion = Expansion(dense, spec, dtype)
-    made, names = expansion.made, list(expansion.shapes)
+    made = expansion.made
     _check_folder(dense)
+    if not is_complete(output) and not aside_of(output).exists():  # else less is missing, which `_write` counts
+        require_disk(output, made.total_params * dtype.itemsize, f"convert {output.name}")  # before names are listed
+    names = list(expansion.shapes)
     check_source(dense)
     check_shapes(dense)
     files = shard_files(expansion.shapes, dtype, max_shard_bytes)
-    plan = _plan(dense, spec, dtype, max_shard_bytes)
+    plan = plan_of(dense, spec, dtype, max_shard_bytes)
     kept, written = set(files), 0
-    if _is_done(output, plan):
-        _check_done(output, expansion, files)
-        _add_companions(dense.path, output)
+    if is_done(output, plan):
+        check_done(output, expansion, files)
+        add_companions(dense.path, output)
         forget_work(output, _PLAN)
     else:
         with _only_writer(output, plan) as folder:
-            kept = {file for file in files if _is_whole(folder / file, expansion, files[file])}
+            kept = {file for file in files if expansion.is_whole(folder / file, files[file])}
             written = _write(expansion, folder, files, kept, f"convert {output.name}", progress)
             _finish(expansion, folder, files, plan)
     reasons = (*spec.inexact_because, *dense.inexact_because(), *rounded_because(dense, dtype, spec))
@@ -159,6 +165,8 @@ def convert(
         bytes_total=expansion.size_bytes(names),
         bytes_written=written,
         bytes_read=dense.bytes_read - bytes_before,
+        max_shard_bytes=max_shard_bytes,
+        needs_float32_routing=spec.needs_float32_routing,
         seconds=round(time.monotonic() - start_s, 3),
         peak_rss_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
     )
@@ -169,66 +177,6 @@ def _check_folder(dense: DenseSource) -> None:
     if not (dense.path / "config.json").is_file():
         expected, fix = "a Hugging Face folder", "export the checkpoint first (nemo-upcycle export), then convert that"
         raise CheckpointError(problem(str(dense.path), got="no config.json", expected=expected, fix=fix))
-
-
-def _plan(dense: DenseSource, spec: UpcycleSpec, dtype: torch.dtype, max_shard_bytes: int) -> dict[str, Any]:
-    """Return what the bytes of the output follow from; files of a stopped run are kept only if all of it is the same.
-
-    Two models of one shape have the same headers: the times at which the files were written tell them apart.
-    """
-    sources = []
-    for source in dense.branches():
-        folders = (source.path, source.path / "weights")  # NeMo's files lie in the latter
-        files = [path for name in source.fingerprint() for folder in folders if (path := folder / name).is_file()]
-        changed_ns = {str(path.relative_to(source.path)): path.stat().st_mtime_ns for path in files}
-        sources.append({"path": str(source.path.resolve()), "files": source.fingerprint(), "changed_ns": changed_ns})
-    return {
-        "sources": sources,
-        "mixed": list(dense.inexact_because()),
-        "config_sha256": sha256_file(dense.path / "config.json"),
-        "spec": spec.to_dict(),
-        "dtype": str(dtype),
-        "max_shard_bytes": max_shard_bytes,
-        "version": __version__,
-    }
-
-
-def _is_done(output: Path, plan: dict[str, Any]) -> bool:
-    """Return whether an earlier run finished this very conversion; nothing else may stand where the output goes.
-
-    Raises:
-        UpcycleError: something else does. It is never deleted.
-    """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return False
-    marker = read_json(output / MARKER) if is_complete(output) else None
-    if isinstance(marker, dict) and marker.get("made_from") == plan:
-        return True
-    got = "a finished folder made from something else" if is_complete(output) else "files that are not ours"
-    fix = "choose another name, or remove it first"
-    raise UpcycleError(problem(str(output), got=got, expected="no such folder, or an empty one", fix=fix))
-
-
-def _check_done(output: Path, expansion: Expansion, files: dict[str, list[str]]) -> None:
-    """Check that what an earlier run finished is still there.
-
-    Raises:
-        UpcycleError: a file is missing or has another size or header.
-    """
-    others = ["config.json", *([INDEX] if len(files) > 1 else []), *read_json(output / MARKER)["companions"]]
-    lost = [name for name in others if not (output / name).is_file()]
-    lost += [file for file, names in files.items() if not _is_whole(output / file, expansion, names)]
-    if lost:
-        got = f"no whole {lost[0]}" + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
-        expected, fix = "every file of the finished conversion", "remove the folder and run the same command again"
-        raise UpcycleError(problem(str(output), got=got, expected=expected, fix=fix))
-
-
-def _add_companions(dense_folder: Path, output: Path) -> None:
-    """Copy what the parent's folder got after the conversion, say a tokenizer."""
-    marker = read_json(output / MARKER)
-    if not {path.name for path in companions_of(dense_folder)} <= set(marker["companions"]):
-        write_json(output / MARKER, marker | {"companions": copy_companions(dense_folder, output)})
 
 
 @contextmanager
@@ -249,17 +197,9 @@ def _only_writer(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
             if not isinstance(error, OSError) or error.errno not in _FULL:
                 raise
             got, expected = _FULL[error.errno]
-            fix = "mend that and run the same command again: finished files are kept"
+            fix = "fix that and run the same command again: finished files are kept"
             raise UpcycleError(problem(f"disk of {output}", got=got, expected=expected, fix=fix)) from None
     forget_work(output, _PLAN)  # not before it is in its place: without a plan nothing is kept
-
-
-def _is_whole(path: Path, expansion: Expansion, names: list[str]) -> bool:
-    header = expansion.header(names)
-    if not path.is_file() or path.stat().st_size != len(header) + expansion.size_bytes(names):
-        return False
-    with path.open("rb") as handle:
-        return handle.read(len(header)) == header
 
 
 def _write(

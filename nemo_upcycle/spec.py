@@ -193,7 +193,7 @@ class UpcycleSpec:
         if numbers:
             if numbers[-1] >= num_layers:
                 expected = f"0 to {num_layers - 1} (the model has {num_layers} layers)"
-                raise SpecError(problem("moe_layers", got=numbers[-1], expected=expected, fix="mend the list"))
+                raise SpecError(problem("moe_layers", got=numbers[-1], expected=expected, fix="correct the list"))
             pattern = tuple(layer in numbers for layer in range(num_layers))
         else:
             kind, _, rest = self.moe_layers.partition("-")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_upcycle.errors import UpcycleError, unknown
+from nemo_upcycle.errors import UpcycleError, problem, unknown
 from nemo_upcycle.spec import METHODS, MOE_LAYERS, OUTPUT_SCALES, ROUTER_INITS, ROUTER_ORDERS, UpcycleSpec
 
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("bfloat16", "float16", "float32")
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 #: option -> (field of the spec, type, placeholder, help)
 _SPEC_OPTIONS: dict[str, tuple[str, type, str, str]] = {
     "--experts": ("num_experts", int, "N", "routed experts of an MoE layer"),
@@ -78,6 +81,36 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     import torch
 
     return getattr(torch, name)
+
+
+def output_folder(text: str) -> Path:
+    """Return the folder to make that an argument names.
+
+    Raises:
+        UpcycleError: it names none; a path without a name would be the current folder.
+    """
+    if not text:
+        fix = "name one; . is the current folder"
+        raise UpcycleError(problem("folder to make", got="an empty name", expected="a path", fix=fix))
+    return Path(text)
+
+
+def file_size(text: str) -> int:
+    """Return the bytes of a size as transformers writes it.
+
+    Raises:
+        UpcycleError: it is none.
+
+    Example:
+        >>> file_size("5GB"), file_size("1.5 GiB")
+        (5000000000, 1610612736)
+    """
+    found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)\s*([KMGT]i?B)", text.strip(), re.IGNORECASE)
+    size_bytes = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
+    if not size_bytes:
+        expected, fix = "a number above 0 and a unit: KB, MB, GB, TB, KiB, MiB, GiB or TiB", "write e.g. 5GB"
+        raise UpcycleError(problem("size of a file", got=repr(text), expected=expected, fix=fix))
+    return size_bytes
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -26,8 +26,9 @@ exit status: 0 equal within the tolerance; 1 not; 2 a folder is damaged or a val
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.epilog = _EXAMPLES
-    parser.add_argument("dense", metavar="DENSE", type=Path, help="Hugging Face folder of the parent")
-    parser.add_argument("moe", metavar="MOE", type=Path, help="Hugging Face folder of the MoE model")
+    where = "Hugging Face folder, or hf://ORG/NAME on the hub (downloaded)"
+    parser.add_argument("dense", metavar="DENSE", help=f"the parent: {where}, or asset://smollm2-135m")
+    parser.add_argument("moe", metavar="MOE", help=f"the MoE model: {where}")
     parser.add_argument("--text", metavar="FILE", type=Path, help="text to run on (default: a short one of ours)")
     parser.add_argument("--layers", action="store_true", help="compare every layer, to find where the models part")
     parser.add_argument("--weights-only", action="store_true", help="run nothing: a verdict from the weights alone")
@@ -47,11 +48,13 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UpcycleError: a folder is damaged or a value is wrong.
     """
+    from nemo_upcycle.data.dense import local_model
     from nemo_upcycle.verify import verify
 
+    dense, moe = (Path(local_model(source).removeprefix("hf://")) for source in (args.dense, args.moe))
     found = verify(
-        args.dense,
-        args.moe,
+        dense,
+        moe,
         args.text,
         layers=args.layers,
         logits=not args.weights_only,

@@ -101,6 +101,26 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/nemo-upcycle").expanduser()
 
 
+def writable_cache(kind: str, root: Path | None = None) -> Path:
+    """Return the cache's folder for things of a kind, made where it is missing.
+
+    Args:
+        kind: `assets`, `dense`, ...
+        root: the cache; `cache_folder()` unless given.
+
+    Raises:
+        UpcycleError: nothing can be written there.
+    """
+    folder = (root or cache_folder()) / kind
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        expected, fix = "a folder to write", f"set {CACHE_VARIABLE} to one"
+        raise UpcycleError(problem(f"cache {folder}", got=error.strerror, expected=expected, fix=fix)) from None
+    return folder
+
+
 def fetch_asset(name: str, cache_dir: Path | None = None) -> Path:
     """Return the path of an asset, downloading it when the cache does not hold it.
 
@@ -125,8 +145,7 @@ def fetch_asset(name: str, cache_dir: Path | None = None) -> Path:
     result = folder / PurePosixPath(asset.member).name
     if is_complete(folder):
         return result
-    require_disk(folder.parent, asset.disk_bytes, f"asset {name}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    require_disk(writable_cache("assets", cache_dir), asset.disk_bytes, f"asset {name}")
     with FileLock(folder.parent / f".{folder.name}.lock"):  # two runs may ask for it at once
         if not is_complete(folder):
             _fetch(asset, folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from nemo_upcycle.data.assets import ASSETS, cache_folder, fetch_asset
+from nemo_upcycle.data.assets import ASSETS, fetch_asset, writable_cache
 from nemo_upcycle.data.gguf import convert_gguf
 from nemo_upcycle.errors import CheckpointError, UpcycleError, problem, unknown
 from nemo_upcycle.files import is_complete
@@ -16,7 +16,7 @@ from nemo_upcycle.sources.checks import check_source
 
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_WANTED = ["*.safetensors", "*.json", "tokenizer*", "merges.txt", "*.jinja"]
+_WANTED = ["*.safetensors", "*.json", "tokenizer*", "merges.txt", "*.jinja", "README.md", "LICENSE*"]
 # subfolders hold other formats of the same weights (original/, onnx/), as does consolidated.safetensors
 _UNWANTED = ["*/*", "consolidated*"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -50,7 +50,7 @@ def _import(source: str, output: Path, *, sampled: bool) -> Path:
     if scheme == "asset":
         folder = _from_asset(rest, output)
     elif scheme == "hf":
-        folder = _from_hf(rest)
+        folder = _from_hf(rest, may_be_path=not separator)
     else:
         raise UpcycleError(unknown("address scheme", scheme, ["asset", "hf"]))
     # Opening reads the configuration and every header, and checks that no file is cut short.
@@ -67,14 +67,15 @@ def _from_asset(name: str, output: Path) -> Path:
     return convert_gguf(fetch_asset(name), output)
 
 
-def _from_hf(rest: str) -> Path:
+def _from_hf(rest: str, *, may_be_path: bool) -> Path:
     path = Path(rest).expanduser()
     if path.is_dir():
         return path
-    if not _HUB_NAME.fullmatch(rest):
+    is_mistyped = may_be_path and path.parent.is_dir()  # models/lama beside models/llama is no name on the hub
+    if is_mistyped or not _HUB_NAME.fullmatch(rest):
         raise CheckpointError(
             problem(
-                f"dense model {rest!r}",
+                f"model {rest!r}",
                 got="no such folder",
                 expected="a Hugging Face folder, hf://ORG/NAME or asset://NAME",
                 fix="check the path",
@@ -87,16 +88,20 @@ def _download(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        fix = "pip install nemo-upcycle[nemo]"
+        fix = "pip install huggingface_hub"
         raise UpcycleError(problem("package huggingface-hub", got="not installed", expected="any", fix=fix)) from None
     try:
         return Path(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+    except PermissionError as error:
+        fix = "set HF_HOME to a folder that you may write"
+        what = f"the Hugging Face hub's cache, {error.filename}"
+        raise UpcycleError(problem(what, got=error.strerror, expected="a folder to write", fix=fix)) from None
     except (OSError, ValueError) as error:  # every error of huggingface_hub and requests is one of the two
         raise UpcycleError(
             problem(
                 f"download of {name} from the Hugging Face hub",
                 got=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
-                expected="a model that this machine can reach",
+                expected="a folder of that name, or a model on the hub (hf://ORG/NAME) that this machine can reach",
                 fix="check the name, the network and (for a gated model) `hf auth login`; or run `hf download "
                 f"{name} --local-dir FOLDER` on a machine with a network and give that folder; or try "
                 "asset://smollm2-135m",
@@ -133,9 +138,35 @@ def ensure_dense(source: str) -> Path:
         >>> ensure_dense("asset://smollm2-135m")  # doctest: +SKIP
         PosixPath('/home/me/.cache/nemo-upcycle/dense/smollm2-135m')
     """
-    output = cache_folder() / "dense" / re.sub(r"\W+", "-", source.partition("://")[2] or source).strip("-")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    scheme, separator, name = source.partition("://")
+    if scheme != "asset" or not separator:  # used where it lies, or kept by the hub's client, which has its own locks
+        return _import(source, Path(), sampled=True)
+    output = writable_cache("dense") / re.sub(r"\W+", "-", name).strip("-")
     with FileLock(f"{output}.lock"):
-        if source.startswith("asset://") and is_complete(output):
-            return output
-        return _import(source, output, sampled=True)
+        return output if is_complete(output) else _import(source, output, sampled=True)
+
+
+def local_model(source: str) -> str:
+    """Return where a model lies on this machine, fetching what a name on the hub or of an asset stands for.
+
+    Unlike `ensure_dense` it asks for no tokenizer, and leaves paths and addresses of other kinds to who opens them.
+
+    Args:
+        source: `hf://ORG/NAME` or `ORG/NAME`, dense or MoE; `asset://NAME`; or anything else.
+
+    Raises:
+        UpcycleError: it cannot be reached, or names nothing.
+
+    Example:
+        >>> local_model("/models/Llama-3-8B")
+        '/models/Llama-3-8B'
+    """
+    if not source:
+        raise UpcycleError(problem("model", got="an empty name", expected="a folder or hf://ORG/NAME", fix="name one"))
+    scheme, separator, rest = source.partition("://")
+    if scheme == "asset" and separator:
+        return str(ensure_dense(source))
+    name = rest if separator else source
+    if (scheme == "hf" or not separator) and _HUB_NAME.fullmatch(name):
+        return str(_from_hf(name, may_be_path=not separator))
+    return source

@@ -99,7 +99,10 @@ def test_tokens_that_16_bits_tear_are_counted_in_the_models_own_type(dense: Path
     assert half.torn is not None
     assert (half.torn.dtype, half.torn.tokens) == ("bfloat16", 512)
     assert 0 < half.torn.torn == round(half.torn.share * 512) < 100
-    single = verify(dense, _made(dense, tmp_path / "single", **fields))
+
+
+def test_float32_and_whole_networks_tear_nothing(dense: Path, tmp_path: Path) -> None:
+    single = verify(dense, _made(dense, tmp_path / "single", **FINE))
     assert single.equal
     assert single.torn is not None
     assert (single.torn.dtype, single.torn.torn) == ("float32", 0)
