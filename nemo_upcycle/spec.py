@@ -16,8 +16,8 @@ ROUTER_ORDERS = ("topk_softmax", "softmax_topk")
 ROUTER_SCORES = ("softmax", "sigmoid")
 OUTPUT_SCALES = ("exact", "none")
 MOE_LAYERS = ("all", "every-N", "first-K-dense", "a list of layer numbers")
-#: Eight times the experts of the largest open models: beyond it, names and headers alone take minutes.
-MAX_EXPERTS = 4096
+#: Four times the experts of the largest open models: beyond it, names and headers alone take minutes.
+MAX_EXPERTS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class UpcycleSpec:
     """How a dense model becomes a Mixture-of-Experts model; by default as in the paper (arXiv 2412.09952, section 2).
 
     Args:
-        num_experts: N, routed experts in every MoE layer, at most 4096.
+        num_experts: N, routed experts in every MoE layer, at most 2048.
         top_k: experts that a token passes through; 1 with `softmax_topk` or sigmoid only, as in Megatron.
         granularity: G. The dense network's F neurons are cut into G shards; expert `c G + g` holds shard g, and the
             experts of one copy c share their router row, so that top-k, a multiple of G, picks whole networks

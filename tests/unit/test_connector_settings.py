@@ -81,6 +81,17 @@ def test_weights_that_the_models_type_rounds_are_told() -> None:
     assert reason.startswith("float32 weights are rounded to bfloat16 (")
 
 
+def test_the_receipt_names_the_half_that_float16_rounds_where_experts_are_shared() -> None:
+    spec = UpcycleSpec(num_experts=4, top_k=2, granularity=2, shared_experts=1)
+    settings, source = moe_settings(small_architecture(), spec), MemorySource(small_architecture())
+    source.tensors = {name: tensor.half() for name, tensor in source.tensors.items()}
+    for dtype, found in ((torch.float16, 1), (torch.float32, 0)):
+        chunks = build_chunks(small_architecture(), **settings, params_dtype=dtype)
+        reasons = upcycle_into(chunks, source, spec).inexact_because
+        assert len(reasons) == found
+        assert all("0.5 on the shared experts' down projection rounds numbers below" in reason for reason in reasons)
+
+
 def test_gemmas_scaled_embedding_is_asked_for() -> None:
     gemma = {"hf_class": "GemmaForCausalLM", "activation": "gelu_tanh"}
     chunks = build_chunks(small_architecture(), num_experts=4, activation_func=torch.nn.GELU("tanh"))

@@ -14,8 +14,8 @@ from nemo_upcycle.spec import check_capacity
     [
         ({"top_k": 9}, ["top_k", "9", "1 to 8 (num_experts)"]),
         ({"top_k": 0}, ["top_k", "0"]),
-        ({"num_experts": 1}, ["num_experts: got 1, expected a whole number, 2 to 4096"]),
-        ({"num_experts": 10**9}, ["num_experts: got 1000000000, expected a whole number, 2 to 4096"]),
+        ({"num_experts": 1}, ["num_experts: got 1, expected a whole number, 2 to 2048"]),
+        ({"num_experts": 10**9}, ["num_experts: got 1000000000, expected a whole number, 2 to 2048"]),
         ({"granularity": 16}, ["granularity: got 16, expected a whole number, 1 to 8 (num_experts)"]),
         ({"top_k": 1}, ["top_k: got 1, expected 2 or more", "set router_order to softmax_topk", "or top_k to 2"]),
         ({"num_experts": 8.0}, ["num_experts", "8.0"]),

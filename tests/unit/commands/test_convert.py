@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from nemo_upcycle.cli import main
+from nemo_upcycle.files import MARKER
 from tests.models import write_llama
+from tests.unit.exports import _Usage
 
 
 SPEC = ("--experts", "2", "--top-k", "2")
@@ -94,5 +99,114 @@ def test_a_file_larger_than_the_system_takes(dense: Path, tmp_path: Path) -> Non
     )
     done = subprocess.run(["bash", "-c", f"ulimit -f 100; {command}"], capture_output=True, check=False, text=True)
     assert done.returncode == 2
-    assert "got a file too large for it, expected files of that size: see ulimit -f, or lower --max-shard-size" in done.stderr
+    assert (
+        "got a file too large for it, expected files of that size: see ulimit -f, or lower --max-shard-size"
+        in done.stderr
+    )
     assert not (tmp_path / "moe").exists()
+
+
+def test_granular_models_are_exact_with_float32_routing_and_it_says_so(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["convert", str(dense), str(tmp_path / "moe"), "--experts", "8", "--top-k", "4", "--granularity", "2"]
+    assert main(command) == 0
+    assert "computes the dense function\nwith router logits in float32: in 16 bits" in capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["needs_float32_routing"] is True
+    assert main(["convert", str(dense), str(tmp_path / "whole"), *SPEC, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["needs_float32_routing"] is False
+
+
+def test_a_stopped_run_keeps_files_of_the_size_asked_for(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["convert", str(dense), str(tmp_path / "moe"), *SPEC, "--max-shard-size", "60 KB"]
+    fsync, calls = os.fsync, []
+
+    def stop(file: int) -> None:
+        calls.append(file)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        fsync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", stop)
+        assert main(command) == 130
+    capsys.readouterr()
+    assert main([*command, "--json"]) == 0
+    done = json.loads(capsys.readouterr().out)
+    assert done["max_shard_bytes"] == 60_000
+    assert 3 <= done["files_kept"] < done["files"]
+    assert max(path.stat().st_size for path in (tmp_path / "moe").glob("*.safetensors")) < 70_000
+
+
+@pytest.mark.parametrize("size", ["5", "GB", "0GB", "-1GB", "5 Gigs", "", "1e3GB", "9999999GB", "5G"])
+def test_a_size_that_is_none_is_refused(
+    dense: Path, tmp_path: Path, size: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(dense), str(tmp_path / "moe"), *SPEC, f"--max-shard-size={size}"]) == 2
+    assert f"size of a file: got {size!r}, expected a number above 0 and a unit: KB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--experts", "1000000000"], "num_experts: got 1000000000, expected a whole number, 2 to 2048"),
+        (["--experts", "100000", "--granularity", "1000"], "num_experts: got 100000"),
+        (["--experts", "2048", "--top-k", "2"], "disk space for convert moe in "),
+        (["--top-k", "1"], "top_k: got 1, expected 2 or more with router_order=topk_softmax"),
+    ],
+)
+def test_what_is_out_of_reach_is_refused_at_once(
+    dense: Path,
+    tmp_path: Path,
+    words: list[str],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(10**8, 10**8 - 10**7, 10**7))
+    start_s = time.process_time()
+    assert main(["convert", str(dense), str(tmp_path / "moe"), *words]) == 2
+    assert told in capsys.readouterr().err
+    assert time.process_time() - start_s < 1.0
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_an_empty_name_is_no_folder(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(dense), "", *SPEC]) == 2
+    assert "folder to make: got an empty name, expected a path. Fix: name one" in capsys.readouterr().err
+    assert main(["convert", "", "moe", *SPEC]) == 2
+    assert "model: got an empty name, expected a folder or hf://ORG/NAME" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"companions": 5}', '{"companions": [{}]}', "\x00"])
+def test_a_damaged_marker_asks_for_the_run_not_for_the_file(
+    dense: Path, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["convert", str(dense), str(tmp_path / "moe"), *SPEC]
+    assert main(command) == 0
+    (tmp_path / "moe" / MARKER).write_text(content)
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert f"{MARKER}: got a damaged file, expected what finished the folder. Fix: choose another name, or" in told
+    assert "write the file again" not in told
+
+
+def test_what_is_done_already_says_how_it_was_told_and_how_to_look_inside(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["convert", str(dense), str(tmp_path / "moe"), *SPEC]
+    assert main(command) == 0
+    file = tmp_path / "moe/model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 64
+    file.write_bytes(content)
+    capsys.readouterr()
+    assert main(command) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "from before" in line]
+    told, _, verify = line.partition("nemo-upcycle ")
+    assert told == "1 of 1 files from before, told by size and header; what they hold: "
+    assert main(shlex.split(verify)) == 1
+    assert "equal: no" in capsys.readouterr().out
