@@ -92,11 +92,12 @@ def _download(name: str) -> Path:
         raise UpcycleError(problem("package huggingface-hub", got="not installed", expected="any", fix=fix)) from None
     try:
         return Path(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
-    except PermissionError as error:
-        fix = "set HF_HOME to a folder that you may write"
-        what = f"the Hugging Face hub's cache, {error.filename}"
-        raise UpcycleError(problem(what, got=error.strerror, expected="a folder to write", fix=fix)) from None
     except (OSError, ValueError) as error:  # every error of huggingface_hub and requests is one of the two
+        if isinstance(error, OSError) and error.filename:
+            what, expected = f"the hub's cache, {error.filename}", "a folder to write, with room"
+            raise UpcycleError(
+                problem(what, got=error.strerror, expected=expected, fix="set HF_HOME to one")
+            ) from None
         raise UpcycleError(
             problem(
                 f"download of {name} from the Hugging Face hub",
@@ -166,7 +167,8 @@ def local_model(source: str) -> str:
     scheme, separator, rest = source.partition("://")
     if scheme == "asset" and separator:
         return str(ensure_dense(source))
-    name = rest if separator else source
-    if (scheme == "hf" or not separator) and _HUB_NAME.fullmatch(name):
-        return str(_from_hf(name, may_be_path=not separator))
+    if scheme == "hf" and separator and not rest.startswith("/"):
+        return str(_from_hf(rest, may_be_path=False))
+    if not separator and _HUB_NAME.fullmatch(source):
+        return str(_from_hf(source, may_be_path=True))
     return source

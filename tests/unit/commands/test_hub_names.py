@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle import UpcycleSpec, open_dense
+from nemo_upcycle.cli import main
 from nemo_upcycle.offline import convert
 from tests.models import write_llama, write_tokenizer
 
@@ -114,19 +115,33 @@ def test_without_a_network_it_says_what_to_do(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_mistyped_folder_is_no_name_on_the_hub(hub: tuple[Path, str], tmp_path: Path) -> None:
-    (tmp_path / "acme").mkdir()
+def test_the_hubs_cache_that_cannot_be_written_is_named(hub: tuple[Path, str], tmp_path: Path) -> None:
+    (tmp_path / "hf").write_text("mine")
     done = _run(tmp_path, hub[1], "convert", "acme/tiny", "moe", *SPEC)
     assert done.returncode == 2
-    assert "model 'acme/tiny': got no such folder, expected a Hugging Face folder, hf://ORG/NAME" in done.stderr
+    assert "got Not a directory, expected a folder to write, with room. Fix: set HF_HOME to one" in done.stderr
 
 
-def test_a_cache_that_cannot_be_written_is_named(hub: tuple[Path, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("acme/tiny", "model 'acme/tiny': got no such folder, expected a Hugging Face folder, hf://ORG/NAME"),
+        ("hf://a/b/c", "model 'a/b/c': got no such folder, expected a Hugging Face folder, hf://ORG/NAME"),
+        ("asset://smollm", "model asset 'smollm' does not exist. Did you mean 'smollm2-135m'"),
+        (
+            "asset://smollm2-135m",
+            "got Not a directory, expected a folder to write. Fix: set NEMO_UPCYCLE_CACHE to one",
+        ),
+    ],
+    ids=["a mistyped folder", "too long a name", "another asset", "no cache"],
+)
+def test_what_names_nothing_is_told_before_anything_is_fetched(
+    tmp_path: Path, source: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "acme").mkdir()
     (tmp_path / "file").write_text("mine")
-    environment = os.environ | {"NEMO_UPCYCLE_CACHE": str(tmp_path / "file/cache")}
-    command = [sys.executable, "-m", "nemo_upcycle.cli", "convert", "asset://smollm2-135m", "moe", *SPEC]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert (
-        "file/cache/dense: got Not a directory, expected a folder to write. Fix: set NEMO_UPCYCLE_CACHE" in done.stderr
-    )
+    monkeypatch.setenv("NEMO_UPCYCLE_CACHE", str(tmp_path / ("file" if "135m" in source else "cache")))
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", source, "moe", *SPEC]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "moe").exists()
