@@ -101,7 +101,7 @@ def _download(name: str) -> Path:
         raise UpcycleError(
             problem(
                 f"download of {name} from the Hugging Face hub",
-                got=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
+                got=f"{type(error).__name__}: {str(error).strip().splitlines()[0].rstrip('.')}",
                 expected="a folder of that name, or a model on the hub (hf://ORG/NAME) that this machine can reach",
                 fix="check the name, the network and (for a gated model) `hf auth login`; or run `hf download "
                 f"{name} --local-dir FOLDER` on a machine with a network and give that folder; or try "
