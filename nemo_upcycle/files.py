@@ -1,8 +1,9 @@
 """Files that are either complete or absent: write aside, rename, then mark.
 
-A folder that took work to make carries a marker, `_SUCCESS.json`, written last. Whoever reads the folder
-asks for the marker, so the remains of an interrupted run are never taken for a result. One process at a time
-writes a folder: a lock lies in the hidden folder in which the work is done. `streamed.py` writes large files.
+A folder that took work to make carries a marker, `_SUCCESS.json`, written last; that of a model, which may be
+published, is called `nemo_upcycle.json`. Whoever reads the folder asks for the marker, so the remains of an
+interrupted run are never taken for a result. One process at a time writes a folder: a lock lies in the hidden folder
+in which the work is done. `streamed.py` writes large files.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from nemo_upcycle.errors import UpcycleError, problem
 
 
 MARKER = "_SUCCESS.json"
+#: The marker of a Hugging Face folder, which may be published: there it says what the model was made of and by.
+MODEL_MARKER = "nemo_upcycle.json"
 _LOCK = ".lock"
+_PLAN = ".plan.json"
 _ASIDE = ".half."
 _CHUNK_BYTES = 1 << 22
 
@@ -78,7 +82,13 @@ def read_json(path: Path) -> Any:
 
 def is_complete(folder: Path) -> bool:
     """Return whether `folder` holds a finished result."""
-    return (folder / MARKER).is_file()
+    return marker_of(folder).is_file()
+
+
+def marker_of(folder: Path) -> Path:
+    """Return the path of a folder's marker, whether it is there or not."""
+    own = folder / MODEL_MARKER
+    return own if own.is_file() else folder / MARKER
 
 
 def aside_of(target: Path) -> Path:
@@ -145,15 +155,18 @@ def clear(aside: Path) -> None:
 
 
 @contextmanager
-def output_folder(target: Path, made_by: str | None = None) -> Iterator[Path]:
+def output_folder(target: Path, made_by: str | None = None, plan: Any = None) -> Iterator[Path]:
     """Give a folder to write into, and put it in the place of `target` when the block ends without an error.
 
     The work happens in a hidden sibling of `target`. An error removes it; a kill leaves it for the next call to clear.
-    A complete `target` of an earlier run is replaced, and is left untouched when the block fails.
+    A complete `target` of an earlier run is replaced, and is left untouched when the block fails: it is moved aside
+    for the moment in which the new one takes its place. A kill then leaves both, and the next call puts it back.
 
     Args:
         target: the folder that shall exist afterwards.
         made_by: who writes it, as the marker will say. Then only what `require_replaceable` lets pass is replaced.
+        plan: what the bytes follow from, as plain values. Then the work of a killed or interrupted call with the same
+            plan is kept for the block to go on with.
 
     Raises:
         UpcycleError: another process writes it, or something else stands there.
@@ -165,17 +178,38 @@ def output_folder(target: Path, made_by: str | None = None) -> Iterator[Path]:
     target = resolved(target)
     if made_by:
         require_replaceable(target, made_by)
-    with only_writer(target) as aside:
-        clear(aside)
-        try:
-            yield aside
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
-        if made_by:
-            require_replaceable(target, made_by)
-        if target.exists():
-            shutil.rmtree(target)
+    replaced, is_moved = target.with_name(f".{target.name}.replaced"), False
+    try:
+        with only_writer(target) as aside:
+            if replaced.exists() and not target.exists():
+                replaced.rename(target)
+            if plan is None or not _was_planned(aside, plan):
+                clear(aside)
+            if plan is not None:
+                write_json(aside / _PLAN, plan)
+            try:
+                yield aside
+            except BaseException as error:
+                # What a mistake of the user's led to is not worth keeping.
+                if plan is None or isinstance(error, UpcycleError):
+                    shutil.rmtree(aside, ignore_errors=True)
+                raise
+            if made_by:
+                require_replaceable(target, made_by)
+            forget_work(aside, _PLAN)
+            if target.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+                target.rename(replaced)
+                is_moved = True
+    except BaseException:
+        if is_moved and not target.exists():
+            replaced.rename(target)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _was_planned(aside: Path, plan: Any) -> bool:
+    return (aside / _PLAN).is_file() and read_json(aside / _PLAN) == plan
 
 
 def require_replaceable(target: Path, made_by: str) -> None:
@@ -190,7 +224,7 @@ def require_replaceable(target: Path, made_by: str) -> None:
         return
     got = "files that are not ours"
     if is_complete(target):
-        marker = read_json(target / MARKER)
+        marker = read_json(marker_of(target))
         if isinstance(marker, dict) and marker.get("made_by") == made_by:
             return
         got = f"a finished folder that was not made by {made_by}"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,3 +135,72 @@ def test_a_full_disk_is_told_before_writing(tmp_path: Path) -> None:
 def test_error_texts() -> None:
     assert problem("x", got=1, expected="2", fix="do it.") == "x: got 1, expected 2. Fix: do it."
     assert "Did you mean" not in unknown("x", "zzz", ["abc"])
+
+
+_KILLED_BETWEEN = """
+import os, signal, sys
+from pathlib import Path
+from nemo_upcycle.files import output_folder
+rename, target = Path.rename, Path(sys.argv[1])
+def kill_after(self, other):
+    rename(self, other)
+    if self == target:
+        os.kill(os.getpid(), signal.SIGKILL)
+Path.rename = kill_after
+with output_folder(target) as folder:
+    (folder / "a").write_text("second")
+"""
+
+
+def test_a_kill_between_old_and_new_loses_neither(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with output_folder(target) as folder:
+        (folder / "a").write_text("first")
+    killed = subprocess.run([sys.executable, "-c", _KILLED_BETWEEN, str(target)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / ".out.replaced/a").read_text() == "first"
+    assert (tmp_path / ".out.partial/a").read_text() == "second"
+    with pytest.raises(RuntimeError), output_folder(target):  # the next call puts the old one back first
+        raise RuntimeError
+    assert (target / "a").read_text() == "first"
+    with output_folder(target) as folder:
+        (folder / "a").write_text("third")
+    assert (target / "a").read_text() == "third"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_old_result_comes_back_where_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, rename = tmp_path / "out", Path.rename
+    with output_folder(target) as folder:
+        (folder / "a").write_text("first")
+
+    def refuse(self: Path, other: Path) -> Path:
+        if self.name == ".out.partial":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, other)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="Input/output"), output_folder(target) as folder:
+        (folder / "a").write_text("second")
+    assert (target / "a").read_text() == "first"
+
+
+def _stop(target: Path, plan: int, error: BaseException, *, kept: bool) -> None:
+    with output_folder(target, plan=plan) as folder:
+        assert (folder / "half").is_file() is kept
+        (folder / "half").write_text("x")
+        raise error
+
+
+def test_work_of_the_same_plan_is_gone_on_with(tmp_path: Path) -> None:
+    for plan, kept in ((1, False), (1, True), (2, False)):
+        with pytest.raises(KeyboardInterrupt):
+            _stop(tmp_path / "out", plan, KeyboardInterrupt(), kept=kept)
+    with pytest.raises(UpcycleError, match="a mistake"):
+        _stop(tmp_path / "out", 2, UpcycleError("a mistake of the user's"), kept=True)
+    assert list(tmp_path.iterdir()) == []
+    with output_folder(tmp_path / "out", plan=2) as folder:
+        (folder / "a").write_text("x")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
