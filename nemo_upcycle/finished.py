@@ -9,8 +9,8 @@ import torch
 
 from nemo_upcycle.errors import UpcycleError, problem
 from nemo_upcycle.expansion import Expansion
-from nemo_upcycle.files import MARKER, is_complete, read_json, sha256_file, write_json
-from nemo_upcycle.hf_folder import companions_of, copy_companions
+from nemo_upcycle.files import MODEL_MARKER, is_complete, read_json, sha256_file, write_json
+from nemo_upcycle.hf_folder import companion_names, copy_companions
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.safetensors_folder import INDEX
@@ -76,7 +76,7 @@ def _marker(output: Path) -> dict[str, Any]:
         UpcycleError: it is damaged. Nobody could write it again by hand.
     """
     try:
-        marker = read_json(output / MARKER)
+        marker = read_json(output / MODEL_MARKER)
         companions = marker.get("companions", []) if isinstance(marker, dict) else None
         if isinstance(companions, list) and all(isinstance(name, str) for name in companions):
             return marker | {"companions": companions}
@@ -84,11 +84,11 @@ def _marker(output: Path) -> dict[str, Any]:
         pass
     fix = "choose another name, or remove the folder and run the same command again"
     expected = "what finished the folder"
-    raise UpcycleError(problem(str(output / MARKER), got="a damaged file", expected=expected, fix=fix))
+    raise UpcycleError(problem(str(output / MODEL_MARKER), got="a damaged file", expected=expected, fix=fix))
 
 
 def add_companions(dense_folder: Path, output: Path) -> None:
     """Copy what the parent's folder got after the conversion, say a tokenizer."""
     marker = _marker(output)
-    if not {path.name for path in companions_of(dense_folder)} <= set(marker["companions"]):
-        write_json(output / MARKER, marker | {"companions": copy_companions(dense_folder, output)})
+    if not set(companion_names(dense_folder)) <= set(marker["companions"]):
+        write_json(output / MODEL_MARKER, marker | {"companions": copy_companions(dense_folder, output)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from nemo_upcycle.architecture import Architecture
 from nemo_upcycle.errors import CheckpointError, UpcycleError, problem
-from nemo_upcycle.files import read_json, require_disk, write_json
+from nemo_upcycle.files import clear_unfinished, read_json, require_disk, write_json
 from nemo_upcycle.hf_settings import ACTIVATIONS, both_ropes
 from nemo_upcycle.progress import ProgressLine
 from nemo_upcycle.sources.checks import require_finite
@@ -22,19 +22,33 @@ from nemo_upcycle.streamed import StreamedFile
 
 MAX_SHARD_BYTES = 5 * 10**9
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+#: The coefficient of the load-balancing loss where no checkpoint says another: that of the recipes and of NeMo's
+#: Mixtral. transformers' own default is a tenth of it.
+ROUTER_AUX_LOSS = 0.01
 #: What travels with the weights unchanged: a tokenizer saved again by a newer library may not open in an older one.
 _COMPANIONS = (
     "tokenizer*",
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
 )
+#: Keys that make a loader import code that somebody else wrote.
+_CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate")
+_UNFINISHED = ".unfinished"
 
 
-def moe_config(dense_config: dict[str, Any], arch: Architecture) -> dict[str, Any]:
+def moe_config(
+    dense_config: dict[str, Any], arch: Architecture, router_aux_loss: float = ROUTER_AUX_LOSS
+) -> dict[str, Any]:
     """Return the `config.json` of an upcycled model: the parent's settings, plus what the experts need.
 
     Special tokens and the like are kept as they are. What decides the function is written always, as transformers 4
@@ -52,6 +66,7 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture) -> dict[str, An
         "hidden_act": next(name for name, kind in ACTIVATIONS.items() if kind == arch.activation),
         "max_position_embeddings": arch.max_positions,
         "output_router_logits": False,
+        "router_aux_loss_coef": router_aux_loss,
     }
     if arch.hf_class == "MixtralForCausalLM":
         own: dict[str, Any] = {
@@ -138,7 +153,7 @@ def write_weights(
     label: str = "export",
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> int:
-    """Stream tensors into safetensors shards, one tensor in memory at a time.
+    """Stream tensors into safetensors shards, one tensor in memory at a time. Files that are there whole are kept.
 
     Args:
         folder: an existing folder.
@@ -156,19 +171,40 @@ def write_weights(
             for the type.
         UpcycleError: the disk has no room.
     """
-    total_bytes = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
-    require_disk(folder, total_bytes, "the exported weights")
+    total_bytes = _size_bytes(shapes, shapes, dtype)
+    clear_unfinished(folder, f"*{_UNFINISHED}")
     files = shard_files(shapes, dtype, max_shard_bytes)
+    headers = {file: safetensors_header(names, shapes, dtype) for file, names in files.items()}
+    sizes = {file: _size_bytes(names, shapes, dtype) for file, names in files.items()}
+    kept = {file for file in files if is_whole(folder / file, headers[file], sizes[file])}
+    require_disk(folder, total_bytes - sum(sizes[file] for file in kept), "the exported weights")
     with ProgressLine(label, len(shapes)) as line:
         for file, names in files.items():
-            with StreamedFile(folder / file) as out:
-                out.write(safetensors_header(names, shapes, dtype))
+            if file in kept:
+                line.advance(len(names))
+                continue
+            unfinished = folder / f"{file}{_UNFINISHED}"
+            with StreamedFile(unfinished) as out:
+                out.write(headers[file])
                 for name in names:
                     tensor = _checked(name, read(name), shapes[name], dtype)
                     out.write(tensor.view(torch.uint8).numpy().data)
                     line.advance()
+            unfinished.rename(folder / file)
     write_index(folder, files, total_bytes)
     return total_bytes
+
+
+def is_whole(path: Path, header: bytes, data_bytes: int) -> bool:
+    """Return whether a safetensors file has this header and so many bytes of data."""
+    if not path.is_file() or path.stat().st_size != len(header) + data_bytes:
+        return False
+    with path.open("rb") as handle:
+        return handle.read(len(header)) == header
+
+
+def _size_bytes(names: Iterable[str], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> int:
+    return sum(torch.Size(shapes[name]).numel() for name in names) * dtype.itemsize
 
 
 def _checked(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -181,23 +217,57 @@ def _checked(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: tor
     return made
 
 
-def companions_of(dense_folder: Path) -> list[Path]:
-    """Return the parent's tokenizer, chat template and generation settings."""
-    return sorted({path for pattern in _COMPANIONS for path in dense_folder.glob(pattern) if path.is_file()})
+def companion_names(dense_folder: Path) -> list[str]:
+    """Return the parent's tokenizer, chat templates, generation settings and licences; code is none of them.
+
+    Raises:
+        UpcycleError: one is a link to somewhere else: it would publish a file that nobody meant.
+    """
+    found = {path for pattern in _COMPANIONS for path in dense_folder.glob(pattern) if path.is_file()}
+    found = {path for path in found if path.suffix != ".py"}
+    folder = dense_folder.resolve()
+    # The hub's cache keeps a snapshot as links into the blobs of the same model.
+    homes = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
+    for path in sorted(found):
+        if not any((target := path.resolve()).is_relative_to(home) for home in homes):
+            expected, fix = f"a file in {dense_folder}", "put the file itself into the folder, or remove the link"
+            raise UpcycleError(problem(str(path), got=f"a link to {target}", expected=expected, fix=fix))
+    return sorted(str(path.relative_to(dense_folder)) for path in found)
 
 
 def copy_companions(dense_folder: Path, folder: Path) -> list[str]:
-    """Copy tokenizer, chat template and generation settings of the parent, unchanged; return the names."""
-    found = companions_of(dense_folder)
-    for path in found:
-        shutil.copyfile(path, folder / path.name)
-    return [path.name for path in found]
+    """Copy what `companion_names` finds, unchanged but for keys that run code; return the names."""
+    names = companion_names(dense_folder)
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        if name.endswith("_config.json") and _has_code(settings := read_json(dense_folder / name)):
+            write_json(folder / name, _without_code(settings))
+        else:
+            shutil.copyfile(dense_folder / name, folder / name)
+    return names
 
 
-def write_config(dense_folder: Path, folder: Path, arch: Architecture, dtype: torch.dtype) -> None:
-    """Write the `config.json` of `arch`, made from the parent's."""
-    config = read_json(dense_folder / "config.json")
-    config = moe_config(config, arch) if arch.num_experts else config | both_ropes(arch.rope_theta, arch.rope_scaling)
+def _has_code(settings: Any) -> bool:
+    return isinstance(settings, dict) and any(key in settings for key in _CODE_KEYS)
+
+
+def _without_code(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in _CODE_KEYS}
+
+
+def write_config(
+    dense_folder: Path,
+    folder: Path,
+    arch: Architecture,
+    dtype: torch.dtype,
+    router_aux_loss: float | None = None,
+) -> None:
+    """Write the `config.json` of `arch`, made from the parent's; no key of it makes a loader run code."""
+    config = _without_code(read_json(dense_folder / "config.json"))
+    if arch.num_experts:
+        config = moe_config(config, arch, ROUTER_AUX_LOSS if router_aux_loss is None else router_aux_loss)
+    else:
+        config |= both_ropes(arch.rope_theta, arch.rope_scaling)
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
     config.pop("dtype", None)
     write_json(folder / "config.json", config)

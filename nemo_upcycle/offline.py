@@ -23,7 +23,7 @@ import torch
 from nemo_upcycle.errors import CheckpointError, UpcycleError, problem
 from nemo_upcycle.expansion import Expansion
 from nemo_upcycle.files import (
-    MARKER,
+    MODEL_MARKER,
     aside_of,
     clear,
     clear_unfinished,
@@ -39,12 +39,14 @@ from nemo_upcycle.files import (
 from nemo_upcycle.finished import add_companions, check_done, is_done, plan_of
 from nemo_upcycle.hf_folder import (
     MAX_SHARD_BYTES,
+    companion_names,
     copy_companions,
     require_dtype,
     shard_files,
     write_config,
     write_index,
 )
+from nemo_upcycle.model_card import spec_fact, write_card
 from nemo_upcycle.progress import ProgressLine
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.branches import require_copies
@@ -138,6 +140,7 @@ def convert(
     check_shapes(dense)
     files = shard_files(expansion.shapes, dtype, max_shard_bytes)
     plan = plan_of(dense, spec, dtype, max_shard_bytes)
+    reasons = (*spec.inexact_because, *dense.inexact_because(), *rounded_because(dense, dtype, spec))
     kept, written = set(files), 0
     if is_done(output, plan):
         check_done(output, expansion, files)
@@ -147,8 +150,8 @@ def convert(
         with _only_writer(output, plan) as folder:
             kept = {file for file in files if expansion.is_whole(folder / file, files[file])}
             written = _write(expansion, folder, files, kept, f"convert {output.name}", progress)
+            _write_card(expansion, folder, output.name, reasons)
             _finish(expansion, folder, files, plan)
-    reasons = (*spec.inexact_because, *dense.inexact_because(), *rounded_because(dense, dtype, spec))
     total_params = expansion.size_bytes(names) // dtype.itemsize
     return Conversion(
         output=output,
@@ -177,6 +180,7 @@ def _check_folder(dense: DenseSource) -> None:
     if not (dense.path / "config.json").is_file():
         expected, fix = "a Hugging Face folder", "export the checkpoint first (nemo-upcycle export), then convert that"
         raise CheckpointError(problem(str(dense.path), got="no config.json", expected=expected, fix=fix))
+    companion_names(dense.path)
 
 
 @contextmanager
@@ -244,6 +248,13 @@ def _write_files(expansion: Expansion, folder: Path, todo: dict[str, list[str]],
             raise
 
 
+def _write_card(expansion: Expansion, folder: Path, title: str, reasons: tuple[str, ...]) -> None:
+    start = f"not the dense function: {'; '.join(reasons)}" if reasons else "the dense function, up to rounding"
+    facts = spec_fact(expansion.spec) | {"Type": str(expansion.dtype).removeprefix("torch."), "Computes": start}
+    parents = [source.path for source in expansion.dense.branches()]
+    write_card(folder, parents, expansion.made, title=title, tool="nemo-upcycle convert", facts=facts)
+
+
 def _finish(expansion: Expansion, folder: Path, files: dict[str, list[str]], plan: dict[str, Any]) -> None:
     """Add everything but the weights; the marker comes last."""
     total_bytes = expansion.size_bytes(list(expansion.shapes))
@@ -251,4 +262,4 @@ def _finish(expansion: Expansion, folder: Path, files: dict[str, list[str]], pla
     write_config(expansion.dense.path, folder, expansion.made, expansion.dtype)
     companions = copy_companions(expansion.dense.path, folder)
     marker = {"tensors": len(expansion.shapes), "bytes": total_bytes, "companions": companions, "made_from": plan}
-    write_json(folder / MARKER, marker)
+    write_json(folder / MODEL_MARKER, marker)

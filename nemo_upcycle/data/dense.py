@@ -16,7 +16,8 @@ from nemo_upcycle.sources.checks import check_source
 
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_WANTED = ["*.safetensors", "*.json", "tokenizer*", "merges.txt", "*.jinja", "README.md", "LICENSE*"]
+_WANTED = ["*.safetensors", "*.json", "tokenizer*", "merges.txt", "*.jinja"]
+_WANTED += ["README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]  # for the card of what is made of the model
 # subfolders hold other formats of the same weights (original/, onnx/), as does consolidated.safetensors
 _UNWANTED = ["*/*", "consolidated*"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -64,7 +65,7 @@ def _from_asset(name: str, output: Path) -> Path:
     models = [key for key, asset in ASSETS.items() if asset.kind == "model"]
     if name not in models:
         raise UpcycleError(unknown("model asset", name, models))
-    return convert_gguf(fetch_asset(name), output)
+    return convert_gguf(fetch_asset(name), output, base_model=ASSETS[name].base_model)
 
 
 def _from_hf(rest: str, *, may_be_path: bool) -> Path:

@@ -7,6 +7,7 @@ Quantised weights are dequantised: the result is an ordinary float checkpoint.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -46,13 +47,14 @@ _LAYER = {
 _LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
 
-def convert_gguf(gguf_path: Path, output: Path, dtype: str = "bfloat16") -> Path:
+def convert_gguf(gguf_path: Path, output: Path, dtype: str = "bfloat16", base_model: str | None = None) -> Path:
     """Write the model and the tokenizer of a GGUF file as a Hugging Face folder.
 
     Args:
         gguf_path: a `llama` model; any quantisation that `gguf` can undo.
         output: the folder that shall exist afterwards, complete with its success marker.
         dtype: `bfloat16` or `float32`, of the weights written.
+        base_model: name on the Hugging Face hub of the model in the file, for the card.
 
     Returns:
         `output`.
@@ -76,10 +78,20 @@ def convert_gguf(gguf_path: Path, output: Path, dtype: str = "bfloat16") -> Path
         write_json(folder / "config.json", config)
         _write_weights(reader.tensors, config, torch_dtype, folder)
         write_tokenizer(fields, folder)
+        _write_card(fields, folder, gguf_path.name, base_model)
         special = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
         write_json(folder / "generation_config.json", {"_from_model_config": True, **special})
         write_json(folder / MARKER, {"source": gguf_path.name, "dtype": dtype, "parameters": parameters})
     return output
+
+
+def _write_card(fields: dict[str, Any], folder: Path, name: str, base_model: str | None) -> None:
+    """Keep what the file says of licence and languages: it holds for whatever is made of the model."""
+    known = {"base_model": base_model, "license": fields.get("general.license")}
+    known["language"] = fields.get("general.languages")
+    front = "".join(f"{key}: {json.dumps(value)}\n" for key, value in known.items() if value)
+    text = f"---\n{front}---\n\nThe weights of {name}, dequantised.\n"
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _open(path: Path) -> Any:

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.architecture import read_architecture
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
-from nemo_upcycle.export import LiveWeights, export_weights
-from nemo_upcycle.files import MARKER, is_complete, read_json
+from nemo_upcycle.export import export_weights
+from nemo_upcycle.files import MODEL_MARKER, is_complete, read_json
+from nemo_upcycle.megatron_weights import LiveWeights
 from nemo_upcycle.offline import convert
 from nemo_upcycle.training.equivalence import one_rank
 from tests.models import build_chunks, sample_tokens, write_llama
@@ -114,7 +115,7 @@ def test_half_precision_and_small_blocks_change_nothing(
 
 def test_everything_of_the_parent_travels_along(dense: Path, tmp_path: Path) -> None:
     done = _convert(dense, tmp_path / "moe")
-    marker = read_json(tmp_path / "moe" / MARKER)
+    marker = read_json(tmp_path / "moe" / MODEL_MARKER)
     assert marker["bytes"] == done.bytes_total
     assert marker["tensors"] == done.tensors == len(_tensors(tmp_path / "moe"))
     assert "tokenizer.json" in marker["companions"]
@@ -146,7 +147,7 @@ def test_a_tokenizer_that_comes_later_is_added(copy: Path, tmp_path: Path) -> No
     (tmp_path / "tokenizer.json").rename(copy / "tokenizer.json")
     assert _convert(copy, tmp_path / "moe").bytes_written == 0
     assert (tmp_path / "moe/tokenizer.json").read_bytes() == (copy / "tokenizer.json").read_bytes()
-    assert "tokenizer.json" in read_json(tmp_path / "moe" / MARKER)["companions"]
+    assert "tokenizer.json" in read_json(tmp_path / "moe" / MODEL_MARKER)["companions"]
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "half a file"])

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from nemo_upcycle import UpcycleSpec, offline
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.expansion import Expansion
-from nemo_upcycle.files import MARKER, read_json
+from nemo_upcycle.files import MODEL_MARKER, read_json
 from nemo_upcycle.sources.mapped_files import MappedFiles
 from tests.unit import conversions
 from tests.unit.conversions import SPEC, _convert, _same_bits
@@ -46,7 +46,7 @@ def test_a_nemo_source_that_changed_is_not_done(dense: Path, tmp_path: Path) -> 
     file.write_bytes(content)
     with pytest.raises(UpcycleError, match="finished folder made from something else"):
         _convert(source, tmp_path / "moe")
-    assert len(read_json(tmp_path / "moe" / MARKER)["made_from"]["sources"]) == 1
+    assert len(read_json(tmp_path / "moe" / MODEL_MARKER)["made_from"]["sources"]) == 1
 
 
 def _kill_after(files: int, monkeypatch: pytest.MonkeyPatch) -> None:

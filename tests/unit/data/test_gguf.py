@@ -6,6 +6,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from nemo_upcycle.architecture import read_architecture
@@ -94,6 +95,12 @@ def test_large_models_are_written_in_shards(tiny_gguf, tiny_dense, tmp_path, mon
     assert not (folder / "model.safetensors").exists()
     ours, whole = _load(folder).state_dict(), _load(tiny_dense).state_dict()
     assert all(torch.equal(ours[name], value) for name, value in whole.items())
+
+
+def test_the_card_keeps_what_the_file_says_of_its_licence(tiny_gguf, tmp_path):
+    folder = convert_gguf(tiny_gguf, tmp_path / "hf", base_model="us/small")
+    front = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+    assert front == {"base_model": "us/small", "license": "apache-2.0", "language": ["en"]}
 
 
 def test_files_are_as_readable_as_any_other(tiny_dense):

@@ -22,6 +22,8 @@ def write_gguf(
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, architecture)
     for add, value in (
+        (writer.add_license, "apache-2.0"),
+        (writer.add_languages, ["en"]),
         (writer.add_context_length, 128),
         (writer.add_embedding_length, HIDDEN),
         (writer.add_block_count, LAYERS),
