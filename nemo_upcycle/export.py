@@ -1,157 +1,57 @@
 """NeMo or Megatron weights -> a Hugging Face folder, streamed, by the mapping table.
 
-A dense model becomes its own class again, an upcycled one Mixtral, or Qwen2-MoE where Mixtral cannot hold it. Two
-places to read from: a distributed checkpoint of any layout, and the chunk of a live one-rank model.
+A dense model becomes its own class again, an upcycled one Mixtral, or Qwen2-MoE where Mixtral cannot hold it. What the
+checkpoint says of its own model decides: a parent or a spec that contradicts it is refused.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from nemo_upcycle.architecture import Architecture, read_architecture
+from nemo_upcycle.checkpoint_context import read_context
 from nemo_upcycle.errors import CheckpointError, SpecError, problem
-from nemo_upcycle.files import MARKER, output_folder, require_apart, write_json
+from nemo_upcycle.files import MODEL_MARKER, output_folder, require_apart, sha256_file, write_json
 from nemo_upcycle.hf_folder import copy_companions, require_dtype, write_config, write_weights
-from nemo_upcycle.mapping import BY_ROLE, MODEL_ROWS, Row, hf_constants, layer_rows, row_of_hf
+from nemo_upcycle.mapping import hf_constants, row_of_hf
+from nemo_upcycle.megatron_weights import CheckpointWeights, MegatronWeights
+from nemo_upcycle.model_card import write_card
+from nemo_upcycle.package_info import __version__
 from nemo_upcycle.slices import Shard, hf_shape, hf_shapes, pieces, shard_shape
-from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint, model_prefix
-from nemo_upcycle.sources.megatron_checkpoint import model_tensors
+from nemo_upcycle.sources.checks import rounded
 from nemo_upcycle.spec import UpcycleSpec
 
 
 #: Who made a folder, as its marker says: such a folder may be replaced by the next export.
 MADE_BY = "nemo-upcycle export"
-#: What is read before the mapped files' memory is given back: often enough to stay small, too seldom to cost time.
-_RELEASE_BYTES = 256 << 20
+_ASSUMED = (
+    "the checkpoint says nothing of its model (no context/model.yaml, no arguments in common.pt): rotary embedding,"
+    " norm epsilon, activation and window are taken to be the dense parent's, and the router's scores a softmax"
+)
 
 
-class MegatronWeights(Protocol):
-    """Whole Megatron parameters, by row, layer and expert."""
-
-    def read(self, row: Row, layer: int, expert: int) -> torch.Tensor:
-        """Return a parameter, gathered over tensor-parallel ranks; vocabularies may be padded."""
-
-
-class CheckpointWeights:
-    """Parameters of a distributed checkpoint.
+@dataclass(frozen=True)
+class About:
+    """What a folder says of its model besides the weights.
 
     Args:
-        folder: a NeMo checkpoint (with `weights/`) or a Megatron one (with `.metadata`).
+        title: its name; None: the folder's.
+        facts: lines of the model card: how it was upcycled, data, training.
+        router_aux_loss: the coefficient of the load-balancing loss that it was trained with; None: not known.
+        notes: what is not exact, not known or taken for granted.
+        checkpoint: name of the checkpoint.
     """
 
-    def __init__(self, folder: Path) -> None:
-        weights = folder / "weights"
-        self.checkpoint = DistributedCheckpoint(weights if weights.is_dir() else folder)
-        self._prefix = model_prefix(self.checkpoint)
-        self._released_at_bytes = 0
-
-    def _key(self, row: Row, layer: int) -> tuple[str, bool]:
-        """Return the name of a row's tensor and whether its first axis counts layers."""
-        for stored in row.stored:
-            stacked = f"{self._prefix}decoder.layers.{stored}" if row.in_layer else self._prefix + stored
-            if stacked in self.checkpoint.names():
-                return stacked, row.in_layer
-            single = f"{self._prefix}decoder.layers.{layer}.{stored}"
-            if row.in_layer and single in self.checkpoint.names():
-                return single, False
-        raise CheckpointError(
-            problem(
-                f"{self.checkpoint.path}: {row.role} of layer {layer}",
-                got="no such tensor",
-                expected=" or ".join(row.stored),
-                fix="export a checkpoint of a Llama-family model, dense or upcycled",
-            )
-        )
-
-    @property
-    def num_experts(self) -> int | None:
-        """Experts per layer, or None for a dense model."""
-        router = BY_ROLE["router"].stored[0]
-        names = [name for name in model_tensors(self.checkpoint, self._prefix) if name.endswith(router)]
-        return self.checkpoint.shape(names[0])[-2] if names else None
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of the model."""
-        inside = self._prefix + "decoder.layers."
-        for stored in BY_ROLE["attention_norm"].stored:
-            if inside + stored in self.checkpoint.names():
-                return self.checkpoint.shape(inside + stored)[0]
-        found = (re.match(re.escape(inside) + r"(\d+)\.", name) for name in self.checkpoint.names())
-        return 1 + max((int(match.group(1)) for match in found if match), default=-1)
-
-    @property
-    def tied_embeddings(self) -> bool:
-        """Whether the model has no output layer of its own."""
-        return self._prefix + BY_ROLE["output"].stored[0] not in self.checkpoint.names()
-
-    def require_parent(self, arch: Architecture) -> None:
-        """Check what the tensors that `arch` names would not show: layers and output weights that it does not have.
-
-        Raises:
-            CheckpointError: the model is not made from a parent of this architecture.
-        """
-        for what in ("num_layers", "tied_embeddings"):
-            if (got := getattr(self, what)) != (expected := getattr(arch, what)):
-                fix = "export with the dense parent that the model was made from"
-                expected = f"{expected}, as in the dense parent"
-                raise CheckpointError(
-                    problem(f"{what} of {self.checkpoint.path}", got=got, expected=expected, fix=fix)
-                )
-
-    def require_all_read(self, arch: Architecture) -> None:
-        """Check that the model holds nothing that an export as `arch` would leave out.
-
-        Raises:
-            CheckpointError: it does, or lacks a tensor of `arch`.
-        """
-        rows = [(row, 0) for row in MODEL_ROWS if row.role != "output" or not arch.tied_embeddings]
-        rows += [(row, layer) for layer in range(arch.num_layers) for row in layer_rows(arch, layer)]
-        read = {self._key(row, layer)[0] for row, layer in rows}
-        if unread := sorted(set(model_tensors(self.checkpoint, self._prefix)) - read):
-            raise CheckpointError(
-                problem(
-                    f"{self.checkpoint.path}: tensors that the export would leave out",
-                    got=", ".join(unread[:3]) + (f" and {len(unread) - 3} more" if len(unread) > 3 else ""),
-                    expected=f"the tensors of this {arch.hf_class or 'model'} alone",
-                    fix="give the spec that it was upcycled by (as --shared-experts, --moe-layers) and its own parent",
-                )
-            )
-
-    def read(self, row: Row, layer: int, expert: int) -> torch.Tensor:
-        """Return a parameter, put together from the pieces of all ranks."""
-        if self.checkpoint.bytes_read - self._released_at_bytes > _RELEASE_BYTES:
-            self.checkpoint.release()
-            self._released_at_bytes = self.checkpoint.bytes_read
-        key, stacked = self._key(row, layer)
-        position = ([layer] if stacked else []) + ([expert] if row.is_expert else [])
-        shape = self.checkpoint.shape(key)
-        index = [(at, at + 1) for at in position] + [(0, size) for size in shape[len(position) :]]
-        return self.checkpoint.read(key, index).view(shape[len(position) :])
-
-
-class LiveWeights:
-    """Parameters of a live Megatron model that is whole on this rank (one chunk, no tensor or expert parallelism)."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._parameters: dict[str, Any] = dict(model.named_parameters())
-
-    def read(self, row: Row, layer: int, expert: int) -> torch.Tensor:
-        """Return a parameter."""
-        prefix = f"decoder.layers.{layer}." if row.in_layer else ""
-        for template in row.megatron:
-            if (name := prefix + template.format(expert=expert)) in self._parameters:
-                return self._parameters[name].detach()
-        raise CheckpointError(
-            problem(
-                f"{row.role} of layer {layer}", got="no such parameter", expected=row.megatron[-1], fix="use one rank"
-            )
-        )
+    title: str | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
+    router_aux_loss: float | None = None
+    notes: tuple[str, ...] = ()
+    checkpoint: str | None = None
 
 
 def hf_reader(weights: MegatronWeights, arch: Architecture) -> Callable[[str], torch.Tensor]:
@@ -220,7 +120,8 @@ def export_weights(
     output: Path,
     *,
     dtype: torch.dtype = torch.bfloat16,
-    facts: dict[str, Any] | None = None,
+    about: About | None = None,
+    plan: dict[str, Any] | None = None,
 ) -> Path:
     """Write a Hugging Face folder; complete or not at all.
 
@@ -230,25 +131,54 @@ def export_weights(
         dense_folder: the parent, whose config and tokenizer travel along.
         output: the folder to make.
         dtype: type on disk.
-        facts: what the success marker says besides the sizes.
+        about: what else is known of the model.
+        plan: what the bytes follow from, as plain values: then files of a killed call with the same plan are kept.
 
     Raises:
         CheckpointError: the weights do not fit `arch`.
         UpcycleError: the disk has no room, `output` is there already and no earlier export, or is the parent.
     """
+    about = about or About()
     require_class(arch)
-    shapes = hf_shapes(arch)
+    shapes, constants = hf_shapes(arch), hf_constants(arch)
     require_dtype(dtype)
     require_apart(output, dense_folder)
     output = output.resolve()
-    with output_folder(output, MADE_BY) as folder:
-        write_config(dense_folder, folder, arch, dtype)
+    stored = {name: _dtype(weights, name, arch) for name in shapes if name not in constants}
+    lossy = list(rounded(stored, dtype))
+    with output_folder(output, MADE_BY, plan) as folder:
+        write_config(dense_folder, folder, arch, dtype, about.router_aux_loss)
         companions = copy_companions(dense_folder, folder)
         total_bytes = write_weights(folder, shapes, hf_reader(weights, arch), dtype, label=f"export {output.name}")
-        sizes = {"tensors": len(shapes), "bytes": total_bytes, "companions": companions}
-        marker = {"made_by": MADE_BY, **sizes, **(facts or {})}
-        write_json(folder / MARKER, marker)
+        notes = [*lossy, *about.notes]
+        write_card(
+            folder,
+            [dense_folder],
+            arch,
+            title=about.title or output.name,
+            tool=MADE_BY,
+            facts={"Type": str(dtype).removeprefix("torch."), **about.facts},
+            notes=notes,
+        )
+        marker = {
+            "made_by": MADE_BY,
+            "version": __version__,
+            "checkpoint": about.checkpoint,
+            "tensors": len(shapes),
+            "bytes": total_bytes,
+            "dtype": str(dtype).removeprefix("torch."),
+            "rounded": lossy,
+            "notes": list(about.notes),
+            "facts": dict(about.facts),
+            "companions": companions,
+        }
+        write_json(folder / MODEL_MARKER, marker)
     return output
+
+
+def _dtype(weights: MegatronWeights, hf_name: str, arch: Architecture) -> torch.dtype:
+    row, _, layer, expert = row_of_hf(hf_name, arch)
+    return weights.dtype(row, layer, expert)
 
 
 def export_checkpoint(
@@ -258,35 +188,62 @@ def export_checkpoint(
     *,
     spec: UpcycleSpec | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    about: About | None = None,
 ) -> Path:
     """Export a NeMo or Megatron checkpoint, saved under any layout, to a Hugging Face folder.
+
+    A call that was killed is gone on with by the next one with the same arguments, file by file.
 
     Args:
         checkpoint: the checkpoint.
         dense_folder: the dense parent's Hugging Face folder.
         output: the folder to make.
-        spec: what an MoE checkpoint was upcycled by.
+        spec: what an MoE checkpoint was upcycled by; by default what its own context says.
         dtype: type on disk.
+        about: what the model card shall say besides what the checkpoint does.
 
     Raises:
-        SpecError: an MoE checkpoint without a spec, or one that no Hugging Face class can hold.
-        CheckpointError: the checkpoint is damaged, belongs to another parent or holds what the spec does not say.
+        SpecError: an MoE checkpoint without a spec, a dense one with a spec, a spec that the checkpoint's own context
+            contradicts, or one that no Hugging Face class can hold.
+        CheckpointError: the checkpoint is damaged, belongs to another parent, was trained with other settings than
+            the parent's, or holds what the spec does not say.
         UpcycleError: `output` is no earlier export, or not apart from checkpoint and parent.
 
     Example:
         >>> export_checkpoint(Path("last"), Path("dense"), Path("hf"), spec=UpcycleSpec())  # doctest: +SKIP
     """
     require_apart(output, checkpoint)
-    weights = CheckpointWeights(checkpoint)
+    weights, context = CheckpointWeights(checkpoint), read_context(checkpoint)
     arch = read_architecture(dense_folder)
     weights.require_parent(arch)
+    if context:
+        context.require_parent(arch, dense_folder)
+        spec = context.spec(spec)
     if experts := weights.num_experts:
         if spec is None or spec.num_experts != experts:
             got = f"num_experts={spec.num_experts}" if spec else "none"
             fix = "give the spec that the model was upcycled by"
             raise SpecError(problem("spec", got=got, expected=f"num_experts={experts}, as in {checkpoint}", fix=fix))
         arch = arch.upcycled(spec)
+    elif spec is not None:
+        fix = "leave the spec's options out"
+        raise SpecError(problem("spec", got=spec, expected=f"none: {checkpoint} is a dense model", fix=fix))
     weights.require_all_read(arch)
+    about = replace(
+        about or About(),
+        router_aux_loss=context.router_aux_loss if context else None,
+        notes=context.notes if context else (_ASSUMED,),
+        checkpoint=checkpoint.name,
+    )
+    plan = {
+        "checkpoint": str(checkpoint.resolve()),
+        "files": weights.checkpoint.fingerprint(),
+        # Two checkpoints of one run have files of the same sizes: the time tells them apart.
+        "written_ns": (weights.checkpoint.path / ".metadata").stat().st_mtime_ns,
+        "config_sha256": sha256_file(dense_folder / "config.json"),
+        "architecture": asdict(arch),
+        "dtype": str(dtype),
+        "version": __version__,
+    }
     with weights.checkpoint:
-        facts = {"checkpoint": checkpoint.name}
-        return export_weights(weights, arch, dense_folder, output, dtype=dtype, facts=facts)
+        return export_weights(weights, arch, dense_folder, output, dtype=dtype, about=about, plan=plan)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.errors import UpcycleError, problem
+from nemo_upcycle.errors import SpecError, UpcycleError, problem
 from nemo_upcycle.files import read_json, write_json
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.spec import UpcycleSpec
@@ -100,21 +100,42 @@ def read_receipt(path: Path) -> dict[str, Any]:
     return value
 
 
-def spec_of(receipt: dict[str, Any], path: Path | None, changes: dict[str, Any]) -> UpcycleSpec | None:
-    """Return the spec of a receipt, changed; None if there is neither.
+def option_of(field: str) -> str:
+    """Return what the command line calls a field of the spec.
+
+    Example:
+        >>> option_of("num_experts"), option_of("top_k")
+        ('--experts', '--top-k')
+    """
+    return "--" + field.removeprefix("num_").replace("_", "-")
+
+
+def spec_of(
+    fields: dict[str, Any] | None, path: Path | None, given: dict[str, Any], unsaid: dict[str, Any] | None = None
+) -> UpcycleSpec | None:
+    """Return the spec of a receipt, or of options; None if there is neither.
 
     Args:
-        receipt: plain values.
+        fields: those of the receipt's spec, if there is a receipt.
         path: of its file, for the text of an error.
-        changes: fields to set.
+        given: what the options say.
+        unsaid: without a receipt, the fields of what else is known of the model.
 
     Raises:
+        SpecError: an option contradicts the receipt, or a value is wrong.
         UpcycleError: the receipt's spec has a field that there is none of, or a value of another type.
-        SpecError: a value is wrong.
     """
-    fields = (receipt.get("spec") or {}) | changes
     try:
-        return UpcycleSpec(**fields) if fields else None
+        spec = UpcycleSpec(**fields) if fields else None
+        if spec is None:
+            return UpcycleSpec(**((unsaid or {}) | given)) if given else None
     except (TypeError, ValueError, AttributeError) as error:
         expected, fix = "the fields of an UpcycleSpec", "give the receipt of this version, or name the spec's options"
         raise UpcycleError(problem(f"{path}: spec", got=error, expected=expected, fix=fix)) from None
+    changed = replace(spec, **given)
+    for name in given:
+        got, expected = getattr(changed, name), getattr(spec, name)
+        if got != expected:
+            fix = f"leave {option_of(name)} out, or give the receipt of another run (--receipt FILE)"
+            raise SpecError(problem(option_of(name), got=got, expected=f"{expected} (spec.{name} in {path})", fix=fix))
+    return spec

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from nemo_upcycle.commands.common import add_dtype, add_json, add_spec_options, dtype_of, given_spec, show
-from nemo_upcycle.errors import UpcycleError, problem
-from nemo_upcycle.files import MARKER, read_json
+from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError, problem
+from nemo_upcycle.files import MODEL_MARKER, read_json
 from nemo_upcycle.receipt import read_receipt, spec_of
 
 
 HELP = "NeMo or Megatron checkpoint, saved under any layout -> Hugging Face folder"
 _EXAMPLES = """examples:
-  nemo-upcycle export runs/demo/pretrain/checkpoints/last runs/demo/hf-last
-  nemo-upcycle export checkpoints/last hf --dense models/Llama-3-8B --experts 8 --top-k 2
+  nemo-upcycle export runs/demo hf-demo
+  nemo-upcycle export runs/demo/pretrain/checkpoints/last hf-last
+  nemo-upcycle export checkpoints/step=1000 hf --dense models/Llama-3-8B
 
-What the model was upcycled by stands in the run's receipt.json, which is looked for above the checkpoint.
+Of a run or a folder of checkpoints, the newest complete one is taken. What the model was upcycled by, and from what,
+stands in the run's receipt.json, which is looked for above the checkpoint, and in the checkpoint's own context/.
+Options and parent must agree with both. Weights are the model's own, not the optimizer's float32 copy.
 exit status: 0 done; 2 a value or a file is wrong."""
 _RECEIPT = "receipt.json"
+#: What no tensor shows, and every reader must know.
+_UNSEEN = ("top_k", "router_order")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.epilog = _EXAMPLES
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="folder with weights/ or .metadata")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", type=Path, help="folder with weights/ or .metadata; or one above such"
+    )
     parser.add_argument("output", metavar="DST", type=Path, help="folder to make")
     parser.add_argument("--dense", type=Path, metavar="FOLDER", help="the dense parent (default: the receipt's)")
     parser.add_argument("--receipt", type=Path, metavar="FILE", help="receipt.json of the run (default: looked for)")
@@ -39,23 +47,93 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UpcycleError: a value or a file is wrong.
     """
-    path = args.receipt or _nearest_receipt(args.checkpoint)
+    checkpoint = find_checkpoint(args.checkpoint)
+    path = args.receipt or _nearest_receipt(checkpoint)
     receipt = read_receipt(path) if path else {}
-    spec = spec_of(receipt, path, given_spec(args))
     dense = args.dense or (Path(receipt["source"]) if isinstance(receipt.get("source"), str) else None)
     if dense is None:
         fix = "add --dense FOLDER, or --receipt FILE of the run"
         raise UpcycleError(problem("dense parent", got="none", expected="its Hugging Face folder", fix=fix))
     dtype = dtype_of(args.dtype or "bfloat16")
-    from nemo_upcycle.export import export_checkpoint
+    from nemo_upcycle.checkpoint_context import read_context
+    from nemo_upcycle.export import About, export_checkpoint
 
+    context, given = read_context(checkpoint), given_spec(args)
+    if not (context or receipt.get("spec")) and given:
+        _require_unseen(given, checkpoint)
+    known = {name: value for name, (_, value) in context.spec_fields.items()} if context else {}
+    spec = spec_of(receipt.get("spec"), path, given, known)
     assert dtype is not None
-    folder = export_checkpoint(args.checkpoint, dense, args.output, spec=spec, dtype=dtype)
-    marker = read_json(folder / MARKER)
+    about = About(facts=_facts(receipt, path, checkpoint))
+    folder = export_checkpoint(checkpoint, dense, args.output, spec=spec, dtype=dtype, about=about)
+    marker = read_json(folder / MODEL_MARKER)
     config = read_json(folder / "config.json")
-    answer = {"output": folder, "hf_class": config["architectures"][0], "dense": dense, **marker}
-    show(args, answer, f"{folder}: {answer['hf_class']}, {marker['tensors']} tensors, {marker['bytes'] / 1e9:.4g} GB")
+    answer = {
+        "output": folder,
+        "hf_class": config["architectures"][0],
+        "dense": dense,
+        "checkpoint_folder": checkpoint,
+        **marker,
+    }
+    lines = [f"{folder}: {answer['hf_class']}, {marker['tensors']} tensors, {marker['bytes'] / 1e9:.4g} GB"]
+    lines += [f"from {checkpoint}", *marker["rounded"], *marker["notes"]]
+    show(args, answer, "\n".join(lines))
     return 0
+
+
+def _facts(receipt: dict[str, Any], path: Path | None, checkpoint: Path) -> dict[str, str]:
+    """Return what the run's folder says of the model, for its card."""
+    from nemo_upcycle.checkpoints import step_of
+    from nemo_upcycle.model_card import spec_fact, training_facts
+
+    spec, step = spec_of(receipt.get("spec"), path, {}), step_of(checkpoint)
+    training = training_facts(path.parent / "metrics.jsonl", step + 1) if path and step is not None else {}
+    return (spec_fact(spec) if spec else {}) | training
+
+
+def _require_unseen(given: dict[str, Any], checkpoint: Path) -> None:
+    if missing := [f"--{name.replace('_', '-')}" for name in _UNSEEN if name not in given]:
+        got = "neither a context/, arguments in common.pt nor a receipt"
+        fix = f"add {' and '.join(missing)}, or --receipt FILE of the run"
+        raise SpecError(problem(f"router of {checkpoint}", got=got, expected="what no tensor shows", fix=fix))
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint that is meant: itself, the newest of a folder or run, or the last for `.../last`.
+
+    Raises:
+        CheckpointError: there is none, or several runs have some.
+    """
+    from nemo_upcycle.checkpoints import UNFINISHED, complete_checkpoints, is_marked  # torch: --help does without
+
+    if _is_checkpoint(path):
+        if is_marked(path):
+            got, fix = f"one that is being written or removed ({path.name}{UNFINISHED})", "name another checkpoint"
+            raise CheckpointError(problem(str(path), got=got, expected="a finished checkpoint", fix=fix))
+        return path
+    if path.name == "last" and not path.exists() and path.parent.is_dir():
+        ends = [found for found in complete_checkpoints(path.parent) if found.name.endswith("-last")]
+        if ends:
+            return ends[-1]
+        path = path.parent
+    if not path.is_dir():
+        expected, fix = "a checkpoint, a folder of them, or a run", "check the path"
+        raise CheckpointError(problem(str(path), got="no such folder", expected=expected, fix=fix))
+    # A run of the pipeline has a folder of checkpoints for the upcycled model and one for its dense baseline.
+    near = [path, path / "checkpoints", path / "pretrain/checkpoints"]
+    deep = sorted(folder for depth in ("*", "*/*") for folder in path.glob(f"{depth}/checkpoints"))
+    found = [complete for folder in near if folder.is_dir() and (complete := complete_checkpoints(folder))][:1]
+    found = found or [complete for folder in deep if (complete := complete_checkpoints(folder))]
+    if len(found) == 1:
+        return found[0][-1]
+    children = [str(one[-1].relative_to(path)) for one in found] or sorted(child.name for child in path.iterdir())
+    got = f"{'several' if found else 'no complete checkpoint'} ({', '.join(children[:8]) or 'an empty folder'})"
+    expected, fix = "a finished checkpoint, a folder of them, or a run", "name the checkpoint"
+    raise CheckpointError(problem(str(path), got=got, expected=expected, fix=fix))
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return any((folder / ".metadata").is_file() for folder in (path, path / "weights"))
 
 
 def _nearest_receipt(checkpoint: Path) -> Path | None:

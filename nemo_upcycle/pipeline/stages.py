@@ -138,17 +138,30 @@ def last_checkpoint(folder: Path) -> Path:
 
 def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Export the trained models to Hugging Face folders."""
-    from nemo_upcycle.export import export_checkpoint
+    from nemo_upcycle.checkpoints import step_of
+    from nemo_upcycle.export import About, export_checkpoint
+    from nemo_upcycle.model_card import spec_fact, training_facts
     from nemo_upcycle.pipeline.recipes_io import load_recipe, spec_of
 
     spec = spec_of(load_recipe(plan.pretrain))
     dense_folder = dense_folder_of(run_dir)
-    trained = last_checkpoint(run_dir / "pretrain")
-    folders = {"trained": export_checkpoint(trained, dense_folder, run_dir / "hf", spec=spec)}
+    data = {"Data": f"corpus {Path(plan.corpus).stem}, {_train_tokens(run_dir):,} tokens of text to train on"}
+
+    def export(stage: str, output: Path, title: str, **options: Any) -> str:
+        checkpoint = last_checkpoint(run_dir / stage)
+        training = training_facts(run_dir / stage / "metrics.jsonl", (step_of(checkpoint) or 0) + 1)
+        facts = (spec_fact(options["spec"]) if options else {}) | data | training
+        about = About(title=title, facts=facts)
+        return str(export_checkpoint(checkpoint, dense_folder, output, about=about, **options))
+
+    folders = {"trained": export("pretrain", run_dir / "hf", plan.recipe, spec=spec)}
     if plan.dense_ct:
-        checkpoint = last_checkpoint(run_dir / "dense_ct")
-        folders["dense_ct"] = export_checkpoint(checkpoint, dense_folder, run_dir / "dense_ct" / "hf")
-    return {name: str(folder) for name, folder in folders.items()}
+        folders["dense_ct"] = export("dense_ct", run_dir / "dense_ct" / "hf", f"{plan.recipe}: dense baseline")
+    return folders
+
+
+def _train_tokens(run_dir: Path) -> int:
+    return int(StageFolder(run_dir, "import").outputs()["tokens"]["train"])
 
 
 def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:

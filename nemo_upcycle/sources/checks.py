@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -136,21 +136,29 @@ def rounded_because(dense: DenseSource, dtype: torch.dtype, spec: UpcycleSpec | 
         ...     rounded_because(dense, torch.bfloat16)
         ('float32 weights are rounded to bfloat16 (model.embed_tokens.weight and 290 more)',)
     """
-    rounded: dict[torch.dtype, list[str]] = {}
-    for name in hf_names(dense.architecture):
-        if torch.promote_types(stored := dense.dtype(name), dtype) != dtype:
-            rounded.setdefault(stored, []).append(name)
-    weights = (
-        f"{_short(stored)} weights are rounded to {_short(dtype)} ({found[0]}"
-        + (f" and {len(found) - 1} more)" if len(found) > 1 else ")")
-        for stored, found in rounded.items()
-    )
+    weights = rounded({name: dense.dtype(name) for name in hf_names(dense.architecture)}, dtype)
     factors = (
         f"the factor {factor:.4g} on the {what} {how}"
         for what, factor in (_factors(spec, dense) if spec else {}).items()
         if (how := _rounding(factor, dtype))
     )
     return (*weights, *factors)
+
+
+def rounded(stored: dict[str, torch.dtype], dtype: torch.dtype) -> Iterator[str]:
+    """Yield, for every type that loses digits when it is cast to another, the tensors that have it.
+
+    Args:
+        stored: the tensors' types, by name.
+        dtype: the other type.
+    """
+    lossy: dict[torch.dtype, list[str]] = {}
+    for name, own in stored.items():
+        if torch.promote_types(own, dtype) != dtype:
+            lossy.setdefault(own, []).append(name)
+    for own, names in lossy.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield f"{_short(own)} weights are rounded to {_short(dtype)} ({names[0]}{more})"
 
 
 def _factors(spec: UpcycleSpec, dense: DenseSource) -> dict[str, float]:

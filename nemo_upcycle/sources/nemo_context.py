@@ -17,16 +17,18 @@ from nemo_upcycle.files import read_json
 
 
 #: NeMo's module of model configurations -> the Hugging Face class that names such a model's tensors.
-_FAMILIES = {
+FAMILIES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "gemma": "GemmaForCausalLM",
 }
 _ACTIVATIONS = {"silu": "silu", "openai_gelu": "gelu_pytorch_tanh"}
+MODEL = "model.yaml"
+_FIX = "put the Hugging Face config.json of the model beside the checkpoint's weights"
+_UNREADABLE = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, yaml.YAMLError)
 #: Settings that make another function of the same weights; one that is absent is as it must be.
 _REQUIRED: dict[str, Any] = {
-    "num_moe_experts": None,
     "normalization": "RMSNorm",
     "position_embedding_type": "rope",
     "gated_linear_unit": True,
@@ -41,7 +43,7 @@ _REQUIRED: dict[str, Any] = {
 
 
 def hf_config_of(context: Path, padded_vocab: int) -> dict[str, Any]:
-    """Return the model's configuration in Hugging Face's terms.
+    """Return the configuration of a dense model in Hugging Face's terms.
 
     The vocabulary is the one that the model was built with; where that was left to the tokenizer, the tokenizer's, if
     it lies in the context as `tokenizer.json`; else all rows of the embedding, padding included.
@@ -53,52 +55,93 @@ def hf_config_of(context: Path, padded_vocab: int) -> dict[str, Any]:
     Raises:
         CheckpointError: there is no `model.yaml`, or it describes no dense model that the mapping table knows.
     """
-    path = context / "model.yaml"
-    fix = "put the Hugging Face config.json of the model beside the checkpoint's weights"
+    settings, path = model_settings(context), context / MODEL
+    if experts := settings.get("num_moe_experts"):
+        fix = "give a dense parent"
+        raise CheckpointError(problem(f"{path}: num_moe_experts", got=experts, expected=None, fix=fix))
+    if (family := family_of(settings)) not in FAMILIES:
+        expected = " or ".join(FAMILIES)
+        raise CheckpointError(problem(f"{path}: _target_", got=family, expected=expected, fix=_FIX))
+    return hf_config_from(settings, settings.get("vocab_size") or _tokenizer_size(context) or padded_vocab, path)
+
+
+def model_settings(context: Path) -> dict[str, Any]:
+    """Return the settings of NeMo's model configuration, by name.
+
+    Raises:
+        CheckpointError: there is no `model.yaml`, or it describes no language model.
+    """
+    path = context / MODEL
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))["config"]
-        family = config["_target_"].split(".")[-2]
-        activation = config["activation_func"]["_target_"].rpartition(".")[2]
-        layers, hidden, heads, neurons = (
-            int(config[key]) for key in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
-        )
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))["config"]
+        family_of(settings)
+        return dict(settings)
     except FileNotFoundError:
-        raise CheckpointError(problem(str(path), got="no such file", expected="NeMo's model", fix=fix)) from None
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, yaml.YAMLError) as error:
-        got = f"an unreadable description ({type(error).__name__})"
-        raise CheckpointError(problem(str(path), got=got, expected="a NeMo 2 language model", fix=fix)) from None
-    checks = [(name, config.get(name, value), value) for name, value in _REQUIRED.items()]
-    checks += [("_target_", family, family if family in _FAMILIES else " or ".join(_FAMILIES))]
+        raise CheckpointError(problem(str(path), got="no such file", expected="NeMo's model", fix=_FIX)) from None
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from None
+
+
+def family_of(settings: dict[str, Any]) -> str:
+    """Return NeMo's module of the model's configuration: `llama`."""
+    return str(settings["_target_"].split(".")[-2])
+
+
+def hf_config_from(settings: dict[str, Any], vocab_size: int, path: Path, fix: str = _FIX) -> dict[str, Any]:
+    """Return settings under NeMo's names in Hugging Face's terms, as those of a dense model: experts do not count.
+
+    Args:
+        settings: as `model_settings` gives them; a family that is not known is read as Llama.
+        vocab_size: V.
+        path: the file they are from.
+        fix: what to do where no model of the mapping table is like that.
+
+    Raises:
+        CheckpointError: a size is missing, or a setting makes another function than that of the known families.
+    """
+    try:
+        family = FAMILIES.get(family_of(settings), FAMILIES["llama"])
+        activation = settings["activation_func"]["_target_"].rpartition(".")[2]
+        layers, hidden, heads, neurons = (
+            int(settings[key]) for key in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
+        )
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from None
+    checks = [(name, settings.get(name, value), value) for name, value in _REQUIRED.items()]
     checks += [
         ("activation_func", activation, activation if activation in _ACTIVATIONS else " or ".join(_ACTIVATIONS))
     ]
     for name, got, expected in checks:
         if got != expected:
-            reason = "give a dense parent" if name == "num_moe_experts" else fix
-            raise CheckpointError(problem(f"{path}: {name}", got=got, expected=expected, fix=reason))
-    window = config.get("window_size")  # (tokens back, tokens ahead), -1 for all
+            raise CheckpointError(problem(f"{path}: {name}", got=got, expected=expected, fix=fix))
+    window = settings.get("window_size")  # (tokens back, tokens ahead), -1 for all
     return {
-        "architectures": [_FAMILIES[family]],
+        "architectures": [family],
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "intermediate_size": neurons,
         "num_attention_heads": heads,
-        "num_key_value_heads": config.get("num_query_groups") or heads,
-        "head_dim": config.get("kv_channels") or hidden // heads,
-        "vocab_size": config.get("vocab_size") or _tokenizer_size(context) or padded_vocab,
-        "tie_word_embeddings": bool(config.get("share_embeddings_and_output_weights")),
+        "num_key_value_heads": settings.get("num_query_groups") or heads,
+        "head_dim": settings.get("kv_channels") or hidden // heads,
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": bool(settings.get("share_embeddings_and_output_weights")),
         "hidden_act": _ACTIVATIONS[activation],
         "hidden_activation": _ACTIVATIONS[activation],
-        "attention_bias": bool(config.get("add_bias_linear")),
-        "mlp_bias": bool(config.get("add_bias_linear")),
-        "qkv_bias": bool(config.get("add_qkv_bias")),
-        "zero_centered_norm": bool(config.get("layernorm_zero_centered_gamma")),
-        "rms_norm_eps": config.get("layernorm_epsilon", 1e-5),
-        "rope_theta": config.get("rotary_base", 10000),
-        "rope_scaling": _rope_scaling(config),
-        "max_position_embeddings": config.get("seq_length", 4096),
+        "attention_bias": bool(settings.get("add_bias_linear")),
+        "mlp_bias": bool(settings.get("add_bias_linear")),
+        "qkv_bias": bool(settings.get("add_qkv_bias")),
+        "zero_centered_norm": bool(settings.get("layernorm_zero_centered_gamma")),
+        "rms_norm_eps": settings.get("layernorm_epsilon", 1e-5),
+        "rope_theta": settings.get("rotary_base", 10000),
+        "rope_scaling": _rope_scaling(settings),
+        "max_position_embeddings": settings.get("seq_length", 4096),
         "sliding_window": int(window[0]) + 1 if window and int(window[0]) >= 0 else None,
     }
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    got = f"an unreadable description ({type(error).__name__})"
+    return CheckpointError(problem(str(path), got=got, expected="a NeMo 2 language model", fix=_FIX))
 
 
 def _rope_scaling(config: dict[str, Any]) -> dict[str, Any] | None:

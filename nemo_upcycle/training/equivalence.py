@@ -20,8 +20,9 @@ from typing import Any, cast
 import torch
 
 from nemo_upcycle.connector import load_dense_into, upcycle_into
-from nemo_upcycle.export import LiveWeights, export_weights
+from nemo_upcycle.export import export_weights
 from nemo_upcycle.hf_model import load_model
+from nemo_upcycle.megatron_weights import LiveWeights
 from nemo_upcycle.progress import ProgressLine
 from nemo_upcycle.receipt import UpcycleReceipt
 from nemo_upcycle.sources import open_dense

@@ -86,7 +86,7 @@ def write_checkpoint(
 
 
 @contextmanager
-def _leaves_nothing(folder: Path, error: type[Exception], words: str) -> Iterator[None]:
+def _leaves_nothing(folder: Path, error: type[Exception] | tuple[type[Exception], ...], words: str) -> Iterator[None]:
     before = sorted(folder.rglob("*"))
     with pytest.raises(error, match=words):
         yield

@@ -106,7 +106,7 @@ def test_it_starts_without_torch_and_nemo() -> None:
         (["convert", "a", "b", "--moe-layers", "1" * 5000], "error: --moe-layers '1111"),
         (["verify", "a", "b", "--tolerance", "nan"], "tolerance: got nan, expected a number, 0 or more"),
         (["verify", "/absent", "/absent"], "/absent: got no such folder"),
-        (["export", "/absent", "b"], "dense parent: got none"),
+        (["export", "/absent", "b"], "/absent: got no such folder, expected a checkpoint"),
         (["report", "/absent"], "/absent"),
     ],
 )
@@ -182,7 +182,9 @@ def test_export_finds_the_spec_in_the_runs_receipt(
     assert json.loads(capsys.readouterr().out)["hf_class"] == "MixtralForCausalLM"
     assert main(["verify", str(dense), str(tmp_path / "hf"), "--weights-only"]) == 0
     capsys.readouterr()
-    assert "spec: got num_experts=8" in _fails(capsys, "export", checkpoint, str(tmp_path / "x"), "--experts", "8")
+    assert "--experts: got 8, expected 4 (spec.num_experts in" in _fails(
+        capsys, "export", checkpoint, str(tmp_path / "x"), "--experts", "8"
+    )
     assert main(["export", checkpoint, str(tmp_path / "y"), "--noise-std", "0.01"]) == 0  # the receipt's own
     capsys.readouterr()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")

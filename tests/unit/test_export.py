@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.architecture import read_architecture
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
-from nemo_upcycle.export import CheckpointWeights, LiveWeights, export_checkpoint, export_weights
-from nemo_upcycle.files import MARKER, is_complete, read_json
+from nemo_upcycle.export import export_checkpoint, export_weights
+from nemo_upcycle.files import MARKER, MODEL_MARKER, is_complete, read_json
 from nemo_upcycle.hf_folder import write_weights
 from nemo_upcycle.mapping import Row
+from nemo_upcycle.megatron_weights import CheckpointWeights, LiveWeights
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
 from nemo_upcycle.training.equivalence import hugging_face_logits, megatron_logits, one_rank
 from tests.models import build_chunks, sample_tokens, write_llama, write_tokenizer
@@ -74,7 +75,7 @@ def test_every_layout_exports_to_the_same_bits(saved: Path, dense: Path, tmp_pat
     weights = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "four", "live")}
     assert weights["one"] == weights["four"] == weights["live"]
     _load(tmp_path / "four", "MixtralForCausalLM")
-    marker = read_json(tmp_path / "four" / MARKER)
+    marker = read_json(tmp_path / "four" / MODEL_MARKER)
     assert marker["tensors"] == len(load_file(tmp_path / "four/model.safetensors"))
     assert marker["bytes"] == arch.total_params * 4
 
@@ -132,8 +133,13 @@ def test_what_belongs_to_the_parent_travels_along(tmp_path: Path) -> None:
     output = tmp_path / "hf"
     copied = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
     copied.add("generation_config.json")
-    assert {path.name for path in output.iterdir()} == copied | {"config.json", "model.safetensors", MARKER}
-    assert set(read_json(output / MARKER)["companions"]) == copied
+    assert {path.name for path in output.iterdir()} == copied | {
+        "config.json",
+        "model.safetensors",
+        "README.md",
+        MODEL_MARKER,
+    }
+    assert set(read_json(output / MODEL_MARKER)["companions"]) == copied
     assert all((output / name).read_bytes() == (folder / name).read_bytes() for name in copied)
     config, parent = read_json(output / "config.json"), read_json(folder / "config.json")
     for key in ("rope_scaling", "rope_theta", "eos_token_id", "max_position_embeddings", "rms_norm_eps", "hidden_act"):
@@ -238,7 +244,7 @@ def test_memory_is_given_back_on_the_way(dense: Path, tmp_path: Path, monkeypatc
     checkpoint = write_checkpoint(tmp_path / "ck", dense, SPEC)
     export_checkpoint(checkpoint, dense, tmp_path / "seldom", spec=SPEC)
     released, release = [], DistributedCheckpoint.release
-    monkeypatch.setattr("nemo_upcycle.export._RELEASE_BYTES", 100_000)
+    monkeypatch.setattr("nemo_upcycle.megatron_weights._RELEASE_BYTES", 100_000)
     monkeypatch.setattr(DistributedCheckpoint, "release", lambda self: (released.append(self), release(self)))
     export_checkpoint(checkpoint, dense, tmp_path / "often", spec=SPEC)
     assert len(released) > 5
@@ -272,6 +278,11 @@ def test_a_spec_of_another_model_is_refused(
 ) -> None:
     with _leaves_nothing(tmp_path, SpecError, words):
         export_checkpoint(saved / "one", dense, tmp_path / "hf", spec=spec)
+
+
+def test_a_spec_of_a_dense_model_is_refused(saved: Path, dense: Path, tmp_path: Path) -> None:
+    with _leaves_nothing(tmp_path, SpecError, r"spec: got .*expected none: .* is a dense model"):
+        export_checkpoint(saved / "dense", dense, tmp_path / "hf", spec=SPEC)
 
 
 @pytest.mark.parametrize(
