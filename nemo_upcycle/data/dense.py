@@ -7,6 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from nemo_upcycle.architecture import Architecture
 from nemo_upcycle.data.assets import ASSETS, cache_folder, fetch_asset
 from nemo_upcycle.data.gguf import convert_gguf
 from nemo_upcycle.errors import CheckpointError, UpcycleError, problem, unknown
@@ -45,34 +46,68 @@ def import_dense(source: str, output: Path) -> Path:
     if scheme == "asset":
         folder = _from_asset(rest, output)
     elif scheme == "hf":
-        folder = _from_hf(rest)
+        folder = _from_hf(rest, may_be_path=not separator)
     else:
         raise UpcycleError(unknown("address scheme", scheme, ["asset", "hf"]))
     _check(folder)
     return folder
 
 
-def _from_asset(name: str, output: Path) -> Path:
+def check_source(source: str) -> Architecture | None:
+    """Check what the user names as dense model, as far as that takes no time: a folder is opened, nothing is fetched.
+
+    Args:
+        source: as in `import_dense`.
+
+    Returns:
+        The architecture of a folder's model; None for what is still to be fetched.
+
+    Raises:
+        UpcycleError: there is no such scheme, asset or folder, or the folder is not such a model (CheckpointError).
+    """
+    scheme, separator, rest = source.partition("://")
+    if not separator:
+        scheme, rest = "hf", source
+    if scheme == "asset":
+        _require_model(rest)
+    elif scheme != "hf":
+        raise UpcycleError(unknown("address scheme", scheme, ["asset", "hf"]))
+    elif folder := _folder(rest, may_be_path=not separator):
+        return _check(folder)
+    return None
+
+
+def _require_model(name: str) -> None:
     models = [key for key, asset in ASSETS.items() if asset.kind == "model"]
     if name not in models:
         raise UpcycleError(unknown("model asset", name, models))
+
+
+def _from_asset(name: str, output: Path) -> Path:
+    _require_model(name)
     return convert_gguf(fetch_asset(name), output)
 
 
-def _from_hf(rest: str) -> Path:
+def _from_hf(rest: str, *, may_be_path: bool) -> Path:
+    return _folder(rest, may_be_path=may_be_path) or _download(rest)
+
+
+def _folder(rest: str, *, may_be_path: bool) -> Path | None:
+    """Return the folder that an address names; None for what can only be a name on the hub."""
     path = Path(rest).expanduser()
     if path.is_dir():
         return path
-    if not _HUB_NAME.fullmatch(rest):
+    is_mistyped = may_be_path and path.parent.is_dir()  # models/lama beside models/llama is no name on the hub
+    if is_mistyped or not _HUB_NAME.fullmatch(rest):
         raise CheckpointError(
             problem(
-                f"dense model {rest!r}",
+                f"model {rest!r}",
                 got="no such folder",
                 expected="a Hugging Face folder, hf://ORG/NAME or asset://NAME",
                 fix="check the path",
             )
         )
-    return _download(rest)
+    return None
 
 
 def _download(name: str) -> Path:
@@ -113,11 +148,12 @@ def require_tokenizer(folder: Path) -> None:
         )
 
 
-def _check(folder: Path) -> None:
+def _check(folder: Path) -> Architecture:
     """Raise unless the folder holds a whole dense model and a tokenizer."""
-    with open_dense(folder):
-        pass  # opening reads the configuration and every header, and checks that no file is cut short
+    with open_dense(folder) as dense:
+        architecture = dense.architecture  # opening reads every header, and checks that no file is cut short
     require_tokenizer(folder)
+    return architecture
 
 
 def ensure_dense(source: str) -> Path:
