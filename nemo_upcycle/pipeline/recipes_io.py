@@ -105,7 +105,8 @@ def check_recipe(recipe: run.Partial, where: str = "") -> None:
 def _check_names(strategy: Any, where: str) -> None:
     """Check the names of a strategy's settings: NeMo's takes any, and passes over those that nothing asks for."""
     kinds = (*inspect.getmro(strategy.__fn_or_cls__), DistributedDataParallel)
-    known = {name for kind in kinds for name in inspect.signature(kind.__init__).parameters}
+    made_by = [vars(kind)["__init__"] for kind in kinds if "__init__" in vars(kind)]
+    known = {name for made in made_by for name in inspect.signature(made).parameters}
     for name in strategy.__arguments__:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
