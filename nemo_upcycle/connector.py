@@ -38,6 +38,13 @@ _PLAIN: dict[str, Any] = {
     "glu_linear_offset": 0.0,
     "activation_func_clamp_value": None,
     "apply_residual_connection_post_layernorm": False,
+    "multi_latent_attention": False,
+}
+#: How every known parent is told positions; NeMo has these settings in its config, Megatron in its model alone.
+_POSITIONS: dict[str, Any] = {
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "seq_len_interpolation_factor": None,  # 1 is as good
 }
 
 
@@ -136,6 +143,10 @@ def check_spec(config: Any, spec: UpcycleSpec) -> None:
                     f"model.config.{name}", got=got, expected=f"{value} (from the UpcycleSpec)", fix="make them agree"
                 )
             )
+    for name, value in _POSITIONS.items():
+        if (got := getattr(config, name, value)) not in (value, value or 1):
+            expected, fix = f"{value}, as in every dense parent", "leave it at that"
+            raise SpecError(problem(f"model.config.{name}", got=got, expected=expected, fix=fix))
     capacity = getattr(config, "moe_expert_capacity_factor", None)
     pad = bool(getattr(config, "moe_pad_expert_input_to_capacity", False))
     # Megatron takes a negative factor for none.
@@ -153,7 +164,8 @@ def check_spec(config: Any, spec: UpcycleSpec) -> None:
 
 
 def _check_model(model: Any, made: Architecture) -> None:
-    config, frequencies = model.config, model.rotary_pos_emb.inv_freq
+    config, rotary = model.config, getattr(model, "rotary_pos_emb", None)
+    frequencies = getattr(rotary, "inv_freq", None)
     wanted: dict[str, Any] = {
         "num_layers": made.num_layers,
         "hidden_size": made.hidden_size,
@@ -169,12 +181,16 @@ def _check_model(model: Any, made: Architecture) -> None:
         wanted["moe_ffn_hidden_size"] = made.expert_ffn_size or made.ffn_size
         wanted["moe_shared_expert_intermediate_size"] = made.shared_ffn_size or None
     checks: list[tuple[str, Any, Any]] = [(name, getattr(config, name), value) for name, value in wanted.items()]
+    # Before all others: a model with other position embeddings may have no rotary ones.
+    for name, value in _POSITIONS.items():
+        got = getattr(model, name, getattr(rotary, name, value))
+        checks.append((name, value if got == 1 else got, value))
     checks += [(name, getattr(config, name, value) or value, value) for name, value in _PLAIN.items()]
     if config.softmax_scale and not math.isclose(config.softmax_scale, made.head_dim**-0.5, rel_tol=1e-6):
         checks.append(("softmax_scale", config.softmax_scale, f"None or {made.head_dim**-0.5:.6g}"))
     # What follows changes the function unnoticed. NeMo scales the rotary frequencies outside of its config.
     checks.append(("activation_func", activation_of(config.activation_func), made.activation))
-    if not frequencies.is_meta and not same_frequencies(frequencies, made):
+    if frequencies is not None and not frequencies.is_meta and not same_frequencies(frequencies, made):
         got = f"rotary_base {model.rotary_base:g}, frequencies down to {float(frequencies[-1]):.4g}"
         expected = f"rope_theta {made.rope_theta:g}, rope_scaling {made.rope_scaling}"
         checks.append(("rotary_base and RoPE scaling", got, expected))
@@ -189,7 +205,7 @@ def _fill(
 ) -> UpcycleReceipt:
     arch = dense.architecture
     made = arch.upcycled(spec) if spec else arch
-    check_source(dense)
+    check_source(dense, sampled=True)
     for model in models:
         _check_model(model, made)
     place, branches = Place.here(), len(dense.branches())

@@ -13,7 +13,7 @@ import torch
 from nemo_upcycle.architecture import Architecture
 from nemo_upcycle.errors import CheckpointError, UpcycleError, problem
 from nemo_upcycle.files import read_json, require_disk, write_json
-from nemo_upcycle.hf_settings import ACTIVATIONS
+from nemo_upcycle.hf_settings import ACTIVATIONS, both_ropes
 from nemo_upcycle.progress import ProgressLine
 from nemo_upcycle.sources.checks import require_finite
 from nemo_upcycle.sources.safetensors_folder import INDEX
@@ -38,17 +38,15 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture) -> dict[str, An
     """Return the `config.json` of an upcycled model: the parent's settings, plus what the experts need.
 
     Special tokens and the like are kept as they are. What decides the function is written always, as transformers 4
-    reads it: where the parent's config says nothing, its class and that of the MoE may have other defaults.
+    and 5 read it: where the parent's config says nothing, its class and that of the MoE may have other defaults.
     """
-    dropped = ("attention_bias", "mlp_bias", "hidden_activation", "rope_parameters")
+    dropped = ("attention_bias", "mlp_bias", "hidden_activation")
     config = {key: value for key, value in dense_config.items() if key not in dropped}
     common = {
         "architectures": [arch.hf_class],
         "num_experts_per_tok": arch.top_k,
         "head_dim": arch.head_dim,
         "num_key_value_heads": arch.num_kv_heads,
-        "rope_theta": arch.rope_theta,
-        "rope_scaling": arch.rope_scaling,
         "rms_norm_eps": arch.norm_eps,
         "tie_word_embeddings": arch.tied_embeddings,
         "hidden_act": next(name for name, kind in ACTIVATIONS.items() if kind == arch.activation),
@@ -75,7 +73,7 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture) -> dict[str, An
             "qkv_bias": arch.qkv_bias,
             "use_sliding_window": False,
         }
-    return config | common | own
+    return config | common | own | both_ropes(arch.rope_theta, arch.rope_scaling)
 
 
 def require_dtype(dtype: torch.dtype) -> None:
@@ -199,8 +197,7 @@ def copy_companions(dense_folder: Path, folder: Path) -> list[str]:
 def write_config(dense_folder: Path, folder: Path, arch: Architecture, dtype: torch.dtype) -> None:
     """Write the `config.json` of `arch`, made from the parent's."""
     config = read_json(dense_folder / "config.json")
-    if arch.num_experts:
-        config = moe_config(config, arch)
+    config = moe_config(config, arch) if arch.num_experts else config | both_ropes(arch.rope_theta, arch.rope_scaling)
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
     config.pop("dtype", None)
     write_json(folder / "config.json", config)

@@ -33,6 +33,13 @@ MOE_CLASSES: dict[str, dict[str, Any]] = {
     "Qwen2MoeForCausalLM": _COMMON | {"num_key_value_heads": 16, "max_position_embeddings": 32768, "qkv_bias": True},
 }
 _WINDOWED = ("MistralForCausalLM", "MixtralForCausalLM")
+#: What transformers 5 keeps together with the scaling of rotary frequencies.
+_NO_SCALING = ("rope_theta", "partial_rotary_factor")
+#: Settings of a kind of scaling; those of other kinds travel along unread.
+_SCALINGS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 #: Hugging Face's activations -> the architecture's.
 ACTIVATIONS = {"silu": "silu", _TANH_GELU: "gelu_tanh"}
 
@@ -128,7 +135,7 @@ def settings_of(config: Any, where: str) -> Settings:
     if given.flag("use_sliding_window"):
         fix = "train with sequences within the window, and set use_sliding_window to false"
         raise given.wrong("use_sliding_window", "full attention", fix)
-    values = (DENSE_CLASSES | MOE_CLASSES)[hf_class] | given.values | _rope(given)
+    values = (DENSE_CLASSES | MOE_CLASSES)[hf_class] | given.values | rope_settings(config, where)
     # A null is as good as nothing, but where it says something of its own.
     if config.get("num_key_value_heads", "") is None:
         values["num_key_value_heads"] = config.get("num_attention_heads")
@@ -137,30 +144,63 @@ def settings_of(config: Any, where: str) -> Settings:
     return Settings(hf_class, values, where)
 
 
-def _rope(given: Settings) -> dict[str, Any]:
-    """Return rotary base and scaling as transformers 4 spells them; transformers 5 has both in `rope_parameters`."""
-    old = {"rope_scaling": _scaling(given, "rope_scaling")}
-    old |= {key: given.values[key] for key in ("rope_theta",) if key in given.values}
-    if "rope_parameters" not in given.values:
-        return old
-    new = {"rope_scaling": _scaling(given, "rope_parameters")}
-    new |= {key: value for key, value in given.values["rope_parameters"].items() if key == "rope_theta"}
-    for key in old.keys() & new.keys() & given.values.keys():
-        if old[key] != new[key]:
-            raise given.wrong(key, f"{new[key]}, as in rope_parameters", "keep one of the two in config.json")
-    return old | new
+def rope_settings(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return rotary base and scaling as transformers 4 spells them; transformers 5 has both in `rope_parameters`.
+
+    Args:
+        config: the parsed `config.json`, of any class.
+        where: how messages call the file.
+
+    Returns:
+        `rope_scaling`, its kind under `rope_type`, None for no scaling; and `rope_theta`, if that is said.
+
+    Raises:
+        CheckpointError: settings contradict each other, or mean more than base and scaling.
+    """
+    given = Settings("", {key: value for key, value in config.items() if value is not None}, where)
+    scalings = {key: _scaling(given, key) for key in ("rope_scaling", "rope_parameters") if key in given.values}
+    places = [given, *(_inside(given, key) for key in scalings)]
+    for key in (*_NO_SCALING, "original_max_position_embeddings"):
+        said = [place for place in places if key in place.values]
+        for place in said:
+            if place.values[key] != (last := said[-1]).values[key]:
+                expected = f"{last.values[key]}, as in {last.where.removeprefix(f'{where}: ')}"
+                raise place.wrong(key, expected, "keep one of the two in config.json")
+        if said and key == "partial_rotary_factor" and said[0].values[key] != 1:
+            raise said[0].wrong(key, "1 or nothing", "use a checkpoint whose heads are rotated as a whole")
+    if len(scalings) == 2 and scalings["rope_scaling"] != scalings["rope_parameters"]:
+        fix = "keep one of the two in config.json"
+        raise given.wrong("rope_scaling", f"{scalings['rope_parameters']}, as in rope_parameters", fix)
+    theta = [place.values["rope_theta"] for place in places if "rope_theta" in place.values]
+    return {"rope_scaling": next(iter(scalings.values()), None)} | ({"rope_theta": theta[0]} if theta else {})
+
+
+def both_ropes(theta: float, scaling: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what a `config.json` says of the rotary embedding, spelled for transformers 4 and for transformers 5."""
+    parameters = {"rope_type": "default"} | (scaling or {}) | {"rope_theta": theta}
+    return {"rope_theta": theta, "rope_scaling": scaling, "rope_parameters": parameters}
+
+
+def _inside(given: Settings, key: str) -> Settings:
+    values = {name: value for name, value in given.values[key].items() if value is not None}
+    return Settings("", values, f"{given.where}: {key}")
 
 
 def _scaling(given: Settings, key: str) -> dict[str, Any] | None:
     """Return how the rotary frequencies are scaled, its kind under `rope_type`; None for not at all."""
-    scaling = given.values.get(key, {})
+    scaling = given.values[key]
     kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else None
     if not isinstance(kind, str):
         raise given.wrong(key, "null, or settings with a rope_type")
-    if kind == "default":
-        return None
-    scaling = {name: value for name, value in scaling.items() if name not in ("type", "rope_theta")}
-    if kind == "llama3":
-        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-            Settings(given.hf_class, scaling, f"{given.where}: {key}").number(name)
-    return scaling | {"rope_type": kind}
+    inside = _inside(given, key)
+    if inside.values.get("type", kind) != kind:
+        raise inside.wrong("type", f"{kind}, as its rope_type", "keep one of the two in config.json")
+    scaling = {name: value for name, value in scaling.items() if name not in ("type", *_NO_SCALING)}
+    for name in _SCALINGS.get(kind, ()):
+        inside.number(name)
+    # Settings of each kind of layer, say, or sections of the head: what is not known is never dropped.
+    for name in sorted(
+        inside.values.keys() - {"type", "rope_type", *_NO_SCALING, *_SCALINGS.get(kind, inside.values)}
+    ):
+        raise inside.wrong(name, "nothing", "remove it, if every layer and head has the same rotary embedding")
+    return None if kind == "default" else scaling | {"rope_type": kind}

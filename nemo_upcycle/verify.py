@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from nemo_upcycle.compare_weights import WeightGroup, compare_weights
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError, problem
+from nemo_upcycle.hf_model import errors_only, load_model, load_tokenizer
 from nemo_upcycle.hf_settings import MOE_CLASSES
 from nemo_upcycle.progress import ProgressLine
 from nemo_upcycle.sources import open_dense
@@ -142,10 +142,8 @@ def _tokens(dense: Path, text_file: Path | None) -> torch.Tensor:
         text = text_file.read_text(encoding="utf-8") if text_file else SAMPLE_TEXT
     except (OSError, UnicodeDecodeError) as error:
         raise UpcycleError(problem(str(text_file), got=error, expected="UTF-8 text", fix="check the file")) from None
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(dense, trust_remote_code=False)
+        tokenizer = load_tokenizer(dense)
     except Exception as error:  # a damaged file makes the tokenizers library raise just that
         fix = "copy the model's tokenizer files there, or compare the weights alone (--weights-only)"
         got = "none" if isinstance(error, OSError | ValueError | KeyError) else f"a damaged one ({error})"
@@ -182,14 +180,7 @@ def _compare_logits(dense: Path, moe: Path, tokens_BS: torch.Tensor, layers: boo
 @torch.no_grad()
 def _run(folder: Path, tokens_BS: torch.Tensor, layers: bool) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Return logits [B, S, V] and, if asked for, what the embedding and every layer hand on [B, S, D]."""
-    import transformers
-
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    with errors_only():
+        model = load_model(folder, dtype=torch.float32).eval()
         found = model(tokens_BS, output_hidden_states=layers, use_cache=False)
-    finally:
-        transformers.logging.set_verbosity(verbosity)
     return found.logits, tuple(found.hidden_states) if layers else ()

@@ -43,6 +43,31 @@ def write_llama(folder: Path, *, tied: bool = False, layers: int = 4, shards: in
     return folder
 
 
+def as_transformers_5(folder: Path, *, tokenizer: bool = False) -> Path:
+    """Rewrite what transformers 4 saved as transformers 5.24 does: one environment holds only one of them.
+
+    Args:
+        folder: with `config.json`.
+        tokenizer: whether its tokenizer is rewritten, too.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    scaling = config.pop("rope_scaling", None) or {"rope_type": "default"}
+    config |= {"rope_parameters": scaling | {"rope_theta": config.pop("rope_theta")}, "transformers_version": "5.24.0"}
+    config["dtype"] = config.pop("torch_dtype", None) or config["dtype"]
+    path.write_text(json.dumps(config), encoding="utf-8")
+    if tokenizer:
+        path = folder / "tokenizer_config.json"
+        said = json.loads(path.read_text(encoding="utf-8"))
+        said["extra_special_tokens"] = said.pop("additional_special_tokens", ["<unk>"])
+        for name in ("added_tokens_decoder", "use_fast"):
+            said.pop(name, None)
+        said |= {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}
+        path.write_text(json.dumps(said), encoding="utf-8")
+        (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    return folder
+
+
 def write_random(folder: Path, config: dict[str, Any], deviation: float = 0.02) -> Path:
     """Write random bfloat16 weights for a `config.json` of any size, tensor by tensor; norms are ones."""
     from safetensors.torch import save_file
@@ -153,6 +178,7 @@ def build_chunks(
     num_experts: int | None,
     top_k: int = 2,
     layout: dict[str, int] | None = None,
+    model: dict[str, Any] | None = None,
     **changes: Any,
 ) -> list[Any]:
     """Initialise Megatron's groups for `layout` (tp, cp, pp, vp, ep, etp) and build this rank's chunks.
@@ -162,6 +188,7 @@ def build_chunks(
         num_experts: None for a dense model.
         top_k: of the router.
         layout: sizes that are not 1. Context parallelism changes the groups only: the local attention refuses it.
+        model: arguments of Megatron's `GPTModel` beside its configuration.
         changes: of the Megatron configuration; `moe_settings` gives those of a spec.
     """
     from megatron.core import parallel_state as ps
@@ -235,9 +262,8 @@ def build_chunks(
                 pre_process=first,
                 post_process=last,
                 share_embeddings_and_output_weights=arch.tied_embeddings,
-                position_embedding_type="rope",
-                rotary_base=int(arch.rope_theta),
                 vp_stage=vp_stage,
+                **({"position_embedding_type": "rope", "rotary_base": int(arch.rope_theta)} | (model or {})),
             )
         )
     if arch.rope_scaling:

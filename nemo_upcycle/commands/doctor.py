@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, distribution, metadata, version
+from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
 
 from nemo_upcycle.commands.common import add_json, show
 from nemo_upcycle.errors import UpcycleError, problem
@@ -139,10 +137,9 @@ def _fixes(libraries: list[dict[str, Any]], has_gpus: bool) -> dict[str, str]:
 
 
 def _clone() -> Path | None:
-    """Return the folder that `pip install -e` installed the package from: its extras are on no package index."""
-    url = urlsplit(json.loads(distribution(_PACKAGE).read_text("direct_url.json") or "{}").get("url", ""))
-    folder = Path(unquote(url.path))
-    return folder if url.scheme == "file" and (folder / "pyproject.toml").is_file() else None
+    """Return the clone that this package runs from, installed with `pip install -e`: its extras are on no index."""
+    folder = Path(__file__).parents[2]
+    return folder if (folder / "pyproject.toml").is_file() else None
 
 
 def _gpus() -> list[str]:

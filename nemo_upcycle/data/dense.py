@@ -13,6 +13,7 @@ from nemo_upcycle.data.gguf import convert_gguf
 from nemo_upcycle.errors import CheckpointError, UpcycleError, problem, unknown
 from nemo_upcycle.files import is_complete
 from nemo_upcycle.sources import open_dense
+from nemo_upcycle.sources.checks import check_source
 
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -40,6 +41,10 @@ def import_dense(source: str, output: Path) -> Path:
     Example:
         >>> import_dense("asset://smollm2-135m", Path("runs/demo/dense"))  # doctest: +SKIP
     """
+    return _import(source, output, sampled=False)
+
+
+def _import(source: str, output: Path, *, sampled: bool) -> Path:
     scheme, separator, rest = source.partition("://")
     if not separator:
         scheme, rest = "hf", source
@@ -49,11 +54,14 @@ def import_dense(source: str, output: Path) -> Path:
         folder = _from_hf(rest, may_be_path=not separator)
     else:
         raise UpcycleError(unknown("address scheme", scheme, ["asset", "hf"]))
-    _check(folder)
+    # Opening reads the configuration and every header, and checks that no file is cut short.
+    with open_dense(folder) as dense:
+        check_source(dense, sampled=sampled)
+    require_tokenizer(folder)
     return folder
 
 
-def check_source(source: str) -> Architecture | None:
+def check_address(source: str) -> Architecture | None:
     """Check what the user names as dense model, as far as that takes no time: a folder is opened, nothing is fetched.
 
     Args:
@@ -73,7 +81,9 @@ def check_source(source: str) -> Architecture | None:
     elif scheme != "hf":
         raise UpcycleError(unknown("address scheme", scheme, ["asset", "hf"]))
     elif folder := _folder(rest, may_be_path=not separator):
-        return _check(folder)
+        require_tokenizer(folder)
+        with open_dense(folder) as dense:
+            return dense.architecture
     return None
 
 
@@ -148,14 +158,6 @@ def require_tokenizer(folder: Path) -> None:
         )
 
 
-def _check(folder: Path) -> Architecture:
-    """Raise unless the folder holds a whole dense model and a tokenizer."""
-    with open_dense(folder) as dense:
-        architecture = dense.architecture  # opening reads every header, and checks that no file is cut short
-    require_tokenizer(folder)
-    return architecture
-
-
 def ensure_dense(source: str) -> Path:
     """Return the folder of a dense model, keeping in the cache what has to be made or fetched first.
 
@@ -173,4 +175,4 @@ def ensure_dense(source: str) -> Path:
     with FileLock(f"{output}.lock"):
         if source.startswith("asset://") and is_complete(output):
             return output
-        return import_dense(source, output)
+        return _import(source, output, sampled=True)

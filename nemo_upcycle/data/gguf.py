@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from nemo_upcycle.data.gguf_tokenizer import write_tokenizer
 from nemo_upcycle.errors import CheckpointError, UpcycleError, problem, unknown
 from nemo_upcycle.files import MARKER, output_folder, require_disk, write_json
+from nemo_upcycle.hf_settings import both_ropes
 from nemo_upcycle.progress import ProgressLine
 from nemo_upcycle.sources.safetensors_folder import INDEX
 
@@ -134,7 +135,7 @@ def _config(fields: dict[str, Any], tensors: Any, dtype: str) -> dict[str, Any]:
         "max_position_embeddings": fields["llama.context_length"],
         # stored in single precision: 9.999999747378752e-06 is meant to be 1e-05
         "rms_norm_eps": float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
-        "rope_theta": float(fields.get("llama.rope.freq_base", 10000.0)),
+        **both_ropes(float(fields.get("llama.rope.freq_base", 10000.0)), None),
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,

@@ -12,6 +12,7 @@ from nemo_upcycle.data.corpus import Document, Documents
 from nemo_upcycle.data.dense import require_tokenizer
 from nemo_upcycle.errors import CheckpointError, UpcycleError, problem
 from nemo_upcycle.files import MARKER, is_complete, output_folder, sha256_file, write_json
+from nemo_upcycle.hf_model import load_tokenizer
 from nemo_upcycle.progress import ProgressLine
 
 
@@ -107,11 +108,9 @@ def _prefix(folder: Path, split: str) -> Path:
 
 
 def _load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
     require_tokenizer(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = load_tokenizer(folder)
     except Exception as error:  # the tokenizers library raises no narrower one for a damaged file
         raise CheckpointError(
             problem(

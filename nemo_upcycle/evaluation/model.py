@@ -6,8 +6,9 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from nemo_upcycle import hf_model
 from nemo_upcycle.errors import CheckpointError, UpcycleError, problem, unknown
 from nemo_upcycle.progress import ProgressLine
 
@@ -32,18 +33,16 @@ def load_model(folder: Path, dtype: str) -> tuple[Any, Any]:
             problem(f"model {folder}", got="no config.json", expected=expected, fix="check the path")
         )
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model, info = cast("Any", AutoModelForCausalLM).from_pretrained(
+        model, info = hf_model.load_model(
             folder,
             dtype=getattr(torch, dtype),
             device_map="auto" if torch.cuda.is_available() else None,
             use_safetensors=True,
-            local_files_only=True,
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = hf_model.load_tokenizer(folder)
     except (OSError, ValueError, RuntimeError) as error:
         fix = "export the model again, with the tokenizer files of the dense model"
         got = f"{type(error).__name__}: {error}"

@@ -17,6 +17,7 @@ from typing import Any
 from nemo_upcycle.errors import UpcycleError, problem
 from nemo_upcycle.evaluation.compare import RATIOS, jackknife_stderr, leave_one_out
 from nemo_upcycle.evaluation.model import load_model, quiet, wrap_model
+from nemo_upcycle.evaluation.samples import continue_prompts
 from nemo_upcycle.evaluation.suite import SuiteConfig, data_files
 from nemo_upcycle.files import MARKER, is_complete, read_json, sha256_file, write_json
 from nemo_upcycle.package_info import __version__
@@ -35,6 +36,7 @@ def evaluate(
     dtype: str = "float32",
     batch_size: int | None = None,
     limit: int | None = None,
+    samples: bool = True,
 ) -> dict[str, Any]:
     """Evaluate a model and write `<output>/<name>.json`.
 
@@ -47,11 +49,13 @@ def evaluate(
         dtype: of the weights and the computation: `float32`, `bfloat16` or `float16`.
         batch_size: sequences in one forward pass; the suite's own (else 8) when None.
         limit: take only the first items of each task, for a quick look.
+        samples: let the model continue the suite's prompts, too.
 
     Returns:
         What was written: `metrics` (`task/metric` -> `value`, `stderr`, `higher_is_better`), `items` (task -> an entry
         for each item: `id`, `hash`, `loglikelihoods` in nats, `scores`, and `answer` for a question), `groups` (task
-        groups -> their tasks), and what it was measured with.
+        groups -> their tasks), `samples` (the suite's prompts, each with its `continuation`), and what it was measured
+        with.
 
     Raises:
         CheckpointError: the folder is not a model, or its weights do not fit it exactly.
@@ -68,6 +72,8 @@ def evaluate(
     with _offline(folder is not None):
         model, tokenizer = load_model(model_folder, dtype)
         loaded_s = time.monotonic()
+        texts = continue_prompts(model, tokenizer, described.get("prompts", []) if samples else [])
+        sampled_s = time.monotonic()
         lm = wrap_model(model, tokenizer, batch_size, name)
         merged: dict[str, Any] = {"metrics": {}, "items": {}, "groups": {}}
         for shots, names in _by_shots(config["tasks"]).items():
@@ -85,7 +91,12 @@ def evaluate(
         "suite": described,
         "settings": {"dtype": dtype, "device": str(model.device), "batch_size": batch_size, "limit": limit},
         "versions": _versions(),
-        "seconds": {"load": loaded_s - start_s, "total": time.monotonic() - start_s},
+        "seconds": {
+            "load": loaded_s - start_s,
+            "samples": sampled_s - loaded_s,
+            "total": time.monotonic() - start_s,
+        },
+        "samples": texts,
         **merged,
     }
     write_json(output / f"{name}.json", result)

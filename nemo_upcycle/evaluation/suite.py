@@ -81,6 +81,10 @@ LOCAL_TASKS: dict[str, dict[str, Any]] = {
 }
 
 
+#: Held-out texts that every model continues, and how much of each it is given: about 40 tokens.
+PROMPTS, PROMPT_BYTES = 2, 160
+
+
 def read_suite_config(name: str | Path) -> SuiteConfig:
     """Read a suite configuration.
 
@@ -146,8 +150,8 @@ def build_suite(
         questions: dicts with `question`, `choices` (four texts), `answer` (0 to 3) and `subject`.
         heldout_documents: id and text of whole documents that no training step saw.
         output: the folder to write; an earlier one is replaced.
-        config: what to take. With `local: false` the folder only names lm-eval's own tasks, and neither questions nor
-            documents are used.
+        config: what to take. With `local: false` the folder only names lm-eval's own tasks; of the documents only the
+            prompts are used, and the questions not at all.
 
     Returns:
         `output`.
@@ -155,11 +159,13 @@ def build_suite(
     Raises:
         UpcycleError: a local task is left without an item.
     """
-    described: dict[str, Any] = {"config": dataclasses.asdict(config), "tasks": {}}
+    documents = list(heldout_documents)
+    prompts = choose_prompts(documents, config.seed)
+    described: dict[str, Any] = {"config": dataclasses.asdict(config), "tasks": {}, "prompts": prompts}
     with output_folder(output) as folder:
         if config.local:
             chosen = choose_questions(questions, config.questions, config.seed)
-            windows = choose_windows(heldout_documents, config.heldout, config.seed)
+            windows = choose_windows(documents, config.heldout, config.seed)
             for task in config.tasks:
                 rows = windows if LOCAL_TASKS[task]["doc_to_target"] == "text" else chosen
                 _write_task(folder, output, task, rows)
@@ -223,6 +229,13 @@ def choose_windows(documents: Iterable[tuple[str, str]], config: HeldoutConfig, 
     ranked = [(_rank(seed, entry["text"]), entry) for entry in windows]
     taken = [entry for _, entry in _first(ranked, config.windows)]
     return sorted(taken, key=lambda entry: (entry["document"], entry["window"]))
+
+
+def choose_prompts(documents: Iterable[tuple[str, str]], seed: int) -> list[dict[str, Any]]:
+    """Return held-out texts to be continued: `document` (its id), `prompt`, and how the text itself `goes_on`."""
+    windows = choose_windows(documents, HeldoutConfig(2 * PROMPT_BYTES, PROMPTS), seed)
+    halves = [(window["document"], *cut_windows(window["text"], PROMPT_BYTES)[:2], "") for window in windows]
+    return [{"document": document, "prompt": prompt, "goes_on": rest} for document, prompt, rest, *_ in halves]
 
 
 def cut_windows(text: str, window_bytes: int) -> list[str]:

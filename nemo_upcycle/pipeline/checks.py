@@ -10,7 +10,7 @@ import nemo_run as run
 
 from nemo_upcycle.architecture import Architecture
 from nemo_upcycle.data.corpus import check_corpus
-from nemo_upcycle.data.dense import check_source
+from nemo_upcycle.data.dense import check_address
 from nemo_upcycle.errors import UpcycleError, problem
 from nemo_upcycle.evaluation.suite import read_suite_config
 from nemo_upcycle.files import resolved
@@ -50,7 +50,7 @@ def check_arguments(run_dir: Path, plan: RunPlan, pretrain: run.Partial, dense_c
         UpcycleError: one is not valid; the text names it.
     """
     _check_folder(run_dir)
-    parent = check_source(plan.dense)
+    parent = check_address(plan.dense)
     check_corpus(plan.corpus)
     read_suite_config(plan.evaluation)
     for name, recipe in (("pretrain", pretrain), ("dense_ct", dense_ct)):

@@ -165,7 +165,8 @@ def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     done = {}
     for name, folder in models.items():
         if name != "dense_ct" or plan.dense_ct:
-            evaluate(folder, run_dir / "suite", run_dir / "evaluation", name=name)
+            # Step 0 writes what its parent writes.
+            evaluate(folder, run_dir / "suite", run_dir / "evaluation", name=name, samples=name != "step0")
             done[name] = str(folder)
     return done
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from nemo_upcycle.reporting.results import busiest
 from nemo_upcycle.reporting.run_folder import Curve
 
 
@@ -14,64 +16,130 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_STYLES = {"pretrain": ("MoE", "#0072B2"), "dense_ct": ("dense twin", "#D55E00")}
+_STYLES = {"pretrain": ("MoE", "#0072B2", "o"), "dense_ct": ("dense twin", "#D55E00", "s")}
 _DPI = 150
+#: Points of a curve and columns of a heat map over the steps: as many as can be told apart in a page's width.
+_COLUMNS = 200
+#: A run of fewer steps shows that the chain works, and its figures and report say so.
+FEW_STEPS = 100
 
 
-def draw_losses(curves: Mapping[str, Curve], path: Path) -> None:
-    """Draw training and validation loss over tokens, for the upcycled model and its dense twin.
+def chain_only(steps: int) -> str:
+    """Return what so few steps can show; nothing for a run long enough to show more."""
+    return f"{steps} steps show that the chain works, not what training brings" if steps < FEW_STEPS else ""
+
+
+def loss_figure(curves: Mapping[str, Curve]) -> Figure:
+    """Return validation loss over tokens, for the upcycled model and its dense twin, before their training loss.
+
+    Where validation began before the first step, that value stands as a line to compare with: the twin's is the dense
+    parent itself.
 
     Args:
         curves: by stage, `pretrain` and perhaps `dense_ct`.
-        path: the PNG to write.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
+    engineering = EngFormatter(sep="")
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
     for stage, curve in curves.items():
-        name, colour = _STYLES[stage]
-        tokens = [line["tokens"] for line in curve.steps]
-        axes.plot(tokens, [line["loss"] for line in curve.steps], color=colour, alpha=0.45, label=f"{name}, training")
+        name, colour, marker = _STYLES[stage]
         if curve.validation:
             axes.plot(
                 *zip(*curve.validation, strict=True),
                 color=colour,
-                marker="o" if stage == "pretrain" else "s",
+                marker=marker,
+                markevery=max(1, len(curve.validation) // 25),
                 linewidth=2,
+                zorder=3,
                 label=f"{name}, validation",
             )
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title="Loss of the upcycled MoE and its dense twin")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        columns = _columns([(line["tokens"], line["loss"]) for line in curve.steps])
+        label = f"{name}, training{_averaged(columns, curve.steps)}"
+        axes.plot(*columns.T, color=colour, alpha=0.35, linewidth=1, zorder=1, label=label)
+    begins = {stage: curve.validation[0][1] for stage, curve in curves.items() if _begins(curve)}
+    if begins:
+        stage = "dense_ct" if "dense_ct" in begins else "pretrain"
+        label = "dense parent, validation" if stage == "dense_ct" else "MoE at step 0, validation"
+        axes.axhline(begins[stage], color="black", linestyle="--", linewidth=1, zorder=2, label=label)
+    steps = curves["pretrain"].steps[-1]["step"]
+    title = f"Loss of the upcycled MoE{' and its dense twin' if 'dense_ct' in curves else ''}, {steps:,} steps"
+    axes.set(xlabel="tokens trained on", ylabel="cross-entropy loss (nats per token)")
+    axes.set_title("\n".join(filter(None, [title, chain_only(steps)])), fontsize=11)
+    axes.xaxis.set_major_formatter(lambda tokens, _: engineering(tokens).replace("G", "B"))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    _save(figure, path)
+    return figure
 
 
-def draw_expert_load(curve: Curve, path: Path) -> bool:
-    """Draw each expert's share of the token slots of each layer, at the first and the last step.
+def _columns(values: Sequence[Any]) -> Any:
+    """Return an array with one row a step, or of many steps the means of 200 parts."""
+    import numpy as np
+
+    parts = np.array_split(np.array(values), min(_COLUMNS, len(values)))
+    return np.array([part.mean(axis=0) for part in parts])
+
+
+def _averaged(columns: Any, steps: Sequence[Any]) -> str:
+    return f", means of up to {math.ceil(len(steps) / len(columns))} steps" if len(columns) < len(steps) else ""
+
+
+def _begins(curve: Curve) -> bool:
+    return bool(curve.validation) and curve.validation[0][0] == 0
+
+
+def load_figure(curve: Curve) -> Figure | None:
+    """Return how evenly experts were used: the busiest of each layer over the steps, all at the first and last step.
 
     Args:
         curve: of a training stage.
-        path: the PNG to write.
 
     Returns:
-        False, and nothing is written, when the stage has no experts.
+        None when the stage has no experts.
     """
-    from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure
 
     steps = [line for line in curve.steps if line.get("expert_load")]
     if not steps:
-        return False
+        return None
+    layers = len(steps[0]["expert_load"])
+    figure = Figure(figsize=(8, min(16, 4.5 + 0.2 * layers)), layout="constrained")
+    over_time, at_steps = cast("Any", figure.subfigures(2, 1))
+    _draw_busiest(over_time, steps)
+    _draw_first_and_last(at_steps, steps)
+    return figure
+
+
+def _draw_busiest(figure: Any, steps: list[dict[str, Any]]) -> None:
+    """Draw the busiest expert's load over the balanced one, [layers, steps]; many steps are averaged."""
+    import numpy as np
+
+    columns = _columns([busiest(line["expert_load"]) for line in steps])
+    busiest_LC = np.ma.masked_equal(columns.T, 0)  # 0: a layer without experts
+    axes = figure.subplots()
+    extent = (steps[0]["step"] - 0.5, steps[-1]["step"] + 0.5, len(busiest_LC) - 0.5, -0.5)
+    image = axes.imshow(busiest_LC, vmin=1, cmap="viridis", aspect="auto", interpolation="none", extent=extent)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    first, last = [float(busiest_LC[:, column].max()) for column in (0, -1)]
+    figure.suptitle(
+        f"Busiest expert of a layer{_averaged(columns, steps)}; worst layer at first {first:.2f}, at last {last:.2f}"
+    )
+    axes.set(xlabel="step", ylabel="layer")
+    figure.colorbar(image, ax=axes, label="load over balanced load")
+
+
+def _draw_first_and_last(figure: Any, steps: list[dict[str, Any]]) -> None:
+    """Draw each expert's share of the token slots of each layer, at the first and the last step."""
+    from matplotlib.colors import TwoSlopeNorm
+
     balanced = 1 / len(steps[0]["expert_load"][0])
     highest = max(share for line in (steps[0], steps[-1]) for row in line["expert_load"] for share in row)
     highest = max(highest, 1.01 * balanced)
     norm = TwoSlopeNorm(balanced, vmin=0, vmax=highest)
-    layers = len(steps[0]["expert_load"])
-    figure = Figure(figsize=(8, min(12, 2.2 + 0.18 * layers)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     image: Any = None
     for axes, line in zip(panels, (steps[0], steps[-1]), strict=True):
@@ -83,8 +151,6 @@ def draw_expert_load(curve: Curve, path: Path) -> bool:
     ticks = [0, balanced / 2, balanced, (balanced + highest) / 2, highest]
     labels = [f"{100 * tick:.3g} %" + (" = 1/E, balanced" if tick == balanced else "") for tick in ticks]
     bar.set_ticks(ticks, labels=labels)
-    _save(figure, path)
-    return True
 
 
 def _draw_load(axes: Axes, line: dict[str, Any], norm: Any) -> Any:
@@ -98,7 +164,8 @@ def _draw_load(axes: Axes, line: dict[str, Any], norm: Any) -> Any:
     return image
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
     aside = path.with_name(f".{os.getpid()}.{path.name}")
     figure.savefig(aside, dpi=_DPI)
     aside.replace(path)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table: the first column to the left, the others to the right.
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True) -> str:
+    """Return a Markdown table: the first column to the left, the others to the right unless they are no numbers.
 
     Example:
         >>> print(table(["stage", "s"], [["import", "3"]]))
@@ -14,9 +15,19 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         |---|---:|
         | import | 3 |
     """
-    rule = ["---", *["---:"] * (len(header) - 1)]
+    rule = ["---", *["---:" if numbers else "---"] * (len(header) - 1)]
     lines = [f"| {' | '.join(header)} |", f"|{'|'.join(rule)}|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def plain_cell(text: str) -> str:
+    """Return a text on one line that Markdown takes for nothing but text, inside a table too.
+
+    Example:
+        >>> print(plain_cell("one | <b>two</b>\\n*three*"))
+        one \\| \\<b\\>two\\</b\\> \\*three\\*
+    """
+    return re.sub(r"([\\`*_\[\]<>|#$&~])", r"\\\1", " ".join(text.split()))
 
 
 def number(value: float | None, digits: int = 4) -> str:

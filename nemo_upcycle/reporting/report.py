@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.files import write_json
-from nemo_upcycle.reporting import sections
+from nemo_upcycle.reporting import sections, training_sections
 from nemo_upcycle.reporting.environment import describe_environment
-from nemo_upcycle.reporting.figures import draw_expert_load, draw_losses
+from nemo_upcycle.reporting.figures import load_figure, loss_figure, save
 from nemo_upcycle.reporting.results import collect_results
 from nemo_upcycle.reporting.run_folder import read_run
 
@@ -32,8 +32,9 @@ def write_report(run_dir: Path) -> Path:
     """
     run = read_run(run_dir)
     results = collect_results(run, describe_environment())
-    draw_losses(run.curves, run_dir / "loss.png")
-    draw_expert_load(run.curves["pretrain"], run_dir / "experts.png")
+    save(loss_figure(run.curves), run_dir / "loss.png")
+    if (experts := load_figure(run.curves["pretrain"])) is not None:
+        save(experts, run_dir / "experts.png")
     write_json(run_dir / "results.json", results)
     target = run_dir / "report.md"
     aside = target.with_name(f".{target.name}.{os.getpid()}")
@@ -52,10 +53,12 @@ def compose(results: dict[str, Any], run_dir: Path) -> str:
     parts = [
         f"# {run_dir.resolve().name}",
         sections.summary(results),
+        sections.command(results),
         sections.evaluation(results),
+        sections.samples(results),
         sections.step_zero(results),
-        sections.training(results),
-        sections.expert_load(results),
+        training_sections.training(results),
+        training_sections.expert_load(results),
         sections.receipt(results),
         sections.setting(results),
         sections.next_steps(results, run_dir),

@@ -37,8 +37,9 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
     Returns:
         `evaluation` (model -> metric -> value, stderr), `step0` (parent against step 0, item by item, and `logits`
         from the receipt), `paired` (`B_minus_A` -> metric -> difference; groups of tasks stand for their tasks),
-        `training` (stage -> first and last losses, tokens, seconds, expert load, routers), `receipt` and
-        `online_receipt` (without the list of parameters), `evaluation_settings`, `stage_seconds` and `environment`.
+        `samples` (held-out prompts, and how each model goes on), `training` (stage -> settings, first and last losses,
+        tokens, rates, memory, expert load, routers), `receipt` and `online_receipt` (without the list of parameters),
+        `evaluation_settings`, `stage_seconds`, `command`, `recipes` and `environment`.
 
     Raises:
         UpcycleError: two models were evaluated on different items.
@@ -64,7 +65,11 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
             for a, b in PAIRS
             if a in evaluations and b in evaluations
         },
-        "training": {stage: summarise_curve(curve) for stage, curve in run.curves.items()},
+        "samples": _samples(evaluations),
+        "training": {
+            stage: summarise_curve(curve) | ({"settings": run.settings[stage]} if stage in run.settings else {})
+            for stage, curve in run.curves.items()
+        },
         "receipt": _receipt(run.receipt),
         "online_receipt": _receipt(run.online_receipt) if run.online_receipt else None,
         "evaluation_settings": {
@@ -73,6 +78,8 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
         },
         "stage_seconds": run.stage_seconds,
         "recipe": run.recipe,
+        "command": run.command,
+        "recipes": run.recipes,
         "environment": environment,
     }
 
@@ -81,6 +88,18 @@ def _main_metrics(evaluation: dict[str, Any]) -> list[str]:
     """Return the metrics of an evaluation, without those of tasks that a group sums up."""
     grouped = {leaf for leaves in evaluation["groups"].values() for leaf in leaves}
     return [metric for metric in evaluation["metrics"] if metric.rpartition("/")[0] not in grouped]
+
+
+def _samples(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the prompts, each with the continuations of the models that were asked for one."""
+    asked = {name: found for name, evaluation in evaluations.items() if (found := evaluation.get("samples"))}
+    return [
+        {
+            **{key: texts[0][key] for key in ("document", "prompt", "goes_on")},
+            "continuations": {name: text["continuation"] for name, text in zip(asked, texts, strict=True)},
+        }
+        for texts in zip(*asked.values(), strict=False)
+    ]
 
 
 def summarise_curve(curve: Curve) -> dict[str, Any]:
@@ -98,12 +117,48 @@ def summarise_curve(curve: Curve) -> dict[str, Any]:
         "first_validation_loss": curve.validation[0][1] if curve.validation else None,
         "last_validation_loss": curve.validation[-1][1] if curve.validation else None,
     }
-    if loads := [line["expert_load"] for line in curve.steps if line.get("expert_load")]:
-        summary["expert_load"] = {"first": summarise_load(loads[0]), "last": summarise_load(loads[-1])}
+    if rates := [line["lr"] for line in curve.steps if line.get("lr") is not None]:
+        summary |= {"highest_lr": max(rates), "last_lr": rates[-1]}
+    if held := [line for line in curve.steps if "memory_gib" in line]:
+        most = max(held, key=lambda line: line["memory_gib"])
+        summary |= {key: most[key] for key in ("memory_gib", "memory_share") if key in most}
+    if summary["tokens_per_s"] and last.get("tokens_per_s"):  # FLOPs go with tokens: the mean, not the last step's
+        share = summary["tokens_per_s"] / last["tokens_per_s"]
+        summary |= {key: _scaled(last[key], share) for key in ("tflops_per_gpu", "mfu") if key in last}
+    if loads := [line for line in curve.steps if line.get("expert_load")]:
+        summary["expert_load"] = {
+            "first": summarise_load(loads[0]["expert_load"]),
+            "last": summarise_load(loads[-1]["expert_load"]),
+            "worst": _worst(loads),
+        }
     if routers := [line["router"] for line in curve.steps if line.get("router")]:
         summary["router"] = {"first": summarise_router(routers[0]), "last": summarise_router(routers[-1])}
-    summary |= {key: last[key] for key in ("tflops_per_gpu", "mfu", "memory_gib", "memory_share") if key in last}
     return summary
+
+
+def _scaled(value: Any, factor: float) -> Any:
+    """Multiply a number, or every number of nested dicts."""
+    return {key: _scaled(part, factor) for key, part in value.items()} if isinstance(value, dict) else value * factor
+
+
+def _worst(loads: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return where and when an expert was given the most, and the most dead experts of any step, over all layers."""
+    over, step, layer = max(
+        (over, line["step"], layer) for line in loads for layer, over in enumerate(busiest(line["expert_load"]))
+    )
+    routers = [line["router"]["dead_experts"] for line in loads if "dead_experts" in line.get("router", {})]
+    dead = {"dead_experts": max(sum(filter(None, layers)) for layers in routers)} if routers else {}
+    return {"max_violation": over - 1, "step": step, "layer": layer} | dead
+
+
+def busiest(load_LE: list[list[float]]) -> list[float]:
+    """Return each layer's busiest expert's load over that of perfect balance; 0 for a layer without experts.
+
+    Example:
+        >>> busiest([[0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 0.0, 0.0]])
+        [2.0, 0.0]
+    """
+    return [max(row) * len(row) for row in load_LE]
 
 
 def summarise_router(router: dict[str, list[float | None]]) -> dict[str, float]:

@@ -27,6 +27,10 @@ _RECEIPT = (
 )
 _EVALUATION = ("metrics", "items", "groups", "settings", "versions", "seconds", "model")
 _STEP = ("step", "tokens", "seconds")
+_SETTINGS = (
+    *("max_lr", "schedule", "max_steps", "global_batch_size", "micro_batch_size", "seq_length"),
+    *("precision", "optimizer", "weight_decay", "ranks"),
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,10 @@ class RunRecord:
         receipt: of the rehearsal on one rank, with the step-0 comparison of logits.
         online_receipt: of the upcycling inside the training job; None where that left none.
         curves: of `pretrain` and, unless it was left out, `dense_ct`.
+        settings: by stage, what it was trained with, as `training.json` says; nothing for a stage that left none.
         evaluations: by the names in `MODELS`; `dense_ct` may be left out.
+        command: the command line that was typed; None where nothing noted it.
+        recipes: by stage, the file of its resolved recipe, as seen from the folder.
         stage_seconds: wall time of the stages that finished.
     """
 
@@ -61,7 +68,10 @@ class RunRecord:
     receipt: dict[str, Any]
     online_receipt: dict[str, Any] | None
     curves: dict[str, Curve]
+    settings: dict[str, dict[str, Any]]
     evaluations: dict[str, dict[str, Any]]
+    command: str | None
+    recipes: dict[str, str]
     stage_seconds: dict[str, float]
 
 
@@ -73,7 +83,8 @@ def read_run(folder: Path) -> RunRecord:
     """
     markers = {stage: _read(path, stage) for stage in STAGES if (path := folder / stage / MARKER).is_file()}
     no_twin = markers.get("dense_ct", {}).get("outputs", {}).get("left_out", False)
-    online = folder / "pretrain" / "receipt.json"
+    online, command = folder / "pretrain" / "receipt.json", folder / "command.txt"
+    trained = [stage for stage in ("pretrain", "dense_ct") if not (no_twin and stage == "dense_ct")]
     return RunRecord(
         folder=folder,
         recipe=_read(plan, "import").get("recipe", "RECIPE")
@@ -81,16 +92,19 @@ def read_run(folder: Path) -> RunRecord:
         else "RECIPE",
         receipt=_read(folder / "receipt.json", "upcycle", _RECEIPT),
         online_receipt=_read(online, "pretrain", _RECEIPT) if online.is_file() else None,
-        curves={
-            stage: read_curve(_made_by(stage, folder / stage / "metrics.jsonl"))
-            for stage in ("pretrain", "dense_ct")
-            if not (no_twin and stage == "dense_ct")
+        curves={stage: read_curve(_made_by(stage, folder / stage / "metrics.jsonl")) for stage in trained},
+        settings={
+            stage: _read(path, stage, _SETTINGS)
+            for stage in trained
+            if (path := folder / stage / "training.json").is_file()
         },
         evaluations={
             name: _read(folder / "evaluation" / f"{name}.json", "evaluate", _EVALUATION)
             for name in MODELS
             if not (no_twin and name == "dense_ct")
         },
+        command=command.read_text(encoding="utf-8").strip() if command.is_file() else None,
+        recipes={stage: recipe for stage in trained if (folder / (recipe := f"recipes/{stage}.yaml")).is_file()},
         stage_seconds={stage: marker["seconds"] for stage, marker in markers.items() if "seconds" in marker},
     )
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nemo_upcycle.evaluation.samples import NEW_TOKENS
 from nemo_upcycle.progress import duration
-from nemo_upcycle.reporting.markdown import millions, number, size, table, with_error
+from nemo_upcycle.reporting.markdown import millions, number, plain_cell, size, table, with_error
 from nemo_upcycle.reporting.results import PAIRS
 from nemo_upcycle.reporting.run_folder import MODELS
 
 
 #: The metric of the first paragraph: by far the most sensitive one of the local suites.
 _HEADLINE = "heldout_perplexity/bits_per_byte"
-_TRAINED = {"pretrain": "trained", "dense_ct": "dense_ct"}
 
 
 def summary(results: dict[str, Any]) -> str:
@@ -34,6 +34,16 @@ def summary(results: dict[str, Any]) -> str:
     if "dense_ct" in values:
         text += _against_twin(results, metric, values)
     return f"{text}\n\nEvery number stands again below, with the file that it comes from."
+
+
+def command(results: dict[str, Any]) -> str:
+    """Return what was typed and where every setting stands; nothing where the run noted neither."""
+    recipes = ", ".join(f"[`{path}`]({path})" for path in results["recipes"].values())
+    parts = [
+        f"```bash\n{results['command']}\n```\n\nSource: `command.txt`." if results["command"] else "",
+        f"Every setting, defaults included: {recipes}." if recipes else "",
+    ]
+    return "\n\n".join(["## Command", *filter(None, parts)]) if any(parts) else ""
 
 
 def _against_twin(results: dict[str, Any], metric: str, values: dict[str, str]) -> str:
@@ -109,6 +119,24 @@ def _judged(found: dict[str, Any], a: str, b: str) -> str:
     return f"{_signed(found)} ({verdict(found, MODELS[a], MODELS[b])})"
 
 
+def samples(results: dict[str, Any]) -> str:
+    """Return how each model continues some held-out texts; nothing where none was asked to."""
+    parts = []
+    for found in results["samples"]:
+        texts = {"prompt": found["prompt"], "the text itself": found["goes_on"]}
+        texts |= {MODELS[name]: text for name, text in found["continuations"].items()}
+        cells = [[title, plain_cell(text)] for title, text in texts.items()]
+        parts.append(table(["", plain_cell(found["document"])], cells, numbers=False))
+    if not parts:
+        return ""
+    files = ", ".join(f"`evaluation/{name}.json`" for name in results["samples"][0]["continuations"])
+    about = (
+        "How the models continue held-out texts that the suite's seed chose: the likeliest token each time,"
+        f" {NEW_TOKENS} at most. A sample shows what the numbers are about; it proves nothing."
+    )
+    return "\n\n".join(["## Samples", about, *parts, f"Sources: {files}."])
+
+
 def step_zero(results: dict[str, Any]) -> str:
     """Return how equal the parent and the upcycled model are before training."""
     found, logits = results["step0"], results["step0"]["logits"]
@@ -141,63 +169,6 @@ def step_zero(results: dict[str, Any]) -> str:
 
 def _logit_row(logits: dict[str, Any], value: str, tolerance: str) -> list[str]:
     return [number(logits[value], 3), number(logits[tolerance], 3)]
-
-
-def training(results: dict[str, Any]) -> str:
-    """Return where the losses began and ended."""
-    stages = results["training"]
-    rows = [
-        ["steps", *(str(done["steps"]) for done in stages.values())],
-        ["tokens", *(f"{done['tokens']:,}" for done in stages.values())],
-        ["training loss, first step", *(number(done["first_loss"]) for done in stages.values())],
-        ["training loss, last step", *(number(done["last_loss"]) for done in stages.values())],
-        ["validation loss, first", *(number(done["first_validation_loss"]) for done in stages.values())],
-        ["validation loss, last", *(number(done["last_validation_loss"]) for done in stages.values())],
-        ["tokens per second", *(number(done["tokens_per_s"]) for done in stages.values())],
-        ["time in steps", *(duration(done["seconds"]) for done in stages.values())],
-    ]
-    titles = [MODELS[_TRAINED[stage]] for stage in stages]
-    files = ", ".join(f"`{stage}/metrics.jsonl`" for stage in stages)
-    return "\n\n".join(
-        ["## Training", "![loss over tokens](loss.png)", table(["", *titles], rows), f"Sources: {files}."]
-    )
-
-
-#: What the report says of the routers, beside the load: a name of `metrics.jsonl` and its title.
-_ROUTER_ROWS = {
-    "load_entropy": "entropy of the load over that of perfect balance",
-    "dead_experts": "dead experts, all layers (less than 1 % of a balanced share)",
-    "dropped": "dropped, as a part of the wanted slots",
-    "load_balancing_loss": "load-balancing loss without its coefficient (1: balanced)",
-    "expert_distance": "distance of the experts from their mean, relative (0: copies)",
-}
-
-
-def expert_load(results: dict[str, Any]) -> str:
-    """Return how evenly the experts were used; nothing where none were counted."""
-    load = results["training"]["pretrain"].get("expert_load")
-    if not load:
-        return ""
-    rows = [
-        [name, *(f"{100 * load[step][key]:.2f} %" for step in ("first", "last"))]
-        for name, key in (("least used expert of any layer", "min"), ("most used expert of any layer", "max"))
-    ]
-    rows.append(["coefficient of variation, mean of the layers", *(f"{load[s]['cv']:.3f}" for s in ("first", "last"))])
-    router = results["training"]["pretrain"].get("router", {"first": {}, "last": {}})
-    rows += [
-        [title, *(f"{router[step][key]:.4g}" if key in router[step] else "-" for step in ("first", "last"))]
-        for key, title in _ROUTER_ROWS.items()
-        if key in router["first"] | router["last"]
-    ]
-    return "\n\n".join(
-        [
-            "## Expert load",
-            "![expert load per layer](experts.png)",
-            table(["share of a layer's token slots", "first step", "last step"], rows),
-            f"Perfect balance is 1/E = {100 * load['first']['balanced']:.4g} % and a coefficient of 0."
-            " Source: `pretrain/metrics.jsonl`.",
-        ]
-    )
 
 
 def receipt(results: dict[str, Any]) -> str:

@@ -14,22 +14,33 @@ from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.spec import UpcycleSpec
 
 
+#: Bytes of a block in which two tensors are compared, and the rows that one rank of many compares.
+_BLOCK_BYTES, _SAMPLE_ROWS = 32 << 20, 64
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+
+
 class BrokenWeights(CheckpointError):
     """A checkpoint's numbers are bad: reading it again cannot help."""
 
 
-def check_source(dense: DenseSource) -> None:
+def check_source(dense: DenseSource, *, sampled: bool = False) -> None:
     """Check that the checkpoint holds what its architecture says and nothing else.
 
+    Args:
+        dense: the checkpoint.
+        sampled: whether to compare only some rows of the output layer that a tied model may store: for many ranks
+            that open one checkpoint. A layer that was trained by itself differs in all rows.
+
     Raises:
-        CheckpointError: a tensor is missing, or one is there that nothing would take.
+        CheckpointError: a tensor is missing, or one is there that nothing would take, as an output layer of a tied
+            model that is not its embedding.
     """
     arch = dense.architecture
     expected = {*hf_names(arch), *hf_constants(arch)}
     # Tied models may repeat the embedding; old ones store the rotary frequencies, which follow from the config.
     present = {name for name in dense.names() if not name.endswith("rotary_emb.inv_freq")}
     if arch.tied_embeddings:
-        present.discard("lm_head.weight")
+        present.discard(_OUTPUT)
     for what, names in (("missing", expected - present), ("not used by this architecture", present - expected)):
         if names:
             raise CheckpointError(
@@ -40,6 +51,26 @@ def check_source(dense: DenseSource) -> None:
                     fix="check that config.json and weights belong together",
                 )
             )
+    for source in dense.branches():
+        if arch.tied_embeddings and _OUTPUT in source.names():
+            _check_tied(source, sampled)
+
+
+def _check_tied(dense: DenseSource, sampled: bool) -> None:
+    """Check that a tied model's output layer is its embedding: transformers 4 drops another one, 5 takes it."""
+    (rows, width), pair = dense.shape(_EMBEDDING), (_EMBEDDING, _OUTPUT)
+    dtype = torch.promote_types(dense.dtype(_EMBEDDING), dense.dtype(_OUTPUT))
+    step = -(-rows // _SAMPLE_ROWS) if sampled else max(1, _BLOCK_BYTES // (width * dtype.itemsize))
+    same = dense.shape(_OUTPUT) == (rows, width)
+    for start in range(0, rows if same else 0, step):
+        index = [(start, min(start + (1 if sampled else step), rows)), (0, width)]
+        same &= torch.equal(*(dense.read(name, index).to(dtype) for name in pair))
+        dense.release()
+    if not same:
+        got = f"other numbers than {_EMBEDDING} has"
+        expected = "the same, as tie_word_embeddings in config.json says"
+        fix = f"set tie_word_embeddings to false to keep both, or remove {_OUTPUT}"
+        raise CheckpointError(problem(f"{dense.path}: {_OUTPUT}", got=got, expected=expected, fix=fix))
 
 
 def check_shapes(dense: DenseSource, names: Iterable[str] | None = None) -> None:

@@ -1,20 +1,16 @@
 """A Megatron distributed checkpoint (torch_dist), read by slice, without Megatron and without building a model.
 
 Such a folder holds `.metadata`, a pickle that says which piece of which tensor lies where, and `*.distcp` files that
-the ranks wrote. The pickle is opened with a list of the only classes that it may name. The pieces are read by slice,
-as safetensors files are, and none is ever loaded whole (`torch_piece.py`).
+the ranks wrote. Neither is unpickled as it is (`torch_metadata.py`, `torch_piece.py`). The pieces are read by slice,
+as safetensors files are, and none is ever loaded whole.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import itertools
 import math
-import pickle
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,117 +21,11 @@ from nemo_upcycle.errors import CheckpointError, problem, unknown
 from nemo_upcycle.mapping import BY_ROLE
 from nemo_upcycle.sources.base import Index
 from nemo_upcycle.sources.mapped_files import MappedFiles, Stored, bounds_of
+from nemo_upcycle.sources.torch_metadata import read_metadata
 from nemo_upcycle.sources.torch_piece import DAMAGE, Window, open_piece
 
 
-#: What torch's and Megatron's own writers put into `.metadata`; nothing here runs code when it is built.
-_ALLOWED = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size", "device", "dtype"}
-    | {str(dtype).removeprefix("torch.") for dtype in torch.storage._dtype_to_storage_type_map()},
-    "builtins": {"set", "frozenset", "slice"},
-    "collections": {"OrderedDict"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-}
 Bounds = list[tuple[int, int]]
-
-
-class _Ignored:
-    """Stands in for what a writer noted for itself (save plans, Megatron's extra fields): built, never used."""
-
-    def __init__(self, *_: object) -> None: ...
-
-
-class _Metadata:
-    """Stands in for torch's class, which takes half a second to import, and for Megatron's subclass of it."""
-
-    state_dict_metadata: dict[str, Any]
-    storage_data: dict[Any, Any]
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "megatron.core.dist_checkpointing.strategies.torch":
-            return _Metadata if name == "MCoreMetadata" else _Ignored
-        if module == "torch.distributed.checkpoint.planner":
-            return _Ignored
-        if name not in _ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"the class {module}.{name} is not allowed in checkpoint metadata")
-        if name == "Metadata":
-            return _Metadata
-        return super().find_class(module, name)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a piece lies; `transforms` is None but for compressed ones."""
-
-    file: str
-    offset: int
-    length: int
-    transforms: Any
-
-
-def _read_metadata(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, tuple[int, ...]], _Place], str]:
-    """Return the tensors, the places of their pieces by name and offset, and the sha256 of it all."""
-    path = folder / ".metadata"
-    if not path.is_file():
-        raise CheckpointError(
-            problem(
-                str(folder),
-                got="no .metadata",
-                expected="a finished Megatron distributed checkpoint",
-                fix="point to the checkpoint's weights folder; one without .metadata was not finished",
-            )
-        )
-    try:
-        raw = path.read_bytes()
-        metadata = _MetadataUnpickler(io.BytesIO(raw)).load()
-        if not isinstance(metadata, _Metadata):
-            raise pickle.UnpicklingError(f"a {type(metadata).__name__}")
-        return _tensors_of(metadata), _places_of(metadata), hashlib.sha256(raw).hexdigest()
-    except (pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            problem(
-                str(path), got=f"unreadable metadata ({error})", expected="torch_dist metadata", fix="copy it again"
-            )
-        ) from None
-
-
-def _tensors_of(metadata: _Metadata) -> dict[str, Any]:
-    entries = metadata.state_dict_metadata
-    tensors = {name: entry for name, entry in entries.items() if hasattr(entry, "chunks")}
-    for name, entry in tensors.items():
-        _require(isinstance(name, str) and isinstance(entry.properties.dtype, torch.dtype), name)
-        for chunk in entry.chunks:
-            _require(len(chunk.offsets) == len(chunk.sizes) == len(entry.size), name)
-    return tensors
-
-
-def _places_of(metadata: _Metadata) -> dict[tuple[str, tuple[int, ...]], _Place]:
-    places = {}
-    for index, info in metadata.storage_data.items():
-        if index.offset is not None:
-            place = _Place(info.relative_path, info.offset, info.length, getattr(info, "transform_descriptors", None))
-            _require(isinstance(place.file, str) and place.offset >= 0 and place.length >= 0, index.fqn)
-            places[index.fqn, tuple(index.offset)] = place
-    return places
-
-
-def _require(holds: bool, name: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} is not described as torch does it")
 
 
 class DistributedCheckpoint:
@@ -154,7 +44,7 @@ class DistributedCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
-        self._tensors, self._places, self._digest = _read_metadata(folder)
+        self._tensors, self._places, self._digest = read_metadata(folder)
         self._chunks = {name: sorted(entry.chunks, key=_first_row) for name, entry in self._tensors.items()}
         self._files = MappedFiles(folder)
         self._pieces: dict[tuple[str, tuple[int, ...]], Stored] = {}

@@ -1,7 +1,7 @@
 """One tensor as `torch.save` writes it, somewhere in a file: where its numbers are, so that they can be read by slice.
 
 It is an uncompressed zip archive of a small pickle, which describes the tensor, and of the numbers as they are. The
-pickle may name nothing but what it takes to describe a tensor, and nothing that it names runs code.
+pickle may name nothing but what it takes to describe a tensor, and gets none of it: what it names is inert.
 """
 
 from __future__ import annotations
@@ -29,33 +29,38 @@ DAMAGE = (
     ValueError,
 )
 _MAX_DESCRIPTION_BYTES = 1 << 16
-_DTYPES = {str(dtype).removeprefix("torch.") for dtype in torch.storage._dtype_to_storage_type_map()}
+DTYPE_NAMES = {str(dtype).removeprefix("torch.") for dtype in torch.storage._dtype_to_storage_type_map()}
+
+
+class Inert:
+    """Stands in for a class or function that a pickle names: keeps what it is given, and does nothing with it.
+
+    A pickle can set attributes of whatever it has imported. Of this class it cannot: `__setstate__` takes that over,
+    and has no instance there.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
 
 
 class _PieceUnpickler(pickle.Unpickler):
     """Reads how a saved tensor lies in its storage: number of the first element, shape and strides."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3"):
-            return _layout
-        if module == "torch._utils" and name == "_rebuild_parameter":
-            return _first
+        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter"):
+            return Inert
         if module == "collections" and name == "OrderedDict":
             return dict
-        if module == "torch" and (name.endswith("Storage") or name in _DTYPES):
+        if module == "torch" and (name.endswith("Storage") or name in DTYPE_NAMES):
             return str  # the type: the metadata says it too
         raise pickle.UnpicklingError(f"the class {module}.{name} is not allowed in a tensor")
 
     def persistent_load(self, pid: Any) -> Any:
         return pid
-
-
-def _layout(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> tuple[Any, int, Any, Any]:
-    return storage, offset, tuple(size), tuple(stride)
-
-
-def _first(value: Any, *_: Any) -> Any:
-    return value
 
 
 class Window(io.RawIOBase):
@@ -110,7 +115,9 @@ def open_piece(window: Window, sizes: tuple[int, ...], dtype: torch.dtype) -> St
     start, stop = _record(window, records["data.pkl"])
     window.seek(start)
     description = _PieceUnpickler(io.BytesIO(window.read(min(stop - start, _MAX_DESCRIPTION_BYTES)))).load()
-    (_, _, key, _, count), offset, shape, stride = description
+    if isinstance(description.args[0], Inert):  # a parameter, of a tensor
+        description = description.args[0]
+    (_, _, key, _, count), offset, shape, stride = description.args[:4]
     start, stop = _record(window, records[f"data/{key}"])
     if stop - start not in (count * dtype.itemsize, count):  # an untyped storage counts bytes
         raise ValueError("of another type")

@@ -21,6 +21,7 @@ import torch
 
 from nemo_upcycle.connector import load_dense_into, upcycle_into
 from nemo_upcycle.export import LiveWeights, export_weights
+from nemo_upcycle.hf_model import load_model
 from nemo_upcycle.progress import ProgressLine
 from nemo_upcycle.receipt import UpcycleReceipt
 from nemo_upcycle.sources import open_dense
@@ -119,10 +120,7 @@ def _layer_outputs(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
 @torch.no_grad()
 def hugging_face_logits(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
     """Return the logits of a Hugging Face folder in float32, [B, S, V]."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
-    return model(tokens_BS).logits
+    return load_model(folder, dtype=torch.float32).eval()(tokens_BS).logits
 
 
 def rehearse(

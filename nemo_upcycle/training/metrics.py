@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Optional
 
@@ -18,6 +19,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from nemo.utils.app_state import AppState
 
+from nemo_upcycle.files import write_json
 from nemo_upcycle.progress import duration, show_messages
 from nemo_upcycle.training.flops import Throughput, architecture_of, memory_gib, peaks_of
 from nemo_upcycle.training.router_health import RouterHealth, shares, sum_over_ranks
@@ -25,6 +27,9 @@ from nemo_upcycle.training.router_health import RouterHealth, shares, sum_over_r
 
 class MetricsLogger(Callback):
     """Logs every step, on the first rank: `metrics.jsonl` beside the run's logs, a line with an ETA on the console.
+
+    `training.json` beside it says what the run is trained with. A validation has a line with `step` and
+    `validation_loss`; with `trainer.num_sanity_val_steps` there is one of step 0, before training.
 
     A step's line holds `step`, `loss`, `grad_norm`, `lr`, `tokens`, `seconds`; the rates of `Throughput.of`;
     `memory_gib` (the most that any rank has held) and `memory_share` of its card; and, of an MoE model,
@@ -54,6 +59,7 @@ class MetricsLogger(Callback):
         self._throughput: Throughput | None = None
         self._start_s = self._last_s = 0.0
         self._first_step = 0
+        self._loss_before: float | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the routers and start the clock."""
@@ -62,7 +68,10 @@ class MetricsLogger(Callback):
             self._health = RouterHealth(_megatron(trainer.strategy), config)
         if torch.distributed.get_rank() == 0:
             _move_logs_only()
-            _keep_until(self._path(), trainer.global_step)
+            _keep_until(self._path(), trainer.global_step or -1)
+            write_json(self._path().with_name("training.json"), _settings(trainer, pl_module))
+            if self._loss_before is not None and trainer.global_step == 0:
+                self._append_validation(trainer, self._loss_before)
             self._throughput = self._rates(trainer, pl_module)
             show_messages().info("%s", self._throughput.describe())
         self._start_s = self._last_s = time.monotonic()
@@ -108,12 +117,17 @@ class MetricsLogger(Callback):
         self._log(trainer, line)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the validation loss."""
+        """Write the validation loss; Lightning's sanity check, which comes before `on_train_start`, gives step 0."""
         loss = _number(trainer.callback_metrics.get("val_loss"))
-        if torch.distributed.get_rank() == 0 and not trainer.sanity_checking and loss is not None:
-            self._append({"step": trainer.global_step, "validation_loss": loss})
-            show_messages().info("step %d/%d  validation loss %.4f", trainer.global_step, trainer.max_steps, loss)
+        if trainer.sanity_checking:
+            self._loss_before = loss
+        elif torch.distributed.get_rank() == 0 and loss is not None:
+            self._append_validation(trainer, loss)
         self._last_s = time.monotonic()
+
+    def _append_validation(self, trainer: pl.Trainer, loss: float) -> None:
+        self._append({"step": trainer.global_step, "validation_loss": loss})
+        show_messages().info("step %d/%d  validation loss %.4f", trainer.global_step, trainer.max_steps, loss)
 
     def _path(self) -> Path:
         return Path(AppState().log_dir) / self.filename
@@ -150,6 +164,28 @@ class MetricsLogger(Callback):
             f"  MFU {100 * mfu['full']:.1f} % of BF16 (full attention)" if mfu else "",
             duration(left_s),
         )
+
+
+def _settings(trainer: Any, pl_module: Any) -> dict[str, Any]:
+    """Return what a run is trained with, as it acts: batch, sequence length, precision, learning rate."""
+    sampler, optim = trainer.datamodule.data_sampler, pl_module.optim
+    scheduler = optim.lr_scheduler
+    schedule = {"name": type(scheduler).__name__.removesuffix("Scheduler") if scheduler else "constant"}
+    parts = ("warmup_steps", "constant_steps", "min_lr")
+    settings = {
+        "max_steps": trainer.max_steps,
+        "ranks": torch.distributed.get_world_size(),
+        "micro_batch_size": sampler.micro_batch_size,
+        "global_batch_size": sampler.global_batch_size,
+        "seq_length": sampler.seq_len,
+        "precision": str(trainer.precision_plugin.precision) + (" with FP8" if pl_module.config.fp8 else ""),
+        "optimizer": optim.config.optimizer,
+        "weight_decay": optim.config.weight_decay,
+        "max_lr": optim.config.lr,
+        "schedule": schedule | {name: getattr(scheduler, name) for name in parts if hasattr(scheduler, name)},
+    }
+    factors = getattr(optim, "factors", None)  # of `UpcycleOptimizer`
+    return settings | ({"lr_factors": asdict(factors)} if factors else {})
 
 
 def _megatron(strategy: Any) -> list[torch.nn.Module]:

@@ -46,6 +46,11 @@ def train_rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> 
     strategy.tensor_model_parallel_size = options.get("tp", 1)
     strategy.sequence_parallel = options.get("tp", 1) > 1
     strategy.pipeline_model_parallel_size = options.get("pp", 1)
+    if every := options.get("validate_every"):
+        trainer = recipe.trainer
+        trainer.limit_val_batches, trainer.val_check_interval, trainer.num_sanity_val_steps = 1, every, 1
+    if options.get("frozen"):
+        recipe.optim.config.lr = recipe.optim.lr_scheduler.min_lr = 0.0
     place_recipe(recipe, Path(folder), Path(parent), Path(data))
     if restore := options.get("restore"):
         recipe.resume.restore_config = run.Config(

@@ -122,6 +122,26 @@ def test_a_killed_chain_completes(finished: Path) -> None:
     assert "heldout_perplexity" in report
 
 
+def test_the_report_says_what_was_trained_and_what_the_models_write(finished: Path) -> None:
+    results = read_json(finished / "results.json")
+    for stage in ("pretrain", "dense_ct"):
+        done = results["training"][stage]
+        settings = done["settings"]
+        assert (settings["global_batch_size"], settings["seq_length"], settings["max_steps"]) == (4, 64, 6)
+        assert done["highest_lr"] == pytest.approx(settings["max_lr"])
+        assert done["tokens"] == 6 * 4 * 64
+        assert done["tflops_per_gpu"]["full"] > done["tflops_per_gpu"]["causal"] > 0
+        assert done["memory_gib"] > 0.1
+    assert len(results["samples"]) == 2
+    for sample in results["samples"]:
+        assert list(sample["continuations"]) == ["dense", "trained", "dense_ct"]
+        assert all(sample["continuations"].values())
+    report = (finished / "report.md").read_text()
+    assert "| learning rate, peak | 0.001, CosineAnnealing to 1e-05 over 6 steps, 2 of them warm-up |" in report
+    assert "6 steps show that the chain works" in report
+    assert report.count("| the text itself |") == 2
+
+
 def test_the_models_are_what_they_should_be(finished: Path) -> None:
     receipt = read_json(finished / "receipt.json")
     assert receipt["within_tolerance"] is True

@@ -52,6 +52,40 @@ def test_every_step_has_a_complete_line(runs: Runs, alone: list[dict[str, Any]])
     assert alone[-1]["loss"] < alone[0]["loss"] - 0.1
 
 
+def test_the_settings_that_act_stand_beside_the_metrics(runs: Runs, alone: list[dict[str, Any]]) -> None:
+    settings = json.loads((runs.folder / "alone/training.json").read_text())
+    assert settings == {
+        "max_steps": 6,
+        "ranks": 1,
+        "micro_batch_size": 1,
+        "global_batch_size": BATCH,
+        "seq_length": SEQUENCE,
+        "precision": "32-true",
+        "optimizer": "adam",
+        "weight_decay": 0.1,
+        "max_lr": 1e-3,
+        "schedule": {"name": "CosineAnnealing", "warmup_steps": 2, "constant_steps": 0, "min_lr": 1e-5},
+        "lr_factors": {"router": 1.0, "experts": 1.0, "warmup_steps": 0, "freezes": "experts"},
+    }
+    assert max(line["lr"] for line in alone) == pytest.approx(settings["max_lr"])
+
+
+def test_validation_begins_with_the_model_that_training_starts_from(runs: Runs, alone: list[dict[str, Any]]) -> None:
+    """Step 0 is in the metrics once, after a start from scratch over a killed run too; training does not notice."""
+    with pytest.raises(RuntimeError, match="rank 0 died"):
+        runs.train("validated", 1, steps=6, every=4, validate_every=2, kill=1)
+    lines = runs.train("validated", 1, steps=6, every=4, validate_every=2)
+    assert [line["step"] for line in lines if "validation_loss" in line] == [0, 2, 4, 6]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["loss"] for line in steps] == [line["loss"] for line in alone]
+
+
+def test_every_validation_sees_the_same_tokens(runs: Runs) -> None:
+    lines = runs.train("standing", 1, steps=4, validate_every=2, frozen=True)
+    first, *later = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    assert later == [first, first]
+
+
 @pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=lambda value: str(value))
 def test_every_layout_starts_at_the_same_loss(
     runs: Runs, alone: list[dict[str, Any]], world_size: int, layout: dict[str, int]

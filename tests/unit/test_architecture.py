@@ -28,6 +28,15 @@ LLAMA3_8B = {
 }
 
 
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
 def test_llama_3_8b_and_its_eight_experts() -> None:
     dense = architecture_from_config(LLAMA3_8B)
     moe = dense.upcycled(UpcycleSpec(num_experts=8, top_k=2))
@@ -82,6 +91,30 @@ def test_llama_3_8b_and_its_eight_experts() -> None:
             ["rope_theta: got 500000.0, expected 10000.0, as in rope_parameters"],
         ),
         ({"rope_parameters": []}, ["rope_parameters: got []"]),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+            ["rope_theta: got 500000.0, expected 10000.0, as in rope_scaling"],
+        ),
+        (
+            {"rope_theta": None}
+            | {"rope_scaling": {"rope_theta": 20000.0}, "rope_parameters": {"rope_type": "default", "rope_theta": 3}},
+            ["rope_scaling: rope_theta: got 20000.0, expected 3, as in rope_parameters"],
+        ),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor: got 0.5, expected 1 or nothing"]),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
+            ["rope_parameters: partial_rotary_factor: got 0.25, expected 1 or nothing"],
+        ),
+        (
+            {"original_max_position_embeddings": 4096, "rope_scaling": LLAMA3_SCALING},
+            ["original_max_position_embeddings: got 4096, expected 64, as in rope_scaling"],
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 500000.0}}},
+            ["rope_parameters: full_attention: got {", "expected nothing"],
+        ),
+        ({"rope_scaling": {"type": "default", "mrope_section": [16, 24, 24]}}, ["rope_scaling: mrope_section: got ["]),
+        ({"rope_scaling": {"type": "mrope", "rope_type": "default"}}, ["rope_scaling: type: got 'mrope'"]),
     ],
 )
 def test_what_does_not_fit_is_named(changes: dict, words: list[str]) -> None:
@@ -162,21 +195,13 @@ def test_null_is_as_good_as_absent(hf_class: str, name: str) -> None:
     assert architecture_from_config(config | {name: None}) == architecture_from_config(config)
 
 
-LLAMA3_SCALING = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-
-
 @pytest.mark.parametrize(
     "beside", [{}, {"rope_theta": 700000.0, "rope_scaling": LLAMA3_SCALING}], ids=["alone", "both"]
 )
 def test_the_rope_parameters_of_transformers_5_are_read(beside: dict[str, Any]) -> None:
     config = {name: value for name, value in LLAMA3_8B.items() if name != "rope_theta"} | beside
-    new = architecture_from_config(config | {"rope_parameters": LLAMA3_SCALING | {"rope_theta": 700000.0}})
+    parameters = LLAMA3_SCALING | {"rope_theta": 700000.0, "partial_rotary_factor": 1.0}
+    new = architecture_from_config(config | {"rope_parameters": parameters})
     assert (new.rope_theta, new.rope_scaling) == (700000.0, LLAMA3_SCALING)
 
 
@@ -212,7 +237,8 @@ def test_the_moe_computes_with_the_settings_of_its_parent(
     child = _transformers(written)
     assert _facts(child) == {name: getattr(arch, name) for name in _facts(child)}
     assert child.rope_scaling == arch.rope_scaling
-    assert "rope_parameters" not in written
+    said = (arch.rope_scaling or {"rope_type": "default"}) | {"rope_theta": arch.rope_theta}
+    assert written["rope_parameters"] == child.rope_parameters == said
     names = ("activation", "rope_theta", "rope_scaling", "norm_eps", "max_positions", "tied_embeddings", "window")
     again = architecture_from_config(json.loads(json.dumps(written)))
     assert [getattr(again, name) for name in names] == [getattr(arch, name) for name in names]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nemo_upcycle import UpcycleSpec, upcycle_into
+from nemo_upcycle.connector import load_dense_into
 from nemo_upcycle.errors import CheckpointError
 from tests.models import MemorySource, build_chunks, small_architecture
 
@@ -28,6 +29,41 @@ def test_a_setting_that_changes_the_function_is_refused(changes: dict, words: st
     chunks = build_chunks(small_architecture(), num_experts=4, **changes)
     with pytest.raises(CheckpointError, match=words):
         upcycle_into(chunks, MemorySource(small_architecture()), SPEC)
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "words"),
+    [
+        ({"seq_len_interpolation_factor": 4.0}, {}, "seq_len_interpolation_factor: got 4.0, expected None"),
+        ({"rotary_percent": 0.5}, {}, "rotary_percent: got 0.5, expected 1.0"),
+        ({"position_embedding_type": "none"}, {}, "position_embedding_type: got none, expected rope"),
+        (
+            {"position_embedding_type": "learned_absolute"},
+            {},
+            "position_embedding_type: got learned_absolute, expected rope",
+        ),
+        (
+            {"position_embedding_type": "mrope"},
+            {"mrope_section": [4, 2, 2]},
+            "position_embedding_type: got mrope, expected rope",
+        ),
+    ],
+)
+def test_position_embeddings_of_another_kind_are_refused(model: dict, changes: dict, words: str) -> None:
+    arch = small_architecture()
+    chunks = build_chunks(arch, num_experts=4, model=model, **changes)
+    before = [parameter.clone() for parameter in chunks[0].parameters()]
+    with pytest.raises(CheckpointError, match=rf"model\.config\.{words}.*Fix: "):
+        upcycle_into(chunks, MemorySource(arch), SPEC)
+    for parameter, was in zip(chunks[0].parameters(), before, strict=True):
+        assert torch.equal(parameter, was)
+    with pytest.raises(CheckpointError, match=words):
+        load_dense_into(build_chunks(arch, num_experts=None, model=model, **changes), MemorySource(arch))
+
+
+def test_an_interpolation_of_one_changes_nothing() -> None:
+    chunks = build_chunks(small_architecture(), num_experts=4, model={"seq_len_interpolation_factor": 1.0})
+    assert upcycle_into(chunks, MemorySource(small_architecture()), SPEC).exact
 
 
 def test_the_usual_softmax_scale_may_be_spelled_out() -> None:

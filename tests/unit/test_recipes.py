@@ -364,3 +364,20 @@ def test_another_spec_changes_every_field_that_follows_from_it(recipes: Any) -> 
     config = recipe.model.config
     assert (config.moe_ffn_hidden_size, config.moe_shared_expert_intermediate_size) == (768, 768)
     assert recipe.resume.restore_config.spec.granularity == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("seq_len_interpolation_factor", 2.0, "got 2.0, expected None"),
+        ("position_embedding_type", "none", "got none, expected rope"),
+        ("rotary_percent", 0.5, "got 0.5, expected 1.0"),
+    ],
+)
+def test_a_recipe_with_other_position_embeddings_is_refused(recipes: Any, name: str, value: Any, words: str) -> None:
+    from nemo_upcycle.pipeline.recipes_io import check_recipe
+
+    recipe = recipes.smollm2_135m_e8t2.pretrain_recipe()
+    setattr(recipe.model.config, name, value)
+    with pytest.raises(SpecError, match=rf"model\.config\.{name}: {words}, as in every dense parent\. Fix: "):
+        check_recipe(recipe)

@@ -49,7 +49,7 @@ def test_doctor_reads_the_packages_own_pins(
     found = json.loads(capsys.readouterr().out)
     by_name = {one["name"]: one for one in found["libraries"] if one["extra"] in ("", "nemo")}
     assert by_name["torch"] == {
-        "extra": "", "name": "torch", "needs": ">=2.6", "install": "torch>=2.6",
+        "extra": "", "name": "torch", "needs": "<3,>=2.6", "install": "torch<3,>=2.6",
         "installed": version("torch"), "state": "ok",
     }  # fmt: skip
     assert by_name["megatron-core"]["extra"] == "nemo"
@@ -93,7 +93,7 @@ def test_doctor_names_the_libraries_where_there_is_no_clone(
     fixes = _found(capsys)["fixes"]
     assert fixes == [
         f"{sys.executable} -m pip install 'nemo-toolkit[lightning,run]<3,>=2.7'",
-        f"{sys.executable} -m pip install 'gguf>=0.17'",
+        f"{sys.executable} -m pip install 'gguf<1,>=0.17'",
     ]
 
 
@@ -107,7 +107,7 @@ def test_doctor_replaces_nothing_of_a_container(
     installed, own = doctor.version, {"megatron-core": "0.16.1", "transformer-engine": "2.9"}
     monkeypatch.setattr(doctor, "version", lambda name: own.get(name) or installed(name))
     found = _found(capsys, status=1)
-    assert found["fixes"] == [f"{sys.executable} -m pip install 'gguf>=0.17'"]
+    assert found["fixes"] == [f"{sys.executable} -m pip install 'gguf<1,>=0.17'"]
     assert main(["doctor"]) == 1
     assert "megatron-core is the container's own: choose a container that fits" in capsys.readouterr().out
 

@@ -76,6 +76,7 @@ def test_untied_weights_keep_their_head(tmp_path):
 def test_config_says_what_the_file_says(tiny_dense):
     config = json.loads((tiny_dense / "config.json").read_text())
     assert (config["rope_theta"], config["rms_norm_eps"], config["head_dim"]) == (100000.0, 1e-5, HEAD_DIM)
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 100000.0}
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
     assert config["torch_dtype"] == "bfloat16"
     architecture = read_architecture(tiny_dense)

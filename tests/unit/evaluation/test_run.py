@@ -16,6 +16,7 @@ from nemo_upcycle.evaluation.compare import compare_items
 from nemo_upcycle.evaluation.model import load_model
 from nemo_upcycle.evaluation.run import _check_names, evaluate
 from nemo_upcycle.evaluation.suite import HeldoutConfig, SuiteConfig, build_suite
+from nemo_upcycle.files import MARKER
 from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS, write_tokenizer
 
 
@@ -84,6 +85,34 @@ def test_questions_are_scored_as_in_a_plain_loop(result: dict[str, Any], tiny_ll
     assert item["loglikelihoods"] == pytest.approx(expected, rel=1e-5)
     normalised = [value / len(answer) for value, answer in zip(expected, answers, strict=True)]
     assert item["scores"]["acc_norm"] == float(normalised.index(max(normalised)) == 1)
+
+
+def test_samples_are_the_likeliest_tokens(
+    result: dict[str, Any], tiny_llama: Path, suite: Path, tmp_path: Path
+) -> None:
+    """Without a cache, token by token; whatever a folder says of temperature and penalties."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
+    for sample in result["samples"]:
+        tokens = tokenizer.encode(sample["prompt"])
+        start = len(tokens)
+        while len(tokens) < start + 24 and tokens[-1] != tokenizer.eos_token_id:
+            with torch.no_grad():
+                tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+        expected = tokenizer.decode(tokens[start:]).removesuffix(tokenizer.eos_token)
+        assert sample["continuation"] == expected
+    prompts = json.loads((suite / MARKER).read_text())["prompts"]
+    assert [{**prompt, "continuation": ""} for prompt in prompts] == [
+        {**sample, "continuation": ""} for sample in result["samples"]
+    ]
+    sampling = shutil.copytree(tiny_llama, tmp_path / "sampling")
+    settings = GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=3.0, max_length=4)
+    settings.save_pretrained(sampling)
+    again = evaluate(sampling, suite, tmp_path, name="sampling", limit=1)
+    assert again["samples"] == result["samples"]
+    assert evaluate(tiny_llama, suite, tmp_path, name="without", limit=1, samples=False)["samples"] == []
 
 
 def test_every_metric_has_a_value_an_error_and_a_direction(result: dict[str, Any]) -> None:

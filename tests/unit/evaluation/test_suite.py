@@ -130,6 +130,20 @@ def test_the_folder_holds_lm_eval_tasks_and_their_data(tmp_path: Path) -> None:
     assert noted["config"]["tasks"] == config.tasks
 
 
+def test_prompts_are_held_out_text_with_what_follows(tmp_path: Path) -> None:
+    words = [f"word{number}" for number in range(400)]
+    documents = [("long", " ".join(words)), ("short", "two words")]
+    for config in (SuiteConfig(tasks={"heldout_perplexity": [0]}), read_suite_config("paper")):
+        suite = build_suite([], iter(documents), tmp_path / "suite", config)
+        prompts = json.loads((suite / MARKER).read_text())["prompts"]
+        assert len(prompts) == 2
+        for prompt in prompts:
+            whole = dict(documents)[prompt["document"]]
+            assert f"{prompt['prompt']} {prompt['goes_on']}".strip() in whole
+            assert len(prompt["prompt"].encode()) <= 160
+    assert any(prompt["goes_on"] for prompt in prompts)
+
+
 def test_a_task_without_items_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UpcycleError, match="task heldout_perplexity: got no item"):
         build_suite(QUESTIONS, [], tmp_path / "suite", SuiteConfig(tasks={"heldout_perplexity": [0]}))

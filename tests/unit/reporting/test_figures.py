@@ -1,25 +1,96 @@
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
-from nemo_upcycle.reporting.figures import draw_expert_load, draw_losses
+import numpy as np
+import pytest
+
+from nemo_upcycle.reporting.figures import load_figure, loss_figure
 from nemo_upcycle.reporting.run_folder import Curve
 from tests.unit.reporting.conftest import metrics
 
 
 STEPS = [line for line in metrics("pretrain") if "loss" in line]
+DENSE = [line for line in metrics("dense_ct") if "loss" in line]
 
 
-def test_losses_without_validation(tmp_path: Path) -> None:
-    draw_losses({"pretrain": Curve(STEPS[:1], [])}, tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").stat().st_size > 5000
+def long_run(steps: int) -> list[dict[str, Any]]:
+    """32 layers of 8 experts: layer 0 is dense, the first expert of layer l gets l / 100 more than its share."""
+    load = np.full((32, 8), 1 / 8)
+    load[:, 0] += np.arange(32) / 100
+    load[:, 1] -= np.arange(32) / 1000
+    load[0] = 0
+    return [
+        {"step": step, "loss": 3.0 - step / steps, "tokens": 1000 * step, "seconds": 1.0, "expert_load": load.tolist()}
+        for step in range(1, steps + 1)
+    ]
 
 
-def test_a_dense_stage_has_no_expert_figure(tmp_path: Path) -> None:
-    dense = [line for line in metrics("dense_ct") if "loss" in line]
-    assert draw_expert_load(Curve(dense, []), tmp_path / "experts.png") is False
-    assert list(tmp_path.iterdir()) == []
+def lines_of(figure: Any) -> dict[str, Any]:
+    (axes,) = figure.axes
+    return {line.get_label(): line for line in axes.lines}
 
 
-def test_perfect_balance_can_be_drawn(tmp_path: Path) -> None:
-    assert draw_expert_load(Curve(STEPS[1:2], []), tmp_path / "experts.png") is True
+def test_validation_is_the_line_and_training_the_background() -> None:
+    curves = {"pretrain": Curve(STEPS, [(0, 3.6), (3000, 3.5)]), "dense_ct": Curve(DENSE, [(0, 3.5), (3000, 3.4)])}
+    lines = lines_of(loss_figure(curves))
+    validation, training = lines["MoE, validation"], lines["MoE, training"]
+    assert validation.get_xydata().tolist() == [[0, 3.6], [3000, 3.5]]
+    assert validation.get_marker() == "o"
+    assert training.get_xydata().tolist() == [[line["tokens"], line["loss"]] for line in STEPS]
+    assert validation.get_zorder() > training.get_zorder()
+    assert validation.get_linewidth() > training.get_linewidth()
+    assert (validation.get_alpha() or 1) > training.get_alpha()
+    assert set(lines) >= {"dense twin, validation", "dense twin, training"}
+    assert list(lines["dense parent, validation"].get_ydata()) == [3.5, 3.5]
+
+
+def test_the_parent_is_no_line_where_validation_did_not_begin_with_it() -> None:
+    lines = lines_of(loss_figure({"pretrain": Curve(STEPS, [(1000, 3.5)]), "dense_ct": Curve(DENSE, [])}))
+    assert set(lines) == {"MoE, validation", "MoE, training", "dense twin, training"}
+
+
+def test_without_the_twin_the_moe_itself_is_the_line_to_compare_with() -> None:
+    lines = lines_of(loss_figure({"pretrain": Curve(STEPS, [(0, 3.75), (1000, 3.5)])}))
+    assert list(lines["MoE at step 0, validation"].get_ydata()) == [3.75, 3.75]
+
+
+@pytest.mark.parametrize(("steps", "said"), [(6, True), (99, True), (100, False), (2000, False)])
+def test_a_few_steps_say_what_they_show(steps: int, said: bool) -> None:
+    figure = loss_figure({"pretrain": Curve(long_run(steps), [])})
+    title = figure.axes[0].get_title()
+    assert f"{steps:,} steps" in title
+    assert (f"{steps} steps show that the chain works" in title) == said
+    assert "nats per token" in figure.axes[0].get_ylabel()
+
+
+def test_many_steps_become_means_of_a_few() -> None:
+    steps = long_run(2399)
+    (training,) = lines_of(loss_figure({"pretrain": Curve(steps, [])})).values()
+    assert training.get_label() == "MoE, training, means of up to 12 steps"
+    points = training.get_xydata()
+    assert points.shape == (200, 2)
+    assert points[0].tolist() == pytest.approx([6_500, 3.0 - 6.5 / 2399])  # steps 1 to 12
+    heat_map = load_figure(Curve(steps, [])).axes[0].images[0]  # type: ignore[union-attr]
+    assert heat_map.get_array().shape == (32, 200)
+    assert heat_map.get_extent() == [0.5, 2399.5, 31.5, -0.5]
+
+
+def test_the_load_of_every_layer_is_drawn_at_every_step() -> None:
+    steps = long_run(6)
+    steps[3] = steps[3] | {"expert_load": [[0.0] * 8] + [[0.5, 0.5, *[0.0] * 6]] * 31}
+    figure = load_figure(Curve(steps, []))
+    assert figure is not None
+    heat_map, first, last = [axes.images[0].get_array() for axes in figure.axes if axes.images]
+    assert heat_map.shape == (32, 6)
+    assert heat_map.mask[0].all()  # a layer without experts stays blank
+    assert heat_map[31].tolist() == pytest.approx([3.48, 3.48, 3.48, 4.0, 3.48, 3.48])  # (1/8 + 0.31) * 8
+    assert first.shape == last.shape == (32, 8)
+
+
+def test_a_dense_stage_has_no_expert_figure() -> None:
+    assert load_figure(Curve(DENSE, [])) is None
+
+
+def test_perfect_balance_can_be_drawn() -> None:
+    assert load_figure(Curve(STEPS[1:2], [])) is not None

@@ -58,6 +58,8 @@ def test_the_training_summary(results: dict[str, Any]) -> None:
         "last_loss": 2.75,
         "first_validation_loss": 3.5,
         "last_validation_loss": 3.25,
+        "highest_lr": 1e-4,
+        "last_lr": 1e-4,
     }
     assert load["last"] == pytest.approx({"balanced": 0.25, "min": 0.2, "max": 0.3, "cv": 0.2})  # 0.05 / 0.25
     assert load["first"]["cv"] == pytest.approx((3 * 0.15**2 + 0.45**2) ** 0.5 / 2 / 0.25)
@@ -96,6 +98,97 @@ def test_the_report_prints_these_numbers(run_dir: Path) -> None:
     assert "150.0M of them active" in text
     assert "Both saw equally many tokens; for each, the MoE computes with 1.50 times the parameters." in text
     assert "`seed=4321`" in text
+
+
+SETTINGS = {
+    "max_steps": 3,
+    "ranks": 2,
+    "micro_batch_size": 1,
+    "global_batch_size": 4,
+    "seq_length": 250,
+    "precision": "bf16-mixed",
+    "optimizer": "adam",
+    "weight_decay": 0.1,
+    "max_lr": 3e-5,
+    "schedule": {"name": "CosineAnnealing", "warmup_steps": 1, "constant_steps": 0, "min_lr": 3e-7},
+    "lr_factors": {"router": 4.0, "experts": 1.0, "warmup_steps": 100, "freezes": "experts"},
+}
+
+
+def test_the_command_and_the_resolved_recipes_are_named(run_dir: Path) -> None:
+    assert "## Command" not in write_report(run_dir).read_text()  # a folder from before they were kept
+    (run_dir / "command.txt").write_text("nemo upcycle pipeline --factory smollm2_135m_e8t2 dir=demo --yes\n")
+    (run_dir / "recipes").mkdir()
+    for stage in ("pretrain", "dense_ct"):
+        (run_dir / f"recipes/{stage}.yaml").write_text("_target_: nemo.collections.llm.api.pretrain\n")
+    text = write_report(run_dir).read_text()
+    assert "```bash\nnemo upcycle pipeline --factory smollm2_135m_e8t2 dir=demo --yes\n```" in text
+    assert "[`recipes/pretrain.yaml`](recipes/pretrain.yaml), [`recipes/dense_ct.yaml`](recipes/dense_ct.yaml)" in text
+    results = json.loads((run_dir / "results.json").read_text())
+    assert results["command"] == "nemo upcycle pipeline --factory smollm2_135m_e8t2 dir=demo --yes"
+    assert results["recipes"] == {"pretrain": "recipes/pretrain.yaml", "dense_ct": "recipes/dense_ct.yaml"}
+
+
+def test_the_report_says_how_and_how_fast_it_was_trained(run_dir: Path) -> None:
+    (run_dir / "pretrain/training.json").write_text(json.dumps(SETTINGS))
+    path = run_dir / "pretrain/metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if "loss" in line:  # the rates of a last step twice as slow as the mean of all
+            rates = {"tokens_per_s": 250.0, "tflops_per_gpu": {"full": 100.0, "causal": 90.0}}
+            line |= rates | {"mfu": {"bf16": {"full": 0.1, "causal": 0.09}}, "memory_gib": 70.5 - line["step"]}
+    lines[0]["memory_share"] = 0.875
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = rows(write_report(run_dir))
+    assert found["learning rate, peak"] == [
+        "3e-05, CosineAnnealing to 3e-07 over 3 steps, 1 of them warm-up",
+        "0.0001",
+    ]
+    assert found["factors on the learning rate"] == ["router 4, experts 1, experts frozen for 100 steps", "-"]
+    assert found["batch, sequences a step"] == ["4 (micro batch 1)", "-"]
+    assert found["sequence length, tokens"] == ["250", "-"]
+    assert found["precision"] == ["bf16-mixed", "-"]
+    assert found["optimizer"] == ["adam, weight decay 0.1", "-"]
+    assert found["ranks of the training job"] == ["2", "-"]
+    assert found["TFLOP/s of a rank (full attention / causal half)"] == ["200 / 180", "-"]
+    assert found["MFU, BF16 peak (full attention / causal half)"] == ["20.0 % / 18.0 %", "-"]
+    assert found["peak memory of a rank"] == ["69.50 GiB (88 % of its card)", "-"]
+    assert json.loads((run_dir / "results.json").read_text())["training"]["pretrain"]["settings"] == SETTINGS
+
+
+def test_settings_that_lack_an_entry_are_named(run_dir: Path) -> None:
+    (run_dir / "pretrain/training.json").write_text(json.dumps({**SETTINGS, "schedule": None}))
+    with pytest.raises(UpcycleError, match=r"training\.json: got no schedule, expected what stage 'pretrain' writes"):
+        write_report(run_dir)
+
+
+def test_a_few_steps_say_what_they_show(run_dir: Path) -> None:
+    text = write_report(run_dir).read_text()
+    assert "3 steps show that the chain works, not what training brings." in text
+
+
+def test_the_most_uneven_step_is_named(run_dir: Path) -> None:
+    text = write_report(run_dir).read_text()
+    assert "minus 1): 1.800, in layer 0 at step 1." in text  # 0.7 of a layer with four experts
+
+
+def test_samples_stand_beside_each_other(run_dir: Path) -> None:
+    assert "## Samples" not in write_report(run_dir).read_text()  # evaluations from before they were made
+    for name, value in EVALUATIONS.items():
+        sample = {
+            "document": "1990",
+            "prompt": "The state",
+            "goes_on": "of the union",
+            "continuation": f"a|b\n*{name}*",
+        }
+        (run_dir / "evaluation" / f"{name}.json").write_text(json.dumps({**value, "samples": [sample]}))
+    text = write_report(run_dir).read_text()
+    table = text.split("## Samples")[1].split("## ")[0]
+    assert "|  | 1990 |\n|---|---|\n| prompt | The state |\n| the text itself | of the union |" in table
+    assert "| dense parent | a\\|b \\*dense\\* |" in table
+    assert "| trained MoE | a\\|b \\*trained\\* |" in table
+    (found,) = json.loads((run_dir / "results.json").read_text())["samples"]
+    assert found["continuations"]["dense_ct"] == "a|b\n*dense_ct*"
 
 
 def test_the_report_says_so_when_the_twin_wins(run_dir: Path) -> None:
@@ -233,5 +326,6 @@ def test_the_routers_stand_beside_the_load(run_dir: Path) -> None:
     write_report(run_dir)
     found = rows(run_dir / "report.md")
     assert found["dead experts, all layers (less than 1 % of a balanced share)"] == ["3", "0"]
+    assert "Most dead experts in a step, all layers together: 3." in (run_dir / "report.md").read_text()
     assert found["dropped, as a part of the wanted slots"] == ["0.25", "0.0625"]
     assert found["distance of the experts from their mean, relative (0: copies)"] == ["0.5", "-"]

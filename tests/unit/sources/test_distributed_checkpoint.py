@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import pkgutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -195,6 +196,65 @@ def test_metadata_that_names_code_is_refused_and_not_run(folder: Path, tmp_path:
     with pytest.raises(CheckpointError, match=r"the class \w+\.system is not allowed in checkpoint metadata"):
         DistributedCheckpoint(folder)
     assert not (tmp_path / "trace").exists()
+
+
+def _set_attribute(module: str, owner: str, attribute: str) -> bytes:
+    """Return opcodes of pickle that set an attribute of an imported class or function, which stays on the stack."""
+    return f"c{module}\n{owner}\n(N}}(S'{attribute}'\ncbuiltins\nset\nutb".encode()
+
+
+@pytest.mark.parametrize(
+    ("module", "owner", "attribute"),
+    [
+        ("pathlib", "Path", "is_file"),
+        ("pathlib", "PosixPath", "is_file"),
+        ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata", "__eq__"),
+        ("torch.distributed.checkpoint.metadata", "MetadataIndex", "__eq__"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo", "__eq__"),
+        ("torch.serialization", "_get_layout", "__doc__"),
+    ],
+)
+def test_metadata_that_changes_a_class_is_refused_and_changes_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, module: str, owner: str, attribute: str
+) -> None:
+    target = pkgutil.resolve_name(f"{module}:{owner}")
+    before = getattr(target, attribute)
+    monkeypatch.setattr(target, attribute, before)  # put back even if the attack works
+    (folder / ".metadata").write_bytes(_set_attribute(module, owner, attribute) + b".")
+    with pytest.raises(CheckpointError, match="unreadable metadata"):
+        DistributedCheckpoint(folder)
+    assert getattr(target, attribute) == before
+
+
+def test_metadata_that_changes_a_class_and_is_whole_otherwise_is_refused(folder: Path) -> None:
+    """The attack first, then the metadata as torch wrote them: nothing shows afterwards but what it changed."""
+    path = folder / ".metadata"
+    raw = path.read_bytes()
+    attack = _set_attribute("torch.distributed.checkpoint.metadata", "Metadata", "storage_data")
+    path.write_bytes(raw[:2] + attack + b"0" + raw[2:])
+    with pytest.raises(CheckpointError, match="unreadable metadata"):
+        DistributedCheckpoint(folder)
+    path.write_bytes(raw)
+    with DistributedCheckpoint(folder) as checkpoint:
+        assert torch.equal(checkpoint.read("a"), TENSORS["a"])
+
+
+@pytest.mark.parametrize("name", ["_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter"])
+def test_a_piece_that_changes_what_rebuilds_tensors_is_refused(folder: Path, name: str) -> None:
+    path, saved, evil = folder / "__0_0.distcp", io.BytesIO(), io.BytesIO()
+    torch.save(TENSORS["a"], saved)
+    with zipfile.ZipFile(saved) as good, zipfile.ZipFile(evil, "w") as archive:
+        for member in good.namelist():
+            raw = good.read(member)
+            if member.endswith("data.pkl"):
+                raw = raw[:2] + _set_attribute("torch._utils", name, "__doc__").replace(b"cbuiltins\nset\n", b"N")
+                raw += b"0" + good.read(member)[2:]
+            archive.writestr(member, raw)
+    offset = path.stat().st_size
+    path.write_bytes(path.read_bytes() + evil.getvalue())
+    _edit(folder, _set_place("a", offset=offset, length=len(evil.getvalue())))
+    with pytest.raises(CheckpointError, match="damaged data of a"):
+        DistributedCheckpoint(folder).read("a")
 
 
 def test_an_unfinished_checkpoint_is_refused(folder: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.data.dense import check_source
+from nemo_upcycle.data.dense import check_address
 from nemo_upcycle.errors import UpcycleError
 from tests.models import write_llama, write_tokenizer
 
@@ -22,17 +22,17 @@ def nothing_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     "source", ["asset://smollm2-135m", "hf://meta-llama/Meta-Llama-3-8B", "meta-llama/Llama-3.2-1B"]
 )
 def test_names_of_assets_and_of_the_hub_are_taken_as_they_are(source: str) -> None:
-    check_source(source)
+    check_address(source)
 
 
 def test_a_folder_is_opened(tmp_path: Path) -> None:
     folder = write_tokenizer(write_llama(tmp_path / "model"))
-    check_source(str(folder))
-    check_source(f"hf://{folder}")
+    check_address(str(folder))
+    check_address(f"hf://{folder}")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(UpcycleError, match=r"model\.safetensors"):
-        check_source(str(folder))
+        check_address(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -46,4 +46,4 @@ def test_a_folder_is_opened(tmp_path: Path) -> None:
 )
 def test_refuses_what_cannot_be_a_dense_model(source: str, words: str) -> None:
     with pytest.raises(UpcycleError, match=words):
-        check_source(source)
+        check_address(source)

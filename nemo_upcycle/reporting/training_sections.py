@@ -1,0 +1,133 @@
+"""The sections of report.md about the two training stages: settings, losses, rates, expert load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_upcycle.progress import duration
+from nemo_upcycle.reporting.figures import chain_only
+from nemo_upcycle.reporting.markdown import number, table
+from nemo_upcycle.reporting.run_folder import MODELS
+
+
+_TRAINED = {"pretrain": "trained", "dense_ct": "dense_ct"}
+
+
+def training(results: dict[str, Any]) -> str:
+    """Return what the models were trained with, where the losses began and ended, and how fast it was."""
+    stages = results["training"]
+    columns = [_settings(done) | _outcome(done) for done in stages.values()]
+    rows = [
+        [title, *(column.get(title, "-") for column in columns)]
+        for title in dict.fromkeys(title for column in columns for title in column)
+    ]
+    files = ", ".join(
+        f"`{stage}/{file}`"
+        for stage, done in stages.items()
+        for file in ("metrics.jsonl", *(["training.json"] if "settings" in done else []))
+    )
+    few = chain_only(stages["pretrain"]["steps"])
+    parts = [
+        "## Training",
+        "![loss over tokens](loss.png)",
+        f"{few}." if few else "",
+        table(["", *(MODELS[_TRAINED[stage]] for stage in stages)], rows),
+        f"Sources: {files}.",
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def _settings(done: dict[str, Any]) -> dict[str, str]:
+    """Return what a stage was trained with: of one that left no `training.json`, the learning rate it reached."""
+    found = done.get("settings")
+    if not found:
+        return {"learning rate, peak": number(done.get("highest_lr"))}
+    schedule = found["schedule"]
+    end = f" to {schedule['min_lr']:g}" if schedule.get("min_lr") is not None else ""
+    warmup = f", {schedule['warmup_steps']} of them warm-up" if schedule.get("warmup_steps") else ""
+    rows = {
+        "learning rate, peak": f"{found['max_lr']:g}, {schedule['name']}{end} over {found['max_steps']} steps{warmup}",
+        "batch, sequences a step": f"{found['global_batch_size']} (micro batch {found['micro_batch_size']})",
+        "sequence length, tokens": str(found["seq_length"]),
+        "precision": found["precision"],
+        "optimizer": f"{found['optimizer']}, weight decay {found['weight_decay']:g}",
+        "ranks of the training job": str(found["ranks"]),
+    }
+    factors = found.get("lr_factors", {})
+    if factors.get("warmup_steps") or any(factors.get(part, 1) != 1 for part in ("router", "experts")):
+        frozen = (
+            f", {factors['freezes']} frozen for {factors['warmup_steps']} steps" if factors["warmup_steps"] else ""
+        )
+        rows["factors on the learning rate"] = f"router {factors['router']:g}, experts {factors['experts']:g}{frozen}"
+    return rows
+
+
+def _outcome(done: dict[str, Any]) -> dict[str, str]:
+    """Return what came of a training stage, at what speed and in how much memory."""
+    rows = {
+        "steps": str(done["steps"]),
+        "tokens": f"{done['tokens']:,}",
+        "training loss, first step": number(done["first_loss"]),
+        "training loss, last step": number(done["last_loss"]),
+        "validation loss, first": number(done["first_validation_loss"]),
+        "validation loss, last": number(done["last_validation_loss"]),
+        "time in steps": duration(done["seconds"]),
+        "tokens per second": number(done["tokens_per_s"]),
+    }
+    conventions = "full attention / causal half"
+    if rate := done.get("tflops_per_gpu"):
+        rows[f"TFLOP/s of a rank ({conventions})"] = f"{number(rate['full'], 3)} / {number(rate['causal'], 3)}"
+    for name, mfu in done.get("mfu", {}).items():
+        rows[f"MFU, {name.upper()} peak ({conventions})"] = f"{100 * mfu['full']:.1f} % / {100 * mfu['causal']:.1f} %"
+    if "memory_gib" in done:
+        share = f" ({100 * done['memory_share']:.0f} % of its card)" if "memory_share" in done else ""
+        rows["peak memory of a rank"] = f"{done['memory_gib']:.2f} GiB{share}"
+    return rows
+
+
+#: What the report says of the routers, beside the load: a name of `metrics.jsonl` and its title.
+_ROUTER_ROWS = {
+    "load_entropy": "entropy of the load over that of perfect balance",
+    "dead_experts": "dead experts, all layers (less than 1 % of a balanced share)",
+    "dropped": "dropped, as a part of the wanted slots",
+    "load_balancing_loss": "load-balancing loss without its coefficient (1: balanced)",
+    "expert_distance": "distance of the experts from their mean, relative (0: copies)",
+}
+
+
+def expert_load(results: dict[str, Any]) -> str:
+    """Return how evenly the experts were used; nothing where none were counted."""
+    load = results["training"]["pretrain"].get("expert_load")
+    if not load:
+        return ""
+    rows = [
+        [name, *(f"{100 * load[step][key]:.2f} %" for step in ("first", "last"))]
+        for name, key in (("least used expert of any layer", "min"), ("most used expert of any layer", "max"))
+    ]
+    rows.append(["coefficient of variation, mean of the layers", *(f"{load[s]['cv']:.3f}" for s in ("first", "last"))])
+    router = results["training"]["pretrain"].get("router", {"first": {}, "last": {}})
+    rows += [
+        [title, *(f"{router[step][key]:.4g}" if key in router[step] else "-" for step in ("first", "last"))]
+        for key, title in _ROUTER_ROWS.items()
+        if key in router["first"] | router["last"]
+    ]
+    return "\n\n".join(
+        [
+            "## Expert load",
+            "![expert load per layer over the steps](experts.png)",
+            _worst(load["worst"]),
+            table(["share of a layer's token slots", "first step", "last step"], rows),
+            f"Perfect balance is 1/E = {100 * load['first']['balanced']:.4g} % and a coefficient of 0."
+            " Source: `pretrain/metrics.jsonl`.",
+        ]
+    )
+
+
+def _worst(worst: dict[str, Any]) -> str:
+    text = (
+        f"Max violation over the whole run (load of the busiest expert over the balanced load, minus 1):"
+        f" {worst['max_violation']:.3f}, in layer {worst['layer']} at step {worst['step']}."
+    )
+    if "dead_experts" in worst:
+        text += f" Most dead experts in a step, all layers together: {worst['dead_experts']:.0f}."
+    return text

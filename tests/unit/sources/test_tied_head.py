@@ -1,0 +1,92 @@
+"""A tied model that stores an output layer, too: the same numbers are fine, others are refused and never dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
+from nemo_upcycle.data.dense import ensure_dense, import_dense
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.offline import convert
+from nemo_upcycle.verify import verify
+from tests.models import build_chunks, write_llama, write_tokenizer
+
+
+SPEC = UpcycleSpec(num_experts=4, top_k=2)
+WORDS = (
+    r"lm_head\.weight: got other numbers than model\.embed_tokens\.weight has, expected the same"
+    r".*Fix: set tie_word_embeddings to false .*or remove lm_head\.weight"
+)
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _dense(folder: Path, change: Change | None) -> Path:
+    """Write a tied Llama whose file holds an output layer, too: the embedding, changed."""
+    file = write_tokenizer(write_llama(folder, tied=True, layers=2)) / "model.safetensors"
+    tensors = load_file(file)
+    if change:
+        tensors["lm_head.weight"] = change(tensors["model.embed_tokens.weight"])
+    save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+def _one_number(weight_VD: torch.Tensor) -> torch.Tensor:
+    changed_VD = weight_VD.clone()
+    changed_VD[-1, -1] += 1
+    return changed_VD
+
+
+def _converted(dense: Path, output: Path) -> bytes:
+    with open_dense(dense) as source:
+        return (convert(source, output, SPEC).output / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("change", [torch.clone, torch.Tensor.double], ids=["same type", "wider type"])
+def test_the_same_head_is_as_good_as_none(tmp_path: Path, change: Change) -> None:
+    dense = _dense(tmp_path / "dense", change)
+    assert _converted(dense, tmp_path / "moe") == _converted(_dense(tmp_path / "bare", None), tmp_path / "bare_moe")
+    assert import_dense(str(dense), tmp_path / "unused") == dense
+    assert verify(dense, tmp_path / "moe").equal
+
+
+@pytest.mark.parametrize(
+    "change", [torch.neg, _one_number, lambda weight_VD: weight_VD[:-1].clone()], ids=["all", "one", "fewer rows"]
+)
+def test_another_head_is_refused_before_anything_is_written(tmp_path: Path, change: Change) -> None:
+    dense, bare = _dense(tmp_path / "dense", change), _dense(tmp_path / "bare", None)
+    with pytest.raises(CheckpointError, match=WORDS), open_dense(dense) as source:
+        convert(source, tmp_path / "moe", SPEC)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "dense"]
+    with pytest.raises(CheckpointError, match=WORDS):
+        import_dense(str(dense), tmp_path / "unused")
+    _converted(bare, tmp_path / "moe")
+    with pytest.raises(CheckpointError, match=WORDS):
+        verify(dense, tmp_path / "moe", logits=False)
+
+
+def test_of_several_parents_each_is_looked_at(tmp_path: Path) -> None:
+    paths = [_dense(tmp_path / "one", None), _dense(tmp_path / "two", torch.neg)]
+    with pytest.raises(CheckpointError, match=rf"two: {WORDS}"), open_dense(paths) as source:
+        convert(source, tmp_path / "moe", SPEC)
+
+
+def test_what_many_ranks_open_at_once_is_sampled(tmp_path: Path, megatron: None) -> None:
+    """Of 250 rows each rank looks at 63: a head that was trained by itself differs in all."""
+    with open_dense(_dense(tmp_path / "other", torch.neg)) as source:
+        (chunk,) = build_chunks(source.path, num_experts=4)
+        before = [parameter.clone() for parameter in chunk.parameters()]
+        with pytest.raises(CheckpointError, match=WORDS):
+            upcycle_into([chunk], source, SPEC)
+        assert all(torch.equal(*pair) for pair in zip(before, chunk.parameters(), strict=True))
+        with pytest.raises(CheckpointError, match=WORDS):
+            ensure_dense(str(source.path))
+    with open_dense(_dense(tmp_path / "same", torch.clone)) as source:
+        receipt = upcycle_into([chunk], source, SPEC)
+        assert receipt.exact
+        assert receipt.bytes_read <= 1.01 * receipt.bytes_needed
+        assert source.bytes_read - receipt.bytes_read == 2 * 63 * 64 * 4
