@@ -15,7 +15,9 @@ def _settings(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield path and configuration of everything in a recipe that this package defines."""
     if isinstance(value, fdl.Buildable):
         made = value.__fn_or_cls__
-        if made.__module__.startswith("nemo_upcycle.") and (not inspect.isclass(made) or "__init__" in vars(made)):
+        if (
+            made.__module__.startswith("nemo_upcycle.") and made.__name__ != "UpcycleStrategy"
+        ):  # its arguments are NeMo's
             yield path, value
         for name, inner in value.__arguments__.items():
             yield from _settings(inner, f"{path}.{name}" if path else name)
