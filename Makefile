@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RUN_DIR ?= runs/demo
 COMMAND_DIR := runs/test-command
 
-.PHONY: help demo test test-command test-pythons soak lint format clean venv te-env test-te
+.PHONY: help demo test test-command test-pythons soak lint format clean clean-runs venv te-env test-te
 
 help:
 	@echo "make demo    upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (about 8 minutes, no GPU)"
@@ -17,6 +17,7 @@ help:
 	@echo "make venv    only the environment, in $(VENV)"
 	@echo "make test-te tests with real Transformer Engine modules, in an environment of their own, $(TE_VENV) (no GPU)"
 	@echo "make test-pythons  make test under each of Python 3.10, 3.11 and 3.12 that this machine has"
+	@echo "make clean-runs  delete runs/ and say how much that freed"
 
 venv: $(VENV)/.complete
 
@@ -69,3 +70,7 @@ format: venv
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+# What runs of the pipeline left behind: models, checkpoints, logs.
+clean-runs:
+	@if [ -d runs ]; then echo "runs/: $$(du -sh runs | cut -f1) freed"; rm -rf runs; else echo "no runs/ here"; fi

@@ -77,7 +77,7 @@ def trainer(
     config.enable_progress_bar = False  # MetricsLogger says more
     config.log_every_n_steps = 1
     config.limit_val_batches, config.limit_test_batches = 1, 0
-    config.val_check_interval = max_steps // 2
+    config.val_check_interval = max(1, max_steps // 2)
     config.num_sanity_val_steps = 1  # validation starts with the parent's own loss
     # Without a GPU an asynchronous save forks this process while it goes on changing its memory, which doubles it.
     config.strategy.ckpt_async_save = False

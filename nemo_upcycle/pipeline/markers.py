@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.errors import StageError, problem
+from nemo_upcycle.errors import StageError, UpcycleError, problem
 from nemo_upcycle.files import MARKER, read_json, sha256_file, write_json
 
 
@@ -71,7 +71,9 @@ class StageFolder:
 
     def is_done(self, inputs: dict[str, str]) -> bool:
         """Return whether the stage finished earlier, from the same inputs."""
-        return self.marker.is_file() and read_json(self.marker).get("inputs") == inputs
+        if not self.marker.is_file():
+            return False
+        return _notes(self.marker, "delete it: the stage then runs again").get("inputs") == inputs
 
     def require_same(self, inputs: dict[str, str]) -> None:
         """Check that work which the folder holds was started from these inputs, or from nothing that contradicts them.
@@ -83,7 +85,8 @@ class StageFolder:
             StageError: it was started from others.
         """
         started = self.path / _STARTED
-        before = read_json(started) if started.is_file() else inputs
+        fix = f"delete it if the settings are those the work was started from, else {self.path}, to lose that work"
+        before = _notes(started, fix) if started.is_file() else inputs
         if changed := [name for name, digest in sorted(inputs.items()) if before.get(name) != digest]:
             raise StageError(
                 problem(
@@ -117,4 +120,15 @@ class StageFolder:
 
     def outputs(self) -> dict[str, Any]:
         """Return what a finished stage reported."""
-        return read_json(self.marker)["outputs"]
+        return _notes(self.marker, "delete it: the stage then runs again")["outputs"]
+
+
+def _notes(path: Path, fix: str) -> dict[str, Any]:
+    """Read what a stage noted; a broken file cannot be written again by hand, so say what to do in its stead."""
+    try:
+        notes = read_json(path)
+    except UpcycleError:
+        notes = None
+    if not isinstance(notes, dict):
+        raise StageError(problem(str(path), got="a damaged file", expected="what the stage noted", fix=fix))
+    return notes

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import inspect
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import fiddle as fdl
 import nemo_run as run
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
+from torch.nn.parallel import DistributedDataParallel
 
 from nemo_upcycle.connector import check_spec
+from nemo_upcycle.errors import SpecError, problem
 from nemo_upcycle.training.layout import check_layout
 
 
@@ -24,26 +30,96 @@ def load_recipe(text: str) -> run.Partial:
     return ZlibJSONSerializer().deserialize(text)
 
 
-def ranks_of(recipe: run.Partial) -> tuple[int, int]:
-    """Return the nodes and the ranks per node that a recipe's trainer asks for."""
-    return recipe.trainer.num_nodes or 1, int(recipe.trainer.devices)
+def write_recipes(run_dir: Path, recipes: Mapping[str, Any]) -> None:
+    """Write the recipes of a run as `recipes/NAME.yaml`, for people: one setting a line, named as an override is."""
+    folder = run_dir / "recipes"
+    folder.mkdir(exist_ok=True)
+    for name, recipe in recipes.items():
+        lines = [f"{key}: {value}\n" for key, value in settings(recipe)] if recipe else []
+        (folder / f"{name}.yaml").write_text("".join(lines), encoding="utf-8")
 
 
-def check_recipe(recipe: run.Partial) -> None:
+def settings(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every setting of a configuration as its path and its value in YAML, in the order in which it was made."""
+    if isinstance(value, fdl.Buildable):
+        made = value.__fn_or_cls__
+        yield f"{path}.is" if path else "is", f"{made.__module__}.{made.__qualname__}"
+        for name, inner in value.__arguments__.items():
+            yield from settings(inner, f"{path}.{name}" if path else name)
+    elif isinstance(value, (list, tuple)) and any(isinstance(item, fdl.Buildable) for item in value):
+        for number, item in enumerate(value):
+            yield from settings(item, f"{path}.{number}")
+    else:
+        yield path, _plain(value)
+
+
+def _plain(value: Any) -> str:
+    if value is None or isinstance(value, (bool, str)):
+        return json.dumps(value, ensure_ascii=False)
+    return str(list(value) if isinstance(value, tuple) else value)
+
+
+def ranks_of(recipe: run.Partial, where: str = "") -> tuple[int, int]:
+    """Return the nodes and the ranks per node that a recipe's trainer asks for.
+
+    Args:
+        recipe: of a training job.
+        where: what an override of it begins with, for the text of errors.
+
+    Raises:
+        SpecError: it does not say how many.
+    """
+    return _whole(recipe, "num_nodes", 1, where), _whole(recipe, "devices", None, where)
+
+
+def _whole(recipe: run.Partial, name: str, default: int | None, where: str) -> int:
+    value = getattr(recipe.trainer, name, None)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        fix = f"set {name} to how many"
+        raise SpecError(problem(f"{where}trainer.{name}", got=value, expected="a whole number from 1 on", fix=fix))
+    return value
+
+
+def check_recipe(recipe: run.Partial, where: str = "") -> None:
     """Check a recipe before it is launched.
+
+    Args:
+        recipe: of a training job.
+        where: what an override of it begins with, for the text of errors.
 
     Raises:
         SpecError: layout, model, data and ranks do not fit, or the upcycling spec is not valid or not the model's.
     """
-    nodes, per_node = ranks_of(recipe)
-    check_layout(recipe.trainer.strategy, recipe.model.config, recipe.data, nodes * per_node)
-    if recipe.resume.restore_config.spec:
-        check_spec(recipe.model.config, spec_of(recipe))
+    nodes, per_node = ranks_of(recipe, where)
+    _whole(recipe, "max_steps", None, where)
+    _check_names(recipe.trainer.strategy, f"{where}trainer.strategy")
+    try:
+        check_layout(recipe.trainer.strategy, recipe.model.config, recipe.data, nodes * per_node)
+        if recipe.resume.restore_config.spec:
+            check_spec(recipe.model.config, spec_of(recipe))
+    except SpecError as error:
+        raise SpecError(f"{where[:-1]}: {error}" if where else str(error)) from None
+
+
+def _check_names(strategy: Any, where: str) -> None:
+    """Check the names of a strategy's settings: NeMo's takes any, and passes over those that nothing asks for."""
+    kinds = (*inspect.getmro(strategy.__fn_or_cls__), DistributedDataParallel)
+    made_by = [vars(kind)["__init__"] for kind in kinds if "__init__" in vars(kind)]
+    known = {name for made in made_by for name in inspect.signature(made).parameters}
+    for name in strategy.__arguments__:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f" Did you mean '{where}.{close[0]}'?" if close else ""
+            raise SpecError(f"setting '{where}.{name}' does not exist.{hint}")
 
 
 def spec_of(recipe: run.Partial) -> Any:
     """Return the upcycling spec of a recipe, built (and so checked)."""
-    return fdl.build(recipe.resume.restore_config.spec)
+    try:
+        return fdl.build(recipe.resume.restore_config.spec)
+    except SpecError as error:  # fiddle adds the whole configuration
+        raise SpecError(str(error).partition("\n")[0]) from None
 
 
 def model_config(recipe: run.Partial, *, dense: bool) -> Any:

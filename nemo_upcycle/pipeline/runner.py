@@ -6,45 +6,38 @@ import logging
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from nemo_upcycle.errors import StageError, UpcycleError, problem
+from nemo_upcycle.pipeline.console import is_verbose, quiet_libraries
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
 from nemo_upcycle.pipeline.stages import BY_NAME, STAGES, unfinished
 from nemo_upcycle.progress import duration, show_messages
 
 
 logger = logging.getLogger(__name__)
+DONE_BEFORE = "done before, from the same inputs"
 
 
 def run_stage(name: str, dir: str) -> None:
     """Run a stage of a run, unless it is done already.
 
-    The task that NeMo-Run executes. A mistake of the user's ends the process with one message and status 2.
+    What a job of the pipeline executes. A mistake of the user's ends the process with one message and status 2.
 
     Args:
         name: of the stage.
         dir: the run's folder, with its plan.
     """
     show_messages()
-    _quiet_libraries()
+    if not is_verbose():
+        quiet_libraries()
     try:
         _run(BY_NAME[name], Path(dir))
     except UpcycleError as error:
         sys.stderr.write(f"[{name}] {error}\n")
         raise SystemExit(2) from None
-
-
-def _quiet_libraries() -> None:
-    """Keep the console for progress and results; NEMO_UPCYCLE_VERBOSE=1 lets the libraries speak too."""
-    if os.environ.get("NEMO_UPCYCLE_VERBOSE"):
-        return
-    warnings.filterwarnings("ignore")
-    for name in ("megatron", "lightning.pytorch", "lightning.fabric", "nv_one_logger"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _require_earlier(stage: Stage, run_dir: Path, plan: RunPlan) -> None:
@@ -62,7 +55,7 @@ def _run(stage: Stage, run_dir: Path) -> None:
     first = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
     if folder.is_done(inputs):
         if first:
-            logger.info("[%s] done before, from the same inputs", stage.name)
+            logger.info("[%s] %s", stage.name, DONE_BEFORE)
         return
     if not first:
         stage.work(run_dir, plan)

@@ -4,7 +4,7 @@ Works the same on every layout: each step ends with one small reduction in which
 and only the first rank waits for it.
 """
 
-from __future__ import annotations
+# No postponed annotations, and Optional: NeMo-Run parses `trainer.callbacks[0].gpu=h100` by them.
 
 import json
 import math
@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import lightning.pytorch as pl
 import torch
@@ -47,7 +47,10 @@ class MetricsLogger(Callback):
     """
 
     def __init__(
-        self, filename: str = "metrics.jsonl", gpu: str | None = None, expert_distance_every: int = 100
+        self,
+        filename: str = "metrics.jsonl",
+        gpu: Optional[str] = None,  # noqa: UP045
+        expert_distance_every: int = 100,
     ) -> None:
         self.filename = filename
         self.gpu = gpu

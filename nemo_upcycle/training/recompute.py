@@ -1,6 +1,6 @@
 """Recompute the MoE layers in the first steps only, while the routers are still unbalanced."""
 
-from __future__ import annotations
+# No postponed annotations: NeMo-Run parses `trainer.callbacks[0].steps=500` by them.
 
 from typing import Any
 

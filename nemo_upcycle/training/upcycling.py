@@ -5,13 +5,13 @@ so a restarted run resumes and never upcycles twice. Model and config classes st
 run writes open in plain NeMo.
 """
 
-from __future__ import annotations
+# No postponed annotations, and Optional: NeMo-Run parses `resume.restore_config.path=...` by them.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import lightning.pytorch as pl
 import torch
@@ -55,8 +55,8 @@ class UpcycleConfig(RestoreConfig):
     """
 
     path: str
-    spec: UpcycleSpec | None = None
-    branches: list[str] | None = None
+    spec: Optional[UpcycleSpec] = None
+    branches: Optional[list[str]] = None
     others: str = "first"
     load_artifacts: bool = False  # the folder holds no NeMo context; the tokenizer comes with the data
 

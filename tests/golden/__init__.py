@@ -7,11 +7,8 @@ The keys are what an override on the command line calls the settings. After a wa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import fiddle as fdl
 
 
 FOLDER = Path(__file__).parent
@@ -44,6 +41,7 @@ def golden_path(name: str) -> Path:
 def text_of(name: str) -> str:
     """Return what a golden file should hold: a YAML mapping of settings to values."""
     from nemo_upcycle import recipes
+    from nemo_upcycle.pipeline.recipes_io import settings
 
     recipe, arguments = GOLDEN[name]
     config = getattr(recipes, recipe).pretrain_recipe(**arguments)
@@ -55,25 +53,3 @@ def text_of(name: str) -> str:
 
 def _depends_on_machine(recipe: str, key: str) -> bool:
     return recipe.startswith("smollm2") and key.startswith("trainer.plugins")
-
-
-def settings(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every setting of a configuration as its path and value, in the order in which it was made."""
-    if isinstance(value, fdl.Buildable):
-        made = value.__fn_or_cls__
-        yield f"{path}.is" if path else "is", f"{made.__module__}.{made.__qualname__}"
-        for name, inner in value.__arguments__.items():
-            yield from settings(inner, f"{path}.{name}" if path else name)
-    elif isinstance(value, (list, tuple)) and any(isinstance(item, fdl.Buildable) for item in value):
-        for number, item in enumerate(value):
-            yield from settings(item, f"{path}.{number}")
-    else:
-        yield path, _plain(value)
-
-
-def _plain(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, str):
-        return f'"{value}"'
-    return str(list(value) if isinstance(value, tuple) else value)

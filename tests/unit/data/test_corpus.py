@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.data.corpus import SPLITS, load_corpus
+from nemo_upcycle.data.corpus import SPLITS, check_corpus, load_corpus
 from nemo_upcycle.errors import UpcycleError
 
 
@@ -158,3 +158,22 @@ def test_the_packaged_speeches():
     assert [len(members) for members in documents.values()] == [64, 3, 14]
     last_trained = max(document.id for document in documents["train"])
     assert last_trained < min(document.id for document in documents["validation"] + documents["heldout"])
+
+
+def test_relative_patterns_start_from_the_files_own_folder_whatever_the_current_one(
+    texts, tmp_path_factory, monkeypatch
+):
+    path = texts / "mine.yaml"
+    path.write_text("corpus: text\nfiles:\n  train: [train/*]\n  validation: [validation/*]\n  heldout: [heldout/*]\n")
+    here = _ids(load_corpus(path))
+    monkeypatch.chdir(tmp_path_factory.mktemp("job"))
+    assert _ids(load_corpus(path)) == here
+
+
+def test_a_check_finds_patterns_without_files_and_reads_no_text(texts):
+    (texts / "train" / "latin.txt").write_bytes(b"\xff\xfe")
+    check_corpus(_files())
+    with pytest.raises(UpcycleError, match=r"nowhere/\*: got no file"):
+        check_corpus(_files(train=["nowhere/*"]))
+    with pytest.raises(UpcycleError, match=r"files\.train of the corpus: got train/\*, expected a list"):
+        check_corpus(_files(train="train/*"))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.errors import StageError
+from nemo_upcycle.files import MARKER
 from nemo_upcycle.pipeline.markers import StageFolder, setting_hashes
 
 
@@ -39,3 +40,16 @@ def test_resumable_work_refuses_other_inputs(tmp_path: Path) -> None:
         stage.require_same(setting_hashes({"recipe": "b"}))
     with pytest.raises(StageError, match="changed: setting recipe"):
         stage.start(stage.inputs({"recipe": "b", "seed": 1}), resumable=True)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", ""])
+@pytest.mark.parametrize(
+    ("name", "fix"), [(MARKER, "the stage then runs again"), ("_STARTED.json", "to lose that work")]
+)
+def test_a_damaged_note_is_refused_with_what_to_do(tmp_path: Path, name: str, fix: str, content: str) -> None:
+    folder = StageFolder(tmp_path, "pretrain")
+    folder.start({}, resumable=True)
+    folder.finish({}, 1.0, {})
+    (folder.path / name).write_text(content)
+    with pytest.raises(StageError, match=f"{name}: got a damaged file.*{fix}"):
+        folder.require_same({}) if name != MARKER else folder.is_done({})

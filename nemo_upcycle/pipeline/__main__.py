@@ -1,0 +1,15 @@
+"""`python -m nemo_upcycle.pipeline STAGE FOLDER [SCRIPT]`: one stage of a run, as it is started on this machine."""
+
+import runpy
+import sys
+
+from nemo_upcycle.pipeline.local import end_with_launcher
+from nemo_upcycle.pipeline.runner import run_stage
+
+
+if __name__ == "__main__":
+    end_with_launcher()
+    stage, folder, *scripts = sys.argv[1:]
+    for script in scripts:  # a recipe names things of the script that launched it: `__main__.MyCallback`
+        globals().update(runpy.run_path(script, run_name="__external_main__"))
+    run_stage(stage, folder)

@@ -1,0 +1,124 @@
+"""What can be known to be wrong before anything is written, fetched or launched."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import nemo_run as run
+
+from nemo_upcycle.architecture import Architecture
+from nemo_upcycle.data.corpus import check_corpus
+from nemo_upcycle.data.dense import check_address
+from nemo_upcycle.errors import UpcycleError, problem
+from nemo_upcycle.evaluation.suite import read_suite_config
+from nemo_upcycle.files import resolved
+from nemo_upcycle.pipeline.markers import setting_hashes
+from nemo_upcycle.pipeline.plan import RunPlan
+from nemo_upcycle.pipeline.recipes_io import check_recipe, ranks_of
+from nemo_upcycle.pipeline.stages import STAGES
+from nemo_upcycle.training.flops import architecture_of
+
+
+#: Sizes of a dense model, and where a recipe sets them.
+_SIZES = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "ffn_size": "ffn_hidden_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_query_groups",
+}
+
+
+def is_local(executor: Any) -> bool:
+    """Return whether the stages run on this machine."""
+    return executor is None or isinstance(executor, run.LocalExecutor)
+
+
+def check_arguments(run_dir: Path, plan: RunPlan, pretrain: run.Partial, dense_ct: Any, ctx: Any) -> None:
+    """Check every argument of the pipeline.
+
+    Args:
+        run_dir: the run's folder.
+        plan: what the stages will be given.
+        pretrain: recipe of the upcycled model.
+        dense_ct: recipe of its dense twin, or None.
+        ctx: NeMo-Run's context of the command.
+
+    Raises:
+        UpcycleError: one is not valid; the text names it.
+    """
+    _check_folder(run_dir)
+    parent = check_address(plan.dense)
+    check_corpus(plan.corpus)
+    read_suite_config(plan.evaluation)
+    for name, recipe in (("pretrain", pretrain), ("dense_ct", dense_ct)):
+        if recipe:
+            if is_local(ctx.executor):
+                _check_here(recipe, f"{name}.")
+            check_recipe(recipe, f"{name}.")
+            if parent:
+                _check_parent(recipe, parent, plan.dense, f"{name}.")
+    if not pretrain.resume.restore_config.spec:
+        what, fix = "pretrain.resume.restore_config.spec", "give the recipe of an upcycled model"
+        raise UpcycleError(problem(what, got="none", expected="an UpcycleSpec", fix=fix))
+    if ctx.detach and not isinstance(ctx.executor, run.SlurmExecutor):
+        fix = "leave it out, and start the command inside tmux or with nohup"
+        raise UpcycleError(problem("--detach", got="an executor that needs the launcher", expected="Slurm", fix=fix))
+    for stage in STAGES:  # said now, not after the stages before it
+        folder = stage.folder(run_dir)
+        if folder.marker.is_file():
+            folder.outputs()
+        if stage.resumable:
+            folder.require_same(setting_hashes(stage.settings_of(plan)))
+
+
+def _check_folder(run_dir: Path) -> None:
+    """Check that a run can be written there."""
+    existing = next(path for path in (resolved(run_dir), *resolved(run_dir).parents) if path.exists())
+    if not existing.is_dir():
+        fix = "choose another dir"
+        raise UpcycleError(problem(f"dir {run_dir}", got=f"{existing} is a file", expected="a folder", fix=fix))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        fix = "choose another dir, or change who may write there"
+        raise UpcycleError(problem(f"dir {run_dir}", got=f"no right to write to {existing}", expected="one", fix=fix))
+
+
+def _check_parent(recipe: run.Partial, parent: Architecture, dense: str, where: str) -> None:
+    """Check that a recipe's model has the sizes of the dense model that it starts from."""
+    model = architecture_of(recipe.model.config, parent.vocab_size)
+    for name, setting in _SIZES.items():
+        got, expected = getattr(model, name), getattr(parent, name)
+        if got != expected:
+            fix = "give the recipe of a model of this family and size, or another dense"
+            what, wanted = f"{where}model.config.{setting}", f"{expected}, as {dense} has"
+            raise UpcycleError(problem(what, got=got, expected=wanted, fix=fix))
+
+
+def _check_here(recipe: run.Partial, where: str) -> None:
+    """Check what a recipe asks of this machine."""
+    if (nodes := ranks_of(recipe, where)[0]) > 1:
+        fix = "set it to 1, or name the cluster with run.executor=NAME"
+        raise UpcycleError(problem(f"{where}trainer.num_nodes", got=nodes, expected="1 on this machine", fix=fix))
+    check_kernels(recipe, where)
+
+
+def check_kernels(recipe: run.Partial, where: str = "") -> None:
+    """Check that the kernels which a recipe's model asks for are installed, where the training runs.
+
+    Raises:
+        UpcycleError: they are not.
+    """
+    from megatron.core.models.common.embeddings.rope_utils import fused_apply_rotary_pos_emb
+
+    if getattr(recipe.model.config, "apply_rope_fusion", False) and fused_apply_rotary_pos_emb is None:
+        raise UpcycleError(
+            problem(
+                "Transformer Engine",
+                got="not installed",
+                expected=f"it, for the kernels of {where}model.config (apply_rope_fusion)",
+                fix="train in NVIDIA's NeMo container, which holds it; without a GPU, "
+                f"{where}model.config.apply_rope_fusion=False",
+            )
+        )

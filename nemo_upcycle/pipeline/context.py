@@ -1,0 +1,219 @@
+"""The command lines of `nemo upcycle pipeline` and, for recipes of ours, `nemo llm pretrain`.
+
+NeMo-Run answers a mistake with the whole configuration and status 1. Here it is one message that names the argument,
+with the closest match, and status 2.
+"""
+
+import difflib
+import inspect
+import logging
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import catalogue
+import fiddle as fdl
+import nemo_run as run
+from nemo_run.cli.api import EXECUTOR_CLASSES
+from nemo_run.cli.cli_parser import parse_cli_args
+from nemo_run.cli.lazy import LazyEntrypoint
+from nemo_run.config import get_type_namespace
+
+from nemo_upcycle.errors import UpcycleError, problem, unknown
+from nemo_upcycle.pipeline.checks import check_kernels, is_local
+from nemo_upcycle.pipeline.recipes_io import check_recipe
+
+
+BAD_INPUT = 2
+
+
+class CheckedContext(run.cli.RunContext):
+    """Answers a mistake on the command line with one message and status 2."""
+
+    def cli_execute(self, fn: Any, args: list[str], entrypoint_type: Any = "task") -> None:
+        """Check the words, then have NeMo-Run parse and execute them."""
+        try:
+            _check_words(args)
+            super().cli_execute(fn, args, entrypoint_type)
+        except UpcycleError as error:
+            sys.stderr.write(f"Error: {_first_paragraph(error)}\n")
+            raise SystemExit(BAD_INPUT) from None  # NeMo-Run turns every Exception into status 1
+
+    def parse_args(self, args: list[str], lazy: bool = False) -> Any:
+        """Parse what is said of the executor."""
+        try:
+            with _silent():
+                return super().parse_args(args, lazy)
+        except Exception as error:
+            name = next((word.partition("=")[2] for word in args if word.startswith("executor=")), None)
+            names = {name for kind in EXECUTOR_CLASSES for name in _factories(kind)}
+            if name and name not in names:
+                raise UpcycleError(unknown("run.executor", name, names)) from None
+            raise UpcycleError(f"run.{' run.'.join(args)}: {_first_line(error)}.") from None
+
+    def parse_fn(self, fn: Any, args: list[str], **default_kwargs: Any) -> Any:
+        """Parse everything else."""
+        try:
+            with _silent():
+                return super().parse_fn(fn, args, **default_kwargs)
+        except Exception as error:
+            raise self._explained(fn, args, error) from None
+
+    def _explained(self, fn: Any, args: list[str], error: Exception) -> Exception:
+        """Return an error that names the argument which NeMo-Run stumbled over."""
+        try:
+            with _silent():
+                config = LazyEntrypoint(fn, factory=self.factory).resolve(ctx=self)
+        except Exception as cause:
+            return cause if isinstance(cause, UpcycleError) else self._explained_factory(fn, cause)
+        try:
+            overrides = LazyEntrypoint(fn, factory=self.factory, yaml=self.yaml, overwrites=args)._args_
+        except Exception as cause:
+            return UpcycleError(f"{_first_line(cause)}.")
+        for key, operator, value in overrides:
+            try:
+                with _silent():
+                    parse_cli_args(config, [f"{key}{operator}{value}"])
+            except Exception as cause:
+                return UpcycleError(_explained_override(config, str(key), str(value), cause))
+        return UpcycleError(f"{_first_line(error)}.")
+
+    def _explained_factory(self, fn: Any, error: Exception) -> UpcycleError:
+        name, _, arguments = str(self.factory).partition("(")
+        factories = _factories(fn)
+        if name not in factories:
+            return UpcycleError(unknown(f"factory of {fn.__name__}", name, factories))
+        for word in arguments.rstrip(")").split(","):
+            key, _, value = map(str.strip, word.partition("="))
+            config = run.Partial(factories[name])
+            try:
+                with _silent():
+                    parse_cli_args(config, [f"{key}={value}"])
+            except Exception as cause:
+                return UpcycleError(_explained_override(config, key, value, cause, where=f"argument of {name}"))
+        return UpcycleError(f"factory {self.factory}: {_first_line(error)}.")
+
+
+class PipelineContext(CheckedContext):
+    """Hands the pipeline its recipes as configurations (NeMo-Run would build them here, in the launching process)."""
+
+    def _execute_experiment(self, fn: Any, experiment_args: list[str]) -> None:
+        if self.to_yaml or self.to_toml or self.to_json:
+            fix = "leave it out; a run keeps its recipes in DIR/recipes"
+            raise UpcycleError(problem("--to-yaml, --to-toml, --to-json", got="one", expected="none", fix=fix))
+        task = self.parse_fn(fn, experiment_args)
+        _check_complete(fn, task)
+        if self.dryrun or not self.skip_confirmation:
+            run.dryrun_fn(task, executor=self.executor)
+        if not self._should_continue(self.skip_confirmation or self.dryrun):
+            return
+        fn(self, **{name: value for name, value in task.__arguments__.items() if name != "ctx"})
+
+
+class PretrainContext(CheckedContext):
+    """NeMo's own for `nemo llm pretrain`, but that a recipe of ours is checked before it is shown or launched."""
+
+    def cli_execute(self, fn: Any, args: list[str], entrypoint_type: Any = "task") -> None:
+        """Leave the recipes of others to NeMo-Run."""
+        base = CheckedContext if self._is_ours(fn) else run.cli.RunContext
+        base.cli_execute(self, fn, args, entrypoint_type)
+
+    def parse_args(self, args: list[str], lazy: bool = False) -> Any:
+        """Parse what is said of the executor."""
+        return run.cli.RunContext.parse_args(self, args, lazy)
+
+    def parse_fn(self, fn: Any, args: list[str], **default_kwargs: Any) -> Any:
+        """Parse the recipe, and check one of ours."""
+        if not self._is_ours(fn):
+            return run.cli.RunContext.parse_fn(self, fn, args, **default_kwargs)
+        task = super().parse_fn(fn, args, **default_kwargs)
+        check_recipe(task)
+        if is_local(self.executor) and not self.dryrun:
+            check_kernels(task)
+        return task
+
+    def _is_ours(self, fn: Any) -> bool:
+        name = str(self.factory).partition("(")[0]
+        return getattr(_factories(fn).get(name), "__module__", "").startswith("nemo_upcycle.")
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """NeMo-Run logs an error before it raises it: the whole configuration."""
+    logger = logging.getLogger("nemo_run.cli.cli_parser")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _factories(target: Any) -> dict[str, Any]:
+    """Return what is registered for a function or a class, by name."""
+    return {keys[1]: factory for keys, factory in catalogue._get_all((get_type_namespace(target),)).items()}
+
+
+def _first_paragraph(error: Exception) -> str:
+    """Return an error's own text; fiddle appends the configuration that it was building."""
+    return str(error).partition("\n\nFiddle context")[0]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Refuse what NeMo-Run would pass over in silence: an option that does not exist, a word that sets nothing."""
+    options = re.findall(r"--[a-z][a-z-]+", inspect.getsource(run.cli.RunContext.cli_command))  # it keeps no list
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name.startswith("-"):
+            raise UpcycleError(unknown("option", name, options))
+        if not (name and equals and value):
+            fix = "write NAME=VALUE without blanks, as in dir=runs/mine"
+            raise UpcycleError(problem(f"argument '{word}'", got="no value", expected="NAME=VALUE", fix=fix))
+
+
+def _check_complete(fn: Any, task: Any) -> None:
+    """Check that every argument without a default was given."""
+    parameters = inspect.signature(fn).parameters.values()
+    needed = [parameter.name for parameter in parameters if parameter.default is inspect.Parameter.empty]
+    if missing := [name for name in needed if name != "ctx" and name not in task.__arguments__]:
+        fix = f"name a factory that gives them: --factory {next(iter(_factories(fn)), 'NAME')}"
+        raise UpcycleError(problem("arguments", got=f"no {', no '.join(missing)}", expected="each of them", fix=fix))
+
+
+def _explained_override(config: Any, key: str, value: str, error: Exception, where: str = "setting") -> str:
+    """Return what is wrong with an override: the first name that does not exist, or the value."""
+    at, so_far = config, ""
+    parts = key.split(".")
+    for part in parts:
+        name, *indices = re.findall(r"[^\[\]]+", part) or [part]
+        names = _settings_of(at)
+        if name not in names:
+            owner = getattr(getattr(at, "__fn_or_cls__", type(at)), "__name__", "")
+            close = [f"{so_far}{match}" for match in difflib.get_close_matches(name, names, n=1, cutoff=0.5)]
+            hint = f" Did you mean '{close[0]}'?" if close else ""
+            valid = f" Valid: {', '.join(sorted(names))}." if 0 < len(names) <= 12 else ""
+            return f"{where} '{key}' does not exist: '{name}' is no setting of {owner}.{hint}{valid}"
+        if part is parts[-1]:
+            break
+        at, so_far = getattr(at, name), f"{so_far}{part}."
+        for index in indices:
+            try:
+                at = at[int(index)]
+            except (ValueError, IndexError, TypeError):
+                fix = "count from 0"
+                return problem(f"{where} '{key}'", got=f"[{index}]", expected="a number in the list", fix=fix)
+    parameter = inspect.signature(at.__fn_or_cls__).parameters.get(name)  # a class may take what it does not name
+    kind = parameter.annotation if parameter else Any
+    expected = getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind).replace("typing.", "")
+    if kind in (inspect.Parameter.empty, Any):
+        return f"{where} '{key}': {_first_line(error)}."
+    return problem(f"{where} '{key}'", got=f"'{value}'", expected=expected, fix="give such a value")
+
+
+def _settings_of(value: Any) -> list[str]:
+    return [name for name in dir(value) if not name.startswith("_")] if isinstance(value, fdl.Buildable) else []

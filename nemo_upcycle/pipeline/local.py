@@ -1,0 +1,163 @@
+"""A stage on this machine: one process a rank, and none of them left when the launcher is stopped or killed.
+
+Not NeMo-Run's local executor: it goes on to the next stage after one that failed, ends torchrun but not its workers,
+obeys only the second Ctrl-C, and torchrun writes its own traceback below the stage's message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+
+#: Exit status of a stage that found a mistake of the user's.
+USERS_MISTAKE = 2
+#: Seconds that ranks have to end by themselves: after SIGTERM, and after another rank failed.
+GRACE_S, AFTER_ANOTHER_S = 5.0, 2.0
+_POLL_S = 0.1
+_LAUNCHER = "NEMO_UPCYCLE_LAUNCHER"
+
+
+class StopSignals:
+    """Notes the first SIGINT or SIGTERM that arrives while the block runs; whoever waits asks for it."""
+
+    signum: int | None = None
+    #: Called when it arrives.
+    callback: Callable[[], object] | None = None
+
+    def __enter__(self) -> StopSignals:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if not self.signum:
+            self.signum = signum
+            if self.callback:
+                self.callback()
+
+
+def run_ranks(
+    command: Sequence[str], ranks: int | None, environment: Mapping[str, str], logs: Path, stop: StopSignals
+) -> int:
+    """Run a command once a rank; return its exit status, or minus the number of the signal that ended it.
+
+    The first rank writes to the console, the others into `logs`; of one that failed, the last lines are shown. When
+    one fails, the others are ended; when `stop` has a signal, all are.
+
+    Args:
+        command: the words of the command.
+        ranks: of a parallel job, with the variables that torchrun sets; None for a plain process.
+        environment: variables added to this process's own.
+        logs: prefix of the files of the other ranks.
+        stop: signals of the launcher.
+    """
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for variables in [{}] if ranks is None else _rank_variables(ranks):
+            processes.append(_start(command, {**environment, **variables}, logs, len(processes)))
+        failed = _wait(processes, stop)
+    finally:
+        _end(processes)
+    if failed is None:
+        return 0
+    if failed and not stop.signum and processes[0].returncode != USERS_MISTAKE:  # else the console has the message
+        sys.stderr.write(_tail(_log_of(logs, failed)))
+    return processes[failed].returncode
+
+
+def _start(command: Sequence[str], environment: Mapping[str, str], logs: Path, rank: int) -> subprocess.Popen[bytes]:
+    own = {"PYTHONUNBUFFERED": "1", _LAUNCHER: str(os.getpid())}
+    with contextlib.ExitStack() as opened:
+        log = None
+        if rank:
+            _log_of(logs, rank).parent.mkdir(parents=True, exist_ok=True)
+            log = opened.enter_context(_log_of(logs, rank).open("wb"))
+        # A session of its own: Ctrl-C reaches the launcher alone, and a signal to the group all that the rank started.
+        return subprocess.Popen(
+            list(command), env={**os.environ, **own, **environment}, stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def _log_of(logs: Path, rank: int) -> Path:
+    return logs.with_name(f"{logs.name}-rank{rank}.log")
+
+
+def _tail(log: Path, lines: int = 40) -> str:
+    return "\n".join([f"--- {log}", *log.read_text(errors="replace").splitlines()[-lines:]]) + "\n"
+
+
+def _rank_variables(ranks: int) -> list[dict[str, str]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "GROUP_RANK": "0",
+        "GROUP_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_RUN_ID": f"nemo-upcycle-{os.getpid()}",  # Lightning takes it that the ranks are there
+    }
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], stop: StopSignals) -> int | None:
+    """Return the number of the first process found to have failed; None when all are done, or shall stop."""
+    while not stop.signum:
+        statuses = [process.poll() for process in processes]
+        if bad := [rank for rank, status in enumerate(statuses) if status]:
+            deadline_s = time.monotonic() + AFTER_ANOTHER_S  # of a mistake that all ranks see, each says so
+            while time.monotonic() < deadline_s and any(process.poll() is None for process in processes):
+                time.sleep(_POLL_S)
+            return bad[0]
+        if None not in statuses:
+            return None
+        time.sleep(_POLL_S)
+    return 0
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    """End what is left of the processes' groups: SIGTERM, and SIGKILL for what does not obey."""
+    for signum, wait_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):
+        deadline_s = time.monotonic() + wait_s
+        for process in processes:
+            _signal_group(process, signum)
+        while any(_signal_group(process, 0) for process in processes) and time.monotonic() < deadline_s:
+            time.sleep(_POLL_S)
+
+
+def _signal_group(process: subprocess.Popen[bytes], signum: int) -> bool:
+    """Send a signal to a rank and all that it started; return whether something of it is there."""
+    process.poll()  # else the ended leader of the group would count
+    try:
+        os.killpg(process.pid, signum)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def end_with_launcher() -> None:
+    """Called by a rank: end it, and what it started, when the launcher is gone without a word (`kill -9`)."""
+    launcher = int(os.environ.get(_LAUNCHER) or 0)
+    if launcher:
+        threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
+
+
+def _watch(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)

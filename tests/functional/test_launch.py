@@ -1,0 +1,138 @@
+"""`nemo upcycle pipeline` as a user starts it, a process of its own, on a tiny real model: stopped, killed, failed."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.files import MARKER
+from tests.functional.test_pipeline import EVALUATION
+from tests.functional.tiny import write_corpus, write_parent
+from tests.unit.pipeline.test_local import processes_of
+
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that the script's recipe names; the run goes there, too, from test to test."""
+    folder = tmp_path_factory.mktemp("launch")
+    write_parent(folder / "parent")
+    write_corpus(folder / "texts")
+    (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
+    return folder
+
+
+class Launcher:
+    """The command, running."""
+
+    def __init__(self, inputs: Path, *words: str, **variables: str) -> None:
+        self.log = inputs / "console.txt"
+        factory = f"tiny(inputs='{inputs}', slow=1.0)"
+        self.command = [sys.executable, str(ROOT / "tests/functional/tiny_pipeline.py"), "--factory", factory, *words]
+        environment = os.environ | {"NEMORUN_HOME": str(inputs / "home"), "PYTHONPATH": str(ROOT)} | variables
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*self.command, "--yes"], env=environment, stdout=log, stderr=log, cwd=inputs, start_new_session=True
+            )
+
+    def text(self) -> str:
+        """What it has written."""
+        return self.log.read_text(errors="replace")
+
+    def wait(self) -> int:
+        """Return its exit status."""
+        return self.process.wait(timeout=400)
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait until the training has done a step."""
+        deadline_s = time.monotonic() + 400
+        while f"\nstep {step}/6 " not in self.text():
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < deadline_s, self.text()
+            time.sleep(0.1)
+
+
+def test_after_a_rank_failed_nothing_else_starts_and_its_error_is_the_last_line(inputs: Path) -> None:
+    launcher = Launcher(inputs, FAIL_AT="1")
+    assert launcher.wait() == 1
+    assert launcher.text().endswith("RuntimeError: rank 1 met its fate\n")
+    assert [name for name in ("dense_ct", "export", "evaluate", "report") if (inputs / "run" / name).exists()] == []
+    assert processes_of(inputs) == []
+
+
+def test_sigint_stops_the_stage_and_says_how_to_go_on(inputs: Path) -> None:
+    launcher = Launcher(inputs)
+    launcher.wait_for_step(3)
+    sent_s = time.monotonic()
+    launcher.process.send_signal(signal.SIGINT)
+    assert launcher.wait() == 130
+    assert time.monotonic() - sent_s < 20
+    assert processes_of(inputs) == []
+    last = launcher.text().splitlines()[-2:]
+    assert last[0].startswith(
+        f"Stopped by SIGINT in stage 'pretrain'. Kept in {inputs}/run: finished stages: import, "
+    )
+    assert "last checkpoint of pretrain: " in last[0]
+    assert "step=1" in last[0]
+    head, _, command = last[1].partition(": ")
+    assert head == "Go on with the same command"
+    assert shlex.split(command) == ["python", *launcher.command[1:], "--yes"]
+
+
+def test_kill_9_of_the_launcher_ends_the_ranks_and_the_same_command_resumes(inputs: Path) -> None:
+    launcher = Launcher(inputs)
+    launcher.wait_for_step(4)  # step 2 is in the checkpoint that the test before left
+    assert "\nstep 2/6 " not in launcher.text()
+    launcher.process.kill()
+    launcher.wait()
+    deadline_s = time.monotonic() + 30
+    while processes_of(inputs) and time.monotonic() < deadline_s:
+        time.sleep(0.2)
+    assert processes_of(inputs) == []
+    assert not (inputs / "run/pretrain" / MARKER).exists()
+
+
+def test_a_users_mistake_inside_a_stage_is_the_last_line_and_status_2(inputs: Path, tmp_path: Path) -> None:
+    short = write_corpus(tmp_path / "texts", words=4)
+    launcher = Launcher(inputs, f"dir={tmp_path / 'run'}", f"corpus={short}")
+    assert launcher.wait() == 2
+    last = launcher.text().splitlines()[-1]
+    assert last.startswith("[upcycle] tokens of the validation split: got ")
+    assert "Traceback" not in launcher.text()
+    assert [path.name for path in (tmp_path / "run").iterdir() if (path / "_STARTED.json").exists()] in (
+        ["import", "upcycle"],
+        ["upcycle", "import"],
+    )
+    assert (tmp_path / "run/command.txt").read_text().startswith("python ")
+    recipe = (tmp_path / "run/recipes/pretrain.yaml").read_text()
+    assert "trainer.max_steps: 6\n" in recipe
+    assert "resume.restore_config.spec.num_experts: 8\n" in recipe
+
+
+def test_other_executors_start_nothing_after_a_failed_stage_either(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One experiment a stage; NeMo-Run's own local executor stands for Docker and Kubernetes, which are not here."""
+    import nemo_run as run
+
+    from nemo_upcycle.errors import StageError
+    from nemo_upcycle.pipeline import launch
+    from nemo_upcycle.pipeline.plan import RunPlan
+
+    monkeypatch.setenv("NEMORUN_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(launch, "is_local", lambda executor: False)
+    plan = RunPlan("tiny", str(inputs / "parent"), str(tmp_path / "absent.yaml"), "demo", "", None)
+    plan.write(tmp_path / "run")
+    with pytest.raises(StageError, match="Stage 'import' did not finish"):
+        launch._run_in_turn(tmp_path / "run", plan, run.LocalExecutor())
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"dense", "import", "pipeline.json"}

@@ -1,0 +1,182 @@
+"""What a user can get wrong on the command line of the pipeline: one message, status 2, nothing written."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.distributed.ranks import run_ranks
+from tests.functional.tiny import write_parent
+
+
+DEMO = "--factory smollm2_135m_e8t2"
+#: What is typed -> words of the answer. FILES is a folder that `_files` fills.
+MISTAKES = {
+    # what is not there
+    f"{DEMO} dense=/nope": "model '/nope': got no such folder",
+    f"{DEMO} dense=asset://smollm2": "Did you mean 'smollm2-135m'?",
+    f"{DEMO} dense=s3://bucket/model": "address scheme 's3' does not exist",
+    f"{DEMO} dense=FILES/empty": "FILES/empty",
+    f"{DEMO} dense=FILES/cut": "FILES/cut",
+    f"{DEMO} dense=FILES/tiny": "pretrain.model.config.num_layers: got 30, expected 4, as FILES/tiny has",
+    f"{DEMO} corpus=bogus": "corpus configuration 'bogus' does not exist. Valid: PATH.yaml, sotu, text.",
+    f"{DEMO} corpus=FILES/absent.yaml": "got No such file or directory, expected a YAML file",
+    f"{DEMO} corpus=FILES/not.yaml": "expected valid YAML",
+    f"{DEMO} corpus=FILES/key.yaml": "Did you mean 'files'?",
+    f"{DEMO} corpus=FILES/globs.yaml": "pattern FILES/texts/*.txt: got no file",
+    f"{DEMO} evaluation=dmeo": "Did you mean 'demo'?",
+    f"{DEMO} evaluation=FILES/key.yaml": "FILES/key.yaml",
+    f"{DEMO} dir=/dev/null/x": "/dev/null is a file, expected a folder",
+    f"{DEMO} dir=FILES/not.yaml": "FILES/not.yaml is a file",
+    # numbers
+    f"{DEMO} pretrain.trainer.max_steps=0": "pretrain.trainer.max_steps: got 0, expected a whole number from 1 on",
+    f"{DEMO} dense_ct.trainer.max_steps=-1": "dense_ct.trainer.max_steps: got -1",
+    f"{DEMO} pretrain.trainer.num_nodes=-1": "pretrain.trainer.num_nodes: got -1",
+    f"{DEMO} pretrain.trainer.num_nodes=-1 --dryrun": "pretrain.trainer.num_nodes: got -1",
+    f"{DEMO} pretrain.trainer.num_nodes=2": "pretrain.trainer.num_nodes: got 2, expected 1 on this machine",
+    f"{DEMO} pretrain.trainer.devices=auto": "pretrain.trainer.devices: got auto",
+    f"{DEMO} pretrain.trainer.strategy.tensor_model_parallel_size=5": "tp: got 5",
+    f"{DEMO} pretrain.trainer.strategy.expert_model_parallel_size=3": "ep: got 3",
+    f"{DEMO} pretrain.resume.restore_config.spec.top_k=9": "top_k: got 9, expected a whole number, 1 to 8",
+    f"{DEMO} pretrain.resume.restore_config.spec.top_k=9 --dryrun": "top_k: got 9",
+    f"{DEMO} pretrain.resume.restore_config.spec=None": "expected an UpcycleSpec",
+    # names and values of settings
+    f"{DEMO} pretrain.trainer.max_step=3": "Did you mean 'pretrain.trainer.max_steps'?",
+    f"{DEMO} pretrain.trainr.max_steps=3": "Did you mean 'pretrain.trainer'?",
+    f"{DEMO} pretrain.trainer.strategy.tensor_parallel_size=2": "Did you mean 'pretrain.trainer",
+    f"{DEMO} pretrian.trainer.max_steps=3": "Did you mean 'pretrain'?",
+    f"{DEMO} corpsu=text": "Did you mean 'corpus'?",
+    f"{DEMO} pretrain.trainer.max_steps=many": "setting 'pretrain.trainer.max_steps': got 'many', expected int",
+    f"{DEMO} pretrain.optim.config.lr=high": "setting 'pretrain.optim.config.lr': got 'high', expected ",
+    f"{DEMO} dir=": "argument 'dir=': got no value",
+    f"{DEMO} runs/mine": "argument 'runs/mine': got no value",
+    # the command itself
+    "--factory smollm2_135m_e8t3": "Did you mean 'smollm2_135m_e8t2'?",
+    "--factory llama3_8b_e8t2": "Valid: smollm2_135m_e8t2",
+    "--factory smollm2_135m_e8t2(processs=2)": "Did you mean 'processes'?",
+    "--factory smollm2_135m_e8t2(processes=two)": "got 'two', expected Optional[int]",
+    "dir=FILES/run": "no dense, no pretrain",
+    f"{DEMO} --dryrn": "Did you mean '--dryrun'?",
+    f"{DEMO} --detach": "expected Slurm",
+    f"{DEMO} --yaml FILES/absent.yaml": "FILES/absent.yaml",
+    f"{DEMO} --yaml FILES/key.yaml": "'flies'",
+    f"{DEMO} run.executor=slrum": "run.executor 'slrum' does not exist",
+}
+
+
+class Answer(NamedTuple):
+    """How the command ended, and what it wrote."""
+
+    status: int
+    text: str
+
+
+def _type(words: list[str], folder: str) -> Answer:
+    """Run `nemo` with these words in this process, which has imported NeMo before."""
+    os.chdir(folder)
+    sys.argv = ["nemo", *words]
+    os.environ["COLUMNS"] = "200"
+    console = io.StringIO()
+    status = 0
+    with contextlib.redirect_stdout(console), contextlib.redirect_stderr(console):
+        from nemo_run.cli.api import create_cli
+
+        try:
+            create_cli()()
+        except SystemExit as exit_:
+            status = int(exit_.code or 0)
+    return Answer(status, console.getvalue())
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files with mistakes in them."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "empty").mkdir()
+    cut = write_parent(folder / "cut") / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    write_parent(folder / "tiny")
+    (folder / "not.yaml").write_text("files: [\n")
+    (folder / "key.yaml").write_text("corpus: text\nflies: 1\n")
+    (folder / "globs.yaml").write_text(
+        "corpus: text\nfiles: {train: ['texts/*.txt'], validation: [a.txt], heldout: [b.txt]}\n"
+    )
+    return folder
+
+
+@pytest.mark.parametrize("typed", MISTAKES)
+def test_a_mistake_is_answered_with_one_message_and_status_2(typed: str, files: Path, tmp_path: Path) -> None:
+    words = typed.replace("FILES", str(files)).split()
+    before = sorted(files.rglob("*"))
+    (answer,) = run_ranks(_type, 1, ["upcycle", "pipeline", *words, "--yes"], str(tmp_path), process_group=False)
+    assert answer.status == 2, answer.text
+    assert MISTAKES[typed].replace("FILES", str(files)) in answer.text
+    said = answer.text.partition("Error: ")[2]
+    assert len(said.splitlines()) == 1
+    assert "Traceback" not in answer.text
+    if "--dryrun" not in words:
+        assert len(answer.text.splitlines()) <= 3, answer.text
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(files.rglob("*")) == before
+
+
+LLM_MISTAKES = {
+    "resume.restore_config.spec.top_k=9": "top_k: got 9",
+    "resume.restore_config.spec.top_k=9 --dryrun": "top_k: got 9",
+    "trainer.num_nodes=-1 --dryrun": "trainer.num_nodes: got -1",
+    "trainer.max_steps=0": "trainer.max_steps: got 0",
+    "trainer.max_step=3": "Did you mean 'trainer.max_steps'?",
+    "trainer.max_steps=many": "got 'many', expected int",
+    "trainer.strategy.expert_model_parallel_size=3": "ep: got 3",
+    # the factory of the second word counts
+    "--factory llama3_8b_e8t2(capacity_factor=9)": "capacity factor: got 9, expected at most num_experts / top_k (4)",
+}
+
+
+@pytest.mark.parametrize("typed", LLM_MISTAKES)
+def test_nemo_llm_pretrain_answers_for_recipes_of_ours_the_same_way(typed: str, tmp_path: Path) -> None:
+    words = ["llm", "pretrain", *DEMO.split(), *typed.split(), "--yes"]
+    (answer,) = run_ranks(_type, 1, words, str(tmp_path), process_group=False)
+    assert answer.status == 2, answer.text
+    assert LLM_MISTAKES[typed] in answer.text
+    assert len(answer.text.splitlines()) <= 3, answer.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_whose_kernels_are_not_installed_is_refused_with_the_fix(tmp_path: Path) -> None:
+    words = ["llm", "pretrain", "--factory", "llama3_8b_e8t2", "--yes"]
+    (answer,) = run_ranks(_type, 1, words, str(tmp_path), process_group=False)
+    assert answer.status == 2, answer.text
+    assert "Transformer Engine: got not installed" in answer.text
+    assert "model.config.apply_rope_fusion=False" in answer.text
+
+
+def test_recipes_of_others_are_left_to_nemo(tmp_path: Path) -> None:
+    words = ["llm", "pretrain", "--factory", "llama3_8b", "trainer.max_step=3", "--yes"]
+    (answer,) = run_ranks(_type, 1, words, str(tmp_path), process_group=False)
+    assert answer.status == 1
+    assert "No parameter named 'max_step'" in answer.text
+
+
+def test_the_command_answers_within_seconds_and_quietly(tmp_path: Path) -> None:
+    """As a process of its own, import of NeMo included; its processor seconds, since other work may slow it down."""
+    command = [
+        str(Path(sys.executable).with_name("nemo")),
+        "upcycle",
+        "pipeline",
+        *DEMO.split(),
+        "dense=/nope",
+        "--yes",
+    ]
+    before_s = os.times().children_user + os.times().children_system
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 2
+    assert os.times().children_user + os.times().children_system - before_s < 20
+    assert done.stderr.splitlines()[-1].startswith("Error: model '/nope'")

@@ -1,0 +1,102 @@
+"""The ranks of a stage on this machine: started, watched, and none left. Real processes, without NeMo."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.pipeline import local
+
+
+def _run(code: str, ranks: int | None, folder: Path, stop: local.StopSignals) -> int:
+    command = [sys.executable, "-c", f"import os, signal, subprocess, sys, time\n{code}", str(folder)]
+    return local.run_ranks(command, ranks, {"MINE": "1"}, folder / "logs" / "stage", stop)
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Return the command lines of the processes that were given this folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            found += [line] if str(folder) in line else []
+    return found
+
+
+def test_every_rank_has_torchruns_variables_and_the_users(tmp_path: Path) -> None:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MINE")
+    code = f"open(sys.argv[1] + '/rank' + os.environ['RANK'], 'w').write(' '.join(os.environ[n] for n in {names}))"
+    with local.StopSignals() as stop:
+        assert _run(code, 2, tmp_path, stop) == 0
+    assert (tmp_path / "rank0").read_text() == "0 0 2 127.0.0.1 1"
+    assert (tmp_path / "rank1").read_text() == "1 1 2 127.0.0.1 1"
+
+
+def test_when_a_rank_fails_the_others_end_and_its_last_words_are_shown(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = "sys.exit('rank 1 says why') if os.environ['RANK'] == '1' else time.sleep(600)"
+    with local.StopSignals() as stop:
+        assert _run(code, 3, tmp_path, stop) == 1
+    assert processes_of(tmp_path) == []
+    assert capfd.readouterr().err.endswith("rank 1 says why\n")
+
+
+def test_a_mistake_that_every_rank_finds_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with local.StopSignals() as stop:
+        assert _run("sys.stderr.write('a mistake\\n'); sys.exit(2)", 2, tmp_path, stop) == 2
+    assert capfd.readouterr().err == "a mistake\n"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_ranks_that_ignore_it_and_what_they_started(tmp_path: Path, signum: signal.Signals) -> None:
+    code = (
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)', sys.argv[1]])\n"
+        "open(sys.argv[1] + '/ready' + os.environ['RANK'], 'w').close()\n"
+        "time.sleep(600)"
+    )
+
+    def send() -> None:
+        while len(list(tmp_path.glob("ready*"))) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signum)
+
+    before_s = time.monotonic()
+    with local.StopSignals() as stop:
+        threading.Thread(target=send, daemon=True).start()
+        _run(code, 2, tmp_path, stop)
+        assert stop.signum == signum
+    assert processes_of(tmp_path) == []
+    assert time.monotonic() - before_s < 3 * local.GRACE_S
+
+
+def test_ranks_do_not_outlive_a_launcher_that_was_killed(tmp_path: Path) -> None:
+    rank = "from nemo_upcycle.pipeline.local import end_with_launcher as e; import time; e(); time.sleep(600)"
+    code = (
+        "import sys; from pathlib import Path; from nemo_upcycle.pipeline import local\n"
+        f"local.run_ranks([sys.executable, '-c', {rank!r}, sys.argv[1]], 2, {{}}, Path(sys.argv[1]) / 'l', "
+        "local.StopSignals())"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    deadline_s = time.monotonic() + 60
+    while len(processes_of(tmp_path)) < 3 and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    time.sleep(2)  # for the ranks to begin their watch
+    assert len(processes_of(tmp_path)) == 3
+    launcher.kill()
+    launcher.wait()
+    deadline_s = time.monotonic() + 20
+    while processes_of(tmp_path) and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    assert processes_of(tmp_path) == []
