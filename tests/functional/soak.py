@@ -161,7 +161,7 @@ def _first_difference(got: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 PIPELINE_AIMS = (
     Strike("os.rename", "_SUCCESS.json"),  # the stage's work is done, its marker is not there
-    Strike("open", "_SUCCESS"),
+    Strike("os.rename", "nemo_upcycle.json"),  # the same of a model's folder
     Strike("os.rename", ".partial"),  # a folder is complete, but for its name
     Strike("open", "safetensors"),
     Strike("os.rename", "receipt.json"),

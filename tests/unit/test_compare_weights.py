@@ -41,8 +41,11 @@ def _equal(dense: Path, moe: Path) -> bool:
     ("change", "words"),
     [
         ({"hidden_act": "gelu_pytorch_tanh"}, "activation: got gelu_tanh, expected silu"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "rope_scaling: got {.*}, expected None"),
-        ({"rope_theta": 1e6}, "rope_theta: got 1000000.0, expected 100000.0"),
+        (
+            {"rope_parameters": ..., "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+            "rope_scaling: got {.*}, expected None",
+        ),
+        ({"rope_parameters": ..., "rope_theta": 1e6}, "rope_theta: got 1000000.0, expected 100000.0"),
         ({"rms_norm_eps": 1e-6}, "rms_norm_eps: got 1e-06, expected 1e-05"),
         ({"sliding_window": 16}, "window: got 16, expected None"),
     ],

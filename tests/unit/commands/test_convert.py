@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from nemo_upcycle.cli import main
-from nemo_upcycle.files import MARKER
+from nemo_upcycle.files import MODEL_MARKER
 from tests.models import write_llama
 from tests.unit.exports import _Usage
 
@@ -152,10 +152,10 @@ def test_a_size_that_is_none_is_refused(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--experts", "1000000000"], "num_experts: got 1000000000, expected a whole number, 2 to 2048"),
-        (["--experts", "100000", "--granularity", "1000"], "num_experts: got 100000"),
+        (["--experts", "1000000000"], "--experts: got 1000000000, expected a whole number, 2 to 2048"),
+        (["--experts", "100000", "--granularity", "1000"], "--experts: got 100000"),
         (["--experts", "2048", "--top-k", "2"], "disk space for convert moe in "),
-        (["--top-k", "1"], "top_k: got 1, expected 2 or more with router_order=topk_softmax"),
+        (["--top-k", "1"], "--top-k: got 1, expected 2 or more with --router-order=topk_softmax"),
     ],
 )
 def test_what_is_out_of_reach_is_refused_at_once(
@@ -187,10 +187,12 @@ def test_a_damaged_marker_asks_for_the_run_not_for_the_file(
 ) -> None:
     command = ["convert", str(dense), str(tmp_path / "moe"), *SPEC]
     assert main(command) == 0
-    (tmp_path / "moe" / MARKER).write_text(content)
+    (tmp_path / "moe" / MODEL_MARKER).write_text(content)
     assert main(command) == 2
     told = capsys.readouterr().err
-    assert f"{MARKER}: got a damaged file, expected what finished the folder. Fix: choose another name, or" in told
+    assert (
+        f"{MODEL_MARKER}: got a damaged file, expected what finished the folder. Fix: choose another name, or" in told
+    )
     assert "write the file again" not in told
 
 
