@@ -32,7 +32,7 @@ demo: venv
 	$(BIN)/nemo upcycle pipeline --factory smollm2_135m_e8t2 dir=$(RUN_DIR) --yes
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # As a user types it: default threads, the real model. What it is for is a hang, so it has a limit.
 test-command: venv

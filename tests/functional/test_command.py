@@ -86,7 +86,7 @@ def test_it_saves_on_two_threads_resumes_and_ends_at_once_when_told(jobs: Jobs, 
         assert time.monotonic() < deadline_s, again.console()[-2000:]
         time.sleep(0.1)
     again.process.send_signal(signal.SIGINT)
-    assert again.wait(5) == -signal.SIGINT
+    assert again.wait(10) == -signal.SIGINT
     assert [line["step"] for line in again.metrics()[:12]] == list(range(1, 13))
     kept = newest_checkpoint(first.run_dir / "checkpoints")
     assert kept is not None

@@ -12,7 +12,7 @@ import torch
 
 from nemo_upcycle.training.schedules import Anneal, part_of
 from tests.distributed.ranks import run_ranks
-from tests.functional.test_training import Kill
+from tests.functional.runs import Kill
 from tests.functional.tiny import BATCH, LAYERS, prepare, shrink
 
 
