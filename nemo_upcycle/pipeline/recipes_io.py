@@ -15,8 +15,8 @@ import nemo_run as run
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 from torch.nn.parallel import DistributedDataParallel
 
-from nemo_upcycle.connector import check_spec
 from nemo_upcycle.errors import SpecError, problem
+from nemo_upcycle.model_settings import check_spec
 from nemo_upcycle.training.layout import check_layout
 
 

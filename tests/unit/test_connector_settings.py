@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from nemo_upcycle import UpcycleSpec, upcycle_into
-from nemo_upcycle.connector import check_spec, load_dense_into
+from nemo_upcycle.connector import load_dense_into
 from nemo_upcycle.errors import CheckpointError, SpecError
+from nemo_upcycle.model_settings import check_spec
 from nemo_upcycle.training.equivalence import megatron_logits
 from tests.models import MemorySource, build_chunks, moe_settings, sample_tokens, small_architecture
 

@@ -353,7 +353,7 @@ def test_a_mistyped_factory_is_an_error(tmp_path: Path) -> None:
 
 
 def test_another_spec_changes_every_field_that_follows_from_it(recipes: Any) -> None:
-    from nemo_upcycle.connector import check_spec
+    from nemo_upcycle.model_settings import check_spec
     from nemo_upcycle.recipes.common import use_spec
 
     spec = UpcycleSpec(
