@@ -54,12 +54,11 @@ def act_as_set(config: Any) -> list[ActingCoefficient]:
         What is set and what acts, for each auxiliary loss of the model.
     """
     _multiply_scale(1.0)
-    coefficients = _coefficients(config) if config.num_moe_experts else {}
-    if not coefficients:
+    if not config.num_moe_experts:
         return []
     missing = round(1 / _acting_share(config, "aux_loss"), 4)
     _multiply_scale(missing)
-    return [_describe(config, name, value, missing) for name, value in coefficients.items()]
+    return [_describe(config, name, value, missing) for name, value in _coefficients(config).items()]
 
 
 def _multiply_scale(factor: float) -> None:

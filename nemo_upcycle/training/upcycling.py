@@ -27,7 +27,6 @@ from nemo_upcycle.receipt import ActingCoefficient, UpcycleReceipt
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.sources.megatron_checkpoint import is_megatron
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.training.aux_loss import act_as_set
 from nemo_upcycle.training.cpu import configure_for_cpu, use_cpu_backend
 from nemo_upcycle.training.signatures import repair_signatures
 
@@ -93,7 +92,7 @@ class UpcycleStrategy(nl.MegatronStrategy):
         overwritten = isinstance(self.restore_config, UpcycleConfig) or bool(trainer.ckpt_path)
         with _uninitialised(model.config) if overwritten else _as_it_is():
             super().setup_megatron_parallel(trainer)
-        self._auxiliary_losses = act_as_set(model.config)
+        self._auxiliary_losses = _act_as_set(model.config)
         if torch.distributed.get_rank() == 0:
             _say(self._auxiliary_losses)
 
@@ -163,6 +162,17 @@ def fill_chunks(chunks: list[torch.nn.Module], restore: UpcycleConfig) -> Upcycl
         if restore.spec:
             return upcycle_into(chunks, dense, restore.spec, progress, hashes=True)
         return load_dense_into(chunks, dense, progress)
+
+
+def _act_as_set(config: Any) -> list[ActingCoefficient]:
+    """Correct auxiliary losses, where this Megatron has the names by which they are measured."""
+    try:
+        from nemo_upcycle.training.aux_loss import act_as_set
+    except ImportError as error:
+        if torch.distributed.get_rank() == 0:
+            show_messages().warning("auxiliary losses act as Megatron has them, not measured: %s", error.msg)
+        return []
+    return act_as_set(config)
 
 
 def _say(losses: list[ActingCoefficient]) -> None:

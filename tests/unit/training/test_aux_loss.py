@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 import pytest
@@ -25,6 +26,11 @@ UNUSUAL: list[dict[str, Any]] = [
 
 def _config(**changes: Any) -> Any:
     return build_chunks(small_architecture(num_layers=1), **{"num_experts": 4, **changes})[0].config
+
+
+def _warnings(caplog: pytest.LogCaptureFixture) -> set[str]:
+    """Return what was warned of; pytest catches it twice, where the package's logger was there before the test."""
+    return {record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}
 
 
 @pytest.mark.parametrize("settings", UNUSUAL, ids=lambda value: next(iter(value)))
@@ -57,6 +63,39 @@ def test_a_model_without_auxiliary_losses_has_nothing_to_say(changes: dict[str, 
     assert act_as_set(_config(**changes)) == []
 
 
+def test_a_coefficient_that_starts_at_zero_is_corrected_for_the_steps_that_raise_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    from nemo_upcycle.training.aux_loss import act_as_set
+
+    megatrons = MoEAuxLossAutoScaler.set_loss_scale
+    halving = staticmethod(lambda scale: megatrons(scale / 2))  # as on two ranks of a context-parallel group
+    monkeypatch.setattr(MoEAuxLossAutoScaler, "set_loss_scale", halving)
+    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
+    assert act_as_set(_config(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.0)) == []
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+    assert MoEAuxLossAutoScaler.main_loss_backward_scale == 1.0
+
+
+def test_a_megatron_without_a_name_that_is_needed_trains_with_a_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core.transformer.moe import moe_utils
+
+    from nemo_upcycle.progress import show_messages
+    from nemo_upcycle.training import upcycling
+
+    config = _config(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.01)
+    monkeypatch.setattr(show_messages(), "propagate", True)
+    monkeypatch.delattr(moe_utils, "get_default_pg_collection")
+    monkeypatch.delitem(sys.modules, "nemo_upcycle.training.aux_loss", raising=False)
+    assert upcycling._act_as_set(config) == []
+    (warning,) = _warnings(caplog)
+    assert "cannot import name 'get_default_pg_collection'" in warning
+
+
 def test_a_job_warns_of_a_loss_that_does_not_act_as_set(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,7 +104,5 @@ def test_a_job_warns_of_a_loss_that_does_not_act_as_set(
 
     monkeypatch.setattr(show_messages(), "propagate", True)
     _say([ActingCoefficient("global_aux_loss", 0.01, 0.00125, "divided"), ActingCoefficient("z_loss", 1, 1, "as set")])
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
     text = "a coefficient of 0.01 acts as 0.00125 (divided); one that is 8 times as large makes up for it"
-    assert record.getMessage() == f"global_aux_loss: {text}"
+    assert _warnings(caplog) == {f"global_aux_loss: {text}"}
