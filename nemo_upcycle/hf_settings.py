@@ -58,7 +58,7 @@ class Settings:
     values: dict[str, Any]
     where: str
 
-    def wrong(self, key: str, expected: str, fix: str = "mend config.json") -> CheckpointError:
+    def wrong(self, key: str, expected: str, fix: str = "correct config.json") -> CheckpointError:
         """Return the error that says what a value should be."""
         value = self.values.get(key)
         got = "nothing" if value is None else repr(value)
@@ -101,7 +101,7 @@ class Settings:
 
 def _class_of(config: Any, where: str) -> str:
     if not isinstance(config, dict):
-        expected, fix = "a model's configuration", "mend config.json"
+        expected, fix = "a model's configuration", "correct config.json"
         raise CheckpointError(problem(where, got=type(config).__name__, expected=expected, fix=fix))
     names = config.get("architectures")
     known = [*DENSE_CLASSES, *MOE_CLASSES]
@@ -162,7 +162,7 @@ def rope_settings(config: dict[str, Any], where: str) -> dict[str, Any]:
     places = [given, *(_inside(given, key) for key in scalings)]
     for key in (*_NO_SCALING, "original_max_position_embeddings"):
         said = [place for place in places if key in place.values]
-        for place in said:
+        for place in said[:-1]:
             if place.values[key] != (last := said[-1]).values[key]:
                 expected = f"{last.values[key]}, as in {last.where.removeprefix(f'{where}: ')}"
                 raise place.wrong(key, expected, "keep one of the two in config.json")

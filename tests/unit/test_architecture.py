@@ -92,6 +92,10 @@ def test_llama_3_8b_and_its_eight_experts() -> None:
         ),
         ({"rope_parameters": []}, ["rope_parameters: got []"]),
         (
+            {"rope_theta": None, "rope_parameters": {"rope_theta": float("nan")}},
+            ["rope_theta: got nan, expected a positive number"],
+        ),
+        (
             {"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
             ["rope_theta: got 500000.0, expected 10000.0, as in rope_scaling"],
         ),
