@@ -96,10 +96,13 @@ def read_metadata(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, tuple[i
         if not isinstance(metadata, _Metadata):
             raise pickle.UnpicklingError(f"a {type(metadata).__name__}")
         return _tensors_of(metadata), _places_of(metadata), hashlib.sha256(raw).hexdigest()
-    except (pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged pickle leads to
+        reason = str(error) or type(error).__name__
         raise CheckpointError(
             problem(
-                str(path), got=f"unreadable metadata ({error})", expected="torch_dist metadata", fix="copy it again"
+                str(path), got=f"unreadable metadata ({reason})", expected="torch_dist metadata", fix="copy it again"
             )
         ) from None
 

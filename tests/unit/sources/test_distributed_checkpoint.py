@@ -191,6 +191,13 @@ def test_a_piece_whose_description_names_code_is_refused_and_not_run(folder: Pat
     assert trace.exists()
 
 
+@pytest.mark.parametrize("asks_for", [b"\x96" + (2**62).to_bytes(8, "little"), b"\x8e" + b"\xff" * 8])
+def test_metadata_that_asks_for_more_memory_than_there_can_be_is_refused(folder: Path, asks_for: bytes) -> None:
+    (folder / ".metadata").write_bytes(b"\x80\x05" + asks_for)
+    with pytest.raises(CheckpointError, match=r"unreadable metadata \(\w+"):
+        DistributedCheckpoint(folder)
+
+
 def test_metadata_that_names_code_is_refused_and_not_run(folder: Path, tmp_path: Path) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(_Runs(tmp_path / "trace")))
     with pytest.raises(CheckpointError, match=r"the class \w+\.system is not allowed in checkpoint metadata"):
