@@ -19,8 +19,9 @@ from nemo_upcycle.sources.checks import check_source
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED = ["*.safetensors", "*.json", "tokenizer*", "merges.txt", "*.jinja"]
 _WANTED += ["README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]  # for the card of what is made of the model
-# subfolders hold other formats of the same weights (original/, onnx/), as does consolidated.safetensors
-_UNWANTED = ["*/*", "consolidated*"]
+# subfolders hold other formats of the same weights (original/, onnx/), as does consolidated.safetensors; of theirs
+# only additional_chat_templates/*.jinja is wanted
+_UNWANTED = ["*/*.safetensors", "*/*.json", "tokenizer*/*", "consolidated*"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_upcycle.data import dense
 from nemo_upcycle.data.dense import import_dense
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.files import is_complete
@@ -14,7 +15,7 @@ from nemo_upcycle.sources import open_dense
 @pytest.fixture
 def offline(tmp_path, monkeypatch) -> Path:
     """The hub's own offline mode, with an empty cache; returns the cache."""
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
@@ -57,6 +58,16 @@ def test_a_model_in_the_hub_cache_needs_no_network(offline, tiny_dense, tmp_path
     (repository / "refs/main").write_text(commit)
     folder = import_dense("hf://acme/tiny-llama", tmp_path / "out")
     assert folder.resolve() == (repository / "snapshots" / commit).resolve()
+
+
+def test_the_hub_is_asked_for_one_set_of_weights_and_every_companion():
+    utils = pytest.importorskip("huggingface_hub.utils")
+    wanted = ["model.safetensors", "config.json", "tokenizer.model", "chat_template.jinja", "LICENSE", "README.md"]
+    wanted += ["additional_chat_templates/tool_use.jinja"]
+    others = ["original/model.safetensors", "original/params.json", "original/tokenizer.model", "tokenizer/vocab.json"]
+    others += ["onnx/model.onnx", "consolidated.safetensors", "pytorch_model.bin", "modeling_x.py", "code/README.md"]
+    patterns = {"allow_patterns": dense._WANTED, "ignore_patterns": dense._UNWANTED}
+    assert list(utils.filter_repo_objects(wanted + others, **patterns)) == wanted
 
 
 def test_refuses_a_folder_that_is_not_there(tmp_path):
