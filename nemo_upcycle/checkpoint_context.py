@@ -215,9 +215,8 @@ def _megatron_settings(path: Path) -> dict[str, Any] | None:
         expected, fix = "what torch.save wrote", "copy the checkpoint again"
         raise CheckpointError(problem(str(path), got=f"unreadable ({error})", expected=expected, fix=fix)) from None
     arguments = saved.get("args") if isinstance(saved, dict) else None
-    if not isinstance(arguments, Inert) or "num_layers" not in arguments.fields:
+    if not isinstance(arguments, Inert) or "num_layers" not in (given := vars(arguments)):
         return None
-    given = arguments.fields
     settings = {_ARGUMENTS.get(name, name): value for name, value in given.items() if not isinstance(value, Inert)}
     settings |= {
         "_target_": "megatron.training.arguments",

@@ -1,4 +1,4 @@
-"""Plain values of a pickle that somebody else wrote: whatever it names, classes and functions, becomes inert."""
+"""Pickles that somebody else wrote, without what they name: classes and functions become inert."""
 
 from __future__ import annotations
 
@@ -13,28 +13,23 @@ _MAX_BYTES = 64 << 20
 
 
 class Inert:
-    """Stands in for an object: keeps its fields, does nothing."""
+    """Stands in for a class or function that a pickle names: keeps what it is given, and does nothing with it.
 
-    fields: dict[str, Any]
+    A pickle can set attributes of whatever it has imported. Of this class it cannot: `__setstate__` takes that over,
+    and has no instance there. The items of a list or dict of another class are ignored.
+    """
 
-    def __new__(cls, *_: Any, **fields: Any) -> Inert:
-        """Return one; a pickle need not call __init__."""
-        made = super().__new__(cls)
-        made.fields = dict(fields)
-        return made
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def __init__(self, *args: Any, **_: Any) -> None:
+        self.args = args
 
     def __setstate__(self, state: Any) -> None:
-        self.fields.update(state if isinstance(state, dict) else {})
+        if isinstance(state, dict):
+            self.__dict__.update(state)
 
     def __setitem__(self, key: Any, value: Any) -> None: ...
 
     def append(self, value: Any) -> None:
         """Ignore an item."""
-
-    def extend(self, values: Any) -> None:
-        """Ignore items."""
 
 
 class _InertUnpickler(pickle.Unpickler):

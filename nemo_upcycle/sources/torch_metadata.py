@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from nemo_upcycle.errors import CheckpointError, problem
-from nemo_upcycle.sources.torch_piece import DTYPE_NAMES, Inert
+from nemo_upcycle.sources.inert_pickle import Inert
+from nemo_upcycle.sources.torch_piece import DTYPE_NAMES
 
 
 class _Metadata(Inert):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from nemo_upcycle.sources.inert_pickle import Inert
 from nemo_upcycle.sources.mapped_files import MappedFiles, Stored
 
 
@@ -30,21 +31,6 @@ DAMAGE = (
 )
 _MAX_DESCRIPTION_BYTES = 1 << 16
 DTYPE_NAMES = {str(dtype).removeprefix("torch.") for dtype in torch.storage._dtype_to_storage_type_map()}
-
-
-class Inert:
-    """Stands in for a class or function that a pickle names: keeps what it is given, and does nothing with it.
-
-    A pickle can set attributes of whatever it has imported. Of this class it cannot: `__setstate__` takes that over,
-    and has no instance there.
-    """
-
-    def __init__(self, *args: Any) -> None:
-        self.args = args
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
 
 
 class _PieceUnpickler(pickle.Unpickler):
