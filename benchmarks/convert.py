@@ -31,7 +31,7 @@ from benchmarks.upcycle import dense_folder, tabulate
 
 RESULTS = Path(__file__).parent / "results" / "convert.md"
 #: Name -> experts and top-k.
-MODELS = {"smollm2": (8, 2), "llama1b": (4, 2), "llama8b": (2, 1)}
+MODELS = {"smollm2": (8, 2), "llama1b": (4, 2), "llama8b": (2, 2)}
 COPY = "cp -r of the output"
 MERGEKIT = "mergekit==0.1.5"
 REPEATS = 5
