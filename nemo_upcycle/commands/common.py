@@ -83,7 +83,7 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     return getattr(torch, name)
 
 
-def output_folder(text: str) -> Path:
+def folder_to_make(text: str) -> Path:
     """Return the folder to make that an argument names.
 
     Raises:

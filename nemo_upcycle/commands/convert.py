@@ -13,8 +13,8 @@ from nemo_upcycle.commands.common import (
     add_spec_options,
     dtype_of,
     file_size,
+    folder_to_make,
     given_spec,
-    output_folder,
     show,
 )
 from nemo_upcycle.errors import SpecError, problem
@@ -40,13 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXAMPLES
     text = "dense checkpoint: Hugging Face folder, hf://ORG/NAME on the hub (downloaded), or asset://smollm2-135m"
     parser.add_argument("source", metavar="SRC", help=text)
-    parser.add_argument("output", metavar="DST", type=output_folder, help="folder to make")
+    parser.add_argument("output", metavar="DST", type=folder_to_make, help="folder to make")
     add_spec_options(parser)
     branches = parser.add_argument_group("several dense models (Branch-Train-MiX)")
     branches.add_argument(
         "--branch", action="append", default=[], metavar="SRC", help="a further model whose networks become experts"
     )
-    branches.add_argument("--others", default="first", metavar="first|mean", help="where the rest comes from")
+    branches.add_argument("--others", default="first", metavar="first|mean", help="where the rest comes from (default: first)")
     add_dtype(parser, "the source's")
     parser.add_argument(
         "--max-shard-size",
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     spec = UpcycleSpec(**given)
     for name, method in (("noise_std", "noise"), ("drop_ratio", "drop")):
         if name in given and spec.method != method:
-            option, fix = f"--{name.replace('_', '-')}", f"add --method {method}, or leave it away"
+            option, fix = f"--{name.replace('_', '-')}", f"add --method {method}, or leave it out"
             raise SpecError(problem(option, got=given[name], expected=f"it with --method {method} only", fix=fix))
     from nemo_upcycle.data.dense import local_model
     from nemo_upcycle.offline import convert

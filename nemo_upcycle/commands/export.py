@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.commands.common import add_dtype, add_json, add_spec_options, dtype_of, given_spec, show
+from nemo_upcycle.commands.common import (
+    add_dtype,
+    add_json,
+    add_spec_options,
+    dtype_of,
+    folder_to_make,
+    given_spec,
+    show,
+)
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError, problem
 from nemo_upcycle.files import MODEL_MARKER, read_json
 from nemo_upcycle.receipt import read_receipt, spec_of
@@ -33,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", type=Path, help="folder with weights/ or .metadata; or one above such"
     )
-    parser.add_argument("output", metavar="DST", type=Path, help="folder to make")
+    parser.add_argument("output", metavar="DST", type=folder_to_make, help="folder to make")
     parser.add_argument("--dense", type=Path, metavar="FOLDER", help="the dense parent (default: the receipt's)")
     parser.add_argument("--receipt", type=Path, metavar="FILE", help="receipt.json of the run (default: looked for)")
     add_spec_options(parser)

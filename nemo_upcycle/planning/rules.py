@@ -168,7 +168,7 @@ def _fix(name: str, layout: Layout, arch: Architecture, work: Workload) -> str:
         for text, rule in _changes(key, layout, arch, work):
             if rule is None:
                 return text
-    for key in name.split(" x "):  # no single change is enough: one that mends at least this rule
+    for key in name.split(" x "):  # no single change is enough: one that satisfies at least this rule
         for text, rule in _changes(key, layout, arch, work):
             if rule is None or rule.name != name:
                 return text

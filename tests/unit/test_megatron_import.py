@@ -33,7 +33,7 @@ def _run(code: str) -> subprocess.CompletedProcess[str]:
 def test_megatron_alone_fails() -> None:
     done = _run(_BEFORE + _AFTER)
 
-    assert "IndexError" in done.stderr, "Megatron has mended it: this package's part can go"
+    assert "IndexError" in done.stderr, "Megatron has fixed it: this package's part can go"
 
 
 def test_with_this_package_it_is_imported() -> None:
