@@ -32,6 +32,8 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, with an example, not the whole usage."""
 
     def error(self, message: str) -> NoReturn:
+        if wrong := re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message, re.DOTALL):
+            message = f"{wrong[1]}: got {wrong[3]}, expected a {'whole ' if wrong[2] == 'int' else ''}number"
         examples = [line.strip() for line in (self.epilog or "").splitlines() if line.startswith(f"  {self.prog}")]
         raise UpcycleError(f"{message}. Fix: type, for example, `{examples[0]}`; options: {self.prog} --help.")
 
@@ -150,7 +152,7 @@ def _as_typed(text: str, parser: argparse.ArgumentParser, args: argparse.Namespa
         option = action.option_strings[-1]
         options |= dict.fromkeys((action.dest, option.removeprefix("--")), option)
     names = "|".join(sorted(map(re.escape, options), key=len, reverse=True))
-    text = re.sub(rf"(?<=\bset )({names})=(?=\S)", lambda found: f"{options[found[1]]} ", text)
+    text = re.sub(rf"(?<=\bset )({names})[= ](?=\S)", lambda found: f"{options[found[1]]} ", text)
     if leading := re.match(rf"({names})(?=: | ')", text):
         text = options[leading[1]] + text.removeprefix(leading[1])
         fields = "|".join(name for name in options if "_" in name)

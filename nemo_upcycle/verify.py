@@ -163,9 +163,11 @@ def _tokens(dense: Path, text_file: Path | None) -> torch.Tensor:
     try:
         text = text_file.read_text(encoding="utf-8") if text_file else SAMPLE_TEXT
     except (OSError, UnicodeDecodeError) as error:
-        raise UpcycleError(problem(str(text_file), got=error, expected="UTF-8 text", fix="check the file")) from None
+        got = getattr(error, "strerror", None) or error
+        raise UpcycleError(problem(str(text_file), got=got, expected="UTF-8 text", fix="check the file")) from None
     try:
-        tokenizer = load_tokenizer(dense)
+        with errors_only():
+            tokenizer = load_tokenizer(dense)
     except Exception as error:  # a damaged file makes the tokenizers library raise just that
         fix = "copy the model's tokenizer files there, or compare the weights alone (--weights-only)"
         got = "none" if isinstance(error, OSError | ValueError | KeyError) else f"a damaged one ({error})"

@@ -46,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     branches.add_argument(
         "--branch", action="append", default=[], metavar="SRC", help="a further model whose networks become experts"
     )
-    branches.add_argument("--others", default="first", metavar="first|mean", help="where the rest comes from (default: first)")
+    branches.add_argument(
+        "--others", default="first", metavar="first|mean", help="where the rest comes from (default: first)"
+    )
     add_dtype(parser, "the source's")
     parser.add_argument(
         "--max-shard-size",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_upcycle.commands.common import add_json, show
+from nemo_upcycle.errors import UpcycleError, problem
 
 
 if TYPE_CHECKING:
@@ -48,6 +49,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UpcycleError: a folder is damaged or a value is wrong.
     """
+    for option in ("layers", "text"):
+        if args.weights_only and getattr(args, option):
+            expected, fix = "none that needs the models to run", "leave one of the two out"
+            raise UpcycleError(problem("--weights-only", got=f"--{option} beside it", expected=expected, fix=fix))
     from nemo_upcycle.data.dense import local_model
     from nemo_upcycle.verify import verify
 

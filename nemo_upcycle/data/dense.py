@@ -188,10 +188,10 @@ def ensure_dense(source: str) -> Path:
 def local_model(source: str) -> str:
     """Return where a model lies on this machine, fetching what a name on the hub or of an asset stands for.
 
-    Unlike `ensure_dense` it asks for no tokenizer, and leaves paths and addresses of other kinds to who opens them.
+    Unlike `ensure_dense` it asks for no tokenizer, and leaves paths to who opens them.
 
     Args:
-        source: `hf://ORG/NAME` or `ORG/NAME`, dense or MoE; `asset://NAME`; or anything else.
+        source: `hf://ORG/NAME` or `ORG/NAME`, dense or MoE; `asset://NAME`; a path, or one with `hf://` or `nemo://`.
 
     Raises:
         UpcycleError: it cannot be reached, or names nothing.
@@ -203,6 +203,8 @@ def local_model(source: str) -> str:
     if not source:
         raise UpcycleError(problem("model", got="an empty name", expected="a folder or hf://ORG/NAME", fix="name one"))
     scheme, separator, rest = source.partition("://")
+    if separator and scheme not in (schemes := ["asset", "hf", "nemo"]):
+        raise UpcycleError(unknown("address scheme", scheme, schemes))
     if scheme == "asset" and separator:
         return str(ensure_dense(source))
     if scheme == "hf" and separator and not rest.startswith("/"):

@@ -79,8 +79,11 @@ def read_run(folder: Path) -> RunRecord:
     """Read the folder of a run.
 
     Raises:
-        UpcycleError: a file is missing or damaged; the message names the stage that writes it.
+        UpcycleError: there is no such folder, or a file is missing or damaged; the message names the stage that writes it.
     """
+    if not folder.is_dir():
+        expected, fix = "that of a pipeline run", "check the path"
+        raise UpcycleError(problem(str(folder), got="no such folder", expected=expected, fix=fix))
     markers = {stage: _read(path, stage) for stage in STAGES if (path := folder / stage / MARKER).is_file()}
     no_twin = markers.get("dense_ct", {}).get("outputs", {}).get("left_out", False)
     online, command = folder / "pretrain" / "receipt.json", folder / "command.txt"
