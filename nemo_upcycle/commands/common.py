@@ -41,9 +41,9 @@ _SPEC_OPTIONS: dict[str, tuple[str, type, str, str]] = {
 }
 
 
-def add_spec_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that make an `UpcycleSpec`."""
-    group = parser.add_argument_group("what to make")
+def add_spec_options(parser: argparse.ArgumentParser, title: str = "what to make", defaults: bool = True) -> None:
+    """Add the options that make an `UpcycleSpec`; its defaults are told where they hold."""
+    group = parser.add_argument_group(title)
     for option, (field, kind, placeholder, text) in _SPEC_OPTIONS.items():
         default = UpcycleSpec.__dataclass_fields__[field].default
         group.add_argument(
@@ -52,7 +52,7 @@ def add_spec_options(parser: argparse.ArgumentParser) -> None:
             type=kind,
             metavar=placeholder,
             default=argparse.SUPPRESS,
-            help=f"{text} (default: {default})",
+            help=f"{text} (default: {default})" if defaults else text,
         )
 
 

@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="DST", type=folder_to_make, help="folder to make")
     parser.add_argument("--dense", type=Path, metavar="FOLDER", help="the dense parent (default: the receipt's)")
     parser.add_argument("--receipt", type=Path, metavar="FILE", help="receipt.json of the run (default: looked for)")
-    add_spec_options(parser)
+    add_spec_options(
+        parser, "what the model was upcycled by (default: what receipt and checkpoint say)", defaults=False
+    )
     add_dtype(parser, "bfloat16")
     add_json(parser)
 

@@ -79,7 +79,7 @@ def read_run(folder: Path) -> RunRecord:
     """Read the folder of a run.
 
     Raises:
-        UpcycleError: there is no such folder, or a file is missing or damaged; the message names the stage that writes it.
+        UpcycleError: there is no such folder, or a file in it is missing or damaged: the message names its stage.
     """
     if not folder.is_dir():
         expected, fix = "that of a pipeline run", "check the path"
