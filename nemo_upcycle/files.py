@@ -117,7 +117,7 @@ def only_writer(target: Path) -> Iterator[Path]:
     with ExitStack() as opened:
         try:
             lock = opened.enter_context((aside / _LOCK).open("w"))
-            _lock(lock.fileno())
+            take_lock(lock.fileno())
             # Between opening and locking, another process may have finished and moved the folder to its place.
             is_ours = os.path.samestat(os.fstat(lock.fileno()), (aside / _LOCK).stat())
         except (BlockingIOError, FileNotFoundError):
@@ -136,7 +136,12 @@ def forget_work(folder: Path, *names: str) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _lock(descriptor: int) -> None:
+def take_lock(descriptor: int) -> None:
+    """Lock an open file for this process.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

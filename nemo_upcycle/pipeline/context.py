@@ -115,28 +115,27 @@ class PipelineContext(CheckedContext):
 class PretrainContext(CheckedContext):
     """NeMo's own for `nemo llm pretrain`, but that a recipe of ours is checked before it is shown or launched."""
 
+    _base: type[run.cli.RunContext] = run.cli.RunContext
+
     def cli_execute(self, fn: Any, args: list[str], entrypoint_type: Any = "task") -> None:
         """Leave the recipes of others to NeMo-Run."""
-        base = CheckedContext if self._is_ours(fn) else run.cli.RunContext
-        base.cli_execute(self, fn, args, entrypoint_type)
+        factory = _factories(fn).get(str(self.factory).partition("(")[0])
+        if getattr(factory, "__module__", "").startswith("nemo_upcycle."):
+            self._base = CheckedContext
+        self._base.cli_execute(self, fn, args, entrypoint_type)
 
     def parse_args(self, args: list[str], lazy: bool = False) -> Any:
         """Parse what is said of the executor."""
-        return run.cli.RunContext.parse_args(self, args, lazy)
+        return self._base.parse_args(self, args, lazy)
 
     def parse_fn(self, fn: Any, args: list[str], **default_kwargs: Any) -> Any:
         """Parse the recipe, and check one of ours."""
-        if not self._is_ours(fn):
-            return run.cli.RunContext.parse_fn(self, fn, args, **default_kwargs)
-        task = super().parse_fn(fn, args, **default_kwargs)
-        check_recipe(task)
-        if is_local(self.executor) and not self.dryrun:
-            check_kernels(task)
+        task = self._base.parse_fn(self, fn, args, **default_kwargs)
+        if self._base is CheckedContext:
+            check_recipe(task)
+            if is_local(self.executor) and not self.dryrun:
+                check_kernels(task)
         return task
-
-    def _is_ours(self, fn: Any) -> bool:
-        name = str(self.factory).partition("(")[0]
-        return getattr(_factories(fn).get(name), "__module__", "").startswith("nemo_upcycle.")
 
 
 @contextmanager

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, Optional
 
 import nemo_run as run
+import torch
 
 from nemo_upcycle.errors import StageError
 from nemo_upcycle.pipeline import local
 from nemo_upcycle.pipeline.checks import check_arguments, is_local
 from nemo_upcycle.pipeline.context import PipelineContext
+from nemo_upcycle.pipeline.markers import in_use
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
 from nemo_upcycle.pipeline.recipes_io import dump_recipe, load_recipe, ranks_of, settings, write_recipes
 from nemo_upcycle.pipeline.runner import DONE_BEFORE, run_stage
@@ -63,17 +65,21 @@ def pipeline(
         dump_recipe(dense_ct) if dense_ct else None,
     )
     check_arguments(run_dir, plan, pretrain, dense_ct, ctx)
-    if not ctx.dryrun:
+    if ctx.dryrun and is_local(ctx.executor):
+        _show_commands(run_dir, plan)
+        return
+    if ctx.dryrun:
+        _run_as_graph(run_dir, plan, ctx)
+        return
+    with in_use(run_dir):  # its stages read the plan, so no other run may change it
         plan.write(run_dir)
         (run_dir / COMMAND).write_text(_command() + "\n", encoding="utf-8")
         write_recipes(run_dir, {"pretrain": pretrain, "dense_ct": dense_ct})
-    if ctx.dryrun and is_local(ctx.executor):
-        _show_commands(run_dir, plan)
-    elif ctx.dryrun or _chains(ctx.executor):
-        _run_as_graph(run_dir, plan, ctx)
-    else:
-        _run_in_turn(run_dir, plan, ctx.executor)
-    if not (ctx.dryrun or ctx.detach):
+        if _chains(ctx.executor):
+            _run_as_graph(run_dir, plan, ctx)
+        else:
+            _run_in_turn(run_dir, plan, ctx.executor)
+    if not ctx.detach:
         _show_result(run_dir)
 
 
@@ -145,9 +151,14 @@ def _run_one(stage: Stage, run_dir: Path, plan: RunPlan, executor: Any, stop: lo
             experiment.run(tail_logs=True)
         return 0  # its marker says how it ended
     ranks = _ranks(stage, plan)[1] if stage.parallel else None
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (ranks or 1)))}
-    variables = {**threads, **(executor.env_vars if executor else {})}
-    return local.run_ranks(_stage_command(stage, run_dir, plan), ranks, variables, run_dir / "logs" / stage.name, stop)
+    command, logs = _stage_command(stage, run_dir, plan), run_dir / "logs" / stage.name
+    return local.run_ranks(command, ranks, variables_for(ranks or 1, executor), logs, stop)
+
+
+def variables_for(ranks: int, executor: Any) -> dict[str, str]:
+    """Return what ranks of this machine find set: the user's variables, and threads that do not outnumber cores."""
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, torch.get_num_threads() // ranks))
+    return {"OMP_NUM_THREADS": threads, **(executor.env_vars if executor else {})}
 
 
 def _stage_command(stage: Stage, run_dir: Path, plan: RunPlan) -> list[str]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import StageError, UpcycleError, problem
-from nemo_upcycle.files import MARKER, read_json, sha256_file, write_json
+from nemo_upcycle.files import MARKER, read_json, sha256_file, take_lock, write_json
 
 
 _STARTED = "_STARTED.json"
@@ -27,6 +29,23 @@ def hash_of(value: Any) -> str:
 def setting_hashes(settings: dict[str, Any]) -> dict[str, str]:
     """Return the hashes of a stage's own settings, as its marker names them."""
     return {f"setting {name}": hash_of(value) for name, value in sorted(settings.items())}
+
+
+@contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder while the block runs.
+
+    Raises:
+        StageError: another run is in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            take_lock(lock.fileno())
+        except BlockingIOError:
+            fix = "wait for it, or choose another dir"
+            raise StageError(problem(str(folder), got="in use by another run", expected="one run", fix=fix)) from None
+        yield
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from nemo_upcycle.errors import StageError, UpcycleError, problem
+from nemo_upcycle.errors import StageError, UpcycleError
 from nemo_upcycle.pipeline.console import is_verbose, quiet_libraries
+from nemo_upcycle.pipeline.markers import in_use
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
 from nemo_upcycle.pipeline.stages import BY_NAME, STAGES, unfinished
 from nemo_upcycle.progress import duration, show_messages
@@ -60,14 +59,7 @@ def _run(stage: Stage, run_dir: Path) -> None:
     if not first:
         stage.work(run_dir, plan)
         return
-    folder.path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.path / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        fix = "wait for it, or choose another dir"
-        raise StageError(problem(str(folder.path), got="in use by another run", expected="one run", fix=fix)) from None
-    with lock:
+    with in_use(folder.path):
         folder.start(inputs, resumable=stage.resumable)
         logger.info("[%s] %s", stage.name, (stage.work.__doc__ or "").split("\n")[0])
         start_s = time.monotonic()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from nemo_upcycle.pipeline.markers import in_use
 from tests.distributed.ranks import run_ranks
-from tests.functional.tiny import write_parent
+from tests.functional.tiny import SEQUENCE, SIZES, write_parent
 
 
 DEMO = "--factory smollm2_135m_e8t2"
@@ -72,27 +72,38 @@ MISTAKES = {
 
 
 class Answer(NamedTuple):
-    """How the command ended, and what it wrote."""
+    """How the command ended, what it said, and what it wrote."""
 
     status: int
     text: str
+    written: list[str]
 
 
-def _type(words: list[str], folder: str) -> Answer:
-    """Run `nemo` with these words in this process, which has imported NeMo before."""
+def _type(commands: list[list[str]], folder: str, watched: str) -> list[Answer]:
+    """Run `nemo` with these words, one command after the other, in this process, which has imported NeMo before."""
+    from nemo_run.cli.api import create_cli
+
     os.chdir(folder)
-    sys.argv = ["nemo", *words]
     os.environ["COLUMNS"] = "200"
-    console = io.StringIO()
-    status = 0
-    with contextlib.redirect_stdout(console), contextlib.redirect_stderr(console):
-        from nemo_run.cli.api import create_cli
-
-        try:
-            create_cli()()
-        except SystemExit as exit_:
-            status = int(exit_.code or 0)
-    return Answer(status, console.getvalue())
+    answers = []
+    for words in commands:
+        sys.argv = ["nemo", *words]
+        before = {*Path(folder).rglob("*"), *Path(watched).rglob("*")}
+        status = 0
+        with tempfile.TemporaryFile() as console:
+            for descriptor in (1, 2):  # of the stages' processes, too
+                os.dup2(console.fileno(), descriptor)
+            try:
+                create_cli()()
+            except SystemExit as exit_:
+                status = int(exit_.code or 0)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            console.seek(0)
+            text = console.read().decode()
+        written = {*Path(folder).rglob("*"), *Path(watched).rglob("*")} - before
+        answers.append(Answer(status, text, sorted(map(str, written))))
+    return answers
 
 
 @pytest.fixture(scope="module")
@@ -111,58 +122,102 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def answers(files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
+    """What is answered to every mistake."""
+    commands = [["upcycle", "pipeline", *typed.split(), "--yes"] for typed in MISTAKES]
+    commands += [["llm", "pretrain", *typed.split(), "--yes"] for typed in LLM_COMMANDS]
+    commands = [[word.replace("FILES", str(files)) for word in words] for words in commands]
+    folder = str(tmp_path_factory.mktemp("typed"))
+    (found,) = run_ranks(_type, 1, commands, folder, str(files), process_group=False)
+    return dict(zip([*MISTAKES, *LLM_COMMANDS], found, strict=True))
+
+
 @pytest.mark.parametrize("typed", MISTAKES)
-def test_a_mistake_is_answered_with_one_message_and_status_2(typed: str, files: Path, tmp_path: Path) -> None:
-    words = typed.replace("FILES", str(files)).split()
-    before = sorted(files.rglob("*"))
-    (answer,) = run_ranks(_type, 1, ["upcycle", "pipeline", *words, "--yes"], str(tmp_path), process_group=False)
+def test_a_mistake_is_answered_with_one_message_and_status_2(
+    typed: str, answers: dict[str, Answer], files: Path
+) -> None:
+    answer = answers[typed]
     assert answer.status == 2, answer.text
     assert MISTAKES[typed].replace("FILES", str(files)) in answer.text
     said = answer.text.partition("Error: ")[2]
     assert len(said.splitlines()) == 1
     assert "Traceback" not in answer.text
-    if "--dryrun" not in words:
+    if "--dryrun" not in typed:
         assert len(answer.text.splitlines()) <= 3, answer.text
-    assert list(tmp_path.iterdir()) == []
-    assert sorted(files.rglob("*")) == before
+    assert answer.written == []
 
 
 LLM_MISTAKES = {
-    "resume.restore_config.spec.top_k=9": "top_k: got 9",
-    "resume.restore_config.spec.top_k=9 --dryrun": "top_k: got 9",
-    "trainer.num_nodes=-1 --dryrun": "trainer.num_nodes: got -1",
-    "trainer.max_steps=0": "trainer.max_steps: got 0",
-    "trainer.max_step=3": "Did you mean 'trainer.max_steps'?",
-    "trainer.max_steps=many": "got 'many', expected int",
-    "trainer.strategy.expert_model_parallel_size=3": "ep: got 3",
-    # the factory of the second word counts
+    f"{DEMO} resume.restore_config.spec.top_k=9": "top_k: got 9",
+    f"{DEMO} resume.restore_config.spec.top_k=9 --dryrun": "top_k: got 9",
+    f"{DEMO} trainer.num_nodes=-1 --dryrun": "trainer.num_nodes: got -1",
+    f"{DEMO} trainer.max_steps=0": "trainer.max_steps: got 0",
+    f"{DEMO} trainer.max_step=3": "Did you mean 'trainer.max_steps'?",
+    f"{DEMO} trainer.max_steps=many": "got 'many', expected int",
+    f"{DEMO} trainer.strategy.expert_model_parallel_size=3": "ep: got 3",
+    f"{DEMO} run.executor=slrum": "run.executor 'slrum' does not exist",
     "--factory llama3_8b_e8t2(capacity_factor=9)": "capacity factor: got 9, expected at most num_experts / top_k (4)",
 }
+#: One of ours that this machine cannot train, and one of NeMo's.
+NO_KERNELS, STOCK = "--factory llama3_8b_e8t2", "--factory llama3_8b trainer.max_step=3"
+LLM_COMMANDS = [*LLM_MISTAKES, NO_KERNELS, STOCK]
 
 
 @pytest.mark.parametrize("typed", LLM_MISTAKES)
-def test_nemo_llm_pretrain_answers_for_recipes_of_ours_the_same_way(typed: str, tmp_path: Path) -> None:
-    words = ["llm", "pretrain", *DEMO.split(), *typed.split(), "--yes"]
-    (answer,) = run_ranks(_type, 1, words, str(tmp_path), process_group=False)
+def test_nemo_llm_pretrain_answers_for_recipes_of_ours_the_same_way(typed: str, answers: dict[str, Answer]) -> None:
+    answer = answers[typed]
     assert answer.status == 2, answer.text
     assert LLM_MISTAKES[typed] in answer.text
     assert len(answer.text.splitlines()) <= 3, answer.text
-    assert list(tmp_path.iterdir()) == []
+    assert answer.written == []
 
 
-def test_a_model_whose_kernels_are_not_installed_is_refused_with_the_fix(tmp_path: Path) -> None:
-    words = ["llm", "pretrain", "--factory", "llama3_8b_e8t2", "--yes"]
-    (answer,) = run_ranks(_type, 1, words, str(tmp_path), process_group=False)
+def test_a_model_whose_kernels_are_not_installed_is_refused_with_the_fix(answers: dict[str, Answer]) -> None:
+    answer = answers[NO_KERNELS]
     assert answer.status == 2, answer.text
     assert "Transformer Engine: got not installed" in answer.text
     assert "model.config.apply_rope_fusion=False" in answer.text
 
 
-def test_recipes_of_others_are_left_to_nemo(tmp_path: Path) -> None:
-    words = ["llm", "pretrain", "--factory", "llama3_8b", "trainer.max_step=3", "--yes"]
-    (answer,) = run_ranks(_type, 1, words, str(tmp_path), process_group=False)
+def test_recipes_of_others_are_left_to_nemo(answers: dict[str, Answer]) -> None:
+    answer = answers[STOCK]
     assert answer.status == 1
     assert "No parameter named 'max_step'" in answer.text
+
+
+def _on_tiny_parent(files: Path, folder: Path) -> list[str]:
+    """Return a command without a mistake on the command line."""
+    sizes = [f"pretrain.model.config.{name}={value}" for name, value in SIZES.items()]
+    data = [f"pretrain.data.seq_length={SEQUENCE}", f"corpus={files}/overlap.yaml"]
+    command = ["upcycle", "pipeline", *DEMO.split(), f"dir={folder}", f"dense={files}/tiny", "dense_ct=None"]
+    return [*command, *sizes, *data, "--yes"]
+
+
+def test_a_mistake_found_inside_a_stage_is_the_last_line_and_status_2(files: Path, tmp_path: Path) -> None:
+    (files / "a.txt").write_text("the state of our union")
+    (files / "overlap.yaml").write_text(
+        "corpus: text\nfiles: {train: [a.txt], validation: [b.txt], heldout: [c.txt]}\n"
+    )
+    for name in ("b.txt", "c.txt"):
+        (files / name).write_text("the state of our union")
+    command = _on_tiny_parent(files, tmp_path / "run")
+    ((answer,),) = run_ranks(_type, 1, [command], str(tmp_path), str(files), process_group=False)
+    assert answer.status == 2, answer.text
+    last = answer.text.splitlines()[-1]
+    assert last.startswith("[import] text of ")
+    assert "expected in one split" in last
+    assert "Traceback" not in answer.text
+    assert not (tmp_path / "run/upcycle").exists()
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_leaves_the_plan(files: Path, tmp_path: Path) -> None:
+    command = _on_tiny_parent(files, tmp_path / "run")
+    with in_use(tmp_path / "run"):
+        ((answer,),) = run_ranks(_type, 1, [command], str(tmp_path), str(files), process_group=False)
+    assert answer.status == 2, answer.text
+    assert f"{tmp_path / 'run'}: got in use by another run" in answer.text
+    assert answer.written == []
 
 
 def test_the_command_answers_within_seconds_and_quietly(tmp_path: Path) -> None:

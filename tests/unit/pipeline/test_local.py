@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.pipeline import local
+from nemo_upcycle.pipeline.plan import PLAN
 
 
 def _run(code: str, ranks: int | None, folder: Path, stop: local.StopSignals) -> int:
@@ -34,12 +35,12 @@ def processes_of(folder: Path) -> list[str]:
 
 
 def test_every_rank_has_torchruns_variables_and_the_users(tmp_path: Path) -> None:
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MINE")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MINE")
     code = f"open(sys.argv[1] + '/rank' + os.environ['RANK'], 'w').write(' '.join(os.environ[n] for n in {names}))"
     with local.StopSignals() as stop:
         assert _run(code, 2, tmp_path, stop) == 0
-    assert (tmp_path / "rank0").read_text() == "0 0 2 127.0.0.1 1"
-    assert (tmp_path / "rank1").read_text() == "1 1 2 127.0.0.1 1"
+    assert (tmp_path / "rank0").read_text() == "0 0 2 2 127.0.0.1 1"
+    assert (tmp_path / "rank1").read_text() == "1 1 2 2 127.0.0.1 1"
 
 
 def test_when_a_rank_fails_the_others_end_and_its_last_words_are_shown(
@@ -82,17 +83,18 @@ def test_a_signal_ends_ranks_that_ignore_it_and_what_they_started(tmp_path: Path
 
 
 def test_ranks_do_not_outlive_a_launcher_that_was_killed(tmp_path: Path) -> None:
-    rank = "from nemo_upcycle.pipeline.local import end_with_launcher as e; import time; e(); time.sleep(600)"
+    """The ranks' own command; the plan is a pipe that nobody writes to, so the stage never ends."""
+    os.mkfifo(tmp_path / PLAN)
     code = (
         "import sys; from pathlib import Path; from nemo_upcycle.pipeline import local\n"
-        f"local.run_ranks([sys.executable, '-c', {rank!r}, sys.argv[1]], 2, {{}}, Path(sys.argv[1]) / 'l', "
-        "local.StopSignals())"
+        "command = [sys.executable, '-m', 'nemo_upcycle.pipeline', 'import', sys.argv[1]]\n"
+        "local.run_ranks(command, 2, {}, Path(sys.argv[1]) / 'l', local.StopSignals())"
     )
     launcher = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
     deadline_s = time.monotonic() + 60
     while len(processes_of(tmp_path)) < 3 and time.monotonic() < deadline_s:
         time.sleep(0.1)
-    time.sleep(2)  # for the ranks to begin their watch
+    time.sleep(6)  # they would read the plan by then
     assert len(processes_of(tmp_path)) == 3
     launcher.kill()
     launcher.wait()
