@@ -1,5 +1,6 @@
 """`python -m nemo_upcycle.pipeline STAGE FOLDER [SCRIPT]`: one stage of a run, as it is started on this machine."""
 
+import gc
 import runpy
 import sys
 
@@ -12,4 +13,7 @@ if __name__ == "__main__":
     stage, folder, *scripts = sys.argv[1:]
     for script in scripts:  # a recipe names things of the script that launched it: `__main__.MyCallback`
         globals().update(runpy.run_path(script, run_name="__external_main__"))
-    run_stage(stage, folder)
+    try:
+        run_stage(stage, folder)
+    finally:
+        gc.freeze()  # else Python looks for seconds through what NeMo's import left, before this process ends

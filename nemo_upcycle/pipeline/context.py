@@ -5,6 +5,7 @@ with the closest match, and status 2.
 """
 
 import difflib
+import gc
 import inspect
 import logging
 import re
@@ -39,6 +40,7 @@ class CheckedContext(run.cli.RunContext):
             super().cli_execute(fn, args, entrypoint_type)
         except UpcycleError as error:
             sys.stderr.write(f"Error: {_first_paragraph(error)}\n")
+            gc.freeze()  # else Python looks for seconds through what NeMo's import left, before this process ends
             raise SystemExit(BAD_INPUT) from None  # NeMo-Run turns every Exception into status 1
 
     def parse_args(self, args: list[str], lazy: bool = False) -> Any:

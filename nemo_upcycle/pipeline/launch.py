@@ -3,6 +3,7 @@
 # No postponed annotations here and in the recipes, and Optional[...]: NeMo-Run parses values by them.
 
 import copy
+import gc
 import os
 import shlex
 import signal
@@ -64,7 +65,8 @@ def pipeline(
         dump_recipe(pretrain),
         dump_recipe(dense_ct) if dense_ct else None,
     )
-    check_arguments(run_dir, plan, pretrain, dense_ct, ctx)
+    with local.ended_by_ctrl_c():
+        check_arguments(run_dir, plan, pretrain, dense_ct, ctx)
     if ctx.dryrun and is_local(ctx.executor):
         _show_commands(run_dir, plan)
         return
@@ -124,6 +126,7 @@ def _run_in_turn(run_dir: Path, plan: RunPlan, executor: Any) -> None:
         SystemExit: with 2 after a mistake of the user's, 1 after another failure, 130 or 143 when stopped. The last
             words are the stage's own.
     """
+    gc.freeze()  # else Python looks for seconds through what NeMo's import left, before this process ends
     with local.StopSignals() as stop:
         for stage in STAGES:
             if stage.is_done(run_dir, plan):
@@ -208,7 +211,7 @@ def _ranks(stage: Stage, plan: RunPlan) -> tuple[int, int]:
 
 def _stopped(signum: int, stage: Stage, run_dir: Path, plan: RunPlan) -> str:
     """Return what to tell of a stop: what was kept, and how to go on."""
-    done = [entry.name for entry in STAGES[: STAGES.index(stage)] if entry.is_done(run_dir, plan)]
+    done = [entry.name for entry in STAGES[: STAGES.index(stage) + 1] if entry.is_done(run_dir, plan)]
     kept = f"finished stages: {', '.join(done) or 'none'}"
     if stage.resumable:
         try:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -25,6 +25,16 @@ USERS_MISTAKE = 2
 GRACE_S, AFTER_ANOTHER_S = 5.0, 2.0
 _POLL_S = 0.1
 _LAUNCHER = "NEMO_UPCYCLE_LAUNCHER"
+
+
+@contextlib.contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C end this process while the block runs: OmegaConf can turn KeyboardInterrupt into another error."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class StopSignals:

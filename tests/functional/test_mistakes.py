@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -119,25 +121,28 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "globs.yaml").write_text(
         "corpus: text\nfiles: {train: ['texts/*.txt'], validation: [a.txt], heldout: [b.txt]}\n"
     )
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (folder / name).write_text("the state of our union")
+    (folder / "same.yaml").write_text("corpus: text\nfiles: {train: [a.txt], validation: [b.txt], heldout: [c.txt]}\n")
     return folder
 
 
 @pytest.fixture(scope="module")
 def answers(files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
     """What is answered to every mistake."""
-    commands = [["upcycle", "pipeline", *typed.split(), "--yes"] for typed in MISTAKES]
-    commands += [["llm", "pretrain", *typed.split(), "--yes"] for typed in LLM_COMMANDS]
-    commands = [[word.replace("FILES", str(files)) for word in words] for words in commands]
+    commands = [f"upcycle pipeline {typed} --yes" for typed in MISTAKES]
+    commands += [f"llm pretrain {typed} --yes" for typed in (*LLM_MISTAKES, NO_KERNELS, STOCK)]
+    words = [command.replace("FILES", str(files)).split() for command in commands]
     folder = str(tmp_path_factory.mktemp("typed"))
-    (found,) = run_ranks(_type, 1, commands, folder, str(files), process_group=False)
-    return dict(zip([*MISTAKES, *LLM_COMMANDS], found, strict=True))
+    (found,) = run_ranks(_type, 1, words, folder, str(files), process_group=False)
+    return dict(zip(commands, found, strict=True))
 
 
 @pytest.mark.parametrize("typed", MISTAKES)
 def test_a_mistake_is_answered_with_one_message_and_status_2(
     typed: str, answers: dict[str, Answer], files: Path
 ) -> None:
-    answer = answers[typed]
+    answer = answers[f"upcycle pipeline {typed} --yes"]
     assert answer.status == 2, answer.text
     assert MISTAKES[typed].replace("FILES", str(files)) in answer.text
     said = answer.text.partition("Error: ")[2]
@@ -161,12 +166,11 @@ LLM_MISTAKES = {
 }
 #: One of ours that this machine cannot train, and one of NeMo's.
 NO_KERNELS, STOCK = "--factory llama3_8b_e8t2", "--factory llama3_8b trainer.max_step=3"
-LLM_COMMANDS = [*LLM_MISTAKES, NO_KERNELS, STOCK]
 
 
 @pytest.mark.parametrize("typed", LLM_MISTAKES)
 def test_nemo_llm_pretrain_answers_for_recipes_of_ours_the_same_way(typed: str, answers: dict[str, Answer]) -> None:
-    answer = answers[typed]
+    answer = answers[f"llm pretrain {typed} --yes"]
     assert answer.status == 2, answer.text
     assert LLM_MISTAKES[typed] in answer.text
     assert len(answer.text.splitlines()) <= 3, answer.text
@@ -174,33 +178,27 @@ def test_nemo_llm_pretrain_answers_for_recipes_of_ours_the_same_way(typed: str, 
 
 
 def test_a_model_whose_kernels_are_not_installed_is_refused_with_the_fix(answers: dict[str, Answer]) -> None:
-    answer = answers[NO_KERNELS]
+    answer = answers[f"llm pretrain {NO_KERNELS} --yes"]
     assert answer.status == 2, answer.text
     assert "Transformer Engine: got not installed" in answer.text
     assert "model.config.apply_rope_fusion=False" in answer.text
 
 
 def test_recipes_of_others_are_left_to_nemo(answers: dict[str, Answer]) -> None:
-    answer = answers[STOCK]
+    answer = answers[f"llm pretrain {STOCK} --yes"]
     assert answer.status == 1
     assert "No parameter named 'max_step'" in answer.text
 
 
 def _on_tiny_parent(files: Path, folder: Path) -> list[str]:
-    """Return a command without a mistake on the command line."""
+    """Return a command whose one mistake, a text in all splits, is found when the texts are read."""
     sizes = [f"pretrain.model.config.{name}={value}" for name, value in SIZES.items()]
-    data = [f"pretrain.data.seq_length={SEQUENCE}", f"corpus={files}/overlap.yaml"]
+    data = [f"pretrain.data.seq_length={SEQUENCE}", f"corpus={files}/same.yaml"]
     command = ["upcycle", "pipeline", *DEMO.split(), f"dir={folder}", f"dense={files}/tiny", "dense_ct=None"]
     return [*command, *sizes, *data, "--yes"]
 
 
 def test_a_mistake_found_inside_a_stage_is_the_last_line_and_status_2(files: Path, tmp_path: Path) -> None:
-    (files / "a.txt").write_text("the state of our union")
-    (files / "overlap.yaml").write_text(
-        "corpus: text\nfiles: {train: [a.txt], validation: [b.txt], heldout: [c.txt]}\n"
-    )
-    for name in ("b.txt", "c.txt"):
-        (files / name).write_text("the state of our union")
     command = _on_tiny_parent(files, tmp_path / "run")
     ((answer,),) = run_ranks(_type, 1, [command], str(tmp_path), str(files), process_group=False)
     assert answer.status == 2, answer.text
@@ -218,6 +216,20 @@ def test_a_second_run_in_the_same_folder_is_refused_and_leaves_the_plan(files: P
     assert answer.status == 2, answer.text
     assert f"{tmp_path / 'run'}: got in use by another run" in answer.text
     assert answer.written == []
+
+
+def test_ctrl_c_during_the_checks_ends_them_at_once(files: Path, tmp_path: Path) -> None:
+    """The corpus is a pipe that nobody writes to, so the checks never end."""
+    os.mkfifo(tmp_path / "slow.yaml")
+    command = [*_on_tiny_parent(files, tmp_path / "run"), f"corpus={tmp_path}/slow.yaml"]
+    arguments = ([command], str(tmp_path), str(files))
+    process = multiprocessing.get_context("forkserver").Process(target=_type, args=arguments)
+    process.start()
+    with (tmp_path / "slow.yaml").open("w"):  # waits until it is opened there
+        os.kill(process.pid or 0, signal.SIGINT)
+        process.join(20)
+    assert process.exitcode == -signal.SIGINT
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_answers_within_seconds_and_quietly(tmp_path: Path) -> None:
