@@ -1,9 +1,9 @@
 """`python -m nemo_upcycle.pipeline STAGE FOLDER [SCRIPT]`: one stage of a run, as it is started on this machine."""
 
-import gc
 import runpy
 import sys
 
+from nemo_upcycle.pipeline.console import end_soon
 from nemo_upcycle.pipeline.local import end_with_launcher
 from nemo_upcycle.pipeline.runner import run_stage
 
@@ -16,4 +16,4 @@ if __name__ == "__main__":
     try:
         run_stage(stage, folder)
     finally:
-        gc.freeze()  # else Python looks for seconds through what NeMo's import left, before this process ends
+        end_soon()

@@ -1,7 +1,8 @@
-"""What reaches the console: progress and results, and the libraries' words only where they are asked for."""
+"""What reaches the console: progress and results, and the libraries' words only where asked for; and no idle end."""
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import warnings
@@ -15,6 +16,11 @@ _LIBRARIES = ("megatron", "lightning.pytorch", "lightning.fabric", "nv_one_logge
 def is_verbose() -> bool:
     """Return whether the user wants to read what the libraries say: NEMO_UPCYCLE_VERBOSE=1."""
     return bool(os.environ.get("NEMO_UPCYCLE_VERBOSE"))
+
+
+def end_soon() -> None:
+    """Spare this process, at its end, seconds in which Python would look through what the import of NeMo left."""
+    gc.freeze()
 
 
 def quiet_libraries(*others: str) -> None:

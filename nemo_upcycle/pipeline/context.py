@@ -5,7 +5,6 @@ with the closest match, and status 2.
 """
 
 import difflib
-import gc
 import inspect
 import logging
 import re
@@ -24,6 +23,7 @@ from nemo_run.config import get_type_namespace
 
 from nemo_upcycle.errors import UpcycleError, problem, unknown
 from nemo_upcycle.pipeline.checks import check_kernels, is_local
+from nemo_upcycle.pipeline.console import end_soon
 from nemo_upcycle.pipeline.recipes_io import check_recipe
 
 
@@ -40,7 +40,7 @@ class CheckedContext(run.cli.RunContext):
             super().cli_execute(fn, args, entrypoint_type)
         except UpcycleError as error:
             sys.stderr.write(f"Error: {_first_paragraph(error)}\n")
-            gc.freeze()  # else Python looks for seconds through what NeMo's import left, before this process ends
+            end_soon()
             raise SystemExit(BAD_INPUT) from None  # NeMo-Run turns every Exception into status 1
 
     def parse_args(self, args: list[str], lazy: bool = False) -> Any:

@@ -3,7 +3,6 @@
 # No postponed annotations here and in the recipes, and Optional[...]: NeMo-Run parses values by them.
 
 import copy
-import gc
 import os
 import shlex
 import signal
@@ -17,6 +16,7 @@ import torch
 from nemo_upcycle.errors import StageError
 from nemo_upcycle.pipeline import local
 from nemo_upcycle.pipeline.checks import check_arguments, is_local
+from nemo_upcycle.pipeline.console import end_soon
 from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.markers import in_use
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
@@ -126,7 +126,7 @@ def _run_in_turn(run_dir: Path, plan: RunPlan, executor: Any) -> None:
         SystemExit: with 2 after a mistake of the user's, 1 after another failure, 130 or 143 when stopped. The last
             words are the stage's own.
     """
-    gc.freeze()  # else Python looks for seconds through what NeMo's import left, before this process ends
+    end_soon()
     with local.StopSignals() as stop:
         for stage in STAGES:
             if stage.is_done(run_dir, plan):

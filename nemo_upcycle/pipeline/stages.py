@@ -5,12 +5,12 @@ Every stage can be run alone and again. Heavy libraries are imported by the stag
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.checkpoints import newest_checkpoint
 from nemo_upcycle.errors import StageError, problem
+from nemo_upcycle.pipeline.console import is_verbose
 from nemo_upcycle.pipeline.markers import StageFolder
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
 
@@ -102,13 +102,13 @@ def dense_ct_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 
 def _train(run_dir: Path, serialised: str, name: str) -> dict[str, Any]:
+    import fiddle as fdl
+
     from nemo_upcycle.pipeline.recipes_io import load_recipe, place_recipe
     from nemo_upcycle.training.cpu import use_cpu_backend
 
     recipe = load_recipe(serialised)
     place_recipe(recipe, run_dir / name, dense_folder_of(run_dir), run_dir / "data")
-    import fiddle as fdl
-
     use_cpu_backend()  # before the model's configuration is built: Megatron checks it at once
     _quiet_nemo()
     fdl.build(recipe)()
@@ -119,7 +119,7 @@ def _quiet_nemo() -> None:
     """NeMo's own log, megabytes of it, goes to a file in the stage's folder; the console keeps warnings of weight."""
     import nemo.utils
 
-    if not os.environ.get("NEMO_UPCYCLE_VERBOSE"):
+    if not is_verbose():
         nemo.utils.logging.set_verbosity(nemo.utils.logging.ERROR)
 
 

@@ -1,15 +1,19 @@
-"""What the pipeline asks of executors."""
+"""What the pipeline asks of executors, and says of a stop."""
 
 from __future__ import annotations
 
+import signal
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 import nemo_run as run
 import pytest
 import torch
 
-from nemo_upcycle.pipeline.launch import sized, variables_for
+from nemo_upcycle.pipeline.launch import _stopped, sized, variables_for
+from nemo_upcycle.pipeline.plan import RunPlan
+from nemo_upcycle.pipeline.stages import STAGES
 
 
 @dataclass(kw_only=True)
@@ -42,3 +46,13 @@ def test_threads_are_the_users_where_set_and_else_do_not_outnumber_cores(monkeyp
     assert variables_for(2, None) == {"OMP_NUM_THREADS": "3"}
     mine = run.LocalExecutor(env_vars={"OMP_NUM_THREADS": "5", "MINE": "1"})
     assert variables_for(2, mine) == {"OMP_NUM_THREADS": "5", "MINE": "1"}
+
+
+def test_a_stage_that_ended_as_the_signal_came_counts_as_finished(tmp_path: Path) -> None:
+    plan, stage = RunPlan("tiny", "asset://smollm2-135m", "sotu", "demo", "", None), STAGES[0]
+    folder = stage.folder(tmp_path)
+    inputs = folder.inputs(stage.settings_of(plan))
+    folder.path.mkdir()
+    folder.finish(inputs, 1.0, {})
+    text = _stopped(signal.SIGTERM, stage, tmp_path, plan)
+    assert f"Stopped by SIGTERM in stage 'import'. Kept in {tmp_path}: finished stages: import.\n" in text
