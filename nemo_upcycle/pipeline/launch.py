@@ -188,7 +188,7 @@ def _add(
     """Add a stage to an experiment, with an executor of the user's kind that has the ranks the stage needs."""
     mine = sized(executor or run.LocalExecutor(), *_ranks(stage, plan))
     if _chains(mine):
-        # A stage after one that failed would else wait in the queue for ever, and the launcher for it.
+        # A stage after one that failed would otherwise stay in the queue, and the launcher with it.
         mine.additional_parameters = {"kill_on_invalid_dep": "yes"} | (mine.additional_parameters or {})
     task = run.Partial(run_stage, name=stage.name, dir=str(run_dir))
     return experiment.add(task, executor=mine, name=stage.name, **chained)

@@ -33,7 +33,7 @@ def summary(results: dict[str, Any]) -> str:
     )
     if "dense_ct" in values:
         text += _against_twin(results, metric, values)
-    return f"{text}\n\nEvery number stands again below, with the file that it comes from."
+    return f"{text}\n\nEvery number is repeated below, with the file that it comes from."
 
 
 def command(results: dict[str, Any]) -> str:

@@ -53,7 +53,7 @@ TRAINING_AIMS = (
 
 
 def training_aims(ranks: int) -> Iterator[Strike]:
-    """Yield kills for ever, every second one aimed."""
+    """Yield kills without end, every second one aimed."""
     numbers = random.Random(ranks)
     for aim in itertools.cycle(TRAINING_AIMS):
         yield aim
@@ -173,7 +173,7 @@ PIPELINE_AIMS = (
 
 
 def pipeline_aims() -> Iterator[Strike]:
-    """Yield kills for ever, every second one aimed."""
+    """Yield kills without end, every second one aimed."""
     numbers = random.Random(0)
     for aim in itertools.cycle(PIPELINE_AIMS):
         yield aim

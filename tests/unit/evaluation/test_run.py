@@ -1,4 +1,4 @@
-"""Real lm-eval runs on a tiny random Llama, held against a plain loop over its logits."""
+"""Real lm-eval runs on a tiny random Llama, compared with a plain loop over its logits."""
 
 from __future__ import annotations
 
