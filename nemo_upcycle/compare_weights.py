@@ -1,7 +1,7 @@
 """What was done to the weights of an MoE model, told from them and from the dense parent's, streamed.
 
-Every expert's matrix is compared with the shard of the dense network that it is made of: is it the same, the same times
-a factor, or were some of its neurons changed? Nothing is loaded whole.
+Every expert's matrix is compared with the shard of the dense network that it is made of: is it the same, the same
+times a factor, or were some of its neurons changed? Nothing is loaded whole.
 """
 
 from __future__ import annotations
