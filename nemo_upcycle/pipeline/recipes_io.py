@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nemo_upcycle.errors import SpecError, problem
 from nemo_upcycle.model_settings import check_spec
+from nemo_upcycle.pipeline.console import quiet_imports
 from nemo_upcycle.training.layout import check_layout
 
 
@@ -27,7 +28,8 @@ def dump_recipe(recipe: run.Partial) -> str:
 
 def load_recipe(text: str) -> run.Partial:
     """Return the recipe of a text that `dump_recipe` made."""
-    return ZlibJSONSerializer().deserialize(text)
+    with quiet_imports():  # a stage's own process has not imported NeMo yet
+        return ZlibJSONSerializer().deserialize(text)
 
 
 def write_recipes(run_dir: Path, recipes: Mapping[str, Any]) -> None:
