@@ -12,7 +12,7 @@ help:
 	@echo "make demo    upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (about 8 minutes, no GPU)"
 	@echo "make test    all tests that need no GPU"
 	@echo "make test-command  README's training command with the real 135M model, then resumed (about 3 minutes, 12 GiB)"
-	@echo "make soak    kill 60 trainings and 60 pipeline stages at many moments; all must end bit-equal (half an hour)"
+	@echo "make soak    kill 60 trainings and 60 pipeline stages at many moments; all must end bit-equal (13 minutes)"
 	@echo "make lint    format, style, types, import layers, YAML"
 	@echo "make venv    only the environment, in $(VENV)"
 	@echo "make test-te tests with real Transformer Engine modules, in an environment of their own, $(TE_VENV) (no GPU)"
