@@ -9,7 +9,7 @@ import nemo_run as run
 
 from nemo_upcycle.pipeline.launch import pipeline
 from nemo_upcycle.recipes import smollm2_135m_dense_ct, smollm2_135m_e8t2
-from tests.functional.tiny import shrink
+from tests.functional.tiny import tiny_pipeline
 
 
 @run.cli.factory
@@ -31,16 +31,7 @@ def tiny(inputs: str, dir: str) -> run.Partial:
     """The chain on a tiny parent; its training jobs have two nodes of one rank."""
     moe = smollm2_135m_e8t2.pretrain_recipe(num_nodes=2, num_gpus_per_node=1, expert_parallelism=2)
     twin = smollm2_135m_dense_ct.pretrain_recipe(num_nodes=2, num_gpus_per_node=1)
-    folder = Path(inputs)
-    return run.Partial(
-        pipeline,
-        dir=dir,
-        dense=str(folder / "parent"),
-        corpus=str(folder / "texts/corpus.yaml"),
-        evaluation=str(folder / "evaluation.yaml"),
-        pretrain=shrink(moe, max_steps=6, checkpoint_every=2),
-        dense_ct=shrink(twin, max_steps=6, checkpoint_every=2),
-    )
+    return tiny_pipeline(Path(inputs), Path(dir), moe, twin)
 
 
 if __name__ == "__main__":

@@ -89,3 +89,20 @@ def shrink(recipe: Any, *, max_steps: int, checkpoint_every: int | None, precisi
     else:
         recipe.log.ckpt.save_top_k, recipe.log.ckpt.save_last = 0, False
     return recipe
+
+
+def tiny_pipeline(inputs: Path, run_dir: Path, moe: Any, twin: Any) -> Any:
+    """Return the demo's chain on the parent, corpus and evaluation that lie in `inputs`, its recipes cut down."""
+    import nemo_run as run
+
+    from nemo_upcycle.pipeline.launch import pipeline
+
+    return run.Partial(
+        pipeline,
+        dir=str(run_dir),
+        dense=str(inputs / "parent"),
+        corpus=str(inputs / "texts/corpus.yaml"),
+        evaluation=str(inputs / "evaluation.yaml"),
+        pretrain=shrink(moe, max_steps=6, checkpoint_every=2),
+        dense_ct=shrink(twin, max_steps=6, checkpoint_every=2),
+    )

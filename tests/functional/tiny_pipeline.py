@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 from nemo_upcycle.pipeline.launch import pipeline
 from nemo_upcycle.recipes import smollm2_135m_dense_ct, smollm2_135m_e8t2
-from tests.functional.tiny import shrink
+from tests.functional.tiny import tiny_pipeline
 
 
 class SlowSteps(Callback):
@@ -34,16 +34,7 @@ def tiny(inputs: str, ranks: int = 2, slow: float = 0.0) -> run.Partial:
     twin = smollm2_135m_dense_ct.pretrain_recipe(num_gpus_per_node=ranks)
     if slow:
         moe.trainer.callbacks.append(run.Config(SlowSteps, seconds=slow))
-    folder = Path(inputs)
-    return run.Partial(
-        pipeline,
-        dir=str(folder / "run"),
-        dense=str(folder / "parent"),
-        corpus=str(folder / "texts/corpus.yaml"),
-        evaluation=str(folder / "evaluation.yaml"),
-        pretrain=shrink(moe, max_steps=6, checkpoint_every=2),
-        dense_ct=shrink(twin, max_steps=6, checkpoint_every=2),
-    )
+    return tiny_pipeline(Path(inputs), Path(inputs) / "run", moe, twin)
 
 
 if __name__ == "__main__":
