@@ -21,15 +21,15 @@ from tempfile import TemporaryDirectory
 import torch
 
 from nemo_upcycle import UpcycleSpec, open_dense
-from nemo_upcycle.architecture import architecture_from_config
-from nemo_upcycle.hf_folder import safetensors_header
-from nemo_upcycle.placement import Place, filled_bytes, targets_of
+from nemo_upcycle.convert.hf_folder import safetensors_header
+from nemo_upcycle.models.architecture import architecture_from_config
+from nemo_upcycle.models.sharding import hf_shapes
+from nemo_upcycle.online.plan import RankCoords, filled_bytes, param_plans
 from nemo_upcycle.planning.check import build_rank, megatron_rank
 from nemo_upcycle.planning.layout import Layout
-from nemo_upcycle.progress import track
-from nemo_upcycle.slices import hf_shapes
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.mapped_files import row_major
+from nemo_upcycle.utils.progress import track
 
 
 RESULTS = Path(__file__).parent / "results" / "bytes_read.md"
@@ -63,7 +63,7 @@ def slices_of(rank: int, dense: DenseSource, spec: UpcycleSpec) -> Iterator[Slic
     made = arch.upcycled(spec)
     with megatron_rank(LAYOUT, rank):
         for chunk in build_rank(made, LAYOUT):
-            for target in targets_of(chunk, arch, made, spec, Place.here(), branch_of=lambda copy: 0):
+            for target in param_plans(chunk, arch, made, spec, RankCoords.here(), branch_of=lambda copy: 0):
                 yield from filled_bytes(target)
 
 

@@ -35,10 +35,10 @@ def _logger(folder: str, layers: int) -> tuple[Any, Any, Any]:
     from lightning.pytorch.loggers import TensorBoardLogger
     from nemo.utils.app_state import AppState
 
+    from nemo_upcycle.monitoring.router_health import RouterHealth
+    from nemo_upcycle.monitoring.throughput import Throughput, peaks_of
     from nemo_upcycle.planning.hardware import known_recipe
-    from nemo_upcycle.training.flops import Throughput, peaks_of
     from nemo_upcycle.training.metrics import MetricsLogger
-    from nemo_upcycle.training.router_health import RouterHealth
 
     AppState().log_dir = folder
     config = SimpleNamespace(
@@ -78,8 +78,8 @@ def main() -> None:
 
     from megatron.core import parallel_state
 
+    from nemo_upcycle.cpu.backend import use_cpu_backend
     from nemo_upcycle.planning.hardware import known_recipe
-    from nemo_upcycle.training.cpu import use_cpu_backend
 
     use_cpu_backend()
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

@@ -120,7 +120,7 @@ def megatron(folder: Path, experts: int, top_k: int) -> dict[str, float]:
     from megatron.core.transformer.moe.upcycling_utils import upcycle_state_dict
 
     from nemo_upcycle import open_dense
-    from nemo_upcycle.connector import load_dense_into
+    from nemo_upcycle.online.upcycle import load_dense_into
 
     moe, dense = _models(folder, experts, top_k, with_dense=True)
     with open_dense(folder) as source:

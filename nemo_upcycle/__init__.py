@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nemo_upcycle.megatron_import import need_no_cuda_to_import
 from nemo_upcycle.package_info import __version__
+from nemo_upcycle.utils.megatron_import import need_no_cuda_to_import
 
 
 if TYPE_CHECKING:
-    from nemo_upcycle.connector import load_dense_into, upcycle_into
-    from nemo_upcycle.receipt import UpcycleReceipt
+    from nemo_upcycle.online.receipt import UpcycleReceipt
+    from nemo_upcycle.online.upcycle import load_dense_into, upcycle_into
     from nemo_upcycle.sources import open_dense
     from nemo_upcycle.spec import UpcycleSpec
 
@@ -20,10 +20,10 @@ need_no_cuda_to_import()
 
 _HOMES = {
     "UpcycleSpec": "spec",
-    "UpcycleReceipt": "receipt",
+    "UpcycleReceipt": "online.receipt",
     "open_dense": "sources",
-    "upcycle_into": "connector",
-    "load_dense_into": "connector",
+    "upcycle_into": "online.upcycle",
+    "load_dense_into": "online.upcycle",
 }
 
 

@@ -1,17 +1,49 @@
-"""The package's errors, and the two ways of building their text.
+"""The package's errors.
 
-Every message names the thing, the value got, the value expected and the fix. Commands turn an
-`UpcycleError` into one paragraph on stderr and exit status 2; nothing else is shown to the user.
+Every message names the thing, the value got, the value expected and the fix. Commands turn an `UpcycleError` into one
+paragraph on stderr and exit status 2; nothing else is shown to the user.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class UpcycleError(Exception):
-    """A mistake of the user's or of the input's: shown as it is, without a traceback."""
+    """A mistake of the user's or of the input's: shown as it is, without a traceback.
+
+    Args:
+        what: the thing that is wrong; without the other arguments, the whole message.
+        got: its value.
+        expected: the values that are right.
+        fix: what to do.
+
+    Example:
+        >>> str(SpecError("top_k", got=9, expected="1 to num_experts (8)", fix="lower top_k"))
+        'top_k: got 9, expected 1 to num_experts (8). Fix: lower top_k.'
+    """
+
+    def __init__(self, what: str, *, got: object = None, expected: object = None, fix: str = "") -> None:
+        super().__init__(f"{what}: got {got}, expected {expected}. Fix: {fix.rstrip('.')}." if fix else what)
+
+    @classmethod
+    def unknown(cls, what: str, name: str, valid: Iterable[str]) -> Self:
+        """Return the error for a name that does not exist, with the closest one that does.
+
+        Example:
+            >>> str(SpecError.unknown("method", "copi", ["copy", "noise"]))
+            "method 'copi' does not exist. Did you mean 'copy'? Valid: copy, noise."
+        """
+        names = sorted(valid)
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        return cls(f"{what} '{name}' does not exist.{hint} Valid: {', '.join(names)}.")
 
 
 class SpecError(UpcycleError):
@@ -24,26 +56,3 @@ class CheckpointError(UpcycleError):
 
 class StageError(UpcycleError):
     """A stage of the pipeline cannot start or did not finish."""
-
-
-def problem(what: str, *, got: object, expected: object, fix: str) -> str:
-    """Return the text of an error: the thing, the value got, the value expected and the fix.
-
-    Example:
-        >>> problem("top_k", got=9, expected="1 to num_experts (8)", fix="lower top_k")
-        'top_k: got 9, expected 1 to num_experts (8). Fix: lower top_k.'
-    """
-    return f"{what}: got {got}, expected {expected}. Fix: {fix.rstrip('.')}."
-
-
-def unknown(what: str, name: str, valid: Iterable[str]) -> str:
-    """Return the text for a name that does not exist, with the closest one that does.
-
-    Example:
-        >>> unknown("method", "copi", ["copy", "noise"])
-        "method 'copi' does not exist. Did you mean 'copy'? Valid: copy, noise."
-    """
-    names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f" Did you mean '{close[0]}'?" if close else ""
-    return f"{what} '{name}' does not exist.{hint} Valid: {', '.join(names)}."

@@ -4,10 +4,10 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import InitVar, asdict, dataclass
 from typing import Any
 
-from nemo_upcycle.errors import SpecError, problem, unknown
+from nemo_upcycle.errors import SpecError
 
 
 METHODS = ("copy", "noise", "drop")
@@ -43,7 +43,7 @@ class UpcycleSpec:
         router_order: `topk_softmax` (Mixtral type: the weights of the chosen experts sum to one) or `softmax_topk`
             (ST type: they do not; `moe_router_pre_softmax` in Megatron).
         router_score: `softmax`, or `sigmoid` (DeepSeek-V3 type: the chosen scores divided by their sum, if top_k > 1).
-        routed_scaling: factor on the weights of the chosen experts (`moe_router_topk_scaling_factor` in Megatron).
+        routed_scaling_factor: on the weights of the chosen experts (`moe_router_topk_scaling_factor` in Megatron).
         output_scale: `exact` scales the experts' down projection so that identical experts compute the dense function,
             see `down_scale`; `none` leaves the weights as they are, as the paper does.
         seed: of all random numbers. They depend on seed, layer, expert and place in the matrix, never on the layout.
@@ -70,11 +70,14 @@ class UpcycleSpec:
     router_std: float = 0.02
     router_order: str = "topk_softmax"
     router_score: str = "softmax"
-    routed_scaling: float = 1.0
+    routed_scaling_factor: float = 1.0
     output_scale: str = "exact"
     seed: int = 1234
+    routed_scaling: InitVar[float | None] = None  # the name of routed_scaling_factor until 0.1
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, routed_scaling: float | None) -> None:
+        if routed_scaling is not None:
+            object.__setattr__(self, "routed_scaling_factor", routed_scaling)
         for name, valid in (
             ("method", METHODS),
             ("router_init", ROUTER_INITS),
@@ -83,7 +86,7 @@ class UpcycleSpec:
             ("output_scale", OUTPUT_SCALES),
         ):
             if getattr(self, name) not in valid:
-                raise SpecError(unknown(name, str(getattr(self, name)), valid))
+                raise SpecError.unknown(name, str(getattr(self, name)), valid)
         _check_whole("num_experts", self.num_experts, 2, MAX_EXPERTS)
         _check_whole("top_k", self.top_k, 1, self.num_experts, "num_experts")
         _check_whole("granularity", self.granularity, 1, self.num_experts, "num_experts")
@@ -92,21 +95,33 @@ class UpcycleSpec:
         _check_number("router_std", self.router_std, 0.0, 1000.0)
         _check_number("noise_std", self.noise_std, 0.0, 1000.0)
         _check_number("drop_ratio", self.drop_ratio, 0.0, 1.0)
-        _check_number("routed_scaling", self.routed_scaling, 0.0, 1000.0)
-        if not self.routed_scaling > 0:
-            got, fix = self.routed_scaling, "use 1 unless the model has one"
-            raise SpecError(problem("routed_scaling", got=got, expected="more than 0", fix=fix))
+        _check_number("routed_scaling_factor", self.routed_scaling_factor, 0.0, 1000.0)
+        if not self.routed_scaling_factor > 0:
+            raise SpecError(
+                "routed_scaling_factor",
+                got=self.routed_scaling_factor,
+                expected="more than 0",
+                fix="use 1 unless the model has one",
+            )
         if self.num_experts % self.granularity:
             expected = f"a multiple of granularity ({self.granularity}): every copy of the network has so many experts"
             nearest = self.granularity * max(1, round(self.num_experts / self.granularity))
-            raise SpecError(problem("num_experts", got=self.num_experts, expected=expected, fix=f"use {nearest}"))
+            raise SpecError("num_experts", got=self.num_experts, expected=expected, fix=f"use {nearest}")
         if self.router_score == "sigmoid" and self.router_order == "softmax_topk":
-            fix = "leave router_order at topk_softmax"
-            raise SpecError(problem("router_order", got="softmax_topk", expected="no softmax with sigmoid", fix=fix))
+            raise SpecError(
+                "router_order",
+                got="softmax_topk",
+                expected="no softmax with sigmoid",
+                fix="leave router_order at topk_softmax",
+            )
         if self.top_k == 1 and self.router_order == "topk_softmax" and self.router_score == "softmax":
             expected = "2 or more with router_order=topk_softmax: a single weight is 1, whatever the router says"
-            fix = "set router_order to softmax_topk (exact with router_init=zero), or top_k to 2"
-            raise SpecError(problem("top_k", got=1, expected=f"{expected}, so that it never learns", fix=fix))
+            raise SpecError(
+                "top_k",
+                got=1,
+                expected=f"{expected}, so that it never learns",
+                fix="set router_order to softmax_topk (exact with router_init=zero), or top_k to 2",
+            )
         object.__setattr__(self, "moe_layers", _layers(self.moe_layers))
 
     @property
@@ -121,9 +136,9 @@ class UpcycleSpec:
         Only this matrix is scaled: the network is linear in it, so the factor acts on the output exactly, whatever the
         activation. With f = sum over the shards of f_g, and combine weights p_i equal within a copy, the layer gives
         down_scale * sum over the chosen copies of p * f = down_scale * sum(p_i) / G * f. The weights of the
-        chosen k sum to r = routed_scaling for `topk_softmax` and for sigmoid with k > 1, to r k / N for `softmax_topk`
-        and to r / 2 for sigmoid with k = 1, the last two with a zero router. (That ties all experts: with granularity,
-        which of a network's shards top-k takes is then left to chance.)
+        chosen k sum to r = routed_scaling_factor for `topk_softmax` and for sigmoid with k > 1, to r k / N for
+        `softmax_topk` and to r / 2 for sigmoid with k = 1, the last two with a zero router. (That ties all experts:
+        with granularity, which of a network's shards top-k takes is then left to chance.)
         """
         return self.granularity / self.weight_sum if self.output_scale == "exact" else 1.0
 
@@ -131,9 +146,9 @@ class UpcycleSpec:
     def weight_sum(self) -> float:
         """What the weights of the chosen experts sum to; where the router decides it, with a zero router."""
         if self.router_score == "sigmoid":
-            return self.routed_scaling * (1.0 if self.top_k > 1 else 0.5)
+            return self.routed_scaling_factor * (1.0 if self.top_k > 1 else 0.5)
         share = self.top_k / self.num_experts if self.router_order == "softmax_topk" else 1.0
-        return self.routed_scaling * share
+        return self.routed_scaling_factor * share
 
     @property
     def bias_scale(self) -> float:
@@ -192,8 +207,12 @@ class UpcycleSpec:
         numbers = [int(number) for number in self.moe_layers.split(",") if number.isdigit()]
         if numbers:
             if numbers[-1] >= num_layers:
-                expected = f"0 to {num_layers - 1} (the model has {num_layers} layers)"
-                raise SpecError(problem("moe_layers", got=numbers[-1], expected=expected, fix="correct the list"))
+                raise SpecError(
+                    "moe_layers",
+                    got=numbers[-1],
+                    expected=f"0 to {num_layers - 1} (the model has {num_layers} layers)",
+                    fix="correct the list",
+                )
             pattern = tuple(layer in numbers for layer in range(num_layers))
         else:
             kind, _, rest = self.moe_layers.partition("-")
@@ -201,8 +220,12 @@ class UpcycleSpec:
             rules = {"all": lambda i: True, "every": lambda i: i % count == 0, "first": lambda i: i >= count}
             pattern = tuple(rules[kind](layer) for layer in range(num_layers))
         if not any(pattern):
-            expected = f"at least one MoE layer in {num_layers} layers"
-            raise SpecError(problem("moe_layers", got=self.moe_layers, expected=expected, fix="use all"))
+            raise SpecError(
+                "moe_layers",
+                got=self.moe_layers,
+                expected=f"at least one MoE layer in {num_layers} layers",
+                fix="use all",
+            )
         return pattern
 
     def to_dict(self) -> dict[str, Any]:
@@ -210,18 +233,31 @@ class UpcycleSpec:
         return asdict(self)
 
 
+def option_of(field: str) -> str:
+    """Return what the command line calls a field of the spec.
+
+    Example:
+        >>> option_of("num_experts"), option_of("top_k")
+        ('--experts', '--top-k')
+    """
+    return "--" + field.removeprefix("num_").replace("_", "-")
+
+
 def _check_whole(name: str, value: object, low: int, high: int | None = None, of: str = "") -> None:
     if isinstance(value, int) and not isinstance(value, bool) and low <= value and (high is None or value <= high):
         return
     limit = f"{low} to {high}" if high is not None else f"{low} or more"
-    expected = f"a whole number, {limit}" + (f" ({of})" if of else "")
-    raise SpecError(problem(name, got=value, expected=expected, fix=f"set {name} within the range"))
+    raise SpecError(
+        name,
+        got=value,
+        expected=f"a whole number, {limit}" + (f" ({of})" if of else ""),
+        fix=f"set {name} within the range",
+    )
 
 
 def _check_number(name: str, value: float, low: float, high: float) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
-        expected = f"a number, {low:g} to {high:g}"
-        raise SpecError(problem(name, got=value, expected=expected, fix=f"set {name} within the range"))
+        raise SpecError(name, got=value, expected=f"a number, {low:g} to {high:g}", fix=f"set {name} within the range")
 
 
 def _layers(value: str | Sequence[int]) -> str:
@@ -229,11 +265,11 @@ def _layers(value: str | Sequence[int]) -> str:
     if isinstance(value, str) and re.fullmatch(r"all|every-[1-9]\d{0,5}|first-\d{1,6}-dense", value):
         return value
     if isinstance(value, str) and not re.fullmatch(r"\d{1,6}(,\d{1,6})*", value):
-        raise SpecError(unknown("moe_layers", value, MOE_LAYERS))
+        raise SpecError.unknown("moe_layers", value, MOE_LAYERS)
     numbers = [int(number) for number in value.split(",")] if isinstance(value, str) else value
     is_list = isinstance(numbers, Sequence) and all(type(number) is int and number >= 0 for number in numbers)
     if not is_list or not numbers:
-        raise SpecError(problem("moe_layers", got=value, expected="layer numbers from 0", fix="write e.g. 0,2,4"))
+        raise SpecError("moe_layers", got=value, expected="layer numbers from 0", fix="write e.g. 0,2,4")
     return ",".join(str(number) for number in sorted(set(numbers)))
 
 
@@ -252,14 +288,25 @@ def check_capacity(factor: float | None, pad: bool, num_experts: int, top_k: int
     """
     if factor is None:
         if pad:
-            fix = "give a capacity factor, or do not pad"
-            raise SpecError(problem("padding to the capacity", got="no capacity factor", expected="one", fix=fix))
+            raise SpecError(
+                "padding to the capacity",
+                got="no capacity factor",
+                expected="one",
+                fix="give a capacity factor, or do not pad",
+            )
         return
     most = num_experts / top_k
     if not factor <= most:  # nor NaN
-        expected = f"at most num_experts / top_k ({most:g}), which drops nothing"
-        raise SpecError(problem("capacity factor", got=f"{factor:g}", expected=expected, fix=f"set it to {most:g}"))
+        raise SpecError(
+            "capacity factor",
+            got=f"{factor:g}",
+            expected=f"at most num_experts / top_k ({most:g}), which drops nothing",
+            fix=f"set it to {most:g}",
+        )
     if pad and factor == most:
-        fix = "lower it, or do not pad"
-        expected = f"less than {most:g} with padding: every expert would compute every token"
-        raise SpecError(problem("capacity factor", got=f"{factor:g}", expected=expected, fix=fix))
+        raise SpecError(
+            "capacity factor",
+            got=f"{factor:g}",
+            expected=f"less than {most:g} with padding: every expert would compute every token",
+            fix="lower it, or do not pad",
+        )

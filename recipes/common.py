@@ -56,7 +56,7 @@ def use_spec(recipe: run.Partial, spec: UpcycleSpec) -> run.Partial:
         "moe_router_score_function": spec.router_score,
         # In bfloat16 the logits of two copies can collide, and top-k then picks parts of both.
         "moe_router_dtype": "fp32" if spec.granularity > 1 else config.moe_router_dtype,
-        "moe_router_topk_scaling_factor": None if spec.routed_scaling == 1 else spec.routed_scaling,
+        "moe_router_topk_scaling_factor": None if spec.routed_scaling_factor == 1 else spec.routed_scaling_factor,
     }
     for name, value in fields.items():
         setattr(config, name, value)

@@ -22,7 +22,7 @@ from nemo.collections.llm.recipes.precision import mixed_precision
 from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 
-from nemo_upcycle.errors import SpecError, problem, unknown
+from nemo_upcycle.errors import SpecError
 from nemo_upcycle.recipes.common import checkpoints
 from nemo_upcycle.spec import ROUTER_ORDERS, check_capacity
 from nemo_upcycle.training.recompute import RecomputeFirstSteps
@@ -145,7 +145,7 @@ def adjust(
         config.moe_pad_expert_input_to_capacity = pad_to_capacity
     if router_order is not None:
         if router_order not in ROUTER_ORDERS:
-            raise SpecError(unknown("router_order", router_order, ROUTER_ORDERS))
+            raise SpecError.unknown("router_order", router_order, ROUTER_ORDERS)
         recipe.resume.restore_config.spec.router_order = router_order
         config.moe_router_pre_softmax = router_order == "softmax_topk"
     if scale_output is not None:
@@ -182,7 +182,7 @@ def adjust(
 
 def _dispatch(config: run.Config, dispatcher: str) -> None:
     if dispatcher not in DISPATCHERS:
-        raise SpecError(unknown("dispatcher", dispatcher, DISPATCHERS))
+        raise SpecError.unknown("dispatcher", dispatcher, DISPATCHERS)
     is_deepep = dispatcher == "deepep"
     config.moe_token_dispatcher_type = "flex" if is_deepep else "alltoall"
     config.moe_enable_deepep = is_deepep
@@ -211,7 +211,7 @@ def _compute_in_fp8(recipe: run.Partial, name: str) -> None:
     """
     name = {"current": "tensorwise"}.get(name, name)
     if name not in FP8_RECIPES:
-        raise SpecError(unknown("fp8_recipe", name, [*FP8_RECIPES, "current"]))
+        raise SpecError.unknown("fp8_recipe", name, [*FP8_RECIPES, "current"])
     recipe.trainer.plugins = FP8_RECIPES[name]()
     recipe.trainer.plugins.fp8_param_gather = False
     config = recipe.model.config
@@ -225,5 +225,9 @@ def _check(config: run.Config) -> None:
     pad = config.moe_pad_expert_input_to_capacity
     check_capacity(config.moe_expert_capacity_factor, pad, config.num_moe_experts, config.moe_router_topk)
     if config.moe_pad_expert_input_to_capacity and config.moe_enable_deepep:
-        fix = "set pad_to_capacity=False, or dispatcher='alltoall'"
-        raise SpecError(problem("dispatcher", got="deepep", expected="alltoall with pad_to_capacity", fix=fix))
+        raise SpecError(
+            "dispatcher",
+            got="deepep",
+            expected="alltoall with pad_to_capacity",
+            fix="set pad_to_capacity=False, or dispatcher='alltoall'",
+        )

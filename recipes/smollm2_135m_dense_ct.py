@@ -14,9 +14,9 @@ from nemo.collections.llm.recipes import llama3_8b
 from nemo.collections.llm.recipes.log.default import default_log, default_resume
 from nemo.collections.llm.recipes.optim.adam import distributed_fused_adam_with_cosine_annealing
 
+from nemo_upcycle.cpu.backend import cpu_has_fast_bf16
 from nemo_upcycle.data.module import corpus_data
 from nemo_upcycle.recipes.common import checkpoints, start_from
-from nemo_upcycle.training.cpu import cpu_has_fast_bf16
 
 
 NAME = "smollm2_135m_dense_ct"

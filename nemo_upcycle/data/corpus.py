@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from nemo_upcycle.data.assets import fetch_asset
-from nemo_upcycle.errors import UpcycleError, problem, unknown
+from nemo_upcycle.errors import UpcycleError
 
 
 SPLITS = ("train", "validation", "heldout")
@@ -77,18 +77,17 @@ def _selected(config: str | Path | Mapping[str, Any]) -> tuple[str, Callable[[An
     settings, folder = (dict(config), Path()) if isinstance(config, Mapping) else _read_config(config)
     corpus = str(settings.get("corpus"))
     if corpus not in _READERS:
-        raise UpcycleError(unknown("corpus", corpus, _READERS))
+        raise UpcycleError.unknown("corpus", corpus, _READERS)
     key, select, read = _READERS[corpus]
     for name in settings:
         if name not in ("corpus", key):
-            raise UpcycleError(unknown(f"key of a {corpus} corpus", str(name), ["corpus", key]))
+            raise UpcycleError.unknown(f"key of a {corpus} corpus", str(name), ["corpus", key])
     selections = settings.get(key) or {}
     if not isinstance(selections, Mapping):
-        fix = "see conf/data"
-        raise UpcycleError(problem(f"`{key}` of the corpus", got=selections, expected="splits", fix=fix))
+        raise UpcycleError(f"`{key}` of the corpus", got=selections, expected="splits", fix="see conf/data")
     for name in selections:
         if name not in SPLITS:
-            raise UpcycleError(unknown("split", str(name), SPLITS))
+            raise UpcycleError.unknown("split", str(name), SPLITS)
     wanted = {split: _entries(selections, split, key) for split in SPLITS}
     return key, read, select(wanted, folder)
 
@@ -96,11 +95,11 @@ def _selected(config: str | Path | Mapping[str, Any]) -> tuple[str, Callable[[An
 def _entries(selections: Mapping[Any, Any], split: str, key: str) -> list[Any]:
     entries = selections.get(split)
     if not entries:
-        fix = f"widen {key}.{split}"
-        raise UpcycleError(problem(f"split {split}", got="no documents", expected="at least one", fix=fix))
+        raise UpcycleError(f"split {split}", got="no documents", expected="at least one", fix=f"widen {key}.{split}")
     if not isinstance(entries, list):
-        fix = "write a list, as in conf/data"
-        raise UpcycleError(problem(f"{key}.{split} of the corpus", got=entries, expected="a list", fix=fix))
+        raise UpcycleError(
+            f"{key}.{split} of the corpus", got=entries, expected="a list", fix="write a list, as in conf/data"
+        )
     return entries
 
 
@@ -111,14 +110,16 @@ def _read_config(config: str | Path) -> tuple[dict[str, Any], Path]:
     if path.suffix not in (".yaml", ".yml"):
         names = [entry.name.removesuffix(".yaml") for entry in packaged.iterdir() if entry.name.endswith(".yaml")]
         if str(config) not in names:
-            raise UpcycleError(unknown("corpus configuration", str(config), [*names, "PATH.yaml"]))
+            raise UpcycleError.unknown("corpus configuration", str(config), [*names, "PATH.yaml"])
         return _parse((packaged / f"{config}.yaml").read_text(encoding="utf-8"), str(config)), Path()
     try:
         return _parse(path.read_text(encoding="utf-8"), str(path)), path.absolute().parent
     except (OSError, UnicodeDecodeError) as error:
-        got = error.strerror if isinstance(error, OSError) else error
         raise UpcycleError(
-            problem(f"corpus configuration {path}", got=got, expected="a YAML file", fix="check the path")
+            f"corpus configuration {path}",
+            got=error.strerror if isinstance(error, OSError) else error,
+            expected="a YAML file",
+            fix="check the path",
         ) from None
 
 
@@ -129,16 +130,14 @@ def _parse(text: str, where: str) -> dict[str, Any]:
         content = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
     except (yaml.YAMLError, ValueError) as error:
         raise UpcycleError(
-            problem(
-                f"corpus configuration {where}",
-                got=" ".join(str(error).split()),  # of several lines
-                expected="valid YAML",
-                fix="correct that line",
-            )
+            f"corpus configuration {where}",
+            got=" ".join(str(error).split()),
+            expected="valid YAML",
+            fix="correct that line",
         ) from None
     if not isinstance(content, dict):
         raise UpcycleError(
-            problem(f"corpus configuration {where}", got=type(content).__name__, expected="keys", fix="see conf/data")
+            f"corpus configuration {where}", got=type(content).__name__, expected="keys", fix="see conf/data"
         )
     return {str(key): value for key, value in content.items()}
 
@@ -149,7 +148,7 @@ def _check(documents: Documents, key: str) -> None:
     for split, members in documents.items():
         if not members:
             raise UpcycleError(
-                problem(f"split {split}", got="no documents", expected="at least one", fix=f"widen {key}.{split}")
+                f"split {split}", got="no documents", expected="at least one", fix=f"widen {key}.{split}"
             )
         for document in members:
             digest = hashlib.sha256(document.text.strip().encode()).hexdigest()
@@ -159,8 +158,12 @@ def _check(documents: Documents, key: str) -> None:
 
 
 def _refuse_overlap(what: str, where: str, key: str) -> None:
-    fix = f"take it out of one of them in `{key}`: what is measured must not be trained on"
-    raise UpcycleError(problem(what, got=f"in {where}", expected="in one split", fix=fix))
+    raise UpcycleError(
+        what,
+        got=f"in {where}",
+        expected="in one split",
+        fix=f"take it out of one of them in `{key}`: what is measured must not be trained on",
+    )
 
 
 def _disjoint(members: dict[str, list[Any]], what: str, key: str) -> None:
@@ -181,7 +184,7 @@ def _years(entry: object) -> range:
         years = range(0)
     if not years:
         raise UpcycleError(
-            problem("years of a split", got=repr(entry), expected="2007 or '1946-2005'", fix="correct the entry")
+            "years of a split", got=repr(entry), expected="2007 or '1946-2005'", fix="correct the entry"
         )
     return years
 
@@ -222,12 +225,17 @@ def _matches(patterns: list[Any], folder: Path) -> list[Path]:
         whole = folder / Path(str(pattern)).expanduser()
         files = [path for name in sorted(glob.glob(str(whole), recursive=True)) if (path := Path(name)).is_file()]
         if not files:
-            fix = "check it; a relative pattern starts from the folder of the YAML file"
-            raise UpcycleError(problem(f"pattern {whole}", got="no file", expected="at least one", fix=fix))
+            raise UpcycleError(
+                f"pattern {whole}",
+                got="no file",
+                expected="at least one",
+                fix="check it; a relative pattern starts from the folder of the YAML file",
+            )
         for file in files:
             if file.suffix not in (".txt", ".jsonl"):
-                fix = "narrow the pattern"
-                raise UpcycleError(problem(f"file {file}", got=file.suffix, expected=".txt or .jsonl", fix=fix))
+                raise UpcycleError(
+                    f"file {file}", got=file.suffix, expected=".txt or .jsonl", fix="narrow the pattern"
+                )
         found.update(dict.fromkeys(file.resolve() for file in files))
     return list(found)
 
@@ -237,7 +245,7 @@ def _documents(file: Path) -> Iterator[Document]:
         content = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UpcycleError(
-            problem(f"file {file}", got=error, expected="UTF-8 text", fix="convert it, for example with iconv")
+            f"file {file}", got=error, expected="UTF-8 text", fix="convert it, for example with iconv"
         ) from None
     texts = {str(file): content} if file.suffix == ".txt" else _json_texts(file, content)
     yield from (Document(name, text) for name, text in texts.items() if text.strip())
@@ -252,7 +260,7 @@ def _json_texts(file: Path, content: str) -> dict[str, str]:
             texts[f"{file}:{number}"] = str(json.loads(line)["text"])
         except (json.JSONDecodeError, KeyError, TypeError):
             raise UpcycleError(
-                problem(f"{file}:{number}", got=line[:60], expected='{"text": "..."}', fix="correct the line")
+                f"{file}:{number}", got=line[:60], expected='{"text": "..."}', fix="correct the line"
             ) from None
     return texts
 

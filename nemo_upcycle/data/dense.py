@@ -7,13 +7,13 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from nemo_upcycle.architecture import Architecture
 from nemo_upcycle.data.assets import ASSETS, fetch_asset, writable_cache
 from nemo_upcycle.data.gguf import convert_gguf
-from nemo_upcycle.errors import CheckpointError, UpcycleError, problem, unknown
-from nemo_upcycle.files import is_complete
+from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.sources.checks import check_source
+from nemo_upcycle.utils.files import is_complete
 
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -55,7 +55,7 @@ def _import(source: str, output: Path, *, sampled: bool) -> Path:
     elif scheme == "hf":
         folder = _from_hf(rest, may_be_path=not separator)
     else:
-        raise UpcycleError(unknown("address scheme", scheme, ["asset", "hf"]))
+        raise UpcycleError.unknown("address scheme", scheme, ["asset", "hf"])
     # Opening reads the configuration and every header, and checks that no file is cut short.
     with open_dense(folder) as dense:
         check_source(dense, sampled=sampled)
@@ -81,7 +81,7 @@ def check_address(source: str) -> Architecture | None:
     if scheme == "asset":
         _require_model(rest)
     elif scheme != "hf":
-        raise UpcycleError(unknown("address scheme", scheme, ["asset", "hf"]))
+        raise UpcycleError.unknown("address scheme", scheme, ["asset", "hf"])
     elif folder := _folder(rest, may_be_path=not separator):
         require_tokenizer(folder)
         with open_dense(folder) as dense:
@@ -92,7 +92,7 @@ def check_address(source: str) -> Architecture | None:
 def _require_model(name: str) -> None:
     models = [key for key, asset in ASSETS.items() if asset.kind == "model"]
     if name not in models:
-        raise UpcycleError(unknown("model asset", name, models))
+        raise UpcycleError.unknown("model asset", name, models)
 
 
 def _from_asset(name: str, output: Path) -> Path:
@@ -112,12 +112,10 @@ def _folder(rest: str, *, may_be_path: bool) -> Path | None:
     is_mistyped = may_be_path and path.parent.is_dir()  # models/lama beside models/llama is no name on the hub
     if is_mistyped or not _HUB_NAME.fullmatch(rest):
         raise CheckpointError(
-            problem(
-                f"model {rest!r}",
-                got="no such folder",
-                expected="a Hugging Face folder, hf://ORG/NAME or asset://NAME",
-                fix="check the path",
-            )
+            f"model {rest!r}",
+            got="no such folder",
+            expected="a Hugging Face folder, hf://ORG/NAME or asset://NAME",
+            fix="check the path",
         )
     return None
 
@@ -126,25 +124,28 @@ def _download(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        fix = "pip install huggingface_hub"
-        raise UpcycleError(problem("package huggingface-hub", got="not installed", expected="any", fix=fix)) from None
+        raise UpcycleError(
+            "package huggingface-hub", got="not installed", expected="any", fix="pip install huggingface_hub"
+        ) from None
     try:
         return Path(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except (OSError, ValueError) as error:  # every error of huggingface_hub and requests is one of the two
         if isinstance(error, OSError) and error.filename:
-            what, expected = f"the hub's cache, {error.filename}", "a folder to write, with room"
             raise UpcycleError(
-                problem(what, got=error.strerror, expected=expected, fix="set HF_HOME to one")
+                f"the hub's cache, {error.filename}",
+                got=error.strerror,
+                expected="a folder to write, with room",
+                fix="set HF_HOME to one",
             ) from None
         raise UpcycleError(
-            problem(
-                f"download of {name} from the Hugging Face hub",
-                got=f"{type(error).__name__}: {str(error).strip().splitlines()[0].rstrip('.')}",
-                expected="a folder of that name, or a model on the hub (hf://ORG/NAME) that this machine can reach",
-                fix="check the name, the network and (for a gated model) `hf auth login`; or run `hf download "
+            f"download of {name} from the Hugging Face hub",
+            got=f"{type(error).__name__}: {str(error).strip().splitlines()[0].rstrip('.')}",
+            expected="a folder of that name, or a model on the hub (hf://ORG/NAME) that this machine can reach",
+            fix=(
+                "check the name, the network and (for a gated model) `hf auth login`; or run `hf download "
                 f"{name} --local-dir FOLDER` on a machine with a network and give that folder; or try "
-                "asset://smollm2-135m",
-            )
+                "asset://smollm2-135m"
+            ),
         ) from None
 
 
@@ -156,12 +157,10 @@ def require_tokenizer(folder: Path) -> None:
     """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise CheckpointError(
-            problem(
-                f"tokenizer in {folder}",
-                got="none",
-                expected=f"one of {', '.join(_TOKENIZER_FILES)}",
-                fix="copy the model's tokenizer files into the folder",
-            )
+            f"tokenizer in {folder}",
+            got="none",
+            expected=f"one of {', '.join(_TOKENIZER_FILES)}",
+            fix="copy the model's tokenizer files into the folder",
         )
 
 
@@ -201,10 +200,10 @@ def local_model(source: str) -> str:
         '/models/Llama-3-8B'
     """
     if not source:
-        raise UpcycleError(problem("model", got="an empty name", expected="a folder or hf://ORG/NAME", fix="name one"))
+        raise UpcycleError("model", got="an empty name", expected="a folder or hf://ORG/NAME", fix="name one")
     scheme, separator, rest = source.partition("://")
     if separator and scheme not in (schemes := ["asset", "hf", "nemo"]):
-        raise UpcycleError(unknown("address scheme", scheme, schemes))
+        raise UpcycleError.unknown("address scheme", scheme, schemes)
     if scheme == "asset" and separator:
         return str(ensure_dense(source))
     if scheme == "hf" and separator and not rest.startswith("/"):

@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import save_file
 
 from nemo_upcycle.data.gguf_tokenizer import write_tokenizer
-from nemo_upcycle.errors import CheckpointError, UpcycleError, problem, unknown
-from nemo_upcycle.files import MARKER, output_folder, require_disk, write_json
-from nemo_upcycle.hf_settings import both_ropes
-from nemo_upcycle.progress import ProgressLine
+from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.models.hf_config import both_ropes
 from nemo_upcycle.sources.safetensors_folder import INDEX
+from nemo_upcycle.utils.files import MARKER, output_folder, require_disk, write_json
+from nemo_upcycle.utils.progress import ProgressLine
 
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -67,7 +67,7 @@ def convert_gguf(gguf_path: Path, output: Path, dtype: str = "bfloat16", base_mo
         >>> convert_gguf(fetch_asset("smollm2-135m"), Path("runs/demo/dense"))  # doctest: +SKIP
     """
     if dtype not in _DTYPES:
-        raise UpcycleError(unknown("dtype", dtype, _DTYPES))
+        raise UpcycleError.unknown("dtype", dtype, _DTYPES)
     reader = _open(gguf_path)
     fields = _fields(reader, gguf_path)
     config = _config(fields, reader.tensors, dtype)
@@ -98,13 +98,14 @@ def _open(path: Path) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError:
-        fix = "pip install 'gguf>=0.17'"
-        raise UpcycleError(problem("package gguf", got="not installed", expected="0.17 or newer", fix=fix)) from None
+        raise UpcycleError(
+            "package gguf", got="not installed", expected="0.17 or newer", fix="pip install 'gguf>=0.17'"
+        ) from None
     try:
         return GGUFReader(path)
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise CheckpointError(
-            problem(str(path), got=f"unreadable ({error})", expected="a GGUF file", fix="fetch the file again")
+            str(path), got=f"unreadable ({error})", expected="a GGUF file", fix="fetch the file again"
         ) from None
 
 
@@ -113,13 +114,13 @@ def _fields(reader: Any, path: Path) -> dict[str, Any]:
     architecture = fields.get("general.architecture")
     if architecture != "llama" or "llama.rope.scaling.type" in fields or "llama.expert_count" in fields:
         raise CheckpointError(
-            problem(
-                f"architecture of {path.name}",
-                got=f"{architecture}, rope scaling {fields.get('llama.rope.scaling.type', 'none')}, "
-                f"experts {fields.get('llama.expert_count', 0)}",
-                expected="a dense llama without rope scaling",
-                fix="convert this file with its own tools and give the Hugging Face folder",
-            )
+            f"architecture of {path.name}",
+            got=(
+                f"{architecture}, rope scaling {fields.get('llama.rope.scaling.type', 'none')}, "
+                f"experts {fields.get('llama.expert_count', 0)}"
+            ),
+            expected="a dense llama without rope scaling",
+            fix="convert this file with its own tools and give the Hugging Face folder",
         )
     return fields
 
@@ -164,12 +165,10 @@ def _target_name(name: str) -> str:
     if match and match[2] in _LAYER:
         return f"model.layers.{match[1]}.{_LAYER[match[2]]}.weight"
     raise CheckpointError(
-        problem(
-            "tensor of the GGUF file",
-            got=name,
-            expected=f"{', '.join(_OUTER)} or blk.N.({'|'.join(_LAYER)}).weight",
-            fix="convert this file with its own tools and give the Hugging Face folder",
-        )
+        "tensor of the GGUF file",
+        got=name,
+        expected=f"{', '.join(_OUTER)} or blk.N.({'|'.join(_LAYER)}).weight",
+        fix="convert this file with its own tools and give the Hugging Face folder",
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.errors import CheckpointError, problem
-from nemo_upcycle.files import write_json
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.utils.files import write_json
 
 
 _CONTROL_TOKEN = 3  # ggml's token type of special tokens
@@ -30,12 +30,10 @@ def write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
     model, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
     if (model, pre) != ("gpt2", "smollm"):
         raise CheckpointError(
-            problem(
-                "tokenizer of the GGUF file",
-                got=f"model {model}, pre-tokenizer {pre}",
-                expected="model gpt2, pre-tokenizer smollm",
-                fix="give the model as a Hugging Face folder that holds its own tokenizer files",
-            )
+            "tokenizer of the GGUF file",
+            got=f"model {model}, pre-tokenizer {pre}",
+            expected="model gpt2, pre-tokenizer smollm",
+            fix="give the model as a Hugging Face folder that holds its own tokenizer files",
         )
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]

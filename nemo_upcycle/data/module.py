@@ -12,8 +12,8 @@ from nemo_upcycle.data.assets import cache_folder
 from nemo_upcycle.data.corpus import load_corpus
 from nemo_upcycle.data.dense import ensure_dense
 from nemo_upcycle.data.prepare import MANIFEST, TOKENIZER, data_arguments, prepare_corpus
-from nemo_upcycle.errors import UpcycleError, problem
-from nemo_upcycle.files import is_complete, read_json
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.files import is_complete, read_json
 
 
 if TYPE_CHECKING:
@@ -85,15 +85,17 @@ def _prepared(dense: str, corpus: str) -> Path:
 
 def _check_length(prepared: Path, seq_length: int) -> None:
     if not is_complete(prepared):
-        fix = "run the pipeline's import stage, or leave folder out"
-        raise UpcycleError(problem(f"corpus {prepared}", got="no complete corpus", expected="a prepared one", fix=fix))
+        raise UpcycleError(
+            f"corpus {prepared}",
+            got="no complete corpus",
+            expected="a prepared one",
+            fix="run the pipeline's import stage, or leave folder out",
+        )
     for name, split in read_json(prepared / MANIFEST)["splits"].items():
         if name != "heldout" and split["tokens"] <= seq_length:
             raise UpcycleError(
-                problem(
-                    f"tokens of the {name} split in {prepared}",
-                    got=split["tokens"],
-                    expected=f"more than one sequence ({seq_length})",
-                    fix="give it more text or lower data.seq_length",
-                )
+                f"tokens of the {name} split in {prepared}",
+                got=split["tokens"],
+                expected=f"more than one sequence ({seq_length})",
+                fix="give it more text or lower data.seq_length",
             )

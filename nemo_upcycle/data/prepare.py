@@ -10,10 +10,10 @@ from typing import Any
 
 from nemo_upcycle.data.corpus import Document, Documents
 from nemo_upcycle.data.dense import require_tokenizer
-from nemo_upcycle.errors import CheckpointError, UpcycleError, problem
-from nemo_upcycle.files import MARKER, is_complete, output_folder, sha256_file, write_json
-from nemo_upcycle.hf_model import load_tokenizer
-from nemo_upcycle.progress import ProgressLine
+from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.models.hf_model import load_tokenizer
+from nemo_upcycle.utils.files import MARKER, is_complete, output_folder, sha256_file, write_json
+from nemo_upcycle.utils.progress import ProgressLine
 
 
 MANIFEST = "manifest.json"
@@ -97,7 +97,7 @@ def heldout_documents(folder: Path) -> list[Document]:
     """
     if not is_complete(folder):
         raise UpcycleError(
-            problem(f"corpus {folder}", got="no complete corpus", expected=MARKER, fix="run the data stage first")
+            f"corpus {folder}", got="no complete corpus", expected=MARKER, fix="run the data stage first"
         )
     with (folder / HELDOUT).open(encoding="utf-8") as handle:
         return [Document(**json.loads(line)) for line in handle]
@@ -113,21 +113,17 @@ def _load_tokenizer(folder: Path) -> Any:
         tokenizer = load_tokenizer(folder)
     except Exception as error:  # the tokenizers library raises no narrower one for a damaged file
         raise CheckpointError(
-            problem(
-                f"tokenizer in {folder}",
-                got=str(error).splitlines()[0],
-                expected="files that transformers reads",
-                fix="copy the dense model's tokenizer files again",
-            )
+            f"tokenizer in {folder}",
+            got=str(error).splitlines()[0],
+            expected="files that transformers reads",
+            fix="copy the dense model's tokenizer files again",
         ) from None
     if tokenizer.eos_token_id is None:
         raise CheckpointError(
-            problem(
-                f"eos_token of the tokenizer in {folder}",
-                got=None,
-                expected="a token that closes a document",
-                fix="set eos_token in tokenizer_config.json",
-            )
+            f"eos_token of the tokenizer in {folder}",
+            got=None,
+            expected="a token that closes a document",
+            fix="set eos_token in tokenizer_config.json",
         )
     return tokenizer
 

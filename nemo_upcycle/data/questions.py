@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.errors import UpcycleError, problem
+from nemo_upcycle.errors import UpcycleError
 
 
 LETTERS = "ABCD"
@@ -36,7 +36,7 @@ def mmlu_questions(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UpcycleError(
-            problem(f"questions {path}", got=error, expected="a readable JSON lines file", fix="check the path")
+            f"questions {path}", got=error, expected="a readable JSON lines file", fix="check the path"
         ) from None
     rows = [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     questions = [
@@ -44,7 +44,7 @@ def mmlu_questions(path: Path) -> list[dict[str, Any]]:
     ]
     if not questions:
         raise UpcycleError(
-            problem(f"questions in {path}", got="none", expected="at least one", fix="take the file of the mmlu asset")
+            f"questions in {path}", got="none", expected="at least one", fix="take the file of the mmlu asset"
         )
     return questions
 
@@ -54,12 +54,14 @@ def _row(line: str, where: str) -> dict[str, str]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise UpcycleError(
-            problem(where, got=f"no JSON ({error})", expected="one JSON object a line", fix="fetch the file again")
+            where, got=f"no JSON ({error})", expected="one JSON object a line", fix="fetch the file again"
         ) from None
     if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in _FIELDS):
-        got = sorted(row) if isinstance(row, dict) else type(row).__name__
         raise UpcycleError(
-            problem(where, got=got, expected=f"text in {', '.join(_FIELDS)}", fix="take the file of the mmlu asset")
+            where,
+            got=sorted(row) if isinstance(row, dict) else type(row).__name__,
+            expected=f"text in {', '.join(_FIELDS)}",
+            fix="take the file of the mmlu asset",
         )
     return row
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from nemo_upcycle.errors import UpcycleError, problem, unknown
+from nemo_upcycle.errors import UpcycleError
 
 
 Score = Any  # a number, or [loglikelihood, units] for a metric that divides sums
@@ -122,7 +122,7 @@ def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str) -> dict
     """
     for result in (a, b):
         if metric not in result["metrics"]:
-            raise UpcycleError(unknown(f"metric of evaluation {result['name']}", metric, result["metrics"]))
+            raise UpcycleError.unknown(f"metric of evaluation {result['name']}", metric, result["metrics"])
     task, _, name = metric.rpartition("/")
     pairs = [pair for leaf in a["groups"].get(task, [task]) for pair in _pairs(a, b, leaf)]
     scores_a, scores_b = ([pair[side]["scores"][name] for pair in pairs] for side in (0, 1))
@@ -171,5 +171,9 @@ def _pairs(a: dict[str, Any], b: dict[str, Any], task: str) -> Iterator[tuple[di
 
 
 def _different_items(a: dict[str, Any], b: dict[str, Any], got: object, expected: object) -> UpcycleError:
-    what = f"evaluation {b['name']} beside {a['name']}"
-    return UpcycleError(problem(what, got=got, expected=expected, fix="evaluate both with the same suite and limit"))
+    return UpcycleError(
+        f"evaluation {b['name']} beside {a['name']}",
+        got=got,
+        expected=expected,
+        fix="evaluate both with the same suite and limit",
+    )

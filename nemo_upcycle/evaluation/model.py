@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle import hf_model
-from nemo_upcycle.errors import CheckpointError, UpcycleError, problem, unknown
-from nemo_upcycle.progress import ProgressLine
+from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.models import hf_model
+from nemo_upcycle.utils.progress import ProgressLine
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -26,11 +26,13 @@ def load_model(folder: Path, dtype: str) -> tuple[Any, Any]:
         UpcycleError: an unknown dtype.
     """
     if dtype not in DTYPES:
-        raise UpcycleError(unknown("dtype", dtype, DTYPES))
+        raise UpcycleError.unknown("dtype", dtype, DTYPES)
     if not (folder / "config.json").is_file():
-        expected = "a Hugging Face folder with config.json, *.safetensors and tokenizer files"
         raise CheckpointError(
-            problem(f"model {folder}", got="no config.json", expected=expected, fix="check the path")
+            f"model {folder}",
+            got="no config.json",
+            expected="a Hugging Face folder with config.json, *.safetensors and tokenizer files",
+            fix="check the path",
         )
     import torch
 
@@ -44,16 +46,19 @@ def load_model(folder: Path, dtype: str) -> tuple[Any, Any]:
         )
         tokenizer = hf_model.load_tokenizer(folder)
     except (OSError, ValueError, RuntimeError) as error:
-        fix = "export the model again, with the tokenizer files of the dense model"
-        got = f"{type(error).__name__}: {error}"
         raise CheckpointError(
-            problem(f"model {folder}", got=got, expected="a model that transformers can load", fix=fix)
+            f"model {folder}",
+            got=f"{type(error).__name__}: {error}",
+            expected="a model that transformers can load",
+            fix="export the model again, with the tokenizer files of the dense model",
         ) from error
     wrong = {kind: sorted(map(str, names))[:5] for kind, names in info.items() if names}
     if wrong:
-        fix = "export the model again with `nemo-upcycle export`"
         raise CheckpointError(
-            problem(f"weights of {folder}", got=wrong, expected="every tensor, each with its place", fix=fix)
+            f"weights of {folder}",
+            got=wrong,
+            expected="every tensor, each with its place",
+            fix="export the model again with `nemo-upcycle export`",
         )
     return model.eval(), tokenizer
 

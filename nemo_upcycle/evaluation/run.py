@@ -14,13 +14,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.errors import UpcycleError, problem
+from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.compare import RATIOS, jackknife_stderr, leave_one_out
 from nemo_upcycle.evaluation.model import load_model, quiet, wrap_model
 from nemo_upcycle.evaluation.samples import continue_prompts
 from nemo_upcycle.evaluation.suite import SuiteConfig, data_files
-from nemo_upcycle.files import MARKER, is_complete, read_json, sha256_file, write_json
 from nemo_upcycle.package_info import __version__
+from nemo_upcycle.utils.files import MARKER, is_complete, read_json, sha256_file, write_json
 
 
 #: Draws for the few hub metrics that only a bootstrap can give a standard error; means have a closed form.
@@ -124,16 +124,24 @@ def _run(lm: Any, tasks: list[str], folder: Path | None, shots: int, limit: int 
                 log_samples=True,
             )
     except ConnectionError as error:
-        expected, fix = "the data of the tasks from the Hugging Face hub", "evaluate where the hub can be reached"
-        raise UpcycleError(problem(f"tasks {', '.join(tasks)}", got=error, expected=expected, fix=fix)) from error
+        raise UpcycleError(
+            f"tasks {', '.join(tasks)}",
+            got=error,
+            expected="the data of the tasks from the Hugging Face hub",
+            fix="evaluate where the hub can be reached",
+        ) from error
 
 
 def _check_names(tasks: list[str], known: list[str]) -> None:
     for task in tasks:
         if task not in known:  # there are thousands: only the closest are worth naming
             close = ", ".join(difflib.get_close_matches(task, known))
-            expected = f"a task of lm-eval{f' ({close}?)' if close else ''}"
-            raise UpcycleError(problem("task", got=task, expected=expected, fix="see `lm-eval ls tasks`"))
+            raise UpcycleError(
+                "task",
+                got=task,
+                expected=f"a task of lm-eval{f' ({close}?)' if close else ''}",
+                fix="see `lm-eval ls tasks`",
+            )
 
 
 def _local_task(folder: Path, task: str) -> dict[str, Any]:
@@ -201,8 +209,9 @@ def _suite(suite: Path | Mapping[str, Sequence[int]]) -> dict[str, Any]:
         tasks = {task: list(shots) for task, shots in suite.items()}
         return {"config": dataclasses.asdict(SuiteConfig(tasks=tasks, local=False)), "tasks": {}}
     if not is_complete(suite):
-        expected = "a folder that build_suite finished"
-        raise UpcycleError(problem(f"suite {suite}", got=f"no {MARKER}", expected=expected, fix="build the suite"))
+        raise UpcycleError(
+            f"suite {suite}", got=f"no {MARKER}", expected="a folder that build_suite finished", fix="build the suite"
+        )
     return read_json(suite / MARKER)
 
 

@@ -17,8 +17,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
-from nemo_upcycle.errors import UpcycleError, problem, unknown
-from nemo_upcycle.files import MARKER, output_folder, sha256_file, write_json
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.files import MARKER, output_folder, sha256_file, write_json
 
 
 @dataclass
@@ -105,7 +105,7 @@ def read_suite_config(name: str | Path) -> SuiteConfig:
     folder = Path(str(resources.files("nemo_upcycle.conf"))) / "evaluation"
     path = Path(name) if Path(name).suffix in {".yaml", ".yml"} else folder / f"{name}.yaml"
     if not path.is_file():
-        raise UpcycleError(unknown("evaluation suite", str(name), [entry.stem for entry in folder.glob("*.yaml")]))
+        raise UpcycleError.unknown("evaluation suite", str(name), [entry.stem for entry in folder.glob("*.yaml")])
     try:
         loaded = OmegaConf.load(path)
         _check_keys(str(path), OmegaConf.to_container(loaded), SuiteConfig)
@@ -113,17 +113,21 @@ def read_suite_config(name: str | Path) -> SuiteConfig:
     except (OmegaConfBaseException, YAMLError, TypeError) as error:
         fix = "see the comments in conf/evaluation/demo.yaml"
         got = " ".join(str(error).split())  # OmegaConf writes three lines
-        raise UpcycleError(problem(str(path), got=got, expected="a suite configuration", fix=fix)) from None
+        raise UpcycleError(str(path), got=got, expected="a suite configuration", fix=fix) from None
     return _checked(str(path), cast("SuiteConfig", config))
 
 
 def _checked(where: str, config: SuiteConfig) -> SuiteConfig:
     for task, shots in config.tasks.items() if config.local else ():
         if task not in LOCAL_TASKS:
-            raise UpcycleError(unknown(f"{where}: local task", task, LOCAL_TASKS))
+            raise UpcycleError.unknown(f"{where}: local task", task, LOCAL_TASKS)
         if shots != [0]:
-            fix = "write [0]: local questions have no development split to take examples from"
-            raise UpcycleError(problem(f"{where}: tasks.{task}", got=shots, expected="[0]", fix=fix))
+            raise UpcycleError(
+                f"{where}: tasks.{task}",
+                got=shots,
+                expected="[0]",
+                fix="write [0]: local questions have no development split to take examples from",
+            )
     return config
 
 
@@ -133,7 +137,7 @@ def _check_keys(where: str, values: Any, schema: type) -> None:
     names = [entry.name for entry in dataclasses.fields(schema)]
     for key, value in values.items() if isinstance(values, dict) else ():
         if key not in names:
-            raise UpcycleError(unknown(f"{where}: key", str(key), names))
+            raise UpcycleError.unknown(f"{where}: key", str(key), names)
         if key in nested:
             _check_keys(f"{where}: {key}", value, nested[key])
 
@@ -179,8 +183,12 @@ def _write_task(folder: Path, final: Path, task: str, rows: Sequence[Any]) -> No
     import yaml
 
     if not rows:
-        fix = "give more data, or raise the limits of the configuration"
-        raise UpcycleError(problem(f"suite, task {task}", got="no item", expected="at least one", fix=fix))
+        raise UpcycleError(
+            f"suite, task {task}",
+            got="no item",
+            expected="at least one",
+            fix="give more data, or raise the limits of the configuration",
+        )
     with (folder / f"{task}.jsonl").open("w", encoding="utf-8") as handle:
         handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     definition = {

@@ -8,17 +8,17 @@ from typing import Any
 
 import nemo_run as run
 
-from nemo_upcycle.architecture import Architecture
 from nemo_upcycle.data.corpus import check_corpus
 from nemo_upcycle.data.dense import check_address
-from nemo_upcycle.errors import UpcycleError, problem
+from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.suite import read_suite_config
-from nemo_upcycle.files import resolved
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.monitoring.throughput import architecture_of
 from nemo_upcycle.pipeline.markers import setting_hashes
 from nemo_upcycle.pipeline.plan import RunPlan
 from nemo_upcycle.pipeline.recipes_io import check_recipe, ranks_of
 from nemo_upcycle.pipeline.stages import STAGES
-from nemo_upcycle.training.flops import architecture_of
+from nemo_upcycle.utils.files import resolved
 
 
 #: Sizes of a dense model, and where a recipe sets them.
@@ -61,11 +61,19 @@ def check_arguments(run_dir: Path, plan: RunPlan, pretrain: run.Partial, dense_c
             if parent:
                 _check_parent(recipe, parent, plan.dense, f"{name}.")
     if not pretrain.resume.restore_config.spec:
-        what, fix = "pretrain.resume.restore_config.spec", "give the recipe of an upcycled model"
-        raise UpcycleError(problem(what, got="none", expected="an UpcycleSpec", fix=fix))
+        raise UpcycleError(
+            "pretrain.resume.restore_config.spec",
+            got="none",
+            expected="an UpcycleSpec",
+            fix="give the recipe of an upcycled model",
+        )
     if ctx.detach and not isinstance(ctx.executor, run.SlurmExecutor):
-        fix = "leave it out, and start the command inside tmux or with nohup"
-        raise UpcycleError(problem("--detach", got="an executor that needs the launcher", expected="Slurm", fix=fix))
+        raise UpcycleError(
+            "--detach",
+            got="an executor that needs the launcher",
+            expected="Slurm",
+            fix="leave it out, and start the command inside tmux or with nohup",
+        )
     for stage in STAGES:  # said now, not after the stages before it
         folder = stage.folder(run_dir)
         if folder.marker.is_file():
@@ -78,11 +86,16 @@ def _check_folder(run_dir: Path) -> None:
     """Check that a run can be written there."""
     existing = next(path for path in (resolved(run_dir), *resolved(run_dir).parents) if path.exists())
     if not existing.is_dir():
-        fix = "choose another dir"
-        raise UpcycleError(problem(f"dir {run_dir}", got=f"{existing} is a file", expected="a folder", fix=fix))
+        raise UpcycleError(
+            f"dir {run_dir}", got=f"{existing} is a file", expected="a folder", fix="choose another dir"
+        )
     if not os.access(existing, os.W_OK | os.X_OK):
-        fix = "choose another dir, or change who may write there"
-        raise UpcycleError(problem(f"dir {run_dir}", got=f"no right to write to {existing}", expected="one", fix=fix))
+        raise UpcycleError(
+            f"dir {run_dir}",
+            got=f"no right to write to {existing}",
+            expected="one",
+            fix="choose another dir, or change who may write there",
+        )
 
 
 def _check_parent(recipe: run.Partial, parent: Architecture, dense: str, where: str) -> None:
@@ -91,16 +104,23 @@ def _check_parent(recipe: run.Partial, parent: Architecture, dense: str, where: 
     for name, setting in _SIZES.items():
         got, expected = getattr(model, name), getattr(parent, name)
         if got != expected:
-            fix = "give the recipe of a model of this family and size, or another dense"
-            what, wanted = f"{where}model.config.{setting}", f"{expected}, as {dense} has"
-            raise UpcycleError(problem(what, got=got, expected=wanted, fix=fix))
+            raise UpcycleError(
+                f"{where}model.config.{setting}",
+                got=got,
+                expected=f"{expected}, as {dense} has",
+                fix="give the recipe of a model of this family and size, or another dense",
+            )
 
 
 def _check_here(recipe: run.Partial, where: str) -> None:
     """Check what a recipe asks of this machine."""
     if (nodes := ranks_of(recipe, where)[0]) > 1:
-        fix = "set it to 1, or name the cluster with run.executor=NAME"
-        raise UpcycleError(problem(f"{where}trainer.num_nodes", got=nodes, expected="1 on this machine", fix=fix))
+        raise UpcycleError(
+            f"{where}trainer.num_nodes",
+            got=nodes,
+            expected="1 on this machine",
+            fix="set it to 1, or name the cluster with run.executor=NAME",
+        )
     check_kernels(recipe, where)
 
 
@@ -114,11 +134,11 @@ def check_kernels(recipe: run.Partial, where: str = "") -> None:
 
     if getattr(recipe.model.config, "apply_rope_fusion", False) and fused_apply_rotary_pos_emb is None:
         raise UpcycleError(
-            problem(
-                "Transformer Engine",
-                got="not installed",
-                expected=f"it, for the kernels of {where}model.config (apply_rope_fusion)",
-                fix="train in NVIDIA's NeMo container, which holds it; without a GPU, "
-                f"{where}model.config.apply_rope_fusion=False",
-            )
+            "Transformer Engine",
+            got="not installed",
+            expected=f"it, for the kernels of {where}model.config (apply_rope_fusion)",
+            fix=(
+                "train in NVIDIA's NeMo container, which holds it; without a GPU, "
+                f"{where}model.config.apply_rope_fusion=False"
+            ),
         )

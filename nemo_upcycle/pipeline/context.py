@@ -21,7 +21,7 @@ from nemo_run.cli.cli_parser import parse_cli_args
 from nemo_run.cli.lazy import LazyEntrypoint
 from nemo_run.config import get_type_namespace
 
-from nemo_upcycle.errors import UpcycleError, problem, unknown
+from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.checks import check_kernels, is_local
 from nemo_upcycle.pipeline.console import end_soon
 from nemo_upcycle.pipeline.recipes_io import check_recipe
@@ -52,7 +52,7 @@ class CheckedContext(run.cli.RunContext):
             name = next((word.partition("=")[2] for word in args if word.startswith("executor=")), None)
             names = {name for kind in EXECUTOR_CLASSES for name in _factories(kind)}
             if name and name not in names:
-                raise UpcycleError(unknown("run.executor", name, names)) from None
+                raise UpcycleError.unknown("run.executor", name, names) from None
             raise UpcycleError(f"run.{' run.'.join(args)}: {_first_line(error)}.") from None
 
     def parse_fn(self, fn: Any, args: list[str], **default_kwargs: Any) -> Any:
@@ -79,14 +79,14 @@ class CheckedContext(run.cli.RunContext):
                 with _silent():
                     parse_cli_args(config, [f"{key}{operator}{value}"])
             except Exception as cause:
-                return UpcycleError(_explained_override(config, str(key), str(value), cause))
+                return _override_error(config, str(key), str(value), cause)
         return UpcycleError(f"{_first_line(error)}.")
 
     def _explained_factory(self, fn: Any, error: Exception) -> UpcycleError:
         name, _, arguments = str(self.factory).partition("(")
         factories = _factories(fn)
         if name not in factories:
-            return UpcycleError(unknown(f"factory of {fn.__name__}", name, factories))
+            return UpcycleError.unknown(f"factory of {fn.__name__}", name, factories)
         for word in arguments.rstrip(")").split(","):
             key, _, value = map(str.strip, word.partition("="))
             config = run.Partial(factories[name])
@@ -94,7 +94,7 @@ class CheckedContext(run.cli.RunContext):
                 with _silent():
                     parse_cli_args(config, [f"{key}={value}"])
             except Exception as cause:
-                return UpcycleError(_explained_override(config, key, value, cause, where=f"argument of {name}"))
+                return _override_error(config, key, value, cause, where=f"argument of {name}")
         return UpcycleError(f"factory {self.factory}: {_first_line(error)}.")
 
 
@@ -103,8 +103,12 @@ class PipelineContext(CheckedContext):
 
     def _execute_experiment(self, fn: Any, experiment_args: list[str]) -> None:
         if self.to_yaml or self.to_toml or self.to_json:
-            fix = "leave it out; a run keeps its recipes in DIR/recipes"
-            raise UpcycleError(problem("--to-yaml, --to-toml, --to-json", got="one", expected="none", fix=fix))
+            raise UpcycleError(
+                "--to-yaml, --to-toml, --to-json",
+                got="one",
+                expected="none",
+                fix="leave it out; a run keeps its recipes in DIR/recipes",
+            )
         task = self.parse_fn(fn, experiment_args)
         _check_complete(fn, task)
         if self.dryrun or not self.skip_confirmation:
@@ -171,10 +175,14 @@ def _check_words(words: Sequence[str]) -> None:
     for word in words:
         name, equals, value = word.partition("=")
         if name.startswith("-"):
-            raise UpcycleError(unknown("option", name, options))
+            raise UpcycleError.unknown("option", name, options)
         if not (name and equals and value):
-            fix = "write NAME=VALUE without blanks, as in dir=runs/mine"
-            raise UpcycleError(problem(f"argument '{word}'", got="no value", expected="NAME=VALUE", fix=fix))
+            raise UpcycleError(
+                f"argument '{word}'",
+                got="no value",
+                expected="NAME=VALUE",
+                fix="write NAME=VALUE without blanks, as in dir=runs/mine",
+            )
 
 
 def _check_complete(fn: Any, task: Any) -> None:
@@ -182,12 +190,16 @@ def _check_complete(fn: Any, task: Any) -> None:
     parameters = inspect.signature(fn).parameters.values()
     needed = [parameter.name for parameter in parameters if parameter.default is inspect.Parameter.empty]
     if missing := [name for name in needed if name != "ctx" and name not in task.__arguments__]:
-        fix = f"name a factory that gives them: --factory {next(iter(_factories(fn)), 'NAME')}"
-        raise UpcycleError(problem("arguments", got=f"no {', no '.join(missing)}", expected="each of them", fix=fix))
+        raise UpcycleError(
+            "arguments",
+            got=f"no {', no '.join(missing)}",
+            expected="each of them",
+            fix=f"name a factory that gives them: --factory {next(iter(_factories(fn)), 'NAME')}",
+        )
 
 
-def _explained_override(config: Any, key: str, value: str, error: Exception, where: str = "setting") -> str:
-    """Return what is wrong with an override: the first name that does not exist, or the value."""
+def _override_error(config: Any, key: str, value: str, error: Exception, where: str = "setting") -> UpcycleError:
+    """Return the error of an override: the first name that does not exist, or the value."""
     at, so_far = config, ""
     parts = key.split(".")
     for part in parts:
@@ -198,7 +210,7 @@ def _explained_override(config: Any, key: str, value: str, error: Exception, whe
             close = [f"{so_far}{match}" for match in difflib.get_close_matches(name, names, n=1, cutoff=0.5)]
             hint = f" Did you mean '{close[0]}'?" if close else ""
             valid = f" Valid: {', '.join(sorted(names))}." if 0 < len(names) <= 12 else ""
-            return f"{where} '{key}' does not exist: '{name}' is no setting of {owner}.{hint}{valid}"
+            return UpcycleError(f"{where} '{key}' does not exist: '{name}' is no setting of {owner}.{hint}{valid}")
         if part is parts[-1]:
             break
         at, so_far = getattr(at, name), f"{so_far}{part}."
@@ -206,14 +218,15 @@ def _explained_override(config: Any, key: str, value: str, error: Exception, whe
             try:
                 at = at[int(index)]
             except (ValueError, IndexError, TypeError):
-                fix = "count from 0"
-                return problem(f"{where} '{key}'", got=f"[{index}]", expected="a number in the list", fix=fix)
+                return UpcycleError(
+                    f"{where} '{key}'", got=f"[{index}]", expected="a number in the list", fix="count from 0"
+                )
     parameter = inspect.signature(at.__fn_or_cls__).parameters.get(name)  # a class may take what it does not name
     kind = parameter.annotation if parameter else Any
     expected = getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind).replace("typing.", "")
     if kind in (inspect.Parameter.empty, Any):
-        return f"{where} '{key}': {_first_line(error)}."
-    return problem(f"{where} '{key}'", got=f"'{value}'", expected=expected, fix="give such a value")
+        return UpcycleError(f"{where} '{key}': {_first_line(error)}.")
+    return UpcycleError(f"{where} '{key}'", got=f"'{value}'", expected=expected, fix="give such a value")
 
 
 def _settings_of(value: Any) -> list[str]:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.errors import StageError, UpcycleError, problem
-from nemo_upcycle.files import MARKER, read_json, sha256_file, take_lock, write_json
+from nemo_upcycle.errors import StageError, UpcycleError
+from nemo_upcycle.utils.files import MARKER, read_json, sha256_file, take_lock, write_json
 
 
 _STARTED = "_STARTED.json"
@@ -43,8 +43,9 @@ def in_use(folder: Path) -> Iterator[None]:
         try:
             take_lock(lock.fileno())
         except BlockingIOError:
-            fix = "wait for it, or choose another dir"
-            raise StageError(problem(str(folder), got="in use by another run", expected="one run", fix=fix)) from None
+            raise StageError(
+                str(folder), got="in use by another run", expected="one run", fix="wait for it, or choose another dir"
+            ) from None
         yield
 
 
@@ -108,12 +109,10 @@ class StageFolder:
         before = _notes(started, fix) if started.is_file() else inputs
         if changed := [name for name, digest in sorted(inputs.items()) if before.get(name) != digest]:
             raise StageError(
-                problem(
-                    f"{self.path}",
-                    got=f"work started from other inputs (changed: {', '.join(changed)})",
-                    expected="the inputs it was started from, or an empty folder",
-                    fix=f"set them back, choose another dir, or delete {self.path} to lose that work",
-                )
+                f"{self.path}",
+                got=f"work started from other inputs (changed: {', '.join(changed)})",
+                expected="the inputs it was started from, or an empty folder",
+                fix=f"set them back, choose another dir, or delete {self.path} to lose that work",
             )
 
     def start(self, inputs: dict[str, str], *, resumable: bool) -> None:
@@ -149,5 +148,5 @@ def _notes(path: Path, fix: str) -> dict[str, Any]:
     except UpcycleError:
         notes = None
     if not isinstance(notes, dict):
-        raise StageError(problem(str(path), got="a damaged file", expected="what the stage noted", fix=fix))
+        raise StageError(str(path), got="a damaged file", expected="what the stage noted", fix=fix)
     return notes

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.files import read_json, sha256_file, write_json
 from nemo_upcycle.pipeline.markers import StageFolder
+from nemo_upcycle.utils.files import read_json, sha256_file, write_json
 
 
 PLAN = "pipeline.json"

@@ -15,8 +15,8 @@ import nemo_run as run
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 from torch.nn.parallel import DistributedDataParallel
 
-from nemo_upcycle.errors import SpecError, problem
-from nemo_upcycle.model_settings import check_spec
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.models.megatron_config import check_spec
 from nemo_upcycle.pipeline.console import quiet_imports
 from nemo_upcycle.training.layout import check_layout
 
@@ -78,8 +78,9 @@ def _whole(recipe: run.Partial, name: str, default: int | None, where: str) -> i
     value = getattr(recipe.trainer, name, None)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        fix = f"set {name} to how many"
-        raise SpecError(problem(f"{where}trainer.{name}", got=value, expected="a whole number from 1 on", fix=fix))
+        raise SpecError(
+            f"{where}trainer.{name}", got=value, expected="a whole number from 1 on", fix=f"set {name} to how many"
+        )
     return value
 
 

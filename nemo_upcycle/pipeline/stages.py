@@ -8,11 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.checkpoints import newest_checkpoint
-from nemo_upcycle.errors import StageError, problem
+from nemo_upcycle.errors import StageError
 from nemo_upcycle.pipeline.console import is_verbose
 from nemo_upcycle.pipeline.markers import StageFolder
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
+from nemo_upcycle.sources.checkpoints import newest_checkpoint
 
 
 #: Real text that the step-0 comparison runs on.
@@ -38,11 +38,11 @@ def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     import torch
 
     from nemo_upcycle.pipeline.recipes_io import load_recipe, model_config, spec_of
-    from nemo_upcycle.training.equivalence import rehearse
+    from nemo_upcycle.training.equivalence import check_step0
 
     recipe = load_recipe(plan.pretrain)
     dense_folder = dense_folder_of(run_dir)
-    receipt = rehearse(
+    receipt = check_step0(
         model_config(recipe, dense=False),
         model_config(recipe, dense=True),
         dense_folder,
@@ -55,12 +55,10 @@ def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     found = receipt.equivalence
     if receipt.exact and not found["within_tolerance"]:
         raise StageError(
-            problem(
-                "step-0 equivalence of the upcycled model",
-                got=f"{found['max_abs_logit_diff']:.3g} ({found['max_abs_logit_diff_same_stack']:.3g} same stack)",
-                expected=f"at most {found['tolerance']:.3g} ({found['tolerance_same_stack']:.3g})",
-                fix=f"{_where_it_breaks(found)}; compare the model's configuration with the parent's",
-            )
+            "step-0 equivalence of the upcycled model",
+            got=f"{found['max_abs_logit_diff']:.3g} ({found['max_abs_logit_diff_same_stack']:.3g} same stack)",
+            expected=f"at most {found['tolerance']:.3g} ({found['tolerance_same_stack']:.3g})",
+            fix=f"{_where_it_breaks(found)}; compare the model's configuration with the parent's",
         )
     return found
 
@@ -81,8 +79,12 @@ def _sample_tokens(run_dir: Path, dense_folder: Path) -> Any:
     wanted = REHEARSAL_WINDOWS * REHEARSAL_WINDOW_TOKENS
     tokens = torch.cat([torch.from_numpy(dataset[number].astype("int64")) for number in range(len(dataset))])
     if len(tokens) < wanted:
-        expected, fix = f"{wanted} or more", "give the corpus a longer validation split"
-        raise StageError(problem("tokens of the validation split", got=len(tokens), expected=expected, fix=fix))
+        raise StageError(
+            "tokens of the validation split",
+            got=len(tokens),
+            expected=f"{wanted} or more",
+            fix="give the corpus a longer validation split",
+        )
     return tokens[:wanted].view(REHEARSAL_WINDOWS, REHEARSAL_WINDOW_TOKENS)
 
 
@@ -104,8 +106,8 @@ def dense_ct_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 def _train(run_dir: Path, serialised: str, name: str) -> dict[str, Any]:
     import fiddle as fdl
 
+    from nemo_upcycle.cpu.backend import use_cpu_backend
     from nemo_upcycle.pipeline.recipes_io import load_recipe, place_recipe
-    from nemo_upcycle.training.cpu import use_cpu_backend
 
     recipe = load_recipe(serialised)
     place_recipe(recipe, run_dir / name, dense_folder_of(run_dir), run_dir / "data")
@@ -131,17 +133,18 @@ def last_checkpoint(folder: Path) -> Path:
     """
     checkpoint = newest_checkpoint(folder / "checkpoints")
     if checkpoint is None:
-        fix = "run the stage again"
-        raise StageError(problem(f"checkpoint in {folder}", got="none", expected="a finished checkpoint", fix=fix))
+        raise StageError(
+            f"checkpoint in {folder}", got="none", expected="a finished checkpoint", fix="run the stage again"
+        )
     return checkpoint
 
 
 def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Export the trained models to Hugging Face folders."""
-    from nemo_upcycle.checkpoints import step_of
-    from nemo_upcycle.export import About, export_checkpoint
-    from nemo_upcycle.model_card import spec_fact, training_facts
+    from nemo_upcycle.convert.export import About, export_checkpoint
+    from nemo_upcycle.convert.model_card import spec_fact, training_facts
     from nemo_upcycle.pipeline.recipes_io import load_recipe, spec_of
+    from nemo_upcycle.sources.checkpoints import step_of
 
     spec = spec_of(load_recipe(plan.pretrain))
     dense_folder = dense_folder_of(run_dir)

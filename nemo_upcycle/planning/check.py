@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from nemo_upcycle.architecture import Architecture
-from nemo_upcycle.errors import UpcycleError, problem
-from nemo_upcycle.placement import Place, Target, targets_of
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.sharding import Shard
+from nemo_upcycle.online.plan import ParamPlan, RankCoords, param_plans
 from nemo_upcycle.planning.layout import Layout, Seat
 from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.workload import Workload
-from nemo_upcycle.progress import track
-from nemo_upcycle.slices import Shard
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.utils.progress import track
 
 
 #: Ways of building a rank besides Megatron's local spec: real Transformer Engine modules, without and with FP8.
@@ -123,9 +123,11 @@ def _has_transformer_engine() -> bool:
 
 def _compare(rank: int, what: str, found: object, wanted: object) -> None:
     if found != wanted:
-        fix = "report it: the plan and Megatron-Core disagree"
         raise UpcycleError(
-            problem(f"rank {rank}: {what}", got=f"{found} (Megatron)", expected=f"{wanted} (plan)", fix=fix)
+            f"rank {rank}: {what}",
+            got=f"{found} (Megatron)",
+            expected=f"{wanted} (plan)",
+            fix="report it: the plan and Megatron-Core disagree",
         )
 
 
@@ -279,8 +281,8 @@ def _covered(
     rank: int,
 ) -> int:
     """Return the number of a chunk's parameters, after checking that the read plan fills each, and each row, once."""
-    place = Place(Shard(seat.tp, layout.tp), Shard(seat.etp, layout.etp), Shard(seat.ep, layout.ep))
-    targets = targets_of(chunk, dense, made, spec, place, branch_of=lambda copy: 0)
+    place = RankCoords(Shard(seat.tp, layout.tp), Shard(seat.etp, layout.etp), Shard(seat.ep, layout.ep))
+    targets = param_plans(chunk, dense, made, spec, place, branch_of=lambda copy: 0)
     names = sorted(name for target in targets for name in target.names)
     _compare(rank, "parameters in the read plan", names, sorted(name for name, _ in chunk.named_parameters()))
     for target in targets:
@@ -289,7 +291,7 @@ def _covered(
     return len(names)
 
 
-def _rows(target: Target, made: Architecture) -> tuple[list[int], list[int]]:
+def _rows(target: ParamPlan, made: Architecture) -> tuple[list[int], list[int]]:
     """Return the rows that the pieces of a target fill, in order, and those that have to be filled."""
     rows = target.tensors[0].shape[0]
     filled = sorted(

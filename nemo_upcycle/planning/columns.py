@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from nemo_upcycle.errors import SpecError, unknown
+from nemo_upcycle.errors import SpecError
 from nemo_upcycle.planning.memory import GIB
 from nemo_upcycle.planning.search import Plan
 
@@ -49,7 +49,7 @@ def named_columns(text: str) -> list[str]:
     names = text.replace(",", " ").split()
     for name in names:
         if name.lower() not in known:
-            raise SpecError(unknown("column", name.lower(), known))
+            raise SpecError.unknown("column", name.lower(), known)
     return list(dict.fromkeys(["layout", *(known[name.lower()] for name in names)]))
 
 

@@ -7,8 +7,8 @@ from functools import lru_cache
 from importlib import resources
 from typing import Any
 
-from nemo_upcycle.architecture import Architecture
-from nemo_upcycle.errors import SpecError, unknown
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -72,7 +72,7 @@ def known_gpu(name: str) -> Gpu:
     """
     known = read_data("gpus.yaml")
     if name not in known:
-        raise SpecError(unknown("gpu", name, known))
+        raise SpecError.unknown("gpu", name, known)
     return Gpu(**known[name])
 
 
@@ -89,7 +89,7 @@ def known_recipe(name: str) -> KnownRecipe:
     """
     known = read_data("models.yaml")["recipes"]
     if name not in known:
-        raise SpecError(unknown("recipe", name, known))
+        raise SpecError.unknown("recipe", name, known)
     entry: dict[str, Any] = dict(known[name])
     entry["tokens"] = float(entry["tokens"])
     dense, experts, top_k = known_shape(entry.pop("dense")), entry.pop("experts", None), entry.pop("top_k", None)

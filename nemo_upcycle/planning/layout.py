@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from nemo_upcycle.architecture import Architecture
-from nemo_upcycle.errors import SpecError, problem, unknown
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.models.architecture import Architecture
 
 
 #: NeMo pads the vocabulary to a multiple of this times TP (`make_vocab_size_divisible_by`).
@@ -120,7 +120,7 @@ class Layout:
             SpecError: there is no such rank.
         """
         if not 0 <= rank < self.gpus:
-            raise SpecError(problem("rank", got=rank, expected=f"0 to {self.gpus - 1}", fix="choose one of them"))
+            raise SpecError("rank", got=rank, expected=f"0 to {self.gpus - 1}", fix="choose one of them")
         tp, rest = rank % self.tp, rank // self.tp
         cp, rest = rest % self.cp, rest // self.cp
         dp, pp = rest % self.dp, rest // self.dp
@@ -181,27 +181,31 @@ def parse_layout(text: str, gpus: int, micro_batch: int | None = None) -> Layout
     expected = "name=number, for example tp=2,pp=4,ep=8"
     parts = re.sub(r"\s*=\s*", "=", text).replace(",", " ").split()
     if not parts:
-        raise SpecError(problem("layout", got="nothing", expected=expected, fix="name a size"))
+        raise SpecError("layout", got="nothing", expected=expected, fix="name a size")
     for part in parts:
         name, _, number = part.partition("=")
         if name not in names and name != "dp":
-            raise SpecError(unknown("layout key", name, names))
+            raise SpecError.unknown("layout key", name, names)
         if not number.isdecimal() or len(number) > 9:
-            raise SpecError(problem("layout", got=repr(part), expected=expected, fix="write a whole number"))
+            raise SpecError("layout", got=repr(part), expected=expected, fix="write a whole number")
         field = "micro_batch" if name == "mbs" else name
         if field in sizes:
-            raise SpecError(problem("layout", got=f"{name} twice", expected="each size once", fix=f"keep one {name}"))
+            raise SpecError("layout", got=f"{name} twice", expected="each size once", fix=f"keep one {name}")
         sizes[field] = int(number)
     if micro_batch is not None and sizes.setdefault("micro_batch", micro_batch) != micro_batch:
-        got, fix = f"{micro_batch} beside mbs={sizes['micro_batch']}", "give one of them"
-        raise SpecError(problem("micro-batch", got=got, expected="the layout's own", fix=fix))
+        raise SpecError(
+            "micro-batch",
+            got=f"{micro_batch} beside mbs={sizes['micro_batch']}",
+            expected="the layout's own",
+            fix="give one of them",
+        )
     dp = sizes.pop("dp", None)
     if sizes.get("ep", 1) == 1:
         sizes.setdefault("etp", sizes.get("tp", 1))
     layout = Layout(gpus=gpus, **sizes)
     if dp is not None and layout.tp * layout.cp * layout.pp * dp != gpus:
         needed = layout.tp * layout.cp * layout.pp * dp
-        raise SpecError(problem("gpus", got=gpus, expected=f"tp x cp x pp x dp ({needed})", fix="omit dp"))
+        raise SpecError("gpus", got=gpus, expected=f"tp x cp x pp x dp ({needed})", fix="omit dp")
     return layout
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, fields
 
-from nemo_upcycle.architecture import Architecture
+from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.layout import Chunk, Layout
 from nemo_upcycle.planning.parameters import StagePlan, States
 from nemo_upcycle.planning.workload import Workload

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
-from nemo_upcycle.architecture import Architecture
-from nemo_upcycle.errors import SpecError, problem
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.layout import Layout, divisors
 from nemo_upcycle.planning.workload import Workload
 
@@ -43,7 +43,7 @@ def check_layout(layout: Layout, arch: Architecture, work: Workload) -> None:
     """
     if rule := broken(layout, arch, work):
         name, got, expected = rule
-        raise SpecError(problem(_said(name), got=got, expected=expected, fix=_fix(name, layout, arch, work)))
+        raise SpecError(_said(name), got=got, expected=expected, fix=_fix(name, layout, arch, work))
 
 
 def broken(layout: Layout, arch: Architecture, work: Workload) -> Broken | None:

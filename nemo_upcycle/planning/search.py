@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from nemo_upcycle.architecture import Architecture
-from nemo_upcycle.errors import SpecError, problem
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.hardware import Gpu
 from nemo_upcycle.planning.layout import Layout, divisors
 from nemo_upcycle.planning.memory import GIB, Memory, activation_bytes, checkpoint_bytes, worst_memory
@@ -27,7 +27,7 @@ MOST_GPUS = 1_000_000
 
 
 @dataclass(frozen=True)
-class Goal:
+class PlanRequest:
     """What is to be planned for.
 
     Args:
@@ -64,7 +64,7 @@ class Plan:
         work: with the recomputation that was chosen.
     """
 
-    goal: Goal
+    goal: PlanRequest
     layout: Layout
     work: Workload
 
@@ -130,7 +130,7 @@ class Plan:
         return checkpoint_bytes(self.goal.arch) / GIB
 
 
-def judge(goal: Goal, layout: Layout, recompute: str | None = None) -> Plan:
+def evaluate_layout(goal: PlanRequest, layout: Layout, recompute: str | None = None) -> Plan:
     """Return a layout's plan, with the least recomputation that fits; if none does, the least that is tight.
 
     Args:
@@ -151,10 +151,12 @@ def judge(goal: Goal, layout: Layout, recompute: str | None = None) -> Plan:
     return plans[-1]
 
 
-def search(goal: Goal, limit: int = 10, micro_batch: int | None = None, recompute: str | None = None) -> list[Plan]:
+def search(
+    goal: PlanRequest, limit: int = 10, micro_batch: int | None = None, recompute: str | None = None
+) -> list[Plan]:
     """Return the fastest layouts that fit, fastest first; if none does, those that come nearest.
 
-    Each with the recomputation that `judge` chooses, too.
+    Each with the recomputation that `evaluate_layout` chooses, too.
 
     Args:
         goal: what they are for.
@@ -170,18 +172,30 @@ def search(goal: Goal, limit: int = 10, micro_batch: int | None = None, recomput
     batch = goal.work.global_batch
     for other in _batches(batch, goal.gpus * (micro_batch or 1)):
         if _fits(replace(goal, work=replace(goal.work, global_batch=other)), micro_batch, recompute):
-            expected, fix = f"one that a layout of {goal.gpus} GPUs can use", f"set global-batch={other}"
-            raise SpecError(problem("global-batch", got=batch, expected=expected, fix=fix))
+            raise SpecError(
+                "global-batch",
+                got=batch,
+                expected=f"one that a layout of {goal.gpus} GPUs can use",
+                fix=f"set global-batch={other}",
+            )
     if gpus := nearest_gpus(goal, micro_batch, recompute):
-        expected = f"a number that holds the model and works on {batch} sequences a step"
-        raise SpecError(problem("gpus", got=goal.gpus, expected=expected, fix=f"set gpus={gpus}"))
+        raise SpecError(
+            "gpus",
+            got=goal.gpus,
+            expected=f"a number that holds the model and works on {batch} sequences a step",
+            fix=f"set gpus={gpus}",
+        )
     # The plain layout breaks a rule: say which.
     check_layout(Layout(gpus=goal.gpus, micro_batch=micro_batch or 1), goal.arch, goal.work)
-    expected, fix = "a number that some layout can use", "judge a --layout to see which rules it breaks"
-    raise SpecError(problem("gpus", got=goal.gpus, expected=expected, fix=fix))
+    raise SpecError(
+        "gpus",
+        got=goal.gpus,
+        expected="a number that some layout can use",
+        fix="judge a --layout to see which rules it breaks",
+    )
 
 
-def nearest_gpus(goal: Goal, micro_batch: int | None = None, recompute: str | None = None) -> int | None:
+def nearest_gpus(goal: PlanRequest, micro_batch: int | None = None, recompute: str | None = None) -> int | None:
     """Return the number of GPUs nearest to the goal's with which something fits; None if none is found.
 
     Args:
@@ -204,21 +218,21 @@ def _batches(batch: int, step: int) -> list[int]:
     return sorted(around - {0, batch}, key=lambda other: abs(other - batch))
 
 
-def _fits(goal: Goal, micro_batch: int | None, recompute: str | None) -> bool:
+def _fits(goal: PlanRequest, micro_batch: int | None, recompute: str | None) -> bool:
     """Return whether something fits; of the layouts only those are looked at that need least."""
     work = replace(goal.work, recompute=recompute or RECOMPUTES[-1])
     return any(Plan(goal, layout, work).verdict != "no" for layout in _smallest(goal, _allowed(goal, micro_batch), 20))
 
 
-def _allowed(goal: Goal, micro_batch: int | None) -> Iterator[Layout]:
+def _allowed(goal: PlanRequest, micro_batch: int | None) -> Iterator[Layout]:
     return layouts(goal, _MICRO_BATCHES if micro_batch is None else (micro_batch,))
 
 
-def _smallest(goal: Goal, every: Iterable[Layout], count: int) -> list[Layout]:
+def _smallest(goal: PlanRequest, every: Iterable[Layout], count: int) -> list[Layout]:
     return heapq.nsmallest(count, every, key=lambda layout: _least_gib(goal, layout))
 
 
-def find(goal: Goal, limit: int, micro_batch: int | None = None, recompute: str | None = None) -> list[Plan]:
+def find(goal: PlanRequest, limit: int, micro_batch: int | None = None, recompute: str | None = None) -> list[Plan]:
     """Return what `search` returns, and nothing where that refuses."""
     every = list(_allowed(goal, micro_batch))
     works = [replace(goal.work, recompute=kind) for kind in ((recompute,) if recompute else _recomputes(goal))]
@@ -246,12 +260,12 @@ def _rank(plan: Plan) -> tuple[float, int]:
     return (plan.time.total, plan.layout.cp)
 
 
-def _recomputes(goal: Goal) -> tuple[str, ...]:
+def _recomputes(goal: PlanRequest) -> tuple[str, ...]:
     has_moe_act = goal.arch.num_experts and goal.grouped and goal.work.precision != "fp8-delayed"
     return tuple(kind for kind in RECOMPUTES if kind != "moe_act" or has_moe_act)
 
 
-def layouts(goal: Goal, micro_batches: tuple[int, ...]) -> Iterator[Layout]:
+def layouts(goal: PlanRequest, micro_batches: tuple[int, ...]) -> Iterator[Layout]:
     """Yield every layout of even stages that obeys the rules; tensor parallelism stays inside a node."""
     arch, node = goal.arch, goal.gpu.per_node
     experts = divisors(arch.num_experts) if arch.num_experts else [1]
@@ -267,7 +281,7 @@ def layouts(goal: Goal, micro_batches: tuple[int, ...]) -> Iterator[Layout]:
                     yield layout
 
 
-def _least_gib(goal: Goal, layout: Layout) -> float:
+def _least_gib(goal: PlanRequest, layout: Layout) -> float:
     """Return a lower bound of what the worst rank holds: the states of its share of the parameters."""
     arch, gradient = goal.arch, 2 + goal.work.gradient_bytes
     expert = arch.moe_layer_count * (arch.num_experts or 0) * arch.ffn_params(arch.expert_ffn_size or 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_upcycle.architecture import Architecture
+from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.hardware import KnownRecipe
 from nemo_upcycle.planning.memory import ASSUMPTIONS, Memory
 from nemo_upcycle.planning.search import Plan

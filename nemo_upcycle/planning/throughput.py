@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, fields
 
-from nemo_upcycle.architecture import Architecture
+from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.hardware import Gpu
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.workload import Workload

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_upcycle.architecture import Architecture
-from nemo_upcycle.errors import SpecError, problem, unknown
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.models.architecture import Architecture
 
 
 @dataclass(frozen=True)
@@ -79,23 +79,30 @@ class Workload:
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
-            raise SpecError(unknown("precision", self.precision, PRECISIONS))
+            raise SpecError.unknown("precision", self.precision, PRECISIONS)
         if self.recompute not in RECOMPUTES:
-            raise SpecError(unknown("recompute", self.recompute, RECOMPUTES))
+            raise SpecError.unknown("recompute", self.recompute, RECOMPUTES)
         if self.dispatcher not in DISPATCHERS:
-            raise SpecError(unknown("dispatcher", self.dispatcher, DISPATCHERS))
+            raise SpecError.unknown("dispatcher", self.dispatcher, DISPATCHERS)
         if others := [name for name in self.overlap if name not in OVERLAPS]:
-            raise SpecError(unknown("overlap", others[0], OVERLAPS))
+            raise SpecError.unknown("overlap", others[0], OVERLAPS)
         if self.pad and self.dispatcher == "deepep":
-            fix = "plan without padding, or with alltoall"
-            raise SpecError(problem("dispatcher", got="deepep with padding", expected="alltoall", fix=fix))
+            raise SpecError(
+                "dispatcher",
+                got="deepep with padding",
+                expected="alltoall",
+                fix="plan without padding, or with alltoall",
+            )
         if self.recompute == "moe_act" and self.precision == "fp8-delayed":
-            expected, fix = "another kind: Megatron-Core recomputes no activation under delayed scaling", "use moe"
-            raise SpecError(problem("recompute", got=f"moe_act with {self.precision}", expected=expected, fix=fix))
+            raise SpecError(
+                "recompute",
+                got=f"moe_act with {self.precision}",
+                expected="another kind: Megatron-Core recomputes no activation under delayed scaling",
+                fix="use moe",
+            )
         for name, low in (("seq_length", 1), ("global_batch", 1), ("capacity_factor", 0.01), ("imbalance", 1.0)):
             if (value := getattr(self, name)) is not None and not low <= value <= _MOST:
-                expected, fix = f"{low} to {_MOST:,}", f"set {name} within the range"
-                raise SpecError(problem(name, got=value, expected=expected, fix=fix))
+                raise SpecError(name, got=value, expected=f"{low} to {_MOST:,}", fix=f"set {name} within the range")
 
     @property
     def numbers(self) -> Precision:

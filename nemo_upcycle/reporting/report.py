@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.files import write_json
 from nemo_upcycle.reporting import sections, training_sections
 from nemo_upcycle.reporting.environment import describe_environment
 from nemo_upcycle.reporting.figures import load_figure, loss_figure, save
 from nemo_upcycle.reporting.results import collect_results
 from nemo_upcycle.reporting.run_folder import read_run
+from nemo_upcycle.utils.files import write_json
 
 
 def write_report(run_dir: Path) -> Path:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.errors import UpcycleError, problem
-from nemo_upcycle.files import MARKER, read_json
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.files import MARKER, read_json
 
 
 #: The models that are evaluated, in the order of the report, and what each is called there.
@@ -82,8 +82,7 @@ def read_run(folder: Path) -> RunRecord:
         UpcycleError: there is no such folder, or a file in it is missing or damaged: the message names its stage.
     """
     if not folder.is_dir():
-        expected, fix = "that of a pipeline run", "check the path"
-        raise UpcycleError(problem(str(folder), got="no such folder", expected=expected, fix=fix))
+        raise UpcycleError(str(folder), got="no such folder", expected="that of a pipeline run", fix="check the path")
     markers = {stage: _read(path, stage) for stage in STAGES if (path := folder / stage / MARKER).is_file()}
     no_twin = markers.get("dense_ct", {}).get("outputs", {}).get("left_out", False)
     online, command = folder / "pretrain" / "receipt.json", folder / "command.txt"
@@ -126,16 +125,18 @@ def read_curve(path: Path) -> Curve:
         try:
             line = json.loads(text)
         except json.JSONDecodeError as error:
-            raise UpcycleError(problem(f"{path}:{number}", got=error, expected="one JSON object", fix=fix)) from None
+            raise UpcycleError(f"{path}:{number}", got=error, expected="one JSON object", fix=fix) from None
         wanted = _STEP if isinstance(line, dict) and line.get("loss") is not None else _STEP[:1]
         if not isinstance(line, dict) or not all(isinstance(line.get(key), int | float) for key in wanted):
-            expected = "one JSON object with " + ", ".join(wanted)
-            raise UpcycleError(problem(f"{path}:{number}", got=text[:80], expected=expected, fix=fix))
+            raise UpcycleError(
+                f"{path}:{number}", got=text[:80], expected="one JSON object with " + ", ".join(wanted), fix=fix
+            )
         lines.append(line)
     steps = [line for line in lines if line.get("loss") is not None]
     if not steps:
-        fix = f"run stage '{path.parent.name}' again"
-        raise UpcycleError(problem(str(path), got="no step with a loss", expected="at least one", fix=fix))
+        raise UpcycleError(
+            str(path), got="no step with a loss", expected="at least one", fix=f"run stage '{path.parent.name}' again"
+        )
     step_tokens = steps[0]["tokens"] // max(1, steps[0]["step"])
     validation = [
         (line.get("tokens", line["step"] * step_tokens), line["validation_loss"])
@@ -150,9 +151,11 @@ def _read(path: Path, stage: str, keys: tuple[str, ...] = ()) -> dict[str, Any]:
     value = read_json(_made_by(stage, path))
     missing = [key for key in keys if value.get(key) is None] if isinstance(value, dict) else ["JSON object"]
     if missing:
-        fix = f"run stage '{stage}' again: delete {path} and its marker, then run the pipeline with the same dir"
         raise UpcycleError(
-            problem(str(path), got=f"no {missing[0]}", expected=f"what stage '{stage}' writes", fix=fix)
+            str(path),
+            got=f"no {missing[0]}",
+            expected=f"what stage '{stage}' writes",
+            fix=f"run stage '{stage}' again: delete {path} and its marker, then run the pipeline with the same dir",
         )
     return value
 
@@ -160,11 +163,9 @@ def _read(path: Path, stage: str, keys: tuple[str, ...] = ()) -> dict[str, Any]:
 def _made_by(stage: str, path: Path) -> Path:
     if not path.is_file():
         raise UpcycleError(
-            problem(
-                str(path),
-                got="no such file",
-                expected=f"what stage '{stage}' writes",
-                fix=f"run the pipeline again with the same dir: it goes on with stage '{stage}'",
-            )
+            str(path),
+            got="no such file",
+            expected=f"what stage '{stage}' writes",
+            fix=f"run the pipeline again with the same dir: it goes on with stage '{stage}'",
         )
     return path

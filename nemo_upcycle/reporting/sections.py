@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.evaluation.samples import NEW_TOKENS
-from nemo_upcycle.progress import duration
 from nemo_upcycle.reporting.markdown import millions, number, plain_cell, size, table, with_error
 from nemo_upcycle.reporting.results import PAIRS
 from nemo_upcycle.reporting.run_folder import MODELS
+from nemo_upcycle.utils.progress import duration
 
 
 #: The metric of the first paragraph: by far the most sensitive one of the local suites.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_upcycle.progress import duration
 from nemo_upcycle.reporting.figures import chain_only
 from nemo_upcycle.reporting.markdown import number, table
 from nemo_upcycle.reporting.run_folder import MODELS
+from nemo_upcycle.utils.progress import duration
 
 
 _TRAINED = {"pretrain": "trained", "dense_ct": "dense_ct"}

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from nemo_upcycle.architecture import Architecture
-from nemo_upcycle.streamed import FilePart
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.utils.streams import ByteRange
 
 
 if TYPE_CHECKING:
@@ -41,10 +41,10 @@ class DenseSource(Protocol):
     def read(self, name: str, index: Index | None = None) -> torch.Tensor:
         """Return a slice, given as (start, stop) along every axis, and read nothing but that slice."""
 
-    def expect(self, name: str, index: Index | None = None) -> None:
+    def prefetch(self, name: str, index: Index | None = None) -> None:
         """Begin to fetch a slice that will be read soon, where that helps; it is not counted as read."""
 
-    def file_part(self, name: str, index: Index | None = None) -> FilePart | None:
+    def byte_range(self, name: str, index: Index | None = None) -> ByteRange | None:
         """Return where a slice's bytes lie, if that is in one file, one after the other, as `read` gives them."""
 
     def release(self) -> None:
@@ -73,7 +73,7 @@ class OneModel:
         """Return this one source."""
         return (self,)
 
-    def file_part(self, name: str, index: Index | None = None) -> FilePart | None:
+    def byte_range(self, name: str, index: Index | None = None) -> ByteRange | None:
         """Return nothing: most formats put a tensor together."""
         return None
 

@@ -12,11 +12,11 @@ from types import TracebackType
 
 import torch
 
-from nemo_upcycle.architecture import Architecture
-from nemo_upcycle.errors import CheckpointError, SpecError, problem, unknown
-from nemo_upcycle.mapping import hf_names
+from nemo_upcycle.errors import CheckpointError, SpecError
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.mapping import hf_names
 from nemo_upcycle.sources.base import DenseSource, Index
-from nemo_upcycle.streamed import FilePart
+from nemo_upcycle.utils.streams import ByteRange
 
 
 _OTHERS = ("first", "mean")
@@ -35,8 +35,12 @@ def require_copies(dense: DenseSource, copies: int) -> None:
         SpecError: there are more models than copies, so that some would be left out.
     """
     if (branches := len(dense.branches())) > copies:
-        expected, fix = f"at most {copies}, the copies of the network", "give fewer, or more experts"
-        raise SpecError(problem("dense sources", got=branches, expected=expected, fix=fix))
+        raise SpecError(
+            "dense sources",
+            got=branches,
+            expected=f"at most {copies}, the copies of the network",
+            fix="give fewer, or more experts",
+        )
 
 
 def check_others(others: str) -> None:
@@ -46,7 +50,7 @@ def check_others(others: str) -> None:
         SpecError: there is no such place.
     """
     if others not in _OTHERS:
-        raise SpecError(unknown("others", others, _OTHERS))
+        raise SpecError.unknown("others", others, _OTHERS)
 
 
 class Branches:
@@ -73,7 +77,7 @@ class Branches:
     def __init__(self, sources: Sequence[DenseSource], others: str = "first") -> None:
         check_others(others)
         if not sources:
-            raise CheckpointError(problem("branches", got="none", expected="dense checkpoints", fix="name some"))
+            raise CheckpointError("branches", got="none", expected="dense checkpoints", fix="name some")
         self._sources, self._others = tuple(sources), others
         self.path = sources[0].path
         self.architecture: Architecture = sources[0].architecture
@@ -93,8 +97,12 @@ class Branches:
                     raise self._differ(source, f"{what} of {name}", expected, got)
 
     def _differ(self, source: DenseSource, what: str, expected: object, got: object) -> CheckpointError:
-        expected, fix = f"{expected}, as in {self.path}", "mix models that were trained from one parent"
-        return CheckpointError(problem(f"{what} of {source.path}", got=got, expected=expected, fix=fix))
+        return CheckpointError(
+            f"{what} of {source.path}",
+            got=got,
+            expected=f"{expected}, as in {self.path}",
+            fix="mix models that were trained from one parent",
+        )
 
     @property
     def bytes_read(self) -> int:
@@ -125,21 +133,21 @@ class Branches:
         """
         if self._others == "first" or len(self._sources) == 1:
             return self._sources[0].read(name, index)
-        self.expect(name, index)
+        self.prefetch(name, index)
         total = self._sources[0].read(name, index).to(torch.float32, copy=True)
         for source in self._sources[1:]:
             total += source.read(name, index)
         return (total / len(self._sources)).to(self.dtype(name))
 
-    def expect(self, name: str, index: Index | None = None) -> None:
+    def prefetch(self, name: str, index: Index | None = None) -> None:
         """Begin to fetch a slice that will be read soon."""
         for source in self._sources if self._others == "mean" else self._sources[:1]:
-            source.expect(name, index)
+            source.prefetch(name, index)
 
-    def file_part(self, name: str, index: Index | None = None) -> FilePart | None:
+    def byte_range(self, name: str, index: Index | None = None) -> ByteRange | None:
         """Return where a slice's bytes lie: the first model's, a mean lies nowhere."""
         alone = self._others == "first" or len(self._sources) == 1
-        return self._sources[0].file_part(name, index) if alone else None
+        return self._sources[0].byte_range(name, index) if alone else None
 
     def release(self) -> None:
         """Give back the memory that the sources' files take up in this process."""

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from nemo_upcycle.errors import CheckpointError, problem
-from nemo_upcycle.mapping import hf_constants, hf_names
-from nemo_upcycle.slices import hf_shapes
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.models.mapping import hf_constants, hf_names
+from nemo_upcycle.models.sharding import hf_shapes
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.spec import UpcycleSpec
 
@@ -44,12 +44,10 @@ def check_source(dense: DenseSource, *, sampled: bool = False) -> None:
     for what, names in (("missing", expected - present), ("not used by this architecture", present - expected)):
         if names:
             raise CheckpointError(
-                problem(
-                    f"{dense.path}: tensors {what}",
-                    got=", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else ""),
-                    expected=f"exactly the {len(expected)} tensors of {arch.hf_class}",
-                    fix="check that config.json and weights belong together",
-                )
+                f"{dense.path}: tensors {what}",
+                got=", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else ""),
+                expected=f"exactly the {len(expected)} tensors of {arch.hf_class}",
+                fix="check that config.json and weights belong together",
             )
     for source in dense.branches():
         if arch.tied_embeddings and _OUTPUT in source.names():
@@ -67,10 +65,12 @@ def _check_tied(dense: DenseSource, sampled: bool) -> None:
         same &= torch.equal(*(dense.read(name, index).to(dtype) for name in pair))
         dense.release()
     if not same:
-        got = f"other numbers than {_EMBEDDING} has"
-        expected = "the same, as tie_word_embeddings in config.json says"
-        fix = f"set tie_word_embeddings to false to keep both, or remove {_OUTPUT}"
-        raise CheckpointError(problem(f"{dense.path}: {_OUTPUT}", got=got, expected=expected, fix=fix))
+        raise CheckpointError(
+            f"{dense.path}: {_OUTPUT}",
+            got=f"other numbers than {_EMBEDDING} has",
+            expected="the same, as tie_word_embeddings in config.json says",
+            fix=f"set tie_word_embeddings to false to keep both, or remove {_OUTPUT}",
+        )
 
 
 def check_shapes(dense: DenseSource, names: Iterable[str] | None = None) -> None:
@@ -86,9 +86,12 @@ def check_shapes(dense: DenseSource, names: Iterable[str] | None = None) -> None
     wanted = hf_shapes(dense.architecture)
     for name in wanted if names is None else names:
         if dense.shape(name) != wanted[name]:
-            fix = "check that config.json and weights belong together"
-            got, expected = list(dense.shape(name)), f"{list(wanted[name])} (from config.json)"
-            raise CheckpointError(problem(f"{dense.path}: shape of {name}", got=got, expected=expected, fix=fix))
+            raise CheckpointError(
+                f"{dense.path}: shape of {name}",
+                got=list(dense.shape(name)),
+                expected=f"{list(wanted[name])} (from config.json)",
+                fix="check that config.json and weights belong together",
+            )
 
 
 def require_finite(
@@ -109,11 +112,18 @@ def require_finite(
         return
     where = f"{source.path}: {name}" if source else name
     if made is not None and _is_finite(slice_):
-        expected, fix = f"numbers that {_short(made.dtype)} can hold", "choose bfloat16 or float32"
-        raise BrokenWeights(problem(where, got="larger ones", expected=expected, fix=fix))
-    got = f"{int((~slice_.isfinite()).sum())} values that are NaN or infinite"
-    fix = "use a checkpoint from before it broke"
-    raise BrokenWeights(problem(where, got=got, expected="finite weights", fix=fix))
+        raise BrokenWeights(
+            where,
+            got="larger ones",
+            expected=f"numbers that {_short(made.dtype)} can hold",
+            fix="choose bfloat16 or float32",
+        )
+    raise BrokenWeights(
+        where,
+        got=f"{int((~slice_.isfinite()).sum())} values that are NaN or infinite",
+        expected="finite weights",
+        fix="use a checkpoint from before it broke",
+    )
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

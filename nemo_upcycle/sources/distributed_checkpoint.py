@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from nemo_upcycle.errors import CheckpointError, problem, unknown
-from nemo_upcycle.mapping import BY_ROLE
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.models.mapping import BY_ROLE
 from nemo_upcycle.sources.base import Index
 from nemo_upcycle.sources.mapped_files import MappedFiles, Stored, bounds_of
 from nemo_upcycle.sources.torch_metadata import read_metadata
@@ -56,14 +56,17 @@ class DistributedCheckpoint:
     def _size_bytes(self, file: str) -> int:
         path = self.path / file
         if path.parent != self.path or not path.is_file():
-            expected = "every file of the checkpoint"
-            raise CheckpointError(problem(str(self.path), got=f"no {file}", expected=expected, fix="copy it again"))
+            raise CheckpointError(
+                str(self.path), got=f"no {file}", expected="every file of the checkpoint", fix="copy it again"
+            )
         return path.stat().st_size
 
     def _damaged(self, file: str, name: str, why: str) -> CheckpointError:
-        got, expected = f"damaged data of {name} ({why})", "the bytes that the metadata names"
         return CheckpointError(
-            problem(str(self.path / file), got=got, expected=expected, fix="copy the checkpoint again")
+            str(self.path / file),
+            got=f"damaged data of {name} ({why})",
+            expected="the bytes that the metadata names",
+            fix="copy the checkpoint again",
         )
 
     @property
@@ -77,7 +80,7 @@ class DistributedCheckpoint:
 
     def _entry(self, name: str) -> Any:
         if name not in self._tensors:
-            raise CheckpointError(f"{self.path}: {unknown('tensor', name, self._tensors)}")
+            raise CheckpointError.unknown(f"{self.path}: tensor", name, self._tensors)
         return self._tensors[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -104,16 +107,16 @@ class DistributedCheckpoint:
             result = torch.empty([stop - start for start, stop in bounds], dtype=self.dtype(name))
             self._check_cover(name, result.numel(), [place for place, _, _ in parts])
             for part in parts:
-                self._files.expect(name, *part[1:])
+                self._files.prefetch(name, *part[1:])
             for place, piece, inside in parts:
                 here = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(place, bounds, strict=True))
                 result[here] = self._files.read(name, piece, inside)
         return result
 
-    def expect(self, name: str, index: Index | None = None) -> None:
+    def prefetch(self, name: str, index: Index | None = None) -> None:
         """Begin to fetch a slice that will be read soon."""
         for _, piece, inside in self._parts(name, bounds_of(self.path, name, self.shape(name), index)):
-            self._files.expect(name, piece, inside)
+            self._files.prefetch(name, piece, inside)
 
     def release(self) -> None:
         """Give back the memory that the mapped files take up in this process."""
@@ -149,9 +152,11 @@ class DistributedCheckpoint:
             for one, other in itertools.combinations(places, 2)
         )
         if got != wanted or twice:
-            found = "pieces that overlap" if twice else f"{got} elements"
             raise CheckpointError(
-                problem(f"{self.path}: {name}", got=found, expected=f"{wanted} elements", fix="save it again")
+                f"{self.path}: {name}",
+                got="pieces that overlap" if twice else f"{got} elements",
+                expected=f"{wanted} elements",
+                fix="save it again",
             )
 
     def _piece(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Stored:
@@ -190,5 +195,6 @@ def model_prefix(checkpoint: DistributedCheckpoint) -> str:
     for name in checkpoint.names():
         if name.endswith(ending) and not name.startswith("optimizer."):
             return name.removesuffix(ending)
-    fix = "give a language model's checkpoint"
-    raise CheckpointError(problem(str(checkpoint.path), got=f"no {ending}", expected="a GPT checkpoint", fix=fix))
+    raise CheckpointError(
+        str(checkpoint.path), got=f"no {ending}", expected="a GPT checkpoint", fix="give a language model's checkpoint"
+    )

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from nemo_upcycle.errors import CheckpointError, problem
+from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.sources.base import Index
-from nemo_upcycle.streamed import FilePart
+from nemo_upcycle.utils.streams import ByteRange
 
 
 #: Bytes of one read, and reads at a time: 16 MiB of buffers, which only a process that reads a cold file has.
@@ -120,13 +120,13 @@ class MappedFiles:
         items = flat.as_strided([*sizes, item], [*(stride * item for stride in stored.stride), 1])
         return items.clone(memory_format=torch.contiguous_format).view(stored.dtype).squeeze(-1)
 
-    def expect(self, name: str, stored: Stored, index: Index | None = None) -> None:
+    def prefetch(self, name: str, stored: Stored, index: Index | None = None) -> None:
         """Begin to fetch a slice that will be read soon. Returns at once."""
         bounds = bounds_of(self._folder, name, stored.shape, index)
         if all(start < stop for start, stop in bounds):
             self._fetch(stored.file, *_span(stored, bounds))
 
-    def part(self, name: str, stored: Stored, index: Index | None = None) -> FilePart | None:
+    def part(self, name: str, stored: Stored, index: Index | None = None) -> ByteRange | None:
         """Return where a slice's bytes lie, if they lie one after the other in the order of its elements."""
         bounds = bounds_of(self._folder, name, stored.shape, index)
         sizes = tuple(stop - start for start, stop in bounds)
@@ -134,7 +134,7 @@ class MappedFiles:
         if 0 in sizes or any(size > 1 and a != b for size, a, b in zip(sizes, stored.stride, wanted, strict=True)):
             return None
         start, stop = _span(stored, bounds)
-        return FilePart(self._folder / stored.file, self._descriptor(stored.file), start, stop - start)
+        return ByteRange(self._folder / stored.file, self._descriptor(stored.file), start, stop - start)
 
     def read_bytes(self, file: str, start: int, count: int) -> bytes:
         """Return a few bytes of a file, for its headers; fewer where it ends."""
@@ -192,9 +192,12 @@ class MappedFiles:
             except OSError as error:
                 count, got = 0, str(error)
             if not count:
-                expected = f"to read bytes {start} to {stop}"
-                fix = "check the file system, and that nobody writes to the checkpoint"
-                raise CheckpointError(problem(str(self._folder / file), got=got, expected=expected, fix=fix))
+                raise CheckpointError(
+                    str(self._folder / file),
+                    got=got,
+                    expected=f"to read bytes {start} to {stop}",
+                    fix="check the file system, and that nobody writes to the checkpoint",
+                )
             start += count
 
     def _descriptor(self, file: str) -> int:

@@ -14,15 +14,15 @@ from types import TracebackType
 
 import torch
 
-from nemo_upcycle.architecture import Architecture, architecture_from_config, read_architecture
-from nemo_upcycle.errors import CheckpointError, problem, unknown
-from nemo_upcycle.files import read_json
-from nemo_upcycle.mapping import BY_ROLE, MOE_ROWS, ROWS, Cut, Row, row_of
-from nemo_upcycle.slices import Piece, Shard, hf_shape, pieces, shard_shape
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.models.architecture import Architecture, architecture_from_config, read_architecture
+from nemo_upcycle.models.mapping import BY_ROLE, MAPPINGS, MOE_MAPPINGS, ParamMapping, Sharding, mapping_of
+from nemo_upcycle.models.sharding import Shard, SourceSlice, hf_shape, shard_shape, source_slices
 from nemo_upcycle.sources.base import Index, OneModel
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint, model_prefix
 from nemo_upcycle.sources.mapped_files import bounds_of
 from nemo_upcycle.sources.nemo_context import hf_config_of
+from nemo_upcycle.utils.files import read_json
 
 
 #: With several optimizers, as MoE has them, their states are numbered.
@@ -44,8 +44,8 @@ class _Fused:
     """
 
     key: str
-    row: Row
-    piece: Piece
+    row: ParamMapping
+    piece: SourceSlice
     shape: tuple[int, ...]
     layer: int | None
 
@@ -103,12 +103,10 @@ class MegatronCheckpoint(OneModel):
             return read_architecture(self.path)
         if not (self.path / "context").is_dir():
             raise CheckpointError(
-                problem(
-                    f"architecture of {self.path}",
-                    got="neither context/ (NeMo's) nor config.json",
-                    expected="one of them",
-                    fix="put the Hugging Face config.json of the model into the folder",
-                )
+                f"architecture of {self.path}",
+                got="neither context/ (NeMo's) nor config.json",
+                expected="one of them",
+                fix="put the Hugging Face config.json of the model into the folder",
             )
         rows = self._checkpoint.shape(self._prefix + BY_ROLE["embedding"].stored[0])[0]
         return architecture_from_config(
@@ -119,36 +117,43 @@ class MegatronCheckpoint(OneModel):
         """Yield every Hugging Face tensor by name; refuses what the table does not know of a dense model."""
         for key in model_tensors(self._checkpoint, self._prefix):
             layer, name = _split(key.removeprefix(self._prefix))
-            row = next((row for row in ROWS if name in row.stored and row.in_layer is (layer is not None)), None)
-            if row is None or row in MOE_ROWS or (row.role == "output" and self.architecture.tied_embeddings):
-                fix = "give the dense parent" if row in MOE_ROWS else "check that configuration and weights fit"
-                expected = f"the tensors of a dense {self.architecture.hf_class}"
-                raise CheckpointError(problem(f"{self.path}: tensor", got=key, expected=expected, fix=fix))
-            yield from self._find(key, row_of(row.role, self.architecture), layer)
+            row = next((row for row in MAPPINGS if name in row.stored and row.in_layer is (layer is not None)), None)
+            if row is None or row in MOE_MAPPINGS or (row.role == "output" and self.architecture.tied_embeddings):
+                raise CheckpointError(
+                    f"{self.path}: tensor",
+                    got=key,
+                    expected=f"the tensors of a dense {self.architecture.hf_class}",
+                    fix="give the dense parent" if row in MOE_MAPPINGS else "check that configuration and weights fit",
+                )
+            yield from self._find(key, mapping_of(row.role, self.architecture), layer)
 
-    def _find(self, key: str, row: Row, layer: str | None) -> Iterator[tuple[str, _Fused]]:
+    def _find(self, key: str, row: ParamMapping, layer: str | None) -> Iterator[tuple[str, _Fused]]:
         shape, stacked = self._checkpoint.shape(key), layer == ""
         own = shape[1:] if stacked else shape
         self._check(key, row, own)
-        parts = pieces(row, self.architecture, Shard(), own)
+        parts = source_slices(row, self.architecture, Shard(), own)
         for number in range(shape[0]) if stacked else [int(layer or 0)]:
             for part in parts:
                 name = row.hf[part.part].format(layer=number)
                 yield name, _Fused(key, row, part, own, number if stacked else None)
 
-    def _check(self, key: str, row: Row, shape: tuple[int, ...]) -> None:
+    def _check(self, key: str, row: ParamMapping, shape: tuple[int, ...]) -> None:
         arch = self.architecture
-        is_vocabulary = row.cut is Cut.VOCABULARY
+        is_vocabulary = row.sharding is Sharding.VOCABULARY
         wanted = shard_shape(
             row, arch, Shard(), padded_vocab=max(shape[0], arch.vocab_size) if is_vocabulary else None
         )
         dtype = self._checkpoint.dtype(key)
         fix = "check that configuration and weights belong together"
         if shape != wanted:
-            got, expected = list(shape), f"{list(wanted)}, as the configuration says"
-            raise CheckpointError(problem(f"{self.path}: shape of {key}", got=got, expected=expected, fix=fix))
+            raise CheckpointError(
+                f"{self.path}: shape of {key}",
+                got=list(shape),
+                expected=f"{list(wanted)}, as the configuration says",
+                fix=fix,
+            )
         if dtype not in _FLOATS:
-            raise CheckpointError(problem(f"{self.path}: type of {key}", got=dtype, expected="a float", fix=fix))
+            raise CheckpointError(f"{self.path}: type of {key}", got=dtype, expected="a float", fix=fix)
 
     @property
     def bytes_read(self) -> int:
@@ -161,7 +166,7 @@ class MegatronCheckpoint(OneModel):
 
     def _entry(self, name: str) -> _Fused:
         if name not in self._fused:
-            raise CheckpointError(f"{self.path}: {unknown('tensor', name, self._fused)}")
+            raise CheckpointError.unknown(f"{self.path}: tensor", name, self._fused)
         return self._fused[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -190,10 +195,10 @@ class MegatronCheckpoint(OneModel):
             return torch.empty(sizes, dtype=self.dtype(name))
         return (runs[0] if len(runs) == 1 else torch.cat(runs, dim=-len(sizes))).view(sizes)
 
-    def expect(self, name: str, index: Index | None = None) -> None:
+    def prefetch(self, name: str, index: Index | None = None) -> None:
         """Begin to fetch a slice that will be read soon."""
         for run in self._runs(name, bounds_of(self.path, name, self.shape(name), index)):
-            self._checkpoint.expect(self._entry(name).key, run)
+            self._checkpoint.prefetch(self._entry(name).key, run)
 
     def _runs(self, name: str, bounds: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
         """Yield where the slice lies in the Megatron tensor: for query, key and value a run of rows a group."""

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from nemo_upcycle.errors import CheckpointError, UpcycleError, problem
-from nemo_upcycle.files import read_json
+from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.utils.files import read_json
 
 
 #: NeMo's module of model configurations -> the Hugging Face class that names such a model's tensors.
@@ -57,11 +57,9 @@ def hf_config_of(context: Path, padded_vocab: int) -> dict[str, Any]:
     """
     settings, path = model_settings(context), context / MODEL
     if experts := settings.get("num_moe_experts"):
-        fix = "give a dense parent"
-        raise CheckpointError(problem(f"{path}: num_moe_experts", got=experts, expected=None, fix=fix))
+        raise CheckpointError(f"{path}: num_moe_experts", got=experts, expected=None, fix="give a dense parent")
     if (family := family_of(settings)) not in FAMILIES:
-        expected = " or ".join(FAMILIES)
-        raise CheckpointError(problem(f"{path}: _target_", got=family, expected=expected, fix=_FIX))
+        raise CheckpointError(f"{path}: _target_", got=family, expected=" or ".join(FAMILIES), fix=_FIX)
     return hf_config_from(settings, settings.get("vocab_size") or _tokenizer_size(context) or padded_vocab, path)
 
 
@@ -77,7 +75,7 @@ def model_settings(context: Path) -> dict[str, Any]:
         family_of(settings)
         return dict(settings)
     except FileNotFoundError:
-        raise CheckpointError(problem(str(path), got="no such file", expected="NeMo's model", fix=_FIX)) from None
+        raise CheckpointError(str(path), got="no such file", expected="NeMo's model", fix=_FIX) from None
     except _UNREADABLE as error:
         raise _unreadable(path, error) from None
 
@@ -113,7 +111,7 @@ def hf_config_from(settings: dict[str, Any], vocab_size: int, path: Path, fix: s
     ]
     for name, got, expected in checks:
         if got != expected:
-            raise CheckpointError(problem(f"{path}: {name}", got=got, expected=expected, fix=fix))
+            raise CheckpointError(f"{path}: {name}", got=got, expected=expected, fix=fix)
     window = settings.get("window_size")  # (tokens back, tokens ahead), -1 for all
     return {
         "architectures": [family],
@@ -140,8 +138,12 @@ def hf_config_from(settings: dict[str, Any], vocab_size: int, path: Path, fix: s
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    got = f"an unreadable description ({type(error).__name__})"
-    return CheckpointError(problem(str(path), got=got, expected="a NeMo 2 language model", fix=_FIX))
+    return CheckpointError(
+        str(path),
+        got=f"an unreadable description ({type(error).__name__})",
+        expected="a NeMo 2 language model",
+        fix=_FIX,
+    )
 
 
 def _rope_scaling(config: dict[str, Any]) -> dict[str, Any] | None:

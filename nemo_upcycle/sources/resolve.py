@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from nemo_upcycle.errors import CheckpointError, problem, unknown
-from nemo_upcycle.hf_settings import DENSE_CLASSES
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.models.hf_config import DENSE_CLASSES
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.branches import Branches, check_others
 from nemo_upcycle.sources.megatron_checkpoint import MegatronCheckpoint, is_megatron
@@ -49,28 +49,24 @@ def open_dense(uri: str | Path | Sequence[str | Path], *, others: str = "first")
 def _open_one(uri: str) -> DenseSource:
     scheme, separator, rest = uri.partition("://")
     if separator and scheme not in _SCHEMES:
-        raise CheckpointError(unknown("address scheme", scheme, _SCHEMES))
+        raise CheckpointError.unknown("address scheme", scheme, _SCHEMES)
     path = Path(rest if separator else uri)
     if separator and not path.is_absolute():
         raise CheckpointError(
-            problem(
-                uri,
-                got="a name on the hub" if scheme == "hf" else "a relative path",
-                expected=f"a folder on this machine ({scheme}:///absolute/path)",
-                fix="import it first: the pipeline's import stage downloads hf://organisation/model"
-                if scheme == "hf"
-                else "write the whole path",
-            )
+            uri,
+            got="a name on the hub" if scheme == "hf" else "a relative path",
+            expected=f"a folder on this machine ({scheme}:///absolute/path)",
+            fix="import it first: the pipeline's import stage downloads hf://organisation/model"
+            if scheme == "hf"
+            else "write the whole path",
         )
     kind = _SCHEMES[scheme] if separator else MegatronCheckpoint if is_megatron(path) else SafetensorsFolder
     source: DenseSource = kind(path)
     if source.architecture.hf_class not in DENSE_CLASSES:
         raise CheckpointError(
-            problem(
-                str(path),
-                got=source.architecture.hf_class,
-                expected=f"a dense model ({', '.join(DENSE_CLASSES)})",
-                fix="give the dense parent",
-            )
+            str(path),
+            got=source.architecture.hf_class,
+            expected=f"a dense model ({', '.join(DENSE_CLASSES)})",
+            fix="give the dense parent",
         )
     return source

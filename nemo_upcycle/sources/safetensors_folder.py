@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from nemo_upcycle.architecture import read_architecture
-from nemo_upcycle.errors import CheckpointError, problem, unknown
-from nemo_upcycle.files import read_json
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.models.architecture import read_architecture
 from nemo_upcycle.sources.base import Index, OneModel
 from nemo_upcycle.sources.mapped_files import MappedFiles, Stored, row_major
-from nemo_upcycle.streamed import FilePart
+from nemo_upcycle.utils.files import read_json
+from nemo_upcycle.utils.streams import ByteRange
 
 
 #: The format's names of the types that weights come in.
@@ -36,7 +36,7 @@ _QUANTIZED = re.compile(r"[IU](8|16|32|64)|F[468](_\w+)?|BOOL")
 
 
 def _broken(path: Path, got: str, expected: str) -> CheckpointError:
-    return CheckpointError(problem(str(path), got=got, expected=expected, fix="download or copy the file again"))
+    return CheckpointError(str(path), got=got, expected=expected, fix="download or copy the file again")
 
 
 def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
@@ -59,9 +59,12 @@ def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
     for name, kind, shape, start, stop in sorted(entries, key=lambda entry: entry[3:]):
         dtype = _DTYPES.get(kind)
         if dtype is None and _QUANTIZED.fullmatch(kind):
-            got, expected = f"{name} of type {kind}: quantized weights", f"one of {', '.join(_DTYPES)}"
-            fix = "use the unquantized checkpoint"
-            raise CheckpointError(problem(str(path), got=got, expected=expected, fix=fix))
+            raise CheckpointError(
+                str(path),
+                got=f"{name} of type {kind}: quantized weights",
+                expected=f"one of {', '.join(_DTYPES)}",
+                fix="use the unquantized checkpoint",
+            )
         if dtype is None:
             raise _broken(path, f"{name} of type {kind}", f"one of {', '.join(_DTYPES)}")
         if math.prod(shape) * dtype.itemsize != stop - start:
@@ -98,20 +101,21 @@ def _files_of(folder: Path) -> dict[str, set[str]]:
             files.setdefault(str(file), set()).add(name)
         # transformers would take the single file then. Nothing tells which of the two is the stale one.
         if (folder / _SINGLE).is_file() and set(files) != {_SINGLE}:
-            got, expected = f"{INDEX} (naming {min(files)}) and {_SINGLE}", "one of the two"
-            fix = f"remove {INDEX} with its shards, or {_SINGLE}: whichever is the old one"
-            raise CheckpointError(problem(str(folder), got=got, expected=expected, fix=fix))
+            raise CheckpointError(
+                str(folder),
+                got=f"{INDEX} (naming {min(files)}) and {_SINGLE}",
+                expected="one of the two",
+                fix=f"remove {INDEX} with its shards, or {_SINGLE}: whichever is the old one",
+            )
         return dict(sorted(files.items()))
     if (folder / _SINGLE).is_file():
         return {_SINGLE: set()}
     other = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pth", ".gguf"))
     raise CheckpointError(
-        problem(
-            str(folder),
-            got=f"no {_SINGLE} and no {INDEX}" + (f", but {', '.join(other[:3])}" if other else ""),
-            expected="weights as safetensors",
-            fix="save the model with safe_serialization=True" if other else "check the path",
-        )
+        str(folder),
+        got=f"no {_SINGLE} and no {INDEX}" + (f", but {', '.join(other[:3])}" if other else ""),
+        expected="weights as safetensors",
+        fix="save the model with safe_serialization=True" if other else "check the path",
     )
 
 
@@ -145,12 +149,10 @@ class SafetensorsFolder(OneModel):
         path = self.path / file
         if path.parent != self.path or not path.is_file():
             raise CheckpointError(
-                problem(
-                    f"{self.path / INDEX}",
-                    got=f"the shard {file}, which does not exist",
-                    expected="every shard that the index names",
-                    fix="download the missing shard",
-                )
+                f"{self.path / INDEX}",
+                got=f"the shard {file}, which does not exist",
+                expected="every shard that the index names",
+                fix="download the missing shard",
             )
         stored, digest = _read_header(path)
         if absent := sorted(names - stored.keys()):
@@ -171,7 +173,7 @@ class SafetensorsFolder(OneModel):
 
     def _entry(self, name: str) -> Stored:
         if name not in self._stored:
-            raise CheckpointError(f"{self.path}: {unknown('tensor', name, self._stored)}")
+            raise CheckpointError.unknown(f"{self.path}: tensor", name, self._stored)
         return self._stored[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -196,11 +198,11 @@ class SafetensorsFolder(OneModel):
         """
         return self._files.read(name, self._entry(name), index)
 
-    def expect(self, name: str, index: Index | None = None) -> None:
+    def prefetch(self, name: str, index: Index | None = None) -> None:
         """Begin to fetch a slice that will be read soon."""
-        self._files.expect(name, self._entry(name), index)
+        self._files.prefetch(name, self._entry(name), index)
 
-    def file_part(self, name: str, index: Index | None = None) -> FilePart | None:
+    def byte_range(self, name: str, index: Index | None = None) -> ByteRange | None:
         """Return where a slice's bytes lie, if they lie one after the other."""
         return self._files.part(name, self._entry(name), index)
 

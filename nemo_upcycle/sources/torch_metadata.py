@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nemo_upcycle.errors import CheckpointError, problem
+from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.sources.inert_pickle import Inert
 from nemo_upcycle.sources.torch_piece import DTYPE_NAMES
 
@@ -70,7 +70,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 @dataclass(frozen=True)
-class Place:
+class FileSpan:
     """Where a piece lies; `transforms` is None but for compressed ones."""
 
     file: str
@@ -79,17 +79,15 @@ class Place:
     transforms: Any
 
 
-def read_metadata(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, tuple[int, ...]], Place], str]:
+def read_metadata(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, tuple[int, ...]], FileSpan], str]:
     """Return the tensors, the places of their pieces by name and offset, and the sha256 of it all."""
     path = folder / ".metadata"
     if not path.is_file():
         raise CheckpointError(
-            problem(
-                str(folder),
-                got="no .metadata",
-                expected="a finished Megatron distributed checkpoint",
-                fix="point to the checkpoint's weights folder; one without .metadata was not finished",
-            )
+            str(folder),
+            got="no .metadata",
+            expected="a finished Megatron distributed checkpoint",
+            fix="point to the checkpoint's weights folder; one without .metadata was not finished",
         )
     try:
         raw = path.read_bytes()
@@ -102,9 +100,7 @@ def read_metadata(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, tuple[i
     except Exception as error:  # whatever a damaged pickle leads to
         reason = str(error) or type(error).__name__
         raise CheckpointError(
-            problem(
-                str(path), got=f"unreadable metadata ({reason})", expected="torch_dist metadata", fix="copy it again"
-            )
+            str(path), got=f"unreadable metadata ({reason})", expected="torch_dist metadata", fix="copy it again"
         ) from None
 
 
@@ -118,11 +114,13 @@ def _tensors_of(metadata: _Metadata) -> dict[str, Any]:
     return tensors
 
 
-def _places_of(metadata: _Metadata) -> dict[tuple[str, tuple[int, ...]], Place]:
+def _places_of(metadata: _Metadata) -> dict[tuple[str, tuple[int, ...]], FileSpan]:
     places = {}
     for index, info in metadata.storage_data.items():
         if (offset := getattr(index, "offset", None)) is not None:
-            place = Place(info.relative_path, info.offset, info.length, getattr(info, "transform_descriptors", None))
+            place = FileSpan(
+                info.relative_path, info.offset, info.length, getattr(info, "transform_descriptors", None)
+            )
             _require(isinstance(place.file, str) and place.offset >= 0 and place.length >= 0, index.fqn)
             places[index.fqn, tuple(offset)] = place
     return places

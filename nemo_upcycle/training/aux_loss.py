@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection
 from megatron.core.transformer.moe.router import TopKRouter
 
-from nemo_upcycle.receipt import ActingCoefficient
+from nemo_upcycle.online.receipt import ActingCoefficient
 
 
 #: Settings of the router that is measured: plain top-1, nothing dropped, no random number drawn, no loss scale.

@@ -19,15 +19,15 @@ from typing import Any, cast
 
 import torch
 
-from nemo_upcycle.connector import load_dense_into, upcycle_into
-from nemo_upcycle.export import export_weights
-from nemo_upcycle.hf_model import load_model
-from nemo_upcycle.megatron_weights import LiveWeights
-from nemo_upcycle.progress import ProgressLine
-from nemo_upcycle.receipt import UpcycleReceipt
+from nemo_upcycle.convert.export import export_weights
+from nemo_upcycle.convert.megatron_weights import LiveWeights
+from nemo_upcycle.cpu.backend import configure_for_cpu, use_cpu_backend
+from nemo_upcycle.models.hf_model import load_model
+from nemo_upcycle.online.receipt import UpcycleReceipt
+from nemo_upcycle.online.upcycle import load_dense_into, upcycle_into
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.training.cpu import configure_for_cpu, use_cpu_backend
+from nemo_upcycle.utils.progress import ProgressLine
 
 
 #: What rounding may make of logits: across implementations in float32; within one in float64, where Megatron still
@@ -124,7 +124,7 @@ def hugging_face_logits(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
     return load_model(folder, dtype=torch.float32).eval()(tokens_BS).logits
 
 
-def rehearse(
+def check_step0(
     moe_config: Any,
     dense_config: Any,
     dense_folder: Path,

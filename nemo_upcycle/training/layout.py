@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_upcycle.errors import SpecError, problem
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.monitoring.throughput import architecture_of
 from nemo_upcycle.planning import rules
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.workload import Workload
-from nemo_upcycle.training.flops import architecture_of
 
 
 #: The planner's names of sizes, and where a recipe sets them.
@@ -68,8 +68,9 @@ def check_layout(strategy: Any, config: Any, data: Any, ranks: int) -> None:
     layout = layout_of(strategy, ranks, getattr(data, "micro_batch_size", 1))
     try:
         if arch.num_experts and not 1 <= (arch.top_k or 0) <= arch.num_experts:
-            expected = f"1 to num_moe_experts ({arch.num_experts})"
-            raise SpecError(problem("top_k", got=arch.top_k, expected=expected, fix="lower it"))
+            raise SpecError(
+                "top_k", got=arch.top_k, expected=f"1 to num_moe_experts ({arch.num_experts})", fix="lower it"
+            )
         rules.check_layout(layout, arch, _work(config, data, layout))
     except SpecError as error:
         name = str(error).partition(":")[0]

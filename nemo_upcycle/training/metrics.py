@@ -19,10 +19,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from nemo.utils.app_state import AppState
 
-from nemo_upcycle.files import write_json
-from nemo_upcycle.progress import duration, show_messages
-from nemo_upcycle.training.flops import Throughput, architecture_of, memory_gib, peaks_of
-from nemo_upcycle.training.router_health import RouterHealth, shares, sum_over_ranks
+from nemo_upcycle.monitoring.router_health import RouterHealth, shares, sum_over_ranks
+from nemo_upcycle.monitoring.throughput import Throughput, architecture_of, memory_gib, peaks_of
+from nemo_upcycle.utils.files import write_json
+from nemo_upcycle.utils.progress import duration, show_messages
 
 
 class MetricsLogger(Callback):

@@ -19,9 +19,9 @@ from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.lightning.pytorch.optim import LRSchedulerModule
 
-from nemo_upcycle.errors import SpecError, problem
-from nemo_upcycle.progress import show_messages
+from nemo_upcycle.errors import SpecError
 from nemo_upcycle.training.schedules import EXPERTS, REST, ROUTER, Anneal, LearningRateFactors, part_of
+from nemo_upcycle.utils.progress import show_messages
 
 
 #: What `lr_mult` holds in the parameter groups of each part. Megatron finds a group of a checkpoint by this value, so
@@ -100,8 +100,12 @@ class UpcycleOptimizer(nl.MegatronOptimizerModule):
             group["lr"] = group["pre_mult_lr"]  # NeMo has multiplied it by the mark
         parts = {_PARTS[group["pre_lr_mult"]] for group in optimizer.param_groups}
         if ROUTER not in parts and not self.factors.is_neutral:
-            fix = "leave optim.router_* and optim.expert_lr_mult alone, or train an MoE model"
-            raise SpecError(problem("router of the model", got="none", expected="one, for these settings", fix=fix))
+            raise SpecError(
+                "router of the model",
+                got="none",
+                expected="one, for these settings",
+                fix="leave optim.router_* and optim.expert_lr_mult alone, or train an MoE model",
+            )
         _scale_within_step(optimizer.mcore_optimizer, lambda part: self.factors.of(part, model.trainer.global_step))
         self._start_anneal(model)
         return [optimizer]
@@ -227,10 +231,18 @@ def _check_anneal(config: Any) -> None:
     what, fix = "optim.aux_loss_steps", "set model.config.moe_router_load_balancing_type, or leave aux_loss_steps at 0"
     kind = config.moe_router_load_balancing_type if config.num_moe_experts else "none"
     if kind not in ("aux_loss", "seq_aux_loss", "global_aux_loss"):
-        raise SpecError(problem(what, got=f"'{kind}' balancing", expected="a model with one auxiliary loss", fix=fix))
+        raise SpecError(what, got=f"'{kind}' balancing", expected="a model with one auxiliary loss", fix=fix)
     if kind == "global_aux_loss" and not config.moe_aux_loss_coeff:  # Megatron makes no counters for it
-        fix = "start with a small model.config.moe_aux_loss_coeff"
-        raise SpecError(problem(what, got="a global loss from 0", expected="a start above 0", fix=fix))
+        raise SpecError(
+            what,
+            got="a global loss from 0",
+            expected="a start above 0",
+            fix="start with a small model.config.moe_aux_loss_coeff",
+        )
     if config.cuda_graph_impl != "none" and config.cuda_graph_scope != "attn":
-        fix = "set model.config.cuda_graph_scope='attn' (or no CUDA graph)"
-        raise SpecError(problem(what, got="routers in a CUDA graph", expected="none: a graph keeps numbers", fix=fix))
+        raise SpecError(
+            what,
+            got="routers in a CUDA graph",
+            expected="none: a graph keeps numbers",
+            fix="set model.config.cuda_graph_scope='attn' (or no CUDA graph)",
+        )

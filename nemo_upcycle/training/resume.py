@@ -10,8 +10,8 @@ from nemo import lightning as nl
 from nemo.utils.app_state import AppState
 from nemo.utils.get_rank import is_global_rank_zero
 
-from nemo_upcycle.checkpoints import by_step, is_marked, newest_checkpoint, step_of, was_saved
-from nemo_upcycle.errors import CheckpointError, problem
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.sources.checkpoints import by_step, is_marked, newest_checkpoint, step_of, was_saved
 
 
 logger = logging.getLogger(__name__)
@@ -57,11 +57,11 @@ def _require_never_saved(found: list[Path]) -> None:
     """
     damaged = [path for path in found if was_saved(path) and not is_marked(path)]
     if damaged:
-        fix = f"restore its files, or move {damaged[-1]} away to start from the dense checkpoint again"
         raise CheckpointError(
-            problem(
-                str(damaged[-1]), got="a checkpoint that lacks files", expected="all that its metadata names", fix=fix
-            )
+            str(damaged[-1]),
+            got="a checkpoint that lacks files",
+            expected="all that its metadata names",
+            fix=f"restore its files, or move {damaged[-1]} away to start from the dense checkpoint again",
         )
 
 

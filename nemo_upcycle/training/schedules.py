@@ -9,7 +9,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from nemo_upcycle.errors import SpecError, problem, unknown
+from nemo_upcycle.errors import SpecError
 
 
 ROUTER, EXPERTS, REST = "router", "experts", "rest"
@@ -63,7 +63,7 @@ class LearningRateFactors:
         _check_number("expert_lr_mult", self.experts)
         _check_steps("router_warmup_steps", self.warmup_steps)
         if self.freezes not in FREEZES:
-            raise SpecError(unknown("router_warmup_freezes", str(self.freezes), FREEZES))
+            raise SpecError.unknown("router_warmup_freezes", str(self.freezes), FREEZES)
 
     @property
     def is_neutral(self) -> bool:
@@ -107,10 +107,14 @@ class Anneal:
         _check_number("aux_loss_end", self.end)
         _check_steps("aux_loss_steps", self.steps)
         if self.shape not in SHAPES:
-            raise SpecError(unknown("aux_loss_shape", str(self.shape), SHAPES))
+            raise SpecError.unknown("aux_loss_shape", str(self.shape), SHAPES)
         if self.end and not self.steps:
-            fix = "set optim.aux_loss_steps, or leave optim.aux_loss_end at 0"
-            raise SpecError(problem("aux_loss_steps", got=0, expected=f"1 or more, to reach {self.end}", fix=fix))
+            raise SpecError(
+                "aux_loss_steps",
+                got=0,
+                expected=f"1 or more, to reach {self.end}",
+                fix="set optim.aux_loss_steps, or leave optim.aux_loss_end at 0",
+            )
 
     def at(self, step: int) -> float:
         """Return the value for the step that follows `step` finished ones."""
@@ -126,11 +130,9 @@ class Anneal:
 
 def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise SpecError(problem(name, got=value, expected="a number, 0 or more", fix=f"set {name} to such a number"))
+        raise SpecError(name, got=value, expected="a number, 0 or more", fix=f"set {name} to such a number")
 
 
 def _check_steps(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise SpecError(
-            problem(name, got=value, expected="a whole number, 0 or more", fix=f"set {name} to a number of steps")
-        )
+        raise SpecError(name, got=value, expected="a whole number, 0 or more", fix=f"set {name} to a number of steps")

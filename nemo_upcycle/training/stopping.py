@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from nemo.utils.app_state import AppState
 
-from nemo_upcycle.checkpoints import newest_checkpoint
+from nemo_upcycle.sources.checkpoints import newest_checkpoint
 
 
 class StopOnSignal(Callback):

@@ -19,16 +19,16 @@ from nemo import lightning as nl
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 from nemo.utils.app_state import AppState
 
-from nemo_upcycle.connector import Progress, load_dense_into, upcycle_into
+from nemo_upcycle.cpu.backend import configure_for_cpu, use_cpu_backend
 from nemo_upcycle.data.dense import ensure_dense
-from nemo_upcycle.errors import SpecError, problem
-from nemo_upcycle.progress import ProgressLine, show_messages
-from nemo_upcycle.receipt import ActingCoefficient, UpcycleReceipt
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.online.receipt import ActingCoefficient, UpcycleReceipt
+from nemo_upcycle.online.upcycle import Progress, load_dense_into, upcycle_into
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.sources.megatron_checkpoint import is_megatron
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.training.cpu import configure_for_cpu, use_cpu_backend
 from nemo_upcycle.training.signatures import repair_signatures
+from nemo_upcycle.utils.progress import ProgressLine, show_messages
 
 
 repair_signatures()  # before the first configuration of a class is made: fiddle keeps what it saw then
@@ -150,9 +150,11 @@ def fill_chunks(chunks: list[torch.nn.Module], restore: UpcycleConfig) -> Upcycl
     config: Any = chunks[0].config
     experts = config.num_moe_experts
     if bool(experts) != bool(restore.spec):
-        fix = "give UpcycleConfig a spec for an MoE model, and none for a dense one"
         raise SpecError(
-            problem("model.config.num_moe_experts", got=experts, expected=f"to fit spec={restore.spec}", fix=fix)
+            "model.config.num_moe_experts",
+            got=experts,
+            expected=f"to fit spec={restore.spec}",
+            fix="give UpcycleConfig a spec for an MoE model, and none for a dense one",
         )
     total = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
     first = torch.distributed.get_rank() == 0

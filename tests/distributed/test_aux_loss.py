@@ -212,9 +212,9 @@ def _train(parent: str, data: str, folder: str, tensor_parallelism: int) -> None
     import fiddle as fdl
     import nemo.utils
 
+    from nemo_upcycle.cpu.backend import use_cpu_backend
     from nemo_upcycle.pipeline.recipes_io import place_recipe
     from nemo_upcycle.recipes import smollm2_135m_e8t2
-    from nemo_upcycle.training.cpu import use_cpu_backend
 
     use_cpu_backend()
     nemo.utils.logging.set_verbosity(nemo.utils.logging.ERROR)

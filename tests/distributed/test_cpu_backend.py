@@ -88,7 +88,7 @@ def _train(
     from nemo.collections import llm
     from nemo.utils import logging
 
-    from nemo_upcycle.training.cpu import use_cpu_backend
+    from nemo_upcycle.cpu.backend import use_cpu_backend
 
     logging.set_verbosity(logging.ERROR)
     use_cpu_backend()
@@ -224,7 +224,7 @@ def _draws() -> dict[str, list[float]]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random
 
-    from nemo_upcycle.training.cpu import use_cpu_backend
+    from nemo_upcycle.cpu.backend import use_cpu_backend
 
     use_cpu_backend()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)

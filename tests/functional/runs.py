@@ -33,9 +33,9 @@ def train_rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> 
     import nemo_run as run
     from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
+    from nemo_upcycle.cpu.backend import use_cpu_backend
     from nemo_upcycle.pipeline.recipes_io import check_recipe, place_recipe
     from nemo_upcycle.recipes import smollm2_135m_e8t2
-    from nemo_upcycle.training.cpu import use_cpu_backend
 
     use_cpu_backend()
     nemo.utils.logging.set_verbosity(nemo.utils.logging.ERROR)

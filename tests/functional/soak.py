@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.checkpoints import complete_checkpoints, newest_checkpoint
-from nemo_upcycle.files import read_json
+from nemo_upcycle.sources.checkpoints import complete_checkpoints, newest_checkpoint
+from nemo_upcycle.utils.files import read_json
 from tests.distributed.ranks import run_ranks
 from tests.functional.runs import Runs
 from tests.functional.strikes import Strike, arm

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from nemo_upcycle.checkpoints import newest_checkpoint, step_of
+from nemo_upcycle.sources.checkpoints import newest_checkpoint, step_of
 from tests.functional.command import pretrain_command, start
 from tests.functional.tiny import prepare
 

@@ -84,12 +84,12 @@ def _rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> Any:
     import nemo_run as run
     from lightning.pytorch.loggers import TensorBoardLogger
 
+    from nemo_upcycle.cpu.backend import use_cpu_backend
     from nemo_upcycle.pipeline.recipes_io import check_recipe, place_recipe
     from nemo_upcycle.recipes import smollm2_135m_e8t2
     from nemo_upcycle.recipes.common import use_spec
     from nemo_upcycle.recipes.h100 import adjust
     from nemo_upcycle.spec import UpcycleSpec
-    from nemo_upcycle.training.cpu import use_cpu_backend
 
     use_cpu_backend()
     nemo.utils.logging.set_verbosity(nemo.utils.logging.ERROR)

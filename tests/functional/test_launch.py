@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.files import MARKER
+from nemo_upcycle.utils.files import MARKER
 from tests.functional.test_pipeline import EVALUATION
 from tests.functional.tiny import write_corpus, write_parent
 from tests.unit.pipeline.test_local import processes_of

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from nemo_upcycle.files import MARKER, is_complete, read_json
 from nemo_upcycle.pipeline.plan import RunPlan
+from nemo_upcycle.utils.files import MARKER, is_complete, read_json
 from tests.distributed.ranks import run_ranks
 from tests.functional.tiny import shrink, write_corpus, write_parent
 

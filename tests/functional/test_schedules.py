@@ -74,9 +74,9 @@ def _rank(parent: str, data: str, folder: str, options: dict[str, Any], settings
     import nemo.utils
     import nemo_run as run
 
+    from nemo_upcycle.cpu.backend import use_cpu_backend
     from nemo_upcycle.pipeline.recipes_io import place_recipe
     from nemo_upcycle.recipes import smollm2_135m_e8t2
-    from nemo_upcycle.training.cpu import use_cpu_backend
     from nemo_upcycle.training.optimizer import UpcycleOptimizer
 
     use_cpu_backend()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.files import MARKER
+from nemo_upcycle.utils.files import MARKER
 from tests.functional.test_pipeline import EVALUATION, STAGES
 from tests.functional.tiny import write_corpus, write_parent
 

@@ -122,7 +122,7 @@ def recipe_for(sizes: Sizes, dense: Path, data: Path, folder: Path, precision: s
 
 def planned_gib(sizes: Sizes, precision: str) -> dict[str, float]:
     """Return what the planner says that the card's allocator holds; the driver's own memory is not the allocator's."""
-    from nemo_upcycle.architecture import architecture_from_config
+    from nemo_upcycle.models.architecture import architecture_from_config
     from nemo_upcycle.planning.layout import Layout
     from nemo_upcycle.planning.memory import CONTEXT_BYTES, stage_memory
     from nemo_upcycle.planning.workload import Workload
@@ -157,7 +157,7 @@ def main(arguments: list[str]) -> None:
     """Train once."""
     import fiddle as fdl
 
-    from nemo_upcycle.training.cpu import use_cpu_backend
+    from nemo_upcycle.cpu.backend import use_cpu_backend
 
     use_cpu_backend()
     dense, data, folder, precision, sizes = arguments

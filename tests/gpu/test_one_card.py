@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from nemo_upcycle import open_dense, upcycle_into
-from nemo_upcycle.connector import load_dense_into
+from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.recipes import llama3_8b_dense_ct, llama3_8b_e8t2
 from nemo_upcycle.training.equivalence import Comparison, hugging_face_logits, megatron_logits, one_rank
 from tests.gpu.one_card import PRECISIONS, Sizes, cut_down, planned_gib, prepare, train

@@ -196,8 +196,8 @@ def test_an_ablation_is_a_recipe_with_27b_tokens(recipes: Any, path: Path) -> No
     from nemo.collections.llm.api import pretrain
     from nemo_run.cli.lazy import LazyEntrypoint
 
+    from nemo_upcycle.monitoring.throughput import architecture_of
     from nemo_upcycle.pipeline.recipes_io import check_recipe, spec_of
-    from nemo_upcycle.training.flops import architecture_of
 
     recipe = LazyEntrypoint(pretrain, yaml=str(path)).resolve()
     check_recipe(recipe)
@@ -240,7 +240,7 @@ def test_every_recipe_has_a_golden_file() -> None:
 @pytest.mark.parametrize("base", BIG)
 def test_the_recipe_builds_without_a_gpu(recipes: Any, base: str) -> None:
     """All but the trainer's devices; Megatron's own checks accept the model, in FP8 as well."""
-    from nemo_upcycle.training.cpu import use_cpu_backend
+    from nemo_upcycle.cpu.backend import use_cpu_backend
 
     use_cpu_backend()
     for name, arguments in (
@@ -261,7 +261,7 @@ def test_the_recipe_builds_without_a_gpu(recipes: Any, base: str) -> None:
 
 def test_built_llama3_8b_e8t2_is_llama_3_8b_with_experts(recipes: Any) -> None:
     """Megatron's own checks accept the built configuration, and sizes and rotary base are the dense model's."""
-    from nemo_upcycle.training.cpu import use_cpu_backend
+    from nemo_upcycle.cpu.backend import use_cpu_backend
 
     use_cpu_backend()
     config = fdl.build(recipes.llama3_8b_e8t2.model().config)
@@ -353,7 +353,7 @@ def test_a_mistyped_factory_is_an_error(tmp_path: Path) -> None:
 
 
 def test_another_spec_changes_every_field_that_follows_from_it(recipes: Any) -> None:
-    from nemo_upcycle.model_settings import check_spec
+    from nemo_upcycle.models.megatron_config import check_spec
     from nemo_upcycle.recipes.common import use_spec
 
     spec = UpcycleSpec(

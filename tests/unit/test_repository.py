@@ -80,13 +80,13 @@ def test_modules_import_without_cuda_and_without_nemo() -> None:
     modules = [
         "",
         ".spec",
-        ".architecture",
-        ".mapping",
+        ".models.architecture",
+        ".models.mapping",
         ".init.router",
         ".sources",
-        ".connector",
-        ".export",
-        ".receipt",
+        ".online.upcycle",
+        ".convert.export",
+        ".online.receipt",
     ]
     code = (
         "import sys, importlib\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from nemo_upcycle import UpcycleSpec
@@ -28,9 +30,9 @@ from nemo_upcycle.spec import check_capacity
         ({"noise_std": float("inf")}, ["noise_std: got inf"]),
         ({"method": "noise", "noise_std": float("nan")}, ["noise_std: got nan"]),
         ({"drop_ratio": float("nan")}, ["drop_ratio: got nan, expected a number, 0 to 1"]),
-        ({"routed_scaling": float("inf")}, ["routed_scaling: got inf"]),
-        ({"routed_scaling": float("nan")}, ["routed_scaling: got nan"]),
-        ({"routed_scaling": 0.0}, ["routed_scaling: got 0.0, expected more than 0"]),
+        ({"routed_scaling_factor": float("inf")}, ["routed_scaling_factor: got inf"]),
+        ({"routed_scaling_factor": float("nan")}, ["routed_scaling_factor: got nan"]),
+        ({"routed_scaling_factor": 0.0}, ["routed_scaling_factor: got 0.0, expected more than 0"]),
         ({"router_std": "wide"}, ["router_std: got wide"]),
         ({"noise_std": 10**400}, ["noise_std: got 1000", "0 to 1000"]),
         ({"moe_layers": None}, ["moe_layers: got None, expected layer numbers"]),
@@ -70,3 +72,10 @@ def test_softmax_before_top_k(changes: dict, exact: bool, scale: float) -> None:
 def test_a_capacity_beyond_every_token_is_refused(factor: float) -> None:
     with pytest.raises(SpecError, match=f"capacity factor: got {factor:g}, expected at most"):
         check_capacity(factor, pad=False, num_experts=8, top_k=2)
+
+
+def test_the_old_name_of_routed_scaling_factor_still_works() -> None:
+    spec = UpcycleSpec(routed_scaling=2.5)
+    assert spec == UpcycleSpec(routed_scaling_factor=2.5)
+    assert replace(spec, top_k=4).routed_scaling_factor == 2.5
+    assert "routed_scaling" not in spec.to_dict()

@@ -9,7 +9,7 @@ import pytest
 from nemo_upcycle.data import assets
 from nemo_upcycle.data.assets import ASSETS, cache_folder, fetch_asset
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.files import is_complete, read_json
+from nemo_upcycle.utils.files import is_complete, read_json
 
 
 FILES = {"pkg/data/a.txt": b"alpha", "pkg/data/sub/b.txt": b"beta", "pkg/__init__.py": b"raise RuntimeError"}

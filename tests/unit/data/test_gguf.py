@@ -9,12 +9,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from nemo_upcycle.architecture import read_architecture
 from nemo_upcycle.data import gguf as gguf_module
 from nemo_upcycle.data.assets import fetch_asset
 from nemo_upcycle.data.gguf import convert_gguf
 from nemo_upcycle.errors import CheckpointError, UpcycleError
-from nemo_upcycle.files import is_complete
+from nemo_upcycle.models.architecture import read_architecture
+from nemo_upcycle.utils.files import is_complete
 from tests.unit.data.tiny_gguf import HEAD_DIM, TOKENS, write_gguf
 
 

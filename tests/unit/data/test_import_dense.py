@@ -8,8 +8,8 @@ import pytest
 from nemo_upcycle.data import dense
 from nemo_upcycle.data.dense import import_dense
 from nemo_upcycle.errors import CheckpointError, UpcycleError
-from nemo_upcycle.files import is_complete
 from nemo_upcycle.sources import open_dense
+from nemo_upcycle.utils.files import is_complete
 
 
 @pytest.fixture

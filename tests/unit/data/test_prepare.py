@@ -8,7 +8,7 @@ import pytest
 from nemo_upcycle.data.corpus import Document
 from nemo_upcycle.data.prepare import TOKENIZER, data_arguments, heldout_documents, prepare_corpus
 from nemo_upcycle.errors import CheckpointError, UpcycleError
-from nemo_upcycle.files import is_complete, read_json, sha256_file
+from nemo_upcycle.utils.files import is_complete, read_json, sha256_file
 
 
 SEQUENCE = 16

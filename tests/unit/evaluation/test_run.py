@@ -16,7 +16,7 @@ from nemo_upcycle.evaluation.compare import compare_items
 from nemo_upcycle.evaluation.model import load_model
 from nemo_upcycle.evaluation.run import _check_names, evaluate
 from nemo_upcycle.evaluation.suite import HeldoutConfig, SuiteConfig, build_suite
-from nemo_upcycle.files import MARKER
+from nemo_upcycle.utils.files import MARKER
 from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS, write_tokenizer
 
 

@@ -18,7 +18,7 @@ from nemo_upcycle.evaluation.suite import (
     cut_windows,
     read_suite_config,
 )
-from nemo_upcycle.files import MARKER
+from nemo_upcycle.utils.files import MARKER
 from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.errors import StageError
-from nemo_upcycle.files import MARKER
 from nemo_upcycle.pipeline.markers import StageFolder, setting_hashes
+from nemo_upcycle.utils.files import MARKER
 
 
 def test_a_stage_waits_for_those_before_it(tmp_path: Path) -> None:

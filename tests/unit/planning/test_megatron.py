@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_upcycle.architecture import Architecture
+from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.check import build_rank, check_layout_against_megatron, megatron_rank
 from nemo_upcycle.planning.hardware import known_shape
 from nemo_upcycle.planning.layout import Layout, parse_layout

@@ -10,14 +10,14 @@ from nemo_upcycle.errors import SpecError
 from nemo_upcycle.planning.hardware import known_gpu, known_recipe
 from nemo_upcycle.planning.layout import parse_layout
 from nemo_upcycle.planning.rules import check_layout
-from nemo_upcycle.planning.search import MOST_GPUS, Goal, Plan, judge, nearest_gpus, search
+from nemo_upcycle.planning.search import MOST_GPUS, Plan, PlanRequest, evaluate_layout, nearest_gpus, search
 from nemo_upcycle.planning.throughput import Machine
 from nemo_upcycle.planning.workload import Workload
 
 
-def _goal(gpus: int, recipe: str = "llama3_8b_e8t2", gpu: str = "h100", batch: int = 512) -> Goal:
+def _goal(gpus: int, recipe: str = "llama3_8b_e8t2", gpu: str = "h100", batch: int = 512) -> PlanRequest:
     work = Workload(seq_length=8192, global_batch=batch, capacity_factor=1.0, pad=True)
-    return Goal(known_recipe(recipe).made, known_gpu(gpu), gpus, work, 100e9, Machine())
+    return PlanRequest(known_recipe(recipe).made, known_gpu(gpu), gpus, work, 100e9, Machine())
 
 
 def test_rows_fit_and_the_fastest_comes_first() -> None:
@@ -35,23 +35,25 @@ def test_a_layout_given_by_hand_is_judged_as_the_search_does(recipe: str, gpu: s
     goal = _goal(128, recipe, gpu)
     goal = replace(goal, work=replace(goal.work, capacity_factor=4.0, pad=False))
     for plan in search(goal, 20):
-        assert judge(goal, plan.layout) == plan
+        assert evaluate_layout(goal, plan.layout) == plan
 
 
 def test_recomputing_costs_time_and_what_is_tight_gives_way_to_what_fits() -> None:
     goal = _goal(128)
     goal = replace(goal, work=replace(goal.work, capacity_factor=4.0, pad=False))
-    none, activation = (judge(goal, parse_layout("pp=2,vp=16,cp=2,ep=8", 128), kind) for kind in ("none", "moe_act"))
+    none, activation = (
+        evaluate_layout(goal, parse_layout("pp=2,vp=16,cp=2,ep=8", 128), kind) for kind in ("none", "moe_act")
+    )
     assert (none.verdict, activation.verdict) == ("tight", "fits")
     assert none.tokens_per_s_per_gpu > activation.tokens_per_s_per_gpu
-    assert judge(goal, none.layout) == activation
+    assert evaluate_layout(goal, none.layout) == activation
 
 
 def test_no_hand_made_layout_is_faster_than_the_search() -> None:
     goal = _goal(128)
     best = search(goal, 1)[0].tokens_per_s_per_gpu
     for text in ("cp=2,ep=8,pp=4,vp=8", "tp=2,cp=2,ep=8,pp=4,vp=8", "ep=8,pp=4,vp=8", "tp=2,ep=8,pp=4,vp=4"):
-        plan = judge(goal, parse_layout(text, 128))
+        plan = evaluate_layout(goal, parse_layout(text, 128))
         assert plan.verdict == "no" or plan.tokens_per_s_per_gpu <= best * (1 + 1e-9)
 
 
@@ -70,9 +72,9 @@ def test_eight_cards_do_not_hold_the_model() -> None:
 
 def test_a_card_with_more_memory_needs_less_recomputation() -> None:
     layout = parse_layout("pp=4,vp=8,ep=8", 128)
-    assert judge(_goal(128), layout).work.recompute != "none"
-    assert judge(_goal(128, gpu="b200"), layout).work.recompute == "none"
-    assert judge(_goal(128), layout, "none").work.recompute == "none"
+    assert evaluate_layout(_goal(128), layout).work.recompute != "none"
+    assert evaluate_layout(_goal(128, gpu="b200"), layout).work.recompute == "none"
+    assert evaluate_layout(_goal(128), layout, "none").work.recompute == "none"
 
 
 def test_hours_and_mfu_agree_with_the_speed() -> None:

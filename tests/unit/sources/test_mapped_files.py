@@ -104,7 +104,7 @@ def test_a_cold_slice_is_fetched_and_nothing_beyond_it(cold: Path, tmp_path: Pat
 def test_what_is_expected_is_fetched_in_the_background(cold: Path, tmp_path: Path) -> None:
     files = MappedFiles(tmp_path)
     stored = Stored("f", torch.uint8, (32, MIB), (MIB, 1), 0)
-    files.expect("t", stored, [(20, 22), (0, MIB)])
+    files.prefetch("t", stored, [(20, 22), (0, MIB)])
     deadline_s = time.monotonic() + 20
     while not _is_fetched(cold, (20, 22)):
         assert time.monotonic() < deadline_s

@@ -14,8 +14,8 @@ import torch
 import yaml
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
-from nemo_upcycle.connector import load_dense_into
 from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.sources.megatron_checkpoint import MegatronCheckpoint
 from nemo_upcycle.training.equivalence import one_rank
 from tests.distributed.ranks import run_ranks

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
+from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.data.dense import ensure_dense, import_dense
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.offline import convert
-from nemo_upcycle.verify import verify
+from nemo_upcycle.verify.verification import verify
 from tests.models import build_chunks, write_llama, write_tokenizer
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_upcycle.receipt import ActingCoefficient
+from nemo_upcycle.online.receipt import ActingCoefficient
 from tests.models import build_chunks, small_architecture
 
 
@@ -84,8 +84,8 @@ def test_a_megatron_without_a_name_that_is_needed_trains_with_a_warning(
 ) -> None:
     from megatron.core.transformer.moe import moe_utils
 
-    from nemo_upcycle.progress import show_messages
     from nemo_upcycle.training import upcycling
+    from nemo_upcycle.utils.progress import show_messages
 
     config = _config(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.01)
     monkeypatch.setattr(show_messages(), "propagate", True)
@@ -99,8 +99,8 @@ def test_a_megatron_without_a_name_that_is_needed_trains_with_a_warning(
 def test_a_job_warns_of_a_loss_that_does_not_act_as_set(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nemo_upcycle.progress import show_messages
     from nemo_upcycle.training.upcycling import _say
+    from nemo_upcycle.utils.progress import show_messages
 
     monkeypatch.setattr(show_messages(), "propagate", True)
     _say([ActingCoefficient("global_aux_loss", 0.01, 0.00125, "divided"), ActingCoefficient("z_loss", 1, 1, "as set")])

@@ -11,7 +11,7 @@ from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.training.resume import ASIDE, UpcycleResume
 from nemo_upcycle.training.upcycling import UpcycleConfig
 from tests.models import write_llama, write_tokenizer
-from tests.unit.test_checkpoints import write
+from tests.unit.sources.test_checkpoints import write
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,129 @@
+"""What the commands share: the spec's options, types of weights, and how an answer is shown."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.spec import METHODS, MOE_LAYERS, OUTPUT_SCALES, ROUTER_INITS, ROUTER_ORDERS, UpcycleSpec
+
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("bfloat16", "float16", "float32")
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+#: option -> (field of the spec, type, placeholder, help)
+_SPEC_OPTIONS: dict[str, tuple[str, type, str, str]] = {
+    "--experts": ("num_experts", int, "N", "routed experts of an MoE layer"),
+    "--top-k": ("top_k", int, "K", "experts that a token passes through"),
+    "--granularity": ("granularity", int, "G", "parts that the dense network is cut into; N and K are multiples of G"),
+    "--method": ("method", str, "|".join(METHODS), "copies, copies plus noise, or copies with neurons drawn anew"),
+    "--noise-std": ("noise_std", float, "X", "of noise, as a part of the weights' own standard deviation"),
+    "--drop-ratio": ("drop_ratio", float, "R", "of drop, the part of the neurons"),
+    "--shared-experts": ("shared_experts", int, "S", "experts that every token passes through, at most G"),
+    "--moe-layers": ("moe_layers", str, "WHICH", "; ".join((*MOE_LAYERS[:3], "or numbers: 0,2,4"))),
+    "--router-init": ("router_init", str, "|".join(ROUTER_INITS), "distribution of the router's weights"),
+    "--router-std": ("router_std", float, "X", "its standard deviation"),
+    "--router-order": ("router_order", str, "|".join(ROUTER_ORDERS), "softmax after or before top-k"),
+    "--output-scale": (
+        "output_scale",
+        str,
+        "|".join(OUTPUT_SCALES),
+        "scale so that copies compute the dense function",
+    ),
+    "--seed": ("seed", int, "N", "of all random numbers"),
+}
+
+
+def add_spec_options(parser: argparse.ArgumentParser, title: str = "what to make", defaults: bool = True) -> None:
+    """Add the options that make an `UpcycleSpec`; its defaults are told where they hold."""
+    group = parser.add_argument_group(title)
+    for option, (field, kind, placeholder, text) in _SPEC_OPTIONS.items():
+        default = UpcycleSpec.__dataclass_fields__[field].default
+        group.add_argument(
+            option,
+            dest=field,
+            type=kind,
+            metavar=placeholder,
+            default=argparse.SUPPRESS,
+            help=f"{text} (default: {default})" if defaults else text,
+        )
+
+
+def given_spec(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of the spec that the command line names."""
+    fields = {field for field, *_ in _SPEC_OPTIONS.values()}
+    return {name: value for name, value in vars(args).items() if name in fields}
+
+
+def add_dtype(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add the option of the weights' type."""
+    text = f"type of the weights on disk (default: {default})"
+    parser.add_argument("--dtype", metavar="|".join(DTYPES), help=text)
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """Return the type of that name; None for None.
+
+    Raises:
+        UpcycleError: there is none.
+    """
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise UpcycleError.unknown("dtype", name, DTYPES)
+    import torch
+
+    return getattr(torch, name)
+
+
+def folder_to_make(text: str) -> Path:
+    """Return the folder to make that an argument names.
+
+    Raises:
+        UpcycleError: it names none; a path without a name would be the current folder.
+    """
+    if not text:
+        raise UpcycleError(
+            "folder to make", got="an empty name", expected="a path", fix="name one; . is the current folder"
+        )
+    return Path(text)
+
+
+def file_size(text: str) -> int:
+    """Return the bytes of a size as transformers writes it.
+
+    Raises:
+        UpcycleError: it is none.
+
+    Example:
+        >>> file_size("5GB"), file_size("1.5 GiB")
+        (5000000000, 1610612736)
+    """
+    found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)\s*([KMGT]i?B)", text.strip(), re.IGNORECASE)
+    size_bytes = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
+    if not size_bytes:
+        raise UpcycleError(
+            "size of a file",
+            got=repr(text),
+            expected="a number above 0 and a unit: KB, MB, GB, TB, KiB, MiB, GiB or TiB",
+            fix="write e.g. 5GB",
+        )
+    return size_bytes
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add the option of an answer for machines."""
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def show(args: argparse.Namespace, answer: dict[str, Any], text: str) -> None:
+    """Write a command's answer to stdout, for people or as JSON."""
+    as_json = json.dumps(answer, indent=2, default=str, allow_nan=False)
+    sys.stdout.write((as_json if args.json else text.rstrip()) + "\n")

@@ -1,0 +1,106 @@
+"""`nemo-upcycle convert`: a dense checkpoint becomes an MoE Hugging Face folder, without a training job."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from nemo_upcycle.cli.common import (
+    add_dtype,
+    add_json,
+    add_spec_options,
+    dtype_of,
+    file_size,
+    folder_to_make,
+    given_spec,
+    show,
+)
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.spec import UpcycleSpec
+
+
+if TYPE_CHECKING:
+    from nemo_upcycle.convert.offline import Conversion
+
+HELP = "dense checkpoint -> MoE Hugging Face folder: Mixtral, or Qwen2-MoE where only that can hold the model"
+_EXAMPLES = """examples:
+  nemo-upcycle convert models/Llama-3-8B models/Llama-3-8B-E8T2 --experts 8 --top-k 2
+  nemo-upcycle convert models/Llama-3-8B models/fine --experts 16 --top-k 4 --granularity 2 --shared-experts 1
+  nemo-upcycle convert models/base models/mixed --branch models/code --branch models/law --others mean
+  nemo-upcycle convert hf://meta-llama/Meta-Llama-3-8B models/Llama-3-8B-E8T2 --max-shard-size 2GB
+
+The bits are those of upcycling in the training job. Stopped, it goes on when it is run again, file by file.
+exit status: 0 done; 2 a value or a file is wrong."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.epilog = _EXAMPLES
+    text = "dense checkpoint: Hugging Face folder, hf://ORG/NAME on the hub (downloaded), or asset://smollm2-135m"
+    parser.add_argument("source", metavar="SRC", help=text)
+    parser.add_argument("output", metavar="DST", type=folder_to_make, help="folder to make")
+    add_spec_options(parser)
+    branches = parser.add_argument_group("several dense models (Branch-Train-MiX)")
+    branches.add_argument(
+        "--branch", action="append", default=[], metavar="SRC", help="a further model whose networks become experts"
+    )
+    branches.add_argument(
+        "--others", default="first", metavar="first|mean", help="where the rest comes from (default: first)"
+    )
+    add_dtype(parser, "the source's")
+    parser.add_argument(
+        "--max-shard-size",
+        type=file_size,
+        default="5GB",
+        metavar="SIZE",
+        help="largest safetensors file, e.g. 500MB; what a stopped run keeps is whole files (default: 5GB)",
+    )
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, tell what was made, and return the exit status.
+
+    Raises:
+        UpcycleError: a value or a file is wrong.
+    """
+    given, dtype = given_spec(args), dtype_of(args.dtype)
+    spec = UpcycleSpec(**given)
+    for name, method in (("noise_std", "noise"), ("drop_ratio", "drop")):
+        if name in given and spec.method != method:
+            raise SpecError(
+                f"--{name.replace('_', '-')}",
+                got=given[name],
+                expected=f"it with --method {method} only",
+                fix=f"add --method {method}, or leave it out",
+            )
+    from nemo_upcycle.convert.offline import convert
+    from nemo_upcycle.data.dense import local_model
+    from nemo_upcycle.sources import open_dense
+
+    sources = [local_model(source) for source in (args.source, *args.branch)]
+    with open_dense(sources, others=args.others) as dense:
+        done = convert(dense, args.output, spec, dtype=dtype, max_shard_bytes=args.max_shard_size)
+    show(args, asdict(done), _text(done, str(dense.path)))
+    return 0
+
+
+def _text(done: Conversion, source: str) -> str:
+    lines = [
+        f"{done.output}: {done.hf_class}, {done.total_params / 1e9:.4g}B parameters ({done.active_params / 1e9:.4g}B"
+        f" active), {done.dtype}, {done.bytes_total / 1e9:.4g} GB in {done.seconds:.3g} s",
+        "computes the dense function" if done.exact else "not exact: " + "; ".join(done.inexact_because),
+    ]
+    if done.needs_float32_routing:
+        lines.append(
+            "with router logits in float32: in 16 bits those of two copies can be equal, and top-k then picks parts of"
+            " both (nemo-upcycle verify counts such tokens)"
+        )
+    if done.files_kept:
+        lines.append(
+            f"{done.files_kept} of {done.files} files from before, told by size and header; what they hold:"
+            f" nemo-upcycle verify {shlex.join([source, str(done.output)])} --weights-only"
+        )
+    return "\n".join(lines)

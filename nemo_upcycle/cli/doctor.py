@@ -1,0 +1,184 @@
+"""`nemo-upcycle doctor`: what is installed, which versions fit, what is missing and the command that adds it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, metadata, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_upcycle.cli.common import add_json, show
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.package_info import __version__
+
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+HELP = "what is installed, which versions fit, what is missing and the command that adds it"
+_EXAMPLES = """example:
+  nemo-upcycle doctor
+
+exit status: 0 what is installed fits; 1 something does not, or a library that everything needs is missing."""
+_PACKAGE = "nemo-upcycle"
+#: extra -> what it is for
+_EXTRAS = {
+    "": "reading, converting and verifying weights",
+    "nemo": "training",
+    "verify": "comparing logits",
+    "eval": "evaluation and the report's figures",
+    "demo": "the demo's model",
+    "gpu": "FP8 and grouped GEMM on NVIDIA GPUs; NVIDIA's NeMo container has it",
+}
+#: Not an extra of its own: NeMo brings it along. 4.56 is the first whose `from_pretrained` takes `dtype`.
+_ALONE = {"verify": "transformers>=4.56"}
+_OK, _MISSING, _WRONG = "ok", "missing", "does not fit"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.epilog = _EXAMPLES
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Look, show what was found, and return the exit status.
+
+    Raises:
+        UpcycleError: the package itself is not installed, so that nothing says what it needs.
+    """
+    libraries, gpus = _libraries(), _gpus()
+    fixes = _activation() | _fixes(libraries, bool(gpus))
+    answer = {
+        "nemo_upcycle": __version__,
+        "python": {"version": platform.python_version(), "needs": metadata(_PACKAGE)["Requires-Python"]},
+        "libraries": libraries,
+        "gpus": gpus,
+        "torch_for_cuda": _torch_cuda(),
+        "fixes": list(fixes),
+    }
+    broken = [one for one in libraries if one["state"] == _WRONG or (one["state"] == _MISSING and not one["extra"])]
+    show(args, answer | {"fits": not broken}, _text(answer, fixes))
+    return 1 if broken else 0
+
+
+def _libraries() -> list[dict[str, Any]]:
+    """Return every library that the installed package's own metadata names, with its version and whether it fits."""
+    from packaging.requirements import Requirement
+
+    try:
+        requirements = [Requirement(line) for line in metadata(_PACKAGE).get_all("Requires-Dist") or []]
+    except PackageNotFoundError:
+        raise UpcycleError(
+            _PACKAGE, got="not installed", expected="an installed package", fix="pip install -e . in its folder"
+        ) from None
+    found = []
+    for extra in _EXTRAS:
+        for one in requirements:
+            mine = one.marker is None or one.marker.evaluate({"extra": extra})
+            if not mine or (extra and one.marker is None) or one.name == _PACKAGE:
+                continue
+            found.append(_described(one, extra))
+        if extra in _ALONE:
+            found.append(_described(Requirement(_ALONE[extra]), extra))
+    return found
+
+
+def _described(one: Requirement, extra: str) -> dict[str, Any]:
+    extras = f"[{','.join(sorted(one.extras))}]" if one.extras else ""
+    install = f"{one.name}{extras}{one.specifier}"
+    return {"extra": extra, "name": one.name, "needs": str(one.specifier), "install": install, **_state(one)}
+
+
+def _state(requirement: Requirement) -> dict[str, Any]:
+    try:
+        installed = version(requirement.name)
+    except PackageNotFoundError:
+        return {"installed": None, "state": _MISSING}
+    fits = requirement.specifier.contains(installed, prereleases=True)
+    return {"installed": installed, "state": _OK if fits else _WRONG}
+
+
+def _in_container() -> bool:
+    """Return whether this is one of NVIDIA's containers, whose torch, Megatron and Transformer Engine go together."""
+    return "NVIDIA_PYTORCH_VERSION" in os.environ
+
+
+def _activation() -> dict[str, str]:
+    """Return the command that puts this environment's commands on the PATH, if they are not, and what for."""
+    folder = Path(sys.prefix) / "bin"
+    if sys.prefix == sys.base_prefix or str(folder) in os.environ.get("PATH", "").split(os.pathsep):
+        return {}
+    return {f"source {shlex.quote(str(folder / 'activate'))}": "finds nemo and nemo-upcycle"}
+
+
+def _fixes(libraries: list[dict[str, Any]], has_gpus: bool) -> dict[str, str]:
+    """Return one command for each extra that something is amiss with, and what that is for."""
+    clone, pip = None if _in_container() else _clone(), f"{shlex.quote(sys.executable)} -m pip install"
+    found = {}
+    for extra, purpose in _EXTRAS.items():
+        bad = [one for one in libraries if one["extra"] == extra and one["state"] != _OK]
+        if _in_container():
+            bad = [one for one in bad if one["state"] == _MISSING]
+        if not bad or (extra == "gpu" and not has_gpus):
+            continue
+        if clone and extra not in _ALONE:
+            what = "-e " + shlex.quote(f"{clone}[{extra}]" if extra else str(clone))
+        else:
+            what = shlex.join(one["install"] for one in bad)
+        found[f"{pip} {what}"] = purpose
+    return found
+
+
+def _clone() -> Path | None:
+    """Return the clone that this package runs from, installed with `pip install -e`: its extras are on no index."""
+    folder = Path(__file__).parents[2]
+    return folder if (folder / "pyproject.toml").is_file() else None
+
+
+def _gpus() -> list[str]:
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return done.stdout.splitlines()
+
+
+def _torch_cuda() -> str | None:
+    """Return the CUDA version that torch was built for; without importing it, which takes longer than all the rest."""
+    spec = importlib.util.find_spec("torch")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        source = importlib.util.spec_from_file_location("_torch_version", f"{folder}/version.py")
+        if source and source.loader:
+            module = importlib.util.module_from_spec(source)
+            source.loader.exec_module(module)
+            return getattr(module, "cuda", None)
+    return None
+
+
+def _text(answer: dict[str, Any], fixes: dict[str, str]) -> str:
+    python = answer["python"]
+    lines = [f"nemo-upcycle {answer['nemo_upcycle']}, Python {python['version']} (needs {python['needs']})"]
+    for extra, purpose in _EXTRAS.items():
+        lines.append(f"{extra or 'base'}: {purpose}")
+        for one in answer["libraries"]:
+            if one["extra"] == extra:
+                installed = one["installed"] or "-"
+                lines.append(f"  {one['name']:<24}{installed:<20}{one['state']:<14}{one['needs']}")
+    cuda = answer["torch_for_cuda"]
+    lines.append("GPUs: " + (", ".join(answer["gpus"]) or "none; the CPU backend trains small models"))
+    lines.append("torch: " + (f"built for CUDA {cuda}" if cuda else "built without CUDA, or not installed"))
+    own = [one["name"] for one in answer["libraries"] if one["state"] == _WRONG] if _in_container() else []
+    lines += [f"{name} is the container's own: choose a container that fits, see docs/install.md" for name in own]
+    lines += ["to fix or to add:", *(f"  {fix}  # {purpose}" for fix, purpose in fixes.items())] if fixes else []
+    return "\n".join(lines if fixes or own else [*lines, "all fits"])

@@ -1,0 +1,175 @@
+"""The light command `nemo-upcycle`: one module a command, imported only when it is asked for, and never NeMo."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import importlib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from nemo_upcycle.errors import SpecError, UpcycleError
+from nemo_upcycle.package_info import __version__
+
+
+#: name -> (module with `HELP`, `add_arguments(parser)` and `run(args) -> exit status`, what it does)
+COMMANDS = {
+    "plan": ("nemo_upcycle.cli.plan", "what fits where, how fast, how long, how much"),
+    "convert": ("nemo_upcycle.cli.convert", "dense checkpoint -> MoE Hugging Face folder"),
+    "verify": ("nemo_upcycle.cli.verify", "dense folder against MoE folder: how equal are they"),
+    "export": ("nemo_upcycle.cli.export", "NeMo checkpoint -> Hugging Face folder"),
+    "report": ("nemo_upcycle.cli.report", "run folder -> report.md and plots"),
+    "doctor": ("nemo_upcycle.cli.doctor", "what is installed, what fits, what is missing"),
+}
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, with an example, not the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        if wrong := re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message, re.DOTALL):
+            message = f"{wrong[1]}: got {wrong[3]}, expected a {'whole ' if wrong[2] == 'int' else ''}number"
+        examples = [line.strip() for line in (self.epilog or "").splitlines() if line.startswith(f"  {self.prog}")]
+        raise UpcycleError(f"{message}. Fix: type, for example, `{examples[0]}`; options: {self.prog} --help.")
+
+
+def usage() -> str:
+    """Return the text of `nemo-upcycle --help`."""
+    lines = [f"  {name:<9}{text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: nemo-upcycle COMMAND ...",
+            "",
+            "Turn a dense Llama into a Mixture-of-Experts model. Training runs through `nemo` itself.",
+            "",
+            *lines,
+            "",
+            "example: nemo-upcycle convert models/Llama-3-8B models/Llama-3-8B-E8T2 --experts 8 --top-k 2",
+            "",
+            "nemo-upcycle help COMMAND, or COMMAND --help: options and an example; --version: the version.",
+            "exit status: 0 done, or yes; 1 the answer is no; 2 bad usage or input.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit status: 0, 1 (the answer is no), 2 (bad usage or input) or 130 (stopped)."""
+    _prepare_output()
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except UpcycleError as error:
+        sys.stderr.write(f"error: {error}\n")
+    except BrokenPipeError:  # the reader has seen enough
+        sys.stderr.close()
+    except OSError as error:
+        sys.stderr.write(f"error: {_said(error)}\n")
+    except ModuleNotFoundError as error:
+        if (error.name or "nemo_upcycle").startswith("nemo_upcycle"):
+            raise
+        sys.stderr.write(f"error: {error.name} is not installed. Fix: nemo-upcycle doctor names the command for it.\n")
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; run again to go on\n")
+        return INTERRUPTED
+    return BAD_INPUT
+
+
+_FIXES = {
+    errno.ENOSPC: "free some space and run again",
+    errno.EDQUOT: "free some of your quota and run again",
+    errno.EFBIG: "choose a file system that holds larger files, or raise the limit (ulimit -f)",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "a part of the path is a file: check the path",
+}
+
+
+def _said(error: OSError) -> UpcycleError:
+    """Return the error that tells of a mistake that only the system knows of."""
+    fix = _FIXES.get(error.errno or 0, "check the path and who may read and write there")
+    return UpcycleError(
+        str(error.filename or "file system"), got=error.strerror or error, expected="access and room", fix=fix
+    )
+
+
+def _prepare_output() -> None:
+    """Let a command print names that the terminal has no characters for, and run with its output closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _run(argv: list[str]) -> int:
+    name, *rest = argv or [""]
+    if name == "help" and rest:
+        name, rest = rest[0], ["--help"]
+    if name in ("-h", "--help", "help"):
+        sys.stdout.write(usage() + "\n")
+        return 0
+    if name == "--version":
+        sys.stdout.write(f"nemo-upcycle {__version__}\n")
+        return 0
+    if not name:
+        sys.stderr.write(usage() + "\n")
+        return BAD_INPUT
+    if name not in COMMANDS:
+        raise UpcycleError.unknown("command", name, [*COMMANDS, "help"])
+    module = importlib.import_module(COMMANDS[name][0])
+    parser = _Parser(
+        prog=f"nemo-upcycle {name}",
+        description=module.HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    _check_options(parser, rest)
+    args = parser.parse_args(rest)
+    try:
+        return int(module.run(args))
+    except SpecError as error:
+        raise SpecError(_as_typed(str(error), parser, args)) from None
+
+
+def _as_typed(text: str, parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """Return an error's text with the options' names in place of the fields' that they set.
+
+    Example:
+        `top_k: got 9, expected 1 to num_experts (8). Fix: set global-batch=64` becomes `--top-k: got 9, expected 1 to
+        --experts (8). Fix: set --global-batch 64`.
+    """
+    actions = [action for action in parser._actions if action.option_strings]
+    of_spec = {action.dest for action in actions if action.default is argparse.SUPPRESS}
+    if not of_spec & set(vars(args)):  # a spec of which the command line says nothing is a file's
+        actions = [action for action in actions if action.dest not in of_spec]
+    options: dict[str, str] = {}
+    for action in actions:
+        option = action.option_strings[-1]
+        options |= dict.fromkeys((action.dest, option.removeprefix("--")), option)
+    names = "|".join(sorted(map(re.escape, options), key=len, reverse=True))
+    text = re.sub(rf"(?<=\bset )({names})[= ](?=\S)", lambda found: f"{options[found[1]]} ", text)
+    if leading := re.match(rf"({names})(?=: | ')", text):
+        text = options[leading[1]] + text.removeprefix(leading[1])
+        fields = "|".join(name for name in options if "_" in name)
+        text = re.sub(rf"(?<![\w.-])({fields})(?![\w.-])", lambda found: options[found[1]], text) if fields else text
+    return text
+
+
+def _check_options(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """Refuse an option that does not exist, with the closest one that does: argparse would name none."""
+    known = [option for action in parser._actions for option in action.option_strings]
+    for word in argv[: argv.index("--") if "--" in argv else None]:
+        option = word.partition("=")[0]
+        if option.startswith("--") and option not in known:
+            close = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
+            hint = f" Did you mean '{close[0]}'?" if close else ""
+            raise UpcycleError(f"option '{option}' does not exist.{hint} Fix: see {parser.prog} --help.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""`nemo-upcycle plan`: what fits, with which layout, how fast, how long, at what cost."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.cli.plan_request import Subject, goal_of, number_of_tokens, subject_of
+from nemo_upcycle.errors import SpecError, UpcycleError
+from nemo_upcycle.planning import table
+from nemo_upcycle.planning.columns import named_columns, table_text
+from nemo_upcycle.planning.hardware import gpu_names
+from nemo_upcycle.planning.layout import Layout, parse_layout
+from nemo_upcycle.planning.parameters import StagePlan
+from nemo_upcycle.planning.search import Plan, PlanRequest, evaluate_layout, find, nearest_gpus, search
+from nemo_upcycle.planning.workload import DISPATCHERS, PRECISIONS, RECOMPUTES
+
+
+HELP = "what fits where, how fast, how long, how much: layouts for a cluster, without a GPU"
+EPILOG = """examples:
+  nemo-upcycle plan --recipe llama3_8b_e8t2 --gpus 128
+  nemo-upcycle plan --model /models/Llama-3-8B --experts 8 --top-k 2 --gpus 64 --tokens 27B --price-per-gpu-hour 2.5
+  nemo-upcycle plan --recipe llama3_8b_e8t2 --gpus 512 --layout tp=2,pp=4,vp=8,cp=1,ep=8,etp=1 --explain 1 --check
+
+keys of --layout (what is omitted is 1): tp tensor, cp context, ep expert, etp expert tensor parallelism; pp pipeline
+  stages, vp virtual stages of each; mbs sequences of a micro-batch; dp data parallelism, which follows from the rest;
+  first, last: layers of the first and the last stage; embedding=1, loss=1: count as a layer when layers are dealt out
+
+exit status: 0 a layout fits (or is tight); 1 none does; 2 a value is wrong.
+TFLOP/s and MFU count full attention, as arXiv 2412.09952 does; --json has the causal half beside it."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.epilog, parser.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
+    what = parser.add_argument_group("what to train").add_mutually_exclusive_group(required=True)
+    what.add_argument("--recipe", metavar="NAME", help="a recipe of this package, with its batch, sequence and tokens")
+    what.add_argument("--model", metavar="FOLDER", type=Path, help="a Hugging Face folder (config.json), dense or MoE")
+    model = parser.add_argument_group("model and step")
+    model.add_argument("--experts", type=int, metavar="N", help="upcycle a dense --model to so many experts")
+    model.add_argument("--top-k", type=int, metavar="K", help="experts that a token passes through (default: 2)")
+    model.add_argument("--granularity", type=int, metavar="G", help="parts of a dense network (default: 1)")
+    model.add_argument("--seq-length", type=int, metavar="TOKENS", help="tokens of a sequence (default: 8192)")
+    model.add_argument("--global-batch", type=int, metavar="SEQUENCES", help="sequences of a step (default: 512)")
+    model.add_argument("--capacity-factor", type=float, metavar="CF", help="of the experts; 0 drops nothing")
+    model.add_argument("--pad-to-capacity", action="store_true", help="pad every expert up to its capacity")
+    model.add_argument("--imbalance", type=float, default=1.5, metavar="X", help="busiest over mean expert rank (1.5)")
+    model.add_argument("--precision", default="bf16", metavar="NAME", help=f"{', '.join(PRECISIONS)} (default: bf16)")
+    model.add_argument("--dispatcher", default="alltoall", metavar="NAME", help=f"{', '.join(DISPATCHERS)} (alltoall)")
+    model.add_argument("--overlap", metavar="tp,ep", help="traffic beside computation; the recipes have none")
+    model.add_argument(
+        "--tokens", type=number_of_tokens, metavar="N", help="tokens of the run: 100B, 27e9 (default: 100B)"
+    )
+    cluster = parser.add_argument_group("cluster")
+    cluster.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
+    cluster.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(gpu_names())} (default: h100)")
+    cluster.add_argument("--price-per-gpu-hour", type=float, metavar="PRICE", help="in your currency")
+    layout = parser.add_argument_group("layout")
+    layout.add_argument("--layout", metavar="tp=2,pp=4,...", help="judge this one; its keys are listed below")
+    layout.add_argument("--micro-batch", type=int, metavar="N", help="sequences of a micro-batch (default: searched)")
+    layout.add_argument("--recompute", metavar="KIND", help=f"{', '.join(RECOMPUTES)} (default: the least that fits)")
+    layout.add_argument("--rows", type=int, default=10, metavar="N", help="layouts to show (default: 10)")
+    show = parser.add_argument_group("output")
+    show.add_argument("--explain", type=int, metavar="ROW", help="show the arithmetic of a row")
+    show.add_argument("--rank", metavar="R", help="parameters of rank R (a number, 1,2,3 or all) in the first row")
+    show.add_argument("--check", action="store_true", help="compare the first row with Megatron's own modules")
+    show.add_argument("--columns", metavar="GiB,MFU,...", help="columns of the table (default: what has room)")
+    show.add_argument("--wide", action="store_true", help="all columns, however wide the terminal")
+    show.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan, print, and return the exit status.
+
+    Raises:
+        UpcycleError: a value is wrong.
+    """
+    names = named_columns(args.columns) if args.columns is not None else None
+    subject = subject_of(args)
+    goal = goal_of(args, subject)
+    plans = _plans(args, goal)
+    ranks = _ranks(args.rank, plans[0]) if args.rank is not None else None
+    if args.explain is not None and not 1 <= args.explain <= len(plans):
+        raise SpecError("explain", got=args.explain, expected=f"a row, 1 to {len(plans)}", fix="choose one")
+    checked = _check(subject, plans[0]) if args.check else None
+    if args.json:
+        _print_json(args, subject, goal, plans, ranks, checked)
+    else:
+        _print_text(args, names, subject, goal, plans, ranks, checked)
+    return 1 if all(plan.verdict == "no" for plan in plans) else 0
+
+
+def _plans(args: argparse.Namespace, goal: PlanRequest) -> list[Plan]:
+    micro = args.micro_batch
+    if micro is not None and not 1 <= micro <= goal.work.global_batch:
+        raise SpecError(
+            "micro-batch",
+            got=micro,
+            expected=f"1 to the global batch ({goal.work.global_batch})",
+            fix="set --micro-batch 1",
+        )
+    if args.layout is None:
+        return search(goal, args.rows, micro, args.recompute)
+    return [evaluate_layout(goal, parse_layout(args.layout, args.gpus, micro), args.recompute)]
+
+
+def _ranks(text: str, plan: Plan) -> list[dict[str, int]]:
+    layout: Layout = plan.layout
+    parts = [str(rank) for rank in range(layout.gpus)] if text == "all" else text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise SpecError("rank", got=text, expected="a number, 1,2,3 or all", fix="use --rank 0")
+    stages: dict[int, StagePlan] = {}
+    found = []
+    for rank in map(int, parts):
+        seat = layout.seat(rank)
+        if seat.pp not in stages:
+            stages[seat.pp] = StagePlan(plan.goal.arch, layout, plan.work, seat.pp)
+        stage = stages[seat.pp]
+        found.append({"rank": rank, "params": stage.params, "expert_params": stage.expert_params})
+    return found
+
+
+def _check(subject: Subject, plan: Plan) -> dict[str, Any]:
+    if importlib.util.find_spec("megatron") is None:
+        raise UpcycleError(
+            "--check",
+            got="no megatron-core",
+            expected="megatron-core",
+            fix="type nemo-upcycle doctor, which names the command for it",
+        )
+    from nemo_upcycle.planning.check import check_layout_against_megatron
+
+    dense = subject.dense if subject.folder is None or subject.spec else None
+    result = check_layout_against_megatron(subject.arch, plan.layout, plan.work, dense, subject.spec)
+    return result.to_dict()
+
+
+def _print_json(
+    args: argparse.Namespace,
+    subject: Subject,
+    goal: PlanRequest,
+    plans: list[Plan],
+    ranks: list[dict[str, int]] | None,
+    checked: dict[str, Any] | None,
+) -> None:
+    arch, length = goal.arch, goal.work.seq_length
+    values: dict[str, Any] = {
+        "model": {
+            "total_params": arch.total_params,
+            "active_params": arch.active_params,
+            "flops_per_token": {
+                "full": arch.flops_per_token(length, causal=False),
+                "causal": arch.flops_per_token(length, causal=True),
+            },
+        },
+        "rows": [table.row_values(plan, _command(subject, plan), args.price_per_gpu_hour) for plan in plans],
+    }
+    values["warnings"] = _warnings(subject, goal)
+    values |= {"ranks": ranks} if ranks is not None else {}
+    values |= {"check": checked} if checked is not None else {}
+    sys.stdout.write(json.dumps(values, indent=2) + "\n")
+
+
+def _print_text(
+    args: argparse.Namespace,
+    names: list[str] | None,
+    subject: Subject,
+    goal: PlanRequest,
+    plans: list[Plan],
+    ranks: list[dict[str, int]] | None,
+    checked: dict[str, Any] | None,
+) -> None:
+    width = shutil.get_terminal_size().columns  # 80 without a terminal
+
+    def say(text: str = "") -> None:
+        sys.stdout.write("".join(_wrapped(line, width) + "\n" for line in text.split("\n")))
+
+    shown, left_out = table_text(plans, args.price_per_gpu_hour, names, None if args.wide else width)
+    chosen = plans[(args.explain or 1) - 1]
+    say(table.model_line(goal.arch, goal.work.seq_length))
+    say(
+        f"{goal.gpus} x {goal.gpu.name}, {goal.work.precision}, {goal.tokens:.3g} tokens; GiB of the fullest rank,"
+        f" tok/s of one GPU, MFU of {chosen.peak_tflops:g} TFLOP/s ({chosen.peak_of})"
+    )
+    for warning in _warnings(subject, goal):
+        say(f"warning: {warning}")
+    sys.stdout.write(f"\n{shown}\n\n")
+    if left_out and names is None:
+        say(f"No room for {', '.join(left_out)}: --wide shows all, --columns GiB,MFU those you name.")
+    if all(plan.verdict == "no" for plan in plans):
+        say(_way_out(args, goal))
+    say(f"A full checkpoint takes {plans[0].checkpoint_gib:.0f} GiB.")
+    if args.explain is not None:
+        say(table.explanation(chosen))
+    if command := _command(subject, chosen):
+        words = re.findall(r'(?:[^\s"]|"[^"]*")+', command)
+        sys.stdout.write(f"row {args.explain or 1}:\n" + _continued(words, width) + "\n")
+    elif subject.recipe is None:
+        say("No recipe of this package trains this model, so there is no command. See docs/planning.md.")
+    for entry in ranks or []:
+        say(f"rank {entry['rank']}: {entry['params']:,} parameters, {entry['expert_params']:,} of them of experts")
+    if checked:
+        say(f"checked with Megatron's own modules: {checked['ranks']} ranks of {checked['kinds']} kinds, all equal")
+        say(f"built as: {', '.join(checked['specs'])}")
+        if checked["tensors"]:
+            say(f"and the connector's read plan fills each of their {checked['tensors']} tensors once")
+
+
+def _wrapped(line: str, width: int) -> str:
+    if len(line) <= width:
+        return line
+    return textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def _continued(words: list[str], width: int) -> str:
+    """Return a command over several lines that a shell takes as one."""
+    lines = [words[0]]
+    for word in words[1:]:
+        if len(lines[-1]) + len(word) + len("  \\") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"  {word}")
+    return " \\\n".join(lines)
+
+
+def _warnings(subject: Subject, goal: PlanRequest) -> list[str]:
+    length, positions = goal.work.seq_length, subject.dense.max_positions
+    if length <= positions:
+        return []
+    return [
+        f"sequences of {length:,} tokens, but the parent has {positions:,} positions (max_position_embeddings): it was"
+        " not trained on longer ones, and what it computes of them is poor at first"
+    ]
+
+
+def _way_out(args: argparse.Namespace, goal: PlanRequest) -> str:
+    """Return what to say where nothing fits: something that does."""
+    gpus = f"{goal.gpus} GPU" + "s" * (goal.gpus > 1)
+    if args.layout is None:
+        text = f"Nothing fits {gpus}: these come nearest."
+    else:
+        best = next(iter(find(goal, 1, args.micro_batch, args.recompute)), None)
+        if best and best.verdict != "no":
+            return f"This layout does not fit. Of {gpus} this one does: --layout {best.layout.sizes}"
+        text = f"This layout does not fit, nor does any other of {gpus}."
+    number = nearest_gpus(goal, args.micro_batch, args.recompute)
+    without = " and without --layout" if args.layout else ""
+    return text + (f" With --gpus {number}{without} something fits." if number else "")
+
+
+def _command(subject: Subject, plan: Plan) -> str | None:
+    if subject.recipe is None or plan.verdict == "no":
+        return None
+    return table.nemo_command(subject.recipe, plan, str(subject.folder.absolute()) if subject.folder else None)

@@ -1,0 +1,173 @@
+"""What `nemo-upcycle plan` is asked: the command line's model, step and cluster, checked."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.models.architecture import Architecture, read_architecture, rope_kind
+from nemo_upcycle.planning.hardware import KnownRecipe, known_gpu, known_recipe, recipe_for
+from nemo_upcycle.planning.search import MOST_GPUS, PlanRequest
+from nemo_upcycle.planning.throughput import Machine
+from nemo_upcycle.planning.workload import Workload
+from nemo_upcycle.spec import UpcycleSpec, check_capacity
+
+
+_DEFAULTS = {"seq_length": 8192, "global_batch": 512, "capacity_factor": None, "tokens": 100e9}
+_UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model to plan for, what it is made from, and the recipe that runs it, if there is one.
+
+    With `folder`, the model is that folder's, and the recipe was found by its shapes.
+    """
+
+    arch: Architecture
+    dense: Architecture
+    spec: UpcycleSpec | None
+    recipe: KnownRecipe | None
+    defaults: dict[str, Any]
+    folder: Path | None = None
+
+
+def number_of_tokens(text: str) -> float:
+    """Return the number that a text such as `100B`, `1.5T`, `27e9` or `27,000,000,000` stands for.
+
+    Raises:
+        SpecError: it stands for none.
+    """
+    unit = _UNITS.get(text[-1:].upper())
+    number = text[:-1] if unit else text
+    if re.fullmatch(r"\d{1,3}(,\d{3})+", number):
+        number = number.replace(",", "")
+    try:
+        value = float(number) * (unit or 1)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise SpecError(
+            "--tokens", got=repr(text), expected="a number: 100B, 1.5T, 500M or 1e11", fix="set --tokens 100B"
+        )
+    return value
+
+
+def subject_of(args: argparse.Namespace) -> Subject:
+    """Return the model that the command line names.
+
+    Raises:
+        UpcycleError: it is none that this package trains.
+    """
+    if args.recipe is not None:
+        for name in ("experts", "top_k", "granularity"):
+            if (value := getattr(args, name)) is not None:
+                raise SpecError(
+                    name.replace("_", "-"),
+                    got=value,
+                    expected="none beside --recipe",
+                    fix="use --model FOLDER --experts N --top-k K",
+                )
+        known = known_recipe(args.recipe)
+        return Subject(known.made, known.dense, known.spec, known, _DEFAULTS | known.defaults)
+    folder = args.model.parent if args.model.name == "config.json" else args.model
+    arch = read_architecture(folder)
+    rope_kind(arch)  # training refuses another kind, too
+    if args.experts is None:
+        for name in ("top_k", "granularity"):
+            if (value := getattr(args, name)) is not None:
+                raise SpecError(
+                    name.replace("_", "-"), got=value, expected="--experts beside it", fix="add --experts 8"
+                )
+        return Subject(arch, arch, None, recipe_for(arch, arch), _DEFAULTS, folder)
+    if arch.num_experts:
+        raise SpecError(
+            "experts",
+            got=args.experts,
+            expected="a dense model",
+            fix="omit --experts: an MoE model is planned as it is",
+        )
+    given = {name: getattr(args, name) for name in ("top_k", "granularity") if getattr(args, name) is not None}
+    order = "softmax_topk" if args.top_k == 1 else "topk_softmax"  # the other would be refused, and costs the same
+    spec = UpcycleSpec(num_experts=args.experts, router_order=order, **given)
+    made = arch.upcycled(spec)
+    return Subject(made, arch, spec, recipe_for(arch, made), _DEFAULTS, folder)
+
+
+def goal_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
+    """Return what is to be planned for.
+
+    Raises:
+        SpecError: a value is wrong.
+    """
+
+    def given(name: str) -> Any:
+        value = getattr(args, name)
+        return subject.defaults[name] if value is None else value
+
+    if not 1 <= args.gpus <= MOST_GPUS:
+        raise SpecError("gpus", got=args.gpus, expected=f"1 to {MOST_GPUS:,}", fix="set --gpus 8")
+    if args.price_per_gpu_hour is not None and not 0 <= args.price_per_gpu_hour < 1e9:
+        raise SpecError(
+            "price-per-gpu-hour", got=args.price_per_gpu_hour, expected="0 or more", fix="set --price-per-gpu-hour 2.5"
+        )
+    if args.rows < 1:
+        raise SpecError("rows", got=args.rows, expected="1 or more", fix="set --rows 10")
+    _require_taken(args, subject)
+    capacity = given("capacity_factor") or None
+    if subject.arch.num_experts:
+        check_capacity(capacity, args.pad_to_capacity, subject.arch.num_experts, subject.arch.top_k or 1)
+    work = Workload(
+        seq_length=given("seq_length"),
+        global_batch=given("global_batch"),
+        capacity_factor=capacity if subject.arch.num_experts else None,
+        pad=args.pad_to_capacity,
+        imbalance=args.imbalance,
+        precision=args.precision,
+        recompute=args.recompute or "none",
+        dispatcher=args.dispatcher,
+        overlap=tuple(args.overlap.split(",")) if args.overlap else (),
+    )
+    gpu = known_gpu(args.gpu)
+    if work.numbers.fp8 and gpu.fp8_tflops is None:
+        raise SpecError("precision", got=args.precision, expected=f"bf16 on {gpu.name}", fix="use bf16")
+    return PlanRequest(subject.arch, gpu, args.gpus, work, given("tokens"), Machine(), _is_grouped(subject))
+
+
+def _is_grouped(subject: Subject) -> bool:
+    """Return whether the experts' products are grouped: in all recipes but those for a laptop."""
+    return subject.recipe is None or subject.recipe.h100
+
+
+def _require_taken(args: argparse.Namespace, subject: Subject) -> None:
+    """Check that no option is given that would change nothing.
+
+    Raises:
+        SpecError: one is.
+    """
+    overlap = (args.overlap or "").split(",")
+    of_experts = {
+        "capacity-factor": args.capacity_factor,
+        "pad-to-capacity": args.pad_to_capacity or None,
+        "dispatcher": None if args.dispatcher == "alltoall" else args.dispatcher,
+        "overlap": "ep" if "ep" in overlap else None,
+        "recompute": "moe_act" if args.recompute == "moe_act" else None,
+    }
+    if not subject.arch.num_experts:
+        refused, why = of_experts, "none for a dense model"
+    elif args.recipe is not None and args.overlap:
+        refused, why = {"overlap": args.overlap}, "none beside --recipe: no recipe has it"
+    elif not _is_grouped(subject):
+        refused = {name: of_experts[name] for name in ("dispatcher", "recompute")}
+        why = "none for this recipe, which does not group the experts' products"
+    else:
+        return
+    for name, value in refused.items():
+        if value is not None:
+            raise SpecError(
+                name, got="it" if value is True else value, expected=why, fix=f"omit --{name}, or use --model FOLDER"
+            )

@@ -1,0 +1,103 @@
+"""`nemo-upcycle verify`: how equal are a dense model and the MoE model made from it?"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_upcycle.cli.common import add_json, show
+from nemo_upcycle.errors import UpcycleError
+
+
+if TYPE_CHECKING:
+    from nemo_upcycle.verify.verification import TornTokens, Verification
+
+HELP = "dense folder against MoE folder: what was done to the weights, and do both compute the same function?"
+_EXAMPLES = """examples:
+  nemo-upcycle verify models/Llama-3-8B models/Llama-3-8B-E8T2 --weights-only
+  nemo-upcycle verify runs/demo/dense runs/demo/upcycle/hf --text README.md --layers
+
+Logits are compared in float32, the weights streamed. With granularity, tokens are counted whose routing in the MoE
+model's own type picks parts of several copies: such a model needs float32 routing, and the verdict is for that.
+exit status: 0 equal within the tolerance; 1 not; 2 a folder is damaged or a value is wrong."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.epilog = _EXAMPLES
+    where = "Hugging Face folder, or hf://ORG/NAME on the hub (downloaded)"
+    parser.add_argument("dense", metavar="DENSE", help=f"the parent: {where}, or asset://smollm2-135m")
+    parser.add_argument("moe", metavar="MOE", help=f"the MoE model: {where}")
+    parser.add_argument("--text", metavar="FILE", type=Path, help="text to run on (default: a short one of ours)")
+    parser.add_argument("--layers", action="store_true", help="compare every layer, to find where the models part")
+    parser.add_argument("--weights-only", action="store_true", help="run nothing: a verdict from the weights alone")
+    parser.add_argument(
+        "--tolerance",
+        metavar="X",
+        type=float,
+        default=1e-4,
+        help="largest difference of logits over the largest logit (default: 1e-4)",
+    )
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, show what was found, and return the exit status.
+
+    Raises:
+        UpcycleError: a folder is damaged or a value is wrong.
+    """
+    for option in ("layers", "text"):
+        if args.weights_only and getattr(args, option):
+            raise UpcycleError(
+                "--weights-only",
+                got=f"--{option} beside it",
+                expected="none that needs the models to run",
+                fix="leave one of the two out",
+            )
+    from nemo_upcycle.data.dense import local_model
+    from nemo_upcycle.verify.verification import verify
+
+    dense, moe = (Path(local_model(source).removeprefix("hf://")) for source in (args.dense, args.moe))
+    found = verify(
+        dense,
+        moe,
+        args.text,
+        layers=args.layers,
+        logits=not args.weights_only,
+        tolerance=args.tolerance,
+    )
+    show(args, asdict(found), _text(found))
+    return 0 if found.equal else 1
+
+
+def _text(found: Verification) -> str:
+    lines = [f"{found.moe}: {found.hf_class}, of {found.dense}", "weights", *map(str, found.weights)]
+    verdict = "as copies, exact" if found.weights_exact else "not those of an exact upcycling"
+    lines.append("; ".join([f"  {verdict}", *found.weights_rounded]))
+    if logits := found.logits:
+        lines += [
+            f"logits of {logits.tokens} tokens, float32",
+            f"  largest difference {logits.max_abs:.3g}, mean {logits.mean_abs:.3g},"
+            f" relative {logits.relative:.3g} (tolerance {found.tolerance:g})",
+            f"  same likeliest token: {100 * logits.same_argmax:.4g} %",
+        ]
+        if logits.layer_relative:
+            names = ["embedding", *(f"layer {number}" for number in range(len(logits.layer_relative) - 1))]
+            lines.append("difference after")
+            lines += [f"  {name:<10}{value:.3g}" for name, value in zip(names, logits.layer_relative, strict=True)]
+    if found.granularity > 1:
+        lines.append(f"routing: {_routing(found.torn)}")
+    lines.append("equal: " + ("yes" if found.equal else "no"))
+    return "\n".join(lines)
+
+
+def _routing(torn: TornTokens | None) -> str:
+    if torn is None:
+        return "top-k picks whole copies only where router logits are float32: leave --weights-only out to count"
+    if not torn.torn:
+        return f"in {torn.dtype}, all {torn.tokens} tokens get whole copies"
+    share = f"{torn.torn} of {torn.tokens} tokens ({100 * torn.share:.2g} %) get parts of several copies"
+    return f"in {torn.dtype}, {share}; serve this model with router logits in float32, for which the verdict holds"

@@ -1,0 +1,259 @@
+"""NeMo or Megatron weights -> a Hugging Face folder, streamed, by the mapping table.
+
+A dense model becomes its own class again, an upcycled one Mixtral, or Qwen2-MoE where Mixtral cannot hold it. What the
+checkpoint says of its own model decides: a parent or a spec that contradicts it is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_upcycle.convert.hf_folder import copy_tokenizer_files, require_dtype, write_config, write_weights
+from nemo_upcycle.convert.megatron_weights import CheckpointWeights, MegatronWeights
+from nemo_upcycle.convert.model_card import write_card
+from nemo_upcycle.errors import CheckpointError, SpecError
+from nemo_upcycle.models.architecture import Architecture, read_architecture
+from nemo_upcycle.models.mapping import hf_constants, mapping_of_hf
+from nemo_upcycle.models.sharding import Shard, hf_shape, hf_shapes, shard_shape, source_slices
+from nemo_upcycle.package_info import __version__
+from nemo_upcycle.sources.checkpoint_context import read_context
+from nemo_upcycle.sources.checks import rounded
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.utils.files import MODEL_MARKER, output_folder, require_apart, sha256_file, write_json
+
+
+#: Who made a folder, as its marker says: such a folder may be replaced by the next export.
+MADE_BY = "nemo-upcycle export"
+_ASSUMED = (
+    "the checkpoint says nothing of its model (no context/model.yaml, no arguments in common.pt): rotary embedding,"
+    " norm epsilon, activation and window are taken to be the dense parent's, and the router's scores a softmax"
+)
+
+
+@dataclass(frozen=True)
+class About:
+    """What a folder says of its model besides the weights.
+
+    Args:
+        title: its name; None: the folder's.
+        facts: lines of the model card: how it was upcycled, data, training.
+        router_aux_loss: the coefficient of the load-balancing loss that it was trained with; None: not known.
+        notes: what is not exact, not known or taken for granted.
+        checkpoint: name of the checkpoint.
+    """
+
+    title: str | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
+    router_aux_loss: float | None = None
+    notes: tuple[str, ...] = ()
+    checkpoint: str | None = None
+
+
+def hf_reader(weights: MegatronWeights, arch: Architecture) -> Callable[[str], torch.Tensor]:
+    """Return a function that gives the tensors of the Hugging Face model by name.
+
+    Args:
+        weights: where the Megatron parameters come from.
+        arch: shapes of the Hugging Face model.
+    """
+
+    constants = hf_constants(arch)
+
+    def read(hf_name: str) -> torch.Tensor:
+        if hf_name in constants:
+            return torch.zeros(constants[hf_name])
+        row, part, layer, expert = mapping_of_hf(hf_name, arch)
+        whole = weights.read(row, layer, expert)
+        wanted = shard_shape(row, arch, Shard(), padded_vocab=max(whole.shape[0], arch.vocab_size))
+        if tuple(whole.shape) != wanted:
+            raise CheckpointError(
+                f"shape of {hf_name}",
+                got=list(whole.shape),
+                expected=list(wanted),
+                fix="the checkpoint belongs to another dense parent",
+            )
+        piece = next(piece for piece in source_slices(row, arch, Shard(), wanted) if piece.part == part)
+        tensor = piece.view(whole).reshape(hf_shape(row, part, arch))
+        # Qwen2-MoE halves its shared expert, see `hf_constants`.
+        return tensor * 2 if row.role == "shared_fc2" else tensor
+
+    return read
+
+
+def _no_class(arch: Architecture) -> str:
+    """Return why no Hugging Face class can hold an MoE."""
+    reasons = {
+        "a Gemma: norms around zero": arch.zero_centered_norm,
+        "a network without a gate": not arch.gated,
+        "a bias of the attention's output": arch.attention_out_bias,
+        "biases of the feed-forward network": arch.ffn_bias,
+    }
+    router = "sigmoid scores or a routed_scaling_factor"
+    if arch.num_heads * arch.head_dim != arch.hidden_size:
+        router += ", or heads that do not make up the hidden size (Qwen2-MoE)"
+    if arch.window:
+        router += ", or a sliding window (Mixtral's alone) with shared experts, biases or dense layers (Qwen2-MoE's)"
+    return next((reason for reason, holds in reasons.items() if holds), router)
+
+
+def require_class(arch: Architecture) -> None:
+    """Check that a Hugging Face class can hold a model.
+
+    Raises:
+        SpecError: none can.
+    """
+    if not arch.hf_class:
+        fix = "keep the model in NeMo: it trains and evaluates there"
+        if arch.window:
+            fix += ", or set sliding_window to null in config.json if training sequences were no longer"
+        raise SpecError(
+            "Hugging Face class for this MoE",
+            got=_no_class(arch),
+            expected="what Mixtral or Qwen2-MoE can hold",
+            fix=fix,
+        )
+
+
+def export_weights(
+    weights: MegatronWeights,
+    arch: Architecture,
+    dense_folder: Path,
+    output: Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    about: About | None = None,
+    plan: dict[str, Any] | None = None,
+) -> Path:
+    """Write a Hugging Face folder; complete or not at all.
+
+    Args:
+        weights: where the Megatron parameters come from.
+        arch: the model to write, dense or MoE.
+        dense_folder: the parent, whose config and tokenizer travel along.
+        output: the folder to make.
+        dtype: type on disk.
+        about: what else is known of the model.
+        plan: what the bytes follow from, as plain values: then files of a killed call with the same plan are kept.
+
+    Raises:
+        CheckpointError: the weights do not fit `arch`.
+        UpcycleError: the disk has no room, `output` is there already and no earlier export, or is the parent.
+    """
+    about = about or About()
+    require_class(arch)
+    shapes, constants = hf_shapes(arch), hf_constants(arch)
+    require_dtype(dtype)
+    require_apart(output, dense_folder)
+    output = output.resolve()
+    stored = {name: _dtype(weights, name, arch) for name in shapes if name not in constants}
+    lossy = list(rounded(stored, dtype))
+    with output_folder(output, MADE_BY, plan) as folder:
+        write_config(dense_folder, folder, arch, dtype, about.router_aux_loss)
+        companions = copy_tokenizer_files(dense_folder, folder)
+        total_bytes = write_weights(folder, shapes, hf_reader(weights, arch), dtype, label=f"export {output.name}")
+        notes = [*lossy, *about.notes]
+        write_card(
+            folder,
+            [dense_folder],
+            arch,
+            title=about.title or output.name,
+            tool=MADE_BY,
+            facts={"Type": str(dtype).removeprefix("torch."), **about.facts},
+            notes=notes,
+        )
+        marker = {
+            "made_by": MADE_BY,
+            "version": __version__,
+            "checkpoint": about.checkpoint,
+            "tensors": len(shapes),
+            "bytes": total_bytes,
+            "dtype": str(dtype).removeprefix("torch."),
+            "rounded": lossy,
+            "notes": list(about.notes),
+            "facts": dict(about.facts),
+            "companions": companions,
+        }
+        write_json(folder / MODEL_MARKER, marker)
+    return output
+
+
+def _dtype(weights: MegatronWeights, hf_name: str, arch: Architecture) -> torch.dtype:
+    row, _, layer, expert = mapping_of_hf(hf_name, arch)
+    return weights.dtype(row, layer, expert)
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    dense_folder: Path,
+    output: Path,
+    *,
+    spec: UpcycleSpec | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    about: About | None = None,
+) -> Path:
+    """Export a NeMo or Megatron checkpoint, saved under any layout, to a Hugging Face folder.
+
+    A call that was killed is gone on with by the next one with the same arguments, file by file.
+
+    Args:
+        checkpoint: the checkpoint.
+        dense_folder: the dense parent's Hugging Face folder.
+        output: the folder to make.
+        spec: what an MoE checkpoint was upcycled by; by default what its own context says.
+        dtype: type on disk.
+        about: what the model card shall say besides what the checkpoint does.
+
+    Raises:
+        SpecError: an MoE checkpoint without a spec, a dense one with a spec, a spec that the checkpoint's own context
+            contradicts, or one that no Hugging Face class can hold.
+        CheckpointError: the checkpoint is damaged, belongs to another parent, was trained with other settings than
+            the parent's, or holds what the spec does not say.
+        UpcycleError: `output` is no earlier export, or not apart from checkpoint and parent.
+
+    Example:
+        >>> export_checkpoint(Path("last"), Path("dense"), Path("hf"), spec=UpcycleSpec())  # doctest: +SKIP
+    """
+    require_apart(output, checkpoint)
+    weights, context = CheckpointWeights(checkpoint), read_context(checkpoint)
+    arch = read_architecture(dense_folder)
+    weights.require_parent(arch)
+    if context:
+        context.require_parent(arch, dense_folder)
+        spec = context.spec(spec)
+    if experts := weights.num_experts:
+        if spec is None or spec.num_experts != experts:
+            raise SpecError(
+                "spec",
+                got=f"num_experts={spec.num_experts}" if spec else "none",
+                expected=f"num_experts={experts}, as in {checkpoint}",
+                fix="give the spec that the model was upcycled by",
+            )
+        arch = arch.upcycled(spec)
+    elif spec is not None:
+        raise SpecError(
+            "spec", got=spec, expected=f"none: {checkpoint} is a dense model", fix="leave the spec's options out"
+        )
+    weights.require_all_read(arch)
+    about = replace(
+        about or About(),
+        router_aux_loss=context.router_aux_loss if context else None,
+        notes=context.notes if context else (_ASSUMED,),
+        checkpoint=checkpoint.name,
+    )
+    plan = {
+        "checkpoint": str(checkpoint.resolve()),
+        "files": weights.checkpoint.fingerprint(),
+        # Two checkpoints of one run have files of the same sizes: the time tells them apart.
+        "written_ns": (weights.checkpoint.path / ".metadata").stat().st_mtime_ns,
+        "config_sha256": sha256_file(dense_folder / "config.json"),
+        "architecture": asdict(arch),
+        "dtype": str(dtype),
+        "version": __version__,
+    }
+    with weights.checkpoint:
+        return export_weights(weights, arch, dense_folder, output, dtype=dtype, about=about, plan=plan)

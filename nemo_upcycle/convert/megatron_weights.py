@@ -1,0 +1,149 @@
+"""Whole parameters of a Megatron model: of a distributed checkpoint of any layout, or of a live one-rank model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.mapping import BY_ROLE, MODEL_MAPPINGS, ParamMapping, layer_mappings
+from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint, model_prefix
+from nemo_upcycle.sources.megatron_checkpoint import model_tensors
+
+
+#: What is read before the mapped files' memory is given back: often enough to stay small, too seldom to cost time.
+_RELEASE_BYTES = 256 << 20
+
+
+class MegatronWeights(Protocol):
+    """Whole Megatron parameters, by row, layer and expert."""
+
+    def read(self, row: ParamMapping, layer: int, expert: int) -> torch.Tensor:
+        """Return a parameter, gathered over tensor-parallel ranks; vocabularies may be padded."""
+
+    def dtype(self, row: ParamMapping, layer: int, expert: int) -> torch.dtype:
+        """Return a parameter's type."""
+
+
+class CheckpointWeights:
+    """Parameters of a distributed checkpoint.
+
+    Args:
+        folder: a NeMo checkpoint (with `weights/`) or a Megatron one (with `.metadata`).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        weights = folder / "weights"
+        self.checkpoint = DistributedCheckpoint(weights if weights.is_dir() else folder)
+        self._prefix = model_prefix(self.checkpoint)
+        self._released_at_bytes = 0
+
+    def _key(self, row: ParamMapping, layer: int) -> tuple[str, bool]:
+        """Return the name of a row's tensor and whether its first axis counts layers."""
+        for stored in row.stored:
+            stacked = f"{self._prefix}decoder.layers.{stored}" if row.in_layer else self._prefix + stored
+            if stacked in self.checkpoint.names():
+                return stacked, row.in_layer
+            single = f"{self._prefix}decoder.layers.{layer}.{stored}"
+            if row.in_layer and single in self.checkpoint.names():
+                return single, False
+        raise CheckpointError(
+            f"{self.checkpoint.path}: {row.role} of layer {layer}",
+            got="no such tensor",
+            expected=" or ".join(row.stored),
+            fix="export a checkpoint of a Llama-family model, dense or upcycled",
+        )
+
+    @property
+    def num_experts(self) -> int | None:
+        """Experts per layer, or None for a dense model."""
+        router = BY_ROLE["router"].stored[0]
+        names = [name for name in model_tensors(self.checkpoint, self._prefix) if name.endswith(router)]
+        return self.checkpoint.shape(names[0])[-2] if names else None
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        inside = self._prefix + "decoder.layers."
+        for stored in BY_ROLE["attention_norm"].stored:
+            if inside + stored in self.checkpoint.names():
+                return self.checkpoint.shape(inside + stored)[0]
+        found = (re.match(re.escape(inside) + r"(\d+)\.", name) for name in self.checkpoint.names())
+        return 1 + max((int(match.group(1)) for match in found if match), default=-1)
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the model has no output layer of its own."""
+        return self._prefix + BY_ROLE["output"].stored[0] not in self.checkpoint.names()
+
+    def require_parent(self, arch: Architecture) -> None:
+        """Check what the tensors that `arch` names would not show: layers and output weights that it does not have.
+
+        Raises:
+            CheckpointError: the model is not made from a parent of this architecture.
+        """
+        for what in ("num_layers", "tied_embeddings"):
+            if (got := getattr(self, what)) != (expected := getattr(arch, what)):
+                raise CheckpointError(
+                    f"{what} of {self.checkpoint.path}",
+                    got=got,
+                    expected=f"{expected}, as in the dense parent",
+                    fix="export with the dense parent that the model was made from",
+                )
+
+    def require_all_read(self, arch: Architecture) -> None:
+        """Check that the model holds nothing that an export as `arch` would leave out.
+
+        Raises:
+            CheckpointError: it does, or lacks a tensor of `arch`.
+        """
+        rows = [(row, 0) for row in MODEL_MAPPINGS if row.role != "output" or not arch.tied_embeddings]
+        rows += [(row, layer) for layer in range(arch.num_layers) for row in layer_mappings(arch, layer)]
+        read = {self._key(row, layer)[0] for row, layer in rows}
+        if unread := sorted(set(model_tensors(self.checkpoint, self._prefix)) - read):
+            raise CheckpointError(
+                f"{self.checkpoint.path}: tensors that the export would leave out",
+                got=", ".join(unread[:3]) + (f" and {len(unread) - 3} more" if len(unread) > 3 else ""),
+                expected=f"the tensors of this {arch.hf_class or 'model'} alone",
+                fix="give the spec that it was upcycled by (as --shared-experts, --moe-layers) and its own parent",
+            )
+
+    def dtype(self, row: ParamMapping, layer: int, expert: int) -> torch.dtype:
+        """Return a parameter's type."""
+        return self.checkpoint.dtype(self._key(row, layer)[0])
+
+    def read(self, row: ParamMapping, layer: int, expert: int) -> torch.Tensor:
+        """Return a parameter, put together from the pieces of all ranks."""
+        if self.checkpoint.bytes_read - self._released_at_bytes > _RELEASE_BYTES:
+            self.checkpoint.release()
+            self._released_at_bytes = self.checkpoint.bytes_read
+        key, stacked = self._key(row, layer)
+        position = ([layer] if stacked else []) + ([expert] if row.is_expert else [])
+        shape = self.checkpoint.shape(key)
+        index = [(at, at + 1) for at in position] + [(0, size) for size in shape[len(position) :]]
+        return self.checkpoint.read(key, index).view(shape[len(position) :])
+
+
+class LiveWeights:
+    """Parameters of a live Megatron model that is whole on this rank (one chunk, no tensor or expert parallelism)."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._parameters: dict[str, Any] = dict(model.named_parameters())
+
+    def dtype(self, row: ParamMapping, layer: int, expert: int) -> torch.dtype:
+        """Return a parameter's type."""
+        return self.read(row, layer, expert).dtype
+
+    def read(self, row: ParamMapping, layer: int, expert: int) -> torch.Tensor:
+        """Return a parameter."""
+        prefix = f"decoder.layers.{layer}." if row.in_layer else ""
+        for template in row.megatron:
+            if (name := prefix + template.format(expert=expert)) in self._parameters:
+                return self._parameters[name].detach()
+        raise CheckpointError(
+            f"{row.role} of layer {layer}", got="no such parameter", expected=row.megatron[-1], fix="use one rank"
+        )

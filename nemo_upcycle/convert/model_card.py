@@ -1,0 +1,141 @@
+"""The README.md of a Hugging Face folder that this package writes: from what, how and by what it was made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.package_info import __version__
+from nemo_upcycle.spec import UpcycleSpec
+
+
+CARD = "README.md"
+#: What a parent's card says that holds for what is made of it.
+_INHERITED = ("license", "license_name", "license_link", "language")
+_MAX_BYTES = 1 << 20
+
+
+def write_card(
+    folder: Path,
+    parents: Sequence[Path],
+    made: Architecture,
+    *,
+    title: str,
+    tool: str,
+    facts: Mapping[str, str],
+    notes: Sequence[str] = (),
+) -> None:
+    """Write the model card.
+
+    Args:
+        folder: where to.
+        parents: folders of the dense models; the first gives everything but the experts.
+        made: the model's architecture.
+        title: name of the model.
+        tool: the command that wrote it.
+        facts: lines of the table: what was done, with which numbers.
+        notes: what is not exact, not known or taken for granted.
+    """
+    names = [_hub_name(parent) for parent in parents]
+    lineage = [name or parent.resolve().name for name, parent in zip(names, parents, strict=True)]
+    cards = [_front_matter(parent) for parent in parents]
+    front = _front(names, cards, made)
+    rows = {
+        "Made from": ", ".join(lineage),
+        "Class": f"{made.hf_class}, {made.total_params:,} parameters, {made.active_params:,} active for a token",
+        **facts,
+        "Written by": f"{tool}, version {__version__}",
+    }
+    lines = ["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(), "---", "", f"# {title}", ""]
+    if made.num_experts:
+        lines += [
+            f"A Mixture-of-Experts model ({made.num_experts} experts, {made.top_k} for a token), upcycled from a "
+            "dense model ([arXiv 2412.09952](https://arxiv.org/abs/2412.09952)): the experts are made of its "
+            "feed-forward network.",
+            "",
+        ]
+    lines += ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items()), ""]
+    if notes:
+        lines += ["## What to know", "", *(f"- {note}" for note in notes), ""]
+    lines += ["## Licence", "", _licence(front, cards), ""]
+    (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
+
+
+def training_facts(metrics: Path, step: int) -> dict[str, str]:
+    """Return what a run's `metrics.jsonl` says of a step, for a card; nothing where it does not.
+
+    Args:
+        metrics: the file.
+        step: counted from 1.
+    """
+    if not metrics.is_file():
+        return {}
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            values = json.loads(line)
+            if values["step"] == step:
+                return {
+                    "Training": f"{step:,} steps, {values['tokens']:,} tokens, loss {values['loss']:.4f} at the last"
+                }
+        except (ValueError, KeyError, TypeError):
+            continue
+    return {}
+
+
+def _front(names: list[str | None], cards: list[dict[str, Any]], made: Architecture) -> dict[str, Any]:
+    """Return the card's metadata, as the Hugging Face hub reads it."""
+    # A parent that has no name on the hub may name its own base there: then that is the nearest one.
+    bases = [name or card.get("base_model") for name, card in zip(names, cards, strict=True)]
+    flat = [base for one in bases for base in (one if isinstance(one, list) else [one]) if isinstance(base, str)]
+    front: dict[str, Any] = {}
+    if flat := list(dict.fromkeys(flat)):
+        front["base_model"] = flat[0] if len(flat) == 1 else flat
+    for key in _INHERITED:
+        if cards[0].get(key) and all(card.get(key) == cards[0][key] for card in cards):
+            front[key] = cards[0][key]
+    tags = ["nemo-upcycle", *(["mixture-of-experts", "moe", "upcycling"] if made.num_experts else [])]
+    return {**front, "library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+
+
+def _licence(front: dict[str, Any], cards: list[dict[str, Any]]) -> str:
+    if "license" in front:
+        name = front.get("license_name", front["license"])
+        return f"The dense model's: {name}. Its licence files, where it has some, lie in this folder."
+    if any("license" in card for card in cards):
+        return "The dense models have several: " + "; ".join(str(card.get("license", "none named")) for card in cards)
+    return "The dense model's folder names none: see where it came from."
+
+
+def spec_fact(spec: UpcycleSpec) -> dict[str, str]:
+    """Return how a model was upcycled, for a card: sizes and seed always, the rest where it is not the default."""
+    always, default = ("num_experts", "top_k", "router_std", "seed"), UpcycleSpec()
+    fields = {
+        name: value for name, value in spec.to_dict().items() if name in always or value != getattr(default, name)
+    }
+    return {"Upcycled by": f"`UpcycleSpec({', '.join(f'{name}={value!r}' for name, value in fields.items())})`"}
+
+
+def _hub_name(folder: Path) -> str | None:
+    """Return the name on the hub of a model in the hub's own cache, `models--ORG--NAME/snapshots/REVISION`."""
+    home = folder.resolve().parent
+    kind, _, name = home.parent.name.partition("--")
+    return name.replace("--", "/", 1) if home.name == "snapshots" and kind == "models" and name else None
+
+
+def _front_matter(folder: Path) -> dict[str, Any]:
+    """Return the metadata of a model's own card; nothing where it has none that can be read."""
+    path = folder / CARD
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            return {}
+        before, start, rest = path.read_text(encoding="utf-8").partition("---\n")
+        front, end, _ = rest.partition("\n---")
+        values = yaml.safe_load(front) if not before.strip() and start and end else None
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}

@@ -1,0 +1,273 @@
+"""A dense checkpoint -> an upcycled Hugging Face folder, without a training job: the bits of upcycling and exporting.
+
+Every file of the output stands under its own name only when it is whole and on the disk, so a run that was stopped, at
+any time and by anything, goes on with the first file that is missing. `expansion.py` makes the files.
+"""
+
+from __future__ import annotations
+
+import errno
+import resource
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_upcycle.convert.expansion import Expansion
+from nemo_upcycle.convert.finished import add_tokenizer_files, check_done, is_done, plan_of
+from nemo_upcycle.convert.hf_folder import (
+    MAX_SHARD_BYTES,
+    copy_tokenizer_files,
+    require_dtype,
+    shard_files,
+    tokenizer_file_names,
+    write_config,
+    write_index,
+)
+from nemo_upcycle.convert.model_card import spec_fact, write_card
+from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.sources.base import DenseSource
+from nemo_upcycle.sources.branches import require_copies
+from nemo_upcycle.sources.checks import BrokenWeights, check_shapes, check_source, rounded_because
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.utils.files import (
+    MODEL_MARKER,
+    aside_of,
+    clear,
+    clear_unfinished,
+    forget_work,
+    is_complete,
+    only_writer,
+    read_json,
+    require_apart,
+    require_disk,
+    resolved,
+    write_json,
+)
+from nemo_upcycle.utils.progress import ProgressLine
+
+
+_PLAN, _UNFINISHED = ".conversion.json", ".unfinished"
+#: What a file system may refuse in the middle of the work.
+_FULL = {
+    errno.ENOSPC: ("full", "room"),
+    errno.EDQUOT: ("quota used up", "room"),
+    errno.EFBIG: ("a file too large for it", "files of that size: see ulimit -f, or lower --max-shard-size"),
+}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did; bytes and seconds are of this call, which may have found some files done already.
+
+    Those are told by their size and header, not read again. Where routing is needed in float32, `exact` is for that.
+    """
+
+    output: Path
+    hf_class: str
+    dtype: str
+    exact: bool
+    inexact_because: tuple[str, ...]
+    dense_params: int
+    total_params: int
+    active_params: int
+    tensors: int
+    files: int
+    files_kept: int
+    bytes_total: int
+    bytes_written: int
+    bytes_read: int
+    max_shard_bytes: int
+    needs_float32_routing: bool
+    seconds: float
+    peak_rss_gib: float
+
+
+def convert(
+    dense: DenseSource,
+    output: Path,
+    spec: UpcycleSpec,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: bool = True,
+) -> Conversion:
+    """Write the Hugging Face folder of the model that a spec makes of a dense checkpoint; complete or not at all.
+
+    The bits are those of `upcycle_into` in a model of that type, exported. Work in progress lies in a hidden folder
+    beside `output`; called again with the same source and spec, what is finished there is kept.
+
+    Args:
+        dense: the open dense checkpoint, whose folder also has config and tokenizer.
+        output: the folder to make.
+        spec: what to make.
+        dtype: type of the weights on disk, in which they are scaled and changed, too; the source's own when None.
+        max_shard_bytes: largest size of a file.
+        progress: whether to show how far it is, on stderr.
+
+    Returns:
+        Counts, bytes, time and whether the model computes the dense function.
+
+    Raises:
+        SpecError: the spec does not fit, or no Hugging Face class can hold the model. Nothing was written.
+        CheckpointError: the source is damaged, holds NaN or infinity, or does not fit its `config.json`.
+        UpcycleError: `output` is there already and something else or damaged, another process writes it, no file can
+            hold weights of this type, or the disk is full.
+
+    Example:
+        >>> with open_dense("models/Llama-3-8B") as dense:  # doctest: +SKIP
+        ...     convert(dense, Path("models/Llama-3-8B-E8T2"), UpcycleSpec(num_experts=8, top_k=2))
+    """
+    start_s, bytes_before = time.monotonic(), dense.bytes_read
+    output = resolved(output)
+    require_apart(output, *(source.path for source in dense.branches()))
+    require_dtype(dtype := dtype or dense.dtype("model.embed_tokens.weight"))
+    require_copies(dense, spec.copies)
+    expansion = Expansion(dense, spec, dtype)
+    made = expansion.made
+    _check_folder(dense)
+    if not is_complete(output) and not aside_of(output).exists():  # else less is missing, which `_write` counts
+        require_disk(output, made.total_params * dtype.itemsize, f"convert {output.name}")  # before names are listed
+    names = list(expansion.shapes)
+    check_source(dense)
+    check_shapes(dense)
+    files = shard_files(expansion.shapes, dtype, max_shard_bytes)
+    plan = plan_of(dense, spec, dtype, max_shard_bytes)
+    reasons = (*spec.inexact_because, *dense.inexact_because(), *rounded_because(dense, dtype, spec))
+    kept, written = set(files), 0
+    if is_done(output, plan):
+        check_done(output, expansion, files)
+        add_tokenizer_files(dense.path, output)
+        forget_work(output, _PLAN)
+    else:
+        with _only_writer(output, plan) as folder:
+            kept = {file for file in files if expansion.is_whole(folder / file, files[file])}
+            written = _write(expansion, folder, files, kept, f"convert {output.name}", progress)
+            _write_card(expansion, folder, output.name, reasons)
+            _finish(expansion, folder, files, plan)
+    total_params = expansion.size_bytes(names) // dtype.itemsize
+    return Conversion(
+        output=output,
+        hf_class=made.hf_class,
+        dtype=str(dtype).removeprefix("torch."),
+        exact=not reasons,
+        inexact_because=reasons,
+        dense_params=dense.architecture.total_params,
+        total_params=total_params,
+        active_params=total_params - made.total_params + made.active_params,
+        tensors=len(names),
+        files=len(files),
+        files_kept=len(kept),
+        bytes_total=expansion.size_bytes(names),
+        bytes_written=written,
+        bytes_read=dense.bytes_read - bytes_before,
+        max_shard_bytes=max_shard_bytes,
+        needs_float32_routing=spec.needs_float32_routing,
+        seconds=round(time.monotonic() - start_s, 3),
+        peak_rss_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+    )
+
+
+def _check_folder(dense: DenseSource) -> None:
+    """Check what is not needed before the end: config and tokenizer stand beside Hugging Face's weights only."""
+    if not (dense.path / "config.json").is_file():
+        raise CheckpointError(
+            str(dense.path),
+            got="no config.json",
+            expected="a Hugging Face folder",
+            fix="export the checkpoint first (nemo-upcycle export), then convert that",
+        )
+    tokenizer_file_names(dense.path)
+
+
+@contextmanager
+def _only_writer(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
+    """Give the folder to work in, to one process at a time, with what a stopped run of the same plan left there."""
+    with only_writer(output) as aside:
+        try:
+            if not (aside / _PLAN).is_file() or read_json(aside / _PLAN) != plan:
+                clear(aside)
+                write_json(aside / _PLAN, plan)
+            clear_unfinished(aside, f"*{_UNFINISHED}")  # before anyone asks how much room there is
+            yield aside
+        except BaseException as error:
+            clear_unfinished(aside, f"*{_UNFINISHED}")
+            # What is made of a broken source is not worth keeping; a file system that failed may work again.
+            if isinstance(error, BrokenWeights) or not any(aside.glob("*.safetensors")):
+                shutil.rmtree(aside)
+            if not isinstance(error, OSError) or error.errno not in _FULL:
+                raise
+            got, expected = _FULL[error.errno]
+            raise UpcycleError(
+                f"disk of {output}",
+                got=got,
+                expected=expected,
+                fix="fix that and run the same command again: finished files are kept",
+            ) from None
+    forget_work(output, _PLAN)  # not before it is in its place: without a plan nothing is kept
+
+
+def _write(
+    expansion: Expansion, folder: Path, files: dict[str, list[str]], kept: set[str], label: str, progress: bool
+) -> int:
+    """Write the files that are missing; return their bytes."""
+    todo = {file: names for file, names in files.items() if file not in kept}
+    needed_bytes = sum(expansion.size_bytes(names) for names in todo.values())
+    require_disk(folder, needed_bytes, f"the rest of {label}" if kept else label)
+    with ProgressLine(label, len(expansion.shapes), enabled=progress) as line:
+        line.advance(sum(len(files[file]) for file in kept))
+        _write_files(expansion, folder, todo, line)
+    return needed_bytes
+
+
+class _Stopped(Exception):
+    """Another file could not be written."""
+
+
+def _write_files(expansion: Expansion, folder: Path, todo: dict[str, list[str]], line: ProgressLine) -> None:
+    """Write several files at a time; the first that fails stops all."""
+    stopped, counting = threading.Event(), threading.Lock()
+
+    def advance(tensors: int) -> None:
+        if stopped.is_set():
+            raise _Stopped
+        with counting:
+            line.advance(tensors)
+
+    def write(file: str) -> None:
+        unfinished = folder / f"{file}{_UNFINISHED}"
+        expansion.write_file(unfinished, todo[file], advance)
+        unfinished.rename(folder / file)
+
+    with ThreadPoolExecutor(expansion.writers, "write") as pool:
+        try:
+            for job in as_completed([pool.submit(write, file) for file in todo]):
+                job.result()
+        except BaseException:  # an interrupt, too
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _write_card(expansion: Expansion, folder: Path, title: str, reasons: tuple[str, ...]) -> None:
+    start = f"not the dense function: {'; '.join(reasons)}" if reasons else "the dense function, up to rounding"
+    facts = spec_fact(expansion.spec) | {"Type": str(expansion.dtype).removeprefix("torch."), "Computes": start}
+    parents = [source.path for source in expansion.dense.branches()]
+    write_card(folder, parents, expansion.made, title=title, tool="nemo-upcycle convert", facts=facts)
+
+
+def _finish(expansion: Expansion, folder: Path, files: dict[str, list[str]], plan: dict[str, Any]) -> None:
+    """Add everything but the weights; the marker comes last."""
+    total_bytes = expansion.size_bytes(list(expansion.shapes))
+    write_index(folder, files, total_bytes)
+    write_config(expansion.dense.path, folder, expansion.made, expansion.dtype)
+    companions = copy_tokenizer_files(expansion.dense.path, folder)
+    marker = {"tensors": len(expansion.shapes), "bytes": total_bytes, "companions": companions, "made_from": plan}
+    write_json(folder / MODEL_MARKER, marker)

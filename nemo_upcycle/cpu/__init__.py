@@ -1,0 +1,1 @@
+"""The CPU backend: what lets stock NeMo and Megatron run without CUDA."""

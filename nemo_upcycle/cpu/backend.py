@@ -1,0 +1,137 @@
+"""Training with NeMo and Megatron on a machine without CUDA, over gloo, with the configuration a GPU user writes.
+
+`use_cpu_backend()` at the start of each process is all a script needs:
+
+    use_cpu_backend()
+    model = llm.LlamaModel(llm.Llama31Config8B(num_moe_experts=8, moe_router_topk=2))
+    trainer = nl.Trainer(accelerator="cpu", devices=2, strategy=nl.MegatronStrategy(expert_model_parallel_size=2), ...)
+    llm.train(model, data, trainer, optim=optim, tokenizer="data")
+
+What the user wrote is what a checkpoint's `context` holds, as on a GPU; what needs CUDA or Transformer Engine is
+switched off in the object, as it is made. What Megatron and NeMo expect of CUDA itself is supplied by the functions of
+`patches`, each small enough to be read on its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+logger = logging.getLogger(__name__)
+
+# Fields of Megatron's and NeMo's configurations whose usual value needs CUDA, Apex or Transformer Engine.
+_CPU_FIELDS: dict[str, Any] = {
+    "apply_rope_fusion": False,
+    "batch_p2p_comm": False,  # two messages between the same two stages would be swapped: two stages, interleaved
+    "bias_dropout_fusion": False,
+    "cross_entropy_loss_fusion": False,
+    "fp8": None,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "moe_grouped_gemm": False,  # SequentialMLP: the same parameters, and the same names in a checkpoint
+    "moe_permute_fusion": False,
+    "moe_router_fusion": False,
+    "moe_router_padding_for_fp8": False,
+    "persist_layer_norm": False,
+    "tp_comm_overlap": False,
+    "use_transformer_engine_full_layer_spec": False,
+    # A pipeline stage's output must outlive the send that reads it: gloo sends from its own thread, with no stream
+    # that would keep the memory until then.
+    "deallocate_pipeline_outputs": False,
+}
+_installed = False
+
+
+def use_cpu_backend() -> bool:
+    """Let Megatron and NeMo run in this process without CUDA; call it once, before a model or a trainer is made.
+
+    Does nothing where CUDA is available, and nothing the second time.
+
+    Returns:
+        Whether this process now computes on the CPU.
+
+    Example:
+        >>> if use_cpu_backend():  # doctest: +SKIP
+        ...     recipe.trainer.accelerator = "cpu"
+    """
+    global _installed
+    if torch.cuda.is_available():
+        return False
+    if not _installed:
+        from nemo_upcycle.cpu import patches
+
+        for patch in (adapt_every_config, *patches.PATCHES):
+            patch()
+        _installed = True
+        logger.info("no CUDA device: Megatron and NeMo compute on the CPU")
+    return True
+
+
+def cpu_has_fast_bf16() -> bool:
+    """Return whether the processor multiplies bfloat16 matrices in hardware (AVX512-BF16, AMX, or Arm's BF16).
+
+    Where it does, `bf16-mixed` is faster than `32`; where it does not, it is slower. A torch that cannot be asked
+    gives False, which costs time but never exactness.
+    """
+    ask: Callable[[], Any] | None = getattr(torch.cpu, "get_capabilities", None)
+    return ask is not None and any(ask().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
+def configure_for_cpu(config: Any) -> None:
+    """Switch off, in place, what a NeMo or Megatron model configuration asks of CUDA and Transformer Engine.
+
+    `use_cpu_backend` does this to every configuration as it is made, unseen by the checkpoint's `context`. It is
+    needed for an object made before that call; on a `run.Config` it makes the choice visible, and recorded.
+
+    Args:
+        config: a `TransformerConfig`, a NeMo `GPTConfig`, or a `run.Config` of one. Fields it does not have are left.
+
+    Example:
+        >>> configure_for_cpu(recipe.model.config)  # doctest: +SKIP
+    """
+    target = getattr(config, "__fn_or_cls__", type(config))
+    names = target.__dataclass_fields__
+    for name, value in _CPU_FIELDS.items():
+        if name in names:
+            setattr(config, name, value)
+    if "bias_activation_fusion" in names and not _is_swiglu(config):
+        config.bias_activation_fusion = False  # Megatron has no weighted one for experts of other activations
+    if "transformer_layer_spec" in names:
+        config.transformer_layer_spec = _local_layer_spec(config.transformer_layer_spec)
+
+
+def _is_swiglu(config: Any) -> bool:
+    return bool(getattr(config, "gated_linear_unit", False)) and config.activation_func is torch.nn.functional.silu
+
+
+def _local_layer_spec(spec: Any) -> Any:
+    """Return NeMo's or Megatron's own spec without Transformer Engine in the place of theirs with it."""
+    from nemo.collections.llm.gpt.model import base
+
+    if spec in (base.default_layer_spec, base.transformer_engine_layer_spec, base.transformer_engine_full_layer_spec):
+        return base.local_layer_spec
+    if isinstance(spec, functools.partial) and "use_transformer_engine" in spec.keywords:
+        return functools.partial(spec, use_transformer_engine=False)  # mixed dense and MoE layers come this way
+    return spec
+
+
+def adapt_every_config() -> None:
+    """Configure a model for the CPU as it is made, before Megatron checks it.
+
+    Without it a stock `Llama3Config8B()` cannot even be constructed: "apply_rope_fusion is not available".
+    """
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    check = TransformerConfig.__post_init__
+
+    @functools.wraps(check)
+    def configure_then_check(self: Any) -> None:
+        configure_for_cpu(self)
+        check(self)
+
+    TransformerConfig.__post_init__ = configure_then_check

@@ -1,0 +1,272 @@
+"""What Megatron-Core 0.15 and NeMo 2.7 take for granted of CUDA, supplied on a CPU: one function for each matter.
+
+Every docstring says what breaks without the function. `cpu.use_cpu_backend` calls all of `PATCHES`, once, and only
+where there is no CUDA. Megatron's own checks stay: a patch gives the code what it asks for, or the value it would have
+got.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from nemo_upcycle.cpu.checkpoints import copy_views_as_they_are_written, write_checkpoints_without_threads
+from nemo_upcycle.cpu.device import place_tensors_on_cpu, with_cuda_type_names
+
+
+def accept_cpu_parameters() -> None:
+    """Let gradient clipping and the optimizers that keep float32 masters recognise CPU tensors.
+
+    They tell bfloat16 from float32 by type names. Without it: an AssertionError in clipping, a TypeError "Wrapped
+    parameters must be one of torch.cuda.FloatTensor" in the optimizers.
+    """
+    from megatron.core.optimizer import clip_grads, optimizer
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    clip = with_cuda_type_names(clip_grads.clip_grad_by_total_norm_fp32)
+    clip_grads.clip_grad_by_total_norm_fp32 = optimizer.clip_grad_by_total_norm_fp32 = clip
+    for cls in (optimizer.Float16OptimizerWithFloat16Params, DistributedOptimizer):
+        cls.__init__ = with_cuda_type_names(cls.__init__)
+
+
+def use_fused_adam() -> None:
+    """Give Megatron an Adam with the interface of Apex's, computed by torch's fused CPU kernel.
+
+    Without it Megatron falls back to `torch.optim.AdamW`, with which its distributed optimizer can neither save nor
+    resume (see `FusedCpuAdam`).
+    """
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    from nemo_upcycle.cpu.adam import FusedCpuAdam
+
+    optimizer.Adam = distrib_optimizer.Adam = FusedCpuAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def load_float32_shards() -> None:
+    """Let the distributed optimizer load the state of float32 parameters, which are their own masters.
+
+    Without it: RuntimeError, "a view of a leaf Variable that requires grad is being used in an in-place operation". It
+    is so on a GPU too, but there nobody trains in pure float32.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    load = DistributedOptimizer._set_main_param_and_optimizer_states
+    DistributedOptimizer._set_main_param_and_optimizer_states = torch.no_grad()(load)
+
+
+def track_random_states() -> None:
+    """Keep Megatron's named random states as states of the CPU generator, seeded as on a GPU.
+
+    Without it dropout in tensor-parallel regions finds no state, and the states are never seeded, because NeMo seeds
+    them only when it counts a CUDA device. The plain generator plays the part of the GPU's default one: the same on
+    all tensor-parallel ranks.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import random
+    from nemo.lightning import megatron_init
+
+    class CpuRNGStatesTracker(random.CudaRNGStatesTracker):
+        def add(self, name: str, seed: int) -> None:
+            if seed in self.seeds_ or name in self.states_:
+                raise RuntimeError(f"random state '{name}' with seed {seed}: the name or the seed is there already")
+            self._is_initialized = True
+            self.seeds_.add(seed)
+            self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+        @contextmanager
+        def fork(self, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+            if name not in self.states_:
+                raise RuntimeError(f"random state '{name}' is not there; seed the model-parallel states first")
+            outside = torch.get_rng_state()
+            torch.set_rng_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(outside)
+
+    random.CudaRNGStatesTracker = CpuRNGStatesTracker
+    # Activation recomputation saves and restores these two.
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda new_state, *args, **kwargs: torch.set_rng_state(new_state)
+    seed_host = megatron_init._set_random_seed
+
+    def seed_all(seed: int) -> None:
+        seed_host(seed)
+        random.model_parallel_cuda_manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+
+    megatron_init._set_random_seed = seed_all
+
+
+def mark_norms_sequence_parallel() -> None:
+    """Let torch's norms work under sequence parallelism, marked so that Megatron sums their gradients over ranks.
+
+    Without it the local layer spec refuses: "sequence parallel not supported by torch LayerNorm".
+    """
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    make = WrappedTorchNorm.__new__
+
+    @functools.wraps(make)
+    def make_marked(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        unsharded = copy.copy(config)
+        unsharded.sequence_parallel = False
+        norm = make(cls, unsharded, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+    WrappedTorchNorm.__new__ = make_marked
+
+
+def route_without_transformer_engine() -> None:
+    """Let the MoE router multiply with torch.
+
+    Without it: NameError, "te_general_gemm is not defined"; the code asks whether it is None, but nothing sets it.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    moe_utils.te_general_gemm = None
+
+
+def hand_over_split_sizes() -> None:
+    """Give the all-to-all dispatcher its split sizes as numpy arrays.
+
+    Without it they stay tensors, because only CUDA tensors are converted, and `all_to_all_single` refuses them.
+    """
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = on_cpu
+
+
+def gather_uneven_rows() -> None:
+    """Gather and reduce-scatter different numbers of rows a rank, by padding them to the longest.
+
+    Without it an MoE layer under tensor and expert parallelism fails as soon as its ranks hold different numbers of
+    tokens: gloo, unlike NCCL, wants equal sizes.
+    """
+    from megatron.core.tensor_parallel import mappings
+
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def padded(rows: torch.Tensor, length: int) -> torch.Tensor:
+        return torch.nn.functional.pad(rows, [0, 0] * (rows.dim() - 1) + [0, length - len(rows)])
+
+    def gather_rows(input_: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, None, use_global_buffer)
+        length = max(1, *output_split_sizes)
+        parts = gather(padded(input_, length), group).split(length)
+        return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes, strict=True)])
+
+    def scatter_rows(input_: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter(input_, group, None, use_global_buffer)
+        length = max(1, *input_split_sizes)
+        parts = [padded(part, length) for part in input_.split(list(input_split_sizes))]
+        return scatter(torch.cat(parts), group)[: input_split_sizes[group.rank()]]
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_rows, scatter_rows
+
+
+def compile_nothing() -> None:
+    """Run what Megatron compiles as it is written.
+
+    Its fused SwiGLU keeps one input for the backward pass where the plain one keeps four tensors (0.4 GB on 512 tokens
+    of the demo's model), but `torch.compile` needs a C++ compiler on a CPU.
+    """
+    torch.compiler.set_stance("force_eager")
+
+
+def keep_few_compiled_kernels() -> None:
+    """Let oneDNN keep 32 compiled matrix products instead of 1,024, if this comes before the first of them.
+
+    An expert gets another number of tokens each time, which is another kernel: kept, they are 0.3 GiB on each rank of
+    the demo after three steps, and hardly any is used again.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+
+
+class _Done:
+    """What Megatron waits for; gloo has finished before it gets it."""
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
+def communicate_in_place() -> None:
+    """Let the distributed optimizer sum its gradients and hand out its parameters within their own buffers.
+
+    Without it every step copies both buffers (4 and 2 bytes a parameter), even where a rank is alone in its group, as
+    with the experts of EP2 on two ranks: gloo's reduce-scatter is an all-reduce of a copy, its all-gather fills one.
+    Megatron's shards are slices of the buffers: an all-reduce, and a broadcast by each owner, leave the same numbers.
+    """
+    from megatron.core.distributed import param_and_grad_buffer
+
+    def all_reduce(output: torch.Tensor, input: torch.Tensor, op: Any, group: Any, async_op: bool = False) -> None:
+        torch.distributed.all_reduce(input, op=op, group=group)
+
+    def all_gather(output: torch.Tensor, input: torch.Tensor, group: Any, async_op: bool = False) -> None:
+        for owner, shard in enumerate(output.chunk(group.size())):
+            torch.distributed.broadcast(shard, group=group, group_src=owner)
+
+    @contextmanager
+    def one_by_one(group: Any = None, device: Any = None, async_ops: bool = False) -> Iterator[_Done]:
+        yield _Done()
+
+    param_and_grad_buffer.dist_reduce_scatter_func = all_reduce
+    param_and_grad_buffer.dist_all_gather_func = all_gather
+    param_and_grad_buffer._coalescing_manager = one_by_one
+
+
+def leave_loaded_tensors() -> None:
+    """Skip the check that a loaded checkpoint lies on the right GPU.
+
+    Without it loading any NeMo checkpoint ends with an AssertionError on `torch.cuda.is_initialized()`.
+    """
+    from nemo.lightning.io import pl
+
+    pl._fix_tensors_device = lambda checkpoint: checkpoint
+
+
+def print_progress_alone() -> None:
+    """Keep NeMo's `ProgressPrinter` from asking Megatron's timers for a report.
+
+    Without it a run of several ranks hangs at the next collective call: the report is an all-gather, and only the
+    first rank prints.
+    """
+    from nemo.lightning.pytorch.callbacks.progress_printer import ProgressPrinter
+
+    ProgressPrinter.log_megatron_timers = lambda self, timers: None
+
+
+PATCHES: tuple[Callable[[], None], ...] = (
+    place_tensors_on_cpu,
+    accept_cpu_parameters,
+    use_fused_adam,
+    load_float32_shards,
+    track_random_states,
+    mark_norms_sequence_parallel,
+    route_without_transformer_engine,
+    hand_over_split_sizes,
+    gather_uneven_rows,
+    compile_nothing,
+    keep_few_compiled_kernels,
+    communicate_in_place,
+    write_checkpoints_without_threads,
+    copy_views_as_they_are_written,
+    leave_loaded_tensors,
+    print_progress_alone,
+)

@@ -1,0 +1,367 @@
+"""Shapes of dense and MoE models, read from a Hugging Face `config.json`; their parameter counts and FLOPs.
+
+Legend of shape suffixes used in the package: E experts, F intermediate (FFN) dim, D model dim, V vocabulary,
+H attention heads, G key-value groups, K head dim, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.models.hf_config import Settings, settings_of
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.utils.files import read_json
+
+
+if TYPE_CHECKING:
+    import torch  # a second and a half, which the planner does without
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Everything about a decoder that decides shapes, and what has to travel with its weights.
+
+    Args:
+        hf_class: the Hugging Face class that names its tensors.
+        ffn_size: F of a dense layer.
+        expert_ffn_size: F of one routed expert; None in a dense model.
+        shared_ffn_size: F of all shared experts together; 0 without.
+        moe_pattern: which layers are MoE layers; None: all, if there are experts.
+        norm_topk: whether the weights of the chosen experts are made to sum to one.
+        sliding_window: tokens that attention sees, the current one included; None: all before it.
+    """
+
+    hf_class: str
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied_embeddings: bool
+    activation: str = "silu"
+    gated: bool = True
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    ffn_bias: bool = False
+    zero_centered_norm: bool = False
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = field(default=None, hash=False)  # a dict has no hash
+    max_positions: int = 4096
+    sliding_window: int | None = None
+    num_experts: int | None = None
+    top_k: int | None = None
+    expert_ffn_size: int | None = None
+    shared_ffn_size: int = 0
+    moe_pattern: tuple[bool, ...] | None = None
+    norm_topk: bool = True
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one key-value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def window(self) -> int | None:
+        """The sliding window, in tokens; None where no sequence is longer."""
+        return self.sliding_window if self.sliding_window and self.sliding_window < self.max_positions else None
+
+    @property
+    def scaled_embedding(self) -> bool:
+        """Whether the model multiplies its embedding by the root of the hidden size; no setting says so."""
+        return self.hf_class == "GemmaForCausalLM"
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Return whether a layer has experts."""
+        return bool(self.num_experts) and (self.moe_pattern is None or self.moe_pattern[layer])
+
+    @property
+    def moe_layer_count(self) -> int:
+        """Layers with experts."""
+        return sum(self.is_moe_layer(layer) for layer in range(self.num_layers))
+
+    def ffn_params(self, ffn_size: int) -> int:
+        """Return the parameters of one feed-forward network of F neurons: gate (if gated), up, down, biases."""
+        matrices = 3 if self.gated else 2
+        biases = (matrices - 1) * ffn_size + self.hidden_size if self.ffn_bias else 0
+        return matrices * ffn_size * self.hidden_size + biases
+
+    @property
+    def attention_params(self) -> int:
+        """Parameters of one layer's attention, biases included."""
+        heads, groups = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        biases = (heads + 2 * groups if self.qkv_bias else 0) + (self.hidden_size if self.attention_out_bias else 0)
+        return 2 * (heads + groups) * self.hidden_size + biases
+
+    @property
+    def embedding_params(self) -> int:
+        """Parameters of the input embedding."""
+        return self.vocab_size * self.hidden_size
+
+    def _layers_params(self, experts: int) -> int:
+        """Parameters of all layers, norms included, counting so many routed experts in an MoE layer."""
+        every = self.attention_params + 2 * self.hidden_size
+        dense = self.ffn_params(self.ffn_size)
+        router = (self.num_experts or 0) * (self.hidden_size + (1 if self.ffn_bias else 0))
+        shared = self.ffn_params(self.shared_ffn_size) if self.shared_ffn_size else 0
+        moe = experts * self.ffn_params(self.expert_ffn_size or 0) + router + shared
+        moe_layers = self.moe_layer_count
+        return self.num_layers * every + (self.num_layers - moe_layers) * dense + moe_layers * moe
+
+    @property
+    def total_params(self) -> int:
+        """All parameters; tied embeddings count once.
+
+        Example:
+            Llama 3 8B has 8_030_261_248, its eight-expert upcycling 47_491_321_856 (arXiv 2412.09952 prints 34.4B: the
+            extra experts without one of their three matrices).
+        """
+        embeddings = self.embedding_params * (1 if self.tied_embeddings else 2)
+        return self._layers_params(self.num_experts or 0) + embeddings + self.hidden_size
+
+    @property
+    def active_params(self) -> int:
+        """Parameters that one token passes through; Llama 3 8B E8T2 has 13_668_454_400 (the paper prints 11.8B)."""
+        embeddings = self.embedding_params * (1 if self.tied_embeddings else 2)
+        return self._layers_params(self.top_k or 0) + embeddings + self.hidden_size
+
+    def flops_per_token(self, seq_length: int, *, causal: bool) -> float:
+        """Return the FLOPs of training on one token: forward and backward, without recomputation. THE formula.
+
+            6 (active parameters - input embedding) + attention, where attention is 12 L H K s over the whole square of
+            scores (`causal=False`: as arXiv 2412.09952, Table 1, and Megatron-Core to 0.10 count) or 6 L H K s over
+            its lower half (`causal=True`: as Megatron-Bridge counts).
+
+        The output layer counts, tied or not; norms and biases are counted with the parameters.
+
+        Args:
+            seq_length: s, tokens in a sequence.
+            causal: which of the two conventions.
+
+        Example:
+            Llama 3 8B, s = 8192, full: 4.744e14 FLOPs a sequence; its E8T2 7.515e14 (the paper: 4.7e14 and 7.5e14).
+        """
+        embeddings = 0 if self.tied_embeddings else self.embedding_params
+        scores = (6 if causal else 12) * self.num_layers * self.num_heads * self.head_dim * seq_length
+        return 6.0 * (self.active_params - embeddings) + scores
+
+    def upcycled(self, spec: UpcycleSpec) -> Architecture:
+        """Return the MoE architecture that a spec makes of this dense one.
+
+        The Hugging Face class is Mixtral's where it can hold the model, Qwen2-MoE's where only that can (biases of
+        query, key and value, shared experts, dense layers between, weights that do not sum to one), else none ("").
+        Neither class knows sigmoid scores or a factor on the weights of the chosen experts; a sliding window is for
+        Mixtral only.
+
+        Raises:
+            SpecError: the spec's layers do not fit.
+            CheckpointError: granularity does not divide F.
+        """
+        if self.ffn_size % spec.granularity:
+            divisors = [number for number in range(1, 65) if self.ffn_size % number == 0]
+            raise CheckpointError(
+                "granularity",
+                got=spec.granularity,
+                expected=f"a divisor of the feed-forward size {self.ffn_size}",
+                fix="use one of " + ", ".join(str(number) for number in divisors),
+            )
+        width = self.ffn_size // spec.granularity
+        pattern = spec.moe_pattern(self.num_layers)
+        normed = spec.router_order == "topk_softmax" or spec.top_k == spec.num_experts
+        return replace(
+            self,
+            hf_class=self._moe_class(spec, plain=all(pattern) and normed and not spec.shared_experts),
+            num_experts=spec.num_experts,
+            top_k=spec.top_k,
+            expert_ffn_size=width,
+            shared_ffn_size=spec.shared_experts * width,
+            moe_pattern=None if all(pattern) else pattern,
+            norm_topk=normed,
+        )
+
+    def _moe_class(self, spec: UpcycleSpec, *, plain: bool) -> str:
+        if self.hf_class == "GemmaForCausalLM" or self.attention_out_bias or self.ffn_bias or not self.gated:
+            return ""
+        if spec.router_score != "softmax" or spec.routed_scaling_factor != 1:
+            return ""
+        if plain and not self.qkv_bias:
+            return "MixtralForCausalLM"
+        # transformers' Qwen2-MoE refuses heads that do not make up the hidden size.
+        fits = self.num_heads * self.head_dim == self.hidden_size and not self.window
+        return "Qwen2MoeForCausalLM" if fits else ""
+
+
+def architecture_from_config(config: dict[str, Any], where: str = "config.json") -> Architecture:
+    """Return the architecture that a Hugging Face configuration describes, read as transformers 4 and 5 write it.
+
+    Args:
+        config: the parsed `config.json`.
+        where: how messages call the file.
+
+    Raises:
+        CheckpointError: the class is not known, the weights are quantized, a size is missing, a value is of another
+            type, or values contradict each other.
+    """
+    settings = settings_of(config, where)
+    hf_class = settings.hf_class
+    heads, hidden = (settings.whole(key) for key in ("num_attention_heads", "hidden_size"))
+    layers = settings.whole("num_hidden_layers", most=10_000)
+    if hidden % heads and "head_dim" not in settings.values:
+        raise settings.wrong("hidden_size", f"a multiple of num_attention_heads ({heads}), or head_dim beside it")
+    groups = settings.whole("num_key_value_heads", heads)
+    if heads % groups:
+        raise settings.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
+    bias = settings.flag("attention_bias")
+    return Architecture(
+        hf_class=hf_class,
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_size=settings.whole("intermediate_size"),
+        num_heads=heads,
+        num_kv_heads=groups,
+        head_dim=settings.whole("head_dim", hidden // heads),
+        vocab_size=settings.whole("vocab_size"),
+        tied_embeddings=settings.flag("tie_word_embeddings"),
+        activation=settings.activation(),
+        qkv_bias=bias or settings.flag("qkv_bias"),
+        attention_out_bias=bias,
+        ffn_bias=settings.flag("mlp_bias"),
+        zero_centered_norm=settings.flag("zero_centered_norm"),
+        norm_eps=settings.number("rms_norm_eps"),
+        rope_theta=settings.number("rope_theta"),
+        rope_scaling=settings.values["rope_scaling"],
+        max_positions=settings.whole("max_position_embeddings"),
+        sliding_window=settings.whole("sliding_window") if "sliding_window" in settings.values else None,
+        **_experts(settings, hf_class, layers),
+    )
+
+
+def _experts(settings: Settings, hf_class: str, layers: int) -> dict[str, Any]:
+    if hf_class == "MixtralForCausalLM":
+        experts = settings.whole("num_local_experts")
+        return {
+            "num_experts": experts,
+            "top_k": settings.whole("num_experts_per_tok", most=experts),
+            "expert_ffn_size": settings.whole("intermediate_size"),
+        }
+    if hf_class == "Qwen2MoeForCausalLM":
+        step, dense = settings.whole("decoder_sparse_step", 1), settings.values.get("mlp_only_layers", [])
+        if not isinstance(dense, list) or not all(type(layer) is int and 0 <= layer < layers for layer in dense):
+            raise settings.wrong("mlp_only_layers", f"a list of layer numbers, 0 to {layers - 1}")
+        experts = settings.whole("num_experts")
+        pattern = tuple((layer + 1) % step == 0 and layer not in dense for layer in range(layers))
+        return {
+            "num_experts": experts,
+            "top_k": settings.whole("num_experts_per_tok", most=experts),
+            "expert_ffn_size": settings.whole("moe_intermediate_size"),
+            "shared_ffn_size": settings.whole("shared_expert_intermediate_size", 0, least=0),
+            "moe_pattern": None if all(pattern) else pattern,
+            "norm_topk": settings.flag("norm_topk_prob"),
+        }
+    return {}
+
+
+def rope_kind(arch: Architecture) -> str:
+    """Return how the rotary frequencies are scaled: `default` (not at all) or `llama3`.
+
+    Raises:
+        CheckpointError: in another way, which Megatron-Core's rotary embedding does not know.
+    """
+    scaling = arch.rope_scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise CheckpointError(
+            "rope_scaling",
+            got=kind,
+            expected="default or llama3",
+            fix="use a checkpoint without position interpolation",
+        )
+    return str(kind)
+
+
+def rope_frequencies(arch: Architecture) -> torch.Tensor:
+    """Return the rotary embedding's inverse frequencies, float32 [K / 2], scaled as `rope_scaling` says.
+
+    Raises:
+        CheckpointError: the kind of scaling is not known; only none and Llama 3's are.
+    """
+    import torch
+
+    inverse = arch.rope_theta ** -(torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim)
+    scaling = arch.rope_scaling or {}
+    if rope_kind(arch) == "default":
+        return inverse
+    factor, low, high = (float(scaling[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    # Long waves are stretched by the factor, short ones kept, and those between get a mean of the two.
+    turns = float(scaling["original_max_position_embeddings"]) * inverse / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * inverse / factor + kept * inverse
+
+
+def same_frequencies(inverse: torch.Tensor, arch: Architecture) -> bool:
+    """Return whether a model's inverse frequencies are the architecture's, up to rounding."""
+    import torch
+
+    expected = rope_frequencies(arch)
+    return inverse.shape == expected.shape and torch.allclose(inverse.cpu().float(), expected, rtol=1e-5, atol=0)
+
+
+#: Functions of Megatron and NeMo, by their names: some are compiled when they are first called.
+_FUNCTIONS = {
+    "openai_gelu": "gelu_tanh",
+    "fast_gelu": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "squared_relu": "squared_relu",
+}
+
+
+def activation_of(function: Any) -> str:
+    """Return what an architecture calls a model's activation function, told by its values; else its own name.
+
+    Example:
+        >>> activation_of(torch.nn.functional.gelu), activation_of(torch.nn.GELU("tanh"))  # doctest: +SKIP
+        ('gelu', 'gelu_tanh')
+    """
+    import torch
+    import torch.nn.functional as functional
+
+    name = getattr(function, "__name__", repr(function))
+    if name in _FUNCTIONS and str(getattr(function, "__module__", "")).startswith(("megatron.", "nemo.")):
+        return _FUNCTIONS[name]
+    x = torch.linspace(-6, 6, 121, dtype=torch.float32, device="cpu")
+    known = {
+        "silu": functional.silu(x),
+        "gelu": functional.gelu(x),  # 5e-4 from the next one
+        "gelu_tanh": functional.gelu(x, approximate="tanh"),
+        "squared_relu": functional.relu(x).square(),
+    }
+    with torch.no_grad():
+        got = function(x)
+    return next((kind for kind, y in known.items() if torch.allclose(got, y, rtol=0, atol=1e-4)), name)
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """Return the architecture of a Hugging Face folder.
+
+    Raises:
+        CheckpointError: the folder or its `config.json` is missing, or describes no Llama-family model.
+
+    Example:
+        >>> read_architecture(Path("runs/demo/dense")).num_layers  # doctest: +SKIP
+        30
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            str(folder),
+            got="no config.json" if folder.is_dir() else "no such folder",
+            expected="a Hugging Face folder with config.json and *.safetensors",
+            fix="check the path",
+        )
+    return architecture_from_config(read_json(path), str(path))

@@ -1,0 +1,65 @@
+"""Hugging Face models and tokenizers, loaded as transformers 4 or 5 saved them, by whichever of the two is here.
+
+transformers 4 leaves the `rope_parameters` of 5 unread, without a word: its classes take their default rotary base.
+Nor does it know how 5 names tokenizers and their special tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.models.hf_config import rope_settings
+from nemo_upcycle.utils.files import read_json
+
+
+#: What transformers 5 calls its fast tokenizer, which 4 has under another name.
+_FAST = "TokenizersBackend"
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+@contextmanager
+def errors_only() -> Iterator[None]:
+    """Let transformers show its errors only."""
+    import transformers
+
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def load_model(folder: Path, **options: Any) -> Any:
+    """Return a causal language model with the rotary embedding that its `config.json` says.
+
+    Args:
+        folder: its Hugging Face folder.
+        options: further ones of `from_pretrained`.
+
+    Raises:
+        CheckpointError: settings of the rotary embedding contradict each other, or are not known.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config, path = AutoConfig.from_pretrained(folder, **_LOCAL), folder / "config.json"
+    if (said := read_json(path)).get("rope_parameters"):
+        config = type(config).from_dict(said | rope_settings(said, str(path)))
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, **_LOCAL, **options)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a Hugging Face folder."""
+    import transformers
+
+    path, options = folder / "tokenizer_config.json", dict(_LOCAL)
+    said = read_json(path) if path.is_file() and not hasattr(transformers, _FAST) else {}
+    if isinstance(special := said.get("extra_special_tokens"), list):
+        options |= {"additional_special_tokens": special, "extra_special_tokens": {}}
+    if said.get("tokenizer_class") != _FAST:
+        return transformers.AutoTokenizer.from_pretrained(folder, **options)
+    with errors_only():  # not that the class has another name
+        return transformers.PreTrainedTokenizerFast.from_pretrained(folder, **options)

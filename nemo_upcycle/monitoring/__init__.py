@@ -1,0 +1,1 @@
+"""Router health, FLOPs and throughput; knows no trainer."""

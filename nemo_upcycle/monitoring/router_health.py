@@ -1,0 +1,218 @@
+"""How the routers and experts of a Mixture-of-Experts model are doing: load, dropped tokens, loss, distance.
+
+Every rank counts what its own layers see. What it counts has a size that follows from the model's configuration
+alone, so that one sum over all ranks, in which every rank takes part at every step, is all the communication there is.
+Nothing depends on which layers or experts a rank holds, or on whether a router has run yet: that is where Megatron's
+`track_moe_metrics` (one reduction for each name that a rank happens to know) leaves ranks waiting for each other.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+from nemo_upcycle.models.mapping import find_mapping
+
+
+#: An expert that is given less than this part of a balanced share counts as dead.
+DEAD_BELOW = 0.01
+#: Megatron's names of the losses in its tracker, by the kind of balancing.
+_LOSSES = {
+    "aux_loss": "load_balancing_loss",
+    "seq_aux_loss": "seq_load_balancing_loss",
+    "global_aux_loss": "global_load_balancing_loss",
+}
+#: Neurons and model dimensions of an expert that are looked at: 3 x 32 x 32 weights, so that a distance is known to a
+#: few percent of itself, and all experts of Llama 3 8B E8T2 fit into 6 MiB.
+_SAMPLED = 32
+
+
+class RouterHealth:
+    """Watches the routers of this rank's chunks, and sums up over all ranks on demand.
+
+    Args:
+        chunks: this rank's Megatron chunks, wrapped or not.
+        config: the model's configuration.
+
+    Example:
+        >>> health = RouterHealth(chunks, config)  # doctest: +SKIP
+        >>> summed = sum_over_ranks(health.local(with_experts=False))  # after a step, on every rank
+        >>> health.describe(summed)["load_cv"]  # one number a layer
+    """
+
+    def __init__(self, chunks: list[torch.nn.Module], config: Any) -> None:
+        self.config = config
+        self._layers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, MoELayer)]
+        kinds = config.moe_router_load_balancing_type
+        self._kinds = [kind for kind in ([kinds] if isinstance(kinds, str) else kinds) if kind in _LOSSES]
+        self._counts_LE = torch.zeros(config.num_layers, config.num_moe_experts, dtype=torch.float64)
+        self._slots_L = torch.zeros(config.num_layers, dtype=torch.float64)
+        for module in self._layers:
+            self._counts_LE = self._counts_LE.to(module.router.weight.device)
+            module.router.register_forward_hook(self._counter(module.layer_number - 1))
+
+    def _counter(self, layer: int) -> Any:
+        def count(router: torch.nn.Module, inputs: Any, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+            # With gradients: once for every micro batch, whether the layer is recomputed or not.
+            if router.training and torch.is_grad_enabled():
+                probs_TE = outputs[0]  # of what is left after dropping; padding to capacity has a weight of zero
+                self._counts_LE[layer] += (probs_TE.detach() > 0).sum(dim=0)
+                self._slots_L[layer] += probs_TE.shape[0] * self.config.moe_router_topk
+
+        return count
+
+    def local(self, *, with_experts: bool) -> dict[str, torch.Tensor]:
+        """Return this rank's part of what has been counted since the last call, to be summed over all ranks.
+
+        Args:
+            with_experts: sample the experts' weights, too. All ranks must agree on it.
+
+        Returns:
+            `counts` [L, E] token slots processed, `slots` [L] token slots wanted (tokens times top-k), one entry [L]
+            for each auxiliary loss and, if asked for, `experts` [L, E, sampled weights].
+        """
+        parts = {"counts": self._counts_LE.clone(), "slots": self._slots_L.clone()}
+        self._counts_LE.zero_()
+        self._slots_L.zero_()
+        for kind in self._kinds:
+            parts[_LOSSES[kind]] = self._take_loss(kind)
+        if with_experts:
+            parts["experts"] = self._sample_experts()
+        return parts
+
+    def _take_loss(self, kind: str) -> torch.Tensor:
+        """Return the loss of each layer without its coefficient, as Megatron collected it; the sum is the mean."""
+        values_L = torch.zeros(self.config.num_layers, dtype=torch.float64)
+        collected = get_moe_layer_wise_logging_tracker().get(_LOSSES[kind])
+        if collected is None:
+            return values_L
+        # The ranks of a tensor- and context-parallel group (for the global loss: of the data-parallel one as well)
+        # hold a part of it each, replicas the whole.
+        replicas = 1 if kind == "global_aux_loss" else parallel_state.get_data_parallel_world_size()
+        values_L = collected["values"][: self.config.num_layers].double() / (replicas * get_num_microbatches())
+        collected["values"].zero_()
+        return values_L
+
+    def _sample_experts(self) -> torch.Tensor:
+        """Return the same few weights of every expert; of several replicas only the first gives any.
+
+        With `overlap_param_gather` other ranks' shards arrive during the next forward pass, so some are a step old.
+        """
+        config = self.config
+        neurons, matrices = config.moe_ffn_hidden_size, 3 if config.gated_linear_unit else 2
+        rows, columns = _spread(neurons), _spread(config.hidden_size)
+        size = matrices * len(rows) * len(columns)
+        experts_LEW = torch.zeros(config.num_layers, config.num_moe_experts, size, dtype=torch.float64)
+        if parallel_state.get_expert_data_parallel_rank() == 0:
+            shards, shard = (
+                parallel_state.get_expert_tensor_parallel_world_size(),
+                parallel_state.get_expert_tensor_parallel_rank(),
+            )
+            here = range(shard * neurons // shards, (shard + 1) * neurons // shards)
+            for module in self._layers:
+                for expert, picked_MRC in _samples(module, rows, columns, here, matrices):
+                    experts_LEW[module.layer_number - 1, expert] += picked_MRC.flatten().cpu()
+        return experts_LEW
+
+    def describe(self, summed: dict[str, torch.Tensor]) -> dict[str, list[float | None]]:
+        """Return the state of every layer; None for layers without experts.
+
+        Args:
+            summed: what `local` gave, summed over all ranks.
+
+        Returns:
+            `load_min`, `load_max`: shares of the processed token slots; `load_cv`: their deviation over their mean;
+            `load_entropy`: over that of perfect balance, which is 1; `dead_experts`: how many are given less than 1 %
+            of a balanced share; `dropped`: share of the wanted slots that the capacity did not hold; the auxiliary
+            losses without their coefficient (1 in perfect balance); `expert_distance`, where sampled: see there.
+        """
+        shares_LE, balanced = shares(summed["counts"]), 1 / self.config.num_moe_experts
+        is_moe = summed["slots"] > 0
+        dropped_L = 1 - summed["counts"].sum(dim=1) / summed["slots"].clamp(min=1)
+        found = {
+            "load_min": shares_LE.amin(dim=1),
+            "load_max": shares_LE.amax(dim=1),
+            "load_cv": shares_LE.std(dim=1, correction=0) / balanced,
+            "load_entropy": torch.special.entr(shares_LE).sum(dim=1) / math.log(self.config.num_moe_experts),
+            "dead_experts": (shares_LE < DEAD_BELOW * balanced).sum(dim=1),
+            "dropped": dropped_L,
+            **{name: summed[name] for name in _LOSSES.values() if name in summed},
+        }
+        if "experts" in summed:
+            found["expert_distance"] = self._distance(summed["experts"])
+        return {name: _listed(values_L, is_moe) for name, values_L in found.items()}
+
+    def _distance(self, experts_LEW: torch.Tensor) -> torch.Tensor:
+        """Return how far the experts of each layer are from their common origin: norm of the difference over its norm.
+
+        The mean of the experts stands for the origin. It is what copies of one network have in common, needs no dense
+        checkpoint in memory, and is there after a restart and in models that were never dense. Where all experts
+        drift together it goes with them: the number says how much they differ, 0 for copies. With granularity G the
+        experts of a layer hold G different shards, and each shard has its own mean.
+        """
+        config, experts = self.config, experts_LEW.shape[1]
+        parts, rest = divmod(config.ffn_hidden_size, config.moe_ffn_hidden_size)
+        granularity = parts if not rest and experts % parts == 0 else 1
+        copies_LCGW = experts_LEW.unflatten(1, (experts // granularity, granularity))
+        origin_LCGW = copies_LCGW.mean(dim=1, keepdim=True)
+        distance_LCG = (copies_LCGW - origin_LCGW).norm(dim=-1) / origin_LCGW.norm(dim=-1).clamp(min=1e-12)
+        return distance_LCG.flatten(1).mean(dim=1)
+
+
+def shares(counts_LE: torch.Tensor) -> torch.Tensor:
+    """Return every expert's share of its layer's token slots, [L, E]; rows of zeros stay so."""
+    return counts_LE / counts_LE.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def sum_over_ranks(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    """Return every tensor summed over all ranks, on the CPU, by a single reduction; None on all ranks but the first.
+
+    All ranks must call it with the same names and shapes. Only the first one waits for the result.
+    """
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    flat = torch.cat([part.flatten().to(device, torch.float64) for part in parts.values()])
+    torch.distributed.all_reduce(flat)
+    if torch.distributed.get_rank() != 0:
+        return None
+    pieces = flat.cpu().split([part.numel() for part in parts.values()])
+    return {name: piece.view(part.shape) for (name, part), piece in zip(parts.items(), pieces, strict=True)}
+
+
+def _spread(size: int) -> list[int]:
+    """Return up to 32 places, evenly spread over `size`, that do not depend on the layout."""
+    number = min(_SAMPLED, size)
+    return [place * size // number for place in range(number)]
+
+
+def _samples(
+    module: Any, rows: list[int], columns: list[int], here: range, matrices: int
+) -> list[tuple[int, torch.Tensor]]:
+    """Return number and sampled weights [matrices, neurons, dimensions] of the layer's experts on this rank."""
+    mine = [place for place, row in enumerate(rows) if row in here]
+    local_rows = [rows[place] - here.start for place in mine]
+    picked: dict[int, torch.Tensor] = {}
+    for name, parameter in module.experts.named_parameters():
+        row, local = find_mapping(f"mlp.experts.{name}", in_layer=True) or (None, None)
+        if row is None or local is None or row.role not in ("expert_fc1", "expert_fc2"):
+            continue
+        weight = parameter.detach()
+        expert = module.local_expert_indices[local]
+        sample = picked.setdefault(expert, weight.new_zeros(matrices, len(rows), len(columns), dtype=torch.float64))
+        if row.role == "expert_fc2":
+            sample[-1, mine] = weight[columns][:, local_rows].T.double()
+        else:
+            for matrix in range(matrices - 1):
+                offset = matrix * len(here)
+                sample[matrix, mine] = weight[[offset + row for row in local_rows]][:, columns].double()
+    return list(picked.items())
+
+
+def _listed(values_L: torch.Tensor, is_moe: torch.Tensor) -> list[float | None]:
+    pairs = zip(values_L.tolist(), is_moe.tolist(), strict=True)
+    return [round(value, 6) if moe else None for value, moe in pairs]

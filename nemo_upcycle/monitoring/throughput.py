@@ -1,0 +1,161 @@
+"""How fast a training step was, in the units that papers use: tokens/s, TFLOP/s and MFU of a GPU, memory of the card.
+
+The FLOPs are those of `Architecture.flops_per_token`, in both conventions, always labelled: `full` counts the whole
+square of attention scores, as arXiv 2412.09952 does (its 46.8 % MFU at 462.8 TFLOP/s), `causal` its lower half, as
+newer NVIDIA pages do. Model FLOPs only: recomputation, padding and dropped tokens do not count.
+
+What is true and what the paper prints, Table 1, of Llama 3 8B with eight experts, top-2:
+
+    parameters         47.49B, 13.67B active    printed: 34.4B, 11.8B; two of the three matrices of each extra expert
+    FLOPs a sequence   7.515e14                 printed: 7.5e14; forward and backward of 8192 tokens, full attention
+    the dense parent   8.03B, 4.744e14          printed: 8B, 4.7e14
+"""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.planning.hardware import gpu_names, known_gpu
+
+
+CONVENTIONS = ("full", "causal")
+
+
+def architecture_of(config: Any, vocab_size: int) -> Architecture:
+    """Return the architecture that a NeMo or Megatron model configuration describes, as far as it decides FLOPs.
+
+    Args:
+        config: a `TransformerConfig`, a NeMo `GPTConfig`, or a `run.Config` of one.
+        vocab_size: V of the tokenizer; rows that only pad the embedding are no work of the model.
+
+    Example:
+        >>> architecture_of(recipe.model.config, 128256).total_params  # doctest: +SKIP
+        47491321856
+    """
+    experts, layers = config.num_moe_experts, config.num_layers
+    every = config.moe_layer_freq
+    pattern = [layer % every == 0 for layer in range(layers)] if isinstance(every, int) else list(map(bool, every))
+    return Architecture(
+        hf_class="",
+        num_layers=layers,
+        hidden_size=config.hidden_size,
+        ffn_size=config.ffn_hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_query_groups or config.num_attention_heads,
+        head_dim=config.kv_channels or config.hidden_size // config.num_attention_heads,
+        vocab_size=vocab_size,
+        tied_embeddings=config.share_embeddings_and_output_weights,
+        gated=config.gated_linear_unit,
+        qkv_bias=config.add_qkv_bias or config.add_bias_linear,
+        attention_out_bias=config.add_bias_linear,
+        ffn_bias=config.add_bias_linear,
+        num_experts=experts,
+        top_k=config.moe_router_topk if experts else None,
+        expert_ffn_size=(config.moe_ffn_hidden_size or config.ffn_hidden_size) if experts else None,
+        shared_ffn_size=(config.moe_shared_expert_intermediate_size or 0) if experts else 0,
+        moe_pattern=tuple(pattern) if experts and not all(pattern) else None,
+    )
+
+
+def peaks_of(gpu: str) -> dict[str, float]:
+    """Return the dense peaks of a card in TFLOP/s, `bf16` and, if it has it, `fp8`; nothing for a card not known.
+
+    The planner's cards are known (`conf/planning/gpus.yaml`), in SXM form: PCIe and NVL ones have lower peaks.
+
+    Args:
+        gpu: a name there, or the driver's name of a card.
+
+    Example:
+        >>> peaks_of("NVIDIA H100 80GB HBM3")
+        {'bf16': 989, 'fp8': 1979}
+    """
+    name = gpu.lower()
+    key = next((key for key in gpu_names() if key in name), None)
+    if key is None or "pcie" in name or "nvl" in name:
+        return {}
+    card = known_gpu(key)
+    return {"bf16": card.bf16_tflops} | ({"fp8": card.fp8_tflops} if card.fp8_tflops else {})
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Turns tokens and seconds into rates.
+
+    Args:
+        architecture: of the whole model.
+        seq_length: s, tokens of a sequence.
+        gpus: ranks that share the work.
+        peak_tflops: of one of them, by precision; empty where there is no MFU to be stated.
+
+    Example:
+        >>> rates = Throughput(llama3_8b_e8t2, 8192, gpus=128, peak_tflops=peaks_of("H100")).of(645_760, 1.0)
+        >>> rates["tflops_per_gpu"]["full"], rates["mfu"]["bf16"]["full"]  # doctest: +SKIP
+        (462.8, 0.468)
+    """
+
+    architecture: Architecture
+    seq_length: int
+    gpus: int
+    peak_tflops: dict[str, float]
+
+    def flops_per_token(self) -> dict[str, float]:
+        """Return the FLOPs of training on one token, by convention."""
+        return {
+            name: self.architecture.flops_per_token(self.seq_length, causal=name == "causal") for name in CONVENTIONS
+        }
+
+    def of(self, tokens: int, seconds: float) -> dict[str, Any]:
+        """Return the rates of a step.
+
+        Args:
+            tokens: of the step, over all ranks.
+            seconds: it took.
+
+        Returns:
+            `tokens_per_s`, `tokens_per_s_per_gpu`, `tflops_per_gpu` by convention and, where the peak is known, `mfu`
+            by precision of the peak and convention, as a share of 1.
+        """
+        rate = tokens / max(seconds, 1e-9)
+        tflops = {name: rate / self.gpus * flops / 1e12 for name, flops in self.flops_per_token().items()}
+        rates: dict[str, Any] = {
+            "tokens_per_s": round(rate, 1),
+            "tokens_per_s_per_gpu": round(rate / self.gpus, 1),
+            "tflops_per_gpu": {name: _significant(value) for name, value in tflops.items()},
+        }
+        if self.peak_tflops:
+            rates["mfu"] = {
+                precision: {name: round(value / peak, 5) for name, value in tflops.items()}
+                for precision, peak in self.peak_tflops.items()
+            }
+        return rates
+
+    def describe(self) -> str:
+        """Return one line that says what the rates are counted with."""
+        arch, flops = self.architecture, self.flops_per_token()
+        peaks = ", ".join(f"{peak:g} TFLOP/s {name.upper()}" for name, peak in self.peak_tflops.items())
+        return (
+            f"{arch.total_params / 1e9:.2f}B parameters, {arch.active_params / 1e9:.2f}B active; "
+            f"{flops['full'] / 1e9:.3g} GFLOP a token (full attention), {flops['causal'] / 1e9:.3g} (causal half); "
+            f"peak of a GPU: {peaks or 'not known, no MFU'}"
+        )
+
+
+def memory_gib() -> tuple[float, float | None]:
+    """Return the most memory that this rank has held, and what its card has, in GiB.
+
+    On a GPU it is what PyTorch's allocator reserved, the number that an out-of-memory error is about; NCCL's and
+    cuBLAS's own buffers are not in it. Without one it is the process's resident memory, and there is no card.
+    """
+    if not torch.cuda.is_available():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, None
+    card = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return torch.cuda.max_memory_reserved() / 2**30, card / 2**30
+
+
+def _significant(value: float) -> float:
+    return float(f"{value:.5g}")

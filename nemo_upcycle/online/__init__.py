@@ -1,0 +1,1 @@
+"""Online upcycling: fill the Megatron chunks of a rank from a dense checkpoint."""

@@ -1,0 +1,140 @@
+"""The receipt: what was made of what, on this rank and over all ranks, and how faithful it is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.errors import SpecError, UpcycleError
+from nemo_upcycle.package_info import __version__
+from nemo_upcycle.spec import UpcycleSpec, option_of
+from nemo_upcycle.utils.files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class ParameterRecord:
+    """Where one parameter of a rank came from; `sha256` is of its bytes, when asked for."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    made_by: str
+    sources: tuple[str, ...]
+    sha256: str | None = None
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class ActingCoefficient:
+    """The coefficient of an auxiliary loss of the router as it is set and as it acts on this layout, and why."""
+
+    name: str
+    coefficient: float
+    acting: float
+    why: str
+
+
+@dataclass
+class UpcycleReceipt:
+    """What `upcycle_into` did on one rank; `merge` makes it that of all ranks.
+
+    `*_params` count the whole model. Bytes are this rank's until merged, then the sum over ranks; seconds and
+    `peak_rss_gib` (of the process's whole life) then those of the slowest and the largest rank.
+    """
+
+    source: str
+    source_files: dict[str, str]
+    spec: dict[str, Any] | None
+    exact: bool
+    inexact_because: list[str]
+    dense_params: int
+    total_params: int
+    active_params: int
+    parameters: list[ParameterRecord]
+    bytes_read: int
+    bytes_needed: int
+    bytes_written: int
+    seconds: float
+    peak_rss_gib: float
+    ranks: int = 1
+    layout: dict[str, int] = field(default_factory=dict)
+    auxiliary_losses: list[ActingCoefficient] = field(default_factory=list)
+    equivalence: dict[str, Any] = field(default_factory=dict)
+    version: str = __version__
+
+    def merge(self, others: list[UpcycleReceipt]) -> UpcycleReceipt:
+        """Return this receipt with the numbers of all ranks (this one among `others`) added up."""
+        merged = UpcycleReceipt(**{**self.__dict__})
+        merged.ranks = len(others)
+        for name in ("bytes_read", "bytes_needed", "bytes_written"):
+            setattr(merged, name, sum(getattr(other, name) for other in others))
+        for name in ("seconds", "peak_rss_gib"):
+            setattr(merged, name, max(getattr(other, name) for other in others))
+        merged.parameters = [
+            replace(record, rank=rank) for rank, other in enumerate(others) for record in other.parameters
+        ]
+        return merged
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the receipt as plain values; the equivalence numbers stand at the top level."""
+        value = asdict(self)
+        equivalence, parameters = value.pop("equivalence"), value.pop("parameters")
+        return {**equivalence, **value, "parameters": parameters}
+
+    def write(self, path: Path) -> None:
+        """Write the receipt as JSON, atomically."""
+        write_json(path, self.to_dict())
+
+
+def read_receipt(path: Path) -> dict[str, Any]:
+    """Return a receipt as plain values, as `UpcycleReceipt.to_dict` makes them.
+
+    Raises:
+        UpcycleError: the file is missing or no receipt.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict) or not isinstance(value.get("spec") or {}, dict):
+        raise UpcycleError(
+            str(path), got="no receipt", expected="the receipt of an upcycling", fix="give the receipt.json of the run"
+        )
+    return value
+
+
+def spec_of(
+    fields: dict[str, Any] | None, path: Path | None, given: dict[str, Any], unsaid: dict[str, Any] | None = None
+) -> UpcycleSpec | None:
+    """Return the spec of a receipt, or of options; None if there is neither.
+
+    Args:
+        fields: those of the receipt's spec, if there is a receipt.
+        path: of its file, for the text of an error.
+        given: what the options say.
+        unsaid: without a receipt, the fields of what else is known of the model.
+
+    Raises:
+        SpecError: an option contradicts the receipt, or a value is wrong.
+        UpcycleError: the receipt's spec has a field that there is none of, or a value of another type.
+    """
+    try:
+        spec = UpcycleSpec(**fields) if fields else None
+        if spec is None:
+            return UpcycleSpec(**((unsaid or {}) | given)) if given else None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UpcycleError(
+            f"{path}: spec",
+            got=error,
+            expected="the fields of an UpcycleSpec",
+            fix="give the receipt of this version, or name the spec's options",
+        ) from None
+    changed = replace(spec, **given)
+    for name in given:
+        got, expected = getattr(changed, name), getattr(spec, name)
+        if got != expected:
+            raise SpecError(
+                option_of(name),
+                got=got,
+                expected=f"{expected} (spec.{name} in {path})",
+                fix=f"leave {option_of(name)} out, or give the receipt of another run (--receipt FILE)",
+            )
+    return spec

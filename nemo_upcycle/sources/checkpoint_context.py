@@ -1,0 +1,235 @@
+"""What a checkpoint says of its own model beside the weights, and whether a dense parent and a spec agree with it.
+
+NeMo writes `context/model.yaml`; Megatron-LM keeps its arguments in `common.pt`. Both are read as plain values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.errors import CheckpointError, SpecError
+from nemo_upcycle.models.architecture import Architecture, architecture_from_config, rope_frequencies, same_frequencies
+from nemo_upcycle.sources.inert_pickle import Inert, read_saved
+from nemo_upcycle.sources.nemo_context import FAMILIES, MODEL, family_of, hf_config_from, model_settings
+from nemo_upcycle.spec import UpcycleSpec, option_of
+
+
+_KEEP = "keep the model in NeMo: it trains and evaluates there"
+#: Fields of an architecture that make the function -> NeMo's setting; rotary embedding and window are checked apart.
+_FUNCTION = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "ffn_size": "ffn_hidden_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "tied_embeddings": "share_embeddings_and_output_weights",
+    "activation": "activation_func",
+    "qkv_bias": "add_qkv_bias",
+    "ffn_bias": "add_bias_linear",
+    "zero_centered_norm": "layernorm_zero_centered_gamma",
+    "norm_eps": "layernorm_epsilon",
+    "scaled_embedding": "_target_",
+}
+#: What no spec and no Hugging Face class has.
+_ROUTER: dict[str, Any] = {
+    "moe_router_enable_expert_bias": False,
+    "moe_router_num_groups": None,
+    "moe_apply_probs_on_input": False,
+}
+#: Megatron-LM's argument -> NeMo's setting, where the names differ.
+_ARGUMENTS = {
+    "norm_epsilon": "layernorm_epsilon",
+    "apply_layernorm_1p": "layernorm_zero_centered_gamma",
+    "swiglu": "gated_linear_unit",
+    "num_experts": "num_moe_experts",
+    "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
+}
+
+
+@dataclass(frozen=True)
+class CheckpointContext:
+    """The settings of a checkpoint's model.
+
+    Args:
+        path: the file that they are from.
+        settings: by NeMo's names.
+    """
+
+    path: Path
+    settings: dict[str, Any]
+
+    @cached_property
+    def dense(self) -> Architecture:
+        """The parent's architecture, as the checkpoint has it; its vocabulary is not known."""
+        config = self._read(lambda: hf_config_from(self.settings, 1, self.path, _KEEP))
+        if config["sliding_window"] and config["architectures"] == [FAMILIES["llama"]]:
+            config["architectures"] = [FAMILIES["mistral"]]  # the same model, with a window
+        return architecture_from_config(config, str(self.path))
+
+    @cached_property
+    def spec_fields(self) -> dict[str, tuple[str, Any]]:
+        """What a spec of the model must say: field -> (NeMo's setting, value). Empty for a dense model."""
+        return self._read(self._spec_fields) if self.settings.get("num_moe_experts") else {}
+
+    def _read(self, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        try:
+            return read()
+        except (TypeError, ValueError, LookupError, AttributeError, ZeroDivisionError) as error:
+            raise CheckpointError(
+                str(self.path),
+                got=f"settings of other types ({error})",
+                expected="those of a language model",
+                fix="save it again",
+            ) from None
+
+    def _spec_fields(self) -> dict[str, tuple[str, Any]]:
+        get = self.settings.get
+        wrong = [(name, value, get(name)) for name, value in _ROUTER.items() if (get(name) or value) != value]
+        if get("moe_router_load_balancing_type") == "sinkhorn":
+            wrong.append(("moe_router_load_balancing_type", "aux_loss or none", "sinkhorn"))
+        for name, expected, got in wrong:
+            raise CheckpointError(f"{self.path}: {name}", got=got, expected=expected, fix=_KEEP)
+        width, frequency = get("moe_ffn_hidden_size") or self.dense.ffn_size, get("moe_layer_freq") or 1
+        layers = range(self.dense.num_layers)
+        pattern = (
+            [layer % frequency == 0 for layer in layers]
+            if isinstance(frequency, int)
+            else [frequency[layer] for layer in layers]
+        )
+        moe_layers = "all" if all(pattern) else ",".join(str(layer) for layer in layers if pattern[layer])
+        return {
+            "num_experts": ("num_moe_experts", get("num_moe_experts")),
+            "top_k": ("moe_router_topk", get("moe_router_topk", 2)),
+            "granularity": ("moe_ffn_hidden_size", self.dense.ffn_size // width),
+            "shared_experts": (
+                "moe_shared_expert_intermediate_size",
+                (get("moe_shared_expert_intermediate_size") or 0) // width,
+            ),
+            "moe_layers": ("moe_layer_freq", moe_layers),
+            "router_order": (
+                "moe_router_pre_softmax",
+                "softmax_topk" if get("moe_router_pre_softmax") else "topk_softmax",
+            ),
+            "router_score": ("moe_router_score_function", get("moe_router_score_function") or "softmax"),
+            "routed_scaling_factor": ("moe_router_topk_scaling_factor", get("moe_router_topk_scaling_factor") or 1.0),
+        }
+
+    @property
+    def router_aux_loss(self) -> float | None:
+        """The coefficient of the load-balancing loss; None where the checkpoint does not say one number."""
+        if self.settings.get("moe_router_load_balancing_type") == "none":
+            return 0.0
+        value = self.settings.get("moe_aux_loss_coeff")
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        return float(value) if isinstance(value, int | float) else None
+
+    def spec(self, given: UpcycleSpec | None = None) -> UpcycleSpec | None:
+        """Return the spec of the model: the one given, else what a Hugging Face class must know of it.
+
+        Raises:
+            SpecError: the one given contradicts the checkpoint.
+        """
+        fields = self.spec_fields
+        if given is None:
+            return UpcycleSpec(**{name: value for name, (_, value) in fields.items()}) if fields else None
+        layers = self.dense.num_layers
+        for name, (setting, expected) in fields.items():
+            got = getattr(given, name)
+            if name == "moe_layers":
+                differs = replace(given, moe_layers=expected).moe_pattern(layers) != given.moe_pattern(layers)
+            else:
+                differs = got != expected
+            if differs:
+                raise SpecError(
+                    f"{name} ({option_of(name)})",
+                    got=got,
+                    expected=f"{expected} ({setting} in {self.path})",
+                    fix=f"leave {option_of(name)} out, or give the spec or receipt that the model was upcycled by",
+                )
+        return given
+
+    def require_parent(self, parent: Architecture, folder: Path) -> None:
+        """Check that a dense parent's configuration makes the function that the checkpoint was trained with.
+
+        Raises:
+            CheckpointError: it does not.
+        """
+        for name, got, setting, expected in self._differences(parent):
+            raise CheckpointError(
+                f"{name} of the dense parent {folder}",
+                got=got,
+                expected=f"{expected} ({setting} in {self.path})",
+                fix="give the parent that the model was made from (--dense), or correct its config.json",
+            )
+
+    def _differences(self, parent: Architecture) -> Iterator[tuple[str, Any, str, Any]]:
+        """Yield what differs: field, the parent's value, NeMo's setting, the checkpoint's value."""
+        for name, setting in _FUNCTION.items():
+            got, expected = getattr(parent, name), getattr(self.dense, name)
+            if got != expected and not (isinstance(got, float) and math.isclose(got, expected, rel_tol=1e-6)):
+                yield name, got, setting, expected
+        if parent.rope_theta != self.dense.rope_theta:
+            yield "rope_theta", parent.rope_theta, "rotary_base", self.dense.rope_theta
+        if not same_frequencies(rope_frequencies(self.dense), parent):
+            yield "rope_scaling", parent.rope_scaling, "rotary settings", self.dense.rope_scaling
+        # NeMo's import of a window forgets that Megatron counts the tokens before the current one only: one too many.
+        tokens = min(parent.max_positions, self.dense.max_positions)
+        seen, wanted = (min(arch.sliding_window or tokens, tokens) for arch in (self.dense, parent))
+        if not seen - 1 <= wanted <= seen:
+            yield "sliding_window", parent.sliding_window, "window_size", self.dense.sliding_window
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the exported model does otherwise than the checkpoint in training, and what is taken for granted."""
+        notes = []
+        factor = self.settings.get("moe_expert_capacity_factor")
+        if self.spec_fields and factor is not None and factor >= 0:
+            notes.append(f"moe_expert_capacity_factor={factor:g} dropped tokens in training; here none is dropped")
+        if family_of(self.settings) not in (*FAMILIES, "mixtral", "megatron"):
+            notes.append(f"{self.settings['_target_']} is not known: it is taken for a Llama with these settings")
+        return tuple(notes)
+
+
+def read_context(checkpoint: Path) -> CheckpointContext | None:
+    """Return what a NeMo or Megatron checkpoint says of its model; None where it says nothing.
+
+    Raises:
+        CheckpointError: there is a description, and it cannot be read.
+    """
+    context = checkpoint / "context"
+    if (context / MODEL).is_file():
+        return CheckpointContext(context / MODEL, model_settings(context))
+    for path in (checkpoint / "common.pt", checkpoint / "weights/common.pt"):
+        if path.is_file() and (settings := _megatron_settings(path)):
+            return CheckpointContext(path, settings)
+    return None
+
+
+def _megatron_settings(path: Path) -> dict[str, Any] | None:
+    """Return the settings among a Megatron-LM run's arguments; None where there are none."""
+    try:
+        saved = read_saved(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            str(path), got=f"unreadable ({error})", expected="what torch.save wrote", fix="copy the checkpoint again"
+        ) from None
+    arguments = saved.get("args") if isinstance(saved, dict) else None
+    if not isinstance(arguments, Inert) or "num_layers" not in (given := vars(arguments)):
+        return None
+    settings = {_ARGUMENTS.get(name, name): value for name, value in given.items() if not isinstance(value, Inert)}
+    settings |= {
+        "_target_": "megatron.training.arguments",
+        "activation_func": {"_target_": "torch.nn.functional." + ("silu" if given.get("swiglu") else "gelu")},
+        "share_embeddings_and_output_weights": not given.get("untie_embeddings_and_output_weights"),
+        "num_query_groups": given.get("num_query_groups") if given.get("group_query_attention") else None,
+    }
+    if given.get("use_rope_scaling"):
+        settings |= {"scale_factor": given.get("rope_scaling_factor", 8.0), "old_context_len": 8192}
+        settings |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return settings

@@ -1,0 +1,298 @@
+"""Files that are either complete or absent: write aside, rename, then mark.
+
+A folder that took work to make carries a marker, `_SUCCESS.json`, written last; that of a model, which may be
+published, is called `nemo_upcycle.json`. Whoever reads the folder asks for the marker, so the remains of an
+interrupted run are never taken for a result. One process at a time writes a folder: a lock lies in the hidden folder
+in which the work is done. `streams.py` writes large files.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.errors import UpcycleError
+
+
+MARKER = "_SUCCESS.json"
+#: The marker of a Hugging Face folder, which may be published: there it says what the model was made of and by.
+MODEL_MARKER = "nemo_upcycle.json"
+_LOCK = ".lock"
+_PLAN = ".plan.json"
+_ASIDE = ".half."
+_CHUNK_BYTES = 1 << 22
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hex sha256 of a file, read in 4 MiB pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while chunk := handle.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON to `path`, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}{_ASIDE}{os.getpid()}")
+    try:
+        with aside.open("w", encoding="utf-8") as handle:
+            json.dump(value, handle, indent=2, sort_keys=False)
+            handle.write("\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def clear_unfinished(folder: Path, pattern: str) -> None:
+    """Delete the files that a killed process was just writing: of `write_json`, and those of a pattern."""
+    for path in (*folder.glob(f".*{_ASIDE}*"), *folder.glob(pattern)):
+        path.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UpcycleError: the file is missing, unreadable or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UpcycleError(str(path), got="no such file", expected="a JSON file", fix="check the path") from None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, a number of 5,000 digits
+        raise UpcycleError(
+            str(path), got=f"unreadable JSON ({error})", expected="valid JSON", fix="write the file again"
+        ) from None
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether `folder` holds a finished result."""
+    return marker_of(folder).is_file()
+
+
+def marker_of(folder: Path) -> Path:
+    """Return the path of a folder's marker, whether it is there or not."""
+    own = folder / MODEL_MARKER
+    return own if own.is_file() else folder / MARKER
+
+
+def aside_of(target: Path) -> Path:
+    """Return the hidden sibling in which a folder is made."""
+    return target.with_name(f".{target.name}.partial")
+
+
+@contextmanager
+def only_writer(target: Path) -> Iterator[Path]:
+    """Give the hidden sibling of `target` to work in, to one writer at a time, with what an earlier one left there.
+
+    It takes the place of `target` when the block ends without an error. What stays after one is the block's business.
+
+    Args:
+        target: the folder that shall exist afterwards: until then nothing, or an empty folder.
+
+    Raises:
+        UpcycleError: another process writes it, or nothing can take its place.
+    """
+    target = resolved(target)
+    if os.path.ismount(target):
+        raise UpcycleError(
+            str(target), got="a mount point", expected="a folder to replace", fix="name a folder inside it"
+        )
+    aside = aside_of(target)
+    aside.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as opened:
+        try:
+            lock = opened.enter_context((aside / _LOCK).open("w"))
+            take_lock(lock.fileno())
+            # Between opening and locking, another process may have finished and moved the folder to its place.
+            is_ours = os.path.samestat(os.fstat(lock.fileno()), (aside / _LOCK).stat())
+        except (BlockingIOError, FileNotFoundError):
+            is_ours = False
+        if not is_ours:
+            raise UpcycleError(
+                str(target),
+                got="another process writing it",
+                expected="none",
+                fix="wait for it, or choose another folder",
+            )
+        yield aside
+        aside.rename(target)
+        forget_work(target)
+
+
+def forget_work(folder: Path, *names: str) -> None:
+    """Delete what was of use while a folder was made: the lock, and files of these names."""
+    for name in (_LOCK, *names):
+        (folder / name).unlink(missing_ok=True)
+
+
+def take_lock(descriptor: int) -> None:
+    """Lock an open file for this process.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Some network file systems have no locks: there, whoever starts two writers must know what he does.
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+
+
+def clear(aside: Path) -> None:
+    """Delete what lies in the folder of `only_writer`, which stays locked."""
+    for path in aside.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != _LOCK:
+            path.unlink()
+
+
+@contextmanager
+def output_folder(target: Path, made_by: str | None = None, plan: Any = None) -> Iterator[Path]:
+    """Give a folder to write into, and put it in the place of `target` when the block ends without an error.
+
+    The work happens in a hidden sibling of `target`. An error removes it; a kill leaves it for the next call to clear.
+    A complete `target` of an earlier run is replaced, and is left untouched when the block fails: it is moved aside
+    for the moment in which the new one takes its place. A kill then leaves both, and the next call puts it back.
+
+    Args:
+        target: the folder that shall exist afterwards.
+        made_by: who writes it, as the marker will say. Then only what `require_replaceable` lets pass is replaced.
+        plan: what the bytes follow from, as plain values. Then the work of a killed or interrupted call with the same
+            plan is kept for the block to go on with.
+
+    Raises:
+        UpcycleError: another process writes it, or something else stands there.
+
+    Example:
+        >>> with output_folder(Path("runs/demo/hf")) as folder:  # doctest: +SKIP
+        ...     (folder / "config.json").write_text("{}")
+    """
+    target = resolved(target)
+    if made_by:
+        require_replaceable(target, made_by)
+    replaced, is_moved = target.with_name(f".{target.name}.replaced"), False
+    try:
+        with only_writer(target) as aside:
+            if replaced.exists() and not target.exists():
+                replaced.rename(target)
+            if plan is None or not _was_planned(aside, plan):
+                clear(aside)
+            if plan is not None:
+                write_json(aside / _PLAN, plan)
+            try:
+                yield aside
+            except BaseException as error:
+                # What a mistake of the user's led to is not worth keeping.
+                if plan is None or isinstance(error, UpcycleError):
+                    shutil.rmtree(aside, ignore_errors=True)
+                raise
+            if made_by:
+                require_replaceable(target, made_by)
+            forget_work(aside, _PLAN)
+            if target.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+                target.rename(replaced)
+                is_moved = True
+    except BaseException:
+        if is_moved and not target.exists():
+            replaced.rename(target)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _was_planned(aside: Path, plan: Any) -> bool:
+    return (aside / _PLAN).is_file() and read_json(aside / _PLAN) == plan
+
+
+def require_replaceable(target: Path, made_by: str) -> None:
+    """Check that nothing stands at `target` but an empty folder, or one whose marker says the same maker.
+
+    Stages of the pipeline and the tools for data and models mark their folders, too: those are never replaced.
+
+    Raises:
+        UpcycleError: something else does.
+    """
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    got = "files that are not ours"
+    if is_complete(target):
+        marker = read_json(marker_of(target))
+        if isinstance(marker, dict) and marker.get("made_by") == made_by:
+            return
+        got = f"a finished folder that was not made by {made_by}"
+    raise UpcycleError(
+        str(target),
+        got=got,
+        expected=f"no such folder, or an earlier result of {made_by}",
+        fix="choose another name, or remove it first",
+    )
+
+
+def require_apart(target: Path, *inputs: Path) -> None:
+    """Check that a folder to write is none of the inputs, holds none and lies inside none.
+
+    Raises:
+        UpcycleError: it does; writing it could delete or change the input.
+    """
+    here = resolved(target)
+    for path in inputs:
+        there = resolved(path)
+        if here == there or here in there.parents or there in here.parents:
+            raise UpcycleError(
+                str(target),
+                got="the same folder" if here == there else "one inside the other",
+                expected=f"a folder apart from {path}",
+                fix="choose another name",
+            )
+
+
+def resolved(path: Path) -> Path:
+    """Return where a path leads, through links, whether something is there or not.
+
+    Raises:
+        UpcycleError: links lead in a circle.
+    """
+    try:
+        return path.resolve()
+    except (RuntimeError, OSError):
+        raise UpcycleError(
+            str(path), got="links that go in a circle", expected="a path", fix="choose another name"
+        ) from None
+
+
+def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
+    """Check that `needed_bytes` fit on the disk of `folder` (which need not exist yet).
+
+    Raises:
+        UpcycleError: they do not.
+    """
+    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
+        raise UpcycleError(
+            f"disk space for {what} in {existing}",
+            got=f"{_size(free_bytes)} free",
+            expected=f"at least {_size(needed_bytes)}",
+            fix="free some space or choose another folder",
+        )
+
+
+def _size(count_bytes: int) -> str:
+    unit, name = next((pair for pair in ((2**30, "GiB"), (2**20, "MiB")) if count_bytes >= pair[0]), (0, "bytes"))
+    return f"{count_bytes / unit:.2f} {name}" if unit else f"{count_bytes} {name}"

@@ -1,0 +1,114 @@
+"""Large files, written from front to end: the kernel copies bytes that do not change; on the disk when closed."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from nemo_upcycle.errors import UpcycleError
+
+
+#: The disk begins with what was written when there is so much of it; the kernel would wait for a tenth of memory.
+_FLUSH_BYTES = 64 << 20
+#: Bytes of one step where the kernel cannot copy.
+_STEP_BYTES = 1 << 20
+#: What a system says that cannot copy between these two files.
+_CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY)
+
+
+@dataclass(frozen=True)
+class ByteRange:
+    """Bytes of an open file.
+
+    Args:
+        path: the file's, for the text of an error.
+        descriptor: open for reading.
+        start: the first byte.
+        size_bytes: how many.
+    """
+
+    path: Path
+    descriptor: int
+    start: int
+    size_bytes: int
+
+
+class StreamedFile:
+    """A new file that grows at its end. When the block ends without an error its bytes are on the disk.
+
+    Example:
+        >>> with StreamedFile(Path("model.safetensors")) as file:  # doctest: +SKIP
+        ...     file.write(header)
+        ...     file.copy(part)
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb", buffering=0)
+        self._written = self._flushed = 0
+
+    def __enter__(self) -> StreamedFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            if error is None:
+                os.fsync(self._file.fileno())
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes."""
+        view = memoryview(data)
+        if not view.nbytes:
+            return
+        view = view.cast("B")  # of one axis, whatever shape it had
+        while len(view):  # the kernel writes at most 2 GiB at once
+            count = self._file.write(view)
+            view = view[count:]
+            self._count(count)
+
+    def copy(self, part: ByteRange) -> None:
+        """Append bytes of another file.
+
+        Raises:
+            UpcycleError: the other file ends before them.
+        """
+        done, in_kernel = 0, hasattr(os, "copy_file_range")
+        while left := part.size_bytes - done:
+            if in_kernel:
+                count = self._copy_in_kernel(part.descriptor, part.start + done, min(left, _FLUSH_BYTES))
+                in_kernel = count > 0  # some file systems copy nothing and do not say why
+            else:
+                data = os.pread(part.descriptor, min(left, _STEP_BYTES), part.start + done)
+                self.write(data)
+                if not (count := len(data)):
+                    raise UpcycleError(
+                        str(part.path),
+                        got=f"its end at byte {part.start + done}",
+                        expected=f"{left} bytes more",
+                        fix="copy the file again, and see that nobody writes to it",
+                    )
+            done += count
+
+    def _copy_in_kernel(self, descriptor: int, start: int, most: int) -> int:
+        """Return how many bytes were appended; 0 where the kernel cannot."""
+        try:
+            count = os.copy_file_range(descriptor, self._file.fileno(), most, offset_src=start)
+        except OSError as error:
+            if error.errno not in _CANNOT_COPY:
+                raise
+            return 0
+        self._count(count)
+        return count
+
+    def _count(self, written: int) -> None:
+        """Begin to write to the disk what has come together; this does not wait for it."""
+        self._written += written
+        if self._written - self._flushed >= _FLUSH_BYTES and hasattr(os, "posix_fadvise"):
+            # The advice that pages are not needed makes the kernel write them; those it keeps for now stay cached.
+            count = self._written - self._flushed
+            os.posix_fadvise(self._file.fileno(), self._flushed, count, os.POSIX_FADV_DONTNEED)
+            self._flushed = self._written

@@ -1,0 +1,250 @@
+"""What was done to the weights of an MoE model, told from them and from the dense parent's, streamed.
+
+Every expert's matrix is compared with the shard of the dense network that it is made of: is it the same, the same
+times a factor, or were some of its neurons changed? Nothing is loaded whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from nemo_upcycle.convert.expansion import dense_slice
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.init.experts import output_factor
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.mapping import ParamMapping, Sharding, hf_constants, hf_names, mapping_of_hf
+from nemo_upcycle.sources.base import DenseSource
+from nemo_upcycle.sources.checks import check_shapes, check_source, require_finite, rounded_because
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.utils.progress import track
+
+
+_BLOCK_BYTES = 32 << 20
+#: What makes another function, or other shapes, if it is not the parent's.
+_KEPT = (
+    *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "tied_embeddings"),
+    *("activation", "rope_theta", "rope_scaling", "window", "qkv_bias", "zero_centered_norm"),
+)
+
+
+@dataclass
+class _Routers:
+    """Whether all routers are zero, and whether the rows of one copy's experts are the same."""
+
+    zero: bool = False
+    tied: bool = True
+
+    def look_at(self, weight_ED: torch.Tensor, granularity: int) -> None:
+        """Look at one layer's."""
+        copies = weight_ED.unflatten(0, (-1, granularity))
+        self.zero &= not weight_ED.any()
+        self.tied &= bool((copies == copies[:, :1]).all())
+
+
+@dataclass
+class WeightGroup:
+    """The tensors of one kind, all layers and experts together.
+
+    Args:
+        kind: `expert gate`, `expert up`, `expert down`, the same of `shared`, `router`, or `everything else`.
+        tensors: how many there are.
+        identical: how many are the dense model's, bit by bit (in the MoE model's type).
+        scales: the factors found, rounded.
+        changed: smallest and largest part of a matrix's neurons that is not the dense model's times the factor.
+    """
+
+    kind: str
+    tensors: int = 0
+    identical: int = 0
+    scales: list[float] = field(default_factory=list)
+    changed: list[float] = field(default_factory=lambda: [1.0, 0.0])
+
+    def add(self, scale: float, changed: float) -> None:
+        """Count one tensor."""
+        self.tensors += 1
+        self.identical += scale == 1.0 and changed == 0.0
+        self.scales = sorted({*self.scales, round(scale, 4)})
+        self.changed = [min(self.changed[0], changed), max(self.changed[1], changed)]
+
+    def __str__(self) -> str:
+        """Return it as a line of a table."""
+        name = f"  {self.kind:<16}"
+        if self.kind == "router":
+            return f"{name}{self.tensors}"
+        if self.identical == self.tensors:
+            return f"{name}{self.tensors} of {self.tensors} identical"
+        factors = ", ".join(f"{scale:g}" for scale in self.scales[:4]) + (" ..." if len(self.scales) > 4 else "")
+        low, high = (f"{100 * part:.3g}" for part in self.changed)
+        changed = "" if self.changed[1] == 0 else f"; {low} to {high} % of the neurons changed"
+        return f"{name}{self.identical} of {self.tensors} identical; factors {factors}{changed}"
+
+
+class WeightComparison(NamedTuple):
+    """What was done to the weights.
+
+    Args:
+        groups: to each kind of tensor.
+        exact: whether such weights compute the dense function, up to what was rounded.
+        rounded: why they lost digits.
+        granularity: parts that the dense network was cut into.
+    """
+
+    groups: tuple[WeightGroup, ...]
+    exact: bool
+    rounded: tuple[str, ...]
+    granularity: int
+
+
+def compare_weights(dense: DenseSource, moe: DenseSource) -> WeightComparison:
+    """Return what was done to the weights of an MoE model, and whether they compute the dense function.
+
+    They do if everything is the dense model's but the experts' down projection, which is scaled as the model's routing
+    asks for (`UpcycleSpec.down_scale`), and the router leaves the sum of the experts alone (`UpcycleSpec.is_exact`).
+
+    Raises:
+        CheckpointError: a folder's tensors are not those of its configuration, one holds NaN or infinity, or the MoE
+            model is of another parent.
+    """
+    check_source(dense)
+    arch, made = dense.architecture, moe.architecture
+    _check_child(arch, moe)
+    routers = _Routers(zero=True, tied=True)
+    groups: dict[str, WeightGroup] = {}
+    dtypes: dict[torch.dtype, None] = {}
+    is_exact = all(not moe.read(name).any() for name, shape in hf_constants(made).items() if 0 not in shape)
+    spec = _spec_of(arch, made)
+    names = list(hf_names(made))
+    for name in track(names, "compare weights", len(names)):
+        row, part, _, expert = mapping_of_hf(name, made)
+        kind = _kind(row, part)
+        group = groups.setdefault(kind, WeightGroup(kind))
+        found = dense_slice(name, arch, made)
+        if found is None:
+            group.tensors += 1
+            require_finite(router_ED := moe.read(name), name, moe)
+            routers.look_at(router_ED, spec.granularity)
+            continue
+        dtypes[moe.dtype(name)] = None
+        # A shared expert's half is made up for by Qwen2-MoE's gate, see `hf_constants`.
+        wanted = 1.0 if row.is_shared else output_factor(spec, row.role, expert)
+        pairs = _pairs(dense, moe, name, *found, is_halved=row.role == "shared_fc2")
+        scale, changed = _relation(pairs, row.sharding is Sharding.NEURON_COLUMNS, wanted)
+        group.add(scale, changed)
+        is_exact &= changed == 0.0 and scale == wanted
+    is_exact &= routers.tied and _spec_of(arch, made, routers).is_exact
+    rounded = [why for dtype in dtypes for why in rounded_because(dense, dtype, spec)]
+    return WeightComparison(tuple(groups.values()), is_exact, tuple(rounded), spec.granularity)
+
+
+def _check_child(arch: Architecture, moe: DenseSource) -> None:
+    made = moe.architecture
+    checks = [(name, getattr(made, name), getattr(arch, name)) for name in _KEPT]
+    checks.append(("rms_norm_eps", made.norm_eps, arch.norm_eps))
+    for name, got, wanted in checks:
+        if got != wanted:
+            raise CheckpointError(
+                f"{moe.path}: {name}",
+                got=got,
+                expected=f"{wanted}, as in the dense model",
+                fix="compare a model with its own parent",
+            )
+    width = made.expert_ffn_size or 0
+    if arch.ffn_size % width or made.shared_ffn_size % width or (made.num_experts or 0) % (arch.ffn_size // width):
+        raise CheckpointError(
+            str(moe.path),
+            got=f"{made.num_experts} experts of {width} neurons, shared {made.shared_ffn_size}",
+            expected=f"a part of the dense {arch.ffn_size}, and whole copies of it",
+            fix="give the MoE's own parent",
+        )
+    check_source(moe)
+    check_shapes(moe)
+
+
+def _spec_of(arch: Architecture, made: Architecture, routers: _Routers | None = None) -> UpcycleSpec:
+    """Return a spec of plain copies that makes this model, as far as the configuration and the routers show."""
+    width, experts, top_k = made.expert_ffn_size or 1, made.num_experts or 0, made.top_k or 1
+    granularity = arch.ffn_size // width
+    if top_k == 1 and made.norm_topk:  # which no spec makes; one expert more has the same sums
+        experts, top_k = max(experts, 2 * granularity), granularity + 1
+    return UpcycleSpec(
+        num_experts=experts,
+        top_k=top_k,
+        granularity=granularity,
+        shared_experts=made.shared_ffn_size // width,
+        router_init="zero" if routers and routers.zero else "normal",
+        router_order="topk_softmax" if made.norm_topk else "softmax_topk",
+    )
+
+
+def _kind(row: ParamMapping, part: int) -> str:
+    if row.role == "router" or not (row.is_expert or row.is_shared):
+        return "router" if row.role == "router" else "everything else"
+    matrix = "down" if row.sharding is Sharding.NEURON_COLUMNS else ("gate", "up")[part]
+    return f"{row.role.partition('_')[0]} {matrix}"
+
+
+def _pairs(
+    dense: DenseSource,
+    moe: DenseSource,
+    name: str,
+    source: str,
+    bounds: tuple[tuple[int, int], ...],
+    *,
+    is_halved: bool,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield both models' rows, block by block; the dense ones in the MoE model's type, as floats of that type.
+
+    Of what was halved in Megatron and doubled again on export, the smallest numbers lost their last bit.
+    """
+    shape, dtype = moe.shape(name), moe.dtype(name)
+    (first, last), *rest = bounds
+    rows = max(1, _BLOCK_BYTES // max(1, torch.Size(shape[1:]).numel() * dtype.itemsize))
+    for start in range(0, last - first, rows):
+        stop = min(start + rows, last - first)
+        theirs = moe.read(name, [(start, stop), *((0, size) for size in shape[1:])])
+        ours = dense.read(source, [(first + start, first + stop), *rest])
+        require_finite(theirs, name, moe)
+        ours = ours.to(dtype)
+        yield theirs, ours * 0.5 * 2 if is_halved else ours
+        dense.release()
+        moe.release()
+
+
+def _relation(
+    blocks: Iterator[tuple[torch.Tensor, torch.Tensor]], by_column: bool, expected: float
+) -> tuple[float, float]:
+    """Return the factor between two matrices and the part of the neurons (rows, or columns) where it does not hold."""
+    scale: float | None = None
+    kept: list[torch.Tensor] = []
+    for theirs, ours in blocks:
+        axis = 0 if by_column else 1
+        if scale in (None, 1.0) and torch.equal(theirs, ours):  # the usual case, and many times faster
+            scale, same = 1.0, torch.ones(theirs.shape[1 - axis if theirs.dim() > 1 else 0], dtype=torch.bool)
+        else:
+            scale = _factor(theirs, ours, expected) if scale is None else scale
+            same = _same(theirs, ours, scale)
+            same = same.all(axis) if same.dim() > 1 else same
+        kept = [kept[0] & same] if by_column and kept else [*kept, same]
+    whole = torch.cat(kept)
+    return 1.0 if scale is None else scale, 1.0 - float(whole.double().mean())
+
+
+def _same(theirs: torch.Tensor, ours: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return where one is the other times a factor: bit by bit for 1, else up to rounding in their type."""
+    if scale == 1.0:
+        return theirs == ours
+    scaled = ours.float() * scale
+    limits = torch.finfo(ours.dtype)
+    return (theirs.float() - scaled).abs() <= limits.eps * scaled.abs() + limits.tiny
+
+
+def _factor(theirs: torch.Tensor, ours: torch.Tensor, expected: float) -> float:
+    """Return the factor that holds most often: 1, the expected one, or the median of the ratios."""
+    a, b = theirs.flatten()[: 1 << 20].float(), ours.flatten()[: 1 << 20].float()
+    ratios = (a / b)[b != 0]
+    candidates = [1.0, expected] + ([float(ratios.median())] if len(ratios) else [])
+    return max(candidates, key=lambda scale: float(_same(theirs, ours, scale).double().mean()))

@@ -1,0 +1,282 @@
+"""Real Transformer Engine modules are filled with the same bits as Megatron's own, parameter by parameter.
+
+Every rank of a layout is built under a fake process group: filling needs no communication. That the local modules hold
+the right bits in every layout is what the tests of `tests/unit` and `tests/distributed` are for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_upcycle import UpcycleSpec, upcycle_into
+from nemo_upcycle.cpu.patches import mark_norms_sequence_parallel
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.mapping import MAPPINGS, find_mapping
+from nemo_upcycle.online.plan import RankCoords, param_plans
+from nemo_upcycle.online.upcycle import load_dense_into
+from nemo_upcycle.planning.check import megatron_rank, transformer_config
+from nemo_upcycle.planning.layout import Layout
+from tests.models import MemorySource, build_chunks, moe_settings, small_architecture
+
+
+SPEC = UpcycleSpec(num_experts=4, top_k=2)
+ONE_RANK = Layout(gpus=1)
+LAYOUTS = [
+    ONE_RANK,
+    Layout(gpus=2, tp=2),
+    Layout(gpus=2, ep=2),
+    Layout(gpus=2, etp=2),
+    Layout(gpus=2, pp=2),
+    Layout(gpus=2, pp=2, vp=2),
+    Layout(gpus=4, tp=2, ep=2, etp=2),
+    Layout(gpus=4, tp=2, ep=4),
+    Layout(gpus=8, tp=2, pp=2, vp=2, ep=2, etp=2),
+]
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "tied": ({"tied_embeddings": True}, {}),
+    "qkv_bias": ({"qkv_bias": True}, {}),
+    "biases": ({"qkv_bias": True, "attention_out_bias": True, "ffn_bias": True}, {}),
+    "gelu": ({"gated": False, "activation": "gelu"}, {}),
+    "granular": ({}, {"num_experts": 8, "top_k": 4, "granularity": 2}),
+    "shared": ({}, {"num_experts": 8, "top_k": 4, "granularity": 2, "shared_experts": 1}),
+    "mixed": ({}, {"moe_layers": (1, 2)}),
+    "mixed_shared": ({}, {"moe_layers": (0, 3), "num_experts": 8, "granularity": 2, "shared_experts": 2}),
+    "noise": ({}, {"method": "noise", "noise_std": 0.1}),
+    "drop": ({}, {"method": "drop"}),
+    "softmax_first": ({}, {"router_order": "softmax_topk", "router_init": "zero"}),
+}
+RECIPES = {"delayed": "DelayedScaling", "tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScaling"}
+GROUPED = pytest.mark.parametrize("grouped", [True, False], ids=["TEGroupedMLP", "SequentialMLP"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _local_norms(_cuda_seems_to_be_there: None) -> Iterator[None]:
+    """Let the local spec be built under sequence parallelism, which torch's norm refuses."""
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WrappedTorchNorm, "__new__", WrappedTorchNorm.__new__)  # to be put back
+        mark_norms_sequence_parallel()
+        yield
+
+
+def _local(arch: Architecture, spec: UpcycleSpec | None, layout: Layout) -> list[Any]:
+    sizes = {name: getattr(layout, name) for name in ("tp", "cp", "pp", "vp", "ep", "etp")}
+    return build_chunks(arch, layout=sizes, **(moe_settings(arch, spec) if spec else {"num_experts": None}))
+
+
+def _with_te(chunks: list[Any], **changes: Any) -> list[Any]:
+    """Build the same chunks with Transformer Engine's modules."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    twins = []
+    for chunk in chunks:
+        config = replace(chunk.config, **changes)
+        twins.append(
+            GPTModel(
+                config,
+                # for every layer get_gpt_layer_with_transformer_engine_spec, with or without experts
+                get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=chunk.vp_stage),
+                chunk.vocab_size,
+                chunk.max_sequence_length,
+                pre_process=chunk.pre_process,
+                post_process=chunk.post_process,
+                share_embeddings_and_output_weights=chunk.share_embeddings_and_output_weights,
+                position_embedding_type="rope",
+                rotary_base=chunk.rotary_base,
+                vp_stage=chunk.vp_stage,
+            )
+        )
+    return twins
+
+
+def _filled(chunks: list[Any], source: MemorySource, spec: UpcycleSpec | None) -> dict[Any, torch.Tensor]:
+    """Fill chunks that hold NaN before; return their parameters by role, layer and local expert."""
+    for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+        parameter.data.fill_(float("nan"))
+    if spec:
+        upcycle_into(chunks, source, spec)
+    else:
+        load_dense_into(chunks, source)
+    found = {}
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            layer, inner = None, name
+            if match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name):
+                layer, inner = chunk.decoder.layers[int(match[1])].layer_number, match[2]
+            row_and_expert = find_mapping(inner, in_layer=layer is not None)
+            assert row_and_expert, name
+            assert not parameter.isnan().any(), f"{name} was not filled"
+            found[row_and_expert[0].role, layer, row_and_expert[1]] = parameter.detach()
+    assert len(found) == sum(len(list(chunk.parameters())) for chunk in chunks)
+    return found
+
+
+def _check_same(
+    arch: Architecture, spec: UpcycleSpec | None, layout: Layout, grouped: bool = False, **changes: Any
+) -> None:
+    source = MemorySource(arch)
+    for rank in range(layout.gpus):
+        with megatron_rank(layout, rank):
+            local = _local(arch, spec, layout)
+            chunks = _with_te(local, moe_grouped_gemm=grouped and spec is not None, **changes)
+            _check_modules(chunks, grouped)
+            wanted, got = _filled(local, source, spec), _filled(chunks, source, spec)
+        assert got.keys() == wanted.keys()
+        for key, parameter in got.items():
+            assert torch.equal(parameter, wanted[key]), f"rank {rank}: {key}"
+
+
+def _check_modules(chunks: list[Any], grouped: bool) -> None:
+    """Check that the modules are what the test is about."""
+    import transformer_engine.pytorch as te
+    from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
+
+    for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
+        assert isinstance(layer.self_attention.linear_qkv, te.LayerNormLinear)
+        if experts := getattr(layer.mlp, "experts", None):
+            assert type(experts) is (TEGroupedMLP if grouped else SequentialMLP)
+            linear = experts.linear_fc1 if grouped else experts.local_experts[0].linear_fc1
+            assert isinstance(linear, te.GroupedLinear if grouped else te.Linear)
+        else:
+            assert isinstance(layer.mlp.linear_fc1, te.LayerNormLinear)
+
+
+@GROUPED
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_rank_of_a_layout(layout: Layout, grouped: bool) -> None:
+    _check_same(small_architecture(num_layers=4), SPEC, layout, grouped)
+
+
+@GROUPED
+@pytest.mark.parametrize(
+    "layout", [ONE_RANK, Layout(gpus=4, tp=2, pp=2, ep=2), Layout(gpus=4, tp=2, ep=2, etp=2)], ids=str
+)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_kind_of_model(model: str, layout: Layout, grouped: bool) -> None:
+    shapes, fields = MODELS[model]
+    if shapes.get("ffn_bias") and layout.etp > 1:
+        pytest.skip("Megatron-Core has biases of experts only without expert-tensor parallelism")
+    spec = UpcycleSpec(**({"num_experts": 4, "top_k": 2} | fields))
+    _check_same(small_architecture(num_layers=4, **shapes), spec, layout, grouped)
+
+
+@GROUPED
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_fp8_changes_no_parameter(recipe: str, grouped: bool) -> None:
+    from megatron.core.fp8_utils import get_fp8_recipe
+
+    arch, layout = small_architecture(num_layers=4), Layout(gpus=4, tp=2, ep=2)
+    fp8 = {"fp8": "hybrid", "fp8_recipe": recipe}
+    _check_same(arch, SPEC, layout, grouped, **fp8)
+    with megatron_rank(layout, 0):
+        (chunk,) = _with_te(_local(arch, SPEC, layout), moe_grouped_gemm=grouped, **fp8)
+    assert RECIPES[recipe] in [kind.__name__ for kind in type(get_fp8_recipe(chunk.config)).__mro__]
+
+
+def _saved(chunk: Any) -> dict[Any, tuple[Any, torch.Tensor]]:
+    """Return what Megatron saves of a chunk: shape of the whole and data, by role, layer and place in the whole."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    state = chunk.sharded_state_dict()
+    apply_factories(state)
+    saved = {}
+    for shard in (value for value in nested_values(state) if isinstance(value, ShardedTensor)):
+        in_layer = re.fullmatch(r"decoder\.layers\.(?:(\d+)\.)?(.*)", shard.key)
+        layer, name = in_layer.groups() if in_layer else (None, shard.key)
+        (role,) = (row.role for row in MAPPINGS if name in row.stored)
+        saved[role, layer, tuple(shard.global_offset)] = shard.global_shape, shard.data
+    return saved
+
+
+@GROUPED
+@pytest.mark.parametrize("model", ["shared", "mixed", "biases"])
+def test_a_checkpoint_has_the_same_tensors(model: str, grouped: bool) -> None:
+    """The mapping table finds what was trained with Transformer Engine as it finds what the local spec saves."""
+    shapes, fields = MODELS[model]
+    arch, layout = small_architecture(num_layers=4, **shapes), Layout(gpus=4, tp=2, ep=2)
+    spec, source = UpcycleSpec(**({"num_experts": 4, "top_k": 2} | fields)), MemorySource(arch)
+    with megatron_rank(layout, 3):
+        local = _local(arch, spec, layout)
+        chunks = _with_te(local, moe_grouped_gemm=grouped)
+        _filled(local, source, spec)
+        _filled(chunks, source, spec)
+        wanted, got = _saved(local[0]), _saved(chunks[0])
+    assert got.keys() == wanted.keys()
+    for key, (shape, data) in got.items():
+        assert shape == wanted[key][0], key
+        assert torch.equal(data, wanted[key][1]), key
+
+
+@pytest.mark.parametrize("layout", [ONE_RANK, Layout(gpus=4, tp=2, pp=2)], ids=str)
+def test_a_dense_model(layout: Layout) -> None:
+    _check_same(small_architecture(num_layers=4), None, layout)
+
+
+def test_llama_3_8b_on_a_rank_of_512(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shapes of the paper's model and layout, on the meta device."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    sizes = {"num_layers": 32, "hidden_size": 4096, "ffn_size": 14336, "num_heads": 32, "num_kv_heads": 8}
+    dense = small_architecture(**sizes, head_dim=128, vocab_size=128256, rope_theta=500000.0)
+    spec = UpcycleSpec(num_experts=8, top_k=2)
+    made, layout = dense.upcycled(spec), Layout(gpus=512, tp=2, pp=4, vp=8, ep=8)
+    parameters = 0
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "meta")
+    with megatron_rank(layout, 37):
+        config = replace(
+            transformer_config(made, layout),
+            use_cpu_initialization=False,
+            init_model_with_meta_device=True,
+            sequence_parallel=True,
+            moe_grouped_gemm=True,
+            fp8="hybrid",
+            fp8_recipe="blockwise",
+        )
+        for stage, part in enumerate(layout.chunks(made, layout.seat(37).pp)):
+            block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=stage)
+            ends = {"pre_process": part.has_embedding, "post_process": part.has_output}
+            with torch.device("meta"):
+                chunk = GPTModel(
+                    config, block, made.vocab_size, 8192, position_embedding_type="rope", vp_stage=stage, **ends
+                )
+            assert {parameter.device.type for parameter in chunk.parameters()} == {"meta"}
+            targets = param_plans(chunk, dense, made, spec, RankCoords.here(), lambda copy: 0)
+            names = [name for target in targets for name in target.names]
+            assert sorted(names) == sorted(name for name, _ in chunk.named_parameters())
+            for target in (target for target in targets if target.source):
+                (tensor,) = target.tensors
+                covered = sum(piece.view(tensor).numel() for piece in target.pieces)
+                assert covered == tensor.numel(), target.names
+            parameters += sum(parameter.numel() for parameter in chunk.parameters())
+    assert parameters == 1_840_054_272
+
+
+def test_parameters_in_fp8_are_refused() -> None:
+    import transformer_engine_torch as tex
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
+
+    arch = small_architecture()
+    with megatron_rank(ONE_RANK, 0):
+        chunks = _with_te(_local(arch, SPEC, ONE_RANK))
+        linear = chunks[0].decoder.layers[0].self_attention.linear_qkv
+        quantized = Float8Tensor(
+            shape=linear.weight.shape,
+            dtype=torch.bfloat16,
+            data=torch.zeros(linear.weight.shape, dtype=torch.uint8),
+            fp8_scale_inv=torch.ones(1),
+            fp8_dtype=tex.DType.kFloat8E4M3,
+        )
+        linear.weight = torch.nn.Parameter(quantized)
+        with pytest.raises(SpecError, match=r"linear_qkv\.weight.*Float8Tensor.*fp8_param_gather=False"):
+            upcycle_into(chunks, MemorySource(arch), SPEC)

@@ -1,0 +1,147 @@
+"""Models named as on the hub: fetched by the hub's own client, here from a server that speaks its protocol."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle import UpcycleSpec, open_dense
+from nemo_upcycle.cli.main import main
+from nemo_upcycle.convert.offline import convert
+from tests.models import write_llama, write_tokenizer
+
+
+SPEC = ("--experts", "2", "--top-k", "2")
+COMMIT = "c" * 40
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """Serves the folders of a folder, ORG/NAME, as the hub serves repositories."""
+
+    def __init__(self, root: Path, *given: object) -> None:
+        self.root = root
+        super().__init__(*given)
+
+    def do_HEAD(self) -> None:
+        name, _, file = self.path.lstrip("/").partition(f"/resolve/{COMMIT}/")
+        path = self.root / name / file
+        if self.path.startswith("/api/models/") or not file or not path.is_file():
+            self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+        else:
+            self._answer(200, path.read_bytes(), {"ETag": f'"{path.stat().st_size:040x}"', "X-Repo-Commit": COMMIT})
+
+    def do_GET(self) -> None:
+        if not self.path.startswith("/api/models/"):
+            self.do_HEAD()
+            return
+        name = self.path.removeprefix("/api/models/").partition("/revision/")[0]
+        if not (self.root / name).is_dir():
+            self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+            return
+        files = [path.relative_to(self.root / name).as_posix() for path in (self.root / name).rglob("*.*")]
+        info = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
+        self._answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for key, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    root = tmp_path_factory.mktemp("hub")
+    dense = write_tokenizer(write_llama(root / "acme/tiny", vocab_size=259, layers=1, shards=2))
+    (dense / "original").mkdir()
+    (dense / "original/model.safetensors").write_bytes(b"not ours")
+    with open_dense(dense) as source:
+        convert(source, root / "acme/tiny-moe", UpcycleSpec(num_experts=2, top_k=2))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Hub, root))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield root, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def _run(folder: Path, endpoint: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder, with a hub and an empty cache of its own there."""
+    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, "-m", "nemo_upcycle.cli.main", *words]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_convert_and_verify_download_what_the_hub_names(hub: tuple[Path, str], tmp_path: Path) -> None:
+    made = _run(tmp_path, hub[1], "convert", "hf://acme/tiny", "moe", "--branch", "acme/tiny", *SPEC, "--json")
+    assert made.returncode == 0, made.stderr
+    found = json.loads(made.stdout)
+    assert found["inexact_because"][0].startswith("experts come from 2 dense models")
+    assert (tmp_path / "moe/tokenizer.json").is_file()
+    assert not list((tmp_path / "hf").rglob("original"))
+    compared = _run(tmp_path, hub[1], "verify", "acme/tiny", "hf://acme/tiny-moe", "--weights-only")
+    assert compared.returncode == 0, compared.stderr
+    assert "equal: yes" in compared.stdout
+    cached = _run(tmp_path, "http://127.0.0.1:9", "convert", "acme/tiny", "again", *SPEC)  # nobody answers there
+    assert cached.returncode == 0, cached.stderr
+
+
+def test_a_name_that_the_hub_does_not_have_is_told(hub: tuple[Path, str], tmp_path: Path) -> None:
+    done = _run(tmp_path, hub[1], "convert", "acme/huge", "moe", *SPEC)
+    assert done.returncode == 2
+    assert "error: download of acme/huge from the Hugging Face hub: got RepositoryNotFoundError" in done.stderr
+    assert "or a model on the hub (hf://ORG/NAME) that this machine can reach. Fix: check the name" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "moe").exists()
+
+
+def test_without_a_network_it_says_what_to_do(tmp_path: Path) -> None:
+    done = _run(tmp_path, "http://127.0.0.1:9", "verify", "meta-llama/Meta-Llama-3-8B", "moe")
+    assert done.returncode == 2
+    assert "error: download of meta-llama/Meta-Llama-3-8B from the Hugging Face hub: got" in done.stderr
+    assert "`hf download meta-llama/Meta-Llama-3-8B --local-dir FOLDER`" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_hubs_cache_that_cannot_be_written_is_named(hub: tuple[Path, str], tmp_path: Path) -> None:
+    (tmp_path / "hf").write_text("mine")
+    done = _run(tmp_path, hub[1], "convert", "acme/tiny", "moe", *SPEC)
+    assert done.returncode == 2
+    assert "got Not a directory, expected a folder to write, with room. Fix: set HF_HOME to one" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("acme/tiny", "model 'acme/tiny': got no such folder, expected a Hugging Face folder, hf://ORG/NAME"),
+        ("hf://a/b/c", "model 'a/b/c': got no such folder, expected a Hugging Face folder, hf://ORG/NAME"),
+        ("asset://smollm", "model asset 'smollm' does not exist. Did you mean 'smollm2-135m'"),
+        (
+            "asset://smollm2-135m",
+            "got Not a directory, expected a folder to write. Fix: set NEMO_UPCYCLE_CACHE to one",
+        ),
+    ],
+    ids=["a mistyped folder", "too long a name", "another asset", "no cache"],
+)
+def test_what_names_nothing_is_told_before_anything_is_fetched(
+    tmp_path: Path, source: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "acme").mkdir()
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setenv("NEMO_UPCYCLE_CACHE", str(tmp_path / ("file" if "135m" in source else "cache")))
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", source, "moe", *SPEC]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "moe").exists()

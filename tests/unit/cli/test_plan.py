@@ -1,0 +1,395 @@
+"""`nemo-upcycle plan`: what it prints, its JSON, its refusals and its speed's precondition."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_upcycle.cli import plan
+from nemo_upcycle.cli.main import main
+from nemo_upcycle.errors import UpcycleError
+
+
+PAPER = ["--recipe", "llama3_8b_e8t2", "--gpus", "512", "--layout", "tp=2,pp=4,vp=8,cp=1,ep=8,etp=1"]
+
+
+def _run(*options: str) -> int:
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    return plan.run(parser.parse_args(options))
+
+
+def _json(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    _run(*options, "--json")
+    return json.loads(capsys.readouterr().out)
+
+
+def _config(folder: Path, **changes: Any) -> Path:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-5,
+    }
+    folder.joinpath("config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_json_has_exactly_what_is_promised(capsys: pytest.CaptureFixture[str]) -> None:
+    values = _json(capsys, *PAPER, "--rank", "37")
+    assert set(values) == {"model", "rows", "ranks", "warnings"}
+    assert values["model"] == {
+        "total_params": 47_491_321_856,
+        "active_params": 13_668_454_400,
+        "flops_per_token": {"full": 91_743_608_832.0, "causal": 85_301_157_888.0},
+    }
+    row = values["rows"][0]
+    assert set(row) == {
+        *("layout", "memory_gib", "fits", "tokens_per_s_per_gpu", "tflops_per_gpu", "mfu", "bound_by", "hours"),
+        *("peak_tflops", "cost", "checkpoint_gib", "command"),
+    }
+    assert row["layout"]["dp"] == 64
+    assert row["memory_gib"]["total"] == pytest.approx(
+        sum(value for name, value in row["memory_gib"].items() if name != "total"), abs=0.01
+    )
+    assert set(row["tflops_per_gpu"]) == {"full", "causal"}
+    assert row["cost"] is None
+    assert values["ranks"] == [{"rank": 37, "params": 1_840_054_272, "expert_params": 1_409_286_144}]
+
+
+def test_text_states_the_true_size_and_why_the_paper_differs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(*PAPER, "--price-per-gpu-hour", "2", "--explain", "1", "--rank", "0,511") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for word in ("47.49B", "13.67B", "34.4B", "11.8B", "two of the three", "bubble = ", "assumed:", "rank 511"):
+        assert word in out
+
+
+def test_the_command_of_a_row_holds_its_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--precision", "fp8-blockwise", "--capacity-factor", "1", "--pad-to-capacity", "--global-batch", "1024")
+    words = shlex.split(_json(capsys, *PAPER, *options)["rows"][0]["command"])
+    assert words[:4] == ["nemo", "llm", "pretrain", "--factory"]
+    for part in ("num_nodes=64", "fp8_recipe='blockwise'", "capacity_factor=1.0", "pad_to_capacity=True"):
+        assert part in words[4]
+    for setting in (
+        "trainer.strategy.tensor_model_parallel_size=2",
+        "trainer.strategy.virtual_pipeline_model_parallel_size=8",
+        "trainer.strategy.expert_tensor_parallel_size=1",
+        "trainer.strategy.sequence_parallel=True",
+        "data.global_batch_size=1024",
+        "trainer.max_steps=11921",
+    ):
+        assert setting in words
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"{stem}_{kind}" for stem in ("llama3_8b", "llama31_8b", "llama3_70b") for kind in ("e8t2", "dense_ct")],
+)
+def test_every_recipe_has_a_layout(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("--recipe", name, "--gpus", "512", "--rows", "2") == 0
+    assert "nemo llm pretrain" in capsys.readouterr().out
+
+
+def test_what_the_recipe_sets_already_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "data." not in _json(capsys, *PAPER)["rows"][0]["command"]
+
+
+def test_the_command_starts_as_many_ranks_as_were_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--recipe", "smollm2_135m_e8t2", "--gpus", "20", "--global-batch", "20", "--capacity-factor", "2")
+    command = _json(capsys, *options)["rows"][0]["command"]
+    assert "num_nodes=4, num_gpus_per_node=5" in command
+    assert "model.config.moe_expert_capacity_factor=2.0" in command
+
+
+@pytest.mark.parametrize("name", ["smollm2_135m_e8t2", "smollm2_135m_dense_ct"])
+def test_small_recipes_fit_one_card(name: str) -> None:
+    assert _run("--recipe", name, "--gpus", "1") == 0
+
+
+def test_a_model_folder_dense_upcycled_or_moe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(_config(tmp_path))
+    dense = _json(capsys, "--model", folder, "--gpus", "64")
+    assert dense["model"]["total_params"] == 8_030_261_248
+    assert f"llama3_8b_dense_ct(dense='{folder}', num_nodes=8, num_gpus_per_node=8)" in dense["rows"][0]["command"]
+    moe = _json(capsys, "--model", folder, "--experts", "8", "--top-k", "2", "--gpus", "64")
+    assert moe["model"]["total_params"] == 47_491_321_856
+    assert f"llama3_8b_e8t2(dense='{folder}', num_nodes=8," in moe["rows"][0]["command"]
+    mixtral = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2}
+    _config(tmp_path, vocab_size=32000, **mixtral)
+    assert _json(capsys, "--model", folder, "--gpus", "64")["model"]["total_params"] == 46_702_792_704
+    assert _run("--model", folder, "--gpus", "64", "--rows", "1") == 0
+    assert "No recipe of this package trains this model" in capsys.readouterr().out
+
+
+def _refusal(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    assert main(["plan", *options]) == 2
+    return capsys.readouterr().err
+
+
+def _advice(text: str) -> list[str]:
+    """Return the option that a text advises, with its value."""
+    found = re.search(r"(?:Fix: set|With) (--[a-z-]+) (\d+)", text)
+    assert found, text
+    return [found[1], found[2]]
+
+
+@pytest.mark.parametrize("gpus", ["1", "7", "96", "100", "5000"])
+@pytest.mark.parametrize("recipe", ["llama3_8b_e8t2", "llama3_70b_e8t2", "smollm2_135m_e8t2"])
+def test_plan_advises_what_fits(gpus: str, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever number of GPUs is given, what is advised is done, and then something fits."""
+    status = main(["plan", "--recipe", recipe, "--gpus", gpus, "--rows", "1"])
+    if status:
+        given = capsys.readouterr()
+        advice = _advice(given.err or " ".join(given.out.split()))
+        assert main(["plan", "--recipe", recipe, "--gpus", gpus, *advice, "--rows", "1"]) == 0
+    assert "nemo llm pretrain" in capsys.readouterr().out
+
+
+def test_plan_keeps_the_gpus_where_another_batch_is_enough(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--recipe", "llama3_8b_e8t2", "--gpus", "96")
+    assert "--global-batch: got 512" in _refusal(capsys, *options)
+    assert "--gpus: got 100, expected a number that holds the model" in _refusal(capsys, *options[:-1], "100")
+
+
+def test_plan_gives_no_command_for_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("--recipe", "llama3_8b_e8t2", "--gpus", "8", "--rows", "2") == 1
+    out = capsys.readouterr().out
+    assert "Nothing fits 8 GPUs" in out
+    assert "nemo llm" not in out
+    rows = _json(capsys, "--recipe", "llama3_8b_e8t2", "--gpus", "8", "--rows", "2")["rows"]
+    assert [row["command"] for row in rows] == [None, None]
+
+
+def test_plan_says_what_fits_in_place_of_a_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("--recipe", "llama3_8b_e8t2", "--gpus", "64", "--layout", "tp=4") == 1
+    text = " ".join(capsys.readouterr().out.split())
+    found = re.search(r"This layout does not fit. Of 64 GPUs this one does: --layout (\S+)", text)
+    assert found, text
+    assert "nemo llm" not in text
+    assert _run("--recipe", "llama3_8b_e8t2", "--gpus", "64", "--layout", found[1]) == 0
+    capsys.readouterr()
+    assert _run("--recipe", "llama3_8b_e8t2", "--gpus", "8", "--layout", "tp=4") == 1
+    text = " ".join(capsys.readouterr().out.split())
+    assert "This layout does not fit, nor does any other of 8 GPUs. With --gpus 16 " in text
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120, 250])
+@pytest.mark.parametrize("layout", ["", "tp=2,pp=4,vp=8,cp=2,ep=8,etp=2,mbs=2", "tp=2,pp=17,ep=4,embedding=1,loss=1"])
+def test_plan_stays_within_the_terminal(
+    columns: int, layout: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    gpus = "136" if "17" in layout else "128"
+    options = ["--recipe", "llama3_8b_e8t2", "--gpus", gpus, "--price-per-gpu-hour", "2.5"]
+    options += ["--global-batch", "544"] if gpus == "136" else []
+    _run(*options, *(["--layout", layout] if layout else []))
+    text, _, command = capsys.readouterr().out.partition("row 1:\n")
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= columns
+    for line in command.splitlines():  # a single word may be longer
+        assert len(line) <= columns or len(shlex.split(line.removesuffix("\\"))) == 1
+    assert any(line.split()[:2] == ["#", "layout"] and "cost" in line for line in lines) or columns < 80
+
+
+def test_plan_shows_every_column_or_those_that_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--recipe", "llama3_8b_e8t2", "--gpus", "128", "--rows", "1")
+
+    def headers(*more: str) -> list[str]:
+        _run(*options, *more)
+        return next(line.split() for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("#"))
+
+    assert {"weights", "optim", "bound-by", "GPU-hours", "TFLOP/s"} <= set(headers("--wide"))
+    assert headers("--columns", "mfu,GIB") == ["#", "layout", "MFU", "GiB"]
+    with pytest.raises(UpcycleError, match=r"column 'mfuu' does not exist\. Did you mean 'mfu'"):
+        headers("--columns", "mfuu")
+
+
+def test_plan_names_the_peak_that_mfu_is_of(capsys: pytest.CaptureFixture[str]) -> None:
+    _run(*PAPER, "--precision", "fp8-blockwise")
+    assert "MFU of 1979 TFLOP/s (FP8)" in " ".join(capsys.readouterr().out.split())
+    _run(*PAPER)
+    assert "MFU of 989 TFLOP/s (BF16)" in " ".join(capsys.readouterr().out.split())
+    assert _json(capsys, *PAPER, "--precision", "fp8-blockwise")["rows"][0]["peak_tflops"] == 1979
+
+
+@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic", "longrope"])
+def test_plan_refuses_a_parent_that_training_refuses(kind: str, tmp_path: Path) -> None:
+    folder = str(_config(tmp_path, rope_scaling={"rope_type": kind, "factor": 4.0}))
+    with pytest.raises(UpcycleError, match=f"rope_scaling: got {kind}, expected default or llama3"):
+        _run("--model", folder, "--gpus", "64")
+
+
+LLAMA31 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA31 |= {"original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize(
+    ("changes", "recipe"),
+    [
+        ({"rope_scaling": LLAMA31 | {"factor": 8.0}}, "llama31_8b_dense_ct"),
+        ({"rope_scaling": LLAMA31 | {"factor": 32.0}}, None),
+        ({"rope_theta": 283461213.0}, None),
+        ({"rms_norm_eps": 1e-6}, None),
+        ({"hidden_act": "gelu_pytorch_tanh"}, None),
+    ],
+)
+def test_plan_gives_a_command_only_where_the_recipe_computes_the_parents_function(
+    changes: dict[str, Any], recipe: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = _json(capsys, "--model", str(_config(tmp_path, **changes)), "--gpus", "64")["rows"][0]["command"]
+    assert command is None if recipe is None else f"{recipe}(" in command
+
+
+def test_plan_warns_of_sequences_longer_than_the_parent_has_positions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--model", str(_config(tmp_path)), "--gpus", "64", "--global-batch", "64", "--seq-length")
+    (warning,) = _json(capsys, *options, "131072")["warnings"]
+    assert "131,072 tokens" in warning
+    assert "8,192 positions" in warning
+    _run(*options, "131072")
+    assert "warning: " in capsys.readouterr().out
+    assert _json(capsys, *options, "8192")["warnings"] == []
+    assert _json(capsys, "--recipe", "llama31_8b_e8t2", "--gpus", "512", "--seq-length", "32768")["warnings"] == []
+
+
+@pytest.mark.parametrize("text", ["27e9", "27B", "27b", "0.027T", "27000M", "27_000_000_000", "27,000,000,000"])
+def test_plan_takes_tokens_as_people_write_them(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = _json(capsys, *PAPER, "--tokens", text)["rows"][0]["command"]
+    assert "trainer.max_steps=6437" in command
+
+
+@pytest.mark.parametrize("text", ["27G", "B", "many", "nan", "1,5B"])
+def test_plan_says_how_tokens_are_written(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"--tokens: got '{text}', expected a number: 100B, 1.5T, 500M or 1e11" in _refusal(
+        capsys, *PAPER, "--tokens", text
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gpus", "0"], "error: --gpus: got 0"),
+        (["--seq-length", "0"], "error: --seq-length: got 0, expected 1 to"),
+        (["--capacity-factor", "-1"], "error: --capacity-factor: got -1.0"),
+        (["--imbalance", "0"], "error: --imbalance: got 0.0"),
+        (["--precision", "fp8"], "error: --precision 'fp8' does not exist."),
+        (["--layout", "pp=4,cp=3"], "the GPUs (512). Fix: set cp=2"),
+        (["--layout", "tp=2", "--global-batch", "100"], "Fix: set --global-batch 256."),
+        (["--layout", "tp=2", "--seq-length", "8191"], "error: --seq-length: got 8191"),
+        (["--layout", ""], "error: --layout: got nothing, expected name=number"),
+        (["--layout", "tp=2 pp4"], "error: layout key 'pp4' does not exist."),
+        (["--layout", "tp=2 pp=four"], "error: --layout: got 'pp=four'"),
+        (["--price-per-gpu-hour", "-3"], "error: --price-per-gpu-hour: got -3"),
+        (["--top-k", "2"], "error: --top-k: got 2, expected none beside --recipe"),
+    ],
+)
+def test_plan_names_the_option_that_was_typed(
+    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in _refusal(capsys, "--recipe", "llama3_8b_e8t2", "--gpus", "512", *options)
+
+
+def test_plan_explains_every_key_of_a_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    text = capsys.readouterr().out
+    keys = text.partition("keys of --layout")[2]
+    for key in ("tp", "pp", "vp", "cp", "ep", "etp", "dp", "mbs", "first", "last", "embedding", "loss"):
+        assert re.search(rf"\b{key}\b", keys), key
+
+
+@pytest.mark.parametrize("precision", ["fp8-delayed", "fp8-current", "fp8-blockwise"])
+def test_a_recipe_without_the_argument_gets_every_setting_of_nemos_precision(
+    precision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nemo_upcycle.recipes.h100 import FP8_RECIPES
+
+    options = ("--recipe", "llama3_8b_dense_ct", "--gpus", "64", "--precision", precision, "--layout", "cp=2")
+    words = shlex.split(_json(capsys, *options)["rows"][0]["command"])
+    given = dict(word.removeprefix("trainer.plugins.").split("=") for word in words if "trainer.plugins." in word)
+    kind = {"fp8-delayed": "delayed", "fp8-current": "tensorwise", "fp8-blockwise": "blockwise"}[precision]
+    wanted = FP8_RECIPES[kind]().__arguments__ | {"fp8_param_gather": False}
+    names = {name for name in wanted if name.startswith(("fp8", "first_last", "num_layers_at"))} - {"fp8_margin"}
+    assert given == {name: str(wanted[name]) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--recipe", "llama3_8b_e8t", "--gpus", "8"], "Did you mean 'llama3_8b_e8t2'"),
+        (["--recipe", "llama3_8b_e8t2", "--gpus", "8", "--gpu", "h10"], "Did you mean 'h100'"),
+        (["--recipe", "llama3_8b_e8t2", "--gpus", "8", "--precision", "fp8"], "precision 'fp8'"),
+        (["--recipe", "llama3_8b_e8t2", "--gpus", "8", "--gpu", "a100", "--precision", "fp8-delayed"], "bf16 on A100"),
+        (["--recipe", "llama3_8b_e8t2", "--gpus", "0"], "gpus: got 0"),
+        (["--recipe", "llama3_8b_e8t2", "--gpus", "8", "--experts", "4"], "none beside --recipe"),
+        ([*PAPER, "--explain", "2"], "explain: got 2"),
+        ([*PAPER, "--rank", "512"], "rank: got 512"),
+        ([*PAPER, "--rank", "x"], "rank: got x"),
+        (["--model", "no/such/folder", "--gpus", "8"], "no such folder"),
+        (["--recipe", "llama3_8b_e8t2", "--gpus", "12", "--layout", "ep=6"], "use|set ep=4"),
+        ([*PAPER, "--granularity", "2"], "granularity: got 2, expected none beside --recipe"),
+        ([*PAPER, "--tokens", "inf"], "tokens: got 'inf'"),
+        (["--recipe", "", "--gpus", "8"], "recipe '' does not exist"),
+        ([*PAPER, "--price-per-gpu-hour", "-3"], "price-per-gpu-hour: got -3"),
+        ([*PAPER, "--price-per-gpu-hour", "nan"], "price-per-gpu-hour: got nan"),
+        ([*PAPER, "--rows", "0"], "rows: got 0"),
+        ([*PAPER, "--micro-batch", "0"], "micro-batch: got 0, expected 1 to the global batch"),
+        ([*PAPER[:-1], PAPER[-1] + ", mbs = 2", "--micro-batch", "1"], "micro-batch: got 1 beside mbs=2"),
+        (["--recipe", "llama3_8b_e8t2", "--gpus", "64", "--micro-batch", "3"], "Fix: set global-batch="),
+        (["--recipe", "smollm2_135m_e8t2", "--gpus", "2", "--recompute", "moe_act"], "recompute: got moe_act"),
+        (["--recipe", "smollm2_135m_e8t2", "--gpus", "2", "--dispatcher", "deepep"], "dispatcher: got deepep"),
+        (["--recipe", "llama3_8b_dense_ct", "--gpus", "8", "--capacity-factor", "2"], "none for a dense model"),
+        (["--recipe", "llama3_8b_dense_ct", "--gpus", "8", "--recompute", "moe_act"], "none for a dense model"),
+        ([*PAPER, "--overlap", "tp"], "overlap: got tp, expected none beside --recipe"),
+        ([*PAPER, "--seq-length", "8" * 400], "seq_length: got 888"),
+        ([*PAPER, "--capacity-factor", "5"], r"capacity factor: got 5, expected at most num_experts / top_k \(4\)"),
+        ([*PAPER, "--pad-to-capacity"], "less than 4 with padding"),
+        ([*PAPER, "--capacity-factor", "0", "--pad-to-capacity"], "got no capacity factor"),
+        ([*PAPER, "--precision", "fp8-delayed", "--recompute", "moe_act"], "moe_act with fp8-delayed"),
+    ],
+)
+def test_mistakes_are_named(options: list[str], words: str) -> None:
+    with pytest.raises(UpcycleError, match=words):
+        _run(*options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--experts", "8", "--top-k", "0"], "top_k: got 0"),
+        (["--experts", "8", "--granularity", "0"], "granularity: got 0"),
+        (["--experts", "0"], "num_experts: got 0"),
+        (["--top-k", "0"], "top-k: got 0, expected --experts beside it"),
+        (["--granularity", "2"], "granularity: got 2, expected --experts beside it"),
+    ],
+)
+def test_a_zero_is_a_value(tmp_path: Path, options: list[str], words: str) -> None:
+    with pytest.raises(UpcycleError, match=words):
+        _run("--model", str(_config(tmp_path)), "--gpus", "64", *options)
+
+
+def test_it_plans_without_torch() -> None:
+    code = (
+        "import argparse, sys\n"
+        "from nemo_upcycle.cli import plan\n"
+        "parser = argparse.ArgumentParser(); plan.add_arguments(parser)\n"
+        "plan.run(parser.parse_args(['--recipe', 'llama3_8b_e8t2', '--gpus', '128', '--json']))\n"
+        "assert not {'torch', 'megatron', 'nemo', 'nemo_run'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

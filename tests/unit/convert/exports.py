@@ -1,0 +1,99 @@
+"""Checkpoints to export: one small model as several layouts save it, and random ones of any spec."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
+from nemo_upcycle.models.architecture import read_architecture
+from nemo_upcycle.models.mapping import MODEL_MAPPINGS, layer_mappings
+from nemo_upcycle.models.sharding import Shard, shard_shape
+from nemo_upcycle.online.upcycle import load_dense_into
+from tests.distributed.ranks import run_ranks
+from tests.models import build_chunks, write_llama, write_tokenizer
+
+
+EXPERTS, TOP_K = 4, 2
+SPEC = UpcycleSpec(num_experts=EXPERTS, top_k=TOP_K)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokenizer(write_llama(tmp_path_factory.mktemp("dense"), vocab_size=259))
+
+
+def _fill(folder: Path, *, moe: bool, layout: dict[str, int] | None = None) -> list[Any]:
+    """Build and fill this rank's chunks; no two experts are alike."""
+    chunks = build_chunks(folder, num_experts=EXPERTS if moe else None, layout=layout)
+    with open_dense(folder) as source:
+        if not moe:
+            load_dense_into(chunks, source)
+            return chunks
+        upcycle_into(chunks, source, UpcycleSpec(num_experts=EXPERTS, top_k=TOP_K, router_std=1.0))
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            first = layer.mlp.local_expert_indices[0]
+            for number, expert in enumerate(layer.mlp.experts.local_experts):
+                for parameter in expert.parameters():
+                    parameter.data.mul_(1.0 + 0.125 * (first + number))
+    return chunks
+
+
+def _save(folder: str, output: str, moe: bool, layout: dict[str, int], prefix: str) -> None:
+    from megatron.core import dist_checkpointing
+
+    (chunk,) = _fill(Path(folder), moe=moe, layout=layout)
+    Path(output).mkdir(parents=True, exist_ok=True)
+    torch.distributed.barrier()
+    dist_checkpointing.save(chunk.sharded_state_dict(prefix=prefix), output)
+
+
+@pytest.fixture(scope="module")
+def saved(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of one model: Megatron's own on one rank, as NeMo keeps it on four; and of the dense parent."""
+    folder = tmp_path_factory.mktemp("saved")
+    run_ranks(_save, 1, str(dense), str(folder / "one"), True, {}, "")
+    run_ranks(_save, 4, str(dense), str(folder / "four/weights"), True, {"tp": 2, "ep": 2}, "module.")
+    run_ranks(_save, 2, str(dense), str(folder / "dense/weights"), False, {"pp": 2}, "module.")
+    return folder
+
+
+def write_checkpoint(
+    folder: Path, dense: Path, spec: UpcycleSpec | None, factor: float = 1.0, prefix: str = "module.", **extra: Any
+) -> Path:
+    """Write a random NeMo checkpoint, layer by layer, with torch's own writer: weights of std 0.1 times `factor`."""
+    import torch.distributed.checkpoint as dcp
+
+    arch = read_architecture(dense)
+    made = arch.upcycled(spec) if spec else arch
+    generator = torch.Generator().manual_seed(3)
+    state: dict[str, Any] = {}
+    for layer, rows in [(None, MODEL_MAPPINGS), *((n, layer_mappings(made, n)) for n in range(made.num_layers))]:
+        for row in rows:
+            shape = shard_shape(row, made, Shard())
+            shape = (made.num_experts, *shape) if row.is_expert else shape
+            inside = "" if layer is None else f"decoder.layers.{layer}."
+            state[prefix + inside + row.stored[0]] = torch.randn(shape, generator=generator) * 0.1 * factor
+    (folder / "weights").mkdir(parents=True)
+    dcp.save(state | extra, checkpoint_id=str(folder / "weights"), no_dist=True)
+    return folder
+
+
+@contextmanager
+def _leaves_nothing(folder: Path, error: type[Exception] | tuple[type[Exception], ...], words: str) -> Iterator[None]:
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(error, match=words):
+        yield
+    assert sorted(folder.rglob("*")) == before
+
+
+class _Usage(NamedTuple):
+    total: int
+    used: int
+    free: int

@@ -1,0 +1,126 @@
+"""The parts of the CPU backend that one process can show. What changes a process runs in one of its own."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_upcycle.cpu.adam import FusedCpuAdam
+from nemo_upcycle.cpu.backend import configure_for_cpu, cpu_has_fast_bf16, use_cpu_backend
+from tests.distributed.ranks import run_ranks
+
+
+def test_nothing_is_touched_where_cuda_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = torch.cuda.current_device
+    assert use_cpu_backend() is False
+    assert torch.cuda.current_device is before
+
+
+def test_fast_bf16_is_what_the_processor_says() -> None:
+    with open("/proc/cpuinfo") as handle:
+        flags = set(handle.read().split())
+    assert cpu_has_fast_bf16() == bool(flags & {"avx512_bf16", "amx_bf16", "bf16", "svebf16"})
+
+
+@pytest.mark.parametrize(
+    ("decoupled", "reference"), [(True, torch.optim.AdamW), (False, torch.optim.Adam)], ids=["adamw", "adam"]
+)
+def test_adam_computes_what_torch_computes(decoupled: bool, reference: Any) -> None:
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(size)) for size in ((5, 7), (3,), (0,))]
+    theirs = [torch.nn.Parameter(param.detach().clone()) for param in ours]
+    optimizers = FusedCpuAdam(ours, **settings, adam_w_mode=decoupled), reference(theirs, **settings)
+    for _ in range(4):
+        for mine, yours in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine)
+            yours.grad = mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for mine, yours in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, yours, rtol=1e-5, atol=1e-7)
+
+
+def test_adam_continues_from_its_state() -> None:
+    torch.manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(4))
+    optimizer = FusedCpuAdam([param], lr=1e-2)
+    grads = torch.randn(4, 4)
+    for grad in grads[:2]:
+        param.grad = grad
+        optimizer.step()
+    other = torch.nn.Parameter(param.detach().clone())
+    resumed = FusedCpuAdam([other], lr=1e-2)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert resumed.param_groups[0]["step"] == 2
+    assert set(resumed.state[other]) == {"exp_avg", "exp_avg_sq"}
+    for grad in grads[2:]:
+        param.grad, other.grad = grad.clone(), grad.clone()
+        optimizer.step()
+        resumed.step()
+    assert torch.equal(param, other)
+
+
+def _stock_config() -> dict[str, Any]:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from nemo.collections.llm.gpt.model.llama import Llama3Config8B
+
+    assert use_cpu_backend()
+    assert use_cpu_backend()
+    spec = functools.partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
+    plain, mixed = (
+        Llama3Config8B(num_moe_experts=8, moe_grouped_gemm=True),
+        Llama3Config8B(transformer_layer_spec=spec),
+    )
+    return {
+        "fusions": [plain.apply_rope_fusion, plain.moe_grouped_gemm, plain.deallocate_pipeline_outputs],
+        "recorded": dict(plain.__io__.__arguments__),
+        "spec": plain.transformer_layer_spec.__name__,
+        "mixed": mixed.transformer_layer_spec.keywords,
+        "hidden": plain.hidden_size,
+    }
+
+
+def test_a_stock_configuration_is_adapted_but_recorded_as_written() -> None:
+    (made,) = run_ranks(_stock_config, 1)
+    assert made["fusions"] == [False, False, False]
+    assert made["recorded"] == {"num_moe_experts": 8, "moe_grouped_gemm": True}
+    assert made["spec"] == "local_layer_spec"
+    assert made["mixed"] == {"use_transformer_engine": False}
+    assert made["hidden"] == 4096
+
+
+def test_a_run_config_is_adapted_visibly() -> None:
+    run = pytest.importorskip("nemo_run")
+    llm = pytest.importorskip("nemo.collections.llm")
+    config = run.Config(llm.Llama31Config8B, num_moe_experts=8)
+    configure_for_cpu(config)
+    assert config.apply_rope_fusion is False
+    assert config.transformer_layer_spec is llm.gpt.model.base.local_layer_spec
+    assert config.num_moe_experts == 8
+
+
+def _devices() -> list[str]:
+    assert use_cpu_backend()
+    with torch.device("meta"):
+        inside = torch.zeros(2)
+    made = [
+        torch.zeros(2, device="cuda"),
+        torch.zeros(2, device=torch.cuda.current_device(), pin_memory=True),
+        torch.ones(2).to("cuda:0", non_blocking=True),
+        torch.ones(2).cuda().pin_memory(),
+        torch.zeros(2, device="meta"),
+        inside,
+    ]
+    return [f"{tensor.device} {tensor.type()}" for tensor in made]
+
+
+def test_only_cuda_is_read_as_cpu() -> None:
+    (seen,) = run_ranks(_devices, 1)
+    assert seen[:4] == ["cpu torch.FloatTensor"] * 4
+    assert [device.split()[0] for device in seen[4:]] == ["meta", "meta"]

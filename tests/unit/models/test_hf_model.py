@@ -1,0 +1,116 @@
+"""Folders that transformers 5 saved compute here what they compute there, wherever they are loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from nemo_upcycle import UpcycleSpec, open_dense
+from nemo_upcycle.convert.hf_folder import write_config
+from nemo_upcycle.convert.offline import convert
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.evaluation import model as evaluation
+from nemo_upcycle.models.architecture import read_architecture
+from nemo_upcycle.models.hf_model import load_model, load_tokenizer
+from nemo_upcycle.training.equivalence import hugging_face_logits
+from nemo_upcycle.verify.verification import verify
+from tests.models import as_transformers_5, write_llama, write_tokenizer
+
+
+TOKENS_BS = torch.arange(200).view(1, -1)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(params=[None, LLAMA3], ids=["theta", "llama3"])
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, torch.Tensor]:
+    """A dense folder as transformers 5 saves it, and its logits."""
+    folder = tmp_path / "dense"
+    write_tokenizer(write_llama(folder, vocab_size=259, layers=2, rope_theta=500000.0, rope_scaling=request.param))
+    logits_BSV = _plain_logits(folder)
+    as_transformers_5(folder, tokenizer=True)
+    assert (_plain_logits(folder) - logits_BSV).abs().max() > 0.1  # what transformers 4 makes of it, and says nothing
+    return folder, logits_BSV
+
+
+@torch.no_grad()
+def _plain_logits(folder: Path) -> torch.Tensor:
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(TOKENS_BS).logits
+
+
+@torch.no_grad()
+def test_every_loader_computes_what_the_config_says(saved: tuple[Path, torch.Tensor]) -> None:
+    folder, logits_BSV = saved
+    model, _ = evaluation.load_model(folder, "float32")
+    assert torch.equal(model(TOKENS_BS).logits, logits_BSV)
+    assert torch.equal(hugging_face_logits(folder, TOKENS_BS), logits_BSV)
+
+
+def test_a_tokenizer_of_transformers_5_gives_the_same_tokens(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "new")
+    folder = as_transformers_5(write_llama(tmp_path / "new", layers=1), tokenizer=True)
+    tokenizer, before = load_tokenizer(folder), load_tokenizer(write_tokenizer(tmp_path / "old"))
+    text = "some words <unk></s>"
+    assert tokenizer(text)["input_ids"] == before(text)["input_ids"]
+    assert tokenizer.eos_token_id == before.eos_token_id == 258
+    tokenizer.save_pretrained(tmp_path / "again")  # as a prepared corpus does, for NeMo to read
+    assert AutoTokenizer.from_pretrained(tmp_path / "again")(text)["input_ids"] == before(text)["input_ids"]
+
+
+def test_a_converted_model_is_verified_and_read_by_plain_transformers(
+    saved: tuple[Path, torch.Tensor], tmp_path: Path
+) -> None:
+    folder, logits_BSV = saved
+    with open_dense(folder) as source:
+        moe = convert(source, tmp_path / "moe", UpcycleSpec(num_experts=4, top_k=2)).output
+    found = verify(folder, moe)
+    assert found.equal
+    assert found.logits is not None
+    assert found.logits.relative < 2e-6
+    assert (_plain_logits(moe) - logits_BSV).abs().max() < 1e-4
+
+
+def test_a_dense_config_that_is_written_again_is_read_by_plain_transformers(
+    saved: tuple[Path, torch.Tensor], tmp_path: Path
+) -> None:
+    folder, logits_BSV = saved
+    written = tmp_path / "written"
+    written.mkdir()
+    write_config(folder, written, read_architecture(folder), torch.float32)
+    shutil.copyfile(folder / "model.safetensors", written / "model.safetensors")
+    assert torch.equal(_plain_logits(written), logits_BSV)
+
+
+def _config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rope_theta": 10000.0}, r"rope_theta: got 10000\.0, expected 500000\.0, as in rope_parameters"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 500000.0}}},
+            "rope_parameters: full_attention: got .*expected nothing",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_refused_and_not_evaluated(tmp_path: Path, changes: dict, words: str) -> None:
+    folder = write_llama(tmp_path / "dense", layers=1, rope_theta=500000.0)
+    _config(as_transformers_5(folder), **changes)
+    with pytest.raises(CheckpointError, match=words):
+        load_model(folder)

@@ -1,0 +1,127 @@
+"""The mapping table: pieces tile every shard and every source exactly once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.mapping import BY_ROLE, Sharding, find_mapping, hf_names, layer_mappings
+from nemo_upcycle.models.sharding import Shard, hf_shape, shard_shape, source_slices
+from nemo_upcycle.spec import UpcycleSpec
+
+
+def _arch(**changes: object) -> Architecture:
+    sizes: dict = {
+        "hf_class": "LlamaForCausalLM",
+        "num_layers": 2,
+        "hidden_size": 12,
+        "ffn_size": 16,
+        "num_heads": 8,
+        "num_kv_heads": 4,
+        "head_dim": 2,
+        "vocab_size": 21,
+        "tied_embeddings": False,
+    }
+    return Architecture(**(sizes | changes))
+
+
+def _numbered(arch: Architecture, role: str) -> list[torch.Tensor]:
+    """Return a row's Hugging Face tensors with every element its own number."""
+    row = BY_ROLE[role]
+    shapes = [hf_shape(row, part, arch) for part in range(len(row.hf))]
+    counts = [torch.Size(shape).numel() for shape in shapes]
+    start, tensors = 0, []
+    for shape, count in zip(shapes, counts, strict=True):
+        tensors.append(torch.arange(start, start + count, dtype=torch.float64).view(shape))
+        start += count
+    return tensors
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    role=st.sampled_from(["embedding", "qkv", "attention_out", "fc1", "fc2", "ffn_norm"]),
+    size=st.sampled_from([1, 2, 4]),
+    groups=st.sampled_from([4, 8]),
+    per_group=st.integers(1, 3),
+    ffn=st.sampled_from([8, 16, 24]),
+    vocab=st.integers(5, 40),
+)
+def test_shards_hold_every_source_element_once(
+    role: str, size: int, groups: int, per_group: int, ffn: int, vocab: int
+) -> None:
+    arch = _arch(num_heads=groups * per_group, num_kv_heads=groups, ffn_size=ffn, vocab_size=vocab, hidden_size=8)
+    row, sources, seen = BY_ROLE[role], _numbered(arch, role), []
+    padded = -(-vocab // size) * size
+    for rank in range(size):
+        shape = shard_shape(row, arch, Shard(rank, size), padded_vocab=padded)
+        shard = torch.full(shape, -1.0, dtype=torch.float64)
+        for piece in source_slices(row, arch, Shard(rank, size), shape):
+            view = piece.view(shard)
+            assert (view == -1).all(), "pieces overlap"
+            index = tuple(slice(*bounds) for bounds in piece.source)
+            view.copy_(piece.seen(sources[piece.part][index]))
+        filled = shard[shard >= 0]
+        if row.sharding is not Sharding.VOCABULARY:
+            assert filled.numel() == shard.numel(), "a hole"
+        seen.append(filled)
+    expected = torch.cat([source.flatten() for source in sources])
+    found = seen[0] if row.sharding is Sharding.REPLICATED else torch.cat(seen)
+    assert torch.equal(found.sort().values, expected)
+
+
+def test_qkv_rows_are_grouped_as_megatron_wants_them() -> None:
+    arch = _arch(num_heads=4, num_kv_heads=2, head_dim=1, hidden_size=1)
+    row = BY_ROLE["qkv"]
+    shard = torch.empty(shard_shape(row, arch, Shard()))
+    q_k_v = [
+        torch.tensor([[0.0], [1.0], [2.0], [3.0]]),
+        torch.tensor([[10.0], [11.0]]),
+        torch.tensor([[20.0], [21.0]]),
+    ]
+    for piece in source_slices(row, arch, Shard(), tuple(shard.shape)):
+        view = piece.view(shard)
+        view.copy_(piece.seen(q_k_v[piece.part]))
+    assert shard.flatten().tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+
+
+@pytest.mark.parametrize(
+    ("name", "role", "expert"),
+    [
+        ("mlp.experts.local_experts.11.linear_fc1.weight", "expert_fc1", 11),
+        ("mlp.experts.linear_fc2.weight3", "expert_fc2", 3),
+        ("self_attention.linear_qkv.layer_norm_weight", "attention_norm", None),
+        ("input_layernorm.weight", "attention_norm", None),
+        ("pre_mlp_layernorm.weight", "ffn_norm", None),
+    ],
+)
+def test_names_of_both_layer_specs_are_found(name: str, role: str, expert: int | None) -> None:
+    found = find_mapping(name, in_layer=True)
+    assert found is not None
+    assert (found[0].role, found[1]) == (role, expert)
+
+
+def test_unknown_names_are_not_guessed() -> None:
+    assert find_mapping("self_attention.linear_qkv.biases", in_layer=True) is None
+    assert find_mapping("mlp.experts.linear_fc1.weight", in_layer=True) is None
+    assert find_mapping("embedding.word_embeddings.weight", in_layer=True) is None
+
+
+def test_names_are_those_that_hugging_face_saves() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+    common = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 9,
+    }
+    llama = LlamaForCausalLM(LlamaConfig(**common))
+    mixtral = MixtralForCausalLM(MixtralConfig(**common, num_local_experts=3, num_key_value_heads=2))
+    dense = _arch(hidden_size=8, ffn_size=8, num_heads=2, num_kv_heads=2, head_dim=4, vocab_size=9)
+    assert set(hf_names(dense)) == set(llama.state_dict())
+    assert set(hf_names(dense.upcycled(UpcycleSpec(num_experts=3, top_k=2)))) == set(mixtral.state_dict())
+    assert len(layer_mappings(dense, 0)) == 6

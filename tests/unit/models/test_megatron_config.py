@@ -1,0 +1,158 @@
+"""Settings of the model that no shape shows: refused where they change the function, named where they round it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nemo_upcycle import UpcycleSpec, upcycle_into
+from nemo_upcycle.errors import CheckpointError, SpecError
+from nemo_upcycle.models.megatron_config import check_spec
+from nemo_upcycle.online.upcycle import load_dense_into
+from nemo_upcycle.training.equivalence import megatron_logits
+from tests.models import MemorySource, build_chunks, moe_settings, sample_tokens, small_architecture
+
+
+pytestmark = pytest.mark.usefixtures("megatron")
+SPEC = UpcycleSpec(num_experts=4, top_k=2)
+GRANULAR = UpcycleSpec(num_experts=64, top_k=8, granularity=8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rotary_interleaved": True}, "rotary_interleaved: got True, expected False"),
+        ({"glu_linear_offset": 1.0}, "glu_linear_offset: got 1.0, expected 0.0"),
+        ({"activation_func_clamp_value": 0.5}, "activation_func_clamp_value: got 0.5, expected None"),
+        ({"softmax_scale": 1.0}, "softmax_scale: got 1.0, expected None or 0.25"),
+        ({"no_rope_freq": 2}, "no_rope_freq: got"),
+    ],
+)
+def test_a_setting_that_changes_the_function_is_refused(changes: dict, words: str) -> None:
+    chunks = build_chunks(small_architecture(), num_experts=4, **changes)
+    with pytest.raises(CheckpointError, match=words):
+        upcycle_into(chunks, MemorySource(small_architecture()), SPEC)
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "words"),
+    [
+        ({"seq_len_interpolation_factor": 4.0}, {}, "seq_len_interpolation_factor: got 4.0, expected None"),
+        ({"rotary_percent": 0.5}, {}, "rotary_percent: got 0.5, expected 1.0"),
+        ({"position_embedding_type": "none"}, {}, "position_embedding_type: got none, expected rope"),
+        (
+            {"position_embedding_type": "learned_absolute"},
+            {},
+            "position_embedding_type: got learned_absolute, expected rope",
+        ),
+        (
+            {"position_embedding_type": "mrope"},
+            {"mrope_section": [4, 2, 2]},
+            "position_embedding_type: got mrope, expected rope",
+        ),
+    ],
+)
+def test_position_embeddings_of_another_kind_are_refused(model: dict, changes: dict, words: str) -> None:
+    arch = small_architecture()
+    chunks = build_chunks(arch, num_experts=4, model=model, **changes)
+    before = [parameter.clone() for parameter in chunks[0].parameters()]
+    with pytest.raises(CheckpointError, match=rf"model\.config\.{words}.*Fix: "):
+        upcycle_into(chunks, MemorySource(arch), SPEC)
+    for parameter, was in zip(chunks[0].parameters(), before, strict=True):
+        assert torch.equal(parameter, was)
+    with pytest.raises(CheckpointError, match=words):
+        load_dense_into(build_chunks(arch, num_experts=None, model=model, **changes), MemorySource(arch))
+
+
+def test_an_interpolation_of_one_changes_nothing() -> None:
+    chunks = build_chunks(small_architecture(), num_experts=4, model={"seq_len_interpolation_factor": 1.0})
+    assert upcycle_into(chunks, MemorySource(small_architecture()), SPEC).exact
+
+
+def test_the_usual_softmax_scale_may_be_spelled_out() -> None:
+    chunks = build_chunks(small_architecture(), num_experts=4, softmax_scale=0.25)
+    assert upcycle_into(chunks, MemorySource(small_architecture()), SPEC).exact
+
+
+def test_weights_that_the_models_type_rounds_are_told() -> None:
+    chunks = build_chunks(small_architecture(), num_experts=6, top_k=3, params_dtype=torch.bfloat16)
+    source = MemorySource(small_architecture())
+    receipt = upcycle_into(chunks, source, UpcycleSpec(num_experts=6, top_k=3))
+    (reason,) = receipt.inexact_because
+    assert reason.startswith("float32 weights are rounded to bfloat16 (")
+
+
+def test_the_receipt_names_the_half_that_float16_rounds_where_experts_are_shared() -> None:
+    spec = UpcycleSpec(num_experts=4, top_k=2, granularity=2, shared_experts=1)
+    settings, source = moe_settings(small_architecture(), spec), MemorySource(small_architecture())
+    source.tensors = {name: tensor.half() for name, tensor in source.tensors.items()}
+    for dtype, found in ((torch.float16, 1), (torch.float32, 0)):
+        chunks = build_chunks(small_architecture(), **settings, params_dtype=dtype)
+        reasons = upcycle_into(chunks, source, spec).inexact_because
+        assert len(reasons) == found
+        assert all("0.5 on the shared experts' down projection rounds numbers below" in reason for reason in reasons)
+
+
+def test_gemmas_scaled_embedding_is_asked_for() -> None:
+    gemma = {"hf_class": "GemmaForCausalLM", "activation": "gelu_tanh"}
+    chunks = build_chunks(small_architecture(), num_experts=4, activation_func=torch.nn.GELU("tanh"))
+    source = MemorySource(small_architecture(**gemma))
+    (reason,) = upcycle_into(chunks, source, SPEC).inexact_because
+    assert reason.startswith("the model does not multiply its embedding by sqrt(hidden_size)")
+    from nemo.collections.common.parts.utils import extend_instance
+    from nemo.collections.llm.gpt.model.gemma2 import EmbeddingScalingMixin
+
+    # What NeMo's GemmaModel does.
+    extend_instance(chunks[0].embedding, EmbeddingScalingMixin)
+    assert upcycle_into(chunks, source, SPEC).exact
+
+
+def _torn_share(model: torch.nn.Module, granularity: int) -> float:
+    """Return the share of tokens that a router of Megatron's gives parts of several copies."""
+    torn = []
+
+    def look(module: torch.nn.Module, inputs: object, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+        copies_TCG = outputs[1].unflatten(-1, (-1, granularity))
+        torn.append((copies_TCG.any(-1) != copies_TCG.all(-1)).any(-1).flatten())
+
+    hooks = [layer.mlp.router.register_forward_hook(look) for layer in model.decoder.layers]
+    megatron_logits(model.eval(), sample_tokens(250, batch=8, length=128))
+    for hook in hooks:
+        hook.remove()
+    return float(torch.stack(torn).any(0).double().mean())
+
+
+def test_granular_models_need_routers_in_float32_unless_they_compute_in_it() -> None:
+    arch, half = small_architecture(), {"bf16": True, "params_dtype": torch.bfloat16}
+    settings = moe_settings(arch, GRANULAR)
+    for others in ({"moe_router_dtype": None}, half | {"moe_router_dtype": "fp64"}, half):
+        (chunk,) = build_chunks(arch, **(settings | others))
+        upcycle_into([chunk], MemorySource(arch), GRANULAR)
+    chunk = chunk.bfloat16()
+    assert _torn_share(chunk, 8) == 0.0
+    chunk.config.moe_router_dtype = None
+    with pytest.raises(SpecError, match=r"moe_router_dtype: got None, expected fp32 or fp64 .*Fix: set it to fp32"):
+        upcycle_into([chunk], MemorySource(arch), GRANULAR)
+    assert _torn_share(chunk, 8) > 0.002  # what is refused would tear
+
+
+def test_a_recipe_of_a_granular_model_says_so_before_its_type_is_known() -> None:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from nemo_run import Config
+
+    settings = {name: value for name, value in moe_settings(small_architecture(), GRANULAR).items() if "moe" in name}
+    config = Config(TransformerConfig, num_layers=2, num_moe_experts=64, moe_router_topk=8, **settings)
+    check_spec(config, GRANULAR)
+    config.moe_router_dtype = None
+    with pytest.raises(SpecError, match="moe_router_dtype: got None"):
+        check_spec(config, GRANULAR)
+
+
+def test_a_spec_refuses_the_single_expert_that_megatron_refuses() -> None:
+    with pytest.raises(ValueError, match="moe-router-pre-softmax when topk is 1"):
+        build_chunks(small_architecture(), num_experts=4, top_k=1)
+    with pytest.raises(SpecError, match="top_k: got 1, expected 2 or more with router_order=topk_softmax"):
+        UpcycleSpec(num_experts=4, top_k=1)
+    allowed = UpcycleSpec(num_experts=4, top_k=1, router_order="softmax_topk", router_init="zero")
+    chunks = build_chunks(small_architecture(), **moe_settings(small_architecture(), allowed))
+    assert upcycle_into(chunks, MemorySource(small_architecture()), allowed).exact

@@ -1,0 +1,95 @@
+"""Throughput in the units of papers: the paper's Table 1 and Table 2 come out of the one formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.monitoring.throughput import Throughput, architecture_of, memory_gib, peaks_of
+
+
+VOCABULARY, SEQUENCE = 128_256, 8192
+
+
+@pytest.fixture(scope="module")
+def moe() -> Architecture:
+    from nemo_upcycle.recipes import llama3_8b_e8t2
+
+    return architecture_of(llama3_8b_e8t2.model().config, VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def dense() -> Architecture:
+    from nemo_upcycle.recipes import llama3_8b_dense_ct
+
+    return architecture_of(llama3_8b_dense_ct.model().config, VOCABULARY)
+
+
+def test_table_1_of_the_paper(moe: Architecture, dense: Architecture) -> None:
+    """FLOPs as printed; sizes as they are, and how the printed ones come about."""
+    assert f"{dense.flops_per_token(SEQUENCE, causal=False) * SEQUENCE:.1e}" == "4.7e+14"
+    assert f"{moe.flops_per_token(SEQUENCE, causal=False) * SEQUENCE:.1e}" == "7.5e+14"
+    assert moe.flops_per_token(SEQUENCE, causal=True) * SEQUENCE == pytest.approx(6.988e14, rel=1e-3)
+    assert (dense.total_params, moe.total_params, moe.active_params) == (8_030_261_248, 47_491_321_856, 13_668_454_400)
+    two_of_three = 2 * dense.ffn_size * dense.hidden_size * dense.num_layers
+    assert (dense.total_params + 7 * two_of_three) / 1e9 == pytest.approx(34.4, abs=0.1)
+    assert (dense.total_params + two_of_three) / 1e9 == pytest.approx(11.8, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_s_per_gpu", "tflops", "mfu"), [(5045, 462.8, 0.468), (4224, 387.5, 0.392), (4271, 391.8, 0.396)]
+)
+def test_table_2_of_the_paper(moe: Architecture, tokens_per_s_per_gpu: int, tflops: float, mfu: float) -> None:
+    rates = Throughput(moe, SEQUENCE, 128, peaks_of("NVIDIA H100 80GB HBM3")).of(tokens_per_s_per_gpu * 128 * 10, 10.0)
+    assert rates["tokens_per_s"] == tokens_per_s_per_gpu * 128
+    assert rates["tokens_per_s_per_gpu"] == tokens_per_s_per_gpu
+    assert rates["tflops_per_gpu"]["full"] == pytest.approx(tflops, rel=1e-3)
+    assert rates["mfu"]["bf16"]["full"] == pytest.approx(mfu, abs=5e-4)
+    assert rates["mfu"]["fp8"]["full"] == pytest.approx(rates["mfu"]["bf16"]["full"] * 989 / 1979, rel=1e-3)
+    ratio = rates["tflops_per_gpu"]["causal"] / rates["tflops_per_gpu"]["full"]
+    assert ratio == pytest.approx(6.988 / 7.515, rel=1e-3)
+
+
+def test_a_card_is_found_by_the_drivers_name() -> None:
+    assert peaks_of("NVIDIA H100 80GB HBM3")["bf16"] == 989
+    assert peaks_of("h100") == {"bf16": 989, "fp8": 1979}
+    assert peaks_of("NVIDIA H100 PCIe") == peaks_of("NVIDIA H100 NVL") == {}  # lower ones, which nobody has looked up
+    assert "fp8" not in peaks_of("NVIDIA A100-SXM4-80GB")
+    assert peaks_of("a card of tomorrow") == {}
+
+
+def test_without_a_known_card_there_is_no_mfu(moe: Architecture) -> None:
+    throughput = Throughput(moe, SEQUENCE, 8, {})
+    assert "mfu" not in throughput.of(1000, 1.0)
+    assert throughput.describe() == (
+        "47.49B parameters, 13.67B active; 91.7 GFLOP a token (full attention), 85.3 (causal half); "
+        "peak of a GPU: not known, no MFU"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "total"),
+    [
+        ({}, 47_491_321_856),
+        ({"num_moe_experts": None}, 8_030_261_248),
+        # every second layer: 16 layers lose 7 networks of 176,160,768 weights and a router
+        ({"moe_layer_freq": 2}, 47_491_321_856 - 16 * (7 * 176_160_768 + 8 * 4096)),
+        ({"moe_shared_expert_intermediate_size": 14336}, 47_491_321_856 + 32 * 176_160_768),
+        ({"share_embeddings_and_output_weights": True}, 47_491_321_856 - VOCABULARY * 4096),
+    ],
+)
+def test_the_architecture_follows_the_configuration(changes: dict[str, Any], total: int) -> None:
+    from nemo_upcycle.recipes import llama3_8b_e8t2
+
+    config = llama3_8b_e8t2.model().config
+    for name, value in changes.items():
+        setattr(config, name, value)
+    assert architecture_of(config, VOCABULARY).total_params == total
+
+
+def test_memory_is_this_processs_without_a_card() -> None:
+    held, card = memory_gib()
+    assert 0.05 < held < 1024
+    assert card is None

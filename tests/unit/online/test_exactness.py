@@ -1,0 +1,170 @@
+"""What the specs promise, computed by real Megatron modules: exact ones give the dense model's logits, others do not.
+
+Both models run in the same implementation, in float32: what differs is the upcycling. The error is the norm of the
+difference of the logits over the norm of the logits; without its networks the small model errs by about one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nemo_upcycle import UpcycleSpec, upcycle_into
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.online.upcycle import load_dense_into
+from nemo_upcycle.training.equivalence import megatron_logits
+from tests.models import MemorySource, build_chunks, moe_settings, sample_tokens, small_architecture
+
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "swiglu": {},
+    "geglu": {"activation": "gelu"},
+    "gelu": {"gated": False, "activation": "gelu"},
+    "squared_relu": {"gated": False, "activation": "squared_relu"},
+}
+BIASES = {"qkv_bias": True, "attention_out_bias": True, "ffn_bias": True}
+EXACT, VISIBLE = 2e-6, 1e-3
+
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+
+def _error(network: dict[str, Any], spec: UpcycleSpec, **changes: Any) -> float:
+    """Return the relative error of an upcycled model's logits."""
+    arch = small_architecture(**network)
+    tokens = sample_tokens(arch.vocab_size)
+    dense = build_chunks(arch, num_experts=None)
+    moe = build_chunks(arch, **(moe_settings(arch, spec) | changes))
+    source = MemorySource(arch)
+    load_dense_into(dense, source)
+    receipt = upcycle_into(moe, source, spec)
+    assert receipt.exact is spec.is_exact
+    padding = (256 - arch.vocab_size) * arch.hidden_size * (1 if arch.tied_embeddings else 2)
+    assert receipt.total_params == sum(parameter.numel() for parameter in moe[0].parameters()) - padding
+    wanted = megatron_logits(dense[0].eval(), tokens)
+    return float((megatron_logits(moe[0].eval(), tokens) - wanted).norm() / wanted.norm())
+
+
+def _spec(copies: int = 4, chosen: int = 2, granularity: int = 1, **fields: Any) -> UpcycleSpec:
+    """Return a spec of so many copies of the network, of which a token passes through so many."""
+    fields = {"router_std": 1.0} | fields
+    counts = {"num_experts": copies * granularity, "top_k": chosen * granularity, "granularity": granularity}
+    return UpcycleSpec(**(counts | fields))
+
+
+@pytest.mark.parametrize("granularity", [1, 2, 4, 8])
+@pytest.mark.parametrize("biases", [{}, BIASES], ids=["plain", "biases"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_granularity_is_exact_for_every_activation(network: str, biases: dict, granularity: int) -> None:
+    spec = _spec(granularity=granularity)
+    assert spec.is_exact
+    assert _error(NETWORKS[network] | biases, spec) <= EXACT
+
+
+@pytest.mark.parametrize(("granularity", "shared"), [(1, 1), (2, 1), (2, 2), (4, 3), (8, 5), (8, 8)])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_shared_experts_are_exact(network: str, granularity: int, shared: int) -> None:
+    spec = _spec(granularity=granularity, shared_experts=shared)
+    assert spec.is_exact
+    assert _error(NETWORKS[network], spec) <= EXACT
+
+
+@pytest.mark.parametrize("layers", ["every-2", "first-1-dense", "first-3-dense", (0, 3), (2,)], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"granularity": 2, "shared_experts": 1}], ids=["copies", "granular with a shared expert"]
+)
+def test_dense_layers_between_are_exact(fields: dict, layers: Any) -> None:
+    spec = _spec(moe_layers=layers, **fields)
+    assert spec.is_exact
+    assert _error({"num_layers": 4}, spec) <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("chosen", "fields"),
+    [
+        (2, {"router_std": 0.02}),
+        (2, {"router_std": 5.0}),
+        (3, {"router_init": "uniform"}),
+        (1, {"granularity": 2}),
+        (3, {"granularity": 3}),
+        (2, {"routed_scaling_factor": 2.5}),
+        (2, {"router_init": "zero"}),
+        (4, {"router_init": "zero", "granularity": 2}),
+        # all experts chosen: softmax before or after top-k is the same
+        (4, {"router_order": "softmax_topk", "granularity": 2}),
+        (4, {"router_order": "softmax_topk", "routed_scaling_factor": 0.5, "output_scale": "exact"}),
+        # the router's weights must be zero, else the sum of the chosen experts' weights is not known
+        (1, {"router_order": "softmax_topk", "router_init": "zero"}),
+        (3, {"router_order": "softmax_topk", "router_init": "zero", "routed_scaling_factor": 2.5}),
+        (2, {"router_order": "softmax_topk", "router_std": 0.0}),
+        (2, {"router_score": "sigmoid"}),
+        (3, {"router_score": "sigmoid", "router_init": "uniform", "routed_scaling_factor": 2.5}),
+        (1, {"router_score": "sigmoid", "granularity": 4}),
+        (1, {"router_score": "sigmoid", "router_init": "zero"}),
+        (1, {"router_score": "sigmoid", "router_init": "zero", "routed_scaling_factor": 2.5}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("biases", [{}, BIASES], ids=["plain", "biases"])
+def test_routers_are_exact_where_the_weights_sum_is_known(chosen: int, fields: dict, biases: dict) -> None:
+    spec = _spec(chosen=chosen, **fields)
+    assert spec.is_exact
+    assert _error(biases, spec) <= EXACT
+
+
+def test_everything_together_is_exact() -> None:
+    spec = _spec(
+        granularity=4,
+        shared_experts=2,
+        moe_layers="every-2",
+        router_score="sigmoid",
+        routed_scaling_factor=2.5,
+        seed=3,
+    )
+    assert spec.is_exact
+    assert _error({"num_layers": 4, "qkv_bias": True, "tied_embeddings": True}, spec) <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (_spec(method="noise", noise_std=0.05), "noise_std=0.05 changes every weight"),
+        (_spec(method="drop", drop_ratio=0.25), "drop_ratio=0.25 draws neurons anew"),
+        (
+            UpcycleSpec(num_experts=8, top_k=3, granularity=2, router_std=1.0),
+            "top_k=3 is no multiple of granularity=2",
+        ),
+        (_spec(copies=6, chosen=1, granularity=2, router_init="zero"), "a zero router ties all experts"),
+        (_spec(router_order="softmax_topk"), "only with a zero router"),
+        (_spec(chosen=1, router_score="sigmoid"), "only with a zero router"),
+        (_spec(granularity=2, output_scale="none"), "output_scale=none leaves 0.5 of the dense output"),
+        (_spec(routed_scaling_factor=2.5, output_scale="none"), "output_scale=none leaves 2.5 of the dense output"),
+        (_spec(router_order="softmax_topk", router_init="zero", output_scale="none"), "leaves 0.5 of"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_not_exact_says_why_and_shows(spec: UpcycleSpec, reason: str) -> None:
+    assert len(spec.inexact_because) == 1
+    assert reason in spec.inexact_because[0]
+    assert _error({}, spec) > VISIBLE
+
+
+@pytest.mark.parametrize(
+    "fields", [{"method": "noise", "noise_std": 0.0}, {"method": "drop", "drop_ratio": 0.0}, {"output_scale": "none"}]
+)
+def test_what_changes_nothing_is_exact(fields: dict) -> None:
+    assert _spec(**fields).is_exact
+    assert _error({}, _spec(**fields)) <= EXACT
+
+
+def test_a_router_whose_scores_are_made_anew_is_refused() -> None:
+    spec = _spec()
+    moe = build_chunks(
+        small_architecture(),
+        **moe_settings(small_architecture(), spec),
+        moe_router_load_balancing_type="sinkhorn",
+        moe_aux_loss_coeff=0.0,
+    )
+    with pytest.raises(SpecError, match="moe_router_load_balancing_type: got sinkhorn"):
+        upcycle_into(moe, MemorySource(small_architecture()), spec)

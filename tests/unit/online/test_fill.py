@@ -1,0 +1,75 @@
+"""What is moved in blocks is what is moved at once, and what is broken is named wherever it stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.models.architecture import read_architecture
+from nemo_upcycle.online import fill
+from tests.models import build_chunks, moe_settings, write_llama
+
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+
+def _filled(folder: Path, spec: UpcycleSpec, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    chunks = build_chunks(folder, params_dtype=dtype, **moe_settings(read_architecture(folder), spec))
+    with open_dense(folder) as source:
+        upcycle_into(chunks, source, spec)
+    return dict(chunks[0].named_parameters())
+
+
+@pytest.mark.parametrize("block_bytes", [1, 300, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        UpcycleSpec(num_experts=4, top_k=2),
+        UpcycleSpec(num_experts=8, top_k=4, granularity=2, shared_experts=1),
+        UpcycleSpec(num_experts=4, top_k=2, method="noise", noise_std=0.1),
+        UpcycleSpec(num_experts=4, top_k=2, method="drop", drop_ratio=0.5),
+    ],
+    ids=["copy", "granular and shared", "noise", "drop"],
+)
+def test_blocks_of_any_size_give_the_same_bits(
+    dense: Path, spec: UpcycleSpec, dtype: torch.dtype, block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _filled(dense, spec, dtype)
+    monkeypatch.setattr(fill, "_BLOCK_BYTES", block_bytes)
+    for name, parameter in _filled(dense, spec, dtype).items():
+        assert torch.equal(parameter, whole[name]), name
+
+
+@pytest.mark.parametrize("block_bytes", [300, 1 << 20])
+@pytest.mark.parametrize(
+    "name",
+    ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.v_proj.weight"],
+)
+def test_one_infinity_anywhere_is_named(
+    tmp_path: Path, name: str, block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fill, "_BLOCK_BYTES", block_bytes)
+    folder = write_llama(tmp_path / "dense", layers=2)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][-1, -1] = float("-inf")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    chunks = build_chunks(folder, num_experts=4)
+    with open_dense(folder) as source, pytest.raises(CheckpointError, match=f"{name}: got 1 values that are NaN or"):
+        upcycle_into(chunks, source, UpcycleSpec(num_experts=4, top_k=2))
+
+
+def test_a_number_too_large_for_the_models_type_is_named(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path / "dense", layers=2)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][3, 5] = 1e5
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    chunks = build_chunks(folder, num_experts=4, params_dtype=torch.float16)
+    words = "down_proj.weight: got larger ones, expected numbers that float16 can hold"
+    with open_dense(folder) as source, pytest.raises(CheckpointError, match=words):
+        upcycle_into(chunks, source, UpcycleSpec(num_experts=4, top_k=2))

@@ -1,0 +1,214 @@
+"""Any layout of any shape: every rank fills every element of its parameters once, with what belongs there.
+
+Real Megatron modules are built for every rank of a cluster in turn, under a process group that sends nothing. What
+belongs where is written down here a second time, as simply as it goes, from Megatron's documented layouts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from nemo_upcycle import UpcycleSpec, upcycle_into
+from nemo_upcycle.errors import CheckpointError, SpecError
+from nemo_upcycle.init.router import router_weight
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.sharding import Shard
+from nemo_upcycle.online.plan import ParamPlan, RankCoords, param_plans
+from tests.models import MemorySource, build_chunks, moe_settings, small_architecture
+
+
+@contextmanager
+def _rank(rank: int, layout: dict[str, int]) -> Iterator[None]:
+    """Be one rank of a cluster of which no other rank exists."""
+    from megatron.core import parallel_state as ps
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=_ranks(layout))
+    try:
+        ps.initialize_model_parallel(
+            tensor_model_parallel_size=layout["tp"],
+            pipeline_model_parallel_size=layout["pp"],
+            virtual_pipeline_model_parallel_size=layout["vp"] if layout["vp"] > 1 else None,
+            expert_model_parallel_size=layout["ep"],
+            expert_tensor_parallel_size=layout["etp"],
+            create_gloo_process_groups=False,
+        )
+        yield
+    finally:
+        ps.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def _ranks(layout: dict[str, int]) -> int:
+    return layout["pp"] * math.lcm(layout["tp"], layout["ep"] * layout["etp"])
+
+
+def _place(rank: int, layout: dict[str, int]) -> RankCoords:
+    """Return where a rank stands: in Megatron's order tensor parallelism varies fastest, then expert parallelism."""
+    tp, etp, ep = layout["tp"], layout["etp"], layout["ep"]
+    return RankCoords(Shard(rank % tp, tp), Shard(rank % etp, etp), Shard(rank // etp % ep, ep))
+
+
+@st.composite
+def _clusters(draw: st.DrawFn) -> tuple[Architecture, UpcycleSpec, dict[str, int], dict[str, Any]]:
+    """Draw a dense model, a spec, a layout, and what else the Megatron configuration says."""
+    sizes = {"tp": [1, 2, 4], "pp": [1, 2, 3], "vp": [1, 2], "ep": [1, 2, 4], "etp": [1, 2]}
+    layout = {name: draw(st.sampled_from(values)) for name, values in sizes.items()}
+    if layout["pp"] == 1 or _ranks(layout) > 16:
+        layout |= {"vp": 1, "pp": min(layout["pp"], 2)}
+    granularity = draw(st.integers(1, 3))
+    experts = math.lcm(granularity, layout["ep"]) * draw(st.integers(1, 2))
+    experts = experts if experts > 1 else 2
+    biases = layout["etp"] == 1 and draw(st.booleans())  # Megatron's rule
+    changes: dict[str, Any] = {"use_cpu_initialization": False, "perform_initialization": False}
+    layers = layout["pp"] * layout["vp"] * draw(st.integers(1, 2))
+    if layout["vp"] == 1 < layout["pp"]:
+        first = draw(st.integers(1, 3))
+        changes["num_layers_in_first_pipeline_stage"] = first
+        layers += first - layers // layout["pp"]
+    kv_heads = layout["tp"] * draw(st.integers(1, 2))
+    arch = small_architecture(
+        num_layers=layers,
+        hidden_size=draw(st.sampled_from([3, 8])),
+        ffn_size=granularity * math.lcm(layout["tp"], layout["etp"]) * draw(st.integers(1, 3)),
+        num_heads=kv_heads * draw(st.integers(1, 3)),
+        num_kv_heads=kv_heads,
+        head_dim=2,
+        vocab_size=draw(st.integers(3, 40)),
+        tied_embeddings=draw(st.booleans()),
+        gated=draw(st.booleans()),
+        qkv_bias=biases or draw(st.booleans()),
+        attention_out_bias=biases,
+        ffn_bias=biases,
+    )
+    numbers = st.sets(st.integers(0, layers - 1), min_size=1).map(tuple)
+    spec = UpcycleSpec(
+        num_experts=experts,
+        top_k=draw(st.integers(2, experts)),
+        granularity=granularity,
+        shared_experts=0 if biases else draw(st.integers(0, granularity)),
+        moe_layers=draw(st.one_of(st.just("all"), st.just("every-2"), numbers)),
+    )
+    return arch, spec, layout, changes
+
+
+def _wanted(name: str, layer: int, dense: MemorySource, spec: UpcycleSpec, place: RankCoords) -> torch.Tensor:
+    """Return what a parameter must hold; the vocabulary without its padding, and not cut."""
+    arch, tensors, kind = dense.architecture, dense.tensors, name.rpartition(".")[2]
+
+    def hf(inner: str) -> torch.Tensor:
+        return tensors[f"model.layers.{layer}.{inner}"]
+
+    if "embedding" in name or "output_layer" in name:
+        return tensors[
+            "lm_head.weight" if "output" in name and not arch.tied_embeddings else "model.embed_tokens.weight"
+        ]
+    if "norm" in name:
+        inner = "input_layernorm" if "input" in name else "post_attention_layernorm"
+        return tensors["model.norm.weight"] if "final" in name else hf(f"{inner}.weight")
+    if "linear_qkv" in name:
+        by_group = [hf(f"self_attn.{part}_proj.{kind}").unflatten(0, (arch.num_kv_heads, -1)) for part in "qkv"]
+        return torch.cat(by_group, 1).flatten(0, 1).chunk(place.dense.size)[place.dense.rank]
+    if "linear_proj" in name:
+        whole = hf(f"self_attn.o_proj.{kind}")
+        return whole if kind == "bias" else whole.chunk(place.dense.size, 1)[place.dense.rank]
+    if "router" in name:
+        return router_weight(spec, layer, arch.hidden_size) if kind == "weight" else torch.zeros(spec.num_experts)
+    width = arch.ffn_size // spec.granularity
+    if match := re.search(r"local_experts\.(\d+)", name):
+        expert = place.experts.rank * spec.num_experts // place.experts.size + int(match[1])
+        neurons, shard = (
+            slice(expert % spec.granularity * width, (expert % spec.granularity + 1) * width),
+            place.expert,
+        )
+        scale = spec.granularity * (0.5 if expert % spec.granularity < spec.shared_experts else 1.0)
+    elif "shared" in name:
+        neurons, shard, scale = slice(0, spec.shared_experts * width), place.dense, 0.5
+    else:
+        neurons, shard, scale = slice(None), place.dense, 1.0
+    if "fc1" in name:
+        parts = [hf(f"mlp.{part}_proj.{kind}") for part in (("gate", "up") if arch.gated else ("up",))]
+        return torch.cat([part[neurons].chunk(shard.size)[shard.rank] for part in parts])
+    down = hf(f"mlp.down_proj.{kind}")
+    return down if kind == "bias" else down[:, neurons].chunk(shard.size, 1)[shard.rank] * scale
+
+
+def _check_filled_once(model: Any, targets: list[ParamPlan], used: dict[str, torch.Tensor]) -> None:
+    """Check that the plan fills each element once, padding apart, and mark the dense elements that it uses."""
+    assert sorted(name for target in targets for name in target.names) == sorted(dict(model.named_parameters()))
+    for target in targets:
+        filled = torch.zeros(target.tensors[0].shape, dtype=torch.int8)
+        for piece in target.pieces:
+            piece.view(filled).add_(1)
+            used[target.hf_name(piece.part)][tuple(slice(*bounds) for bounds in piece.source)] = True
+        if target.row.role in ("embedding", "output"):
+            real = int(filled[:, 0].sum())
+            assert bool((filled[:real] == 1).all())
+            assert not filled[real:].any()
+        elif target.source is not None:
+            assert bool((filled == 1).all()), target.names
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(cluster=_clusters())
+def test_every_rank_of_any_cluster_gets_what_belongs_there(
+    cluster: tuple[Architecture, UpcycleSpec, dict[str, int], dict[str, Any]],
+) -> None:
+    arch, spec, layout, changes = cluster
+    event(f"{_ranks(layout)} ranks")
+    dense = MemorySource(arch)
+    used = {name: torch.zeros(dense.shape(name), dtype=torch.bool) for name in dense.names()}
+    for rank in range(_ranks(layout)):
+        with _rank(rank, layout):
+            chunks = build_chunks(arch, layout=layout, **moe_settings(arch, spec), **changes)
+            place = _place(rank, layout)
+            for chunk in chunks:
+                _check_filled_once(
+                    chunk, param_plans(chunk, arch, arch.upcycled(spec), spec, place, lambda c: 0), used
+                )
+                for parameter in chunk.parameters():
+                    parameter.data.fill_(float("nan"))
+            upcycle_into(chunks, dense, spec)
+            for chunk in chunks:
+                for name, parameter in chunk.named_parameters():
+                    local = re.match(r"decoder\.layers\.(\d+)\.", name)
+                    layer = chunk.decoder.layers[int(local[1])].layer_number - 1 if local else -1
+                    wanted = _wanted(name, layer, dense, spec, place)
+                    if local is None and "norm" not in name:
+                        padded = len(parameter) * place.dense.size - len(wanted)
+                        wanted = torch.nn.functional.pad(wanted, (0, 0, 0, padded)).chunk(place.dense.size)[
+                            place.dense.rank
+                        ]
+                    assert torch.equal(parameter, wanted), f"{name} on rank {rank}"
+    for name, mask in used.items():
+        assert bool(mask.all()), f"{int((~mask).sum())} elements of {name} are used by no rank"
+
+
+def test_an_output_layer_that_the_model_lacks_is_missed() -> None:
+    """A model that ties what the checkpoint does not would drop the checkpoint's output layer unseen."""
+    with _rank(0, {"tp": 1, "pp": 1, "vp": 1, "ep": 1, "etp": 1}):
+        chunks = build_chunks(small_architecture(tied_embeddings=True), num_experts=8)
+        with pytest.raises(CheckpointError, match="output layer of the model: got none"):
+            upcycle_into(chunks, MemorySource(small_architecture()), UpcycleSpec())
+
+
+def test_parameters_that_are_no_plain_tensors_are_refused() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    arch = small_architecture()
+    with _rank(0, dict.fromkeys(("tp", "pp", "vp", "ep", "etp"), 1)):
+        chunks = build_chunks(arch, num_experts=4)
+        norm = chunks[0].decoder.final_layernorm
+        norm.weight = torch.nn.Parameter(distribute_tensor(norm.weight.data, init_device_mesh("cpu", (1,))))
+        with pytest.raises(SpecError, match=r"final_layernorm\.weight.*DTensor"):
+            upcycle_into(chunks, MemorySource(arch), UpcycleSpec(num_experts=4, top_k=2))

@@ -1,0 +1,379 @@
+"""Filling Megatron models in place: what is refused leaves every parameter as it was, what is filled is exact."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
+from nemo_upcycle.errors import CheckpointError, SpecError
+from nemo_upcycle.models.architecture import activation_of
+from nemo_upcycle.online.upcycle import load_dense_into
+from nemo_upcycle.training.equivalence import hugging_face_logits, megatron_logits
+from tests.models import MemorySource, build_chunks, sample_tokens, small_architecture, write_llama
+
+
+SPEC = UpcycleSpec(num_experts=4, top_k=2)
+SOFTMAX_TOPK = {"num_experts": 4, "top_k": 2, "router_order": "softmax_topk"}
+PRE_SOFTMAX = {"moe_router_pre_softmax": True}
+
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A dense folder that the test may spoil."""
+    return write_llama(tmp_path / "copy", layers=2)
+
+
+@contextmanager
+def _refuses(chunks: list[Any], error: type[Exception], *words: str) -> Iterator[None]:
+    """Expect an error whose text holds `words`, and not one changed bit."""
+    before = [parameter.detach().clone() for chunk in chunks for parameter in chunk.parameters()]
+    with pytest.raises(error) as caught:
+        yield
+    for word in words:
+        assert word in str(caught.value)
+    after = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+def _change(folder: Path, change: Any) -> None:
+    """Rewrite the weights of a folder."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spec", "changes", "words"),
+    [
+        ({"num_experts": 8}, {}, ["model.config.num_moe_experts: got 4, expected 8"]),
+        ({"top_k": 3}, {}, ["model.config.moe_router_topk: got 2, expected 3"]),
+        ({"router_order": "softmax_topk"}, {}, ["model.config.moe_router_pre_softmax: got False, expected True"]),
+        ({}, PRE_SOFTMAX, ["model.config.moe_router_pre_softmax: got True, expected False"]),
+        ({}, {"moe_router_score_function": "sigmoid"}, ["score_function: got sigmoid, expected softmax"]),
+        ({}, {"moe_router_topk_scaling_factor": 2.5}, ["topk_scaling_factor: got 2.5, expected None"]),
+        ({"moe_layers": "every-2"}, {}, ["moe_layer_freq: got 1, expected [1, 0]"]),
+        ({"routed_scaling_factor": 2.5}, {}, ["moe_router_topk_scaling_factor: got None, expected 2.5"]),
+    ],
+)
+def test_a_spec_that_is_not_the_models_is_refused(dense: Path, spec: dict, changes: dict, words: list[str]) -> None:
+    wanted = UpcycleSpec(**({"num_experts": 4, "top_k": 2} | spec))
+    chunks = build_chunks(dense, num_experts=4, **changes)
+    with open_dense(dense) as source, _refuses(chunks, SpecError, *words, "make them agree"):
+        upcycle_into(chunks, source, wanted)
+
+
+@pytest.mark.parametrize(
+    ("parent", "words"),
+    [
+        ({"intermediate_size": 128}, ["model.config.ffn_hidden_size: got 96, expected 128"]),
+        ({"num_attention_heads": 8}, ["model.config.num_attention_heads: got 4, expected 8"]),
+        ({"num_key_value_heads": 4}, ["model.config.num_query_groups: got 2, expected 4"]),
+        ({"head_dim": 32}, ["model.config.kv_channels: got 16, expected 32"]),
+        ({"hidden_size": 32}, ["model.config.hidden_size: got 64, expected 32"]),
+        ({"num_hidden_layers": 3}, ["model.config.num_layers: got 2, expected 3"]),
+        ({"rms_norm_eps": 1e-6}, ["model.config.layernorm_epsilon: got 1e-05, expected 1e-06"]),
+        ({"rope_theta": 10000.0}, ["RoPE scaling: got rotary_base 100000", "expected rope_theta 10000"]),
+        ({"vocab_size": 300}, ["shape of embedding.word_embeddings.weight: got [256, 64]", "300 rows"]),
+    ],
+)
+@pytest.mark.parametrize("experts", [4, None], ids=["moe", "dense"])
+def test_a_parent_of_another_shape_is_refused(
+    dense: Path, tmp_path: Path, parent: dict, words: list[str], experts: int | None
+) -> None:
+    folder = write_llama(tmp_path / "other", **({"layers": 2} | parent))
+    chunks = build_chunks(dense, num_experts=experts)
+    with open_dense(folder) as source, _refuses(chunks, CheckpointError, *words):
+        _ = upcycle_into(chunks, source, SPEC) if experts else load_dense_into(chunks, source)
+
+
+def _tanh_gelu(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+@pytest.mark.parametrize(
+    ("parent", "function", "got"),
+    [
+        ("silu", torch.nn.functional.gelu, "gelu"),
+        ("gelu_tanh", torch.nn.functional.relu, "relu"),
+        ("gelu_tanh", torch.nn.functional.gelu, "gelu"),
+        ("gelu", _tanh_gelu, "gelu_tanh"),
+        ("gelu_tanh", torch.nn.functional.silu, "silu"),
+    ],
+)
+def test_another_activation_is_refused(parent: str, function: Any, got: str) -> None:
+    chunks = build_chunks(small_architecture(), num_experts=4, activation_func=function)
+    source = MemorySource(small_architecture(activation=parent))
+    with _refuses(chunks, CheckpointError, f"activation_func: got {got}, expected {parent}, as in the dense"):
+        upcycle_into(chunks, source, SPEC)
+
+
+def test_an_activation_of_another_name_that_computes_the_same_is_accepted() -> None:
+    chunks = build_chunks(small_architecture(), num_experts=4, activation_func=_tanh_gelu)
+    assert upcycle_into(chunks, MemorySource(small_architecture(activation="gelu_tanh")), SPEC).exact
+
+
+def test_megatrons_and_nemos_own_activation_functions_are_known() -> None:
+    from megatron.core import activations as megatron
+    from nemo.collections.llm.fn import activation as nemo
+
+    assert activation_of(nemo.openai_gelu) == activation_of(megatron.fast_gelu) == "gelu_tanh"
+    assert activation_of(nemo.squared_relu) == activation_of(megatron.squared_relu) == "squared_relu"
+    assert activation_of(nemo.quick_gelu) == activation_of(megatron.quick_gelu) == "quick_gelu"
+    x = torch.linspace(-6, 6, 121)
+    assert torch.allclose(nemo.openai_gelu(x), torch.nn.functional.gelu(x, approximate="tanh"), rtol=0, atol=1e-6)
+
+
+def _write_mistral(folder: Path, window: int) -> Path:
+    """Write the small Llama as a Mistral, whose attention sees so many tokens."""
+    write_llama(folder, layers=2)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "exact"),
+    [({"window_size": (7, 0)}, True), ({}, False), ({"window_size": (8, 0)}, False)],
+    ids=["the same", "none", "one token more, as NeMo imports it"],
+)
+def test_a_sliding_window_is_exact_if_the_model_has_the_same(tmp_path: Path, changes: dict, exact: bool) -> None:
+    folder = _write_mistral(tmp_path / "dense", window=8)
+    chunks = build_chunks(folder, num_experts=4, **changes)
+    with open_dense(folder) as source:
+        receipt = upcycle_into(chunks, source, SPEC)
+    assert receipt.exact is exact
+    assert exact or "attention: (7, 0) in every layer would be" in receipt.inexact_because[0]
+    assert (_difference(folder, _logits(chunks)) <= 1e-5) is exact
+
+
+@pytest.mark.parametrize(
+    ("parent", "changes", "exact"),
+    [
+        ({"sliding_window": 128}, {}, True),  # the model takes no longer sequences
+        ({"sliding_window": 16, "max_positions": 16}, {}, True),
+        ({"sliding_window": 16}, {"window_size": (15, 0), "window_attn_skip_freq": 2}, False),
+        ({"sliding_window": None}, {"window_size": (15, 0)}, False),
+        ({"sliding_window": None}, {"window_size": (-1, 0)}, True),
+    ],
+)
+def test_a_window_counts_where_a_sequence_is_longer(parent: dict, changes: dict, exact: bool) -> None:
+    chunks = build_chunks(small_architecture(), num_experts=4, **changes)
+    assert upcycle_into(chunks, MemorySource(small_architecture(**parent)), SPEC).exact is exact
+
+
+def test_experts_of_another_size_are_refused(dense: Path) -> None:
+    chunks = build_chunks(dense, num_experts=4, moe_ffn_hidden_size=48)
+    with (
+        open_dense(dense) as source,
+        _refuses(chunks, CheckpointError, "model.config.moe_ffn_hidden_size: got 48, expected 96"),
+    ):
+        upcycle_into(chunks, source, SPEC)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"),
+            ["tensors missing", "model.layers.1.mlp.up_proj.weight", "exactly the 21 tensors of LlamaForCausalLM"],
+        ),
+        (
+            lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}),
+            ["tensors not used by this architecture", "model.layers.0.self_attn.q_proj.bias"],
+        ),
+        (
+            lambda tensors: tensors.update({"model.layers.1.mlp.up_proj.weight": torch.zeros(100, 64)}),
+            ["shape of model.layers.1.mlp.up_proj.weight", "got [100, 64]", "expected [96, 64]"],
+        ),
+        (
+            lambda tensors: tensors.update({"model.layers.1.mlp.down_proj.weight": torch.zeros(64, 90)}),
+            ["shape of model.layers.1.mlp.down_proj.weight", "got [64, 90]", "expected [64, 96]"],
+        ),
+        (
+            lambda tensors: tensors.update({"model.norm.weight": torch.ones(65)}),
+            ["shape of model.norm.weight", "got [65]", "expected [64]"],
+        ),
+    ],
+    ids=["missing", "extra", "too_large", "too_small", "norm"],
+)
+def test_weights_that_are_not_what_config_json_says_are_refused(copy: Path, change: Any, words: list[str]) -> None:
+    chunks = build_chunks(copy, num_experts=4)
+    _change(copy, change)
+    with open_dense(copy) as source, _refuses(chunks, CheckpointError, *words):
+        upcycle_into(chunks, source, SPEC)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"add_bias_linear": True},
+            ["parameters without a source", "decoder.layers.0.self_attention.linear_proj.bias"],
+        ),
+        ({"add_qkv_bias": True}, ["parameters without a source", "decoder.layers.0.self_attention.linear_qkv.bias"]),
+    ],
+)
+@pytest.mark.parametrize("experts", [4, None], ids=["moe", "dense"])
+def test_parameters_that_no_llama_has_are_refused(
+    dense: Path, changes: dict, words: list[str], experts: int | None
+) -> None:
+    chunks = build_chunks(dense, num_experts=experts, **changes)
+    with open_dense(dense) as source, _refuses(chunks, CheckpointError, *words):
+        _ = upcycle_into(chunks, source, SPEC) if experts else load_dense_into(chunks, source)
+
+
+def test_dense_and_moe_models_are_not_confused(dense: Path) -> None:
+    dense_chunks, moe_chunks = build_chunks(dense, num_experts=None), build_chunks(dense, num_experts=4)
+    with open_dense(dense) as source:
+        with _refuses(dense_chunks, SpecError, "model.config.num_moe_experts: got None, expected 4"):
+            upcycle_into(dense_chunks, source, SPEC)
+        with _refuses(moe_chunks, SpecError, "num_moe_experts: got 4, expected none", "use upcycle_into"):
+            load_dense_into(moe_chunks, source)
+
+
+def test_what_is_no_gpt_model_is_refused(dense: Path) -> None:
+    with open_dense(dense) as source, pytest.raises(SpecError, match="model chunk: got Linear, expected a Megatron"):
+        upcycle_into([torch.nn.Linear(2, 2)], source, SPEC)
+
+
+class _Wrapper(torch.nn.Module):
+    """Hands out the attributes of what it wraps, as NeMo's DDP does."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+            return getattr(self.module, name)
+
+
+def test_wrapped_chunks_are_filled(dense: Path) -> None:
+    from megatron.core.transformer.module import Float16Module
+
+    (chunk,) = build_chunks(dense, num_experts=4, bf16=True, params_dtype=torch.bfloat16)
+    (alone,) = build_chunks(dense, num_experts=4, params_dtype=torch.bfloat16)
+    with open_dense(dense) as source:
+        upcycle_into([_Wrapper(_Wrapper(Float16Module(chunk.config, chunk)))], source, SPEC)
+        upcycle_into([alone], source, SPEC)
+    for (name, wrapped), plain in zip(chunk.named_parameters(), alone.parameters(), strict=True):
+        assert torch.equal(wrapped, plain.to(torch.bfloat16)), name  # the norms ignore params_dtype
+
+
+def _logits(chunks: list[Any], vocab_size: int = 250) -> torch.Tensor:
+    return megatron_logits(chunks[0].eval(), sample_tokens(vocab_size))[..., :vocab_size]
+
+
+def _moe_logits(folder: Path, spec: dict[str, Any], **changes: Any) -> torch.Tensor:
+    chunks = build_chunks(folder, num_experts=spec["num_experts"], top_k=spec["top_k"], **changes)
+    with open_dense(folder) as source:
+        upcycle_into(chunks, source, UpcycleSpec(**spec))
+    return _logits(chunks)
+
+
+def _difference(folder: Path, logits: torch.Tensor) -> float:
+    parent = hugging_face_logits(folder, sample_tokens(250))
+    assert parent.abs().max() > 1.0  # a difference would show
+    return float((logits - parent).abs().max())
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "router",
+    [{}, {"router_std": 3.0}, {"router_init": "uniform", "seed": 7}, {"router_init": "zero"}],
+    ids=["normal", "wide", "uniform", "zero"],
+)
+def test_softmax_after_top_k_is_exact_whatever_the_router(tmp_path: Path, router: dict, tied: bool) -> None:
+    folder = write_llama(tmp_path / "dense", tied=tied)
+    assert _difference(folder, _moe_logits(folder, {"num_experts": 4, "top_k": 2} | router)) <= 1e-5
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(4, 1), (4, 2), (6, 3), (4, 4)])
+def test_softmax_before_top_k_is_exact_with_a_zero_router(dense: Path, experts: int, top_k: int) -> None:
+    """All experts tie: whichever top-k picks, each weighs 1 / E, and the down projection makes up for it."""
+    spec = SOFTMAX_TOPK | {"num_experts": experts, "top_k": top_k, "router_init": "zero"}
+    assert _difference(dense, _moe_logits(dense, spec, **PRE_SOFTMAX)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "changes", [{"router_std": 1.0}, {"router_init": "zero", "output_scale": "none"}], ids=["random", "unscaled"]
+)
+def test_softmax_before_top_k_is_not_exact_otherwise(dense: Path, changes: dict) -> None:
+    spec = SOFTMAX_TOPK | changes
+    assert not UpcycleSpec(**spec).is_exact
+    assert _difference(dense, _moe_logits(dense, spec, **PRE_SOFTMAX)) > 1e-2
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_dense_model_is_loaded_as_it_is(tmp_path: Path, tied: bool) -> None:
+    folder = write_llama(tmp_path / "dense", tied=tied)
+    chunks = build_chunks(folder, num_experts=None)
+    with open_dense(folder) as source:
+        receipt = load_dense_into(chunks, source)
+    assert _difference(folder, _logits(chunks)) <= 1e-5
+    assert receipt.spec is None
+    assert receipt.total_params == receipt.dense_params
+    assert receipt.bytes_read == receipt.bytes_needed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_half_precision_parent_fills_a_float32_model(copy: Path, dtype: torch.dtype) -> None:
+    _change(copy, lambda tensors: tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()}))
+    assert _difference(copy, _moe_logits(copy, {"num_experts": 4, "top_k": 2})) <= 1e-5
+
+
+def test_a_float32_parent_fills_a_bfloat16_model(dense: Path) -> None:
+    chunks = build_chunks(dense, num_experts=4, params_dtype=torch.bfloat16)
+    with open_dense(dense) as source:
+        upcycle_into(chunks, source, SPEC)
+        gate = source.read("model.layers.1.mlp.gate_proj.weight").to(torch.bfloat16)
+    for expert in chunks[0].decoder.layers[1].mlp.experts.local_experts:
+        assert torch.equal(expert.linear_fc1.weight[:96], gate)
+
+
+def test_repeated_and_derived_tensors_are_no_obstacle(tmp_path: Path) -> None:
+    """Tied checkpoints may repeat the embedding, old ones store the rotary frequencies."""
+    folder = write_llama(tmp_path / "dense", tied=True, layers=2)
+    extra = {
+        "lm_head.weight": load_file(folder / "model.safetensors")["model.embed_tokens.weight"].clone(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+    }
+    expected = _moe_logits(folder, {"num_experts": 4, "top_k": 2})
+    _change(folder, lambda tensors: tensors.update(extra))
+    assert torch.equal(_moe_logits(folder, {"num_experts": 4, "top_k": 2}), expected)
+
+
+def test_the_receipt_names_every_parameter_and_its_source(dense: Path) -> None:
+    chunks = build_chunks(dense, num_experts=4)
+    seen: list[tuple[str, int]] = []
+    with open_dense(dense) as source:
+        receipt = upcycle_into(chunks, source, SPEC, lambda name, written_bytes: seen.append((name, written_bytes)))
+    parameters = sum(parameter.numel() for parameter in chunks[0].parameters())
+    padding = 2 * (256 - 250) * 64
+    assert receipt.total_params == parameters - padding
+    assert receipt.active_params == receipt.total_params - 2 * 2 * 3 * 96 * 64
+    assert receipt.bytes_written == parameters * 4 == sum(written_bytes for _, written_bytes in seen)
+    assert {record.name for record in receipt.parameters} == {name for name, _ in chunks[0].named_parameters()}
+    assert {name for name, _ in seen} < {record.name for record in receipt.parameters}
+    by_name = {record.name: record for record in receipt.parameters}
+    fc2 = by_name["decoder.layers.1.mlp.experts.local_experts.0.linear_fc2.weight"]
+    assert fc2.sources == ("model.layers.1.mlp.down_proj.weight[0:64, 0:96]",)
+    assert fc2.made_by == "copied"
+    assert by_name["decoder.layers.0.mlp.router.weight"].made_by == "router_init=normal, std=0.02, seed=1234"
+    assert json.loads(json.dumps(receipt.to_dict()))["spec"] == SPEC.to_dict()

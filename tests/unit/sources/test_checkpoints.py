@@ -1,0 +1,72 @@
+"""Which checkpoints of a run count, on folders that torch's own writer made and a kill, or a removal, left half."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from nemo_upcycle.sources.checkpoints import complete_checkpoints, newest_checkpoint, step_of
+
+
+def write(folder: Path, step: int, ending: str = "-last") -> Path:
+    """Write a small complete checkpoint as NeMo names it."""
+    checkpoint = folder / f"model_name=0--step={step}{ending}"
+    weights = checkpoint / "weights"
+    weights.mkdir(parents=True)
+    dcp.save({"module.weight": torch.arange(6.0)}, checkpoint_id=str(weights), no_dist=True)
+    torch.save({}, weights / "common.pt")
+    return checkpoint
+
+
+def test_the_highest_step_is_the_newest_whatever_the_clock_says(tmp_path: Path) -> None:
+    late, early = write(tmp_path, 11), write(tmp_path, 9)  # the lower step was touched last
+    assert newest_checkpoint(tmp_path) == late
+    assert complete_checkpoints(tmp_path) == [early, late]
+
+
+def test_last_beats_the_numbered_one_of_the_same_step(tmp_path: Path) -> None:
+    last = write(tmp_path, 9)
+    write(tmp_path, 9, ending="")
+    assert newest_checkpoint(tmp_path) == last
+
+
+def _mark(checkpoint: Path) -> None:
+    checkpoint.with_name(checkpoint.name + "-unfinished").touch()
+
+
+def _cut(checkpoint: Path) -> None:
+    data = next((checkpoint / "weights").glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _mark,
+        _cut,
+        lambda checkpoint: (checkpoint / "weights" / ".metadata").unlink(),
+        lambda checkpoint: (checkpoint / "weights" / "common.pt").unlink(),
+        lambda checkpoint: next((checkpoint / "weights").glob("*.distcp")).unlink(),
+        lambda checkpoint: shutil.rmtree(checkpoint / "weights"),
+    ],
+    ids=["marked", "data cut short", "no metadata", "no common.pt", "no data", "no weights"],
+)
+def test_what_a_kill_left_half_is_never_chosen(tmp_path: Path, damage: object) -> None:
+    whole, half = write(tmp_path, 9), write(tmp_path, 11)
+    assert newest_checkpoint(tmp_path) == half
+    damage(half)  # type: ignore[operator]
+    assert newest_checkpoint(tmp_path) == whole
+    assert complete_checkpoints(tmp_path) == [whole]
+
+
+def test_a_folder_that_is_not_there_holds_no_checkpoint(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path / "checkpoints") is None
+
+
+def test_step_of_reads_the_name_alone() -> None:
+    assert step_of(Path("model_name=0--val_loss=1.25-step=12-consumed_samples=48.0-last")) == 12
+    assert step_of(Path("model-last")) is None

@@ -1,0 +1,206 @@
+"""Outputs are complete or absent."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.files import MARKER, output_folder, read_json, require_apart, require_disk, write_json
+
+
+def test_a_failed_block_leaves_nothing_and_keeps_the_old_result(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with output_folder(target) as folder:
+        (folder / "a").write_text("first")
+
+    def fail() -> None:
+        with output_folder(target) as folder:
+            (folder / "a").write_text("second")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert (target / "a").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_remains_of_a_killed_run_are_cleared(tmp_path: Path) -> None:
+    remains = tmp_path / ".out.partial"
+    remains.mkdir()
+    (remains / "half").write_text("x")
+    with output_folder(tmp_path / "out") as folder:
+        assert not (folder / "half").exists()
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    with output_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("first")
+        with pytest.raises(UpcycleError, match="another process writing it"), output_folder(tmp_path / "out"):
+            pass
+        assert (folder / "a").read_text() == "first"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+    with output_folder(tmp_path / "out") as folder:
+        (folder / "b").write_text("second")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_system_without_locks_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with output_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("first")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("marker", [{"stage": "pretrain"}, {"made_by": "another"}, {}, None])
+def test_only_what_the_same_maker_made_is_replaced(tmp_path: Path, marker: dict[str, str] | None) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "weights").write_text("of days")
+    if marker is not None:
+        write_json(target / MARKER, marker)
+    with (
+        pytest.raises(UpcycleError, match="not made by maker" if marker is not None else "files that are not ours"),
+        output_folder(target, "maker"),
+    ):
+        pass
+    assert (target / "weights").read_text() == "of days"
+    write_json(target / MARKER, {"made_by": "maker"})
+    with output_folder(target, "maker") as folder:
+        (folder / "a").write_text("new")
+    assert [path.name for path in target.iterdir()] == ["a"]
+
+
+def test_an_empty_folder_is_filled_by_whatever_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("here", "real"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path / "here")
+    for target in (Path(), tmp_path / "link"):
+        with output_folder(target, "maker") as folder:
+            (folder / "a").write_text("x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link", "real"]
+    assert (tmp_path / "here/a").read_text() == (tmp_path / "link/a").read_text() == "x"
+
+
+def test_a_mount_point_is_refused_before_the_work() -> None:
+    with pytest.raises(UpcycleError, match=r"mount point.*name a folder inside it"), output_folder(Path("/proc")):
+        pass
+
+
+@pytest.mark.parametrize("target", ["run/ck", "run", "run/ck/hf", ".", "run/link"])
+def test_a_result_lies_apart_from_what_it_is_made_of(tmp_path: Path, target: str) -> None:
+    (tmp_path / "run/ck").mkdir(parents=True)
+    (tmp_path / "run/link").symlink_to(tmp_path / "run/ck")
+    with pytest.raises(UpcycleError, match="expected a folder apart from"):
+        require_apart(tmp_path / target, tmp_path / "run/ck")
+    require_apart(tmp_path / "run/hf", tmp_path / "run/ck")
+
+
+def test_json_errors_name_the_file(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"x": 1})
+    assert read_json(tmp_path / "a.json") == {"x": 1}
+    (tmp_path / "a.json").write_text('{"x":')
+    with pytest.raises(UpcycleError, match=r"a\.json"):
+        read_json(tmp_path / "a.json")
+    for broken in ("[" * 100_000, "1" * 5000, b"\xff".decode("latin-1")):
+        (tmp_path / "a.json").write_text(broken, encoding="latin-1")
+        with pytest.raises(UpcycleError, match=r"a\.json: got unreadable JSON"):
+            read_json(tmp_path / "a.json")
+    with pytest.raises(UpcycleError, match=r"b\.json.*no such file"):
+        read_json(tmp_path / "b.json")
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"x": object()})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_before_writing(tmp_path: Path) -> None:
+    with pytest.raises(UpcycleError, match=r"disk space for the export.*expected at least 1048576\.00 GiB"):
+        require_disk(tmp_path / "new" / "folder", 2**50, "the export")
+
+
+def test_error_texts() -> None:
+    assert str(UpcycleError("x", got=1, expected="2", fix="do it.")) == "x: got 1, expected 2. Fix: do it."
+    assert "Did you mean" not in str(UpcycleError.unknown("x", "zzz", ["abc"]))
+
+
+_KILLED_BETWEEN = """
+import os, signal, sys
+from pathlib import Path
+from nemo_upcycle.utils.files import output_folder
+rename, target = Path.rename, Path(sys.argv[1])
+def kill_after(self, other):
+    rename(self, other)
+    if self == target:
+        os.kill(os.getpid(), signal.SIGKILL)
+Path.rename = kill_after
+with output_folder(target) as folder:
+    (folder / "a").write_text("second")
+"""
+
+
+def test_a_kill_between_old_and_new_loses_neither(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with output_folder(target) as folder:
+        (folder / "a").write_text("first")
+    killed = subprocess.run([sys.executable, "-c", _KILLED_BETWEEN, str(target)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / ".out.replaced/a").read_text() == "first"
+    assert (tmp_path / ".out.partial/a").read_text() == "second"
+    with pytest.raises(RuntimeError), output_folder(target):  # the next call puts the old one back first
+        raise RuntimeError
+    assert (target / "a").read_text() == "first"
+    with output_folder(target) as folder:
+        (folder / "a").write_text("third")
+    assert (target / "a").read_text() == "third"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_old_result_comes_back_where_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, rename = tmp_path / "out", Path.rename
+    with output_folder(target) as folder:
+        (folder / "a").write_text("first")
+
+    def refuse(self: Path, other: Path) -> Path:
+        if self.name == ".out.partial":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, other)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="Input/output"), output_folder(target) as folder:
+        (folder / "a").write_text("second")
+    assert (target / "a").read_text() == "first"
+
+
+def _stop(target: Path, plan: int, error: BaseException, *, kept: bool) -> None:
+    with output_folder(target, plan=plan) as folder:
+        assert (folder / "half").is_file() is kept
+        (folder / "half").write_text("x")
+        raise error
+
+
+def test_work_of_the_same_plan_is_gone_on_with(tmp_path: Path) -> None:
+    for plan, kept in ((1, False), (1, True), (2, False)):
+        with pytest.raises(KeyboardInterrupt):
+            _stop(tmp_path / "out", plan, KeyboardInterrupt(), kept=kept)
+    with pytest.raises(UpcycleError, match="a mistake"):
+        _stop(tmp_path / "out", 2, UpcycleError("a mistake of the user's"), kept=True)
+    assert list(tmp_path.iterdir()) == []
+    with output_folder(tmp_path / "out", plan=2) as folder:
+        (folder / "a").write_text("x")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]

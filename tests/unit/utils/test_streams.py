@@ -1,0 +1,80 @@
+"""Streamed files hold what was put into them, whether the kernel copies it or not."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils import streams
+from nemo_upcycle.utils.streams import ByteRange, StreamedFile
+
+
+DATA = np.random.default_rng(0).bytes(300_000)
+
+
+@pytest.fixture
+def part(tmp_path: Path) -> ByteRange:
+    (tmp_path / "source").write_bytes(DATA)
+    descriptor = os.open(tmp_path / "source", os.O_RDONLY)
+    return ByteRange(tmp_path / "source", descriptor, 777, 200_001)
+
+
+def _write(path: Path, part: ByteRange) -> None:
+    with StreamedFile(path) as file:
+        file.write(b"head")
+        file.write(np.zeros((7, 0), dtype=np.uint8).data)
+        file.copy(part)
+        file.write(np.arange(12, dtype=np.uint8).reshape(3, 4).data)
+        file.copy(part)
+
+
+def _expected() -> bytes:
+    copied = DATA[777 : 777 + 200_001]
+    return b"head" + copied + bytes(range(12)) + copied
+
+
+@pytest.mark.parametrize("flush_bytes", [1000, 64 << 20])
+def test_what_is_written_and_copied_stands_in_order(
+    tmp_path: Path, part: ByteRange, flush_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "_FLUSH_BYTES", flush_bytes)
+    _write(tmp_path / "out", part)
+    assert (tmp_path / "out").read_bytes() == _expected()
+
+
+def test_a_system_that_cannot_copy_between_files_is_got_round(
+    tmp_path: Path, part: ByteRange, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(errno.EXDEV, "another device")
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    _write(tmp_path / "out", part)
+    assert (tmp_path / "out").read_bytes() == _expected()
+
+
+def test_a_full_disk_is_no_reason_to_try_otherwise(
+    tmp_path: Path, part: ByteRange, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "copy_file_range", full)
+    with pytest.raises(OSError, match="no space"):
+        _write(tmp_path / "out", part)
+
+
+@pytest.mark.parametrize("in_kernel", [True, False])
+def test_a_source_that_ends_early_is_named(
+    tmp_path: Path, part: ByteRange, in_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not in_kernel:
+        monkeypatch.delattr(os, "copy_file_range")
+    os.truncate(part.path, 100_000)
+    with pytest.raises(UpcycleError, match="source: got its end at byte 100000, expected 100778 bytes more"):
+        _write(tmp_path / "out", part)

@@ -1,0 +1,79 @@
+"""A child that is not its parent's: settings that change the function are found where all weights are the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_upcycle import UpcycleSpec, open_dense
+from nemo_upcycle.convert.offline import convert
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
+from nemo_upcycle.training.equivalence import hugging_face_logits
+from nemo_upcycle.verify.weights import compare_weights
+from tests.models import sample_tokens, write_llama
+
+
+SPEC = UpcycleSpec(num_experts=4, top_k=2)
+
+
+def _change(folder: Path, changes: dict[str, Any]) -> Path:
+    """Rewrite a folder's config.json; what is `...` is left out."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({name: v for name, v in config.items() if v is not ...}))
+    return folder
+
+
+def _converted(dense: Path, folder: Path, spec: UpcycleSpec = SPEC) -> Path:
+    with open_dense(dense) as source:
+        return convert(source, folder, spec, progress=False).output
+
+
+def _equal(dense: Path, moe: Path) -> bool:
+    with open_dense(dense) as parent, SafetensorsFolder(moe) as child:
+        return compare_weights(parent, child)[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_act": "gelu_pytorch_tanh"}, "activation: got gelu_tanh, expected silu"),
+        (
+            {"rope_parameters": ..., "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+            "rope_scaling: got {.*}, expected None",
+        ),
+        ({"rope_parameters": ..., "rope_theta": 1e6}, "rope_theta: got 1000000.0, expected 100000.0"),
+        ({"rms_norm_eps": 1e-6}, "rms_norm_eps: got 1e-06, expected 1e-05"),
+        ({"sliding_window": 16}, "window: got 16, expected None"),
+    ],
+)
+def test_a_child_with_other_settings_is_not_the_parents(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    dense = write_llama(tmp_path / "dense", layers=2)
+    moe = _converted(dense, tmp_path / "moe")
+    assert _equal(dense, moe)
+    with pytest.raises(CheckpointError, match=f"{words}, as in the dense model"):
+        _equal(dense, _change(moe, change))
+
+
+def test_scaling_in_another_spelling_is_the_same(tmp_path: Path) -> None:
+    dense = _change(write_llama(tmp_path / "dense", layers=2), {"rope_scaling": {"type": "linear", "factor": 4.0}})
+    moe = _converted(dense, tmp_path / "moe")
+    assert _equal(dense, _change(moe, {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}))
+
+
+@pytest.mark.parametrize(
+    "spec", [SPEC, UpcycleSpec(num_experts=4, top_k=2, granularity=2, shared_experts=1)], ids=["mixtral", "qwen2_moe"]
+)
+def test_a_parent_that_leaves_its_settings_unsaid_has_an_exact_child(tmp_path: Path, spec: UpcycleSpec) -> None:
+    """Llama 2's config has no rotary base: 10,000 for a Llama, a million for a Mixtral."""
+    dense = write_llama(tmp_path / "dense", layers=2, rope_theta=10000.0, rms_norm_eps=1e-6)
+    unsaid = ("rope_theta", "rms_norm_eps", "tie_word_embeddings", "hidden_act", "max_position_embeddings", "head_dim")
+    _change(dense, dict.fromkeys(unsaid, ...))
+    moe = _converted(dense, tmp_path / "moe", spec)
+    assert _equal(dense, moe)
+    parent, child = (hugging_face_logits(folder, sample_tokens(250)) for folder in (dense, moe))
+    assert parent.abs().max() > 1.0
+    assert (child - parent).abs().max() <= 1e-5
