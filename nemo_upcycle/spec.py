@@ -4,8 +4,8 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import InitVar, asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Optional
 
 from nemo_upcycle.errors import SpecError
 
@@ -73,11 +73,12 @@ class UpcycleSpec:
     routed_scaling_factor: float = 1.0
     output_scale: str = "exact"
     seed: int = 1234
-    routed_scaling: InitVar[float | None] = None  # the name of routed_scaling_factor until 0.1
+    routed_scaling: Optional[float] = field(default=None, repr=False, compare=False)  # the factor's old name
 
-    def __post_init__(self, routed_scaling: float | None) -> None:
-        if routed_scaling is not None:
-            object.__setattr__(self, "routed_scaling_factor", routed_scaling)
+    def __post_init__(self) -> None:
+        if self.routed_scaling is not None:
+            object.__setattr__(self, "routed_scaling_factor", self.routed_scaling)
+            object.__setattr__(self, "routed_scaling", None)
         for name, valid in (
             ("method", METHODS),
             ("router_init", ROUTER_INITS),
@@ -230,7 +231,7 @@ class UpcycleSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, for receipts."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "routed_scaling"}
 
 
 def option_of(field: str) -> str:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-_LIBRARIES = ("megatron", "lightning.pytorch", "lightning.fabric", "nv_one_logger", "NeMo")
+_LIBRARIES = (
+    "megatron",
+    "lightning.pytorch",
+    "lightning.fabric",
+    "nv_one_logger",
+    "NeMo",
+    "torch.utils.cpp_extension",
+)
 
 
 def is_verbose() -> bool:
@@ -19,8 +27,12 @@ def is_verbose() -> bool:
 
 
 def end_soon() -> None:
-    """Spare this process, at its end, seconds in which Python would look through what the import of NeMo left."""
-    gc.freeze()
+    """Spare this process, at its end, seconds in which Python would look through what the import of NeMo left.
+
+    Not with Triton of PyTorch for GPUs: its nanobind lists everything that is not freed as a leak.
+    """
+    if "triton._C.libtriton" not in sys.modules:
+        gc.freeze()
 
 
 def quiet_libraries(*others: str) -> None:
