@@ -41,9 +41,23 @@ class UpcycleError(Exception):
             "method 'copi' does not exist. Did you mean 'copy'? Valid: copy, noise."
         """
         names = sorted(valid)
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        return cls(f"{what} '{name}' does not exist.{hint} Valid: {', '.join(names)}.")
+        return cls(f"{what} '{name}' does not exist.{did_you_mean(name, names)} Valid: {', '.join(names)}.")
+
+
+def did_you_mean(name: str, valid: Iterable[str], *, prefix: str = "") -> str:
+    """Return a sentence that proposes the closest valid name, or an empty text if none is close.
+
+    Args:
+        name: the name that does not exist.
+        valid: the names that exist.
+        prefix: put in front of the proposed name.
+
+    Example:
+        >>> did_you_mean("trainr", ["trainer", "data"], prefix="pretrain.")
+        " Did you mean 'pretrain.trainer'?"
+    """
+    close = difflib.get_close_matches(name, valid, n=1)
+    return f" Did you mean '{prefix}{close[0]}'?" if close else ""
 
 
 class SpecError(UpcycleError):

@@ -48,8 +48,8 @@ class FusedCpuAdam(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters that have a gradient; return what `closure` gave, if there is one.
 
-        First, what the backward pass has freed goes back to the system: the holes between its tensors do not fit those
-        of the next step, so that a rank of the demo grew by 0.3 GiB.
+        First return to the system what the backward pass has freed: the gaps between its tensors do not fit those of
+        the next step, and a rank of the demo would grow by 0.3 GiB.
         """
         _return_freed_memory()
         loss = None

@@ -7,9 +7,9 @@
     trainer = nl.Trainer(accelerator="cpu", devices=2, strategy=nl.MegatronStrategy(expert_model_parallel_size=2), ...)
     llm.train(model, data, trainer, optim=optim, tokenizer="data")
 
-What the user wrote is what a checkpoint's `context` holds, as on a GPU; what needs CUDA or Transformer Engine is
-switched off in the object, as it is made. What Megatron and NeMo expect of CUDA itself is supplied by the functions of
-`patches`, each small enough to be read on its own.
+A checkpoint's `context` records the configuration as the user wrote it, as on a GPU; what needs CUDA or Transformer
+Engine is switched off in the object when it is made. `patches` supplies what Megatron and NeMo expect of CUDA itself,
+one function for each matter. Where there is a CUDA device, only this module is imported.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def use_cpu_backend() -> bool:
     if torch.cuda.is_available():
         return False
     if not _installed:
-        from nemo_upcycle.cpu import patches
+        from nemo_upcycle.cpu.patches import PATCHES
 
-        for patch in (adapt_every_config, *patches.PATCHES):
+        for patch in PATCHES:
             patch()
         _installed = True
         logger.info("no CUDA device: Megatron and NeMo compute on the CPU")
@@ -118,20 +118,3 @@ def _local_layer_spec(spec: Any) -> Any:
     if isinstance(spec, functools.partial) and "use_transformer_engine" in spec.keywords:
         return functools.partial(spec, use_transformer_engine=False)  # mixed dense and MoE layers come this way
     return spec
-
-
-def adapt_every_config() -> None:
-    """Configure a model for the CPU as it is made, before Megatron checks it.
-
-    Without it a stock `Llama3Config8B()` cannot even be constructed: "apply_rope_fusion is not available".
-    """
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    check = TransformerConfig.__post_init__
-
-    @functools.wraps(check)
-    def configure_then_check(self: Any) -> None:
-        configure_for_cpu(self)
-        check(self)
-
-    TransformerConfig.__post_init__ = configure_then_check

@@ -1,4 +1,4 @@
-"""How a checkpoint is written on a CPU, where Megatron 0.15 would fork a writer for each file."""
+"""Write checkpoints on a CPU, where Megatron 0.15 would fork a writer for each file."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write_checkpoints_without_threads() -> None:
 
 
 class _Later:
-    """Stands for a tensor while Megatron plans what to write: to look at, on a device that needs no copy yet."""
+    """Stand for a tensor while Megatron plans what to write; its device says that no copy is needed."""
 
     device = torch.device("meta")
 
@@ -64,9 +64,9 @@ class _Later:
 
 
 def copy_views_as_they_are_written() -> None:
-    """Copy a parameter that is a view into a buffer when it is written, not all of them before the first.
+    """Copy a parameter that is a view of a buffer just before it is written, instead of all of them beforehand.
 
-    Without it a save needs 2 GB more on each rank of the demo. (Written as it is, a view would take its buffer along.)
+    Without it a save needs 2 GB more on each rank of the demo. (Without a copy, the whole buffer would be written.)
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -94,7 +94,7 @@ def copy_views_as_they_are_written() -> None:
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy that owns its memory, made by no thread but this: OpenMP's are not there after a fork."""
+    """Return a copy that owns its memory, made without OpenMP, whose threads do not survive a fork."""
     copy = torch.empty(tensor.shape, dtype=tensor.dtype)
     ctypes.memmove(copy.data_ptr(), tensor.data_ptr(), tensor.nbytes)
     return copy
@@ -112,7 +112,9 @@ def _end_with_parent() -> None:
 
 
 class FolderQueue:
-    """Hands pickled values from this process and those it forks to this process, in the order of their arrival.
+    """Pass pickled values of any size to this process from itself and its forks, in the order of their arrival.
+
+    A `multiprocessing.Queue` does not do: its pipe holds 64 KiB, and its owner joins the fork before it reads.
 
     Example:
         >>> reports = FolderQueue()

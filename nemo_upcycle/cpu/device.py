@@ -1,4 +1,4 @@
-"""How torch behaves in a process that computes on a CPU what was written for CUDA: devices, streams, type names."""
+"""Let torch compute on a CPU what was written for CUDA: devices, streams, type names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CPU = torch.device("cpu")
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Makes tensors on the CPU where code names CUDA, and leaves every other call alone."""
+    """Make tensors on the CPU where code names CUDA; leave every other call alone."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -38,7 +38,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _Stream:
-    """The only stream of a CPU: what was asked of it before is done."""
+    """The only stream of a CPU: everything asked of it before has been done."""
 
     def synchronize(self) -> None:
         """Return at once."""
@@ -69,7 +69,7 @@ def place_tensors_on_cpu() -> None:
 
 
 class _CudaTypeNames(TorchFunctionMode):
-    """Reports a CPU tensor's type as the CUDA type of the same element: `torch.cuda.FloatTensor`."""
+    """Report a CPU tensor's type as the CUDA type of the same element: `torch.cuda.FloatTensor`."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

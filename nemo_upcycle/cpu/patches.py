@@ -1,8 +1,8 @@
-"""What Megatron-Core 0.15 and NeMo 2.7 take for granted of CUDA, supplied on a CPU: one function for each matter.
+"""Supply on a CPU what Megatron-Core 0.15 and NeMo 2.7 take for granted of CUDA: one function for each matter.
 
-Every docstring says what breaks without the function. `cpu.use_cpu_backend` calls all of `PATCHES`, once, and only
-where there is no CUDA. Megatron's own checks stay: a patch gives the code what it asks for, or the value it would have
-got.
+Each docstring says what breaks without the function. `use_cpu_backend` calls all of `PATCHES`, once, and only where
+there is no CUDA device; deleting a line there removes that patch and no other. Megatron's own checks stay: a patch
+gives the code what it asks for, or the value it would have got.
 """
 
 from __future__ import annotations
@@ -16,8 +16,26 @@ from typing import Any
 
 import torch
 
+from nemo_upcycle.cpu.backend import configure_for_cpu
 from nemo_upcycle.cpu.checkpoints import copy_views_as_they_are_written, write_checkpoints_without_threads
 from nemo_upcycle.cpu.device import place_tensors_on_cpu, with_cuda_type_names
+
+
+def adapt_every_config() -> None:
+    """Configure a model for the CPU as it is made, before Megatron checks it.
+
+    Without it a stock `Llama3Config8B()` cannot even be constructed: "apply_rope_fusion is not available".
+    """
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    check = TransformerConfig.__post_init__
+
+    @functools.wraps(check)
+    def configure_then_check(self: Any) -> None:
+        configure_for_cpu(self)
+        check(self)
+
+    TransformerConfig.__post_init__ = configure_then_check
 
 
 def accept_cpu_parameters() -> None:
@@ -54,8 +72,8 @@ def use_fused_adam() -> None:
 def load_float32_shards() -> None:
     """Let the distributed optimizer load the state of float32 parameters, which are their own masters.
 
-    Without it: RuntimeError, "a view of a leaf Variable that requires grad is being used in an in-place operation". It
-    is so on a GPU too, but there nobody trains in pure float32.
+    Without it: RuntimeError, "a view of a leaf Variable that requires grad is being used in an in-place operation". A
+    GPU has the same error, but nobody trains in pure float32 there.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -67,8 +85,8 @@ def track_random_states() -> None:
     """Keep Megatron's named random states as states of the CPU generator, seeded as on a GPU.
 
     Without it dropout in tensor-parallel regions finds no state, and the states are never seeded, because NeMo seeds
-    them only when it counts a CUDA device. The plain generator plays the part of the GPU's default one: the same on
-    all tensor-parallel ranks.
+    them only when it counts a CUDA device. The plain generator stands for the GPU's default one: it is the same on all
+    tensor-parallel ranks.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random
@@ -77,7 +95,7 @@ def track_random_states() -> None:
     class CpuRNGStatesTracker(random.CudaRNGStatesTracker):
         def add(self, name: str, seed: int) -> None:
             if seed in self.seeds_ or name in self.states_:
-                raise RuntimeError(f"random state '{name}' with seed {seed}: the name or the seed is there already")
+                raise RuntimeError(f"random state '{name}' with seed {seed}: the name or the seed already exists")
             self._is_initialized = True
             self.seeds_.add(seed)
             self.states_[name] = torch.Generator().manual_seed(seed).get_state()
@@ -85,7 +103,7 @@ def track_random_states() -> None:
         @contextmanager
         def fork(self, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
             if name not in self.states_:
-                raise RuntimeError(f"random state '{name}' is not there; seed the model-parallel states first")
+                raise RuntimeError(f"random state '{name}' does not exist; seed the model-parallel states first")
             outside = torch.get_rng_state()
             torch.set_rng_state(self.states_[name])
             try:
@@ -108,7 +126,7 @@ def track_random_states() -> None:
 
 
 def mark_norms_sequence_parallel() -> None:
-    """Let torch's norms work under sequence parallelism, marked so that Megatron sums their gradients over ranks.
+    """Let torch's norms work under sequence parallelism, and mark them so that Megatron sums their gradients.
 
     Without it the local layer spec refuses: "sequence parallel not supported by torch LayerNorm".
     """
@@ -182,19 +200,20 @@ def gather_uneven_rows() -> None:
 
 
 def compile_nothing() -> None:
-    """Run what Megatron compiles as it is written.
+    """Run eagerly what Megatron decorates with `torch.compile`.
 
-    Its fused SwiGLU keeps one input for the backward pass where the plain one keeps four tensors (0.4 GB on 512 tokens
-    of the demo's model), but `torch.compile` needs a C++ compiler on a CPU.
+    Without it the fused SwiGLU fails on a machine without a C++ compiler, which `torch.compile` needs on a CPU. (The
+    fused SwiGLU keeps one input for the backward pass where the plain one keeps four tensors: 0.4 GB on 512 tokens of
+    the demo's model.)
     """
     torch.compiler.set_stance("force_eager")
 
 
 def keep_few_compiled_kernels() -> None:
-    """Let oneDNN keep 32 compiled matrix products instead of 1,024, if this comes before the first of them.
+    """Let oneDNN keep 32 compiled matrix products instead of 1,024; acts only before the first product.
 
-    An expert gets another number of tokens each time, which is another kernel: kept, they are 0.3 GiB on each rank of
-    the demo after three steps, and hardly any is used again.
+    Without it each rank of the demo grows by 0.3 GiB within three steps: an expert gets a different number of tokens
+    each time, every number is another kernel, and hardly any is used again.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
@@ -253,6 +272,7 @@ def print_progress_alone() -> None:
 
 
 PATCHES: tuple[Callable[[], None], ...] = (
+    adapt_every_config,
     place_tensors_on_cpu,
     accept_cpu_parameters,
     use_fused_adam,

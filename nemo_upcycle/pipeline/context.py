@@ -4,13 +4,12 @@ NeMo-Run answers a mistake with the whole configuration and status 1. Here it is
 with the closest match, and status 2.
 """
 
-import difflib
 import inspect
 import logging
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import catalogue
@@ -21,10 +20,11 @@ from nemo_run.cli.cli_parser import parse_cli_args
 from nemo_run.cli.lazy import LazyEntrypoint
 from nemo_run.config import get_type_namespace
 
-from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.errors import UpcycleError, did_you_mean
 from nemo_upcycle.pipeline.checks import check_kernels, is_local
 from nemo_upcycle.pipeline.console import end_soon
 from nemo_upcycle.pipeline.recipes_io import check_recipe
+from nemo_upcycle.utils.attributes import temporarily_set
 
 
 BAD_INPUT = 2
@@ -119,40 +119,30 @@ class PipelineContext(CheckedContext):
 
 
 class PretrainContext(CheckedContext):
-    """NeMo's own for `nemo llm pretrain`, but that a recipe of ours is checked before it is shown or launched."""
-
-    _base: type[run.cli.RunContext] = run.cli.RunContext
+    """NeMo's own context of `nemo llm pretrain`, which checks recipes of this package before they start."""
 
     def cli_execute(self, fn: Any, args: list[str], entrypoint_type: Any = "task") -> None:
         """Leave the recipes of others to NeMo-Run."""
         factory = _factories(fn).get(str(self.factory).partition("(")[0])
         if getattr(factory, "__module__", "").startswith("nemo_upcycle."):
-            self._base = CheckedContext
-        self._base.cli_execute(self, fn, args, entrypoint_type)
-
-    def parse_args(self, args: list[str], lazy: bool = False) -> Any:
-        """Parse what is said of the executor."""
-        return self._base.parse_args(self, args, lazy)
+            super().cli_execute(fn, args, entrypoint_type)
+            return
+        plain = run.cli.RunContext(self.name)
+        vars(plain).update(vars(self))
+        plain.cli_execute(fn, args, entrypoint_type)
 
     def parse_fn(self, fn: Any, args: list[str], **default_kwargs: Any) -> Any:
-        """Parse the recipe, and check one of ours."""
-        task = self._base.parse_fn(self, fn, args, **default_kwargs)
-        if self._base is CheckedContext:
-            check_recipe(task)
-            if is_local(self.executor) and not self.dryrun:
-                check_kernels(task)
+        """Parse the recipe and check it."""
+        task = super().parse_fn(fn, args, **default_kwargs)
+        check_recipe(task)
+        if is_local(self.executor) and not self.dryrun:
+            check_kernels(task)
         return task
 
 
-@contextmanager
-def _silent() -> Iterator[None]:
-    """NeMo-Run logs an error before it raises it: the whole configuration."""
-    logger = logging.getLogger("nemo_run.cli.cli_parser")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
+def _silent() -> AbstractContextManager[None]:
+    """Silence NeMo-Run's parser, which logs the whole configuration before it raises an error."""
+    return temporarily_set(logging.getLogger("nemo_run.cli.cli_parser"), "disabled", True)
 
 
 def _factories(target: Any) -> dict[str, Any]:
@@ -207,8 +197,7 @@ def _override_error(config: Any, key: str, value: str, error: Exception, where: 
         names = _settings_of(at)
         if name not in names:
             owner = getattr(getattr(at, "__fn_or_cls__", type(at)), "__name__", "")
-            close = [f"{so_far}{match}" for match in difflib.get_close_matches(name, names, n=1, cutoff=0.5)]
-            hint = f" Did you mean '{close[0]}'?" if close else ""
+            hint = did_you_mean(name, names, prefix=so_far)
             valid = f" Valid: {', '.join(sorted(names))}." if 0 < len(names) <= 12 else ""
             return UpcycleError(f"{where} '{key}' does not exist: '{name}' is no setting of {owner}.{hint}{valid}")
         if part is parts[-1]:

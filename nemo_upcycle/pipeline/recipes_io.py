@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 import json
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ import nemo_run as run
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 from torch.nn.parallel import DistributedDataParallel
 
-from nemo_upcycle.errors import SpecError
+from nemo_upcycle.errors import SpecError, did_you_mean
 from nemo_upcycle.models.megatron_config import check_spec
 from nemo_upcycle.pipeline.console import quiet_imports
 from nemo_upcycle.training.layout import check_layout
@@ -112,9 +111,7 @@ def _check_names(strategy: Any, where: str) -> None:
     known = {name for made in made_by for name in inspect.signature(made).parameters}
     for name in strategy.__arguments__:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f" Did you mean '{where}.{close[0]}'?" if close else ""
-            raise SpecError(f"setting '{where}.{name}' does not exist.{hint}")
+            raise SpecError(f"setting '{where}.{name}' does not exist.{did_you_mean(name, known, prefix=f'{where}.')}")
 
 
 def spec_of(recipe: run.Partial) -> Any:

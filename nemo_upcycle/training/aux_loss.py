@@ -20,6 +20,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_de
 from megatron.core.transformer.moe.router import TopKRouter
 
 from nemo_upcycle.online.receipt import ActingCoefficient
+from nemo_upcycle.utils.attributes import temporarily_set
 
 
 #: Settings of the router that is measured: plain top-1, nothing dropped, no random number drawn, no loss scale.
@@ -114,12 +115,9 @@ def _acting_share(config: Any, name: str) -> float:
 
 def _gradient(config: Any, logits: torch.Tensor) -> torch.Tensor:
     """Return what the auxiliary losses alone add to the gradient of these logits on this rank."""
-    before, MoEAuxLossAutoScaler.main_loss_backward_scale = MoEAuxLossAutoScaler.main_loss_backward_scale, None
-    try:
+    with temporarily_set(MoEAuxLossAutoScaler, "main_loss_backward_scale", None):
         scores, _ = TopKRouter(config, get_default_pg_collection()).train().routing(logits)
         # What a schedule does after every forward step: here of a stage without a loss of its own.
         context = parallel_state.get_context_parallel_world_size()
         forward_step_calc_loss(None, scores, None, config, None, False, 1, [], context, False)
         return torch.autograd.grad(scores, logits, torch.zeros_like(scores))[0]
-    finally:
-        MoEAuxLossAutoScaler.main_loss_backward_scale = before

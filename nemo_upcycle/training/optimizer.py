@@ -9,18 +9,21 @@ factors act within Megatron's own step only, so they work with every scheduler a
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Optional
 
 import fiddle as fdl
 import lightning.pytorch as pl
 import torch
+from megatron.core import optimizer as megatron
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.moe.router import TopKRouter
 from nemo import lightning as nl
 from nemo.lightning.pytorch.optim import LRSchedulerModule
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.training.schedules import EXPERTS, REST, ROUTER, Anneal, LearningRateFactors, part_of
+from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.progress import show_messages
 
 
@@ -94,7 +97,8 @@ class UpcycleOptimizer(nl.MegatronOptimizerModule):
 
     def optimizers(self, model: Any) -> list[torch.optim.Optimizer]:
         """Build Megatron's optimizer with groups for router, experts and the rest."""
-        with _groups_by_part():
+        build = functools.partial(_build_groups_by_part, megatron._get_param_groups)
+        with temporarily_set(megatron, "_get_param_groups", build):
             (optimizer,) = super().optimizers(model)
         for group in optimizer.param_groups:
             group["lr"] = group["pre_mult_lr"]  # NeMo has multiplied it by the mark
@@ -138,16 +142,9 @@ class UpcycleOptimizer(nl.MegatronOptimizerModule):
     def _start_anneal(self, model: Any) -> None:
         if not self.aux_loss.steps:
             return
-        from megatron.core.transformer.moe.router import TopKRouter
-
         config = model.trainer.lightning_module.config
         _check_anneal(config)
-        self.aux_loss = Anneal(
-            start=config.moe_aux_loss_coeff,
-            end=self.aux_loss.end,
-            steps=self.aux_loss.steps,
-            shape=self.aux_loss.shape,
-        )
+        self.aux_loss = replace(self.aux_loss, start=config.moe_aux_loss_coeff)
         self._router_configs = [module.config for module in model.modules() if isinstance(module, TopKRouter)]
 
     def _set_aux_loss(self, coefficient: float) -> None:
@@ -168,29 +165,19 @@ class UpcycleOptimizer(nl.MegatronOptimizerModule):
             )
 
 
-@contextmanager
-def _groups_by_part() -> Iterator[None]:
-    """Let Megatron build parameter groups for router, experts and the rest, marked in `lr_mult`.
+def _build_groups_by_part(
+    build: Callable[..., list[dict[str, Any]]], chunks: list[torch.nn.Module], *args: Any, **kwargs: Any
+) -> list[dict[str, Any]]:
+    """Build parameter groups for router, experts and the rest with Megatron's `build`, marked in `lr_mult`.
 
-    Megatron-Core 0.15 can set one kind of parameter apart by its arguments, not two. The function that makes the
-    groups is called once for each part, so that it goes on agreeing on the groups with all other ranks.
+    Megatron-Core 0.15 can set one kind of parameter apart by its arguments, not two. Its function is called once for
+    each part, on every rank, because the ranks agree on the groups within it.
     """
-    from megatron.core import optimizer as megatron
-
-    build = megatron._get_param_groups
-
-    def build_by_part(chunks: list[torch.nn.Module], *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
-        return [
-            {**group, "lr_mult": mark}
-            for part, mark in _MARKS.items()
-            for group in build([_OnePart(chunk, part) for chunk in chunks], *args, **kwargs)
-        ]
-
-    megatron._get_param_groups = build_by_part
-    try:
-        yield
-    finally:
-        megatron._get_param_groups = build
+    return [
+        {**group, "lr_mult": mark}
+        for part, mark in _MARKS.items()
+        for group in build([_OnePart(chunk, part) for chunk in chunks], *args, **kwargs)
+    ]
 
 
 class _OnePart:

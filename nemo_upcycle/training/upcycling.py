@@ -7,8 +7,7 @@ run writes open in plain NeMo.
 
 # No postponed annotations, and Optional: NeMo-Run parses `resume.restore_config.path=...` by them.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -27,7 +26,9 @@ from nemo_upcycle.online.upcycle import Progress, load_dense_into, upcycle_into
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.sources.megatron_checkpoint import is_megatron
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.training.layout import layout_of
 from nemo_upcycle.training.signatures import repair_signatures
+from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.progress import ProgressLine, show_messages
 
 
@@ -90,7 +91,7 @@ class UpcycleStrategy(nl.MegatronStrategy):
         """Build the chunks, without a random initialisation that would be overwritten at once."""
         model = self.model
         overwritten = isinstance(self.restore_config, UpcycleConfig) or bool(trainer.ckpt_path)
-        with _uninitialised(model.config) if overwritten else _as_it_is():
+        with temporarily_set(model.config, "perform_initialization", False) if overwritten else nullcontext():
             super().setup_megatron_parallel(trainer)
         self._auxiliary_losses = _act_as_set(model.config)
         if torch.distributed.get_rank() == 0:
@@ -107,37 +108,18 @@ class UpcycleStrategy(nl.MegatronStrategy):
             # Without this the float32 masters keep what they were built from and the first step writes it back.
             optimizer.reload_model_params()
         receipt.auxiliary_losses = self._auxiliary_losses
-        _report(receipt, self.parallelism_sizes())
-        self.barrier("UpcycleStrategy.selective_restore")
-
-    def parallelism_sizes(self) -> dict[str, int]:
-        """Return the sizes of the parallel groups, for the receipt."""
-        sizes = {
-            "tensor": self.tensor_model_parallel_size,
-            "pipeline": self.pipeline_model_parallel_size,
-            "virtual_pipeline": self.virtual_pipeline_model_parallel_size or 1,
-            "context": self.context_parallel_size,
-            "expert": self.expert_model_parallel_size,
-            "expert_tensor": self.expert_tensor_parallel_size or self.tensor_model_parallel_size,
+        layout = layout_of(self, torch.distributed.get_world_size())
+        receipt.layout = {
+            "tensor": layout.tp,
+            "pipeline": layout.pp,
+            "virtual_pipeline": layout.vp,
+            "context": layout.cp,
+            "expert": layout.ep,
+            "expert_tensor": layout.etp,
+            "data": layout.dp,
         }
-        model_parallel = sizes["tensor"] * sizes["pipeline"] * sizes["context"]
-        return sizes | {"data": torch.distributed.get_world_size() // model_parallel}
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def _uninitialised(config: Any) -> Iterator[None]:
-    """Let Megatron leave weights as they come from the allocator; afterwards the config says what it said before."""
-    before = config.perform_initialization
-    config.perform_initialization = False
-    try:
-        yield
-    finally:
-        config.perform_initialization = before
+        _report(receipt)
+        self.barrier("UpcycleStrategy.selective_restore")
 
 
 def fill_chunks(chunks: list[torch.nn.Module], restore: UpcycleConfig) -> UpcycleReceipt:
@@ -189,14 +171,13 @@ def _say(losses: list[ActingCoefficient]) -> None:
             show_messages().info("%s: a coefficient of %g acts as set (%s)", loss.name, loss.coefficient, loss.why)
 
 
-def _report(receipt: UpcycleReceipt, layout: dict[str, int]) -> None:
+def _report(receipt: UpcycleReceipt) -> None:
     """Add up the ranks' receipts; the first rank writes the sum beside the run's logs."""
     receipts: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(receipts, receipt)
     if torch.distributed.get_rank() != 0:
         return
     merged = receipt.merge(receipts)
-    merged.layout = layout
     merged.write(Path(AppState().log_dir) / "receipt.json")
     show_messages().info(
         "%s: %.1fM -> %.1fM parameters, read %.2f GiB, wrote %.2f GiB in %.1f s on %d ranks",

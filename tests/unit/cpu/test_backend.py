@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from typing import Any
 
 import pytest
@@ -14,11 +15,36 @@ from nemo_upcycle.cpu.backend import configure_for_cpu, cpu_has_fast_bf16, use_c
 from tests.distributed.ranks import run_ranks
 
 
-def test_nothing_is_touched_where_cuda_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    before = torch.cuda.current_device
+def _modules_with_cuda() -> list[str]:
+    """Import what a training job imports where torch finds a CUDA device; return the modules of the CPU backend."""
+    torch.cuda.is_available = lambda: True
+    current_device = torch.cuda.current_device
+    import nemo_upcycle.recipes
+    import nemo_upcycle.training.upcycling  # noqa: F401
+
     assert use_cpu_backend() is False
-    assert torch.cuda.current_device is before
+    assert torch.cuda.current_device is current_device
+    return [name for name in sys.modules if name.startswith("nemo_upcycle.cpu.")]
+
+
+def test_patches_are_not_imported_where_cuda_is_available() -> None:
+    (imported,) = run_ranks(_modules_with_cuda, 1, process_group=False)
+    assert imported == ["nemo_upcycle.cpu.backend"]
+
+
+def _install_only(name: str) -> None:
+    from nemo_upcycle.cpu import patches
+
+    (patch,) = [patch for patch in patches.PATCHES if patch.__name__ == name]
+    assert "Without it" in (patch.__doc__ or "")
+    patch()
+
+
+def test_every_patch_says_what_breaks_without_it_and_needs_no_other_one() -> None:
+    from nemo_upcycle.cpu.patches import PATCHES
+
+    for patch in PATCHES:
+        run_ranks(_install_only, 1, patch.__name__)
 
 
 def test_fast_bf16_is_what_the_processor_says() -> None:
