@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 
@@ -48,9 +49,7 @@ def run_ranks(
         >>> run_ranks(torch.distributed.get_world_size, 2)  # doctest: +SKIP
         [2, 2]
     """
-    os.environ["OMP_NUM_THREADS"] = "1"  # before the server starts: its children inherit what it read at import
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context = server()
     payload = pickle.dumps((function, args))
     variables = _torchrun_variables(world_size)
     pipes, processes = [], []
@@ -71,6 +70,14 @@ def run_ranks(
             process.join(timeout=5.0)  # time to end what the rank itself has started
             process.kill()
             process.join()
+
+
+def server() -> ForkServerContext:
+    """Return the context whose processes are forked from a server that has imported NeMo."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # before the server starts: its children inherit what it read at import
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
 
 
 def _torchrun_variables(world_size: int) -> dict[str, str]:

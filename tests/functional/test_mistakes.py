@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from nemo_upcycle.pipeline.markers import in_use
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import run_ranks, server
 from tests.functional.tiny import SEQUENCE, SIZES, write_parent
 
 
@@ -223,7 +222,7 @@ def test_ctrl_c_during_the_checks_ends_them_at_once(files: Path, tmp_path: Path)
     os.mkfifo(tmp_path / "slow.yaml")
     command = [*_on_tiny_parent(files, tmp_path / "run"), f"corpus={tmp_path}/slow.yaml"]
     arguments = ([command], str(tmp_path), str(files))
-    process = multiprocessing.get_context("forkserver").Process(target=_type, args=arguments)
+    process = server().Process(target=_type, args=arguments)
     process.start()
     with (tmp_path / "slow.yaml").open("w"):  # waits until it is opened there
         os.kill(process.pid or 0, signal.SIGINT)

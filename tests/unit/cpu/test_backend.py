@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 from typing import Any
 
 import pytest
@@ -13,23 +12,6 @@ import torch
 from nemo_upcycle.cpu.adam import FusedCpuAdam
 from nemo_upcycle.cpu.backend import configure_for_cpu, cpu_has_fast_bf16, use_cpu_backend
 from tests.distributed.ranks import run_ranks
-
-
-def _modules_with_cuda() -> list[str]:
-    """Import what a training job imports where torch finds a CUDA device; return the modules of the CPU backend."""
-    torch.cuda.is_available = lambda: True
-    current_device = torch.cuda.current_device
-    import nemo_upcycle.recipes
-    import nemo_upcycle.training.upcycling  # noqa: F401
-
-    assert use_cpu_backend() is False
-    assert torch.cuda.current_device is current_device
-    return [name for name in sys.modules if name.startswith("nemo_upcycle.cpu.")]
-
-
-def test_patches_are_not_imported_where_cuda_is_available() -> None:
-    (imported,) = run_ranks(_modules_with_cuda, 1, process_group=False)
-    assert imported == ["nemo_upcycle.cpu.backend"]
 
 
 def _install_only(name: str) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nemo_upcycle.pipeline import local
@@ -22,16 +23,13 @@ def _run(code: str, ranks: int | None, folder: Path, stop: local.StopSignals) ->
 
 
 def processes_of(folder: Path) -> list[str]:
-    """Return the command lines of the processes that were given this folder."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
-            found += [line] if str(folder) in line else []
-    return found
+    """Return the command lines of the other processes that were given this folder."""
+    lines = [
+        " ".join(process.info["cmdline"] or [])
+        for process in psutil.process_iter(["cmdline"])
+        if process.pid != os.getpid()
+    ]
+    return [line for line in lines if str(folder) in line]
 
 
 def test_every_rank_has_torchruns_variables_and_the_users(tmp_path: Path) -> None:
@@ -60,7 +58,10 @@ def test_a_mistake_that_every_rank_finds_is_told_once(tmp_path: Path, capfd: pyt
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_ranks_that_ignore_it_and_what_they_started(tmp_path: Path, signum: signal.Signals) -> None:
+def test_a_signal_ends_ranks_that_ignore_it_and_what_they_started(
+    tmp_path: Path, signum: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "GRACE_S", 1.0)
     code = (
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)', sys.argv[1]])\n"
@@ -79,11 +80,11 @@ def test_a_signal_ends_ranks_that_ignore_it_and_what_they_started(tmp_path: Path
         _run(code, 2, tmp_path, stop)
         assert stop.signum == signum
     assert processes_of(tmp_path) == []
-    assert time.monotonic() - before_s < 3 * local.GRACE_S
+    assert time.monotonic() - before_s < 15
 
 
 def test_ranks_do_not_outlive_a_launcher_that_was_killed(tmp_path: Path) -> None:
-    """The ranks' own command; the plan is a pipe that nobody writes to, so the stage never ends."""
+    """The ranks' own command; the plan is a pipe that says nothing, so the stage never ends."""
     os.mkfifo(tmp_path / PLAN)
     code = (
         "import sys; from pathlib import Path; from nemo_upcycle.pipeline import local\n"
@@ -94,11 +95,11 @@ def test_ranks_do_not_outlive_a_launcher_that_was_killed(tmp_path: Path) -> None
     deadline_s = time.monotonic() + 60
     while len(processes_of(tmp_path)) < 3 and time.monotonic() < deadline_s:
         time.sleep(0.1)
-    time.sleep(6)  # they would read the plan by then
-    assert len(processes_of(tmp_path)) == 3
-    launcher.kill()
-    launcher.wait()
-    deadline_s = time.monotonic() + 20
-    while processes_of(tmp_path) and time.monotonic() < deadline_s:
-        time.sleep(0.1)
-    assert processes_of(tmp_path) == []
+    with (tmp_path / PLAN).open("w"):  # waits until a rank reads it
+        assert len(processes_of(tmp_path)) == 3
+        launcher.kill()
+        launcher.wait()
+        deadline_s = time.monotonic() + 20
+        while processes_of(tmp_path) and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+        assert processes_of(tmp_path) == []

@@ -1,0 +1,30 @@
+"""Where torch finds a CUDA device, nothing of the CPU backend is imported but the question whether to use it.
+
+In a module of its own: a rank that runs a test's function imports the function's module, with all that stands there.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from tests.distributed.ranks import run_ranks
+
+
+def _modules_with_cuda() -> list[str]:
+    """Import what a training job imports where torch finds a CUDA device; return the modules of the CPU backend."""
+    torch.cuda.is_available = lambda: True
+    current_device = torch.cuda.current_device
+    import nemo_upcycle.recipes
+    import nemo_upcycle.training.upcycling  # noqa: F401
+    from nemo_upcycle.cpu.backend import use_cpu_backend
+
+    assert use_cpu_backend() is False
+    assert torch.cuda.current_device is current_device
+    return [name for name in sys.modules if name.startswith("nemo_upcycle.cpu.")]
+
+
+def test_patches_are_not_imported_where_cuda_is_available() -> None:
+    (imported,) = run_ranks(_modules_with_cuda, 1, process_group=False)
+    assert imported == ["nemo_upcycle.cpu.backend"]
