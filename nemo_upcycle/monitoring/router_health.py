@@ -1,14 +1,15 @@
-"""How the routers and experts of a Mixture-of-Experts model are doing: load, dropped tokens, loss, distance.
+"""Measure the routers and experts of a Mixture-of-Experts model: load, dropped tokens, loss, distance.
 
-Every rank counts what its own layers see. What it counts has a size that follows from the model's configuration
-alone, so that one sum over all ranks, in which every rank takes part at every step, is all the communication there is.
-Nothing depends on which layers or experts a rank holds, or on whether a router has run yet: that is where Megatron's
-`track_moe_metrics` (one reduction for each name that a rank happens to know) leaves ranks waiting for each other.
+Every rank counts what its own layers see, in tensors whose sizes follow from the model's configuration alone. One sum
+over all ranks at every step is the only communication. It does not depend on which layers or experts a rank holds, or
+on whether a router has run yet. Megatron's `track_moe_metrics` leaves ranks waiting for each other: it makes one
+reduction for each name that a rank happens to know.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -100,25 +101,31 @@ class RouterHealth:
         return values_L
 
     def _sample_experts(self) -> torch.Tensor:
-        """Return the same few weights of every expert; of several replicas only the first gives any.
+        """Return the same few weights of every expert, [L, E, samples]; only the first of several replicas gives any.
 
         With `overlap_param_gather` other ranks' shards arrive during the next forward pass, so some are a step old.
         """
         config = self.config
-        neurons, matrices = config.moe_ffn_hidden_size, 3 if config.gated_linear_unit else 2
-        rows, columns = _spread(neurons), _spread(config.hidden_size)
-        size = matrices * len(rows) * len(columns)
-        experts_LEW = torch.zeros(config.num_layers, config.num_moe_experts, size, dtype=torch.float64)
+        matrices = 3 if config.gated_linear_unit else 2
+        neurons, columns = _spread(config.moe_ffn_hidden_size), _spread(config.hidden_size)
+        shape = (config.num_layers, config.num_moe_experts, matrices, len(neurons), len(columns))
+        samples = torch.zeros(shape, dtype=torch.float64, device=self._counts_LE.device)
         if parallel_state.get_expert_data_parallel_rank() == 0:
-            shards, shard = (
-                parallel_state.get_expert_tensor_parallel_world_size(),
-                parallel_state.get_expert_tensor_parallel_rank(),
-            )
-            here = range(shard * neurons // shards, (shard + 1) * neurons // shards)
+            shards = parallel_state.get_expert_tensor_parallel_world_size()
+            width = config.moe_ffn_hidden_size // shards
+            first = parallel_state.get_expert_tensor_parallel_rank() * width
+            mine = [index for index, neuron in enumerate(neurons) if first <= neuron < first + width]
+            local_rows = [neurons[index] - first for index in mine]
             for module in self._layers:
-                for expert, picked_MRC in _samples(module, rows, columns, here, matrices):
-                    experts_LEW[module.layer_number - 1, expert] += picked_MRC.flatten().cpu()
-        return experts_LEW
+                for role, expert, weight in _expert_weights(module):
+                    sample = samples[module.layer_number - 1, expert]
+                    if role == "expert_fc2":
+                        sample[-1, mine] = weight[columns][:, local_rows].T.double()
+                    elif role == "expert_fc1":  # gate and up projection, one below the other
+                        for matrix in range(matrices - 1):
+                            rows = [matrix * width + row for row in local_rows]
+                            sample[matrix, mine] = weight[rows][:, columns].double()
+        return samples.flatten(2)
 
     def describe(self, summed: dict[str, torch.Tensor]) -> dict[str, list[float | None]]:
         """Return the state of every layer; None for layers without experts.
@@ -185,32 +192,17 @@ def sum_over_ranks(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | 
 
 
 def _spread(size: int) -> list[int]:
-    """Return up to 32 places, evenly spread over `size`, that do not depend on the layout."""
+    """Return up to 32 indices, evenly spread over `size`, that do not depend on the layout."""
     number = min(_SAMPLED, size)
-    return [place * size // number for place in range(number)]
+    return [index * size // number for index in range(number)]
 
 
-def _samples(
-    module: Any, rows: list[int], columns: list[int], here: range, matrices: int
-) -> list[tuple[int, torch.Tensor]]:
-    """Return number and sampled weights [matrices, neurons, dimensions] of the layer's experts on this rank."""
-    mine = [place for place, row in enumerate(rows) if row in here]
-    local_rows = [rows[place] - here.start for place in mine]
-    picked: dict[int, torch.Tensor] = {}
+def _expert_weights(module: Any) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """Yield role, expert number and weight for every parameter of a layer's routed experts on this rank."""
     for name, parameter in module.experts.named_parameters():
-        row, local = find_mapping(f"mlp.experts.{name}", in_layer=True) or (None, None)
-        if row is None or local is None or row.role not in ("expert_fc1", "expert_fc2"):
-            continue
-        weight = parameter.detach()
-        expert = module.local_expert_indices[local]
-        sample = picked.setdefault(expert, weight.new_zeros(matrices, len(rows), len(columns), dtype=torch.float64))
-        if row.role == "expert_fc2":
-            sample[-1, mine] = weight[columns][:, local_rows].T.double()
-        else:
-            for matrix in range(matrices - 1):
-                offset = matrix * len(here)
-                sample[matrix, mine] = weight[[offset + row for row in local_rows]][:, columns].double()
-    return list(picked.items())
+        mapping, number = find_mapping(f"mlp.experts.{name}", in_layer=True) or (None, None)
+        if mapping is not None and number is not None:
+            yield mapping.role, module.local_expert_indices[number], parameter.detach()
 
 
 def _listed(values_L: torch.Tensor, is_moe: torch.Tensor) -> list[float | None]:

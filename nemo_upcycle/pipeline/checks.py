@@ -1,4 +1,4 @@
-"""What can be known to be wrong before anything is written, fetched or launched."""
+"""Check the arguments of a run before anything is written, fetched or launched."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_arguments(run_dir: Path, plan: RunPlan, pretrain: run.Partial, dense_c
         run_dir: the run's folder.
         plan: what the stages will be given.
         pretrain: recipe of the upcycled model.
-        dense_ct: recipe of its dense twin, or None.
+        dense_ct: recipe of the dense baseline, or None.
         ctx: NeMo-Run's context of the command.
 
     Raises:
@@ -74,7 +74,7 @@ def check_arguments(run_dir: Path, plan: RunPlan, pretrain: run.Partial, dense_c
             expected="Slurm",
             fix="leave it out, and start the command inside tmux or with nohup",
         )
-    for stage in STAGES:  # said now, not after the stages before it
+    for stage in STAGES:  # now, and not after hours of the stages before it
         folder = stage.folder(run_dir)
         if folder.marker.is_file():
             folder.outputs()

@@ -1,4 +1,4 @@
-"""What reaches the console: progress and results, and the libraries' words only where asked for; and no idle end."""
+"""Keep the console for progress and results: show the libraries' messages only on request, and end without delay."""
 
 from __future__ import annotations
 
@@ -22,42 +22,43 @@ _LIBRARIES = (
 
 
 def is_verbose() -> bool:
-    """Return whether the user wants to read what the libraries say: NEMO_UPCYCLE_VERBOSE=1."""
+    """Return whether the user asked for the libraries' messages with NEMO_UPCYCLE_VERBOSE=1."""
     return bool(os.environ.get("NEMO_UPCYCLE_VERBOSE"))
 
 
 def end_soon() -> None:
-    """Spare this process, at its end, seconds in which Python would look through what the import of NeMo left.
+    """Let this process end at once: Python would spend seconds collecting the objects of NeMo's import.
 
-    Not with Triton of PyTorch for GPUs: its nanobind lists everything that is not freed as a leak.
+    Not with PyTorch for GPUs: the nanobind of its Triton lists every object that is not freed as a leak.
     """
     if "triton._C.libtriton" not in sys.modules:
         gc.freeze()
 
 
-def quiet_libraries(*others: str) -> None:
-    """Keep the console for progress and results; errors are still shown."""
+def quiet_libraries() -> None:
+    """Show only errors of the libraries on the console."""
     warnings.filterwarnings("ignore")
-    for name in (*_LIBRARIES, *others):
+    for name in _LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Import NeMo without warnings of parts that nobody asked for (zarr, OneLogger, `deploy`); errors are shown."""
+    """Import NeMo without warnings of optional parts (zarr, OneLogger, `deploy`); show errors."""
     if is_verbose():
         yield
         return
     from nemo.utils import logging as nemo_logging
 
-    loggers = [logging.getLogger(name) for name in (*_LIBRARIES, "nemo")]
-    levels, verbosity = [logger.level for logger in loggers], nemo_logging.get_verbosity()
+    levels = {name: logging.getLogger(name).level for name in (*_LIBRARIES, "nemo")}
+    verbosity = nemo_logging.get_verbosity()
     with warnings.catch_warnings():
-        quiet_libraries("nemo")
+        quiet_libraries()
+        logging.getLogger("nemo").setLevel(logging.ERROR)
         nemo_logging.set_verbosity(logging.ERROR)
         try:
             yield
         finally:
             nemo_logging.set_verbosity(verbosity)
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

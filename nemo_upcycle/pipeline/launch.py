@@ -1,4 +1,4 @@
-"""`nemo upcycle pipeline`: checks the arguments, writes the plan, and has the stages run one after the other."""
+"""`nemo upcycle pipeline`: check the arguments, write the plan, and run the stages one after the other."""
 
 # No postponed annotations here and in the recipes, and Optional[...]: NeMo-Run parses values by them.
 
@@ -49,7 +49,7 @@ def pipeline(
         dir: folder of the run.
         dense: the dense parent: `asset://smollm2-135m`, `hf://ORG/NAME`, or a Hugging Face folder.
         pretrain: recipe of the upcycled model.
-        dense_ct: recipe of its dense twin; None leaves the twin out.
+        dense_ct: recipe of the dense baseline; None omits it.
         corpus: what to train on: a name in conf/data, or a YAML file.
         evaluation: what to evaluate: a name in conf/evaluation, or a YAML file.
 
@@ -86,7 +86,7 @@ def pipeline(
 
 
 def _whole_path(name: str, *, folder: bool = False) -> str:
-    """Return an argument that names a folder or a YAML file such that a job finds it, whatever folder it runs in."""
+    """Return the absolute path of an argument that names a folder or a YAML file: a job may run in another folder."""
     path = Path(name).expanduser()
     is_path = path.is_dir() if folder else path.suffix in (".yaml", ".yml")
     return str(path.absolute()) if is_path else name
@@ -120,7 +120,7 @@ def _run_as_graph(run_dir: Path, plan: RunPlan, ctx: run.cli.RunContext) -> None
 
 
 def _run_in_turn(run_dir: Path, plan: RunPlan, executor: Any) -> None:
-    """Run stage by stage. After one that did not finish, for whatever reason, nothing else starts.
+    """Run stage by stage; start nothing else after a stage that did not finish, for whatever reason.
 
     Raises:
         SystemExit: with 2 after a mistake of the user's, 1 after another failure, 130 or 143 when stopped. The last
@@ -159,7 +159,7 @@ def _run_one(stage: Stage, run_dir: Path, plan: RunPlan, executor: Any, stop: lo
 
 
 def variables_for(ranks: int, executor: Any) -> dict[str, str]:
-    """Return what ranks of this machine find set: the user's variables, and threads that do not outnumber cores."""
+    """Return the variables of ranks on this machine: the user's, and as many threads as there are cores for."""
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, torch.get_num_threads() // ranks))
     return {"OMP_NUM_THREADS": threads, **(executor.env_vars if executor else {})}
 
@@ -176,7 +176,7 @@ def _show_commands(run_dir: Path, plan: RunPlan) -> None:
 
 
 def _script(plan: RunPlan) -> list[str]:
-    """Return the user's script that runs now, where a recipe holds something that is defined in it."""
+    """Return the script that was started, if a recipe refers to something defined in it."""
     recipes = [load_recipe(text) for text in (plan.pretrain, plan.dense_ct) if text]
     named = any(value.startswith("__main__.") for recipe in recipes for _, value in settings(recipe))
     return [sys.modules["__main__"].__file__ or ""] if named else []
@@ -188,14 +188,14 @@ def _add(
     """Add a stage to an experiment, with an executor of the user's kind that has the ranks the stage needs."""
     mine = sized(executor or run.LocalExecutor(), *_ranks(stage, plan))
     if _chains(mine):
-        # A stage after one that failed would otherwise stay in the queue, and the launcher with it.
+        # Otherwise stages behind a failed one stay queued and the launcher hangs.
         mine.additional_parameters = {"kill_on_invalid_dep": "yes"} | (mine.additional_parameters or {})
     task = run.Partial(run_stage, name=stage.name, dir=str(run_dir))
     return experiment.add(task, executor=mine, name=stage.name, **chained)
 
 
 def sized(executor: run.Executor, nodes: int, per_node: int) -> run.Executor:
-    """Return an executor with so many nodes and ranks per node, by the names that its kind has for them."""
+    """Return a copy of an executor with this many nodes and ranks per node, in the fields that its class has."""
     mine = copy.copy(executor)  # deep enough, as an experiment clones it; and a client of Kubernetes has no deep copy
     for names, value in ((("nodes", "num_nodes"), nodes), (("ntasks_per_node", "nprocs_per_node"), per_node)):
         for name in names:
@@ -210,7 +210,7 @@ def _ranks(stage: Stage, plan: RunPlan) -> tuple[int, int]:
 
 
 def _stopped(signum: int, stage: Stage, run_dir: Path, plan: RunPlan) -> str:
-    """Return what to tell of a stop: what was kept, and how to go on."""
+    """Return the last words of a stopped run: what was kept, and how to continue."""
     done = [entry.name for entry in STAGES[: STAGES.index(stage) + 1] if entry.is_done(run_dir, plan)]
     kept = f"finished stages: {', '.join(done) or 'none'}"
     if stage.resumable:

@@ -1,7 +1,7 @@
-"""A stage on this machine: one process a rank, and none of them left when the launcher is stopped or killed.
+"""Run a stage on this machine: one process per rank, none of which outlives the launcher.
 
-Not NeMo-Run's local executor: it goes on to the next stage after one that failed, ends torchrun but not its workers,
-obeys only the second Ctrl-C, and torchrun writes its own traceback below the stage's message.
+NeMo-Run's local executor does not do: it starts the next stage after a failed one, ends torchrun but not its workers,
+obeys only the second Ctrl-C, and torchrun prints its own traceback below the stage's message.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 from types import FrameType
 
 
-#: Exit status of a stage that found a mistake of the user's.
+#: Exit status of a stage that found a user's mistake.
 USERS_MISTAKE = 2
-#: Seconds that ranks have to end by themselves: after SIGTERM, and after another rank failed.
+#: Seconds that ranks have to end by themselves after SIGTERM, and after another rank failed.
 GRACE_S, AFTER_ANOTHER_S = 5.0, 2.0
 _POLL_S = 0.1
 _LAUNCHER = "NEMO_UPCYCLE_LAUNCHER"
@@ -38,7 +38,7 @@ def ended_by_ctrl_c() -> Iterator[None]:
 
 
 class StopSignals:
-    """Notes the first SIGINT or SIGTERM that arrives while the block runs; whoever waits asks for it."""
+    """Record the first SIGINT or SIGTERM that arrives while the block runs; a loop that waits polls `signum`."""
 
     signum: int | None = None
     #: Called when it arrives.
@@ -64,15 +64,15 @@ def run_ranks(
 ) -> int:
     """Run a command once a rank; return its exit status, or minus the number of the signal that ended it.
 
-    The first rank writes to the console, the others into `logs`; of one that failed, the last lines are shown. When
-    one fails, the others are ended; when `stop` has a signal, all are.
+    The first rank writes to the console, the others into `logs`; the last lines of a failed one are shown. When a rank
+    fails, the others are ended; when `stop` has a signal, all are ended.
 
     Args:
-        command: the words of the command.
-        ranks: of a parallel job, with the variables that torchrun sets; None for a plain process.
+        command: the program and its arguments.
+        ranks: number of processes, which get torchrun's variables; None for one plain process.
         environment: variables added to this process's own.
-        logs: prefix of the files of the other ranks.
-        stop: signals of the launcher.
+        logs: prefix of the log files of all ranks but the first.
+        stop: the launcher's signals.
     """
     processes: list[subprocess.Popen[bytes]] = []
     try:
@@ -90,11 +90,8 @@ def run_ranks(
 
 def _start(command: Sequence[str], environment: Mapping[str, str], logs: Path, rank: int) -> subprocess.Popen[bytes]:
     own = {"PYTHONUNBUFFERED": "1", _LAUNCHER: str(os.getpid())}
-    with contextlib.ExitStack() as opened:
-        log = None
-        if rank:
-            _log_of(logs, rank).parent.mkdir(parents=True, exist_ok=True)
-            log = opened.enter_context(_log_of(logs, rank).open("wb"))
+    logs.parent.mkdir(parents=True, exist_ok=True)
+    with _log_of(logs, rank).open("wb") if rank else contextlib.nullcontext() as log:
         # A session of its own: Ctrl-C reaches the launcher alone, and a signal to the group all that the rank started.
         return subprocess.Popen(
             list(command), env={**os.environ, **own, **environment}, stdout=log, stderr=log, start_new_session=True
@@ -126,7 +123,7 @@ def _rank_variables(ranks: int) -> list[dict[str, str]]:
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], stop: StopSignals) -> int | None:
-    """Return the number of the first process found to have failed; None when all are done, or shall stop."""
+    """Return the index of the first process found to have failed, 0 on a stop signal, None when all have finished."""
     while not stop.signum:
         statuses = [process.poll() for process in processes]
         if bad := [rank for rank, status in enumerate(statuses) if status]:
@@ -151,8 +148,8 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _signal_group(process: subprocess.Popen[bytes], signum: int) -> bool:
-    """Send a signal to a rank and all that it started; return whether something of it is there."""
-    process.poll()  # else the ended leader of the group would count
+    """Send a signal to a rank and all that it started; return whether any of these processes exists."""
+    process.poll()  # otherwise the ended leader of the group would count
     try:
         os.killpg(process.pid, signum)
     except (ProcessLookupError, PermissionError):
@@ -161,7 +158,7 @@ def _signal_group(process: subprocess.Popen[bytes], signum: int) -> bool:
 
 
 def end_with_launcher() -> None:
-    """Called by a rank: end it, and what it started, when the launcher is gone without a word (`kill -9`)."""
+    """End this rank and what it started when the launcher has disappeared (`kill -9`)."""
     launcher = int(os.environ.get(_LAUNCHER) or 0)
     if launcher:
         threading.Thread(target=_watch, args=(launcher,), daemon=True).start()

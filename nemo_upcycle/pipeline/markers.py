@@ -1,7 +1,7 @@
-"""What a stage leaves behind when it is done, and how the next run knows that it need not do it again.
+"""The marker that a finished stage leaves, by which the next run knows whether to run the stage again.
 
-A stage's marker, `<run>/<stage>/_SUCCESS.json`, names the hashes of everything the stage was made from: its settings
-and the markers of the stages before it. Whatever changes upstream changes these hashes, and the stage runs again.
+A stage's marker, `<run>/<stage>/_SUCCESS.json`, holds the hashes of everything the stage depends on: its settings and
+the markers of the stages before it. A change upstream changes these hashes, and the stage runs again.
 """
 
 from __future__ import annotations
@@ -21,14 +21,10 @@ from nemo_upcycle.utils.files import MARKER, read_json, sha256_file, take_lock, 
 _STARTED = "_STARTED.json"
 
 
-def hash_of(value: Any) -> str:
-    """Return the sha256 of a plain value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def setting_hashes(settings: dict[str, Any]) -> dict[str, str]:
-    """Return the hashes of a stage's own settings, as its marker names them."""
-    return {f"setting {name}": hash_of(value) for name, value in sorted(settings.items())}
+    """Return the sha256 of each of a stage's own settings, which are plain values, as its marker names them."""
+    texts = {name: json.dumps(value, sort_keys=True, default=str) for name, value in sorted(settings.items())}
+    return {f"setting {name}": hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
 
 @contextmanager
@@ -96,7 +92,7 @@ class StageFolder:
         return _notes(self.marker, "delete it: the stage then runs again").get("inputs") == inputs
 
     def require_same(self, inputs: dict[str, str]) -> None:
-        """Check that work which the folder holds was started from these inputs, or from nothing that contradicts them.
+        """Check that the folder holds no work that was started from other inputs.
 
         Args:
             inputs: what `inputs()` gave, or a part of it.
@@ -116,11 +112,11 @@ class StageFolder:
             )
 
     def start(self, inputs: dict[str, str], *, resumable: bool) -> None:
-        """Note what the stage is started from; its old marker is void.
+        """Record what the stage is started from, and delete its old marker.
 
         Args:
             inputs: what `inputs()` gave.
-            resumable: the folder holds work that a new start goes on with, so the inputs must be the same.
+            resumable: whether a new start continues the folder's work, which requires the same inputs.
 
         Raises:
             StageError: a resumable stage was started from other inputs.
@@ -131,7 +127,7 @@ class StageFolder:
         write_json(self.path / _STARTED, inputs)
 
     def finish(self, inputs: dict[str, str], seconds: float, outputs: dict[str, Any]) -> None:
-        """Leave the success marker."""
+        """Write the success marker."""
         write_json(
             self.marker, {"stage": self.name, "inputs": inputs, "seconds": round(seconds, 1), "outputs": outputs}
         )
@@ -142,7 +138,7 @@ class StageFolder:
 
 
 def _notes(path: Path, fix: str) -> dict[str, Any]:
-    """Read what a stage noted; a broken file cannot be written again by hand, so say what to do in its stead."""
+    """Read a stage's JSON file; name the `fix` if it is damaged, since nobody can write it again by hand."""
     try:
         notes = read_json(path)
     except UpcycleError:

@@ -1,4 +1,4 @@
-"""What a run of the pipeline consists of: its stages, in order, and the settings each is made from."""
+"""The plan of a run, what a stage is, and the settings that each stage depends on."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class RunPlan:
     Recipes are NeMo-Run's own serialised form: a stage builds them only after it has checked that it may start.
 
     Args:
-        recipe: name of the upcycling recipe, for people.
+        recipe: name of the upcycling recipe, for titles.
         dense: address of the dense parent.
         corpus: a name in `conf/data`, or a YAML file.
         evaluation: a name in `conf/evaluation`, or a YAML file.
         pretrain: the serialised recipe of the upcycled model.
-        dense_ct: the serialised recipe of the dense twin; None leaves it out.
+        dense_ct: the serialised recipe of the dense baseline; None omits it.
     """
 
     recipe: str
@@ -37,7 +37,7 @@ class RunPlan:
     dense_ct: str | None
 
     def write(self, run_dir: Path) -> None:
-        """Keep the plan in the run's folder, where the stages read it."""
+        """Write the plan to the run's folder, where the stages read it."""
         write_json(run_dir / PLAN, asdict(self))
 
     @staticmethod
@@ -46,7 +46,7 @@ class RunPlan:
         return RunPlan(**read_json(run_dir / PLAN))
 
     def setting(self, name: str) -> Any:
-        """Return a field as the markers hash it: of a file that the user wrote, the content counts, not the name."""
+        """Return a field as the markers hash it: the content, not the name, of a YAML file of the user's."""
         value = getattr(self, name)
         is_file = isinstance(value, str) and value.endswith((".yaml", ".yml")) and Path(value).expanduser().is_file()
         return sha256_file(Path(value).expanduser()) if is_file else value
@@ -57,12 +57,12 @@ class Stage:
     """One stage.
 
     Args:
-        name: also of its folder.
-        work: does it; gets the run's folder and plan, returns what the marker reports.
+        name: of the stage and of its folder.
+        work: the function that does it; takes the run's folder and plan, returns what the marker reports.
         after: stages whose results it reads.
-        settings: fields of the plan that it is made from.
-        parallel: runs on all ranks of the training job.
-        resumable: a new start goes on where a killed one stopped.
+        settings: fields of the plan that it depends on.
+        parallel: whether it runs on all ranks of the training job.
+        resumable: whether a new start continues where a killed one stopped.
     """
 
     name: str
@@ -81,6 +81,6 @@ class Stage:
         return {name: plan.setting(name) for name in self.settings}
 
     def is_done(self, run_dir: Path, plan: RunPlan) -> bool:
-        """Return whether it finished, from what its inputs are now; those before it must be done."""
+        """Return whether it finished from its present inputs; the stages before it must be done."""
         folder = self.folder(run_dir)
         return folder.is_done(folder.inputs(self.settings_of(plan)))

@@ -1,4 +1,4 @@
-"""Runs one stage in its own process (on every rank, for a parallel one): checks, work, marker."""
+"""Run one stage in its own process, or on every rank if it is parallel: checks, work, marker."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run_stage(name: str, dir: str) -> None:
 
 
 def _require_earlier(stage: Stage, run_dir: Path, plan: RunPlan) -> None:
-    """Stop the chain where it broke: local executors go on to the next stage whatever became of the one before."""
+    """Abort if an earlier stage failed; local executors do not."""
     if (broken := unfinished(STAGES[: STAGES.index(stage)], run_dir, plan)) is not None:
         raise StageError(f"not started: stage '{broken}' has not finished in {run_dir}.")
 

@@ -15,8 +15,8 @@ from nemo_upcycle.pipeline.plan import RunPlan, Stage
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 
 
-#: Real text that the step-0 comparison runs on.
-REHEARSAL_WINDOWS, REHEARSAL_WINDOW_TOKENS = 2, 256
+#: Size of the real text that the step-0 check runs on: B windows of S tokens.
+SAMPLE_WINDOWS, SAMPLE_WINDOW_TOKENS = 2, 256
 
 
 def import_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def import_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 
 def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
-    """Upcycle once in float32, hold it against the parent, and keep the model of step 0."""
+    """Upcycle once in float32, compare with the parent, and keep the model of step 0."""
     import torch
 
     from nemo_upcycle.pipeline.recipes_io import load_recipe, model_config, spec_of
@@ -76,7 +76,7 @@ def _sample_tokens(run_dir: Path, dense_folder: Path) -> Any:
     from nemo_upcycle.data.prepare import data_arguments
 
     dataset = IndexedDataset(data_arguments(run_dir / "data")["paths"]["validation"][0])
-    wanted = REHEARSAL_WINDOWS * REHEARSAL_WINDOW_TOKENS
+    wanted = SAMPLE_WINDOWS * SAMPLE_WINDOW_TOKENS
     tokens = torch.cat([torch.from_numpy(dataset[number].astype("int64")) for number in range(len(dataset))])
     if len(tokens) < wanted:
         raise StageError(
@@ -85,7 +85,7 @@ def _sample_tokens(run_dir: Path, dense_folder: Path) -> Any:
             expected=f"{wanted} or more",
             fix="give the corpus a longer validation split",
         )
-    return tokens[:wanted].view(REHEARSAL_WINDOWS, REHEARSAL_WINDOW_TOKENS)
+    return tokens[:wanted].view(SAMPLE_WINDOWS, SAMPLE_WINDOW_TOKENS)
 
 
 def dense_folder_of(run_dir: Path) -> Path:
@@ -105,6 +105,7 @@ def dense_ct_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 def _train(run_dir: Path, serialised: str, name: str) -> dict[str, Any]:
     import fiddle as fdl
+    import nemo.utils
 
     from nemo_upcycle.cpu.backend import use_cpu_backend
     from nemo_upcycle.pipeline.recipes_io import load_recipe, place_recipe
@@ -112,17 +113,10 @@ def _train(run_dir: Path, serialised: str, name: str) -> dict[str, Any]:
     recipe = load_recipe(serialised)
     place_recipe(recipe, run_dir / name, dense_folder_of(run_dir), run_dir / "data")
     use_cpu_backend()  # before the model's configuration is built: Megatron checks it at once
-    _quiet_nemo()
+    if not is_verbose():  # show only errors on the console; NeMo writes its whole log to a file in the stage's folder
+        nemo.utils.logging.set_verbosity(nemo.utils.logging.ERROR)
     fdl.build(recipe)()
     return {"checkpoint": str(last_checkpoint(run_dir / name))}
-
-
-def _quiet_nemo() -> None:
-    """NeMo's own log, megabytes of it, goes to a file in the stage's folder; the console keeps warnings of weight."""
-    import nemo.utils
-
-    if not is_verbose():
-        nemo.utils.logging.set_verbosity(nemo.utils.logging.ERROR)
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -148,7 +142,8 @@ def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
     spec = spec_of(load_recipe(plan.pretrain))
     dense_folder = dense_folder_of(run_dir)
-    data = {"Data": f"corpus {Path(plan.corpus).stem}, {_train_tokens(run_dir):,} tokens of text to train on"}
+    train_tokens = StageFolder(run_dir, "import").outputs()["tokens"]["train"]
+    data = {"Data": f"corpus {Path(plan.corpus).stem}, {train_tokens:,} tokens of text to train on"}
 
     def export(stage: str, output: Path, title: str, **options: Any) -> str:
         checkpoint = last_checkpoint(run_dir / stage)
@@ -163,12 +158,8 @@ def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     return folders
 
 
-def _train_tokens(run_dir: Path) -> int:
-    return int(StageFolder(run_dir, "import").outputs()["tokens"]["train"])
-
-
 def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
-    """Evaluate parent, step 0, the trained model and the dense twin on the same items."""
+    """Evaluate parent, step 0, the trained model and the dense baseline on the same items."""
     from nemo_upcycle.evaluation.run import evaluate
 
     _build_suite(run_dir, plan)
@@ -178,17 +169,16 @@ def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
         "trained": run_dir / "hf",
         "dense_ct": run_dir / "dense_ct" / "hf",
     }
-    done = {}
+    if not plan.dense_ct:
+        del models["dense_ct"]
     for name, folder in models.items():
-        if name != "dense_ct" or plan.dense_ct:
-            # Step 0 writes what its parent writes.
-            evaluate(folder, run_dir / "suite", run_dir / "evaluation", name=name, samples=name != "step0")
-            done[name] = str(folder)
-    return done
+        samples = name != "step0"  # it writes what its parent writes
+        evaluate(folder, run_dir / "suite", run_dir / "evaluation", name=name, samples=samples)
+    return {name: str(folder) for name, folder in models.items()}
 
 
 def _build_suite(run_dir: Path, plan: RunPlan) -> None:
-    """Build the evaluation suite: the documents that import held out, and the questions that the suite asks."""
+    """Build the evaluation suite from the documents that import held out and the questions of the suite."""
     from nemo_upcycle.data.assets import fetch_asset
     from nemo_upcycle.data.prepare import heldout_documents
     from nemo_upcycle.data.questions import mmlu_questions
@@ -221,5 +211,5 @@ BY_NAME = {stage.name: stage for stage in STAGES}
 
 
 def unfinished(stages: tuple[Stage, ...], run_dir: Path, plan: RunPlan) -> str | None:
-    """Return the first of these stages, from the first of all on, that is not done from what its inputs are now."""
+    """Return the first of these stages that is not done from its present inputs; they start with the first of all."""
     return next((stage.name for stage in stages if not stage.is_done(run_dir, plan)), None)

@@ -1,7 +1,7 @@
 """Auxiliary losses of the router that act with the coefficient that is set, whatever the layout.
 
 A rank of a tensor- and context-parallel group computes its tokens' part of such a loss. Megatron sums gradients over
-tensor-parallel ranks and averages them over data- and context-parallel ones, so the context-parallel size belongs into
+tensor-parallel ranks and averages them over data- and context-parallel ones, so the context-parallel size belongs in
 the loss scale. In megatron-core 0.15 it is missing; with `calculate_per_token_loss` the tensor-parallel size is, too.
 What is missing is measured, not looked up by version: containers hold releases with fixes of their own.
 """

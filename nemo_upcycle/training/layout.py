@@ -1,4 +1,4 @@
-"""Does a recipe's parallel layout fit model, ranks and data? Asked before anything is launched or built."""
+"""Check that a recipe's parallel layout fits model, ranks and data, before anything is launched or built."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.workload import Workload
 
 
-#: The planner's names of sizes, and where a recipe sets them.
+#: The planner's name of a size -> where a recipe sets it.
 _SETTINGS = {
     "tp": "trainer.strategy.tensor_model_parallel_size",
     "pp": "trainer.strategy.pipeline_model_parallel_size",
@@ -79,7 +79,7 @@ def check_layout(strategy: Any, config: Any, data: Any, ranks: int) -> None:
 
 
 def _work(config: Any, data: Any, layout: Layout) -> Workload:
-    """Return what a step works on; of what the data do not say, numbers that no rule minds."""
+    """Build the Workload, with neutral values for settings the data lacks."""
     sizes = max(1, layout.gpus) * max(1, layout.micro_batch) * max(1, layout.pp)
     return Workload(
         seq_length=getattr(data, "seq_length", None) or 16 * max(1, layout.tp) * max(1, layout.cp),

@@ -65,7 +65,7 @@ class MetricsLogger(Callback):
         """Watch the routers and start the clock."""
         config: Any = pl_module.config
         if config.num_moe_experts:
-            self._health = RouterHealth(_megatron(trainer.strategy), config)
+            self._health = RouterHealth(list(trainer.strategy.megatron_parallel), config)  # type: ignore[attr-defined]
         if torch.distributed.get_rank() == 0:
             _move_logs_only()
             _keep_until(self._path(), trainer.global_step or -1)
@@ -137,7 +137,7 @@ class MetricsLogger(Callback):
             handle.write(json.dumps(line) + "\n")
 
     def _log(self, trainer: pl.Trainer, line: dict[str, Any]) -> None:
-        """Hand the line to TensorBoard and its like; what NeMo logs there itself is left to NeMo."""
+        """Pass the line to TensorBoard and other loggers, without what NeMo logs there itself."""
         rates = {name: line[name] for name in line if name.startswith(("tokens_per_s", "tflops", "mfu", "memory"))}
         scalars = dict(_flat(rates))
         every_layer = line["step"] % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
@@ -188,11 +188,6 @@ def _settings(trainer: Any, pl_module: Any) -> dict[str, Any]:
     return settings | ({"lr_factors": asdict(factors)} if factors else {})
 
 
-def _megatron(strategy: Any) -> list[torch.nn.Module]:
-    """Return this rank's chunks of a NeMo Megatron strategy."""
-    return list(strategy.megatron_parallel)
-
-
 def _own_memory() -> torch.Tensor:
     """Return GiB held and GiB of the card in this rank's row of [ranks, 2]; in a sum each rank has its own."""
     memory = torch.zeros(torch.distributed.get_world_size(), 2, dtype=torch.float64)
@@ -207,7 +202,7 @@ def _most_memory(memory: torch.Tensor) -> dict[str, Any]:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Yield `a/b` and its value for what is nested."""
+    """Yield nested values under names like `a/b`."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}/")
@@ -216,16 +211,16 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float
 
 
 def _move_logs_only() -> None:
-    """Let NeMo's checkpoint callback, which comes after this one, put only logs of earlier runs aside, into `run_0`.
+    """Let NeMo's checkpoint callback, which comes after this one, move only logs of earlier runs into `run_0`.
 
-    It moves every file of the log folder: metrics and receipt too, and the notes by which the pipeline knows a stage.
+    Otherwise it moves every file of the log folder: metrics, receipt and the files by which a stage is known.
     """
     state = AppState()
     state.files_to_move = [file for file in state.files_to_move or [] if Path(file).suffix in (".log", ".txt")]
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop lines of steps that a resumed run will do again."""
+    """Delete the lines of steps that a resumed run will repeat."""
     if path.is_file():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
         aside = path.with_name(f"{path.name}.unfinished")
@@ -234,7 +229,7 @@ def _keep_until(path: Path, step: int) -> None:
 
 
 def _step_of(line: str) -> float:
-    """Return the step of a line; one that was torn, by a full disk, belongs to no step that was done."""
+    """Return the step of a line; infinity for a line that a full disk cut off."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):

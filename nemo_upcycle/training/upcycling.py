@@ -1,4 +1,4 @@
-"""Where upcycling enters NeMo: a restore configuration that names a dense checkpoint, and the strategy that obeys it.
+"""Upcycling inside NeMo: a restore configuration that names a dense checkpoint, and the strategy that acts on it.
 
 NeMo's `AutoResume` hands the restore configuration to the strategy only when the run has no checkpoint of its own yet,
 so a restarted run resumes and never upcycles twice. Model and config classes stay NeMo's: the checkpoints that the
@@ -44,9 +44,11 @@ class UpcycleConfig(RestoreConfig):
             `nemo:///absolute/path` (NeMo 2, Megatron). What is not on this machine yet is fetched into the cache
             before the weights are read.
         spec: how to upcycle it; None loads it into a dense model as it is (continued training of the parent).
-        branches: further dense checkpoints of the same architecture, named as `path` is: the experts are made of the
+        branches: further dense checkpoints of the same architecture, named as `path` is: the experts are copies of the
             first, the second ... in turn (Branch-Train-MiX).
-        others: with branches, whether everything but the routed experts is the "first" one's or the "mean" of all.
+        non_expert_weights: with branches, where all other weights come from: the "first" checkpoint or the "mean" of
+            all.
+        others: the former name of `non_expert_weights`.
 
     Example:
         >>> recipe.resume.restore_config = run.Config(  # doctest: +SKIP
@@ -57,13 +59,15 @@ class UpcycleConfig(RestoreConfig):
     path: str
     spec: Optional[UpcycleSpec] = None
     branches: Optional[list[str]] = None
-    others: str = "first"
+    non_expert_weights: str = "first"
+    others: Optional[str] = None
     load_artifacts: bool = False  # the folder holds no NeMo context; the tokenizer comes with the data
 
     def __post_init__(self) -> None:
         # AutoResume accepts no address but nemo:// in `path`; it gets the folder in which the model will be.
         self.path = str(_local(self.path))
         self.branches = [str(_local(branch)) for branch in self.branches or []]
+        self.non_expert_weights = self.others or self.non_expert_weights
 
 
 def _local(source: str) -> Path:
@@ -141,7 +145,10 @@ def fill_chunks(chunks: list[torch.nn.Module], restore: UpcycleConfig) -> Upcycl
     total = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
     first = torch.distributed.get_rank() == 0
     paths = [restore.path, *(restore.branches or [])]
-    with open_dense(paths, others=restore.others) as dense, ProgressLine("upcycle", total, enabled=first) as line:
+    with (
+        open_dense(paths, others=restore.non_expert_weights) as dense,
+        ProgressLine("upcycle", total, enabled=first) as line,
+    ):
         progress: Progress = lambda name, written_bytes: line.advance(written_bytes, note=name)  # noqa: E731
         if restore.spec:
             return upcycle_into(chunks, dense, restore.spec, progress, hashes=True)
@@ -160,10 +167,10 @@ def _act_as_set(config: Any) -> list[ActingCoefficient]:
 
 
 def _say(losses: list[ActingCoefficient]) -> None:
-    """Say which auxiliary losses do not act as they are set, or do so only because this package sees to it."""
+    """Report the auxiliary losses that do not act as they are set, and those that this package corrects."""
     for loss in losses:
         if loss.acting != loss.coefficient:
-            text = "%s: a coefficient of %g acts as %g (%s); one that is %.4g times as large makes up for it"
+            text = "%s: a coefficient of %g acts as %g (%s); a coefficient %.4g times as large compensates"
             show_messages().warning(
                 text, loss.name, loss.coefficient, loss.acting, loss.why, loss.coefficient / loss.acting
             )
@@ -172,7 +179,7 @@ def _say(losses: list[ActingCoefficient]) -> None:
 
 
 def _report(receipt: UpcycleReceipt) -> None:
-    """Add up the ranks' receipts; the first rank writes the sum beside the run's logs."""
+    """Merge the ranks' receipts; the first rank writes the result beside the run's logs."""
     receipts: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(receipts, receipt)
     if torch.distributed.get_rank() != 0:

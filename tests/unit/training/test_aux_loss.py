@@ -104,5 +104,5 @@ def test_a_job_warns_of_a_loss_that_does_not_act_as_set(
 
     monkeypatch.setattr(show_messages(), "propagate", True)
     _say([ActingCoefficient("global_aux_loss", 0.01, 0.00125, "divided"), ActingCoefficient("z_loss", 1, 1, "as set")])
-    text = "a coefficient of 0.01 acts as 0.00125 (divided); one that is 8 times as large makes up for it"
+    text = "a coefficient of 0.01 acts as 0.00125 (divided); a coefficient 8 times as large compensates"
     assert _warnings(caplog) == {f"global_aux_loss: {text}"}
