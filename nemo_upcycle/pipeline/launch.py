@@ -22,7 +22,8 @@ from nemo_upcycle.pipeline.markers import in_use
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
 from nemo_upcycle.pipeline.recipes_io import dump_recipe, load_recipe, ranks_of, settings, write_recipes
 from nemo_upcycle.pipeline.runner import DONE_BEFORE, run_stage
-from nemo_upcycle.pipeline.stages import STAGES, last_checkpoint, unfinished
+from nemo_upcycle.pipeline.stages import STAGES, unfinished
+from nemo_upcycle.sources.checkpoints import newest_checkpoint
 
 
 COMMAND = "command.txt"
@@ -67,11 +68,11 @@ def pipeline(
     )
     with local.ended_by_ctrl_c():
         check_arguments(run_dir, plan, pretrain, dense_ct, ctx)
-    if ctx.dryrun and is_local(ctx.executor):
-        _show_commands(run_dir, plan)
-        return
     if ctx.dryrun:
-        _run_as_graph(run_dir, plan, ctx)
+        if is_local(ctx.executor):
+            _show_commands(run_dir, plan)
+        else:
+            _run_as_graph(run_dir, plan, ctx)
         return
     with in_use(run_dir):  # its stages read the plan, so no other run may change it
         plan.write(run_dir)
@@ -214,10 +215,8 @@ def _stopped(signum: int, stage: Stage, run_dir: Path, plan: RunPlan) -> str:
     done = [entry.name for entry in STAGES[: STAGES.index(stage) + 1] if entry.is_done(run_dir, plan)]
     kept = f"finished stages: {', '.join(done) or 'none'}"
     if stage.resumable:
-        try:
-            kept += f"; last checkpoint of {stage.name}: {last_checkpoint(run_dir / stage.name)}"
-        except StageError:
-            kept += f"; no checkpoint of {stage.name} yet"
+        last = newest_checkpoint(run_dir / stage.name / "checkpoints")
+        kept += f"; last checkpoint of {stage.name}: {last}" if last else f"; no checkpoint of {stage.name} yet"
     return (
         f"\nStopped by {signal.Signals(signum).name} in stage '{stage.name}'. Kept in {run_dir}: {kept}.\n"
         f"Go on with the same command: {_command()}\n"

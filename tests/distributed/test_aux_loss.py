@@ -182,9 +182,7 @@ def test_coefficients_act_as_set_on_every_layout(gradients: Gradients, layout: s
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", ["every loss", "per token"])
-def test_this_megatron_alone_divides_by_the_context_parallel_size(
-    gradients: Gradients, layout: str, case: str
-) -> None:
+def test_megatron_015_divides_by_the_context_parallel_size(gradients: Gradients, layout: str, case: str) -> None:
     """The fault that is corrected, as long as it is there: with tokens counted, the tensor-parallel size as well."""
     divided_by = _size(layout, "cp") * (_size(layout, "tp") if case == "per token" else 1)
     assert gradients.share(layout, case, "Megatron's") == pytest.approx(1 / divided_by, rel=1e-5)
@@ -202,7 +200,7 @@ def test_global_aux_loss_acts_divided_by_the_data_parallel_size(gradients: Gradi
     assert (f"data-parallel size, {replicas}" in loss.why) == (replicas > 1)
 
 
-def test_a_megatron_that_multiplies_by_the_context_parallel_size_stays_as_it_is(gradients: Gradients) -> None:
+def test_a_megatron_that_scales_by_context_parallel_size_is_not_changed(gradients: Gradients) -> None:
     assert gradients.share("cp2 dp2, ep4", "every loss", "newer") == pytest.approx(1.0, rel=1e-5)
     assert all(rank["cp2 dp2, ep4", "every loss", "newer"]["kept"] for rank in gradients.ranks)
 

@@ -30,8 +30,8 @@ def cluster() -> run.SlurmExecutor:
 def tiny(inputs: str, dir: str) -> run.Partial:
     """The chain on a tiny parent; its training jobs have two nodes of one rank."""
     moe = smollm2_135m_e8t2.pretrain_recipe(num_nodes=2, num_gpus_per_node=1, expert_parallelism=2)
-    twin = smollm2_135m_dense_ct.pretrain_recipe(num_nodes=2, num_gpus_per_node=1)
-    return tiny_pipeline(Path(inputs), Path(dir), moe, twin)
+    dense_ct = smollm2_135m_dense_ct.pretrain_recipe(num_nodes=2, num_gpus_per_node=1)
+    return tiny_pipeline(Path(inputs), Path(dir), moe, dense_ct)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     return Jobs(tmp_path_factory.mktemp("inputs"))
 
 
-def test_it_saves_on_two_threads_resumes_and_ends_at_once_when_told(jobs: Jobs, tmp_path: Path) -> None:
+def test_the_command_saves_on_two_threads_resumes_and_obeys_sigint(jobs: Jobs, tmp_path: Path) -> None:
     """Two starts of the same command: saved at the end, then asynchronously, and stopped by Ctrl-C."""
     first = jobs.start(tmp_path, trainer__max_steps=2, log__ckpt__every_n_train_steps=2)
     assert first.wait(150) == 0, first.console()[-2000:]

@@ -33,7 +33,7 @@ def test_llama3_8b_e8t2_trains_on_one_rank(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "receipt.json").is_file()
 
 
-def test_what_the_gpu_tests_train_fits_a_card_of_80_gb() -> None:
+def test_models_of_the_gpu_tests_fit_a_card_of_80_gb() -> None:
     from nemo_upcycle.planning.hardware import known_gpu
     from tests.gpu.one_card import PRECISIONS
 

@@ -146,7 +146,7 @@ def alone(jobs: Jobs) -> tuple[list[dict[str, Any]], Any]:
     return jobs.train("alone", witness=True)
 
 
-def test_counts_and_losses_are_what_the_routers_decide(alone: tuple[list[dict[str, Any]], Any]) -> None:
+def test_counts_and_losses_match_what_the_routers_decide(alone: tuple[list[dict[str, Any]], Any]) -> None:
     lines, seen = alone
     assert len(lines) == len(seen["slots"]) == STEPS
     for line, slots_LE, loss in zip(lines, seen["slots"], seen["losses"], strict=True):
@@ -166,7 +166,7 @@ def test_counts_and_losses_are_what_the_routers_decide(alone: tuple[list[dict[st
 
 
 @pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=lambda value: str(value))
-def test_every_layout_says_the_same(
+def test_router_health_is_the_same_on_every_layout(
     jobs: Jobs, alone: tuple[list[dict[str, Any]], Any], world_size: int, layout: dict[str, int]
 ) -> None:
     name = "-".join([str(world_size), *(f"{axis}{size}" for axis, size in layout.items())])
@@ -183,7 +183,7 @@ def test_every_layout_says_the_same(
         assert got["tokens_per_s_per_gpu"] == pytest.approx(got["tokens_per_s"] / world_size, rel=0.01)
 
 
-def test_a_stage_without_routers_keeps_nobody_waiting(jobs: Jobs) -> None:
+def test_a_pipeline_stage_without_routers_blocks_no_rank(jobs: Jobs) -> None:
     """The second pipeline stage has dense layers only: it has nothing to say and takes part all the same."""
     lines, _ = jobs.train("dense-stage", 2, pp=2, moe_layers=[0, 1])
     assert len(lines) == STEPS
@@ -217,7 +217,7 @@ def test_padding_does_not_count_as_load(jobs: Jobs, alone: tuple[list[dict[str, 
     assert min(dropping[0]["router"]["dropped"]) > 0.2
 
 
-def test_tensorboard_has_it(jobs: Jobs, alone: tuple[list[dict[str, Any]], Any]) -> None:
+def test_tensorboard_gets_rates_and_router_health(jobs: Jobs, alone: tuple[list[dict[str, Any]], Any]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = next((jobs.folder / "alone").rglob("events.out.tfevents.*"))

@@ -74,7 +74,7 @@ class Launcher:
             time.sleep(0.1)
 
 
-def test_sigint_stops_the_stage_and_says_how_to_go_on(inputs: Path) -> None:
+def test_sigint_stops_the_stage_and_prints_how_to_continue(inputs: Path) -> None:
     launcher = Launcher(inputs)
     launcher.wait_for_step(3)
     sent_s = time.monotonic()
@@ -98,7 +98,7 @@ def test_sigint_stops_the_stage_and_says_how_to_go_on(inputs: Path) -> None:
     assert "resume.restore_config.spec.num_experts: 8\n" in recipe
 
 
-def test_the_same_command_resumes_and_after_a_rank_failed_nothing_else_starts(inputs: Path) -> None:
+def test_the_same_command_resumes_and_starts_nothing_after_a_failed_rank(inputs: Path) -> None:
     launcher = Launcher(inputs, FAIL_AT="4")
     assert launcher.wait() == 1
     assert "\nstep 3/6 " in launcher.text()
@@ -108,7 +108,7 @@ def test_the_same_command_resumes_and_after_a_rank_failed_nothing_else_starts(in
     assert processes_of(inputs) == []
 
 
-def test_other_executors_start_nothing_after_a_failed_stage_either(
+def test_other_executors_start_nothing_after_a_failed_stage(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One experiment a stage; NeMo-Run's own local executor stands for Docker and Kubernetes, which are not here."""

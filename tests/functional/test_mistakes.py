@@ -168,7 +168,7 @@ NO_KERNELS, STOCK = "--factory llama3_8b_e8t2", "--factory llama3_8b trainer.max
 
 
 @pytest.mark.parametrize("typed", LLM_MISTAKES)
-def test_nemo_llm_pretrain_answers_for_recipes_of_ours_the_same_way(typed: str, answers: dict[str, Answer]) -> None:
+def test_nemo_llm_pretrain_checks_this_packages_recipes_the_same_way(typed: str, answers: dict[str, Answer]) -> None:
     answer = answers[f"llm pretrain {typed} --yes"]
     assert answer.status == 2, answer.text
     assert LLM_MISTAKES[typed] in answer.text
@@ -176,14 +176,14 @@ def test_nemo_llm_pretrain_answers_for_recipes_of_ours_the_same_way(typed: str, 
     assert answer.written == []
 
 
-def test_a_model_whose_kernels_are_not_installed_is_refused_with_the_fix(answers: dict[str, Answer]) -> None:
+def test_a_model_with_missing_kernels_is_refused_with_the_fix(answers: dict[str, Answer]) -> None:
     answer = answers[f"llm pretrain {NO_KERNELS} --yes"]
     assert answer.status == 2, answer.text
     assert "Transformer Engine: got not installed" in answer.text
     assert "model.config.apply_rope_fusion=False" in answer.text
 
 
-def test_recipes_of_others_are_left_to_nemo(answers: dict[str, Answer]) -> None:
+def test_nemos_own_recipes_are_left_to_nemo(answers: dict[str, Answer]) -> None:
     answer = answers[f"llm pretrain {STOCK} --yes"]
     assert answer.status == 1
     assert "No parameter named 'max_step'" in answer.text

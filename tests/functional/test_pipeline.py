@@ -142,7 +142,7 @@ def test_the_report_says_what_was_trained_and_what_the_models_write(finished: Pa
     assert report.count("| the text itself |") == 2
 
 
-def test_the_models_are_what_they_should_be(finished: Path) -> None:
+def test_step_0_equals_the_parent_and_training_improves_it(finished: Path) -> None:
     receipt = read_json(finished / "receipt.json")
     assert receipt["within_tolerance"] is True
     assert receipt["max_abs_logit_diff"] <= receipt["tolerance"]
@@ -170,7 +170,7 @@ def test_a_stage_done_again_reruns_what_depends_on_it(copy: Path) -> None:
     assert done_again == ["export", "evaluate", "report"]
 
 
-def test_other_evaluation_settings_evaluate_again_and_train_no_more(copy: Path, tmp_path: Path) -> None:
+def test_changed_evaluation_settings_rerun_only_evaluate_and_report(copy: Path, tmp_path: Path) -> None:
     items = len((copy / "suite/heldout_perplexity.jsonl").read_text().splitlines())
     changed = tmp_path / "evaluation.yaml"
     changed.write_text(EVALUATION.replace("WINDOWS", "2"))
@@ -191,7 +191,7 @@ def test_an_edited_settings_file_counts_as_changed(plan: RunPlan, tmp_path: Path
     assert plan.setting("corpus") == plan.setting("corpus")
 
 
-def test_training_does_not_go_on_from_other_inputs(copy: Path) -> None:
+def test_training_refuses_to_resume_from_changed_inputs(copy: Path) -> None:
     from nemo_upcycle.pipeline.recipes_io import dump_recipe, load_recipe
 
     work = [path for path in (copy / "dense_ct").rglob("*") if path.name != ".lock"]  # some releases write to it
@@ -210,7 +210,7 @@ def test_training_does_not_go_on_from_other_inputs(copy: Path) -> None:
     assert "[export] not started: stage 'dense_ct' has not finished" in answer.text
 
 
-def test_after_a_failed_stage_the_later_ones_refuse(plan: RunPlan, tmp_path: Path) -> None:
+def test_later_stages_refuse_after_a_failed_one(plan: RunPlan, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     replace(plan, corpus=str(tmp_path / "absent.yaml")).write(run_dir)
     answer = run_in_own_process("import", run_dir)

@@ -17,6 +17,6 @@ pytestmark = pytest.mark.slow
     [(1, False), (2, True)],  # `make soak` has the third: one rank that saves asynchronously
     ids=["one rank, synchronous saves", "two ranks, asynchronous saves"],
 )
-def test_killed_training_goes_on_and_ends_bit_equal(tmp_path: Path, ranks: int, asynchronous: bool) -> None:
+def test_killed_training_resumes_and_ends_bit_equal(tmp_path: Path, ranks: int, asynchronous: bool) -> None:
     seen = soak_training(tmp_path, 4, ranks=ranks, asynchronous=asynchronous)
     assert sum(seen.values()) == 4

@@ -52,7 +52,7 @@ def test_every_step_has_a_complete_line(runs: Runs, alone: list[dict[str, Any]])
     assert alone[-1]["loss"] < alone[0]["loss"] - 0.1
 
 
-def test_the_settings_that_act_stand_beside_the_metrics(runs: Runs, alone: list[dict[str, Any]]) -> None:
+def test_training_json_holds_the_settings_that_act(runs: Runs, alone: list[dict[str, Any]]) -> None:
     settings = json.loads((runs.folder / "alone/training.json").read_text())
     assert settings == {
         "max_steps": 6,
@@ -110,7 +110,7 @@ def test_a_finished_run_is_not_upcycled_again(runs: Runs, alone: list[dict[str, 
     assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(runs: Runs, alone: list[dict[str, Any]]) -> None:
+def test_a_killed_run_resumes_from_its_last_checkpoint(runs: Runs, alone: list[dict[str, Any]]) -> None:
     """Killed after step 5, with the checkpoint of step 4 behind it: the same numbers as never stopped."""
     with pytest.raises(RuntimeError, match="rank 0 died"):
         runs.train("killed", 1, steps=6, every=2, kill=5)

@@ -91,7 +91,7 @@ def shrink(recipe: Any, *, max_steps: int, checkpoint_every: int | None, precisi
     return recipe
 
 
-def tiny_pipeline(inputs: Path, run_dir: Path, moe: Any, twin: Any) -> Any:
+def tiny_pipeline(inputs: Path, run_dir: Path, moe: Any, dense_ct: Any) -> Any:
     """Return the demo's chain on the parent, corpus and evaluation that lie in `inputs`, its recipes cut down."""
     import nemo_run as run
 
@@ -104,5 +104,5 @@ def tiny_pipeline(inputs: Path, run_dir: Path, moe: Any, twin: Any) -> Any:
         corpus=str(inputs / "texts/corpus.yaml"),
         evaluation=str(inputs / "evaluation.yaml"),
         pretrain=shrink(moe, max_steps=6, checkpoint_every=2),
-        dense_ct=shrink(twin, max_steps=6, checkpoint_every=2),
+        dense_ct=shrink(dense_ct, max_steps=6, checkpoint_every=2),
     )

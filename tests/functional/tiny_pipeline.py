@@ -31,10 +31,10 @@ class SlowSteps(Callback):
 def tiny(inputs: str, ranks: int = 2, slow: float = 0.0) -> run.Partial:
     """The chain on a tiny parent."""
     moe = smollm2_135m_e8t2.pretrain_recipe(num_gpus_per_node=ranks, expert_parallelism=ranks)
-    twin = smollm2_135m_dense_ct.pretrain_recipe(num_gpus_per_node=ranks)
+    dense_ct = smollm2_135m_dense_ct.pretrain_recipe(num_gpus_per_node=ranks)
     if slow:
         moe.trainer.callbacks.append(run.Config(SlowSteps, seconds=slow))
-    return tiny_pipeline(Path(inputs), Path(inputs) / "run", moe, twin)
+    return tiny_pipeline(Path(inputs), Path(inputs) / "run", moe, dense_ct)
 
 
 if __name__ == "__main__":

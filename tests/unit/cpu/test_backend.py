@@ -29,7 +29,7 @@ def test_every_patch_says_what_breaks_without_it_and_needs_no_other_one() -> Non
         run_ranks(_install_only, 1, patch.__name__)
 
 
-def test_fast_bf16_is_what_the_processor_says() -> None:
+def test_cpu_has_fast_bf16_agrees_with_the_processor_flags() -> None:
     with open("/proc/cpuinfo") as handle:
         flags = set(handle.read().split())
     assert cpu_has_fast_bf16() == bool(flags & {"avx512_bf16", "amx_bf16", "bf16", "svebf16"})

@@ -121,7 +121,7 @@ def test_llama_3_8b_and_its_eight_experts() -> None:
         ({"rope_scaling": {"type": "mrope", "rope_type": "default"}}, ["rope_scaling: type: got 'mrope'"]),
     ],
 )
-def test_what_does_not_fit_is_named(changes: dict, words: list[str]) -> None:
+def test_a_layout_that_does_not_fit_is_refused_by_name(changes: dict, words: list[str]) -> None:
     with pytest.raises(CheckpointError) as caught:
         architecture_from_config(LLAMA3_8B | changes)
     for word in words:

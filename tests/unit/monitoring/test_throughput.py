@@ -27,7 +27,7 @@ def dense() -> Architecture:
     return architecture_of(llama3_8b_dense_ct.model().config, VOCABULARY)
 
 
-def test_table_1_of_the_paper(moe: Architecture, dense: Architecture) -> None:
+def test_parameters_and_flops_match_table_1_of_the_paper(moe: Architecture, dense: Architecture) -> None:
     """FLOPs as printed; sizes as they are, and how the printed ones come about."""
     assert f"{dense.flops_per_token(SEQUENCE, causal=False) * SEQUENCE:.1e}" == "4.7e+14"
     assert f"{moe.flops_per_token(SEQUENCE, causal=False) * SEQUENCE:.1e}" == "7.5e+14"
@@ -41,7 +41,9 @@ def test_table_1_of_the_paper(moe: Architecture, dense: Architecture) -> None:
 @pytest.mark.parametrize(
     ("tokens_per_s_per_gpu", "tflops", "mfu"), [(5045, 462.8, 0.468), (4224, 387.5, 0.392), (4271, 391.8, 0.396)]
 )
-def test_table_2_of_the_paper(moe: Architecture, tokens_per_s_per_gpu: int, tflops: float, mfu: float) -> None:
+def test_mfu_matches_table_2_of_the_paper(
+    moe: Architecture, tokens_per_s_per_gpu: int, tflops: float, mfu: float
+) -> None:
     rates = Throughput(moe, SEQUENCE, 128, peaks_of("NVIDIA H100 80GB HBM3")).of(tokens_per_s_per_gpu * 128 * 10, 10.0)
     assert rates["tokens_per_s"] == tokens_per_s_per_gpu * 128
     assert rates["tokens_per_s_per_gpu"] == tokens_per_s_per_gpu
@@ -60,7 +62,7 @@ def test_a_card_is_found_by_the_drivers_name() -> None:
     assert peaks_of("a card of tomorrow") == {}
 
 
-def test_without_a_known_card_there_is_no_mfu(moe: Architecture) -> None:
+def test_an_unknown_card_has_no_mfu(moe: Architecture) -> None:
     throughput = Throughput(moe, SEQUENCE, 8, {})
     assert "mfu" not in throughput.of(1000, 1.0)
     assert throughput.describe() == (
@@ -89,7 +91,7 @@ def test_the_architecture_follows_the_configuration(changes: dict[str, Any], tot
     assert architecture_of(config, VOCABULARY).total_params == total
 
 
-def test_memory_is_this_processs_without_a_card() -> None:
+def test_memory_without_a_card_is_that_of_the_process() -> None:
     held, card = memory_gib()
     assert 0.05 < held < 1024
     assert card is None

@@ -27,7 +27,7 @@ class Kubeflow(run.Executor):
         self.client = threading.RLock()
 
 
-def test_an_executor_gets_nodes_and_ranks_by_its_own_names() -> None:
+def test_sized_sets_the_fields_of_the_executors_class() -> None:
     mine = Kubeflow()
     changed = sized(mine, 4, 8)
     assert (changed.num_nodes, changed.nprocs_per_node, mine.num_nodes) == (4, 8, 1)
@@ -38,7 +38,7 @@ def test_an_executor_gets_nodes_and_ranks_by_its_own_names() -> None:
         changed.ntasks_per_node  # noqa: B018
 
 
-def test_threads_are_the_users_where_set_and_else_do_not_outnumber_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_the_users_or_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert variables_for(1, None) == {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     assert variables_for(10_000, None) == {"OMP_NUM_THREADS": "1"}
@@ -48,7 +48,7 @@ def test_threads_are_the_users_where_set_and_else_do_not_outnumber_cores(monkeyp
     assert variables_for(2, mine) == {"OMP_NUM_THREADS": "5", "MINE": "1"}
 
 
-def test_a_stage_that_ended_as_the_signal_came_counts_as_finished(tmp_path: Path) -> None:
+def test_a_stage_that_ended_just_before_the_signal_counts_as_finished(tmp_path: Path) -> None:
     plan, stage = RunPlan("tiny", "asset://smollm2-135m", "sotu", "demo", "", None), STAGES[0]
     folder = stage.folder(tmp_path)
     inputs = folder.inputs(stage.settings_of(plan))

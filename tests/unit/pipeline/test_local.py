@@ -32,7 +32,7 @@ def processes_of(folder: Path) -> list[str]:
     return [line for line in lines if str(folder) in line]
 
 
-def test_every_rank_has_torchruns_variables_and_the_users(tmp_path: Path) -> None:
+def test_every_rank_gets_torchrun_and_user_variables(tmp_path: Path) -> None:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MINE")
     code = f"open(sys.argv[1] + '/rank' + os.environ['RANK'], 'w').write(' '.join(os.environ[n] for n in {names}))"
     with local.StopSignals() as stop:
@@ -41,7 +41,7 @@ def test_every_rank_has_torchruns_variables_and_the_users(tmp_path: Path) -> Non
     assert (tmp_path / "rank1").read_text() == "1 1 2 2 127.0.0.1 1"
 
 
-def test_when_a_rank_fails_the_others_end_and_its_last_words_are_shown(
+def test_a_failed_rank_ends_the_others_and_its_last_lines_are_shown(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     code = "sys.exit('rank 1 says why') if os.environ['RANK'] == '1' else time.sleep(600)"
@@ -51,7 +51,7 @@ def test_when_a_rank_fails_the_others_end_and_its_last_words_are_shown(
     assert capfd.readouterr().err.endswith("rank 1 says why\n")
 
 
-def test_a_mistake_that_every_rank_finds_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_that_every_rank_finds_is_shown_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with local.StopSignals() as stop:
         assert _run("sys.stderr.write('a mistake\\n'); sys.exit(2)", 2, tmp_path, stop) == 2
     assert capfd.readouterr().err == "a mistake\n"

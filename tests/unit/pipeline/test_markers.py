@@ -17,7 +17,7 @@ def test_a_stage_waits_for_those_before_it(tmp_path: Path) -> None:
         stage.inputs({})
 
 
-def test_changed_inputs_void_the_marker(tmp_path: Path) -> None:
+def test_changed_inputs_invalidate_the_marker(tmp_path: Path) -> None:
     first, second = StageFolder(tmp_path, "import"), StageFolder(tmp_path, "upcycle", ("import",))
     inputs = first.inputs({"dense": "a"})
     first.start(inputs, resumable=False)
@@ -46,7 +46,7 @@ def test_resumable_work_refuses_other_inputs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "fix"), [(MARKER, "the stage then runs again"), ("_STARTED.json", "to lose that work")]
 )
-def test_a_damaged_note_is_refused_with_what_to_do(tmp_path: Path, name: str, fix: str, content: str) -> None:
+def test_a_damaged_marker_is_refused_with_the_fix(tmp_path: Path, name: str, fix: str, content: str) -> None:
     folder = StageFolder(tmp_path, "pretrain")
     folder.start({}, resumable=True)
     folder.finish({}, 1.0, {})

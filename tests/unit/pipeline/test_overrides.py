@@ -63,7 +63,7 @@ def _value(config: Any, path: str) -> Any:
 
 
 @pytest.mark.parametrize("name", ["smollm2_135m_e8t2", "smollm2_135m_dense_ct", "llama3_8b_e8t2"])
-def test_every_field_of_ours_can_be_overridden(name: str) -> None:
+def test_every_field_of_this_package_can_be_overridden(name: str) -> None:
     from nemo.collections.llm.api import pretrain
     from nemo_run.cli.lazy import LazyEntrypoint
 

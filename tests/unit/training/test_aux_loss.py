@@ -34,7 +34,7 @@ def _warnings(caplog: pytest.LogCaptureFixture) -> set[str]:
 
 
 @pytest.mark.parametrize("settings", UNUSUAL, ids=lambda value: next(iter(value)))
-def test_one_rank_has_every_coefficient_as_set(settings: dict[str, Any]) -> None:
+def test_every_coefficient_acts_as_set_on_one_rank(settings: dict[str, Any]) -> None:
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     from nemo_upcycle.training.aux_loss import act_as_set
@@ -57,7 +57,7 @@ def test_one_rank_has_every_coefficient_as_set(settings: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("changes", [{"num_experts": None}, {"moe_router_load_balancing_type": "none"}])
-def test_a_model_without_auxiliary_losses_has_nothing_to_say(changes: dict[str, Any]) -> None:
+def test_a_model_without_auxiliary_losses_reports_no_coefficient(changes: dict[str, Any]) -> None:
     from nemo_upcycle.training.aux_loss import act_as_set
 
     assert act_as_set(_config(**changes)) == []
@@ -79,7 +79,7 @@ def test_a_coefficient_that_starts_at_zero_is_corrected_for_the_steps_that_raise
     assert MoEAuxLossAutoScaler.main_loss_backward_scale == 1.0
 
 
-def test_a_megatron_without_a_name_that_is_needed_trains_with_a_warning(
+def test_a_megatron_without_the_needed_names_trains_with_a_warning(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from megatron.core.transformer.moe import moe_utils

@@ -66,7 +66,7 @@ def test_uneven_stages_fit_where_megatron_takes_them() -> None:
         ({"seq_length": 8191}, 512, ["seq-length: got 8191", "data.seq_length"]),
     ],
 )
-def test_what_does_not_fit_is_named(changes: dict[str, Any], ranks: int, words: list[str]) -> None:
+def test_a_layout_that_does_not_fit_is_refused_by_name(changes: dict[str, Any], ranks: int, words: list[str]) -> None:
     with pytest.raises(SpecError) as caught:
         _check(changes, ranks)
     for word in words:

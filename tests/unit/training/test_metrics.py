@@ -7,7 +7,7 @@ from pathlib import Path
 from nemo_upcycle.training.metrics import _keep_until
 
 
-def test_steps_that_will_be_done_again_and_torn_lines_are_dropped(tmp_path: Path) -> None:
+def test_resume_deletes_lines_of_repeated_steps_and_cut_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = ['{"step": 1, "loss": 3.0}', '{"step": 2, "loss": 2.5}', '{"step": 3, "loss": 2.0}', '{"step": 4, "lo']
     path.write_text("\n".join(lines))

@@ -64,7 +64,7 @@ def test_a_damaged_only_checkpoint_is_refused_by_name(dense: Path, checkpoints: 
     assert damaged.is_dir()
 
 
-def test_nemo_decides_where_names_carry_no_step(dense: Path, checkpoints: Path) -> None:
+def test_checkpoints_without_a_step_in_their_name_are_left_to_nemo(dense: Path, checkpoints: Path) -> None:
     """Such a checkpoint is saved over the last one, so that an unfinished one stands for work that is lost."""
     write(checkpoints, 9).rename(checkpoints / "model-last")
     assert _choose(dense) == checkpoints / "model-last"

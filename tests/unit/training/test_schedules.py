@@ -25,7 +25,7 @@ from nemo_upcycle.training.schedules import Anneal, LearningRateFactors, part_of
         ("embedding.word_embeddings.weight", "rest"),
     ],
 )
-def test_parts_go_by_the_name(name: str, part: str) -> None:
+def test_part_of_follows_the_parameter_name(name: str, part: str) -> None:
     assert part_of(name) == part
 
 
