@@ -1,7 +1,7 @@
-"""The command lines of `nemo upcycle pipeline` and, for recipes of ours, `nemo llm pretrain`.
+"""The command lines of `nemo upcycle pipeline` and, for this package's recipes, of `nemo llm pretrain`.
 
-NeMo-Run answers a mistake with the whole configuration and status 1. Here it is one message that names the argument,
-with the closest match, and status 2.
+NeMo-Run answers a mistake with the whole configuration and status 1. These contexts answer with one message that names
+the argument and the closest match, and with status 2.
 """
 
 import inspect
@@ -31,10 +31,10 @@ BAD_INPUT = 2
 
 
 class CheckedContext(run.cli.RunContext):
-    """Answers a mistake on the command line with one message and status 2."""
+    """Answer a mistake on the command line with one message and status 2."""
 
     def cli_execute(self, fn: Any, args: list[str], entrypoint_type: Any = "task") -> None:
-        """Check the words, then have NeMo-Run parse and execute them."""
+        """Check the arguments, then let NeMo-Run parse and execute them."""
         try:
             _check_words(args)
             super().cli_execute(fn, args, entrypoint_type)
@@ -44,7 +44,7 @@ class CheckedContext(run.cli.RunContext):
             raise SystemExit(BAD_INPUT) from None  # NeMo-Run turns every Exception into status 1
 
     def parse_args(self, args: list[str], lazy: bool = False) -> Any:
-        """Parse what is said of the executor."""
+        """Parse the arguments of the executor."""
         try:
             with _silent():
                 return super().parse_args(args, lazy)
@@ -56,7 +56,7 @@ class CheckedContext(run.cli.RunContext):
             raise UpcycleError(f"run.{' run.'.join(args)}: {_first_line(error)}.") from None
 
     def parse_fn(self, fn: Any, args: list[str], **default_kwargs: Any) -> Any:
-        """Parse everything else."""
+        """Parse the arguments of the task."""
         try:
             with _silent():
                 return super().parse_fn(fn, args, **default_kwargs)
@@ -64,7 +64,7 @@ class CheckedContext(run.cli.RunContext):
             raise self._explained(fn, args, error) from None
 
     def _explained(self, fn: Any, args: list[str], error: Exception) -> Exception:
-        """Return an error that names the argument which NeMo-Run stumbled over."""
+        """Return an error that names the argument at which NeMo-Run failed."""
         try:
             with _silent():
                 config = LazyEntrypoint(fn, factory=self.factory).resolve(ctx=self)
@@ -99,7 +99,7 @@ class CheckedContext(run.cli.RunContext):
 
 
 class PipelineContext(CheckedContext):
-    """Hands the pipeline its recipes as configurations (NeMo-Run would build them here, in the launching process)."""
+    """Pass recipes to the pipeline as configurations; NeMo-Run would build them in the launching process."""
 
     def _execute_experiment(self, fn: Any, experiment_args: list[str]) -> None:
         if self.to_yaml or self.to_toml or self.to_json:
@@ -160,7 +160,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_words(words: Sequence[str]) -> None:
-    """Refuse what NeMo-Run would pass over in silence: an option that does not exist, a word that sets nothing."""
+    """Refuse what NeMo-Run silently ignores: an option that does not exist, a word that sets nothing."""
     options = re.findall(r"--[a-z][a-z-]+", inspect.getsource(run.cli.RunContext.cli_command))  # it keeps no list
     for word in words:
         name, equals, value = word.partition("=")

@@ -1,4 +1,4 @@
-"""Recipes between the launcher and the stages: serialised as NeMo-Run does it, and placed into a run's folder."""
+"""Recipes between the launcher and the stages: serialised by NeMo-Run, checked, and pointed to a run's folder."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def dump_recipe(recipe: run.Partial) -> str:
 
 
 def load_recipe(text: str) -> run.Partial:
-    """Return the recipe of a text that `dump_recipe` made."""
+    """Return the recipe of a text from `dump_recipe`."""
     with quiet_imports():  # a stage's own process has not imported NeMo yet
         return ZlibJSONSerializer().deserialize(text)
 
 
 def write_recipes(run_dir: Path, recipes: Mapping[str, Any]) -> None:
-    """Write the recipes of a run as `recipes/NAME.yaml`, for people: one setting a line, named as an override is."""
+    """Write the recipes of a run as `recipes/NAME.yaml`, for people: one setting per line, named like an override."""
     folder = run_dir / "recipes"
     folder.mkdir(exist_ok=True)
     for name, recipe in recipes.items():
@@ -41,10 +41,10 @@ def write_recipes(run_dir: Path, recipes: Mapping[str, Any]) -> None:
 
 
 def settings(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every setting of a configuration as its path and its value in YAML, in the order in which it was made."""
+    """Yield every setting of a configuration as its path and its value in YAML, in the order of its arguments."""
     if isinstance(value, fdl.Buildable):
-        made = value.__fn_or_cls__
-        yield f"{path}.is" if path else "is", f"{made.__module__}.{made.__qualname__}"
+        target = value.__fn_or_cls__
+        yield f"{path}.is" if path else "is", f"{target.__module__}.{target.__qualname__}"
         for name, inner in value.__arguments__.items():
             yield from settings(inner, f"{path}.{name}" if path else name)
     elif isinstance(value, (list, tuple)) and any(isinstance(item, fdl.Buildable) for item in value):
@@ -65,10 +65,10 @@ def ranks_of(recipe: run.Partial, where: str = "") -> tuple[int, int]:
 
     Args:
         recipe: of a training job.
-        where: what an override of it begins with, for the text of errors.
+        where: prefix of its overrides, for the text of errors.
 
     Raises:
-        SpecError: it does not say how many.
+        SpecError: a number is missing or not valid.
     """
     return _whole(recipe, "num_nodes", 1, where), _whole(recipe, "devices", None, where)
 
@@ -88,7 +88,7 @@ def check_recipe(recipe: run.Partial, where: str = "") -> None:
 
     Args:
         recipe: of a training job.
-        where: what an override of it begins with, for the text of errors.
+        where: prefix of its overrides, for the text of errors.
 
     Raises:
         SpecError: layout, model, data and ranks do not fit, or the upcycling spec is not valid or not the model's.
@@ -105,10 +105,9 @@ def check_recipe(recipe: run.Partial, where: str = "") -> None:
 
 
 def _check_names(strategy: Any, where: str) -> None:
-    """Check the names of a strategy's settings: NeMo's takes any, and passes over those that nothing asks for."""
-    kinds = (*inspect.getmro(strategy.__fn_or_cls__), DistributedDataParallel)
-    made_by = [vars(kind)["__init__"] for kind in kinds if "__init__" in vars(kind)]
-    known = {name for made in made_by for name in inspect.signature(made).parameters}
+    """Check the names of a strategy's settings: NeMo's class takes any keyword and ignores unknown ones."""
+    classes = (*strategy.__fn_or_cls__.__mro__, DistributedDataParallel)
+    known = {name for cls in classes if "__init__" in vars(cls) for name in inspect.signature(cls.__init__).parameters}
     for name in strategy.__arguments__:
         if name not in known:
             raise SpecError(f"setting '{where}.{name}' does not exist.{did_you_mean(name, known, prefix=f'{where}.')}")

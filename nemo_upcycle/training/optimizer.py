@@ -1,7 +1,7 @@
 """NeMo's Megatron optimizer with settings of their own for router and experts, and an annealed load-balancing loss.
 
-NeMo's `scale_lr_cond` and `lr_mult` do not do it: they know one factor, and its cosine scheduler keeps the factor off
-the minimum (`min_lr`) and, with `constant_steps`, off every step. Here the scheduler sees plain learning rates and the
+NeMo's `scale_lr_cond` and `lr_mult` do not suffice: they take one factor, and its cosine scheduler does not apply it
+to the minimum (`min_lr`) nor, with `constant_steps`, to any step. Here the scheduler sees plain learning rates and the
 factors act within Megatron's own step only, so they work with every scheduler and no checkpoint holds them.
 """
 
@@ -27,8 +27,8 @@ from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.progress import show_messages
 
 
-#: What `lr_mult` holds in the parameter groups of each part. Megatron finds a group of a checkpoint by this value, so
-#: it names the part and is no factor: the factors may change when a run resumes.
+#: `lr_mult` in the parameter groups of each part. Megatron identifies a checkpoint's groups by this value, so it names
+#: the part and is no factor: the factors may change when a run resumes.
 _MARKS = {REST: 1.0, ROUTER: -1.0, EXPERTS: -2.0}
 _PARTS = {mark: part for part, mark in _MARKS.items()}
 
@@ -85,7 +85,7 @@ class UpcycleOptimizer(nl.MegatronOptimizerModule):
             warmup_steps=router_warmup_steps,
             freezes=router_warmup_freezes,
         )
-        # The start is the model's; it takes the place of this one when there is a model.
+        # The start is the model's coefficient, set in `_start_anneal` once there is a model.
         self.aux_loss = Anneal(start=0.0, end=aux_loss_end, steps=aux_loss_steps, shape=aux_loss_shape)
         self._router_configs: list[Any] = []
 
@@ -115,7 +115,7 @@ class UpcycleOptimizer(nl.MegatronOptimizerModule):
         return [optimizer]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say what differs from a plain run."""
+        """Report what differs from a plain run."""
         if torch.distributed.get_rank() == 0:
             for line in self._settings():
                 show_messages().info("%s", line)
@@ -123,7 +123,7 @@ class UpcycleOptimizer(nl.MegatronOptimizerModule):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Set the step's load-balancing coefficient; log what is not as usual."""
+        """Set the step's load-balancing coefficient; log it and the scaled learning rates."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         step = trainer.global_step
         if self.aux_loss.steps:
@@ -135,7 +135,7 @@ class UpcycleOptimizer(nl.MegatronOptimizerModule):
                 pl_module.log(f"lr_{part}", groups[0]["lr"] * self.factors.of(part, step), batch_size=1)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the model's configuration as it was."""
+        """Restore the model's configuration."""
         if self.aux_loss.steps:
             self._set_aux_loss(self.aux_loss.start)
 
@@ -181,7 +181,7 @@ def _build_groups_by_part(
 
 
 class _OnePart:
-    """A chunk of the model that shows the parameters of one part."""
+    """A view of a model chunk with the parameters of one part only."""
 
     def __init__(self, chunk: torch.nn.Module, part: str) -> None:
         self._chunk, self._part = chunk, part

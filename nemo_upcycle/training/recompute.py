@@ -10,12 +10,12 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 
 
 class RecomputeFirstSteps(Callback):
-    """Ends the recomputation of MoE layers after some steps.
+    """Recompute MoE layers in the first steps only.
 
-    An expert holds what its tokens need for the backward pass, so an unbalanced router can take many times the memory
-    of a balanced one, and fresh routers are unbalanced (practice 5 of arXiv 2412.09952, section 3.2). Recomputing
-    costs the forward pass of the MoE layers once more and changes no number. What a step does depends on its number
-    alone, so a resumed run goes on as it would have.
+    An expert keeps its tokens' activations for the backward pass, so an unbalanced router can take many times the
+    memory of a balanced one, and fresh routers are unbalanced (practice 5 of arXiv 2412.09952, section 3.2).
+    Recomputing repeats the forward pass of the MoE layers and changes no number. A step's behaviour depends on its
+    number alone, so a resumed run continues as if it had not stopped.
 
     Args:
         steps: how many steps recompute. The model's configuration must ask for it: `recompute_granularity="selective"`
@@ -38,6 +38,6 @@ class RecomputeFirstSteps(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Recompute or not, as the step's number says."""
+        """Switch recomputation according to the step."""
         for layer in self._layers:
             layer.moe_layer_recompute = trainer.global_step < self.steps

@@ -1,4 +1,4 @@
-"""Which checkpoint a restarted run goes on from: NeMo's `AutoResume`, but for runs that were killed at any moment."""
+"""Choose the checkpoint that a restarted run resumes from: NeMo's `AutoResume` for runs killed at any moment."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from nemo_upcycle.sources.checkpoints import by_step, is_marked, newest_checkpoi
 
 
 logger = logging.getLogger(__name__)
-#: Beside `checkpoints`: what is there is never read again.
+#: A folder beside `checkpoints` whose content is never read again.
 ASIDE = "checkpoints_aside"
 
 
 @dataclass(kw_only=True)
 class UpcycleResume(nl.AutoResume):
-    """NeMo's `AutoResume` that goes on from the complete checkpoint of the highest step, whatever else a kill left.
+    """NeMo's `AutoResume` that resumes from the complete checkpoint of the highest step, whatever else a kill left.
 
-    NeMo's own takes the newest folder that carries no marker, so it can take one that was half removed; and where the
-    only checkpoint is unfinished, because the run was killed in its first save, it refuses to start ever again. Here
-    such a run starts from its `restore_config`, as it did at first. What is marked NeMo deletes when training starts;
-    other checkpoints that are not complete, and complete `-last` ones of earlier steps, are moved aside.
+    NeMo's own takes the newest folder without an `-unfinished` marker, so it can take one that was half removed; and
+    it refuses to start again if the only checkpoint is unfinished because the run was killed in its first save. Such a
+    run starts from its `restore_config` here, as at first. NeMo deletes marked checkpoints when training starts;
+    other incomplete checkpoints, and complete `-last` ones of earlier steps, are moved aside.
 
     Takes the arguments of `nl.AutoResume`.
 
@@ -37,9 +37,9 @@ class UpcycleResume(nl.AutoResume):
     def _find_trainer_ckpt_path(self) -> Path | None:
         folder = Path(self.resume_from_directory or Path(AppState().log_dir) / "checkpoints")
         found = by_step(folder)
-        if not found or any(step_of(path) is None for path in found):  # msc:// is for NeMo, too
-            # Without a step in its name a checkpoint is saved over the one before it: if it is unfinished, what was
-            # trained is lost, and NeMo's refusal to start again unasked is right.
+        if not found or any(step_of(path) is None for path in found):  # NeMo handles msc:// too
+            # A checkpoint without a step in its name overwrites the one before it: if it is unfinished, the training
+            # is lost, and NeMo is right to refuse a new start.
             return super()._find_trainer_ckpt_path()
         chosen = newest_checkpoint(folder)
         if chosen is None:
@@ -50,10 +50,10 @@ class UpcycleResume(nl.AutoResume):
 
 
 def _require_never_saved(found: list[Path]) -> None:
-    """Check that nothing is lost by starting again.
+    """Check that starting from the dense checkpoint loses no training.
 
     Raises:
-        CheckpointError: a checkpoint was complete once, and there is no other.
+        CheckpointError: a checkpoint was complete once, and there is no other one.
     """
     damaged = [path for path in found if was_saved(path) and not is_marked(path)]
     if damaged:
@@ -66,7 +66,7 @@ def _require_never_saved(found: list[Path]) -> None:
 
 
 def _move_aside(found: list[Path], chosen: Path | None) -> None:
-    """Move what this run must not read again to `checkpoints_aside`; of other ranks none looks at it."""
+    """Move what this run must not read again to `checkpoints_aside`; no other rank looks at it."""
     for path in found:
         superseded = chosen is not None and path.name.endswith("-last") and path != chosen
         if is_marked(path) or path == chosen or (was_saved(path) and not superseded):

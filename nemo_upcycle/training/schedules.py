@@ -1,6 +1,6 @@
-"""How router and experts are trained differently from the rest, as plain functions of the global step.
+"""Learning-rate factors of router and experts and the load-balancing coefficient, as functions of the global step.
 
-Nothing is remembered from one step to the next: a run that resumes has the values of one that was never stopped.
+They have no state: a resumed run has the values of a run that was never stopped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a training job at once, and it says what it keeps."""
+"""End a training job at once on SIGTERM and Ctrl-C, and print what it keeps."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from nemo_upcycle.sources.checkpoints import newest_checkpoint
 
 
 class StopOnSignal(Callback):
-    """Ends this rank at SIGTERM and SIGINT; the first one tells which checkpoint the run goes on from.
+    """End this rank on SIGTERM and SIGINT; the first rank prints which checkpoint the run will resume from.
 
-    Without it Lightning takes note of SIGTERM and looks at it between two steps, so a job that hangs cannot be ended.
-    NeMo's `PreemptionCallback`, which saves before it ends, sets a handler of its own for SIGTERM, and has precedence.
+    Without it Lightning looks at a SIGTERM only between two steps, so a job that hangs cannot be ended. NeMo's
+    `PreemptionCallback`, which saves before it ends, sets its own handler for SIGTERM and takes precedence.
 
     Example:
         >>> recipe.trainer.callbacks.append(run.Config(StopOnSignal))  # doctest: +SKIP
@@ -50,7 +50,7 @@ class StopOnSignal(Callback):
         self._before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGINT)}
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Set the handlers of before again."""
+        """Restore the earlier handlers."""
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
