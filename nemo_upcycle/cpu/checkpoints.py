@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from nemo_upcycle.utils.attributes import temporarily_set
+
 
 _PR_SET_PDEATHSIG = 1  # of Linux: sys/prctl.h
 
@@ -75,11 +77,13 @@ def copy_views_as_they_are_written() -> None:
 
     def prepare_views(self: Any, plan: Any, planner: Any) -> None:
         resolve = planner.resolve_data
-        planner.resolve_data = lambda item: _deferred(resolve(item))
-        try:
+
+        def deferred(item: Any) -> Any:
+            data = resolve(item)
+            return _Later(data.detach().contiguous()) if isinstance(data, torch.Tensor) else data
+
+        with temporarily_set(planner, "resolve_data", deferred):
             prepare(self, plan, planner)
-        finally:
-            planner.resolve_data = resolve
         self.write_buckets = [
             (path, key, (data, [(item, later.tensor) for item, later in tensors]))
             for path, key, (data, tensors) in self.write_buckets
@@ -98,10 +102,6 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
     copy = torch.empty(tensor.shape, dtype=tensor.dtype)
     ctypes.memmove(copy.data_ptr(), tensor.data_ptr(), tensor.nbytes)
     return copy
-
-
-def _deferred(data: Any) -> Any:
-    return _Later(data.detach().contiguous()) if isinstance(data, torch.Tensor) else data
 
 
 def _end_with_parent() -> None:

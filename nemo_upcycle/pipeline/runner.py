@@ -39,15 +39,11 @@ def run_stage(name: str, dir: str) -> None:
         raise SystemExit(2) from None
 
 
-def _require_earlier(stage: Stage, run_dir: Path, plan: RunPlan) -> None:
-    """Abort if an earlier stage failed; local executors do not."""
-    if (broken := unfinished(STAGES[: STAGES.index(stage)], run_dir, plan)) is not None:
-        raise StageError(f"not started: stage '{broken}' has not finished in {run_dir}.")
-
-
 def _run(stage: Stage, run_dir: Path) -> None:
     plan = RunPlan.read(run_dir)
-    _require_earlier(stage, run_dir, plan)
+    # Abort if an earlier stage failed; local executors do not.
+    if (broken := unfinished(STAGES[: STAGES.index(stage)], run_dir, plan)) is not None:
+        raise StageError(f"not started: stage '{broken}' has not finished in {run_dir}.")
     folder = stage.folder(run_dir)
     inputs = folder.inputs(stage.settings_of(plan))
     # torchrun says RANK; srun alone, without a launcher, says SLURM_PROCID.

@@ -97,6 +97,7 @@ class MetricsLogger(Callback):
         assert self._throughput is not None
         now_s = time.monotonic()
         sampler = pl_module.trainer.datamodule.data_sampler  # type: ignore[attr-defined]
+        held, card = max(summed["memory"].tolist())  # of the rank that has held the most
         step_tokens = sampler.global_batch_size * sampler.seq_len
         line: dict[str, Any] = {
             "step": step,
@@ -106,7 +107,8 @@ class MetricsLogger(Callback):
             "tokens": step * step_tokens,
             "seconds": round(now_s - self._last_s, 3),
             **self._throughput.of(step_tokens, now_s - self._last_s),
-            **_most_memory(summed["memory"]),
+            "memory_gib": round(held, 3),
+            **({"memory_share": round(held / card, 4)} if card else {}),
         }
         self._last_s = now_s
         self._say(line, trainer.max_steps, now_s)
@@ -194,11 +196,6 @@ def _own_memory() -> torch.Tensor:
     held, card = memory_gib()
     memory[torch.distributed.get_rank()] = torch.tensor([held, card or 0.0])
     return memory
-
-
-def _most_memory(memory: torch.Tensor) -> dict[str, Any]:
-    held, card = memory[memory[:, 0].argmax()].tolist()
-    return {"memory_gib": round(held, 3)} | ({"memory_share": round(held / card, 4)} if card else {})
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
