@@ -26,41 +26,52 @@ class Kill(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train_rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> None:
-    """Build the recipe, cut it down, and call it: what `nemo llm pretrain` does on every rank."""
-    import fiddle as fdl
+def tiny_recipe(parent: str, data: str, folder: str, options: dict[str, Any]) -> Any:
+    """Return the demo's recipe for this process's ranks, cut down, and pointed to inputs and to the run's folder."""
     import nemo.utils
     import nemo_run as run
-    from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
     from nemo_upcycle.cpu.backend import use_cpu_backend
-    from nemo_upcycle.pipeline.recipes_io import check_recipe, place_recipe
+    from nemo_upcycle.pipeline.recipes_io import place_recipe
     from nemo_upcycle.recipes import smollm2_135m_e8t2
 
     use_cpu_backend()
     nemo.utils.logging.set_verbosity(nemo.utils.logging.ERROR)
     ranks = int(os.environ["WORLD_SIZE"])
     recipe = smollm2_135m_e8t2.pretrain_recipe(num_gpus_per_node=ranks, expert_parallelism=options.get("ep", 1))
-    shrink(recipe, max_steps=options["steps"], checkpoint_every=options.get("every"))
+    precision = options.get("precision", "32")
+    shrink(recipe, max_steps=options["steps"], checkpoint_every=options.get("every"), precision=precision)
     strategy = recipe.trainer.strategy
     strategy.tensor_model_parallel_size = options.get("tp", 1)
     strategy.sequence_parallel = options.get("tp", 1) > 1
     strategy.pipeline_model_parallel_size = options.get("pp", 1)
+    place_recipe(recipe, Path(folder), Path(parent), Path(data))
+    if "kill" in options:
+        recipe.trainer.callbacks.append(run.Config(Kill, step=options["kill"]))
+    return recipe
+
+
+def train_rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> None:
+    """Build the recipe and call it: what `nemo llm pretrain` does on every rank."""
+    import fiddle as fdl
+    import nemo_run as run
+    from nemo.lightning.pytorch.strategies.utils import RestoreConfig
+
+    from nemo_upcycle.pipeline.recipes_io import check_recipe
+
+    recipe = tiny_recipe(parent, data, folder, options)
     if every := options.get("validate_every"):
         trainer = recipe.trainer
         trainer.limit_val_batches, trainer.val_check_interval, trainer.num_sanity_val_steps = 1, every, 1
     if options.get("frozen"):
         recipe.optim.config.lr = recipe.optim.lr_scheduler.min_lr = 0.0
-    place_recipe(recipe, Path(folder), Path(parent), Path(data))
     if restore := options.get("restore"):
         recipe.resume.restore_config = run.Config(
             RestoreConfig, path=restore, load_optim_state=False, load_artifacts=False
         )
     else:
         check_recipe(recipe)
-    strategy.ckpt_async_save = options.get("asynchronous", False)
-    if "kill" in options:
-        recipe.trainer.callbacks.append(run.Config(Kill, step=options["kill"]))
+    recipe.trainer.strategy.ckpt_async_save = options.get("asynchronous", False)
     if "strike" in options:
         arm(options["strike"])
     fdl.build(recipe)()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ import torch
 
 from nemo_upcycle.training.schedules import Anneal, part_of
 from tests.distributed.ranks import run_ranks
-from tests.functional.runs import Kill
-from tests.functional.tiny import BATCH, LAYERS, prepare, shrink
+from tests.functional.runs import tiny_recipe
+from tests.functional.tiny import BATCH, LAYERS, prepare
 
 
 pytestmark = pytest.mark.slow
@@ -69,29 +68,13 @@ class Recorder(pl.Callback):
 
 
 def _rank(parent: str, data: str, folder: str, options: dict[str, Any], settings: dict[str, Any]) -> Any:
-    """Build the demo's recipe with `settings` for its optimizer, cut it down, train, return what the recorder kept."""
+    """Train the tiny recipe with `settings` for its optimizer; return what the recorder kept."""
     import fiddle as fdl
-    import nemo.utils
-    import nemo_run as run
 
-    from nemo_upcycle.cpu.backend import use_cpu_backend
-    from nemo_upcycle.pipeline.recipes_io import place_recipe
-    from nemo_upcycle.recipes import smollm2_135m_e8t2
     from nemo_upcycle.training.optimizer import UpcycleOptimizer
 
-    use_cpu_backend()
-    nemo.utils.logging.set_verbosity(nemo.utils.logging.ERROR)
-    recipe = smollm2_135m_e8t2.pretrain_recipe(
-        num_gpus_per_node=int(os.environ["WORLD_SIZE"]), expert_parallelism=options.get("ep", 1)
-    )
-    precision = options.get("precision", "32")
-    shrink(recipe, max_steps=options["steps"], checkpoint_every=options.get("every"), precision=precision)
-    strategy = recipe.trainer.strategy
-    strategy.tensor_model_parallel_size = options.get("tp", 1)
-    strategy.sequence_parallel = options.get("tp", 1) > 1
-    strategy.pipeline_model_parallel_size = options.get("pp", 1)
-    strategy.ddp.overlap_param_gather = False  # else the other ranks' shards arrive with the next forward pass
-    place_recipe(recipe, Path(folder), Path(parent), Path(data))
+    recipe = tiny_recipe(parent, data, folder, options)
+    recipe.trainer.strategy.ddp.overlap_param_gather = False  # else other ranks' shards arrive one step later
     fdl.update_callable(recipe.optim, UpcycleOptimizer)
     for name, value in settings.items():
         setattr(recipe.optim, name, value)
@@ -106,8 +89,6 @@ def _rank(parent: str, data: str, folder: str, options: dict[str, Any], settings
         recipe.optim.lr_scheduler = None
     if options.get("dense"):
         recipe.model.config.num_moe_experts, recipe.resume.restore_config.spec = None, None
-    if "kill" in options:
-        recipe.trainer.callbacks.append(run.Config(Kill, step=options["kill"]))
     job = fdl.build(recipe)
     recorder = Recorder()
     job.keywords["trainer"].callbacks.append(recorder)
