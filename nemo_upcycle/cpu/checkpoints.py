@@ -114,7 +114,7 @@ def _end_with_parent() -> None:
 class FolderQueue:
     """Pass pickled values of any size to this process from itself and its forks, in the order of their arrival.
 
-    A `multiprocessing.Queue` does not do: its pipe holds 64 KiB, and its owner joins the fork before it reads.
+    A `multiprocessing.Queue` would hang: its pipe holds 64 KiB, and Megatron joins the fork before it reads.
 
     Example:
         >>> reports = FolderQueue()

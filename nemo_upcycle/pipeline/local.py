@@ -1,7 +1,7 @@
 """Run a stage on this machine: one process per rank, none of which outlives the launcher.
 
-NeMo-Run's local executor does not do: it starts the next stage after a failed one, ends torchrun but not its workers,
-obeys only the second Ctrl-C, and torchrun prints its own traceback below the stage's message.
+NeMo-Run's local executor is not enough: it starts the next stage after a failed one, ends torchrun but not its
+workers, obeys only the second Ctrl-C, and torchrun prints its own traceback below the stage's message.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def run_ranks(
 
 def _start(command: Sequence[str], environment: Mapping[str, str], logs: Path, rank: int) -> subprocess.Popen[bytes]:
     own = {"PYTHONUNBUFFERED": "1", _LAUNCHER: str(os.getpid())}
-    logs.parent.mkdir(parents=True, exist_ok=True)
+    if rank:
+        logs.parent.mkdir(parents=True, exist_ok=True)
     with _log_of(logs, rank).open("wb") if rank else contextlib.nullcontext() as log:
         # A session of its own: Ctrl-C reaches the launcher alone, and a signal to the group all that the rank started.
         return subprocess.Popen(
