@@ -127,7 +127,7 @@ class PretrainContext(CheckedContext):
         if getattr(factory, "__module__", "").startswith("nemo_upcycle."):
             super().cli_execute(fn, args, entrypoint_type)
             return
-        plain = run.cli.RunContext(self.name)
+        plain = run.cli.RunContext(name=self.name)
         vars(plain).update(vars(self))
         plain.cli_execute(fn, args, entrypoint_type)
 
