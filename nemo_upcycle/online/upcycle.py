@@ -77,7 +77,10 @@ def load_dense_into(
     for model in models:
         if model.config.num_moe_experts:
             raise SpecError(
-                "num_moe_experts", got=model.config.num_moe_experts, expected="none", fix="use upcycle_into"
+                "num_moe_experts",
+                got=model.config.num_moe_experts,
+                expected="none",
+                fix="use upcycle_into, or give UpcycleConfig a spec",
             )
     return _fill(models, dense, None, progress, False)
 

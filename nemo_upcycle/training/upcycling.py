@@ -20,7 +20,6 @@ from nemo.utils.app_state import AppState
 
 from nemo_upcycle.cpu.backend import configure_for_cpu, use_cpu_backend
 from nemo_upcycle.data.dense import ensure_dense
-from nemo_upcycle.errors import SpecError
 from nemo_upcycle.online.receipt import ActingCoefficient, UpcycleReceipt
 from nemo_upcycle.online.upcycle import Progress, load_dense_into, upcycle_into
 from nemo_upcycle.sources import open_dense
@@ -133,15 +132,6 @@ def fill_chunks(chunks: list[torch.nn.Module], restore: UpcycleConfig) -> Upcycl
         SpecError: an MoE model without a spec, or a spec without an MoE model.
         CheckpointError: model and checkpoint do not fit.
     """
-    config: Any = chunks[0].config
-    experts = config.num_moe_experts
-    if bool(experts) != bool(restore.spec):
-        raise SpecError(
-            "model.config.num_moe_experts",
-            got=experts,
-            expected=f"to fit spec={restore.spec}",
-            fix="give UpcycleConfig a spec for an MoE model, and none for a dense one",
-        )
     total = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
     first = torch.distributed.get_rank() == 0
     paths = [restore.path, *(restore.branches or [])]
