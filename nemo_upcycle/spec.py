@@ -234,10 +234,6 @@ class UpcycleSpec:
         return {name: value for name, value in asdict(self).items() if name != "routed_scaling"}
 
 
-# NeMo-Run parses `spec.routed_scaling=2.5` by the annotation, and knows no InitVar.
-UpcycleSpec.__init__.__annotations__["routed_scaling"] = float
-
-
 def option_of(field: str) -> str:
     """Return what the command line calls a field of the spec.
 
