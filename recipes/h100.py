@@ -1,4 +1,4 @@
-"""What the recipes for H100 clusters share: the paper's training, the fast run, and the settings that all take.
+"""What the recipes for H100 clusters share: the paper's training, the trainer, the fast run and the dense baseline.
 
 How they differ from `performance_mode` of NeMo's own recipes, and why:
 
@@ -6,45 +6,120 @@ How they differ from `performance_mode` of NeMo's own recipes, and why:
   are spread (EP8) and never cut (expert-tensor parallelism 1): the paper's fastest row, and NeMo's own tuned row for
   Mixtral 8x7B on H100 in `scripts/performance`.
 - NeMo's reduces gradients in bfloat16. Here they stay in float32: a run that starts from a trained model makes small
-  steps (3e-5), and a sum over 512 sequences in 8 bits of mantissa loses what it is made of. There is room: the fast
-  layout of Llama 3 8B holds about 21 GiB of model states on 64 GPUs (derived).
+  steps (3e-5), and a sum over 512 sequences in 8 bits of mantissa loses them. There is room: the fast layout of
+  Llama 3 8B holds about 21 GiB of model states on 64 GPUs (derived).
 - Overlap of tensor-parallel communication stays off: experimental, and its tuned buffers are for other shapes.
 - What is the same: capacity factor 1 with padding (`MegatronTokenDropCallback`'s values, set in the model's
   configuration, where an override finds them), manual garbage collection, overlap of pipeline and data-parallel
   communication.
 """
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any, Optional
 
+import lightning.pytorch as pl
 import nemo_run as run
+import torch
+from lightning.pytorch.callbacks.callback import Callback
+from nemo import lightning as nl
 from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
-from nemo.collections.llm.recipes.precision import mixed_precision
+from nemo.collections.llm.api import pretrain
 from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
-from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 
-from nemo_upcycle.errors import SpecError
-from nemo_upcycle.recipes.common import checkpoints
-from nemo_upcycle.spec import ROUTER_ORDERS, check_capacity
-from nemo_upcycle.training.recompute import RecomputeFirstSteps
+from nemo_upcycle.recipes.common import checkpoints, start_from
+from nemo_upcycle.recipes.overrides import adjust
+from nemo_upcycle.spec import UpcycleSpec
 
 
 #: The paper gives tokens, not steps: 100B, at 512 sequences of 8192 a step (NeMo's batch for Llama 3).
 MAX_STEPS = 23_842
 #: Of Llama 3 and 3.1; the last id is the mock tokenizer's end of document.
 VOCABULARY = 128_256
-#: Megatron's names of Transformer Engine's FP8 recipes, and the NeMo precision of each.
-FP8_RECIPES = {
-    "delayed": mixed_precision.bf16_with_fp8_mixed,
-    "tensorwise": mixed_precision.bf16_with_fp8_current_scaling_mixed,
-    "blockwise": mixed_precision.bf16_with_fp8_subchannel_scaling_mixed,
-}
-DISPATCHERS = ("alltoall", "deepep")
+#: How long the fresh routers are given to find balance before activations of the MoE layers are kept.
+RECOMPUTE_MOE_STEPS = 500
+
+
+def moe_kernels(capacity_factor: Optional[float]) -> dict[str, Any]:
+    """Return the fields of a model config for experts on GPUs: grouped GEMM, fused permutation, the capacity."""
+    return {
+        "moe_grouped_gemm": True,
+        "moe_permute_fusion": True,
+        "moe_expert_capacity_factor": capacity_factor,
+        "moe_pad_expert_input_to_capacity": False,
+    }
+
+
+def moe_trainer(
+    dense_trainer: Callable[..., run.Config[nl.Trainer]],
+    *,
+    tensor_parallelism: int,
+    pipeline_parallelism: int,
+    virtual_pipeline_parallelism: Optional[int],
+    context_parallelism: int = 1,
+) -> Callable[..., run.Config[nl.Trainer]]:
+    """Return the `trainer` of an upcycling recipe: NeMo's for the dense model, with expert parallelism.
+
+    Args:
+        dense_trainer: `trainer` of NeMo's recipe for the dense model.
+        tensor_parallelism: default of the argument, as are the others.
+        pipeline_parallelism: stages.
+        virtual_pipeline_parallelism: chunks of each stage.
+        context_parallelism: ranks that share a sequence.
+    """
+
+    def trainer(
+        tensor_parallelism: int = tensor_parallelism,
+        pipeline_parallelism: int = pipeline_parallelism,
+        virtual_pipeline_parallelism: Optional[int] = virtual_pipeline_parallelism,
+        context_parallelism: int = context_parallelism,
+        sequence_parallelism: bool = True,
+        expert_parallelism: int = 8,
+        num_nodes: int = 64,
+        num_gpus_per_node: int = 8,
+        max_steps: int = MAX_STEPS,
+        callbacks: Optional[list[run.Config[Callback]]] = None,
+    ) -> run.Config[nl.Trainer]:
+        """Configure the NeMo Lightning Trainer; tensor parallelism does not cut the experts.
+
+        Args:
+            tensor_parallelism (int): Degree of tensor model parallelism.
+            pipeline_parallelism (int): Degree of pipeline model parallelism.
+            virtual_pipeline_parallelism (int | None): Size of virtual pipeline parallelism.
+            context_parallelism (int): Degree of context parallelism.
+            sequence_parallelism (bool): Whether to use sequence parallelism; MoE under tensor parallelism needs it.
+            expert_parallelism (int): Degree of expert parallelism.
+            num_nodes (int): Number of compute nodes to use.
+            num_gpus_per_node (int): Number of GPUs per node.
+            max_steps (int): Maximum number of training steps.
+            callbacks (list[run.Config[Callback]] | None): List of callback configurations.
+
+        Returns:
+            run.Config[nl.Trainer]: Configuration for the NeMo Lightning Trainer.
+        """
+        config = dense_trainer(
+            tensor_parallelism=tensor_parallelism,
+            pipeline_parallelism=pipeline_parallelism,
+            pipeline_parallelism_type=torch.bfloat16,
+            virtual_pipeline_parallelism=virtual_pipeline_parallelism,
+            context_parallelism=context_parallelism,
+            sequence_parallelism=sequence_parallelism,
+            num_nodes=num_nodes,
+            num_gpus_per_node=num_gpus_per_node,
+            max_steps=max_steps,
+            callbacks=callbacks,
+        )
+        config.strategy.expert_model_parallel_size = expert_parallelism
+        config.strategy.expert_tensor_parallel_size = 1
+        return config
+
+    return trainer
 
 
 def paper_training(recipe: run.Partial) -> run.Partial:
     """Set schedule, data and checkpoints of the paper's training in a NeMo recipe for Llama 3, in place.
 
-    Stated: 100B tokens, learning rate 3e-5 to 3e-7, cosine, 100 steps of warm-up. Left as NeMo has them, for the paper
+    Stated: 100B tokens, learning rate 3e-5 to 3e-7, cosine, 100 steps of warm-up. Kept as NeMo has them, for the paper
     does not say: batches of 512 x 8192 tokens (4.2M, what He et al., arXiv 2410.07524, found best), Adam (0.9, 0.95),
     weight decay 0.1, clipping at 1. The mock data has Llama's vocabulary, so that a run needs no file.
     """
@@ -59,26 +134,43 @@ def paper_training(recipe: run.Partial) -> run.Partial:
     return recipe
 
 
-def moe_kernels(capacity_factor: Optional[float]) -> dict[str, Any]:
-    """Return the fields of a model config for experts on GPUs: grouped GEMM, fused permutation, the capacity."""
-    return {
-        "moe_grouped_gemm": True,
-        "moe_permute_fusion": True,
-        "moe_expert_capacity_factor": capacity_factor,
-        "moe_pad_expert_input_to_capacity": False,
-    }
+def upcycled(
+    recipe: run.Partial,
+    model: run.Config[pl.LightningModule],
+    trainer: Callable[..., run.Config[nl.Trainer]],
+    dense: str,
+    spec: UpcycleSpec,
+) -> run.Partial:
+    """Turn NeMo's recipe of a dense model into the paper's training of the upcycled one, in place.
+
+    Args:
+        recipe: of the dense model.
+        model: the upcycled model, which replaces its model.
+        trainer: of the upcycled model; makes the trainer for the recipe's nodes and callbacks.
+        dense: the dense checkpoint to start from: a folder or `hf://ORG/NAME`.
+        spec: how to upcycle.
+
+    Returns:
+        The recipe.
+    """
+    recipe = paper_training(recipe)
+    old = recipe.trainer
+    recipe.model = model
+    recipe.trainer = trainer(num_nodes=old.num_nodes, num_gpus_per_node=old.devices, callbacks=old.callbacks)
+    return adjust(start_from(recipe, dense, spec), recompute_moe_steps=RECOMPUTE_MOE_STEPS, comm_overlap=True)
 
 
 def fast_run(recipe: run.Partial, tensor_parallelism: int, context_parallelism: int) -> run.Partial:
     """Turn a recipe into its fast run, in place: capacity factor 1 with padding, communication overlapped.
 
     Every expert computes exactly its capacity, so shapes are static, memory does not depend on the router, and
-    nothing needs recomputation. What does not fit is dropped, so the model of step 0 is not quite the dense one.
+    nothing needs recomputation. Tokens beyond the capacity are dropped, so the model of step 0 is not quite the dense
+    one.
 
     Args:
         recipe: of an upcycled model.
         tensor_parallelism: of the attention; above 1 with sequence parallelism.
-        context_parallelism: sequences are cut by it.
+        context_parallelism: ranks that share a sequence.
     """
     recipe.trainer.callbacks = [
         *(recipe.trainer.callbacks or []),
@@ -95,139 +187,45 @@ def fast_run(recipe: run.Partial, tensor_parallelism: int, context_parallelism: 
     )
 
 
-def adjust(
-    recipe: run.Partial,
-    *,
-    fp8_recipe: Optional[str] = None,
-    capacity_factor: Optional[float] = None,
-    pad_to_capacity: Optional[bool] = None,
-    router_order: Optional[str] = None,
-    scale_output: Optional[bool] = None,
-    dispatcher: Optional[str] = None,
-    recompute_moe_steps: Optional[int] = None,
-    comm_overlap: Optional[bool] = None,
-    tensor_parallelism: Optional[int] = None,
-    pipeline_parallelism: Optional[int] = None,
-    virtual_pipeline_parallelism: Optional[int] = None,
-    context_parallelism: Optional[int] = None,
-    expert_parallelism: Optional[int] = None,
-    expert_tensor_parallelism: Optional[int] = None,
-) -> run.Partial:
-    """Change single settings of an upcycling recipe, in place. None leaves a setting as it stands.
+def dense_baseline(name: str, nemo_recipe: ModuleType, dense: str) -> Callable[..., run.Partial]:
+    """Register and return the `pretrain_recipe` of a dense baseline: the dense model, trained as the upcycled one is.
 
     Args:
-        recipe: of an upcycled model.
-        fp8_recipe: `delayed`, `tensorwise` (current scaling) or `blockwise`.
-        capacity_factor: token slots of an expert, over those of perfect balance; 0 drops nothing (dropless).
-        pad_to_capacity: let every expert compute its whole capacity.
-        router_order: `topk_softmax` (Mixtral type) or `softmax_topk` (ST type).
-        scale_output: scale the experts' down projection where the router's order asks for it (`output_scale`).
-        dispatcher: `alltoall` or `deepep`.
-        recompute_moe_steps: recompute the MoE layers in so many first steps; 0 never.
-        comm_overlap: overlap messages between pipeline stages, gradients and parameters with computation.
-        tensor_parallelism: of the attention; above 1 with sequence parallelism.
-        pipeline_parallelism: stages.
-        virtual_pipeline_parallelism: chunks of each stage; 1 without interleaving.
-        context_parallelism: sequences are cut by it.
-        expert_parallelism: experts are spread over so many ranks.
-        expert_tensor_parallelism: each expert is cut by it.
-
-    Returns:
-        The recipe.
-
-    Raises:
-        SpecError: a name is unknown, or settings contradict each other.
+        name: of the recipe.
+        nemo_recipe: NeMo's recipe module of the model, whose layout is kept.
+        dense: the checkpoint to start from, by default.
     """
-    config, strategy = recipe.model.config, recipe.trainer.strategy
-    if capacity_factor is not None:
-        config.moe_expert_capacity_factor = capacity_factor or None
-    if pad_to_capacity is not None:
-        config.moe_pad_expert_input_to_capacity = pad_to_capacity
-    if router_order is not None:
-        if router_order not in ROUTER_ORDERS:
-            raise SpecError.unknown("router_order", router_order, ROUTER_ORDERS)
-        recipe.resume.restore_config.spec.router_order = router_order
-        config.moe_router_pre_softmax = router_order == "softmax_topk"
-    if scale_output is not None:
-        recipe.resume.restore_config.spec.output_scale = "exact" if scale_output else "none"
-    if dispatcher is not None:
-        _dispatch(config, dispatcher)
-    if recompute_moe_steps is not None:
-        _recompute(recipe, recompute_moe_steps)
-    if comm_overlap is not None:
-        overlap = run.Config(MegatronCommOverlapCallback, tp_comm_overlap=False) if comm_overlap else None
-        _replace_callback(recipe, MegatronCommOverlapCallback, overlap)
-        strategy.ddp.overlap_grad_reduce = strategy.ddp.overlap_param_gather = comm_overlap
-    sizes = {
-        "tensor_model_parallel_size": tensor_parallelism,
-        "pipeline_model_parallel_size": pipeline_parallelism,
-        "context_parallel_size": context_parallelism,
-        "expert_model_parallel_size": expert_parallelism,
-        "expert_tensor_parallel_size": expert_tensor_parallelism,
-    }
-    for name, size in sizes.items():
-        if size is not None:
-            setattr(strategy, name, size)
-    if tensor_parallelism is not None:
-        strategy.sequence_parallel = tensor_parallelism > 1
-    if virtual_pipeline_parallelism is not None:
-        strategy.virtual_pipeline_model_parallel_size = (
-            virtual_pipeline_parallelism if virtual_pipeline_parallelism > 1 else None
-        )
-    if fp8_recipe is not None:
-        _compute_in_fp8(recipe, fp8_recipe)
-    _check(config)
-    return recipe
 
+    @run.cli.factory(target=pretrain, name=name)
+    def pretrain_recipe(
+        dir: Optional[str] = None,
+        name: str = name,
+        num_nodes: int = 64,
+        num_gpus_per_node: int = 8,
+        performance_mode: bool = False,
+        dense: str = dense,
+        fn: Callable = pretrain,
+    ) -> run.Partial:
+        """Create a recipe that trains a dense model on, with data, batches and schedule of the upcycled run.
 
-def _dispatch(config: run.Config, dispatcher: str) -> None:
-    if dispatcher not in DISPATCHERS:
-        raise SpecError.unknown("dispatcher", dispatcher, DISPATCHERS)
-    is_deepep = dispatcher == "deepep"
-    config.moe_token_dispatcher_type = "flex" if is_deepep else "alltoall"
-    config.moe_enable_deepep = is_deepep
-    if is_deepep:
-        config.moe_router_dtype = "fp32"  # DeepEP sends weights in float32 only
+        Args:
+            dir (str | None): Directory for saving logs and checkpoints.
+            name (str): Name of the run.
+            num_nodes (int): Number of compute nodes to use.
+            num_gpus_per_node (int): Number of GPUs per node.
+            performance_mode (bool): NeMo's own optimizations of this model.
+            dense (str): The dense checkpoint to start from: a folder or `hf://ORG/NAME`.
+            fn (Callable): The pretraining function to use.
 
+        Returns:
+            run.Partial: Partial configuration for pretraining.
 
-def _recompute(recipe: run.Partial, steps: int) -> None:
-    config = recipe.model.config
-    config.recompute_granularity, config.recompute_modules = ("selective", ["moe"]) if steps else (None, None)
-    callback = run.Config(RecomputeFirstSteps, steps=steps) if steps else None
-    _replace_callback(recipe, RecomputeFirstSteps, callback)
+        Examples:
+            CLI usage:
+                $ nemo llm pretrain --factory llama3_8b_dense_ct --dryrun
+                $ nemo llm pretrain --factory "llama3_8b_dense_ct(dense='/models/dense')" --yes
+        """
+        recipe = nemo_recipe.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, performance_mode, fn)
+        return start_from(paper_training(recipe), dense, None)
 
-
-def _replace_callback(recipe: run.Partial, kind: type, callback: Optional[run.Config]) -> None:
-    others = [item for item in recipe.trainer.callbacks or [] if item.__fn_or_cls__ is not kind]
-    recipe.trainer.callbacks = [*others, callback] if callback else others
-
-
-def _compute_in_fp8(recipe: run.Partial, name: str) -> None:
-    """Let Transformer Engine multiply in FP8; weights stay in bfloat16.
-
-    Weights kept in FP8 (`fp8_param_gather`, on in two of NeMo's three precisions) are not for a run that starts by
-    upcycling: it fills parameters through views, which such tensors do not have, and the float32 masters are taken
-    from what was filled: they would keep 8 bits of the dense checkpoint.
-    """
-    name = {"current": "tensorwise"}.get(name, name)
-    if name not in FP8_RECIPES:
-        raise SpecError.unknown("fp8_recipe", name, [*FP8_RECIPES, "current"])
-    recipe.trainer.plugins = FP8_RECIPES[name]()
-    recipe.trainer.plugins.fp8_param_gather = False
-    config = recipe.model.config
-    # The precision sets these, too, but after the model's configuration has checked itself.
-    config.fp8, config.fp8_recipe = "hybrid", name
-    # FP8 multiplies tokens in groups of 16; an expert that is padded to its capacity has whole ones already.
-    config.moe_router_padding_for_fp8 = not config.moe_pad_expert_input_to_capacity
-
-
-def _check(config: run.Config) -> None:
-    pad = config.moe_pad_expert_input_to_capacity
-    check_capacity(config.moe_expert_capacity_factor, pad, config.num_moe_experts, config.moe_router_topk)
-    if config.moe_pad_expert_input_to_capacity and config.moe_enable_deepep:
-        raise SpecError(
-            "dispatcher",
-            got="deepep",
-            expected="alltoall with pad_to_capacity",
-            fix="set pad_to_capacity=False, or dispatcher='alltoall'",
-        )
+    return pretrain_recipe

@@ -1,0 +1,200 @@
+"""The settings that every upcycling recipe takes as arguments, stated once in `adjust`.
+
+`with_overrides` adds them to a recipe. It is a decorator, because NeMo's users read a recipe's own signature and
+docstring, and NeMo-Run parses the command line by them: each recipe keeps `pretrain_recipe(dir, name, ...)` as NeMo
+writes it, and the shared arguments appear in both.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Optional
+
+import nemo_run as run
+from nemo.collections.llm.recipes.precision import mixed_precision
+from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
+
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.planning.workload import DISPATCHERS
+from nemo_upcycle.spec import ROUTER_ORDERS, check_capacity
+from nemo_upcycle.training.recompute import RecomputeFirstSteps
+
+
+#: Megatron's names of Transformer Engine's FP8 recipes, and the NeMo precision of each.
+FP8_RECIPES = {
+    "delayed": mixed_precision.bf16_with_fp8_mixed,
+    "tensorwise": mixed_precision.bf16_with_fp8_current_scaling_mixed,
+    "blockwise": mixed_precision.bf16_with_fp8_subchannel_scaling_mixed,
+}
+
+
+def adjust(
+    recipe: run.Partial,
+    *,
+    fp8_recipe: Optional[str] = None,
+    capacity_factor: Optional[float] = None,
+    pad_to_capacity: Optional[bool] = None,
+    router_order: Optional[str] = None,
+    scale_output: Optional[bool] = None,
+    dispatcher: Optional[str] = None,
+    recompute_moe_steps: Optional[int] = None,
+    comm_overlap: Optional[bool] = None,
+    tensor_parallelism: Optional[int] = None,
+    pipeline_parallelism: Optional[int] = None,
+    virtual_pipeline_parallelism: Optional[int] = None,
+    context_parallelism: Optional[int] = None,
+    expert_parallelism: Optional[int] = None,
+    expert_tensor_parallelism: Optional[int] = None,
+) -> run.Partial:
+    """Change single settings of an upcycling recipe, in place. None keeps a setting.
+
+    Args:
+        recipe (run.Partial): Recipe of an upcycled model.
+        fp8_recipe (str | None): Compute in FP8: `delayed`, `tensorwise` (current scaling) or `blockwise`.
+        capacity_factor (float | None): Token slots of an expert over those of perfect balance; 0 is dropless.
+        pad_to_capacity (bool | None): Let every expert compute its whole capacity.
+        router_order (str | None): `topk_softmax` (Mixtral type) or `softmax_topk` (ST type).
+        scale_output (bool | None): Scale the experts' down projection where the router's order asks for it.
+        dispatcher (str | None): `alltoall` or `deepep`.
+        recompute_moe_steps (int | None): Recompute the MoE layers in the first steps, this many; 0 never.
+        comm_overlap (bool | None): Overlap pipeline and data-parallel communication with computation.
+        tensor_parallelism (int | None): Degree of tensor model parallelism; above 1 with sequence parallelism.
+        pipeline_parallelism (int | None): Degree of pipeline model parallelism.
+        virtual_pipeline_parallelism (int | None): Size of virtual pipeline parallelism; 1 without.
+        context_parallelism (int | None): Degree of context parallelism.
+        expert_parallelism (int | None): Degree of expert parallelism.
+        expert_tensor_parallelism (int | None): Degree of tensor parallelism of the experts.
+
+    Returns:
+        run.Partial: The recipe.
+
+    Raises:
+        SpecError: a name is unknown, or settings contradict each other.
+    """
+    config, strategy = recipe.model.config, recipe.trainer.strategy
+    if capacity_factor is not None:
+        config.moe_expert_capacity_factor = capacity_factor or None
+    if pad_to_capacity is not None:
+        config.moe_pad_expert_input_to_capacity = pad_to_capacity
+    if router_order is not None:
+        if router_order not in ROUTER_ORDERS:
+            raise SpecError.unknown("router_order", router_order, ROUTER_ORDERS)
+        recipe.resume.restore_config.spec.router_order = router_order
+        config.moe_router_pre_softmax = router_order == "softmax_topk"
+    if scale_output is not None:
+        recipe.resume.restore_config.spec.output_scale = "exact" if scale_output else "none"
+    if dispatcher is not None:
+        _dispatch(config, dispatcher)
+    if recompute_moe_steps is not None:
+        _recompute(recipe, recompute_moe_steps)
+    if comm_overlap is not None:
+        overlap = run.Config(MegatronCommOverlapCallback, tp_comm_overlap=False) if comm_overlap else None
+        _replace_callback(recipe, MegatronCommOverlapCallback, overlap)
+        strategy.ddp.overlap_grad_reduce = strategy.ddp.overlap_param_gather = comm_overlap
+    sizes = {
+        "tensor_model_parallel_size": tensor_parallelism,
+        "pipeline_model_parallel_size": pipeline_parallelism,
+        "context_parallel_size": context_parallelism,
+        "expert_model_parallel_size": expert_parallelism,
+        "expert_tensor_parallel_size": expert_tensor_parallelism,
+    }
+    for name, size in sizes.items():
+        if size is not None:
+            setattr(strategy, name, size)
+    if tensor_parallelism is not None:
+        strategy.sequence_parallel = tensor_parallelism > 1
+    if virtual_pipeline_parallelism is not None:
+        chunks = virtual_pipeline_parallelism if virtual_pipeline_parallelism > 1 else None
+        strategy.virtual_pipeline_model_parallel_size = chunks
+    if fp8_recipe is not None:
+        _compute_in_fp8(recipe, fp8_recipe)
+    _check(config)
+    return recipe
+
+
+def with_overrides(recipe: Callable[..., run.Partial]) -> Callable[..., run.Partial]:
+    """Give a recipe the arguments of `adjust`, in signature and docstring, and apply them to its result.
+
+    Args:
+        recipe: `pretrain_recipe` of an upcycled model; its last argument, and the last in its docstring, is `fn`.
+
+    Returns:
+        The function to register with `run.cli.factory`.
+
+    Example:
+        >>> @run.cli.factory(target=pretrain, name=NAME)  # doctest: +SKIP
+        ... @with_overrides
+        ... def pretrain_recipe(dir=None, name=NAME, num_nodes=64, ..., fn=pretrain): ...
+    """
+    own = inspect.signature(recipe)
+    *first, last = own.parameters.values()
+    added = [
+        parameter.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        for parameter in list(inspect.signature(adjust).parameters.values())[1:]
+    ]
+    signature = own.replace(parameters=[*first, *added, last])
+
+    @functools.wraps(recipe)
+    def wrapped(*args: Any, **kwargs: Any) -> run.Partial:
+        given = signature.bind(*args, **kwargs).arguments
+        overrides = {parameter.name: given.pop(parameter.name, None) for parameter in added}
+        return adjust(recipe(**given), **overrides)
+
+    described = (inspect.getdoc(adjust) or "").partition("Args:\n")[2].partition("\n\n")[0].partition("\n")[2]
+    wrapped.__doc__ = (inspect.getdoc(recipe) or "").replace("    fn (", f"{described}\n    fn (", 1)
+    wrapped.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    wrapped.__signature__ = signature  # type: ignore[attr-defined]
+    return wrapped
+
+
+def _dispatch(config: run.Config, dispatcher: str) -> None:
+    if dispatcher not in DISPATCHERS:
+        raise SpecError.unknown("dispatcher", dispatcher, DISPATCHERS)
+    is_deepep = dispatcher == "deepep"
+    config.moe_token_dispatcher_type = "flex" if is_deepep else "alltoall"
+    config.moe_enable_deepep = is_deepep
+    if is_deepep:
+        config.moe_router_dtype = "fp32"  # DeepEP sends weights in float32 only
+
+
+def _recompute(recipe: run.Partial, steps: int) -> None:
+    config = recipe.model.config
+    config.recompute_granularity, config.recompute_modules = ("selective", ["moe"]) if steps else (None, None)
+    callback = run.Config(RecomputeFirstSteps, steps=steps) if steps else None
+    _replace_callback(recipe, RecomputeFirstSteps, callback)
+
+
+def _replace_callback(recipe: run.Partial, kind: type, callback: Optional[run.Config]) -> None:
+    kept = [item for item in recipe.trainer.callbacks or [] if item.__fn_or_cls__ is not kind]
+    recipe.trainer.callbacks = [*kept, callback] if callback else kept
+
+
+def _compute_in_fp8(recipe: run.Partial, name: str) -> None:
+    """Let Transformer Engine multiply in FP8; weights stay in bfloat16.
+
+    Weights kept in FP8 (`fp8_param_gather`, on in two of NeMo's three precisions) do not suit a run that starts by
+    upcycling: it fills parameters through views, which such tensors lack, and the float32 masters would be copies of
+    the FP8 weights, with 8 bits of the dense checkpoint.
+    """
+    name = {"current": "tensorwise"}.get(name, name)
+    if name not in FP8_RECIPES:
+        raise SpecError.unknown("fp8_recipe", name, [*FP8_RECIPES, "current"])
+    recipe.trainer.plugins = FP8_RECIPES[name]()
+    recipe.trainer.plugins.fp8_param_gather = False
+    config = recipe.model.config
+    # The precision sets these, too, but after the model's configuration has checked itself.
+    config.fp8, config.fp8_recipe = "hybrid", name
+    # FP8 multiplies tokens in groups of 16; an expert padded to its capacity has whole groups already.
+    config.moe_router_padding_for_fp8 = not config.moe_pad_expert_input_to_capacity
+
+
+def _check(config: run.Config) -> None:
+    pad = config.moe_pad_expert_input_to_capacity
+    check_capacity(config.moe_expert_capacity_factor, pad, config.num_moe_experts, config.moe_router_topk)
+    if config.moe_pad_expert_input_to_capacity and config.moe_enable_deepep:
+        raise SpecError(
+            "dispatcher",
+            got="deepep",
+            expected="alltoall with pad_to_capacity",
+            fix="set pad_to_capacity=False, or dispatcher='alltoall'",
+        )
