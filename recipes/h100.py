@@ -225,7 +225,9 @@ def dense_baseline(name: str, nemo_recipe: ModuleType, dense: str) -> Callable[.
                 $ nemo llm pretrain --factory llama3_8b_dense_ct --dryrun
                 $ nemo llm pretrain --factory "llama3_8b_dense_ct(dense='/models/dense')" --yes
         """
-        recipe = nemo_recipe.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, performance_mode, fn)
+        recipe = nemo_recipe.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, fn=fn)
+        if performance_mode:  # not an argument of all of NeMo's recipes
+            recipe = nemo_recipe.pretrain_performance_optimizations(recipe)
         return start_from(paper_training(recipe), dense, None)
 
     return pretrain_recipe

@@ -116,15 +116,13 @@ def _ranks(text: str, plan: Plan) -> list[dict[str, int]]:
     parts = [str(rank) for rank in range(layout.gpus)] if text == "all" else text.split(",")
     if not all(part.strip().isdecimal() for part in parts):
         raise SpecError("rank", got=text, expected="a number, 1,2,3 or all", fix="use --rank 0")
-    stages: dict[int, StagePlan] = {}
-    found = []
-    for rank in map(int, parts):
-        seat = layout.seat(rank)
-        if seat.pp not in stages:
-            stages[seat.pp] = StagePlan(plan.goal.arch, layout, plan.work, seat.pp)
-        stage = stages[seat.pp]
-        found.append({"rank": rank, "params": stage.params, "expert_params": stage.expert_params})
-    return found
+    ranks = [int(part) for part in parts]
+    stages = [layout.group_ranks(rank).pp for rank in ranks]
+    plans = {stage: StagePlan(plan.goal.arch, layout, plan.work, stage) for stage in set(stages)}
+    return [
+        {"rank": rank, "params": plans[stage].params, "expert_params": plans[stage].expert_params}
+        for rank, stage in zip(ranks, stages, strict=True)
+    ]
 
 
 def _check(subject: Subject, plan: Plan) -> dict[str, Any]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.mapping import ParamMapping, Sharding, hf_constants, hf_names, mapping_of_hf
+
+
+if TYPE_CHECKING:
+    import torch  # a second and a half, which the planner does without
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.sharding import Shard
 from nemo_upcycle.online.plan import ParamPlan, RankCoords, param_plans
-from nemo_upcycle.planning.layout import Layout, Seat
+from nemo_upcycle.planning.layout import GroupRanks, Layout
 from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec
@@ -62,17 +62,17 @@ class _Checker:
 
     def rank(self, rank: int, plan: StagePlan, engine: str | None) -> tuple[int, int]:
         """Build a rank; return its elements and the tensors that the read plan fills."""
-        seat = self.layout.seat(rank)
+        ranks = self.layout.group_ranks(rank)
         elements = tensors = 0
         with megatron_rank(self.layout, rank) as got:
-            _compare(rank, "tp, ep, etp, pp rank", got, (seat.tp, seat.ep, seat.etp, seat.pp))
+            _compare(rank, "tp, ep, etp, pp rank", got, (ranks.tp, ranks.ep, ranks.etp, ranks.pp))
             for number, chunk in enumerate(build_rank(self.arch, self.layout, engine)):
                 wanted = sum(param.numel for param in plan.chunks[number])
                 found = sum(parameter.numel() for parameter in chunk.parameters())
                 _compare(rank, f"parameters of chunk {number} ({engine or 'local'})", found, wanted)
                 elements += found
                 if self.dense is not None:
-                    tensors += _covered(chunk, self.dense, self.arch, self.spec, self.layout, seat, rank)
+                    tensors += _count_covered(chunk, self.dense, self.arch, self.spec, self.layout, ranks, rank)
         return elements, tensors
 
 
@@ -100,8 +100,8 @@ def check_layout_against_megatron(
     """
     kinds: dict[tuple[int, int, int, int], int] = {}
     for rank in range(layout.gpus):
-        seat = layout.seat(rank)
-        kinds.setdefault((seat.pp, seat.tp, seat.ep, seat.etp), rank)
+        ranks = layout.group_ranks(rank)
+        kinds.setdefault((ranks.pp, ranks.tp, ranks.ep, ranks.etp), rank)
     engines = TRANSFORMER_ENGINE if _has_transformer_engine() else ()
     stages = [stage * (layout.gpus // layout.pp) for stage in range(layout.pp)]
     jobs: list[tuple[int, str | None]] = [(rank, None) for rank in kinds.values()]
@@ -109,7 +109,7 @@ def check_layout_against_megatron(
     plans: dict[int, StagePlan] = {}
     checker, elements, tensors = _Checker(arch, layout, dense, spec), 0, 0
     for rank, engine in track(jobs, "check", total=len(jobs)):
-        stage = layout.seat(rank).pp
+        stage = layout.group_ranks(rank).pp
         if stage not in plans:
             plans[stage] = StagePlan(arch, layout, work, stage)
         found = checker.rank(rank, plans[stage], engine)
@@ -271,36 +271,36 @@ def transformer_config(arch: Architecture, layout: Layout) -> Any:
     return config
 
 
-def _covered(
+def _count_covered(
     chunk: Any,
     dense: Architecture,
-    made: Architecture,
+    moe_arch: Architecture,
     spec: UpcycleSpec | None,
     layout: Layout,
-    seat: Seat,
+    ranks: GroupRanks,
     rank: int,
 ) -> int:
     """Return the number of a chunk's parameters, after checking that the read plan fills each, and each row, once."""
-    place = RankCoords(Shard(seat.tp, layout.tp), Shard(seat.etp, layout.etp), Shard(seat.ep, layout.ep))
-    targets = param_plans(chunk, dense, made, spec, place, branch_of=lambda copy: 0)
-    names = sorted(name for target in targets for name in target.names)
+    coords = RankCoords(Shard(ranks.tp, layout.tp), Shard(ranks.etp, layout.etp), Shard(ranks.ep, layout.ep))
+    plans = param_plans(chunk, dense, moe_arch, spec, coords, branch_of=lambda copy: 0)
+    names = sorted(name for plan in plans for name in plan.names)
     _compare(rank, "parameters in the read plan", names, sorted(name for name, _ in chunk.named_parameters()))
-    for target in targets:
-        if target.source is not None:
-            _compare(rank, f"rows filled of {target.names[0]}", *_rows(target, made))
+    for plan in plans:
+        if plan.source is not None:
+            _compare(rank, f"rows filled of {plan.names[0]}", *_rows(plan, moe_arch))
     return len(names)
 
 
-def _rows(target: ParamPlan, made: Architecture) -> tuple[list[int], list[int]]:
-    """Return the rows that the pieces of a target fill, in order, and those that have to be filled."""
-    rows = target.tensors[0].shape[0]
+def _rows(plan: ParamPlan, moe_arch: Architecture) -> tuple[list[int], list[int]]:
+    """Return the rows that the slices of a plan fill, in order, and those that have to be filled."""
+    rows = plan.tensors[0].shape[0]
     filled = sorted(
         block * (rows // piece.blocks) + row
-        for piece in target.pieces
+        for piece in plan.pieces
         for block in range(piece.blocks)
         for row in range(*piece.rows)
     )
     real = rows
-    if target.row.role in ("embedding", "output"):
-        real = max(0, min(rows, made.vocab_size - target.shard.rank * rows))
+    if plan.row.role in ("embedding", "output"):
+        real = max(0, min(rows, moe_arch.vocab_size - plan.shard.rank * rows))
     return filled, list(range(real))

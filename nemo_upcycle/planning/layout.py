@@ -18,8 +18,8 @@ from nemo_upcycle.models.architecture import Architecture
 VOCABULARY_MULTIPLE = 128
 
 
-class Seat(NamedTuple):
-    """Where a rank stands in the groups of the dense part (tp, cp, dp, pp) and of the experts (etp, ep, expert_dp)."""
+class GroupRanks(NamedTuple):
+    """A rank's number in its groups: of the dense part (tp, cp, dp, pp) and of the experts (etp, ep, expert_dp)."""
 
     tp: int
     cp: int
@@ -113,8 +113,8 @@ class Layout:
         """Return how many micro-batches every rank works through in a step."""
         return global_batch // (self.dp * self.micro_batch)
 
-    def seat(self, rank: int) -> Seat:
-        """Return where a rank stands.
+    def group_ranks(self, rank: int) -> GroupRanks:
+        """Return the numbers of a rank in its groups.
 
         Raises:
             SpecError: there is no such rank.
@@ -126,7 +126,7 @@ class Layout:
         dp, pp = rest % self.dp, rest // self.dp
         etp, rest = rank % self.etp, rank // self.etp
         ep, rest = rest % self.ep, rest // self.ep
-        return Seat(tp, cp, dp, pp, etp, ep, rest % self.expert_dp)
+        return GroupRanks(tp, cp, dp, pp, etp, ep, rest % self.expert_dp)
 
     def chunks(self, arch: Architecture, stage: int) -> list[Chunk]:
         """Return what a pipeline stage holds, a chunk for every virtual stage."""

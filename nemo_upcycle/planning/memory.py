@@ -11,8 +11,8 @@ from collections import Counter
 from dataclasses import dataclass, fields
 
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.planning.layout import Chunk, Layout
-from nemo_upcycle.planning.parameters import StagePlan, States
+from nemo_upcycle.planning.layout import Layout
+from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.workload import Workload
 
 
@@ -116,7 +116,7 @@ def in_flight(layout: Layout, work: Workload, stage: int) -> list[int]:
     1F1B keeps pp - stage of them. Interleaved, a stage has warmed up with 2 (pp - stage - 1) + (vp - 1) pp chunks and
     works on one more; chunks take turns every pp micro-batches, so the first ones are the fullest.
     """
-    count = work.global_batch // (layout.dp * layout.micro_batch)
+    count = layout.micro_batches(work.global_batch)
     if layout.vp == 1:
         return [min(layout.pp - stage, count)]
     total = min(2 * (layout.pp - stage - 1) + (layout.vp - 1) * layout.pp + 1, count * layout.vp)
@@ -140,30 +140,24 @@ def activation_bytes(arch: Architecture, layout: Layout, work: Workload, stage: 
     )
 
 
-def stage_memory(
-    arch: Architecture, layout: Layout, work: Workload, stage: int, plan: StagePlan | None = None
-) -> Memory:
+def stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int) -> Memory:
     """Return what the ranks of a pipeline stage hold; where they differ (by padding only), the fullest."""
-    plan = plan or StagePlan(arch, layout, work, stage)
-    return _memory(arch, layout, work, stage, plan.states())
-
-
-def _memory(arch: Architecture, layout: Layout, work: Workload, stage: int, states: States) -> Memory:
+    states = StagePlan(arch, layout, work, stage)
     plain, routed, working = activation_bytes(arch, layout, work, stage)
     return Memory(
         weights=states.weights_bytes,
         gradients=states.gradients_bytes,
-        optimizer=states.optimizer_bytes,
+        optimizer=states.optimizer_bytes(),
         fp8_copies=states.fp8_bytes,
         activations=round(plain),
         routed=round(routed),
-        logits=_logits(arch, layout, work, layout.chunks(arch, stage)),
+        logits=_logits(arch, layout, work, stage),
         workspace=CONTEXT_BYTES + GROUP_BYTES * _groups(layout) + round(working),
     )
 
 
-def _logits(arch: Architecture, layout: Layout, work: Workload, chunks: list[Chunk]) -> int:
-    if not any(chunk.has_output for chunk in chunks):
+def _logits(arch: Architecture, layout: Layout, work: Workload, stage: int) -> int:
+    if stage != layout.pp - 1:
         return 0
     tokens = work.seq_length // layout.cp * layout.micro_batch
     return tokens * layout.padded_vocab(arch) // layout.tp * LOGIT_BYTES

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.mapping import ParamMapping, layer_mappings, mapping_of
+from nemo_upcycle.models.sharding import Shard, shard_shape
 from nemo_upcycle.planning.layout import Chunk, Layout
 from nemo_upcycle.planning.workload import Workload
 
@@ -31,70 +33,55 @@ class Param(NamedTuple):
     """One parameter of a rank.
 
     Args:
-        role: what it is, as in the mapping table.
+        mapping: its row of the mapping table.
         layer: its layer in the whole model; None outside the layers.
-        numel: elements of the rank's shard.
-        is_expert: whether it belongs to a routed expert.
-        is_linear: whether it is the weight of a linear layer that can multiply in FP8.
+        shape: of the rank's shard.
     """
 
-    role: str
+    mapping: ParamMapping
     layer: int | None
-    numel: int
-    is_expert: bool = False
-    is_linear: bool = False
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements of the rank's shard."""
+        return math.prod(self.shape)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is the weight of a layer's linear module that can multiply in FP8."""
+        return self.layer is not None and len(self.shape) == 2 and self.mapping.role != "router"
 
 
 def chunk_params(arch: Architecture, layout: Layout, chunk: Chunk) -> list[Param]:
     """Return the parameters of one chunk on any rank that holds it, in the order of Megatron's modules."""
-    width, tied = arch.hidden_size, arch.tied_embeddings
-    vocabulary = layout.padded_vocab(arch) // layout.tp * width
-    found = [Param("embedding", None, vocabulary)] if chunk.has_embedding else []
-    for layer in chunk.layers:
-        found += _layer(arch, layout, layer)
-    if chunk.has_output:
-        found.append(Param("final_norm", None, width))
-        if not (tied and chunk.has_embedding):
-            found.append(Param("output", None, vocabulary))
-    return found
+    first = ["embedding"] if chunk.has_embedding else []
+    last = ["final_norm"] if chunk.has_output else []
+    last += ["output"] if chunk.has_output and not (arch.tied_embeddings and chunk.has_embedding) else []
+    vocab, shard = layout.padded_vocab(arch), Shard(0, layout.tp)
+
+    def outside(roles: list[str]) -> list[Param]:
+        mappings = [mapping_of(role, arch) for role in roles]
+        return [Param(mapping, None, shard_shape(mapping, arch, shard, vocab)) for mapping in mappings]
+
+    kinds = {arch.is_moe_layer(layer): layer for layer in chunk.layers}
+    shapes = {moe: _layer_shapes(arch, layout, layer) for moe, layer in kinds.items()}
+    layers = [Param(mapping, n, shape) for n in chunk.layers for mapping, shape in shapes[arch.is_moe_layer(n)]]
+    return outside(first) + layers + outside(last)
 
 
-def _layer(arch: Architecture, layout: Layout, layer: int) -> list[Param]:
-    return [
-        Param(role, layer, numel, expert, linear)
-        for role, numel, expert, linear in _kind(arch, layout.tp, layout.ep, layout.etp, arch.is_moe_layer(layer))
-    ]
+#: Megatron registers attention's modules in this order; the mapping table has Hugging Face's.
+_ATTENTION = ("attention_norm", "attention_out", "attention_out_bias", "qkv", "qkv_bias", "ffn_norm")
+_ORDER = {role: number for number, role in enumerate(_ATTENTION)}
 
 
-def _kind(arch: Architecture, tp: int, ep: int, etp: int, moe: bool) -> list[tuple[str, int, bool, bool]]:
-    """Return role, elements, whether a routed expert's and whether linear, of a dense or an MoE layer."""
-    width = arch.hidden_size
-    heads = arch.num_heads * arch.head_dim
-    both = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
-    found = [("attention_norm", width, False, False), ("attention_out", heads * width // tp, False, True)]
-    found += [("attention_out_bias", width, False, False)] if arch.attention_out_bias else []
-    found += [("qkv", both * width // tp, False, True)]
-    found += [("qkv_bias", both // tp, False, False)] if arch.qkv_bias else []
-    found += [("ffn_norm", width, False, False)]
-    if not moe:
-        return found + _network("", arch, arch.ffn_size, tp)
-    found.append(("router", (arch.num_experts or 0) * width, False, False))
-    found += [("router_bias", arch.num_experts or 0, False, False)] if arch.ffn_bias else []
-    expert = [
-        (role, numel, True, linear)
-        for role, numel, _, linear in _network("expert_", arch, arch.expert_ffn_size or 0, etp)
-    ]
-    found += expert * ((arch.num_experts or 0) // ep)
-    return found + (_network("shared_", arch, arch.shared_ffn_size, tp) if arch.shared_ffn_size else [])
-
-
-def _network(prefix: str, arch: Architecture, neurons: int, cut: int) -> list[tuple[str, int, bool, bool]]:
-    rows, width = (2 if arch.gated else 1) * neurons, arch.hidden_size
-    bias = arch.ffn_bias and prefix != "shared_"
-    found = [(f"{prefix}fc1", rows * width // cut, False, True)]
-    found += [(f"{prefix}fc1_bias", rows // cut, False, False)] if bias else []
-    found += [(f"{prefix}fc2", neurons * width // cut, False, True)]
-    return found + ([(f"{prefix}fc2_bias", width, False, False)] if bias else [])
+def _layer_shapes(arch: Architecture, layout: Layout, layer: int) -> list[tuple[ParamMapping, tuple[int, ...]]]:
+    """Return mapping and shard shape of every parameter of a layer; a rank's experts follow one another."""
+    mappings = sorted(layer_mappings(arch, layer), key=lambda mapping: _ORDER.get(mapping.role, len(_ORDER)))
+    table = [(m, shard_shape(m, arch, Shard(0, layout.etp if m.is_expert else layout.tp))) for m in mappings]
+    experts = [item for item in table if item[0].is_expert] * ((arch.num_experts or 0) // layout.ep)
+    shared = [item for item in table if item[0].is_shared]
+    return [item for item in table if not (item[0].is_expert or item[0].is_shared)] + experts + shared
 
 
 @dataclass(frozen=True)
@@ -165,76 +152,46 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-@dataclass(frozen=True)
-class States:
-    """Bytes of a rank's parameters, gradients and optimizer states, and its parameters."""
-
-    weights_bytes: int
-    gradients_bytes: int
-    optimizer_bytes: int
-    fp8_bytes: int
-    params: int
-    expert_params: int
-
-
 class StagePlan:
     """The buffers of all ranks of one pipeline stage.
 
     Args:
         arch: of the model.
         layout: the cluster's.
-        work: precision and gradients count.
+        work: decides precision and bytes of gradients.
         stage: the pipeline stage.
     """
 
     def __init__(self, arch: Architecture, layout: Layout, work: Workload, stage: int) -> None:
-        self.layout = layout
         self.chunks = [chunk_params(arch, layout, chunk) for chunk in layout.chunks(arch, stage)]
-        every = [param for chunk in self.chunks for param in chunk]
-        self.params = sum(param.numel for param in every)
-        self.expert_params = sum(param.numel for param in every if param.is_expert)
-        in_fp8 = [p for p in every if p.is_linear and p.layer is not None and work.is_fp8_layer(arch, p.layer)]
-        self.fp8_bytes = sum(param.numel for param in in_fp8) * work.numbers.copy_bytes
+        params = [param for chunk in self.chunks for param in chunk]
+        self.params = sum(param.numel for param in params)
+        self.expert_params = sum(param.numel for param in params if param.mapping.is_expert)
+        in_fp8 = [p.numel for p in params if p.is_linear and work.is_fp8_layer(arch, p.layer or 0)]
+        self.fp8_bytes = sum(in_fp8) * work.numbers.copy_bytes
         self.buffers: list[tuple[Buffer, bool]] = []
         least = max(_BUCKET, _BUCKET_PER_RANK * layout.dp)
-        apart = arch.tied_embeddings and layout.pp > 1
+        apart = ("embedding", "output") if arch.tied_embeddings and layout.pp > 1 else ()
         for number, chunk in enumerate(self.chunks):
             bucket = least if stage == 0 and number == 0 else None
             for expert in (False, True):
                 members = [
-                    (param.numel, apart and param.role in ("embedding", "output"))
+                    (param.numel, param.mapping.role in apart)
                     for param in chunk
                     # Experts that are not spread lie among the dense parameters.
-                    if (param.is_expert and layout.ep > 1) is expert
+                    if (param.mapping.is_expert and layout.ep > 1) is expert
                 ]
                 shards = layout.expert_dp if expert else layout.dense_shards
                 self.buffers.append((lay_out(members, shards, bucket), expert))
-        self._gradient_bytes = work.gradient_bytes
+        numel = sum(buffer.numel for buffer, _ in self.buffers)
+        self.weights_bytes, self.gradients_bytes = numel * WEIGHT_BYTES, numel * work.gradient_bytes
 
-    def states(self, dense_shard: int = 0, expert_shard: int = 0) -> States:
-        """Return what a rank of the stage holds.
+    def optimizer_bytes(self, dense_shard: int = 0, expert_shard: int = 0) -> int:
+        """Return the bytes of a rank's optimizer states; the defaults are the fullest rank's.
 
         Args:
-            dense_shard: its place among the ranks that share out the dense part: dp x cp.
-            expert_shard: its place among those that share out its experts.
+            dense_shard: the rank's number among the dp x cp ranks that share out the dense part.
+            expert_shard: its number among the ranks that share out its experts.
         """
         owned = sum(buffer.owned(expert_shard if expert else dense_shard) for buffer, expert in self.buffers)
-        return States(
-            weights_bytes=sum(buffer.numel for buffer, _ in self.buffers) * WEIGHT_BYTES,
-            gradients_bytes=sum(buffer.numel for buffer, _ in self.buffers) * self._gradient_bytes,
-            optimizer_bytes=owned * OPTIMIZER_BYTES,
-            fp8_bytes=self.fp8_bytes,
-            params=self.params,
-            expert_params=self.expert_params,
-        )
-
-
-def rank_states(arch: Architecture, layout: Layout, work: Workload, rank: int) -> States:
-    """Return what one rank holds.
-
-    Example:
-        Rank 37 of Llama-3-8B-E8T2 on 512 GPUs with TP2 PP4 VP8 EP8 holds 1_840_054_272 parameters.
-    """
-    seat = layout.seat(rank)
-    plan = StagePlan(arch, layout, work, seat.pp)
-    return plan.states(seat.dp * layout.cp + seat.cp, seat.expert_dp)
+        return owned * OPTIMIZER_BYTES

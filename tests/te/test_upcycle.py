@@ -243,7 +243,7 @@ def test_llama_3_8b_on_a_rank_of_512(monkeypatch: pytest.MonkeyPatch) -> None:
             fp8="hybrid",
             fp8_recipe="blockwise",
         )
-        for stage, part in enumerate(layout.chunks(made, layout.seat(37).pp)):
+        for stage, part in enumerate(layout.chunks(made, layout.group_ranks(37).pp)):
             block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=stage)
             ends = {"pre_process": part.has_embedding, "post_process": part.has_output}
             with torch.device("meta"):

@@ -1,7 +1,9 @@
-"""The recipes: registered under their names, the paper's numbers, and whole after a trip through text."""
+"""The recipes: registered under their names, with the paper's numbers, unchanged by a round trip through text."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +38,7 @@ def _nemo(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     )
 
 
-def test_importing_the_package_registers_every_factory(recipes: Any) -> None:
+def test_import_registers_every_factory(recipes: Any) -> None:
     import lightning.pytorch as pl
     from nemo.collections.llm.api import pretrain
     from nemo_run.cli.api import resolve_factory
@@ -55,7 +57,7 @@ def test_importing_the_package_registers_every_factory(recipes: Any) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_planner_knows_every_recipe_as_it_is(recipes: Any, name: str) -> None:
+def test_planner_knows_every_recipe(recipes: Any, name: str) -> None:
     from nemo_upcycle.planning.hardware import known_recipe
 
     recipe, known = getattr(recipes, name).pretrain_recipe(), known_recipe(name)
@@ -123,7 +125,7 @@ def test_the_fast_run_has_the_layout_of_the_papers_fastest_row(recipes: Any) -> 
 
 @pytest.mark.parametrize("base", BIG)
 @pytest.mark.parametrize("name", ["delayed", "tensorwise", "current", "blockwise"])
-def test_an_fp8_run_names_its_recipe_everywhere(recipes: Any, base: str, name: str) -> None:
+def test_fp8_run_names_its_recipe_everywhere(recipes: Any, base: str, name: str) -> None:
     recipe = getattr(recipes, f"{base}_e8t2").pretrain_recipe(fp8_recipe=name)
     config, precision = recipe.model.config, recipe.trainer.plugins
     assert precision.fp8_recipe == config.fp8_recipe == {"current": "tensorwise"}.get(name, name)
@@ -133,7 +135,7 @@ def test_an_fp8_run_names_its_recipe_everywhere(recipes: Any, base: str, name: s
     assert precision.grad_reduce_in_fp32 is True
 
 
-KNOBS = {
+OVERRIDES = {
     "capacity_factor": (2.0, "model.config.moe_expert_capacity_factor", 2.0),
     "router_order": ("softmax_topk", "model.config.moe_router_pre_softmax", True),
     "scale_output": (False, "resume.restore_config.spec.output_scale", "none"),
@@ -149,19 +151,110 @@ KNOBS = {
 
 
 @pytest.mark.parametrize("base", BIG)
-@pytest.mark.parametrize("knob", KNOBS)
-def test_every_argument_changes_its_setting_also_in_the_fast_run(recipes: Any, base: str, knob: str) -> None:
-    value, path, expected = KNOBS[knob]
-    fast = {"pad_to_capacity": False} if knob == "dispatcher" else {}
+@pytest.mark.parametrize("override", OVERRIDES)
+def test_override_changes_its_setting_in_plain_and_fast_run(recipes: Any, base: str, override: str) -> None:
+    value, path, expected = OVERRIDES[override]
+    fast = {"pad_to_capacity": False} if override == "dispatcher" else {}
     for arguments in ({}, {"performance_mode": True, **fast}):
-        setting: Any = getattr(recipes, f"{base}_e8t2").pretrain_recipe(**arguments, **{knob: value})
+        setting: Any = getattr(recipes, f"{base}_e8t2").pretrain_recipe(**arguments, **{override: value})
         for name in path.split("."):
             setting = getattr(setting, name)
         assert setting == expected
 
 
 @pytest.mark.parametrize("base", BIG)
-def test_overlap_and_recomputation_can_be_left_out(recipes: Any, base: str) -> None:
+def test_recipe_shows_every_override_in_signature_and_docstring(recipes: Any, base: str) -> None:
+    """NeMo-Run parses the command line by the first; its users read the second."""
+    from nemo_upcycle.recipes.overrides import adjust
+
+    recipe = getattr(recipes, f"{base}_e8t2").pretrain_recipe
+    signature = inspect.signature(recipe)
+    overrides = list(inspect.signature(adjust).parameters.values())[1:]
+    assert len(overrides) == 14
+    names = ["dir", "name", "num_nodes", "num_gpus_per_node", "performance_mode", "dense"]
+    assert list(signature.parameters) == [*names, *(override.name for override in overrides), "fn"]
+    for override in overrides:
+        assert signature.parameters[override.name].annotation == override.annotation
+        assert recipe.__doc__.count(f"\n    {override.name} (") == 1
+    with pytest.raises(TypeError, match="fp8_recip"):
+        recipe(fp8_recip="blockwise")
+
+
+#: What someone writes for another model: NeMo's recipe of it, the spec, the layout.
+NEW_RECIPE = """
+from collections.abc import Callable
+from typing import Optional
+
+import lightning.pytorch as pl
+import nemo_run as run
+from nemo.collections.llm.api import pretrain
+from nemo.collections.llm.gpt.model.llama import Llama32Config1B, LlamaModel
+from nemo.collections.llm.recipes import llama32_1b
+
+from nemo_upcycle.recipes.common import moe_settings
+from nemo_upcycle.recipes.h100 import dense_baseline, moe_kernels, moe_trainer, upcycled
+from nemo_upcycle.recipes.overrides import with_overrides
+from nemo_upcycle.spec import UpcycleSpec
+
+NAME = "llama32_1b_e16t4"
+DENSE = "hf://meta-llama/Llama-3.2-1B"
+SPEC = UpcycleSpec(num_experts=16, top_k=4)
+trainer = moe_trainer(
+    llama32_1b.trainer, tensor_parallelism=1, pipeline_parallelism=2, virtual_pipeline_parallelism=None
+)
+baseline = dense_baseline("llama32_1b_dense_ct", llama32_1b, DENSE)
+
+
+@run.cli.factory(name=NAME)
+def model() -> run.Config[pl.LightningModule]:
+    config = run.Config(Llama32Config1B, seq_length=8192, **moe_settings(SPEC), **moe_kernels(capacity_factor=None))
+    return run.Config(LlamaModel, config=config)
+
+
+@run.cli.factory(target=pretrain, name=NAME)
+@with_overrides
+def pretrain_recipe(
+    dir: Optional[str] = None,
+    name: str = NAME,
+    num_nodes: int = 1,
+    num_gpus_per_node: int = 8,
+    dense: str = DENSE,
+    fn: Callable = pretrain,
+) -> run.Partial:
+    nemo_recipe = llama32_1b.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, fn=fn)
+    return upcycled(nemo_recipe, model(), trainer, dense, SPEC)
+"""
+
+
+def test_new_recipe_takes_under_40_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipes: Any) -> None:
+    from nemo.collections.llm.api import pretrain
+    from nemo_run.cli.lazy import LazyEntrypoint
+
+    from nemo_upcycle.pipeline.recipes_io import check_recipe, dump_recipe, load_recipe, ranks_of, spec_of
+
+    assert sum(bool(line.strip()) for line in NEW_RECIPE.splitlines()) < 40
+    (tmp_path / "made_up_recipe.py").write_text(NEW_RECIPE)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("made_up_recipe")
+    factory = "llama32_1b_e16t4(fp8_recipe='blockwise', capacity_factor=2.0, num_nodes=2)"
+    recipe = LazyEntrypoint(pretrain, factory=factory).resolve()
+    check_recipe(recipe)
+    config = recipe.model.config
+    assert (config.num_moe_experts, config.moe_router_topk, config.moe_expert_capacity_factor) == (16, 4, 2.0)
+    assert (config.fp8_recipe, recipe.trainer.plugins.fp8_recipe) == ("blockwise", "blockwise")
+    assert recipe.trainer.strategy.expert_model_parallel_size == 8
+    assert ranks_of(recipe) == (2, 8)
+    assert spec_of(recipe) == UpcycleSpec(num_experts=16, top_k=4)
+    assert load_recipe(dump_recipe(recipe)) == recipe
+    baseline = LazyEntrypoint(pretrain, factory="llama32_1b_dense_ct").resolve()
+    assert baseline.resume.restore_config.spec is None
+    for name in ("data", "optim"):
+        assert getattr(baseline, name).__arguments__.keys() == getattr(recipe, name).__arguments__.keys()
+    assert baseline.trainer.max_steps == recipe.trainer.max_steps
+
+
+@pytest.mark.parametrize("base", BIG)
+def test_overlap_and_recomputation_can_be_turned_off(recipes: Any, base: str) -> None:
     module = getattr(recipes, f"{base}_e8t2")
 
     def callbacks(**arguments: Any) -> set[str]:
@@ -185,13 +278,13 @@ def test_overlap_and_recomputation_can_be_left_out(recipes: Any, base: str) -> N
         ({"performance_mode": True, "dispatcher": "deepep"}, "expected alltoall with pad_to_capacity"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(recipes: Any, arguments: dict[str, Any], words: str) -> None:
+def test_refuses_overrides_that_do_not_fit(recipes: Any, arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(SpecError, match=words):
         recipes.llama3_8b_e8t2.pretrain_recipe(**arguments)
 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
-def test_an_ablation_is_a_recipe_with_27b_tokens(recipes: Any, path: Path) -> None:
+def test_ablation_is_a_recipe_with_27b_tokens(recipes: Any, path: Path) -> None:
     """As `nemo llm pretrain --yaml FILE` reads it."""
     from nemo.collections.llm.api import pretrain
     from nemo_run.cli.lazy import LazyEntrypoint
@@ -220,15 +313,15 @@ def test_an_ablation_is_a_recipe_with_27b_tokens(recipes: Any, path: Path) -> No
         assert spec.down_scale == (4.0 if path.stem == "router_st_scaled" else 1.0)
 
 
-def test_the_ablations_of_the_paper_are_there() -> None:
+def test_all_ablations_of_the_paper_exist() -> None:
     assert {path.stem for path in ABLATIONS} >= {
         *("capacity_1", "capacity_2", "capacity_4", "dropless", "router_st", "dense_ct")
     }
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_a_recipes_configuration_is_the_reviewed_one(name: str) -> None:
-    """After a wanted change: `python -m tests.golden`, and read the difference."""
+def test_recipe_equals_its_golden_file(name: str) -> None:
+    """After an intended change: `python -m tests.golden`, and read the difference."""
     assert text_of(name) == golden_path(name).read_text(encoding="utf-8")
 
 
@@ -238,7 +331,7 @@ def test_every_recipe_has_a_golden_file() -> None:
 
 
 @pytest.mark.parametrize("base", BIG)
-def test_the_recipe_builds_without_a_gpu(recipes: Any, base: str) -> None:
+def test_recipe_builds_without_gpu(recipes: Any, base: str) -> None:
     """All but the trainer's devices; Megatron's own checks accept the model, in FP8 as well."""
     from nemo_upcycle.cpu.backend import use_cpu_backend
 
@@ -284,7 +377,7 @@ def test_model_and_spec_agree(recipes: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_starts_from_its_dense_parent(recipes: Any, name: str) -> None:
+def test_recipe_starts_from_its_dense_parent(recipes: Any, name: str) -> None:
     from nemo_upcycle.training.metrics import MetricsLogger
     from nemo_upcycle.training.upcycling import UpcycleConfig, UpcycleStrategy
 
@@ -298,7 +391,7 @@ def test_a_recipe_starts_from_its_dense_parent(recipes: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_survives_the_trip_through_text(recipes: Any, name: str) -> None:
+def test_recipe_round_trips_through_text(recipes: Any, name: str) -> None:
     from nemo_upcycle.pipeline.recipes_io import check_recipe, dump_recipe, load_recipe
 
     recipe = getattr(recipes, name).pretrain_recipe(dir="runs/mine")
@@ -320,7 +413,7 @@ def test_a_recipe_survives_the_trip_through_text(recipes: Any, name: str) -> Non
         ({"pipeline_model_parallel_size": 3}, "pp: got 3, expected a divisor of num_layers"),
     ],
 )
-def test_a_layout_that_does_not_fit_is_refused(recipes: Any, changes: dict[str, int], words: str) -> None:
+def test_refuses_layout_that_does_not_fit(recipes: Any, changes: dict[str, int], words: str) -> None:
     from nemo_upcycle.pipeline.recipes_io import check_recipe
 
     recipe = recipes.llama3_8b_e8t2.pretrain_recipe()
@@ -330,7 +423,7 @@ def test_a_layout_that_does_not_fit_is_refused(recipes: Any, changes: dict[str, 
         check_recipe(recipe)
 
 
-def test_a_spec_that_does_not_fit_the_model_is_refused_before_launch(recipes: Any) -> None:
+def test_refuses_spec_that_does_not_fit_the_model_before_launch(recipes: Any) -> None:
     from nemo_upcycle.pipeline.recipes_io import check_recipe
 
     recipe = recipes.smollm2_135m_e8t2.pretrain_recipe()
@@ -346,7 +439,7 @@ def test_nemo_shows_the_recipe_without_running_it(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_mistyped_factory_is_an_error(tmp_path: Path) -> None:
+def test_refuses_mistyped_factory(tmp_path: Path) -> None:
     shown = _nemo("llm", "pretrain", "--factory", "llama3_8b_e8t3", "--dryrun", cwd=tmp_path)
     assert shown.returncode != 0
     assert "llama3_8b_e8t3" in shown.stdout + shown.stderr
@@ -374,7 +467,7 @@ def test_another_spec_changes_every_field_that_follows_from_it(recipes: Any) -> 
         ("rotary_percent", 0.5, "got 0.5, expected 1.0"),
     ],
 )
-def test_a_recipe_with_other_position_embeddings_is_refused(recipes: Any, name: str, value: Any, words: str) -> None:
+def test_refuses_recipe_with_other_position_embeddings(recipes: Any, name: str, value: Any, words: str) -> None:
     from nemo_upcycle.pipeline.recipes_io import check_recipe
 
     recipe = recipes.smollm2_135m_e8t2.pretrain_recipe()

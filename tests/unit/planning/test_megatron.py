@@ -17,7 +17,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.check import build_rank, check_layout_against_megatron, megatron_rank
 from nemo_upcycle.planning.hardware import known_shape
 from nemo_upcycle.planning.layout import Layout, parse_layout
-from nemo_upcycle.planning.parameters import rank_states
+from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.rules import check_layout
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec
@@ -98,6 +98,11 @@ def _allocated(arch: Architecture, layout: Layout) -> tuple[int, int, int, int, 
     return weights, gradients, 12 * owned, params, experts
 
 
+def _optimizer_bytes(plan: StagePlan, layout: Layout, rank: int) -> int:
+    ranks = layout.group_ranks(rank)
+    return plan.optimizer_bytes(ranks.dp * layout.cp + ranks.cp, ranks.expert_dp)
+
+
 def test_there_are_enough_layouts() -> None:
     assert len(CASES) >= 30
 
@@ -107,28 +112,28 @@ def test_states_equal_megatrons(arch: Architecture, text: str, gpus: int) -> Non
     layout = parse_layout(text, gpus)
     check_layout(layout, arch, replace(WORK, global_batch=layout.dp * layout.pp))
     for rank in _ranks(layout):
-        with megatron_rank(layout, rank) as seat:
+        with megatron_rank(layout, rank) as ranks:
             got = _allocated(arch, layout)
-        plan = rank_states(arch, layout, WORK, rank)
-        planned = (
-            plan.weights_bytes, plan.gradients_bytes, plan.optimizer_bytes, plan.params, plan.expert_params
-        )  # fmt: skip
-        assert got == planned, (rank, seat)
+        plan = StagePlan(arch, layout, WORK, layout.group_ranks(rank).pp)
+        optimizer = _optimizer_bytes(plan, layout, rank)
+        planned = (plan.weights_bytes, plan.gradients_bytes, optimizer, plan.params, plan.expert_params)
+        assert got == planned, (rank, ranks)
 
 
 def test_optimizer_shards_make_up_the_model() -> None:
     layout = parse_layout("tp=2,pp=2,ep=4", 16)
-    states = [rank_states(E8T2, layout, WORK, rank) for rank in range(16)]
+    plans = [StagePlan(E8T2, layout, WORK, layout.group_ranks(rank).pp) for rank in range(16)]
+    owned = sum(_optimizer_bytes(plan, layout, rank) for rank, plan in enumerate(plans))
     padding = (layout.padded_vocab(E8T2) - E8T2.vocab_size) * E8T2.hidden_size * 2
     replicated = (17 * E8T2.hidden_size + 8 * 8 * E8T2.hidden_size) * (layout.tp - 1)  # norms and routers
-    assert sum(state.optimizer_bytes for state in states) == 12 * (E8T2.total_params + padding + replicated)
+    assert owned == 12 * (E8T2.total_params + padding + replicated)
 
 
 @pytest.mark.parametrize("spec", [UpcycleSpec(), UpcycleSpec(num_experts=16, top_k=4, granularity=2)])
 def test_check_compares_every_kind_of_rank(spec: UpcycleSpec) -> None:
-    made = SMALL.upcycled(spec)
+    moe_arch = SMALL.upcycled(spec)
     layout = parse_layout("tp=2,pp=2,vp=2,ep=4", 32)
-    result = check_layout_against_megatron(made, layout, WORK, SMALL, spec)
+    result = check_layout_against_megatron(moe_arch, layout, WORK, SMALL, spec)
     assert (result.ranks, result.kinds) == (32, 8)
     assert result.tensors > 0
 
@@ -137,7 +142,7 @@ def test_check_finds_a_plan_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> No
     from nemo_upcycle.errors import UpcycleError
     from nemo_upcycle.planning import parameters
 
-    right = parameters._kind
-    monkeypatch.setattr(parameters, "_kind", lambda *args: right(*args)[:-1])
+    right = parameters.layer_mappings
+    monkeypatch.setattr(parameters, "layer_mappings", lambda *args: right(*args)[:-1])
     with pytest.raises(UpcycleError, match=r"rank 0: parameters of chunk 0.*Megatron.*plan"):
         check_layout_against_megatron(E8T2, parse_layout("ep=2", 2), WORK)
