@@ -52,7 +52,7 @@ def _logger(folder: str, layers: int) -> tuple[Any, Any, Any]:
     )  # fmt: skip
     callback = MetricsLogger()
     callback._health = RouterHealth([], config)
-    callback._throughput = Throughput(known_recipe("llama3_8b_e8t2").made, 8192, 512, peaks_of("h100"))
+    callback._throughput = Throughput(known_recipe("llama3_8b_e8t2").arch, 8192, 512, peaks_of("h100"))
     return callback, trainer, SimpleNamespace(trainer=trainer)
 
 
@@ -87,7 +87,7 @@ def main() -> None:
     logging.getLogger("nemo_upcycle").addHandler(logging.NullHandler())
     rows = [["recipe", "H100", "step, s", "logging, median, ms", "logging, mean, ms", "part of the step"], ["---"] * 6]
     for name, layers, gpus, tflops in RUNS:
-        flops = known_recipe(name).made.flops_per_token(8192, causal=False)
+        flops = known_recipe(name).arch.flops_per_token(8192, causal=False)
         step_s = STEP_TOKENS * flops / (gpus * tflops * 1e12)
         median_ms, mean_ms = measure(layers)
         share = f"{mean_ms / 10 / step_s:.2f} %"

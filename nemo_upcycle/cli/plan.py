@@ -12,7 +12,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.cli.plan_request import Subject, goal_of, number_of_tokens, subject_of
+from nemo_upcycle.cli.plan_request import Subject, number_of_tokens, request_of, subject_of
 from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.planning import table
 from nemo_upcycle.planning.columns import named_columns, table_text
@@ -84,31 +84,31 @@ def run(args: argparse.Namespace) -> int:
     """
     names = named_columns(args.columns) if args.columns is not None else None
     subject = subject_of(args)
-    goal = goal_of(args, subject)
-    plans = _plans(args, goal)
+    request = request_of(args, subject)
+    plans = _plans(args, request)
     ranks = _ranks(args.rank, plans[0]) if args.rank is not None else None
     if args.explain is not None and not 1 <= args.explain <= len(plans):
         raise SpecError("explain", got=args.explain, expected=f"a row, 1 to {len(plans)}", fix="choose one")
     checked = _check(subject, plans[0]) if args.check else None
     if args.json:
-        _print_json(args, subject, goal, plans, ranks, checked)
+        _print_json(args, subject, request, plans, ranks, checked)
     else:
-        _print_text(args, names, subject, goal, plans, ranks, checked)
+        _print_text(args, names, subject, request, plans, ranks, checked)
     return 1 if all(plan.verdict == "no" for plan in plans) else 0
 
 
-def _plans(args: argparse.Namespace, goal: PlanRequest) -> list[Plan]:
+def _plans(args: argparse.Namespace, request: PlanRequest) -> list[Plan]:
     micro = args.micro_batch
-    if micro is not None and not 1 <= micro <= goal.work.global_batch:
+    if micro is not None and not 1 <= micro <= request.work.global_batch:
         raise SpecError(
             "micro-batch",
             got=micro,
-            expected=f"1 to the global batch ({goal.work.global_batch})",
+            expected=f"1 to the global batch ({request.work.global_batch})",
             fix="set --micro-batch 1",
         )
     if args.layout is None:
-        return search(goal, args.rows, micro, args.recompute)
-    return [evaluate_layout(goal, parse_layout(args.layout, args.gpus, micro), args.recompute)]
+        return search(request, args.rows, micro, args.recompute)
+    return [evaluate_layout(request, parse_layout(args.layout, args.gpus, micro), args.recompute)]
 
 
 def _ranks(text: str, plan: Plan) -> list[dict[str, int]]:
@@ -118,7 +118,7 @@ def _ranks(text: str, plan: Plan) -> list[dict[str, int]]:
         raise SpecError("rank", got=text, expected="a number, 1,2,3 or all", fix="use --rank 0")
     ranks = [int(part) for part in parts]
     stages = [layout.group_ranks(rank).pp for rank in ranks]
-    plans = {stage: StagePlan(plan.goal.arch, layout, plan.work, stage) for stage in set(stages)}
+    plans = {stage: StagePlan(plan.request.arch, layout, plan.work, stage) for stage in set(stages)}
     return [
         {"rank": rank, "params": plans[stage].params, "expert_params": plans[stage].expert_params}
         for rank, stage in zip(ranks, stages, strict=True)
@@ -143,12 +143,12 @@ def _check(subject: Subject, plan: Plan) -> dict[str, Any]:
 def _print_json(
     args: argparse.Namespace,
     subject: Subject,
-    goal: PlanRequest,
+    request: PlanRequest,
     plans: list[Plan],
     ranks: list[dict[str, int]] | None,
     checked: dict[str, Any] | None,
 ) -> None:
-    arch, length = goal.arch, goal.work.seq_length
+    arch, length = request.arch, request.work.seq_length
     values: dict[str, Any] = {
         "model": {
             "total_params": arch.total_params,
@@ -160,7 +160,7 @@ def _print_json(
         },
         "rows": [table.row_values(plan, _command(subject, plan), args.price_per_gpu_hour) for plan in plans],
     }
-    values["warnings"] = _warnings(subject, goal)
+    values["warnings"] = _warnings(subject, request)
     values |= {"ranks": ranks} if ranks is not None else {}
     values |= {"check": checked} if checked is not None else {}
     sys.stdout.write(json.dumps(values, indent=2) + "\n")
@@ -170,7 +170,7 @@ def _print_text(
     args: argparse.Namespace,
     names: list[str] | None,
     subject: Subject,
-    goal: PlanRequest,
+    request: PlanRequest,
     plans: list[Plan],
     ranks: list[dict[str, int]] | None,
     checked: dict[str, Any] | None,
@@ -182,18 +182,18 @@ def _print_text(
 
     shown, left_out = table_text(plans, args.price_per_gpu_hour, names, None if args.wide else width)
     chosen = plans[(args.explain or 1) - 1]
-    say(table.model_line(goal.arch, goal.work.seq_length))
+    say(table.model_line(request.arch, request.work.seq_length))
     say(
-        f"{goal.gpus} x {goal.gpu.name}, {goal.work.precision}, {goal.tokens:.3g} tokens; GiB of the fullest rank,"
-        f" tok/s of one GPU, MFU of {chosen.peak_tflops:g} TFLOP/s ({chosen.peak_of})"
+        f"{request.gpus} x {request.gpu.name}, {request.work.precision}, {request.tokens:.3g} tokens;"
+        f" GiB of the fullest rank, tok/s of one GPU, MFU of {chosen.peak_tflops:g} TFLOP/s ({chosen.peak_of})"
     )
-    for warning in _warnings(subject, goal):
+    for warning in _warnings(subject, request):
         say(f"warning: {warning}")
     sys.stdout.write(f"\n{shown}\n\n")
     if left_out and names is None:
         say(f"No room for {', '.join(left_out)}: --wide shows all, --columns GiB,MFU those you name.")
     if all(plan.verdict == "no" for plan in plans):
-        say(_way_out(args, goal))
+        say(_way_out(args, request))
     say(f"A full checkpoint takes {plans[0].checkpoint_gib:.0f} GiB.")
     if args.explain is not None:
         say(table.explanation(chosen))
@@ -228,8 +228,8 @@ def _continued(words: list[str], width: int) -> str:
     return " \\\n".join(lines)
 
 
-def _warnings(subject: Subject, goal: PlanRequest) -> list[str]:
-    length, positions = goal.work.seq_length, subject.dense.max_positions
+def _warnings(subject: Subject, request: PlanRequest) -> list[str]:
+    length, positions = request.work.seq_length, subject.dense.max_positions
     if length <= positions:
         return []
     return [
@@ -238,17 +238,17 @@ def _warnings(subject: Subject, goal: PlanRequest) -> list[str]:
     ]
 
 
-def _way_out(args: argparse.Namespace, goal: PlanRequest) -> str:
+def _way_out(args: argparse.Namespace, request: PlanRequest) -> str:
     """Return what to say where nothing fits: something that does."""
-    gpus = f"{goal.gpus} GPU" + "s" * (goal.gpus > 1)
+    gpus = f"{request.gpus} GPU" + "s" * (request.gpus > 1)
     if args.layout is None:
         text = f"Nothing fits {gpus}: these come nearest."
     else:
-        best = next(iter(find(goal, 1, args.micro_batch, args.recompute)), None)
+        best = next(iter(find(request, 1, args.micro_batch, args.recompute)), None)
         if best and best.verdict != "no":
             return f"This layout does not fit. Of {gpus} this one does: --layout {best.layout.sizes}"
         text = f"This layout does not fit, nor does any other of {gpus}."
-    number = nearest_gpus(goal, args.micro_batch, args.recompute)
+    number = nearest_gpus(request, args.micro_batch, args.recompute)
     without = " and without --layout" if args.layout else ""
     return text + (f" With --gpus {number}{without} something fits." if number else "")
 

@@ -73,7 +73,7 @@ def subject_of(args: argparse.Namespace) -> Subject:
                     fix="use --model FOLDER --experts N --top-k K",
                 )
         known = known_recipe(args.recipe)
-        return Subject(known.made, known.dense, known.spec, known, _DEFAULTS | known.defaults)
+        return Subject(known.arch, known.dense, known.spec, known, _DEFAULTS | known.defaults)
     folder = args.model.parent if args.model.name == "config.json" else args.model
     arch = read_architecture(folder)
     rope_kind(arch)  # training refuses another kind, too
@@ -98,7 +98,7 @@ def subject_of(args: argparse.Namespace) -> Subject:
     return Subject(made, arch, spec, recipe_for(arch, made), _DEFAULTS, folder)
 
 
-def goal_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
+def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
     """Return what is to be planned for.
 
     Raises:

@@ -1,6 +1,6 @@
 """The plan against Megatron itself: real modules of every kind of rank, on meta, under a fake process group.
 
-Nothing is computed and no memory taken, so that one core stands for a cluster of thousands of ranks.
+Nothing is computed or allocated, so one core can check a cluster of thousands of ranks.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class CheckResult:
 
     Args:
         ranks: of the cluster.
-        kinds: how many different ones were built: same stage, same place in the tensor and expert groups.
+        kinds: different ranks built; ranks of one kind have equal pp, tp, ep and etp ranks.
         parameters: elements of all built ranks together, equal to the plan's.
-        tensors: parameters of all built ranks that the connector's read plan fills once.
+        tensors: parameters of all built ranks that the read plan fills once.
         specs: `local`, and the Transformer Engine builds of a rank of every stage.
     """
 
@@ -72,8 +72,21 @@ class _Checker:
                 _compare(rank, f"parameters of chunk {number} ({engine or 'local'})", found, wanted)
                 elements += found
                 if self.dense is not None:
-                    tensors += _count_covered(chunk, self.dense, self.arch, self.spec, self.layout, ranks, rank)
+                    tensors += self._count_filled(chunk, ranks, rank, self.dense)
         return elements, tensors
+
+    def _count_filled(self, chunk: Any, ranks: GroupRanks, rank: int, dense: Architecture) -> int:
+        """Return the number of a chunk's parameters, after checking that the read plan fills each row of each once."""
+        coords = RankCoords(
+            Shard(ranks.tp, self.layout.tp), Shard(ranks.etp, self.layout.etp), Shard(ranks.ep, self.layout.ep)
+        )
+        plans = param_plans(chunk, dense, self.arch, self.spec, coords, branch_of=lambda copy: 0)
+        names = sorted(name for plan in plans for name in plan.names)
+        _compare(rank, "parameters in the read plan", names, sorted(name for name, _ in chunk.named_parameters()))
+        for plan in plans:
+            if plan.source is not None:
+                _compare(rank, f"rows filled of {plan.names[0]}", *_rows(plan, self.arch))
+        return len(names)
 
 
 def check_layout_against_megatron(
@@ -85,8 +98,8 @@ def check_layout_against_megatron(
 ) -> CheckResult:
     """Build every kind of rank of a layout, and compare its parameters with the plan and with the read plan.
 
-    Where Transformer Engine and CUDA are there, a rank of every stage is built of its modules, too: in BF16 and
-    with each FP8 recipe.
+    With Transformer Engine and CUDA, a rank of every stage is also built of its modules, in BF16 and with each FP8
+    recipe.
 
     Args:
         arch: of the model that is trained.
@@ -133,7 +146,7 @@ def _compare(rank: int, what: str, found: object, wanted: object) -> None:
 
 @contextmanager
 def megatron_rank(layout: Layout, rank: int) -> Iterator[tuple[int, int, int, int]]:
-    """Be one rank of a cluster that is not there: Megatron's own groups, over a back end that does nothing.
+    """Stand for one rank of a simulated cluster: Megatron's own groups, over a fake back end.
 
     Yields:
         Its ranks in the tp, ep, etp and pp groups, as Megatron counts.
@@ -164,7 +177,7 @@ def megatron_rank(layout: Layout, rank: int) -> Iterator[tuple[int, int, int, in
 
 
 def build_rank(arch: Architecture, layout: Layout, engine: str | None = None) -> list[Any]:
-    """Return the chunks of the rank that this process stands for, Megatron's own `GPTModel`s on the meta device.
+    """Return the chunks of the current rank, Megatron's own `GPTModel`s on the meta device.
 
     Args:
         arch: the model's shapes.
@@ -269,26 +282,6 @@ def transformer_config(arch: Architecture, layout: Layout) -> Any:
     # They change no shape, and the local spec's norm and attention refuse them.
     config.sequence_parallel, config.context_parallel_size = False, 1
     return config
-
-
-def _count_covered(
-    chunk: Any,
-    dense: Architecture,
-    moe_arch: Architecture,
-    spec: UpcycleSpec | None,
-    layout: Layout,
-    ranks: GroupRanks,
-    rank: int,
-) -> int:
-    """Return the number of a chunk's parameters, after checking that the read plan fills each, and each row, once."""
-    coords = RankCoords(Shard(ranks.tp, layout.tp), Shard(ranks.etp, layout.etp), Shard(ranks.ep, layout.ep))
-    plans = param_plans(chunk, dense, moe_arch, spec, coords, branch_of=lambda copy: 0)
-    names = sorted(name for plan in plans for name in plan.names)
-    _compare(rank, "parameters in the read plan", names, sorted(name for name, _ in chunk.named_parameters()))
-    for plan in plans:
-        if plan.source is not None:
-            _compare(rank, f"rows filled of {plan.names[0]}", *_rows(plan, moe_arch))
-    return len(names)
 
 
 def _rows(plan: ParamPlan, moe_arch: Architecture) -> tuple[list[int], list[int]]:

@@ -23,7 +23,7 @@ _CELLS: dict[str, Callable[[Plan], str]] = {
     "logits": lambda plan: _gib(plan.memory.logits),
     "other": lambda plan: _gib(plan.memory.workspace),
     "GiB": lambda plan: _gib(plan.memory.total),
-    "card": lambda plan: f"{100 * plan.memory.total / GIB / plan.goal.gpu.memory_gib:.0f}%",
+    "card": lambda plan: f"{100 * plan.memory.total / GIB / plan.request.gpu.memory_gib:.0f}%",
     "fits": lambda plan: plan.verdict,
     "tok/s": lambda plan: f"{plan.tokens_per_s_per_gpu:.0f}",
     "TFLOP/s": lambda plan: f"{plan.tflops_per_gpu(causal=False):.0f}",

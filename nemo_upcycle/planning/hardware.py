@@ -1,4 +1,4 @@
-"""Cards, model shapes and recipes that the planner knows by name, read from `conf/planning`."""
+"""What a card and its machine reach; cards, model shapes and recipes by name, read from `conf/planning`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,41 @@ class Gpu:
 
 
 @dataclass(frozen=True)
+class Machine:
+    """What is reached of the peaks. Fitted are `gemm`, `gemm_fp8`, `moe_us` and `imbalance`; the rest is set.
+
+    Args:
+        gemm: part of the peak that large matrix products reach, at the clock they run at.
+        gemm_fp8: the same for FP8, scaling and transposing included.
+        attention: part of the BF16 peak that flash attention reaches over forward and backward.
+        memory: part of the HBM's bandwidth.
+        link: part of the bandwidth of NVLink and of the network.
+        tp_hidden: part of tensor parallelism's traffic that products hide where it is overlapped.
+        layer_us: kernel launches and host work of one layer and micro-batch.
+        moe_us: the same for its router and dispatcher, which wait for the number of tokens of each expert.
+        expert_us: the same for every further expert of the rank: grouped products are launched expert by expert.
+        uneven_expert_us: the same without padding: the host has waited for the numbers of tokens, and nothing that it
+            launched before hides what it does then.
+        uneven_fp8_expert_us: the same in FP8, where each expert's tensors are measured, cast and transposed.
+        imbalance: token slots of the busiest expert rank, for which the others wait, over the mean, when experts are
+            not padded to a capacity.
+    """
+
+    gemm: float = 0.59
+    gemm_fp8: float = 0.55
+    attention: float = 0.5
+    memory: float = 0.85
+    link: float = 0.7
+    tp_hidden: float = 0.5
+    layer_us: float = 200.0
+    moe_us: float = 600.0
+    expert_us: float = 50.0
+    uneven_expert_us: float = 250.0
+    uneven_fp8_expert_us: float = 900.0
+    imbalance: float = 1.12
+
+
+@dataclass(frozen=True)
 class KnownRecipe:
     """What the planner has to know of a recipe.
 
@@ -45,7 +80,7 @@ class KnownRecipe:
     h100: bool = True
 
     @property
-    def made(self) -> Architecture:
+    def arch(self) -> Architecture:
         """The architecture that is trained."""
         return self.dense.upcycled(self.spec) if self.spec else self.dense
 
@@ -77,8 +112,9 @@ def known_gpu(name: str) -> Gpu:
 
 
 def known_shape(name: str) -> Architecture:
-    """Return the architecture of a model by its name in `models.yaml`."""
-    return Architecture(**read_data("models.yaml")["shapes"][name])
+    """Return the architecture of a model by its name in `models.yaml` or, for the recipes' parents, `recipes.yaml`."""
+    shapes = read_data("recipes.yaml")["shapes"]
+    return Architecture(**(shapes[name] if name in shapes else read_data("models.yaml")[name]))
 
 
 def known_recipe(name: str) -> KnownRecipe:
@@ -87,26 +123,24 @@ def known_recipe(name: str) -> KnownRecipe:
     Raises:
         SpecError: it is not known.
     """
-    known = read_data("models.yaml")["recipes"]
+    known = read_data("recipes.yaml")["recipes"]
     if name not in known:
         raise SpecError.unknown("recipe", name, known)
-    entry: dict[str, Any] = dict(known[name])
-    entry["tokens"] = float(entry["tokens"])
-    dense, experts, top_k = known_shape(entry.pop("dense")), entry.pop("experts", None), entry.pop("top_k", None)
-    spec = UpcycleSpec(num_experts=experts, top_k=top_k) if experts else None
-    return KnownRecipe(name, dense, spec, h100=entry.pop("h100", True), defaults=entry)
+    entry = known[name]
+    spec = UpcycleSpec(**entry["spec"]) if entry["spec"] else None
+    return KnownRecipe(name, known_shape(entry["dense"]), spec, entry["defaults"], entry["h100"])
 
 
-def recipe_for(dense: Architecture, made: Architecture) -> KnownRecipe | None:
-    """Return the recipe that makes a model of a dense one, if there is one: told by all that decides what it computes.
+def recipe_for(dense: Architecture, arch: Architecture) -> KnownRecipe | None:
+    """Return the recipe that makes a model of a dense one; None if there is none. Everything computed must be equal.
 
     Example:
         >>> llama = known_shape("llama3_8b")
         >>> recipe_for(llama, llama.upcycled(UpcycleSpec(num_experts=8, top_k=2))).name
         'llama3_8b_e8t2'
     """
-    for known in map(known_recipe, read_data("models.yaml")["recipes"]):
-        shape = replace(known.dense, max_positions=dense.max_positions)  # which change nothing that a model computes
-        if (shape, shape.upcycled(known.spec) if known.spec else shape) == (dense, made):
+    for known in map(known_recipe, read_data("recipes.yaml")["recipes"]):
+        shape = replace(known.dense, max_positions=dense.max_positions)  # the model computes the same with any
+        if (shape, shape.upcycled(known.spec) if known.spec else shape) == (dense, arch):
             return known
     return None

@@ -51,8 +51,8 @@ class Layout:
         ep: expert parallelism.
         etp: tensor parallelism of the routed experts; folded, so it need not be tp.
         micro_batch: sequences of one micro-batch.
-        first: layers of the first pipeline stage, where it is to differ (`num_layers_in_first_pipeline_stage`).
-        last: layers of the last pipeline stage, where it is to differ.
+        first: layers of the first pipeline stage, if different (`num_layers_in_first_pipeline_stage`).
+        last: layers of the last pipeline stage, if different.
         embedding: 1 counts the embedding as a layer when layers are dealt out (`account_for_embedding_in_...`).
         loss: 1 counts the output layer as one (`account_for_loss_in_pipeline_split`).
 
@@ -101,7 +101,7 @@ class Layout:
         return self.dp * self.cp
 
     def node_gpus(self, per_node: int) -> int:
-        """Return the GPUs of a node that a job is to use: of so many, what divides the job and holds tensor groups.
+        """Return the GPUs to use of each node: the most that divide the job and hold whole tensor groups.
 
         Example:
             >>> Layout(gpus=128, tp=2).node_gpus(8), Layout(gpus=36, tp=4).node_gpus(8)
@@ -110,7 +110,7 @@ class Layout:
         return _node_gpus(self.gpus, max(self.tp, self.etp), per_node)
 
     def micro_batches(self, global_batch: int) -> int:
-        """Return how many micro-batches every rank works through in a step."""
+        """Return the micro-batches of a rank in a step."""
         return global_batch // (self.dp * self.micro_batch)
 
     def group_ranks(self, rank: int) -> GroupRanks:
@@ -166,12 +166,12 @@ class Layout:
 def parse_layout(text: str, gpus: int, micro_batch: int | None = None) -> Layout:
     """Return the layout that a text such as `tp=2,pp=4,vp=8,cp=1,ep=8,etp=1` describes, with commas or blanks between.
 
-    What is left out is 1; but etp is tp where experts are not spread, for Megatron-Core works no other way.
+    An omitted size is 1; but etp is tp where experts are not spread: Megatron-Core works no other way.
 
     Args:
         text: the layout.
         gpus: ranks.
-        micro_batch: sequences of one micro-batch, where they are given apart from the text.
+        micro_batch: sequences of one micro-batch, if given separately from the text.
 
     Raises:
         SpecError: a name or a number is wrong, or given twice.

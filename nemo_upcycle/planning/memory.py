@@ -47,7 +47,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Their sum."""
         return sum(getattr(self, field.name) for field in fields(self))
 
     def gib(self) -> dict[str, float]:
@@ -63,7 +63,7 @@ class LayerBytes:
     Args:
         plain: bytes of everything but the token slots of routed experts.
         routed: bytes of those.
-        working: bytes that exist only while the layer is worked on: its recomputed tensors and their gradients.
+        working: bytes that exist only while the layer runs: its recomputed tensors and their gradients.
     """
 
     plain: float
@@ -75,7 +75,7 @@ def layer_bytes(arch: Architecture, layout: Layout, work: Workload, moe: bool, f
     """Return what one layer keeps of one micro-batch.
 
     Elements for each token of a rank's part of the sequence (s / cp): inputs and outputs of two norms, 4 D; query,
-    key, value and the attention's output, (2 H + 2 G) K; all of it over tp. A dense network adds (2 F + F) / tp, an
+    key, value and the attention's output, (2 H + 2 R) K; all of it over tp. A dense network adds (2 F + F) / tp, an
     MoE layer (2 F + F) / etp for every token slot, the experts' input, D a slot, and 16 bytes for each of the router's
     logits. In FP8 the inputs of linear layers take one byte, all others two.
     """
@@ -111,7 +111,7 @@ def layer_bytes(arch: Architecture, layout: Layout, work: Workload, moe: bool, f
 
 
 def in_flight(layout: Layout, work: Workload, stage: int) -> list[int]:
-    """Return for each chunk of a stage how many micro-batches it keeps at the worst moment.
+    """Return for each chunk of a stage the micro-batches it keeps at the peak.
 
     1F1B keeps pp - stage of them. Interleaved, a stage has warmed up with 2 (pp - stage - 1) + (vp - 1) pp chunks and
     works on one more; chunks take turns every pp micro-batches, so the first ones are the fullest.
@@ -127,7 +127,7 @@ def in_flight(layout: Layout, work: Workload, stage: int) -> list[int]:
 
 
 def activation_bytes(arch: Architecture, layout: Layout, work: Workload, stage: int) -> tuple[float, float, float]:
-    """Return what a stage's ranks keep at the worst moment: plain, of routed experts, and of one layer's work."""
+    """Return what a stage's ranks keep at the peak, in bytes: plain, of routed experts, of the layer that runs."""
     counts: Counter[tuple[bool, bool]] = Counter()
     for chunk, count in zip(layout.chunks(arch, stage), in_flight(layout, work, stage), strict=True):
         for layer in chunk.layers:

@@ -25,7 +25,7 @@ WEIGHT_BYTES = 2
 #: Megatron's default; larger with very many data-parallel ranks.
 _BUCKET = 40_000_000
 _BUCKET_PER_RANK = 1_000_000
-#: Parameters begin, and buckets end, at multiples of so many elements.
+#: Parameters begin, and buckets end, at multiples of these, in elements.
 _PARAM_ALIGN, _BUCKET_ALIGN = 64, 128
 
 

@@ -21,7 +21,7 @@ class Published:
     Args:
         tokens_per_s_per_gpu: measured; from TFLOP/s or MFU by the formula of `Architecture.flops_per_token`.
         fitted: whether the constants of `Machine` were fitted on it.
-        sets: a constant that was chosen by hand for it; empty for most.
+        sets: a constant of `Machine` that was chosen by hand for this row, if any.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """Which layouts are allowed: Megatron-Core's rules of divisibility, NeMo's, and those of the dispatcher and of FP8.
 
-A layout that breaks one is answered with the rule and with the nearest change that breaks none.
+The error for a layout that breaks a rule names the rule and the nearest change that breaks none.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from nemo_upcycle.planning.layout import Layout, divisors
 from nemo_upcycle.planning.workload import Workload
 
 
-#: Transformer Engine multiplies rows in FP8 by so many at a time.
+#: FP8 products in Transformer Engine need a multiple of this many rows.
 _FP8_ROWS = 8
 _SIZES = ("tp", "pp", "vp", "cp", "ep", "etp", "micro_batch")
 _SWITCHES = ("embedding", "loss")
 
 
 class Broken(NamedTuple):
-    """A rule that a layout breaks: of which setting, its value, what it should be."""
+    """A broken rule: the setting, its value, the expected value."""
 
     name: str
     got: object
@@ -43,7 +43,7 @@ def check_layout(layout: Layout, arch: Architecture, work: Workload) -> None:
     """
     if rule := broken(layout, arch, work):
         name, got, expected = rule
-        raise SpecError(_said(name), got=got, expected=expected, fix=_fix(name, layout, arch, work))
+        raise SpecError(_option_name(name), got=got, expected=expected, fix=_fix(name, layout, arch, work))
 
 
 def broken(layout: Layout, arch: Architecture, work: Workload) -> Broken | None:
@@ -151,8 +151,8 @@ def _listed(numbers: Iterable[int]) -> str:
     return ", ".join(shown[:12]) + (" ..." if len(shown) > 12 else "")
 
 
-def _said(name: str) -> str:
-    """Return what people call a setting: `mbs` in a layout, and the options of the command."""
+def _option_name(name: str) -> str:
+    """Return the name of a setting on the command line."""
     return {"micro_batch": "mbs", "global_batch": "global-batch", "seq_length": "seq-length"}.get(name, name)
 
 
@@ -178,7 +178,7 @@ def _fix(name: str, layout: Layout, arch: Architecture, work: Workload) -> str:
 def _changes(key: str, layout: Layout, arch: Architecture, work: Workload) -> Iterator[tuple[str, Broken | None]]:
     """Yield changes of a setting, the nearest first, and which rule is broken then."""
     for value in _candidates(key, layout, arch, work):
-        text = f"omit {key}" if value is None else f"set {_said(key)}={value}"
+        text = f"omit {key}" if value is None else f"set {_option_name(key)}={value}"
         changed = _changed(layout, work, key, value)
         yield text, broken(changed[0], arch, changed[1])
 

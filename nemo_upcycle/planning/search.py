@@ -1,4 +1,4 @@
-"""Judges one layout, or looks for the fastest ones that fit."""
+"""Evaluate one layout, or search for the fastest ones that fit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MOST_GPUS = 1_000_000
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What is to be planned for.
+    """What to plan for.
 
     Args:
         arch: of the model that is trained.
@@ -56,22 +56,22 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout, judged.
+    """A layout, evaluated.
 
     Args:
-        goal: what it is judged for.
+        request: what it is evaluated for.
         layout: the layout.
         work: with the recomputation that was chosen.
     """
 
-    goal: PlanRequest
+    request: PlanRequest
     layout: Layout
     work: Workload
 
     @cached_property
     def worst(self) -> tuple[int, Memory]:
         """The pipeline stage whose ranks hold most, and what they hold."""
-        return worst_memory(self.goal.arch, self.layout, self.work)
+        return worst_memory(self.request.arch, self.layout, self.work)
 
     @property
     def memory(self) -> Memory:
@@ -81,27 +81,29 @@ class Plan:
     @property
     def verdict(self) -> str:
         """`fits`, `tight` or `no`."""
-        share = self.memory.total / GIB / self.goal.gpu.memory_gib
+        share = self.memory.total / GIB / self.request.gpu.memory_gib
         return "fits" if share <= FITS else "tight" if share <= TIGHT else "no"
 
     @cached_property
     def time(self) -> StepTime:
         """Seconds of a step."""
-        return self.goal.model.step(self.layout, self.work)
+        return self.request.model.step(self.layout, self.work)
 
     @property
     def tokens_per_s_per_gpu(self) -> float:
         """Predicted throughput."""
-        return self.work.global_batch * self.work.seq_length / self.time.total / self.goal.gpus
+        return self.work.global_batch * self.work.seq_length / self.time.total / self.request.gpus
 
     def tflops_per_gpu(self, *, causal: bool) -> float:
         """Return the model's FLOPs (recomputation does not count) over the time, in either convention."""
-        return self.tokens_per_s_per_gpu * self.goal.arch.flops_per_token(self.work.seq_length, causal=causal) / 1e12
+        return (
+            self.tokens_per_s_per_gpu * self.request.arch.flops_per_token(self.work.seq_length, causal=causal) / 1e12
+        )
 
     @property
     def peak_tflops(self) -> float:
         """The peak that MFU is measured against: FP8's for FP8."""
-        gpu = self.goal.gpu
+        gpu = self.request.gpu
         return (gpu.fp8_tflops or gpu.bf16_tflops) if self.work.numbers.fp8 else gpu.bf16_tflops
 
     @property
@@ -117,33 +119,33 @@ class Plan:
     @property
     def hours(self) -> float:
         """Hours of the run, without evaluation, checkpoints and failures."""
-        return self.goal.tokens / (self.tokens_per_s_per_gpu * self.goal.gpus) / 3600
+        return self.request.tokens / (self.tokens_per_s_per_gpu * self.request.gpus) / 3600
 
     @property
     def gpu_hours(self) -> float:
         """Hours times GPUs."""
-        return self.hours * self.goal.gpus
+        return self.hours * self.request.gpus
 
     @property
     def checkpoint_gib(self) -> float:
         """Size of a checkpoint with optimizer states."""
-        return checkpoint_bytes(self.goal.arch) / GIB
+        return checkpoint_bytes(self.request.arch) / GIB
 
 
-def evaluate_layout(goal: PlanRequest, layout: Layout, recompute: str | None = None) -> Plan:
+def evaluate_layout(request: PlanRequest, layout: Layout, recompute: str | None = None) -> Plan:
     """Return a layout's plan, with the least recomputation that fits; if none does, the least that is tight.
 
     Args:
-        goal: what it is for.
+        request: what it is for.
         layout: checked here.
         recompute: a kind of recomputation that is given; None chooses.
 
     Raises:
         SpecError: the layout breaks a rule.
     """
-    check_layout(layout, goal.arch, goal.work)
-    kinds = (recompute,) if recompute else _recomputes(goal)
-    plans = [Plan(goal, layout, replace(goal.work, recompute=kind)) for kind in kinds]
+    check_layout(layout, request.arch, request.work)
+    kinds = (recompute,) if recompute else _recomputes(request)
+    plans = [Plan(request, layout, replace(request.work, recompute=kind)) for kind in kinds]
     for verdict in ("fits", "tight"):
         for plan in plans:
             if plan.verdict == verdict:
@@ -152,14 +154,14 @@ def evaluate_layout(goal: PlanRequest, layout: Layout, recompute: str | None = N
 
 
 def search(
-    goal: PlanRequest, limit: int = 10, micro_batch: int | None = None, recompute: str | None = None
+    request: PlanRequest, limit: int = 10, micro_batch: int | None = None, recompute: str | None = None
 ) -> list[Plan]:
-    """Return the fastest layouts that fit, fastest first; if none does, those that come nearest.
+    """Return the fastest layouts that fit, fastest first; if none does, the nearest.
 
-    Each with the recomputation that `evaluate_layout` chooses, too.
+    Each has the recomputation that `evaluate_layout` chooses.
 
     Args:
-        goal: what they are for.
+        request: what they are for.
         limit: how many.
         micro_batch: only this one.
         recompute: only this kind.
@@ -167,92 +169,97 @@ def search(
     Raises:
         SpecError: no layout obeys the rules for this number of GPUs and this batch; the text names ones that fit.
     """
-    if plans := find(goal, limit, micro_batch, recompute):
+    if plans := find(request, limit, micro_batch, recompute):
         return plans
-    batch = goal.work.global_batch
-    for other in _batches(batch, goal.gpus * (micro_batch or 1)):
-        if _fits(replace(goal, work=replace(goal.work, global_batch=other)), micro_batch, recompute):
+    batch = request.work.global_batch
+    for other in _batches(batch, request.gpus * (micro_batch or 1)):
+        if _fits(replace(request, work=replace(request.work, global_batch=other)), micro_batch, recompute):
             raise SpecError(
                 "global-batch",
                 got=batch,
-                expected=f"one that a layout of {goal.gpus} GPUs can use",
+                expected=f"one that a layout of {request.gpus} GPUs can use",
                 fix=f"set global-batch={other}",
             )
-    if gpus := nearest_gpus(goal, micro_batch, recompute):
+    if gpus := nearest_gpus(request, micro_batch, recompute):
         raise SpecError(
             "gpus",
-            got=goal.gpus,
+            got=request.gpus,
             expected=f"a number that holds the model and works on {batch} sequences a step",
             fix=f"set gpus={gpus}",
         )
     # The plain layout breaks a rule: say which.
-    check_layout(Layout(gpus=goal.gpus, micro_batch=micro_batch or 1), goal.arch, goal.work)
+    check_layout(Layout(gpus=request.gpus, micro_batch=micro_batch or 1), request.arch, request.work)
     raise SpecError(
         "gpus",
-        got=goal.gpus,
+        got=request.gpus,
         expected="a number that some layout can use",
         fix="judge a --layout to see which rules it breaks",
     )
 
 
-def nearest_gpus(goal: PlanRequest, micro_batch: int | None = None, recompute: str | None = None) -> int | None:
-    """Return the number of GPUs nearest to the goal's with which something fits; None if none is found.
+def nearest_gpus(request: PlanRequest, micro_batch: int | None = None, recompute: str | None = None) -> int | None:
+    """Return the number of GPUs nearest to the request's with which some layout fits; None if none is found.
 
     Args:
-        goal: the rest is kept.
+        request: everything but its GPUs is kept.
         micro_batch: as in `search`.
         recompute: as in `search`.
     """
-    step = max(goal.gpu.per_node, 2 ** (goal.gpus.bit_length() - 4))  # whole nodes; of many, an eighth or so of them
-    numbers = {2**n for n in range(20)} | {step * n for n in range(1, 2 * goal.gpus // step + 2)}
-    for gpus in sorted(numbers - {goal.gpus}, key=lambda number: (abs(number - goal.gpus), -number)):
-        if gpus <= MOST_GPUS and _fits(replace(goal, gpus=gpus), micro_batch, recompute):
+    step = max(
+        request.gpu.per_node, 2 ** (request.gpus.bit_length() - 4)
+    )  # whole nodes; of many, an eighth or so of them
+    numbers = {2**n for n in range(20)} | {step * n for n in range(1, 2 * request.gpus // step + 2)}
+    for gpus in sorted(numbers - {request.gpus}, key=lambda number: (abs(number - request.gpus), -number)):
+        if gpus <= MOST_GPUS and _fits(replace(request, gpus=gpus), micro_batch, recompute):
             return gpus
     return None
 
 
 def _batches(batch: int, step: int) -> list[int]:
-    """Return the batches around one that some layout may use, the nearest first: multiples of a step or its parts."""
+    """Return batches near one that some layout may use, the nearest first: multiples of a step or its parts."""
     parts = [step // 2**n for n in range(4) if step % 2**n == 0]
     around = {part * count for part in parts for count in (batch // part, batch // part + 1)}
     return sorted(around - {0, batch}, key=lambda other: abs(other - batch))
 
 
-def _fits(goal: PlanRequest, micro_batch: int | None, recompute: str | None) -> bool:
-    """Return whether something fits; of the layouts only those are looked at that need least."""
-    work = replace(goal.work, recompute=recompute or RECOMPUTES[-1])
-    return any(Plan(goal, layout, work).verdict != "no" for layout in _smallest(goal, _allowed(goal, micro_batch), 20))
+def _fits(request: PlanRequest, micro_batch: int | None, recompute: str | None) -> bool:
+    """Return whether some layout fits; looks only at those that need least memory."""
+    work = replace(request.work, recompute=recompute or RECOMPUTES[-1])
+    return any(
+        Plan(request, layout, work).verdict != "no"
+        for layout in _smallest(request, _allowed(request, micro_batch), 20)
+    )
 
 
-def _allowed(goal: PlanRequest, micro_batch: int | None) -> Iterator[Layout]:
-    return layouts(goal, _MICRO_BATCHES if micro_batch is None else (micro_batch,))
+def _allowed(request: PlanRequest, micro_batch: int | None) -> Iterator[Layout]:
+    return layouts(request, _MICRO_BATCHES if micro_batch is None else (micro_batch,))
 
 
-def _smallest(goal: PlanRequest, every: Iterable[Layout], count: int) -> list[Layout]:
-    return heapq.nsmallest(count, every, key=lambda layout: _least_gib(goal, layout))
+def _smallest(request: PlanRequest, every: Iterable[Layout], count: int) -> list[Layout]:
+    return heapq.nsmallest(count, every, key=lambda layout: _least_gib(request, layout))
 
 
-def find(goal: PlanRequest, limit: int, micro_batch: int | None = None, recompute: str | None = None) -> list[Plan]:
-    """Return what `search` returns, and nothing where that refuses."""
-    every = list(_allowed(goal, micro_batch))
-    works = [replace(goal.work, recompute=kind) for kind in ((recompute,) if recompute else _recomputes(goal))]
-    room_gib = goal.gpu.memory_gib * TIGHT
-    able = [layout for layout in every if _least_gib(goal, layout) <= room_gib]
-    kinds = {layout: [Plan(goal, layout, work) for work in works] for layout in able}
+def find(request: PlanRequest, limit: int, micro_batch: int | None = None, recompute: str | None = None) -> list[Plan]:
+    """Return what `search` returns, or an empty list where `search` raises."""
+    every = list(_allowed(request, micro_batch))
+    works = [replace(request.work, recompute=kind) for kind in ((recompute,) if recompute else _recomputes(request))]
+    room_gib = request.gpu.memory_gib * TIGHT
+    able = [layout for layout in every if _least_gib(request, layout) <= room_gib]
+    kinds = {layout: [Plan(request, layout, work) for work in works] for layout in able}
     found: list[Plan] = []
     seen: set[Layout] = set()
     for plan in sorted(itertools.chain.from_iterable(kinds.values()), key=_rank):
         if plan.layout in seen or not _could_fit(plan) or plan.verdict == "no":
             continue
         if plan.verdict == "tight" and any(other.verdict == "fits" for other in kinds[plan.layout]):
-            continue  # that one comes later
+            continue  # the one that fits comes later
         seen.add(plan.layout)
         found.append(plan)
         if len(found) == limit:
             return found
     if found:
         return found
-    nearest = (Plan(goal, layout, works[-1]) for layout in _smallest(goal, every, 50))
+    nearest = (Plan(request, layout, works[-1]) for layout in _smallest(request, every, 50))
     return sorted(nearest, key=lambda plan: plan.memory.total)[:limit]
 
 
@@ -260,30 +267,30 @@ def _rank(plan: Plan) -> tuple[float, int]:
     return (plan.time.total, plan.layout.cp)
 
 
-def _recomputes(goal: PlanRequest) -> tuple[str, ...]:
-    has_moe_act = goal.arch.num_experts and goal.grouped and goal.work.precision != "fp8-delayed"
+def _recomputes(request: PlanRequest) -> tuple[str, ...]:
+    has_moe_act = request.arch.num_experts and request.grouped and request.work.precision != "fp8-delayed"
     return tuple(kind for kind in RECOMPUTES if kind != "moe_act" or has_moe_act)
 
 
-def layouts(goal: PlanRequest, micro_batches: tuple[int, ...]) -> Iterator[Layout]:
+def layouts(request: PlanRequest, micro_batches: tuple[int, ...]) -> Iterator[Layout]:
     """Yield every layout of even stages that obeys the rules; tensor parallelism stays inside a node."""
-    arch, node = goal.arch, goal.gpu.per_node
+    arch, node = request.arch, request.gpu.per_node
     experts = divisors(arch.num_experts) if arch.num_experts else [1]
     for tp, cp, pp, ep in itertools.product(divisors(node), _CONTEXTS, divisors(arch.num_layers), experts):
-        if goal.gpus % (tp * cp * pp) or goal.gpus % (ep * pp) or arch.num_kv_heads % tp:
+        if request.gpus % (tp * cp * pp) or request.gpus % (ep * pp) or arch.num_kv_heads % tp:
             continue
         for etp in {1, tp} if ep > 1 else {tp}:
             # Cutting a sequence and taking two at a time undo each other.
             micros = micro_batches[:1] if cp > 1 else micro_batches
             for vp, micro in itertools.product(divisors(arch.num_layers // pp) if pp > 1 else [1], micros):
-                layout = Layout(gpus=goal.gpus, tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, etp=etp, micro_batch=micro)
-                if broken(layout, goal.arch, goal.work) is None:
+                layout = Layout(gpus=request.gpus, tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, etp=etp, micro_batch=micro)
+                if broken(layout, request.arch, request.work) is None:
                     yield layout
 
 
-def _least_gib(goal: PlanRequest, layout: Layout) -> float:
+def _least_gib(request: PlanRequest, layout: Layout) -> float:
     """Return a lower bound of what the worst rank holds: the states of its share of the parameters."""
-    arch, gradient = goal.arch, 2 + goal.work.gradient_bytes
+    arch, gradient = request.arch, 2 + request.work.gradient_bytes
     expert = arch.moe_layer_count * (arch.num_experts or 0) * arch.ffn_params(arch.expert_ffn_size or 0)
     dense = (arch.total_params - expert) / layout.tp / layout.pp
     expert_part = expert / layout.ep / layout.etp / layout.pp
@@ -292,8 +299,8 @@ def _least_gib(goal: PlanRequest, layout: Layout) -> float:
 
 
 def _could_fit(plan: Plan) -> bool:
-    """Return whether the first stage has room for states and activations; cheap, and true for all that fit."""
-    if plan.goal.arch.moe_pattern:
+    """Return whether the first stage has room for states and activations; cheap, and true for every plan that fits."""
+    if plan.request.arch.moe_pattern:
         return True  # the first stage may hold less than its share
-    goal, activations = plan.goal, activation_bytes(plan.goal.arch, plan.layout, plan.work, 0)
-    return _least_gib(goal, plan.layout) + sum(activations) / GIB <= goal.gpu.memory_gib * TIGHT
+    request, activations = plan.request, activation_bytes(plan.request.arch, plan.layout, plan.work, 0)
+    return _least_gib(request, plan.layout) + sum(activations) / GIB <= request.gpu.memory_gib * TIGHT

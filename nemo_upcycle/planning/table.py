@@ -6,7 +6,7 @@ from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.hardware import KnownRecipe
-from nemo_upcycle.planning.memory import ASSUMPTIONS, Memory
+from nemo_upcycle.planning.memory import ASSUMPTIONS
 from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.planning.workload import Workload
 
@@ -47,7 +47,7 @@ def nemo_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> s
         dense: the dense parent's folder; the recipe's own when None.
     """
     layout, work, defaults, upcycled = plan.layout, plan.work, recipe.defaults, recipe.spec is not None
-    per_node = layout.node_gpus(plan.goal.gpu.per_node)
+    per_node = layout.node_gpus(plan.request.gpu.per_node)
     nodes = layout.gpus // per_node
     strategy = {
         "tensor_model_parallel_size": layout.tp,
@@ -70,7 +70,7 @@ def nemo_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> s
         settings.append(f"data.global_batch_size={work.global_batch}")
     if layout.micro_batch != 1:
         settings.append(f"data.micro_batch_size={layout.micro_batch}")
-    steps = max(1, round(plan.goal.tokens / work.seq_length / work.global_batch))
+    steps = max(1, round(plan.request.tokens / work.seq_length / work.global_batch))
     settings.append(f"trainer.max_steps={steps}")
     arguments = f"dense='{dense}', " if dense else ""
     arguments += f"num_nodes={nodes}, num_gpus_per_node={per_node}"
@@ -122,36 +122,33 @@ def model_line(arch: Architecture, seq_length: int) -> str:
 
 def explanation(plan: Plan) -> str:
     """Return the arithmetic of a plan: where the bytes and the seconds go, and what was assumed."""
-    layout, work, goal, time = plan.layout, plan.work, plan.goal, plan.time
-    count = layout.micro_batches(work.global_batch)
+    layout, work, request, step = plan.layout, plan.work, plan.request, plan.time
+    count, gpu = layout.micro_batches(work.global_batch), request.gpu
     step_tokens = work.global_batch * work.seq_length
     lines = [
-        f"layout {layout}: {goal.gpus} GPUs = tp {layout.tp} x cp {layout.cp} x dp {layout.dp} x pp {layout.pp}"
+        f"layout {layout}: {request.gpus} GPUs = tp {layout.tp} x cp {layout.cp} x dp {layout.dp} x pp {layout.pp}"
         f" = etp {layout.etp} x ep {layout.ep} x expert dp {layout.expert_dp} x pp {layout.pp}",
         f"step: {work.global_batch} sequences x {work.seq_length} = {step_tokens:,} tokens;"
         f" {count} micro-batches of {layout.micro_batch} on each of {layout.dp} pipelines",
         "",
-        f"GiB of the fullest rank (pipeline stage {plan.worst[0]}), of {goal.gpu.memory_gib} on {goal.gpu.name}:",
-        *_memory_lines(plan.memory),
+        f"GiB of the fullest rank (pipeline stage {plan.worst[0]}), of {gpu.memory_gib} on {gpu.name}:",
+        *(f"  {name:<12}{value:9.3f}" for name, value in plan.memory.gib().items()),
         "",
         "seconds of a step:",
-        *(f"  {name:<10}{value:10.4f}  {100 * value / time.total:5.1f}%" for name, value in time.to_dict().items()),
+        *(f"  {name:<10}{value:10.4f}  {100 * value / step.total:5.1f}%" for name, value in step.to_dict().items()),
         f"bubble = (pp - 1) / (micro-batches x vp) = {layout.pp - 1} / ({count} x {layout.vp})"
         f" = {(layout.pp - 1) / (count * layout.vp):.4f} of the time of the micro-batches",
         "",
-        f"{step_tokens:,} tokens / {time.total:.4f} s / {goal.gpus} GPUs = {plan.tokens_per_s_per_gpu:.1f} a second",
+        f"{step_tokens:,} tokens / {step.total:.4f} s / {request.gpus} GPUs"
+        f" = {plan.tokens_per_s_per_gpu:.1f} a second",
         f"x FLOPs of a token = {plan.tflops_per_gpu(causal=False):.1f} TFLOP/s (full attention),"
         f" {plan.tflops_per_gpu(causal=True):.1f} (causal half)",
         f"MFU = {plan.tflops_per_gpu(causal=False):.1f} / {plan.peak_tflops:g} (the peak of {plan.peak_of})"
         f" = {100 * plan.mfu:.1f}%",
-        f"{goal.tokens:.3g} tokens = {plan.hours:.1f} h; full checkpoint {plan.checkpoint_gib:.0f} GiB"
+        f"{request.tokens:.3g} tokens = {plan.hours:.1f} h; full checkpoint {plan.checkpoint_gib:.0f} GiB"
         " (14 bytes for each parameter)",
         "",
         "assumed:",
         *(f"  {text}" for text in ASSUMPTIONS),
     ]
     return "\n".join(lines)
-
-
-def _memory_lines(memory: Memory) -> list[str]:
-    return [f"  {name:<12}{value:9.3f}" for name, value in memory.gib().items()]

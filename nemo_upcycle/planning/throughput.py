@@ -1,6 +1,6 @@
 """How long a step takes: work and traffic of every part of a layer, divided by what the machine can do.
 
-A sum of times with a physical meaning each. Work and traffic are counts; how much of a peak a kernel reaches is what
+A sum of times, each with a physical meaning. Work and traffic are counts; how much of a peak a kernel reaches is what
 `Machine` holds, fitted on published measurements of H100s (`benchmarks/throughput.py`; table and errors in
 docs/planning.md). All times are of one GPU and of forward and backward together.
 """
@@ -9,52 +9,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.planning.hardware import Gpu
+from nemo_upcycle.planning.hardware import Gpu, Machine
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.workload import Workload
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What is reached of the peaks. Fitted are `gemm`, `gemm_fp8`, `moe_us` and `imbalance`; the rest is set.
-
-    Args:
-        gemm: part of the peak that large matrix products reach, at the clock they run at.
-        gemm_fp8: the same for FP8, scaling and transposing included.
-        attention: part of the BF16 peak that flash attention reaches over forward and backward.
-        memory: part of the HBM's bandwidth.
-        link: part of the bandwidth of NVLink and of the network.
-        tp_hidden: part of tensor parallelism's traffic that products hide where it is overlapped.
-        layer_us: kernel launches and host work of one layer and micro-batch.
-        moe_us: the same for its router and dispatcher, which wait for the number of tokens of each expert.
-        expert_us: the same for every further expert of the rank: grouped products are launched expert by expert.
-        uneven_expert_us: the same without padding: the host has waited for the numbers of tokens, and nothing that it
-            launched before hides what it does then.
-        uneven_fp8_expert_us: the same in FP8, where each expert's tensors are measured, cast and transposed.
-        imbalance: token slots of the busiest expert rank, for which the others wait, over the mean, when experts are
-            not padded to a capacity.
-    """
-
-    gemm: float = 0.59
-    gemm_fp8: float = 0.55
-    attention: float = 0.5
-    memory: float = 0.85
-    link: float = 0.7
-    tp_hidden: float = 0.5
-    layer_us: float = 200.0
-    moe_us: float = 600.0
-    expert_us: float = 50.0
-    uneven_expert_us: float = 250.0
-    uneven_fp8_expert_us: float = 900.0
-    imbalance: float = 1.12
-
-
-@dataclass(frozen=True)
+@dataclass
 class StepTime:
-    """Seconds of a step by what they are spent on; what is hidden behind computation is not counted.
+    """Seconds of a step, or of a part of it, by what they are spent on; time hidden by computation does not count.
 
     Args:
         gemm: matrix products.
@@ -66,17 +31,17 @@ class StepTime:
         bubble: waiting for other pipeline stages.
     """
 
-    gemm: float
-    attention: float
-    memory: float
-    launch: float
-    nvlink: float
-    network: float
-    bubble: float
+    gemm: float = 0.0
+    attention: float = 0.0
+    memory: float = 0.0
+    launch: float = 0.0
+    nvlink: float = 0.0
+    network: float = 0.0
+    bubble: float = 0.0
 
     @property
     def total(self) -> float:
-        """The step."""
+        """Their sum."""
         return float(sum(self.__dict__.values()))
 
     @property
@@ -92,33 +57,18 @@ class StepTime:
         }
         return max(parts, key=lambda name: parts[name])
 
-    def to_dict(self) -> dict[str, float]:
-        """Return the parts and their sum."""
-        return {field.name: getattr(self, field.name) for field in fields(self)} | {"total": self.total}
-
-
-@dataclass
-class _Times:
-    """Running sums while the parts of a micro-batch are counted."""
-
-    gemm: float = 0.0
-    attention: float = 0.0
-    memory: float = 0.0
-    launch: float = 0.0
-    nvlink: float = 0.0
-    network: float = 0.0
-
-    def add(self, other: _Times, times: float = 1.0) -> None:
+    def add(self, other: StepTime, times: float = 1.0) -> None:
+        """Add another time, or a multiple of it."""
         for name in self.__dict__:
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
 
-    @property
-    def total(self) -> float:
-        return sum(self.__dict__.values())
+    def to_dict(self) -> dict[str, float]:
+        """Return the parts and their sum."""
+        return self.__dict__ | {"total": self.total}
 
 
 def layer_kinds(arch: Architecture, work: Workload) -> Counter[tuple[bool, bool]]:
-    """Return how many layers are (MoE layers, in FP8): all others have the same shapes."""
+    """Return the number of layers of each kind (MoE, in FP8); layers of one kind have the same shapes."""
     return Counter((arch.is_moe_layer(layer), work.is_fp8_layer(arch, layer)) for layer in range(arch.num_layers))
 
 
@@ -133,7 +83,7 @@ class ThroughputModel:
 
     def __init__(self, arch: Architecture, gpu: Gpu, machine: Machine) -> None:
         self.arch, self.gpu, self.machine = arch, gpu, machine
-        self._known: dict[tuple[object, ...], _Times] = {}
+        self._known: dict[tuple[object, ...], StepTime] = {}
         self._kinds: dict[str, Counter[tuple[bool, bool]]] = {}
         self._routed = float(
             arch.moe_layer_count * (arch.num_experts or 0) * arch.ffn_params(arch.expert_ffn_size or 0)
@@ -147,7 +97,7 @@ class ThroughputModel:
         parallelism that nothing hides, + the optimizer.
         """
         count = layout.micro_batches(work.global_batch)
-        layer = _Times()  # of all of them, the mean
+        layer = StepTime()  # of all of them, the mean
         if work.precision not in self._kinds:
             self._kinds[work.precision] = layer_kinds(self.arch, work)
         for (moe, fp8), layers in self._kinds[work.precision].items():
@@ -158,30 +108,29 @@ class ThroughputModel:
             layer.add(self._known[key], layers / self.arch.num_layers)
         # The slowest stage sets the pace: the fullest one, or the last one with the output layer.
         counts = layout.stage_layers(self.arch.num_layers)
-        fullest, stage = _Times(), _Times()
+        fullest, stage = StepTime(), StepTime()
         fullest.add(layer, max(counts))
         stage.add(layer, counts[-1])
         stage.add(self._output(layout, work))
         stage = max(stage, fullest, key=lambda times: times.total)
         stage.add(self._send(layout, work))
-        step = _Times()
+        step = StepTime(bubble=stage.total * (layout.pp - 1) / layout.vp)
         step.add(stage, count)
-        bubble = stage.total * (layout.pp - 1) / layout.vp
         step.memory += self._optimizer_s(layout)
         step.network += self._data_parallel_s(layout, stage.total * 2 / 3)
-        return StepTime(step.gemm, step.attention, step.memory, step.launch, step.nvlink, step.network, bubble)
+        return step
 
     def tokens_per_s_per_gpu(self, layout: Layout, work: Workload) -> float:
         """Return the predicted throughput."""
         return work.global_batch * work.seq_length / self.step(layout, work).total / layout.gpus
 
-    def _layer(self, layout: Layout, work: Workload, moe: bool, fp8: bool) -> _Times:
+    def _layer(self, layout: Layout, work: Workload, moe: bool, fp8: bool) -> StepTime:
         arch = self.arch
         tokens = work.seq_length / layout.cp * layout.micro_batch
         heads, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
         width = arch.hidden_size
         # Attention is called once for each step of context parallelism's ring.
-        attention = _Times(launch=self.machine.layer_us * 1e-6 * (1 + (layout.cp - 1) / 4))
+        attention = StepTime(launch=self.machine.layer_us * 1e-6 * (1 + (layout.cp - 1) / 4))
         for rows, columns in ((width, heads + 2 * groups), (heads, width)):
             self._matrix(attention, tokens, rows, columns / layout.tp, 1, fp8)
         scores = 2.0 * tokens * work.seq_length * heads / layout.tp  # forward, two products, the causal half
@@ -192,7 +141,7 @@ class ThroughputModel:
         # Keys and values go round the ring once forward, and with their gradients backward; attention hides it.
         ring = 3 * 2 * 2 * groups / layout.tp * tokens * (layout.cp - 1)
         self._link(attention, layout, ring, layout.tp * layout.cp, layout.cp, hidden=attention.attention)
-        network = self._moe(layout, work, tokens, fp8) if moe else _Times()
+        network = self._moe(layout, work, tokens, fp8) if moe else StepTime()
         if moe:
             hidden = attention.total + network.total if "ep" in work.overlap else 0.0
             self._dispatch(network, layout, work, tokens, hidden)
@@ -208,13 +157,13 @@ class ThroughputModel:
             self._moved(attention, slots * 3 * (self.arch.expert_ffn_size or 0), fp8)
         return attention
 
-    def _moe(self, layout: Layout, work: Workload, tokens: float, fp8: bool) -> _Times:
+    def _moe(self, layout: Layout, work: Workload, tokens: float, fp8: bool) -> StepTime:
         arch, machine = self.arch, self.machine
         slots = tokens / layout.tp * self._slots_per_token(layout, work)
         local = (arch.num_experts or 1) // layout.ep
         uneven_us = machine.uneven_fp8_expert_us if fp8 else machine.uneven_expert_us
         expert_us = machine.expert_us if work.pad else uneven_us
-        found = _Times(launch=(machine.moe_us + expert_us * (local - 1)) * 1e-6)
+        found = StepTime(launch=(machine.moe_us + expert_us * (local - 1)) * 1e-6)
         neurons = (arch.expert_ffn_size or 0) / layout.etp
         # A rank's experts get slots of its whole group: as many as its own tokens, etp times.
         self._network(found, slots * layout.etp / local, neurons, fp8, local)
@@ -231,7 +180,7 @@ class ThroughputModel:
         waits = 1.0 if work.pad or layout.ep == 1 else max(1.0, min(self.machine.imbalance, room))
         return work.slots_per_token(self.arch) * waits
 
-    def _dispatch(self, found: _Times, layout: Layout, work: Workload, tokens: float, hidden: float) -> None:
+    def _dispatch(self, found: StepTime, layout: Layout, work: Workload, tokens: float, hidden: float) -> None:
         """Add what sends tokens to their experts and back, forward and backward, beyond what hides it."""
         copies = self._slots_per_token(layout, work)
         span = layout.etp * layout.ep
@@ -239,24 +188,24 @@ class ThroughputModel:
             # A token is sent once to each rank of its node, or once to each other node, that has experts of it.
             per_node = layout.node_gpus(self.gpu.per_node)
             places = layout.ep if span <= per_node else span // per_node
-            copies *= self._places_of_a_token(places) / (self.arch.top_k or 1)
+            copies *= self._expected_places(places) / (self.arch.top_k or 1)
         bytes_of_copy = 4 * 2 * tokens / layout.tp * self.arch.hidden_size
         self._link(found, layout, bytes_of_copy * copies * (layout.ep - 1) / layout.ep, span, layout.ep, hidden)
         slots = tokens / layout.tp * self._slots_per_token(layout, work)
         self._link(found, layout, 4 * 2 * slots * self.arch.hidden_size * (layout.etp - 1), layout.etp, layout.etp)
 
-    def _places_of_a_token(self, places: int) -> float:
-        """Return at how many of so many places a token's experts are, on average, if all choices are as likely."""
+    def _expected_places(self, places: int) -> float:
+        """Return the expected number of distinct ranks or nodes holding a token's experts, under uniform routing."""
         experts, top_k = self.arch.num_experts or 1, self.arch.top_k or 1
         return places * (1 - math.comb(experts - experts // places, top_k) / math.comb(experts, top_k))
 
-    def _network(self, found: _Times, rows: float, neurons: float, fp8: bool, count: int = 1) -> None:
+    def _network(self, found: StepTime, rows: float, neurons: float, fp8: bool, count: int = 1) -> None:
         gates = 2 if self.arch.gated else 1
         self._matrix(found, rows, self.arch.hidden_size, gates * neurons, count, fp8)
         self._matrix(found, rows, neurons, self.arch.hidden_size, count, fp8)
         self._moved(found, count * rows * 8 * neurons, fp8)
 
-    def _matrix(self, found: _Times, rows: float, inner: float, columns: float, count: int, fp8: bool) -> None:
+    def _matrix(self, found: StepTime, rows: float, inner: float, columns: float, count: int, fp8: bool) -> None:
         """Add a product and its two gradients: [rows, inner] x [inner, columns], `count` of them."""
         peak = (self.gpu.fp8_tflops or self.gpu.bf16_tflops) if fp8 else self.gpu.bf16_tflops
         reached = self.machine.gemm_fp8 if fp8 else self.machine.gemm
@@ -270,18 +219,18 @@ class ThroughputModel:
         found.gemm += compute_s
         found.memory += max(0.0, memory_s - compute_s)
 
-    def _moved(self, found: _Times, elements: float, fp8: bool) -> None:
+    def _moved(self, found: StepTime, elements: float, fp8: bool) -> None:
         """Add 16-bit elements read or written by what is no matrix product; a quarter more for casts to FP8."""
         found.memory += 2.0 * elements * (1.25 if fp8 else 1.0) / (self.machine.memory * self.gpu.hbm_gb_s * 1e9)
 
-    def _tensor_traffic(self, found: _Times, tokens: float, layout: Layout, work: Workload) -> None:
+    def _tensor_traffic(self, found: StepTime, tokens: float, layout: Layout, work: Workload) -> None:
         """Add sequence parallelism's gathers and scatters: two forward, three backward, of the rank's tokens."""
         volume = 5 * 2 * tokens * self.arch.hidden_size * (layout.tp - 1) / layout.tp
         if "tp" in work.overlap:
             volume *= 1 - self.machine.tp_hidden
         self._link(found, layout, volume, layout.tp, layout.tp)
 
-    def _link(self, found: _Times, layout: Layout, volume: float, span: int, size: int, hidden: float = 0.0) -> None:
+    def _link(self, found: StepTime, layout: Layout, volume: float, span: int, size: int, hidden: float = 0.0) -> None:
         """Add traffic of a group that lies within `span` neighbouring ranks, beyond seconds of work that hide it."""
         if volume <= 0 or size <= 1:
             return
@@ -297,24 +246,21 @@ class ThroughputModel:
         else:
             found.network += time_s
 
-    def _output(self, layout: Layout, work: Workload) -> _Times:
+    def _output(self, layout: Layout, work: Workload) -> StepTime:
         """Return the output layer and the loss: the last stage's work, for which all others wait."""
-        found = _Times()
+        found = StepTime()
         tokens = work.seq_length / layout.cp * layout.micro_batch
         vocabulary = layout.padded_vocab(self.arch) / layout.tp
         self._matrix(found, tokens, self.arch.hidden_size, vocabulary, 1, False)
         self._moved(found, tokens * vocabulary * 12, False)
         return found
 
-    def _send(self, layout: Layout, work: Workload) -> _Times:
-        """Return what the hand-over between stages costs: overlapped with interleaving, waited for without."""
-        found = _Times()
-        if layout.pp == 1:
-            return found
-        tokens = work.seq_length / layout.cp * layout.micro_batch
-        volume = 2 * 2 * tokens * self.arch.hidden_size / layout.tp
-        if layout.vp == 1:
-            self._link(found, layout, volume, layout.gpus, layout.gpus)
+    def _send(self, layout: Layout, work: Workload) -> StepTime:
+        """Return the cost of passing activations between stages: hidden with interleaving, exposed without."""
+        found = StepTime()
+        if layout.pp > 1 and layout.vp == 1:
+            tokens = work.seq_length / layout.cp * layout.micro_batch
+            self._link(found, layout, 4 * tokens * self.arch.hidden_size / layout.tp, layout.gpus, layout.gpus)
         return found
 
     def _optimizer_s(self, layout: Layout) -> float:
@@ -325,7 +271,7 @@ class ThroughputModel:
         return moved / (self.machine.memory * self.gpu.hbm_gb_s * 1e9)
 
     def _data_parallel_s(self, layout: Layout, backward_s: float) -> float:
-        """Return what of reducing gradients and gathering weights no backward pass hides: at least a layer's share.
+        """Return the exposed time of reducing gradients and gathering weights: at least a layer's share.
 
         A ring over nodes uses the network cards of all its members in a node at once.
         """
@@ -343,5 +289,5 @@ class ThroughputModel:
         return max(time_s / max(1, self.arch.num_layers // layout.pp), time_s - backward_s)
 
     def _rank_params(self, layout: Layout) -> tuple[float, float]:
-        """Return the parameters of a middling rank: dense part, routed experts."""
+        """Return the parameters of an average rank: dense part, routed experts."""
         return self._rest / layout.tp / layout.pp, self._routed / layout.ep / layout.etp / layout.pp

@@ -14,7 +14,7 @@ class Precision:
 
     Args:
         fp8: whether the linear layers inside the transformer layers multiply in FP8.
-        copy_bytes: for each of their weights, what Transformer Engine holds beside it: FP8, in rows and in columns.
+        copy_bytes: bytes of the FP8 copies that Transformer Engine holds beside each of their weights.
         saved_bytes: of one element of an input that such a layer keeps for its backward pass.
         bf16_ends: layers at either end of the model that stay in BF16.
     """
@@ -36,7 +36,7 @@ PRECISIONS = {
 #: From keeping everything to keeping the input of each layer only: nothing, the experts' activation function,
 #: the whole MoE layer (or feed-forward network), the whole layer.
 RECOMPUTES = ("none", "moe_act", "moe", "full")
-#: Larger numbers are mistakes.
+#: Larger numbers are taken for mistakes.
 _MOST = 10**9
 #: What sends tokens to their experts: a message for each expert of a token, or for each place that has experts of it.
 DISPATCHERS = ("alltoall", "deepep")

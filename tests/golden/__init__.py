@@ -1,17 +1,27 @@
 """Every recipe's configuration as text, one setting a line, so that a change is seen and reviewed.
 
-The keys are what an override on the command line calls the settings. After a wanted change:
+The keys are what an override on the command line calls the settings. What the planner knows of the recipes without
+importing NeMo, `conf/planning/recipes.yaml`, is made of them as well. After an intended change:
 
     python -m tests.golden
 """
 
 from __future__ import annotations
 
+import inspect
+import re
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.spec import UpcycleSpec
+
 
 FOLDER = Path(__file__).parent
+PLANNER = FOLDER.parents[1] / "conf/planning/recipes.yaml"
 #: File name -> recipe and its arguments.
 GOLDEN: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3_8b_e8t2": ("llama3_8b_e8t2", {}),
@@ -53,3 +63,67 @@ def text_of(name: str) -> str:
 
 def _depends_on_machine(recipe: str, key: str) -> bool:
     return recipe.startswith("smollm2") and key.startswith("trainer.plugins")
+
+
+def planner_text() -> str:
+    """Return what the planner's file should hold: the dense parents' shapes, and what a step of a recipe works on."""
+    from nemo_upcycle import recipes
+    from nemo_upcycle.pipeline.recipes_io import spec_of
+
+    shapes, entries = {}, {}
+    for name in sorted({recipe for recipe, _ in GOLDEN.values()}):
+        factory = getattr(recipes, name).pretrain_recipe
+        recipe = factory()
+        config = recipe.model.config
+        spec = spec_of(recipe) if recipe.resume.restore_config.spec else None
+        batch, length = recipe.data.global_batch_size, recipe.data.seq_length
+        defaults = {
+            "seq_length": length,
+            "global_batch": batch,
+            "capacity_factor": config.moe_expert_capacity_factor,
+            "tokens": float(f"{recipe.trainer.max_steps * batch * length:.4g}"),
+        }
+        dense = re.sub(r"_(e\d+t\d+|dense_ct)$", "", name)
+        if spec is None:
+            shapes[dense] = _changed(asdict(_dense_architecture(config)), Architecture)
+        h100 = "performance_mode" in inspect.signature(factory).parameters
+        upcycling = _changed(spec.to_dict(), UpcycleSpec, "num_experts", "top_k") if spec else None
+        entries[name] = {"dense": dense, "spec": upcycling, "h100": h100, "defaults": defaults}
+    lines = ["# What the planner knows of the recipes; `python -m tests.golden` makes this file of them."]
+    for key, values in (("shapes", shapes), ("recipes", entries)):
+        lines += [f"{key}:", *(f"  {name}: {_flow(value)}" for name, value in values.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _dense_architecture(config: Any) -> Architecture:
+    """Return the architecture of a dense NeMo Llama: what decides its FLOPs, its family and positions."""
+    from nemo.collections.llm.gpt.model.llama import Llama31Config, LlamaConfig
+
+    from nemo_upcycle.monitoring.throughput import architecture_of
+    from nemo_upcycle.recipes.h100 import VOCABULARY
+
+    kind = config.__fn_or_cls__
+    # Sequences of a recipe may be shorter than its parent's. NeMo has no class for SmolLM2; its config.json has these.
+    vocab_size, positions = (49_152, 8192) if kind is LlamaConfig else (VOCABULARY, kind.seq_length)
+    scaling = None
+    if issubclass(kind, Llama31Config):
+        scaling = {"rope_type": "llama3", "factor": config.scale_factor, "low_freq_factor": config.low_freq_factor}
+        scaling |= {"high_freq_factor": config.high_freq_factor}
+        scaling |= {"original_max_position_embeddings": config.old_context_len}
+    sizes = asdict(architecture_of(config, vocab_size)) | {
+        "hf_class": "LlamaForCausalLM",
+        "rope_theta": float(config.rotary_base),
+        "rope_scaling": scaling,
+        "max_positions": positions,
+    }
+    return Architecture(**sizes)
+
+
+def _changed(values: dict[str, Any], kind: type, *always: str) -> dict[str, Any]:
+    """Return the fields of a dataclass that differ from their defaults, and those named."""
+    defaults = {field.name: field.default for field in fields(kind)}
+    return {name: value for name, value in values.items() if name in always or value not in (None, defaults[name])}
+
+
+def _flow(value: dict[str, Any]) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000).strip()

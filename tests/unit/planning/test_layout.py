@@ -9,7 +9,7 @@ from nemo_upcycle.planning.hardware import known_recipe
 from nemo_upcycle.planning.layout import Layout, parse_layout
 
 
-LLAMA = known_recipe("llama3_8b_e8t2").made
+LLAMA = known_recipe("llama3_8b_e8t2").arch
 
 
 @pytest.mark.parametrize(

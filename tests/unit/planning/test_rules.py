@@ -14,8 +14,8 @@ from nemo_upcycle.planning.rules import broken, check_layout
 from nemo_upcycle.planning.workload import Workload
 
 
-LLAMA = known_recipe("llama3_8b_e8t2").made
-DENSE = known_recipe("llama3_8b_dense_ct").made
+LLAMA = known_recipe("llama3_8b_e8t2").arch
+DENSE = known_recipe("llama3_8b_dense_ct").arch
 WORK = Workload(seq_length=8192, global_batch=512)
 
 

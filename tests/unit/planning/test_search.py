@@ -15,70 +15,70 @@ from nemo_upcycle.planning.throughput import Machine
 from nemo_upcycle.planning.workload import Workload
 
 
-def _goal(gpus: int, recipe: str = "llama3_8b_e8t2", gpu: str = "h100", batch: int = 512) -> PlanRequest:
+def _request(gpus: int, recipe: str = "llama3_8b_e8t2", gpu: str = "h100", batch: int = 512) -> PlanRequest:
     work = Workload(seq_length=8192, global_batch=batch, capacity_factor=1.0, pad=True)
-    return PlanRequest(known_recipe(recipe).made, known_gpu(gpu), gpus, work, 100e9, Machine())
+    return PlanRequest(known_recipe(recipe).arch, known_gpu(gpu), gpus, work, 100e9, Machine())
 
 
 def test_rows_fit_and_the_fastest_comes_first() -> None:
-    plans = search(_goal(128), 5)
+    plans = search(_request(128), 5)
     speeds = [plan.tokens_per_s_per_gpu for plan in plans]
     assert len({plan.layout for plan in plans}) == 5
     assert speeds == sorted(speeds, reverse=True)
     assert all(plan.verdict in ("fits", "tight") for plan in plans)
     for plan in plans:
-        check_layout(plan.layout, plan.goal.arch, plan.work)
+        check_layout(plan.layout, plan.request.arch, plan.work)
 
 
 @pytest.mark.parametrize(("recipe", "gpu"), [("llama3_8b_e8t2", "h100"), ("llama3_8b_e8t2", "a100")])
 def test_a_layout_given_by_hand_is_judged_as_the_search_does(recipe: str, gpu: str) -> None:
-    goal = _goal(128, recipe, gpu)
-    goal = replace(goal, work=replace(goal.work, capacity_factor=4.0, pad=False))
-    for plan in search(goal, 20):
-        assert evaluate_layout(goal, plan.layout) == plan
+    request = _request(128, recipe, gpu)
+    request = replace(request, work=replace(request.work, capacity_factor=4.0, pad=False))
+    for plan in search(request, 20):
+        assert evaluate_layout(request, plan.layout) == plan
 
 
 def test_recomputing_costs_time_and_what_is_tight_gives_way_to_what_fits() -> None:
-    goal = _goal(128)
-    goal = replace(goal, work=replace(goal.work, capacity_factor=4.0, pad=False))
+    request = _request(128)
+    request = replace(request, work=replace(request.work, capacity_factor=4.0, pad=False))
     none, activation = (
-        evaluate_layout(goal, parse_layout("pp=2,vp=16,cp=2,ep=8", 128), kind) for kind in ("none", "moe_act")
+        evaluate_layout(request, parse_layout("pp=2,vp=16,cp=2,ep=8", 128), kind) for kind in ("none", "moe_act")
     )
     assert (none.verdict, activation.verdict) == ("tight", "fits")
     assert none.tokens_per_s_per_gpu > activation.tokens_per_s_per_gpu
-    assert evaluate_layout(goal, none.layout) == activation
+    assert evaluate_layout(request, none.layout) == activation
 
 
 def test_no_hand_made_layout_is_faster_than_the_search() -> None:
-    goal = _goal(128)
-    best = search(goal, 1)[0].tokens_per_s_per_gpu
+    request = _request(128)
+    best = search(request, 1)[0].tokens_per_s_per_gpu
     for text in ("cp=2,ep=8,pp=4,vp=8", "tp=2,cp=2,ep=8,pp=4,vp=8", "ep=8,pp=4,vp=8", "tp=2,ep=8,pp=4,vp=4"):
-        plan = evaluate_layout(goal, parse_layout(text, 128))
+        plan = evaluate_layout(request, parse_layout(text, 128))
         assert plan.verdict == "no" or plan.tokens_per_s_per_gpu <= best * (1 + 1e-9)
 
 
 def test_only_what_megatron_runs_is_searched() -> None:
     """Under delayed scaling it recomputes no activation."""
-    goal = _goal(64)
-    goal = replace(goal, work=replace(goal.work, precision="fp8-delayed", capacity_factor=4.0, pad=False))
-    assert {plan.work.recompute for plan in search(goal, 40)} <= {"none", "moe", "full"}
+    request = _request(64)
+    request = replace(request, work=replace(request.work, precision="fp8-delayed", capacity_factor=4.0, pad=False))
+    assert {plan.work.recompute for plan in search(request, 40)} <= {"none", "moe", "full"}
 
 
 def test_eight_cards_do_not_hold_the_model() -> None:
-    plans = search(_goal(8, batch=64), 3)
+    plans = search(_request(8, batch=64), 3)
     assert [plan.verdict for plan in plans] == ["no"] * 3
     assert plans[0].memory.total <= plans[1].memory.total
 
 
 def test_a_card_with_more_memory_needs_less_recomputation() -> None:
     layout = parse_layout("pp=4,vp=8,ep=8", 128)
-    assert evaluate_layout(_goal(128), layout).work.recompute != "none"
-    assert evaluate_layout(_goal(128, gpu="b200"), layout).work.recompute == "none"
-    assert evaluate_layout(_goal(128), layout, "none").work.recompute == "none"
+    assert evaluate_layout(_request(128), layout).work.recompute != "none"
+    assert evaluate_layout(_request(128, gpu="b200"), layout).work.recompute == "none"
+    assert evaluate_layout(_request(128), layout, "none").work.recompute == "none"
 
 
 def test_hours_and_mfu_agree_with_the_speed() -> None:
-    plan: Plan = search(_goal(128), 1)[0]
+    plan: Plan = search(_request(128), 1)[0]
     assert plan.hours == pytest.approx(100e9 / plan.tokens_per_s_per_gpu / 128 / 3600)
     assert plan.mfu == pytest.approx(plan.tokens_per_s_per_gpu * 9.1743608832e10 / 989e12)
     assert plan.tflops_per_gpu(causal=True) < plan.tflops_per_gpu(causal=False)
@@ -87,18 +87,18 @@ def test_hours_and_mfu_agree_with_the_speed() -> None:
 
 @pytest.mark.parametrize("gpus", [3, 8, 100, 5000, 999_999])
 def test_nearest_gpus_is_a_number_that_is_taken_and_fits(gpus: int) -> None:
-    goal = _goal(gpus)
-    number = nearest_gpus(goal)
+    request = _request(gpus)
+    number = nearest_gpus(request)
     assert number
     assert number <= MOST_GPUS
-    assert search(replace(goal, gpus=number), 1)[0].verdict != "no"
+    assert search(replace(request, gpus=number), 1)[0].verdict != "no"
 
 
 def test_nearest_gpus_finds_none_where_one_sequence_is_too_long() -> None:
-    goal = _goal(8)
-    assert nearest_gpus(replace(goal, work=replace(goal.work, seq_length=10**8))) is None
+    request = _request(8)
+    assert nearest_gpus(replace(request, work=replace(request.work, seq_length=10**8))) is None
 
 
 def test_a_batch_that_fits_no_layout_is_refused() -> None:
     with pytest.raises(SpecError, match=r"gpus: got 7, .* works on 1 sequences a step\. Fix: set gpus=16"):
-        search(_goal(7, batch=1), 3)
+        search(_request(7, batch=1), 3)

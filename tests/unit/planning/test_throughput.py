@@ -16,7 +16,7 @@ from nemo_upcycle.planning.throughput import Machine, StepTime, ThroughputModel
 from nemo_upcycle.planning.workload import Workload
 
 
-LLAMA = known_recipe("llama3_8b_e8t2").made
+LLAMA = known_recipe("llama3_8b_e8t2").arch
 MODEL = ThroughputModel(LLAMA, known_gpu("h100"), Machine())
 WORK = Workload(seq_length=8192, global_batch=512, capacity_factor=1.0, pad=True)
 
@@ -114,7 +114,7 @@ def test_overlapped_traffic_of_experts_costs_what_computation_does_not_hide() ->
 
 
 def test_overlapped_products_hide_a_part_of_tensor_parallelism() -> None:
-    dense = ThroughputModel(known_recipe("llama3_8b_dense_ct").made, known_gpu("h100"), Machine())
+    dense = ThroughputModel(known_recipe("llama3_8b_dense_ct").arch, known_gpu("h100"), Machine())
     layout = parse_layout("tp=4,pp=4", 128)
     plain, hidden = (dense.step(layout, replace(_DROPLESS, overlap=overlap)) for overlap in ((), ("tp",)))
     assert hidden.nvlink == pytest.approx((1 - Machine().tp_hidden) * plain.nvlink)
