@@ -96,7 +96,7 @@ def pretrain_recipe(
         Python API usage:
             >>> recipe = pretrain_recipe(dir="runs/mine")
     """
-    recipe = dense_ct.base_recipe(dir, name, num_nodes, num_gpus_per_node, dense, fn)
+    recipe = dense_ct.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, dense, fn)
     recipe.model = model()
     recipe.trainer = trainer(expert_parallelism, num_nodes, num_gpus_per_node)
     return start_from(recipe, dense, SPEC)
@@ -104,7 +104,7 @@ def pretrain_recipe(
 
 @run.cli.factory(target=pipeline, name=NAME)
 def pipeline_recipe(dir: str = f"runs/{NAME}", processes: Optional[int] = None) -> run.Partial:
-    """Create the whole chain: import, upcycle, pretrain, dense twin, export, evaluate, report.
+    """Create the whole chain: import, upcycle, pretrain, dense baseline, export, evaluate, report.
 
     Args:
         dir (str): Folder of the run.
@@ -122,7 +122,7 @@ def pipeline_recipe(dir: str = f"runs/{NAME}", processes: Optional[int] = None) 
     processes = processes or (1 if torch.cuda.device_count() == 1 else 2)
     training = pretrain_recipe(num_gpus_per_node=processes, expert_parallelism=processes)
     if not torch.cuda.is_available():
-        # A laptop holds 692M parameters and their Adam; of a layer it keeps only the input for the backward pass.
+        # A laptop has memory for 692M parameters and their Adam states; of activations it keeps the layers' inputs.
         config = training.model.config
         config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
     return run.Partial(

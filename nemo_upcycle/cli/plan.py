@@ -10,7 +10,7 @@ import shutil
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nemo_upcycle.cli.plan_request import Subject, number_of_tokens, request_of, subject_of
 from nemo_upcycle.errors import SpecError, UpcycleError
@@ -35,6 +35,16 @@ keys of --layout (what is omitted is 1): tp tensor, cp context, ep expert, etp e
 
 exit status: 0 a layout fits (or is tight); 1 none does; 2 a value is wrong.
 TFLOP/s and MFU count full attention, as arXiv 2412.09952 does; --json has the causal half beside it."""
+
+
+class _Answer(NamedTuple):
+    """What is printed, as text or as JSON."""
+
+    subject: Subject
+    request: PlanRequest
+    plans: list[Plan]
+    ranks: list[dict[str, int]] | None
+    checked: dict[str, Any] | None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,30 +95,19 @@ def run(args: argparse.Namespace) -> int:
     names = named_columns(args.columns) if args.columns is not None else None
     subject = subject_of(args)
     request = request_of(args, subject)
-    plans = _plans(args, request)
+    if args.layout is None:
+        plans = search(request, args.rows)
+    else:
+        plans = [evaluate_layout(request, parse_layout(args.layout, args.gpus, args.micro_batch))]
     ranks = _ranks(args.rank, plans[0]) if args.rank is not None else None
     if args.explain is not None and not 1 <= args.explain <= len(plans):
         raise SpecError("explain", got=args.explain, expected=f"a row, 1 to {len(plans)}", fix="choose one")
-    checked = _check(subject, plans[0]) if args.check else None
+    answer = _Answer(subject, request, plans, ranks, _check(subject, plans[0]) if args.check else None)
     if args.json:
-        _print_json(args, subject, request, plans, ranks, checked)
+        _print_json(args, answer)
     else:
-        _print_text(args, names, subject, request, plans, ranks, checked)
+        _print_text(args, answer, names)
     return 1 if all(plan.verdict == "no" for plan in plans) else 0
-
-
-def _plans(args: argparse.Namespace, request: PlanRequest) -> list[Plan]:
-    micro = args.micro_batch
-    if micro is not None and not 1 <= micro <= request.work.global_batch:
-        raise SpecError(
-            "micro-batch",
-            got=micro,
-            expected=f"1 to the global batch ({request.work.global_batch})",
-            fix="set --micro-batch 1",
-        )
-    if args.layout is None:
-        return search(request, args.rows, micro, args.recompute)
-    return [evaluate_layout(request, parse_layout(args.layout, args.gpus, micro), args.recompute)]
 
 
 def _ranks(text: str, plan: Plan) -> list[dict[str, int]]:
@@ -140,14 +139,8 @@ def _check(subject: Subject, plan: Plan) -> dict[str, Any]:
     return result.to_dict()
 
 
-def _print_json(
-    args: argparse.Namespace,
-    subject: Subject,
-    request: PlanRequest,
-    plans: list[Plan],
-    ranks: list[dict[str, int]] | None,
-    checked: dict[str, Any] | None,
-) -> None:
+def _print_json(args: argparse.Namespace, answer: _Answer) -> None:
+    subject, request = answer.subject, answer.request
     arch, length = request.arch, request.work.seq_length
     values: dict[str, Any] = {
         "model": {
@@ -158,23 +151,16 @@ def _print_json(
                 "causal": arch.flops_per_token(length, causal=True),
             },
         },
-        "rows": [table.row_values(plan, _command(subject, plan), args.price_per_gpu_hour) for plan in plans],
+        "rows": [table.row_values(plan, _command(subject, plan), args.price_per_gpu_hour) for plan in answer.plans],
     }
     values["warnings"] = _warnings(subject, request)
-    values |= {"ranks": ranks} if ranks is not None else {}
-    values |= {"check": checked} if checked is not None else {}
+    values |= {"ranks": answer.ranks} if answer.ranks is not None else {}
+    values |= {"check": answer.checked} if answer.checked is not None else {}
     sys.stdout.write(json.dumps(values, indent=2) + "\n")
 
 
-def _print_text(
-    args: argparse.Namespace,
-    names: list[str] | None,
-    subject: Subject,
-    request: PlanRequest,
-    plans: list[Plan],
-    ranks: list[dict[str, int]] | None,
-    checked: dict[str, Any] | None,
-) -> None:
+def _print_text(args: argparse.Namespace, answer: _Answer, names: list[str] | None) -> None:
+    subject, request, plans, checked = answer.subject, answer.request, answer.plans, answer.checked
     width = shutil.get_terminal_size().columns  # 80 without a terminal
 
     def say(text: str = "") -> None:
@@ -202,13 +188,13 @@ def _print_text(
         sys.stdout.write(f"row {args.explain or 1}:\n" + _continued(words, width) + "\n")
     elif subject.recipe is None:
         say("No recipe of this package trains this model, so there is no command. See docs/planning.md.")
-    for entry in ranks or []:
+    for entry in answer.ranks or []:
         say(f"rank {entry['rank']}: {entry['params']:,} parameters, {entry['expert_params']:,} of them of experts")
     if checked:
         say(f"checked with Megatron's own modules: {checked['ranks']} ranks of {checked['kinds']} kinds, all equal")
         say(f"built as: {', '.join(checked['specs'])}")
         if checked["tensors"]:
-            say(f"and the connector's read plan fills each of their {checked['tensors']} tensors once")
+            say(f"and the read plan fills each of their {checked['tensors']} tensors once")
 
 
 def _wrapped(line: str, width: int) -> str:
@@ -244,11 +230,11 @@ def _way_out(args: argparse.Namespace, request: PlanRequest) -> str:
     if args.layout is None:
         text = f"Nothing fits {gpus}: these come nearest."
     else:
-        best = next(iter(find(request, 1, args.micro_batch, args.recompute)), None)
+        best = next(iter(find(request, 1)), None)
         if best and best.verdict != "no":
             return f"This layout does not fit. Of {gpus} this one does: --layout {best.layout.sizes}"
         text = f"This layout does not fit, nor does any other of {gpus}."
-    number = nearest_gpus(request, args.micro_batch, args.recompute)
+    number = nearest_gpus(request)
     without = " and without --layout" if args.layout else ""
     return text + (f" With --gpus {number}{without} something fits." if number else "")
 

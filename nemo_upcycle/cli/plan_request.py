@@ -135,7 +135,18 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
     gpu = known_gpu(args.gpu)
     if work.numbers.fp8 and gpu.fp8_tflops is None:
         raise SpecError("precision", got=args.precision, expected=f"bf16 on {gpu.name}", fix="use bf16")
-    return PlanRequest(subject.arch, gpu, args.gpus, work, given("tokens"), Machine(), _is_grouped(subject))
+    micro = args.micro_batch
+    if micro is not None and not 1 <= micro <= work.global_batch:
+        raise SpecError(
+            "micro-batch",
+            got=micro,
+            expected=f"1 to the global batch ({work.global_batch})",
+            fix="set --micro-batch 1",
+        )
+    grouped = _is_grouped(subject)
+    return PlanRequest(
+        subject.arch, gpu, args.gpus, work, given("tokens"), Machine(), grouped, micro, args.recompute or None
+    )
 
 
 def _is_grouped(subject: Subject) -> bool:

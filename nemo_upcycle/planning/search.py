@@ -38,6 +38,8 @@ class PlanRequest:
         tokens: of the whole run.
         machine: what is reached of the card's peaks.
         grouped: whether the experts' products are grouped; else Megatron-Core cannot recompute their activation alone.
+        micro_batch: the only micro-batch to search, in sequences; None searches several.
+        recompute: the only kind of recomputation to use; None chooses the least that fits.
     """
 
     arch: Architecture
@@ -47,11 +49,21 @@ class PlanRequest:
     tokens: float
     machine: Machine
     grouped: bool = True
+    micro_batch: int | None = None
+    recompute: str | None = None
 
     @cached_property
     def model(self) -> ThroughputModel:
         """The throughput model of the architecture on these cards."""
         return ThroughputModel(self.arch, self.gpu, self.machine)
+
+    @property
+    def recomputes(self) -> tuple[str, ...]:
+        """The kinds of recomputation to choose from, the least first."""
+        if self.recompute:
+            return (self.recompute,)
+        has_moe_act = self.arch.num_experts and self.grouped and self.work.precision != "fp8-delayed"
+        return tuple(kind for kind in RECOMPUTES if kind != "moe_act" or has_moe_act)
 
 
 @dataclass(frozen=True)
@@ -132,20 +144,18 @@ class Plan:
         return checkpoint_bytes(self.request.arch) / GIB
 
 
-def evaluate_layout(request: PlanRequest, layout: Layout, recompute: str | None = None) -> Plan:
+def evaluate_layout(request: PlanRequest, layout: Layout) -> Plan:
     """Return a layout's plan, with the least recomputation that fits; if none does, the least that is tight.
 
     Args:
         request: what it is for.
         layout: checked here.
-        recompute: a kind of recomputation that is given; None chooses.
 
     Raises:
         SpecError: the layout breaks a rule.
     """
     check_layout(layout, request.arch, request.work)
-    kinds = (recompute,) if recompute else _recomputes(request)
-    plans = [Plan(request, layout, replace(request.work, recompute=kind)) for kind in kinds]
+    plans = [Plan(request, layout, replace(request.work, recompute=kind)) for kind in request.recomputes]
     for verdict in ("fits", "tight"):
         for plan in plans:
             if plan.verdict == verdict:
@@ -153,9 +163,7 @@ def evaluate_layout(request: PlanRequest, layout: Layout, recompute: str | None 
     return plans[-1]
 
 
-def search(
-    request: PlanRequest, limit: int = 10, micro_batch: int | None = None, recompute: str | None = None
-) -> list[Plan]:
+def search(request: PlanRequest, limit: int = 10) -> list[Plan]:
     """Return the fastest layouts that fit, fastest first; if none does, the nearest.
 
     Each has the recomputation that `evaluate_layout` chooses.
@@ -163,24 +171,22 @@ def search(
     Args:
         request: what they are for.
         limit: how many.
-        micro_batch: only this one.
-        recompute: only this kind.
 
     Raises:
         SpecError: no layout obeys the rules for this number of GPUs and this batch; the text names ones that fit.
     """
-    if plans := find(request, limit, micro_batch, recompute):
+    if plans := find(request, limit):
         return plans
     batch = request.work.global_batch
-    for other in _batches(batch, request.gpus * (micro_batch or 1)):
-        if _fits(replace(request, work=replace(request.work, global_batch=other)), micro_batch, recompute):
+    for other in _batches(batch, request.gpus * (request.micro_batch or 1)):
+        if _fits(replace(request, work=replace(request.work, global_batch=other))):
             raise SpecError(
                 "global-batch",
                 got=batch,
                 expected=f"one that a layout of {request.gpus} GPUs can use",
                 fix=f"set global-batch={other}",
             )
-    if gpus := nearest_gpus(request, micro_batch, recompute):
+    if gpus := nearest_gpus(request):
         raise SpecError(
             "gpus",
             got=request.gpus,
@@ -188,7 +194,7 @@ def search(
             fix=f"set gpus={gpus}",
         )
     # The plain layout breaks a rule: say which.
-    check_layout(Layout(gpus=request.gpus, micro_batch=micro_batch or 1), request.arch, request.work)
+    check_layout(Layout(gpus=request.gpus, micro_batch=request.micro_batch or 1), request.arch, request.work)
     raise SpecError(
         "gpus",
         got=request.gpus,
@@ -197,20 +203,13 @@ def search(
     )
 
 
-def nearest_gpus(request: PlanRequest, micro_batch: int | None = None, recompute: str | None = None) -> int | None:
-    """Return the number of GPUs nearest to the request's with which some layout fits; None if none is found.
-
-    Args:
-        request: everything but its GPUs is kept.
-        micro_batch: as in `search`.
-        recompute: as in `search`.
-    """
-    step = max(
-        request.gpu.per_node, 2 ** (request.gpus.bit_length() - 4)
-    )  # whole nodes; of many, an eighth or so of them
+def nearest_gpus(request: PlanRequest) -> int | None:
+    """Return the number of GPUs nearest to the request's with which some layout fits; None if none is found."""
+    # Whole nodes; of many, about an eighth of them.
+    step = max(request.gpu.per_node, 2 ** (request.gpus.bit_length() - 4))
     numbers = {2**n for n in range(20)} | {step * n for n in range(1, 2 * request.gpus // step + 2)}
     for gpus in sorted(numbers - {request.gpus}, key=lambda number: (abs(number - request.gpus), -number)):
-        if gpus <= MOST_GPUS and _fits(replace(request, gpus=gpus), micro_batch, recompute):
+        if gpus <= MOST_GPUS and _fits(replace(request, gpus=gpus)):
             return gpus
     return None
 
@@ -222,33 +221,28 @@ def _batches(batch: int, step: int) -> list[int]:
     return sorted(around - {0, batch}, key=lambda other: abs(other - batch))
 
 
-def _fits(request: PlanRequest, micro_batch: int | None, recompute: str | None) -> bool:
+def _fits(request: PlanRequest) -> bool:
     """Return whether some layout fits; looks only at those that need least memory."""
-    work = replace(request.work, recompute=recompute or RECOMPUTES[-1])
-    return any(
-        Plan(request, layout, work).verdict != "no"
-        for layout in _smallest(request, _allowed(request, micro_batch), 20)
-    )
-
-
-def _allowed(request: PlanRequest, micro_batch: int | None) -> Iterator[Layout]:
-    return layouts(request, _MICRO_BATCHES if micro_batch is None else (micro_batch,))
+    work = replace(request.work, recompute=request.recompute or RECOMPUTES[-1])
+    return any(Plan(request, layout, work).verdict != "no" for layout in _smallest(request, layouts(request), 20))
 
 
 def _smallest(request: PlanRequest, every: Iterable[Layout], count: int) -> list[Layout]:
     return heapq.nsmallest(count, every, key=lambda layout: _least_gib(request, layout))
 
 
-def find(request: PlanRequest, limit: int, micro_batch: int | None = None, recompute: str | None = None) -> list[Plan]:
+def find(request: PlanRequest, limit: int) -> list[Plan]:
     """Return what `search` returns, or an empty list where `search` raises."""
-    every = list(_allowed(request, micro_batch))
-    works = [replace(request.work, recompute=kind) for kind in ((recompute,) if recompute else _recomputes(request))]
+    every = list(layouts(request))
+    works = [replace(request.work, recompute=kind) for kind in request.recomputes]
     room_gib = request.gpu.memory_gib * TIGHT
     able = [layout for layout in every if _least_gib(request, layout) <= room_gib]
     kinds = {layout: [Plan(request, layout, work) for work in works] for layout in able}
     found: list[Plan] = []
     seen: set[Layout] = set()
-    for plan in sorted(itertools.chain.from_iterable(kinds.values()), key=_rank):
+    for plan in sorted(
+        itertools.chain.from_iterable(kinds.values()), key=lambda plan: (plan.time.total, plan.layout.cp)
+    ):
         if plan.layout in seen or not _could_fit(plan) or plan.verdict == "no":
             continue
         if plan.verdict == "tight" and any(other.verdict == "fits" for other in kinds[plan.layout]):
@@ -263,24 +257,16 @@ def find(request: PlanRequest, limit: int, micro_batch: int | None = None, recom
     return sorted(nearest, key=lambda plan: plan.memory.total)[:limit]
 
 
-def _rank(plan: Plan) -> tuple[float, int]:
-    return (plan.time.total, plan.layout.cp)
-
-
-def _recomputes(request: PlanRequest) -> tuple[str, ...]:
-    has_moe_act = request.arch.num_experts and request.grouped and request.work.precision != "fp8-delayed"
-    return tuple(kind for kind in RECOMPUTES if kind != "moe_act" or has_moe_act)
-
-
-def layouts(request: PlanRequest, micro_batches: tuple[int, ...]) -> Iterator[Layout]:
+def layouts(request: PlanRequest) -> Iterator[Layout]:
     """Yield every layout of even stages that obeys the rules; tensor parallelism stays inside a node."""
     arch, node = request.arch, request.gpu.per_node
+    micro_batches = _MICRO_BATCHES if request.micro_batch is None else (request.micro_batch,)
     experts = divisors(arch.num_experts) if arch.num_experts else [1]
     for tp, cp, pp, ep in itertools.product(divisors(node), _CONTEXTS, divisors(arch.num_layers), experts):
         if request.gpus % (tp * cp * pp) or request.gpus % (ep * pp) or arch.num_kv_heads % tp:
             continue
         for etp in {1, tp} if ep > 1 else {tp}:
-            # Cutting a sequence and taking two at a time undo each other.
+            # Context parallelism cuts what a larger micro-batch adds: together they gain nothing.
             micros = micro_batches[:1] if cp > 1 else micro_batches
             for vp, micro in itertools.product(divisors(arch.num_layers // pp) if pp > 1 else [1], micros):
                 layout = Layout(gpus=request.gpus, tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, etp=etp, micro_batch=micro)
