@@ -13,6 +13,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.hardware import Gpu
 from nemo_upcycle.planning.layout import Layout, divisors
 from nemo_upcycle.planning.memory import GIB, Memory, activation_bytes, checkpoint_bytes, worst_memory
+from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES, WEIGHT_BYTES
 from nemo_upcycle.planning.rules import broken, check_layout
 from nemo_upcycle.planning.throughput import Machine, StepTime, ThroughputModel
 from nemo_upcycle.planning.workload import RECOMPUTES, Workload
@@ -276,12 +277,10 @@ def layouts(request: PlanRequest) -> Iterator[Layout]:
 
 def _least_gib(request: PlanRequest, layout: Layout) -> float:
     """Return a lower bound of what the worst rank holds: the states of its share of the parameters."""
-    arch, gradient = request.arch, 2 + request.work.gradient_bytes
-    expert = arch.moe_layer_count * (arch.num_experts or 0) * arch.ffn_params(arch.expert_ffn_size or 0)
-    dense = (arch.total_params - expert) / layout.tp / layout.pp
-    expert_part = expert / layout.ep / layout.etp / layout.pp
-    bytes_ = dense * (gradient + 12 / layout.dense_shards) + expert_part * (gradient + 12 / layout.expert_dp)
-    return bytes_ / GIB
+    dense, expert = request.model.rank_params(layout)
+    state = WEIGHT_BYTES + request.work.gradient_bytes
+    owned = dense / layout.dense_shards + expert / layout.expert_dp
+    return ((dense + expert) * state + owned * OPTIMIZER_BYTES) / GIB
 
 
 def _could_fit(plan: Plan) -> bool:

@@ -7,6 +7,7 @@ docs/planning.md). All times are of one GPU and of forward and backward together
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -59,14 +60,16 @@ class StepTime:
 
     def add(self, other: StepTime, times: float = 1.0) -> None:
         """Add another time, or a multiple of it."""
-        for name in self.__dict__:
-            setattr(self, name, getattr(self, name) + times * getattr(other, name))
+        sums = self.__dict__
+        for name, value in other.__dict__.items():
+            sums[name] += times * value
 
     def to_dict(self) -> dict[str, float]:
         """Return the parts and their sum."""
         return self.__dict__ | {"total": self.total}
 
 
+@functools.lru_cache(maxsize=64)
 def layer_kinds(arch: Architecture, work: Workload) -> Counter[tuple[bool, bool]]:
     """Return the number of layers of each kind (MoE, in FP8); layers of one kind have the same shapes."""
     return Counter((arch.is_moe_layer(layer), work.is_fp8_layer(arch, layer)) for layer in range(arch.num_layers))
@@ -83,8 +86,7 @@ class ThroughputModel:
 
     def __init__(self, arch: Architecture, gpu: Gpu, machine: Machine) -> None:
         self.arch, self.gpu, self.machine = arch, gpu, machine
-        self._known: dict[tuple[object, ...], StepTime] = {}
-        self._kinds: dict[str, Counter[tuple[bool, bool]]] = {}
+        self._known: dict[tuple[object, ...], tuple[StepTime, StepTime]] = {}
         self._routed = float(
             arch.moe_layer_count * (arch.num_experts or 0) * arch.ffn_params(arch.expert_ffn_size or 0)
         )
@@ -97,22 +99,16 @@ class ThroughputModel:
         parallelism that nothing hides, + the optimizer.
         """
         count = layout.micro_batches(work.global_batch)
-        layer = StepTime()  # of all of them, the mean
-        if work.precision not in self._kinds:
-            self._kinds[work.precision] = layer_kinds(self.arch, work)
-        for (moe, fp8), layers in self._kinds[work.precision].items():
-            sizes = (layout.tp, layout.cp, layout.ep, layout.etp, layout.micro_batch)
-            key = (moe, fp8, *sizes, layout.node_gpus(self.gpu.per_node), work)
-            if key not in self._known:
-                self._known[key] = self._layer(layout, work, moe, fp8)
-            layer.add(self._known[key], layers / self.arch.num_layers)
-        # The slowest stage sets the pace: the fullest one, or the last one with the output layer.
+        layer, output = self._parts(layout, work)
+        # The slowest stage sets the pace: the last one with the output layer, or a fuller one.
         counts = layout.stage_layers(self.arch.num_layers)
-        fullest, stage = StepTime(), StepTime()
-        fullest.add(layer, max(counts))
+        stage = StepTime()
         stage.add(layer, counts[-1])
-        stage.add(self._output(layout, work))
-        stage = max(stage, fullest, key=lambda times: times.total)
+        stage.add(output)
+        if max(counts) > counts[-1]:
+            fullest = StepTime()
+            fullest.add(layer, max(counts))
+            stage = max(stage, fullest, key=lambda times: times.total)
         stage.add(self._send(layout, work))
         step = StepTime(bubble=stage.total * (layout.pp - 1) / layout.vp)
         step.add(stage, count)
@@ -123,6 +119,17 @@ class ThroughputModel:
     def tokens_per_s_per_gpu(self, layout: Layout, work: Workload) -> float:
         """Return the predicted throughput."""
         return work.global_batch * work.seq_length / self.step(layout, work).total / layout.gpus
+
+    def _parts(self, layout: Layout, work: Workload) -> tuple[StepTime, StepTime]:
+        """Return the times of an average layer and of the output layer, for one micro-batch."""
+        sizes = (layout.tp, layout.cp, layout.ep, layout.etp, layout.micro_batch)
+        key = (*sizes, layout.node_gpus(self.gpu.per_node), work)
+        if key not in self._known:
+            layer = StepTime()
+            for (moe, fp8), count in layer_kinds(self.arch, work).items():
+                layer.add(self._layer(layout, work, moe, fp8), count / self.arch.num_layers)
+            self._known[key] = layer, self._output(layout, work)
+        return self._known[key]
 
     def _layer(self, layout: Layout, work: Workload, moe: bool, fp8: bool) -> StepTime:
         arch = self.arch
@@ -264,7 +271,7 @@ class ThroughputModel:
         return found
 
     def _optimizer_s(self, layout: Layout) -> float:
-        dense, expert = self._rank_params(layout)
+        dense, expert = self.rank_params(layout)
         owned = dense / layout.dense_shards + expert / layout.expert_dp
         # Adam reads gradient, master and moments, and writes them and the weight; clearing the gradients writes them.
         moved = owned * 34 + (dense + expert) * 8
@@ -275,7 +282,7 @@ class ThroughputModel:
 
         A ring over nodes uses the network cards of all its members in a node at once.
         """
-        dense, expert = self._rank_params(layout)
+        dense, expert = self.rank_params(layout)
         time_s = 0.0
         for params, ranks, stride in (
             (dense, layout.dense_shards, layout.tp),
@@ -288,6 +295,6 @@ class ThroughputModel:
             time_s += 6 * params * (1 - 1 / ranks) / (self.machine.link * bandwidth * 1e9)
         return max(time_s / max(1, self.arch.num_layers // layout.pp), time_s - backward_s)
 
-    def _rank_params(self, layout: Layout) -> tuple[float, float]:
+    def rank_params(self, layout: Layout) -> tuple[float, float]:
         """Return the parameters of an average rank: dense part, routed experts."""
         return self._rest / layout.tp / layout.pp, self._routed / layout.ep / layout.etp / layout.pp
