@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from nemo_upcycle.planning.hardware import Machine
 from nemo_upcycle.planning.published import Published, published_rows
-from nemo_upcycle.planning.throughput import Machine
 
 
 #: What is fitted, with where it starts. All other constants of `Machine` stay as they are.
@@ -37,8 +37,8 @@ def fit(rows: Sequence[Published]) -> Machine:
         return replace(Machine(), **values)
 
     def cost(logs: Sequence[float]) -> float:
-        made = machine(logs)
-        misses = [math.log(row.predicted(made) / row.tokens_per_s_per_gpu) for row in rows]
+        candidate = machine(logs)
+        misses = [math.log(row.predicted(candidate) / row.tokens_per_s_per_gpu) for row in rows]
         return sum(miss * miss for miss in misses) + PULL * sum(log * log for log in logs)
 
     options = {"xatol": 1e-3, "fatol": 1e-7, "maxiter": 2000}

@@ -36,7 +36,7 @@ def use_spec(recipe: run.Partial, spec: UpcycleSpec) -> run.Partial:
     """Let an upcycling recipe build another model: the spec and every field of the model that follows from it.
 
     Args:
-        recipe: one that `start_from` made; changed in place.
+        recipe: returned by `start_from`; changed in place.
         spec: what to build.
 
     Returns:
@@ -92,7 +92,7 @@ def start_from(recipe: run.Partial, dense: str, spec: UpcycleSpec | None) -> run
 def checkpoints(every_n_steps: int) -> run.Config[nl.ModelCheckpoint]:
     """Return a checkpoint callback that keeps the last state only.
 
-    NeMo's default keeps the ten best, every 15 minutes; for an upcycled 8B model that is 6.6 TB.
+    NeMo's default keeps the ten best, every 15 minutes: 6.6 TB for an upcycled 8B model.
 
     Args:
         every_n_steps: steps between two checkpoints.

@@ -10,9 +10,8 @@ from typing import Any
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture, read_architecture, rope_kind
-from nemo_upcycle.planning.hardware import KnownRecipe, known_gpu, known_recipe, recipe_for
+from nemo_upcycle.planning.hardware import KnownRecipe, Machine, known_gpu, known_recipe, recipe_for
 from nemo_upcycle.planning.search import MOST_GPUS, PlanRequest
-from nemo_upcycle.planning.throughput import Machine
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec, check_capacity
 
@@ -23,7 +22,7 @@ _UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 @dataclass(frozen=True)
 class Subject:
-    """The model to plan for, what it is made from, and the recipe that runs it, if there is one.
+    """The model to plan for, its dense parent, and the recipe that trains it, if any.
 
     With `folder`, the model is that folder's, and the recipe was found by its shapes.
     """
@@ -94,8 +93,8 @@ def subject_of(args: argparse.Namespace) -> Subject:
     given = {name: getattr(args, name) for name in ("top_k", "granularity") if getattr(args, name) is not None}
     order = "softmax_topk" if args.top_k == 1 else "topk_softmax"  # the other would be refused, and costs the same
     spec = UpcycleSpec(num_experts=args.experts, router_order=order, **given)
-    made = arch.upcycled(spec)
-    return Subject(made, arch, spec, recipe_for(arch, made), _DEFAULTS, folder)
+    moe_arch = arch.upcycled(spec)
+    return Subject(moe_arch, arch, spec, recipe_for(arch, moe_arch), _DEFAULTS, folder)
 
 
 def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
@@ -155,7 +154,7 @@ def _is_grouped(subject: Subject) -> bool:
 
 
 def _require_taken(args: argparse.Namespace, subject: Subject) -> None:
-    """Check that no option is given that would change nothing.
+    """Refuse options that would have no effect.
 
     Raises:
         SpecError: one is.

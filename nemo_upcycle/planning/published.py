@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.planning.hardware import Gpu, known_gpu, known_shape, read_data
+from nemo_upcycle.planning.hardware import Gpu, Machine, known_gpu, known_shape, read_data
 from nemo_upcycle.planning.layout import Layout, parse_layout
 from nemo_upcycle.planning.rules import check_layout
-from nemo_upcycle.planning.throughput import Machine, ThroughputModel
+from nemo_upcycle.planning.throughput import ThroughputModel
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec
 

@@ -137,7 +137,7 @@ def _kernel_rules(layout: Layout, arch: Architecture, work: Workload) -> Iterato
         yield Broken("ep", 1, "experts spread over ranks: Megatron-Core's DeepEP dispatcher needs etp x ep above 1")
     rows = work.seq_length // layout.cp * layout.micro_batch
     if work.numbers.fp8 and rows % _FP8_ROWS:
-        expected = f"tokens of a micro-batch on each rank ({rows}) in eights: FP8 multiplies so many"
+        expected = f"a multiple of {_FP8_ROWS} tokens in each rank's part of a micro-batch (now {rows}), as FP8 needs"
         yield Broken("seq_length", work.seq_length, expected)
 
 

@@ -10,12 +10,12 @@ from functools import cached_property
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.planning.hardware import Gpu
+from nemo_upcycle.planning.hardware import Gpu, Machine
 from nemo_upcycle.planning.layout import Layout, divisors
 from nemo_upcycle.planning.memory import GIB, Memory, activation_bytes, checkpoint_bytes, worst_memory
 from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES, WEIGHT_BYTES
 from nemo_upcycle.planning.rules import broken, check_layout
-from nemo_upcycle.planning.throughput import Machine, StepTime, ThroughputModel
+from nemo_upcycle.planning.throughput import StepTime, ThroughputModel
 from nemo_upcycle.planning.workload import RECOMPUTES, Workload
 
 
@@ -200,14 +200,14 @@ def search(request: PlanRequest, limit: int = 10) -> list[Plan]:
         "gpus",
         got=request.gpus,
         expected="a number that some layout can use",
-        fix="judge a --layout to see which rules it breaks",
+        fix="evaluate a --layout to see which rules it breaks",
     )
 
 
 def nearest_gpus(request: PlanRequest) -> int | None:
     """Return the number of GPUs nearest to the request's with which some layout fits; None if none is found."""
     # Whole nodes; of many, about an eighth of them.
-    step = max(request.gpu.per_node, 2 ** (request.gpus.bit_length() - 4))
+    step: int = max(request.gpu.per_node, 2 ** (request.gpus.bit_length() - 4))
     numbers = {2**n for n in range(20)} | {step * n for n in range(1, 2 * request.gpus // step + 2)}
     for gpus in sorted(numbers - {request.gpus}, key=lambda number: (abs(number - request.gpus), -number)):
         if gpus <= MOST_GPUS and _fits(replace(request, gpus=gpus)):

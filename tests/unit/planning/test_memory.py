@@ -18,7 +18,7 @@ DENSE = known_recipe("llama3_8b_dense_ct").arch
 WORK = Workload(seq_length=8192, global_batch=512, capacity_factor=1.0, pad=True)
 
 
-def test_a_rank_of_the_papers_run() -> None:
+def test_counts_parameters_of_a_rank_of_the_papers_run() -> None:
     states = StagePlan(LLAMA, parse_layout("tp=2,pp=4,vp=8,ep=8", 512), WORK, stage=0)
     assert states.params == 1_840_054_272  # counted in Megatron's own modules
     assert states.expert_params == 8 * 3 * 4096 * 14336

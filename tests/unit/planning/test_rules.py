@@ -95,8 +95,8 @@ def test_deepep_needs_ranks_to_send_to() -> None:
         check_layout(parse_layout("pp=32", 64), LLAMA, work)
 
 
-def test_fp8_multiplies_tokens_in_eights() -> None:
+def test_fp8_needs_tokens_in_multiples_of_eight() -> None:
     work = replace(WORK, seq_length=8190, precision="fp8-delayed")
-    with pytest.raises(SpecError, match="in eights"):
+    with pytest.raises(SpecError, match="a multiple of 8 tokens"):
         check_layout(parse_layout("tp=2", 8), DENSE, work)
     assert broken(parse_layout("tp=2", 8), DENSE, replace(work, precision="bf16")) is None

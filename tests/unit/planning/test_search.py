@@ -7,11 +7,10 @@ from dataclasses import replace
 import pytest
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.planning.hardware import known_gpu, known_recipe
+from nemo_upcycle.planning.hardware import Machine, known_gpu, known_recipe
 from nemo_upcycle.planning.layout import parse_layout
 from nemo_upcycle.planning.rules import check_layout
 from nemo_upcycle.planning.search import MOST_GPUS, Plan, PlanRequest, evaluate_layout, nearest_gpus, search
-from nemo_upcycle.planning.throughput import Machine
 from nemo_upcycle.planning.workload import Workload
 
 
@@ -31,7 +30,7 @@ def test_rows_fit_and_the_fastest_comes_first() -> None:
 
 
 @pytest.mark.parametrize(("recipe", "gpu"), [("llama3_8b_e8t2", "h100"), ("llama3_8b_e8t2", "a100")])
-def test_a_layout_given_by_hand_is_judged_as_the_search_does(recipe: str, gpu: str) -> None:
+def test_evaluate_layout_agrees_with_search(recipe: str, gpu: str) -> None:
     request = _request(128, recipe, gpu)
     request = replace(request, work=replace(request.work, capacity_factor=4.0, pad=False))
     for plan in search(request, 20):

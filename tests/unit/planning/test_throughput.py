@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.planning.hardware import known_gpu, known_recipe, known_shape
+from nemo_upcycle.planning.hardware import Machine, known_gpu, known_recipe, known_shape
 from nemo_upcycle.planning.layout import parse_layout
 from nemo_upcycle.planning.published import published_rows
-from nemo_upcycle.planning.throughput import Machine, StepTime, ThroughputModel
+from nemo_upcycle.planning.throughput import StepTime, ThroughputModel
 from nemo_upcycle.planning.workload import Workload
 
 
