@@ -142,7 +142,8 @@ def with_overrides(recipe: Callable[..., run.Partial]) -> Callable[..., run.Part
 
     described = (inspect.getdoc(adjust) or "").partition("Args:\n")[2].partition("\n\n")[0].partition("\n")[2]
     wrapped.__doc__ = (inspect.getdoc(recipe) or "").replace("    fn (", f"{described}\n    fn (", 1)
-    wrapped.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    annotations = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    wrapped.__annotations__ = annotations | {"return": signature.return_annotation}
     wrapped.__signature__ = signature  # type: ignore[attr-defined]
     return wrapped
 
