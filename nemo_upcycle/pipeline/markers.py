@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import Timeout
+
 from nemo_upcycle.errors import StageError, UpcycleError
 from nemo_upcycle.utils.files import MARKER, read_json, sha256_file, take_lock, write_json
 
@@ -35,13 +37,13 @@ def in_use(folder: Path) -> Iterator[None]:
         StageError: another run is in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            take_lock(lock.fileno())
-        except BlockingIOError:
-            raise StageError(
-                str(folder), got="in use by another run", expected="one run", fix="wait for it, or choose another dir"
-            ) from None
+    try:
+        lock = take_lock(folder / ".lock")
+    except Timeout:
+        raise StageError(
+            str(folder), got="in use by another run", expected="one run", fix="wait for it, or choose another dir"
+        ) from None
+    with lock:
         yield
 
 

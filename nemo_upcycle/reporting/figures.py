@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from nemo_upcycle.reporting.results import busiest
@@ -17,7 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _STYLES = {"pretrain": ("MoE", "#0072B2", "o"), "dense_ct": ("dense twin", "#D55E00", "s")}
-_DPI = 150
 #: Points of a curve and columns of a heat map over the steps: as many as can be told apart in a page's width.
 _COLUMNS = 200
 #: A run of fewer steps shows that the chain works, and its figures and report say so.
@@ -162,10 +159,3 @@ def _draw_load(axes: Axes, line: dict[str, Any], norm: Any) -> Any:
     axes.set_xticks(range(0, experts, max(1, experts // 16)))
     axes.set_yticks(range(0, layers, max(1, layers // 16)))
     return image
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    aside = path.with_name(f".{os.getpid()}.{path.name}")
-    figure.savefig(aside, dpi=_DPI)
-    aside.replace(path)

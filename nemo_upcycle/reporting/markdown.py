@@ -67,13 +67,3 @@ def millions(count: float) -> str:
         ('134.5M', '8.03B')
     """
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
-
-
-def size(count_bytes: float) -> str:
-    """Return bytes as GiB or MiB.
-
-    Example:
-        >>> size(269030016), size(1384073856)
-        ('256.6 MiB', '1.29 GiB')
-    """
-    return f"{count_bytes / 2**30:.2f} GiB" if count_bytes >= 2**30 else f"{count_bytes / 2**20:.1f} MiB"

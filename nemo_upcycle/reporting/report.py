@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.reporting import sections, training_sections
 from nemo_upcycle.reporting.environment import describe_environment
-from nemo_upcycle.reporting.figures import load_figure, loss_figure, save
+from nemo_upcycle.reporting.figures import load_figure, loss_figure
 from nemo_upcycle.reporting.results import collect_results
 from nemo_upcycle.reporting.run_folder import read_run
-from nemo_upcycle.utils.files import write_json
+from nemo_upcycle.utils.files import whole_file, write_json
+
+
+_DPI = 150
 
 
 def write_report(run_dir: Path) -> Path:
@@ -32,14 +34,15 @@ def write_report(run_dir: Path) -> Path:
     """
     run = read_run(run_dir)
     results = collect_results(run, describe_environment())
-    save(loss_figure(run.curves), run_dir / "loss.png")
-    if (experts := load_figure(run.curves["pretrain"])) is not None:
-        save(experts, run_dir / "experts.png")
+    figures = {"loss.png": loss_figure(run.curves), "experts.png": load_figure(run.curves["pretrain"])}
+    for name, figure in figures.items():
+        if figure is not None:
+            with whole_file(run_dir / name) as aside:
+                figure.savefig(aside, dpi=_DPI, format="png")
     write_json(run_dir / "results.json", results)
     target = run_dir / "report.md"
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    aside.write_text(compose(results, run_dir), encoding="utf-8")
-    aside.replace(target)
+    with whole_file(target) as aside:
+        aside.write_text(compose(results, run_dir), encoding="utf-8")
     return target
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.evaluation.samples import NEW_TOKENS
-from nemo_upcycle.reporting.markdown import millions, number, plain_cell, size, table, with_error
+from nemo_upcycle.reporting.markdown import millions, number, plain_cell, table, with_error
 from nemo_upcycle.reporting.results import PAIRS
 from nemo_upcycle.reporting.run_folder import MODELS
+from nemo_upcycle.utils.files import size_text
 from nemo_upcycle.utils.progress import duration
 
 
@@ -181,9 +182,9 @@ def receipt(results: dict[str, Any]) -> str:
         ["parameters, dense", *(millions(entry["dense_params"]) for entry in found)],
         ["parameters, MoE", *(millions(entry["total_params"]) for entry in found)],
         ["of these active for a token", *(millions(entry["active_params"]) for entry in found)],
-        ["bytes read", *(size(entry["bytes_read"]) for entry in found)],
-        ["bytes the slices needed", *(size(entry["bytes_needed"]) for entry in found)],
-        ["bytes written", *(size(entry["bytes_written"]) for entry in found)],
+        ["bytes read", *(size_text(entry["bytes_read"]) for entry in found)],
+        ["bytes the slices needed", *(size_text(entry["bytes_needed"]) for entry in found)],
+        ["bytes written", *(size_text(entry["bytes_written"]) for entry in found)],
         ["seconds, slowest rank", *(number(entry["seconds"], 3) for entry in found)],
         ["ranks", *(str(entry["ranks"]) for entry in found)],
         ["layout", *(_layout(entry["layout"]) for entry in found)],

@@ -1,23 +1,24 @@
-"""Files that are either complete or absent: write aside, rename, then mark.
+"""Write files and folders that are either complete or absent: write aside, rename, then mark.
 
 A folder that took work to make carries a marker, `_SUCCESS.json`, written last; that of a model, which may be
-published, is called `nemo_upcycle.json`. Whoever reads the folder asks for the marker, so the remains of an
-interrupted run are never taken for a result. One process at a time writes a folder: a lock lies in the hidden folder
-in which the work is done. `streams.py` writes large files.
+published, is called `nemo_upcycle.json`. Readers check for the marker, so the remains of an interrupted run are never
+taken for a result. One process at a time writes a folder: the hidden folder in which the work is done holds a lock.
+`streams.py` writes large files.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from nemo_upcycle.errors import UpcycleError
 
@@ -40,24 +41,34 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON to `path`, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a hidden sibling of `path` to write; it replaces `path` when the block ends without an error.
+
+    Example:
+        >>> with whole_file(Path("runs/demo/report.md")) as aside:  # doctest: +SKIP
+        ...     aside.write_text("# demo")
+    """
     aside = path.with_name(f".{path.name}{_ASIDE}{os.getpid()}")
     try:
-        with aside.open("w", encoding="utf-8") as handle:
-            json.dump(value, handle, indent=2, sort_keys=False)
-            handle.write("\n")
-            handle.flush()
-            os.fsync(handle.fileno())
+        yield aside
         aside.replace(path)
-    except BaseException:
+    finally:
         aside.unlink(missing_ok=True)
-        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON to `path`, atomically, and wait until it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as aside, aside.open("w", encoding="utf-8") as handle:
+        json.dump(value, handle, indent=2)
+        handle.write("\n")
+        handle.flush()
+        os.fsync(handle.fileno())
 
 
 def clear_unfinished(folder: Path, pattern: str) -> None:
-    """Delete the files that a killed process was just writing: of `write_json`, and those of a pattern."""
+    """Delete the files that a killed process was writing: those of `whole_file`, and those of a pattern."""
     for path in (*folder.glob(f".*{_ASIDE}*"), *folder.glob(pattern)):
         path.unlink(missing_ok=True)
 
@@ -84,13 +95,13 @@ def is_complete(folder: Path) -> bool:
 
 
 def marker_of(folder: Path) -> Path:
-    """Return the path of a folder's marker, whether it is there or not."""
+    """Return the path of a folder's marker, which need not exist."""
     own = folder / MODEL_MARKER
     return own if own.is_file() else folder / MARKER
 
 
 def aside_of(target: Path) -> Path:
-    """Return the hidden sibling in which a folder is made."""
+    """Return the hidden sibling of `target` in which it is made."""
     return target.with_name(f".{target.name}.partial")
 
 
@@ -98,13 +109,13 @@ def aside_of(target: Path) -> Path:
 def only_writer(target: Path) -> Iterator[Path]:
     """Give the hidden sibling of `target` to work in, to one writer at a time, with what an earlier one left there.
 
-    It takes the place of `target` when the block ends without an error. What stays after one is the block's business.
+    It replaces `target` when the block ends without an error. On error, the caller cleans up.
 
     Args:
-        target: the folder that shall exist afterwards: until then nothing, or an empty folder.
+        target: the folder to make: until then nothing, or an empty folder.
 
     Raises:
-        UpcycleError: another process writes it, or nothing can take its place.
+        UpcycleError: another process writes it, or nothing can replace it.
     """
     target = resolved(target)
     if os.path.ismount(target):
@@ -113,48 +124,42 @@ def only_writer(target: Path) -> Iterator[Path]:
         )
     aside = aside_of(target)
     aside.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as opened:
-        try:
-            lock = opened.enter_context((aside / _LOCK).open("w"))
-            take_lock(lock.fileno())
-            # Between opening and locking, another process may have finished and moved the folder to its place.
-            is_ours = os.path.samestat(os.fstat(lock.fileno()), (aside / _LOCK).stat())
-        except (BlockingIOError, FileNotFoundError):
-            is_ours = False
-        if not is_ours:
-            raise UpcycleError(
-                str(target),
-                got="another process writing it",
-                expected="none",
-                fix="wait for it, or choose another folder",
-            )
+    try:
+        lock = take_lock(aside / _LOCK)
+    except (Timeout, FileNotFoundError):  # held, or moved to its place with the folder just now
+        raise UpcycleError(
+            str(target), got="another process writing it", expected="none", fix="wait for it, or choose another folder"
+        ) from None
+    with lock:
         yield aside
         aside.rename(target)
         forget_work(target)
 
 
 def forget_work(folder: Path, *names: str) -> None:
-    """Delete what was of use while a folder was made: the lock, and files of these names."""
+    """Delete what only the making of a folder needed: the lock, and files of these names."""
     for name in (_LOCK, *names):
         (folder / name).unlink(missing_ok=True)
 
 
-def take_lock(descriptor: int) -> None:
-    """Lock an open file for this process.
+def take_lock(path: Path) -> AbstractContextManager[Any]:
+    """Lock a file for this process, until the returned context or the process ends, even by `kill -9`.
+
+    Some network file systems have no locks: avoiding two writers is then the user's responsibility.
 
     Raises:
-        BlockingIOError: another process has it.
+        Timeout: another process holds the lock.
     """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        # Some network file systems have no locks: there, whoever starts two writers must know what he does.
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
+        return FileLock(path, timeout=0, fallback_to_soft=False).acquire()
+    except OSError as error:  # a Timeout is one, too, without a number
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            return nullcontext()
+        raise
 
 
 def clear(aside: Path) -> None:
-    """Delete what lies in the folder of `only_writer`, which stays locked."""
+    """Delete what the folder of `only_writer` holds, except for its lock."""
     for path in aside.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -164,20 +169,20 @@ def clear(aside: Path) -> None:
 
 @contextmanager
 def output_folder(target: Path, made_by: str | None = None, plan: Any = None) -> Iterator[Path]:
-    """Give a folder to write into, and put it in the place of `target` when the block ends without an error.
+    """Give a folder to write into; it replaces `target` when the block ends without an error.
 
     The work happens in a hidden sibling of `target`. An error removes it; a kill leaves it for the next call to clear.
     A complete `target` of an earlier run is replaced, and is left untouched when the block fails: it is moved aside
-    for the moment in which the new one takes its place. A kill then leaves both, and the next call puts it back.
+    only while the new one takes its place. A kill at that moment leaves both, and the next call moves it back.
 
     Args:
-        target: the folder that shall exist afterwards.
-        made_by: who writes it, as the marker will say. Then only what `require_replaceable` lets pass is replaced.
-        plan: what the bytes follow from, as plain values. Then the work of a killed or interrupted call with the same
-            plan is kept for the block to go on with.
+        target: the folder to make.
+        made_by: who writes it, as the marker will say; then only what `require_replaceable` accepts is replaced.
+        plan: plain values that determine the bytes; then the block continues the work of a killed or interrupted call
+            with the same plan.
 
     Raises:
-        UpcycleError: another process writes it, or something else stands there.
+        UpcycleError: another process writes it, or something else is in its place.
 
     Example:
         >>> with output_folder(Path("runs/demo/hf")) as folder:  # doctest: +SKIP
@@ -198,7 +203,7 @@ def output_folder(target: Path, made_by: str | None = None, plan: Any = None) ->
             try:
                 yield aside
             except BaseException as error:
-                # What a mistake of the user's led to is not worth keeping.
+                # Work based on a user's mistake is not worth keeping.
                 if plan is None or isinstance(error, UpcycleError):
                     shutil.rmtree(aside, ignore_errors=True)
                 raise
@@ -221,12 +226,12 @@ def _was_planned(aside: Path, plan: Any) -> bool:
 
 
 def require_replaceable(target: Path, made_by: str) -> None:
-    """Check that nothing stands at `target` but an empty folder, or one whose marker says the same maker.
+    """Check that `target` is absent, an empty folder, or one whose marker names the same maker.
 
     Stages of the pipeline and the tools for data and models mark their folders, too: those are never replaced.
 
     Raises:
-        UpcycleError: something else does.
+        UpcycleError: it is something else.
     """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
@@ -245,10 +250,10 @@ def require_replaceable(target: Path, made_by: str) -> None:
 
 
 def require_apart(target: Path, *inputs: Path) -> None:
-    """Check that a folder to write is none of the inputs, holds none and lies inside none.
+    """Check that a folder to write is not an input, contains none and is inside none.
 
     Raises:
-        UpcycleError: it does; writing it could delete or change the input.
+        UpcycleError: it is; writing it could delete or change the input.
     """
     here = resolved(target)
     for path in inputs:
@@ -263,16 +268,16 @@ def require_apart(target: Path, *inputs: Path) -> None:
 
 
 def resolved(path: Path) -> Path:
-    """Return where a path leads, through links, whether something is there or not.
+    """Return an absolute path without links; the path need not exist.
 
     Raises:
-        UpcycleError: links lead in a circle.
+        UpcycleError: links form a loop.
     """
     try:
         return path.resolve()
     except (RuntimeError, OSError):
         raise UpcycleError(
-            str(path), got="links that go in a circle", expected="a path", fix="choose another name"
+            str(path), got="links that form a loop", expected="a path", fix="choose another name"
         ) from None
 
 
@@ -287,12 +292,19 @@ def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
     if free_bytes < needed_bytes:
         raise UpcycleError(
             f"disk space for {what} in {existing}",
-            got=f"{_size(free_bytes)} free",
-            expected=f"at least {_size(needed_bytes)}",
+            got=f"{size_text(free_bytes)} free",
+            expected=f"at least {size_text(needed_bytes)}",
             fix="free some space or choose another folder",
         )
 
 
-def _size(count_bytes: int) -> str:
-    unit, name = next((pair for pair in ((2**30, "GiB"), (2**20, "MiB")) if count_bytes >= pair[0]), (0, "bytes"))
-    return f"{count_bytes / unit:.2f} {name}" if unit else f"{count_bytes} {name}"
+def size_text(count_bytes: float) -> str:
+    """Return bytes as GiB, MiB or bytes.
+
+    Example:
+        >>> size_text(269030016), size_text(1384073856), size_text(100)
+        ('256.6 MiB', '1.29 GiB', '100 bytes')
+    """
+    if count_bytes >= 2**30:
+        return f"{count_bytes / 2**30:.2f} GiB"
+    return f"{count_bytes / 2**20:.1f} MiB" if count_bytes >= 2**20 else f"{count_bytes:.0f} bytes"

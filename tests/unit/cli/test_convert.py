@@ -64,7 +64,7 @@ def test_the_current_folder_will_do(
     [
         ("file/moe", "Not a directory, expected access and room. Fix: a part of the path is a file"),
         ("x" * 300, "File name too long, expected access and room. Fix: choose a shorter name"),
-        ("loop/moe", "got links that go in a circle, expected a path"),
+        ("loop/moe", "got links that form a loop, expected a path"),
         ("dense/moe", "got one inside the other, expected a folder apart from"),
     ],
 )

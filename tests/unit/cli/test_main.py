@@ -195,7 +195,7 @@ def test_export_finds_the_spec_in_the_runs_receipt(
     assert main(["export", checkpoint, str(tmp_path / "y"), "--noise-std", "0.01"]) == 0  # the receipt's own
     capsys.readouterr()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    assert "links that go in a circle" in _fails(capsys, "export", checkpoint, str(tmp_path / "loop/hf"))
+    assert "links that form a loop" in _fails(capsys, "export", checkpoint, str(tmp_path / "loop/hf"))
     assert "got the same folder" in _fails(capsys, "export", checkpoint, str(dense))
     other = tmp_path / "other"
     other.mkdir()
