@@ -1,4 +1,4 @@
-"""What the commands share: the spec's options, types of weights, and how an answer is shown."""
+"""What the commands share: the spec's options, types of weights, and how to show an answer."""
 
 from __future__ import annotations
 
@@ -7,87 +7,57 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.spec import METHODS, MOE_LAYERS, OUTPUT_SCALES, ROUTER_INITS, ROUTER_ORDERS, UpcycleSpec
+from nemo_upcycle.utils.dtypes import DTYPES, dtype_of
 
 
-if TYPE_CHECKING:
-    import torch
-
-DTYPES = ("bfloat16", "float16", "float32")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 #: option -> (field of the spec, type, placeholder, help)
 _SPEC_OPTIONS: dict[str, tuple[str, type, str, str]] = {
     "--experts": ("num_experts", int, "N", "routed experts of an MoE layer"),
-    "--top-k": ("top_k", int, "K", "experts that a token passes through"),
+    "--top-k": ("top_k", int, "K", "experts that process a token"),
     "--granularity": ("granularity", int, "G", "parts that the dense network is cut into; N and K are multiples of G"),
-    "--method": ("method", str, "|".join(METHODS), "copies, copies plus noise, or copies with neurons drawn anew"),
-    "--noise-std": ("noise_std", float, "X", "of noise, as a part of the weights' own standard deviation"),
-    "--drop-ratio": ("drop_ratio", float, "R", "of drop, the part of the neurons"),
-    "--shared-experts": ("shared_experts", int, "S", "experts that every token passes through, at most G"),
+    "--method": ("method", str, "|".join(METHODS), "copies, copies plus noise, or copies with redrawn neurons"),
+    "--noise-std": ("noise_std", float, "X", "standard deviation of the noise over that of the weights"),
+    "--drop-ratio": ("drop_ratio", float, "R", "share of the neurons that drop redraws"),
+    "--shared-experts": ("shared_experts", int, "S", "experts that process every token, at most G"),
     "--moe-layers": ("moe_layers", str, "WHICH", "; ".join((*MOE_LAYERS[:3], "or numbers: 0,2,4"))),
     "--router-init": ("router_init", str, "|".join(ROUTER_INITS), "distribution of the router's weights"),
-    "--router-std": ("router_std", float, "X", "its standard deviation"),
+    "--router-std": ("router_std", float, "X", "standard deviation of the router's weights"),
     "--router-order": ("router_order", str, "|".join(ROUTER_ORDERS), "softmax after or before top-k"),
-    "--output-scale": (
-        "output_scale",
-        str,
-        "|".join(OUTPUT_SCALES),
-        "scale so that copies compute the dense function",
-    ),
-    "--seed": ("seed", int, "N", "of all random numbers"),
+    "--output-scale": ("output_scale", str, "|".join(OUTPUT_SCALES), "exact: copies compute the dense function"),
+    "--seed": ("seed", int, "N", "seed of all random numbers"),
 }
 
 
 def add_spec_options(parser: argparse.ArgumentParser, title: str = "what to make", defaults: bool = True) -> None:
-    """Add the options that make an `UpcycleSpec`; its defaults are told where they hold."""
+    """Add the options that make an `UpcycleSpec`; with `defaults`, the help shows the spec's own."""
     group = parser.add_argument_group(title)
     for option, (field, kind, placeholder, text) in _SPEC_OPTIONS.items():
-        default = UpcycleSpec.__dataclass_fields__[field].default
-        group.add_argument(
-            option,
-            dest=field,
-            type=kind,
-            metavar=placeholder,
-            default=argparse.SUPPRESS,
-            help=f"{text} (default: {default})" if defaults else text,
-        )
+        if defaults:
+            text += f" (default: {UpcycleSpec.__dataclass_fields__[field].default})"
+        group.add_argument(option, dest=field, type=kind, metavar=placeholder, default=argparse.SUPPRESS, help=text)
 
 
 def given_spec(args: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of the spec that the command line names."""
-    fields = {field for field, *_ in _SPEC_OPTIONS.values()}
-    return {name: value for name, value in vars(args).items() if name in fields}
+    return {field: getattr(args, field) for field, *_ in _SPEC_OPTIONS.values() if hasattr(args, field)}
 
 
-def add_dtype(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add the option of the weights' type."""
-    text = f"type of the weights on disk (default: {default})"
-    parser.add_argument("--dtype", metavar="|".join(DTYPES), help=text)
-
-
-def dtype_of(name: str | None) -> torch.dtype | None:
-    """Return the type of that name; None for None.
-
-    Raises:
-        UpcycleError: there is none.
-    """
-    if name is None:
-        return None
-    if name not in DTYPES:
-        raise UpcycleError.unknown("dtype", name, DTYPES)
-    import torch
-
-    return getattr(torch, name)
+def add_dtype(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Add the option of the weights' type; without a default it is that of the source."""
+    text = f"type of the weights on disk (default: {default or 'that of the source'})"
+    parser.add_argument("--dtype", type=dtype_of, default=default, metavar="|".join(DTYPES), help=text)
 
 
 def folder_to_make(text: str) -> Path:
-    """Return the folder to make that an argument names.
+    """Return the path of the folder to make, as an argument names it.
 
     Raises:
-        UpcycleError: it names none; a path without a name would be the current folder.
+        UpcycleError: the name is empty, which would mean the current folder.
     """
     if not text:
         raise UpcycleError(
@@ -97,10 +67,10 @@ def folder_to_make(text: str) -> Path:
 
 
 def file_size(text: str) -> int:
-    """Return the bytes of a size as transformers writes it.
+    """Return a size in bytes from the notation of transformers.
 
     Raises:
-        UpcycleError: it is none.
+        UpcycleError: the text is not a size.
 
     Example:
         >>> file_size("5GB"), file_size("1.5 GiB")

@@ -1,4 +1,4 @@
-"""`nemo-upcycle convert`: a dense checkpoint becomes an MoE Hugging Face folder, without a training job."""
+"""`nemo-upcycle convert`: turn a dense checkpoint into an MoE Hugging Face folder, without a training job."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from nemo_upcycle.cli.common import (
     add_dtype,
     add_json,
     add_spec_options,
-    dtype_of,
     file_size,
     folder_to_make,
     given_spec,
@@ -28,10 +27,10 @@ HELP = "dense checkpoint -> MoE Hugging Face folder: Mixtral, or Qwen2-MoE where
 _EXAMPLES = """examples:
   nemo-upcycle convert models/Llama-3-8B models/Llama-3-8B-E8T2 --experts 8 --top-k 2
   nemo-upcycle convert models/Llama-3-8B models/fine --experts 16 --top-k 4 --granularity 2 --shared-experts 1
-  nemo-upcycle convert models/base models/mixed --branch models/code --branch models/law --others mean
+  nemo-upcycle convert models/base models/mixed --branch models/code --branch models/law --non-expert-weights mean
   nemo-upcycle convert hf://meta-llama/Meta-Llama-3-8B models/Llama-3-8B-E8T2 --max-shard-size 2GB
 
-The bits are those of upcycling in the training job. Stopped, it goes on when it is run again, file by file.
+The result has the same bits as upcycling in the training job. Run it again to continue a stopped conversion.
 exit status: 0 done; 2 a value or a file is wrong."""
 
 
@@ -44,29 +43,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_spec_options(parser)
     branches = parser.add_argument_group("several dense models (Branch-Train-MiX)")
     branches.add_argument(
-        "--branch", action="append", default=[], metavar="SRC", help="a further model whose networks become experts"
+        "--branch", action="append", default=[], metavar="SRC", help="another model whose networks become experts"
     )
     branches.add_argument(
-        "--others", default="first", metavar="first|mean", help="where the rest comes from (default: first)"
+        "--non-expert-weights",
+        default="first",
+        metavar="first|mean",
+        help="take the other weights from the first model, or the mean of all (default: first)",
     )
-    add_dtype(parser, "the source's")
+    branches.add_argument("--others", dest="non_expert_weights", help=argparse.SUPPRESS)  # the option's old name
+    add_dtype(parser)
     parser.add_argument(
         "--max-shard-size",
         type=file_size,
         default="5GB",
         metavar="SIZE",
-        help="largest safetensors file, e.g. 500MB; what a stopped run keeps is whole files (default: 5GB)",
+        help="largest safetensors file, e.g. 500MB; a stopped run keeps whole files (default: 5GB)",
     )
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert, tell what was made, and return the exit status.
+    """Convert, show the result, and return the exit status.
 
     Raises:
         UpcycleError: a value or a file is wrong.
     """
-    given, dtype = given_spec(args), dtype_of(args.dtype)
+    given = given_spec(args)
     spec = UpcycleSpec(**given)
     for name, method in (("noise_std", "noise"), ("drop_ratio", "drop")):
         if name in given and spec.method != method:
@@ -74,15 +77,15 @@ def run(args: argparse.Namespace) -> int:
                 f"--{name.replace('_', '-')}",
                 got=given[name],
                 expected=f"it with --method {method} only",
-                fix=f"add --method {method}, or leave it out",
+                fix=f"add --method {method}, or omit this option",
             )
     from nemo_upcycle.convert.offline import convert
     from nemo_upcycle.data.dense import local_model
     from nemo_upcycle.sources import open_dense
 
     sources = [local_model(source) for source in (args.source, *args.branch)]
-    with open_dense(sources, others=args.others) as dense:
-        done = convert(dense, args.output, spec, dtype=dtype, max_shard_bytes=args.max_shard_size)
+    with open_dense(sources, others=args.non_expert_weights) as dense:
+        done = convert(dense, args.output, spec, dtype=args.dtype, max_shard_bytes=args.max_shard_size)
     show(args, asdict(done), _text(done, str(dense.path)))
     return 0
 
@@ -100,7 +103,7 @@ def _text(done: Conversion, source: str) -> str:
         )
     if done.files_kept:
         lines.append(
-            f"{done.files_kept} of {done.files} files from before, told by size and header; what they hold:"
+            f"{done.files_kept} of {done.files} files kept from before, by size and header; to check their content:"
             f" nemo-upcycle verify {shlex.join([source, str(done.output)])} --weights-only"
         )
     return "\n".join(lines)

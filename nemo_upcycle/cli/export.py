@@ -1,4 +1,4 @@
-"""`nemo-upcycle export`: a NeMo or Megatron checkpoint becomes a Hugging Face folder."""
+"""`nemo-upcycle export`: turn a NeMo or Megatron checkpoint into a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from nemo_upcycle.cli.common import (
     add_dtype,
     add_json,
     add_spec_options,
-    dtype_of,
     folder_to_make,
     given_spec,
     show,
@@ -26,12 +25,12 @@ _EXAMPLES = """examples:
   nemo-upcycle export runs/demo/pretrain/checkpoints/last hf-last
   nemo-upcycle export checkpoints/step=1000 hf --dense models/Llama-3-8B
 
-Of a run or a folder of checkpoints, the newest complete one is taken. What the model was upcycled by, and from what,
-stands in the run's receipt.json, which is looked for above the checkpoint, and in the checkpoint's own context/.
-Options and parent must agree with both. Weights are the model's own, not the optimizer's float32 copy.
+Given a run or a folder of checkpoints, the command exports the newest complete one. The specification and the parent
+come from the run's receipt.json, found above the checkpoint, and from the checkpoint's own context/; --dense and the
+options must agree with both. The weights are the model's own, not the optimizer's float32 copy.
 exit status: 0 done; 2 a value or a file is wrong."""
 _RECEIPT = "receipt.json"
-#: What no tensor shows, and every reader must know.
+#: Fields that no tensor shows and that every reader needs.
 _UNSEEN = ("top_k", "router_order")
 
 
@@ -39,20 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.epilog = _EXAMPLES
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", type=Path, help="folder with weights/ or .metadata; or one above such"
+        "checkpoint", metavar="CHECKPOINT", type=Path, help="folder with weights/ or .metadata, or a folder above it"
     )
     parser.add_argument("output", metavar="DST", type=folder_to_make, help="folder to make")
-    parser.add_argument("--dense", type=Path, metavar="FOLDER", help="the dense parent (default: the receipt's)")
-    parser.add_argument("--receipt", type=Path, metavar="FILE", help="receipt.json of the run (default: looked for)")
-    add_spec_options(
-        parser, "what the model was upcycled by (default: what receipt and checkpoint say)", defaults=False
+    parser.add_argument("--dense", type=Path, metavar="FOLDER", help="the dense parent (default: from the receipt)")
+    parser.add_argument(
+        "--receipt", type=Path, metavar="FILE", help="receipt.json of the run (default: search above CHECKPOINT)"
     )
+    add_spec_options(parser, "how the model was upcycled (default: from receipt and checkpoint)", defaults=False)
     add_dtype(parser, "bfloat16")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export, tell what was made, and return the exit status.
+    """Export, show the result, and return the exit status.
 
     Raises:
         UpcycleError: a value or a file is wrong.
@@ -68,7 +67,6 @@ def run(args: argparse.Namespace) -> int:
             expected="its Hugging Face folder",
             fix="add --dense FOLDER, or --receipt FILE of the run",
         )
-    dtype = dtype_of(args.dtype or "bfloat16")
     from nemo_upcycle.convert.export import About, export_checkpoint
     from nemo_upcycle.sources.checkpoint_context import read_context
 
@@ -77,9 +75,8 @@ def run(args: argparse.Namespace) -> int:
         _require_unseen(given, checkpoint)
     known = {name: value for name, (_, value) in context.spec_fields.items()} if context else {}
     spec = spec_of(receipt.get("spec"), path, given, known)
-    assert dtype is not None
     about = About(facts=_facts(receipt, path, checkpoint))
-    folder = export_checkpoint(checkpoint, dense, args.output, spec=spec, dtype=dtype, about=about)
+    folder = export_checkpoint(checkpoint, dense, args.output, spec=spec, dtype=args.dtype, about=about)
     marker = read_json(folder / MODEL_MARKER)
     config = read_json(folder / "config.json")
     answer = {
@@ -96,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _facts(receipt: dict[str, Any], path: Path | None, checkpoint: Path) -> dict[str, str]:
-    """Return what the run's folder says of the model, for its card."""
+    """Return facts for the model card from the run's folder."""
     from nemo_upcycle.convert.model_card import spec_fact, training_facts
     from nemo_upcycle.sources.checkpoints import step_of
 
@@ -116,12 +113,12 @@ def _require_unseen(given: dict[str, Any], checkpoint: Path) -> None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint that is meant: itself, the newest of a folder or run, or the last for `.../last`.
+    """Return the checkpoint at `path`, the newest of a folder or run, or the last for `.../last`.
 
     Raises:
-        CheckpointError: there is none, or several runs have some.
+        CheckpointError: there is no complete checkpoint, or several runs have some.
     """
-    from nemo_upcycle.sources.checkpoints import (  # torch: --help does without
+    from nemo_upcycle.sources.checkpoints import (  # imports torch, which --help does not need
         UNFINISHED,
         complete_checkpoints,
         is_marked,

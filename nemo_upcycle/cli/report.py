@@ -1,4 +1,4 @@
-"""`nemo-upcycle report`: a run's folder becomes report.md and plots."""
+"""`nemo-upcycle report`: write report.md and plots into a run's folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the report, tell where it is, and return the exit status.
+    """Write the report, show its path, and return the exit status.
 
     Raises:
         UpcycleError: an input is missing or damaged.

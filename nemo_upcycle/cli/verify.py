@@ -1,4 +1,4 @@
-"""`nemo-upcycle verify`: how equal are a dense model and the MoE model made from it?"""
+"""`nemo-upcycle verify`: compare a dense model with the MoE model made from it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ _EXAMPLES = """examples:
   nemo-upcycle verify models/Llama-3-8B models/Llama-3-8B-E8T2 --weights-only
   nemo-upcycle verify runs/demo/dense runs/demo/upcycle/hf --text README.md --layers
 
-Logits are compared in float32, the weights streamed. With granularity, tokens are counted whose routing in the MoE
-model's own type picks parts of several copies: such a model needs float32 routing, and the verdict is for that.
+Logits are compared in float32, with streamed weights. With granularity, the command counts the tokens whose routing,
+in the MoE model's own type, picks parts of several copies: such a model needs float32 routing, which the verdict
+assumes.
 exit status: 0 equal within the tolerance; 1 not; 2 a folder is damaged or a value is wrong."""
 
 
@@ -30,9 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = "Hugging Face folder, or hf://ORG/NAME on the hub (downloaded)"
     parser.add_argument("dense", metavar="DENSE", help=f"the parent: {where}, or asset://smollm2-135m")
     parser.add_argument("moe", metavar="MOE", help=f"the MoE model: {where}")
-    parser.add_argument("--text", metavar="FILE", type=Path, help="text to run on (default: a short one of ours)")
-    parser.add_argument("--layers", action="store_true", help="compare every layer, to find where the models part")
-    parser.add_argument("--weights-only", action="store_true", help="run nothing: a verdict from the weights alone")
+    parser.add_argument(
+        "--text", metavar="FILE", type=Path, help="text to run on (default: a short one of the package)"
+    )
+    parser.add_argument("--layers", action="store_true", help="compare every layer, to find where the models diverge")
+    parser.add_argument(
+        "--weights-only", action="store_true", help="compare the weights only, without running the models"
+    )
     parser.add_argument(
         "--tolerance",
         metavar="X",
@@ -44,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare, show what was found, and return the exit status.
+    """Compare, show the result, and return the exit status.
 
     Raises:
         UpcycleError: a folder is damaged or a value is wrong.
@@ -55,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
                 "--weights-only",
                 got=f"--{option} beside it",
                 expected="none that needs the models to run",
-                fix="leave one of the two out",
+                fix="omit one of the two",
             )
     from nemo_upcycle.data.dense import local_model
     from nemo_upcycle.verify.verification import verify
@@ -96,7 +101,7 @@ def _text(found: Verification) -> str:
 
 def _routing(torn: TornTokens | None) -> str:
     if torn is None:
-        return "top-k picks whole copies only where router logits are float32: leave --weights-only out to count"
+        return "top-k picks whole copies only where router logits are float32: omit --weights-only to count"
     if not torn.torn:
         return f"in {torn.dtype}, all {torn.tokens} tokens get whole copies"
     share = f"{torn.torn} of {torn.tokens} tokens ({100 * torn.share:.2g} %) get parts of several copies"

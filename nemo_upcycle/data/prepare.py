@@ -12,7 +12,7 @@ from nemo_upcycle.data.corpus import Document, Documents
 from nemo_upcycle.data.dense import require_tokenizer
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.models.hf_model import load_tokenizer
-from nemo_upcycle.utils.files import MARKER, is_complete, output_folder, sha256_file, write_json
+from nemo_upcycle.utils.files import MARKER, is_complete, output_folder, read_json_lines, sha256_file, write_json
 from nemo_upcycle.utils.progress import ProgressLine
 
 
@@ -99,8 +99,7 @@ def heldout_documents(folder: Path) -> list[Document]:
         raise UpcycleError(
             f"corpus {folder}", got="no complete corpus", expected=MARKER, fix="run the data stage first"
         )
-    with (folder / HELDOUT).open(encoding="utf-8") as handle:
-        return [Document(**json.loads(line)) for line in handle]
+    return [Document(**line) for _, line in read_json_lines(folder / HELDOUT)]
 
 
 def _prefix(folder: Path, split: str) -> Path:

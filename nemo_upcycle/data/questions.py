@@ -1,12 +1,12 @@
-"""Multiple-choice questions read from a local file, in one shape for every evaluation."""
+"""Read multiple-choice questions from a local file, in one shape for every evaluation."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.files import read_json_lines
 
 
 LETTERS = "ABCD"
@@ -32,38 +32,22 @@ def mmlu_questions(path: Path) -> list[dict[str, Any]]:
         >>> mmlu_questions(fetch_asset("mmlu"))[0]["subject"]  # doctest: +SKIP
         'moral_scenarios'
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UpcycleError(
-            f"questions {path}", got=error, expected="a readable JSON lines file", fix="check the path"
-        ) from None
-    rows = [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-    questions = [
-        _question(row) for row in rows if len(row["correct_answer"]) == 1 and row["correct_answer"] in LETTERS
-    ]
+    questions = []
+    for where, row in read_json_lines(path):
+        if not all(isinstance(row.get(field), str) for field in _FIELDS):
+            raise UpcycleError(
+                where,
+                got=sorted(row),
+                expected=f"text in {', '.join(_FIELDS)}",
+                fix="use the file of the mmlu asset",
+            )
+        if row["correct_answer"] in tuple(LETTERS):
+            questions.append(_question(row))
     if not questions:
         raise UpcycleError(
-            f"questions in {path}", got="none", expected="at least one", fix="take the file of the mmlu asset"
+            f"questions in {path}", got="none", expected="at least one", fix="use the file of the mmlu asset"
         )
     return questions
-
-
-def _row(line: str, where: str) -> dict[str, str]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UpcycleError(
-            where, got=f"no JSON ({error})", expected="one JSON object a line", fix="fetch the file again"
-        ) from None
-    if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in _FIELDS):
-        raise UpcycleError(
-            where,
-            got=sorted(row) if isinstance(row, dict) else type(row).__name__,
-            expected=f"text in {', '.join(_FIELDS)}",
-            fix="take the file of the mmlu asset",
-        )
-    return row
 
 
 def _question(row: dict[str, str]) -> dict[str, Any]:

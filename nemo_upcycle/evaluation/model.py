@@ -8,12 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models import hf_model
+from nemo_upcycle.utils.dtypes import dtype_of
 from nemo_upcycle.utils.progress import ProgressLine
-
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load_model(folder: Path, dtype: str) -> tuple[Any, Any]:
@@ -25,8 +23,7 @@ def load_model(folder: Path, dtype: str) -> tuple[Any, Any]:
         CheckpointError: the folder is not such a model, or a tensor is missing, unexpected or of another shape.
         UpcycleError: an unknown dtype.
     """
-    if dtype not in DTYPES:
-        raise UpcycleError.unknown("dtype", dtype, DTYPES)
+    torch_dtype = dtype_of(dtype)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"model {folder}",
@@ -39,7 +36,7 @@ def load_model(folder: Path, dtype: str) -> tuple[Any, Any]:
     try:
         model, info = hf_model.load_model(
             folder,
-            dtype=getattr(torch, dtype),
+            dtype=torch_dtype,
             device_map="auto" if torch.cuda.is_available() else None,
             use_safetensors=True,
             output_loading_info=True,

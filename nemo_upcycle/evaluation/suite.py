@@ -13,11 +13,11 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.conf import read_conf
 from nemo_upcycle.utils.files import MARKER, output_folder, sha256_file, write_json
 
 
@@ -100,17 +100,12 @@ def read_suite_config(name: str | Path) -> SuiteConfig:
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
-    folder = Path(str(resources.files("nemo_upcycle.conf"))) / "evaluation"
-    path = Path(name) if Path(name).suffix in {".yaml", ".yml"} else folder / f"{name}.yaml"
-    if not path.is_file():
-        raise UpcycleError.unknown("evaluation suite", str(name), [entry.stem for entry in folder.glob("*.yaml")])
+    content, path = read_conf("evaluation", name, "evaluation suite")
+    _check_keys(str(path), content, SuiteConfig)
     try:
-        loaded = OmegaConf.load(path)
-        _check_keys(str(path), OmegaConf.to_container(loaded), SuiteConfig)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SuiteConfig), loaded))
-    except (OmegaConfBaseException, YAMLError, TypeError) as error:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SuiteConfig), content))
+    except (OmegaConfBaseException, TypeError) as error:
         fix = "see the comments in conf/evaluation/demo.yaml"
         got = " ".join(str(error).split())  # OmegaConf writes three lines
         raise UpcycleError(str(path), got=got, expected="a suite configuration", fix=fix) from None

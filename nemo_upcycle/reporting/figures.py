@@ -14,23 +14,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_STYLES = {"pretrain": ("MoE", "#0072B2", "o"), "dense_ct": ("dense twin", "#D55E00", "s")}
-#: Points of a curve and columns of a heat map over the steps: as many as can be told apart in a page's width.
+_STYLES = {"pretrain": ("MoE", "#0072B2", "o"), "dense_ct": ("dense baseline", "#D55E00", "s")}
+#: Most points of a curve and columns of a heat map: more cannot be distinguished in a page's width.
 _COLUMNS = 200
-#: A run of fewer steps shows that the chain works, and its figures and report say so.
+#: Figures and report of a run with fewer steps say that it only shows that the chain works.
 FEW_STEPS = 100
 
 
 def chain_only(steps: int) -> str:
-    """Return what so few steps can show; nothing for a run long enough to show more."""
+    """Return what few steps can show; nothing for a longer run."""
     return f"{steps} steps show that the chain works, not what training brings" if steps < FEW_STEPS else ""
 
 
 def loss_figure(curves: Mapping[str, Curve]) -> Figure:
-    """Return validation loss over tokens, for the upcycled model and its dense twin, before their training loss.
+    """Return validation loss over tokens of the upcycled model and its dense baseline, with their training loss behind.
 
-    Where validation began before the first step, that value stands as a line to compare with: the twin's is the dense
-    parent itself.
+    A validation loss from before the first step is drawn as a line to compare with: the baseline's is the dense
+    parent's.
 
     Args:
         curves: by stage, `pretrain` and perhaps `dense_ct`.
@@ -62,7 +62,7 @@ def loss_figure(curves: Mapping[str, Curve]) -> Figure:
         label = "dense parent, validation" if stage == "dense_ct" else "MoE at step 0, validation"
         axes.axhline(begins[stage], color="black", linestyle="--", linewidth=1, zorder=2, label=label)
     steps = curves["pretrain"].steps[-1]["step"]
-    title = f"Loss of the upcycled MoE{' and its dense twin' if 'dense_ct' in curves else ''}, {steps:,} steps"
+    title = f"Loss of the upcycled MoE{' and its dense baseline' if 'dense_ct' in curves else ''}, {steps:,} steps"
     axes.set(xlabel="tokens trained on", ylabel="cross-entropy loss (nats per token)")
     axes.set_title("\n".join(filter(None, [title, chain_only(steps)])), fontsize=11)
     axes.xaxis.set_major_formatter(lambda tokens, _: engineering(tokens).replace("G", "B"))
@@ -73,7 +73,7 @@ def loss_figure(curves: Mapping[str, Curve]) -> Figure:
 
 
 def _columns(values: Sequence[Any]) -> Any:
-    """Return an array with one row a step, or of many steps the means of 200 parts."""
+    """Return an array with one row a step, averaged to at most 200 rows."""
     import numpy as np
 
     parts = np.array_split(np.array(values), min(_COLUMNS, len(values)))
@@ -89,7 +89,7 @@ def _begins(curve: Curve) -> bool:
 
 
 def load_figure(curve: Curve) -> Figure | None:
-    """Return how evenly experts were used: the busiest of each layer over the steps, all at the first and last step.
+    """Return the load of the busiest expert of each layer over the steps, and of all experts at first and last step.
 
     Args:
         curve: of a training stage.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True) -> str:
-    """Return a Markdown table: the first column to the left, the others to the right unless they are no numbers.
+    """Return a Markdown table: the first column aligned left, the others right if they hold `numbers`.
 
     Example:
         >>> print(table(["stage", "s"], [["import", "3"]]))
@@ -20,8 +20,28 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
+def section(title: str, *parts: str) -> str:
+    """Return a section: its heading and its parts, without the empty ones.
+
+    Example:
+        >>> section("Training", "3 steps.", "")
+        '## Training\\n\\n3 steps.'
+    """
+    return "\n\n".join(filter(None, [f"## {title}", *parts]))
+
+
+def sources(*files: str) -> str:
+    """Return the line that names the files of a section's numbers.
+
+    Example:
+        >>> sources("receipt.json", "pretrain/receipt.json")
+        'Sources: `receipt.json`, `pretrain/receipt.json`.'
+    """
+    return f"Sources: {', '.join(f'`{file}`' for file in files)}."
+
+
 def plain_cell(text: str) -> str:
-    """Return a text on one line that Markdown takes for nothing but text, inside a table too.
+    """Return a text on one line, escaped so that Markdown shows it as it is, also inside a table.
 
     Example:
         >>> print(plain_cell("one | <b>two</b>\\n*three*"))
@@ -41,7 +61,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def with_error(value: float | None, stderr: float | None) -> str:
-    """Return a value with its standard error, to the decimal place that the error leaves meaningful.
+    """Return a value and its standard error, rounded to two digits of the error.
 
     Example:
         >>> with_error(1.12345, 0.0288), with_error(0.35, 0.0), with_error(12.0, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from typing import Any
 
@@ -183,17 +182,14 @@ def summarise_load(load_LE: list[list[float]]) -> dict[str, float]:
         `balanced` (1/E), `min` and `max` over all layers and experts, and `cv`: the standard deviation over the mean
         within a layer, averaged over the layers (0 is perfect balance).
     """
-    rows = [row for row in load_LE if any(row)]
-    experts = len(rows[0])
-    spreads = []
-    for row in rows:
-        mean = sum(row) / experts
-        spreads.append(math.sqrt(sum((share - mean) ** 2 for share in row) / experts) / mean)
+    import numpy as np
+
+    moe_LE = np.array([row for row in load_LE if any(row)])
     return {
-        "balanced": 1 / experts,
-        "min": min(map(min, rows)),
-        "max": max(map(max, rows)),
-        "cv": sum(spreads) / len(spreads),
+        "balanced": 1 / moe_LE.shape[1],
+        "min": float(moe_LE.min()),
+        "max": float(moe_LE.max()),
+        "cv": float((moe_LE.std(axis=1) / moe_LE.mean(axis=1)).mean()),
     }
 
 

@@ -1,14 +1,13 @@
-"""What a report needs from a run's folder, read and checked in one place."""
+"""Read and check what a report needs from a run's folder."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.utils.files import MARKER, read_json
+from nemo_upcycle.utils.files import MARKER, read_json, read_json_lines, read_text
 
 
 #: The models that are evaluated, in the order of the report, and what each is called there.
@@ -16,11 +15,11 @@ MODELS = {
     "dense": "dense parent",
     "step0": "MoE at step 0",
     "trained": "trained MoE",
-    "dense_ct": "trained dense twin",
+    "dense_ct": "trained dense baseline",
 }
 #: The stages whose wall time is reported, in order.
 STAGES = ("import", "upcycle", "pretrain", "dense_ct", "export", "evaluate", "report")
-#: What the report prints, and so must find, of every file.
+#: The keys that the report prints, and so must find, in every file.
 _RECEIPT = (
     *("spec", "exact", "dense_params", "total_params", "active_params", "bytes_read", "bytes_needed"),
     *("bytes_written", "seconds", "ranks", "layout"),
@@ -51,19 +50,17 @@ class RunRecord:
     """The inputs of a report.
 
     Attributes:
-        folder: of the run.
         recipe: name of the recipe, from `pipeline.json`; `RECIPE` for a folder made otherwise.
-        receipt: of the rehearsal on one rank, with the step-0 comparison of logits.
-        online_receipt: of the upcycling inside the training job; None where that left none.
-        curves: of `pretrain` and, unless it was left out, `dense_ct`.
-        settings: by stage, what it was trained with, as `training.json` says; nothing for a stage that left none.
-        evaluations: by the names in `MODELS`; `dense_ct` may be left out.
-        command: the command line that was typed; None where nothing noted it.
-        recipes: by stage, the file of its resolved recipe, as seen from the folder.
+        receipt: of the check of step 0 on one rank, with its comparison of logits.
+        online_receipt: of the upcycling inside the training job; None without one.
+        curves: of `pretrain` and, unless it was skipped, `dense_ct`.
+        settings: `training.json` by stage, without the stages that wrote none.
+        evaluations: by the names in `MODELS`, perhaps without `dense_ct`.
+        command: the command line that was typed, if the run noted it.
+        recipes: by stage, the file of its resolved recipe, relative to the folder.
         stage_seconds: wall time of the stages that finished.
     """
 
-    folder: Path
     recipe: str
     receipt: dict[str, Any]
     online_receipt: dict[str, Any] | None
@@ -84,14 +81,11 @@ def read_run(folder: Path) -> RunRecord:
     if not folder.is_dir():
         raise UpcycleError(str(folder), got="no such folder", expected="that of a pipeline run", fix="check the path")
     markers = {stage: _read(path, stage) for stage in STAGES if (path := folder / stage / MARKER).is_file()}
-    no_twin = markers.get("dense_ct", {}).get("outputs", {}).get("left_out", False)
-    online, command = folder / "pretrain" / "receipt.json", folder / "command.txt"
-    trained = [stage for stage in ("pretrain", "dense_ct") if not (no_twin and stage == "dense_ct")]
+    left_out = {"dense_ct"} if markers.get("dense_ct", {}).get("outputs", {}).get("left_out") else set()
+    trained = [stage for stage in ("pretrain", "dense_ct") if stage not in left_out]
+    plan, online, command = folder / "pipeline.json", folder / "pretrain/receipt.json", folder / "command.txt"
     return RunRecord(
-        folder=folder,
-        recipe=_read(plan, "import").get("recipe", "RECIPE")
-        if (plan := folder / "pipeline.json").is_file()
-        else "RECIPE",
+        recipe=_read(plan, "import", ("recipe",))["recipe"] if plan.is_file() else "RECIPE",
         receipt=_read(folder / "receipt.json", "upcycle", _RECEIPT),
         online_receipt=_read(online, "pretrain", _RECEIPT) if online.is_file() else None,
         curves={stage: read_curve(_made_by(stage, folder / stage / "metrics.jsonl")) for stage in trained},
@@ -103,9 +97,9 @@ def read_run(folder: Path) -> RunRecord:
         evaluations={
             name: _read(folder / "evaluation" / f"{name}.json", "evaluate", _EVALUATION)
             for name in MODELS
-            if not (no_twin and name == "dense_ct")
+            if name not in left_out
         },
-        command=command.read_text(encoding="utf-8").strip() if command.is_file() else None,
+        command=read_text(command).strip() if command.is_file() else None,
         recipes={stage: recipe for stage in trained if (folder / (recipe := f"recipes/{stage}.yaml")).is_file()},
         stage_seconds={stage: marker["seconds"] for stage, marker in markers.items() if "seconds" in marker},
     )
@@ -114,22 +108,20 @@ def read_run(folder: Path) -> RunRecord:
 def read_curve(path: Path) -> Curve:
     """Read the `metrics.jsonl` of a training stage.
 
-    Validation losses stand in the line of their step or in a line of their own, which then has no token count.
+    A validation loss is part of its step's line, or has a line of its own without a token count.
 
     Raises:
         UpcycleError: a line is not JSON or lacks a number, or there is no training step.
     """
     lines = []
-    fix = f"delete the line, or run stage '{path.parent.name}' again"
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UpcycleError(f"{path}:{number}", got=error, expected="one JSON object", fix=fix) from None
-        wanted = _STEP if isinstance(line, dict) and line.get("loss") is not None else _STEP[:1]
-        if not isinstance(line, dict) or not all(isinstance(line.get(key), int | float) for key in wanted):
+    for where, line in read_json_lines(path):
+        wanted = _STEP if line.get("loss") is not None else _STEP[:1]
+        if not all(isinstance(line.get(key), int | float) for key in wanted):
             raise UpcycleError(
-                f"{path}:{number}", got=text[:80], expected="one JSON object with " + ", ".join(wanted), fix=fix
+                where,
+                got=str(line)[:80],
+                expected="one JSON object with " + ", ".join(wanted),
+                fix=f"delete the line, or run stage '{path.parent.name}' again",
             )
         lines.append(line)
     steps = [line for line in lines if line.get("loss") is not None]

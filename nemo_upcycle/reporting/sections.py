@@ -1,19 +1,20 @@
-"""The sections of report.md, each a function of the results; each names the files its numbers come from."""
+"""The sections of report.md, each a function of the results that names the files of its numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.evaluation.samples import NEW_TOKENS
-from nemo_upcycle.reporting.markdown import millions, number, plain_cell, table, with_error
+from nemo_upcycle.reporting.markdown import millions, number, plain_cell, section, sources, table, with_error
 from nemo_upcycle.reporting.results import PAIRS
 from nemo_upcycle.reporting.run_folder import MODELS
 from nemo_upcycle.utils.files import size_text
 from nemo_upcycle.utils.progress import duration
 
 
-#: The metric of the first paragraph: by far the most sensitive one of the local suites.
+#: The metric of the first paragraph: the most sensitive one of the local suites.
 _HEADLINE = "heldout_perplexity/bits_per_byte"
 
 
@@ -33,31 +34,29 @@ def summary(results: dict[str, Any]) -> str:
         f" {values['dense']} for the parent."
     )
     if "dense_ct" in values:
-        text += _against_twin(results, metric, values)
+        text += _against_baseline(results, metric, values)
     return f"{text}\n\nEvery number is repeated below, with the file that it comes from."
 
 
 def command(results: dict[str, Any]) -> str:
-    """Return what was typed and where every setting stands; nothing where the run noted neither."""
+    """Return what was typed and the files of all settings; nothing where the run noted neither."""
     recipes = ", ".join(f"[`{path}`]({path})" for path in results["recipes"].values())
-    parts = [
-        f"```bash\n{results['command']}\n```\n\nSource: `command.txt`." if results["command"] else "",
-        f"Every setting, defaults included: {recipes}." if recipes else "",
-    ]
-    return "\n\n".join(["## Command", *filter(None, parts)]) if any(parts) else ""
+    typed = f"```bash\n{results['command']}\n```\n\nSource: `command.txt`." if results["command"] else ""
+    settings = f"Every setting, defaults included: {recipes}." if recipes else ""
+    return section("Command", typed, settings) if typed or settings else ""
 
 
-def _against_twin(results: dict[str, Any], metric: str, values: dict[str, str]) -> str:
-    twin, found = results["training"]["dense_ct"], results["paired"]["trained_minus_dense_ct"][metric]
+def _against_baseline(results: dict[str, Any], metric: str, values: dict[str, str]) -> str:
+    baseline, found = results["training"]["dense_ct"], results["paired"]["trained_minus_dense_ct"][metric]
     return (
-        f" The dense twin, after {twin['tokens']:,} tokens, has {values['dense_ct']}. The MoE differs from"
-        f" the twin by {_signed(found)}, paired over {found['items']} items:"
-        f" {verdict(found, 'the twin', 'the MoE')}. {_compute_note(results)}"
+        f" The dense baseline, after {baseline['tokens']:,} tokens, has {values['dense_ct']}. The MoE differs from"
+        f" the baseline by {_signed(found)}, paired over {found['items']} items:"
+        f" {verdict(found, 'the baseline', 'the MoE')}. {_compute_note(results)}"
     )
 
 
 def _compute_note(results: dict[str, Any]) -> str:
-    """Say how fair the comparison with the twin is."""
+    """Compare the tokens and the compute of the MoE with those of the dense baseline."""
     receipt, training = results["receipt"], results["training"]
     tokens = [training[stage]["tokens"] for stage in ("pretrain", "dense_ct")]
     share = receipt["active_params"] / receipt["dense_params"]
@@ -71,7 +70,7 @@ def _headline(results: dict[str, Any]) -> str:
 
 
 def verdict(found: dict[str, Any], a: str, b: str) -> str:
-    """Say who is better: only a difference beyond twice its paired standard error counts."""
+    """Name the better model; only a difference beyond twice its paired standard error counts."""
     if found["stderr"] is None or found["higher_is_better"] is None:
         return "not judged"
     if not found["significant"]:
@@ -90,7 +89,7 @@ def _label(metric: str) -> str:
 
 
 def evaluation(results: dict[str, Any]) -> str:
-    """Return the values of all models, and who is better than whom."""
+    """Return the values of all models, and the differences between them."""
     models = {name: title for name, title in MODELS.items() if name in results["evaluation"]}
     metrics = next(iter(results["paired"].values()))
     values = [
@@ -101,19 +100,20 @@ def evaluation(results: dict[str, Any]) -> str:
         [_label(metric), *(_judged(results["paired"][pair][metric], *sides) for pair, sides in pairs.items())]
         for metric in metrics
     ]
-    files = ", ".join(f"`evaluation/{name}.json`" for name in models)
-    return "\n\n".join(
-        [
-            "## Evaluation",
-            table(["metric", *models.values()], values),
-            "Value ± standard error. Perplexities and bits per byte: lower is better; accuracies: higher is better.",
-            table(["difference", *(f"{MODELS[b]} - {MODELS[a]}" for a, b in pairs.values())], differences),
-            "Difference ± its paired standard error: both models saw the same items, so the error of a difference is"
-            " smaller than that of the values. A model is called better only beyond twice that error. Questions and"
-            " windows of text count as independent.",
-            f"Sources: {files}.",
-        ]
+    return section(
+        "Evaluation",
+        table(["metric", *models.values()], values),
+        "Value ± standard error. Perplexities and bits per byte: lower is better; accuracies: higher is better.",
+        table(["difference", *(f"{MODELS[b]} - {MODELS[a]}" for a, b in pairs.values())], differences),
+        "Difference ± its paired standard error: both models saw the same items, so the error of a difference is"
+        " smaller than that of the values. A model is called better only beyond twice that error. Questions and"
+        " windows of text count as independent.",
+        _evaluation_files(models),
     )
+
+
+def _evaluation_files(names: Iterable[str]) -> str:
+    return sources(*(f"evaluation/{name}.json" for name in names))
 
 
 def _judged(found: dict[str, Any], a: str, b: str) -> str:
@@ -121,21 +121,20 @@ def _judged(found: dict[str, Any], a: str, b: str) -> str:
 
 
 def samples(results: dict[str, Any]) -> str:
-    """Return how each model continues some held-out texts; nothing where none was asked to."""
-    parts = []
+    """Return how each model continues some held-out texts; nothing where no model was asked to."""
+    tables = []
     for found in results["samples"]:
         texts = {"prompt": found["prompt"], "the text itself": found["goes_on"]}
         texts |= {MODELS[name]: text for name, text in found["continuations"].items()}
         cells = [[title, plain_cell(text)] for title, text in texts.items()]
-        parts.append(table(["", plain_cell(found["document"])], cells, numbers=False))
-    if not parts:
+        tables.append(table(["", plain_cell(found["document"])], cells, numbers=False))
+    if not tables:
         return ""
-    files = ", ".join(f"`evaluation/{name}.json`" for name in results["samples"][0]["continuations"])
     about = (
         "How the models continue held-out texts that the suite's seed chose: the likeliest token each time,"
         f" {NEW_TOKENS} at most. A sample shows what the numbers are about; it proves nothing."
     )
-    return "\n\n".join(["## Samples", about, *parts, f"Sources: {files}."])
+    return section("Samples", about, *tables, _evaluation_files(results["samples"][0]["continuations"]))
 
 
 def step_zero(results: dict[str, Any]) -> str:
@@ -147,11 +146,7 @@ def step_zero(results: dict[str, Any]) -> str:
         ["largest absolute one (nats)", number(found["max_absolute_loglikelihood_difference"], 3)],
         ["log-likelihoods compared", str(found["loglikelihoods"])],
     ]
-    parts = [
-        "## Step 0: MoE against parent",
-        table(["through export and lm-eval", "value"], rows),
-        "Sources: `evaluation/dense.json`, `evaluation/step0.json`.",
-    ]
+    parts = [table(["through export and lm-eval", "value"], rows), _evaluation_files(["dense", "step0"])]
     if logits:
         rows = [
             ["parent in Hugging Face", *_logit_row(logits, "max_abs_logit_diff", "tolerance")],
@@ -165,7 +160,7 @@ def step_zero(results: dict[str, Any]) -> str:
             f" Over {logits['tokens_compared']} tokens; the largest logit is {number(logits['max_abs_logit'])}, and"
             f" the likeliest token is the same on {100 * logits['same_argmax']:.4g} % of them (`receipt.json`).",
         ]
-    return "\n\n".join(parts)
+    return section("Step 0: MoE against parent", *parts)
 
 
 def _logit_row(logits: dict[str, Any], value: str, tolerance: str) -> list[str]:
@@ -173,8 +168,8 @@ def _logit_row(logits: dict[str, Any], value: str, tolerance: str) -> list[str]:
 
 
 def receipt(results: dict[str, Any]) -> str:
-    """Return what was made of what: once in the rehearsal, once inside the training job."""
-    columns = {"rehearsal": (results["receipt"], "receipt.json")}
+    """Return what was made from what: in the check of step 0, and inside the training job."""
+    columns = {"check of step 0": (results["receipt"], "receipt.json")}
     if results["online_receipt"]:
         columns["training job"] = (results["online_receipt"], "pretrain/receipt.json")
     found = [receipt for receipt, _ in columns.values()]
@@ -188,20 +183,17 @@ def receipt(results: dict[str, Any]) -> str:
         ["seconds, slowest rank", *(number(entry["seconds"], 3) for entry in found)],
         ["ranks", *(str(entry["ranks"]) for entry in found)],
         ["layout", *(_layout(entry["layout"]) for entry in found)],
-        ["type of the parameters", *(_counts(entry["parameter_dtypes"]) for entry in found)],
+        ["type of the parameters", *(", ".join(entry["parameter_dtypes"]) or "-" for entry in found)],
     ]
     spec = ", ".join(f"`{key}={value}`" for key, value in found[0]["spec"].items())
     made = "\n".join(f"- {made_by}: {count}" for made_by, count in found[0]["parameters_made_by"].items())
-    files = ", ".join(f"`{file}`" for _, file in columns.values())
-    return "\n\n".join(
-        [
-            "## Receipt",
-            table(["", *columns], rows),
-            f"Specification: {spec}.",
-            _exactness(found[0]),
-            f"Tensors by what made them:\n\n{made}" if made else "",
-            f"Dense source: `{found[0]['source']}`. Sources: {files}.",
-        ]
+    return section(
+        "Receipt",
+        table(["", *columns], rows),
+        f"Specification: {spec}.",
+        _exactness(found[0]),
+        f"Tensors by what made them:\n\n{made}" if made else "",
+        f"Dense source: `{found[0]['source']}`. {sources(*(file for _, file in columns.values()))}",
     )
 
 
@@ -222,10 +214,6 @@ def _layout(layout: dict[str, int]) -> str:
     return " ".join(f"{key}={value}" for key, value in layout.items() if value > 1) or "no parallelism"
 
 
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(counts) or "-"
-
-
 def setting(results: dict[str, Any]) -> str:
     """Return what ran where, with which versions, and how long the stages took."""
     environment, settings = results["environment"], results["evaluation_settings"]["dense"]["settings"]
@@ -238,32 +226,29 @@ def setting(results: dict[str, Any]) -> str:
         ["evaluation", f"{settings['dtype']} on {settings['device']}, {settings['batch_size']} sequences at a time"],
         *([name, text] for name, text in environment["versions"].items()),
     ]
-    parts = [
-        "## What ran on what",
-        table(["machine and versions, as the report was written", ""], rows),
-        "Sources: this machine, `evaluation/dense.json`.",
-    ]
+    wall_times = ""
     if seconds := results["stage_seconds"]:
         stages = [[stage, duration(value), f"`{stage}/_SUCCESS.json`"] for stage, value in seconds.items()]
         total = ["all of these", duration(sum(seconds.values())), ""]
-        parts.append(table(["stage", "wall time", "source"], [*stages, total]))
-    return "\n\n".join(parts)
+        wall_times = table(["stage", "wall time", "source"], [*stages, total])
+    return section(
+        "What ran on what",
+        table(["machine and versions, as the report was written", ""], rows),
+        "Sources: this machine, `evaluation/dense.json`.",
+        wall_times,
+    )
 
 
 def next_steps(results: dict[str, Any], run_dir: Path) -> str:
     """Return the commands to go on with."""
     model = Path(results["evaluation_settings"]["trained"]["model"]["folder"])
-    twin = " dense_ct.trainer.max_steps=200" if "dense_ct" in results["evaluation"] else ""
-    return "\n".join(
-        [
-            "## How to go on",
-            "",
-            "```bash",
-            "# train for longer, into a new folder",
-            f"nemo upcycle pipeline --factory {results['recipe']} dir={run_dir}-longer \\",
-            f"    pretrain.trainer.max_steps=200{twin} --yes",
-            "# evaluate the trained model with lm-eval itself, on any of its tasks (needs the Hugging Face hub)",
-            f"lm_eval run --model hf --model_args pretrained={model},dtype=bfloat16 --tasks mmlu,piqa --batch_size 8",
-            "```",
-        ]
-    )
+    baseline = " dense_ct.trainer.max_steps=200" if "dense_ct" in results["evaluation"] else ""
+    return f"""## How to go on
+
+```bash
+# train for longer, into a new folder
+nemo upcycle pipeline --factory {results["recipe"]} dir={run_dir}-longer \\
+    pretrain.trainer.max_steps=200{baseline} --yes
+# evaluate the trained model with lm-eval itself, on any of its tasks (needs the Hugging Face hub)
+lm_eval run --model hf --model_args pretrained={model},dtype=bfloat16 --tasks mmlu,piqa --batch_size 8
+```"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_upcycle.reporting.figures import chain_only
-from nemo_upcycle.reporting.markdown import number, table
+from nemo_upcycle.reporting.markdown import number, section, sources, table
 from nemo_upcycle.reporting.run_folder import MODELS
 from nemo_upcycle.utils.progress import duration
 
@@ -14,31 +14,30 @@ _TRAINED = {"pretrain": "trained", "dense_ct": "dense_ct"}
 
 
 def training(results: dict[str, Any]) -> str:
-    """Return what the models were trained with, where the losses began and ended, and how fast it was."""
+    """Return the training settings, first and last losses, and speed of the models."""
     stages = results["training"]
     columns = [_settings(done) | _outcome(done) for done in stages.values()]
     rows = [
         [title, *(column.get(title, "-") for column in columns)]
         for title in dict.fromkeys(title for column in columns for title in column)
     ]
-    files = ", ".join(
-        f"`{stage}/{file}`"
+    files = [
+        f"{stage}/{file}"
         for stage, done in stages.items()
         for file in ("metrics.jsonl", *(["training.json"] if "settings" in done else []))
-    )
+    ]
     few = chain_only(stages["pretrain"]["steps"])
-    parts = [
-        "## Training",
+    return section(
+        "Training",
         "![loss over tokens](loss.png)",
         f"{few}." if few else "",
         table(["", *(MODELS[_TRAINED[stage]] for stage in stages)], rows),
-        f"Sources: {files}.",
-    ]
-    return "\n\n".join(filter(None, parts))
+        sources(*files),
+    )
 
 
 def _settings(done: dict[str, Any]) -> dict[str, str]:
-    """Return what a stage was trained with: of one that left no `training.json`, the learning rate it reached."""
+    """Return a stage's training settings; without `training.json`, only the highest learning rate."""
     found = done.get("settings")
     if not found:
         return {"learning rate, peak": number(done.get("highest_lr"))}
@@ -55,15 +54,14 @@ def _settings(done: dict[str, Any]) -> dict[str, str]:
     }
     factors = found.get("lr_factors", {})
     if factors.get("warmup_steps") or any(factors.get(part, 1) != 1 for part in ("router", "experts")):
-        frozen = (
-            f", {factors['freezes']} frozen for {factors['warmup_steps']} steps" if factors["warmup_steps"] else ""
-        )
+        steps = factors["warmup_steps"]
+        frozen = f", {factors['freezes']} frozen for {steps} steps" if steps else ""
         rows["factors on the learning rate"] = f"router {factors['router']:g}, experts {factors['experts']:g}{frozen}"
     return rows
 
 
 def _outcome(done: dict[str, Any]) -> dict[str, str]:
-    """Return what came of a training stage, at what speed and in how much memory."""
+    """Return the losses of a training stage, its speed and its memory."""
     rows = {
         "steps": str(done["steps"]),
         "tokens": f"{done['tokens']:,}",
@@ -85,7 +83,7 @@ def _outcome(done: dict[str, Any]) -> dict[str, str]:
     return rows
 
 
-#: What the report says of the routers, beside the load: a name of `metrics.jsonl` and its title.
+#: The router metrics of the report: the name in `metrics.jsonl` and the title.
 _ROUTER_ROWS = {
     "load_entropy": "entropy of the load over that of perfect balance",
     "dead_experts": "dead experts, all layers (less than 1 % of a balanced share)",
@@ -96,7 +94,7 @@ _ROUTER_ROWS = {
 
 
 def expert_load(results: dict[str, Any]) -> str:
-    """Return how evenly the experts were used; nothing where none were counted."""
+    """Return how evenly the experts were used; nothing without counts."""
     load = results["training"]["pretrain"].get("expert_load")
     if not load:
         return ""
@@ -111,15 +109,13 @@ def expert_load(results: dict[str, Any]) -> str:
         for key, title in _ROUTER_ROWS.items()
         if key in router["first"] | router["last"]
     ]
-    return "\n\n".join(
-        [
-            "## Expert load",
-            "![expert load per layer over the steps](experts.png)",
-            _worst(load["worst"]),
-            table(["share of a layer's token slots", "first step", "last step"], rows),
-            f"Perfect balance is 1/E = {100 * load['first']['balanced']:.4g} % and a coefficient of 0."
-            " Source: `pretrain/metrics.jsonl`.",
-        ]
+    return section(
+        "Expert load",
+        "![expert load per layer over the steps](experts.png)",
+        _worst(load["worst"]),
+        table(["share of a layer's token slots", "first step", "last step"], rows),
+        f"Perfect balance is 1/E = {100 * load['first']['balanced']:.4g} % and a coefficient of 0."
+        " Source: `pretrain/metrics.jsonl`.",
     )
 
 

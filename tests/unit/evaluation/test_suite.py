@@ -54,9 +54,9 @@ def test_the_papers_eight_columns() -> None:
         ("tasks: {mmlu_letter: [0]}\nsede: 1", "key 'sede' does not exist. Did you mean 'seed'?"),
         ("tasks: {mmlu_letter: [0]}\nheldout: {window: 1}", "heldout: key 'window' does not exist"),
         ("tasks: {mmlu_letter: [0]}\nseed: some", "a suite configuration"),
-        ("tasks: [", "a suite configuration"),
+        ("tasks: [", "expected valid YAML"),
         ("seed: 1", "tasks"),
-        ("[1, 2]", "a suite configuration"),
+        ("[1, 2]", "got list, expected keys"),
     ],
 )
 def test_a_wrong_configuration_is_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -41,16 +41,16 @@ def test_validation_is_the_line_and_training_the_background() -> None:
     assert validation.get_zorder() > training.get_zorder()
     assert validation.get_linewidth() > training.get_linewidth()
     assert (validation.get_alpha() or 1) > training.get_alpha()
-    assert set(lines) >= {"dense twin, validation", "dense twin, training"}
+    assert set(lines) >= {"dense baseline, validation", "dense baseline, training"}
     assert list(lines["dense parent, validation"].get_ydata()) == [3.5, 3.5]
 
 
 def test_the_parent_is_no_line_where_validation_did_not_begin_with_it() -> None:
     lines = lines_of(loss_figure({"pretrain": Curve(STEPS, [(1000, 3.5)]), "dense_ct": Curve(DENSE, [])}))
-    assert set(lines) == {"MoE, validation", "MoE, training", "dense twin, training"}
+    assert set(lines) == {"MoE, validation", "MoE, training", "dense baseline, training"}
 
 
-def test_without_the_twin_the_moe_itself_is_the_line_to_compare_with() -> None:
+def test_without_the_dense_baseline_the_moe_itself_is_the_line_to_compare_with() -> None:
     lines = lines_of(loss_figure({"pretrain": Curve(STEPS, [(0, 3.75), (1000, 3.5)])}))
     assert list(lines["MoE at step 0, validation"].get_ydata()) == [3.75, 3.75]
 

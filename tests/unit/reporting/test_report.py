@@ -78,8 +78,8 @@ def test_the_environment_is_this_machine(results: dict[str, Any]) -> None:
 def test_the_report_prints_these_numbers(run_dir: Path) -> None:
     found = rows(write_report(run_dir))
     # differences of 1, 2 and 3 nats in windows of 100 bytes: mean 2, standard error 1 / sqrt(3); in bits, a byte
-    against_twin, _, _ = found["bits per byte (heldout_perplexity)"]  # of the second table
-    assert against_twin == "+0.0289 ± 0.0083 (trained dense twin is better)"
+    against_baseline, _, _ = found["bits per byte (heldout_perplexity)"]  # of the second table
+    assert against_baseline == "+0.0289 ± 0.0083 (trained dense baseline is better)"
     assert found["training loss, last step"] == ["2.75", "3.25"]
     assert found["validation loss, first"] == ["3.5", "4"]
     assert found["tokens"] == ["3,000", "3,000"]
@@ -191,9 +191,9 @@ def test_samples_stand_beside_each_other(run_dir: Path) -> None:
     assert found["continuations"]["dense_ct"] == "a|b\n*dense_ct*"
 
 
-def test_the_report_says_so_when_the_twin_wins(run_dir: Path) -> None:
+def test_the_report_says_so_when_the_dense_baseline_wins(run_dir: Path) -> None:
     text = write_report(run_dir).read_text()
-    assert "paired over 3 items: the twin is better." in text
+    assert "paired over 3 items: the baseline is better." in text
     found = rows(run_dir / "report.md")
     assert found["acc (quiz)"][0].startswith("+0.25 ± 0.25 (no difference shown)")
 
@@ -249,7 +249,7 @@ def test_a_damaged_line_is_named(run_dir: Path) -> None:
 def test_a_line_that_lacks_a_number_is_named(run_dir: Path, line: str) -> None:
     with (run_dir / "pretrain" / "metrics.jsonl").open("a") as handle:
         handle.write(line + "\n")
-    with pytest.raises(UpcycleError, match=r"metrics\.jsonl:7: got .* expected one JSON object with step"):
+    with pytest.raises(UpcycleError, match=r"metrics\.jsonl:7: got .* expected one JSON object"):
         write_report(run_dir)
 
 
@@ -276,13 +276,13 @@ def test_a_training_stage_without_a_step_is_named(run_dir: Path) -> None:
         write_report(run_dir)
 
 
-def test_a_run_without_the_twin(run_dir: Path) -> None:
+def test_a_run_without_the_dense_baseline(run_dir: Path) -> None:
     (run_dir / "dense_ct" / "metrics.jsonl").unlink()
     (run_dir / "evaluation" / "dense_ct.json").unlink()
     marker = {"stage": "dense_ct", "seconds": 0.0, "outputs": {"left_out": True}}
     (run_dir / "dense_ct" / "_SUCCESS.json").write_text(json.dumps(marker))
     text = write_report(run_dir).read_text()
-    assert "twin" not in text.split("## Training")[0]
+    assert "baseline" not in text.split("## Training")[0]
     assert list(json.loads((run_dir / "results.json").read_text())["paired"]) == ["trained_minus_dense"]
 
 

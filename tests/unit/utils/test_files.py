@@ -113,10 +113,13 @@ def test_json_errors_name_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"x":')
     with pytest.raises(UpcycleError, match=r"a\.json"):
         read_json(tmp_path / "a.json")
-    for broken in ("[" * 100_000, "1" * 5000, b"\xff".decode("latin-1")):
-        (tmp_path / "a.json").write_text(broken, encoding="latin-1")
+    for broken in ("[" * 100_000, "1" * 5000):
+        (tmp_path / "a.json").write_text(broken)
         with pytest.raises(UpcycleError, match=r"a\.json: got unreadable JSON"):
             read_json(tmp_path / "a.json")
+    (tmp_path / "a.json").write_bytes(b"\xff")
+    with pytest.raises(UpcycleError, match=r"a\.json: .*expected readable UTF-8 text"):
+        read_json(tmp_path / "a.json")
     with pytest.raises(UpcycleError, match=r"b\.json.*no such file"):
         read_json(tmp_path / "b.json")
 
