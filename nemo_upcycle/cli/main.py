@@ -10,51 +10,53 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.package_info import __version__
 
 
-#: name -> (module with `HELP`, `add_arguments(parser)` and `run(args) -> exit status`, what it does)
+#: name -> what it does; `nemo_upcycle/cli/NAME.py` has `HELP`, `add_arguments(parser)` and `run(args) -> exit status`
 COMMANDS = {
-    "plan": ("nemo_upcycle.cli.plan", "what fits where, how fast, how long, how much"),
-    "convert": ("nemo_upcycle.cli.convert", "dense checkpoint -> MoE Hugging Face folder"),
-    "verify": ("nemo_upcycle.cli.verify", "dense folder against MoE folder: how equal are they"),
-    "export": ("nemo_upcycle.cli.export", "NeMo checkpoint -> Hugging Face folder"),
-    "report": ("nemo_upcycle.cli.report", "run folder -> report.md and plots"),
-    "doctor": ("nemo_upcycle.cli.doctor", "what is installed, what fits, what is missing"),
+    "plan": "what fits where, how fast, how long, how much",
+    "convert": "dense checkpoint -> MoE Hugging Face folder",
+    "verify": "dense folder against MoE folder: how equal are they",
+    "export": "NeMo checkpoint -> Hugging Face folder",
+    "report": "run folder -> report.md and plots",
+    "doctor": "what is installed, what fits, what is missing",
 }
+_EPILOG = """example:
+  nemo-upcycle convert models/Llama-3-8B models/Llama-3-8B-E8T2 --experts 8 --top-k 2
+
+nemo-upcycle help COMMAND, or COMMAND --help: options and an example.
+exit status: 0 done, or yes; 1 the answer is no; 2 bad usage or input."""
 BAD_INPUT, INTERRUPTED = 2, 130
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, with an example, not the whole usage."""
+    """Reports a mistake in one line, with an example. A command is imported when its arguments are parsed."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        if not (command := self.prog.partition(" ")[2]):
+            return super().parse_known_args(args, namespace)
+        module = importlib.import_module(f"nemo_upcycle.cli.{command}")
+        self.description = module.HELP
+        module.add_arguments(self)
+        self.set_defaults(command=module, parser=self)
+        _check_options(self, args)
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         if wrong := re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message, re.DOTALL):
             message = f"{wrong[1]}: got {wrong[3]}, expected a {'whole ' if wrong[2] == 'int' else ''}number"
         examples = [line.strip() for line in (self.epilog or "").splitlines() if line.startswith(f"  {self.prog}")]
         raise UpcycleError(f"{message}. Fix: type, for example, `{examples[0]}`; options: {self.prog} --help.")
-
-
-def usage() -> str:
-    """Return the text of `nemo-upcycle --help`."""
-    lines = [f"  {name:<9}{text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: nemo-upcycle COMMAND ...",
-            "",
-            "Turn a dense Llama into a Mixture-of-Experts model. Training runs through `nemo` itself.",
-            "",
-            *lines,
-            "",
-            "example: nemo-upcycle convert models/Llama-3-8B models/Llama-3-8B-E8T2 --experts 8 --top-k 2",
-            "",
-            "nemo-upcycle help COMMAND, or COMMAND --help: options and an example; --version: the version.",
-            "exit status: 0 done, or yes; 1 the answer is no; 2 bad usage or input.",
-        ]
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,34 +108,24 @@ def _prepare_output() -> None:
 
 
 def _run(argv: list[str]) -> int:
-    name, *rest = argv or [""]
-    if name == "help" and rest:
-        name, rest = rest[0], ["--help"]
-    if name in ("-h", "--help", "help"):
-        sys.stdout.write(usage() + "\n")
-        return 0
-    if name == "--version":
-        sys.stdout.write(f"nemo-upcycle {__version__}\n")
-        return 0
-    if not name:
-        sys.stderr.write(usage() + "\n")
+    description = "Turn a dense Llama into a Mixture-of-Experts model. Training runs through `nemo` itself."
+    parser = _Parser(prog="nemo-upcycle", description=description, epilog=_EPILOG)
+    parser.add_argument("--version", action="version", version=f"nemo-upcycle {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text)
+    while argv[:1] == ["help"]:
+        argv = [*argv[1:2], "--help"]
+    if not argv:
+        parser.print_help(sys.stderr)
         return BAD_INPUT
-    if name not in COMMANDS:
-        raise UpcycleError.unknown("command", name, [*COMMANDS, "help"])
-    module = importlib.import_module(COMMANDS[name][0])
-    parser = _Parser(
-        prog=f"nemo-upcycle {name}",
-        description=module.HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    module.add_arguments(parser)
-    _check_options(parser, rest)
-    args = parser.parse_args(rest)
+    if argv[0] not in (*COMMANDS, "-h", "--help", "--version"):
+        raise UpcycleError.unknown("command", argv[0], [*COMMANDS, "help"])
+    args = parser.parse_args(argv)
     try:
-        return int(module.run(args))
+        return int(args.command.run(args))
     except SpecError as error:
-        raise SpecError(_as_typed(str(error), parser, args)) from None
+        raise SpecError(_as_typed(str(error), args.parser, args)) from None
 
 
 def _as_typed(text: str, parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:

@@ -27,10 +27,10 @@ def chain_only(steps: int) -> str:
 
 
 def loss_figure(curves: Mapping[str, Curve]) -> Figure:
-    """Return validation loss over tokens of the upcycled model and its dense baseline, with their training loss behind.
+    """Return validation loss over tokens of the MoE and its dense baseline, with their training loss behind.
 
-    A validation loss from before the first step is drawn as a line to compare with: the baseline's is the dense
-    parent's.
+    A validation loss from before the first step is drawn as a line to compare with. That of the baseline is the
+    dense parent's.
 
     Args:
         curves: by stage, `pretrain` and perhaps `dense_ct`.
