@@ -1,10 +1,10 @@
-"""What logging costs the first rank at every step, beside the length of the paper's steps.
+"""Measure what logging costs the first rank at every step, compared with the length of the paper's steps.
 
     python -m benchmarks.metrics_cost       # writes benchmarks/results/metrics_cost.md
 
 Measured here, on a CPU and one rank: everything `MetricsLogger` does after a step (reading the counters, the
-reduction, the arithmetic, JSON, TensorBoard) for models of Llama 3's depths. Not measured: the reduction's way through
-a network, and the three small kernels that a router's hook adds to a layer's forward pass on a GPU.
+reduction, the arithmetic, JSON, TensorBoard) for models of Llama 3's depths. Not measured: the network time of the
+reduction, and the three small kernels that a router's hook adds to a layer's forward pass on a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 
 #: Recipe, layers, GPUs and the TFLOP/s of one (full attention) of published runs: arXiv 2412.09952, Table 2, and for
-#: the 70B the 41.6 % MFU of arXiv 2504.14960 on 256 H100. Where that was on fewer GPUs, it stands in for the rate.
+#: the 70B the 41.6 % MFU of arXiv 2504.14960 on 256 H100. Where that run had fewer GPUs, its rate is used.
 RUNS = (
     ("llama3_8b_e8t2", 32, 128, 462.8),
     ("llama3_8b_e8t2", 32, 512, 389.7),
@@ -57,7 +57,7 @@ def _logger(folder: str, layers: int) -> tuple[Any, Any, Any]:
 
 
 def measure(layers: int, steps: int = 200) -> tuple[float, float]:
-    """Return median and mean milliseconds of a step's logging; the mean has the dear steps in it."""
+    """Return median and mean milliseconds of a step's logging; the mean includes the expensive steps."""
     times_s = []
     with tempfile.TemporaryDirectory() as folder:
         callback, trainer, model = _logger(folder, layers)

@@ -43,7 +43,7 @@ def add_spec_options(parser: argparse.ArgumentParser, title: str = "what to make
 
 
 def given_spec(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the fields of the spec that the command line names."""
+    """Return the fields of the spec that the command line sets."""
     return {field: getattr(args, field) for field, *_ in _SPEC_OPTIONS.values() if hasattr(args, field)}
 
 
@@ -89,7 +89,7 @@ def file_size(text: str) -> int:
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """Add the option of an answer for machines."""
+    """Add the option for an answer in JSON."""
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 

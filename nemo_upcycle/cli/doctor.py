@@ -1,4 +1,4 @@
-"""`nemo-upcycle doctor`: what is installed, which versions fit, what is missing and the command that adds it."""
+"""`nemo-upcycle doctor`: show what is installed, which versions fit, and the commands that add what is missing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _EXAMPLES = """example:
 
 exit status: 0 what is installed fits; 1 something does not, or a library that everything needs is missing."""
 _PACKAGE = "nemo-upcycle"
-#: extra -> what it is for
+#: extra -> its purpose
 _EXTRAS = {
     "": "reading, converting and verifying weights",
     "nemo": "training",
@@ -37,7 +37,7 @@ _EXTRAS = {
     "demo": "the demo's model",
     "gpu": "FP8 and grouped GEMM on NVIDIA GPUs; NVIDIA's NeMo container has it",
 }
-#: Not an extra of its own: NeMo brings it along. 4.56 is the first whose `from_pretrained` takes `dtype`.
+#: Libraries without an extra: NeMo installs them. 4.56 is the first whose `from_pretrained` takes `dtype`.
 _ALONE = {"verify": "transformers>=4.56"}
 _OK, _MISSING, _WRONG = "ok", "missing", "does not fit"
 
@@ -49,10 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Look, show what was found, and return the exit status.
+    """Check the environment, show the result, and return the exit status.
 
     Raises:
-        UpcycleError: the package itself is not installed, so that nothing says what it needs.
+        UpcycleError: the package itself is not installed, so its requirements are unknown.
     """
     libraries, gpus = _libraries(), _gpus()
     fixes = _activation() | _fixes(libraries, bool(gpus))
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _libraries() -> list[dict[str, Any]]:
-    """Return every library that the installed package's own metadata names, with its version and whether it fits."""
+    """Return every library that the package's metadata names, with its version and whether that fits."""
     from packaging.requirements import Requirement
 
     try:
@@ -107,12 +107,12 @@ def _state(requirement: Requirement) -> dict[str, Any]:
 
 
 def _in_container() -> bool:
-    """Return whether this is one of NVIDIA's containers, whose torch, Megatron and Transformer Engine go together."""
+    """Return whether this is one of NVIDIA's containers, whose torch, Megatron and Transformer Engine match."""
     return "NVIDIA_PYTORCH_VERSION" in os.environ
 
 
 def _activation() -> dict[str, str]:
-    """Return the command that puts this environment's commands on the PATH, if they are not, and what for."""
+    """Return the command that puts this environment on the PATH, if it is not there, and its purpose."""
     folder = Path(sys.prefix) / "bin"
     if sys.prefix == sys.base_prefix or str(folder) in os.environ.get("PATH", "").split(os.pathsep):
         return {}
@@ -120,7 +120,7 @@ def _activation() -> dict[str, str]:
 
 
 def _fixes(libraries: list[dict[str, Any]], has_gpus: bool) -> dict[str, str]:
-    """Return one command for each extra that something is amiss with, and what that is for."""
+    """Return one command for each extra that lacks something, and its purpose."""
     clone, pip = None if _in_container() else _clone(), f"{shlex.quote(sys.executable)} -m pip install"
     found = {}
     for extra, purpose in _EXTRAS.items():
@@ -138,7 +138,7 @@ def _fixes(libraries: list[dict[str, Any]], has_gpus: bool) -> dict[str, str]:
 
 
 def _clone() -> Path | None:
-    """Return the clone that this package runs from, installed with `pip install -e`: its extras are on no index."""
+    """Return the clone that `pip install -e` installed this package from; its extras are on no index."""
     folder = Path(__file__).parents[2]
     return folder if (folder / "pyproject.toml").is_file() else None
 
@@ -155,7 +155,7 @@ def _gpus() -> list[str]:
 
 
 def _torch_cuda() -> str | None:
-    """Return the CUDA version that torch was built for; without importing it, which takes longer than all the rest."""
+    """Return the CUDA version that torch was built for, without the slow import of torch."""
     spec = importlib.util.find_spec("torch")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         source = importlib.util.spec_from_file_location("_torch_version", f"{folder}/version.py")

@@ -1,4 +1,4 @@
-"""The light command `nemo-upcycle`: one module a command, imported only when it is asked for, and never NeMo."""
+"""The light command `nemo-upcycle`: import one module a command, only when it is used, and never NeMo."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except UpcycleError as error:
         sys.stderr.write(f"error: {error}\n")
-    except BrokenPipeError:  # the reader has seen enough
+    except BrokenPipeError:  # the reader closed the pipe
         sys.stderr.close()
     except OSError as error:
         sys.stderr.write(f"error: {_said(error)}\n")
@@ -90,7 +90,7 @@ _FIXES = {
 
 
 def _said(error: OSError) -> UpcycleError:
-    """Return the error that tells of a mistake that only the system knows of."""
+    """Return an error of the operating system with a fix."""
     fix = _FIXES.get(error.errno or 0, "check the path and who may read and write there")
     return UpcycleError(
         str(error.filename or "file system"), got=error.strerror or error, expected="access and room", fix=fix
@@ -98,7 +98,7 @@ def _said(error: OSError) -> UpcycleError:
 
 
 def _prepare_output() -> None:
-    """Let a command print names that the terminal has no characters for, and run with its output closed."""
+    """Let a command print characters that the terminal lacks, and run with its output closed."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -129,7 +129,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _as_typed(text: str, parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
-    """Return an error's text with the options' names in place of the fields' that they set.
+    """Replace the names of fields in an error's text with the names of their options.
 
     Example:
         `top_k: got 9, expected 1 to num_experts (8). Fix: set global-batch=64` becomes `--top-k: got 9, expected 1 to
@@ -137,7 +137,7 @@ def _as_typed(text: str, parser: argparse.ArgumentParser, args: argparse.Namespa
     """
     actions = [action for action in parser._actions if action.option_strings]
     of_spec = {action.dest for action in actions if action.default is argparse.SUPPRESS}
-    if not of_spec & set(vars(args)):  # a spec of which the command line says nothing is a file's
+    if not of_spec & set(vars(args)):  # without an option for the spec, the error is about a file's spec
         actions = [action for action in actions if action.dest not in of_spec]
     options: dict[str, str] = {}
     for action in actions:
@@ -153,7 +153,7 @@ def _as_typed(text: str, parser: argparse.ArgumentParser, args: argparse.Namespa
 
 
 def _check_options(parser: argparse.ArgumentParser, argv: list[str]) -> None:
-    """Refuse an option that does not exist, with the closest one that does: argparse would name none."""
+    """Refuse an unknown option and name the closest one, which argparse does not."""
     known = [option for action in parser._actions for option in action.option_strings]
     for word in argv[: argv.index("--") if "--" in argv else None]:
         option = word.partition("=")[0]

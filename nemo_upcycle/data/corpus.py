@@ -1,4 +1,4 @@
-"""Texts as documents, in three splits that share nothing: train, validation and heldout."""
+"""Read texts as documents, in three splits that share nothing: train, validation and heldout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Document:
     """One text.
 
     Attributes:
-        id: where it comes from, unique within a corpus: a speech's id, a path, or `path:line`.
+        id: its source, unique within a corpus: a speech's id, a path, or `path:line`.
         text: the whole text.
     """
 
@@ -59,19 +59,19 @@ def load_corpus(config: str | Path | Mapping[str, Any]) -> Documents:
 
 
 def check_corpus(config: str | Path | Mapping[str, Any]) -> None:
-    """Check a corpus as far as that takes no time: every pattern has files, no split shares one; no text is read.
+    """Check a corpus without reading its texts: every pattern matches files, and no two splits share one.
 
     Args:
         config: as in `load_corpus`.
 
     Raises:
-        UpcycleError: as `load_corpus` does, but for mistakes in the texts themselves.
+        UpcycleError: as in `load_corpus`, except for mistakes in the texts themselves.
     """
     _selected(config)
 
 
 def _selected(config: str | Path | Mapping[str, Any]) -> tuple[str, Callable[[Any], Documents], dict[str, list[Any]]]:
-    """Return the key of a corpus, the reader of its documents, and what each split is to be read from."""
+    """Return the key of a corpus, the reader of its documents, and what to read for each split."""
     if isinstance(config, Mapping):
         settings, folder = dict(config), Path()
     else:  # relative patterns start from the folder of the user's file; those of the package, from the current one
@@ -125,7 +125,7 @@ def _refuse_overlap(what: str, where: str, key: str) -> None:
         what,
         got=f"in {where}",
         expected="in one split",
-        fix=f"take it out of one of them in `{key}`: what is measured must not be trained on",
+        fix=f"remove it from one of them in `{key}`: evaluation data must not be trained on",
     )
 
 
@@ -217,7 +217,7 @@ def _text_of(line: dict[str, Any], where: str) -> str:
     return str(line["text"])
 
 
-#: Corpus -> its key; what finds what each split is read from, relative to a folder; what reads that.
+#: Corpus -> its key; the function that selects years or files for each split, relative to a folder; the reader.
 _READERS: dict[str, tuple[str, Callable[..., dict[str, list[Any]]], Callable[[Any], Documents]]] = {
     "sotu": ("years", _select_years, _read_sotu),
     "text": ("files", _select_files, _read_text),

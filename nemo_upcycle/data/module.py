@@ -1,4 +1,4 @@
-"""The training data of the recipes: NeMo's own data module over a prepared corpus, prepared on first use."""
+"""Build the training data of the recipes: NeMo's own data module over a corpus that is prepared on first use."""
 
 # No postponed annotations, and Optional: NeMo-Run parses `data.seq_length=1024` by them.
 
@@ -35,7 +35,7 @@ def corpus_data(
     Args:
         dense: the dense model whose tokenizer is used, as in `ensure_dense`.
         corpus: a name in `conf/data`, or a YAML file.
-        folder: an already prepared corpus; None prepares `corpus` in the cache, once.
+        folder: a prepared corpus; None prepares `corpus` once, in the cache.
         seq_length: tokens of a sequence.
         micro_batch_size: sequences of a micro batch.
         global_batch_size: sequences of a step, over all ranks.
@@ -43,7 +43,7 @@ def corpus_data(
         seed: of the order of the sequences.
 
     Raises:
-        UpcycleError: the corpus cannot be had, or a split is shorter than one sequence.
+        UpcycleError: the corpus cannot be read or fetched, or a split is shorter than one sequence.
 
     Example:
         >>> recipe.data = run.Config(corpus_data, dense="/models/Llama-3-8B", corpus="mine.yaml")  # doctest: +SKIP
@@ -68,7 +68,7 @@ def corpus_data(
 
 def _prepared(dense: str, corpus: str) -> Path:
     model, documents = ensure_dense(dense), load_corpus(corpus)
-    # Of two corpora or tokenizers with one name, each has a folder of its own.
+    # Corpora or tokenizers that share a name get separate folders.
     digest = hashlib.sha256()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         digest.update((model / name).read_bytes() if (model / name).is_file() else b"")
@@ -89,7 +89,7 @@ def _check_length(prepared: Path, seq_length: int) -> None:
             f"corpus {prepared}",
             got="no complete corpus",
             expected="a prepared one",
-            fix="run the pipeline's import stage, or leave folder out",
+            fix="run the pipeline's import stage, or omit folder",
         )
     for name, split in read_json(prepared / MANIFEST)["splits"].items():
         if name != "heldout" and split["tokens"] <= seq_length:

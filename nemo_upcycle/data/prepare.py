@@ -1,4 +1,4 @@
-"""From documents to what training reads: Megatron indexed datasets, and the held-out texts for perplexity."""
+"""Turn documents into Megatron indexed datasets for training, and held-out texts for perplexity."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _SEED = 1234
 def prepare_corpus(documents_by_split: Documents, tokenizer_folder: Path, output: Path) -> dict[str, Any]:
     """Tokenise a corpus and write everything that training and evaluation read.
 
-    The end-of-text token closes every document. The documents of `train` are shuffled, always in the same way, so that
-    a short run sees a mix.
+    The end-of-text token closes every document. The documents of `train` are shuffled with a fixed seed, so that a
+    short run sees a mix.
 
-    `tokenizer/` is the one that training has to use, for two reasons. NeMo copies the folder its tokenizer comes from
-    into every checkpoint, and the dense model's folder holds all its weights. And Megatron's datasets take the padding
-    token out of the loss wherever it stands, and put token 0 in its place: many models pad with their end-of-text
-    token, which would then never be learnt, so the padding token here is one that no text of the corpus holds.
+    Training has to use `tokenizer/`, for two reasons. NeMo copies the folder of its tokenizer into every checkpoint,
+    and the dense model's folder holds all its weights. And Megatron's datasets mask the padding token in the loss and
+    replace it by token 0: many models pad with their end-of-text token, which the model would then never learn, so
+    the padding token of `tokenizer/` is one that does not occur in the corpus.
 
     Args:
         documents_by_split: `train`, `validation` and `heldout`, as `load_corpus` returns them.
         tokenizer_folder: the dense model's folder.
-        output: the folder that shall exist afterwards: `{train,validation}_text_document.{bin,idx}`, `heldout.jsonl`,
+        output: the folder to make: `{train,validation}_text_document.{bin,idx}`, `heldout.jsonl`,
             `tokenizer/`, `manifest.json` and the success marker.
 
     Returns:
@@ -68,13 +68,13 @@ def prepare_corpus(documents_by_split: Documents, tokenizer_folder: Path, output
 
 
 def data_arguments(folder: Path, index_folder: Path | None = None) -> dict[str, Any]:
-    """Return what NeMo's `PreTrainingDataModule` needs to know to read a prepared corpus.
+    """Return the arguments of NeMo's `PreTrainingDataModule` that read a prepared corpus.
 
-    Nothing is read, so that a recipe can be built before its corpus is. The tokenizer comes from `folder / TOKENIZER`.
+    Reads nothing, so that a recipe can be built before its corpus. The tokenizer is in `folder / TOKENIZER`.
 
     Args:
         folder: the `output` of `prepare_corpus`.
-        index_folder: where Megatron keeps its shuffled indices, in the reach of every node (rank 0 alone writes them);
+        index_folder: folder of Megatron's shuffled indices, shared by all nodes (only rank 0 writes them);
             `folder / "indices"` unless given.
 
     Example:
@@ -84,7 +84,7 @@ def data_arguments(folder: Path, index_folder: Path | None = None) -> dict[str, 
     train, validation = ([str(_prefix(folder, split))] for split in ("train", "validation"))
     return {
         "paths": {"train": train, "validation": validation, "test": list(validation)},
-        "split": None,  # the three paths are the split: any value here is warned about
+        "split": None,  # the three paths are the split; NeMo warns about any other value
         "index_mapping_dir": str(index_folder or folder / "indices"),
     }
 
@@ -110,7 +110,7 @@ def _load_tokenizer(folder: Path) -> Any:
     require_tokenizer(folder)
     try:
         tokenizer = load_tokenizer(folder)
-    except Exception as error:  # the tokenizers library raises no narrower one for a damaged file
+    except Exception as error:  # the tokenizers library raises a plain Exception for a damaged file
         raise CheckpointError(
             f"tokenizer in {folder}",
             got=str(error).splitlines()[0],
@@ -128,7 +128,7 @@ def _load_tokenizer(folder: Path) -> Any:
 
 
 def _save_tokenizer(tokenizer: Any, seen: set[int], folder: Path) -> dict[str, Any]:
-    """Save the tokenizer with a padding token that no text holds; the caller's tokenizer is changed."""
+    """Save the tokenizer with a padding token that no text contains; this changes the caller's tokenizer."""
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     special = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, *tokenizer.additional_special_tokens]
     unused = [token for token in special if token and tokenizer.convert_tokens_to_ids(token) not in seen]
@@ -143,7 +143,7 @@ def _save_tokenizer(tokenizer: Any, seen: set[int], folder: Path) -> dict[str, A
 
 
 class _Writer:
-    """Encodes documents and writes them; `seen` collects the ids that occur."""
+    """Encodes and writes documents; `seen` collects the ids that occur."""
 
     def __init__(self, tokenizer: Any, progress: ProgressLine) -> None:
         self.tokenizer, self.progress = tokenizer, progress

@@ -16,7 +16,7 @@ _FIELDS = ("question", "answer_a", "answer_b", "answer_c", "answer_d", "correct_
 def mmlu_questions(path: Path) -> list[dict[str, Any]]:
     """Read the MMLU test questions of the `mmlu` asset (JSON lines, one question a line).
 
-    Rows whose `correct_answer` is not a letter A to D are dropped: the file holds two stray header rows.
+    Rows whose `correct_answer` is not a letter A to D are dropped: the file contains two stray header rows.
 
     Args:
         path: `mmlu.jsonl`, as `fetch_asset("mmlu")` returns it.

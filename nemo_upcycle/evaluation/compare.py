@@ -1,7 +1,7 @@
-"""Two evaluations of the same items: how equal are they, and is one better?
+"""Compare two evaluations of the same items: how equal are they, and is one better?
 
-Pure functions on what `evaluate` writes. Every uncertainty here is a jackknife over the items: for a mean it is the
-usual standard error, and it serves perplexities (ratios of sums) just as well.
+Pure functions of the results of `evaluate`. Every uncertainty is a jackknife over the items: for a mean this is the
+usual standard error, and it also holds for perplexities (ratios of sums).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def statistic(metric: str, scores: Sequence[Score]) -> float:
 def leave_one_out(metric: str, scores: Sequence[Score]) -> list[float]:
     """Return the metric's value without each item in turn; nothing for fewer than two items."""
     parts = _parts(metric, scores)
-    total, units = (sum(part[place] for part in parts) for place in (0, 1))
+    total, units = (sum(part[column] for part in parts) for column in (0, 1))
     return [_value(metric, total - one, units - its) for one, its in parts] if len(parts) > 1 else []
 
 
@@ -103,10 +103,10 @@ def compare_items(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 
 def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str) -> dict[str, Any]:
-    """Return how much better or worse `b` is than `a`, with the uncertainty of the difference itself.
+    """Return the difference of `b` from `a`, with the uncertainty of the difference itself.
 
-    Both models saw the same items, so what makes an item hard cancels: the paired standard error is far below that of
-    either value.
+    Both models saw the same items, so the difficulty of an item cancels: the paired standard error is far below that
+    of either value.
 
     Args:
         a: an evaluation.

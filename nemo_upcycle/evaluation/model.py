@@ -1,4 +1,4 @@
-"""The model under evaluation: loaded strictly, and wrapped for lm-eval."""
+"""Load the model under evaluation strictly, and wrap it for lm-eval."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from nemo_upcycle.utils.progress import ProgressLine
 
 
 def load_model(folder: Path, dtype: str) -> tuple[Any, Any]:
-    """Load a Hugging Face causal language model and its tokenizer, and check that every tensor found its place.
+    """Load a Hugging Face causal language model and its tokenizer, and check that every tensor was loaded.
 
-    A wrong tensor name is only a warning in transformers, and leaves random weights behind.
+    transformers only warns about a wrong tensor name, and keeps random weights for it.
 
     Raises:
         CheckpointError: the folder is not such a model, or a tensor is missing, unexpected or of another shape.
@@ -54,7 +54,7 @@ def load_model(folder: Path, dtype: str) -> tuple[Any, Any]:
         raise CheckpointError(
             f"weights of {folder}",
             got=wrong,
-            expected="every tensor, each with its place",
+            expected="exactly the tensors of the model",
             fix="export the model again with `nemo-upcycle export`",
         )
     return model.eval(), tokenizer
@@ -64,10 +64,10 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int, label: str) -> Any:
     """Return lm-eval's wrapper of a loaded model, with this package's progress report.
 
     Args:
-        model: what `load_model` gave.
+        model: from `load_model`.
         tokenizer: likewise.
         batch_size: sequences in one forward pass.
-        label: what the progress report calls the model.
+        label: name of the model in the progress report.
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -82,7 +82,7 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int, label: str) -> Any:
             self._line = None
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            # lm-eval puts the first token there itself: a tokenizer that adds one too would have it predicted.
+            # lm-eval adds the first token itself: a second one from the tokenizer would be predicted, too.
             kept, self.add_bos_token = self.add_bos_token, False
             try:
                 with self._reporting("held-out text", len(requests)):
@@ -93,7 +93,7 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int, label: str) -> Any:
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
             if self._line:  # a batch of held-out text
                 return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
-            # Answers of a question that differ in their last token only share one forward pass.
+            # Answers to a question that differ only in their last token share one forward pass.
             passes = {(*context, *continuation[:-1]) for _, context, continuation in requests}
             with self._reporting("questions", len(passes)):
                 return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
@@ -110,7 +110,7 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int, label: str) -> Any:
 
 @contextmanager
 def quiet(name: str) -> Iterator[None]:
-    """Show only the errors of a library's logger, for advice that does not apply here."""
+    """Show only the errors of a library's logger, because its advice does not apply here."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -23,7 +23,7 @@ from nemo_upcycle.package_info import __version__
 from nemo_upcycle.utils.files import MARKER, is_complete, read_json, sha256_file, write_json
 
 
-#: Draws for the few hub metrics that only a bootstrap can give a standard error; means have a closed form.
+#: Bootstrap draws for the few hub metrics without a closed form of the standard error.
 _BOOTSTRAP_DRAWS = 1000
 
 
@@ -42,14 +42,14 @@ def evaluate(
 
     Args:
         model_folder: a Hugging Face folder with safetensors weights and a tokenizer.
-        suite: the folder `build_suite` wrote, or lm-eval task names with the numbers of few-shot examples
+        suite: the folder that `build_suite` wrote, or lm-eval task names with the numbers of few-shot examples
             (`{"mmlu": [0, 5]}`). A local suite fetches nothing; lm-eval's own tasks come from the hub.
         output: folder for the result.
-        name: what to call the model in the report, for example `dense`.
+        name: the model's name in the report, for example `dense`.
         dtype: of the weights and the computation: `float32`, `bfloat16` or `float16`.
         batch_size: sequences in one forward pass; the suite's own (else 8) when None.
         limit: take only the first items of each task, for a quick look.
-        samples: let the model continue the suite's prompts, too.
+        samples: also let the model continue the suite's prompts.
 
     Returns:
         What was written: `metrics` (`task/metric` -> `value`, `stderr`, `higher_is_better`), `items` (task -> an entry
@@ -134,7 +134,7 @@ def _run(lm: Any, tasks: list[str], folder: Path | None, shots: int, limit: int 
 
 def _check_names(tasks: list[str], known: list[str]) -> None:
     for task in tasks:
-        if task not in known:  # there are thousands: only the closest are worth naming
+        if task not in known:  # name only the closest of thousands
             close = ", ".join(difflib.get_close_matches(task, known))
             raise UpcycleError(
                 "task",
@@ -180,7 +180,7 @@ def _extract(found: dict[str, Any], suffix: str) -> dict[str, dict[str, Any]]:
 
 
 def _item(sample: dict[str, Any]) -> dict[str, Any]:
-    """Return what is kept of one of lm-eval's samples."""
+    """Return the part of an lm-eval sample that is kept."""
     responses = [entry if isinstance(entry, (list, tuple)) else (entry,) for entry in sample["filtered_resps"]]
     likelihoods = [float(first) for first, *_ in responses if isinstance(first, (int, float))]
     item: dict[str, Any] = {"id": sample["doc_id"], "hash": sample["doc_hash"], "loglikelihoods": likelihoods}
@@ -204,7 +204,7 @@ def _by_shots(tasks: Mapping[str, Sequence[int]]) -> dict[int, list[str]]:
 
 
 def _suite(suite: Path | Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """Return what `build_suite` noted of a suite, or the same of task names."""
+    """Return the description of a suite that `build_suite` wrote, or the same for task names."""
     if not isinstance(suite, Path):
         tasks = {task: list(shots) for task, shots in suite.items()}
         return {"config": dataclasses.asdict(SuiteConfig(tasks=tasks, local=False)), "tasks": {}}
@@ -217,7 +217,7 @@ def _suite(suite: Path | Mapping[str, Sequence[int]]) -> dict[str, Any]:
 
 @contextmanager
 def _offline(wanted: bool) -> Iterator[None]:
-    """Keep the Hugging Face libraries from asking the network, as far as they have not been imported yet."""
+    """Keep the Hugging Face libraries offline; this affects only those not imported yet."""
     names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if wanted else ()
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))

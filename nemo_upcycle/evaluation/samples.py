@@ -1,4 +1,4 @@
-"""What a model writes: greedy continuations of a suite's held-out prompts, the same prompts for every model."""
+"""Let a model continue a suite's held-out prompts greedily, the same prompts for every model."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 
-#: Tokens of a continuation: enough to read, and a second or two of a small model on two CPU cores.
+#: Tokens of a continuation: enough to read, and one or two seconds for a small model on two CPU cores.
 NEW_TOKENS = 24
 
 
 def continue_prompts(model: Any, tokenizer: Any, prompts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Continue each prompt with the likeliest tokens, until the text ends or `NEW_TOKENS` are written.
 
-    No `model.generate`: it takes temperature and penalties from the folder's generation_config.json.
+    Does not use `model.generate`, which applies temperature and penalties of the folder's generation_config.json.
 
     Args:
-        model: what `load_model` gave.
+        model: from `load_model`.
         tokenizer: likewise.
-        prompts: what `build_suite` noted: dicts with `prompt`.
+        prompts: dicts with `prompt`, from `build_suite`.
 
     Returns:
         The prompts, each with its `continuation`.

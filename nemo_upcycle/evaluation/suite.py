@@ -1,4 +1,4 @@
-"""A suite: a folder with lm-eval tasks and their data, built from local questions and held-out documents.
+"""Build a suite: a folder with lm-eval tasks and their data, from local questions and held-out documents.
 
 Every task is a YAML file of lm-eval's own kind beside a JSON lines file, so that
 `lm_eval --include_path FOLDER --tasks mmlu_letter ...` runs the same suite without this package.
@@ -50,7 +50,7 @@ class SuiteConfig:
     batch_size: int = 8
 
 
-#: The tasks that can be built locally: what lm-eval reads for each, without the name and the place of the data.
+#: The tasks that can be built locally: lm-eval's definition of each, without its name and the path of its data.
 #: The prompts are those of lm-eval's `mmlu` (letters) and of its cloze variant (answers).
 LOCAL_TASKS: dict[str, dict[str, Any]] = {
     "mmlu_letter": {
@@ -81,7 +81,7 @@ LOCAL_TASKS: dict[str, dict[str, Any]] = {
 }
 
 
-#: Held-out texts that every model continues, and how much of each it is given: about 40 tokens.
+#: Number of held-out texts that every model continues, and bytes of each prompt: about 40 tokens.
 PROMPTS, PROMPT_BYTES = 2, 160
 
 
@@ -127,7 +127,7 @@ def _checked(where: str, config: SuiteConfig) -> SuiteConfig:
 
 
 def _check_keys(where: str, values: Any, schema: type) -> None:
-    """Refuse a key that `schema` lacks; OmegaConf refuses it too, but without the closest match."""
+    """Refuse a key that `schema` lacks and name the closest one, which OmegaConf does not."""
     nested = {"questions": QuestionsConfig, "heldout": HeldoutConfig}
     names = [entry.name for entry in dataclasses.fields(schema)]
     for key, value in values.items() if isinstance(values, dict) else ():
@@ -147,7 +147,7 @@ def build_suite(
 
     Args:
         questions: dicts with `question`, `choices` (four texts), `answer` (0 to 3) and `subject`.
-        heldout_documents: id and text of whole documents that no training step saw.
+        heldout_documents: id and text of whole documents that training did not see.
         output: the folder to write; an earlier one is replaced.
         config: what to take. With `local: false` the folder only names lm-eval's own tasks; of the documents only the
             prompts are used, and the questions not at all.
@@ -156,7 +156,7 @@ def build_suite(
         `output`.
 
     Raises:
-        UpcycleError: a local task is left without an item.
+        UpcycleError: a local task has no item.
     """
     documents = list(heldout_documents)
     prompts = choose_prompts(documents, config.seed)
@@ -205,7 +205,7 @@ def data_files(suite: Path, task: str) -> dict[str, Any]:
 def choose_questions(questions: Iterable[dict[str, Any]], config: QuestionsConfig, seed: int) -> list[dict[str, Any]]:
     """Return the questions a configuration asks for, by subject; the order of the input does not matter.
 
-    A question with an empty answer is left out: its length cannot normalise anything.
+    A question with an empty answer is skipped: its length cannot normalise a log-likelihood.
     """
     by_subject: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
     for question in questions:
@@ -219,15 +219,15 @@ def choose_questions(questions: Iterable[dict[str, Any]], config: QuestionsConfi
 
 
 def choose_windows(documents: Iterable[tuple[str, str]], config: HeldoutConfig, seed: int) -> list[dict[str, Any]]:
-    """Return the windows a configuration asks for, by document and place.
+    """Return the windows a configuration asks for, by document and position.
 
     Returns:
         Dicts with `document` (its id), `window` (its number in the document) and `text`.
     """
     windows: list[dict[str, Any]] = [
-        {"document": document, "window": place, "text": text}
+        {"document": document, "window": position, "text": text}
         for document, whole in documents
-        for place, text in enumerate(cut_windows(whole, config.window_bytes))
+        for position, text in enumerate(cut_windows(whole, config.window_bytes))
     ]
     ranked = [(_rank(seed, entry["text"]), entry) for entry in windows]
     taken = [entry for _, entry in _first(ranked, config.windows)]
@@ -235,14 +235,14 @@ def choose_windows(documents: Iterable[tuple[str, str]], config: HeldoutConfig, 
 
 
 def choose_prompts(documents: Iterable[tuple[str, str]], seed: int) -> list[dict[str, Any]]:
-    """Return held-out texts to be continued: `document` (its id), `prompt`, and how the text itself `goes_on`."""
+    """Return held-out texts to continue: `document` (its id), `prompt`, and how the text itself `goes_on`."""
     windows = choose_windows(documents, HeldoutConfig(2 * PROMPT_BYTES, PROMPTS), seed)
     halves = [(window["document"], *cut_windows(window["text"], PROMPT_BYTES)[:2], "") for window in windows]
     return [{"document": document, "prompt": prompt, "goes_on": rest} for document, prompt, rest, *_ in halves]
 
 
 def cut_windows(text: str, window_bytes: int) -> list[str]:
-    """Cut a text at blanks into windows of at most `window_bytes` bytes of UTF-8; a longer word stands alone.
+    """Cut a text at blanks into windows of at most `window_bytes` bytes of UTF-8; a longer word gets its own window.
 
     Example:
         >>> cut_windows("one two three", 8)
@@ -262,5 +262,5 @@ def _first(ranked: list[tuple[str, Any]], count: int | None) -> list[tuple[str, 
 
 
 def _rank(seed: int, *texts: str) -> str:
-    """Return a hash that orders items at random, but the same way everywhere."""
+    """Return a hash that orders items randomly, but identically on every machine."""
     return hashlib.sha256("\0".join([str(seed), *texts]).encode()).hexdigest()

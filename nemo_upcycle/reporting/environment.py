@@ -1,4 +1,4 @@
-"""The machine and the versions that a report was made on."""
+"""Describe the machine and the versions that a report was made with."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def describe_environment() -> dict[str, Any]:
 def package_commit(folder: Path) -> str | None:
     """Return the git commit of the package's source, with `-dirty` if files were changed; None outside git.
 
-    An installed package may lie inside somebody else's repository, so git has to know the file itself.
+    An installed package may be inside another repository, so git has to track the file itself.
     """
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None

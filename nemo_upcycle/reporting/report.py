@@ -1,4 +1,4 @@
-"""`write_report`: a run's folder becomes report.md, results.json and two figures."""
+"""`write_report`: write report.md, results.json and two figures into a run's folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write_report(run_dir: Path) -> Path:
     """Write `report.md`, `results.json`, `loss.png` and `experts.png` into a run's folder.
 
     Args:
-        run_dir: the folder, with the results of the stages upcycle, pretrain, dense_ct (may be left out) and evaluate.
+        run_dir: the folder, with the results of the stages upcycle, pretrain, dense_ct (optional) and evaluate.
 
     Returns:
         The path of `report.md`, which is written last.

@@ -1,4 +1,4 @@
-"""The numbers of a report, computed once: `results.json` holds them, `report.md` prints them."""
+"""Compute the numbers of a report once: `results.json` holds them, `report.md` prints them."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
     Returns:
         `evaluation` (model -> metric -> value, stderr), `step0` (parent against step 0, item by item, and `logits`
         from the receipt), `paired` (`B_minus_A` -> metric -> difference; groups of tasks stand for their tasks),
-        `samples` (held-out prompts, and how each model goes on), `training` (stage -> settings, first and last losses,
-        tokens, rates, memory, expert load, routers), `receipt` and `online_receipt` (without the list of parameters),
+        `samples` (held-out prompts with each model's continuation), `training` (stage -> settings, first and last
+        losses, tokens, rates, memory, expert load, routers), `receipt` and `online_receipt` (without the list of parameters),
         `evaluation_settings`, `stage_seconds`, `command`, `recipes` and `environment`.
 
     Raises:
@@ -84,13 +84,13 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
 
 
 def _main_metrics(evaluation: dict[str, Any]) -> list[str]:
-    """Return the metrics of an evaluation, without those of tasks that a group sums up."""
+    """Return the metrics of an evaluation, without those of tasks in a group."""
     grouped = {leaf for leaves in evaluation["groups"].values() for leaf in leaves}
     return [metric for metric in evaluation["metrics"] if metric.rpartition("/")[0] not in grouped]
 
 
 def _samples(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the prompts, each with the continuations of the models that were asked for one."""
+    """Return the prompts, each with the continuations of the models that have some."""
     asked = {name: found for name, evaluation in evaluations.items() if (found := evaluation.get("samples"))}
     return [
         {
@@ -102,7 +102,7 @@ def _samples(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summarise_curve(curve: Curve) -> dict[str, Any]:
-    """Return where a training stage began and ended."""
+    """Return first, last and mean values of a training stage."""
     first, last = curve.steps[0], curve.steps[-1]
     seconds = sum(line["seconds"] for line in curve.steps)
     done_tokens = last["tokens"] - first["tokens"] + first["tokens"] // first["step"]
@@ -141,7 +141,7 @@ def _scaled(value: Any, factor: float) -> Any:
 
 
 def _worst(loads: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return where and when an expert was given the most, and the most dead experts of any step, over all layers."""
+    """Return layer and step of the busiest expert, and the largest number of dead experts of a step."""
     over, step, layer = max(
         (over, line["step"], layer) for line in loads for layer, over in enumerate(busiest(line["expert_load"]))
     )
@@ -161,7 +161,7 @@ def busiest(load_LE: list[list[float]]) -> list[float]:
 
 
 def summarise_router(router: dict[str, list[float | None]]) -> dict[str, float]:
-    """Sum up one step's `router` of `metrics.jsonl`: the mean of the layers, of dead experts their number.
+    """Summarise one step's `router` of `metrics.jsonl`: the mean over the layers, and the sum of dead experts.
 
     Args:
         router: for each name one value a layer; None for a layer without experts.
@@ -194,7 +194,7 @@ def summarise_load(load_LE: list[list[float]]) -> dict[str, float]:
 
 
 def _receipt(receipt: dict[str, Any]) -> dict[str, Any]:
-    """Return a receipt with its list of parameters counted: by what made them, and by type."""
+    """Return a receipt with counts in place of its list of parameters: by what made them, and by type."""
     parameters = receipt.get("parameters", [])
     return {
         **{key: value for key, value in receipt.items() if key != "parameters"},

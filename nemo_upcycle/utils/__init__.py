@@ -1,1 +1,1 @@
-"""Files, streams and progress."""
+"""Files, streams, configurations and progress."""

@@ -1,4 +1,4 @@
-"""Lets Megatron-Core be imported on a machine that has a CUDA build of torch and no CUDA device.
+"""Make Megatron-Core importable on a machine with a CUDA build of torch but no CUDA device.
 
 That is a laptop with torch from PyPI, or a cluster's login node. As it is imported, Megatron-Core 0.15 compiles an
 allocator for its inference (`unified_memory`); without a device torch finds no architecture to compile for and raises
@@ -19,7 +19,7 @@ _ALLOCATOR = "megatron.core.inference.unified_memory"
 
 
 class _NoUnifiedMemory(MetaPathFinder, Loader):
-    """Answers for the allocator, where there is no CUDA device, what Megatron answers when it cannot be compiled."""
+    """Replaces the allocator, where there is no CUDA device, by what Megatron uses when it cannot compile it."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
         if fullname != _ALLOCATOR:
@@ -37,6 +37,6 @@ def _refuse() -> None:
 
 
 def need_no_cuda_to_import() -> None:
-    """Keep Megatron from compiling for CUDA where there is no CUDA device; nothing else changes, anywhere."""
+    """Keep Megatron from compiling for CUDA where there is no CUDA device; change nothing else."""
     if not any(isinstance(finder, _NoUnifiedMemory) for finder in sys.meta_path):
         sys.meta_path.insert(0, _NoUnifiedMemory())

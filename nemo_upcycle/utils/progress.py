@@ -1,4 +1,4 @@
-"""A progress bar with an ETA on a terminal, one line every few seconds elsewhere (logs, CI, Slurm)."""
+"""Show progress: a bar with an ETA on a terminal, a line every few seconds elsewhere (logs, CI, Slurm)."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def duration(seconds: float) -> str:
 
 
 class ProgressLine:
-    """Reports how far some work is, on stderr.
+    """Reports the progress of some work on stderr.
 
     Args:
-        label: what is being done, for example `upcycle`.
-        total: how many units there are (parameters, bytes, steps).
+        label: the work, for example `upcycle`.
+        total: number of units (parameters, bytes, steps).
         enabled: False on every rank but the first.
 
     Example:
@@ -42,7 +42,7 @@ class ProgressLine:
         self._done, self._start_s = 0, time.monotonic()
         self._last_line_s = self._start_s
         self._bar: Progress | None = None
-        if enabled and getattr(sys.stderr, "isatty", bool)():  # NeMo-Run may put a stream without it there
+        if enabled and getattr(sys.stderr, "isatty", bool)():  # NeMo-Run may install a stream without `isatty`
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -93,7 +93,7 @@ def track(items: Iterable[T], label: str, total: int, *, enabled: bool = True) -
 
 
 def show_messages() -> logging.Logger:
-    """Let the package's messages reach the console, plainly, and return the logger that carries them."""
+    """Show the package's messages on the console, and return its logger."""
     package = logging.getLogger("nemo_upcycle")
     if not package.handlers:
         handler = logging.StreamHandler(sys.stderr)
