@@ -93,17 +93,19 @@ def _libraries() -> list[dict[str, Any]]:
 
 def _described(one: Requirement, extra: str) -> dict[str, Any]:
     extras = f"[{','.join(sorted(one.extras))}]" if one.extras else ""
-    install = f"{one.name}{extras}{one.specifier}"
-    return {"extra": extra, "name": one.name, "needs": str(one.specifier), "install": install, **_state(one)}
-
-
-def _state(requirement: Requirement) -> dict[str, Any]:
     try:
-        installed = version(requirement.name)
+        installed = version(one.name)
+        state = _OK if one.specifier.contains(installed, prereleases=True) else _WRONG
     except PackageNotFoundError:
-        return {"installed": None, "state": _MISSING}
-    fits = requirement.specifier.contains(installed, prereleases=True)
-    return {"installed": installed, "state": _OK if fits else _WRONG}
+        installed, state = None, _MISSING
+    return {
+        "extra": extra,
+        "name": one.name,
+        "needs": str(one.specifier),
+        "install": f"{one.name}{extras}{one.specifier}",
+        "installed": installed,
+        "state": state,
+    }
 
 
 def _in_container() -> bool:

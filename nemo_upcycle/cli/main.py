@@ -39,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if not (command := self.prog.partition(" ")[2]):
             return super().parse_known_args(args, namespace)
         module = importlib.import_module(f"nemo_upcycle.cli.{command}")

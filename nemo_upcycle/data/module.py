@@ -13,7 +13,7 @@ from nemo_upcycle.data.corpus import load_corpus
 from nemo_upcycle.data.dense import ensure_dense
 from nemo_upcycle.data.prepare import MANIFEST, TOKENIZER, data_arguments, prepare_corpus
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.utils.files import is_complete, read_json
+from nemo_upcycle.utils.files import is_complete, read_json, require_complete
 
 
 if TYPE_CHECKING:
@@ -84,13 +84,7 @@ def _prepared(dense: str, corpus: str) -> Path:
 
 
 def _check_length(prepared: Path, seq_length: int) -> None:
-    if not is_complete(prepared):
-        raise UpcycleError(
-            f"corpus {prepared}",
-            got="no complete corpus",
-            expected="a prepared one",
-            fix="run the pipeline's import stage, or omit folder",
-        )
+    require_complete(prepared, "corpus", "run the pipeline's import stage, or omit folder")
     for name, split in read_json(prepared / MANIFEST)["splits"].items():
         if name != "heldout" and split["tokens"] <= seq_length:
             raise UpcycleError(

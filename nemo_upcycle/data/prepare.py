@@ -10,9 +10,16 @@ from typing import Any
 
 from nemo_upcycle.data.corpus import Document, Documents
 from nemo_upcycle.data.dense import require_tokenizer
-from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.hf_model import load_tokenizer
-from nemo_upcycle.utils.files import MARKER, is_complete, output_folder, read_json_lines, sha256_file, write_json
+from nemo_upcycle.utils.files import (
+    MARKER,
+    output_folder,
+    read_json_lines,
+    require_complete,
+    sha256_file,
+    write_json,
+)
 from nemo_upcycle.utils.progress import ProgressLine
 
 
@@ -95,10 +102,7 @@ def heldout_documents(folder: Path) -> list[Document]:
     Raises:
         UpcycleError: `folder` is not a complete output of `prepare_corpus`.
     """
-    if not is_complete(folder):
-        raise UpcycleError(
-            f"corpus {folder}", got="no complete corpus", expected=MARKER, fix="run the data stage first"
-        )
+    require_complete(folder, "corpus", "run the pipeline's import stage")
     return [Document(**line) for _, line in read_json_lines(folder / HELDOUT)]
 
 

@@ -20,7 +20,7 @@ from nemo_upcycle.evaluation.model import load_model, quiet, wrap_model
 from nemo_upcycle.evaluation.samples import continue_prompts
 from nemo_upcycle.evaluation.suite import SuiteConfig, data_files
 from nemo_upcycle.package_info import __version__
-from nemo_upcycle.utils.files import MARKER, is_complete, read_json, sha256_file, write_json
+from nemo_upcycle.utils.files import MARKER, read_json, require_complete, sha256_file, write_json
 
 
 #: Bootstrap draws for the few hub metrics without a closed form of the standard error.
@@ -208,10 +208,7 @@ def _suite(suite: Path | Mapping[str, Sequence[int]]) -> dict[str, Any]:
     if not isinstance(suite, Path):
         tasks = {task: list(shots) for task, shots in suite.items()}
         return {"config": dataclasses.asdict(SuiteConfig(tasks=tasks, local=False)), "tasks": {}}
-    if not is_complete(suite):
-        raise UpcycleError(
-            f"suite {suite}", got=f"no {MARKER}", expected="a folder that build_suite finished", fix="build the suite"
-        )
+    require_complete(suite, "suite", "build the suite")
     return read_json(suite / MARKER)
 
 

@@ -37,8 +37,8 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
         `evaluation` (model -> metric -> value, stderr), `step0` (parent against step 0, item by item, and `logits`
         from the receipt), `paired` (`B_minus_A` -> metric -> difference; groups of tasks stand for their tasks),
         `samples` (held-out prompts with each model's continuation), `training` (stage -> settings, first and last
-        losses, tokens, rates, memory, expert load, routers), `receipt` and `online_receipt` (without the list of parameters),
-        `evaluation_settings`, `stage_seconds`, `command`, `recipes` and `environment`.
+        losses, tokens, rates, memory, expert load, routers), `receipt` and `online_receipt` (without the list of
+        parameters), `evaluation_settings`, `stage_seconds`, `command`, `recipes` and `environment`.
 
     Raises:
         UpcycleError: two models were evaluated on different items.

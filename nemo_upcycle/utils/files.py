@@ -129,6 +129,16 @@ def is_complete(folder: Path) -> bool:
     return marker_of(folder).is_file()
 
 
+def require_complete(folder: Path, what: str, fix: str) -> None:
+    """Check that `folder` holds a finished result; `what` names it in the error.
+
+    Raises:
+        UpcycleError: it does not.
+    """
+    if not is_complete(folder):
+        raise UpcycleError(f"{what} {folder}", got=f"no {MARKER}", expected=f"a complete {what}", fix=fix)
+
+
 def marker_of(folder: Path) -> Path:
     """Return the path of a folder's marker, which need not exist."""
     own = folder / MODEL_MARKER
