@@ -111,17 +111,17 @@ def load_figure(curve: Curve) -> Figure | None:
 
 
 def _draw_busiest(figure: Any, steps: list[dict[str, Any]]) -> None:
-    """Draw the busiest expert's load over the balanced one, [layers, steps]; many steps are averaged."""
+    """Draw the busiest expert's load over the balanced one, by layer and step; many steps are averaged."""
     import numpy as np
 
     columns = _columns([busiest(line["expert_load"]) for line in steps])
-    busiest_LC = np.ma.masked_equal(columns.T, 0)  # 0: a layer without experts
+    busiest_of_layers = np.ma.masked_equal(columns.T, 0)  # 0: a layer without experts
     axes = figure.subplots()
-    extent = (steps[0]["step"] - 0.5, steps[-1]["step"] + 0.5, len(busiest_LC) - 0.5, -0.5)
-    image = axes.imshow(busiest_LC, vmin=1, cmap="viridis", aspect="auto", interpolation="none", extent=extent)
+    extent = (steps[0]["step"] - 0.5, steps[-1]["step"] + 0.5, len(busiest_of_layers) - 0.5, -0.5)
+    image = axes.imshow(busiest_of_layers, vmin=1, cmap="viridis", aspect="auto", interpolation="none", extent=extent)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.yaxis.get_major_locator().set_params(integer=True)
-    first, last = [float(busiest_LC[:, column].max()) for column in (0, -1)]
+    first, last = [float(busiest_of_layers[:, column].max()) for column in (0, -1)]
     figure.suptitle(
         f"Busiest expert of a layer{_averaged(columns, steps)}; worst layer at first {first:.2f}, at last {last:.2f}"
     )

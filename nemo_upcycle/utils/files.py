@@ -241,7 +241,7 @@ def output_folder(target: Path, made_by: str | None = None, plan: Any = None) ->
         with only_writer(target) as aside:
             if replaced.exists() and not target.exists():
                 replaced.rename(target)
-            if plan is None or not _was_planned(aside, plan):
+            if plan is None or not (aside / _PLAN).is_file() or read_json(aside / _PLAN) != plan:
                 clear(aside)
             if plan is not None:
                 write_json(aside / _PLAN, plan)
@@ -264,10 +264,6 @@ def output_folder(target: Path, made_by: str | None = None, plan: Any = None) ->
             replaced.rename(target)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _was_planned(aside: Path, plan: Any) -> bool:
-    return (aside / _PLAN).is_file() and read_json(aside / _PLAN) == plan
 
 
 def require_replaceable(target: Path, made_by: str) -> None:

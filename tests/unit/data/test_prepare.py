@@ -75,7 +75,7 @@ def test_the_manifest_counts_what_was_written(prepared):
 def test_heldout_texts_come_back_as_they_were(prepared, tmp_path):
     folder, _ = prepared
     assert heldout_documents(folder) == CORPUS["heldout"]
-    with pytest.raises(UpcycleError, match="no _SUCCESS.json.*run the pipeline.s import stage"):
+    with pytest.raises(UpcycleError, match=r"no _SUCCESS\.json.*run the pipeline's import stage"):
         heldout_documents(tmp_path)
 
 

@@ -1,0 +1,46 @@
+"""Read YAML files: the package's own of `conf/`, by name, and the user's, by path."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.files import read_text
+
+
+def read_conf(kind: str, name: str | Path, what: str) -> tuple[dict[str, Any], Path]:
+    """Return the content of a YAML file, its references resolved, and the path of the file.
+
+    Args:
+        kind: the folder of `conf/` that holds the package's own files: `data` or `evaluation`.
+        name: one of these without its suffix, or the path of a `.yaml` or `.yml` file.
+        what: what the file describes, for errors.
+
+    Raises:
+        UpcycleError: there is no such file, or it is not a YAML mapping.
+
+    Example:
+        >>> read_conf("evaluation", "demo", "suite")[1].name
+        'demo.yaml'
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    path = Path(name).expanduser()
+    if path.suffix not in (".yaml", ".yml"):
+        packaged = Path(str(resources.files("nemo_upcycle.conf"))) / kind
+        path = packaged / f"{name}.yaml"
+        if not path.is_file():
+            names = [entry.stem for entry in packaged.glob("*.yaml")]
+            raise UpcycleError.unknown(what, str(name), [*names, "PATH.yaml"])
+    try:
+        content = OmegaConf.to_container(OmegaConf.create(read_text(path)), resolve=True)
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        got = " ".join(str(error).split())  # some errors take three lines
+        raise UpcycleError(f"{what} {path}", got=got, expected="valid YAML", fix="correct that line") from None
+    if not isinstance(content, dict):
+        raise UpcycleError(f"{what} {path}", got=type(content).__name__, expected="keys", fix=f"see conf/{kind}")
+    return {str(key): value for key, value in content.items()}, path

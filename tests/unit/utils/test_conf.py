@@ -1,0 +1,34 @@
+"""Configurations are read by name or by path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.conf import read_conf
+
+
+def test_reads_a_file_of_the_package_by_name_and_a_users_by_path(tmp_path: Path) -> None:
+    content, path = read_conf("evaluation", "demo", "suite")
+    assert (path.name, content["local"]) == ("demo.yaml", True)
+    mine = tmp_path / "mine.yml"
+    mine.write_text("a: 1\nb: ${a}\n", encoding="utf-8")
+    assert read_conf("evaluation", mine, "suite") == ({"a": 1, "b": 1}, mine)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("a: [", "expected valid YAML"), ("- 1", "got list, expected keys"), ("a: ${b}", "expected valid YAML")],
+)
+def test_refuses_what_is_not_a_yaml_mapping(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UpcycleError, match=message):
+        read_conf("evaluation", path, "suite")
+
+
+def test_an_unknown_name_gets_the_closest_one() -> None:
+    with pytest.raises(UpcycleError, match=r"suite 'dmo' does not exist\. Did you mean 'demo'"):
+        read_conf("evaluation", "dmo", "suite")
