@@ -254,7 +254,7 @@ def output_folder(target: Path, made_by: str | None = None, plan: Any = None) ->
                 raise
             if made_by:
                 require_replaceable(target, made_by)
-            forget_work(aside, _PLAN)
+            (aside / _PLAN).unlink(missing_ok=True)  # the lock stays until the folder is in its place
             if target.exists():
                 shutil.rmtree(replaced, ignore_errors=True)
                 target.rename(replaced)
