@@ -196,7 +196,7 @@ def test_a_damaged_marker_asks_for_the_run_not_for_the_file(
     assert "write the file again" not in told
 
 
-def test_what_is_done_already_says_how_it_was_told_and_how_to_look_inside(
+def test_kept_files_are_reported_with_the_command_that_checks_them(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["convert", str(dense), str(tmp_path / "moe"), *SPEC]
@@ -207,8 +207,8 @@ def test_what_is_done_already_says_how_it_was_told_and_how_to_look_inside(
     file.write_bytes(content)
     capsys.readouterr()
     assert main(command) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "from before" in line]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "kept from before" in line]
     told, _, verify = line.partition("nemo-upcycle ")
-    assert told == "1 of 1 files from before, told by size and header; what they hold: "
+    assert told == "1 of 1 files kept from before, by size and header; to check their content: "
     assert main(shlex.split(verify)) == 1
     assert "equal: no" in capsys.readouterr().out
