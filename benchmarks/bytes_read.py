@@ -21,10 +21,10 @@ from tempfile import TemporaryDirectory
 import torch
 
 from nemo_upcycle import UpcycleSpec, open_dense
-from nemo_upcycle.convert.hf_folder import safetensors_header
+from nemo_upcycle.convert.safetensors_writer import safetensors_header
 from nemo_upcycle.models.architecture import architecture_from_config
 from nemo_upcycle.models.sharding import hf_shapes
-from nemo_upcycle.online.plan import RankCoords, filled_bytes, param_plans
+from nemo_upcycle.online.plan import RankCoords, param_plans
 from nemo_upcycle.planning.check import build_rank, megatron_rank
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.sources.base import DenseSource
@@ -60,11 +60,11 @@ def write_sparse(folder: Path) -> None:
 def slices_of(rank: int, dense: DenseSource, spec: UpcycleSpec) -> Iterator[Slice]:
     """Yield the slices that a rank reads, in the order in which it does; some might come twice."""
     arch = dense.architecture
-    made = arch.upcycled(spec)
+    moe_arch = arch.upcycled(spec)
     with megatron_rank(LAYOUT, rank):
-        for chunk in build_rank(made, LAYOUT):
-            for target in param_plans(chunk, arch, made, spec, RankCoords.here(), branch_of=lambda copy: 0):
-                yield from filled_bytes(target)
+        for chunk in build_rank(moe_arch, LAYOUT):
+            for plan in param_plans(chunk, arch, moe_arch, spec, RankCoords.here()):
+                yield from ((slice_.name, slice_.bounds) for slice_ in plan.made_of.slices)
 
 
 def size_bytes(slices: set[Slice]) -> int:

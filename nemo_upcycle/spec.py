@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Optional
 
 from nemo_upcycle.errors import SpecError
+from nemo_upcycle.init.methods import METHODS
+from nemo_upcycle.utils.validation import check_number, check_whole
 
 
-METHODS = ("copy", "noise", "drop")
 ROUTER_INITS = ("normal", "uniform", "zero")
 ROUTER_ORDERS = ("topk_softmax", "softmax_topk")
 ROUTER_SCORES = ("softmax", "sigmoid")
@@ -25,13 +26,13 @@ class UpcycleSpec:
     """How a dense model becomes a Mixture-of-Experts model; by default as in the paper (arXiv 2412.09952, section 2).
 
     Args:
-        num_experts: N, routed experts in every MoE layer, at most 2048.
+        num_experts: E, routed experts in every MoE layer, at most 2048.
         top_k: experts that a token passes through; 1 with `softmax_topk` or sigmoid only, as in Megatron.
         granularity: G. The dense network's F neurons are cut into G shards; expert `c G + g` holds shard g, and the
             experts of one copy c share their router row, so that top-k, a multiple of G, picks whole networks
             ("virtual groups", arXiv 2410.07524). 1 keeps the network whole.
-        method: `copy` (exact copies), `noise` (copies plus Gaussian noise) or `drop` (Drop-Upcycling, arXiv
-            2502.19261: a part of every expert's neurons is drawn anew).
+        method: `copy` (exact copies), `noise` (copies plus Gaussian noise), `drop` (Drop-Upcycling, arXiv 2502.19261:
+            a part of every expert's neurons is drawn anew) or another one of `init/methods`.
         noise_std: of method `noise`, as a part of the standard deviation of the matrix it is added to.
         drop_ratio: of method `drop`, the part of the neurons.
         shared_experts: S, at most G: experts that every token passes through. They hold the shards 0 to S - 1, and
@@ -46,7 +47,7 @@ class UpcycleSpec:
         routed_scaling_factor: on the weights of the chosen experts (`moe_router_topk_scaling_factor` in Megatron).
         output_scale: `exact` scales the experts' down projection so that identical experts compute the dense function,
             see `down_scale`; `none` leaves the weights as they are, as the paper does.
-        seed: of all random numbers. They depend on seed, layer, expert and place in the matrix, never on the layout.
+        seed: of all random numbers. They depend on seed, layer, expert and element of the matrix, never on the layout.
 
     Raises:
         SpecError: a value is out of range or unknown, or values contradict each other.
@@ -88,15 +89,15 @@ class UpcycleSpec:
         ):
             if getattr(self, name) not in valid:
                 raise SpecError.unknown(name, str(getattr(self, name)), valid)
-        _check_whole("num_experts", self.num_experts, 2, MAX_EXPERTS)
-        _check_whole("top_k", self.top_k, 1, self.num_experts, "num_experts")
-        _check_whole("granularity", self.granularity, 1, self.num_experts, "num_experts")
-        _check_whole("shared_experts", self.shared_experts, 0, self.granularity, "granularity")
-        _check_whole("seed", self.seed, 0, 2**63 - 1)
-        _check_number("router_std", self.router_std, 0.0, 1000.0)
-        _check_number("noise_std", self.noise_std, 0.0, 1000.0)
-        _check_number("drop_ratio", self.drop_ratio, 0.0, 1.0)
-        _check_number("routed_scaling_factor", self.routed_scaling_factor, 0.0, 1000.0)
+        check_whole("num_experts", self.num_experts, 2, MAX_EXPERTS)
+        check_whole("top_k", self.top_k, 1, self.num_experts, "num_experts")
+        check_whole("granularity", self.granularity, 1, self.num_experts, "num_experts")
+        check_whole("shared_experts", self.shared_experts, 0, self.granularity, "granularity")
+        check_whole("seed", self.seed, 0, 2**63 - 1)
+        check_number("router_std", self.router_std, 0.0, 1000.0)
+        check_number("noise_std", self.noise_std, 0.0, 1000.0)
+        check_number("drop_ratio", self.drop_ratio, 0.0, 1.0)
+        check_number("routed_scaling_factor", self.routed_scaling_factor, 0.0, 1000.0)
         if not self.routed_scaling_factor > 0:
             raise SpecError(
                 "routed_scaling_factor",
@@ -105,7 +106,7 @@ class UpcycleSpec:
                 fix="use 1 unless the model has one",
             )
         if self.num_experts % self.granularity:
-            expected = f"a multiple of granularity ({self.granularity}): every copy of the network has so many experts"
+            expected = f"a multiple of granularity ({self.granularity}), the experts of each copy of the network"
             nearest = self.granularity * max(1, round(self.num_experts / self.granularity))
             raise SpecError("num_experts", got=self.num_experts, expected=expected, fix=f"use {nearest}")
         if self.router_score == "sigmoid" and self.router_order == "softmax_topk":
@@ -113,7 +114,7 @@ class UpcycleSpec:
                 "router_order",
                 got="softmax_topk",
                 expected="no softmax with sigmoid",
-                fix="leave router_order at topk_softmax",
+                fix="keep router_order=topk_softmax",
             )
         if self.top_k == 1 and self.router_order == "topk_softmax" and self.router_score == "softmax":
             expected = "2 or more with router_order=topk_softmax: a single weight is 1, whatever the router says"
@@ -127,7 +128,7 @@ class UpcycleSpec:
 
     @property
     def copies(self) -> int:
-        """E, how often the dense network is in a layer: N / G."""
+        """How often the dense network is in a layer: E / G."""
         return self.num_experts // self.granularity
 
     @property
@@ -137,7 +138,7 @@ class UpcycleSpec:
         Only this matrix is scaled: the network is linear in it, so the factor acts on the output exactly, whatever the
         activation. With f = sum over the shards of f_g, and combine weights p_i equal within a copy, the layer gives
         down_scale * sum over the chosen copies of p * f = down_scale * sum(p_i) / G * f. The weights of the
-        chosen k sum to r = routed_scaling_factor for `topk_softmax` and for sigmoid with k > 1, to r k / N for
+        chosen k sum to r = routed_scaling_factor for `topk_softmax` and for sigmoid with k > 1, to r k / E for
         `softmax_topk` and to r / 2 for sigmoid with k = 1, the last two with a zero router. (That ties all experts:
         with granularity, which of a network's shards top-k takes is then left to chance.)
         """
@@ -169,11 +170,11 @@ class UpcycleSpec:
         """Why the upcycled model does not compute the dense function at step 0; empty if it does, up to rounding."""
         free_sum = self.router_order == "softmax_topk" and self.top_k < self.num_experts
         free_sum = (free_sum or (self.router_score == "sigmoid" and self.top_k == 1)) and not self._has_zero_router
+        changed = METHODS[self.method].inexact_because(self)
         torn, part = self.top_k % self.granularity, self.weight_sum / self.granularity
         tied = self._has_zero_router and self.granularity > 1 and self.top_k < self.num_experts
         reasons = (
-            (self.method == "noise" and self.noise_std > 0, f"noise_std={self.noise_std} changes every weight"),
-            (self.method == "drop" and self.drop_ratio > 0, f"drop_ratio={self.drop_ratio} draws neurons anew"),
+            (changed, changed),
             (
                 torn,
                 f"top_k={self.top_k} is no multiple of granularity={self.granularity}: tokens get parts of networks",
@@ -244,25 +245,8 @@ def option_of(field: str) -> str:
     return "--" + field.removeprefix("num_").replace("_", "-")
 
 
-def _check_whole(name: str, value: object, low: int, high: int | None = None, of: str = "") -> None:
-    if isinstance(value, int) and not isinstance(value, bool) and low <= value and (high is None or value <= high):
-        return
-    limit = f"{low} to {high}" if high is not None else f"{low} or more"
-    raise SpecError(
-        name,
-        got=value,
-        expected=f"a whole number, {limit}" + (f" ({of})" if of else ""),
-        fix=f"set {name} within the range",
-    )
-
-
-def _check_number(name: str, value: float, low: float, high: float) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
-        raise SpecError(name, got=value, expected=f"a number, {low:g} to {high:g}", fix=f"set {name} within the range")
-
-
 def _layers(value: str | Sequence[int]) -> str:
-    """Return the layers as a rule, or their numbers sorted: `0,2,5`; a sequence of numbers will do, too."""
+    """Return the layers as a rule, or their numbers sorted: `0,2,5`. A sequence of numbers is accepted as well."""
     if isinstance(value, str) and re.fullmatch(r"all|every-[1-9]\d{0,5}|first-\d{1,6}-dense", value):
         return value
     if isinstance(value, str) and not re.fullmatch(r"\d{1,6}(,\d{1,6})*", value):

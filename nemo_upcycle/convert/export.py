@@ -13,18 +13,28 @@ from typing import Any
 
 import torch
 
-from nemo_upcycle.convert.hf_folder import copy_tokenizer_files, require_dtype, write_config, write_weights
+from nemo_upcycle.convert.hf_folder import copy_tokenizer_files, write_config
 from nemo_upcycle.convert.megatron_weights import CheckpointWeights, MegatronWeights
 from nemo_upcycle.convert.model_card import write_card
+from nemo_upcycle.convert.safetensors_writer import (
+    MAX_SHARD_BYTES,
+    SafetensorsWriter,
+    Shapes,
+    WriteTensors,
+    as_bytes,
+    require_dtype,
+)
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.architecture import Architecture, read_architecture
 from nemo_upcycle.models.mapping import hf_constants, mapping_of_hf
 from nemo_upcycle.models.sharding import Shard, hf_shape, hf_shapes, shard_shape, source_slices
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.sources.checkpoint_context import read_context
-from nemo_upcycle.sources.checks import rounded
+from nemo_upcycle.sources.checks import require_finite, rounded
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.tensor_plan import hf_factor
 from nemo_upcycle.utils.files import MODEL_MARKER, output_folder, require_apart, sha256_file, write_json
+from nemo_upcycle.utils.streams import StreamedFile
 
 
 #: Who made a folder, as its marker says: such a folder may be replaced by the next export.
@@ -67,9 +77,9 @@ def hf_reader(weights: MegatronWeights, arch: Architecture) -> Callable[[str], t
     def read(hf_name: str) -> torch.Tensor:
         if hf_name in constants:
             return torch.zeros(constants[hf_name])
-        row, part, layer, expert = mapping_of_hf(hf_name, arch)
-        whole = weights.read(row, layer, expert)
-        wanted = shard_shape(row, arch, Shard(), padded_vocab=max(whole.shape[0], arch.vocab_size))
+        mapping, part, layer, expert = mapping_of_hf(hf_name, arch)
+        whole = weights.read(mapping, layer, expert)
+        wanted = shard_shape(mapping, arch, Shard(), padded_vocab=max(whole.shape[0], arch.vocab_size))
         if tuple(whole.shape) != wanted:
             raise CheckpointError(
                 f"shape of {hf_name}",
@@ -77,12 +87,42 @@ def hf_reader(weights: MegatronWeights, arch: Architecture) -> Callable[[str], t
                 expected=list(wanted),
                 fix="the checkpoint belongs to another dense parent",
             )
-        piece = next(piece for piece in source_slices(row, arch, Shard(), wanted) if piece.part == part)
-        tensor = piece.view(whole).reshape(hf_shape(row, part, arch))
-        # Qwen2-MoE halves its shared expert, see `hf_constants`.
-        return tensor * 2 if row.role == "shared_fc2" else tensor
+        piece = next(piece for piece in source_slices(mapping, arch, Shard(), wanted) if piece.part == part)
+        tensor = piece.view(whole).reshape(hf_shape(mapping, part, arch))
+        return tensor if (factor := hf_factor(mapping.role)) == 1.0 else tensor * factor
 
     return read
+
+
+def write_each(read: Callable[[str], torch.Tensor], shapes: Shapes, dtype: torch.dtype) -> WriteTensors:
+    """Return what writes the tensors of a file one by one, so that one of them is in memory at a time.
+
+    Args:
+        read: gives a tensor by its name.
+        shapes: every tensor's shape.
+        dtype: type on disk.
+
+    Raises:
+        CheckpointError: when it is called, a tensor has another shape, or contains NaN, infinity or a number too large
+            for the type.
+    """
+
+    def write(file: StreamedFile, names: list[str], advance: Callable[[int], None]) -> None:
+        for name in names:
+            tensor = read(name)
+            if tuple(tensor.shape) != shapes[name]:
+                raise CheckpointError(
+                    f"shape of {name}",
+                    got=list(tensor.shape),
+                    expected=list(shapes[name]),
+                    fix="check the checkpoint's config",
+                )
+            cast = tensor.to(dtype)
+            require_finite(tensor, name, made=cast)
+            file.write(as_bytes(cast))
+            advance(1)
+
+    return write
 
 
 def _no_class(arch: Architecture) -> str:
@@ -154,8 +194,9 @@ def export_weights(
     lossy = list(rounded(stored, dtype))
     with output_folder(output, MADE_BY, plan) as folder:
         write_config(dense_folder, folder, arch, dtype, about.router_aux_loss)
-        companions = copy_tokenizer_files(dense_folder, folder)
-        total_bytes = write_weights(folder, shapes, hf_reader(weights, arch), dtype, label=f"export {output.name}")
+        tokenizer_files = copy_tokenizer_files(dense_folder, folder)
+        writer = SafetensorsWriter(shapes, dtype, MAX_SHARD_BYTES)
+        writer.write(folder, write_each(hf_reader(weights, arch), shapes, dtype), f"export {output.name}")
         notes = [*lossy, *about.notes]
         write_card(
             folder,
@@ -171,20 +212,20 @@ def export_weights(
             "version": __version__,
             "checkpoint": about.checkpoint,
             "tensors": len(shapes),
-            "bytes": total_bytes,
+            "bytes": writer.total_bytes,
             "dtype": str(dtype).removeprefix("torch."),
             "rounded": lossy,
             "notes": list(about.notes),
             "facts": dict(about.facts),
-            "companions": companions,
+            "companions": tokenizer_files,
         }
         write_json(folder / MODEL_MARKER, marker)
     return output
 
 
 def _dtype(weights: MegatronWeights, hf_name: str, arch: Architecture) -> torch.dtype:
-    row, _, layer, expert = mapping_of_hf(hf_name, arch)
-    return weights.dtype(row, layer, expert)
+    mapping, _, layer, expert = mapping_of_hf(hf_name, arch)
+    return weights.dtype(mapping, layer, expert)
 
 
 def export_checkpoint(

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from nemo_upcycle.convert.expansion import Expansion
 from nemo_upcycle.convert.hf_folder import copy_tokenizer_files, tokenizer_file_names
+from nemo_upcycle.convert.safetensors_writer import SafetensorsWriter
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.sources.base import DenseSource
@@ -57,15 +57,15 @@ def is_done(output: Path, plan: dict[str, Any]) -> bool:
     )
 
 
-def check_done(output: Path, expansion: Expansion, files: dict[str, list[str]]) -> None:
+def check_done(output: Path, writer: SafetensorsWriter) -> None:
     """Check that what an earlier run finished is still there.
 
     Raises:
         UpcycleError: a file is missing or has another size or header.
     """
-    others = ["config.json", *([INDEX] if len(files) > 1 else []), *_marker(output)["companions"]]
+    others = ["config.json", *([INDEX] if len(writer.files) > 1 else []), *_marker(output)["companions"]]
     lost = [name for name in others if not (output / name).is_file()]
-    lost += [file for file, names in files.items() if not expansion.is_whole(output / file, names)]
+    lost += [file for file in writer.files if not writer.is_whole(output, file)]
     if lost:
         raise UpcycleError(
             str(output),
@@ -83,9 +83,9 @@ def _marker(output: Path) -> dict[str, Any]:
     """
     try:
         marker = read_json(output / MODEL_MARKER)
-        companions = marker.get("companions", []) if isinstance(marker, dict) else None
-        if isinstance(companions, list) and all(isinstance(name, str) for name in companions):
-            return marker | {"companions": companions}
+        tokenizer_files = marker.get("companions", []) if isinstance(marker, dict) else None
+        if isinstance(tokenizer_files, list) and all(isinstance(name, str) for name in tokenizer_files):
+            return marker | {"companions": tokenizer_files}
     except UpcycleError:
         pass
     raise UpcycleError(

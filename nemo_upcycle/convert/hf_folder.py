@@ -1,32 +1,24 @@
-"""Writes a Hugging Face folder: config, weights as streamed safetensors shards, tokenizer files of the parent."""
+"""What a Hugging Face folder has besides its weights: `config.json`, and the tokenizer files of the parent."""
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import ACTIVATIONS, both_ropes
-from nemo_upcycle.sources.checks import require_finite
-from nemo_upcycle.sources.safetensors_folder import INDEX
-from nemo_upcycle.utils.files import clear_unfinished, read_json, require_disk, write_json
-from nemo_upcycle.utils.progress import ProgressLine
-from nemo_upcycle.utils.streams import StreamedFile
+from nemo_upcycle.utils.files import read_json, write_json
 
 
-MAX_SHARD_BYTES = 5 * 10**9
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-#: The coefficient of the load-balancing loss where no checkpoint says another: that of the recipes and of NeMo's
+#: The coefficient of the load-balancing loss, unless a checkpoint says another: that of the recipes and of NeMo's
 #: Mixtral. transformers' own default is a tenth of it.
 ROUTER_AUX_LOSS = 0.01
 #: What travels with the weights unchanged: a tokenizer saved again by a newer library may not open in an older one.
-_COMPANIONS = (
+_TOKENIZER_FILES = (
     "tokenizer*",
     "tekken.json",
     "special_tokens_map.json",
@@ -43,7 +35,6 @@ _COMPANIONS = (
 )
 #: Keys that make a loader import code that somebody else wrote.
 _CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate")
-_UNFINISHED = ".unfinished"
 
 
 def moe_config(
@@ -91,144 +82,13 @@ def moe_config(
     return config | common | own | both_ropes(arch.rope_theta, arch.rope_scaling)
 
 
-def require_dtype(dtype: torch.dtype) -> None:
-    """Check that weights of this type can be written.
-
-    Raises:
-        UpcycleError: they cannot.
-    """
-    if dtype not in _DTYPE_NAMES:
-        names = [str(one).removeprefix("torch.") for one in _DTYPE_NAMES]
-        raise UpcycleError(
-            "type of the weights on disk",
-            got=str(dtype).removeprefix("torch."),
-            expected=" or ".join(names),
-            fix=f"add --dtype {names[0]}",
-        )
-
-
-def shard_files(
-    shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> dict[str, list[str]]:
-    """Return which tensors go into which safetensors file, named as transformers names them."""
-    shards: list[list[str]] = [[]]
-    size_bytes = 0
-    for name, shape in shapes.items():
-        tensor_bytes = torch.Size(shape).numel() * dtype.itemsize
-        if shards[-1] and size_bytes + tensor_bytes > max_shard_bytes:
-            shards.append([])
-            size_bytes = 0
-        shards[-1].append(name)
-        size_bytes += tensor_bytes
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {
-        f"model-{number:05d}-of-{len(shards):05d}.safetensors": names for number, names in enumerate(shards, start=1)
-    }
-
-
-def write_index(folder: Path, files: dict[str, list[str]], total_bytes: int) -> None:
-    """Write which tensor lies in which file, if there are several."""
-    if len(files) > 1:
-        weight_map = {name: file for file, names in files.items() for name in names}
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        write_json(folder / INDEX, index)
-
-
-def safetensors_header(names: list[str], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
-    """Return what stands before the data of a safetensors file, which holds the tensors one after the other."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in names:
-        stop = offset + torch.Size(shapes[name]).numel() * dtype.itemsize
-        entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shapes[name]), "data_offsets": [offset, stop]}
-        offset = stop
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8, as the format asks
-    return len(text).to_bytes(8, "little") + text
-
-
-def write_weights(
-    folder: Path,
-    shapes: dict[str, tuple[int, ...]],
-    read: Callable[[str], torch.Tensor],
-    dtype: torch.dtype,
-    *,
-    label: str = "export",
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> int:
-    """Stream tensors into safetensors shards, one tensor in memory at a time. Files that are there whole are kept.
-
-    Args:
-        folder: an existing folder.
-        shapes: every tensor's name and shape, in the order in which to write them.
-        read: gives a tensor by its name.
-        dtype: type on disk.
-        label: what the progress line says.
-        max_shard_bytes: largest size of a file.
-
-    Returns:
-        The bytes of the tensors.
-
-    Raises:
-        CheckpointError: a tensor has another shape than announced, or contains NaN, infinity or a number too large
-            for the type.
-        UpcycleError: the disk has no room.
-    """
-    total_bytes = _size_bytes(shapes, shapes, dtype)
-    clear_unfinished(folder, f"*{_UNFINISHED}")
-    files = shard_files(shapes, dtype, max_shard_bytes)
-    headers = {file: safetensors_header(names, shapes, dtype) for file, names in files.items()}
-    sizes = {file: _size_bytes(names, shapes, dtype) for file, names in files.items()}
-    kept = {file for file in files if is_whole(folder / file, headers[file], sizes[file])}
-    require_disk(folder, total_bytes - sum(sizes[file] for file in kept), "the exported weights")
-    with ProgressLine(label, len(shapes)) as line:
-        for file, names in files.items():
-            if file in kept:
-                line.advance(len(names))
-                continue
-            unfinished = folder / f"{file}{_UNFINISHED}"
-            with StreamedFile(unfinished) as out:
-                out.write(headers[file])
-                for name in names:
-                    tensor = _checked(name, read(name), shapes[name], dtype)
-                    out.write(tensor.view(torch.uint8).numpy().data)
-                    line.advance()
-            unfinished.rename(folder / file)
-    write_index(folder, files, total_bytes)
-    return total_bytes
-
-
-def is_whole(path: Path, header: bytes, data_bytes: int) -> bool:
-    """Return whether a safetensors file has this header and so many bytes of data."""
-    if not path.is_file() or path.stat().st_size != len(header) + data_bytes:
-        return False
-    with path.open("rb") as handle:
-        return handle.read(len(header)) == header
-
-
-def _size_bytes(names: Iterable[str], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> int:
-    return sum(torch.Size(shapes[name]).numel() for name in names) * dtype.itemsize
-
-
-def _checked(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor as it lies on disk."""
-    if tuple(tensor.shape) != shape:
-        raise CheckpointError(
-            f"shape of {name}", got=list(tensor.shape), expected=list(shape), fix="check the checkpoint's config"
-        )
-    made = tensor.to(dtype).contiguous()
-    require_finite(tensor, name, made=made)
-    return made
-
-
 def tokenizer_file_names(dense_folder: Path) -> list[str]:
     """Return the parent's tokenizer, chat templates, generation settings and licences; code is none of them.
 
     Raises:
         UpcycleError: one is a link to somewhere else: it would publish a file that nobody meant.
     """
-    found = {path for pattern in _COMPANIONS for path in dense_folder.glob(pattern) if path.is_file()}
+    found = {path for pattern in _TOKENIZER_FILES for path in dense_folder.glob(pattern) if path.is_file()}
     found = {path for path in found if path.suffix != ".py"}
     folder = dense_folder.resolve()
     # The hub's cache keeps a snapshot as links into the blobs of the same model.

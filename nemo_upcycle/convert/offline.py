@@ -9,10 +9,8 @@ from __future__ import annotations
 import errno
 import resource
 import shutil
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +20,9 @@ import torch
 
 from nemo_upcycle.convert.expansion import Expansion
 from nemo_upcycle.convert.finished import add_tokenizer_files, check_done, is_done, plan_of
-from nemo_upcycle.convert.hf_folder import (
-    MAX_SHARD_BYTES,
-    copy_tokenizer_files,
-    require_dtype,
-    shard_files,
-    tokenizer_file_names,
-    write_config,
-    write_index,
-)
+from nemo_upcycle.convert.hf_folder import copy_tokenizer_files, tokenizer_file_names, write_config
 from nemo_upcycle.convert.model_card import spec_fact, write_card
+from nemo_upcycle.convert.safetensors_writer import MAX_SHARD_BYTES, SafetensorsWriter, require_dtype
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.branches import require_copies
@@ -41,7 +32,6 @@ from nemo_upcycle.utils.files import (
     MODEL_MARKER,
     aside_of,
     clear,
-    clear_unfinished,
     forget_work,
     is_complete,
     only_writer,
@@ -51,10 +41,9 @@ from nemo_upcycle.utils.files import (
     resolved,
     write_json,
 )
-from nemo_upcycle.utils.progress import ProgressLine
 
 
-_PLAN, _UNFINISHED = ".conversion.json", ".unfinished"
+_PLAN = ".conversion.json"
 #: What a file system may refuse in the middle of the work.
 _FULL = {
     errno.ENOSPC: ("full", "room"),
@@ -131,42 +120,43 @@ def convert(
     require_dtype(dtype := dtype or dense.dtype("model.embed_tokens.weight"))
     require_copies(dense, spec.copies)
     expansion = Expansion(dense, spec, dtype)
-    made = expansion.made
+    moe_arch = expansion.moe_arch
     _check_folder(dense)
-    if not is_complete(output) and not aside_of(output).exists():  # else less is missing, which `_write` counts
-        require_disk(output, made.total_params * dtype.itemsize, f"convert {output.name}")  # before names are listed
-    names = list(expansion.shapes)
+    if not is_complete(output) and not aside_of(output).exists():  # else less is missing, which the writer counts
+        # before names are listed, which takes long for very many experts
+        require_disk(output, moe_arch.total_params * dtype.itemsize, f"convert {output.name}")
+    writer = SafetensorsWriter(expansion.shapes, dtype, max_shard_bytes, expansion.order)
     check_source(dense)
     check_shapes(dense)
-    files = shard_files(expansion.shapes, dtype, max_shard_bytes)
     plan = plan_of(dense, spec, dtype, max_shard_bytes)
     reasons = (*spec.inexact_because, *dense.inexact_because(), *rounded_because(dense, dtype, spec))
-    kept, written = set(files), 0
+    kept, written_bytes = len(writer.files), 0
     if is_done(output, plan):
-        check_done(output, expansion, files)
+        check_done(output, writer)
         add_tokenizer_files(dense.path, output)
         forget_work(output, _PLAN)
     else:
         with _only_writer(output, plan) as folder:
-            kept = {file for file in files if expansion.is_whole(folder / file, files[file])}
-            written = _write(expansion, folder, files, kept, f"convert {output.name}", progress)
-            _write_card(expansion, folder, output.name, reasons)
-            _finish(expansion, folder, files, plan)
-    total_params = expansion.size_bytes(names) // dtype.itemsize
+            label, writers = f"convert {output.name}", expansion.writers
+            kept, written_bytes = writer.write(
+                folder, expansion.write_tensors, label, writers=writers, progress=progress
+            )
+            _finish(expansion, writer, folder, output.name, reasons, plan)
+    total_params = writer.total_bytes // dtype.itemsize
     return Conversion(
         output=output,
-        hf_class=made.hf_class,
+        hf_class=moe_arch.hf_class,
         dtype=str(dtype).removeprefix("torch."),
         exact=not reasons,
         inexact_because=reasons,
         dense_params=dense.architecture.total_params,
         total_params=total_params,
-        active_params=total_params - made.total_params + made.active_params,
-        tensors=len(names),
-        files=len(files),
-        files_kept=len(kept),
-        bytes_total=expansion.size_bytes(names),
-        bytes_written=written,
+        active_params=total_params - moe_arch.total_params + moe_arch.active_params,
+        tensors=len(writer.shapes),
+        files=len(writer.files),
+        files_kept=kept,
+        bytes_total=writer.total_bytes,
+        bytes_written=written_bytes,
         bytes_read=dense.bytes_read - bytes_before,
         max_shard_bytes=max_shard_bytes,
         needs_float32_routing=spec.needs_float32_routing,
@@ -195,10 +185,8 @@ def _only_writer(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
             if not (aside / _PLAN).is_file() or read_json(aside / _PLAN) != plan:
                 clear(aside)
                 write_json(aside / _PLAN, plan)
-            clear_unfinished(aside, f"*{_UNFINISHED}")  # before anyone asks how much room there is
             yield aside
         except BaseException as error:
-            clear_unfinished(aside, f"*{_UNFINISHED}")
             # What is made of a broken source is not worth keeping; a file system that failed may work again.
             if isinstance(error, BrokenWeights) or not any(aside.glob("*.safetensors")):
                 shutil.rmtree(aside)
@@ -214,60 +202,26 @@ def _only_writer(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
     forget_work(output, _PLAN)  # not before it is in its place: without a plan nothing is kept
 
 
-def _write(
-    expansion: Expansion, folder: Path, files: dict[str, list[str]], kept: set[str], label: str, progress: bool
-) -> int:
-    """Write the files that are missing; return their bytes."""
-    todo = {file: names for file, names in files.items() if file not in kept}
-    needed_bytes = sum(expansion.size_bytes(names) for names in todo.values())
-    require_disk(folder, needed_bytes, f"the rest of {label}" if kept else label)
-    with ProgressLine(label, len(expansion.shapes), enabled=progress) as line:
-        line.advance(sum(len(files[file]) for file in kept))
-        _write_files(expansion, folder, todo, line)
-    return needed_bytes
-
-
-class _Stopped(Exception):
-    """Another file could not be written."""
-
-
-def _write_files(expansion: Expansion, folder: Path, todo: dict[str, list[str]], line: ProgressLine) -> None:
-    """Write several files at a time; the first that fails stops all."""
-    stopped, counting = threading.Event(), threading.Lock()
-
-    def advance(tensors: int) -> None:
-        if stopped.is_set():
-            raise _Stopped
-        with counting:
-            line.advance(tensors)
-
-    def write(file: str) -> None:
-        unfinished = folder / f"{file}{_UNFINISHED}"
-        expansion.write_file(unfinished, todo[file], advance)
-        unfinished.rename(folder / file)
-
-    with ThreadPoolExecutor(expansion.writers, "write") as pool:
-        try:
-            for job in as_completed([pool.submit(write, file) for file in todo]):
-                job.result()
-        except BaseException:  # an interrupt, too
-            stopped.set()
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _write_card(expansion: Expansion, folder: Path, title: str, reasons: tuple[str, ...]) -> None:
+def _finish(
+    expansion: Expansion,
+    writer: SafetensorsWriter,
+    folder: Path,
+    title: str,
+    reasons: tuple[str, ...],
+    plan: dict[str, Any],
+) -> None:
+    """Add everything but the weights; the marker comes last."""
     start = f"not the dense function: {'; '.join(reasons)}" if reasons else "the dense function, up to rounding"
     facts = spec_fact(expansion.spec) | {"Type": str(expansion.dtype).removeprefix("torch."), "Computes": start}
-    parents = [source.path for source in expansion.dense.branches()]
-    write_card(folder, parents, expansion.made, title=title, tool="nemo-upcycle convert", facts=facts)
-
-
-def _finish(expansion: Expansion, folder: Path, files: dict[str, list[str]], plan: dict[str, Any]) -> None:
-    """Add everything but the weights; the marker comes last."""
-    total_bytes = expansion.size_bytes(list(expansion.shapes))
-    write_index(folder, files, total_bytes)
-    write_config(expansion.dense.path, folder, expansion.made, expansion.dtype)
-    companions = copy_tokenizer_files(expansion.dense.path, folder)
-    marker = {"tensors": len(expansion.shapes), "bytes": total_bytes, "companions": companions, "made_from": plan}
+    dense, moe_arch = expansion.dense, expansion.moe_arch
+    parents = [source.path for source in dense.branches()]
+    write_card(folder, parents, moe_arch, title=title, tool="nemo-upcycle convert", facts=facts)
+    write_config(dense.path, folder, moe_arch, expansion.dtype)
+    tokenizer_files = copy_tokenizer_files(dense.path, folder)
+    marker = {
+        "tensors": len(writer.shapes),
+        "bytes": writer.total_bytes,
+        "companions": tokenizer_files,
+        "made_from": plan,
+    }
     write_json(folder / MODEL_MARKER, marker)

@@ -1,4 +1,4 @@
-"""Does what the plan of `placement.py` says: reads dense slices, checks them and expands them into every expert.
+"""Carries out the plan: reads dense slices, checks them and expands them into every expert of this rank.
 
 A slice, mostly a view of a mapped file, goes through in blocks so small that what came from memory once is still in
 the processor's cache when it is checked and copied to the other experts.
@@ -6,126 +6,84 @@ the processor's cache when it is checked and copied to the other experts.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 
 import torch
 
-from nemo_upcycle.init.experts import ExpertMatrix, change, fill_copies, output_factor
-from nemo_upcycle.init.router import router_weight
+from nemo_upcycle.init.experts import fill_copies
 from nemo_upcycle.models.mapping import Sharding
-from nemo_upcycle.online.plan import ParamPlan, filled_bytes
+from nemo_upcycle.online.plan import ParamPlan
+from nemo_upcycle.online.receipt import ParameterRecord
 from nemo_upcycle.sources.base import DenseSource
-from nemo_upcycle.sources.checks import require_finite
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.tensor_plan import change_copies, expand_slice
 
 
 #: Called after every filled parameter with its name and the bytes written.
 Progress = Callable[[str, int], None]
 #: What is read, checked and copied to all experts before the next is read.
 _BLOCK_BYTES = 4 << 20
-#: What is fetched while something is filled: so much that a cold file is read without a pause.
+#: What is fetched while something is filled: enough to read a cold file without a pause.
 _AHEAD_BYTES = 128 << 20
 
 
-def fill(targets: list[ParamPlan], dense: DenseSource, spec: UpcycleSpec | None, progress: Progress | None) -> None:
-    """Write every target.
+def fill(
+    plans: list[ParamPlan], dense: DenseSource, spec: UpcycleSpec | None, progress: Progress | None
+) -> list[ParameterRecord]:
+    """Write every parameter.
 
     Args:
-        targets: what to fill, and of what.
+        plans: what to fill, and of what.
         dense: where the slices come from.
         spec: what becomes of them; None for a dense model.
-        progress: called after every target, in their order.
+        progress: called after every plan, in their order.
+
+    Returns:
+        How each parameter was made, in the order of the plans and of their tensors.
 
     Raises:
         CheckpointError: a slice holds NaN, infinity or a number too large for the model's type, or cannot be read. The
             model is then unfinished.
     """
-    waiting, ahead_bytes = iter(targets), 0  # of what is expected beyond `target`
-    for target in targets:
-        ahead_bytes -= target.tensors[0].nbytes
+    waiting, ahead_bytes = iter(plans), 0  # prefetched beyond `plan`
+    records = []
+    for plan in plans:
+        ahead_bytes -= plan.tensors[0].nbytes
         while ahead_bytes < _AHEAD_BYTES and (later := next(waiting, None)):
             ahead_bytes += later.tensors[0].nbytes
-            for name, bounds in filled_bytes(later):
-                _source(later, dense).prefetch(name, bounds)
-        _fill(target, dense, spec)
+            for slice_ in later.made_of.slices:
+                later.made_of.source(dense).prefetch(slice_.name, slice_.bounds)
+        _fill(plan, dense, spec)
+        records += plan.records(spec)
         if progress:
-            progress(target.names[0], sum(tensor.nbytes for tensor in target.tensors))
+            progress(plan.names[0], sum(tensor.nbytes for tensor in plan.tensors))
+    return records
 
 
-def scale_of(target: ParamPlan, spec: UpcycleSpec | None) -> float:
-    """Return the factor on a target: of the spec's formulas, for what is behind an expert's activation."""
-    if spec is None:
-        return 1.0
-    return output_factor(spec, target.row.role, target.experts[0] if target.experts else 0)
-
-
-def _source(target: ParamPlan, dense: DenseSource) -> DenseSource:
-    return dense if target.branch is None else dense.branches()[target.branch]
-
-
-def _fill(target: ParamPlan, dense: DenseSource, spec: UpcycleSpec | None) -> None:
-    first = target.tensors[0]
-    if target.row.role == "router":
+def _fill(plan: ParamPlan, dense: DenseSource, spec: UpcycleSpec | None) -> None:
+    made_of, first = plan.made_of, plan.tensors[0]
+    if made_of.is_router:
         assert spec is not None
-        assert target.layer is not None
-        first.copy_(router_weight(spec, target.layer, dense.architecture.hidden_size))
+        first.copy_(made_of.drawn(spec, dense.architecture.hidden_size))
         return
-    if target.row.role == "router_bias":
-        first.zero_()
-        return
-    source, scale = _source(target, dense), scale_of(target, spec)
+    source = made_of.source(dense)
     at_once = first.is_cuda or first.nbytes <= _BLOCK_BYTES  # the other experts are copies of the whole first one
-    for piece in target.pieces:
-        name = target.hf_name(piece.part)
+    for name, piece in made_of.slices:
         slice_ = source.read(name, piece.source)
-        whole = (piece.seen(slice_), *(piece.view(tensor) for tensor in target.tensors[: 1 if at_once else None]))
+        whole = (piece.seen(slice_), *(piece.view(tensor) for tensor in plan.tensors[: 1 if at_once else None]))
         for part, *experts in [whole] if at_once else _blocks(whole):
-            experts[0].copy_(part)
-            if scale != 1.0:
-                experts[0].mul_(scale)
-            require_finite(part, name, source, made=experts[0])
+            expand_slice(made_of, name, part, source, first.dtype, out=experts[0])
             fill_copies(experts)
     if at_once:
-        fill_copies(target.tensors)
-    if target.row.sharding is Sharding.VOCABULARY:  # padding
-        rows = sum(piece.rows[1] for piece in target.pieces)
+        fill_copies(plan.tensors)
+    if made_of.mapping.sharding is Sharding.VOCABULARY:  # padding
+        rows = sum(piece.rows[1] for _, piece in made_of.slices)
         first[rows:].zero_()
-    if target.experts and spec and spec.method != "copy":
-        for matrix in _matrices(target, source, scale):
-            change(spec, matrix)
+    if spec:
+        change_copies(made_of, spec, source, plan.experts, plan.tensors)
 
 
 def _blocks(tensors: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yield the same rows of tensors that have as many, the first the dense slice, block by block."""
+    """Yield the same rows of all tensors, block by block; the first tensor is the dense slice."""
     count = max(1, -(-tensors[1].nbytes // _BLOCK_BYTES))
     yield from zip(*(tensor.split(-(-tensor.shape[0] // count)) for tensor in tensors), strict=True)
-
-
-def _matrices(target: ParamPlan, source: DenseSource, scale: float) -> Iterator[ExpertMatrix]:
-    """Yield the gate, up or down matrices of the target's experts, neuron by neuron; biases are not changed."""
-    if target.tensors[0].dim() < 2:
-        return
-    is_down = target.row.sharding is Sharding.NEURON_COLUMNS
-    parts = ("down",) if is_down else ("gate", "up")[-len(target.row.hf) :]
-    assert target.layer is not None
-    for expert, tensor in zip(target.experts, target.tensors, strict=True):
-        views = [tensor.T] if is_down else list(tensor.chunk(len(parts)))
-        for number, (part, view) in enumerate(zip(parts, views, strict=True)):
-            whole = functools.cache(functools.partial(_whole, target, source, number, view, scale))
-            yield ExpertMatrix(target.layer, expert, part, target.shard.rank * view.shape[0], view, whole)
-
-
-def _whole(target: ParamPlan, source: DenseSource, part: int, local_FD: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return all neurons of an expert's matrix; read once more where tensor parallelism left some of them here."""
-    if target.shard.size == 1:
-        return local_FD.clone()
-    assert target.source is not None
-    name, count = target.hf_name(part), local_FD.shape[0] * target.shard.size
-    neurons = (target.first_neuron, target.first_neuron + count)
-    rows, columns = source.shape(name)
-    if target.row.sharding is Sharding.NEURON_COLUMNS:
-        whole_FD = source.read(name, [(0, rows), neurons]).T
-    else:
-        whole_FD = source.read(name, [neurons, (0, columns)])
-    return whole_FD.to(local_FD) * scale

@@ -5,7 +5,7 @@ Nothing is read or written here, so that a plan can be made for any rank of any 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,15 @@ import torch
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.mapping import ParamMapping, Sharding, find_mapping, layer_mappings, mapping_of
-from nemo_upcycle.models.sharding import Shard, SourceSlice, hf_shape, shard_shape, source_slices
+from nemo_upcycle.models.sharding import Shard, hf_shape, shard_shape
+from nemo_upcycle.online.receipt import ParameterRecord
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.tensor_plan import TensorPlan, plan_tensor
 
 
 @dataclass(frozen=True)
 class RankCoords:
-    """Where a rank stands in the groups that cut tensors and hand out experts."""
+    """A rank's place in the groups that cut dense tensors, cut experts and distribute experts."""
 
     dense: Shard
     expert: Shard
@@ -28,7 +30,7 @@ class RankCoords:
 
     @staticmethod
     def here() -> RankCoords:
-        """Return this rank's place, from Megatron's groups."""
+        """Return this rank's coordinates, from Megatron's groups."""
         from megatron.core import parallel_state as ps
 
         return RankCoords(
@@ -44,75 +46,59 @@ class ParamPlan:
 
     Args:
         names: of the parameters.
-        row: what they are, in the upcycled model.
-        layer: number in the whole model, from 0; None outside the layers.
         tensors: their data.
         experts: numbers of the experts over all ranks; empty for what is not a routed expert's.
-        source: the dense network's row; None for a router.
-        pieces: the slices that make up each of the tensors.
-        branch: which of several dense sources they come from.
-        shard: the rank's place in the group that cuts the row.
-        first_neuron: where in the dense network their (unsharded) matrix begins.
+        made_of: what each of the tensors is made of.
     """
 
     names: tuple[str, ...]
-    row: ParamMapping
-    layer: int | None
     tensors: tuple[torch.Tensor, ...]
     experts: tuple[int, ...]
-    source: ParamMapping | None
-    pieces: tuple[SourceSlice, ...]
-    branch: int | None
-    shard: Shard
-    first_neuron: int = 0
+    made_of: TensorPlan
 
-    def hf_name(self, part: int) -> str:
-        """Return the name of one of the dense tensors that it is made of."""
-        assert self.source is not None
-        return self.source.hf[part].format(layer=self.layer)
+    def records(self, spec: UpcycleSpec | None) -> list[ParameterRecord]:
+        """Return how each of the parameters is made."""
+        branch = f"{self.made_of.branch}:" if self.made_of.branch else ""
+        sources = tuple(f"{branch}{slice_}" for slice_ in self.made_of.slices)
+        shape, dtype = tuple(self.tensors[0].shape), str(self.tensors[0].dtype).removeprefix("torch.")
+        made_by = self.made_of.made_by(spec)
+        return [ParameterRecord(name, shape, dtype, made_by, sources) for name in self.names]
 
 
 def param_plans(
     model: Any,
     dense: Architecture,
-    made: Architecture,
+    moe_arch: Architecture,
     spec: UpcycleSpec | None,
-    place: RankCoords,
-    branch_of: Callable[[int], int],
+    coords: RankCoords,
+    parents: int = 1,
 ) -> list[ParamPlan]:
     """Return what is to be filled in one model chunk, every parameter exactly once.
 
     Args:
         model: Megatron's `GPTModel`, also on the meta device.
         dense: the dense checkpoint's architecture.
-        made: the model's own.
+        moe_arch: the model's own.
         spec: how one becomes the other; None for a dense model.
-        place: the rank's.
-        branch_of: which dense source the experts of a copy of the network come from.
+        coords: the rank's.
+        parents: number of dense models that become experts in turn.
 
     Raises:
         CheckpointError: a parameter has no source, one is missing, or a shape is wrong.
         SpecError: a parameter cannot be filled through views.
     """
-    granularity = spec.granularity if spec else 1
     layers = [layer.layer_number - 1 for layer in model.decoder.layers]
-    grouped: dict[Any, list[tuple[int, str, torch.Tensor]]] = {}
+    grouped: dict[TensorPlan, list[tuple[int, str, torch.Tensor]]] = {}
     found: dict[int | None, dict[str, str]] = {}
-    unknown_names = []
+    mapped, unknown_names = [], []
     for name, parameter in model.named_parameters():
         layer, inner = _split(name, layers)
-        match = find_mapping(inner, in_layer=layer is not None)
-        if match is None:
+        if match := find_mapping(inner, in_layer=layer is not None):
+            found.setdefault(layer, {})[match[0].role] = name
+            mapped.append((name, parameter, layer, *match))
+        else:
             unknown_names.append(name)
-            continue
-        row, local = match
-        found.setdefault(layer, {})[row.role] = name
-        expert, part = None, None
-        if local is not None:
-            expert = place.experts.rank * (made.num_experts or 0) // place.experts.size + local
-            part = (expert % granularity, branch_of(expert // granularity))
-        grouped.setdefault((row.role, layer, part), []).append((expert or 0, name, _plain(name, parameter)))
-    _check_roles(unknown_names, found, made, layers)
+    _check_roles(unknown_names, found, moe_arch, layers)
     if model.post_process and not dense.tied_embeddings and "output" not in found.get(None, {}):
         raise CheckpointError(
             "output layer of the model",
@@ -120,7 +106,41 @@ def param_plans(
             expected="output_layer.weight: the dense checkpoint has one of its own",
             fix="set share_embeddings_and_output_weights to False",
         )
-    return [_target(key, sorted(members, key=_number), dense, made, place) for key, members in grouped.items()]
+    first_expert = coords.experts.rank * (moe_arch.num_experts or 0) // coords.experts.size
+    for name, parameter, layer, megatron_mapping, local_expert in mapped:
+        mapping = mapping_of(megatron_mapping.role, moe_arch)
+        shard = coords.expert if mapping.is_expert else coords.dense
+        expert = 0 if local_expert is None else first_expert + local_expert
+        tensor = _plain(name, parameter)
+        shape = _checked_shape(name, tensor, mapping, moe_arch, shard)
+        made_of = plan_tensor(mapping, layer, expert, dense, moe_arch, spec, parents=parents, shard=shard, shape=shape)
+        grouped.setdefault(made_of, []).append((expert, name, tensor))
+    plans = []
+    for made_of, members in grouped.items():
+        experts, names, tensors = zip(*sorted(members, key=lambda member: member[0]), strict=True)
+        plans.append(ParamPlan(names, tensors, experts if made_of.mapping.is_expert else (), made_of))
+    return plans
+
+
+def _checked_shape(
+    name: str, tensor: torch.Tensor, mapping: ParamMapping, moe_arch: Architecture, shard: Shard
+) -> tuple[int, ...]:
+    """Return the shape of a parameter.
+
+    Raises:
+        CheckpointError: the dense checkpoint cannot fill it.
+    """
+    shape = tuple(tensor.shape)
+    rows = shape[0] * shard.size
+    wanted = shard_shape(mapping, moe_arch, shard, padded_vocab=rows)
+    expected = f"{list(wanted)}, from {hf_shape(mapping, 0, moe_arch)} over {shard.size} ranks"
+    too_few = mapping.sharding is Sharding.VOCABULARY and rows < moe_arch.vocab_size
+    if too_few:
+        expected = f"at least {moe_arch.vocab_size} rows over all ranks"
+    if shape != wanted or too_few:
+        fix = "vocabulary and layout must fit the dense checkpoint"
+        raise CheckpointError(f"shape of {name}", got=list(shape), expected=expected, fix=fix)
+    return shape
 
 
 def _plain(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -139,10 +159,6 @@ def _plain(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
     return parameter.data
 
 
-def _number(member: tuple[int, str, torch.Tensor]) -> int:
-    return member[0]
-
-
 def _split(name: str, layers: list[int]) -> tuple[int | None, str]:
     """Return the layer's number in the whole model (None outside the layers) and the name inside it."""
     prefix = "decoder.layers."
@@ -153,12 +169,12 @@ def _split(name: str, layers: list[int]) -> tuple[int | None, str]:
 
 
 def _check_roles(
-    unknown_names: list[str], found: dict[int | None, dict[str, str]], made: Architecture, layers: Iterable[int]
+    unknown_names: list[str], found: dict[int | None, dict[str, str]], moe_arch: Architecture, layers: Iterable[int]
 ) -> None:
     """Check that the layers have the parameters that the upcycled model has: none without a source, none missing."""
     surplus, missing = list(unknown_names), []
     for layer in layers:
-        wanted = {row.role for row in layer_mappings(made, layer)}
+        wanted = {mapping.role for mapping in layer_mappings(moe_arch, layer)}
         got = found.get(layer, {})
         surplus += [name for role, name in got.items() if role not in wanted]
         missing += [f"{role} in layer {layer}" for role in sorted(wanted - got.keys())]
@@ -170,41 +186,3 @@ def _check_roles(
                 expected="the dense checkpoint's layers, with experts where the spec puts them",
                 fix="make the model's configuration (biases, shared experts, moe_layer_freq) and the spec agree",
             )
-
-
-def _target(
-    key: tuple[str, int | None, tuple[int, int] | None],
-    members: list[tuple[int, str, torch.Tensor]],
-    dense: Architecture,
-    made: Architecture,
-    place: RankCoords,
-) -> ParamPlan:
-    role, layer, part = key
-    row = mapping_of(role, made)
-    shard = place.expert if row.is_expert else place.dense
-    names = tuple(name for _, name, _ in members)
-    tensors = tuple(tensor for _, _, tensor in members)
-    shape = tuple(tensors[0].shape)
-    wanted = shard_shape(row, made, shard, padded_vocab=shape[0] * shard.size)
-    too_few = row.sharding is Sharding.VOCABULARY and shape[0] * shard.size < made.vocab_size
-    if shape != wanted or too_few:
-        least = f"at least {made.vocab_size} rows over all ranks"
-        raise CheckpointError(
-            f"shape of {names[0]}",
-            got=list(shape),
-            expected=least if too_few else f"{list(wanted)}, from {hf_shape(row, 0, made)} over {shard.size} ranks",
-            fix="vocabulary and layout must fit the dense checkpoint",
-        )
-    if role in ("router", "router_bias"):
-        return ParamPlan(names, row, layer, tensors, (), None, (), None, shard)
-    source = mapping_of("embedding" if role == "output" and dense.tied_embeddings else row.dense_role, dense)
-    first_neuron = part[0] * (made.expert_ffn_size or 0) if part else 0
-    made_of = source_slices(source, dense, shard, shape, first_neuron)
-    experts = tuple(expert for expert, _, _ in members) if part else ()
-    branch = part[1] if part else None
-    return ParamPlan(names, row, layer, tensors, experts, source, made_of, branch, shard, first_neuron)
-
-
-def filled_bytes(target: ParamPlan) -> Iterator[tuple[str, tuple[tuple[int, int], ...]]]:
-    """Yield the distinct slices, as name and bounds, that a target is made of."""
-    yield from ((target.hf_name(piece.part), piece.source) for piece in target.pieces)

@@ -2,8 +2,8 @@
 
 Every rank reads only the dense slices that its own parameters are made of and expands them into its own expert shard
 (the idea of arXiv 2412.09952, section 2.3). No dense model is built, nothing is gathered or sent between ranks.
-The work is planned and checked as a whole first (`placement.py`); nothing is written until the plan is sound. Then
-`filling.py` moves the bytes.
+The work is planned and checked as a whole first (`plan.py`); nothing is written until the plan is sound. Then
+`fill.py` moves the bytes.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import math
 import resource
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.megatron_config import changed_by, check_model, check_spec
-from nemo_upcycle.online.fill import Progress, fill, scale_of
-from nemo_upcycle.online.plan import ParamPlan, RankCoords, filled_bytes, param_plans
-from nemo_upcycle.online.receipt import ParameterRecord, UpcycleReceipt
+from nemo_upcycle.online.fill import Progress, fill
+from nemo_upcycle.online.plan import RankCoords, param_plans
+from nemo_upcycle.online.receipt import UpcycleReceipt
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.branches import require_copies
 from nemo_upcycle.sources.checks import check_shapes, check_source, rounded_because
@@ -100,21 +101,24 @@ def _fill(
     models: list[Any], dense: DenseSource, spec: UpcycleSpec | None, progress: Progress | None, hashes: bool
 ) -> UpcycleReceipt:
     arch = dense.architecture
-    made = arch.upcycled(spec) if spec else arch
+    moe_arch = arch.upcycled(spec) if spec else arch
     check_source(dense, sampled=True)
     for model in models:
-        check_model(model, made)
-    place, branches = RankCoords.here(), len(dense.branches())
-    targets = [
-        target for model in models for target in param_plans(model, arch, made, spec, place, lambda c: c % branches)
-    ]
-    check_shapes(dense, sorted({target.hf_name(piece.part) for target in targets for piece in target.pieces}))
+        check_model(model, moe_arch)
+    coords, parents = RankCoords.here(), len(dense.branches())
+    plans = [plan for model in models for plan in param_plans(model, arch, moe_arch, spec, coords, parents)]
+    slices = {(plan.made_of.branch, slice_.name, slice_.bounds) for plan in plans for slice_ in plan.made_of.slices}
+    check_shapes(dense, sorted({name for _, name, _ in slices}))
     if spec:
         require_copies(dense, spec.copies)
     start_s, bytes_before = time.monotonic(), dense.bytes_read
-    fill(targets, dense, spec, progress)
-    seconds = time.monotonic() - start_s
-    dtypes = dict.fromkeys(target.tensors[0].dtype for target in targets if target.pieces)
+    records = fill(plans, dense, spec, progress)
+    seconds, bytes_read = time.monotonic() - start_s, dense.bytes_read - bytes_before
+    tensors = [tensor for plan in plans for tensor in plan.tensors]
+    if hashes:
+        pairs = zip(records, tensors, strict=True)
+        records = [replace(record, sha256=_sha256(tensor)) for record, tensor in pairs]
+    dtypes = dict.fromkeys(plan.tensors[0].dtype for plan in plans if plan.made_of.slices)
     reasons = (
         *(spec.inexact_because if spec else ()),
         *dense.inexact_because(),
@@ -128,48 +132,18 @@ def _fill(
         exact=not reasons,
         inexact_because=list(reasons),
         dense_params=arch.total_params,
-        total_params=made.total_params,
-        active_params=made.active_params,
-        parameters=[record for target in targets for record in _records(target, spec, hashes)],
-        bytes_read=dense.bytes_read - bytes_before,
-        bytes_needed=_bytes_needed(targets, dense),
-        bytes_written=sum(tensor.nbytes for target in targets for tensor in target.tensors),
+        total_params=moe_arch.total_params,
+        active_params=moe_arch.active_params,
+        parameters=records,
+        bytes_read=bytes_read,
+        bytes_needed=sum(
+            math.prod(stop - start for start, stop in bounds) * dense.dtype(name).itemsize
+            for _, name, bounds in slices
+        ),
+        bytes_written=sum(tensor.nbytes for tensor in tensors),
         seconds=round(seconds, 3),
         peak_rss_gib=round(_peak_rss_gib(), 3),
     )
-
-
-def _bytes_needed(targets: list[ParamPlan], dense: DenseSource) -> int:
-    """Return the bytes of the distinct slices that this rank's parameters are made of."""
-    slices = {(target.branch, *slice_) for target in targets for slice_ in filled_bytes(target)}
-    return sum(
-        math.prod(stop - start for start, stop in source) * dense.dtype(name).itemsize for _, name, source in slices
-    )
-
-
-def _records(target: ParamPlan, spec: UpcycleSpec | None, hashes: bool) -> list[ParameterRecord]:
-    sources: tuple[str, ...] = ()
-    if target.row.role == "router":
-        assert spec is not None
-        made_by = f"router_init={spec.router_init}, std={spec.router_std}, seed={spec.seed}"
-    elif target.row.role == "router_bias":
-        made_by = "zero"
-    else:
-        branch = f"{target.branch}:" if target.branch else ""
-        sources = tuple(
-            f"{branch}{name}[{', '.join(f'{start}:{stop}' for start, stop in bounds)}]"
-            for name, bounds in filled_bytes(target)
-        )
-        made_by = "copied" if (scale := scale_of(target, spec)) == 1 else f"copied, times {scale:.6g}"
-        if spec and target.experts and spec.method != "copy" and target.tensors[0].dim() > 1:
-            amount = {"noise": f"std {spec.noise_std}", "drop": f"ratio {spec.drop_ratio}"}[spec.method]
-            made_by += f", {spec.method} ({amount}, seed {spec.seed})"
-    first = target.tensors[0]
-    shape, dtype = tuple(first.shape), str(first.dtype).removeprefix("torch.")
-    return [
-        ParameterRecord(name, shape, dtype, made_by, sources, _sha256(tensor) if hashes else None)
-        for name, tensor in zip(target.names, target.tensors, strict=True)
-    ]
 
 
 def _sha256(tensor: torch.Tensor) -> str:

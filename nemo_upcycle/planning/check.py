@@ -80,11 +80,11 @@ class _Checker:
         coords = RankCoords(
             Shard(ranks.tp, self.layout.tp), Shard(ranks.etp, self.layout.etp), Shard(ranks.ep, self.layout.ep)
         )
-        plans = param_plans(chunk, dense, self.arch, self.spec, coords, branch_of=lambda copy: 0)
+        plans = param_plans(chunk, dense, self.arch, self.spec, coords)
         names = sorted(name for plan in plans for name in plan.names)
         _compare(rank, "parameters in the read plan", names, sorted(name for name, _ in chunk.named_parameters()))
         for plan in plans:
-            if plan.source is not None:
+            if not plan.made_of.is_router:
                 _compare(rank, f"rows filled of {plan.names[0]}", *_rows(plan, self.arch))
         return len(names)
 
@@ -289,11 +289,11 @@ def _rows(plan: ParamPlan, moe_arch: Architecture) -> tuple[list[int], list[int]
     rows = plan.tensors[0].shape[0]
     filled = sorted(
         block * (rows // piece.blocks) + row
-        for piece in plan.pieces
+        for _, piece in plan.made_of.slices
         for block in range(piece.blocks)
         for row in range(*piece.rows)
     )
     real = rows
-    if plan.row.role in ("embedding", "output"):
-        real = max(0, min(rows, moe_arch.vocab_size - plan.shard.rank * rows))
+    if plan.made_of.mapping.role in ("embedding", "output"):
+        real = max(0, min(rows, moe_arch.vocab_size - plan.made_of.shard.rank * rows))
     return filled, list(range(real))

@@ -28,28 +28,13 @@ from nemo_upcycle.online.upcycle import load_dense_into, upcycle_into
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.progress import ProgressLine
+from nemo_upcycle.verify.logits import compare_logits
 
 
 #: What rounding may make of logits: across implementations in float32; within one in float64, where Megatron still
 #: computes the router's softmax in float32.
 TOLERANCE = 2e-4
 TOLERANCE_SAME_STACK = 2e-5
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Largest and mean absolute difference of logits, and how often the likeliest token is the same."""
-
-    max_abs: float
-    mean_abs: float
-    same_argmax: float
-
-    @staticmethod
-    def of(a_BSV: torch.Tensor, b_BSV: torch.Tensor) -> Comparison:
-        """Compare two models' logits of the same tokens."""
-        difference = (a_BSV - b_BSV).abs()
-        same = (a_BSV.argmax(-1) == b_BSV.argmax(-1)).double().mean()
-        return Comparison(float(difference.max()), float(difference.mean()), float(same))
 
 
 @contextmanager
@@ -188,21 +173,18 @@ def _run(model: torch.nn.Module, tokens_BS: torch.Tensor) -> _Run:
 
 
 def _equivalence(parent_BSV: torch.Tensor, dense: _Run, moe: _Run, exact: bool) -> dict[str, Any]:
-    across = Comparison.of(parent_BSV, moe.single_BSV)
-    within = Comparison.of(dense.double_BSV, moe.double_BSV)
+    across = compare_logits(parent_BSV, moe.single_BSV)
+    within = compare_logits(dense.double_BSV, moe.double_BSV, dense.layers, moe.layers)
     return {
         "max_abs_logit_diff": across.max_abs,
         "max_abs_logit_diff_same_stack": within.max_abs,
-        "max_abs_logit_diff_same_stack_float32": Comparison.of(dense.single_BSV, moe.single_BSV).max_abs,
-        "parent_float32_rounding": Comparison.of(dense.single_BSV.double(), dense.double_BSV).max_abs,
+        "max_abs_logit_diff_same_stack_float32": compare_logits(dense.single_BSV, moe.single_BSV).max_abs,
+        "parent_float32_rounding": compare_logits(dense.single_BSV.double(), dense.double_BSV).max_abs,
         "mean_abs_logit_diff": across.mean_abs,
         "same_argmax": across.same_argmax,
         "max_abs_logit": float(parent_BSV.abs().max()),
-        "layer_relative_diff": [
-            float((mine - parents).norm() / parents.norm())
-            for mine, parents in zip(moe.layers, dense.layers, strict=True)
-        ],
-        "tokens_compared": parent_BSV.shape[0] * parent_BSV.shape[1],
+        "layer_relative_diff": list(within.layer_relative),
+        "tokens_compared": across.tokens,
         "tolerance": TOLERANCE if exact else None,
         "tolerance_same_stack": TOLERANCE_SAME_STACK if exact else None,
         "within_tolerance": across.max_abs <= TOLERANCE and within.max_abs <= TOLERANCE_SAME_STACK,

@@ -20,6 +20,8 @@ from nemo_upcycle.models.hf_model import errors_only, load_model, load_tokenizer
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from nemo_upcycle.utils.progress import ProgressLine
+from nemo_upcycle.verify.logits import LogitComparison, compare_logits
+from nemo_upcycle.verify.routing import TornTokens, count_torn_tokens
 from nemo_upcycle.verify.weights import WeightGroup, compare_weights
 
 
@@ -49,29 +51,6 @@ If a train leaves at 9:40 and needs 2 hours and 35 minutes, it arrives at 12:15.
 connection at 12:20 is missed, and the next one leaves an hour later. "We will wait," she said, "there is a bench,
 there is a bakery, and nobody expects us before the evening." He put the suitcase down and counted their coins.
 """
-
-
-@dataclass(frozen=True)
-class LogitComparison:
-    """Differences of logits [B, S, V] over some tokens of text; `relative` is the largest over the largest logit."""
-
-    tokens: int
-    max_abs: float
-    mean_abs: float
-    relative: float
-    same_argmax: float
-    #: after the embedding and after every layer: norm of the difference over the norm of the dense model's
-    layer_relative: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class TornTokens:
-    """Tokens to which top-k gives parts of several copies, in some layer, where the whole model is of that type."""
-
-    dtype: str
-    tokens: int
-    torn: int
-    share: float
 
 
 @dataclass(frozen=True)
@@ -142,7 +121,9 @@ def verify(
     found = torn = None
     if tokens_BS is not None:
         found = _compare_logits(dense, moe, tokens_BS, layers)
-        torn = _torn_tokens(moe, tokens_BS, own_type, weights.granularity, top_k) if weights.granularity > 1 else None
+        if weights.granularity > 1:
+            routers = _run(moe, tokens_BS, own_type, output_router_logits=True).router_logits
+            torn = count_torn_tokens(routers, weights.granularity, top_k, own_type)
     equal = found.relative <= tolerance if found else weights.exact and not weights.rounded
     return Verification(dense, moe, hf_class, equal, tolerance, *weights, found, torn)
 
@@ -191,37 +172,16 @@ def _compare_logits(dense: Path, moe: Path, tokens_BS: torch.Tensor, layers: boo
         line.advance(note="dense model")
         child = _run(moe, tokens_BS, torch.float32, output_hidden_states=layers)
         line.advance(note="MoE model")
-    parent_BSV, child_BSV = parent.logits, child.logits
-    layer_pairs = zip(parent.hidden_states, child.hidden_states, strict=True) if layers else ()
-    difference = (child_BSV - parent_BSV).abs()
-    if not difference.isfinite().all():
-        which = moe if parent_BSV.isfinite().all() else dense
-        raise CheckpointError(
-            f"{which}: logits",
-            got="NaN or infinity",
-            expected="finite ones",
-            fix="check its config.json: the weights themselves are finite",
-        )
-    return LogitComparison(
-        tokens=tokens_BS.numel(),
-        max_abs=float(difference.max()),
-        mean_abs=float(difference.mean()),
-        relative=float(difference.max() / parent_BSV.abs().max()),
-        same_argmax=float((child_BSV.argmax(-1) == parent_BSV.argmax(-1)).double().mean()),
-        layer_relative=tuple(float((b - a).norm() / a.norm()) for a, b in layer_pairs),
-    )
-
-
-def _torn_tokens(moe: Path, tokens_BS: torch.Tensor, dtype: torch.dtype, granularity: int, top_k: int) -> TornTokens:
-    """Count the tokens for which top-k, as the model's own class does it, does not take whole copies in some layer."""
-    torn_T = torch.zeros(tokens_BS.numel(), dtype=torch.bool)
-    for logits_TE in _run(moe, tokens_BS, dtype, output_router_logits=True).router_logits:
-        chosen_Tk = logits_TE.softmax(-1, dtype=torch.float32).topk(top_k).indices
-        taken_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, chosen_Tk, True)
-        copies_TCG = taken_TE.unflatten(1, (-1, granularity))
-        torn_T |= (copies_TCG.any(-1) != copies_TCG.all(-1)).any(-1)
-    torn, name = int(torn_T.sum()), str(dtype).removeprefix("torch.")
-    return TornTokens(name, len(torn_T), torn, torn / len(torn_T))
+    for folder, model in ((dense, parent), (moe, child)):
+        if not model.logits.isfinite().all():
+            raise CheckpointError(
+                f"{folder}: logits",
+                got="NaN or infinity",
+                expected="finite ones",
+                fix="check its config.json: the weights themselves are finite",
+            )
+    outputs = (parent.hidden_states, child.hidden_states) if layers else ()
+    return compare_logits(parent.logits, child.logits, *outputs)
 
 
 @torch.no_grad()

@@ -12,14 +12,13 @@ from typing import NamedTuple
 
 import torch
 
-from nemo_upcycle.convert.expansion import dense_slice
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.init.experts import output_factor
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.mapping import ParamMapping, Sharding, hf_constants, hf_names, mapping_of_hf
+from nemo_upcycle.models.mapping import hf_constants, hf_names
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import check_shapes, check_source, require_finite, rounded_because
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.tensor_plan import TensorPlan, plan_hf_tensor
 from nemo_upcycle.utils.progress import track
 
 
@@ -110,40 +109,36 @@ def compare_weights(dense: DenseSource, moe: DenseSource) -> WeightComparison:
             model is of another parent.
     """
     check_source(dense)
-    arch, made = dense.architecture, moe.architecture
+    arch, moe_arch = dense.architecture, moe.architecture
     _check_child(arch, moe)
     routers = _Routers(zero=True, tied=True)
     groups: dict[str, WeightGroup] = {}
     dtypes: dict[torch.dtype, None] = {}
-    is_exact = all(not moe.read(name).any() for name, shape in hf_constants(made).items() if 0 not in shape)
-    spec = _spec_of(arch, made)
-    names = list(hf_names(made))
+    is_exact = all(not moe.read(name).any() for name, shape in hf_constants(moe_arch).items() if 0 not in shape)
+    spec = _spec_of(arch, moe_arch)
+    names = list(hf_names(moe_arch))
     for name in track(names, "compare weights", len(names)):
-        row, part, _, expert = mapping_of_hf(name, made)
-        kind = _kind(row, part)
+        plan, _ = plan_hf_tensor(name, arch, moe_arch, spec)
+        kind = _kind(plan)
         group = groups.setdefault(kind, WeightGroup(kind))
-        found = dense_slice(name, arch, made)
-        if found is None:
+        if plan.is_router:
             group.tensors += 1
             require_finite(router_ED := moe.read(name), name, moe)
             routers.look_at(router_ED, spec.granularity)
             continue
         dtypes[moe.dtype(name)] = None
-        # A shared expert's half is made up for by Qwen2-MoE's gate, see `hf_constants`.
-        wanted = 1.0 if row.is_shared else output_factor(spec, row.role, expert)
-        pairs = _pairs(dense, moe, name, *found, is_halved=row.role == "shared_fc2")
-        scale, changed = _relation(pairs, row.sharding is Sharding.NEURON_COLUMNS, wanted)
+        scale, changed = _relation(_pairs(dense, moe, name, plan), plan.is_down, plan.factor)
         group.add(scale, changed)
-        is_exact &= changed == 0.0 and scale == wanted
-    is_exact &= routers.tied and _spec_of(arch, made, routers).is_exact
+        is_exact &= changed == 0.0 and scale == plan.factor
+    is_exact &= routers.tied and _spec_of(arch, moe_arch, routers).is_exact
     rounded = [why for dtype in dtypes for why in rounded_because(dense, dtype, spec)]
     return WeightComparison(tuple(groups.values()), is_exact, tuple(rounded), spec.granularity)
 
 
 def _check_child(arch: Architecture, moe: DenseSource) -> None:
-    made = moe.architecture
-    checks = [(name, getattr(made, name), getattr(arch, name)) for name in _KEPT]
-    checks.append(("rms_norm_eps", made.norm_eps, arch.norm_eps))
+    moe_arch = moe.architecture
+    checks = [(name, getattr(moe_arch, name), getattr(arch, name)) for name in _KEPT]
+    checks.append(("rms_norm_eps", moe_arch.norm_eps, arch.norm_eps))
     for name, got, wanted in checks:
         if got != wanted:
             raise CheckpointError(
@@ -152,11 +147,15 @@ def _check_child(arch: Architecture, moe: DenseSource) -> None:
                 expected=f"{wanted}, as in the dense model",
                 fix="compare a model with its own parent",
             )
-    width = made.expert_ffn_size or 0
-    if arch.ffn_size % width or made.shared_ffn_size % width or (made.num_experts or 0) % (arch.ffn_size // width):
+    width = moe_arch.expert_ffn_size or 0
+    if (
+        arch.ffn_size % width
+        or moe_arch.shared_ffn_size % width
+        or (moe_arch.num_experts or 0) % (arch.ffn_size // width)
+    ):
         raise CheckpointError(
             str(moe.path),
-            got=f"{made.num_experts} experts of {width} neurons, shared {made.shared_ffn_size}",
+            got=f"{moe_arch.num_experts} experts of {width} neurons, shared {moe_arch.shared_ffn_size}",
             expected=f"a part of the dense {arch.ffn_size}, and whole copies of it",
             fix="give the MoE's own parent",
         )
@@ -164,52 +163,50 @@ def _check_child(arch: Architecture, moe: DenseSource) -> None:
     check_shapes(moe)
 
 
-def _spec_of(arch: Architecture, made: Architecture, routers: _Routers | None = None) -> UpcycleSpec:
+def _spec_of(arch: Architecture, moe_arch: Architecture, routers: _Routers | None = None) -> UpcycleSpec:
     """Return a spec of plain copies that makes this model, as far as the configuration and the routers show."""
-    width, experts, top_k = made.expert_ffn_size or 1, made.num_experts or 0, made.top_k or 1
+    width, experts, top_k = moe_arch.expert_ffn_size or 1, moe_arch.num_experts or 0, moe_arch.top_k or 1
     granularity = arch.ffn_size // width
-    if top_k == 1 and made.norm_topk:  # which no spec makes; one expert more has the same sums
+    if top_k == 1 and moe_arch.norm_topk:  # which no spec makes; one expert more has the same sums
         experts, top_k = max(experts, 2 * granularity), granularity + 1
     return UpcycleSpec(
         num_experts=experts,
         top_k=top_k,
         granularity=granularity,
-        shared_experts=made.shared_ffn_size // width,
+        shared_experts=moe_arch.shared_ffn_size // width,
         router_init="zero" if routers and routers.zero else "normal",
-        router_order="topk_softmax" if made.norm_topk else "softmax_topk",
+        router_order="topk_softmax" if moe_arch.norm_topk else "softmax_topk",
     )
 
 
-def _kind(row: ParamMapping, part: int) -> str:
-    if row.role == "router" or not (row.is_expert or row.is_shared):
-        return "router" if row.role == "router" else "everything else"
-    matrix = "down" if row.sharding is Sharding.NEURON_COLUMNS else ("gate", "up")[part]
-    return f"{row.role.partition('_')[0]} {matrix}"
+def _kind(plan: TensorPlan) -> str:
+    mapping = plan.mapping
+    if plan.is_router or not (mapping.is_expert or mapping.is_shared):
+        return "router" if plan.is_router else "everything else"
+    return f"{mapping.role.partition('_')[0]} {plan.parts[0]}"
 
 
 def _pairs(
-    dense: DenseSource,
-    moe: DenseSource,
-    name: str,
-    source: str,
-    bounds: tuple[tuple[int, int], ...],
-    *,
-    is_halved: bool,
+    dense: DenseSource, moe: DenseSource, name: str, plan: TensorPlan
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield both models' rows, block by block; the dense ones in the MoE model's type, as floats of that type.
 
-    Of what was halved in Megatron and doubled again on export, the smallest numbers lost their last bit.
+    Factors that cancel out are applied: what was halved in Megatron and doubled again on export lost the last bit of
+    its smallest numbers.
     """
+    (slice_,) = plan.slices
     shape, dtype = moe.shape(name), moe.dtype(name)
-    (first, last), *rest = bounds
+    (first, last), *rest = slice_.bounds
     rows = max(1, _BLOCK_BYTES // max(1, torch.Size(shape[1:]).numel() * dtype.itemsize))
     for start in range(0, last - first, rows):
         stop = min(start + rows, last - first)
         theirs = moe.read(name, [(start, stop), *((0, size) for size in shape[1:])])
-        ours = dense.read(source, [(first + start, first + stop), *rest])
+        ours = dense.read(slice_.name, [(first + start, first + stop), *rest])
         require_finite(theirs, name, moe)
         ours = ours.to(dtype)
-        yield theirs, ours * 0.5 * 2 if is_halved else ours
+        for factor in plan.factors if plan.factor == 1.0 else ():
+            ours = ours * factor
+        yield theirs, ours
         dense.release()
         moe.release()
 

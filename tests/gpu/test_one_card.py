@@ -20,7 +20,8 @@ import torch
 from nemo_upcycle import open_dense, upcycle_into
 from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.recipes import llama3_8b_dense_ct, llama3_8b_e8t2
-from nemo_upcycle.training.equivalence import Comparison, hugging_face_logits, megatron_logits, one_rank
+from nemo_upcycle.training.equivalence import hugging_face_logits, megatron_logits, one_rank
+from nemo_upcycle.verify.logits import compare_logits
 from tests.gpu.one_card import PRECISIONS, Sizes, cut_down, planned_gib, prepare, train
 from tests.models import sample_tokens
 
@@ -100,7 +101,7 @@ def test_step_0_computes_what_the_parent_computes(inputs: tuple[Path, Path]) -> 
                 upcycle_into([model], dense, recipe.SPEC)
             else:
                 load_dense_into([model], dense)
-            found[recipe.__name__] = Comparison.of(wanted_BSV, megatron_logits(model, tokens_BS).float())
+            found[recipe.__name__] = compare_logits(wanted_BSV, megatron_logits(model, tokens_BS).float())
     parent, moe = found.values()
     assert moe.mean_abs <= 1.2 * parent.mean_abs
     assert moe.max_abs <= 1.5 * parent.max_abs

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
-from nemo_upcycle.convert.export import export_checkpoint, export_weights
-from nemo_upcycle.convert.hf_folder import write_weights
+from nemo_upcycle.convert.export import export_checkpoint, export_weights, write_each
 from nemo_upcycle.convert.megatron_weights import CheckpointWeights, LiveWeights
+from nemo_upcycle.convert.safetensors_writer import SafetensorsWriter
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.models.architecture import read_architecture
 from nemo_upcycle.models.mapping import ParamMapping
@@ -103,14 +103,15 @@ def test_several_shards_have_the_right_index(saved: Path, dense: Path, tmp_path:
     (folder / "model.safetensors").unlink()
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     limit_bytes = 100_000
-    total_bytes = write_weights(folder, shapes, tensors.__getitem__, torch.float32, max_shard_bytes=limit_bytes)
+    writer = SafetensorsWriter(shapes, torch.float32, limit_bytes)
+    writer.write(folder, write_each(tensors.__getitem__, shapes, torch.float32), "export")
     files = sorted(folder.glob("*.safetensors"))
     assert len(files) > 5
     assert [file.name for file in files] == [
         f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)
     ]
     index = read_json(folder / "model.safetensors.index.json")
-    assert index["metadata"]["total_size"] == total_bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert index["metadata"]["total_size"] == writer.total_bytes == sum(tensor.nbytes for tensor in tensors.values())
     held = {file.name: load_file(file) for file in files}
     assert index["weight_map"] == {name: file for file, inside in held.items() for name in inside}
     assert all(sum(tensor.nbytes for tensor in inside.values()) <= limit_bytes for inside in held.values())

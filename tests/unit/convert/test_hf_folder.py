@@ -109,11 +109,10 @@ def test_the_coefficient_of_the_recipes_is_written_where_no_checkpoint_says_one(
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-import nemo_upcycle.convert.hf_folder as hf_folder
+import nemo_upcycle.convert.export as export
 from nemo_upcycle import UpcycleSpec
-from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.utils.streams import StreamedFile
-hf_folder.MAX_SHARD_BYTES = hf_folder.write_weights.__kwdefaults__["max_shard_bytes"] = 100_000
+export.MAX_SHARD_BYTES = 100_000
 checkpoint, dense, output, files = sys.argv[1:]
 written, write = [], StreamedFile.write
 def stop(self, data):
@@ -123,7 +122,7 @@ def stop(self, data):
         os.kill(os.getpid(), signal.SIGKILL)
 StreamedFile.write = stop
 spec = UpcycleSpec(num_experts=4, top_k=2)
-export_checkpoint(Path(checkpoint), Path(dense), Path(output), spec=spec)
+export.export_checkpoint(Path(checkpoint), Path(dense), Path(output), spec=spec)
 """
 
 

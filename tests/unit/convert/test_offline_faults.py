@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_upcycle import UpcycleSpec
-from nemo_upcycle.convert import offline
+from nemo_upcycle.convert import safetensors_writer
 from nemo_upcycle.convert.expansion import Expansion
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.sources.mapped_files import MappedFiles
 from nemo_upcycle.utils.files import MODEL_MARKER, read_json
+from nemo_upcycle.utils.streams import StreamedFile
 from tests.unit.convert import conversions
 from tests.unit.convert.conversions import SPEC, _convert, _same_bits
 from tests.unit.convert.exports import _Usage
@@ -51,18 +52,17 @@ def test_a_nemo_source_that_changed_is_not_done(dense: Path, tmp_path: Path) -> 
 
 
 def _kill_after(files: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the process die inside the file after so many, half written."""
-    done: list[Path] = []
-    write_file = Expansion.write_file
+    """Interrupt the run at the end of the file after this many."""
+    done: list[list[str]] = []
+    write_tensors = Expansion.write_tensors
 
-    def write(self: Expansion, path: Path, names: list[str], line: Any) -> None:
-        write_file(self, path, names, line)
-        done.append(path)
+    def write(self: Expansion, file: StreamedFile, names: list[str], advance: Any) -> None:
+        write_tensors(self, file, names, advance)
+        done.append(names)
         if len(done) > files:
-            path.write_bytes(path.read_bytes()[:-7])
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Expansion, "write_file", write)
+    monkeypatch.setattr(Expansion, "write_tensors", write)
 
 
 def test_a_stopped_run_goes_on_with_what_is_missing(
@@ -79,13 +79,13 @@ def test_a_stopped_run_goes_on_with_what_is_missing(
     # A process that is killed clears nothing: what it leaves must not count as used when room is looked for.
     for name in ("model-00009-of-00009.safetensors.unfinished", ".config.json.half.4711"):
         (aside / name).write_bytes(b"half")
-    require_disk = offline.require_disk
+    require_disk = safetensors_writer.require_disk
 
     def room(folder: Path, *given: Any) -> None:
         assert {path.name[-11:] for path in aside.iterdir()} == {".lock", "ersion.json", "safetensors"}
         require_disk(folder, *given)
 
-    monkeypatch.setattr(offline, "require_disk", room)
+    monkeypatch.setattr(safetensors_writer, "require_disk", room)
     done = _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
     assert done.files_kept == 3
     assert done.bytes_written < done.bytes_total

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_upcycle import UpcycleSpec
-from nemo_upcycle.init.experts import BLOCK, ExpertMatrix, change, dropped_neurons, fill_copies
+from nemo_upcycle.init.experts import BLOCK, ExpertMatrix, fill_copies
+from nemo_upcycle.init.methods import METHODS
+from nemo_upcycle.init.methods.drop import dropped_neurons
 
 
 NOISE = UpcycleSpec(method="noise", noise_std=0.1)
@@ -63,7 +65,7 @@ def _changed(
     bounds = (0, *cuts, len(dense_FD))
     locals_FD = [dense_FD[start:stop].clone() for start, stop in pairwise(bounds)]
     for start, local_FD in zip(bounds, locals_FD, strict=False):
-        change(spec, ExpertMatrix(layer, expert, part, start, local_FD, dense_FD.clone))
+        METHODS[spec.method].change(spec, ExpertMatrix(layer, expert, part, start, local_FD, dense_FD.clone))
     return torch.cat(locals_FD)
 
 
@@ -105,7 +107,7 @@ def test_any_cut_of_the_neurons_gives_the_same_bits(cuts: set[int], spec: Upcycl
 def test_a_down_projection_is_changed_through_its_transposed_view(spec: UpcycleSpec) -> None:
     down_DF = _weight().T.contiguous()
     view_FD = down_DF.T
-    change(spec, ExpertMatrix(2, 1, "down", 0, view_FD, view_FD.clone))
+    METHODS[spec.method].change(spec, ExpertMatrix(2, 1, "down", 0, view_FD, view_FD.clone))
     assert torch.equal(down_DF.T, _changed(spec, _weight(), part="down"))
 
 

@@ -142,20 +142,20 @@ def _wanted(name: str, layer: int, dense: MemorySource, spec: UpcycleSpec, place
     return down if kind == "bias" else down[:, neurons].chunk(shard.size, 1)[shard.rank] * scale
 
 
-def _check_filled_once(model: Any, targets: list[ParamPlan], used: dict[str, torch.Tensor]) -> None:
+def _check_filled_once(model: Any, plans: list[ParamPlan], used: dict[str, torch.Tensor]) -> None:
     """Check that the plan fills each element once, padding apart, and mark the dense elements that it uses."""
-    assert sorted(name for target in targets for name in target.names) == sorted(dict(model.named_parameters()))
-    for target in targets:
-        filled = torch.zeros(target.tensors[0].shape, dtype=torch.int8)
-        for piece in target.pieces:
+    assert sorted(name for plan in plans for name in plan.names) == sorted(dict(model.named_parameters()))
+    for plan in plans:
+        filled = torch.zeros(plan.tensors[0].shape, dtype=torch.int8)
+        for name, piece in plan.made_of.slices:
             piece.view(filled).add_(1)
-            used[target.hf_name(piece.part)][tuple(slice(*bounds) for bounds in piece.source)] = True
-        if target.row.role in ("embedding", "output"):
+            used[name][tuple(slice(*bounds) for bounds in piece.source)] = True
+        if plan.made_of.mapping.role in ("embedding", "output"):
             real = int(filled[:, 0].sum())
             assert bool((filled[:real] == 1).all())
             assert not filled[real:].any()
-        elif target.source is not None:
-            assert bool((filled == 1).all()), target.names
+        elif not plan.made_of.is_router:
+            assert bool((filled == 1).all()), plan.names
 
 
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -172,9 +172,7 @@ def test_every_rank_of_any_cluster_gets_what_belongs_there(
             chunks = build_chunks(arch, layout=layout, **moe_settings(arch, spec), **changes)
             place = _place(rank, layout)
             for chunk in chunks:
-                _check_filled_once(
-                    chunk, param_plans(chunk, arch, arch.upcycled(spec), spec, place, lambda c: 0), used
-                )
+                _check_filled_once(chunk, param_plans(chunk, arch, arch.upcycled(spec), spec, place), used)
                 for parameter in chunk.parameters():
                     parameter.data.fill_(float("nan"))
             upcycle_into(chunks, dense, spec)

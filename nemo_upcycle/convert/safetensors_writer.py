@@ -1,0 +1,189 @@
+"""Streams a model's tensors into safetensors files; files that an earlier, stopped run finished are kept."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.sources.safetensors_folder import INDEX
+from nemo_upcycle.utils.files import clear_unfinished, require_disk, write_json
+from nemo_upcycle.utils.progress import ProgressLine
+from nemo_upcycle.utils.streams import StreamedFile
+
+
+MAX_SHARD_BYTES = 5 * 10**9
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_UNFINISHED = ".unfinished"
+
+Shapes = dict[str, tuple[int, ...]]
+#: Writes the data of a file's tensors, in their order, and tells how many more of them are written.
+WriteTensors = Callable[[StreamedFile, list[str], Callable[[int], None]], None]
+
+
+class _Stopped(Exception):
+    """Another file could not be written."""
+
+
+def require_dtype(dtype: torch.dtype) -> None:
+    """Check that weights of this type can be written.
+
+    Raises:
+        UpcycleError: they cannot.
+    """
+    if dtype not in _DTYPE_NAMES:
+        names = [str(one).removeprefix("torch.") for one in _DTYPE_NAMES]
+        raise UpcycleError(
+            "type of the weights on disk",
+            got=str(dtype).removeprefix("torch."),
+            expected=" or ".join(names),
+            fix=f"add --dtype {names[0]}",
+        )
+
+
+def safetensors_header(names: Iterable[str], shapes: Shapes, dtype: torch.dtype) -> bytes:
+    """Return what comes before the data of a safetensors file that holds these tensors one after the other."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        stop = offset + torch.Size(shapes[name]).numel() * dtype.itemsize
+        entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shapes[name]), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8, as the format asks
+    return len(text).to_bytes(8, "little") + text
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return a tensor's bytes as they lie in a file."""
+    return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+@dataclass(frozen=True)
+class SafetensorsWriter:
+    """Which tensors go into which file, and the loop that writes the files which are not there yet.
+
+    Args:
+        shapes: every tensor's name and shape, in the model's order.
+        dtype: type of all of them on disk.
+        max_shard_bytes: largest size of a file's data.
+        order: returns a file's tensors in the order in which they lie in it; by default the model's.
+
+    Example:
+        >>> writer = SafetensorsWriter(shapes, torch.bfloat16)  # doctest: +SKIP
+        >>> writer.write(Path("model"), write_tensors, "export")  # doctest: +SKIP
+    """
+
+    shapes: Shapes
+    dtype: torch.dtype
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    order: Callable[[list[str]], list[str]] = list
+
+    @cached_property
+    def files(self) -> dict[str, list[str]]:
+        """The tensors of every file, which is named as transformers names it."""
+        shards: list[list[str]] = [[]]
+        size_bytes = 0
+        for name in self.shapes:
+            tensor_bytes = self.size_bytes([name])
+            if shards[-1] and size_bytes + tensor_bytes > self.max_shard_bytes:
+                shards.append([])
+                size_bytes = 0
+            shards[-1].append(name)
+            size_bytes += tensor_bytes
+        if len(shards) == 1:
+            return {"model.safetensors": shards[0]}
+        return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": names for n, names in enumerate(shards, start=1)}
+
+    def size_bytes(self, names: Iterable[str]) -> int:
+        """Return the bytes of the data of these tensors."""
+        return sum(torch.Size(self.shapes[name]).numel() for name in names) * self.dtype.itemsize
+
+    @cached_property
+    def total_bytes(self) -> int:
+        """The bytes of the data of all tensors."""
+        return self.size_bytes(self.shapes)
+
+    def is_whole(self, folder: Path, file: str) -> bool:
+        """Return whether a file is there, as far as its size and header tell."""
+        path, names = folder / file, self.files[file]
+        if not path.is_file():
+            return False
+        header = safetensors_header(self.order(names), self.shapes, self.dtype)
+        if path.stat().st_size != len(header) + self.size_bytes(names):
+            return False
+        with path.open("rb") as handle:
+            return handle.read(len(header)) == header
+
+    def write(
+        self, folder: Path, write_tensors: WriteTensors, label: str, *, writers: int = 1, progress: bool = True
+    ) -> tuple[int, int]:
+        """Write every file that is not there whole, and the index if there are several.
+
+        A file gets its own name only when it is whole and on the disk.
+
+        Args:
+            folder: an existing folder.
+            write_tensors: writes the data of one file; with several writers, called in several threads at once.
+            label: what the progress line and a full disk's error call the work.
+            writers: files to write at a time.
+            progress: whether to show how far it is, on stderr.
+
+        Returns:
+            How many files were kept, and the bytes of the data written.
+
+        Raises:
+            UpcycleError: the disk has no room.
+        """
+        clear_unfinished(folder, f"*{_UNFINISHED}")  # before the free space is looked at
+        todo = [file for file in self.files if not self.is_whole(folder, file)]
+        todo_bytes = sum(self.size_bytes(self.files[file]) for file in todo)
+        kept = len(self.files) - len(todo)
+        require_disk(folder, todo_bytes, f"the rest of {label}" if kept else label)
+        with ProgressLine(label, len(self.shapes), enabled=progress) as line:
+            line.advance(len(self.shapes) - sum(len(self.files[file]) for file in todo))
+            self._write_files(folder, todo, write_tensors, writers, line)
+        if len(self.files) > 1:
+            weight_map = {name: file for file, names in self.files.items() for name in names}
+            write_json(folder / INDEX, {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map})
+        return kept, todo_bytes
+
+    def _write_files(
+        self, folder: Path, todo: list[str], write_tensors: WriteTensors, writers: int, line: ProgressLine
+    ) -> None:
+        """Write several files at a time; the first that fails stops all, and no half-written one stays."""
+        stopped, counting = threading.Event(), threading.Lock()
+
+        def advance(tensors: int) -> None:
+            if stopped.is_set():
+                raise _Stopped
+            with counting:
+                line.advance(tensors)
+
+        def write(file: str) -> None:
+            unfinished, names = folder / f"{file}{_UNFINISHED}", self.order(self.files[file])
+            try:
+                with StreamedFile(unfinished) as out:
+                    out.write(safetensors_header(names, self.shapes, self.dtype))
+                    write_tensors(out, names, advance)
+                unfinished.rename(folder / file)
+            except BaseException:
+                unfinished.unlink(missing_ok=True)
+                raise
+
+        with ThreadPoolExecutor(writers, "write") as pool:
+            try:
+                for job in as_completed([pool.submit(write, file) for file in todo]):
+                    job.result()
+            except BaseException:  # an interrupt, too
+                stopped.set()
+                pool.shutdown(cancel_futures=True)
+                raise

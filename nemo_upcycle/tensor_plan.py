@@ -1,0 +1,261 @@
+"""What a tensor of an upcycled model is made of: one record for upcycling, conversion, verification and receipt.
+
+`plan_tensor` decides it, and nothing else does: the slices of the dense tensors, which of several dense models they
+come from, the factors on them and what the init method changes. `expand_slice` and `change_copies` carry it out.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from nemo_upcycle.init.experts import ExpertMatrix
+from nemo_upcycle.init.methods import METHODS, Method
+from nemo_upcycle.init.router import router_weight
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.mapping import ParamMapping, Sharding, mapping_of, mapping_of_hf
+from nemo_upcycle.models.sharding import Shard, SourceSlice, shard_shape, source_slices
+from nemo_upcycle.sources.base import DenseSource
+from nemo_upcycle.sources.checks import require_finite
+from nemo_upcycle.spec import UpcycleSpec
+
+
+Bounds = tuple[tuple[int, int], ...]
+#: Roles that no dense tensor stands behind.
+_ROUTER_ROLES = ("router", "router_bias")
+_WHOLE = Shard()
+
+
+class DenseSlice(NamedTuple):
+    """A slice of a dense tensor, and the rows of the tensor made of it that it fills."""
+
+    name: str
+    piece: SourceSlice
+
+    @property
+    def bounds(self) -> Bounds:
+        """The slice, as (start, stop) along every axis of the dense tensor."""
+        return self.piece.source
+
+    def __str__(self) -> str:
+        """Return it as the receipt writes it."""
+        return f"{self.name}[{', '.join(f'{start}:{stop}' for start, stop in self.bounds)}]"
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What one tensor of an upcycled model is made of. Experts that are copies of one dense slice have equal plans.
+
+    Args:
+        mapping: what the tensor is in the upcycled model.
+        layer: number in the whole model, from 0; None outside the layers.
+        slices: the dense slices that it is put together from; none for a router.
+        shard: the rank's part of it.
+        branch: which of several dense models a routed expert comes from; None for everything else.
+        factors: factors on it, applied in turn, each product rounded to the tensor's type.
+        method: changes each expert's copy afterwards; None leaves the copies as they are.
+    """
+
+    mapping: ParamMapping
+    layer: int | None
+    slices: tuple[DenseSlice, ...] = ()
+    shard: Shard = _WHOLE
+    branch: int | None = None
+    factors: tuple[float, ...] = ()
+    method: Method | None = None
+
+    @property
+    def is_router(self) -> bool:
+        """Whether it belongs to a router, which is drawn and not made of dense slices."""
+        return self.mapping.role in _ROUTER_ROLES
+
+    @property
+    def is_down(self) -> bool:
+        """Whether it is a down projection, whose columns are the neurons."""
+        return self.mapping.sharding is Sharding.NEURON_COLUMNS
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The matrices of a feed-forward network that its slices are of: `gate`, `up` or `down`."""
+        if self.mapping.sharding is Sharding.GATED:
+            return tuple(("gate", "up")[slice_.piece.part] for slice_ in self.slices)
+        return ("up",) if self.mapping.sharding is Sharding.NEURON_ROWS else ("down",)
+
+    @property
+    def factor(self) -> float:
+        """The product of the factors."""
+        return math.prod(self.factors, start=1.0)
+
+    def source(self, dense: DenseSource) -> DenseSource:
+        """Return the one of several mixed dense models that the slices are read from."""
+        return dense if self.branch is None else dense.branches()[self.branch]
+
+    def made_by(self, spec: UpcycleSpec | None) -> str:
+        """Return how the tensor is made, for the receipt."""
+        if self.mapping.role == "router_bias":
+            return "zero"
+        if self.is_router and spec:
+            return f"router_init={spec.router_init}, std={spec.router_std}, seed={spec.seed}"
+        words = ["copied", *(f"times {factor:.6g}" for factor in self.factors)]
+        return ", ".join([*words, self.method.made_by(spec)] if self.method and spec else words)
+
+    def drawn(self, spec: UpcycleSpec, hidden_size: int) -> torch.Tensor:
+        """Return a router's weight [E, D] or bias [E], float32."""
+        if self.mapping.role == "router_bias":
+            return torch.zeros(spec.num_experts)
+        assert self.layer is not None
+        return router_weight(spec, self.layer, hidden_size)
+
+
+def plan_tensor(
+    mapping: ParamMapping,
+    layer: int | None,
+    expert: int,
+    dense: Architecture,
+    moe: Architecture,
+    spec: UpcycleSpec | None,
+    *,
+    parents: int = 1,
+    shard: Shard = _WHOLE,
+    shape: tuple[int, ...] | None = None,
+    hf_part: int | None = None,
+) -> TensorPlan:
+    """Decide what a tensor is made of.
+
+    Copy c of the dense network, cut into G shards, is the experts c G to c G + G - 1 and comes from parent
+    c modulo `parents`. An expert's output, and the shared experts', is scaled so that their sum stays exact.
+
+    Args:
+        mapping: what the tensor is in the upcycled model.
+        layer: number in the whole model; None outside the layers.
+        expert: number of the routed expert over all ranks; 0 for everything else.
+        dense: the dense model's architecture.
+        moe: the upcycled model's; the dense one's where nothing is upcycled.
+        spec: how one becomes the other; None for a dense model.
+        parents: number of dense models that become experts in turn.
+        shard: the rank's part of the tensor.
+        shape: the shard's shape, where a vocabulary may be padded.
+        hf_part: of a fused Megatron parameter, the Hugging Face tensor that is meant; None: the parameter itself.
+    """
+    if mapping.role in _ROUTER_ROLES:
+        return TensorPlan(mapping, layer, shard=shard)
+    tied = mapping.role == "output" and dense.tied_embeddings
+    source = mapping_of("embedding" if tied else mapping.dense_role, dense)
+    copy, first_neuron = 0, 0
+    if mapping.is_expert and moe.expert_ffn_size:
+        copy, part = divmod(expert, dense.ffn_size // moe.expert_ffn_size)
+        first_neuron = part * moe.expert_ffn_size
+    shape = shape or shard_shape(mapping, moe, shard)
+    names = source.names(dense)
+    slices = tuple(
+        DenseSlice(names[piece.part].format(layer=layer), piece)
+        for piece in source_slices(source, dense, shard, shape, first_neuron)
+        if hf_part in (None, piece.part)
+    )
+    branch = copy % parents if mapping.is_expert else None
+    factors = _factors(mapping.role, expert, spec, hf=hf_part is not None) if spec else ()
+    method = METHODS[spec.method] if spec and mapping.is_expert and not mapping.role.endswith("_bias") else None
+    return TensorPlan(mapping, layer, slices, shard, branch, factors, method if method and method.computes else None)
+
+
+def plan_hf_tensor(
+    hf_name: str, dense: Architecture, moe: Architecture, spec: UpcycleSpec, parents: int = 1
+) -> tuple[TensorPlan, int]:
+    """Return what a tensor of an upcycled Hugging Face model is made of, and the number of its routed expert.
+
+    Args:
+        hf_name: the tensor's name.
+        dense: the dense model's architecture.
+        moe: the upcycled model's.
+        spec: how one becomes the other.
+        parents: number of dense models that become experts in turn.
+    """
+    mapping, part, layer, expert = mapping_of_hf(hf_name, moe)
+    return plan_tensor(mapping, layer, expert, dense, moe, spec, parents=parents, hf_part=part), expert
+
+
+def hf_factor(role: str) -> float:
+    """Return the factor of an exported tensor: Qwen2-MoE halves its shared expert, see `hf_constants`."""
+    return 2.0 if role == "shared_fc2" else 1.0
+
+
+def _factors(role: str, expert: int, spec: UpcycleSpec, *, hf: bool) -> tuple[float, ...]:
+    """Return the factors on what stands behind a network's activation: weights and bias of its output."""
+    of_role = {"expert_fc2": spec.expert_scale(expert), "expert_fc2_bias": spec.bias_scale, "shared_fc2": 0.5}
+    factors = (of_role.get(role, 1.0), hf_factor(role) if hf else 1.0)
+    return tuple(factor for factor in factors if factor != 1.0)
+
+
+def expand_slice(
+    plan: TensorPlan,
+    name: str,
+    slice_: torch.Tensor,
+    source: DenseSource,
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return what a dense slice, or some rows of it, becomes: cast, then scaled in that type.
+
+    Args:
+        plan: of the tensor that it is a part of.
+        name: of the dense tensor.
+        slice_: as it was read.
+        source: where from, for the text of an error.
+        dtype: the type of the result.
+        out: where to put it; by default a new tensor, or the slice itself where nothing changes.
+
+    Raises:
+        BrokenWeights: it holds NaN, infinity or a number too large for the type.
+    """
+    made = slice_.to(dtype) if out is None else out.copy_(slice_)
+    for factor in plan.factors:
+        made = torch.mul(made, factor, out=out)
+    require_finite(slice_, name, source, made=made)
+    return made
+
+
+def change_copies(
+    plan: TensorPlan, spec: UpcycleSpec, source: DenseSource, experts: Sequence[int], tensors: Sequence[torch.Tensor]
+) -> None:
+    """Let the init method change every expert's copy, in place.
+
+    Args:
+        plan: of the tensors; without a method nothing happens.
+        spec: says how much, and with which seed.
+        source: read once more where tensor parallelism left a part of the matrix on this rank.
+        experts: numbers of the experts over all ranks.
+        tensors: their copies.
+
+    Raises:
+        BrokenWeights: what comes out is too large for the type.
+    """
+    if plan.method is None:
+        return
+    assert plan.layer is not None
+    for expert, tensor in zip(experts, tensors, strict=True):
+        views = [tensor.T] if plan.is_down else tensor.chunk(len(plan.parts))
+        for part, dense_slice, view_FD in zip(plan.parts, plan.slices, views, strict=True):
+            whole_FD = functools.cache(functools.partial(_whole_matrix, plan, dense_slice, source, view_FD))
+            first = plan.shard.rank * view_FD.shape[0]
+            plan.method.change(spec, ExpertMatrix(plan.layer, expert, part, first, view_FD, whole_FD))
+            require_finite(whole_FD(), dense_slice.name, source, made=view_FD)
+
+
+def _whole_matrix(
+    plan: TensorPlan, dense_slice: DenseSlice, source: DenseSource, local_FD: torch.Tensor
+) -> torch.Tensor:
+    """Return all neurons of an expert's matrix, of which the rank holds some."""
+    if plan.shard.size == 1:
+        return local_FD.clone()
+    count, axis = local_FD.shape[0], int(plan.is_down)
+    bounds = list(dense_slice.bounds)
+    first = bounds[axis][0] - plan.shard.rank * count
+    bounds[axis] = (first, first + plan.shard.size * count)
+    whole = source.read(dense_slice.name, bounds)
+    whole = expand_slice(plan, dense_slice.name, whole, source, local_FD.dtype).to(local_FD.device)
+    return whole.T if plan.is_down else whole

@@ -1,0 +1,60 @@
+"""Checks of numbers that a user gave. A bool is no number."""
+
+from __future__ import annotations
+
+import math
+
+from nemo_upcycle.errors import SpecError, UpcycleError
+
+
+def is_whole(value: object, low: int, high: float = math.inf) -> bool:
+    """Return whether a value is a whole number between two others, both included."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def is_number(value: object, low: float, high: float = math.inf) -> bool:
+    """Return whether a value is a number between two others, both included; NaN is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+def check_whole(
+    name: str, value: object, low: int, high: int, of: str = "", error: type[UpcycleError] = SpecError
+) -> None:
+    """Check that a setting is a whole number within a range.
+
+    Args:
+        name: the setting's.
+        value: its value.
+        low: the smallest number allowed.
+        high: the largest.
+        of: the setting that the largest comes from, for the text of the error.
+        error: what to raise.
+
+    Raises:
+        UpcycleError: it is not.
+
+    Example:
+        >>> check_whole("top_k", 9, 1, 8, "num_experts")
+        Traceback (most recent call last):
+        nemo_upcycle.errors.SpecError: top_k: got 9, expected a whole number, 1 to 8 (num_experts). Fix: ...
+    """
+    if not is_whole(value, low, high):
+        limit = f"a whole number, {low} to {high}" + (f" ({of})" if of else "")
+        raise error(name, got=value, expected=limit, fix=f"set {name} within the range")
+
+
+def check_number(name: str, value: object, low: float, high: float, error: type[UpcycleError] = SpecError) -> None:
+    """Check that a setting is a number within a range.
+
+    Args:
+        name: the setting's.
+        value: its value.
+        low: the smallest number allowed.
+        high: the largest.
+        error: what to raise.
+
+    Raises:
+        UpcycleError: it is not.
+    """
+    if not is_number(value, low, high):
+        raise error(name, got=value, expected=f"a number, {low:g} to {high:g}", fix=f"set {name} within the range")
