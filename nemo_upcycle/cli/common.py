@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.spec import METHODS, MOE_LAYERS, OUTPUT_SCALES, ROUTER_INITS, ROUTER_ORDERS, UpcycleSpec
+from nemo_upcycle.init.methods import METHODS
+from nemo_upcycle.spec import MOE_LAYERS, OUTPUT_SCALES, ROUTER_INITS, ROUTER_ORDERS, UpcycleSpec
 from nemo_upcycle.utils.dtypes import DTYPES, dtype_of
 
 
@@ -20,7 +21,7 @@ _SPEC_OPTIONS: dict[str, tuple[str, type, str, str]] = {
     "--experts": ("num_experts", int, "N", "routed experts of an MoE layer"),
     "--top-k": ("top_k", int, "K", "experts that process a token"),
     "--granularity": ("granularity", int, "G", "parts that the dense network is cut into; N and K are multiples of G"),
-    "--method": ("method", str, "|".join(METHODS), "copies, copies plus noise, or copies with redrawn neurons"),
+    "--method": ("method", str, "|".join(METHODS), "; ".join(method.summary for method in METHODS.values())),
     "--noise-std": ("noise_std", float, "X", "standard deviation of the noise over that of the weights"),
     "--drop-ratio": ("drop_ratio", float, "R", "share of the neurons that drop redraws"),
     "--shared-experts": ("shared_experts", int, "S", "experts that process every token, at most G"),

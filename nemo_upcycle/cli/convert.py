@@ -17,7 +17,8 @@ from nemo_upcycle.cli.common import (
     show,
 )
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.init.methods import METHODS
+from nemo_upcycle.spec import UpcycleSpec, option_of
 
 
 if TYPE_CHECKING:
@@ -72,13 +73,13 @@ def run(args: argparse.Namespace) -> int:
     """
     given = given_spec(args)
     spec = UpcycleSpec(**given)
-    for name, method in (("noise_std", "noise"), ("drop_ratio", "drop")):
-        if name in given and spec.method != method:
+    for method in METHODS.values():
+        if method.strength in given and method.strength != METHODS[spec.method].strength:
             raise SpecError(
-                f"--{name.replace('_', '-')}",
-                got=given[name],
-                expected=f"it with --method {method} only",
-                fix=f"add --method {method}, or omit this option",
+                option_of(method.strength),
+                got=given[method.strength],
+                expected=f"it with --method {method.name} only",
+                fix=f"add --method {method.name}, or omit this option",
             )
     from nemo_upcycle.convert.offline import convert
     from nemo_upcycle.data.dense import local_model
