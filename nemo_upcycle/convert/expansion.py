@@ -1,7 +1,7 @@
 """The tensors of an upcycled Hugging Face model, made from dense slices and written straight into their files.
 
-A dense slice is read, cast and checked once and written to all experts that are copies of it. In a file they lie side
-by side, so that it is written from front to end. Memory does not grow with the model: slices go through in blocks.
+A dense slice is read, cast and checked once and written to all experts that are copies of it. In a file they are
+neighbours, so that it is written from front to end. Memory does not grow with the model: slices go through in blocks.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Expansion:
         return 1 if METHODS[self.spec.method].computes else min(WRITERS, os.cpu_count() or 1)
 
     def order(self, names: list[str]) -> list[str]:
-        """Return the tensors of a file in the order in which they lie in it: copies of one slice side by side."""
+        """Return the tensors of a file in the order in which they are written: copies of one slice are neighbours."""
         return [name for copies in self._copies(names).values() for name, _ in copies]
 
     def write_tensors(self, file: StreamedFile, names: list[str], advance: Callable[[int], None]) -> None:

@@ -53,7 +53,7 @@ class About:
         title: its name; None: the folder's.
         facts: lines of the model card: how it was upcycled, data, training.
         router_aux_loss: the coefficient of the load-balancing loss that it was trained with; None: not known.
-        notes: what is not exact, not known or taken for granted.
+        notes: what is not exact, not known or assumed.
         checkpoint: name of the checkpoint.
     """
 
@@ -239,7 +239,7 @@ def export_checkpoint(
 ) -> Path:
     """Export a NeMo or Megatron checkpoint, saved under any layout, to a Hugging Face folder.
 
-    A call that was killed is gone on with by the next one with the same arguments, file by file.
+    After a kill, a call with the same arguments continues with the first file that is missing.
 
     Args:
         checkpoint: the checkpoint.
@@ -277,7 +277,7 @@ def export_checkpoint(
         arch = arch.upcycled(spec)
     elif spec is not None:
         raise SpecError(
-            "spec", got=spec, expected=f"none: {checkpoint} is a dense model", fix="leave the spec's options out"
+            "spec", got=spec, expected=f"none: {checkpoint} is a dense model", fix="omit the spec's options"
         )
     weights.require_all_read(arch)
     about = replace(

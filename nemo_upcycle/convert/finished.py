@@ -24,7 +24,7 @@ def plan_of(dense: DenseSource, spec: UpcycleSpec, dtype: torch.dtype, max_shard
     """
     sources = []
     for source in dense.branches():
-        folders = (source.path, source.path / "weights")  # NeMo's files lie in the latter
+        folders = (source.path, source.path / "weights")  # NeMo's files are in the latter
         files = [path for name in source.fingerprint() for folder in folders if (path := folder / name).is_file()]
         changed_ns = {str(path.relative_to(source.path)): path.stat().st_mtime_ns for path in files}
         sources.append({"path": str(source.path.resolve()), "files": source.fingerprint(), "changed_ns": changed_ns})
@@ -79,7 +79,7 @@ def _marker(output: Path) -> dict[str, Any]:
     """Return what a finished folder says of itself.
 
     Raises:
-        UpcycleError: it is damaged. Nobody could write it again by hand.
+        UpcycleError: it is damaged.
     """
     try:
         marker = read_json(output / MODEL_MARKER)
@@ -91,13 +91,13 @@ def _marker(output: Path) -> dict[str, Any]:
     raise UpcycleError(
         str(output / MODEL_MARKER),
         got="a damaged file",
-        expected="what finished the folder",
+        expected="the marker of a finished folder",
         fix="choose another name, or remove the folder and run the same command again",
     )
 
 
 def add_tokenizer_files(dense_folder: Path, output: Path) -> None:
-    """Copy what the parent's folder got after the conversion, say a tokenizer."""
+    """Copy files, say a tokenizer, that the parent's folder got after the conversion."""
     marker = _marker(output)
     if not set(tokenizer_file_names(dense_folder)) <= set(marker["companions"]):
         write_json(output / MODEL_MARKER, marker | {"companions": copy_tokenizer_files(dense_folder, output)})

@@ -15,17 +15,17 @@ from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint, m
 from nemo_upcycle.sources.megatron_checkpoint import model_tensors
 
 
-#: What is read before the mapped files' memory is given back: often enough to stay small, too seldom to cost time.
+#: Bytes read before the mapped files' memory is released: small enough for memory, large enough for speed.
 _RELEASE_BYTES = 256 << 20
 
 
 class MegatronWeights(Protocol):
-    """Whole Megatron parameters, by row, layer and expert."""
+    """Whole Megatron parameters, by mapping, layer and expert."""
 
-    def read(self, row: ParamMapping, layer: int, expert: int) -> torch.Tensor:
+    def read(self, mapping: ParamMapping, layer: int, expert: int) -> torch.Tensor:
         """Return a parameter, gathered over tensor-parallel ranks; vocabularies may be padded."""
 
-    def dtype(self, row: ParamMapping, layer: int, expert: int) -> torch.dtype:
+    def dtype(self, mapping: ParamMapping, layer: int, expert: int) -> torch.dtype:
         """Return a parameter's type."""
 
 
@@ -42,19 +42,19 @@ class CheckpointWeights:
         self._prefix = model_prefix(self.checkpoint)
         self._released_at_bytes = 0
 
-    def _key(self, row: ParamMapping, layer: int) -> tuple[str, bool]:
-        """Return the name of a row's tensor and whether its first axis counts layers."""
-        for stored in row.stored:
-            stacked = f"{self._prefix}decoder.layers.{stored}" if row.in_layer else self._prefix + stored
+    def _key(self, mapping: ParamMapping, layer: int) -> tuple[str, bool]:
+        """Return the name of a mapping's tensor and whether its first axis counts layers."""
+        for stored in mapping.stored:
+            stacked = f"{self._prefix}decoder.layers.{stored}" if mapping.in_layer else self._prefix + stored
             if stacked in self.checkpoint.names():
-                return stacked, row.in_layer
+                return stacked, mapping.in_layer
             single = f"{self._prefix}decoder.layers.{layer}.{stored}"
-            if row.in_layer and single in self.checkpoint.names():
+            if mapping.in_layer and single in self.checkpoint.names():
                 return single, False
         raise CheckpointError(
-            f"{self.checkpoint.path}: {row.role} of layer {layer}",
+            f"{self.checkpoint.path}: {mapping.role} of layer {layer}",
             got="no such tensor",
-            expected=" or ".join(row.stored),
+            expected=" or ".join(mapping.stored),
             fix="export a checkpoint of a Llama-family model, dense or upcycled",
         )
 
@@ -101,9 +101,9 @@ class CheckpointWeights:
         Raises:
             CheckpointError: it does, or lacks a tensor of `arch`.
         """
-        rows = [(row, 0) for row in MODEL_MAPPINGS if row.role != "output" or not arch.tied_embeddings]
-        rows += [(row, layer) for layer in range(arch.num_layers) for row in layer_mappings(arch, layer)]
-        read = {self._key(row, layer)[0] for row, layer in rows}
+        mappings = [(mapping, 0) for mapping in MODEL_MAPPINGS if mapping.role != "output" or not arch.tied_embeddings]
+        mappings += [(mapping, layer) for layer in range(arch.num_layers) for mapping in layer_mappings(arch, layer)]
+        read = {self._key(mapping, layer)[0] for mapping, layer in mappings}
         if unread := sorted(set(model_tensors(self.checkpoint, self._prefix)) - read):
             raise CheckpointError(
                 f"{self.checkpoint.path}: tensors that the export would leave out",
@@ -112,17 +112,17 @@ class CheckpointWeights:
                 fix="give the spec that it was upcycled by (as --shared-experts, --moe-layers) and its own parent",
             )
 
-    def dtype(self, row: ParamMapping, layer: int, expert: int) -> torch.dtype:
+    def dtype(self, mapping: ParamMapping, layer: int, expert: int) -> torch.dtype:
         """Return a parameter's type."""
-        return self.checkpoint.dtype(self._key(row, layer)[0])
+        return self.checkpoint.dtype(self._key(mapping, layer)[0])
 
-    def read(self, row: ParamMapping, layer: int, expert: int) -> torch.Tensor:
+    def read(self, mapping: ParamMapping, layer: int, expert: int) -> torch.Tensor:
         """Return a parameter, put together from the pieces of all ranks."""
         if self.checkpoint.bytes_read - self._released_at_bytes > _RELEASE_BYTES:
             self.checkpoint.release()
             self._released_at_bytes = self.checkpoint.bytes_read
-        key, stacked = self._key(row, layer)
-        position = ([layer] if stacked else []) + ([expert] if row.is_expert else [])
+        key, stacked = self._key(mapping, layer)
+        position = ([layer] if stacked else []) + ([expert] if mapping.is_expert else [])
         shape = self.checkpoint.shape(key)
         index = [(at, at + 1) for at in position] + [(0, size) for size in shape[len(position) :]]
         return self.checkpoint.read(key, index).view(shape[len(position) :])
@@ -134,16 +134,19 @@ class LiveWeights:
     def __init__(self, model: torch.nn.Module) -> None:
         self._parameters: dict[str, Any] = dict(model.named_parameters())
 
-    def dtype(self, row: ParamMapping, layer: int, expert: int) -> torch.dtype:
+    def dtype(self, mapping: ParamMapping, layer: int, expert: int) -> torch.dtype:
         """Return a parameter's type."""
-        return self.read(row, layer, expert).dtype
+        return self.read(mapping, layer, expert).dtype
 
-    def read(self, row: ParamMapping, layer: int, expert: int) -> torch.Tensor:
+    def read(self, mapping: ParamMapping, layer: int, expert: int) -> torch.Tensor:
         """Return a parameter."""
-        prefix = f"decoder.layers.{layer}." if row.in_layer else ""
-        for template in row.megatron:
+        prefix = f"decoder.layers.{layer}." if mapping.in_layer else ""
+        for template in mapping.megatron:
             if (name := prefix + template.format(expert=expert)) in self._parameters:
                 return self._parameters[name].detach()
         raise CheckpointError(
-            f"{row.role} of layer {layer}", got="no such parameter", expected=row.megatron[-1], fix="use one rank"
+            f"{mapping.role} of layer {layer}",
+            got="no such parameter",
+            expected=mapping.megatron[-1],
+            fix="use one rank",
         )

@@ -1,4 +1,4 @@
-"""The README.md of a Hugging Face folder that this package writes: from what, how and by what it was made."""
+"""The README.md of a Hugging Face folder that this package writes: from what, how and by what it was arch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MAX_BYTES = 1 << 20
 def write_card(
     folder: Path,
     parents: Sequence[Path],
-    made: Architecture,
+    arch: Architecture,
     *,
     title: str,
     tool: str,
@@ -35,26 +35,26 @@ def write_card(
     Args:
         folder: where to.
         parents: folders of the dense models; the first gives everything but the experts.
-        made: the model's architecture.
+        arch: the model's architecture.
         title: name of the model.
         tool: the command that wrote it.
         facts: lines of the table: what was done, with which numbers.
-        notes: what is not exact, not known or taken for granted.
+        notes: what is not exact, not known or assumed.
     """
     names = [_hub_name(parent) for parent in parents]
     lineage = [name or parent.resolve().name for name, parent in zip(names, parents, strict=True)]
     cards = [_front_matter(parent) for parent in parents]
-    front = _front(names, cards, made)
+    front = _front(names, cards, arch)
     rows = {
         "Made from": ", ".join(lineage),
-        "Class": f"{made.hf_class}, {made.total_params:,} parameters, {made.active_params:,} active for a token",
+        "Class": f"{arch.hf_class}, {arch.total_params:,} parameters, {arch.active_params:,} active for a token",
         **facts,
         "Written by": f"{tool}, version {__version__}",
     }
     lines = ["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(), "---", "", f"# {title}", ""]
-    if made.num_experts:
+    if arch.num_experts:
         lines += [
-            f"A Mixture-of-Experts model ({made.num_experts} experts, {made.top_k} for a token), upcycled from a "
+            f"A Mixture-of-Experts model ({arch.num_experts} experts, {arch.top_k} for a token), upcycled from a "
             "dense model ([arXiv 2412.09952](https://arxiv.org/abs/2412.09952)): the experts are made of its "
             "feed-forward network.",
             "",
@@ -87,7 +87,7 @@ def training_facts(metrics: Path, step: int) -> dict[str, str]:
     return {}
 
 
-def _front(names: list[str | None], cards: list[dict[str, Any]], made: Architecture) -> dict[str, Any]:
+def _front(names: list[str | None], cards: list[dict[str, Any]], arch: Architecture) -> dict[str, Any]:
     """Return the card's metadata, as the Hugging Face hub reads it."""
     # A parent that has no name on the hub may name its own base there: then that is the nearest one.
     bases = [name or card.get("base_model") for name, card in zip(names, cards, strict=True)]
@@ -98,7 +98,7 @@ def _front(names: list[str | None], cards: list[dict[str, Any]], made: Architect
     for key in _INHERITED:
         if cards[0].get(key) and all(card.get(key) == cards[0][key] for card in cards):
             front[key] = cards[0][key]
-    tags = ["nemo-upcycle", *(["mixture-of-experts", "moe", "upcycling"] if made.num_experts else [])]
+    tags = ["nemo-upcycle", *(["mixture-of-experts", "moe", "upcycling"] if arch.num_experts else [])]
     return {**front, "library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
 
 

@@ -1,7 +1,7 @@
 """A dense checkpoint -> an upcycled Hugging Face folder, without a training job: the bits of upcycling and exporting.
 
-Every file of the output stands under its own name only when it is whole and on the disk, so a run that was stopped, at
-any time and by anything, goes on with the first file that is missing. `expansion.py` makes the files.
+Every file of the output gets its own name only when it is whole and on the disk, so a run that was stopped, at any
+time and by anything, continues with the first file that is missing. `expansion.py` makes the tensors.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def convert(
 ) -> Conversion:
     """Write the Hugging Face folder of the model that a spec makes of a dense checkpoint; complete or not at all.
 
-    The bits are those of `upcycle_into` in a model of that type, exported. Work in progress lies in a hidden folder
-    beside `output`; called again with the same source and spec, what is finished there is kept.
+    The bits are those of `upcycle_into` in a model of that type, exported. Work in progress is in a hidden folder
+    beside `output`; a call with the same source and spec keeps the files that are finished there.
 
     Args:
         dense: the open dense checkpoint, whose folder also has config and tokenizer.

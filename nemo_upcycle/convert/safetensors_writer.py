@@ -63,7 +63,7 @@ def safetensors_header(names: Iterable[str], shapes: Shapes, dtype: torch.dtype)
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return a tensor's bytes as they lie in a file."""
+    """Return a tensor's bytes as a file stores them."""
     return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
@@ -75,7 +75,7 @@ class SafetensorsWriter:
         shapes: every tensor's name and shape, in the model's order.
         dtype: type of all of them on disk.
         max_shard_bytes: largest size of a file's data.
-        order: returns a file's tensors in the order in which they lie in it; by default the model's.
+        order: returns a file's tensors in the order in which they are written; by default the model's.
 
     Example:
         >>> writer = SafetensorsWriter(shapes, torch.bfloat16)  # doctest: +SKIP

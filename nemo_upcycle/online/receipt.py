@@ -14,7 +14,7 @@ from nemo_upcycle.utils.files import read_json, write_json
 
 @dataclass(frozen=True)
 class ParameterRecord:
-    """Where one parameter of a rank came from; `sha256` is of its bytes, when asked for."""
+    """How one parameter of a rank was made; `sha256` is of its bytes, if hashes were asked for."""
 
     name: str
     shape: tuple[int, ...]
@@ -110,11 +110,11 @@ def spec_of(
         fields: those of the receipt's spec, if there is a receipt.
         path: of its file, for the text of an error.
         given: what the options say.
-        unsaid: without a receipt, the fields of what else is known of the model.
+        unsaid: without a receipt, fields that are known from elsewhere.
 
     Raises:
         SpecError: an option contradicts the receipt, or a value is wrong.
-        UpcycleError: the receipt's spec has a field that there is none of, or a value of another type.
+        UpcycleError: the receipt's spec has an unknown field, or a value of another type.
     """
     try:
         spec = UpcycleSpec(**fields) if fields else None
@@ -135,6 +135,6 @@ def spec_of(
                 option_of(name),
                 got=got,
                 expected=f"{expected} (spec.{name} in {path})",
-                fix=f"leave {option_of(name)} out, or give the receipt of another run (--receipt FILE)",
+                fix=f"omit {option_of(name)}, or give the receipt of another run (--receipt FILE)",
             )
     return spec

@@ -11,11 +11,11 @@ from types import TracebackType
 from nemo_upcycle.errors import UpcycleError
 
 
-#: The disk begins with what was written when there is so much of it; the kernel would wait for a tenth of memory.
+#: Bytes after which writing to the disk begins; the kernel itself would wait for a tenth of the memory.
 _FLUSH_BYTES = 64 << 20
 #: Bytes of one step where the kernel cannot copy.
 _STEP_BYTES = 1 << 20
-#: What a system says that cannot copy between these two files.
+#: Errors of a system that cannot copy between these two files.
 _CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY)
 
 

@@ -2,7 +2,7 @@
 
 Twice: of the weights, matrix by matrix and streamed, which tells what was done to them; and of the logits on real
 text, in float32 with Hugging Face's own implementations, which tells whether the two compute the same function. Where
-networks were cut, also of the routing in the MoE model's own type: in 16 bits it may tear copies apart.
+granularity cut the networks, also of the routing in the MoE model's own type (`routing.py`).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ there is a bakery, and nobody expects us before the evening." He put the suitcas
 class Verification:
     """What `verify` found; `equal` is by the logits in float32 where they were compared, else by the weights.
 
-    Torn tokens do not change it: they are no matter of the weights, but of the type in which a server routes.
+    Torn tokens do not change it: they depend on the type in which a server routes, not on the weights.
     """
 
     dense: Path
@@ -103,7 +103,7 @@ def verify(
         True
     """
     if not 0 <= tolerance < math.inf:
-        raise SpecError("tolerance", got=tolerance, expected="a number, 0 or more", fix="leave it at 1e-4")
+        raise SpecError("tolerance", got=tolerance, expected="a number, 0 or more", fix="use the default, 1e-4")
     with open_dense(dense) as parent, SafetensorsFolder(moe) as child:
         hf_class = child.architecture.hf_class
         if hf_class not in MOE_CLASSES:

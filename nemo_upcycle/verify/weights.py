@@ -23,7 +23,7 @@ from nemo_upcycle.utils.progress import track
 
 
 _BLOCK_BYTES = 32 << 20
-#: What makes another function, or other shapes, if it is not the parent's.
+#: Settings that change the function or the shapes if they differ from the parent's.
 _KEPT = (
     *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "tied_embeddings"),
     *("activation", "rope_theta", "rope_scaling", "window", "qkv_bias", "zero_centered_norm"),

@@ -77,10 +77,10 @@ def _with_te(chunks: list[Any], **changes: Any) -> list[Any]:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    twins = []
+    chunks_te = []
     for chunk in chunks:
         config = replace(chunk.config, **changes)
-        twins.append(
+        chunks_te.append(
             GPTModel(
                 config,
                 # for every layer get_gpt_layer_with_transformer_engine_spec, with or without experts
@@ -95,7 +95,7 @@ def _with_te(chunks: list[Any], **changes: Any) -> list[Any]:
                 vp_stage=chunk.vp_stage,
             )
         )
-    return twins
+    return chunks_te
 
 
 def _filled(chunks: list[Any], source: MemorySource, spec: UpcycleSpec | None) -> dict[Any, torch.Tensor]:
@@ -112,10 +112,10 @@ def _filled(chunks: list[Any], source: MemorySource, spec: UpcycleSpec | None) -
             layer, inner = None, name
             if match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name):
                 layer, inner = chunk.decoder.layers[int(match[1])].layer_number, match[2]
-            row_and_expert = find_mapping(inner, in_layer=layer is not None)
-            assert row_and_expert, name
+            mapping_and_expert = find_mapping(inner, in_layer=layer is not None)
+            assert mapping_and_expert, name
             assert not parameter.isnan().any(), f"{name} was not filled"
-            found[row_and_expert[0].role, layer, row_and_expert[1]] = parameter.detach()
+            found[mapping_and_expert[0].role, layer, mapping_and_expert[1]] = parameter.detach()
     assert len(found) == sum(len(list(chunk.parameters())) for chunk in chunks)
     return found
 
@@ -193,7 +193,7 @@ def _saved(chunk: Any) -> dict[Any, tuple[Any, torch.Tensor]]:
     for shard in (value for value in nested_values(state) if isinstance(value, ShardedTensor)):
         in_layer = re.fullmatch(r"decoder\.layers\.(?:(\d+)\.)?(.*)", shard.key)
         layer, name = in_layer.groups() if in_layer else (None, shard.key)
-        (role,) = (row.role for row in MAPPINGS if name in row.stored)
+        (role,) = (mapping.role for mapping in MAPPINGS if name in mapping.stored)
         saved[role, layer, tuple(shard.global_offset)] = shard.global_shape, shard.data
     return saved
 
@@ -230,12 +230,12 @@ def test_llama_3_8b_on_a_rank_of_512(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"num_layers": 32, "hidden_size": 4096, "ffn_size": 14336, "num_heads": 32, "num_kv_heads": 8}
     dense = small_architecture(**sizes, head_dim=128, vocab_size=128256, rope_theta=500000.0)
     spec = UpcycleSpec(num_experts=8, top_k=2)
-    made, layout = dense.upcycled(spec), Layout(gpus=512, tp=2, pp=4, vp=8, ep=8)
+    moe_arch, layout = dense.upcycled(spec), Layout(gpus=512, tp=2, pp=4, vp=8, ep=8)
     parameters = 0
     monkeypatch.setattr(torch.cuda, "current_device", lambda: "meta")
     with megatron_rank(layout, 37):
         config = replace(
-            transformer_config(made, layout),
+            transformer_config(moe_arch, layout),
             use_cpu_initialization=False,
             init_model_with_meta_device=True,
             sequence_parallel=True,
@@ -243,21 +243,21 @@ def test_llama_3_8b_on_a_rank_of_512(monkeypatch: pytest.MonkeyPatch) -> None:
             fp8="hybrid",
             fp8_recipe="blockwise",
         )
-        for stage, part in enumerate(layout.chunks(made, layout.group_ranks(37).pp)):
+        for stage, part in enumerate(layout.chunks(moe_arch, layout.group_ranks(37).pp)):
             block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=stage)
             ends = {"pre_process": part.has_embedding, "post_process": part.has_output}
             with torch.device("meta"):
                 chunk = GPTModel(
-                    config, block, made.vocab_size, 8192, position_embedding_type="rope", vp_stage=stage, **ends
+                    config, block, moe_arch.vocab_size, 8192, position_embedding_type="rope", vp_stage=stage, **ends
                 )
             assert {parameter.device.type for parameter in chunk.parameters()} == {"meta"}
-            targets = param_plans(chunk, dense, made, spec, RankCoords.here())
-            names = [name for target in targets for name in target.names]
+            plans = param_plans(chunk, dense, moe_arch, spec, RankCoords.here())
+            names = [name for plan in plans for name in plan.names]
             assert sorted(names) == sorted(name for name, _ in chunk.named_parameters())
-            for target in (target for target in targets if not target.made_of.is_router):
-                (tensor,) = target.tensors
-                covered = sum(piece.view(tensor).numel() for _, piece in target.made_of.slices)
-                assert covered == tensor.numel(), target.names
+            for plan in (plan for plan in plans if not plan.made_of.is_router):
+                (tensor,) = plan.tensors
+                covered = sum(piece.view(tensor).numel() for _, piece in plan.made_of.slices)
+                assert covered == tensor.numel(), plan.names
             parameters += sum(parameter.numel() for parameter in chunk.parameters())
     assert parameters == 1_840_054_272
 

@@ -71,15 +71,18 @@ def write_checkpoint(
     import torch.distributed.checkpoint as dcp
 
     arch = read_architecture(dense)
-    made = arch.upcycled(spec) if spec else arch
+    moe_arch = arch.upcycled(spec) if spec else arch
     generator = torch.Generator().manual_seed(3)
     state: dict[str, Any] = {}
-    for layer, rows in [(None, MODEL_MAPPINGS), *((n, layer_mappings(made, n)) for n in range(made.num_layers))]:
-        for row in rows:
-            shape = shard_shape(row, made, Shard())
-            shape = (made.num_experts, *shape) if row.is_expert else shape
+    for layer, mappings in [
+        (None, MODEL_MAPPINGS),
+        *((n, layer_mappings(moe_arch, n)) for n in range(moe_arch.num_layers)),
+    ]:
+        for mapping in mappings:
+            shape = shard_shape(mapping, moe_arch, Shard())
+            shape = (moe_arch.num_experts, *shape) if mapping.is_expert else shape
             inside = "" if layer is None else f"decoder.layers.{layer}."
-            state[prefix + inside + row.stored[0]] = torch.randn(shape, generator=generator) * 0.1 * factor
+            state[prefix + inside + mapping.stored[0]] = torch.randn(shape, generator=generator) * 0.1 * factor
     (folder / "weights").mkdir(parents=True)
     dcp.save(state | extra, checkpoint_id=str(folder / "weights"), no_dist=True)
     return folder

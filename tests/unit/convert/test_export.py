@@ -203,14 +203,14 @@ def test_what_is_no_weight_is_left_out(dense: Path, tmp_path: Path, prefix: str)
     assert is_complete(tmp_path / "hf")
 
 
-@pytest.mark.parametrize("target", ["run/pretrain", "run/pretrain/ck", "run/pretrain/ck/hf", "run/dense", "run"])
-def test_checkpoint_and_parent_are_never_replaced(dense: Path, tmp_path: Path, target: str) -> None:
+@pytest.mark.parametrize("output", ["run/pretrain", "run/pretrain/ck", "run/pretrain/ck/hf", "run/dense", "run"])
+def test_checkpoint_and_parent_are_never_replaced(dense: Path, tmp_path: Path, output: str) -> None:
     parent = Path(shutil.copytree(dense, tmp_path / "run/dense"))
     checkpoint = write_checkpoint(tmp_path / "run/pretrain/ck", dense, SPEC)
     for folder in (tmp_path / "run", tmp_path / "run/pretrain", parent):
         (folder / MARKER).write_text('{"stage": "pretrain"}')
     with _leaves_nothing(tmp_path, UpcycleError, "expected a folder apart from|not made by nemo-upcycle export"):
-        export_checkpoint(checkpoint, parent, tmp_path / target, spec=SPEC)
+        export_checkpoint(checkpoint, parent, tmp_path / output, spec=SPEC)
     with _leaves_nothing(tmp_path, UpcycleError, "expected a folder apart from|not made by nemo-upcycle export"):
         export_weights(LiveWeights(torch.nn.Module()), read_architecture(parent), parent, parent)
     export_checkpoint(checkpoint, parent, tmp_path / "run/hf", spec=SPEC)
@@ -225,12 +225,12 @@ def test_a_second_export_into_the_same_folder_waits_for_none(dense: Path, tmp_pa
     refused = []
 
     class Interrupted(CheckpointWeights):
-        def read(self, row: ParamMapping, layer: int, expert: int) -> torch.Tensor:
+        def read(self, mapping: ParamMapping, layer: int, expert: int) -> torch.Tensor:
             if not refused:
                 with pytest.raises(UpcycleError, match="another process writing it") as error:
                     export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC)
                 refused.append(error)
-            return super().read(row, layer, expert)
+            return super().read(mapping, layer, expert)
 
     arch = read_architecture(dense).upcycled(SPEC)
     export_weights(Interrupted(checkpoint), arch, dense, tmp_path / "hf", dtype=torch.float32)

@@ -52,7 +52,7 @@ def _ranks(layout: dict[str, int]) -> int:
     return layout["pp"] * math.lcm(layout["tp"], layout["ep"] * layout["etp"])
 
 
-def _place(rank: int, layout: dict[str, int]) -> RankCoords:
+def _coords(rank: int, layout: dict[str, int]) -> RankCoords:
     """Return where a rank stands: in Megatron's order tensor parallelism varies fastest, then expert parallelism."""
     tp, etp, ep = layout["tp"], layout["etp"], layout["ep"]
     return RankCoords(Shard(rank % tp, tp), Shard(rank % etp, etp), Shard(rank // etp % ep, ep))
@@ -101,7 +101,7 @@ def _clusters(draw: st.DrawFn) -> tuple[Architecture, UpcycleSpec, dict[str, int
     return arch, spec, layout, changes
 
 
-def _wanted(name: str, layer: int, dense: MemorySource, spec: UpcycleSpec, place: RankCoords) -> torch.Tensor:
+def _wanted(name: str, layer: int, dense: MemorySource, spec: UpcycleSpec, coords: RankCoords) -> torch.Tensor:
     """Return what a parameter must hold; the vocabulary without its padding, and not cut."""
     arch, tensors, kind = dense.architecture, dense.tensors, name.rpartition(".")[2]
 
@@ -117,24 +117,24 @@ def _wanted(name: str, layer: int, dense: MemorySource, spec: UpcycleSpec, place
         return tensors["model.norm.weight"] if "final" in name else hf(f"{inner}.weight")
     if "linear_qkv" in name:
         by_group = [hf(f"self_attn.{part}_proj.{kind}").unflatten(0, (arch.num_kv_heads, -1)) for part in "qkv"]
-        return torch.cat(by_group, 1).flatten(0, 1).chunk(place.dense.size)[place.dense.rank]
+        return torch.cat(by_group, 1).flatten(0, 1).chunk(coords.dense.size)[coords.dense.rank]
     if "linear_proj" in name:
         whole = hf(f"self_attn.o_proj.{kind}")
-        return whole if kind == "bias" else whole.chunk(place.dense.size, 1)[place.dense.rank]
+        return whole if kind == "bias" else whole.chunk(coords.dense.size, 1)[coords.dense.rank]
     if "router" in name:
         return router_weight(spec, layer, arch.hidden_size) if kind == "weight" else torch.zeros(spec.num_experts)
     width = arch.ffn_size // spec.granularity
     if match := re.search(r"local_experts\.(\d+)", name):
-        expert = place.experts.rank * spec.num_experts // place.experts.size + int(match[1])
+        expert = coords.experts.rank * spec.num_experts // coords.experts.size + int(match[1])
         neurons, shard = (
             slice(expert % spec.granularity * width, (expert % spec.granularity + 1) * width),
-            place.expert,
+            coords.expert,
         )
         scale = spec.granularity * (0.5 if expert % spec.granularity < spec.shared_experts else 1.0)
     elif "shared" in name:
-        neurons, shard, scale = slice(0, spec.shared_experts * width), place.dense, 0.5
+        neurons, shard, scale = slice(0, spec.shared_experts * width), coords.dense, 0.5
     else:
-        neurons, shard, scale = slice(None), place.dense, 1.0
+        neurons, shard, scale = slice(None), coords.dense, 1.0
     if "fc1" in name:
         parts = [hf(f"mlp.{part}_proj.{kind}") for part in (("gate", "up") if arch.gated else ("up",))]
         return torch.cat([part[neurons].chunk(shard.size)[shard.rank] for part in parts])
@@ -170,9 +170,9 @@ def test_every_rank_of_any_cluster_gets_what_belongs_there(
     for rank in range(_ranks(layout)):
         with _rank(rank, layout):
             chunks = build_chunks(arch, layout=layout, **moe_settings(arch, spec), **changes)
-            place = _place(rank, layout)
+            coords = _coords(rank, layout)
             for chunk in chunks:
-                _check_filled_once(chunk, param_plans(chunk, arch, arch.upcycled(spec), spec, place), used)
+                _check_filled_once(chunk, param_plans(chunk, arch, arch.upcycled(spec), spec, coords), used)
                 for parameter in chunk.parameters():
                     parameter.data.fill_(float("nan"))
             upcycle_into(chunks, dense, spec)
@@ -180,11 +180,11 @@ def test_every_rank_of_any_cluster_gets_what_belongs_there(
                 for name, parameter in chunk.named_parameters():
                     local = re.match(r"decoder\.layers\.(\d+)\.", name)
                     layer = chunk.decoder.layers[int(local[1])].layer_number - 1 if local else -1
-                    wanted = _wanted(name, layer, dense, spec, place)
+                    wanted = _wanted(name, layer, dense, spec, coords)
                     if local is None and "norm" not in name:
-                        padded = len(parameter) * place.dense.size - len(wanted)
-                        wanted = torch.nn.functional.pad(wanted, (0, 0, 0, padded)).chunk(place.dense.size)[
-                            place.dense.rank
+                        padded = len(parameter) * coords.dense.size - len(wanted)
+                        wanted = torch.nn.functional.pad(wanted, (0, 0, 0, padded)).chunk(coords.dense.size)[
+                            coords.dense.rank
                         ]
                     assert torch.equal(parameter, wanted), f"{name} on rank {rank}"
     for name, mask in used.items():
