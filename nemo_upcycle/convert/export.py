@@ -190,7 +190,10 @@ def export_weights(
     require_dtype(dtype)
     require_apart(output, dense_folder)
     output = output.resolve()
-    stored = {name: _dtype(weights, name, arch) for name in shapes if name not in constants}
+    stored = {}
+    for name in (name for name in shapes if name not in constants):
+        mapping, _, layer, expert = mapping_of_hf(name, arch)
+        stored[name] = weights.dtype(mapping, layer, expert)
     lossy = list(rounded(stored, dtype))
     with output_folder(output, MADE_BY, plan) as folder:
         write_config(dense_folder, folder, arch, dtype, about.router_aux_loss)
@@ -221,11 +224,6 @@ def export_weights(
         }
         write_json(folder / MODEL_MARKER, marker)
     return output
-
-
-def _dtype(weights: MegatronWeights, hf_name: str, arch: Architecture) -> torch.dtype:
-    mapping, _, layer, expert = mapping_of_hf(hf_name, arch)
-    return weights.dtype(mapping, layer, expert)
 
 
 def export_checkpoint(

@@ -52,12 +52,11 @@ class Method:
         return f"{self.name} ({strength}seed {spec.seed})"
 
     def change(self, spec: UpcycleSpec, matrix: ExpertMatrix) -> None:
-        """Change one matrix of one expert, in place, as far as it is on this rank.
+        """Change one matrix of one expert, in place, as far as it is on this rank; by default not at all.
 
         The result may depend on seed, layer, expert and neuron, and on the whole matrix, but not on which neurons are
-        here: every layout must give the same bits.
+        here: every layout must give the same bits. `matrix.whole_FD` has to be called before anything is changed.
         """
-        raise NotImplementedError
 
 
 METHODS: dict[str, Method] = {}

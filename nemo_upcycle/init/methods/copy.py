@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from nemo_upcycle.init.methods import Method, register
-
-
-if TYPE_CHECKING:
-    from nemo_upcycle.init.experts import ExpertMatrix
-    from nemo_upcycle.spec import UpcycleSpec
 
 
 @register
@@ -18,6 +11,3 @@ class Copy(Method):
 
     name, summary = "copy", "exact copies"
     computes = False
-
-    def change(self, spec: UpcycleSpec, matrix: ExpertMatrix) -> None:
-        """Change nothing."""

@@ -190,9 +190,7 @@ def test_a_damaged_marker_asks_for_the_run_not_for_the_file(
     (tmp_path / "moe" / MODEL_MARKER).write_text(content)
     assert main(command) == 2
     told = capsys.readouterr().err
-    assert (
-        f"{MODEL_MARKER}: got a damaged file, expected what finished the folder. Fix: choose another name, or" in told
-    )
+    assert f"{MODEL_MARKER}: got a damaged file, expected the marker of a finished folder. Fix: choose another" in told
     assert "write the file again" not in told
 
 
