@@ -82,9 +82,7 @@ class TensorPlan:
     @property
     def parts(self) -> tuple[str, ...]:
         """The matrices of a feed-forward network that its slices are of: `gate`, `up` or `down`."""
-        if self.mapping.sharding is Sharding.GATED:
-            return tuple(("gate", "up")[slice_.piece.part] for slice_ in self.slices)
-        return ("up",) if self.mapping.sharding is Sharding.NEURON_ROWS else ("down",)
+        return tuple(self.mapping.parts[slice_.piece.part] for slice_ in self.slices)
 
     @property
     def factor(self) -> float:
@@ -151,14 +149,13 @@ def plan_tensor(
         copy, part = divmod(expert, dense.ffn_size // moe.expert_ffn_size)
         first_neuron = part * moe.expert_ffn_size
     shape = shape or shard_shape(mapping, moe, shard)
-    names = source.names(dense)
     slices = tuple(
-        DenseSlice(names[piece.part].format(layer=layer), piece)
+        DenseSlice(source.hf[piece.part].format(layer=layer), piece)
         for piece in source_slices(source, dense, shard, shape, first_neuron)
         if hf_part in (None, piece.part)
     )
     branch = copy % parents if mapping.is_expert else None
-    factors = _factors(mapping.role, expert, spec, hf=hf_part is not None) if spec else ()
+    factors = _factors(mapping, expert, spec, hf=hf_part is not None) if spec else ()
     method = METHODS[spec.method] if spec and mapping.is_expert and not mapping.role.endswith("_bias") else None
     return TensorPlan(mapping, layer, slices, shard, branch, factors, method if method and method.computes else None)
 
@@ -179,15 +176,10 @@ def plan_hf_tensor(
     return plan_tensor(mapping, layer, expert, dense, moe, spec, parents=parents, hf_part=part), expert
 
 
-def hf_factor(role: str) -> float:
-    """Return the factor of an exported tensor: Qwen2-MoE halves its shared expert, see `hf_constants`."""
-    return 2.0 if role == "shared_fc2" else 1.0
-
-
-def _factors(role: str, expert: int, spec: UpcycleSpec, *, hf: bool) -> tuple[float, ...]:
+def _factors(mapping: ParamMapping, expert: int, spec: UpcycleSpec, *, hf: bool) -> tuple[float, ...]:
     """Return the factors on what stands behind a network's activation: weights and bias of its output."""
     of_role = {"expert_fc2": spec.expert_scale(expert), "expert_fc2_bias": spec.bias_scale, "shared_fc2": 0.5}
-    factors = (of_role.get(role, 1.0), hf_factor(role) if hf else 1.0)
+    factors = (of_role.get(mapping.role, 1.0), mapping.hf_factor if hf else 1.0)
     return tuple(factor for factor in factors if factor != 1.0)
 
 

@@ -13,10 +13,10 @@ from functools import cached_property
 
 import torch
 
-from nemo_upcycle.convert.export import require_class
 from nemo_upcycle.convert.safetensors_writer import as_bytes
 from nemo_upcycle.init.methods import METHODS
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.families import require_class
 from nemo_upcycle.models.mapping import hf_constants
 from nemo_upcycle.models.sharding import hf_shapes
 from nemo_upcycle.sources.base import DenseSource

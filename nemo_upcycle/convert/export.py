@@ -26,13 +26,13 @@ from nemo_upcycle.convert.safetensors_writer import (
 )
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.architecture import Architecture, read_architecture
+from nemo_upcycle.models.families import require_class
 from nemo_upcycle.models.mapping import hf_constants, mapping_of_hf
 from nemo_upcycle.models.sharding import Shard, hf_shape, hf_shapes, shard_shape, source_slices
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.sources.checkpoint_context import read_context
 from nemo_upcycle.sources.checks import require_finite, rounded
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.tensor_plan import hf_factor
 from nemo_upcycle.utils.files import MODEL_MARKER, output_folder, require_apart, sha256_file, write_json
 from nemo_upcycle.utils.streams import StreamedFile
 
@@ -89,7 +89,7 @@ def hf_reader(weights: MegatronWeights, arch: Architecture) -> Callable[[str], t
             )
         piece = next(piece for piece in source_slices(mapping, arch, Shard(), wanted) if piece.part == part)
         tensor = piece.view(whole).reshape(hf_shape(mapping, part, arch))
-        return tensor if (factor := hf_factor(mapping.role)) == 1.0 else tensor * factor
+        return tensor if mapping.hf_factor == 1.0 else tensor * mapping.hf_factor
 
     return read
 
@@ -123,40 +123,6 @@ def write_each(read: Callable[[str], torch.Tensor], shapes: Shapes, dtype: torch
             advance(1)
 
     return write
-
-
-def _no_class(arch: Architecture) -> str:
-    """Return why no Hugging Face class can hold an MoE."""
-    reasons = {
-        "a Gemma: norms around zero": arch.zero_centered_norm,
-        "a network without a gate": not arch.gated,
-        "a bias of the attention's output": arch.attention_out_bias,
-        "biases of the feed-forward network": arch.ffn_bias,
-    }
-    router = "sigmoid scores or a routed_scaling_factor"
-    if arch.num_heads * arch.head_dim != arch.hidden_size:
-        router += ", or heads that do not make up the hidden size (Qwen2-MoE)"
-    if arch.window:
-        router += ", or a sliding window (Mixtral's alone) with shared experts, biases or dense layers (Qwen2-MoE's)"
-    return next((reason for reason, holds in reasons.items() if holds), router)
-
-
-def require_class(arch: Architecture) -> None:
-    """Check that a Hugging Face class can hold a model.
-
-    Raises:
-        SpecError: none can.
-    """
-    if not arch.hf_class:
-        fix = "keep the model in NeMo: it trains and evaluates there"
-        if arch.window:
-            fix += ", or set sliding_window to null in config.json if training sequences were no longer"
-        raise SpecError(
-            "Hugging Face class for this MoE",
-            got=_no_class(arch),
-            expected="what Mixtral or Qwen2-MoE can hold",
-            fix=fix,
-        )
 
 
 def export_weights(

@@ -10,7 +10,7 @@ import torch
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.hf_config import ACTIVATIONS, both_ropes
+from nemo_upcycle.models.hf_config import both_ropes, moe_config
 from nemo_upcycle.utils.files import read_json, write_json
 
 
@@ -35,51 +35,6 @@ _TOKENIZER_FILES = (
 )
 #: Keys that make a loader import code that somebody else wrote.
 _CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate")
-
-
-def moe_config(
-    dense_config: dict[str, Any], arch: Architecture, router_aux_loss: float = ROUTER_AUX_LOSS
-) -> dict[str, Any]:
-    """Return the `config.json` of an upcycled model: the parent's settings, plus what the experts need.
-
-    Special tokens and the like are kept as they are. What decides the function is written always, as transformers 4
-    and 5 read it: where the parent's config says nothing, its class and that of the MoE may have other defaults.
-    """
-    dropped = ("attention_bias", "mlp_bias", "hidden_activation")
-    config = {key: value for key, value in dense_config.items() if key not in dropped}
-    common = {
-        "architectures": [arch.hf_class],
-        "num_experts_per_tok": arch.top_k,
-        "head_dim": arch.head_dim,
-        "num_key_value_heads": arch.num_kv_heads,
-        "rms_norm_eps": arch.norm_eps,
-        "tie_word_embeddings": arch.tied_embeddings,
-        "hidden_act": next(name for name, kind in ACTIVATIONS.items() if kind == arch.activation),
-        "max_position_embeddings": arch.max_positions,
-        "output_router_logits": False,
-        "router_aux_loss_coef": router_aux_loss,
-    }
-    if arch.hf_class == "MixtralForCausalLM":
-        own: dict[str, Any] = {
-            "model_type": "mixtral",
-            "num_local_experts": arch.num_experts,
-            "intermediate_size": arch.expert_ffn_size,
-            "sliding_window": arch.sliding_window,
-        }
-    else:
-        own = {
-            "model_type": "qwen2_moe",
-            "num_experts": arch.num_experts,
-            "intermediate_size": arch.ffn_size,
-            "moe_intermediate_size": arch.expert_ffn_size,
-            "shared_expert_intermediate_size": arch.shared_ffn_size,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [layer for layer in range(arch.num_layers) if not arch.is_moe_layer(layer)],
-            "norm_topk_prob": arch.norm_topk,
-            "qkv_bias": arch.qkv_bias,
-            "use_sliding_window": False,
-        }
-    return config | common | own | both_ropes(arch.rope_theta, arch.rope_scaling)
 
 
 def tokenizer_file_names(dense_folder: Path) -> list[str]:

@@ -24,6 +24,7 @@ from nemo_upcycle.convert.hf_folder import copy_tokenizer_files, tokenizer_file_
 from nemo_upcycle.convert.model_card import spec_fact, write_card
 from nemo_upcycle.convert.safetensors_writer import MAX_SHARD_BYTES, SafetensorsWriter, require_dtype
 from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.models.mapping import mapping_of
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.branches import require_copies
 from nemo_upcycle.sources.checks import BrokenWeights, check_shapes, check_source, rounded_because
@@ -117,7 +118,7 @@ def convert(
     start_s, bytes_before = time.monotonic(), dense.bytes_read
     output = resolved(output)
     require_apart(output, *(source.path for source in dense.branches()))
-    require_dtype(dtype := dtype or dense.dtype("model.embed_tokens.weight"))
+    require_dtype(dtype := dtype or dense.dtype(mapping_of("embedding", dense.architecture).hf[0]))
     require_copies(dense, spec.copies)
     expansion = Expansion(dense, spec, dtype)
     moe_arch = expansion.moe_arch

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from nemo_upcycle.data.gguf_tokenizer import write_tokenizer
 from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.models.families import llama
 from nemo_upcycle.models.hf_config import both_ropes
 from nemo_upcycle.sources.safetensors_folder import INDEX
 from nemo_upcycle.utils.files import MARKER, output_folder, require_disk, write_json
@@ -126,7 +127,7 @@ def _fields(reader: Any, path: Path) -> dict[str, Any]:
 
 
 def _config(fields: dict[str, Any], tensors: Any, dtype: str) -> dict[str, Any]:
-    """Return the `config.json` of a `LlamaForCausalLM`."""
+    """Return the `config.json` of a Llama."""
     names = {tensor.name for tensor in tensors}
     heads, hidden = fields["llama.attention.head_count"], fields["llama.embedding_length"]
     vocab_size = len(fields["tokenizer.ggml.tokens"])
@@ -136,8 +137,8 @@ def _config(fields: dict[str, Any], tensors: Any, dtype: str) -> dict[str, Any]:
         if f"tokenizer.ggml.{key}_token_id" in fields
     }
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [llama.FAMILY.hf_class],
+        "model_type": llama.FAMILY.model_type,
         "vocab_size": vocab_size,
         "hidden_size": hidden,
         "intermediate_size": fields["llama.feed_forward_length"],

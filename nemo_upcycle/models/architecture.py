@@ -1,24 +1,21 @@
 """Shapes of dense and MoE models, read from a Hugging Face `config.json`; their parameter counts and FLOPs.
 
-Legend of shape suffixes used in the package: E experts, F intermediate (FFN) dim, D model dim, V vocabulary,
-H attention heads, G key-value groups, K head dim, L layers.
+THE legend of letters, of formulas and of shape suffixes (`gate_FD`) in the whole package: B batch, S sequence,
+T tokens, V vocabulary, D hidden size, F feed-forward (FFN) size, L layers, H attention heads, R key-value groups,
+K head dim, E routed experts, G granularity, C copies of the dense network (E / G).
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.models.hf_config import Settings, settings_of
+from nemo_upcycle.models.families import target_class
+from nemo_upcycle.models.hf_config import settings_of
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.files import read_json
-
-
-if TYPE_CHECKING:
-    import torch  # a second and a half, which the planner does without
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +29,10 @@ class Architecture:
         shared_ffn_size: F of all shared experts together; 0 without.
         moe_pattern: which layers are MoE layers; None: all, if there are experts.
         norm_topk: whether the weights of the chosen experts are made to sum to one.
+        router_score: what the router's logits go through: `softmax` or `sigmoid`.
+        routed_scaling_factor: on the weights of the chosen experts.
+        zero_centered_norm: whether norms store their distance from one.
+        scaled_embedding: whether the embedding is multiplied by the root of D.
         sliding_window: tokens that attention sees, the current one included; None: all before it.
     """
 
@@ -50,6 +51,7 @@ class Architecture:
     attention_out_bias: bool = False
     ffn_bias: bool = False
     zero_centered_norm: bool = False
+    scaled_embedding: bool = False
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = field(default=None, hash=False)  # a dict has no hash
@@ -61,6 +63,8 @@ class Architecture:
     shared_ffn_size: int = 0
     moe_pattern: tuple[bool, ...] | None = None
     norm_topk: bool = True
+    router_score: str = "softmax"
+    routed_scaling_factor: float = 1.0
 
     @property
     def heads_per_group(self) -> int:
@@ -71,11 +75,6 @@ class Architecture:
     def window(self) -> int | None:
         """The sliding window, in tokens; None where no sequence is longer."""
         return self.sliding_window if self.sliding_window and self.sliding_window < self.max_positions else None
-
-    @property
-    def scaled_embedding(self) -> bool:
-        """Whether the model multiplies its embedding by the root of the hidden size; no setting says so."""
-        return self.hf_class == "GemmaForCausalLM"
 
     def is_moe_layer(self, layer: int) -> bool:
         """Return whether a layer has experts."""
@@ -154,10 +153,7 @@ class Architecture:
     def upcycled(self, spec: UpcycleSpec) -> Architecture:
         """Return the MoE architecture that a spec makes of this dense one.
 
-        The Hugging Face class is Mixtral's where it can hold the model, Qwen2-MoE's where only that can (biases of
-        query, key and value, shared experts, dense layers between, weights that do not sum to one), else none ("").
-        Neither class knows sigmoid scores or a factor on the weights of the chosen experts; a sliding window is for
-        Mixtral only.
+        The Hugging Face class is the first target family's that can hold the model; "" if none can.
 
         Raises:
             SpecError: the spec's layers do not fit.
@@ -173,28 +169,19 @@ class Architecture:
             )
         width = self.ffn_size // spec.granularity
         pattern = spec.moe_pattern(self.num_layers)
-        normed = spec.router_order == "topk_softmax" or spec.top_k == spec.num_experts
-        return replace(
+        moe_arch = replace(
             self,
-            hf_class=self._moe_class(spec, plain=all(pattern) and normed and not spec.shared_experts),
+            hf_class="",
             num_experts=spec.num_experts,
             top_k=spec.top_k,
             expert_ffn_size=width,
             shared_ffn_size=spec.shared_experts * width,
             moe_pattern=None if all(pattern) else pattern,
-            norm_topk=normed,
+            norm_topk=spec.router_order == "topk_softmax" or spec.top_k == spec.num_experts,
+            router_score=spec.router_score,
+            routed_scaling_factor=spec.routed_scaling_factor,
         )
-
-    def _moe_class(self, spec: UpcycleSpec, *, plain: bool) -> str:
-        if self.hf_class == "GemmaForCausalLM" or self.attention_out_bias or self.ffn_bias or not self.gated:
-            return ""
-        if spec.router_score != "softmax" or spec.routed_scaling_factor != 1:
-            return ""
-        if plain and not self.qkv_bias:
-            return "MixtralForCausalLM"
-        # transformers' Qwen2-MoE refuses heads that do not make up the hidden size.
-        fits = self.num_heads * self.head_dim == self.hidden_size and not self.window
-        return "Qwen2MoeForCausalLM" if fits else ""
+        return replace(moe_arch, hf_class=target_class(moe_arch))
 
 
 def architecture_from_config(config: dict[str, Any], where: str = "config.json") -> Architecture:
@@ -208,8 +195,7 @@ def architecture_from_config(config: dict[str, Any], where: str = "config.json")
         CheckpointError: the class is not known, the weights are quantized, a size is missing, a value is of another
             type, or values contradict each other.
     """
-    settings = settings_of(config, where)
-    hf_class = settings.hf_class
+    family, settings = settings_of(config, where)
     heads, hidden = (settings.whole(key) for key in ("num_attention_heads", "hidden_size"))
     layers = settings.whole("num_hidden_layers", most=10_000)
     if hidden % heads and "head_dim" not in settings.values:
@@ -219,7 +205,7 @@ def architecture_from_config(config: dict[str, Any], where: str = "config.json")
         raise settings.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
     bias = settings.flag("attention_bias")
     return Architecture(
-        hf_class=hf_class,
+        hf_class=family.hf_class,
         num_layers=layers,
         hidden_size=hidden,
         ffn_size=settings.whole("intermediate_size"),
@@ -228,122 +214,19 @@ def architecture_from_config(config: dict[str, Any], where: str = "config.json")
         head_dim=settings.whole("head_dim", hidden // heads),
         vocab_size=settings.whole("vocab_size"),
         tied_embeddings=settings.flag("tie_word_embeddings"),
-        activation=settings.activation(),
+        activation=family.activation(settings),
         qkv_bias=bias or settings.flag("qkv_bias"),
         attention_out_bias=bias,
         ffn_bias=settings.flag("mlp_bias"),
         zero_centered_norm=settings.flag("zero_centered_norm"),
+        scaled_embedding=settings.flag("scaled_embedding"),
         norm_eps=settings.number("rms_norm_eps"),
         rope_theta=settings.number("rope_theta"),
         rope_scaling=settings.values["rope_scaling"],
         max_positions=settings.whole("max_position_embeddings"),
         sliding_window=settings.whole("sliding_window") if "sliding_window" in settings.values else None,
-        **_experts(settings, hf_class, layers),
+        **family.experts(settings, layers),
     )
-
-
-def _experts(settings: Settings, hf_class: str, layers: int) -> dict[str, Any]:
-    if hf_class == "MixtralForCausalLM":
-        experts = settings.whole("num_local_experts")
-        return {
-            "num_experts": experts,
-            "top_k": settings.whole("num_experts_per_tok", most=experts),
-            "expert_ffn_size": settings.whole("intermediate_size"),
-        }
-    if hf_class == "Qwen2MoeForCausalLM":
-        step, dense = settings.whole("decoder_sparse_step", 1), settings.values.get("mlp_only_layers", [])
-        if not isinstance(dense, list) or not all(type(layer) is int and 0 <= layer < layers for layer in dense):
-            raise settings.wrong("mlp_only_layers", f"a list of layer numbers, 0 to {layers - 1}")
-        experts = settings.whole("num_experts")
-        pattern = tuple((layer + 1) % step == 0 and layer not in dense for layer in range(layers))
-        return {
-            "num_experts": experts,
-            "top_k": settings.whole("num_experts_per_tok", most=experts),
-            "expert_ffn_size": settings.whole("moe_intermediate_size"),
-            "shared_ffn_size": settings.whole("shared_expert_intermediate_size", 0, least=0),
-            "moe_pattern": None if all(pattern) else pattern,
-            "norm_topk": settings.flag("norm_topk_prob"),
-        }
-    return {}
-
-
-def rope_kind(arch: Architecture) -> str:
-    """Return how the rotary frequencies are scaled: `default` (not at all) or `llama3`.
-
-    Raises:
-        CheckpointError: in another way, which Megatron-Core's rotary embedding does not know.
-    """
-    scaling = arch.rope_scaling or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise CheckpointError(
-            "rope_scaling",
-            got=kind,
-            expected="default or llama3",
-            fix="use a checkpoint without position interpolation",
-        )
-    return str(kind)
-
-
-def rope_frequencies(arch: Architecture) -> torch.Tensor:
-    """Return the rotary embedding's inverse frequencies, float32 [K / 2], scaled as `rope_scaling` says.
-
-    Raises:
-        CheckpointError: the kind of scaling is not known; only none and Llama 3's are.
-    """
-    import torch
-
-    inverse = arch.rope_theta ** -(torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim)
-    scaling = arch.rope_scaling or {}
-    if rope_kind(arch) == "default":
-        return inverse
-    factor, low, high = (float(scaling[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    # Long waves are stretched by the factor, short ones kept, and those between get a mean of the two.
-    turns = float(scaling["original_max_position_embeddings"]) * inverse / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) * inverse / factor + kept * inverse
-
-
-def same_frequencies(inverse: torch.Tensor, arch: Architecture) -> bool:
-    """Return whether a model's inverse frequencies are the architecture's, up to rounding."""
-    import torch
-
-    expected = rope_frequencies(arch)
-    return inverse.shape == expected.shape and torch.allclose(inverse.cpu().float(), expected, rtol=1e-5, atol=0)
-
-
-#: Functions of Megatron and NeMo, by their names: some are compiled when they are first called.
-_FUNCTIONS = {
-    "openai_gelu": "gelu_tanh",
-    "fast_gelu": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "squared_relu": "squared_relu",
-}
-
-
-def activation_of(function: Any) -> str:
-    """Return what an architecture calls a model's activation function, told by its values; else its own name.
-
-    Example:
-        >>> activation_of(torch.nn.functional.gelu), activation_of(torch.nn.GELU("tanh"))  # doctest: +SKIP
-        ('gelu', 'gelu_tanh')
-    """
-    import torch
-    import torch.nn.functional as functional
-
-    name = getattr(function, "__name__", repr(function))
-    if name in _FUNCTIONS and str(getattr(function, "__module__", "")).startswith(("megatron.", "nemo.")):
-        return _FUNCTIONS[name]
-    x = torch.linspace(-6, 6, 121, dtype=torch.float32, device="cpu")
-    known = {
-        "silu": functional.silu(x),
-        "gelu": functional.gelu(x),  # 5e-4 from the next one
-        "gelu_tanh": functional.gelu(x, approximate="tanh"),
-        "squared_relu": functional.relu(x).square(),
-    }
-    with torch.no_grad():
-        got = function(x)
-    return next((kind for kind, y in known.items() if torch.allclose(got, y, rtol=0, atol=1e-4)), name)
 
 
 def read_architecture(folder: Path) -> Architecture:

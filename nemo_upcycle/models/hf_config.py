@@ -1,38 +1,19 @@
-"""The settings of a Hugging Face `config.json`: with the defaults of its class, in one spelling, checked when read."""
+"""A Hugging Face `config.json`: read with the defaults of its class and in one spelling, and written for an MoE."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.models.families import Family, find_family, parents, targets
+from nemo_upcycle.models.families.base import ACTIVATIONS, MoeFamily
+from nemo_upcycle.models.settings import Settings
 
 
-_TANH_GELU = "gelu_pytorch_tanh"
-_COMMON: dict[str, Any] = {
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-6,
-}
-#: Hugging Face classes whose tensors the mapping table knows, dense and MoE, and what their configs leave unsaid: the
-#: defaults of transformers' configuration classes, and what the classes fix. Without a default, heads share no keys,
-#: and the head dim is their part of the hidden size.
-DENSE_CLASSES: dict[str, dict[str, Any]] = {
-    "LlamaForCausalLM": _COMMON | {"max_position_embeddings": 2048},
-    "MistralForCausalLM": _COMMON
-    | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-    "Qwen2ForCausalLM": _COMMON | {"num_key_value_heads": 32, "max_position_embeddings": 32768, "qkv_bias": True},
-    "GemmaForCausalLM": _COMMON
-    | {"hidden_act": _TANH_GELU, "tie_word_embeddings": True, "num_key_value_heads": 16, "head_dim": 256}
-    | {"max_position_embeddings": 8192, "zero_centered_norm": True},
-}
-MOE_CLASSES: dict[str, dict[str, Any]] = {
-    "MixtralForCausalLM": _COMMON
-    | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rope_theta": 1e6, "rms_norm_eps": 1e-5},
-    "Qwen2MoeForCausalLM": _COMMON | {"num_key_value_heads": 16, "max_position_embeddings": 32768, "qkv_bias": True},
-}
-_WINDOWED = ("MistralForCausalLM", "MixtralForCausalLM")
+if TYPE_CHECKING:
+    from nemo_upcycle.models.architecture import Architecture
+
+
 #: What transformers 5 keeps together with the scaling of rotary frequencies.
 _NO_SCALING = ("rope_theta", "partial_rotary_factor")
 #: Settings of a kind of scaling; those of other kinds travel along unread.
@@ -40,92 +21,36 @@ _SCALINGS: dict[str, tuple[str, ...]] = {
     "default": (),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-#: Hugging Face's activations -> the architecture's.
-ACTIVATIONS = {"silu": "silu", _TANH_GELU: "gelu_tanh"}
 
 
-@dataclass(frozen=True)
-class Settings:
-    """A configuration's values, each checked when it is read.
-
-    Args:
-        hf_class: the one class that it is for.
-        values: by name, without nulls.
-        where: how messages call the file.
-    """
-
-    hf_class: str
-    values: dict[str, Any]
-    where: str
-
-    def wrong(self, key: str, expected: str, fix: str = "correct config.json") -> CheckpointError:
-        """Return the error that says what a value should be."""
-        value = self.values.get(key)
-        return CheckpointError(
-            f"{self.where}: {key}", got="nothing" if value is None else repr(value), expected=expected, fix=fix
-        )
-
-    def whole(self, key: str, default: int | None = None, least: int = 1, most: int = 10**9) -> int:
-        """Return a whole number; a size has no default."""
-        value = self.values.get(key, default)
-        if type(value) is int and value > most:
-            raise self.wrong(key, f"at most {most:,}")
-        if type(value) is not int or value < least:
-            raise self.wrong(key, "a positive whole number" if least else "a whole number, 0 or more")
-        return value
-
-    def number(self, key: str) -> float:
-        """Return a positive number."""
-        value = self.values.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
-            raise self.wrong(key, "a positive number")
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        """Return a truth value; absent is false."""
-        value = self.values.get(key, False)
-        if not isinstance(value, bool):
-            raise self.wrong(key, "true or false")
-        return value
-
-    def activation(self) -> str:
-        """Return the activation function, as architectures call it."""
-        is_gemma = self.hf_class == "GemmaForCausalLM"
-        key = "hidden_activation" if is_gemma and "hidden_activation" in self.values else "hidden_act"
-        name = self.values[key]
-        if not isinstance(name, str) or name not in ACTIVATIONS:
-            # Gemma's first configs say gelu and mean the other one.
-            gemma, other = f"Gemma was trained with {_TANH_GELU}: set that", "use a SwiGLU or GEGLU checkpoint"
-            raise self.wrong(key, " or ".join(ACTIVATIONS), gemma if is_gemma else other)
-        return ACTIVATIONS[name]
-
-
-def _class_of(config: Any, where: str) -> str:
+def _family_of(config: Any, where: str) -> Family:
     if not isinstance(config, dict):
         raise CheckpointError(
             where, got=type(config).__name__, expected="a model's configuration", fix="correct config.json"
         )
     names = config.get("architectures")
-    known = [*DENSE_CLASSES, *MOE_CLASSES]
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in known:
+    family = find_family(str(names[0])) if isinstance(names, list) and len(names) == 1 else None
+    if family is None:
+        known = [family.hf_class for family in (*parents(), *targets())]
         raise CheckpointError(
             f"{where}: architectures",
             got=names or "nothing",
             expected=f"a Llama-family model ({', '.join(known)})",
             fix="use a checkpoint of one of these classes",
         )
-    return str(names[0])
+    return family
 
 
-def settings_of(config: Any, where: str) -> Settings:
-    """Return the settings of a parsed `config.json`, as transformers 4 or 5 writes it, with the defaults of its class.
+def settings_of(config: Any, where: str) -> tuple[Family, Settings]:
+    """Return family and settings of a parsed `config.json`, as transformers 4 or 5 writes it, defaults included.
 
     Raises:
         CheckpointError: the class is not known, the weights are quantized, attention has a window in some layers only,
             or settings of the rotary embedding contradict each other.
     """
-    hf_class = _class_of(config, where)
-    given = Settings(hf_class, {key: value for key, value in config.items() if value is not None}, where)
+    family = _family_of(config, where)
+    config = {family.spelling.get(key, key): value for key, value in config.items()}
+    given = _given(config, where, family)
     if "quantization_config" in given.values:
         quantized = given.values["quantization_config"]
         method = quantized.get("quant_method", "of some kind") if isinstance(quantized, dict) else quantized
@@ -138,13 +63,18 @@ def settings_of(config: Any, where: str) -> Settings:
     if given.flag("use_sliding_window"):
         fix = "train with sequences within the window, and set use_sliding_window to false"
         raise given.wrong("use_sliding_window", "full attention", fix)
-    values = (DENSE_CLASSES | MOE_CLASSES)[hf_class] | given.values | rope_settings(config, where)
-    # A null is as good as nothing, but where it says something of its own.
+    values = {**family.defaults, **given.values, **rope_settings(config, where)}
+    # Treat null as absent, except for these keys, where null has a meaning.
     if config.get("num_key_value_heads", "") is None:
         values["num_key_value_heads"] = config.get("num_attention_heads")
-    if config.get("sliding_window", "") is None or hf_class not in _WINDOWED:
+    if config.get("sliding_window", "") is None or not family.has_window:
         values.pop("sliding_window", None)
-    return Settings(hf_class, values, where)
+    return family, Settings(values, where, family.spelling)
+
+
+def _given(config: dict[str, Any], where: str, family: Family | None = None) -> Settings:
+    values = {key: value for key, value in config.items() if value is not None}
+    return Settings(values, where, family.spelling if family else {})
 
 
 def rope_settings(config: dict[str, Any], where: str) -> dict[str, Any]:
@@ -160,7 +90,7 @@ def rope_settings(config: dict[str, Any], where: str) -> dict[str, Any]:
     Raises:
         CheckpointError: settings contradict each other, or mean more than base and scaling.
     """
-    given = Settings("", {key: value for key, value in config.items() if value is not None}, where)
+    given = _given(config, where)
     scalings = {key: _scaling(given, key) for key in ("rope_scaling", "rope_parameters") if key in given.values}
     places = [given, *(_inside(given, key) for key in scalings)]
     for key in (*_NO_SCALING, "original_max_position_embeddings"):
@@ -184,9 +114,45 @@ def both_ropes(theta: float, scaling: dict[str, Any] | None) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": scaling, "rope_parameters": parameters}
 
 
+def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss: float) -> dict[str, Any]:
+    """Return the `config.json` of an upcycled model: the parent's settings, plus what the experts need.
+
+    Special tokens and the like are kept as they are. What decides the function is always written, as transformers 4
+    and 5 read it: where the parent's config says nothing, its class and that of the MoE may have other defaults.
+
+    Args:
+        dense_config: the parent's `config.json`.
+        arch: the MoE model's architecture; a Hugging Face class can hold it.
+        router_aux_loss: coefficient of the load-balancing loss.
+    """
+    family = find_family(arch.hf_class)
+    assert isinstance(family, MoeFamily), arch.hf_class
+    parent = find_family(str(dense_config["architectures"][0]))
+    dropped = {"attention_bias", "mlp_bias", "hidden_activation", *(parent.spelling if parent else ())}
+    return {
+        **{key: value for key, value in dense_config.items() if key not in dropped},
+        "architectures": [arch.hf_class],
+        "num_experts_per_tok": arch.top_k,
+        "head_dim": arch.head_dim,
+        "num_key_value_heads": arch.num_kv_heads,
+        "rms_norm_eps": arch.norm_eps,
+        "tie_word_embeddings": arch.tied_embeddings,
+        "hidden_act": next(name for name, kind in ACTIVATIONS.items() if kind == arch.activation),
+        "max_position_embeddings": arch.max_positions,
+        "output_router_logits": False,
+        "router_aux_loss_coef": router_aux_loss,
+        "model_type": family.model_type,
+        "vocab_size": arch.vocab_size,
+        "num_hidden_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "num_attention_heads": arch.num_heads,
+        **family.expert_settings(arch),
+        **both_ropes(arch.rope_theta, arch.rope_scaling),
+    }
+
+
 def _inside(given: Settings, key: str) -> Settings:
-    values = {name: value for name, value in given.values[key].items() if value is not None}
-    return Settings("", values, f"{given.where}: {key}")
+    return _given(given.values[key], f"{given.where}: {key}")
 
 
 def _scaling(given: Settings, key: str) -> dict[str, Any] | None:

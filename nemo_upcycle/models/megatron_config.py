@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from nemo_upcycle.errors import CheckpointError, SpecError
-from nemo_upcycle.models.architecture import Architecture, activation_of, same_frequencies
+from nemo_upcycle.models.activation import activation_of
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.rotary import same_frequencies
 from nemo_upcycle.spec import UpcycleSpec, check_capacity
 
 

@@ -106,7 +106,7 @@ def shard_shape(
     if row.sharding is Sharding.QKV:
         return ((arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim // shard.size, *first[1:])
     if row.sharding in (Sharding.GATED, Sharding.NEURON_ROWS):
-        return (len(row.hf) * first[0] // shard.size, *first[1:])
+        return (len(row.parts) * first[0] // shard.size, *first[1:])
     if row.sharding in (Sharding.COLUMNS, Sharding.NEURON_COLUMNS):
         return (first[0], first[1] // shard.size)
     return first
@@ -132,7 +132,7 @@ def source_slices(
         The second half of the feed-forward's gate and up rows, on rank 1 of 2, with F = 8 and D = 4:
         `SourceSlice(0, ((4, 8), (0, 4)), 1, (0, 4))` and `SourceSlice(1, ((4, 8), (0, 4)), 1, (4, 8))`.
     """
-    shapes = [hf_shape(row, part, arch) for part in range(len(row.hf))]
+    shapes = [hf_shape(row, part, arch) for part in range(len(row.parts))]
     rest = [tuple((0, size) for size in shape[1:]) for shape in shapes]
     if row.sharding is Sharding.REPLICATED:
         return (SourceSlice(0, ((0, shapes[0][0]), *rest[0]), 1, (0, local_shape[0])),)
@@ -144,11 +144,11 @@ def source_slices(
         stop = min(start + local_shape[0], arch.vocab_size)
         return (SourceSlice(0, ((start, stop), *rest[0]), 1, (0, stop - start)),) if stop > start else ()
     if row.sharding in (Sharding.GATED, Sharding.NEURON_ROWS):
-        neurons = local_shape[0] // len(row.hf)
+        neurons = local_shape[0] // len(row.parts)
         start = first_neuron + shard.rank * neurons
         return tuple(
             SourceSlice(part, ((start, start + neurons), *rest[part]), 1, (part * neurons, (part + 1) * neurons))
-            for part in range(len(row.hf))
+            for part in range(len(row.parts))
         )
     groups = arch.num_kv_heads // shard.size
     found, row_start = [], 0

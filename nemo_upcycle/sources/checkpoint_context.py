@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import CheckpointError, SpecError
-from nemo_upcycle.models.architecture import Architecture, architecture_from_config, rope_frequencies, same_frequencies
+from nemo_upcycle.models.architecture import Architecture, architecture_from_config
+from nemo_upcycle.models.families import find_family, find_nemo_module
+from nemo_upcycle.models.rotary import rope_frequencies, same_frequencies
 from nemo_upcycle.sources.inert_pickle import Inert, read_saved
-from nemo_upcycle.sources.nemo_context import FAMILIES, MODEL, family_of, hf_config_from, model_settings
+from nemo_upcycle.sources.nemo_context import MODEL, family_of, hf_config_from, model_settings
 from nemo_upcycle.spec import UpcycleSpec, option_of
 
 
@@ -68,8 +70,9 @@ class CheckpointContext:
     def dense(self) -> Architecture:
         """The parent's architecture, as the checkpoint has it; its vocabulary is not known."""
         config = self._read(lambda: hf_config_from(self.settings, 1, self.path, _KEEP))
-        if config["sliding_window"] and config["architectures"] == [FAMILIES["llama"]]:
-            config["architectures"] = [FAMILIES["mistral"]]  # the same model, with a window
+        family = find_family(*config["architectures"])
+        if config["sliding_window"] and family and family.windowed_class:
+            config["architectures"] = [family.windowed_class]
         return architecture_from_config(config, str(self.path))
 
     @cached_property
@@ -191,7 +194,8 @@ class CheckpointContext:
         factor = self.settings.get("moe_expert_capacity_factor")
         if self.spec_fields and factor is not None and factor >= 0:
             notes.append(f"moe_expert_capacity_factor={factor:g} dropped tokens in training; here none is dropped")
-        if family_of(self.settings) not in (*FAMILIES, "mixtral", "megatron"):
+        module = family_of(self.settings)
+        if module != "megatron" and find_nemo_module(module) is None:
             notes.append(f"{self.settings['_target_']} is not known: it is taken for a Llama with these settings")
         return tuple(notes)
 

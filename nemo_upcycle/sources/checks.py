@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.models.mapping import hf_constants, hf_names
+from nemo_upcycle.models.mapping import hf_constants, hf_names, mapping_of
 from nemo_upcycle.models.sharding import hf_shapes
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.spec import UpcycleSpec
@@ -16,7 +16,6 @@ from nemo_upcycle.spec import UpcycleSpec
 
 #: Bytes of a block in which two tensors are compared, and the rows that one rank of many compares.
 _BLOCK_BYTES, _SAMPLE_ROWS = 32 << 20, 64
-_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class BrokenWeights(CheckpointError):
@@ -40,7 +39,7 @@ def check_source(dense: DenseSource, *, sampled: bool = False) -> None:
     # Tied models may repeat the embedding; old ones store the rotary frequencies, which follow from the config.
     present = {name for name in dense.names() if not name.endswith("rotary_emb.inv_freq")}
     if arch.tied_embeddings:
-        present.discard(_OUTPUT)
+        present.discard(mapping_of("output", arch).hf[0])
     for what, names in (("missing", expected - present), ("not used by this architecture", present - expected)):
         if names:
             raise CheckpointError(
@@ -50,26 +49,27 @@ def check_source(dense: DenseSource, *, sampled: bool = False) -> None:
                 fix="check that config.json and weights belong together",
             )
     for source in dense.branches():
-        if arch.tied_embeddings and _OUTPUT in source.names():
+        if arch.tied_embeddings and mapping_of("output", arch).hf[0] in source.names():
             _check_tied(source, sampled)
 
 
 def _check_tied(dense: DenseSource, sampled: bool) -> None:
     """Check that a tied model's output layer is its embedding: transformers 4 drops another one, 5 takes it."""
-    (rows, width), pair = dense.shape(_EMBEDDING), (_EMBEDDING, _OUTPUT)
-    dtype = torch.promote_types(dense.dtype(_EMBEDDING), dense.dtype(_OUTPUT))
+    embedding, output = pair = [mapping_of(role, dense.architecture).hf[0] for role in ("embedding", "output")]
+    rows, width = dense.shape(embedding)
+    dtype = torch.promote_types(dense.dtype(embedding), dense.dtype(output))
     step = -(-rows // _SAMPLE_ROWS) if sampled else max(1, _BLOCK_BYTES // (width * dtype.itemsize))
-    same = dense.shape(_OUTPUT) == (rows, width)
+    same = dense.shape(output) == (rows, width)
     for start in range(0, rows if same else 0, step):
         index = [(start, min(start + (1 if sampled else step), rows)), (0, width)]
         same &= torch.equal(*(dense.read(name, index).to(dtype) for name in pair))
         dense.release()
     if not same:
         raise CheckpointError(
-            f"{dense.path}: {_OUTPUT}",
-            got=f"other numbers than {_EMBEDDING} has",
+            f"{dense.path}: {output}",
+            got=f"other numbers than {embedding} has",
             expected="the same, as tie_word_embeddings in config.json says",
-            fix=f"set tie_word_embeddings to false to keep both, or remove {_OUTPUT}",
+            fix=f"set tie_word_embeddings to false to keep both, or remove {output}",
         )
 
 

@@ -13,16 +13,10 @@ from typing import Any
 import yaml
 
 from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.models.families import find_nemo_module, llama, parents
 from nemo_upcycle.utils.files import read_json
 
 
-#: NeMo's module of model configurations -> the Hugging Face class that names such a model's tensors.
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "gemma": "GemmaForCausalLM",
-}
 _ACTIVATIONS = {"silu": "silu", "openai_gelu": "gelu_pytorch_tanh"}
 MODEL = "model.yaml"
 _FIX = "put the Hugging Face config.json of the model beside the checkpoint's weights"
@@ -58,8 +52,9 @@ def hf_config_of(context: Path, padded_vocab: int) -> dict[str, Any]:
     settings, path = model_settings(context), context / MODEL
     if experts := settings.get("num_moe_experts"):
         raise CheckpointError(f"{path}: num_moe_experts", got=experts, expected=None, fix="give a dense parent")
-    if (family := family_of(settings)) not in FAMILIES:
-        raise CheckpointError(f"{path}: _target_", got=family, expected=" or ".join(FAMILIES), fix=_FIX)
+    known = [family.nemo_module for family in parents() if family.nemo_module]
+    if (module := family_of(settings)) not in known:
+        raise CheckpointError(f"{path}: _target_", got=module, expected=" or ".join(known), fix=_FIX)
     return hf_config_from(settings, settings.get("vocab_size") or _tokenizer_size(context) or padded_vocab, path)
 
 
@@ -98,7 +93,8 @@ def hf_config_from(settings: dict[str, Any], vocab_size: int, path: Path, fix: s
         CheckpointError: a size is missing, or a setting makes another function than that of the known families.
     """
     try:
-        family = FAMILIES.get(family_of(settings), FAMILIES["llama"])
+        family = find_nemo_module(family_of(settings))
+        hf_class = (family if family in parents() else llama.FAMILY).hf_class
         activation = settings["activation_func"]["_target_"].rpartition(".")[2]
         layers, hidden, heads, neurons = (
             int(settings[key]) for key in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
@@ -114,7 +110,7 @@ def hf_config_from(settings: dict[str, Any], vocab_size: int, path: Path, fix: s
             raise CheckpointError(f"{path}: {name}", got=got, expected=expected, fix=fix)
     window = settings.get("window_size")  # (tokens back, tokens ahead), -1 for all
     return {
-        "architectures": [family],
+        "architectures": [hf_class],
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "intermediate_size": neurons,

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.models.hf_config import DENSE_CLASSES
+from nemo_upcycle.models.families import parents
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.branches import Branches, check_others
 from nemo_upcycle.sources.megatron_checkpoint import MegatronCheckpoint, is_megatron
@@ -62,11 +62,11 @@ def _open_one(uri: str) -> DenseSource:
         )
     kind = _SCHEMES[scheme] if separator else MegatronCheckpoint if is_megatron(path) else SafetensorsFolder
     source: DenseSource = kind(path)
-    if source.architecture.hf_class not in DENSE_CLASSES:
+    if source.architecture.hf_class not in (known := [family.hf_class for family in parents()]):
         raise CheckpointError(
             str(path),
             got=source.architecture.hf_class,
-            expected=f"a dense model ({', '.join(DENSE_CLASSES)})",
+            expected=f"a dense model ({', '.join(known)})",
             fix="give the dense parent",
         )
     return source

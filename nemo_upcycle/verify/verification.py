@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
-from nemo_upcycle.models.hf_config import MOE_CLASSES
+from nemo_upcycle.models.families import targets
 from nemo_upcycle.models.hf_model import errors_only, load_model, load_tokenizer
+from nemo_upcycle.models.mapping import mapping_of
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from nemo_upcycle.utils.progress import ProgressLine
@@ -106,18 +107,18 @@ def verify(
         raise SpecError("tolerance", got=tolerance, expected="a number, 0 or more", fix="use the default, 1e-4")
     with open_dense(dense) as parent, SafetensorsFolder(moe) as child:
         hf_class = child.architecture.hf_class
-        if hf_class not in MOE_CLASSES:
+        if hf_class not in (known := [family.hf_class for family in targets()]):
             raise CheckpointError(
                 str(moe),
                 got=hf_class,
-                expected=f"an MoE model ({', '.join(MOE_CLASSES)})",
+                expected=f"an MoE model ({', '.join(known)})",
                 fix="give the dense folder first, then the MoE's",
             )
         if logits:
             _require_memory(child.architecture.total_params * 4)
         tokens_BS = _tokens(dense, text_file) if logits else None  # a wrong text shows before the long work
         weights = compare_weights(parent, child)
-        own_type, top_k = child.dtype("model.embed_tokens.weight"), child.architecture.top_k or 1
+        own_type, top_k = child.dtype(mapping_of("embedding", child.architecture).hf[0]), child.architecture.top_k or 1
     found = torn = None
     if tokens_BS is not None:
         found = _compare_logits(dense, moe, tokens_BS, layers)

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_upcycle.convert.hf_folder import moe_config
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.models.architecture import activation_of, architecture_from_config, read_architecture
-from nemo_upcycle.models.hf_config import DENSE_CLASSES, MOE_CLASSES
+from nemo_upcycle.models import families
+from nemo_upcycle.models.activation import activation_of
+from nemo_upcycle.models.architecture import architecture_from_config, read_architecture
+from nemo_upcycle.models.hf_config import moe_config
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -143,14 +144,9 @@ def test_a_config_that_is_no_object_is_refused(tmp_path: Path, config: object) -
 
 
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-_MODEL_TYPES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "GemmaForCausalLM": "gemma",
-    "MixtralForCausalLM": "mixtral",
-    "Qwen2MoeForCausalLM": "qwen2_moe",
-}
+PARENTS = [family.hf_class for family in families.parents()]
+TARGETS = [family.hf_class for family in families.targets()]
+_MODEL_TYPES = {family.hf_class: family.model_type for family in (*families.parents(), *families.targets())}
 
 
 def _transformers(config: dict[str, Any]) -> Any:
@@ -177,7 +173,7 @@ def _facts(hf: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("hf_class", [*DENSE_CLASSES, *MOE_CLASSES])
+@pytest.mark.parametrize("hf_class", [*PARENTS, *TARGETS])
 @pytest.mark.parametrize("said", [{}, {"num_key_value_heads": None, "sliding_window": None}], ids=["absent", "null"])
 def test_what_a_config_leaves_unsaid_is_what_transformers_makes_of_it(hf_class: str, said: dict[str, Any]) -> None:
     config = {"architectures": [hf_class], "model_type": _MODEL_TYPES[hf_class], **said}
@@ -192,7 +188,7 @@ def test_what_a_config_leaves_unsaid_is_what_transformers_makes_of_it(hf_class: 
 @pytest.mark.parametrize(
     "name", ["rope_theta", "rms_norm_eps", "max_position_embeddings", "hidden_act", "hidden_activation", "head_dim"]
 )
-@pytest.mark.parametrize("hf_class", DENSE_CLASSES)
+@pytest.mark.parametrize("hf_class", PARENTS)
 def test_null_is_as_good_as_absent(hf_class: str, name: str) -> None:
     config = LLAMA3_8B | {"architectures": [hf_class]}
     config.pop(name, None)
@@ -237,7 +233,7 @@ def test_the_moe_computes_with_the_settings_of_its_parent(
     config = {"architectures": [hf_class], "model_type": _MODEL_TYPES[hf_class], "sliding_window": None, **said}
     config |= {name: LLAMA3_8B[name] for name in SIZES}
     arch = architecture_from_config(config)
-    written = moe_config(config, arch.upcycled(spec))
+    written = moe_config(config, arch.upcycled(spec), 0.01)
     child = _transformers(written)
     assert _facts(child) == {name: getattr(arch, name) for name in _facts(child)}
     assert child.rope_scaling == arch.rope_scaling
@@ -265,12 +261,12 @@ def test_a_sliding_window_needs_a_class_that_has_one(window: int | None, spec: U
     made = architecture_from_config(MISTRAL | {"sliding_window": window}).upcycled(spec)
     assert made.hf_class == hf_class
     if hf_class == "MixtralForCausalLM":
-        assert moe_config(MISTRAL, made)["sliding_window"] == window
+        assert moe_config(MISTRAL, made, 0.01)["sliding_window"] == window
 
 
 def test_a_window_that_the_parents_class_does_not_know_is_not_handed_on() -> None:
     config = LLAMA3_8B | {"sliding_window": 16}
-    assert moe_config(config, architecture_from_config(config).upcycled(UpcycleSpec()))["sliding_window"] is None
+    assert moe_config(config, architecture_from_config(config).upcycled(UpcycleSpec()), 0.01)["sliding_window"] is None
 
 
 def test_activation_functions_are_told_by_what_they_compute() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.mapping import BY_ROLE, Sharding, find_mapping, hf_names, layer_mappings
+from nemo_upcycle.models.mapping import Sharding, find_mapping, hf_names, layer_mappings, mapping_of
 from nemo_upcycle.models.sharding import Shard, hf_shape, shard_shape, source_slices
 from nemo_upcycle.spec import UpcycleSpec
 
@@ -30,7 +30,7 @@ def _arch(**changes: object) -> Architecture:
 
 def _numbered(arch: Architecture, role: str) -> list[torch.Tensor]:
     """Return a row's Hugging Face tensors with every element its own number."""
-    row = BY_ROLE[role]
+    row = mapping_of(role, arch)
     shapes = [hf_shape(row, part, arch) for part in range(len(row.hf))]
     counts = [torch.Size(shape).numel() for shape in shapes]
     start, tensors = 0, []
@@ -53,7 +53,7 @@ def test_shards_hold_every_source_element_once(
     role: str, size: int, groups: int, per_group: int, ffn: int, vocab: int
 ) -> None:
     arch = _arch(num_heads=groups * per_group, num_kv_heads=groups, ffn_size=ffn, vocab_size=vocab, hidden_size=8)
-    row, sources, seen = BY_ROLE[role], _numbered(arch, role), []
+    row, sources, seen = mapping_of(role, arch), _numbered(arch, role), []
     padded = -(-vocab // size) * size
     for rank in range(size):
         shape = shard_shape(row, arch, Shard(rank, size), padded_vocab=padded)
@@ -74,7 +74,7 @@ def test_shards_hold_every_source_element_once(
 
 def test_qkv_rows_are_grouped_as_megatron_wants_them() -> None:
     arch = _arch(num_heads=4, num_kv_heads=2, head_dim=1, hidden_size=1)
-    row = BY_ROLE["qkv"]
+    row = mapping_of("qkv", arch)
     shard = torch.empty(shard_shape(row, arch, Shard()))
     q_k_v = [
         torch.tensor([[0.0], [1.0], [2.0], [3.0]]),

@@ -94,7 +94,7 @@ def test_the_receipt_names_the_half_that_float16_rounds_where_experts_are_shared
 
 
 def test_gemmas_scaled_embedding_is_asked_for() -> None:
-    gemma = {"hf_class": "GemmaForCausalLM", "activation": "gelu_tanh"}
+    gemma = {"hf_class": "GemmaForCausalLM", "activation": "gelu_tanh", "scaled_embedding": True}
     chunks = build_chunks(small_architecture(), num_experts=4, activation_func=torch.nn.GELU("tanh"))
     source = MemorySource(small_architecture(**gemma))
     (reason,) = upcycle_into(chunks, source, SPEC).inexact_because

@@ -1,0 +1,39 @@
+"""Activation functions, told by what they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as functional
+
+
+#: Functions of Megatron and NeMo, by their names: some are compiled when they are first called.
+_FUNCTIONS = {
+    "openai_gelu": "gelu_tanh",
+    "fast_gelu": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "squared_relu": "squared_relu",
+}
+
+
+def activation_of(function: Callable[[torch.Tensor], torch.Tensor]) -> str:
+    """Return what an architecture calls a model's activation function, told by its values; else its own name.
+
+    Example:
+        >>> activation_of(torch.nn.functional.gelu), activation_of(torch.nn.GELU("tanh"))  # doctest: +SKIP
+        ('gelu', 'gelu_tanh')
+    """
+    name = getattr(function, "__name__", repr(function))
+    if name in _FUNCTIONS and str(getattr(function, "__module__", "")).startswith(("megatron.", "nemo.")):
+        return _FUNCTIONS[name]
+    x = torch.linspace(-6, 6, 121, dtype=torch.float32, device="cpu")
+    known = {
+        "silu": functional.silu(x),
+        "gelu": functional.gelu(x),  # 5e-4 from the next one
+        "gelu_tanh": functional.gelu(x, approximate="tanh"),
+        "squared_relu": functional.relu(x).square(),
+    }
+    with torch.no_grad():
+        got = function(x)
+    return next((kind for kind, y in known.items() if torch.allclose(got, y, rtol=0, atol=1e-4)), name)

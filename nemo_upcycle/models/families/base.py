@@ -1,0 +1,110 @@
+"""What a model family is to the package: one record a Hugging Face class, everything special about it inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from nemo_upcycle.models.settings import Settings
+
+
+if TYPE_CHECKING:
+    from nemo_upcycle.models.architecture import Architecture
+
+
+TANH_GELU = "gelu_pytorch_tanh"
+#: Hugging Face's activations -> the architecture's.
+ACTIVATIONS = {"silu": "silu", TANH_GELU: "gelu_tanh"}
+#: What transformers' configuration classes of the Llama family have in common. Without a default of its own, heads
+#: share no keys, and the head dim is their part of the hidden size.
+COMMON_DEFAULTS: dict[str, Any] = {
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Family:
+    """One Hugging Face class: how its `config.json` is read and how its tensors are called.
+
+    A family that is a Llama in all but names and defaults needs an instance; one that reads a setting in its own way
+    overrides the method that reads it. Its tensors must be those of Llama, one for each part of a `ParamMapping`.
+
+    Args:
+        title: how messages call it.
+        hf_class: the class in `architectures`.
+        model_type: the `model_type` beside it.
+        names: role in the mapping table -> names of the tensors, one for each part; `{layer}` and `{expert}` stand for
+            numbers.
+        defaults: what its `config.json` leaves unsaid, under Llama's names: the defaults of transformers'
+            configuration class, and what the class fixes (`qkv_bias`, `zero_centered_norm`, `scaled_embedding`).
+        spelling: its own name of a setting -> Llama's, where they differ.
+        has_window: whether the class reads `sliding_window`.
+        windowed_class: the class that is the same model with a sliding window, if there is one.
+        nemo_module: NeMo's module with the configuration of such models.
+        hf_factors: role -> factor on the Megatron parameter in the Hugging Face tensor, where it is not 1.
+
+    Example:
+        >>> from nemo_upcycle.models.families import llama, register
+        >>> mine = replace(llama.FAMILY, title="Mine", hf_class="MineForCausalLM")  # doctest: +SKIP
+        >>> register(mine)  # doctest: +SKIP
+    """
+
+    title: str
+    hf_class: str
+    model_type: str
+    names: Mapping[str, tuple[str, ...]]
+    defaults: Mapping[str, Any]
+    spelling: Mapping[str, str] = field(default_factory=dict)
+    has_window: bool = False
+    windowed_class: str = ""
+    nemo_module: str = ""
+    hf_factors: Mapping[str, float] = field(default_factory=dict)
+
+    def activation(self, settings: Settings) -> str:
+        """Return the activation function, as architectures call it.
+
+        Raises:
+            CheckpointError: the package does not know it.
+        """
+        return settings.choice("hidden_act", ACTIVATIONS, "use a SwiGLU or GEGLU checkpoint")
+
+    def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+        """Return the fields of an `Architecture` that describe its experts; none for a dense model."""
+        return {}
+
+    def constants(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
+        """Return name and shape of the tensors of zeros that the class wants and Megatron does not have."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MoeFamily(Family):
+    """A Hugging Face class of MoE models: what an upcycled model can be exported as."""
+
+    def unsupported(self, arch: Architecture) -> Iterator[str]:
+        """Yield what the class cannot hold of an MoE model; these are what no class so far can.
+
+        Args:
+            arch: the model's architecture, without a Hugging Face class.
+        """
+        reasons = {
+            "a Gemma: norms around zero": arch.zero_centered_norm or arch.scaled_embedding,
+            "a network without a gate": not arch.gated,
+            "a bias of the attention's output": arch.attention_out_bias,
+            "biases of the feed-forward network": arch.ffn_bias,
+            "sigmoid scores or a routed_scaling_factor": (arch.router_score, arch.routed_scaling_factor)
+            != ("softmax", 1.0),
+        }
+        yield from (reason for reason, holds in reasons.items() if holds)
+
+    def expert_settings(self, arch: Architecture) -> dict[str, Any]:
+        """Return the settings of `config.json` that only this class has, or that mean something else in it.
+
+        Args:
+            arch: the MoE model's architecture.
+        """
+        raise NotImplementedError

@@ -1,0 +1,26 @@
+"""Gemma 1: GEGLU, norms that store their distance from one, an embedding multiplied by the root of D."""
+
+from __future__ import annotations
+
+from nemo_upcycle.models.families import llama
+from nemo_upcycle.models.families.base import ACTIVATIONS, COMMON_DEFAULTS, TANH_GELU, Family
+from nemo_upcycle.models.settings import Settings
+
+
+class _Gemma(Family):
+    def activation(self, settings: Settings) -> str:
+        """Read `hidden_activation` before `hidden_act`: the first configs say gelu there and mean the tanh form."""
+        key = "hidden_activation" if "hidden_activation" in settings.values else "hidden_act"
+        return settings.choice(key, ACTIVATIONS, f"Gemma was trained with {TANH_GELU}: set that")
+
+
+FAMILY = _Gemma(
+    title="Gemma",
+    hf_class="GemmaForCausalLM",
+    model_type="gemma",
+    names=llama.NAMES,
+    defaults=COMMON_DEFAULTS
+    | {"hidden_act": TANH_GELU, "tie_word_embeddings": True, "num_key_value_heads": 16, "head_dim": 256}
+    | {"max_position_embeddings": 8192, "zero_centered_norm": True, "scaled_embedding": True},
+    nemo_module="gemma",
+)

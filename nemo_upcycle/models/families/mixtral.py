@@ -1,0 +1,61 @@
+"""Mixtral: routed experts in every layer, whose weights sum to one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from nemo_upcycle.models.families import llama
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, MoeFamily
+from nemo_upcycle.models.settings import Settings
+
+
+if TYPE_CHECKING:
+    from nemo_upcycle.models.architecture import Architecture
+
+_MOE = llama.LAYER + "block_sparse_moe."
+_EXPERT = _MOE + "experts.{expert}."
+
+
+class _Mixtral(MoeFamily):
+    def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+        experts = settings.whole("num_local_experts")
+        return {
+            "num_experts": experts,
+            "top_k": settings.whole("num_experts_per_tok", most=experts),
+            "expert_ffn_size": settings.whole("intermediate_size"),
+        }
+
+    def unsupported(self, arch: Architecture) -> Iterator[str]:
+        yield from super().unsupported(arch)
+        reasons = {
+            "biases of query, key and value": arch.qkv_bias,
+            "shared experts": arch.shared_ffn_size > 0,
+            "dense layers": arch.moe_pattern is not None,
+            "expert weights that do not sum to one": not arch.norm_topk,
+        }
+        yield from (reason for reason, holds in reasons.items() if holds)
+
+    def expert_settings(self, arch: Architecture) -> dict[str, Any]:
+        return {
+            "num_local_experts": arch.num_experts,
+            "intermediate_size": arch.expert_ffn_size,
+            "sliding_window": arch.sliding_window,
+        }
+
+
+FAMILY = _Mixtral(
+    title="Mixtral",
+    hf_class="MixtralForCausalLM",
+    model_type="mixtral",
+    names=llama.NAMES
+    | {
+        "router": (_MOE + "gate.weight",),
+        "expert_fc1": (_EXPERT + "w1.weight", _EXPERT + "w3.weight"),
+        "expert_fc2": (_EXPERT + "w2.weight",),
+    },
+    defaults=COMMON_DEFAULTS
+    | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rope_theta": 1e6, "rms_norm_eps": 1e-5},
+    has_window=True,
+    nemo_module="mixtral",
+)

@@ -1,0 +1,86 @@
+"""Qwen2-MoE: shared experts, dense layers, biases of query, key and value, expert weights of any sum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from nemo_upcycle.models.families import llama
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, MoeFamily
+from nemo_upcycle.models.settings import Settings
+
+
+if TYPE_CHECKING:
+    from nemo_upcycle.models.architecture import Architecture
+
+_MLP = llama.LAYER + "mlp."
+_SHARED = _MLP + "shared_expert."
+_EXPERT = _MLP + "experts.{expert}."
+
+
+class _Qwen2Moe(MoeFamily):
+    def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+        step, dense = settings.whole("decoder_sparse_step", 1), settings.values.get("mlp_only_layers", [])
+        if not isinstance(dense, list) or not all(type(layer) is int and 0 <= layer < num_layers for layer in dense):
+            raise settings.wrong("mlp_only_layers", f"a list of layer numbers, 0 to {num_layers - 1}")
+        experts = settings.whole("num_experts")
+        pattern = tuple((layer + 1) % step == 0 and layer not in dense for layer in range(num_layers))
+        return {
+            "num_experts": experts,
+            "top_k": settings.whole("num_experts_per_tok", most=experts),
+            "expert_ffn_size": settings.whole("moe_intermediate_size"),
+            "shared_ffn_size": settings.whole("shared_expert_intermediate_size", 0, least=0),
+            "moe_pattern": None if all(pattern) else pattern,
+            "norm_topk": settings.flag("norm_topk_prob"),
+        }
+
+    def unsupported(self, arch: Architecture) -> Iterator[str]:
+        yield from super().unsupported(arch)
+        if arch.num_heads * arch.head_dim != arch.hidden_size:  # transformers refuses them
+            yield "heads that do not make up the hidden size"
+        if arch.window:
+            yield "a sliding window"
+
+    def expert_settings(self, arch: Architecture) -> dict[str, Any]:
+        return {
+            "num_experts": arch.num_experts,
+            "intermediate_size": arch.ffn_size,
+            "moe_intermediate_size": arch.expert_ffn_size,
+            "shared_expert_intermediate_size": arch.shared_ffn_size,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [layer for layer in range(arch.num_layers) if not arch.is_moe_layer(layer)],
+            "norm_topk_prob": arch.norm_topk,
+            "qkv_bias": arch.qkv_bias,
+            "use_sliding_window": False,
+        }
+
+    def constants(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
+        """Return the gate of the shared expert, and a zero-width shared expert where the model has none.
+
+        The class multiplies its shared expert by the sigmoid of the gate: one half, if the gate is zero. `hf_factors`
+        doubles the shared down projection for it.
+        """
+        shapes: dict[str, tuple[int, ...]] = {}
+        if not arch.shared_ffn_size:
+            shapes = dict.fromkeys(self.names["shared_fc1"], (0, arch.hidden_size))
+            shapes |= dict.fromkeys(self.names["shared_fc2"], (arch.hidden_size, 0))
+        shapes[_MLP + "shared_expert_gate.weight"] = (1, arch.hidden_size)
+        layers = (layer for layer in range(arch.num_layers) if arch.is_moe_layer(layer))
+        return {name.format(layer=layer): shape for layer in layers for name, shape in shapes.items()}
+
+
+FAMILY = _Qwen2Moe(
+    title="Qwen2-MoE",
+    hf_class="Qwen2MoeForCausalLM",
+    model_type="qwen2_moe",
+    names=llama.NAMES
+    | {
+        "router": (_MLP + "gate.weight",),
+        "expert_fc1": tuple(_EXPERT + f"{part}_proj.weight" for part in ("gate", "up")),
+        "expert_fc2": (_EXPERT + "down_proj.weight",),
+        "shared_fc1": tuple(_SHARED + f"{part}_proj.weight" for part in ("gate", "up")),
+        "shared_fc2": (_SHARED + "down_proj.weight",),
+    },
+    defaults=COMMON_DEFAULTS | {"num_key_value_heads": 16, "max_position_embeddings": 32768, "qkv_bias": True},
+    hf_factors={"shared_fc2": 2.0},
+)

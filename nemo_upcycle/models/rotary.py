@@ -1,0 +1,58 @@
+"""The rotary embedding's frequencies that an architecture asks for."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.models.architecture import Architecture
+
+
+if TYPE_CHECKING:
+    import torch  # a second and a half, which the planner does without
+
+
+def rope_kind(arch: Architecture) -> str:
+    """Return how the rotary frequencies are scaled: `default` (not at all) or `llama3`.
+
+    Raises:
+        CheckpointError: in another way, which Megatron-Core's rotary embedding does not know.
+    """
+    scaling = arch.rope_scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise CheckpointError(
+            "rope_scaling",
+            got=kind,
+            expected="default or llama3",
+            fix="use a checkpoint without position interpolation",
+        )
+    return str(kind)
+
+
+def rope_frequencies(arch: Architecture) -> torch.Tensor:
+    """Return the rotary embedding's inverse frequencies, float32 [K / 2], scaled as `rope_scaling` says.
+
+    Raises:
+        CheckpointError: the kind of scaling is not known; only none and Llama 3's are.
+    """
+    import torch
+
+    inverse = arch.rope_theta ** -(torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim)
+    scaling = arch.rope_scaling or {}
+    if rope_kind(arch) == "default":
+        return inverse
+    factor, low, high = (float(scaling[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    # Long waves are stretched by the factor, short ones kept, and those between get a mean of the two.
+    turns = float(scaling["original_max_position_embeddings"]) * inverse / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * inverse / factor + kept * inverse
+
+
+def same_frequencies(inverse: torch.Tensor, arch: Architecture) -> bool:
+    """Return whether a model's inverse frequencies are the architecture's, up to rounding."""
+    import torch
+
+    expected = rope_frequencies(arch)
+    return inverse.shape == expected.shape and torch.allclose(inverse.cpu().float(), expected, rtol=1e-5, atol=0)
