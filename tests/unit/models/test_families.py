@@ -1,0 +1,213 @@
+"""A model family is one file: made-up ones from outside are read, upcycled, converted and exported like the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
+from nemo_upcycle.convert.export import export_weights
+from nemo_upcycle.convert.megatron_weights import LiveWeights
+from nemo_upcycle.convert.offline import convert
+from nemo_upcycle.errors import CheckpointError, SpecError
+from nemo_upcycle.models import families
+from nemo_upcycle.models.architecture import Architecture, architecture_from_config, read_architecture
+from nemo_upcycle.models.families import Family, MoeFamily, llama
+from nemo_upcycle.models.mapping import MAPPINGS, hf_names, mapping_of_hf
+from nemo_upcycle.models.settings import Settings
+from nemo_upcycle.verify.verification import verify
+from tests.models import build_chunks, moe_settings, sample_tokens, write_llama
+
+
+BLOCK = "transformer.h.{layer}."
+
+
+class _Parent(Family):
+    def activation(self, settings: Settings) -> str:
+        return settings.choice("hidden_act", {"swish": "silu"}, "use a checkpoint with swish")
+
+
+PARENT = _Parent(
+    title="Made-up",
+    hf_class="MadeUpForCausalLM",
+    model_type="made_up",
+    names={
+        "embedding": ("transformer.wte.weight",),
+        "final_norm": ("transformer.ln_f.weight",),
+        "output": ("unembed.weight",),
+        "attention_norm": (BLOCK + "ln_1.weight",),
+        "qkv": (BLOCK + "attn.query.weight", BLOCK + "attn.key.weight", BLOCK + "attn.value.weight"),
+        "attention_out": (BLOCK + "attn.proj.weight",),
+        "ffn_norm": (BLOCK + "ln_2.weight",),
+        "fc1": (BLOCK + "ffn.w1.weight", BLOCK + "ffn.w3.weight"),
+        "fc2": (BLOCK + "ffn.w2.weight",),
+    },
+    defaults={"hidden_act": "swish", "rope_theta": 100000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+    | {"max_position_embeddings": 2048},
+    spelling={
+        "n_layer": "num_hidden_layers",
+        "n_embd": "hidden_size",
+        "n_head": "num_attention_heads",
+        "n_head_kv": "num_key_value_heads",
+        "n_inner": "intermediate_size",
+        "activation": "hidden_act",
+    },
+)
+
+
+class _Target(MoeFamily):
+    """Sigmoid scores, and experts whose output the class doubles."""
+
+    def unsupported(self, arch: Architecture) -> Iterator[str]:
+        if arch.router_score != "sigmoid":
+            yield "softmax scores"
+        if arch.shared_ffn_size:
+            yield "shared experts"
+
+    def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+        return {
+            "num_experts": settings.whole("pool"),
+            "top_k": settings.whole("num_experts_per_tok"),
+            "expert_ffn_size": settings.whole("expert_size"),
+            "router_score": "sigmoid",
+            "routed_scaling_factor": settings.number("scale"),
+        }
+
+    def expert_settings(self, arch: Architecture) -> dict[str, Any]:
+        return {"pool": arch.num_experts, "expert_size": arch.expert_ffn_size, "scale": arch.routed_scaling_factor}
+
+    def constants(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
+        return {f"model.layers.{layer}.moe.shift": (arch.num_experts or 0,) for layer in range(arch.num_layers)}
+
+
+_EXPERT = "model.layers.{layer}.moe.expert_{expert}."
+TARGET = _Target(
+    title="Made-up MoE",
+    hf_class="MadeUpMoeForCausalLM",
+    model_type="made_up_moe",
+    names=llama.NAMES
+    | {
+        "router": ("model.layers.{layer}.moe.router.weight",),
+        "expert_fc1": (_EXPERT + "gate", _EXPERT + "up"),
+        "expert_fc2": (_EXPERT + "down",),
+    },
+    defaults=llama.FAMILY.defaults,
+    hf_factors={"expert_fc2": 0.5},
+)
+
+
+@contextmanager
+def _registered(family: Family) -> Iterator[None]:
+    families.register(family)
+    try:
+        yield
+    finally:
+        del families._FAMILIES[family.hf_class]
+
+
+def _as_made_up(folder: Path, output: Path) -> Path:
+    """Write a Llama's weights as the made-up family saves them."""
+    arch, tensors = read_architecture(folder), load_file(folder / "model.safetensors")
+    renamed = {}
+    for name in hf_names(arch):
+        mapping, part, layer, _ = mapping_of_hf(name, arch)
+        renamed[PARENT.names[mapping.role][part].format(layer=layer)] = tensors[name]
+    output.mkdir()
+    save_file(renamed, output / "model.safetensors", metadata={"format": "pt"})
+    sizes = {"n_layer": arch.num_layers, "n_embd": arch.hidden_size, "n_head": arch.num_heads}
+    sizes |= {"n_head_kv": arch.num_kv_heads, "n_inner": arch.ffn_size, "vocab_size": arch.vocab_size}
+    config = {"architectures": [PARENT.hf_class], "model_type": PARENT.model_type, "bos_token_id": 1, **sizes}
+    (output / "config.json").write_text(json.dumps(config))
+    return output
+
+
+def _made_online(folder: Path, output: Path, spec: UpcycleSpec) -> Path:
+    """Upcycle into a Megatron model on one rank, and export that."""
+    arch = read_architecture(folder)
+    (model,) = build_chunks(folder, **moe_settings(arch, spec))
+    with open_dense(folder) as dense:
+        assert upcycle_into([model], dense, spec).exact
+    return export_weights(LiveWeights(model), arch.upcycled(spec), folder, output, dtype=torch.float32)
+
+
+def _same_weights(*folders: Path) -> bool:
+    first, *others = (load_file(folder / "model.safetensors") for folder in folders)
+    return all(
+        other.keys() == first.keys() and all(torch.equal(other[name], first[name]) for name in first)
+        for other in others
+    )
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize(
+    ("spec", "hf_class"),
+    [
+        (UpcycleSpec(num_experts=4, top_k=2), "MixtralForCausalLM"),
+        (UpcycleSpec(num_experts=8, top_k=4, granularity=2, shared_experts=1), "Qwen2MoeForCausalLM"),
+    ],
+    ids=["mixtral", "qwen2_moe"],
+)
+def test_a_parent_family_from_outside_is_upcycled_bit_by_bit_like_a_llama(
+    tmp_path: Path, spec: UpcycleSpec, hf_class: str
+) -> None:
+    same_model = write_llama(tmp_path / "llama", layers=2)
+    with _registered(PARENT):
+        folder = _as_made_up(same_model, tmp_path / "made_up")
+        online = _made_online(folder, tmp_path / "online", spec)
+        for name, parent in (("offline", folder), ("expected", same_model)):
+            with open_dense(parent) as dense:
+                convert(dense, tmp_path / name, spec)
+        assert _same_weights(online, tmp_path / "offline", tmp_path / "expected")
+        assert verify(folder, tmp_path / "offline", logits=False).equal
+        config = json.loads((tmp_path / "offline/config.json").read_text())
+    assert config["architectures"] == [hf_class]
+    assert config["bos_token_id"] == 1
+    assert not config.keys() & PARENT.spelling.keys()
+    _check_logits(same_model, tmp_path / "offline")
+
+
+def _check_logits(dense: Path, moe: Path) -> None:
+    """Check that transformers computes the same with what was made as with the Llama."""
+    from transformers import AutoModelForCausalLM
+
+    tokens = sample_tokens(250)
+    expected, got = (AutoModelForCausalLM.from_pretrained(folder)(tokens).logits for folder in (dense, moe))
+    assert torch.allclose(got, expected, atol=1e-4)
+
+
+@pytest.mark.usefixtures("megatron")
+def test_a_target_family_from_outside_holds_what_no_other_can(tmp_path: Path) -> None:
+    spec = UpcycleSpec(num_experts=4, top_k=2, router_score="sigmoid", routed_scaling_factor=2.0)
+    folder = write_llama(tmp_path / "dense", layers=2)
+    with open_dense(folder) as dense, pytest.raises(SpecError, match=r"sigmoid scores .* \(Mixtral, Qwen2-MoE\)"):
+        convert(dense, tmp_path / "offline", spec)
+    with _registered(TARGET):
+        online = _made_online(folder, tmp_path / "online", spec)
+        with open_dense(folder) as dense:
+            convert(dense, tmp_path / "offline", spec)
+            down = dense.read("model.layers.1.mlp.down_proj.weight") * spec.down_scale * 0.5
+        assert _same_weights(online, tmp_path / "offline")
+        assert read_architecture(online) == read_architecture(folder).upcycled(spec)
+    tensors = load_file(online / "model.safetensors")
+    assert torch.equal(tensors["model.layers.1.moe.expert_3.down"], down)
+    assert not tensors["model.layers.1.moe.shift"].any()
+
+
+def test_messages_use_the_familys_own_names() -> None:
+    with _registered(PARENT), pytest.raises(CheckpointError, match=r"config\.json: n_layer: got 'two'"):
+        architecture_from_config({"architectures": [PARENT.hf_class], "n_embd": 8, "n_head": 2, "n_layer": "two"})
+
+
+def test_every_family_names_each_part_of_a_parameter() -> None:
+    parts = {mapping.role: len(mapping.parts) for mapping in MAPPINGS}
+    for family in (*families.parents(), *families.targets()):
+        assert {role: len(names) for role, names in family.names.items()} == {
+            role: parts[role] for role in family.names
+        }
