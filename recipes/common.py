@@ -9,6 +9,7 @@ import nemo_run as run
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from nemo import lightning as nl
 
+from nemo_upcycle.models.megatron_config import moe_fields, router_fields
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.training.metrics import MetricsLogger
 from nemo_upcycle.training.optimizer import UpcycleOptimizer
@@ -22,10 +23,8 @@ def moe_settings(spec: UpcycleSpec) -> dict[str, Any]:
 
     The load-balancing loss is the one of NeMo's Mixtral: 0.01, which He et al. (arXiv 2410.07524) found best as well.
     """
-    return {
-        "num_moe_experts": spec.num_experts,
-        "moe_router_topk": spec.top_k,
-        "moe_router_pre_softmax": spec.router_order == "softmax_topk",
+    fields = router_fields(spec)
+    return {name: fields[name] for name in ("num_moe_experts", "moe_router_topk", "moe_router_pre_softmax")} | {
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": 0.01,
         "moe_token_dispatcher_type": "alltoall",
@@ -47,16 +46,10 @@ def use_spec(recipe: run.Partial, spec: UpcycleSpec) -> run.Partial:
         >>> use_spec(recipe, UpcycleSpec(num_experts=64, top_k=8, granularity=8, shared_experts=1))  # doctest: +SKIP
     """
     config = recipe.model.config
-    width = config.ffn_hidden_size // spec.granularity
-    fields = {
-        **{name: value for name, value in moe_settings(spec).items() if name.startswith(("num_moe", "moe_router"))},
-        "moe_ffn_hidden_size": width,
-        "moe_shared_expert_intermediate_size": spec.shared_experts * width or None,
-        "moe_layer_freq": 1 if spec.moe_layers == "all" else list(map(int, spec.moe_pattern(config.num_layers))),
-        "moe_router_score_function": spec.router_score,
+    fields = moe_fields(spec, config.ffn_hidden_size, config.num_layers) | {
+        "moe_router_load_balancing_type": "aux_loss",
         # In bfloat16 the logits of two copies can collide, and top-k then picks parts of both.
         "moe_router_dtype": "fp32" if spec.granularity > 1 else config.moe_router_dtype,
-        "moe_router_topk_scaling_factor": None if spec.routed_scaling_factor == 1 else spec.routed_scaling_factor,
     }
     for name, value in fields.items():
         setattr(config, name, value)

@@ -11,6 +11,7 @@ import torch
 
 from nemo_upcycle.models.architecture import Architecture, read_architecture
 from nemo_upcycle.models.mapping import hf_names, mapping_of_hf
+from nemo_upcycle.models.megatron_config import megatron_fields, moe_fields
 from nemo_upcycle.models.sharding import hf_shape, hf_shapes
 from nemo_upcycle.spec import UpcycleSpec
 
@@ -151,19 +152,10 @@ def small_architecture(**changes: Any) -> Architecture:
 
 def moe_settings(arch: Architecture, spec: UpcycleSpec) -> dict[str, Any]:
     """Return what `build_chunks` needs for the model that a spec makes."""
-    made = arch.upcycled(spec)
-    pattern = spec.moe_pattern(arch.num_layers)
-    return {
-        "num_experts": spec.num_experts,
-        "top_k": spec.top_k,
-        "moe_ffn_hidden_size": made.expert_ffn_size,
-        "moe_shared_expert_intermediate_size": made.shared_ffn_size or None,
-        "moe_router_pre_softmax": spec.router_order == "softmax_topk",
-        "moe_router_score_function": spec.router_score,
-        "moe_router_topk_scaling_factor": None if spec.routed_scaling_factor == 1 else spec.routed_scaling_factor,
-        "moe_router_dtype": "fp32" if spec.needs_float32_routing else None,
-        "moe_layer_freq": 1 if all(pattern) else [int(is_moe) for is_moe in pattern],
-    }
+    fields = moe_fields(spec, arch.ffn_size, arch.num_layers)
+    fields["num_experts"], fields["top_k"] = fields.pop("num_moe_experts"), fields.pop("moe_router_topk")
+    fields["moe_router_dtype"] = "fp32" if spec.needs_float32_routing else None
+    return fields
 
 
 def _activation(arch: Architecture) -> Any:
@@ -215,23 +207,13 @@ def build_chunks(
         tensor_parallel.model_parallel_cuda_manual_seed(1)
     arch = dense if isinstance(dense, Architecture) else read_architecture(dense)
     settings = {
-        "num_layers": arch.num_layers,
-        "hidden_size": arch.hidden_size,
-        "ffn_hidden_size": arch.ffn_size,
-        "num_attention_heads": arch.num_heads,
-        "num_query_groups": arch.num_kv_heads,
-        "kv_channels": arch.head_dim,
+        **megatron_fields(arch),
         "num_moe_experts": num_experts,
         "moe_router_topk": top_k,
         "moe_ffn_hidden_size": arch.ffn_size if num_experts else None,
         "moe_token_dispatcher_type": "alltoall",
-        "normalization": "RMSNorm",
-        "gated_linear_unit": arch.gated,
         "activation_func": _activation(arch),
-        "add_bias_linear": arch.ffn_bias,  # Megatron has it for all of attention and network together
-        "add_qkv_bias": arch.qkv_bias,
         "bias_activation_fusion": False,
-        "layernorm_epsilon": arch.norm_eps,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "use_cpu_initialization": True,

@@ -1,9 +1,9 @@
-"""Settings of a Megatron model that decide what it computes: do they fit the spec and the dense checkpoint?"""
+"""Architecture and spec in Megatron's and NeMo's settings, both ways, and whether a model has the right ones."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,29 @@ from nemo_upcycle.models.rotary import same_frequencies
 from nemo_upcycle.spec import UpcycleSpec, check_capacity
 
 
+#: Field of an `Architecture` -> Megatron's and NeMo's setting; `tied_embeddings` is NeMo's alone.
+FIELDS = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "ffn_size": "ffn_hidden_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "gated": "gated_linear_unit",
+    "norm_eps": "layernorm_epsilon",
+    "zero_centered_norm": "layernorm_zero_centered_gamma",
+    "tied_embeddings": "share_embeddings_and_output_weights",
+    "activation": "activation_func",
+    "qkv_bias": "add_qkv_bias",
+    "ffn_bias": "add_bias_linear",
+    "num_experts": "num_moe_experts",
+    "top_k": "moe_router_topk",
+    "expert_ffn_size": "moe_ffn_hidden_size",
+    "shared_ffn_size": "moe_shared_expert_intermediate_size",
+    "moe_pattern": "moe_layer_freq",
+}
+_BLOCK = tuple(FIELDS)[:9]
+_BIASES = ("qkv_bias", "ffn_bias")
 #: Settings of Megatron's that change the function and leave every shape as it is. No known parent has another value.
 _PLAIN: dict[str, Any] = {
     "normalization": "RMSNorm",
@@ -35,6 +58,114 @@ _POSITIONS: dict[str, Any] = {
 }
 
 
+def megatron_fields(arch: Architecture) -> dict[str, Any]:
+    """Return the settings of Megatron's `TransformerConfig` that make a model of an architecture, but its activation.
+
+    Example:
+        >>> TransformerConfig(**megatron_fields(arch), activation_func=silu)  # doctest: +SKIP
+    """
+    fields = {FIELDS[name]: getattr(arch, name) for name in (*_BLOCK, *_BIASES)}
+    fields["normalization"] = _PLAIN["normalization"]
+    if arch.num_experts:
+        fields |= {FIELDS[name]: getattr(arch, name) for name in ("num_experts", "top_k", "expert_ffn_size")}
+        fields[FIELDS["shared_ffn_size"]] = arch.shared_ffn_size or None
+        fields[FIELDS["moe_pattern"]] = _layer_freq([arch.is_moe_layer(layer) for layer in range(arch.num_layers)])
+    return fields
+
+
+def _layer_freq(pattern: Sequence[bool]) -> int | list[int]:
+    return 1 if all(pattern) else [int(is_moe) for is_moe in pattern]
+
+
+def layer_pattern(layer_freq: int | Sequence[int], num_layers: int) -> tuple[bool, ...]:
+    """Return which layers have experts, from Megatron's `moe_layer_freq`."""
+    if isinstance(layer_freq, int):
+        return tuple(layer % layer_freq == 0 for layer in range(num_layers))
+    return tuple(bool(layer_freq[layer]) for layer in range(num_layers))
+
+
+def architecture_of(config: Any, vocab_size: int) -> Architecture:
+    """Return the architecture that a NeMo or Megatron model configuration describes, as far as it decides FLOPs.
+
+    Args:
+        config: a `TransformerConfig`, a NeMo `GPTConfig`, or a `run.Config` of one.
+        vocab_size: V of the tokenizer; rows that only pad the embedding are no work of the model.
+
+    Example:
+        >>> architecture_of(recipe.model.config, 128256).total_params  # doctest: +SKIP
+        47491321856
+    """
+    names = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "gated")
+    fields: dict[str, Any] = {
+        name: getattr(config, FIELDS[name]) for name in (*names, *_BIASES, "tied_embeddings", "num_experts")
+    }
+    fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
+    fields["head_dim"] = fields["head_dim"] or fields["hidden_size"] // fields["num_heads"]
+    fields["qkv_bias"] = fields["qkv_bias"] or fields["ffn_bias"]  # Megatron has one setting for all other biases
+    if fields["num_experts"]:
+        pattern = layer_pattern(config.moe_layer_freq, config.num_layers)
+        fields |= {
+            "top_k": config.moe_router_topk,
+            "expert_ffn_size": config.moe_ffn_hidden_size or config.ffn_hidden_size,
+            "shared_ffn_size": config.moe_shared_expert_intermediate_size or 0,
+            "moe_pattern": None if all(pattern) else pattern,
+        }
+    return Architecture(hf_class="", vocab_size=vocab_size, attention_out_bias=fields["ffn_bias"], **fields)
+
+
+def router_fields(spec: UpcycleSpec) -> dict[str, Any]:
+    """Return the settings of Megatron's that follow from a spec alone: experts and routing."""
+    return {
+        "num_moe_experts": spec.num_experts,
+        "moe_router_topk": spec.top_k,
+        "moe_router_pre_softmax": spec.router_order == "softmax_topk",
+        "moe_router_score_function": spec.router_score,
+        "moe_router_topk_scaling_factor": None if spec.routed_scaling_factor == 1 else spec.routed_scaling_factor,
+    }
+
+
+def moe_fields(spec: UpcycleSpec, ffn_size: int, num_layers: int) -> dict[str, Any]:
+    """Return all settings of Megatron's that a spec asks for in a model of these sizes.
+
+    Args:
+        spec: how the model is made.
+        ffn_size: F of the dense parent.
+        num_layers: L.
+    """
+    width = ffn_size // spec.granularity
+    return router_fields(spec) | {
+        "moe_ffn_hidden_size": width,
+        "moe_shared_expert_intermediate_size": spec.shared_experts * width or None,
+        "moe_layer_freq": _layer_freq(spec.moe_pattern(num_layers)),
+    }
+
+
+def spec_fields(settings: Mapping[str, Any], ffn_size: int, num_layers: int) -> dict[str, tuple[str, Any]]:
+    """Return what a spec of a model must say, the inverse of `moe_fields`: field -> (Megatron's setting, value).
+
+    Args:
+        settings: of the model, as plain values.
+        ffn_size: F of the dense parent.
+        num_layers: L.
+    """
+    get = settings.get
+    width = get("moe_ffn_hidden_size") or ffn_size
+    pattern = layer_pattern(get("moe_layer_freq") or 1, num_layers)
+    numbers = ",".join(str(layer) for layer, is_moe in enumerate(pattern) if is_moe)
+    shared = (get("moe_shared_expert_intermediate_size") or 0) // width
+    order = "softmax_topk" if get("moe_router_pre_softmax") else "topk_softmax"
+    return {
+        "num_experts": ("num_moe_experts", get("num_moe_experts")),
+        "top_k": ("moe_router_topk", get("moe_router_topk", 2)),
+        "granularity": ("moe_ffn_hidden_size", ffn_size // width),
+        "shared_experts": ("moe_shared_expert_intermediate_size", shared),
+        "moe_layers": ("moe_layer_freq", "all" if all(pattern) else numbers),
+        "router_order": ("moe_router_pre_softmax", order),
+        "router_score": ("moe_router_score_function", get("moe_router_score_function") or "softmax"),
+        "routed_scaling_factor": ("moe_router_topk_scaling_factor", get("moe_router_topk_scaling_factor") or 1.0),
+    }
+
+
 def check_spec(config: Any, spec: UpcycleSpec) -> None:
     """Check that a model's configuration is what a spec asks for.
 
@@ -45,13 +176,7 @@ def check_spec(config: Any, spec: UpcycleSpec) -> None:
     Raises:
         SpecError: they disagree, or the configuration makes a router that no spec can be exact with.
     """
-    scaling = None if spec.routed_scaling_factor == 1 else spec.routed_scaling_factor
-    wanted: dict[str, Any] = {
-        "num_moe_experts": spec.num_experts,
-        "moe_router_topk": spec.top_k,
-        "moe_router_pre_softmax": spec.router_order == "softmax_topk",
-        "moe_router_score_function": spec.router_score,
-        "moe_router_topk_scaling_factor": scaling,
+    wanted: dict[str, Any] = router_fields(spec) | {
         "moe_router_enable_expert_bias": False,  # the spec says nothing of it
         "moe_router_num_groups": None,  # choosing among groups of experts would tear copies apart
         "moe_apply_probs_on_input": False,  # the network is not linear in its input
@@ -81,8 +206,8 @@ def check_spec(config: Any, spec: UpcycleSpec) -> None:
             fix="use aux_loss or none",
         )
     frequency, layers = getattr(config, "moe_layer_freq", 1), config.num_layers
-    pattern = [layer % frequency == 0 for layer in range(layers)] if isinstance(frequency, int) else frequency
-    if (want := spec.moe_pattern(layers)) != tuple(map(bool, pattern)):
+    got_layers = layers if isinstance(frequency, int) else len(frequency)
+    if (want := spec.moe_pattern(layers)) != layer_pattern(frequency, got_layers):
         raise SpecError(
             "model.config.moe_layer_freq",
             got=frequency if isinstance(frequency, int) else list(frequency),
@@ -104,45 +229,34 @@ def _check_routing_type(config: Any, spec: UpcycleSpec) -> None:
         )
 
 
-def check_model(model: Any, made: Architecture) -> None:
+def check_model(model: Any, moe_arch: Architecture) -> None:
     """Check that a built model has the settings that a checkpoint's architecture asks for.
 
     Args:
         model: a Megatron `GPTModel`.
-        made: the architecture that it is to have.
+        moe_arch: the architecture that it is to have: the MoE model's, or the dense model's where no experts are made.
 
     Raises:
         CheckpointError: it is of other shapes, or would compute another function with the same weights.
     """
     config, rotary = model.config, getattr(model, "rotary_pos_emb", None)
     frequencies = getattr(rotary, "inv_freq", None)
-    wanted: dict[str, Any] = {
-        "num_layers": made.num_layers,
-        "hidden_size": made.hidden_size,
-        "ffn_hidden_size": made.ffn_size,
-        "num_attention_heads": made.num_heads,
-        "num_query_groups": made.num_kv_heads,
-        "kv_channels": made.head_dim,
-        "gated_linear_unit": made.gated,
-        "layernorm_epsilon": made.norm_eps,
-        "layernorm_zero_centered_gamma": made.zero_centered_norm,
-    }
-    if config.num_moe_experts:
-        wanted["moe_ffn_hidden_size"] = made.expert_ffn_size or made.ffn_size
-        wanted["moe_shared_expert_intermediate_size"] = made.shared_ffn_size or None
+    names = (*_BLOCK, *(("expert_ffn_size", "shared_ffn_size") if moe_arch.num_experts else ()))
+    fields = megatron_fields(moe_arch)
+    wanted = {FIELDS[name]: fields[FIELDS[name]] for name in names}
     checks: list[tuple[str, Any, Any]] = [(name, getattr(config, name), value) for name, value in wanted.items()]
     # Before all others: a model with other position embeddings may have no rotary ones.
     for name, value in _POSITIONS.items():
         got = getattr(model, name, getattr(rotary, name, value))
         checks.append((name, value if got == 1 else got, value))
     checks += [(name, getattr(config, name, value) or value, value) for name, value in _PLAIN.items()]
-    if config.softmax_scale and not math.isclose(config.softmax_scale, made.head_dim**-0.5, rel_tol=1e-6):
-        checks.append(("softmax_scale", config.softmax_scale, f"None or {made.head_dim**-0.5:.6g}"))
+    if config.softmax_scale and not math.isclose(config.softmax_scale, moe_arch.head_dim**-0.5, rel_tol=1e-6):
+        checks.append(("softmax_scale", config.softmax_scale, f"None or {moe_arch.head_dim**-0.5:.6g}"))
     # What follows changes the function unnoticed. NeMo scales the rotary frequencies outside of its config.
-    checks.append(("activation_func", activation_of(config.activation_func), made.activation))
-    if frequencies is not None and not frequencies.is_meta and not same_frequencies(frequencies, made):
+    checks.append(("activation_func", activation_of(config.activation_func), moe_arch.activation))
+    if frequencies is not None and not frequencies.is_meta and not same_frequencies(frequencies, moe_arch):
         got = f"rotary_base {model.rotary_base:g}, frequencies down to {float(frequencies[-1]):.4g}"
-        expected = f"rope_theta {made.rope_theta:g}, rope_scaling {made.rope_scaling}"
+        expected = f"rope_theta {moe_arch.rope_theta:g}, rope_scaling {moe_arch.rope_scaling}"
         checks.append(("rotary_base and RoPE scaling", got, expected))
     for name, got, value in checks:
         if got != value:

@@ -26,42 +26,6 @@ from nemo_upcycle.planning.hardware import gpu_names, known_gpu
 CONVENTIONS = ("full", "causal")
 
 
-def architecture_of(config: Any, vocab_size: int) -> Architecture:
-    """Return the architecture that a NeMo or Megatron model configuration describes, as far as it decides FLOPs.
-
-    Args:
-        config: a `TransformerConfig`, a NeMo `GPTConfig`, or a `run.Config` of one.
-        vocab_size: V of the tokenizer; rows that only pad the embedding are no work of the model.
-
-    Example:
-        >>> architecture_of(recipe.model.config, 128256).total_params  # doctest: +SKIP
-        47491321856
-    """
-    experts, layers = config.num_moe_experts, config.num_layers
-    every = config.moe_layer_freq
-    pattern = [layer % every == 0 for layer in range(layers)] if isinstance(every, int) else list(map(bool, every))
-    return Architecture(
-        hf_class="",
-        num_layers=layers,
-        hidden_size=config.hidden_size,
-        ffn_size=config.ffn_hidden_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_query_groups or config.num_attention_heads,
-        head_dim=config.kv_channels or config.hidden_size // config.num_attention_heads,
-        vocab_size=vocab_size,
-        tied_embeddings=config.share_embeddings_and_output_weights,
-        gated=config.gated_linear_unit,
-        qkv_bias=config.add_qkv_bias or config.add_bias_linear,
-        attention_out_bias=config.add_bias_linear,
-        ffn_bias=config.add_bias_linear,
-        num_experts=experts,
-        top_k=config.moe_router_topk if experts else None,
-        expert_ffn_size=(config.moe_ffn_hidden_size or config.ffn_hidden_size) if experts else None,
-        shared_ffn_size=(config.moe_shared_expert_intermediate_size or 0) if experts else 0,
-        moe_pattern=tuple(pattern) if experts and not all(pattern) else None,
-    )
-
-
 def peaks_of(gpu: str) -> dict[str, float]:
     """Return the dense peaks of a card in TFLOP/s, `bf16` and, if it has it, `fp8`; nothing for a card not known.
 

@@ -13,7 +13,7 @@ from nemo_upcycle.data.dense import check_address
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.suite import read_suite_config
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.monitoring.throughput import architecture_of
+from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.pipeline.markers import setting_hashes
 from nemo_upcycle.pipeline.plan import RunPlan
 from nemo_upcycle.pipeline.recipes_io import check_recipe, ranks_of

@@ -15,6 +15,7 @@ import torch
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.megatron_config import megatron_fields
 from nemo_upcycle.models.sharding import Shard
 from nemo_upcycle.online.plan import ParamPlan, RankCoords, param_plans
 from nemo_upcycle.planning.layout import GroupRanks, Layout
@@ -238,28 +239,12 @@ def transformer_config(arch: Architecture, layout: Layout) -> Any:
     """Return Megatron's configuration of a model under a layout, for building it without initialising it."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    moe: dict[str, Any] = {}
-    if arch.num_experts:
-        moe = {
-            "num_moe_experts": arch.num_experts,
-            "moe_router_topk": arch.top_k,
-            "moe_ffn_hidden_size": arch.expert_ffn_size,
-            "moe_shared_expert_intermediate_size": arch.shared_ffn_size or None,
-            "moe_layer_freq": [int(arch.is_moe_layer(layer)) for layer in range(arch.num_layers)],
-            "moe_token_dispatcher_type": "allgather",  # the one that asks for no CUDA stream
-        }
+    # The token dispatcher that asks for no CUDA stream.
+    dispatcher = {"moe_token_dispatcher_type": "allgather"} if arch.num_experts else {}
     config = TransformerConfig(
-        num_layers=arch.num_layers,
-        hidden_size=arch.hidden_size,
-        ffn_hidden_size=arch.ffn_size,
-        num_attention_heads=arch.num_heads,
-        num_query_groups=arch.num_kv_heads,
-        kv_channels=arch.head_dim,
-        normalization="RMSNorm",
-        gated_linear_unit=arch.gated,
+        **megatron_fields(arch),
+        **dispatcher,
         activation_func=torch.nn.functional.silu if arch.activation == "silu" else torch.nn.functional.gelu,
-        add_bias_linear=arch.ffn_bias,
-        add_qkv_bias=arch.qkv_bias,
         bias_activation_fusion=False,
         use_cpu_initialization=True,
         perform_initialization=False,
@@ -277,10 +262,9 @@ def transformer_config(arch: Architecture, layout: Layout) -> Any:
         account_for_embedding_in_pipeline_split=bool(layout.embedding),
         account_for_loss_in_pipeline_split=bool(layout.loss),
         sequence_parallel=layout.tp > 1,
-        **moe,
     )
     # They change no shape, and the local spec's norm and attention refuse them.
-    config.sequence_parallel, config.context_parallel_size = False, 1
+    config.sequence_parallel, config.context_parallel_size, config.layernorm_zero_centered_gamma = False, 1, False
     return config
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.architecture import Architecture, architecture_from_config
 from nemo_upcycle.models.families import find_family, find_nemo_module
+from nemo_upcycle.models.megatron_config import FIELDS, spec_fields
 from nemo_upcycle.models.rotary import rope_frequencies, same_frequencies
 from nemo_upcycle.sources.inert_pickle import Inert, read_saved
 from nemo_upcycle.sources.nemo_context import MODEL, family_of, hf_config_from, model_settings
@@ -24,19 +25,11 @@ from nemo_upcycle.spec import UpcycleSpec, option_of
 _KEEP = "keep the model in NeMo: it trains and evaluates there"
 #: Fields of an architecture that make the function -> NeMo's setting; rotary embedding and window are checked apart.
 _FUNCTION = {
-    "num_layers": "num_layers",
-    "hidden_size": "hidden_size",
-    "ffn_size": "ffn_hidden_size",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_query_groups",
-    "head_dim": "kv_channels",
-    "tied_embeddings": "share_embeddings_and_output_weights",
-    "activation": "activation_func",
-    "qkv_bias": "add_qkv_bias",
-    "ffn_bias": "add_bias_linear",
-    "zero_centered_norm": "layernorm_zero_centered_gamma",
-    "norm_eps": "layernorm_epsilon",
-    "scaled_embedding": "_target_",
+    name: FIELDS.get(name, "_target_")
+    for name in (
+        *("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "tied_embeddings"),
+        *("activation", "qkv_bias", "ffn_bias", "zero_centered_norm", "norm_eps", "scaled_embedding"),
+    )
 }
 #: What no spec and no Hugging Face class has.
 _ROUTER: dict[str, Any] = {
@@ -98,30 +91,7 @@ class CheckpointContext:
             wrong.append(("moe_router_load_balancing_type", "aux_loss or none", "sinkhorn"))
         for name, expected, got in wrong:
             raise CheckpointError(f"{self.path}: {name}", got=got, expected=expected, fix=_KEEP)
-        width, frequency = get("moe_ffn_hidden_size") or self.dense.ffn_size, get("moe_layer_freq") or 1
-        layers = range(self.dense.num_layers)
-        pattern = (
-            [layer % frequency == 0 for layer in layers]
-            if isinstance(frequency, int)
-            else [frequency[layer] for layer in layers]
-        )
-        moe_layers = "all" if all(pattern) else ",".join(str(layer) for layer in layers if pattern[layer])
-        return {
-            "num_experts": ("num_moe_experts", get("num_moe_experts")),
-            "top_k": ("moe_router_topk", get("moe_router_topk", 2)),
-            "granularity": ("moe_ffn_hidden_size", self.dense.ffn_size // width),
-            "shared_experts": (
-                "moe_shared_expert_intermediate_size",
-                (get("moe_shared_expert_intermediate_size") or 0) // width,
-            ),
-            "moe_layers": ("moe_layer_freq", moe_layers),
-            "router_order": (
-                "moe_router_pre_softmax",
-                "softmax_topk" if get("moe_router_pre_softmax") else "topk_softmax",
-            ),
-            "router_score": ("moe_router_score_function", get("moe_router_score_function") or "softmax"),
-            "routed_scaling_factor": ("moe_router_topk_scaling_factor", get("moe_router_topk_scaling_factor") or 1.0),
-        }
+        return spec_fields(self.settings, self.dense.ffn_size, self.dense.num_layers)
 
     @property
     def router_aux_loss(self) -> float | None:

@@ -62,11 +62,11 @@ def _open_one(uri: str) -> DenseSource:
         )
     kind = _SCHEMES[scheme] if separator else MegatronCheckpoint if is_megatron(path) else SafetensorsFolder
     source: DenseSource = kind(path)
-    if source.architecture.hf_class not in (known := [family.hf_class for family in parents()]):
+    if source.architecture.num_experts:
         raise CheckpointError(
             str(path),
             got=source.architecture.hf_class,
-            expected=f"a dense model ({', '.join(known)})",
+            expected=f"a dense model ({', '.join(family.hf_class for family in parents())})",
             fix="give the dense parent",
         )
     return source

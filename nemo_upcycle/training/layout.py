@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.monitoring.throughput import architecture_of
+from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.planning import rules
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.workload import Workload

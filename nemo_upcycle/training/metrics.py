@@ -19,8 +19,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from nemo.utils.app_state import AppState
 
+from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.monitoring.router_health import RouterHealth, shares, sum_over_ranks
-from nemo_upcycle.monitoring.throughput import Throughput, architecture_of, memory_gib, peaks_of
+from nemo_upcycle.monitoring.throughput import Throughput, memory_gib, peaks_of
 from nemo_upcycle.utils.files import write_json
 from nemo_upcycle.utils.progress import duration, show_messages
 

@@ -270,7 +270,7 @@ def test_ablation_is_a_recipe_with_27b_tokens(recipes: Any, path: Path) -> None:
     from nemo.collections.llm.api import pretrain
     from nemo_run.cli.lazy import LazyEntrypoint
 
-    from nemo_upcycle.monitoring.throughput import architecture_of
+    from nemo_upcycle.models.megatron_config import architecture_of
     from nemo_upcycle.pipeline.recipes_io import check_recipe, spec_of
 
     recipe = LazyEntrypoint(pretrain, yaml=str(path)).resolve()

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.monitoring.throughput import Throughput, architecture_of, memory_gib, peaks_of
+from nemo_upcycle.models.megatron_config import architecture_of
+from nemo_upcycle.monitoring.throughput import Throughput, memory_gib, peaks_of
 
 
 VOCABULARY, SEQUENCE = 128_256, 8192
