@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     from nemo_upcycle.sources import open_dense
 
     sources = [local_model(source) for source in (args.source, *args.branch)]
-    with open_dense(sources, others=args.non_expert_weights) as dense:
+    with open_dense(sources, non_expert_weights=args.non_expert_weights) as dense:
         done = convert(dense, args.output, spec, dtype=args.dtype, max_shard_bytes=args.max_shard_size)
     show(args, asdict(done), _text(done, str(dense.path)))
     return 0

@@ -27,10 +27,10 @@ class SourceSlice:
     """One slice of a Hugging Face tensor and the rows of the Megatron shard that it is.
 
     Args:
-        part: which of the row's Hugging Face tensors.
+        part: which of the mapping's Hugging Face tensors.
         source: the slice of it, as (start, stop) along every axis.
-        blocks: the shard's rows are seen as so many equal blocks ...
-        rows: ... and the slice fills these rows (start, stop) of every block, block by block.
+        blocks: number of equal row blocks in the shard.
+        rows: (start, stop) inside every block that the slice fills, block by block.
     """
 
     part: int
@@ -39,7 +39,7 @@ class SourceSlice:
     rows: tuple[int, int]
 
     def view(self, shard: torch.Tensor) -> torch.Tensor:
-        """Return the rows of a Megatron shard that this piece is, as a view.
+        """Return the rows of a Megatron shard that this slice fills, as a view.
 
         Its shape is the slice's; with more than one block [blocks, rows, ...].
         """
@@ -53,17 +53,17 @@ class SourceSlice:
         return slice_ if self.blocks == 1 else slice_.unflatten(0, (self.blocks, self.rows[1] - self.rows[0]))
 
 
-def ffn_size(row: ParamMapping, arch: Architecture) -> int:
-    """Return F of the network that a row belongs to: dense, one routed expert, or all shared experts."""
-    if row.is_expert:
+def ffn_size(mapping: ParamMapping, arch: Architecture) -> int:
+    """Return F of the network that a parameter belongs to: dense, one routed expert, or all shared experts."""
+    if mapping.is_expert:
         return arch.expert_ffn_size or 0
-    return arch.shared_ffn_size if row.is_shared else arch.ffn_size
+    return arch.shared_ffn_size if mapping.is_shared else arch.ffn_size
 
 
-def hf_shape(row: ParamMapping, part: int, arch: Architecture) -> tuple[int, ...]:
-    """Return the shape of one of a row's Hugging Face tensors."""
+def hf_shape(mapping: ParamMapping, part: int, arch: Architecture) -> tuple[int, ...]:
+    """Return the shape of one of a mapping's Hugging Face tensors."""
     attention, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    neurons = ffn_size(row, arch)
+    neurons = ffn_size(mapping, arch)
     shapes: dict[str, tuple[int, ...]] = {
         "embedding": (arch.vocab_size, arch.hidden_size),
         "output": (arch.vocab_size, arch.hidden_size),
@@ -76,79 +76,79 @@ def hf_shape(row: ParamMapping, part: int, arch: Architecture) -> tuple[int, ...
         "router": (arch.num_experts or 0, arch.hidden_size),
         "router_bias": (arch.num_experts or 0,),
     }
-    return shapes.get(row.dense_role, (arch.hidden_size,))
+    return shapes.get(mapping.dense_role, (arch.hidden_size,))
 
 
 def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor of a Hugging Face checkpoint of `arch`, in the model's order."""
     shapes = {}
     for name in hf_names(arch):
-        row, part, _, _ = mapping_of_hf(name, arch)
-        shapes[name] = hf_shape(row, part, arch)
+        mapping, part, _, _ = mapping_of_hf(name, arch)
+        shapes[name] = hf_shape(mapping, part, arch)
     return shapes | hf_constants(arch)
 
 
 @functools.cache
 def shard_shape(
-    row: ParamMapping, arch: Architecture, shard: Shard, padded_vocab: int | None = None
+    mapping: ParamMapping, arch: Architecture, shard: Shard, padded_vocab: int | None = None
 ) -> tuple[int, ...]:
     """Return the shape of a rank's shard of a Megatron parameter.
 
     Args:
-        row: the parameter.
+        mapping: the parameter.
         arch: the model's shapes.
         shard: the rank's place.
         padded_vocab: V after padding, for the vocabulary's rows; unpadded when None.
     """
-    first = hf_shape(row, 0, arch)
-    if row.sharding is Sharding.VOCABULARY:
+    first = hf_shape(mapping, 0, arch)
+    if mapping.sharding is Sharding.VOCABULARY:
         return ((padded_vocab or arch.vocab_size) // shard.size, arch.hidden_size)
-    if row.sharding is Sharding.QKV:
+    if mapping.sharding is Sharding.QKV:
         return ((arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim // shard.size, *first[1:])
-    if row.sharding in (Sharding.GATED, Sharding.NEURON_ROWS):
-        return (len(row.parts) * first[0] // shard.size, *first[1:])
-    if row.sharding in (Sharding.COLUMNS, Sharding.NEURON_COLUMNS):
+    if mapping.sharding in (Sharding.GATED, Sharding.NEURON_ROWS):
+        return (len(mapping.parts) * first[0] // shard.size, *first[1:])
+    if mapping.sharding in (Sharding.COLUMNS, Sharding.NEURON_COLUMNS):
         return (first[0], first[1] // shard.size)
     return first
 
 
 @functools.cache
 def source_slices(
-    row: ParamMapping, arch: Architecture, shard: Shard, local_shape: tuple[int, ...], first_neuron: int = 0
+    mapping: ParamMapping, arch: Architecture, shard: Shard, local_shape: tuple[int, ...], first_neuron: int = 0
 ) -> tuple[SourceSlice, ...]:
     """Return the slices that make up a rank's shard of a parameter.
 
     Args:
-        row: the parameter; for an expert's that is to be made of a dense network, the dense network's.
+        mapping: the parameter; of an expert made of a dense network, the dense network's.
         arch: shapes of the Hugging Face side.
-        shard: the rank's place in the group that cuts this row.
+        shard: the rank's place in the group that cuts this parameter.
         local_shape: the shard's shape.
         first_neuron: where in the Hugging Face network the (unsharded) parameter begins, for a part of a network.
 
     Returns:
-        Pieces whose rows do not overlap. They cover the shard, but for padding rows at the end of a vocabulary.
+        Slices whose rows do not overlap. They cover the shard, but for padding rows at the end of a vocabulary.
 
     Example:
         The second half of the feed-forward's gate and up rows, on rank 1 of 2, with F = 8 and D = 4:
         `SourceSlice(0, ((4, 8), (0, 4)), 1, (0, 4))` and `SourceSlice(1, ((4, 8), (0, 4)), 1, (4, 8))`.
     """
-    shapes = [hf_shape(row, part, arch) for part in range(len(row.parts))]
+    shapes = [hf_shape(mapping, part, arch) for part in range(len(mapping.parts))]
     rest = [tuple((0, size) for size in shape[1:]) for shape in shapes]
-    if row.sharding is Sharding.REPLICATED:
+    if mapping.sharding is Sharding.REPLICATED:
         return (SourceSlice(0, ((0, shapes[0][0]), *rest[0]), 1, (0, local_shape[0])),)
-    if row.sharding in (Sharding.COLUMNS, Sharding.NEURON_COLUMNS):
+    if mapping.sharding in (Sharding.COLUMNS, Sharding.NEURON_COLUMNS):
         start = first_neuron + shard.rank * local_shape[1]
         return (SourceSlice(0, ((0, shapes[0][0]), (start, start + local_shape[1])), 1, (0, local_shape[0])),)
-    if row.sharding is Sharding.VOCABULARY:
+    if mapping.sharding is Sharding.VOCABULARY:
         start = shard.rank * local_shape[0]
         stop = min(start + local_shape[0], arch.vocab_size)
         return (SourceSlice(0, ((start, stop), *rest[0]), 1, (0, stop - start)),) if stop > start else ()
-    if row.sharding in (Sharding.GATED, Sharding.NEURON_ROWS):
-        neurons = local_shape[0] // len(row.parts)
+    if mapping.sharding in (Sharding.GATED, Sharding.NEURON_ROWS):
+        neurons = local_shape[0] // len(mapping.parts)
         start = first_neuron + shard.rank * neurons
         return tuple(
             SourceSlice(part, ((start, start + neurons), *rest[part]), 1, (part * neurons, (part + 1) * neurons))
-            for part in range(len(row.parts))
+            for part in range(len(mapping.parts))
         )
     groups = arch.num_kv_heads // shard.size
     found, row_start = [], 0

@@ -19,7 +19,7 @@ from nemo_upcycle.sources.base import DenseSource, Index
 from nemo_upcycle.utils.streams import ByteRange
 
 
-_OTHERS = ("first", "mean")
+_NON_EXPERT_WEIGHTS = ("first", "mean")
 #: How long sequences may be is no matter of the weights; checkpoint formats note it differently.
 _MAY_DIFFER = ("max_positions",)
 
@@ -43,14 +43,14 @@ def require_copies(dense: DenseSource, copies: int) -> None:
         )
 
 
-def check_others(others: str) -> None:
-    """Check where what is not a routed expert's is to come from.
+def check_non_expert_weights(non_expert_weights: str) -> None:
+    """Check where the weights outside the routed experts come from.
 
     Raises:
-        SpecError: there is no such place.
+        SpecError: the choice is not known.
     """
-    if others not in _OTHERS:
-        raise SpecError.unknown("others", others, _OTHERS)
+    if non_expert_weights not in _NON_EXPERT_WEIGHTS:
+        raise SpecError.unknown("non_expert_weights, --others", non_expert_weights, _NON_EXPERT_WEIGHTS)
 
 
 class Branches:
@@ -61,24 +61,24 @@ class Branches:
 
     Args:
         sources: the open sources, first the one that names the result. They are closed with this one.
-        others: what everything but the routed experts is: "first", the first model's, or "mean", the mean in float32
-            of them all, cast back to the type on disk.
+        non_expert_weights: what everything but the routed experts is: "first", the first model's, or "mean", the mean
+            in float32 of them all, cast back to the type on disk.
 
     Raises:
-        SpecError: `others` is neither.
+        SpecError: `non_expert_weights` is neither.
         CheckpointError: there are no sources, or they are not of one architecture, with the same tensors and types.
 
     Example:
         >>> code, law = open_dense("models/code"), open_dense("models/law")  # doctest: +SKIP
-        >>> with Branches([code, law], others="mean") as dense:  # doctest: +SKIP
+        >>> with Branches([code, law], non_expert_weights="mean") as dense:  # doctest: +SKIP
         ...     receipt = upcycle_into(model_chunks, dense, UpcycleSpec(num_experts=4, top_k=2))
     """
 
-    def __init__(self, sources: Sequence[DenseSource], others: str = "first") -> None:
-        check_others(others)
+    def __init__(self, sources: Sequence[DenseSource], non_expert_weights: str = "first") -> None:
+        check_non_expert_weights(non_expert_weights)
         if not sources:
             raise CheckpointError("branches", got="none", expected="dense checkpoints", fix="name some")
-        self._sources, self._others = tuple(sources), others
+        self._sources, self._non_expert_weights = tuple(sources), non_expert_weights
         self.path = sources[0].path
         self.architecture: Architecture = sources[0].architecture
         for source in sources[1:]:
@@ -131,7 +131,7 @@ class Branches:
         Raises:
             CheckpointError: as the sources do.
         """
-        if self._others == "first" or len(self._sources) == 1:
+        if self._non_expert_weights == "first" or len(self._sources) == 1:
             return self._sources[0].read(name, index)
         self.prefetch(name, index)
         total = self._sources[0].read(name, index).to(torch.float32, copy=True)
@@ -141,12 +141,12 @@ class Branches:
 
     def prefetch(self, name: str, index: Index | None = None) -> None:
         """Begin to fetch a slice that will be read soon."""
-        for source in self._sources if self._others == "mean" else self._sources[:1]:
+        for source in self._sources if self._non_expert_weights == "mean" else self._sources[:1]:
             source.prefetch(name, index)
 
     def byte_range(self, name: str, index: Index | None = None) -> ByteRange | None:
         """Return where a slice's bytes lie: the first model's, a mean lies nowhere."""
-        alone = self._others == "first" or len(self._sources) == 1
+        alone = self._non_expert_weights == "first" or len(self._sources) == 1
         return self._sources[0].byte_range(name, index) if alone else None
 
     def release(self) -> None:
@@ -168,7 +168,7 @@ class Branches:
         """Return why step 0 is no parent's function: experts differ, and maybe the rest is a mean."""
         if (count := len(self._sources)) == 1:
             return self._sources[0].inexact_because()
-        rest = "the mean of them all" if self._others == "mean" else "the first one's"
+        rest = "the mean of them all" if self._non_expert_weights == "mean" else "the first one's"
         return (f"experts come from {count} dense models and the rest is {rest}: no parent's function",)
 
     def __enter__(self) -> Branches:

@@ -44,14 +44,14 @@ class DistributedCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
-        self._tensors, self._places, self._digest = read_metadata(folder)
+        self._tensors, self._spans, self._digest = read_metadata(folder)
         self._chunks = {name: sorted(entry.chunks, key=_first_row) for name, entry in self._tensors.items()}
         self._files = MappedFiles(folder)
         self._pieces: dict[tuple[str, tuple[int, ...]], Stored] = {}
-        self._sizes_bytes = {file: self._size_bytes(file) for file in {place.file for place in self._places.values()}}
-        for (name, _), place in self._places.items():
-            if place.offset + place.length > self._sizes_bytes[place.file]:
-                raise self._damaged(place.file, name, "the file ends before it")
+        self._sizes_bytes = {file: self._size_bytes(file) for file in {span.file for span in self._spans.values()}}
+        for (name, _), span in self._spans.items():
+            if span.offset + span.length > self._sizes_bytes[span.file]:
+                raise self._damaged(span.file, name, "the file ends before it")
 
     def _size_bytes(self, file: str) -> int:
         path = self.path / file
@@ -89,7 +89,8 @@ class DistributedCheckpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         """Return a tensor's type."""
-        return self._entry(name).properties.dtype
+        dtype: torch.dtype = self._entry(name).properties.dtype
+        return dtype
 
     def read(self, name: str, index: Index | None = None) -> torch.Tensor:
         """Return a slice, given as (start, stop) along every axis: of one piece a view, of several put together.
@@ -161,15 +162,15 @@ class DistributedCheckpoint:
 
     def _piece(self, name: str, offset: tuple[int, ...], sizes: tuple[int, ...]) -> Stored:
         if (name, offset) not in self._pieces:
-            place = self._places.get((name, offset))
-            if place is None or place.transforms:
-                why = "compressed, which is not supported" if place else "no place in the metadata"
-                raise self._damaged(place.file if place else ".metadata", name, why)
-            window = Window(self._files, place.file, place.offset, place.length)
+            span = self._spans.get((name, offset))
+            if span is None or span.transforms:
+                why = "compressed, which is not supported" if span else "no place in the metadata"
+                raise self._damaged(span.file if span else ".metadata", name, why)
+            window = Window(self._files, span.file, span.offset, span.length)
             try:
                 self._pieces[name, offset] = open_piece(window, sizes, self.dtype(name))
             except DAMAGE as error:
-                raise self._damaged(place.file, name, type(error).__name__) from None
+                raise self._damaged(span.file, name, type(error).__name__) from None
         return self._pieces[name, offset]
 
     def __enter__(self) -> DistributedCheckpoint:

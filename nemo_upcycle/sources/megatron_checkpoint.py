@@ -37,15 +37,15 @@ class _Fused:
 
     Args:
         key: its name in the checkpoint.
-        row: of the mapping table.
-        piece: which of its rows are the Hugging Face tensor.
+        mapping: the Megatron parameter.
+        slice_: which rows of it are the Hugging Face tensor.
         shape: its own, without the layers' axis.
         layer: where on the layers' axis; None without one.
     """
 
     key: str
-    row: ParamMapping
-    piece: SourceSlice
+    mapping: ParamMapping
+    slice_: SourceSlice
     shape: tuple[int, ...]
     layer: int | None
 
@@ -117,31 +117,33 @@ class MegatronCheckpoint(OneModel):
         """Yield every Hugging Face tensor by name; refuses what the table does not know of a dense model."""
         for key in model_tensors(self._checkpoint, self._prefix):
             layer, name = _split(key.removeprefix(self._prefix))
-            row = next((row for row in MAPPINGS if name in row.stored and row.in_layer is (layer is not None)), None)
-            if row is None or row in MOE_MAPPINGS or (row.role == "output" and self.architecture.tied_embeddings):
+            in_layer = layer is not None
+            mapping = next((each for each in MAPPINGS if name in each.stored and each.in_layer is in_layer), None)
+            is_moe, tied = mapping in MOE_MAPPINGS, self.architecture.tied_embeddings
+            if mapping is None or is_moe or (mapping.role == "output" and tied):
                 raise CheckpointError(
                     f"{self.path}: tensor",
                     got=key,
                     expected=f"the tensors of a dense {self.architecture.hf_class}",
-                    fix="give the dense parent" if row in MOE_MAPPINGS else "check that configuration and weights fit",
+                    fix="give the dense parent" if is_moe else "check that configuration and weights fit",
                 )
-            yield from self._find(key, mapping_of(row.role, self.architecture), layer)
+            yield from self._find(key, mapping_of(mapping.role, self.architecture), layer)
 
-    def _find(self, key: str, row: ParamMapping, layer: str | None) -> Iterator[tuple[str, _Fused]]:
+    def _find(self, key: str, mapping: ParamMapping, layer: str | None) -> Iterator[tuple[str, _Fused]]:
         shape, stacked = self._checkpoint.shape(key), layer == ""
         own = shape[1:] if stacked else shape
-        self._check(key, row, own)
-        parts = source_slices(row, self.architecture, Shard(), own)
+        self._check(key, mapping, own)
+        parts = source_slices(mapping, self.architecture, Shard(), own)
         for number in range(shape[0]) if stacked else [int(layer or 0)]:
             for part in parts:
-                name = row.hf[part.part].format(layer=number)
-                yield name, _Fused(key, row, part, own, number if stacked else None)
+                name = mapping.hf[part.part].format(layer=number)
+                yield name, _Fused(key, mapping, part, own, number if stacked else None)
 
-    def _check(self, key: str, row: ParamMapping, shape: tuple[int, ...]) -> None:
+    def _check(self, key: str, mapping: ParamMapping, shape: tuple[int, ...]) -> None:
         arch = self.architecture
-        is_vocabulary = row.sharding is Sharding.VOCABULARY
+        is_vocabulary = mapping.sharding is Sharding.VOCABULARY
         wanted = shard_shape(
-            row, arch, Shard(), padded_vocab=max(shape[0], arch.vocab_size) if is_vocabulary else None
+            mapping, arch, Shard(), padded_vocab=max(shape[0], arch.vocab_size) if is_vocabulary else None
         )
         dtype = self._checkpoint.dtype(key)
         fix = "check that configuration and weights belong together"
@@ -172,7 +174,7 @@ class MegatronCheckpoint(OneModel):
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape, without padding."""
         fused = self._entry(name)
-        return hf_shape(fused.row, fused.piece.part, self.architecture)
+        return hf_shape(fused.mapping, fused.slice_.part, self.architecture)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return a tensor's type."""
@@ -203,11 +205,11 @@ class MegatronCheckpoint(OneModel):
     def _runs(self, name: str, bounds: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
         """Yield where the slice lies in the Megatron tensor: for query, key and value a run of rows a group."""
         fused = self._entry(name)
-        piece, (start, stop) = fused.piece, bounds[0]
-        rows, block = piece.rows[1] - piece.rows[0], fused.shape[0] // piece.blocks
+        slice_, (start, stop) = fused.slice_, bounds[0]
+        rows, block = slice_.rows[1] - slice_.rows[0], fused.shape[0] // slice_.blocks
         for number in range(start // rows, -(-stop // rows)):
             first, last = max(start, number * rows), min(stop, (number + 1) * rows)
-            moved = number * (block - rows) + piece.rows[0]
+            moved = number * (block - rows) + slice_.rows[0]
             layer = [] if fused.layer is None else [(fused.layer, fused.layer + 1)]
             yield [*layer, (first + moved, last + moved), *bounds[1:]]
 

@@ -160,7 +160,7 @@ def _tokenizer_size(context: Path) -> int | None:
         try:
             tokenizer = read_json(path)
             numbers = [*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"])]
-            return 1 + max(numbers)
+            return 1 + int(max(numbers))
         except (UpcycleError, KeyError, TypeError, ValueError, AttributeError):
             return None
     return None

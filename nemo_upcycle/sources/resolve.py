@@ -9,7 +9,7 @@ from pathlib import Path
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.families import parents
 from nemo_upcycle.sources.base import DenseSource
-from nemo_upcycle.sources.branches import Branches, check_others
+from nemo_upcycle.sources.branches import Branches, check_non_expert_weights
 from nemo_upcycle.sources.megatron_checkpoint import MegatronCheckpoint, is_megatron
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 
@@ -17,31 +17,35 @@ from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 _SCHEMES = {"hf": SafetensorsFolder, "nemo": MegatronCheckpoint}
 
 
-def open_dense(uri: str | Path | Sequence[str | Path], *, others: str = "first") -> DenseSource:
+def open_dense(
+    uri: str | Path | Sequence[str | Path], *, non_expert_weights: str = "first", others: str | None = None
+) -> DenseSource:
     """Open a dense checkpoint for reading slices.
 
     Args:
         uri: a folder, as a plain path (its contents tell the kind), as `hf:///absolute/path` (Hugging Face:
             safetensors) or as `nemo:///absolute/path` (a NeMo 2 or Megatron distributed checkpoint). Or several, whose
             feed-forward networks become experts in turn.
-        others: of several: whether everything but the experts is the "first" one's or the "mean" of all.
+        non_expert_weights: of several: whether everything but the experts is the "first" one's or the "mean" of all.
+        others: the name of `non_expert_weights` until 0.1.
 
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or it is not a dense Llama-family model.
-        SpecError: `others` is neither.
+        SpecError: `non_expert_weights` is neither.
 
     Example:
         >>> with open_dense("hf:///models/Llama-3-8B") as dense:  # doctest: +SKIP
         ...     dense.architecture.num_layers
         32
     """
-    check_others(others)
+    non_expert_weights = others or non_expert_weights
+    check_non_expert_weights(non_expert_weights)
     if isinstance(uri, str | Path):
         return _open_one(str(uri))
     if len(uri) == 1:
         return _open_one(str(uri[0]))
     with ExitStack() as opened:
-        branches = Branches([opened.enter_context(_open_one(str(one))) for one in uri], others)
+        branches = Branches([opened.enter_context(_open_one(str(one))) for one in uri], non_expert_weights)
         opened.pop_all()
     return branches
 

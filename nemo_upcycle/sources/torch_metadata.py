@@ -21,14 +21,14 @@ from nemo_upcycle.sources.torch_piece import DTYPE_NAMES
 
 
 class _Metadata(Inert):
-    """Stands in for torch's class and for Megatron's subclass of it."""
+    """Stand-in for torch's class and for Megatron's subclass of it."""
 
     state_dict_metadata: dict[str, Any]
     storage_data: dict[Any, Any]
 
 
 class _Properties(Inert):
-    """Stands in for a tensor's properties, of which torch saves the values in their order."""
+    """Stand-in for a tensor's properties, whose values torch saves in order."""
 
     dtype: Any
 
@@ -71,7 +71,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 @dataclass(frozen=True)
 class FileSpan:
-    """Where a piece lies; `transforms` is None but for compressed ones."""
+    """The bytes of a file that hold a piece of a tensor; `transforms` says how they are compressed, None for not."""
 
     file: str
     offset: int
@@ -80,7 +80,7 @@ class FileSpan:
 
 
 def read_metadata(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, tuple[int, ...]], FileSpan], str]:
-    """Return the tensors, the places of their pieces by name and offset, and the sha256 of it all."""
+    """Return the tensors, the spans of their pieces by name and offset, and the sha256 of the file."""
     path = folder / ".metadata"
     if not path.is_file():
         raise CheckpointError(
@@ -94,7 +94,7 @@ def read_metadata(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, tuple[i
         metadata = _MetadataUnpickler(io.BytesIO(raw)).load()
         if not isinstance(metadata, _Metadata):
             raise pickle.UnpicklingError(f"a {type(metadata).__name__}")
-        return _tensors_of(metadata), _places_of(metadata), hashlib.sha256(raw).hexdigest()
+        return _tensors_of(metadata), _spans_of(metadata), hashlib.sha256(raw).hexdigest()
     except OSError:
         raise
     except Exception as error:  # whatever a damaged pickle leads to
@@ -114,16 +114,14 @@ def _tensors_of(metadata: _Metadata) -> dict[str, Any]:
     return tensors
 
 
-def _places_of(metadata: _Metadata) -> dict[tuple[str, tuple[int, ...]], FileSpan]:
-    places = {}
+def _spans_of(metadata: _Metadata) -> dict[tuple[str, tuple[int, ...]], FileSpan]:
+    spans = {}
     for index, info in metadata.storage_data.items():
         if (offset := getattr(index, "offset", None)) is not None:
-            place = FileSpan(
-                info.relative_path, info.offset, info.length, getattr(info, "transform_descriptors", None)
-            )
-            _require(isinstance(place.file, str) and place.offset >= 0 and place.length >= 0, index.fqn)
-            places[index.fqn, tuple(offset)] = place
-    return places
+            span = FileSpan(info.relative_path, info.offset, info.length, getattr(info, "transform_descriptors", None))
+            _require(isinstance(span.file, str) and span.offset >= 0 and span.length >= 0, index.fqn)
+            spans[index.fqn, tuple(offset)] = span
+    return spans
 
 
 def _require(holds: bool, name: str) -> None:

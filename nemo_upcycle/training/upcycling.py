@@ -136,7 +136,7 @@ def fill_chunks(chunks: list[torch.nn.Module], restore: UpcycleConfig) -> Upcycl
     first = torch.distributed.get_rank() == 0
     paths = [restore.path, *(restore.branches or [])]
     with (
-        open_dense(paths, others=restore.non_expert_weights) as dense,
+        open_dense(paths, non_expert_weights=restore.non_expert_weights) as dense,
         ProgressLine("upcycle", total, enabled=first) as line,
     ):
         progress: Progress = lambda name, written_bytes: line.advance(written_bytes, note=name)  # noqa: E731

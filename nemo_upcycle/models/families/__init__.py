@@ -22,6 +22,17 @@ _MODULES = (
     "qwen2_moe",
 )
 _FAMILIES: dict[str, Family] = {}
+__all__ = [
+    "Family",
+    "MoeFamily",
+    "find_family",
+    "find_nemo_module",
+    "parents",
+    "register",
+    "require_class",
+    "target_class",
+    "targets",
+]
 
 
 def register(family: Family) -> None:

@@ -43,7 +43,7 @@ def _tensors(folders: list[Path]) -> list[dict[str, torch.Tensor]]:
 def test_experts_are_the_models_in_turn_and_the_rest_is_one(folders: list[Path], others: str) -> None:
     with one_rank():
         (model,) = build_chunks(folders[0], num_experts=4)
-        with open_dense(folders, others=others) as dense:
+        with open_dense(folders, non_expert_weights=others) as dense:
             receipt = upcycle_into([model], dense, UpcycleSpec(num_experts=4, top_k=2))
         layer = model.decoder.layers[1]
         down = [expert.linear_fc2.weight.data.clone() for expert in layer.mlp.experts.local_experts]
@@ -65,7 +65,7 @@ def test_a_mean_is_taken_in_float32_and_cast_back(folders: list[Path]) -> None:
         tensors = load_file(folder / "model.safetensors")
         save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, folder / "model.safetensors")
     expected = sum(each[ATTENTION].float() for each in _tensors(folders)) / 3
-    with open_dense(folders, others="mean") as dense:
+    with open_dense(folders, non_expert_weights="mean") as dense:
         got = dense.read(ATTENTION, [(3, 9), (10, 40)])
         assert torch.equal(got, expected[3:9, 10:40].bfloat16())
         assert dense.bytes_read == 3 * got.nbytes
@@ -76,7 +76,7 @@ def test_a_mean_is_taken_in_float32_and_cast_back(folders: list[Path]) -> None:
 
 
 def test_one_model_is_no_mixture(folders: list[Path]) -> None:
-    with open_dense(folders[:1], others="mean") as dense:
+    with open_dense(folders[:1], non_expert_weights="mean") as dense:
         assert dense.branches() == (dense,)
         assert not dense.inexact_because()
 
@@ -112,8 +112,9 @@ def test_tensors_must_agree(folders: list[Path]) -> None:
         open_dense(folders)
 
 
-def test_what_others_can_be(folders: list[Path]) -> None:
-    with pytest.raises(SpecError, match=r"'meen' does not exist\. Did you mean 'mean'"):
-        open_dense(folders, others="meen")
+def test_non_expert_weights_are_the_first_or_the_mean(folders: list[Path]) -> None:
+    for name in ("non_expert_weights", "others"):  # the second is the name until 0.1
+        with pytest.raises(SpecError, match=r"'meen' does not exist\. Did you mean 'mean'"):
+            open_dense(folders, **{name: "meen"})
     with pytest.raises(CheckpointError, match="branches: got none"):
         Branches([])
