@@ -15,8 +15,8 @@ from nemo_upcycle.models.rotary import same_frequencies
 from nemo_upcycle.spec import UpcycleSpec, check_capacity
 
 
-#: Field of an `Architecture` -> Megatron's and NeMo's setting; `tied_embeddings` is NeMo's alone.
-FIELDS = {
+#: What every block has: field of an `Architecture` -> Megatron's and NeMo's setting.
+_BLOCK = {
     "num_layers": "num_layers",
     "hidden_size": "hidden_size",
     "ffn_size": "ffn_hidden_size",
@@ -26,6 +26,9 @@ FIELDS = {
     "gated": "gated_linear_unit",
     "norm_eps": "layernorm_epsilon",
     "zero_centered_norm": "layernorm_zero_centered_gamma",
+}
+#: All of them; `tied_embeddings` is NeMo's alone.
+FIELDS = _BLOCK | {
     "tied_embeddings": "share_embeddings_and_output_weights",
     "activation": "activation_func",
     "qkv_bias": "add_qkv_bias",
@@ -36,7 +39,6 @@ FIELDS = {
     "shared_ffn_size": "moe_shared_expert_intermediate_size",
     "moe_pattern": "moe_layer_freq",
 }
-_BLOCK = tuple(FIELDS)[:9]
 _BIASES = ("qkv_bias", "ffn_bias")
 #: Settings of Megatron's that change the function and leave every shape as it is. No known parent has another value.
 _PLAIN: dict[str, Any] = {
@@ -95,10 +97,8 @@ def architecture_of(config: Any, vocab_size: int) -> Architecture:
         >>> architecture_of(recipe.model.config, 128256).total_params  # doctest: +SKIP
         47491321856
     """
-    names = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "gated")
-    fields: dict[str, Any] = {
-        name: getattr(config, FIELDS[name]) for name in (*names, *_BIASES, "tied_embeddings", "num_experts")
-    }
+    names = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "gated", *_BIASES)
+    fields = {name: getattr(config, FIELDS[name]) for name in (*names, "tied_embeddings", "num_experts")}
     fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
     fields["head_dim"] = fields["head_dim"] or fields["hidden_size"] // fields["num_heads"]
     fields["qkv_bias"] = fields["qkv_bias"] or fields["ffn_bias"]  # Megatron has one setting for all other biases
