@@ -2,18 +2,20 @@
 PYTHON ?= python3
 VENV := .venv
 TE_VENV := .venv-te
+DOCS_VENV := .venv-docs
 BIN := $(VENV)/bin
 RUN_DIR ?= runs/demo
 COMMAND_DIR := runs/test-command
 
-.PHONY: help demo test test-command test-pythons soak lint format clean clean-runs venv te-env test-te
+.PHONY: help demo test test-command test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te
 
 help:
 	@echo "make demo    upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (about 8 minutes, no GPU)"
 	@echo "make test    all tests that need no GPU"
 	@echo "make test-command  README's training command with the real 135M model, then resumed (about 3 minutes, 12 GiB)"
 	@echo "make soak    kill 60 trainings and 60 pipeline stages at many moments; all must end bit-equal (13 minutes)"
-	@echo "make lint    format, style, types, import layers, YAML"
+	@echo "make lint    format, style, spelling, types, import layers"
+	@echo "make docs    the pages of docs/ and the reference, into site/, in an environment of their own, $(DOCS_VENV)"
 	@echo "make venv    only the environment, in $(VENV)"
 	@echo "make test-te tests with real Transformer Engine modules, in an environment of their own, $(TE_VENV) (no GPU)"
 	@echo "make test-pythons  make test under each of Python 3.10, 3.11 and 3.12 that this machine has"
@@ -61,15 +63,34 @@ test-pythons:
 lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	git ls-files | xargs $(BIN)/codespell
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(MAKE) layers
+
+# The package as it is installed, as links: tools that read files find recipes/ and conf/ in their places.
+tree:
+	rm -rf build/tree && mkdir -p build/tree
+	cp -rs $(CURDIR)/nemo_upcycle $(CURDIR)/pyproject.toml build/tree/
+	cp -rs $(CURDIR)/recipes $(CURDIR)/conf build/tree/nemo_upcycle/
+
+layers: tree
+	cd build/tree && $(CURDIR)/$(BIN)/lint-imports
+
+docs: tree $(DOCS_VENV)/.complete
+	$(DOCS_VENV)/bin/sphinx-build --fail-on-warning --keep-going --quiet -c docs . site
+
+$(DOCS_VENV)/.complete: pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip install --progress-bar off --upgrade pip
+	$(DOCS_VENV)/bin/pip install --progress-bar off --group docs
+	touch $@
 
 format: venv
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf build dist site docs/reference *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 # What runs of the pipeline left behind: models, checkpoints, logs.
 clean-runs:

@@ -1,0 +1,11 @@
+project = "nemo-upcycle"
+extensions = ["myst_parser", "sphinx.ext.napoleon", "autoapi.extension"]
+html_theme = "furo"
+default_role = "code"
+autoapi_dirs = ["../build/tree/nemo_upcycle"]
+autoapi_root = "reference"
+autoapi_member_order = "bysource"
+autoapi_options = ["members", "show-module-summary"]
+autoapi_add_toctree_entry = True
+autoapi_keep_files = False
+myst_heading_anchors = 3

@@ -1,0 +1,57 @@
+"""The how-tos of docs/: their files are written, their changes applied and their commands run, in a copy of the package."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """The package as it is installed, where a how-to may change it; `recipes` leads to the recipes in it."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "nemo_upcycle", tmp_path / "nemo_upcycle", ignore=ignored)
+    for name in ("recipes", "conf"):
+        shutil.copytree(ROOT / name, tmp_path / "nemo_upcycle" / name, ignore=ignored)
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "recipes").symlink_to("nemo_upcycle/recipes")
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", ["add_family", "add_init_method", "add_recipe"])
+def test_howto_works_as_written(page: str, tree: Path) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(python|diff|bash)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    assert {"python", "bash"} <= {language for language, _ in blocks}
+    for language, block in blocks:
+        if language == "python":
+            path, _, code = block.partition("\n")
+            (tree / path.removeprefix("# ")).write_text(code, encoding="utf-8")
+        else:
+            command = ["git", "apply", "-"] if language == "diff" else ["bash", "-e", "-c", block]
+            done = subprocess.run(
+                command,
+                cwd=tree,
+                input=block if language == "diff" else None,
+                env=os.environ
+                | {
+                    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                    "PYTHONPATH": str(tree),
+                    "GIT_CEILING_DIRECTORIES": str(tree.parent),
+                },
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+            assert "no tests ran" not in done.stdout
