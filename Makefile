@@ -77,7 +77,7 @@ layers: tree
 	cd build/tree && $(CURDIR)/$(BIN)/lint-imports
 
 docs: tree $(DOCS_VENV)/.complete
-	$(DOCS_VENV)/bin/sphinx-build --fail-on-warning --keep-going --quiet -c docs . site
+	$(DOCS_VENV)/bin/sphinx-build --fail-on-warning --keep-going --quiet --jobs auto -c docs . site
 
 $(DOCS_VENV)/.complete: pyproject.toml
 	$(PYTHON) -m venv $(DOCS_VENV)

@@ -27,7 +27,7 @@ def block_generator(seed: int, *name: object) -> torch.Generator:
 
 
 def uniform(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """Return float64 numbers between 0 and 1, of one block for each generator: [len(generators), *shape]."""
+    """Return float64 numbers between 0 and 1, of one block for each generator: `[len(generators), *shape]`."""
     drawn = torch.empty((len(generators), *shape), dtype=torch.float64)
     for block, generator in zip(drawn, generators, strict=True):
         torch.rand(shape, generator=generator, out=block)
@@ -35,7 +35,9 @@ def uniform(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> to
 
 
 def normal(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """Return standard normal numbers in float64, of one block for each generator: [len(generators), *shape].
+    """Return standard normal numbers in float64, of one block for each generator.
+
+    Their shape is `[len(generators), *shape]`.
 
     Box-Muller in float64 on the generator's uniform numbers: `torch.randn` takes other code paths, with other last
     bits, on processors with other vector units. Logarithm, root and cosine may still differ there in the last bit of
