@@ -1,4 +1,4 @@
-"""The how-tos of docs/: their files are written, their changes applied and their commands run, in a copy of the package."""
+"""The how-tos of docs/: a copy of the package gets their files and changes, then their commands are run."""
 
 from __future__ import annotations
 

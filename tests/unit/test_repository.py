@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 CODE_BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -22,6 +24,7 @@ def _tracked(*patterns: str) -> list[Path]:
 
 
 def _commands() -> list[str]:
+    """Return the commands of README."""
     blocks = [text.replace("\\\n", " ") for language, text in CODE_BLOCKS if language == "bash"]
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
@@ -39,14 +42,15 @@ def test_every_yaml_loads_and_every_key_is_explained(path: Path) -> None:
             assert any(other.lstrip().startswith("#") for other in around), f"{path.name}: {line}"
 
 
-def test_the_readmes_make_targets_exist() -> None:
+def test_make_targets_of_the_documents_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     named = {word for command in _commands() for word in re.findall(r"\bmake ([a-z-]+)", command)}
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert named
-    assert named <= targets
+    assert named | set(re.findall(r"`make ([a-z-]+)", contributing)) <= targets
 
 
-def test_the_readmes_nemo_commands_name_registered_recipes() -> None:
+def test_nemo_commands_of_the_readme_name_registered_recipes() -> None:
     recipes = {path.stem for path in (ROOT / "recipes").glob("*_*.py")}
     named = {
         match
@@ -58,16 +62,36 @@ def test_the_readmes_nemo_commands_name_registered_recipes() -> None:
     assert named <= recipes
 
 
-def test_the_readmes_python_compiles() -> None:
+def test_python_of_the_readme_compiles() -> None:
     blocks = [text for language, text in CODE_BLOCKS if language == "python"]
     assert blocks
     for block in blocks:
         compile(block, "README.md", "exec")
 
 
-def test_relative_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", _tracked("*.md"), ids=lambda path: path.name)
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_package_is_installed() -> None:
+    folders = {path.parent.relative_to(ROOT) for path in _tracked("nemo_upcycle/**/__init__.py")}
+    missing = {name for folder in folders if f'"{(name := str(folder).replace("/", "."))}"' not in PYPROJECT}
+    assert not missing
+
+
+def test_a_lower_layer_must_not_import_a_recipe(tmp_path: Path) -> None:
+    package = tmp_path / "nemo_upcycle"
+    shutil.copytree(ROOT / "nemo_upcycle", package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "recipes", package / "recipes")
+    (tmp_path / "pyproject.toml").write_text(PYPROJECT)
+    with (package / "utils" / "files.py").open("a") as file:
+        file.write("\nimport nemo_upcycle.recipes.llama3_8b_e8t2\n")
+    command = [Path(sys.executable).parent / "lint-imports", "--no-cache"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "nemo_upcycle.utils.files -> nemo_upcycle.recipes.llama3_8b_e8t2" in done.stdout
 
 
 def test_files_can_be_read_in_one_sitting() -> None:
