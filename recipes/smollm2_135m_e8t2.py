@@ -103,7 +103,7 @@ def pretrain_recipe(
 
 
 @run.cli.factory(target=pipeline, name=NAME)
-def pipeline_recipe(dir: str = f"runs/{NAME}", processes: Optional[int] = None) -> run.Partial:
+def pipeline_recipe(dir: str = "runs/smollm2_135m_e8t2", processes: Optional[int] = None) -> run.Partial:
     """Create the whole chain: import, upcycle, pretrain, dense baseline, export, evaluate, report.
 
     Args:

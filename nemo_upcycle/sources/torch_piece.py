@@ -94,7 +94,7 @@ def open_piece(window: Window, sizes: tuple[int, ...], dtype: torch.dtype) -> St
         dtype: the type that it says.
 
     Raises:
-        What `DAMAGE` names: it is no such piece.
+        Exception: one of `DAMAGE`; it is no such piece.
     """
     with zipfile.ZipFile(window) as archive:
         records = {member.filename.partition("/")[2]: member for member in archive.infolist()}
