@@ -3,7 +3,7 @@
 # No postponed annotations: NeMo-Run reads those of the fields, for overrides on the command line.
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Optional
 
@@ -128,7 +128,7 @@ class UpcycleSpec:
 
     @property
     def copies(self) -> int:
-        """How often the dense network is in a layer: E / G."""
+        """How often the dense network is in a layer, E / G."""
         return self.num_experts // self.granularity
 
     @property
@@ -154,7 +154,7 @@ class UpcycleSpec:
 
     @property
     def bias_scale(self) -> float:
-        """Factor on every expert's output bias, which each of the chosen k adds whole: 1 / sum(p_i)."""
+        """Factor on every expert's output bias, which each of the chosen k adds whole, 1 / sum(p_i)."""
         return 1.0 / self.weight_sum if self.output_scale == "exact" else 1.0
 
     def expert_scale(self, expert: int) -> float:
@@ -219,7 +219,11 @@ class UpcycleSpec:
         else:
             kind, _, rest = self.moe_layers.partition("-")
             count = int(rest.partition("-")[0] or 0)
-            rules = {"all": lambda i: True, "every": lambda i: i % count == 0, "first": lambda i: i >= count}
+            rules: dict[str, Callable[[int], bool]] = {
+                "all": lambda i: True,
+                "every": lambda i: i % count == 0,
+                "first": lambda i: i >= count,
+            }
             pattern = tuple(rules[kind](layer) for layer in range(num_layers))
         if not any(pattern):
             raise SpecError(

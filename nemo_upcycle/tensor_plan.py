@@ -81,7 +81,7 @@ class TensorPlan:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The matrices of a feed-forward network that its slices are of: `gate`, `up` or `down`."""
+        """The matrices of a feed-forward network that its slices are of, `gate`, `up` or `down`."""
         return tuple(self.mapping.parts[slice_.piece.part] for slice_ in self.slices)
 
     @property

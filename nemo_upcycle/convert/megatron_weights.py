@@ -143,7 +143,8 @@ class LiveWeights:
         prefix = f"decoder.layers.{layer}." if mapping.in_layer else ""
         for template in mapping.megatron:
             if (name := prefix + template.format(expert=expert)) in self._parameters:
-                return self._parameters[name].detach()
+                weight: torch.Tensor = self._parameters[name].detach()
+                return weight
         raise CheckpointError(
             f"{mapping.role} of layer {layer}",
             got="no such parameter",

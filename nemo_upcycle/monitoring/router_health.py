@@ -89,15 +89,15 @@ class RouterHealth:
 
     def _take_loss(self, kind: str) -> torch.Tensor:
         """Return the loss of each layer without its coefficient, as Megatron collected it; the sum is the mean."""
-        values_L = torch.zeros(self.config.num_layers, dtype=torch.float64)
         collected = get_moe_layer_wise_logging_tracker().get(_LOSSES[kind])
         if collected is None:
-            return values_L
+            return torch.zeros(self.config.num_layers, dtype=torch.float64)
         # The ranks of a tensor- and context-parallel group (for the global loss: of the data-parallel one as well)
         # hold a part of it each, replicas the whole.
         replicas = 1 if kind == "global_aux_loss" else parallel_state.get_data_parallel_world_size()
-        values_L = collected["values"][: self.config.num_layers].double() / (replicas * get_num_microbatches())
-        collected["values"].zero_()
+        values: torch.Tensor = collected["values"]
+        values_L: torch.Tensor = values[: self.config.num_layers].double() / (replicas * get_num_microbatches())
+        values.zero_()
         return values_L
 
     def _sample_experts(self) -> torch.Tensor:
@@ -168,7 +168,9 @@ class RouterHealth:
         granularity = parts if not rest and experts % parts == 0 else 1
         copies_LCGW = experts_LEW.unflatten(1, (experts // granularity, granularity))
         origin_LCGW = copies_LCGW.mean(dim=1, keepdim=True)
-        distance_LCG = (copies_LCGW - origin_LCGW).norm(dim=-1) / origin_LCGW.norm(dim=-1).clamp(min=1e-12)
+        distance_LCG: torch.Tensor = (copies_LCGW - origin_LCGW).norm(dim=-1) / origin_LCGW.norm(dim=-1).clamp(
+            min=1e-12
+        )
         return distance_LCG.flatten(1).mean(dim=1)
 
 

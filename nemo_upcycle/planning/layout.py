@@ -97,7 +97,7 @@ class Layout:
 
     @property
     def dense_shards(self) -> int:
-        """Ranks over which the distributed optimizer cuts the states of the dense part: dp x cp."""
+        """Ranks over which the distributed optimizer cuts the states of the dense part, dp x cp."""
         return self.dp * self.cp
 
     def node_gpus(self, per_node: int) -> int:

@@ -115,7 +115,7 @@ class Plan:
 
     @property
     def peak_tflops(self) -> float:
-        """The peak that MFU is measured against: FP8's for FP8."""
+        """The peak that MFU is measured against, FP8's for FP8."""
         gpu = self.request.gpu
         return (gpu.fp8_tflops or gpu.bf16_tflops) if self.work.numbers.fp8 else gpu.bf16_tflops
 

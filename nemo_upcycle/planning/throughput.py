@@ -47,7 +47,7 @@ class StepTime:
 
     @property
     def bound_by(self) -> str:
-        """What takes most: `compute`, `hbm`, `launch`, `nvlink`, `infiniband` or `bubble`."""
+        """What takes most, `compute`, `hbm`, `launch`, `nvlink`, `infiniband` or `bubble`."""
         parts = {
             "compute": self.gemm + self.attention,
             "hbm": self.memory,

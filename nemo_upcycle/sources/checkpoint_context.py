@@ -70,7 +70,7 @@ class CheckpointContext:
 
     @cached_property
     def spec_fields(self) -> dict[str, tuple[str, Any]]:
-        """What a spec of the model must say: field -> (NeMo's setting, value). Empty for a dense model."""
+        """What a spec of the model must say, field -> (NeMo's setting, value). Empty for a dense model."""
         return self._read(self._spec_fields) if self.settings.get("num_moe_experts") else {}
 
     def _read(self, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -27,4 +27,5 @@ def dtype_of(name: str) -> torch.dtype:
         raise UpcycleError.unknown("dtype", name, DTYPES)
     import torch  # takes seconds, which `--help` does without
 
-    return getattr(torch, name)
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
