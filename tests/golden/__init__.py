@@ -89,7 +89,10 @@ def planner_text() -> str:
         h100 = "performance_mode" in inspect.signature(factory).parameters
         upcycling = _changed(spec.to_dict(), UpcycleSpec, "num_experts", "top_k") if spec else None
         entries[name] = {"dense": dense, "spec": upcycling, "h100": h100, "defaults": defaults}
-    lines = ["# What the planner knows of the recipes; `python -m tests.golden` makes this file of them."]
+    lines = [
+        "# What the planner knows of the recipes; made by `python -m tests.golden`. The keys are explained in",
+        "# nemo_upcycle/planning/hardware.py and nemo_upcycle/models/architecture.py.",
+    ]
     for key, values in (("shapes", shapes), ("recipes", entries)):
         lines += [f"{key}:", *(f"  {name}: {_flow(value)}" for name, value in values.items())]
     return "\n".join(lines) + "\n"

@@ -97,7 +97,7 @@ def test_an_option_that_contradicts_the_receipt_is_refused(
     assert _export(run, tmp_path / "hf", "--receipt", receipt, *words) == 2
     error = capsys.readouterr().err
     assert said in error
-    assert f"leave {words[0]} out" in error
+    assert f"omit {words[0]}" in error
     assert not (tmp_path / "hf").exists()
     assert _export(run, tmp_path / "hf", "--receipt", receipt, "--top-k", "2") == 0
 
