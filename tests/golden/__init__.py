@@ -102,7 +102,7 @@ def _dense_architecture(config: Any) -> Architecture:
     """Return the architecture of a dense NeMo Llama: what decides its FLOPs, its family and positions."""
     from nemo.collections.llm.gpt.model.llama import Llama31Config, LlamaConfig
 
-    from nemo_upcycle.monitoring.throughput import architecture_of
+    from nemo_upcycle.models.megatron_config import architecture_of
     from nemo_upcycle.recipes.h100 import VOCABULARY
 
     kind = config.__fn_or_cls__
