@@ -79,6 +79,7 @@ def main() -> None:
     from megatron.core import parallel_state
 
     from nemo_upcycle.cpu.backend import use_cpu_backend
+    from nemo_upcycle.models.flops import flops_per_token
     from nemo_upcycle.planning.hardware import known_recipe
 
     use_cpu_backend()
@@ -87,7 +88,7 @@ def main() -> None:
     logging.getLogger("nemo_upcycle").addHandler(logging.NullHandler())
     rows = [["recipe", "H100", "step, s", "logging, median, ms", "logging, mean, ms", "part of the step"], ["---"] * 6]
     for name, layers, gpus, tflops in RUNS:
-        flops = known_recipe(name).arch.flops_per_token(8192, causal=False)
+        flops = flops_per_token(known_recipe(name).arch, 8192, causal=False)
         step_s = STEP_TOKENS * flops / (gpus * tflops * 1e12)
         median_ms, mean_ms = measure(layers)
         share = f"{mean_ms / 10 / step_s:.2f} %"

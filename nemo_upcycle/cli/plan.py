@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from nemo_upcycle.cli.plan_request import Subject, number_of_tokens, request_of, subject_of
 from nemo_upcycle.errors import SpecError, UpcycleError
+from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning import table
 from nemo_upcycle.planning.columns import named_columns, table_text
 from nemo_upcycle.planning.hardware import gpu_names
@@ -147,8 +148,8 @@ def _print_json(args: argparse.Namespace, answer: _Answer) -> None:
             "total_params": arch.total_params,
             "active_params": arch.active_params,
             "flops_per_token": {
-                "full": arch.flops_per_token(length, causal=False),
-                "causal": arch.flops_per_token(length, causal=True),
+                "full": flops_per_token(arch, length, causal=False),
+                "causal": flops_per_token(arch, length, causal=True),
             },
         },
         "rows": [table.row_values(plan, _command(subject, plan), args.price_per_gpu_hour) for plan in answer.plans],

@@ -26,8 +26,8 @@ from nemo_upcycle.convert.safetensors_writer import MAX_SHARD_BYTES, Safetensors
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.models.mapping import mapping_of
 from nemo_upcycle.sources.base import DenseSource
-from nemo_upcycle.sources.branches import require_copies
 from nemo_upcycle.sources.checks import BrokenWeights, check_shapes, check_source, rounded_because
+from nemo_upcycle.sources.several_parents import require_copies
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.files import (
     MODEL_MARKER,

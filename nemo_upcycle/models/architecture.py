@@ -104,7 +104,7 @@ class Architecture:
         return self.vocab_size * self.hidden_size
 
     def _layers_params(self, experts: int) -> int:
-        """Parameters of all layers, norms included, counting so many routed experts in an MoE layer."""
+        """Parameters of all layers, norms included, with `experts` routed experts counted per MoE layer."""
         every = self.attention_params + 2 * self.hidden_size
         dense = self.ffn_params(self.ffn_size)
         router = (self.num_experts or 0) * (self.hidden_size + (1 if self.ffn_bias else 0))
@@ -129,26 +129,6 @@ class Architecture:
         """Parameters that one token passes through; Llama 3 8B E8T2 has 13_668_454_400 (the paper prints 11.8B)."""
         embeddings = self.embedding_params * (1 if self.tied_embeddings else 2)
         return self._layers_params(self.top_k or 0) + embeddings + self.hidden_size
-
-    def flops_per_token(self, seq_length: int, *, causal: bool) -> float:
-        """Return the FLOPs of training on one token: forward and backward, without recomputation. THE formula.
-
-            6 (active parameters - input embedding) + attention, where attention is 12 L H K s over the whole square of
-            scores (`causal=False`: as arXiv 2412.09952, Table 1, and Megatron-Core to 0.10 count) or 6 L H K s over
-            its lower half (`causal=True`: as Megatron-Bridge counts).
-
-        The output layer counts, tied or not; norms and biases are counted with the parameters.
-
-        Args:
-            seq_length: s, tokens in a sequence.
-            causal: which of the two conventions.
-
-        Example:
-            Llama 3 8B, s = 8192, full: 4.744e14 FLOPs a sequence; its E8T2 7.515e14 (the paper: 4.7e14 and 7.5e14).
-        """
-        embeddings = 0 if self.tied_embeddings else self.embedding_params
-        scores = (6 if causal else 12) * self.num_layers * self.num_heads * self.head_dim * seq_length
-        return 6.0 * (self.active_params - embeddings) + scores
 
     def upcycled(self, spec: UpcycleSpec) -> Architecture:
         """Return the MoE architecture that a spec makes of this dense one.

@@ -1,6 +1,6 @@
 """How fast a training step was, in the units that papers use: tokens/s, TFLOP/s and MFU of a GPU, memory of the card.
 
-The FLOPs are those of `Architecture.flops_per_token`, in both conventions, always labelled: `full` counts the whole
+The FLOPs are those of `models.flops.flops_per_token`, in both conventions, always labelled: `full` counts the whole
 square of attention scores, as arXiv 2412.09952 does (its 46.8 % MFU at 462.8 TFLOP/s), `causal` its lower half, as
 newer NVIDIA pages do. Model FLOPs only: recomputation, padding and dropped tokens do not count.
 
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning.hardware import gpu_names, known_gpu
 
 
@@ -70,7 +71,7 @@ class Throughput:
     def flops_per_token(self) -> dict[str, float]:
         """Return the FLOPs of training on one token, by convention."""
         return {
-            name: self.architecture.flops_per_token(self.seq_length, causal=name == "causal") for name in CONVENTIONS
+            name: flops_per_token(self.architecture, self.seq_length, causal=name == "causal") for name in CONVENTIONS
         }
 
     def of(self, tokens: int, seconds: float) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from nemo_upcycle.online.fill import Progress, fill
 from nemo_upcycle.online.plan import RankCoords, param_plans
 from nemo_upcycle.online.receipt import UpcycleReceipt
 from nemo_upcycle.sources.base import DenseSource
-from nemo_upcycle.sources.branches import require_copies
 from nemo_upcycle.sources.checks import check_shapes, check_source, rounded_because
+from nemo_upcycle.sources.several_parents import require_copies
 from nemo_upcycle.spec import UpcycleSpec
 
 

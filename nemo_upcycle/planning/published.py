@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning.hardware import Gpu, Machine, known_gpu, known_shape, read_data
 from nemo_upcycle.planning.layout import Layout, parse_layout
 from nemo_upcycle.planning.rules import check_layout
@@ -19,7 +20,7 @@ class Published:
     """One row of `conf/planning/published.yaml`, which explains the fields.
 
     Args:
-        tokens_per_s_per_gpu: measured; from TFLOP/s or MFU by the formula of `Architecture.flops_per_token`.
+        tokens_per_s_per_gpu: measured; from TFLOP/s or MFU by the formula of `models.flops.flops_per_token`.
         fitted: whether the constants of `Machine` were fitted on it.
         sets: a constant of `Machine` that was chosen by hand for this row, if any.
     """
@@ -65,7 +66,7 @@ def _row(values: dict[str, Any]) -> Published:
     measured = values.get("tokens")
     if measured is None:
         tflops = values.get("tflops") or values["mfu"] / 100 * known_gpu("h100").bf16_tflops
-        measured = tflops * 1e12 / arch.flops_per_token(work.seq_length, causal=False)
+        measured = tflops * 1e12 / flops_per_token(arch, work.seq_length, causal=False)
     assumed, fitted = values.get("assumed", ""), values.get("fit", True)
     sets = values.get("sets", "")
     return Published(values["name"], arch, layout, work, measured, values["source"], assumed, fitted, sets)

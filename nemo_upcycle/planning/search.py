@@ -10,6 +10,7 @@ from functools import cached_property
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning.hardware import Gpu, Machine
 from nemo_upcycle.planning.layout import Layout, divisors
 from nemo_upcycle.planning.memory import GIB, Memory, activation_bytes, checkpoint_bytes, worst_memory
@@ -110,7 +111,7 @@ class Plan:
     def tflops_per_gpu(self, *, causal: bool) -> float:
         """Return the model's FLOPs (recomputation does not count) over the time, in either convention."""
         return (
-            self.tokens_per_s_per_gpu * self.request.arch.flops_per_token(self.work.seq_length, causal=causal) / 1e12
+            self.tokens_per_s_per_gpu * flops_per_token(self.request.arch, self.work.seq_length, causal=causal) / 1e12
         )
 
     @property

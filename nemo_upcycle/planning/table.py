@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning.hardware import KnownRecipe
 from nemo_upcycle.planning.memory import ASSUMPTIONS
 from nemo_upcycle.planning.search import Plan
@@ -107,7 +108,7 @@ def _fp8_settings(work: Workload) -> list[str]:
 
 def model_line(arch: Architecture, seq_length: int) -> str:
     """Return size and FLOPs of a model, in both conventions."""
-    full, causal = (arch.flops_per_token(seq_length, causal=causal) for causal in (False, True))
+    full, causal = (flops_per_token(arch, seq_length, causal=causal) for causal in (False, True))
     text = (
         f"{arch.total_params / 1e9:.2f}B parameters, {arch.active_params / 1e9:.2f}B active; training on a token of a "
         f"sequence of {seq_length}: {full:.3e} FLOPs (full attention), {causal:.3e} (causal half)"

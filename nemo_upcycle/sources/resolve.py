@@ -9,9 +9,9 @@ from pathlib import Path
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.families import parents
 from nemo_upcycle.sources.base import DenseSource
-from nemo_upcycle.sources.branches import Branches, check_non_expert_weights
 from nemo_upcycle.sources.megatron_checkpoint import MegatronCheckpoint, is_megatron
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
+from nemo_upcycle.sources.several_parents import Branches, check_non_expert_weights
 
 
 _SCHEMES = {"hf": SafetensorsFolder, "nemo": MegatronCheckpoint}

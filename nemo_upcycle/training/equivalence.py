@@ -135,7 +135,7 @@ def check_step0(
         (the parent in Megatron, float32 against float64), `layer_relative_diff` (both in Megatron, float64, after
         every layer: it shows where they part), and what is expected of them.
     """
-    with one_rank(), open_dense(dense_folder) as dense, ProgressLine("rehearsal", 4) as line:
+    with one_rank(), open_dense(dense_folder) as dense, ProgressLine("check step 0", 4) as line:
         vocab = dense.architecture.vocab_size
         parent_BSV = hugging_face_logits(dense_folder, tokens_BS)
         line.advance(note="parent in Hugging Face")

@@ -26,7 +26,7 @@ from nemo_upcycle.sources import open_dense
 from nemo_upcycle.sources.megatron_checkpoint import is_megatron
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.training.layout import layout_of
-from nemo_upcycle.training.signatures import repair_signatures
+from nemo_upcycle.training.nemo_signatures import repair_signatures
 from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.progress import ProgressLine, show_messages
 

@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from tests.distributed.ranks import run_ranks
-from tests.functional.strikes import arm
+from tests.functional.kills import arm
 from tests.functional.tiny import prepare, shrink
 
 

@@ -26,8 +26,8 @@ from typing import Any
 from nemo_upcycle.sources.checkpoints import complete_checkpoints, newest_checkpoint
 from nemo_upcycle.utils.files import read_json
 from tests.distributed.ranks import run_ranks
+from tests.functional.kills import Strike, arm
 from tests.functional.runs import Runs
-from tests.functional.strikes import Strike, arm
 from tests.functional.test_pipeline import STAGES, write_plan
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import SpecError
+from nemo_upcycle.models.flops import flops_per_token
 from tests.golden import GOLDEN, PLANNER, golden_path, planner_text, text_of
 
 
@@ -111,7 +112,7 @@ def test_ablation_is_a_recipe_with_27b_tokens(recipes: Any, path: Path) -> None:
     tokens = recipe.trainer.max_steps * STEP_TOKENS
     if path.stem == "dense_ct_equal_flops":
         dense, moe = (
-            architecture_of(getattr(recipes, name).model().config, 128_256).flops_per_token(8192, causal=False)
+            flops_per_token(architecture_of(getattr(recipes, name).model().config, 128_256), 8192, causal=False)
             for name in ("llama3_8b_dense_ct", "llama3_8b_e8t2")
         )
         tokens *= dense / moe

@@ -10,7 +10,7 @@ import pytest
 from nemo import lightning as nl
 from nemo.lightning.io.mixin import IOMixin
 
-from nemo_upcycle.training.signatures import NearestSignature
+from nemo_upcycle.training.nemo_signatures import NearestSignature
 from nemo_upcycle.training.upcycling import UpcycleStrategy
 
 

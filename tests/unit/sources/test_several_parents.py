@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.errors import CheckpointError, SpecError
-from nemo_upcycle.sources.branches import Branches
+from nemo_upcycle.sources.several_parents import Branches
 from nemo_upcycle.training.equivalence import one_rank
 from tests.models import build_chunks, write_llama
 
