@@ -178,7 +178,7 @@ def megatron_rank(layout: Layout, rank: int) -> Iterator[tuple[int, int, int, in
 
 
 def build_rank(arch: Architecture, layout: Layout, engine: str | None = None) -> list[Any]:
-    """Return the chunks of the rank that this process stands for, Megatron's own `GPTModel`s on the meta device.
+    """Return the chunks of the rank that this process stands for, each a `GPTModel` of Megatron on the meta device.
 
     Args:
         arch: the model's shapes.
