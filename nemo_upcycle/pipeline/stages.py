@@ -35,8 +35,6 @@ def import_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Upcycle once in float32, compare with the parent, and keep the model of step 0."""
-    import torch
-
     from nemo_upcycle.pipeline.recipes_io import load_recipe, model_config, spec_of
     from nemo_upcycle.training.equivalence import check_step0
 
@@ -48,8 +46,7 @@ def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
         dense_folder,
         spec_of(recipe),
         _sample_tokens(run_dir, dense_folder),
-        step0_folder=run_dir / "upcycle" / "hf",
-        export_dtype=torch.float32,
+        run_dir / "upcycle" / "hf",
     )
     receipt.write(run_dir / "receipt.json")
     found = receipt.equivalence

@@ -115,8 +115,7 @@ def check_step0(
     dense_folder: Path,
     spec: UpcycleSpec,
     tokens_BS: torch.Tensor,
-    step0_folder: Path | None = None,
-    export_dtype: torch.dtype = torch.float32,
+    step0_folder: Path,
 ) -> UpcycleReceipt:
     """Upcycle on one rank in float32, compare with the dense parent, and export the model of step 0.
 
@@ -126,8 +125,7 @@ def check_step0(
         dense_folder: the parent's Hugging Face folder.
         spec: how to upcycle.
         tokens_BS: token ids of real text, [B, S].
-        step0_folder: where to write the upcycled model of step 0 as a Hugging Face folder; not written when None.
-        export_dtype: type of that export.
+        step0_folder: where to write the upcycled model of step 0, in float32, as a Hugging Face folder.
 
     Returns:
         The receipt, with `max_abs_logit_diff` (parent in Hugging Face against upcycled model in Megatron, float32),
@@ -146,9 +144,8 @@ def check_step0(
         line.advance(note="parent in Megatron")
         model = build_float32(moe_config, vocab)
         receipt = upcycle_into([model], dense, spec)
-        if step0_folder:
-            arch = dense.architecture.upcycled(spec)
-            export_weights(LiveWeights(model), arch, dense_folder, step0_folder, dtype=export_dtype)
+        arch = dense.architecture.upcycled(spec)
+        export_weights(LiveWeights(model), arch, dense_folder, step0_folder, dtype=torch.float32)
         line.advance(note="export of step 0")
         receipt.equivalence = _equivalence(parent_BSV, dense_run, _run(model, tokens_BS), receipt.exact)
         line.advance(note="upcycled model in Megatron")
