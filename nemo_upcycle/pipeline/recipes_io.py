@@ -18,6 +18,7 @@ from nemo_upcycle.errors import SpecError, did_you_mean
 from nemo_upcycle.models.megatron_config import check_spec
 from nemo_upcycle.pipeline.console import quiet_imports
 from nemo_upcycle.training.layout import check_layout
+from nemo_upcycle.utils.validation import is_whole
 
 
 def dump_recipe(recipe: run.Partial) -> str:
@@ -74,9 +75,9 @@ def ranks_of(recipe: run.Partial, where: str = "") -> tuple[int, int]:
 
 
 def _whole(recipe: run.Partial, name: str, default: int | None, where: str) -> int:
-    value = getattr(recipe.trainer, name, None)
+    value: Any = getattr(recipe.trainer, name, None)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_whole(value, 1):
         raise SpecError(
             f"{where}trainer.{name}", got=value, expected="a whole number from 1 on", fix=f"set {name} to how many"
         )

@@ -22,7 +22,7 @@ from nemo.utils.app_state import AppState
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.monitoring.router_health import RouterHealth, shares, sum_over_ranks
 from nemo_upcycle.monitoring.throughput import Throughput, memory_gib, peaks_of
-from nemo_upcycle.utils.files import write_json
+from nemo_upcycle.utils.files import whole_file, write_json
 from nemo_upcycle.utils.progress import duration, show_messages
 
 
@@ -221,9 +221,8 @@ def _keep_until(path: Path, step: int) -> None:
     """Delete the lines of steps that a resumed run will repeat."""
     if path.is_file():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        aside = path.with_name(f"{path.name}.unfinished")
-        aside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        aside.replace(path)
+        with whole_file(path) as aside:
+            aside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
 def _step_of(line: str) -> float:

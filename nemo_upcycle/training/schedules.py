@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from nemo_upcycle.errors import SpecError
+from nemo_upcycle.utils.validation import is_number, is_whole
 
 
 ROUTER, EXPERTS, REST = "router", "experts", "rest"
@@ -128,11 +129,11 @@ class Anneal:
         return self.start + (self.end - self.start) * share
 
 
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+def _check_number(name: str, value: float) -> None:
+    if not is_number(value, 0) or value == math.inf:
         raise SpecError(name, got=value, expected="a number, 0 or more", fix=f"set {name} to such a number")
 
 
 def _check_steps(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if not is_whole(value, 0):
         raise SpecError(name, got=value, expected="a whole number, 0 or more", fix=f"set {name} to a number of steps")
