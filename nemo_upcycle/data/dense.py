@@ -47,20 +47,27 @@ def import_dense(source: str, output: Path) -> Path:
 
 
 def _import(source: str, output: Path, *, sampled: bool) -> Path:
-    scheme, separator, rest = source.partition("://")
-    if not separator:
-        scheme, rest = "hf", source
+    scheme, rest = _address(source)
     if scheme == "asset":
-        folder = _from_asset(rest, output)
-    elif scheme == "hf":
-        folder = _from_hf(rest, may_be_path=not separator)
+        _require_model(rest)
+        folder = convert_gguf(fetch_asset(rest), output, base_model=ASSETS[rest].base_model)
     else:
-        raise UpcycleError.unknown("address scheme", scheme, ["asset", "hf"])
+        folder = _from_hf(rest, may_be_path=not scheme)
     # Opening reads the configuration and every header, and checks that no file is cut short.
     with open_dense(folder) as dense:
         check_source(dense, sampled=sampled)
     require_tokenizer(folder)
     return folder
+
+
+def _address(source: str, schemes: tuple[str, ...] = ("asset", "hf")) -> tuple[str, str]:
+    """Return the scheme of an address, empty without one, and what it names."""
+    scheme, separator, rest = source.partition("://")
+    if not separator:
+        return "", source
+    if scheme not in schemes:
+        raise UpcycleError.unknown("address scheme", scheme, schemes)
+    return scheme, rest
 
 
 def check_address(source: str) -> Architecture | None:
@@ -75,14 +82,10 @@ def check_address(source: str) -> Architecture | None:
     Raises:
         UpcycleError: there is no such scheme, asset or folder, or the folder is not such a model (CheckpointError).
     """
-    scheme, separator, rest = source.partition("://")
-    if not separator:
-        scheme, rest = "hf", source
+    scheme, rest = _address(source)
     if scheme == "asset":
         _require_model(rest)
-    elif scheme != "hf":
-        raise UpcycleError.unknown("address scheme", scheme, ["asset", "hf"])
-    elif folder := _folder(rest, may_be_path=not separator):
+    elif folder := _folder(rest, may_be_path=not scheme):
         require_tokenizer(folder)
         with open_dense(folder) as dense:
             return dense.architecture
@@ -93,11 +96,6 @@ def _require_model(name: str) -> None:
     models = [key for key, asset in ASSETS.items() if asset.kind == "model"]
     if name not in models:
         raise UpcycleError.unknown("model asset", name, models)
-
-
-def _from_asset(name: str, output: Path) -> Path:
-    _require_model(name)
-    return convert_gguf(fetch_asset(name), output, base_model=ASSETS[name].base_model)
 
 
 def _from_hf(rest: str, *, may_be_path: bool) -> Path:
@@ -176,8 +174,8 @@ def ensure_dense(source: str) -> Path:
         >>> ensure_dense("asset://smollm2-135m")  # doctest: +SKIP
         PosixPath('/home/me/.cache/nemo-upcycle/dense/smollm2-135m')
     """
-    scheme, separator, name = source.partition("://")
-    if scheme != "asset" or not separator:  # used where it lies, or kept by the hub's client, which has its own locks
+    scheme, name = _address(source)
+    if scheme != "asset":  # used where it lies, or kept by the hub's client, which has its own locks
         return _import(source, Path(), sampled=True)
     output = writable_cache("dense") / re.sub(r"\W+", "-", name).strip("-")
     with FileLock(f"{output}.lock"):
@@ -201,13 +199,11 @@ def local_model(source: str) -> str:
     """
     if not source:
         raise UpcycleError("model", got="an empty name", expected="a folder or hf://ORG/NAME", fix="name one")
-    scheme, separator, rest = source.partition("://")
-    if separator and scheme not in (schemes := ["asset", "hf", "nemo"]):
-        raise UpcycleError.unknown("address scheme", scheme, schemes)
-    if scheme == "asset" and separator:
+    scheme, rest = _address(source, ("asset", "hf", "nemo"))
+    if scheme == "asset":
         return str(ensure_dense(source))
-    if scheme == "hf" and separator and not rest.startswith("/"):
+    if scheme == "hf" and not rest.startswith("/"):
         return str(_from_hf(rest, may_be_path=False))
-    if not separator and _HUB_NAME.fullmatch(source):
-        return str(_from_hf(source, may_be_path=True))
+    if not scheme and _HUB_NAME.fullmatch(rest):
+        return str(_from_hf(rest, may_be_path=True))
     return source

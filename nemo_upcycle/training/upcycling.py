@@ -71,9 +71,8 @@ class UpcycleConfig(RestoreConfig):
 
 def _local(source: str) -> Path:
     """Return the folder of a dense checkpoint, fetched where needed."""
-    scheme, separator, rest = source.partition("://")
-    if scheme == "nemo" and separator:
-        return Path(rest)
+    if source.startswith("nemo://"):
+        return Path(source.removeprefix("nemo://"))
     # The tokenizer comes with the data: unlike a Hugging Face folder, this one need not hold its files.
     return Path(source) if is_megatron(Path(source)) else ensure_dense(source)
 
