@@ -27,7 +27,7 @@ from nemo_upcycle.utils.files import MARKER, output_folder, require_disk, write_
 from nemo_upcycle.utils.progress import ProgressLine
 
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_DTYPE = torch.bfloat16
 _SHARD_BYTES = 2 << 30  # what is held in memory at once
 _OUTER = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -48,13 +48,12 @@ _LAYER = {
 _LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 
 
-def convert_gguf(gguf_path: Path, output: Path, dtype: str = "bfloat16", base_model: str | None = None) -> Path:
-    """Write the model and the tokenizer of a GGUF file as a Hugging Face folder.
+def convert_gguf(gguf_path: Path, output: Path, base_model: str | None = None) -> Path:
+    """Write the model and the tokenizer of a GGUF file as a Hugging Face folder, in bfloat16.
 
     Args:
         gguf_path: a `llama` model; any quantisation that `gguf` can undo.
         output: the folder that shall exist afterwards, complete with its success marker.
-        dtype: `bfloat16` or `float32`, of the weights written.
         base_model: name on the Hugging Face hub of the model in the file, for the card.
 
     Returns:
@@ -62,27 +61,24 @@ def convert_gguf(gguf_path: Path, output: Path, dtype: str = "bfloat16", base_mo
 
     Raises:
         CheckpointError: not a readable GGUF file, another architecture, a tensor or tokenizer this does not know.
-        UpcycleError: the `gguf` package is missing, an unknown dtype, the disk is full.
+        UpcycleError: the `gguf` package is missing, the disk is full.
 
     Example:
         >>> convert_gguf(fetch_asset("smollm2-135m"), Path("runs/demo/dense"))  # doctest: +SKIP
     """
-    if dtype not in _DTYPES:
-        raise UpcycleError.unknown("dtype", dtype, _DTYPES)
     reader = _open(gguf_path)
     fields = _fields(reader, gguf_path)
-    config = _config(fields, reader.tensors, dtype)
-    torch_dtype = _DTYPES[dtype]
+    config = _config(fields, reader.tensors)
     parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
-    require_disk(output, parameters * torch_dtype.itemsize, f"the model of {gguf_path.name}")
+    require_disk(output, sum(map(_size_bytes, reader.tensors)), f"the model of {gguf_path.name}")
     with output_folder(output) as folder:
         write_json(folder / "config.json", config)
-        _write_weights(reader.tensors, config, torch_dtype, folder)
+        _write_weights(reader.tensors, config, folder)
         write_tokenizer(fields, folder)
         _write_card(fields, folder, gguf_path.name, base_model)
         special = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
         write_json(folder / "generation_config.json", {"_from_model_config": True, **special})
-        write_json(folder / MARKER, {"source": gguf_path.name, "dtype": dtype, "parameters": parameters})
+        write_json(folder / MARKER, {"source": gguf_path.name, "dtype": "bfloat16", "parameters": parameters})
     return output
 
 
@@ -126,7 +122,7 @@ def _fields(reader: Any, path: Path) -> dict[str, Any]:
     return fields
 
 
-def _config(fields: dict[str, Any], tensors: Any, dtype: str) -> dict[str, Any]:
+def _config(fields: dict[str, Any], tensors: Any) -> dict[str, Any]:
     """Return the `config.json` of a Llama."""
     names = {tensor.name for tensor in tensors}
     heads, hidden = fields["llama.attention.head_count"], fields["llama.embedding_length"]
@@ -154,7 +150,7 @@ def _config(fields: dict[str, Any], tensors: Any, dtype: str) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": "output.weight" not in names,
-        "torch_dtype": dtype,
+        "torch_dtype": "bfloat16",
         **special,
     }
 
@@ -173,7 +169,7 @@ def _target_name(name: str) -> str:
     )
 
 
-def _read(tensor: Any, config: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
+def _read(tensor: Any, config: dict[str, Any]) -> torch.Tensor:
     """Dequantise one tensor and put the rows of the query and key projections in Hugging Face's order."""
     from gguf.quants import dequantize
 
@@ -186,34 +182,37 @@ def _read(tensor: Any, config: dict[str, Any], dtype: torch.dtype) -> torch.Tens
         # GGUF rotates neighbouring pairs of rows, Hugging Face the two halves of a head
         pairs = values.view(heads[match[2]], config["head_dim"] // 2, 2, shape[1])
         values = pairs.transpose(1, 2).reshape(shape)
-    return values.to(dtype)
+    return values.to(_DTYPE)
 
 
-def _shards(tensors: Any, itemsize: int) -> Iterator[list[Any]]:
+def _size_bytes(tensor: Any) -> int:
+    return int(tensor.n_elements) * _DTYPE.itemsize
+
+
+def _shards(tensors: Any) -> Iterator[list[Any]]:
     """Group the tensors so that each group takes at most `_SHARD_BYTES`, or is a single larger tensor."""
     group: list[Any] = []
     for tensor in tensors:
-        if group and (sum(int(one.n_elements) for one in group) + int(tensor.n_elements)) * itemsize > _SHARD_BYTES:
+        if group and sum(map(_size_bytes, [*group, tensor])) > _SHARD_BYTES:
             yield group
             group = []
         group.append(tensor)
     yield group
 
 
-def _write_weights(tensors: Any, config: dict[str, Any], dtype: torch.dtype, folder: Path) -> None:
+def _write_weights(tensors: Any, config: dict[str, Any], folder: Path) -> None:
     """Write the safetensors, one shard in memory at a time, and their index where there are several."""
-    shards = list(_shards(tensors, dtype.itemsize))
+    shards = list(_shards(tensors))
     count, index = len(shards), {}
     with ProgressLine("dequantise", total=len(tensors)) as progress:
         for number, group in enumerate(shards, 1):
             file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
             weights = {}
             for tensor in group:
-                weights[_target_name(tensor.name)] = _read(tensor, config, dtype)
+                weights[_target_name(tensor.name)] = _read(tensor, config)
                 progress.advance()
             index.update(dict.fromkeys(weights, file))
             save_file(weights, folder / file, metadata={"format": "pt"})
             shutil.copymode(folder / "config.json", folder / file)  # safetensors makes files only their owner may read
     if count > 1:
-        total = sum(int(tensor.n_elements) for tensor in tensors) * dtype.itemsize
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(map(_size_bytes, tensors))}, "weight_map": index})
