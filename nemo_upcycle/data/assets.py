@@ -97,17 +97,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/nemo-upcycle").expanduser()
 
 
-def writable_cache(kind: str, root: Path | None = None) -> Path:
-    """Return the cache's folder for data of one kind, created if missing.
-
-    Args:
-        kind: `assets`, `dense`, ...
-        root: the cache; `cache_folder()` unless given.
+def writable_cache(kind: str) -> Path:
+    """Return the cache's folder for data of one kind (`assets`, `dense`, ...), created if missing.
 
     Raises:
         UpcycleError: the folder cannot be written.
     """
-    folder = (root or cache_folder()) / kind
+    folder = cache_folder() / kind
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -118,12 +114,11 @@ def writable_cache(kind: str, root: Path | None = None) -> Path:
     return folder
 
 
-def fetch_asset(name: str, cache_dir: Path | None = None) -> Path:
+def fetch_asset(name: str) -> Path:
     """Return the path of an asset, downloaded if it is not in the cache.
 
     Args:
         name: a key of `ASSETS`.
-        cache_dir: where to keep it; `cache_folder()` unless given.
 
     Returns:
         The file, or the folder where the asset is one.
@@ -138,11 +133,11 @@ def fetch_asset(name: str, cache_dir: Path | None = None) -> Path:
     if name not in ASSETS:
         raise UpcycleError.unknown("asset", name, ASSETS)
     asset = ASSETS[name]
-    folder = (cache_dir or cache_folder()) / "assets" / f"{name}-{asset.version}"
+    folder = cache_folder() / "assets" / f"{name}-{asset.version}"
     result = folder / PurePosixPath(asset.member).name
     if is_complete(folder):
         return result
-    require_disk(writable_cache("assets", cache_dir), asset.disk_bytes, f"asset {name}")
+    require_disk(writable_cache("assets"), asset.disk_bytes, f"asset {name}")
     with FileLock(folder.parent / f".{folder.name}.lock"):  # two runs may ask for it at once
         if not is_complete(folder):
             _fetch(asset, folder)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Optional
 
 from filelock import FileLock
 
-from nemo_upcycle.data.assets import cache_folder
+from nemo_upcycle.data.assets import writable_cache
 from nemo_upcycle.data.corpus import load_corpus
 from nemo_upcycle.data.dense import ensure_dense
 from nemo_upcycle.data.prepare import MANIFEST, TOKENIZER, data_arguments, prepare_corpus
@@ -75,8 +75,7 @@ def _prepared(dense: str, corpus: str) -> Path:
     for split, members in documents.items():
         for document in members:
             digest.update(f"{split}\0{document.id}\0{document.text}\0".encode())
-    output = cache_folder() / "corpora" / f"{Path(corpus).stem}-{model.name}-{digest.hexdigest()[:16]}"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    output = writable_cache("corpora") / f"{Path(corpus).stem}-{model.name}-{digest.hexdigest()[:16]}"
     with FileLock(f"{output}.lock"):
         if not is_complete(output):
             prepare_corpus(documents, model, output)

@@ -74,15 +74,13 @@ def prepare_corpus(documents_by_split: Documents, tokenizer_folder: Path, output
     return manifest
 
 
-def data_arguments(folder: Path, index_folder: Path | None = None) -> dict[str, Any]:
+def data_arguments(folder: Path) -> dict[str, Any]:
     """Return the arguments of NeMo's `PreTrainingDataModule` that read a prepared corpus.
 
     Reads nothing, so that a recipe can be built before its corpus. The tokenizer is in `folder / TOKENIZER`.
 
     Args:
-        folder: the `output` of `prepare_corpus`.
-        index_folder: folder of Megatron's shuffled indices, shared by all nodes (only rank 0 writes them);
-            `folder / "indices"` unless given.
+        folder: the `output` of `prepare_corpus`; Megatron's shuffled indices go into it, so all nodes must share it.
 
     Example:
         >>> tokenizer = run.Config(AutoTokenizer, str(folder / TOKENIZER))  # doctest: +SKIP
@@ -92,7 +90,7 @@ def data_arguments(folder: Path, index_folder: Path | None = None) -> dict[str, 
     return {
         "paths": {"train": train, "validation": validation, "test": list(validation)},
         "split": None,  # the three paths are the split; NeMo warns about any other value
-        "index_mapping_dir": str(index_folder or folder / "indices"),
+        "index_mapping_dir": str(folder / "indices"),
     }
 
 
