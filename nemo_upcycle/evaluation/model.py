@@ -10,20 +10,17 @@ from typing import Any
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models import hf_model
-from nemo_upcycle.utils.dtypes import dtype_of
 from nemo_upcycle.utils.progress import ProgressLine
 
 
-def load_model(folder: Path, dtype: str) -> tuple[Any, Any]:
-    """Load a Hugging Face causal language model and its tokenizer, and check that every tensor was loaded.
+def load_model(folder: Path) -> tuple[Any, Any]:
+    """Load a Hugging Face causal language model, in float32, and its tokenizer; check that every tensor was loaded.
 
     transformers only warns about a wrong tensor name, and keeps random weights for it.
 
     Raises:
         CheckpointError: the folder is not such a model, or a tensor is missing, unexpected or of another shape.
-        UpcycleError: an unknown dtype.
     """
-    torch_dtype = dtype_of(dtype)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"model {folder}",
@@ -36,7 +33,7 @@ def load_model(folder: Path, dtype: str) -> tuple[Any, Any]:
     try:
         model, info = hf_model.load_model(
             folder,
-            dtype=torch_dtype,
+            dtype=torch.float32,
             device_map="auto" if torch.cuda.is_available() else None,
             use_safetensors=True,
             output_loading_info=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import os
 import platform
@@ -18,7 +17,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.compare import RATIOS, jackknife_stderr, leave_one_out
 from nemo_upcycle.evaluation.model import load_model, quiet, wrap_model
 from nemo_upcycle.evaluation.samples import continue_prompts
-from nemo_upcycle.evaluation.suite import SuiteConfig, data_files
+from nemo_upcycle.evaluation.suite import data_files
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.utils.files import MARKER, read_json, require_complete, sha256_file, write_json
 
@@ -29,25 +28,23 @@ _BOOTSTRAP_DRAWS = 1000
 
 def evaluate(
     model_folder: Path,
-    suite: Path | Mapping[str, Sequence[int]],
+    suite: Path,
     output: Path,
     *,
     name: str,
-    dtype: str = "float32",
     batch_size: int | None = None,
     limit: int | None = None,
     samples: bool = True,
 ) -> dict[str, Any]:
-    """Evaluate a model and write `<output>/<name>.json`.
+    """Evaluate a model in float32 and write `<output>/<name>.json`.
 
     Args:
         model_folder: a Hugging Face folder with safetensors weights and a tokenizer.
-        suite: the folder that `build_suite` wrote, or lm-eval task names with the numbers of few-shot examples
-            (`{"mmlu": [0, 5]}`). A local suite fetches nothing; lm-eval's own tasks come from the hub.
+        suite: the folder that `build_suite` wrote. A local suite fetches nothing; lm-eval's own tasks come from the
+            hub.
         output: folder for the result.
         name: the model's name in the report, for example `dense`.
-        dtype: of the weights and the computation: `float32`, `bfloat16` or `float16`.
-        batch_size: sequences in one forward pass; the suite's own (else 8) when None.
+        batch_size: sequences in one forward pass; the suite's own when None.
         limit: take only the first items of each task, for a quick look.
         samples: also let the model continue the suite's prompts.
 
@@ -65,14 +62,15 @@ def evaluate(
         >>> evaluate(Path("models/dense"), Path("runs/suite"), Path("runs/evaluation"), name="dense")  # doctest: +SKIP
     """
     start_s = time.monotonic()
-    described = _suite(suite)
+    require_complete(suite, "suite", "build the suite")
+    described = read_json(suite / MARKER)
     config = described["config"]
-    folder = suite if isinstance(suite, Path) and config["local"] else None
+    folder = suite if config["local"] else None
     batch_size = batch_size or config["batch_size"]
     with _offline(folder is not None):
-        model, tokenizer = load_model(model_folder, dtype)
+        model, tokenizer = load_model(model_folder)
         loaded_s = time.monotonic()
-        texts = continue_prompts(model, tokenizer, described.get("prompts", []) if samples else [])
+        texts = continue_prompts(model, tokenizer, described["prompts"] if samples else [])
         sampled_s = time.monotonic()
         lm = wrap_model(model, tokenizer, batch_size, name)
         merged: dict[str, Any] = {"metrics": {}, "items": {}, "groups": {}}
@@ -89,7 +87,7 @@ def evaluate(
             "config_sha256": sha256_file(model_folder / "config.json"),
         },
         "suite": described,
-        "settings": {"dtype": dtype, "device": str(model.device), "batch_size": batch_size, "limit": limit},
+        "settings": {"dtype": "float32", "device": str(model.device), "batch_size": batch_size, "limit": limit},
         "versions": _versions(),
         "seconds": {
             "load": loaded_s - start_s,
@@ -201,15 +199,6 @@ def _by_shots(tasks: Mapping[str, Sequence[int]]) -> dict[int, list[str]]:
         for shots in numbers:
             grouped[shots].append(task)
     return dict(sorted(grouped.items()))
-
-
-def _suite(suite: Path | Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """Return the description of a suite that `build_suite` wrote, or the same for task names."""
-    if not isinstance(suite, Path):
-        tasks = {task: list(shots) for task, shots in suite.items()}
-        return {"config": dataclasses.asdict(SuiteConfig(tasks=tasks, local=False)), "tasks": {}}
-    require_complete(suite, "suite", "build the suite")
-    return read_json(suite / MARKER)
 
 
 @contextmanager

@@ -104,21 +104,18 @@ def read_suite_config(name: str | Path) -> SuiteConfig:
     content, path = read_conf("evaluation", name, "evaluation suite")
     _check_keys(str(path), content, SuiteConfig)
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SuiteConfig), content))
+        merged = OmegaConf.merge(OmegaConf.structured(SuiteConfig), content)
+        config = cast("SuiteConfig", OmegaConf.to_object(merged))
     except (OmegaConfBaseException, TypeError) as error:
         fix = "see the comments in conf/evaluation/demo.yaml"
         got = " ".join(str(error).split())  # OmegaConf writes three lines
         raise UpcycleError(str(path), got=got, expected="a suite configuration", fix=fix) from None
-    return _checked(str(path), cast("SuiteConfig", config))
-
-
-def _checked(where: str, config: SuiteConfig) -> SuiteConfig:
     for task, shots in config.tasks.items() if config.local else ():
         if task not in LOCAL_TASKS:
-            raise UpcycleError.unknown(f"{where}: local task", task, LOCAL_TASKS)
+            raise UpcycleError.unknown(f"{path}: local task", task, LOCAL_TASKS)
         if shots != [0]:
             raise UpcycleError(
-                f"{where}: tasks.{task}",
+                f"{path}: tasks.{task}",
                 got=shots,
                 expected="[0]",
                 fix="write [0]: local questions have no development split to take examples from",

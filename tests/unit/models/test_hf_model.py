@@ -54,7 +54,7 @@ def _plain_logits(folder: Path) -> torch.Tensor:
 @torch.no_grad()
 def test_every_loader_computes_what_the_config_says(saved: tuple[Path, torch.Tensor]) -> None:
     folder, logits_BSV = saved
-    model, _ = evaluation.load_model(folder, "float32")
+    model, _ = evaluation.load_model(folder)
     assert torch.equal(model(TOKENS_BS).logits, logits_BSV)
     assert torch.equal(hugging_face_logits(folder, TOKENS_BS), logits_BSV)
 
