@@ -18,7 +18,7 @@ from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning import table
 from nemo_upcycle.planning.columns import named_columns, table_text
 from nemo_upcycle.planning.hardware import gpu_names
-from nemo_upcycle.planning.layout import Layout, parse_layout
+from nemo_upcycle.planning.layout import parse_layout
 from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.search import Plan, PlanRequest, evaluate_layout, find, nearest_gpus, search
 from nemo_upcycle.planning.workload import DISPATCHERS, PRECISIONS, RECOMPUTES
@@ -50,7 +50,7 @@ class _Answer(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.epilog, parser.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
     what = parser.add_argument_group("what to train").add_mutually_exclusive_group(required=True)
     what.add_argument("--recipe", metavar="NAME", help="a recipe of this package, with its batch, sequence and tokens")
     what.add_argument("--model", metavar="FOLDER", type=Path, help="a Hugging Face folder (config.json), dense or MoE")
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _ranks(text: str, plan: Plan) -> list[dict[str, int]]:
-    layout: Layout = plan.layout
+    layout = plan.layout
     parts = [str(rank) for rank in range(layout.gpus)] if text == "all" else text.split(",")
     if not all(part.strip().isdecimal() for part in parts):
         raise SpecError("rank", got=text, expected="a number, 1,2,3 or all", fix="use --rank 0")

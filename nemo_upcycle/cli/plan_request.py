@@ -64,25 +64,15 @@ def subject_of(args: argparse.Namespace) -> Subject:
         UpcycleError: it is none that this package trains.
     """
     if args.recipe is not None:
-        for name in ("experts", "top_k", "granularity"):
-            if (value := getattr(args, name)) is not None:
-                raise SpecError(
-                    name.replace("_", "-"),
-                    got=value,
-                    expected="none beside --recipe",
-                    fix="use --model FOLDER --experts N --top-k K",
-                )
+        of_a_model = {"experts": args.experts, "top-k": args.top_k, "granularity": args.granularity}
+        _refuse(of_a_model, "none beside --recipe", "use --model FOLDER --experts N --top-k K")
         known = known_recipe(args.recipe)
         return Subject(known.arch, known.dense, known.spec, known, _DEFAULTS | known.defaults)
     folder = args.model.parent if args.model.name == "config.json" else args.model
     arch = read_architecture(folder)
     rope_kind(arch)  # training refuses another kind, too
     if args.experts is None:
-        for name in ("top_k", "granularity"):
-            if (value := getattr(args, name)) is not None:
-                raise SpecError(
-                    name.replace("_", "-"), got=value, expected="--experts beside it", fix="add --experts 8"
-                )
+        _refuse({"top-k": args.top_k, "granularity": args.granularity}, "--experts beside it", "add --experts 8")
         return Subject(arch, arch, None, recipe_for(arch, arch), _DEFAULTS, folder)
     if arch.num_experts:
         raise SpecError(
@@ -177,8 +167,11 @@ def _require_taken(args: argparse.Namespace, subject: Subject) -> None:
         why = "none for this recipe, which does not group the experts' products"
     else:
         return
-    for name, value in refused.items():
+    _refuse(refused, why, "omit --{}, or use --model FOLDER")
+
+
+def _refuse(options: dict[str, Any], expected: str, fix: str) -> None:
+    """Raise for the first option that was given; `{}` in the fix stands for its name."""
+    for name, value in options.items():
         if value is not None:
-            raise SpecError(
-                name, got="it" if value is True else value, expected=why, fix=f"omit --{name}, or use --model FOLDER"
-            )
+            raise SpecError(name, got="it" if value is True else value, expected=expected, fix=fix.format(name))
