@@ -44,19 +44,20 @@ class UpcycleError(Exception):
         return cls(f"{what} '{name}' does not exist.{did_you_mean(name, names)} Valid: {', '.join(names)}.")
 
 
-def did_you_mean(name: str, valid: Iterable[str], *, prefix: str = "") -> str:
+def did_you_mean(name: str, valid: Iterable[str], *, prefix: str = "", cutoff: float = 0.6) -> str:
     """Return a sentence that proposes the closest valid name, or an empty text if none is close.
 
     Args:
         name: the name that does not exist.
         valid: the names that exist.
         prefix: put in front of the proposed name.
+        cutoff: how alike the two must be, 0 to 1, as `difflib` measures it.
 
     Example:
         >>> did_you_mean("trainr", ["trainer", "data"], prefix="pretrain.")
         " Did you mean 'pretrain.trainer'?"
     """
-    close = difflib.get_close_matches(name, valid, n=1)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=cutoff)
     return f" Did you mean '{prefix}{close[0]}'?" if close else ""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import importlib
 import os
@@ -12,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from nemo_upcycle.errors import SpecError, UpcycleError
+from nemo_upcycle.errors import SpecError, UpcycleError, did_you_mean
 from nemo_upcycle.package_info import __version__
 
 
@@ -158,8 +157,7 @@ def _check_options(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     for word in argv[: argv.index("--") if "--" in argv else None]:
         option = word.partition("=")[0]
         if option.startswith("--") and option not in known:
-            close = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
-            hint = f" Did you mean '{close[0]}'?" if close else ""
+            hint = did_you_mean(option, known, cutoff=0.5)
             raise UpcycleError(f"option '{option}' does not exist.{hint} Fix: see {parser.prog} --help.")
 
 
