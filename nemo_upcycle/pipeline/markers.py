@@ -72,20 +72,9 @@ class StageFolder:
         return self.path / MARKER
 
     def inputs(self, settings: dict[str, Any]) -> dict[str, str]:
-        """Return the hashes of the stage's settings and of the markers of the stages before it.
-
-        Raises:
-            StageError: one of these stages has not finished.
-        """
-        hashes = setting_hashes(settings)
-        for before in self.after:
-            marker = StageFolder(self.run_dir, before).marker
-            if not marker.is_file():
-                raise StageError(
-                    f"Stage '{self.name}' was not started: stage '{before}' has not finished in {self.run_dir}."
-                )
-            hashes[f"stage {before}"] = sha256_file(marker)
-        return hashes
+        """Return the hashes of the stage's settings and of the markers of the stages before it, which are done."""
+        markers = {before: StageFolder(self.run_dir, before).marker for before in self.after}
+        return setting_hashes(settings) | {f"stage {before}": sha256_file(path) for before, path in markers.items()}
 
     def is_done(self, inputs: dict[str, str]) -> bool:
         """Return whether the stage finished earlier, from the same inputs."""

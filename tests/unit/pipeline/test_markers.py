@@ -11,12 +11,6 @@ from nemo_upcycle.pipeline.markers import StageFolder, setting_hashes
 from nemo_upcycle.utils.files import MARKER
 
 
-def test_a_stage_waits_for_those_before_it(tmp_path: Path) -> None:
-    stage = StageFolder(tmp_path, "upcycle", ("import",))
-    with pytest.raises(StageError, match="stage 'import' has not finished"):
-        stage.inputs({})
-
-
 def test_changed_inputs_invalidate_the_marker(tmp_path: Path) -> None:
     first, second = StageFolder(tmp_path, "import"), StageFolder(tmp_path, "upcycle", ("import",))
     inputs = first.inputs({"dense": "a"})
