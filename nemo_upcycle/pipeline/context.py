@@ -39,7 +39,8 @@ class CheckedContext(run.cli.RunContext):
             _check_words(args)
             super().cli_execute(fn, args, entrypoint_type)
         except UpcycleError as error:
-            sys.stderr.write(f"Error: {_first_paragraph(error)}\n")
+            text = str(error).partition("\n\nFiddle context")[0]  # fiddle adds the configuration that it was building
+            sys.stderr.write(f"Error: {text}\n")
             end_soon()
             raise SystemExit(BAD_INPUT) from None  # NeMo-Run turns every Exception into status 1
 
@@ -148,11 +149,6 @@ def _silent() -> AbstractContextManager[None]:
 def _factories(target: Any) -> dict[str, Any]:
     """Return what is registered for a function or a class, by name."""
     return {keys[1]: factory for keys, factory in catalogue._get_all((get_type_namespace(target),)).items()}
-
-
-def _first_paragraph(error: Exception) -> str:
-    """Return an error's own text; fiddle appends the configuration that it was building."""
-    return str(error).partition("\n\nFiddle context")[0]
 
 
 def _first_line(error: Exception) -> str:

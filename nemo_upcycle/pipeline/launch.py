@@ -110,8 +110,7 @@ def _run_as_graph(run_dir: Path, plan: RunPlan, ctx: run.cli.RunContext) -> None
     with run.Experiment(f"upcycle-{run_dir.name}") as experiment:
         before: list[str] = []
         for stage in STAGES:
-            chained = {"dependencies": before} if _chains(ctx.executor) and before else {}
-            before = [_add(experiment, stage, run_dir, plan, ctx.executor, **chained)]
+            before = [_add(experiment, stage, run_dir, plan, ctx.executor, before)]
         if ctx.dryrun:
             experiment.dryrun()
             return
@@ -150,7 +149,7 @@ def _run_in_turn(run_dir: Path, plan: RunPlan, executor: Any) -> None:
 def _run_one(stage: Stage, run_dir: Path, plan: RunPlan, executor: Any, stop: local.StopSignals) -> int:
     if not is_local(executor):
         with run.Experiment(f"upcycle-{run_dir.name}-{stage.name}", enable_goodbye_message=False) as experiment:
-            identity = _add(experiment, stage, run_dir, plan, executor)
+            identity = _add(experiment, stage, run_dir, plan, executor, [])
             stop.callback = lambda: experiment.cancel(identity)
             experiment.run(tail_logs=True)
         return 0  # its marker says how it ended
@@ -184,15 +183,15 @@ def _script(plan: RunPlan) -> list[str]:
 
 
 def _add(
-    experiment: run.Experiment, stage: Stage, run_dir: Path, plan: RunPlan, executor: Any, **chained: list[str]
+    experiment: run.Experiment, stage: Stage, run_dir: Path, plan: RunPlan, executor: Any, before: list[str]
 ) -> str:
-    """Add a stage to an experiment, with an executor of the user's kind that has the ranks the stage needs."""
+    """Add a stage behind others to an experiment, with an executor of the user's kind and the ranks it needs."""
     mine = sized(executor or run.LocalExecutor(), *_ranks(stage, plan))
     if _chains(mine):
         # Otherwise stages behind a failed one stay queued and the launcher hangs.
         mine.additional_parameters = {"kill_on_invalid_dep": "yes"} | (mine.additional_parameters or {})
     task = run.Partial(run_stage, name=stage.name, dir=str(run_dir))
-    return experiment.add(task, executor=mine, name=stage.name, **chained)
+    return experiment.add(task, executor=mine, name=stage.name, dependencies=before if _chains(mine) else None)
 
 
 def sized(executor: run.Executor, nodes: int, per_node: int) -> run.Executor:

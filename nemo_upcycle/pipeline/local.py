@@ -140,8 +140,8 @@ def _wait(processes: list[subprocess.Popen[bytes]], stop: StopSignals) -> int | 
 
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:
     """End what is left of the processes' groups: SIGTERM, and SIGKILL for what does not obey."""
-    for signum, wait_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):
-        deadline_s = time.monotonic() + wait_s
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        deadline_s = time.monotonic() + GRACE_S
         for process in processes:
             _signal_group(process, signum)
         while any(_signal_group(process, 0) for process in processes) and time.monotonic() < deadline_s:
