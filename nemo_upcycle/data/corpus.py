@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def _selected(config: str | Path | Mapping[str, Any]) -> tuple[str, Callable[[An
     corpus = str(settings.get("corpus"))
     if corpus not in _READERS:
         raise UpcycleError.unknown("corpus", corpus, _READERS)
-    key, select, read = _READERS[corpus]
+    key, expand, read = _READERS[corpus]
     for name in settings:
         if name not in ("corpus", key):
             raise UpcycleError.unknown(f"key of a {corpus} corpus", str(name), ["corpus", key])
@@ -91,7 +91,9 @@ def _selected(config: str | Path | Mapping[str, Any]) -> tuple[str, Callable[[An
         if name not in SPLITS:
             raise UpcycleError.unknown("split", str(name), SPLITS)
     wanted = {split: _entries(selections, split, key) for split in SPLITS}
-    return key, read, select(wanted, folder)
+    found = {split: [one for entry in entries for one in expand(entry, folder)] for split, entries in wanted.items()}
+    _disjoint(found, key)
+    return key, read, found
 
 
 def _entries(selections: Mapping[Any, Any], split: str, key: str) -> list[Any]:
@@ -129,16 +131,16 @@ def _refuse_overlap(what: str, where: str, key: str) -> None:
     )
 
 
-def _disjoint(members: dict[str, list[Any]], what: str, key: str) -> None:
-    """Raise if a member is in two splits."""
+def _disjoint(members: dict[str, list[Any]], key: str) -> None:
+    """Raise if a member, a year or a file, is in two splits."""
     owner: dict[Any, str] = {}
     for split, values in members.items():
         for value in values:
             if owner.setdefault(value, split) != split:
-                _refuse_overlap(f"{what} {value}", f"{owner[value]} and {split}", key)
+                _refuse_overlap(f"{key.removesuffix('s')} {value}", f"{owner[value]} and {split}", key)
 
 
-def _years(entry: object) -> range:
+def _years(entry: object, folder: Path) -> range:
     """Return the years of `2007` or `1946-2005`."""
     first, _, last = str(entry).partition("-")
     try:
@@ -149,12 +151,6 @@ def _years(entry: object) -> range:
         raise UpcycleError(
             "years of a split", got=repr(entry), expected="2007 or '1946-2005'", fix="correct the entry"
         )
-    return years
-
-
-def _select_years(selections: dict[str, list[Any]], folder: Path) -> dict[str, list[Any]]:
-    years = {split: [year for entry in entries for year in _years(entry)] for split, entries in selections.items()}
-    _disjoint(years, "year", "years")
     return years
 
 
@@ -172,35 +168,28 @@ def _read_sotu(years: dict[str, list[int]]) -> Documents:
     }
 
 
-def _select_files(selections: dict[str, list[Any]], folder: Path) -> dict[str, list[Any]]:
-    files = {split: _matches(patterns, folder) for split, patterns in selections.items()}
-    _disjoint(files, "file", "files")
-    return files
-
-
 def _read_text(files: dict[str, list[Path]]) -> Documents:
-    return {split: [document for file in members for document in _documents(file)] for split, members in files.items()}
+    return {
+        split: [document for file in dict.fromkeys(members) for document in _documents(file)]
+        for split, members in files.items()
+    }
 
 
-def _matches(patterns: list[Any], folder: Path) -> list[Path]:
-    found: dict[Path, None] = {}
-    for pattern in patterns:
-        whole = folder / Path(str(pattern)).expanduser()
-        files = [path for name in sorted(glob.glob(str(whole), recursive=True)) if (path := Path(name)).is_file()]
-        if not files:
-            raise UpcycleError(
-                f"pattern {whole}",
-                got="no file",
-                expected="at least one",
-                fix="check it; a relative pattern starts from the folder of the YAML file",
-            )
-        for file in files:
-            if file.suffix not in (".txt", ".jsonl"):
-                raise UpcycleError(
-                    f"file {file}", got=file.suffix, expected=".txt or .jsonl", fix="narrow the pattern"
-                )
-        found.update(dict.fromkeys(file.resolve() for file in files))
-    return list(found)
+def _matches(pattern: object, folder: Path) -> list[Path]:
+    """Return the files that a pattern matches."""
+    whole = folder / Path(str(pattern)).expanduser()
+    files = [path for name in sorted(glob.glob(str(whole), recursive=True)) if (path := Path(name)).is_file()]
+    if not files:
+        raise UpcycleError(
+            f"pattern {whole}",
+            got="no file",
+            expected="at least one",
+            fix="check it; a relative pattern starts from the folder of the YAML file",
+        )
+    for file in files:
+        if file.suffix not in (".txt", ".jsonl"):
+            raise UpcycleError(f"file {file}", got=file.suffix, expected=".txt or .jsonl", fix="narrow the pattern")
+    return [file.resolve() for file in files]
 
 
 def _documents(file: Path) -> Iterator[Document]:
@@ -217,8 +206,8 @@ def _text_of(line: dict[str, Any], where: str) -> str:
     return str(line["text"])
 
 
-#: Corpus -> its key; the function that selects years or files for each split, relative to a folder; the reader.
-_READERS: dict[str, tuple[str, Callable[..., dict[str, list[Any]]], Callable[[Any], Documents]]] = {
-    "sotu": ("years", _select_years, _read_sotu),
-    "text": ("files", _select_files, _read_text),
+#: Corpus -> its key; the function that turns an entry into years or files, relative to a folder; the reader.
+_READERS: dict[str, tuple[str, Callable[[Any, Path], Iterable[Any]], Callable[[Any], Documents]]] = {
+    "sotu": ("years", _years, _read_sotu),
+    "text": ("files", _matches, _read_text),
 }
