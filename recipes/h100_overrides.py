@@ -192,7 +192,7 @@ def _compute_in_fp8(recipe: run.Partial, name: str) -> None:
 def _check(config: run.Config) -> None:
     pad = config.moe_pad_expert_input_to_capacity
     check_capacity(config.moe_expert_capacity_factor, pad, config.num_moe_experts, config.moe_router_topk)
-    if config.moe_pad_expert_input_to_capacity and config.moe_enable_deepep:
+    if pad and config.moe_enable_deepep:
         raise SpecError(
             "dispatcher",
             got="deepep",

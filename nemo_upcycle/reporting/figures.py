@@ -138,12 +138,10 @@ def _draw_first_and_last(figure: Any, steps: list[dict[str, Any]]) -> None:
     highest = max(highest, 1.01 * balanced)
     norm = TwoSlopeNorm(balanced, vmin=0, vmax=highest)
     panels = figure.subplots(1, 2, sharey=True)
-    image: Any = None
-    for axes, line in zip(panels, (steps[0], steps[-1]), strict=True):
-        image = _draw_load(axes, line, norm)
+    images = [_draw_load(axes, line, norm) for axes, line in zip(panels, (steps[0], steps[-1]), strict=True)]
     panels[0].set_ylabel("layer")
     figure.suptitle("Share of the token slots that each expert was given")
-    bar = figure.colorbar(image, ax=panels, label="share of the layer's token slots")
+    bar = figure.colorbar(images[-1], ax=panels, label="share of the layer's token slots")
     bar.ax.axhline(balanced, color="black", linewidth=1.5)
     ticks = [0, balanced / 2, balanced, (balanced + highest) / 2, highest]
     labels = [f"{100 * tick:.3g} %" + (" = 1/E, balanced" if tick == balanced else "") for tick in ticks]
