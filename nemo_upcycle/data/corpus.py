@@ -35,11 +35,11 @@ class Document:
 Documents = dict[str, list[Document]]
 
 
-def load_corpus(config: str | Path | Mapping[str, Any]) -> Documents:
+def load_corpus(config: str | Path) -> Documents:
     """Read a corpus as its configuration says.
 
     Args:
-        config: the name of a file of `conf/data` (`sotu`), the path of a YAML file like those, or its content.
+        config: the name of a file of `conf/data` (`sotu`), or the path of a YAML file like those.
 
     Returns:
         The documents of each split, by the names in `SPLITS`, in a fixed order.
@@ -58,7 +58,7 @@ def load_corpus(config: str | Path | Mapping[str, Any]) -> Documents:
     return documents
 
 
-def check_corpus(config: str | Path | Mapping[str, Any]) -> None:
+def check_corpus(config: str | Path) -> None:
     """Check a corpus without reading its texts: every pattern matches files, and no two splits share one.
 
     Args:
@@ -70,13 +70,11 @@ def check_corpus(config: str | Path | Mapping[str, Any]) -> None:
     _selected(config)
 
 
-def _selected(config: str | Path | Mapping[str, Any]) -> tuple[str, Callable[[Any], Documents], dict[str, list[Any]]]:
+def _selected(config: str | Path) -> tuple[str, Callable[[Any], Documents], dict[str, list[Any]]]:
     """Return the key of a corpus, the reader of its documents, and what to read for each split."""
-    if isinstance(config, Mapping):
-        settings, folder = dict(config), Path()
-    else:  # relative patterns start from the folder of the user's file; those of the package, from the current one
-        settings, path = read_conf("data", config, "corpus configuration")
-        folder = path.absolute().parent if Path(config).suffix else Path()
+    settings, path = read_conf("data", config, "corpus configuration")
+    # Relative patterns start from the folder of the user's file; those of the package, from the current one.
+    folder = path.absolute().parent if Path(config).suffix else Path()
     corpus = str(settings.get("corpus"))
     if corpus not in _READERS:
         raise UpcycleError.unknown("corpus", corpus, _READERS)

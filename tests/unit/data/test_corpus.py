@@ -29,12 +29,19 @@ def _ids(documents: dict) -> dict:
     return {split: [document.id for document in members] for split, members in documents.items()}
 
 
-def _years(**changed) -> dict:
-    return {"corpus": "sotu", "years": {"train": ["1900-2000"], "validation": [2007], "heldout": [2011], **changed}}
+def _write(folder: Path, corpus: str, key: str, splits: dict) -> Path:
+    path = folder / "corpus.yaml"
+    path.write_text(json.dumps({"corpus": corpus, key: splits}))  # JSON is YAML, too
+    return path
 
 
-def test_speeches_are_split_by_year_and_topical_messages_left_out(speeches):
-    documents = load_corpus(_years())
+def _years(folder: Path, **changed) -> Path:
+    splits = {"train": ["1900-2000"], "validation": [2007], "heldout": [2011], **changed}
+    return _write(folder, "sotu", "years", splits)
+
+
+def test_speeches_are_split_by_year_and_topical_messages_left_out(speeches, tmp_path):
+    documents = load_corpus(_years(tmp_path))
     assert _ids(documents) == {"train": ["1950-A-1", "1951-A-1"], "validation": ["2007-B-1"], "heldout": ["2011-C-1"]}
     assert documents["train"][0].text == "Speech 1950-A-1."
 
@@ -50,9 +57,9 @@ def test_speeches_are_split_by_year_and_topical_messages_left_out(speeches):
         ({"holdout": [2011]}, r"split 'holdout' does not exist\. Did you mean 'heldout'"),
     ],
 )
-def test_refuses_years_that_make_no_split(speeches, changed, message):
+def test_refuses_years_that_make_no_split(speeches, tmp_path, changed, message):
     with pytest.raises(UpcycleError, match=message):
-        load_corpus(_years(**changed))
+        load_corpus(_years(tmp_path, **changed))
 
 
 @pytest.fixture
@@ -64,8 +71,8 @@ def texts(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def _files(**changed) -> dict:
-    return {"corpus": "text", "files": {split: [f"{split}/*"] for split in SPLITS} | changed}
+def _files(folder: Path, **changed) -> Path:
+    return _write(folder, "text", "files", {split: [f"{split}/*"] for split in SPLITS} | changed)
 
 
 def test_own_files_are_documents(texts):
@@ -76,26 +83,26 @@ def test_own_files_are_documents(texts):
         json.dumps({"text": "two"}),
     ]
     (texts / "train/b.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    documents = load_corpus(_files())
+    documents = load_corpus(_files(texts))
     assert [document.text for document in documents["train"]] == ["train a", "one\u2028line", "two"]
     assert [document.id.rpartition("/")[2] for document in documents["train"]] == ["a.txt", "b.jsonl:1", "b.jsonl:4"]
 
 
 def test_a_file_that_two_patterns_match_counts_once(texts):
-    assert len(load_corpus(_files(train=["train/*", "train/a.txt", "**/train/a.txt"]))["train"]) == 1
+    assert len(load_corpus(_files(texts, train=["train/*", "train/a.txt", "**/train/a.txt"]))["train"]) == 1
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"train": ["nothing/*.txt"]}, r"pattern nothing/\*\.txt: got no file"),
+        ({"train": ["nothing/*.txt"]}, r"pattern .*nothing/\*\.txt: got no file"),
         ({"heldout": ["heldout/*", "train/*"]}, r"file .*train/a\.txt: got in train and heldout"),
         ({"validation": []}, "split validation: got no documents"),
     ],
 )
 def test_refuses_patterns_that_make_no_split(texts, changed, message):
     with pytest.raises(UpcycleError, match=message):
-        load_corpus(_files(**changed))
+        load_corpus(_files(texts, **changed))
 
 
 @pytest.mark.parametrize(
@@ -111,13 +118,13 @@ def test_refuses_patterns_that_make_no_split(texts, changed, message):
 def test_refuses_a_file_of_another_kind_or_a_copied_text(texts, name, content, message):
     (texts / "heldout" / name).write_bytes(content)
     with pytest.raises(UpcycleError, match=message):
-        load_corpus(_files())
+        load_corpus(_files(texts))
 
 
 def test_a_configuration_file(texts):
     path = texts / "mine.yaml"
     path.write_text("corpus: text\nfiles:\n  train: [train/*]\n  validation: [validation/*]\n  heldout: [heldout/*]\n")
-    assert _ids(load_corpus(path)) == _ids(load_corpus(_files()))
+    assert _ids(load_corpus(path)) == _ids(load_corpus(_files(texts)))
 
 
 @pytest.mark.parametrize(
@@ -172,8 +179,8 @@ def test_relative_patterns_start_from_the_files_own_folder_whatever_the_current_
 
 def test_a_check_finds_patterns_without_files_and_reads_no_text(texts):
     (texts / "train" / "latin.txt").write_bytes(b"\xff\xfe")
-    check_corpus(_files())
+    check_corpus(_files(texts))
     with pytest.raises(UpcycleError, match=r"nowhere/\*: got no file"):
-        check_corpus(_files(train=["nowhere/*"]))
+        check_corpus(_files(texts, train=["nowhere/*"]))
     with pytest.raises(UpcycleError, match=r"files\.train of the corpus: got train/\*, expected a list"):
-        check_corpus(_files(train="train/*"))
+        check_corpus(_files(texts, train="train/*"))
