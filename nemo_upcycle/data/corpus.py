@@ -6,9 +6,8 @@ import csv
 import glob
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nemo_upcycle.data.assets import fetch_asset
 from nemo_upcycle.errors import UpcycleError
@@ -19,8 +18,7 @@ from nemo_upcycle.utils.files import read_json_lines, read_text
 SPLITS = ("train", "validation", "heldout")
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """One text.
 
     Attributes:

@@ -184,8 +184,7 @@ def _build_suite(run_dir: Path, plan: RunPlan) -> None:
     config = read_suite_config(plan.evaluation)
     asks_mmlu = config.local and any(task.startswith("mmlu") for task in config.tasks)
     questions = mmlu_questions(fetch_asset("mmlu")) if asks_mmlu else []
-    heldout = [(document.id, document.text) for document in heldout_documents(run_dir / "data")]
-    build_suite(questions, heldout, run_dir / "suite", config)
+    build_suite(questions, heldout_documents(run_dir / "data"), run_dir / "suite", config)
 
 
 def report_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
