@@ -164,8 +164,10 @@ def _print_text(args: argparse.Namespace, answer: _Answer, names: list[str] | No
     subject, request, plans, checked = answer.subject, answer.request, answer.plans, answer.checked
     width = shutil.get_terminal_size().columns  # 80 without a terminal
 
-    def say(text: str = "") -> None:
-        sys.stdout.write("".join(_wrapped(line, width) + "\n" for line in text.split("\n")))
+    def say(text: str) -> None:
+        for line in text.split("\n"):
+            folded = textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+            sys.stdout.write(folded + "\n")
 
     shown, left_out = table_text(plans, args.price_per_gpu_hour, names, None if args.wide else width)
     chosen = plans[(args.explain or 1) - 1]
@@ -196,12 +198,6 @@ def _print_text(args: argparse.Namespace, answer: _Answer, names: list[str] | No
         say(f"built as: {', '.join(checked['specs'])}")
         if checked["tensors"]:
             say(f"and the read plan fills each of their {checked['tensors']} tensors once")
-
-
-def _wrapped(line: str, width: int) -> str:
-    if len(line) <= width:
-        return line
-    return textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _continued(words: list[str], width: int) -> str:
