@@ -80,10 +80,12 @@ def compare_items(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UpcycleError: the two were not evaluated on the same items.
     """
+    if set(a["items"]) != set(b["items"]):
+        raise _different_items(a, b, sorted(b["items"]), sorted(a["items"]))
     count = {"items": 0, "loglikelihoods": 0, "questions": 0, "changed_answers": 0}
     absolute = relative = 0.0
     largest_at: dict[str, Any] | None = None
-    for task in _same_tasks(a, b):
+    for task in a["items"]:
         for one, other in _pairs(a, b, task):
             count["items"] += 1
             count["questions"] += "answer" in one
@@ -120,6 +122,8 @@ def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str) -> dict
     Raises:
         UpcycleError: no such metric, or not the same items.
     """
+    from scipy.stats import t
+
     for result in (a, b):
         if metric not in result["metrics"]:
             raise UpcycleError.unknown(f"metric of evaluation {result['name']}", metric, result["metrics"])
@@ -129,7 +133,7 @@ def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str) -> dict
     value = statistic(name, scores_b) - statistic(name, scores_a)
     left_out = zip(leave_one_out(name, scores_a), leave_one_out(name, scores_b), strict=True)
     stderr = jackknife_stderr([after - before for before, after in left_out])
-    half_width = None if stderr is None else stderr * _t_quantile(len(pairs) - 1)
+    half_width = None if stderr is None else stderr * float(t.ppf((1 + _CONFIDENCE) / 2, len(pairs) - 1))
     return {
         "difference": value,
         "stderr": stderr,
@@ -141,20 +145,8 @@ def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str) -> dict
     }
 
 
-def _t_quantile(degrees_of_freedom: int) -> float:
-    from scipy.stats import t
-
-    return float(t.ppf((1 + _CONFIDENCE) / 2, degrees_of_freedom))
-
-
 def _choices(item: dict[str, Any]) -> tuple[Any, ...]:
     return item["answer"], *item["scores"].values()
-
-
-def _same_tasks(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    if set(a["items"]) != set(b["items"]):
-        raise _different_items(a, b, sorted(b["items"]), sorted(a["items"]))
-    return list(a["items"])
 
 
 def _pairs(a: dict[str, Any], b: dict[str, Any], task: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
