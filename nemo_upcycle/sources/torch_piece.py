@@ -72,10 +72,6 @@ class Window(io.RawIOBase):
         self._at = at
         return self._at
 
-    def tell(self) -> int:
-        """Return the position."""
-        return self._at
-
     def readinto(self, buffer: Any) -> int:
         """Fill a buffer as far as the part goes, and return the bytes."""
         count = max(0, min(len(buffer), self.length - self._at))
