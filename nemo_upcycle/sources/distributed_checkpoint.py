@@ -10,9 +10,8 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ import torch
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.mapping import BY_ROLE
 from nemo_upcycle.sources.base import Index
-from nemo_upcycle.sources.mapped_files import MappedFiles, Stored, bounds_of
+from nemo_upcycle.sources.mapped_files import MappedFiles, Stored, TensorFiles, bounds_of
 from nemo_upcycle.sources.torch_metadata import read_metadata
 from nemo_upcycle.sources.torch_piece import DAMAGE, Window, open_piece
 
@@ -28,7 +27,7 @@ from nemo_upcycle.sources.torch_piece import DAMAGE, Window, open_piece
 Bounds = list[tuple[int, int]]
 
 
-class DistributedCheckpoint:
+class DistributedCheckpoint(TensorFiles[Any]):
     """Named tensors of a torch_dist checkpoint, of which any slice can be read.
 
     Args:
@@ -46,7 +45,7 @@ class DistributedCheckpoint:
         self.path = folder
         self._tensors, self._spans, self._digest = read_metadata(folder)
         self._chunks = {name: sorted(entry.chunks, key=_first_row) for name, entry in self._tensors.items()}
-        self._files = MappedFiles(folder)
+        self.files = MappedFiles(folder)
         self._pieces: dict[tuple[str, tuple[int, ...]], Stored] = {}
         self._sizes_bytes = {file: self._size_bytes(file) for file in {span.file for span in self._spans.values()}}
         for (name, _), span in self._spans.items():
@@ -69,20 +68,6 @@ class DistributedCheckpoint:
             fix="copy the checkpoint again",
         )
 
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of all slices read so far; headers do not count."""
-        return self._files.bytes_read
-
-    def names(self) -> Iterable[str]:
-        """Return the names of its tensors."""
-        return self._tensors.keys()
-
-    def _entry(self, name: str) -> Any:
-        if name not in self._tensors:
-            raise CheckpointError.unknown(f"{self.path}: tensor", name, self._tensors)
-        return self._tensors[name]
-
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape, over all ranks that wrote it."""
         return tuple(self._entry(name).size)
@@ -103,34 +88,26 @@ class DistributedCheckpoint:
         bounds = bounds_of(self.path, name, self.shape(name), index)
         parts = list(self._parts(name, bounds))
         if len(parts) == 1 and parts[0][0] == bounds:
-            result = self._files.read(name, *parts[0][1:])
+            result = self.files.read(name, *parts[0][1:])
         else:
             result = torch.empty([stop - start for start, stop in bounds], dtype=self.dtype(name))
             self._check_cover(name, result.numel(), [place for place, _, _ in parts])
             for part in parts:
-                self._files.prefetch(name, *part[1:])
+                self.files.prefetch(name, *part[1:])
             for place, piece, inside in parts:
                 here = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(place, bounds, strict=True))
-                result[here] = self._files.read(name, piece, inside)
+                result[here] = self.files.read(name, piece, inside)
         return result
 
     def prefetch(self, name: str, index: Index | None = None) -> None:
         """Begin to fetch a slice that will be read soon."""
         for _, piece, inside in self._parts(name, bounds_of(self.path, name, self.shape(name), index)):
-            self._files.prefetch(name, piece, inside)
-
-    def release(self) -> None:
-        """Give back the memory that the mapped files take up in this process."""
-        self._files.release()
+            self.files.prefetch(name, piece, inside)
 
     def fingerprint(self) -> dict[str, str]:
         """Return the size of every file, and the sha256 of the metadata."""
         sizes = {file: f"{size} bytes" for file, size in sorted(self._sizes_bytes.items())}
         return {".metadata": f"sha256 {self._digest}"} | sizes
-
-    def close(self) -> None:
-        """Close the files."""
-        self._files.close()
 
     def _parts(self, name: str, bounds: Bounds) -> Iterator[tuple[Bounds, Stored, Bounds]]:
         """Yield which part of a slice lies in which piece, and where in that."""
@@ -166,20 +143,12 @@ class DistributedCheckpoint:
             if span is None or span.transforms:
                 why = "compressed, which is not supported" if span else "no place in the metadata"
                 raise self._damaged(span.file if span else ".metadata", name, why)
-            window = Window(self._files, span.file, span.offset, span.length)
+            window = Window(self.files, span.file, span.offset, span.length)
             try:
                 self._pieces[name, offset] = open_piece(window, sizes, self.dtype(name))
             except DAMAGE as error:
                 raise self._damaged(span.file, name, type(error).__name__) from None
         return self._pieces[name, offset]
-
-    def __enter__(self) -> DistributedCheckpoint:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _first_row(chunk: Any) -> int:

@@ -14,9 +14,11 @@ import mmap
 import os
 import threading
 import weakref
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
@@ -25,6 +27,10 @@ from nemo_upcycle.sources.base import Index
 from nemo_upcycle.utils.streams import ByteRange
 
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Entry = TypeVar("Entry")
 #: Bytes of one read, and reads at a time: 16 MiB of buffers, which only a process that reads a cold file has.
 _BLOCK_BYTES = 4 << 20
 _THREADS = 4
@@ -140,10 +146,6 @@ class MappedFiles:
         """Return a few bytes of a file, for its headers; fewer where it ends."""
         return os.pread(self._descriptor(file), count, start)
 
-    def size_bytes(self, file: str) -> int:
-        """Return the file's size."""
-        return os.fstat(self._descriptor(file)).st_size
-
     def release(self) -> None:
         """Take the pages out of this process's memory; they stay in the page cache, and views stay valid."""
         for mapped in list(self._maps.values()):
@@ -215,6 +217,41 @@ class MappedFiles:
                 # A private map is writable, as torch.frombuffer wants it, and no write reaches the file.
                 self._maps[file] = mmap.mmap(self._descriptor(file), 0, access=mmap.ACCESS_COPY)
             return self._maps[file]
+
+
+class TensorFiles(Generic[Entry]):
+    """Named tensors in mapped files: what the formats of checkpoints have in common.
+
+    A format sets the path, the files, and what it knows of each tensor.
+    """
+
+    path: Path
+    files: MappedFiles
+    _tensors: dict[str, Entry]
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of all slices read so far; headers do not count."""
+        return self.files.bytes_read
+
+    def names(self) -> Iterable[str]:
+        """Return the names of the tensors."""
+        return self._tensors.keys()
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self._tensors:
+            raise CheckpointError.unknown(f"{self.path}: tensor", name, self._tensors)
+        return self._tensors[name]
+
+    def release(self) -> None:
+        """Give back the memory that the mapped files take up in this process; what is read again comes back."""
+        self.files.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.files.close()
 
 
 def _span(stored: Stored, bounds: list[tuple[int, int]]) -> tuple[int, int]:

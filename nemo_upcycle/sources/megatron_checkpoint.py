@@ -7,10 +7,9 @@ The mapping table says which of its rows a Hugging Face tensor is made of; nothi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
@@ -20,7 +19,7 @@ from nemo_upcycle.models.mapping import BY_ROLE, MAPPINGS, MOE_MAPPINGS, ParamMa
 from nemo_upcycle.models.sharding import Shard, SourceSlice, hf_shape, shard_shape, source_slices
 from nemo_upcycle.sources.base import Index, OneModel
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint, model_prefix
-from nemo_upcycle.sources.mapped_files import bounds_of
+from nemo_upcycle.sources.mapped_files import TensorFiles, bounds_of
 from nemo_upcycle.sources.nemo_context import hf_config_of
 from nemo_upcycle.utils.files import read_json
 
@@ -68,7 +67,7 @@ def is_megatron(path: Path) -> bool:
     return any((folder / ".metadata").is_file() or any(folder.glob("*.distcp")) for folder in folders)
 
 
-class MegatronCheckpoint(OneModel):
+class MegatronCheckpoint(TensorFiles[_Fused], OneModel):
     """A dense checkpoint of NeMo 2 (with `weights/` and `context/`) or of Megatron (with `.metadata`).
 
     A slice is a view of the mapped file where it lies in one piece that a rank saved, in one run of rows; else it is
@@ -92,9 +91,10 @@ class MegatronCheckpoint(OneModel):
         self.path = path
         weights = path / "weights"
         self._checkpoint = DistributedCheckpoint(weights if weights.is_dir() else path)
+        self.files = self._checkpoint.files
         self._prefix = model_prefix(self._checkpoint)
         self.architecture = self._read_architecture(config)
-        self._fused = dict(self._find_all())
+        self._tensors = dict(self._find_all())
 
     def _read_architecture(self, config: Path | None) -> Architecture:
         if config is not None:
@@ -157,20 +157,6 @@ class MegatronCheckpoint(OneModel):
         if dtype not in _FLOATS:
             raise CheckpointError(f"{self.path}: type of {key}", got=dtype, expected="a float", fix=fix)
 
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of all slices read so far."""
-        return self._checkpoint.bytes_read
-
-    def names(self) -> Iterable[str]:
-        """Return the names of its tensors, in Hugging Face's spelling."""
-        return self._fused.keys()
-
-    def _entry(self, name: str) -> _Fused:
-        if name not in self._fused:
-            raise CheckpointError.unknown(f"{self.path}: tensor", name, self._fused)
-        return self._fused[name]
-
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape, without padding."""
         fused = self._entry(name)
@@ -213,21 +199,9 @@ class MegatronCheckpoint(OneModel):
             layer = [] if fused.layer is None else [(fused.layer, fused.layer + 1)]
             yield [*layer, (first + moved, last + moved), *bounds[1:]]
 
-    def release(self) -> None:
-        """Give back the memory that the mapped files take up in this process."""
-        self._checkpoint.release()
-
     def fingerprint(self) -> dict[str, str]:
         """Return the size of every file, and the sha256 of the metadata."""
         return self._checkpoint.fingerprint()
-
-    def __enter__(self) -> MegatronCheckpoint:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._checkpoint.close()
 
 
 def _split(name: str) -> tuple[str | None, str]:

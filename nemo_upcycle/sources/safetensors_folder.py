@@ -10,9 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ import torch
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import read_architecture
 from nemo_upcycle.sources.base import Index, OneModel
-from nemo_upcycle.sources.mapped_files import MappedFiles, Stored, row_major
+from nemo_upcycle.sources.mapped_files import MappedFiles, Stored, TensorFiles, row_major
 from nemo_upcycle.utils.files import read_json
 from nemo_upcycle.utils.streams import ByteRange
 
@@ -119,7 +117,7 @@ def _files_of(folder: Path) -> dict[str, set[str]]:
     )
 
 
-class SafetensorsFolder(OneModel):
+class SafetensorsFolder(TensorFiles[Stored], OneModel):
     """A dense checkpoint in Hugging Face's layout: `config.json` and one or many safetensors files.
 
     Opening it reads the headers only. They are checked as the format demands: the tensors fill the file from end to
@@ -139,9 +137,9 @@ class SafetensorsFolder(OneModel):
     def __init__(self, folder: Path) -> None:
         self.path = folder
         self.architecture = read_architecture(folder)
-        self._stored: dict[str, Stored] = {}
+        self._tensors = {}
         self._headers: dict[str, str] = {}
-        self._files = MappedFiles(folder)
+        self.files = MappedFiles(folder)
         for file, names in _files_of(folder).items():
             self._add_file(file, names)
 
@@ -157,24 +155,10 @@ class SafetensorsFolder(OneModel):
         stored, digest = _read_header(path)
         if absent := sorted(names - stored.keys()):
             raise _broken(path, f"no {absent[0]}", f"the tensors that {INDEX} places there")
-        if twice := sorted(stored.keys() & self._stored.keys()):
-            raise _broken(path, f"{twice[0]}, which {self._stored[twice[0]].file} holds too", "every tensor once")
+        if twice := sorted(stored.keys() & self._tensors.keys()):
+            raise _broken(path, f"{twice[0]}, which {self._tensors[twice[0]].file} holds too", "every tensor once")
         self._headers[file] = digest
-        self._stored |= stored
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of all slices read so far; headers do not count."""
-        return self._files.bytes_read
-
-    def names(self) -> Iterable[str]:
-        """Return the names of its tensors."""
-        return self._stored.keys()
-
-    def _entry(self, name: str) -> Stored:
-        if name not in self._stored:
-            raise CheckpointError.unknown(f"{self.path}: tensor", name, self._stored)
-        return self._stored[name]
+        self._tensors |= stored
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape."""
@@ -196,19 +180,15 @@ class SafetensorsFolder(OneModel):
         Raises:
             CheckpointError: there is no such tensor, the slice reaches beyond it, or the file cannot be read.
         """
-        return self._files.read(name, self._entry(name), index)
+        return self.files.read(name, self._entry(name), index)
 
     def prefetch(self, name: str, index: Index | None = None) -> None:
         """Begin to fetch a slice that will be read soon."""
-        self._files.prefetch(name, self._entry(name), index)
+        self.files.prefetch(name, self._entry(name), index)
 
     def byte_range(self, name: str, index: Index | None = None) -> ByteRange | None:
         """Return where a slice's bytes lie, if they lie one after the other."""
-        return self._files.part(name, self._entry(name), index)
-
-    def release(self) -> None:
-        """Give back the memory that the mapped files take up in this process; what is read again comes back."""
-        self._files.release()
+        return self.files.part(name, self._entry(name), index)
 
     def fingerprint(self) -> dict[str, str]:
         """Return, for every file, its size in bytes and the sha256 of its header."""
@@ -216,11 +196,3 @@ class SafetensorsFolder(OneModel):
             file: f"{(self.path / file).stat().st_size} bytes, header sha256 {digest}"
             for file, digest in self._headers.items()
         }
-
-    def __enter__(self) -> SafetensorsFolder:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._files.close()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from types import TracebackType
 
 import torch
 
@@ -174,8 +173,6 @@ class Branches:
     def __enter__(self) -> Branches:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for source in self._sources:
-            source.__exit__(kind, error, trace)
+            source.__exit__(None, None, None)
