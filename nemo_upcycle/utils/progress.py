@@ -84,9 +84,9 @@ class ProgressLine:
         sys.stderr.flush()
 
 
-def track(items: Iterable[T], label: str, total: int, *, enabled: bool = True) -> Iterator[T]:
+def track(items: Iterable[T], label: str, total: int) -> Iterator[T]:
     """Yield `items`, reporting one unit of progress after each."""
-    with ProgressLine(label, total, enabled=enabled) as line:
+    with ProgressLine(label, total) as line:
         for item in items:
             yield item
             line.advance()
