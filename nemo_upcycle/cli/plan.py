@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import textwrap
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,8 +137,7 @@ def _check(subject: Subject, plan: Plan) -> dict[str, Any]:
     from nemo_upcycle.planning.check import check_layout_against_megatron
 
     dense = subject.dense if subject.folder is None or subject.spec else None
-    result = check_layout_against_megatron(subject.arch, plan.layout, plan.work, dense, subject.spec)
-    return result.to_dict()
+    return asdict(check_layout_against_megatron(subject.arch, plan.layout, plan.work, dense, subject.spec))
 
 
 def _print_json(args: argparse.Namespace, answer: _Answer) -> None:

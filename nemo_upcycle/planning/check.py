@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from nemo_upcycle.planning.layout import GroupRanks, Layout
 from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.progress import track
 
 
@@ -46,10 +47,6 @@ class CheckResult:
     parameters: int
     tensors: int
     specs: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -185,6 +182,7 @@ def build_rank(arch: Architecture, layout: Layout, engine: str | None = None) ->
         layout: the cluster's.
         engine: one of `TRANSFORMER_ENGINE`; None for Megatron's own modules.
     """
+    from megatron.core import parallel_state as ps
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
@@ -196,12 +194,13 @@ def build_rank(arch: Architecture, layout: Layout, engine: str | None = None) ->
         cut = {"sequence_parallel": layout.tp > 1, "context_parallel_size": layout.cp}
         config = replace(config, moe_grouped_gemm=grouped, **cut, **meta, **fp8)
     chunks = []
-    for number, parts in enumerate(layout.chunks(arch, _stage())):
+    for number, parts in enumerate(layout.chunks(arch, ps.get_pipeline_model_parallel_rank())):
         stage = number if layout.vp > 1 else None
         block = get_gpt_decoder_block_spec(
             config, use_transformer_engine=engine is not None, normalization="RMSNorm", vp_stage=stage
         )
-        with torch.device("meta"), _stay_on_meta():
+        # Tied embeddings stay where they are made: Megatron moves them to the GPU to make them equal on both stages.
+        with torch.device("meta"), temporarily_set(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor):
             chunks.append(
                 GPTModel(
                     config,
@@ -216,23 +215,6 @@ def build_rank(arch: Architecture, layout: Layout, engine: str | None = None) ->
                 )
             )
     return chunks
-
-
-@contextmanager
-def _stay_on_meta() -> Iterator[None]:
-    """Keep tied embeddings where they are made: Megatron moves them to the GPU to make them equal on both stages."""
-    cuda = torch.Tensor.cuda
-    torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.Tensor.cuda = cuda  # type: ignore[method-assign]
-
-
-def _stage() -> int:
-    from megatron.core import parallel_state as ps
-
-    return int(ps.get_pipeline_model_parallel_rank())
 
 
 def transformer_config(arch: Architecture, layout: Layout) -> Any:
