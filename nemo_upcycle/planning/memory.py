@@ -174,8 +174,3 @@ def worst_memory(arch: Architecture, layout: Layout, work: Workload) -> tuple[in
     stages = range(layout.pp) if layout.first or layout.last or arch.moe_pattern else {0, 1, layout.pp - 1}
     found = [(stage, stage_memory(arch, layout, work, stage)) for stage in stages if stage < layout.pp]
     return max(found, key=lambda pair: pair[1].total)
-
-
-def checkpoint_bytes(arch: Architecture) -> int:
-    """Return the bytes of a full checkpoint: bf16 weights, float32 masters and moments (14 for each parameter)."""
-    return 14 * arch.total_params

@@ -13,7 +13,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning.hardware import Gpu, Machine
 from nemo_upcycle.planning.layout import Layout, divisors
-from nemo_upcycle.planning.memory import GIB, Memory, activation_bytes, checkpoint_bytes, worst_memory
+from nemo_upcycle.planning.memory import GIB, Memory, activation_bytes, worst_memory
 from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES, WEIGHT_BYTES
 from nemo_upcycle.planning.rules import broken, check_layout
 from nemo_upcycle.planning.throughput import StepTime, ThroughputModel
@@ -143,7 +143,7 @@ class Plan:
     @property
     def checkpoint_gib(self) -> float:
         """Size of a checkpoint with optimizer states."""
-        return checkpoint_bytes(self.request.arch) / GIB
+        return (WEIGHT_BYTES + OPTIMIZER_BYTES) * self.request.arch.total_params / GIB
 
 
 def evaluate_layout(request: PlanRequest, layout: Layout) -> Plan:
