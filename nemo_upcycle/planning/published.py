@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.flops import flops_per_token
-from nemo_upcycle.planning.hardware import Gpu, Machine, known_gpu, known_shape, read_data
+from nemo_upcycle.planning.hardware import Machine, known_gpu, known_shape, read_data
 from nemo_upcycle.planning.layout import Layout, parse_layout
 from nemo_upcycle.planning.rules import check_layout
 from nemo_upcycle.planning.throughput import ThroughputModel
@@ -35,11 +35,9 @@ class Published:
     fitted: bool
     sets: str = ""
 
-    def predicted(self, machine: Machine, gpu: Gpu | None = None) -> float:
+    def predicted(self, machine: Machine) -> float:
         """Return the predicted tokens/s/GPU."""
-        return ThroughputModel(self.arch, gpu or known_gpu("h100"), machine).tokens_per_s_per_gpu(
-            self.layout, self.work
-        )
+        return ThroughputModel(self.arch, known_gpu("h100"), machine).tokens_per_s_per_gpu(self.layout, self.work)
 
 
 def published_rows() -> list[Published]:
