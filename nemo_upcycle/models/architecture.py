@@ -103,15 +103,17 @@ class Architecture:
         """Parameters of the input embedding."""
         return self.vocab_size * self.hidden_size
 
-    def _layers_params(self, experts: int) -> int:
-        """Parameters of all layers, norms included, with `experts` routed experts counted per MoE layer."""
+    def _params(self, experts: int) -> int:
+        """Return all parameters, with `experts` routed experts counted per MoE layer; tied embeddings count once."""
+        embeddings = self.embedding_params * (1 if self.tied_embeddings else 2)
         every = self.attention_params + 2 * self.hidden_size
         dense = self.ffn_params(self.ffn_size)
         router = (self.num_experts or 0) * (self.hidden_size + (1 if self.ffn_bias else 0))
         shared = self.ffn_params(self.shared_ffn_size) if self.shared_ffn_size else 0
         moe = experts * self.ffn_params(self.expert_ffn_size or 0) + router + shared
         moe_layers = self.moe_layer_count
-        return self.num_layers * every + (self.num_layers - moe_layers) * dense + moe_layers * moe
+        layers = self.num_layers * every + (self.num_layers - moe_layers) * dense + moe_layers * moe
+        return layers + embeddings + self.hidden_size
 
     @property
     def total_params(self) -> int:
@@ -121,14 +123,12 @@ class Architecture:
             Llama 3 8B has 8_030_261_248, its eight-expert upcycling 47_491_321_856 (arXiv 2412.09952 prints 34.4B: the
             extra experts without one of their three matrices).
         """
-        embeddings = self.embedding_params * (1 if self.tied_embeddings else 2)
-        return self._layers_params(self.num_experts or 0) + embeddings + self.hidden_size
+        return self._params(self.num_experts or 0)
 
     @property
     def active_params(self) -> int:
         """Parameters that one token passes through; Llama 3 8B E8T2 has 13_668_454_400 (the paper prints 11.8B)."""
-        embeddings = self.embedding_params * (1 if self.tied_embeddings else 2)
-        return self._layers_params(self.top_k or 0) + embeddings + self.hidden_size
+        return self._params(self.top_k or 0)
 
     def upcycled(self, spec: UpcycleSpec) -> Architecture:
         """Return the MoE architecture that a spec makes of this dense one.
