@@ -154,12 +154,10 @@ def mapping_of(role: str, arch: Architecture) -> ParamMapping:
 def _mapping_of(role: str, family: Family | None, gated: bool) -> ParamMapping:
     mapping = BY_ROLE[role]
     names = family.names.get(role, mapping.parts) if family else mapping.parts
-    factor = family.hf_factors.get(role, 1.0) if family else 1.0
+    mapping = replace(mapping, hf=names, hf_factor=family.hf_factors.get(role, 1.0) if family else 1.0)
     if mapping.sharding is Sharding.GATED and not gated:
-        return replace(
-            mapping, parts=mapping.parts[1:], hf=names[-1:], sharding=Sharding.NEURON_ROWS, hf_factor=factor
-        )
-    return replace(mapping, hf=names, hf_factor=factor)
+        return replace(mapping, parts=mapping.parts[1:], hf=names[-1:], sharding=Sharding.NEURON_ROWS)
+    return mapping
 
 
 def layer_mappings(arch: Architecture, layer: int) -> tuple[ParamMapping, ...]:
