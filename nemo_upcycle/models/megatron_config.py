@@ -40,6 +40,12 @@ FIELDS = _BLOCK | {
     "moe_pattern": "moe_layer_freq",
 }
 _BIASES = ("qkv_bias", "ffn_bias")
+#: Settings of Megatron's router that no spec and no Hugging Face class has.
+NO_SPEC_HAS: dict[str, Any] = {
+    "moe_router_enable_expert_bias": False,
+    "moe_router_num_groups": None,  # choosing among groups of experts would tear copies apart
+    "moe_apply_probs_on_input": False,  # the network is not linear in its input
+}
 #: Settings of Megatron's that change the function and leave every shape as it is. No known parent has another value.
 _PLAIN: dict[str, Any] = {
     "normalization": "RMSNorm",
@@ -176,13 +182,8 @@ def check_spec(config: Any, spec: UpcycleSpec) -> None:
     Raises:
         SpecError: they disagree, or the configuration makes a router that no spec can be exact with.
     """
-    wanted: dict[str, Any] = router_fields(spec) | {
-        "moe_router_enable_expert_bias": False,  # the spec says nothing of it
-        "moe_router_num_groups": None,  # choosing among groups of experts would tear copies apart
-        "moe_apply_probs_on_input": False,  # the network is not linear in its input
-        "moe_router_force_load_balancing": False,  # random routing, for benchmarks
-    }
-    for name, value in wanted.items():
+    random_routing = {"moe_router_force_load_balancing": False}  # for benchmarks
+    for name, value in (router_fields(spec) | NO_SPEC_HAS | random_routing).items():
         got = getattr(config, name, None)
         if got != value and not (not got and not value) and not (value is None and got == 1):
             raise SpecError(

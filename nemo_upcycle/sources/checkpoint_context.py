@@ -15,7 +15,7 @@ from typing import Any
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.architecture import Architecture, architecture_from_config
 from nemo_upcycle.models.families import find_family, find_nemo_module
-from nemo_upcycle.models.megatron_config import FIELDS, spec_fields
+from nemo_upcycle.models.megatron_config import FIELDS, NO_SPEC_HAS, spec_fields
 from nemo_upcycle.models.rotary import rope_frequencies, same_frequencies
 from nemo_upcycle.sources.inert_pickle import Inert, read_saved
 from nemo_upcycle.sources.nemo_context import MODEL, family_of, hf_config_from, model_settings
@@ -30,12 +30,6 @@ _FUNCTION = {
         *("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "tied_embeddings"),
         *("activation", "qkv_bias", "ffn_bias", "zero_centered_norm", "norm_eps", "scaled_embedding"),
     )
-}
-#: What no spec and no Hugging Face class has.
-_ROUTER: dict[str, Any] = {
-    "moe_router_enable_expert_bias": False,
-    "moe_router_num_groups": None,
-    "moe_apply_probs_on_input": False,
 }
 #: Megatron-LM's argument -> NeMo's setting, where the names differ.
 _ARGUMENTS = {
@@ -86,7 +80,7 @@ class CheckpointContext:
 
     def _spec_fields(self) -> dict[str, tuple[str, Any]]:
         get = self.settings.get
-        wrong = [(name, value, get(name)) for name, value in _ROUTER.items() if (get(name) or value) != value]
+        wrong = [(name, value, get(name)) for name, value in NO_SPEC_HAS.items() if (get(name) or value) != value]
         if get("moe_router_load_balancing_type") == "sinkhorn":
             wrong.append(("moe_router_load_balancing_type", "aux_loss or none", "sinkhorn"))
         for name, expected, got in wrong:
