@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.families import parents
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.megatron_checkpoint import MegatronCheckpoint, is_megatron
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
-from nemo_upcycle.sources.several_parents import Branches, check_non_expert_weights
+from nemo_upcycle.sources.several_parents import NON_EXPERT_WEIGHTS, Branches
 
 
 _SCHEMES = {"hf": SafetensorsFolder, "nemo": MegatronCheckpoint}
@@ -39,13 +39,13 @@ def open_dense(
         32
     """
     non_expert_weights = others or non_expert_weights
-    check_non_expert_weights(non_expert_weights)
-    if isinstance(uri, str | Path):
-        return _open_one(str(uri))
-    if len(uri) == 1:
-        return _open_one(str(uri[0]))
+    if non_expert_weights not in NON_EXPERT_WEIGHTS:
+        raise SpecError.unknown("non_expert_weights, --others", non_expert_weights, NON_EXPERT_WEIGHTS)
+    uris = [uri] if isinstance(uri, str | Path) else uri
+    if len(uris) == 1:
+        return _open_one(str(uris[0]))
     with ExitStack() as opened:
-        branches = Branches([opened.enter_context(_open_one(str(one))) for one in uri], non_expert_weights)
+        branches = Branches([opened.enter_context(_open_one(str(one))) for one in uris], non_expert_weights)
         opened.pop_all()
     return branches
 

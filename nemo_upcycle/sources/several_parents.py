@@ -18,7 +18,8 @@ from nemo_upcycle.sources.base import DenseSource, Index
 from nemo_upcycle.utils.streams import ByteRange
 
 
-_NON_EXPERT_WEIGHTS = ("first", "mean")
+#: What everything but the experts can be: the first model's, or the mean of all.
+NON_EXPERT_WEIGHTS = ("first", "mean")
 #: How long sequences may be is no matter of the weights; checkpoint formats note it differently.
 _MAY_DIFFER = ("max_positions",)
 
@@ -42,16 +43,6 @@ def require_copies(dense: DenseSource, copies: int) -> None:
         )
 
 
-def check_non_expert_weights(non_expert_weights: str) -> None:
-    """Check where the weights outside the routed experts come from.
-
-    Raises:
-        SpecError: the choice is not known.
-    """
-    if non_expert_weights not in _NON_EXPERT_WEIGHTS:
-        raise SpecError.unknown("non_expert_weights, --others", non_expert_weights, _NON_EXPERT_WEIGHTS)
-
-
 class Branches:
     """Dense models of one architecture; copy c of the feed-forward network is that of model c modulo their number.
 
@@ -59,12 +50,11 @@ class Branches:
     the slices of them all.
 
     Args:
-        sources: the open sources, first the one that names the result. They are closed with this one.
+        sources: the open sources, two or more, first the one that names the result. They are closed with this one.
         non_expert_weights: what everything but the routed experts is: "first", the first model's, or "mean", the mean
             in float32 of them all, cast back to the type on disk.
 
     Raises:
-        SpecError: `non_expert_weights` is neither.
         CheckpointError: there are no sources, or they are not of one architecture, with the same tensors and types.
 
     Example:
@@ -74,7 +64,6 @@ class Branches:
     """
 
     def __init__(self, sources: Sequence[DenseSource], non_expert_weights: str = "first") -> None:
-        check_non_expert_weights(non_expert_weights)
         if not sources:
             raise CheckpointError("branches", got="none", expected="dense checkpoints", fix="name some")
         self._sources, self._non_expert_weights = tuple(sources), non_expert_weights
@@ -130,7 +119,7 @@ class Branches:
         Raises:
             CheckpointError: as the sources do.
         """
-        if self._non_expert_weights == "first" or len(self._sources) == 1:
+        if self._non_expert_weights == "first":
             return self._sources[0].read(name, index)
         self.prefetch(name, index)
         total = self._sources[0].read(name, index).to(torch.float32, copy=True)
@@ -145,8 +134,7 @@ class Branches:
 
     def byte_range(self, name: str, index: Index | None = None) -> ByteRange | None:
         """Return where a slice's bytes lie: the first model's, a mean lies nowhere."""
-        alone = self._non_expert_weights == "first" or len(self._sources) == 1
-        return self._sources[0].byte_range(name, index) if alone else None
+        return self._sources[0].byte_range(name, index) if self._non_expert_weights == "first" else None
 
     def release(self) -> None:
         """Give back the memory that the sources' files take up in this process."""
@@ -165,10 +153,8 @@ class Branches:
 
     def inexact_because(self) -> tuple[str, ...]:
         """Return why step 0 is no parent's function: experts differ, and maybe the rest is a mean."""
-        if (count := len(self._sources)) == 1:
-            return self._sources[0].inexact_because()
         rest = "the mean of them all" if self._non_expert_weights == "mean" else "the first one's"
-        return (f"experts come from {count} dense models and the rest is {rest}: no parent's function",)
+        return (f"experts come from {len(self._sources)} dense models and the rest is {rest}: no parent's function",)
 
     def __enter__(self) -> Branches:
         return self
