@@ -19,7 +19,6 @@ from nemo_upcycle.convert.model_card import write_card
 from nemo_upcycle.convert.safetensors_writer import (
     MAX_SHARD_BYTES,
     SafetensorsWriter,
-    Shapes,
     WriteTensors,
     as_bytes,
     require_dtype,
@@ -94,29 +93,20 @@ def hf_reader(weights: MegatronWeights, arch: Architecture) -> Callable[[str], t
     return read
 
 
-def write_each(read: Callable[[str], torch.Tensor], shapes: Shapes, dtype: torch.dtype) -> WriteTensors:
+def write_each(read: Callable[[str], torch.Tensor], dtype: torch.dtype) -> WriteTensors:
     """Return what writes the tensors of a file one by one, so that one of them is in memory at a time.
 
     Args:
         read: gives a tensor by its name.
-        shapes: every tensor's shape.
         dtype: type on disk.
 
     Raises:
-        CheckpointError: when it is called, a tensor has another shape, or contains NaN, infinity or a number too large
-            for the type.
+        CheckpointError: when it is called, a tensor contains NaN, infinity or a number too large for the type.
     """
 
     def write(file: StreamedFile, names: list[str], advance: Callable[[int], None]) -> None:
         for name in names:
             tensor = read(name)
-            if tuple(tensor.shape) != shapes[name]:
-                raise CheckpointError(
-                    f"shape of {name}",
-                    got=list(tensor.shape),
-                    expected=list(shapes[name]),
-                    fix="check the checkpoint's config",
-                )
             cast = tensor.to(dtype)
             require_finite(tensor, name, made=cast)
             file.write(as_bytes(cast))
@@ -165,7 +155,7 @@ def export_weights(
         write_config(dense_folder, folder, arch, dtype, about.router_aux_loss)
         tokenizer_files = copy_tokenizer_files(dense_folder, folder)
         writer = SafetensorsWriter(shapes, dtype, MAX_SHARD_BYTES)
-        writer.write(folder, write_each(hf_reader(weights, arch), shapes, dtype), f"export {output.name}")
+        writer.write(folder, write_each(hf_reader(weights, arch), dtype), f"export {output.name}")
         notes = [*lossy, *about.notes]
         write_card(
             folder,

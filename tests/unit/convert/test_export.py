@@ -104,7 +104,7 @@ def test_several_shards_have_the_right_index(saved: Path, dense: Path, tmp_path:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     limit_bytes = 100_000
     writer = SafetensorsWriter(shapes, torch.float32, limit_bytes)
-    writer.write(folder, write_each(tensors.__getitem__, shapes, torch.float32), "export")
+    writer.write(folder, write_each(tensors.__getitem__, torch.float32), "export")
     files = sorted(folder.glob("*.safetensors"))
     assert len(files) > 5
     assert [file.name for file in files] == [
