@@ -84,12 +84,8 @@ def _marker(output: Path) -> dict[str, Any]:
     try:
         marker = read_json(output / MODEL_MARKER)
         tokenizer_files = marker.get("companions", []) if isinstance(marker, dict) else None
-        if (
-            isinstance(marker, dict)
-            and isinstance(tokenizer_files, list)
-            and all(isinstance(name, str) for name in tokenizer_files)
-        ):
-            return marker | {"companions": tokenizer_files}
+        if isinstance(tokenizer_files, list) and all(isinstance(name, str) for name in tokenizer_files):
+            return {**marker, "companions": tokenizer_files}
     except UpcycleError:
         pass
     raise UpcycleError(

@@ -34,7 +34,7 @@ _TOKENIZER_FILES = (
     "USE_POLICY*",
 )
 #: Keys that make a loader import code that somebody else wrote.
-_CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate")
+_CODE_KEYS = {"auto_map", "custom_pipelines", "custom_generate"}
 
 
 def tokenizer_file_names(dense_folder: Path) -> list[str]:
@@ -64,15 +64,12 @@ def copy_tokenizer_files(dense_folder: Path, folder: Path) -> list[str]:
     names = tokenizer_file_names(dense_folder)
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
-        if name.endswith("_config.json") and _has_code(settings := read_json(dense_folder / name)):
+        settings = read_json(dense_folder / name) if name.endswith("_config.json") else None
+        if isinstance(settings, dict) and settings.keys() & _CODE_KEYS:
             write_json(folder / name, _without_code(settings))
         else:
             shutil.copyfile(dense_folder / name, folder / name)
     return names
-
-
-def _has_code(settings: Any) -> bool:
-    return isinstance(settings, dict) and any(key in settings for key in _CODE_KEYS)
 
 
 def _without_code(settings: dict[str, Any]) -> dict[str, Any]:
