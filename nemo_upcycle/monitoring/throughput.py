@@ -90,7 +90,7 @@ class Throughput:
         rates: dict[str, Any] = {
             "tokens_per_s": round(rate, 1),
             "tokens_per_s_per_gpu": round(rate / self.gpus, 1),
-            "tflops_per_gpu": {name: _significant(value) for name, value in tflops.items()},
+            "tflops_per_gpu": {name: float(f"{value:.5g}") for name, value in tflops.items()},
         }
         if self.peak_tflops:
             rates["mfu"] = {
@@ -120,7 +120,3 @@ def memory_gib() -> tuple[float, float | None]:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, None
     card = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     return torch.cuda.max_memory_reserved() / 2**30, card / 2**30
-
-
-def _significant(value: float) -> float:
-    return float(f"{value:.5g}")

@@ -65,8 +65,7 @@ class UpcycleReceipt:
 
     def merge(self, others: list[UpcycleReceipt]) -> UpcycleReceipt:
         """Return this receipt with the numbers of all ranks (this one among `others`) added up."""
-        merged = UpcycleReceipt(**{**self.__dict__})
-        merged.ranks = len(others)
+        merged = replace(self, ranks=len(others))
         for name in ("bytes_read", "bytes_needed", "bytes_written"):
             setattr(merged, name, sum(getattr(other, name) for other in others))
         for name in ("seconds", "peak_rss_gib"):

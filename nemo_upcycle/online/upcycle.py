@@ -142,13 +142,9 @@ def _fill(
         ),
         bytes_written=sum(tensor.nbytes for tensor in tensors),
         seconds=round(seconds, 3),
-        peak_rss_gib=round(_peak_rss_gib(), 3),
+        peak_rss_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
     )
 
 
 def _sha256(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
-
-
-def _peak_rss_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -34,7 +34,7 @@ _KEPT = (
 class _Routers:
     """Whether all routers are zero, and whether the rows of one copy's experts are the same."""
 
-    zero: bool = False
+    zero: bool = True
     tied: bool = True
 
     def look_at(self, weight_ED: torch.Tensor, granularity: int) -> None:
@@ -111,7 +111,7 @@ def compare_weights(dense: DenseSource, moe: DenseSource) -> WeightComparison:
     check_source(dense)
     arch, moe_arch = dense.architecture, moe.architecture
     _check_child(arch, moe)
-    routers = _Routers(zero=True, tied=True)
+    routers = _Routers()
     groups: dict[str, WeightGroup] = {}
     dtypes: dict[torch.dtype, None] = {}
     is_exact = all(not moe.read(name).any() for name, shape in hf_constants(moe_arch).items() if 0 not in shape)
