@@ -242,10 +242,9 @@ def check_model(model: Any, moe_arch: Architecture) -> None:
     """
     config, rotary = model.config, getattr(model, "rotary_pos_emb", None)
     frequencies = getattr(rotary, "inv_freq", None)
-    names = (*_BLOCK, *(("expert_ffn_size", "shared_ffn_size") if moe_arch.num_experts else ()))
-    fields = megatron_fields(moe_arch)
-    wanted = {FIELDS[name]: fields[FIELDS[name]] for name in names}
-    checks: list[tuple[str, Any, Any]] = [(name, getattr(config, name), value) for name, value in wanted.items()]
+    fields = (*_BLOCK, *(("expert_ffn_size", "shared_ffn_size") if moe_arch.num_experts else ()))
+    settings, wanted = [FIELDS[field] for field in fields], megatron_fields(moe_arch)
+    checks: list[tuple[str, Any, Any]] = [(name, getattr(config, name), wanted[name]) for name in settings]
     # Before all others: a model with other position embeddings may have no rotary ones.
     for name, value in _POSITIONS.items():
         got = getattr(model, name, getattr(rotary, name, value))
