@@ -148,11 +148,11 @@ class Layout:
         return [sum(self._chunk_layers(layers, stage, virtual) for virtual in each) for stage in range(self.pp)]
 
     def _chunk_layers(self, layers: int, stage: int, virtual: int) -> int:
-        fixed = {0: self.first, self.pp - 1: self.last} if self.pp > 1 else {}
-        fixed = {where: count for where, count in fixed.items() if count is not None}
+        ends = {0: self.first, self.pp - 1: self.last} if self.pp > 1 else {}
+        fixed = {end: count for end, count in ends.items() if count is not None}
         if stage in fixed:
-            return (fixed[stage] or 0) // self.vp
-        left = layers - sum(count or 0 for count in fixed.values()) + self.embedding + self.loss
+            return fixed[stage] // self.vp
+        left = layers - sum(fixed.values()) + self.embedding + self.loss
         count = left // (self.pp - len(fixed)) // self.vp
         count -= self.embedding if stage == 0 and virtual == 0 else 0
         return count - (self.loss if stage == self.pp - 1 and virtual == self.vp - 1 else 0)
