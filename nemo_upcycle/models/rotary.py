@@ -19,8 +19,7 @@ def rope_kind(arch: Architecture) -> str:
     Raises:
         CheckpointError: in another way, which Megatron-Core's rotary embedding does not know.
     """
-    scaling = arch.rope_scaling or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = (arch.rope_scaling or {}).get("rope_type", "default")
     if kind not in ("default", "llama3"):
         raise CheckpointError(
             "rope_scaling",
