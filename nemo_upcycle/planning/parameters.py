@@ -20,8 +20,8 @@ from nemo_upcycle.planning.workload import Workload
 
 #: Megatron's Adam keeps a float32 master and two float32 moments of every parameter.
 OPTIMIZER_BYTES = 12
-#: Parameters are BF16.
-WEIGHT_BYTES = 2
+#: Parameters are BF16, gradients float32 (`grad_reduce_in_fp32`).
+WEIGHT_BYTES, GRADIENT_BYTES = 2, 4
 #: Megatron's default; larger with very many data-parallel ranks.
 _BUCKET = 40_000_000
 _BUCKET_PER_RANK = 1_000_000
@@ -158,7 +158,7 @@ class StagePlan:
     Args:
         arch: of the model.
         layout: the cluster's.
-        work: decides precision and bytes of gradients.
+        work: decides the precision.
         stage: the pipeline stage.
     """
 
@@ -184,7 +184,7 @@ class StagePlan:
                 shards = layout.expert_dp if expert else layout.dense_shards
                 self.buffers.append((lay_out(members, shards, bucket), expert))
         numel = sum(buffer.numel for buffer, _ in self.buffers)
-        self.weights_bytes, self.gradients_bytes = numel * WEIGHT_BYTES, numel * work.gradient_bytes
+        self.weights_bytes, self.gradients_bytes = numel * WEIGHT_BYTES, numel * GRADIENT_BYTES
 
     def optimizer_bytes(self, dense_shard: int = 0, expert_shard: int = 0) -> int:
         """Return the bytes of a rank's optimizer states; the defaults are the fullest rank's.

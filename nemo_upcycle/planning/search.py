@@ -14,7 +14,7 @@ from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning.hardware import Gpu, Machine
 from nemo_upcycle.planning.layout import Layout, divisors
 from nemo_upcycle.planning.memory import GIB, Memory, activation_bytes, worst_memory
-from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES, WEIGHT_BYTES
+from nemo_upcycle.planning.parameters import GRADIENT_BYTES, OPTIMIZER_BYTES, WEIGHT_BYTES
 from nemo_upcycle.planning.rules import broken, check_layout
 from nemo_upcycle.planning.throughput import StepTime, ThroughputModel
 from nemo_upcycle.planning.workload import RECOMPUTES, Workload
@@ -279,7 +279,7 @@ def layouts(request: PlanRequest) -> Iterator[Layout]:
 def _least_gib(request: PlanRequest, layout: Layout) -> float:
     """Return a lower bound of what the worst rank holds: the states of its share of the parameters."""
     dense, expert = request.model.rank_params(layout)
-    state = WEIGHT_BYTES + request.work.gradient_bytes
+    state = WEIGHT_BYTES + GRADIENT_BYTES
     owned = dense / layout.dense_shards + expert / layout.expert_dp
     return ((dense + expert) * state + owned * OPTIMIZER_BYTES) / GIB
 

@@ -60,7 +60,6 @@ class Workload:
         recompute: one of `RECOMPUTES`.
         dispatcher: one of `DISPATCHERS`.
         overlap: whose traffic runs beside computation, of `OVERLAPS`.
-        gradient_bytes: of one gradient: 4, or 2 without `grad_reduce_in_fp32`.
 
     Raises:
         SpecError: a value is out of range or unknown.
@@ -75,7 +74,6 @@ class Workload:
     recompute: str = "none"
     dispatcher: str = "alltoall"
     overlap: tuple[str, ...] = ()
-    gradient_bytes: int = 4
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
