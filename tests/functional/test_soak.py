@@ -1,4 +1,4 @@
-"""The short form of `make soak`: eight kills, half of them aimed; every run ends as an undisturbed one."""
+"""The short form of `make soak`: a dozen kills, half of them aimed; every run ends as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ pytestmark = pytest.mark.slow
     ids=["one rank, synchronous saves", "two ranks, asynchronous saves"],
 )
 def test_killed_training_resumes_and_ends_bit_equal(tmp_path: Path, ranks: int, asynchronous: bool) -> None:
-    seen = soak_training(tmp_path, 4, ranks=ranks, asynchronous=asynchronous)
-    assert sum(seen.values()) == 4
+    seen = soak_training(tmp_path, 6, ranks=ranks, asynchronous=asynchronous)
+    assert sum(seen.values()) == 6
