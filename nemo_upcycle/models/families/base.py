@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,7 @@ class Family:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class MoeFamily(Family):
+class MoeFamily(Family, ABC):
     """A Hugging Face class of MoE models: what an upcycled model can be exported as."""
 
     def unsupported(self, arch: Architecture) -> Iterator[str]:
@@ -101,10 +102,10 @@ class MoeFamily(Family):
         }
         yield from (reason for reason, holds in reasons.items() if holds)
 
+    @abstractmethod
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
         """Return the settings of `config.json` that only this class has, or that mean something else in it.
 
         Args:
             arch: the MoE model's architecture.
         """
-        raise NotImplementedError
