@@ -26,7 +26,7 @@ from nemo_upcycle.convert.safetensors_writer import MAX_SHARD_BYTES, Safetensors
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.models.mapping import mapping_of
 from nemo_upcycle.sources.base import DenseSource
-from nemo_upcycle.sources.checks import BrokenWeights, check_shapes, check_source, rounded_because
+from nemo_upcycle.sources.checks import BrokenWeights, check_source, rounded_because
 from nemo_upcycle.sources.several_parents import require_copies
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.files import (
@@ -128,7 +128,6 @@ def convert(
         require_disk(output, moe_arch.total_params * dtype.itemsize, f"convert {output.name}")
     writer = SafetensorsWriter(expansion.shapes, dtype, max_shard_bytes, expansion.order)
     check_source(dense)
-    check_shapes(dense)
     plan = plan_of(dense, spec, dtype, max_shard_bytes)
     reasons = (*spec.inexact_because, *dense.inexact_because(), *rounded_because(dense, dtype, spec))
     kept, written_bytes = len(writer.files), 0

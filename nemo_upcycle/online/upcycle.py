@@ -24,7 +24,7 @@ from nemo_upcycle.online.fill import Progress, fill
 from nemo_upcycle.online.plan import RankCoords, param_plans
 from nemo_upcycle.online.receipt import UpcycleReceipt
 from nemo_upcycle.sources.base import DenseSource
-from nemo_upcycle.sources.checks import check_shapes, check_source, rounded_because
+from nemo_upcycle.sources.checks import check_source, rounded_because
 from nemo_upcycle.sources.several_parents import require_copies
 from nemo_upcycle.spec import UpcycleSpec
 
@@ -108,7 +108,6 @@ def _fill(
     coords, parents = RankCoords.here(), len(dense.branches())
     plans = [plan for model in models for plan in param_plans(model, arch, moe_arch, spec, coords, parents)]
     slices = {(plan.made_of.branch, slice_.name, slice_.bounds) for plan in plans for slice_ in plan.made_of.slices}
-    check_shapes(dense, sorted({name for _, name, _ in slices}))
     if spec:
         require_copies(dense, spec.copies)
     start_s, bytes_before = time.monotonic(), dense.bytes_read

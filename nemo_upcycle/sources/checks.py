@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.models.mapping import hf_constants, hf_names, mapping_of
+from nemo_upcycle.models.mapping import hf_names, mapping_of
 from nemo_upcycle.models.sharding import hf_shapes
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.spec import UpcycleSpec
@@ -23,7 +23,7 @@ class BrokenWeights(CheckpointError):
 
 
 def check_source(dense: DenseSource, *, sampled: bool = False) -> None:
-    """Check that the checkpoint holds what its architecture says and nothing else.
+    """Check that the checkpoint holds the tensors that its architecture says, in their shapes, and nothing else.
 
     Args:
         dense: the checkpoint.
@@ -31,26 +31,37 @@ def check_source(dense: DenseSource, *, sampled: bool = False) -> None:
             that open one checkpoint. A layer that was trained by itself differs in all rows.
 
     Raises:
-        CheckpointError: a tensor is missing, or one is there that nothing would take, as an output layer of a tied
-            model that is not its embedding.
+        CheckpointError: a tensor is missing, has another shape, or is there and nothing would take it, as an output
+            layer of a tied model that is not its embedding.
     """
     arch = dense.architecture
-    expected = {*hf_names(arch), *hf_constants(arch)}
+    shapes = hf_shapes(arch)
     # Tied models may repeat the embedding; old ones store the rotary frequencies, which follow from the config.
     present = {name for name in dense.names() if not name.endswith("rotary_emb.inv_freq")}
     if arch.tied_embeddings:
         present.discard(mapping_of("output", arch).hf[0])
-    for what, names in (("missing", expected - present), ("not used by this architecture", present - expected)):
+    for what, names in (
+        ("missing", shapes.keys() - present),
+        ("not used by this architecture", present - shapes.keys()),
+    ):
         if names:
             raise CheckpointError(
                 f"{dense.path}: tensors {what}",
                 got=", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else ""),
-                expected=f"exactly the {len(expected)} tensors of {arch.hf_class}",
+                expected=f"exactly the {len(shapes)} tensors of {arch.hf_class}",
                 fix="check that config.json and weights belong together",
             )
     for source in dense.branches():
         if arch.tied_embeddings and mapping_of("output", arch).hf[0] in source.names():
             _check_tied(source, sampled)
+    for name, shape in shapes.items():
+        if dense.shape(name) != shape:
+            raise CheckpointError(
+                f"{dense.path}: shape of {name}",
+                got=list(dense.shape(name)),
+                expected=f"{list(shape)} (from config.json)",
+                fix="check that config.json and weights belong together",
+            )
 
 
 def _check_tied(dense: DenseSource, sampled: bool) -> None:
@@ -71,27 +82,6 @@ def _check_tied(dense: DenseSource, sampled: bool) -> None:
             expected="the same, as tie_word_embeddings in config.json says",
             fix=f"set tie_word_embeddings to false to keep both, or remove {output}",
         )
-
-
-def check_shapes(dense: DenseSource, names: Iterable[str] | None = None) -> None:
-    """Check that tensors have the shapes that follow from `config.json`.
-
-    Args:
-        dense: the checkpoint.
-        names: the tensors; all when None.
-
-    Raises:
-        CheckpointError: one has another shape.
-    """
-    wanted = hf_shapes(dense.architecture)
-    for name in wanted if names is None else names:
-        if dense.shape(name) != wanted[name]:
-            raise CheckpointError(
-                f"{dense.path}: shape of {name}",
-                got=list(dense.shape(name)),
-                expected=f"{list(wanted[name])} (from config.json)",
-                fix="check that config.json and weights belong together",
-            )
 
 
 def require_finite(

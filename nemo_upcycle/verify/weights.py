@@ -16,7 +16,7 @@ from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.mapping import hf_constants, hf_names
 from nemo_upcycle.sources.base import DenseSource
-from nemo_upcycle.sources.checks import check_shapes, check_source, require_finite, rounded_because
+from nemo_upcycle.sources.checks import check_source, require_finite, rounded_because
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.tensor_plan import TensorPlan, plan_hf_tensor
 from nemo_upcycle.utils.progress import track
@@ -160,7 +160,6 @@ def _check_child(arch: Architecture, moe: DenseSource) -> None:
             fix="give the MoE's own parent",
         )
     check_source(moe)
-    check_shapes(moe)
 
 
 def _spec_of(arch: Architecture, moe_arch: Architecture, routers: _Routers | None = None) -> UpcycleSpec:
