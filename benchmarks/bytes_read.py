@@ -4,7 +4,7 @@
 
 TP2 PP4 VPP8 EP8 on 512 ranks, the paper's layout. The checkpoint is a sparse safetensors file: Llama 3 8B's shapes
 without the disk. Megatron's own modules are built on the meta device, for every rank under a fake process group, and
-the connector's plan for them is read from the file, slice by slice. `needed` are the bytes of the distinct slices;
+their plan (`online/plan.py`) is read from the file, slice by slice. `needed` are the bytes of the distinct slices;
 `read` is what the source gave; `fetched` the file's blocks that had to be read for it, which for matrices that tensor
 parallelism cuts by columns reach over the other ranks' columns; `node` what eight ranks of a node fetch together, over
 what they need together: the page cache is theirs in common.

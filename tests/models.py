@@ -96,9 +96,9 @@ class MemorySource:
         generator = torch.Generator().manual_seed(seed)
         self.tensors: dict[str, torch.Tensor] = {}
         for name in hf_names(architecture):
-            row, part, _, _ = mapping_of_hf(name, architecture)
-            numbers = torch.randn(hf_shape(row, part, architecture), generator=generator)
-            deviation, mean = (0.2, 1.0) if row.role.endswith("norm") else (0.1, 0.0)
+            mapping, part, _, _ = mapping_of_hf(name, architecture)
+            numbers = torch.randn(hf_shape(mapping, part, architecture), generator=generator)
+            deviation, mean = (0.2, 1.0) if mapping.role.endswith("norm") else (0.1, 0.0)
             self.tensors[name] = numbers * deviation + mean
 
     def names(self) -> Iterable[str]:

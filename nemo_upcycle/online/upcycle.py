@@ -81,7 +81,7 @@ def load_dense_into(
                 "num_moe_experts",
                 got=model.config.num_moe_experts,
                 expected="none",
-                fix="use upcycle_into, or give UpcycleConfig a spec",
+                fix="give a spec (upcycle_into)",
             )
     return _fill(models, dense, None, progress, False)
 

@@ -27,9 +27,9 @@ def is_verbose() -> bool:
 
 
 def end_soon() -> None:
-    """Let this process end at once: Python would spend seconds collecting the objects of NeMo's import.
+    """Let Python skip the objects of NeMo's import when this process ends: looking through them takes seconds.
 
-    Not with PyTorch for GPUs: the nanobind of its Triton lists every object that is not freed as a leak.
+    Not where Triton is loaded, by PyTorch for GPUs: its nanobind lists every object that is not freed as a leak.
     """
     if "triton._C.libtriton" not in sys.modules:
         gc.freeze()

@@ -126,13 +126,14 @@ def _run_in_turn(run_dir: Path, plan: RunPlan, executor: Any) -> None:
         SystemExit: with 2 after a mistake of the user's, 1 after another failure, 130 or 143 when stopped. The last
             words are the stage's own.
     """
-    end_soon()
+    end_soon()  # however it ends; nothing is imported after this
+    script = _script(plan)
     with local.StopSignals() as stop:
         for stage in STAGES:
             if stage.is_done(run_dir, plan):
                 sys.stderr.write(f"[{stage.name}] {DONE_BEFORE}\n")
                 continue
-            status = _run_one(stage, run_dir, plan, executor, stop)
+            status = _run_one(stage, run_dir, plan, executor, stop, script)
             if stop.signum:
                 sys.stderr.write(_stopped(stop.signum, stage, run_dir, plan))
                 raise SystemExit(128 + stop.signum)
@@ -146,7 +147,9 @@ def _run_in_turn(run_dir: Path, plan: RunPlan, executor: Any) -> None:
                 raise StageError(_did_not_finish(stage.name, run_dir))
 
 
-def _run_one(stage: Stage, run_dir: Path, plan: RunPlan, executor: Any, stop: local.StopSignals) -> int:
+def _run_one(
+    stage: Stage, run_dir: Path, plan: RunPlan, executor: Any, stop: local.StopSignals, script: list[str]
+) -> int:
     if not is_local(executor):
         with run.Experiment(f"upcycle-{run_dir.name}-{stage.name}", enable_goodbye_message=False) as experiment:
             identity = _add(experiment, stage, run_dir, plan, executor, [])
@@ -154,7 +157,7 @@ def _run_one(stage: Stage, run_dir: Path, plan: RunPlan, executor: Any, stop: lo
             experiment.run(tail_logs=True)
         return 0  # its marker says how it ended
     ranks = _ranks(stage, plan)[1] if stage.parallel else None
-    command, logs = _stage_command(stage, run_dir, plan), run_dir / "logs" / stage.name
+    command, logs = _stage_command(stage, run_dir, script), run_dir / "logs" / stage.name
     return local.run_ranks(command, ranks, variables_for(ranks or 1, executor), logs, stop)
 
 
@@ -164,14 +167,15 @@ def variables_for(ranks: int, executor: Any) -> dict[str, str]:
     return {"OMP_NUM_THREADS": threads, **(executor.env_vars if executor else {})}
 
 
-def _stage_command(stage: Stage, run_dir: Path, plan: RunPlan) -> list[str]:
-    return [sys.executable, "-m", "nemo_upcycle.pipeline", stage.name, str(run_dir), *_script(plan)]
+def _stage_command(stage: Stage, run_dir: Path, script: list[str]) -> list[str]:
+    return [sys.executable, "-m", "nemo_upcycle.pipeline", stage.name, str(run_dir), *script]
 
 
 def _show_commands(run_dir: Path, plan: RunPlan) -> None:
     """Print what would run on this machine."""
+    script = _script(plan)
     for stage in STAGES:
-        command = shlex.join(_stage_command(stage, run_dir, plan))
+        command = shlex.join(_stage_command(stage, run_dir, script))
         sys.stdout.write(f"[{stage.name}] ranks: {_ranks(stage, plan)[1]}  {command}\n")
 
 

@@ -44,6 +44,7 @@ class StopOnSignal(Callback):
                     sys.stderr.flush()
                 for child in multiprocessing.active_children():
                     child.kill()
+                    child.join(1)  # a job that has ended leaves nothing behind, not even for a moment
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
 

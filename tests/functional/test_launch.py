@@ -1,11 +1,11 @@
-"""`nemo upcycle pipeline` as a user's script starts it, on a tiny model: stopped, resumed, failed."""
+"""`nemo upcycle pipeline` as a user starts it, a process of its own, on a tiny model: stopped, resumed, failed."""
 
 from __future__ import annotations
 
 import os
-import runpy
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.utils.files import MARKER
-from tests.distributed.ranks import server
 from tests.functional.test_pipeline import EVALUATION
 from tests.functional.tiny import write_corpus, write_parent
 from tests.unit.pipeline.test_local import processes_of
@@ -33,43 +32,32 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _launch(words: list[str], folder: str, log: str, variables: dict[str, str]) -> None:
-    """Run a script of the user's in a session of its own, as `python SCRIPT` does."""
-    os.setsid()
-    os.chdir(folder)
-    os.environ.update(variables)
-    with Path(log).open("wb") as console:
-        for descriptor in (1, 2):
-            os.dup2(console.fileno(), descriptor)
-    sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
-
-
 class Launcher:
-    """The command, running: forked from the server of `run_ranks`, which has imported NeMo."""
+    """The command, running."""
 
     def __init__(self, inputs: Path, **variables: str) -> None:
         self.log = inputs / "console.txt"
         factory = f"tiny(inputs='{inputs}', slow=1.0)"
-        self.command = [str(ROOT / "tests/functional/tiny_pipeline.py"), "--factory", factory, "--yes"]
-        variables = {"NEMORUN_HOME": str(inputs / "home"), "PYTHONPATH": str(ROOT)} | variables
-        self.process = server().Process(target=_launch, args=(self.command, str(inputs), str(self.log), variables))
-        self.process.start()
+        self.command = [sys.executable, str(ROOT / "tests/functional/tiny_pipeline.py"), "--factory", factory]
+        environment = os.environ | {"NEMORUN_HOME": str(inputs / "home"), "PYTHONPATH": str(ROOT)} | variables
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*self.command, "--yes"], env=environment, stdout=log, stderr=log, cwd=inputs, start_new_session=True
+            )
 
     def text(self) -> str:
         """Return what it has written."""
-        return self.log.read_text(errors="replace") if self.log.exists() else ""
+        return self.log.read_text(errors="replace")
 
-    def wait(self) -> int | None:
+    def wait(self) -> int:
         """Return its exit status."""
-        self.process.join(400)
-        return self.process.exitcode
+        return self.process.wait(timeout=400)
 
     def wait_for_step(self, step: int) -> None:
         """Wait until the training has done a step."""
         deadline_s = time.monotonic() + 400
         while f"\nstep {step}/6 " not in self.text():
-            assert self.process.is_alive(), self.text()
+            assert self.process.poll() is None, self.text()
             assert time.monotonic() < deadline_s, self.text()
             time.sleep(0.1)
 
@@ -78,7 +66,7 @@ def test_sigint_stops_the_stage_and_prints_how_to_continue(inputs: Path) -> None
     launcher = Launcher(inputs)
     launcher.wait_for_step(3)
     sent_s = time.monotonic()
-    os.kill(launcher.process.pid or 0, signal.SIGINT)
+    launcher.process.send_signal(signal.SIGINT)
     assert launcher.wait() == 130
     assert time.monotonic() - sent_s < 20
     assert processes_of(inputs) == []
@@ -91,7 +79,7 @@ def test_sigint_stops_the_stage_and_prints_how_to_continue(inputs: Path) -> None
     assert "step=1" in last[0]
     head, _, command = last[1].partition(": ")
     assert head == "Go on with the same command"
-    assert shlex.split(command) == ["python", *launcher.command]
+    assert shlex.split(command) == ["python", *launcher.command[1:], "--yes"]
     assert (inputs / "run/command.txt").read_text() == command + "\n"
     recipe = (inputs / "run/recipes/pretrain.yaml").read_text()
     assert "trainer.max_steps: 6\n" in recipe

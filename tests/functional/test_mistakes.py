@@ -14,6 +14,7 @@ import pytest
 
 from nemo_upcycle.pipeline.markers import in_use
 from tests.distributed.ranks import run_ranks, server
+from tests.fifo import held_by_reader
 from tests.functional.tiny import SEQUENCE, SIZES, write_parent
 
 
@@ -224,7 +225,7 @@ def test_ctrl_c_during_the_checks_ends_them_at_once(files: Path, tmp_path: Path)
     arguments = ([command], str(tmp_path), str(files))
     process = server().Process(target=_type, args=arguments)
     process.start()
-    with (tmp_path / "slow.yaml").open("w"):  # waits until it is opened there
+    with held_by_reader(tmp_path / "slow.yaml"):
         os.kill(process.pid or 0, signal.SIGINT)
         process.join(20)
     assert process.exitcode == -signal.SIGINT

@@ -167,8 +167,13 @@ def test_multipliers_scale_the_first_update(
 
 @pytest.mark.parametrize(
     ("world_size", "freezes", "options"),
-    [(1, "experts", {}), (2, "all", {"ep": 2, "precision": "bf16-mixed"})],
-    ids=["experts-float32", "all-bf16-ep2"],
+    [
+        (1, "experts", {}),
+        (1, "all", {}),
+        (2, "all", {"ep": 2, "precision": "bf16-mixed"}),
+        (2, "experts", {"ep": 2, "precision": "bf16-mixed"}),
+    ],
+    ids=["experts", "all", "all-bf16-ep2", "experts-bf16-ep2"],
 )
 def test_frozen_parts_keep_their_bits_until_the_warmup_ends(
     jobs: Jobs, request: Any, world_size: int, freezes: str, options: dict[str, Any]

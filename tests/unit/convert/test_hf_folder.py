@@ -48,8 +48,8 @@ def test_code_of_the_parents_does_not_travel_and_licences_do(dense: Path, tmp_pa
     export_checkpoint(checkpoint, dense, tmp_path / "export", spec=SPEC)
     with open_dense(dense) as source:
         convert(source, tmp_path / "convert", UpcycleSpec(num_experts=4, top_k=2), progress=False)
-    twin = write_checkpoint(tmp_path / "twin", dense, None)
-    export_checkpoint(twin, dense, tmp_path / "dense-again")
+    baseline = write_checkpoint(tmp_path / "baseline", dense, None)
+    export_checkpoint(baseline, dense, tmp_path / "dense-again")
     for name in ("export", "convert", "dense-again"):
         folder = tmp_path / name
         texts = [path.read_text() for path in folder.rglob("*.json") if path.name != MODEL_MARKER]

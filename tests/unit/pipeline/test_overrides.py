@@ -91,3 +91,9 @@ def test_a_recipe_with_another_parent_and_spec_builds_its_restore_configuration(
     built = fdl.build(recipe.resume.restore_config)
     assert (built.path, built.branches) == (str(parent), [str(parent)])
     assert built.spec == UpcycleSpec(num_experts=8, top_k=4)
+
+
+def test_the_former_name_of_non_expert_weights_still_works() -> None:
+    from nemo_upcycle.training.upcycling import UpcycleConfig
+
+    assert UpcycleConfig("/a", branches=["/b"], others="mean").non_expert_weights == "mean"

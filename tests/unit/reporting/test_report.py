@@ -293,7 +293,7 @@ def test_an_inexact_specification_is_reported_as_such(run_dir: Path) -> None:
     assert "This specification cannot be exact: the largest logit difference before training was 0.125." in text
 
 
-def test_the_receipt_of_the_training_job_stands_beside_the_rehearsal(run_dir: Path) -> None:
+def test_the_receipt_of_the_training_job_stands_beside_the_check_of_step_0(run_dir: Path) -> None:
     online = {**RECEIPT, "ranks": 2, "layout": {"tensor": 1, "expert": 2}, "bytes_read": 2**27}
     (run_dir / "pretrain" / "receipt.json").write_text(json.dumps(online))
     found = rows(write_report(run_dir))

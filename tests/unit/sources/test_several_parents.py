@@ -39,11 +39,11 @@ def _tensors(folders: list[Path]) -> list[dict[str, torch.Tensor]]:
     return [load_file(folder / "model.safetensors") for folder in folders]
 
 
-@pytest.mark.parametrize("others", ["first", "mean"])
-def test_experts_are_the_models_in_turn_and_the_rest_is_one(folders: list[Path], others: str) -> None:
+@pytest.mark.parametrize("rest", ["first", "mean"])
+def test_experts_are_the_models_in_turn_and_the_rest_is_one(folders: list[Path], rest: str) -> None:
     with one_rank():
         (model,) = build_chunks(folders[0], num_experts=4)
-        with open_dense(folders, non_expert_weights=others) as dense:
+        with open_dense(folders, non_expert_weights=rest) as dense:
             receipt = upcycle_into([model], dense, UpcycleSpec(num_experts=4, top_k=2))
         layer = model.decoder.layers[1]
         down = [expert.linear_fc2.weight.data.clone() for expert in layer.mlp.experts.local_experts]
@@ -51,9 +51,9 @@ def test_experts_are_the_models_in_turn_and_the_rest_is_one(folders: list[Path],
     tensors = _tensors(folders)
     assert all(torch.equal(down[expert], tensors[expert % 3][NETWORK]) for expert in range(4))
     mean = sum(each[ATTENTION].double() for each in tensors) / 3
-    assert torch.allclose(attention.double(), mean if others == "mean" else tensors[0][ATTENTION].double(), rtol=1e-6)
+    assert torch.allclose(attention.double(), mean if rest == "mean" else tensors[0][ATTENTION].double(), rtol=1e-6)
     assert not receipt.exact
-    words = "the mean of them all" if others == "mean" else "the first one's"
+    words = "the mean of them all" if rest == "mean" else "the first one's"
     assert receipt.inexact_because == [
         f"experts come from 3 dense models and the rest is {words}: no parent's function"
     ]
@@ -73,6 +73,12 @@ def test_a_mean_is_taken_in_float32_and_cast_back(folders: list[Path]) -> None:
     with open_dense(folders) as dense:
         assert torch.equal(dense.read(ATTENTION), _tensors(folders)[0][ATTENTION])
         assert dense.bytes_read == 64 * 64 * 2
+
+
+def test_the_former_name_of_non_expert_weights_still_works(folders: list[Path]) -> None:
+    with open_dense(folders, non_expert_weights="mean") as new, open_dense(folders, others="mean") as old:
+        assert torch.equal(new.read(ATTENTION), old.read(ATTENTION))
+        assert not torch.equal(old.read(ATTENTION), _tensors(folders)[0][ATTENTION])
 
 
 def test_one_model_is_no_mixture(folders: list[Path]) -> None:
