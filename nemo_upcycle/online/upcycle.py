@@ -81,7 +81,7 @@ def load_dense_into(
                 "num_moe_experts",
                 got=model.config.num_moe_experts,
                 expected="none",
-                fix="give a spec (upcycle_into)",
+                fix="use upcycle_into (in a recipe: give a spec)",
             )
     return _fill(models, dense, None, progress, False)
 

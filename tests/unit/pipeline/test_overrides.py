@@ -93,7 +93,9 @@ def test_a_recipe_with_another_parent_and_spec_builds_its_restore_configuration(
     assert built.spec == UpcycleSpec(num_experts=8, top_k=4)
 
 
-def test_the_former_name_of_non_expert_weights_still_works() -> None:
+def test_the_former_name_of_non_expert_weights_still_works(tmp_path: Path) -> None:
     from nemo_upcycle.training.upcycling import UpcycleConfig
+    from tests.functional.tiny import write_parent
 
-    assert UpcycleConfig("/a", branches=["/b"], others="mean").non_expert_weights == "mean"
+    parent = str(write_parent(tmp_path / "parent"))
+    assert UpcycleConfig(path=parent, branches=[parent], others="mean").non_expert_weights == "mean"
