@@ -21,7 +21,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.mapping import ParamMapping, Sharding, mapping_of, mapping_of_hf
 from nemo_upcycle.models.sharding import Shard, SourceSlice, shard_shape, source_slices
 from nemo_upcycle.sources.base import DenseSource
-from nemo_upcycle.sources.checks import require_finite
+from nemo_upcycle.sources.checks import require_finite, require_fits
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -235,7 +235,7 @@ def change_copies(
             whole_FD = functools.cache(functools.partial(_whole_matrix, plan, dense_slice, source, view_FD))
             first = plan.shard.rank * view_FD.shape[0]
             plan.method.change(spec, ExpertMatrix(plan.layer, expert, part, first, view_FD, whole_FD))
-            require_finite(whole_FD(), dense_slice.name, source, made=view_FD)
+            require_fits(view_FD, dense_slice.name, source)
 
 
 def _whole_matrix(

@@ -100,20 +100,38 @@ def require_finite(
     """
     if _is_finite(slice_ if made is None else made):
         return
-    where = f"{source.path}: {name}" if source else name
     if made is not None and _is_finite(slice_):
-        raise BrokenWeights(
-            where,
-            got="larger ones",
-            expected=f"numbers that {_short(made.dtype)} can hold",
-            fix="choose bfloat16 or float32",
-        )
+        require_fits(made, name, source)
     raise BrokenWeights(
-        where,
+        _where(name, source),
         got=f"{int((~slice_.isfinite()).sum())} values that are NaN or infinite",
         expected="finite weights",
         fix="use a checkpoint from before it broke",
     )
+
+
+def require_fits(made: torch.Tensor, name: str, source: DenseSource | None = None) -> None:
+    """Check that what finite weights became still has room in its type.
+
+    Args:
+        made: what they became.
+        name: of the tensor that they are from.
+        source: the checkpoint, for the text of an error.
+
+    Raises:
+        BrokenWeights: it has not; the text names tensor and source.
+    """
+    if not _is_finite(made):
+        raise BrokenWeights(
+            _where(name, source),
+            got="larger ones",
+            expected=f"numbers that {_short(made.dtype)} can hold",
+            fix="choose bfloat16 or float32",
+        )
+
+
+def _where(name: str, source: DenseSource | None) -> str:
+    return f"{source.path}: {name}" if source else name
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

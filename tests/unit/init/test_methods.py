@@ -67,17 +67,20 @@ def test_a_method_from_outside_gives_the_same_bits_online_and_offline(
     assert made_by == {"copied, alternate (seed 1234)"}
 
 
+@pytest.mark.parametrize("looks_first", [True, False])
 def test_a_method_that_overflows_the_models_type_is_refused(
-    monkeypatch: pytest.MonkeyPatch, alternate: UpcycleSpec, dense: Path
+    monkeypatch: pytest.MonkeyPatch, alternate: UpcycleSpec, dense: Path, looks_first: bool
 ) -> None:
     def blow_up(self: Method, spec: UpcycleSpec, matrix: ExpertMatrix) -> None:
-        matrix.whole_FD()
-        matrix.local_FD.mul_(1e38).mul_(1e38)
+        if looks_first:
+            matrix.whole_FD()
+        matrix.local_FD.mul_(1e6)
 
     monkeypatch.setattr(Alternate, "change", blow_up)
     with open_dense(dense) as source:
-        (model,) = build_chunks(dense, **moe_settings(source.architecture, alternate))
-        with pytest.raises(CheckpointError, match=r"gate_proj\.weight: got larger ones, expected numbers that"):
+        (model,) = build_chunks(dense, params_dtype=torch.float16, **moe_settings(source.architecture, alternate))
+        words = r"gate_proj\.weight: got larger ones, expected numbers that float16 can hold"
+        with pytest.raises(CheckpointError, match=words):
             upcycle_into([model], source, alternate)
 
 
