@@ -51,9 +51,6 @@ def check_source(dense: DenseSource, *, sampled: bool = False) -> None:
                 expected=f"exactly the {len(shapes)} tensors of {arch.hf_class}",
                 fix="check that config.json and weights belong together",
             )
-    for source in dense.branches():
-        if arch.tied_embeddings and mapping_of("output", arch).hf[0] in source.names():
-            _check_tied(source, sampled)
     for name, shape in shapes.items():
         if dense.shape(name) != shape:
             raise CheckpointError(
@@ -62,6 +59,9 @@ def check_source(dense: DenseSource, *, sampled: bool = False) -> None:
                 expected=f"{list(shape)} (from config.json)",
                 fix="check that config.json and weights belong together",
             )
+    for source in dense.branches():
+        if arch.tied_embeddings and mapping_of("output", arch).hf[0] in source.names():
+            _check_tied(source, sampled)
 
 
 def _check_tied(dense: DenseSource, sampled: bool) -> None:

@@ -13,6 +13,7 @@ from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.data.dense import ensure_dense, import_dense
 from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.sources.checks import check_source
 from nemo_upcycle.verify.verification import verify
 from tests.models import build_chunks, write_llama, write_tokenizer
 
@@ -67,6 +68,19 @@ def test_another_head_is_refused_before_anything_is_written(tmp_path: Path, chan
     _converted(bare, tmp_path / "moe")
     with pytest.raises(CheckpointError, match=WORDS):
         verify(dense, tmp_path / "moe", logits=False)
+
+
+@pytest.mark.parametrize("shape", [(-1,), (125, 128)], ids=["one axis", "other rows"])
+def test_a_wrong_shape_is_told_before_anything_is_compared(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    file = _dense(tmp_path / "dense", torch.clone) / "model.safetensors"
+    tensors = load_file(file)
+    reshaped = {name: tensors[name].reshape(shape) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    save_file(tensors | reshaped, file, {"format": "pt"})
+    words = r"shape of model\.embed_tokens\.weight: got \[.*\], expected \[250, 64\]"
+    with open_dense(file.parent) as source:
+        with pytest.raises(CheckpointError, match=words):
+            check_source(source)
+        assert source.bytes_read == 0
 
 
 def test_of_several_parents_each_is_looked_at(tmp_path: Path) -> None:
