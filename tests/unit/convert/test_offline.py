@@ -17,7 +17,7 @@ from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.models.architecture import read_architecture
 from nemo_upcycle.training.equivalence import one_rank
-from nemo_upcycle.utils.files import MODEL_MARKER, is_complete, read_json
+from nemo_upcycle.utils.files import MODEL_MARKER, is_complete, read_json, write_json
 from tests.models import build_chunks, sample_tokens, write_llama
 from tests.unit.convert import conversions
 from tests.unit.convert.conversions import COPY, FINE, SPEC, _convert, _same_bits, _tensors
@@ -139,6 +139,27 @@ def test_the_same_again_is_done_already_and_another_is_refused(dense: Path, tmp_
         with pytest.raises(UpcycleError, match=r"got (the same folder|one inside the other)"):
             _convert(dense, output)
     assert is_complete(tmp_path / "moe")
+
+
+def test_a_folder_finished_under_the_old_name_of_a_field_is_done(dense: Path, tmp_path: Path) -> None:
+    _convert(dense, tmp_path / "moe")
+    marker = read_json(tmp_path / "moe" / MODEL_MARKER)
+    spec = marker["made_from"]["spec"]
+    spec["routed_scaling"] = spec.pop("routed_scaling_factor")
+    write_json(tmp_path / "moe" / MODEL_MARKER, marker)
+    assert _convert(dense, tmp_path / "moe").bytes_written == 0
+
+
+@pytest.mark.parametrize(
+    "made_from",
+    [None, [], "plan", {}, {"spec": None}, {"spec": {"top_k": 99}}, {"spec": {"top_q": 2}}, {"spec": {"method": []}}],
+    ids=str,
+)
+def test_a_plan_that_is_none_is_something_else(dense: Path, tmp_path: Path, made_from: object) -> None:
+    _convert(dense, tmp_path / "moe")
+    write_json(tmp_path / "moe" / MODEL_MARKER, read_json(tmp_path / "moe" / MODEL_MARKER) | {"made_from": made_from})
+    with pytest.raises(UpcycleError, match="finished folder made from something else"):
+        _convert(dense, tmp_path / "moe")
 
 
 def test_a_tokenizer_that_comes_later_is_added(copy: Path, tmp_path: Path) -> None:
