@@ -85,6 +85,8 @@ def test_one_model_is_no_mixture(folders: list[Path]) -> None:
     with open_dense(folders[:1], non_expert_weights="mean") as dense:
         assert dense.branches() == (dense,)
         assert not dense.inexact_because()
+        with pytest.raises(CheckpointError, match=r"branches: got .*first, expected two dense checkpoints or more"):
+            Branches([dense])
 
 
 @pytest.mark.parametrize(
