@@ -51,8 +51,11 @@ FAMILY = _Mixtral(
     names=llama.NAMES
     | {
         "router": (_MOE + "gate.weight",),
+        "router_bias": (_MOE + "gate.bias",),
         "expert_fc1": (_EXPERT + "w1.weight", _EXPERT + "w3.weight"),
+        "expert_fc1_bias": (_EXPERT + "w1.bias", _EXPERT + "w3.bias"),
         "expert_fc2": (_EXPERT + "w2.weight",),
+        "expert_fc2_bias": (_EXPERT + "w2.bias",),
     },
     defaults=COMMON_DEFAULTS
     | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rope_theta": 1e6, "rms_norm_eps": 1e-5},

@@ -76,8 +76,11 @@ FAMILY = _Qwen2Moe(
     names=llama.NAMES
     | {
         "router": (_MLP + "gate.weight",),
+        "router_bias": (_MLP + "gate.bias",),
         "expert_fc1": tuple(_EXPERT + f"{part}_proj.weight" for part in ("gate", "up")),
+        "expert_fc1_bias": tuple(_EXPERT + f"{part}_proj.bias" for part in ("gate", "up")),
         "expert_fc2": (_EXPERT + "down_proj.weight",),
+        "expert_fc2_bias": (_EXPERT + "down_proj.bias",),
         "shared_fc1": tuple(_SHARED + f"{part}_proj.weight" for part in ("gate", "up")),
         "shared_fc2": (_SHARED + "down_proj.weight",),
     },

@@ -58,6 +58,24 @@ def test_a_child_with_other_settings_is_not_the_parents(tmp_path: Path, change: 
         _equal(dense, _change(moe, change))
 
 
+@pytest.mark.parametrize(
+    ("spec", "experts", "bias"),
+    [
+        (SPEC, "block_sparse_moe.experts.0.", "w1"),
+        (UpcycleSpec(num_experts=4, top_k=2, granularity=2, shared_experts=1), "mlp.experts.0.", "down_proj"),
+    ],
+    ids=["mixtral", "qwen2_moe"],
+)
+def test_biases_that_a_config_says_and_no_file_has_are_named(
+    tmp_path: Path, spec: UpcycleSpec, experts: str, bias: str
+) -> None:
+    dense = write_llama(tmp_path / "dense", layers=2)
+    moe = _change(_converted(dense, tmp_path / "moe", spec), {"mlp_bias": True})
+    words = rf"moe: tensors missing: got model\.layers\.0\.{experts}{bias}\.bias, .* and \d+ more, expected exactly"
+    with pytest.raises(CheckpointError, match=words):
+        _equal(dense, moe)
+
+
 def test_scaling_in_another_spelling_is_the_same(tmp_path: Path) -> None:
     dense = _change(write_llama(tmp_path / "dense", layers=2), {"rope_scaling": {"type": "linear", "factor": 4.0}})
     moe = _converted(dense, tmp_path / "moe")
