@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import Timeout
-
 from nemo_upcycle.errors import StageError, UpcycleError
 from nemo_upcycle.utils.files import MARKER, read_json, sha256_file, take_lock, write_json
 
@@ -39,7 +37,7 @@ def in_use(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = take_lock(folder / ".lock")
-    except Timeout:
+    except TimeoutError:
         raise StageError(
             str(folder), got="in use by another run", expected="one run", fix="wait for it, or choose another dir"
         ) from None

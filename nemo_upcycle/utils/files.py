@@ -18,8 +18,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from nemo_upcycle.errors import UpcycleError
 
 
@@ -171,7 +169,7 @@ def only_writer(target: Path) -> Iterator[Path]:
     aside.mkdir(parents=True, exist_ok=True)
     try:
         lock = take_lock(aside / _LOCK)
-    except (Timeout, FileNotFoundError):  # held, or moved to its place with the folder just now
+    except (TimeoutError, FileNotFoundError):  # held, or moved to its place with the folder just now
         raise UpcycleError(
             str(target), got="another process writing it", expected="none", fix="wait for it, or choose another folder"
         ) from None
@@ -193,11 +191,13 @@ def take_lock(path: Path) -> AbstractContextManager[Any]:
     Some network file systems have no locks: avoiding two writers is then the user's responsibility.
 
     Raises:
-        Timeout: another process holds the lock.
+        TimeoutError: another process holds the lock.
     """
+    from filelock import FileLock
+
     try:
         return FileLock(path, timeout=0, fallback_to_soft=False).acquire()
-    except OSError as error:  # a Timeout is one, too, without a number
+    except OSError as error:  # filelock's TimeoutError is one, too, without a number
         if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             return nullcontext()
         raise
