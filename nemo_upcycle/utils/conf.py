@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.utils.files import read_text
 
 
 def read_conf(kind: str, name: str | Path, what: str) -> tuple[dict[str, Any], Path]:
@@ -19,7 +18,7 @@ def read_conf(kind: str, name: str | Path, what: str) -> tuple[dict[str, Any], P
         what: what the file describes, for errors.
 
     Raises:
-        UpcycleError: there is no such file, or it is not a YAML mapping.
+        UpcycleError: the file is missing, unreadable or not a YAML mapping.
 
     Example:
         >>> read_conf("evaluation", "demo", "suite")[1].name
@@ -37,7 +36,15 @@ def read_conf(kind: str, name: str | Path, what: str) -> tuple[dict[str, Any], P
             names = [entry.stem for entry in packaged.glob("*.yaml")]
             raise UpcycleError.unknown(what, str(name), [*names, "PATH.yaml"])
     try:
-        content = OmegaConf.to_container(OmegaConf.create(read_text(path)), resolve=True)
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UpcycleError(
+            f"{what} {path}", got=error.strerror, expected="a YAML file", fix="check the path"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UpcycleError(f"{what} {path}", got=error, expected="a YAML file", fix="convert it with iconv") from None
+    try:
+        content = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         got = " ".join(str(error).split())  # some errors take three lines
         raise UpcycleError(f"{what} {path}", got=got, expected="valid YAML", fix="correct that line") from None

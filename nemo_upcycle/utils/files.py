@@ -79,13 +79,10 @@ def read_text(path: Path) -> str:
     """
     try:
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UpcycleError(str(path), got="no such file", expected="a text file", fix="check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        got = error.strerror if isinstance(error, OSError) else error
-        raise UpcycleError(
-            str(path), got=got, expected="readable UTF-8 text", fix="check the path, or convert it with iconv"
-        ) from None
+    except OSError as error:
+        raise _unreadable(path, error, "a text file") from None
+    except UnicodeDecodeError as error:
+        raise UpcycleError(str(path), got=error, expected="readable UTF-8 text", fix="convert it with iconv") from None
 
 
 def read_json(path: Path) -> Any:
@@ -95,11 +92,18 @@ def read_json(path: Path) -> Any:
         UpcycleError: the file is missing, unreadable or not JSON.
     """
     try:
-        return json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number of 5,000 digits
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _unreadable(path, error, "a JSON file") from None
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of 5,000 digits
         raise UpcycleError(
             str(path), got=f"unreadable JSON ({error})", expected="valid JSON", fix="write the file again"
         ) from None
+
+
+def _unreadable(path: Path, error: OSError, expected: str) -> UpcycleError:
+    got = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+    return UpcycleError(str(path), got=got, expected=expected, fix="check the path")
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

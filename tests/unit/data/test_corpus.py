@@ -144,7 +144,7 @@ def test_refuses_a_broken_configuration(tmp_path, content, message):
 
 
 def test_refuses_a_configuration_that_is_not_there(tmp_path):
-    with pytest.raises(UpcycleError, match="no such file"):
+    with pytest.raises(UpcycleError, match="got No such file or directory, expected a YAML file"):
         load_corpus(tmp_path / "absent.yaml")
     with pytest.raises(UpcycleError, match=r"corpus configuration 'sotus' does not exist\. Did you mean 'sotu'"):
         load_corpus("sotus")

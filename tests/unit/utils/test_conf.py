@@ -29,6 +29,17 @@ def test_refuses_what_is_not_a_yaml_mapping(tmp_path: Path, content: str, messag
         read_conf("evaluation", path, "suite")
 
 
+def test_refuses_what_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    with pytest.raises(
+        UpcycleError, match=r"suite .*: got No such file or directory, expected a YAML file\. Fix: check"
+    ):
+        read_conf("evaluation", path, "suite")
+    path.write_bytes(b"\xff")
+    with pytest.raises(UpcycleError, match=r"suite .*: got 'utf-8' codec .*, expected a YAML file.*iconv"):
+        read_conf("evaluation", path, "suite")
+
+
 def test_an_unknown_name_gets_the_closest_one() -> None:
     with pytest.raises(UpcycleError, match=r"suite 'dmo' does not exist\. Did you mean 'demo'"):
         read_conf("evaluation", "dmo", "suite")

@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.utils.files import MARKER, output_folder, read_json, require_apart, require_disk, write_json
+from nemo_upcycle.utils.files import (
+    MARKER,
+    output_folder,
+    read_json,
+    read_text,
+    require_apart,
+    require_disk,
+    write_json,
+)
 
 
 def test_a_failed_block_leaves_nothing_and_keeps_the_old_result(tmp_path: Path) -> None:
@@ -118,10 +126,29 @@ def test_json_errors_name_the_file(tmp_path: Path) -> None:
         with pytest.raises(UpcycleError, match=r"a\.json: got unreadable JSON"):
             read_json(tmp_path / "a.json")
     (tmp_path / "a.json").write_bytes(b"\xff")
-    with pytest.raises(UpcycleError, match=r"a\.json: .*expected readable UTF-8 text"):
+    with pytest.raises(UpcycleError, match=r"a\.json: got unreadable JSON .*, expected valid JSON\. Fix: write"):
         read_json(tmp_path / "a.json")
-    with pytest.raises(UpcycleError, match=r"b\.json.*no such file"):
+    with pytest.raises(UpcycleError, match=r"b\.json: got no such file, expected a JSON file\. Fix: check the path"):
         read_json(tmp_path / "b.json")
+    with pytest.raises(UpcycleError, match=r": got Is a directory, expected a JSON file\. Fix: check the path\."):
+        read_json(tmp_path)
+
+
+def test_text_errors_advise_what_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+    with pytest.raises(UpcycleError, match=r"a\.txt: got no such file, expected a text file\. Fix: check the path\."):
+        read_text(path)
+    path.write_bytes(b"\xff")
+    with pytest.raises(UpcycleError, match=r"expected readable UTF-8 text\. Fix: convert it with iconv\."):
+        read_text(path)
+
+    def refuse(*_: object, **__: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    for read in (read_text, read_json):
+        with pytest.raises(UpcycleError, match=r"got Permission denied, .*\. Fix: check the path\."):
+            read(path)
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
