@@ -70,9 +70,7 @@ def check_corpus(config: str | Path) -> None:
 
 def _selected(config: str | Path) -> tuple[str, Callable[[Any], Documents], dict[str, list[Any]]]:
     """Return the key of a corpus, the reader of its documents, and what to read for each split."""
-    settings, path = read_conf("data", config, "corpus configuration")
-    # Relative patterns start from the folder of the user's file; those of the package, from the current one.
-    folder = path.absolute().parent if Path(config).suffix else Path()
+    settings, _, folder = read_conf("data", config, "corpus configuration")
     corpus = str(settings.get("corpus"))
     if corpus not in _READERS:
         raise UpcycleError.unknown("corpus", corpus, _READERS)

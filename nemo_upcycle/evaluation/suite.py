@@ -101,7 +101,7 @@ def read_suite_config(name: str | Path) -> SuiteConfig:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    content, path = read_conf("evaluation", name, "evaluation suite")
+    content, path, _ = read_conf("evaluation", name, "evaluation suite")
     _check_keys(str(path), content, SuiteConfig)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(SuiteConfig), content)

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nemo_upcycle.errors import UpcycleError
 
 
-def read_conf(kind: str, name: str | Path, what: str) -> tuple[dict[str, Any], Path]:
-    """Return the content of a YAML file, its references resolved, and the path of the file.
+class Conf(NamedTuple):
+    """A configuration.
+
+    Attributes:
+        content: of the file, its references resolved.
+        path: of the file.
+        folder: where its relative paths start: that of the user's file; for the package's, the current one.
+    """
+
+    content: dict[str, Any]
+    path: Path
+    folder: Path
+
+
+def read_conf(kind: str, name: str | Path, what: str) -> Conf:
+    """Read a YAML file.
 
     Args:
         kind: the folder of `conf/` that holds the package's own files: `data` or `evaluation`.
@@ -21,7 +35,7 @@ def read_conf(kind: str, name: str | Path, what: str) -> tuple[dict[str, Any], P
         UpcycleError: the file is missing, unreadable or not a YAML mapping.
 
     Example:
-        >>> read_conf("evaluation", "demo", "suite")[1].name
+        >>> read_conf("evaluation", "demo", "suite").path.name
         'demo.yaml'
     """
     from omegaconf import OmegaConf
@@ -29,12 +43,13 @@ def read_conf(kind: str, name: str | Path, what: str) -> tuple[dict[str, Any], P
     from yaml import YAMLError
 
     path = Path(name).expanduser()
+    folder = path.absolute().parent
     if path.suffix not in (".yaml", ".yml"):
         packaged = Path(str(resources.files("nemo_upcycle.conf"))) / kind
-        path = packaged / f"{name}.yaml"
-        if not path.is_file():
-            names = [entry.stem for entry in packaged.glob("*.yaml")]
+        names = [entry.stem for entry in packaged.glob("*.yaml")]
+        if str(name) not in names:
             raise UpcycleError.unknown(what, str(name), [*names, "PATH.yaml"])
+        path, folder = packaged / f"{name}.yaml", Path()
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -50,4 +65,4 @@ def read_conf(kind: str, name: str | Path, what: str) -> tuple[dict[str, Any], P
         raise UpcycleError(f"{what} {path}", got=got, expected="valid YAML", fix="correct that line") from None
     if not isinstance(content, dict):
         raise UpcycleError(f"{what} {path}", got=type(content).__name__, expected="keys", fix=f"see conf/{kind}")
-    return {str(key): value for key, value in content.items()}, path
+    return Conf({str(key): value for key, value in content.items()}, path, folder)

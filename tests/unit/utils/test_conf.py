@@ -11,11 +11,11 @@ from nemo_upcycle.utils.conf import read_conf
 
 
 def test_reads_a_file_of_the_package_by_name_and_a_users_by_path(tmp_path: Path) -> None:
-    content, path = read_conf("evaluation", "demo", "suite")
-    assert (path.name, content["local"]) == ("demo.yaml", True)
+    content, path, folder = read_conf("evaluation", "demo", "suite")
+    assert (path.name, content["local"], folder) == ("demo.yaml", True, Path())
     mine = tmp_path / "mine.yml"
     mine.write_text("a: 1\nb: ${a}\n", encoding="utf-8")
-    assert read_conf("evaluation", mine, "suite") == ({"a": 1, "b": 1}, mine)
+    assert read_conf("evaluation", mine, "suite") == ({"a": 1, "b": 1}, mine, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,9 @@ def test_refuses_what_cannot_be_read(tmp_path: Path) -> None:
 def test_an_unknown_name_gets_the_closest_one() -> None:
     with pytest.raises(UpcycleError, match=r"suite 'dmo' does not exist\. Did you mean 'demo'"):
         read_conf("evaluation", "dmo", "suite")
+
+
+@pytest.mark.parametrize("name", ["../evaluation/demo", "./sotu", "", Path("data/sotu")])
+def test_a_path_without_a_suffix_is_not_a_name(name: str | Path) -> None:
+    with pytest.raises(UpcycleError, match=r"corpus configuration '.*' does not exist"):
+        read_conf("data", name, "corpus configuration")
