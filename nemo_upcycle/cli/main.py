@@ -159,7 +159,3 @@ def _check_options(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         if option.startswith("--") and option not in known:
             hint = did_you_mean(option, known, cutoff=0.5)
             raise UpcycleError(f"option '{option}' does not exist.{hint} Fix: see {parser.prog} --help.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

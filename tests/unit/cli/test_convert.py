@@ -78,13 +78,13 @@ def test_where_nothing_can_be_written_says_what_to_do(
 
 
 def _command(dense: Path, output: Path) -> str:
-    return shlex.join([sys.executable, "-m", "nemo_upcycle.cli.main", "convert", str(dense), str(output), *SPEC])
+    return shlex.join([sys.executable, "-m", "nemo_upcycle.cli", "convert", str(dense), str(output), *SPEC])
 
 
 @pytest.mark.parametrize("redirect", [">&-", "2>&-"])
 def test_a_closed_output_or_a_poor_terminal_stops_nothing(dense: Path, tmp_path: Path, redirect: str) -> None:
     command = shlex.join(
-        [sys.executable, "-m", "nemo_upcycle.cli.main", "convert", str(dense), str(tmp_path / "m\u00f6e"), *SPEC]
+        [sys.executable, "-m", "nemo_upcycle.cli", "convert", str(dense), str(tmp_path / "m\u00f6e"), *SPEC]
     )
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(f"{command} {redirect}", shell=True, env=environment, capture_output=True, check=False)
@@ -95,7 +95,7 @@ def test_a_closed_output_or_a_poor_terminal_stops_nothing(dense: Path, tmp_path:
 
 def test_a_file_larger_than_the_system_takes(dense: Path, tmp_path: Path) -> None:
     command = shlex.join(
-        [sys.executable, "-m", "nemo_upcycle.cli.main", "convert", str(dense), str(tmp_path / "moe"), *SPEC]
+        [sys.executable, "-m", "nemo_upcycle.cli", "convert", str(dense), str(tmp_path / "moe"), *SPEC]
     )
     done = subprocess.run(["bash", "-c", f"ulimit -f 100; {command}"], capture_output=True, check=False, text=True)
     assert done.returncode == 2

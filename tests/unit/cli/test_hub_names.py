@@ -80,7 +80,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
 def _run(folder: Path, endpoint: str, *words: str) -> subprocess.CompletedProcess[str]:
     """Run a command in a folder, with a hub and an empty cache of its own there."""
     environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "NO_PROXY": "127.0.0.1"}
-    command = [sys.executable, "-m", "nemo_upcycle.cli.main", *words]
+    command = [sys.executable, "-m", "nemo_upcycle.cli", *words]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 

@@ -1,0 +1,9 @@
+"""`python -m nemo_upcycle.cli`: the command where it is not on PATH."""
+
+import sys
+
+from nemo_upcycle.cli.main import main
+
+
+if __name__ == "__main__":
+    sys.exit(main())
