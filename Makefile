@@ -67,14 +67,14 @@ lint: venv
 	$(BIN)/mypy
 	$(MAKE) layers
 
-# The package as it is installed, as links: tools that read files find recipes/ and conf/ in their places.
+# The package as it is installed, copied: tools that read files find recipes/ and conf/ in their places.
 tree:
 	rm -rf build/tree && mkdir -p build/tree
-	cp -rs $(CURDIR)/nemo_upcycle $(CURDIR)/pyproject.toml build/tree/
-	cp -rs $(CURDIR)/recipes $(CURDIR)/conf build/tree/nemo_upcycle/
+	cp -R nemo_upcycle pyproject.toml build/tree/
+	cp -R recipes conf build/tree/nemo_upcycle/
 
-layers: tree
-	cd build/tree && $(CURDIR)/$(BIN)/lint-imports
+layers: venv tree
+	bin=$$(cd $(BIN) && pwd) && cd build/tree && "$$bin/lint-imports"
 
 docs: tree $(DOCS_VENV)/.complete
 	$(DOCS_VENV)/bin/sphinx-build --fail-on-warning --keep-going --quiet --jobs auto -c docs . site
