@@ -11,41 +11,42 @@ from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.init.methods import METHODS
-from nemo_upcycle.spec import MOE_LAYERS, OUTPUT_SCALES, ROUTER_INITS, ROUTER_ORDERS, UpcycleSpec
+from nemo_upcycle.spec import MOE_LAYERS, OUTPUT_SCALES, ROUTER_INITS, ROUTER_ORDERS, UpcycleSpec, option_of
 from nemo_upcycle.utils.dtypes import DTYPES, dtype_of
 
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-#: option -> (field of the spec, type, placeholder, help)
-_SPEC_OPTIONS: dict[str, tuple[str, type, str, str]] = {
-    "--experts": ("num_experts", int, "N", "routed experts of an MoE layer"),
-    "--top-k": ("top_k", int, "K", "experts that process a token"),
-    "--granularity": ("granularity", int, "G", "parts that the dense network is cut into; N and K are multiples of G"),
-    "--method": ("method", str, "|".join(METHODS), "; ".join(method.summary for method in METHODS.values())),
-    "--noise-std": ("noise_std", float, "X", "standard deviation of the noise over that of the weights"),
-    "--drop-ratio": ("drop_ratio", float, "R", "share of the neurons that drop redraws"),
-    "--shared-experts": ("shared_experts", int, "S", "experts that process every token, at most G"),
-    "--moe-layers": ("moe_layers", str, "WHICH", "; ".join((*MOE_LAYERS[:3], "or numbers: 0,2,4"))),
-    "--router-init": ("router_init", str, "|".join(ROUTER_INITS), "distribution of the router's weights"),
-    "--router-std": ("router_std", float, "X", "standard deviation of the router's weights"),
-    "--router-order": ("router_order", str, "|".join(ROUTER_ORDERS), "softmax after or before top-k"),
-    "--output-scale": ("output_scale", str, "|".join(OUTPUT_SCALES), "exact: copies compute the dense function"),
-    "--seed": ("seed", int, "N", "seed of all random numbers"),
+#: field of the spec -> (type, placeholder, help); `option_of` names the option
+_SPEC_FIELDS: dict[str, tuple[type, str, str]] = {
+    "num_experts": (int, "N", "routed experts of an MoE layer"),
+    "top_k": (int, "K", "experts that process a token"),
+    "granularity": (int, "G", "parts that the dense network is cut into; N and K are multiples of G"),
+    "method": (str, "|".join(METHODS), "; ".join(method.summary for method in METHODS.values())),
+    "noise_std": (float, "X", "standard deviation of the noise over that of the weights"),
+    "drop_ratio": (float, "R", "share of the neurons that drop redraws"),
+    "shared_experts": (int, "S", "experts that process every token, at most G"),
+    "moe_layers": (str, "WHICH", "; ".join((*MOE_LAYERS[:3], "or numbers: 0,2,4"))),
+    "router_init": (str, "|".join(ROUTER_INITS), "distribution of the router's weights"),
+    "router_std": (float, "X", "standard deviation of the router's weights"),
+    "router_order": (str, "|".join(ROUTER_ORDERS), "softmax after or before top-k"),
+    "output_scale": (str, "|".join(OUTPUT_SCALES), "exact: copies compute the dense function"),
+    "seed": (int, "N", "seed of all random numbers"),
 }
 
 
 def add_spec_options(parser: argparse.ArgumentParser, title: str = "what to make", defaults: bool = True) -> None:
     """Add the options that make an `UpcycleSpec`; with `defaults`, the help shows the spec's own."""
     group = parser.add_argument_group(title)
-    for option, (field, kind, placeholder, text) in _SPEC_OPTIONS.items():
+    for field, (kind, placeholder, text) in _SPEC_FIELDS.items():
         if defaults:
             text += f" (default: {UpcycleSpec.__dataclass_fields__[field].default})"
+        option = option_of(field)
         group.add_argument(option, dest=field, type=kind, metavar=placeholder, default=argparse.SUPPRESS, help=text)
 
 
 def given_spec(args: argparse.Namespace) -> dict[str, Any]:
     """Return the fields of the spec that the command line sets."""
-    return {field: getattr(args, field) for field, *_ in _SPEC_OPTIONS.values() if hasattr(args, field)}
+    return {field: getattr(args, field) for field in _SPEC_FIELDS if hasattr(args, field)}
 
 
 def add_dtype(parser: argparse.ArgumentParser, default: str | None = None) -> None:

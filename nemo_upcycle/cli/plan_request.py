@@ -118,7 +118,6 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
         pad=args.pad_to_capacity,
         imbalance=args.imbalance,
         precision=args.precision,
-        recompute=args.recompute or "none",
         dispatcher=args.dispatcher,
         overlap=tuple(args.overlap.split(",")) if args.overlap else (),
     )
