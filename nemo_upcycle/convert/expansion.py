@@ -97,15 +97,22 @@ class Expansion:
                 self._write_copies(file, plan, [expert for _, expert in copies])
             advance(len(copies))
 
-    def _copies(self, names: list[str]) -> dict[TensorPlan | str, list[tuple[str, int]]]:
-        """Return name and expert of the tensors by what they are made of; a constant by its name."""
+    @cached_property
+    def _plans(self) -> dict[str, tuple[TensorPlan | str, int]]:
+        """What every tensor is made of, and its expert; a constant is made of its name."""
         parents = len(self.dense.branches())
+        return {
+            name: (name, 0)
+            if name in self._constants
+            else plan_hf_tensor(name, self.dense.architecture, self.moe_arch, self.spec, parents)
+            for name in self.shapes
+        }
+
+    def _copies(self, names: list[str]) -> dict[TensorPlan | str, list[tuple[str, int]]]:
+        """Return name and expert of the tensors by what they are made of."""
         found: dict[TensorPlan | str, list[tuple[str, int]]] = {}
         for name in names:
-            plan: TensorPlan | str = name
-            expert = 0
-            if name not in self._constants:
-                plan, expert = plan_hf_tensor(name, self.dense.architecture, self.moe_arch, self.spec, parents)
+            plan, expert = self._plans[name]
             found.setdefault(plan, []).append((name, expert))
         return found
 

@@ -1,4 +1,4 @@
-"""The README.md of a Hugging Face folder that this package writes: from what, how and by what it was arch."""
+"""The README.md of a Hugging Face folder that this package writes: from what, how and by what it was made."""
 
 from __future__ import annotations
 

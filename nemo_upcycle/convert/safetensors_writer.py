@@ -15,6 +15,7 @@ import torch
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.sources.safetensors_folder import INDEX
+from nemo_upcycle.utils.dtypes import dtype_name
 from nemo_upcycle.utils.files import clear_unfinished, require_disk, write_json
 from nemo_upcycle.utils.progress import ProgressLine
 from nemo_upcycle.utils.streams import StreamedFile
@@ -40,10 +41,10 @@ def require_dtype(dtype: torch.dtype) -> None:
         UpcycleError: they cannot.
     """
     if dtype not in _DTYPE_NAMES:
-        names = [str(one).removeprefix("torch.") for one in _DTYPE_NAMES]
+        names = [dtype_name(one) for one in _DTYPE_NAMES]
         raise UpcycleError(
             "type of the weights on disk",
-            got=str(dtype).removeprefix("torch."),
+            got=dtype_name(dtype),
             expected=" or ".join(names),
             fix=f"add --dtype {names[0]}",
         )
@@ -168,8 +169,8 @@ class SafetensorsWriter:
             with counting:
                 line.advance(tensors)
 
-        def write(file: str) -> None:
-            unfinished, names = folder / f"{file}{_UNFINISHED}", self.order(self.files[file])
+        def write(file: str, names: list[str]) -> None:
+            unfinished = folder / f"{file}{_UNFINISHED}"
             try:
                 with StreamedFile(unfinished) as out:
                     out.write(safetensors_header(names, self.shapes, self.dtype))
@@ -181,7 +182,7 @@ class SafetensorsWriter:
 
         with ThreadPoolExecutor(writers, "write") as pool:
             try:
-                for job in as_completed([pool.submit(write, file) for file in todo]):
+                for job in as_completed([pool.submit(write, file, self.order(self.files[file])) for file in todo]):
                     job.result()
             except BaseException:  # an interrupt, too
                 stopped.set()
