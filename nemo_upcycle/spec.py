@@ -157,9 +157,15 @@ class UpcycleSpec:
         """Factor on every expert's output bias, which each of the chosen k adds whole, 1 / sum(p_i)."""
         return 1.0 / self.weight_sum if self.output_scale == "exact" else 1.0
 
+    @property
+    def shared_scale(self) -> float:
+        """Factor on the shared experts' down projection; the routed experts of the same shards have the other half."""
+        return 0.5
+
     def expert_scale(self, expert: int) -> float:
-        """Factor on one routed expert's down projection: half where its shard is a shared expert's, too."""
-        return self.down_scale * (0.5 if expert % self.granularity < self.shared_experts else 1.0)
+        """Factor on one routed expert's down projection."""
+        is_shared = expert % self.granularity < self.shared_experts
+        return self.down_scale * (1 - self.shared_scale if is_shared else 1)
 
     @property
     def _has_zero_router(self) -> bool:

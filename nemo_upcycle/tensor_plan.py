@@ -173,12 +173,17 @@ def plan_hf_tensor(
         parents: number of dense models that become experts in turn.
     """
     mapping, part, layer, expert = mapping_of_hf(hf_name, moe)
-    return plan_tensor(mapping, layer, expert, dense, moe, spec, parents=parents, hf_part=part), expert
+    within = layer if mapping.in_layer else None
+    return plan_tensor(mapping, within, expert, dense, moe, spec, parents=parents, hf_part=part), expert
 
 
 def _factors(mapping: ParamMapping, expert: int, spec: UpcycleSpec, *, hf: bool) -> tuple[float, ...]:
     """Return the factors on what stands behind a network's activation: weights and bias of its output."""
-    of_role = {"expert_fc2": spec.expert_scale(expert), "expert_fc2_bias": spec.bias_scale, "shared_fc2": 0.5}
+    of_role = {
+        "expert_fc2": spec.expert_scale(expert),
+        "expert_fc2_bias": spec.bias_scale,
+        "shared_fc2": spec.shared_scale,
+    }
     factors = (of_role.get(mapping.role, 1.0), mapping.hf_factor if hf else 1.0)
     return tuple(factor for factor in factors if factor != 1.0)
 

@@ -32,6 +32,7 @@ from nemo_upcycle.package_info import __version__
 from nemo_upcycle.sources.checkpoint_context import read_context
 from nemo_upcycle.sources.checks import require_finite, rounded
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.utils.dtypes import dtype_name
 from nemo_upcycle.utils.files import MODEL_MARKER, output_folder, require_apart, sha256_file, write_json
 from nemo_upcycle.utils.streams import StreamedFile
 
@@ -163,7 +164,7 @@ def export_weights(
             arch,
             title=about.title or output.name,
             tool=MADE_BY,
-            facts={"Type": str(dtype).removeprefix("torch."), **about.facts},
+            facts={"Type": dtype_name(dtype), **about.facts},
             notes=notes,
         )
         marker = {
@@ -172,7 +173,7 @@ def export_weights(
             "checkpoint": about.checkpoint,
             "tensors": len(shapes),
             "bytes": writer.total_bytes,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype_name(dtype),
             "rounded": lossy,
             "notes": list(about.notes),
             "facts": dict(about.facts),

@@ -11,6 +11,7 @@ import torch
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import both_ropes, moe_config
+from nemo_upcycle.utils.dtypes import dtype_name
 from nemo_upcycle.utils.files import read_json, write_json
 
 
@@ -89,6 +90,6 @@ def write_config(
         config = moe_config(config, arch, ROUTER_AUX_LOSS if router_aux_loss is None else router_aux_loss)
     else:
         config |= both_ropes(arch.rope_theta, arch.rope_scaling)
-    config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    config["torch_dtype"] = dtype_name(dtype)
     config.pop("dtype", None)
     write_json(folder / "config.json", config)

@@ -29,6 +29,7 @@ from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import BrokenWeights, check_source, rounded_because
 from nemo_upcycle.sources.several_parents import require_copies
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.utils.dtypes import dtype_name
 from nemo_upcycle.utils.files import (
     MODEL_MARKER,
     aside_of,
@@ -146,7 +147,7 @@ def convert(
     return Conversion(
         output=output,
         hf_class=moe_arch.hf_class,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         exact=not reasons,
         inexact_because=reasons,
         dense_params=dense.architecture.total_params,
@@ -212,7 +213,7 @@ def _finish(
 ) -> None:
     """Add everything but the weights; the marker comes last."""
     start = f"not the dense function: {'; '.join(reasons)}" if reasons else "the dense function, up to rounding"
-    facts = spec_fact(expansion.spec) | {"Type": str(expansion.dtype).removeprefix("torch."), "Computes": start}
+    facts = spec_fact(expansion.spec) | {"Type": dtype_name(expansion.dtype), "Computes": start}
     dense, moe_arch = expansion.dense, expansion.moe_arch
     parents = [source.path for source in dense.branches()]
     write_card(folder, parents, moe_arch, title=title, tool="nemo-upcycle convert", facts=facts)

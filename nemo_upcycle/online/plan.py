@@ -18,6 +18,7 @@ from nemo_upcycle.models.sharding import Shard, hf_shape, shard_shape
 from nemo_upcycle.online.receipt import ParameterRecord
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.tensor_plan import TensorPlan, plan_tensor
+from nemo_upcycle.utils.dtypes import dtype_name
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class ParamPlan:
         """Return how each of the parameters is made."""
         branch = f"{self.made_of.branch}:" if self.made_of.branch else ""
         sources = tuple(f"{branch}{slice_}" for slice_ in self.made_of.slices)
-        shape, dtype = tuple(self.tensors[0].shape), str(self.tensors[0].dtype).removeprefix("torch.")
+        shape, dtype = tuple(self.tensors[0].shape), dtype_name(self.tensors[0].dtype)
         made_by = self.made_of.made_by(spec)
         return [ParameterRecord(name, shape, dtype, made_by, sources) for name in self.names]
 

@@ -12,6 +12,7 @@ from nemo_upcycle.models.mapping import hf_names, mapping_of
 from nemo_upcycle.models.sharding import hf_shapes
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.utils.dtypes import dtype_name
 
 
 #: Bytes of a block in which two tensors are compared, and the rows that one rank of many compares.
@@ -125,7 +126,7 @@ def require_fits(made: torch.Tensor, name: str, source: DenseSource | None = Non
         raise BrokenWeights(
             _where(name, source),
             got="larger ones",
-            expected=f"numbers that {_short(made.dtype)} can hold",
+            expected=f"numbers that {dtype_name(made.dtype)} can hold",
             fix="choose bfloat16 or float32",
         )
 
@@ -176,24 +177,20 @@ def rounded(stored: dict[str, torch.dtype], dtype: torch.dtype) -> Iterator[str]
             lossy.setdefault(own, []).append(name)
     for own, names in lossy.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        yield f"{_short(own)} weights are rounded to {_short(dtype)} ({names[0]}{more})"
+        yield f"{dtype_name(own)} weights are rounded to {dtype_name(dtype)} ({names[0]}{more})"
 
 
 def _factors(spec: UpcycleSpec, dense: DenseSource) -> dict[str, float]:
     """Return the factors that a spec puts on weights."""
     factors = {"down projection": spec.down_scale}
-    factors |= {"shared experts' down projection": 0.5} if spec.shared_experts else {}
+    factors |= {"shared experts' down projection": spec.shared_scale} if spec.shared_experts else {}
     return factors | ({"output bias": spec.bias_scale} if dense.architecture.ffn_bias else {})
 
 
 def _rounding(factor: float, dtype: torch.dtype) -> str:
     """Return which numbers of a type a factor rounds; empty for none worth a word."""
     if math.frexp(factor)[0] != 0.5:
-        return f"is rounded in {_short(dtype)}" if torch.finfo(dtype).bits < 32 else ""
+        return f"is rounded in {dtype_name(dtype)}" if torch.finfo(dtype).bits < 32 else ""
     if factor < 1 and dtype is torch.float16:
-        return f"rounds numbers below {torch.finfo(dtype).tiny / factor:.2g} in {_short(dtype)}"
+        return f"rounds numbers below {torch.finfo(dtype).tiny / factor:.2g} in {dtype_name(dtype)}"
     return ""
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -15,6 +15,7 @@ import torch
 
 from nemo_upcycle.sources.inert_pickle import Inert
 from nemo_upcycle.sources.mapped_files import MappedFiles, Stored
+from nemo_upcycle.utils.dtypes import dtype_name
 
 
 #: What opening a damaged or foreign piece leads to.
@@ -30,7 +31,7 @@ DAMAGE = (
     ValueError,
 )
 _MAX_DESCRIPTION_BYTES = 1 << 16
-DTYPE_NAMES = {str(dtype).removeprefix("torch.") for dtype in torch.storage._dtype_to_storage_type_map()}
+DTYPE_NAMES = {dtype_name(dtype) for dtype in torch.storage._dtype_to_storage_type_map()}
 
 
 class _PieceUnpickler(pickle.Unpickler):

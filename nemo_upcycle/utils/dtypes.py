@@ -13,6 +13,16 @@ if TYPE_CHECKING:
 DTYPES = ("bfloat16", "float16", "float32")
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a type.
+
+    Example:
+        >>> dtype_name(torch.bfloat16)
+        'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
 def dtype_of(name: str) -> torch.dtype:
     """Return the type with that name.
 

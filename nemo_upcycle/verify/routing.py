@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from nemo_upcycle.utils.dtypes import dtype_name
+
 
 @dataclass(frozen=True)
 class TornTokens:
@@ -44,4 +46,4 @@ def count_torn_tokens(
         torn_layers.append((copies_TCG.any(-1) != copies_TCG.all(-1)).any(-1))
     torn_T = torch.stack(torn_layers).any(0)
     torn = int(torn_T.sum())
-    return TornTokens(str(dtype).removeprefix("torch."), len(torn_T), torn, torn / len(torn_T))
+    return TornTokens(dtype_name(dtype), len(torn_T), torn, torn / len(torn_T))
