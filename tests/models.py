@@ -16,6 +16,21 @@ from nemo_upcycle.models.sharding import hf_shape, hf_shapes
 from nemo_upcycle.spec import UpcycleSpec
 
 
+#: The `config.json` of Llama 3 8B, as far as it decides anything.
+LLAMA3_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5,
+}
+
+
 def write_llama(folder: Path, *, tied: bool = False, layers: int = 4, shards: int = 1, **changes: Any) -> Path:
     """Write a random Llama with Hugging Face's own writer: weights of std 0.1 keep activations of order one."""
     from transformers import LlamaConfig, LlamaForCausalLM

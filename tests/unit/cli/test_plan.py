@@ -16,6 +16,7 @@ import pytest
 from nemo_upcycle.cli import plan
 from nemo_upcycle.cli.main import main
 from nemo_upcycle.errors import UpcycleError
+from tests.models import LLAMA3_8B
 
 
 PAPER = ["--recipe", "llama3_8b_e8t2", "--gpus", "512", "--layout", "tp=2,pp=4,vp=8,cp=1,ep=8,etp=1"]
@@ -33,19 +34,7 @@ def _json(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
 
 
 def _config(folder: Path, **changes: Any) -> Path:
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "max_position_embeddings": 8192,
-        "rope_theta": 500000.0,
-        "rms_norm_eps": 1e-5,
-    }
-    folder.joinpath("config.json").write_text(json.dumps(config | changes))
+    folder.joinpath("config.json").write_text(json.dumps(LLAMA3_8B | changes))
     return folder
 
 

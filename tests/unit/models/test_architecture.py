@@ -15,18 +15,7 @@ from nemo_upcycle.models.activation import activation_of
 from nemo_upcycle.models.architecture import architecture_from_config, read_architecture
 from nemo_upcycle.models.hf_config import moe_config
 from nemo_upcycle.spec import UpcycleSpec
-
-
-LLAMA3_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "num_hidden_layers": 32,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "rope_theta": 500000.0,
-}
+from tests.models import LLAMA3_8B
 
 
 LLAMA3_SCALING = {
