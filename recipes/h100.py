@@ -222,8 +222,8 @@ def dense_baseline(name: str, nemo_recipe: ModuleType, dense: str) -> Callable[.
 
         Examples:
             CLI usage:
-                $ nemo llm pretrain --factory llama3_8b_dense_ct --dryrun
-                $ nemo llm pretrain --factory "llama3_8b_dense_ct(dense='/models/dense')" --yes
+                $ nemo llm pretrain --factory NAME --dryrun
+                $ nemo llm pretrain --factory "NAME(dense='/models/dense')" --yes
         """
         recipe = nemo_recipe.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, fn=fn)
         if performance_mode:  # not an argument of all of NeMo's recipes

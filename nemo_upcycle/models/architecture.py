@@ -8,6 +8,7 @@ K head dim, E routed experts, G granularity, C copies of the dense network (E / 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ class Architecture:
         """Return whether a layer has experts."""
         return bool(self.num_experts) and (self.moe_pattern is None or self.moe_pattern[layer])
 
-    @property
+    @cached_property
     def moe_layer_count(self) -> int:
         """Layers with experts."""
         return sum(self.is_moe_layer(layer) for layer in range(self.num_layers))
