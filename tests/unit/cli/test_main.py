@@ -150,9 +150,12 @@ def test_convert_and_verify_from_end_to_end(dense: Path, tmp_path: Path, capsys:
     assert "equal: no" in capsys.readouterr().out
 
 
-def test_several_parents_become_experts(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("option", ["--non-expert-weights", "--others"], ids=["name", "former name"])
+def test_several_parents_become_experts(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
     branch = write_tokenizer(write_llama(tmp_path / "branch", vocab_size=259, layers=2))
-    command = ["convert", str(dense), str(tmp_path / "moe"), "--branch", str(branch), "--non-expert-weights", "mean"]
+    command = ["convert", str(dense), str(tmp_path / "moe"), "--branch", str(branch), option, "mean"]
     assert main(command) == 0
     assert "experts come from 2 dense models" in capsys.readouterr().out
 
