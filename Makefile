@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 TE_VENV := .venv-te
 DOCS_VENV := .venv-docs
+DATA_VENV := .venv-data
 BIN := $(VENV)/bin
 RUN_DIR ?= runs/demo
 COMMAND_DIR := runs/test-command
 
-.PHONY: help demo test test-command test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te
+.PHONY: help demo test test-command test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te data-env test-data
 
 help:
 	@echo "make demo    upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (about 8 minutes, no GPU)"
@@ -16,12 +17,14 @@ help:
 	@echo "make soak    kill 60 trainings and 60 pipeline stages at many moments; all must end bit-equal (13 minutes)"
 	@echo "make lint    format, style, spelling, types, import layers"
 	@echo "make docs    the pages of docs/ and the reference, into site/, in an environment of their own, $(DOCS_VENV)"
-	@echo "make venv    only the environment, in $(VENV)"
+	@echo "make venv    only the environments, $(VENV) and $(DATA_VENV)"
 	@echo "make test-te tests with real Transformer Engine modules, in an environment of their own, $(TE_VENV) (no GPU)"
+	@echo "make data-env  the environment of the data stage, $(DATA_VENV): datatrove and its numpy 2 (about a minute)"
+	@echo "make test-data tests of the data stage's engine, in $(DATA_VENV)"
 	@echo "make test-pythons  make test under each of Python 3.10, 3.11 and 3.12 that this machine has"
 	@echo "make clean-runs  delete runs/ and say how much that freed"
 
-venv: $(VENV)/.complete
+venv: $(VENV)/.complete $(DATA_VENV)/.complete
 
 $(VENV)/.complete: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +59,18 @@ $(TE_VENV)/.complete: scripts/te_env.sh
 
 test-te: te-env
 	$(TE_VENV)/bin/python -m pytest tests/te
+
+data-env: $(DATA_VENV)/.complete
+
+$(DATA_VENV)/.complete: pyproject.toml
+	$(PYTHON) -m venv $(DATA_VENV)
+	$(DATA_VENV)/bin/pip install --progress-bar off --upgrade pip
+	$(DATA_VENV)/bin/pip install --progress-bar off --group data
+	$(DATA_VENV)/bin/pip install --progress-bar off --no-deps -e .
+	touch $@
+
+test-data: data-env
+	$(DATA_VENV)/bin/python -m pytest tests/data_engine
 
 test-pythons:
 	scripts/test_pythons.sh
