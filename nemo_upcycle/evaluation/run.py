@@ -109,7 +109,7 @@ def _run(lm: Any, tasks: list[str], folder: Path | None, shots: int, limit: int 
     # Indexing lm-eval's own thousands of task files takes long; a local suite needs none of them.
     manager = TaskManager(include_defaults=folder is None)
     if folder is None:
-        _check_names(tasks, manager.all_tasks)
+        check_task_names(tasks, manager.all_tasks)
     try:
         with quiet("lm_eval"):
             return simple_evaluate(
@@ -130,9 +130,14 @@ def _run(lm: Any, tasks: list[str], folder: Path | None, shots: int, limit: int 
         ) from error
 
 
-def _check_names(tasks: list[str], known: list[str]) -> None:
+def check_task_names(tasks: Sequence[str], known: Sequence[str]) -> None:
+    """Check that lm-eval knows tasks.
+
+    Raises:
+        UpcycleError: it does not; the message names the closest of its thousands.
+    """
     for task in tasks:
-        if task not in known:  # name only the closest of thousands
+        if task not in known:
             close = ", ".join(difflib.get_close_matches(task, known))
             raise UpcycleError(
                 "task",

@@ -14,7 +14,7 @@ import pytest
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.evaluation.compare import compare_items
 from nemo_upcycle.evaluation.model import load_model
-from nemo_upcycle.evaluation.run import _check_names, evaluate
+from nemo_upcycle.evaluation.run import check_task_names, evaluate
 from nemo_upcycle.evaluation.suite import HeldoutConfig, SuiteConfig, build_suite
 from nemo_upcycle.utils.files import MARKER
 from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS, write_tokenizer
@@ -183,4 +183,4 @@ def test_what_is_no_model_is_an_error(tiny_llama: Path, suite: Path, tmp_path: P
 
 def test_a_task_that_lm_eval_lacks_gets_the_closest_names() -> None:
     with pytest.raises(UpcycleError, match=r"got piqq, expected a task of lm-eval \(piqa\?\)"):
-        _check_names(["mmlu", "piqq"], ["mmlu", "piqa", "boolq"])
+        check_task_names(["mmlu", "piqq"], ["mmlu", "piqa", "boolq"])

@@ -1,0 +1,108 @@
+"""Count the passages of evaluation items that were found in documents, and what was removed with them."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from nemo_upcycle.data.ngrams import Hit, NgramIndex
+
+
+EXAMPLES = 20
+_EXAMPLE_CHARACTERS = 200
+
+
+class Contamination:
+    """The counts of one task, by evaluation set.
+
+    A passage that items of two sets contain counts for both.
+
+    Args:
+        index: with which the passages were found.
+
+    Example:
+        >>> counts = Contamination(index)  # doctest: +SKIP
+        >>> hits = index.find(text)  # doctest: +SKIP
+        >>> counts.add("7", "part.jsonl:7", text, hits, removed_spans(text, hits))  # doctest: +SKIP
+    """
+
+    def __init__(self, index: NgramIndex) -> None:
+        self._index = index
+        self._counts: dict[str, dict[str, int]] = defaultdict(lambda: {"documents": 0, "passages": 0, "bytes": 0})
+        self._items: dict[str, set[str]] = defaultdict(set)
+        self._examples: dict[str, list[dict[str, str]]] = defaultdict(list)
+
+    def add(
+        self, identity: str, where: str, text: str, hits: Sequence[Hit], removed: Iterable[tuple[int, int]] = ()
+    ) -> None:
+        """Count the hits of one document.
+
+        Args:
+            identity: the document's.
+            where: file and line.
+            text: of the document.
+            hits: what `NgramIndex.find` found in it.
+            removed: what was removed, as first characters and one past the last: `removed_spans(text, hits)`;
+                `[(0, len(text))]` for all of it; nothing for a mere report.
+        """
+        spans = list(removed)
+        starts = [start for start, _ in spans]
+        touched: dict[str, set[int]] = defaultdict(set)
+        for hit in hits:
+            span = bisect_right(starts, hit.start) - 1
+            ids: dict[str, list[str]] = defaultdict(list)
+            for number in hit.items:
+                name, item = self._index.item(number)
+                ids[name].append(item)
+            for name, items in ids.items():
+                self._counts[name]["passages"] += 1
+                self._items[name].update(items)
+                touched[name].update([span] if spans else [])
+                if len(self._examples[name]) < EXAMPLES:
+                    words = " ".join(text[hit.start : hit.stop].split())[:_EXAMPLE_CHARACTERS]
+                    self._examples[name].append({"id": identity, "where": where, "words": words, "item": items[0]})
+        for name, numbers in touched.items():
+            self._counts[name]["documents"] += 1
+            for start, stop in (spans[number] for number in numbers):
+                self._counts[name]["bytes"] += len(text[start:stop].encode("utf-8", "surrogatepass"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON: of each evaluation set that was hit, the counts, items and examples."""
+        return {
+            name: {**self._counts[name], "items": sorted(self._items[name]), "examples": self._examples[name]}
+            for name in sorted(self._counts)
+        }
+
+
+def merge_contamination(parts: Iterable[dict[str, Any]], index: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """Merge the counts of tasks into what `contamination.json` says.
+
+    Args:
+        parts: `Contamination.to_dict()` of every task, in their order.
+        index: `NgramIndex.summary`: what was looked for.
+
+    Returns:
+        For each evaluation set of the index, hit or not: what the index says of it; `items_hit`, of its items;
+        `documents`, `passages` and `bytes` (UTF-8, removed with them), summed; and up to `EXAMPLES` examples, each a
+        document's `id` and `where`, the matched `words` and an `item` that contains them.
+
+    Example:
+        >>> merge_contamination([{}], {"mmlu": {"items": 14042}})["mmlu"]["items_hit"]
+        0
+    """
+    merged: dict[str, Any] = {
+        name: {**known, "items_hit": 0, "documents": 0, "passages": 0, "bytes": 0, "examples": []}
+        for name, known in index.items()
+    }
+    items: dict[str, set[str]] = defaultdict(set)
+    for part in parts:
+        for name, counts in part.items():
+            entry = merged[name]
+            for key in ("documents", "passages", "bytes"):
+                entry[key] += counts[key]
+            items[name].update(counts["items"])
+            entry["items_hit"] = len(items[name])
+            entry["examples"] = [*entry["examples"], *counts["examples"]][:EXAMPLES]
+    return merged

@@ -1,0 +1,105 @@
+"""Collect the items of evaluation suites and index their n-grams, to keep them out of training data."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.data.assets import fetch_asset
+from nemo_upcycle.data.lm_eval_tasks import load_tasks, question_of
+from nemo_upcycle.data.ngrams import BOILERPLATE, SHORTEST, WORDS, Item, NgramIndex
+from nemo_upcycle.data.questions import mmlu_questions
+from nemo_upcycle.evaluation.suite import choose_questions, read_suite_config
+
+
+def build_index(suites: Sequence[str | Path], path: Path, words: int = WORDS) -> dict[str, Any]:
+    """Write the index of the n-grams of all items of some suites.
+
+    Args:
+        suites: names of `conf/evaluation` or paths of YAML files. Those of lm-eval's own tasks need the Hugging Face
+            hub, or its cache.
+        path: the file to write.
+        words: words of an n-gram; 13 to remove what it finds, 8 for a report of looser matches.
+
+    Returns:
+        `suites`, `words`, `shortest` and `boilerplate`: what was asked; `ngrams`: all that are looked for; `sets`: for
+        each evaluation set, what `NgramIndex.summary` says.
+
+    Raises:
+        UpcycleError: an unknown suite or task, or data that cannot be fetched.
+
+    Example:
+        >>> build_index(["demo"], Path("ngrams.npz"))["sets"]["mmlu"]["items"]  # doctest: +SKIP
+        24
+    """
+    items = {(item.name, item.id): item for suite in suites for item in suite_items(suite)}
+    index = NgramIndex.build(items.values(), words)
+    index.save(path)
+    return {
+        "suites": [str(suite) for suite in suites],
+        "words": words,
+        "shortest": SHORTEST,
+        "boilerplate": BOILERPLATE,
+        "ngrams": len(index.arrays["hashes"]),
+        "sets": index.summary,
+    }
+
+
+def suite_items(suite: str | Path) -> Iterator[Item]:
+    """Yield the items that a suite asks, in a fixed order.
+
+    The held-out documents of a suite are no items: they come from the blend itself, which keeps them out of training.
+
+    Args:
+        suite: as in `build_index`.
+
+    Raises:
+        UpcycleError: as in `build_index`.
+    """
+    config = read_suite_config(suite)
+    if not config.local:
+        yield from lm_eval_items(list(config.tasks))
+    elif any(task.startswith("mmlu") for task in config.tasks):
+        numbered = [{**row, "number": number} for number, row in enumerate(mmlu_questions(fetch_asset("mmlu")))]
+        for row in choose_questions(numbered, config.questions, config.seed):
+            forms = renderings(row["question"], row["choices"], [row["choices"][row["answer"]]])
+            yield Item("mmlu", f"{row['subject']}/{row['number']}", forms)
+
+
+def lm_eval_items(names: Sequence[str], include_path: Path | None = None) -> Iterator[Item]:
+    """Yield the documents that tasks of lm-eval evaluate: those of the test split, else of the validation split.
+
+    Args:
+        names: tasks or groups; each is an evaluation set, `lm-eval/NAME`.
+        include_path: a folder with task files of the user's own, or None.
+
+    Raises:
+        UpcycleError: an unknown task, or data that cannot be fetched.
+    """
+    for name, tasks in load_tasks(names, include_path).items():
+        for task in tasks:
+            for number, document in enumerate(task.eval_docs):
+                yield Item(f"lm-eval/{name}", f"{task.task_name}/{number}", _forms(task, document))
+
+
+def _forms(task: Any, document: Mapping[str, Any]) -> tuple[str, ...]:
+    found = question_of(task, document)
+    stems = [found.stem]
+    if isinstance(document.get("question"), str):  # where the prompt puts a passage or examples before it
+        stems.append(document["question"])
+    prompts = (f"{found.prompt} {answer}" for answer in found.answers or ("",))
+    return (*(form for stem in stems for form in renderings(stem, found.options, found.answers)), *prompts)
+
+
+def renderings(question: str, options: Sequence[str], answers: Sequence[str]) -> tuple[str, ...]:
+    """Return the forms in which a text may contain a question.
+
+    Example:
+        >>> renderings("1 + 1?", ["2", "3"], ["2"])
+        ('1 + 1?', '1 + 1? 2', '1 + 1? 2 3', '1 + 1? A. 2 B. 3')
+    """
+    lettered = (f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options, strict=False))
+    listed = [f"{question} {' '.join(options)}", f"{question} {' '.join(lettered)}"] if options else []
+    return (question, *(f"{question} {answer}" for answer in answers), *listed)

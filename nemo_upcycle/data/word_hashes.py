@@ -1,0 +1,156 @@
+"""Turn text into words and hash them and their n-grams, a block of text at a time.
+
+Needs numpy and the standard library only: the engine of the data stage runs in an environment without torch.
+
+Words are runs of letters and digits, case-folded, without accents. Apostrophes are deleted, and every other character,
+dashes included, separates words; typography and line breaks thus decide nothing. Each character is translated on its
+own, so positions can be mapped back. The hash of a word is a polynomial of its UTF-8 bytes, that of an n-gram a
+polynomial of its words' hashes, both modulo 2**64 and from differences of running sums: a few numpy operations for a
+whole block.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+
+_SEPARATOR = "\0"
+_APOSTROPHES = "'`\u00b4\u02b9\u02bb\u02bc\u02bd\u2018\u2019\u201a\u201b\u2032\uff07"
+_DELETED = b"'`"  # those of ASCII
+_ASCII = bytes(code if code > 127 or chr(code).isalnum() else 0 for code in range(256)).lower()
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
+_BLOCK = 1 << 15  # bytes hashed at a time: what fits into the processor's cache
+_SLOTS = 32  # bits of the filter for each hash
+
+
+def _powers(base: int) -> np.ndarray:
+    bases = np.full(_BLOCK + 1, base, np.uint64)
+    bases[0] = 1
+    return np.multiply.accumulate(bases)
+
+
+_BYTE_POWERS = _powers(0x9E3779B97F4A7C15)
+_WORD_POWERS = _powers(0xD6E8FEB86659FD93)
+_MIX = np.uint64(0xBF58476D1CE4E5B9)
+
+
+class _Fold(dict):
+    """Code point -> its letters and digits, or a separator, or nothing; for `str.translate`."""
+
+    def __missing__(self, code: int) -> str:
+        char = chr(code)
+        kept = ""
+        for part in unicodedata.normalize("NFKD", char).casefold() if char not in _APOSTROPHES else "":
+            category = unicodedata.category(part)
+            if part.isalnum() or category == "Mc":
+                kept += "" if part in _APOSTROPHES else part
+            elif category not in ("Mn", "Me", "Cf"):
+                kept += _SEPARATOR
+        self[code] = kept
+        return kept
+
+
+_FOLD = _Fold()
+
+
+def normalise(text: str) -> bytes:
+    """Return the words of a text in UTF-8, with at least one zero byte between two words.
+
+    Example:
+        >>> normalise("Don’t STOP—now").split(b"\\0")
+        [b'dont', b'stop', b'now']
+    """
+    if not text.isascii():
+        text = _NOT_ASCII.sub(lambda run: run.group().translate(_FOLD), text)
+    return text.encode("utf-8").translate(_ASCII, _DELETED)
+
+
+def origin(text: str) -> np.ndarray:
+    """Return, for each byte of the normalised text, the character that it comes from."""
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+    widths = np.zeros(int(codes.max(initial=0)) + 1, np.uint8)
+    for char in set(text):
+        widths[ord(char)] = len(normalise(char))
+    return np.repeat(np.arange(len(codes)), widths[codes])
+
+
+@dataclass
+class WordBlock:
+    """Consecutive words of a normalised text: their bytes, and running sums of their hashes."""
+
+    first: int
+    starts: np.ndarray
+    stops: np.ndarray
+    sums: np.ndarray
+
+    def grams(self, size: int, at: np.ndarray | None = None) -> np.ndarray:
+        """Return the hashes of the n-grams of `size` words, all of them or those that start at the words `at`."""
+        if at is None:
+            count = max(len(self.starts) + 1 - size, 0)
+            powers = _WORD_POWERS[len(_WORD_POWERS) - count :][::-1]
+            return (self.sums[size : size + count] - self.sums[:count]) * powers
+        return (self.sums[at + size] - self.sums[at]) * _WORD_POWERS[_BLOCK - at]
+
+
+def word_blocks(normalised: bytes, overlap: int) -> Iterator[WordBlock]:
+    """Yield the words of a normalised text, block by block; a block begins with the last `overlap` words before it."""
+    starts = stops = np.empty(0, np.int64)
+    hashes = np.empty(0, np.uint64)
+    first = begin = 0
+    limit = _BLOCK - 2 * overlap
+    while begin < len(normalised):
+        end = min(begin + limit, len(normalised))
+        if end < len(normalised):  # between two words; one that fills a block is divided
+            end = normalised.rfind(0, begin + 1, end) + 1 or end
+        letters = np.zeros(end - begin + 2, np.uint8)
+        letters[1:-1] = np.frombuffer(normalised, np.uint8, end - begin, begin)
+        inside = letters != 0
+        edges = np.flatnonzero(inside[1:] != inside[:-1])
+        sums = np.zeros(len(letters) - 1, np.uint64)
+        np.multiply(letters[1:-1], _BYTE_POWERS[: end - begin], out=sums[1:], dtype=np.uint64)
+        np.cumsum(sums, out=sums)
+        new_starts, new_stops = edges[::2], edges[1::2]
+        new = (sums[new_stops] - sums[new_starts]) * _BYTE_POWERS[_BLOCK - new_starts]
+        new ^= new >> np.uint64(32)
+        new *= _MIX
+        new ^= new >> np.uint64(29)
+        kept = max(len(hashes) - overlap, 0)
+        first += kept
+        if begin:
+            new_starts, new_stops = new_starts + begin, new_stops + begin
+            new_starts = np.concatenate((starts[kept:], new_starts))
+            new_stops = np.concatenate((stops[kept:], new_stops))
+            new = np.concatenate((hashes[kept:], new))
+        starts, stops, hashes = new_starts, new_stops, new
+        running = np.zeros(len(hashes) + 1, np.uint64)
+        np.cumsum(hashes * _WORD_POWERS[: len(hashes)], out=running[1:])
+        yield WordBlock(first, starts, stops, running)
+        begin = end
+
+
+class HashFilter:
+    """Bits that say of most hashes that they are not in a set."""
+
+    def __init__(self, hashes: np.ndarray) -> None:
+        width = max((_SLOTS * len(hashes)).bit_length(), 20)
+        self._shift = np.uint64(64 - width)
+        slots = np.unique(hashes >> self._shift)
+        self._bits = np.zeros(1 << (width - 3), np.uint8)
+        np.bitwise_or.at(self._bits, slots >> np.uint64(3), np.uint8(1) << (slots & np.uint64(7)).astype(np.uint8))
+
+    def may_hold(self, hashes: np.ndarray) -> np.ndarray:
+        """Return the positions of the hashes that may be in the set."""
+        slots = hashes >> self._shift
+        bits = self._bits[(slots >> np.uint64(3)).astype(np.int64)]
+        return np.flatnonzero((bits >> (slots & np.uint64(7)).astype(np.uint8)) & np.uint8(1))
+
+
+def look_up(members: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where hashes stand among sorted members, and which do."""
+    entries = np.minimum(np.searchsorted(members, hashes), len(members) - 1)
+    return entries, members[entries] == hashes
