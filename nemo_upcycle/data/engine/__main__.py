@@ -1,0 +1,114 @@
+"""The engine's command: `python -m nemo_upcycle.data.engine DIR/work/plan.json --workers N`, in the data environment.
+
+    --slurm PARTITION [--time T] [--qos Q]   the tasks as jobs of Slurm, N at a time; from a login node
+    --ray                                    on a running Ray cluster
+
+Run again, it goes on where it was stopped or killed; the output is the same, byte for byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+from nemo_upcycle.data.engine.plan import load_plan
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.package_info import __version__
+
+
+_PACKAGES = ("datatrove", "fastokens", "tokenizers", "pyarrow", "numpy")
+BAD_INPUT = 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the engine and return the exit status: 0, 2 (bad input, or a failure) or 128 and the signal's number."""
+    arguments = _parse(argv)
+    try:
+        from nemo_upcycle.data.engine.run import Stopped, run_plan
+        from nemo_upcycle.data.engine.stages import Where
+
+        where = Where(arguments.workers, arguments.slurm, arguments.time, arguments.qos, arguments.ray)
+        _check(where)
+        try:
+            total = run_plan(load_plan(arguments.plan.resolve()), where)
+        except Stopped as stopped:
+            sys.stderr.write("\nstopped; run again to go on\n")
+            return 128 + int(stopped.args[0])
+        sys.stdout.write(_report(total) + "\n")
+        return 0
+    except UpcycleError as error:
+        sys.stderr.write(f"error: {error}\n")
+    except ModuleNotFoundError as error:
+        sys.stderr.write(f"error: {error.name} is not installed. Fix: run in the data environment, `make data-env`.\n")
+    except OSError as error:
+        sys.stderr.write(
+            f"error: {error.filename or 'file system'}: {error.strerror or error}. Fix: access and room.\n"
+        )
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; run again to go on\n")
+        return 128 + signal.SIGINT
+    return BAD_INPUT
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    usage, _, details = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m nemo_upcycle.data.engine",
+        description=usage,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    found = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
+    parser.add_argument("--version", action="version", version=f"nemo-upcycle {__version__}, {found}")
+    parser.add_argument("plan", type=Path, help="DIR/work/plan.json")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="tasks at a time (all cores)")
+    runs = parser.add_mutually_exclusive_group()
+    runs.add_argument("--slurm", metavar="PARTITION", help="run the tasks as jobs of Slurm")
+    runs.add_argument("--ray", action="store_true", help="run the tasks on a Ray cluster")
+    parser.add_argument("--time", default="24:00:00", help="time limit of a Slurm job (24:00:00)")
+    parser.add_argument("--qos", default="", help="quality of service of the Slurm jobs (the cluster's default)")
+    return parser.parse_args(argv)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except ModuleNotFoundError:
+        return "missing"
+
+
+def _check(where: Any) -> None:
+    if where.workers < 1:
+        raise UpcycleError("--workers", got=where.workers, expected="1 or more", fix="omit it to use all cores")
+    if where.slurm and "SLURM_ARRAY_TASK_ID" in os.environ:
+        raise UpcycleError("--slurm", got="a job of Slurm", expected="a login node", fix="use --workers inside a job")
+    if where.slurm and not which("sbatch"):
+        raise UpcycleError("--slurm", got="no sbatch", expected="a login node of a cluster", fix="use --workers")
+    if where.ray and not find_spec("ray"):
+        raise UpcycleError("--ray", got="no ray", expected="the package", fix=f"{sys.executable} -m pip install ray")
+
+
+def _report(total: dict[str, Any]) -> str:
+    """Return what came of it, in a line or two."""
+    splits = [
+        f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens"
+        for split, counts in sorted(total["splits"].items())
+    ]
+    removed = [
+        f"{step}: {number:,} {reason}"
+        for step, counts in total["steps"].items()
+        for reason, number in sorted(counts["removed"].items())
+    ]
+    return "; ".join(splits or ["no documents"]) + ("\nremoved: " + "; ".join(removed) if removed else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

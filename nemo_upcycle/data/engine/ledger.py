@@ -1,0 +1,160 @@
+"""What became of every document of a task: counts, times, and a line for each thing removed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import IO, Any
+
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
+
+from nemo_upcycle.data.engine.plan import Plan, Task, aside, load_plan
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.files import write_json
+
+
+STEPS = ("read", "filter", "deduplicate", "decontaminate", "tokenise")
+
+
+class Ledger:
+    """The record of the task at hand, shared by the steps of one pipeline.
+
+    Args:
+        plan_path: of the plan.
+        is_kept: whether to write it: the pass that only signs documents does not.
+    """
+
+    def __init__(self, plan_path: Path, *, is_kept: bool) -> None:
+        self.plan_path, self.is_kept = plan_path, is_kept
+        self._lines: IO[str] | None = None
+
+    def __str__(self) -> str:  # datatrove describes its pipelines in JSON
+        return f"Ledger({self.plan_path})"
+
+    @property
+    def plan(self) -> Plan:
+        """The plan, read once a process."""
+        return load_plan(self.plan_path)
+
+    @property
+    def task(self) -> Task:
+        """The task at hand."""
+        return self.plan.tasks[self.rank]
+
+    def begin(self, rank: int) -> None:
+        """Start the record of a task."""
+        self.rank = rank
+        self.passed: Counter[str] = Counter()  # documents that left a step
+        self.removed_by: dict[str, Counter[str]] = defaultdict(Counter)
+        self.upstream_s: dict[str, float] = {}  # CPU seconds of a step and all before it
+        self.files: dict[str, dict[str, int]] = {}
+        self.bytes_in = self.things_in = 0
+        self.splits: dict[str, Counter[str]] = defaultdict(Counter)
+        self.contamination: Any = None  # of the decontamination, where there is one
+        self.cut: Counter[str] = Counter()  # documents that went on as pieces
+        self.tokenizer = ""
+        self._start_s = time.process_time()
+        if self.is_kept:
+            self._aside = aside(self.plan.path("removed", rank, "jsonl"))
+            self._aside.parent.mkdir(exist_ok=True)
+            self._lines = self._aside.open("w", encoding="utf-8")
+
+    def removed(self, step: str, reason: str, identity: str, where: str, size_bytes: int, **more: Any) -> None:
+        """Count a thing that a step removed, and write its line.
+
+        Raises:
+            UpcycleError: it could not be read, and the plan is strict.
+        """
+        if step == "read" and self.plan.strict:
+            raise UpcycleError(
+                where, got=reason, expected="input without mistakes", fix="correct it, or omit --strict"
+            )
+        self.removed_by[step][reason] += 1
+        self.note(step, reason, identity, where, size_bytes, **more)
+
+    def note(self, step: str, reason: str, identity: str, where: str, size_bytes: int, **more: Any) -> None:
+        """Write a line, for a part of a document that was removed."""
+        if self._lines:
+            line = {"step": step, "reason": reason, "id": identity, "where": where, "bytes": size_bytes, **more}
+            self._lines.write(json.dumps(line) + "\n")
+
+    def removed_document(self, step: str, reason: str, document: Document, **more: Any) -> None:
+        """Count a document that a step removed, and write its line."""
+        size_bytes = len(document.text.encode())
+        self.removed(step, reason, document.id, document.metadata["where"], size_bytes, **more)
+
+    def finish(self) -> None:
+        """Write the record: complete, or not at all."""
+        if not self._lines:
+            return
+        self._lines.close()
+        self._lines = None
+        self._aside.replace(self.plan.path("removed", self.rank, "jsonl"))
+        write_json(self.plan.path("stats", self.rank, "json"), self.summary())
+
+    def summary(self) -> dict[str, Any]:
+        """Return the counts: at every step `in` is `kept` and all that was removed."""
+        steps, seconds, comes_in, before_s = {}, {}, self.things_in, 0.0
+        self.upstream_s["tokenise"] = time.process_time() - self._start_s
+        self.passed["tokenise"] = self.passed["decontaminate"] - sum(self.removed_by["tokenise"].values())
+        for step in STEPS:
+            removed = dict(sorted(self.removed_by[step].items()))
+            kept = self.passed[step]
+            if step == "decontaminate":  # pieces of a document are one document kept
+                kept -= self.cut["pieces"] - self.cut["documents"]
+            steps[step] = {"in": comes_in, "kept": kept, "removed": removed}
+            seconds[step] = round(self.upstream_s.get(step, before_s) - before_s, 3)
+            comes_in, before_s = self.passed[step], self.upstream_s.get(step, before_s)
+        return {
+            "source": self.task.source,
+            "bytes_in": self.bytes_in,
+            "steps": steps,
+            "splits": {split: dict(counts) for split, counts in sorted(self.splits.items()) if counts},
+            "seconds": seconds,
+            "tokenizer": self.tokenizer,
+            "contamination": self.contamination.to_dict() if self.contamination else {},
+            "cut": {key: self.cut[key] for key in ("documents", "pieces", "bytes")},
+            "files": self.files,
+        }
+
+
+class Gate(PipelineStep):
+    """Counts the documents that leave a step, and the CPU seconds spent up to there."""
+
+    type, name = "count", "documents that leave a step"
+
+    def __init__(self, ledger: Ledger, step: str) -> None:
+        super().__init__()
+        self.ledger, self.step = ledger, step
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        """Pass documents on."""
+        passed, upstream_s, step, clock = self.ledger.passed, self.ledger.upstream_s, self.step, time.process_time
+        upstream_s[step] = 0.0
+        start_s = clock()
+        for document in data:
+            upstream_s[step] += clock() - start_s
+            passed[step] += 1
+            yield document
+            start_s = clock()
+        upstream_s[step] += clock() - start_s
+
+
+class RemovedWriter:
+    """Takes the documents that a filter of datatrove excludes, as its `exclusion_writer`."""
+
+    def __init__(self, ledger: Ledger, step: str, reason: str = "") -> None:
+        self.ledger, self.step, self.reason = ledger, step, reason
+
+    def __enter__(self) -> RemovedWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def write(self, document: Document, rank: int = 0) -> None:
+        """Record one document."""
+        self.ledger.removed_document(self.step, self.reason or document.metadata["filter_reason"], document)

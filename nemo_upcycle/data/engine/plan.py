@@ -1,0 +1,190 @@
+"""What the engine is told to do: the plan, checked, and the names of what it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.files import read_json, sha256_file
+
+
+READERS = ("text", "jsonl", "parquet", "redpajama_v2")
+SPLITS = ("train", "validation", "heldout")
+ON_HIT = ("cut", "drop")
+#: datatrove keeps the priority of a document, here that of its task, in 16 bits.
+MAX_TASKS = 65_535
+
+
+@dataclass(frozen=True)
+class Task:
+    """Some files of one source, read in this order by one process.
+
+    Args:
+        source: the name of the source.
+        reader: one of `READERS`.
+        files: paths or fsspec URLs.
+        split: where its documents go; None spreads them over the splits, as `Plan.hold_out` says.
+        options: of the reader: `text_key`, `id_key`, `bucket` (one name or several), `duplicates` (file -> its list).
+        max_tokens: the task stops once it has written so many tokens of training.
+        on_hit: what becomes of a training document that shares a passage with an evaluation item.
+    """
+
+    source: str
+    reader: str
+    files: list[str]
+    split: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    max_tokens: int | None = None
+    on_hit: str = "cut"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that determines the output; the number of workers does not.
+
+    Args:
+        folder: the folder of the plan, where all the output goes.
+        tokenizer: a `tokenizer.json`.
+        eos_id: the token that ends every document.
+        vocab_size: number of token ids; above 65,536 a token takes 4 bytes.
+        tasks: in the order in which the earlier of two equal documents wins.
+        ngram_index: the n-grams of the evaluation items, as `NgramIndex` reads them; None decontaminates nothing.
+        seed: of the spreading over the splits.
+        strict: whether bad input is an error.
+        deduplicate: whether of equal documents only the first is kept.
+        finders: number of tasks that look for duplicates.
+        min_characters: the shortest document to keep.
+        hold_out: the shares of `validation` and `heldout`, for tasks without a split.
+    """
+
+    folder: Path
+    tokenizer: str
+    eos_id: int
+    vocab_size: int
+    tasks: tuple[Task, ...]
+    ngram_index: str | None = None
+    seed: int = 1234
+    strict: bool = False
+    deduplicate: bool = True
+    finders: int = 1
+    min_characters: int = 1
+    hold_out: dict[str, float] = field(default_factory=dict)
+
+    def path(self, kind: str, rank: int, suffix: str) -> Path:
+        """Return where a task's output of a kind lies, for example `tokens/00003.train.bin`."""
+        return self.folder / kind / f"{rank:05d}.{suffix}"
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """The name of every file inside its source: no document's id depends on where the data lie."""
+        names: dict[str, str] = {}
+        for source in {task.source for task in self.tasks}:
+            parts = [file.split("/") for task in self.tasks if task.source == source for file in task.files]
+            shortest = min(len(file) for file in parts) - 1
+            shared = next((n for n in range(shortest) if len({file[n] for file in parts}) > 1), shortest)
+            names |= {"/".join(file): "/".join(file[shared:]) for file in parts}
+        return names
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what an earlier run must have had in common for its work to be continued."""
+        inputs = [Path(path) for path in (self.tokenizer, self.ngram_index) if path]
+        return {
+            "plan": read_json(self.folder / "plan.json"),
+            "sha256": {path.name: sha256_file(path) for path in inputs},
+        }
+
+
+@lru_cache(maxsize=1)
+def load_plan(path: Path) -> Plan:
+    """Read and check a plan.
+
+    Raises:
+        UpcycleError: it is missing or unreadable, or something in it is.
+    """
+    content = read_json(path)
+    _require(path.name == "plan.json", "plan", path.name, "plan.json")
+    _require(
+        not set("*?[") & set(str(path)), "folder", path.parent, "a name without * ? [, which datatrove interprets"
+    )
+    _require(isinstance(content, dict), str(path), type(content).__name__, "an object")
+    tasks = content.get("tasks")
+    _require(isinstance(tasks, list) and 0 < len(tasks) <= MAX_TASKS, "tasks", tasks, f"1 to {MAX_TASKS} tasks")
+    made = [_made(Task, f"tasks[{number}]", task) for number, task in enumerate(tasks)]
+    plan: Plan = _made(Plan, str(path), {**content, "folder": path.resolve().parent, "tasks": tuple(made)})
+    for number, task in enumerate(plan.tasks):
+        _check_task(f"tasks[{number}]", task)
+    for what, value in (("tokenizer", plan.tokenizer), ("ngram_index", plan.ngram_index)):
+        _require(value is None or Path(value).is_file(), what, value, "a file")
+    for name, least in (("eos_id", 0), ("vocab_size", 1), ("finders", 1), ("min_characters", 0), ("seed", 0)):
+        value = getattr(plan, name)
+        _require(isinstance(value, int) and value >= least, name, value, f"a whole number, {least} or more")
+    _require(plan.eos_id < plan.vocab_size, "eos_id", plan.eos_id, f"less than vocab_size ({plan.vocab_size})")
+    shares = list(plan.hold_out.values())
+    _require(all(0 <= share < 1 for share in shares) and sum(shares) < 1, "hold_out", shares, "shares below 1")
+    for name in plan.hold_out:
+        _known("hold_out", name, SPLITS[1:])
+    return plan
+
+
+def _check_task(what: str, task: Task) -> None:
+    _known(f"{what}.reader", task.reader, READERS)
+    _known(f"{what}.on_hit", task.on_hit, ON_HIT)
+    if task.split is not None:
+        _known(f"{what}.split", task.split, SPLITS)
+    _require(
+        bool(task.files) and all(isinstance(file, str) for file in task.files), f"{what}.files", task.files, "paths"
+    )
+    limit = task.max_tokens
+    _require(
+        limit is None or (isinstance(limit, int) and limit > 0), f"{what}.max_tokens", limit, "null, or 1 or more"
+    )
+
+
+def _made(kind: type, what: str, content: dict[str, Any]) -> Any:
+    known = [field.name for field in fields(kind)]
+    for name in content:
+        _known(what, name, known)
+    try:
+        return kind(**content)
+    except TypeError as error:  # an argument without default is missing
+        raise UpcycleError(what, got=error, expected="every key of the plan", fix=_FIX) from None
+
+
+_FIX = "make the plan with nemo-upcycle data"
+
+
+def _known(what: str, name: str, valid: Any) -> None:
+    if name not in valid:
+        raise UpcycleError.unknown(what, name, valid)
+
+
+def _require(is_right: bool, what: str, got: Any, expected: str) -> None:
+    if not is_right:
+        raise UpcycleError(what, got=got, expected=expected, fix=_FIX)
+
+
+def outputs(plan: Plan, rank: int) -> Iterator[Path]:
+    """Yield every file of tokens or texts that a task may write."""
+    for split in SPLITS[:2]:
+        yield from (plan.path("tokens", rank, f"{split}.{suffix}") for suffix in ("bin", "idx"))
+    yield plan.path("tokens", rank, f"{SPLITS[2]}.jsonl")
+
+
+_HALF = ".half."
+
+
+def aside(path: Path) -> Path:
+    """Return the hidden name under which a file is written: one of its own, for a job may be started twice."""
+    return path.with_name(f".{path.name}{_HALF}{uuid4().hex[:8]}")
+
+
+def clear_asides(plan: Plan) -> None:
+    """Delete what killed tasks were writing."""
+    for kind in ("tokens", "removed"):
+        for path in (plan.folder / kind).glob(f".*{_HALF}*"):
+            path.unlink(missing_ok=True)

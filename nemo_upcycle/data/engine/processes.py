@@ -1,0 +1,28 @@
+"""No process of the engine outlives the one that started it: datatrove's workers would go on writing."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+
+_PR_SET_PDEATHSIG = 1
+_started_by = [0]
+
+
+def die_with_parent() -> None:
+    """Let every process forked from this one, or from those, be killed when its parent ends, even by `kill -9`."""
+    if sys.platform.startswith("linux"):
+        os.register_at_fork(before=_remember_parent, after_in_child=_ask_for_signal)
+
+
+def _remember_parent() -> None:
+    _started_by[0] = os.getpid()
+
+
+def _ask_for_signal() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != _started_by[0]:  # it ended in between
+        os._exit(1)

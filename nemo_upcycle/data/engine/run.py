@@ -1,0 +1,246 @@
+"""Run the stages in a child process: this one shows progress, and ends everything at once when it is told to."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from nemo_upcycle.data.engine.plan import Plan, clear_asides
+from nemo_upcycle.data.engine.processes import die_with_parent
+from nemo_upcycle.data.engine.stages import Where, completed, executor, stages, tasks_of_stages
+from nemo_upcycle.data.engine.tokenise import choose_library
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.files import read_json, take_lock, write_json
+from nemo_upcycle.utils.progress import ProgressLine
+
+
+_KILLED = "a worker was killed; is there memory enough? Fix: use fewer --workers; run again to go on."
+_FINGERPRINT, _LOCK, _JOBS = "engine.json", ".engine.lock", "slurm_jobs.json"
+_POLL_S, _SLURM_POLL_S = 0.2, 5.0
+_PATIENCE_S = 10.0  # for the workers of a killed engine to end, and for a shared disk to show what was written
+
+
+class Stopped(Exception):
+    """The engine was told to stop; holds the signal's number."""
+
+
+def run_plan(plan: Plan, where: Where) -> dict[str, Any]:
+    """Do what is left to do of a plan.
+
+    Args:
+        plan: the plan.
+        where: what runs it.
+
+    Returns:
+        The counts of all tasks together.
+
+    Raises:
+        UpcycleError: another engine works there, work of another plan lies there, or the work failed.
+        Stopped: a signal said so.
+    """
+    die_with_parent()
+    with _only_engine(plan):
+        _require_same_plan(plan)
+        _cancel_jobs(plan)
+        clear_asides(plan)
+        _run(plan, where)
+        clear_asides(plan)
+    return summary(plan)
+
+
+@contextlib.contextmanager
+def _only_engine(plan: Plan) -> Iterator[None]:
+    give_up_s = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            lock = take_lock(plan.folder / _LOCK)
+            break
+        except TimeoutError:
+            if time.monotonic() < give_up_s:  # the workers of a killed engine hold it until they are gone
+                time.sleep(_POLL_S)
+                continue
+            raise UpcycleError(
+                str(plan.folder), got="another engine at work", expected="none", fix="wait for it, or stop it"
+            ) from None
+    with lock:
+        yield
+
+
+def _require_same_plan(plan: Plan) -> None:
+    path, now = plan.folder / _FINGERPRINT, plan.fingerprint()
+    if not path.is_file():
+        write_json(path, now)
+    elif (before := read_json(path)) != now:
+        changed = [key for key in now["plan"] if now["plan"].get(key) != before["plan"].get(key)]
+        raise UpcycleError(
+            str(plan.folder),
+            got=f"work of another plan (other: {', '.join(changed) or 'the content of the tokenizer or the n-grams'})",
+            expected="work of this plan, or none",
+            fix="choose another folder, or delete this one",
+        )
+
+
+def _run(plan: Plan, where: Where) -> None:
+    done = completed(plan)
+    todo = sum(tasks_of_stages(plan).values()) - done
+    (plan.folder / "logs").mkdir(exist_ok=True)
+    heard, said = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=_child, args=(plan, where, said))
+    old = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        child.start()
+        said.close()
+        with ProgressLine("data", total=todo) as line:
+            while child.is_alive():
+                child.join(_POLL_S)
+                if new := completed(plan) - done:
+                    done += new
+                    line.advance(new)
+        error = _listen(heard)
+    finally:
+        _kill(plan, child)
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    if error or child.exitcode:
+        raise UpcycleError(error or _KILLED)
+
+
+def _listen(heard: Any) -> str:
+    """Show what the child said, and return its error."""
+    error = ""
+    with contextlib.suppress(EOFError):
+        while True:
+            is_error, text = heard.recv()
+            if is_error:
+                error = text
+            else:
+                sys.stderr.write(text + "\n")
+    return error
+
+
+def _stop(number: int, _: FrameType | None) -> NoReturn:
+    raise Stopped(number)
+
+
+def _kill(plan: Plan, child: Any) -> None:
+    if child.is_alive():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.join()
+    _cancel_jobs(plan)
+
+
+def _cancel_jobs(plan: Plan) -> None:
+    """Take the jobs of this engine, or of one that was killed, out of Slurm's queue."""
+    jobs = plan.folder / "logs" / _JOBS
+    if jobs.is_file():
+        with contextlib.suppress(OSError):
+            subprocess.run(["scancel", *read_json(jobs)], check=False, capture_output=True)
+        jobs.unlink(missing_ok=True)
+
+
+def _child(plan: Plan, where: Where, said: Any) -> NoReturn:
+    """Run the stages, one after the other, with datatrove's words in a file."""
+    os.setsid()  # Ctrl-C goes to the parent alone
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    log = (plan.folder / "logs" / "engine.log").open("a", encoding="utf-8")
+    for stream in (1, 2):
+        os.dup2(log.fileno(), stream)
+    status = 0
+    try:
+        library, reason = _library(plan)
+        if reason:
+            said.send((False, f"{reason}; using {library}, which is slower and gives the same ids"))
+        _run_stages(plan, where, library)
+    except BaseException as error:
+        status = 1
+        said.send((True, _said(error, log.name)))
+        with contextlib.suppress(OSError):  # the disk may be full
+            traceback.print_exc(file=log)
+            log.flush()
+    os._exit(status)  # not waiting for the other workers, which end with this process
+
+
+def _library(plan: Plan) -> tuple[str, str]:
+    """Choose the library in a process of its own: its threads must not be there when workers are forked."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        try:
+            return pool.submit(choose_library, plan).result()
+        except Exception as error:
+            got = (str(error) or type(error).__name__).splitlines()[0]
+            raise UpcycleError(plan.tokenizer, got=got, expected="a tokenizer.json", fix="copy it again") from None
+
+
+def _run_stages(plan: Plan, where: Where, library: str) -> None:
+    if where.ray:
+        import ray
+
+        ray.init(address="auto", ignore_reinit_error=True, log_to_driver=False)
+    for stage in stages(plan, library):
+        runs = executor(plan, stage, where, Path(sys.prefix))
+        runs.run()
+        if where.slurm:
+            _wait_for_slurm(plan, runs)
+        if missing := runs.get_incomplete_ranks(skip_completed=True):
+            raise UpcycleError(
+                f"tasks of {stage.name}",
+                got=f"{len(missing)} of {stage.tasks} not complete, the first one {missing[0]}",
+                expected="all complete",
+                fix=f"read the logs in {plan.folder / 'logs' / stage.name}, then run again",
+            )
+
+
+def _wait_for_slurm(plan: Plan, runs: Any) -> None:
+    write_json(plan.folder / "logs" / _JOBS, runs.jobs)
+    patience = int(_PATIENCE_S / _SLURM_POLL_S)
+    while patience and runs.get_incomplete_ranks(skip_completed=True):
+        time.sleep(_SLURM_POLL_S)
+        queue = subprocess.run(
+            ["squeue", "-h", "-j", ",".join(runs.jobs)], capture_output=True, text=True, check=False
+        )
+        patience = patience - 1 if not queue.stdout.strip() else int(_PATIENCE_S / _SLURM_POLL_S)
+    (plan.folder / "logs" / _JOBS).unlink(missing_ok=True)
+
+
+def _said(error: BaseException, log: str) -> str:
+    if isinstance(error, UpcycleError):
+        return str(error)
+    if isinstance(error, BrokenProcessPool):
+        return _KILLED
+    if isinstance(error, OSError) and error.errno:
+        file = str(error.filename or "file system")
+        fix = f"correct that and run again; details in {log}"
+        return str(UpcycleError(file, got=error.strerror, expected="access and room", fix=fix))
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    return f"the engine failed: {text[:300]}. Fix: the whole story is in {log}; run again to go on."
+
+
+def summary(plan: Plan) -> dict[str, Any]:
+    """Return the counts of all tasks together."""
+    total: dict[str, Any] = {}
+    for rank in range(len(plan.tasks)):
+        stats = json.loads(plan.path("stats", rank, "json").read_text(encoding="utf-8"))
+        _add(total, {key: stats[key] for key in ("bytes_in", "steps", "splits", "seconds")})
+    return total
+
+
+def _add(total: dict[str, Any], counts: dict[str, Any]) -> None:
+    for key, value in counts.items():
+        if isinstance(value, dict):
+            _add(total.setdefault(key, {}), value)
+        else:
+            total[key] = total.get(key, 0) + value

@@ -1,0 +1,176 @@
+"""The engine's three stages as pipelines of datatrove, and the executors that run them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.dedup.exact_dedup import ExactDedupFilter, ExactFindDedups
+
+from nemo_upcycle.data.engine.decontaminate import Decontaminate
+from nemo_upcycle.data.engine.deduplicate import RequireSameDocuments, SignDocuments, deduplication
+from nemo_upcycle.data.engine.filters import FilterDocuments, FilterListed
+from nemo_upcycle.data.engine.ledger import Gate, Ledger, RemovedWriter
+from nemo_upcycle.data.engine.plan import Plan
+from nemo_upcycle.data.engine.readers import ReadDocuments
+from nemo_upcycle.data.engine.tokenise import Tokenise
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A pipeline and its number of tasks; datatrove records under `name` which of them are complete."""
+
+    name: str
+    pipeline: list[Any]
+    tasks: int
+
+
+@dataclass(frozen=True)
+class Where:
+    """What runs the tasks: this machine, or a partition of Slurm, or a Ray cluster.
+
+    Args:
+        workers: tasks at a time.
+        slurm: the partition.
+        time_limit: of a Slurm job, as sbatch takes it.
+        qos: of the Slurm jobs.
+        ray: whether Ray does.
+    """
+
+    workers: int = 1
+    slurm: str | None = None
+    time_limit: str = "24:00:00"
+    qos: str = ""
+    ray: bool = False
+
+
+class Begin(PipelineStep):
+    """Starts a task: its record, one thread, for tasks are what runs side by side, and as many files as it may open.
+
+    datatrove's search for duplicates opens one of every task at once.
+    """
+
+    type, name = "start", "task"
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self.ledger = ledger
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
+        """Begin the record."""
+        for name in ("FASTOKENS_BPE_THREADS", "RAYON_NUM_THREADS"):
+            os.environ.setdefault(name, "1")
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        self.ledger.begin(rank)
+
+
+SIGN, FIND, WRITE = "1_sign", "2_find", "3_write"
+
+
+def tasks_of_stages(plan: Plan) -> dict[str, int]:
+    """Return the names of the stages and their numbers of tasks."""
+    deduplicate = {SIGN: len(plan.tasks), FIND: plan.finders} if plan.deduplicate else {}
+    return {**deduplicate, WRITE: len(plan.tasks)}
+
+
+def stages(plan: Plan, library: str) -> list[Stage]:
+    """Return what is to be done, in this order."""
+    path, folder = plan.folder / "plan.json", plan.folder / "duplicates"
+    ledger = Ledger(path, is_kept=True)
+    deduplicate: list[PipelineStep] = []
+    pipelines: dict[str, list[Any]] = {}
+    if plan.deduplicate:
+        signing = Ledger(path, is_kept=False)
+        pipelines[SIGN] = [*_documents(signing), SignDocuments(signing, folder, plan.finders)]
+        found = ExactFindDedups(
+            str(folder / "signatures"), str(folder / "found"), deduplication(), lines_to_buffer=1024
+        )
+        pipelines[FIND] = [Begin(signing), found]
+        keep = ExactDedupFilter(
+            str(folder / "found"), deduplication(), RemovedWriter(ledger, "deduplicate", "duplicate")
+        )
+        deduplicate = [RequireSameDocuments(ledger, folder), keep]
+    decontaminate = [Decontaminate(ledger)] if plan.ngram_index else []
+    written = [*_documents(ledger), *deduplicate, Gate(ledger, "deduplicate"), *decontaminate]
+    pipelines[WRITE] = [*written, Gate(ledger, "decontaminate"), Tokenise(ledger, library)]
+    return [Stage(name, pipelines[name], tasks) for name, tasks in tasks_of_stages(plan).items()]
+
+
+def _documents(ledger: Ledger) -> list[PipelineStep]:
+    read = [Begin(ledger), ReadDocuments(ledger), Gate(ledger, "read")]
+    return [*read, FilterDocuments(ledger), Gate(ledger, "filter"), FilterListed(ledger)]
+
+
+class _Local(LocalPipelineExecutor):
+    """Notices when a worker is killed, for want of memory for example: datatrove's own pool would wait for ever."""
+
+    def run(self) -> None:
+        """Run the tasks that are not complete.
+
+        Raises:
+            BrokenProcessPool: a worker was killed.
+        """
+        self.save_executor_as_json()
+        # fork: what die_with_parent asks for holds in the workers, too
+        pool = ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context("fork"))
+        for done in as_completed([pool.submit(self._run_task, rank) for rank in self.get_incomplete_ranks()]):
+            done.result()
+        pool.shutdown()
+
+    def _run_task(self, rank: int) -> None:
+        self._run_for_rank(rank)
+
+
+class _Slurm(SlurmPipelineExecutor):
+    """Remembers all its jobs: a stage of more than a thousand tasks has several."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.jobs: list[str] = []
+        self.job_id_retriever = self._remember
+
+    def _remember(self, said: str) -> str:
+        self.jobs.append(said.split()[-1])
+        return self.jobs[-1]
+
+    def launch_merge_stats(self) -> None:
+        """Do nothing: the job would wait for ever for a stage that failed."""
+
+
+def executor(plan: Plan, stage: Stage, where: Where, environment: Path) -> Any:
+    """Return datatrove's executor for a stage.
+
+    Args:
+        plan: the plan.
+        stage: what to run.
+        where: on what.
+        environment: the folder of the data environment, which Slurm's nodes must see, too.
+    """
+    shared = {"pipeline": stage.pipeline, "tasks": stage.tasks, "logging_dir": str(plan.folder / "logs" / stage.name)}
+    if where.slurm:
+        return _Slurm(
+            **shared,
+            time=where.time_limit,
+            partition=where.slurm,
+            qos=where.qos,
+            workers=where.workers,
+            job_name=f"data-{stage.name}",
+            venv_path=str(environment / "bin" / "activate"),
+        )
+    if where.ray:
+        return RayPipelineExecutor(**shared, workers=where.workers)
+    return _Local(**shared, workers=min(where.workers, stage.tasks))
+
+
+def completed(plan: Plan) -> int:
+    """Return how many tasks are complete, those of all stages together."""
+    folders = [plan.folder / "logs" / name / "completions" for name in tasks_of_stages(plan)]
+    return sum(len(os.listdir(folder)) for folder in folders if folder.is_dir())

@@ -1,0 +1,153 @@
+"""Small inputs for the engine, and its output read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from nemo_upcycle.data.engine.plan import load_plan
+from nemo_upcycle.data.engine.stages import Where, executor, stages
+from nemo_upcycle.data.engine.tokenise import FASTOKENS
+
+
+END = "<|endoftext|>"
+_TEXT = "the quick brown fox jumps over a lazy dog while Ünïcødé naïve café 123 4567 def f(x): return x"
+_WORDS = _TEXT.split()
+
+
+def sentence(number: int, words: int = 12) -> str:
+    """A text of its own for every number."""
+    picked = [_WORDS[(number * 7 + n * n + n // 3) % len(_WORDS)] for n in range(words)]
+    return f"{number}: {' '.join(picked)}."
+
+
+@lru_cache
+def tokenizer_json() -> str:
+    """A byte-level BPE of 400 tokens; 0 ends a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[END, "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([sentence(n) for n in range(50)], trainer)
+    tokenizer.add_tokens([AddedToken("    ", special=False, normalized=False)])  # as GPT-NeoX has
+    return tokenizer.to_str()
+
+
+def write_plan(folder: Path, tasks: Iterable[dict[str, Any]], **more: Any) -> Path:
+    """Write a plan and its tokenizer, and return the plan's path."""
+    work = folder / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer = folder / "tokenizer.json"
+    if not tokenizer.exists():
+        tokenizer.write_text(tokenizer_json(), encoding="utf-8")
+    plain = {"split": "train", "options": {}, "max_tokens": None, "on_hit": "drop"}
+    plan = {
+        "tokenizer": str(tokenizer),
+        "eos_id": 0,
+        "vocab_size": 401,
+        "ngram_index": None,
+        "seed": 1234,
+        "strict": False,
+        "deduplicate": True,
+        "finders": 1,
+        "min_characters": 1,
+        "hold_out": {},
+        "tasks": [{**plain, "source": "source", "reader": "jsonl", **task} for task in tasks],
+        **more,
+    }
+    (work / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    return work / "plan.json"
+
+
+def execute(plan_path: Path, library: str = FASTOKENS) -> Path:
+    """Run the stages in this process, and return the folder of the output."""
+    plan = load_plan(plan_path.resolve())
+    for stage in stages(plan, library):
+        runs = executor(plan, stage, Where(), Path(sys.prefix))
+        for rank in range(stage.tasks):
+            runs._run_for_rank(rank)
+    return plan.folder
+
+
+def command(plan_path: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "nemo_upcycle.data.engine", str(plan_path), *arguments]
+
+
+def run(plan_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command."""
+    env = {**os.environ, **environment}
+    return subprocess.run(command(plan_path, *arguments), capture_output=True, text=True, timeout=120, env=env)
+
+
+def tokens(work: Path, rank: int, split: str = "train") -> list[list[int]]:
+    """Read an indexed dataset as Megatron does: the documents' token ids."""
+    raw = (work / "tokens" / f"{rank:05d}.{split}.idx").read_bytes()
+    assert raw[:9] == b"MMIDIDX\x00\x00"
+    version, kind, sequences, documents = struct.unpack_from("<QBQQ", raw, 9)
+    assert version == 1
+    dtype = {4: np.int32, 8: np.uint16}[kind]
+    lengths = np.frombuffer(raw, np.int32, sequences, 34)
+    pointers = np.frombuffer(raw, np.int64, sequences, 34 + 4 * sequences)
+    ends = np.frombuffer(raw, np.int64, documents, 34 + 12 * sequences)
+    assert len(raw) == 34 + 12 * sequences + 8 * documents
+    assert ends.tolist() == list(range(sequences + 1))
+    stored = (work / "tokens" / f"{rank:05d}.{split}.bin").read_bytes()
+    assert len(stored) == lengths.sum() * np.dtype(dtype).itemsize
+    return [
+        np.frombuffer(stored, dtype, length, pointer).tolist()
+        for length, pointer in zip(lengths, pointers, strict=True)
+    ]
+
+
+def texts(work: Path, rank: int = 0, split: str = "train") -> list[str]:
+    """Read the documents back; each must end with the end-of-text token and hold no other."""
+    if not (work / "tokens" / f"{rank:05d}.{split}.idx").exists():
+        return []
+    tokenizer = Tokenizer.from_str(tokenizer_json())
+    found = tokens(work, rank, split)
+    assert all(ids[-1] == 0 and 0 not in ids[:-1] for ids in found)
+    return [tokenizer.decode(ids[:-1]) for ids in found]
+
+
+def stats(work: Path, rank: int = 0) -> dict[str, Any]:
+    """Read a task's counts, and check that they add up."""
+    found = json.loads((work / "stats" / f"{rank:05d}.json").read_text(encoding="utf-8"))
+    kept = None
+    for step, counts in found["steps"].items():
+        assert counts["in"] == counts["kept"] + sum(counts["removed"].values()), (step, counts)
+        if kept is not None and step != "tokenise":  # decontamination makes several documents of one
+            assert counts["in"] == kept, step
+        kept = counts["kept"]
+    assert sum(split["documents"] for split in found["splits"].values()) == kept
+    return found
+
+
+def removed(work: Path, rank: int = 0) -> list[dict[str, Any]]:
+    path = work / "removed" / f"{rank:05d}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def everything(work: Path) -> dict[str, bytes]:
+    """All bytes of the output, but for the times in the counts."""
+    found = {str(path.relative_to(work)): path.read_bytes() for path in work.glob("tokens/*")}
+    found |= {str(path.relative_to(work)): path.read_bytes() for path in work.glob("removed/*")}
+    for path in sorted(work.glob("stats/*")):
+        counts = json.loads(path.read_text(encoding="utf-8"))
+        del counts["seconds"]
+        found[path.name] = json.dumps(counts).encode()
+    return found

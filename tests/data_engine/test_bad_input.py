@@ -1,0 +1,246 @@
+"""Bad input is counted and reported with its place; all that is good is kept."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from hashlib import sha256
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+
+
+pytest.importorskip("datatrove")
+import pyarrow
+import pyarrow.parquet
+import zstandard
+
+from nemo_upcycle.data.engine import lines
+from nemo_upcycle.errors import UpcycleError
+from tests.data_engine.blend import END, execute, removed, run, sentence, stats, texts, write_plan
+
+
+GOOD = [sentence(n) for n in range(6)]
+
+
+def _line(text: object) -> bytes:
+    return json.dumps({"text": text}).encode() + b"\n"
+
+
+def _between(bad: bytes) -> bytes:
+    """Two good lines, a bad one, and the other good ones."""
+    return b"".join((*map(_line, GOOD[:2]), bad, *map(_line, GOOD[2:])))
+
+
+def _outcome(folder: Path, file: Path, **task: object) -> tuple[list[str], list[tuple[str, int]]]:
+    """Run the engine on a file; return the texts that are left, and the reasons and lines of what is not."""
+    work = execute(write_plan(folder, [{"files": [str(file)], **task}]))
+    counts, lost = stats(work), removed(work)
+    assert counts["steps"]["read"]["removed"] == {
+        reason: sum(line["reason"] == reason for line in lost) for reason in {line["reason"] for line in lost}
+    }
+    assert all(line["step"] == "read" and line["where"].startswith(f"{file}:") for line in lost)
+    return texts(work), [(line["reason"], int(line["where"].rpartition(":")[2])) for line in lost]
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (b'{"text": "unfinished\n', "broken JSON"),
+        (b'{"text": "half of a pair: \\ud800"}\n', "broken JSON"),
+        (b'["no object"]\n', "no JSON object"),
+        (b'"no object"\n', "no JSON object"),
+        (b"17\n", "no JSON object"),
+        (b'{"content": "another field"}\n', "no text"),
+        (b'{"text": null}\n', "no text"),
+        (b'{"text": ["a", "list"]}\n', "text is no text"),
+        ('{"text": "café"}\n'.encode("latin-1"), "not UTF-8"),
+        ('{"text": "wide"}\n'.encode("utf-16-be"), "broken JSON"),  # ASCII with zeros between
+        (b"\xff\xfe\x00\x00binary\n", "not UTF-8"),
+        (b"[" * 100_000 + b"\n", "broken JSON"),
+    ],
+)
+def test_bad_line_costs_only_itself(tmp_path: Path, bad: bytes, reason: str) -> None:
+    file = tmp_path / "some.jsonl"
+    file.write_bytes(_between(bad))
+    kept, lost = _outcome(tmp_path, file)
+    assert kept == GOOD
+    assert lost[0] == (reason, 3)
+
+
+def test_utf16_file_is_reported_line_by_line(tmp_path: Path) -> None:
+    file = tmp_path / "some.jsonl"
+    file.write_bytes(b"".join(map(_line, GOOD)).decode().encode("utf-16"))
+    kept, lost = _outcome(tmp_path, file)
+    assert kept == []
+    assert {reason for reason, _ in lost} == {"not UTF-8", "broken JSON"}
+    assert len(lost) == 7  # the last line end is half a character
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbf" + _between(b""),  # a byte order mark
+        _between(b"\n  \n"),
+        _between(b"").replace(b"\n", b"\r\n"),
+        _between(b"").rstrip(b"\n"),
+        _between(b"").replace(b"{", b'{"score": NaN, ', 1),
+    ],
+)
+def test_harmless_oddities_are_read(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "some.jsonl"
+    file.write_bytes(content)
+    assert _outcome(tmp_path, file) == (GOOD, [])
+
+
+def test_endless_line_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "LONGEST_LINE_BYTES", 1000)
+    file = tmp_path / "some.jsonl"
+    file.write_bytes(_between(b"x" * 200_000 + b"\n") + b"y" * 200_000)
+    assert _outcome(tmp_path, file) == (GOOD, [("line too long", 3), ("line too long", 8)])
+
+
+def _zstd(content: bytes) -> bytes:
+    return zstandard.ZstdCompressor(level=1, write_checksum=True).compress(content)
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [("gz", gzip.compress), ("zst", _zstd)])
+def test_compressed_files(tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]) -> None:
+    many = [f"{sentence(n)} {sha256(str(n).encode()).hexdigest()}" for n in range(6000)]  # several blocks
+    content = b"".join(map(_line, many))
+    whole = compress(content[:2000]) + compress(content[2000:])  # two members, or frames
+    for name, stored in {"whole": whole, "cut": whole[:-1000], "cut_early": whole[: len(whole) // 2]}.items():
+        file = tmp_path / f"{name}.jsonl.{suffix}"
+        file.write_bytes(stored)
+        kept, lost = _outcome(tmp_path / name, file)
+        assert kept == many[: len(kept)]
+        if name == "whole":
+            assert (len(kept), lost) == (len(many), [])
+        else:
+            assert lost == [("truncated compressed file", len(kept) + 1)]
+            assert len(kept) > len(many) * (0.9 if name == "cut" else 0.4)
+    file = tmp_path / f"damaged.jsonl.{suffix}"
+    file.write_bytes(whole[: len(whole) // 2] + b"\0" * 50 + whole[len(whole) // 2 + 50 :])
+    work = execute(write_plan(tmp_path / "damaged", [{"files": [str(file)]}]))
+    good = int(len(many) * 0.4)
+    assert texts(work)[:good] == many[:good]
+    assert stats(work)["steps"]["read"]["removed"]["damaged compressed file"] == 1
+
+
+def test_not_compressed_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "some.jsonl.gz"
+    file.write_bytes(_between(b""))
+    assert _outcome(tmp_path, file) == ([], [("damaged compressed file", 1)])
+
+
+@pytest.mark.parametrize(("name", "reader"), [("a.jsonl", "jsonl"), ("a.jsonl.gz", "jsonl"), ("a.txt", "text")])
+def test_empty_file(tmp_path: Path, name: str, reader: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(gzip.compress(b"") if name.endswith("gz") else b"")
+    kept, lost = _outcome(tmp_path, file, reader=reader)
+    assert (kept, [reason for reason, _ in lost]) == ([], ["empty file"])
+
+
+@pytest.mark.parametrize("reader", ["jsonl", "text", "parquet", "redpajama_v2"])
+def test_vanished_file(tmp_path: Path, reader: str) -> None:
+    there = tmp_path / "there.jsonl"
+    there.write_bytes(_between(b""))
+    work = execute(
+        write_plan(tmp_path, [{"files": [str(tmp_path / "gone")], "reader": reader}, {"files": [str(there)]}])
+    )
+    assert stats(work, 0)["steps"]["read"] == {"in": 1, "kept": 0, "removed": {"missing file": 1}}
+    assert removed(work, 0)[0]["where"] == f"{tmp_path / 'gone'}:0"
+    assert texts(work, 1) == GOOD
+
+
+def test_folder_in_place_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    assert _outcome(tmp_path, tmp_path / "folder") == ([], [("unreadable file", 0)])
+
+
+def test_text_file_loses_only_its_bad_line(tmp_path: Path) -> None:
+    file = tmp_path / "some.txt"
+    file.write_bytes(b"first\n" + "café\n".encode("latin-1") + b"last")
+    assert _outcome(tmp_path, file, reader="text") == (["first\nlast"], [("not UTF-8", 2)])
+
+
+def test_parquet(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": [*GOOD[:2], None, *GOOD[2:]], "id": ["same"] * 7})
+    file = tmp_path / "some.parquet"
+    pyarrow.parquet.write_table(table, file)
+    assert _outcome(tmp_path / "good", file, reader="parquet") == (GOOD, [("no text", 3)])
+    missing = {"reader": "parquet", "options": {"text_key": "content"}}
+    assert _outcome(tmp_path / "missing", file, **missing) == ([], [("no column content", 0)])
+    file.write_bytes(file.read_bytes()[:-20])
+    kept, lost = _outcome(tmp_path / "cut", file, reader="parquet")
+    assert (kept, lost) == ([], [("damaged Parquet file (ArrowInvalid)", 1)])
+
+
+def test_equal_ids_are_told_apart(tmp_path: Path) -> None:
+    file = tmp_path / "some.jsonl"
+    file.write_text("".join(json.dumps({"id": 7, "text": text}) + "\n" for text in GOOD), encoding="utf-8")
+    work = execute(write_plan(tmp_path, [{"files": [str(file)], "split": "heldout"}]))
+    held = [json.loads(line) for line in (work / "tokens" / "00000.heldout.jsonl").read_text().splitlines()]
+    assert held == [{"id": f"7@some.jsonl:{n}", "text": text} for n, text in enumerate(GOOD, 1)]
+
+
+def test_literal_end_of_text_stays_text(tmp_path: Path) -> None:
+    file = tmp_path / "some.jsonl"
+    texts_in = [f"before {END} after <pad>", END, f"{END}{END}"]
+    file.write_bytes(b"".join(map(_line, texts_in)))
+    assert _outcome(tmp_path, file) == (texts_in, [])  # `texts` checks that no id but the last is the end
+
+
+def test_strict_names_the_place(tmp_path: Path) -> None:
+    file = tmp_path / "some.jsonl"
+    file.write_bytes(_between(b"{]\n"))
+    with pytest.raises(UpcycleError, match=r"some.jsonl:3: got broken JSON"):
+        execute(write_plan(tmp_path, [{"files": [str(file)]}], strict=True))
+    done = run(tmp_path / "work" / "plan.json", "--workers", "2")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "some.jsonl:3: got broken JSON" in done.stderr
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder, and its address."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+        def send_head(self) -> BytesIO | BinaryIO | None:
+            if "refused" in self.path:
+                self.send_error(500)
+                return None
+            return super().send_head()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_files_over_http(tmp_path: Path, served: tuple[Path, str]) -> None:
+    folder, address = served
+    (folder / "some.jsonl.gz").write_bytes(gzip.compress(_between(b"{\n")))
+    nobody = "http://127.0.0.1:9/some.jsonl"
+    files = [f"{address}/some.jsonl.gz", f"{address}/gone.jsonl", f"{address}/refused.jsonl", nobody]
+    work = execute(write_plan(tmp_path, [{"files": files}]))
+    assert texts(work) == GOOD
+    assert [(line["reason"], line["where"]) for line in removed(work)] == [
+        ("broken JSON", f"{files[0]}:3"),
+        ("missing file", f"{files[1]}:0"),
+        ("unreadable file", f"{files[2]}:0"),
+        ("unreadable file", f"{files[3]}:0"),
+    ]
+    assert stats(work)["files"] == {files[0]: {"bytes": (folder / "some.jsonl.gz").stat().st_size}}

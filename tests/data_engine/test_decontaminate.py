@@ -1,0 +1,75 @@
+"""Evaluation items in the documents of training are dropped or cut out; those of other splits stay."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+
+pytest.importorskip("datatrove")
+
+from nemo_upcycle.data.ngrams import Item, NgramIndex
+from tests.data_engine.blend import execute, removed, sentence, stats, texts, write_plan
+
+
+QUESTION = "Which of these seven rivers carries more water to the sea than all of the others taken together?"
+AROUND = [" ".join(f"word{n} of side {side}," for n in range(120)) for side in "AB"]
+FULL = f"{AROUND[0]} {QUESTION} {AROUND[1]}"
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> str:
+    path = tmp_path / "ngrams.npz"
+    NgramIndex.build([Item("rivers", "17", (QUESTION,))]).save(path)
+    return str(path)
+
+
+def _run(folder: Path, index: str, *many: str, **task: object) -> Path:
+    file = folder / "some.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in many), encoding="utf-8")
+    return execute(write_plan(folder, [{"files": [str(file)], **task}], ngram_index=index))
+
+
+def test_drop(tmp_path: Path, index: str) -> None:
+    work = _run(tmp_path, index, sentence(1), FULL, sentence(2), on_hit="drop")
+    assert texts(work) == [sentence(1), sentence(2)]
+    counts = stats(work)
+    assert counts["steps"]["decontaminate"] == {"in": 3, "kept": 2, "removed": {"dropped": 1}}
+    found = counts["contamination"]["rivers"]
+    assert (found["documents"], found["items"], found["bytes"]) == (1, ["17"], len(FULL))
+    (line,) = removed(work)
+    assert (line["step"], line["reason"], line["where"].rpartition(":")[2]) == ("decontaminate", "dropped", "2")
+    assert line["sets"] == ["rivers"]
+
+
+def test_cut(tmp_path: Path, index: str) -> None:
+    work = _run(tmp_path, index, sentence(1), FULL, QUESTION, sentence(2), on_hit="cut")
+    kept = texts(work)
+    assert (kept[0], kept[-1], len(kept)) == (sentence(1), sentence(2), 4)
+    assert AROUND[0].startswith(kept[1].rstrip())
+    assert AROUND[1].endswith(kept[2].lstrip())
+    counts = stats(work)
+    assert counts["steps"]["decontaminate"] == {"in": 4, "kept": 3, "removed": {"nothing left": 1}}
+    lost = len(FULL) - len(kept[1]) - len(kept[2])
+    assert 2 * 200 + len(QUESTION) <= lost < 2 * 260 + len(QUESTION)
+    assert counts["cut"] == {"documents": 1, "pieces": 2, "bytes": lost}
+    assert counts["contamination"]["rivers"]["documents"] == 2
+    assert [(line["reason"], line["bytes"]) for line in removed(work)] == [
+        ("cut", lost),
+        ("nothing left", len(QUESTION)),
+    ]
+
+
+def test_pieces_under_200_characters_are_dropped(tmp_path: Path, index: str) -> None:
+    work = _run(tmp_path, index, f"{AROUND[0][:330]} {QUESTION} {AROUND[1]}", on_hit="cut")
+    (kept,) = texts(work)
+    assert AROUND[1].endswith(kept.lstrip())
+
+
+@pytest.mark.parametrize("split", ["validation", "heldout"])
+def test_other_splits_are_left_as_they_are(tmp_path: Path, index: str, split: str) -> None:
+    work = _run(tmp_path, index, FULL, split=split)
+    assert stats(work)["splits"][split]["documents"] == 1
+    assert removed(work) == []

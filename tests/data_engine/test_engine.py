@@ -1,0 +1,219 @@
+"""The engine's command: the same bytes however it is run, interrupted or killed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+
+pytest.importorskip("datatrove")
+import pyarrow
+import pyarrow.parquet
+
+from tests.data_engine.blend import (
+    command,
+    everything,
+    execute,
+    removed,
+    run,
+    sentence,
+    stats,
+    texts,
+    tokens,
+    write_plan,
+)
+
+
+def write_jsonl(path: Path, *many: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in many), encoding="utf-8")
+    return str(path)
+
+
+def blend(folder: Path, documents: int = 60, words: int = 12, **more: object) -> Path:
+    """A plan of six tasks whose inputs overlap, with bad lines."""
+    tasks = []
+    for task in range(6):
+        numbers = range(task * documents // 2, task * documents // 2 + documents)
+        file = folder / "input" / f"{task}.jsonl"
+        write_jsonl(file, "", *(sentence(n, words) for n in numbers))
+        with file.open("a", encoding="utf-8") as handle:
+            handle.write("{broken\n")
+        tasks.append({"files": [str(file)], "split": None})
+    return write_plan(folder, tasks, hold_out={"validation": 0.1, "heldout": 0.05}, **more)
+
+
+def test_workers_do_not_change_a_byte(tmp_path: Path) -> None:
+    plan = blend(tmp_path, finders=2)
+    found = {}
+    for workers in ("1", "2", "5"):
+        done = run(plan, "--workers", workers)
+        assert (done.returncode, done.stderr) == (0, "")
+        found[workers] = everything(plan.parent)
+        counts = [stats(plan.parent, rank) for rank in range(6)]
+        subprocess.run(["rm", "-r", *(str(path) for path in plan.parent.iterdir() if path != plan)], check=True)
+    assert found["1"] == found["2"] == found["5"]
+    assert [count["steps"]["deduplicate"]["removed"].get("duplicate") for count in counts] == [None, *[30] * 5]
+    assert [count["steps"]["read"]["removed"] for count in counts] == [{"broken JSON": 1}] * 6
+    assert [count["steps"]["filter"]["removed"] for count in counts] == [{"empty": 1}] * 6
+    assert {split for count in counts for split in count["splits"]} == {"train", "validation", "heldout"}
+    assert "in all" not in done.stdout
+    assert "train: " in done.stdout
+    assert "deduplicate: 150 duplicate" in done.stdout
+
+
+def test_output_does_not_depend_on_the_folder(tmp_path: Path) -> None:
+    first, second = (execute(blend(tmp_path / name)) for name in ("one", "two/deeper"))
+    same = [{path.name: path.read_bytes() for path in work.glob("tokens/*")} for work in (first, second)]
+    assert same[0] == same[1]
+
+
+@pytest.mark.parametrize("finders", [1, 3])
+def test_earlier_task_wins_over_lower_number(tmp_path: Path, finders: int) -> None:
+    shared = [sentence(n) for n in range(40)]
+    first = write_jsonl(tmp_path / "1.jsonl", *map(sentence, range(100, 150)), *shared)  # high numbers there
+    second = write_jsonl(tmp_path / "2.jsonl", *(f" {text}\n" for text in shared))  # low numbers here
+    work = execute(write_plan(tmp_path, [{"files": [first]}, {"files": [second]}], finders=finders))
+    assert texts(work, 0)[50:] == shared
+    assert texts(work, 1) == []
+    assert not (work / "tokens" / "00001.train.bin").exists()
+    assert stats(work, 1)["steps"]["deduplicate"] == {"in": 40, "kept": 0, "removed": {"duplicate": 40}}
+    assert removed(work, 1)[0] == {
+        "step": "deduplicate",
+        "reason": "duplicate",
+        "id": "2.jsonl:1",
+        "where": f"{second}:1",
+        "bytes": len(shared[0].encode()) + 2,
+    }
+
+
+def test_deduplication_is_optional(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "1.jsonl", "again", "again")
+    assert texts(execute(write_plan(tmp_path, [{"files": [file]}], deduplicate=False))) == ["again", "again"]
+
+
+def test_filter(tmp_path: Path) -> None:
+    file = tmp_path / "1.jsonl"
+    lines = [{"text": "  \n"}, {"text": " short "}, {"text": "long enough", "bucket": "tail"}]
+    lines += [{"text": "long enough, too", "bucket": "head"}, {"text": "of no bucket at all"}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    tasks = [{"files": [str(file)], "options": {"bucket": ["head", "middle"]}}]
+    work = execute(write_plan(tmp_path, tasks, min_characters=8))
+    assert texts(work) == ["long enough, too"]
+    assert stats(work)["steps"]["filter"]["removed"] == {"empty": 1, "too short": 1, "other bucket": 2}
+
+
+def test_redpajama_as_published(tmp_path: Path) -> None:
+    name = "2023-06/0000/en_head"
+    documents = [
+        {"raw_content": sentence(n), "url": f"https://example.com/{n}", "bucket": "tail" if n == 4 else "head"}
+        for n in range(6)
+    ]
+    file = tmp_path / f"documents/{name}.json.gz"
+    file.parent.mkdir(parents=True)
+    lines = "".join(json.dumps(document) + "\n" for document in documents)
+    subprocess.run(["gzip", "-c"], input=lines.encode(), stdout=file.open("wb"), check=True)
+    listed = tmp_path / f"duplicates/{name}.duplicates.parquet"
+    listed.parent.mkdir(parents=True)
+    rows = [0, 3]
+    table = {"shard_id": [name] * 2, "doc_id": [f"{name}.json.gz/{row}" for row in rows], "digest": ["", ""]}
+    pyarrow.parquet.write_table(pyarrow.table(table), listed)
+    options = {"bucket": "head", "duplicates": {str(file): str(listed)}}
+    task = {"files": [str(file)], "reader": "redpajama_v2", "options": options}
+    work = execute(write_plan(tmp_path / "as_published", [task]))
+    assert texts(work) == [documents[n]["raw_content"] for n in (1, 2, 5)]
+    assert stats(work)["steps"]["deduplicate"]["removed"] == {"listed": 2}
+    assert [line["where"].rpartition(":")[2] for line in removed(work) if line["reason"] == "listed"] == ["1", "4"]
+    listed.write_bytes(b"no Parquet")
+    work = execute(write_plan(tmp_path / "broken_list", [task]))
+    assert len(texts(work)) == 5
+    assert stats(work)["steps"]["read"]["removed"] == {"unreadable list of duplicates": 1}
+
+
+def test_max_tokens_stops_the_task(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "1.jsonl", *map(sentence, range(500)))
+    everything_there = tokens(execute(write_plan(tmp_path / "all", [{"files": [file]}])), 0)
+    work = execute(write_plan(tmp_path / "some", [{"files": [file], "max_tokens": 1000}]))
+    kept = tokens(work, 0)
+    assert kept == everything_there[: len(kept)]
+    assert sum(map(len, kept[:-1])) < 1000 <= sum(map(len, kept))
+    counts = stats(work)
+    assert counts["steps"]["tokenise"]["removed"] == {"max_tokens": counts["steps"]["tokenise"]["in"] - len(kept)}
+
+
+def test_changed_plan_is_refused(tmp_path: Path) -> None:
+    plan = blend(tmp_path)
+    assert run(plan).returncode == 0
+    before = everything(plan.parent)
+    assert run(plan).returncode == 0
+    plan.write_text(plan.read_text().replace('"seed": 1234', '"seed": 4321'), encoding="utf-8")
+    refused = run(plan)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "work of another plan (other: seed)" in refused.stderr
+    assert everything(plan.parent) == before
+
+
+def test_input_changed_between_the_passes_is_an_error(tmp_path: Path) -> None:
+    plan = blend(tmp_path)
+    assert run(plan).returncode == 0
+    for path in (plan.parent / "logs" / "3_write" / "completions").iterdir():
+        path.unlink()
+    write_jsonl(tmp_path / "input" / "3.jsonl", "other", "documents")
+    refused = run(plan, "--workers", "1")
+    assert refused.returncode == 2
+    assert "other documents than in the first pass" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reader": "jsonlines"}, "Did you mean 'jsonl'"),
+        ({"split": "test"}, "tasks[0].split 'test' does not exist"),
+        ({"files": []}, "tasks[0].files"),
+        ({"max_token": 3}, "Did you mean 'max_tokens'"),
+        ({"max_tokens": 0}, "tasks[0].max_tokens"),
+    ],
+)
+def test_mistakes_in_the_plan(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    refused = run(write_plan(tmp_path, [{"files": ["a"], **change}]))
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert message in refused.stderr
+
+
+def test_missing_plan_and_version(tmp_path: Path) -> None:
+    refused = run(tmp_path / "plan.json")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "no such file" in refused.stderr
+    assert "datatrove 0.10.1, fastokens 0.3.5" in run(Path("--version")).stdout
+
+
+def _limited(plan: Path, limit: str) -> subprocess.CompletedProcess[str]:
+    """Run the command under a limit of the shell."""
+    words = ["bash", "-c", f'ulimit {limit}; exec "$@"', "bash", *command(plan, "--workers", "2")]
+    return subprocess.run(words, capture_output=True, text=True, timeout=120)
+
+
+def test_more_tasks_than_open_files(tmp_path: Path) -> None:
+    files = [write_jsonl(tmp_path / f"{n}.jsonl", "everywhere", sentence(n)) for n in range(90)]
+    plan = write_plan(tmp_path, [{"files": [file]} for file in files])
+    done = _limited(plan, "-Sn 64")
+    assert done.returncode == 0, done.stderr
+    assert "deduplicate: 89 duplicate" in done.stdout
+
+
+def test_no_room(tmp_path: Path) -> None:
+    plan = blend(tmp_path, documents=2000, words=60)
+    full = _limited(plan, "-f 20")  # KiB, of a file: the logs have no room either
+    assert full.returncode == 2
+    assert full.stderr.startswith("error: ")
+    assert "File too large" in full.stderr
+    assert run(plan).returncode == 0
+
+
+def test_folder_with_a_pattern_in_its_name_is_refused(tmp_path: Path) -> None:
+    refused = run(blend(tmp_path / "a[b]"))
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "which datatrove interprets" in refused.stderr

@@ -1,0 +1,123 @@
+"""Kills and signals: nothing goes on, and the same command ends with the same bytes."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+
+pytest.importorskip("datatrove")
+
+from tests.data_engine.blend import command, removed, run, stats
+from tests.data_engine.test_engine import blend
+
+
+def _descendants(pid: int) -> set[int]:
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+    found: set[int] = set()
+    while new := {child for child, parent in parents.items() if parent in found | {pid}} - found:
+        found |= new
+    return found
+
+
+def _alive(pids: set[int]) -> set[int]:
+    states = {}
+    for pid in pids:
+        try:
+            states[pid] = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+    return {pid for pid, state in states.items() if state != "Z"}
+
+
+def _start(plan: Path, after_s: float) -> tuple[subprocess.Popen[str], set[int]]:
+    """Start the command, and return it and its processes some time after the first one of its tasks began."""
+    process = subprocess.Popen(command(plan, "--workers", "2"), stderr=subprocess.PIPE, text=True)
+    before = _begun(plan)
+    while _begun(plan) == before and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(after_s)
+    return process, _descendants(process.pid)
+
+
+def _begun(plan: Path) -> list[int]:
+    """When each task began, by the logs of datatrove, which a second run begins anew."""
+    return sorted(path.stat().st_mtime_ns for path in plan.parent.glob("logs/*/logs/*.log"))
+
+
+def test_killed_at_many_moments(tmp_path: Path) -> None:
+    size = {"documents": 2000, "words": 60}
+    whole, killed = blend(tmp_path / "whole", **size), blend(tmp_path / "killed", **size)
+    assert run(whole, "--workers", "2").returncode == 0
+    moments, kills = random.Random(3), 0
+    for _ in range(8):
+        process, family = _start(killed, moments.uniform(0, 0.5))
+        kills += process.poll() is None
+        process.kill()
+        process.communicate()
+        time.sleep(0.3)
+        assert not _alive(family)
+    assert kills >= 4
+    done = run(killed, "--workers", "1")
+    assert (done.returncode, done.stderr) == (0, "")
+    names = [path.name for path in (whole.parent / "tokens").iterdir()]
+    assert len(names) == 2 * 2 * 6 + 6
+    for name in names:
+        same = [(plan.parent / "tokens" / name).read_bytes() for plan in (whole, killed)]
+        assert same[0] == same[1], name
+    assert sorted(names) == sorted(path.name for path in (killed.parent / "tokens").iterdir())
+    for rank in range(6):
+        assert stats(killed.parent, rank)["steps"] == stats(whole.parent, rank)["steps"]
+        assert len(removed(killed.parent, rank)) == len(removed(whole.parent, rank))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stops_at_once_with_one_line(tmp_path: Path, number: signal.Signals) -> None:
+    plan = blend(tmp_path, documents=20_000, words=60)
+    process, family = _start(plan, 0.3)
+    assert process.poll() is None
+    start_s = time.monotonic()
+    os.kill(process.pid, number)
+    _, said = process.communicate(timeout=20)
+    assert time.monotonic() - start_s < 3
+    assert process.returncode == 128 + number
+    assert said.strip() == "stopped; run again to go on"
+    assert not _alive(family)
+
+
+def test_second_engine_is_refused(tmp_path: Path) -> None:
+    plan = blend(tmp_path, documents=2000, words=60)
+    process, _ = _start(plan, 0)
+    process.send_signal(signal.SIGSTOP)  # it holds the folder until it is killed
+    try:
+        assert process.poll() is None
+        refused = run(plan)
+        assert refused.returncode == 2
+        assert "got another engine at work" in refused.stderr
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_killed_worker_is_an_error(tmp_path: Path) -> None:
+    plan = blend(tmp_path, documents=20_000, words=60)
+    process, family = _start(plan, 0.3)
+    parents = {pid: _descendants(pid) for pid in family}
+    worker = max(pid for pid in family if not parents[pid])
+    os.kill(worker, signal.SIGKILL)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert said.splitlines()[-1].startswith("error: a worker was killed")
+    assert not _alive(family)

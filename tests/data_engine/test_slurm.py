@@ -1,0 +1,53 @@
+"""The tasks as jobs of a real Slurm, where there is one: `SLURM_PARTITION=debug make test-data`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+
+pytest.importorskip("datatrove")
+
+from tests.data_engine.blend import command, everything, run
+from tests.data_engine.test_engine import blend
+
+
+def _has_slurm() -> bool:
+    return bool(shutil.which("sinfo")) and not subprocess.run(["sinfo"], capture_output=True, check=False).returncode
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not _has_slurm(), reason="no Slurm")]
+PARTITION = os.environ.get("SLURM_PARTITION", "debug")
+
+
+def test_same_bytes_as_on_one_machine(tmp_path: Path) -> None:
+    plan = blend(tmp_path, finders=2)
+    done = run(plan, "--slurm", PARTITION, "--workers", "2", "--time", "00:10:00")
+    assert done.returncode == 0, done.stderr
+    found = everything(plan.parent)
+    shutil.rmtree(plan.parent)
+    assert run(blend(tmp_path, finders=2)).returncode == 0
+    assert everything(plan.parent) == found
+
+
+def test_stopping_cancels_the_jobs(tmp_path: Path) -> None:
+    plan = blend(tmp_path)
+    process = subprocess.Popen(command(plan, "--slurm", PARTITION), stderr=subprocess.PIPE, text=True)
+    jobs = plan.parent / "logs" / "slurm_jobs.json"
+    while not jobs.exists() and process.poll() is None:
+        time.sleep(0.05)
+    numbers = json.loads(jobs.read_text(encoding="utf-8"))
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=20)
+    assert (process.returncode, said.strip()) == (128 + signal.SIGTERM, "stopped; run again to go on")
+    time.sleep(5)
+    queue = subprocess.run(["squeue", "--noheader", "-o", "%A"], capture_output=True, text=True, check=True).stdout
+    assert numbers
+    assert not set(numbers) & set(queue.split())
