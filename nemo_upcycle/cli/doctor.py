@@ -54,14 +54,17 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UpcycleError: the package itself is not installed, so its requirements are unknown.
     """
-    libraries, gpus = _libraries(), _gpus()
+    libraries, gpus, engine = _libraries(), _gpus(), _data_engine()
     fixes = _activation() | _fixes(libraries, bool(gpus))
+    if not engine and (clone := _clone()):
+        fixes[f"make -C {shlex.quote(str(clone))} data-env"] = "preparing training data (nemo-upcycle data)"
     answer = {
         "nemo_upcycle": __version__,
         "python": {"version": platform.python_version(), "needs": metadata(_PACKAGE)["Requires-Python"]},
         "libraries": libraries,
         "gpus": gpus,
         "torch_for_cuda": _torch_cuda(),
+        "data_engine": engine,
         "fixes": list(fixes),
     }
     broken = [one for one in libraries if one["state"] == _WRONG or (one["state"] == _MISSING and not one["extra"])]
@@ -156,6 +159,16 @@ def _gpus() -> list[str]:
     return done.stdout.splitlines()
 
 
+def _data_engine() -> str | None:
+    """Return the versions of the data engine in its own environment; None if it is not there or does not fit."""
+    from nemo_upcycle.data.environment import data_python, engine_version
+
+    try:
+        return engine_version(data_python())
+    except UpcycleError:
+        return None
+
+
 def _torch_cuda() -> str | None:
     """Return the CUDA version that torch was built for, without the slow import of torch."""
     spec = importlib.util.find_spec("torch")
@@ -180,6 +193,9 @@ def _text(answer: dict[str, Any], fixes: dict[str, str]) -> str:
     cuda = answer["torch_for_cuda"]
     lines.append("GPUs: " + (", ".join(answer["gpus"]) or "none; the CPU backend trains small models"))
     lines.append("torch: " + (f"built for CUDA {cuda}" if cuda else "built without CUDA, or not installed"))
+    lines.append(
+        "data: " + (answer["data_engine"] or "no environment for nemo-upcycle data; docs/data.md says how to make one")
+    )
     own = [one["name"] for one in answer["libraries"] if one["state"] == _WRONG] if _in_container() else []
     lines += [f"{name} is the container's own: choose a container that fits, see docs/install.md" for name in own]
     lines += ["to fix or to add:", *(f"  {fix}  # {purpose}" for fix, purpose in fixes.items())] if fixes else []

@@ -18,6 +18,7 @@ from nemo_upcycle.package_info import __version__
 #: name -> what it does; `nemo_upcycle/cli/NAME.py` has `HELP`, `add_arguments(parser)` and `run(args) -> exit status`
 COMMANDS = {
     "plan": "what fits where, how fast, how long, how much",
+    "data": "texts -> clean, tokenised training data",
     "convert": "dense checkpoint -> MoE Hugging Face folder",
     "verify": "dense folder against MoE folder: how equal are they",
     "export": "NeMo checkpoint -> Hugging Face folder",

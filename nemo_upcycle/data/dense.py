@@ -19,6 +19,7 @@ from nemo_upcycle.utils.files import is_complete
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED = ["*.safetensors", "*.json", "tokenizer*", "merges.txt", "*.jinja"]
 _WANTED += ["README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]  # for the card of what is made of the model
+_OF_TOKENIZER = ["*.json", "tokenizer*", "merges.txt"]
 # subfolders hold other formats of the same weights (original/, onnx/), as does consolidated.safetensors; of theirs
 # only additional_chat_templates/*.jinja is wanted
 _UNWANTED = ["*/*.safetensors", "*/*.json", "tokenizer*/*", "consolidated*"]
@@ -118,7 +119,7 @@ def _folder(rest: str, *, may_be_path: bool) -> Path | None:
     return None
 
 
-def _download(name: str) -> Path:
+def _download(name: str, wanted: list[str] = _WANTED) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -126,7 +127,7 @@ def _download(name: str) -> Path:
             "package huggingface-hub", got="not installed", expected="any", fix="pip install huggingface_hub"
         ) from None
     try:
-        return Path(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=_UNWANTED))
     except (OSError, ValueError) as error:  # every error of huggingface_hub and requests is one of the two
         if isinstance(error, OSError) and error.filename:
             raise UpcycleError(
@@ -160,6 +161,23 @@ def require_tokenizer(folder: Path) -> None:
             expected=f"one of {', '.join(_TOKENIZER_FILES)}",
             fix="copy the model's tokenizer files into the folder",
         )
+
+
+def tokenizer_folder(source: str) -> Path:
+    """Return a folder with the tokenizer of a dense model, without fetching the weights of one on the hub.
+
+    Args:
+        source: as in `import_dense`.
+
+    Raises:
+        UpcycleError: it cannot be reached, or has no tokenizer (CheckpointError).
+    """
+    scheme, rest = _address(source)
+    if scheme == "asset":
+        return ensure_dense(source)
+    folder = _folder(rest, may_be_path=not scheme) or _download(rest, _OF_TOKENIZER)
+    require_tokenizer(folder)
+    return folder
 
 
 def ensure_dense(source: str) -> Path:

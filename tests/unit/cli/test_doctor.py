@@ -22,8 +22,9 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(autouse=True)
 def _plain_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without GPUs, outside of containers, its environment activated."""
+    """A machine without GPUs, outside of containers, its environment activated, the one for data beside it."""
     monkeypatch.setattr(doctor, "_gpus", list)
+    monkeypatch.setattr(doctor, "_data_engine", lambda: "nemo-upcycle 0.1.0, datatrove 0.10.1")
     monkeypatch.delenv("NVIDIA_PYTORCH_VERSION", raising=False)
     monkeypatch.setenv("PATH", f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}")
 
@@ -82,6 +83,19 @@ def test_doctor_advises_transformer_engine_only_where_there_is_a_gpu(
     assert "gpu: FP8 and grouped GEMM on NVIDIA GPUs; NVIDIA's NeMo container has it" in text
     monkeypatch.setattr(doctor, "_gpus", lambda: ["NVIDIA H100 80GB HBM3, 81559 MiB"])
     assert _found(capsys)["fixes"] == [f"{sys.executable} -m pip install -e '{ROOT}[gpu]'"]
+
+
+def test_doctor_makes_the_environment_for_data(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(doctor, "_gpus", list)
+    monkeypatch.setenv("NEMO_UPCYCLE_DATA_PYTHON", "/nowhere/python")
+    found = _found(capsys)
+    assert found["data_engine"] is None
+    assert f"make -C {ROOT} data-env" in found["fixes"]
+    monkeypatch.setenv("NEMO_UPCYCLE_DATA_PYTHON", sys.executable)  # without datatrove
+    assert _found(capsys)["data_engine"] is None
 
 
 def test_doctor_names_the_libraries_where_there_is_no_clone(

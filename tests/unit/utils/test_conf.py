@@ -47,5 +47,5 @@ def test_an_unknown_name_gets_the_closest_one() -> None:
 
 @pytest.mark.parametrize("name", ["../evaluation/demo", "./sotu", "", Path("data/sotu")])
 def test_a_path_without_a_suffix_is_not_a_name(name: str | Path) -> None:
-    with pytest.raises(UpcycleError, match=r"corpus configuration '.*' does not exist"):
-        read_conf("data", name, "corpus configuration")
+    with pytest.raises(UpcycleError, match=r"blend '.*' does not exist"):
+        read_conf("data", name, "blend")

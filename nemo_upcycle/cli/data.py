@@ -1,0 +1,126 @@
+"""`nemo-upcycle data`: turn texts into clean, tokenised training data."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.cli.common import add_json, folder_to_make, show
+from nemo_upcycle.data.blend import Blend, read_blend
+from nemo_upcycle.errors import UpcycleError
+
+
+HELP = "texts -> clean, decontaminated, tokenised training data (Megatron indexed datasets)"
+_EXAMPLES = """examples:
+  nemo-upcycle data sotu runs/data tokenizer=asset://smollm2-135m
+  nemo-upcycle data mine.yaml /data/mine tokenizer=/models/Llama-3-8B seq_length=4096 --workers 16
+  nemo-upcycle data fineweb_edu_academic_7_3 /data/web --slurm cpu --time 24:00:00
+  nemo-upcycle data mine.yaml /data/mine --check
+
+Run it again to continue a stopped build. Train on the result with nemo llm pretrain --factory "RECIPE(data='DIR')".
+exit status: 0 done; 2 a value or a file is wrong."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.epilog = _EXAMPLES
+    parser.add_argument("blend", metavar="BLEND", help="a name in conf/data, or a YAML file like those")
+    parser.add_argument("output", metavar="DIR", type=folder_to_make, help="folder to make, which all workers share")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="other values of the blend's keys")
+    how = parser.add_argument_group("how to run")
+    how.add_argument("--workers", type=int, metavar="N", help="processes on this machine (default: 1)")
+    how.add_argument("--slurm", metavar="PARTITION", help="run the tasks as jobs of this partition")
+    how.add_argument("--time", metavar="D-HH:MM:SS", help="with --slurm: time limit of a task (default: 24:00:00)")
+    how.add_argument("--qos", metavar="NAME", help="with --slurm: quality of service")
+    how.add_argument("--ray", action="store_true", help="run the tasks on the Ray cluster of RAY_ADDRESS")
+    how.add_argument("--strict", action="store_true", help="end at the first broken input (default: count and go on)")
+    how.add_argument("--check", action="store_true", help="check the blend and list its files; read and write nothing")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build or check a blend, show the result, and return the exit status.
+
+    Raises:
+        UpcycleError: a value or a file is wrong.
+    """
+    for word in args.overrides:
+        if "=" not in word:
+            args.parser.error(f"argument {word!r}: got no =, expected KEY=VALUE")
+    options = _engine_options(args)
+    blend = read_blend(args.blend, args.overrides)
+    if args.check:
+        return _check(args, blend)
+    from nemo_upcycle.data.build import build_blend
+
+    manifest = build_blend(blend, args.output, options, strict=args.strict)
+    show(args, manifest, _text(manifest, args.output))
+    return 0
+
+
+def _engine_options(args: argparse.Namespace) -> tuple[str, ...]:
+    """Return the engine's options; refuse those that contradict each other."""
+    chosen = [name for name in ("workers", "slurm", "ray") if getattr(args, name)]
+    if args.workers is not None and args.workers < 1:
+        raise UpcycleError("--workers", got=args.workers, expected="1 or more", fix="set --workers 8")
+    if len(chosen) > 1:
+        got = " and ".join(f"--{name}" for name in chosen)
+        raise UpcycleError("way to run", got=got, expected="one of them", fix="omit the others")
+    for name in ("time", "qos"):
+        if getattr(args, name) and not args.slurm:
+            raise UpcycleError(f"--{name}", got="no --slurm", expected="both", fix=f"add --slurm, or omit --{name}")
+    if args.ray:
+        return ("--ray",)
+    if args.slurm:
+        named = [(f"--{name}", getattr(args, name)) for name in ("slurm", "time", "qos") if getattr(args, name)]
+        return tuple(word for pair in named for word in pair)
+    return ("--workers", str(args.workers or 1))
+
+
+def _check(args: argparse.Namespace, blend: Blend) -> int:
+    import tempfile
+
+    from nemo_upcycle.data.build import check_blend
+
+    with tempfile.TemporaryDirectory() as work:
+        checked = check_blend(blend, Path(work))
+    rows: dict[str, dict[str, Any]] = {
+        name: {
+            "weight": blend.share(name),
+            "license": source.license,
+            "trains": source.trains,
+            "files": {split: len(files) for split, files in checked.inputs[name].items()},
+            "bytes": sum(file.size_bytes or 0 for files in checked.inputs[name].values() for file in files),
+        }
+        for name, source in blend.config.sources.items()
+    }
+    lines = [f"{blend.name}: {len(rows)} sources, tokenizer {checked.tokenizer}, {checked.engine}"]
+    for name, row in rows.items():
+        files = ", ".join(f"{count:,} {split}" for split, count in row["files"].items() if count)
+        trains = f"; trains {', '.join(row['trains'])}" if row["trains"] else ""
+        lines.append(
+            f"  {name}: {row['weight']:.1%}, files {files}, {row['bytes'] / 1e6:,.1f} MB; {row['license']}{trains}"
+        )
+    show(args, {"blend": blend.name, "sources": rows, "engine": checked.engine}, "\n".join(lines))
+    return 0
+
+
+def _text(manifest: dict[str, Any], output: Path) -> str:
+    splits = manifest["splits"]
+    counts = ", ".join(f"{name} {splits[name]['tokens']:,}" for name in splits)
+    lines = [f"{output}: {counts} tokens"]
+    for name, source in manifest["sources"].items():
+        train = source["splits"]["train"]
+        removed = {f"{step} {why}": n for step, one in source["steps"].items() for why, n in one["removed"].items()}
+        lines.append(f"  {name}: {train['documents']:,} documents, {train['tokens']:,} tokens to train on")
+        lines += [f"    removed: {count:,} documents, {why}" for why, count in removed.items()]
+        if cut := source["cut"]["documents"]:
+            lines.append(
+                f"    passages of evaluation items cut out of {cut:,} documents, {source['cut']['bytes']:,} bytes"
+            )
+        if run_tokens := manifest["run_tokens"]:
+            epochs = source["weight"] * run_tokens / train["tokens"]
+            warning = f", above max_epochs ({manifest['max_epochs']:g})" if epochs > manifest["max_epochs"] else ""
+            lines.append(f"    {epochs:.2f} epochs in {run_tokens / 1e9:g}B tokens{warning}")
+    return "\n".join(lines)

@@ -1,0 +1,182 @@
+"""What a blend is: the sources of the training data, their shares, and how they are cleaned."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.conf import Conf, read_conf
+
+
+#: The splits of a blend: trained on, watched during training, and measured afterwards.
+SPLITS = ("train", "validation", "heldout")
+ON_HIT = ("cut", "drop")
+_NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
+
+
+@dataclass
+class SourceConfig:
+    """One source of documents; `conf/data/text.yaml` explains every key.
+
+    Attributes:
+        train: what is trained on: paths, patterns and addresses, years or tasks, as the reader takes them.
+        validation: documents held back for the loss that is watched; empty leaves it to the blend's `hold_out`.
+        heldout: documents held back for perplexity, as validation.
+        reader: a key of `nemo_upcycle.data.inputs.READERS`.
+        weight: share of the training tokens, relative to the other sources'.
+        tokens: most tokens to take for training; None takes all.
+        license: of the documents, for the model card.
+        trains: columns of an evaluation whose training split, or kin of it, is in here.
+        on_hit: what happens to a document that holds an evaluation item: its passage is cut out, or all is dropped.
+        options: what else the reader takes.
+    """
+
+    train: list[str]
+    validation: list[str] = field(default_factory=list)
+    heldout: list[str] = field(default_factory=list)
+    reader: str = "files"
+    weight: float = 1.0
+    tokens: float | None = None
+    license: str = "not stated"
+    trains: list[str] = field(default_factory=list)
+    on_hit: str = "cut"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class HoldOut:
+    """Shares of the documents of sources without splits of their own that are held back, by a hash of their id."""
+
+    validation: float = 0.001
+    heldout: float = 0.001
+
+
+@dataclass
+class BlendConfig:
+    """A blend; `conf/data/text.yaml` explains every key.
+
+    Attributes:
+        sources: by name, in the order in which they are read; of equal texts the first one stays.
+        tokenizer: the dense model whose tokenizer is used, by address.
+        seq_length: tokens of a training sequence.
+        run_tokens: tokens of the training run that the blend is for; epochs are counted against it.
+        max_epochs: above this a source is warned about.
+        hold_out: what is held back of sources without splits of their own.
+        decontaminate: suites of `conf/evaluation` whose items must not be trained on.
+        deduplicate: whether equal texts are kept once.
+        min_characters: shorter documents are removed.
+        seed: of what is held back, sampled and shuffled.
+    """
+
+    sources: dict[str, SourceConfig]
+    tokenizer: str | None = None
+    seq_length: int = 8192
+    run_tokens: float | None = None
+    max_epochs: float = 4.0
+    hold_out: HoldOut = field(default_factory=HoldOut)
+    decontaminate: list[str] = field(default_factory=list)
+    deduplicate: bool = True
+    min_characters: int = 1
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class Blend:
+    """A blend that was read and checked.
+
+    Attributes:
+        name: of its file, without suffix.
+        folder: where relative paths start.
+        config: its content.
+    """
+
+    name: str
+    folder: Path
+    config: BlendConfig
+
+    def share(self, source: str) -> float:
+        """Return a source's share of the training tokens, 0 to 1."""
+        return self.config.sources[source].weight / sum(one.weight for one in self.config.sources.values())
+
+
+def read_blend(name: str | Path, overrides: Sequence[str] = ()) -> Blend:
+    """Read a blend.
+
+    Args:
+        name: one of the package's own in `conf/data` (`sotu`, `fineweb_edu_academic_7_3`, ...), or a YAML file.
+        overrides: `key=value`, as in `sources.web.weight=0.8`.
+
+    Raises:
+        UpcycleError: there is no such blend, or a key or value is wrong.
+
+    Example:
+        >>> read_blend("sotu").config.sources["speeches"].reader
+        'sotu'
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    conf = read_conf("data", name, "blend")
+    known = conf.content.get("sources")
+    for override in overrides:
+        named = re.match(r"sources\.([^.=]+)", override)
+        if named and isinstance(known, dict) and named[1] not in known:
+            raise UpcycleError.unknown(f"{conf.path}: source", named[1], known)
+    try:
+        content = OmegaConf.merge(conf.content, OmegaConf.from_dotlist(list(overrides)))
+        _check_keys(str(conf.path), OmegaConf.to_container(content))
+        config = cast("BlendConfig", OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BlendConfig), content)))
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        got = " ".join(str(error).split())  # OmegaConf writes three lines
+        raise UpcycleError(
+            str(conf.path), got=got, expected="a blend", fix="see the comments in conf/data/text.yaml"
+        ) from None
+    _check(conf, config)
+    return Blend(conf.path.stem, conf.folder, config)
+
+
+def _check_keys(where: str, content: Any) -> None:
+    """Refuse a key that does not exist and name the closest one, which OmegaConf does not."""
+    _require_known(where, content, BlendConfig)
+    if isinstance(content, dict):
+        _require_known(f"{where}: hold_out", content.get("hold_out"), HoldOut)
+        sources = content.get("sources")
+        for name, source in sources.items() if isinstance(sources, dict) else ():
+            _require_known(f"{where}: sources.{name}", source, SourceConfig)
+
+
+def _require_known(where: str, values: Any, schema: type) -> None:
+    names = [entry.name for entry in dataclasses.fields(schema)]
+    for key in values if isinstance(values, dict) else ():
+        if key not in names:
+            raise UpcycleError.unknown(f"{where}: key", str(key), names)
+
+
+def _check(conf: Conf, config: BlendConfig) -> None:
+    def require(holds: bool, key: str, got: object, expected: str, fix: str) -> None:
+        if not holds:
+            raise UpcycleError(f"{conf.path}: {key}", got=got, expected=expected, fix=fix)
+
+    require(bool(config.sources), "sources", "none", "at least one", "see conf/data/text.yaml")
+    for name, source in config.sources.items():
+        key = f"sources.{name}"
+        plain = bool(_NAME.fullmatch(name))
+        require(plain, "sources", repr(name), "lower-case letters, digits and _", "rename the source")
+        require(source.weight > 0, f"{key}.weight", source.weight, "more than 0", "remove a source of no weight")
+        require(bool(source.train), f"{key}.train", "nothing", "at least one entry", "name what is trained on")
+        most = source.tokens
+        require(most is None or most >= 1, f"{key}.tokens", most, "1 or more", "omit it to take all")
+        if source.on_hit not in ON_HIT:
+            raise UpcycleError.unknown(f"{conf.path}: {key}.on_hit", source.on_hit, ON_HIT)
+    held = config.hold_out
+    for split, share in dataclasses.asdict(held).items():
+        require(0 <= share < 0.5, f"hold_out.{split}", share, "0 to 0.5", "set a share like 0.001")
+    require(config.seq_length >= 2, "seq_length", config.seq_length, "2 or more", "set seq_length=8192")
+    require(config.max_epochs > 0, "max_epochs", config.max_epochs, "more than 0", "set max_epochs=4")
+    length = config.run_tokens
+    require(length is None or length >= 1, "run_tokens", length, "1 or more", "set run_tokens=100e9")

@@ -1,0 +1,195 @@
+"""Train on a finished folder of `nemo-upcycle data`: NeMo's own data module, checked, and with its order pinned."""
+
+# No postponed annotations, and Optional: NeMo-Run parses `data.seq_length=1024` by them.
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import torch
+from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+from nemo.collections.llm.gpt.data import MockDataModule, PreTrainingDataModule
+
+from nemo_upcycle.data.build import cached_blend
+from nemo_upcycle.data.finished import MANIFEST, TOKENIZER, FinishedBlend, open_blend
+from nemo_upcycle.data.index_cache import whole_indices
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.files import sha256_file
+from nemo_upcycle.utils.progress import show_messages
+
+
+INDICES = "indices"
+
+
+def blend_data(
+    dense: str,
+    folder: Optional[str] = None,  # noqa: UP045
+    blend: Optional[str] = None,  # noqa: UP045
+    seq_length: int = 8192,
+    micro_batch_size: int = 1,
+    global_batch_size: int = 512,
+    num_workers: int = 8,
+    seed: Optional[int] = None,  # noqa: UP045
+    run_tokens: Optional[int] = None,  # noqa: UP045
+    indices: Optional[str] = None,  # noqa: UP045
+) -> "BlendDataModule":
+    """Return NeMo's pretraining data module over a finished folder of `nemo-upcycle data`.
+
+    The order of the samples depends on the folder, `seq_length`, `seed` and `run_tokens`, and on neither batch sizes
+    nor `trainer.max_steps`: a longer run, and the dense baseline, see the same first samples.
+
+    Args:
+        dense: the dense model that training starts from, whose tokenizer the data must have.
+        folder: the folder; all nodes must share it.
+        blend: without a folder, the blend to build once, in the cache: a name in `conf/data`, or a YAML file.
+        seq_length: tokens of a sequence.
+        micro_batch_size: sequences of a micro batch.
+        global_batch_size: sequences of a step, over all ranks.
+        num_workers: processes that load data, per rank.
+        seed: of the order of the sequences; None takes the manifest's.
+        run_tokens: tokens of the longest run that shall have this order; None takes the manifest's, or each token of
+            the data once.
+        indices: where the first rank writes the order of the samples, a folder that all nodes share and other data may
+            share, too; None: `indices` in the data folder.
+
+    Raises:
+        UpcycleError: the folder is not finished, damaged or made with another tokenizer, or a split is shorter than
+            one sequence.
+
+    Example:
+        >>> recipe.data = run.Config(blend_data, dense="/models/Llama-3-8B", folder="data/mine")  # doctest: +SKIP
+    """
+    made = open_blend(folder if folder is not None else cached_blend(blend or "", dense))
+    made.require_tokenizer_of(dense)
+    return _module(
+        made,
+        seq_length,
+        run_tokens,
+        indices,
+        micro_batch_size=micro_batch_size,
+        global_batch_size=global_batch_size,
+        num_workers=num_workers,
+        seed=made.manifest["seed"] if seed is None else seed,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _module(
+    blend: FinishedBlend,
+    seq_length: int,
+    run_tokens: Optional[int] = None,  # noqa: UP045
+    indices: Optional[str] = None,  # noqa: UP045
+    **arguments: Any,
+) -> "BlendDataModule":
+    cache = Path(indices).absolute() / sha256_file(blend.folder / MANIFEST)[:16] if indices else blend.folder / INDICES
+    return BlendDataModule(
+        paths=blend.paths(seq_length),
+        split=None,  # the three paths are the split; NeMo warns about any other value
+        # Not the dense folder: NeMo copies the tokenizer's whole folder into every checkpoint.
+        tokenizer=AutoTokenizer(pretrained_model_name=str(blend.folder / TOKENIZER)),
+        index_mapping_dir=str(cache),
+        num_train_samples=blend.num_train_samples(seq_length, run_tokens),
+        seq_length=seq_length,
+        **arguments,
+    )
+
+
+class BlendDataModule(PreTrainingDataModule):
+    """NeMo's data module, made by `blend_data`: it checks the length of the run and keeps the index cache whole."""
+
+    @property
+    def blend(self) -> FinishedBlend:
+        """Read the folder again: a checkpoint keeps NeMo's own arguments only."""
+        (first, *_), _ = self.build_kwargs["blend_per_split"][0]
+        return open_blend(Path(first).parents[1])
+
+    def build(
+        self,
+        trainer_max_steps: int,
+        trainer_val_check_interval: int,
+        trainer_limit_val_batches: Union[int, float],  # noqa: UP007
+        trainer_limit_test_batches: Union[int, float],  # noqa: UP007
+    ) -> None:
+        """Build the datasets, as NeMo does; the first rank says what the run reads.
+
+        Every validation begins anew, so validation data are laid out for one of them: as many sequences as
+        `limit_val_batches` takes, whatever the length of the run; or, with a fraction of 1, each token once.
+
+        Raises:
+            UpcycleError: the run is longer than its order of samples.
+        """
+        blend = self.blend
+        require_samples(trainer_max_steps, self.global_batch_size, self.seq_length, self.num_train_samples)
+        first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        if first:
+            _say(blend, trainer_max_steps, self.global_batch_size * self.seq_length)
+        if isinstance(trainer_limit_val_batches, float):
+            prefixes, _ = self.build_kwargs["blend_per_split"][1]
+            self.build_kwargs["blend_per_split"][1] = (prefixes, None)  # Megatron blends whole epochs by length only
+        cache = whole_indices(Path(self.index_mapping_dir), blend.folder / MANIFEST) if first else nullcontext()
+        with cache:
+            once = self.num_train_samples + 1  # steps between two validations, above those of any run
+            super().build(trainer_max_steps, once, trainer_limit_val_batches, trainer_limit_test_batches)
+
+
+def require_samples(max_steps: int, global_batch_size: int, seq_length: int, num_train_samples: int) -> None:
+    """Check that a run is not longer than the order of its samples.
+
+    Raises:
+        UpcycleError: it is.
+    """
+    if (needed := max_steps * global_batch_size) > num_train_samples:
+        raise UpcycleError(
+            "trainer.max_steps",
+            got=f"{max_steps}, which read {needed:,} sequences of {seq_length} tokens",
+            expected=f"at most {num_train_samples // global_batch_size}, to read {num_train_samples:,} sequences",
+            fix=(
+                f"lower it, or set data.run_tokens={needed * seq_length}, which reads the data as often as needed, "
+                "in another order: runs to compare need the same run_tokens"
+            ),
+        )
+
+
+def build_indices(folder: str) -> None:
+    """Build the index cache of the training split, for the manifest's sequence length, before any training.
+
+    Call it in a process of its own, outside a job of several ranks.
+
+    Args:
+        folder: as in `blend_data`.
+
+    Raises:
+        UpcycleError: the folder is not finished or damaged, a split is shorter than one sequence, or the cache cannot
+            be written.
+    """
+    blend = open_blend(folder)
+    module = _module(blend, blend.manifest["seq_length"], seed=blend.manifest["seed"])
+    alone = not torch.distributed.is_initialized()
+    if alone:  # Megatron asks for the rank before it writes
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with whole_indices(Path(module.index_mapping_dir), blend.folder / MANIFEST):
+            PreTrainingDataModule.build(module, 1, 2, 0, 0)
+    finally:
+        if alone:
+            torch.distributed.destroy_process_group()
+
+
+def describe_data(datamodule: Any) -> str:
+    """Return in a few words what a run is trained on, for its report."""
+    if isinstance(datamodule, MockDataModule):
+        return "NeMo's mock data (random tokens)"
+    if isinstance(datamodule, BlendDataModule):
+        blend = datamodule.blend
+        return f"blend {blend.name} ({blend.folder.name}){blend.contamination}"
+    return type(datamodule).__name__
+
+
+def _say(blend: FinishedBlend, steps: int, step_tokens: int) -> None:
+    messages = show_messages()
+    messages.info("%s", blend.describe(steps, step_tokens))
+    limit = blend.manifest["max_epochs"]
+    for source, epochs in blend.epochs(steps * step_tokens).items():
+        if epochs > limit:
+            text = "data: source %s is read %.1f times, more often than max_epochs (%g): lower its weight or the steps"
+            messages.warning(text, source, epochs, limit)

@@ -1,0 +1,283 @@
+"""Build a blend: check, plan the tasks, let the data engine clean and tokenise, merge, and write the manifest.
+
+The folder that is made holds, when it is finished:
+
+    tokens/SOURCE_SPLIT_NN_text_document.{bin,idx}   what is trained on and watched (Megatron's indexed datasets)
+    heldout.jsonl         what perplexity is measured on
+    tokenizer/            with the padding token that training needs
+    contamination.json    which evaluation items were found, and where
+    manifest.json         sources, licences, counts of every step, versions
+    work/                 what was removed and why; the engine's logs
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from nemo_upcycle.data.assets import writable_cache
+from nemo_upcycle.data.blend import Blend, read_blend
+from nemo_upcycle.data.contamination import merge_contamination
+from nemo_upcycle.data.dense import ensure_dense, tokenizer_folder
+from nemo_upcycle.data.environment import data_python, engine_version, run_engine
+from nemo_upcycle.data.evaluation_items import build_index
+from nemo_upcycle.data.finished import CONTAMINATION, FORMAT, HELDOUT, MANIFEST, TOKENIZER, TOKENS
+from nemo_upcycle.data.inputs import InputFile, list_inputs
+from nemo_upcycle.data.merge import merge_heldout, merge_tokens, read_stats, sum_counts, sum_steps
+from nemo_upcycle.data.tasks import make_plan
+from nemo_upcycle.data.tokenizers import save_tokenizer
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.package_info import __version__
+from nemo_upcycle.utils.files import MARKER, is_complete, read_json, require_disk, take_lock, write_json
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What can be said of a blend before anything is read.
+
+    Attributes:
+        inputs: the files of every source and split.
+        tokenizer: folder with the tokenizer.
+        engine: versions of the data engine.
+    """
+
+    inputs: dict[str, dict[str, list[InputFile]]]
+    tokenizer: Path
+    engine: str
+
+    @property
+    def known_bytes(self) -> int:
+        """The bytes of all files whose size is known."""
+        return sum(
+            file.size_bytes or 0 for splits in self.inputs.values() for files in splits.values() for file in files
+        )
+
+
+def check_blend(blend: Blend, work: Path) -> Checked:
+    """Check everything that can be checked before documents are read.
+
+    Args:
+        blend: the blend.
+        work: where academic splits are rendered.
+
+    Raises:
+        UpcycleError: a pattern matches nothing, the tokenizer or the data environment is missing, ...
+    """
+    named = _named_tokenizer(blend)
+    engine = engine_version(data_python())
+    inputs = {source: list_inputs(blend, source, work) for source in blend.config.sources}
+    return Checked(inputs, tokenizer_folder(named), engine)
+
+
+def _named_tokenizer(blend: Blend) -> str:
+    if blend.config.tokenizer is None:
+        raise UpcycleError(
+            "tokenizer",
+            got="none",
+            expected="the dense model whose tokenizer is used",
+            fix="add tokenizer=FOLDER, or hf://ORG/NAME",
+        )
+    return blend.config.tokenizer
+
+
+def build_blend(
+    blend: Blend, output: Path, engine_options: tuple[str, ...] = (), *, strict: bool = False
+) -> dict[str, Any]:
+    """Build a blend, or continue a stopped build; a finished one of the same blend is kept.
+
+    Args:
+        blend: what to build.
+        output: the folder to make, on a disk that all workers share.
+        engine_options: how the engine runs, as `("--workers", "8")`.
+        strict: whether broken input ends the build; otherwise it is counted and reported.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UpcycleError: as in `check_blend`; or the folder holds something else, another process builds it, the disk is
+            full, or the engine failed.
+
+    Example:
+        >>> build_blend(read_blend("sotu", ["tokenizer=asset://smollm2-135m"]), Path("runs/data"))  # doctest: +SKIP
+    """
+    _named_tokenizer(blend)
+    data_python()
+    with _locked(output):
+        made_from = {"format": FORMAT, "blend": dataclasses.asdict(blend.config), "strict": strict}
+        if _is_done(output, made_from):
+            return dict(read_json(output / MANIFEST))
+        work = output / "work"
+        checked = check_blend(blend, work)
+        require_disk(output, 2 * checked.known_bytes, f"blend {blend.name}")
+        write_json(work / "made_from.json", made_from)
+        tokenizer = save_tokenizer(checked.tokenizer, output / TOKENIZER)
+        plan = make_plan(blend, checked.inputs, output, tokenizer) | {"strict": strict}
+        items = _index(blend, work / "ngrams.npz")
+        write_json(work / "plan.json", plan)
+        run_engine([str(work / "plan.json"), *engine_options])
+        manifest = _finish(blend, output, read_stats(work, len(plan["tasks"])), tokenizer, checked.engine, items)
+        write_json(output / MARKER, {"made_from": made_from, "tokens": manifest["splits"]["train"]["tokens"]})
+        for name in ("tokens", "signatures", "duplicates"):
+            shutil.rmtree(work / name, ignore_errors=True)
+        return manifest
+
+
+def cached_blend(name: str, dense: str) -> Path:
+    """Return the folder of a blend that is tokenised for a dense model, built once, in the cache.
+
+    Several ranks may call it at the same time: one builds it, the others wait.
+
+    Args:
+        name: of the blend, as in `read_blend`.
+        dense: the dense model, by address.
+
+    Raises:
+        UpcycleError: as in `build_blend`.
+    """
+    blend = read_blend(name, [f"tokenizer={ensure_dense(dense)}"])
+    digest = hashlib.sha256(json.dumps([dataclasses.asdict(blend.config), _stamps(blend)]).encode())
+    output = writable_cache("blends") / f"{blend.name}-{digest.hexdigest()[:16]}"
+    with FileLock(f"{output}.lock"):
+        build_blend(blend, output, ("--workers", str(os.cpu_count() or 1)))
+    return output
+
+
+def _stamps(blend: Blend) -> list[tuple[str, int, int]]:
+    """Return path, size and time of the user's own files: other texts under the same names are another blend."""
+    files = [file for name in blend.config.sources for files in check_files(blend, name).values() for file in files]
+    paths = [Path(file.path) for file in files if Path(file.path).is_file()]
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+
+
+def check_files(blend: Blend, source: str) -> dict[str, list[InputFile]]:
+    """Return the files of a source that names files; nothing of one that has to be fetched or rendered first.
+
+    Raises:
+        UpcycleError: as in `list_inputs`.
+    """
+    is_ready = blend.config.sources[source].reader not in ("lm_eval", "sotu")
+    return list_inputs(blend, source, Path()) if is_ready else {}
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = take_lock(output / ".lock")
+    except TimeoutError:
+        raise UpcycleError(
+            str(output), got="another process building it", expected="none", fix="wait, or choose another folder"
+        ) from None
+    with lock:
+        yield
+
+
+def _is_done(output: Path, made_from: dict[str, Any]) -> bool:
+    """Return whether the folder is finished; refuse one that holds something else."""
+    begun = output / "work" / "made_from.json"
+    if is_complete(output):
+        found = read_json(output / MARKER).get("made_from")
+    elif begun.is_file():
+        found = read_json(begun)
+    elif any(path.name != ".lock" for path in output.iterdir()):
+        found = "files that are not ours"
+    else:
+        return False
+    if found != made_from:
+        differs = [key for key in made_from["blend"] if _field(found, key) != made_from["blend"][key]]
+        raise UpcycleError(
+            str(output),
+            got=f"another blend's ({', '.join(differs) or 'strict'} differ)" if isinstance(found, dict) else found,
+            expected="an empty folder, or this blend's",
+            fix="choose another folder, or remove it first",
+        )
+    return is_complete(output)
+
+
+def _field(found: Any, key: str) -> Any:
+    blend = found.get("blend") if isinstance(found, dict) else None
+    return blend.get(key) if isinstance(blend, dict) else None
+
+
+def _index(blend: Blend, path: Path) -> dict[str, Any] | None:
+    """Build the index of the evaluation items that must not be trained on, once; return what is in it."""
+    if not blend.config.decontaminate:
+        return None
+    summary = path.with_suffix(".json")
+    if not (path.is_file() and summary.is_file()):
+        write_json(summary, build_index(blend.config.decontaminate, path))
+    return dict(read_json(summary))
+
+
+def _finish(
+    blend: Blend,
+    output: Path,
+    stats: list[dict[str, Any]],
+    tokenizer: dict[str, Any],
+    engine: str,
+    items: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Merge what the engine wrote, and write contamination.json and manifest.json."""
+    config, work = blend.config, output / "work"
+    merged = merge_tokens(work, output / TOKENS, config.sources, stats)
+    heldout = merge_heldout(work, output / HELDOUT, stats)
+    for name in config.sources:
+        if "train" not in merged[name]:
+            raise UpcycleError(
+                f"source {name}",
+                got="no document left to train on",
+                expected="at least one",
+                fix=f"see what was removed, and why, in {work / 'removed'}",
+            )
+    if items is not None:
+        found = merge_contamination((entry["contamination"] for entry in stats), items["sets"])
+        write_json(output / CONTAMINATION, items | {"sets": found})
+    manifest = {
+        "format": FORMAT,
+        "blend": blend.name,
+        "seed": config.seed,
+        "seq_length": config.seq_length,
+        "run_tokens": config.run_tokens,
+        "max_epochs": config.max_epochs,
+        "tokenizer": tokenizer,
+        "sources": {
+            name: {
+                "weight": blend.share(name),
+                "license": source.license,
+                "trains": source.trains,
+                "splits": merged[name],
+                "steps": sum_steps(entry for entry in stats if entry["source"] == name),
+                "cut": sum_counts(entry["cut"] for entry in stats if entry["source"] == name),
+                "files": _files_of(name, stats, output),
+            }
+            for name, source in config.sources.items()
+        },
+        "splits": {
+            "train": sum_counts(entry["splits"].get("train", {}) for entry in stats),
+            "validation": sum_counts(entry["splits"].get("validation", {}) for entry in stats),
+            "heldout": heldout,
+        },
+        "decontaminated_against": items and list(config.decontaminate),
+        "tasks": len(stats),
+        "made_by": {"nemo_upcycle": __version__, "engine": engine},
+    }
+    write_json(output / MANIFEST, manifest)
+    return manifest
+
+
+def _files_of(source: str, stats: list[dict[str, Any]], output: Path) -> dict[str, Any]:
+    """Return the files that a source was read from; those rendered for this blend relative to its folder."""
+    within = f"{output.absolute()}{os.sep}"
+    mine = [entry["files"] for entry in stats if entry["source"] == source]
+    return {path.removeprefix(within): file for files in mine for path, file in files.items()}

@@ -1,0 +1,89 @@
+"""The environment of the data engine, which cannot share NeMo's numpy: where it is, and a process in it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemo_upcycle.errors import StageError, UpcycleError
+from nemo_upcycle.package_info import __version__
+
+
+VARIABLE = "NEMO_UPCYCLE_DATA_PYTHON"
+ENGINE = "nemo_upcycle.data.engine"
+
+
+def data_python() -> Path:
+    """Return the Python of the data environment: `$NEMO_UPCYCLE_DATA_PYTHON`, or that of `.venv-data`.
+
+    `.venv-data` lies beside this environment, or in the clone that the package is installed from.
+
+    Raises:
+        UpcycleError: there is none.
+    """
+    named = os.environ.get(VARIABLE)
+    folders = (Path(sys.prefix).parent, Path(__file__).parents[2])
+    places = [Path(named).expanduser()] if named else [folder / ".venv-data/bin/python" for folder in folders]
+    python = next((place for place in places if place.is_file()), None)
+    if python is None:
+        raise UpcycleError(
+            f"${VARIABLE}" if named else "environment of the data engine",
+            got=f"no {places[0]}",
+            expected="a Python that has datatrove",
+            fix=f"run `make data-env` in a clone, or set {VARIABLE} (docs/data.md says how to make one)",
+        )
+    return python
+
+
+def engine_version(python: Path) -> str:
+    """Return what the engine says of itself; it must be of this package's version.
+
+    Raises:
+        UpcycleError: it does not start, or is of another version.
+    """
+    done = subprocess.run([str(python), "-m", ENGINE, "--version"], capture_output=True, text=True, check=False)
+    if done.returncode or f"nemo-upcycle {__version__}," not in done.stdout or "missing" in done.stdout:
+        got = done.stdout.strip() or (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise UpcycleError(
+            f"data engine of {python}",
+            got=got,
+            expected=f"nemo-upcycle {__version__} with datatrove",
+            fix=f"run `make data-env` in a clone, or `{python} -m pip install --no-deps nemo-upcycle=={__version__}`",
+        )
+    return done.stdout.strip()
+
+
+def run_engine(arguments: Sequence[str]) -> None:
+    """Run the data engine to its end; it shows its progress and its errors itself.
+
+    Args:
+        arguments: of its command line.
+
+    Raises:
+        StageError: it failed.
+        KeyboardInterrupt: it was stopped.
+    """
+    command = [str(data_python()), "-m", ENGINE, *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # its summary is in the manifest, too
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        status = process.wait()
+    except BaseException:  # Ctrl-C reaches both: the engine stops, too
+        process.terminate()
+        process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if status in (130, -signal.SIGINT, 143, -signal.SIGTERM):
+        raise KeyboardInterrupt
+    if status:
+        raise StageError(
+            "data engine",
+            got=f"exit status {status}",
+            expected="0",
+            fix="its message stands above; run again to go on",
+        )

@@ -1,0 +1,264 @@
+"""Read a finished folder of `nemo-upcycle data`: what can be trained on, in which shares, and whether it is whole."""
+
+from __future__ import annotations
+
+import logging
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.data.dense import ensure_dense
+from nemo_upcycle.data.indexed_dataset import HEADER, MAGIC, TOKEN_BYTES
+from nemo_upcycle.data.tokenizers import open_tokenizer, tokenizer_sha256
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.sources.megatron_checkpoint import is_megatron
+from nemo_upcycle.utils.files import read_json, read_json_lines, require_complete, resolved
+
+
+logger = logging.getLogger(__name__)
+#: Of the manifest; and what the folder holds.
+FORMAT = 1
+MANIFEST, CONTAMINATION, HELDOUT, TOKENIZER, TOKENS = (
+    "manifest.json",
+    "contamination.json",
+    "heldout.jsonl",
+    "tokenizer",
+    "tokens",
+)
+_AGAIN = "run `nemo-upcycle data BLEND DIR` again, or copy the folder again"
+
+
+@dataclass(frozen=True)
+class FinishedBlend:
+    """A finished folder and its manifest.
+
+    Attributes:
+        folder: absolute, without links: Megatron names its indices after the paths of the data.
+        manifest: as `nemo-upcycle data` writes it.
+        tokens: by split (`train`, `validation`) and source, the tokens of each prefix, relative to `folder`.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    tokens: dict[str, dict[str, dict[str, int]]]
+
+    @property
+    def name(self) -> str:
+        """Return the name of the blend."""
+        return str(self.manifest["blend"])
+
+    @cached_property
+    def shares(self) -> dict[str, float]:
+        """Return the share that each source has in the training sequences; together they are 1."""
+        weights = {source: float(self.manifest["sources"][source]["weight"]) for source in self.tokens["train"]}
+        return {source: weight / sum(weights.values()) for source, weight in weights.items()}
+
+    @property
+    def contamination(self) -> str:
+        """Say which evaluation items were found in the texts; empty where none were looked for."""
+        if not (path := self.folder / CONTAMINATION).is_file():
+            return ""
+        found = {name: counts for name, counts in read_json(path)["sets"].items() if counts["items_hit"]}
+        words = (
+            f"of {counts['items_hit']} items of {name} ({counts['documents']} documents, {counts['bytes']:,} bytes)"
+            for name, counts in found.items()
+        )
+        return f"; removed passages {', '.join(words)}" if found else "; no evaluation item was found in it"
+
+    @property
+    def card(self) -> str:
+        """Return what a model card says of the data: sources, their shares and licences."""
+        tokens = self.manifest["splits"]["train"]["tokens"]
+        sources = (
+            f"{source} ({100 * share:.3g} %; {self.manifest['sources'][source]['license']})"
+            for source, share in self.shares.items()
+        )
+        return f"blend {self.name}, {tokens:,} tokens of text to train on: {', '.join(sources)}{self.contamination}"
+
+    def paths(self, seq_length: int) -> dict[str, list[str]]:
+        """Return `paths` of NeMo's `PreTrainingDataModule`: by split, weights and prefixes in turn, sorted by prefix.
+
+        A source's weight is spread over its prefixes by their tokens. The order of the prefixes is part of the order
+        of the samples. In validation, prefixes of less than a sequence are omitted: they would be repeated to fill it.
+
+        Args:
+            seq_length: tokens of a sequence.
+
+        Raises:
+            UpcycleError: a source has not one sequence to train on, or no prefix has one to validate on.
+        """
+        for source, prefixes in self.tokens["train"].items():
+            self._require_sequence(f"tokens of source {source} to train on", sum(prefixes.values()), seq_length)
+        longest = max((max(prefixes.values()) for prefixes in self.tokens["validation"].values()), default=0)
+        self._require_sequence("tokens of the longest validation file", longest, seq_length)
+        train = self._weighted("train", 0)
+        validation = self._weighted("validation", seq_length)
+        return {"train": train, "validation": validation, "test": list(validation)}
+
+    def _require_sequence(self, what: str, tokens: int, seq_length: int) -> None:
+        if tokens <= seq_length:
+            raise UpcycleError(
+                f"{what} in {self.folder}",
+                got=tokens,
+                expected=f"more than one sequence ({seq_length})",
+                fix="give the blend more text, leave the source out, or lower data.seq_length",
+            )
+
+    def _weighted(self, split: str, longer_than: int) -> list[str]:
+        weights = {
+            prefix: self.manifest["sources"][source]["weight"] * tokens / sum(prefixes.values())
+            for source, prefixes in self.tokens[split].items()
+            for prefix, tokens in prefixes.items()
+            if tokens > longer_than
+        }
+        return [word for prefix in sorted(weights) for word in (repr(weights[prefix]), str(self.folder / prefix))]
+
+    def num_train_samples(self, seq_length: int, run_tokens: int | None = None) -> int:
+        """Return for how many samples Megatron shall lay out the training data, whatever the length of the run.
+
+        Megatron shuffles all epochs that a number of samples takes: another number is another order. So the number
+        is that of the longest run: `run_tokens`, or those of the manifest, or each token of the data once; and a
+        hundredth more, for the last step of a run is whole.
+
+        Args:
+            seq_length: tokens of a sequence.
+            run_tokens: tokens of the longest run, in place of the manifest's.
+        """
+        tokens = run_tokens or self.manifest["run_tokens"] or self.manifest["splits"]["train"]["tokens"]
+        return -(-101 * tokens // (100 * seq_length))
+
+    def epochs(self, tokens: float) -> dict[str, float]:
+        """Return how often each source is read in a run of that many tokens."""
+        return {source: tokens * self.shares[source] / self._total(source) for source in self.shares}
+
+    def _total(self, source: str) -> int:
+        return sum(self.tokens["train"][source].values())
+
+    def describe(self, steps: int, step_tokens: int) -> str:
+        """Return what a run reads of the blend, a line for each source.
+
+        Args:
+            steps: of the run.
+            step_tokens: tokens of a step, over all ranks.
+        """
+        read = steps * step_tokens
+        total = sum(self._total(source) for source in self.shares)
+        lines = [f"data: blend {self.name}, {total:,} tokens; {steps} steps read {read:,} tokens"]
+        for source, epochs in self.epochs(read).items():
+            share, tokens = self.shares[source], self._total(source)
+            lines.append(f"  {source}: {100 * share:.1f} % of the run, {epochs:.2f} epochs of {tokens:,} tokens")
+        return "\n".join(lines)
+
+    def heldout(self) -> list[tuple[str, str]]:
+        """Return id and text of the documents that were held out for perplexity."""
+        return [(line["id"], line["text"]) for _, line in read_json_lines(self.folder / HELDOUT)]
+
+    def require_tokenizer_of(self, dense: str) -> None:
+        """Check that the data were made with the tokenizer of a dense model.
+
+        Args:
+            dense: as in `ensure_dense`, or a NeMo or Megatron checkpoint; of one that holds no tokenizer, a message
+                says that it was not compared.
+
+        Raises:
+            UpcycleError: they were not, or the dense model cannot be read.
+        """
+        folder = _tokenizer_folder(dense)
+        if folder is None:
+            logger.warning("%s holds no tokenizer: not compared with that of %s", dense, self.folder)
+            return
+        got, expected = self.manifest["tokenizer"]["sha256"], tokenizer_sha256(open_tokenizer(folder))
+        if got != expected:
+            raise UpcycleError(
+                f"tokenizer of {self.folder}",
+                got=f"sha256 {got[:16]}...",
+                expected=f"that of the dense model {dense}, {expected[:16]}...",
+                fix="run `nemo-upcycle data` with the tokenizer of the model, or start from the model of the data",
+            )
+
+
+def open_blend(folder: str | Path) -> FinishedBlend:
+    """Read the manifest of a finished folder and check its files against it.
+
+    Reads the headers of the index files, and no token.
+
+    Args:
+        folder: the output of `nemo-upcycle data BLEND DIR`.
+
+    Raises:
+        UpcycleError: the folder is not finished, of another format, or a file is missing or of another size.
+
+    Example:
+        >>> open_blend("data/redpajama").paths(seq_length=8192)  # doctest: +SKIP
+    """
+    folder = resolved(Path(folder).expanduser())
+    require_complete(folder, "data folder", "run `nemo-upcycle data BLEND DIR` with it as DIR")
+    manifest = read_json(folder / MANIFEST)
+    found = manifest.get("format") if isinstance(manifest, dict) else "no JSON object"
+    if found != FORMAT:
+        raise UpcycleError(
+            f"format of {folder / MANIFEST}",
+            got=found,
+            expected=FORMAT,
+            fix="make the folder with `nemo-upcycle data` of this version",
+        )
+    tokens = {
+        split: {
+            source: _measured(folder, f"source {source}, {split}", entry["splits"][split])
+            for source, entry in sorted(manifest["sources"].items())
+            if entry["splits"].get(split, {}).get("tokens")
+        }
+        for split in ("train", "validation")
+    }
+    return FinishedBlend(folder, manifest, tokens)
+
+
+def _measured(folder: Path, what: str, split: dict[str, Any]) -> dict[str, int]:
+    tokens = {prefix: _tokens_of(folder / prefix) for prefix in split["prefixes"]}
+    if sum(tokens.values()) != split["tokens"]:
+        raise UpcycleError(
+            f"tokens of {what} in {folder}", got=sum(tokens.values()), expected=split["tokens"], fix=_AGAIN
+        )
+    return {prefix: count for prefix, count in tokens.items() if count}
+
+
+def _tokens_of(prefix: Path) -> int:
+    """Return the tokens of an indexed dataset, whose two files must have the sizes that they state."""
+    index, data = (prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".bin"))
+    _require_size(index, HEADER.size, at_least=True)
+    with index.open("rb") as handle:
+        magic, _, code, sequences, documents = HEADER.unpack(handle.read(HEADER.size))
+        if magic != MAGIC or code not in TOKEN_BYTES:
+            raise UpcycleError(str(index), got="other bytes", expected="an index of Megatron's", fix=_AGAIN)
+        _require_size(index, HEADER.size + 12 * sequences + 8 * documents)
+        if not sequences:
+            return 0
+        # Lengths in tokens, 4 bytes each, then where each sequence begins, 8 bytes each.
+        handle.seek(HEADER.size + 4 * (sequences - 1))
+        (length,) = struct.unpack("<i", handle.read(4))
+        handle.seek(HEADER.size + 4 * sequences + 8 * (sequences - 1))
+        (start,) = struct.unpack("<q", handle.read(8))
+    size_bytes = start + length * TOKEN_BYTES[code]
+    _require_size(data, size_bytes)
+    return size_bytes // TOKEN_BYTES[code]
+
+
+def _require_size(path: Path, size_bytes: int, *, at_least: bool = False) -> None:
+    found = path.stat().st_size if path.is_file() else None
+    if found is None or found < size_bytes or (found > size_bytes and not at_least):
+        raise UpcycleError(
+            str(path),
+            got="no such file" if found is None else f"{found} bytes",
+            expected=f"{size_bytes} bytes{' or more' if at_least else ''}",
+            fix=_AGAIN,
+        )
+
+
+def _tokenizer_folder(dense: str) -> Path | None:
+    path = Path(dense.removeprefix("nemo://"))
+    if dense.startswith("nemo://") or is_megatron(path):
+        own = path / "context/nemo_tokenizer"  # where NeMo 2 keeps it
+        return own if own.is_dir() else None
+    return ensure_dense(dense)

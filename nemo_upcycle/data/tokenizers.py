@@ -1,0 +1,73 @@
+"""The tokenizer that travels with tokenised data, and the hash by which it is known again."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.data.dense import require_tokenizer
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.models.hf_model import load_tokenizer
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a dense model's folder.
+
+    Raises:
+        CheckpointError: the folder holds none that transformers reads, or one without an end-of-text token.
+    """
+    require_tokenizer(folder)
+    try:
+        tokenizer = load_tokenizer(folder)
+    except Exception as error:  # the tokenizers library raises a plain Exception for a damaged file
+        raise CheckpointError(
+            f"tokenizer in {folder}",
+            got=str(error).splitlines()[0],
+            expected="files that transformers reads",
+            fix="copy the dense model's tokenizer files again",
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise CheckpointError(
+            f"eos_token of the tokenizer in {folder}",
+            got=None,
+            expected="a token that closes a document",
+            fix="set eos_token in tokenizer_config.json",
+        )
+    return tokenizer
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Return the hash of what decides the ids: the tokenizer's own description, without padding or names."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def save_tokenizer(dense: Path, folder: Path) -> dict[str, Any]:
+    """Save a dense model's tokenizer for training, with a padding token that stands in no document.
+
+    Training has to use this folder, for two reasons. NeMo copies the folder of its tokenizer into every checkpoint,
+    and the dense model's folder holds all its weights. And Megatron's datasets mask the padding token in the loss and
+    replace it by token 0: many models pad with their end-of-text token, which the model would then never learn.
+    Special tokens stand in no document: the data engine reads their names in a text as text.
+
+    Args:
+        dense: the dense model's folder.
+        folder: where to; replaced if it is there.
+
+    Returns:
+        `vocab_size`, `eos_id`, `pad_id` and `sha256`.
+
+    Raises:
+        CheckpointError: as in `open_tokenizer`.
+    """
+    tokenizer = open_tokenizer(dense)
+    found = {"vocab_size": len(tokenizer), "eos_id": tokenizer.eos_token_id, "sha256": tokenizer_sha256(tokenizer)}
+    special = [tokenizer.pad_token, tokenizer.bos_token, *tokenizer.additional_special_tokens]
+    tokenizer.pad_token = next((token for token in special if token and token != tokenizer.eos_token), None)
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    tokenizer.save_pretrained(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+    return found | {"pad_id": tokenizer.pad_token_id}

@@ -1,0 +1,85 @@
+"""A small finished folder, as `nemo-upcycle data` leaves it, with Megatron's own writer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from nemo_upcycle.data.finished import MANIFEST, TOKENIZER
+from nemo_upcycle.data.tokenizers import open_tokenizer, tokenizer_sha256
+from nemo_upcycle.utils.files import MARKER, write_json
+
+
+#: By source: its weight, and by split the documents of each file; a document has 20 to 60 tokens.
+SOURCES: dict[str, tuple[float, dict[str, list[int]]]] = {
+    "talks": (0.7, {"train": [90], "validation": [12]}),
+    "books": (0.3, {"train": [40, 20], "validation": [8]}),
+}
+
+
+def write_blend(
+    folder: Path, dense: Path, sources: Any = None, texts: dict[str, list[str]] | None = None, **manifest: Any
+) -> Path:
+    """Write a finished folder of random tokens, or of texts, for the tokenizer of a dense model; return it.
+
+    Args:
+        folder: to make.
+        dense: the dense model.
+        sources: as `SOURCES`.
+        texts: by split, those of the one source; in place of random tokens.
+        manifest: entries to change.
+    """
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    tokenizer = open_tokenizer(dense)
+    numbers = numpy.random.RandomState(5)
+    (folder / "tokens").mkdir(parents=True)
+    entries: dict[str, Any] = {}
+    if texts:
+        sources = {"texts": (1.0, {split: [len(documents)] for split, documents in texts.items()})}
+    for source, (weight, files) in (sources or SOURCES).items():
+        splits = {}
+        for split, sizes in files.items():
+            prefixes, tokens = [], 0
+            for number, documents in enumerate(sizes):
+                prefixes.append(f"tokens/{source}_{split}_{number:02d}_text_document")
+                path = str(folder / prefixes[-1])
+                builder = IndexedDatasetBuilder(f"{path}.bin", dtype=DType.optimal_dtype(len(tokenizer)))
+                for position in range(documents):
+                    if texts:
+                        ids = tokenizer(texts[split][position], add_special_tokens=False, verbose=False)["input_ids"]
+                    else:
+                        ids = numbers.randint(0, 200, numbers.randint(20, 60)).tolist()
+                    ids.append(tokenizer.eos_token_id)
+                    builder.add_document(ids, [len(ids)])
+                    tokens += len(ids)
+                builder.finalize(f"{path}.idx")
+            splits[split] = {"prefixes": prefixes, "documents": sum(sizes), "tokens": tokens, "bytes": 4 * tokens}
+        entries[source] = {"weight": weight, "license": "none", "trains": [], "splits": splits}
+    digest = tokenizer_sha256(tokenizer)
+    tokenizer.pad_token = tokenizer.unk_token
+    tokenizer.save_pretrained(folder / TOKENIZER)
+    train = sum(entry["splits"]["train"]["tokens"] for entry in entries.values())
+    written = {
+        "format": 1,
+        "blend": "tiny",
+        "seed": 1234,
+        "seq_length": 16,
+        "run_tokens": None,
+        "max_epochs": 4.0,
+        "tokenizer": {"vocab_size": len(tokenizer), "eos_id": tokenizer.eos_token_id, "sha256": digest},
+        "sources": entries,
+        "splits": {"train": {"tokens": train}},
+    }
+    write_json(folder / MANIFEST, written | manifest)
+    write_json(folder / MARKER, {})
+    return folder
+
+
+def set_manifest(folder: Path, **entries: Any) -> None:
+    """Change entries of a finished folder's manifest."""
+    from nemo_upcycle.utils.files import read_json
+
+    write_json(folder / MANIFEST, read_json(folder / MANIFEST) | entries)

@@ -1,0 +1,195 @@
+"""`nemo-upcycle data` from texts to a folder that training opens, with the real engine in its own environment."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from nemo_upcycle.data.finished import open_blend
+from nemo_upcycle.utils.files import read_json
+from tests.functional.tiny import write_parent
+from tests.planted import questions
+
+
+pytestmark = pytest.mark.slow
+_WORDS = [f"word{number}" for number in range(500)]
+TASK = """
+task: capitals
+dataset_path: json
+dataset_kwargs: {data_files: {train: FOLDER/capitals.jsonl, test: FOLDER/capitals.jsonl}}
+training_split: train
+test_split: test
+output_type: generate_until
+doc_to_text: "Question: {{question}}\\nAnswer:"
+doc_to_target: "{{answer}}"
+"""
+BLEND = """
+sources:
+  web: {train: ["web/*.jsonl.gz"], weight: 0.6, license: CC0, tokens: 100000}
+  mine: {train: ["mine/*.txt"], validation: [watched.txt], heldout: [held.txt], weight: 0.3, on_hit: drop}
+  questions: {reader: lm_eval, train: [capitals], weight: 0.1, options: {include_path: tasks}, trains: [capitals]}
+hold_out: {validation: 0.05, heldout: 0.05}
+seq_length: 16
+run_tokens: 100000
+decontaminate: [full]
+tokenizer: parent
+"""
+
+
+def _text(seed: int, words: int = 60) -> str:
+    return " ".join(random.Random(seed).choices(_WORDS, k=words))
+
+
+def _planted() -> str:
+    """Return a question of MMLU, in a text."""
+    row = max(questions(), key=lambda row: len(row["question"]))
+    return f"{_text(1, 200)} {row['question']} {_text(2, 200)}"
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A blend of three sources, with everything in it that is removed."""
+    folder = tmp_path_factory.mktemp("texts")
+    write_parent(folder / "parent")
+    for name in ("web", "mine", "tasks"):
+        (folder / name).mkdir()
+    for part in range(3):
+        lines = [json.dumps({"id": f"{part}-{n}", "text": _text(1000 * part + n)}) for n in range(200)]
+        lines[7:7] = ["{broken", json.dumps(["no object"]), json.dumps({"id": "none"}), lines[3]]
+        (folder / f"web/{part}.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    (folder / "mine/planted.txt").write_text(_planted())
+    (folder / "mine/again.txt").write_text(_text(9001))
+    (folder / "mine/own.txt").write_text(_text(9002))
+    (folder / "held.txt").write_text(_text(9001))  # held out, so the copy to train on goes
+    (folder / "watched.txt").write_text(_text(9003))
+    rows = [{"question": f"What is the capital of {word}?", "answer": f"{word} city"} for word in _WORDS[:50]]
+    (folder / "capitals.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "tasks/capitals.yaml").write_text(TASK.replace("FOLDER", str(folder)))
+    (folder / "mine.yaml").write_text(BLEND.replace("tokenizer: parent", f"tokenizer: {folder / 'parent'}"))
+    return folder
+
+
+def _data(texts: Path, output: Path, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "nemo_upcycle.cli", "data", str(texts / "mine.yaml"), str(output), *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def _answer(texts: Path, output: Path, *words: str) -> tuple[int, str, str]:
+    with _data(texts, output, *words) as process:
+        said, errors = process.communicate(timeout=300)
+    return process.returncode, said, errors
+
+
+def _bytes(folder: Path) -> dict[str, str]:
+    """Return the hash of every file that training or a reader of the folder opens."""
+    files = [*folder.glob("tokens/*"), *folder.glob("tokenizer/*"), *folder.glob("*.json*")]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def built(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("built") / "data"
+    status, said, errors = _answer(texts, output)
+    assert status == 0, errors
+    assert "web:" in said
+    assert "removed: 3 documents, read broken JSON" in said
+    return output
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "manifest.json")
+
+
+def test_every_document_is_accounted_for(built: Path) -> None:
+    sources = _manifest(built)["sources"]
+    for source in sources.values():
+        for step in source["steps"].values():
+            assert step["in"] == step["kept"] + sum(step["removed"].values())
+    assert sources["web"]["steps"]["read"]["in"] == 3 * 204
+    assert sum(sources["web"]["steps"]["read"]["removed"].values()) == 3 * 3
+    assert sources["web"]["steps"]["deduplicate"]["removed"] == {"duplicate": 3}
+    assert sources["mine"]["steps"]["deduplicate"]["removed"] == {"duplicate": 1}
+    assert sources["mine"]["steps"]["decontaminate"]["removed"] == {"dropped": 1}
+    assert sources["questions"]["splits"]["train"]["documents"] > 40
+
+
+def test_training_opens_the_folder(built: Path, texts: Path) -> None:
+    blend = open_blend(built)
+    blend.require_tokenizer_of(str(texts / "parent"))
+    assert blend.shares == pytest.approx({"mine": 0.3, "questions": 0.1, "web": 0.6})
+    assert len(blend.paths(16)["train"]) == 6
+    ids = {identity for identity, _ in blend.heldout()}
+    assert "held.txt" in ids
+    assert len(ids) > 10
+    dataset = IndexedDataset(str(built / _manifest(built)["sources"]["mine"]["splits"]["train"]["prefixes"][0]))
+    assert len(dataset) == 1  # own.txt
+    assert dataset[0][-1] == _manifest(built)["tokenizer"]["eos_id"]
+
+
+def test_the_planted_question_is_reported(built: Path) -> None:
+    found = read_json(built / "contamination.json")["sets"]["mmlu"]
+    assert found["documents"] == 1
+    assert found["examples"][0]["where"].endswith("planted.txt:1")
+    said = open_blend(built).contamination
+    assert said == f"; removed passages of 1 items of mmlu (1 documents, {found['bytes']:,} bytes)"
+
+
+def test_the_same_again_is_done_already_and_another_blend_is_refused(texts: Path, built: Path) -> None:
+    before = _bytes(built)
+    start_s = time.monotonic()
+    assert _answer(texts, built)[0] == 0
+    assert time.monotonic() - start_s < 60
+    assert _bytes(built) == before
+    status, _, errors = _answer(texts, built, "seed=7")
+    assert status == 2
+    assert "got another blend's (seed differ), expected an empty folder, or this blend's" in errors
+    assert _bytes(built) == before
+
+
+def test_two_workers_and_kills_give_the_same_bytes(texts: Path, built: Path, tmp_path: Path) -> None:
+    for wait_s in (1.5, 4.0, 6.0, 8.0):
+        with _data(texts, tmp_path / "data", "--workers", "2") as process:
+            time.sleep(wait_s)
+            os.killpg(process.pid, signal.SIGKILL)
+    status, _, errors = _answer(texts, tmp_path / "data", "--workers", "2")
+    assert status == 0, errors
+    assert _bytes(tmp_path / "data") == _bytes(built)
+
+
+def test_ctrl_c_stops_and_says_how_to_go_on(texts: Path, tmp_path: Path) -> None:
+    with _data(texts, tmp_path / "data") as process:
+        deadline_s = time.monotonic() + 60
+        while not (tmp_path / "data/work/plan.json").exists() and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "run again to go on" in errors
+    assert not (tmp_path / "data/_SUCCESS.json").exists()
+
+
+def test_strict_ends_at_the_first_broken_line(texts: Path, tmp_path: Path) -> None:
+    status, _, errors = _answer(texts, tmp_path / "data", "--strict")
+    assert status == 2
+    assert "0.jsonl.gz:8: got broken JSON" in errors
+    assert "Traceback" not in errors
+
+
+def test_check_reads_and_writes_nothing(texts: Path, tmp_path: Path) -> None:
+    status, said, errors = _answer(texts, tmp_path / "data", "--check")
+    assert status == 0, errors
+    assert "web: 60.0%, files 3 train" in said
+    assert "trains capitals" in said
+    assert not (tmp_path / "data").exists()

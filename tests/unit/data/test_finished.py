@@ -1,0 +1,158 @@
+"""What a recipe asks of a finished data folder before it trains on it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_upcycle.data.finished import open_blend
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.files import MARKER, read_json
+from tests.blends import SOURCES, set_manifest, write_blend
+from tests.models import write_llama, write_tokenizer
+
+
+SEQUENCE = 16
+TALKS, BOOKS = "tokens/talks_train_00_text_document", "tokens/books_train_{:02d}_text_document"
+
+
+@pytest.fixture
+def folder(tiny_dense: Path, tmp_path: Path) -> Path:
+    return write_blend(tmp_path / "blend", tiny_dense)
+
+
+def test_weight_of_a_source_is_spread_over_its_files_by_their_tokens(folder: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.core.datasets.utils import get_blend_from_list
+
+    prefixes, weights = get_blend_from_list(open_blend(folder).paths(SEQUENCE)["train"])
+    assert prefixes == [str(folder / name) for name in (BOOKS.format(0), BOOKS.format(1), TALKS)]
+    datasets = [IndexedDataset(prefix) for prefix in prefixes]  # their lengths are gone with them
+    tokens = [int(dataset.sequence_lengths.sum()) for dataset in datasets]
+    books = sum(tokens[:2])
+    assert weights == pytest.approx([0.3 * tokens[0] / books, 0.3 * tokens[1] / books, 0.7])
+
+
+def test_order_of_sources_in_the_manifest_does_not_count(folder: Path) -> None:
+    expected = open_blend(folder).paths(SEQUENCE)
+    set_manifest(folder, sources=dict(reversed(read_json(folder / "manifest.json")["sources"].items())))
+    assert open_blend(folder).paths(SEQUENCE) == expected
+
+
+def test_address_of_the_folder_does_not_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron's indices are named after it."""
+    expected = open_blend(folder).paths(SEQUENCE)
+    monkeypatch.chdir(folder.parent)
+    (folder.parent / "link").symlink_to("blend")
+    assert open_blend("blend").paths(SEQUENCE) == open_blend("link").paths(SEQUENCE) == expected
+
+
+def test_validation_omits_files_shorter_than_a_sequence(tiny_dense: Path, tmp_path: Path) -> None:
+    sources = {"talks": (1.0, {"train": [9], "validation": [20, 1]}), "books": (1.0, {"train": [9]})}
+    blend = open_blend(write_blend(tmp_path / "blend", tiny_dense, sources))
+    paths = blend.paths(seq_length=100)
+    assert paths["validation"][1::2] == [str(blend.folder / "tokens/talks_validation_00_text_document")]
+    assert paths["test"] == paths["validation"]
+
+
+def test_samples_are_those_of_the_longest_run_whatever_the_steps(folder: Path) -> None:
+    blend = open_blend(folder)
+    train = blend.manifest["splits"]["train"]["tokens"]
+    assert blend.num_train_samples(SEQUENCE) == pytest.approx(1.01 * train / SEQUENCE, abs=1)
+    set_manifest(folder, run_tokens=100_000_000_000)
+    blend = open_blend(folder)
+    assert blend.num_train_samples(8192) == 12_329_102  # 1.01e11 / 8192, rounded up
+    assert blend.num_train_samples(8192) >= 23_842 * 512  # the steps of the H100 recipes
+    assert blend.num_train_samples(SEQUENCE, run_tokens=1600) == 101
+
+
+def test_epochs_follow_from_weights_and_tokens(folder: Path) -> None:
+    blend = open_blend(folder)
+    talks = blend.manifest["sources"]["talks"]["splits"]["train"]["tokens"]
+    epochs = blend.epochs(2 * talks / 0.7)
+    assert epochs["talks"] == pytest.approx(2.0)
+    text = blend.describe(steps=3, step_tokens=64)
+    assert text.splitlines()[0].startswith("data: blend tiny, ")
+    assert "3 steps read 192 tokens" in text
+    assert re.search(rf"talks: 70\.0 % of the run, 0\.\d\d epochs of {talks:,} tokens", text)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _lose_a_token(folder: Path) -> None:
+    sources = read_json(folder / "manifest.json")["sources"]
+    sources["books"]["splits"]["train"]["tokens"] += 1
+    set_manifest(folder, sources=sources)
+
+
+DAMAGE: dict[str, Any] = {
+    r"data folder .*: got no _SUCCESS\.json": lambda folder: (folder / MARKER).unlink(),
+    r"format of .*manifest\.json: got 2, expected 1": lambda folder: set_manifest(folder, format=2),
+    r"books_train_01_text_document\.bin: got \d+ bytes": lambda folder: _cut(folder / f"{BOOKS.format(1)}.bin"),
+    r"books_train_01_text_document\.idx: got \d+ bytes": lambda folder: _cut(folder / f"{BOOKS.format(1)}.idx"),
+    r"talks_train_00_text_document\.bin: got no such file": lambda folder: (folder / f"{TALKS}.bin").unlink(),
+    r"talks_train_00_text_document\.idx: got no such file": lambda folder: (folder / f"{TALKS}.idx").unlink(),
+    r"talks_train_00_text_document\.idx: got 3 bytes": lambda folder: (folder / f"{TALKS}.idx").write_bytes(b"abc"),
+    r"talks_train_00_text_document\.idx: got other bytes": lambda folder: (folder / f"{TALKS}.idx").write_bytes(
+        bytes(999)
+    ),
+    r"tokens of source books, train in .*: got \d+, expected \d+": _lose_a_token,
+}
+
+
+@pytest.mark.parametrize("words", DAMAGE)
+def test_damaged_folder_is_refused(folder: Path, words: str) -> None:
+    open_blend(folder)
+    DAMAGE[words](folder)
+    with pytest.raises(UpcycleError, match=rf"{words}.*Fix: "):
+        open_blend(folder)
+
+
+@pytest.mark.parametrize(
+    ("sources", "words"),
+    [
+        ({**SOURCES, "notes": (0.1, {"train": [1]})}, "tokens of source notes to train on"),
+        ({"talks": (1.0, {"train": [90], "validation": [1]})}, "tokens of the longest validation file"),
+        ({"talks": (1.0, {"train": [90]})}, "tokens of the longest validation file in .*: got 0"),
+    ],
+)
+def test_split_shorter_than_a_sequence_is_refused(tiny_dense: Path, tmp_path: Path, sources: Any, words: str) -> None:
+    blend = open_blend(write_blend(tmp_path / "blend", tiny_dense, sources))
+    with pytest.raises(UpcycleError, match=rf"{words}.*expected more than one sequence \(64\)"):
+        blend.paths(seq_length=64)
+
+
+def test_data_of_another_tokenizer_are_refused(folder: Path, tiny_dense: Path, tmp_path: Path) -> None:
+    other = write_tokenizer(write_llama(tmp_path / "other", vocab_size=259))
+    blend = open_blend(folder)
+    blend.require_tokenizer_of(str(tiny_dense))
+    with pytest.raises(UpcycleError, match=rf"tokenizer of {blend.folder}: got sha256 .*, expected that of .*{other}"):
+        blend.require_tokenizer_of(str(other))
+
+
+def test_saved_tokenizer_keeps_the_hash_of_its_parent(folder: Path) -> None:
+    """So training may go on from a NeMo checkpoint, which holds the folder's tokenizer."""
+    from nemo_upcycle.data.tokenizers import open_tokenizer, tokenizer_sha256
+
+    own = tokenizer_sha256(open_tokenizer(folder / "tokenizer"))
+    assert own == open_blend(folder).manifest["tokenizer"]["sha256"]
+
+
+def test_megatron_checkpoint_brings_its_tokenizer_or_is_not_compared(
+    folder: Path, tiny_dense: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    (checkpoint / "weights").mkdir(parents=True)
+    (checkpoint / "weights/.metadata").touch()
+    blend = open_blend(folder)
+    blend.require_tokenizer_of(f"nemo://{checkpoint}")
+    assert "holds no tokenizer: not compared" in caplog.text
+    write_tokenizer(checkpoint / "context/nemo_tokenizer")
+    for address in (f"nemo://{checkpoint}", str(checkpoint)):
+        with pytest.raises(UpcycleError, match="tokenizer of "):
+            blend.require_tokenizer_of(address)

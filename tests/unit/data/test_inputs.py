@@ -1,0 +1,97 @@
+"""What a source names becomes a list of files: patterns, addresses, years, shards of a release."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.data.blend import Blend, BlendConfig, SourceConfig, read_blend
+from nemo_upcycle.data.inputs import list_inputs
+from nemo_upcycle.errors import UpcycleError
+
+
+def _blend(folder: Path, **source: object) -> Blend:
+    return Blend("mine", folder, BlendConfig({"web": SourceConfig(**source)}))  # type: ignore[arg-type]
+
+
+def _write(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x" * len(name))
+
+
+def test_patterns_are_relative_to_the_yaml_file_and_sorted(tmp_path: Path) -> None:
+    _write(tmp_path, "a/2.txt", "a/1.jsonl.gz", "a/b/3.parquet", "v.txt")
+    found = list_inputs(_blend(tmp_path, train=["a/**/*", "a/2.txt"], validation=["v.txt"]), "web", tmp_path)
+    assert [(Path(file.path).name, file.reader, file.size_bytes) for file in found["train"]] == [
+        ("1.jsonl.gz", "jsonl", 12),
+        ("2.txt", "text", 7),
+        ("3.parquet", "parquet", 13),
+    ]
+    assert [file.path for file in found["validation"]] == [str(tmp_path / "v.txt")]
+    assert found["heldout"] == []
+
+
+def test_addresses_are_opened_by_fsspec(tmp_path: Path) -> None:
+    import fsspec
+
+    with fsspec.open("memory://shelf/one.txt", "w") as handle:
+        handle.write("text")
+    for entry in ("memory://shelf/*.txt", "memory://shelf/one.txt", f"file://{tmp_path}/*.txt"):
+        _write(tmp_path, "two.txt")
+        (file,) = list_inputs(_blend(tmp_path, train=[entry]), "web", tmp_path)["train"]
+        assert "://" in file.path
+        assert file.size_bytes
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ({"train": ["*.txtt"]}, "pattern *.txtt: got no file"),
+        ({"train": ["absent.txt"]}, "pattern absent.txt: got no file"),
+        ({"train": ["*.pdf"]}, "got another kind, expected .txt, .jsonl"),
+        ({"train": ["*.txt"], "reader": "filez"}, "reader 'filez' does not exist. Did you mean 'files'?"),
+        ({"train": ["*.txt"], "heldout": ["a.txt"]}, "got in train and heldout, expected in one split"),
+        ({"train": ["*.txt"], "options": {"text_kei": "t"}}, "option of the reader files 'text_kei' does not exist"),
+        ({"train": ["nosuch://x/*.txt"]}, "address nosuch://x/*.txt: got ValueError"),
+        ({"train": ["soon"], "reader": "sotu"}, "years of a split: got 'soon', expected 2007 or '1946-2005'"),
+        ({"train": ["/rp"], "reader": "redpajama_v2"}, "options.snapshots: got none"),
+        (
+            {"train": ["/rp"], "reader": "redpajama_v2", "options": {"snapshots": ["2023-14"], "buckets": ["heads"]}},
+            "options.buckets 'heads' does not exist. Did you mean 'head'?",
+        ),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, source: dict, words: str) -> None:
+    _write(tmp_path, "a.txt", "b.pdf")
+    with pytest.raises(UpcycleError) as caught:
+        list_inputs(_blend(tmp_path, **source), "web", tmp_path)
+    assert words in str(caught.value)
+
+
+def test_shards_of_redpajama_are_sampled_with_the_seed(tmp_path: Path) -> None:
+    options = {"snapshots": ["2023-06", "2023-14"], "shards": 5}
+    found, again = (
+        list_inputs(
+            _blend(tmp_path, train=["https://host/v1/"], reader="redpajama_v2", options=options), "web", tmp_path
+        )
+        for _ in range(2)
+    )
+    assert found == again
+    paths = [file.path for file in found["train"]]
+    assert len(set(paths)) == 5
+    assert all(
+        path.startswith("https://host/v1/documents/2023-") and path.endswith("/en_head.json.gz") for path in paths
+    )
+    first = found["train"][0]
+    name = first.path.removeprefix("https://host/v1/documents/").removesuffix(".json.gz")
+    assert first.options == {
+        "bucket": ["head"],
+        "duplicates": f"https://host/v1/duplicates/{name}.duplicates.parquet",
+    }
+
+
+def test_speeches_are_taken_by_year(tmp_path: Path) -> None:
+    found = list_inputs(read_blend("sotu"), "speeches", tmp_path)
+    assert {split: len(files) for split, files in found.items()} == {"train": 64, "validation": 3, "heldout": 14}

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nemo_upcycle.data.academic import write_training_splits
+from nemo_upcycle.data.evaluation_items import lm_eval_items
+from nemo_upcycle.data.lm_eval_tasks import load_tasks, question_of
+from nemo_upcycle.data.ngrams import NgramIndex
+from nemo_upcycle.errors import UpcycleError
+
+
+#: As lm-eval's own tasks are written: letters, texts of answers after a passage, beginnings to choose from, free text.
+FORMATS: dict[str, dict[str, Any]] = {
+    "lettered": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nAnswer:",
+        "doc_to_choice": ["A", "B"],
+        "doc_to_target": "answer",
+    },
+    "passage": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{support.lstrip()}}\nQuestion: {{question}}\nAnswer:",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "should_decontaminate": True,
+        "doc_to_decontamination_query": "{{support}} {{question}}",
+    },
+    "listed": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "Passage: {{support}}\nQuestion: {{question}}\nChoices:\nA. {{choices[0]}}\nB. {{choices[1]}}\n"
+        "Answer:",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+    },
+    "beginnings": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{answer}}",
+        "doc_to_choice": "{{[question ~ ' ' ~ choices[0], question ~ ' ' ~ choices[1]]}}",
+        "doc_to_target": "{{support}}",
+    },
+    "free": {
+        "output_type": "generate_until",
+        "doc_to_text": "Q: {{question}}\nA:",
+        "doc_to_target": "{{choices[answer]}}",
+        "target_delimiter": "\n",
+    },
+    "several": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "choices",
+    },
+}
+
+
+def row(split: str, number: int, **changed: Any) -> dict[str, Any]:
+    return {
+        "question": f" Which {split} question number {number} is asked?",
+        "support": f"The passage of {split} {number}.",
+        "choices": [f"the {split} one", f"the {split} other"],
+        "answer": number % 2,
+        **changed,
+    }
+
+
+def write_task(folder: Path, name: str, layout: str, rows: dict[str, list[dict[str, Any]]], **changed: Any) -> None:
+    files = {}
+    for split, values in rows.items():
+        files[split] = str(folder / f"{name}.{split}.jsonl")
+        Path(files[split]).write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": files},
+        **{f"{kind}_split": split for kind, split in (("training", "train"), ("test", "test")) if split in rows},
+        **FORMATS[layout],
+        "metric_list": [{"metric": "exact_match" if "generate" in FORMATS[layout]["output_type"] else "acc"}],
+        **changed,
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def tasks_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    for layout in FORMATS:
+        rows = {"train": [row("train", n) for n in range(3)], "test": [row("test", n) for n in range(2)]}
+        write_task(folder, f"own_{layout}", layout, rows)
+    write_task(folder, "own_test_only", "free", {"test": [row("test", 0)]})
+    write_task(folder, "own_dev", "free", {"dev": [row("dev", 0)], "test": [row("test", 0)]}, training_split="dev")
+    write_task(folder, "own_same", "free", {"rows": [row("rows", 0)]}, training_split="rows", test_split="rows")
+    unanswered = [row("train", 0), row("train", 1, answer=-1), row("train", 2)]
+    write_task(folder, "own_unanswered", "lettered", {"train": unanswered, "test": unanswered})
+    group = {"group": "own_group", "task": ["own_passage", "own_lettered"]}
+    (folder / "own_group.yaml").write_text(yaml.safe_dump(group), encoding="utf-8")
+    return folder
+
+
+STEM = "Which test question number 1 is asked?"
+PASSAGE = "The passage of test 1.\n"
+OPTIONS = ("the test one", "the test other")
+
+
+@pytest.mark.parametrize(
+    ("layout", "stem", "options", "answers"),
+    [
+        ("lettered", f"{STEM}\n", OPTIONS, OPTIONS[1:]),
+        ("passage", f"{PASSAGE} {STEM}", OPTIONS, OPTIONS[1:]),
+        ("listed", f"{PASSAGE} {STEM}\n", OPTIONS, OPTIONS[1:]),
+        ("beginnings", f" {STEM} the test other", (), ("The passage of test 1.",)),
+        ("free", STEM, (), OPTIONS[1:]),
+        ("several", f" {STEM}", (), OPTIONS),
+    ],
+)
+def test_documents_are_read_as_questions(
+    tasks_folder: Path, layout: str, stem: str, options: tuple[str, ...], answers: tuple[str, ...]
+) -> None:
+    (task,) = load_tasks([f"own_{layout}"], tasks_folder)[f"own_{layout}"]
+    found = question_of(task, task.eval_docs[1])
+    assert (found.stem.split(), found.options, found.answers) == (stem.split(), options, answers)
+    prompt = (
+        task.doc_to_choice(task.eval_docs[1])[1] if layout == "beginnings" else task.doc_to_text(task.eval_docs[1])
+    )
+    assert found.prompt == prompt
+
+
+def test_items_are_the_documents_that_are_evaluated_in_all_their_forms(tasks_folder: Path) -> None:
+    items = list(lm_eval_items(["own_passage", "own_lettered"], tasks_folder))
+    assert [(item.name, item.id) for item in items] == [
+        ("lm-eval/own_passage", "own_passage/0"),
+        ("lm-eval/own_passage", "own_passage/1"),
+        ("lm-eval/own_lettered", "own_lettered/0"),
+        ("lm-eval/own_lettered", "own_lettered/1"),
+    ]
+    index = NgramIndex.build(items)
+    question = "Which test question number 1 is asked?"
+    for text in (
+        f"He wondered: {question} Nobody knew.",
+        f"{question} the test other",
+        f"{question}\nthe test one\nthe test other",
+        f"{question}\n(A) the test one\n(B) the test other",
+        f"The passage of test 1. {question}",
+        f"The passage of test 1.\nQuestion: {question}\nAnswer: the test other",
+    ):
+        assert any(1 in hit.items for hit in index.find(text)), text
+    assert index.find("Which train question number 1 is asked? the train other") == []
+
+
+def test_group_is_one_evaluation_set(tasks_folder: Path) -> None:
+    items = list(lm_eval_items(["own_group"], tasks_folder))
+    assert {item.name for item in items} == {"lm-eval/own_group"}
+    assert [item.id for item in items] == ["own_lettered/0", "own_lettered/1", "own_passage/0", "own_passage/1"]
+
+
+def test_training_splits_are_written_as_worked_examples(tasks_folder: Path, tmp_path: Path) -> None:
+    names = [f"own_{layout}" for layout in FORMATS]
+    counts = write_training_splits(names, tmp_path / "out", tasks_folder)
+    texts = {}
+    for name in names:
+        lines = [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
+        assert [line["id"] for line in lines] == [f"{name}/train/{number}" for number in range(3)]
+        assert counts[name]["documents"] == 3
+        assert counts[name]["bytes"] == sum(len(line["text"].encode()) for line in lines)
+        assert not any("test" in line["text"] for line in lines)
+        texts[name.removeprefix("own_")] = lines[1]["text"]
+    stem = "Which train question number 1 is asked?"
+    assert texts == {
+        "lettered": f"{stem}\nA. the train one\nB. the train other\nAnswer: B",
+        "passage": f"The passage of train 1.\nQuestion:  {stem}\nAnswer: the train other",
+        "listed": f"Passage: The passage of train 1.\nQuestion:  {stem}\nChoices:\nA. the train one\n"
+        "B. the train other\nAnswer: the train other",
+        "beginnings": f" {stem} the train other The passage of train 1.",
+        "free": f"Q:  {stem}\nA:\nthe train other",
+        "several": f" {stem} the train one",
+    }
+
+
+def test_training_splits_are_what_lm_eval_shows_as_examples(tasks_folder: Path, tmp_path: Path) -> None:
+    names = ["own_lettered", "own_passage", "own_free", "own_several"]
+    write_training_splits(names, tmp_path, tasks_folder)
+    for name, (task,) in load_tasks(names, tasks_folder).items():
+        first = json.loads((tmp_path / f"{name}.jsonl").read_text().splitlines()[0])["text"]
+        document = task.training_docs()[0]
+        choices = task.doc_to_choice(document) if task.config.doc_to_choice else None
+        turn = task.build_qa_turn(
+            q=task.doc_to_text(document),
+            c=choices,
+            a=task.doc_to_target(document),
+            tgt_delim=task.config.target_delimiter,
+            few_delim="",
+        )
+        assert first == "".join(message.to_text() for message in turn)
+
+
+def test_unanswered_documents_are_left_out_and_counted(tasks_folder: Path, tmp_path: Path) -> None:
+    counts = write_training_splits(["own_unanswered"], tmp_path, tasks_folder)["own_unanswered"]
+    assert (counts["documents"], counts["unanswered"]) == (2, 1)
+    ids = [json.loads(line)["id"] for line in (tmp_path / "own_unanswered.jsonl").read_text().splitlines()]
+    assert ids == ["own_unanswered/train/0", "own_unanswered/train/2"]
+    (task,) = load_tasks(["own_unanswered"], tasks_folder)["own_unanswered"]
+    assert question_of(task, task.eval_docs[1]).answers == ()
+
+
+@pytest.mark.parametrize("name", ["own_test_only", "own_dev", "own_same"])
+def test_what_is_evaluated_is_never_written(tasks_folder: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UpcycleError, match=rf"training split of lm-eval's task {name}: got .*Fix: remove"):
+        write_training_splits(["own_free", name], tmp_path / "out", tasks_folder)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_task_is_refused_with_the_closest(tasks_folder: Path) -> None:
+    with pytest.raises(UpcycleError, match=r"task: got own_pasage, expected .*own_passage"):
+        load_tasks(["own_pasage"], tasks_folder)
+    assert list(load_tasks(["own_free"], tasks_folder)) == ["own_free"]
+
+
+def test_missing_network_is_one_error_that_names_the_task_and_the_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for constant in ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE"):
+        monkeypatch.setattr(constant, True)  # else it tries for 20 seconds
+    (tmp_path / "own_hub.yaml").write_text(
+        yaml.safe_dump({"task": "own_hub", "dataset_path": "nobody/nothing", "test_split": "test", **FORMATS["free"]})
+    )
+    with pytest.raises(UpcycleError, match=r"data of lm-eval's task own_hub: got .*nobody/nothing.*Fix: .*hub"):
+        load_tasks(["own_hub"], tmp_path)

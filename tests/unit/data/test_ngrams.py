@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nemo_upcycle.data.ngrams import Hit, Item, NgramIndex, cut, removed_spans
+from nemo_upcycle.data.word_hashes import normalise
+from nemo_upcycle.errors import UpcycleError
+
+
+QUESTION = "Which of the two came first, the hen or the egg, and who was there to see it?"
+#: Of the two items of test_hashes_stay_the_same_in_every_version: saved indices depend on them.
+HASHES = ["0x62fc94c9d8d4b568", "0xf0337b0ec4f5ef2f"]
+
+
+def index_of(*texts: str, **options: int) -> NgramIndex:
+    return NgramIndex.build([Item("quiz", str(number), (text,)) for number, text in enumerate(texts)], **options)
+
+
+def slow_find(items: list[Item], text: str, words: int, shortest: int, boilerplate: int) -> list[Hit]:
+    """Find the slow and obvious way."""
+    owners: dict[tuple[str, ...], set[int]] = defaultdict(set)
+    for number, item in enumerate(items):
+        for rendering in item.renderings:
+            parts = rendering.lower().split()
+            size = min(len(parts), words)
+            if size >= shortest:
+                for at in range(len(parts) - size + 1):
+                    owners[tuple(parts[at : at + size])].add(number)
+    found = [(match.group().lower(), match.start(), match.end()) for match in re.finditer(r"\w+", text)]
+    hits: list[tuple[int, int, set[int]]] = []
+    for at in range(len(found)):
+        for size in range(shortest, words + 1):
+            who = owners.get(tuple(word for word, *_ in found[at : at + size]), set())
+            if len(found) < at + size or not 0 < len(who) <= boilerplate:
+                continue
+            if hits and at < hits[-1][1]:
+                first, last, before = hits.pop()
+                hits.append((first, max(last, at + size), before | who))
+            else:
+                hits.append((at, at + size, who))
+    return [Hit(found[first][1], found[last - 1][2], last - first, tuple(sorted(who))) for first, last, who in hits]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_finds_what_an_obvious_search_finds(seed: int) -> None:
+    rng = random.Random(seed)
+    vocabulary = ["a", "be", "See", "d\u00e9", "EE", "\u65e5\u672c"][: rng.randint(2, 6)]
+
+    def some_words(least: int, most: int) -> str:
+        return " ".join(rng.choice(vocabulary) for _ in range(rng.randint(least, most)))
+
+    words, shortest = rng.choice([(13, 6), (8, 6), (5, 3), (4, 4), (1, 1)])
+    items = [Item("set", str(n), tuple(some_words(1, 20) for _ in range(3))) for n in range(30)]
+    plain = [Item(i.name, i.id, tuple(r.replace("\u00e9", "e") for r in i.renderings)) for i in items]
+    pieces = [piece for item in items for piece in (some_words(1, 1500), rng.choice(item.renderings))]
+    text = re.sub(" ", lambda _: rng.choice([" ", ", ", "\n", " \u2014 "]), " ".join(pieces))
+    boilerplate = rng.choice([3, 30])
+    index = NgramIndex.build(items, words, shortest, boilerplate)
+    expected = slow_find(plain, text.replace("\u00e9", "e"), words, shortest, boilerplate)
+    assert index.find(text) == expected
+    assert expected or boilerplate == 3
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        QUESTION.upper(),
+        QUESTION.replace(" ", "\n"),
+        QUESTION.replace(" ", "\u2014"),
+        QUESTION.replace(" ", " \u2013 ").replace(",", "\u201d"),
+        QUESTION.replace("e", "e\u2019"),
+        QUESTION.replace("e", "\u00ea"),
+        QUESTION.replace("o", "\u00ado"),
+    ],
+)
+def test_case_quotes_dashes_accents_and_line_breaks_do_not_matter(written: str) -> None:
+    text = f"\u201cWell\u201d, he said \u2013 \u201c{written}\u201d \u2013 and left."
+    (hit,) = index_of(QUESTION).find(text)
+    assert (hit.size, hit.items) == (18, (0,))
+    assert written.startswith(text[hit.start : hit.stop])
+    assert len(normalise(written[hit.stop - hit.start :]).strip(b"\0")) == 0
+
+
+def test_short_items_are_found_whole_only() -> None:
+    index = index_of("what is the speed of light", "how fast is it", "what is the speed of sound in air at sea level")
+    assert [hit.items for hit in index.find("Ask: what is the speed of light? And how fast is it?")] == [(0,)]
+    assert index.find("what is the speed of sound in air at a level") == []
+    assert [hit.size for hit in index.find("what is the speed of sound in air at sea level")] == [11]
+    assert index.summary["quiz"] == {"items": 3, "ngrams": 2, "ignored": 0, "too_short": 1, "only_boilerplate": 0}
+
+
+def test_ngrams_of_many_items_are_ignored_and_counted_by_set() -> None:
+    intro = "for which of these two scenarios does the main character do something that is clearly wrong"
+    many = [Item("morals", str(n), (f"{intro} scenario {n} he did number {n} of the things",)) for n in range(11)]
+    only = Item("other", "only", (intro,))
+    rare = Item("other", "rare", ("an item that nobody else has, with more than a dozen words in it altogether",))
+    index = NgramIndex.build([*many, only, rare])
+    assert index.find(f"They asked: {intro}.") == []
+    assert [hit.items for hit in index.find(many[7].renderings[0])] == [(7,)]
+    assert index.summary["morals"]["ignored"] == 5  # four of the intro alone, one more with "scenario"
+    assert index.summary["other"]["ignored"] == 4
+    assert index.summary["other"]["only_boilerplate"] == 1
+    assert index.item(12) == ("other", "rare")
+    assert NgramIndex.build([*many[:10], only, rare]).find(intro)[0].items == (*range(10), 10)
+
+
+def test_items_are_numbered_set_by_set() -> None:
+    index = NgramIndex.build([Item("b", "1", ()), Item("a", "1", ()), Item("b", "2", ())])
+    assert [index.item(number) for number in range(3)] == [("b", "1"), ("b", "2"), ("a", "1")]
+
+
+def test_passages_that_share_words_are_one_and_others_are_not() -> None:
+    index = index_of("one two three four five six seven", "five six seven eight nine ten", words=6)
+    text = "one two three four five six seven eight nine ten. One two three four five six."
+    assert index.find(text) == [Hit(0, 48, 10, (0, 1)), Hit(50, 77, 6, (0,))]
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n\0\n", "?!", "\u2019\u2019", "\ud800", "word"])
+def test_text_without_words_has_no_hits(text: str) -> None:
+    assert index_of(QUESTION).find(text) == []
+    assert index_of().find(text) == []
+    assert cut(text, []) == [part for part in [text] if part.strip()]
+
+
+def test_ten_megabytes_are_searched_in_seconds() -> None:
+    rng = random.Random(0)
+    vocabulary = ["".join(rng.choices("abcdefghij\u2019", k=rng.randint(1, 10))) for _ in range(5000)]
+    filler = " ".join(rng.choices(vocabulary, k=1_700_000))
+    places = [filler.index(" ", at) for at in (0, len(filler) // 2, len(filler) - 100)]
+    text = filler
+    for place in reversed(places):
+        text = f"{text[:place]} {QUESTION} {text[place:]}"
+    assert len(text.encode()) > 10_000_000
+    index = index_of(QUESTION)
+    start_s = time.process_time()
+    hits = index.find(text)
+    assert time.process_time() - start_s < 10
+    assert [text[hit.start : hit.stop] for hit in hits] == [QUESTION.rstrip("?")] * 3
+
+
+def test_saved_index_finds_the_same_and_has_the_same_bytes(tmp_path: Path) -> None:
+    built = index_of(QUESTION, "what is the speed of light")
+    built.save(tmp_path / "deep" / "one.npz")
+    index_of(QUESTION, "what is the speed of light").save(tmp_path / "two.npz")
+    assert (tmp_path / "deep" / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["one.npz"]
+    loaded = NgramIndex.load(tmp_path / "two.npz")
+    text = f"{QUESTION} What is the speed of light?"
+    assert loaded.find(text) == built.find(text) != []
+    assert loaded.summary == built.summary
+    assert loaded.item(1) == ("quiz", "1")
+
+
+def test_hashes_stay_the_same_in_every_version() -> None:
+    index = index_of("what is the speed of light", "Stra\u00dfe na\u00efve don\u2019t 1,000 x\u00b2 end")
+    assert [hex(value) for value in index.arrays["hashes"].tolist()] == HASHES
+
+
+def damage(path: Path, how: str) -> None:
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-200])
+    elif how == "text":
+        path.write_text("no index")
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "other arrays":
+        np.savez(path, a=np.arange(3))
+    elif how == "one array":
+        np.save(path.open("wb"), np.arange(3))
+    elif how == "version":
+        arrays = index_of(QUESTION).arrays
+        np.savez(path, **{**arrays, "settings": arrays["settings"] + 1})
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["truncated", "text", "empty", "other arrays", "one array", "version", "missing"])
+def test_what_is_no_index_is_refused(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "index.npz"
+    index_of(QUESTION).save(path)
+    damage(path, how)
+    with pytest.raises(UpcycleError, match=r"n-gram index .*index\.npz: got .*Fix: "):
+        NgramIndex.load(path)
+
+
+@pytest.mark.parametrize(("words", "shortest"), [(5, 6), (13, 0), (65, 6)])
+def test_impossible_sizes_are_refused(words: int, shortest: int) -> None:
+    with pytest.raises(UpcycleError, match="words of an n-gram: got"):
+        NgramIndex.build([], words, shortest)
+
+
+def test_cut_keeps_what_lies_further_than_the_margin() -> None:
+    before, after = "b" * 30 + " word" * 100, "word " * 100 + "a" * 30
+    text = f"{before} {QUESTION} {after}"
+    hits = index_of(QUESTION).find(text)
+    first, second = cut(text, hits, margin=100)
+    assert text.startswith(first)
+    assert text.endswith(second)
+    start, stop = text.index(QUESTION), text.index("?")
+    assert start - 105 <= len(first) <= start - 100
+    assert stop + 100 <= len(text) - len(second) <= stop + 105
+    assert first.endswith(" word")
+    assert second.startswith("word ")
+    assert cut(text, hits, margin=1000) == []
+    assert cut(text, []) == [text]
+
+
+def test_cut_ends_between_words_where_one_is_near() -> None:
+    text = "x" * 500
+    assert removed_spans(text, [Hit(250, 260, 1, (0,))], 100) == [(150, 360)]
+    assert removed_spans(text, [Hit(140, 360, 1, (0,))], 100) == [(0, 500)]  # no scrap of a word is left
+    assert cut("one two three four five six", [Hit(9, 12, 1, (0,))], 0) == ["one two", "four five six"]
+
+
+def test_cut_joins_margins_that_meet_in_any_order_of_hits() -> None:
+    text = "word " * 200
+    hits = [Hit(600, 604, 1, (0,)), Hit(100, 104, 1, (0,)), Hit(150, 154, 1, (0,)), Hit(100, 400, 60, (0,))]
+    spans = removed_spans(text, hits, 50)
+    assert spans == [(49, 455), (549, 655)]
+    assert cut(text, hits, 50) == [text[:49], text[455:549], text[655:]]

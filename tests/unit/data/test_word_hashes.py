@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import unicodedata
+
+import numpy as np
+import pytest
+
+from nemo_upcycle.data.word_hashes import HashFilter, normalise, origin, word_blocks
+
+
+def words_of(text: str) -> list[str]:
+    return [word.decode() for word in normalise(text).split(b"\0") if word]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Don't stop-now", ["dont", "stop", "now"]),
+        ("Don\u2019t stop\u2014now", ["dont", "stop", "now"]),
+        ("DON\u02bcT stop\u2011now", ["dont", "stop", "now"]),
+        ("rock \u2018n\u2019 roll", ["rock", "n", "roll"]),
+        ("one\r\n\ttwo\u00a0three\u2003four", ["one", "two", "three", "four"]),
+        ("co\u00adoperate zero\u200bwidth", ["cooperate", "zerowidth"]),
+        ("Stra\u00dfe STRASSE", ["strasse", "strasse"]),
+        ("na\u00efve nai\u0308ve NAIVE", ["naive", "naive", "naive"]),
+        ("\ufb01ne \uff26\uff29\uff2e\uff25", ["fine", "fine"]),
+        ("x\u00b2 = \u00bd", ["x2", "1", "2"]),
+        (
+            "\u041c\u043e\u0441\u043a\u0432\u0430 \u65e5\u672c\u3002\u8a9e",
+            ["\u043c\u043e\u0441\u043a\u0432\u0430", "\u65e5\u672c", "\u8a9e"],
+        ),
+        ("1,000 snake_case $x^2$ a\0b", ["1", "000", "snake", "case", "x", "2", "a", "b"]),
+        ("\ud800 lone", ["lone"]),
+        ("... -- !!", []),
+        ("", []),
+    ],
+)
+def test_words_do_not_depend_on_typography(text: str, words: list[str]) -> None:
+    assert words_of(text) == words
+
+
+def test_each_character_is_normalised_on_its_own_so_that_places_can_be_mapped_back() -> None:
+    every = [chr(code) for code in range(0x3000) if unicodedata.category(chr(code)) != "Cs"]
+    text = "".join(f"{char}a" for char in every)
+    assert normalise(text) == b"".join(normalise(char) for char in text)
+    places = origin(text)
+    assert len(places) == len(normalise(text))
+    for place, letter in zip(places.tolist(), normalise(text), strict=True):
+        assert letter in normalise(text[place])
+
+
+def test_hashes_of_ngrams_do_not_depend_on_where_they_stand() -> None:
+    phrase = "an elegant sphinx judged quartz"
+    text = " ".join(f"filler{number} {phrase}" for number in range(5000))  # several blocks
+    found, places = [], set()
+    for block in word_blocks(normalise(text), 4):
+        at = np.flatnonzero(np.isin(block.stops - block.starts, [2]))  # "an"
+        hashes = block.grams(5)
+        at = at[at < len(hashes)]
+        found += hashes[at].tolist()
+        places.update((block.first + at).tolist())
+    assert len(places) == 5000
+    assert len(set(found)) == 1
+
+
+def test_blocks_give_every_ngram_and_all_ways_to_ask_for_one_agree() -> None:
+    text = " ".join(f"w{number % 7919}" for number in range(20_000))
+    places: dict[int, int] = {}
+    for block in word_blocks(normalise(text), 12):
+        hashes = block.grams(13)
+        some = np.arange(0, len(hashes), 7)
+        np.testing.assert_array_equal(hashes[some], block.grams(13, some))
+        for place, value in enumerate(hashes.tolist()):
+            assert places.setdefault(block.first + place, value) == value
+    assert sorted(places) == list(range(20_000 - 12))
+    assert len(set(places.values())) == 7919  # they repeat with the words, and no two differing ones collide
+
+
+def test_word_longer_than_a_block_is_hashed_in_parts() -> None:
+    blocks = list(word_blocks(normalise("a" * 200_000 + " the end"), 2))
+    assert blocks[-1].stops[-1] == 200_008
+    assert len(blocks) > 5
+
+
+def test_filter_passes_every_member_and_few_others() -> None:
+    rng = np.random.default_rng(0)
+    members, others = (rng.integers(0, 2**64, 100_000, np.uint64) for _ in range(2))
+    chosen = HashFilter(members)
+    assert len(chosen.may_hold(members)) == len(members)
+    assert len(chosen.may_hold(others)) < 0.04 * len(others)
+    assert not len(HashFilter(members[:0]).may_hold(others))
