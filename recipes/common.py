@@ -10,6 +10,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from nemo import lightning as nl
 
 from nemo_upcycle.models.megatron_config import moe_fields, router_fields
+from nemo_upcycle.pipeline.recipes_io import train_on
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.training.metrics import MetricsLogger
 from nemo_upcycle.training.optimizer import UpcycleOptimizer
@@ -59,13 +60,15 @@ def use_spec(recipe: run.Partial, spec: UpcycleSpec) -> run.Partial:
     return recipe
 
 
-def start_from(recipe: run.Partial, dense: str, spec: UpcycleSpec | None) -> run.Partial:
-    """Let a training recipe start from a dense checkpoint: upcycled online, or as it is.
+def start_from(recipe: run.Partial, dense: str, spec: UpcycleSpec | None, data: str | None = None) -> run.Partial:
+    """Let a training recipe start from a dense checkpoint, upcycled online or as it is, and train on a data folder.
 
     Args:
         recipe: a NeMo pretraining recipe; changed in place.
         dense: a Hugging Face folder, `hf://ORG/NAME` or `asset://smollm2-135m`.
         spec: how to upcycle; None continues the dense model.
+        data: a finished folder of `nemo-upcycle data`, made with the dense model's tokenizer; None keeps the recipe's
+            data.
 
     Returns:
         The recipe.
@@ -77,6 +80,8 @@ def start_from(recipe: run.Partial, dense: str, spec: UpcycleSpec | None) -> run
     )
     if spec:  # its settings are neutral, but only a run that starts with it can resume with it
         fdl.update_callable(recipe.optim, UpcycleOptimizer)
+    if data is not None:
+        train_on(recipe, data, dense)
     callbacks = [run.Config(MetricsLogger), run.Config(StopOnSignal)]
     recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), *callbacks]
     return recipe

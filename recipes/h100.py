@@ -121,7 +121,7 @@ def paper_training(recipe: run.Partial) -> run.Partial:
 
     Stated: 100B tokens, learning rate 3e-5 to 3e-7, cosine, 100 steps of warm-up. Kept as NeMo has them, for the paper
     does not say: batches of 512 x 8192 tokens (4.2M, what He et al., arXiv 2410.07524, found best), Adam (0.9, 0.95),
-    weight decay 0.1, clipping at 1. The mock data has Llama's vocabulary, so that a run needs no file.
+    weight decay 0.1, clipping at 1. The mock data has Llama's vocabulary: without a data folder a run needs no file.
     """
     recipe.trainer.max_steps = MAX_STEPS
     recipe.trainer.plugins.grad_reduce_in_fp32 = True
@@ -140,6 +140,7 @@ def upcycled(
     trainer: Callable[..., run.Config[nl.Trainer]],
     dense: str,
     spec: UpcycleSpec,
+    data: Optional[str] = None,
 ) -> run.Partial:
     """Turn NeMo's recipe of a dense model into the paper's training of the upcycled one, in place.
 
@@ -149,6 +150,7 @@ def upcycled(
         trainer: of the upcycled model; makes the trainer for the recipe's nodes and callbacks.
         dense: the dense checkpoint to start from: a folder or `hf://ORG/NAME`.
         spec: how to upcycle.
+        data: a finished folder of `nemo-upcycle data`; None trains on NeMo's mock data.
 
     Returns:
         The recipe.
@@ -157,7 +159,7 @@ def upcycled(
     old = recipe.trainer
     recipe.model = model
     recipe.trainer = trainer(num_nodes=old.num_nodes, num_gpus_per_node=old.devices, callbacks=old.callbacks)
-    return adjust(start_from(recipe, dense, spec), recompute_moe_steps=RECOMPUTE_MOE_STEPS, comm_overlap=True)
+    return adjust(start_from(recipe, dense, spec, data), recompute_moe_steps=RECOMPUTE_MOE_STEPS, comm_overlap=True)
 
 
 def fast_run(recipe: run.Partial, tensor_parallelism: int, context_parallelism: int) -> run.Partial:
@@ -204,6 +206,7 @@ def dense_baseline(name: str, nemo_recipe: ModuleType, dense: str) -> Callable[.
         num_gpus_per_node: int = 8,
         performance_mode: bool = False,
         dense: str = dense,
+        data: Optional[str] = None,
         fn: Callable = pretrain,
     ) -> run.Partial:
         """Create a recipe that trains a dense model on, with data, batches and schedule of the upcycled run.
@@ -215,6 +218,7 @@ def dense_baseline(name: str, nemo_recipe: ModuleType, dense: str) -> Callable[.
             num_gpus_per_node (int): Number of GPUs per node.
             performance_mode (bool): NeMo's own optimizations of this model.
             dense (str): The dense checkpoint to start from: a folder or `hf://ORG/NAME`.
+            data (str | None): A finished folder of `nemo-upcycle data`; None: NeMo's mock data, random tokens.
             fn (Callable): The pretraining function to use.
 
         Returns:
@@ -223,11 +227,11 @@ def dense_baseline(name: str, nemo_recipe: ModuleType, dense: str) -> Callable[.
         Examples:
             CLI usage:
                 $ nemo llm pretrain --factory NAME --dryrun
-                $ nemo llm pretrain --factory "NAME(dense='/models/dense')" --yes
+                $ nemo llm pretrain --factory "NAME(dense='/models/dense', data='data/mine')" --yes
         """
         recipe = nemo_recipe.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, fn=fn)
         if performance_mode:  # not an argument of all of NeMo's recipes
             recipe = nemo_recipe.pretrain_performance_optimizations(recipe)
-        return start_from(paper_training(recipe), dense, None)
+        return start_from(paper_training(recipe), dense, None, data)
 
     return pretrain_recipe

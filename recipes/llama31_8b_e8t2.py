@@ -45,11 +45,12 @@ def pretrain_recipe(
     num_gpus_per_node: int = 8,
     performance_mode: bool = False,
     dense: str = "hf://meta-llama/Llama-3.1-8B",
+    data: Optional[str] = None,
     fn: Callable = pretrain,
 ) -> run.Partial:
     """Create the recipe of `llama3_8b_e8t2` for Llama 3.1 8B: the same sizes, layout and training.
 
-    The paper did not train it. Every argument below `dense` changes one setting; None keeps it.
+    The paper did not train it. Every argument below `data` changes one setting; None keeps it.
 
     Args:
         dir (str | None): Directory for saving logs and checkpoints.
@@ -58,6 +59,7 @@ def pretrain_recipe(
         num_gpus_per_node (int): Number of GPUs per node.
         performance_mode (bool): The fast run, see `pretrain_performance_optimizations`.
         dense (str): The dense checkpoint to start from: a folder or `hf://ORG/NAME`.
+        data (str | None): A finished folder of `nemo-upcycle data`; None: NeMo's mock data, random tokens.
         fn (Callable): The pretraining function to use.
 
     Returns:
@@ -69,9 +71,8 @@ def pretrain_recipe(
             $ nemo llm pretrain --factory "llama31_8b_e8t2(performance_mode=True, num_nodes=16)" --yes
 
     Note:
-        Training data is NeMo's mock data, as in NeMo's own recipes: set `recipe.data`.
         A checkpoint with optimizer states takes about 665 GB: the last one is kept, and one more while it is written.
     """
     nemo_recipe = llama31_8b.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, fn=fn)
-    recipe = upcycled(nemo_recipe, model(), trainer, dense, SPEC)
+    recipe = upcycled(nemo_recipe, model(), trainer, dense, SPEC, data)
     return pretrain_performance_optimizations(recipe) if performance_mode else recipe

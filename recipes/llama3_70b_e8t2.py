@@ -49,6 +49,7 @@ def pretrain_recipe(
     num_gpus_per_node: int = 8,
     performance_mode: bool = False,
     dense: str = "hf://meta-llama/Meta-Llama-3-70B",
+    data: Optional[str] = None,
     fn: Callable = pretrain,
 ) -> run.Partial:
     """Create a recipe that trains the upcycled Llama 3 70B as the paper trains the 8B.
@@ -56,7 +57,7 @@ def pretrain_recipe(
     The paper has no 70B. TP8 EP8 PP16 is what Parallel Folding (arXiv 2504.14960) reports for Llama3-8x70B: 41.6 % MFU
     on 256 H100 with sequences of 4096. Chosen here: sequences of 8192, cut in two (CP2), so that a rank holds as many
     tokens as there; one layer in each chunk (VPP5); 512 H100, on which model states take about 32 GiB of each
-    (derived, not measured). Everything else as in `llama3_8b_e8t2`. Every argument below `dense` changes one setting;
+    (derived, not measured). Everything else as in `llama3_8b_e8t2`. Every argument below `data` changes one setting;
     None keeps it.
 
     Args:
@@ -66,6 +67,7 @@ def pretrain_recipe(
         num_gpus_per_node (int): Number of GPUs per node.
         performance_mode (bool): The fast run, see `pretrain_performance_optimizations`.
         dense (str): The dense checkpoint to start from: a folder or `hf://ORG/NAME`.
+        data (str | None): A finished folder of `nemo-upcycle data`; None: NeMo's mock data, random tokens.
         fn (Callable): The pretraining function to use.
 
     Returns:
@@ -77,11 +79,10 @@ def pretrain_recipe(
             $ nemo llm pretrain --factory "llama3_70b_e8t2(performance_mode=True, fp8_recipe='blockwise')" --yes
 
     Note:
-        Training data is NeMo's mock data, as in NeMo's own recipes: set `recipe.data`.
         A checkpoint with optimizer states takes about 6.5 TB: the last one is kept, and one more while it is written.
     """
     nemo_recipe = llama3_70b.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, fn=fn)
-    recipe = upcycled(nemo_recipe, model(), trainer, dense, SPEC)
+    recipe = upcycled(nemo_recipe, model(), trainer, dense, SPEC, data)
     return pretrain_performance_optimizations(recipe) if performance_mode else recipe
 
 

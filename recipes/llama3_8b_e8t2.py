@@ -49,6 +49,7 @@ def pretrain_recipe(
     num_gpus_per_node: int = 8,
     performance_mode: bool = False,
     dense: str = "hf://meta-llama/Meta-Llama-3-8B",
+    data: Optional[str] = None,
     fn: Callable = pretrain,
 ) -> run.Partial:
     """Create a recipe of the paper's main run: BF16, capacity factor 4, 100B tokens, learning rate 3e-5 -> 3e-7.
@@ -62,7 +63,7 @@ def pretrain_recipe(
     - MoE layers recomputed in the first 500 steps: routers start unbalanced, and the paper advises it;
     - communication overlapped: eight virtual stages in place of one make eight times the messages.
 
-    Every argument below `dense` changes one setting of the run; None keeps it. Each is an override, too.
+    Every argument below `data` changes one setting of the run; None keeps it. Each is an override, too.
 
     Args:
         dir (str | None): Directory for saving logs and checkpoints.
@@ -71,6 +72,7 @@ def pretrain_recipe(
         num_gpus_per_node (int): Number of GPUs per node.
         performance_mode (bool): The fast run, see `pretrain_performance_optimizations`.
         dense (str): The dense checkpoint to start from: a folder or `hf://ORG/NAME`.
+        data (str | None): A finished folder of `nemo-upcycle data`; None: NeMo's mock data, random tokens.
         fn (Callable): The pretraining function to use.
 
     Returns:
@@ -79,7 +81,7 @@ def pretrain_recipe(
     Examples:
         CLI usage:
             $ nemo llm pretrain --factory llama3_8b_e8t2 --dryrun
-            $ nemo llm pretrain --factory "llama3_8b_e8t2(dense='/models/Llama-3-8B', num_nodes=16)" --yes
+            $ nemo llm pretrain --factory "llama3_8b_e8t2(data='data/redpajama', num_nodes=16)" --yes
             $ nemo llm pretrain --factory "llama3_8b_e8t2(performance_mode=True, fp8_recipe='blockwise')" --yes
             $ nemo llm pretrain --factory llama3_8b_e8t2 model.config.moe_expert_capacity_factor=2.0 --yes
 
@@ -87,11 +89,10 @@ def pretrain_recipe(
             >>> recipe = pretrain_recipe(num_nodes=16)
 
     Note:
-        Training data is NeMo's mock data, as in NeMo's own recipes: set `recipe.data`.
         A checkpoint with optimizer states takes about 665 GB: the last one is kept, and one more while it is written.
     """
     nemo_recipe = llama3_8b.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, fn=fn)
-    recipe = upcycled(nemo_recipe, model(), trainer, dense, SPEC)
+    recipe = upcycled(nemo_recipe, model(), trainer, dense, SPEC, data)
     return pretrain_performance_optimizations(recipe) if performance_mode else recipe
 
 

@@ -15,7 +15,7 @@ from nemo.collections.llm.recipes.log.default import default_log, default_resume
 from nemo.collections.llm.recipes.optim.adam import distributed_fused_adam_with_cosine_annealing
 
 from nemo_upcycle.cpu.backend import cpu_has_fast_bf16
-from nemo_upcycle.data.module import corpus_data
+from nemo_upcycle.data.blend_module import blend_data
 from nemo_upcycle.recipes.common import checkpoints, start_from
 
 
@@ -93,6 +93,7 @@ def pretrain_recipe(
     num_nodes: int = 1,
     num_gpus_per_node: int = 1,
     dense: str = DENSE,
+    data: Optional[str] = None,
     fn: Callable = pretrain,
 ) -> run.Partial:
     """Create a recipe that continues the pretraining of SmolLM2-135M.
@@ -103,6 +104,7 @@ def pretrain_recipe(
         num_nodes (int): Number of compute nodes to use.
         num_gpus_per_node (int): Number of GPUs (without CUDA: processes) per node.
         dense (str): The dense checkpoint to start from.
+        data (str | None): A finished folder of `nemo-upcycle data`; None: the blend `sotu`, built on first use.
         fn (Callable): The pretraining function to use.
 
     Returns:
@@ -116,11 +118,19 @@ def pretrain_recipe(
         fn,
         model=model(),
         trainer=trainer(num_nodes, num_gpus_per_node),
-        data=run.Config(corpus_data, dense=dense, seq_length=512, global_batch_size=2, micro_batch_size=1),
+        data=run.Config(
+            blend_data,
+            dense=dense,
+            blend="sotu",
+            seq_length=512,
+            global_batch_size=2,
+            micro_batch_size=1,
+            num_workers=0,
+        ),
         log=default_log(dir=dir, name=name),
         # The peak of the upcycling run in the paper is 3e-5 on 8B parameters; small models tolerate more.
         optim=distributed_fused_adam_with_cosine_annealing(warmup_steps=2, constant_steps=0, max_lr=1e-4, min_lr=1e-5),
         resume=default_resume(),
     )
     recipe.log.ckpt = checkpoints(every_n_steps=10)
-    return start_from(recipe, dense, None)
+    return start_from(recipe, dense, None, data)

@@ -72,6 +72,7 @@ def pretrain_recipe(
     num_gpus_per_node: int = 1,
     expert_parallelism: int = 1,
     dense: str = dense_ct.DENSE,
+    data: Optional[str] = None,
     fn: Callable = pretrain,
 ) -> run.Partial:
     """Create a recipe that upcycles SmolLM2-135M online and continues its pretraining.
@@ -83,6 +84,7 @@ def pretrain_recipe(
         num_gpus_per_node (int): Number of GPUs (without CUDA: processes) per node.
         expert_parallelism (int): Degree of expert parallelism.
         dense (str): The dense checkpoint to start from.
+        data (str | None): A finished folder of `nemo-upcycle data`; None: the blend `sotu`, built on first use.
         fn (Callable): The pretraining function to use.
 
     Returns:
@@ -96,7 +98,7 @@ def pretrain_recipe(
         Python API usage:
             >>> recipe = pretrain_recipe(dir="runs/mine")
     """
-    recipe = dense_ct.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, dense, fn)
+    recipe = dense_ct.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, dense, data, fn)
     recipe.model = model()
     recipe.trainer = trainer(expert_parallelism, num_nodes, num_gpus_per_node)
     return start_from(recipe, dense, SPEC)

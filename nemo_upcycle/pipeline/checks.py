@@ -8,8 +8,11 @@ from typing import Any
 
 import nemo_run as run
 
-from nemo_upcycle.data.corpus import check_corpus
+from nemo_upcycle.data.blend import read_blend
+from nemo_upcycle.data.build import check_files
 from nemo_upcycle.data.dense import check_address
+from nemo_upcycle.data.environment import data_python, engine_version
+from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.suite import read_suite_config
 from nemo_upcycle.models.architecture import Architecture
@@ -51,7 +54,7 @@ def check_arguments(run_dir: Path, plan: RunPlan, pretrain: run.Partial, dense_c
     """
     _check_folder(run_dir)
     parent = check_address(plan.dense)
-    check_corpus(plan.corpus)
+    _check_blend(plan.data, is_local(ctx.executor))
     read_suite_config(plan.evaluation)
     for name, recipe in (("pretrain", pretrain), ("dense_ct", dense_ct)):
         if recipe:
@@ -80,6 +83,18 @@ def check_arguments(run_dir: Path, plan: RunPlan, pretrain: run.Partial, dense_c
             folder.outputs()
         if stage.resumable:
             folder.require_same(setting_hashes(stage.settings_of(plan)))
+
+
+def _check_blend(data: str, here: bool) -> None:
+    """Check what a run is trained on: a finished folder, or a blend, its files and, here, what builds it."""
+    if Path(data).is_dir():
+        open_blend(data)
+        return
+    blend = read_blend(data)
+    for source in blend.config.sources:
+        check_files(blend, source)
+    if here:
+        engine_version(data_python())
 
 
 def _check_folder(run_dir: Path) -> None:
@@ -142,3 +157,24 @@ def check_kernels(recipe: run.Partial, where: str = "") -> None:
                 f"{where}model.config.apply_rope_fusion=False"
             ),
         )
+
+
+def check_data(recipe: run.Partial) -> None:
+    """Check the data folder of a recipe, where it trains on one: its files, its tokenizer, the length of the run.
+
+    The tokenizer of a dense model that is still to be fetched is compared when the run starts.
+
+    Raises:
+        UpcycleError: the folder is not finished, damaged or of another tokenizer, or has too little text for the run.
+    """
+    from nemo_upcycle.data.blend_module import blend_data, require_samples
+
+    data = recipe.data
+    if data.__fn_or_cls__ is not blend_data or data.folder is None:
+        return
+    blend = open_blend(data.folder)
+    blend.paths(data.seq_length)
+    samples = blend.num_train_samples(data.seq_length, data.run_tokens)
+    if Path(data.dense.removeprefix("nemo://")).is_dir():
+        blend.require_tokenizer_of(data.dense)
+    require_samples(recipe.trainer.max_steps, data.global_batch_size, data.seq_length, samples)

@@ -21,7 +21,7 @@ from nemo_run.cli.lazy import LazyEntrypoint
 from nemo_run.config import get_type_namespace
 
 from nemo_upcycle.errors import UpcycleError, did_you_mean
-from nemo_upcycle.pipeline.checks import check_kernels, is_local
+from nemo_upcycle.pipeline.checks import check_data, check_kernels, is_local
 from nemo_upcycle.pipeline.console import end_soon
 from nemo_upcycle.pipeline.recipes_io import check_recipe
 from nemo_upcycle.utils.attributes import temporarily_set
@@ -138,6 +138,7 @@ class PretrainContext(CheckedContext):
         check_recipe(task)
         if is_local(self.executor) and not self.dryrun:
             check_kernels(task)
+            check_data(task)
         return task
 
 

@@ -37,8 +37,9 @@ def pipeline(
     dense: str,
     pretrain: run.Partial,
     dense_ct: Optional[run.Partial] = None,
-    corpus: str = "sotu",
+    data: str = "sotu",
     evaluation: str = "demo",
+    corpus: Optional[str] = None,
 ) -> None:
     """Turn a dense checkpoint into a trained, exported and evaluated Mixture-of-Experts model.
 
@@ -51,8 +52,9 @@ def pipeline(
         dense: the dense parent: `asset://smollm2-135m`, `hf://ORG/NAME`, or a Hugging Face folder.
         pretrain: recipe of the upcycled model.
         dense_ct: recipe of the dense baseline; None omits it.
-        corpus: what to train on: a name in conf/data, or a YAML file.
+        data: what to train on: a blend (a name in conf/data, or a YAML file), or a finished folder of `nemo-upcycle`.
         evaluation: what to evaluate: a name in conf/evaluation, or a YAML file.
+        corpus: the former name of `data`.
 
     Raises:
         UpcycleError: an argument or a recipe is not valid, or a stage did not finish.
@@ -61,7 +63,7 @@ def pipeline(
     plan = RunPlan(
         pretrain.log.name,
         _whole_path(dense, folder=True),
-        _whole_path(corpus),
+        _whole_path(corpus or data, folder=True),
         _whole_path(evaluation),
         dump_recipe(pretrain),
         dump_recipe(dense_ct) if dense_ct else None,
@@ -89,7 +91,7 @@ def pipeline(
 def _whole_path(name: str, *, folder: bool = False) -> str:
     """Return the absolute path of an argument that names a folder or a YAML file: a job may run in another folder."""
     path = Path(name).expanduser()
-    is_path = path.is_dir() if folder else path.suffix in (".yaml", ".yml")
+    is_path = path.suffix in (".yaml", ".yml") or (folder and path.is_dir())
     return str(path.absolute()) if is_path else name
 
 

@@ -23,7 +23,7 @@ class RunPlan:
     Args:
         recipe: name of the upcycling recipe, for titles.
         dense: address of the dense parent.
-        corpus: a name in `conf/data`, or a YAML file.
+        data: a blend (a name in `conf/data`, or a YAML file), or a finished folder of `nemo-upcycle data`.
         evaluation: a name in `conf/evaluation`, or a YAML file.
         pretrain: the serialised recipe of the upcycled model.
         dense_ct: the serialised recipe of the dense baseline; None omits it.
@@ -31,7 +31,7 @@ class RunPlan:
 
     recipe: str
     dense: str
-    corpus: str
+    data: str
     evaluation: str
     pretrain: str
     dense_ct: str | None

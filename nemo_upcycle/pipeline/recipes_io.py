@@ -137,10 +137,26 @@ def place_recipe(recipe: run.Partial, folder: Path, dense_folder: Path, data_fol
         recipe: of a training stage.
         folder: where logs and checkpoints go.
         dense_folder: the dense parent.
-        data_folder: the prepared corpus.
+        data_folder: a finished folder of `nemo-upcycle data`.
     """
     recipe.log.explicit_log_dir = str(folder)
     recipe.log.log_dir = None
     recipe.resume.restore_config.path = str(dense_folder)
-    recipe.data.dense = str(dense_folder)
-    recipe.data.folder = str(data_folder)
+    train_on(recipe, data_folder, str(dense_folder))
+
+
+def train_on(recipe: run.Partial, data_folder: str | Path, dense: str) -> None:
+    """Let a recipe train on a finished folder of `nemo-upcycle data`, in place; its batches stay.
+
+    Args:
+        recipe: of a training.
+        data_folder: the folder.
+        dense: the dense model, whose tokenizer the data must have.
+    """
+    from nemo_upcycle.data.blend_module import blend_data
+
+    kept = ("seq_length", "micro_batch_size", "global_batch_size", "num_workers", "seed", "run_tokens")
+    given = {name: value for name in kept if (value := getattr(recipe.data, name, None)) is not None}
+    if recipe.data.__fn_or_cls__ is not blend_data:  # the seed of NeMo's mock data says nothing
+        given.pop("seed", None)
+    recipe.data = run.Config(blend_data, dense=dense, folder=str(data_folder), **given)

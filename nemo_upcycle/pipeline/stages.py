@@ -1,10 +1,11 @@
-"""The stages of the chain: import, upcycle, pretrain, dense_ct, export, evaluate, report.
+"""The stages of the chain: import, data, upcycle, pretrain, dense_ct, export, evaluate, report.
 
 Every stage can be run alone and again. Heavy libraries are imported by the stage that needs them.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,27 @@ SAMPLE_WINDOWS, SAMPLE_WINDOW_TOKENS = 2, 256
 
 
 def import_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
-    """Get the dense parent and tokenise the corpus."""
-    from nemo_upcycle.data.corpus import load_corpus
+    """Get the dense parent."""
     from nemo_upcycle.data.dense import import_dense
-    from nemo_upcycle.data.prepare import prepare_corpus
 
-    dense = import_dense(plan.dense, run_dir / "dense").resolve()
-    manifest = prepare_corpus(load_corpus(plan.corpus), dense, run_dir / "data")
-    return {
-        "dense_folder": str(dense),
-        "tokens": {name: split["tokens"] for name, split in manifest["splits"].items()},
-    }
+    return {"dense_folder": str(import_dense(plan.dense, run_dir / "dense").resolve())}
+
+
+def data_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
+    """Clean the blend and tokenise it with the dense parent's tokenizer; a finished folder is used where it lies."""
+    from nemo_upcycle.data.blend import read_blend
+    from nemo_upcycle.data.build import build_blend
+    from nemo_upcycle.data.finished import open_blend
+
+    dense_folder = dense_folder_of(run_dir)
+    folder = data_folder_of(run_dir, plan)
+    if Path(plan.data).is_dir():
+        open_blend(folder).require_tokenizer_of(str(dense_folder))
+    else:
+        workers = str(os.cpu_count() or 1)
+        build_blend(read_blend(plan.data, [f"tokenizer={dense_folder}"]), folder, ("--workers", workers))
+    splits = open_blend(folder).manifest["splits"]
+    return {"folder": str(folder), "tokens": {name: split["tokens"] for name, split in splits.items()}}
 
 
 def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
@@ -45,7 +56,7 @@ def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
         model_config(recipe, dense=True),
         dense_folder,
         spec_of(recipe),
-        _sample_tokens(run_dir, dense_folder),
+        _sample_tokens(run_dir, plan),
         run_dir / "upcycle" / "hf",
     )
     receipt.write(run_dir / "receipt.json")
@@ -66,21 +77,25 @@ def _where_it_breaks(found: dict[str, Any]) -> str:
     return "look behind the last layer" if first is None else f"look at layer {first}, the first to differ"
 
 
-def _sample_tokens(run_dir: Path, dense_folder: Path) -> Any:
+def _sample_tokens(run_dir: Path, plan: RunPlan) -> Any:
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    from nemo_upcycle.data.prepare import data_arguments
+    from nemo_upcycle.data.finished import open_blend
 
-    dataset = IndexedDataset(data_arguments(run_dir / "data")["paths"]["validation"][0])
-    wanted = SAMPLE_WINDOWS * SAMPLE_WINDOW_TOKENS
-    tokens = torch.cat([torch.from_numpy(dataset[number].astype("int64")) for number in range(len(dataset))])
-    if len(tokens) < wanted:
+    blend = open_blend(data_folder_of(run_dir, plan))
+    wanted, found = SAMPLE_WINDOWS * SAMPLE_WINDOW_TOKENS, [torch.zeros(0, dtype=torch.int64)]
+    for prefix in (prefix for prefixes in blend.tokens["validation"].values() for prefix in prefixes):
+        dataset = IndexedDataset(str(blend.folder / prefix))
+        for number in range(len(dataset)):
+            if sum(map(len, found)) < wanted:
+                found.append(torch.from_numpy(dataset[number].astype("int64")))
+    if len(tokens := torch.cat(found)) < wanted:
         raise StageError(
             "tokens of the validation split",
             got=len(tokens),
             expected=f"{wanted} or more",
-            fix="give the corpus a longer validation split",
+            fix="give the blend a longer validation split",
         )
     return tokens[:wanted].view(SAMPLE_WINDOWS, SAMPLE_WINDOW_TOKENS)
 
@@ -90,25 +105,30 @@ def dense_folder_of(run_dir: Path) -> Path:
     return Path(StageFolder(run_dir, "import").outputs()["dense_folder"])
 
 
+def data_folder_of(run_dir: Path, plan: RunPlan) -> Path:
+    """Return the folder of the tokenised blend: the user's own, or what the data stage makes."""
+    return Path(plan.data) if Path(plan.data).is_dir() else run_dir / "blend"
+
+
 def pretrain_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Upcycle online inside the training job, and continue pretraining."""
-    return _train(run_dir, plan.pretrain, "pretrain")
+    return _train(run_dir, plan, "pretrain")
 
 
 def dense_ct_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Continue pretraining of the dense parent on the same data."""
-    return _train(run_dir, plan.dense_ct, "dense_ct") if plan.dense_ct else {"left_out": True}
+    return _train(run_dir, plan, "dense_ct") if plan.dense_ct else {"left_out": True}
 
 
-def _train(run_dir: Path, serialised: str, name: str) -> dict[str, Any]:
+def _train(run_dir: Path, plan: RunPlan, name: str) -> dict[str, Any]:
     import fiddle as fdl
     import nemo.utils
 
     from nemo_upcycle.cpu.backend import use_cpu_backend
     from nemo_upcycle.pipeline.recipes_io import load_recipe, place_recipe
 
-    recipe = load_recipe(serialised)
-    place_recipe(recipe, run_dir / name, dense_folder_of(run_dir), run_dir / "data")
+    recipe = load_recipe(getattr(plan, name))
+    place_recipe(recipe, run_dir / name, dense_folder_of(run_dir), data_folder_of(run_dir, plan))
     use_cpu_backend()  # before the model's configuration is built: Megatron checks it at once
     if not is_verbose():  # show only errors on the console; NeMo writes its whole log to a file in the stage's folder
         nemo.utils.logging.set_verbosity(nemo.utils.logging.ERROR)
@@ -134,13 +154,13 @@ def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Export the trained models to Hugging Face folders."""
     from nemo_upcycle.convert.export import About, export_checkpoint
     from nemo_upcycle.convert.model_card import spec_fact, training_facts
+    from nemo_upcycle.data.finished import open_blend
     from nemo_upcycle.pipeline.recipes_io import load_recipe, spec_of
     from nemo_upcycle.sources.checkpoints import step_of
 
     spec = spec_of(load_recipe(plan.pretrain))
     dense_folder = dense_folder_of(run_dir)
-    train_tokens = StageFolder(run_dir, "import").outputs()["tokens"]["train"]
-    data = {"Data": f"corpus {Path(plan.corpus).stem}, {train_tokens:,} tokens of text to train on"}
+    data = {"Data": open_blend(data_folder_of(run_dir, plan)).card}
 
     def export(stage: str, output: Path, title: str, **options: Any) -> str:
         checkpoint = last_checkpoint(run_dir / stage)
@@ -175,16 +195,16 @@ def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 
 def _build_suite(run_dir: Path, plan: RunPlan) -> None:
-    """Build the evaluation suite from the documents that import held out and the questions of the suite."""
+    """Build the evaluation suite from the documents that the blend holds out and the questions of the suite."""
     from nemo_upcycle.data.assets import fetch_asset
-    from nemo_upcycle.data.prepare import heldout_documents
+    from nemo_upcycle.data.finished import open_blend
     from nemo_upcycle.data.questions import mmlu_questions
     from nemo_upcycle.evaluation.suite import build_suite, read_suite_config
 
     config = read_suite_config(plan.evaluation)
     asks_mmlu = config.local and any(task.startswith("mmlu") for task in config.tasks)
     questions = mmlu_questions(fetch_asset("mmlu")) if asks_mmlu else []
-    build_suite(questions, heldout_documents(run_dir / "data"), run_dir / "suite", config)
+    build_suite(questions, open_blend(data_folder_of(run_dir, plan)).heldout(), run_dir / "suite", config)
 
 
 def report_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
@@ -195,12 +215,13 @@ def report_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 
 STAGES = (
-    Stage("import", import_stage, (), ("dense", "corpus")),
-    Stage("upcycle", upcycle_stage, ("import",), ("pretrain",)),
-    Stage("pretrain", pretrain_stage, ("import", "upcycle"), ("pretrain",), parallel=True, resumable=True),
-    Stage("dense_ct", dense_ct_stage, ("import",), ("dense_ct",), parallel=True, resumable=True),
+    Stage("import", import_stage, (), ("dense",)),
+    Stage("data", data_stage, ("import",), ("data",)),
+    Stage("upcycle", upcycle_stage, ("import", "data"), ("pretrain",)),
+    Stage("pretrain", pretrain_stage, ("import", "data", "upcycle"), ("pretrain",), parallel=True, resumable=True),
+    Stage("dense_ct", dense_ct_stage, ("import", "data"), ("dense_ct",), parallel=True, resumable=True),
     Stage("export", export_stage, ("pretrain", "dense_ct"), ()),
-    Stage("evaluate", evaluate_stage, ("import", "upcycle", "export"), ("evaluation",)),
+    Stage("evaluate", evaluate_stage, ("import", "data", "upcycle", "export"), ("evaluation",)),
     Stage("report", report_stage, ("evaluate",), ()),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}

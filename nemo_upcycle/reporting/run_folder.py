@@ -18,7 +18,7 @@ MODELS = {
     "dense_ct": "trained dense baseline",
 }
 #: The stages whose wall time is reported, in order.
-STAGES = ("import", "upcycle", "pretrain", "dense_ct", "export", "evaluate", "report")
+STAGES = ("import", "data", "upcycle", "pretrain", "dense_ct", "export", "evaluate", "report")
 #: The keys that the report prints, and so must find, in every file.
 _RECEIPT = (
     *("spec", "exact", "dense_params", "total_params", "active_params", "bytes_read", "bytes_needed"),

@@ -44,7 +44,8 @@ def _settings(done: dict[str, Any]) -> dict[str, str]:
     schedule = found["schedule"]
     end = f" to {schedule['min_lr']:g}" if schedule.get("min_lr") is not None else ""
     warmup = f", {schedule['warmup_steps']} of them warm-up" if schedule.get("warmup_steps") else ""
-    rows = {
+    rows = {"data": found["data"]} if "data" in found else {}  # runs of earlier versions did not note it
+    rows |= {
         "learning rate, peak": f"{found['max_lr']:g}, {schedule['name']}{end} over {found['max_steps']} steps{warmup}",
         "batch, sequences a step": f"{found['global_batch_size']} (micro batch {found['micro_batch_size']})",
         "sequence length, tokens": str(found["seq_length"]),

@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from nemo.utils.app_state import AppState
 
+from nemo_upcycle.data.blend_module import describe_data
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.monitoring.router_health import RouterHealth, shares, sum_over_ranks
 from nemo_upcycle.monitoring.throughput import Throughput, memory_gib, peaks_of
@@ -70,11 +71,13 @@ class MetricsLogger(Callback):
         if torch.distributed.get_rank() == 0:
             _move_logs_only()
             _keep_until(self._path(), trainer.global_step or -1)
-            write_json(self._path().with_name("training.json"), _settings(trainer, pl_module))
+            settings = _settings(trainer, pl_module)
+            write_json(self._path().with_name("training.json"), settings)
             if self._loss_before is not None and trainer.global_step == 0:
                 self._append_validation(trainer, self._loss_before)
             self._throughput = self._rates(trainer, pl_module)
             show_messages().info("%s", self._throughput.describe())
+            show_messages().info("training data: %s", settings["data"])
         self._start_s = self._last_s = time.monotonic()
         self._first_step = trainer.global_step
 
@@ -170,12 +173,13 @@ class MetricsLogger(Callback):
 
 
 def _settings(trainer: Any, pl_module: Any) -> dict[str, Any]:
-    """Return what a run is trained with, as it acts: batch, sequence length, precision, learning rate."""
+    """Return what a run is trained on and with, as it acts: data, batch, sequence length, precision, learning rate."""
     sampler, optim = trainer.datamodule.data_sampler, pl_module.optim
     scheduler = optim.lr_scheduler
     schedule = {"name": type(scheduler).__name__.removesuffix("Scheduler") if scheduler else "constant"}
     parts = ("warmup_steps", "constant_steps", "min_lr")
-    settings = {
+    settings: dict[str, Any] = {
+        "data": describe_data(trainer.datamodule),
         "max_steps": trainer.max_steps,
         "ranks": torch.distributed.get_world_size(),
         "micro_batch_size": sampler.micro_batch_size,

@@ -16,7 +16,7 @@ def pretrain_command(parent: Path, data: Path, run_dir: Path, **overrides: Any) 
 
     Args:
         parent: the dense folder.
-        data: the prepared corpus.
+        data: a finished folder of `nemo-upcycle data`.
         run_dir: where the run's folder goes.
         overrides: of `trainer` and `log.ckpt`, among others, with `__` for the dot; they come last.
     """

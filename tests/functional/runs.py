@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -26,6 +27,33 @@ class Kill(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Record(pl.Callback):
+    """Appends the hash of every training sample that a rank reads, to a file of that rank."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data._train_ds = Recorded(data._train_ds, f"{self.path}.{trainer.global_rank}")
+
+
+class Recorded:
+    """A dataset whose samples are recorded as they are read."""
+
+    def __init__(self, dataset: Any, path: str) -> None:
+        self.dataset, self.path = dataset, path
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, number: int) -> Any:
+        sample = self.dataset[number]
+        with open(self.path, "a") as lines:
+            lines.write(hashlib.sha256(sample["tokens"].numpy().tobytes()).hexdigest() + "\n")
+        return sample
+
+
 def tiny_recipe(parent: str, data: str, folder: str, options: dict[str, Any]) -> Any:
     """Return the demo's recipe for this process's ranks, cut down, and pointed to inputs and to the run's folder."""
     import nemo.utils
@@ -38,14 +66,18 @@ def tiny_recipe(parent: str, data: str, folder: str, options: dict[str, Any]) ->
     use_cpu_backend()
     nemo.utils.logging.set_verbosity(nemo.utils.logging.ERROR)
     ranks = int(os.environ["WORLD_SIZE"])
-    recipe = smollm2_135m_e8t2.pretrain_recipe(num_gpus_per_node=ranks, expert_parallelism=options.get("ep", 1))
+    recipe = smollm2_135m_e8t2.pretrain_recipe(
+        num_gpus_per_node=ranks, expert_parallelism=options.get("ep", 1), data=options.get("blend")
+    )
     precision = options.get("precision", "32")
     shrink(recipe, max_steps=options["steps"], checkpoint_every=options.get("every"), precision=precision)
     strategy = recipe.trainer.strategy
     strategy.tensor_model_parallel_size = options.get("tp", 1)
     strategy.sequence_parallel = options.get("tp", 1) > 1
     strategy.pipeline_model_parallel_size = options.get("pp", 1)
-    place_recipe(recipe, Path(folder), Path(parent), Path(data))
+    place_recipe(recipe, Path(folder), Path(parent), Path(options.get("blend", data)))
+    if "record" in options:
+        recipe.trainer.callbacks.append(run.Config(Record, path=options["record"]))
     if "kill" in options:
         recipe.trainer.callbacks.append(run.Config(Kill, step=options["kill"]))
     return recipe
@@ -78,7 +110,7 @@ def train_rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> 
 
 
 class Runs:
-    """Runs of one parent on one corpus."""
+    """Runs of one parent on one blend."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -14,7 +14,7 @@ import pytest
 
 from nemo_upcycle.utils.files import MARKER
 from tests.functional.test_pipeline import EVALUATION
-from tests.functional.tiny import write_corpus, write_parent
+from tests.functional.tiny import write_parent, write_texts
 from tests.unit.pipeline.test_local import processes_of
 
 
@@ -27,7 +27,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything that the script's recipe names; the run goes there, too, from test to test."""
     folder = tmp_path_factory.mktemp("launch")
     write_parent(folder / "parent")
-    write_corpus(folder / "texts")
+    write_texts(folder / "texts")
     (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
     return folder
 
@@ -73,7 +73,7 @@ def test_sigint_stops_the_stage_and_prints_how_to_continue(inputs: Path) -> None
     assert not (inputs / "run/pretrain" / MARKER).exists()
     last = launcher.text().splitlines()[-2:]
     assert last[0].startswith(
-        f"Stopped by SIGINT in stage 'pretrain'. Kept in {inputs}/run: finished stages: import, upcycle; "
+        f"Stopped by SIGINT in stage 'pretrain'. Kept in {inputs}/run: finished stages: import, data, upcycle; "
         "last checkpoint of pretrain: "
     )
     assert "step=1" in last[0]
@@ -108,7 +108,7 @@ def test_other_executors_start_nothing_after_a_failed_stage(
 
     monkeypatch.setenv("NEMORUN_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(launch, "is_local", lambda executor: False)
-    plan = RunPlan("tiny", str(inputs / "parent"), str(tmp_path / "absent.yaml"), "demo", "", None)
+    plan = RunPlan("tiny", str(tmp_path / "absent"), "sotu", "demo", "", None)
     plan.write(tmp_path / "run")
     with pytest.raises(StageError, match="Stage 'import' did not finish"):
         launch._run_in_turn(tmp_path / "run", plan, run.LocalExecutor())

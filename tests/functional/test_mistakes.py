@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from tokenizers import Tokenizer, normalizers
 
 from nemo_upcycle.pipeline.markers import in_use
+from tests.blends import write_blend
 from tests.distributed.ranks import run_ranks, server
 from tests.fifo import held_by_reader
 from tests.functional.tiny import SEQUENCE, SIZES, write_parent
@@ -28,11 +30,11 @@ MISTAKES = {
     f"{DEMO} dense=FILES/empty": "FILES/empty",
     f"{DEMO} dense=FILES/cut": "FILES/cut",
     f"{DEMO} dense=FILES/tiny": "pretrain.model.config.num_layers: got 30, expected 4, as FILES/tiny has",
-    f"{DEMO} corpus=bogus": "corpus configuration 'bogus' does not exist. Valid: PATH.yaml, sotu, text.",
+    f"{DEMO} data=bogus": "blend 'bogus' does not exist. Valid: PATH.yaml, ",
     f"{DEMO} corpus=FILES/absent.yaml": "got No such file or directory, expected a YAML file",
-    f"{DEMO} corpus=FILES/not.yaml": "expected valid YAML",
-    f"{DEMO} corpus=FILES/key.yaml": "Did you mean 'files'?",
-    f"{DEMO} corpus=FILES/globs.yaml": "pattern FILES/texts/*.txt: got no file",
+    f"{DEMO} data=FILES/not.yaml": "expected valid YAML",
+    f"{DEMO} data=FILES/source.yaml": "Did you mean 'sources'?",
+    f"{DEMO} data=FILES/globs.yaml": "pattern texts/*.txt: got no file",
     f"{DEMO} evaluation=dmeo": "Did you mean 'demo'?",
     f"{DEMO} evaluation=FILES/key.yaml": "FILES/key.yaml",
     f"{DEMO} dir=/dev/null/x": "/dev/null is a file, expected a folder",
@@ -54,7 +56,7 @@ MISTAKES = {
     f"{DEMO} pretrain.trainr.max_steps=3": "Did you mean 'pretrain.trainer'?",
     f"{DEMO} pretrain.trainer.strategy.tensor_parallel_size=2": "Did you mean 'pretrain.trainer",
     f"{DEMO} pretrian.trainer.max_steps=3": "Did you mean 'pretrain'?",
-    f"{DEMO} corpsu=text": "Did you mean 'corpus'?",
+    f"{DEMO} daat=text": "Did you mean 'data'?",
     f"{DEMO} pretrain.trainer.max_steps=many": "setting 'pretrain.trainer.max_steps': got 'many', expected int",
     f"{DEMO} pretrain.optim.config.lr=high": "setting 'pretrain.optim.config.lr': got 'high', expected ",
     f"{DEMO} dir=": "argument 'dir=': got no value",
@@ -115,15 +117,17 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty").mkdir()
     cut = write_parent(folder / "cut") / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-100])
-    write_parent(folder / "tiny")
+    write_blend(folder / "blend", write_parent(folder / "tiny"))
+    tokenizer = Tokenizer.from_file(str(write_parent(folder / "other") / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save(str(folder / "other/tokenizer.json"))
     (folder / "not.yaml").write_text("files: [\n")
-    (folder / "key.yaml").write_text("corpus: text\nflies: 1\n")
-    (folder / "globs.yaml").write_text(
-        "corpus: text\nfiles: {train: ['texts/*.txt'], validation: [a.txt], heldout: [b.txt]}\n"
-    )
+    (folder / "key.yaml").write_text("data: text\nflies: 1\n")
+    (folder / "source.yaml").write_text("source: text\n")
+    (folder / "globs.yaml").write_text("sources: {mine: {train: ['texts/*.txt'], validation: [a.txt]}}\n")
     for name in ("a.txt", "b.txt", "c.txt"):
         (folder / name).write_text("the state of our union")
-    (folder / "same.yaml").write_text("corpus: text\nfiles: {train: [a.txt], validation: [b.txt], heldout: [c.txt]}\n")
+    (folder / "same.yaml").write_text("sources: {mine: {train: [a.txt], validation: [b.txt], heldout: [c.txt]}}\n")
     return folder
 
 
@@ -153,6 +157,7 @@ def test_a_mistake_is_answered_with_one_message_and_status_2(
     assert answer.written == []
 
 
+BLEND = "--factory smollm2_135m_e8t2(data='FILES/blend',dense='FILES/tiny') data.seq_length=16"
 LLM_MISTAKES = {
     f"{DEMO} resume.restore_config.spec.top_k=9": "top_k: got 9",
     f"{DEMO} resume.restore_config.spec.top_k=9 --dryrun": "top_k: got 9",
@@ -162,6 +167,10 @@ LLM_MISTAKES = {
     f"{DEMO} trainer.max_steps=many": "got 'many', expected int",
     f"{DEMO} trainer.strategy.expert_model_parallel_size=3": "ep: got 3",
     f"{DEMO} run.executor=slrum": "run.executor 'slrum' does not exist",
+    "--factory smollm2_135m_e8t2(data='FILES/empty')": "data folder FILES/empty: got no _SUCCESS.json",
+    "--factory smollm2_135m_e8t2(data='FILES/blend')": "tokens of the longest validation file in FILES/blend: got ",
+    f"{BLEND} trainer.max_steps=1000": "trainer.max_steps: got 1000, which read 2,000 sequences of 16 tokens",
+    f"{BLEND} trainer.max_steps=2 data.dense=FILES/other": "tokenizer of FILES/blend: got sha256 ",
     "--factory llama3_8b_e8t2(capacity_factor=9)": "capacity factor: got 9, expected at most num_experts / top_k (4)",
 }
 #: One of ours that this machine cannot train, and one of NeMo's.
@@ -169,10 +178,12 @@ NO_KERNELS, STOCK = "--factory llama3_8b_e8t2", "--factory llama3_8b trainer.max
 
 
 @pytest.mark.parametrize("typed", LLM_MISTAKES)
-def test_nemo_llm_pretrain_checks_this_packages_recipes_the_same_way(typed: str, answers: dict[str, Answer]) -> None:
+def test_nemo_llm_pretrain_checks_this_packages_recipes_the_same_way(
+    typed: str, answers: dict[str, Answer], files: Path
+) -> None:
     answer = answers[f"llm pretrain {typed} --yes"]
     assert answer.status == 2, answer.text
-    assert LLM_MISTAKES[typed] in answer.text
+    assert LLM_MISTAKES[typed].replace("FILES", str(files)) in answer.text
     assert len(answer.text.splitlines()) <= 3, answer.text
     assert answer.written == []
 
@@ -191,9 +202,9 @@ def test_nemos_own_recipes_are_left_to_nemo(answers: dict[str, Answer]) -> None:
 
 
 def _on_tiny_parent(files: Path, folder: Path) -> list[str]:
-    """Return a command whose one mistake, a text in all splits, is found when the texts are read."""
+    """Return a command whose one mistake, one text in all splits, is found when the texts are read."""
     sizes = [f"pretrain.model.config.{name}={value}" for name, value in SIZES.items()]
-    data = [f"pretrain.data.seq_length={SEQUENCE}", f"corpus={files}/same.yaml"]
+    data = [f"pretrain.data.seq_length={SEQUENCE}", f"data={files}/same.yaml"]
     command = ["upcycle", "pipeline", *DEMO.split(), f"dir={folder}", f"dense={files}/tiny", "dense_ct=None"]
     return [*command, *sizes, *data, "--yes"]
 
@@ -203,8 +214,7 @@ def test_a_mistake_found_inside_a_stage_is_the_last_line_and_status_2(files: Pat
     ((answer,),) = run_ranks(_type, 1, [command], str(tmp_path), str(files), process_group=False)
     assert answer.status == 2, answer.text
     last = answer.text.splitlines()[-1]
-    assert last.startswith("[import] text of ")
-    assert "expected in one split" in last
+    assert last.startswith("[data] source mine: got no document left to train on")
     assert "Traceback" not in answer.text
     assert not (tmp_path / "run/upcycle").exists()
 
@@ -219,9 +229,9 @@ def test_a_second_run_in_the_same_folder_is_refused_and_leaves_the_plan(files: P
 
 
 def test_ctrl_c_during_the_checks_ends_them_at_once(files: Path, tmp_path: Path) -> None:
-    """The corpus is a pipe that nobody writes to, so the checks never end."""
+    """The blend is a pipe that nobody writes to, so the checks never end."""
     os.mkfifo(tmp_path / "slow.yaml")
-    command = [*_on_tiny_parent(files, tmp_path / "run"), f"corpus={tmp_path}/slow.yaml"]
+    command = [*_on_tiny_parent(files, tmp_path / "run"), f"data={tmp_path}/slow.yaml"]
     arguments = ([command], str(tmp_path), str(files))
     process = server().Process(target=_type, args=arguments)
     process.start()

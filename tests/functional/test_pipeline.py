@@ -19,11 +19,11 @@ import pytest
 from nemo_upcycle.pipeline.plan import RunPlan
 from nemo_upcycle.utils.files import MARKER, is_complete, read_json
 from tests.distributed.ranks import run_ranks
-from tests.functional.tiny import shrink, write_corpus, write_parent
+from tests.functional.tiny import shrink, write_parent, write_texts
 
 
 pytestmark = pytest.mark.slow
-STAGES = ("import", "upcycle", "pretrain", "dense_ct", "export", "evaluate", "report")
+STAGES = ("import", "data", "upcycle", "pretrain", "dense_ct", "export", "evaluate", "report")
 EVALUATION = """
 tasks: {heldout_perplexity: [0]}
 local: true
@@ -80,8 +80,8 @@ def write_plan(folder: Path) -> RunPlan:
         name: dump_recipe(shrink(module.pretrain_recipe(), max_steps=6, checkpoint_every=2))
         for name, module in (("pretrain", smollm2_135m_e8t2), ("dense_ct", smollm2_135m_dense_ct))
     }
-    parent, corpus = write_parent(folder / "parent"), write_corpus(folder / "texts")
-    return RunPlan("smollm2_135m_e8t2", str(parent), str(corpus), str(evaluation), **texts)
+    parent, blend = write_parent(folder / "parent"), write_texts(folder / "texts")
+    return RunPlan("smollm2_135m_e8t2", str(parent), str(blend), str(evaluation), **texts)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 def test_a_killed_chain_completes(finished: Path) -> None:
     assert all((finished / name / MARKER).is_file() for name in STAGES)
     assert list(finished.rglob("*.partial")) == []
-    assert all(is_complete(finished / name) for name in ("hf", "upcycle/hf", "dense_ct/hf", "data", "suite"))
+    assert all(is_complete(finished / name) for name in ("hf", "upcycle/hf", "dense_ct/hf", "blend", "suite"))
     steps = [line for line in (finished / "pretrain/metrics.jsonl").read_text().splitlines() if '"loss"' in line]
     assert len(steps) == 6
     report = (finished / "report.md").read_text()
@@ -188,7 +188,7 @@ def test_an_edited_settings_file_counts_as_changed(plan: RunPlan, tmp_path: Path
     before = plan.setting("evaluation")
     edited.write_text("tasks: {mmlu: [0]}\n")
     assert plan.setting("evaluation") != before
-    assert plan.setting("corpus") == plan.setting("corpus")
+    assert plan.setting("data") == plan.setting("data")
 
 
 def test_training_refuses_to_resume_from_changed_inputs(copy: Path) -> None:
@@ -212,11 +212,11 @@ def test_training_refuses_to_resume_from_changed_inputs(copy: Path) -> None:
 
 def test_later_stages_refuse_after_a_failed_one(plan: RunPlan, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    replace(plan, corpus=str(tmp_path / "absent.yaml")).write(run_dir)
+    replace(plan, dense=str(tmp_path / "absent")).write(run_dir)
     answer = run_in_own_process("import", run_dir)
     assert answer.status == 2
     assert answer.text.startswith("[import] ") or "\n[import] " in answer.text
-    assert "absent.yaml" in answer.text
+    assert "absent" in answer.text
     assert "Traceback" not in answer.text
     for name in STAGES[1:]:
         answer = run_in_own_process(name, run_dir)

@@ -103,7 +103,7 @@ def _rank(parent: str, data: str, folder: str, options: dict[str, Any], settings
 
 
 class Jobs:
-    """Jobs of one parent on one corpus."""
+    """Jobs of one parent on one blend."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

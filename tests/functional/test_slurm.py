@@ -16,7 +16,7 @@ import pytest
 
 from nemo_upcycle.utils.files import MARKER
 from tests.functional.test_pipeline import EVALUATION, STAGES
-from tests.functional.tiny import write_corpus, write_parent
+from tests.functional.tiny import write_parent, write_texts
 
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +35,7 @@ pytestmark = [
 def _run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     if not (folder / "parent").exists():
         write_parent(folder / "parent")
-        write_corpus(folder / "texts")
+        write_texts(folder / "texts")
         (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | {"NEMORUN_HOME": str(folder / "home"), "PATH": path, "PYTHONPATH": str(ROOT)}
@@ -52,9 +52,12 @@ def test_every_stage_is_a_job(tmp_path: Path) -> None:
 
 
 def test_a_failed_stage_takes_the_rest_out_of_the_queue(tmp_path: Path) -> None:
-    done = _run(tmp_path, "dense=/absent")
+    (tmp_path / "same.txt").write_text("the state of our union")
+    (tmp_path / "other.txt").write_text("the state of our union")  # held out, so that nothing is left to train on
+    (tmp_path / "same.yaml").write_text("sources: {mine: {train: [same.txt], heldout: [other.txt]}}\n")
+    done = _run(tmp_path, f"data={tmp_path}/same.yaml")
     assert done.returncode == 2
-    assert "Stage 'import' did not finish" in done.stderr
+    assert "Stage 'data' did not finish" in done.stderr
     time.sleep(5)
     queue = subprocess.run(["squeue", "--noheader", "--format=%Z"], capture_output=True, text=True, check=True)
     assert str(tmp_path) not in queue.stdout

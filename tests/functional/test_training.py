@@ -55,6 +55,7 @@ def test_every_step_has_a_complete_line(runs: Runs, alone: list[dict[str, Any]])
 def test_training_json_holds_the_settings_that_act(runs: Runs, alone: list[dict[str, Any]]) -> None:
     settings = json.loads((runs.folder / "alone/training.json").read_text())
     assert settings == {
+        "data": "blend tiny (data)",
         "max_steps": 6,
         "ranks": 1,
         "micro_batch_size": 1,

@@ -1,4 +1,4 @@
-"""A tiny dense parent with a corpus, and the demo's recipes cut down to it."""
+"""A tiny dense parent with texts, and the demo's recipes cut down to it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tests.blends import write_blend
 from tests.models import write_llama, write_tokenizer
 
 
@@ -40,19 +41,26 @@ _WORDS = [
 ]
 
 
-def write_corpus(folder: Path, words: int = 600) -> Path:
-    """Write texts and the YAML file that names them; return the YAML file."""
+def texts(words: int = 600) -> dict[str, list[str]]:
+    """Return the texts of each split, of that many words to train on."""
     numbers = random.Random(0)
     sizes = {"train": words, "validation": words // 2, "heldout": 100}
-    lines = ["corpus: text", "files:"]
-    for split, words in sizes.items():
+    return {
+        split: [" ".join(numbers.choices(_WORDS, k=count)) + f" {split} {number}" for number in range(3)]
+        for split, count in sizes.items()
+    }
+
+
+def write_texts(folder: Path) -> Path:
+    """Write texts and the YAML file of the blend that names them; return the YAML file."""
+    lines = ["sources:", "  words:"]
+    for split, documents in texts().items():
         (folder / split).mkdir(parents=True)
-        for number in range(3):
-            text = " ".join(numbers.choices(_WORDS, k=words)) + f" {split} {number}"
+        for number, text in enumerate(documents):
             (folder / split / f"{number}.txt").write_text(text)
-        lines.append(f'  {split}: ["{folder / split}/*.txt"]')
-    config = folder / "corpus.yaml"
-    config.write_text("\n".join(lines) + "\n")
+        lines.append(f'    {split}: ["{folder / split}/*.txt"]')
+    config = folder / "blend.yaml"
+    config.write_text("\n".join([*lines, "run_tokens: 100000"]) + "\n")
     return config
 
 
@@ -62,13 +70,10 @@ def write_parent(folder: Path, **changes: Any) -> Path:
 
 
 def prepare(folder: Path, **changes: Any) -> tuple[Path, Path]:
-    """Write parent and tokenised corpus; return their folders."""
-    from nemo_upcycle.data.corpus import load_corpus
-    from nemo_upcycle.data.prepare import prepare_corpus
-
+    """Write parent and tokenised texts; return their folders."""
     dense = write_parent(folder / "dense", **changes)
-    prepare_corpus(load_corpus(write_corpus(folder / "texts")), dense, folder / "data")
-    return dense, folder / "data"
+    split = {name: documents for name, documents in texts().items() if name != "heldout"}
+    return dense, write_blend(folder / "data", dense, texts=split, run_tokens=100_000)
 
 
 def shrink(recipe: Any, *, max_steps: int, checkpoint_every: int | None, precision: str = "32") -> Any:
@@ -92,7 +97,7 @@ def shrink(recipe: Any, *, max_steps: int, checkpoint_every: int | None, precisi
 
 
 def tiny_pipeline(inputs: Path, run_dir: Path, moe: Any, dense_ct: Any) -> Any:
-    """Return the demo's chain on the parent, corpus and evaluation that lie in `inputs`, its recipes cut down."""
+    """Return the demo's chain on the parent, texts and evaluation that lie in `inputs`, its recipes cut down."""
     import nemo_run as run
 
     from nemo_upcycle.pipeline.launch import pipeline
@@ -101,7 +106,7 @@ def tiny_pipeline(inputs: Path, run_dir: Path, moe: Any, dense_ct: Any) -> Any:
         pipeline,
         dir=str(run_dir),
         dense=str(inputs / "parent"),
-        corpus=str(inputs / "texts/corpus.yaml"),
+        data=str(inputs / "texts/blend.yaml"),
         evaluation=str(inputs / "evaluation.yaml"),
         pretrain=shrink(moe, max_steps=6, checkpoint_every=2),
         dense_ct=shrink(dense_ct, max_steps=6, checkpoint_every=2),

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.functional.tiny import write_corpus
+from tests.blends import write_blend
+from tests.functional.tiny import texts
 from tests.models import write_random, write_tokenizer
 
 
@@ -59,14 +60,12 @@ class Sizes:
 
 
 def prepare(folder: Path, sizes: Sizes) -> tuple[Path, Path]:
-    """Write a random parent and a corpus of its tokens; return their folders."""
-    from nemo_upcycle.data.corpus import load_corpus
-    from nemo_upcycle.data.prepare import prepare_corpus
-
+    """Write a random parent and texts of its tokens; return their folders."""
     dense = write_tokenizer(write_random(folder / "dense", sizes.hf_config()))
-    corpus = write_corpus(folder / "texts", words=2 * sizes.sequence)
-    prepare_corpus(load_corpus(corpus), dense, folder / "data")
-    return dense, folder / "data"
+    split = {name: documents for name, documents in texts(2 * sizes.sequence).items() if name != "heldout"}
+    return dense, write_blend(
+        folder / "data", dense, texts=split, run_tokens=sizes.steps * sizes.batch * sizes.sequence
+    )
 
 
 def cut_down(config: Any, sizes: Sizes) -> None:
@@ -89,7 +88,7 @@ def recipe_for(sizes: Sizes, dense: Path, data: Path, folder: Path, precision: s
     """Return the recipe of Llama 3 8B, cut down to one card: the same kernels, data and optimizer settings."""
     import nemo_run as run
 
-    from nemo_upcycle.data.module import corpus_data
+    from nemo_upcycle.data.blend_module import blend_data
     from nemo_upcycle.pipeline.recipes_io import place_recipe
     from nemo_upcycle.recipes import llama3_8b_e8t2
 
@@ -107,7 +106,7 @@ def recipe_for(sizes: Sizes, dense: Path, data: Path, folder: Path, precision: s
     )
     cut_down(recipe.model.config, sizes)
     recipe.data = run.Config(
-        corpus_data, dense=str(dense), seq_length=sizes.sequence, global_batch_size=sizes.batch, micro_batch_size=1
+        blend_data, dense=str(dense), seq_length=sizes.sequence, global_batch_size=sizes.batch, micro_batch_size=1
     )
     recipe.trainer.accelerator = "auto"  # without a GPU the same code trains with the local modules
     recipe.trainer.max_steps = sizes.steps

@@ -66,7 +66,7 @@ def test_a_tokenizer_of_transformers_5_gives_the_same_tokens(tmp_path: Path) -> 
     text = "some words <unk></s>"
     assert tokenizer(text)["input_ids"] == before(text)["input_ids"]
     assert tokenizer.eos_token_id == before.eos_token_id == 258
-    tokenizer.save_pretrained(tmp_path / "again")  # as a prepared corpus does, for NeMo to read
+    tokenizer.save_pretrained(tmp_path / "again")  # as a finished blend does, for NeMo to read
     assert AutoTokenizer.from_pretrained(tmp_path / "again")(text)["input_ids"] == before(text)["input_ids"]
 
 

@@ -64,7 +64,7 @@ def test_recipe_shows_every_override_in_signature_and_docstring(recipes: Any, ba
     signature = inspect.signature(recipe)
     overrides = list(inspect.signature(adjust).parameters.values())[1:]
     assert len(overrides) == 14
-    names = ["dir", "name", "num_nodes", "num_gpus_per_node", "performance_mode", "dense"]
+    names = ["dir", "name", "num_nodes", "num_gpus_per_node", "performance_mode", "dense", "data"]
     assert list(signature.parameters) == [*names, *(override.name for override in overrides), "fn"]
     for override in overrides:
         assert signature.parameters[override.name].annotation == override.annotation

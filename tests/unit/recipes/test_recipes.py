@@ -208,6 +208,34 @@ def test_recipe_starts_from_its_dense_parent(recipes: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_recipe_trains_on_a_data_folder(recipes: Any, name: str) -> None:
+    """Of its own data it keeps the sizes; the dense baseline has the same data, and so the same order."""
+    from nemo_upcycle.data.blend_module import blend_data
+    from nemo_upcycle.pipeline.recipes_io import check_recipe
+
+    module = getattr(recipes, name)
+    recipe, usual = module.pretrain_recipe(data="data/mine"), module.pretrain_recipe()
+    assert recipe.data.__fn_or_cls__ is blend_data
+    assert (recipe.data.folder, recipe.data.dense) == ("data/mine", recipe.resume.restore_config.path)
+    for size in ("seq_length", "micro_batch_size", "global_batch_size", "num_workers"):
+        assert getattr(recipe.data, size) == getattr(usual.data, size)
+    check_recipe(recipe)
+    baseline = getattr(recipes, name.replace("_e8t2", "_dense_ct"))
+    assert baseline.pretrain_recipe(data="data/mine").data == recipe.data
+    recipe.data = usual.data
+    assert recipe == usual
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_without_a_data_folder_says_what_it_trains_on(recipes: Any, name: str) -> None:
+    recipe = getattr(recipes, name).pretrain_recipe
+    kind, words = ("MockDataModule", "mock data") if name.startswith("llama") else ("blend_data", "the blend `sotu`")
+    assert recipe().data.__fn_or_cls__.__name__ == kind
+    (line,) = [line for line in (recipe.__doc__ or "").splitlines() if "data (str | None)" in line]
+    assert words in line
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_recipe_round_trips_through_text(recipes: Any, name: str) -> None:
     from nemo_upcycle.pipeline.recipes_io import check_recipe, dump_recipe, load_recipe
 
@@ -250,9 +278,12 @@ def test_refuses_spec_that_does_not_fit_the_model_before_launch(recipes: Any) ->
 
 
 def test_nemo_shows_the_recipe_without_running_it(tmp_path: Path) -> None:
-    shown = _nemo("llm", "pretrain", "--factory", "llama3_8b_e8t2", "--dryrun", cwd=tmp_path)
+    factory = "llama3_8b_e8t2(data='data/mine')"
+    shown = _nemo("llm", "pretrain", "--factory", factory, "data.run_tokens=5", "--dryrun", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert "UpcycleStrategy" in shown.stdout
+    assert "data/mine" in shown.stdout
+    assert "blend_data" in shown.stdout
     assert list(tmp_path.iterdir()) == []
 
 

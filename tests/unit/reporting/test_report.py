@@ -101,6 +101,7 @@ def test_the_report_prints_these_numbers(run_dir: Path) -> None:
 
 
 SETTINGS = {
+    "data": "NeMo's mock data (random tokens)",
     "max_steps": 3,
     "ranks": 2,
     "micro_batch_size": 1,
@@ -149,6 +150,7 @@ def test_the_report_says_how_and_how_fast_it_was_trained(run_dir: Path) -> None:
     assert found["sequence length, tokens"] == ["250", "-"]
     assert found["precision"] == ["bf16-mixed", "-"]
     assert found["optimizer"] == ["adam, weight decay 0.1", "-"]
+    assert found["data"] == ["NeMo's mock data (random tokens)", "-"]
     assert found["ranks of the training job"] == ["2", "-"]
     assert found["TFLOP/s of a rank (full attention / causal half)"] == ["200 / 180", "-"]
     assert found["MFU, BF16 peak (full attention / causal half)"] == ["20.0 % / 18.0 %", "-"]
