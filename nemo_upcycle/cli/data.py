@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="DIR", type=folder_to_make, help="folder to make, which all workers share")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="other values of the blend's keys")
     how = parser.add_argument_group("how to run")
-    how.add_argument("--workers", type=int, metavar="N", help="processes on this machine (default: 1)")
+    how.add_argument("--workers", type=int, metavar="N", help="tasks at a time (default: the cores of this machine)")
     how.add_argument("--slurm", metavar="PARTITION", help="run the tasks as jobs of this partition")
     how.add_argument("--time", metavar="D-HH:MM:SS", help="with --slurm: time limit of a task (default: 24:00:00)")
     how.add_argument("--qos", metavar="NAME", help="with --slurm: quality of service")
@@ -61,21 +61,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _engine_options(args: argparse.Namespace) -> tuple[str, ...]:
     """Return the engine's options; refuse those that contradict each other."""
-    chosen = [name for name in ("workers", "slurm", "ray") if getattr(args, name)]
     if args.workers is not None and args.workers < 1:
         raise UpcycleError("--workers", got=args.workers, expected="1 or more", fix="set --workers 8")
-    if len(chosen) > 1:
-        got = " and ".join(f"--{name}" for name in chosen)
-        raise UpcycleError("way to run", got=got, expected="one of them", fix="omit the others")
+    if args.slurm and args.ray:
+        raise UpcycleError("way to run", got="--slurm and --ray", expected="one of them", fix="omit one")
     for name in ("time", "qos"):
         if getattr(args, name) and not args.slurm:
             raise UpcycleError(f"--{name}", got="no --slurm", expected="both", fix=f"add --slurm, or omit --{name}")
-    if args.ray:
-        return ("--ray",)
-    if args.slurm:
-        named = [(f"--{name}", getattr(args, name)) for name in ("slurm", "time", "qos") if getattr(args, name)]
-        return tuple(word for pair in named for word in pair)
-    return ("--workers", str(args.workers or 1))
+    named = [
+        (f"--{name}", str(getattr(args, name))) for name in ("workers", "slurm", "time", "qos") if getattr(args, name)
+    ]
+    return (*(word for pair in named for word in pair), *(["--ray"] if args.ray else []))
 
 
 def _check(args: argparse.Namespace, blend: Blend) -> int:
