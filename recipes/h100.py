@@ -28,7 +28,7 @@ from nemo.collections.llm.api import pretrain
 from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
 
 from nemo_upcycle.recipes.common import checkpoints, start_from
-from nemo_upcycle.recipes.h100_overrides import adjust
+from nemo_upcycle.recipes.h100_arguments import adjust
 from nemo_upcycle.spec import UpcycleSpec
 
 

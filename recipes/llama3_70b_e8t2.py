@@ -11,7 +11,7 @@ from nemo.collections.llm.recipes import llama3_70b
 
 from nemo_upcycle.recipes.common import moe_settings
 from nemo_upcycle.recipes.h100 import fast_run, moe_kernels, moe_trainer, upcycled
-from nemo_upcycle.recipes.h100_overrides import with_overrides
+from nemo_upcycle.recipes.h100_arguments import with_overrides
 from nemo_upcycle.recipes.llama3_8b_e8t2 import SPEC
 
 

@@ -118,5 +118,5 @@ def _text(manifest: dict[str, Any], output: Path) -> str:
         if run_tokens := manifest["run_tokens"]:
             epochs = source["weight"] * run_tokens / train["tokens"]
             warning = f", above max_epochs ({manifest['max_epochs']:g})" if epochs > manifest["max_epochs"] else ""
-            lines.append(f"    {epochs:.2f} epochs in {run_tokens / 1e9:g}B tokens{warning}")
+            lines.append(f"    {epochs:.2f} epochs in a run of {run_tokens:,.0f} tokens{warning}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Shapes of dense and MoE models, read from a Hugging Face `config.json`; their parameter counts and FLOPs.
+"""Shapes of dense and MoE models, read from a Hugging Face `config.json`; their parameter counts.
 
 THE legend of letters, of formulas and of shape suffixes (`gate_FD`) in the whole package: B batch, S sequence,
 T tokens, V vocabulary, D hidden size, F feed-forward (FFN) size, L layers, H attention heads, R key-value groups,

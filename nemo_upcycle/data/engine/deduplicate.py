@@ -1,4 +1,4 @@
-"""Of equal documents of the whole blend, keep the first: datatrove's exact deduplication, with two passes."""
+"""Of equal documents keep that of the first task (`data/tasks.py`): datatrove's exact deduplication, two passes."""
 
 from __future__ import annotations
 

@@ -306,7 +306,7 @@ def test_plan_explains_every_key_of_a_layout(capsys: pytest.CaptureFixture[str])
 def test_a_recipe_without_the_argument_gets_every_setting_of_nemos_precision(
     precision: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from nemo_upcycle.recipes.h100_overrides import FP8_RECIPES
+    from nemo_upcycle.recipes.h100_arguments import FP8_RECIPES
 
     options = ("--recipe", "llama3_8b_dense_ct", "--gpus", "64", "--precision", precision, "--layout", "cp=2")
     words = shlex.split(_json(capsys, *options)["rows"][0]["command"])

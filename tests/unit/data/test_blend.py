@@ -41,7 +41,7 @@ def test_overrides_change_weights_length_and_tokenizer() -> None:
     ("override", "words"),
     [
         ("sources.speches.weight=2", "source 'speches' does not exist. Did you mean 'speeches'?"),
-        ("sources.speeches.weigth=2", "key 'weigth' does not exist. Did you mean 'weight'?"),
+        ("sources.speeches.weights=2", "key 'weights' does not exist. Did you mean 'weight'?"),
         ("sources.speeches.weight=0", "weight: got 0.0, expected more than 0"),
         ("sources.speeches.weight=much", "got Value 'much'"),
         ("sources.speeches.on_hit=cutt", "on_hit 'cutt' does not exist. Did you mean 'cut'?"),

@@ -58,7 +58,7 @@ def test_override_changes_its_setting_in_plain_and_fast_run(recipes: Any, base: 
 @pytest.mark.parametrize("base", BIG)
 def test_recipe_shows_every_override_in_signature_and_docstring(recipes: Any, base: str) -> None:
     """NeMo-Run parses the command line by the first; its users read the second."""
-    from nemo_upcycle.recipes.h100_overrides import adjust
+    from nemo_upcycle.recipes.h100_arguments import adjust
 
     recipe = getattr(recipes, f"{base}_e8t2").pretrain_recipe
     signature = inspect.signature(recipe)
@@ -86,7 +86,7 @@ from nemo.collections.llm.recipes import llama32_1b
 
 from nemo_upcycle.recipes.common import moe_settings
 from nemo_upcycle.recipes.h100 import dense_baseline, moe_kernels, moe_trainer, upcycled
-from nemo_upcycle.recipes.h100_overrides import with_overrides
+from nemo_upcycle.recipes.h100_arguments import with_overrides
 from nemo_upcycle.spec import UpcycleSpec
 
 NAME = "llama32_1b_e16t4"
