@@ -143,7 +143,7 @@ def test_the_planted_question_is_reported(built: Path) -> None:
     assert found["documents"] == 1
     assert found["examples"][0]["where"].endswith("planted.txt:1")
     said = open_blend(built).contamination
-    assert said == f"; removed passages of 1 items of mmlu (1 documents, {found['bytes']:,} bytes)"
+    assert said == f"; removed passages of {found['items_hit']} items of mmlu (1 documents, {found['bytes']:,} bytes)"
 
 
 def test_the_same_again_is_done_already_and_another_blend_is_refused(texts: Path, built: Path) -> None:
