@@ -65,7 +65,7 @@ def folder_to_make(text: str) -> Path:
         raise UpcycleError(
             "folder to make", got="an empty name", expected="a path", fix="name one; . is the current folder"
         )
-    return Path(text)
+    return Path(text).expanduser()
 
 
 def file_size(text: str) -> int:

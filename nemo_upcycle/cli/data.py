@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--qos", metavar="NAME", help="with --slurm: quality of service")
     how.add_argument("--ray", action="store_true", help="run the tasks on the Ray cluster of RAY_ADDRESS")
     how.add_argument("--strict", action="store_true", help="end at the first broken input (default: count and go on)")
-    how.add_argument("--check", action="store_true", help="check the blend and list its files; read and write nothing")
+    how.add_argument("--check", action="store_true", help="check the blend, count its files and stop")
     add_json(parser)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -120,6 +121,7 @@ def read_blend(name: str | Path, overrides: Sequence[str] = ()) -> Blend:
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     conf = read_conf("data", name, "blend")
     known = conf.content.get("sources")
@@ -131,7 +133,7 @@ def read_blend(name: str | Path, overrides: Sequence[str] = ()) -> Blend:
         content = OmegaConf.merge(conf.content, OmegaConf.from_dotlist(list(overrides)))
         _check_keys(str(conf.path), OmegaConf.to_container(content))
         config = cast("BlendConfig", OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BlendConfig), content)))
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
+    except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as error:
         got = " ".join(str(error).split())  # OmegaConf writes three lines
         raise UpcycleError(
             str(conf.path), got=got, expected="a blend", fix="see the comments in conf/data/text.yaml"
@@ -167,10 +169,12 @@ def _check(conf: Conf, config: BlendConfig) -> None:
         key = f"sources.{name}"
         plain = bool(_NAME.fullmatch(name))
         require(plain, "sources", repr(name), "lower-case letters, digits and _", "rename the source")
-        require(source.weight > 0, f"{key}.weight", source.weight, "more than 0", "remove a source of no weight")
+        require(
+            0 < source.weight < math.inf, f"{key}.weight", source.weight, "more than 0", "remove a source of no weight"
+        )
         require(bool(source.train), f"{key}.train", "nothing", "at least one entry", "name what is trained on")
         most = source.tokens
-        require(most is None or most >= 1, f"{key}.tokens", most, "1 or more", "omit it to take all")
+        require(most is None or 1 <= most < math.inf, f"{key}.tokens", most, "1 or more", "omit it to take all")
         if source.on_hit not in ON_HIT:
             raise UpcycleError.unknown(f"{conf.path}: {key}.on_hit", source.on_hit, ON_HIT)
     held = config.hold_out
@@ -179,4 +183,6 @@ def _check(conf: Conf, config: BlendConfig) -> None:
     require(config.seq_length >= 2, "seq_length", config.seq_length, "2 or more", "set seq_length=8192")
     require(config.max_epochs > 0, "max_epochs", config.max_epochs, "more than 0", "set max_epochs=4")
     length = config.run_tokens
-    require(length is None or length >= 1, "run_tokens", length, "1 or more", "set run_tokens=100e9")
+    require(length is None or 1 <= length < math.inf, "run_tokens", length, "1 or more", "set run_tokens=100e9")
+    require(config.seed >= 0, "seed", config.seed, "0 or more", "set seed=1234")
+    require(config.min_characters >= 0, "min_characters", config.min_characters, "0 or more", "set min_characters=1")

@@ -150,31 +150,6 @@ def require_samples(max_steps: int, global_batch_size: int, seq_length: int, num
         )
 
 
-def build_indices(folder: str) -> None:
-    """Build the index cache of the training split, for the manifest's sequence length, before any training.
-
-    Call it in a process of its own, outside a job of several ranks.
-
-    Args:
-        folder: as in `blend_data`.
-
-    Raises:
-        UpcycleError: the folder is not finished or damaged, a split is shorter than one sequence, or the cache cannot
-            be written.
-    """
-    blend = open_blend(folder)
-    module = _module(blend, blend.manifest["seq_length"], seed=blend.manifest["seed"])
-    alone = not torch.distributed.is_initialized()
-    if alone:  # Megatron asks for the rank before it writes
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        with whole_indices(Path(module.index_mapping_dir), blend.folder / MANIFEST):
-            PreTrainingDataModule.build(module, 1, 2, 0, 0)
-    finally:
-        if alone:
-            torch.distributed.destroy_process_group()
-
-
 def describe_data(datamodule: Any) -> str:
     """Return in a few words what a run is trained on, for its report."""
     if isinstance(datamodule, MockDataModule):

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,12 +31,13 @@ from nemo_upcycle.data.dense import ensure_dense, tokenizer_folder
 from nemo_upcycle.data.environment import data_python, engine_version, run_engine
 from nemo_upcycle.data.evaluation_items import build_index
 from nemo_upcycle.data.finished import CONTAMINATION, FORMAT, HELDOUT, MANIFEST, TOKENIZER, TOKENS
-from nemo_upcycle.data.inputs import InputFile, list_inputs
-from nemo_upcycle.data.merge import merge_heldout, merge_tokens, read_stats, sum_counts, sum_steps
+from nemo_upcycle.data.inputs import InputFile, list_inputs, require_disjoint
+from nemo_upcycle.data.manifest import describe_anew, make_manifest, texts_of
+from nemo_upcycle.data.merge import merge_heldout, merge_tokens, read_stats
 from nemo_upcycle.data.tasks import make_plan
 from nemo_upcycle.data.tokenizers import save_tokenizer
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.package_info import __version__
+from nemo_upcycle.evaluation.suite import read_suite_config
 from nemo_upcycle.utils.files import MARKER, is_complete, read_json, require_disk, take_lock, write_json
 
 
@@ -74,9 +74,13 @@ def check_blend(blend: Blend, work: Path) -> Checked:
         UpcycleError: a pattern matches nothing, the tokenizer or the data environment is missing, ...
     """
     named = _named_tokenizer(blend)
+    for suite in blend.config.decontaminate:
+        read_suite_config(suite)
     engine = engine_version(data_python())
+    tokenizer = tokenizer_folder(named)
     inputs = {source: list_inputs(blend, source, work) for source in blend.config.sources}
-    return Checked(inputs, tokenizer_folder(named), engine)
+    require_disjoint(inputs)
+    return Checked(inputs, tokenizer, engine)
 
 
 def _named_tokenizer(blend: Blend) -> str:
@@ -112,15 +116,16 @@ def build_blend(
         >>> build_blend(read_blend("sotu", ["tokenizer=asset://smollm2-135m"]), Path("runs/data"))  # doctest: +SKIP
     """
     _named_tokenizer(blend)
-    data_python()
+    if not is_complete(output):
+        data_python()
     with _locked(output):
-        made_from = {"format": FORMAT, "blend": dataclasses.asdict(blend.config), "strict": strict}
+        made_from = {"format": FORMAT, "blend": texts_of(blend.config), "strict": strict}
         if _is_done(output, made_from):
-            return dict(read_json(output / MANIFEST))
+            return describe_anew(blend, output)
         work = output / "work"
+        write_json(work / "made_from.json", made_from)
         checked = check_blend(blend, work)
         require_disk(output, 2 * checked.known_bytes, f"blend {blend.name}")
-        write_json(work / "made_from.json", made_from)
         tokenizer = save_tokenizer(checked.tokenizer, output / TOKENIZER)
         plan = make_plan(blend, checked.inputs, output, tokenizer) | {"strict": strict}
         items = _index(blend, work / "ngrams.npz")
@@ -149,7 +154,7 @@ def cached_blend(name: str, dense: str) -> Path:
     digest = hashlib.sha256(json.dumps([dataclasses.asdict(blend.config), _stamps(blend)]).encode())
     output = writable_cache("blends") / f"{blend.name}-{digest.hexdigest()[:16]}"
     with FileLock(f"{output}.lock"):
-        build_blend(blend, output, ("--workers", str(os.cpu_count() or 1)))
+        build_blend(blend, output)
     return output
 
 
@@ -172,7 +177,10 @@ def check_files(blend: Blend, source: str) -> dict[str, list[InputFile]]:
 
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UpcycleError(str(output), got="a file", expected="a folder to make", fix="choose another name") from None
     try:
         lock = take_lock(output / ".lock")
     except TimeoutError:
@@ -190,6 +198,9 @@ def _is_done(output: Path, made_from: dict[str, Any]) -> bool:
         found = read_json(output / MARKER).get("made_from")
     elif begun.is_file():
         found = read_json(begun)
+        if found != made_from and not (output / "work" / "engine.json").is_file():  # nothing was read yet
+            shutil.rmtree(output / "work")
+            return False
     elif any(path.name != ".lock" for path in output.iterdir()):
         found = "files that are not ours"
     else:
@@ -243,41 +254,6 @@ def _finish(
     if items is not None:
         found = merge_contamination((entry["contamination"] for entry in stats), items["sets"])
         write_json(output / CONTAMINATION, items | {"sets": found})
-    manifest = {
-        "format": FORMAT,
-        "blend": blend.name,
-        "seed": config.seed,
-        "seq_length": config.seq_length,
-        "run_tokens": config.run_tokens,
-        "max_epochs": config.max_epochs,
-        "tokenizer": tokenizer,
-        "sources": {
-            name: {
-                "weight": blend.share(name),
-                "license": source.license,
-                "trains": source.trains,
-                "splits": merged[name],
-                "steps": sum_steps(entry for entry in stats if entry["source"] == name),
-                "cut": sum_counts(entry["cut"] for entry in stats if entry["source"] == name),
-                "files": _files_of(name, stats, output),
-            }
-            for name, source in config.sources.items()
-        },
-        "splits": {
-            "train": sum_counts(entry["splits"].get("train", {}) for entry in stats),
-            "validation": sum_counts(entry["splits"].get("validation", {}) for entry in stats),
-            "heldout": heldout,
-        },
-        "decontaminated_against": items and list(config.decontaminate),
-        "tasks": len(stats),
-        "made_by": {"nemo_upcycle": __version__, "engine": engine},
-    }
+    manifest = make_manifest(blend, output, stats, merged, heldout, tokenizer, engine, bool(items))
     write_json(output / MANIFEST, manifest)
     return manifest
-
-
-def _files_of(source: str, stats: list[dict[str, Any]], output: Path) -> dict[str, Any]:
-    """Return the files that a source was read from; those rendered for this blend relative to its folder."""
-    within = f"{output.absolute()}{os.sep}"
-    mine = [entry["files"] for entry in stats if entry["source"] == source]
-    return {path.removeprefix(within): file for files in mine for path, file in files.items()}

@@ -45,7 +45,12 @@ def engine_version(python: Path) -> str:
     Raises:
         UpcycleError: it does not start, or is of another version.
     """
-    done = subprocess.run([str(python), "-m", ENGINE, "--version"], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run([str(python), "-m", ENGINE, "--version"], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise UpcycleError(
+            f"data engine of {python}", got=error.strerror, expected="a Python", fix="run `make data-env` in a clone"
+        ) from None
     if done.returncode or f"nemo-upcycle {__version__}," not in done.stdout or "missing" in done.stdout:
         got = done.stdout.strip() or (done.stderr.strip().splitlines() or ["nothing"])[-1]
         raise UpcycleError(
@@ -78,7 +83,7 @@ def run_engine(arguments: Sequence[str]) -> None:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-    if status in (130, -signal.SIGINT, 143, -signal.SIGTERM):
+    if status in (129, 130, 143, -signal.SIGHUP, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt
     if status:
         raise StageError(

@@ -27,7 +27,7 @@ MANIFEST, CONTAMINATION, HELDOUT, TOKENIZER, TOKENS = (
     "tokenizer",
     "tokens",
 )
-_AGAIN = "run `nemo-upcycle data BLEND DIR` again, or copy the folder again"
+_AGAIN = "copy the folder again, or delete it and run `nemo-upcycle data BLEND DIR` again"
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class FinishedBlend:
                 f"{what} in {self.folder}",
                 got=tokens,
                 expected=f"more than one sequence ({seq_length})",
-                fix="give the blend more text, leave the source out, or lower data.seq_length",
+                fix="give the blend more text (of validation, a larger hold_out), or lower data.seq_length",
             )
 
     def _weighted(self, split: str, longer_than: int) -> list[str]:
@@ -127,7 +127,7 @@ class FinishedBlend:
             run_tokens: tokens of the longest run, in place of the manifest's.
         """
         tokens = run_tokens or self.manifest["run_tokens"] or self.manifest["splits"]["train"]["tokens"]
-        return -(-101 * tokens // (100 * seq_length))
+        return -(-101 * int(tokens) // (100 * seq_length))
 
     def epochs(self, tokens: float) -> dict[str, float]:
         """Return how often each source is read in a run of that many tokens."""

@@ -62,25 +62,39 @@ def list_inputs(blend: Blend, source: str, work: Path) -> dict[str, list[InputFi
     if config.reader not in READERS:
         raise UpcycleError.unknown(f"sources.{source}.reader", config.reader, READERS)
     read = READERS[config.reader]
-    found: dict[str, list[InputFile]] = {}
+    entries = {split: getattr(config, split) for split in SPLITS}
+    return {
+        split: read(named, blend, config, work / f"{source}.{split}") if named else []
+        for split, named in entries.items()
+    }
+
+
+def require_disjoint(inputs: dict[str, dict[str, list[InputFile]]]) -> None:
+    """Check that no file is read twice, by two splits or by two sources.
+
+    Raises:
+        UpcycleError: one is.
+    """
     owner: dict[str, str] = {}
-    for split in SPLITS:
-        entries = getattr(config, split)
-        found[split] = read(entries, blend, config, work / f"{source}.{split}") if entries else []
-        for file in found[split]:
-            if owner.setdefault(file.path, split) != split:
-                raise UpcycleError(
-                    f"sources.{source}: {file.path}",
-                    got=f"in {owner[file.path]} and {split}",
-                    expected="in one split",
-                    fix="remove it from one of them: evaluation data must not be trained on",
-                )
-    return found
+    for source, splits in inputs.items():
+        for split, files in splits.items():
+            for file in files:
+                here = f"{source}.{split}"
+                if owner.setdefault(file.path, here) != here:
+                    raise UpcycleError(
+                        f"file {file.path}",
+                        got=f"in {owner[file.path]} and {here}",
+                        expected="in one of them",
+                        fix="remove it from the other: no text is trained on twice, nor where it is evaluated",
+                    )
 
 
 def _files(entries: list[str], blend: Blend, config: SourceConfig, work: Path) -> list[InputFile]:
     """Return the files that patterns and addresses name."""
     options = _options(config, "files", ("text_key", "id_key"))
+    for name, value in options.items():
+        if not isinstance(value, str):
+            raise UpcycleError(f"options.{name}", got=value, expected="the name of a field", fix=f"write {name}: text")
     found: dict[str, InputFile] = {}
     for entry in entries:
         matches = sorted(_expand(entry, blend.folder))
@@ -105,23 +119,28 @@ def _expand(pattern: str, folder: Path) -> list[tuple[str, int | None]]:
     import fsspec
 
     is_address = "://" in pattern
-    whole = pattern if is_address else str(folder.absolute() / Path(pattern).expanduser())
     try:
+        whole = pattern if is_address else str(folder.absolute() / Path(pattern).expanduser())
         system, root = fsspec.core.url_to_fs(whole)
         if not any(mark in whole for mark in "*?["):
             return [(whole, system.info(root).get("size"))] if system.isfile(root) else []
         matches = system.glob(root, detail=True)
     except FileNotFoundError:
         return []
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~nobody
         raise UpcycleError(
             f"address {pattern}",
             got=f"{type(error).__name__}: {error}".splitlines()[0],
             expected="files that this machine reaches",
             fix="check the address and the network, or give a folder with a copy of the files",
         ) from None
-    files = [entry for entry in matches.values() if entry["type"] == "file"]
-    return [(system.unstrip_protocol(one["name"]) if is_address else one["name"], one.get("size")) for one in files]
+    # A link is of another type than a file; its own size is not that of the file.
+    names = {
+        name: entry.get("size") if entry["type"] == "file" else system.size(name)
+        for name, entry in matches.items()
+        if entry["type"] == "file" or (entry["type"] != "directory" and system.isfile(name))
+    }
+    return [(system.unstrip_protocol(name) if is_address else name, size_bytes) for name, size_bytes in names.items()]
 
 
 def _sotu(entries: list[str], blend: Blend, config: SourceConfig, work: Path) -> list[InputFile]:
@@ -161,12 +180,20 @@ def _redpajama_v2(entries: list[str], blend: Blend, config: SourceConfig, work: 
     options: dict[str, Any] = {"languages": ["en"], "buckets": ["head"], "duplicates": True} | _options(
         config, "redpajama_v2", known
     )
+    for key in ("snapshots", "languages", "buckets"):
+        if not isinstance(options.get(key, []), list):
+            raise UpcycleError(f"options.{key}", got=options[key], expected="a list", fix=f"write {key}: [NAME]")
     for key, valid in (("languages", REDPAJAMA_LANGUAGES), ("buckets", REDPAJAMA_BUCKETS)):
         for name in options[key]:
             if name not in valid:
                 raise UpcycleError.unknown(f"options.{key}", str(name), valid)
     if not options.get("snapshots"):
         raise UpcycleError("options.snapshots", got="none", expected='a list like ["2023-14"]', fix="name some")
+    shards = options.get("shards")
+    if shards is not None and (not isinstance(shards, int) or shards < 1):
+        raise UpcycleError(
+            "options.shards", got=shards, expected="a whole number from 1 on", fix="omit it to take all"
+        )
     names = [
         f"{snapshot}/{shard:04d}/{language}_{bucket}"
         for snapshot in options["snapshots"]
@@ -174,16 +201,31 @@ def _redpajama_v2(entries: list[str], blend: Blend, config: SourceConfig, work: 
         for language in options["languages"]
         for bucket in options["buckets"]
     ]
-    if options.get("shards"):
-        names = random.Random(blend.config.seed).sample(names, min(options["shards"], len(names)))
+    if shards:
+        names = random.Random(blend.config.seed).sample(names, min(shards, len(names)))
     found = []
-    for base in (entry.rstrip("/") for entry in entries):
+    for base in (_base(entry, blend.folder) for entry in entries):
         for name in names:
             reader_options: dict[str, Any] = {"bucket": options["buckets"]}
             if options["duplicates"]:
                 reader_options["duplicates"] = f"{base}/duplicates/{name}.duplicates.parquet"
             found.append(InputFile(f"{base}/documents/{name}.json.gz", "redpajama_v2", None, reader_options))
     return found
+
+
+def _base(entry: str, folder: Path) -> str:
+    """Return the folder of a release as an absolute path or address."""
+    if "://" in entry:
+        return entry.rstrip("/")
+    path = folder.absolute() / Path(entry).expanduser()
+    if not (path / "documents").is_dir():
+        raise UpcycleError(
+            f"RedPajama-V2 in {path}",
+            got="no folder documents",
+            expected="a copy of the release",
+            fix="check the path",
+        )
+    return str(path)
 
 
 def _lm_eval(entries: list[str], blend: Blend, config: SourceConfig, work: Path) -> list[InputFile]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,12 @@ def make_plan(
         for name, source in config.sources.items():
             splits = inputs[name]
             has_own = bool(splits["validation"] or splits["heldout"])
-            groups = _groups(splits[split])
-            for group in groups:
-                trained = split == "train"
+            groups, trained = _groups(splits[split]), split == "train"
+            sizes = [
+                sum(TASK_BYTES if file.size_bytes is None else file.size_bytes for file in group) for group in groups
+            ]
+            for group, size_bytes in zip(groups, sizes, strict=True):
+                share = size_bytes / max(1, sum(sizes))
                 tasks.append(
                     {
                         "source": name,
@@ -43,7 +47,7 @@ def make_plan(
                         "split": split if has_own or not trained else None,
                         "files": [file.path for file in group],
                         "options": _joined_options(group),
-                        "max_tokens": -int(-source.tokens // len(groups)) if trained and source.tokens else None,
+                        "max_tokens": math.ceil(source.tokens * share) if trained and source.tokens else None,
                         "on_hit": source.on_hit,
                     }
                 )

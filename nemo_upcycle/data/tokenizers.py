@@ -28,6 +28,13 @@ def open_tokenizer(folder: Path) -> Any:
             expected="files that transformers reads",
             fix="copy the dense model's tokenizer files again",
         ) from None
+    if not tokenizer.is_fast:
+        raise CheckpointError(
+            f"tokenizer in {folder}",
+            got=f"{type(tokenizer).__name__}, which has no tokenizer.json",
+            expected="a fast tokenizer",
+            fix="convert it with transformers (convert_slow_tokenizer), and save tokenizer.json in the folder",
+        )
     if tokenizer.eos_token_id is None:
         raise CheckpointError(
             f"eos_token of the tokenizer in {folder}",

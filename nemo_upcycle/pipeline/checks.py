@@ -13,6 +13,7 @@ from nemo_upcycle.data.build import check_files
 from nemo_upcycle.data.dense import check_address
 from nemo_upcycle.data.environment import data_python, engine_version
 from nemo_upcycle.data.finished import open_blend
+from nemo_upcycle.data.inputs import require_disjoint
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.suite import read_suite_config
 from nemo_upcycle.models.architecture import Architecture
@@ -91,8 +92,9 @@ def _check_blend(data: str, here: bool) -> None:
         open_blend(data)
         return
     blend = read_blend(data)
-    for source in blend.config.sources:
-        check_files(blend, source)
+    require_disjoint({source: check_files(blend, source) for source in blend.config.sources})
+    for suite in blend.config.decontaminate:
+        read_suite_config(suite)
     if here:
         engine_version(data_python())
 

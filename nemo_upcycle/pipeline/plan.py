@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_upcycle.data.finished import MANIFEST
 from nemo_upcycle.pipeline.markers import StageFolder
 from nemo_upcycle.utils.files import read_json, sha256_file, write_json
 
@@ -46,10 +47,12 @@ class RunPlan:
         return RunPlan(**read_json(run_dir / PLAN))
 
     def setting(self, name: str) -> Any:
-        """Return a field as the markers hash it: the content, not the name, of a YAML file of the user's."""
+        """Return a field as the markers hash it: the content, not the name, of YAML files and data folders."""
         value = getattr(self, name)
-        is_file = isinstance(value, str) and value.endswith((".yaml", ".yml")) and Path(value).expanduser().is_file()
-        return sha256_file(Path(value).expanduser()) if is_file else value
+        path = Path(value).expanduser() if isinstance(value, str) else Path()
+        if path.suffix not in (".yaml", ".yml"):
+            path /= MANIFEST
+        return sha256_file(path) if isinstance(value, str) and path.is_file() else value
 
 
 @dataclass(frozen=True)

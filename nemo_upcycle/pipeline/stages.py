@@ -5,7 +5,6 @@ Every stage can be run alone and again. Heavy libraries are imported by the stag
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +31,24 @@ def data_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     from nemo_upcycle.data.blend import read_blend
     from nemo_upcycle.data.build import build_blend
     from nemo_upcycle.data.finished import open_blend
+    from nemo_upcycle.pipeline.recipes_io import load_recipe
 
     dense_folder = dense_folder_of(run_dir)
     folder = data_folder_of(run_dir, plan)
     if Path(plan.data).is_dir():
         open_blend(folder).require_tokenizer_of(str(dense_folder))
     else:
-        workers = str(os.cpu_count() or 1)
-        build_blend(read_blend(plan.data, [f"tokenizer={dense_folder}"]), folder, ("--workers", workers))
-    splits = open_blend(folder).manifest["splits"]
+        build_blend(read_blend(plan.data, [f"tokenizer={dense_folder}"]), folder)
+    blend = open_blend(folder)
+    blend.paths(load_recipe(plan.pretrain).data.seq_length)  # before hours of other work: is there text enough?
+    if not blend.heldout():
+        raise StageError(
+            f"held-out documents of {folder}",
+            got="none",
+            expected="some, to measure perplexity on",
+            fix="name heldout files in the blend, or raise hold_out.heldout",
+        )
+    splits = blend.manifest["splits"]
     return {"folder": str(folder), "tokens": {name: split["tokens"] for name, split in splits.items()}}
 
 
@@ -107,7 +115,7 @@ def dense_folder_of(run_dir: Path) -> Path:
 
 def data_folder_of(run_dir: Path, plan: RunPlan) -> Path:
     """Return the folder of the tokenised blend: the user's own, or what the data stage makes."""
-    return Path(plan.data) if Path(plan.data).is_dir() else run_dir / "blend"
+    return Path(plan.data) if Path(plan.data).is_dir() else run_dir / "data" / "blend"
 
 
 def pretrain_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
@@ -216,7 +224,7 @@ def report_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 STAGES = (
     Stage("import", import_stage, (), ("dense",)),
-    Stage("data", data_stage, ("import",), ("data",)),
+    Stage("data", data_stage, ("import",), ("data",), resumable=True),
     Stage("upcycle", upcycle_stage, ("import", "data"), ("pretrain",)),
     Stage("pretrain", pretrain_stage, ("import", "data", "upcycle"), ("pretrain",), parallel=True, resumable=True),
     Stage("dense_ct", dense_ct_stage, ("import", "data"), ("dense_ct",), parallel=True, resumable=True),

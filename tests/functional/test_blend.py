@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,6 +157,39 @@ def test_the_same_again_is_done_already_and_another_blend_is_refused(texts: Path
     assert status == 2
     assert "got another blend's (seed differ), expected an empty folder, or this blend's" in errors
     assert _bytes(built) == before
+
+
+def test_weights_may_change_afterwards(texts: Path, built: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(built, tmp_path / "data")
+    status, _, errors = _answer(texts, copy, "sources.web.weight=0.1", "run_tokens=5000")
+    assert status == 0, errors
+    blend = open_blend(copy)
+    assert blend.shares == pytest.approx({"mine": 0.6, "questions": 0.2, "web": 0.2})
+    assert blend.manifest["run_tokens"] == 5000
+    tokens = {name: digest for name, digest in _bytes(copy).items() if name != "manifest.json"}
+    assert tokens.items() <= _bytes(built).items()
+
+
+def test_a_mistake_found_before_the_texts_are_read_can_be_corrected(texts: Path, tmp_path: Path) -> None:
+    status, _, errors = _answer(texts, tmp_path / "data", "decontaminate=[fulll]")
+    assert status == 2
+    assert "evaluation suite 'fulll' does not exist. Did you mean 'full'?" in errors
+    process = _data(texts, tmp_path / "data", "decontaminate=[demo]")
+    with process:
+        while process.poll() is None and not (tmp_path / "data/work/ngrams.json").exists():
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+    status, _, errors = _answer(texts, tmp_path / "data")
+    assert status == 0 or "decontaminate differ" in errors  # the engine may have begun
+
+
+def test_a_damaged_folder_is_not_called_done(texts: Path, built: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(built, tmp_path / "data")
+    next(copy.glob("tokens/*.bin")).unlink()
+    status, _, errors = _answer(texts, copy)
+    assert status == 2
+    assert "got no such file" in errors
+    assert "delete it and run" in errors
 
 
 def test_two_workers_and_kills_give_the_same_bytes(texts: Path, built: Path, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 def test_a_killed_chain_completes(finished: Path) -> None:
     assert all((finished / name / MARKER).is_file() for name in STAGES)
     assert list(finished.rglob("*.partial")) == []
-    assert all(is_complete(finished / name) for name in ("hf", "upcycle/hf", "dense_ct/hf", "blend", "suite"))
+    assert all(is_complete(finished / name) for name in ("hf", "upcycle/hf", "dense_ct/hf", "data/blend", "suite"))
     steps = [line for line in (finished / "pretrain/metrics.jsonl").read_text().splitlines() if '"loss"' in line]
     assert len(steps) == 6
     report = (finished / "report.md").read_text()

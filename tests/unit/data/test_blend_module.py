@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nemo_upcycle.data.blend_module import blend_data, build_indices, describe_data, require_samples
+from nemo_upcycle.data.blend_module import blend_data, describe_data, require_samples
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import MARKER
 from nemo_upcycle.utils.progress import show_messages
@@ -137,17 +137,6 @@ def test_indices_may_lie_elsewhere(folder: Path, tiny_dense: Path, tmp_path: Pat
     for data in (folder, other):
         assert _read(data, tiny_dense, 2, indices=str(tmp_path / "shared")) == _read(folder, tiny_dense, 2)
     assert len({path.parent for path in (tmp_path / "shared").glob("*/*.npy")}) == 2
-
-
-def test_indices_built_before_are_those_of_training(tiny_dense: Path, tmp_path: Path) -> None:
-    folder = write_blend(tmp_path / "blend", tiny_dense)
-    run_ranks(build_indices, 1, str(folder), process_group=False)
-    built = _stats(folder)
-    assert built
-    _read(folder, tiny_dense, 2, ranks=2)
-    after = _stats(folder)
-    assert after == after | built
-    assert not [name for name in after.keys() - built.keys() if "train" in name]
 
 
 def test_first_rank_says_what_the_run_reads(folder: Path, tiny_dense: Path) -> None:

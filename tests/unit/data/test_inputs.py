@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.data.blend import Blend, BlendConfig, SourceConfig, read_blend
-from nemo_upcycle.data.inputs import list_inputs
+from nemo_upcycle.data.inputs import list_inputs, require_disjoint
 from nemo_upcycle.errors import UpcycleError
 
 
@@ -33,6 +33,26 @@ def test_patterns_are_relative_to_the_yaml_file_and_sorted(tmp_path: Path) -> No
     assert found["heldout"] == []
 
 
+def test_links_are_files(tmp_path: Path) -> None:
+    """The hub's cache consists of them."""
+    _write(tmp_path, "blobs/abc.txt", "web/1.txt")
+    (tmp_path / "web/2.txt").symlink_to(tmp_path / "blobs/abc.txt")
+    (tmp_path / "web/gone.txt").symlink_to(tmp_path / "absent.txt")
+    found = list_inputs(_blend(tmp_path, train=["web/*.txt"]), "web", tmp_path)["train"]
+    assert [(Path(file.path).name, file.size_bytes) for file in found] == [("1.txt", 9), ("2.txt", 13)]
+
+
+def test_no_file_is_read_twice(tmp_path: Path) -> None:
+    _write(tmp_path, "a.txt", "b.txt")
+    inputs = {"web": list_inputs(_blend(tmp_path, train=["*.txt"], heldout=["a.txt"]), "web", tmp_path)}
+    with pytest.raises(UpcycleError, match=r"a\.txt: got in web\.train and web\.heldout, expected in one of them"):
+        require_disjoint(inputs)
+    one, two = (list_inputs(_blend(tmp_path, train=[entry]), "web", tmp_path) for entry in ("*.txt", "b.txt"))
+    require_disjoint({"one": one})
+    with pytest.raises(UpcycleError, match=r"b\.txt: got in one\.train and two\.train"):
+        require_disjoint({"one": one, "two": two})
+
+
 def test_addresses_are_opened_by_fsspec(tmp_path: Path) -> None:
     import fsspec
 
@@ -52,11 +72,21 @@ def test_addresses_are_opened_by_fsspec(tmp_path: Path) -> None:
         ({"train": ["absent.txt"]}, "pattern absent.txt: got no file"),
         ({"train": ["*.pdf"]}, "got another kind, expected .txt, .jsonl"),
         ({"train": ["*.txt"], "reader": "filez"}, "reader 'filez' does not exist. Did you mean 'files'?"),
-        ({"train": ["*.txt"], "heldout": ["a.txt"]}, "got in train and heldout, expected in one split"),
         ({"train": ["*.txt"], "options": {"text_kei": "t"}}, "option of the reader files 'text_kei' does not exist"),
         ({"train": ["nosuch://x/*.txt"]}, "address nosuch://x/*.txt: got ValueError"),
         ({"train": ["soon"], "reader": "sotu"}, "years of a split: got 'soon', expected 2007 or '1946-2005'"),
         ({"train": ["/rp"], "reader": "redpajama_v2"}, "options.snapshots: got none"),
+        ({"train": ["*.txt"], "options": {"text_key": 5}}, "options.text_key: got 5, expected the name of a field"),
+        ({"train": ["~nobody-here/*.txt"]}, "address ~nobody-here/*.txt: got RuntimeError"),
+        ({"train": ["/rp"], "reader": "redpajama_v2", "options": {"snapshots": "2023-14"}}, "expected a list"),
+        (
+            {"train": ["/rp"], "reader": "redpajama_v2", "options": {"snapshots": ["2023-14"], "shards": -1}},
+            "options.shards: got -1, expected a whole number from 1 on",
+        ),
+        (
+            {"train": ["rp"], "reader": "redpajama_v2", "options": {"snapshots": ["2023-14"], "shards": 1}},
+            "rp: got no folder documents, expected a copy of the release",
+        ),
         (
             {"train": ["/rp"], "reader": "redpajama_v2", "options": {"snapshots": ["2023-14"], "buckets": ["heads"]}},
             "options.buckets 'heads' does not exist. Did you mean 'head'?",
