@@ -73,7 +73,9 @@ def prepare(folder: Path, **changes: Any) -> tuple[Path, Path]:
     """Write parent and tokenised texts; return their folders."""
     dense = write_parent(folder / "dense", **changes)
     split = {name: documents for name, documents in texts().items() if name != "heldout"}
-    return dense, write_blend(folder / "data", dense, texts=split, run_tokens=100_000)
+    return dense, write_blend(
+        folder / "data", dense, texts=split, run_tokens=30_000_000
+    )  # a test trains until it is stopped
 
 
 def shrink(recipe: Any, *, max_steps: int, checkpoint_every: int | None, precision: str = "32") -> Any:
