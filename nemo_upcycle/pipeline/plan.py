@@ -49,10 +49,10 @@ class RunPlan:
     def setting(self, name: str) -> Any:
         """Return a field as the markers hash it: the content, not the name, of YAML files and data folders."""
         value = getattr(self, name)
-        path = Path(value).expanduser() if isinstance(value, str) else Path()
-        if path.suffix not in (".yaml", ".yml"):
-            path /= MANIFEST
-        return sha256_file(path) if isinstance(value, str) and path.is_file() else value
+        if name == "data" and (manifest := Path(value) / MANIFEST).is_file():
+            return sha256_file(manifest)
+        is_file = isinstance(value, str) and value.endswith((".yaml", ".yml")) and Path(value).expanduser().is_file()
+        return sha256_file(Path(value).expanduser()) if is_file else value
 
 
 @dataclass(frozen=True)
