@@ -217,3 +217,10 @@ def test_folder_with_a_pattern_in_its_name_is_refused(tmp_path: Path) -> None:
     refused = run(blend(tmp_path / "a[b]"))
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "which datatrove interprets" in refused.stderr
+
+
+def test_too_many_tasks_are_counted_not_listed(tmp_path: Path) -> None:
+    refused = run(write_plan(tmp_path, [{"files": ["a"]}] * 65_536))
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "tasks: got 65536, expected 1 to 65535 tasks" in refused.stderr
+    assert len(refused.stderr) < 200

@@ -113,7 +113,8 @@ def load_plan(path: Path) -> Plan:
     )
     _require(isinstance(content, dict), str(path), type(content).__name__, "an object")
     tasks = content.get("tasks")
-    _require(isinstance(tasks, list) and 0 < len(tasks) <= MAX_TASKS, "tasks", tasks, f"1 to {MAX_TASKS} tasks")
+    _require(isinstance(tasks, list), "tasks", type(tasks).__name__, "a list")
+    _require(0 < len(tasks) <= MAX_TASKS, "tasks", len(tasks), f"1 to {MAX_TASKS} tasks")
     made = [_made(Task, f"tasks[{number}]", task) for number, task in enumerate(tasks)]
     plan: Plan = _made(Plan, str(path), {**content, "folder": path.resolve().parent, "tasks": tuple(made)})
     for number, task in enumerate(plan.tasks):
