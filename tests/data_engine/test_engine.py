@@ -90,6 +90,21 @@ def test_earlier_task_wins_over_lower_number(tmp_path: Path, finders: int) -> No
     }
 
 
+@pytest.mark.parametrize("seed", ["1", "2", "3", "4"])
+def test_sources_that_share_a_file_have_ids_of_their_own(tmp_path: Path, seed: str) -> None:
+    shared = write_jsonl(tmp_path / "input/a/b/shared.jsonl", *map(sentence, range(3)))
+    near = write_jsonl(tmp_path / "input/a/b/near.jsonl", sentence(3))
+    far = write_jsonl(tmp_path / "input/far.jsonl", sentence(4))
+    tasks = [{"source": name, "files": [shared, other]} for name, other in (("one", near), ("two", far))]
+    plan = write_plan(tmp_path, [{**task, "split": "heldout"} for task in tasks], deduplicate=False)
+    done = run(plan, PYTHONHASHSEED=seed)
+    assert done.returncode == 0, done.stderr
+    held = [(plan.parent / "tokens" / f"{rank:05d}.heldout.jsonl").read_text().splitlines() for rank in (0, 1)]
+    ids = [[json.loads(line)["id"] for line in lines] for lines in held]
+    assert ids[0] == ["shared.jsonl:1", "shared.jsonl:2", "shared.jsonl:3", "near.jsonl:1"]
+    assert ids[1] == ["a/b/shared.jsonl:1", "a/b/shared.jsonl:2", "a/b/shared.jsonl:3", "far.jsonl:1"]
+
+
 def test_deduplication_is_optional(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "1.jsonl", "again", "again")
     assert texts(execute(write_plan(tmp_path, [{"files": [file]}], deduplicate=False))) == ["again", "again"]

@@ -80,14 +80,14 @@ class Plan:
         return self.folder / kind / f"{rank:05d}.{suffix}"
 
     @cached_property
-    def names(self) -> dict[str, str]:
+    def names(self) -> dict[tuple[str, str], str]:
         """The name of every file inside its source: no document's id depends on where the data lie."""
-        names: dict[str, str] = {}
+        names: dict[tuple[str, str], str] = {}
         for source in {task.source for task in self.tasks}:
             parts = [file.split("/") for task in self.tasks if task.source == source for file in task.files]
             shortest = min(len(file) for file in parts) - 1
             shared = next((n for n in range(shortest) if len({file[n] for file in parts}) > 1), shortest)
-            names |= {"/".join(file): "/".join(file[shared:]) for file in parts}
+            names |= {(source, "/".join(file)): "/".join(file[shared:]) for file in parts}
         return names
 
     def fingerprint(self) -> dict[str, Any]:

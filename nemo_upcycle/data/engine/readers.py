@@ -58,8 +58,9 @@ class ReadDocuments(PipelineStep):
         self.ledger.removed("read", reason, self._identity(file, 0), f"{file}:0", 0, message=str(error)[:200])
 
     def _identity(self, file: str, line: int) -> str:
-        name = self.ledger.plan.names.get(file, file)
-        return name if self.ledger.task.reader == "text" else f"{name}:{line}"
+        task = self.ledger.task
+        name = self.ledger.plan.names.get((task.source, file), file)
+        return name if task.reader == "text" else f"{name}:{line}"
 
     def _document(self, file: str, line: int, found: dict[str, Any] | str, options: dict[str, Any]) -> Document | str:
         """Return the document, or what is wrong with it."""
