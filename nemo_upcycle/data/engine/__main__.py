@@ -69,13 +69,18 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     found = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
     parser.add_argument("--version", action="version", version=f"nemo-upcycle {__version__}, {found}")
     parser.add_argument("plan", type=Path, help="DIR/work/plan.json")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="tasks at a time (all cores)")
+    parser.add_argument("--workers", type=int, default=_cores(), help="tasks at a time (all cores it may use)")
     runs = parser.add_mutually_exclusive_group()
     runs.add_argument("--slurm", metavar="PARTITION", help="run the tasks as jobs of Slurm")
     runs.add_argument("--ray", action="store_true", help="run the tasks on a Ray cluster")
     parser.add_argument("--time", default="24:00:00", help="time limit of a Slurm job (24:00:00)")
     parser.add_argument("--qos", default="", help="quality of service of the Slurm jobs (the cluster's default)")
     return parser.parse_args(argv)
+
+
+def _cores() -> int:
+    """Return how many cores this process may use: inside a job of Slurm, not all of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _version(name: str) -> str:
