@@ -42,9 +42,9 @@ def _alive(pids: set[int]) -> set[int]:
     return {pid for pid, state in states.items() if state != "Z"}
 
 
-def _start(plan: Path, after_s: float) -> tuple[subprocess.Popen[str], set[int]]:
+def _start(plan: Path, after_s: float, *before_it: str) -> tuple[subprocess.Popen[str], set[int]]:
     """Start the command, and return it and its processes some time after the first one of its tasks began."""
-    process = subprocess.Popen(command(plan, "--workers", "2"), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*before_it, *command(plan, "--workers", "2")], stderr=subprocess.PIPE, text=True)
     before = _begun(plan)
     while _begun(plan) == before and process.poll() is None:
         time.sleep(0.01)
@@ -95,6 +95,16 @@ def test_stops_at_once_with_one_line(tmp_path: Path, number: signal.Signals) -> 
     assert process.returncode == 128 + number
     assert said.strip() == "stopped; run again to go on"
     assert not _alive(family)
+
+
+def test_nohup_protects_it(tmp_path: Path) -> None:
+    plan = blend(tmp_path, documents=2000, words=60)
+    process, _ = _start(plan, 0, "nohup")
+    assert process.poll() is None
+    os.kill(process.pid, signal.SIGHUP)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert stats(plan.parent, 5)["steps"]["read"]["in"] == 2002
 
 
 def test_second_engine_is_refused(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from nemo_upcycle.utils.progress import ProgressLine
 
 _KILLED = "a worker was killed; is there memory enough? Fix: use fewer --workers; run again to go on."
 _FINGERPRINT, _LOCK, _JOBS = "engine.json", ".engine.lock", "slurm_jobs.json"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # each stops the engine, but for one that nohup ignores
 _POLL_S, _SLURM_POLL_S = 0.2, 5.0
 _PATIENCE_S = 10.0  # for the workers of a killed engine to end, and for a shared disk to show what was written
 
@@ -99,7 +100,9 @@ def _run(plan: Plan, where: Where) -> None:
     (plan.folder / "logs").mkdir(exist_ok=True)
     heard, said = multiprocessing.Pipe(duplex=False)
     child = multiprocessing.get_context("fork").Process(target=_child, args=(plan, where, said))
-    old = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    old = {
+        number: signal.signal(number, _stop) for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         child.start()
         said.close()
@@ -155,8 +158,9 @@ def _cancel_jobs(plan: Plan) -> None:
 def _child(plan: Plan, where: Where, said: Any) -> NoReturn:
     """Run the stages, one after the other, with datatrove's words in a file."""
     os.setsid()  # Ctrl-C goes to the parent alone
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     log = (plan.folder / "logs" / "engine.log").open("a", encoding="utf-8")
     for stream in (1, 2):
         os.dup2(log.fileno(), stream)
