@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
-import threading
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from hashlib import sha256
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 import pytest
 
@@ -206,41 +201,3 @@ def test_strict_names_the_place(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "some.jsonl:3: got broken JSON" in done.stderr
-
-
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """A folder, and its address."""
-    folder = tmp_path / "served"
-    folder.mkdir()
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            """Say nothing."""
-
-        def send_head(self) -> BytesIO | BinaryIO | None:
-            if "refused" in self.path:
-                self.send_error(500)
-                return None
-            return super().send_head()
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield folder, f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-def test_files_over_http(tmp_path: Path, served: tuple[Path, str]) -> None:
-    folder, address = served
-    (folder / "some.jsonl.gz").write_bytes(gzip.compress(_between(b"{\n")))
-    nobody = "http://127.0.0.1:9/some.jsonl"
-    files = [f"{address}/some.jsonl.gz", f"{address}/gone.jsonl", f"{address}/refused.jsonl", nobody]
-    work = execute(write_plan(tmp_path, [{"files": files}]))
-    assert texts(work) == GOOD
-    assert [(line["reason"], line["where"]) for line in removed(work)] == [
-        ("broken JSON", f"{files[0]}:3"),
-        ("missing file", f"{files[1]}:0"),
-        ("unreadable file", f"{files[2]}:0"),
-        ("unreadable file", f"{files[3]}:0"),
-    ]
-    assert stats(work)["files"] == {files[0]: {"bytes": (folder / "some.jsonl.gz").stat().st_size}}

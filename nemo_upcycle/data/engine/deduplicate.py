@@ -74,7 +74,7 @@ class RequireSameDocuments(PipelineStep):
                 f"input of {self.ledger.task.source} (task {rank})",
                 got="other documents than in the first pass over it",
                 expected="files that nobody changes",
-                fix=f"delete {self.folder.parent} and start again",
+                fix=f"delete {self.folder.parents[1]} and start again",
             )
 
 

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import os
+import shutil
+import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from http import HTTPStatus
+from tempfile import TemporaryFile
+from typing import IO, Any, TypeVar, cast
 
 import fsspec
 
+from nemo_upcycle.errors import UpcycleError
+
+
+T = TypeVar("T")
+#: What opening a file raises that is a mistake in the blend; whatever else it raises may pass.
+NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 _CHUNK_BYTES = 1 << 16
 _COMPRESSED_BYTES = 1 << 12  # what damage costs, at most
 #: A file without line ends, given by mistake, must not fill the memory.
 LONGEST_LINE_BYTES = 1 << 28
+_WAITS_S = (0.5, 1.0, 2.0, 4.0)  # between trials to read a file from a server
 
 
 class _DamagedError(Exception):
@@ -34,26 +48,149 @@ def open_input(url: str) -> IO[bytes]:
     """Open a path or fsspec URL.
 
     Raises:
-        OSError: it is not there, or not readable.
+        OSError: one of `NOT_THERE`.
+        UpcycleError: it cannot be read now; so does every read.
     """
-    return cast("IO[bytes]", fsspec.open(url, "rb").open())
+    return cast("IO[bytes]", _Input(url))
 
 
-def reading_errors() -> tuple[type[Exception], ...]:
-    """Return what reading may raise, over a network, too."""
+def open_to_seek(url: str) -> IO[bytes]:
+    """Open a file that is not read in order: of a server that sends no size a copy, for want of another way."""
+    handle = open_input(url)
+    if handle.seekable():
+        return handle
+    copy = TemporaryFile()  # noqa: SIM115 - who opens it closes it
+    with handle:
+        shutil.copyfileobj(handle, copy)
+    copy.seek(0)
+    return cast("IO[bytes]", copy)
+
+
+def size_of(url: str) -> int | None:
+    """Return the bytes of a file as it is stored; None if its server does not say.
+
+    Raises:
+        OSError: one of `NOT_THERE`.
+        UpcycleError: it cannot be read now.
+    """
+
+    def ask() -> Any:
+        filesystem, path = fsspec.core.url_to_fs(url)
+        return filesystem.size(path)
+
+    size = _patiently(url, ask)
+    return None if size is None else int(size)
+
+
+class _Input(io.RawIOBase):
+    """A file that is opened again at the same place when reading it fails."""
+
+    def __init__(self, url: str) -> None:
+        self._url, self._place, self._handle = url, 0, None
+        _patiently(url, self._opened)
+
+    def _opened(self) -> Any:
+        if self._handle is None:
+            handle = fsspec.open(self._url, "rb").open()
+            try:
+                handle.seek(self._place)
+            except ValueError:  # of a server that sends no size
+                left = self._place
+                while left and (skipped := len(handle.read(min(left, _CHUNK_BYTES)))):
+                    left -= skipped
+            self._handle = handle
+        return self._handle
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            found = _patiently(self._url, lambda: self._tried(size))
+        except (*NOT_THERE, ValueError) as error:  # it was there; its server does not read from a place
+            raise _unreadable(self._url, error) from error
+        self._place += len(found)
+        return found
+
+    def _tried(self, size: int) -> bytes:
+        try:
+            return cast("bytes", self._opened().read(size))
+        except Exception:
+            with suppress(Exception):
+                self.close_handle()
+            raise
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        try:
+            self._opened().seek(0, os.SEEK_END)
+        except ValueError:
+            return False
+        self._opened().seek(self._place)
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._place = self._opened().seek(offset, whence)
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def close_handle(self) -> None:
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            handle.close()
+
+    def close(self) -> None:
+        self.close_handle()
+        super().close()
+
+
+def _patiently(url: str, action: Callable[[], T]) -> T:
+    """Do something with a file, and again after a while if its server, or the way there, failed.
+
+    What fails for long is an error: taken for a mistake in the file it would be lost, and found again by a later pass.
+    """
+    waits_s = () if _is_local(url) else _WAITS_S
+    for wait_s in (*waits_s, None):
+        try:
+            return action()
+        except (ImportError, ValueError, UpcycleError):
+            raise
+        except Exception as error:  # a file system raises what its own library does
+            cause = _cause_of(error)
+            if isinstance(cause, NOT_THERE):
+                raise
+            if wait_s is None:
+                raise _unreadable(url, cause) from error
+            time.sleep(wait_s)
+    raise AssertionError("unreachable")
+
+
+def _is_local(url: str) -> bool:
+    return "://" not in url or url.startswith(("file://", "local://"))
+
+
+def _cause_of(error: Exception) -> BaseException:
+    """Return what went wrong: fsspec takes every error of a web server for a missing file."""
+    cause = error.__cause__
+    status = getattr(cause, "status", None) or getattr(getattr(cause, "response", None), "status_code", None)
+    is_other = isinstance(cause, _web_errors()) and status not in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE)
+    return cause if is_other and cause else error
+
+
+def _web_errors() -> tuple[type[Exception], ...]:
     import aiohttp
 
     return OSError, asyncio.TimeoutError, aiohttp.ClientError
 
 
-def size_of(url: str) -> int:
-    """Return the bytes of a file as it is stored.
-
-    Raises:
-        OSError: it is not there, or not readable.
-    """
-    filesystem, path = fsspec.core.url_to_fs(url)
-    return int(filesystem.size(path))
+def _unreadable(url: str, error: BaseException) -> UpcycleError:
+    return UpcycleError(
+        url,
+        got=(str(error) or type(error).__name__).splitlines()[0][:200],
+        expected="a file that can be read",
+        fix="see to that, then run again to go on",
+    )
 
 
 def read_lines(url: str, handle: IO[bytes]) -> Iterator[tuple[int, bytes] | Damage]:
@@ -64,6 +201,9 @@ def read_lines(url: str, handle: IO[bytes]) -> Iterator[tuple[int, bytes] | Dama
     Args:
         url: the name of the file, which says how it is compressed.
         handle: the file.
+
+    Raises:
+        UpcycleError: reading it fails.
     """
     is_compressed = url.endswith((".gz", ".zst", ".zstd"))
     size_bytes = _COMPRESSED_BYTES if is_compressed else _CHUNK_BYTES
@@ -90,8 +230,6 @@ def read_lines(url: str, handle: IO[bytes]) -> Iterator[tuple[int, bytes] | Dama
                 rest = [*rest, chunk[start:]] if rest_bytes <= LONGEST_LINE_BYTES else []
     except _DamagedError as error:
         damage = str(error)
-    except reading_errors():
-        damage = "reading failed"
     if rest_bytes > LONGEST_LINE_BYTES:
         yield Damage("line too long", number, rest_bytes)
     elif rest and not damage:

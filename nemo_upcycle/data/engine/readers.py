@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from hashlib import blake2b
-from http import HTTPStatus
 from typing import Any
 
 import orjson
@@ -13,7 +12,7 @@ from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from nemo_upcycle.data.engine.ledger import Ledger
-from nemo_upcycle.data.engine.lines import Damage, open_input, read_lines, reading_errors, size_of
+from nemo_upcycle.data.engine.lines import NOT_THERE, Damage, open_input, open_to_seek, read_lines, size_of
 
 
 #: What a reader gives: the line or row from 1, its bytes, and the object there or what is wrong with it.
@@ -47,11 +46,9 @@ class ReadDocuments(PipelineStep):
                         continue
                     document.metadata["listed"] = line - 1 in listed
                     yield document
-            except reading_errors() as error:
-                cause = error.__cause__  # fsspec takes every error of a server for a missing file
-                is_missing = cause is None or getattr(cause, "status", None) == HTTPStatus.NOT_FOUND
-                reason = "missing" if is_missing and isinstance(error, FileNotFoundError) else "unreadable"
-                self._lost(file, f"{reason} file", cause or error)
+            except NOT_THERE as error:
+                reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+                self._lost(file, f"{reason} file", error.__cause__ or error)
 
     def _lost(self, file: str, reason: str, error: BaseException) -> None:
         self.ledger.things_in += 1
@@ -97,10 +94,10 @@ class ReadDocuments(PipelineStep):
         import pyarrow.parquet
 
         try:
-            with open_input(url) as handle:
+            with open_to_seek(url) as handle:
                 listed = pyarrow.parquet.read_table(handle, columns=["doc_id"], use_threads=False)["doc_id"]
             return {int(doc_id.as_py().rpartition("/")[2]) for doc_id in listed}
-        except (*reading_errors(), KeyError, ValueError, AttributeError, pyarrow.ArrowException) as error:
+        except (OSError, KeyError, ValueError, AttributeError, pyarrow.ArrowException) as error:
             self._lost(url, "unreadable list of duplicates", error)
             return set()
 
@@ -159,8 +156,8 @@ def _read_parquet(file: str, options: dict[str, Any]) -> Found:
 
     keys = [options.get("text_key", "text"), options.get("id_key", "id"), "bucket"]
     row = 0
-    try:
-        with open_input(file) as handle:
+    with open_to_seek(file) as handle:
+        try:
             table = pyarrow.parquet.ParquetFile(handle)
             there = [key for key in keys if key in table.schema_arrow.names]
             if keys[0] not in there:
@@ -173,5 +170,5 @@ def _read_parquet(file: str, options: dict[str, Any]) -> Found:
                     row += 1
                     text = found[keys[0]]
                     yield row, len(text.encode()) if isinstance(text, str) else 0, found
-    except (pyarrow.ArrowException, ValueError) as error:
-        yield row + 1, 0, f"damaged Parquet file ({type(error).__name__})"
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            yield row + 1, 0, f"damaged Parquet file ({type(error).__name__})"

@@ -1,0 +1,213 @@
+"""Files on servers: what passes is tried again, what does not pass is no mistake of the file's."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from hashlib import sha256
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+
+
+pytest.importorskip("datatrove")
+import pyarrow
+import pyarrow.parquet
+
+from nemo_upcycle.data.engine import lines
+from nemo_upcycle.errors import UpcycleError
+from tests.data_engine.blend import execute, removed, run, sentence, stats, texts, write_plan
+
+
+MANY = [f"{sentence(n)} {sha256(str(n).encode()).hexdigest()}" for n in range(4000)]
+
+
+class Server(ThreadingHTTPServer):
+    """Serves a folder. What it does wrong stands in the name of a file."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder, self.is_down = folder, False
+        self.asked: Counter[tuple[str, str | None]] = Counter()
+
+    def address(self, name: str) -> str:
+        return f"http://127.0.0.1:{self.server_port}/{name}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+    def do_HEAD(self) -> None:
+        if "unsized" in self.path:
+            self.send_error(HTTPStatus.METHOD_NOT_ALLOWED)
+        elif content := self._content():
+            self.send_response(HTTPStatus.OK)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+
+    def do_GET(self) -> None:
+        content = self._content()
+        if content is None:
+            return
+        place = self.headers.get("Range")
+        self.server.asked[self.path, place] += 1
+        fails = self.server.asked[self.path, place] <= (2 if "unsized" in self.path else 1)  # there the first one asks
+        if "passing" in self.path and fails:
+            self.send_error(HTTPStatus.SERVICE_UNAVAILABLE)
+            return
+        self.protocol_version = "HTTP/1.1"
+        self.close_connection = True
+        if "unsized" in self.path:
+            self.send_response(HTTPStatus.OK)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            for start in range(0, len(content) // (2 if "cut" in self.path and fails else 1), 10_000):
+                piece = content[start : start + 10_000]
+                self.wfile.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
+            if not ("cut" in self.path and fails):
+                self.wfile.write(b"0\r\n\r\n")
+            return
+        self.send_response(HTTPStatus.PARTIAL_CONTENT if place else HTTPStatus.OK)
+        if place:
+            start, _, end = place.removeprefix("bytes=").partition("-")
+            self.send_header("Content-Range", f"bytes {start}-{end}/{len(content)}")
+            content = content[int(start) : int(end) + 1]
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2] if "cut" in self.path and fails else content)
+
+    def _content(self) -> bytes | None:
+        file = self.server.folder / self.path.lstrip("/")
+        if "forbidden" in self.path:
+            self.send_error(HTTPStatus.FORBIDDEN)
+        elif "refused" in self.path or self.server.is_down:
+            self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR)
+        elif not file.is_file():
+            self.send_error(HTTPStatus.NOT_FOUND)
+        else:
+            return file.read_bytes()
+        return None
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    folder = tmp_path / "served"
+    folder.mkdir()
+    with Server(folder) as made:
+        threading.Thread(target=made.serve_forever, daemon=True).start()
+        yield made
+        made.shutdown()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "_WAITS_S", (0.01, 0.01))
+
+
+def _jsonl(*many: str) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in many).encode()
+
+
+def test_files_of_a_server(tmp_path: Path, server: Server) -> None:
+    (server.folder / "some.jsonl.gz").write_bytes(gzip.compress(_jsonl("one", "two") + b"{\n" + _jsonl("three")))
+    files = [server.address("some.jsonl.gz"), server.address("gone.jsonl")]
+    work = execute(write_plan(tmp_path, [{"files": files}]))
+    assert texts(work) == ["one", "two", "three"]
+    assert [(line["reason"], line["where"]) for line in removed(work)] == [
+        ("broken JSON", f"{files[0]}:3"),
+        ("missing file", f"{files[1]}:0"),
+    ]
+    assert stats(work)["files"] == {files[0]: {"bytes": (server.folder / "some.jsonl.gz").stat().st_size}}
+
+
+@pytest.mark.parametrize(
+    "name", ["passing.jsonl", "cut.jsonl", "cut_unsized.jsonl", "cut.jsonl.gz", "passing.parquet"]
+)
+def test_passing_error_costs_nothing(tmp_path: Path, server: Server, name: str) -> None:
+    file, reader = server.folder / name, name.rpartition(".")[2].replace("gz", "jsonl")
+    if reader == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": MANY}), file)
+    else:
+        file.write_bytes(gzip.compress(_jsonl(*MANY)) if name.endswith("gz") else _jsonl(*MANY))
+    plan = write_plan(tmp_path, [{"files": [server.address(name)], "reader": reader}])
+    done = run(plan)
+    assert done.returncode == 0, done.stderr
+    assert max(server.asked.values()) > 1
+    assert texts(plan.parent) == MANY
+    assert removed(plan.parent) == []
+
+
+@pytest.mark.parametrize("name", ["refused.jsonl", "forbidden.jsonl", "forbidden.parquet"])
+@pytest.mark.usefixtures("impatient")
+def test_what_does_not_pass_is_no_missing_file(tmp_path: Path, server: Server, name: str) -> None:
+    file = server.address(name)
+    plan = write_plan(tmp_path, [{"files": [file], "reader": name.rpartition(".")[2]}])
+    with pytest.raises(UpcycleError, match=f"{file}: got (500|403).*run again to go on"):
+        execute(plan)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_nobody_answers(tmp_path: Path) -> None:
+    with pytest.raises(UpcycleError, match=r"http://127.0.0.1:9/some.jsonl: got Cannot connect"):
+        execute(write_plan(tmp_path, [{"files": ["http://127.0.0.1:9/some.jsonl"]}]))
+
+
+@pytest.mark.usefixtures("impatient")
+def test_file_that_is_taken_away_while_it_is_read(tmp_path: Path, server: Server) -> None:
+    file = server.folder / "cut_unsized.jsonl"
+    file.write_bytes(_jsonl(*MANY))
+    with lines.open_input(server.address(file.name)) as handle:
+        file.unlink()
+        with pytest.raises(UpcycleError, match=r"cut_unsized.jsonl: got .*run again"):
+            shutil.copyfileobj(handle, BytesIO())
+
+
+def test_build_goes_on_once_the_server_is_back(tmp_path: Path, server: Server) -> None:
+    near = tmp_path / "near.jsonl"
+    near.write_bytes(_jsonl("near"))
+    (server.folder / "far.jsonl").write_bytes(_jsonl("far"))
+    plan = write_plan(tmp_path, [{"files": [str(near)]}, {"files": [server.address("far.jsonl")]}])
+    server.is_down = True
+    stopped = run(plan, "--workers", "1")
+    assert (stopped.returncode, stopped.stderr.count("\n")) == (2, 1)
+    assert f"{server.address('far.jsonl')}: got 500" in stopped.stderr
+    server.is_down = False
+    done = run(plan)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [texts(plan.parent, rank) for rank in (0, 1)] == [["near"], ["far"]]
+
+
+def test_local_file_that_cannot_be_read_now(tmp_path: Path) -> None:
+    file = tmp_path / "some.jsonl"
+    file.symlink_to(file)  # a loop, which the file system refuses to follow
+    plan = write_plan(tmp_path, [{"files": [str(file)]}])
+    stopped = run(plan)
+    assert (stopped.returncode, stopped.stderr.count("\n")) == (2, 1)
+    assert "Too many levels of symbolic links" in stopped.stderr
+    file.unlink()
+    file.write_bytes(_jsonl("there"))
+    assert run(plan).returncode == 0
+    assert texts(plan.parent) == ["there"]
+
+
+@pytest.mark.parametrize("reader", ["jsonl", "parquet"])
+def test_server_that_sends_no_size(tmp_path: Path, server: Server, reader: str) -> None:
+    name = f"unsized.{reader}"
+    (server.folder / name).write_bytes(_jsonl(*MANY))
+    if reader == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": MANY}), server.folder / name)
+    work = execute(write_plan(tmp_path, [{"files": [server.address(name)], "reader": reader}]))
+    assert texts(work) == MANY
+    assert stats(work)["files"] == {server.address(name): {"bytes": None}}
