@@ -165,10 +165,37 @@ def _read_parquet(file: str, options: dict[str, Any]) -> Found:
                 return
             if table.metadata.num_rows == 0:
                 yield 0, 0, "empty file"
+            texts = [key for key in there if _is_text(table.schema_arrow.field(key).type)]
             for batch in table.iter_batches(1000, columns=there, use_threads=False):
-                for found in batch.to_pylist():
+                for found in _as_bytes(batch).to_pylist():
                     row += 1
-                    text = found[keys[0]]
-                    yield row, len(text.encode()) if isinstance(text, str) else 0, found
+                    yield row, len(found[keys[0]] or b"") if keys[0] in texts else 0, _decoded(found, texts)
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             yield row + 1, 0, f"damaged Parquet file ({type(error).__name__})"
+
+
+def _is_text(kind: Any) -> bool:
+    """Return whether a column of Parquet holds texts, or numbers of texts in a list of them."""
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
+def _as_bytes(batch: Any) -> Any:
+    """Return a batch with the bytes of its texts: Arrow decodes all of a column, or nothing."""
+    import pyarrow
+
+    for number, field in enumerate(batch.schema):
+        if _is_text(field.type):
+            column = batch.column(number)
+            column = column.dictionary_decode() if pyarrow.types.is_dictionary(field.type) else column
+            batch = batch.set_column(number, field.name, column.cast(pyarrow.large_binary()))
+    return batch
+
+
+def _decoded(found: dict[str, Any], texts: list[str]) -> dict[str, Any] | str:
+    try:
+        return found | {key: found[key].decode() for key in texts if found[key] is not None}
+    except UnicodeDecodeError:
+        return "not UTF-8"
