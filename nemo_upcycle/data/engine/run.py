@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from nemo_upcycle.data.engine.plan import Plan, clear_asides
 from nemo_upcycle.data.engine.processes import die_with_parent
-from nemo_upcycle.data.engine.stages import Where, completed, executor, stages, tasks_of_stages
+from nemo_upcycle.data.engine.stages import Where, completed, executor, slurm_jobs, stages, tasks_of_stages
 from nemo_upcycle.data.engine.tokenise import choose_library
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json, take_lock, write_json
@@ -28,7 +28,8 @@ from nemo_upcycle.utils.progress import ProgressLine
 
 
 _KILLED = "a worker was killed; is there memory enough? Fix: use fewer --workers; run again to go on."
-_FINGERPRINT, _LOCK, _JOBS = "engine.json", ".engine.lock", "slurm_jobs.json"
+_FINGERPRINT, _LOCK = "engine.json", ".engine.lock"
+_UNKNOWN_JOB = "Invalid job id"  # what Slurm says of one that ended a while ago
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # each stops the engine, but for one that nohup ignores
 _POLL_S, _SLURM_POLL_S = 0.2, 5.0
 _PATIENCE_S = 10.0  # for the workers of a killed engine to end, and for a shared disk to show what was written
@@ -56,6 +57,7 @@ def run_plan(plan: Plan, where: Where) -> dict[str, Any]:
     with _only_engine(plan):
         _require_same_plan(plan)
         _cancel_jobs(plan)
+        _require_no_jobs(plan)
         clear_asides(plan)
         _run(plan, where)
         clear_asides(plan)
@@ -147,12 +149,32 @@ def _kill(plan: Plan, child: Any) -> None:
 
 
 def _cancel_jobs(plan: Plan) -> None:
-    """Take the jobs of this engine, or of one that was killed, out of Slurm's queue."""
-    jobs = plan.folder / "logs" / _JOBS
-    if jobs.is_file():
-        with contextlib.suppress(OSError):
-            subprocess.run(["scancel", *read_json(jobs)], check=False, capture_output=True)
+    """Take the jobs of this engine, or of one that was killed, out of Slurm's queue.
+
+    Where that fails they stay written down, for the next run to try again.
+    """
+    jobs = slurm_jobs(plan)
+    if jobs.is_file() and _ask_slurm("scancel", *read_json(jobs)) is not None:
         jobs.unlink(missing_ok=True)
+
+
+def _require_no_jobs(plan: Plan) -> None:
+    if (jobs := slurm_jobs(plan)).is_file():
+        raise UpcycleError(
+            "jobs of an earlier run",
+            got=f"no answer of scancel for {', '.join(read_json(jobs))}",
+            expected="that Slurm cancels them",
+            fix=f"run again on a login node, once Slurm answers; or, if they are gone, delete {jobs}",
+        )
+
+
+def _ask_slurm(*command: str) -> str | None:
+    """Return the answer, empty for jobs that are gone; None without one."""
+    try:
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 or _UNKNOWN_JOB in done.stderr else None
 
 
 def _child(plan: Plan, where: Where, said: Any) -> NoReturn:
@@ -209,15 +231,16 @@ def _run_stages(plan: Plan, where: Where, library: str) -> None:
 
 
 def _wait_for_slurm(plan: Plan, runs: Any) -> None:
-    write_json(plan.folder / "logs" / _JOBS, runs.jobs)
-    patience = int(_PATIENCE_S / _SLURM_POLL_S)
-    while patience and runs.get_incomplete_ranks(skip_completed=True):
+    """Wait until a stage is complete, or its jobs have left the queue; a Slurm that does not answer says neither."""
+    patience = most = int(_PATIENCE_S / _SLURM_POLL_S)
+    while runs.get_incomplete_ranks(skip_completed=True):
+        if not patience:
+            return
         time.sleep(_SLURM_POLL_S)
-        queue = subprocess.run(
-            ["squeue", "-h", "-j", ",".join(runs.jobs)], capture_output=True, text=True, check=False
-        )
-        patience = patience - 1 if not queue.stdout.strip() else int(_PATIENCE_S / _SLURM_POLL_S)
-    (plan.folder / "logs" / _JOBS).unlink(missing_ok=True)
+        queue = _ask_slurm("squeue", "-h", "-j", ",".join(runs.jobs))
+        if queue is not None:
+            patience = most if queue else patience - 1
+    slurm_jobs(plan).unlink(missing_ok=True)
 
 
 def _said(error: BaseException, log: str) -> str:

@@ -21,6 +21,7 @@ from nemo_upcycle.data.engine.ledger import Gate, Ledger, RemovedWriter
 from nemo_upcycle.data.engine.plan import Plan
 from nemo_upcycle.data.engine.readers import ReadDocuments
 from nemo_upcycle.data.engine.tokenise import Tokenise
+from nemo_upcycle.utils.files import write_json
 
 
 @dataclass(frozen=True)
@@ -130,15 +131,17 @@ class _Local(LocalPipelineExecutor):
 
 
 class _Slurm(SlurmPipelineExecutor):
-    """Remembers all its jobs: a stage of more than a thousand tasks has several."""
+    """Writes down each of its jobs at once: a stage of more than a thousand tasks has several."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, path: Path, **options: Any) -> None:
         super().__init__(**options)
+        self.path = str(path)
         self.jobs: list[str] = []
         self.job_id_retriever = self._remember
 
     def _remember(self, said: str) -> str:
         self.jobs.append(said.split()[-1])
+        write_json(Path(self.path), self.jobs)
         return self.jobs[-1]
 
     def launch_merge_stats(self) -> None:
@@ -157,6 +160,7 @@ def executor(plan: Plan, stage: Stage, where: Where, environment: Path) -> Any:
     shared = {"pipeline": stage.pipeline, "tasks": stage.tasks, "logging_dir": str(plan.folder / "logs" / stage.name)}
     if where.slurm:
         return _Slurm(
+            slurm_jobs(plan),
             **shared,
             time=where.time_limit,
             partition=where.slurm,
@@ -168,6 +172,11 @@ def executor(plan: Plan, stage: Stage, where: Where, environment: Path) -> Any:
     if where.ray:
         return RayPipelineExecutor(**shared, workers=where.workers)
     return _Local(**shared, workers=min(where.workers, stage.tasks))
+
+
+def slurm_jobs(plan: Plan) -> Path:
+    """Return where the numbers of Slurm's jobs stand until their stage is complete."""
+    return plan.folder / "logs" / "slurm_jobs.json"
 
 
 def completed(plan: Plan) -> int:

@@ -1,0 +1,107 @@
+"""What Slurm's commands may answer, played by scripts: for machines that have no Slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+pytest.importorskip("datatrove")
+
+from nemo_upcycle.data.engine import run as engine
+from nemo_upcycle.data.engine.plan import Plan, load_plan
+from nemo_upcycle.data.engine.stages import Stage, Where, executor, stages
+from tests.data_engine.blend import run
+from tests.data_engine.test_engine import blend
+
+
+_CONTACT = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
+
+
+class Slurm:
+    """Scripts that come first in the path; each counts its calls in a file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.folder.mkdir()
+
+    def says(self, command: str, script: str) -> None:
+        calls = self.folder / f"{command}.calls"
+        file = self.folder / command
+        count = f'echo "$*" >> {calls}; calls=$(wc -l < {calls})'
+        file.write_text(f"#!/bin/bash\n{count}\n{script}\n", encoding="utf-8")
+        file.chmod(0o755)
+
+    def calls(self, command: str) -> list[str]:
+        return (self.folder / f"{command}.calls").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(engine, "_SLURM_POLL_S", 0.05)
+    monkeypatch.setattr(engine, "_PATIENCE_S", 0.1)
+    return Slurm(tmp_path / "bin")
+
+
+def _launch(folder: Path, tasks: int) -> tuple[Plan, Any]:
+    plan = load_plan(blend(folder).resolve())
+    stage = Stage("3_write", stages(plan, "tokenizers")[-1].pipeline, tasks)
+    return plan, executor(plan, stage, Where(slurm="any"), Path(sys.prefix))
+
+
+def _jobs(plan: Plan) -> Path:
+    return plan.folder / "logs" / "slurm_jobs.json"
+
+
+def test_jobs_are_written_down_one_by_one(tmp_path: Path, slurm: Slurm) -> None:
+    slurm.says("sbatch", '[ "$calls" = 3 ] && exit 1; echo "Submitted batch job $calls"')
+    plan, runs = _launch(tmp_path, 2500)
+    with pytest.raises(subprocess.CalledProcessError):
+        runs.run()
+    assert json.loads(_jobs(plan).read_text(encoding="utf-8")) == ["1", "2"]
+
+
+def test_queue_that_does_not_answer_says_nothing(tmp_path: Path, slurm: Slurm) -> None:
+    slurm.says("sbatch", 'echo "Submitted batch job 17"')
+    plan, runs = _launch(tmp_path, 1)
+    done = plan.folder / "logs" / "3_write" / "completions"
+    complete = f"mkdir -p {done}; touch {done}/00000"
+    slurm.says("squeue", f'[ "$calls" = 9 ] && {{ {complete}; exit 0; }}; {_CONTACT}')
+    runs.run()
+    engine._wait_for_slurm(plan, runs)
+    assert runs.get_incomplete_ranks(skip_completed=True) == []
+    assert slurm.calls("squeue") == ["-h -j 17"] * 9
+    assert not _jobs(plan).exists()
+
+
+@pytest.mark.parametrize("gone", ["exit 0", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"])
+def test_jobs_that_are_gone_are_given_up_and_stay_written_down(tmp_path: Path, slurm: Slurm, gone: str) -> None:
+    slurm.says("sbatch", 'echo "Submitted batch job 17"')
+    slurm.says("squeue", f'[ "$calls" -le 3 ] && {{ echo "17_0 any"; exit 0; }}; {gone}')
+    plan, runs = _launch(tmp_path, 1)
+    runs.run()
+    engine._wait_for_slurm(plan, runs)
+    assert len(slurm.calls("squeue")) == 5
+    assert json.loads(_jobs(plan).read_text(encoding="utf-8")) == ["17"]
+
+
+def test_jobs_that_cannot_be_cancelled_are_not_forgotten(tmp_path: Path, slurm: Slurm) -> None:
+    plan = blend(tmp_path)
+    jobs = plan.parent / "logs" / "slurm_jobs.json"
+    jobs.parent.mkdir()
+    jobs.write_text('["17"]', encoding="utf-8")
+    slurm.says("scancel", _CONTACT)
+    refused = run(plan)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "no answer of scancel for 17" in refused.stderr
+    slurm.says("scancel", "exit 0")
+    assert run(plan).returncode == 0
+    assert slurm.calls("scancel") == ["17"] * 2
+    assert not jobs.exists()
