@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 pytest.importorskip("datatrove")
 
+from nemo_upcycle.data.environment import VARIABLE
 from tests.data_engine.blend import command, removed, run, stats
 from tests.data_engine.test_engine import blend
 
@@ -81,6 +83,73 @@ def test_killed_at_many_moments(tmp_path: Path) -> None:
     for rank in range(6):
         assert stats(killed.parent, rank)["steps"] == stats(whole.parent, rank)["steps"]
         assert len(removed(killed.parent, rank)) == len(removed(whole.parent, rank))
+
+
+_STARTER = "import sys; from nemo_upcycle.data.environment import run_engine; run_engine(sys.argv[1:])"
+
+
+def _start_by_another(plan: Path, *arguments: str) -> tuple[subprocess.Popen[str], set[int]]:
+    """Start the engine as `nemo-upcycle data` does; return that process and those it started, after the first task."""
+    words = [sys.executable, "-c", _STARTER, str(plan), *arguments]
+    process = subprocess.Popen(
+        words, env={**os.environ, VARIABLE: sys.executable}, stderr=subprocess.DEVNULL, text=True
+    )
+    begun = "slurm_jobs.json" if "--slurm" in arguments else "*/logs/*.log"
+    while not list((plan.parent / "logs").glob(begun)) and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert process.poll() is None
+    return process, _descendants(process.pid)
+
+
+def _gone(pids: set[int], within_s: float = 3) -> bool:
+    end_s = time.monotonic() + within_s
+    while _alive(pids) and time.monotonic() < end_s:
+        time.sleep(0.05)
+    return not _alive(pids)
+
+
+def test_killed_starter_takes_the_engine_along(tmp_path: Path) -> None:
+    plan = blend(tmp_path, documents=20_000, words=60)
+    process, family = _start_by_another(plan, "--workers", "2")
+    assert len(family) >= 4  # the engine, its child and two workers
+    process.kill()
+    process.wait()
+    assert _gone(family)
+
+
+def test_killed_starter_takes_the_jobs_of_slurm_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {
+        "sbatch": "echo Submitted batch job 17",
+        "squeue": "echo 17_0",
+        "scancel": f"echo $* > {tmp_path}/cancelled",
+    }
+    for name, line in said.items():
+        script = tmp_path / "bin" / name
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(f"#!/bin/sh\n{line}\n", encoding="utf-8")
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    process, family = _start_by_another(blend(tmp_path), "--slurm", "any")
+    process.kill()
+    process.wait()
+    assert _gone(family)
+    assert (tmp_path / "cancelled").read_text(encoding="utf-8") == "17\n"
+
+
+def test_shell_may_end_before_the_engine_under_nohup(tmp_path: Path) -> None:
+    plan = blend(tmp_path, documents=2000, words=60)
+    words = ["bash", "-c", 'nohup "$@" & wait', "bash", *command(plan, "--workers", "2")]
+    shell = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not _begun(plan):
+        time.sleep(0.01)
+    (engine,) = {pid for pid in _descendants(shell.pid) if str(plan) in Path(f"/proc/{pid}/cmdline").read_text()} - {
+        pid for child in _descendants(shell.pid) for pid in _descendants(child)
+    }
+    shell.kill()
+    shell.wait()
+    assert _gone({engine}, within_s=60)
+    assert stats(plan.parent, 5)["steps"]["read"]["in"] == 2002
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

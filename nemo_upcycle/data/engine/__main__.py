@@ -19,6 +19,7 @@ from shutil import which
 from typing import Any
 
 from nemo_upcycle.data.engine.plan import load_plan
+from nemo_upcycle.data.engine.processes import stop_with_parent
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.package_info import __version__
 
@@ -29,6 +30,7 @@ BAD_INPUT = 2
 
 def main(argv: list[str] | None = None) -> int:
     """Run the engine and return the exit status: 0, 2 (bad input, or a failure) or 128 and the signal's number."""
+    stop_with_parent()
     arguments = _parse(argv)
     try:
         from nemo_upcycle.data.engine.run import Stopped, run_plan

@@ -6,10 +6,31 @@ import ctypes
 import os
 import signal
 import sys
+from pathlib import Path
 
 
 _PR_SET_PDEATHSIG = 1
 _started_by = [0]
+
+
+def stop_with_parent() -> None:
+    """Let this process be told to stop when `nemo-upcycle data`, which started it, ends, even by `kill -9`.
+
+    A shell is another matter: what was started in one under nohup goes on without it.
+    """
+    parent = os.getppid()
+    if not sys.platform.startswith("linux") or not _is_python(parent):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it ended in between
+        signal.raise_signal(signal.SIGTERM)
+
+
+def _is_python(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/exe").readlink().name.startswith("python")
+    except OSError:  # of another user, as under sudo
+        return False
 
 
 def die_with_parent() -> None:
