@@ -171,9 +171,9 @@ def test_weights_may_change_afterwards(texts: Path, built: Path, tmp_path: Path)
 
 
 def test_a_mistake_found_before_the_texts_are_read_can_be_corrected(texts: Path, tmp_path: Path) -> None:
-    status, _, errors = _answer(texts, tmp_path / "data", "decontaminate=[fulll]")
+    status, _, errors = _answer(texts, tmp_path / "data", "decontaminate=[fulls]")
     assert status == 2
-    assert "evaluation suite 'fulll' does not exist. Did you mean 'full'?" in errors
+    assert "evaluation suite 'fulls' does not exist. Did you mean 'full'?" in errors
     process = _data(texts, tmp_path / "data", "decontaminate=[demo]")
     with process:
         while process.poll() is None and not (tmp_path / "data/work/ngrams.json").exists():
