@@ -239,24 +239,30 @@ def find(request: PlanRequest, limit: int) -> list[Plan]:
     works = [replace(request.work, recompute=kind) for kind in request.recomputes]
     room_gib = request.gpu.memory_gib * TIGHT
     able = [layout for layout in every if _least_gib(request, layout) <= room_gib]
-    kinds = {layout: [Plan(request, layout, work) for work in works] for layout in able}
+    kinds = [[Plan(request, layout, work) for work in works] for layout in able]
     found: list[Plan] = []
-    seen: set[Layout] = set()
-    for plan in sorted(
-        itertools.chain.from_iterable(kinds.values()), key=lambda plan: (plan.time.total, plan.layout.cp)
-    ):
-        if plan.layout in seen or not _could_fit(plan) or plan.verdict == "no":
-            continue
-        if plan.verdict == "tight" and any(other.verdict == "fits" for other in kinds[plan.layout]):
-            continue  # the one that fits comes later
-        seen.add(plan.layout)
-        found.append(plan)
-        if len(found) == limit:
-            return found
+    # Fastest first. Of a layout, the kinds of recomputation are slower one by one: the next waits for the one before.
+    queue = [(*_speed(plans[0]), number, 0) for number, plans in enumerate(kinds)]
+    heapq.heapify(queue)
+    while queue and len(found) < limit:
+        *_, number, kind = heapq.heappop(queue)
+        plans = kinds[number]
+        plan = plans[kind]
+        able_to_run = _could_fit(plan) and plan.verdict != "no"
+        # A tight one gives way to a slower one of the same layout that fits.
+        if able_to_run and (plan.verdict == "fits" or not any(other.verdict == "fits" for other in plans)):
+            found.append(plan)
+        elif kind + 1 < len(plans):
+            heapq.heappush(queue, (*_speed(plans[kind + 1]), number, kind + 1))
     if found:
         return found
     nearest = (Plan(request, layout, works[-1]) for layout in _smallest(request, every, 50))
     return sorted(nearest, key=lambda plan: plan.memory.total)[:limit]
+
+
+def _speed(plan: Plan) -> tuple[float, int]:
+    """Return what plans are ordered by; of two that are as fast, the one without context parallelism is simpler."""
+    return plan.time.total, plan.layout.cp
 
 
 def layouts(request: PlanRequest) -> Iterator[Layout]:
