@@ -111,7 +111,7 @@ def _documents(ledger: Ledger) -> list[PipelineStep]:
 
 
 class _Local(LocalPipelineExecutor):
-    """Notices when a worker is killed, for want of memory for example: datatrove's own pool would wait for ever."""
+    """Raises an error when a worker is killed, for example for lack of memory; datatrove's own pool would hang."""
 
     def run(self) -> None:
         """Run the tasks that are not complete.
@@ -145,7 +145,7 @@ class _Slurm(SlurmPipelineExecutor):
         return self.jobs[-1]
 
     def launch_merge_stats(self) -> None:
-        """Do nothing: the job would wait for ever for a stage that failed."""
+        """Skip the job that merges statistics: behind a failed stage it would stay queued."""
 
 
 def executor(plan: Plan, stage: Stage, where: Where, environment: Path) -> Any:
