@@ -18,12 +18,12 @@ from nemo_upcycle.pipeline import local
 from nemo_upcycle.pipeline.checks import check_arguments, is_local
 from nemo_upcycle.pipeline.console import end_soon
 from nemo_upcycle.pipeline.context import PipelineContext
-from nemo_upcycle.pipeline.markers import in_use
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
 from nemo_upcycle.pipeline.recipes_io import dump_recipe, load_recipe, ranks_of, settings, write_recipes
 from nemo_upcycle.pipeline.runner import DONE_BEFORE, run_stage
 from nemo_upcycle.pipeline.stages import STAGES, unfinished
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
+from nemo_upcycle.utils.files import in_use
 
 
 COMMAND = "command.txt"

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import StageError, UpcycleError
-from nemo_upcycle.utils.files import MARKER, read_json, sha256_file, take_lock, write_json
+from nemo_upcycle.utils.files import MARKER, read_json, sha256_file, write_json
 
 
 _STARTED = "_STARTED.json"
@@ -25,24 +23,6 @@ def setting_hashes(settings: dict[str, Any]) -> dict[str, str]:
     """Return the sha256 of each of a stage's own settings, which are plain values, as its marker names them."""
     texts = {name: json.dumps(value, sort_keys=True, default=str) for name, value in sorted(settings.items())}
     return {f"setting {name}": hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
-
-
-@contextmanager
-def in_use(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder while the block runs.
-
-    Raises:
-        StageError: another run is in it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = take_lock(folder / ".lock")
-    except TimeoutError:
-        raise StageError(
-            str(folder), got="in use by another run", expected="one run", fix="wait for it, or choose another dir"
-        ) from None
-    with lock:
-        yield
 
 
 @dataclass(frozen=True)

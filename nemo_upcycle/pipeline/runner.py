@@ -10,9 +10,9 @@ from pathlib import Path
 
 from nemo_upcycle.errors import StageError, UpcycleError
 from nemo_upcycle.pipeline.console import is_verbose, quiet_libraries
-from nemo_upcycle.pipeline.markers import in_use
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
 from nemo_upcycle.pipeline.stages import BY_NAME, STAGES, unfinished
+from nemo_upcycle.utils.files import in_use
 from nemo_upcycle.utils.progress import duration, show_messages
 
 

@@ -207,6 +207,27 @@ def take_lock(path: Path) -> AbstractContextManager[Any]:
         raise
 
 
+@contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Make a folder, and keep other runs out of it while the block runs.
+
+    Raises:
+        UpcycleError: another run is in it, or it is a file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UpcycleError(str(folder), got="a file", expected="a folder to make", fix="choose another name") from None
+    try:
+        lock = take_lock(folder / _LOCK)
+    except TimeoutError:
+        raise UpcycleError(
+            str(folder), got="in use by another run", expected="one run", fix="wait for it, or choose another folder"
+        ) from None
+    with lock:
+        yield
+
+
 def clear(aside: Path) -> None:
     """Delete what the folder of `only_writer` holds, except for its lock."""
     for path in aside.iterdir():

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 from tokenizers import Tokenizer, normalizers
 
-from nemo_upcycle.pipeline.markers import in_use
+from nemo_upcycle.utils.files import in_use
 from tests.blends import write_blend
 from tests.distributed.ranks import run_ranks, server
 from tests.fifo import held_by_reader
