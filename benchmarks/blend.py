@@ -49,7 +49,7 @@ def build(copies: int) -> dict[str, Any]:
         command = [sys.executable, "-m", "nemo_upcycle.cli", "data", str(blend), str(output)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         wall_s = time.monotonic() - start_s
-        stats = [json.loads(path.read_text()) for path in sorted((output / "work/stats").glob("*.json"))]
+        stats = [json.loads(path.read_text()) for path in sorted((output / "build/stats").glob("*.json"))]
     seconds: Counter[str] = Counter()
     for entry in stats:
         seconds.update(entry["seconds"])

@@ -7,7 +7,7 @@ The folder that is made holds, when it is finished:
     tokenizer/            with the padding token that training needs
     contamination.json    which evaluation items were found, and where
     manifest.json         sources, licences, counts of every step, versions
-    work/                 what was removed and why; the engine's logs
+    build/                what was removed and why; the engine's logs
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from nemo_upcycle.data.contamination import merge_contamination
 from nemo_upcycle.data.dense import ensure_dense, tokenizer_folder
 from nemo_upcycle.data.environment import data_python, engine_version, run_engine
 from nemo_upcycle.data.evaluation_items import build_index
-from nemo_upcycle.data.finished import CONTAMINATION, FORMAT, HELDOUT, MANIFEST, TOKENIZER, TOKENS
+from nemo_upcycle.data.finished import BUILD, CONTAMINATION, FORMAT, HELDOUT, MANIFEST, TOKENIZER, TOKENS
 from nemo_upcycle.data.inputs import InputFile, list_inputs, require_disjoint
 from nemo_upcycle.data.manifest import describe_anew, make_manifest, texts_of
 from nemo_upcycle.data.merge import merge_heldout, merge_tokens, read_stats
@@ -38,7 +36,7 @@ from nemo_upcycle.data.tasks import make_plan
 from nemo_upcycle.data.tokenizers import save_tokenizer
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.suite import read_suite_config
-from nemo_upcycle.utils.files import MARKER, is_complete, read_json, require_disk, take_lock, write_json
+from nemo_upcycle.utils.files import MARKER, in_use, is_complete, read_json, require_disk, write_json
 
 
 @dataclass(frozen=True)
@@ -118,11 +116,11 @@ def build_blend(
     _named_tokenizer(blend)
     if not is_complete(output):
         data_python()
-    with _locked(output):
+    with in_use(output):
         made_from = {"format": FORMAT, "blend": texts_of(blend.config), "strict": strict}
         if _is_done(output, made_from):
             return describe_anew(blend, output)
-        work = output / "work"
+        work = output / BUILD
         write_json(work / "made_from.json", made_from)
         checked = check_blend(blend, work)
         require_disk(output, 2 * checked.known_bytes, f"blend {blend.name}")
@@ -133,7 +131,7 @@ def build_blend(
         run_engine([str(work / "plan.json"), *engine_options])
         manifest = _finish(blend, output, read_stats(work, len(plan["tasks"])), tokenizer, checked.engine, items)
         write_json(output / MARKER, {"made_from": made_from, "tokens": manifest["splits"]["train"]["tokens"]})
-        for name in ("tokens", "signatures", "duplicates"):
+        for name in ("tokens", "duplicates"):
             shutil.rmtree(work / name, ignore_errors=True)
         return manifest
 
@@ -175,31 +173,15 @@ def check_files(blend: Blend, source: str) -> dict[str, list[InputFile]]:
     return list_inputs(blend, source, Path()) if is_ready else {}
 
 
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise UpcycleError(str(output), got="a file", expected="a folder to make", fix="choose another name") from None
-    try:
-        lock = take_lock(output / ".lock")
-    except TimeoutError:
-        raise UpcycleError(
-            str(output), got="another process building it", expected="none", fix="wait, or choose another folder"
-        ) from None
-    with lock:
-        yield
-
-
 def _is_done(output: Path, made_from: dict[str, Any]) -> bool:
     """Return whether the folder is finished; refuse one that holds something else."""
-    begun = output / "work" / "made_from.json"
+    begun = output / BUILD / "made_from.json"
     if is_complete(output):
         found = read_json(output / MARKER).get("made_from")
     elif begun.is_file():
         found = read_json(begun)
-        if found != made_from and not (output / "work" / "engine.json").is_file():  # nothing was read yet
-            shutil.rmtree(output / "work")
+        if found != made_from and not (output / BUILD / "engine.json").is_file():  # nothing was read yet
+            shutil.rmtree(output / BUILD)
             return False
     elif any(path.name != ".lock" for path in output.iterdir()):
         found = "files that are not ours"
@@ -240,7 +222,7 @@ def _finish(
     items: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Merge what the engine wrote, and write contamination.json and manifest.json."""
-    config, work = blend.config, output / "work"
+    config, work = blend.config, output / BUILD
     merged = merge_tokens(work, output / TOKENS, config.sources, stats)
     heldout = merge_heldout(work, output / HELDOUT, stats)
     for name in config.sources:

@@ -20,6 +20,7 @@ from nemo_upcycle.utils.files import read_json, read_json_lines, require_complet
 logger = logging.getLogger(__name__)
 #: Of the manifest; and what the folder holds.
 FORMAT = 1
+BUILD = "build"
 MANIFEST, CONTAMINATION, HELDOUT, TOKENIZER, TOKENS = (
     "manifest.json",
     "contamination.json",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.blend import SPLITS, Blend
-from nemo_upcycle.data.finished import TOKENIZER
+from nemo_upcycle.data.finished import BUILD, TOKENIZER
 from nemo_upcycle.data.inputs import InputFile
 
 
@@ -55,7 +55,7 @@ def make_plan(
         "tokenizer": str((output / TOKENIZER / "tokenizer.json").absolute()),
         "eos_id": tokenizer["eos_id"],
         "vocab_size": tokenizer["vocab_size"],
-        "ngram_index": str((output / "work" / "ngrams.npz").absolute()) if config.decontaminate else None,
+        "ngram_index": str((output / BUILD / "ngrams.npz").absolute()) if config.decontaminate else None,
         "seed": config.seed,
         "deduplicate": config.deduplicate,
         "finders": 1 + len(tasks) // TASKS_A_FINDER,

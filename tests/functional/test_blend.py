@@ -176,7 +176,7 @@ def test_a_mistake_found_before_the_texts_are_read_can_be_corrected(texts: Path,
     assert "evaluation suite 'fulls' does not exist. Did you mean 'full'?" in errors
     process = _data(texts, tmp_path / "data", "decontaminate=[demo]")
     with process:
-        while process.poll() is None and not (tmp_path / "data/work/ngrams.json").exists():
+        while process.poll() is None and not (tmp_path / "data/build/ngrams.json").exists():
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
     status, _, errors = _answer(texts, tmp_path / "data")
@@ -205,7 +205,7 @@ def test_two_workers_and_kills_give_the_same_bytes(texts: Path, built: Path, tmp
 def test_ctrl_c_stops_and_says_how_to_go_on(texts: Path, tmp_path: Path) -> None:
     with _data(texts, tmp_path / "data") as process:
         deadline_s = time.monotonic() + 60
-        while not (tmp_path / "data/work/plan.json").exists() and time.monotonic() < deadline_s:
+        while not (tmp_path / "data/build/plan.json").exists() and time.monotonic() < deadline_s:
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=20)

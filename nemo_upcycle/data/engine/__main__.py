@@ -1,4 +1,4 @@
-"""The engine's command: `python -m nemo_upcycle.data.engine DIR/work/plan.json --workers N`, in the data environment.
+"""The engine's command: `python -m nemo_upcycle.data.engine DIR/build/plan.json --workers N`, in the data environment.
 
     --slurm PARTITION [--time T] [--qos Q]   the tasks as jobs of Slurm, N at a time; from a login node
     --ray                                    on a running Ray cluster
@@ -70,7 +70,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     found = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
     parser.add_argument("--version", action="version", version=f"nemo-upcycle {__version__}, {found}")
-    parser.add_argument("plan", type=Path, help="DIR/work/plan.json")
+    parser.add_argument("plan", type=Path, help="DIR/build/plan.json")
     parser.add_argument("--workers", type=int, default=_cores(), help="tasks at a time (all cores it may use)")
     runs = parser.add_mutually_exclusive_group()
     runs.add_argument("--slurm", metavar="PARTITION", help="run the tasks as jobs of Slurm")
