@@ -53,9 +53,12 @@ def run(args: argparse.Namespace) -> int:
     if args.check:
         return _check(args, blend)
     from nemo_upcycle.data.build import build_blend
+    from nemo_upcycle.data.finished import open_blend
 
     manifest = build_blend(blend, args.output, options, strict=args.strict)
-    show(args, manifest, _text(manifest, args.output))
+    run_tokens = manifest["run_tokens"]
+    epochs = open_blend(args.output).epochs(run_tokens) if run_tokens else {}
+    show(args, manifest, _text(manifest, args.output, epochs))
     return 0
 
 
@@ -102,7 +105,7 @@ def _check(args: argparse.Namespace, blend: Blend) -> int:
     return 0
 
 
-def _text(manifest: dict[str, Any], output: Path) -> str:
+def _text(manifest: dict[str, Any], output: Path, epochs: dict[str, float]) -> str:
     splits = manifest["splits"]
     counts = ", ".join(f"{name} {splits[name]['tokens']:,}" for name in splits)
     lines = [f"{output}: {counts} tokens"]
@@ -115,8 +118,9 @@ def _text(manifest: dict[str, Any], output: Path) -> str:
             lines.append(
                 f"    passages of evaluation items cut out of {cut:,} documents, {source['cut']['bytes']:,} bytes"
             )
-        if run_tokens := manifest["run_tokens"]:
-            epochs = source["weight"] * run_tokens / train["tokens"]
-            warning = f", above max_epochs ({manifest['max_epochs']:g})" if epochs > manifest["max_epochs"] else ""
-            lines.append(f"    {epochs:.2f} epochs in a run of {run_tokens:,.0f} tokens{warning}")
+        if name in epochs:
+            warning = (
+                f", above max_epochs ({manifest['max_epochs']:g})" if epochs[name] > manifest["max_epochs"] else ""
+            )
+            lines.append(f"    {epochs[name]:.2f} epochs in a run of {manifest['run_tokens']:,.0f} tokens{warning}")
     return "\n".join(lines)

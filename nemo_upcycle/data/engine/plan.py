@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from nemo_upcycle.data.blend import ON_HIT, SPLITS
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json, sha256_file
 
 
 READERS = ("text", "jsonl", "parquet", "redpajama_v2")
-SPLITS = ("train", "validation", "heldout")
-ON_HIT = ("cut", "drop")
 #: datatrove keeps the priority of a document, here that of its task, in 16 bits.
 MAX_TASKS = 65_535
 
