@@ -75,12 +75,13 @@ def run_ranks(
         stop: the launcher's signals.
     """
     processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for variables in [{}] if ranks is None else _rank_variables(ranks):
-            processes.append(_start(command, {**environment, **variables}, logs, len(processes)))
-        failed = _wait(processes, stop)
-    finally:
-        _end(processes)
+    with held_port() as port:
+        try:
+            for variables in [{}] if ranks is None else _rank_variables(ranks, port):
+                processes.append(_start(command, {**environment, **variables}, logs, len(processes)))
+            failed = _wait(processes, stop)
+        finally:
+            _end(processes)
     if failed is None:
         return 0
     if failed and not stop.signum and processes[0].returncode != USERS_MISTAKE:  # else the console has the message
@@ -107,17 +108,28 @@ def _tail(log: Path, lines: int = 40) -> str:
     return "\n".join([f"--- {log}", *log.read_text(errors="replace").splitlines()[-lines:]]) + "\n"
 
 
-def _rank_variables(ranks: int) -> list[dict[str, str]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """Give a port of this machine that only a rank's store can listen on while the block runs.
+
+    Ranks import for seconds before the first of them listens: a port that was merely free may be another's by then.
+    A bound socket that does not listen keeps it from every `bind` to any port and every outgoing connection, but not
+    from a listener with SO_REUSEADDR, which torch's store is.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
+def _rank_variables(ranks: int, port: int) -> list[dict[str, str]]:
     shared = {
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "GROUP_RANK": "0",
         "GROUP_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": f"nemo-upcycle-{os.getpid()}",  # Lightning takes it that the ranks are there
     }
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]

@@ -12,7 +12,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
-import socket
 import sys
 import time
 import traceback
@@ -21,6 +20,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from typing import Any
+
+from nemo_upcycle.pipeline.local import held_port
 
 
 _PRELOAD = ["nemo_upcycle", "torch", "nemo.collections.llm"]  # the first makes the last importable without CUDA
@@ -51,25 +52,26 @@ def run_ranks(
     """
     context = server()
     payload = pickle.dumps((function, args))
-    variables = _torchrun_variables(world_size)
     pipes, processes = [], []
-    for rank in range(world_size):
-        receiver, sender = context.Pipe()
-        job = (payload, variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, process_group, timeout_s)
-        process = context.Process(target=_rank_main, args=(sender, *job))
-        process.start()
-        sender.close()
-        pipes.append(receiver)
-        processes.append(process)
-    try:
-        return _collect(pipes, time.monotonic() + timeout_s)
-    finally:
-        for pipe in pipes:
-            pipe.close()
-        for process in processes:
-            process.join(timeout=5.0)  # time to end what the rank itself has started
-            process.kill()
-            process.join()
+    with held_port() as port:
+        variables = _torchrun_variables(world_size, port)
+        try:
+            for rank in range(world_size):
+                receiver, sender = context.Pipe()
+                job = (payload, variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, process_group, timeout_s)
+                process = context.Process(target=_rank_main, args=(sender, *job))
+                process.start()
+                sender.close()
+                pipes.append(receiver)
+                processes.append(process)
+            return _collect(pipes, time.monotonic() + timeout_s)
+        finally:
+            for pipe in pipes:
+                pipe.close()
+            for process in processes:
+                process.join(timeout=5.0)  # time to end what the rank itself has started
+                process.kill()
+                process.join()
 
 
 def server() -> ForkServerContext:
@@ -80,10 +82,7 @@ def server() -> ForkServerContext:
     return context
 
 
-def _torchrun_variables(world_size: int) -> dict[str, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+def _torchrun_variables(world_size: int, port: int) -> dict[str, str]:
     size = str(world_size)
     return {
         "WORLD_SIZE": size,
@@ -92,7 +91,7 @@ def _torchrun_variables(world_size: int) -> dict[str, str]:
         "GROUP_WORLD_SIZE": "1",
         "TORCHELASTIC_RUN_ID": "ranks",  # Lightning takes it that the ranks are there and starts none itself
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": str(port),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -101,3 +102,15 @@ def test_ranks_do_not_outlive_a_launcher_that_was_killed(tmp_path: Path) -> None
         while processes_of(tmp_path) and time.monotonic() < deadline_s:
             time.sleep(0.1)
         assert processes_of(tmp_path) == []
+
+
+def test_held_port_serves_a_rank_and_nobody_else() -> None:
+    """Another program that took the port between the choice and the rank's store failed a whole run."""
+    from torch.distributed import TCPStore
+
+    with local.held_port() as port:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        store = TCPStore("127.0.0.1", port, is_master=True)
+        store.set("key", "value")
+        assert TCPStore("127.0.0.1", port).get("key") == b"value"
