@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy
 
-from nemo_upcycle.data.finished import MANIFEST, TOKENIZER
+from nemo_upcycle.data.finished import FORMAT, MANIFEST, TOKENIZER
 from nemo_upcycle.data.tokenizers import open_tokenizer, tokenizer_sha256
 from nemo_upcycle.utils.files import MARKER, write_json
 
@@ -63,7 +63,7 @@ def write_blend(
     tokenizer.save_pretrained(folder / TOKENIZER)
     train = sum(entry["splits"]["train"]["tokens"] for entry in entries.values())
     written = {
-        "format": 1,
+        "format": FORMAT,
         "blend": "tiny",
         "seed": 1234,
         "seq_length": 16,

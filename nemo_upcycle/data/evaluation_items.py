@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,22 @@ from nemo_upcycle.data.questions import mmlu_questions
 from nemo_upcycle.evaluation.suite import choose_questions, read_suite_config
 
 
-def build_index(suites: Sequence[str | Path], path: Path, words: int = WORDS) -> dict[str, Any]:
+#: Words of an n-gram of the report, which is looser.
+REPORT_WORDS = 8
+
+
+def build_index(suites: Sequence[str | Path], path: Path, report: Path | None = None) -> dict[str, Any]:
     """Write the index of the n-grams of all items of some suites.
 
     Args:
         suites: names of `conf/evaluation` or paths of YAML files. Those of lm-eval's own tasks need the Hugging Face
             hub, or its cache.
-        path: the file to write.
-        words: words of an n-gram; 13 to remove what it finds, 8 for a report of looser matches.
+        path: the file to write, of n-grams of 13 words: what it finds is removed.
+        report: the file of n-grams of 8 words, or None: what it finds is reported.
 
     Returns:
-        `suites`, `words`, `shortest` and `boilerplate`: what was asked; `ngrams`: all that are looked for; `sets`: for
-        each evaluation set, what `NgramIndex.summary` says.
+        `suites`; `words`, `shortest` and `boilerplate`: how items are looked for; `ngrams`: how many; `sets`: for each
+        evaluation set, what `NgramIndex.summary` says; and the same of the other file as `report`.
 
     Raises:
         UpcycleError: an unknown suite or task, or data that cannot be fetched.
@@ -35,16 +39,15 @@ def build_index(suites: Sequence[str | Path], path: Path, words: int = WORDS) ->
         24
     """
     items = {(item.name, item.id): item for suite in suites for item in suite_items(suite)}
-    index = NgramIndex.build(items.values(), words)
+    written = {"suites": [str(suite) for suite in suites], **_write_index(items.values(), path, WORDS)}
+    return written | ({"report": _write_index(items.values(), report, REPORT_WORDS)} if report else {})
+
+
+def _write_index(items: Iterable[Item], path: Path, words: int) -> dict[str, Any]:
+    index = NgramIndex.build(items, words)
     index.save(path)
-    return {
-        "suites": [str(suite) for suite in suites],
-        "words": words,
-        "shortest": SHORTEST,
-        "boilerplate": BOILERPLATE,
-        "ngrams": len(index.arrays["hashes"]),
-        "sets": index.summary,
-    }
+    settings = {"words": words, "shortest": SHORTEST, "boilerplate": BOILERPLATE}
+    return {**settings, "ngrams": len(index.arrays["hashes"]), "sets": index.summary}
 
 
 def suite_items(suite: str | Path) -> Iterator[Item]:

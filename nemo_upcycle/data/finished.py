@@ -19,7 +19,7 @@ from nemo_upcycle.utils.files import read_json, read_json_lines, require_complet
 
 logger = logging.getLogger(__name__)
 #: Of the manifest; and what the folder holds.
-FORMAT = 1
+FORMAT = 2
 BUILD = "build"
 MANIFEST, CONTAMINATION, HELDOUT, TOKENIZER, TOKENS = (
     "manifest.json",
@@ -61,12 +61,20 @@ class FinishedBlend:
         """Say which evaluation items were found in the texts; empty where none were looked for."""
         if not (path := self.folder / CONTAMINATION).is_file():
             return ""
-        found = {name: counts for name, counts in read_json(path)["sets"].items() if counts["items_hit"]}
+        content = read_json(path)
+        found = {name: counts for name, counts in content["sets"].items() if counts["items_hit"]}
         words = (
             f"of {counts['items_hit']} items of {name} ({counts['documents']} documents, {counts['bytes']:,} bytes)"
             for name, counts in found.items()
         )
-        return f"; removed passages {', '.join(words)}" if found else "; no evaluation item was found in it"
+        left = (
+            f"{counts['items_hit']} items of {name} ({counts['documents']} documents)"
+            for name, counts in content["report"]["sets"].items()
+            if counts["items_hit"]
+        )
+        removed = f"; removed passages {', '.join(words)}" if found else "; no evaluation item was found in it"
+        shared = f"{content['report']['words']} words in a row with"
+        return f"{removed}; what is left shares {shared} {', '.join(left) or 'none'}"
 
     @property
     def card(self) -> str:

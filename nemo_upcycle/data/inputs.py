@@ -14,6 +14,7 @@ from typing import Any
 
 from nemo_upcycle.data.assets import fetch_asset
 from nemo_upcycle.data.blend import SPLITS, Blend, SourceConfig
+from nemo_upcycle.data.packages import package_texts
 from nemo_upcycle.errors import UpcycleError
 
 
@@ -240,6 +241,13 @@ def _lm_eval(entries: list[str], blend: Blend, config: SourceConfig, work: Path)
     return [InputFile(str(path.absolute()), "jsonl", path.stat().st_size) for path in paths]
 
 
+def _packages(entries: list[str], blend: Blend, config: SourceConfig, work: Path) -> list[InputFile]:
+    """Return the texts of Debian's packages."""
+    _options(config, "packages", ())
+    paths = [package_texts(name) for name in entries]
+    return [InputFile(str(path), "jsonl", path.stat().st_size) for path in paths]
+
+
 def _options(config: SourceConfig, reader: str, known: Iterable[str]) -> dict[str, Any]:
     """Return a source's options, all of which the reader must know."""
     for name in config.options:
@@ -249,4 +257,10 @@ def _options(config: SourceConfig, reader: str, known: Iterable[str]) -> dict[st
 
 
 Reader = Callable[[list[str], Blend, SourceConfig, Path], list[InputFile]]
-READERS: dict[str, Reader] = {"files": _files, "lm_eval": _lm_eval, "redpajama_v2": _redpajama_v2, "sotu": _sotu}
+READERS: dict[str, Reader] = {
+    "files": _files,
+    "lm_eval": _lm_eval,
+    "packages": _packages,
+    "redpajama_v2": _redpajama_v2,
+    "sotu": _sotu,
+}

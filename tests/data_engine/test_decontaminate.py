@@ -73,3 +73,19 @@ def test_other_splits_are_left_as_they_are(tmp_path: Path, index: str, split: st
     work = _run(tmp_path, index, FULL, split=split)
     assert stats(work)["splits"][split]["documents"] == 1
     assert removed(work) == []
+
+
+def test_shorter_ngrams_are_reported_in_what_is_left(tmp_path: Path, index: str) -> None:
+    quoted = f"{AROUND[0]} {' '.join(QUESTION.split()[:9])} {AROUND[1]}"
+    report = tmp_path / "report.npz"
+    NgramIndex.build([Item("rivers", "17", (QUESTION,))], words=8).save(report)
+    file = tmp_path / "some.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in (FULL, quoted, sentence(1))))
+    tasks = [{"files": [str(file)]}]
+    work = execute(write_plan(tmp_path / "work", tasks, ngram_index=index, report_index=str(report)))
+    counts = stats(work)
+    assert quoted in texts(work)
+    assert counts["contamination"]["rivers"]["documents"] == 1
+    left = counts["report"]["rivers"]
+    assert (left["documents"], left["items"], left["bytes"]) == (1, ["17"], 0)
+    assert left["examples"][0]["where"] == f"{file}:2"

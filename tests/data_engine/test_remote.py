@@ -20,6 +20,7 @@ import pytest
 pytest.importorskip("datatrove")
 import pyarrow
 import pyarrow.parquet
+from xxhash import xxh3_128
 
 from nemo_upcycle.data.engine import lines
 from nemo_upcycle.errors import UpcycleError
@@ -120,6 +121,11 @@ def _jsonl(*many: str) -> bytes:
     return "".join(json.dumps({"text": text}) + "\n" for text in many).encode()
 
 
+def _digest(*many: str) -> str:
+    """Return what the manifest says of texts, whatever they were read from."""
+    return xxh3_128("".join(f"{text}\0" for text in many).encode()).hexdigest()
+
+
 def test_files_of_a_server(tmp_path: Path, server: Server) -> None:
     (server.folder / "some.jsonl.gz").write_bytes(gzip.compress(_jsonl("one", "two") + b"{\n" + _jsonl("three")))
     files = [server.address("some.jsonl.gz"), server.address("gone.jsonl")]
@@ -129,7 +135,8 @@ def test_files_of_a_server(tmp_path: Path, server: Server) -> None:
         ("broken JSON", f"{files[0]}:3"),
         ("missing file", f"{files[1]}:0"),
     ]
-    assert stats(work)["files"] == {files[0]: {"bytes": (server.folder / "some.jsonl.gz").stat().st_size}}
+    size_bytes = (server.folder / "some.jsonl.gz").stat().st_size
+    assert stats(work)["files"] == {files[0]: {"bytes": size_bytes, "texts_xxh3_128": _digest("one", "two", "three")}}
 
 
 @pytest.mark.parametrize(
@@ -210,4 +217,4 @@ def test_server_that_sends_no_size(tmp_path: Path, server: Server, reader: str) 
         pyarrow.parquet.write_table(pyarrow.table({"text": MANY}), server.folder / name)
     work = execute(write_plan(tmp_path, [{"files": [server.address(name)], "reader": reader}]))
     assert texts(work) == MANY
-    assert stats(work)["files"] == {server.address(name): {"bytes": None}}
+    assert stats(work)["files"] == {server.address(name): {"bytes": None, "texts_xxh3_128": _digest(*MANY)}}

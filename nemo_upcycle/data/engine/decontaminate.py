@@ -1,4 +1,4 @@
-"""Take what evaluation items say out of the documents of training."""
+"""Take what evaluation items say out of the documents of training, and report looser matches in what is left."""
 
 from __future__ import annotations
 
@@ -59,6 +59,25 @@ class Decontaminate(PipelineStep):
         )
 
 
-@lru_cache(maxsize=1)
+class Report(PipelineStep):
+    """Counts the shorter n-grams of evaluation items in the documents of training, and removes nothing."""
+
+    type, name = "report", "shorter n-grams of the evaluation items"
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self.ledger = ledger
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        """Pass documents on."""
+        index = _index(Path(str(self.ledger.plan.report_index)))
+        report = self.ledger.report = Contamination(index)
+        for document in data:
+            if document.metadata["split"] == "train":
+                report.add(document.id, document.metadata["where"], document.text, index.find(document.text))
+            yield document
+
+
+@lru_cache(maxsize=2)
 def _index(path: Path) -> NgramIndex:
     return NgramIndex.load(path)

@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
+from xxhash import xxh3_128
 
 from nemo_upcycle.data.engine.plan import Plan, Task, aside, load_plan
 from nemo_upcycle.errors import UpcycleError
@@ -51,9 +52,11 @@ class Ledger:
         self.removed_by: dict[str, Counter[str]] = defaultdict(Counter)
         self.upstream_s: dict[str, float] = {}  # CPU seconds of a step and all before it
         self.files: dict[str, dict[str, int | None]] = {}
+        self.texts: dict[str, xxh3_128] = {}  # of a file: all the texts that were read from it
         self.bytes_in = self.things_in = 0
         self.splits: dict[str, Counter[str]] = defaultdict(Counter)
         self.contamination: Any = None  # of the decontamination, where there is one
+        self.report: Any = None  # of shorter n-grams in what it leaves
         self.cut: Counter[str] = Counter()  # documents that went on as pieces
         self.tokenizer = ""
         self._start_s = time.process_time()
@@ -116,8 +119,11 @@ class Ledger:
             "seconds": seconds,
             "tokenizer": self.tokenizer,
             "contamination": self.contamination.to_dict() if self.contamination else {},
+            "report": self.report.to_dict() if self.report else {},
             "cut": {key: self.cut[key] for key in ("documents", "pieces", "bytes")},
-            "files": self.files,
+            "files": {
+                file: known | {"texts_xxh3_128": self.texts[file].hexdigest()} for file, known in self.files.items()
+            },
         }
 
 

@@ -53,6 +53,7 @@ class Plan:
         vocab_size: number of token ids; above 65,536 a token takes 4 bytes.
         tasks: in the order in which the earlier of two equal documents wins.
         ngram_index: the n-grams of the evaluation items, as `NgramIndex` reads them; None decontaminates nothing.
+        report_index: shorter n-grams of theirs, which are counted in what is left.
         seed: of the spreading over the splits.
         strict: whether bad input is an error.
         deduplicate: whether of equal documents only the first is kept.
@@ -67,6 +68,7 @@ class Plan:
     vocab_size: int
     tasks: tuple[Task, ...]
     ngram_index: str | None = None
+    report_index: str | None = None
     seed: int = 1234
     strict: bool = False
     deduplicate: bool = True
@@ -91,7 +93,7 @@ class Plan:
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what an earlier run must have had in common for its work to be continued."""
-        inputs = [Path(path) for path in (self.tokenizer, self.ngram_index) if path]
+        inputs = [Path(path) for path in (self.tokenizer, self.ngram_index, self.report_index) if path]
         return {
             "plan": read_json(self.folder / "plan.json"),
             "sha256": {path.name: sha256_file(path) for path in inputs},
@@ -118,7 +120,8 @@ def load_plan(path: Path) -> Plan:
     plan: Plan = _made(Plan, str(path), {**content, "folder": path.resolve().parent, "tasks": tuple(made)})
     for number, task in enumerate(plan.tasks):
         _check_task(f"tasks[{number}]", task)
-    for what, value in (("tokenizer", plan.tokenizer), ("ngram_index", plan.ngram_index)):
+    for what in ("tokenizer", "ngram_index", "report_index"):
+        value = getattr(plan, what)
         _require(value is None or Path(value).is_file(), what, value, "a file")
     for name, least in (("eos_id", 0), ("vocab_size", 1), ("finders", 1), ("min_characters", 0), ("seed", 0)):
         value = getattr(plan, name)

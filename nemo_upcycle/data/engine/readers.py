@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
+from xxhash import xxh3_128
 
 from nemo_upcycle.data.engine.ledger import Ledger
 from nemo_upcycle.data.engine.lines import NOT_THERE, Damage, open_input, open_to_seek, read_lines, size_of
@@ -37,6 +38,7 @@ class ReadDocuments(PipelineStep):
             listed = self._listed_duplicates(options.get("duplicates", {}).get(file))
             try:
                 self.ledger.files[file] = {"bytes": size_of(file)}
+                texts = self.ledger.texts[file] = xxh3_128()
                 for line, size_bytes, found in read(file, options):
                     self.ledger.things_in += 1
                     self.ledger.bytes_in += size_bytes
@@ -44,6 +46,7 @@ class ReadDocuments(PipelineStep):
                     if isinstance(document, str):
                         self.ledger.removed("read", document, self._identity(file, line), f"{file}:{line}", size_bytes)
                         continue
+                    texts.update(document.text.encode() + b"\0")
                     document.metadata["listed"] = line - 1 in listed
                     yield document
             except NOT_THERE as error:

@@ -14,7 +14,7 @@ from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, Slurm
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup.exact_dedup import ExactDedupFilter, ExactFindDedups
 
-from nemo_upcycle.data.engine.decontaminate import Decontaminate
+from nemo_upcycle.data.engine.decontaminate import Decontaminate, Report
 from nemo_upcycle.data.engine.deduplicate import RequireSameDocuments, SignDocuments, deduplication
 from nemo_upcycle.data.engine.filters import FilterDocuments, FilterListed
 from nemo_upcycle.data.engine.ledger import Gate, Ledger, RemovedWriter
@@ -99,7 +99,8 @@ def stages(plan: Plan, library: str) -> list[Stage]:
             str(folder / "found"), deduplication(), RemovedWriter(ledger, "deduplicate", "duplicate")
         )
         deduplicate = [RequireSameDocuments(ledger, folder), keep]
-    decontaminate = [Decontaminate(ledger)] if plan.ngram_index else []
+    decontaminate: list[PipelineStep] = [Decontaminate(ledger)] if plan.ngram_index else []
+    decontaminate += [Report(ledger)] if plan.report_index else []
     written = [*_documents(ledger), *deduplicate, Gate(ledger, "deduplicate"), *decontaminate]
     pipelines[WRITE] = [*written, Gate(ledger, "decontaminate"), Tokenise(ledger, library)]
     return [Stage(name, pipelines[name], tasks) for name, tasks in tasks_of_stages(plan).items()]

@@ -98,7 +98,7 @@ def test_speeches_that_quote_what_mmlu_quotes_are_found(built: tuple[dict[str, A
 
 
 def test_eight_words_only_report(tmp_path: Path) -> None:
-    build_index(["full"], tmp_path / "eight.npz", words=8)
+    build_index(["full"], tmp_path / "thirteen.npz", tmp_path / "eight.npz")
     index = NgramIndex.load(tmp_path / "eight.npz")
     report = Contamination(index)
     changed = [planted for planted in plant(50, seed=random.Random(1).randrange(100)) if planted.form == CHANGED[0]]

@@ -1,0 +1,104 @@
+"""Real text that a Debian or Ubuntu machine has at hand: documentation and dictionaries out of their packages."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from shutil import which
+
+from filelock import FileLock
+
+from nemo_upcycle.data.assets import writable_cache
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.files import whole_file
+
+
+#: Articles of a dictionary are joined to documents of this length.
+_DOCUMENT_CHARACTERS = 4000
+_ARTICLE = re.compile(r"\n(?=\S)")
+_NAME = re.compile(r"[a-z0-9][a-z0-9+.-]+")
+
+
+def package_texts(name: str) -> Path:
+    """Return the texts of a package as JSON lines (`id`, `text`), fetched with apt-get on first use.
+
+    Its `.txt` files are a document each, those of sphinx included; so are the articles of its dictionaries, joined to
+    about 4,000 characters. Nothing is installed, and no script of the package is run.
+
+    Args:
+        name: of the package, as apt knows it.
+
+    Raises:
+        UpcycleError: apt-get or dpkg-deb is missing, the package is unknown, or no text is in it.
+
+    Example:
+        >>> package_texts("dict-gcide").name  # doctest: +SKIP
+        'dict-gcide.jsonl'
+    """
+    if not _NAME.fullmatch(name):
+        raise UpcycleError("package", got=repr(name), expected="a name like dict-gcide", fix="correct the name")
+    path = writable_cache("packages") / f"{name}.jsonl"
+    with FileLock(f"{path}.lock"):
+        if not path.is_file():
+            _write(name, path)
+    return path
+
+
+def _write(name: str, path: Path) -> None:
+    for tool in ("apt-get", "dpkg-deb"):
+        if not which(tool):
+            raise UpcycleError(
+                f"package {name}", got=f"no {tool}", expected="Debian or Ubuntu", fix="use a blend of your own files"
+            )
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
+        _run(name, ["apt-get", "-qq", "download", name], folder)
+        (package,) = Path(folder).glob("*.deb")
+        _run(name, ["dpkg-deb", "-x", package.name, "files"], folder)
+        documents = 0
+        with whole_file(path) as aside, aside.open("w", encoding="utf-8") as handle:
+            for identity, text in _documents(Path(folder) / "files"):
+                documents += 1
+                line = {"id": f"{package.stem}/{identity}", "text": text}
+                handle.write(json.dumps(line, ensure_ascii=False) + "\n")
+            if not documents:
+                raise UpcycleError(
+                    f"package {name}", got="no .txt and no .dict.dz in it", expected="texts", fix="name another package"
+                )
+
+
+def _run(name: str, command: list[str], folder: str) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = " ".join(done.stderr.split())[:300]
+        raise UpcycleError(
+            f"package {name}",
+            got=f"{command[0]}: {said}",
+            expected="a package that apt knows",
+            fix="correct the name, run `apt-get update`, or check the network; releases name packages differently",
+        )
+
+
+def _documents(folder: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(folder.rglob("*.txt")):
+        if path.is_file() and not path.is_symlink():
+            yield str(path.relative_to(folder)), path.read_text(encoding="utf-8", errors="replace")
+    for path in sorted(folder.rglob("*.dict.dz")):
+        with gzip.open(path, "rt", encoding="utf-8", errors="replace") as handle:
+            for number, text in enumerate(_joined(_ARTICLE.split(handle.read())), 1):
+                yield f"{path.relative_to(folder)}/{number}", text
+
+
+def _joined(articles: list[str]) -> Iterator[str]:
+    joined: list[str] = []
+    for article in articles:
+        joined.append(article)
+        if sum(map(len, joined)) >= _DOCUMENT_CHARACTERS:
+            yield "\n".join(joined)
+            joined = []
+    if joined:
+        yield "\n".join(joined)
