@@ -1,16 +1,16 @@
 """The whole data stage on real text: what each step costs, and whether memory grows with the data.
 
-    python -m benchmarks.blend              # writes benchmarks/results/blend.md; needs apt-get, dpkg-deb and 5 GB
+    python -m benchmarks.blend              # 0.1 and 0.9 GB; writes benchmarks/results/blend.md; needs apt-get, 4 GB
+    python -m benchmarks.blend 1 8 90       # 10 GB, too; needs 25 GB
 
-The texts of `benchmarks.tokenise`, once and eight times over (each copy's documents begin with its number: none is a
-duplicate), decontaminated against all of MMLU and tokenised with SmolLM2's tokenizer by one worker.
+The texts of `benchmarks.tokenise`, so many times over (each copy's documents begin with its number: none is a
+duplicate), decontaminated against all of MMLU and tokenised with SmolLM2's tokenizer on all cores.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -18,6 +18,8 @@ from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import psutil
 
 from benchmarks.tokenise import corpus
 from nemo_upcycle.data.dense import ensure_dense
@@ -41,13 +43,32 @@ def write_copies(folder: Path, copies: int) -> Path:
     return blend
 
 
+def peaks_mib(process: subprocess.Popen[bytes]) -> tuple[float, float]:
+    """Wait for the tool; return the peak of its own memory, and of the largest process of the engine."""
+    peaks = {True: 0, False: 0}
+    while process.poll() is None:
+        for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+            try:
+                status = Path(f"/proc/{one.pid}/status").read_text()
+            except OSError:  # it has ended
+                continue
+            if "VmHWM:" in status:
+                is_tool = one.pid == process.pid
+                peaks[is_tool] = max(peaks[is_tool], int(status.partition("VmHWM:")[2].split()[0]))
+        time.sleep(0.2)
+    return peaks[True] / 1024, peaks[False] / 1024
+
+
 def build(copies: int) -> dict[str, Any]:
-    """Build the blend in a process of its own; return its times, its memory, and what every task counted."""
+    """Build the blend; return its times, its memory, and what every task counted."""
     with TemporaryDirectory(prefix="nemo-upcycle-benchmark-") as folder:
         blend, output = write_copies(Path(folder), copies), Path(folder) / "data"
         start_s = time.monotonic()
         command = [sys.executable, "-m", "nemo_upcycle.cli", "data", str(blend), str(output)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        with subprocess.Popen(command) as process:
+            tool_mib, engine_mib = peaks_mib(process)
+        if process.returncode:
+            raise SystemExit(process.returncode)
         wall_s = time.monotonic() - start_s
         stats = [json.loads(path.read_text()) for path in sorted((output / "build/stats").glob("*.json"))]
     seconds: Counter[str] = Counter()
@@ -58,33 +79,43 @@ def build(copies: int) -> dict[str, Any]:
         "documents": sum(entry["steps"]["read"]["in"] for entry in stats),
         "seconds": seconds,
         "wall_s": wall_s,
-        # of the largest process that has ended; memory grows from one size to the next, if it does
-        "peak_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
+        "tool_mib": tool_mib,
+        "engine_mib": engine_mib,
     }
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Measure, and write the results."""
-    load, builds = os.getloadavg()[0], [build(copies) for copies in COPIES]
+    load, builds = os.getloadavg()[0], []
+    for copies in [int(word) for word in words] or COPIES:
+        builds.append(build(copies))
+        print(builds[-1], flush=True)
     lines = [
-        f"`python -m benchmarks.blend`, one worker, load of the machine before: {load:.1f}",
+        f"`python -m benchmarks.blend {' '.join(words)}`, {os.cpu_count()} workers on as many cores, load of the "
+        f"machine before: {load:.1f}",
         "",
-        "| text, MB | documents | wall, s | peak of the largest process, MiB |",
-        "|---:|---:|---:|---:|",
-        *(f"| {b['size_mb']:.0f} | {b['documents']:,} | {b['wall_s']:.0f} | {b['peak_mib']:.0f} |" for b in builds),
+        "| text, MB | documents | wall, s | peak of the tool, MiB | peak of the largest process of the engine, MiB |",
+        "|---:|---:|---:|---:|---:|",
+        *(
+            f"| {b['size_mb']:,.0f} | {b['documents']:,} | {b['wall_s']:.0f} | {b['tool_mib']:.0f} "
+            f"| {b['engine_mib']:.0f} |"
+            for b in builds
+        ),
         "",
-        "| step of the writing pass | CPU s | MB per core-second |",
-        "|---|---:|---:|",
+        "CPU seconds of the writing pass, MB per core-second; the pass before it, which signs, reads once more:",
+        "",
+        "| step | " + " | ".join(f"{b['size_mb']:,.0f} MB" for b in builds) + " |",
+        "|---|" + "---:|" * len(builds),
     ]
-    last = builds[-1]
-    total_s = sum(last["seconds"].values())
-    for step, step_s in [*last["seconds"].items(), ("all", total_s)]:
-        lines.append(
-            f"| {step} | {step_s:.1f} | {last['size_mb'] / step_s:.1f} |" if step_s > 0.05 else f"| {step} | 0 | |"
-        )
+    for step in [*builds[0]["seconds"], "all"]:
+        cells = []
+        for b in builds:
+            step_s = sum(b["seconds"].values()) if step == "all" else b["seconds"][step]
+            cells.append(f"{step_s:.1f} s, {b['size_mb'] / step_s:.1f}" if step_s > 0.05 else "0")
+        lines.append(f"| {step} | " + " | ".join(cells) + " |")
     RESULTS.write_text("\n".join([*lines, ""]), encoding="utf-8")
     print(RESULTS.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

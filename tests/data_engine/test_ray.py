@@ -1,4 +1,4 @@
-"""The tasks on a real Ray cluster of this machine, where Ray is: `.venv-data/bin/pip install ray`, `make test-data`."""
+"""The tasks on a real Ray cluster of this machine, where there is Ray: `.venv-data/bin/pip install ray`."""
 
 from __future__ import annotations
 

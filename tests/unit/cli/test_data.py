@@ -34,8 +34,6 @@ def test_overrides_stand_before_and_after_options(
         (["--qos", "high", "seed=2"], "--qos: got no --slurm"),
     ],
 )
-def test_mistakes_are_named(
-    typed: list[str], words: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_named(typed: list[str], words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*typed, *words]) == 2
     assert said in capsys.readouterr().err
