@@ -69,7 +69,7 @@ def build(copies: int) -> dict[str, Any]:
             tool_mib, engine_mib = peaks_mib(process)
         if process.returncode:
             raise SystemExit(process.returncode)
-        wall_s = time.monotonic() - start_s
+        wall_s, load = time.monotonic() - start_s, os.getloadavg()[1]
         stats = [json.loads(path.read_text()) for path in sorted((output / "build/stats").glob("*.json"))]
     seconds: Counter[str] = Counter()
     for entry in stats:
@@ -79,6 +79,7 @@ def build(copies: int) -> dict[str, Any]:
         "documents": sum(entry["steps"]["read"]["in"] for entry in stats),
         "seconds": seconds,
         "wall_s": wall_s,
+        "load": load,
         "tool_mib": tool_mib,
         "engine_mib": engine_mib,
     }
@@ -86,18 +87,18 @@ def build(copies: int) -> dict[str, Any]:
 
 def main(words: list[str]) -> None:
     """Measure, and write the results."""
-    load, builds = os.getloadavg()[0], []
+    builds = []
     for copies in [int(word) for word in words] or COPIES:
         builds.append(build(copies))
         print(builds[-1], flush=True)
     lines = [
-        f"`python -m benchmarks.blend {' '.join(words)}`, {os.cpu_count()} workers on as many cores, load of the "
-        f"machine before: {load:.1f}",
+        f"`python -m benchmarks.blend {' '.join(words)}`, {os.cpu_count()} workers on as many cores; a load above "
+        "theirs is of other work",
         "",
-        "| text, MB | documents | wall, s | peak of the tool, MiB | peak of the largest process of the engine, MiB |",
-        "|---:|---:|---:|---:|---:|",
+        "| text, MB | documents | wall, s | load, 5 min | peak of the tool, MiB | peak of the engine's largest, MiB |",
+        "|---:|---:|---:|---:|---:|---:|",
         *(
-            f"| {b['size_mb']:,.0f} | {b['documents']:,} | {b['wall_s']:.0f} | {b['tool_mib']:.0f} "
+            f"| {b['size_mb']:,.0f} | {b['documents']:,} | {b['wall_s']:.0f} | {b['load']:.1f} | {b['tool_mib']:.0f} "
             f"| {b['engine_mib']:.0f} |"
             for b in builds
         ),
