@@ -1,7 +1,7 @@
 """The whole data stage on real text: what each step costs, and whether memory grows with the data.
 
-    python -m benchmarks.blend              # 0.1 and 0.9 GB; writes benchmarks/results/blend.md; needs apt-get, 4 GB
-    python -m benchmarks.blend 1 8 90       # 10 GB, too; needs 25 GB
+    python -m benchmarks.blend              # 0.1 and 0.9 GB; needs apt-get and 4 GB
+    python -m benchmarks.blend 1 8 90       # 10 GB, too; writes benchmarks/results/blend.md; needs 25 GB
 
 The texts of `benchmarks.tokenise`, so many times over (each copy's documents begin with its number: none is a
 duplicate), decontaminated against all of MMLU and tokenised with SmolLM2's tokenizer on all cores.
@@ -26,7 +26,7 @@ from nemo_upcycle.data.dense import ensure_dense
 
 
 RESULTS = Path(__file__).parent / "results" / "blend.md"
-COPIES = (1, 8)
+COPIES, KEPT = (1, 8), ["1", "8", "90"]
 
 
 def write_copies(folder: Path, copies: int) -> Path:
@@ -95,7 +95,7 @@ def main(words: list[str]) -> None:
         f"`python -m benchmarks.blend {' '.join(words)}`, {os.cpu_count()} workers on as many cores; a load above "
         "theirs is of other work",
         "",
-        "| text, MB | documents | wall, s | load, 5 min | peak of the tool, MiB | peak of the engine's largest, MiB |",
+        "| JSON lines, MB | documents | wall, s | load, 5 min | tool's peak, MiB | engine's largest peak, MiB |",
         "|---:|---:|---:|---:|---:|---:|",
         *(
             f"| {b['size_mb']:,.0f} | {b['documents']:,} | {b['wall_s']:.0f} | {b['load']:.1f} | {b['tool_mib']:.0f} "
@@ -114,8 +114,9 @@ def main(words: list[str]) -> None:
             step_s = sum(b["seconds"].values()) if step == "all" else b["seconds"][step]
             cells.append(f"{step_s:.1f} s, {b['size_mb'] / step_s:.1f}" if step_s > 0.05 else "0")
         lines.append(f"| {step} | " + " | ".join(cells) + " |")
-    RESULTS.write_text("\n".join([*lines, ""]), encoding="utf-8")
-    print(RESULTS.read_text(encoding="utf-8"))
+    if words == KEPT:
+        RESULTS.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

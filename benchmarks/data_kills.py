@@ -1,7 +1,7 @@
 """kill -9 during a build, at random: what is built in the end has the bytes of a build that nobody killed.
 
     python -m benchmarks.data_kills         # ten kills; writes benchmarks/results/data_kills.md; needs apt-get, 2 GB
-    python -m benchmarks.data_kills 30 7    # thirty, with seed 7
+    python -m benchmarks.data_kills 30 7    # thirty, with seed 7; writes nothing
 
 The blend `docs_small`, with the workers that a user gets. Killed are, in turn, the command, the engine that it started
 and a worker of the engine, each of which leaves the others behind; the same command then goes on.
@@ -47,11 +47,11 @@ def kill(process: subprocess.Popen[bytes], victim: str, chance: random.Random) -
 
 
 def digests(output: Path) -> dict[str, str]:
-    """Return the hash of every file of a finished folder but the manifest."""
+    """Return the hash of every file of a finished folder, and of what was removed, but the manifest's."""
     found = {}
     for path in sorted(path for path in output.rglob("*") if path.is_file()):
         name = str(path.relative_to(output))
-        if not name.startswith((BUILD, ".")) and name != MANIFEST:
+        if name.startswith(f"{BUILD}/removed/") or (not name.startswith((BUILD, ".")) and name != MANIFEST):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
@@ -91,13 +91,15 @@ def main(words: list[str]) -> None:
     ]
     lines += [
         "",
-        f"Compared: {len(first)} files, {len(differ)} differ {differ or ''}. Manifests "
+        f"Compared: {len(first)} files, {len(differ)} differ{': ' if differ else ''}{', '.join(differ)}. Manifests "
         f"{'equal' if manifests[0] == manifests[1] else 'DIFFER'}. Steps at which what comes in is not what is kept "
         f"and removed: {len(unbalanced)}.",
     ]
-    text = f"`python -m benchmarks.data_kills {kills} {seed}`; a build without a kill takes {whole_s:.0f} s\n\n"
-    RESULTS.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
-    print(RESULTS.read_text(encoding="utf-8"))
+    how = f"{kills} kills, seed {seed}; a build without a kill takes {whole_s:.0f} s"
+    text = f"`python -m benchmarks.data_kills`, {how}\n\n"
+    if not words:
+        RESULTS.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
+    print(text + "\n".join(lines))
     if differ or unbalanced or manifests[0] != manifests[1]:
         raise SystemExit("not the same")
 

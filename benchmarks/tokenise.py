@@ -254,7 +254,8 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(f"{PYTHON} is missing: make data-env")
     from benchmarks.upcycle import tabulate
 
-    tabulate(arguments, WRITERS, table, RESULTS, f"{REPEATS} runs in turn, one thread")
+    how = f"{REPEATS} runs in turn, one thread{', MEGATRON_LM set' if MEGATRON_LM else ''}"
+    tabulate(arguments, WRITERS, table, RESULTS, how)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.cli.common import add_json, folder_to_make, show
 from nemo_upcycle.data.blend import Blend, read_blend
-from nemo_upcycle.data.finished import FinishedBlend, open_blend
 from nemo_upcycle.errors import UpcycleError
+
+
+if TYPE_CHECKING:
+    from nemo_upcycle.data.finished import FinishedBlend
 
 
 HELP = "texts -> clean, decontaminated, tokenised training data (Megatron indexed datasets)"
@@ -54,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if args.check:
         return _check(args, blend)
     from nemo_upcycle.data.build import build_blend
+    from nemo_upcycle.data.finished import open_blend
 
     manifest = build_blend(blend, args.output, options, strict=args.strict)
     run_tokens = manifest["run_tokens"]
@@ -66,6 +70,9 @@ def _engine_options(args: argparse.Namespace) -> tuple[str, ...]:
     """Return the engine's options; refuse those that contradict each other."""
     if args.workers is not None and args.workers < 1:
         raise UpcycleError("--workers", got=args.workers, expected="1 or more", fix="set --workers 8")
+    for name in ("slurm", "time", "qos"):
+        if "=" in (value := getattr(args, name) or ""):
+            raise UpcycleError(f"--{name}", got=value, expected="no KEY=VALUE", fix=f"give --{name} its own value")
     if args.slurm and args.ray:
         raise UpcycleError("way to run", got="--slurm and --ray", expected="one of them", fix="omit one")
     for name in ("time", "qos"):

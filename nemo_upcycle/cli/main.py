@@ -50,7 +50,7 @@ class _Parser(argparse.ArgumentParser):
         found, unknown = super().parse_known_args(args, namespace)
         if "overrides" in found:  # argparse takes them in one place only
             found.overrides += [word for word in unknown if not word.startswith("-")]
-            unknown = [word for word in unknown if word.startswith("-")]
+            unknown = [word for word in unknown if word.startswith("-") and word != "--"]
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return found, unknown

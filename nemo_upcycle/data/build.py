@@ -187,6 +187,13 @@ def _is_done(output: Path, made_from: dict[str, Any]) -> bool:
         found = "files that are not ours"
     else:
         return False
+    if isinstance(found, dict) and found.get("format") != made_from["format"]:
+        raise UpcycleError(
+            f"format of {output}",
+            got=found.get("format"),
+            expected=made_from["format"],
+            fix="an earlier version made it: remove it first, or choose another folder",
+        )
     if found != made_from:
         differs = [key for key in made_from["blend"] if _field(found, key) != made_from["blend"][key]]
         raise UpcycleError(

@@ -33,11 +33,12 @@ class Contamination:
         self._counts: dict[str, dict[str, int]] = defaultdict(lambda: {"documents": 0, "passages": 0, "bytes": 0})
         self._items: dict[str, set[str]] = defaultdict(set)
         self._examples: dict[str, list[dict[str, str]]] = defaultdict(list)
+        self._last: dict[str, str] = {}  # the place of the last document of a set: pieces of one are one
 
     def add(
         self, identity: str, where: str, text: str, hits: Sequence[Hit], removed: Iterable[tuple[int, int]] = ()
     ) -> None:
-        """Count the hits of one document.
+        """Count the hits of one document, or of one of its pieces; those of a document follow each other.
 
         Args:
             identity: the document's.
@@ -64,7 +65,8 @@ class Contamination:
                     words = " ".join(text[hit.start : hit.stop].split())[:_EXAMPLE_CHARACTERS]
                     self._examples[name].append({"id": identity, "where": where, "words": words, "item": items[0]})
         for name, numbers in touched.items():
-            self._counts[name]["documents"] += 1
+            self._counts[name]["documents"] += self._last.get(name) != where
+            self._last[name] = where
             for start, stop in (spans[number] for number in numbers):
                 self._counts[name]["bytes"] += len(text[start:stop].encode("utf-8", "surrogatepass"))
 

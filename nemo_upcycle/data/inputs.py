@@ -244,7 +244,7 @@ def _lm_eval(entries: list[str], blend: Blend, config: SourceConfig, work: Path)
 def _packages(entries: list[str], blend: Blend, config: SourceConfig, work: Path) -> list[InputFile]:
     """Return the texts of Debian's packages."""
     _options(config, "packages", ())
-    paths = [package_texts(name) for name in entries]
+    paths = [package_texts(name) for name in dict.fromkeys(entries)]
     return [InputFile(str(path), "jsonl", path.stat().st_size) for path in paths]
 
 

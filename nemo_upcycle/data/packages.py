@@ -57,7 +57,12 @@ def _write(name: str, path: Path) -> None:
             )
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
         _run(name, ["apt-get", "-qq", "download", name], folder)
-        (package,) = Path(folder).glob("*.deb")
+        packages = list(Path(folder).glob(f"{name}_*.deb"))
+        if len(packages) != 1:  # apt takes a name with a dot for a pattern where no package has it
+            raise UpcycleError(
+                f"package {name}", got=f"{len(packages)} of that name", expected="one", fix="correct the name"
+            )
+        package = packages[0]
         _run(name, ["dpkg-deb", "-x", package.name, "files"], folder)
         documents = 0
         with whole_file(path) as aside, aside.open("w", encoding="utf-8") as handle:

@@ -76,16 +76,17 @@ def test_other_splits_are_left_as_they_are(tmp_path: Path, index: str, split: st
 
 
 def test_shorter_ngrams_are_reported_in_what_is_left(tmp_path: Path, index: str) -> None:
-    quoted = f"{AROUND[0]} {' '.join(QUESTION.split()[:9])} {AROUND[1]}"
+    quote = " ".join(QUESTION.split()[:9])
+    quoted = f"{AROUND[0]} {quote} {AROUND[1]} {QUESTION} {AROUND[1]} {quote} {AROUND[0]}"
     report = tmp_path / "report.npz"
     NgramIndex.build([Item("rivers", "17", (QUESTION,))], words=8).save(report)
     file = tmp_path / "some.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in (FULL, quoted, sentence(1))))
-    tasks = [{"files": [str(file)]}]
+    tasks = [{"files": [str(file)], "on_hit": "cut"}]
     work = execute(write_plan(tmp_path / "work", tasks, ngram_index=index, report_index=str(report)))
     counts = stats(work)
-    assert quoted in texts(work)
-    assert counts["contamination"]["rivers"]["documents"] == 1
+    assert sum(quote in text for text in texts(work)) == 2  # before and behind the passage that is cut out
+    assert counts["contamination"]["rivers"]["documents"] == 2
     left = counts["report"]["rivers"]
-    assert (left["documents"], left["items"], left["bytes"]) == (1, ["17"], 0)
+    assert (left["documents"], left["passages"], left["items"], left["bytes"]) == (1, 2, ["17"], 0)
     assert left["examples"][0]["where"] == f"{file}:2"

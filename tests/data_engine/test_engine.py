@@ -173,6 +173,16 @@ def test_max_tokens_stops_the_task(tmp_path: Path) -> None:
     assert counts["steps"]["tokenise"]["removed"] == {"max_tokens": counts["steps"]["tokenise"]["in"] - len(kept)}
 
 
+def test_file_that_is_read_in_part_is_said_to_be(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "1.jsonl", *(f"{sentence(number)} " * 20_000 for number in range(4)))
+    known = {}
+    for name, limit in (("all", None), ("some", 1000)):
+        work = execute(write_plan(tmp_path / name, [{"files": [file], "max_tokens": limit}]))
+        (known[name],) = stats(work)["files"].values()
+    assert (known["all"]["whole"], known["some"]["whole"]) == (True, False)
+    assert known["all"]["texts_xxh3_128"] != known["some"]["texts_xxh3_128"]
+
+
 def test_changed_plan_is_refused(tmp_path: Path) -> None:
     plan = blend(tmp_path)
     assert run(plan).returncode == 0

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -19,20 +20,31 @@ from tests.data_engine.test_engine import blend
 
 
 pytestmark = pytest.mark.slow
-RAY = str(Path(sys.executable).with_name("ray"))
+_CLUSTER = """
+import sys
+import ray
+
+print(ray.init(num_cpus=2, include_dashboard=False, _temp_dir=sys.argv[1]).address_info["gcs_address"], flush=True)
+sys.stdin.read()
+"""
 
 
 @pytest.fixture
-def cluster() -> Iterator[None]:
-    started = [RAY, "start", "--head", "--num-cpus", "2", "--include-dashboard", "false"]
-    subprocess.run(started, check=True, capture_output=True)
-    yield
-    subprocess.run([RAY, "stop", "--force"], check=True, capture_output=True)
+def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A cluster of its own, which ends with the process that started it."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # otherwise each cluster has a secret of its own
+    with TemporaryDirectory(prefix="ray-") as folder:  # pytest's own is too long a name for a socket
+        command = [sys.executable, "-c", _CLUSTER, folder]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdin
+            assert process.stdout
+            yield process.stdout.readline().strip()
+            process.stdin.close()
 
 
-def test_same_bytes_as_on_one_machine(tmp_path: Path, cluster: None) -> None:
+def test_same_bytes_as_on_one_machine(tmp_path: Path, address: str) -> None:
     plan = blend(tmp_path, finders=2)
-    done = run(plan, "--ray", "--workers", "2")
+    done = run(plan, "--ray", "--workers", "2", RAY_ADDRESS=address)
     assert done.returncode == 0, done.stderr
     found = everything(plan.parent)
     shutil.rmtree(plan.parent)

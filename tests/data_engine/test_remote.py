@@ -136,7 +136,9 @@ def test_files_of_a_server(tmp_path: Path, server: Server) -> None:
         ("missing file", f"{files[1]}:0"),
     ]
     size_bytes = (server.folder / "some.jsonl.gz").stat().st_size
-    assert stats(work)["files"] == {files[0]: {"bytes": size_bytes, "texts_xxh3_128": _digest("one", "two", "three")}}
+    assert stats(work)["files"] == {
+        files[0]: {"bytes": size_bytes, "whole": True, "texts_xxh3_128": _digest("one", "two", "three")}
+    }
 
 
 @pytest.mark.parametrize(
@@ -217,4 +219,6 @@ def test_server_that_sends_no_size(tmp_path: Path, server: Server, reader: str) 
         pyarrow.parquet.write_table(pyarrow.table({"text": MANY}), server.folder / name)
     work = execute(write_plan(tmp_path, [{"files": [server.address(name)], "reader": reader}]))
     assert texts(work) == MANY
-    assert stats(work)["files"] == {server.address(name): {"bytes": None, "texts_xxh3_128": _digest(*MANY)}}
+    assert stats(work)["files"] == {
+        server.address(name): {"bytes": None, "whole": True, "texts_xxh3_128": _digest(*MANY)}
+    }

@@ -184,6 +184,16 @@ def test_a_mistake_found_before_the_texts_are_read_can_be_corrected(texts: Path,
     assert status == 0 or "decontaminate differ" in errors  # the engine may have begun
 
 
+def test_a_folder_of_an_earlier_version_is_named(texts: Path, built: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(built, tmp_path / "data")
+    marker = read_json(copy / "_SUCCESS.json")
+    marker["made_from"]["format"] = 1
+    (copy / "_SUCCESS.json").write_text(json.dumps(marker))
+    status, _, errors = _answer(texts, copy)
+    assert status == 2
+    assert "got 1, expected 2. Fix: an earlier version made it: remove it first" in errors
+
+
 def test_a_damaged_folder_is_not_called_done(texts: Path, built: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(built, tmp_path / "data")
     next(copy.glob("tokens/*.bin")).unlink()

@@ -60,7 +60,10 @@ class Decontaminate(PipelineStep):
 
 
 class Report(PipelineStep):
-    """Counts the shorter n-grams of evaluation items in the documents of training, and removes nothing."""
+    """Counts the shorter n-grams of evaluation items in the documents of training, and removes nothing.
+
+    What the last step omits, beyond a source's `tokens`, is counted as well.
+    """
 
     type, name = "report", "shorter n-grams of the evaluation items"
 

@@ -51,7 +51,7 @@ class Ledger:
         self.passed: Counter[str] = Counter()  # documents that left a step
         self.removed_by: dict[str, Counter[str]] = defaultdict(Counter)
         self.upstream_s: dict[str, float] = {}  # CPU seconds of a step and all before it
-        self.files: dict[str, dict[str, int | None]] = {}
+        self.files: dict[str, dict[str, int | bool | None]] = {}
         self.texts: dict[str, xxh3_128] = {}  # of a file: all the texts that were read from it
         self.bytes_in = self.things_in = 0
         self.splits: dict[str, Counter[str]] = defaultdict(Counter)

@@ -37,7 +37,7 @@ class ReadDocuments(PipelineStep):
             options = {**_DEFAULTS.get(task.reader, {}), **task.options}
             listed = self._listed_duplicates(options.get("duplicates", {}).get(file))
             try:
-                self.ledger.files[file] = {"bytes": size_of(file)}
+                self.ledger.files[file] = {"bytes": size_of(file), "whole": False}
                 texts = self.ledger.texts[file] = xxh3_128()
                 for line, size_bytes, found in read(file, options):
                     self.ledger.things_in += 1
@@ -49,6 +49,7 @@ class ReadDocuments(PipelineStep):
                     texts.update(document.text.encode() + b"\0")
                     document.metadata["listed"] = line - 1 in listed
                     yield document
+                self.ledger.files[file]["whole"] = True  # unless max_tokens ended the task before
             except NOT_THERE as error:
                 reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
                 self._lost(file, f"{reason} file", error.__cause__ or error)

@@ -32,6 +32,8 @@ def test_overrides_stand_before_and_after_options(
         (["--check", "seqlength=2"], "key 'seqlength' does not exist. Did you mean 'seq_length'?"),
         (["seed=1", "--chekc", "seed=2"], "--chekc"),
         (["--qos", "high", "seed=2"], "--qos: got no --slurm"),
+        (["--slurm", "cpu", "--qos", "seed=2"], "--qos: got seed=2, expected no KEY=VALUE"),
+        (["--check", "--", "seq_length=1"], "seq_length: got 1"),
     ],
 )
 def test_mistakes_are_named(typed: list[str], words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
