@@ -101,6 +101,14 @@ def write_random(folder: Path, config: dict[str, Any], deviation: float = 0.02) 
     return folder
 
 
+@torch.no_grad()
+def hugging_face_logits(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """Return the logits of a Hugging Face folder in float32, [B, S, V]."""
+    from nemo_upcycle.models.hf_model import load_model
+
+    return load_model(folder, dtype=torch.float32).eval()(tokens_BS).logits
+
+
 class MemorySource:
     """A random dense checkpoint in memory, also one that no Hugging Face class holds; activations of order one."""
 

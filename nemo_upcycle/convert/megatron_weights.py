@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -132,19 +132,23 @@ class LiveWeights:
     """Parameters of a live Megatron model that is whole on this rank (one chunk, no tensor or expert parallelism)."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._parameters: dict[str, Any] = dict(model.named_parameters())
+        self._model = model
+        self._names = {name for name, _ in model.named_parameters()}
 
     def dtype(self, mapping: ParamMapping, layer: int, expert: int) -> torch.dtype:
         """Return a parameter's type."""
-        return self.read(mapping, layer, expert).dtype
+        return self._model.get_parameter(self.name(mapping, layer, expert)).dtype
 
     def read(self, mapping: ParamMapping, layer: int, expert: int) -> torch.Tensor:
         """Return a parameter."""
+        return self._model.get_parameter(self.name(mapping, layer, expert)).detach()
+
+    def name(self, mapping: ParamMapping, layer: int, expert: int) -> str:
+        """Return a parameter's name in the model."""
         prefix = f"decoder.layers.{layer}." if mapping.in_layer else ""
         for template in mapping.megatron:
-            if (name := prefix + template.format(expert=expert)) in self._parameters:
-                weight: torch.Tensor = self._parameters[name].detach()
-                return weight
+            if (name := prefix + template.format(expert=expert)) in self._names:
+                return name
         raise CheckpointError(
             f"{mapping.role} of layer {layer}",
             got="no such parameter",

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.hf_config import rope_settings
 from nemo_upcycle.utils.files import read_json
 
@@ -43,12 +44,44 @@ def load_model(folder: Path, **options: Any) -> Any:
     Raises:
         CheckpointError: settings of the rotary embedding contradict each other, or are not known.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, config=_config(folder), **_LOCAL, **options)
+
+
+def empty_model(folder: Path) -> Any:
+    """Return the model of a Hugging Face folder in float32 on the meta device, ready to compute but for its weights.
+
+    Args:
+        folder: its Hugging Face folder.
+
+    Raises:
+        CheckpointError: as in `load_model`; or the model keeps something else than weights in it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = _config(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    if left := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
+        raise CheckpointError(
+            f"{type(model).__name__} of {folder}",
+            got=f"values beside its weights: {', '.join(left)}",
+            expected="none, for it is filled part by part",
+            fix="use a parent of a class in models/families",
+        )
+    return model
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
 
     config, path = AutoConfig.from_pretrained(folder, **_LOCAL), folder / "config.json"
     if (said := read_json(path)).get("rope_parameters"):
         config = type(config).from_dict(said | rope_settings(said, str(path)))
-    return AutoModelForCausalLM.from_pretrained(folder, config=config, **_LOCAL, **options)
+    return config
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -21,8 +21,8 @@ import torch
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.megatron_config import changed_by, check_model, check_spec
 from nemo_upcycle.online.fill import Progress, fill
-from nemo_upcycle.online.plan import RankCoords, param_plans
-from nemo_upcycle.online.receipt import UpcycleReceipt
+from nemo_upcycle.online.plan import ParamPlan, RankCoords, param_plans
+from nemo_upcycle.online.receipt import ParameterRecord, UpcycleReceipt
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import check_source, rounded_because
 from nemo_upcycle.sources.several_parents import require_copies
@@ -61,10 +61,7 @@ def upcycle_into(
         >>> with open_dense("hf:///models/Llama-3-8B") as dense:  # doctest: +SKIP
         ...     receipt = upcycle_into(model_chunks, dense, UpcycleSpec(num_experts=8, top_k=2))
     """
-    models = [_unwrap(chunk) for chunk in chunks]
-    for model in models:
-        check_spec(model.config, spec)
-    return _fill(models, dense, spec, progress, hashes)
+    return _fill(chunks, dense, spec, progress, hashes)
 
 
 def load_dense_into(
@@ -74,16 +71,7 @@ def load_dense_into(
 
     Args, Returns and Raises as in `upcycle_into`.
     """
-    models = [_unwrap(chunk) for chunk in chunks]
-    for model in models:
-        if model.config.num_moe_experts:
-            raise SpecError(
-                "num_moe_experts",
-                got=model.config.num_moe_experts,
-                expected="none",
-                fix="use upcycle_into (in a recipe: give a spec)",
-            )
-    return _fill(models, dense, None, progress, False)
+    return _fill(chunks, dense, None, progress, False)
 
 
 def _unwrap(chunk: Any) -> Any:
@@ -97,32 +85,83 @@ def _unwrap(chunk: Any) -> Any:
     return chunk
 
 
-def _fill(
-    models: list[Any], dense: DenseSource, spec: UpcycleSpec | None, progress: Progress | None, hashes: bool
-) -> UpcycleReceipt:
+def checked_plans(chunks: Sequence[torch.nn.Module], dense: DenseSource, spec: UpcycleSpec | None) -> list[ParamPlan]:
+    """Return what is to be filled in the local chunks of a model, also on the meta device, and of what.
+
+    Args:
+        chunks: as in `upcycle_into`.
+        dense: the open dense checkpoint.
+        spec: what to make of it; None for a dense model.
+
+    Raises:
+        SpecError, CheckpointError: as in `upcycle_into`.
+    """
     arch = dense.architecture
     moe_arch = arch.upcycled(spec) if spec else arch
+    models = [_unwrap(chunk) for chunk in chunks]
+    for model in models:
+        if spec:
+            check_spec(model.config, spec)
+        elif experts := model.config.num_moe_experts:
+            fix = "use upcycle_into (in a recipe: give a spec)"
+            raise SpecError("num_moe_experts", got=experts, expected="none", fix=fix)
     check_source(dense, sampled=True)
     for model in models:
         check_model(model, moe_arch)
     coords, parents = RankCoords.here(), len(dense.branches())
     plans = [plan for model in models for plan in param_plans(model, arch, moe_arch, spec, coords, parents)]
-    slices = {(plan.made_of.branch, slice_.name, slice_.bounds) for plan in plans for slice_ in plan.made_of.slices}
     if spec:
         require_copies(dense, spec.copies)
+    return plans
+
+
+def _fill(
+    chunks: Sequence[torch.nn.Module],
+    dense: DenseSource,
+    spec: UpcycleSpec | None,
+    progress: Progress | None,
+    hashes: bool,
+) -> UpcycleReceipt:
+    plans = checked_plans(chunks, dense, spec)
     start_s, bytes_before = time.monotonic(), dense.bytes_read
     records = fill(plans, dense, spec, progress)
     seconds, bytes_read = time.monotonic() - start_s, dense.bytes_read - bytes_before
-    tensors = [tensor for plan in plans for tensor in plan.tensors]
     if hashes:
-        pairs = zip(records, tensors, strict=True)
+        pairs = zip(records, (tensor for plan in plans for tensor in plan.tensors), strict=True)
         records = [replace(record, sha256=_sha256(tensor)) for record, tensor in pairs]
+    return make_receipt(chunks[0], dense, spec, plans, records, seconds=seconds, bytes_read=bytes_read)
+
+
+def make_receipt(
+    chunk: torch.nn.Module,
+    dense: DenseSource,
+    spec: UpcycleSpec | None,
+    plans: Sequence[ParamPlan],
+    records: list[ParameterRecord],
+    *,
+    seconds: float,
+    bytes_read: int,
+) -> UpcycleReceipt:
+    """Return the receipt of plans that were carried out.
+
+    Args:
+        chunk: one of the model's, for its configuration.
+        dense: the open dense checkpoint.
+        spec: what was made of it.
+        plans: what was to be filled.
+        records: how it was made.
+        seconds: what it took.
+        bytes_read: of the dense checkpoint.
+    """
+    arch = dense.architecture
+    moe_arch = arch.upcycled(spec) if spec else arch
+    slices = {(plan.made_of.branch, slice_.name, slice_.bounds) for plan in plans for slice_ in plan.made_of.slices}
     dtypes = dict.fromkeys(plan.tensors[0].dtype for plan in plans if plan.made_of.slices)
     reasons = (
         *(spec.inexact_because if spec else ()),
         *dense.inexact_because(),
         *(why for dtype in dtypes for why in rounded_because(dense, dtype, spec)),
-        *changed_by(models[0], arch, spec),
+        *changed_by(_unwrap(chunk), arch, spec),
     )
     return UpcycleReceipt(
         source=str(dense.path),
@@ -139,7 +178,7 @@ def _fill(
             math.prod(stop - start for start, stop in bounds) * dense.dtype(name).itemsize
             for _, name, bounds in slices
         ),
-        bytes_written=sum(tensor.nbytes for tensor in tensors),
+        bytes_written=sum(tensor.nbytes for plan in plans for tensor in plan.tensors),
         seconds=round(seconds, 3),
         peak_rss_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
     )

@@ -54,9 +54,11 @@ def data_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Upcycle once in float32, compare with the parent, and keep the model of step 0."""
+    from nemo_upcycle.cpu.backend import use_cpu_backend
     from nemo_upcycle.pipeline.recipes_io import load_recipe, model_config, spec_of
     from nemo_upcycle.training.equivalence import check_step0
 
+    use_cpu_backend()  # before the model's configuration is built: Megatron checks it at once
     recipe = load_recipe(plan.pretrain)
     dense_folder = dense_folder_of(run_dir)
     receipt = check_step0(

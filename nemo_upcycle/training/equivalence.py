@@ -6,11 +6,14 @@ Megatron, and the upcycled model in Megatron. The first pair crosses two impleme
 The second isolates upcycling, and is measured in float64 as well: in float32 the combine weights, which sum to one
 only up to rounding, disturb every layer by one unit in the last place, and thirty layers amplify that to what any
 reordering of a sum costs the parent itself. That cost, the parent's float32 against its float64, stands beside it.
+
+No model is ever whole in memory: the weights of an embedding, a layer or an output layer are made when it computes
+(`paging.py`). Logits are: five of [B, S, V] at a time, and of every layer what it hands on, [B, S, D].
 """
 
 from __future__ import annotations
 
-import copy
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,13 +23,15 @@ from typing import Any, cast
 import torch
 
 from nemo_upcycle.convert.export import export_weights
-from nemo_upcycle.convert.megatron_weights import LiveWeights
-from nemo_upcycle.cpu.backend import configure_for_cpu, use_cpu_backend
-from nemo_upcycle.models.hf_model import load_model
+from nemo_upcycle.cpu.backend import use_cpu_backend
 from nemo_upcycle.online.receipt import UpcycleReceipt
-from nemo_upcycle.online.upcycle import load_dense_into, upcycle_into
+from nemo_upcycle.online.upcycle import make_receipt
 from nemo_upcycle.sources import open_dense
+from nemo_upcycle.sources.base import DenseSource
+from nemo_upcycle.sources.checks import rounded_because
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.training.paged_models import PagedWeights, paged_hugging_face, paged_megatron
+from nemo_upcycle.training.paging import PagedModel
 from nemo_upcycle.utils.progress import ProgressLine
 from nemo_upcycle.verify.logits import compare_logits
 
@@ -35,6 +40,8 @@ from nemo_upcycle.verify.logits import compare_logits
 #: computes the router's softmax in float32.
 TOLERANCE = 2e-4
 TOLERANCE_SAME_STACK = 2e-5
+#: How often every layer is filled: once in Hugging Face's model, twice in each of Megatron's; an export does it again.
+_VISITS = 5
 
 
 @contextmanager
@@ -56,34 +63,18 @@ def one_rank() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def build_float32(config: Any, vocab_size: int) -> torch.nn.Module:
-    """Return the Megatron model of a NeMo config, in float32 on one rank, its weights left uninitialised.
+@torch.no_grad()
+def megatron_logits(
+    model: torch.nn.Module, tokens_BS: torch.Tensor, device: torch.device | None = None
+) -> torch.Tensor:
+    """Return a Megatron model's logits [B, S, V] in the type of its weights, on the CPU.
 
     Args:
-        config: a NeMo `GPTConfig`, of any layout; it is not changed.
-        vocab_size: V of the checkpoint; the model is built without padding.
+        model: the model.
+        tokens_BS: token ids, [B, S].
+        device: where it computes; None: where its weights are.
     """
-    config = copy.deepcopy(config)
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"):
-        setattr(config, name, 1)
-    config.virtual_pipeline_model_parallel_size = None
-    config.context_parallel_size, config.sequence_parallel = 1, False
-    config.expert_tensor_parallel_size = 1
-    config.perform_initialization = False
-    config.bf16 = config.fp16 = False
-    config.fp8 = None
-    config.params_dtype = config.autocast_dtype = config.pipeline_dtype = torch.float32
-    config.vocab_size, config.should_pad_vocab = vocab_size, False
-    config.moe_router_dtype = "fp64"  # follows the activations: no less than they have, in either precision
-    configure_for_cpu(config)  # on a GPU too: Transformer Engine knows no float64
-    model = config.configure_model(tokenizer=None)
-    return model.eval() if not torch.cuda.is_available() else model.cuda().eval()
-
-
-@torch.no_grad()
-def megatron_logits(model: torch.nn.Module, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Return a Megatron model's logits [B, S, V] in the type of its weights, on the CPU."""
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     length = tokens_BS.shape[1]
     positions_BS = torch.arange(length, device=device).expand_as(tokens_BS)
     masked = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)[None, None]
@@ -103,19 +94,13 @@ def _layer_outputs(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
             hook.remove()
 
 
-@torch.no_grad()
-def hugging_face_logits(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Return the logits of a Hugging Face folder in float32, [B, S, V]."""
-    return load_model(folder, dtype=torch.float32).eval()(tokens_BS).logits
-
-
 def check_step0(
     moe_config: Any,
     dense_config: Any,
     dense_folder: Path,
     spec: UpcycleSpec,
     tokens_BS: torch.Tensor,
-    step0_folder: Path,
+    step0_folder: Path | None,
 ) -> UpcycleReceipt:
     """Upcycle on one rank in float32, compare with the dense parent, and export the model of step 0.
 
@@ -125,7 +110,8 @@ def check_step0(
         dense_folder: the parent's Hugging Face folder.
         spec: how to upcycle.
         tokens_BS: token ids of real text, [B, S].
-        step0_folder: where to write the upcycled model of step 0, in float32, as a Hugging Face folder.
+        step0_folder: where to write the upcycled model of step 0 as a Hugging Face folder, in the type of the dense
+            parent where that keeps what the model computes, in float32 otherwise; None: nowhere.
 
     Returns:
         The receipt, with `max_abs_logit_diff` (parent in Hugging Face against upcycled model in Megatron, float32),
@@ -133,40 +119,66 @@ def check_step0(
         (the parent in Megatron, float32 against float64), `layer_relative_diff` (both in Megatron, float64, after
         every layer: it shows where they part), and what is expected of them.
     """
-    with one_rank(), open_dense(dense_folder) as dense, ProgressLine("check step 0", 4) as line:
-        vocab = dense.architecture.vocab_size
-        parent_BSV = hugging_face_logits(dense_folder, tokens_BS)
-        line.advance(note="parent in Hugging Face")
-        model = build_float32(dense_config, vocab)
-        load_dense_into([model], dense)
-        dense_run = _run(model, tokens_BS)
-        del model
-        line.advance(note="parent in Megatron")
-        model = build_float32(moe_config, vocab)
-        receipt = upcycle_into([model], dense, spec)
-        arch = dense.architecture.upcycled(spec)
-        export_weights(LiveWeights(model), arch, dense_folder, step0_folder, dtype=torch.float32)
-        line.advance(note="export of step 0")
-        receipt.equivalence = _equivalence(parent_BSV, dense_run, _run(model, tokens_BS), receipt.exact)
-        line.advance(note="upcycled model in Megatron")
+    visits = (_VISITS + bool(step0_folder)) * dense_config.num_layers
+    with one_rank(), open_dense(dense_folder) as dense, ProgressLine("check step 0", visits) as line:
+
+        def followed(paged: PagedModel, note: str) -> PagedModel:
+            paged.progress = lambda part: line.advance(note=note) if "layers." in part else None
+            return paged
+
+        parent = followed(paged_hugging_face(dense_folder, dense), "parent in Hugging Face")
+        with torch.no_grad():
+            parent_BSV = parent.model(tokens_BS).logits
+        parent.clear()
+        parent, _ = paged_megatron(dense_config, dense, None)
+        dense_run = _run(followed(parent, "parent in Megatron"), dense, tokens_BS)
+        model, plans = paged_megatron(moe_config, dense, spec)
+        if step0_folder:
+            _export(followed(model, "export of step 0"), dense, spec, dense_folder, step0_folder)
+        moe_run = _run(followed(model, "upcycled model in Megatron"), dense, tokens_BS)
+        records = [record for plan in plans for record in plan.records(spec)]
+        receipt = make_receipt(
+            model.model, dense, spec, plans, records, seconds=moe_run.fill_s, bytes_read=moe_run.bytes_read
+        )
+        receipt.equivalence = _equivalence(parent_BSV, dense_run, moe_run, receipt.exact)
     receipt.layout = {"tensor": 1, "pipeline": 1, "expert": 1, "data": 1}
     return receipt
 
 
+def _export(paged: PagedModel, dense: DenseSource, spec: UpcycleSpec, dense_folder: Path, step0_folder: Path) -> None:
+    """Write the upcycled model, in the dense parent's type if copies of its weights fit into that."""
+    own = functools.reduce(torch.promote_types, (dense.dtype(name) for name in dense.names()))
+    is_copy = not spec.inexact_because and not any(rounded_because(dense, own, spec))
+    dtype = own if is_copy else torch.float32
+    arch = dense.architecture.upcycled(spec)
+    export_weights(PagedWeights(paged, dtype), arch, dense_folder, step0_folder, dtype=dtype)
+
+
 @dataclass(frozen=True)
 class _Run:
-    """One Megatron model's logits in float32 and float64, and what its layers handed on in float64."""
+    """One Megatron model's logits in float32 and float64, and what its layers handed on in float64.
+
+    Seconds and bytes are what filling it once took, and read.
+    """
 
     single_BSV: torch.Tensor
     double_BSV: torch.Tensor
     layers: list[torch.Tensor]
+    fill_s: float
+    bytes_read: int
 
 
-def _run(model: torch.nn.Module, tokens_BS: torch.Tensor) -> _Run:
-    """Run a model in both precisions; afterwards its weights are float64."""
-    single_BSV = megatron_logits(model, tokens_BS)
-    with _layer_outputs(model.double()) as layers:
-        return _Run(single_BSV, megatron_logits(model, tokens_BS), layers)
+def _run(paged: PagedModel, dense: DenseSource, tokens_BS: torch.Tensor) -> _Run:
+    """Run a model in both precisions."""
+    paged.to(torch.float32)
+    bytes_before, paged.fill_s = dense.bytes_read, 0.0
+    single_BSV = megatron_logits(paged.model, tokens_BS, paged.device)
+    fill_s, bytes_read = paged.fill_s, dense.bytes_read - bytes_before
+    paged.to(torch.float64)
+    with _layer_outputs(paged.model) as layers:
+        double_BSV = megatron_logits(paged.model, tokens_BS, paged.device)
+    paged.clear()
+    return _Run(single_BSV, double_BSV, layers, fill_s, bytes_read)
 
 
 def _equivalence(parent_BSV: torch.Tensor, dense: _Run, moe: _Run, exact: bool) -> dict[str, Any]:

@@ -18,9 +18,8 @@ from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.evaluation import model as evaluation
 from nemo_upcycle.models.architecture import read_architecture
 from nemo_upcycle.models.hf_model import load_model, load_tokenizer
-from nemo_upcycle.training.equivalence import hugging_face_logits
 from nemo_upcycle.verify.verification import verify
-from tests.models import as_transformers_5, write_llama, write_tokenizer
+from tests.models import as_transformers_5, hugging_face_logits, write_llama, write_tokenizer
 
 
 TOKENS_BS = torch.arange(200).view(1, -1)

@@ -16,8 +16,15 @@ from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.activation import activation_of
 from nemo_upcycle.online.upcycle import load_dense_into
-from nemo_upcycle.training.equivalence import hugging_face_logits, megatron_logits
-from tests.models import MemorySource, build_chunks, sample_tokens, small_architecture, write_llama
+from nemo_upcycle.training.equivalence import megatron_logits
+from tests.models import (
+    MemorySource,
+    build_chunks,
+    hugging_face_logits,
+    sample_tokens,
+    small_architecture,
+    write_llama,
+)
 
 
 SPEC = UpcycleSpec(num_experts=4, top_k=2)

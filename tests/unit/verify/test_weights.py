@@ -12,9 +12,8 @@ from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
-from nemo_upcycle.training.equivalence import hugging_face_logits
 from nemo_upcycle.verify.weights import compare_weights
-from tests.models import sample_tokens, write_llama
+from tests.models import hugging_face_logits, sample_tokens, write_llama
 
 
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
