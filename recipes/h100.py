@@ -14,6 +14,7 @@ How they differ from `performance_mode` of NeMo's own recipes, and why:
   communication.
 """
 
+import inspect
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Optional
@@ -27,6 +28,7 @@ from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
 from nemo.collections.llm.api import pretrain
 from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
 
+from nemo_upcycle.pipeline.launch import pipeline
 from nemo_upcycle.recipes.common import checkpoints, start_from
 from nemo_upcycle.recipes.h100_arguments import adjust
 from nemo_upcycle.spec import UpcycleSpec
@@ -36,6 +38,8 @@ from nemo_upcycle.spec import UpcycleSpec
 MAX_STEPS = 23_842
 #: Of Llama 3 and 3.1; the last id is the mock tokenizer's end of document.
 VOCABULARY = 128_256
+#: The blend of a chain: the paper's, as far as it can be had.
+DATA = "redpajama_v2_academic_7_3"
 #: How long the fresh routers are given to find balance before activations of the MoE layers are kept.
 RECOMPUTE_MOE_STEPS = 500
 
@@ -187,6 +191,59 @@ def fast_run(recipe: run.Partial, tensor_parallelism: int, context_parallelism: 
         tensor_parallelism=tensor_parallelism,
         context_parallelism=context_parallelism,
     )
+
+
+def chain(
+    name: str, recipe: Callable[..., run.Partial], baseline: Callable[..., run.Partial]
+) -> Callable[..., run.Partial]:
+    """Register and return the `pipeline_recipe` of an upcycled model: the chain from import to report.
+
+    Args:
+        name: of the recipe.
+        recipe: its `pretrain_recipe`.
+        baseline: `pretrain_recipe` of the dense baseline.
+    """
+    parent = inspect.signature(recipe).parameters["dense"].default
+
+    @run.cli.factory(target=pipeline, name=name)
+    def pipeline_recipe(
+        dir: str = f"runs/{name}",
+        num_nodes: int = 64,
+        num_gpus_per_node: int = 8,
+        performance_mode: bool = False,
+        dense: str = parent,
+        data: str = DATA,
+    ) -> run.Partial:
+        """Create the whole chain: import, data, upcycle, pretrain, dense baseline, export, evaluate, report.
+
+        Args:
+            dir (str): Folder of the run.
+            num_nodes (int): Number of compute nodes of the two trainings.
+            num_gpus_per_node (int): Number of GPUs per node.
+            performance_mode (bool): The fast runs of both.
+            dense (str): The dense checkpoint to start from: a folder or `hf://ORG/NAME`.
+            data (str): A blend, or a finished folder of `nemo-upcycle data`.
+
+        Returns:
+            run.Partial: Partial configuration of the pipeline.
+
+        Examples:
+            CLI usage:
+                $ nemo upcycle pipeline --factory NAME dense=/models/dense data=/data/mine dir=runs/mine --until data
+                $ python cluster.py --factory NAME dir=runs/mine run.executor=my_cluster --yes
+        """
+        sizes = {"num_nodes": num_nodes, "num_gpus_per_node": num_gpus_per_node, "performance_mode": performance_mode}
+        return run.Partial(
+            pipeline,
+            dir=dir,
+            dense=dense,
+            pretrain=recipe(dense=dense, **sizes),
+            dense_ct=baseline(dense=dense, **sizes),
+            data=data,
+            evaluation="paper",
+        )
+
+    return pipeline_recipe
 
 
 def dense_baseline(name: str, nemo_recipe: ModuleType, dense: str) -> Callable[..., run.Partial]:

@@ -9,8 +9,9 @@ from nemo.collections.llm.api import pretrain
 from nemo.collections.llm.gpt.model.llama import Llama3Config70B, LlamaModel
 from nemo.collections.llm.recipes import llama3_70b
 
+from nemo_upcycle.recipes import llama3_70b_dense_ct
 from nemo_upcycle.recipes.common import moe_settings
-from nemo_upcycle.recipes.h100 import fast_run, moe_kernels, moe_trainer, upcycled
+from nemo_upcycle.recipes.h100 import chain, fast_run, moe_kernels, moe_trainer, upcycled
 from nemo_upcycle.recipes.h100_arguments import with_overrides
 from nemo_upcycle.recipes.llama3_8b_e8t2 import SPEC
 
@@ -84,6 +85,9 @@ def pretrain_recipe(
     nemo_recipe = llama3_70b.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, fn=fn)
     recipe = upcycled(nemo_recipe, model(), trainer, dense, SPEC, data)
     return pretrain_performance_optimizations(recipe) if performance_mode else recipe
+
+
+pipeline_recipe = chain(NAME, pretrain_recipe, llama3_70b_dense_ct.pretrain_recipe)
 
 
 def pretrain_performance_optimizations(recipe: run.Partial) -> run.Partial:

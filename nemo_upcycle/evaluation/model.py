@@ -13,10 +13,14 @@ from nemo_upcycle.models import hf_model
 from nemo_upcycle.utils.progress import ProgressLine
 
 
-def load_model(folder: Path) -> tuple[Any, Any]:
-    """Load a Hugging Face causal language model, in float32, and its tokenizer; check that every tensor was loaded.
+def load_model(folder: Path, dtype: str = "float32") -> tuple[Any, Any]:
+    """Load a Hugging Face causal language model and its tokenizer; check that every tensor was loaded.
 
     transformers only warns about a wrong tensor name, and keeps random weights for it.
+
+    Args:
+        folder: of the model.
+        dtype: the type to compute in. On GPUs the model is spread over all that this process sees.
 
     Raises:
         CheckpointError: the folder is not such a model, or a tensor is missing, unexpected or of another shape.
@@ -33,7 +37,7 @@ def load_model(folder: Path) -> tuple[Any, Any]:
     try:
         model, info = hf_model.load_model(
             folder,
-            dtype=torch.float32,
+            dtype=getattr(torch, dtype),
             device_map="auto" if torch.cuda.is_available() else None,
             use_safetensors=True,
             output_loading_info=True,

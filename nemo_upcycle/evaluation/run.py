@@ -36,7 +36,7 @@ def evaluate(
     limit: int | None = None,
     samples: bool = True,
 ) -> dict[str, Any]:
-    """Evaluate a model in float32 and write `<output>/<name>.json`.
+    """Evaluate a model, in the type that the suite names, and write `<output>/<name>.json`.
 
     Args:
         model_folder: a Hugging Face folder with safetensors weights and a tokenizer.
@@ -68,7 +68,7 @@ def evaluate(
     folder = suite if config["local"] else None
     batch_size = batch_size or config["batch_size"]
     with _offline(folder is not None):
-        model, tokenizer = load_model(model_folder)
+        model, tokenizer = load_model(model_folder, config["dtype"])
         loaded_s = time.monotonic()
         texts = continue_prompts(model, tokenizer, described["prompts"] if samples else [])
         sampled_s = time.monotonic()
@@ -87,7 +87,7 @@ def evaluate(
             "config_sha256": sha256_file(model_folder / "config.json"),
         },
         "suite": described,
-        "settings": {"dtype": "float32", "device": str(model.device), "batch_size": batch_size, "limit": limit},
+        "settings": {"dtype": config["dtype"], "device": str(model.device), "batch_size": batch_size, "limit": limit},
         "versions": _versions(),
         "seconds": {
             "load": loaded_s - start_s,

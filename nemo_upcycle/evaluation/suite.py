@@ -48,8 +48,11 @@ class SuiteConfig:
     questions: QuestionsConfig = field(default_factory=QuestionsConfig)
     heldout: HeldoutConfig = field(default_factory=HeldoutConfig)
     batch_size: int = 8
+    dtype: str = "float32"
 
 
+#: Types to evaluate in.
+DTYPES = ("float32", "bfloat16", "float16")
 #: The tasks that can be built locally: lm-eval's definition of each, without its name and the path of its data.
 #: The prompts are those of lm-eval's `mmlu` (letters) and of its cloze variant (answers).
 LOCAL_TASKS: dict[str, dict[str, Any]] = {
@@ -110,6 +113,8 @@ def read_suite_config(name: str | Path) -> SuiteConfig:
         fix = "see the comments in conf/evaluation/demo.yaml"
         got = " ".join(str(error).split())  # OmegaConf writes three lines
         raise UpcycleError(str(path), got=got, expected="a suite configuration", fix=fix) from None
+    if config.dtype not in DTYPES:
+        raise UpcycleError.unknown(f"{path}: dtype", config.dtype, DTYPES)
     for task, shots in config.tasks.items() if config.local else ():
         if task not in LOCAL_TASKS:
             raise UpcycleError.unknown(f"{path}: local task", task, LOCAL_TASKS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from nemo_upcycle.evaluation.suite import read_suite_config
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.pipeline.markers import setting_hashes
-from nemo_upcycle.pipeline.plan import RunPlan
+from nemo_upcycle.pipeline.plan import RunPlan, Stage
 from nemo_upcycle.pipeline.recipes_io import check_recipe, ranks_of
 from nemo_upcycle.pipeline.stages import STAGES
 from nemo_upcycle.utils.files import resolved
@@ -40,7 +41,9 @@ def is_local(executor: Any) -> bool:
     return executor is None or isinstance(executor, run.LocalExecutor)
 
 
-def check_arguments(run_dir: Path, plan: RunPlan, pretrain: run.Partial, dense_ct: Any, ctx: Any) -> None:
+def check_arguments(
+    run_dir: Path, plan: RunPlan, pretrain: run.Partial, dense_ct: Any, ctx: Any, stages: Sequence[Stage] = STAGES
+) -> None:
     """Check every argument of the pipeline.
 
     Args:
@@ -49,6 +52,7 @@ def check_arguments(run_dir: Path, plan: RunPlan, pretrain: run.Partial, dense_c
         pretrain: recipe of the upcycled model.
         dense_ct: recipe of the dense baseline, or None.
         ctx: NeMo-Run's context of the command.
+        stages: those that will run.
 
     Raises:
         UpcycleError: one is not valid; the text names it.
@@ -59,7 +63,7 @@ def check_arguments(run_dir: Path, plan: RunPlan, pretrain: run.Partial, dense_c
     read_suite_config(plan.evaluation)
     for name, recipe in (("pretrain", pretrain), ("dense_ct", dense_ct)):
         if recipe:
-            if is_local(ctx.executor):
+            if is_local(ctx.executor) and name in {stage.name for stage in stages}:
                 _check_here(recipe, f"{name}.")
             check_recipe(recipe, f"{name}.")
             if parent:

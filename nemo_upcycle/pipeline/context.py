@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import catalogue
 import fiddle as fdl
@@ -28,21 +28,31 @@ from nemo_upcycle.utils.attributes import temporarily_set
 
 
 BAD_INPUT = 2
+#: Options of the pipeline, and the argument that each sets.
+STAGE_OPTIONS = {"--from": "from_stage", "--until": "until_stage", "--only": "only_stage"}
 
 
 class CheckedContext(run.cli.RunContext):
     """Answer a mistake on the command line with one message and status 2."""
 
+    #: Options beside NeMo-Run's own.
+    options: ClassVar[tuple[str, ...]] = ()
+
     def cli_execute(self, fn: Any, args: list[str], entrypoint_type: Any = "task") -> None:
         """Check the arguments, then let NeMo-Run parse and execute them."""
         try:
-            _check_words(args)
+            args = self.arguments(args)
+            _check_words(args, self.options)
             super().cli_execute(fn, args, entrypoint_type)
         except UpcycleError as error:
             text = str(error).partition("\n\nFiddle context")[0]  # fiddle adds the configuration that it was building
             sys.stderr.write(f"Error: {text}\n")
             end_soon()
             raise SystemExit(BAD_INPUT) from None  # NeMo-Run turns every Exception into status 1
+
+    def arguments(self, words: list[str]) -> list[str]:
+        """Return the words of a command line as NeMo-Run takes them."""
+        return words
 
     def parse_args(self, args: list[str], lazy: bool = False) -> Any:
         """Parse the arguments of the executor."""
@@ -102,6 +112,12 @@ class CheckedContext(run.cli.RunContext):
 class PipelineContext(CheckedContext):
     """Pass recipes to the pipeline as configurations; NeMo-Run would build them in the launching process."""
 
+    options = tuple(STAGE_OPTIONS)
+
+    def arguments(self, words: list[str]) -> list[str]:
+        """Take `--from STAGE`, `--until STAGE` and `--only STAGE`, which NeMo-Run's command has no place for."""
+        return stage_arguments(words)
+
     def _execute_experiment(self, fn: Any, experiment_args: list[str]) -> None:
         if self.to_yaml or self.to_toml or self.to_json:
             raise UpcycleError(
@@ -156,9 +172,33 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
 
 
-def _check_words(words: Sequence[str]) -> None:
+def stage_arguments(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line with the options that choose stages as arguments.
+
+    Raises:
+        UpcycleError: an option has no value.
+
+    Example:
+        >>> stage_arguments(["dir=runs/mine", "--until", "data"])
+        ['dir=runs/mine', 'until_stage=data']
+    """
+    found, rest = [], iter(words)
+    for word in rest:
+        option, equals, value = word.partition("=")
+        if option not in STAGE_OPTIONS:
+            found.append(word)
+            continue
+        stage = value if equals else next(rest, "")
+        if not stage or stage.startswith("-"):
+            raise UpcycleError(option, got="no stage", expected="its name", fix=f"write {option} data")
+        found.append(f"{STAGE_OPTIONS[option]}={stage}")
+    return found
+
+
+def _check_words(words: Sequence[str], own: Sequence[str]) -> None:
     """Refuse what NeMo-Run silently ignores: an option that does not exist, a word that sets nothing."""
     options = re.findall(r"--[a-z][a-z-]+", inspect.getsource(run.cli.RunContext.cli_command))  # it keeps no list
+    options += own
     for word in words:
         name, equals, value = word.partition("=")
         if name.startswith("-"):

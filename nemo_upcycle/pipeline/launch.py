@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -21,7 +22,7 @@ from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
 from nemo_upcycle.pipeline.recipes_io import dump_recipe, load_recipe, ranks_of, settings, write_recipes
 from nemo_upcycle.pipeline.runner import DONE_BEFORE, run_stage
-from nemo_upcycle.pipeline.stages import STAGES, unfinished
+from nemo_upcycle.pipeline.stages import STAGES, chosen_stages, require_earlier, unfinished
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.utils.files import in_use
 
@@ -40,6 +41,9 @@ def pipeline(
     data: str = "sotu",
     evaluation: str = "demo",
     corpus: Optional[str] = None,
+    from_stage: Optional[str] = None,
+    until_stage: Optional[str] = None,
+    only_stage: Optional[str] = None,
 ) -> None:
     """Turn a dense checkpoint into a trained, exported and evaluated Mixture-of-Experts model.
 
@@ -55,6 +59,9 @@ def pipeline(
         data: what to train on: a blend (a name in conf/data, or a YAML file), or a finished folder of `nemo-upcycle`.
         evaluation: what to evaluate: a name in conf/evaluation, or a YAML file.
         corpus: the former name of `data`.
+        from_stage: `--from STAGE`: start with this one; those before it must be finished.
+        until_stage: `--until STAGE`: end after this one.
+        only_stage: `--only STAGE`: this one alone.
 
     Raises:
         UpcycleError: an argument or a recipe is not valid, or a stage did not finish.
@@ -68,23 +75,25 @@ def pipeline(
         dump_recipe(pretrain),
         dump_recipe(dense_ct) if dense_ct else None,
     )
+    stages = chosen_stages(from_stage, until_stage, only_stage)
     with local.ended_by_ctrl_c():
-        check_arguments(run_dir, plan, pretrain, dense_ct, ctx)
+        check_arguments(run_dir, plan, pretrain, dense_ct, ctx, stages)
+        require_earlier(stages, run_dir, plan)
     if ctx.dryrun:
         if is_local(ctx.executor):
-            _show_commands(run_dir, plan)
+            _show_commands(stages, run_dir, plan)
         else:
-            _run_as_graph(run_dir, plan, ctx)
+            _run_as_graph(stages, run_dir, plan, ctx)
         return
     with in_use(run_dir):  # its stages read the plan, so no other run may change it
         plan.write(run_dir)
         (run_dir / COMMAND).write_text(_command() + "\n", encoding="utf-8")
         write_recipes(run_dir, {"pretrain": pretrain, "dense_ct": dense_ct})
         if _chains(ctx.executor):
-            _run_as_graph(run_dir, plan, ctx)
+            _run_as_graph(stages, run_dir, plan, ctx)
         else:
-            _run_in_turn(run_dir, plan, ctx.executor)
-    if not ctx.detach:
+            _run_in_turn(stages, run_dir, plan, ctx.executor)
+    if stages[-1] is STAGES[-1] and not ctx.detach:
         _show_result(run_dir)
 
 
@@ -107,21 +116,21 @@ def _chains(executor: Any) -> bool:
     return isinstance(executor, run.SlurmExecutor)
 
 
-def _run_as_graph(run_dir: Path, plan: RunPlan, ctx: run.cli.RunContext) -> None:
-    """Hand all stages to the scheduler, each held back until the one before it succeeded; or show them."""
+def _run_as_graph(stages: Sequence[Stage], run_dir: Path, plan: RunPlan, ctx: run.cli.RunContext) -> None:
+    """Hand stages to the scheduler, each held back until the one before it succeeded; or show them."""
     with run.Experiment(f"upcycle-{run_dir.name}") as experiment:
         before: list[str] = []
-        for stage in STAGES:
+        for stage in stages:
             before = [_add(experiment, stage, run_dir, plan, ctx.executor, before)]
         if ctx.dryrun:
             experiment.dryrun()
             return
         experiment.run(detach=ctx.detach, tail_logs=True)
-    if not ctx.detach and (broken := unfinished(STAGES, run_dir, plan)) is not None:
+    if not ctx.detach and (broken := unfinished(stages, run_dir, plan)) is not None:
         raise StageError(_did_not_finish(broken, run_dir))
 
 
-def _run_in_turn(run_dir: Path, plan: RunPlan, executor: Any) -> None:
+def _run_in_turn(stages: Sequence[Stage], run_dir: Path, plan: RunPlan, executor: Any) -> None:
     """Run stage by stage; start nothing else after a stage that did not finish, for whatever reason.
 
     Raises:
@@ -131,7 +140,7 @@ def _run_in_turn(run_dir: Path, plan: RunPlan, executor: Any) -> None:
     end_soon()  # however it ends; nothing is imported after this
     script = _script(plan)
     with local.StopSignals() as stop:
-        for stage in STAGES:
+        for stage in stages:
             if stage.is_done(run_dir, plan):
                 sys.stderr.write(f"[{stage.name}] {DONE_BEFORE}\n")
                 continue
@@ -173,10 +182,10 @@ def _stage_command(stage: Stage, run_dir: Path, script: list[str]) -> list[str]:
     return [sys.executable, "-m", "nemo_upcycle.pipeline", stage.name, str(run_dir), *script]
 
 
-def _show_commands(run_dir: Path, plan: RunPlan) -> None:
+def _show_commands(stages: Sequence[Stage], run_dir: Path, plan: RunPlan) -> None:
     """Print what would run on this machine."""
     script = _script(plan)
-    for stage in STAGES:
+    for stage in stages:
         command = shlex.join(_stage_command(stage, run_dir, script))
         sys.stdout.write(f"[{stage.name}] ranks: {_ranks(stage, plan)[1]}  {command}\n")
 

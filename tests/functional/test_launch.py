@@ -105,11 +105,12 @@ def test_other_executors_start_nothing_after_a_failed_stage(
     from nemo_upcycle.errors import StageError
     from nemo_upcycle.pipeline import launch
     from nemo_upcycle.pipeline.plan import RunPlan
+    from nemo_upcycle.pipeline.stages import STAGES
 
     monkeypatch.setenv("NEMORUN_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(launch, "is_local", lambda executor: False)
     plan = RunPlan("tiny", str(tmp_path / "absent"), "sotu", "demo", "", None)
     plan.write(tmp_path / "run")
     with pytest.raises(StageError, match="Stage 'import' did not finish"):
-        launch._run_in_turn(tmp_path / "run", plan, run.LocalExecutor())
+        launch._run_in_turn(STAGES, tmp_path / "run", plan, run.LocalExecutor())
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {"dense", "import", "pipeline.json"}

@@ -103,7 +103,7 @@ def test_eight_words_only_report(tmp_path: Path) -> None:
     report = Contamination(index)
     changed = [planted for planted in plant(50, seed=random.Random(1).randrange(100)) if planted.form == CHANGED[0]]
     for number, planted in enumerate(changed):
-        report.add(str(number), "memory", planted.text, index.find(planted.text))
+        report.add(str(number), f"memory:{number}", planted.text, index.find(planted.text))
     counts = report.to_dict()["mmlu"]
     assert counts["documents"] >= 48  # of 50 with one word in ten changed
     assert counts["bytes"] == 0

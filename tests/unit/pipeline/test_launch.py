@@ -13,7 +13,7 @@ import torch
 
 from nemo_upcycle.pipeline.launch import _stopped, sized, variables_for
 from nemo_upcycle.pipeline.plan import RunPlan
-from nemo_upcycle.pipeline.stages import STAGES
+from nemo_upcycle.pipeline.stages import STAGES, chosen_stages
 
 
 @dataclass(kw_only=True)
@@ -56,3 +56,17 @@ def test_a_stage_that_ended_just_before_the_signal_counts_as_finished(tmp_path: 
     folder.finish(inputs, 1.0, {})
     text = _stopped(signal.SIGTERM, stage, tmp_path, plan)
     assert f"Stopped by SIGTERM in stage 'import'. Kept in {tmp_path}: finished stages: import.\n" in text
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "only", "names"),
+    [
+        (None, None, None, [stage.name for stage in STAGES]),
+        (None, "data", None, ["import", "data"]),
+        ("export", None, None, ["export", "evaluate", "report"]),
+        ("data", "upcycle", None, ["data", "upcycle"]),
+        (None, None, "data", ["data"]),
+    ],
+)
+def test_a_part_of_the_chain(first: str | None, last: str | None, only: str | None, names: list[str]) -> None:
+    assert [stage.name for stage in chosen_stages(first, last, only)] == names
