@@ -84,7 +84,14 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _data(texts: Path, output: Path, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "nemo_upcycle.cli", "data", str(texts / "mine.yaml"), str(output), *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
 
 
 def _answer(texts: Path, output: Path, *words: str) -> tuple[int, str, str]:
