@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from datatrove.data import Document, DocumentsPipeline
-from datatrove.pipeline.base import PipelineStep
 
 from nemo_upcycle.data.contamination import Contamination
-from nemo_upcycle.data.engine.ledger import Ledger
+from nemo_upcycle.data.engine.ledger import LedgerStep
 from nemo_upcycle.data.ngrams import Hit, NgramIndex, cut, removed_spans
 
 
@@ -18,14 +17,10 @@ from nemo_upcycle.data.ngrams import Hit, NgramIndex, cut, removed_spans
 SHORTEST_PIECE = 200
 
 
-class Decontaminate(PipelineStep):
+class Decontaminate(LedgerStep):
     """Drops a training document that shares n-grams with an evaluation item, or cuts the passage out of it."""
 
     type, name = "filter", "n-grams of the evaluation items"
-
-    def __init__(self, ledger: Ledger) -> None:
-        super().__init__()
-        self.ledger = ledger
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Yield clean documents; count what was taken out of them."""
@@ -59,17 +54,13 @@ class Decontaminate(PipelineStep):
         )
 
 
-class Report(PipelineStep):
+class Report(LedgerStep):
     """Counts the shorter n-grams of evaluation items in the documents of training, and removes nothing.
 
     What the last step omits, beyond a source's `tokens`, is counted as well.
     """
 
     type, name = "report", "shorter n-grams of the evaluation items"
-
-    def __init__(self, ledger: Ledger) -> None:
-        super().__init__()
-        self.ledger = ledger
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Pass documents on."""

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 from datatrove.data import Document, DocumentsPipeline
-from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig, ExactDedupSignature, get_sig_dtype
 from xxhash import xxh64, xxh64_intdigest
 
-from nemo_upcycle.data.engine.ledger import Ledger
+from nemo_upcycle.data.engine.ledger import Ledger, LedgerStep
 from nemo_upcycle.data.engine.plan import MAX_TASKS
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json, write_json
@@ -50,14 +49,14 @@ class SignDocuments(ExactDedupSignature):
         write_json(_digest_path(self.folder, rank), xxh64(hashes.tobytes()).hexdigest())
 
 
-class RequireSameDocuments(PipelineStep):
+class RequireSameDocuments(LedgerStep):
     """Checks that the second pass reads what the first one read: duplicates are known by their numbers."""
 
     type, name = "check", "the documents of the first pass"
 
     def __init__(self, ledger: Ledger, folder: Path) -> None:
-        super().__init__()
-        self.ledger, self.folder = ledger, folder
+        super().__init__(ledger)
+        self.folder = folder
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Pass documents on.

@@ -127,14 +127,26 @@ class Ledger:
         }
 
 
-class Gate(PipelineStep):
+class LedgerStep(PipelineStep):
+    """A step that writes to the record of its task.
+
+    Args:
+        ledger: the record, which all steps of a pipeline share.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self.ledger = ledger
+
+
+class Gate(LedgerStep):
     """Counts the documents that leave a step, and the CPU seconds spent up to there."""
 
     type, name = "count", "documents that leave a step"
 
     def __init__(self, ledger: Ledger, step: str) -> None:
-        super().__init__()
-        self.ledger, self.step = ledger, step
+        super().__init__(ledger)
+        self.step = step
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Pass documents on."""

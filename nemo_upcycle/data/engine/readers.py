@@ -9,10 +9,9 @@ from typing import Any
 
 import orjson
 from datatrove.data import Document, DocumentsPipeline
-from datatrove.pipeline.base import PipelineStep
 from xxhash import xxh3_128
 
-from nemo_upcycle.data.engine.ledger import Ledger
+from nemo_upcycle.data.engine.ledger import LedgerStep
 from nemo_upcycle.data.engine.lines import NOT_THERE, Damage, open_input, open_to_seek, read_lines, size_of
 
 
@@ -20,14 +19,10 @@ from nemo_upcycle.data.engine.lines import NOT_THERE, Damage, open_input, open_t
 Found = Iterator[tuple[int, int, "dict[str, Any] | str"]]
 
 
-class ReadDocuments(PipelineStep):
+class ReadDocuments(LedgerStep):
     """Reads the files of a task. datatrove's own readers lose what follows a damaged line."""
 
     type, name = "reader", "files of the plan"
-
-    def __init__(self, ledger: Ledger) -> None:
-        super().__init__()
-        self.ledger = ledger
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Yield the documents of every file of the task."""

@@ -17,7 +17,7 @@ from datatrove.pipeline.dedup.exact_dedup import ExactDedupFilter, ExactFindDedu
 from nemo_upcycle.data.engine.decontaminate import Decontaminate, Report
 from nemo_upcycle.data.engine.deduplicate import RequireSameDocuments, SignDocuments, deduplication
 from nemo_upcycle.data.engine.filters import FilterDocuments, FilterListed
-from nemo_upcycle.data.engine.ledger import Gate, Ledger, RemovedWriter
+from nemo_upcycle.data.engine.ledger import Gate, Ledger, LedgerStep, RemovedWriter
 from nemo_upcycle.data.engine.plan import Plan
 from nemo_upcycle.data.engine.readers import ReadDocuments
 from nemo_upcycle.data.engine.tokenise import Tokenise
@@ -52,17 +52,13 @@ class Where:
     ray: bool = False
 
 
-class Begin(PipelineStep):
+class Begin(LedgerStep):
     """Starts a task: its record, one thread, for tasks are what runs side by side, and as many files as it may open.
 
     datatrove's search for duplicates opens one of every task at once.
     """
 
     type, name = "start", "task"
-
-    def __init__(self, ledger: Ledger) -> None:
-        super().__init__()
-        self.ledger = ledger
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
         """Begin the record."""

@@ -15,11 +15,10 @@ from typing import IO, Any
 
 import numpy as np
 from datatrove.data import Document, DocumentsPipeline
-from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
 from numpy.typing import NDArray
 
-from nemo_upcycle.data.engine.ledger import Ledger
+from nemo_upcycle.data.engine.ledger import Ledger, LedgerStep
 from nemo_upcycle.data.engine.plan import Plan, aside, outputs
 
 
@@ -147,14 +146,14 @@ class TextsFile:
         self.aside.replace(self.final)
 
 
-class Tokenise(PipelineStep):
+class Tokenise(LedgerStep):
     """Encodes documents, writes them by split, and completes the record of the task."""
 
     type, name = "writer", "tokens"
 
     def __init__(self, ledger: Ledger, library: str) -> None:
-        super().__init__()
-        self.ledger, self.library = ledger, library
+        super().__init__(ledger)
+        self.library = library
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
         """Write the documents of a task, until its tokens of training are enough."""
