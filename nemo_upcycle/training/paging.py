@@ -52,8 +52,8 @@ class PagedModel:
                 if parameter is not None:
                     owners[id(parameter)].append((module, name))
         self._owners = {name: owners[id(parameter)] for name, parameter in model.named_parameters()}
-        self._parts = tuple(parts)
-        for part in self._parts:
+        self._names = {part: [name for name in self._owners if name.startswith(f"{part}.")] for part in parts}
+        for part in self._names:
             module = model.get_submodule(part)
             module.register_forward_pre_hook(lambda *_, part=part: self.bring(part))
             module.register_forward_hook(lambda *_, part=part: self.drop(part))
@@ -72,8 +72,7 @@ class PagedModel:
         """Give a part its weights, unless it has them."""
         if part in self._here:
             return
-        names = [name for name in self._owners if name.startswith(f"{part}.")]
-        shapes = {name: self._parameter(name).shape for name in names}
+        shapes = {name: self._parameter(name).shape for name in self._names[part]}
         start_s = time.monotonic()
         self._fill_into({name: torch.empty(shape, device=self.device) for name, shape in shapes.items()})
         self._here.add(part)
@@ -88,7 +87,7 @@ class PagedModel:
 
     def only(self, name: str) -> Any:
         """Return a parameter; of other parts, none but those that stay keep their weights."""
-        part = next(part for part in self._parts if name.startswith(f"{part}."))
+        part = next(part for part, names in self._names.items() if name in names)
         for other in self._here - {part}:
             self.drop(other)
         self.bring(part)
@@ -100,9 +99,8 @@ class PagedModel:
             self._release(part)
 
     def _release(self, part: str) -> None:
-        for name in self._owners:
-            if name.startswith(f"{part}."):
-                self._set(name, torch.empty(self._parameter(name).shape, device="meta"))
+        for name in self._names[part]:
+            self._set(name, torch.empty(self._parameter(name).shape, device="meta"))
         self._here.discard(part)
 
     def _parameter(self, name: str) -> Any:
