@@ -59,11 +59,12 @@ def check_arguments(
     """
     _check_folder(run_dir)
     parent = check_address(plan.dense)
-    _check_blend(plan.data, is_local(ctx.executor))
+    here = {stage.name for stage in stages} if is_local(ctx.executor) else set()
+    _check_blend(plan.data, "data" in here)
     read_suite_config(plan.evaluation)
     for name, recipe in (("pretrain", pretrain), ("dense_ct", dense_ct)):
         if recipe:
-            if is_local(ctx.executor) and name in {stage.name for stage in stages}:
+            if name in here:
                 _check_here(recipe, f"{name}.")
             check_recipe(recipe, f"{name}.")
             if parent:
