@@ -19,22 +19,11 @@ from typing import Any
 
 import torch
 
+from tests.models import LLAMA3_8B
+
 
 RESULTS = Path(__file__).parent / "results" / "rehearsal.md"
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-    "rope_theta": 500000.0,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
+CONFIG = LLAMA3_8B | {"model_type": "llama", "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
 
 
 def write_parent(folder: Path, layers: int) -> None:
