@@ -4,7 +4,7 @@ import runpy
 import sys
 
 from nemo_upcycle.pipeline.console import end_soon
-from nemo_upcycle.pipeline.local import end_with_launcher
+from nemo_upcycle.pipeline.executors.local import end_with_launcher
 from nemo_upcycle.pipeline.runner import run_stage
 
 

@@ -15,10 +15,10 @@ import nemo_run as run
 import torch
 
 from nemo_upcycle.errors import StageError
-from nemo_upcycle.pipeline import local
 from nemo_upcycle.pipeline.checks import check_arguments, is_local
 from nemo_upcycle.pipeline.console import end_soon
 from nemo_upcycle.pipeline.context import PipelineContext
+from nemo_upcycle.pipeline.executors import local
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
 from nemo_upcycle.pipeline.recipes_io import dump_recipe, load_recipe, ranks_of, settings, write_recipes
 from nemo_upcycle.pipeline.runner import DONE_BEFORE, run_stage

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
-from nemo_upcycle.pipeline.local import held_port
+from nemo_upcycle.pipeline.executors.local import held_port
 
 
 _PRELOAD = ["nemo_upcycle", "torch", "nemo.collections.llm"]  # the first makes the last importable without CUDA

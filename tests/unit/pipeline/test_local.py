@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nemo_upcycle.pipeline import local
+from nemo_upcycle.pipeline.executors import local
 from nemo_upcycle.pipeline.plan import PLAN
 from tests.fifo import held_by_reader
 
@@ -86,7 +86,7 @@ def test_ranks_do_not_outlive_a_launcher_that_was_killed(tmp_path: Path) -> None
     """The ranks' own command; the plan is a pipe that says nothing, so the stage never ends."""
     os.mkfifo(tmp_path / PLAN)
     code = (
-        "import sys; from pathlib import Path; from nemo_upcycle.pipeline import local\n"
+        "import sys; from pathlib import Path; from nemo_upcycle.pipeline.executors import local\n"
         "command = [sys.executable, '-m', 'nemo_upcycle.pipeline', 'import', sys.argv[1]]\n"
         "local.run_ranks(command, 2, {}, Path(sys.argv[1]) / 'l', local.StopSignals())"
     )

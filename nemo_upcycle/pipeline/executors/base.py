@@ -1,0 +1,145 @@
+"""What an executor of this package does: check, render, submit, watch and cancel the jobs of a chain's stages."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.errors import UpcycleError, did_you_mean
+
+
+#: What a field holds that a site has to fill in, as in OmegaConf.
+MISSING = "???"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage, as a scheduler is asked to run it.
+
+    Args:
+        name: of the stage.
+        run_dir: the run's folder; the stage's own is `run_dir / name`.
+        command: the program and its arguments; every rank executes it.
+        after: the stages that must be done before it.
+        nodes: number of nodes.
+        ranks_per_node: processes on each of them.
+        is_training: whether it saves checkpoints, is told to stop by SIGTERM, and goes on from the last checkpoint.
+    """
+
+    name: str
+    run_dir: Path
+    command: tuple[str, ...]
+    after: tuple[str, ...] = ()
+    nodes: int = 1
+    ranks_per_node: int = 1
+    is_training: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Where what was submitted and what it printed are kept."""
+        return self.run_dir / "jobs" / self.name
+
+
+class Phase(Enum):
+    """How far a job is, as its scheduler says; whether it succeeded is told by the stage's marker alone."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What a scheduler says of a job.
+
+    Args:
+        phase: how far it is.
+        reason: the scheduler's words: why it waits, or how it ended.
+    """
+
+    phase: Phase
+    reason: str = ""
+
+
+class Cluster(ABC):
+    """A scheduler that runs jobs; one subclass an executor, in one file.
+
+    Args:
+        executor: the user's settings, common to all stages.
+    """
+
+    #: Whether the scheduler holds a job back until those that it depends on have succeeded.
+    holds_back: bool = False
+
+    def __init__(self, executor: Any) -> None:
+        self.executor = executor
+
+    @abstractmethod
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Ask the scheduler whether it would take these jobs; start and write nothing.
+
+        Raises:
+            UpcycleError: it would not; the text has its reason and the setting to change.
+        """
+
+    @abstractmethod
+    def render(self, job: Job) -> dict[str, str]:
+        """Return what is submitted for a job, by file name; needs no scheduler."""
+
+    @abstractmethod
+    def submit(self, job: Job, after: Sequence[str]) -> str:
+        """Submit a job and return its id.
+
+        Args:
+            job: what to run.
+            after: ids of the jobs that must succeed first, where the scheduler holds back; empty elsewhere.
+        """
+
+    @abstractmethod
+    def states(self, ids: Sequence[str]) -> Mapping[str, JobState]:
+        """Return what the scheduler says of jobs; one that it does not know has ended."""
+
+    @abstractmethod
+    def cancel(self, ids: Sequence[str]) -> None:
+        """Take jobs out of the queue, and end those that run."""
+
+    @abstractmethod
+    def logs(self, job: Job, identity: str) -> Sequence[Path]:
+        """Return the files that a job writes what it prints to; they need not exist, nor lie on this machine."""
+
+    @abstractmethod
+    def resources(self, job: Job) -> dict[str, str]:
+        """Return what a job asks for, by name, for people: partition or queue, time, memory, GPUs, image."""
+
+    def settings_for(self, stage: str) -> Any:
+        """Return the executor with the fields that its table of stages sets for one of them."""
+        return dataclasses.replace(self.executor, **getattr(self.executor, "stages", {}).get(stage, {}))
+
+
+def require_settings(executor: Any, where: str, why: Mapping[str, str]) -> None:
+    """Check that a site has filled in what it must, and that the table of stages sets fields that exist.
+
+    Args:
+        executor: with the fields of its class, and `stages`.
+        where: the file that the user may change, for the message.
+        why: fields that may be missing, and what each is.
+
+    Raises:
+        UpcycleError: a field is missing or does not exist.
+    """
+    for name, what in why.items():
+        if getattr(executor, name) == MISSING:
+            raise UpcycleError(
+                f"run.executor.{name}", got="nothing", expected=what, fix=f"give run.executor.{name}=..., or {where}"
+            )
+    fields = {field.name for field in dataclasses.fields(executor)} - {"stages"}
+    for stage, settings in executor.stages.items():
+        for name in settings:
+            if name not in fields:
+                known = did_you_mean(name, fields, prefix=f"stages.{stage}.")
+                raise UpcycleError(f"setting 'stages.{stage}.{name}' of the executor does not exist.{known}")
