@@ -71,3 +71,7 @@ class CheckpointError(UpcycleError):
 
 class StageError(UpcycleError):
     """A stage of the pipeline cannot start or did not finish."""
+
+
+class StageStopped(Exception):
+    """A stage kept its work and ended before it was done, because it was told to: it goes on when started again."""

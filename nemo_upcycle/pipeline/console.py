@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 _LIBRARIES = (
@@ -24,6 +26,13 @@ _LIBRARIES = (
 def is_verbose() -> bool:
     """Return whether the user asked for the libraries' messages with NEMO_UPCYCLE_VERBOSE=1."""
     return bool(os.environ.get("NEMO_UPCYCLE_VERBOSE"))
+
+
+def command_line() -> str:
+    """Return the command line as it was typed."""
+    program, *words = sys.argv
+    typed = [Path(program).name] if os.access(program, os.X_OK) else ["python", program]
+    return shlex.join([*typed, *words])
 
 
 def end_soon() -> None:

@@ -23,13 +23,14 @@ from nemo_run.config import get_type_namespace
 from nemo_upcycle.errors import UpcycleError, did_you_mean
 from nemo_upcycle.pipeline.checks import check_data, check_kernels, is_local
 from nemo_upcycle.pipeline.console import end_soon
+from nemo_upcycle.pipeline.executors.settings import executor_names, is_described, read_executor
 from nemo_upcycle.pipeline.recipes_io import check_recipe
 from nemo_upcycle.utils.attributes import temporarily_set
 
 
 BAD_INPUT = 2
 #: Options of the pipeline, and the argument that each sets.
-STAGE_OPTIONS = {"--from": "from_stage", "--until": "until_stage", "--only": "only_stage"}
+OPTIONS = {"--from": "from_stage", "--until": "until_stage", "--only": "only_stage", "--render": "render"}
 
 
 class CheckedContext(run.cli.RunContext):
@@ -59,12 +60,20 @@ class CheckedContext(run.cli.RunContext):
         try:
             with _silent():
                 return super().parse_args(args, lazy)
+        except UpcycleError:
+            raise
         except Exception as error:
             name = next((word.partition("=")[2] for word in args if word.startswith("executor=")), None)
-            names = {name for kind in EXECUTOR_CLASSES for name in _factories(kind)}
+            names = {name for kind in EXECUTOR_CLASSES for name in _factories(kind)} | set(executor_names())
             if name and name not in names:
                 raise UpcycleError.unknown("run.executor", name, names) from None
             raise UpcycleError(f"run.{' run.'.join(args)}: {_first_line(error)}.") from None
+
+    def parse_executor(self, name: str, *args: str) -> Any:
+        """Return an executor: one of conf/executors, a YAML file's, or a factory's."""
+        if is_described(name):
+            return read_executor(name, args)
+        return super().parse_executor(name, *args)
 
     def parse_fn(self, fn: Any, args: list[str], **default_kwargs: Any) -> Any:
         """Parse the arguments of the task."""
@@ -112,11 +121,11 @@ class CheckedContext(run.cli.RunContext):
 class PipelineContext(CheckedContext):
     """Pass recipes to the pipeline as configurations; NeMo-Run would build them in the launching process."""
 
-    options = tuple(STAGE_OPTIONS)
+    options = tuple(OPTIONS)
 
     def arguments(self, words: list[str]) -> list[str]:
-        """Take `--from STAGE`, `--until STAGE` and `--only STAGE`, which NeMo-Run's command has no place for."""
-        return stage_arguments(words)
+        """Take `--from STAGE` and its like, which NeMo-Run's command has no place for."""
+        return pipeline_arguments(words)
 
     def _execute_experiment(self, fn: Any, experiment_args: list[str]) -> None:
         if self.to_yaml or self.to_toml or self.to_json:
@@ -172,26 +181,27 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
 
 
-def stage_arguments(words: Sequence[str]) -> list[str]:
-    """Return the words of a command line with the options that choose stages as arguments.
+def pipeline_arguments(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line with the pipeline's own options as arguments.
 
     Raises:
         UpcycleError: an option has no value.
 
     Example:
-        >>> stage_arguments(["dir=runs/mine", "--until", "data"])
+        >>> pipeline_arguments(["dir=runs/mine", "--until", "data"])
         ['dir=runs/mine', 'until_stage=data']
     """
     found, rest = [], iter(words)
     for word in rest:
         option, equals, value = word.partition("=")
-        if option not in STAGE_OPTIONS:
+        if option not in OPTIONS:
             found.append(word)
             continue
-        stage = value if equals else next(rest, "")
-        if not stage or stage.startswith("-"):
-            raise UpcycleError(option, got="no stage", expected="its name", fix=f"write {option} data")
-        found.append(f"{STAGE_OPTIONS[option]}={stage}")
+        given = value if equals else next(rest, "")
+        if not given or given.startswith("-"):
+            example = "FOLDER" if option == "--render" else "data"
+            raise UpcycleError(option, got="no value", expected="one", fix=f"write {option} {example}")
+        found.append(f"{OPTIONS[option]}={given}")
     return found
 
 

@@ -2,33 +2,31 @@
 
 # No postponed annotations here and in the recipes, and Optional[...]: NeMo-Run parses values by them.
 
-import copy
-import os
-import shlex
-import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import nemo_run as run
-import torch
 
-from nemo_upcycle.errors import StageError
-from nemo_upcycle.pipeline.checks import check_arguments, is_local
-from nemo_upcycle.pipeline.console import end_soon
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.chain import JOBS, Chain
+from nemo_upcycle.pipeline.checks import check_arguments
+from nemo_upcycle.pipeline.console import command_line, end_soon
 from nemo_upcycle.pipeline.context import PipelineContext
-from nemo_upcycle.pipeline.executors import local
-from nemo_upcycle.pipeline.plan import RunPlan, Stage
-from nemo_upcycle.pipeline.recipes_io import dump_recipe, load_recipe, ranks_of, settings, write_recipes
-from nemo_upcycle.pipeline.runner import DONE_BEFORE, run_stage
-from nemo_upcycle.pipeline.stages import STAGES, chosen_stages, require_earlier, unfinished
-from nemo_upcycle.sources.checkpoints import newest_checkpoint
+from nemo_upcycle.pipeline.executors.base import Cluster, Job
+from nemo_upcycle.pipeline.executors.local import StopSignals, ended_by_ctrl_c
+from nemo_upcycle.pipeline.executors.settings import cluster_for
+from nemo_upcycle.pipeline.in_turn import run_in_turn
+from nemo_upcycle.pipeline.jobs import jobs_of
+from nemo_upcycle.pipeline.plan import PLAN, RunPlan
+from nemo_upcycle.pipeline.recipes_io import dump_recipe, write_recipes
+from nemo_upcycle.pipeline.stages import BY_NAME, STAGES, chosen_stages, require_earlier
 from nemo_upcycle.utils.files import in_use
 
 
 COMMAND = "command.txt"
-_AGAIN = "Run the same command again: it goes on from there. Folder:"
 
 
 @run.cli.entrypoint(namespace="upcycle", type="experiment", run_ctx_cls=PipelineContext)
@@ -44,6 +42,7 @@ def pipeline(
     from_stage: Optional[str] = None,
     until_stage: Optional[str] = None,
     only_stage: Optional[str] = None,
+    render: Optional[str] = None,
 ) -> None:
     """Turn a dense checkpoint into a trained, exported and evaluated Mixture-of-Experts model.
 
@@ -62,6 +61,7 @@ def pipeline(
         from_stage: `--from STAGE`: start with this one; those before it must be finished.
         until_stage: `--until STAGE`: end after this one.
         only_stage: `--only STAGE`: this one alone.
+        render: `--render FOLDER`: write what would be submitted there, and submit nothing; needs no cluster.
 
     Raises:
         UpcycleError: an argument or a recipe is not valid, or a stage did not finish.
@@ -76,23 +76,34 @@ def pipeline(
         dump_recipe(dense_ct) if dense_ct else None,
     )
     stages = chosen_stages(from_stage, until_stage, only_stage)
-    with local.ended_by_ctrl_c():
+    cluster = cluster_for(ctx.executor)
+    with ended_by_ctrl_c():
         check_arguments(run_dir, plan, pretrain, dense_ct, ctx, stages)
         require_earlier(stages, run_dir, plan)
-    if ctx.dryrun:
-        if is_local(ctx.executor):
-            _show_commands(stages, run_dir, plan)
-        else:
-            _run_as_graph(stages, run_dir, plan, ctx)
+    jobs = jobs_of(stages, run_dir, plan, cluster.python if cluster else sys.executable)
+    if render:
+        _render(jobs, cluster, plan, Path(render))
         return
+    if ctx.dryrun:
+        for job in jobs:
+            sys.stdout.write(
+                f"[{job.name}] nodes: {job.nodes}  ranks: {job.ranks_per_node}  {' '.join(job.command)}\n"
+            )
+        return
+    chain = Chain(cluster, jobs, lambda name: BY_NAME[name].is_done(run_dir, plan), run_dir) if cluster else None
+    if chain:
+        chain.check()
+        _warn_of_uncommitted_code()
     with in_use(run_dir):  # its stages read the plan, so no other run may change it
+        if chain:
+            _require_same_plan(chain, run_dir, plan)
         plan.write(run_dir)
-        (run_dir / COMMAND).write_text(_command() + "\n", encoding="utf-8")
+        (run_dir / COMMAND).write_text(command_line() + "\n", encoding="utf-8")
         write_recipes(run_dir, {"pretrain": pretrain, "dense_ct": dense_ct})
-        if _chains(ctx.executor):
-            _run_as_graph(stages, run_dir, plan, ctx)
+        if chain:
+            _run_chain(chain, detach=ctx.detach)
         else:
-            _run_in_turn(stages, run_dir, plan, ctx.executor)
+            run_in_turn(jobs, run_dir, plan, ctx.executor)
     if stages[-1] is STAGES[-1] and not ctx.detach:
         _show_result(run_dir)
 
@@ -104,141 +115,69 @@ def _whole_path(name: str, *, folder: bool = False) -> str:
     return str(path.absolute()) if is_path else name
 
 
-def _command() -> str:
-    """Return the command line as it was typed."""
-    program, *words = sys.argv
-    typed = [Path(program).name] if os.access(program, os.X_OK) else ["python", program]
-    return shlex.join([*typed, *words])
+def _require_same_plan(chain: Chain, run_dir: Path, plan: RunPlan) -> None:
+    """Check that no job that still waits or runs was submitted with other arguments: it would read the new ones."""
+    if (run_dir / PLAN).is_file() and RunPlan.read(run_dir) != plan and (alive := chain.alive()):
+        jobs = ", ".join(f"{name} {identity}" for name, identity in alive.items())
+        raise UpcycleError(
+            f"dir {run_dir}",
+            got=f"jobs in the queue, submitted with other arguments ({jobs})",
+            expected="none",
+            fix="give the same arguments to watch them, cancel them, or choose another dir",
+        )
 
 
-def _chains(executor: Any) -> bool:
-    """Return whether the executor's scheduler holds a stage back until the one before it succeeded."""
-    return isinstance(executor, run.SlurmExecutor)
-
-
-def _run_as_graph(stages: Sequence[Stage], run_dir: Path, plan: RunPlan, ctx: run.cli.RunContext) -> None:
-    """Hand stages to the scheduler, each held back until the one before it succeeded; or show them."""
-    with run.Experiment(f"upcycle-{run_dir.name}") as experiment:
-        before: list[str] = []
-        for stage in stages:
-            before = [_add(experiment, stage, run_dir, plan, ctx.executor, before)]
-        if ctx.dryrun:
-            experiment.dryrun()
+def _run_chain(chain: Chain, *, detach: bool) -> None:
+    """Submit the jobs of a chain, and watch them unless `detach`."""
+    end_soon()
+    with StopSignals() as stop:
+        chain.submit()
+        ids = " ".join(chain.ids.values())
+        if detach:
+            sys.stderr.write(f"Submitted to the queue: {ids}. The same command without --detach watches them.\n")
             return
-        experiment.run(detach=ctx.detach, tail_logs=True)
-    if not ctx.detach and (broken := unfinished(stages, run_dir, plan)) is not None:
-        raise StageError(_did_not_finish(broken, run_dir))
+        if not chain.watch(stop):
+            sys.stderr.write(
+                f"\nStopped watching; the jobs go on: {' '.join(chain.alive().values())} ({chain.run_dir / JOBS}).\n"
+                f"Watch them again with the same command: {command_line()}\n"
+            )
+            raise SystemExit(128 + (stop.signum or 0))
 
 
-def _run_in_turn(stages: Sequence[Stage], run_dir: Path, plan: RunPlan, executor: Any) -> None:
-    """Run stage by stage; start nothing else after a stage that did not finish, for whatever reason.
-
-    Raises:
-        SystemExit: with 2 after a mistake of the user's, 1 after another failure, 130 or 143 when stopped. The last
-            words are the stage's own.
-    """
-    end_soon()  # however it ends; nothing is imported after this
-    script = _script(plan)
-    with local.StopSignals() as stop:
-        for stage in stages:
-            if stage.is_done(run_dir, plan):
-                sys.stderr.write(f"[{stage.name}] {DONE_BEFORE}\n")
-                continue
-            status = _run_one(stage, run_dir, plan, executor, stop, script)
-            if stop.signum:
-                sys.stderr.write(_stopped(stop.signum, stage, run_dir, plan))
-                raise SystemExit(128 + stop.signum)
-            if status < 0:  # killed, so it could say nothing itself
-                name = signal.Signals(-status).name
-                hint = " (out of memory?)" if name == "SIGKILL" else ""
-                sys.stderr.write(f"Error: stage '{stage.name}' was ended by {name}{hint}. {_AGAIN} {run_dir}\n")
-            if status:
-                raise SystemExit(local.USERS_MISTAKE if status == local.USERS_MISTAKE else 1)
-            if not stage.is_done(run_dir, plan):
-                raise StageError(_did_not_finish(stage.name, run_dir))
-
-
-def _run_one(
-    stage: Stage, run_dir: Path, plan: RunPlan, executor: Any, stop: local.StopSignals, script: list[str]
-) -> int:
-    if not is_local(executor):
-        with run.Experiment(f"upcycle-{run_dir.name}-{stage.name}", enable_goodbye_message=False) as experiment:
-            identity = _add(experiment, stage, run_dir, plan, executor, [])
-            stop.callback = lambda: experiment.cancel(identity)
-            experiment.run(tail_logs=True)
-        return 0  # its marker says how it ended
-    ranks = _ranks(stage, plan)[1] if stage.parallel else None
-    command, logs = _stage_command(stage, run_dir, script), run_dir / "logs" / stage.name
-    return local.run_ranks(command, ranks, variables_for(ranks or 1, executor), logs, stop)
-
-
-def variables_for(ranks: int, executor: Any) -> dict[str, str]:
-    """Return the variables of ranks on this machine: the user's, and as many threads as there are cores for."""
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, torch.get_num_threads() // ranks))
-    return {"OMP_NUM_THREADS": threads, **(executor.env_vars if executor else {})}
-
-
-def _stage_command(stage: Stage, run_dir: Path, script: list[str]) -> list[str]:
-    return [sys.executable, "-m", "nemo_upcycle.pipeline", stage.name, str(run_dir), *script]
-
-
-def _show_commands(stages: Sequence[Stage], run_dir: Path, plan: RunPlan) -> None:
-    """Print what would run on this machine."""
-    script = _script(plan)
-    for stage in stages:
-        command = shlex.join(_stage_command(stage, run_dir, script))
-        sys.stdout.write(f"[{stage.name}] ranks: {_ranks(stage, plan)[1]}  {command}\n")
-
-
-def _script(plan: RunPlan) -> list[str]:
-    """Return the script that was started, if a recipe refers to something defined in it."""
-    recipes = [load_recipe(text) for text in (plan.pretrain, plan.dense_ct) if text]
-    named = any(value.startswith("__main__.") for recipe in recipes for _, value in settings(recipe))
-    return [sys.modules["__main__"].__file__ or ""] if named else []
-
-
-def _add(
-    experiment: run.Experiment, stage: Stage, run_dir: Path, plan: RunPlan, executor: Any, before: list[str]
-) -> str:
-    """Add a stage behind others to an experiment, with an executor of the user's kind and the ranks it needs."""
-    mine = sized(executor or run.LocalExecutor(), *_ranks(stage, plan))
-    if _chains(mine):
-        # Otherwise stages behind a failed one stay queued and the launcher hangs.
-        mine.additional_parameters = {"kill_on_invalid_dep": "yes"} | (mine.additional_parameters or {})
-    task = run.Partial(run_stage, name=stage.name, dir=str(run_dir))
-    return experiment.add(task, executor=mine, name=stage.name, dependencies=before if _chains(mine) else None)
-
-
-def sized(executor: run.Executor, nodes: int, per_node: int) -> run.Executor:
-    """Return a copy of an executor with this many nodes and ranks per node, in the fields that its class has."""
-    mine = copy.copy(executor)  # deep enough, as an experiment clones it; and a client of Kubernetes has no deep copy
-    for names, value in ((("nodes", "num_nodes"), nodes), (("ntasks_per_node", "nprocs_per_node"), per_node)):
-        for name in names:
-            if hasattr(mine, name):
-                setattr(mine, name, value)
-    return mine
-
-
-def _ranks(stage: Stage, plan: RunPlan) -> tuple[int, int]:
-    serialised = getattr(plan, stage.name, None) if stage.parallel else None
-    return ranks_of(load_recipe(serialised)) if serialised else (1, 1)
-
-
-def _stopped(signum: int, stage: Stage, run_dir: Path, plan: RunPlan) -> str:
-    """Return the last words of a stopped run: what was kept, and how to continue."""
-    done = [entry.name for entry in STAGES[: STAGES.index(stage) + 1] if entry.is_done(run_dir, plan)]
-    kept = f"finished stages: {', '.join(done) or 'none'}"
-    if stage.resumable:
-        last = newest_checkpoint(run_dir / stage.name / "checkpoints")
-        kept += f"; last checkpoint of {stage.name}: {last}" if last else f"; no checkpoint of {stage.name} yet"
-    return (
-        f"\nStopped by {signal.Signals(signum).name} in stage '{stage.name}'. Kept in {run_dir}: {kept}.\n"
-        f"Go on with the same command: {_command()}\n"
+def _render(jobs: Sequence[Job], cluster: Optional[Cluster], plan: RunPlan, folder: Path) -> None:
+    """Write what would be submitted, and the plan that the stages read."""
+    if cluster is None:
+        raise UpcycleError(
+            "--render",
+            got="no cluster",
+            expected="one",
+            fix="name it with run.executor=slurm or run.executor=kubernetes",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for job in jobs:
+        for name, text in cluster.render(job).items():
+            (folder / name).write_text(text, encoding="utf-8")
+    plan.write(folder)
+    sys.stdout.write(
+        f"Written to {folder}: {len(jobs)} jobs, in this order: {', '.join(job.name for job in jobs)}. "
+        f"They read {jobs[0].run_dir / PLAN}: copy {folder / PLAN} there first.\n"
     )
 
 
-def _did_not_finish(stage: str, run_dir: Path) -> str:
-    return f"Stage '{stage}' did not finish; its message stands above. {_AGAIN} {run_dir}"
+def _warn_of_uncommitted_code() -> None:
+    """Warn if the package lies in a repository with changes that no commit holds: the jobs run what lies there."""
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(root), "status", "--porcelain", "--", "nemo_upcycle", "recipes", "conf"]
+    try:
+        changed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    except FileNotFoundError:  # no git here
+        return
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        sys.stderr.write(
+            f"Warning: {root} has uncommitted changes ({changed[0][3:]}{more}); "
+            "the jobs run the code as it lies there when each of them starts.\n"
+        )
 
 
 def _show_result(run_dir: Path) -> None:

@@ -17,6 +17,10 @@ from nemo_upcycle.utils.files import MARKER, read_json, sha256_file, write_json
 
 
 _STARTED = "_STARTED.json"
+#: How a stage that is not done ended, in one word, for the shell of a batch job: it stopped and can go on, or it
+#: failed for a reason that a new start would meet again. A stage that was killed writes neither.
+ENDED = "_ENDED"
+STOPPED, FAILED = "stopped", "failed"
 
 
 def setting_hashes(settings: dict[str, Any]) -> dict[str, str]:
@@ -93,6 +97,7 @@ class StageFolder:
         if resumable:
             self.require_same(inputs)
         self.marker.unlink(missing_ok=True)
+        (self.path / ENDED).unlink(missing_ok=True)
         write_json(self.path / _STARTED, inputs)
 
     def finish(self, inputs: dict[str, str], seconds: float, outputs: dict[str, Any]) -> None:
@@ -100,6 +105,11 @@ class StageFolder:
         write_json(
             self.marker, {"stage": self.name, "inputs": inputs, "seconds": round(seconds, 1), "outputs": outputs}
         )
+
+    def ended(self, how: str) -> None:
+        """Record how the stage ended without a result: `STOPPED` or `FAILED`."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / ENDED).write_text(f"{how}\n", encoding="utf-8")
 
     def outputs(self) -> dict[str, Any]:
         """Return what a finished stage reported."""

@@ -8,16 +8,19 @@ import sys
 import time
 from pathlib import Path
 
-from nemo_upcycle.errors import StageError, UpcycleError
+from nemo_upcycle.errors import StageError, StageStopped, UpcycleError
 from nemo_upcycle.pipeline.console import is_verbose, quiet_libraries
+from nemo_upcycle.pipeline.markers import FAILED, STOPPED
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
-from nemo_upcycle.pipeline.stages import BY_NAME, STAGES, unfinished
+from nemo_upcycle.pipeline.stages import BY_NAME, before, unfinished
 from nemo_upcycle.utils.files import in_use
 from nemo_upcycle.utils.progress import duration, show_messages
 
 
 logger = logging.getLogger(__name__)
 DONE_BEFORE = "done before, from the same inputs"
+#: Exit status of a stage that was told to stop and goes on when started again: EX_TEMPFAIL of sysexits.h.
+CAN_GO_ON = 75
 
 
 def run_stage(name: str, dir: str) -> None:
@@ -32,17 +35,24 @@ def run_stage(name: str, dir: str) -> None:
     show_messages()
     if not is_verbose():
         quiet_libraries()
+    stage, run_dir = BY_NAME[name], Path(dir)
     try:
-        _run(BY_NAME[name], Path(dir))
+        _run(stage, run_dir)
+    except StageStopped as stopped:
+        stage.folder(run_dir).ended(STOPPED)
+        sys.stderr.write(f"[{name}] {stopped}\n")
+        raise SystemExit(CAN_GO_ON) from None
     except UpcycleError as error:
+        if run_dir.is_dir():
+            stage.folder(run_dir).ended(FAILED)
         sys.stderr.write(f"[{name}] {error}\n")
         raise SystemExit(2) from None
 
 
 def _run(stage: Stage, run_dir: Path) -> None:
     plan = RunPlan.read(run_dir)
-    # Abort if an earlier stage failed; local executors do not.
-    if (broken := unfinished(STAGES[: STAGES.index(stage)], run_dir, plan)) is not None:
+    # Abort if an earlier stage failed; not every executor does.
+    if (broken := unfinished(before(stage), run_dir, plan)) is not None:
         raise StageError(f"not started: stage '{broken}' has not finished in {run_dir}.")
     folder = stage.folder(run_dir)
     inputs = folder.inputs(stage.settings_of(plan))

@@ -238,6 +238,16 @@ STAGES = (
 BY_NAME = {stage.name: stage for stage in STAGES}
 
 
+def before(*stages: Stage) -> tuple[Stage, ...]:
+    """Return the stages whose results some stages need, directly or not, in order and without these themselves."""
+    needed: set[str] = set()
+    names = {stage.name for stage in stages}
+    for stage in reversed(STAGES):
+        if stage in stages or stage.name in needed:
+            needed.update(stage.after)
+    return tuple(stage for stage in STAGES if stage.name in needed - names)
+
+
 def chosen_stages(first: str | None, last: str | None, only: str | None) -> tuple[Stage, ...]:
     """Return the stages of a part of the chain.
 
@@ -263,13 +273,12 @@ def chosen_stages(first: str | None, last: str | None, only: str | None) -> tupl
 
 
 def require_earlier(stages: Sequence[Stage], run_dir: Path, plan: RunPlan) -> None:
-    """Check that what comes before a part of the chain is done.
+    """Check that what a part of the chain needs is done.
 
     Raises:
         UpcycleError: a stage is not, or not from its present inputs.
     """
-    earlier = STAGES[: STAGES.index(stages[0])]
-    if (missing := unfinished(earlier, run_dir, plan)) is not None:
+    if (missing := unfinished(before(*stages), run_dir, plan)) is not None:
         raise UpcycleError(
             f"stage '{missing}' in {run_dir}",
             got="not done, or from other inputs",

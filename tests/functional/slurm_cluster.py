@@ -1,36 +1,24 @@
-"""A cluster as a user names it in a script, with the recipes of the demo cut down: what test_slurm.py starts."""
+"""The demo's chain cut down, as a script of a user's: what test_slurm.py starts with run.executor=FILE.yaml."""
 
 # No postponed annotations: NeMo-Run reads those of factories.
 
-import os
 from pathlib import Path
 
 import nemo_run as run
 
 from nemo_upcycle.pipeline.launch import pipeline
 from nemo_upcycle.recipes import smollm2_135m_dense_ct, smollm2_135m_e8t2
+from nemo_upcycle.training.stopping import SaveOnSignal
 from tests.functional.tiny import tiny_pipeline
-
-
-@run.cli.factory
-@run.autoconvert
-def cluster() -> run.SlurmExecutor:
-    return run.SlurmExecutor(
-        account=os.environ.get("SLURM_ACCOUNT", "root"),
-        partition=os.environ.get("SLURM_PARTITION"),
-        time="00:20:00",
-        mem="0",
-        tunnel=run.LocalTunnel(job_dir=os.path.join(os.environ["NEMORUN_HOME"], "experiments")),
-        packager=run.Packager(),
-        env_vars={"OMP_NUM_THREADS": "1"},
-    )
+from tests.functional.tiny_pipeline import SlowSteps
 
 
 @run.cli.factory(target=pipeline, name="tiny")
-def tiny(inputs: str, dir: str) -> run.Partial:
-    """The chain on a tiny parent; its training jobs have two nodes of one rank."""
+def tiny(inputs: str, dir: str, slow: float = 0.0) -> run.Partial:
+    """The chain on a tiny parent; its training jobs have two nodes of one rank, and save when they are told to stop."""
     moe = smollm2_135m_e8t2.pretrain_recipe(num_nodes=2, num_gpus_per_node=1, expert_parallelism=2)
     dense_ct = smollm2_135m_dense_ct.pretrain_recipe(num_nodes=2, num_gpus_per_node=1)
+    moe.trainer.callbacks[:0] = [run.Config(SaveOnSignal), run.Config(SlowSteps, seconds=slow)]
     return tiny_pipeline(Path(inputs), Path(dir), moe, dense_ct)
 
 

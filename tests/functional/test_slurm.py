@@ -1,20 +1,24 @@
-"""The chain as jobs of a real Slurm with two nodes and accounting, where there is one.
+"""The chain as jobs of a real Slurm with two nodes: stopped in every way that a scheduler has, and gone on.
 
-SLURM_ACCOUNT=me SLURM_PARTITION=debug python -m pytest tests/functional/test_slurm.py
+scripts/slurm_cluster.sh start && python -m pytest tests/functional/test_slurm.py   (`make test-slurm` does both)
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.utils.files import MARKER
+from nemo_upcycle.utils.files import MARKER, read_json
+from tests.functional.soak import training_result
 from tests.functional.test_pipeline import EVALUATION, STAGES
 from tests.functional.tiny import write_parent, write_texts
 
@@ -22,42 +26,206 @@ from tests.functional.tiny import write_parent, write_texts
 ROOT = Path(__file__).parents[2]
 
 
-def _answers(*command: str) -> bool:
-    return bool(shutil.which(command[0])) and not subprocess.run(command, capture_output=True, check=False).returncode
+def _answer(*command: str) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return None if done.returncode else done.stdout
+
+
+def _partitions() -> set[str]:
+    return set((_answer("sinfo", "--noheader", "--format=%R") or "").split())
 
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not (_answers("sinfo") and _answers("sacct")), reason="no Slurm with accounting"),
+    pytest.mark.skipif(not {"batch", "low"} <= _partitions(), reason="no Slurm: scripts/slurm_cluster.sh start"),
 ]
 
-
-def _run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    if not (folder / "parent").exists():
-        write_parent(folder / "parent")
-        write_texts(folder / "texts")
-        (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"NEMORUN_HOME": str(folder / "home"), "PATH": path, "PYTHONPATH": str(ROOT)}
-    script = str(ROOT / "tests/functional/slurm_cluster.py")
-    factory = f"tiny(inputs='{folder}', dir='{folder}/run')"
-    command = [sys.executable, script, "--factory", factory, "run.executor=cluster", *words, "--yes"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
-
-
-def test_every_stage_is_a_job(tmp_path: Path) -> None:
-    done = _run(tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert all((tmp_path / "run" / name / MARKER).is_file() for name in STAGES)
+EXECUTOR = """
+executor: slurm
+account: root
+partition: {partition}
+container_image: null
+time: "00:20:00"
+mem: "0"
+env_vars: {{OMP_NUM_THREADS: "1", PYTHONPATH: "{root}"}}
+stages:
+  pretrain: {{time: "{time}", signal: "TERM@{signal_s}"}}
+"""
 
 
-def test_a_failed_stage_takes_the_rest_out_of_the_queue(tmp_path: Path) -> None:
+class Run:
+    """The command on a run's folder."""
+
+    def __init__(self, inputs: Path, run_dir: Path) -> None:
+        self.inputs, self.run_dir = inputs, run_dir
+        self.log = run_dir.with_name(f"{run_dir.name}.txt")
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(
+        self, *words: str, slow: float = 0.0, partition: str = "batch", time_limit: str = "00:20:00", signal_s: int = 60
+    ) -> Run:
+        """Start the command."""
+        executor = self.run_dir.with_name(f"{self.run_dir.name}.yaml")
+        executor.write_text(EXECUTOR.format(partition=partition, root=ROOT, time=time_limit, signal_s=signal_s))
+        factory = f"tiny(inputs='{self.inputs}', dir='{self.run_dir}', slow={slow})"
+        script = str(ROOT / "tests/functional/slurm_cluster.py")
+        command = [sys.executable, script, "--factory", factory, f"run.executor={executor}", *words, "--yes"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "NEMORUN_HOME": str(self.inputs / "home")}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=self.inputs)
+        return self
+
+    def text(self) -> str:
+        """Return what it has written."""
+        return self.log.read_text(errors="replace")
+
+    def wait(self) -> int:
+        """Return its exit status."""
+        assert self.process
+        return self.process.wait(timeout=900)
+
+    def wait_for(self, found: Callable[[], object], what: str, timeout_s: float = 400) -> None:
+        """Wait for something while the command runs."""
+        assert self.process
+        deadline_s = time.monotonic() + timeout_s
+        while not found():
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < deadline_s, f"waited for {what}\n{self.text()}"
+            time.sleep(0.2)
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait until a training has done a step."""
+        self.wait_for(lambda: f"\nstep {step}/" in self.text(), f"step {step}")
+
+    def job(self, stage: str = "pretrain") -> str:
+        """Return the id of a stage's job."""
+        return str(read_json(self.run_dir / "jobs.json")[stage])
+
+    def starts(self) -> int:
+        """Return how often the training was started."""
+        return len(list((self.run_dir / "jobs/pretrain").glob("log-*")))
+
+
+def start_at_once(job: str) -> None:
+    """Let a requeued job start now; Slurm waits for two minutes."""
+    deadline_s = time.monotonic() + 90
+    while (_answer("squeue", "--noheader", f"--jobs={job}", "--format=%T") or "").strip() != "PENDING":
+        assert time.monotonic() < deadline_s
+        time.sleep(0.2)
+    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("slurm")
+    write_parent(folder / "parent")
+    write_texts(folder / "texts")
+    (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs: Path) -> Run:
+    """The whole chain, with nothing in its way."""
+    run = Run(inputs, inputs / "undisturbed").start(slow=0.5)
+    assert run.wait() == 0, run.text()
+    return run
+
+
+@pytest.fixture
+def prepared(undisturbed: Run, inputs: Path, request: pytest.FixtureRequest) -> Run:
+    """A run whose next stage is the training."""
+    run_dir = inputs / request.node.name
+    shutil.copytree(undisturbed.run_dir, run_dir, symlinks=True)
+    for name in ("pretrain", "dense_ct", "jobs", "jobs.json"):
+        path = run_dir / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return Run(inputs, run_dir)
+
+
+def test_every_stage_is_a_job(undisturbed: Run) -> None:
+    assert all((undisturbed.run_dir / name / MARKER).is_file() for name in STAGES)
+    submitted = [line for line in undisturbed.text().splitlines() if "submitted: " in line]
+    assert [line.partition("]")[0].strip("[") for line in submitted] == list(STAGES)
+    assert "Report: " in undisturbed.text()
+    again = Run(undisturbed.inputs, undisturbed.run_dir).start(slow=0.5)
+    assert again.wait() == 0
+    assert again.text().count("submitted: ") == len(STAGES)  # those of the first start: nothing is done twice
+
+
+PART = ("--from", "pretrain", "--until", "pretrain")
+
+
+def _requeue(run: Run) -> None:
+    run.wait_for_step(3)
+    subprocess.run(["scontrol", "requeue", run.job()], check=True)
+
+
+def _preempt(run: Run) -> None:
+    run.wait_for_step(3)
+    subprocess.run(["srun", "--partition=batch", "--nodes=2", "--exclusive", "sleep", "2"], check=True)
+
+
+def _lose_a_node(run: Run) -> None:
+    run.wait_for_step(3)
+    with _daemon_of_n2_killed():
+        start_at_once(run.job())
+        time.sleep(1)
+
+
+@contextmanager
+def _daemon_of_n2_killed() -> Iterator[None]:
+    """Take node n2 away: its daemon and what runs on it are killed, and the controller is told."""
+    victims = (_answer("pgrep", "-f", "slurmd -N n2") or "").split()
+    stepd = (_answer("pgrep", "-f", r"slurmstepd: \[.*\.0\]") or "").split()
+    for pid in [*victims, *stepd[-1:]]:
+        os.kill(int(pid), signal.SIGKILL)
+    subprocess.run(["scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=lost"], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["slurmd", "-N", "n2"], check=True)
+        subprocess.run(["scontrol", "update", "NodeName=n2", "State=RESUME"], check=True)
+
+
+@pytest.mark.parametrize(
+    ("disturb", "partition"), [(_requeue, "batch"), (_preempt, "low"), (_lose_a_node, "batch")], ids=["requeue", "preempt", "node-lost"]
+)
+def test_a_training_goes_on_with_the_same_bits(
+    prepared: Run, undisturbed: Run, disturb: Callable[[Run], None], partition: str
+) -> None:
+    prepared.start(*PART, slow=0.5, partition=partition)
+    disturb(prepared)
+    start_at_once(prepared.job())
+    assert prepared.wait() == 0, prepared.text()
+    assert prepared.starts() == 2
+    assert training_result(prepared.run_dir / "pretrain") == training_result(undisturbed.run_dir / "pretrain")
+
+
+def test_a_time_limit_reached_twice_loses_nothing(prepared: Run, undisturbed: Run) -> None:
+    ...
+
+
+def test_scancel_ends_the_chain_and_requeues_nothing(prepared: Run) -> None:
+    prepared.start("--from", "pretrain", slow=0.5)
+    prepared.wait_for_step(3)
+    others = read_json(prepared.run_dir / "jobs.json")
+    subprocess.run(["scancel", prepared.job()], check=True)
+    assert prepared.wait() == 2
+    assert "Stage 'pretrain' did not finish: job" in prepared.text()
+    assert "CANCELLED" in prepared.text()
+    assert prepared.starts() == 1
+    subprocess.run(["scancel", *others.values()], check=True)
+
+
+def test_a_failed_stage_takes_the_rest_out_of_the_queue(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "same.txt").write_text("the state of our union")
     (tmp_path / "other.txt").write_text("the state of our union")  # held out, so that nothing is left to train on
     (tmp_path / "same.yaml").write_text("sources: {mine: {train: [same.txt], heldout: [other.txt]}}\n")
-    done = _run(tmp_path, f"data={tmp_path}/same.yaml")
-    assert done.returncode == 2
-    assert "Stage 'data' did not finish" in done.stderr
-    time.sleep(5)
-    queue = subprocess.run(["squeue", "--noheader", "--format=%Z"], capture_output=True, text=True, check=True)
-    assert str(tmp_path) not in queue.stdout
+    run = Run(inputs, inputs / "failed").start(f"data={tmp_path}/same.yaml")
+    assert run.wait() == 2
+    assert "Stage 'data' did not finish: job" in run.text()
+    queue = _answer("squeue", "--noheader", "--format=%i") or ""
+    assert not set(queue.split()) & set(read_json(run.run_dir / "jobs.json").values())

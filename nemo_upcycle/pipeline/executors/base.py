@@ -79,6 +79,11 @@ class Cluster(ABC):
     def __init__(self, executor: Any) -> None:
         self.executor = executor
 
+    @property
+    def python(self) -> str:
+        """The interpreter of the stages, where they run."""
+        return str(getattr(self.executor, "python", "python"))
+
     @abstractmethod
     def check(self, jobs: Sequence[Job]) -> None:
         """Ask the scheduler whether it would take these jobs; start and write nothing.

@@ -11,7 +11,7 @@ import nemo_run as run
 import pytest
 import torch
 
-from nemo_upcycle.pipeline.launch import _stopped, sized, variables_for
+from nemo_upcycle.pipeline.in_turn import _stopped, sized, variables_for
 from nemo_upcycle.pipeline.plan import RunPlan
 from nemo_upcycle.pipeline.stages import STAGES, chosen_stages
 

@@ -1,0 +1,147 @@
+"""Run a chain of jobs on a scheduler: submit what is not done, watch it, and say why it ended."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from nemo_upcycle.errors import StageError, UpcycleError
+from nemo_upcycle.pipeline.executors.base import Cluster, Job, JobState, Phase
+from nemo_upcycle.pipeline.executors.local import StopSignals
+from nemo_upcycle.utils.files import read_json, write_json
+
+
+#: Ids of the jobs that were submitted last, by stage.
+JOBS = "jobs.json"
+#: Seconds between two looks, and that the marker of an ended job may take to be seen through a shared file system.
+POLL_S, SETTLE_S = 3.0, 30.0
+
+
+class Chain:
+    """The jobs of a run, submitted or to be.
+
+    Args:
+        cluster: where they run.
+        jobs: in an order in which each comes after those that it needs.
+        is_done: whether a stage, by name, is done from its present inputs; those before it must be.
+        run_dir: the run's folder, which this machine sees, too.
+    """
+
+    def __init__(self, cluster: Cluster, jobs: Sequence[Job], is_done: Callable[[str], bool], run_dir: Path) -> None:
+        self.cluster, self.jobs, self._is_done, self.run_dir = cluster, list(jobs), is_done, run_dir
+        self.ids: dict[str, str] = read_json(run_dir / JOBS) if (run_dir / JOBS).is_file() else {}
+        self._tails: dict[Path, int] = {}
+
+    def done(self) -> set[str]:
+        """Return the stages that are done; one whose predecessor is not is not."""
+        found: set[str] = set()
+        mine = {job.name for job in self.jobs}
+        for job in self.jobs:
+            if all(name in found or name not in mine for name in job.after) and self._is_done(job.name):
+                found.add(job.name)
+        return found
+
+    def check(self) -> None:
+        """Check that the scheduler would take the jobs that are not done."""
+        done = self.done()
+        self.cluster.check([job for job in self.jobs if job.name not in done])
+
+    def alive(self) -> dict[str, str]:
+        """Return the ids of jobs of this run that wait or run, by stage."""
+        states = self.cluster.states(list(self.ids.values())) if self.ids else {}
+        return {name: identity for name, identity in self.ids.items() if states[identity].phase is not Phase.ENDED}
+
+    def submit(self) -> list[str]:
+        """Submit what is not done and not in the queue, as far as the scheduler holds jobs back; return the ids.
+
+        Raises:
+            UpcycleError: the scheduler refuses a job; none of those submitted before it stays.
+        """
+        done, alive = self.done(), self.alive()
+        self.ids = dict(alive)
+        for job in self.jobs:
+            if job.name in alive:  # what it printed before was shown before
+                sizes = {path: path.stat().st_size for path in self.cluster.logs(job, alive[job.name])}
+                self._tails = sizes | self._tails
+        new: list[str] = []
+        for job in self.jobs:
+            if job.name in done or job.name in self.ids:
+                continue
+            missing = [
+                name for name in job.after if name not in done and any(other.name == name for other in self.jobs)
+            ]
+            if missing and not self.cluster.holds_back:
+                continue
+            try:
+                identity = self.cluster.submit(job, [self.ids[name] for name in missing])
+            except UpcycleError:
+                if new:
+                    self.cluster.cancel(new)
+                raise
+            new.append(identity)
+            self.ids[job.name] = identity
+            write_json(self.run_dir / JOBS, self.ids)
+            sys.stderr.write(f"[{job.name}] submitted: {identity}\n")
+        return new
+
+    def watch(self, stop: StopSignals) -> bool:
+        """Wait until all stages are done, show what they print, and submit those that can start now.
+
+        Returns:
+            Whether they are; not when a signal came.
+
+        Raises:
+            StageError: a job ended and its stage is not done; the text has the scheduler's reason.
+        """
+        seen: dict[str, JobState] = {}
+        ended_s: dict[str, float] = {}
+        while not stop.signum:
+            if not self.cluster.holds_back:
+                self.submit()
+            done = self.done()
+            open_jobs = [job for job in self.jobs if job.name not in done and job.name in self.ids]
+            states = self.cluster.states([self.ids[job.name] for job in open_jobs]) if open_jobs else {}
+            for job in self.jobs:
+                if job.name in self.ids:
+                    self._show_log(job)
+            if len(done) == len(self.jobs):
+                return True
+            for job in open_jobs:
+                state = states[self.ids[job.name]]
+                if seen.get(job.name) != state and state.phase is not Phase.ENDED:
+                    seen[job.name] = state
+                    sys.stderr.write(
+                        f"[{job.name}] {state.phase.value}{f': {state.reason}' if state.reason else ''}\n"
+                    )
+                if state.phase is Phase.ENDED:
+                    first_s = ended_s.setdefault(job.name, time.monotonic())
+                    if time.monotonic() - first_s > SETTLE_S and job.name not in self.done():
+                        raise StageError(self._failed(job, state))
+                    break  # those behind it end because of it
+            time.sleep(POLL_S)
+        return False
+
+    def _failed(self, job: Job, state: JobState) -> str:
+        identity = self.ids[job.name]
+        logs = list(self.cluster.logs(job, identity))
+        where = f" Log: {logs[-1]}." if logs else ""
+        why = f" ({state.reason})" if state.reason else ""
+        return (
+            f"Stage '{job.name}' did not finish: job {identity} ended{why} and left no marker in "
+            f"{self.run_dir / job.name}.{where} Run the same command again: it goes on from there."
+        )
+
+    def _show_log(self, job: Job) -> None:
+        """Print what a job has printed since the last look."""
+        for path in self.cluster.logs(job, self.ids[job.name]):
+            try:
+                with path.open("rb") as file:
+                    file.seek(self._tails.get(path, 0))
+                    new = file.read()
+            except OSError:
+                continue
+            whole = new[: new.rfind(b"\n") + 1]
+            self._tails[path] = self._tails.get(path, 0) + len(whole)
+            sys.stderr.write(whole.decode(errors="replace"))

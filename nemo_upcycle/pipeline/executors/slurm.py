@@ -1,0 +1,235 @@
+"""Slurm: NeMo-Run writes the batch script of a stage; here it is checked, submitted, watched and requeued.
+
+NeMo-Run's `Experiment` is not used: it takes a training that was preempted and ended with status 0 for finished, a
+cluster without `sacct` for a failure, and its retries do not ask whether a job got any further.
+"""
+
+# No postponed annotations: NeMo-Run parses the executor's fields by them.
+
+import dataclasses
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nemo_run as run
+from nemo_run.core.execution.slurm import SlurmBatchRequest
+
+from nemo_upcycle.errors import UpcycleError, did_you_mean
+from nemo_upcycle.pipeline.executors.base import Cluster, Job, JobState, Phase, require_settings
+from nemo_upcycle.pipeline.executors.slurm_script import setup_lines
+from nemo_upcycle.utils.files import whole_file
+from nemo_upcycle.utils.mounts import filesystem_type
+
+
+#: File systems that only one machine sees, unless it serves them to others.
+_OF_ONE_MACHINE = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay")
+_STATES = {"PENDING": Phase.WAITING, "REQUEUED": Phase.WAITING, "REQUEUE_HOLD": Phase.WAITING}
+
+
+@dataclass(kw_only=True)
+class StagedSlurmExecutor(run.SlurmExecutor):
+    """NeMo-Run's `SlurmExecutor`, with what each stage asks for; a folder of conf/executors describes one.
+
+    Attributes:
+        stages: by stage, the fields that differ from this executor's; nodes and ranks of trainings are their recipes'.
+        shared_dir: whether nodes see a run's folder although its file system looks like one machine's own.
+        packager: what is sent along: nothing, the package is installed on the nodes.
+        origins: by field, where its value was set, for people.
+    """
+
+    packager: run.Packager = field(default_factory=run.Packager)
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    shared_dir: bool = False
+    origins: dict[str, str] = field(default_factory=dict)
+
+
+#: What a site has to fill in, where its file has "???".
+REQUIRED = {
+    "account": "the account that jobs are charged to",
+    "partition": "a partition of GPU nodes; `sinfo` lists them",
+    "container_image": "an image with NeMo, or null without containers",
+}
+
+
+class SlurmScheduler(Cluster):
+    """Submit stages as batch jobs that wait for each other.
+
+    Example:
+        >>> job = Job("import", Path("/shared/run"), ("python", "-m", "nemo_upcycle.pipeline"))
+        >>> "#SBATCH --account=me" in SlurmScheduler(StagedSlurmExecutor(account="me")).render(job)["import.sh"]
+        True
+    """
+
+    holds_back = True
+
+    @property
+    def python(self) -> str:
+        """The interpreter: the container's, or this one, which the nodes find under the same path."""
+        return "python" if self.executor.container_image else sys.executable
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Check what the site must set, the run's folder, and with `sbatch --test-only` every job."""
+        if isinstance(self.executor, StagedSlurmExecutor):
+            require_settings(self.executor, "copy conf/executors/slurm.yaml and fill it in", REQUIRED)
+        if not isinstance(self.executor.tunnel, run.LocalTunnel):
+            raise UpcycleError(
+                "run.executor.tunnel",
+                got=type(self.executor.tunnel).__name__,
+                expected="LocalTunnel: the run's folder is written and read here",
+                fix="start the command on the cluster's login node",
+            )
+        if shutil.which("sbatch") is None:
+            raise UpcycleError(
+                "sbatch",
+                got="not on the PATH",
+                expected="Slurm's commands",
+                fix="start the command on the cluster's login node, or write the scripts with --render DIR",
+            )
+        for job in jobs:
+            script = self.render(job)[f"{job.name}.sh"]
+            tried = subprocess.run(
+                ["sbatch", "--test-only"], input=script, capture_output=True, text=True, check=False
+            )
+            if tried.returncode:
+                raise self._refused(job, tried.stderr)
+            self._check_folder(job)
+
+    def render(self, job: Job) -> dict[str, str]:
+        """Return the batch script."""
+        mine = self.sized(job)
+        request = SlurmBatchRequest(
+            launch_cmd=["sbatch", "--requeue", "--parsable"],
+            jobs=[job.name],
+            command_groups=[[shlex.join(job.command)]],
+            executor=mine,
+            max_retries=0,
+            extra_env={},
+        )
+        return {f"{job.name}.sh": request.materialize()}
+
+    def sized(self, job: Job) -> run.SlurmExecutor:
+        """Return the executor of a stage, with the nodes and ranks of its job."""
+        mine = self.settings_for(job.name)
+        lines = setup_lines(job) + ([mine.setup_lines] if mine.setup_lines else [])
+        # Otherwise jobs behind a failed one stay queued for ever.
+        parameters = {"kill_on_invalid_dep": "yes"} | (mine.additional_parameters or {})
+        return dataclasses.replace(
+            mine,
+            nodes=job.nodes,
+            ntasks_per_node=job.ranks_per_node,
+            job_dir=str(job.folder),
+            tunnel=run.LocalTunnel(job_dir=str(job.folder.parent)),
+            job_name_prefix=mine.job_name_prefix or f"{job.run_dir.name}.",
+            additional_parameters=parameters,
+            setup_lines="\n".join(lines),
+        )
+
+    def submit(self, job: Job, after: Sequence[str]) -> str:
+        """Write the batch script to the run's folder and submit it."""
+        ((name, script),) = self.render(job).items()
+        path = job.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as unfinished:
+            unfinished.write_text(script, encoding="utf-8")
+        dependency = [f"--dependency=afterok:{':'.join(after)}"] if after else []
+        command = ["sbatch", "--requeue", "--parsable", *dependency, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise self._refused(job, done.stderr)
+        return done.stdout.strip().partition(";")[0]  # on federated clusters the cluster's name follows
+
+    def states(self, ids: Sequence[str]) -> Mapping[str, JobState]:
+        """Return what `squeue` says, and for ended jobs the controller's or the accounting's last word."""
+        asked = subprocess.run(
+            ["squeue", "--noheader", f"--jobs={','.join(ids)}", "--format=%i|%T|%r|%N"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if asked.returncode and "Invalid job id" not in asked.stderr:  # the controller does not answer: nothing ended
+            return {identity: JobState(Phase.WAITING, _last_line(asked.stderr)) for identity in ids}
+        found = {}
+        for line in asked.stdout.splitlines():
+            identity, state, reason, nodes = line.split("|")
+            phase = _STATES.get(state, Phase.RUNNING)
+            found[identity] = JobState(phase, reason if phase is Phase.WAITING else f"on {nodes}")
+        return {identity: found.get(identity) or JobState(Phase.ENDED, _ending(identity)) for identity in ids}
+
+    def cancel(self, ids: Sequence[str]) -> None:
+        """Cancel jobs with `scancel`."""
+        subprocess.run(["scancel", *ids], capture_output=True, check=False)
+
+    def logs(self, job: Job, identity: str) -> Sequence[Path]:
+        """Return the logs of the batch script and of all its starts."""
+        return [path for kind in ("sbatch", "log") for path in sorted(job.folder.glob(f"{kind}*_{identity}*.out"))]
+
+    def resources(self, job: Job) -> dict[str, str]:
+        """Return what a job asks for."""
+        mine = self.settings_for(job.name)
+        names = ("partition", "account", "qos", "time", "mem", "cpus_per_task", "gpus_per_node", "container_image")
+        asked = {name: getattr(mine, name) for name in (*names, "signal")}
+        return {name: str(value) for name, value in asked.items() if value is not None}
+
+    def _refused(self, job: Job, text: str) -> UpcycleError:
+        """Return the error of a job that Slurm does not take, with the closest partition if that is the reason."""
+        partition, hint = self.settings_for(job.name).partition, ""
+        if partition and "partition" in text:
+            listed = subprocess.run(
+                ["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True, check=False
+            )
+            partitions = sorted(set(listed.stdout.split()))
+            hint = f"{did_you_mean(partition, partitions)} Partitions: {', '.join(partitions)}."
+        return UpcycleError(f"Slurm does not take stage '{job.name}': {_last_line(text).rstrip('.')}.{hint}")
+
+    def _check_folder(self, job: Job) -> None:
+        """Check that the nodes see the run's folder, as far as its file system tells."""
+        kind = filesystem_type(job.run_dir)
+        if kind not in _OF_ONE_MACHINE or getattr(self.executor, "shared_dir", False):
+            return
+        wanted = self.settings_for(job.name).partition
+        command = ["sinfo", "--noheader", "--Node", "--format=%n"] + ([f"--partition={wanted}"] if wanted else [])
+        names = set(subprocess.run(command, capture_output=True, text=True, check=False).stdout.split())
+        here = socket.gethostname().partition(".")[0]
+        if others := sorted(name for name in names if name.partition(".")[0] != here):
+            raise UpcycleError(
+                f"dir {job.run_dir}",
+                got=f"a file system of type {kind}, which this machine alone sees",
+                expected=f"one that the nodes see as well ({', '.join(others[:3])}, ...)",
+                fix="choose a dir on shared storage; or, if it is served to the nodes, run.executor.shared_dir=True",
+            )
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines() or ["no reason given"]
+    return lines[-1].removeprefix("sbatch: error: ").removeprefix("allocation failure: ")
+
+
+def _ending(identity: str) -> str:
+    """Return how a job ended; the controller knows for some minutes, the accounting, where there is one, for good."""
+    asked = subprocess.run(
+        ["scontrol", "--oneliner", "show", "job", identity], capture_output=True, text=True, check=False
+    )
+    found = dict(word.partition("=")[::2] for word in asked.stdout.split())
+    if not found.get("JobState"):
+        command = [
+            "sacct",
+            "--noheader",
+            "--parsable2",
+            "--allocations",
+            "--format=State,ExitCode",
+            f"--jobs={identity}",
+        ]
+        try:
+            asked = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            return ""
+        state, _, code = asked.stdout.strip().partition("|")
+        found = {"JobState": state, "ExitCode": code}
+    text = [found.get("JobState", ""), found.get("Reason", "None"), f"exit status {found.get('ExitCode', '')}"]
+    return ", ".join(word for word in text if word not in ("", "None", "exit status "))

@@ -1,0 +1,98 @@
+"""Run stages one after the other: on this machine, or on an executor of NeMo-Run's that has no file in executors/."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nemo_run as run
+import torch
+
+from nemo_upcycle.errors import StageError
+from nemo_upcycle.pipeline.checks import is_local
+from nemo_upcycle.pipeline.console import command_line, end_soon
+from nemo_upcycle.pipeline.executors import local
+from nemo_upcycle.pipeline.executors.base import Job
+from nemo_upcycle.pipeline.plan import RunPlan, Stage
+from nemo_upcycle.pipeline.runner import CAN_GO_ON, DONE_BEFORE, run_stage
+from nemo_upcycle.pipeline.stages import BY_NAME, STAGES
+from nemo_upcycle.sources.checkpoints import newest_checkpoint
+
+
+_AGAIN = "Run the same command again: it goes on from there. Folder:"
+
+
+def run_in_turn(jobs: Sequence[Job], run_dir: Path, plan: RunPlan, executor: Any) -> None:
+    """Run stage by stage; start nothing else after a stage that did not finish, for whatever reason.
+
+    Raises:
+        SystemExit: with 2 after a mistake of the user's, 75 when a stage stopped and can go on, 1 after another
+            failure, 130 or 143 when stopped. The last words are the stage's own.
+    """
+    end_soon()  # however it ends; nothing is imported after this
+    with local.StopSignals() as stop:
+        for job in jobs:
+            stage = BY_NAME[job.name]
+            if stage.is_done(run_dir, plan):
+                sys.stderr.write(f"[{stage.name}] {DONE_BEFORE}\n")
+                continue
+            status = _run_one(job, run_dir, executor, stop)
+            if stop.signum:
+                sys.stderr.write(_stopped(stop.signum, stage, run_dir, plan))
+                raise SystemExit(128 + stop.signum)
+            if status < 0:  # killed, so it could say nothing itself
+                name = signal.Signals(-status).name
+                hint = " (out of memory?)" if name == "SIGKILL" else ""
+                sys.stderr.write(f"Error: stage '{stage.name}' was ended by {name}{hint}. {_AGAIN} {run_dir}\n")
+            if status:
+                raise SystemExit(status if status in (local.USERS_MISTAKE, CAN_GO_ON) else 1)
+            if not stage.is_done(run_dir, plan):
+                raise StageError(f"Stage '{stage.name}' did not finish; its message stands above. {_AGAIN} {run_dir}")
+
+
+def _run_one(job: Job, run_dir: Path, executor: Any, stop: local.StopSignals) -> int:
+    if not is_local(executor):
+        with run.Experiment(f"upcycle-{run_dir.name}-{job.name}", enable_goodbye_message=False) as experiment:
+            task = run.Partial(run_stage, name=job.name, dir=str(run_dir))
+            mine = sized(executor, job.nodes, job.ranks_per_node)
+            identity = experiment.add(task, executor=mine, name=job.name)
+            stop.callback = lambda: experiment.cancel(identity)
+            experiment.run(tail_logs=True)
+        return 0  # its marker says how it ended
+    ranks = job.ranks_per_node if job.is_training else None
+    logs = run_dir / "logs" / job.name
+    return local.run_ranks(job.command, ranks, variables_for(ranks or 1, executor), logs, stop)
+
+
+def variables_for(ranks: int, executor: Any) -> dict[str, str]:
+    """Return the variables of ranks on this machine: the user's, and as many threads as there are cores for."""
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, torch.get_num_threads() // ranks))
+    return {"OMP_NUM_THREADS": threads, **(executor.env_vars if executor else {})}
+
+
+def sized(executor: run.Executor, nodes: int, per_node: int) -> run.Executor:
+    """Return a copy of an executor with this many nodes and ranks per node, in the fields that its class has."""
+    mine = copy.copy(executor)  # deep enough, as an experiment clones it; and a client of a cloud has no deep copy
+    for names, value in ((("nodes", "num_nodes"), nodes), (("ntasks_per_node", "nprocs_per_node"), per_node)):
+        for name in names:
+            if hasattr(mine, name):
+                setattr(mine, name, value)
+    return mine
+
+
+def _stopped(signum: int, stage: Stage, run_dir: Path, plan: RunPlan) -> str:
+    """Return the last words of a stopped run: what was kept, and how to continue."""
+    done = [entry.name for entry in STAGES[: STAGES.index(stage) + 1] if entry.is_done(run_dir, plan)]
+    kept = f"finished stages: {', '.join(done) or 'none'}"
+    if stage.resumable:
+        last = newest_checkpoint(run_dir / stage.name / "checkpoints")
+        kept += f"; last checkpoint of {stage.name}: {last}" if last else f"; no checkpoint of {stage.name} yet"
+    return (
+        f"\nStopped by {signal.Signals(signum).name} in stage '{stage.name}'. Kept in {run_dir}: {kept}.\n"
+        f"Go on with the same command: {command_line()}\n"
+    )

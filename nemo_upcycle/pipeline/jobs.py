@@ -1,0 +1,42 @@
+"""The stages of a run as jobs: what each executes, on how many ranks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemo_upcycle.pipeline.executors.base import Job
+from nemo_upcycle.pipeline.plan import RunPlan, Stage
+from nemo_upcycle.pipeline.recipes_io import load_recipe, ranks_of, settings
+
+
+def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: RunPlan, python: str = sys.executable) -> list[Job]:
+    """Return the jobs of stages, in their order.
+
+    Args:
+        stages: what to run.
+        run_dir: the run's folder.
+        plan: of the run.
+        python: the interpreter where the stages run.
+    """
+    script = script_of(plan)
+    jobs = []
+    for stage in stages:
+        nodes, ranks = ranks_for(stage, plan)
+        command = (python, "-m", "nemo_upcycle.pipeline", stage.name, str(run_dir), *script)
+        jobs.append(Job(stage.name, run_dir, command, stage.after, nodes, ranks, is_training=stage.parallel))
+    return jobs
+
+
+def ranks_for(stage: Stage, plan: RunPlan) -> tuple[int, int]:
+    """Return the number of nodes and of ranks on each that a stage takes; its recipe says it."""
+    serialised = getattr(plan, stage.name, None) if stage.parallel else None
+    return ranks_of(load_recipe(serialised)) if serialised else (1, 1)
+
+
+def script_of(plan: RunPlan) -> list[str]:
+    """Return the script that was started, if a recipe refers to something defined in it."""
+    recipes = [load_recipe(text) for text in (plan.pretrain, plan.dense_ct) if text]
+    named = any(value.startswith("__main__.") for recipe in recipes for _, value in settings(recipe))
+    return [str(Path(sys.modules["__main__"].__file__ or "").absolute())] if named else []
