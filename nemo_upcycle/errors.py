@@ -71,3 +71,11 @@ class CheckpointError(UpcycleError):
 
 class StageError(UpcycleError):
     """A stage of the pipeline cannot start or did not finish."""
+
+
+class TrainingError(UpcycleError):
+    """A training broke down: going on from its state would spoil the run."""
+
+
+class StageStopped(Exception):
+    """A stage ended before its work was done, by request: the same command goes on from what it kept."""
