@@ -44,6 +44,20 @@ class Send(pl.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class Hang(pl.Callback):
+    """Lets the last rank sleep for good in a step, the first time that it comes there."""
+
+    def __init__(self, step: int, once: str) -> None:
+        self.step, self.once = step, Path(once)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step and trainer.global_rank == trainer.world_size - 1:
+            if not self.once.exists():
+                self.once.touch()
+                while True:
+                    signal.pause()
+
+
 class Poison(pl.Callback):
     """Makes a weight of the last rank not a number, before a step."""
 
@@ -115,6 +129,8 @@ def tiny_recipe(parent: str, data: str, folder: str, options: dict[str, Any]) ->
             setattr(recipe.log.ckpt, name, value)
     if "send" in options:
         recipe.trainer.callbacks.append(run.Config(Send, **options["send"]))
+    if "hang" in options:
+        recipe.trainer.callbacks.append(run.Config(Hang, **options["hang"]))
     if "poison" in options:
         recipe.trainer.callbacks.append(run.Config(Poison, step=options["poison"]))
     if "kill" in options:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nemo_upcycle.pipeline.executors.ft import ft_command
 from nemo_upcycle.training.stopping import AGAIN
 from tests.functional.runs import Runs
 
@@ -82,3 +87,42 @@ def test_two_checkpoints_are_kept_and_one_each_four_steps(runs: Runs) -> None:
     runs.train("kept", 2, steps=STEPS + 3, **options)
     assert _names(runs, "kept") == [f"model_name=0--step={step}" for step in ("3", "7", "8-last")]
     assert runs.checkpoint("kept") == Path(runs.folder / "kept/checkpoints/model_name=0--step=8-last")
+
+
+def test_ft_launcher_restarts_a_hung_rank_and_the_run_ends_bit_equal(
+    runs: Runs, undisturbed: list[dict[str, Any]]
+) -> None:
+    """The second rank sleeps in the fourth step; the checkpoint of the second one is there."""
+    folder, once = runs.folder / "hung", runs.folder / "hung-once"
+    options = {"steps": STEPS, "every": 2, "ep": 2, "resilient": {}, "hang": {"step": 3, "once": str(once)}}
+    inputs = (str(runs.parent), str(runs.data), str(folder), json.dumps(options))
+    command = ft_command(
+        (sys.executable, "-m", "tests.functional.ft_rank", *inputs),
+        nodes=1,
+        ranks_per_node=2,
+        python=sys.executable,
+        ordered_by_slurm=False,
+        silence_s=4.0,
+        restarts=1,
+    )
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=240, env=_plain()
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert once.exists()
+    assert "step 3/6" in done.stderr
+    assert done.stderr.count("training data: blend tiny") == 2  # started twice
+    assert _trained(runs.metrics("hung")) == undisturbed
+    assert _weights(runs, "hung") == _weights(runs, "undisturbed")
+
+
+def _plain() -> dict[str, str]:
+    """Return the variables of this process, without what a launcher sets."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_SIZE"))}
+
+
+def _weights(runs: Runs, run: str) -> dict[str, bytes]:
+    from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
+
+    checkpoint = DistributedCheckpoint(runs.checkpoint(run) / "weights")
+    return {name: checkpoint.read(name).numpy().tobytes() for name in checkpoint.names()}
