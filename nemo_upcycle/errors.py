@@ -73,5 +73,9 @@ class StageError(UpcycleError):
     """A stage of the pipeline cannot start or did not finish."""
 
 
+class TrainingError(UpcycleError):
+    """A training broke down: going on from its state would spoil the run."""
+
+
 class StageStopped(Exception):
-    """A stage kept its work and ended before it was done, because it was told to: it goes on when started again."""
+    """A stage ended before its work was done, by request: the same command goes on from what it kept."""

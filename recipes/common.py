@@ -15,6 +15,7 @@ from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.training.metrics import MetricsLogger
 from nemo_upcycle.training.optimizer import UpcycleOptimizer
 from nemo_upcycle.training.resume import UpcycleResume
+from nemo_upcycle.training.retention import RetainedCheckpoints
 from nemo_upcycle.training.stopping import StopOnSignal
 from nemo_upcycle.training.upcycling import UpcycleConfig, UpcycleStrategy
 
@@ -87,16 +88,18 @@ def start_from(recipe: run.Partial, dense: str, spec: UpcycleSpec | None, data: 
     return recipe
 
 
-def checkpoints(every_n_steps: int) -> run.Config[nl.ModelCheckpoint]:
-    """Return a checkpoint callback that keeps the last state only.
+def checkpoints(every_n_steps: int, keep_last: int = 1) -> run.Config[nl.ModelCheckpoint]:
+    """Return a checkpoint callback that keeps the last state only, or few of them.
 
     NeMo's default keeps the ten best, every 15 minutes: 6.6 TB for an upcycled 8B model.
 
     Args:
         every_n_steps: steps between two checkpoints.
+        keep_last: how many of the newest to keep.
     """
     return run.Config(
-        nl.ModelCheckpoint,
+        RetainedCheckpoints,
+        keep_last=keep_last,
         save_last=True,
         save_top_k=0,
         save_optim_on_train_end=True,  # else a finished run cannot be trained further

@@ -12,6 +12,7 @@ How they differ from `performance_mode` of NeMo's own recipes, and why:
 - What is the same: capacity factor 1 with padding (`MegatronTokenDropCallback`'s values, set in the model's
   configuration, where an override finds them), manual garbage collection, overlap of pipeline and data-parallel
   communication.
+- What is added so that a long run survives: `recipes/resilience.py`.
 """
 
 import inspect
@@ -29,8 +30,9 @@ from nemo.collections.llm.api import pretrain
 from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
 
 from nemo_upcycle.pipeline.launch import pipeline
-from nemo_upcycle.recipes.common import checkpoints, start_from
+from nemo_upcycle.recipes.common import start_from
 from nemo_upcycle.recipes.h100_arguments import adjust
+from nemo_upcycle.recipes.resilience import resilient
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -121,7 +123,7 @@ def moe_trainer(
 
 
 def paper_training(recipe: run.Partial) -> run.Partial:
-    """Set schedule, data and checkpoints of the paper's training in a NeMo recipe for Llama 3, in place.
+    """Set schedule and data of the paper's training in a NeMo recipe for Llama 3, in place.
 
     Stated: 100B tokens, learning rate 3e-5 to 3e-7, cosine, 100 steps of warm-up. Kept as NeMo has them, for the paper
     does not say: batches of 512 x 8192 tokens (4.2M, what He et al., arXiv 2410.07524, found best), Adam (0.9, 0.95),
@@ -134,7 +136,6 @@ def paper_training(recipe: run.Partial) -> run.Partial:
     recipe.optim.lr_scheduler.constant_steps = 0
     recipe.optim.lr_scheduler.min_lr = 3e-7
     recipe.data.tokenizer = run.Config(NullTokenizer, vocab_size=VOCABULARY - 1)
-    recipe.log.ckpt = checkpoints(every_n_steps=1000)
     return recipe
 
 
@@ -163,7 +164,7 @@ def upcycled(
     old = recipe.trainer
     recipe.model = model
     recipe.trainer = trainer(num_nodes=old.num_nodes, num_gpus_per_node=old.devices, callbacks=old.callbacks)
-    return adjust(start_from(recipe, dense, spec, data), recompute_moe_steps=RECOMPUTE_MOE_STEPS, comm_overlap=True)
+    return adjust(resilient(start_from(recipe, dense, spec, data)), recompute_moe_steps=RECOMPUTE_MOE_STEPS, comm_overlap=True)
 
 
 def fast_run(recipe: run.Partial, tensor_parallelism: int, context_parallelism: int) -> run.Partial:
@@ -289,6 +290,6 @@ def dense_baseline(name: str, nemo_recipe: ModuleType, dense: str) -> Callable[.
         recipe = nemo_recipe.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, fn=fn)
         if performance_mode:  # not an argument of all of NeMo's recipes
             recipe = nemo_recipe.pretrain_performance_optimizations(recipe)
-        return start_from(paper_training(recipe), dense, None, data)
+        return resilient(start_from(paper_training(recipe), dense, None, data))
 
     return pretrain_recipe

@@ -72,7 +72,7 @@ def pretrain_recipe(
             $ nemo llm pretrain --factory "llama31_8b_e8t2(performance_mode=True, num_nodes=16)" --yes
 
     Note:
-        A checkpoint with optimizer states takes about 665 GB: the last one is kept, and one more while it is written.
+        A checkpoint with optimizer states takes about 665 GB: the last two are kept, and one more is written.
     """
     nemo_recipe = llama31_8b.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, fn=fn)
     recipe = upcycled(nemo_recipe, model(), trainer, dense, SPEC, data)

@@ -80,7 +80,7 @@ def pretrain_recipe(
             $ nemo llm pretrain --factory "llama3_70b_e8t2(performance_mode=True, fp8_recipe='blockwise')" --yes
 
     Note:
-        A checkpoint with optimizer states takes about 6.5 TB: the last one is kept, and one more while it is written.
+        A checkpoint with optimizer states takes about 6.5 TB: the last two are kept, and one more is written.
     """
     nemo_recipe = llama3_70b.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, fn=fn)
     recipe = upcycled(nemo_recipe, model(), trainer, dense, SPEC, data)

@@ -90,7 +90,7 @@ def pretrain_recipe(
             >>> recipe = pretrain_recipe(num_nodes=16)
 
     Note:
-        A checkpoint with optimizer states takes about 665 GB: the last one is kept, and one more while it is written.
+        A checkpoint with optimizer states takes about 665 GB: the last two are kept, and one more is written.
     """
     nemo_recipe = llama3_8b.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, fn=fn)
     recipe = upcycled(nemo_recipe, model(), trainer, dense, SPEC, data)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.errors import StageError, UpcycleError
+from nemo_upcycle.errors import StageError, StageStopped, UpcycleError
 from nemo_upcycle.pipeline.console import is_verbose
 from nemo_upcycle.pipeline.markers import StageFolder
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
@@ -137,13 +137,22 @@ def _train(run_dir: Path, plan: RunPlan, name: str) -> dict[str, Any]:
 
     from nemo_upcycle.cpu.backend import use_cpu_backend
     from nemo_upcycle.pipeline.recipes_io import load_recipe, place_recipe
+    from nemo_upcycle.training.stopping import step_kept
 
     recipe = load_recipe(getattr(plan, name))
     place_recipe(recipe, run_dir / name, dense_folder_of(run_dir), data_folder_of(run_dir, plan))
     use_cpu_backend()  # before the model's configuration is built: Megatron checks it at once
     if not is_verbose():  # show only errors on the console; NeMo writes its whole log to a file in the stage's folder
         nemo.utils.logging.set_verbosity(nemo.utils.logging.ERROR)
-    fdl.build(recipe)()
+    ended_itself = True
+    try:
+        fdl.build(recipe)()
+    except SystemExit:  # it was told to stop, and has saved
+        ended_itself = False
+    kept, wanted = step_kept(run_dir / name), recipe.trainer.max_steps
+    if kept < wanted and (kept or not ended_itself):
+        text = f"stage '{name}' stopped early: {kept} of {wanted} steps are kept, and the same command goes on from there"
+        raise StageStopped(text)
     return {"checkpoint": str(last_checkpoint(run_dir / name))}
 
 

@@ -1,4 +1,4 @@
-"""End a training job at once on SIGTERM and Ctrl-C, and print what it keeps."""
+"""End a training job on SIGTERM and Ctrl-C, and print what it keeps: at once, or with a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,22 +7,31 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
+from nemo.lightning.pytorch.callbacks import PreemptionCallback
 from nemo.utils.app_state import AppState
 
-from nemo_upcycle.sources.checkpoints import newest_checkpoint
+from nemo_upcycle.sources.checkpoints import newest_checkpoint, step_of
+
+
+#: Exit status of a process that ended early and wants to be started again: EX_TEMPFAIL of sysexits.h.
+AGAIN = 75
 
 
 class StopOnSignal(Callback):
     """End this rank on SIGTERM and SIGINT; the first rank prints which checkpoint the run will resume from.
 
-    Without it Lightning looks at a SIGTERM only between two steps, so a job that hangs cannot be ended. NeMo's
-    `PreemptionCallback`, which saves before it ends, sets its own handler for SIGTERM and takes precedence.
+    Without it Lightning looks at a SIGTERM only between two steps, so a job that hangs cannot be ended. `SaveOnSignal`
+    and NeMo's `PreemptionCallback`, which save before they end, set their own handler for SIGTERM when training
+    starts; until then, and for SIGINT, this one acts.
 
     Example:
         >>> recipe.trainer.callbacks.append(run.Config(StopOnSignal))  # doctest: +SKIP
@@ -54,6 +63,87 @@ class StopOnSignal(Callback):
         """Restore the earlier handlers."""
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
+
+
+class SaveOnSignal(PreemptionCallback):
+    """Save a checkpoint after the present step on SIGTERM, then end this process with status 75.
+
+    NeMo's `PreemptionCallback`, with three differences:
+
+    - A signal to any rank counts. NeMo's obeys rank 0 only, so a node that is taken away alone loses the steps since
+      the last checkpoint.
+    - The handler stays until training is torn down. NeMo's is gone before the last checkpoint is written.
+    - The status is 75 and not 0: a scheduler must not take an early end for a finished training.
+
+    Put it before `StopOnSignal`, which ends at once while there is nothing to save yet.
+
+    Example:
+        >>> recipe.trainer.callbacks.insert(0, run.Config(SaveOnSignal))  # doctest: +SKIP
+    """
+
+    @property
+    def interrupted(self) -> bool:
+        """Return whether a rank was told to stop; all ranks must ask."""
+        told = torch.tensor(int(self._interrupted), device=torch.cuda.current_device())
+        torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
+        return bool(told.item())
+
+    @contextmanager
+    def _preemption_handler(self) -> Iterator[None]:
+        def note(signum: int, frame: FrameType | None) -> None:
+            self._interrupted = True  # in a checkpoint writer, which inherits the handler, this does nothing
+
+        before = signal.signal(self.sig, note)
+        try:
+            yield
+        finally:
+            signal.signal(self.sig, before)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save and end, if a rank was told to."""
+        try:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        except SystemExit:
+            if trainer.is_global_zero:
+                sys.stderr.write(_last_words(self.sig, trainer))
+                sys.stderr.flush()
+            raise SystemExit(AGAIN) from None
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the handler: the last checkpoint is written after this."""
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Restore the earlier handler."""
+        super().on_train_end(trainer, pl_module)
+        self._handler_context = None
+
+
+def step_kept(folder: Path) -> int:
+    """Return the number of steps that a training's newest complete checkpoint holds, the same on all ranks.
+
+    Whether a training is finished is told by this alone: a process may end early with status 0. All ranks must ask.
+
+    Args:
+        folder: the training's log folder, with `checkpoints` in it.
+
+    Returns:
+        The number; 0 without a checkpoint that states its step in its name.
+
+    Example:
+        >>> step_kept(Path("runs/mine/pretrain")) >= recipe.trainer.max_steps  # doctest: +SKIP
+        True
+    """
+    shared = torch.distributed.is_initialized()
+    answer = [0]
+    if not shared or torch.distributed.get_rank() == 0:  # the rank that finishes checkpoints
+        kept = newest_checkpoint(folder / "checkpoints")
+        step = step_of(kept) if kept else None
+        answer = [0 if step is None else step + 1]
+    if shared:
+        torch.distributed.broadcast_object_list(answer)
+    return answer[0]
 
 
 def _last_words(signum: int, trainer: pl.Trainer) -> str:

@@ -27,6 +27,48 @@ class Kill(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Send(pl.Callback):
+    """Sends SIGTERM to its own process, on some ranks, in the middle of a step; or before training, at step -1."""
+
+    def __init__(self, step: int, ranks: list[int]) -> None:
+        self.step, self.ranks = step, ranks
+
+    def setup(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        self._send(trainer, -1)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._send(trainer, trainer.global_step)
+
+    def _send(self, trainer: pl.Trainer, step: int) -> None:
+        if step == self.step and trainer.global_rank in self.ranks:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Hang(pl.Callback):
+    """Lets the last rank sleep for good in a step, the first time that it comes there."""
+
+    def __init__(self, step: int, once: str) -> None:
+        self.step, self.once = step, Path(once)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step and trainer.global_rank == trainer.world_size - 1:
+            if not self.once.exists():
+                self.once.touch()
+                while True:
+                    signal.pause()
+
+
+class Poison(pl.Callback):
+    """Makes a weight of the last rank not a number, before a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if trainer.global_step == self.step and trainer.global_rank == trainer.world_size - 1:
+            next(pl_module.parameters()).data.view(-1)[0] = float("nan")
+
+
 class Record(pl.Callback):
     """Appends the hash of every training sample that a rank reads, to a file of that rank."""
 
@@ -78,6 +120,19 @@ def tiny_recipe(parent: str, data: str, folder: str, options: dict[str, Any]) ->
     place_recipe(recipe, Path(folder), Path(parent), Path(options.get("blend", data)))
     if "record" in options:
         recipe.trainer.callbacks.append(run.Config(Record, path=options["record"]))
+    if "resilient" in options:
+        from nemo_upcycle.recipes.resilience import resilient
+
+        every = recipe.log.ckpt.every_n_train_steps
+        resilient(recipe).log.ckpt.every_n_train_steps = every
+        for name, value in options["resilient"].items():
+            setattr(recipe.log.ckpt, name, value)
+    if "send" in options:
+        recipe.trainer.callbacks.append(run.Config(Send, **options["send"]))
+    if "hang" in options:
+        recipe.trainer.callbacks.append(run.Config(Hang, **options["hang"]))
+    if "poison" in options:
+        recipe.trainer.callbacks.append(run.Config(Poison, step=options["poison"]))
     if "kill" in options:
         recipe.trainer.callbacks.append(run.Config(Kill, step=options["kill"]))
     return recipe
@@ -109,6 +164,21 @@ def train_rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> 
     fdl.build(recipe)()
 
 
+def ending_of_rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> tuple[Any, int]:
+    """Train as `train_rank` does; return the status or error that this rank ends with, and the steps that are kept."""
+    from nemo_upcycle.errors import UpcycleError
+    from nemo_upcycle.training.stopping import step_kept
+
+    try:
+        train_rank(parent, data, folder, options)
+        ending: Any = 0
+    except SystemExit as error:
+        ending = error.code
+    except UpcycleError as error:
+        ending = str(error)
+    return ending, step_kept(Path(folder))
+
+
 class Runs:
     """Runs of one parent on one blend."""
 
@@ -118,16 +188,16 @@ class Runs:
 
     def train(self, name: str, world_size: int, **options: Any) -> list[dict[str, Any]]:
         """Train, and return the lines of the run's metrics."""
-        run_ranks(
-            train_rank,
-            world_size,
-            str(self.parent),
-            str(self.data),
-            str(self.folder / name),
-            options,
-            process_group=False,
-        )
+        self._run(train_rank, name, world_size, options)
         return self.metrics(name)
+
+    def endings(self, name: str, world_size: int, **options: Any) -> list[tuple[Any, int]]:
+        """Train, and return how each rank ends, and the steps that it finds kept."""
+        return self._run(ending_of_rank, name, world_size, options)
+
+    def _run(self, function: Any, name: str, world_size: int, options: dict[str, Any]) -> list[Any]:
+        inputs = (str(self.parent), str(self.data), str(self.folder / name), options)
+        return run_ranks(function, world_size, *inputs, process_group=False)
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
         """Return the lines of a run's metrics."""

@@ -1,0 +1,71 @@
+"""The command that starts a node's ranks under NVIDIA's fault-tolerance launcher, which ends and restarts hung ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+#: Seconds until a rank's first sign of life: reading the dense checkpoint, upcycling it, the first compilation.
+START_S = 1800.0
+#: Seconds between two: a step takes seconds, but saving before an early end blocks. 619 GiB at 2 GiB/s are 5 minutes.
+SILENCE_S = 600.0
+#: Seconds that ranks have to save a checkpoint after the launcher was told to end.
+SAVE_S = 1800.0
+#: Seconds that healthy ranks have to end when another one is to be restarted; they wait for it and cannot save.
+RESTART_S = 15.0
+#: Restarts within a job. A fault that comes back at the same step ends the job after so many.
+RESTARTS = 3
+
+
+def ft_command(
+    command: Sequence[str],
+    nodes: int,
+    ranks_per_node: int,
+    *,
+    python: str = "python",
+    endpoint: str = "$MASTER_ADDR:$MASTER_PORT",
+    job: str = "upcycle",
+    ordered_by_slurm: bool = True,
+    start_s: float = START_S,
+    silence_s: float = SILENCE_S,
+    save_s: float = SAVE_S,
+    restarts: int = RESTARTS,
+) -> tuple[str, ...]:
+    """Return the command for each node that runs `command` on the node's ranks and restarts all when one fails.
+
+    Start it once a node, not once a rank; it sets the variables of torchrun. Only a recipe with `hang_detection` among
+    its callbacks tells the launcher that it is alive, and it has to resume from its own checkpoints.
+
+    Args:
+        command: what a rank executes.
+        nodes: number of nodes; all of them must stay, since a layout fits one number of ranks.
+        ranks_per_node: processes on each.
+        python: the interpreter that has nvidia-resiliency-ext.
+        endpoint: host and port of the first node, for the launchers to meet; the default is for a shell to expand.
+        job: an id that the launchers of one job share, and no other.
+        ordered_by_slurm: number the nodes as `SLURM_PROCID` does; False outside Slurm, where the launchers agree.
+        start_s: seconds until a rank's first sign of life.
+        silence_s: seconds between two.
+        save_s: seconds to save a checkpoint after SIGTERM to the launcher; a scheduler must wait as long.
+        restarts: how often to restart.
+
+    Example:
+        >>> ft_command(("python", "train.py"), 1, 8, ordered_by_slurm=False)[:3]
+        ('python', '-m', 'nvidia_resiliency_ext.fault_tolerance.launcher')
+    """
+    meeting = endpoint if nodes > 1 else "localhost:0"  # one launcher meets itself at any free port
+    options = {
+        "nnodes": nodes,
+        "nproc-per-node": ranks_per_node,
+        "rdzv-backend": "c10d",
+        "rdzv-endpoint": meeting,
+        "rdzv-id": job,
+        "max-restarts": restarts,
+        "term-timeout": save_s,
+        "workers-stop-timeout": RESTART_S,
+        "ft-initial-rank-heartbeat-timeout": start_s,
+        "ft-rank-heartbeat-timeout": silence_s,
+        "ft-use-infra-group-rank": str(ordered_by_slurm).lower(),
+    }
+    launcher = (python, "-m", "nvidia_resiliency_ext.fault_tolerance.launcher", "--no-python")
+    return (*launcher, *(f"--{name}={value}" for name, value in options.items()), *command)

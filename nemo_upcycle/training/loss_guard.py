@@ -1,0 +1,105 @@
+"""End a training whose loss or gradients are not numbers any more, and report spikes of its loss."""
+
+# No postponed annotations: NeMo-Run parses `trainer.callbacks[0].stop_on_spike=true` by them.
+
+import json
+import math
+import statistics
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from nemo.utils.app_state import AppState
+
+from nemo_upcycle.errors import TrainingError
+from nemo_upcycle.sources.checkpoints import newest_checkpoint
+from nemo_upcycle.utils.progress import show_messages
+
+
+#: Losses needed before one can be called a spike.
+LEAST = 20
+
+
+class LossGuard(Callback):
+    """Ends the run at the first step whose loss or gradient norm is not finite, before a checkpoint can be written.
+
+    Megatron's own check (`ddp.check_for_nan_in_grad`) looks at every bucket of gradients on every rank, and the rank
+    that finds something ends alone while the others wait for it. Here the first rank looks at two numbers that are
+    sums over all ranks, and all end together. Switch Megatron's on to learn which rank computes the value first.
+
+    A spike is a loss above `median + threshold * spread` of the last losses, where the spread is their median distance
+    from the median in units of a standard deviation, and at least 1 % of it. Each is a warning and a line in
+    `metrics.jsonl` with `step`, `loss_spike` (the loss) and `limit`. A resumed run starts with an empty window.
+
+    Args:
+        window: how many losses are looked back at.
+        threshold: see above.
+        stop_on_spike: end the run as after a loss that is not finite. To go on by itself is the default, because most
+            spikes pass.
+
+    Example:
+        >>> recipe.trainer.callbacks.insert(0, run.Config(LossGuard, stop_on_spike=True))  # doctest: +SKIP
+    """
+
+    def __init__(self, window: int = 128, threshold: float = 8.0, stop_on_spike: bool = False) -> None:
+        self.threshold = threshold
+        self.stop_on_spike = stop_on_spike
+        self._losses: deque[float] = deque(maxlen=window)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the step's numbers on the first rank, and act alike on all.
+
+        Raises:
+            TrainingError: a number is not finite, or the loss is a spike and the run shall end.
+        """
+        found = self._judge(trainer) if trainer.is_global_zero else None
+        broken = torch.tensor(int(found is not None), device=torch.cuda.current_device())
+        torch.distributed.broadcast(broken, 0)
+        if not broken.item():
+            return
+        what, got, expected = trainer.strategy.broadcast(found)
+        checkpoints: Any = getattr(trainer.strategy, "checkpoint_io", None)
+        if hasattr(checkpoints, "maybe_finalize_save_checkpoint"):  # one that is still being written is a good one
+            checkpoints.maybe_finalize_save_checkpoint(blocking=True)
+        kept = newest_checkpoint(Path(AppState().log_dir) / "checkpoints")
+        raise TrainingError(
+            f"{what} of step {trainer.global_step}",
+            got=got,
+            expected=f"{expected}; the last good checkpoint is {kept or 'the dense one'}",
+            fix="start again to go on from there; if it happens at the same step again, lower optim.config.lr or look at "
+            "that step's data, else set trainer.strategy.ddp.check_for_nan_in_grad=true to find the rank",
+        )
+
+    def _judge(self, trainer: pl.Trainer) -> tuple[str, float, str] | None:
+        """Return what is wrong with a step that must end the run: the number's name, value, and what it should be."""
+        names = {"loss": "reduced_train_loss", "gradient norm": "grad_norm"}
+        for what, name in names.items():
+            value = trainer.callback_metrics.get(name)
+            if value is not None and not math.isfinite(value):
+                return what, float(value), "a finite number"
+        logged = trainer.callback_metrics.get("reduced_train_loss")
+        if logged is None:
+            return None
+        loss, limit = float(logged), self.limit()
+        if limit is None or loss <= limit:
+            self._losses.append(loss)
+            return None
+        self._losses.append(limit)  # a lasting rise moves the window, a single spike does not
+        show_messages().warning("step %d: loss spike: %.4f, above %.4f", trainer.global_step, loss, limit)
+        line = {"step": trainer.global_step, "loss_spike": round(loss, 6), "limit": round(limit, 6)}
+        with (Path(AppState().log_dir) / "metrics.jsonl").open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(line) + "\n")
+        return ("loss", loss, f"at most {limit:.4f}") if self.stop_on_spike else None
+
+    def limit(self) -> float | None:
+        """Return the loss above which the next one is a spike; None while too few are known."""
+        if len(self._losses) < LEAST:
+            return None
+        middle = statistics.median(self._losses)
+        deviation = 1.4826 * statistics.median(abs(loss - middle) for loss in self._losses)
+        return middle + self.threshold * max(deviation, 0.01 * middle)

@@ -1,0 +1,80 @@
+"""Keep more of a run's checkpoints than the last one: the one before it, and one each so many steps for good."""
+
+# No postponed annotations, and Optional: NeMo-Run parses `log.ckpt.keep_every=5000` by them.
+
+from pathlib import Path
+from typing import Any, Optional
+
+import lightning.pytorch as pl
+from nemo import lightning as nl
+from nemo.lightning.ckpt_utils import ckpt_to_dir
+
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.sources.checkpoints import complete_checkpoints, step_of
+
+
+LAST = "-last"
+
+
+class RetainedCheckpoints(nl.ModelCheckpoint):
+    """NeMo's checkpoint callback, able to keep earlier states.
+
+    The last checkpoint is named `...-last`, as NeMo does. One that a newer one replaces loses this ending, and is
+    removed when it is neither among the `keep_last` newest nor due by `keep_every`. A checkpoint is removed only after
+    the newer one is whole, so a run that keeps one needs room for two, and one that keeps two needs room for three.
+
+    Args:
+        keep_last: how many of the newest checkpoints to keep, the last one included.
+        keep_every: keep for good those of every so many steps, for ablations from the middle of a run; a multiple of
+            `every_n_train_steps`. None keeps none.
+        settings: arguments of `nl.ModelCheckpoint`; of these, `save_last` must be true and `save_top_k` zero.
+
+    Raises:
+        SpecError: a number does not fit.
+
+    Example:
+        >>> recipe.log.ckpt = run.Config(RetainedCheckpoints, keep_last=2, keep_every=5000, ...)  # doctest: +SKIP
+    """
+
+    def __init__(self, keep_last: int = 1, keep_every: Optional[int] = None, **settings: Any) -> None:  # noqa: UP045
+        steps = settings.get("every_n_train_steps")
+        if keep_last < 1:
+            raise SpecError("log.ckpt.keep_last", got=keep_last, expected="1 or more", fix="set keep_last=1")
+        if keep_every is not None and (keep_every < 1 or keep_every % (steps or 1)):
+            raise SpecError(
+                "log.ckpt.keep_every",
+                got=keep_every,
+                expected=f"a multiple of every_n_train_steps ({steps})",
+                fix="change one of them: only checkpoints that are written can be kept",
+            )
+        self.keep_last = keep_last
+        self.keep_every = keep_every
+        super().__init__(**settings)
+
+    def nemo_topk_check_previous_run(self) -> None:
+        """Do nothing: there is no best checkpoint, and NeMo's takes every name without `-last` for one."""
+
+    def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str, override_async: bool = False) -> None:
+        """Rename a checkpoint that was the last one, and remove what need not be kept."""
+        replaced = Path(ckpt_to_dir(filepath))
+        if (self.async_save and not override_async) or not replaced.name.endswith(LAST):
+            super()._remove_checkpoint(trainer, filepath, override_async)
+            return
+        if self.keep_last == 1 and not self._is_due(replaced):
+            super()._remove_checkpoint(trainer, filepath, override_async)
+            return
+        removable: list[str] = []
+        if trainer.is_global_zero:
+            if replaced.is_dir():
+                replaced.rename(replaced.with_name(replaced.name.removesuffix(LAST)))
+            removable = [str(path) for path in self._removable(replaced.parent)]
+        for path in trainer.strategy.broadcast(removable):
+            super()._remove_checkpoint(trainer, path, override_async)
+
+    def _removable(self, folder: Path) -> list[Path]:
+        earlier = [path for path in complete_checkpoints(folder) if not path.name.endswith(LAST)]
+        return [path for path in earlier[: len(earlier) - (self.keep_last - 1)] if not self._is_due(path)]
+
+    def _is_due(self, checkpoint: Path) -> bool:
+        step = step_of(checkpoint)
+        return bool(self.keep_every) and step is not None and (step + 1) % self.keep_every == 0

@@ -1,0 +1,128 @@
+"""Training that is told to stop, or breaks down, on two ranks: what it saves, how it ends, how it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_upcycle.pipeline.executors.ft import ft_command
+from nemo_upcycle.training.stopping import AGAIN
+from tests.functional.runs import Runs
+
+
+pytestmark = pytest.mark.slow
+STEPS = 6
+TRAINED = ("step", "loss", "grad_norm", "lr", "expert_load")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("resilience"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(runs: Runs) -> list[dict[str, Any]]:
+    return _trained(runs.train("undisturbed", 2, steps=STEPS, every=2, ep=2, resilient={}))
+
+
+def _trained(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: line[key] for key in TRAINED} for line in lines]
+
+
+def _names(runs: Runs, run: str) -> list[str]:
+    return sorted(path.name for path in (runs.folder / run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("ranks", [[1], [0, 1]], ids=["one rank", "both"])
+def test_sigterm_saves_after_the_step_and_the_run_goes_on_bit_equal(
+    runs: Runs, undisturbed: list[dict[str, Any]], ranks: list[int], asynchronous: bool
+) -> None:
+    name = f"told-{len(ranks)}-{asynchronous}"
+    options = {"steps": STEPS, "every": 2, "ep": 2, "resilient": {}, "asynchronous": asynchronous}
+    # In the third step; asynchronously, the checkpoint of the second one is being written then.
+    assert runs.endings(name, 2, send={"step": 2, "ranks": ranks}, **options) == [(AGAIN, 3)] * 2
+    assert _trained(runs.metrics(name)) == undisturbed[:3]
+    assert runs.endings(name, 2, **options) == [(0, STEPS)] * 2
+    assert _trained(runs.metrics(name)) == undisturbed
+
+
+def test_sigterm_before_the_first_step_ends_at_once(runs: Runs) -> None:
+    options = {"steps": STEPS, "every": 2, "ep": 2, "resilient": {}}
+    with pytest.raises(RuntimeError, match="died"):
+        runs.endings("early", 2, send={"step": -1, "ranks": [0, 1]}, **options)
+    assert not list((runs.folder / "early").glob("checkpoints/*/weights"))
+
+
+def test_sigterm_in_the_last_step_leaves_a_finished_training(
+    runs: Runs, undisturbed: list[dict[str, Any]]
+) -> None:
+    options = {"steps": STEPS, "every": 4, "ep": 2, "resilient": {}}
+    assert runs.endings("late", 2, send={"step": STEPS - 1, "ranks": [0]}, **options) == [(AGAIN, STEPS)] * 2
+    assert _trained(runs.metrics("late")) == undisturbed
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_a_loss_that_is_not_a_number_ends_all_ranks_and_is_not_saved(runs: Runs, asynchronous: bool) -> None:
+    name = f"poisoned-{asynchronous}"
+    options = {"steps": STEPS, "every": 2, "resilient": {}, "asynchronous": asynchronous}
+    (first, kept), second = runs.endings(name, 2, poison=3, **options)
+    assert (first, kept) == second
+    assert "loss of step 4: got nan, expected a finite number; the last good checkpoint is" in first
+    assert "step=1-last. Fix: " in first
+    assert kept == 2
+    assert [line["step"] for line in runs.metrics(name)] == [1, 2, 3]
+
+
+def test_two_checkpoints_are_kept_and_one_each_four_steps(runs: Runs) -> None:
+    options = {"every": 1, "resilient": {"keep_every": 4}}
+    runs.train("kept", 2, steps=STEPS, asynchronous=True, **options)
+    assert _names(runs, "kept") == [f"model_name=0--step={step}" for step in ("3", "4", "5-last")]
+    runs.train("kept", 2, steps=STEPS + 3, **options)
+    assert _names(runs, "kept") == [f"model_name=0--step={step}" for step in ("3", "7", "8-last")]
+    assert runs.checkpoint("kept") == Path(runs.folder / "kept/checkpoints/model_name=0--step=8-last")
+
+
+def test_ft_launcher_restarts_a_hung_rank_and_the_run_ends_bit_equal(
+    runs: Runs, undisturbed: list[dict[str, Any]]
+) -> None:
+    """The second rank sleeps in the fourth step; the checkpoint of the second one is there."""
+    folder, once = runs.folder / "hung", runs.folder / "hung-once"
+    options = {"steps": STEPS, "every": 2, "ep": 2, "resilient": {}, "hang": {"step": 3, "once": str(once)}}
+    inputs = (str(runs.parent), str(runs.data), str(folder), json.dumps(options))
+    command = ft_command(
+        (sys.executable, "-m", "tests.functional.ft_rank", *inputs),
+        nodes=1,
+        ranks_per_node=2,
+        python=sys.executable,
+        ordered_by_slurm=False,
+        silence_s=4.0,
+        restarts=1,
+    )
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=240, env=_plain()
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert once.exists()
+    assert "step 3/6" in done.stderr
+    assert done.stderr.count("training data: blend tiny") == 2  # started twice
+    assert _trained(runs.metrics("hung")) == undisturbed
+    assert _weights(runs, "hung") == _weights(runs, "undisturbed")
+
+
+def _plain() -> dict[str, str]:
+    """Return the variables of this process, without what a launcher sets."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_SIZE"))}
+
+
+def _weights(runs: Runs, run: str) -> dict[str, bytes]:
+    from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
+
+    checkpoint = DistributedCheckpoint(runs.checkpoint(run) / "weights")
+    return {name: checkpoint.read(name).numpy().tobytes() for name in checkpoint.names()}

@@ -1,0 +1,58 @@
+"""A training stage is done when its last step is kept, however its process ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nemo_upcycle.errors import StageError, StageStopped, UpcycleError
+from nemo_upcycle.pipeline import stages
+from nemo_upcycle.pipeline.plan import RunPlan
+from tests.unit.sources.test_checkpoints import write
+
+
+PLAN = RunPlan("recipe", "dense", "data", "evaluation", "text", None)
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that runs the stage, whose training leaves these steps and ends so."""
+
+    def run(steps: list[int], ending: BaseException | None) -> dict[str, Any]:
+        def training() -> None:
+            for step in steps:
+                write(tmp_path / "pretrain" / "checkpoints", step)
+            if ending:
+                raise ending
+
+        recipe = SimpleNamespace(trainer=SimpleNamespace(max_steps=10))
+        monkeypatch.setattr("nemo_upcycle.pipeline.recipes_io.load_recipe", lambda text: recipe)
+        monkeypatch.setattr("nemo_upcycle.pipeline.recipes_io.place_recipe", lambda *_: None)
+        monkeypatch.setattr("nemo_upcycle.cpu.backend.use_cpu_backend", lambda: True)
+        monkeypatch.setattr(stages, "dense_folder_of", lambda run_dir: run_dir)
+        monkeypatch.setattr("fiddle.build", lambda recipe: training)
+        return stages._train(tmp_path, PLAN, "pretrain")
+
+    return run
+
+
+@pytest.mark.parametrize("ending", [None, SystemExit(0), SystemExit(75)], ids=["itself", "0", "75"])
+def test_last_step_kept_is_done(train: Any, ending: BaseException | None) -> None:
+    assert train([4, 9], ending)["checkpoint"].endswith("step=9-last")
+
+
+@pytest.mark.parametrize("ending", [None, SystemExit(0), SystemExit(75)], ids=["itself", "0", "75"])
+def test_earlier_step_kept_is_stopped(train: Any, ending: BaseException | None) -> None:
+    with pytest.raises(StageStopped, match=r"'pretrain' stopped early: 5 of 10 steps are kept") as caught:
+        train([4], ending)
+    assert not isinstance(caught.value, UpcycleError)
+
+
+def test_no_checkpoint_is_an_error_unless_it_was_told_to_stop(train: Any) -> None:
+    with pytest.raises(StageError, match="expected a finished checkpoint"):
+        train([], None)
+    with pytest.raises(StageStopped, match="0 of 10 steps"):
+        train([], SystemExit(0))
