@@ -53,18 +53,21 @@ class Chain:
         states = self.cluster.states(list(self.ids.values())) if self.ids else {}
         return {name: identity for name, identity in self.ids.items() if states[identity].phase is not Phase.ENDED}
 
+    def adopt(self) -> None:
+        """Go on with the jobs of an earlier start that still wait or run; forget those that have ended."""
+        self.ids = self.alive()
+        for job in self.jobs:
+            if job.name in self.ids:  # what it printed before was shown before
+                paths = self.cluster.logs(job, self.ids[job.name])
+                self._tails.update({path: path.stat().st_size for path in paths if path.exists()})
+
     def submit(self) -> list[str]:
-        """Submit what is not done and not in the queue, as far as the scheduler holds jobs back; return the ids.
+        """Submit what is not done and was not submitted, as far as the scheduler holds jobs back; return the ids.
 
         Raises:
             UpcycleError: the scheduler refuses a job; none of those submitted before it stays.
         """
-        done, alive = self.done(), self.alive()
-        self.ids = dict(alive)
-        for job in self.jobs:
-            if job.name in alive:  # what it printed before was shown before
-                sizes = {path: path.stat().st_size for path in self.cluster.logs(job, alive[job.name])}
-                self._tails = sizes | self._tails
+        done = self.done()
         new: list[str] = []
         for job in self.jobs:
             if job.name in done or job.name in self.ids:
@@ -124,13 +127,10 @@ class Chain:
         return False
 
     def _failed(self, job: Job, state: JobState) -> str:
-        identity = self.ids[job.name]
-        logs = list(self.cluster.logs(job, identity))
-        where = f" Log: {logs[-1]}." if logs else ""
         why = f" ({state.reason})" if state.reason else ""
         return (
-            f"Stage '{job.name}' did not finish: job {identity} ended{why} and left no marker in "
-            f"{self.run_dir / job.name}.{where} Run the same command again: it goes on from there."
+            f"Stage '{job.name}' did not finish: job {self.ids[job.name]} ended{why} and left no marker in "
+            f"{self.run_dir / job.name}. Logs: {job.folder}. Run the same command again: it goes on from there."
         )
 
     def _show_log(self, job: Job) -> None:

@@ -25,7 +25,8 @@ def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: RunPlan, python: str =
     for stage in stages:
         nodes, ranks = ranks_for(stage, plan)
         command = (python, "-m", "nemo_upcycle.pipeline", stage.name, str(run_dir), *script)
-        jobs.append(Job(stage.name, run_dir, command, stage.after, nodes, ranks, is_training=stage.parallel))
+        kind = {"is_training": stage.parallel, "is_resumable": stage.resumable}
+        jobs.append(Job(stage.name, run_dir, command, stage.after, nodes, ranks, **kind))
     return jobs
 
 

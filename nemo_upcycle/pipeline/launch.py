@@ -131,6 +131,7 @@ def _run_chain(chain: Chain, *, detach: bool) -> None:
     """Submit the jobs of a chain, and watch them unless `detach`."""
     end_soon()
     with StopSignals() as stop:
+        chain.adopt()
         chain.submit()
         ids = " ".join(chain.ids.values())
         if detach:

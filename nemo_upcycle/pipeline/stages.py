@@ -151,7 +151,9 @@ def _train(run_dir: Path, plan: RunPlan, name: str) -> dict[str, Any]:
         ended_itself = False
     kept, wanted = step_kept(run_dir / name), recipe.trainer.max_steps
     if kept < wanted and (kept or not ended_itself):
-        text = f"stage '{name}' stopped early: {kept} of {wanted} steps are kept, and the same command goes on from there"
+        text = (
+            f"stage '{name}' stopped early: {kept} of {wanted} steps are kept, and the same command goes on from there"
+        )
         raise StageStopped(text)
     return {"checkpoint": str(last_checkpoint(run_dir / name))}
 

@@ -15,10 +15,10 @@ from tests.functional.tiny_pipeline import SlowSteps
 
 @run.cli.factory(target=pipeline, name="tiny")
 def tiny(inputs: str, dir: str, slow: float = 0.0) -> run.Partial:
-    """The chain on a tiny parent; its training jobs have two nodes of one rank, and save when they are told to stop."""
+    """The chain on a tiny parent; its trainings have two nodes of one rank, and save when they are told to stop."""
     moe = smollm2_135m_e8t2.pretrain_recipe(num_nodes=2, num_gpus_per_node=1, expert_parallelism=2)
     dense_ct = smollm2_135m_dense_ct.pretrain_recipe(num_nodes=2, num_gpus_per_node=1)
-    moe.trainer.callbacks[:0] = [run.Config(SaveOnSignal), run.Config(SlowSteps, seconds=slow)]
+    moe.trainer.callbacks += [run.Config(SlowSteps, seconds=slow), run.Config(SaveOnSignal)]
     return tiny_pipeline(Path(inputs), Path(dir), moe, dense_ct)
 
 

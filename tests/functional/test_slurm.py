@@ -64,7 +64,12 @@ class Run:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(
-        self, *words: str, slow: float = 0.0, partition: str = "batch", time_limit: str = "00:20:00", signal_s: int = 60
+        self,
+        *words: str,
+        slow: float = 0.0,
+        partition: str = "batch",
+        time_limit: str = "00:20:00",
+        signal_s: int = 60,
     ) -> Run:
         """Start the command."""
         executor = self.run_dir.with_name(f"{self.run_dir.name}.yaml")
@@ -135,14 +140,19 @@ def undisturbed(inputs: Path) -> Run:
 
 
 @pytest.fixture
-def prepared(undisturbed: Run, inputs: Path, request: pytest.FixtureRequest) -> Run:
+def prepared(undisturbed: Run, inputs: Path, request: pytest.FixtureRequest) -> Iterator[Run]:
     """A run whose next stage is the training."""
-    run_dir = inputs / request.node.name
+    run_dir = inputs / request.node.name.translate({ord("["): "-", ord("]"): None})
     shutil.copytree(undisturbed.run_dir, run_dir, symlinks=True)
     for name in ("pretrain", "dense_ct", "jobs", "jobs.json"):
         path = run_dir / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return Run(inputs, run_dir)
+    run = Run(inputs, run_dir)
+    yield run
+    if run.process and run.process.poll() is None:
+        run.process.kill()
+    if (run_dir / "jobs.json").is_file():
+        subprocess.run(["scancel", *read_json(run_dir / "jobs.json").values()], check=True)
 
 
 def test_every_stage_is_a_job(undisturbed: Run) -> None:
@@ -191,12 +201,14 @@ def _daemon_of_n2_killed() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("disturb", "partition"), [(_requeue, "batch"), (_preempt, "low"), (_lose_a_node, "batch")], ids=["requeue", "preempt", "node-lost"]
+    ("disturb", "partition"),
+    [(_requeue, "batch"), (_preempt, "low"), (_lose_a_node, "batch")],
+    ids=["requeue", "preempt", "node-lost"],
 )
 def test_a_training_goes_on_with_the_same_bits(
     prepared: Run, undisturbed: Run, disturb: Callable[[Run], None], partition: str
 ) -> None:
-    prepared.start(*PART, slow=0.5, partition=partition)
+    prepared.start(*PART, slow=3.0, partition=partition)
     disturb(prepared)
     start_at_once(prepared.job())
     assert prepared.wait() == 0, prepared.text()
@@ -204,12 +216,11 @@ def test_a_training_goes_on_with_the_same_bits(
     assert training_result(prepared.run_dir / "pretrain") == training_result(undisturbed.run_dir / "pretrain")
 
 
-def test_a_time_limit_reached_twice_loses_nothing(prepared: Run, undisturbed: Run) -> None:
-    ...
+def test_a_time_limit_reached_twice_loses_nothing(prepared: Run, undisturbed: Run) -> None: ...
 
 
 def test_scancel_ends_the_chain_and_requeues_nothing(prepared: Run) -> None:
-    prepared.start("--from", "pretrain", slow=0.5)
+    prepared.start("--from", "pretrain", slow=3.0)
     prepared.wait_for_step(3)
     others = read_json(prepared.run_dir / "jobs.json")
     subprocess.run(["scancel", prepared.job()], check=True)

@@ -29,6 +29,7 @@ class Job:
         nodes: number of nodes.
         ranks_per_node: processes on each of them.
         is_training: whether it saves checkpoints, is told to stop by SIGTERM, and goes on from the last checkpoint.
+        is_resumable: whether a new start goes on where an earlier one stopped; trainings do.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Job:
     nodes: int = 1
     ranks_per_node: int = 1
     is_training: bool = False
+    is_resumable: bool = False
 
     @property
     def folder(self) -> Path:

@@ -51,7 +51,7 @@ def read_executor(name: str, overrides: Sequence[str] = ()) -> run.Config[Any]:
         overrides: `FIELD=VALUE` and `stages.STAGE.FIELD=VALUE`.
 
     Raises:
-        UpcycleError: a key does not exist, or a value is of another type.
+        UpcycleError: a key or a stage does not exist.
 
     Example:
         >>> read_executor("slurm", ["account=me", "stages.pretrain.time=08:00:00"]).stages["pretrain"]["time"]
@@ -80,8 +80,8 @@ def read_executor(name: str, overrides: Sequence[str] = ()) -> run.Config[Any]:
     for stage, settings in stages.items():
         if stage not in BY_NAME:
             raise UpcycleError.unknown(f"stage of the executor in {path}", stage, BY_NAME)
-        _check(settings, fields, f"{_STAGES}{stage}.", path)
-    _check(content, fields, "", path)
+        _normalise(settings, fields, f"{_STAGES}{stage}.", path)
+    _normalise(content, fields, "", path)
     return run.Config(KINDS[kind], **content, stages=stages, origins=origins)
 
 
@@ -96,15 +96,11 @@ def _takes(kind: Any, wanted: type) -> bool:
     return kind is wanted or wanted in typing.get_args(kind)
 
 
-def _check(settings: dict[str, Any], fields: dict[str, Any], where: str, path: Path) -> None:
+def _normalise(settings: dict[str, Any], fields: dict[str, Any], where: str, path: Path) -> None:
+    """Check that settings exist, and turn numbers into text where a field takes text, in place."""
     for name, value in settings.items():
         if name not in fields or name in _OWN:
             hint = did_you_mean(name, fields, prefix=f"run.executor.{where}")
             raise UpcycleError(f"setting '{where}{name}' of the executor in {path} does not exist.{hint}")
-        if _takes(fields[name], str) and isinstance(value, (int, float)) and not _takes(fields[name], type(value)):
-            raise UpcycleError(
-                f"{where}{name} of the executor in {path}",
-                got=value,
-                expected="text; YAML reads 04:00:00 as a number",
-                fix="put it in quotes",
-            )
+        if isinstance(value, (int, float)) and _takes(fields[name], str) and not _takes(fields[name], type(value)):
+            settings[name] = str(value)  # `mem: 0` is as good as `mem: "0"`

@@ -124,6 +124,7 @@ class SlurmScheduler(Cluster):
             nodes=job.nodes,
             ntasks_per_node=job.ranks_per_node,
             job_dir=str(job.folder),
+            job_details=dataclasses.replace(mine.job_details),  # rendering writes the job's name and folder into it
             tunnel=run.LocalTunnel(job_dir=str(job.folder.parent)),
             job_name_prefix=mine.job_name_prefix or f"{job.run_dir.name}.",
             additional_parameters=parameters,
@@ -158,7 +159,8 @@ class SlurmScheduler(Cluster):
         for line in asked.stdout.splitlines():
             identity, state, reason, nodes = line.split("|")
             phase = _STATES.get(state, Phase.RUNNING)
-            found[identity] = JobState(phase, reason if phase is Phase.WAITING else f"on {nodes}")
+            waits = reason.replace("None", "")
+            found[identity] = JobState(phase, waits if phase is Phase.WAITING else f"on {nodes}")
         return {identity: found.get(identity) or JobState(Phase.ENDED, _ending(identity)) for identity in ids}
 
     def cancel(self, ids: Sequence[str]) -> None:
@@ -166,8 +168,8 @@ class SlurmScheduler(Cluster):
         subprocess.run(["scancel", *ids], capture_output=True, check=False)
 
     def logs(self, job: Job, identity: str) -> Sequence[Path]:
-        """Return the logs of the batch script and of all its starts."""
-        return [path for kind in ("sbatch", "log") for path in sorted(job.folder.glob(f"{kind}*_{identity}*.out"))]
+        """Return the logs of all starts of the ranks; that of the batch script lies beside them."""
+        return sorted(job.folder.glob(f"log*_{identity}_*.out"))
 
     def resources(self, job: Job) -> dict[str, str]:
         """Return what a job asks for."""

@@ -1,4 +1,4 @@
-"""What a batch script does around a stage: see how far a training got, and requeue it while it gets further."""
+"""What a batch script does around a stage: see how far it got, and requeue it while it gets further."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from nemo_upcycle.pipeline.markers import ENDED, FAILED
 from nemo_upcycle.utils.files import MARKER
 
 
+#: How far a training is: the step of its newest checkpoint.
+_STEP = r"""ls -d "$stage"/checkpoints/*step=*/weights/.metadata 2>/dev/null |
+        sed 's/.*step=\([0-9]*\).*/\1/' | sort -n | tail -n 1"""
+#: How far the data stage is: datatrove leaves a file for each finished task.
+_TASKS = "find \"$stage\" -path '*/completions/*' -type f 2>/dev/null | wc -l"
 #: The batch shell outlives the ranks, which are told to stop before the time limit, and decides. Exit codes cannot
-#: tell: of several ranks srun reports one, and a training that saved and stopped ends with 0.
-#: A job that was cancelled is not RUNNING any more, and one that Slurm itself requeues never gets here.
-_TRAINING = r"""
+#: tell: of several ranks srun reports one. A job that was cancelled is not RUNNING any more; one that was preempted in a
+#: partition that requeues is requeued by Slurm when it ends, and would be a second time.
+_DECIDE = r"""
 stage={folder}
-newest_step() {{
-    ls -d "$stage"/checkpoints/*step=*/weights/.metadata 2>/dev/null |
-        sed 's/.*step=\([0-9]*\).*/\1/' | sort -n | tail -n 1
+progress() {{
+    {progress}
 }}
-step_at_start=$(newest_step)
+at_start=$(progress)
 touch {job}/started
 finish() {{
     status=$?
@@ -33,17 +37,20 @@ finish() {{
     if [ "$(cat "$stage/{ended}" 2>/dev/null)" = {failed} ]; then
         exit 2
     fi
-    if [ "$(squeue --noheader --job="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then
-        exit 1
-    fi
-    step=$(newest_step)
-    if [ "${{step:--1}}" -gt "${{step_at_start:--1}}" ]; then
-        echo "[{name}] stopped; kept step $step; requeued, goes on from there"
+    case "$(scontrol --oneliner show job "$SLURM_JOB_ID")" in
+    *JobState=RUNNING*PreemptTime=2*)
+        scontrol --oneliner show partition "$SLURM_JOB_PARTITION" | grep -q PreemptMode=REQUEUE && exit 1 ;;
+    *JobState=RUNNING*) ;;
+    *) exit 1 ;;
+    esac
+    kept=$(progress)
+    if [ "${{kept:--1}}" -gt "${{at_start:--1}}" ]; then
+        echo "[{name}] stopped; kept {unit} $kept; requeued, goes on from there"
         scontrol requeue "$SLURM_JOB_ID"
         sleep 60
         exit 1
     fi
-    echo "[{name}] stopped, and no checkpoint was finished since this job started: not requeued"
+    echo "[{name}] stopped, no further than when this job started ({unit} ${{kept:-none}}): not requeued"
     exit 1
 }}
 trap finish EXIT
@@ -55,7 +62,7 @@ def setup_lines(job: Job) -> list[str]:
     """Return the lines of the batch script that come before a stage.
 
     Args:
-        job: the stage; of a training, the lines also decide what follows its end.
+        job: the stage; of one that is resumable, the lines also decide what follows its end.
 
     Example:
         >>> from pathlib import Path
@@ -63,8 +70,10 @@ def setup_lines(job: Job) -> list[str]:
         ['set +vx', 'mkdir -p /shared/run/jobs/import/code']
     """
     lines = ["set +vx", f"mkdir -p {shlex.quote(str(job.folder / 'code'))}"]  # where NeMo-Run lets the ranks start
-    if job.is_training:
-        text = _TRAINING.format(
+    if job.is_resumable:
+        text = _DECIDE.format(
+            progress=_STEP if job.is_training else _TASKS,
+            unit="step" if job.is_training else "tasks:",
             folder=shlex.quote(str(job.run_dir / job.name)),
             job=shlex.quote(str(job.folder)),
             name=job.name,
