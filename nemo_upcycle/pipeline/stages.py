@@ -137,9 +137,10 @@ def _train(run_dir: Path, plan: RunPlan, name: str) -> dict[str, Any]:
 
     from nemo_upcycle.cpu.backend import use_cpu_backend
     from nemo_upcycle.pipeline.recipes_io import load_recipe, place_recipe
-    from nemo_upcycle.training.stopping import step_kept
 
     recipe = load_recipe(getattr(plan, name))
+    from nemo_upcycle.training.stopping import step_kept  # after NeMo, which the recipe imports without its warnings
+
     place_recipe(recipe, run_dir / name, dense_folder_of(run_dir), data_folder_of(run_dir, plan))
     use_cpu_backend()  # before the model's configuration is built: Megatron checks it at once
     if not is_verbose():  # show only errors on the console; NeMo writes its whole log to a file in the stage's folder
@@ -151,7 +152,9 @@ def _train(run_dir: Path, plan: RunPlan, name: str) -> dict[str, Any]:
         ended_itself = False
     kept, wanted = step_kept(run_dir / name), recipe.trainer.max_steps
     if kept < wanted and (kept or not ended_itself):
-        text = f"stage '{name}' stopped early: {kept} of {wanted} steps are kept, and the same command goes on from there"
+        text = (
+            f"stage '{name}' stopped early: {kept} of {wanted} steps are kept, and the same command goes on from there"
+        )
         raise StageStopped(text)
     return {"checkpoint": str(last_checkpoint(run_dir / name))}
 

@@ -60,9 +60,7 @@ def test_sigterm_before_the_first_step_ends_at_once(runs: Runs) -> None:
     assert not list((runs.folder / "early").glob("checkpoints/*/weights"))
 
 
-def test_sigterm_in_the_last_step_leaves_a_finished_training(
-    runs: Runs, undisturbed: list[dict[str, Any]]
-) -> None:
+def test_sigterm_in_the_last_step_leaves_a_finished_training(runs: Runs, undisturbed: list[dict[str, Any]]) -> None:
     options = {"steps": STEPS, "every": 4, "ep": 2, "resilient": {}}
     assert runs.endings("late", 2, send={"step": STEPS - 1, "ranks": [0]}, **options) == [(AGAIN, STEPS)] * 2
     assert _trained(runs.metrics("late")) == undisturbed
