@@ -143,7 +143,7 @@ def test_automatic_batches_give_the_same_numbers(tiny_llama: Path, tmp_path: Pat
         ("backend: vlm", "backend 'vlm' does not exist. Did you mean 'vllm'?"),
         ("batch_size: 0", "batch_size: got 0, expected a whole number from 1 on, or auto"),
         ("batch_size: automatic", "batch_size: got automatic, expected a whole number"),
-        ("bakend: hf", "key 'bakend' does not exist. Did you mean 'backend'?"),
+        ("back_end: hf", "key 'back_end' does not exist. Did you mean 'backend'?"),
     ],
 )
 def test_a_suite_with_a_mistake_is_refused(tmp_path: Path, line: str, message: str) -> None:
