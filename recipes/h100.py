@@ -164,7 +164,9 @@ def upcycled(
     old = recipe.trainer
     recipe.model = model
     recipe.trainer = trainer(num_nodes=old.num_nodes, num_gpus_per_node=old.devices, callbacks=old.callbacks)
-    return adjust(resilient(start_from(recipe, dense, spec, data)), recompute_moe_steps=RECOMPUTE_MOE_STEPS, comm_overlap=True)
+    return adjust(
+        resilient(start_from(recipe, dense, spec, data)), recompute_moe_steps=RECOMPUTE_MOE_STEPS, comm_overlap=True
+    )
 
 
 def fast_run(recipe: run.Partial, tensor_parallelism: int, context_parallelism: int) -> run.Partial:

@@ -9,8 +9,8 @@
 | `SaveOnSignal` | a job that is taken away saves after its present step, and loses none |
 | `RetainedCheckpoints` | see `KEEP_LAST` |
 
-Asynchronous checkpoints are on in NeMo's recipes already (`strategy.ckpt_async_save`): training waits only for the copy
-to host memory.
+Asynchronous checkpoints are on in NeMo's recipes already (`strategy.ckpt_async_save`): training waits only for the
+copy to host memory.
 """
 
 import nemo_run as run

@@ -61,13 +61,13 @@ def load_model(folder: Path, dtype: str = "float32") -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def wrap_model(model: Any, tokenizer: Any, batch_size: int, label: str) -> Any:
+def wrap_model(model: Any, tokenizer: Any, batch_size: int | str, label: str) -> Any:
     """Return lm-eval's wrapper of a loaded model, with this package's progress report.
 
     Args:
         model: from `load_model`.
         tokenizer: likewise.
-        batch_size: sequences in one forward pass.
+        batch_size: sequences in one forward pass; `auto` lets lm-eval find out how many fit the GPU.
         label: name of the model in the progress report.
     """
     from lm_eval.models.huggingface import HFLM
@@ -98,6 +98,13 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int, label: str) -> Any:
             passes = {(*context, *continuation[:-1]) for _, context, continuation in requests}
             with self._reporting("questions", len(passes)):
                 return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+        def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> Any:
+            line, self._line = self._line, None  # its passes are no progress
+            try:
+                return super()._detect_batch_size(requests, pos)
+            finally:
+                self._line = line
 
         def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
             logits = super()._model_call(inps, *args, **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import platform
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.evaluation.backends import close_model, open_model
 from nemo_upcycle.evaluation.compare import RATIOS, jackknife_stderr, leave_one_out
-from nemo_upcycle.evaluation.model import load_model, quiet, wrap_model
-from nemo_upcycle.evaluation.samples import continue_prompts
+from nemo_upcycle.evaluation.model import quiet
 from nemo_upcycle.evaluation.suite import data_files
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.utils.files import MARKER, read_json, require_complete, sha256_file, write_json
@@ -32,7 +33,7 @@ def evaluate(
     output: Path,
     *,
     name: str,
-    batch_size: int | None = None,
+    batch_size: int | str | None = None,
     limit: int | None = None,
     samples: bool = True,
 ) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def evaluate(
             hub.
         output: folder for the result.
         name: the model's name in the report, for example `dense`.
-        batch_size: sequences in one forward pass; the suite's own when None.
+        batch_size: sequences in one forward pass, or `auto`; the suite's own when None.
         limit: take only the first items of each task, for a quick look.
         samples: also let the model continue the suite's prompts.
 
@@ -56,7 +57,8 @@ def evaluate(
 
     Raises:
         CheckpointError: the folder is not a model, or its weights do not fit it exactly.
-        UpcycleError: the suite is incomplete, lm-eval does not know a task, or its data cannot be fetched.
+        UpcycleError: the suite is incomplete, lm-eval does not know a task, its data cannot be fetched, or the suite
+            asks for vLLM where it is not.
 
     Example:
         >>> evaluate(Path("models/dense"), Path("runs/suite"), Path("runs/evaluation"), name="dense")  # doctest: +SKIP
@@ -68,26 +70,32 @@ def evaluate(
     folder = suite if config["local"] else None
     batch_size = batch_size or config["batch_size"]
     with _offline(folder is not None):
-        model, tokenizer = load_model(model_folder, config["dtype"])
+        model = open_model(
+            model_folder, backend=config.get("backend", "hf"), dtype=config["dtype"], batch_size=batch_size, label=name
+        )
         loaded_s = time.monotonic()
-        texts = continue_prompts(model, tokenizer, described["prompts"] if samples else [])
+        texts = model.continue_prompts(described["prompts"] if samples else [])
         sampled_s = time.monotonic()
-        lm = wrap_model(model, tokenizer, batch_size, name)
         merged: dict[str, Any] = {"metrics": {}, "items": {}, "groups": {}}
         for shots, names in _by_shots(config["tasks"]).items():
-            found = _run(lm, names, folder, shots, limit)
+            found = _run(model.lm, names, folder, shots, limit)
             for part, values in _extract(found, f"_{shots}shot" if shots else "").items():
                 merged[part].update(values)
     result = {
         "name": name,
         "model": {
             "folder": str(model_folder),
-            "class": type(model).__name__,
-            "parameters": model.num_parameters(),
+            **model.facts,
             "config_sha256": sha256_file(model_folder / "config.json"),
         },
         "suite": described,
-        "settings": {"dtype": config["dtype"], "device": str(model.device), "batch_size": batch_size, "limit": limit},
+        "settings": {
+            "backend": model.name,
+            "dtype": config["dtype"],
+            "device": model.device,
+            "batch_size": model.batch_size,
+            "limit": limit,
+        },
         "versions": _versions(),
         "seconds": {
             "load": loaded_s - start_s,
@@ -98,6 +106,7 @@ def evaluate(
         **merged,
     }
     write_json(output / f"{name}.json", result)
+    close_model(model)
     return result
 
 
@@ -220,5 +229,6 @@ def _offline(wanted: bool) -> Iterator[None]:
 
 
 def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("lm_eval", "transformers", "torch")}
+    used: list[str] = [name for name in ("lm_eval", "transformers", "torch", "vllm") if name in sys.modules]
+    packages: dict[str, str] = {name: version(name) for name in used}
     return {"nemo_upcycle": __version__, "python": platform.python_version(), **packages}

@@ -19,6 +19,7 @@ from typing import Any, cast
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.conf import read_conf
 from nemo_upcycle.utils.files import MARKER, output_folder, sha256_file, write_json
+from nemo_upcycle.utils.validation import is_whole
 
 
 @dataclass
@@ -47,12 +48,15 @@ class SuiteConfig:
     seed: int = 1234
     questions: QuestionsConfig = field(default_factory=QuestionsConfig)
     heldout: HeldoutConfig = field(default_factory=HeldoutConfig)
-    batch_size: int = 8
+    batch_size: int | str = 8
     dtype: str = "float32"
+    backend: str = "auto"
 
 
 #: Types to evaluate in.
 DTYPES = ("float32", "bfloat16", "float16")
+#: What computes.
+BACKENDS = ("auto", "hf", "vllm")
 #: The tasks that can be built locally: lm-eval's definition of each, without its name and the path of its data.
 #: The prompts are those of lm-eval's `mmlu` (letters) and of its cloze variant (answers).
 LOCAL_TASKS: dict[str, dict[str, Any]] = {
@@ -115,6 +119,15 @@ def read_suite_config(name: str | Path) -> SuiteConfig:
         raise UpcycleError(str(path), got=got, expected="a suite configuration", fix=fix) from None
     if config.dtype not in DTYPES:
         raise UpcycleError.unknown(f"{path}: dtype", config.dtype, DTYPES)
+    if config.backend not in BACKENDS:
+        raise UpcycleError.unknown(f"{path}: backend", config.backend, BACKENDS)
+    if config.batch_size != "auto" and not is_whole(config.batch_size, 1):
+        raise UpcycleError(
+            f"{path}: batch_size",
+            got=config.batch_size,
+            expected="a whole number from 1 on, or auto",
+            fix="write auto to fill the GPU's memory",
+        )
     for task, shots in config.tasks.items() if config.local else ():
         if task not in LOCAL_TASKS:
             raise UpcycleError.unknown(f"{path}: local task", task, LOCAL_TASKS)

@@ -137,9 +137,10 @@ def _train(run_dir: Path, plan: RunPlan, name: str) -> dict[str, Any]:
 
     from nemo_upcycle.cpu.backend import use_cpu_backend
     from nemo_upcycle.pipeline.recipes_io import load_recipe, place_recipe
-    from nemo_upcycle.training.stopping import step_kept
 
     recipe = load_recipe(getattr(plan, name))
+    from nemo_upcycle.training.stopping import step_kept  # after NeMo, which the recipe imports without its warnings
+
     place_recipe(recipe, run_dir / name, dense_folder_of(run_dir), data_folder_of(run_dir, plan))
     use_cpu_backend()  # before the model's configuration is built: Megatron checks it at once
     if not is_verbose():  # show only errors on the console; NeMo writes its whole log to a file in the stage's folder

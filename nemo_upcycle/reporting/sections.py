@@ -214,6 +214,13 @@ def _layout(layout: dict[str, int]) -> str:
     return " ".join(f"{key}={value}" for key, value in layout.items() if value > 1) or "no parallelism"
 
 
+def _measured_with(settings: dict[str, Any]) -> str:
+    batch = settings["batch_size"]
+    amount = "as many sequences as fit" if batch == "auto" else f"{batch} sequences"
+    by = " by vLLM" if settings.get("backend") == "vllm" else ""
+    return f"{settings['dtype']} on {settings['device']}{by}, {amount} at a time"
+
+
 def setting(results: dict[str, Any]) -> str:
     """Return what ran where, with which versions, and how long the stages took."""
     environment, settings = results["environment"], results["evaluation_settings"]["dense"]["settings"]
@@ -223,7 +230,7 @@ def setting(results: dict[str, Any]) -> str:
         ["GPUs", ", ".join(environment["gpus"]) or "none"],
         ["system", environment["system"]],
         ["commit of nemo-upcycle", environment["commit"] or "not in git"],
-        ["evaluation", f"{settings['dtype']} on {settings['device']}, {settings['batch_size']} sequences at a time"],
+        ["evaluation", _measured_with(settings)],
         *([name, text] for name, text in environment["versions"].items()),
     ]
     wall_times = ""

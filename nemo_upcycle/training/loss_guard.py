@@ -62,7 +62,7 @@ class LossGuard(Callback):
         torch.distributed.broadcast(broken, 0)
         if not broken.item():
             return
-        what, got, expected = trainer.strategy.broadcast(found)
+        what, got, expected = trainer.strategy.broadcast(found or ("", 0.0, ""))
         checkpoints: Any = getattr(trainer.strategy, "checkpoint_io", None)
         if hasattr(checkpoints, "maybe_finalize_save_checkpoint"):  # one that is still being written is a good one
             checkpoints.maybe_finalize_save_checkpoint(blocking=True)
@@ -71,8 +71,8 @@ class LossGuard(Callback):
             f"{what} of step {trainer.global_step}",
             got=got,
             expected=f"{expected}; the last good checkpoint is {kept or 'the dense one'}",
-            fix="start again to go on from there; if it happens at the same step again, lower optim.config.lr or look at "
-            "that step's data, else set trainer.strategy.ddp.check_for_nan_in_grad=true to find the rank",
+            fix="start again to go on from there; if it happens at the same step again, lower optim.config.lr or look "
+            "at that step's data, else set trainer.strategy.ddp.check_for_nan_in_grad=true to find the rank",
         )
 
     def _judge(self, trainer: pl.Trainer) -> tuple[str, float, str] | None:

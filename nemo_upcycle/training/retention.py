@@ -77,4 +77,4 @@ class RetainedCheckpoints(nl.ModelCheckpoint):
 
     def _is_due(self, checkpoint: Path) -> bool:
         step = step_of(checkpoint)
-        return bool(self.keep_every) and step is not None and (step + 1) % self.keep_every == 0
+        return self.keep_every is not None and step is not None and (step + 1) % self.keep_every == 0

@@ -16,7 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from nemo.lightning.pytorch.callbacks import PreemptionCallback
+from nemo import lightning as nl
 from nemo.utils.app_state import AppState
 
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, step_of
@@ -65,7 +65,7 @@ class StopOnSignal(Callback):
             signal.signal(signum, handler)
 
 
-class SaveOnSignal(PreemptionCallback):
+class SaveOnSignal(nl.pytorch.callbacks.PreemptionCallback):
     """Save a checkpoint after the present step on SIGTERM, then end this process with status 75.
 
     NeMo's `PreemptionCallback`, with three differences:

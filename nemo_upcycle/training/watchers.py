@@ -1,6 +1,6 @@
 """NVIDIA's resiliency extension in a run, where its surroundings are there; else callbacks that do nothing."""
 
-from __future__ import annotations
+# No postponed annotations: NeMo-Run parses `trainer.callbacks[4].every_s=60.0` by them.
 
 import os
 

@@ -51,11 +51,11 @@ class Hang(pl.Callback):
         self.step, self.once = step, Path(once)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step and trainer.global_rank == trainer.world_size - 1:
-            if not self.once.exists():
-                self.once.touch()
-                while True:
-                    signal.pause()
+        last = trainer.global_rank == trainer.world_size - 1
+        if last and trainer.global_step == self.step and not self.once.exists():
+            self.once.touch()
+            while True:
+                signal.pause()
 
 
 class Poison(pl.Callback):

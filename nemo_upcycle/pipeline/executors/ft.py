@@ -1,4 +1,4 @@
-"""The command that starts a node's ranks under NVIDIA's fault-tolerance launcher, which ends and restarts hung ones."""
+"""The command that starts a node's ranks under NVIDIA's fault-tolerance launcher, which restarts hung ones."""
 
 from __future__ import annotations
 

@@ -138,7 +138,8 @@ def test_the_file_says_what_was_measured(
     again = evaluate(tiny_llama, moved, tmp_path, name="again", limit=2, batch_size=1)
     assert json.loads((tmp_path / "again.json").read_text()) == json.loads(json.dumps(again))
     assert {task: len(items) for task, items in again["items"].items()} == dict.fromkeys(result["items"], 2)
-    assert again["settings"] == {"dtype": "float32", "device": "cpu", "batch_size": 1, "limit": 2}
+    settings = {"backend": "hf", "dtype": "float32", "device": "cpu", "batch_size": 1, "limit": 2}
+    assert again["settings"] == settings
     assert result["settings"]["batch_size"] == 4
     assert again["model"]["class"] == "LlamaForCausalLM"
     assert again["versions"].keys() >= {"lm_eval", "transformers", "torch", "nemo_upcycle", "python"}

@@ -322,3 +322,26 @@ def test_refuses_recipe_with_other_position_embeddings(recipes: Any, name: str, 
     setattr(recipe.model.config, name, value)
     with pytest.raises(SpecError, match=rf"model\.config\.{name}: {words}, as in every dense parent\. Fix: "):
         check_recipe(recipe)
+
+
+@pytest.mark.parametrize("name", [f"{base}_{kind}" for base in BIG for kind in ("e8t2", "dense_ct")])
+def test_h100_recipes_survive_faults(recipes: Any, name: str) -> None:
+    for recipe in (
+        getattr(recipes, name).pretrain_recipe(),
+        getattr(recipes, name).pretrain_recipe(performance_mode=True),
+    ):
+        names = [callback.__fn_or_cls__.__name__ for callback in recipe.trainer.callbacks]
+        assert names[0] == "LossGuard"  # before the step's metrics and its checkpoint
+        ordered = ["MetricsLogger", "hang_detection", "straggler_report", "SaveOnSignal", "StopOnSignal"]
+        assert [name for name in names if name in ordered] == ordered
+        strategy = recipe.trainer.strategy
+        assert (strategy.ckpt_async_save, strategy.ddp.check_for_nan_in_grad) == (True, False)
+        assert (recipe.log.ckpt.keep_last, recipe.log.ckpt.every_n_train_steps) == (2, 1000)
+
+
+def test_laptop_recipes_end_at_once(recipes: Any) -> None:
+    recipe = recipes.smollm2_135m_e8t2.pretrain_recipe()
+    names = [callback.__fn_or_cls__.__name__ for callback in recipe.trainer.callbacks]
+    assert "StopOnSignal" in names
+    assert "SaveOnSignal" not in names
+    assert recipe.log.ckpt.keep_last == 1

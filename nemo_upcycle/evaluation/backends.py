@@ -1,0 +1,155 @@
+"""What computes an evaluation: transformers, checked tensor by tensor, or vLLM, faster on GPUs."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.evaluation.model import load_model, quiet, wrap_model
+from nemo_upcycle.evaluation.samples import NEW_TOKENS, continue_prompts
+from nemo_upcycle.models.hf_model import empty_model
+from nemo_upcycle.utils.files import read_json
+
+
+#: Sequences in one forward pass on a CPU, where memory does not decide.
+CPU_BATCH = 8
+
+
+class Backend:
+    """A loaded model, and the object through which lm-eval asks it.
+
+    Args:
+        lm: of lm-eval.
+        facts: what the result states of the model: `class` and `parameters`.
+        device: where it computes, for people.
+        batch_size: sequences in one forward pass, or `auto`.
+    """
+
+    name = "hf"
+
+    def __init__(self, lm: Any, facts: dict[str, Any], device: str, batch_size: int | str) -> None:
+        self.lm, self.facts, self.device, self.batch_size = lm, facts, device, batch_size
+
+    def continue_prompts(self, prompts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the prompts, each with its `continuation`: the likeliest tokens."""
+        return continue_prompts(self.lm.model, self.lm.tokenizer, prompts)
+
+
+class VllmBackend(Backend):
+    """A model in vLLM. Not verified on GPUs."""
+
+    name = "vllm"
+
+    def continue_prompts(self, prompts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the prompts, each with its `continuation`, in one batch."""
+        from lm_eval.api.instance import Instance
+
+        settings = {"until": [], "max_gen_toks": NEW_TOKENS, "do_sample": False, "temperature": 0.0}
+        arguments = [(prompt["prompt"], dict(settings)) for prompt in prompts]
+        requests = [Instance("generate_until", {}, pair, number) for number, pair in enumerate(arguments)]
+        texts = self.lm.generate_until(requests, disable_tqdm=True) if requests else []
+        return [{**prompt, "continuation": text} for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def open_model(folder: Path, *, backend: str, dtype: str, batch_size: int | str, label: str) -> Backend:
+    """Load a model for an evaluation, over all GPUs that this process sees.
+
+    Args:
+        folder: a Hugging Face folder.
+        backend: `hf`, `vllm`, or `auto`, see `choose_backend`.
+        dtype: the type to compute in.
+        batch_size: sequences in one forward pass; with `auto` as many as the GPUs take, and `CPU_BATCH` on a CPU.
+        label: name of the model in the progress report.
+
+    Raises:
+        CheckpointError: the folder is not a model, or its weights do not fit it exactly.
+        UpcycleError: vLLM is asked for and cannot be had.
+    """
+    import torch
+
+    if batch_size == "auto" and not torch.cuda.is_available():
+        batch_size = CPU_BATCH
+    if choose_backend(folder, backend, dtype) == "vllm":
+        return _open_in_vllm(folder, dtype, batch_size)
+    model, tokenizer = load_model(folder, dtype)
+    lm = wrap_model(model, tokenizer, batch_size, label)
+    facts = {"class": type(model).__name__, "parameters": model.num_parameters()}
+    return Backend(lm, facts, str(model.device), batch_size)
+
+
+def choose_backend(folder: Path, wanted: str, dtype: str) -> str:
+    """Return `hf` or `vllm`.
+
+    `auto` takes vLLM where it is installed, sees CUDA and has the model's class, for the 16-bit types only: float32 is
+    asked for to compare models item by item, and transformers loads them strictly.
+
+    Raises:
+        UpcycleError: vLLM is asked for, and something that it needs is missing.
+    """
+    import torch
+
+    if wanted == "hf" or (wanted == "auto" and dtype == "float32"):
+        return "hf"
+    got = expected = ""
+    if importlib.util.find_spec("vllm") is None:
+        got, expected = "no such package", "vllm in this environment"
+    elif not torch.cuda.is_available():
+        got, expected = "no GPU", "a GPU that torch sees"
+    elif not (names := set(_config(folder).get("architectures") or [])) & set(_classes_of_vllm()):
+        got, expected = ", ".join(sorted(names)) or "no class", "a class that vLLM has"
+    if got and wanted == "vllm":
+        raise UpcycleError("backend vllm of the suite", got=got, expected=expected, fix="set backend: auto, or hf")
+    return "hf" if got else "vllm"
+
+
+def close_model(backend: Backend) -> None:
+    """Give GPU memory back, before the next model is loaded: vLLM takes most of it at once."""
+    import torch
+
+    if torch.cuda.is_available():
+        if backend.name == "vllm":
+            backend.lm.model = None
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _classes_of_vllm() -> Sequence[str]:
+    from vllm import ModelRegistry
+
+    return list(ModelRegistry.get_supported_archs())
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _open_in_vllm(folder: Path, dtype: str, batch_size: int | str) -> Backend:
+    import torch
+    from lm_eval.models.vllm_causallms import VLLM
+
+    class RollingVLLM(VLLM):
+        add_bos_token: bool | None
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            # lm-eval adds the first token itself, as in `wrap_model`.
+            kept, self.add_bos_token = self.add_bos_token, False
+            try:
+                return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+            finally:
+                self.add_bos_token = kept
+
+    config, gpus = _config(folder), torch.cuda.device_count()
+    # Each GPU has to get as many heads: 9 heads run on one of 8 GPUs, 32 on all.
+    tensor_parallel = math.gcd(gpus, config.get("num_attention_heads") or 1)
+    with quiet("lm_eval"):
+        lm = RollingVLLM(
+            pretrained=str(folder), dtype=dtype, tensor_parallel_size=tensor_parallel, batch_size=batch_size
+        )
+    facts = {"class": config["architectures"][0], "parameters": empty_model(folder).num_parameters()}
+    return VllmBackend(lm, facts, f"cuda x {tensor_parallel}", batch_size)

@@ -1,0 +1,161 @@
+"""Which back end an evaluation takes, and what it is given; vLLM itself and several GPUs are stood in for."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.evaluation import backends
+from nemo_upcycle.evaluation.backends import CPU_BATCH, choose_backend, open_model
+from nemo_upcycle.evaluation.model import load_model, wrap_model
+from nemo_upcycle.evaluation.run import evaluate
+from nemo_upcycle.evaluation.suite import HeldoutConfig, SuiteConfig, build_suite, read_suite_config
+from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS
+
+
+class FakeVLLM:
+    """Takes the arguments of lm-eval's class and remembers them."""
+
+    given: dict[str, Any]
+
+    def __init__(self, **given: Any) -> None:
+        type(self).given = given
+        self.model, self.add_bos_token = object(), None
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        FakeVLLM.asked = [request.args for request in requests]  # type: ignore[attr-defined]
+        return [f"after {number}" for number, _ in enumerate(requests)]
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[Any]:
+        return [self.add_bos_token]
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM on a node with eight GPUs, as far as this package looks at either."""
+    package = ModuleType("vllm")
+    package.__spec__ = SimpleNamespace(name="vllm")  # type: ignore[assignment]
+    archs = ["LlamaForCausalLM", "MixtralForCausalLM"]
+    package.ModelRegistry = SimpleNamespace(get_supported_archs=lambda: archs)  # type: ignore[attr-defined]
+    causal = ModuleType("lm_eval.models.vllm_causallms")
+    causal.VLLM = FakeVLLM  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", package)
+    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", causal)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+
+
+def test_auto_is_transformers_without_vllm(tiny_llama: Path) -> None:
+    assert choose_backend(tiny_llama, "auto", "bfloat16") == "hf"
+    with pytest.raises(UpcycleError, match="backend vllm of the suite: got no such package, expected vllm in"):
+        choose_backend(tiny_llama, "vllm", "bfloat16")
+
+
+@pytest.mark.usefixtures("vllm")
+def test_auto_is_vllm_for_its_classes_in_16_bits(tiny_llama: Path, tmp_path: Path) -> None:
+    assert choose_backend(tiny_llama, "auto", "bfloat16") == "vllm"
+    assert choose_backend(tiny_llama, "auto", "float32") == "hf"
+    assert choose_backend(tiny_llama, "hf", "bfloat16") == "hf"
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["OtherForCausalLM"]}))
+    assert choose_backend(tmp_path, "auto", "bfloat16") == "hf"
+    with pytest.raises(UpcycleError, match="got OtherForCausalLM, expected a class that vLLM has"):
+        choose_backend(tmp_path, "vllm", "bfloat16")
+
+
+@pytest.mark.usefixtures("vllm")
+def test_vllm_gets_folder_type_gpus_and_batch(tiny_llama: Path) -> None:
+    opened = open_model(tiny_llama, backend="auto", dtype="bfloat16", batch_size="auto", label="tiny")
+    assert FakeVLLM.__subclasses__()[-1].given == {
+        "pretrained": str(tiny_llama),
+        "dtype": "bfloat16",
+        "tensor_parallel_size": math.gcd(8, 4),  # the tiny model has four heads
+        "batch_size": "auto",
+    }
+    assert (opened.name, opened.device, opened.batch_size) == ("vllm", "cuda x 4", "auto")
+    assert opened.facts == {"class": "LlamaForCausalLM", "parameters": load_model(tiny_llama)[0].num_parameters()}
+    continued = opened.continue_prompts([{"prompt": "one"}, {"prompt": "two"}])
+    assert continued == [{"prompt": "one", "continuation": "after 0"}, {"prompt": "two", "continuation": "after 1"}]
+    ((text, settings), _) = FakeVLLM.asked  # type: ignore[attr-defined]
+    assert text == "one"
+    assert settings == {"until": [], "max_gen_toks": 24, "do_sample": False, "temperature": 0.0}
+    assert opened.lm.loglikelihood_rolling([]) == [False]  # no second first token
+    assert opened.lm.add_bos_token is None
+
+
+def test_transformers_spreads_a_model_over_the_gpus(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    model = SimpleNamespace(eval=lambda: model)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(
+        "nemo_upcycle.models.hf_model.load_model", lambda folder, **options: given.update(options) or (model, {})
+    )
+    load_model(tiny_llama, "bfloat16")
+    assert (given["device_map"], str(given["dtype"])) == ("auto", "torch.bfloat16")
+
+
+def test_auto_batch_is_a_number_on_a_cpu_and_lm_evals_own_on_gpus(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: Any = {"backend": "auto", "dtype": "float32", "batch_size": "auto", "label": "tiny"}
+    assert open_model(tiny_llama, **settings).batch_size == CPU_BATCH
+    given: list[Any] = []
+    loaded = load_model(tiny_llama)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(backends, "load_model", lambda folder, dtype: loaded)
+    monkeypatch.setattr(backends, "wrap_model", lambda model, tokenizer, batch_size, label: given.append(batch_size))
+    assert open_model(tiny_llama, **settings).batch_size == "auto"
+    assert given == ["auto"]
+
+
+def test_lm_eval_finds_a_batch_size_by_itself(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its search, which runs on a CPU as well; its passes are no progress."""
+    lm = wrap_model(*load_model(tiny_llama), "auto", "tiny")
+    lm.max_batch_size = 4
+    with lm._reporting("held-out text", 1):
+        assert lm._detect_batch_size([("", [1, 2], [3])], 0) == 4
+        assert lm._line._done == 0
+
+
+def test_automatic_batches_give_the_same_numbers(tiny_llama: Path, tmp_path: Path) -> None:
+    results = []
+    for batch_size in (4, "auto"):
+        config = SuiteConfig({"mmlu_letter": [0]}, heldout=HeldoutConfig(window_bytes=40), batch_size=batch_size)
+        suite = build_suite(QUESTIONS, DOCUMENTS, tmp_path / f"suite-{batch_size}", config)
+        results.append(evaluate(tiny_llama, suite, tmp_path / f"{batch_size}", name="tiny"))
+    fixed, automatic = results
+    assert automatic["settings"]["batch_size"] == CPU_BATCH
+    assert automatic["settings"]["backend"] == "hf"
+    assert automatic["samples"] == fixed["samples"]
+    for one, other in zip(fixed["items"]["mmlu_letter"], automatic["items"]["mmlu_letter"], strict=True):
+        assert one["loglikelihoods"] == pytest.approx(other["loglikelihoods"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("backend: vlm", "backend 'vlm' does not exist. Did you mean 'vllm'?"),
+        ("batch_size: 0", "batch_size: got 0, expected a whole number from 1 on, or auto"),
+        ("batch_size: automatic", "batch_size: got automatic, expected a whole number"),
+        ("back_end: hf", "key 'back_end' does not exist. Did you mean 'backend'?"),
+    ],
+)
+def test_a_suite_with_a_mistake_is_refused(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text(f"tasks:\n  mmlu_letter: [0]\n{line}\n")
+    with pytest.raises(UpcycleError) as caught:
+        read_suite_config(path)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("paper", "bfloat16"), ("full", "float32"), ("demo", "float32")])
+def test_suites_of_the_package_take_these_back_ends(name: str, dtype: str) -> None:
+    config = read_suite_config(name)
+    assert (config.backend, config.dtype) == ("auto", dtype)
+    assert config.batch_size == (8 if name == "demo" else "auto")
