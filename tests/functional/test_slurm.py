@@ -51,7 +51,7 @@ time: "00:20:00"
 mem: "0"
 env_vars: {{OMP_NUM_THREADS: "1", PYTHONPATH: "{root}"}}
 stages:
-  pretrain: {{time: "{time}", signal: "TERM@{signal_s}"}}
+  pretrain: {{time: "{time}", signal: "TERM@{signal_s}", hang_detection: {hang}, silence_s: 15}}
 """
 
 
@@ -217,6 +217,14 @@ def test_a_training_goes_on_with_the_same_bits(
 
 
 def test_a_time_limit_reached_twice_loses_nothing(prepared: Run, undisturbed: Run) -> None: ...
+
+
+def test_a_hung_rank_is_restarted_within_the_job(prepared: Run, undisturbed: Run) -> None:
+    prepared.start(*PART, slow=0.5, hang=True)
+    assert prepared.wait() == 0, prepared.text()
+    assert (prepared.run_dir / "hung").exists()
+    assert prepared.starts() == 1
+    assert training_result(prepared.run_dir / "pretrain") == training_result(undisturbed.run_dir / "pretrain")
 
 
 def test_scancel_ends_the_chain_and_requeues_nothing(prepared: Run) -> None:

@@ -22,6 +22,7 @@ from nemo_run.core.execution.slurm import SlurmBatchRequest
 
 from nemo_upcycle.errors import UpcycleError, did_you_mean
 from nemo_upcycle.pipeline.executors.base import Cluster, Job, JobState, Phase, require_settings
+from nemo_upcycle.pipeline.executors.ft import SILENCE_S, ft_command
 from nemo_upcycle.pipeline.executors.slurm_script import setup_lines
 from nemo_upcycle.utils.files import whole_file
 from nemo_upcycle.utils.mounts import filesystem_type
@@ -29,6 +30,8 @@ from nemo_upcycle.utils.mounts import filesystem_type
 
 #: File systems that only one machine sees, unless it serves them to others.
 _OF_ONE_MACHINE = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay")
+#: Where the `ft_launcher`s of a job meet; for the batch script's shell.
+_ENDPOINT = '"$head_node_ip:$((15000 + SLURM_JOB_ID % 10000))"'
 _STATES = {"PENDING": Phase.WAITING, "REQUEUED": Phase.WAITING, "REQUEUE_HOLD": Phase.WAITING}
 
 
@@ -38,6 +41,8 @@ class StagedSlurmExecutor(run.SlurmExecutor):
 
     Attributes:
         stages: by stage, the fields that differ from this executor's; nodes and ranks of trainings are their recipes'.
+        hang_detection: whether trainings run under NVIDIA's `ft_launcher`, one a node, which restarts hung ranks.
+        silence_s: seconds between two signs of life of a rank; saving a checkpoint before an early end is silent, too.
         shared_dir: whether nodes see a run's folder although its file system looks like one machine's own.
         packager: what is sent along: nothing, the package is installed on the nodes.
         origins: by field, where its value was set, for people.
@@ -45,6 +50,8 @@ class StagedSlurmExecutor(run.SlurmExecutor):
 
     packager: run.Packager = field(default_factory=run.Packager)
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    hang_detection: bool = False
+    silence_s: float = SILENCE_S
     shared_dir: bool = False
     origins: dict[str, str] = field(default_factory=dict)
 
@@ -106,7 +113,7 @@ class SlurmScheduler(Cluster):
         request = SlurmBatchRequest(
             launch_cmd=["sbatch", "--requeue", "--parsable"],
             jobs=[job.name],
-            command_groups=[[shlex.join(job.command)]],
+            command_groups=[[self._command(job)]],
             executor=mine,
             max_retries=0,
             extra_env={},
@@ -122,7 +129,7 @@ class SlurmScheduler(Cluster):
         return dataclasses.replace(
             mine,
             nodes=job.nodes,
-            ntasks_per_node=job.ranks_per_node,
+            ntasks_per_node=1 if self._detects_hangs(job) else job.ranks_per_node,
             job_dir=str(job.folder),
             job_details=dataclasses.replace(mine.job_details),  # rendering writes the job's name and folder into it
             tunnel=run.LocalTunnel(job_dir=str(job.folder.parent)),
@@ -130,6 +137,19 @@ class SlurmScheduler(Cluster):
             additional_parameters=parameters,
             setup_lines="\n".join(lines),
         )
+
+    def _detects_hangs(self, job: Job) -> bool:
+        return job.is_training and getattr(self.settings_for(job.name), "hang_detection", False)
+
+    def _command(self, job: Job) -> str:
+        """Return what srun starts: one process a rank, or one `ft_launcher` a node."""
+        if not self._detects_hangs(job):
+            return shlex.join(job.command)
+        silence_s = self.settings_for(job.name).silence_s
+        command = ft_command(
+            job.command, job.nodes, job.ranks_per_node, python=self.python, endpoint=_ENDPOINT, silence_s=silence_s
+        )
+        return " ".join(word if _ENDPOINT in word else shlex.quote(word) for word in command)
 
     def submit(self, job: Job, after: Sequence[str]) -> str:
         """Write the batch script to the run's folder and submit it."""

@@ -15,8 +15,8 @@ _STEP = r"""ls -d "$stage"/checkpoints/*step=*/weights/.metadata 2>/dev/null |
 #: How far the data stage is: datatrove leaves a file for each finished task.
 _TASKS = "find \"$stage\" -path '*/completions/*' -type f 2>/dev/null | wc -l"
 #: The batch shell outlives the ranks, which are told to stop before the time limit, and decides. Exit codes cannot
-#: tell: of several ranks srun reports one. A job that was cancelled is not RUNNING any more; one that was preempted in a
-#: partition that requeues is requeued by Slurm when it ends, and would be a second time.
+#: tell: of several ranks srun reports one. A job that was cancelled is not RUNNING any more; one that was preempted in
+#: a partition that requeues is requeued by Slurm when it ends, and would be a second time.
 _DECIDE = r"""
 stage={folder}
 progress() {{
