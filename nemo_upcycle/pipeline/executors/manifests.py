@@ -124,18 +124,28 @@ def require_fields(settings: KubernetesExecutor) -> None:
             )
 
 
+def label_of(text: str) -> str:
+    """Return a text as the cluster allows it in names: small letters, digits and hyphens, a letter first.
+
+    Example:
+        >>> label_of("8B v2")
+        'run-8b-v2'
+    """
+    label = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    label = label if label[:1].isalpha() else f"run-{label}"
+    return label[:_RUN_CHARS].strip("-")
+
+
 def base_name(job: Job) -> str:
     """Return what the names of a stage's jobs start with: the run's folder, the stage, a hash of the folder's path.
 
     Example:
-        >>> base_name(Job("dense_ct", Path("/runs/8B v2"), ()))  # doctest: +SKIP
-        'run-8b-v2-dense-ct-1f0c3a'
+        >>> base_name(Job("dense_ct", Path("/runs/demo"), ()))
+        'demo-dense-ct-d3017f'
     """
     run_dir = resolved(job.run_dir)
-    run, stage = (re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") for text in (run_dir.name, job.name))
-    run = run if run[:1].isalpha() else f"run-{run}"
     digest = hashlib.sha256(str(run_dir).encode()).hexdigest()[:6]
-    return f"{run[:_RUN_CHARS].strip('-')}-{stage}-{digest}"
+    return f"{label_of(run_dir.name)}-{label_of(job.name)}-{digest}"
 
 
 def manifest(settings: KubernetesExecutor, job: Job, name: str) -> dict[str, Any]:

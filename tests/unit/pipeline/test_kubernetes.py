@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +15,7 @@ from omegaconf import OmegaConf
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors import manifests
+from nemo_upcycle.pipeline.executors.argo import workflow
 from nemo_upcycle.pipeline.executors.base import Job, JobState, Phase
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesExecutor, KubernetesScheduler
 from nemo_upcycle.pipeline.executors.kubernetes_api import TakenError, UnreachableError, reported_state
@@ -251,44 +248,18 @@ def test_a_server_that_does_not_answer_ends_nothing_that_runs(tmp_path: Path, mo
         scheduler.check([_job(tmp_path)])
 
 
-SAVES = """
-import os, signal, sys, time
-def save(*_):
-    time.sleep(1)
-    open(sys.argv[1] + "/saved" + os.environ.get("RANK", ""), "w").close()
-    print("saved")
-    sys.exit(0)
-signal.signal(signal.SIGTERM, save)
-open(sys.argv[1] + "/started" + os.environ.get("RANK", ""), "w").close()
-time.sleep(60)
-"""
-
-
-def _started(tmp_path: Path, code: str, ranks: int) -> subprocess.Popen[bytes]:
-    job = Job("pretrain", tmp_path, ("python", "-c", code, str(tmp_path)), ranks_per_node=ranks, is_training=True)
-    document = manifests.manifest(executor("trainjob-2.3", tmp_path, python=sys.executable), job, "a")
-    # What the operator sets for one node.
-    variables = {"PET_NNODES": "1", "PET_NPROC_PER_NODE": str(ranks), "PET_NODE_RANK": "0", "PYTHONUNBUFFERED": "1"}
-    command = document["spec"]["trainer"]["command"]
-    return subprocess.Popen(command, env={**os.environ, **variables, "PET_MASTER_PORT": "0"}, start_new_session=True)
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_sigterm_leaves_ranks_the_time_to_save(ranks: int, tmp_path: Path) -> None:
-    process = _started(tmp_path, SAVES, ranks)
-    try:
-        deadline_s = time.monotonic() + 60
-        while len(list(tmp_path.glob("started*"))) < ranks and time.monotonic() < deadline_s:
-            time.sleep(0.1)
-        os.kill(process.pid, signal.SIGTERM)  # as the kubelet does: the first process alone
-        assert process.wait(30) == 0
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert len(list(tmp_path.glob("saved*"))) == ranks
-    assert (tmp_path / "jobs" / "pretrain" / "a-node0.log").read_text().count("saved") == ranks
-
-
-def test_the_status_of_a_stage_is_that_of_its_pod_and_its_words_are_kept(tmp_path: Path) -> None:
-    assert _started(tmp_path, "import sys; sys.exit(print('a mistake') or 2)", 1).wait(30) == 2
-    assert (tmp_path / "jobs" / "pretrain" / "a-node0.log").read_text() == "a mistake\n"
+@pytest.mark.parametrize("definition", ["trainjob-2.3", "pytorchjob-1.9"])
+def test_argo_gets_the_stages_and_their_order(definition: str, tmp_path: Path) -> None:
+    scheduler, _ = _scheduler(tmp_path, definition)
+    document = yaml.safe_load(workflow(scheduler, list(jobs_of("llama3_8b_e8t2", tmp_path / "8B v2"))[2:]))
+    stages, *templates = document["spec"]["templates"]
+    before = {task["name"]: task["dependencies"] for task in stages["dag"]["tasks"]}
+    assert before["export"] == ["pretrain", "dense-ct"]
+    assert before["upcycle"] == [], "the stages before it are not among them"
+    schema = jsonschema.Draft7Validator(closed_schema(definition))
+    for template in templates:
+        manifest = yaml.safe_load(
+            template["resource"]["manifest"].replace("{{workflow.creationTimestamp.s}}", "1" * 10)
+        )
+        schema.validate(manifest)
+        assert len(f"{manifest['metadata']['name']}-worker-999") < 64
