@@ -65,8 +65,8 @@ def test_the_server_refuses_a_misspelt_field(scheduler: KubernetesScheduler, kub
     wrong["spec"]["runPolicies"] = {}
     with pytest.raises(UpcycleError, match=r'unknown field "spec\.runPolicies"'):
         api.create(manifests.resource_of(settings), wrong, dry_run=True)
-    settings.tolerations = [{"key": "a", "operator": "Exists", "efect": "NoSchedule"}]
-    with pytest.raises(UpcycleError, match=r"efect"):
+    settings.tolerations = [{"key": "a", "operator": "Exists", "effects": "NoSchedule"}]
+    with pytest.raises(UpcycleError, match=r"effects"):
         scheduler.check([_job(tmp_path)])
 
 

@@ -16,7 +16,6 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors import manifests
 from nemo_upcycle.pipeline.executors.base import MISSING, Cluster, Job, JobState, Phase, require_settings
 from nemo_upcycle.pipeline.executors.kubernetes_api import KubernetesApi, TakenError, reported_state
-from nemo_upcycle.utils.files import resolved
 
 
 #: Settings that all stages share: a job is looked up by its name alone.
@@ -202,7 +201,7 @@ class KubernetesScheduler(Cluster):
     def _require_sound(self, job: Job, settings: KubernetesExecutor) -> None:
         """Check what needs no server."""
         manifests.require_fields(settings)
-        run_dir = resolved(job.run_dir)
+        run_dir = manifests.pod_path(job.run_dir)
         if not any(run_dir.is_relative_to(path) for path in settings.mounts.values()):
             raise UpcycleError(
                 f"dir {job.run_dir}",

@@ -6,16 +6,17 @@ Pure: settings and a job in, dictionaries out. Needs neither a cluster nor a cli
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors.base import Job
-from nemo_upcycle.utils.files import resolved
 
 
 if TYPE_CHECKING:
@@ -124,6 +125,11 @@ def require_fields(settings: KubernetesExecutor) -> None:
             )
 
 
+def pod_path(path: Path) -> Path:
+    """Return the absolute path of a folder, by the name that it was given: pods do not have this machine's links."""
+    return Path(os.path.abspath(path))
+
+
 def label_of(text: str) -> str:
     """Return a text as the cluster allows it in names: small letters, digits and hyphens, a letter first.
 
@@ -143,7 +149,7 @@ def base_name(job: Job) -> str:
         >>> base_name(Job("dense_ct", Path("/runs/demo"), ()))
         'demo-dense-ct-d3017f'
     """
-    run_dir = resolved(job.run_dir)
+    run_dir = pod_path(job.run_dir)
     digest = hashlib.sha256(str(run_dir).encode()).hexdigest()[:6]
     return f"{label_of(run_dir.name)}-{label_of(job.name)}-{digest}"
 
@@ -262,7 +268,7 @@ def _command(settings: KubernetesExecutor, job: Job, name: str) -> list[str]:
     if has_ranks:
         command = [settings.python, "-m", "torch.distributed.run", "--no-python", *command]
     script = _TERM_TO_RANKS if has_ranks else _TERM_TO_CHILD
-    return ["bash", "-c", script, "nemo-upcycle", str(resolved(job.folder) / name), *command]
+    return ["bash", "-c", script, "nemo-upcycle", str(pod_path(job.folder) / name), *command]
 
 
 def _environment(settings: KubernetesExecutor) -> list[dict[str, Any]]:

@@ -140,6 +140,16 @@ def test_names_are_labels_whatever_the_folder_is_called(tmp_path: Path) -> None:
         assert len(f"{name}-20-worker-999") < 64
 
 
+def test_a_mount_that_is_a_link_on_this_machine_keeps_its_name_in_the_pods(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    mount = tmp_path / "runs"
+    mount.symlink_to(tmp_path / "real")
+    scheduler, _ = _scheduler(mount)
+    scheduler.check([_job(mount)])
+    (text,) = scheduler.render(_job(mount)).values()
+    assert f"{mount}/demo/jobs/pretrain/" in text
+
+
 def test_a_rerun_takes_another_name_also_where_the_folder_forgot_the_first(tmp_path: Path) -> None:
     scheduler, api = _scheduler(tmp_path)
     job = _job(tmp_path)
