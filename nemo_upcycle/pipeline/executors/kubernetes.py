@@ -272,11 +272,9 @@ class KubernetesScheduler(Cluster):
         if silent_s < self.executor.report_within_s:
             return JobState(Phase.WAITING, "no controller has reported on it yet")
         resource = manifests.resource_of(self.executor)
-        return JobState(
-            Phase.ENDED,
-            f"no controller has reported on it for {silent_s:.0f} s: does {resource.operator} or newer run, with "
-            f"the runtime '{self.executor.runtime}'?",
-        )
+        runtime = f", with the runtime '{self.executor.runtime}'" if resource.kind == "TrainJob" else ""
+        why = f"no controller has reported on it for {silent_s:.0f} s: does {resource.operator} or newer run{runtime}?"
+        return JobState(Phase.ENDED, why)
 
 
 def _next_number(job: Job) -> int:
