@@ -1,6 +1,6 @@
 """Kubernetes: one job of Kubeflow a stage, submitted when those before it are done."""
 
-from __future__ import annotations
+# No postponed annotations here: NeMo-Run parses the values of overrides by them.
 
 import contextlib
 import re

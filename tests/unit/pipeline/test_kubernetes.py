@@ -11,6 +11,7 @@ import jsonschema
 import nemo_run as run
 import pytest
 import yaml
+from nemo_run.cli.cli_parser import parse_cli_args
 from omegaconf import OmegaConf
 
 from nemo_upcycle.errors import UpcycleError
@@ -128,7 +129,20 @@ def test_the_packages_own_table_makes_manifests(tmp_path: Path) -> None:
 def test_settings_can_be_configured_and_cloned_as_nemo_run_does(tmp_path: Path) -> None:
     settings = executor("trainjob-2.3", tmp_path)
     assert settings.clone() == settings
-    assert run.Config(KubernetesExecutor, queue="gpus").queue == "gpus"
+
+
+def test_settings_can_be_overridden_on_the_command_line() -> None:
+    given = {
+        "image": "nvcr.io/nvidia/nemo:25.11",
+        "cpus": 3,
+        "pull_secrets": ["ngc"],
+        "node_selector": {"pool": "h100"},
+        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+        "stages": {"pretrain": {"cpus": 64}},
+    }
+    overrides = [f"{name}={value}" for name, value in given.items()]
+    settings = parse_cli_args(run.Config(KubernetesExecutor), overrides)
+    assert {name: getattr(settings, name) for name in given} == given
 
 
 def test_names_are_labels_whatever_the_folder_is_called(tmp_path: Path) -> None:
