@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 RUN_DIR ?= runs/demo
 COMMAND_DIR := runs/test-command
 
-.PHONY: help demo test test-command test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te data-env test-data
+.PHONY: help demo test test-command test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te test-k8s data-env test-data
 
 help:
 	@echo "make demo    upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (about 8 minutes, no GPU)"
@@ -19,6 +19,7 @@ help:
 	@echo "make docs    the pages of docs/ and the reference, into site/, in an environment of their own, $(DOCS_VENV)"
 	@echo "make venv    only the environments, $(VENV) and $(DATA_VENV)"
 	@echo "make test-te tests with real Transformer Engine modules, in an environment of their own, $(TE_VENV) (no GPU)"
+	@echo "make test-k8s  tests against a real Kubernetes API server, built once into .cache/k8s (about 4 minutes, Debian)"
 	@echo "make data-env  the environment of the data stage, $(DATA_VENV): datatrove and its numpy 2 (about a minute)"
 	@echo "make test-data tests of the data stage's engine, in $(DATA_VENV)"
 	@echo "make test-pythons  make test under each of Python 3.10, 3.11 and 3.12 that this machine has"
@@ -59,6 +60,10 @@ $(TE_VENV)/.complete: scripts/te_env.sh
 
 test-te: te-env
 	$(TE_VENV)/bin/python -m pytest tests/te
+
+test-k8s: venv
+	scripts/k8s_apiserver.sh
+	$(BIN)/python -m pytest tests/functional/test_kubernetes.py
 
 data-env: $(DATA_VENV)/.complete
 

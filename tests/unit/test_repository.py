@@ -43,11 +43,11 @@ def test_every_yaml_loads_and_every_key_is_explained(path: Path) -> None:
 
 
 def test_make_targets_of_the_documents_exist() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    named = {word for command in _commands() for word in re.findall(r"\bmake ([a-z-]+)", command)}
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = {word for command in _commands() for word in re.findall(r"\bmake ([a-z0-9-]+)", command)}
     contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert named
-    assert named | set(re.findall(r"`make ([a-z-]+)", contributing)) <= targets
+    assert named | set(re.findall(r"`make ([a-z0-9-]+)", contributing)) <= targets
 
 
 def test_nemo_commands_of_the_readme_name_registered_recipes() -> None:

@@ -1,0 +1,284 @@
+"""Kubernetes: one job of Kubeflow a stage, submitted when those before it are done."""
+
+# No postponed annotations here: NeMo-Run parses the values of overrides by them.
+
+import contextlib
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nemo_run as run
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.executors import manifests
+from nemo_upcycle.pipeline.executors.base import MISSING, Cluster, Job, JobState, Phase, require_settings
+from nemo_upcycle.pipeline.executors.kubernetes_api import KubernetesApi, TakenError, reported_state
+
+
+#: Settings that all stages share: a job is looked up by its name alone.
+_COMMON = ("namespace", "kind", "kubeconfig", "context", "report_within_s")
+_NAMES_TRIED = 20
+
+
+@dataclass(kw_only=True)
+class KubernetesExecutor(run.Executor):
+    """Where and how stages run on Kubernetes.
+
+    NeMo-Run's own `KubeflowExecutor` is not used: it needs a kubeconfig to be constructed, so also to show what it
+    would do; it writes `podTemplateOverrides`, which Trainer 2.2 and later drop silently, and with it volumes,
+    tolerations and pull secrets; it starts the next stage after a failed one; and it waits for ever for a job that was
+    deleted. Nothing is copied into the pods either: the plan of a run lies in its folder, on a claim that the pods
+    mount.
+
+    Numbers of 0 and empty texts leave a field out, so that the cluster or the runtime decides.
+
+    Args:
+        namespace: of the jobs.
+        image: of the containers; holds this package, torch, bash and tee.
+        claim: the PersistentVolumeClaim (ReadWriteMany) that runs lie on.
+        mount_path: where it is mounted, in the pods and on the machine that launches.
+        volumes: further claims, and where they are mounted.
+        kind: of the jobs: `trainjob` (Trainer 2.2 and later), `trainjob-2.1`, `pytorchjob` (training operator 1.9).
+        runtime: the ClusterTrainingRuntime of a TrainJob; `TrainingRuntime/NAME` for one of the namespace.
+        queue: LocalQueue of Kueue.
+        cpus: per node.
+        memory_gib: per node.
+        gpus_per_node: number of GPUs.
+        gpu_resource: what the cluster calls them.
+        extra_resources: others, as `{"rdma/ib": 8}`, per node.
+        shared_memory_gib: size of /dev/shm, which counts as memory; training needs it.
+        tolerations: of the pods.
+        node_selector: of the pods.
+        pull_secrets: names of the secrets to pull the image with.
+        service_account: of the pods.
+        secret_env_vars: variables, and where their values are: `{"HF_TOKEN": "SECRET/KEY"}`.
+        termination_grace_s: time that ranks have to save a checkpoint when they are evicted (Trainer 2.3 and later,
+            PyTorchJob).
+        active_deadline_s: time after which a job is ended (not in Trainer 2.1).
+        restarts: how often a training starts again, from its last checkpoint, before it has failed (PyTorchJob; a
+            TrainJob's runtime says so itself).
+        python: the image's Python.
+        kubeconfig: the file; empty for $KUBECONFIG, ~/.kube/config or the pod's service account.
+        context: of that file; empty for its current one.
+        report_within_s: a job of which no controller says anything for so long has ended.
+        stages: per stage, the fields that differ there.
+
+    Example:
+        >>> KubernetesExecutor(image="nvcr.io/nvidia/nemo:25.11", claim="runs", mount_path="/runs").kind
+        'trainjob'
+    """
+
+    namespace: str = "default"
+    image: str = MISSING
+    claim: str = MISSING
+    mount_path: str = MISSING
+    volumes: dict[str, str] = field(default_factory=dict)
+    kind: str = "trainjob"
+    runtime: str = "torch-distributed"
+    queue: str = ""
+    cpus: int = 0
+    memory_gib: int = 0
+    gpus_per_node: int = 0
+    gpu_resource: str = "nvidia.com/gpu"
+    extra_resources: dict[str, int] = field(default_factory=dict)
+    shared_memory_gib: int = 0
+    tolerations: list[dict[str, Any]] = field(default_factory=list)
+    node_selector: dict[str, str] = field(default_factory=dict)
+    pull_secrets: list[str] = field(default_factory=list)
+    service_account: str = ""
+    secret_env_vars: dict[str, str] = field(default_factory=dict)
+    termination_grace_s: int = 0
+    active_deadline_s: int = 0
+    restarts: int = 0
+    python: str = "python"
+    kubeconfig: str = ""
+    context: str = ""
+    report_within_s: int = 60
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def mounts(self) -> dict[str, str]:
+        """All claims, and where they are mounted."""
+        return {self.claim: self.mount_path, **self.volumes}
+
+
+class KubernetesScheduler(Cluster):
+    """Jobs of Kubeflow in a namespace. The client chains: nothing in the cluster holds a stage back.
+
+    Args:
+        executor: the user's settings.
+        api: a connection; None makes one when it is needed.
+    """
+
+    def __init__(self, executor: KubernetesExecutor, api: KubernetesApi | None = None) -> None:
+        super().__init__(executor)
+        self._api = api
+        self._last: dict[str, JobState] = {}
+        self._silent_since_s: dict[str, float] = {}
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """See `Cluster.check`: the settings, the claims, and a dry run of every job with all checks of the server."""
+        require_settings(
+            self.executor,
+            "set it in a copy of conf/executors/kubernetes.yaml",
+            {
+                "image": "the container image of the stages",
+                "claim": "the PersistentVolumeClaim that runs lie on",
+                "mount_path": "where the claim is mounted, here and in the pods",
+            },
+        )
+        self._require_common()
+        for job in jobs:
+            self._require_sound(job, self.settings_for(job.name))
+        for job in jobs:
+            self._require_accepted(job, self.settings_for(job.name))
+
+    def render(self, job: Job) -> dict[str, str]:
+        """See `Cluster.render`: the manifest that the next `submit` sends."""
+        name = f"{manifests.base_name(job)}-{_next_number(job)}"
+        return {f"{name}.yaml": manifests.as_yaml(manifests.manifest(self.settings_for(job.name), job, name))}
+
+    def submit(self, job: Job, after: Sequence[str] = ()) -> str:
+        """See `Cluster.submit`: the name of the job that was created; its manifest is kept in the job's folder."""
+        settings, number = self.settings_for(job.name), _next_number(job)
+        for name in (f"{manifests.base_name(job)}-{number + more}" for more in range(_NAMES_TRIED)):
+            document = manifests.manifest(settings, job, name)
+            try:
+                self._connected().create(manifests.resource_of(settings), document)
+            except TakenError:  # by an earlier run in a folder of the same name
+                continue
+            job.folder.mkdir(parents=True, exist_ok=True)
+            (job.folder / f"{name}.yaml").write_text(manifests.as_yaml(document), encoding="utf-8")
+            return name
+        raise UpcycleError(
+            f"name of stage '{job.name}' in the cluster",
+            got=f"{_NAMES_TRIED} jobs called {manifests.base_name(job)}-NUMBER",
+            expected="a free name",
+            fix=f"delete those of earlier runs, in namespace {settings.namespace}",
+        )
+
+    def states(self, ids: Sequence[str]) -> Mapping[str, JobState]:
+        """See `Cluster.states`. While the server does not answer, the last state stands, with that as its reason."""
+        return {identity: self._state(identity) for identity in ids}
+
+    def cancel(self, ids: Sequence[str]) -> None:
+        """See `Cluster.cancel`: deletes the jobs; their pods get SIGTERM."""
+        for identity in ids:
+            self._connected().delete(manifests.resource_of(self.executor), self.executor.namespace, identity)
+
+    def logs(self, job: Job, identity: str) -> Sequence[Path]:
+        """See `Cluster.logs`: one file a node, written by the pods into the run's folder."""
+        return [job.folder / f"{identity}-node{number}.log" for number in range(job.nodes)]
+
+    def resources(self, job: Job) -> dict[str, str]:
+        """See `Cluster.resources`."""
+        settings = self.settings_for(job.name)
+        found = {
+            "queue": settings.queue,
+            "nodes": job.nodes,
+            "GPUs per node": settings.gpus_per_node,
+            "CPUs per node": settings.cpus,
+            "memory per node": f"{settings.memory_gib} GiB" if settings.memory_gib else "",
+            "time limit": f"{settings.active_deadline_s} s" if settings.active_deadline_s else "",
+            "image": settings.image,
+        }
+        return {name: str(value) for name, value in found.items() if value}
+
+    def _require_common(self) -> None:
+        for stage, settings in self.executor.stages.items():
+            for name in _COMMON:
+                if name in settings:
+                    raise UpcycleError(
+                        f"stages.{stage}.{name} of the executor",
+                        got=settings[name],
+                        expected="nothing: it is the same for all stages",
+                        fix=f"set run.executor.{name}",
+                    )
+
+    def _require_sound(self, job: Job, settings: KubernetesExecutor) -> None:
+        """Check what needs no server."""
+        manifests.require_fields(settings)
+        run_dir = manifests.pod_path(job.run_dir)
+        if not any(run_dir.is_relative_to(path) for path in settings.mounts.values()):
+            raise UpcycleError(
+                f"dir {job.run_dir}",
+                got="a folder that the pods do not see",
+                expected=f"one below {' or '.join(settings.mounts.values())}",
+                fix="choose another dir, or set run.executor.claim, mount_path and volumes",
+            )
+        if 0 < settings.gpus_per_node < job.ranks_per_node:
+            raise UpcycleError(
+                f"run.executor.stages.{job.name}.gpus_per_node",
+                got=settings.gpus_per_node,
+                expected=f"at least {job.ranks_per_node}, the ranks per node",
+                fix=f"raise it, or lower {job.name}.trainer.devices",
+            )
+
+    def _require_accepted(self, job: Job, settings: KubernetesExecutor) -> None:
+        """Ask the server."""
+        api = self._connected()
+        document = manifests.manifest(settings, job, f"{manifests.base_name(job)}-{_next_number(job)}")
+        with contextlib.suppress(TakenError):  # `submit` chooses another name
+            api.create(manifests.resource_of(settings), document, dry_run=True)
+        for claim in settings.mounts:
+            if api.lacks_claim(settings.namespace, claim):
+                raise UpcycleError(
+                    "run.executor.claim or volumes",
+                    got=claim,
+                    expected=f"a PersistentVolumeClaim of namespace {settings.namespace}",
+                    fix="name one: kubectl get pvc",
+                )
+        if settings.queue and api.lacks_queue(settings.namespace, settings.queue):
+            raise UpcycleError(
+                "run.executor.queue",
+                got=settings.queue,
+                expected=f"a LocalQueue of namespace {settings.namespace}",
+                fix="name one: kubectl get localqueues",
+            )
+
+    def _connected(self) -> KubernetesApi:
+        if self._api is None:
+            self._api = KubernetesApi(self.executor.kubeconfig, self.executor.context)
+        return self._api
+
+    def _state(self, identity: str) -> JobState:
+        resource, namespace = manifests.resource_of(self.executor), self.executor.namespace
+        try:
+            found = self._connected().get(resource, namespace, identity)
+        except UpcycleError as error:  # hours of work must not end with a token or a connection
+            self._api = None  # read the credentials anew
+            last = self._last.get(identity, JobState(Phase.WAITING))
+            return JobState(last.phase, f"not known: {error}")
+        if found is None:
+            return JobState(Phase.ENDED, "deleted")
+        reported = reported_state(found)
+        if reported is None:
+            state = self._silence(identity)
+        else:
+            self._silent_since_s.pop(identity, None)
+            state = reported
+        if reported == JobState(Phase.WAITING):  # the job does not say why
+            why = self._connected().why_pods_wait(namespace, f"{resource.pods}={identity}")
+            state = JobState(Phase.WAITING, why or "its pods are not ready yet")
+        self._last[identity] = state
+        return state
+
+    def _silence(self, identity: str) -> JobState:
+        """Return the state of a job of which no controller has said anything."""
+        silent_s = time.monotonic() - self._silent_since_s.setdefault(identity, time.monotonic())
+        if silent_s < self.executor.report_within_s:
+            return JobState(Phase.WAITING, "no controller has reported on it yet")
+        resource = manifests.resource_of(self.executor)
+        runtime = f", with the runtime '{self.executor.runtime}'" if resource.kind == "TrainJob" else ""
+        why = f"no controller has reported on it for {silent_s:.0f} s: does {resource.operator} or newer run{runtime}?"
+        return JobState(Phase.ENDED, why)
+
+
+def _next_number(job: Job) -> int:
+    """Return the number of a stage's next job: one more than those that were submitted from its folder."""
+    pattern = re.compile(rf"{re.escape(manifests.base_name(job))}-(\d+)\.yaml")
+    found = (pattern.fullmatch(path.name) for path in job.folder.glob("*.yaml"))
+    return max((int(match[1]) for match in found if match), default=0) + 1

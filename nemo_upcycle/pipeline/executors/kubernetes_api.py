@@ -1,0 +1,261 @@
+"""The few requests that the Kubernetes executor makes, and what the API server's refusals mean for a user."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.executors.base import JobState, Phase
+from nemo_upcycle.pipeline.executors.manifests import Resource
+
+
+_TIMEOUT_S = 30
+#: Words in a refusal of the server, and what to change.
+_FIXES = {
+    'unknown field "spec.runtimePatches"': "this is Trainer 2.1 or older: run.executor.kind=trainjob-2.1",
+    'unknown field "spec.podTemplateOverrides"': "this is Trainer 2.2 or newer: run.executor.kind=trainjob",
+    "terminationGracePeriodSeconds": (
+        "Trainer has this field from 2.3 on: run.executor.termination_grace_s=0, and set "
+        "terminationGracePeriodSeconds in the runtime's pods"
+    ),
+}
+
+
+class TakenError(Exception):
+    """A job of this name exists."""
+
+
+class UnreachableError(UpcycleError):
+    """The API server did not answer, or not in a way that says anything about the request."""
+
+    def __init__(self, got: str) -> None:
+        super().__init__(
+            "Kubernetes API server",
+            got=got,
+            expected="an answer",
+            fix="check the network, and run.executor.kubeconfig and run.executor.context",
+        )
+
+
+class KubernetesApi:
+    """A connection to an API server, with the credentials of a kubeconfig or of the pod that this runs in.
+
+    Args:
+        kubeconfig: the file; empty for $KUBECONFIG or ~/.kube/config, and then the pod's service account.
+        context: of that file; empty for its current one.
+
+    Raises:
+        UpcycleError: the client is not installed, or there are no credentials.
+    """
+
+    def __init__(self, kubeconfig: str, context: str) -> None:
+        try:
+            from kubernetes import client, config
+        except ImportError:
+            raise UpcycleError(
+                "package 'kubernetes'",
+                got="not installed",
+                expected="it, to talk to the cluster",
+                fix="pip install 'nemo-upcycle[kubernetes]'",
+            ) from None
+        self._client: Any = client
+        configuration = client.Configuration()
+        try:
+            try:
+                config.load_kube_config(kubeconfig or None, context or None, configuration)
+            except config.ConfigException:
+                if kubeconfig or context:
+                    raise
+                config.load_incluster_config(configuration)
+        except (config.ConfigException, OSError) as error:
+            raise UpcycleError(
+                "credentials of the Kubernetes cluster",
+                got=str(error).rstrip("."),
+                expected="a kubeconfig, or a pod's service account",
+                fix="set KUBECONFIG, run.executor.kubeconfig and run.executor.context, or log in to the cluster",
+            ) from None
+        self._host = configuration.host
+        connection = client.ApiClient(configuration)
+        self._objects: Any = client.CustomObjectsApi(connection)
+        self._core: Any = client.CoreV1Api(connection)
+
+    def create(self, resource: Resource, manifest: dict[str, Any], *, dry_run: bool = False) -> None:
+        """Create a job; the server refuses unknown fields.
+
+        Args:
+            resource: its kind.
+            manifest: of the job.
+            dry_run: ask for every check, and create nothing.
+
+        Raises:
+            UpcycleError: the server refuses it.
+            TakenError: there is a job of this name.
+            UnreachableError: the server does not answer.
+        """
+        options: dict[str, Any] = {"dry_run": "All"} if dry_run else {}
+        address = (resource.group, resource.version, manifest["metadata"]["namespace"], resource.plural)
+        self._ask(
+            lambda: self._objects.create_namespaced_custom_object(
+                *address, manifest, field_validation="Strict", _request_timeout=_TIMEOUT_S, **options
+            ),
+            resource,
+            manifest["metadata"]["namespace"],
+        )
+
+    def get(self, resource: Resource, namespace: str, name: str) -> dict[str, Any] | None:
+        """Return a job, or None if there is none of this name."""
+        address = (resource.group, resource.version, namespace, resource.plural, name)
+        try:
+            found: dict[str, Any] = self._ask(
+                lambda: self._objects.get_namespaced_custom_object(*address, _request_timeout=_TIMEOUT_S),
+                resource,
+                namespace,
+            )
+        except _AbsentError:
+            return None
+        return found
+
+    def delete(self, resource: Resource, namespace: str, name: str) -> None:
+        """Delete a job and its pods; one that does not exist is deleted already."""
+        address = (resource.group, resource.version, namespace, resource.plural, name)
+        with contextlib.suppress(_AbsentError):
+            self._ask(
+                lambda: self._objects.delete_namespaced_custom_object(
+                    *address, propagation_policy="Background", _request_timeout=_TIMEOUT_S
+                ),
+                resource,
+                namespace,
+            )
+
+    def lacks_claim(self, namespace: str, name: str) -> bool:
+        """Return whether the server says that there is no such PersistentVolumeClaim; no right to look is no."""
+        return self._is_absent(
+            lambda: self._core.read_namespaced_persistent_volume_claim(name, namespace, _request_timeout=_TIMEOUT_S)
+        )
+
+    def lacks_queue(self, namespace: str, name: str) -> bool:
+        """Return whether the server says that there is no such LocalQueue of Kueue; no right to look is no."""
+        address = ("kueue.x-k8s.io", "v1beta1", namespace, "localqueues", name)
+        return self._is_absent(
+            lambda: self._objects.get_namespaced_custom_object(*address, _request_timeout=_TIMEOUT_S)
+        )
+
+    def why_pods_wait(self, namespace: str, selector: str) -> str:
+        """Return why a pod waits, as that no node is free or its image cannot be pulled; or an empty text."""
+        try:
+            pods = self._core.list_namespaced_pod(namespace, label_selector=selector, _request_timeout=_TIMEOUT_S)
+        except Exception:  # it is only for people: no rights, or a connection that breaks
+            return ""
+        for status in (pod.status for pod in pods.items):
+            for container in status.container_statuses or ():
+                if (waits := container.state.waiting) and waits.reason not in ("ContainerCreating", "PodInitializing"):
+                    return f"{waits.reason}: {waits.message or ''}".rstrip(": ")
+            for condition in status.conditions or ():
+                if condition.type == "PodScheduled" and condition.status == "False":
+                    return f"{condition.reason}: {condition.message or ''}".rstrip(": ")
+        return ""
+
+    def _ask(self, request: Callable[[], Any], resource: Resource, namespace: str) -> Any:
+        try:
+            return request()
+        except self._client.ApiException as error:
+            raise _meaning(error, resource, namespace) from None
+        except Exception as error:  # urllib3's many, and those of plugins that fetch credentials
+            raise UnreachableError(f"none from {self._host} ({_last_line(error)})") from None
+
+    def _is_absent(self, request: Callable[[], Any]) -> bool:
+        try:
+            request()
+        except self._client.ApiException as error:
+            return error.status == 404 and bool(_details(error).get("name"))
+        except Exception:
+            return False
+        return False
+
+
+def reported_state(found: dict[str, Any]) -> JobState | None:
+    """Return what the controllers of a job say of it, or None as long as none of them has said anything.
+
+    Args:
+        found: the job, as the API server has it.
+    """
+    spec, status = found.get("spec") or {}, found.get("status") or {}
+    true = {entry["type"]: entry for entry in status.get("conditions") or () if entry.get("status") == "True"}
+    for name in ("Failed", "Complete", "Succeeded"):
+        if name in true:
+            return JobState(Phase.ENDED, _words(true[name]))
+    if "Suspended" in true or spec.get("suspend") or (spec.get("runPolicy") or {}).get("suspend"):
+        return JobState(Phase.WAITING, "suspended: its queue has not admitted it, or somebody holds it")
+    if "Restarting" in true:
+        return JobState(Phase.WAITING, _words(true["Restarting"]))
+    if "Running" in true or any(job.get("ready") or job.get("succeeded") for job in status.get("jobsStatus") or ()):
+        return JobState(Phase.RUNNING)
+    return JobState(Phase.WAITING) if status else None
+
+
+def _words(condition: dict[str, Any]) -> str:
+    return ": ".join(text for text in (condition.get("reason"), condition.get("message")) if text) or condition["type"]
+
+
+class _AbsentError(Exception):
+    """There is no job of this name."""
+
+
+def _meaning(error: Any, resource: Resource, namespace: str) -> Exception:
+    """Return what an answer of the server means for the user."""
+    message, details = _message(error), _details(error)
+    if error.status == 404:
+        if details.get("kind") == "namespaces":
+            return UpcycleError(
+                "run.executor.namespace", got=namespace, expected="a namespace of the cluster", fix="name another"
+            )
+        if details.get("name"):
+            return _AbsentError()
+        return UpcycleError(
+            f"run.executor.kind: {resource.crd}",
+            got="not known to the cluster",
+            expected=f"{resource.operator} or newer",
+            fix="install it, or choose another kind: trainjob, trainjob-2.1 or pytorchjob",
+        )
+    if error.status == 409:
+        return TakenError()
+    if error.status == 401 or (error.status == 403 and "denied the request" not in message):
+        return UpcycleError(
+            f"rights to {resource.plural} in namespace {namespace}",
+            got=message,
+            expected="to create, get and delete them",
+            fix="log in again, choose another run.executor.namespace or context, or ask the cluster's administrator",
+        )
+    if error.status in (400, 403, 422):
+        return UpcycleError(
+            f"{resource.kind} in namespace {namespace}",
+            got=f"refused: {message}",
+            expected="accepted by the API server",
+            fix=next(
+                (fix for words, fix in _FIXES.items() if words in message), "change what run.executor says of it"
+            ),
+        )
+    return UnreachableError(f"{error.status} {error.reason}: {message}")
+
+
+def _status(error: Any) -> dict[str, Any]:
+    try:
+        status = json.loads(error.body)
+    except (TypeError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
+
+
+def _message(error: Any) -> str:
+    return str(_status(error).get("message") or error.reason or "no reason given")
+
+
+def _details(error: Any) -> dict[str, Any]:
+    return _status(error).get("details") or {}
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

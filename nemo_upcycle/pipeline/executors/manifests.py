@@ -1,0 +1,293 @@
+"""What Kubernetes is asked for: a stage as a TrainJob or a PyTorchJob of Kubeflow, as plain values.
+
+Pure: settings and a job in, dictionaries out. Needs neither a cluster nor a client.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.executors.base import Job
+
+
+if TYPE_CHECKING:
+    from nemo_upcycle.pipeline.executors.kubernetes import KubernetesExecutor
+
+#: Who wrote a patch of a runtime; has to look like a label with a domain.
+MANAGER = "nemo-upcycle/launcher"
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+#: The replicated job and the container of Kubeflow's torch runtimes that run the ranks.
+_NODE = "node"
+#: Pods are called NAME-node-0-NUMBER or NAME-worker-NUMBER, and must stay below 64 characters.
+_RUN_CHARS = 20
+
+# Bash is the pod's first process. It keeps what the ranks print in the run's folder, too, and hands on SIGTERM.
+# torchrun would kill its ranks 30 s after a SIGTERM, in the middle of a checkpoint: it does not get the signal, its
+# ranks do, and it waits for them.
+_WRAPPER = """\
+log=$1-node${PET_NODE_RANK:-0}.log; shift
+mkdir -p "$(dirname "$log")"
+exec > >(exec tee -a "$log") 2>&1
+"$@" &
+child=$!
+trap 'kill -TERM %s' TERM
+wait $child; status=$?
+while kill -0 $child 2>/dev/null; do wait $child; status=$?; done
+sleep 1
+exit $status
+"""
+_TERM_TO_RANKS = _WRAPPER % "$(cat /proc/$child/task/$child/children)"
+_TERM_TO_CHILD = _WRAPPER % "$child"
+
+
+@dataclass(frozen=True)
+class Resource:
+    """A kind of job, as the API server addresses it.
+
+    Args:
+        group: of the API.
+        version: of the API.
+        plural: the resource's name in addresses.
+        kind: its name in manifests.
+        pods: the label of a job's pods that holds its name.
+        operator: what has to run in the cluster, and the least release.
+        lacks: settings that it has no field for, and where that is set instead.
+    """
+
+    group: str
+    version: str
+    plural: str
+    kind: str
+    pods: str
+    operator: str
+    lacks: dict[str, str]
+
+    @property
+    def crd(self) -> str:
+        """The name of its definition."""
+        return f"{self.plural}.{self.group}"
+
+
+_TRAINJOB = ("trainer.kubeflow.org", "v1alpha1", "trainjobs", "TrainJob", "jobset.sigs.k8s.io/jobset-name")
+_NO_RESTARTS = {"restarts": "failurePolicy.maxRestarts of the runtime's JobSet"}
+RESOURCES = {
+    "trainjob": Resource(*_TRAINJOB, "Kubeflow Trainer 2.2", _NO_RESTARTS),
+    "trainjob-2.1": Resource(
+        *_TRAINJOB,
+        "Kubeflow Trainer 2.1",
+        {
+            **_NO_RESTARTS,
+            "termination_grace_s": "terminationGracePeriodSeconds of the runtime's pods",
+            "active_deadline_s": "activeDeadlineSeconds of the runtime's Job",
+        },
+    ),
+    "pytorchjob": Resource(
+        *("kubeflow.org", "v1", "pytorchjobs", "PyTorchJob", "training.kubeflow.org/job-name"),
+        "Kubeflow's training operator 1.9",
+        {},
+    ),
+}
+
+
+def resource_of(settings: KubernetesExecutor) -> Resource:
+    """Return the kind of job that the settings name.
+
+    Raises:
+        UpcycleError: there is no such kind.
+    """
+    if settings.kind not in RESOURCES:
+        raise UpcycleError.unknown("run.executor.kind", settings.kind, RESOURCES)
+    return RESOURCES[settings.kind]
+
+
+def require_fields(settings: KubernetesExecutor) -> None:
+    """Check that the kind of job has a field for every setting.
+
+    Raises:
+        UpcycleError: it lacks one.
+    """
+    for name, instead in resource_of(settings).lacks.items():
+        if value := getattr(settings, name):
+            raise UpcycleError(
+                f"run.executor.{name}",
+                got=value,
+                expected=f"0: a job of kind {settings.kind} has no field for it",
+                fix=f"set it to 0, and {instead}",
+            )
+
+
+def pod_path(path: Path) -> Path:
+    """Return the absolute path of a folder, by the name that it was given: pods do not have this machine's links."""
+    return Path(os.path.abspath(path))
+
+
+def label_of(text: str) -> str:
+    """Return a text as the cluster allows it in names: small letters, digits and hyphens, a letter first.
+
+    Example:
+        >>> label_of("8B v2")
+        'run-8b-v2'
+    """
+    label = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    label = label if label[:1].isalpha() else f"run-{label}"
+    return label[:_RUN_CHARS].strip("-")
+
+
+def base_name(job: Job) -> str:
+    """Return what the names of a stage's jobs start with: the run's folder, the stage, a hash of the folder's path.
+
+    Example:
+        >>> base_name(Job("dense_ct", Path("/runs/demo"), ()))
+        'demo-dense-ct-d3017f'
+    """
+    run_dir = pod_path(job.run_dir)
+    digest = hashlib.sha256(str(run_dir).encode()).hexdigest()[:6]
+    return f"{label_of(run_dir.name)}-{label_of(job.name)}-{digest}"
+
+
+def manifest(settings: KubernetesExecutor, job: Job, name: str) -> dict[str, Any]:
+    """Return the manifest of a stage.
+
+    Args:
+        settings: those of this stage.
+        job: the stage.
+        name: of the job in the cluster.
+
+    Raises:
+        UpcycleError: the settings do not fit the kind of job.
+    """
+    require_fields(settings)
+    resource = resource_of(settings)
+    labels = {"app.kubernetes.io/name": "nemo-upcycle", "nemo-upcycle/stage": job.name}
+    labels |= {QUEUE_LABEL: settings.queue} if settings.queue else {}
+    render: Callable[[KubernetesExecutor, Job, str], dict[str, Any]]
+    render = _pytorchjob_spec if resource.kind == "PyTorchJob" else _trainjob_spec
+    return {
+        "apiVersion": f"{resource.group}/{resource.version}",
+        "kind": resource.kind,
+        "metadata": {"name": name, "namespace": settings.namespace, "labels": labels},
+        "spec": render(settings, job, name),
+    }
+
+
+def as_yaml(document: dict[str, Any]) -> str:
+    """Return a manifest as text, for people and `kubectl create -f`."""
+    return yaml.safe_dump(document, sort_keys=False, default_flow_style=False, width=119)
+
+
+def _trainjob_spec(settings: KubernetesExecutor, job: Job, name: str) -> dict[str, Any]:
+    kind, _, runtime = settings.runtime.rpartition("/")
+    pod = _pod(settings, {"name": _NODE})
+    if settings.kind == "trainjob":
+        template = {"spec": {"template": {"spec": pod}}}
+        patch = {"template": {"spec": {"replicatedJobs": [{"name": _NODE, "template": template}]}}}
+        patches: dict[str, Any] = {"runtimePatches": [{"manager": MANAGER, "trainingRuntimeSpec": patch}]}
+    else:
+        patches = {"podTemplateOverrides": [{"targetJobs": [{"name": _NODE}], "spec": pod}]}
+    return {
+        "runtimeRef": {"name": runtime} | ({"kind": kind} if kind else {}),
+        "trainer": {
+            "image": settings.image,
+            "command": _command(settings, job, name),
+            "env": _environment(settings),
+            "numNodes": job.nodes,
+            "numProcPerNode": job.ranks_per_node,
+            "resourcesPerNode": _resources(settings),
+        },
+        **patches,
+        **_given(activeDeadlineSeconds=settings.active_deadline_s),
+    }
+
+
+def _pytorchjob_spec(settings: KubernetesExecutor, job: Job, name: str) -> dict[str, Any]:
+    container = {
+        "name": "pytorch",
+        "image": settings.image,
+        "command": _command(settings, job, name),
+        "env": _environment(settings),
+        "resources": _resources(settings),
+    }
+    restarts = settings.restarts if job.is_training else 0
+
+    def replicas(number: int) -> dict[str, Any]:
+        # Not ExitCode: torchrun ends with 1 whatever its ranks ended with, which that policy takes for final.
+        policy = "OnFailure" if restarts else "Never"
+        return {"replicas": number, "restartPolicy": policy, "template": {"spec": _pod(settings, container)}}
+
+    deadline = _given(activeDeadlineSeconds=settings.active_deadline_s)
+    return {
+        "nprocPerNode": str(job.ranks_per_node),
+        "runPolicy": {"cleanPodPolicy": "Running", "backoffLimit": restarts, **deadline},
+        "pytorchReplicaSpecs": {
+            "Master": replicas(1),
+            **({"Worker": replicas(job.nodes - 1)} if job.nodes > 1 else {}),
+        },
+    }
+
+
+def _pod(settings: KubernetesExecutor, container: dict[str, Any]) -> dict[str, Any]:
+    """Return a pod with one container; a patch of a runtime has the same fields."""
+    volumes: list[dict[str, Any]] = []
+    mounts: list[dict[str, Any]] = []
+    for number, (claim, path) in enumerate(settings.mounts.items()):
+        volumes.append({"name": f"claim-{number}", "persistentVolumeClaim": {"claimName": claim}})
+        mounts.append({"name": f"claim-{number}", "mountPath": path})
+    if settings.shared_memory_gib:
+        limit = {"medium": "Memory", "sizeLimit": f"{settings.shared_memory_gib}Gi"}
+        volumes.append({"name": "shared-memory", "emptyDir": limit})
+        mounts.append({"name": "shared-memory", "mountPath": "/dev/shm"})
+    return {
+        "containers": [{**container, "volumeMounts": mounts}],
+        "volumes": volumes,
+        **_given(
+            tolerations=settings.tolerations,
+            nodeSelector=settings.node_selector,
+            imagePullSecrets=[{"name": secret} for secret in settings.pull_secrets],
+            serviceAccountName=settings.service_account,
+            terminationGracePeriodSeconds=settings.termination_grace_s,
+        ),
+    }
+
+
+def _command(settings: KubernetesExecutor, job: Job, name: str) -> list[str]:
+    """Return what a pod runs: the job's command with the image's Python, once a rank.
+
+    torchrun takes nodes, ranks and the address of the first node from the variables PET_* that the operators set.
+    """
+    command = [settings.python, *job.command[1:]]
+    has_ranks = job.nodes * job.ranks_per_node > 1
+    if has_ranks:
+        command = [settings.python, "-m", "torch.distributed.run", "--no-python", *command]
+    script = _TERM_TO_RANKS if has_ranks else _TERM_TO_CHILD
+    return ["bash", "-c", script, "nemo-upcycle", str(pod_path(job.folder) / name), *command]
+
+
+def _environment(settings: KubernetesExecutor) -> list[dict[str, Any]]:
+    plain = {"PYTHONUNBUFFERED": "1", **settings.env_vars}
+    variables: list[dict[str, Any]] = [{"name": name, "value": str(value)} for name, value in plain.items()]
+    for name, source in settings.secret_env_vars.items():
+        secret, _, key = source.partition("/")
+        variables.append({"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key or name}}})
+    return variables
+
+
+def _resources(settings: KubernetesExecutor) -> dict[str, Any]:
+    asked: dict[str, Any] = _given(cpu=settings.cpus)
+    asked |= {"memory": f"{settings.memory_gib}Gi"} if settings.memory_gib else {}
+    asked |= {settings.gpu_resource: settings.gpus_per_node} if settings.gpus_per_node else {}
+    asked |= settings.extra_resources
+    return {"requests": asked, "limits": dict(asked)} if asked else {}
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    """Return the fields that are set: neither 0 nor empty."""
+    return {name: value for name, value in fields.items() if value}

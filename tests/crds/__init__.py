@@ -1,0 +1,91 @@
+"""Published definitions of Kubeflow's training jobs, as `scripts/crd_schemas.py` reduces them (Apache-2.0)."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.pipeline.executors.base import Job
+from nemo_upcycle.pipeline.executors.kubernetes import KubernetesExecutor
+from nemo_upcycle.pipeline.recipes_io import ranks_of
+from nemo_upcycle.pipeline.stages import STAGES
+
+
+#: A published definition: the kind of the executor that is for it.
+KINDS = {
+    "trainjob-2.1": "trainjob-2.1",
+    "trainjob-2.2": "trainjob",
+    "trainjob-2.3": "trainjob",
+    "pytorchjob-1.9": "pytorchjob",
+}
+RECIPES = ("llama3_8b_e8t2", "llama31_8b_e8t2", "llama3_70b_e8t2", "smollm2_135m_e8t2")
+
+
+def published(name: str) -> dict[str, Any]:
+    """Return a definition."""
+    return json.loads((Path(__file__).parent / f"{name}.json").read_text(encoding="utf-8"))["crd"]
+
+
+def closed_schema(name: str) -> dict[str, Any]:
+    """Return a definition as a JSON schema in which a field that is not named is wrong; CEL rules are not in it."""
+    return _closed(published(name)["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
+
+
+def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+    closed = dict(schema)
+    if "properties" in schema:
+        closed["properties"] = {key: _closed(inner) for key, inner in schema["properties"].items()}
+        if not schema.get("x-kubernetes-preserve-unknown-fields"):
+            closed["additionalProperties"] = False
+    elif isinstance(schema.get("additionalProperties"), dict):
+        closed["additionalProperties"] = _closed(schema["additionalProperties"])
+    if "items" in schema:
+        closed["items"] = _closed(schema["items"])
+    return closed
+
+
+def jobs_of(recipe: str, run_dir: Path) -> Iterator[Job]:
+    """Yield every stage of a recipe with its nodes and ranks."""
+    modules = {"pretrain": recipe, "dense_ct": recipe.replace("_e8t2", "_dense_ct")}
+    for stage in STAGES:
+        nodes, ranks = 1, 1
+        if stage.parallel:
+            module = importlib.import_module(f"nemo_upcycle.recipes.{modules[stage.name]}")
+            nodes, ranks = ranks_of(module.pretrain_recipe())
+        command = ("python", "-m", "nemo_upcycle.pipeline", stage.name, str(run_dir))
+        yield Job(stage.name, run_dir, command, stage.after, nodes, ranks, is_training=stage.parallel)
+
+
+def executor(definition: str, mount: Path, **fields: Any) -> KubernetesExecutor:
+    """Return settings in which every field that a kind of job has is set."""
+    kind = KINDS[definition]
+    has = {
+        "restarts": 3 if kind == "pytorchjob" else 0,
+        "termination_grace_s": 0 if definition in ("trainjob-2.1", "trainjob-2.2") else 600,
+        "active_deadline_s": 0 if definition == "trainjob-2.1" else 86400,
+    }
+    settings = {
+        "namespace": "team",
+        "image": "nvcr.io/nvidia/nemo:25.11",
+        "claim": "runs",
+        "mount_path": str(mount),
+        "volumes": {"datasets": "/data"},
+        "kind": kind,
+        "queue": "gpus",
+        "cpus": 16,
+        "memory_gib": 64,
+        "extra_resources": {"rdma/ib": 8},
+        "shared_memory_gib": 32,
+        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+        "node_selector": {"pool": "h100"},
+        "pull_secrets": ["ngc"],
+        "service_account": "trainer",
+        "env_vars": {"NCCL_DEBUG": "WARN"},
+        "secret_env_vars": {"HF_TOKEN": "hub/token"},
+        "report_within_s": 3,
+        "stages": {"pretrain": {"gpus_per_node": 8}, "dense_ct": {"gpus_per_node": 8}},
+    }
+    return KubernetesExecutor(**{**settings, **has, **fields})

@@ -1,0 +1,125 @@
+"""A Kubernetes API server on this machine: custom resources with their real validation; no pods, no controllers.
+
+`scripts/k8s_apiserver.sh` builds it. It knows no core types, so nothing here tries claims or namespaces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.crds import published
+
+
+BINARIES = Path(os.environ.get("NEMO_UPCYCLE_K8S") or Path(__file__).parents[2] / ".cache" / "k8s")
+IS_BUILT = (BINARIES / "apiserver").is_file() and (BINARIES / "etcd").is_file()
+_KUBECONFIG = """\
+apiVersion: v1
+kind: Config
+clusters: [{{name: test, cluster: {{server: "https://127.0.0.1:{port}", insecure-skip-tls-verify: true}}}}]
+users: [{{name: test, user: {{client-certificate: {folder}/client.crt, client-key: {folder}/client.key}}}}]
+contexts: [{{name: test, context: {{cluster: test, user: test}}}}]
+current-context: test
+"""
+_PLUGINS = (
+    "NamespaceLifecycle,MutatingAdmissionPolicy,MutatingAdmissionWebhook,"
+    "ValidatingAdmissionPolicy,ValidatingAdmissionWebhook"
+)
+
+
+@contextlib.contextmanager
+def server(folder: Path) -> Iterator[Path]:
+    """Run a server while the block runs, and give the kubeconfig of its administrator."""
+    # The group is the one that needs no other server to say what it may do.
+    subject = ["-subj", "/O=system:masters/CN=test", "-addext", "extendedKeyUsage=clientAuth"]
+    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-keyout", folder / "client.key"]
+    request = ["openssl", "req", "-x509", "-nodes", "-days", "2", *key, "-out", folder / "client.crt", *subject]
+    subprocess.run(request, check=True, capture_output=True)
+    etcd, peer, port = _free_ports(3)
+    kubeconfig = folder / "kubeconfig"
+    kubeconfig.write_text(_KUBECONFIG.format(port=port, folder=folder))
+    clients, peers = f"http://127.0.0.1:{etcd}", f"http://127.0.0.1:{peer}"
+    store = [
+        *(BINARIES / "etcd", "--data-dir", folder / "etcd", "--log-level", "error", "--unsafe-no-fsync"),
+        *("--listen-client-urls", clients, "--advertise-client-urls", clients, "--listen-peer-urls", peers),
+        *("--initial-advertise-peer-urls", peers, "--initial-cluster", f"default={peers}"),
+    ]
+    serve = [
+        *(
+            BINARIES / "apiserver",
+            "--etcd-servers",
+            clients,
+            "--bind-address",
+            "127.0.0.1",
+            "--secure-port",
+            str(port),
+        ),
+        *("--cert-dir", folder / "certificates", "--client-ca-file", folder / "client.crt"),
+        *("--kubeconfig", kubeconfig, "--authorization-kubeconfig", kubeconfig),
+        *("--authentication-kubeconfig", kubeconfig, "--authentication-skip-lookup"),
+        *("--disable-admission-plugins", _PLUGINS, "--enable-priority-and-fairness=false"),
+    ]
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context((folder / "server.log").open("wb"))
+        for command in (store, serve):
+            process = subprocess.Popen([str(word) for word in command], stdout=log, stderr=log)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        wait_for(lambda: _definitions(kubeconfig).list_custom_resource_definition(), 30)
+        yield kubeconfig
+
+
+def define(kubeconfig: Path, name: str) -> None:
+    """Let the server know a published definition, in place of another of the same kind; objects are lost."""
+    definitions, crd = _definitions(kubeconfig), published(name)
+    plural = crd["metadata"]["name"]
+    if _state(kubeconfig, plural):
+        definitions.delete_custom_resource_definition(plural)
+        wait_for(lambda: not _state(kubeconfig, plural) or None, 30)
+    definitions.create_custom_resource_definition(crd)
+    wait_for(lambda: _state(kubeconfig, plural).get("Established") or None, 30)
+    time.sleep(1)  # it serves a moment after it says so
+
+
+def wait_for(condition: Callable[[], Any], seconds: float) -> Any:
+    """Return what a condition gives as soon as that is neither None nor an error."""
+    deadline_s = time.monotonic() + seconds
+    while True:
+        try:
+            if (found := condition()) is not None:
+                return found
+            error: Exception = TimeoutError(f"{condition} after {seconds} s")
+        except Exception as raised:
+            error = raised
+        if time.monotonic() > deadline_s:
+            raise error
+        time.sleep(0.2)
+
+
+def _definitions(kubeconfig: Path) -> Any:
+    from kubernetes import client, config
+
+    return client.ApiextensionsV1Api(config.new_client_from_config(str(kubeconfig)))
+
+
+def _state(kubeconfig: Path, plural: str) -> dict[str, bool]:
+    """Return the true conditions of a definition; nothing if there is none."""
+    for found in _definitions(kubeconfig).list_custom_resource_definition().items:
+        if found.metadata.name == plural:
+            conditions = found.status.conditions if found.status else None
+            return {entry.type: True for entry in conditions or () if entry.status == "True"} | {"exists": True}
+    return {}
+
+
+def _free_ports(number: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        holders = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for holder in holders:
+            holder.bind(("127.0.0.1", 0))
+        return [holder.getsockname()[1] for holder in holders]

@@ -1,0 +1,289 @@
+"""Kubernetes without a cluster: manifests against published schemas, names, refusals, states, the pod's wrapper."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import nemo_run as run
+import pytest
+import yaml
+from nemo_run.cli.cli_parser import parse_cli_args
+from omegaconf import OmegaConf
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.executors import manifests
+from nemo_upcycle.pipeline.executors.argo import workflow
+from nemo_upcycle.pipeline.executors.base import Job, JobState, Phase
+from nemo_upcycle.pipeline.executors.kubernetes import KubernetesExecutor, KubernetesScheduler
+from nemo_upcycle.pipeline.executors.kubernetes_api import TakenError, UnreachableError, reported_state
+from tests.crds import KINDS, RECIPES, closed_schema, executor, jobs_of
+
+
+TABLE = Path(__file__).parents[3] / "conf" / "executors" / "kubernetes.yaml"
+
+
+class FakeApi:
+    """An API server with a dictionary in place of etcd."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, dict[str, Any]] = {}
+        self.answers = True
+        self.why = ""
+        self.lacks = ""
+
+    def create(self, resource: Any, manifest: dict[str, Any], *, dry_run: bool = False) -> None:
+        if not self.answers:
+            raise UnreachableError("nothing")
+        if manifest["metadata"]["name"] in self.jobs:
+            raise TakenError
+        if not dry_run:
+            self.jobs[manifest["metadata"]["name"]] = manifest
+
+    def get(self, resource: Any, namespace: str, name: str) -> dict[str, Any] | None:
+        if not self.answers:
+            raise UnreachableError("nothing")
+        return self.jobs.get(name)
+
+    def delete(self, resource: Any, namespace: str, name: str) -> None:
+        self.jobs.pop(name, None)
+
+    def lacks_claim(self, namespace: str, name: str) -> bool:
+        return name == self.lacks
+
+    def lacks_queue(self, namespace: str, name: str) -> bool:
+        return name == self.lacks
+
+    def why_pods_wait(self, namespace: str, selector: str) -> str:
+        return self.why
+
+
+def _job(tmp_path: Path, name: str = "pretrain", **fields: Any) -> Job:
+    return Job(name, tmp_path / "demo", ("python", "-m", "nemo_upcycle.pipeline", name, str(tmp_path)), **fields)
+
+
+def _scheduler(tmp_path: Path, definition: str = "trainjob-2.3", **fields: Any) -> tuple[KubernetesScheduler, FakeApi]:
+    api = FakeApi()
+    return KubernetesScheduler(executor(definition, tmp_path, **fields), api), api  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_stage_of_every_recipe_fits_the_published_schemas(recipe: str, tmp_path: Path) -> None:
+    jobs = list(jobs_of(recipe, tmp_path / "demo"))
+    for definition in KINDS:
+        scheduler, _ = _scheduler(tmp_path, definition)
+        schema = jsonschema.Draft7Validator(closed_schema(definition))
+        for job in jobs:
+            ((name, text),) = scheduler.render(job).items()
+            document = yaml.safe_load(text)
+            schema.validate(document)
+            assert name == f"{document['metadata']['name']}.yaml"
+
+
+@pytest.mark.parametrize("definition", KINDS)
+def test_a_misspelt_field_does_not_fit_the_schema(definition: str, tmp_path: Path) -> None:
+    document = manifests.manifest(executor(definition, tmp_path), _job(tmp_path), "a")
+    document["spec"]["sppec"] = 1
+    with pytest.raises(jsonschema.ValidationError, match="sppec"):
+        jsonschema.validate(document, closed_schema(definition), jsonschema.Draft7Validator)
+
+
+def test_a_pytorchjob_has_a_master_and_workers_and_restarts_only_trainings(tmp_path: Path) -> None:
+    settings = executor("pytorchjob-1.9", tmp_path)
+    spec = manifests.manifest(settings, _job(tmp_path, nodes=3, ranks_per_node=8, is_training=True), "a")["spec"]
+    replicas = spec["pytorchReplicaSpecs"]
+    assert {name: role["replicas"] for name, role in replicas.items()} == {"Master": 1, "Worker": 2}
+    assert replicas["Worker"]["restartPolicy"] == "OnFailure"
+    assert (spec["nprocPerNode"], spec["runPolicy"]["backoffLimit"]) == ("8", 3)
+    export = manifests.manifest(settings, _job(tmp_path, "export"), "a")["spec"]
+    assert export["runPolicy"]["backoffLimit"] == 0
+    assert {name: role["restartPolicy"] for name, role in export["pytorchReplicaSpecs"].items()} == {"Master": "Never"}
+
+
+def test_a_patch_carries_volumes_and_a_training_starts_torchrun(tmp_path: Path) -> None:
+    document = manifests.manifest(executor("trainjob-2.3", tmp_path), _job(tmp_path, ranks_per_node=2), "a")
+    (job,) = document["spec"]["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = job["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts == {str(tmp_path), "/data", "/dev/shm"}
+    assert "env" not in container, "Trainer refuses it there"
+    command = document["spec"]["trainer"]["command"]
+    assert command[5:10] == ["python", "-m", "torch.distributed.run", "--no-python", "python"]
+
+
+def test_the_packages_own_table_makes_manifests(tmp_path: Path) -> None:
+    table: Any = OmegaConf.to_container(OmegaConf.create(TABLE.read_text(encoding="utf-8").replace("???", "mine")))
+    assert table.pop("executor") == "kubernetes"
+    scheduler = KubernetesScheduler(KubernetesExecutor(**table | {"mount_path": str(tmp_path)}), FakeApi())  # type: ignore[arg-type]
+    jobs = list(jobs_of("llama3_8b_e8t2", tmp_path / "demo"))
+    scheduler.check(jobs)
+    assert {job.name for job in jobs} == set(table["stages"])
+    asked = scheduler.resources(next(job for job in jobs if job.name == "pretrain"))
+    assert (asked["nodes"], asked["GPUs per node"]) == ("64", "8")
+
+
+def test_settings_can_be_configured_and_cloned_as_nemo_run_does(tmp_path: Path) -> None:
+    settings = executor("trainjob-2.3", tmp_path)
+    assert settings.clone() == settings
+
+
+def test_settings_can_be_overridden_on_the_command_line() -> None:
+    given = {
+        "image": "nvcr.io/nvidia/nemo:25.11",
+        "cpus": 3,
+        "pull_secrets": ["ngc"],
+        "node_selector": {"pool": "h100"},
+        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+        "stages": {"pretrain": {"cpus": 64}},
+    }
+    overrides = [f"{name}={value}" for name, value in given.items()]
+    settings = parse_cli_args(run.Config(KubernetesExecutor), overrides)
+    assert {name: getattr(settings, name) for name in given} == given
+
+
+def test_names_are_labels_whatever_the_folder_is_called(tmp_path: Path) -> None:
+    for folder in ("8B Läufe_v2", "ÄÖ", "x" * 90, "demo-"):
+        name = manifests.base_name(dataclasses.replace(_job(tmp_path, "dense_ct"), run_dir=tmp_path / folder))
+        assert name.replace("-", "").isalnum()
+        assert name.isascii()
+        assert name[0].isalpha()
+        assert len(f"{name}-20-worker-999") < 64
+
+
+def test_a_mount_that_is_a_link_on_this_machine_keeps_its_name_in_the_pods(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    mount = tmp_path / "runs"
+    mount.symlink_to(tmp_path / "real")
+    scheduler, _ = _scheduler(mount)
+    scheduler.check([_job(mount)])
+    (text,) = scheduler.render(_job(mount)).values()
+    assert f"{mount}/demo/jobs/pretrain/" in text
+
+
+def test_a_rerun_takes_another_name_also_where_the_folder_forgot_the_first(tmp_path: Path) -> None:
+    scheduler, api = _scheduler(tmp_path)
+    job = _job(tmp_path)
+    (planned,) = scheduler.render(job)
+    first = scheduler.submit(job, [])
+    assert planned == f"{first}.yaml"
+    (job.folder / f"{first}.yaml").rename(tmp_path / "elsewhere.yaml")
+    scheduler.check([job])
+    second = scheduler.submit(job, [])
+    third = scheduler.submit(job, [])
+    assert [first[-2:], second[-2:], third[-2:]] == ["-1", "-2", "-3"]
+    assert set(api.jobs) == {first, second, third}
+    assert scheduler.logs(dataclasses.replace(job, nodes=2), third)[1] == job.folder / f"{third}-node1.log"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"image": "???"}, "run.executor.image"),
+        ({"mount_path": "/elsewhere"}, "a folder that the pods do not see"),
+        ({"kind": "trainjobs"}, "Did you mean 'trainjob'?"),
+        ({"restarts": 3}, "failurePolicy.maxRestarts"),
+        ({"kind": "trainjob-2.1"}, "terminationGracePeriodSeconds"),
+        ({"stages": {"pretrain": {"gpu_per_node": 8}}}, "Did you mean 'stages.pretrain.gpus_per_node'?"),
+        ({"stages": {"pretrain": {"namespace": "other"}}}, "the same for all stages"),
+        ({"gpus_per_node": 4}, "at least 8, the ranks per node"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_with_the_fix(
+    fields: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    scheduler, _ = _scheduler(tmp_path, **{"stages": {}, **fields})
+    with pytest.raises(UpcycleError, match=words.replace("?", r"\?").replace(".", r"\.")):
+        scheduler.check([_job(tmp_path, ranks_per_node=8)])
+
+
+@pytest.mark.parametrize("lacking", ["runs", "datasets", "gpus"])
+def test_a_claim_or_queue_that_the_cluster_lacks_is_refused(lacking: str, tmp_path: Path) -> None:
+    scheduler, api = _scheduler(tmp_path)
+    api.lacks = lacking
+    with pytest.raises(UpcycleError, match=f"got {lacking}, expected a"):
+        scheduler.check([_job(tmp_path)])
+
+
+def _status(*conditions: str, **fields: Any) -> dict[str, Any]:
+    true = [{"type": name, "status": "True", "reason": "Because", "message": "of this"} for name in conditions]
+    return {"status": {"conditions": true, **fields}}
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({}, None),
+        ({"status": {}}, None),
+        (_status("Complete"), JobState(Phase.ENDED, "Because: of this")),
+        (_status("Suspended", "Failed"), JobState(Phase.ENDED, "Because: of this")),
+        (_status("Created", "Succeeded"), JobState(Phase.ENDED, "Because: of this")),
+        (_status("Created", "Running"), JobState(Phase.RUNNING)),
+        (_status("Created", "Restarting"), JobState(Phase.WAITING, "Because: of this")),
+        (_status("Created"), JobState(Phase.WAITING)),
+        ({"status": {"jobsStatus": [{"name": "node", "active": 1, "ready": 0}]}}, JobState(Phase.WAITING)),
+        ({"status": {"jobsStatus": [{"name": "node", "active": 1, "ready": 1}]}}, JobState(Phase.RUNNING)),
+    ],
+)
+def test_states_are_what_the_controllers_report(found: dict[str, Any], expected: JobState | None) -> None:
+    assert reported_state(found) == expected
+
+
+@pytest.mark.parametrize("spec", [{"suspend": True}, {"runPolicy": {"suspend": True}}])
+def test_a_job_that_its_queue_holds_waits_however_long(spec: dict[str, Any], tmp_path: Path) -> None:
+    scheduler, api = _scheduler(tmp_path, report_within_s=0)
+    api.jobs["a"] = {"spec": spec}
+    state = scheduler.states(["a"])["a"]
+    assert state.phase is Phase.WAITING
+    assert "suspended" in state.reason
+
+
+def test_deleted_and_silent_jobs_have_ended_with_the_reason(tmp_path: Path) -> None:
+    scheduler, _ = _scheduler(tmp_path, report_within_s=1)
+    identity = scheduler.submit(_job(tmp_path), [])
+    assert scheduler.states([identity])[identity].phase is Phase.WAITING
+    time.sleep(1.1)
+    state = scheduler.states([identity])[identity]
+    assert state.phase is Phase.ENDED
+    assert "no controller has reported" in state.reason
+    scheduler.cancel([identity, "never-was"])
+    assert scheduler.states([identity])[identity] == JobState(Phase.ENDED, "deleted")
+
+
+def test_a_waiting_job_says_what_its_pods_wait_for(tmp_path: Path) -> None:
+    scheduler, api = _scheduler(tmp_path)
+    api.jobs["a"], api.why = _status("Created"), "ImagePullBackOff: no such image"
+    assert scheduler.states(["a"])["a"] == JobState(Phase.WAITING, "ImagePullBackOff: no such image")
+
+
+def test_a_server_that_does_not_answer_ends_nothing_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, api = _scheduler(tmp_path)
+    monkeypatch.setattr("nemo_upcycle.pipeline.executors.kubernetes.KubernetesApi", lambda *_: api)
+    api.jobs["a"] = _status("Running")
+    assert scheduler.states(["a"])["a"].phase is Phase.RUNNING
+    api.answers = False
+    state = scheduler.states(["a"])["a"]
+    assert state.phase is Phase.RUNNING
+    assert "Kubernetes API server" in state.reason
+    with pytest.raises(UpcycleError, match="Kubernetes API server"):
+        scheduler.check([_job(tmp_path)])
+
+
+@pytest.mark.parametrize("definition", ["trainjob-2.3", "pytorchjob-1.9"])
+def test_argo_gets_the_stages_and_their_order(definition: str, tmp_path: Path) -> None:
+    scheduler, _ = _scheduler(tmp_path, definition)
+    document = yaml.safe_load(workflow(scheduler, list(jobs_of("llama3_8b_e8t2", tmp_path / "8B v2"))[2:]))
+    stages, *templates = document["spec"]["templates"]
+    before = {task["name"]: task["dependencies"] for task in stages["dag"]["tasks"]}
+    assert before["export"] == ["pretrain", "dense-ct"]
+    assert before["upcycle"] == [], "the stages before it are not among them"
+    schema = jsonschema.Draft7Validator(closed_schema(definition))
+    for template in templates:
+        manifest = yaml.safe_load(
+            template["resource"]["manifest"].replace("{{workflow.creationTimestamp.s}}", "1" * 10)
+        )
+        schema.validate(manifest)
+        assert len(f"{manifest['metadata']['name']}-worker-999") < 64

@@ -1,0 +1,100 @@
+"""What answers of a Kubernetes API server mean for a user, with answers in place of a server."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.executors import manifests
+from nemo_upcycle.pipeline.executors.kubernetes_api import KubernetesApi
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> KubernetesApi:
+    """A connection that was not tried yet."""
+    cluster = {"name": "a", "cluster": {"server": "https://127.0.0.1:9"}}
+    context = {"name": "a", "context": {"cluster": "a", "user": "a"}}
+    named = {
+        "clusters": [cluster],
+        "contexts": [context],
+        "users": [{"name": "a", "user": {}}],
+        "current-context": "a",
+    }
+    (tmp_path / "kubeconfig").write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "Config", **named}))
+    return KubernetesApi(str(tmp_path / "kubeconfig"), "")
+
+
+def _refusal(status: int, message: str, **details: str) -> Any:
+    from kubernetes.client import ApiException
+
+    answer = ApiException(status=status, reason="Refused")
+    answer.body = json.dumps({"kind": "Status", "message": message, "details": details})
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "details", "words"),
+    [
+        (404, "not found", {"kind": "namespaces", "name": "team"}, r"run\.executor\.namespace: got team"),
+        (404, "", {}, "Kubeflow Trainer 2.2 or newer"),
+        (403, "User 'me' cannot create", {}, "rights to trainjobs in namespace team: got User 'me' cannot create"),
+        (401, "Unauthorized", {}, "log in again"),
+        (403, "admission webhook 'v' denied the request: no runtime", {}, "refused: admission webhook 'v' denied"),
+        (422, "Invalid value", {}, "refused: Invalid value"),
+        (503, "later", {}, "Kubernetes API server: got 503 Refused: later"),
+    ],
+)
+def test_refusals_say_what_to_change(
+    status: int, message: str, details: dict[str, str], words: str, api: KubernetesApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise _refusal(status, message, **details)
+
+    monkeypatch.setattr(api._objects, "create_namespaced_custom_object", refuse)
+    with pytest.raises(UpcycleError, match=words):
+        api.create(manifests.RESOURCES["trainjob"], {"metadata": {"namespace": "team"}})
+
+
+def test_a_claim_is_missing_only_if_the_server_says_so(api: KubernetesApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [_refusal(404, "no", name="runs"), _refusal(404, "no such path"), _refusal(403, "no right")]
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise answers.pop(0)
+
+    monkeypatch.setattr(api._core, "read_namespaced_persistent_volume_claim", refuse)
+    assert [api.lacks_claim("team", "runs") for _ in range(3)] == [True, False, False]
+
+
+def test_pods_say_why_they_wait(api: KubernetesApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    creating, pulling = (
+        SimpleNamespace(state=SimpleNamespace(waiting=SimpleNamespace(reason=reason, message=message)))
+        for reason, message in (("ContainerCreating", None), ("ImagePullBackOff", "no such image"))
+    )
+    unscheduled = SimpleNamespace(type="PodScheduled", status="False", reason="Unschedulable", message="0/4 nodes")
+    statuses = [
+        SimpleNamespace(container_statuses=[creating], conditions=None),
+        SimpleNamespace(container_statuses=[pulling], conditions=None),
+        SimpleNamespace(container_statuses=None, conditions=[unscheduled]),
+    ]
+
+    def answer(number: int) -> str:
+        pods = SimpleNamespace(items=[SimpleNamespace(status=statuses[number])])
+        monkeypatch.setattr(api._core, "list_namespaced_pod", lambda *_, **__: pods)
+        return api.why_pods_wait("team", "a=b")
+
+    assert answer(0) == ""
+    assert answer(1) == "ImagePullBackOff: no such image"
+    assert answer(2) == "Unschedulable: 0/4 nodes"
+
+
+def test_a_missing_client_is_said_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    with pytest.raises(UpcycleError, match=r"pip install 'nemo-upcycle\[kubernetes\]'"):
+        KubernetesApi("", "")

@@ -1,0 +1,77 @@
+"""What a pod of the Kubernetes executor does with its command, with real processes: ranks, SIGTERM, status, output."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.pipeline.executors import local, manifests
+from nemo_upcycle.pipeline.executors.base import Job
+from tests.crds import executor
+
+
+SAVES = """
+import os, signal, sys, time
+def save(*_):
+    time.sleep(1)
+    open(sys.argv[1] + "/saved" + os.environ.get("RANK", ""), "w").close()
+    print("saved")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+open(sys.argv[1] + "/started" + os.environ.get("RANK", ""), "w").close()
+time.sleep(60)
+"""
+
+
+def _started(tmp_path: Path, code: str, ranks: int) -> subprocess.Popen[bytes]:
+    job = Job("pretrain", tmp_path, ("python", "-c", code, str(tmp_path)), ranks_per_node=ranks, is_training=True)
+    document = manifests.manifest(executor("trainjob-2.3", tmp_path, python=sys.executable), job, "a")
+    # What the operator sets for one node.
+    variables = {"PET_NNODES": "1", "PET_NPROC_PER_NODE": str(ranks), "PET_NODE_RANK": "0", "PYTHONUNBUFFERED": "1"}
+    command = document["spec"]["trainer"]["command"]
+    return subprocess.Popen(command, env={**os.environ, **variables, "PET_MASTER_PORT": "0"}, start_new_session=True)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_leaves_ranks_the_time_to_save(ranks: int, tmp_path: Path) -> None:
+    process = _started(tmp_path, SAVES, ranks)
+    try:
+        deadline_s = time.monotonic() + 60
+        while len(list(tmp_path.glob("started*"))) < ranks and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+        os.kill(process.pid, signal.SIGTERM)  # as the kubelet does: the first process alone
+        assert process.wait(30) == 0
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert len(list(tmp_path.glob("saved*"))) == ranks
+    assert (tmp_path / "jobs" / "pretrain" / "a-node0.log").read_text().count("saved") == ranks
+
+
+def test_the_status_of_a_stage_is_that_of_its_pod_and_its_words_are_kept(tmp_path: Path) -> None:
+    assert _started(tmp_path, "import sys; sys.exit(print('a mistake') or 2)", 1).wait(30) == 2
+    assert (tmp_path / "jobs" / "pretrain" / "a-node0.log").read_text() == "a mistake\n"
+
+
+def test_two_nodes_find_each_other_by_what_the_operators_set(tmp_path: Path) -> None:
+    code = "import os, sys; open(sys.argv[1] + '/rank' + os.environ['RANK'], 'w').write(os.environ['WORLD_SIZE'])"
+    job = Job("pretrain", tmp_path, ("python", "-c", code, str(tmp_path)), nodes=2, is_training=True)
+    document = manifests.manifest(executor("trainjob-2.3", tmp_path, python=sys.executable), job, "a")
+    with local.held_port() as port:
+        shared = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_MASTER_ADDR": "127.0.0.1"}
+        shared |= {"PET_MASTER_PORT": str(port)}
+        nodes = [
+            subprocess.Popen(
+                document["spec"]["trainer"]["command"], env={**os.environ, **shared, "PET_NODE_RANK": str(number)}
+            )
+            for number in range(2)
+        ]
+        assert [node.wait(60) for node in nodes] == [0, 0]
+    assert [(tmp_path / f"rank{number}").read_text() for number in range(2)] == ["2", "2"]
+    assert len(list(job.folder.glob("a-node?.log"))) == 2
