@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nemo_upcycle.errors import StageError, UpcycleError
-from nemo_upcycle.pipeline.executors.base import Cluster, Job, JobState, Phase
+from nemo_upcycle.pipeline.executors.base import Cluster, Job, JobState, Phase, UnreachableError
 from nemo_upcycle.pipeline.executors.local import StopSignals
+from nemo_upcycle.pipeline.markers import ENDED, FAILED
+from nemo_upcycle.sources.checkpoints import newest_checkpoint, step_of
 from nemo_upcycle.utils.files import read_json, write_json
 
 
@@ -17,6 +19,13 @@ from nemo_upcycle.utils.files import read_json, write_json
 JOBS = "jobs.json"
 #: Seconds between two looks, and that the marker of an ended job may take to be seen through a shared file system.
 POLL_S, SETTLE_S = 3.0, 30.0
+
+
+def _step_kept(job: Job) -> int:
+    """Return the step of a training's newest checkpoint; -1 without one."""
+    kept = newest_checkpoint(job.run_dir / job.name / "checkpoints") if job.is_training else None
+    step = step_of(kept) if kept else None
+    return -1 if step is None else step
 
 
 class Chain:
@@ -33,6 +42,7 @@ class Chain:
         self.cluster, self.jobs, self._is_done, self.run_dir = cluster, list(jobs), is_done, run_dir
         self.ids: dict[str, str] = read_json(run_dir / JOBS) if (run_dir / JOBS).is_file() else {}
         self._tails: dict[Path, int] = {}
+        self._steps: dict[str, int] = {}
 
     def done(self) -> set[str]:
         """Return the stages that are done; one whose predecessor is not is not."""
@@ -57,6 +67,7 @@ class Chain:
         """Go on with the jobs of an earlier start that still wait or run; forget those that have ended."""
         self.ids = self.alive()
         for job in self.jobs:
+            self._steps[job.name] = _step_kept(job)
             if job.name in self.ids:  # what it printed before was shown before
                 paths = self.cluster.logs(job, self.ids[job.name])
                 self._tails.update({path: path.stat().st_size for path in paths if path.exists()})
@@ -84,6 +95,7 @@ class Chain:
                     self.cluster.cancel(new)
                 raise
             new.append(identity)
+            self._steps[job.name] = _step_kept(job)
             self.ids[job.name] = identity
             write_json(self.run_dir / JOBS, self.ids)
             sys.stderr.write(f"[{job.name}] submitted: {identity}\n")
@@ -102,7 +114,10 @@ class Chain:
         ended_s: dict[str, float] = {}
         while not stop.signum:
             if not self.cluster.holds_back:
-                self.submit()
+                try:
+                    self.submit()
+                except UnreachableError as error:  # hours of work must not end with a connection
+                    sys.stderr.write(f"{error} Trying again.\n")
             done = self.done()
             open_jobs = [job for job in self.jobs if job.name not in done and job.name in self.ids]
             states = self.cluster.states([self.ids[job.name] for job in open_jobs]) if open_jobs else {}
@@ -121,10 +136,31 @@ class Chain:
                 if state.phase is Phase.ENDED:
                     first_s = ended_s.setdefault(job.name, time.monotonic())
                     if time.monotonic() - first_s > SETTLE_S and job.name not in self.done():
-                        raise StageError(self._failed(job, state))
+                        ended_s.pop(job.name)
+                        self._submit_again(job, state)
                     break  # those behind it end because of it
             time.sleep(POLL_S)
         return False
+
+    def _submit_again(self, job: Job, state: JobState) -> None:
+        """Forget the job of a training that stopped and got further since it started, so that it is submitted again.
+
+        Where the scheduler holds jobs back, the job has requeued itself while it got further.
+
+        Raises:
+            StageError: it got no further, or is no training.
+        """
+        if state.is_abandoned:
+            self.cluster.cancel([self.ids[job.name]])
+        step = _step_kept(job)
+        ended = job.run_dir / job.name / ENDED
+        failed = ended.is_file() and ended.read_text(encoding="utf-8").strip() == FAILED
+        if self.cluster.holds_back or failed or step <= self._steps.get(job.name, -1):
+            raise StageError(self._failed(job, state))
+        sys.stderr.write(
+            f"[{job.name}] stopped{f': {state.reason}' if state.reason else ''}; goes on after step {step}\n"
+        )
+        del self.ids[job.name]
 
     def _failed(self, job: Job, state: JobState) -> str:
         why = f" ({state.reason})" if state.reason else ""

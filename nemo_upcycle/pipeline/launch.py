@@ -15,7 +15,9 @@ from nemo_upcycle.pipeline.chain import JOBS, Chain
 from nemo_upcycle.pipeline.checks import check_arguments
 from nemo_upcycle.pipeline.console import command_line, end_soon
 from nemo_upcycle.pipeline.context import PipelineContext
+from nemo_upcycle.pipeline.executors.argo import workflow
 from nemo_upcycle.pipeline.executors.base import Cluster, Job
+from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 from nemo_upcycle.pipeline.executors.local import StopSignals, ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import cluster_for
 from nemo_upcycle.pipeline.in_turn import run_in_turn
@@ -158,6 +160,8 @@ def _render(jobs: Sequence[Job], cluster: Optional[Cluster], plan: RunPlan, fold
     for job in jobs:
         for name, text in cluster.render(job).items():
             (folder / name).write_text(text, encoding="utf-8")
+    if isinstance(cluster, KubernetesScheduler):
+        (folder / "workflow.yaml").write_text(workflow(cluster, jobs), encoding="utf-8")
     plan.write(folder)
     sys.stdout.write(
         f"Written to {folder}: {len(jobs)} jobs, in this order: {', '.join(job.name for job in jobs)}. "

@@ -62,10 +62,16 @@ class JobState:
     Args:
         phase: how far it is.
         reason: the scheduler's words: why it waits, or how it ended.
+        is_abandoned: whether it counts as ended although it may still start, so that it has to be cancelled.
     """
 
     phase: Phase
     reason: str = ""
+    is_abandoned: bool = False
+
+
+class UnreachableError(UpcycleError):
+    """The scheduler did not answer, or not in a way that says anything about the request: worth another try."""
 
 
 class Cluster(ABC):

@@ -65,6 +65,7 @@ class KubernetesExecutor(run.Executor):
         context: of that file; empty for its current one.
         report_within_s: a job of which no controller says anything for so long has ended.
         stages: per stage, the fields that differ there.
+        origins: by field, where its value was set, for people.
 
     Example:
         >>> KubernetesExecutor(image="nvcr.io/nvidia/nemo:25.11", claim="runs", mount_path="/runs").kind
@@ -98,6 +99,7 @@ class KubernetesExecutor(run.Executor):
     context: str = ""
     report_within_s: int = 60
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
 
     @property
     def mounts(self) -> dict[str, str]:
@@ -274,7 +276,7 @@ class KubernetesScheduler(Cluster):
         resource = manifests.resource_of(self.executor)
         runtime = f", with the runtime '{self.executor.runtime}'" if resource.kind == "TrainJob" else ""
         why = f"no controller has reported on it for {silent_s:.0f} s: does {resource.operator} or newer run{runtime}?"
-        return JobState(Phase.ENDED, why)
+        return JobState(Phase.ENDED, why, is_abandoned=True)
 
 
 def _next_number(job: Job) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.executors.base import JobState, Phase
+from nemo_upcycle.pipeline.executors.base import JobState, Phase, UnreachableError
 from nemo_upcycle.pipeline.executors.manifests import Resource
 
 
@@ -26,18 +26,6 @@ _FIXES = {
 
 class TakenError(Exception):
     """A job of this name exists."""
-
-
-class UnreachableError(UpcycleError):
-    """The API server did not answer, or not in a way that says anything about the request."""
-
-    def __init__(self, got: str) -> None:
-        super().__init__(
-            "Kubernetes API server",
-            got=got,
-            expected="an answer",
-            fix="check the network, and run.executor.kubeconfig and run.executor.context",
-        )
 
 
 class KubernetesApi:
@@ -164,7 +152,7 @@ class KubernetesApi:
         except self._client.ApiException as error:
             raise _meaning(error, resource, namespace) from None
         except Exception as error:  # urllib3's many, and those of plugins that fetch credentials
-            raise UnreachableError(f"none from {self._host} ({_last_line(error)})") from None
+            raise _unreachable(f"none from {self._host} ({_last_line(error)})") from None
 
     def _is_absent(self, request: Callable[[], Any]) -> bool:
         try:
@@ -238,7 +226,16 @@ def _meaning(error: Any, resource: Resource, namespace: str) -> Exception:
                 (fix for words, fix in _FIXES.items() if words in message), "change what run.executor says of it"
             ),
         )
-    return UnreachableError(f"{error.status} {error.reason}: {message}")
+    return _unreachable(f"{error.status} {error.reason}: {message}")
+
+
+def _unreachable(got: str) -> UnreachableError:
+    return UnreachableError(
+        "Kubernetes API server",
+        got=got,
+        expected="an answer",
+        fix="check the network, and run.executor.kubeconfig and run.executor.context",
+    )
 
 
 def _status(error: Any) -> dict[str, Any]:

@@ -14,15 +14,19 @@ import yaml
 
 from nemo_upcycle.errors import UpcycleError, did_you_mean
 from nemo_upcycle.pipeline.executors.base import Cluster
+from nemo_upcycle.pipeline.executors.kubernetes import KubernetesExecutor, KubernetesScheduler
 from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler, StagedSlurmExecutor
 from nemo_upcycle.pipeline.stages import BY_NAME
 from nemo_upcycle.utils.conf import read_conf
 
 
 #: By the name that a YAML file gives with `executor:`.
-KINDS: dict[str, type] = {"slurm": StagedSlurmExecutor}
+KINDS: dict[str, type] = {"slurm": StagedSlurmExecutor, "kubernetes": KubernetesExecutor}
 #: Which scheduler an executor's jobs go to.
-SCHEDULERS: dict[type, type[Cluster]] = {run.SlurmExecutor: SlurmScheduler}
+SCHEDULERS: dict[type, type[Cluster]] = {
+    run.SlurmExecutor: SlurmScheduler,
+    KubernetesExecutor: KubernetesScheduler,
+}
 _STAGES = "stages."
 #: Set by the chain, not by people.
 _OWN = {"stages", "origins"}
