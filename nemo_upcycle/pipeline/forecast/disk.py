@@ -157,4 +157,4 @@ def _data_use(data: str, arch: Architecture) -> DiskUse:
     kept_bytes = round(sum(source.tokens or 0 for source in sources.values()) * token_bytes)
     open_ended = [name for name, source in sources.items() if source.tokens is None]
     unknown = f"data of {', '.join(open_ended)}" if open_ended else ""
-    return DiskUse("data", "data", kept_bytes, 2 * kept_bytes, unknown=unknown)  # it is merged from parts
+    return DiskUse("data", "tokens, at most", kept_bytes, 2 * kept_bytes, unknown=unknown)  # it is merged from parts

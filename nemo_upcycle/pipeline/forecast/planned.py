@@ -48,7 +48,7 @@ def card_of(recipe: Any, cluster: Cluster | None, resources: Mapping[str, str]) 
 
     Args:
         recipe: of the training.
-        cluster: where it runs; None: this machine. Its executor may name its `card`, as `nemo-upcycle plan --gpu` does.
+        cluster: where it runs, whose executor may name its `card`, as in `nemo-upcycle plan`; None: this machine.
         resources: what the training asks of the cluster.
     """
     accelerator = getattr(recipe.trainer, "accelerator", "auto")
@@ -61,7 +61,7 @@ def card_of(recipe: Any, cluster: Cluster | None, resources: Mapping[str, str]) 
     if cluster is not None and accelerator == "auto" and not _asks_for_gpus(resources):
         return Card(None, "no GPU is asked for")
     name = getattr(getattr(cluster, "executor", None), "card", None)
-    return Card(known_gpu(name or USUAL_CARD), "of the executor" if name else "assumed, as the recipes are for it")
+    return Card(known_gpu(name or USUAL_CARD), "as the executor says" if name else "assumed")
 
 
 def _card_here(device: str) -> Card:

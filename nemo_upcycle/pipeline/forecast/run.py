@@ -123,6 +123,9 @@ def _warnings(forecast: Forecast) -> Iterator[str]:
     for name, training in forecast.trainings.items():
         if training.stage.runs:
             yield from _training_warnings(name, training)
+    if len({training.tokens for training in forecast.trainings.values()}) > 1:
+        read = " and ".join(f"{training.tokens:,} ({name})" for name, training in forecast.trainings.items())
+        yield f"the two models are trained on different numbers of tokens: {read}"
     disk = forecast.disk
     if not disk.fits:
         yield f"the disk is too small: {size_text(disk.needed_bytes)} needed, {size_text(disk.free_bytes)} free"
@@ -139,10 +142,6 @@ def _training_warnings(name: str, training: TrainingForecast) -> Iterator[str]:
         )
     if not training.knows_vocabulary:
         yield f"{name}: the vocabulary is not known before the parent is fetched; sizes leave out the embeddings"
-    if training.save_every > training.steps:
-        yield f"{name}: a checkpoint every {training.save_every:,} steps, but only {training.steps:,} steps: one is" + (
-            " saved at the end, and a kill before it loses the whole training"
-        )
     loss_s, limit_s = training.longest_loss_s, training.limit_s
     is_cut = limit_s is not None and training.seconds_left is not None and training.seconds_left > limit_s
     if loss_s is not None and limit_s is not None and is_cut and loss_s > limit_s:

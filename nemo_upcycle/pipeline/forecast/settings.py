@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import fiddle as fdl
-from nemo_run.cli.lazy import LazyEntrypoint
+from nemo_run.cli.cli_parser import parse_factory
 
 from nemo_upcycle.pipeline.plan import RunPlan
 
 
 TYPED = "command line"
+_FP8, _FP8_RECIPE = "trainer.plugins.fp8", "trainer.plugins.fp8_recipe"
 #: Those of a training, as overrides name them.
 SETTINGS = (
     "trainer.num_nodes",
@@ -34,7 +35,7 @@ SETTINGS = (
     "trainer.strategy.expert_tensor_parallel_size",
     "trainer.strategy.ckpt_async_save",
     "trainer.plugins.precision",
-    "trainer.plugins.fp8_recipe",
+    _FP8_RECIPE,
     "model.config.moe_expert_capacity_factor",
     "model.config.moe_pad_expert_input_to_capacity",
     "model.config.recompute_granularity",
@@ -76,7 +77,7 @@ class Origins:
         self.executor = next((word.partition("=")[2] for word in words if word.startswith("run.executor=")), "")
         has_arguments = bool(self.recipe) and self.factory.rstrip() != self.recipe
         #: The recipe without the arguments that were typed; a value that differs from it comes from them.
-        self._usual = LazyEntrypoint(target, factory=self.recipe).resolve() if has_arguments else None
+        self._usual = parse_factory(target, "", target, self.recipe) if has_arguments else None
 
     def of(self, name: str, value: Any, otherwise: str) -> str:
         """Return where a setting comes from.
@@ -90,7 +91,7 @@ class Origins:
         if any(".".join(parts[:number]) in self.typed for number in range(1, len(parts) + 1)):
             return TYPED
         if self._usual is not None and value_at(self._usual, name) != value:
-            return f"{TYPED}, {self.recipe}(...)"
+            return f"{TYPED} (--factory)"
         return otherwise
 
 
@@ -120,7 +121,8 @@ def training_settings(stage: str, recipe: Any, origins: Origins) -> Iterator[Set
     """
     for path in SETTINGS:
         value = value_at(recipe, path)
-        if value is not None and not isinstance(value, fdl.Buildable):
+        is_said = value is not None and (path != _FP8_RECIPE or value_at(recipe, _FP8))
+        if is_said and not isinstance(value, fdl.Buildable):
             name = f"{stage}.{path}"
             yield Setting(name, str(value), origins.of(name, value, f"recipe {recipe.log.name}"))
 

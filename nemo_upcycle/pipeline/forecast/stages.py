@@ -175,4 +175,3 @@ def _listed(names: Sequence[str]) -> str:
     """
     plain = [name.removeprefix("setting ").removeprefix("stage ") for name in names]
     return " and ".join([", ".join(plain[:-1]), plain[-1]] if len(plain) > 1 else plain)
-

@@ -25,7 +25,7 @@ def render_forecast(forecast: Forecast) -> str:
         ("Trainings", _training_lines(list(forecast.trainings.values()))),
         (f"Disk of {forecast.disk.folder}", _disk_lines(forecast.disk)),
         ("Settings, and where each comes from", _setting_lines(forecast.settings)),
-        ("Warnings", (line for text in forecast.warnings for line in _wrapped(f"- {text}", _INDENT * 2))),
+        ("Warnings", (line for text in forecast.warnings for line in _wrapped(f"- {text}", _INDENT))),
     )
     for title, body in sections:
         if found := list(body):
@@ -77,22 +77,22 @@ _ROWS: dict[str, Callable[[TrainingForecast], str]] = {
     "ranks": lambda it: f"{it.stage.nodes} x {it.stage.ranks_per_node} = {it.layout.gpus}",
     "layout": lambda it: _layout(it),
     "precision": lambda it: it.precision,
-    "batch": lambda it: (
-        f"{it.batch} x {it.sequence} = {it.step_tokens:,} tokens a step, micro-batch {it.layout.micro_batch}"
-    ),
-    "steps": lambda it: (
-        f"{it.steps:,}" + (f", {it.steps_left:,} of them left" if it.steps_left != it.steps else "")
-    ),
+    "batch": lambda it: f"{it.batch} x {it.sequence} = {it.step_tokens:,} tokens a step",
+    "micro-batch": lambda it: str(it.layout.micro_batch),
+    "steps": lambda it: f"{it.steps:,}" + (f", {it.steps_left:,} of them left" if it.steps_left != it.steps else ""),
     "tokens": lambda it: f"{it.tokens:,}",
     "card": lambda it: f"{it.card.gpu.name}, {it.card.why}" if it.card.gpu else it.card.why,
     "memory a GPU": lambda it: _memory(it),
     "step": lambda it: (
-        f"{it.step_s:.2f} s" + (f" ({it.first.time.total:.2f} s in the first {it.first_steps})" if it.first_steps else "")
+        f"{it.step_s:.2f} s"
+        + (f" ({it.first.time.total:.2f} s in the first {it.first_steps})" if it.first_steps else "")
         if it.step_s and it.first
         else ""
     ),
     "speed": lambda it: (
-        f"{it.later.tflops_per_gpu(causal=False):.0f} TFLOP/s a GPU, MFU {100 * it.later.mfu:.1f} %" if it.later else ""
+        f"{it.later.tflops_per_gpu(causal=False):.0f} TFLOP/s a GPU, MFU {100 * it.later.mfu:.1f} %"
+        if it.later
+        else ""
     ),
     "time": lambda it: (
         f"{it.seconds_left / 3600:,.1f} h, {it.gpu_hours_left:,.0f} GPU-hours"
@@ -125,13 +125,16 @@ def _training_lines(trainings: Sequence[TrainingForecast]) -> list[str]:
         cells = [cell(training) for training in ones]
         if any(cells):
             rows.append([name, *cells])
-    narrow = (WIDTH - len(_INDENT) - max(len(row[0]) for row in rows)) // len(ones) - len("  ")
-    return _table([part for row in rows for part in _over_lines(row, narrow)])
+    first = max(len(row[0]) for row in rows)
+    each = (WIDTH - len(_INDENT) - first) // len(ones) - len("  ")
+    return _table([part for row in rows for part in _over_lines(row, (first, *[each] * len(ones)))])
 
 
-def _over_lines(row: Sequence[str], width: int) -> list[list[str]]:
-    """Return a row of a table as several, where a cell is wider than its column."""
-    cells = [[row[0]], *(_wrapped(cell, "", width) or [""] for cell in row[1:])]
+def _over_lines(row: Sequence[str], widths: Sequence[int]) -> list[list[str]]:
+    """Return a row of a table as several, where a cell is wider than its column; a long word is cut, a path is one."""
+    cells = [
+        textwrap.wrap(cell, width, break_on_hyphens=False) or [""] for cell, width in zip(row, widths, strict=True)
+    ]
     height = max(map(len, cells))
     return [[cell[line] if line < len(cell) else "" for cell in cells] for line in range(height)]
 
@@ -175,6 +178,37 @@ def _disk_lines(disk: DiskForecast) -> list[str]:
     return [*(_table(rows, right=(2, 3)) if disk.uses else []), total]
 
 
+#: The prefix of a group of settings -> what its heading adds.
+_GROUPS = {
+    "pretrain.": "",
+    "dense_ct.": "what is not named here is as in pretrain., from its own recipe",
+    "run.executor.": "",
+}
+
+
 def _setting_lines(settings: Sequence[Setting]) -> list[str]:
-    """Return a line a setting; a training's settings stand side by side where they have one name."""
-    return _table([[setting.name, setting.value, setting.origin] for setting in settings]) if settings else []
+    """Return a line a setting, in groups; of the dense baseline only what is not as in the upcycled model."""
+    usual = {setting.name: setting for setting in settings}
+    rows: list[tuple[str, str, str]] = []
+    headings: dict[int, str] = {}
+    group = ""
+    for setting in settings:
+        prefix = next((name for name in _GROUPS if setting.name.startswith(name)), "")
+        name = setting.name.removeprefix(prefix)
+        if prefix != group:
+            headings[len(rows)], group = f"{prefix}  {_GROUPS[prefix]}".rstrip(), prefix
+        other = usual.get(f"pretrain.{name}") if prefix == "dense_ct." else None
+        if other is None or (other.value, _kind(other)) != (setting.value, _kind(setting)):
+            rows.append((_INDENT + name if prefix else name, setting.value, setting.origin))
+    widths = [max(len(row[number]) for row in rows) for number in range(3)]
+    widths[1] = max(20, min(widths[1], WIDTH - len(_INDENT) - widths[0] - widths[2] - 2 * len("  ")))
+    lines: list[str] = []
+    for number, row in enumerate(rows):
+        lines += [headings[number]] if number in headings else []
+        parts = _over_lines(row, widths)
+        lines += ["  ".join(cell.ljust(size) for cell, size in zip(part, widths, strict=True)) for part in parts]
+    return lines
+
+
+def _kind(setting: Setting) -> str:
+    return "recipe" if setting.origin.startswith("recipe ") else setting.origin
