@@ -111,7 +111,7 @@ def saved_bytes(recipe: Any, arch: Architecture) -> int:
 
 def precision_name(recipe: Any) -> str:
     """Return the planner's name of a recipe's precision, or that of NeMo's where the planner knows none."""
-    plugins, config = recipe.trainer.plugins, recipe.model.config
+    plugins, config = getattr(recipe.trainer, "plugins", None), recipe.model.config
     if not (getattr(plugins, "fp8", None) or getattr(config, "fp8", None)):
         precision = _precision(recipe)
         return "bf16" if precision.startswith("bf16") else precision
@@ -120,7 +120,7 @@ def precision_name(recipe: Any) -> str:
 
 
 def _precision(recipe: Any) -> str:
-    return str(getattr(recipe.trainer.plugins, "precision", "bf16"))
+    return str(getattr(getattr(recipe.trainer, "plugins", None), "precision", "bf16"))
 
 
 def workload_of(recipe: Any, arch: Architecture, recompute: str) -> Workload:
@@ -135,7 +135,7 @@ def workload_of(recipe: Any, arch: Architecture, recompute: str) -> Workload:
         SpecError: the planner does not know one of the settings.
     """
     config, data = recipe.model.config, recipe.data
-    overlaps = any(getattr(callback, "tp_comm_overlap", False) for callback in recipe.trainer.callbacks or [])
+    overlaps = any(getattr(callback, "tp_comm_overlap", False) for callback in _callbacks(recipe))
     return Workload(
         seq_length=data.seq_length,
         global_batch=data.global_batch_size,
@@ -159,8 +159,11 @@ def recompute_of(recipe: Any) -> str:
 
 def first_steps_of(recipe: Any) -> int:
     """Return after how many steps a recipe ceases to recompute its MoE layers; 0: it goes on as it begins."""
-    callbacks = recipe.trainer.callbacks or []
-    return next((item.steps for item in callbacks if item.__fn_or_cls__ is RecomputeFirstSteps), 0)
+    return next((item.steps for item in _callbacks(recipe) if item.__fn_or_cls__ is RecomputeFirstSteps), 0)
+
+
+def _callbacks(recipe: Any) -> list[Any]:
+    return getattr(recipe.trainer, "callbacks", None) or []
 
 
 def plans_of(recipe: Any, arch: Architecture, layout: Layout, gpu: Gpu) -> tuple[Plan, Plan]:

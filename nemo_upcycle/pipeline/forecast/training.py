@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from dataclasses import dataclass
@@ -10,10 +11,17 @@ from typing import Any
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.pipeline.executors.base import Cluster
-from nemo_upcycle.pipeline.forecast.planned import Card, card_of, model_of, plans_of, precision_name, saved_bytes
-from nemo_upcycle.pipeline.forecast.planned import first_steps_of as _first_steps_of
+from nemo_upcycle.pipeline.forecast.planned import (
+    Card,
+    card_of,
+    first_steps_of,
+    model_of,
+    plans_of,
+    precision_name,
+    saved_bytes,
+)
 from nemo_upcycle.pipeline.forecast.stages import StageForecast, State
-from nemo_upcycle.pipeline.recipes_io import ranks_of
+from nemo_upcycle.pipeline.recipes_io import ranks_of, train_on
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.memory import GIB
 from nemo_upcycle.planning.search import Plan
@@ -157,7 +165,9 @@ def forecast_training(recipe: Any, dense: str, stage: StageForecast, cluster: Cl
     """
     nodes, per_node = ranks_of(recipe)
     arch, knows_vocabulary = model_of(recipe, dense)
-    layout = layout_of(recipe.trainer.strategy, nodes * per_node, getattr(recipe.data, "micro_batch_size", 1))
+    recipe = copy.deepcopy(recipe)
+    train_on(recipe, "", dense)  # as the stage will
+    layout = layout_of(recipe.trainer.strategy, nodes * per_node, recipe.data.micro_batch_size)
     card = card_of(recipe, cluster, stage.resources)
     plans: tuple[Plan | None, Plan | None] = None, None
     no_plan = "" if card.gpu else card.why
@@ -183,7 +193,7 @@ def forecast_training(recipe: Any, dense: str, stage: StageForecast, cluster: Cl
         card=card,
         first=plans[0],
         later=plans[1],
-        first_steps=_first_steps_of(recipe),
+        first_steps=first_steps_of(recipe),
         no_plan=no_plan,
         price=getattr(getattr(cluster, "executor", None), "price_per_gpu_hour", None),
         limit_s=time_limit_s(stage.resources.get(TIME, "")),
