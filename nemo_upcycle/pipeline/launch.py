@@ -20,6 +20,7 @@ from nemo_upcycle.pipeline.executors.base import Cluster, Job
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 from nemo_upcycle.pipeline.executors.local import StopSignals, ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import cluster_for
+from nemo_upcycle.pipeline.forecast import check_space, forecast, render_forecast
 from nemo_upcycle.pipeline.in_turn import run_in_turn
 from nemo_upcycle.pipeline.jobs import jobs_of
 from nemo_upcycle.pipeline.plan import PLAN, RunPlan
@@ -86,12 +87,13 @@ def pipeline(
     if render:
         _render(jobs, cluster, plan, Path(render))
         return
+    found = forecast(
+        stages, run_dir, plan, pretrain, dense_ct, cluster, {job.name: job for job in jobs}, sys.argv[1:]
+    )
     if ctx.dryrun:
-        for job in jobs:
-            sys.stdout.write(
-                f"[{job.name}] nodes: {job.nodes}  ranks: {job.ranks_per_node}  {' '.join(job.command)}\n"
-            )
+        sys.stdout.write(render_forecast(found) + "\n")
         return
+    check_space(found)
     chain = Chain(cluster, jobs, lambda name: BY_NAME[name].is_done(run_dir, plan), run_dir) if cluster else None
     if chain:
         chain.check()

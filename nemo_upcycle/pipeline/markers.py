@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,23 @@ _STARTED = "_STARTED.json"
 #: failed for a reason that a new start would meet again. A stage that was killed writes neither.
 ENDED = "_ENDED"
 STOPPED, FAILED = "stopped", "failed"
+_DELETE_MARKER = "delete it: the stage then runs again"
 
 
 def setting_hashes(settings: dict[str, Any]) -> dict[str, str]:
     """Return the sha256 of each of a stage's own settings, which are plain values, as its marker names them."""
     texts = {name: json.dumps(value, sort_keys=True, default=str) for name, value in sorted(settings.items())}
     return {f"setting {name}": hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+
+
+def changed_inputs(before: Mapping[str, str], inputs: Mapping[str, str]) -> list[str]:
+    """Return the names of the inputs whose hashes are others than before.
+
+    Example:
+        >>> changed_inputs({"setting dense": "a", "stage import": "b"}, {"setting dense": "c", "stage import": "b"})
+        ['setting dense']
+    """
+    return [name for name, digest in sorted(inputs.items()) if before.get(name) != digest]
 
 
 @dataclass(frozen=True)
@@ -60,9 +72,17 @@ class StageFolder:
 
     def is_done(self, inputs: dict[str, str]) -> bool:
         """Return whether the stage finished earlier, from the same inputs."""
-        if not self.marker.is_file():
-            return False
-        return _notes(self.marker, "delete it: the stage then runs again").get("inputs") == inputs
+        return self.done_from() == inputs
+
+    def done_from(self) -> dict[str, str] | None:
+        """Return the inputs that the stage finished from; None where it has not."""
+        return _notes(self.marker, _DELETE_MARKER).get("inputs") if self.marker.is_file() else None
+
+    def started_from(self) -> dict[str, str] | None:
+        """Return the inputs that the stage was last started from; None where it was not."""
+        fix = f"delete it if the settings are those the work was started from, else {self.path}, to lose that work"
+        started = self.path / _STARTED
+        return _notes(started, fix) if started.is_file() else None
 
     def require_same(self, inputs: dict[str, str]) -> None:
         """Check that the folder holds no work that was started from other inputs.
@@ -73,10 +93,8 @@ class StageFolder:
         Raises:
             StageError: it was started from others.
         """
-        started = self.path / _STARTED
-        fix = f"delete it if the settings are those the work was started from, else {self.path}, to lose that work"
-        before = _notes(started, fix) if started.is_file() else inputs
-        if changed := [name for name, digest in sorted(inputs.items()) if before.get(name) != digest]:
+        before = self.started_from()
+        if changed := changed_inputs(inputs if before is None else before, inputs):
             raise StageError(
                 f"{self.path}",
                 got=f"work started from other inputs (changed: {', '.join(changed)})",
@@ -113,7 +131,7 @@ class StageFolder:
 
     def outputs(self) -> dict[str, Any]:
         """Return what a finished stage reported."""
-        return _notes(self.marker, "delete it: the stage then runs again")["outputs"]
+        return _notes(self.marker, _DELETE_MARKER)["outputs"]
 
 
 def _notes(path: Path, fix: str) -> dict[str, Any]:

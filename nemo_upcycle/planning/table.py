@@ -12,8 +12,8 @@ from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.planning.workload import Workload
 
 
-#: What the recipes call what the planner calls a precision.
-_FP8_RECIPES = {"fp8-delayed": "delayed", "fp8-current": "tensorwise", "fp8-blockwise": "blockwise"}
+#: What the recipes, as Megatron, call what the planner calls a precision.
+FP8_RECIPES = {"fp8-delayed": "delayed", "fp8-current": "tensorwise", "fp8-blockwise": "blockwise"}
 
 
 def row_values(plan: Plan, command: str | None, price: float | None) -> dict[str, Any]:
@@ -82,9 +82,9 @@ def nemo_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> s
     elif work.capacity_factor is not None:
         settings.append(f"model.config.moe_expert_capacity_factor={work.capacity_factor}")
         settings += ["model.config.moe_pad_expert_input_to_capacity=True"] if work.pad else []
-    if work.precision in _FP8_RECIPES and "capacity_factor" in arguments:
-        arguments += f", fp8_recipe='{_FP8_RECIPES[work.precision]}'"
-    elif work.precision in _FP8_RECIPES:
+    if work.precision in FP8_RECIPES and "capacity_factor" in arguments:
+        arguments += f", fp8_recipe='{FP8_RECIPES[work.precision]}'"
+    elif work.precision in FP8_RECIPES:
         settings += [f"trainer.plugins.{part}" for part in _fp8_settings(work)]
     if work.recompute == "full":
         settings += [
@@ -98,7 +98,7 @@ def nemo_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> s
 
 def _fp8_settings(work: Workload) -> list[str]:
     """Return everything that NeMo's precision sets, for recipes without an own argument for it."""
-    found = ["fp8=hybrid", f"fp8_recipe={_FP8_RECIPES[work.precision]}", "fp8_param_gather=False"]
+    found = ["fp8=hybrid", f"fp8_recipe={FP8_RECIPES[work.precision]}", "fp8_param_gather=False"]
     if work.precision == "fp8-delayed":
         found += ["fp8_amax_history_len=1024", "fp8_amax_compute_algo=max"]
     if ends := work.numbers.bf16_ends:

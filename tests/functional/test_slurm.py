@@ -67,14 +67,16 @@ class Run:
         self,
         *words: str,
         slow: float = 0.0,
+        hang: bool = False,
         partition: str = "batch",
         time_limit: str = "00:20:00",
         signal_s: int = 60,
     ) -> Run:
         """Start the command."""
         executor = self.run_dir.with_name(f"{self.run_dir.name}.yaml")
-        executor.write_text(EXECUTOR.format(partition=partition, root=ROOT, time=time_limit, signal_s=signal_s))
-        factory = f"tiny(inputs='{self.inputs}', dir='{self.run_dir}', slow={slow})"
+        values = {"partition": partition, "time": time_limit, "signal_s": signal_s, "hang": str(hang).lower()}
+        executor.write_text(EXECUTOR.format(root=ROOT, **values))
+        factory = f"tiny(inputs='{self.inputs}', dir='{self.run_dir}', slow={slow}, hang={hang})"
         script = str(ROOT / "tests/functional/slurm_cluster.py")
         command = [sys.executable, script, "--factory", factory, f"run.executor={executor}", *words, "--yes"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "NEMORUN_HOME": str(self.inputs / "home")}

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import nemo_run as run
 
@@ -64,6 +64,8 @@ class KubernetesExecutor(run.Executor):
         kubeconfig: the file; empty for $KUBECONFIG, ~/.kube/config or the pod's service account.
         context: of that file; empty for its current one.
         report_within_s: a job of which no controller says anything for so long has ended.
+        card: of a GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun.
+        price_per_gpu_hour: for --dryrun; None: not known.
         stages: per stage, the fields that differ there.
         origins: by field, where its value was set, for people.
 
@@ -98,6 +100,8 @@ class KubernetesExecutor(run.Executor):
     kubeconfig: str = ""
     context: str = ""
     report_within_s: int = 60
+    card: str = "h100"
+    price_per_gpu_hour: Optional[float] = None
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
 

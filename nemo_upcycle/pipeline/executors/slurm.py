@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import nemo_run as run
 from nemo_run.core.execution.slurm import SlurmBatchRequest
@@ -43,6 +43,8 @@ class StagedSlurmExecutor(run.SlurmExecutor):
         stages: by stage, the fields that differ from this executor's; nodes and ranks of trainings are their recipes'.
         hang_detection: whether trainings run under NVIDIA's `ft_launcher`, one a node, which restarts hung ranks.
         silence_s: seconds between two signs of life of a rank; saving a checkpoint before an early end is silent, too.
+        card: of a GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun.
+        price_per_gpu_hour: for --dryrun; None: not known.
         shared_dir: whether nodes see a run's folder although its file system looks like one machine's own.
         packager: what is sent along: nothing, the package is installed on the nodes.
         origins: by field, where its value was set, for people.
@@ -52,6 +54,8 @@ class StagedSlurmExecutor(run.SlurmExecutor):
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     hang_detection: bool = False
     silence_s: float = SILENCE_S
+    card: str = "h100"
+    price_per_gpu_hour: Optional[float] = None
     shared_dir: bool = False
     origins: dict[str, str] = field(default_factory=dict)
 

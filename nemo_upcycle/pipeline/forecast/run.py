@@ -1,0 +1,152 @@
+"""The forecast of a run: plain values, made before anything is submitted or written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.executors.base import Cluster, Job
+from nemo_upcycle.pipeline.forecast.disk import DiskForecast, forecast_disk
+from nemo_upcycle.pipeline.forecast.planned import model_of
+from nemo_upcycle.pipeline.forecast.settings import (
+    Origins,
+    Setting,
+    executor_settings,
+    run_settings,
+    training_settings,
+)
+from nemo_upcycle.pipeline.forecast.stages import StageForecast, State, forecast_stages
+from nemo_upcycle.pipeline.forecast.training import TrainingForecast, forecast_training
+from nemo_upcycle.pipeline.plan import RunPlan, Stage
+from nemo_upcycle.utils.files import size_text
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will do.
+
+    Args:
+        run_dir: its folder.
+        recipe: its name.
+        stages: a part of the chain, in its order.
+        trainings: those of the stages that train, by name.
+        disk: of the folder.
+        settings: those that matter, with their origins.
+    """
+
+    run_dir: Path
+    recipe: str
+    stages: tuple[StageForecast, ...]
+    trainings: Mapping[str, TrainingForecast]
+    disk: DiskForecast
+    settings: tuple[Setting, ...]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What will go wrong, or may."""
+        return tuple(_warnings(self))
+
+
+def forecast(
+    stages: Sequence[Stage],
+    run_dir: Path,
+    plan: RunPlan,
+    pretrain: Any,
+    dense_ct: Any,
+    cluster: Cluster | None,
+    jobs: Mapping[str, Job],
+    command_line_words: Sequence[str],
+) -> Forecast:
+    """Return what a run will do: its stages, memory, time, cost and disk. Writes nothing, asks no cluster or network.
+
+    Args:
+        stages: the part of the chain that was asked for.
+        run_dir: the run's folder; need not exist.
+        plan: what the stages are given.
+        pretrain: recipe of the upcycled model, checked.
+        dense_ct: recipe of the dense baseline, or None.
+        cluster: where the stages run; None: this machine. Its executor may have `origins` (by field, where a value
+            comes from), a `price_per_gpu_hour`, and a `card` as in `nemo-upcycle plan --gpu`.
+        jobs: by stage, what is asked of it.
+        command_line_words: as they were typed, without the program's name.
+
+    Example:
+        >>> print(render_forecast(forecast(stages, run_dir, plan, moe, None, None, jobs, [])))  # doctest: +SKIP
+    """
+    from nemo_upcycle.pipeline.launch import pipeline  # which calls this
+
+    found = forecast_stages(stages, run_dir, plan, cluster, jobs)
+    recipes = {"pretrain": pretrain} | ({"dense_ct": dense_ct} if dense_ct else {})
+    trainings = {
+        stage.name: forecast_training(recipes[stage.name], plan.dense, stage, cluster)
+        for stage in found
+        if stage.name in recipes
+    }
+    origins = Origins(command_line_words, pipeline)
+    settings = list(run_settings(plan, origins))
+    for name in trainings:
+        settings += training_settings(name, recipes[name], origins)
+    if cluster is not None:
+        settings += executor_settings(cluster.executor, origins)
+    models = {name: model_of(recipe, plan.dense)[0] for name, recipe in recipes.items()}
+    holds_back = cluster is not None and cluster.holds_back  # then nothing but its inputs holds a training
+    disk = forecast_disk(run_dir, plan, found, models, trainings, is_parallel=holds_back)
+    return Forecast(run_dir, plan.recipe, found, trainings, disk, tuple(settings))
+
+
+def check_space(forecast: Forecast) -> None:
+    """Check that what a run writes fits on its disk, as far as its size is known.
+
+    Raises:
+        UpcycleError: it does not.
+    """
+    disk = forecast.disk
+    if disk.fits:
+        return
+    largest = sorted(disk.uses, key=lambda use: use.new_peak_bytes, reverse=True)[:3]
+    parts = ", ".join(f"{use.what} {size_text(use.new_peak_bytes)}" for use in largest)
+    raise UpcycleError(
+        f"disk space for {forecast.run_dir} in {disk.folder}",
+        got=f"{size_text(disk.free_bytes)} free",
+        expected=f"{size_text(disk.needed_bytes)} ({parts})",
+        fix="choose a dir on a larger disk, free some space, or run a part of the chain with --until",
+    )
+
+
+def _warnings(forecast: Forecast) -> Iterator[str]:
+    for stage in forecast.stages:
+        if stage.finding.state is State.REFUSED:
+            yield f"stage {stage.name} will be refused: {stage.finding.why}"
+    for name, training in forecast.trainings.items():
+        if training.stage.runs:
+            yield from _training_warnings(name, training)
+    if len({training.tokens for training in forecast.trainings.values()}) > 1:
+        read = " and ".join(f"{training.tokens:,} ({name})" for name, training in forecast.trainings.items())
+        yield f"the two models are trained on different numbers of tokens: {read}"
+    disk = forecast.disk
+    if not disk.fits:
+        yield f"the disk is too small: {size_text(disk.needed_bytes)} needed, {size_text(disk.free_bytes)} free"
+    if disk.unknown:
+        yield f"the disk needed does not count what has no known size: {'; '.join(disk.unknown)}"
+
+
+def _training_warnings(name: str, training: TrainingForecast) -> Iterator[str]:
+    if training.fullest and training.fullest.verdict != "fits":
+        gib = f"{training.memory_gib:.1f} of {training.fullest.request.gpu.memory_gib} GiB"
+        what = "does not fit" if training.fullest.verdict == "no" else "is tight: it may run, or fail by fragmentation"
+        yield f"{name}: memory {what} ({gib} a GPU); search a layout: " + (
+            f"nemo-upcycle plan --recipe {training.recipe} --gpus {training.layout.gpus}"
+        )
+    if not training.knows_vocabulary:
+        yield f"{name}: the vocabulary is not known before the parent is fetched; sizes leave out the embeddings"
+    loss_s, limit_s = training.longest_loss_s, training.limit_s
+    is_cut = limit_s is not None and training.seconds_left is not None and training.seconds_left > limit_s
+    if loss_s is not None and limit_s is not None and is_cut and loss_s > limit_s:
+        yield (
+            f"{name}: the time limit ({limit_s / 60:.0f} min) is shorter than the time between two checkpoints"
+            f" ({loss_s / 60:.0f} min): a job may end before it saved anything;"
+            f" lower {name}.log.ckpt.every_n_train_steps"
+        )

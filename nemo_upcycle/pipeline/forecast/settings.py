@@ -1,0 +1,154 @@
+"""The settings of a run that matter, and where each comes from: the command line, a recipe, or the executor's file."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import fiddle as fdl
+from nemo_run.cli.cli_parser import parse_factory
+
+from nemo_upcycle.pipeline.plan import RunPlan
+
+
+TYPED = "command line"
+_FP8, _FP8_RECIPE = "trainer.plugins.fp8", "trainer.plugins.fp8_recipe"
+#: Those of a training, as overrides name them.
+SETTINGS = (
+    "trainer.num_nodes",
+    "trainer.devices",
+    "trainer.max_steps",
+    "data.global_batch_size",
+    "data.micro_batch_size",
+    "data.seq_length",
+    "optim.config.lr",
+    "optim.lr_scheduler.min_lr",
+    "optim.lr_scheduler.warmup_steps",
+    "trainer.strategy.tensor_model_parallel_size",
+    "trainer.strategy.pipeline_model_parallel_size",
+    "trainer.strategy.virtual_pipeline_model_parallel_size",
+    "trainer.strategy.context_parallel_size",
+    "trainer.strategy.expert_model_parallel_size",
+    "trainer.strategy.expert_tensor_parallel_size",
+    "trainer.strategy.ckpt_async_save",
+    "trainer.plugins.precision",
+    _FP8_RECIPE,
+    "model.config.moe_expert_capacity_factor",
+    "model.config.moe_pad_expert_input_to_capacity",
+    "model.config.recompute_granularity",
+    "model.config.recompute_modules",
+    "log.ckpt.every_n_train_steps",
+    "log.ckpt.save_top_k",
+)
+_OVERRIDE = re.compile(r"(?P<key>[\w.\[\]]+)\s*[-+*/|&]?=")
+_INDEX = re.compile(r"\[.*")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting.
+
+    Args:
+        name: as an override on the command line names it.
+        value: as text.
+        origin: where it comes from.
+    """
+
+    name: str
+    value: str
+    origin: str
+
+
+class Origins:
+    """Tells where settings come from.
+
+    Args:
+        words: of the command line, as they were typed.
+        target: the function whose recipe `--factory` names.
+    """
+
+    def __init__(self, words: Sequence[str], target: Any) -> None:
+        self.typed = {_INDEX.sub("", found["key"]) for word in words if (found := _OVERRIDE.match(word))}
+        self.factory = _option(words, "--factory", "-f")
+        self.recipe = self.factory.partition("(")[0].strip()
+        self.executor = next((word.partition("=")[2] for word in words if word.startswith("run.executor=")), "")
+        has_arguments = bool(self.recipe) and self.factory.rstrip() != self.recipe
+        #: The recipe without the arguments that were typed; a value that differs from it comes from them.
+        self._usual = parse_factory(target, "", target, self.recipe) if has_arguments else None
+
+    def of(self, name: str, value: Any, otherwise: str) -> str:
+        """Return where a setting comes from.
+
+        Args:
+            name: its override.
+            value: its value.
+            otherwise: where it is from if nobody typed it.
+        """
+        parts = name.split(".")
+        if any(".".join(parts[:number]) in self.typed for number in range(1, len(parts) + 1)):
+            return TYPED
+        if self._usual is not None and value_at(self._usual, name) != value:
+            return f"{TYPED} (--factory)"
+        return otherwise
+
+
+def _option(words: Sequence[str], *names: str) -> str:
+    """Return the value of an option, `--factory NAME` or `--factory=NAME`; empty without one."""
+    for number, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option in names:
+            return value if equals else next(iter(words[number + 1 :]), "")
+    return ""
+
+
+def value_at(config: Any, path: str) -> Any:
+    """Return a setting of a configuration; None where it has none of that name."""
+    for name in path.split("."):
+        config = getattr(config, name, None)
+    return config
+
+
+def training_settings(stage: str, recipe: Any, origins: Origins) -> Iterator[Setting]:
+    """Yield the settings of a training that its recipe has and that say something.
+
+    Args:
+        stage: `pretrain` or `dense_ct`.
+        recipe: its recipe.
+        origins: of the command.
+    """
+    for path in SETTINGS:
+        value = value_at(recipe, path)
+        is_said = value is not None and (path != _FP8_RECIPE or value_at(recipe, _FP8))
+        if is_said and not isinstance(value, fdl.Buildable):
+            name = f"{stage}.{path}"
+            yield Setting(name, str(value), origins.of(name, value, f"recipe {recipe.log.name}"))
+
+
+def run_settings(plan: RunPlan, origins: Origins) -> Iterator[Setting]:
+    """Yield the settings of the whole run."""
+    recipe = f"recipe {origins.recipe or plan.recipe}"
+    for name in ("dense", "data", "evaluation"):
+        value = getattr(plan, name)
+        typed = "corpus" if name == "data" and "corpus" in origins.typed else name
+        yield Setting(name, value, origins.of(typed, value, recipe))
+
+
+def executor_settings(executor: Any, origins: Origins) -> Iterator[Setting]:
+    """Yield the settings of an executor that are not their defaults: those of plain values.
+
+    An executor may tell where they come from in its attribute `origins`, by name.
+    """
+    if not dataclasses.is_dataclass(executor):
+        return
+    named: Mapping[str, str] = getattr(executor, "origins", {})
+    otherwise = f"executor {origins.executor or type(executor).__name__}"
+    for field in dataclasses.fields(executor):
+        value = getattr(executor, field.name, None)
+        is_plain = isinstance(value, (str, int, float, bool)) and value != ""
+        if is_plain and value != field.default:
+            name = f"run.executor.{field.name}"
+            origin = TYPED if name in origins.typed else named.get(field.name, otherwise)
+            yield Setting(name, str(value), origin)

@@ -1,0 +1,177 @@
+"""Which stages of a run are done, go on or start, and why; and what each asks its executor for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from pathlib import Path
+
+from nemo_upcycle.pipeline.executors.base import Cluster, Job
+from nemo_upcycle.pipeline.markers import changed_inputs
+from nemo_upcycle.pipeline.plan import RunPlan, Stage
+from nemo_upcycle.sources.checkpoints import newest_checkpoint, step_of
+
+
+THIS_MACHINE = "this machine"
+
+
+class State(Enum):
+    """What happens to a stage."""
+
+    DONE = "done"
+    RESUME = "resume"
+    RUN = "run"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found in a stage's folder.
+
+    Args:
+        state: what follows from it.
+        why: the reason, for people.
+        checkpoint: the newest complete one, where the stage goes on from one.
+    """
+
+    state: State
+    why: str
+    checkpoint: Path | None = None
+
+    @property
+    def steps_done(self) -> int:
+        """Steps of a training that need not be repeated."""
+        step = step_of(self.checkpoint) if self.checkpoint else None
+        return 0 if step is None else step + 1  # checkpoints count steps from 0
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """One stage.
+
+    Args:
+        name: its name.
+        finding: whether and why it runs.
+        executor: who runs it: the executor's class, or this machine.
+        nodes: number of nodes.
+        ranks_per_node: processes on each of them.
+        resources: what it asks the executor for, by name.
+        files: what is submitted, by path.
+    """
+
+    name: str
+    finding: Finding
+    executor: str
+    nodes: int
+    ranks_per_node: int
+    resources: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[Path, str] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> bool:
+        """Whether there is something left to do."""
+        return self.finding.state is not State.DONE
+
+
+def forecast_stages(
+    stages: Sequence[Stage], run_dir: Path, plan: RunPlan, cluster: Cluster | None, jobs: Mapping[str, Job]
+) -> tuple[StageForecast, ...]:
+    """Return what will happen to each stage.
+
+    Args:
+        stages: a part of the chain, in its order; what comes before it is done.
+        run_dir: the run's folder; need not exist.
+        plan: what the stages are given.
+        cluster: the scheduler; None: this machine.
+        jobs: by stage, what is asked of it.
+    """
+    findings: dict[str, Finding] = {}
+    for stage in stages:
+        findings[stage.name] = find(stage, run_dir, plan, findings)
+    return tuple(_asked(findings[stage.name], jobs[stage.name], cluster) for stage in stages)
+
+
+def _asked(finding: Finding, job: Job, cluster: Cluster | None) -> StageForecast:
+    if cluster is None:
+        return StageForecast(job.name, finding, THIS_MACHINE, job.nodes, job.ranks_per_node)
+    is_done = finding.state is State.DONE
+    return StageForecast(
+        name=job.name,
+        finding=finding,
+        executor=type(cluster.executor).__name__,
+        nodes=job.nodes,
+        ranks_per_node=job.ranks_per_node,
+        resources=cluster.resources(job),
+        files={} if is_done else {job.folder / name: text for name, text in cluster.render(job).items()},
+    )
+
+
+def find(stage: Stage, run_dir: Path, plan: RunPlan, before: Mapping[str, Finding]) -> Finding:
+    """Return what will happen to a stage.
+
+    Args:
+        stage: the stage.
+        run_dir: the run's folder.
+        plan: what the stages are given.
+        before: what will happen to the stages before it; one that is omitted is done.
+    """
+    folder = stage.folder(run_dir)
+    started, done = folder.started_from(), folder.done_from()
+    # Their markers will be new, so whatever was made from the earlier ones does not count.
+    if again := [name for name in stage.after if name in before and before[name].state is not State.DONE]:
+        return _find_after(again, folder.path, stage, started, done)
+    inputs = folder.inputs(stage.settings_of(plan))
+    if done == inputs:
+        return Finding(State.DONE, "finished before, from the same inputs")
+    if stage.resumable and started is not None:
+        if changed := changed_inputs(started, inputs):
+            return _refused(folder.path, f"{_listed(changed)} changed")
+        return _resume(stage, folder.path)
+    if done is not None:
+        changed = changed_inputs(done, inputs) or ["the list of inputs"]
+        return Finding(State.RUN, f"finished before, but {_listed(changed)} changed")
+    if started is not None:
+        return Finding(State.RUN, "started before and not finished; starts anew")
+    return Finding(State.RUN, "not run yet")
+
+
+def _find_after(
+    again: Sequence[str],
+    folder: Path,
+    stage: Stage,
+    started: Mapping[str, str] | None,
+    done: Mapping[str, str] | None,
+) -> Finding:
+    """Return what happens to a stage behind others that run."""
+    those = f"{_listed(again)} {'runs' if len(again) == 1 else 'run'}"
+    if stage.resumable and started is not None:
+        return _refused(folder, f"{those} again")
+    if started is not None or done is not None:
+        return Finding(State.RUN, f"{those} again, so its earlier result does not count")
+    return Finding(State.RUN, f"not run yet; {those} first")
+
+
+def _resume(stage: Stage, folder: Path) -> Finding:
+    if not stage.parallel:
+        return Finding(State.RESUME, "stopped before it finished; goes on with what it left")
+    checkpoint = newest_checkpoint(folder / "checkpoints")
+    if checkpoint is None:
+        return Finding(State.RUN, "started before, but no checkpoint is complete; starts anew")
+    found = Finding(State.RESUME, "", checkpoint)
+    return replace(found, why=f"checkpoint after step {found.steps_done:,} found, {checkpoint.name}")
+
+
+def _refused(folder: Path, why: str) -> Finding:
+    return Finding(State.REFUSED, f"{why}, and {folder} holds work from before: set it back, or delete that folder")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return names as a phrase, without the words that tell settings from stages in a marker.
+
+    Example:
+        >>> _listed(["setting dense", "stage import", "setting data"])
+        'dense, import and data'
+    """
+    plain = [name.removeprefix("setting ").removeprefix("stage ") for name in names]
+    return " and ".join([", ".join(plain[:-1]), plain[-1]] if len(plain) > 1 else plain)

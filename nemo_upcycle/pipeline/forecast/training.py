@@ -1,0 +1,229 @@
+"""One training of a run: sizes, memory, speed, checkpoints, and what a kill costs."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.pipeline.executors.base import Cluster
+from nemo_upcycle.pipeline.forecast.planned import (
+    Card,
+    card_of,
+    first_steps_of,
+    model_of,
+    plans_of,
+    precision_name,
+    saved_bytes,
+)
+from nemo_upcycle.pipeline.forecast.stages import StageForecast, State
+from nemo_upcycle.pipeline.recipes_io import ranks_of, train_on
+from nemo_upcycle.planning.layout import Layout
+from nemo_upcycle.planning.memory import GIB
+from nemo_upcycle.planning.search import Plan
+from nemo_upcycle.training.layout import layout_of
+
+
+#: What a cluster's table of resources calls the time limit of a job.
+TIME = "time"
+_TIME_LIMIT = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
+
+
+@dataclass(frozen=True)
+class TrainingForecast:
+    """What is known of a training before it starts.
+
+    Args:
+        stage: where it runs, and how far it is.
+        recipe: its name.
+        arch: of its model.
+        knows_vocabulary: whether `arch` counts the embeddings.
+        layout: parallel sizes.
+        precision: the planner's name.
+        sequence, batch: tokens of a sequence, sequences of a step.
+        steps: of the whole training.
+        save_every: steps between two checkpoints.
+        keeps: checkpoints that stay, besides one that is written; None: all.
+        checkpoint_bytes: of one with optimizer states.
+        card: the cards.
+        first, later: plans of the first `first_steps` steps and of the others; None without an estimate.
+        first_steps: steps that recompute more than the others.
+        no_plan: why there is no estimate of memory and speed.
+        price: of a GPU-hour, in the currency of who gave it; None: not known.
+        limit_s: seconds that a job may take; None: not known.
+    """
+
+    stage: StageForecast
+    recipe: str
+    arch: Architecture
+    knows_vocabulary: bool
+    layout: Layout
+    precision: str
+    sequence: int
+    batch: int
+    steps: int
+    save_every: int
+    keeps: int | None
+    checkpoint_bytes: int
+    card: Card
+    first: Plan | None
+    later: Plan | None
+    first_steps: int
+    no_plan: str
+    price: float | None
+    limit_s: float | None
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step."""
+        return self.sequence * self.batch
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole training."""
+        return self.step_tokens * self.steps
+
+    @property
+    def steps_left(self) -> int:
+        """Steps still to do."""
+        return 0 if self.stage.finding.state is State.DONE else max(0, self.steps - self.stage.finding.steps_done)
+
+    @property
+    def fullest(self) -> Plan | None:
+        """The plan of the steps that need most memory."""
+        return max((plan for plan in (self.first, self.later) if plan), key=lambda p: p.memory.total, default=None)
+
+    @property
+    def memory_gib(self) -> float:
+        """GiB of the fullest GPU; 0 without an estimate."""
+        return self.fullest.memory.total / GIB if self.fullest else 0.0
+
+    @property
+    def step_s(self) -> float | None:
+        """Seconds of a step, but for the first ones; None without an estimate."""
+        return self.later.time.total if self.later else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds of the steps still to do, without evaluation, checkpoints and failures."""
+        if self.first is None or self.later is None:
+            return None
+        slow = min(self.steps_left, max(0, self.first_steps - self.stage.finding.steps_done))
+        return slow * self.first.time.total + (self.steps_left - slow) * self.later.time.total
+
+    @property
+    def gpu_hours_left(self) -> float | None:
+        """GPU-hours of the steps still to do."""
+        return None if self.seconds_left is None else self.seconds_left / 3600 * self.layout.gpus
+
+    @property
+    def cost_left(self) -> float | None:
+        """Cost of the steps still to do, where a price is known."""
+        return None if self.price is None or self.gpu_hours_left is None else self.price * self.gpu_hours_left
+
+    @property
+    def jobs_left(self) -> int | None:
+        """Jobs of the time limit that the steps still to do take, if none is interrupted."""
+        if self.limit_s is None or self.seconds_left is None:
+            return None
+        return math.ceil(self.seconds_left / self.limit_s)
+
+    @property
+    def checkpoints_at_once(self) -> int:
+        """Checkpoints on the disk while the last of them is written."""
+        saves = math.ceil(self.steps / self.save_every)
+        return saves if self.keeps is None else min(saves, self.keeps + 1)
+
+    @property
+    def checkpoints_kept(self) -> int:
+        """Checkpoints that stay when the training has ended."""
+        saves = math.ceil(self.steps / self.save_every)
+        return saves if self.keeps is None else min(saves, self.keeps)
+
+    @property
+    def longest_loss_s(self) -> float | None:
+        """Seconds of work lost by a kill just before a checkpoint is written."""
+        if self.first is None or self.later is None:
+            return None
+        lost = min(self.save_every, self.steps)
+        slow = min(lost, self.first_steps)
+        return max(lost * self.later.time.total, slow * self.first.time.total + (lost - slow) * self.later.time.total)
+
+
+def forecast_training(recipe: Any, dense: str, stage: StageForecast, cluster: Cluster | None) -> TrainingForecast:
+    """Return what is known of a training.
+
+    Args:
+        recipe: its recipe, checked.
+        dense: address of the dense parent.
+        stage: where it runs.
+        cluster: the scheduler, whose executor may have a `price_per_gpu_hour` and name its `card`; None: this machine.
+    """
+    nodes, per_node = ranks_of(recipe)
+    arch, knows_vocabulary = model_of(recipe, dense)
+    recipe = copy.deepcopy(recipe)
+    train_on(recipe, "", dense)  # as the stage will
+    layout = layout_of(recipe.trainer.strategy, nodes * per_node, recipe.data.micro_batch_size)
+    card = card_of(recipe, cluster, stage.resources)
+    plans: tuple[Plan | None, Plan | None] = None, None
+    no_plan = "" if card.gpu else card.why
+    if card.gpu:
+        try:
+            plans = plans_of(recipe, arch, layout, card.gpu)
+        except SpecError as error:
+            no_plan = f"the planner refuses: {error}"
+    steps = recipe.trainer.max_steps
+    return TrainingForecast(
+        stage=stage,
+        recipe=recipe.log.name,
+        arch=arch,
+        knows_vocabulary=knows_vocabulary,
+        layout=layout,
+        precision=precision_name(recipe),
+        sequence=recipe.data.seq_length,
+        batch=recipe.data.global_batch_size,
+        steps=steps,
+        save_every=getattr(recipe.log.ckpt, "every_n_train_steps", None) or steps,
+        keeps=_kept(recipe.log.ckpt),
+        checkpoint_bytes=saved_bytes(recipe, arch),
+        card=card,
+        first=plans[0],
+        later=plans[1],
+        first_steps=first_steps_of(recipe),
+        no_plan=no_plan,
+        price=getattr(getattr(cluster, "executor", None), "price_per_gpu_hour", None),
+        limit_s=time_limit_s(stage.resources.get(TIME, "")),
+    )
+
+
+def _kept(checkpoint: Any) -> int | None:
+    """Return how many checkpoints a callback keeps; None for all."""
+    best: int = getattr(checkpoint, "save_top_k", 1)
+    return None if best < 0 else best + bool(getattr(checkpoint, "save_last", False))
+
+
+def time_limit_s(text: str) -> float | None:
+    """Return the seconds of a time limit as Slurm writes it, or as a number of seconds with an s; None for others.
+
+    Example:
+        >>> time_limit_s("4:00:00"), time_limit_s("1-12"), time_limit_s("90"), time_limit_s("3600s")
+        (14400.0, 129600.0, 5400.0, 3600.0)
+    """
+    if re.fullmatch(r"\d+ ?s", text):
+        return float(text.rstrip(" s"))
+    found = _TIME_LIMIT.fullmatch(text)
+    if not found:
+        return None
+    numbers = [int(part) for part in found["parts"].split(":")]
+    # After days: hours, minutes, seconds. Without: minutes, minutes and seconds, or all three.
+    if found["days"] is not None:
+        hours, minutes, seconds = (*numbers, 0, 0)[:3]
+    elif len(numbers) == 3:
+        hours, minutes, seconds = numbers
+    else:
+        hours, minutes, seconds = (0, *(*numbers, 0)[:2])
+    return float(((int(found["days"] or 0) * 24 + hours) * 60 + minutes) * 60 + seconds)

@@ -1,0 +1,88 @@
+"""What `nemo upcycle pipeline --dryrun` says of every recipe's chain, on every executor; free of what a machine is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from tests.golden import FOLDER
+
+
+def _cluster(name: str, *site: str) -> Any:
+    import fiddle as fdl
+
+    from nemo_upcycle.pipeline.executors.settings import cluster_for, read_executor
+
+    return cluster_for(fdl.build(read_executor(name, site)))
+
+
+#: Executor -> what makes its cluster; None: this machine.
+CLUSTERS: dict[str, Callable[[], Any]] = {
+    "here": lambda: None,
+    "slurm": lambda: _cluster("slurm", "account=me", "partition=h100", "container_image=nemo", "price_per_gpu_hour=3"),
+    "kubernetes": lambda: _cluster("kubernetes", "image=nemo", "claim=runs", "mount_path=/runs", "queue=batch"),
+}
+RECIPES = ("llama3_8b_e8t2", "llama31_8b_e8t2", "llama3_70b_e8t2", "smollm2_135m_e8t2")
+GOLDEN = [(recipe, cluster) for recipe in RECIPES for cluster in CLUSTERS]
+FREE_BYTES = 4 << 40
+
+
+def forecast_path(recipe: str, cluster: str) -> Path:
+    """Return the golden file of a recipe's chain on an executor."""
+    return FOLDER / "forecast" / f"{recipe}-{cluster}.txt"
+
+
+def forecast_text(recipe: str, cluster: str) -> str:
+    """Return what a golden file should hold."""
+    from nemo_upcycle import recipes
+    from nemo_upcycle.pipeline.forecast import render_forecast
+    from nemo_upcycle.recipes import smollm2_135m_dense_ct
+
+    # The demo's recipes ask the machine for a GPU and for fast BF16.
+    with (
+        mock.patch("torch.cuda.is_available", return_value=False),
+        mock.patch.object(smollm2_135m_dense_ct, "cpu_has_fast_bf16", return_value=True),
+    ):
+        chain = getattr(recipes, recipe).pipeline_recipe(dir=f"/runs/{recipe}")
+        found = forecast_of(chain, Path(chain.dir), ["--factory", recipe], CLUSTERS[cluster]())
+    disk = replace(found.disk, folder=Path("/runs"), free_bytes=FREE_BYTES)
+    return render_forecast(replace(found, disk=disk)) + "\n"
+
+
+def forecast_of(chain: Any, run_dir: Path, words: Sequence[str] = (), cluster: Any = None, stages: Any = None) -> Any:
+    """Return the forecast of a chain.
+
+    Args:
+        chain: the configuration of a pipeline, as a recipe's `pipeline_recipe` returns it.
+        run_dir: the run's folder.
+        words: of the command line.
+        cluster: where it runs; None: this machine.
+        stages: a part of the chain.
+    """
+    from nemo_upcycle.pipeline.executors.base import Job
+    from nemo_upcycle.pipeline.forecast import forecast
+    from nemo_upcycle.pipeline.recipes_io import ranks_of
+    from nemo_upcycle.pipeline.stages import STAGES
+
+    pretrain, dense_ct = chain.pretrain, chain.dense_ct
+    jobs = {}
+    for stage in STAGES:
+        recipe = getattr(chain, stage.name) if stage.parallel else None
+        nodes, ranks = ranks_of(recipe) if recipe else (1, 1)
+        command = ("python", "-m", "nemo_upcycle.pipeline", stage.name, str(run_dir))
+        jobs[stage.name] = Job(stage.name, run_dir, command, stage.after, nodes, ranks, stage.parallel)
+    return forecast(stages or STAGES, run_dir, plan_of(chain), pretrain, dense_ct, cluster, jobs, words)
+
+
+def plan_of(chain: Any) -> Any:
+    """Return the plan that the pipeline makes of its configuration."""
+    from nemo_upcycle.pipeline.plan import RunPlan
+    from nemo_upcycle.pipeline.recipes_io import dump_recipe
+
+    dense_ct = dump_recipe(chain.dense_ct) if chain.dense_ct else None
+    return RunPlan(
+        chain.pretrain.log.name, chain.dense, chain.data, chain.evaluation, dump_recipe(chain.pretrain), dense_ct
+    )

@@ -1,0 +1,245 @@
+"""The forecast of a run: sizes and memory, speed, disk, origins of settings, and its text."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import nemo_run as run
+import pytest
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.executors.base import Cluster, Job, JobState
+from nemo_upcycle.pipeline.forecast import check_space, render_forecast
+from nemo_upcycle.pipeline.forecast.text import WIDTH
+from nemo_upcycle.pipeline.forecast.training import time_limit_s
+from nemo_upcycle.pipeline.stages import STAGES
+from tests.golden import forecasts
+from tests.golden.forecasts import forecast_of
+from tests.unit.pipeline.markers import finish
+
+
+@dataclass
+class SiteExecutor:
+    """An executor with what a forecast asks of one."""
+
+    account: str = "mine"
+    partition: str = "batch"
+    queue: str = ""
+    time: str = "4:00:00"
+    price_per_gpu_hour: float | None = 2.5
+    origins: dict[str, str] = field(default_factory=lambda: {"partition": "conf/executors/site.yaml"})
+
+
+class SiteCluster(Cluster):
+    """Renders, and holds stages back; a forecast asks nothing else."""
+
+    holds_back = True
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        raise AssertionError
+
+    def render(self, job: Job) -> dict[str, str]:
+        return {"job.sh": f"#!/bin/sh\n{' '.join(job.command)}\n"}
+
+    def submit(self, job: Job, after: Sequence[str]) -> str:
+        raise AssertionError
+
+    def states(self, ids: Sequence[str]) -> Mapping[str, JobState]:
+        raise AssertionError
+
+    def cancel(self, ids: Sequence[str]) -> None:
+        raise AssertionError
+
+    def logs(self, job: Job, identity: str) -> Sequence[Path]:
+        raise AssertionError
+
+    def resources(self, job: Job) -> dict[str, str]:
+        return {"partition": self.executor.partition, "time": self.executor.time}
+
+
+def test_llama3_8b_has_the_papers_and_the_planners_numbers(llama: Any, tmp_path: Path) -> None:
+    pretrain = forecast_of(llama, tmp_path).trainings["pretrain"]
+    assert (pretrain.arch.total_params, pretrain.arch.active_params) == (47_491_321_856, 13_668_454_400)
+    assert (pretrain.stage.nodes, pretrain.stage.ranks_per_node, pretrain.layout.gpus) == (64, 8, 512)
+    layout = pretrain.layout
+    sizes = (layout.tp, layout.pp, layout.vp, layout.cp, layout.ep, layout.etp, layout.dp)
+    assert sizes == (2, 4, 8, 1, 8, 1, 64)
+    assert (pretrain.step_tokens, pretrain.steps) == (4_194_304, 23_842)
+    assert pretrain.tokens == 4_194_304 * 23_842
+    assert pretrain.fullest is not None
+    assert pretrain.fullest.verdict == "fits"
+    assert pretrain.memory_gib == pytest.approx(60.0, abs=0.1)
+    assert pretrain.checkpoint_bytes / 2**30 == pytest.approx(pretrain.fullest.checkpoint_gib)
+    assert pretrain.checkpoint_bytes / 2**30 == pytest.approx(619.2, abs=0.1)
+    assert (pretrain.checkpoints_at_once, pretrain.checkpoints_kept) == (2, 1)
+
+
+def test_first_steps_recompute_and_count_as_slower(llama: Any, tmp_path: Path) -> None:
+    pretrain = forecast_of(llama, tmp_path).trainings["pretrain"]
+    assert pretrain.first is not None
+    assert pretrain.later is not None
+    slow_s, usual_s = pretrain.first.time.total, pretrain.later.time.total
+    assert (pretrain.first.work.recompute, pretrain.later.work.recompute) == ("moe", "none")
+    assert pretrain.first.memory.total < pretrain.later.memory.total
+    assert pretrain.seconds_left == pytest.approx(500 * slow_s + 23_342 * usual_s)
+    assert pretrain.longest_loss_s == pytest.approx(500 * slow_s + 500 * usual_s)
+
+
+def test_forecast_plans_the_recipe_as_it_was_changed(llama: Any, tmp_path: Path) -> None:
+    from nemo_upcycle.recipes import llama3_8b_e8t2
+
+    chain = copy.deepcopy(llama)
+    chain.pretrain = llama3_8b_e8t2.pretrain_recipe(performance_mode=True, fp8_recipe="tensorwise")
+    chain.pretrain.trainer.strategy.pipeline_model_parallel_size = 1
+    chain.pretrain.trainer.strategy.virtual_pipeline_model_parallel_size = None
+    found = forecast_of(chain, tmp_path)
+    plan = found.trainings["pretrain"].fullest
+    assert plan is not None
+    assert (plan.work.precision, plan.work.pad, plan.work.capacity_factor) == ("fp8-current", True, 1.0)
+    assert (plan.layout.pp, plan.layout.vp, plan.layout.cp, plan.verdict) == (1, 1, 2, "no")
+    (warning,) = [text for text in found.warnings if text.startswith("pretrain: memory does not fit")]
+    assert "nemo-upcycle plan --recipe llama3_8b_e8t2 --gpus 512" in warning
+
+
+def test_demo_without_a_gpu_has_sizes_and_no_speed(demo: Any, tmp_path: Path) -> None:
+    found = forecast_of(demo, tmp_path)
+    pretrain = found.trainings["pretrain"]
+    assert (pretrain.arch.total_params, pretrain.later, pretrain.seconds_left) == (692_036_928, None, None)
+    assert pretrain.checkpoint_bytes == 14 * pretrain.arch.total_params
+    text = render_forecast(found)
+    assert "no estimate of the speed: no GPU here" in text
+    assert "9.02 GiB every 10 steps, 1 at once" in text
+    assert "TFLOP" not in text
+    demo.pretrain.trainer.plugins.precision = "32"
+    assert forecast_of(demo, tmp_path).trainings["pretrain"].checkpoint_bytes == 16 * pretrain.arch.total_params
+
+
+def test_vocabulary_of_an_unknown_parent_is_said_to_be_unknown(demo: Any, tmp_path: Path) -> None:
+    for recipe in (demo.pretrain, demo.dense_ct):
+        recipe.model.config.hidden_size, recipe.model.config.num_attention_heads = 64, 4
+    demo.dense = "hf://nobody/nothing"
+    found = forecast_of(demo, tmp_path)
+    assert not found.trainings["pretrain"].knows_vocabulary
+    assert any("vocabulary is not known" in warning for warning in found.warnings)
+    from tests.models import write_llama, write_tokenizer
+
+    demo.dense = str(write_tokenizer(write_llama(tmp_path / "parent", vocab_size=259)))
+    assert forecast_of(demo, tmp_path).trainings["pretrain"].arch.vocab_size == 259
+
+
+def test_a_recipe_of_plain_settings_is_forecast_with_the_defaults_it_will_train_with(
+    demo: Any, tmp_path: Path
+) -> None:
+    """Batches that a recipe does not name are those of its data module, plugins and callbacks are none."""
+    from nemo.collections.llm.gpt.data import MockDataModule
+
+    demo.pretrain.data = run.Config(MockDataModule, seq_length=1024)
+    for name in ("plugins", "callbacks"):
+        delattr(demo.pretrain.trainer, name)
+    pretrain = forecast_of(demo, tmp_path).trainings["pretrain"]
+    assert (pretrain.sequence, pretrain.batch, pretrain.precision) == (1024, 8, "bf16")
+
+
+def test_a_run_that_does_not_fit_the_disk_is_refused(llama: Any, tmp_path: Path) -> None:
+    found = forecast_of(llama, tmp_path)
+    needed_bytes = found.disk.needed_bytes
+    enough = replace(found, disk=replace(found.disk, free_bytes=needed_bytes))
+    check_space(enough)
+    short = replace(found, disk=replace(found.disk, free_bytes=needed_bytes - 1))
+    with pytest.raises(UpcycleError, match=r"disk space for .*: got .* GiB free, expected .*checkpoints of pretrain"):
+        check_space(short)
+    assert any("disk is too small" in warning for warning in short.warnings)
+    assert not any("disk is too small" in warning for warning in enough.warnings)
+
+
+def test_trainings_side_by_side_need_both_their_checkpoints_at_once(llama: Any, tmp_path: Path) -> None:
+    finish(llama, tmp_path, "import", "data", "upcycle")
+    sizes = {use.stage: use for use in forecast_of(llama, tmp_path, stages=STAGES[3:5]).disk.uses}
+    moe, dense = sizes["pretrain"], sizes["dense_ct"]
+    assert (moe.peak_bytes, dense.peak_bytes) == (2 * moe.kept_bytes, 2 * dense.kept_bytes)
+    in_turn = forecast_of(llama, tmp_path, stages=STAGES[3:5]).disk
+    beside = forecast_of(llama, tmp_path, cluster=SiteCluster(SiteExecutor()), stages=STAGES[3:5]).disk
+    assert in_turn.needed_bytes == moe.peak_bytes
+    assert beside.needed_bytes == moe.peak_bytes + dense.peak_bytes
+
+
+def test_origins_of_settings(tmp_path: Path) -> None:
+    from nemo_upcycle import recipes
+
+    chain = recipes.llama3_8b_e8t2.pipeline_recipe(num_nodes=16)
+    chain.pretrain.trainer.max_steps = 100
+    words = ["dir=runs/x", "--factory", "llama3_8b_e8t2(num_nodes=16)", "pretrain.trainer.max_steps=100"]
+    words += ["run.executor=site", "run.executor.account=mine"]
+    cluster = SiteCluster(SiteExecutor(account="other", partition="big", time="0:30:00"))
+    found = forecast_of(chain, tmp_path, words, cluster)
+    origins = {setting.name: (setting.value, setting.origin) for setting in found.settings}
+    assert origins["pretrain.trainer.max_steps"] == ("100", "command line")
+    assert origins["dense_ct.trainer.max_steps"] == ("23842", "recipe llama3_8b_dense_ct")
+    assert origins["pretrain.trainer.num_nodes"] == ("16", "command line (--factory)")
+    assert origins["dense_ct.trainer.num_nodes"] == ("16", "command line (--factory)")
+    assert origins["pretrain.trainer.devices"] == ("8", "recipe llama3_8b_e8t2")
+    assert origins["data"] == ("redpajama_v2_academic_7_3", "recipe llama3_8b_e8t2")
+    assert origins["run.executor.account"] == ("other", "command line")
+    assert origins["run.executor.partition"] == ("big", "conf/executors/site.yaml")
+    assert origins["run.executor.time"] == ("0:30:00", "executor site")
+    assert "run.executor.queue" not in origins
+    assert any("different numbers of tokens" in warning for warning in found.warnings)
+
+
+def test_a_cluster_adds_resources_cost_jobs_and_scripts(llama: Any, tmp_path: Path) -> None:
+    found = forecast_of(llama, tmp_path, cluster=SiteCluster(SiteExecutor()))
+    pretrain = found.trainings["pretrain"]
+    assert pretrain.gpu_hours_left is not None
+    assert pretrain.cost_left == pytest.approx(2.5 * pretrain.gpu_hours_left)
+    assert (pretrain.limit_s, pretrain.jobs_left) == (4 * 3600, 4)
+    text = render_forecast(found)
+    assert "SiteExecutor: 64 nodes x 8 ranks; partition batch; time 4:00:00" in text
+    script = tmp_path / "jobs/pretrain/job.sh"
+    assert text.count(str(script)) == 2
+    assert text.endswith(f"--- {tmp_path / 'jobs/report/job.sh'}\n#!/bin/sh\n{_command(tmp_path, 'report')}")
+
+
+def _command(run_dir: Path, stage: str) -> str:
+    return f"python -m nemo_upcycle.pipeline {stage} {run_dir}"
+
+
+def test_a_time_limit_shorter_than_the_way_to_a_checkpoint_is_warned_about(llama: Any, tmp_path: Path) -> None:
+    short = forecast_of(llama, tmp_path, cluster=SiteCluster(SiteExecutor(time="0:20:00")))
+    (warning,) = [text for text in short.warnings if "time limit" in text]
+    assert warning.startswith("pretrain: the time limit (20 min) is shorter than")
+    assert "pretrain.log.ckpt.every_n_train_steps" in warning
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("4:00:00", 14_400),
+        ("30", 1800),
+        ("30:15", 1815),
+        ("2-0", 172_800),
+        ("1-12:30", 131_400),
+        ("7200s", 7200),
+        ("", None),
+        ("infinite", None),
+    ],
+)
+def test_time_limits_are_read_as_slurm_writes_them(text: str, seconds: float | None) -> None:
+    assert time_limit_s(text) == seconds
+
+
+@pytest.mark.parametrize(("recipe", "cluster"), forecasts.GOLDEN)
+def test_text_equals_its_golden_file(recipe: str, cluster: str) -> None:
+    """After an intended change: `python -m tests.golden`, and read the difference."""
+    text = forecasts.forecast_text(recipe, cluster)
+    assert text == forecasts.forecast_path(recipe, cluster).read_text(encoding="utf-8")
+    forecast, *_ = text.partition("\n---")
+    assert max(map(len, forecast.splitlines())) <= WIDTH
+
+
+def test_every_golden_file_of_a_forecast_is_made() -> None:
+    folder = forecasts.forecast_path("x", "y").parent
+    assert set(folder.iterdir()) == {forecasts.forecast_path(*pair) for pair in forecasts.GOLDEN}

@@ -1,0 +1,88 @@
+"""What a forecast says of the stages of a run's folder: done, resumed, run or refused, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_upcycle.pipeline.forecast import render_forecast
+from nemo_upcycle.pipeline.forecast.stages import State
+from nemo_upcycle.pipeline.stages import BY_NAME
+from tests.golden.forecasts import forecast_of, plan_of
+from tests.unit.pipeline.markers import finish
+
+
+def _start(chain: Any, run_dir: Path, name: str, steps: int | None) -> None:
+    """Leave what a killed training leaves; with a number of steps, a checkpoint after them."""
+    folder = BY_NAME[name].folder(run_dir)
+    folder.start(folder.inputs(BY_NAME[name].settings_of(plan_of(chain))), resumable=False)
+    if steps is not None:
+        import torch.distributed.checkpoint as dcp
+
+        weights = folder.path / "checkpoints" / f"model_name=0--step={steps - 1}-last" / "weights"
+        dcp.save({"weight": torch.zeros(2)}, checkpoint_id=weights, no_dist=True)
+        torch.save({}, weights / "common.pt")
+
+
+def _states(found: Any) -> dict[str, str]:
+    return {stage.name: stage.finding.state.value for stage in found.stages}
+
+
+def test_nothing_is_done_in_a_new_folder_and_nothing_is_written(demo: Any, tmp_path: Path) -> None:
+    run_dir = tmp_path / "not" / "yet"
+    found = forecast_of(demo, run_dir)
+    assert set(_states(found).values()) == {"run"}
+    assert found.disk.folder == tmp_path
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stages_are_done_resumed_or_run(demo: Any, tmp_path: Path) -> None:
+    finish(demo, tmp_path, "import", "data", "upcycle")
+    _start(demo, tmp_path, "pretrain", steps=4)
+    _start(demo, tmp_path, "dense_ct", steps=None)
+    found = forecast_of(demo, tmp_path)
+    names = ("import", "data", "upcycle", "pretrain", "dense_ct", "export", "evaluate", "report")
+    assert _states(found) == dict(zip(names, ["done"] * 3 + ["resume"] + ["run"] * 4, strict=True))
+    why = {stage.name: stage.finding.why for stage in found.stages}
+    assert why["import"] == "finished before, from the same inputs"
+    assert why["pretrain"] == "checkpoint after step 4 found, model_name=0--step=3-last"
+    assert "no checkpoint is complete" in why["dense_ct"]
+    assert why["export"] == "not run yet; pretrain and dense_ct run first"
+    assert found.trainings["pretrain"].steps_left == 2
+    assert {use.stage for use in found.disk.uses} == {"pretrain", "dense_ct", "export"}
+
+
+def test_a_changed_setting_is_named_and_what_follows_runs_again(demo: Any, tmp_path: Path) -> None:
+    finish(demo, tmp_path, *BY_NAME)
+    assert set(_states(forecast_of(demo, tmp_path)).values()) == {"done"}
+    assert forecast_of(demo, tmp_path).disk.needed_bytes == 0
+    demo.evaluation = "full"
+    found = forecast_of(demo, tmp_path)
+    assert _states(found)["export"] == "done"
+    evaluate, report = found.stages[-2:]
+    assert (evaluate.finding.state, report.finding.state) == (State.RUN, State.RUN)
+    assert evaluate.finding.why == "finished before, but evaluation changed"
+    assert report.finding.why == "evaluate runs again, so its earlier result does not count"
+
+
+def test_work_that_would_be_refused_is_forecast_so(demo: Any, tmp_path: Path) -> None:
+    finish(demo, tmp_path, "import", "data", "upcycle")
+    _start(demo, tmp_path, "pretrain", steps=4)
+    BY_NAME["upcycle"].folder(tmp_path).marker.unlink()
+    found = forecast_of(demo, tmp_path)
+    assert (_states(found)["upcycle"], _states(found)["pretrain"]) == ("run", "refused")
+    (warning,) = [text for text in found.warnings if "refused" in text]
+    assert warning.startswith("stage pretrain will be refused: upcycle runs again, and ")
+    assert str(tmp_path / "pretrain") in warning
+
+
+@pytest.mark.parametrize("only", ["evaluate", "report"])
+def test_a_part_of_the_chain_takes_what_is_before_it_for_done(demo: Any, tmp_path: Path, only: str) -> None:
+    finish(demo, tmp_path, *list(BY_NAME)[: list(BY_NAME).index(only)])
+    found = forecast_of(demo, tmp_path, stages=[BY_NAME[only]])
+    assert _states(found) == {only: "run"}
+    assert found.trainings == {}
+    render_forecast(found)
