@@ -60,7 +60,7 @@ def check_arguments(
     _check_folder(run_dir)
     parent = check_address(plan.dense)
     here = {stage.name for stage in stages} if is_local(ctx.executor) else set()
-    _check_blend(plan.data, "data" in here)
+    _check_blend(plan.data, "data" in here, remote=not ctx.dryrun)
     read_suite_config(plan.evaluation)
     for name, recipe in (("pretrain", pretrain), ("dense_ct", dense_ct)):
         if recipe:
@@ -91,13 +91,24 @@ def check_arguments(
             folder.require_same(setting_hashes(stage.settings_of(plan)))
 
 
-def _check_blend(data: str, here: bool) -> None:
-    """Check what a run is trained on: a finished folder, or a blend, its files and, here, what builds it."""
+def _check_blend(data: str, here: bool, *, remote: bool) -> None:
+    """Check what a run is trained on: a finished folder, or a blend, its files and, here, what builds it.
+
+    Args:
+        data: the argument of the pipeline.
+        here: whether the blend is built on this machine.
+        remote: whether to ask for files behind addresses, too, which needs the network.
+    """
     if Path(data).is_dir():
         open_blend(data)
         return
     blend = read_blend(data)
-    require_disjoint({source: check_files(blend, source) for source in blend.config.sources})
+    listed = {
+        name: check_files(blend, name)
+        for name, source in blend.config.sources.items()
+        if remote or not any("://" in entry for entry in (*source.train, *source.validation, *source.heldout))
+    }
+    require_disjoint(listed)
     for suite in blend.config.decontaminate:
         read_suite_config(suite)
     if here:

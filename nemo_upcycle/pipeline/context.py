@@ -127,6 +127,10 @@ class PipelineContext(CheckedContext):
         """Take `--from STAGE` and its like, which NeMo-Run's command has no place for."""
         return pipeline_arguments(words)
 
+    def may_go_on(self) -> bool:
+        """Ask whether to start, unless `--yes` was given."""
+        return bool(self._should_continue(self.skip_confirmation))
+
     def _execute_experiment(self, fn: Any, experiment_args: list[str]) -> None:
         if self.to_yaml or self.to_toml or self.to_json:
             raise UpcycleError(
@@ -137,10 +141,6 @@ class PipelineContext(CheckedContext):
             )
         task = self.parse_fn(fn, experiment_args)
         _check_complete(fn, task)
-        if self.dryrun or not self.skip_confirmation:
-            run.dryrun_fn(task, executor=self.executor)
-        if not self._should_continue(self.skip_confirmation or self.dryrun):
-            return
         fn(self, **{name: value for name, value in task.__arguments__.items() if name != "ctx"})
 
 

@@ -21,12 +21,14 @@ def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: RunPlan, python: str =
         python: the interpreter where the stages run.
     """
     script = script_of(plan)
+    named = [Path(text) for text in (plan.dense, plan.data, plan.evaluation, *script)]
+    reads = tuple(path for path in named if path.is_absolute())
     jobs = []
     for stage in stages:
         nodes, ranks = ranks_for(stage, plan)
         command = (python, "-m", "nemo_upcycle.pipeline", stage.name, str(run_dir), *script)
         kind = {"is_training": stage.parallel, "is_resumable": stage.resumable}
-        jobs.append(Job(stage.name, run_dir, command, stage.after, nodes, ranks, **kind))
+        jobs.append(Job(stage.name, run_dir, command, stage.after, nodes, ranks, **kind, reads=reads))
     return jobs
 
 

@@ -87,17 +87,18 @@ def pipeline(
     if render:
         _render(jobs, cluster, plan, Path(render))
         return
-    found = forecast(
-        stages, run_dir, plan, pretrain, dense_ct, cluster, {job.name: job for job in jobs}, sys.argv[1:]
-    )
-    if ctx.dryrun:
+    found = forecast(stages, run_dir, plan, pretrain, dense_ct, cluster, {job.name: job for job in jobs}, sys.argv[1:])
+    if ctx.dryrun or not ctx.skip_confirmation:
         sys.stdout.write(render_forecast(found) + "\n")
+    if ctx.dryrun:
         return
     check_space(found)
     chain = Chain(cluster, jobs, lambda name: BY_NAME[name].is_done(run_dir, plan), run_dir) if cluster else None
     if chain:
         chain.check()
         _warn_of_uncommitted_code()
+    if not ctx.may_go_on():
+        return
     with in_use(run_dir):  # its stages read the plan, so no other run may change it
         if chain:
             _require_same_plan(chain, run_dir, plan)

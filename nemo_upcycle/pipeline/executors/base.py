@@ -29,6 +29,7 @@ class Job:
         nodes: number of nodes.
         ranks_per_node: processes on each of them.
         is_training: whether it saves checkpoints, is told to stop by SIGTERM, and goes on from the last checkpoint.
+        reads: folders and files outside the run's folder that it reads: the dense model, the data, the suite.
         is_resumable: whether a new start goes on where an earlier one stopped; trainings do.
     """
 
@@ -40,6 +41,7 @@ class Job:
     ranks_per_node: int = 1
     is_training: bool = False
     is_resumable: bool = False
+    reads: tuple[Path, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -81,6 +83,8 @@ class Cluster(ABC):
         executor: the user's settings, common to all stages.
     """
 
+    #: Its name, for people.
+    label: str
     #: Whether the scheduler holds a job back until those that it depends on have succeeded.
     holds_back: bool = False
 

@@ -101,7 +101,7 @@ class KubernetesExecutor(run.Executor):
     context: str = ""
     report_within_s: int = 60
     card: str = "h100"
-    price_per_gpu_hour: Optional[float] = None
+    price_per_gpu_hour: Optional[float] = None  # noqa: UP045 - NeMo-Run cannot parse `float | None`
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
 
@@ -118,6 +118,8 @@ class KubernetesScheduler(Cluster):
         executor: the user's settings.
         api: a connection; None makes one when it is needed.
     """
+
+    label = "Kubernetes"
 
     def __init__(self, executor: KubernetesExecutor, api: KubernetesApi | None = None) -> None:
         super().__init__(executor)
@@ -207,14 +209,14 @@ class KubernetesScheduler(Cluster):
     def _require_sound(self, job: Job, settings: KubernetesExecutor) -> None:
         """Check what needs no server."""
         manifests.require_fields(settings)
-        run_dir = manifests.pod_path(job.run_dir)
-        if not any(run_dir.is_relative_to(path) for path in settings.mounts.values()):
-            raise UpcycleError(
-                f"dir {job.run_dir}",
-                got="a folder that the pods do not see",
-                expected=f"one below {' or '.join(settings.mounts.values())}",
-                fix="choose another dir, or set run.executor.claim, mount_path and volumes",
-            )
+        for path in (job.run_dir, *job.reads):
+            if not any(manifests.pod_path(path).is_relative_to(mount) for mount in settings.mounts.values()):
+                raise UpcycleError(
+                    f"dir {path}" if path == job.run_dir else str(path),
+                    got="a path that the pods do not see",
+                    expected=f"one below {' or '.join(settings.mounts.values())}",
+                    fix="put it there, or set run.executor.claim, mount_path and volumes",
+                )
         if 0 < settings.gpus_per_node < job.ranks_per_node:
             raise UpcycleError(
                 f"run.executor.stages.{job.name}.gpus_per_node",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
 from collections.abc import Sequence
 from importlib import resources
@@ -97,7 +98,8 @@ def _value(text: str, kind: Any) -> Any:
 
 
 def _takes(kind: Any, wanted: type) -> bool:
-    return kind is wanted or wanted in typing.get_args(kind)
+    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return kind is wanted or (is_union and wanted in typing.get_args(kind))
 
 
 def _normalise(settings: dict[str, Any], fields: dict[str, Any], where: str, path: Path) -> None:
@@ -106,5 +108,12 @@ def _normalise(settings: dict[str, Any], fields: dict[str, Any], where: str, pat
         if name not in fields or name in _OWN:
             hint = did_you_mean(name, fields, prefix=f"run.executor.{where}")
             raise UpcycleError(f"setting '{where}{name}' of the executor in {path} does not exist.{hint}")
+        if name == "time" and isinstance(value, int):
+            raise UpcycleError(
+                f"{where}time of the executor in {path}",
+                got=f"{value}: YAML reads 24:00:00 as a number",
+                expected="text",
+                fix='put it in quotes: "24:00:00"',
+            )
         if isinstance(value, (int, float)) and _takes(fields[name], str) and not _takes(fields[name], type(value)):
             settings[name] = str(value)  # `mem: 0` is as good as `mem: "0"`

@@ -55,7 +55,7 @@ class StagedSlurmExecutor(run.SlurmExecutor):
     hang_detection: bool = False
     silence_s: float = SILENCE_S
     card: str = "h100"
-    price_per_gpu_hour: Optional[float] = None
+    price_per_gpu_hour: Optional[float] = None  # noqa: UP045 - NeMo-Run cannot parse `float | None`
     shared_dir: bool = False
     origins: dict[str, str] = field(default_factory=dict)
 
@@ -77,6 +77,7 @@ class SlurmScheduler(Cluster):
         True
     """
 
+    label = "Slurm"
     holds_back = True
 
     @property
@@ -132,6 +133,7 @@ class SlurmScheduler(Cluster):
         parameters = {"kill_on_invalid_dep": "yes"} | (mine.additional_parameters or {})
         return dataclasses.replace(
             mine,
+            container_mounts=[*mine.container_mounts, *_missing_mounts(job, mine.container_mounts)],
             nodes=job.nodes,
             ntasks_per_node=1 if self._detects_hangs(job) else job.ranks_per_node,
             job_dir=str(job.folder),
@@ -229,6 +231,16 @@ class SlurmScheduler(Cluster):
                 expected=f"one that the nodes see as well ({', '.join(others[:3])}, ...)",
                 fix="choose a dir on shared storage; or, if it is served to the nodes, run.executor.shared_dir=True",
             )
+
+
+def _missing_mounts(job: Job, mounts: Sequence[str]) -> list[str]:
+    """Return mounts, under their own path, of what a stage reads and writes and no mount of the user's holds."""
+    inside = [mount.split(":")[1] if ":" in mount else mount for mount in mounts]
+    missing: list[str] = []
+    for path in (job.run_dir, *job.reads):
+        if not any(path.is_relative_to(folder) for folder in [*inside, *missing]):
+            missing.append(str(path))
+    return [f"{path}:{path}" for path in missing]
 
 
 def _last_line(text: str) -> str:

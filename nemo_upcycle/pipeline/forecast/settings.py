@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,7 +78,12 @@ class Origins:
         self.executor = next((word.partition("=")[2] for word in words if word.startswith("run.executor=")), "")
         has_arguments = bool(self.recipe) and self.factory.rstrip() != self.recipe
         #: The recipe without the arguments that were typed; a value that differs from it comes from them.
-        self._usual = parse_factory(target, "", target, self.recipe) if has_arguments else None
+        self._usual = None
+        if has_arguments:
+            with contextlib.suppress(
+                Exception
+            ):  # a factory of the user's may have arguments that it cannot do without
+                self._usual = parse_factory(target, "", target, self.recipe)
 
     def of(self, name: str, value: Any, otherwise: str) -> str:
         """Return where a setting comes from.

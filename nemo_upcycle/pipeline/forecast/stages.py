@@ -99,7 +99,7 @@ def _asked(finding: Finding, job: Job, cluster: Cluster | None) -> StageForecast
     return StageForecast(
         name=job.name,
         finding=finding,
-        executor=type(cluster.executor).__name__,
+        executor=cluster.label,
         nodes=job.nodes,
         ranks_per_node=job.ranks_per_node,
         resources=cluster.resources(job),

@@ -22,6 +22,8 @@ from nemo_upcycle.pipeline.executors.local import StopSignals
 class Processes(Cluster):
     """Starts a process a job, and like Kubernetes holds none back."""
 
+    label = "processes"
+
     def __init__(self) -> None:
         super().__init__(run.LocalExecutor())
         self.processes: dict[str, subprocess.Popen[bytes]] = {}

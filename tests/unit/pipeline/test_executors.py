@@ -43,6 +43,17 @@ def test_a_stage_gets_its_own_resources_and_the_recipes_ranks() -> None:
     assert "/shared/run/jobs/import/log-" in other  # not the folder of the stage rendered before
 
 
+def test_a_container_sees_what_a_stage_reads_and_writes() -> None:
+    cluster = cluster_for(
+        built("account=me", "partition=h100", "container_image=nemo", "container_mounts=['/data:/data']")
+    )
+    assert cluster is not None
+    job = Job("import", Path("/runs/a"), ("true",), reads=(Path("/data/text"), Path("/models/8b"), Path("/runs/a/x")))
+    script = cluster.render(job)["import.sh"]
+    mounts = "/data:/data,/runs/a:/runs/a,/models/8b:/models/8b,/runs/a/jobs/import:/nemo_run"
+    assert f"--container-mounts {mounts} " in script
+
+
 def test_the_command_line_overrides_one_stage_and_says_so() -> None:
     executor = built(*SITE, "stages.pretrain.time=08:00:00", "stages.evaluate.gpus_per_node=4", "cpus_per_task=8")
     assert executor.stages["pretrain"]["time"] == "08:00:00"
@@ -63,6 +74,7 @@ def test_what_a_site_must_fill_in_is_named(missing: str) -> None:
     ("text", "message"),
     [
         ("executor: slrum", "got slrum, expected .*slurm"),
+        ("executor: slurm\ntime: 24:00:00", 'got 86400: YAML reads .* Fix: put it in quotes: "24:00:00"'),
         ("executor: slurm\npartion: a", "setting 'partion' .* does not exist. Did you mean 'run.executor.partition'?"),
         ("executor: slurm\nstages: {pretrian: {time: '1'}}", "'pretrian' does not exist. Did you mean 'pretrain'?"),
         (

@@ -37,6 +37,7 @@ class SiteExecutor:
 class SiteCluster(Cluster):
     """Renders, and holds stages back; a forecast asks nothing else."""
 
+    label = "Site"
     holds_back = True
 
     def check(self, jobs: Sequence[Job]) -> None:
@@ -197,7 +198,7 @@ def test_a_cluster_adds_resources_cost_jobs_and_scripts(llama: Any, tmp_path: Pa
     assert pretrain.cost_left == pytest.approx(2.5 * pretrain.gpu_hours_left)
     assert (pretrain.limit_s, pretrain.jobs_left) == (4 * 3600, 4)
     text = render_forecast(found)
-    assert "SiteExecutor: 64 nodes x 8 ranks; partition batch; time 4:00:00" in text
+    assert "Site: 64 nodes x 8 ranks; partition batch; time 4:00:00" in text
     script = tmp_path / "jobs/pretrain/job.sh"
     assert text.count(str(script)) == 2
     assert text.endswith(f"--- {tmp_path / 'jobs/report/job.sh'}\n#!/bin/sh\n{_command(tmp_path, 'report')}")

@@ -17,9 +17,9 @@ from omegaconf import OmegaConf
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors import manifests
 from nemo_upcycle.pipeline.executors.argo import workflow
-from nemo_upcycle.pipeline.executors.base import Job, JobState, Phase
+from nemo_upcycle.pipeline.executors.base import Job, JobState, Phase, UnreachableError
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesExecutor, KubernetesScheduler
-from nemo_upcycle.pipeline.executors.kubernetes_api import TakenError, UnreachableError, reported_state
+from nemo_upcycle.pipeline.executors.kubernetes_api import TakenError, reported_state
 from tests.crds import KINDS, RECIPES, closed_schema, executor, jobs_of
 
 
@@ -37,7 +37,7 @@ class FakeApi:
 
     def create(self, resource: Any, manifest: dict[str, Any], *, dry_run: bool = False) -> None:
         if not self.answers:
-            raise UnreachableError("nothing")
+            raise UnreachableError("Kubernetes API server: nothing")
         if manifest["metadata"]["name"] in self.jobs:
             raise TakenError
         if not dry_run:
@@ -45,7 +45,7 @@ class FakeApi:
 
     def get(self, resource: Any, namespace: str, name: str) -> dict[str, Any] | None:
         if not self.answers:
-            raise UnreachableError("nothing")
+            raise UnreachableError("Kubernetes API server: nothing")
         return self.jobs.get(name)
 
     def delete(self, resource: Any, namespace: str, name: str) -> None:
@@ -183,7 +183,7 @@ def test_a_rerun_takes_another_name_also_where_the_folder_forgot_the_first(tmp_p
     ("fields", "words"),
     [
         ({"image": "???"}, "run.executor.image"),
-        ({"mount_path": "/elsewhere"}, "a folder that the pods do not see"),
+        ({"mount_path": "/elsewhere"}, "a path that the pods do not see"),
         ({"kind": "trainjobs"}, "Did you mean 'trainjob'?"),
         ({"restarts": 3}, "failurePolicy.maxRestarts"),
         ({"kind": "trainjob-2.1"}, "terminationGracePeriodSeconds"),
