@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 RUN_DIR ?= runs/demo
 COMMAND_DIR := runs/test-command
 
-.PHONY: help demo test test-command test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te test-k8s data-env test-data
+.PHONY: help demo test test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te test-k8s data-env test-data
 
 help:
 	@echo "make demo    upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (about 8 minutes, no GPU)"
@@ -20,6 +20,7 @@ help:
 	@echo "make venv    only the environments, $(VENV) and $(DATA_VENV)"
 	@echo "make test-te tests with real Transformer Engine modules, in an environment of their own, $(TE_VENV) (no GPU)"
 	@echo "make test-k8s  tests against a real Kubernetes API server, built once into .cache/k8s (about 4 minutes, Debian)"
+	@echo "make test-slurm  the chain on a real Slurm, which it installs as root (ACCOUNTING=--accounting: with slurmdbd)"
 	@echo "make data-env  the environment of the data stage, $(DATA_VENV): datatrove and its numpy 2 (about a minute)"
 	@echo "make test-data tests of the data stage's engine, in $(DATA_VENV)"
 	@echo "make test-pythons  make test under each of Python 3.10, 3.11 and 3.12 that this machine has"
@@ -57,6 +58,11 @@ te-env: $(TE_VENV)/.complete
 
 $(TE_VENV)/.complete: scripts/te_env.sh
 	PYTHON=$(PYTHON) scripts/te_env.sh $(TE_VENV)
+
+# A real Slurm of two nodes on this machine, as root; installed where it is missing.
+test-slurm: venv
+	scripts/slurm_cluster.sh start $(ACCOUNTING)
+	$(BIN)/python -m pytest tests/functional/test_slurm.py; status=$$?; scripts/slurm_cluster.sh stop; exit $$status
 
 test-te: te-env
 	$(TE_VENV)/bin/python -m pytest tests/te

@@ -23,9 +23,10 @@ from nemo_upcycle.pipeline.executors.settings import cluster_for
 from nemo_upcycle.pipeline.forecast import check_space, forecast, render_forecast
 from nemo_upcycle.pipeline.in_turn import run_in_turn
 from nemo_upcycle.pipeline.jobs import jobs_of
+from nemo_upcycle.pipeline.order import chosen_stages, require_earlier
 from nemo_upcycle.pipeline.plan import PLAN, RunPlan
 from nemo_upcycle.pipeline.recipes_io import dump_recipe, write_recipes
-from nemo_upcycle.pipeline.stages import BY_NAME, STAGES, chosen_stages, require_earlier
+from nemo_upcycle.pipeline.stages import BY_NAME, STAGES
 from nemo_upcycle.utils.files import in_use
 
 
@@ -91,6 +92,7 @@ def pipeline(
     if ctx.dryrun or not ctx.skip_confirmation:
         sys.stdout.write(render_forecast(found) + "\n")
     if ctx.dryrun:
+        _say_what_is_missing(cluster, jobs)
         return
     check_space(found)
     chain = Chain(cluster, jobs, lambda name: BY_NAME[name].is_done(run_dir, plan), run_dir) if cluster else None
@@ -150,6 +152,15 @@ def _run_chain(chain: Chain, *, detach: bool) -> None:
             raise SystemExit(128 + (stop.signum or 0))
 
 
+def _say_what_is_missing(cluster: Optional[Cluster], jobs: Sequence[Job]) -> None:
+    """Print what a site still has to set before the jobs can be submitted."""
+    try:
+        if cluster:
+            cluster.check_settings(jobs)
+    except UpcycleError as error:
+        sys.stdout.write(f"\nBefore it can be submitted: {error}\n")
+
+
 def _render(jobs: Sequence[Job], cluster: Optional[Cluster], plan: RunPlan, folder: Path) -> None:
     """Write what would be submitted, and the plan that the stages read."""
     if cluster is None:
@@ -159,6 +170,7 @@ def _render(jobs: Sequence[Job], cluster: Optional[Cluster], plan: RunPlan, fold
             expected="one",
             fix="name it with run.executor=slurm or run.executor=kubernetes",
         )
+    cluster.check_settings(jobs)
     folder.mkdir(parents=True, exist_ok=True)
     for job in jobs:
         for name, text in cluster.render(job).items():

@@ -11,8 +11,9 @@ from pathlib import Path
 from nemo_upcycle.errors import StageError, StageStopped, UpcycleError
 from nemo_upcycle.pipeline.console import is_verbose, quiet_libraries
 from nemo_upcycle.pipeline.markers import FAILED, STOPPED
+from nemo_upcycle.pipeline.order import before, unfinished
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
-from nemo_upcycle.pipeline.stages import BY_NAME, before, unfinished
+from nemo_upcycle.pipeline.stages import BY_NAME
 from nemo_upcycle.utils.files import in_use
 from nemo_upcycle.utils.progress import duration, show_messages
 

@@ -5,11 +5,10 @@ Every stage can be run alone and again. Heavy libraries are imported by the stag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.errors import StageError, StageStopped, UpcycleError
+from nemo_upcycle.errors import StageError, StageStopped
 from nemo_upcycle.pipeline.console import is_verbose
 from nemo_upcycle.pipeline.markers import StageFolder
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
@@ -248,57 +247,3 @@ STAGES = (
     Stage("report", report_stage, ("evaluate",), ()),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}
-
-
-def before(*stages: Stage) -> tuple[Stage, ...]:
-    """Return the stages whose results some stages need, directly or not, in order and without these themselves."""
-    needed: set[str] = set()
-    names = {stage.name for stage in stages}
-    for stage in reversed(STAGES):
-        if stage in stages or stage.name in needed:
-            needed.update(stage.after)
-    return tuple(stage for stage in STAGES if stage.name in needed - names)
-
-
-def chosen_stages(first: str | None, last: str | None, only: str | None) -> tuple[Stage, ...]:
-    """Return the stages of a part of the chain.
-
-    Args:
-        first: the first one's name, or None.
-        last: the last one's.
-        only: that of the only one, in place of both.
-
-    Raises:
-        UpcycleError: a name is unknown, or names contradict each other.
-    """
-    for option, name in (("--from", first), ("--until", last), ("--only", only)):
-        if name is not None and name not in BY_NAME:
-            raise UpcycleError.unknown(f"{option}: stage", name, BY_NAME)
-    if only and (first or last):
-        raise UpcycleError("--only", got="--from or --until as well", expected="one of them", fix="omit the others")
-    names = list(BY_NAME)
-    start, stop = names.index(first or only or names[0]), names.index(last or only or names[-1])
-    if start > stop:
-        later = ", ".join(names[start:])
-        raise UpcycleError("--until", got=last, expected=f"a stage from {first} on", fix=f"name one of {later}")
-    return STAGES[start : stop + 1]
-
-
-def require_earlier(stages: Sequence[Stage], run_dir: Path, plan: RunPlan) -> None:
-    """Check that what a part of the chain needs is done.
-
-    Raises:
-        UpcycleError: a stage is not, or not from its present inputs.
-    """
-    if (missing := unfinished(before(*stages), run_dir, plan)) is not None:
-        raise UpcycleError(
-            f"stage '{missing}' in {run_dir}",
-            got="not done, or from other inputs",
-            expected=f"done, before '{stages[0].name}'",
-            fix=f"start with it: --from {missing}",
-        )
-
-
-def unfinished(stages: Sequence[Stage], run_dir: Path, plan: RunPlan) -> str | None:
-    """Return the first of these stages that is not done from its present inputs; those before them must be."""
-    return next((stage.name for stage in stages if not stage.is_done(run_dir, plan)), None)

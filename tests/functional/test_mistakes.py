@@ -51,6 +51,18 @@ MISTAKES = {
     f"{DEMO} pretrain.resume.restore_config.spec.top_k=9": "top_k: got 9, expected a whole number, 1 to 8",
     f"{DEMO} pretrain.resume.restore_config.spec.top_k=9 --dryrun": "top_k: got 9",
     f"{DEMO} pretrain.resume.restore_config.spec=None": "expected an UpcycleSpec",
+    # clusters
+    f"{DEMO} run.executor=slrum": "Did you mean 'slurm'?",
+    f"{DEMO} run.executor=slurm": "run.executor.account: got nothing, expected the account that jobs are charged to",
+    f"{DEMO} run.executor=slurm run.executor.acount=me": "Did you mean 'run.executor.account'?",
+    f"{DEMO} run.executor=slurm run.executor.stages.pretrian.time=1": "Did you mean 'pretrain'?",
+    f"{DEMO} run.executor=FILES/absent.yaml": "got No such file or directory, expected a YAML file",
+    f"{DEMO} run.executor=kubernetes": "run.executor.image: got nothing",
+    f"{DEMO} run.executor=kubernetes run.executor.image=a run.executor.claim=b run.executor.mount_path=/nowhere": (
+        "got a path that the pods do not see, expected one below /nowhere"
+    ),
+    f"{DEMO} run.executor=slurm --render FILES/rendered": "run.executor.account: got nothing",
+    f"{DEMO} --render FILES/rendered": "--render: got no cluster",
     # names and values of settings
     f"{DEMO} pretrain.trainer.max_step=3": "Did you mean 'pretrain.trainer.max_steps'?",
     f"{DEMO} pretrain.trainr.max_steps=3": "Did you mean 'pretrain.trainer'?",
@@ -71,15 +83,14 @@ MISTAKES = {
     # a part of the chain
     f"{DEMO} --until pretrian": "--until: stage 'pretrian' does not exist. Did you mean 'pretrain'?",
     f"{DEMO} --untill data": "Did you mean '--until'?",
-    f"{DEMO} --until": "--until: got no stage",
-    f"{DEMO} --until --dryrun": "--until: got no stage",
+    f"{DEMO} --until": "--until: got no value",
+    f"{DEMO} --until --dryrun": "--until: got no value",
     f"{DEMO} --from=pretrain --until=data": "--until: got data, expected a stage from pretrain on",
     f"{DEMO} --only data --from import": "--only: got --from or --until as well",
     f"{DEMO} --from upcycle": "stage 'import' in",
     f"{DEMO} --detach": "expected Slurm",
     f"{DEMO} --yaml FILES/absent.yaml": "FILES/absent.yaml",
     f"{DEMO} --yaml FILES/key.yaml": "'flies'",
-    f"{DEMO} run.executor=slrum": "run.executor 'slrum' does not exist",
 }
 
 
@@ -174,7 +185,6 @@ LLM_MISTAKES = {
     f"{DEMO} trainer.max_step=3": "Did you mean 'trainer.max_steps'?",
     f"{DEMO} trainer.max_steps=many": "got 'many', expected int",
     f"{DEMO} trainer.strategy.expert_model_parallel_size=3": "ep: got 3",
-    f"{DEMO} run.executor=slrum": "run.executor 'slrum' does not exist",
     "--factory smollm2_135m_e8t2(data='FILES/empty')": "data folder FILES/empty: got no _SUCCESS.json",
     "--factory smollm2_135m_e8t2(data='FILES/blend')": "tokens of the longest validation file in FILES/blend: got ",
     f"{BLEND} trainer.max_steps=1000": "trainer.max_steps: got 1000, which read 2,000 sequences of 16 tokens",

@@ -76,10 +76,11 @@ class Run:
         executor = self.run_dir.with_name(f"{self.run_dir.name}.yaml")
         values = {"partition": partition, "time": time_limit, "signal_s": signal_s, "hang": str(hang).lower()}
         executor.write_text(EXECUTOR.format(root=ROOT, **values))
-        factory = f"tiny(inputs='{self.inputs}', dir='{self.run_dir}', slow={slow}, hang={hang})"
+        factory = f"tiny(inputs='{self.inputs}', dir='{self.run_dir}')"
         script = str(ROOT / "tests/functional/slurm_cluster.py")
         command = [sys.executable, script, "--factory", factory, f"run.executor={executor}", *words, "--yes"]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "NEMORUN_HOME": str(self.inputs / "home")}
+        disturb = {"SLOW_S": str(slow), "HUNG": str(self.run_dir / "hung") if hang else ""}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "NEMORUN_HOME": str(self.inputs / "home")} | disturb
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=self.inputs)
         return self

@@ -97,8 +97,16 @@ class Cluster(ABC):
         return str(getattr(self.executor, "python", "python"))
 
     @abstractmethod
+    def check_settings(self, jobs: Sequence[Job]) -> None:
+        """Check what needs no scheduler: that the site's settings are complete and fit these jobs.
+
+        Raises:
+            UpcycleError: they do not; the text has the setting to change.
+        """
+
+    @abstractmethod
     def check(self, jobs: Sequence[Job]) -> None:
-        """Ask the scheduler whether it would take these jobs; start and write nothing.
+        """Check the settings, and ask the scheduler whether it would take these jobs; start and write nothing.
 
         Raises:
             UpcycleError: it would not; the text has its reason and the setting to change.

@@ -127,8 +127,8 @@ class KubernetesScheduler(Cluster):
         self._last: dict[str, JobState] = {}
         self._silent_since_s: dict[str, float] = {}
 
-    def check(self, jobs: Sequence[Job]) -> None:
-        """See `Cluster.check`: the settings, the claims, and a dry run of every job with all checks of the server."""
+    def check_settings(self, jobs: Sequence[Job]) -> None:
+        """See `Cluster.check_settings`: what the site must set, what the kind of job lacks, paths below the claims."""
         require_settings(
             self.executor,
             "set it in a copy of conf/executors/kubernetes.yaml",
@@ -141,6 +141,10 @@ class KubernetesScheduler(Cluster):
         self._require_common()
         for job in jobs:
             self._require_sound(job, self.settings_for(job.name))
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """See `Cluster.check`: the claims, and a dry run of every job with all checks of the server."""
+        self.check_settings(jobs)
         for job in jobs:
             self._require_accepted(job, self.settings_for(job.name))
 

@@ -85,10 +85,14 @@ class SlurmScheduler(Cluster):
         """The interpreter: the container's, or this one, which the nodes find under the same path."""
         return "python" if self.executor.container_image else sys.executable
 
-    def check(self, jobs: Sequence[Job]) -> None:
-        """Check what the site must set, the run's folder, and with `sbatch --test-only` every job."""
+    def check_settings(self, jobs: Sequence[Job]) -> None:
+        """See `Cluster.check_settings`: what the site must set."""
         if isinstance(self.executor, StagedSlurmExecutor):
             require_settings(self.executor, "copy conf/executors/slurm.yaml and fill it in", REQUIRED)
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """See `Cluster.check`: with `sbatch --test-only` every job, and the run's folder."""
+        self.check_settings(jobs)
         if not isinstance(self.executor.tunnel, run.LocalTunnel):
             raise UpcycleError(
                 "run.executor.tunnel",

@@ -28,6 +28,8 @@ class Processes(Cluster):
         super().__init__(run.LocalExecutor())
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
+    def check_settings(self, jobs: Sequence[Job]) -> None: ...
+
     def check(self, jobs: Sequence[Job]) -> None: ...
 
     def render(self, job: Job) -> dict[str, str]:

@@ -40,6 +40,9 @@ class SiteCluster(Cluster):
     label = "Site"
     holds_back = True
 
+    def check_settings(self, jobs: Sequence[Job]) -> None:
+        raise AssertionError
+
     def check(self, jobs: Sequence[Job]) -> None:
         raise AssertionError
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from nemo_upcycle.pipeline.in_turn import _stopped, sized, variables_for
+from nemo_upcycle.pipeline.order import chosen_stages
 from nemo_upcycle.pipeline.plan import RunPlan
-from nemo_upcycle.pipeline.stages import STAGES, chosen_stages
+from nemo_upcycle.pipeline.stages import STAGES
 
 
 @dataclass(kw_only=True)
