@@ -69,7 +69,7 @@ test-te: te-env
 
 test-k8s: venv
 	scripts/k8s_apiserver.sh
-	$(BIN)/python -m pytest tests/functional/test_kubernetes.py
+	$(BIN)/python -m pytest tests/functional/test_kubernetes.py tests/functional/test_kubernetes_chain.py
 
 data-env: $(DATA_VENV)/.complete
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nemo_upcycle.errors import StageError, StageStopped, UpcycleError
 from nemo_upcycle.pipeline.console import is_verbose, quiet_libraries
-from nemo_upcycle.pipeline.markers import FAILED, STOPPED
+from nemo_upcycle.pipeline.markers import ENDED, FAILED, STOPPED
 from nemo_upcycle.pipeline.order import before, unfinished
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
 from nemo_upcycle.pipeline.stages import BY_NAME
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 DONE_BEFORE = "done before, from the same inputs"
 #: Exit status of a stage that was told to stop and goes on when started again: EX_TEMPFAIL of sysexits.h.
 CAN_GO_ON = 75
+#: Seconds that the first rank has to say why it ends before another one does.
+_FIRST_SPEAKS_S = 1.0
 
 
 def run_stage(name: str, dir: str) -> None:
@@ -40,14 +42,28 @@ def run_stage(name: str, dir: str) -> None:
     try:
         _run(stage, run_dir)
     except StageStopped as stopped:
-        stage.folder(run_dir).ended(STOPPED)
-        sys.stderr.write(f"[{name}] {stopped}\n")
+        _end(stage, run_dir, STOPPED, stopped)
         raise SystemExit(CAN_GO_ON) from None
     except UpcycleError as error:
-        if run_dir.is_dir():
-            stage.folder(run_dir).ended(FAILED)
-        sys.stderr.write(f"[{name}] {error}\n")
+        _end(stage, run_dir, FAILED, error)
         raise SystemExit(2) from None
+
+
+def _end(stage: Stage, run_dir: Path, how: str, error: Exception) -> None:
+    """Record and print why a stage ended; once, if all ranks met the same."""
+    folder = stage.folder(run_dir)
+    if not _is_first_rank():
+        time.sleep(_FIRST_SPEAKS_S)
+        if (folder.path / ENDED).is_file():
+            return
+    if run_dir.is_dir():
+        folder.ended(how)
+    sys.stderr.write(f"[{stage.name}] {error}\n")
+
+
+def _is_first_rank() -> bool:
+    # torchrun says RANK; srun alone, without a launcher, says SLURM_PROCID.
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
 
 
 def _run(stage: Stage, run_dir: Path) -> None:
@@ -57,8 +73,7 @@ def _run(stage: Stage, run_dir: Path) -> None:
         raise StageError(f"not started: stage '{broken}' has not finished in {run_dir}.")
     folder = stage.folder(run_dir)
     inputs = folder.inputs(stage.settings_of(plan))
-    # torchrun says RANK; srun alone, without a launcher, says SLURM_PROCID.
-    first = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
+    first = _is_first_rank()
     if folder.is_done(inputs):
         if first:
             logger.info("[%s] %s", stage.name, DONE_BEFORE)

@@ -104,8 +104,9 @@ class Run:
             time.sleep(0.2)
 
     def wait_for_step(self, step: int) -> None:
-        """Wait until a training has done a step."""
-        self.wait_for(lambda: f"\nstep {step}/" in self.text(), f"step {step}")
+        """Wait until the upcycled model's training has done a step."""
+        metrics = self.run_dir / "pretrain/metrics.jsonl"
+        self.wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") >= step, f"step {step}")
 
     def job(self, stage: str = "pretrain") -> str:
         """Return the id of a stage's job."""

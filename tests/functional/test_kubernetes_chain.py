@@ -1,0 +1,126 @@
+"""`nemo upcycle pipeline` on Kubernetes: a real API server, and a stand-in for the operator that runs the commands."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.pipeline.executors.local import held_port
+from nemo_upcycle.utils.files import MARKER, read_json
+from tests.functional.kubernetes_operator import Operator
+from tests.functional.kubernetes_server import IS_BUILT, define, server
+from tests.functional.soak import training_result
+from tests.functional.test_pipeline import EVALUATION, STAGES
+from tests.functional.tiny import write_parent, write_texts
+
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not IS_BUILT, reason="no API server here: `make test-k8s` builds it"),
+    pytest.mark.filterwarnings("ignore::urllib3.exceptions.InsecureRequestWarning"),
+    pytest.mark.filterwarnings("ignore:HTTPResponse.getheader:DeprecationWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def kubeconfig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with server(tmp_path_factory.mktemp("cluster")) as found:
+        define(found, "trainjob-2.3")
+        yield found
+
+
+@pytest.fixture
+def operator(kubeconfig: Path) -> Iterator[Operator]:
+    with held_port() as port:
+        thread = Operator(kubeconfig, port)
+        thread.environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "SLOW_S": "0.5"}
+        thread.start()
+        yield thread
+        thread.stop()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kubernetes")
+    write_parent(folder / "parent")
+    write_texts(folder / "texts")
+    (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
+    return folder
+
+
+class Run:
+    """The command."""
+
+    def __init__(self, inputs: Path, kubeconfig: Path, name: str, *words: str) -> None:
+        self.run_dir, self.log = inputs / name, inputs / f"{name}.txt"
+        script = inputs / "cluster.py"  # which the pods have to see
+        shutil.copy(ROOT / "tests/functional/slurm_cluster.py", script)
+        executor = {
+            "image": "tests",
+            "claim": "runs",
+            "mount_path": inputs,
+            "python": sys.executable,
+            "kubeconfig": kubeconfig,
+            "report_within_s": 10,
+        }
+        command = [sys.executable, str(script), "--factory", f"tiny(inputs='{inputs}', dir='{self.run_dir}')"]
+        command += ["run.executor=kubernetes", *(f"run.executor.{name}={value}" for name, value in executor.items())]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen([*command, *words, "--yes"], env=environment, stdout=log, stderr=log)
+
+    def text(self) -> str:
+        """Return what it has written."""
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, found: Callable[[], object], timeout_s: float = 400) -> None:
+        """Wait for something while the command runs."""
+        deadline_s = time.monotonic() + timeout_s
+        while not found():
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < deadline_s, self.text()
+            time.sleep(0.2)
+
+
+def test_a_chain_runs_and_a_training_goes_on_after_an_eviction(
+    inputs: Path, kubeconfig: Path, operator: Operator
+) -> None:
+    run = Run(inputs, kubeconfig, "whole")
+    metrics = run.run_dir / "pretrain/metrics.jsonl"
+    run.wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 3)
+    operator.evict(read_json(run.run_dir / "jobs.json")["pretrain"])
+    assert run.process.wait(timeout=600) == 0, run.text()
+    assert all((run.run_dir / name / MARKER).is_file() for name in STAGES)
+    assert "[pretrain] stopped" in run.text()
+    assert run.text().count("[pretrain] submitted: ") == 2
+    other = Run(inputs, kubeconfig, "undisturbed", "--until", "pretrain")
+    assert other.process.wait(timeout=600) == 0, other.text()
+    assert training_result(run.run_dir / "pretrain") == training_result(other.run_dir / "pretrain")
+
+
+def test_a_failed_stage_ends_the_chain(inputs: Path, kubeconfig: Path, operator: Operator, tmp_path: Path) -> None:
+    (inputs / "same.txt").write_text("the state of our union")
+    (inputs / "other.txt").write_text("the state of our union")  # held out, so that nothing is left to train on
+    (inputs / "same.yaml").write_text("sources: {mine: {train: [same.txt], heldout: [other.txt]}}\n")
+    run = Run(inputs, kubeconfig, "failed", f"data={inputs}/same.yaml")
+    assert run.process.wait(timeout=300) == 2
+    assert "Stage 'data' did not finish: job failed-data-" in run.text()
+    assert "exit statuses [2]" in run.text()
+    assert "[upcycle]" not in run.text()
+
+
+def test_a_silent_job_ends_the_chain_and_is_taken_back(inputs: Path, kubeconfig: Path) -> None:
+    run = Run(inputs, kubeconfig, "silent")
+    run.wait_for(lambda: "submitted: " in run.text())
+    submitted_s = time.monotonic()
+    assert run.process.wait(timeout=120) == 2
+    assert time.monotonic() - submitted_s < 60
+    assert "no controller has reported on it for" in run.text()
