@@ -79,3 +79,6 @@ class TrainingError(UpcycleError):
 
 class StageStopped(Exception):
     """A stage ended before its work was done, by request: the same command goes on from what it kept."""
+
+    #: Of a process that ended so: EX_TEMPFAIL of sysexits.h.
+    exit_status = 75

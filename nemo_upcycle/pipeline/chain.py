@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from nemo_upcycle.errors import StageError, UpcycleError
 from nemo_upcycle.pipeline.executors.base import Cluster, Job, JobState, Phase, UnreachableError
@@ -15,10 +17,16 @@ from nemo_upcycle.sources.checkpoints import newest_checkpoint, step_of
 from nemo_upcycle.utils.files import read_json, write_json
 
 
-#: Ids of the jobs that were submitted last, by stage.
+#: The cluster of the jobs that were submitted last, and their ids by stage; gone when all stages are done.
 JOBS = "jobs.json"
-#: Seconds between two looks, and that the marker of an ended job may take to be seen through a shared file system.
+#: Seconds between two looks at markers and logs, and that the marker of an ended job may take to be seen through a
+#: shared file system.
 POLL_S, SETTLE_S = 3.0, 30.0
+
+
+def recorded_jobs(run_dir: Path) -> dict[str, Any] | None:
+    """Return what `jobs.json` says: the `cluster`, and its `jobs` by stage; None without one."""
+    return read_json(run_dir / JOBS) if (run_dir / JOBS).is_file() else None
 
 
 def _step_kept(job: Job) -> int:
@@ -40,9 +48,13 @@ class Chain:
 
     def __init__(self, cluster: Cluster, jobs: Sequence[Job], is_done: Callable[[str], bool], run_dir: Path) -> None:
         self.cluster, self.jobs, self._is_done, self.run_dir = cluster, list(jobs), is_done, run_dir
-        self.ids: dict[str, str] = read_json(run_dir / JOBS) if (run_dir / JOBS).is_file() else {}
+        recorded = recorded_jobs(run_dir)
+        self.ids = dict(recorded["jobs"]) if recorded and recorded["cluster"] == cluster.identity else {}
         self._tails: dict[Path, int] = {}
         self._steps: dict[str, int] = {}
+        self._said: dict[str, str] = {}
+        self._ended_s: dict[str, float] = {}
+        self._asked_s = -math.inf
 
     def done(self) -> set[str]:
         """Return the stages that are done; one whose predecessor is not is not."""
@@ -97,7 +109,7 @@ class Chain:
             new.append(identity)
             self._steps[job.name] = _step_kept(job)
             self.ids[job.name] = identity
-            write_json(self.run_dir / JOBS, self.ids)
+            write_json(self.run_dir / JOBS, {"cluster": self.cluster.identity, "jobs": self.ids})
             sys.stderr.write(f"[{job.name}] submitted: {identity}\n")
         return new
 
@@ -110,37 +122,53 @@ class Chain:
         Raises:
             StageError: a job ended and its stage is not done; the text has the scheduler's reason.
         """
-        seen: dict[str, JobState] = {}
-        ended_s: dict[str, float] = {}
         while not stop.signum:
             if not self.cluster.holds_back:
-                try:
-                    self.submit()
-                except UnreachableError as error:  # hours of work must not end with a connection
-                    sys.stderr.write(f"{error} Trying again.\n")
+                self._submit_or_say()
             done = self.done()
-            open_jobs = [job for job in self.jobs if job.name not in done and job.name in self.ids]
-            states = self.cluster.states([self.ids[job.name] for job in open_jobs]) if open_jobs else {}
             for job in self.jobs:
                 if job.name in self.ids:
                     self._show_log(job)
             if len(done) == len(self.jobs):
+                (self.run_dir / JOBS).unlink(missing_ok=True)
                 return True
-            for job in open_jobs:
-                state = states[self.ids[job.name]]
-                if seen.get(job.name) != state and state.phase is not Phase.ENDED:
-                    seen[job.name] = state
-                    sys.stderr.write(
-                        f"[{job.name}] {state.phase.value}{f': {state.reason}' if state.reason else ''}\n"
-                    )
-                if state.phase is Phase.ENDED:
-                    first_s = ended_s.setdefault(job.name, time.monotonic())
-                    if time.monotonic() - first_s > SETTLE_S and job.name not in self.done():
-                        ended_s.pop(job.name)
-                        self._submit_again(job, state)
-                    break  # those behind it end because of it
+            if time.monotonic() >= self._asked_s + self.cluster.poll_s:
+                self._asked_s = time.monotonic()
+                self._look([job for job in self.jobs if job.name not in done and job.name in self.ids])
             time.sleep(POLL_S)
         return False
+
+    def _submit_or_say(self) -> None:
+        """Submit what can start; hours of work must not end with a connection or a login, so that is tried again."""
+        try:
+            self.submit()
+        except UnreachableError as error:
+            self._say_once("scheduler", f"{error} Trying again.")
+
+    def _look(self, jobs: Sequence[Job]) -> None:
+        """Ask the scheduler how far jobs are that are not done.
+
+        Raises:
+            StageError: one has ended, and its marker had the time to be seen.
+        """
+        states = self.cluster.states([self.ids[job.name] for job in jobs]) if jobs else {}
+        for job in jobs:
+            state = states[self.ids[job.name]]
+            if state.phase is not Phase.ENDED:
+                self._ended_s.pop(job.name, None)
+                reason = f": {state.reason}" if state.reason else ""
+                self._say_once(job.name, f"[{job.name}] {state.phase.value}{reason}")
+                continue
+            first_s = self._ended_s.setdefault(job.name, time.monotonic())
+            if time.monotonic() - first_s > SETTLE_S and job.name not in self.done():
+                del self._ended_s[job.name]
+                self._submit_again(job, state)
+            break  # those behind it end because of it
+
+    def _say_once(self, topic: str, text: str) -> None:
+        if self._said.get(topic) != text:
+            self._said[topic] = text
+            sys.stderr.write(f"{text}\n")
 
     def _submit_again(self, job: Job, state: JobState) -> None:
         """Forget the job of a training that stopped and got further since it started, so that it is submitted again.
@@ -164,9 +192,11 @@ class Chain:
 
     def _failed(self, job: Job, state: JobState) -> str:
         why = f" ({state.reason})" if state.reason else ""
+        others = [f"{name} ({identity})" for name, identity in self.alive().items() if name != job.name]
+        go_on = f" Still in the queue: {', '.join(others)}." if others else ""
         return (
             f"Stage '{job.name}' did not finish: job {self.ids[job.name]} ended{why} and left no marker in "
-            f"{self.run_dir / job.name}. Logs: {job.folder}. Run the same command again: it goes on from there."
+            f"{self.run_dir / job.name}. Logs: {job.folder}.{go_on} Run the same command again: it goes on from there."
         )
 
     def _show_log(self, job: Job) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 import nemo_run as run
 import torch
 
-from nemo_upcycle.errors import StageError
+from nemo_upcycle.errors import StageError, StageStopped
 from nemo_upcycle.pipeline.checks import is_local
 from nemo_upcycle.pipeline.console import command_line, end_soon
 from nemo_upcycle.pipeline.executors import local
 from nemo_upcycle.pipeline.executors.base import Job
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
-from nemo_upcycle.pipeline.runner import CAN_GO_ON, DONE_BEFORE, run_stage
+from nemo_upcycle.pipeline.runner import DONE_BEFORE, run_stage
 from nemo_upcycle.pipeline.stages import BY_NAME, STAGES
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 
@@ -50,7 +50,7 @@ def run_in_turn(jobs: Sequence[Job], run_dir: Path, plan: RunPlan, executor: Any
                 hint = " (out of memory?)" if name == "SIGKILL" else ""
                 sys.stderr.write(f"Error: stage '{stage.name}' was ended by {name}{hint}. {_AGAIN} {run_dir}\n")
             if status:
-                raise SystemExit(status if status in (local.USERS_MISTAKE, CAN_GO_ON) else 1)
+                raise SystemExit(status if status in (local.USERS_MISTAKE, StageStopped.exit_status) else 1)
             if not stage.is_done(run_dir, plan):
                 raise StageError(f"Stage '{stage.name}' did not finish; its message stands above. {_AGAIN} {run_dir}")
 

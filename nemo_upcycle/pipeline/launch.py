@@ -4,20 +4,18 @@
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Optional
 
 import nemo_run as run
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.chain import JOBS, Chain
+from nemo_upcycle.pipeline.chain import JOBS, Chain, recorded_jobs
 from nemo_upcycle.pipeline.checks import check_arguments
 from nemo_upcycle.pipeline.console import command_line, end_soon
 from nemo_upcycle.pipeline.context import PipelineContext
-from nemo_upcycle.pipeline.executors.argo import workflow
 from nemo_upcycle.pipeline.executors.base import Cluster, Job
-from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 from nemo_upcycle.pipeline.executors.local import StopSignals, ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import cluster_for
 from nemo_upcycle.pipeline.forecast import check_space, forecast, render_forecast
@@ -102,8 +100,7 @@ def pipeline(
     if not ctx.may_go_on():
         return
     with in_use(run_dir):  # its stages read the plan, so no other run may change it
-        if chain:
-            _require_same_plan(chain, run_dir, plan)
+        _require_no_other_jobs(chain, run_dir, plan)
         plan.write(run_dir)
         (run_dir / COMMAND).write_text(command_line() + "\n", encoding="utf-8")
         write_recipes(run_dir, {"pretrain": pretrain, "dense_ct": dense_ct})
@@ -122,16 +119,29 @@ def _whole_path(name: str, *, folder: bool = False) -> str:
     return str(path.absolute()) if is_path else name
 
 
-def _require_same_plan(chain: Chain, run_dir: Path, plan: RunPlan) -> None:
-    """Check that no job that still waits or runs was submitted with other arguments: it would read the new ones."""
-    if (run_dir / PLAN).is_file() and RunPlan.read(run_dir) != plan and (alive := chain.alive()):
-        jobs = ", ".join(f"{name} {identity}" for name, identity in alive.items())
+def _require_no_other_jobs(chain: Optional[Chain], run_dir: Path, plan: RunPlan) -> None:
+    """Check that no job that still waits or runs would read another plan than it was submitted with."""
+    recorded = recorded_jobs(run_dir)
+    if not recorded:
+        return
+    if chain is None or recorded["cluster"] != chain.cluster.identity:
         raise UpcycleError(
             f"dir {run_dir}",
-            got=f"jobs in the queue, submitted with other arguments ({jobs})",
+            got=f"jobs submitted to {recorded['cluster']} ({_listed(recorded['jobs'])})",
+            expected="none of another scheduler",
+            fix=f"see to it that none of them is left there, and delete {run_dir / JOBS}",
+        )
+    if (run_dir / PLAN).is_file() and RunPlan.read(run_dir) != plan and (alive := chain.alive()):
+        raise UpcycleError(
+            f"dir {run_dir}",
+            got=f"jobs in the queue, submitted with other arguments ({_listed(alive)})",
             expected="none",
             fix="give the same arguments to watch them, cancel them, or choose another dir",
         )
+
+
+def _listed(jobs: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {identity}" for name, identity in jobs.items())
 
 
 def _run_chain(chain: Chain, *, detach: bool) -> None:
@@ -172,15 +182,13 @@ def _render(jobs: Sequence[Job], cluster: Optional[Cluster], plan: RunPlan, fold
         )
     cluster.check_settings(jobs)
     folder.mkdir(parents=True, exist_ok=True)
-    for job in jobs:
-        for name, text in cluster.render(job).items():
-            (folder / name).write_text(text, encoding="utf-8")
-    if isinstance(cluster, KubernetesScheduler):
-        (folder / "workflow.yaml").write_text(workflow(cluster, jobs), encoding="utf-8")
+    files = {name: text for job in jobs for name, text in cluster.render(job).items()} | cluster.render_chain(jobs)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
     plan.write(folder)
     sys.stdout.write(
-        f"Written to {folder}: {len(jobs)} jobs, in this order: {', '.join(job.name for job in jobs)}. "
-        f"They read {jobs[0].run_dir / PLAN}: copy {folder / PLAN} there first.\n"
+        f"Written to {folder}: {', '.join(files)}. The jobs read {jobs[0].run_dir / PLAN}: copy {folder / PLAN} there "
+        "before you submit them.\n"
     )
 
 

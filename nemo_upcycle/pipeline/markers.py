@@ -76,7 +76,12 @@ class StageFolder:
 
     def done_from(self) -> dict[str, str] | None:
         """Return the inputs that the stage finished from; None where it has not."""
-        return _notes(self.marker, _DELETE_MARKER).get("inputs") if self.marker.is_file() else None
+        try:
+            return _notes(self.marker, _DELETE_MARKER).get("inputs") if self.marker.is_file() else None
+        except StageError:
+            if self.marker.is_file():
+                raise
+            return None  # a job has started the stage again and removed it
 
     def started_from(self) -> dict[str, str] | None:
         """Return the inputs that the stage was last started from; None where it was not."""

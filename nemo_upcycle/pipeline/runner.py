@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from nemo_upcycle.pipeline.console import is_verbose, quiet_libraries
 from nemo_upcycle.pipeline.markers import ENDED, FAILED, STOPPED
 from nemo_upcycle.pipeline.order import before, unfinished
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
+from nemo_upcycle.pipeline.ranks import is_first_rank
 from nemo_upcycle.pipeline.stages import BY_NAME
 from nemo_upcycle.utils.files import in_use
 from nemo_upcycle.utils.progress import duration, show_messages
@@ -20,8 +20,6 @@ from nemo_upcycle.utils.progress import duration, show_messages
 
 logger = logging.getLogger(__name__)
 DONE_BEFORE = "done before, from the same inputs"
-#: Exit status of a stage that was told to stop and goes on when started again: EX_TEMPFAIL of sysexits.h.
-CAN_GO_ON = 75
 #: Seconds that the first rank has to say why it ends before another one does.
 _FIRST_SPEAKS_S = 1.0
 
@@ -43,7 +41,7 @@ def run_stage(name: str, dir: str) -> None:
         _run(stage, run_dir)
     except StageStopped as stopped:
         _end(stage, run_dir, STOPPED, stopped)
-        raise SystemExit(CAN_GO_ON) from None
+        raise SystemExit(StageStopped.exit_status) from None
     except UpcycleError as error:
         _end(stage, run_dir, FAILED, error)
         raise SystemExit(2) from None
@@ -52,18 +50,13 @@ def run_stage(name: str, dir: str) -> None:
 def _end(stage: Stage, run_dir: Path, how: str, error: Exception) -> None:
     """Record and print why a stage ended; once, if all ranks met the same."""
     folder = stage.folder(run_dir)
-    if not _is_first_rank():
+    if not is_first_rank():
         time.sleep(_FIRST_SPEAKS_S)
         if (folder.path / ENDED).is_file():
             return
     if run_dir.is_dir():
         folder.ended(how)
     sys.stderr.write(f"[{stage.name}] {error}\n")
-
-
-def _is_first_rank() -> bool:
-    # torchrun says RANK; srun alone, without a launcher, says SLURM_PROCID.
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
 
 
 def _run(stage: Stage, run_dir: Path) -> None:
@@ -73,7 +66,7 @@ def _run(stage: Stage, run_dir: Path) -> None:
         raise StageError(f"not started: stage '{broken}' has not finished in {run_dir}.")
     folder = stage.folder(run_dir)
     inputs = folder.inputs(stage.settings_of(plan))
-    first = _is_first_rank()
+    first = is_first_rank()
     if folder.is_done(inputs):
         if first:
             logger.info("[%s] %s", stage.name, DONE_BEFORE)

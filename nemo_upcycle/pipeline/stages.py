@@ -12,6 +12,7 @@ from nemo_upcycle.errors import StageError, StageStopped
 from nemo_upcycle.pipeline.console import is_verbose
 from nemo_upcycle.pipeline.markers import StageFolder
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
+from nemo_upcycle.pipeline.ranks import is_first_rank
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 
 
@@ -155,7 +156,7 @@ def _train(run_dir: Path, plan: RunPlan, name: str) -> dict[str, Any]:
             f"stage '{name}' stopped early: {kept} of {wanted} steps are kept, and the same command goes on from there"
         )
         raise StageStopped(text)
-    return {"checkpoint": str(last_checkpoint(run_dir / name))}
+    return {"checkpoint": str(last_checkpoint(run_dir / name))} if is_first_rank() else {}
 
 
 def last_checkpoint(folder: Path) -> Path:

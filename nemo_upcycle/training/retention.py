@@ -73,7 +73,8 @@ class RetainedCheckpoints(nl.ModelCheckpoint):
 
     def _removable(self, folder: Path) -> list[Path]:
         earlier = [path for path in complete_checkpoints(folder) if not path.name.endswith(LAST)]
-        return [path for path in earlier[: len(earlier) - (self.keep_last - 1)] if not self._is_due(path)]
+        surplus = max(0, len(earlier) - (self.keep_last - 1))
+        return [path for path in earlier[:surplus] if not self._is_due(path)]
 
     def _is_due(self, checkpoint: Path) -> bool:
         step = step_of(checkpoint)

@@ -19,11 +19,8 @@ from lightning.pytorch.callbacks import Callback
 from nemo import lightning as nl
 from nemo.utils.app_state import AppState
 
+from nemo_upcycle.errors import StageStopped
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, step_of
-
-
-#: Exit status of a process that ended early and wants to be started again: EX_TEMPFAIL of sysexits.h.
-AGAIN = 75
 
 
 class StopOnSignal(Callback):
@@ -109,7 +106,7 @@ class SaveOnSignal(nl.pytorch.callbacks.PreemptionCallback):
             if trainer.is_global_zero:
                 sys.stderr.write(_last_words(self.sig, trainer))
                 sys.stderr.flush()
-            raise SystemExit(AGAIN) from None
+            raise SystemExit(StageStopped.exit_status) from None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the handler: the last checkpoint is written after this."""

@@ -2,6 +2,7 @@
 
 # No postponed annotations: NeMo-Run parses `trainer.callbacks[4].every_s=60.0` by them.
 
+import contextlib
 import os
 
 import torch
@@ -26,11 +27,26 @@ def hang_detection() -> Callback:
     """
     if FT_SOCKET not in os.environ:
         return Callback()
+    from nvidia_resiliency_ext.fault_tolerance.rank_monitor_client import RankMonitorClientError
     from nvidia_resiliency_ext.ptl_resiliency import FaultToleranceCallback
+
+    class Heartbeat(FaultToleranceCallback):
+        """Goes on without its watcher, which ends at once when a scheduler sends SIGTERM to all of a job's processes.
+
+        The ranks have to save first.
+        """
+
+        def _send_ft_heartbeat(self) -> None:
+            with contextlib.suppress(RankMonitorClientError, OSError):
+                super()._send_ft_heartbeat()
+
+        def _shutdown_fault_tolerance(self) -> None:
+            with contextlib.suppress(RankMonitorClientError, OSError):
+                super()._shutdown_fault_tolerance()
 
     # The launcher's timeouts stand: ones calculated from a short run would end a slow step of a long one. Whether the
     # training is finished is told by its checkpoint, so no flag file is wanted either.
-    return FaultToleranceCallback(autoresume=False, calculate_timeouts=False)
+    return Heartbeat(autoresume=False, calculate_timeouts=False)
 
 
 def straggler_report(every_s: float = 600.0) -> Callback:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from kubernetes import client, config
+
+from nemo_upcycle.pipeline.executors.local import held_port
 
 
 _ADDRESS = ("trainer.kubeflow.org", "v1alpha1", "default", "trainjobs")
@@ -20,13 +23,12 @@ class Operator(threading.Thread):
 
     Args:
         kubeconfig: of the server.
-        port: where the first node of a job listens.
     """
 
-    def __init__(self, kubeconfig: Path, port: int) -> None:
+    def __init__(self, kubeconfig: Path) -> None:
         super().__init__(daemon=True)
         self._api = client.CustomObjectsApi(config.new_client_from_config(str(kubeconfig)))
-        self._port, self._stopped = port, threading.Event()
+        self._stopped, self._ports = threading.Event(), contextlib.ExitStack()
         self.pods: dict[str, list[subprocess.Popen[bytes]]] = {}
         self.environment: dict[str, str] = {}
 
@@ -54,6 +56,7 @@ class Operator(threading.Thread):
         self.join()
         for name in list(self.pods):
             self.evict(name)
+        self._ports.close()
 
     def evict(self, name: str) -> None:
         """Send SIGTERM to the pods of a job, as an eviction does, and wait for them."""
@@ -69,7 +72,7 @@ class Operator(threading.Thread):
             "PET_NNODES": str(trainer["numNodes"]),
             "PET_NPROC_PER_NODE": str(trainer["numProcPerNode"]),
             "PET_MASTER_ADDR": "127.0.0.1",
-            "PET_MASTER_PORT": str(self._port),
+            "PET_MASTER_PORT": str(self._ports.enter_context(held_port())),
         } | {entry["name"]: entry["value"] for entry in trainer["env"]}
         return [
             subprocess.Popen(

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.pipeline.executors.local import held_port
 from nemo_upcycle.utils.files import MARKER, read_json
 from tests.functional.kubernetes_operator import Operator
 from tests.functional.kubernetes_server import IS_BUILT, define, server
@@ -39,12 +38,11 @@ def kubeconfig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def operator(kubeconfig: Path) -> Iterator[Operator]:
-    with held_port() as port:
-        thread = Operator(kubeconfig, port)
-        thread.environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "SLOW_S": "0.5"}
-        thread.start()
-        yield thread
-        thread.stop()
+    thread = Operator(kubeconfig)
+    thread.environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "SLOW_S": "2.0"}
+    thread.start()
+    yield thread
+    thread.stop()
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +94,7 @@ def test_a_chain_runs_and_a_training_goes_on_after_an_eviction(
     run = Run(inputs, kubeconfig, "whole")
     metrics = run.run_dir / "pretrain/metrics.jsonl"
     run.wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 3)
-    operator.evict(read_json(run.run_dir / "jobs.json")["pretrain"])
+    operator.evict(read_json(run.run_dir / "jobs.json")["jobs"]["pretrain"])
     assert run.process.wait(timeout=600) == 0, run.text()
     assert all((run.run_dir / name / MARKER).is_file() for name in STAGES)
     assert "[pretrain] stopped" in run.text()

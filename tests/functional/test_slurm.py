@@ -51,7 +51,7 @@ time: "00:20:00"
 mem: "0"
 env_vars: {{OMP_NUM_THREADS: "1", PYTHONPATH: "{root}"}}
 stages:
-  pretrain: {{time: "{time}", signal: "TERM@{signal_s}", hang_detection: {hang}, silence_s: 15}}
+  pretrain: {{time: "{time}", signal: "TERM@{signal_s}", hang_detection: {ft}, silence_s: 40}}
 """
 
 
@@ -67,6 +67,7 @@ class Run:
         self,
         *words: str,
         slow: float = 0.0,
+        hang_detection: bool = False,
         hang: bool = False,
         partition: str = "batch",
         time_limit: str = "00:20:00",
@@ -74,7 +75,7 @@ class Run:
     ) -> Run:
         """Start the command."""
         executor = self.run_dir.with_name(f"{self.run_dir.name}.yaml")
-        values = {"partition": partition, "time": time_limit, "signal_s": signal_s, "hang": str(hang).lower()}
+        values = {"partition": partition, "time": time_limit, "signal_s": signal_s, "ft": str(hang_detection).lower()}
         executor.write_text(EXECUTOR.format(root=ROOT, **values))
         factory = f"tiny(inputs='{self.inputs}', dir='{self.run_dir}')"
         script = str(ROOT / "tests/functional/slurm_cluster.py")
@@ -110,7 +111,7 @@ class Run:
 
     def job(self, stage: str = "pretrain") -> str:
         """Return the id of a stage's job."""
-        return str(read_json(self.run_dir / "jobs.json")[stage])
+        return str(read_json(self.run_dir / "jobs.json")["jobs"][stage])
 
     def starts(self) -> int:
         """Return how often the training was started."""
@@ -148,15 +149,14 @@ def prepared(undisturbed: Run, inputs: Path, request: pytest.FixtureRequest) -> 
     """A run whose next stage is the training."""
     run_dir = inputs / request.node.name.translate({ord("["): "-", ord("]"): None})
     shutil.copytree(undisturbed.run_dir, run_dir, symlinks=True)
-    for name in ("pretrain", "dense_ct", "jobs", "jobs.json"):
-        path = run_dir / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in ("pretrain", "dense_ct", "jobs"):
+        shutil.rmtree(run_dir / name)
     run = Run(inputs, run_dir)
     yield run
     if run.process and run.process.poll() is None:
         run.process.kill()
     if (run_dir / "jobs.json").is_file():
-        subprocess.run(["scancel", *read_json(run_dir / "jobs.json").values()], check=True)
+        subprocess.run(["scancel", *read_json(run_dir / "jobs.json")["jobs"].values()], check=True)
 
 
 def test_every_stage_is_a_job(undisturbed: Run) -> None:
@@ -220,11 +220,25 @@ def test_a_training_goes_on_with_the_same_bits(
     assert training_result(prepared.run_dir / "pretrain") == training_result(undisturbed.run_dir / "pretrain")
 
 
-def test_a_time_limit_reached_twice_loses_nothing(prepared: Run, undisturbed: Run) -> None: ...
+@pytest.mark.parametrize("hang_detection", [False, True], ids=["srun", "ft_launcher"])
+def test_a_time_limit_reached_twice_loses_nothing(prepared: Run, undisturbed: Run, hang_detection: bool) -> None:
+    prepared.start(*PART, slow=20.0, hang_detection=hang_detection, time_limit="00:02:00", signal_s=30)
+    for starts in (1, 2):
+        prepared.wait_for(lambda starts=starts: requeues(prepared) == starts, "a requeue")
+        start_at_once(prepared.job())
+    assert prepared.wait() == 0, prepared.text()
+    assert prepared.starts() >= 3
+    assert training_result(prepared.run_dir / "pretrain") == training_result(undisturbed.run_dir / "pretrain")
+
+
+def requeues(run: Run) -> int:
+    """Return how often the batch script has asked for another start."""
+    logs = (run.run_dir / "jobs/pretrain").glob("sbatch_*")
+    return sum(path.read_text().count("to be requeued") for path in logs)
 
 
 def test_a_hung_rank_is_restarted_within_the_job(prepared: Run, undisturbed: Run) -> None:
-    prepared.start(*PART, slow=0.5, hang=True)
+    prepared.start(*PART, slow=0.5, hang_detection=True, hang=True)
     assert prepared.wait() == 0, prepared.text()
     assert (prepared.run_dir / "hung").exists()
     assert prepared.starts() == 1
@@ -234,7 +248,7 @@ def test_a_hung_rank_is_restarted_within_the_job(prepared: Run, undisturbed: Run
 def test_scancel_ends_the_chain_and_requeues_nothing(prepared: Run) -> None:
     prepared.start("--from", "pretrain", slow=3.0)
     prepared.wait_for_step(3)
-    others = read_json(prepared.run_dir / "jobs.json")
+    others = read_json(prepared.run_dir / "jobs.json")["jobs"]
     subprocess.run(["scancel", prepared.job()], check=True)
     assert prepared.wait() == 2
     assert "Stage 'pretrain' did not finish: job" in prepared.text()
@@ -251,4 +265,4 @@ def test_a_failed_stage_takes_the_rest_out_of_the_queue(inputs: Path, tmp_path: 
     assert run.wait() == 2
     assert "Stage 'data' did not finish: job" in run.text()
     queue = _answer("squeue", "--noheader", "--format=%i") or ""
-    assert not set(queue.split()) & set(read_json(run.run_dir / "jobs.json").values())
+    assert not set(queue.split()) & set(read_json(run.run_dir / "jobs.json")["jobs"].values())

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from nemo_upcycle.pipeline.executors import manifests
 from nemo_upcycle.pipeline.executors.base import Job
-from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 
 
 #: What Argo puts in, so that every start of the workflow has jobs of its own: seconds since 1970.
@@ -20,42 +19,41 @@ _SUCCEEDED = {
 }
 
 
-def workflow(scheduler: KubernetesScheduler, jobs: Sequence[Job]) -> str:
-    """Return the stages as a Workflow: `argo submit FILE` runs each when those before it have succeeded.
+def name_of(job: Job) -> str:
+    """Return the name of a stage's job, with what Argo fills in."""
+    return f"{manifests.base_name(job)}-{_STARTED}"
+
+
+def workflow(namespace: str, documents: Mapping[Job, dict[str, Any]]) -> str:
+    """Return stages as a Workflow: `argo submit FILE` runs each when those before it have succeeded.
 
     Its service account needs rights to create and watch the jobs. A TrainJob's runtime must have one replicated job.
 
     Args:
-        scheduler: with the user's settings.
-        jobs: the stages; what they come after counts as far as it is among them.
+        namespace: of the workflow.
+        documents: the stages with their manifests; what they come after counts as far as it is among them.
     """
-    names = {job.name: manifests.label_of(job.name) for job in jobs}
+    names = {job.name: manifests.label_of(job.name) for job in documents}
     tasks = [
         {
             "name": names[job.name],
             "template": names[job.name],
             "dependencies": [names[before] for before in job.after if before in names],
         }
-        for job in jobs
+        for job in documents
     ]
+    run_dir = next(iter(documents)).run_dir
+    stages = [_template(job, document) for job, document in documents.items()]
     document = {
         "apiVersion": "argoproj.io/v1alpha1",
         "kind": "Workflow",
-        "metadata": {
-            "generateName": f"{manifests.label_of(jobs[0].run_dir.name)}-",
-            "namespace": scheduler.executor.namespace,
-        },
-        "spec": {
-            "entrypoint": "stages",
-            "templates": [{"name": "stages", "dag": {"tasks": tasks}}, *(_template(scheduler, job) for job in jobs)],
-        },
+        "metadata": {"generateName": f"{manifests.label_of(run_dir.name)}-", "namespace": namespace},
+        "spec": {"entrypoint": "stages", "templates": [{"name": "stages", "dag": {"tasks": tasks}}, *stages]},
     }
     return manifests.as_yaml(document)
 
 
-def _template(scheduler: KubernetesScheduler, job: Job) -> dict[str, Any]:
-    name = f"{manifests.base_name(job)}-{_STARTED}"
-    document = manifests.manifest(scheduler.settings_for(job.name), job, name)
+def _template(job: Job, document: dict[str, Any]) -> dict[str, Any]:
     failed = ", ".join(f"status.conditions.{number}.type == Failed" for number in range(_MOST_CONDITIONS))
     resource = {
         "action": "create",

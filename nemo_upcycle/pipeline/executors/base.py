@@ -85,11 +85,18 @@ class Cluster(ABC):
 
     #: Its name, for people.
     label: str
+    #: Seconds between two questions to the scheduler.
+    poll_s: float = 15.0
     #: Whether the scheduler holds a job back until those that it depends on have succeeded.
     holds_back: bool = False
 
     def __init__(self, executor: Any) -> None:
         self.executor = executor
+
+    @property
+    def identity(self) -> str:
+        """What tells this scheduler from others whose jobs may have the same ids."""
+        return self.label
 
     @property
     def python(self) -> str:
@@ -115,6 +122,10 @@ class Cluster(ABC):
     @abstractmethod
     def render(self, job: Job) -> dict[str, str]:
         """Return what is submitted for a job, by file name; needs no scheduler."""
+
+    def render_chain(self, jobs: Sequence[Job]) -> dict[str, str]:
+        """Return files, by name, with which the rendered jobs are submitted by hand; none by default."""
+        return {}
 
     @abstractmethod
     def submit(self, job: Job, after: Sequence[str]) -> str:

@@ -13,8 +13,16 @@ from typing import Any, Optional
 import nemo_run as run
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.executors import manifests
-from nemo_upcycle.pipeline.executors.base import MISSING, Cluster, Job, JobState, Phase, require_settings
+from nemo_upcycle.pipeline.executors import argo, manifests
+from nemo_upcycle.pipeline.executors.base import (
+    MISSING,
+    Cluster,
+    Job,
+    JobState,
+    Phase,
+    UnreachableError,
+    require_settings,
+)
 from nemo_upcycle.pipeline.executors.kubernetes_api import KubernetesApi, TakenError, reported_state
 
 
@@ -120,12 +128,19 @@ class KubernetesScheduler(Cluster):
     """
 
     label = "Kubernetes"
+    poll_s = 5.0
 
     def __init__(self, executor: KubernetesExecutor, api: KubernetesApi | None = None) -> None:
         super().__init__(executor)
         self._api = api
         self._last: dict[str, JobState] = {}
         self._silent_since_s: dict[str, float] = {}
+
+    @property
+    def identity(self) -> str:
+        """See `Cluster.identity`."""
+        mine = self.executor
+        return f"{self.label}, namespace {mine.namespace}, kind {mine.kind}, context {mine.context or 'current'}"
 
     def check_settings(self, jobs: Sequence[Job]) -> None:
         """See `Cluster.check_settings`: what the site must set, what the kind of job lacks, paths below the claims."""
@@ -154,16 +169,26 @@ class KubernetesScheduler(Cluster):
         return {f"{name}.yaml": manifests.as_yaml(manifests.manifest(self.settings_for(job.name), job, name))}
 
     def submit(self, job: Job, after: Sequence[str] = ()) -> str:
-        """See `Cluster.submit`: the name of the job that was created; its manifest is kept in the job's folder."""
+        """See `Cluster.submit`: the name of the job that was created; its manifest is kept in the job's folder.
+
+        A job that the last manifest names and that has not ended is taken for this one: the server may have accepted
+        it without an answer that arrived.
+        """
         settings, number = self.settings_for(job.name), _next_number(job)
+        last = f"{manifests.base_name(job)}-{number - 1}"
+        if number > 1 and self._exists_and_goes_on(last):
+            return last
         for name in (f"{manifests.base_name(job)}-{number + more}" for more in range(_NAMES_TRIED)):
             document = manifests.manifest(settings, job, name)
+            job.folder.mkdir(parents=True, exist_ok=True)
+            (job.folder / f"{name}.yaml").write_text(manifests.as_yaml(document), encoding="utf-8")
             try:
                 self._connected().create(manifests.resource_of(settings), document)
             except TakenError:  # by an earlier run in a folder of the same name
                 continue
-            job.folder.mkdir(parents=True, exist_ok=True)
-            (job.folder / f"{name}.yaml").write_text(manifests.as_yaml(document), encoding="utf-8")
+            except UnreachableError:
+                self._api = None  # read the credentials anew
+                raise
             return name
         raise UpcycleError(
             f"name of stage '{job.name}' in the cluster",
@@ -171,6 +196,16 @@ class KubernetesScheduler(Cluster):
             expected="a free name",
             fix=f"delete those of earlier runs, in namespace {settings.namespace}",
         )
+
+    def _exists_and_goes_on(self, name: str) -> bool:
+        found = self._connected().get(manifests.resource_of(self.executor), self.executor.namespace, name)
+        state = reported_state(found) if found else JobState(Phase.ENDED)
+        return state is None or state.phase is not Phase.ENDED
+
+    def render_chain(self, jobs: Sequence[Job]) -> dict[str, str]:
+        """See `Cluster.render_chain`: a Workflow of Argo."""
+        documents = {job: manifests.manifest(self.settings_for(job.name), job, argo.name_of(job)) for job in jobs}
+        return {"workflow.yaml": argo.workflow(self.executor.namespace, documents)}
 
     def states(self, ids: Sequence[str]) -> Mapping[str, JobState]:
         """See `Cluster.states`. While the server does not answer, the last state stands, with that as its reason."""
@@ -194,7 +229,7 @@ class KubernetesScheduler(Cluster):
             "GPUs per node": settings.gpus_per_node,
             "CPUs per node": settings.cpus,
             "memory per node": f"{settings.memory_gib} GiB" if settings.memory_gib else "",
-            "time limit": f"{settings.active_deadline_s} s" if settings.active_deadline_s else "",
+            "time": f"{settings.active_deadline_s}s" if settings.active_deadline_s else "",
             "image": settings.image,
         }
         return {name: str(value) for name, value in found.items() if value}
@@ -232,6 +267,7 @@ class KubernetesScheduler(Cluster):
     def _require_accepted(self, job: Job, settings: KubernetesExecutor) -> None:
         """Ask the server."""
         api = self._connected()
+        api.get(manifests.resource_of(settings), settings.namespace, manifests.base_name(job))  # the right to look
         document = manifests.manifest(settings, job, f"{manifests.base_name(job)}-{_next_number(job)}")
         with contextlib.suppress(TakenError):  # `submit` chooses another name
             api.create(manifests.resource_of(settings), document, dry_run=True)

@@ -210,7 +210,14 @@ def _meaning(error: Any, resource: Resource, namespace: str) -> Exception:
         )
     if error.status == 409:
         return TakenError()
-    if error.status == 401 or (error.status == 403 and "denied the request" not in message):
+    if error.status == 401:
+        return UnreachableError(
+            f"login to the cluster, for {resource.plural} in namespace {namespace}",
+            got=message,
+            expected="a valid one",
+            fix="log in again",
+        )
+    if error.status == 403 and "denied the request" not in message:
         return UpcycleError(
             f"rights to {resource.plural} in namespace {namespace}",
             got=message,

@@ -7,6 +7,7 @@ cluster without `sacct` for a failure, and its retries do not ask whether a job 
 # No postponed annotations: NeMo-Run parses the executor's fields by them.
 
 import dataclasses
+import re
 import shlex
 import shutil
 import socket
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import nemo_run as run
+from nemo_run.config import RUNDIR_NAME
 from nemo_run.core.execution.slurm import SlurmBatchRequest
 
 from nemo_upcycle.errors import UpcycleError, did_you_mean
@@ -32,6 +34,9 @@ from nemo_upcycle.utils.mounts import filesystem_type
 _OF_ONE_MACHINE = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay")
 #: Where the `ft_launcher`s of a job meet; for the batch script's shell.
 _ENDPOINT = '"$head_node_ip:$((15000 + SLURM_JOB_ID % 10000))"'
+_JOB_ID = '"$SLURM_JOB_ID"'
+#: What NeMo-Run puts into its script without quotes, and the folder whose name it replaces in it.
+_PLAIN_PATH, _REPLACED = re.compile(r"[\w./+=@%~-]+"), f"/{RUNDIR_NAME}"
 _STATES = {"PENDING": Phase.WAITING, "REQUEUED": Phase.WAITING, "REQUEUE_HOLD": Phase.WAITING}
 
 
@@ -89,6 +94,8 @@ class SlurmScheduler(Cluster):
         """See `Cluster.check_settings`: what the site must set."""
         if isinstance(self.executor, StagedSlurmExecutor):
             require_settings(self.executor, "copy conf/executors/slurm.yaml and fill it in", REQUIRED)
+        for path in {path for job in jobs for path in (job.run_dir, *job.reads, Path(job.command[0]))}:
+            _require_plain(path, in_container=bool(self.executor.container_image))
 
     def check(self, jobs: Sequence[Job]) -> None:
         """See `Cluster.check`: with `sbatch --test-only` every job, and the run's folder."""
@@ -132,14 +139,21 @@ class SlurmScheduler(Cluster):
     def sized(self, job: Job) -> run.SlurmExecutor:
         """Return the executor of a stage, with the nodes and ranks of its job."""
         mine = self.settings_for(job.name)
-        lines = setup_lines(job) + ([mine.setup_lines] if mine.setup_lines else [])
+        # Not as `env_vars`: NeMo-Run writes these without quotes, and their names in capitals.
+        exports = [f'export {name}="{_escaped(str(value))}"' for name, value in mine.env_vars.items()]
+        lines = [*setup_lines(job), *exports, *([mine.setup_lines] if mine.setup_lines else [])]
+        detects_hangs = self._detects_hangs(job)
+        tasks = job.ranks_per_node if detects_hangs else 1  # of a rank each, in one of Slurm's
         # Otherwise jobs behind a failed one stay queued for ever.
         parameters = {"kill_on_invalid_dep": "yes"} | (mine.additional_parameters or {})
         return dataclasses.replace(
             mine,
             container_mounts=[*mine.container_mounts, *_missing_mounts(job, mine.container_mounts)],
             nodes=job.nodes,
-            ntasks_per_node=1 if self._detects_hangs(job) else job.ranks_per_node,
+            ntasks_per_node=1 if detects_hangs else job.ranks_per_node,
+            cpus_per_task=mine.cpus_per_task and mine.cpus_per_task * tasks,
+            gpus_per_task=mine.gpus_per_task and mine.gpus_per_task * tasks,
+            env_vars={},
             job_dir=str(job.folder),
             job_details=dataclasses.replace(mine.job_details),  # rendering writes the job's name and folder into it
             tunnel=run.LocalTunnel(job_dir=str(job.folder.parent)),
@@ -157,9 +171,31 @@ class SlurmScheduler(Cluster):
             return shlex.join(job.command)
         silence_s = self.settings_for(job.name).silence_s
         command = ft_command(
-            job.command, job.nodes, job.ranks_per_node, python=self.python, endpoint=_ENDPOINT, silence_s=silence_s
+            job.command,
+            job.nodes,
+            job.ranks_per_node,
+            python=self.python,
+            endpoint=_ENDPOINT,
+            job=_JOB_ID,
+            silence_s=silence_s,
         )
-        return " ".join(word if _ENDPOINT in word else shlex.quote(word) for word in command)
+        expanded = (_ENDPOINT, _JOB_ID)
+        return " ".join(word if any(text in word for text in expanded) else shlex.quote(word) for word in command)
+
+    def render_chain(self, jobs: Sequence[Job]) -> dict[str, str]:
+        """See `Cluster.render_chain`: a script that submits the others."""
+        lines = [
+            "#!/bin/bash",
+            "# Submits the jobs of this folder; each waits for those that it needs.",
+            "set -euo pipefail",
+        ]
+        lines += ['cd "$(dirname "$0")"', f"mkdir -p {' '.join(shlex.quote(str(job.folder)) for job in jobs)}"]
+        names = {job.name: f"job_{job.name}" for job in jobs}
+        for job in jobs:
+            after = "".join(f":${{{names[name]}}}" for name in job.after if name in names)
+            dependency = f" --dependency=afterok{after}" if after else ""
+            lines.append(f"{names[job.name]}=$(sbatch --requeue --parsable{dependency} {job.name}.sh)")
+        return {"submit.sh": "\n".join([*lines, ""])}
 
     def submit(self, job: Job, after: Sequence[str]) -> str:
         """Write the batch script to the run's folder and submit it."""
@@ -235,6 +271,29 @@ class SlurmScheduler(Cluster):
                 expected=f"one that the nodes see as well ({', '.join(others[:3])}, ...)",
                 fix="choose a dir on shared storage; or, if it is served to the nodes, run.executor.shared_dir=True",
             )
+
+
+def _escaped(value: str) -> str:
+    """Return a value as it stands between double quotes in bash; variables in it are expanded."""
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\`")
+
+
+def _require_plain(path: Path, *, in_container: bool) -> None:
+    """Check that NeMo-Run's batch script can hold a path."""
+    if not _PLAIN_PATH.fullmatch(str(path)):
+        raise UpcycleError(
+            f"path '{path}'",
+            got="a character that NeMo-Run's batch script does not quote",
+            expected="letters, digits and . _ / + = @ % ~ -",
+            fix="rename the folder, or make a link to it with a plain name",
+        )
+    if _REPLACED in str(path) and not in_container:
+        raise UpcycleError(
+            f"path '{path}'",
+            got=f"'{_REPLACED}' in it, which NeMo-Run replaces in its batch scripts",
+            expected="another name",
+            fix="rename the folder, or make a link to it",
+        )
 
 
 def _missing_mounts(job: Job, mounts: Sequence[str]) -> list[str]:

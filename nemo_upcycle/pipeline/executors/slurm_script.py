@@ -10,7 +10,9 @@ from nemo_upcycle.utils.files import MARKER
 
 
 #: How far a training is: the step of its newest checkpoint.
-_STEP = r"""ls -d "$stage"/checkpoints/*step=*/weights/.metadata 2>/dev/null |
+_STEP = r"""for saved in "$stage"/checkpoints/*step=*/weights/.metadata; do
+        [ -e "${saved%/weights/.metadata}-unfinished" ] || echo "$saved"
+    done | grep -v '[*]' |
         sed 's/.*step=\([0-9]*\).*/\1/' | sort -n | tail -n 1"""
 #: How far the data stage is: datatrove leaves a file for each finished task.
 _TASKS = "find \"$stage\" -path '*/completions/*' -type f 2>/dev/null | wc -l"
@@ -21,6 +23,10 @@ _DECIDE = r"""
 stage={folder}
 progress() {{
     {progress}
+}}
+persist() {{  # the controller may be busy, or fail over
+    for _ in $(seq 20); do "$@" && return; sleep 15; done
+    return 1
 }}
 at_start=$(progress)
 touch {job}/started
@@ -37,7 +43,7 @@ finish() {{
     if [ "$(cat "$stage/{ended}" 2>/dev/null)" = {failed} ]; then
         exit 2
     fi
-    case "$(scontrol --oneliner show job "$SLURM_JOB_ID")" in
+    case "$(persist scontrol --oneliner show job "$SLURM_JOB_ID")" in
     *JobState=RUNNING*PreemptTime=2*)
         scontrol --oneliner show partition "$SLURM_JOB_PARTITION" | grep -q PreemptMode=REQUEUE && exit 1 ;;
     *JobState=RUNNING*) ;;
@@ -45,12 +51,15 @@ finish() {{
     esac
     kept=$(progress)
     if [ "${{kept:--1}}" -gt "${{at_start:--1}}" ]; then
-        echo "[{name}] stopped; kept {unit} $kept; requeued, goes on from there"
-        scontrol requeue "$SLURM_JOB_ID"
-        sleep 60
+        rm -f {job}/in_vain
+    elif [ -e {job}/in_vain ]; then
+        echo "[{name}] stopped, twice no further than at the start ({unit} ${{kept:-none}}): not requeued"
         exit 1
+    else
+        touch {job}/in_vain
     fi
-    echo "[{name}] stopped, no further than when this job started ({unit} ${{kept:-none}}): not requeued"
+    echo "[{name}] stopped; kept {unit} ${{kept:-none}}; to be requeued and to go on from there"
+    persist scontrol requeue "$SLURM_JOB_ID" && sleep 60
     exit 1
 }}
 trap finish EXIT

@@ -42,7 +42,8 @@ SETTINGS = (
     "model.config.recompute_granularity",
     "model.config.recompute_modules",
     "log.ckpt.every_n_train_steps",
-    "log.ckpt.save_top_k",
+    "log.ckpt.keep_last",
+    "log.ckpt.keep_every",
 )
 _OVERRIDE = re.compile(r"(?P<key>[\w.\[\]]+)\s*[-+*/|&]?=")
 _INDEX = re.compile(r"\[.*")

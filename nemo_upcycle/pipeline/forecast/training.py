@@ -188,7 +188,7 @@ def forecast_training(recipe: Any, dense: str, stage: StageForecast, cluster: Cl
         batch=recipe.data.global_batch_size,
         steps=steps,
         save_every=getattr(recipe.log.ckpt, "every_n_train_steps", None) or steps,
-        keeps=_kept(recipe.log.ckpt),
+        keeps=_kept(recipe.log.ckpt, recipe.trainer.max_steps),
         checkpoint_bytes=saved_bytes(recipe, arch),
         card=card,
         first=plans[0],
@@ -200,8 +200,11 @@ def forecast_training(recipe: Any, dense: str, stage: StageForecast, cluster: Cl
     )
 
 
-def _kept(checkpoint: Any) -> int | None:
-    """Return how many checkpoints a callback keeps; None for all."""
+def _kept(checkpoint: Any, steps: int) -> int | None:
+    """Return how many checkpoints a callback keeps at the end of a training of so many steps; None for all."""
+    if last := getattr(checkpoint, "keep_last", None):
+        for_good = getattr(checkpoint, "keep_every", None)
+        return int(last) + (steps // int(for_good) if for_good else 0)
     best: int = getattr(checkpoint, "save_top_k", 1)
     return None if best < 0 else best + bool(getattr(checkpoint, "save_last", False))
 

@@ -23,6 +23,7 @@ class Processes(Cluster):
     """Starts a process a job, and like Kubernetes holds none back."""
 
     label = "processes"
+    poll_s = 0.0
 
     def __init__(self) -> None:
         super().__init__(run.LocalExecutor())

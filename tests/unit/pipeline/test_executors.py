@@ -136,24 +136,74 @@ def decide(
 SAVE = "mkdir -p {0}/pretrain/checkpoints/a--step={1}-last/weights; touch $_/.metadata"
 
 
+KEPT, NO_FURTHER = SAVE.replace("{1}", "12"), SAVE.replace("{1}", "3")
+STOPPED, FAILED = "; echo stopped > {0}/pretrain/_ENDED; exit 75", "; echo failed > {0}/pretrain/_ENDED; exit 2"
+
+
 @pytest.mark.parametrize(
-    ("ranks", "state", "status", "requeued"),
+    ("ranks", "state", "in_vain", "status", "requeued"),
     [
-        ("touch {0}/pretrain/_SUCCESS.json", "RUNNING", 0, False),
-        (f"{SAVE.replace('{1}', '12')}; echo stopped > {{0}}/pretrain/_ENDED; exit 75", "RUNNING", 1, True),
-        (f"{SAVE.replace('{1}', '12')}; exit 137", "RUNNING", 1, True),  # a rank was killed, but the run got further
-        (f"{SAVE.replace('{1}', '12')}; exit 143", "COMPLETING", 1, False),  # cancelled
-        (f"{SAVE.replace('{1}', '12')}; echo failed > {{0}}/pretrain/_ENDED; exit 2", "RUNNING", 2, False),
-        (f"{SAVE.replace('{1}', '3')}; exit 75", "RUNNING", 1, False),  # no further than at the start
-        ("exit 1", "RUNNING", 1, False),
+        ("touch {0}/pretrain/_SUCCESS.json", "RUNNING", False, 0, False),
+        (KEPT + STOPPED, "RUNNING", True, 1, True),
+        (KEPT + "; exit 137", "RUNNING", True, 1, True),  # a rank was killed, but the run got further
+        (KEPT + "; exit 143", "COMPLETING", False, 1, False),  # cancelled
+        (KEPT + FAILED, "RUNNING", False, 2, False),
+        (KEPT + "; touch {0}/pretrain/checkpoints/a--step=12-last-unfinished; exit 1", "RUNNING", True, 1, False),
+        (NO_FURTHER + "; exit 75", "RUNNING", False, 1, True),  # once; a node may have failed
+        (NO_FURTHER + "; exit 75", "RUNNING", True, 1, False),
+        ("exit 1", "RUNNING", True, 1, False),
     ],
 )
 def test_a_batch_script_requeues_while_the_step_advances(
-    tmp_path: Path, ranks: str, state: str, status: int, requeued: bool
+    tmp_path: Path, ranks: str, state: str, in_vain: bool, status: int, requeued: bool
 ) -> None:
     earlier = tmp_path / "pretrain/checkpoints/a--step=9-last/weights"
     earlier.mkdir(parents=True)
     (earlier / ".metadata").touch()
+    if in_vain:
+        (tmp_path / "jobs/pretrain").mkdir(parents=True)
+        (tmp_path / "jobs/pretrain/in_vain").touch()
     done = decide(tmp_path, ranks.format(tmp_path), state=state)
     assert ("scontrol requeue 7" in done.stdout) == requeued, done.stdout + done.stderr
     assert done.returncode == status
+
+
+@pytest.mark.parametrize(
+    ("run_dir", "message"),
+    [
+        ("/shared/my runs/a", "path '/shared/my runs/a': got a character that NeMo-Run's batch script does not quote"),
+        ("/shared/nemo_runs/a", "got '/nemo_run' in it, which NeMo-Run replaces"),
+    ],
+)
+def test_paths_that_a_batch_script_cannot_hold_are_refused(run_dir: str, message: str) -> None:
+    cluster = cluster_for(built(*SITE))
+    assert cluster is not None
+    with pytest.raises(UpcycleError, match=message):
+        cluster.check_settings([training(Path(run_dir))])
+
+
+def test_hang_detection_starts_one_launcher_a_node_with_the_cores_of_its_ranks() -> None:
+    cluster = cluster_for(built(*SITE, "stages.pretrain.hang_detection=true", "env_vars={'http_proxy': 'a b'}"))
+    assert cluster is not None
+    script = cluster.render(training())["pretrain.sh"]
+    for words in ("#SBATCH --ntasks-per-node=1\n", "#SBATCH --cpus-per-task=96\n", "--nproc-per-node=8 "):
+        assert words in script
+    assert '--rdzv-id="$SLURM_JOB_ID"' in script
+    assert 'export http_proxy="a b"\n' in script
+
+
+def test_rendered_jobs_come_with_a_script_that_submits_them(tmp_path: Path) -> None:
+    cluster = cluster_for(built(*SITE))
+    assert cluster is not None
+    jobs = [Job("import", tmp_path, ("true",)), Job("data", tmp_path, ("true",), ("import",))]
+    (tmp_path / "submit.sh").write_text(cluster.render_chain(jobs)["submit.sh"])
+    sbatch = tmp_path / "bin/sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text('#!/bin/bash\necho "$*" >&2; echo "${@: -1}" | wc -c\n')
+    sbatch.chmod(0o755)
+    environment = {"PATH": f"{sbatch.parent}:/usr/bin:/bin"}
+    done = subprocess.run(
+        ["bash", tmp_path / "submit.sh"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "--requeue --parsable import.sh\n--requeue --parsable --dependency=afterok:10 data.sh\n"
+    assert (tmp_path / "jobs/data").is_dir()

@@ -16,7 +16,6 @@ from omegaconf import OmegaConf
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors import manifests
-from nemo_upcycle.pipeline.executors.argo import workflow
 from nemo_upcycle.pipeline.executors.base import Job, JobState, Phase, UnreachableError
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesExecutor, KubernetesScheduler
 from nemo_upcycle.pipeline.executors.kubernetes_api import TakenError, reported_state
@@ -173,6 +172,8 @@ def test_a_rerun_takes_another_name_also_where_the_folder_forgot_the_first(tmp_p
     (job.folder / f"{first}.yaml").rename(tmp_path / "elsewhere.yaml")
     scheduler.check([job])
     second = scheduler.submit(job, [])
+    assert scheduler.submit(job, []) == second, "an answer that was lost does not start it twice"
+    api.jobs[second] = _status("Failed")
     third = scheduler.submit(job, [])
     assert [first[-2:], second[-2:], third[-2:]] == ["-1", "-2", "-3"]
     assert set(api.jobs) == {first, second, third}
@@ -275,7 +276,8 @@ def test_a_server_that_does_not_answer_ends_nothing_that_runs(tmp_path: Path, mo
 @pytest.mark.parametrize("definition", ["trainjob-2.3", "pytorchjob-1.9"])
 def test_argo_gets_the_stages_and_their_order(definition: str, tmp_path: Path) -> None:
     scheduler, _ = _scheduler(tmp_path, definition)
-    document = yaml.safe_load(workflow(scheduler, list(jobs_of("llama3_8b_e8t2", tmp_path / "8B v2"))[2:]))
+    jobs = list(jobs_of("llama3_8b_e8t2", tmp_path / "8B v2"))[2:]
+    document = yaml.safe_load(scheduler.render_chain(jobs)["workflow.yaml"])
     stages, *templates = document["spec"]["templates"]
     before = {task["name"]: task["dependencies"] for task in stages["dag"]["tasks"]}
     assert before["export"] == ["pretrain", "dense-ct"]
