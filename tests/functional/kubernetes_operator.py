@@ -42,11 +42,13 @@ class Operator(threading.Thread):
                 self.evict(name)
                 del self.pods[name]
             for name, job in jobs.items():
+                if (job.get("status") or {}).get("conditions"):
+                    continue
                 if name not in self.pods:
                     self.pods[name] = self._start(job)
                     self._report(name, {"jobsStatus": [_counts(ready=1)]})
                 statuses = [pod.poll() for pod in self.pods[name]]
-                if None not in statuses and not (job.get("status") or {}).get("conditions"):
+                if None not in statuses:
                     kind = "Failed" if any(statuses) else "Complete"
                     self._report(name, {"conditions": [_condition(kind, f"exit statuses {statuses}")]})
 
