@@ -42,7 +42,14 @@ def is_local(executor: Any) -> bool:
 
 
 def check_arguments(
-    run_dir: Path, plan: RunPlan, pretrain: run.Partial, dense_ct: Any, ctx: Any, stages: Sequence[Stage] = STAGES
+    run_dir: Path,
+    plan: RunPlan,
+    pretrain: run.Partial,
+    dense_ct: Any,
+    ctx: Any,
+    stages: Sequence[Stage] = STAGES,
+    *,
+    remote: bool = True,
 ) -> None:
     """Check every argument of the pipeline.
 
@@ -53,6 +60,7 @@ def check_arguments(
         dense_ct: recipe of the dense baseline, or None.
         ctx: NeMo-Run's context of the command.
         stages: those that will run.
+        remote: whether to ask for files behind addresses, too, which needs the network.
 
     Raises:
         UpcycleError: one is not valid; the text names it.
@@ -60,7 +68,7 @@ def check_arguments(
     _check_folder(run_dir)
     parent = check_address(plan.dense)
     here = {stage.name for stage in stages} if is_local(ctx.executor) else set()
-    _check_blend(plan.data, "data" in here, remote=not ctx.dryrun)
+    _check_blend(plan.data, "data" in here, remote=remote)
     read_suite_config(plan.evaluation)
     for name, recipe in (("pretrain", pretrain), ("dense_ct", dense_ct)):
         if recipe:

@@ -80,7 +80,8 @@ def pipeline(
     stages = chosen_stages(from_stage, until_stage, only_stage)
     cluster = cluster_for(ctx.executor)
     with ended_by_ctrl_c():
-        check_arguments(run_dir, plan, pretrain, dense_ct, ctx, stages)
+        is_shown = bool(ctx.dryrun or render)  # what is only shown needs no network
+        check_arguments(run_dir, plan, pretrain, dense_ct, ctx, stages, remote=not is_shown)
         require_earlier(stages, run_dir, plan)
     jobs = jobs_of(stages, run_dir, plan, cluster.python if cluster else sys.executable)
     if render:

@@ -1,0 +1,63 @@
+"""`nemo upcycle pipeline ... --dryrun` and `--render` as a user types them: no cluster, no network, no dense model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+
+NEMO = Path(sys.executable).with_name("nemo")
+CHAIN = ("upcycle", "pipeline", "--factory", "llama3_8b_e8t2")
+SLURM = ("run.executor=slurm", "run.executor.account=me")
+SITES = {
+    "slurm": (*SLURM, "run.executor.partition=h100", "run.executor.container_image=a"),
+    "kubernetes": (
+        *("run.executor=kubernetes", "run.executor.image=a"),
+        *("run.executor.claim=b", "run.executor.mount_path=DIR"),
+    ),
+}
+
+
+def _run(folder: Path, *words: str) -> str:
+    done = subprocess.run([NEMO, *CHAIN, *words], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_dry_run_says_what_has_to_be_known_and_writes_nothing(tmp_path: Path) -> None:
+    start_s = time.monotonic()
+    text = _run(tmp_path, f"dir={tmp_path}/run", "pretrain.trainer.max_steps=5000", *SLURM, "--dryrun")
+    assert time.monotonic() - start_s < 120  # 12 s on an idle machine
+    for words in (
+        "47.49B, 13.67B active",
+        "60.0 of 79.1 GiB: fits",
+        "619.22 GiB every 1,000 steps, 3 at once",
+        "trainer.max_steps                                      5000                             command line",
+        "Slurm: 64 nodes x 8 ranks",
+        f"--- {tmp_path}/run/jobs/pretrain/pretrain.sh\n#!/bin/bash\n",
+        "Before it can be submitted: run.executor.partition: got nothing",
+    ):
+        assert words in text
+    assert max(map(len, text.partition("\n--- ")[0].splitlines())) < 120
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_rendered_jobs_come_with_their_plan(tmp_path: Path, site: str) -> None:
+    words = [word.replace("DIR", str(tmp_path)) for word in SITES[site]]
+    text = _run(tmp_path, f"dir={tmp_path}/run", *words, "--render", "out", "--yes")
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"pipeline.json"} < written
+    assert len(written) == 10  # eight stages, what submits them, and the plan
+    assert "copy out/pipeline.json there before you submit them" in text
+    assert not (tmp_path / "run").exists()
+    if "workflow.yaml" in written:
+        workflow = yaml.safe_load((tmp_path / "out/workflow.yaml").read_text())
+        assert len(workflow["spec"]["templates"]) == 9
+    else:
+        subprocess.run(["bash", "-n", tmp_path / "out/submit.sh"], check=True)
