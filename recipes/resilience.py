@@ -1,13 +1,11 @@
-"""What keeps a run on hundreds of GPUs going: the parts that the recipes for H100s add to NeMo's.
+"""What keeps a run on hundreds of GPUs going: the parts that the recipes for H100s add to NeMo's, and why.
 
-| part | why |
-|---|---|
-| `LossGuard` | a loss that is not a number ends the run before it is saved; on all ranks at once, with a message |
-| `ddp.check_for_nan_in_grad` off | Megatron's check ends one rank alone; the others wait for it until NCCL gives up |
-| `hang_detection` | under `ft_launcher`, a rank that is silent too long has all ranks restarted; else nothing |
-| `straggler_report` | one slow GPU slows all; the run is not ended, because a person has to judge |
-| `SaveOnSignal` | a job that is taken away saves after its present step, and loses none |
-| `RetainedCheckpoints` | see `KEEP_LAST` |
+- `LossGuard`: a loss that is not a number ends the run before it is saved; on all ranks at once, with a message.
+- `ddp.check_for_nan_in_grad` off: Megatron's check ends one rank alone; the others wait for it until NCCL gives up.
+- `hang_detection`: under `ft_launcher`, a rank that is silent too long has all ranks restarted; else nothing.
+- `straggler_report`: one slow GPU slows all; the run is not ended, because a person has to judge.
+- `SaveOnSignal`: a job that is taken away saves after its present step, and loses none.
+- `RetainedCheckpoints`: see `KEEP_LAST`.
 
 Asynchronous checkpoints are on in NeMo's recipes already (`strategy.ckpt_async_save`): training waits only for the
 copy to host memory.
