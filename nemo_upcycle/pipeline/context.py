@@ -36,8 +36,9 @@ OPTIONS = {"--from": "from_stage", "--until": "until_stage", "--only": "only_sta
 class CheckedContext(run.cli.RunContext):
     """Answer a mistake on the command line with one message and status 2."""
 
-    #: Options beside NeMo-Run's own.
+    #: Options, and names of executors, beside NeMo-Run's own.
     options: ClassVar[tuple[str, ...]] = ()
+    executors: ClassVar[frozenset[str]] = frozenset()
 
     def cli_execute(self, fn: Any, args: list[str], entrypoint_type: Any = "task") -> None:
         """Check the arguments, then let NeMo-Run parse and execute them."""
@@ -60,20 +61,12 @@ class CheckedContext(run.cli.RunContext):
         try:
             with _silent():
                 return super().parse_args(args, lazy)
-        except UpcycleError:
-            raise
         except Exception as error:
             name = next((word.partition("=")[2] for word in args if word.startswith("executor=")), None)
-            names = {name for kind in EXECUTOR_CLASSES for name in _factories(kind)} | set(executor_names())
+            names = {name for kind in EXECUTOR_CLASSES for name in _factories(kind)} | self.executors
             if name and name not in names:
                 raise UpcycleError.unknown("run.executor", name, names) from None
             raise UpcycleError(f"run.{' run.'.join(args)}: {_first_line(error)}.") from None
-
-    def parse_executor(self, name: str, *args: str) -> Any:
-        """Return an executor: one of conf/executors, a YAML file's, or a factory's."""
-        if is_described(name):
-            return read_executor(name, args)
-        return super().parse_executor(name, *args)
 
     def parse_fn(self, fn: Any, args: list[str], **default_kwargs: Any) -> Any:
         """Parse the arguments of the task."""
@@ -122,10 +115,30 @@ class PipelineContext(CheckedContext):
     """Pass recipes to the pipeline as configurations; NeMo-Run would build them in the launching process."""
 
     options = tuple(OPTIONS)
+    executors = frozenset(executor_names())
 
     def arguments(self, words: list[str]) -> list[str]:
-        """Take `--from STAGE` and its like, which NeMo-Run's command has no place for."""
-        return pipeline_arguments(words)
+        """Take `--from STAGE` and its like, which NeMo-Run has no place for, and an executor that a file describes.
+
+        NeMo-Run would remove every `run.` and `executor.` from its values, as in `run.executor=my-run.yaml`.
+        """
+        words = pipeline_arguments(words)
+        given = [word.partition("=")[2] for word in words if word.startswith("run.executor=")]
+        self._described = given[-1] if given and is_described(given[-1]) else ""
+        self._overrides: list[str] = []
+        if not self._described:
+            return words
+        mine = [word for word in words if re.match(r"run\.executor[.=]", word)]
+        _check_words(mine, ())
+        self._overrides = [word.removeprefix("run.executor.") for word in mine if word.startswith("run.executor.")]
+        return [word for word in words if word not in mine]
+
+    def parse_args(self, args: list[str], lazy: bool = False) -> Any:
+        """Parse the arguments of the executor, or build the one that was described."""
+        rest = super().parse_args(args, lazy)
+        if self._described:
+            self.executor = fdl.build(read_executor(self._described, self._overrides))
+        return rest
 
     def may_go_on(self) -> bool:
         """Ask whether to start, unless `--yes` was given."""
