@@ -63,7 +63,7 @@ start() {
     mkdir -p /run/munge /var/log/munge /var/lib/munge /etc/munge /etc/slurm "$folder"/{log,state,spool}
     [ -f /etc/munge/munge.key ] || /usr/sbin/mungekey -c
     chown -R munge:munge /run/munge /var/log/munge /var/lib/munge /etc/munge
-    pgrep -x munged >/dev/null || su -s /bin/sh munge -c "/usr/sbin/munged --force"
+    su -s /bin/sh munge -c "/usr/sbin/munged --force" || true # it may run already
     wait_for munge --no-input
     grep -q ' n1 n2$' /etc/hosts || echo "127.0.0.1 n1 n2" >>/etc/hosts
     cat >/etc/slurm/slurm.conf <<C
