@@ -42,7 +42,7 @@ _STATES = {"PENDING": Phase.WAITING, "REQUEUED": Phase.WAITING, "REQUEUE_HOLD": 
 
 @dataclass(kw_only=True)
 class StagedSlurmExecutor(run.SlurmExecutor):
-    """NeMo-Run's `SlurmExecutor`, with what each stage asks for; a folder of conf/executors describes one.
+    """NeMo-Run's `SlurmExecutor`, with what each stage asks for; a file of conf/executors describes one.
 
     Attributes:
         stages: by stage, the fields that differ from this executor's; nodes and ranks of trainings are their recipes'.
