@@ -119,12 +119,12 @@ class Run:
 
 
 def start_at_once(job: str) -> None:
-    """Let a requeued job start now; Slurm waits for two minutes."""
+    """Let a requeued job start in a moment; Slurm waits for two minutes, and refuses it while nodes clean up."""
     deadline_s = time.monotonic() + 90
     while (_answer("squeue", "--noheader", f"--jobs={job}", "--format=%T") or "").strip() != "PENDING":
         assert time.monotonic() < deadline_s
         time.sleep(0.2)
-    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
+    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now+10"], check=True)
 
 
 @pytest.fixture(scope="module")
