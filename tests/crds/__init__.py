@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.pipeline.executors.base import Job
-from nemo_upcycle.pipeline.executors.kubernetes import KubernetesExecutor
+from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
 from nemo_upcycle.pipeline.recipes_io import ranks_of
 from nemo_upcycle.pipeline.stages import STAGES
 

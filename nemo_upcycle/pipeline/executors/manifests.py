@@ -20,7 +20,7 @@ from nemo_upcycle.pipeline.executors.base import Job
 
 
 if TYPE_CHECKING:
-    from nemo_upcycle.pipeline.executors.kubernetes import KubernetesExecutor
+    from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
 
 #: Who wrote a patch of a runtime; has to look like a label with a domain.
 MANAGER = "nemo-upcycle/launcher"

@@ -15,8 +15,10 @@ import yaml
 
 from nemo_upcycle.errors import UpcycleError, did_you_mean
 from nemo_upcycle.pipeline.executors.base import Cluster
-from nemo_upcycle.pipeline.executors.kubernetes import KubernetesExecutor, KubernetesScheduler
-from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler, StagedSlurmExecutor
+from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
+from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
+from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
+from nemo_upcycle.pipeline.executors.slurm_settings import StagedSlurmExecutor
 from nemo_upcycle.pipeline.stages import BY_NAME
 from nemo_upcycle.utils.conf import read_conf
 

@@ -7,25 +7,28 @@ cluster without `sacct` for a failure, and its retries do not ask whether a job 
 # No postponed annotations: NeMo-Run parses the executor's fields by them.
 
 import dataclasses
-import re
 import shlex
 import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
 
 import nemo_run as run
-from nemo_run.config import RUNDIR_NAME
 from nemo_run.core.execution.slurm import SlurmBatchRequest
 
 from nemo_upcycle.errors import UpcycleError, did_you_mean
 from nemo_upcycle.pipeline.executors.base import Cluster, Job, JobState, Phase, require_settings
-from nemo_upcycle.pipeline.executors.ft import SILENCE_S, ft_command
+from nemo_upcycle.pipeline.executors.ft import ft_command
 from nemo_upcycle.pipeline.executors.slurm_script import setup_lines
+from nemo_upcycle.pipeline.executors.slurm_settings import (
+    REQUIRED,
+    StagedSlurmExecutor,
+    escaped,
+    missing_mounts,
+    require_plain,
+)
 from nemo_upcycle.utils.files import whole_file
 from nemo_upcycle.utils.mounts import filesystem_type
 
@@ -35,42 +38,7 @@ _OF_ONE_MACHINE = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramf
 #: Where the `ft_launcher`s of a job meet; for the batch script's shell.
 _ENDPOINT = '"$head_node_ip:$((15000 + SLURM_JOB_ID % 10000))"'
 _JOB_ID = '"$SLURM_JOB_ID"'
-#: What NeMo-Run puts into its script without quotes, and the folder whose name it replaces in it.
-_PLAIN_PATH, _REPLACED = re.compile(r"[\w./+=@%~-]+"), f"/{RUNDIR_NAME}"
 _STATES = {"PENDING": Phase.WAITING, "REQUEUED": Phase.WAITING, "REQUEUE_HOLD": Phase.WAITING}
-
-
-@dataclass(kw_only=True)
-class StagedSlurmExecutor(run.SlurmExecutor):
-    """NeMo-Run's `SlurmExecutor`, with what each stage asks for; a file of conf/executors describes one.
-
-    Attributes:
-        stages: by stage, the fields that differ from this executor's; nodes and ranks of trainings are their recipes'.
-        hang_detection: whether trainings run under NVIDIA's `ft_launcher`, one a node, which restarts hung ranks.
-        silence_s: seconds between two signs of life of a rank; saving a checkpoint before an early end is silent, too.
-        card: of a GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun.
-        price_per_gpu_hour: for --dryrun; None: not known.
-        shared_dir: whether nodes see a run's folder although its file system looks like one machine's own.
-        packager: what is sent along: nothing, the package is installed on the nodes.
-        origins: by field, where its value was set, for people.
-    """
-
-    packager: run.Packager = field(default_factory=run.Packager)
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    hang_detection: bool = False
-    silence_s: float = SILENCE_S
-    card: str = "h100"
-    price_per_gpu_hour: Optional[float] = None  # noqa: UP045 - NeMo-Run cannot parse `float | None`
-    shared_dir: bool = False
-    origins: dict[str, str] = field(default_factory=dict)
-
-
-#: What a site has to fill in, where its file has "???".
-REQUIRED = {
-    "account": "the account that jobs are charged to",
-    "partition": "a partition of GPU nodes; `sinfo` lists them",
-    "container_image": "an image with NeMo, or null without containers",
-}
 
 
 class SlurmScheduler(Cluster):
@@ -95,7 +63,7 @@ class SlurmScheduler(Cluster):
         if isinstance(self.executor, StagedSlurmExecutor):
             require_settings(self.executor, "copy conf/executors/slurm.yaml and fill it in", REQUIRED)
         for path in {path for job in jobs for path in (job.run_dir, *job.reads, Path(job.command[0]))}:
-            _require_plain(path, in_container=bool(self.executor.container_image))
+            require_plain(path, in_container=bool(self.executor.container_image))
 
     def check(self, jobs: Sequence[Job]) -> None:
         """See `Cluster.check`: with `sbatch --test-only` every job, and the run's folder."""
@@ -140,7 +108,7 @@ class SlurmScheduler(Cluster):
         """Return the executor of a stage, with the nodes and ranks of its job."""
         mine = self.settings_for(job.name)
         # Not as `env_vars`: NeMo-Run writes these without quotes, and their names in capitals.
-        exports = [f'export {name}="{_escaped(str(value))}"' for name, value in mine.env_vars.items()]
+        exports = [f'export {name}="{escaped(str(value))}"' for name, value in mine.env_vars.items()]
         lines = [*setup_lines(job), *exports, *([mine.setup_lines] if mine.setup_lines else [])]
         detects_hangs = self._detects_hangs(job)
         tasks = job.ranks_per_node if detects_hangs else 1  # of a rank each, in one of Slurm's
@@ -148,7 +116,7 @@ class SlurmScheduler(Cluster):
         parameters = {"kill_on_invalid_dep": "yes"} | (mine.additional_parameters or {})
         return dataclasses.replace(
             mine,
-            container_mounts=[*mine.container_mounts, *_missing_mounts(job, mine.container_mounts)],
+            container_mounts=[*mine.container_mounts, *missing_mounts(job, mine.container_mounts)],
             nodes=job.nodes,
             ntasks_per_node=1 if detects_hangs else job.ranks_per_node,
             cpus_per_task=mine.cpus_per_task and mine.cpus_per_task * tasks,
@@ -271,39 +239,6 @@ class SlurmScheduler(Cluster):
                 expected=f"one that the nodes see as well ({', '.join(others[:3])}, ...)",
                 fix="choose a dir on shared storage; or, if it is served to the nodes, run.executor.shared_dir=True",
             )
-
-
-def _escaped(value: str) -> str:
-    """Return a value as it stands between double quotes in bash; variables in it are expanded."""
-    return value.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\`")
-
-
-def _require_plain(path: Path, *, in_container: bool) -> None:
-    """Check that NeMo-Run's batch script can hold a path."""
-    if not _PLAIN_PATH.fullmatch(str(path)):
-        raise UpcycleError(
-            f"path '{path}'",
-            got="a character that NeMo-Run's batch script does not quote",
-            expected="letters, digits and . _ / + = @ % ~ -",
-            fix="rename the folder, or make a link to it with a plain name",
-        )
-    if _REPLACED in str(path) and not in_container:
-        raise UpcycleError(
-            f"path '{path}'",
-            got=f"'{_REPLACED}' in it, which NeMo-Run replaces in its batch scripts",
-            expected="another name",
-            fix="rename the folder, or make a link to it",
-        )
-
-
-def _missing_mounts(job: Job, mounts: Sequence[str]) -> list[str]:
-    """Return mounts, under their own path, of what a stage reads and writes and no mount of the user's holds."""
-    inside = [mount.split(":")[1] if ":" in mount else mount for mount in mounts]
-    missing: list[str] = []
-    for path in (job.run_dir, *job.reads):
-        if not any(path.is_relative_to(folder) for folder in [*inside, *missing]):
-            missing.append(str(path))
-    return [f"{path}:{path}" for path in missing]
 
 
 def _last_line(text: str) -> str:

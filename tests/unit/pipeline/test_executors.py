@@ -11,7 +11,8 @@ import pytest
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors.base import Job, require_settings
 from nemo_upcycle.pipeline.executors.settings import cluster_for, is_described, read_executor
-from nemo_upcycle.pipeline.executors.slurm import REQUIRED, SlurmScheduler
+from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
+from nemo_upcycle.pipeline.executors.slurm_settings import REQUIRED
 
 
 SITE = ["account=me", "partition=h100", "container_image=null"]

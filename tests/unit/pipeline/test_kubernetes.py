@@ -17,8 +17,9 @@ from omegaconf import OmegaConf
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors import manifests
 from nemo_upcycle.pipeline.executors.base import Job, JobState, Phase, UnreachableError
-from nemo_upcycle.pipeline.executors.kubernetes import KubernetesExecutor, KubernetesScheduler
+from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 from nemo_upcycle.pipeline.executors.kubernetes_api import TakenError, reported_state
+from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
 from tests.crds import KINDS, RECIPES, closed_schema, executor, jobs_of
 
 
