@@ -131,7 +131,6 @@ class StageFolder:
 
     def ended(self, how: str) -> None:
         """Record how the stage ended without a result: `STOPPED` or `FAILED`."""
-        self.path.mkdir(parents=True, exist_ok=True)
         (self.path / ENDED).write_text(f"{how}\n", encoding="utf-8")
 
     def outputs(self) -> dict[str, Any]:

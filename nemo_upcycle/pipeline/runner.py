@@ -54,7 +54,7 @@ def _end(stage: Stage, run_dir: Path, how: str, error: Exception) -> None:
         time.sleep(_FIRST_SPEAKS_S)
         if (folder.path / ENDED).is_file():
             return
-    if run_dir.is_dir():
+    if folder.path.is_dir():  # else it was refused before it started
         folder.ended(how)
     sys.stderr.write(f"[{stage.name}] {error}\n")
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from nemo_upcycle.errors import StageStopped
 from nemo_upcycle.pipeline.executors.ft import ft_command
-from nemo_upcycle.training.stopping import AGAIN, step_kept
+from nemo_upcycle.training.stopping import step_kept
 from tests.functional.runs import Runs
 
 
@@ -48,7 +49,7 @@ def test_sigterm_saves_after_the_step_and_the_run_goes_on_bit_equal(
     name = f"told-{len(ranks)}-{asynchronous}"
     options = {"steps": STEPS, "every": 2, "ep": 2, "resilient": {}, "asynchronous": asynchronous}
     # In the third step; asynchronously, the checkpoint of the second one is being written then.
-    assert runs.endings(name, 2, send={"step": 2, "ranks": ranks}, **options) == [(AGAIN, 3)] * 2
+    assert runs.endings(name, 2, send={"step": 2, "ranks": ranks}, **options) == [(StageStopped.exit_status, 3)] * 2
     assert _trained(runs.metrics(name)) == undisturbed[:3]
     assert runs.endings(name, 2, **options) == [(0, STEPS)] * 2
     assert _trained(runs.metrics(name)) == undisturbed
@@ -63,7 +64,10 @@ def test_sigterm_before_the_first_step_ends_at_once(runs: Runs) -> None:
 
 def test_sigterm_in_the_last_step_leaves_a_finished_training(runs: Runs, undisturbed: list[dict[str, Any]]) -> None:
     options = {"steps": STEPS, "every": 4, "ep": 2, "resilient": {}}
-    assert runs.endings("late", 2, send={"step": STEPS - 1, "ranks": [0]}, **options) == [(AGAIN, STEPS)] * 2
+    assert (
+        runs.endings("late", 2, send={"step": STEPS - 1, "ranks": [0]}, **options)
+        == [(StageStopped.exit_status, STEPS)] * 2
+    )
     assert _trained(runs.metrics("late")) == undisturbed
 
 
