@@ -20,6 +20,7 @@ from tests.functional.runs import Runs
 
 pytestmark = pytest.mark.slow
 STEPS = 6
+STOPPED = StageStopped.exit_status
 TRAINED = ("step", "loss", "grad_norm", "lr", "expert_load")
 
 
@@ -49,7 +50,7 @@ def test_sigterm_saves_after_the_step_and_the_run_goes_on_bit_equal(
     name = f"told-{len(ranks)}-{asynchronous}"
     options = {"steps": STEPS, "every": 2, "ep": 2, "resilient": {}, "asynchronous": asynchronous}
     # In the third step; asynchronously, the checkpoint of the second one is being written then.
-    assert runs.endings(name, 2, send={"step": 2, "ranks": ranks}, **options) == [(StageStopped.exit_status, 3)] * 2
+    assert runs.endings(name, 2, send={"step": 2, "ranks": ranks}, **options) == [(STOPPED, 3)] * 2
     assert _trained(runs.metrics(name)) == undisturbed[:3]
     assert runs.endings(name, 2, **options) == [(0, STEPS)] * 2
     assert _trained(runs.metrics(name)) == undisturbed
@@ -64,10 +65,7 @@ def test_sigterm_before_the_first_step_ends_at_once(runs: Runs) -> None:
 
 def test_sigterm_in_the_last_step_leaves_a_finished_training(runs: Runs, undisturbed: list[dict[str, Any]]) -> None:
     options = {"steps": STEPS, "every": 4, "ep": 2, "resilient": {}}
-    assert (
-        runs.endings("late", 2, send={"step": STEPS - 1, "ranks": [0]}, **options)
-        == [(StageStopped.exit_status, STEPS)] * 2
-    )
+    assert runs.endings("late", 2, send={"step": STEPS - 1, "ranks": [0]}, **options) == [(STOPPED, STEPS)] * 2
     assert _trained(runs.metrics("late")) == undisturbed
 
 
