@@ -24,7 +24,7 @@ def _has_slurm() -> bool:
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not _has_slurm(), reason="no Slurm")]
-PARTITION = os.environ.get("SLURM_PARTITION", "debug")
+PARTITION = os.environ.get("SLURM_PARTITION", "batch")
 
 
 def test_same_bytes_as_on_one_machine(tmp_path: Path) -> None:
