@@ -103,7 +103,7 @@ def test_jobs_end_with_a_reason_when_they_fail_are_deleted_or_nobody_answers(
     scheduler: KubernetesScheduler, tmp_path: Path
 ) -> None:
     done = "Succeeded" if scheduler.executor.kind == "pytorchjob" else "Complete"
-    ids = [scheduler.submit(_job(tmp_path), []) for _ in range(4)]
+    ids = [scheduler.submit(_job(tmp_path / name), []) for name in ("failed", "complete", "deleted", "silent")]
     failed, complete, deleted, silent = ids
     assert len(set(ids)) == 4
     assert {state.phase for state in scheduler.states(ids).values()} == {Phase.WAITING}
@@ -120,9 +120,11 @@ def test_jobs_end_with_a_reason_when_they_fail_are_deleted_or_nobody_answers(
     assert states[complete].reason == f"Tried: it is {done}"
     assert states[deleted].reason == "deleted"
     assert "no controller has reported on it for 3 s" in states[silent].reason
-    kept = sorted(path.stem for path in _job(tmp_path).folder.iterdir())
+    kept = sorted(path.stem for path in _job(tmp_path / "failed").folder.iterdir())
     assert kept == ids
-    assert yaml.safe_load((_job(tmp_path).folder / f"{failed}.yaml").read_text())["metadata"]["name"] == failed
+    assert (
+        yaml.safe_load((_job(tmp_path / "failed").folder / f"{failed}.yaml").read_text())["metadata"]["name"] == failed
+    )
 
 
 def test_a_job_that_a_queue_holds_waits(scheduler: KubernetesScheduler, tmp_path: Path) -> None:
