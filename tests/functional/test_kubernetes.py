@@ -120,8 +120,6 @@ def test_jobs_end_with_a_reason_when_they_fail_are_deleted_or_nobody_answers(
     assert states[complete].reason == f"Tried: it is {done}"
     assert states[deleted].reason == "deleted"
     assert "no controller has reported on it for 3 s" in states[silent].reason
-    kept = sorted(path.stem for path in _job(tmp_path / "failed").folder.iterdir())
-    assert kept == ids
     assert (
         yaml.safe_load((_job(tmp_path / "failed").folder / f"{failed}.yaml").read_text())["metadata"]["name"] == failed
     )
