@@ -8,7 +8,7 @@
 # Partitions: `batch` (default) and `low`, whose jobs `batch` preempts and requeues.
 set -euo pipefail
 
-folder=${SLURM_TEST_DIR:-/var/tmp/nemo-upcycle-slurm}
+folder=${SLURM_TEST_DIR:-$(cd "$(dirname "$0")/.." && pwd)/.cache/slurm}
 host=$(hostname -s)
 daemons="slurmctld slurmd slurmdbd munged mariadbd slurmstepd"
 

@@ -112,7 +112,7 @@ class SlurmScheduler(Cluster):
         lines = [*setup_lines(job), *exports, *([mine.setup_lines] if mine.setup_lines else [])]
         detects_hangs = self._detects_hangs(job)
         tasks = job.ranks_per_node if detects_hangs else 1  # of a rank each, in one of Slurm's
-        # Otherwise jobs behind a failed one stay queued for ever.
+        # Otherwise Slurm keeps jobs queued whose predecessor failed.
         parameters = {"kill_on_invalid_dep": "yes"} | (mine.additional_parameters or {})
         return dataclasses.replace(
             mine,
