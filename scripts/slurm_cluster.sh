@@ -10,11 +10,15 @@ set -euo pipefail
 
 folder=${SLURM_TEST_DIR:-$(cd "$(dirname "$0")/.." && pwd)/.cache/slurm}
 host=$(hostname -s)
-daemons="slurmctld slurmd slurmdbd munged mariadbd slurmstepd"
 
 stop() {
-    for name in $daemons; do pkill -9 -x "$name" || true; done
-    sleep 1
+    scancel --user=root 2>/dev/null || true
+    sleep 2
+    for file in "$folder"/*.pid; do  # no other daemon of this machine
+        [ ! -e "$file" ] || kill "$(cat "$file")" 2>/dev/null || true
+    done
+    [ ! -e "$folder/mariadb.started" ] || mariadb-admin shutdown || true
+    sleep 2
     rm -rf "$folder"
 }
 
@@ -35,6 +39,7 @@ start_accounting() {
     mkdir -p /run/mysqld && chown mysql:mysql /run/mysqld
     mariadbd-safe --user=mysql --skip-networking=0 --bind-address=127.0.0.1 >"$folder/log/mariadb" 2>&1 &
     wait_for mariadb -e "select 1"
+    touch "$folder/mariadb.started"
     mariadb -e "create database if not exists slurm_acct_db"
     for at in localhost 127.0.0.1; do
         mariadb -e "create user if not exists 'slurm'@'$at' identified by 'x'; grant all on slurm_acct_db.* to 'slurm'@'$at'"

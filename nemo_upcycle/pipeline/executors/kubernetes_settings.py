@@ -17,8 +17,8 @@ class KubernetesExecutor(run.Executor):
     NeMo-Run's own `KubeflowExecutor` is not used: it needs a kubeconfig to be constructed, so also to show what it
     would do; it writes `podTemplateOverrides`, which Trainer 2.2 and later drop silently, and with it volumes,
     tolerations and pull secrets; it starts the next stage after a failed one; and it never stops waiting for a job
-    that was deleted. Nothing is copied into the pods either: the plan of a run lies in its folder, on a claim that the pods
-    mount.
+    that was deleted. Nothing is copied into the pods either: the plan of a run lies in its folder, on a claim that the
+    pods mount.
 
     Numbers of 0 and empty texts leave a field out, so that the cluster or the runtime decides.
 
