@@ -29,6 +29,9 @@ class UpcycleError(Exception):
         'top_k: got 9, expected 1 to num_experts (8). Fix: lower top_k.'
     """
 
+    #: Of a command that ends so: bad usage or bad input.
+    exit_status = 2
+
     def __init__(self, what: str, *, got: object = None, expected: object = None, fix: str = "") -> None:
         super().__init__(f"{what}: got {got}, expected {expected}. Fix: {fix.rstrip('.')}." if fix else what)
 
@@ -71,6 +74,12 @@ class CheckpointError(UpcycleError):
 
 class StageError(UpcycleError):
     """A stage of the pipeline cannot start or did not finish."""
+
+
+class UnfinishedError(StageError):
+    """A stage that was started did not finish: no mistake of the command's."""
+
+    exit_status = 1
 
 
 class TrainingError(UpcycleError):

@@ -1,7 +1,7 @@
 """The command lines of `nemo upcycle pipeline` and, for this package's recipes, of `nemo llm pretrain`.
 
 NeMo-Run answers a mistake with the whole configuration and status 1. These contexts answer with one message that names
-the argument and the closest match, and with status 2.
+the argument and the closest match, and with status 2; 1 is for a stage that did not finish.
 """
 
 import inspect
@@ -28,7 +28,6 @@ from nemo_upcycle.pipeline.recipes_io import check_recipe
 from nemo_upcycle.utils.attributes import temporarily_set
 
 
-BAD_INPUT = 2
 #: Options of the pipeline, and the argument that each sets.
 OPTIONS = {"--from": "from_stage", "--until": "until_stage", "--only": "only_stage", "--render": "render"}
 
@@ -50,7 +49,7 @@ class CheckedContext(run.cli.RunContext):
             text = str(error).partition("\n\nFiddle context")[0]  # fiddle adds the configuration that it was building
             sys.stderr.write(f"Error: {text}\n")
             end_soon()
-            raise SystemExit(BAD_INPUT) from None  # NeMo-Run turns every Exception into status 1
+            raise SystemExit(error.exit_status) from None  # NeMo-Run turns every Exception into status 1
 
     def arguments(self, words: list[str]) -> list[str]:
         """Return the words of a command line as NeMo-Run takes them."""

@@ -13,7 +13,7 @@ from typing import Any
 import nemo_run as run
 import torch
 
-from nemo_upcycle.errors import StageError, StageStopped
+from nemo_upcycle.errors import StageStopped, UnfinishedError
 from nemo_upcycle.pipeline.checks import is_local
 from nemo_upcycle.pipeline.console import command_line, end_soon
 from nemo_upcycle.pipeline.executors import local
@@ -52,7 +52,9 @@ def run_in_turn(jobs: Sequence[Job], run_dir: Path, plan: RunPlan, executor: Any
             if status:
                 raise SystemExit(status if status in (local.USERS_MISTAKE, StageStopped.exit_status) else 1)
             if not stage.is_done(run_dir, plan):
-                raise StageError(f"Stage '{stage.name}' did not finish; its message stands above. {_AGAIN} {run_dir}")
+                raise UnfinishedError(
+                    f"Stage '{stage.name}' did not finish; its message stands above. {_AGAIN} {run_dir}"
+                )
 
 
 def _run_one(job: Job, run_dir: Path, executor: Any, stop: local.StopSignals) -> int:
