@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.errors import StageError, UpcycleError
+from nemo_upcycle.errors import UnfinishedError, UpcycleError
 from nemo_upcycle.pipeline.executors.base import Cluster, Job, JobState, Phase, UnreachableError
 from nemo_upcycle.pipeline.executors.local import StopSignals
 from nemo_upcycle.pipeline.markers import ENDED, FAILED
@@ -17,7 +17,7 @@ from nemo_upcycle.sources.checkpoints import newest_checkpoint, step_of
 from nemo_upcycle.utils.files import read_json, write_json
 
 
-#: The cluster of the jobs that were submitted last, and their ids by stage; gone when all stages are done.
+#: The cluster of the jobs that were submitted last, and their ids by stage; gone when all have ended well.
 JOBS = "jobs.json"
 #: Seconds between two looks at markers and logs, and that the marker of an ended job may take to be seen through a
 #: shared file system.
@@ -80,18 +80,30 @@ class Chain:
         self.ids = self.alive()
         for job in self.jobs:
             self._steps[job.name] = _step_kept(job)
-            if job.name in self.ids:  # what it printed before was shown before
-                paths = self.cluster.logs(job, self.ids[job.name])
+            if job.name in self.ids:
+                self._say_adopted(job, self.ids[job.name])
+                paths = self.cluster.logs(job, self.ids[job.name])  # what it printed before was shown before
                 self._tails.update({path: path.stat().st_size for path in paths if path.exists()})
+
+    def _say_adopted(self, job: Job, identity: str) -> None:
+        """Say that a job stays as it was submitted, and what to do if other settings were meant to reach it."""
+        sys.stderr.write(f"[{job.name}] submitted before: {identity}\n")
+        kept = ((job.folder / name, text) for name, text in self.cluster.render_as(job, identity).items())
+        if any(path.is_file() and path.read_text(encoding="utf-8") != text for path, text in kept):
+            sys.stderr.write(
+                f"[{job.name}] {identity} stays as it was submitted, from other settings than now. For these, "
+                f"stop watching, cancel it with `{self.cluster.cancel_command(identity)}` and give the same command.\n"
+            )
 
     def submit(self) -> list[str]:
         """Submit what is not done and was not submitted, as far as the scheduler holds jobs back; return the ids.
 
         Raises:
-            UpcycleError: the scheduler refuses a job; none of those submitted before it stays.
+            UnreachableError: the scheduler does not answer; another call submits the rest.
+            UpcycleError: it refuses a job; none of those that this call has submitted stays.
         """
         done = self.done()
-        new: list[str] = []
+        new: dict[str, str] = {}
         for job in self.jobs:
             if job.name in done or job.name in self.ids:
                 continue
@@ -102,16 +114,25 @@ class Chain:
                 continue
             try:
                 identity = self.cluster.submit(job, [self.ids[name] for name in missing])
-            except UpcycleError:
-                if new:
-                    self.cluster.cancel(new)
+            except UnreachableError:
                 raise
-            new.append(identity)
+            except UpcycleError:
+                self.cluster.cancel(list(new.values()))
+                self._record({name: identity for name, identity in self.ids.items() if name not in new})
+                raise
+            new[job.name] = identity
             self._steps[job.name] = _step_kept(job)
-            self.ids[job.name] = identity
-            write_json(self.run_dir / JOBS, {"cluster": self.cluster.identity, "jobs": self.ids})
+            self._record(self.ids | {job.name: identity})
             sys.stderr.write(f"[{job.name}] submitted: {identity}\n")
-        return new
+        return list(new.values())
+
+    def _record(self, ids: dict[str, str]) -> None:
+        """Take these for the ids of the run's jobs, here and in its folder."""
+        self.ids = ids
+        if ids:
+            write_json(self.run_dir / JOBS, {"cluster": self.cluster.identity, "jobs": ids})
+        else:
+            (self.run_dir / JOBS).unlink(missing_ok=True)
 
     def watch(self, stop: StopSignals) -> bool:
         """Wait until all stages are done, show what they print, and submit those that can start now.
@@ -120,7 +141,7 @@ class Chain:
             Whether they are; not when a signal came.
 
         Raises:
-            StageError: a job ended and its stage is not done; the text has the scheduler's reason.
+            UnfinishedError: a job ended and its stage is not done; the text has the scheduler's reason.
         """
         while not stop.signum:
             if not self.cluster.holds_back:
@@ -130,7 +151,8 @@ class Chain:
                 if job.name in self.ids:
                     self._show_log(job)
             if len(done) == len(self.jobs):
-                (self.run_dir / JOBS).unlink(missing_ok=True)
+                # A chain that is a part of the run's leaves the jobs of the other stages.
+                self._record({name: identity for name, identity in self.alive().items() if name not in done})
                 return True
             if time.monotonic() >= self._asked_s + self.cluster.poll_s:
                 self._asked_s = time.monotonic()
@@ -149,7 +171,7 @@ class Chain:
         """Ask the scheduler how far jobs are that are not done.
 
         Raises:
-            StageError: one has ended, and its marker had the time to be seen.
+            UnfinishedError: one has ended, and its marker had the time to be seen.
         """
         states = self.cluster.states([self.ids[job.name] for job in jobs]) if jobs else {}
         for job in jobs:
@@ -160,7 +182,10 @@ class Chain:
                 self._say_once(job.name, f"[{job.name}] {state.phase.value}{reason}")
                 continue
             first_s = self._ended_s.setdefault(job.name, time.monotonic())
-            if time.monotonic() - first_s > SETTLE_S and job.name not in self.done():
+            has_settled = (
+                state.is_abandoned or time.monotonic() - first_s >= SETTLE_S
+            )  # an abandoned one never started
+            if has_settled and job.name not in self.done():
                 del self._ended_s[job.name]
                 self._submit_again(job, state)
             break  # those behind it end because of it
@@ -176,7 +201,7 @@ class Chain:
         Where the scheduler holds jobs back, the job has requeued itself while it got further.
 
         Raises:
-            StageError: it got no further, or is no training.
+            UnfinishedError: it got no further, or is no training.
         """
         if state.is_abandoned:
             self.cluster.cancel([self.ids[job.name]])
@@ -184,7 +209,7 @@ class Chain:
         ended = job.run_dir / job.name / ENDED
         failed = ended.is_file() and ended.read_text(encoding="utf-8").strip() == FAILED
         if self.cluster.holds_back or failed or step <= self._steps.get(job.name, -1):
-            raise StageError(self._failed(job, state))
+            raise UnfinishedError(self._failed(job, state))
         sys.stderr.write(
             f"[{job.name}] stopped{f': {state.reason}' if state.reason else ''}; goes on after step {step}\n"
         )

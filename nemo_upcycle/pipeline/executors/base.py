@@ -123,6 +123,10 @@ class Cluster(ABC):
     def render(self, job: Job) -> dict[str, str]:
         """Return what is submitted for a job, by file name; needs no scheduler."""
 
+    def render_as(self, job: Job, identity: str) -> dict[str, str]:
+        """Return what would be submitted now as the job of this id, under the names by which its folder keeps it."""
+        return self.render(job)
+
     def render_chain(self, jobs: Sequence[Job]) -> dict[str, str]:
         """Return files, by name, with which the rendered jobs are submitted by hand; none by default."""
         return {}
@@ -143,6 +147,10 @@ class Cluster(ABC):
     @abstractmethod
     def cancel(self, ids: Sequence[str]) -> None:
         """Take jobs out of the queue, and end those that run."""
+
+    @abstractmethod
+    def cancel_command(self, identity: str) -> str:
+        """Return what a person types to cancel a job."""
 
     @abstractmethod
     def logs(self, job: Job, identity: str) -> Sequence[Path]:

@@ -73,8 +73,12 @@ class KubernetesScheduler(Cluster):
 
     def render(self, job: Job) -> dict[str, str]:
         """See `Cluster.render`: the manifest that the next `submit` sends."""
-        name = f"{manifests.base_name(job)}-{_next_number(job)}"
-        return {f"{name}.yaml": manifests.as_yaml(manifests.manifest(self.settings_for(job.name), job, name))}
+        return self.render_as(job, f"{manifests.base_name(job)}-{_next_number(job)}")
+
+    def render_as(self, job: Job, identity: str) -> dict[str, str]:
+        """See `Cluster.render_as`."""
+        document = manifests.manifest(self.settings_for(job.name), job, identity)
+        return {f"{identity}.yaml": manifests.as_yaml(document)}
 
     def submit(self, job: Job, after: Sequence[str] = ()) -> str:
         """See `Cluster.submit`: the name of the job that was created; its manifest is kept in the job's folder.
@@ -123,6 +127,12 @@ class KubernetesScheduler(Cluster):
         """See `Cluster.cancel`: deletes the jobs; their pods get SIGTERM."""
         for identity in ids:
             self._connected().delete(manifests.resource_of(self.executor), self.executor.namespace, identity)
+
+    def cancel_command(self, identity: str) -> str:
+        """See `Cluster.cancel_command`."""
+        mine, kind = self.executor, manifests.resource_of(self.executor).crd
+        context = f" --context {mine.context}" if mine.context else ""
+        return f"kubectl delete {kind} {identity} --namespace {mine.namespace}{context}"
 
     def logs(self, job: Job, identity: str) -> Sequence[Path]:
         """See `Cluster.logs`: one file a node, written by the pods into the run's folder."""

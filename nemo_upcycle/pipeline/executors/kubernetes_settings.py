@@ -57,7 +57,7 @@ class KubernetesExecutor(run.Executor):
         origins: by field, where its value was set, for people.
 
     Example:
-        >>> KubernetesExecutor(image="nvcr.io/nvidia/nemo:25.11", claim="runs", mount_path="/runs").kind
+        >>> KubernetesExecutor(image="nvcr.io/nvidia/nemo:26.02", claim="runs", mount_path="/runs").kind
         'trainjob'
     """
 
@@ -86,7 +86,7 @@ class KubernetesExecutor(run.Executor):
     python: str = "python"
     kubeconfig: str = ""
     context: str = ""
-    report_within_s: int = 60
+    report_within_s: int = 40
     card: str = "h100"
     price_per_gpu_hour: Optional[float] = None  # noqa: UP045 - NeMo-Run cannot parse `float | None`
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -19,7 +19,14 @@ import nemo_run as run
 from nemo_run.core.execution.slurm import SlurmBatchRequest
 
 from nemo_upcycle.errors import UpcycleError, did_you_mean
-from nemo_upcycle.pipeline.executors.base import Cluster, Job, JobState, Phase, require_settings
+from nemo_upcycle.pipeline.executors.base import (
+    Cluster,
+    Job,
+    JobState,
+    Phase,
+    UnreachableError,
+    require_settings,
+)
 from nemo_upcycle.pipeline.executors.ft import ft_command
 from nemo_upcycle.pipeline.executors.slurm_script import setup_lines
 from nemo_upcycle.pipeline.executors.slurm_settings import (
@@ -37,6 +44,8 @@ from nemo_upcycle.utils.mounts import filesystem_type
 _OF_ONE_MACHINE = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay")
 #: Where the `ft_launcher`s of a job meet; for the batch script's shell.
 _ENDPOINT = '"$head_node_ip:$((15000 + SLURM_JOB_ID % 10000))"'
+#: In what a command of Slurm's says when the controller did not answer it.
+_NO_ANSWER = ("Unable to contact", "timed out")
 _JOB_ID = '"$SLURM_JOB_ID"'
 _STATES = {"PENDING": Phase.WAITING, "REQUEUED": Phase.WAITING, "REQUEUE_HOLD": Phase.WAITING}
 
@@ -201,6 +210,10 @@ class SlurmScheduler(Cluster):
         """Cancel jobs with `scancel`."""
         subprocess.run(["scancel", *ids], capture_output=True, check=False)
 
+    def cancel_command(self, identity: str) -> str:
+        """See `Cluster.cancel_command`."""
+        return f"scancel {identity}"
+
     def logs(self, job: Job, identity: str) -> Sequence[Path]:
         """Return the logs of all starts of the ranks; that of the batch script lies beside them."""
         return sorted(job.folder.glob(f"log*_{identity}_*.out"))
@@ -221,7 +234,8 @@ class SlurmScheduler(Cluster):
             )
             partitions = sorted(set(listed.stdout.split()))
             hint = f"{did_you_mean(partition, partitions)} Partitions: {', '.join(partitions)}."
-        return UpcycleError(f"Slurm does not take stage '{job.name}': {_last_line(text).rstrip('.')}.{hint}")
+        kind = UnreachableError if any(words in text for words in _NO_ANSWER) else UpcycleError
+        return kind(f"Slurm does not take stage '{job.name}': {_last_line(text).rstrip('.')}.{hint}")
 
     def _check_folder(self, job: Job) -> None:
         """Check that the nodes see the run's folder, as far as its file system tells."""

@@ -5,18 +5,24 @@ from __future__ import annotations
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import nemo_run as run
 import pytest
 
-from nemo_upcycle.errors import StageError, UpcycleError
+from nemo_upcycle.errors import UnfinishedError, UpcycleError
 from nemo_upcycle.pipeline import chain as chain_module
-from nemo_upcycle.pipeline.chain import Chain
-from nemo_upcycle.pipeline.executors.base import Cluster, Job, JobState, Phase
+from nemo_upcycle.pipeline.chain import POLL_S, SETTLE_S, Chain, recorded_jobs
+from nemo_upcycle.pipeline.context import PipelineContext
+from nemo_upcycle.pipeline.executors import kubernetes
+from nemo_upcycle.pipeline.executors.base import Cluster, Job, JobState, Phase, UnreachableError
+from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
+from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
 from nemo_upcycle.pipeline.executors.local import StopSignals
+from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
+from tests.unit.pipeline.test_kubernetes import FakeApi
 
 
 class Processes(Cluster):
@@ -28,18 +34,21 @@ class Processes(Cluster):
     def __init__(self) -> None:
         super().__init__(run.LocalExecutor())
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.answers: dict[str, UpcycleError] = {}
 
     def check_settings(self, jobs: Sequence[Job]) -> None: ...
 
     def check(self, jobs: Sequence[Job]) -> None: ...
 
     def render(self, job: Job) -> dict[str, str]:
-        return {f"{job.name}.txt": " ".join(job.command)}
+        return {f"{job.name}.sh": " ".join(job.command)}
 
     def submit(self, job: Job, after: Sequence[str]) -> str:
-        if job.command[-1] == "refused":
-            raise UpcycleError("refused")
+        if job.name in self.answers:
+            raise self.answers.pop(job.name)
         job.folder.mkdir(parents=True, exist_ok=True)
+        for name, text in self.render(job).items():
+            (job.folder / name).write_text(text)
         with (job.folder / "log.txt").open("wb") as log:
             process = subprocess.Popen(job.command, stdout=log, stderr=log, cwd=job.run_dir)
         self.processes[str(process.pid)] = process
@@ -55,6 +64,10 @@ class Processes(Cluster):
     def cancel(self, ids: Sequence[str]) -> None:
         for identity in ids:
             self.processes[identity].kill()
+            self.processes[identity].wait()
+
+    def cancel_command(self, identity: str) -> str:
+        return f"kill {identity}"
 
     def logs(self, job: Job, identity: str) -> Sequence[Path]:
         return [job.folder / "log.txt"]
@@ -69,11 +82,16 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chain_module, "SETTLE_S", 0.2)
 
 
-def chain_of(run_dir: Path, commands: Mapping[str, str], after: Mapping[str, tuple[str, ...]] | None = None) -> Chain:
+def chain_of(
+    run_dir: Path,
+    commands: Mapping[str, str],
+    after: Mapping[str, tuple[str, ...]] | None = None,
+    cluster: Cluster | None = None,
+) -> Chain:
     """Return a chain of shell commands; a stage is done when its file is there."""
     needed = after or {}
     jobs = [Job(name, run_dir, ("bash", "-c", text), needed.get(name, ())) for name, text in commands.items()]
-    return Chain(Processes(), jobs, lambda name: (run_dir / name).is_file(), run_dir)
+    return Chain(cluster or Processes(), jobs, lambda name: (run_dir / name).is_file(), run_dir)
 
 
 def test_a_stage_starts_when_those_that_it_needs_are_done(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -98,7 +116,10 @@ def test_a_stage_starts_when_those_that_it_needs_are_done(tmp_path: Path, capfd:
 @pytest.mark.parametrize("text", ["exit 3", "true"])
 def test_a_job_that_leaves_no_marker_ends_the_chain(tmp_path: Path, text: str) -> None:
     chain = chain_of(tmp_path, {"a": text, "b": "touch b"}, {"b": ("a",)})
-    with StopSignals() as stop, pytest.raises(StageError, match=r"Stage 'a' did not finish: job \d+ ended \(exit"):
+    with (
+        StopSignals() as stop,
+        pytest.raises(UnfinishedError, match=r"Stage 'a' did not finish: job \d+ ended \(exit"),
+    ):
         chain.watch(stop)
     assert not (tmp_path / "b").exists()
 
@@ -109,17 +130,109 @@ def test_a_signal_stops_the_watching_and_a_new_start_finds_the_job(tmp_path: Pat
         threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
         assert not chain.watch(stop)
     assert set(chain.alive()) == {"a"}
-    again = Chain(chain.cluster, chain.jobs, lambda name: (tmp_path / name).is_file(), tmp_path)
+    again = chain_of(tmp_path, {"a": "sleep 1; touch a"}, cluster=chain.cluster)
     again.adopt()
     assert again.submit() == []
     with StopSignals() as stop:
         assert again.watch(stop)
+    assert recorded_jobs(tmp_path) is None
 
 
-def test_a_refused_job_takes_back_those_before_it(tmp_path: Path) -> None:
-    chain = chain_of(tmp_path, {"a": "sleep 60", "b": "refused"})
-    chain.jobs[1] = Job("b", tmp_path, ("refused",))
+def test_refused_job_takes_back_those_of_the_same_call(tmp_path: Path) -> None:
+    chain = chain_of(tmp_path, {"first": "sleep 60"})
+    chain.submit()
+    more = chain_of(tmp_path, {"first": "sleep 60", "a": "sleep 60", "b": "true"}, cluster=chain.cluster)
+    more.adopt()
+    more.cluster.answers["b"] = UpcycleError("refused")  # type: ignore[attr-defined]
     with pytest.raises(UpcycleError, match="refused"):
-        chain.submit()
-    time.sleep(0.1)
-    assert chain.alive() == {}
+        more.submit()
+    recorded = recorded_jobs(tmp_path)
+    assert recorded
+    assert recorded["jobs"] == more.ids == more.alive() == chain.ids
+    chain.cluster.cancel(list(chain.ids.values()))
+
+
+def test_unanswered_submission_ends_nothing_and_is_tried_again(tmp_path: Path) -> None:
+    chain = chain_of(tmp_path, {"a": "sleep 0.3; touch a", "b": "touch b"})
+    chain.cluster.answers["b"] = UnreachableError("no answer")  # type: ignore[attr-defined]
+    with StopSignals() as stop:
+        assert chain.watch(stop)
+    assert len(chain.cluster.processes) == 2  # type: ignore[attr-defined]
+
+
+def test_finished_part_leaves_the_jobs_of_the_others(tmp_path: Path) -> None:
+    commands = {"a": "touch a", "b": "sleep 1; touch b"}
+    whole = chain_of(tmp_path, commands)
+    whole.submit()
+    part = chain_of(tmp_path, {"a": commands["a"]}, cluster=whole.cluster)
+    part.adopt()
+    with StopSignals() as stop:
+        assert part.watch(stop)
+    again = chain_of(tmp_path, commands, cluster=whole.cluster)
+    again.adopt()
+    assert again.submit() == []
+    assert again.ids == {"b": whole.ids["b"]}
+    with StopSignals() as stop:
+        assert again.watch(stop)
+
+
+def test_job_of_other_settings_is_watched_with_a_word(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    chain = chain_of(tmp_path, {"a": "sleep 60", "b": "sleep 60"})
+    chain.submit()
+    again = chain_of(tmp_path, {"a": "sleep 61", "b": "sleep 60"}, cluster=chain.cluster)
+    capfd.readouterr()
+    again.adopt()
+    a, b = chain.ids.values()
+    said = capfd.readouterr().err
+    assert f"[a] {a} stays as it was submitted, from other settings than now." in said
+    assert f"`kill {a}`" in said
+    assert [line for line in said.splitlines() if line.startswith("[b]")] == [f"[b] submitted before: {b}"]
+    chain.cluster.cancel([a, b])
+
+
+class Clock(SimpleNamespace):
+    """Stands for the module `time`; waiting takes none."""
+
+    now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+@pytest.mark.parametrize("happens", ["ended", "silent", "deleted"])
+def test_chain_ends_within_a_minute_with_the_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, happens: str
+) -> None:
+    clock = Clock()
+    for module in (chain_module, kubernetes):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(chain_module, "POLL_S", POLL_S)
+    monkeypatch.setattr(chain_module, "SETTLE_S", SETTLE_S)
+    chain = chain_of(tmp_path, {"a": "true"})
+    chain.cluster.poll_s = SlurmScheduler.poll_s
+    if happens != "ended":
+        api = FakeApi()
+        chain.cluster = KubernetesScheduler(KubernetesExecutor(image="i", claim="c", mount_path="/"), api)  # type: ignore[arg-type]
+    chain.submit()
+    if happens == "ended":
+        chain.cluster.processes[chain.ids["a"]].wait()  # type: ignore[attr-defined]
+    chain._asked_s = clock.monotonic() + 0.1  # the scheduler was asked just before
+    if happens == "deleted":
+        api.jobs.clear()
+    with StopSignals() as stop, pytest.raises(UnfinishedError):
+        chain.watch(stop)
+    assert clock.monotonic() < 60
+
+
+@pytest.mark.parametrize(("error", "status"), [(UnfinishedError("failed"), 1), (UpcycleError("no such dir"), 2)])
+def test_command_tells_a_failed_stage_from_a_mistake(error: UpcycleError, status: int) -> None:
+    class Context(PipelineContext):
+        def arguments(self, words: list[str]) -> list[str]:
+            raise error
+
+    with pytest.raises(SystemExit) as caught:
+        Context(name="pipeline").cli_execute(None, [])
+    assert caught.value.code == status

@@ -58,6 +58,9 @@ class SiteCluster(Cluster):
     def cancel(self, ids: Sequence[str]) -> None:
         raise AssertionError
 
+    def cancel_command(self, identity: str) -> str:
+        raise AssertionError
+
     def logs(self, job: Job, identity: str) -> Sequence[Path]:
         raise AssertionError
 
