@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_upcycle.errors import StageError, StageStopped, UpcycleError
 from nemo_upcycle.pipeline.console import is_verbose, quiet_libraries
-from nemo_upcycle.pipeline.markers import ENDED, FAILED, STOPPED
+from nemo_upcycle.pipeline.markers import ENDED, FAILED, STOPPED, StageFolder
 from nemo_upcycle.pipeline.order import before, unfinished
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
 from nemo_upcycle.pipeline.ranks import is_first_rank
@@ -39,24 +41,23 @@ def run_stage(name: str, dir: str) -> None:
     stage, run_dir = BY_NAME[name], Path(dir)
     try:
         _run(stage, run_dir)
-    except StageStopped as stopped:
-        _end(stage, run_dir, STOPPED, stopped)
-        raise SystemExit(StageStopped.exit_status) from None
-    except UpcycleError as error:
-        _end(stage, run_dir, FAILED, error)
-        raise SystemExit(2) from None
+    except UpcycleError as error:  # refused before it started: nothing is recorded, another job may hold the folder
+        sys.stderr.write(f"[{stage.name}] {error}\n")
+        raise SystemExit(error.exit_status) from None
 
 
-def _end(stage: Stage, run_dir: Path, how: str, error: Exception) -> None:
-    """Record and print why a stage ended; once, if all ranks met the same."""
-    folder = stage.folder(run_dir)
-    if not is_first_rank():
-        time.sleep(_FIRST_SPEAKS_S)
-        if (folder.path / ENDED).is_file():
-            return
-    if folder.path.is_dir():  # else it was refused before it started
-        folder.ended(how)
-    sys.stderr.write(f"[{stage.name}] {error}\n")
+@contextmanager
+def _recorded(folder: StageFolder) -> Iterator[None]:
+    """Record and print why the block's work on a stage ended, once if all ranks met the same, and end the process."""
+    try:
+        yield
+    except (StageStopped, UpcycleError) as error:
+        if not is_first_rank():
+            time.sleep(_FIRST_SPEAKS_S)
+        if is_first_rank() or not (folder.path / ENDED).is_file():
+            folder.ended(STOPPED if isinstance(error, StageStopped) else FAILED)
+            sys.stderr.write(f"[{folder.name}] {error}\n")
+        raise SystemExit(error.exit_status) from None
 
 
 def _run(stage: Stage, run_dir: Path) -> None:
@@ -72,9 +73,10 @@ def _run(stage: Stage, run_dir: Path) -> None:
             logger.info("[%s] %s", stage.name, DONE_BEFORE)
         return
     if not first:
-        stage.work(run_dir, plan)
+        with _recorded(folder):
+            stage.work(run_dir, plan)
         return
-    with in_use(folder.path):
+    with in_use(folder.path), _recorded(folder):
         folder.start(inputs, resumable=stage.resumable)
         logger.info("[%s] %s", stage.name, (stage.work.__doc__ or "").split("\n")[0])
         start_s = time.monotonic()

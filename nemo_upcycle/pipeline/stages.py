@@ -39,7 +39,11 @@ def data_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     if Path(plan.data).is_dir():
         open_blend(folder).require_tokenizer_of(str(dense_folder))
     else:
-        build_blend(read_blend(plan.data, [f"tokenizer={dense_folder}"]), folder)
+        try:
+            build_blend(read_blend(plan.data, [f"tokenizer={dense_folder}"]), folder)
+        except KeyboardInterrupt:  # the engine was told to stop
+            text = "stage 'data' stopped early: its finished tasks are kept, and the same command goes on from there"
+            raise StageStopped(text) from None
     blend = open_blend(folder)
     blend.paths(load_recipe(plan.pretrain).data.seq_length)  # before hours of other work: is there text enough?
     if not blend.heldout():

@@ -1,0 +1,73 @@
+"""What a stage's own process leaves in its folder when it was stopped, failed or refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.errors import StageStopped
+from nemo_upcycle.package_info import __version__
+from nemo_upcycle.pipeline.markers import ENDED
+from nemo_upcycle.pipeline.plan import RunPlan
+from nemo_upcycle.pipeline.stages import BY_NAME
+from nemo_upcycle.utils.files import in_use
+from tests.functional.tiny import write_parent, write_texts
+
+
+#: Stands for the Python of the data environment; the engine is told to stop by its parent, as Slurm tells it.
+ENGINE = f"""#!/bin/bash
+[ "${{@: -1}}" = --version ] && echo "nemo-upcycle {__version__}, datatrove" && exit
+trap 'exit 143' TERM
+kill -TERM $PPID
+sleep 60 &>/dev/null & wait
+"""
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run whose dense parent is imported."""
+    parent, blend = write_parent(tmp_path / "parent"), write_texts(tmp_path / "texts")
+    folder, plan = tmp_path / "run", RunPlan("tiny", str(parent), str(blend), "demo", "", None)
+    folder.mkdir()
+    plan.write(folder)
+    stage = BY_NAME["import"]
+    inputs = stage.folder(folder).inputs(stage.settings_of(plan))
+    stage.folder(folder).start(inputs, resumable=False)
+    stage.folder(folder).finish(inputs, 1.0, {"dense_folder": str(parent)})
+    return folder
+
+
+def run_data_stage(run_dir: Path, engine: str) -> subprocess.CompletedProcess[str]:
+    """Run the data stage with a program in place of the data environment's Python."""
+    python = run_dir.parent / "python"
+    python.write_text(engine)
+    python.chmod(0o755)
+    command = [sys.executable, "-m", "nemo_upcycle.pipeline", "data", str(run_dir)]
+    environment = os.environ | {"NEMO_UPCYCLE_DATA_PYTHON": str(python)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_data_stage_told_to_stop_says_so_and_can_go_on(run_dir: Path) -> None:
+    done = run_data_stage(run_dir, ENGINE)
+    assert done.returncode == StageStopped.exit_status, done.stderr
+    assert (run_dir / "data" / ENDED).read_text() == "stopped\n"
+    assert "stage 'data' stopped early" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_refused_second_start_records_nothing(run_dir: Path) -> None:
+    with in_use(run_dir / "data"):
+        done = run_data_stage(run_dir, ENGINE)
+    assert done.returncode == 2
+    assert "in use by another run" in done.stderr
+    assert not (run_dir / "data" / ENDED).exists()
+
+
+def test_failed_stage_records_it(run_dir: Path) -> None:
+    done = run_data_stage(run_dir, "#!/bin/bash\nexit 1\n")
+    assert done.returncode == 2
+    assert (run_dir / "data" / ENDED).read_text() == "failed\n"
