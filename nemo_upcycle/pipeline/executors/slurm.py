@@ -28,7 +28,7 @@ from nemo_upcycle.pipeline.executors.base import (
     require_settings,
 )
 from nemo_upcycle.pipeline.executors.ft import ft_command
-from nemo_upcycle.pipeline.executors.slurm_script import setup_lines
+from nemo_upcycle.pipeline.executors.slurm_script import in_vain, setup_lines
 from nemo_upcycle.pipeline.executors.slurm_settings import (
     REQUIRED,
     StagedSlurmExecutor,
@@ -181,6 +181,7 @@ class SlurmScheduler(Cluster):
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as unfinished:
             unfinished.write_text(script, encoding="utf-8")
+        in_vain(job).unlink(missing_ok=True)  # of an earlier job, whose cause may be gone
         dependency = [f"--dependency=afterok:{':'.join(after)}"] if after else []
         command = ["sbatch", "--requeue", "--parsable", *dependency, str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 from nemo_upcycle.pipeline.executors.base import Job
 from nemo_upcycle.pipeline.markers import ENDED, FAILED
@@ -28,6 +29,7 @@ persist() {{  # the controller may be busy, or fail over
     for _ in $(seq 20); do "$@" && return; sleep 15; done
     return 1
 }}
+rm -f "$stage/{ended}"  # of an earlier start
 at_start=$(progress)
 touch {job}/started
 finish() {{
@@ -35,6 +37,7 @@ finish() {{
     set +e
     trap - EXIT
     if [ "$stage/{marker}" -nt {job}/started ]; then
+        rm -f {in_vain}
         exit 0
     fi
     if [ $status -eq 0 ] && [ -e "$stage/{marker}" ] && [ ! -e "$stage/{ended}" ]; then  # done before
@@ -51,12 +54,12 @@ finish() {{
     esac
     kept=$(progress)
     if [ "${{kept:--1}}" -gt "${{at_start:--1}}" ]; then
-        rm -f {job}/in_vain
-    elif [ -e {job}/in_vain ]; then
+        rm -f {in_vain}
+    elif [ -e {in_vain} ]; then
         echo "[{name}] stopped, twice no further than at the start ({unit} ${{kept:-none}}): not requeued"
         exit 1
     else
-        touch {job}/in_vain
+        touch {in_vain}
     fi
     echo "[{name}] stopped; kept {unit} ${{kept:-none}}; to be requeued and to go on from there"
     persist scontrol requeue "$SLURM_JOB_ID" && sleep 60
@@ -65,6 +68,11 @@ finish() {{
 trap finish EXIT
 trap : TERM
 """
+
+
+def in_vain(job: Job) -> Path:
+    """Return the file that is there when the last start of a job got no further; the next one has to."""
+    return job.folder / "in_vain"
 
 
 def setup_lines(job: Job) -> list[str]:
@@ -85,6 +93,7 @@ def setup_lines(job: Job) -> list[str]:
             unit="step" if job.is_training else "tasks:",
             folder=shlex.quote(str(job.run_dir / job.name)),
             job=shlex.quote(str(job.folder)),
+            in_vain=shlex.quote(str(in_vain(job))),
             name=job.name,
             marker=MARKER,
             ended=ENDED,

@@ -114,11 +114,14 @@ def test_a_users_own_slurm_executor_is_taken_as_it_is() -> None:
     assert cluster_for(run.LocalExecutor()) is None
 
 
-def decide(
-    folder: Path, ranks: str, *, state: str = "RUNNING", signal: bool = False
-) -> subprocess.CompletedProcess[str]:
+def data(run_dir: Path = Path("/shared/run")) -> Job:
+    command = ("python", "-m", "nemo_upcycle.pipeline", "data", str(run_dir))
+    return Job("data", run_dir, command, ("import",), is_resumable=True)
+
+
+def decide(job: Job, ranks: str, *, state: str = "RUNNING") -> subprocess.CompletedProcess[str]:
     """Run a rendered batch script with bash; what stands for Slurm's commands prints, and requeues nothing."""
-    commands = folder / "bin"
+    commands = job.run_dir / "bin"
     commands.mkdir()
     for name, text in {
         "srun": ranks,
@@ -129,7 +132,7 @@ def decide(
         (commands / name).chmod(0o755)
     cluster = cluster_for(built(*SITE))
     assert cluster is not None
-    script = cluster.render(training(folder))["pretrain.sh"].replace("head_node_ip=$(srun", "head_node_ip=$(true")
+    script = cluster.render(job)[f"{job.name}.sh"].replace("head_node_ip=$(srun", "head_node_ip=$(true")
     environment = {"PATH": f"{commands}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
     return subprocess.run(["bash"], input=script, env=environment, capture_output=True, text=True, check=False)
 
@@ -144,7 +147,7 @@ STOPPED, FAILED = "; echo stopped > {0}/pretrain/_ENDED; exit 75", "; echo faile
 @pytest.mark.parametrize(
     ("ranks", "state", "in_vain", "status", "requeued"),
     [
-        ("touch {0}/pretrain/_SUCCESS.json", "RUNNING", False, 0, False),
+        ("touch {0}/pretrain/_SUCCESS.json", "RUNNING", True, 0, False),
         (KEPT + STOPPED, "RUNNING", True, 1, True),
         (KEPT + "; exit 137", "RUNNING", True, 1, True),  # a rank was killed, but the run got further
         (KEPT + "; exit 143", "COMPLETING", False, 1, False),  # cancelled
@@ -153,6 +156,7 @@ STOPPED, FAILED = "; echo stopped > {0}/pretrain/_ENDED; exit 75", "; echo faile
         (NO_FURTHER + "; exit 75", "RUNNING", False, 1, True),  # once; a node may have failed
         (NO_FURTHER + "; exit 75", "RUNNING", True, 1, False),
         ("exit 1", "RUNNING", True, 1, False),
+        ("exit 137", "RUNNING", False, 1, True),  # killed before it started, though an earlier job failed
     ],
 )
 def test_a_batch_script_requeues_while_the_step_advances(
@@ -161,12 +165,31 @@ def test_a_batch_script_requeues_while_the_step_advances(
     earlier = tmp_path / "pretrain/checkpoints/a--step=9-last/weights"
     earlier.mkdir(parents=True)
     (earlier / ".metadata").touch()
+    (tmp_path / "pretrain/_ENDED").write_text("failed\n")  # by an earlier start
+    in_vain_file = tmp_path / "jobs/pretrain/in_vain"
     if in_vain:
-        (tmp_path / "jobs/pretrain").mkdir(parents=True)
-        (tmp_path / "jobs/pretrain/in_vain").touch()
-    done = decide(tmp_path, ranks.format(tmp_path), state=state)
+        in_vain_file.parent.mkdir(parents=True)
+        in_vain_file.touch()
+    done = decide(training(tmp_path), ranks.format(tmp_path), state=state)
     assert ("scontrol requeue 7" in done.stdout) == requeued, done.stdout + done.stderr
     assert done.returncode == status
+    assert not (status == 0 and in_vain_file.exists())
+
+
+@pytest.mark.parametrize(("tasks", "requeued"), [(3, True), (2, False)])
+def test_a_batch_script_requeues_the_data_stage_while_tasks_get_finished(
+    tmp_path: Path, tasks: int, requeued: bool
+) -> None:
+    finished = tmp_path / "data/blend/build/logs/tokenise/completions"
+    finished.mkdir(parents=True)
+    for task in range(2):
+        (finished / f"{task:05}").touch()
+    (tmp_path / "jobs/data").mkdir(parents=True)
+    (tmp_path / "jobs/data/in_vain").touch()
+    ranks = f"touch {finished}/0000{tasks - 1}; echo stopped > {tmp_path}/data/_ENDED; exit 75"
+    done = decide(data(tmp_path), ranks)
+    assert ("scontrol requeue 7" in done.stdout) == requeued, done.stdout + done.stderr
+    assert f"tasks: {tasks}" in done.stdout
 
 
 @pytest.mark.parametrize(
