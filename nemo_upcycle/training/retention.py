@@ -10,7 +10,7 @@ from nemo import lightning as nl
 from nemo.lightning.ckpt_utils import ckpt_to_dir
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.sources.checkpoints import complete_checkpoints, step_of
+from nemo_upcycle.sources.checkpoints import by_step, is_complete_checkpoint, step_of
 
 
 LAST = "-last"
@@ -49,6 +49,7 @@ class RetainedCheckpoints(nl.ModelCheckpoint):
             )
         self.keep_last = keep_last
         self.keep_every = keep_every
+        self._begun: set[str] = set()  # removals of this process, each by a thread that may still be at it
         super().__init__(**settings)
 
     def nemo_topk_check_previous_run(self) -> None:
@@ -68,13 +69,19 @@ class RetainedCheckpoints(nl.ModelCheckpoint):
             if replaced.is_dir():
                 replaced.rename(replaced.with_name(replaced.name.removesuffix(LAST)))
             removable = [str(path) for path in self._removable(replaced.parent)]
+            self._begun.update(removable)
         for path in trainer.strategy.broadcast(removable):
             super()._remove_checkpoint(trainer, path, override_async)
 
     def _removable(self, folder: Path) -> list[Path]:
-        earlier = [path for path in complete_checkpoints(folder) if not path.name.endswith(LAST)]
-        surplus = max(0, len(earlier) - (self.keep_last - 1))
-        return [path for path in earlier[:surplus] if not self._is_due(path)]
+        """Return those older than what is kept; incomplete ones are what a kill left of a removal."""
+        earlier = [path for path in by_step(folder) if not path.name.endswith(LAST)]
+        whole = [path for path in earlier if is_complete_checkpoint(path)]
+        beside = self.keep_last - 1
+        if len(whole) < beside:
+            return []
+        older = earlier[: earlier.index(whole[-beside])] if beside else earlier
+        return [path for path in older if not self._is_due(path) and str(path) not in self._begun]
 
     def _is_due(self, checkpoint: Path) -> bool:
         step = step_of(checkpoint)

@@ -45,6 +45,22 @@ def test_an_incomplete_checkpoint_does_not_count(tmp_path: Path) -> None:
     assert _callback(2)._removable(tmp_path) == []
 
 
+def test_half_removed_checkpoint_is_removed_once_enough_newer_ones_are_whole(tmp_path: Path) -> None:
+    """619 GiB would stay for good: it still has its metadata, so that a new start leaves it, too."""
+    write(tmp_path, 4, ending="")
+    (tmp_path / "model_name=0--step=4" / "weights" / "__0_0.distcp").unlink()
+    write(tmp_path, 9)
+    assert _callback(2)._removable(tmp_path) == []
+    write(tmp_path, 9, ending="")
+    write(tmp_path, 14)
+    callback = _callback(2)
+    assert callback._removable(tmp_path) == [tmp_path / "model_name=0--step=4"]
+    callback._begun.add(str(tmp_path / "model_name=0--step=4"))  # a thread is at it
+    assert callback._removable(tmp_path) == []
+    assert _callback(3)._removable(tmp_path) == []
+    assert _callback(2, keep_every=5)._removable(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("keep_last", "keep_every", "message"),
     [
