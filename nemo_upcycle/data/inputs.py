@@ -6,6 +6,7 @@ A reader is one entry of `READERS`. It returns, for the entries of one split, th
 from __future__ import annotations
 
 import csv
+import itertools
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ FORMATS = {
     ".json.zst": "jsonl",
     ".parquet": "parquet",
 }
+#: What makes a path a pattern.
+GLOB = "*?["
 REDPAJAMA_SHARDS, REDPAJAMA_LANGUAGES, REDPAJAMA_BUCKETS = 5000, ("en", "de", "fr", "es", "it"), ("head", "middle")
 
 
@@ -68,6 +71,26 @@ def list_inputs(blend: Blend, source: str, work: Path) -> dict[str, list[InputFi
         split: read(named, blend, config, work / f"{source}.{split}") if named else []
         for split, named in entries.items()
     }
+
+
+def folders_of(blend: Blend) -> list[Path]:
+    """Return the folders of this machine that a blend reads from: its YAML file's, and those of its patterns.
+
+    Example:
+        >>> folders_of(read_blend("/home/me/mine.yaml"))  # of `train: [/texts/*/a.txt]`  # doctest: +SKIP
+        [PosixPath('/home/me'), PosixPath('/texts')]
+    """
+    here = blend.folder.absolute()
+    found = [here] if blend.folder.is_absolute() else []  # the package's own has no folder
+    for config in blend.config.sources.values():
+        entries = [entry for split in SPLITS for entry in getattr(config, split)]
+        own = config.options.get("include_path")  # tasks of lm-eval
+        named = [f"{own}/*"] if own else entries if config.reader in ("files", "redpajama_v2") else []
+        for path in (here / Path(entry).expanduser() for entry in named if "://" not in entry):
+            fixed = list(itertools.takewhile(lambda part: not any(mark in part for mark in GLOB), path.parts))
+            folder = Path(*fixed)
+            found.append(folder if len(fixed) < len(path.parts) or folder.is_dir() else folder.parent)
+    return list(dict.fromkeys(found))
 
 
 def require_disjoint(inputs: dict[str, dict[str, list[InputFile]]]) -> None:
@@ -123,7 +146,7 @@ def _expand(pattern: str, folder: Path) -> list[tuple[str, int | None]]:
     try:
         whole = pattern if is_address else str(folder.absolute() / Path(pattern).expanduser())
         system, root = fsspec.core.url_to_fs(whole)
-        if not any(mark in whole for mark in "*?["):
+        if not any(mark in whole for mark in GLOB):
             return [(whole, system.info(root).get("size"))] if system.isfile(root) else []
         matches = system.glob(root, detail=True)
     except FileNotFoundError:

@@ -48,8 +48,8 @@ class Chain:
 
     def __init__(self, cluster: Cluster, jobs: Sequence[Job], is_done: Callable[[str], bool], run_dir: Path) -> None:
         self.cluster, self.jobs, self._is_done, self.run_dir = cluster, list(jobs), is_done, run_dir
-        recorded = recorded_jobs(run_dir)
-        self.ids = dict(recorded["jobs"]) if recorded and recorded["cluster"] == cluster.identity else {}
+        recorded, self._identity = recorded_jobs(run_dir), cluster.identity  # now: later it might not answer
+        self.ids = dict(recorded["jobs"]) if recorded and recorded["cluster"] == self._identity else {}
         self._tails: dict[Path, int] = {}
         self._steps: dict[str, int] = {}
         self._said: dict[str, str] = {}
@@ -130,7 +130,7 @@ class Chain:
         """Take these for the ids of the run's jobs, here and in its folder."""
         self.ids = ids
         if ids:
-            write_json(self.run_dir / JOBS, {"cluster": self.cluster.identity, "jobs": ids})
+            write_json(self.run_dir / JOBS, {"cluster": self._identity, "jobs": ids})
         else:
             (self.run_dir / JOBS).unlink(missing_ok=True)
 

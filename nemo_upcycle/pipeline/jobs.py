@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemo_upcycle.data.blend import read_blend
+from nemo_upcycle.data.inputs import folders_of
 from nemo_upcycle.pipeline.executors.base import Job
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
 from nemo_upcycle.pipeline.recipes_io import load_recipe, ranks_of, settings
@@ -21,8 +23,9 @@ def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: RunPlan, python: str =
         python: the interpreter where the stages run.
     """
     script = script_of(plan)
-    named = [Path(text) for text in (plan.dense, plan.data, plan.evaluation, *script)]
-    reads = tuple(path for path in named if path.is_absolute())
+    named = [Path(text) for text in (plan.dense.removeprefix("hf://"), plan.data, plan.evaluation, *script)]
+    texts = [] if Path(plan.data).is_dir() else folders_of(read_blend(plan.data))
+    reads = tuple(dict.fromkeys(path for path in (*texts, *named) if path.is_absolute()))
     jobs = []
     for stage in stages:
         nodes, ranks = ranks_for(stage, plan)

@@ -165,6 +165,16 @@ class Cluster(ABC):
         return dataclasses.replace(self.executor, **getattr(self.executor, "stages", {}).get(stage, {}))
 
 
+def hub_variables(job: Job, given: Mapping[str, Any]) -> dict[str, str]:
+    """Return where a stage in a container keeps models of the Hugging Face hub: where the next one finds them, too.
+
+    Args:
+        job: the stage.
+        given: variables that the site sets; HF_HOME or HF_HUB_CACHE among them say it already.
+    """
+    return {} if {"HF_HOME", "HF_HUB_CACHE"} & set(given) else {"HF_HUB_CACHE": str(job.run_dir / "hub")}
+
+
 def require_settings(executor: Any, where: str, why: Mapping[str, str]) -> None:
     """Check that a site has filled in what it must, and that the table of stages sets fields that exist.
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.executors.base import Job
+from nemo_upcycle.pipeline.executors.base import Job, hub_variables
 
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def _trainjob_spec(settings: KubernetesExecutor, job: Job, name: str) -> dict[st
         "trainer": {
             "image": settings.image,
             "command": _command(settings, job, name),
-            "env": _environment(settings),
+            "env": _environment(settings, job),
             "numNodes": job.nodes,
             "numProcPerNode": job.ranks_per_node,
             "resourcesPerNode": _resources(settings),
@@ -213,7 +213,7 @@ def _pytorchjob_spec(settings: KubernetesExecutor, job: Job, name: str) -> dict[
         "name": "pytorch",
         "image": settings.image,
         "command": _command(settings, job, name),
-        "env": _environment(settings),
+        "env": _environment(settings, job),
         "resources": _resources(settings),
     }
     restarts = settings.restarts if job.is_training else 0
@@ -271,8 +271,9 @@ def _command(settings: KubernetesExecutor, job: Job, name: str) -> list[str]:
     return ["bash", "-c", script, "nemo-upcycle", str(pod_path(job.folder) / name), *command]
 
 
-def _environment(settings: KubernetesExecutor) -> list[dict[str, Any]]:
-    plain = {"PYTHONUNBUFFERED": "1", **settings.env_vars}
+def _environment(settings: KubernetesExecutor, job: Job) -> list[dict[str, Any]]:
+    set_by_site = {**settings.env_vars, **settings.secret_env_vars}
+    plain = {"PYTHONUNBUFFERED": "1", **hub_variables(job, set_by_site), **settings.env_vars}
     variables: list[dict[str, Any]] = [{"name": name, "value": str(value)} for name, value in plain.items()]
     for name, source in settings.secret_env_vars.items():
         secret, _, key = source.partition("/")

@@ -7,6 +7,7 @@ cluster without `sacct` for a failure, and its retries do not ask whether a job 
 # No postponed annotations: NeMo-Run parses the executor's fields by them.
 
 import dataclasses
+import functools
 import shlex
 import shutil
 import socket
@@ -25,9 +26,11 @@ from nemo_upcycle.pipeline.executors.base import (
     JobState,
     Phase,
     UnreachableError,
+    hub_variables,
     require_settings,
 )
 from nemo_upcycle.pipeline.executors.ft import ft_command
+from nemo_upcycle.pipeline.executors.slurm_answers import NO_ANSWER, cluster_name, ending, last_line
 from nemo_upcycle.pipeline.executors.slurm_script import in_vain, setup_lines
 from nemo_upcycle.pipeline.executors.slurm_settings import (
     REQUIRED,
@@ -44,8 +47,6 @@ from nemo_upcycle.utils.mounts import filesystem_type
 _OF_ONE_MACHINE = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay")
 #: Where the `ft_launcher`s of a job meet; for the batch script's shell.
 _ENDPOINT = '"$head_node_ip:$((15000 + SLURM_JOB_ID % 10000))"'
-#: In what a command of Slurm's says when the controller did not answer it.
-_NO_ANSWER = ("Unable to contact", "timed out")
 _JOB_ID = '"$SLURM_JOB_ID"'
 _STATES = {"PENDING": Phase.WAITING, "REQUEUED": Phase.WAITING, "REQUEUE_HOLD": Phase.WAITING}
 
@@ -62,20 +63,26 @@ class SlurmScheduler(Cluster):
     label = "Slurm"
     holds_back = True
 
-    @property
-    def python(self) -> str:
-        """The interpreter: the container's, or this one, which the nodes find under the same path."""
-        return "python" if self.executor.container_image else sys.executable
+    @functools.cached_property
+    def identity(self) -> str:
+        """See `Cluster.identity`: job ids are those of one controller."""
+        name = cluster_name()
+        return f"{self.label}, cluster {name}" if name else self.label
+
+    def _python(self, job: Job) -> str:
+        """Return a stage's interpreter: its container's, or this one, which the nodes find under the same path."""
+        return "python" if self.settings_for(job.name).container_image else sys.executable
 
     def check_settings(self, jobs: Sequence[Job]) -> None:
         """See `Cluster.check_settings`: what the site must set."""
         if isinstance(self.executor, StagedSlurmExecutor):
             require_settings(self.executor, "copy conf/executors/slurm.yaml and fill it in", REQUIRED)
-        for path in {path for job in jobs for path in (job.run_dir, *job.reads, Path(job.command[0]))}:
-            require_plain(path, in_container=bool(self.executor.container_image))
+        for job in jobs:
+            for path in (job.run_dir, *job.reads, Path(self._python(job))):
+                require_plain(path, in_container=bool(self.settings_for(job.name).container_image))
 
     def check(self, jobs: Sequence[Job]) -> None:
-        """See `Cluster.check`: with `sbatch --test-only` every job, and the run's folder."""
+        """See `Cluster.check`: with `sbatch --test-only` every job, and that the nodes see what it reads."""
         self.check_settings(jobs)
         if not isinstance(self.executor.tunnel, run.LocalTunnel):
             raise UpcycleError(
@@ -98,7 +105,8 @@ class SlurmScheduler(Cluster):
             )
             if tried.returncode:
                 raise self._refused(job, tried.stderr)
-            self._check_folder(job)
+            for path in (job.run_dir, *job.reads):
+                self._check_seen(path, job)
 
     def render(self, job: Job) -> dict[str, str]:
         """Return the batch script."""
@@ -117,7 +125,8 @@ class SlurmScheduler(Cluster):
         """Return the executor of a stage, with the nodes and ranks of its job."""
         mine = self.settings_for(job.name)
         # Not as `env_vars`: NeMo-Run writes these without quotes, and their names in capitals.
-        exports = [f'export {name}="{escaped(str(value))}"' for name, value in mine.env_vars.items()]
+        variables = (hub_variables(job, mine.env_vars) if mine.container_image else {}) | mine.env_vars
+        exports = [f'export {name}="{escaped(str(value))}"' for name, value in variables.items()]
         lines = [*setup_lines(job), *exports, *([mine.setup_lines] if mine.setup_lines else [])]
         detects_hangs = self._detects_hangs(job)
         tasks = job.ranks_per_node if detects_hangs else 1  # of a rank each, in one of Slurm's
@@ -144,14 +153,15 @@ class SlurmScheduler(Cluster):
 
     def _command(self, job: Job) -> str:
         """Return what srun starts: one process a rank, or one `ft_launcher` a node."""
+        command = (self._python(job), *job.command[1:])
         if not self._detects_hangs(job):
-            return shlex.join(job.command)
+            return shlex.join(command)
         silence_s = self.settings_for(job.name).silence_s
         command = ft_command(
-            job.command,
+            command,
             job.nodes,
             job.ranks_per_node,
-            python=self.python,
+            python=command[0],
             endpoint=_ENDPOINT,
             job=_JOB_ID,
             silence_s=silence_s,
@@ -198,14 +208,14 @@ class SlurmScheduler(Cluster):
             check=False,
         )
         if asked.returncode and "Invalid job id" not in asked.stderr:  # the controller does not answer: nothing ended
-            return {identity: JobState(Phase.WAITING, _last_line(asked.stderr)) for identity in ids}
+            return {identity: JobState(Phase.WAITING, last_line(asked.stderr)) for identity in ids}
         found = {}
         for line in asked.stdout.splitlines():
             identity, state, reason, nodes = line.split("|")
             phase = _STATES.get(state, Phase.RUNNING)
             waits = reason.replace("None", "")
             found[identity] = JobState(phase, waits if phase is Phase.WAITING else f"on {nodes}")
-        return {identity: found.get(identity) or JobState(Phase.ENDED, _ending(identity)) for identity in ids}
+        return {identity: found.get(identity) or JobState(Phase.ENDED, ending(identity)) for identity in ids}
 
     def cancel(self, ids: Sequence[str]) -> None:
         """Cancel jobs with `scancel`."""
@@ -235,12 +245,12 @@ class SlurmScheduler(Cluster):
             )
             partitions = sorted(set(listed.stdout.split()))
             hint = f"{did_you_mean(partition, partitions)} Partitions: {', '.join(partitions)}."
-        kind = UnreachableError if any(words in text for words in _NO_ANSWER) else UpcycleError
-        return kind(f"Slurm does not take stage '{job.name}': {_last_line(text).rstrip('.')}.{hint}")
+        kind = UnreachableError if any(words in text for words in NO_ANSWER) else UpcycleError
+        return kind(f"Slurm does not take stage '{job.name}': {last_line(text).rstrip('.')}.{hint}")
 
-    def _check_folder(self, job: Job) -> None:
-        """Check that the nodes see the run's folder, as far as its file system tells."""
-        kind = filesystem_type(job.run_dir)
+    def _check_seen(self, path: Path, job: Job) -> None:
+        """Check that the nodes see what a stage reads or writes, as far as its file system tells."""
+        kind = filesystem_type(path)
         if kind not in _OF_ONE_MACHINE or getattr(self.executor, "shared_dir", False):
             return
         wanted = self.settings_for(job.name).partition
@@ -249,38 +259,8 @@ class SlurmScheduler(Cluster):
         here = socket.gethostname().partition(".")[0]
         if others := sorted(name for name in names if name.partition(".")[0] != here):
             raise UpcycleError(
-                f"dir {job.run_dir}",
+                f"dir {path}" if path == job.run_dir else str(path),
                 got=f"a file system of type {kind}, which this machine alone sees",
                 expected=f"one that the nodes see as well ({', '.join(others[:3])}, ...)",
-                fix="choose a dir on shared storage; or, if it is served to the nodes, run.executor.shared_dir=True",
+                fix="put it on shared storage; or, if it is served to the nodes, run.executor.shared_dir=True",
             )
-
-
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines() or ["no reason given"]
-    return lines[-1].removeprefix("sbatch: error: ").removeprefix("allocation failure: ")
-
-
-def _ending(identity: str) -> str:
-    """Return how a job ended; the controller knows for some minutes, the accounting, where there is one, for good."""
-    asked = subprocess.run(
-        ["scontrol", "--oneliner", "show", "job", identity], capture_output=True, text=True, check=False
-    )
-    found = dict(word.partition("=")[::2] for word in asked.stdout.split())
-    if not found.get("JobState"):
-        command = [
-            "sacct",
-            "--noheader",
-            "--parsable2",
-            "--allocations",
-            "--format=State,ExitCode",
-            f"--jobs={identity}",
-        ]
-        try:
-            asked = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            return ""
-        state, _, code = asked.stdout.strip().partition("|")
-        found = {"JobState": state, "ExitCode": code}
-    text = [found.get("JobState", ""), found.get("Reason", "None"), f"exit status {found.get('ExitCode', '')}"]
-    return ", ".join(word for word in text if word not in ("", "None", "exit status "))

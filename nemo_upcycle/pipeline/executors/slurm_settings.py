@@ -30,7 +30,7 @@ class StagedSlurmExecutor(run.SlurmExecutor):
         silence_s: seconds between two signs of life of a rank; saving a checkpoint before an early end is silent, too.
         card: of a GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun.
         price_per_gpu_hour: for --dryrun; None: not known.
-        shared_dir: whether nodes see a run's folder although its file system looks like one machine's own.
+        shared_dir: whether nodes see `dir`, `dense` and `data` although their file system looks like one machine's.
         packager: what is sent along: nothing, the package is installed on the nodes.
         origins: by field, where its value was set, for people.
     """

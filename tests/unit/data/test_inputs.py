@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.data.blend import Blend, BlendConfig, SourceConfig, read_blend
-from nemo_upcycle.data.inputs import list_inputs, require_disjoint
+from nemo_upcycle.data.inputs import folders_of, list_inputs, require_disjoint
 from nemo_upcycle.errors import UpcycleError
 
 
@@ -31,6 +31,22 @@ def test_patterns_are_relative_to_the_yaml_file_and_sorted(tmp_path: Path) -> No
     ]
     assert [file.path for file in found["validation"]] == [str(tmp_path / "v.txt")]
     assert found["heldout"] == []
+
+
+def test_folders_of_a_blend_hold_its_files_and_no_addresses(tmp_path: Path) -> None:
+    _write(tmp_path, "home/mine.yaml", "web/one.txt", "books/a/1.txt")
+    entries = {
+        "train": [f"{tmp_path}/web/one.txt", f"{tmp_path}/books/*/[0-9].txt", "hf://datasets/a/b.parquet"],
+        "heldout": ["here/*.txt"],
+    }
+    home = tmp_path / "home"
+    assert folders_of(_blend(home, **entries)) == [home, tmp_path / "web", tmp_path / "books", home / "here"]
+    assert folders_of(_blend(home, reader="redpajama_v2", train=[str(tmp_path / "web")])) == [home, tmp_path / "web"]
+    assert folders_of(_blend(home, reader="lm_eval", train=["mmlu"], options={"include_path": "own"})) == [
+        home,
+        home / "own",
+    ]
+    assert folders_of(read_blend("sotu")) == []
 
 
 def test_links_are_files(tmp_path: Path) -> None:

@@ -119,17 +119,19 @@ def data(run_dir: Path = Path("/shared/run")) -> Job:
     return Job("data", run_dir, command, ("import",), is_resumable=True)
 
 
+def write_commands(folder: Path, **texts: str) -> Path:
+    """Write what stands for Slurm's commands: bash, by name; return the folder for the PATH."""
+    folder.mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
 def decide(job: Job, ranks: str, *, state: str = "RUNNING") -> subprocess.CompletedProcess[str]:
     """Run a rendered batch script with bash; what stands for Slurm's commands prints, and requeues nothing."""
-    commands = job.run_dir / "bin"
-    commands.mkdir()
-    for name, text in {
-        "srun": ranks,
-        "scontrol": f'echo "scontrol $*"; echo JobState={state} PreemptTime=None',
-        "sleep": ":",
-    }.items():
-        (commands / name).write_text(f"#!/bin/bash\n{text}\n")
-        (commands / name).chmod(0o755)
+    scontrol = f'echo "scontrol $*"; echo JobState={state} PreemptTime=None'
+    commands = write_commands(job.run_dir / "bin", srun=ranks, scontrol=scontrol, sleep=":")
     cluster = cluster_for(built(*SITE))
     assert cluster is not None
     script = cluster.render(job)[f"{job.name}.sh"].replace("head_node_ip=$(srun", "head_node_ip=$(true")
@@ -221,11 +223,8 @@ def test_rendered_jobs_come_with_a_script_that_submits_them(tmp_path: Path) -> N
     assert cluster is not None
     jobs = [Job("import", tmp_path, ("true",)), Job("data", tmp_path, ("true",), ("import",))]
     (tmp_path / "submit.sh").write_text(cluster.render_chain(jobs)["submit.sh"])
-    sbatch = tmp_path / "bin/sbatch"
-    sbatch.parent.mkdir()
-    sbatch.write_text('#!/bin/bash\necho "$*" >&2; echo "${@: -1}" | wc -c\n')
-    sbatch.chmod(0o755)
-    environment = {"PATH": f"{sbatch.parent}:/usr/bin:/bin"}
+    commands = write_commands(tmp_path / "bin", sbatch='echo "$*" >&2; echo "${@: -1}" | wc -c')
+    environment = {"PATH": f"{commands}:/usr/bin:/bin"}
     done = subprocess.run(
         ["bash", tmp_path / "submit.sh"], env=environment, capture_output=True, text=True, check=True
     )

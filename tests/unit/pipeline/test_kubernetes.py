@@ -133,7 +133,7 @@ def test_settings_can_be_configured_and_cloned_as_nemo_run_does(tmp_path: Path) 
 
 def test_settings_can_be_overridden_on_the_command_line() -> None:
     given = {
-        "image": "nvcr.io/nvidia/nemo:25.11",
+        "image": "nvcr.io/nvidia/nemo:26.02",
         "cpus": 3,
         "pull_secrets": ["ngc"],
         "node_selector": {"pool": "h100"},

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,3 +76,13 @@ def test_two_nodes_find_each_other_by_what_the_operators_set(tmp_path: Path) -> 
         assert [node.wait(60) for node in nodes] == [0, 0]
     assert [(tmp_path / f"rank{number}").read_text() for number in range(2)] == ["2", "2"]
     assert len(list(job.folder.glob("a-node?.log"))) == 2
+
+
+def test_pods_keep_models_of_the_hub_in_the_run_unless_the_site_says_where(tmp_path: Path) -> None:
+    def names(**fields: Any) -> set[str]:
+        settings = executor("trainjob-2.3", tmp_path, **fields)
+        trainer = manifests.manifest(settings, Job("import", tmp_path / "demo", ("python",)), "a")["spec"]["trainer"]
+        return {f"{entry['name']}={entry.get('value')}" for entry in trainer["env"]}
+
+    assert f"HF_HUB_CACHE={tmp_path}/demo/hub" in names()
+    assert not any(name.startswith("HF_HUB_CACHE") for name in names(env_vars={"HF_HOME": "/data/hf"}))

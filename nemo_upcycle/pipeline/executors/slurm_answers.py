@@ -1,0 +1,59 @@
+"""What Slurm's commands say: which cluster this is, how a job ended, why one was refused."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+from nemo_upcycle.pipeline.executors.base import UnreachableError
+
+
+#: In what a command says when the controller did not answer it.
+NO_ANSWER = ("Unable to contact", "timed out")
+
+
+def cluster_name() -> str:
+    """Return the name of the cluster whose controller answers here; empty without Slurm's commands.
+
+    Raises:
+        UnreachableError: the controller does not answer.
+    """
+    if shutil.which("scontrol") is None:
+        return ""
+    asked = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=False)
+    found = re.search(r"^ClusterName\s*=\s*(\S+)", asked.stdout, re.MULTILINE)
+    if not found:
+        raise UnreachableError(f"Slurm does not say which cluster this is: {last_line(asked.stderr)}")
+    return found[1]
+
+
+def last_line(text: str) -> str:
+    """Return the line of an error that has the reason."""
+    lines = text.strip().splitlines() or ["no reason given"]
+    return lines[-1].removeprefix("sbatch: error: ").removeprefix("allocation failure: ")
+
+
+def ending(identity: str) -> str:
+    """Return how a job ended; the controller knows for some minutes, the accounting, where there is one, for good."""
+    asked = subprocess.run(
+        ["scontrol", "--oneliner", "show", "job", identity], capture_output=True, text=True, check=False
+    )
+    found = dict(word.partition("=")[::2] for word in asked.stdout.split())
+    if not found.get("JobState"):
+        command = [
+            "sacct",
+            "--noheader",
+            "--parsable2",
+            "--allocations",
+            "--format=State,ExitCode",
+            f"--jobs={identity}",
+        ]
+        try:
+            asked = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            return ""
+        state, _, code = asked.stdout.strip().partition("|")
+        found = {"JobState": state, "ExitCode": code}
+    text = [found.get("JobState", ""), found.get("Reason", "None"), f"exit status {found.get('ExitCode', '')}"]
+    return ", ".join(word for word in text if word not in ("", "None", "exit status "))
