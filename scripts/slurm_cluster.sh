@@ -5,14 +5,29 @@
 #   scripts/slurm_cluster.sh start [--accounting]
 #   scripts/slurm_cluster.sh stop
 #
+# It writes /etc/slurm/*.conf (or beside $SLURM_CONF), and refuses a machine that has a Slurm or a MariaDB of its own.
 # Partitions: `batch` (default) and `low`, whose jobs `batch` preempts and requeues.
 set -euo pipefail
 
 folder=${SLURM_TEST_DIR:-$(cd "$(dirname "$0")/.." && pwd)/.cache/slurm}
 host=$(hostname -s)
+export SLURM_CONF=${SLURM_CONF:-/etc/slurm/slurm.conf}
+etc=$(dirname "$SLURM_CONF")
+
+refuse() {
+    echo "$1: not this test cluster's. Use another machine, or a container." >&2
+    exit 1
+}
+
+require_own() {
+    [ ! -e "$SLURM_CONF" ] || { grep -q '^ClusterName=test$' "$SLURM_CONF" &&
+        grep -q '^NodeName=n1 .*Port=17001 ' "$SLURM_CONF"; } || refuse "$SLURM_CONF"
+    [ ! -e "$etc/slurmdbd.conf" ] || grep -q '^StoragePass=x$' "$etc/slurmdbd.conf" || refuse "$etc/slurmdbd.conf"
+}
 
 stop() {
-    scancel --user=root 2>/dev/null || true
+    require_own
+    [ ! -e "$SLURM_CONF" ] || scancel --user=root 2>/dev/null || true
     sleep 2
     for file in "$folder"/*.pid; do  # no other daemon of this machine
         [ ! -e "$file" ] || kill "$(cat "$file")" 2>/dev/null || true
@@ -29,6 +44,10 @@ wait_for() {
 }
 
 install() {
+    require_own
+    if [ "$accounting" ] && [ ! -e "$folder/mariadb.started" ] && mariadb -e "select 1" >/dev/null 2>&1; then
+        refuse "a MariaDB that runs here"
+    fi
     local packages=(munge slurmctld slurmd slurm-client)
     [ "$accounting" ] && packages+=(slurmdbd mariadb-server)
     dpkg -s "${packages[@]}" >/dev/null 2>&1 ||
@@ -44,7 +63,7 @@ start_accounting() {
     for at in localhost 127.0.0.1; do
         mariadb -e "create user if not exists 'slurm'@'$at' identified by 'x'; grant all on slurm_acct_db.* to 'slurm'@'$at'"
     done
-    cat >/etc/slurm/slurmdbd.conf <<C
+    cat >"$etc/slurmdbd.conf" <<C
 AuthType=auth/munge
 DbdHost=localhost
 SlurmUser=root
@@ -55,7 +74,7 @@ StoragePass=x
 LogFile=$folder/log/slurmdbd
 PidFile=$folder/slurmdbd.pid
 C
-    chmod 600 /etc/slurm/slurmdbd.conf
+    chmod 600 "$etc/slurmdbd.conf"
     slurmdbd
     wait_for sacctmgr -n show cluster
     sacctmgr -i add cluster test >/dev/null || true  # they are there after an earlier start
@@ -65,13 +84,13 @@ C
 
 start() {
     install
-    mkdir -p /run/munge /var/log/munge /var/lib/munge /etc/munge /etc/slurm "$folder"/{log,state,spool}
+    mkdir -p /run/munge /var/log/munge /var/lib/munge /etc/munge "$etc" "$folder"/{log,state,spool}
     [ -f /etc/munge/munge.key ] || /usr/sbin/mungekey -c
     chown -R munge:munge /run/munge /var/log/munge /var/lib/munge /etc/munge
     su -s /bin/sh munge -c "/usr/sbin/munged --force" || true # it may run already
     wait_for munge --no-input
     grep -q ' n1 n2$' /etc/hosts || echo "127.0.0.1 n1 n2" >>/etc/hosts
-    cat >/etc/slurm/slurm.conf <<C
+    cat >"$SLURM_CONF" <<C
 ClusterName=test
 SlurmctldHost=$host(127.0.0.1)
 SlurmUser=root
@@ -115,5 +134,5 @@ accounting=$([ "${2:-}" = --accounting ] && echo yes || true)
 case ${1:-} in
     start) start ;;
     stop) stop ;;
-    *) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    *) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +30,35 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         sinfo="echo node1; echo node2",
         scontrol="echo 'ClusterName             = alps'",
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "file", "text"),
+    [
+        (["start"], "slurm.conf", "ClusterName=alps"),
+        (["start"], "slurm.conf", "ClusterName=test\nNodeName=node[1-9]"),
+        (["start"], "slurmdbd.conf", "StoragePass=secret"),
+        (["stop"], "slurm.conf", "ClusterName=alps"),
+        (["start", "--accounting"], "", ""),  # where a MariaDB answers
+    ],
+)
+def test_test_cluster_leaves_a_site_of_its_own_alone(
+    commands: Path, tmp_path: Path, words: list[str], file: str, text: str
+) -> None:
+    did = tmp_path / "did"
+    fakes = dict.fromkeys(("apt-get", "dpkg", "mariadb-admin", "scancel", "su"), f"echo $0 >> {did}; exit 1")
+    write_commands(commands, mariadb="exit 0", **fakes)
+    site = tmp_path / "etc"
+    site.mkdir()
+    if file:
+        (site / file).write_text(f"{text}\n")
+    environment = os.environ | {"SLURM_CONF": str(site / "slurm.conf"), "SLURM_TEST_DIR": str(tmp_path / "cluster")}
+    script = Path(__file__).parents[3] / "scripts/slurm_cluster.sh"
+    done = subprocess.run(["bash", script, *words], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "not this test cluster's" in done.stderr
+    assert [path.name for path in site.iterdir()] == ([file] if file else [])
+    assert not did.exists()
 
 
 def test_jobs_of_two_clusters_on_one_file_system_are_told_apart(commands: Path) -> None:
