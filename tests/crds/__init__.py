@@ -69,7 +69,7 @@ def executor(definition: str, mount: Path, **fields: Any) -> KubernetesExecutor:
     }
     settings = {
         "namespace": "team",
-        "image": "nvcr.io/nvidia/nemo:25.11",
+        "image": "nvcr.io/nvidia/nemo:26.02",
         "claim": "runs",
         "mount_path": str(mount),
         "volumes": {"datasets": "/data"},
