@@ -14,7 +14,7 @@ import nemo_run as run
 import yaml
 
 from nemo_upcycle.errors import UpcycleError, did_you_mean
-from nemo_upcycle.pipeline.executors.base import Cluster
+from nemo_upcycle.pipeline.executors.base import MISSING, Cluster
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
 from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
@@ -31,8 +31,25 @@ SCHEDULERS: dict[type, type[Cluster]] = {
     KubernetesExecutor: KubernetesScheduler,
 }
 _STAGES = "stages."
-#: Set by the chain, not by people.
-_OWN = {"stages", "origins"}
+#: Fields that the chain sets itself: what to do instead of giving one.
+_OWN = {
+    "origins": "leave it out",
+    "stages": "set run.executor.stages.STAGE.FIELD",
+    "nodes": "set pretrain.trainer.num_nodes and dense_ct.trainer.num_nodes",
+    "ntasks_per_node": "set pretrain.trainer.devices and dense_ct.trainer.devices",
+    "job_dir": "set dir, the run's folder",
+    "dependencies": "leave it out: each stage waits for those that it needs",
+    "retries": "leave it out: a training that stopped starts again as long as it gets further",
+}
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    dict: "a mapping, as {NAME: VALUE}",
+    list: "a list, as [VALUE]",
+    types.NoneType: "null",
+}
 
 
 def cluster_for(executor: Any) -> Cluster | None:
@@ -58,7 +75,7 @@ def read_executor(name: str, overrides: Sequence[str] = ()) -> run.Config[Any]:
         overrides: `FIELD=VALUE` and `stages.STAGE.FIELD=VALUE`.
 
     Raises:
-        UpcycleError: a key or a stage does not exist.
+        UpcycleError: a key or a stage does not exist, or a value is not of its field's type.
 
     Example:
         >>> read_executor("slurm", ["account=me", "stages.pretrain.time=08:00:00"]).stages["pretrain"]["time"]
@@ -70,9 +87,9 @@ def read_executor(name: str, overrides: Sequence[str] = ()) -> run.Config[Any]:
         raise UpcycleError(
             f"executor in {path}", got=kind, expected=" or ".join(KINDS), fix="say which scheduler it is for"
         )
-    fields = {field.name: field.type for field in dataclasses.fields(KINDS[kind]) if field.init}
-    stages = content.pop("stages", None) or {}
+    fields = {field.name: field for field in dataclasses.fields(KINDS[kind]) if field.init}
     shown = f"conf/executors/{name}.yaml" if name in executor_names() else str(path)
+    stages = _stages_of(content.pop("stages", None), shown)
     origins = dict.fromkeys(content, shown) | {
         f"{_STAGES}{stage}.{key}": shown for stage in stages for key in stages[stage]
     }
@@ -87,35 +104,115 @@ def read_executor(name: str, overrides: Sequence[str] = ()) -> run.Config[Any]:
     for stage, settings in stages.items():
         if stage not in BY_NAME:
             raise UpcycleError.unknown(f"stage of the executor in {path}", stage, BY_NAME)
-        _normalise(settings, fields, f"{_STAGES}{stage}.", path)
-    _normalise(content, fields, "", path)
-    return run.Config(KINDS[kind], **content, stages=stages, origins=origins)
+        stages[stage] = _checked(settings, fields, f"{_STAGES}{stage}.", origins)
+    required = {name: MISSING for name, field in fields.items() if _default(field) == MISSING}
+    common = required | _checked(content, fields, "", origins)
+    return run.Config(KINDS[kind], **common, stages=stages, origins=origins)
 
 
-def _value(text: str, kind: Any) -> Any:
+def _stages_of(table: Any, shown: str) -> dict[str, dict[str, Any]]:
+    """Return the table of stages of a file; what is left blank in it is empty."""
+    try:
+        return {
+            str(stage): {str(name): value for name, value in (settings or {}).items()}
+            for stage, settings in (table or {}).items()
+        }
+    except AttributeError:
+        raise UpcycleError(
+            f"stages of the executor in {shown}",
+            got=table,
+            expected="a mapping of stages to settings",
+            fix="write stages: {pretrain: {FIELD: VALUE}}",
+        ) from None
+
+
+def _value(text: str, field: dataclasses.Field[Any] | None) -> Any:
     """Return the value of a word on the command line; text stays text where a field takes text."""
+    kinds = _kinds(field.type) if field else []
     if text in ("null", "None"):
         return None
-    return text if _takes(kind, str) else yaml.safe_load(text)
+    if str in kinds and not (bool in kinds and text.lower() in ("true", "false")):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # which the field does not take
 
 
-def _takes(kind: Any, wanted: type) -> bool:
+def _kinds(kind: Any) -> list[Any]:
+    """Return what a field's type allows: the members of a union, or itself."""
     is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
-    return kind is wanted or (is_union and wanted in typing.get_args(kind))
+    return list(typing.get_args(kind)) if is_union else [kind]
 
 
-def _normalise(settings: dict[str, Any], fields: dict[str, Any], where: str, path: Path) -> None:
-    """Check that settings exist, and turn numbers into text where a field takes text, in place."""
+def _checked(
+    settings: dict[str, Any], fields: dict[str, dataclasses.Field[Any]], where: str, origins: dict[str, str]
+) -> dict[str, Any]:
+    """Return settings as their fields take them.
+
+    Args:
+        settings: by field.
+        fields: of the executor.
+        where: what the settings' names start with.
+        origins: by setting, where its value is from.
+    """
+    checked = {}
     for name, value in settings.items():
-        if name not in fields or name in _OWN:
-            hint = did_you_mean(name, fields, prefix=f"run.executor.{where}")
-            raise UpcycleError(f"setting '{where}{name}' of the executor in {path} does not exist.{hint}")
-        if name == "time" and isinstance(value, int):
+        full, origin = f"run.executor.{where}{name}", origins[f"{where}{name}"]
+        if name not in fields:
+            hint = did_you_mean(name, fields.keys() - _OWN, prefix=f"run.executor.{where}")
+            raise UpcycleError(f"setting '{where}{name}' of the executor ({origin}) does not exist.{hint}")
+        if name in _OWN:
+            raise UpcycleError(full, got=f"{value} ({origin})", expected="nothing: the chain sets it", fix=_OWN[name])
+        if name == "time" and type(value) is int:
             raise UpcycleError(
-                f"{where}time of the executor in {path}",
-                got=f"{value}: YAML reads 24:00:00 as a number",
+                full,
+                got=f"{value}: YAML reads 24:00:00 as a number ({origin})",
                 expected="text",
                 fix='put it in quotes: "24:00:00"',
             )
-        if isinstance(value, (int, float)) and _takes(fields[name], str) and not _takes(fields[name], type(value)):
-            settings[name] = str(value)  # `mem: 0` is as good as `mem: "0"`
+        try:
+            checked[name] = _fitted(value, fields[name])
+        except TypeError:
+            kinds = [typing.get_origin(kind) or kind for kind in _kinds(fields[name].type)]
+            raise UpcycleError(
+                full,
+                got=f"{value!r} ({origin})",
+                expected=" or ".join(_WORDS.get(kind, kind.__name__) for kind in kinds),
+                fix="put it in quotes" if isinstance(value, bool) and str in kinds else "give such a value",
+            ) from None
+    return checked
+
+
+def _fitted(value: Any, field: dataclasses.Field[Any]) -> Any:
+    """Return a value as a field takes it: for null its default, and numbers as text where it takes text.
+
+    Raises:
+        TypeError: the field does not take such a value.
+    """
+    wants_default = value is None and types.NoneType not in _kinds(field.type)
+    return _default(field) if wants_default else _as_kind(value, field.type)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """Return a field's default; "???" without one."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return MISSING if field.default is dataclasses.MISSING else field.default
+
+
+def _as_kind(value: Any, wanted: Any) -> Any:
+    kinds = _kinds(wanted)
+    if value is False and {bool, str, types.NoneType} <= set(kinds):
+        return None  # NeMo-Run would write --exclusive=False, which Slurm refuses
+    for kind in kinds:
+        origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)[-1:]
+        if type(value) is origin:  # a bool is no number
+            if origin is dict and inner == (str,):
+                return {name: _as_kind(entry, str) for name, entry in value.items()}
+            return [_as_kind(entry, str) for entry in value] if origin is list and inner == (str,) else value
+    if float in kinds and type(value) is int:
+        return value
+    if str in kinds and type(value) in (int, float):
+        return str(value)  # `mem: 0` is as good as `mem: "0"`
+    raise TypeError

@@ -82,6 +82,20 @@ def test_what_a_site_must_fill_in_is_named(missing: str) -> None:
             "executor: slurm\nstages: {pretrain: {tme: '1'}}",
             "'stages.pretrain.tme' .*Did you mean 'run.executor.stages",
         ),
+        ("executor: slurm\nnodes: 2", "run.executor.nodes: got 2 .* Fix: set pretrain.trainer.num_nodes"),
+        ("executor: slurm\nstages: {pretrain: {ntasks_per_node: 4}}", "Fix: set pretrain.trainer.devices"),
+        ("executor: kubernetes\nretries: 3", "run.executor.retries: .* Fix: leave it out: a training .* starts again"),
+        ("executor: slurm\ndependencies: [afterok:1]", "Fix: leave it out: each stage waits"),
+        ("executor: kubernetes\njob_dir: /a", "Fix: set dir"),
+        ("executor: slurm\ngpus_per_node: eight", "got 'eight' .*mine.yaml.*, expected a whole number or null"),
+        ("executor: slurm\nmem: true", "run.executor.mem: got True .* expected text or null. Fix: put it in quotes"),
+        (
+            "executor: slurm\ncontainer_mounts: [/a: /a]",
+            r"container_mounts: got \[\{'/a': '/a'\}\] .* expected a list",
+        ),
+        ("executor: slurm\nenv_vars: {A: }", "run.executor.env_vars: got {'A': None} .* expected a mapping"),
+        ("executor: kubernetes\nstages: {pretrain: {cpus: 1.5}}", "run.executor.stages.pretrain.cpus: got 1.5 "),
+        ("executor: slurm\nstages: [pretrain]", "stages of the executor .* expected a mapping of stages"),
     ],
 )
 def test_a_mistake_in_a_file_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -97,6 +111,31 @@ def test_numbers_are_text_where_slurm_takes_text(tmp_path: Path) -> None:
     executor = read_executor(str(path), ["mem=12"])
     assert (executor.mem, executor.time) == ("12", "04:00:00")
     assert executor.stages["pretrain"] == {"exclusive": True, "mem": "64"}
+
+
+@pytest.mark.parametrize("kind", ["slurm", "kubernetes"])
+def test_what_is_left_blank_is_the_fields_default(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "mine.yaml"
+    blank = {"slurm": "container_mounts", "kubernetes": "volumes"}[kind]
+    path.write_text(f"executor: {kind}\nenv_vars:\n{blank}:\nstages: {{import: , data: {{env_vars: }}}}")
+    executor = built(name=str(path))
+    assert not executor.env_vars
+    assert not getattr(executor, blank)
+    assert executor.stages == {"import": {}, "data": {"env_vars": {}}}
+    with pytest.raises(UpcycleError, match="got nothing"):
+        cluster_for(executor).check_settings([])  # as with "???"
+
+
+@pytest.mark.parametrize(("word", "flag"), [("true", "#SBATCH --exclusive\n"), ("user", "#SBATCH --exclusive=user\n")])
+def test_a_word_is_true_or_false_where_a_field_takes_both_that_and_text(word: str, flag: str) -> None:
+    on, off = (built(*SITE, f"stages.pretrain.exclusive={value}") for value in (word, "false"))
+    assert flag in SlurmScheduler(on).render(training())["pretrain.sh"]
+    assert "exclusive" not in SlurmScheduler(off).render(training())["pretrain.sh"]
+
+
+def test_a_value_that_is_no_yaml_is_refused() -> None:
+    with pytest.raises(UpcycleError, match=r"run\.executor\.env_vars: got '\{a'"):
+        read_executor("slurm", ["env_vars={a"])
 
 
 def test_names_of_factories_stay_theirs() -> None:
