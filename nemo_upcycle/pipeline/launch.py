@@ -18,7 +18,8 @@ from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.executors.base import Cluster, Job
 from nemo_upcycle.pipeline.executors.local import StopSignals, ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import cluster_for
-from nemo_upcycle.pipeline.forecast import check_space, forecast, render_forecast
+from nemo_upcycle.pipeline.forecast import check_space, check_stages, forecast, render_forecast
+from nemo_upcycle.pipeline.forecast.settings import Origins
 from nemo_upcycle.pipeline.in_turn import run_in_turn
 from nemo_upcycle.pipeline.jobs import jobs_of
 from nemo_upcycle.pipeline.order import chosen_stages, require_earlier
@@ -87,17 +88,19 @@ def pipeline(
     if render:
         _render(jobs, cluster, plan, Path(render))
         return
-    found = forecast(stages, run_dir, plan, pretrain, dense_ct, cluster, {job.name: job for job in jobs}, sys.argv[1:])
+    by_name, origins = {job.name: job for job in jobs}, Origins(sys.argv[1:], pipeline)
+    found = forecast(stages, run_dir, plan, pretrain, dense_ct, cluster, by_name, origins, ctx.executor)
     if ctx.dryrun or not ctx.skip_confirmation:
         sys.stdout.write(render_forecast(found) + "\n")
     if ctx.dryrun:
         _say_what_is_missing(cluster, jobs)
         return
-    check_space(found)
+    check_stages(found)
     chain = Chain(cluster, jobs, lambda name: BY_NAME[name].is_done(run_dir, plan), run_dir) if cluster else None
     if chain:
         chain.check()
         _warn_of_uncommitted_code()
+    check_space(found, chain.alive() if chain else ())
     if not ctx.may_go_on():
         return
     with in_use(run_dir):  # its stages read the plan, so no other run may change it

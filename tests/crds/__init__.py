@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.pipeline.executors.base import Job
 from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
-from nemo_upcycle.pipeline.recipes_io import ranks_of
-from nemo_upcycle.pipeline.stages import STAGES
+from tests.golden.forecasts import jobs_of_chain
 
 
 #: A published definition: the kind of the executor that is for it.
@@ -47,16 +44,11 @@ def _closed(schema: dict[str, Any]) -> dict[str, Any]:
     return closed
 
 
-def jobs_of(recipe: str, run_dir: Path) -> Iterator[Job]:
-    """Yield every stage of a recipe with its nodes and ranks."""
-    modules = {"pretrain": recipe, "dense_ct": recipe.replace("_e8t2", "_dense_ct")}
-    for stage in STAGES:
-        nodes, ranks = 1, 1
-        if stage.parallel:
-            module = importlib.import_module(f"nemo_upcycle.recipes.{modules[stage.name]}")
-            nodes, ranks = ranks_of(module.pretrain_recipe())
-        command = ("python", "-m", "nemo_upcycle.pipeline", stage.name, str(run_dir))
-        yield Job(stage.name, run_dir, command, stage.after, nodes, ranks, is_training=stage.parallel)
+def jobs_of(recipe: str, run_dir: Path) -> list[Job]:
+    """Return every stage of a recipe with its nodes and ranks."""
+    from nemo_upcycle import recipes
+
+    return jobs_of_chain(getattr(recipes, recipe).pipeline_recipe(dir=str(run_dir)), run_dir)
 
 
 def executor(definition: str, mount: Path, **fields: Any) -> KubernetesExecutor:

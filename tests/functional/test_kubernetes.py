@@ -54,7 +54,7 @@ def _job(tmp_path: Path, **fields: Any) -> Job:
 def test_the_server_accepts_every_stage_of_every_recipe(
     recipe: str, scheduler: KubernetesScheduler, tmp_path: Path
 ) -> None:
-    scheduler.check(list(jobs_of(recipe, tmp_path / recipe)))
+    scheduler.check(jobs_of(recipe, tmp_path / recipe))
 
 
 def test_the_server_refuses_a_misspelt_field(scheduler: KubernetesScheduler, kubeconfig: Path, tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from typing import NamedTuple
 import pytest
 from tokenizers import Tokenizer, normalizers
 
-from nemo_upcycle.utils.files import in_use
+from nemo_upcycle.pipeline.chain import JOBS
+from nemo_upcycle.pipeline.stages import BY_NAME
+from nemo_upcycle.utils.files import in_use, write_json
 from tests.blends import write_blend
 from tests.distributed.ranks import run_ranks, server
 from tests.fifo import held_by_reader
@@ -21,6 +23,7 @@ from tests.functional.tiny import SEQUENCE, SIZES, write_parent
 
 
 DEMO = "--factory smollm2_135m_e8t2"
+SLURM = "run.executor=slurm run.executor.account=me run.executor.partition=a run.executor.container_image=null"
 #: What is typed -> words of the answer. FILES is a folder that `_files` fills.
 MISTAKES = {
     # what is not there
@@ -63,6 +66,7 @@ MISTAKES = {
     ),
     f"{DEMO} run.executor=slurm --render FILES/rendered": "run.executor.account: got nothing",
     f"{DEMO} --render FILES/rendered": "--render: got no cluster",
+    f"{DEMO} {SLURM} run.executor.gpus_per_node=eight": "run.executor.gpus_per_node: got 'eight' (command line)",
     # names and values of settings
     f"{DEMO} pretrain.trainer.max_step=3": "Did you mean 'pretrain.trainer.max_steps'?",
     f"{DEMO} pretrain.trainr.max_steps=3": "Did you mean 'pretrain.trainer'?",
@@ -102,12 +106,14 @@ class Answer(NamedTuple):
     written: list[str]
 
 
-def _type(commands: list[list[str]], folder: str, watched: str) -> list[Answer]:
+def _type(commands: list[list[str]], folder: str, watched: str, programs: str = "") -> list[Answer]:
     """Run `nemo` with these words, one command after the other, in this process, which has imported NeMo before."""
     from nemo_run.cli.api import create_cli
 
     os.chdir(folder)
     os.environ["COLUMNS"] = "200"
+    if programs:
+        os.environ["PATH"] = f"{programs}:{os.environ['PATH']}"
     answers = []
     for words in commands:
         sys.argv = ["nemo", *words]
@@ -235,6 +241,33 @@ def test_a_mistake_found_inside_a_stage_is_the_last_line_and_status_2(files: Pat
     assert last.startswith("[data] source mine: got no document left to train on")
     assert "Traceback" not in answer.text
     assert not (tmp_path / "run/upcycle").exists()
+    other = [word.replace("/tiny", "/other") for word in command]
+    ((answer,),) = run_ranks(_type, 1, [other], str(tmp_path), str(files), process_group=False)
+    assert answer.status == 2, answer.text
+    assert "Error: stage data will be refused: import runs again, and " in answer.text
+    assert answer.written == []
+
+
+def test_jobs_that_run_are_watched_whatever_space_is_left(files: Path, tmp_path: Path) -> None:
+    """A run that no disk holds; what stands for Slurm's commands takes jobs, and says that all of them run."""
+    programs, run_dir = tmp_path / "bin", tmp_path / "run"
+    answers = {"sbatch": "", "squeue": "".join(f"{number}|RUNNING|None|n1\n" for number in range(len(BY_NAME)))}
+    for name, text in answers.items():
+        programs.mkdir(exist_ok=True)
+        (programs / name).write_text(f"#!/bin/bash\necho -n '{text}'\n")
+        (programs / name).chmod(0o755)
+    endless = ("trainer.max_steps=1000000000", "log.ckpt.every_n_train_steps=1", "log.ckpt.keep_last=1000000000")
+    command = [*_on_tiny_parent(files, run_dir), *SLURM.split(), *(f"pretrain.{word}" for word in endless)]
+    command += ["run.executor.shared_dir=true", "--detach"]
+    arguments = (str(tmp_path), str(files), str(programs))
+    ((refused,),) = run_ranks(_type, 1, [command], *arguments, process_group=False)
+    assert refused.status == 2, refused.text
+    assert f"disk space for {run_dir} in {tmp_path}: got " in refused.text
+    jobs = {name: str(number) for number, name in enumerate(BY_NAME)}
+    write_json(run_dir / JOBS, {"cluster": "Slurm", "jobs": jobs})
+    ((watched,),) = run_ranks(_type, 1, [command], *arguments, process_group=False)
+    assert watched.status == 0, watched.text
+    assert f"Submitted to the queue: {' '.join(jobs.values())}." in watched.text
 
 
 def test_a_second_run_in_the_same_folder_is_refused_and_leaves_the_plan(files: Path, tmp_path: Path) -> None:

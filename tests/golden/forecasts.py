@@ -52,7 +52,14 @@ def forecast_text(recipe: str, cluster: str) -> str:
     return render_forecast(replace(found, disk=disk)) + "\n"
 
 
-def forecast_of(chain: Any, run_dir: Path, words: Sequence[str] = (), cluster: Any = None, stages: Any = None) -> Any:
+def forecast_of(
+    chain: Any,
+    run_dir: Path,
+    words: Sequence[str] = (),
+    cluster: Any = None,
+    stages: Any = None,
+    executor: Any = None,
+) -> Any:
     """Return the forecast of a chain.
 
     Args:
@@ -61,20 +68,24 @@ def forecast_of(chain: Any, run_dir: Path, words: Sequence[str] = (), cluster: A
         words: of the command line.
         cluster: where it runs; None: this machine.
         stages: a part of the chain.
+        executor: the user's, where it is no cluster's.
     """
-    from nemo_upcycle.pipeline.executors.base import Job
     from nemo_upcycle.pipeline.forecast import forecast
-    from nemo_upcycle.pipeline.recipes_io import ranks_of
+    from nemo_upcycle.pipeline.forecast.settings import Origins
+    from nemo_upcycle.pipeline.launch import pipeline
     from nemo_upcycle.pipeline.stages import STAGES
 
-    pretrain, dense_ct = chain.pretrain, chain.dense_ct
-    jobs = {}
-    for stage in STAGES:
-        recipe = getattr(chain, stage.name) if stage.parallel else None
-        nodes, ranks = ranks_of(recipe) if recipe else (1, 1)
-        command = ("python", "-m", "nemo_upcycle.pipeline", stage.name, str(run_dir))
-        jobs[stage.name] = Job(stage.name, run_dir, command, stage.after, nodes, ranks, stage.parallel)
-    return forecast(stages or STAGES, run_dir, plan_of(chain), pretrain, dense_ct, cluster, jobs, words)
+    stages, plan, origins = stages or STAGES, plan_of(chain), Origins(words, pipeline)
+    jobs = {job.name: job for job in jobs_of_chain(chain, run_dir)}
+    return forecast(stages, run_dir, plan, chain.pretrain, chain.dense_ct, cluster, jobs, origins, executor)
+
+
+def jobs_of_chain(chain: Any, run_dir: Path) -> list[Any]:
+    """Return the jobs of all stages of a chain, as the pipeline makes them for a container."""
+    from nemo_upcycle.pipeline.jobs import jobs_of
+    from nemo_upcycle.pipeline.stages import STAGES
+
+    return jobs_of(STAGES, run_dir, plan_of(chain), "python")
 
 
 def plan_of(chain: Any) -> Any:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemo_upcycle.data.blend import read_blend
+from nemo_upcycle.data.finished import BUILD, TOKENS
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.pipeline.forecast.stages import StageForecast, State
+from nemo_upcycle.pipeline.forecast.stages import StageForecast
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast
 from nemo_upcycle.pipeline.plan import RunPlan
+from nemo_upcycle.pipeline.stages import data_folder_of
+from nemo_upcycle.sources.checkpoints import complete_checkpoints
 from nemo_upcycle.utils.files import resolved
 
 
@@ -116,7 +120,7 @@ def forecast_disk(
         if stage.name == "import" and plan.dense.startswith("asset://"):  # others stay where they are
             uses.append(_model_use(stage.name, "dense parent", _dense_params(moe)))
         elif stage.name == "data" and not Path(plan.data).is_dir():
-            uses.append(_data_use(plan.data, moe))
+            uses.append(_data_use(plan.data, moe, data_folder_of(run_dir, plan)))
         elif stage.name == "upcycle":
             uses.append(_model_use(stage.name, "model of step 0", moe.total_params))
         elif stage.name in trainings:
@@ -140,21 +144,36 @@ def _dense_params(arch: Architecture) -> int:
 
 
 def _checkpoints_use(training: TrainingForecast) -> DiskUse:
-    has_one = training.stage.finding.state is State.RESUME
+    newest = training.stage.finding.checkpoint
+    present = len(complete_checkpoints(newest.parent)) if newest else 0
+    at_once = max(training.checkpoints_at_once, present + (training.steps_left > 0))  # a new one, then old ones go
     return DiskUse(
         training.stage.name,
         f"checkpoints of {training.stage.name}",
         training.checkpoints_kept * training.checkpoint_bytes,
-        training.checkpoints_at_once * training.checkpoint_bytes,
-        training.checkpoint_bytes if has_one else 0,
+        at_once * training.checkpoint_bytes,
+        present * training.checkpoint_bytes,
     )
 
 
-def _data_use(data: str, arch: Architecture) -> DiskUse:
-    """Return what a blend takes at most, which is known of the sources that are sampled to a number of tokens."""
+def _data_use(data: str, arch: Architecture, folder: Path) -> DiskUse:
+    """Return what a blend takes at most, which is known of the sources that are sampled to a number of tokens.
+
+    Its tokens are merged from parts, and both lie there until it is finished.
+    """
     sources = read_blend(data).config.sources
     token_bytes = 4 if arch.vocab_size > _TWO_BYTE_TOKENS else 2
     kept_bytes = round(sum(source.tokens or 0 for source in sources.values()) * token_bytes)
     open_ended = [name for name, source in sources.items() if source.tokens is None]
     unknown = f"data of {', '.join(open_ended)}" if open_ended else ""
-    return DiskUse("data", "tokens, at most", kept_bytes, 2 * kept_bytes, unknown=unknown)  # it is merged from parts
+    present_bytes = _size_bytes(folder / BUILD / TOKENS) + _size_bytes(folder / TOKENS)
+    return DiskUse("data", "tokens, at most", kept_bytes, 2 * kept_bytes, present_bytes, unknown)
+
+
+def _size_bytes(folder: Path) -> int:
+    """Return the size of the files of a folder, which a job may remove meanwhile; 0 without one."""
+    total_bytes = 0
+    for path in folder.glob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total_bytes += path.stat().st_size
+    return total_bytes

@@ -13,7 +13,7 @@ from nemo_upcycle.data.dense import check_address
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.megatron_config import architecture_of
-from nemo_upcycle.pipeline.executors.base import Cluster
+from nemo_upcycle.pipeline.checks import is_local
 from nemo_upcycle.planning.hardware import Gpu, Machine, gpu_names, known_gpu, read_data
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES, WEIGHT_BYTES
@@ -43,24 +43,24 @@ class Card:
     why: str
 
 
-def card_of(recipe: Any, cluster: Cluster | None, resources: Mapping[str, str]) -> Card:
+def card_of(recipe: Any, executor: Any, resources: Mapping[str, str]) -> Card:
     """Return the cards that a recipe will train on.
 
     Args:
         recipe: of the training.
-        cluster: where it runs, whose executor may name its `card`, as in `nemo-upcycle plan`; None: this machine.
-        resources: what the training asks of the cluster.
+        executor: where it runs; may name its `card`, as in `nemo-upcycle plan`. None: this machine.
+        resources: what the training asks of it.
     """
     accelerator = getattr(recipe.trainer, "accelerator", "auto")
     if accelerator == "cpu":
         return Card(None, "the recipe trains on the CPU")
-    if cluster is None and torch.cuda.is_available():
+    if is_local(executor) and torch.cuda.is_available():
         return _card_here(torch.cuda.get_device_name(0))
-    if cluster is None and accelerator == "auto":
+    if is_local(executor) and accelerator == "auto":
         return Card(None, "no GPU here")
-    if cluster is not None and accelerator == "auto" and not _asks_for_gpus(resources):
+    if accelerator == "auto" and not _asks_for_gpus(resources):
         return Card(None, "no GPU is asked for")
-    name = getattr(getattr(cluster, "executor", None), "card", None)
+    name = getattr(executor, "card", None)
     return Card(known_gpu(name or USUAL_CARD), "as the executor says" if name else "assumed")
 
 

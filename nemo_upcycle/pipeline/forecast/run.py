@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ def forecast(
     dense_ct: Any,
     cluster: Cluster | None,
     jobs: Mapping[str, Job],
-    command_line_words: Sequence[str],
+    origins: Origins,
+    executor: Any = None,
 ) -> Forecast:
     """Return what a run will do: its stages, memory, time, cost and disk. Writes nothing, asks no cluster or network.
 
@@ -68,42 +69,56 @@ def forecast(
         plan: what the stages are given.
         pretrain: recipe of the upcycled model, checked.
         dense_ct: recipe of the dense baseline, or None.
-        cluster: where the stages run; None: this machine. Its executor may have `origins` (by field, where a value
-            comes from), a `price_per_gpu_hour`, and a `card` as in `nemo-upcycle plan --gpu`.
+        cluster: where the stages run; None: this machine, or `executor`. Its executor may have `origins` (by field,
+            where a value comes from), a `price_per_gpu_hour`, and a `card` as in `nemo-upcycle plan --gpu`.
         jobs: by stage, what is asked of it.
-        command_line_words: as they were typed, without the program's name.
+        origins: of what was typed.
+        executor: the user's, where it has no scheduler of this package.
 
     Example:
-        >>> print(render_forecast(forecast(stages, run_dir, plan, moe, None, None, jobs, [])))  # doctest: +SKIP
+        >>> print(render_forecast(forecast(stages, run_dir, plan, moe, None, None, jobs, origins)))  # doctest: +SKIP
     """
-    from nemo_upcycle.pipeline.launch import pipeline  # which calls this
-
-    found = forecast_stages(stages, run_dir, plan, cluster, jobs)
+    executor = cluster.executor if cluster else executor
+    found = forecast_stages(stages, run_dir, plan, cluster, jobs, executor)
     recipes = {"pretrain": pretrain} | ({"dense_ct": dense_ct} if dense_ct else {})
     trainings = {
-        stage.name: forecast_training(recipes[stage.name], plan.dense, stage, cluster)
+        stage.name: forecast_training(recipes[stage.name], plan.dense, stage, executor)
         for stage in found
         if stage.name in recipes
     }
-    origins = Origins(command_line_words, pipeline)
     settings = list(run_settings(plan, origins))
     for name in trainings:
         settings += training_settings(name, recipes[name], origins)
     if cluster is not None:
-        settings += executor_settings(cluster.executor, origins)
+        settings += executor_settings(executor, origins, [stage.name for stage in stages])
     models = {name: model_of(recipe, plan.dense)[0] for name, recipe in recipes.items()}
     holds_back = cluster is not None and cluster.holds_back  # then nothing but its inputs holds a training
     disk = forecast_disk(run_dir, plan, found, models, trainings, is_parallel=holds_back)
     return Forecast(run_dir, plan.recipe, found, trainings, disk, tuple(settings))
 
 
-def check_space(forecast: Forecast) -> None:
+def check_stages(forecast: Forecast) -> None:
+    """Check that no stage will refuse to start.
+
+    Raises:
+        UpcycleError: one will, because of work that its folder holds.
+    """
+    for stage in forecast.stages:
+        if stage.finding.state is State.REFUSED:
+            raise UpcycleError(f"{_refusal(stage)}.")
+
+
+def check_space(forecast: Forecast, alive: Collection[str] = ()) -> None:
     """Check that what a run writes fits on its disk, as far as its size is known.
+
+    Args:
+        forecast: of the run.
+        alive: stages whose jobs are submitted already; what they need does not count.
 
     Raises:
         UpcycleError: it does not.
     """
-    disk = forecast.disk
+    disk = replace(forecast.disk, uses=tuple(use for use in forecast.disk.uses if use.stage not in alive))
     if disk.fits:
         return
     largest = sorted(disk.uses, key=lambda use: use.new_peak_bytes, reverse=True)[:3]
@@ -116,10 +131,14 @@ def check_space(forecast: Forecast) -> None:
     )
 
 
+def _refusal(stage: StageForecast) -> str:
+    return f"stage {stage.name} will be refused: {stage.finding.why}"
+
+
 def _warnings(forecast: Forecast) -> Iterator[str]:
     for stage in forecast.stages:
         if stage.finding.state is State.REFUSED:
-            yield f"stage {stage.name} will be refused: {stage.finding.why}"
+            yield _refusal(stage)
     for name, training in forecast.trainings.items():
         if training.stage.runs:
             yield from _training_warnings(name, training)

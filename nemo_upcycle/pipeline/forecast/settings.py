@@ -143,19 +143,30 @@ def run_settings(plan: RunPlan, origins: Origins) -> Iterator[Setting]:
         yield Setting(name, value, origins.of(typed, value, recipe))
 
 
-def executor_settings(executor: Any, origins: Origins) -> Iterator[Setting]:
-    """Yield the settings of an executor that are not their defaults: those of plain values.
+def executor_settings(executor: Any, origins: Origins, stages: Sequence[str]) -> Iterator[Setting]:
+    """Yield the plain settings of an executor that are not their defaults, and those that its stages set.
 
-    An executor may tell where they come from in its attribute `origins`, by name.
+    Args:
+        executor: may have `origins`, by setting where it comes from, and `stages`, by stage what differs there.
+        origins: of the command.
+        stages: names of those of the forecast; a setting that every one of them sets itself is said of these alone.
     """
     if not dataclasses.is_dataclass(executor):
         return
     named: Mapping[str, str] = getattr(executor, "origins", {})
     otherwise = f"executor {origins.executor or type(executor).__name__}"
-    for field in dataclasses.fields(executor):
-        value = getattr(executor, field.name, None)
-        is_plain = isinstance(value, (str, int, float, bool)) and value != ""
-        if is_plain and value != field.default:
-            name = f"run.executor.{field.name}"
-            origin = TYPED if name in origins.typed else named.get(field.name, otherwise)
-            yield Setting(name, str(value), origin)
+    table: Mapping[str, Mapping[str, Any]] = getattr(executor, "stages", {})
+    own = {stage: table.get(stage, {}) for stage in stages}
+    common = {
+        field.name: value
+        for field in dataclasses.fields(executor)
+        if (value := getattr(executor, field.name, None)) != field.default
+        and not all(field.name in settings for settings in own.values())
+    }
+    differing = {
+        f"stages.{stage}.{name}": value for stage, settings in own.items() for name, value in settings.items()
+    }
+    for name, value in (common | differing).items():
+        if isinstance(value, (str, int, float, bool)) and value != "":
+            typed = f"run.executor.{name}"
+            yield Setting(typed, str(value), TYPED if typed in origins.typed else named.get(name, otherwise))

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
+from nemo_upcycle.pipeline.checks import is_local
 from nemo_upcycle.pipeline.executors.base import Cluster, Job
 from nemo_upcycle.pipeline.markers import changed_inputs
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
@@ -14,6 +16,8 @@ from nemo_upcycle.sources.checkpoints import newest_checkpoint, step_of
 
 
 THIS_MACHINE = "this machine"
+#: What executors of NeMo-Run call the GPUs that they ask for.
+_GPUS = "gpus_per_node"
 
 
 class State(Enum):
@@ -75,7 +79,12 @@ class StageForecast:
 
 
 def forecast_stages(
-    stages: Sequence[Stage], run_dir: Path, plan: RunPlan, cluster: Cluster | None, jobs: Mapping[str, Job]
+    stages: Sequence[Stage],
+    run_dir: Path,
+    plan: RunPlan,
+    cluster: Cluster | None,
+    jobs: Mapping[str, Job],
+    executor: Any = None,
 ) -> tuple[StageForecast, ...]:
     """Return what will happen to each stage.
 
@@ -83,18 +92,21 @@ def forecast_stages(
         stages: a part of the chain, in its order; what comes before it is done.
         run_dir: the run's folder; need not exist.
         plan: what the stages are given.
-        cluster: the scheduler; None: this machine.
+        cluster: the scheduler; None: this machine, or an executor of others.
         jobs: by stage, what is asked of it.
+        executor: the user's.
     """
     findings: dict[str, Finding] = {}
     for stage in stages:
         findings[stage.name] = find(stage, run_dir, plan, findings)
-    return tuple(_asked(findings[stage.name], jobs[stage.name], cluster) for stage in stages)
+    return tuple(_asked(findings[stage.name], jobs[stage.name], cluster, executor) for stage in stages)
 
 
-def _asked(finding: Finding, job: Job, cluster: Cluster | None) -> StageForecast:
+def _asked(finding: Finding, job: Job, cluster: Cluster | None, executor: Any) -> StageForecast:
     if cluster is None:
-        return StageForecast(job.name, finding, THIS_MACHINE, job.nodes, job.ranks_per_node)
+        name = THIS_MACHINE if is_local(executor) else type(executor).__name__
+        asked = {_GPUS: str(gpus)} if (gpus := getattr(executor, _GPUS, None)) else {}
+        return StageForecast(job.name, finding, name, job.nodes, job.ranks_per_node, asked)
     is_done = finding.state is State.DONE
     return StageForecast(
         name=job.name,

@@ -19,7 +19,8 @@ _INDENT = "  "
 
 def render_forecast(forecast: Forecast) -> str:
     """Return a forecast as text, without a newline at its end."""
-    lines = [*_wrapped(f"Forecast of {forecast.recipe} in {forecast.run_dir}. Nothing was submitted or written.", "")]
+    heading = f"Forecast of {forecast.recipe} in {forecast.run_dir}. Nothing has been submitted or written yet."
+    lines = _wrapped(heading, "")
     sections: tuple[tuple[str, Iterable[str]], ...] = (
         ("Stages", _stage_lines(forecast.stages)),
         ("Trainings", _training_lines(list(forecast.trainings.values()))),
@@ -201,12 +202,15 @@ def _setting_lines(settings: Sequence[Setting]) -> list[str]:
         if other is None or (other.value, _kind(other)) != (setting.value, _kind(setting)):
             rows.append((_INDENT + name if prefix else name, setting.value, setting.origin))
     widths = [max(len(row[number]) for row in rows) for number in range(3)]
-    widths[1] = max(20, min(widths[1], WIDTH - len(_INDENT) - widths[0] - widths[2] - 2 * len("  ")))
+    room = WIDTH - len(_INDENT) - widths[0] - 2 * len("  ")
+    widths[1] = max(20, min(widths[1], room - widths[2]))
     lines: list[str] = []
     for number, row in enumerate(rows):
         lines += [headings[number]] if number in headings else []
-        parts = _over_lines(row, widths)
-        lines += ["  ".join(cell.ljust(size) for cell, size in zip(part, widths, strict=True)) for part in parts]
+        value_width = max(widths[1], min(len(row[1]), room - len(row[2])))  # an address stays whole where it can
+        sizes = [widths[0], value_width, widths[2]]
+        parts = _over_lines(row, sizes)
+        lines += ["  ".join(cell.ljust(size) for cell, size in zip(part, sizes, strict=True)) for part in parts]
     return lines
 
 

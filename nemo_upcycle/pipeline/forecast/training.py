@@ -10,7 +10,6 @@ from typing import Any
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.pipeline.executors.base import Cluster
 from nemo_upcycle.pipeline.forecast.planned import (
     Card,
     card_of,
@@ -154,21 +153,21 @@ class TrainingForecast:
         return max(lost * self.later.time.total, slow * self.first.time.total + (lost - slow) * self.later.time.total)
 
 
-def forecast_training(recipe: Any, dense: str, stage: StageForecast, cluster: Cluster | None) -> TrainingForecast:
+def forecast_training(recipe: Any, dense: str, stage: StageForecast, executor: Any = None) -> TrainingForecast:
     """Return what is known of a training.
 
     Args:
         recipe: its recipe, checked.
         dense: address of the dense parent.
         stage: where it runs.
-        cluster: the scheduler, whose executor may have a `price_per_gpu_hour` and name its `card`; None: this machine.
+        executor: where it runs; may have a `price_per_gpu_hour` and name its `card`. None: this machine.
     """
     nodes, per_node = ranks_of(recipe)
     arch, knows_vocabulary = model_of(recipe, dense)
     recipe = copy.deepcopy(recipe)
     train_on(recipe, "", dense)  # as the stage will
     layout = layout_of(recipe.trainer.strategy, nodes * per_node, recipe.data.micro_batch_size)
-    card = card_of(recipe, cluster, stage.resources)
+    card = card_of(recipe, executor, stage.resources)
     plans: tuple[Plan | None, Plan | None] = None, None
     no_plan = "" if card.gpu else card.why
     if card.gpu:
@@ -195,7 +194,7 @@ def forecast_training(recipe: Any, dense: str, stage: StageForecast, cluster: Cl
         later=plans[1],
         first_steps=first_steps_of(recipe),
         no_plan=no_plan,
-        price=getattr(getattr(cluster, "executor", None), "price_per_gpu_hour", None),
+        price=getattr(executor, "price_per_gpu_hour", None),
         limit_s=time_limit_s(stage.resources.get(TIME, "")),
     )
 

@@ -31,6 +31,7 @@ class SiteExecutor:
     queue: str = ""
     time: str = "4:00:00"
     price_per_gpu_hour: float | None = 2.5
+    stages: dict[str, dict[str, str]] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=lambda: {"partition": "conf/executors/site.yaml"})
 
 
@@ -159,6 +160,9 @@ def test_a_run_that_does_not_fit_the_disk_is_refused(llama: Any, tmp_path: Path)
     short = replace(found, disk=replace(found.disk, free_bytes=needed_bytes - 1))
     with pytest.raises(UpcycleError, match=r"disk space for .*: got .* GiB free, expected .*checkpoints of pretrain"):
         check_space(short)
+    check_space(short, alive=[stage.name for stage in STAGES])  # to watch what is submitted adds nothing
+    with pytest.raises(UpcycleError, match="exported model"):
+        check_space(replace(short, disk=replace(short.disk, free_bytes=0)), alive=["pretrain", "dense_ct"])
     assert any("disk is too small" in warning for warning in short.warnings)
     assert not any("disk is too small" in warning for warning in enough.warnings)
 
@@ -195,6 +199,32 @@ def test_origins_of_settings(tmp_path: Path) -> None:
     assert origins["run.executor.time"] == ("0:30:00", "executor site")
     assert "run.executor.queue" not in origins
     assert any("different numbers of tokens" in warning for warning in found.warnings)
+
+
+def test_settings_of_stages_have_origins_and_what_all_stages_set_is_said_of_them_alone(
+    llama: Any, tmp_path: Path
+) -> None:
+    stages = {stage.name: {"time": "1:00:00"} for stage in STAGES} | {"data": {"time": "2:00:00", "partition": "cpu"}}
+    executor = SiteExecutor(partition="big", time="0:30:00", stages=stages)
+    executor.origins["stages.data.time"] = "site.yaml"
+    words = ["run.executor.stages.report.time=1:00:00"]
+    found = forecast_of(llama, tmp_path, words, SiteCluster(executor))
+    origins = {setting.name: (setting.value, setting.origin) for setting in found.settings}
+    assert origins["run.executor.stages.data.time"] == ("2:00:00", "site.yaml")
+    assert origins["run.executor.stages.report.time"] == ("1:00:00", "command line")
+    assert origins["run.executor.partition"][0] == "big"
+    assert "run.executor.time" not in origins
+    (line,) = [line for line in render_forecast(found).splitlines() if "stages.data.partition" in line]
+    assert line.split() == ["stages.data.partition", "cpu", "executor", "SiteExecutor"]
+
+
+def test_an_executor_of_others_is_no_machine_of_ours(demo: Any, tmp_path: Path) -> None:
+    """NeMo-Run's, which may not be constructed without their clouds' packages."""
+    sky = type("SkypilotExecutor", (SiteExecutor,), {"gpus_per_node": 8})()
+    found = forecast_of(demo, tmp_path, executor=sky)
+    assert "SkypilotExecutor: 1 node x 2 ranks; gpus_per_node 8" in render_forecast(found)
+    assert found.trainings["pretrain"].card.why == "assumed"
+    assert "this machine: 1 node" in render_forecast(forecast_of(demo, tmp_path, executor=run.LocalExecutor()))
 
 
 def test_a_cluster_adds_resources_cost_jobs_and_scripts(llama: Any, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_upcycle.pipeline.forecast import render_forecast
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.forecast import check_stages, render_forecast
 from nemo_upcycle.pipeline.forecast.stages import State
 from nemo_upcycle.pipeline.stages import BY_NAME
 from tests.golden.forecasts import forecast_of, plan_of
@@ -55,6 +56,30 @@ def test_stages_are_done_resumed_or_run(demo: Any, tmp_path: Path) -> None:
     assert {use.stage for use in found.disk.uses} == {"pretrain", "dense_ct", "export"}
 
 
+def test_checkpoints_that_a_run_holds_need_no_space_again(llama: Any, tmp_path: Path) -> None:
+    finish(llama, tmp_path, "import", "data", "upcycle")
+    needed = []
+    for steps in (None, 1000, 2000, 3000):  # two are kept, and the third only if a kill kept it from being removed
+        _start(llama, tmp_path, "pretrain", steps)
+        found = forecast_of(llama, tmp_path, stages=[BY_NAME["pretrain"]])
+        needed.append(found.disk.needed_bytes / found.trainings["pretrain"].checkpoint_bytes)
+    assert needed == [3, 2, 1, 1]
+
+
+@pytest.mark.parametrize("part", ["build/tokens", "tokens"])
+def test_tokens_that_a_stopped_data_stage_left_need_no_space_again(llama: Any, tmp_path: Path, part: str) -> None:
+    finish(llama, tmp_path, "import")
+    stages = [BY_NAME["data"]]
+    (before,) = forecast_of(llama, tmp_path, stages=stages).disk.uses
+    _start(llama, tmp_path, "data", None)
+    folder = tmp_path / "data/blend" / part
+    folder.mkdir(parents=True)
+    with (folder / "0.bin").open("wb") as file:
+        file.truncate(1 << 30)  # sparse
+    (use,) = forecast_of(llama, tmp_path, stages=stages).disk.uses
+    assert before.new_peak_bytes - use.new_peak_bytes == 1 << 30
+
+
 def test_a_changed_setting_is_named_and_what_follows_runs_again(demo: Any, tmp_path: Path) -> None:
     finish(demo, tmp_path, *BY_NAME)
     assert set(_states(forecast_of(demo, tmp_path)).values()) == {"done"}
@@ -77,6 +102,8 @@ def test_work_that_would_be_refused_is_forecast_so(demo: Any, tmp_path: Path) ->
     (warning,) = [text for text in found.warnings if "refused" in text]
     assert warning.startswith("stage pretrain will be refused: upcycle runs again, and ")
     assert str(tmp_path / "pretrain") in warning
+    with pytest.raises(UpcycleError, match=r"pretrain will be refused: upcycle runs again, .* delete that folder\."):
+        check_stages(found)
 
 
 @pytest.mark.parametrize("only", ["evaluate", "report"])

@@ -72,7 +72,7 @@ def _scheduler(tmp_path: Path, definition: str = "trainjob-2.3", **fields: Any) 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_stage_of_every_recipe_fits_the_published_schemas(recipe: str, tmp_path: Path) -> None:
-    jobs = list(jobs_of(recipe, tmp_path / "demo"))
+    jobs = jobs_of(recipe, tmp_path / "demo")
     for definition in KINDS:
         scheduler, _ = _scheduler(tmp_path, definition)
         schema = jsonschema.Draft7Validator(closed_schema(definition))
@@ -119,7 +119,7 @@ def test_the_packages_own_table_makes_manifests(tmp_path: Path) -> None:
     table: Any = OmegaConf.to_container(OmegaConf.create(TABLE.read_text(encoding="utf-8").replace("???", "mine")))
     assert table.pop("executor") == "kubernetes"
     scheduler = KubernetesScheduler(KubernetesExecutor(**table | {"mount_path": str(tmp_path)}), FakeApi())  # type: ignore[arg-type]
-    jobs = list(jobs_of("llama3_8b_e8t2", tmp_path / "demo"))
+    jobs = jobs_of("llama3_8b_e8t2", tmp_path / "demo")
     scheduler.check(jobs)
     assert {job.name for job in jobs} == set(table["stages"])
     asked = scheduler.resources(next(job for job in jobs if job.name == "pretrain"))
@@ -277,7 +277,7 @@ def test_a_server_that_does_not_answer_ends_nothing_that_runs(tmp_path: Path, mo
 @pytest.mark.parametrize("definition", ["trainjob-2.3", "pytorchjob-1.9"])
 def test_argo_gets_the_stages_and_their_order(definition: str, tmp_path: Path) -> None:
     scheduler, _ = _scheduler(tmp_path, definition)
-    jobs = list(jobs_of("llama3_8b_e8t2", tmp_path / "8B v2"))[2:]
+    jobs = jobs_of("llama3_8b_e8t2", tmp_path / "8B v2")[2:]
     document = yaml.safe_load(scheduler.render_chain(jobs)["workflow.yaml"])
     stages, *templates = document["spec"]["templates"]
     before = {task["name"]: task["dependencies"] for task in stages["dag"]["tasks"]}
