@@ -30,6 +30,8 @@ from nemo_upcycle.utils.files import in_use
 
 
 COMMAND = "command.txt"
+#: Where this package lies, if it was not copied into an environment.
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 @run.cli.entrypoint(namespace="upcycle", type="experiment", run_ctx_cls=PipelineContext)
@@ -99,7 +101,8 @@ def pipeline(
     chain = Chain(cluster, jobs, lambda name: BY_NAME[name].is_done(run_dir, plan), run_dir) if cluster else None
     if chain:
         chain.check()
-        _warn_of_uncommitted_code()
+        if _runs_code_of(chain.cluster, CHECKOUT):
+            _warn_of_uncommitted_code(CHECKOUT)
     check_space(found, chain.alive() if chain else ())
     if not ctx.may_go_on():
         return
@@ -185,20 +188,31 @@ def _render(jobs: Sequence[Job], cluster: Optional[Cluster], plan: RunPlan, fold
             fix="name it with run.executor=slurm or run.executor=kubernetes",
         )
     cluster.check_settings(jobs)
-    folder.mkdir(parents=True, exist_ok=True)
     files = {name: text for job in jobs for name, text in cluster.render(job).items()} | cluster.render_chain(jobs)
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    plan.write(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        plan.write(folder)
+    except OSError as error:
+        raise UpcycleError(
+            f"--render {folder}", got=error.strerror, expected="a folder to write to", fix="name another one"
+        ) from None
     sys.stdout.write(
         f"Written to {folder}: {', '.join(files)}. The jobs read {jobs[0].run_dir / PLAN}: copy {folder / PLAN} there "
         "before you submit them.\n"
     )
 
 
-def _warn_of_uncommitted_code() -> None:
+def _runs_code_of(cluster: Cluster, folder: Path) -> bool:
+    """Return whether jobs run the code of a folder of this machine: with this interpreter, or where they mount it."""
+    mounts = [mount.partition(":")[0] for mount in getattr(cluster.executor, "container_mounts", ())]
+    mounts += getattr(cluster.executor, "mounts", {}).values()
+    return cluster.python == sys.executable or any(folder.is_relative_to(mount) for mount in mounts)
+
+
+def _warn_of_uncommitted_code(root: Path) -> None:
     """Warn if the package lies in a repository with changes that no commit holds: the jobs run what lies there."""
-    root = Path(__file__).resolve().parents[2]
     command = ["git", "-C", str(root), "status", "--porcelain", "--", "nemo_upcycle", "recipes", "conf"]
     try:
         changed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()

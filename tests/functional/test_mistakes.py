@@ -66,6 +66,8 @@ MISTAKES = {
     ),
     f"{DEMO} run.executor=slurm --render FILES/rendered": "run.executor.account: got nothing",
     f"{DEMO} --render FILES/rendered": "--render: got no cluster",
+    f"{DEMO} {SLURM} --render FILES/not.yaml": "--render FILES/not.yaml: got File exists, expected a folder",
+    f"{DEMO} {SLURM} --render FILES/not.yaml/x": "--render FILES/not.yaml/x: got Not a directory",
     f"{DEMO} {SLURM} run.executor.gpus_per_node=eight": "run.executor.gpus_per_node: got 'eight' (command line)",
     # names and values of settings
     f"{DEMO} pretrain.trainer.max_step=3": "Did you mean 'pretrain.trainer.max_steps'?",

@@ -11,7 +11,13 @@ import nemo_run as run
 import pytest
 import torch
 
+from nemo_upcycle.pipeline.executors.base import Cluster
+from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
+from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
+from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
+from nemo_upcycle.pipeline.executors.slurm_settings import StagedSlurmExecutor
 from nemo_upcycle.pipeline.in_turn import _stopped, sized, variables_for
+from nemo_upcycle.pipeline.launch import _runs_code_of
 from nemo_upcycle.pipeline.order import chosen_stages
 from nemo_upcycle.pipeline.plan import RunPlan
 from nemo_upcycle.pipeline.stages import STAGES
@@ -57,6 +63,20 @@ def test_a_stage_that_ended_just_before_the_signal_counts_as_finished(tmp_path: 
     folder.finish(inputs, 1.0, {})
     text = _stopped(signal.SIGTERM, stage, tmp_path, plan)
     assert f"Stopped by SIGTERM in stage 'import'. Kept in {tmp_path}: finished stages: import.\n" in text
+
+
+@pytest.mark.parametrize(
+    ("cluster", "expected"),
+    [
+        (SlurmScheduler(StagedSlurmExecutor(account="me")), True),
+        (SlurmScheduler(StagedSlurmExecutor(account="me", container_image="a")), False),
+        (SlurmScheduler(StagedSlurmExecutor(account="me", container_image="a", container_mounts=["/home:/h"])), True),
+        (KubernetesScheduler(KubernetesExecutor(image="a", claim="b", mount_path="/runs")), False),
+        (KubernetesScheduler(KubernetesExecutor(claim="b", mount_path="/runs", volumes={"homes": "/home"})), True),
+    ],
+)
+def test_jobs_run_this_code_with_this_interpreter_or_where_it_is_mounted(cluster: Cluster, expected: bool) -> None:
+    assert _runs_code_of(cluster, Path("/home/me/nemo-upcycle")) is expected
 
 
 @pytest.mark.parametrize(
