@@ -31,6 +31,13 @@ def pretrain_command(parent: Path, data: Path, run_dir: Path, **overrides: Any) 
     return [str(Path(sys.executable).with_name("nemo")), "llm", "pretrain", "--factory", factory, *words, "--yes"]
 
 
+def run_measured(command: list[str], folder: Path) -> tuple[subprocess.CompletedProcess[str], float]:
+    """Run a command in `folder`; return also the processor seconds that it took, since other work may slow it down."""
+    before_s = sum(os.times()[2:4])
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
+    return done, sum(os.times()[2:4]) - before_s
+
+
 def start(command: list[str], folder: Path, *, threads: int = 2) -> subprocess.Popen[str]:
     """Start a command in a session of its own, in `folder`; what it says goes to `folder/console.txt`."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_SIZE"))}

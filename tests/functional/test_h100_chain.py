@@ -10,8 +10,8 @@ import pytest
 
 from nemo_upcycle.pipeline.plan import RunPlan
 from nemo_upcycle.utils.files import is_complete, read_json
-from tests.functional.test_pipeline import EVALUATION, STAGES, run_in_own_process
-from tests.functional.tiny import write_texts
+from tests.functional.test_pipeline import STAGES, run_in_own_process
+from tests.functional.tiny import EVALUATION, write_texts
 from tests.models import write_llama, write_tokenizer
 
 

@@ -16,8 +16,8 @@ from nemo_upcycle.utils.files import MARKER, read_json
 from tests.functional.kubernetes_operator import Operator
 from tests.functional.kubernetes_server import IS_BUILT, define, server
 from tests.functional.soak import training_result
-from tests.functional.test_pipeline import EVALUATION, STAGES
-from tests.functional.tiny import write_parent, write_texts
+from tests.functional.test_pipeline import STAGES
+from tests.functional.tiny import write_inputs
 
 
 ROOT = Path(__file__).parents[2]
@@ -47,11 +47,7 @@ def operator(kubeconfig: Path) -> Iterator[Operator]:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("kubernetes")
-    write_parent(folder / "parent")
-    write_texts(folder / "texts")
-    (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("kubernetes"))
 
 
 class Run:

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.utils.files import MARKER
-from tests.functional.test_pipeline import EVALUATION
-from tests.functional.tiny import write_parent, write_texts
+from tests.functional.tiny import write_inputs
 from tests.unit.pipeline.test_local import processes_of
 
 
@@ -25,11 +24,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything that the script's recipe names; the run goes there, too, from test to test."""
-    folder = tmp_path_factory.mktemp("launch")
-    write_parent(folder / "parent")
-    write_texts(folder / "texts")
-    (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("launch"))
 
 
 class Launcher:

@@ -19,19 +19,11 @@ import pytest
 from nemo_upcycle.pipeline.plan import RunPlan
 from nemo_upcycle.utils.files import MARKER, is_complete, read_json
 from tests.distributed.ranks import run_ranks
-from tests.functional.tiny import shrink, write_parent, write_texts
+from tests.functional.tiny import EVALUATION, shrink, write_inputs
 
 
 pytestmark = pytest.mark.slow
 STAGES = ("import", "data", "upcycle", "pretrain", "dense_ct", "export", "evaluate", "report")
-EVALUATION = """
-tasks: {heldout_perplexity: [0]}
-local: true
-seed: 1234
-questions: {per_subject: 1, total: 1, max_characters: 150}
-heldout: {window_bytes: 128, windows: WINDOWS}
-batch_size: 4
-"""
 
 
 class Answer(NamedTuple):
@@ -74,14 +66,13 @@ def write_plan(folder: Path) -> RunPlan:
     from nemo_upcycle.pipeline.recipes_io import dump_recipe
     from nemo_upcycle.recipes import smollm2_135m_dense_ct, smollm2_135m_e8t2
 
-    evaluation = folder / "evaluation.yaml"
-    evaluation.write_text(EVALUATION.replace("WINDOWS", "4"))
+    write_inputs(folder)
     texts = {
         name: dump_recipe(shrink(module.pretrain_recipe(), max_steps=6, checkpoint_every=2))
         for name, module in (("pretrain", smollm2_135m_e8t2), ("dense_ct", smollm2_135m_dense_ct))
     }
-    parent, blend = write_parent(folder / "parent"), write_texts(folder / "texts")
-    return RunPlan("smollm2_135m_e8t2", str(parent), str(blend), str(evaluation), **texts)
+    inputs = [str(folder / name) for name in ("parent", "texts/blend.yaml", "evaluation.yaml")]
+    return RunPlan("smollm2_135m_e8t2", *inputs, **texts)
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ import pytest
 
 from nemo_upcycle.utils.files import MARKER, read_json
 from tests.functional.soak import training_result
-from tests.functional.test_pipeline import EVALUATION, STAGES
-from tests.functional.tiny import write_parent, write_texts
+from tests.functional.test_pipeline import STAGES
+from tests.functional.tiny import write_inputs
 
 
 ROOT = Path(__file__).parents[2]
@@ -129,11 +129,7 @@ def start_at_once(job: str) -> None:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("slurm")
-    write_parent(folder / "parent")
-    write_texts(folder / "texts")
-    (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("slurm"))
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,15 @@ SIZES = {
     # Padding rows count in the loss: every layout must have as many, so pad to the same size under TP1 and TP2.
     "make_vocab_size_divisible_by": PADDED_VOCAB // 2,
 }
+#: A suite of what is held out, of so many WINDOWS.
+EVALUATION = """
+tasks: {heldout_perplexity: [0]}
+local: true
+seed: 1234
+questions: {per_subject: 1, total: 1, max_characters: 150}
+heldout: {window_bytes: 128, windows: WINDOWS}
+batch_size: 4
+"""
 _WORDS = [
     "the",
     "state",
@@ -67,6 +76,14 @@ def write_texts(folder: Path) -> Path:
 def write_parent(folder: Path, **changes: Any) -> Path:
     """Write the dense parent: tied embeddings, as the demo's."""
     return write_tokenizer(write_llama(folder, tied=True, vocab_size=259, **changes))
+
+
+def write_inputs(folder: Path) -> Path:
+    """Write what `tiny_pipeline` and a chain's plan name: the parent, texts, and an evaluation; return the folder."""
+    write_parent(folder / "parent")
+    write_texts(folder / "texts")
+    (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
+    return folder
 
 
 def prepare(folder: Path, **changes: Any) -> tuple[Path, Path]:
