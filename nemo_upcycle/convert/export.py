@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from nemo_upcycle.convert.hf_folder import copy_tokenizer_files, write_config
-from nemo_upcycle.convert.megatron_weights import CheckpointWeights, MegatronWeights
+from nemo_upcycle.convert.megatron_weights import MegatronWeights, open_checkpoint
 from nemo_upcycle.convert.model_card import write_card
 from nemo_upcycle.convert.safetensors_writer import (
     MAX_SHARD_BYTES,
@@ -23,13 +23,12 @@ from nemo_upcycle.convert.safetensors_writer import (
     as_bytes,
     require_dtype,
 )
-from nemo_upcycle.errors import CheckpointError, SpecError
-from nemo_upcycle.models.architecture import Architecture, read_architecture
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import require_class
 from nemo_upcycle.models.mapping import hf_constants, mapping_of_hf
 from nemo_upcycle.models.sharding import Shard, hf_shape, hf_shapes, shard_shape, source_slices
 from nemo_upcycle.package_info import __version__
-from nemo_upcycle.sources.checkpoint_context import read_context
 from nemo_upcycle.sources.checks import require_finite, rounded
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.dtypes import dtype_name
@@ -215,25 +214,7 @@ def export_checkpoint(
         >>> export_checkpoint(Path("last"), Path("dense"), Path("hf"), spec=UpcycleSpec())  # doctest: +SKIP
     """
     require_apart(output, checkpoint)
-    weights, context = CheckpointWeights(checkpoint), read_context(checkpoint)
-    arch = read_architecture(dense_folder)
-    weights.require_parent(arch)
-    if context:
-        context.require_parent(arch, dense_folder)
-        spec = context.spec(spec)
-    if experts := weights.num_experts:
-        if spec is None or spec.num_experts != experts:
-            raise SpecError(
-                "spec",
-                got=f"num_experts={spec.num_experts}" if spec else "none",
-                expected=f"num_experts={experts}, as in {checkpoint}",
-                fix="give the spec that the model was upcycled by",
-            )
-        arch = arch.upcycled(spec)
-    elif spec is not None:
-        raise SpecError(
-            "spec", got=spec, expected=f"none: {checkpoint} is a dense model", fix="omit the spec's options"
-        )
+    weights, arch, context = open_checkpoint(checkpoint, dense_folder, spec)
     weights.require_all_read(arch)
     about = replace(
         about or About(),

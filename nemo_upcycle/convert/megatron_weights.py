@@ -8,11 +8,13 @@ from typing import Protocol
 
 import torch
 
-from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.errors import CheckpointError, SpecError
+from nemo_upcycle.models.architecture import Architecture, read_architecture
 from nemo_upcycle.models.mapping import BY_ROLE, MODEL_MAPPINGS, ParamMapping, layer_mappings
+from nemo_upcycle.sources.checkpoint_context import CheckpointContext, read_context
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint, model_prefix
 from nemo_upcycle.sources.megatron_checkpoint import model_tensors
+from nemo_upcycle.spec import UpcycleSpec
 
 
 #: Bytes read before the mapped files' memory is released: small enough for memory, large enough for speed.
@@ -126,6 +128,45 @@ class CheckpointWeights:
         shape = self.checkpoint.shape(key)
         index = [(at, at + 1) for at in position] + [(0, size) for size in shape[len(position) :]]
         return self.checkpoint.read(key, index).view(shape[len(position) :])
+
+
+def open_checkpoint(
+    checkpoint: Path, dense_folder: Path, spec: UpcycleSpec | None
+) -> tuple[CheckpointWeights, Architecture, CheckpointContext | None]:
+    """Open a checkpoint and find out what its model is.
+
+    Args:
+        checkpoint: of NeMo or Megatron, saved under any layout.
+        dense_folder: the dense parent's Hugging Face folder.
+        spec: what an MoE checkpoint was upcycled by; by default what its own context says.
+
+    Returns:
+        The open weights; the model's architecture; what the checkpoint says of it, None where it says nothing.
+
+    Raises:
+        SpecError: an MoE checkpoint without a spec, a dense one with a spec, or one that its context contradicts.
+        CheckpointError: the checkpoint is damaged, belongs to another parent, or was trained with other settings.
+    """
+    weights, context = CheckpointWeights(checkpoint), read_context(checkpoint)
+    arch = read_architecture(dense_folder)
+    weights.require_parent(arch)
+    if context:
+        context.require_parent(arch, dense_folder)
+        spec = context.spec(spec)
+    if experts := weights.num_experts:
+        if spec is None or spec.num_experts != experts:
+            raise SpecError(
+                "spec",
+                got=f"num_experts={spec.num_experts}" if spec else "none",
+                expected=f"num_experts={experts}, as in {checkpoint}",
+                fix="give the spec that the model was upcycled by",
+            )
+        arch = arch.upcycled(spec)
+    elif spec is not None:
+        raise SpecError(
+            "spec", got=spec, expected=f"none: {checkpoint} is a dense model", fix="omit the spec's options"
+        )
+    return weights, arch, context
 
 
 class LiveWeights:

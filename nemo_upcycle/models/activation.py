@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as functional
+
+from nemo_upcycle.errors import CheckpointError
 
 
 #: Functions of Megatron and NeMo, by their names: some are compiled when they are first called.
@@ -37,3 +40,20 @@ def activation_of(function: Callable[[torch.Tensor], torch.Tensor]) -> str:
     with torch.no_grad():
         got = function(x)
     return next((kind for kind, y in known.items() if torch.allclose(got, y, rtol=0, atol=1e-4)), name)
+
+
+def activation_function(activation: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return Megatron's activation function of an architecture's name for it: the inverse of `activation_of`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    known: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "silu": functional.silu,
+        "gelu": functional.gelu,
+        "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
+        "squared_relu": lambda x: functional.relu(x).square(),
+    }
+    if activation not in known:
+        raise CheckpointError.unknown("activation", activation, known)
+    return known[activation]

@@ -28,7 +28,7 @@ def _upcycled(folder: Path, spec: UpcycleSpec, layout: dict[str, int]) -> list[t
     return chunks
 
 
-def _save(folder: str, output: str, spec: UpcycleSpec, layout: dict[str, int]) -> None:
+def save_upcycled(folder: str, output: str, spec: UpcycleSpec, layout: dict[str, int]) -> None:
     from megatron.core import dist_checkpointing
 
     (chunk,) = _upcycled(Path(folder), spec, layout)
@@ -48,7 +48,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_mixed_layers_are_exported_from_their_own_keys(
     dense: Path, tmp_path: Path, ranks: int, layout: dict[str, int]
 ) -> None:
-    run_ranks(_save, ranks, str(dense), str(tmp_path / "saved/weights"), SPEC, layout)
+    run_ranks(save_upcycled, ranks, str(dense), str(tmp_path / "saved/weights"), SPEC, layout)
     export_checkpoint(tmp_path / "saved", dense, tmp_path / "hf", spec=SPEC, dtype=torch.float32)
     with one_rank():
         (model,) = _upcycled(dense, SPEC, {})
@@ -64,7 +64,7 @@ def test_mixed_layers_are_exported_from_their_own_keys(
 
 def test_an_exported_mixed_model_equals_its_parent(dense: Path, tmp_path: Path) -> None:
     spec = UpcycleSpec(**(SPEC.to_dict() | {"method": "copy"}))
-    run_ranks(_save, 2, str(dense), str(tmp_path / "saved/weights"), spec, {"ep": 2})
+    run_ranks(save_upcycled, 2, str(dense), str(tmp_path / "saved/weights"), spec, {"ep": 2})
     export_checkpoint(tmp_path / "saved", dense, tmp_path / "hf", spec=spec, dtype=torch.float32)
     tokens = sample_tokens(250)
     parent = hugging_face_logits(dense, tokens)

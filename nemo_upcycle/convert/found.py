@@ -1,0 +1,135 @@
+"""Find a checkpoint in what a user names, and what it was upcycled from and by: its run's receipt and its context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
+from nemo_upcycle.online.receipt import read_receipt, spec_of
+from nemo_upcycle.sources.checkpoint_context import read_context
+from nemo_upcycle.sources.checkpoints import UNFINISHED, complete_checkpoints, is_marked
+from nemo_upcycle.spec import UpcycleSpec
+
+
+_RECEIPT = "receipt.json"
+#: Fields that no tensor shows and that every reader needs.
+_UNSEEN = ("top_k", "router_order")
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A checkpoint and where it comes from.
+
+    Args:
+        checkpoint: the folder with `weights/` or `.metadata`.
+        dense: the dense parent's Hugging Face folder.
+        spec: what it was upcycled by; None for a dense model.
+        receipt_path: the receipt of its run, or None.
+        receipt: its content.
+    """
+
+    checkpoint: Path
+    dense: Path
+    spec: UpcycleSpec | None
+    receipt_path: Path | None
+    receipt: dict[str, Any]
+
+
+def find_model(
+    path: Path, dense: Path | None = None, receipt_path: Path | None = None, given: dict[str, Any] | None = None
+) -> FoundModel:
+    """Return the checkpoint at a path with its parent and its spec.
+
+    Args:
+        path: a checkpoint, a folder of them, or a run: as in `find_checkpoint`.
+        dense: the dense parent's folder; None: what the receipt says.
+        receipt_path: the run's receipt; None: the nearest one above the checkpoint.
+        given: fields of the spec that the user states.
+
+    Raises:
+        UpcycleError: there is no such checkpoint or receipt, no parent is known, or the statements contradict each
+            other.
+
+    Example:
+        >>> find_model(Path("runs/demo")).dense  # doctest: +SKIP
+        PosixPath('runs/demo/dense')
+    """
+    checkpoint, given = find_checkpoint(path), given or {}
+    receipt_path = receipt_path or _nearest_receipt(checkpoint)
+    receipt = read_receipt(receipt_path) if receipt_path else {}
+    dense = dense or (Path(receipt["source"]) if isinstance(receipt.get("source"), str) else None)
+    if dense is None:
+        raise UpcycleError(
+            "dense parent",
+            got="none",
+            expected="its Hugging Face folder",
+            fix="add --dense FOLDER, or --receipt FILE of the run",
+        )
+    context = read_context(checkpoint)
+    if not (context or receipt.get("spec")) and given:
+        _require_unseen(given, checkpoint)
+    known = {name: value for name, (_, value) in context.spec_fields.items()} if context else {}
+    spec = spec_of(receipt.get("spec"), receipt_path, given, known)
+    return FoundModel(checkpoint, dense, spec, receipt_path, receipt)
+
+
+def _require_unseen(given: dict[str, Any], checkpoint: Path) -> None:
+    if missing := [f"--{name.replace('_', '-')}" for name in _UNSEEN if name not in given]:
+        raise SpecError(
+            f"router of {checkpoint}",
+            got="neither a context/, arguments in common.pt nor a receipt",
+            expected="what no tensor shows",
+            fix=f"add {' and '.join(missing)}, or --receipt FILE of the run",
+        )
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint at `path`, the newest of a folder or run, or the last for `.../last`.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint, or several runs have some.
+    """
+    if _is_checkpoint(path):
+        if is_marked(path):
+            raise CheckpointError(
+                str(path),
+                got=f"one that is being written or removed ({path.name}{UNFINISHED})",
+                expected="a finished checkpoint",
+                fix="name another checkpoint",
+            )
+        return path
+    if path.name == "last" and not path.exists() and path.parent.is_dir():
+        ends = [found for found in complete_checkpoints(path.parent) if found.name.endswith("-last")]
+        if ends:
+            return ends[-1]
+        path = path.parent
+    if not path.is_dir():
+        raise CheckpointError(
+            str(path), got="no such folder", expected="a checkpoint, a folder of them, or a run", fix="check the path"
+        )
+    # A run of the pipeline has a folder of checkpoints for the upcycled model and one for its dense baseline.
+    near = [path, path / "checkpoints", path / "pretrain/checkpoints"]
+    deep = sorted(folder for depth in ("*", "*/*") for folder in path.glob(f"{depth}/checkpoints"))
+    found = [complete for folder in near if folder.is_dir() and (complete := complete_checkpoints(folder))][:1]
+    found = found or [complete for folder in deep if (complete := complete_checkpoints(folder))]
+    if len(found) == 1:
+        return found[0][-1]
+    children = [str(one[-1].relative_to(path)) for one in found] or sorted(child.name for child in path.iterdir())
+    raise CheckpointError(
+        str(path),
+        got=f"{'several' if found else 'no complete checkpoint'} ({', '.join(children[:8]) or 'an empty folder'})",
+        expected="a finished checkpoint, a folder of them, or a run",
+        fix="name the checkpoint",
+    )
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return any((folder / ".metadata").is_file() for folder in (path, path / "weights"))
+
+
+def _nearest_receipt(checkpoint: Path) -> Path | None:
+    """Return the receipt in the nearest folder above the checkpoint that has one."""
+    paths = (folder / _RECEIPT for folder in list(checkpoint.resolve().parents)[:6])
+    return next((path for path in paths if path.is_file()), None)

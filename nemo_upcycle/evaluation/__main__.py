@@ -1,0 +1,17 @@
+"""lm-eval's own command, with this package's model in it: `python -m nemo_upcycle.evaluation run --model nemo_upcycle`.
+
+lm-eval finds it by itself (entry point `lm_eval.models`) from the release after 0.4.13 on, and under torchrun either.
+"""
+
+from __future__ import annotations
+
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.registry import model_registry
+
+
+NAME = "nemo_upcycle"
+
+if __name__ == "__main__":
+    if NAME not in model_registry:
+        model_registry.register(NAME, target="nemo_upcycle.evaluation.megatron.lm:MegatronLM")
+    cli_evaluate()

@@ -1,0 +1,266 @@
+"""A checkpoint of NeMo or Megatron as a model that computes, on any layout: weights alone, no optimizer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_upcycle.convert.megatron_weights import CheckpointWeights, open_checkpoint
+from nemo_upcycle.cpu.backend import use_cpu_backend
+from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.models.activation import activation_function
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.mapping import ParamMapping, find_mapping, mapping_of
+from nemo_upcycle.models.megatron_config import check_model, megatron_fields
+from nemo_upcycle.models.rotary import rope_frequencies
+from nemo_upcycle.models.sharding import Shard, hf_shape, source_slices
+from nemo_upcycle.online.plan import RankCoords
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.utils.progress import ProgressLine
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is spread over the ranks of a job; what is left of them holds replicas.
+
+    Args:
+        tensor: ranks that share every matrix.
+        pipeline: ranks that share the layers.
+        virtual: pieces of a pipeline rank's layers, from 2 on; None: one.
+        expert: ranks that share the experts of a layer, among the replicas.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int | None = None
+    expert: int = 1
+
+    def check(self, arch: Architecture, ranks: int) -> None:
+        """Check that a model can be spread so.
+
+        Args:
+            arch: the model's.
+            ranks: of the job.
+
+        Raises:
+            UpcycleError: it cannot.
+        """
+        chunks = self.pipeline * (self.virtual or 1)
+        rules = [
+            ("tp", self.tensor, arch.num_kv_heads % self.tensor == 0, f"a divisor of {arch.num_kv_heads} groups"),
+            ("pp times vp", chunks, arch.num_layers % chunks == 0, f"a divisor of {arch.num_layers} layers"),
+            ("vp", self.virtual, self.virtual is None or self.pipeline > 1, "1 without pipeline parallelism"),
+            ("ep", self.expert, (arch.num_experts or 1) % self.expert == 0, f"a divisor of {arch.num_experts or 1}"),
+            ("tp times pp", self.tensor * self.pipeline, ranks % (self.tensor * self.pipeline) == 0, _of(ranks)),
+            ("ep times pp", self.expert * self.pipeline, ranks % (self.expert * self.pipeline) == 0, _of(ranks)),
+        ]
+        for name, got, fits, expected in rules:
+            if not fits:
+                raise UpcycleError(name, got=got, expected=expected, fix="choose another layout, or start more ranks")
+
+
+def _of(ranks: int) -> str:
+    return f"a divisor of the job's {ranks} rank{'s' if ranks > 1 else ''}"
+
+
+def start_ranks(layout: Layout) -> None:
+    """Set up torch.distributed, from torchrun's variables where there are any, and Megatron's groups.
+
+    Args:
+        layout: of the model.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    on_cpu = use_cpu_backend()
+    if not on_cpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not torch.distributed.is_initialized():
+        backend = "gloo" if on_cpu else "nccl"
+        if "RANK" in os.environ:
+            torch.distributed.init_process_group(backend)
+        else:
+            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=layout.virtual,
+            expert_model_parallel_size=layout.expert,
+            expert_tensor_parallel_size=1,
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(0)
+
+
+def load_chunks(
+    checkpoint: Path, dense_folder: Path, spec: UpcycleSpec | None, layout: Layout, dtype: torch.dtype
+) -> tuple[list[Any], Architecture]:
+    """Return this rank's chunks of a checkpoint's model, ready to compute.
+
+    Args:
+        checkpoint: of NeMo or Megatron, dense or upcycled, saved under any layout.
+        dense_folder: the dense parent's Hugging Face folder.
+        spec: what it was upcycled by; None: what the checkpoint's context says.
+        layout: the one to compute under.
+        dtype: the type to compute in.
+
+    Returns:
+        The chunks, one for each virtual pipeline stage of this rank, and the model's architecture.
+
+    Raises:
+        SpecError, CheckpointError: as in `open_checkpoint`.
+        UpcycleError: the model cannot be spread so over these ranks.
+    """
+    weights, arch, _ = open_checkpoint(checkpoint, dense_folder, spec)
+    with weights.checkpoint:
+        weights.require_all_read(arch)
+        layout.check(arch, int(os.environ.get("WORLD_SIZE", "1")))
+        start_ranks(layout)
+        chunks = build_chunks(arch, layout, dtype)
+        load_weights(chunks, weights, arch)
+    return chunks, arch
+
+
+def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list[Any]:
+    """Return this rank's chunks with weights that are not set yet. Experts drop no token, whatever the training did.
+
+    Args:
+        arch: the model's.
+        layout: that Megatron's groups were made for.
+        dtype: the type to compute in.
+
+    Raises:
+        CheckpointError: Megatron's own model class cannot compute it.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    if arch.scaled_embedding:
+        raise CheckpointError(
+            "embedding of the model",
+            got="multiplied by sqrt(hidden_size)",
+            expected="as it is: Megatron's own model class does not multiply it",
+            fix="export the checkpoint and evaluate the Hugging Face folder",
+        )
+    on_gpu = torch.cuda.is_available()
+    window = (arch.sliding_window - 1, 0) if arch.sliding_window else None
+    config = TransformerConfig(
+        **megatron_fields(arch),
+        **_router_fields(arch),
+        activation_func=activation_function(arch.activation),
+        window_size=window,
+        bias_activation_fusion=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        perform_initialization=False,
+        use_cpu_initialization=not on_gpu,
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=on_gpu and bool(arch.num_experts),
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=1,
+        sequence_parallel=layout.tensor > 1,  # without it Megatron 0.15 fails in a warning of its own
+    )
+    config.sequence_parallel = False  # a token of a continuation cannot be cut
+    rows = 8 * layout.tensor  # padding, as short as it can be
+    chunks = []
+    for stage in range(layout.virtual or 1):
+        vp_stage = stage if layout.virtual else None
+        chunk = GPTModel(
+            config,
+            get_gpt_decoder_block_spec(config, on_gpu, normalization=config.normalization, vp_stage=vp_stage),
+            -(-arch.vocab_size // rows) * rows,
+            arch.max_positions,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            share_embeddings_and_output_weights=arch.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=int(arch.rope_theta),
+            vp_stage=vp_stage,
+        ).to(device="cuda" if on_gpu else "cpu", dtype=dtype)
+        rotary = chunk.rotary_pos_emb
+        rotary.inv_freq = rope_frequencies(arch).to(rotary.inv_freq.device)
+        check_model(chunk, arch)
+        chunks.append(chunk.eval())
+    return chunks
+
+
+def _router_fields(arch: Architecture) -> dict[str, Any]:
+    """Return how the routers of an architecture choose, in Megatron's settings; without a loss, which nobody asks."""
+    if not arch.num_experts:
+        return {}
+    return {
+        "moe_router_pre_softmax": not arch.norm_topk,
+        "moe_router_score_function": arch.router_score,
+        "moe_router_topk_scaling_factor": None if arch.routed_scaling_factor == 1 else arch.routed_scaling_factor,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",  # in 16 bits the logits of two copies can be equal
+    }
+
+
+@torch.no_grad()
+def load_weights(chunks: Sequence[Any], weights: CheckpointWeights, arch: Architecture) -> None:
+    """Fill this rank's chunks from a checkpoint: every parameter is one of it, or a shard of one.
+
+    Args:
+        chunks: from `build_chunks`.
+        weights: the open checkpoint.
+        arch: the model's.
+
+    Raises:
+        CheckpointError: the model has a parameter that the mapping table does not know, or the shapes disagree.
+    """
+    coords = RankCoords.here()
+    found = [entry for chunk in chunks for entry in _parameters(chunk, arch, coords)]
+    with ProgressLine("load weights", len(found), enabled=torch.distributed.get_rank() == 0) as line:
+        for parameter, mapping, layer, expert, shard in found:
+            whole = weights.read(mapping, layer, expert)
+            _fill(parameter, whole, mapping, arch, shard)
+            line.advance()
+
+
+def _parameters(
+    chunk: Any, arch: Architecture, coords: RankCoords
+) -> Iterator[tuple[torch.nn.Parameter, ParamMapping, int, int, Shard]]:
+    """Yield a chunk's parameters: mapping, layer, expert, and this rank's place in the group that cuts it."""
+    layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
+    first_expert = coords.experts.rank * (arch.num_experts or 0) // coords.experts.size
+    for name, parameter in chunk.named_parameters():
+        prefix, _, inner = name.partition("decoder.layers.")
+        in_layer = not prefix and bool(inner)
+        local, _, rest = inner.partition(".")
+        match = find_mapping(rest if in_layer else name, in_layer=in_layer)
+        if match is None:
+            raise CheckpointError(
+                f"parameter {name}", got="no such one in the mapping table", expected="a Llama's", fix="export it"
+            )
+        mapping, expert = match
+        role = "embedding" if mapping.role == "output" and arch.tied_embeddings else mapping.role
+        shard = coords.expert if mapping.is_expert else coords.dense
+        layer = layers[int(local)] if in_layer else 0
+        yield parameter, mapping_of(role, arch), layer, first_expert + (expert or 0), shard
+
+
+def _fill(parameter: torch.nn.Parameter, whole: torch.Tensor, mapping: ParamMapping, arch: Any, shard: Shard) -> None:
+    """Copy a rank's shard of a parameter, part by part: gate and up, or query, key and value, are cut each alone."""
+    if mapping.role in ("embedding", "output"):
+        parameter.zero_()  # rows that only pad the vocabulary
+    parts = {
+        piece.part: piece.view(whole).reshape(hf_shape(mapping, piece.part, arch))
+        for piece in source_slices(mapping, arch, Shard(), tuple(whole.shape))
+    }
+    for piece in source_slices(mapping, arch, shard, tuple(parameter.shape)):
+        slice_ = parts[piece.part][tuple(slice(*bounds) for bounds in piece.source)]
+        piece.view(parameter).copy_(piece.seen(slice_))

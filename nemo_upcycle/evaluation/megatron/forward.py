@@ -1,0 +1,102 @@
+"""Forward passes of a Megatron model through the pipeline, without training it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def evaluating(chunks: Sequence[Any]) -> Iterator[None]:
+    """Let a model evaluate: no dropout, no auxiliary loss, no token dropped; then leave it as it was.
+
+    A model that drops what overflows an expert answers differently in other company, and its export drops nothing.
+    """
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    layers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, MoELayer)]
+    configs = {id(layer.config): layer.config for layer in layers}.values()
+    dispatchers = [layer.token_dispatcher for layer in layers]
+    was_training = [chunk.training for chunk in chunks]
+    factors = [config.moe_expert_capacity_factor for config in configs]
+    padded = [getattr(dispatcher, "drop_and_pad", None) for dispatcher in dispatchers]
+    try:
+        for chunk in chunks:
+            chunk.eval()
+        for config in configs:
+            config.moe_expert_capacity_factor = None
+        for dispatcher in dispatchers:
+            dispatcher.drop_and_pad = False
+        with torch.no_grad():
+            yield
+    finally:
+        for chunk, training in zip(chunks, was_training, strict=True):
+            chunk.train(training)
+        for config, factor in zip(configs, factors, strict=True):
+            config.moe_expert_capacity_factor = factor
+        for dispatcher, value in zip(dispatchers, padded, strict=True):
+            dispatcher.drop_and_pad = value
+
+
+def forward(
+    chunks: Sequence[Any],
+    inputs: Sequence[torch.Tensor],
+    take: Callable[[torch.Tensor, int], Any],
+    inference_context: Any = None,
+) -> list[Any]:
+    """Run some passes through the pipeline with Megatron's own schedule.
+
+    Args:
+        chunks: this rank's.
+        inputs: token ids [N, S] of each pass, all of one shape.
+        take: what to keep of the logits [N, S, V/T] of a pass and its number; called on the last stage only.
+        inference_context: Megatron's cache of keys and values, of the rows of all passes, for generation.
+
+    Returns:
+        What `take` gave for each pass; nothing on other stages than the last.
+    """
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    size, length = inputs[0].shape
+    offset = inference_context.sequence_len_offset if inference_context else 0
+    positions_NS = torch.arange(offset, offset + length, device=inputs[0].device).expand(size, length)
+    mask = _causal_mask(offset, length, inputs[0].device)
+
+    def step(numbered: Iterator[tuple[int, torch.Tensor]], chunk: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+        number, tokens_NS = next(numbered)
+        if inference_context:
+            inference_context.batch_size_offset = number * size
+        extra = {"inference_context": inference_context, "runtime_gather_output": True} if inference_context else {}
+        output = chunk(tokens_NS, positions_NS, mask, **extra)
+        return output, lambda logits, **_: take(logits, number)
+
+    results: list[Any] = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=[iter(enumerate(inputs)) for _ in chunks] if len(chunks) > 1 else iter(enumerate(inputs)),
+        model=list(chunks),
+        num_microbatches=len(inputs),
+        seq_length=length * chunks[0].config.context_parallel_size,
+        micro_batch_size=size,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    return results
+
+
+def padded_length(length: int, chunk: Any) -> int:
+    """Return the length to pad rows to: what sequence and context parallelism can cut, and FP8's kernels multiply."""
+    config = chunk.config
+    parts = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    parts *= 2 * config.context_parallel_size if config.context_parallel_size > 1 else 1
+    parts *= 16 if getattr(config, "fp8", None) else 1
+    return -(-length // parts) * parts
+
+
+def _causal_mask(offset: int, length: int, device: torch.device) -> torch.Tensor | None:
+    """Return what attention may not see [1, 1, S, offset + S]; Transformer Engine makes its own."""
+    if device.type == "cuda":
+        return None
+    return torch.ones(length, offset + length, dtype=torch.bool, device=device).triu(offset + 1)[None, None]

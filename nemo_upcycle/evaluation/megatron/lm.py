@@ -1,0 +1,227 @@
+"""The model of lm-eval for NeMo and Megatron checkpoints: `lm_eval --model nemo_upcycle --model_args checkpoint=...`.
+
+The first rank of the job asks; the others serve it until it ends. So tasks are read, tokenised and printed once.
+Texts become tokens as with lm-eval's `hf`, but that the first token of a held-out text is added once.
+"""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from nemo_upcycle.convert.found import find_model
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.evaluation.megatron.build import Layout, load_chunks
+from nemo_upcycle.evaluation.megatron.generate import generate
+from nemo_upcycle.evaluation.megatron.passes import Scored
+from nemo_upcycle.evaluation.megatron.score import score
+from nemo_upcycle.models.hf_model import load_tokenizer
+from nemo_upcycle.utils.dtypes import dtype_of
+from nemo_upcycle.utils.progress import ProgressLine
+
+
+#: What a rank without a question waits; NCCL would end the job after ten minutes.
+_PATIENCE = timedelta(days=7)
+_STOP = "stop"
+
+
+class MegatronLM(HFLM):
+    """A checkpoint, or the live model of a training job, as lm-eval asks it.
+
+    Args:
+        checkpoint: a checkpoint, a folder of them, or a run. None with `chunks`.
+        dense: the dense parent's Hugging Face folder; None: the one in the run's receipt. Its tokenizer is used.
+        tp: ranks that share every matrix.
+        pp: ranks that share the layers.
+        vp: pieces of a pipeline rank's layers.
+        ep: ranks that share the experts.
+        dtype: the type to compute in.
+        batch_size: sequences in one pass, or `auto`.
+        max_length: tokens of a sequence; None: as many as the model was trained for.
+        add_bos_token: whether every text begins with the first token; None: as the tokenizer does.
+        label: name of the model in the progress report.
+        others: what lm-eval passes to every model (`device`, `max_batch_size`), and spec fields (`top_k`,
+            `router_order`, ...) of a checkpoint that does not say how it routes.
+
+    Raises:
+        UpcycleError: no checkpoint, parent or tokenizer, or the model cannot be spread so.
+
+    Example:
+        torchrun --nproc-per-node 8 -m nemo_upcycle.evaluation run --model nemo_upcycle \\
+            --model_args checkpoint=runs/8b,ep=8 --tasks mmlu --num_fewshot 5
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | None = None,
+        dense: str | None = None,
+        *,
+        tp: int = 1,
+        pp: int = 1,
+        vp: int | None = None,
+        ep: int = 1,
+        dtype: str = "bfloat16",
+        batch_size: int | str | None = "auto",
+        max_length: int | None = None,
+        add_bos_token: bool | None = None,
+        label: str = "evaluate",
+        device: str | None = None,
+        max_batch_size: int | None = None,
+        **others: Any,
+    ) -> None:
+        super(HFLM, self).__init__()
+        if checkpoint is None:
+            raise UpcycleError(
+                "checkpoint", got="none", expected="a checkpoint, or a run", fix="write checkpoint=FOLDER"
+            )
+        found = find_model(Path(checkpoint), Path(dense) if dense else None, given=others)
+        self.tokenizer = load_tokenizer(found.dense)
+        layout = Layout(int(tp), int(pp), int(vp) if vp and int(vp) > 1 else None, int(ep))
+        self.chunks, self.arch = load_chunks(found.checkpoint, found.dense, found.spec, layout, dtype_of(dtype))
+        self.checkpoint = found.checkpoint
+        self._prepare(batch_size, max_length, add_bos_token, label)
+
+    def _prepare(self, batch_size: int | str | None, max_length: int | None, bos: bool | None, label: str) -> None:
+        """Set what lm-eval's class reads, and let all ranks but the first serve."""
+        self.backend, self.add_bos_token, self.custom_prefix_token_id = "causal", bos, None
+        self.truncation, self.enable_thinking, self.think_end_token = False, None, None
+        self.chat_template_args: dict[str, Any] = {}
+        self.batch_size_per_gpu = batch_size or "auto"
+        self._max_length = int(max_length or self.arch.max_positions)
+        self._label = label
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._rank, self._world_size = 0, 1  # as lm-eval sees it
+        self._commands = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+        if torch.distributed.get_rank() > 0:
+            self._serve()
+            raise SystemExit(0)
+        atexit.register(self.close)
+
+    def _ask(self, name: str, *arguments: Any) -> Any:
+        """Let all ranks do something together."""
+        torch.distributed.broadcast_object_list([(name, arguments)], src=0, group=self._commands)
+        return getattr(self, name)(*arguments)
+
+    def _serve(self) -> None:
+        while True:
+            asked: list[Any] = [None]
+            torch.distributed.broadcast_object_list(asked, src=0, group=self._commands)
+            name, arguments = asked[0]
+            if name == _STOP:
+                return
+            try:
+                getattr(self, name)(*arguments)
+            except UpcycleError:  # which the first rank reports
+                raise SystemExit(2) from None
+
+    def close(self) -> None:
+        """Let the other ranks end."""
+        atexit.unregister(self.close)
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            torch.distributed.broadcast_object_list([(_STOP, ())], src=0, group=self._commands)
+
+    def _score(self, sequences: list[Scored]) -> list[tuple[list[float], bool]]:
+        with self._line("score", len(sequences)) as line:
+            return score(
+                self.chunks,
+                sequences,
+                vocab_size=self.arch.vocab_size,
+                batch_size=self.batch_size,
+                progress=line.advance,
+            )
+
+    def _generate(self, prompts: list[list[int]], stops: list[str], most: int) -> list[list[int]]:
+        def ends(number: int, written: list[int]) -> bool:
+            text = self.tok_decode(written, skip_special_tokens=False)
+            return any(stop in text for stop in stops)
+
+        size = 8 if self.batch_size == "auto" else int(self.batch_size)
+        with self._line("generate", len(prompts)) as line:
+            return generate(
+                self.chunks,
+                prompts,
+                most=most,
+                ends=ends,
+                vocab_size=self.arch.vocab_size,
+                batch_size=size,
+                progress=line.advance,
+            )
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Score continuations; what differs in the last token alone goes through the model once."""
+        sequences = [((*context, *continuation), len(continuation)) for _, context, continuation in requests]
+        limit = self._max_length + 1
+        sequences = [(tokens[-limit:], predicted) for tokens, predicted in sequences]
+        found = self._ask("_score", sequences)
+        answers = [(sum(likelihoods), likeliest) for likelihoods, likeliest in found]
+        for (text, *_), answer in zip(requests, answers, strict=True):
+            if text is not None:
+                self.cache_hook.add_partial("loglikelihood", text, answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """Return the log-likelihood of whole texts, each from its first token on."""
+        windows: list[tuple[None, list[int], list[int]]] = []
+        counts = []
+        for request in requests:
+            tokens = self.tokenizer.encode(request.args[0], add_special_tokens=False)
+            found = get_rolling_token_windows(tokens, self.prefix_token_id, self._max_length, 1)
+            windows += [(None, *make_disjoint_window(window)) for window in found]
+            counts.append(len(windows))
+        answers = [likelihood for likelihood, _ in self._loglikelihood_tokens(windows)]
+        starts = [0, *counts[:-1]]
+        sums = [sum(answers[start:stop]) for start, stop in zip(starts, counts, strict=True)]
+        for request, total in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return sums
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """Continue prompts with the likeliest tokens until one of their stops.
+
+        Raises:
+            UpcycleError: a task wants tokens drawn at random.
+        """
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for number, request in enumerate(requests):
+            wanted = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
+            if wanted["do_sample"]:
+                raise UpcycleError(
+                    f"generation of task {request.task_name}",
+                    got=f"temperature {wanted['temperature']}",
+                    expected="0: the likeliest tokens",
+                    fix="add --gen_kwargs do_sample=False, or evaluate the exported folder with vLLM",
+                )
+            stops = tuple(handle_stop_sequences(list(wanted["until"]), eos=eos))
+            groups.setdefault((stops, wanted["max_gen_toks"]), []).append(number)
+        texts: dict[int, str] = {}
+        for (stops, most), numbers in groups.items():
+            room = self._max_length - most
+            prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
+            written = self._ask("_generate", prompts, list(stops), most)
+            for number, tokens in zip(numbers, written, strict=True):
+                text = postprocess_generated_text(self.tok_decode(tokens), list(stops), None)
+                texts[number] = text
+                self.cache_hook.add_partial("generate_until", requests[number].args, text)
+        return [texts[number] for number in range(len(requests))]
+
+    def _line(self, what: str, total: int) -> ProgressLine:
+        return ProgressLine(f"{self._label}: {what}", total, enabled=torch.distributed.get_rank() == 0)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return what lm-eval's results say of the model."""
+        return {
+            "model_num_parameters": self.arch.total_params,
+            "model_dtype": str(self.chunks[0].config.params_dtype),
+            "checkpoint": str(self.checkpoint),
+        }

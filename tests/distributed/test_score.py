@@ -1,0 +1,138 @@
+"""A checkpoint evaluated on real gloo ranks: whatever the layout, the log-likelihoods of the exported folder."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_upcycle import UpcycleSpec
+from nemo_upcycle.convert.export import export_checkpoint
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.evaluation.megatron.build import Layout, load_chunks
+from nemo_upcycle.evaluation.megatron.generate import generate
+from nemo_upcycle.evaluation.megatron.score import score
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_mixed_checkpoint import save_upcycled
+from tests.models import hugging_face_logits, write_llama
+
+
+VOCAB = 250
+#: `router_std` and noise make models that depend on every expert and on the routing.
+SPECS = {
+    "moe": UpcycleSpec(num_experts=4, top_k=2, method="noise", router_std=1.0),
+    "softmax first": UpcycleSpec(
+        num_experts=4, top_k=2, method="noise", router_std=1.0, router_order="softmax_topk", output_scale="none"
+    ),
+    "tied": UpcycleSpec(num_experts=4, top_k=2, method="noise", router_std=1.0),
+}
+LAYOUTS = [
+    (1, Layout()),
+    (2, Layout()),
+    (2, Layout(tensor=2)),
+    (2, Layout(pipeline=2)),
+    (2, Layout(pipeline=2, virtual=2)),
+    (2, Layout(expert=2)),
+    (4, Layout(tensor=2, expert=2)),
+    (4, Layout(pipeline=2, expert=2)),
+]
+
+
+def _sequences() -> list[tuple[list[int], int]]:
+    """Return texts of many lengths, some of which differ in their last token alone."""
+    numbers = random.Random(5)
+    found = []
+    for _ in range(23):
+        tokens = [numbers.randrange(VOCAB) for _ in range(numbers.randint(2, 30))]
+        found.append((tokens, numbers.randint(1, len(tokens) - 1)))
+    stem = [numbers.randrange(VOCAB) for _ in range(12)]
+    return found + [([*stem, last], 1) for last in (3, 77, 249)]
+
+
+def _scores(folder: str, case: str, layout: Layout, batch_size: int | str) -> list[tuple[list[float], bool]]:
+    chunks, arch = load_chunks(
+        Path(folder) / case / "saved", _parent(Path(folder), case), SPECS[case], layout, torch.float32
+    )
+    return score(chunks, _sequences(), vocab_size=arch.vocab_size, batch_size=batch_size)
+
+
+def _continuations(folder: str, case: str, layout: Layout) -> list[list[int]]:
+    chunks, arch = load_chunks(
+        Path(folder) / case / "saved", _parent(Path(folder), case), SPECS[case], layout, torch.float32
+    )
+    prompts = [tokens for tokens, _ in _sequences()[:7]]
+
+    def ends(number: int, written: list[int]) -> bool:
+        return len(written) == 2 + number
+
+    return generate(chunks, prompts, most=6, ends=ends, vocab_size=arch.vocab_size, batch_size=3)
+
+
+def _parent(folder: Path, case: str) -> Path:
+    return folder / ("tied dense" if case == "tied" else "dense")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("score")
+    for name, tied in (("dense", False), ("tied dense", True)):
+        write_llama(folder / name, tied=tied)
+    for case, spec in SPECS.items():
+        run_ranks(save_upcycled, 2, str(_parent(folder, case)), str(folder / case / "saved/weights"), spec, {"ep": 2})
+        export_checkpoint(
+            folder / case / "saved", _parent(folder, case), folder / case / "hf", spec=spec, dtype=torch.float32
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> dict[str, list[tuple[list[float], bool]]]:
+    """Return what transformers finds, sequence by sequence, of the exported folders."""
+    found: dict[str, list[tuple[list[float], bool]]] = {}
+    for case in SPECS:
+        answers = found[case] = []
+        for tokens, predicted in _sequences():
+            logits_SV = hugging_face_logits(folder / case / "hf", torch.tensor([tokens]))[0, -predicted - 1 : -1]
+            targets = torch.tensor(tokens[-predicted:])
+            likelihoods = logits_SV.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
+            answers.append((likelihoods.tolist(), bool((logits_SV.argmax(dim=-1) == targets).all())))
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS, ids=str)
+@pytest.mark.parametrize("case", SPECS)
+def test_every_layout_gives_the_log_likelihoods_of_the_exported_folder(
+    folder: Path, expected: dict[str, Any], case: str, ranks: int, layout: Layout
+) -> None:
+    answers = run_ranks(_scores, ranks, str(folder), case, layout, 4)
+    assert all(answer == answers[0] for answer in answers)
+    for (got, likeliest), (wanted, is_likeliest) in zip(answers[0], expected[case], strict=True):
+        torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), rtol=1e-5, atol=2e-5)
+        assert likeliest == is_likeliest
+
+
+@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS, ids=str)
+def test_every_layout_continues_prompts_as_the_exported_folder_does(folder: Path, ranks: int, layout: Layout) -> None:
+    answers = run_ranks(_continuations, ranks, str(folder), "moe", layout)
+    for number, ((tokens, _), written) in enumerate(zip(_sequences(), answers[0], strict=False)):
+        follows = list(tokens)
+        for _ in range(min(6, 2 + number)):
+            follows.append(int(hugging_face_logits(folder / "moe/hf", torch.tensor([follows]))[0, -1].argmax()))
+        assert written == follows[len(tokens) :]
+    assert all(answer == answers[0] for answer in answers)
+
+
+def test_batches_do_not_change_what_is_found(folder: Path) -> None:
+    (small,), (large,) = (run_ranks(_scores, 1, str(folder), "moe", Layout(), size) for size in (1, "auto"))
+    for (one, _), (other, _) in zip(small, large, strict=True):
+        torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=1e-5, atol=2e-5)
+
+
+def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(folder: Path) -> None:
+    saved, dense = folder / "moe/saved", folder / "dense"
+    for layout, name in ((Layout(tensor=4), "tp"), (Layout(expert=3), "ep"), (Layout(pipeline=2), "tp times pp")):
+        with pytest.raises(UpcycleError, match=f"^{name}: got"):
+            load_chunks(saved, dense, SPECS["moe"], layout, torch.float32)
