@@ -22,6 +22,7 @@ COMMANDS = {
     "convert": "dense checkpoint -> MoE Hugging Face folder",
     "verify": "dense folder against MoE folder: how equal are they",
     "export": "NeMo checkpoint -> Hugging Face folder",
+    "evaluate": "checkpoint or Hugging Face folder -> scores",
     "report": "run folder -> report.md and plots",
     "doctor": "what is installed, what fits, what is missing",
 }

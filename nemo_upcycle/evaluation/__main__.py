@@ -1,6 +1,6 @@
-"""lm-eval's own command, with this package's model in it: `python -m nemo_upcycle.evaluation run --model nemo_upcycle`.
+"""lm-eval's own command with this package's model in it: `python -m nemo_upcycle.evaluation run --model nemo_upcycle`.
 
-lm-eval finds it by itself (entry point `lm_eval.models`) from the release after 0.4.13 on, and under torchrun either.
+lm-eval finds the model by itself (entry point `lm_eval.models`) from the release after 0.4.13 on.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What computes an evaluation: transformers, checked tensor by tensor, or vLLM, faster on GPUs."""
+"""What computes an evaluation: transformers, checked tensor by tensor; vLLM, faster on GPUs; Megatron, unexported."""
 
 from __future__ import annotations
 
 import gc
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.model import load_model, quiet, wrap_model
 from nemo_upcycle.evaluation.samples import NEW_TOKENS, continue_prompts
 from nemo_upcycle.models.hf_model import empty_model
-from nemo_upcycle.utils.files import read_json
+from nemo_upcycle.utils.files import read_json, sha256_file
 
 
 #: Sequences in one forward pass on a CPU, where memory does not decide.
@@ -40,10 +40,12 @@ class Backend:
         return continue_prompts(self.lm.model, self.lm.tokenizer, prompts)
 
 
-class VllmBackend(Backend):
-    """A model in vLLM. Not verified on GPUs."""
+class AskedBackend(Backend):
+    """A model that is only reached through lm-eval: in vLLM (not verified on GPUs) or in Megatron."""
 
-    name = "vllm"
+    def __init__(self, name: str, lm: Any, facts: dict[str, Any], device: str, batch_size: int | str) -> None:
+        super().__init__(lm, facts, device, batch_size)
+        self.name = name
 
     def continue_prompts(self, prompts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the prompts, each with its `continuation`, in one batch."""
@@ -56,15 +58,24 @@ class VllmBackend(Backend):
         return [{**prompt, "continuation": text} for prompt, text in zip(prompts, texts, strict=True)]
 
 
-def open_model(folder: Path, *, backend: str, dtype: str, batch_size: int | str, label: str) -> Backend:
+def open_model(
+    folder: Path,
+    *,
+    backend: str,
+    dtype: str,
+    batch_size: int | str,
+    label: str,
+    megatron: Mapping[str, Any] | None = None,
+) -> Backend:
     """Load a model for an evaluation, over all GPUs that this process sees.
 
     Args:
-        folder: a Hugging Face folder.
-        backend: `hf`, `vllm`, or `auto`, see `choose_backend`.
+        folder: a Hugging Face folder; for Megatron a checkpoint, a folder of them, or a run.
+        backend: `hf`, `vllm`, `megatron`, or `auto`, see `choose_backend`.
         dtype: the type to compute in.
         batch_size: sequences in one forward pass; with `auto` as many as the GPUs take, and `CPU_BATCH` on a CPU.
         label: name of the model in the progress report.
+        megatron: how to open a checkpoint: arguments of `MegatronLM`. The ranks of a job but the first serve, and end.
 
     Raises:
         CheckpointError: the folder is not a model, or its weights do not fit it exactly.
@@ -72,28 +83,34 @@ def open_model(folder: Path, *, backend: str, dtype: str, batch_size: int | str,
     """
     import torch
 
+    chosen = choose_backend(folder, backend, dtype)
+    if chosen == "megatron":
+        return _open_in_megatron(folder, dtype, batch_size, label, megatron or {})
     if batch_size == "auto" and not torch.cuda.is_available():
         batch_size = CPU_BATCH
-    if choose_backend(folder, backend, dtype) == "vllm":
+    if chosen == "vllm":
         return _open_in_vllm(folder, dtype, batch_size)
     model, tokenizer = load_model(folder, dtype)
     lm = wrap_model(model, tokenizer, batch_size, label)
-    facts = {"class": type(model).__name__, "parameters": model.num_parameters()}
+    facts = {**_facts(folder, type(model).__name__), "parameters": model.num_parameters()}
     return Backend(lm, facts, str(model.device), batch_size)
 
 
 def choose_backend(folder: Path, wanted: str, dtype: str) -> str:
-    """Return `hf` or `vllm`.
+    """Return `hf`, `vllm` or `megatron`.
 
-    `auto` takes vLLM where it is installed, sees CUDA and has the model's class, for the 16-bit types only: float32 is
-    asked for to compare models item by item, and transformers loads them strictly.
+    A checkpoint is computed in Megatron, whatever is wanted; a Hugging Face folder never is. `auto` takes vLLM where
+    it is installed, sees CUDA and has the model's class, for the 16-bit types only: float32 is asked for to compare
+    models item by item, and transformers loads them strictly.
 
     Raises:
         UpcycleError: vLLM is asked for, and something that it needs is missing.
     """
     import torch
 
-    if wanted == "hf" or (wanted == "auto" and dtype == "float32"):
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        return "megatron"
+    if wanted in ("hf", "megatron") or (wanted == "auto" and dtype == "float32"):
         return "hf"
     got = expected = ""
     if importlib.util.find_spec("vllm") is None:
@@ -108,9 +125,12 @@ def choose_backend(folder: Path, wanted: str, dtype: str) -> str:
 
 
 def close_model(backend: Backend) -> None:
-    """Give GPU memory back, before the next model is loaded: vLLM takes most of it at once."""
+    """Let other ranks end and give GPU memory back, before the next model is loaded: vLLM takes most of it at once."""
     import torch
 
+    if backend.name == "megatron":
+        backend.lm.close()
+        backend.lm.chunks = []
     if torch.cuda.is_available():
         if backend.name == "vllm":
             backend.lm.model = None
@@ -127,6 +147,21 @@ def _classes_of_vllm() -> Sequence[str]:
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     return read_json(path) if path.is_file() else {}
+
+
+def _facts(folder: Path, name: str) -> dict[str, Any]:
+    return {"class": name, "config_sha256": sha256_file(folder / "config.json")}
+
+
+def _open_in_megatron(
+    folder: Path, dtype: str, batch_size: int | str, label: str, options: Mapping[str, Any]
+) -> Backend:
+    from nemo_upcycle.evaluation.megatron.lm import MegatronLM
+
+    with quiet("lm_eval"):
+        lm = MegatronLM(str(folder), dtype=dtype, batch_size=batch_size, label=label, **options)
+    facts = {**_facts(lm.dense, "Megatron GPTModel"), "parameters": lm.arch.total_params, "dense": str(lm.dense)}
+    return AskedBackend("megatron", lm, facts, str(lm.device), lm.batch_size)
 
 
 def _open_in_vllm(folder: Path, dtype: str, batch_size: int | str) -> Backend:
@@ -151,5 +186,5 @@ def _open_in_vllm(folder: Path, dtype: str, batch_size: int | str) -> Backend:
         lm = RollingVLLM(
             pretrained=str(folder), dtype=dtype, tensor_parallel_size=tensor_parallel, batch_size=batch_size
         )
-    facts = {"class": config["architectures"][0], "parameters": empty_model(folder).num_parameters()}
-    return VllmBackend(lm, facts, f"cuda x {tensor_parallel}", batch_size)
+    facts = {**_facts(folder, config["architectures"][0]), "parameters": empty_model(folder).num_parameters()}
+    return AskedBackend("vllm", lm, facts, f"cuda x {tensor_parallel}", batch_size)

@@ -1,4 +1,4 @@
-"""Evaluate one Hugging Face folder with lm-eval and keep every item's log-likelihoods."""
+"""Evaluate one model with lm-eval and keep every item's log-likelihoods."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nemo_upcycle.evaluation.compare import RATIOS, jackknife_stderr, leave_one_
 from nemo_upcycle.evaluation.model import quiet
 from nemo_upcycle.evaluation.suite import data_files
 from nemo_upcycle.package_info import __version__
-from nemo_upcycle.utils.files import MARKER, read_json, require_complete, sha256_file, write_json
+from nemo_upcycle.utils.files import MARKER, read_json, require_complete, write_json
 
 
 #: Bootstrap draws for the few hub metrics without a closed form of the standard error.
@@ -36,11 +36,13 @@ def evaluate(
     batch_size: int | str | None = None,
     limit: int | None = None,
     samples: bool = True,
+    backend: str | None = None,
+    megatron: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model, in the type that the suite names, and write `<output>/<name>.json`.
 
     Args:
-        model_folder: a Hugging Face folder with safetensors weights and a tokenizer.
+        model_folder: a Hugging Face folder with safetensors weights and a tokenizer, or a NeMo or Megatron checkpoint.
         suite: the folder that `build_suite` wrote. A local suite fetches nothing; lm-eval's own tasks come from the
             hub.
         output: folder for the result.
@@ -48,6 +50,8 @@ def evaluate(
         batch_size: sequences in one forward pass, or `auto`; the suite's own when None.
         limit: take only the first items of each task, for a quick look.
         samples: also let the model continue the suite's prompts.
+        backend: what computes, as in `open_model`; the suite's own when None.
+        megatron: how to open a checkpoint, as in `open_model`.
 
     Returns:
         What was written: `metrics` (`task/metric` -> `value`, `stderr`, `higher_is_better`), `items` (task -> an entry
@@ -71,7 +75,12 @@ def evaluate(
     batch_size = batch_size or config["batch_size"]
     with _offline(folder is not None):
         model = open_model(
-            model_folder, backend=config.get("backend", "hf"), dtype=config["dtype"], batch_size=batch_size, label=name
+            model_folder,
+            backend=backend or config.get("backend", "hf"),
+            dtype=config["dtype"],
+            batch_size=batch_size,
+            label=name,
+            megatron=megatron,
         )
         loaded_s = time.monotonic()
         texts = model.continue_prompts(described["prompts"] if samples else [])
@@ -83,11 +92,7 @@ def evaluate(
                 merged[part].update(values)
     result = {
         "name": name,
-        "model": {
-            "folder": str(model_folder),
-            **model.facts,
-            "config_sha256": sha256_file(model_folder / "config.json"),
-        },
+        "model": {"folder": str(model_folder), **model.facts},
         "suite": described,
         "settings": {
             "backend": model.name,

@@ -56,7 +56,7 @@ class SuiteConfig:
 #: Types to evaluate in.
 DTYPES = ("float32", "bfloat16", "float16")
 #: What computes.
-BACKENDS = ("auto", "hf", "vllm")
+BACKENDS = ("auto", "hf", "vllm", "megatron")
 #: The tasks that can be built locally: lm-eval's definition of each, without its name and the path of its data.
 #: The prompts are those of lm-eval's `mmlu` (letters) and of its cloze variant (answers).
 LOCAL_TASKS: dict[str, dict[str, Any]] = {

@@ -204,34 +204,28 @@ def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Evaluate parent, step 0, the trained model and the dense baseline on the same items."""
+    from nemo_upcycle.data.finished import open_blend
+    from nemo_upcycle.evaluation.named_suite import build_named_suite
     from nemo_upcycle.evaluation.run import evaluate
+    from nemo_upcycle.evaluation.suite import read_suite_config
 
-    _build_suite(run_dir, plan)
+    build_named_suite(plan.evaluation, open_blend(data_folder_of(run_dir, plan)).heldout(), run_dir / "suite")
+    dense_folder = dense_folder_of(run_dir)
     models = {
-        "dense": dense_folder_of(run_dir),
+        "dense": dense_folder,
         "step0": run_dir / "upcycle" / "hf",
         "trained": run_dir / "hf",
         "dense_ct": run_dir / "dense_ct" / "hf",
     }
+    if read_suite_config(plan.evaluation).backend == "megatron":  # the checkpoints, as they are trained
+        models |= {"trained": last_checkpoint(run_dir / "pretrain"), "dense_ct": run_dir / "dense_ct"}
     if not plan.dense_ct:
         del models["dense_ct"]
     for name, folder in models.items():
         samples = name != "step0"  # it writes what its parent writes
-        evaluate(folder, run_dir / "suite", run_dir / "evaluation", name=name, samples=samples)
+        megatron = {"dense": str(dense_folder)}
+        evaluate(folder, run_dir / "suite", run_dir / "evaluation", name=name, samples=samples, megatron=megatron)
     return {name: str(folder) for name, folder in models.items()}
-
-
-def _build_suite(run_dir: Path, plan: RunPlan) -> None:
-    """Build the evaluation suite from the documents that the blend holds out and the questions of the suite."""
-    from nemo_upcycle.data.assets import fetch_asset
-    from nemo_upcycle.data.finished import open_blend
-    from nemo_upcycle.data.questions import mmlu_questions
-    from nemo_upcycle.evaluation.suite import build_suite, read_suite_config
-
-    config = read_suite_config(plan.evaluation)
-    asks_mmlu = config.local and any(task.startswith("mmlu") for task in config.tasks)
-    questions = mmlu_questions(fetch_asset("mmlu")) if asks_mmlu else []
-    build_suite(questions, open_blend(data_folder_of(run_dir, plan)).heldout(), run_dir / "suite", config)
 
 
 def report_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:

@@ -83,14 +83,25 @@ class MegatronLM(HFLM):
                 "checkpoint", got="none", expected="a checkpoint, or a run", fix="write checkpoint=FOLDER"
             )
         found = find_model(Path(checkpoint), Path(dense) if dense else None, given=others)
-        self.tokenizer = load_tokenizer(found.dense)
+        self.tokenizer = _tokenizer_of(found.dense)
         layout = Layout(int(tp), int(pp), int(vp) if vp and int(vp) > 1 else None, int(ep))
         self.chunks, self.arch = load_chunks(found.checkpoint, found.dense, found.spec, layout, dtype_of(dtype))
-        self.checkpoint = found.checkpoint
+        self.checkpoint, self.dense = found.checkpoint, found.dense
         self._prepare(batch_size, max_length, add_bos_token, label)
+        if torch.distributed.get_rank() > 0:
+            self.serve()
+            raise SystemExit(0)
+        atexit.register(self.close)
 
     def _prepare(self, batch_size: int | str | None, max_length: int | None, bos: bool | None, label: str) -> None:
-        """Set what lm-eval's class reads, and let all ranks but the first serve."""
+        """Set what lm-eval's class reads, and how the ranks talk."""
+        if (tokens := len(self.tokenizer)) > self.arch.vocab_size:
+            raise UpcycleError(
+                "tokenizer",
+                got=f"{tokens} tokens",
+                expected=f"at most the model's vocabulary of {self.arch.vocab_size}",
+                fix="use the tokenizer that the model was trained with",
+            )
         self.backend, self.add_bos_token, self.custom_prefix_token_id = "causal", bos, None
         self.truncation, self.enable_thinking, self.think_end_token = False, None, None
         self.chat_template_args: dict[str, Any] = {}
@@ -100,17 +111,14 @@ class MegatronLM(HFLM):
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._rank, self._world_size = 0, 1  # as lm-eval sees it
         self._commands = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
-        if torch.distributed.get_rank() > 0:
-            self._serve()
-            raise SystemExit(0)
-        atexit.register(self.close)
 
     def _ask(self, name: str, *arguments: Any) -> Any:
         """Let all ranks do something together."""
         torch.distributed.broadcast_object_list([(name, arguments)], src=0, group=self._commands)
         return getattr(self, name)(*arguments)
 
-    def _serve(self) -> None:
+    def serve(self) -> None:
+        """Take part in what the first rank asks, until it closes."""
         while True:
             asked: list[Any] = [None]
             torch.distributed.broadcast_object_list(asked, src=0, group=self._commands)
@@ -225,3 +233,15 @@ class MegatronLM(HFLM):
             "model_dtype": str(self.chunks[0].config.params_dtype),
             "checkpoint": str(self.checkpoint),
         }
+
+
+def _tokenizer_of(dense: Path) -> Any:
+    try:
+        return load_tokenizer(dense)
+    except (OSError, ValueError) as error:
+        raise UpcycleError(
+            f"tokenizer of {dense}",
+            got=f"{type(error).__name__}: {error}",
+            expected="a Hugging Face tokenizer",
+            fix="name the folder of the dense parent, with its tokenizer files (dense=FOLDER, --dense FOLDER)",
+        ) from None

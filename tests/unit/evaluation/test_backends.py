@@ -79,7 +79,8 @@ def test_vllm_gets_folder_type_gpus_and_batch(tiny_llama: Path) -> None:
         "batch_size": "auto",
     }
     assert (opened.name, opened.device, opened.batch_size) == ("vllm", "cuda x 4", "auto")
-    assert opened.facts == {"class": "LlamaForCausalLM", "parameters": load_model(tiny_llama)[0].num_parameters()}
+    assert opened.facts["class"] == "LlamaForCausalLM"
+    assert opened.facts["parameters"] == load_model(tiny_llama)[0].num_parameters()
     continued = opened.continue_prompts([{"prompt": "one"}, {"prompt": "two"}])
     assert continued == [{"prompt": "one", "continuation": "after 0"}, {"prompt": "two", "continuation": "after 1"}]
     ((text, settings), _) = FakeVLLM.asked  # type: ignore[attr-defined]

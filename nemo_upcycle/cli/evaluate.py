@@ -1,0 +1,124 @@
+"""`nemo-upcycle evaluate`: score a checkpoint or a Hugging Face folder with lm-eval."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.cli.common import add_json, folder_to_make, show
+from nemo_upcycle.errors import UpcycleError
+
+
+HELP = "NeMo or Megatron checkpoint, or Hugging Face folder -> scores of lm-eval's tasks and held-out texts"
+_EXAMPLES = """examples:
+  nemo-upcycle evaluate runs/demo demo results --data runs/demo/data/blend
+  nemo-upcycle evaluate runs/demo/dense runs/demo/suite results --name dense
+  torchrun --nproc-per-node 8 -m nemo_upcycle.cli evaluate runs/8b paper results --ep 8
+
+A suite is a name in conf/evaluation, a YAML file like those, or a folder that was built before. The result is
+DIR/NAME.json, with every item's log-likelihoods. A checkpoint needs no export; it computes under any layout, also
+another one than it was trained under, without dropping tokens.
+exit status: 0 done; 2 a value or a file is wrong."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.epilog = _EXAMPLES
+    parser.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint, a run, or a Hugging Face folder")
+    parser.add_argument("suite", metavar="SUITE", help="a name in conf/evaluation, a YAML file, or a suite's folder")
+    parser.add_argument("output", metavar="DIR", type=folder_to_make, help="folder for the result")
+    parser.add_argument("--name", default="trained", metavar="NAME", help="of the model (default: trained)")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="blend whose held-out documents are scored")
+    parser.add_argument("--backend", metavar="hf|vllm|megatron|auto", help="what computes (default: the suite's)")
+    parser.add_argument("--batch-size", metavar="N|auto", help="sequences in one pass (default: the suite's)")
+    parser.add_argument("--limit", type=int, metavar="N", help="take the first N items of each task")
+    group = parser.add_argument_group("a checkpoint")
+    group.add_argument("--dense", type=Path, metavar="FOLDER", help="the dense parent (default: from the receipt)")
+    for option, text in (("tp", "share every matrix"), ("pp", "share the layers"), ("ep", "share the experts")):
+        group.add_argument(f"--{option}", type=int, default=1, metavar="N", help=f"ranks that {text} (default: 1)")
+    group.add_argument(
+        "--vp", type=int, default=1, metavar="N", help="pieces of a pipeline rank's layers (default: 1)"
+    )
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, show the result, and return the exit status.
+
+    Raises:
+        UpcycleError: a value or a file is wrong.
+    """
+    from nemo_upcycle.evaluation.backends import open_model
+    from nemo_upcycle.evaluation.run import evaluate
+    from nemo_upcycle.evaluation.suite import BACKENDS, read_suite_config
+    from nemo_upcycle.utils.files import MARKER, read_json
+
+    if args.backend is not None and args.backend not in BACKENDS:
+        raise UpcycleError.unknown("--backend", args.backend, BACKENDS)
+    batch_size = _batch_size(args.batch_size)
+    suite, is_built = Path(args.suite), (Path(args.suite) / MARKER).is_file()
+    config = read_json(suite / MARKER)["config"] if is_built else vars(read_suite_config(args.suite))
+    megatron: dict[str, Any] = {name: getattr(args, name) for name in ("tp", "pp", "vp", "ep")}
+    megatron["dense"] = str(args.dense) if args.dense else None
+    backend = args.backend or config["backend"]
+    if int(os.environ.get("RANK", "0")) > 0:  # serves the first rank, which reports what is wrong
+        try:
+            open_model(
+                args.model,
+                backend=backend,
+                dtype=config["dtype"],
+                batch_size=batch_size or config["batch_size"],
+                label=args.name,
+                megatron=megatron,
+            )
+        except UpcycleError:
+            return 2
+        return 0
+    if not is_built:
+        suite = _build(args)
+    result = evaluate(
+        args.model,
+        suite,
+        args.output,
+        name=args.name,
+        batch_size=batch_size,
+        limit=args.limit,
+        backend=backend,
+        megatron=megatron,
+    )
+    rows = [(name, f"{one['value']:.4f}", one["stderr"]) for name, one in sorted(result["metrics"].items())]
+    width = max(len(name) for name, *_ in rows)
+    lines = [f"{name:{width}}  {value}" + (f" +- {stderr:.4f}" if stderr else "") for name, value, stderr in rows]
+    path = args.output / f"{args.name}.json"
+    answer = {"output": path, "metrics": result["metrics"], "model": result["model"], "seconds": result["seconds"]}
+    show(args, answer, "\n".join([f"{path}: {result['model']['class']}, {result['settings']['dtype']}", *lines]))
+    return 0
+
+
+def _build(args: argparse.Namespace) -> Path:
+    """Build a named suite beside the results."""
+    from nemo_upcycle.data.finished import open_blend
+    from nemo_upcycle.evaluation.named_suite import build_named_suite
+    from nemo_upcycle.evaluation.suite import LOCAL_TASKS, read_suite_config
+
+    config = read_suite_config(args.suite)
+    texts = [task for task in config.tasks if config.local and LOCAL_TASKS[task]["doc_to_target"] == "text"]
+    if texts and args.data is None:
+        raise UpcycleError(
+            f"held-out documents for {', '.join(texts)}",
+            got="none",
+            expected="the folder of a blend that holds some out",
+            fix="add --data FOLDER, as nemo-upcycle data or a run's data stage made it",
+        )
+    documents = open_blend(args.data).heldout() if args.data else []
+    return build_named_suite(args.suite, documents, args.output / "suite")
+
+
+def _batch_size(text: str | None) -> int | str | None:
+    if text is None or text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise UpcycleError("--batch-size", got=text, expected="a whole number from 1 on, or auto", fix="write auto")
+    return int(text)

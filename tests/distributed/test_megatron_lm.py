@@ -1,0 +1,121 @@
+"""lm-eval asks a checkpoint on real gloo ranks, and gets what it gets of the exported folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_upcycle import UpcycleSpec
+from nemo_upcycle.convert.export import export_checkpoint
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.evaluation.compare import compare_items
+from nemo_upcycle.evaluation.run import evaluate
+from nemo_upcycle.evaluation.suite import HeldoutConfig, SuiteConfig, build_suite
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_mixed_checkpoint import save_upcycled
+from tests.models import write_llama, write_tokenizer
+from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS
+
+
+SPEC = UpcycleSpec(num_experts=4, top_k=2, method="noise", router_std=1.0)
+TASKS = {"mmlu_letter": [0], "mmlu_answer": [0], "heldout_perplexity": [0]}
+
+
+def _evaluate(folder: str, model: str, **megatron: Any) -> dict[str, Any] | str:
+    """Return what the first rank gets; the others serve it."""
+    try:
+        return evaluate(
+            Path(folder) / model,
+            Path(folder) / "suite",
+            Path(folder) / "results",
+            name=Path(model).name,
+            megatron={"dense": f"{folder}/dense", **SPEC_FIELDS, **megatron},
+        )
+    except SystemExit as ended:
+        return f"served, status {ended.code}"
+    except UpcycleError as error:
+        return str(error)
+
+
+SPEC_FIELDS = {name: getattr(SPEC, name) for name in ("num_experts", "top_k", "router_order")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lm")
+    dense = write_tokenizer(write_llama(folder / "dense", vocab_size=259))
+    run_ranks(save_upcycled, 2, str(dense), str(folder / "saved/weights"), SPEC, {"ep": 2})
+    export_checkpoint(folder / "saved", dense, folder / "hf", spec=SPEC, dtype=torch.float32)
+    build_suite(QUESTIONS, DOCUMENTS, folder / "suite", SuiteConfig(TASKS, heldout=HeldoutConfig(window_bytes=200)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(folder: Path) -> dict[str, Any]:
+    return evaluate(folder / "hf", folder / "suite", folder / "results", name="hf")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"), [(1, {}), (2, {"tp": 2}), (2, {"pp": 2}), (4, {"tp": 2, "ep": 2})], ids=str
+)
+def test_a_checkpoint_answers_as_its_exported_folder(
+    folder: Path, exported: dict[str, Any], ranks: int, layout: dict[str, int]
+) -> None:
+    first, *others = run_ranks(_evaluate_here, ranks, str(folder), layout)
+    assert others == ["served, status 0"] * (ranks - 1)
+    found = compare_items(exported, first)
+    assert found["max_relative_loglikelihood_difference"] < 1e-5
+    assert found["changed_answers"] == 0
+    assert first["samples"] == exported["samples"]
+    assert first["model"]["parameters"] == exported["model"]["parameters"]
+    assert first["settings"]["backend"] == "megatron"
+
+
+def _evaluate_here(folder: str, layout: dict[str, int]) -> Any:
+    return _evaluate(folder, "saved", **layout)
+
+
+def test_nan_is_named_and_not_scored(folder: Path) -> None:
+    answers = run_ranks(_evaluate_damaged, 2, str(folder))
+    assert "log-likelihoods of" in answers[0]
+    assert "got NaN or infinity, expected numbers" in answers[0]
+    assert answers[1] == "served, status 2"
+
+
+def _evaluate_damaged(folder: str) -> Any:
+    from nemo_upcycle.evaluation.megatron import lm
+
+    load = lm.load_chunks
+
+    def damaged(*arguments: Any) -> Any:
+        chunks, arch = load(*arguments)
+        chunks[0].decoder.layers[0].self_attention.linear_qkv.weight.data[0] = float("nan")
+        return chunks, arch
+
+    lm.load_chunks = damaged
+    return _evaluate(folder, "saved")
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(folder: Path) -> None:
+    config = json.loads((folder / "dense/config.json").read_text())
+    assert config["vocab_size"] == 259
+    (answer,) = run_ranks(_evaluate_with_large_tokenizer, 1, str(folder))
+    assert "got 300 tokens, expected at most the model's vocabulary of 259" in answer
+
+
+def _evaluate_with_large_tokenizer(folder: str) -> Any:
+    from nemo_upcycle.evaluation.megatron import lm
+
+    load = lm.load_tokenizer
+
+    def large(dense: Path) -> Any:
+        tokenizer = load(dense)
+        tokenizer.add_tokens([f"<more {number}>" for number in range(300 - len(tokenizer))])
+        return tokenizer
+
+    lm.load_tokenizer = large
+    return _evaluate(folder, "saved")
