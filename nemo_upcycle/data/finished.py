@@ -161,8 +161,9 @@ class FinishedBlend:
         return "\n".join(lines)
 
     def heldout(self) -> list[tuple[str, str]]:
-        """Return id and text of the documents that were held out for perplexity."""
-        return [(line["id"], line["text"]) for _, line in read_json_lines(self.folder / HELDOUT)]
+        """Return id and text of the documents that were held out for perplexity; an id begins with its source."""
+        lines = [line for _, line in read_json_lines(self.folder / HELDOUT)]
+        return [(f"{line['source']}/{line['id']}" if "source" in line else line["id"], line["text"]) for line in lines]
 
     def require_tokenizer_of(self, dense: str) -> None:
         """Check that the data were made with the tokenizer of a dense model.

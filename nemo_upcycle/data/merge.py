@@ -73,7 +73,7 @@ def merge_heldout(work: Path, output: Path, stats: list[dict[str, Any]]) -> dict
         for task, entry in enumerate(stats):
             if "heldout" in entry["splits"]:
                 for _, line in read_json_lines(work / "tokens" / f"{task:05d}.heldout.jsonl"):
-                    handle.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    handle.write(json.dumps({"source": entry["source"], **line}, ensure_ascii=False) + "\n")
     return {"file": output.name, **sum_counts(entry["splits"].get("heldout", {}) for entry in stats)}
 
 

@@ -1,4 +1,4 @@
-"""Compare two evaluations of the same items: how equal are they, and is one better?
+"""Compare two evaluations of the same items: how equal are they? `paired.py` says whether one is better.
 
 Pure functions of the results of `evaluate`. Every uncertainty is a jackknife over the items: for a mean this is the
 usual standard error, and it also holds for perplexities (ratios of sums).
@@ -16,7 +16,6 @@ from nemo_upcycle.errors import UpcycleError
 Score = Any  # a number, or [loglikelihood, units] for a metric that divides sums
 #: Metrics that divide the sum of log-likelihoods (nats) by the sum of words or bytes; every other one is a mean.
 RATIOS = ("word_perplexity", "byte_perplexity", "bits_per_byte")
-_CONFIDENCE = 0.95
 
 
 def statistic(metric: str, scores: Sequence[Score]) -> float:
@@ -30,15 +29,15 @@ def statistic(metric: str, scores: Sequence[Score]) -> float:
         >>> statistic("acc", [1.0, 0.0])
         0.5
     """
-    parts = _parts(metric, scores)
-    return _value(metric, sum(part[0] for part in parts), sum(part[1] for part in parts))
+    parts = parts_of(metric, scores)
+    return value_of(metric, sum(part[0] for part in parts), sum(part[1] for part in parts))
 
 
 def leave_one_out(metric: str, scores: Sequence[Score]) -> list[float]:
     """Return the metric's value without each item in turn; nothing for fewer than two items."""
-    parts = _parts(metric, scores)
+    parts = parts_of(metric, scores)
     total, units = (sum(part[column] for part in parts) for column in (0, 1))
-    return [_value(metric, total - one, units - its) for one, its in parts] if len(parts) > 1 else []
+    return [value_of(metric, total - one, units - its) for one, its in parts] if len(parts) > 1 else []
 
 
 def jackknife_stderr(left_out: Sequence[float]) -> float | None:
@@ -54,11 +53,13 @@ def jackknife_stderr(left_out: Sequence[float]) -> float | None:
     return math.sqrt((items - 1) / items * sum((entry - mean) ** 2 for entry in left_out))
 
 
-def _parts(metric: str, scores: Sequence[Score]) -> list[tuple[float, float]]:
+def parts_of(metric: str, scores: Sequence[Score]) -> list[tuple[float, float]]:
+    """Return each item's part of the two sums that make a metric."""
     return [(score[0], score[1]) if metric in RATIOS else (score, 1) for score in scores]
 
 
-def _value(metric: str, total: float, units: float) -> float:
+def value_of(metric: str, total: float, units: float) -> float:
+    """Return a metric from its two sums."""
     mean = total / units
     if metric == "bits_per_byte":
         return -mean / math.log(2)
@@ -86,7 +87,7 @@ def compare_items(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     absolute = relative = 0.0
     largest_at: dict[str, Any] | None = None
     for task in a["items"]:
-        for one, other in _pairs(a, b, task):
+        for one, other in item_pairs(a, b, task):
             count["items"] += 1
             count["questions"] += "answer" in one
             count["changed_answers"] += "answer" in one and _choices(one) != _choices(other)
@@ -104,52 +105,11 @@ def compare_items(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str) -> dict[str, Any]:
-    """Return the difference of `b` from `a`, with the uncertainty of the difference itself.
-
-    Both models saw the same items, so the difficulty of an item cancels: the paired standard error is far below that
-    of either value.
-
-    Args:
-        a: an evaluation.
-        b: another one, of the same items.
-        metric: a key of `metrics`, for example `heldout_perplexity/bits_per_byte`.
-
-    Returns:
-        `difference` (b minus a), its `stderr`, a 95 % t interval `low` to `high` (None with fewer than two items),
-        `items`, `higher_is_better`, and `significant`: the difference is beyond twice its standard error.
-
-    Raises:
-        UpcycleError: no such metric, or not the same items.
-    """
-    from scipy.stats import t
-
-    for result in (a, b):
-        if metric not in result["metrics"]:
-            raise UpcycleError.unknown(f"metric of evaluation {result['name']}", metric, result["metrics"])
-    task, _, name = metric.rpartition("/")
-    pairs = [pair for leaf in a["groups"].get(task, [task]) for pair in _pairs(a, b, leaf)]
-    scores_a, scores_b = ([pair[side]["scores"][name] for pair in pairs] for side in (0, 1))
-    value = statistic(name, scores_b) - statistic(name, scores_a)
-    left_out = zip(leave_one_out(name, scores_a), leave_one_out(name, scores_b), strict=True)
-    stderr = jackknife_stderr([after - before for before, after in left_out])
-    half_width = None if stderr is None else stderr * float(t.ppf((1 + _CONFIDENCE) / 2, len(pairs) - 1))
-    return {
-        "difference": value,
-        "stderr": stderr,
-        "low": None if half_width is None else value - half_width,
-        "high": None if half_width is None else value + half_width,
-        "items": len(pairs),
-        "higher_is_better": a["metrics"][metric]["higher_is_better"],
-        "significant": stderr is not None and abs(value) > 2 * stderr,
-    }
-
-
 def _choices(item: dict[str, Any]) -> tuple[Any, ...]:
     return item["answer"], *item["scores"].values()
 
 
-def _pairs(a: dict[str, Any], b: dict[str, Any], task: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def item_pairs(a: dict[str, Any], b: dict[str, Any], task: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Yield the items of a task from both evaluations, in the same order.
 
     Raises:

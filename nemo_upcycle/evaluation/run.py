@@ -203,6 +203,11 @@ def _item(sample: dict[str, Any]) -> dict[str, Any]:
     item: dict[str, Any] = {"id": sample["doc_id"], "hash": sample["doc_hash"], "loglikelihoods": likelihoods}
     if len(likelihoods) > 1:
         item["answer"] = likelihoods.index(max(likelihoods))
+    # What it is not independent of: the other windows of its document, the other questions of its subject.
+    if (
+        cluster := next((sample["doc"][key] for key in ("document", "subject") if key in sample["doc"]), None)
+    ) is not None:
+        item["cluster"] = cluster
     item["scores"] = {metric: sample[metric] for metric in sample["metrics"]}
     return item
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from nemo_upcycle.evaluation.compare import compare_items, paired_difference
+from nemo_upcycle.evaluation.compare import compare_items
+from nemo_upcycle.evaluation.paired import paired_difference
 from nemo_upcycle.reporting.run_folder import Curve, RunRecord
 
 

@@ -106,8 +106,8 @@ def evaluation(results: dict[str, Any]) -> str:
         "Value ± standard error. Perplexities and bits per byte: lower is better; accuracies: higher is better.",
         table(["difference", *(f"{MODELS[b]} - {MODELS[a]}" for a, b in pairs.values())], differences),
         "Difference ± its paired standard error: both models saw the same items, so the error of a difference is"
-        " smaller than that of the values. A model is called better only beyond twice that error. Questions and"
-        " windows of text count as independent.",
+        " smaller than that of the values. A model is called better only beyond twice that error. Windows of one"
+        " document, and questions of one subject, count as one observation.",
         _evaluation_files(models),
     )
 

@@ -139,7 +139,7 @@ def test_training_opens_the_folder(built: Path, texts: Path) -> None:
     assert blend.shares == pytest.approx({"mine": 0.3, "questions": 0.1, "web": 0.6})
     assert len(blend.paths(16)["train"]) == 6
     ids = {identity for identity, _ in blend.heldout()}
-    assert "held.txt" in ids
+    assert "mine/held.txt" in ids
     assert len(ids) > 10
     dataset = IndexedDataset(str(built / _manifest(built)["sources"]["mine"]["splits"]["train"]["prefixes"][0]))
     assert len(dataset) == 1  # own.txt

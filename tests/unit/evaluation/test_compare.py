@@ -12,7 +12,6 @@ from nemo_upcycle.evaluation.compare import (
     compare_items,
     jackknife_stderr,
     leave_one_out,
-    paired_difference,
     statistic,
 )
 
@@ -90,47 +89,10 @@ def test_a_question_counts_as_changed_when_only_its_normalised_answer_changes() 
     assert compare_items(A, other)["changed_answers"] == 1
 
 
-def test_the_paired_difference_of_accuracies() -> None:
-    # differences 0 and 1: mean 0.5, standard deviation sqrt(0.5), over sqrt(2): 0.5; t(0.975, 1) = 12.7062
-    found = paired_difference(A, B, "quiz/acc")
-    assert found["difference"] == pytest.approx(0.5)
-    assert found["stderr"] == pytest.approx(0.5)
-    assert found["low"] == pytest.approx(0.5 - 0.5 * 12.7062, abs=1e-4)
-    assert found["high"] == pytest.approx(0.5 + 0.5 * 12.7062, abs=1e-4)
-    assert found["items"] == 2
-    assert found["higher_is_better"] is True
-    assert found["significant"] is False
-    assert paired_difference(A, B, "all/acc") == found  # a group is its tasks' items
-
-
-def test_the_paired_difference_of_perplexities() -> None:
-    # A: exp(50 / 20), B: exp(44 / 20). Left out one: exp(2.4) - exp(3) and exp(2) - exp(2) = 0.
-    found = paired_difference(A, B, "text/word_perplexity")
-    first = math.exp(2.4) - math.exp(3)
-    assert found["difference"] == pytest.approx(math.exp(2.2) - math.exp(2.5))
-    assert found["stderr"] == pytest.approx(abs(first) / 2)  # sqrt(1/2 * 2 * (first / 2)^2)
-    assert paired_difference(A, B, "text/bits_per_byte")["difference"] == pytest.approx(-6 / 100 / math.log(2))
-
-
-def test_a_difference_beyond_twice_its_error_is_significant() -> None:
-    texts = [-20.0, -30.0, -25.0, -22.0]
-    one = evaluation("one", [], [], texts)
-    better = evaluation("better", [], [], [value + 2.0 + 0.01 * number for number, value in enumerate(texts)])
-    assert paired_difference(one, better, "text/bits_per_byte")["significant"] is True
-    assert paired_difference(one, one, "text/bits_per_byte")["significant"] is False
-
-
 def test_different_items_are_refused() -> None:
     shorter = evaluation("short", [[-1.0, -2.0]], [1.0], [-20.0, -30.0])
     with pytest.raises(UpcycleError, match="evaluation short beside a: got 1 items of quiz, expected the same items"):
         compare_items(A, shorter)
-    with pytest.raises(UpcycleError, match="same suite and limit"):
-        paired_difference(A, shorter, "quiz/acc")
     fewer_tasks = {**A, "items": {"quiz": A["items"]["quiz"]}}
     with pytest.raises(UpcycleError, match="same suite and limit"):
         compare_items(A, fewer_tasks)
-
-
-def test_an_unknown_metric_is_refused() -> None:
-    with pytest.raises(UpcycleError, match="Did you mean 'quiz/acc'"):
-        paired_difference(A, B, "quiz/ac")

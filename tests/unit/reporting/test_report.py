@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.compare import paired_difference
+from nemo_upcycle.evaluation.paired import paired_difference
 from nemo_upcycle.reporting.report import write_report
 from tests.unit.reporting.conftest import EVALUATIONS, RECEIPT
 

@@ -1,0 +1,93 @@
+"""Differences between two models; every expected number is computed by hand in the comment beside it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.evaluation.paired import LEAST_CLUSTERS, mcnemar_p, paired_difference
+from tests.unit.evaluation.test_compare import A, B, evaluation
+
+
+def test_the_paired_difference_of_accuracies() -> None:
+    # differences 0 and 1: mean 0.5, standard deviation sqrt(0.5), over sqrt(2): 0.5; t(0.975, 1) = 12.7062
+    found = paired_difference(A, B, "quiz/acc")
+    assert found["difference"] == pytest.approx(0.5)
+    assert found["stderr"] == pytest.approx(0.5)
+    assert found["low"] == pytest.approx(0.5 - 0.5 * 12.7062, abs=1e-4)
+    assert found["high"] == pytest.approx(0.5 + 0.5 * 12.7062, abs=1e-4)
+    assert found["items"] == 2
+    assert found["higher_is_better"] is True
+    assert found["significant"] is False
+    assert paired_difference(A, B, "all/acc") == found  # a group is its tasks' items
+
+
+def test_the_paired_difference_of_perplexities() -> None:
+    # A: exp(50 / 20), B: exp(44 / 20). Left out one: exp(2.4) - exp(3) and exp(2) - exp(2) = 0.
+    found = paired_difference(A, B, "text/word_perplexity")
+    first = math.exp(2.4) - math.exp(3)
+    assert found["difference"] == pytest.approx(math.exp(2.2) - math.exp(2.5))
+    assert found["stderr"] == pytest.approx(abs(first) / 2)  # sqrt(1/2 * 2 * (first / 2)^2)
+    assert paired_difference(A, B, "text/bits_per_byte")["difference"] == pytest.approx(-6 / 100 / math.log(2))
+
+
+def test_a_difference_beyond_twice_its_error_is_significant() -> None:
+    texts = [-20.0, -30.0, -25.0, -22.0]
+    one = evaluation("one", [], [], texts)
+    better = evaluation("better", [], [], [value + 2.0 + 0.01 * number for number, value in enumerate(texts)])
+    assert paired_difference(one, better, "text/bits_per_byte")["significant"] is True
+    assert paired_difference(one, one, "text/bits_per_byte")["significant"] is False
+
+
+def _in_clusters(result: dict[str, Any], of: int) -> dict[str, Any]:
+    """Return an evaluation whose windows belong to documents of so many windows each."""
+    windows = [
+        window | {"cluster": f"document {number // of}"} for number, window in enumerate(result["items"]["text"])
+    ]
+    return {**result, "items": {**result["items"], "text": windows}}
+
+
+def test_windows_of_one_document_count_as_one_observation() -> None:
+    # Two documents whose windows are alike: differences 1 and 3 a window, so 2 +- 1, however many windows.
+    one = _in_clusters(evaluation("one", [], [], [-20.0] * 6), 3)
+    other = _in_clusters(evaluation("other", [], [], [-19.0] * 3 + [-17.0] * 3), 3)
+    found = paired_difference(one, other, "text/bits_per_byte")
+    unit = 1 / 50 / math.log(2)  # a nat in a window of 50 bytes
+    assert found["difference"] == pytest.approx(-2 * unit)
+    assert found["stderr"] == pytest.approx(1 * unit)
+    assert (found["items"], found["clusters"]) == (6, 2)
+    assert found["bootstrap"] is None
+    alone = paired_difference(
+        evaluation("one", [], [], [-20.0] * 6),
+        evaluation("other", [], [], [-19.0] * 3 + [-17.0] * 3),
+        "text/bits_per_byte",
+    )
+    assert alone["stderr"] < 0.5 * found["stderr"]  # sqrt(6 / 6 / 5) = 0.45: too sure of itself
+
+
+def test_the_bootstrap_over_documents_is_about_the_t_interval() -> None:
+    gains = [math.sin(number) for number in range(40)]  # mean about 0, spread about 0.7
+    one = evaluation("one", [], [], [-20.0] * 40)
+    other = evaluation("other", [], [], [-20.0 + gain for gain in gains])
+    found = paired_difference(one, other, "text/bits_per_byte")
+    assert found["clusters"] == 40 >= LEAST_CLUSTERS
+    width = found["high"] - found["low"]
+    assert found["bootstrap"][0] == pytest.approx(found["low"], abs=0.1 * width)
+    assert found["bootstrap"][1] == pytest.approx(found["high"], abs=0.1 * width)
+    assert paired_difference(one, other, "text/bits_per_byte") == found  # the draws are always the same
+
+
+def test_mcnemar_looks_at_the_items_that_one_model_alone_gets_right() -> None:
+    assert mcnemar_p([1, 1, 0, 0], [1, 1, 0, 0]) == 1.0
+    assert mcnemar_p([0] * 5 + [1], [1] * 5 + [1]) == pytest.approx(2 / 2**5)  # five to none, two-sided
+    assert mcnemar_p([0, 0, 0, 1], [1, 1, 1, 0]) == pytest.approx(2 * (1 + 4) / 2**4)  # three to one
+    assert paired_difference(A, B, "quiz/acc")["mcnemar_p"] == 1.0  # one to none
+    assert paired_difference(A, B, "text/bits_per_byte")["mcnemar_p"] is None
+
+
+def test_an_unknown_metric_is_refused() -> None:
+    with pytest.raises(UpcycleError, match="Did you mean 'quiz/acc'"):
+        paired_difference(A, B, "quiz/ac")
