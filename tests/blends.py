@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy
 
-from nemo_upcycle.data.finished import FORMAT, MANIFEST, TOKENIZER
+from nemo_upcycle.data.finished import FORMAT, HELDOUT, MANIFEST, TOKENIZER
 from nemo_upcycle.data.tokenizers import open_tokenizer, tokenizer_sha256
 from nemo_upcycle.utils.files import MARKER, write_json
 
@@ -28,7 +29,7 @@ def write_blend(
         folder: to make.
         dense: the dense model.
         sources: as `SOURCES`.
-        texts: by split, those of the one source; in place of random tokens.
+        texts: by split, those of the one source, in place of random tokens; `heldout` ones are kept as texts.
         manifest: entries to change.
     """
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
@@ -38,6 +39,9 @@ def write_blend(
     (folder / "tokens").mkdir(parents=True)
     entries: dict[str, Any] = {}
     if texts:
+        held = [{"source": "texts", "id": f"{n}", "text": text} for n, text in enumerate(texts.get("heldout", []))]
+        (folder / HELDOUT).write_text("".join(json.dumps(line) + "\n" for line in held))
+        texts = {split: documents for split, documents in texts.items() if split != "heldout"}
         sources = {"texts": (1.0, {split: [len(documents)] for split, documents in texts.items()})}
     for source, (weight, files) in (sources or SOURCES).items():
         splits = {}

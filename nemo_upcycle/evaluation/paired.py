@@ -34,8 +34,8 @@ def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str) -> dict
         metric: a key of `metrics`, for example `heldout_perplexity/bits_per_byte`.
 
     Returns:
-        `difference` (b minus a), its `stderr` (a jackknife over clusters), a 95 % t interval `low` to `high` (None with
-        fewer than two clusters), `bootstrap` (the 95 % percentile interval over clusters; None with fewer than
+        `difference` (b minus a), its `stderr` (a jackknife over clusters), a 95 % t interval `low` to `high` (None
+        with fewer than two clusters), `bootstrap` (the 95 % percentile interval over clusters; None with fewer than
         `LEAST_CLUSTERS`), `mcnemar_p` (the exact two-sided test, of a metric that is 0 or 1 for every item; it takes
         items for independent), `items`, `clusters`, `higher_is_better`, and `significant`: the difference is beyond
         twice its standard error.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.backends import close_model, open_model
+from nemo_upcycle.evaluation.backends import Backend, close_model, open_model
 from nemo_upcycle.evaluation.compare import RATIOS, jackknife_stderr, leave_one_out
 from nemo_upcycle.evaluation.model import quiet
 from nemo_upcycle.evaluation.suite import data_files
@@ -69,50 +69,58 @@ def evaluate(
     """
     start_s = time.monotonic()
     require_complete(suite, "suite", "build the suite")
-    described = read_json(suite / MARKER)
-    config = described["config"]
-    folder = suite if config["local"] else None
-    batch_size = batch_size or config["batch_size"]
-    with _offline(folder is not None):
+    config = read_json(suite / MARKER)["config"]
+    with _offline(config["local"]):
         model = open_model(
             model_folder,
             backend=backend or config.get("backend", "hf"),
             dtype=config["dtype"],
-            batch_size=batch_size,
+            batch_size=batch_size or config["batch_size"],
             label=name,
             megatron=megatron,
         )
-        loaded_s = time.monotonic()
-        texts = model.continue_prompts(described["prompts"] if samples else [])
-        sampled_s = time.monotonic()
-        merged: dict[str, Any] = {"metrics": {}, "items": {}, "groups": {}}
-        for shots, names in _by_shots(config["tasks"]).items():
-            found = _run(model.lm, names, folder, shots, limit)
-            for part, values in _extract(found, f"_{shots}shot" if shots else "").items():
-                merged[part].update(values)
-    result = {
-        "name": name,
-        "model": {"folder": str(model_folder), **model.facts},
+        loaded_s = time.monotonic() - start_s
+        try:
+            found = ask(model, suite, samples=samples, limit=limit)
+        finally:
+            close_model(model)
+    result = {"name": name, "model": {"folder": str(model_folder), **model.facts}, **found}
+    result["settings"] = {**found["settings"], "dtype": config["dtype"], "limit": limit}
+    result["seconds"] = {"load": loaded_s, **found["seconds"], "total": time.monotonic() - start_s}
+    write_json(output / f"{name}.json", result)
+    return result
+
+
+def ask(model: Backend, suite: Path, *, samples: bool, limit: int | None = None) -> dict[str, Any]:
+    """Ask a model that is open everything in a suite.
+
+    Args:
+        model: from `open_model`, or the live one of a training.
+        suite: as in `evaluate`.
+        samples: as in `evaluate`.
+        limit: as in `evaluate`.
+
+    Returns:
+        What `evaluate` returns, without the model's name and folder.
+    """
+    start_s = time.monotonic()
+    described = read_json(suite / MARKER)
+    config = described["config"]
+    texts = model.continue_prompts(described["prompts"] if samples else [])
+    sampled_s = time.monotonic()
+    merged: dict[str, Any] = {"metrics": {}, "items": {}, "groups": {}}
+    for shots, names in _by_shots(config["tasks"]).items():
+        found = _run(model.lm, names, suite if config["local"] else None, shots, limit)
+        for part, values in _extract(found, f"_{shots}shot" if shots else "").items():
+            merged[part].update(values)
+    return {
         "suite": described,
-        "settings": {
-            "backend": model.name,
-            "dtype": config["dtype"],
-            "device": model.device,
-            "batch_size": model.batch_size,
-            "limit": limit,
-        },
+        "settings": {"backend": model.name, "device": model.device, "batch_size": model.batch_size},
         "versions": _versions(),
-        "seconds": {
-            "load": loaded_s - start_s,
-            "samples": sampled_s - loaded_s,
-            "total": time.monotonic() - start_s,
-        },
+        "seconds": {"samples": sampled_s - start_s, "total": time.monotonic() - start_s},
         "samples": texts,
         **merged,
     }
-    write_json(output / f"{name}.json", result)
-    close_model(model)
-    return result
 
 
 def _run(lm: Any, tasks: list[str], folder: Path | None, shots: int, limit: int | None) -> dict[str, Any]:
@@ -132,6 +140,9 @@ def _run(lm: Any, tasks: list[str], folder: Path | None, shots: int, limit: int 
                 num_fewshot=shots or None,
                 limit=limit,
                 bootstrap_iters=_BOOTSTRAP_DRAWS,
+                random_seed=None,  # those of the process: it may be training
+                numpy_random_seed=None,
+                torch_random_seed=None,
                 task_manager=manager,
                 log_samples=True,
             )

@@ -129,6 +129,10 @@ def tiny_recipe(parent: str, data: str, folder: str, options: dict[str, Any]) ->
             setattr(recipe.log.ckpt, name, value)
     if "send" in options:
         recipe.trainer.callbacks.append(run.Config(Send, **options["send"]))
+    if "evaluate" in options:
+        from nemo_upcycle.training.evaluating import EvaluateWhileTraining
+
+        recipe.trainer.callbacks.append(run.Config(EvaluateWhileTraining, **options["evaluate"]))
     if "hang" in options:
         recipe.trainer.callbacks.append(run.Config(Hang, **options["hang"]))
     if "poison" in options:

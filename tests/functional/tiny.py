@@ -89,9 +89,8 @@ def write_inputs(folder: Path) -> Path:
 def prepare(folder: Path, **changes: Any) -> tuple[Path, Path]:
     """Write parent and tokenised texts; return their folders."""
     dense = write_parent(folder / "dense", **changes)
-    split = {name: documents for name, documents in texts().items() if name != "heldout"}
     return dense, write_blend(
-        folder / "data", dense, texts=split, run_tokens=30_000_000
+        folder / "data", dense, texts=texts(), run_tokens=30_000_000
     )  # a test trains until it is stopped
 
 

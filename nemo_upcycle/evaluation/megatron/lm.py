@@ -7,6 +7,7 @@ Texts become tokens as with lm-eval's `hf`, but that the first token of a held-o
 from __future__ import annotations
 
 import atexit
+import contextlib
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -86,27 +87,60 @@ class MegatronLM(HFLM):
         self.tokenizer = _tokenizer_of(found.dense)
         layout = Layout(int(tp), int(pp), int(vp) if vp and int(vp) > 1 else None, int(ep))
         self.chunks, self.arch = load_chunks(found.checkpoint, found.dense, found.spec, layout, dtype_of(dtype))
-        self.checkpoint, self.dense = found.checkpoint, found.dense
-        self._prepare(batch_size, max_length, add_bos_token, label)
+        self.checkpoint, self.dense, self.vocab_size = found.checkpoint, found.dense, self.arch.vocab_size
+        self._info = {
+            "model_num_parameters": self.arch.total_params,
+            "model_dtype": dtype,
+            "checkpoint": str(found.checkpoint),
+        }
+        self._prepare(batch_size, max_length or self.arch.max_positions, add_bos_token, label)
         if torch.distributed.get_rank() > 0:
             self.serve()
             raise SystemExit(0)
         atexit.register(self.close)
 
-    def _prepare(self, batch_size: int | str | None, max_length: int | None, bos: bool | None, label: str) -> None:
+    @classmethod
+    def live(
+        cls,
+        chunks: Sequence[Any],
+        tokenizer: Path,
+        vocab_size: int,
+        max_length: int,
+        *,
+        batch_size: int | str = "auto",
+        label: str = "evaluate",
+    ) -> MegatronLM:
+        """Return the model of a training job, on every rank of it: the first one asks, the others `serve`.
+
+        Args:
+            chunks: this rank's, wrapped or not.
+            tokenizer: folder of the tokenizer.
+            vocab_size: V without padding.
+            max_length: tokens of a sequence.
+            batch_size: sequences in one pass, or `auto`.
+            label: name of the model in the progress report.
+        """
+        lm = cls.__new__(cls)
+        super(HFLM, lm).__init__()
+        lm.chunks, lm.tokenizer, lm.vocab_size = list(chunks), _tokenizer_of(tokenizer), vocab_size
+        lm._info = {}
+        lm._prepare(batch_size, max_length, None, label)
+        return lm
+
+    def _prepare(self, batch_size: int | str | None, max_length: int, bos: bool | None, label: str) -> None:
         """Set what lm-eval's class reads, and how the ranks talk."""
-        if (tokens := len(self.tokenizer)) > self.arch.vocab_size:
+        if (tokens := len(self.tokenizer)) > self.vocab_size:
             raise UpcycleError(
                 "tokenizer",
                 got=f"{tokens} tokens",
-                expected=f"at most the model's vocabulary of {self.arch.vocab_size}",
+                expected=f"at most the model's vocabulary of {self.vocab_size}",
                 fix="use the tokenizer that the model was trained with",
             )
         self.backend, self.add_bos_token, self.custom_prefix_token_id = "causal", bos, None
         self.truncation, self.enable_thinking, self.think_end_token = False, None, None
         self.chat_template_args: dict[str, Any] = {}
         self.batch_size_per_gpu = batch_size or "auto"
-        self._max_length = int(max_length or self.arch.max_positions)
+        self._max_length = int(max_length)
         self._label = label
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._rank, self._world_size = 0, 1  # as lm-eval sees it
@@ -125,10 +159,8 @@ class MegatronLM(HFLM):
             name, arguments = asked[0]
             if name == _STOP:
                 return
-            try:
+            with contextlib.suppress(UpcycleError):  # all ranks meet the same, and the first one reports it
                 getattr(self, name)(*arguments)
-            except UpcycleError:  # which the first rank reports
-                raise SystemExit(2) from None
 
     def close(self) -> None:
         """Let the other ranks end."""
@@ -141,7 +173,7 @@ class MegatronLM(HFLM):
             return score(
                 self.chunks,
                 sequences,
-                vocab_size=self.arch.vocab_size,
+                vocab_size=self.vocab_size,
                 batch_size=self.batch_size,
                 progress=line.advance,
             )
@@ -158,7 +190,7 @@ class MegatronLM(HFLM):
                 prompts,
                 most=most,
                 ends=ends,
-                vocab_size=self.arch.vocab_size,
+                vocab_size=self.vocab_size,
                 batch_size=size,
                 progress=line.advance,
             )
@@ -228,11 +260,7 @@ class MegatronLM(HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what lm-eval's results say of the model."""
-        return {
-            "model_num_parameters": self.arch.total_params,
-            "model_dtype": str(self.chunks[0].config.params_dtype),
-            "checkpoint": str(self.checkpoint),
-        }
+        return self._info
 
 
 def _tokenizer_of(dense: Path) -> Any:
