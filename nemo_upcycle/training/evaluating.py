@@ -68,9 +68,9 @@ class EvaluateWhileTraining(Callback):
             data.seq_length,
             batch_size=self.batch_size,
         )
-        if torch.distributed.get_rank() == 0:
-            self._build(blend)
-        if trainer.global_step == 0:
+        if not self._build(blend):
+            self._lm = None
+        elif trainer.global_step == 0:
             self._evaluate(trainer, 0)
 
     def on_train_batch_end(
@@ -81,11 +81,19 @@ class EvaluateWhileTraining(Callback):
         if self._lm is not None and (step % self.every_n_steps == 0 or step == trainer.max_steps):
             self._evaluate(trainer, step)
 
-    def _build(self, blend: FinishedBlend) -> None:
+    def _build(self, blend: FinishedBlend) -> bool:
+        """Build the suite on the first rank; return on all whether there is one. Without it the training goes on."""
         from nemo_upcycle.evaluation.named_suite import build_named_suite
 
-        if not (self._folder() / "suite" / MARKER).is_file():
-            build_named_suite(self.suite, blend.heldout(), self._folder() / "suite")
+        built = [True]
+        if torch.distributed.get_rank() == 0 and not (self._folder() / "suite" / MARKER).is_file():
+            try:
+                build_named_suite(self.suite, blend.heldout(), self._folder() / "suite")
+            except UpcycleError as error:
+                show_messages().warning("no evaluation while training: %s", error)
+                built = [False]
+        torch.distributed.broadcast_object_list(built)
+        return built[0]
 
     def _folder(self) -> Path:
         return Path(AppState().log_dir) / FOLDER
