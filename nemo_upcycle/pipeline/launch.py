@@ -23,7 +23,7 @@ from nemo_upcycle.pipeline.forecast.settings import Origins
 from nemo_upcycle.pipeline.in_turn import run_in_turn
 from nemo_upcycle.pipeline.jobs import jobs_of
 from nemo_upcycle.pipeline.order import chosen_stages, require_earlier
-from nemo_upcycle.pipeline.plan import PLAN, RunPlan
+from nemo_upcycle.pipeline.plan import PLAN, RunPlan, Stage
 from nemo_upcycle.pipeline.recipes_io import dump_recipe, write_recipes
 from nemo_upcycle.pipeline.stages import BY_NAME, STAGES
 from nemo_upcycle.utils.files import in_use
@@ -86,7 +86,7 @@ def pipeline(
         is_shown = bool(ctx.dryrun or render)  # what is only shown needs no network
         check_arguments(run_dir, plan, pretrain, dense_ct, ctx, stages, remote=not is_shown)
         require_earlier(stages, run_dir, plan)
-    jobs = jobs_of(stages, run_dir, plan, cluster.python if cluster else sys.executable)
+    jobs = jobs_of(stages, run_dir, plan)
     if render:
         _render(jobs, cluster, plan, Path(render))
         return
@@ -101,7 +101,7 @@ def pipeline(
     chain = Chain(cluster, jobs, lambda name: BY_NAME[name].is_done(run_dir, plan), run_dir) if cluster else None
     if chain:
         chain.check()
-        if _runs_code_of(chain.cluster, CHECKOUT):
+        if _runs_code_of(chain.cluster, stages, CHECKOUT):
             _warn_of_uncommitted_code(CHECKOUT)
     check_space(found, chain.alive() if chain else ())
     if not ctx.may_go_on():
@@ -204,11 +204,12 @@ def _render(jobs: Sequence[Job], cluster: Optional[Cluster], plan: RunPlan, fold
     )
 
 
-def _runs_code_of(cluster: Cluster, folder: Path) -> bool:
+def _runs_code_of(cluster: Cluster, stages: Sequence[Stage], folder: Path) -> bool:
     """Return whether jobs run the code of a folder of this machine: with this interpreter, or where they mount it."""
     mounts = [mount.partition(":")[0] for mount in getattr(cluster.executor, "container_mounts", ())]
     mounts += getattr(cluster.executor, "mounts", {}).values()
-    return cluster.python == sys.executable or any(folder.is_relative_to(mount) for mount in mounts)
+    uses_this_python = any(cluster.python_of(stage.name) == sys.executable for stage in stages)
+    return uses_this_python or any(folder.is_relative_to(mount) for mount in mounts)
 
 
 def _warn_of_uncommitted_code(root: Path) -> None:

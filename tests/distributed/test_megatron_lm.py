@@ -83,7 +83,7 @@ def test_nan_is_named_and_not_scored(folder: Path) -> None:
     answers = run_ranks(_evaluate_damaged, 2, str(folder))
     assert "log-likelihoods of" in answers[0]
     assert "got NaN or infinity, expected numbers" in answers[0]
-    assert answers[1] == "served, status 2"
+    assert answers[1] == "served, status 0"
 
 
 def _evaluate_damaged(folder: str) -> Any:

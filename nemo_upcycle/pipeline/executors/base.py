@@ -98,10 +98,9 @@ class Cluster(ABC):
         """What tells this scheduler from others whose jobs may have the same ids."""
         return self.label
 
-    @property
-    def python(self) -> str:
-        """The interpreter of the stages, where they run."""
-        return str(getattr(self.executor, "python", "python"))
+    def python_of(self, stage: str) -> str:
+        """Return the interpreter of a stage, where it runs."""
+        return str(getattr(self.settings_for(stage), "python", "python"))
 
     @abstractmethod
     def check_settings(self, jobs: Sequence[Job]) -> None:

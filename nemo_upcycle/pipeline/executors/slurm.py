@@ -69,16 +69,16 @@ class SlurmScheduler(Cluster):
         name = cluster_name()
         return f"{self.label}, cluster {name}" if name else self.label
 
-    def _python(self, job: Job) -> str:
-        """Return a stage's interpreter: its container's, or this one, which the nodes find under the same path."""
-        return "python" if self.settings_for(job.name).container_image else sys.executable
+    def python_of(self, stage: str) -> str:
+        """See `Cluster.python_of`: the container's, or this one, which the nodes find under the same path."""
+        return "python" if self.settings_for(stage).container_image else sys.executable
 
     def check_settings(self, jobs: Sequence[Job]) -> None:
         """See `Cluster.check_settings`: what the site must set."""
         if isinstance(self.executor, StagedSlurmExecutor):
             require_settings(self.executor, "copy conf/executors/slurm.yaml and fill it in", REQUIRED)
         for job in jobs:
-            for path in (job.run_dir, *job.reads, Path(self._python(job))):
+            for path in (job.run_dir, *job.reads, Path(self.python_of(job.name))):
                 require_plain(path, in_container=bool(self.settings_for(job.name).container_image))
 
     def check(self, jobs: Sequence[Job]) -> None:
@@ -153,7 +153,7 @@ class SlurmScheduler(Cluster):
 
     def _command(self, job: Job) -> str:
         """Return what srun starts: one process a rank, or one `ft_launcher` a node."""
-        command = (self._python(job), *job.command[1:])
+        command = (self.python_of(job.name), *job.command[1:])
         if not self._detects_hangs(job):
             return shlex.join(command)
         silence_s = self.settings_for(job.name).silence_s

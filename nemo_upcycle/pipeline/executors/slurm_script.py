@@ -36,11 +36,9 @@ finish() {{
     status=$?
     set +e
     trap - EXIT
-    if [ "$stage/{marker}" -nt {job}/started ]; then
+    done_before() {{ [ $status -eq 0 ] && [ -e "$stage/{marker}" ] && [ ! -e "$stage/{ended}" ]; }}
+    if [ "$stage/{marker}" -nt {job}/started ] || done_before; then
         rm -f {in_vain}
-        exit 0
-    fi
-    if [ $status -eq 0 ] && [ -e "$stage/{marker}" ] && [ ! -e "$stage/{ended}" ]; then  # done before
         exit 0
     fi
     if [ "$(cat "$stage/{ended}" 2>/dev/null)" = {failed} ]; then

@@ -76,7 +76,7 @@ def test_a_stage_that_ended_just_before_the_signal_counts_as_finished(tmp_path: 
     ],
 )
 def test_jobs_run_this_code_with_this_interpreter_or_where_it_is_mounted(cluster: Cluster, expected: bool) -> None:
-    assert _runs_code_of(cluster, Path("/home/me/nemo-upcycle")) is expected
+    assert _runs_code_of(cluster, STAGES, Path("/home/me/nemo-upcycle")) is expected
 
 
 @pytest.mark.parametrize(
