@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UpcycleError: a value or a file is wrong.
     """
-    from nemo_upcycle.evaluation.backends import open_model
+    from nemo_upcycle.evaluation.backends import choose_backend, open_model
     from nemo_upcycle.evaluation.run import evaluate
     from nemo_upcycle.evaluation.suite import BACKENDS, read_suite_config
     from nemo_upcycle.utils.files import MARKER, read_json
@@ -63,6 +63,14 @@ def run(args: argparse.Namespace) -> int:
     megatron: dict[str, Any] = {name: getattr(args, name) for name in ("tp", "pp", "vp", "ep")}
     megatron["dense"] = str(args.dense) if args.dense else None
     backend = args.backend or config["backend"]
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1 and (chosen := choose_backend(args.model, backend, config["dtype"])) != "megatron":
+        raise UpcycleError(
+            "torchrun",
+            got=f"{ranks} ranks for {args.model}, which {chosen} computes",
+            expected="one: it spreads the model over all GPUs by itself",
+            fix="start the command without torchrun",
+        )
     if int(os.environ.get("RANK", "0")) > 0:  # serves the first rank, which reports what is wrong
         try:
             open_model(

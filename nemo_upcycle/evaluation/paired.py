@@ -37,8 +37,8 @@ def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str) -> dict
         `difference` (b minus a), its `stderr` (a jackknife over clusters), a 95 % t interval `low` to `high` (None
         with fewer than two clusters), `bootstrap` (the 95 % percentile interval over clusters; None with fewer than
         `LEAST_CLUSTERS`), `mcnemar_p` (the exact two-sided test, of a metric that is 0 or 1 for every item; it takes
-        items for independent), `items`, `clusters`, `higher_is_better`, and `significant`: the difference is beyond
-        twice its standard error.
+        items for independent), `items`, `clusters`, `higher_is_better`, and
+        `significant`: the t interval leaves 0 out.
 
     Raises:
         UpcycleError: no such metric, or not the same items.
@@ -66,7 +66,7 @@ def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str) -> dict
         "items": len(pairs),
         "clusters": clusters,
         "higher_is_better": a["metrics"][metric]["higher_is_better"],
-        "significant": stderr is not None and abs(value) > 2 * stderr,
+        "significant": half_width is not None and abs(value) > half_width,
     }
 
 

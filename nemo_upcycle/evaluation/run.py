@@ -20,6 +20,7 @@ from nemo_upcycle.evaluation.compare import RATIOS, jackknife_stderr, leave_one_
 from nemo_upcycle.evaluation.model import quiet
 from nemo_upcycle.evaluation.suite import data_files
 from nemo_upcycle.package_info import __version__
+from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.files import MARKER, read_json, require_complete, write_json
 
 
@@ -125,7 +126,7 @@ def ask(model: Backend, suite: Path, *, samples: bool, limit: int | None = None)
 
 def _run(lm: Any, tasks: list[str], folder: Path | None, shots: int, limit: int | None) -> dict[str, Any]:
     """Run lm-eval on some tasks with one number of few-shot examples."""
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
     # Indexing lm-eval's own thousands of task files takes long; a local suite needs none of them.
@@ -133,8 +134,9 @@ def _run(lm: Any, tasks: list[str], folder: Path | None, shots: int, limit: int 
     if folder is None:
         check_task_names(tasks, manager.all_tasks)
     try:
-        with quiet("lm_eval"):
-            return simple_evaluate(
+        # Its description of the machine takes seconds, and a training may wait; `versions` says what is needed.
+        with quiet("lm_eval"), temporarily_set(evaluator, "add_env_info", lambda results: None):
+            return evaluator.simple_evaluate(
                 model=lm,
                 tasks=tasks if folder is None else [_local_task(folder, task) for task in tasks],
                 num_fewshot=shots or None,

@@ -70,7 +70,7 @@ def _headline(results: dict[str, Any]) -> str:
 
 
 def verdict(found: dict[str, Any], a: str, b: str) -> str:
-    """Name the better model; only a difference beyond twice its paired standard error counts."""
+    """Name the better model; only a difference whose 95 % interval leaves 0 out counts."""
     if found["stderr"] is None or found["higher_is_better"] is None:
         return "not judged"
     if not found["significant"]:
@@ -106,7 +106,8 @@ def evaluation(results: dict[str, Any]) -> str:
         "Value ± standard error. Perplexities and bits per byte: lower is better; accuracies: higher is better.",
         table(["difference", *(f"{MODELS[b]} - {MODELS[a]}" for a, b in pairs.values())], differences),
         "Difference ± its paired standard error: both models saw the same items, so the error of a difference is"
-        " smaller than that of the values. A model is called better only beyond twice that error. Windows of one"
+        " smaller than that of the values. A model is called better only where the 95 % interval leaves 0 out."
+        " Windows of one"
         " document, and questions of one subject, count as one observation.",
         _evaluation_files(models),
     )

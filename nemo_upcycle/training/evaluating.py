@@ -15,7 +15,8 @@ from nemo.utils.app_state import AppState
 from nemo_upcycle.data.blend_module import BlendDataModule
 from nemo_upcycle.data.finished import TOKENIZER, FinishedBlend
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.utils.files import MARKER, write_json
+from nemo_upcycle.training.metrics import MetricsLogger
+from nemo_upcycle.utils.files import MARKER, read_json, write_json
 from nemo_upcycle.utils.progress import show_messages
 
 
@@ -32,10 +33,10 @@ class EvaluateWhileTraining(Callback):
     factor, nothing of the training's state is changed, and a run gives the same bits with it and without it.
 
     Args:
-        suite: a name in `conf/evaluation`, or a YAML file; of local tasks alone.
+        suite: a name in `conf/evaluation`, a YAML file, or the folder of a suite that was built; of local tasks alone.
         every_n_steps: steps between two evaluations; there is one before the first step, and one after the last.
         limit: take only the first items of each task.
-        batch_size: sequences in one pass of a replica, or `auto`.
+        batch_size: sequences in one pass of a replica; None takes the suite's.
 
     Example:
         >>> recipe.trainer.callbacks.append(run.Config(EvaluateWhileTraining, every_n_steps=100))  # doctest: +SKIP
@@ -46,7 +47,7 @@ class EvaluateWhileTraining(Callback):
         suite: str = "watch",
         every_n_steps: int = 500,
         limit: Optional[int] = None,  # noqa: UP045
-        batch_size: int = 8,
+        batch_size: Optional[int] = None,  # noqa: UP045
     ) -> None:
         self.suite, self.every_n_steps, self.limit, self.batch_size = suite, every_n_steps, limit, batch_size
         self._lm: Any = None
@@ -66,34 +67,53 @@ class EvaluateWhileTraining(Callback):
             blend.folder / TOKENIZER,
             module.config.vocab_size or module.tokenizer.vocab_size,
             data.seq_length,
-            batch_size=self.batch_size,
         )
-        if not self._build(blend):
+        due = self._prepare(trainer.global_step, trainer.max_steps, blend)
+        if due is None:
             self._lm = None
-        elif trainer.global_step == 0:
-            self._evaluate(trainer, 0)
+        elif due:
+            self._evaluate(trainer, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Evaluate after every few steps, and after the last."""
         step = trainer.global_step
-        if self._lm is not None and (step % self.every_n_steps == 0 or step == trainer.max_steps):
+        if self._lm is not None and self._is_due(step, trainer.max_steps):
             self._evaluate(trainer, step)
 
-    def _build(self, blend: FinishedBlend) -> bool:
-        """Build the suite on the first rank; return on all whether there is one. Without it the training goes on."""
-        from nemo_upcycle.evaluation.named_suite import build_named_suite
+    def _is_due(self, step: int, max_steps: int) -> bool:
+        return step % self.every_n_steps == 0 or step == max_steps
 
-        built = [True]
-        if torch.distributed.get_rank() == 0 and not (self._folder() / "suite" / MARKER).is_file():
+    def _prepare(self, step: int, max_steps: int, blend: FinishedBlend) -> Optional[bool]:  # noqa: UP045
+        """Build the suite, and forget what an abandoned start has scored after this step, on the first rank.
+
+        Returns:
+            On all ranks whether the step that the training starts from is to be scored, which a stop after its
+            checkpoint may have left undone; None where no suite can be built: the training goes on without.
+        """
+        found: list[Optional[bool]] = [None]  # noqa: UP045
+        if torch.distributed.get_rank() == 0:
             try:
-                build_named_suite(self.suite, blend.heldout(), self._folder() / "suite")
+                self._build(blend)
+                for path in self._folder().glob("step=*.json"):
+                    if int(path.stem.removeprefix("step=")) > step:
+                        path.unlink()
+                found = [self._is_due(step, max_steps) and not (self._folder() / f"step={step}.json").is_file()]
             except UpcycleError as error:
                 show_messages().warning("no evaluation while training: %s", error)
-                built = [False]
-        torch.distributed.broadcast_object_list(built)
-        return built[0]
+        torch.distributed.broadcast_object_list(found)
+        return found[0]
+
+    def _build(self, blend: FinishedBlend) -> None:
+        from nemo_upcycle.evaluation.named_suite import build_named_suite
+
+        if not (self._suite() / MARKER).is_file():
+            build_named_suite(self.suite, blend.heldout(), self._suite())
+
+    def _suite(self) -> Path:
+        """Return the suite's folder: one that was built before, or the run's own."""
+        return Path(self.suite) if (Path(self.suite) / MARKER).is_file() else self._folder() / "suite"
 
     def _folder(self) -> Path:
         return Path(AppState().log_dir) / FOLDER
@@ -107,9 +127,11 @@ class EvaluateWhileTraining(Callback):
         from nemo_upcycle.evaluation.run import ask
 
         start_s = time.monotonic()
-        model = AskedBackend("megatron", self._lm, {}, str(self._lm.device), self.batch_size)
+        batch_size = self.batch_size or read_json(self._suite() / MARKER)["config"]["batch_size"]
+        self._lm.batch_size_per_gpu = batch_size
+        model = AskedBackend("megatron", self._lm, {}, str(self._lm.device), batch_size)
         try:
-            found = ask(model, self._folder() / "suite", samples=False, limit=self.limit)
+            found = ask(model, self._suite(), samples=False, limit=self.limit)
         except UpcycleError as error:
             show_messages().warning("step %d  not evaluated: %s", step, error)
             return
@@ -123,3 +145,6 @@ class EvaluateWhileTraining(Callback):
             handle.write(json.dumps(line) + "\n")
         said = "  ".join(f"{name} {one['value']:.4f}" for name, one in values.items())
         show_messages().info("step %d/%d  %s  (%.1f s)", step, trainer.max_steps, said, seconds)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, MetricsLogger):
+                callback.restart_clock()

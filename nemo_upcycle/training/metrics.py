@@ -131,6 +131,10 @@ class MetricsLogger(Callback):
             self._append_validation(trainer, loss)
         self._last_s = time.monotonic()
 
+    def restart_clock(self) -> None:
+        """Leave out of the next step's time what another callback has done since the last one."""
+        self._last_s = time.monotonic()
+
     def _append_validation(self, trainer: pl.Trainer, loss: float) -> None:
         self._append({"step": trainer.global_step, "validation_loss": loss})
         show_messages().info("step %d/%d  validation loss %.4f", trainer.global_step, trainer.max_steps, loss)

@@ -133,6 +133,12 @@ def test_batches_do_not_change_what_is_found(folder: Path) -> None:
 
 def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(folder: Path) -> None:
     saved, dense = folder / "moe/saved", folder / "dense"
-    for layout, name in ((Layout(tensor=4), "tp"), (Layout(expert=3), "ep"), (Layout(pipeline=2), "tp times pp")):
+    mistakes = (
+        (Layout(tensor=4), "tp"),
+        (Layout(expert=3), "ep"),
+        (Layout(pipeline=2), "tp times pp"),
+        (Layout(tensor=0), "tp"),
+    )
+    for layout, name in mistakes:
         with pytest.raises(UpcycleError, match=f"^{name}: got"):
             load_chunks(saved, dense, SPECS["moe"], layout, torch.float32)

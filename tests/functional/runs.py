@@ -129,6 +129,9 @@ def tiny_recipe(parent: str, data: str, folder: str, options: dict[str, Any]) ->
             setattr(recipe.log.ckpt, name, value)
     if "send" in options:
         recipe.trainer.callbacks.append(run.Config(Send, **options["send"]))
+    if "padded_capacity" in options:
+        recipe.model.config.moe_expert_capacity_factor = options["padded_capacity"]
+        recipe.model.config.moe_pad_expert_input_to_capacity = True
     if "evaluate" in options:
         from nemo_upcycle.training.evaluating import EvaluateWhileTraining
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -58,23 +59,39 @@ def test_the_numbers_are_those_of_the_exported_checkpoint(runs: Runs, ranks: int
     assert _evaluations(lines)[4] == live["metrics"]["heldout_perplexity/bits_per_byte"]["value"]
 
 
-def test_a_training_has_the_same_bits_with_and_without_it(runs: Runs) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [(2, {"ep": 2}), (2, {"ep": 2, "padded_capacity": 1.0}), (2, {"tp": 2}), (2, {"pp": 2})],
+    ids=str,
+)
+def test_a_training_has_the_same_bits_with_and_without_it(runs: Runs, ranks: int, layout: dict[str, Any]) -> None:
+    """With padded capacity the dispatchers keep how they exchange tokens, which an evaluation does otherwise."""
     watch = {"suite": str(runs.folder / "suite.yaml"), "every_n_steps": 1, "batch_size": 2}
-    watched = _train(runs, "watched", 2, {"ep": 2}, evaluate=watch)
-    alone = _train(runs, "alone", 2, {"ep": 2})
+    name = f"{layout}".replace("'", "")
+    watched = _train(runs, f"watched {name}", ranks, layout, evaluate=watch)
+    alone = _train(runs, f"alone {name}", ranks, layout)
     numbers = ("step", "loss", "grad_norm", "expert_load", "router")
     steps = [{name: line[name] for name in numbers} for line in watched if "loss" in line]
     assert steps == [{name: line[name] for name in numbers} for line in alone if "loss" in line]
-    assert _weights(runs.checkpoint("watched")) == _weights(runs.checkpoint("alone"))
+    assert _weights(runs.checkpoint(f"watched {name}")) == _weights(runs.checkpoint(f"alone {name}"))
+
+
+def test_a_step_that_a_stop_left_unscored_is_scored_by_the_next_start(runs: Runs) -> None:
+    watch = {"suite": str(runs.folder / "suite.yaml"), "every_n_steps": 2}
+    with pytest.raises(RuntimeError, match="rank 0 died"):
+        _train(runs, "killed", 1, {}, evaluate=watch, kill=3)
+    folder = runs.folder / "killed/evaluation"
+    (folder / "step=2.json").unlink()
+    (folder / "step=4.json").write_text("{}")  # of a future that is abandoned
+    lines = _train(runs, "killed", 1, {}, evaluate=watch)
+    assert sorted(_evaluations(lines)) == [0, 2, 4]
+    assert json.loads((folder / "step=4.json").read_text())["name"] == "step 4"
 
 
 def _weights(checkpoint: Path) -> dict[str, Any]:
     from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
 
     with DistributedCheckpoint(checkpoint / "weights") as saved:
-        names = [name for name in saved.names() if "optimizer" not in name and "rng" not in name]
-        return {
-            name: saved.read(name, [(0, size) for size in saved.shape(name)]).double().sum().item()
-            for name in names
-            if "_extra_state" not in name
-        }
+        names = [name for name in saved.names() if not any(part in name for part in ("optimizer", "rng", "_extra"))]
+        tensors = {name: saved.read(name, [(0, size) for size in saved.shape(name)]) for name in names}
+        return {name: hashlib.sha256(tensor.float().numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}

@@ -50,6 +50,10 @@ class Layout:
         Raises:
             UpcycleError: it cannot.
         """
+        given = {"tp": self.tensor, "pp": self.pipeline, "vp": self.virtual or 1, "ep": self.expert}
+        for name, value in given.items():
+            if value < 1:
+                raise UpcycleError(name, got=value, expected="a whole number from 1 on", fix="write 1 for none")
         chunks = self.pipeline * (self.virtual or 1)
         rules = [
             ("tp", self.tensor, arch.num_kv_heads % self.tensor == 0, f"a divisor of {arch.num_kv_heads} groups"),

@@ -22,7 +22,7 @@ def evaluating(chunks: Sequence[Any]) -> Iterator[None]:
     dispatchers = [layer.token_dispatcher for layer in layers]
     was_training = [chunk.training for chunk in chunks]
     factors = [config.moe_expert_capacity_factor for config in configs]
-    padded = [getattr(dispatcher, "drop_and_pad", None) for dispatcher in dispatchers]
+    states = [dict(vars(dispatcher)) for dispatcher in dispatchers]  # padded ones keep how they exchange tokens
     try:
         for chunk in chunks:
             chunk.eval()
@@ -37,8 +37,9 @@ def evaluating(chunks: Sequence[Any]) -> Iterator[None]:
             chunk.train(training)
         for config, factor in zip(configs, factors, strict=True):
             config.moe_expert_capacity_factor = factor
-        for dispatcher, value in zip(dispatchers, padded, strict=True):
-            dispatcher.drop_and_pad = value
+        for dispatcher, state in zip(dispatchers, states, strict=True):
+            vars(dispatcher).clear()
+            vars(dispatcher).update(state)
 
 
 def forward(

@@ -168,22 +168,21 @@ class MegatronLM(HFLM):
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             torch.distributed.broadcast_object_list([(_STOP, ())], src=0, group=self._commands)
 
-    def _score(self, sequences: list[Scored]) -> list[tuple[list[float], bool]]:
+    def _score(self, sequences: list[Scored], batch_size: int | str) -> list[tuple[list[float], bool]]:
         with self._line("score", len(sequences)) as line:
             return score(
                 self.chunks,
                 sequences,
                 vocab_size=self.vocab_size,
-                batch_size=self.batch_size,
+                batch_size=batch_size,
                 progress=line.advance,
             )
 
-    def _generate(self, prompts: list[list[int]], stops: list[str], most: int) -> list[list[int]]:
+    def _generate(self, prompts: list[list[int]], stops: list[str], most: int, batch_size: int) -> list[list[int]]:
         def ends(number: int, written: list[int]) -> bool:
             text = self.tok_decode(written, skip_special_tokens=False)
             return any(stop in text for stop in stops)
 
-        size = 8 if self.batch_size == "auto" else int(self.batch_size)
         with self._line("generate", len(prompts)) as line:
             return generate(
                 self.chunks,
@@ -191,7 +190,7 @@ class MegatronLM(HFLM):
                 most=most,
                 ends=ends,
                 vocab_size=self.vocab_size,
-                batch_size=size,
+                batch_size=batch_size,
                 progress=line.advance,
             )
 
@@ -201,8 +200,15 @@ class MegatronLM(HFLM):
         """Score continuations; what differs in the last token alone goes through the model once."""
         sequences = [((*context, *continuation), len(continuation)) for _, context, continuation in requests]
         limit = self._max_length + 1
+        if (longest := max((predicted for _, predicted in sequences), default=0)) >= limit:
+            raise UpcycleError(
+                "answer of a task",
+                got=f"{longest} tokens",
+                expected=f"at most the {self._max_length} of a sequence",
+                fix="raise max_length, if the model was trained for more, or leave the task out",
+            )
         sequences = [(tokens[-limit:], predicted) for tokens, predicted in sequences]
-        found = self._ask("_score", sequences)
+        found = self._ask("_score", sequences, self.batch_size)
         answers = [(sum(likelihoods), likeliest) for likelihoods, likeliest in found]
         for (text, *_), answer in zip(requests, answers, strict=True):
             if text is not None:
@@ -246,9 +252,16 @@ class MegatronLM(HFLM):
             groups.setdefault((stops, wanted["max_gen_toks"]), []).append(number)
         texts: dict[int, str] = {}
         for (stops, most), numbers in groups.items():
-            room = self._max_length - most
+            if (room := self._max_length - most) < 1:
+                raise UpcycleError(
+                    "tokens to generate",
+                    got=most,
+                    expected=f"fewer than the {self._max_length} of a sequence",
+                    fix="add --gen_kwargs max_gen_toks=N",
+                )
             prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
-            written = self._ask("_generate", prompts, list(stops), most)
+            size = 8 if self.batch_size == "auto" else int(self.batch_size)
+            written = self._ask("_generate", prompts, list(stops), most, size)
             for number, tokens in zip(numbers, written, strict=True):
                 text = postprocess_generated_text(self.tok_decode(tokens), list(stops), None)
                 texts[number] = text

@@ -17,6 +17,8 @@ Scored = tuple[Sequence[int], int]
 Row = tuple[tuple[int, ...], list[int]]
 #: Tokens of one pass with `batch_size="auto"`: the logits of 8,192 tokens are 4 GiB of a vocabulary of 128,256.
 AUTO_TOKENS = 8192
+#: Positions whose logits are turned to float32 at a time: half a GiB of such a vocabulary.
+SLICE = 1024
 
 
 def rows_of(sequences: Sequence[Scored]) -> dict[tuple[int, ...], list[int]]:
@@ -75,22 +77,27 @@ class Pass:
         group, device = parallel_state.get_tensor_model_parallel_group(), logits_NSV.device
         first = parallel_state.get_tensor_model_parallel_rank() * logits_NSV.shape[-1]
         real = max(0, min(logits_NSV.shape[-1], vocab_size - first))  # the rows behind only pad the vocabulary
-        place_P = self.local_S[self.places_P].to(device)
-        logits_PV = logits_NSV[self.rows_P.to(device), place_P.clamp(min=0), :real].float()
-        lowest_P1 = logits_PV.new_full((len(place_P), 1), -torch.inf)
-        largest_P = torch.cat([logits_PV, lowest_P1], dim=1).amax(dim=1) if not real else logits_PV.amax(dim=1)
-        torch.distributed.all_reduce(largest_P, torch.distributed.ReduceOp.MAX, group=group)
-        position_Q, token_Q = self.position_Q.to(device), self.token_Q.to(device) - first
-        is_mine_Q = (token_Q >= 0) & (token_Q < real)
-        sum_P = (logits_PV - largest_P[:, None]).exp().sum(dim=1)
+        place_P = self.local_S[self.places_P]
+        position_Q, token_Q = self.position_Q, self.token_Q - first
+        largest_P, sum_P = (torch.full((len(place_P),), start, device=device) for start in (-torch.inf, 0.0))
         own_Q = torch.zeros(len(token_Q), device=device)
-        own_Q[is_mine_Q] = logits_PV[position_Q[is_mine_Q], token_Q[is_mine_Q]]
+        for start in range(0, len(place_P), SLICE):  # never all positions in float32
+            stop = min(start + SLICE, len(place_P))
+            rows, places = self.rows_P[start:stop].to(device), place_P[start:stop].clamp(min=0).to(device)
+            logits_PV = logits_NSV[rows, places, :real].float()
+            largest = logits_PV.amax(dim=1) if real else largest_P[start:stop]
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
+            largest_P[start:stop] = largest
+            asked = (position_Q >= start) & (position_Q < stop) & (token_Q >= 0) & (token_Q < real)
+            own_Q[asked.to(device)] = logits_PV[(position_Q[asked] - start).to(device), token_Q[asked].to(device)]
+            sum_P[start:stop] = logits_PV.sub_(largest[:, None]).exp_().sum(dim=1)
         for part in (sum_P, own_Q):
             torch.distributed.all_reduce(part, group=group)
+        position_Q = position_Q.to(device)
         largest_Q = largest_P[position_Q]
         found_2Q = torch.stack([own_Q - largest_Q - sum_P[position_Q].log(), (own_Q >= largest_Q).float()])
         if parallel_state.get_context_parallel_world_size() > 1:
-            found_2Q *= (place_P >= 0)[position_Q]
+            found_2Q *= (place_P >= 0).to(device)[position_Q]
             torch.distributed.all_reduce(found_2Q, group=parallel_state.get_context_parallel_group())
         return found_2Q.cpu()
 

@@ -64,8 +64,8 @@ def score(
         for start in range(0, len(batches), in_a_row * replicas):
             together = [[rows[row] for row in batch] for batch in batches[start : start + in_a_row * replicas]]
             # Every replica makes as many passes: the ranks that share experts wait for each other in each of them. An
-            # interleaved schedule takes multiples of its stages. Batches of similar length run at the same time.
-            count = _rounded(len(together), replicas, stages if len(chunks) > 1 else 1)
+            # interleaved schedule takes whole groups of them. Batches of similar length run at the same time.
+            count = _rounded(len(together), replicas, _unit(chunks))
             passes = [together[number] if number < len(together) else [] for number in range(mine, count, replicas)]
             size = max(map(len, together))
             length = padded_length(max(len(inputs) for batch in together for inputs, _ in batch), chunks[0])
@@ -86,6 +86,11 @@ def _check_finite(found: dict[int, _Answer]) -> None:
             expected="numbers",
             fix="a diverged run has no score: nemo-upcycle export names the tensor with NaN, if weights have it",
         )
+
+
+def _unit(chunks: Sequence[Any]) -> int:
+    """Return the number of passes that an interleaved schedule takes multiples of."""
+    return int(chunks[0].config.microbatch_group_size_per_vp_stage) if len(chunks) > 1 else 1
 
 
 def _rounded(batches: int, replicas: int, multiple: int) -> int:
