@@ -10,6 +10,7 @@ with quiet_imports():
     from nemo.collections.llm.api import pretrain
 
     from nemo_upcycle.pipeline import launch
+    from nemo_upcycle.pipeline.ablations import launch as ablations
     from nemo_upcycle.pipeline.context import PretrainContext
 
     for _module in pkgutil.iter_modules(__path__):
@@ -18,4 +19,4 @@ with quiet_imports():
 # `nemo llm pretrain` is NeMo's own command: with a recipe of ours it checks the arguments first, with others nothing.
 pretrain.cli_entrypoint.run_ctx_cls = PretrainContext
 
-__all__ = ["launch"]
+__all__ = ["ablations", "launch"]

@@ -8,7 +8,7 @@ import inspect
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -114,6 +114,8 @@ class PipelineContext(CheckedContext):
     """Pass recipes to the pipeline as configurations; NeMo-Run would build them in the launching process."""
 
     options = tuple(OPTIONS)
+    #: Its own options, and the argument that each sets.
+    own: ClassVar[dict[str, str]] = OPTIONS
     executors = frozenset(executor_names())
 
     def arguments(self, words: list[str]) -> list[str]:
@@ -121,7 +123,7 @@ class PipelineContext(CheckedContext):
 
         NeMo-Run would remove every `run.` and `executor.` from its values, as in `run.executor=my-run.yaml`.
         """
-        words = pipeline_arguments(words)
+        words = pipeline_arguments(words, self.own)
         given = [word.partition("=")[2] for word in words if word.startswith("run.executor=")]
         self._described = given[-1] if given and is_described(given[-1]) else ""
         self._overrides: list[str] = []
@@ -193,8 +195,8 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
 
 
-def pipeline_arguments(words: Sequence[str]) -> list[str]:
-    """Return the words of a command line with the pipeline's own options as arguments.
+def pipeline_arguments(words: Sequence[str], options: Mapping[str, str] = OPTIONS) -> list[str]:
+    """Return the words of a command line with a command's own options as arguments.
 
     Raises:
         UpcycleError: an option has no value.
@@ -206,14 +208,14 @@ def pipeline_arguments(words: Sequence[str]) -> list[str]:
     found, rest = [], iter(words)
     for word in rest:
         option, equals, value = word.partition("=")
-        if option not in OPTIONS:
+        if option not in options:
             found.append(word)
             continue
         given = value if equals else next(rest, "")
         if not given or given.startswith("-"):
-            example = "FOLDER" if option == "--render" else "data"
+            example = {"--render": "FOLDER", "--grid": "laptop"}.get(option, "data")
             raise UpcycleError(option, got="no value", expected="one", fix=f"write {option} {example}")
-        found.append(f"{OPTIONS[option]}={given}")
+        found.append(f"{options[option]}={given}")
     return found
 
 

@@ -18,16 +18,16 @@ from nemo_upcycle.pipeline.checks import is_local
 from nemo_upcycle.pipeline.console import command_line, end_soon
 from nemo_upcycle.pipeline.executors import local
 from nemo_upcycle.pipeline.executors.base import Job
-from nemo_upcycle.pipeline.plan import RunPlan, Stage
+from nemo_upcycle.pipeline.order import before
+from nemo_upcycle.pipeline.plan import Plan, Stage
 from nemo_upcycle.pipeline.runner import DONE_BEFORE, run_stage
-from nemo_upcycle.pipeline.stages import BY_NAME, STAGES
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 
 
 _AGAIN = "Run the same command again: it goes on from there. Folder:"
 
 
-def run_in_turn(jobs: Sequence[Job], run_dir: Path, plan: RunPlan, executor: Any) -> None:
+def run_in_turn(jobs: Sequence[Job], run_dir: Path, plan: Plan, executor: Any) -> None:
     """Run stage by stage; start nothing else after a stage that did not finish, for whatever reason.
 
     Raises:
@@ -37,7 +37,7 @@ def run_in_turn(jobs: Sequence[Job], run_dir: Path, plan: RunPlan, executor: Any
     end_soon()  # however it ends; nothing is imported after this
     with local.StopSignals() as stop:
         for job in jobs:
-            stage = BY_NAME[job.name]
+            stage = plan.stage(job.name)
             if stage.is_done(run_dir, plan):
                 sys.stderr.write(f"[{stage.name}] {DONE_BEFORE}\n")
                 continue
@@ -87,9 +87,9 @@ def sized(executor: run.Executor, nodes: int, per_node: int) -> run.Executor:
     return mine
 
 
-def _stopped(signum: int, stage: Stage, run_dir: Path, plan: RunPlan) -> str:
+def _stopped(signum: int, stage: Stage, run_dir: Path, plan: Plan) -> str:
     """Return the last words of a stopped run: what was kept, and how to continue."""
-    done = [entry.name for entry in STAGES[: STAGES.index(stage) + 1] if entry.is_done(run_dir, plan)]
+    done = [entry.name for entry in before(plan, stage.name) if entry.is_done(run_dir, plan)]
     kept = f"finished stages: {', '.join(done) or 'none'}"
     if stage.resumable:
         last = newest_checkpoint(run_dir / stage.name / "checkpoints")

@@ -9,11 +9,11 @@ from pathlib import Path
 from nemo_upcycle.data.blend import read_blend
 from nemo_upcycle.data.inputs import folders_of
 from nemo_upcycle.pipeline.executors.base import Job
-from nemo_upcycle.pipeline.plan import RunPlan, Stage
+from nemo_upcycle.pipeline.plan import Plan, Stage
 from nemo_upcycle.pipeline.recipes_io import load_recipe, ranks_of, settings
 
 
-def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: RunPlan, python: str = sys.executable) -> list[Job]:
+def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: Plan, python: str = sys.executable) -> list[Job]:
     """Return the jobs of stages, in their order.
 
     Args:
@@ -23,8 +23,8 @@ def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: RunPlan, python: str =
         python: the interpreter where the stages run.
     """
     script = script_of(plan)
-    named = [Path(text) for text in (plan.dense.removeprefix("hf://"), plan.data, plan.evaluation, *script)]
-    texts = [] if Path(plan.data).is_dir() else folders_of(read_blend(plan.data))
+    named = [Path(text.removeprefix("hf://")) for text in (*plan.inputs(), *script)]
+    texts = folders_of(read_blend(plan.blend)) if plan.blend else []
     reads = tuple(dict.fromkeys(path for path in (*texts, *named) if path.is_absolute()))
     jobs = []
     for stage in stages:
@@ -35,14 +35,14 @@ def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: RunPlan, python: str =
     return jobs
 
 
-def ranks_for(stage: Stage, plan: RunPlan) -> tuple[int, int]:
+def ranks_for(stage: Stage, plan: Plan) -> tuple[int, int]:
     """Return the number of nodes and of ranks on each that a stage takes; its recipe says it."""
-    serialised = getattr(plan, stage.name, None) if stage.parallel else None
+    serialised = plan.recipe_of(stage.name) if stage.parallel else None
     return ranks_of(load_recipe(serialised)) if serialised else (1, 1)
 
 
-def script_of(plan: RunPlan) -> list[str]:
+def script_of(plan: Plan) -> list[str]:
     """Return the script that was started, if a recipe refers to something defined in it."""
-    recipes = [load_recipe(text) for text in (plan.pretrain, plan.dense_ct) if text]
+    recipes = [load_recipe(text) for text in map(plan.recipe_of, (stage.name for stage in plan.stages)) if text]
     named = any(value.startswith("__main__.") for recipe in recipes for _, value in settings(recipe))
     return [str(Path(sys.modules["__main__"].__file__ or "").absolute())] if named else []

@@ -25,7 +25,7 @@ from nemo_upcycle.pipeline.jobs import jobs_of
 from nemo_upcycle.pipeline.order import chosen_stages, require_earlier
 from nemo_upcycle.pipeline.plan import PLAN, RunPlan, Stage
 from nemo_upcycle.pipeline.recipes_io import dump_recipe, write_recipes
-from nemo_upcycle.pipeline.stages import BY_NAME, STAGES
+from nemo_upcycle.pipeline.stages import STAGES
 from nemo_upcycle.utils.files import in_use
 
 
@@ -74,9 +74,9 @@ def pipeline(
     run_dir = Path(dir).expanduser().absolute()
     plan = RunPlan(
         pretrain.log.name,
-        _whole_path(dense, folder=True),
-        _whole_path(corpus or data, folder=True),
-        _whole_path(evaluation),
+        whole_path(dense, folder=True),
+        whole_path(corpus or data, folder=True),
+        whole_path(evaluation),
         dump_recipe(pretrain),
         dump_recipe(dense_ct) if dense_ct else None,
     )
@@ -98,7 +98,7 @@ def pipeline(
         _say_what_is_missing(cluster, jobs)
         return
     check_stages(found)
-    chain = Chain(cluster, jobs, lambda name: BY_NAME[name].is_done(run_dir, plan), run_dir) if cluster else None
+    chain = Chain(cluster, jobs, lambda name: plan.stage(name).is_done(run_dir, plan), run_dir) if cluster else None
     if chain:
         chain.check()
         if _runs_code_of(chain.cluster, stages, CHECKOUT):
@@ -112,14 +112,14 @@ def pipeline(
         (run_dir / COMMAND).write_text(command_line() + "\n", encoding="utf-8")
         write_recipes(run_dir, {"pretrain": pretrain, "dense_ct": dense_ct})
         if chain:
-            _run_chain(chain, detach=ctx.detach)
+            run_chain(chain, detach=ctx.detach)
         else:
             run_in_turn(jobs, run_dir, plan, ctx.executor)
     if stages[-1] is STAGES[-1] and not ctx.detach:
         _show_result(run_dir)
 
 
-def _whole_path(name: str, *, folder: bool = False) -> str:
+def whole_path(name: str, *, folder: bool = False) -> str:
     """Return the absolute path of an argument that names a folder or a YAML file: a job may run in another folder."""
     path = Path(name).expanduser()
     is_path = path.suffix in (".yaml", ".yml") or (folder and path.is_dir())
@@ -151,7 +151,7 @@ def _listed(jobs: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {identity}" for name, identity in jobs.items())
 
 
-def _run_chain(chain: Chain, *, detach: bool) -> None:
+def run_chain(chain: Chain, *, detach: bool) -> None:
     """Submit the jobs of a chain, and watch them unless `detach`."""
     end_soon()
     with StopSignals() as stop:

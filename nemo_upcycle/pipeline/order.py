@@ -6,18 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.plan import RunPlan, Stage
+from nemo_upcycle.pipeline.plan import Plan, Stage
 from nemo_upcycle.pipeline.stages import BY_NAME, STAGES
 
 
-def before(*stages: Stage) -> tuple[Stage, ...]:
+def before(plan: Plan, *names: str) -> tuple[Stage, ...]:
     """Return the stages whose results some stages need, directly or not, in order and without these themselves."""
     needed: set[str] = set()
-    names = {stage.name for stage in stages}
-    for stage in reversed(STAGES):
-        if stage in stages or stage.name in needed:
+    for stage in reversed(plan.stages):
+        if stage.name in names or stage.name in needed:
             needed.update(stage.after)
-    return tuple(stage for stage in STAGES if stage.name in needed - names)
+    return tuple(stage for stage in plan.stages if stage.name in needed.difference(names))
 
 
 def chosen_stages(first: str | None, last: str | None, only: str | None) -> tuple[Stage, ...]:
@@ -44,13 +43,13 @@ def chosen_stages(first: str | None, last: str | None, only: str | None) -> tupl
     return STAGES[start : stop + 1]
 
 
-def require_earlier(stages: Sequence[Stage], run_dir: Path, plan: RunPlan) -> None:
+def require_earlier(stages: Sequence[Stage], run_dir: Path, plan: Plan) -> None:
     """Check that what a part of the chain needs is done.
 
     Raises:
         UpcycleError: a stage is not, or not from its present inputs.
     """
-    if (missing := unfinished(before(*stages), run_dir, plan)) is not None:
+    if (missing := unfinished(before(plan, *(stage.name for stage in stages)), run_dir, plan)) is not None:
         raise UpcycleError(
             f"stage '{missing}' in {run_dir}",
             got="not done, or from other inputs",
@@ -59,6 +58,6 @@ def require_earlier(stages: Sequence[Stage], run_dir: Path, plan: RunPlan) -> No
         )
 
 
-def unfinished(stages: Sequence[Stage], run_dir: Path, plan: RunPlan) -> str | None:
+def unfinished(stages: Sequence[Stage], run_dir: Path, plan: Plan) -> str | None:
     """Return the first of these stages that is not done from its present inputs; those before them must be."""
     return next((stage.name for stage in stages if not stage.is_done(run_dir, plan)), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +16,54 @@ from nemo_upcycle.utils.files import read_json, sha256_file, write_json
 PLAN = "pipeline.json"
 
 
+class Plan(ABC):
+    """What the stages of a run need to know, as plain values, and which stages there are."""
+
+    @property
+    @abstractmethod
+    def stages(self) -> tuple[Stage, ...]:
+        """All stages, each after those that it needs."""
+
+    @abstractmethod
+    def write(self, run_dir: Path) -> None:
+        """Write the plan to the run's folder, where the stages read it."""
+
+    @abstractmethod
+    def setting(self, name: str) -> Any:
+        """Return a setting as the markers hash it: the content, not the name, of YAML files and data folders."""
+
+    @abstractmethod
+    def recipe_of(self, stage: str) -> str | None:
+        """Return the serialised recipe of a training stage; None where there is none."""
+
+    @abstractmethod
+    def inputs(self) -> tuple[str, ...]:
+        """Return the addresses, names and paths that its stages read: parent, data, evaluation."""
+
+    @property
+    @abstractmethod
+    def blend(self) -> str | None:
+        """The blend that is built; None where a finished folder is used."""
+
+    def stage(self, name: str) -> Stage:
+        """Return a stage by its name."""
+        return next(stage for stage in self.stages if stage.name == name)
+
+
+def data_content(data: str) -> str:
+    """Return what tells data from others: the hash of a finished folder's manifest, or of a blend's YAML file."""
+    manifest = Path(data) / MANIFEST
+    return sha256_file(manifest) if manifest.is_file() else file_content(data)
+
+
+def file_content(name: str) -> str:
+    """Return the hash of a YAML file in the place of its path; any other text as it is."""
+    is_file = name.endswith((".yaml", ".yml")) and Path(name).expanduser().is_file()
+    return sha256_file(Path(name).expanduser()) if is_file else name
+
+
 @dataclass(frozen=True)
-class RunPlan:
+class RunPlan(Plan):
     """Everything that the stages of a run need to know, as plain values.
 
     Recipes are NeMo-Run's own serialised form: a stage builds them only after it has checked that it may start.
@@ -38,7 +85,7 @@ class RunPlan:
     dense_ct: str | None
 
     def write(self, run_dir: Path) -> None:
-        """Write the plan to the run's folder, where the stages read it."""
+        """See `Plan.write`."""
         write_json(run_dir / PLAN, asdict(self))
 
     @staticmethod
@@ -47,12 +94,32 @@ class RunPlan:
         return RunPlan(**read_json(run_dir / PLAN))
 
     def setting(self, name: str) -> Any:
-        """Return a field as the markers hash it: the content, not the name, of YAML files and data folders."""
+        """See `Plan.setting`: a field."""
         value = getattr(self, name)
-        if name == "data" and (manifest := Path(value) / MANIFEST).is_file():
-            return sha256_file(manifest)
-        is_file = isinstance(value, str) and value.endswith((".yaml", ".yml")) and Path(value).expanduser().is_file()
-        return sha256_file(Path(value).expanduser()) if is_file else value
+        if name == "data":
+            return data_content(value)
+        return file_content(value) if isinstance(value, str) else value
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """See `Plan.stages`: the chain."""
+        from nemo_upcycle.pipeline.stages import STAGES
+
+        return STAGES
+
+    def recipe_of(self, stage: str) -> str | None:
+        """See `Plan.recipe_of`."""
+        recipes = {"pretrain": self.pretrain, "dense_ct": self.dense_ct}
+        return recipes.get(stage)
+
+    def inputs(self) -> tuple[str, ...]:
+        """See `Plan.inputs`."""
+        return self.dense, self.data, self.evaluation
+
+    @property
+    def blend(self) -> str | None:
+        """See `Plan.blend`."""
+        return None if Path(self.data).is_dir() else self.data
 
 
 @dataclass(frozen=True)
@@ -69,7 +136,7 @@ class Stage:
     """
 
     name: str
-    work: Callable[[Path, RunPlan], dict[str, Any]]
+    work: Callable[[Path, Any], dict[str, Any]]
     after: tuple[str, ...]
     settings: tuple[str, ...]
     parallel: bool = False
@@ -79,11 +146,11 @@ class Stage:
         """Return its folder in a run."""
         return StageFolder(run_dir, self.name, self.after)
 
-    def settings_of(self, plan: RunPlan) -> dict[str, Any]:
+    def settings_of(self, plan: Plan) -> dict[str, Any]:
         """Return the values of its settings."""
         return {name: plan.setting(name) for name in self.settings}
 
-    def is_done(self, run_dir: Path, plan: RunPlan) -> bool:
+    def is_done(self, run_dir: Path, plan: Plan) -> bool:
         """Return whether it finished from its present inputs; the stages before it must be done."""
         folder = self.folder(run_dir)
         return folder.is_done(folder.inputs(self.settings_of(plan)))

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_upcycle.errors import StageError, StageStopped, UpcycleError
+from nemo_upcycle.pipeline.ablations.plan import GRID, GridPlan
 from nemo_upcycle.pipeline.console import is_verbose, quiet_libraries
 from nemo_upcycle.pipeline.markers import ENDED, FAILED, STOPPED, StageFolder
 from nemo_upcycle.pipeline.order import before, unfinished
-from nemo_upcycle.pipeline.plan import RunPlan, Stage
+from nemo_upcycle.pipeline.plan import Plan, RunPlan, Stage
 from nemo_upcycle.pipeline.ranks import is_first_rank
-from nemo_upcycle.pipeline.stages import BY_NAME
 from nemo_upcycle.utils.files import in_use
 from nemo_upcycle.utils.progress import duration, show_messages
 
@@ -38,11 +38,12 @@ def run_stage(name: str, dir: str) -> None:
     show_messages()
     if not is_verbose():
         quiet_libraries()
-    stage, run_dir = BY_NAME[name], Path(dir)
+    run_dir = Path(dir)
     try:
-        _run(stage, run_dir)
+        plan = read_plan(run_dir)
+        _run(plan.stage(name), run_dir, plan)
     except UpcycleError as error:  # refused before it started: nothing is recorded, another job may hold the folder
-        sys.stderr.write(f"[{stage.name}] {error}\n")
+        sys.stderr.write(f"[{name}] {error}\n")
         raise SystemExit(error.exit_status) from None
 
 
@@ -60,10 +61,14 @@ def _recorded(folder: StageFolder) -> Iterator[None]:
         raise SystemExit(error.exit_status) from None
 
 
-def _run(stage: Stage, run_dir: Path) -> None:
-    plan = RunPlan.read(run_dir)
+def read_plan(run_dir: Path) -> Plan:
+    """Read the plan of a run: of the chain, or of a grid of ablations."""
+    return GridPlan.read(run_dir) if (run_dir / GRID).is_file() else RunPlan.read(run_dir)
+
+
+def _run(stage: Stage, run_dir: Path, plan: Plan) -> None:
     # Abort if an earlier stage failed; not every executor does.
-    if (broken := unfinished(before(stage), run_dir, plan)) is not None:
+    if (broken := unfinished(before(plan, stage.name), run_dir, plan)) is not None:
         raise StageError(f"not started: stage '{broken}' has not finished in {run_dir}.")
     folder = stage.folder(run_dir)
     inputs = folder.inputs(stage.settings_of(plan))

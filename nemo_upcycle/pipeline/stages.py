@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import StageError, StageStopped
-from nemo_upcycle.pipeline.console import is_verbose
 from nemo_upcycle.pipeline.markers import StageFolder
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
-from nemo_upcycle.pipeline.ranks import is_first_rank
-from nemo_upcycle.sources.checkpoints import newest_checkpoint
+from nemo_upcycle.pipeline.training_stage import last_checkpoint, train
 
 
 #: Size of the real text that the step-0 check runs on: B windows of S tokens.
@@ -29,8 +27,6 @@ def import_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 def data_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Clean the blend and tokenise it with the dense parent's tokenizer; a finished folder is used where it lies."""
-    from nemo_upcycle.data.blend import read_blend
-    from nemo_upcycle.data.build import build_blend
     from nemo_upcycle.data.finished import open_blend
     from nemo_upcycle.pipeline.recipes_io import load_recipe
 
@@ -39,11 +35,7 @@ def data_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     if Path(plan.data).is_dir():
         open_blend(folder).require_tokenizer_of(str(dense_folder))
     else:
-        try:
-            build_blend(read_blend(plan.data, [f"tokenizer={dense_folder}"]), folder)
-        except KeyboardInterrupt:  # the engine was told to stop
-            text = "stage 'data' stopped early: its finished tasks are kept, and the same command goes on from there"
-            raise StageStopped(text) from None
+        build_data(plan.data, str(dense_folder), folder)
     blend = open_blend(folder)
     blend.paths(load_recipe(plan.pretrain).data.seq_length)  # before hours of other work: is there text enough?
     if not blend.heldout():
@@ -55,6 +47,22 @@ def data_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
         )
     splits = blend.manifest["splits"]
     return {"folder": str(folder), "tokens": {name: split["tokens"] for name, split in splits.items()}}
+
+
+def build_data(blend: str, dense: str, folder: Path) -> None:
+    """Build a blend with the tokenizer of a dense model, or go on with a stopped build.
+
+    Raises:
+        StageStopped: it was told to stop, and can go on.
+    """
+    from nemo_upcycle.data.blend import read_blend
+    from nemo_upcycle.data.build import build_blend
+
+    try:
+        build_blend(read_blend(blend, [f"tokenizer={dense}"]), folder)
+    except KeyboardInterrupt:  # the engine was told to stop
+        text = "stage 'data' stopped early: its finished tasks are kept, and the same command goes on from there"
+        raise StageStopped(text) from None
 
 
 def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
@@ -136,45 +144,9 @@ def dense_ct_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 
 def _train(run_dir: Path, plan: RunPlan, name: str) -> dict[str, Any]:
-    import fiddle as fdl
-    import nemo.utils
-
-    from nemo_upcycle.cpu.backend import use_cpu_backend
-    from nemo_upcycle.pipeline.recipes_io import load_recipe, place_recipe
-
-    recipe = load_recipe(getattr(plan, name))
-    from nemo_upcycle.training.stopping import step_kept  # after NeMo, which the recipe imports without its warnings
-
-    place_recipe(recipe, run_dir / name, dense_folder_of(run_dir), data_folder_of(run_dir, plan))
-    use_cpu_backend()  # before the model's configuration is built: Megatron checks it at once
-    if not is_verbose():  # show only errors on the console; NeMo writes its whole log to a file in the stage's folder
-        nemo.utils.logging.set_verbosity(nemo.utils.logging.ERROR)
-    ended_itself = True
-    try:
-        fdl.build(recipe)()
-    except SystemExit:  # it was told to stop, and has saved
-        ended_itself = False
-    kept, wanted = step_kept(run_dir / name), recipe.trainer.max_steps
-    if kept < wanted and (kept or not ended_itself):
-        text = (
-            f"stage '{name}' stopped early: {kept} of {wanted} steps are kept, and the same command goes on from there"
-        )
-        raise StageStopped(text)
-    return {"checkpoint": str(last_checkpoint(run_dir / name))} if is_first_rank() else {}
-
-
-def last_checkpoint(folder: Path) -> Path:
-    """Return the checkpoint of the highest step that NeMo left in a training stage's folder.
-
-    Raises:
-        StageError: there is none.
-    """
-    checkpoint = newest_checkpoint(folder / "checkpoints")
-    if checkpoint is None:
-        raise StageError(
-            f"checkpoint in {folder}", got="none", expected="a finished checkpoint", fix="run the stage again"
-        )
-    return checkpoint
+    serialised = plan.recipe_of(name)
+    assert serialised is not None
+    return train(run_dir / name, serialised, dense_folder_of(run_dir), data_folder_of(run_dir, plan))
 
 
 def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:

@@ -1,0 +1,97 @@
+"""`nemo upcycle ablate`: check every arm, then train them one after the other, or all as jobs of a cluster."""
+
+# No postponed annotations, and Optional[...]: NeMo-Run parses values by them.
+
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import nemo_run as run
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.ablations.grid import read_grid
+from nemo_upcycle.pipeline.ablations.plan import GRID, GridPlan
+from nemo_upcycle.pipeline.chain import Chain
+from nemo_upcycle.pipeline.console import command_line
+from nemo_upcycle.pipeline.context import PipelineContext
+from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
+from nemo_upcycle.pipeline.executors.settings import cluster_for
+from nemo_upcycle.pipeline.in_turn import run_in_turn
+from nemo_upcycle.pipeline.jobs import jobs_of
+from nemo_upcycle.pipeline.launch import COMMAND, run_chain, whole_path
+from nemo_upcycle.pipeline.plan import PLAN
+from nemo_upcycle.utils.files import in_use
+
+
+class AblateContext(PipelineContext):
+    """The command line of `nemo upcycle ablate`."""
+
+    own: ClassVar[dict[str, str]] = {"--grid": "grid"}
+    options = ("--grid",)
+
+
+@run.cli.entrypoint(namespace="upcycle", type="experiment", run_ctx_cls=AblateContext)
+def ablate(ctx: run.cli.RunContext, grid: str, dir: str, dense: str | None = None, data: str | None = None) -> None:
+    """Train every arm of a grid with every seed from one parent on the same data, and compare them.
+
+    Run it again after a stop of any kind, with the same `dir`: what is finished stays, the rest goes on.
+
+    Args:
+        ctx: NeMo-Run's context of the command.
+        grid: `--grid GRID`: a name in conf/ablations, or a YAML file like those.
+        dir: folder of the grid.
+        dense: another dense parent than the grid's.
+        data: another blend than the grid's, or a finished folder of `nemo-upcycle data`.
+
+    Raises:
+        UpcycleError: an arm could not start, or one did not finish.
+    """
+    run_dir = Path(dir).expanduser().absolute()
+    with ended_by_ctrl_c():
+        plan = read_grid(
+            whole_path(grid),
+            whole_path(dense, folder=True) if dense else None,
+            whole_path(data, folder=True) if data else None,
+        )
+        _require_grid(run_dir)
+    cluster = cluster_for(ctx.executor)
+    jobs = jobs_of(plan.stages, run_dir, plan)
+    chain = Chain(cluster, jobs, lambda name: plan.stage(name).is_done(run_dir, plan), run_dir) if cluster else None
+    sys.stdout.write(_summary(plan, run_dir))
+    if ctx.dryrun:
+        return
+    if chain:
+        chain.check()
+    if not ctx.may_go_on():
+        return
+    with in_use(run_dir):
+        plan.write(run_dir)
+        (run_dir / COMMAND).write_text(command_line() + "\n", encoding="utf-8")
+        if chain:
+            run_chain(chain, detach=ctx.detach)
+        else:
+            run_in_turn(jobs, run_dir, plan, ctx.executor)
+    if not ctx.detach:
+        sys.stdout.write("\n" + (run_dir / "table" / "table.md").read_text(encoding="utf-8"))
+
+
+def _require_grid(run_dir: Path) -> None:
+    if (run_dir / PLAN).is_file():
+        raise UpcycleError(
+            f"dir {run_dir}", got="a run of the pipeline", expected="a new folder, or a grid's", fix="choose another"
+        )
+
+
+def _summary(plan: GridPlan, run_dir: Path) -> str:
+    """Return what will be trained, and what is there already."""
+    if not (run_dir / GRID).is_file():
+        done: set[str] = set()
+    else:
+        done = {name for name in plan.cells if (run_dir / name / "_SUCCESS.json").is_file()}
+    cells: dict[str, dict[str, Any]] = plan.described["cells"]
+    lines = [f"grid {plan.name}: {len(plan.cells)} trainings, {len(done)} finished before"]
+    for arm, about in plan.described["arms"].items():
+        mine = [one for one in cells.values() if one["arm"] == arm]
+        tokens = mine[0]["steps"] * mine[0]["tokens_per_step"]
+        lines.append(f"  {arm}: {len(mine)} seeds x {tokens:,} tokens  {about}".rstrip())
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,72 @@
+"""The plan of a grid: its parent, its data, and a training for each arm and seed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.pipeline.plan import Plan, Stage, data_content
+from nemo_upcycle.utils.files import read_json, write_json
+
+
+GRID = "grid.json"
+
+
+@dataclass(frozen=True)
+class GridPlan(Plan):
+    """Everything that the stages of a grid need to know, as plain values.
+
+    Args:
+        name: of the grid.
+        dense: address of the dense parent; "" where the grid trains its own.
+        data: a blend, or a finished folder.
+        parent: the serialised recipe that trains the parent from random weights; None with `dense`.
+        vocabulary: tokens of its tokenizer, which is trained on the blend.
+        cells: name of each training -> its serialised recipe.
+        described: what the table needs: of each cell its arm, seed, tokens of a step and steps; the references; what
+            each arm is about.
+    """
+
+    name: str
+    dense: str
+    data: str
+    parent: str | None
+    vocabulary: int | None
+    cells: dict[str, str]
+    described: dict[str, Any]
+
+    def write(self, run_dir: Path) -> None:
+        """See `Plan.write`."""
+        write_json(run_dir / GRID, asdict(self))
+
+    @staticmethod
+    def read(run_dir: Path) -> GridPlan:
+        """Read the plan of a grid."""
+        return GridPlan(**read_json(run_dir / GRID))
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """See `Plan.stages`."""
+        from nemo_upcycle.pipeline.ablations.stages import stages_of
+
+        return stages_of(self)
+
+    def setting(self, name: str) -> Any:
+        """See `Plan.setting`: a field, or the recipe of a cell."""
+        if name == "data":
+            return data_content(self.data)
+        return self.cells[name] if name in self.cells else getattr(self, name)
+
+    def recipe_of(self, stage: str) -> str | None:
+        """See `Plan.recipe_of`."""
+        return self.parent if stage == "parent" else self.cells.get(stage)
+
+    def inputs(self) -> tuple[str, ...]:
+        """See `Plan.inputs`."""
+        return self.dense, self.data
+
+    @property
+    def blend(self) -> str | None:
+        """See `Plan.blend`."""
+        return None if Path(self.data).is_dir() else self.data

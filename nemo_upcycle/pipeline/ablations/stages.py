@@ -1,0 +1,112 @@
+"""The stages of a grid: a parent, data, one training for each arm and seed, and the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.pipeline.ablations.plan import GridPlan
+from nemo_upcycle.pipeline.markers import StageFolder
+from nemo_upcycle.pipeline.plan import Stage
+from nemo_upcycle.pipeline.training_stage import last_checkpoint, train
+
+
+def stages_of(plan: GridPlan) -> tuple[Stage, ...]:
+    """Return the stages of a grid, each after those that it needs."""
+    first: tuple[Stage, ...]
+    if plan.parent:
+        first = (
+            Stage("untrained", untrained_stage, (), ("parent", "vocabulary", "data")),
+            Stage("data", data_stage, ("untrained",), ("data",), resumable=True),
+            Stage("parent", parent_stage, ("untrained", "data"), ("parent",), parallel=True, resumable=True),
+            Stage("dense", export_stage, ("parent",), ()),
+        )
+    else:
+        first = (
+            Stage("dense", import_stage, (), ("dense",)),
+            Stage("data", data_stage, ("dense",), ("data",), resumable=True),
+        )
+    cells = [
+        Stage(name, _training(name), ("dense", "data"), (name,), parallel=True, resumable=True) for name in plan.cells
+    ]
+    return (*first, *cells, Stage("table", table_stage, tuple(plan.cells), ("described",)))
+
+
+def _training(name: str) -> Callable[[Path, GridPlan], dict[str, Any]]:
+    def work(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
+        """Train one arm with one seed."""
+        return train(run_dir / name, plan.cells[name], dense_folder(run_dir), data_folder(run_dir, plan))
+
+    return work
+
+
+def dense_folder(run_dir: Path) -> Path:
+    """Return the parent's folder, as its stage left it."""
+    return Path(StageFolder(run_dir, "dense").outputs()["folder"])
+
+
+def data_folder(run_dir: Path, plan: GridPlan) -> Path:
+    """Return the folder of the tokenised blend: the user's own, or what the data stage makes."""
+    return run_dir / "data" / "blend" if plan.blend else Path(plan.data)
+
+
+def import_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
+    """Get the dense parent."""
+    from nemo_upcycle.data.dense import import_dense
+
+    return {"folder": str(import_dense(plan.dense, run_dir / "dense" / "hf").resolve())}
+
+
+def untrained_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
+    """Train a tokenizer on the blend, and draw the parent's random weights."""
+    from nemo_upcycle.data.blend import read_blend
+    from nemo_upcycle.pipeline.ablations.untrained import write_untrained
+    from nemo_upcycle.pipeline.recipes_io import load_recipe
+
+    assert plan.parent is not None
+    assert plan.vocabulary is not None
+    folder = run_dir / "untrained" / "hf"
+    config = load_recipe(plan.parent).model.config
+    write_untrained(folder, config, read_blend(plan.data), plan.vocabulary, run_dir / "untrained")
+    return {"folder": str(folder)}
+
+
+def data_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
+    """Clean the blend and tokenise it with the parent's tokenizer; a finished folder is used where it lies."""
+    from nemo_upcycle.data.finished import open_blend
+    from nemo_upcycle.pipeline.stages import build_data
+
+    first = "untrained" if plan.parent else "dense"
+    tokenizer = StageFolder(run_dir, first).outputs()["folder"]
+    folder = data_folder(run_dir, plan)
+    if plan.blend:
+        build_data(plan.blend, tokenizer, folder)
+    open_blend(folder).require_tokenizer_of(tokenizer)
+    splits = open_blend(folder).manifest["splits"]
+    return {"tokens": {name: split["tokens"] for name, split in splits.items()}}
+
+
+def parent_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
+    """Train the parent from random weights."""
+    assert plan.parent is not None
+    return train(run_dir / "parent", plan.parent, run_dir / "untrained" / "hf", data_folder(run_dir, plan))
+
+
+def export_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
+    """Export the parent."""
+    import torch
+
+    from nemo_upcycle.convert.export import export_checkpoint
+
+    folder = run_dir / "dense" / "hf"
+    checkpoint = last_checkpoint(run_dir / "parent")
+    export_checkpoint(checkpoint, run_dir / "untrained" / "hf", folder, dtype=torch.float32)
+    return {"folder": str(folder)}
+
+
+def table_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
+    """Compare the arms: table.md, table.json and the figures."""
+    from nemo_upcycle.reporting.grid import write_table
+
+    return {"table": str(write_table(run_dir, plan.name, plan.described))}

@@ -1,0 +1,59 @@
+"""The figures of a grid: bits per byte over tokens, and the difference of each arm from its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: Okabe and Ito's colours, told apart by colour-blind readers; markers tell arms of the same colour apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "osD^vPX*"
+
+
+def curves_figure(values: Mapping[str, Any]) -> Figure:
+    """Return two panels: every arm's curve with its band over seeds, and the differences with their error bars.
+
+    Args:
+        values: what `compare_arms` returned.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for position, (arm, found) in enumerate(values["arms"].items()):
+        colour, marker = _COLOURS[position % len(_COLOURS)], _MARKERS[position // len(_COLOURS) % len(_MARKERS)]
+        tokens = list(found["curve"])
+        means = [mean for mean, _ in found["curve"].values()]
+        spread = [2 * (error or 0.0) for _, error in found["curve"].values()]
+        left.plot(tokens, means, color=colour, marker=marker, markersize=4, linewidth=1.5, label=arm)
+        low = [mean - band for mean, band in zip(means, spread, strict=True)]
+        high = [mean + band for mean, band in zip(means, spread, strict=True)]
+        left.fill_between(tokens, low, high, color=colour, alpha=0.15, linewidth=0)
+    left.set_xlabel("tokens")
+    left.set_ylabel("bits per byte of held-out text")
+    left.xaxis.set_major_formatter(EngFormatter(sep=""))
+    left.legend(fontsize=7, ncols=2)
+    left.set_title("mean over seeds, ± two standard errors", fontsize=10)
+    names = list(values["differences"])
+    for position, name in enumerate(names):
+        found = values["differences"][name]
+        right.errorbar(
+            found["end"]["difference"],
+            position,
+            xerr=2 * found["end"]["stderr"],
+            fmt="o",
+            color={"better": "#009E73", "worse": "#D55E00", "tie": "#555555"}[found["end"]["verdict"]],
+            capsize=3,
+        )
+    right.axvline(0, color="#999999", linewidth=1)
+    right.set_yticks(range(len(names)), [f"{name} - {values['differences'][name]['reference']}" for name in names])
+    right.invert_yaxis()
+    right.set_xlabel("difference in bits per byte (left: better)")
+    right.set_title("at the end, ± two standard errors of documents and seeds", fontsize=10)
+    right.tick_params(axis="y", labelsize=8)
+    return figure
