@@ -84,7 +84,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
     return GridPlan(
         path.stem,
         "" if parent else str(dense or content["dense"]),
-        str(data or content.get("data", "sotu")),
+        data or _from_here(str(content.get("data", "sotu")), folder),
         parent,
         vocabulary,
         cells,
@@ -92,10 +92,14 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
     )
 
 
+def _from_here(name: str, folder: Path) -> str:
+    """Return the absolute path of a YAML file that a grid names, or the name of one of the package's own."""
+    return str((folder / Path(name).expanduser()).absolute()) if name.endswith((".yaml", ".yml")) else name
+
+
 def _suite_of(name: str, folder: Path) -> str:
     """Return a suite's name or absolute path, checked."""
-    path = folder / name if str(name).endswith((".yaml", ".yml")) else None
-    suite = str(path.absolute()) if path else str(name)
+    suite = _from_here(name, folder)
     if not read_suite_config(suite).local:
         raise UpcycleError(
             f"suite {suite}", got="lm-eval's own tasks", expected="local ones", fix="name another suite"

@@ -19,7 +19,7 @@ from tests.golden import GOLDEN, PLANNER, golden_path, planner_text, text_of
 BIG = ("llama3_8b", "llama31_8b", "llama3_70b")
 UPCYCLED = ("smollm2_135m_e8t2", *(f"{base}_e8t2" for base in BIG))
 NAMES = (*UPCYCLED, "smollm2_135m_dense_ct", *(f"{base}_dense_ct" for base in BIG))
-ABLATIONS = sorted((Path(__file__).parents[3] / "conf/ablations").glob("*.yaml"))
+ABLATIONS = sorted((Path(__file__).parents[3] / "conf/ablations/arms").glob("*.yaml"))
 #: Tokens of a step of the H100 recipes.
 STEP_TOKENS = 512 * 8192
 

@@ -1,0 +1,137 @@
+"""`nemo upcycle ablate` on a small grid: parent, arms, seeds, a stop, the table; and what a grid may get wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_upcycle.utils.files import MARKER
+from tests.functional.command import start
+from tests.functional.tiny import write_texts
+
+
+pytestmark = pytest.mark.slow
+_SET = "data.global_batch_size: 4, data.micro_batch_size: 4, data.seq_length: 64, model.config.seq_length: 64"
+GRID = f"""
+about: two arms
+data: texts/blend.yaml
+parent:
+  factory: llama_1m_dense_ct(dense='untrained')
+  vocabulary: 280
+  set: {{trainer.max_steps: 4, {_SET}}}
+evaluate: {{suite: suite.yaml, every_n_steps: 2}}
+seeds: [1, 2]
+defaults: {{trainer.max_steps: 4, {_SET}}}
+arms:
+  dense: {{factory: "llama_1m_dense_ct(dense='parent')"}}
+  moe: {{factory: "llama_1m_e8t2(dense='parent')", about: copies}}
+  st:
+    factory: llama_1m_e8t2(dense='parent')
+    spec: {{router_order: softmax_topk, output_scale: none}}
+references: {{moe: dense, st: moe}}
+"""
+SUITE = "tasks: {heldout_perplexity: [0]}\nheldout: {window_bytes: 60, windows: 12}\ndtype: float32\n"
+CELLS = [f"{arm}-seed{seed}" for arm in ("dense", "moe", "st") for seed in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ablate")
+    write_texts(folder / "texts")
+    (folder / "suite.yaml").write_text(SUITE)
+    (folder / "grid.yaml").write_text(GRID)
+    return folder
+
+
+def _command(grid: str, *words: str) -> list[str]:
+    nemo = str(Path(sys.executable).with_name("nemo"))
+    return [nemo, "upcycle", "ablate", "--grid", grid, "dir=run", *words, "--yes"]
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> Path:
+    """The grid, stopped by SIGINT once in its second cell, and finished by the same command."""
+    first = start(_command("grid.yaml"), folder)
+    deadline_s = time.monotonic() + 400
+    while not (folder / "run/dense-seed1" / MARKER).is_file():
+        assert first.poll() is None, (folder / "console.txt").read_text()
+        assert time.monotonic() < deadline_s
+        time.sleep(0.2)
+    os.kill(first.pid, signal.SIGINT)
+    assert first.wait(timeout=100) == 130
+    second = start(_command("grid.yaml"), folder)
+    assert second.wait(timeout=500) == 0, (folder / "console.txt").read_text()
+    return folder / "run"
+
+
+def test_every_cell_is_trained_once_and_scored_at_the_same_steps(finished: Path) -> None:
+    for cell in CELLS:
+        steps = sorted(path.stem for path in (finished / cell / "evaluation").glob("step=*.json"))
+        assert steps == ["step=0", "step=2", "step=4"]
+    console = (finished.parent / "console.txt").read_text()
+    assert console.count("[dense-seed1] done in") == 1
+    assert "[dense-seed1] done before, from the same inputs" in console
+
+
+def test_copies_start_where_the_dense_arm_does_and_a_router_without_scale_does_not(finished: Path) -> None:
+    values = json.loads((finished / "table/table.json").read_text())
+    start_of = {arm: found["start"]["value"] for arm, found in values["arms"].items()}
+    assert start_of["moe"] == pytest.approx(start_of["dense"], rel=1e-5)
+    assert start_of["st"] > start_of["dense"] + 0.01
+    assert values["differences"]["moe"]["start"]["verdict"] == "tie"
+    assert values["differences"]["st"]["start"]["verdict"] == "worse"
+
+
+def test_seeds_change_the_order_of_the_data_and_the_router(finished: Path) -> None:
+    def losses(cell: str) -> list[float]:
+        lines = [json.loads(line) for line in (finished / cell / "metrics.jsonl").read_text().splitlines()]
+        return [line["loss"] for line in lines if "loss" in line]
+
+    assert losses("dense-seed1") != losses("dense-seed2")
+    receipts = [json.loads((finished / f"moe-seed{seed}/receipt.json").read_text()) for seed in (1, 2)]
+    assert [receipt["spec"]["seed"] for receipt in receipts] == [1, 2]
+
+
+def test_the_table_names_arms_and_differences(finished: Path) -> None:
+    text = (finished / "table/table.md").read_text()
+    assert "| moe - dense |" in text
+    assert "2 seeds an arm" in text
+    assert (finished / "table/curves.png").stat().st_size > 10_000
+
+
+MISTAKES: dict[str, tuple[dict[str, str], str]] = {
+    "an arm that cannot be built": (
+        {"spec: {router_order: softmax_topk": "spec: {router_ordr: softmax_topk"},
+        "arms.st: spec: got",
+    ),
+    "an unknown recipe": ({"llama_1m_e8t2(dense='parent')\"": "llama_1m_e8t3(dense='parent')\""}, "llama_1m_e8t2"),
+    "an override of nothing": ({"trainer.max_steps: 4, data": "trainer.max_step: 4, data"}, "max_steps"),
+    "an unknown key": ({"seeds:": "sedes:"}, "Did you mean 'seeds'?"),
+    "a reference to no arm": ({"{moe: dense": "{moe: dens"}, "Did you mean 'dense'?"),
+    "no arms": ({"arms:": "arms: {}\nabout2:"}, "about2"),
+    "a suite of the hub": ({"suite: suite.yaml": "suite: paper"}, "expected local ones"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_grid_with_a_mistake_is_refused_before_anything_starts(folder: Path, tmp_path: Path, mistake: str) -> None:
+    changes, message = MISTAKES[mistake]
+    text = GRID
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    for name in ("suite.yaml", "texts"):
+        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / "grid.yaml").write_text(text)
+    done: Any = subprocess.run(_command("grid.yaml"), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+    assert not (tmp_path / "run").exists()
