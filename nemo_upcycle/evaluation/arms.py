@@ -19,6 +19,8 @@ from nemo_upcycle.evaluation.compare import jackknife_stderr, value_of
 #: Log-likelihood in nats and bytes of a document.
 Sums = dict[str, tuple[float, float]]
 _METRIC = "bits_per_byte"
+#: Bits per byte that rounding alone may make of a model in float32.
+ROUNDING = 1e-5
 
 
 def document_sums(evaluation: Mapping[str, Any], task: str) -> Sums:
@@ -48,57 +50,79 @@ def bits_per_byte(sums: Sums) -> float:
         >>> round(bits_per_byte({"a": (-69.3147, 50), "b": (-69.3147, 50)}), 4)
         2.0
     """
-    return _value(list(sums.values()))
+    total, size_bytes = (math.fsum(part[column] for part in sums.values()) for column in (0, 1))
+    return value_of(_METRIC, total, size_bytes)
 
 
-def mean_of_seeds(seeds: Sequence[Sums]) -> tuple[float, float | None]:
+def mean_of_seeds(seeds: Mapping[int, Sums]) -> tuple[float, float | None]:
     """Return the mean of bits per byte over seeds, and the standard error that their spread gives of two."""
-    values = [bits_per_byte(sums) for sums in seeds]
+    values = [bits_per_byte(sums) for sums in seeds.values()]
     return statistics.fmean(values), _stderr(values)
 
 
-def difference_of_arms(arm: Sequence[Sums], reference: Sequence[Sums]) -> dict[str, Any]:
+def difference_of_arms(arm: Mapping[int, Sums], reference: Mapping[int, Sums]) -> dict[str, Any]:
     """Return by how much an arm differs from a reference, at the same seeds and on the same documents.
 
     Args:
-        arm: sums of each seed.
-        reference: of the other arm, in the same order of seeds.
+        arm: sums by seed.
+        reference: of the other arm; seeds that one of them lacks are left out.
 
     Returns:
         `difference` (bits per byte, arm minus reference: below 0 the arm is better), `stderr_documents`,
-        `stderr_seeds` (None of one seed), `stderr` of both, `seeds` (the difference of each), and `verdict`: `better`
-        or `worse` beyond twice the standard error, else `tie`.
+        `stderr_seeds` (None of one seed), `stderr` of both, the 95 % interval `low` to `high` (t, with the degrees of
+        freedom of Welch and Satterthwaite), `seeds` (the difference of each), `documents` (how many), and `verdict`:
+        `better` or `worse` where the interval leaves 0 out and the difference is above `ROUNDING`, else `tie`.
 
     Raises:
-        UpcycleError: the two were not scored on the same documents.
+        UpcycleError: the two have no seed in common, or were not scored on the same documents.
     """
-    names = list(arm[0])
-    if any(list(sums) != names for sums in (*arm, *reference)) or len(arm) != len(reference):
+    common = sorted(set(arm) & set(reference))
+    names = list(arm[common[0]]) if common else []
+    if not common or any(list(side[seed]) != names for side in (arm, reference) for seed in common):
         raise UpcycleError(
-            "documents of two arms", got="others", expected="the same", fix="train both in one grid, with one suite"
+            "two arms", got="no seed in common, or other documents", expected="both", fix="train both in one grid"
         )
-    seeds = [bits_per_byte(one) - bits_per_byte(other) for one, other in zip(arm, reference, strict=True)]
-    left_out = []
-    for name in names if len(names) > 1 else ():
-        without = [
-            _value([one[other] for other in names if other != name])
-            - _value([two[other] for other in names if other != name])
-            for one, two in zip(arm, reference, strict=True)
-        ]
-        left_out.append(statistics.fmean(without))
-    documents, spread = jackknife_stderr(left_out), _stderr(seeds)
+    seeds = {seed: bits_per_byte(arm[seed]) - bits_per_byte(reference[seed]) for seed in common}
+    without = [
+        [after - before for before, after in zip(_left_out(reference[seed]), _left_out(arm[seed]), strict=True)]
+        for seed in common
+    ]
+    documents = jackknife_stderr([statistics.fmean(values) for values in zip(*without, strict=True)])
+    spread = _stderr(list(seeds.values()))
     stderr = math.hypot(documents or 0.0, spread or 0.0)
-    value = statistics.fmean(seeds)
-    verdict = "tie" if abs(value) <= 2 * stderr else ("better" if value < 0 else "worse")
+    half_width = stderr * _t_quantile((documents, len(names)), (spread, len(common)))
+    value = statistics.fmean(seeds.values())
+    is_tie = abs(value) <= max(half_width, ROUNDING)
     return {
         "difference": value,
         "stderr": stderr,
         "stderr_documents": documents,
         "stderr_seeds": spread,
+        "low": value - half_width,
+        "high": value + half_width,
         "seeds": seeds,
         "documents": len(names),
-        "verdict": verdict,
+        "verdict": "tie" if is_tie else ("better" if value < 0 else "worse"),
     }
+
+
+def _left_out(sums: Sums) -> list[float]:
+    """Return the bits per byte without each document in turn; nothing of fewer than two."""
+    total, size_bytes = (math.fsum(part[column] for part in sums.values()) for column in (0, 1))
+    if len(sums) < 2:
+        return []
+    return [value_of(_METRIC, total - one, size_bytes - size) for one, size in sums.values()]
+
+
+def _t_quantile(*parts: tuple[float | None, int]) -> float:
+    """Return the factor of a 95 % interval, from the standard errors that were added and their numbers of values."""
+    from scipy.stats import t
+
+    squares = [(error**2, count - 1) for error, count in parts if error]
+    if not squares:
+        return 0.0
+    degrees = sum(square for square, _ in squares) ** 2 / sum(square**2 / free for square, free in squares)
+    return float(t.ppf(0.975, degrees))
 
 
 def better_from(differences: Mapping[int, Mapping[str, Any]]) -> int | None:
@@ -117,10 +141,6 @@ def better_from(differences: Mapping[int, Mapping[str, Any]]) -> int | None:
             break
         found = tokens
     return found
-
-
-def _value(sums: Sequence[tuple[float, float]]) -> float:
-    return value_of(_METRIC, math.fsum(total for total, _ in sums), math.fsum(size for _, size in sums))
 
 
 def _stderr(values: Sequence[float]) -> float | None:

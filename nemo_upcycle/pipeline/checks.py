@@ -19,8 +19,9 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.suite import read_suite_config
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.megatron_config import architecture_of
+from nemo_upcycle.pipeline.ablations.plan import GRID, GridPlan
 from nemo_upcycle.pipeline.markers import setting_hashes
-from nemo_upcycle.pipeline.plan import RunPlan, Stage
+from nemo_upcycle.pipeline.plan import PLAN, Plan, RunPlan, Stage
 from nemo_upcycle.pipeline.recipes_io import check_recipe, ranks_of
 from nemo_upcycle.pipeline.stages import STAGES
 from nemo_upcycle.utils.files import resolved
@@ -91,7 +92,24 @@ def check_arguments(
             expected="Slurm",
             fix="leave it out, and start the command inside tmux or with nohup",
         )
-    for stage in STAGES:  # now, and not after hours of the stages before it
+    check_started(run_dir, plan)
+
+
+def check_started(run_dir: Path, plan: Plan) -> None:
+    """Check now, and not after hours of other stages, that what a folder holds was started from the same inputs.
+
+    Raises:
+        UpcycleError: a marker is damaged, a resumable stage was started from others, or the folder is of another kind
+            of run.
+    """
+    kinds = {PLAN: "a run of the pipeline", GRID: "a grid of ablations"}
+    mine = GRID if isinstance(plan, GridPlan) else PLAN
+    for file, kind in kinds.items():
+        if file != mine and (run_dir / file).is_file():
+            raise UpcycleError(
+                f"dir {run_dir}", got=kind, expected=f"{kinds[mine]}, or a new folder", fix="choose another"
+            )
+    for stage in plan.stages:
         folder = stage.folder(run_dir)
         if folder.marker.is_file():
             folder.outputs()

@@ -23,8 +23,9 @@ from nemo_upcycle.pipeline.forecast.settings import Origins
 from nemo_upcycle.pipeline.in_turn import run_in_turn
 from nemo_upcycle.pipeline.jobs import jobs_of
 from nemo_upcycle.pipeline.order import chosen_stages, require_earlier
-from nemo_upcycle.pipeline.plan import PLAN, RunPlan, Stage
+from nemo_upcycle.pipeline.plan import PLAN, Plan, RunPlan, Stage
 from nemo_upcycle.pipeline.recipes_io import dump_recipe, write_recipes
+from nemo_upcycle.pipeline.runner import has_plan, read_plan
 from nemo_upcycle.pipeline.stages import STAGES
 from nemo_upcycle.utils.files import in_use
 
@@ -107,7 +108,7 @@ def pipeline(
     if not ctx.may_go_on():
         return
     with in_use(run_dir):  # its stages read the plan, so no other run may change it
-        _require_no_other_jobs(chain, run_dir, plan)
+        require_no_other_jobs(chain, run_dir, plan)
         plan.write(run_dir)
         (run_dir / COMMAND).write_text(command_line() + "\n", encoding="utf-8")
         write_recipes(run_dir, {"pretrain": pretrain, "dense_ct": dense_ct})
@@ -126,7 +127,7 @@ def whole_path(name: str, *, folder: bool = False) -> str:
     return str(path.absolute()) if is_path else name
 
 
-def _require_no_other_jobs(chain: Optional[Chain], run_dir: Path, plan: RunPlan) -> None:
+def require_no_other_jobs(chain: Optional[Chain], run_dir: Path, plan: Plan) -> None:
     """Check that no job that still waits or runs would read another plan than it was submitted with."""
     recorded = recorded_jobs(run_dir)
     if not recorded:
@@ -138,7 +139,7 @@ def _require_no_other_jobs(chain: Optional[Chain], run_dir: Path, plan: RunPlan)
             expected="none of another scheduler",
             fix=f"see to it that none of them is left there, and delete {run_dir / JOBS}",
         )
-    if (run_dir / PLAN).is_file() and RunPlan.read(run_dir) != plan and (alive := chain.alive()):
+    if has_plan(run_dir) and read_plan(run_dir) != plan and (alive := chain.alive()):
         raise UpcycleError(
             f"dir {run_dir}",
             got=f"jobs in the queue, submitted with other arguments ({_listed(alive)})",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.finished import MANIFEST
+from nemo_upcycle.errors import StageError
 from nemo_upcycle.pipeline.markers import StageFolder
 from nemo_upcycle.utils.files import read_json, sha256_file, write_json
 
@@ -46,8 +47,15 @@ class Plan(ABC):
         """The blend that is built; None where a finished folder is used."""
 
     def stage(self, name: str) -> Stage:
-        """Return a stage by its name."""
-        return next(stage for stage in self.stages if stage.name == name)
+        """Return a stage by its name.
+
+        Raises:
+            StageError: the plan has none of that name.
+        """
+        found = {stage.name: stage for stage in self.stages}
+        if name not in found:
+            raise StageError.unknown("stage", name, found)
+        return found[name]
 
 
 def data_content(data: str) -> str:

@@ -11,7 +11,9 @@ from nemo_upcycle.pipeline.ranks import is_first_rank
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 
 
-def train(folder: Path, serialised: str, dense_folder: Path, data_folder: Path) -> dict[str, Any]:
+def train(
+    folder: Path, serialised: str, dense_folder: Path, data_folder: Path, *, suite: Path | None = None
+) -> dict[str, Any]:
     """Train on all ranks of a job, in the folder of the stage; go on where an earlier start stopped.
 
     Args:
@@ -19,6 +21,7 @@ def train(folder: Path, serialised: str, dense_folder: Path, data_folder: Path) 
         serialised: the recipe.
         dense_folder: the dense parent.
         data_folder: a finished folder of `nemo-upcycle data`.
+        suite: the folder of the suite that scores the live model, where the recipe has a callback for it.
 
     Returns:
         On the first rank the last `checkpoint`.
@@ -37,6 +40,9 @@ def train(folder: Path, serialised: str, dense_folder: Path, data_folder: Path) 
     from nemo_upcycle.training.stopping import step_kept  # after NeMo, which the recipe imports without its warnings
 
     place_recipe(recipe, folder, dense_folder, data_folder)
+    for callback in recipe.trainer.callbacks if suite else ():
+        if callback.__fn_or_cls__.__name__ == "EvaluateWhileTraining":
+            callback.suite = str(suite)
     use_cpu_backend()  # before the model's configuration is built: Megatron checks it at once
     if not is_verbose():  # show only errors on the console; NeMo writes its whole log to a file in the stage's folder
         nemo.utils.logging.set_verbosity(nemo.utils.logging.ERROR)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.evaluation.arms import Sums, better_from, difference_of_arms, document_sums, mean_of_seeds
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.evaluation.arms import ROUNDING, Sums, better_from, difference_of_arms, document_sums, mean_of_seeds
 from nemo_upcycle.reporting.markdown import number, section, table, with_error
 from nemo_upcycle.utils.files import read_json, write_json
 
@@ -25,26 +26,21 @@ class ArmRecord:
     Args:
         name: of the arm.
         tokens_per_step: of a step.
-        seeds: of its trainings, in order.
-        scores: by step, for each seed the sums of its held-out documents.
-        last: for each seed the last step's line of metrics.
+        steps: of its trainings.
+        scores: by step and seed, the sums of the held-out documents. What was no number is not there.
+        last: by seed, the last step's line of metrics.
     """
 
     name: str
     tokens_per_step: int
-    seeds: list[int]
-    scores: dict[int, list[Sums]]
-    last: list[dict[str, Any]]
+    steps: int
+    scores: dict[int, dict[int, Sums]]
+    last: dict[int, dict[str, Any]]
 
     @property
-    def steps(self) -> int:
-        """The last step."""
-        return max(self.scores)
-
-    @property
-    def final(self) -> list[Sums]:
-        """For each seed, what the last step reached."""
-        return self.scores[self.steps]
+    def final(self) -> dict[int, Sums]:
+        """By seed, what the last step reached."""
+        return self.scores.get(self.steps, {})
 
 
 def read_arms(run_dir: Path, described: Mapping[str, Any]) -> dict[str, ArmRecord]:
@@ -56,13 +52,13 @@ def read_arms(run_dir: Path, described: Mapping[str, Any]) -> dict[str, ArmRecor
     """
     found: dict[str, ArmRecord] = {}
     for cell, about in described["cells"].items():
-        record = found.setdefault(about["arm"], ArmRecord(about["arm"], about["tokens_per_step"], [], {}, []))
-        record.seeds.append(about["seed"])
+        arm = about["arm"]
+        record = found.setdefault(arm, ArmRecord(arm, about["tokens_per_step"], about["steps"], {}, {}))
         for path in (run_dir / cell / "evaluation").glob("step=*.json"):
             step = int(path.stem.removeprefix("step="))
-            record.scores.setdefault(step, []).append(document_sums(read_json(path), TASK))
+            record.scores.setdefault(step, {})[about["seed"]] = document_sums(read_json(path), TASK)
         lines = [json.loads(line) for line in (run_dir / cell / "metrics.jsonl").read_text().splitlines()]
-        record.last.append(next(line for line in reversed(lines) if "loss" in line))
+        record.last[about["seed"]] = next(line for line in reversed(lines) if "loss" in line)
     return found
 
 
@@ -80,15 +76,23 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
     """
     values: dict[str, Any] = {"arms": {}, "differences": {}}
     for name, arm in arms.items():
-        final, start = mean_of_seeds(arm.final), mean_of_seeds(arm.scores[0])
+        missing = sorted(set(arm.last) - set(arm.final))
+        if len(missing) == len(arm.last):
+            raise UpcycleError(
+                f"arm {name}",
+                got="no score at its last step",
+                expected="one of a seed",
+                fix=f"see the logs of {name}-seed*",
+            )
         values["arms"][name] = {
             "about": described["arms"][name],
-            "seeds": arm.seeds,
+            "seeds": sorted(arm.final),
+            "unscored_seeds": missing,
             "tokens": arm.steps * arm.tokens_per_step,
-            "bits_per_byte": {"value": final[0], "stderr": final[1]},
-            "start": {"value": start[0], "stderr": start[1]},
-            "curve": {step * arm.tokens_per_step: mean_of_seeds(arm.scores[step]) for step in sorted(arm.scores)},
-            **_routers(arm.last),
+            "bits_per_byte": _mean(arm.final),
+            "start": _mean(arm.scores[0]),
+            "curve": {step * arm.tokens_per_step: _mean(arm.scores[step]) for step in sorted(arm.scores)},
+            **_routers(list(arm.last.values())),
         }
     for name, other in described["references"].items():
         arm, reference = arms[name], arms[other]
@@ -106,6 +110,11 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
             found |= {"along": along, "better_from": better_from(along)}
         values["differences"][name] = found
     return values
+
+
+def _mean(seeds: Mapping[int, Sums]) -> dict[str, float | None]:
+    value, stderr = mean_of_seeds(seeds)
+    return {"value": value, "stderr": stderr}
 
 
 def _routers(lines: list[dict[str, Any]]) -> dict[str, float]:
@@ -169,24 +178,26 @@ def render_table(name: str, about: str, values: Mapping[str, Any]) -> str:
         ]
         for arm, found in values["differences"].items()
     ]
-    seeds = len(next(iter(values["arms"].values()))["seeds"])
-    return "\n\n".join(
-        [
-            f"# Grid {name}",
-            f"{about}. {seeds} seeds an arm; ± is the standard error over seeds. Lower is better.",
-            section("Arms", table(header, rows), "![curves](curves.png)"),
-            section(
-                "Differences",
-                table(
-                    ["difference", "at step 0", "at the end", "from documents", "from seeds", "better from"],
-                    differences,
-                ),
-                "At the same seeds, on the same documents, in bits per byte; ± joins the error that other documents"
-                " would give (a jackknife over them) and that of other seeds. Within twice that error it is a tie.",
+    seeds = max(len(found["seeds"]) for found in values["arms"].values())
+    unscored = [f"{arm} of seed {seed}" for arm, found in values["arms"].items() for seed in found["unscored_seeds"]]
+    parts = (
+        f"# Grid {name}",
+        f"{about}. {seeds} seeds an arm; ± is the standard error over seeds. Lower is better.",
+        f"Not scored at the end, and left out: {', '.join(unscored)}." if unscored else "",
+        section("Arms", table(header, rows), "![curves](curves.png)"),
+        section(
+            "Differences",
+            table(
+                ["difference", "at step 0", "at the end", "from documents", "from seeds", "better from"],
+                differences,
             ),
-            "Every number: `table.json`.\n",
-        ]
+            "At the same seeds, on the same documents, in bits per byte; ± joins the error that other documents"
+            " would give (a jackknife over them) and that of other seeds. It is a tie where the 95 % interval (t)"
+            f" holds 0, or the difference is below {ROUNDING:g}, which rounding makes.",
+        ),
+        "Every number: `table.json`.\n",
     )
+    return "\n\n".join(part for part in parts if part)
 
 
 def _with_verdict(found: Mapping[str, Any]) -> str:

@@ -28,8 +28,8 @@ def curves_figure(values: Mapping[str, Any]) -> Figure:
     for position, (arm, found) in enumerate(values["arms"].items()):
         colour, marker = _COLOURS[position % len(_COLOURS)], _MARKERS[position // len(_COLOURS) % len(_MARKERS)]
         tokens = list(found["curve"])
-        means = [mean for mean, _ in found["curve"].values()]
-        spread = [2 * (error or 0.0) for _, error in found["curve"].values()]
+        means = [point["value"] for point in found["curve"].values()]
+        spread = [point["stderr"] or 0.0 for point in found["curve"].values()]
         left.plot(tokens, means, color=colour, marker=marker, markersize=4, linewidth=1.5, label=arm)
         low = [mean - band for mean, band in zip(means, spread, strict=True)]
         high = [mean + band for mean, band in zip(means, spread, strict=True)]
@@ -38,14 +38,14 @@ def curves_figure(values: Mapping[str, Any]) -> Figure:
     left.set_ylabel("bits per byte of held-out text")
     left.xaxis.set_major_formatter(EngFormatter(sep=""))
     left.legend(fontsize=7, ncols=2)
-    left.set_title("mean over seeds, ± two standard errors", fontsize=10)
+    left.set_title("mean over seeds, ± one standard error", fontsize=10)
     names = list(values["differences"])
     for position, name in enumerate(names):
         found = values["differences"][name]
         right.errorbar(
             found["end"]["difference"],
             position,
-            xerr=2 * found["end"]["stderr"],
+            xerr=(found["end"]["high"] - found["end"]["low"]) / 2,
             fmt="o",
             color={"better": "#009E73", "worse": "#D55E00", "tie": "#555555"}[found["end"]["verdict"]],
             capsize=3,
@@ -54,6 +54,6 @@ def curves_figure(values: Mapping[str, Any]) -> Figure:
     right.set_yticks(range(len(names)), [f"{name} - {values['differences'][name]['reference']}" for name in names])
     right.invert_yaxis()
     right.set_xlabel("difference in bits per byte (left: better)")
-    right.set_title("at the end, ± two standard errors of documents and seeds", fontsize=10)
+    right.set_title("at the end, 95 % intervals over documents and seeds", fontsize=10)
     right.tick_params(axis="y", labelsize=8)
     return figure

@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import nemo_run as run
+from nemo_run.cli.cli_parser import parse_cli_args
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.suite import read_suite_config
-from nemo_upcycle.pipeline.ablations.plan import GridPlan
+from nemo_upcycle.pipeline.ablations.plan import SUITE, GridPlan
 from nemo_upcycle.pipeline.recipes_io import check_recipe, dump_recipe, train_on
+from nemo_upcycle.reporting.grid import TASK
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.conf import read_conf
 from nemo_upcycle.utils.validation import is_whole
 
 
-_KEYS = ("about", "dense", "data", "parent", "evaluate", "seeds", "defaults", "arms", "references", "budgets")
-_ARM_KEYS = ("about", "factory", "file", "spec", "set", "exact")
+_KEYS = ("about", "dense", "data", "parent", "evaluate", "seeds", "defaults", "arms", "references")
+_ARM_KEYS = ("about", "factory", "file", "spec", "set")
 _PARENT_KEYS = ("factory", "set", "vocabulary")
 _EVALUATE_KEYS = ("suite", "every_n_steps", "batch_size")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
@@ -37,8 +39,8 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         UpcycleError: a key, arm, recipe or override is not valid; the text names the arm.
     """
     content, path, folder = read_conf("ablations", name, "grid")
-    _check_keys(str(path), content, _KEYS)
-    arms: dict[str, Any] = content.get("arms") or {}
+    content = _mapping(str(path), content, _KEYS)
+    arms = _mapping(f"{path}: arms", content.get("arms"))
     if not arms:
         raise UpcycleError(f"{path}: arms", got="none", expected="at least one", fix="see conf/ablations/laptop.yaml")
     seeds = content.get("seeds", [1234])
@@ -46,19 +48,24 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         raise UpcycleError(
             f"{path}: seeds", got=seeds, expected="a list of whole numbers", fix="write seeds: [1, 2, 3]"
         )
-    evaluate = content.get("evaluate") or {}
-    _check_keys(f"{path}: evaluate", evaluate, _EVALUATE_KEYS)
-    suite = _suite_of(evaluate.get("suite", "watch"), folder)
-    defaults = content.get("defaults") or {}
-    cells, described = {}, {}
+    watch = _mapping(f"{path}: evaluate", content.get("evaluate"), _EVALUATE_KEYS)
+    suite = _suite_of(f"{path}: evaluate.suite", str(watch.pop("suite", "watch")), folder)
+    for key, value in watch.items():
+        if not is_whole(value, 1):
+            raise UpcycleError(
+                f"{path}: evaluate.{key}", got=value, expected="a whole number from 1 on", fix="write one"
+            )
+    defaults = _mapping(f"{path}: defaults", content.get("defaults"))
+    cells, described, abouts = {}, {}, {}
     for arm, values in arms.items():
         where = f"{path}: arms.{arm}"
         if not _NAME.fullmatch(str(arm)):
             raise UpcycleError(where, got=arm, expected="letters, digits and _", fix="rename the arm")
         values = _read_arm(where, values, path.parent)
+        abouts[arm] = str(values.get("about") or "")
         for seed in seeds:
             recipe = _recipe(where, values, defaults, seed)
-            recipe.trainer.callbacks.append(_watch(suite, evaluate))
+            recipe.trainer.callbacks.append(_watch(watch))
             cell = f"{arm}-seed{seed}"
             recipe.log.name = cell
             cells[cell] = dump_recipe(recipe)
@@ -68,18 +75,24 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
                 "steps": recipe.trainer.max_steps,
                 "tokens_per_step": recipe.data.global_batch_size * recipe.data.seq_length,
             }
-    references = _known_arms(f"{path}: references", content.get("references") or {}, arms)
+    references = _known_arms(f"{path}: references", _mapping(f"{path}: references", content.get("references")), arms)
     table = {
         "about": content.get("about", ""),
-        "arms": {arm: (values or {}).get("about", "") for arm, values in arms.items()},
+        "arms": abouts,
         "cells": described,
         "references": references,
-        "budgets": content.get("budgets") or {},
     }
     parent, vocabulary = _parent(f"{path}: parent", content.get("parent")) if not dense else (None, None)
     if not parent and not (dense or content.get("dense")):
         raise UpcycleError(
             f"{path}: dense", got="none", expected="a dense parent", fix="add dense=FOLDER, or a parent:"
+        )
+    if parent and data and Path(data).is_dir():
+        raise UpcycleError(
+            f"data {data}",
+            got="a finished folder",
+            expected="a blend: the grid trains its parent, and a tokenizer for it",
+            fix="give the dense model of the folder's tokenizer as well (dense=FOLDER)",
         )
     return GridPlan(
         path.stem,
@@ -87,6 +100,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         data or _from_here(str(content.get("data", "sotu")), folder),
         parent,
         vocabulary,
+        suite,
         cells,
         table,
     )
@@ -97,24 +111,25 @@ def _from_here(name: str, folder: Path) -> str:
     return str((folder / Path(name).expanduser()).absolute()) if name.endswith((".yaml", ".yml")) else name
 
 
-def _suite_of(name: str, folder: Path) -> str:
+def _suite_of(where: str, name: str, folder: Path) -> str:
     """Return a suite's name or absolute path, checked."""
     suite = _from_here(name, folder)
-    if not read_suite_config(suite).local:
+    config = read_suite_config(suite)
+    if not config.local or TASK not in config.tasks:
         raise UpcycleError(
-            f"suite {suite}", got="lm-eval's own tasks", expected="local ones", fix="name another suite"
+            where, got=suite, expected=f"a local suite with {TASK}", fix="name laptop, watch or your own"
         )
     return suite
 
 
 def _read_arm(where: str, values: Any, folder: Path) -> dict[str, Any]:
     """Return an arm's factory, spec and overrides; a file of a single arm gives both."""
-    values = dict(values or {})
-    _check_keys(where, values, _ARM_KEYS)
+    values = _mapping(where, values, _ARM_KEYS)
+    values |= {key: _mapping(f"{where}: {key}", values.get(key)) for key in ("spec", "set")}
     if "file" in values:
-        content, _, _ = read_conf("ablations", folder / values["file"], f"{where}: file")
-        given = dict(_flat({key: value for key, value in content.items() if key != "run"}))
-        values = {**values, "factory": content["run"]["factory"], "set": given | (values.get("set") or {})}
+        content, path, _ = read_conf("ablations", folder / str(values["file"]), f"{where}: file")
+        factory = _mapping(f"{path}: run", content.pop("run", None)).get("factory")
+        values |= {"factory": factory, "set": dict(_flat(content)) | values["set"]}
     if not isinstance(values.get("factory"), str):
         raise UpcycleError(
             f"{where}: factory", got=values.get("factory"), expected="a recipe, as --factory takes it", fix="name one"
@@ -133,25 +148,28 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _recipe(where: str, arm: Mapping[str, Any], defaults: Mapping[str, Any], seed: int | None) -> run.Partial:
     """Build the recipe of an arm for one seed, as the command line would, and check it.
 
-    The seed changes the router and the method's random numbers, the order of the data, and whatever torch draws.
+    The seed changes the router, the method's random numbers and the order of the data.
     """
     from nemo.collections.llm.api import pretrain
 
     from nemo_upcycle.pipeline.context import PretrainContext
     from nemo_upcycle.recipes.common import use_spec
 
-    overrides = [f"{name}={value}" for name, value in (dict(defaults) | (arm.get("set") or {})).items()]
+    overrides = [f"{name}={value}" for name, value in (dict(defaults) | arm["set"]).items()]
     context = PretrainContext(name="pretrain", factory=arm["factory"], dryrun=True)
     context.executor = None
     try:
         recipe = context.parse_fn(pretrain, overrides)
-        spec = recipe.resume.restore_config.spec
-        if arm.get("spec"):
+        spec = getattr(getattr(recipe.resume, "restore_config", None), "spec", None)
+        if arm["spec"]:
+            if spec is None:
+                raise UpcycleError("spec", got=arm["spec"], expected="none of a dense recipe", fix="leave it out")
             use_spec(recipe, UpcycleSpec(**(dict(spec.__arguments__) | arm["spec"])))
+            parse_cli_args(recipe, overrides)  # what is set has the last word
         if seed is not None:
             train_on(recipe, "data", "parent")  # both take their places when the training starts
             recipe.data.seed = seed
-            if recipe.resume.restore_config.spec:
+            if spec is not None:
                 recipe.resume.restore_config.spec.seed = seed
         check_recipe(recipe)
     except UpcycleError as error:
@@ -161,17 +179,18 @@ def _recipe(where: str, arm: Mapping[str, Any], defaults: Mapping[str, Any], see
     return recipe
 
 
-def _watch(suite: str, values: Mapping[str, Any]) -> run.Config:
+def _watch(values: Mapping[str, Any]) -> run.Config:
     from nemo_upcycle.training.evaluating import EvaluateWhileTraining
 
-    return run.Config(EvaluateWhileTraining, **(dict(values) | {"suite": suite}))
+    return run.Config(EvaluateWhileTraining, suite=SUITE, **values)
 
 
 def _parent(where: str, values: Any) -> tuple[str | None, int | None]:
     """Return the serialised recipe that trains the parent, and the size of its vocabulary."""
     if not values:
         return None, None
-    _check_keys(where, values, _PARENT_KEYS)
+    values = _mapping(where, values, _PARENT_KEYS)
+    values |= {"spec": {}, "set": _mapping(f"{where}: set", values.get("set"))}
     if not is_whole(values.get("vocabulary"), 300):
         raise UpcycleError(
             f"{where}.vocabulary",
@@ -186,15 +205,18 @@ def _parent(where: str, values: Any) -> tuple[str | None, int | None]:
 
 
 def _known_arms(where: str, references: Mapping[str, Any], arms: Mapping[str, Any]) -> dict[str, Any]:
-    for name in (other for pair in references.items() for other in pair):
+    for name in (str(other) for pair in references.items() for other in pair):
         if name not in arms:
             raise UpcycleError.unknown(f"{where}: arm", str(name), arms)
     return dict(references)
 
 
-def _check_keys(where: str, values: Any, known: tuple[str, ...]) -> None:
-    if not isinstance(values, dict):
+def _mapping(where: str, values: Any, known: tuple[str, ...] | None = None) -> dict[str, Any]:
+    """Return the keys of a part of the grid; those that are left blank have none."""
+    if not isinstance(values or {}, dict):
         raise UpcycleError(where, got=values, expected="keys", fix="see conf/ablations/laptop.yaml")
-    for key in values:
-        if key not in known:
-            raise UpcycleError.unknown(f"{where}: key", str(key), known)
+    found = {str(key): value for key, value in (values or {}).items()}
+    for key in found if known else ():
+        if key not in (known or ()):
+            raise UpcycleError.unknown(f"{where}: key", key, known or ())
+    return found

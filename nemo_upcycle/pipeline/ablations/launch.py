@@ -8,19 +8,18 @@ from typing import Any, ClassVar
 
 import nemo_run as run
 
-from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.ablations.grid import read_grid
-from nemo_upcycle.pipeline.ablations.plan import GRID, GridPlan
+from nemo_upcycle.pipeline.ablations.plan import GridPlan
 from nemo_upcycle.pipeline.chain import Chain
+from nemo_upcycle.pipeline.checks import check_started
 from nemo_upcycle.pipeline.console import command_line
 from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import cluster_for
 from nemo_upcycle.pipeline.in_turn import run_in_turn
 from nemo_upcycle.pipeline.jobs import jobs_of
-from nemo_upcycle.pipeline.launch import COMMAND, run_chain, whole_path
-from nemo_upcycle.pipeline.plan import PLAN
-from nemo_upcycle.utils.files import in_use
+from nemo_upcycle.pipeline.launch import COMMAND, require_no_other_jobs, run_chain, whole_path
+from nemo_upcycle.utils.files import MARKER, in_use
 
 
 class AblateContext(PipelineContext):
@@ -53,7 +52,7 @@ def ablate(ctx: run.cli.RunContext, grid: str, dir: str, dense: str | None = Non
             whole_path(dense, folder=True) if dense else None,
             whole_path(data, folder=True) if data else None,
         )
-        _require_grid(run_dir)
+        check_started(run_dir, plan)
     cluster = cluster_for(ctx.executor)
     jobs = jobs_of(plan.stages, run_dir, plan)
     chain = Chain(cluster, jobs, lambda name: plan.stage(name).is_done(run_dir, plan), run_dir) if cluster else None
@@ -65,6 +64,7 @@ def ablate(ctx: run.cli.RunContext, grid: str, dir: str, dense: str | None = Non
     if not ctx.may_go_on():
         return
     with in_use(run_dir):
+        require_no_other_jobs(chain, run_dir, plan)
         plan.write(run_dir)
         (run_dir / COMMAND).write_text(command_line() + "\n", encoding="utf-8")
         if chain:
@@ -75,19 +75,9 @@ def ablate(ctx: run.cli.RunContext, grid: str, dir: str, dense: str | None = Non
         sys.stdout.write("\n" + (run_dir / "table" / "table.md").read_text(encoding="utf-8"))
 
 
-def _require_grid(run_dir: Path) -> None:
-    if (run_dir / PLAN).is_file():
-        raise UpcycleError(
-            f"dir {run_dir}", got="a run of the pipeline", expected="a new folder, or a grid's", fix="choose another"
-        )
-
-
 def _summary(plan: GridPlan, run_dir: Path) -> str:
     """Return what will be trained, and what is there already."""
-    if not (run_dir / GRID).is_file():
-        done: set[str] = set()
-    else:
-        done = {name for name in plan.cells if (run_dir / name / "_SUCCESS.json").is_file()}
+    done = {name for name in plan.cells if (run_dir / name / MARKER).is_file()}
     cells: dict[str, dict[str, Any]] = plan.described["cells"]
     lines = [f"grid {plan.name}: {len(plan.cells)} trainings, {len(done)} finished before"]
     for arm, about in plan.described["arms"].items():

@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.pipeline.plan import Plan, Stage, data_content
+from nemo_upcycle.pipeline.plan import Plan, Stage, data_content, file_content
 from nemo_upcycle.utils.files import read_json, write_json
 
 
 GRID = "grid.json"
+#: The folder of the suite that all trainings are scored with, in the grid's folder.
+SUITE = "suite/items"
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class GridPlan(Plan):
         data: a blend, or a finished folder.
         parent: the serialised recipe that trains the parent from random weights; None with `dense`.
         vocabulary: tokens of its tokenizer, which is trained on the blend.
+        suite: a name in `conf/evaluation`, or a YAML file, of what all trainings are scored with.
         cells: name of each training -> its serialised recipe.
         described: what the table needs: of each cell its arm, seed, tokens of a step and steps; the references; what
             each arm is about.
@@ -33,6 +36,7 @@ class GridPlan(Plan):
     data: str
     parent: str | None
     vocabulary: int | None
+    suite: str
     cells: dict[str, str]
     described: dict[str, Any]
 
@@ -56,6 +60,8 @@ class GridPlan(Plan):
         """See `Plan.setting`: a field, or the recipe of a cell."""
         if name == "data":
             return data_content(self.data)
+        if name == "suite":
+            return file_content(self.suite)
         return self.cells[name] if name in self.cells else getattr(self, name)
 
     def recipe_of(self, stage: str) -> str | None:
@@ -64,7 +70,7 @@ class GridPlan(Plan):
 
     def inputs(self) -> tuple[str, ...]:
         """See `Plan.inputs`."""
-        return self.dense, self.data
+        return self.dense, self.data, self.suite
 
     @property
     def blend(self) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.pipeline.ablations.plan import GridPlan
+from nemo_upcycle.pipeline.ablations.plan import SUITE, GridPlan
 from nemo_upcycle.pipeline.markers import StageFolder
 from nemo_upcycle.pipeline.plan import Stage
 from nemo_upcycle.pipeline.training_stage import last_checkpoint, train
@@ -27,16 +27,21 @@ def stages_of(plan: GridPlan) -> tuple[Stage, ...]:
             Stage("dense", import_stage, (), ("dense",)),
             Stage("data", data_stage, ("dense",), ("data",), resumable=True),
         )
-    cells = [
-        Stage(name, _training(name), ("dense", "data"), (name,), parallel=True, resumable=True) for name in plan.cells
-    ]
-    return (*first, *cells, Stage("table", table_stage, tuple(plan.cells), ("described",)))
+    needs = ("dense", "data", "suite")
+    cells = [Stage(name, _training(name), needs, (name,), parallel=True, resumable=True) for name in plan.cells]
+    return (
+        *first,
+        Stage("suite", suite_stage, ("data",), ("suite",)),
+        *cells,
+        Stage("table", table_stage, tuple(plan.cells), ("described",)),
+    )
 
 
 def _training(name: str) -> Callable[[Path, GridPlan], dict[str, Any]]:
     def work(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
         """Train one arm with one seed."""
-        return train(run_dir / name, plan.cells[name], dense_folder(run_dir), data_folder(run_dir, plan))
+        folders = dense_folder(run_dir), data_folder(run_dir, plan)
+        return train(run_dir / name, plan.cells[name], *folders, suite=run_dir / SUITE)
 
     return work
 
@@ -85,6 +90,15 @@ def data_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
     open_blend(folder).require_tokenizer_of(tokenizer)
     splits = open_blend(folder).manifest["splits"]
     return {"tokens": {name: split["tokens"] for name, split in splits.items()}}
+
+
+def suite_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
+    """Build the suite that all trainings are scored with."""
+    from nemo_upcycle.data.finished import open_blend
+    from nemo_upcycle.evaluation.named_suite import build_named_suite
+
+    build_named_suite(plan.suite, open_blend(data_folder(run_dir, plan)).heldout(), run_dir / SUITE)
+    return {"folder": str(run_dir / SUITE)}
 
 
 def parent_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:

@@ -31,34 +31,55 @@ def test_windows_are_added_up_to_documents() -> None:
 
 def test_the_mean_of_seeds() -> None:
     # 1.0 and 1.2: mean 1.1, standard deviation 0.1414, over the root of 2: 0.1
-    value, stderr = mean_of_seeds([documents(0.9, 1.1), documents(1.2, 1.2)])
+    value, stderr = mean_of_seeds({1: documents(0.9, 1.1), 2: documents(1.2, 1.2)})
     assert (value, stderr) == (pytest.approx(1.1), pytest.approx(0.1))
-    assert mean_of_seeds([documents(1.0)]) == (pytest.approx(1.0), None)
+    assert mean_of_seeds({1: documents(1.0)}) == (pytest.approx(1.0), None)
     assert bits_per_byte(documents(1.0, 3.0)) == pytest.approx(2.0)
 
 
 def test_documents_and_seeds_make_a_difference_uncertain() -> None:
     # Seed 1 gains 0.2 and 0.0 on its two documents, seed 2 0.4 and 0.2: 0.1 and 0.3, so 0.2 +- 0.1 over seeds.
     # Mean over seeds 0.3 and 0.1: without one document 0.1, without the other 0.3; jackknife 0.1.
-    found = difference_of_arms([documents(0.8, 1.0), documents(0.6, 0.8)], [documents(1.0, 1.0)] * 2)
+    reference = {1: documents(1.0, 1.0), 2: documents(1.0, 1.0)}
+    found = difference_of_arms({1: documents(0.8, 1.0), 2: documents(0.6, 0.8)}, reference)
     assert found["difference"] == pytest.approx(-0.2)
-    assert found["seeds"] == pytest.approx([-0.1, -0.3])
+    assert found["seeds"] == pytest.approx({1: -0.1, 2: -0.3})
     assert found["stderr_seeds"] == pytest.approx(0.1)
     assert found["stderr_documents"] == pytest.approx(0.1)
     assert found["stderr"] == pytest.approx(math.sqrt(0.02))
-    assert found["verdict"] == "tie"  # 0.2 is less than twice 0.141
+    # Two equal parts of one degree of freedom each have two: t(0.975, 2) = 4.3027.
+    assert found["high"] - found["difference"] == pytest.approx(4.3027 * math.sqrt(0.02), rel=1e-4)
+    assert found["verdict"] == "tie"
 
 
 @pytest.mark.parametrize(("gain", "verdict"), [(0.1, "better"), (-0.1, "worse"), (0.0, "tie")])
-def test_a_difference_beyond_twice_its_error_has_a_direction(gain: float, verdict: str) -> None:
-    spread = [(0.001, -0.001, 0.002), (0.0, 0.001, -0.001)]
-    arm = [documents(*(1.0 - gain + noise for noise in noises)) for noises in spread]
-    assert difference_of_arms(arm, [documents(1.0, 1.0, 1.0)] * 2)["verdict"] == verdict
+def test_a_difference_beyond_its_interval_has_a_direction(gain: float, verdict: str) -> None:
+    spread = [(0.001, -0.001, 0.002), (0.0, 0.001, -0.001), (0.001, 0.0, 0.0)]
+    arm = {seed: documents(*(1.0 - gain + noise for noise in noises)) for seed, noises in enumerate(spread)}
+    assert difference_of_arms(arm, {seed: documents(1.0, 1.0, 1.0) for seed in arm})["verdict"] == verdict
+
+
+def test_what_rounding_makes_is_a_tie() -> None:
+    """All documents and seeds agree on it: the interval alone would call it a difference."""
+    found = difference_of_arms(
+        {1: documents(1.000001, 1.000001), 2: documents(1.000001, 1.000001)},
+        {1: documents(1.0, 1.0), 2: documents(1.0, 1.0)},
+    )
+    assert found["low"] > 0
+    assert found["verdict"] == "tie"
+
+
+def test_seeds_are_compared_with_their_own_kind() -> None:
+    arm = {1: documents(1.0, 1.1), 3: documents(3.0, 3.1)}
+    reference = {3: documents(3.0, 3.1), 2: documents(2.0, 2.1)}
+    assert difference_of_arms(arm, reference)["seeds"] == {3: 0.0}
+    with pytest.raises(UpcycleError, match="no seed in common"):
+        difference_of_arms({1: documents(1.0)}, {2: documents(1.0)})
 
 
 def test_other_documents_are_refused() -> None:
     with pytest.raises(UpcycleError, match="train both in one grid"):
-        difference_of_arms([documents(1.0, 1.0)], [documents(1.0)])
+        difference_of_arms({1: documents(1.0, 1.0)}, {1: documents(1.0)})
 
 
 def test_better_from_is_where_it_stays_better() -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from nemo_upcycle.models.flops import flops_per_token
+from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.pipeline.ablations.grid import read_grid
 from nemo_upcycle.pipeline.ablations.plan import GridPlan
 from nemo_upcycle.pipeline.order import before
@@ -38,13 +40,23 @@ def test_a_seed_changes_data_and_spec_alone(laptop: GridPlan) -> None:
     assert one.model == two.model
 
 
+def test_the_arm_of_equal_flops_has_them(laptop: GridPlan) -> None:
+    """As the paper's arm counts them: full attention."""
+    flops = {}
+    for arm in ("dense_equal_flops", "moe"):
+        recipe = load_recipe(laptop.cells[f"{arm}-seed1"])
+        arch, length = architecture_of(recipe.model.config, 2048), recipe.data.seq_length
+        flops[arm] = recipe.trainer.max_steps * flops_per_token(arch, length, causal=False)
+    assert flops["dense_equal_flops"] == pytest.approx(flops["moe"], rel=0.005)
+
+
 def test_a_plan_is_read_as_it_was_written(laptop: GridPlan, tmp_path: Path) -> None:
     laptop.write(tmp_path)
     assert GridPlan.read(tmp_path) == laptop
 
 
 def test_every_training_needs_the_parent_and_the_data_alone(laptop: GridPlan) -> None:
-    assert [stage.name for stage in before(laptop, "moe-seed2")] == ["untrained", "data", "parent", "dense"]
+    assert [stage.name for stage in before(laptop, "moe-seed2")] == ["untrained", "data", "parent", "dense", "suite"]
     assert len(before(laptop, "table")) == len(laptop.stages) - 1
 
 
