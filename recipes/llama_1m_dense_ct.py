@@ -72,7 +72,7 @@ def pretrain_recipe(
     recipe.data.seq_length, recipe.data.global_batch_size, recipe.data.micro_batch_size = SEQ_LENGTH, 32, 32
     recipe.trainer.max_steps = 200
     recipe.trainer.limit_val_batches, recipe.trainer.num_sanity_val_steps = 0, 0  # held-out texts say more
-    recipe.trainer.val_check_interval = 1_000_000
+    recipe.trainer.val_check_interval = 1.0  # a whole number that divides max_steps would save no last checkpoint
     recipe.optim.config.lr, recipe.optim.lr_scheduler.min_lr = 1e-3, 1e-5
     recipe.optim.lr_scheduler.warmup_steps = 10
     recipe.log.ckpt.every_n_train_steps = 500

@@ -19,8 +19,8 @@ from nemo_upcycle.evaluation.compare import jackknife_stderr, value_of
 #: Log-likelihood in nats and bytes of a document.
 Sums = dict[str, tuple[float, float]]
 _METRIC = "bits_per_byte"
-#: Bits per byte that rounding alone may make of a model in float32.
-ROUNDING = 1e-5
+#: Bits per byte that rounding alone may make: 8e-5 were seen between a dense model and its copies in bfloat16.
+ROUNDING = 2e-4
 
 
 def document_sums(evaluation: Mapping[str, Any], task: str) -> Sums:

@@ -25,7 +25,7 @@ about: two arms
 data: texts/blend.yaml
 parent:
   factory: llama_1m_dense_ct(dense='untrained')
-  vocabulary: 280
+  vocabulary: 300
   set: {{trainer.max_steps: 4, {_SET}}}
 evaluate: {{suite: suite.yaml, every_n_steps: 2}}
 seeds: [1, 2]
@@ -84,7 +84,7 @@ def test_every_cell_is_trained_once_and_scored_at_the_same_steps(finished: Path)
 def test_copies_start_where_the_dense_arm_does_and_a_router_without_scale_does_not(finished: Path) -> None:
     values = json.loads((finished / "table/table.json").read_text())
     start_of = {arm: found["start"]["value"] for arm, found in values["arms"].items()}
-    assert start_of["moe"] == pytest.approx(start_of["dense"], rel=1e-5)
+    assert start_of["moe"] == pytest.approx(start_of["dense"], abs=2e-4)
     assert start_of["st"] > start_of["dense"] + 0.01
     assert values["differences"]["moe"]["start"]["verdict"] == "tie"
     assert values["differences"]["st"]["start"]["verdict"] == "worse"

@@ -62,7 +62,7 @@ def test_a_difference_beyond_its_interval_has_a_direction(gain: float, verdict: 
 def test_what_rounding_makes_is_a_tie() -> None:
     """All documents and seeds agree on it: the interval alone would call it a difference."""
     found = difference_of_arms(
-        {1: documents(1.000001, 1.000001), 2: documents(1.000001, 1.000001)},
+        {1: documents(1.0001, 1.0001), 2: documents(1.0001, 1.0001)},
         {1: documents(1.0, 1.0), 2: documents(1.0, 1.0)},
     )
     assert found["low"] > 0
