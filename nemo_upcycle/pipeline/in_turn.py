@@ -89,7 +89,7 @@ def sized(executor: run.Executor, nodes: int, per_node: int) -> run.Executor:
 
 def _stopped(signum: int, stage: Stage, run_dir: Path, plan: Plan) -> str:
     """Return the last words of a stopped run: what was kept, and how to continue."""
-    done = [entry.name for entry in before(plan, stage.name) if entry.is_done(run_dir, plan)]
+    done = [entry.name for entry in (*before(plan, stage.name), stage) if entry.is_done(run_dir, plan)]
     kept = f"finished stages: {', '.join(done) or 'none'}"
     if stage.resumable:
         last = newest_checkpoint(run_dir / stage.name / "checkpoints")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.errors import StageError, StageStopped, UpcycleError
-from nemo_upcycle.pipeline import stages
+from nemo_upcycle.pipeline import stages, training_stage
 from nemo_upcycle.pipeline.plan import RunPlan
 from tests.unit.sources.test_checkpoints import write
 
@@ -33,7 +33,9 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr("nemo_upcycle.pipeline.recipes_io.place_recipe", lambda *_: None)
         monkeypatch.setattr("nemo_upcycle.cpu.backend.use_cpu_backend", lambda: True)
         monkeypatch.setattr(stages, "dense_folder_of", lambda run_dir: run_dir)
-        monkeypatch.setattr(stages, "is_verbose", lambda: True)  # else it silences NeMo for the tests that follow
+        monkeypatch.setattr(
+            training_stage, "is_verbose", lambda: True
+        )  # else it silences NeMo for the tests that follow
         monkeypatch.setattr("fiddle.build", lambda recipe: training)
         return stages._train(tmp_path, PLAN, "pretrain")
 
