@@ -117,7 +117,7 @@ MISTAKES: dict[str, tuple[dict[str, str], str]] = {
     "an unknown key": ({"seeds:": "sedes:"}, "Did you mean 'seeds'?"),
     "a reference to no arm": ({"{moe: dense": "{moe: dens"}, "Did you mean 'dense'?"),
     "no arms": ({"arms:": "arms: {}\nabout2:"}, "about2"),
-    "a suite of the hub": ({"suite: suite.yaml": "suite: paper"}, "expected local ones"),
+    "a suite of the hub": ({"suite: suite.yaml": "suite: paper"}, "expected a local suite with heldout_perplexity"),
 }
 
 
