@@ -6,11 +6,10 @@ from typing import Any
 
 import fiddle as fdl
 import nemo_run as run
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from nemo import lightning as nl
 
-from nemo_upcycle.models.megatron_config import moe_fields, router_fields
-from nemo_upcycle.pipeline.recipes_io import train_on
+from nemo_upcycle.models.megatron_config import router_fields
+from nemo_upcycle.pipeline.recipes_io import train_on, use_spec
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.training.metrics import MetricsLogger
 from nemo_upcycle.training.optimizer import UpcycleOptimizer
@@ -18,6 +17,9 @@ from nemo_upcycle.training.resume import UpcycleResume
 from nemo_upcycle.training.retention import RetainedCheckpoints
 from nemo_upcycle.training.stopping import StopOnSignal
 from nemo_upcycle.training.upcycling import UpcycleConfig, UpcycleStrategy
+
+
+__all__ = ["checkpoints", "moe_settings", "start_from", "use_spec"]
 
 
 def moe_settings(spec: UpcycleSpec) -> dict[str, Any]:
@@ -31,34 +33,6 @@ def moe_settings(spec: UpcycleSpec) -> dict[str, Any]:
         "moe_aux_loss_coeff": 0.01,
         "moe_token_dispatcher_type": "alltoall",
     }
-
-
-def use_spec(recipe: run.Partial, spec: UpcycleSpec) -> run.Partial:
-    """Let an upcycling recipe build another model: the spec and every field of the model that follows from it.
-
-    Args:
-        recipe: returned by `start_from`; changed in place.
-        spec: what to build.
-
-    Returns:
-        The recipe.
-
-    Example:
-        >>> recipe = llama3_8b_e8t2.pretrain_recipe()  # doctest: +SKIP
-        >>> use_spec(recipe, UpcycleSpec(num_experts=64, top_k=8, granularity=8, shared_experts=1))  # doctest: +SKIP
-    """
-    config = recipe.model.config
-    fields = moe_fields(spec, config.ffn_hidden_size, config.num_layers) | {
-        "moe_router_load_balancing_type": "aux_loss",
-        # In bfloat16 the logits of two copies can collide, and top-k then picks parts of both.
-        "moe_router_dtype": "fp32" if spec.granularity > 1 else config.moe_router_dtype,
-    }
-    for name, value in fields.items():
-        setattr(config, name, value)
-    if spec.moe_layers != "all":  # NeMo's default builds every layer alike
-        config.transformer_layer_spec = run.Partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
-    recipe.resume.restore_config.spec = run.Config(UpcycleSpec, **spec.to_dict())
-    return recipe
 
 
 def start_from(recipe: run.Partial, dense: str, spec: UpcycleSpec | None, data: str | None = None) -> run.Partial:

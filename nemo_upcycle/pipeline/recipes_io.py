@@ -15,8 +15,9 @@ from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 from torch.nn.parallel import DistributedDataParallel
 
 from nemo_upcycle.errors import SpecError, did_you_mean
-from nemo_upcycle.models.megatron_config import check_spec
+from nemo_upcycle.models.megatron_config import check_spec, moe_fields
 from nemo_upcycle.pipeline.console import quiet_imports
+from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.training.layout import check_layout
 from nemo_upcycle.utils.validation import is_whole
 
@@ -160,3 +161,33 @@ def train_on(recipe: run.Partial, data_folder: str | Path, dense: str) -> None:
     if recipe.data.__fn_or_cls__ is not blend_data:  # the seed of NeMo's mock data says nothing
         given.pop("seed", None)
     recipe.data = run.Config(blend_data, dense=dense, folder=str(data_folder), **given)
+
+
+def use_spec(recipe: run.Partial, spec: UpcycleSpec) -> run.Partial:
+    """Let an upcycling recipe build another model: the spec and every field of the model that follows from it.
+
+    Args:
+        recipe: returned by `start_from`; changed in place.
+        spec: what to build.
+
+    Returns:
+        The recipe.
+
+    Example:
+        >>> recipe = llama3_8b_e8t2.pretrain_recipe()  # doctest: +SKIP
+        >>> use_spec(recipe, UpcycleSpec(num_experts=64, top_k=8, granularity=8, shared_experts=1))  # doctest: +SKIP
+    """
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    config = recipe.model.config
+    fields = moe_fields(spec, config.ffn_hidden_size, config.num_layers) | {
+        "moe_router_load_balancing_type": "aux_loss",
+        # In bfloat16 the logits of two copies can collide, and top-k then picks parts of both.
+        "moe_router_dtype": "fp32" if spec.granularity > 1 else config.moe_router_dtype,
+    }
+    for name, value in fields.items():
+        setattr(config, name, value)
+    if spec.moe_layers != "all":  # NeMo's default builds every layer alike
+        config.transformer_layer_spec = run.Partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
+    recipe.resume.restore_config.spec = run.Config(UpcycleSpec, **spec.to_dict())
+    return recipe

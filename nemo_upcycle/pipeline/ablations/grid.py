@@ -13,7 +13,7 @@ from nemo_run.cli.cli_parser import parse_cli_args
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.suite import read_suite_config
 from nemo_upcycle.pipeline.ablations.plan import SUITE, GridPlan
-from nemo_upcycle.pipeline.recipes_io import check_recipe, dump_recipe, train_on
+from nemo_upcycle.pipeline.recipes_io import check_recipe, dump_recipe, train_on, use_spec
 from nemo_upcycle.reporting.grid import TASK
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.conf import read_conf
@@ -153,7 +153,6 @@ def _recipe(where: str, arm: Mapping[str, Any], defaults: Mapping[str, Any], see
     from nemo.collections.llm.api import pretrain
 
     from nemo_upcycle.pipeline.context import PretrainContext
-    from nemo_upcycle.recipes.common import use_spec
 
     overrides = [f"{name}={value}" for name, value in (dict(defaults) | arm["set"]).items()]
     context = PretrainContext(name="pretrain", factory=arm["factory"], dryrun=True)
