@@ -99,6 +99,8 @@ def pipeline(
         _say_what_is_missing(cluster, jobs)
         return
     check_stages(found)
+    if cluster:
+        cluster.check_settings(jobs)  # before the scheduler is asked anything
     chain = Chain(cluster, jobs, lambda name: plan.stage(name).is_done(run_dir, plan), run_dir) if cluster else None
     if chain:
         chain.check()

@@ -253,7 +253,11 @@ def test_a_mistake_found_inside_a_stage_is_the_last_line_and_status_2(files: Pat
 def test_jobs_that_run_are_watched_whatever_space_is_left(files: Path, tmp_path: Path) -> None:
     """A run that no disk holds; what stands for Slurm's commands takes jobs, and says that all of them run."""
     programs, run_dir = tmp_path / "bin", tmp_path / "run"
-    answers = {"sbatch": "", "squeue": "".join(f"{number}|RUNNING|None|n1\n" for number in range(len(BY_NAME)))}
+    answers = {
+        "sbatch": "",
+        "scontrol": "ClusterName = c",
+        "squeue": "".join(f"{number}|RUNNING|None|n1\n" for number in range(len(BY_NAME))),
+    }
     for name, text in answers.items():
         programs.mkdir(exist_ok=True)
         (programs / name).write_text(f"#!/bin/bash\necho -n '{text}'\n")
@@ -266,7 +270,7 @@ def test_jobs_that_run_are_watched_whatever_space_is_left(files: Path, tmp_path:
     assert refused.status == 2, refused.text
     assert f"disk space for {run_dir} in {tmp_path}: got " in refused.text
     jobs = {name: str(number) for number, name in enumerate(BY_NAME)}
-    write_json(run_dir / JOBS, {"cluster": "Slurm", "jobs": jobs})
+    write_json(run_dir / JOBS, {"cluster": "Slurm, cluster c", "jobs": jobs})
     ((watched,),) = run_ranks(_type, 1, [command], *arguments, process_group=False)
     assert watched.status == 0, watched.text
     assert f"Submitted to the queue: {' '.join(jobs.values())}." in watched.text
