@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.compare import jackknife_stderr, value_of
+from nemo_upcycle.evaluation.compare import jackknife_stderr, left_out, statistic
 
 
 #: Log-likelihood in nats and bytes of a document.
@@ -50,8 +50,7 @@ def bits_per_byte(sums: Sums) -> float:
         >>> round(bits_per_byte({"a": (-69.3147, 50), "b": (-69.3147, 50)}), 4)
         2.0
     """
-    total, size_bytes = (math.fsum(part[column] for part in sums.values()) for column in (0, 1))
-    return value_of(_METRIC, total, size_bytes)
+    return statistic(_METRIC, list(sums.values()))
 
 
 def mean_of_seeds(seeds: Mapping[int, Sums]) -> tuple[float, float | None]:
@@ -84,7 +83,7 @@ def difference_of_arms(arm: Mapping[int, Sums], reference: Mapping[int, Sums]) -
         )
     seeds = {seed: bits_per_byte(arm[seed]) - bits_per_byte(reference[seed]) for seed in common}
     without = [
-        [after - before for before, after in zip(_left_out(reference[seed]), _left_out(arm[seed]), strict=True)]
+        [after - before for before, after in zip(_without(reference[seed]), _without(arm[seed]), strict=True)]
         for seed in common
     ]
     documents = jackknife_stderr([statistics.fmean(values) for values in zip(*without, strict=True)])
@@ -106,12 +105,9 @@ def difference_of_arms(arm: Mapping[int, Sums], reference: Mapping[int, Sums]) -
     }
 
 
-def _left_out(sums: Sums) -> list[float]:
-    """Return the bits per byte without each document in turn; nothing of fewer than two."""
-    total, size_bytes = (math.fsum(part[column] for part in sums.values()) for column in (0, 1))
-    if len(sums) < 2:
-        return []
-    return [value_of(_METRIC, total - one, size_bytes - size) for one, size in sums.values()]
+def _without(sums: Sums) -> list[float]:
+    """Return the bits per byte without each document in turn."""
+    return left_out(_METRIC, list(sums.values()))
 
 
 def _t_quantile(*parts: tuple[float | None, int]) -> float:

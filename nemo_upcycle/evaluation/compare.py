@@ -35,7 +35,16 @@ def statistic(metric: str, scores: Sequence[Score]) -> float:
 
 def leave_one_out(metric: str, scores: Sequence[Score]) -> list[float]:
     """Return the metric's value without each item in turn; nothing for fewer than two items."""
-    parts = parts_of(metric, scores)
+    return left_out(metric, parts_of(metric, scores))
+
+
+def left_out(metric: str, parts: Sequence[tuple[float, float]]) -> list[float]:
+    """Return the metric's value without each part in turn; nothing for fewer than two.
+
+    Args:
+        metric: its name, without the task.
+        parts: the two sums that make the metric, of each item or of each group of items.
+    """
     total, units = (sum(part[column] for part in parts) for column in (0, 1))
     return [value_of(metric, total - one, units - its) for one, its in parts] if len(parts) > 1 else []
 

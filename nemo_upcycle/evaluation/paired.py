@@ -6,13 +6,20 @@ out or drawn again is therefore a whole cluster, all items of a document or of a
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.compare import Score, item_pairs, jackknife_stderr, parts_of, statistic, value_of
+from nemo_upcycle.evaluation.compare import (
+    Score,
+    item_pairs,
+    jackknife_stderr,
+    left_out,
+    parts_of,
+    statistic,
+    value_of,
+)
 
 
 _CONFIDENCE = 0.95
@@ -53,7 +60,8 @@ def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str) -> dict
     keys = [(leaf, pair[0].get("cluster", pair[0]["id"])) for leaf, pair in pairs]
     sums = [_sums(name, side, keys) for side in scores]
     value = statistic(name, scores[1]) - statistic(name, scores[0])
-    stderr = jackknife_stderr(_left_out(name, *sums))
+    without = zip(*(left_out(name, side) for side in sums), strict=True)
+    stderr = jackknife_stderr([other - one for one, other in without])
     clusters = len(sums[0])
     half_width = None if stderr is None else stderr * _t_quantile(clusters - 1)
     return {
@@ -94,21 +102,6 @@ def _sums(metric: str, scores: Sequence[Score], keys: Sequence[tuple[str, Any]])
     for key, (total, units) in zip(keys, parts_of(metric, scores), strict=True):
         found[key] = (found[key][0] + total, found[key][1] + units)
     return list(found.values())
-
-
-def _left_out(metric: str, a: list[tuple[float, float]], b: list[tuple[float, float]]) -> list[float]:
-    """Return the difference without each cluster in turn; nothing for fewer than two."""
-    if len(a) < 2:
-        return []
-    totals = [[math.fsum(part[column] for part in side) for column in (0, 1)] for side in (a, b)]
-    values = []
-    for parts in zip(a, b, strict=True):
-        one, other = (
-            value_of(metric, total - part[0], units - part[1])
-            for (total, units), part in zip(totals, parts, strict=True)
-        )
-        values.append(other - one)
-    return values
 
 
 def _bootstrap(metric: str, a: list[tuple[float, float]], b: list[tuple[float, float]]) -> tuple[float, float]:

@@ -93,7 +93,7 @@ def param_plans(
     found: dict[int | None, dict[str, str]] = {}
     mapped, unknown_names = [], []
     for name, parameter in model.named_parameters():
-        layer, inner = _split(name, layers)
+        layer, inner = split_name(name, layers)
         if match := find_mapping(inner, in_layer=layer is not None):
             found.setdefault(layer, {})[match[0].role] = name
             mapped.append((name, parameter, layer, *match))
@@ -160,7 +160,7 @@ def _plain(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
     return parameter.data
 
 
-def _split(name: str, layers: list[int]) -> tuple[int | None, str]:
+def split_name(name: str, layers: list[int]) -> tuple[int | None, str]:
     """Return the layer's number in the whole model (None outside the layers) and the name inside it."""
     prefix = "decoder.layers."
     if not name.startswith(prefix):

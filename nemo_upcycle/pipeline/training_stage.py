@@ -37,11 +37,12 @@ def train(
     from nemo_upcycle.pipeline.recipes_io import load_recipe, place_recipe
 
     recipe = load_recipe(serialised)
+    from nemo_upcycle.training.evaluating import EvaluateWhileTraining
     from nemo_upcycle.training.stopping import step_kept  # after NeMo, which the recipe imports without its warnings
 
     place_recipe(recipe, folder, dense_folder, data_folder)
     for callback in recipe.trainer.callbacks if suite else ():
-        if callback.__fn_or_cls__.__name__ == "EvaluateWhileTraining":
+        if callback.__fn_or_cls__ is EvaluateWhileTraining:
             callback.suite = str(suite)
     use_cpu_backend()  # before the model's configuration is built: Megatron checks it at once
     if not is_verbose():  # show only errors on the console; NeMo writes its whole log to a file in the stage's folder

@@ -9,7 +9,6 @@ and only the first rank waits for it.
 import json
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Optional
@@ -24,6 +23,7 @@ from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.monitoring.router_health import RouterHealth, shares, sum_over_ranks
 from nemo_upcycle.monitoring.throughput import Throughput, memory_gib, peaks_of
 from nemo_upcycle.utils.files import whole_file, write_json
+from nemo_upcycle.utils.nested import flat
 from nemo_upcycle.utils.progress import duration, show_messages
 
 
@@ -149,7 +149,7 @@ class MetricsLogger(Callback):
     def _log(self, trainer: pl.Trainer, line: dict[str, Any]) -> None:
         """Pass the line to TensorBoard and other loggers, without what NeMo logs there itself."""
         rates = {name: line[name] for name in line if name.startswith(("tokens_per_s", "tflops", "mfu", "memory"))}
-        scalars = dict(_flat(rates))
+        scalars = dict(flat(rates, "/"))
         every_layer = line["step"] % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         for name, values in line.get("router", {}).items():
             layers = {layer: value for layer, value in enumerate(values) if value is not None}
@@ -205,15 +205,6 @@ def _own_memory() -> torch.Tensor:
     held, card = memory_gib()
     memory[torch.distributed.get_rank()] = torch.tensor([held, card or 0.0])
     return memory
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Yield nested values under names like `a/b`."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}/")
-        else:
-            yield prefix + name, value
 
 
 def _move_logs_only() -> None:

@@ -19,7 +19,7 @@ from nemo_upcycle.models.mapping import ParamMapping, find_mapping, mapping_of
 from nemo_upcycle.models.megatron_config import check_model, megatron_fields
 from nemo_upcycle.models.rotary import rope_frequencies
 from nemo_upcycle.models.sharding import Shard, hf_shape, source_slices
-from nemo_upcycle.online.plan import RankCoords
+from nemo_upcycle.online.plan import RankCoords, split_name
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.progress import ProgressLine
 
@@ -242,10 +242,8 @@ def _parameters(
     layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
     first_expert = coords.experts.rank * (arch.num_experts or 0) // coords.experts.size
     for name, parameter in chunk.named_parameters():
-        prefix, _, inner = name.partition("decoder.layers.")
-        in_layer = not prefix and bool(inner)
-        local, _, rest = inner.partition(".")
-        match = find_mapping(rest if in_layer else name, in_layer=in_layer)
+        layer, inner = split_name(name, layers)
+        match = find_mapping(inner, in_layer=layer is not None)
         if match is None:
             raise CheckpointError(
                 f"parameter {name}", got="no such one in the mapping table", expected="a Llama's", fix="export it"
@@ -253,8 +251,7 @@ def _parameters(
         mapping, expert = match
         role = "embedding" if mapping.role == "output" and arch.tied_embeddings else mapping.role
         shard = coords.expert if mapping.is_expert else coords.dense
-        layer = layers[int(local)] if in_layer else 0
-        yield parameter, mapping_of(role, arch), layer, first_expert + (expert or 0), shard
+        yield parameter, mapping_of(role, arch), layer or 0, first_expert + (expert or 0), shard
 
 
 def _fill(parameter: torch.nn.Parameter, whole: torch.Tensor, mapping: ParamMapping, arch: Any, shard: Shard) -> None:

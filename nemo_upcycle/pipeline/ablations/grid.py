@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from nemo_upcycle.pipeline.recipes_io import check_recipe, dump_recipe, train_on
 from nemo_upcycle.reporting.grid import TASK
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.conf import read_conf
+from nemo_upcycle.utils.nested import flat
 from nemo_upcycle.utils.validation import is_whole
 
 
@@ -129,20 +130,12 @@ def _read_arm(where: str, values: Any, folder: Path) -> dict[str, Any]:
     if "file" in values:
         content, path, _ = read_conf("ablations", folder / str(values["file"]), f"{where}: file")
         factory = _mapping(f"{path}: run", content.pop("run", None)).get("factory")
-        values |= {"factory": factory, "set": dict(_flat(content)) | values["set"]}
+        values |= {"factory": factory, "set": dict(flat(content, ".")) | values["set"]}
     if not isinstance(values.get("factory"), str):
         raise UpcycleError(
             f"{where}: factory", got=values.get("factory"), expected="a recipe, as --factory takes it", fix="name one"
         )
     return values
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _recipe(where: str, arm: Mapping[str, Any], defaults: Mapping[str, Any], seed: int | None) -> run.Partial:
