@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import nemo_upcycle.recipes  # noqa: F401  registers them, as the command `nemo` does
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.pipeline.ablations.grid import read_grid
