@@ -57,8 +57,9 @@ def start_from(recipe: run.Partial, dense: str, spec: UpcycleSpec | None, data: 
         fdl.update_callable(recipe.optim, UpcycleOptimizer)
     if data is not None:
         train_on(recipe, data, dense)
-    callbacks = [run.Config(MetricsLogger), run.Config(StopOnSignal)]
-    recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), *callbacks]
+    own = (MetricsLogger, StopOnSignal)  # a recipe may derive from one that has them
+    others = [callback for callback in recipe.trainer.callbacks or [] if callback.__fn_or_cls__ not in own]
+    recipe.trainer.callbacks = [*others, *map(run.Config, own)]
     return recipe
 
 

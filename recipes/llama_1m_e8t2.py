@@ -57,5 +57,4 @@ def pretrain_recipe(
     """
     recipe = dense_ct.pretrain_recipe(dense, dir, name, num_gpus_per_node, data, fn)
     recipe.model = model()
-    recipe.trainer.callbacks = None  # they come with what follows
     return start_from(recipe, dense, SPEC)

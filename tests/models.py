@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from nemo_upcycle.models.activation import activation_function
 from nemo_upcycle.models.architecture import Architecture, read_architecture
 from nemo_upcycle.models.mapping import hf_names, mapping_of_hf
 from nemo_upcycle.models.megatron_config import megatron_fields, moe_fields
@@ -181,13 +182,6 @@ def moe_settings(arch: Architecture, spec: UpcycleSpec) -> dict[str, Any]:
     return fields
 
 
-def _activation(arch: Architecture) -> Any:
-    from megatron.core.activations import squared_relu
-
-    functional = torch.nn.functional
-    return {"silu": functional.silu, "gelu": functional.gelu, "squared_relu": squared_relu}[arch.activation]
-
-
 def build_chunks(
     dense: Path | Architecture,
     *,
@@ -235,7 +229,7 @@ def build_chunks(
         "moe_router_topk": top_k,
         "moe_ffn_hidden_size": arch.ffn_size if num_experts else None,
         "moe_token_dispatcher_type": "alltoall",
-        "activation_func": _activation(arch),
+        "activation_func": activation_function(arch.activation),
         "bias_activation_fusion": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
             return 2
         return 0
     if not is_built:
-        suite = _build(args)
+        suite = _build(args, config)
     result = evaluate(
         args.model,
         suite,
@@ -105,14 +106,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _build(args: argparse.Namespace) -> Path:
+def _build(args: argparse.Namespace, config: Mapping[str, Any]) -> Path:
     """Build a named suite beside the results."""
     from nemo_upcycle.data.finished import open_blend
     from nemo_upcycle.evaluation.named_suite import build_named_suite
-    from nemo_upcycle.evaluation.suite import LOCAL_TASKS, read_suite_config
+    from nemo_upcycle.evaluation.suite import LOCAL_TASKS
 
-    config = read_suite_config(args.suite)
-    texts = [task for task in config.tasks if config.local and LOCAL_TASKS[task]["doc_to_target"] == "text"]
+    tasks = config["tasks"] if config["local"] else ()
+    texts = [task for task in tasks if LOCAL_TASKS[task]["doc_to_target"] == "text"]
     if texts and args.data is None:
         raise UpcycleError(
             f"held-out documents for {', '.join(texts)}",

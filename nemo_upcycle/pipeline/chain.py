@@ -182,9 +182,8 @@ class Chain:
                 self._say_once(job.name, f"[{job.name}] {state.phase.value}{reason}")
                 continue
             first_s = self._ended_s.setdefault(job.name, time.monotonic())
-            has_settled = (
-                state.is_abandoned or time.monotonic() - first_s >= SETTLE_S
-            )  # an abandoned one never started
+            # An abandoned job has never started, so no marker of it can come late.
+            has_settled = state.is_abandoned or time.monotonic() - first_s >= SETTLE_S
             if has_settled and job.name not in self.done():
                 del self._ended_s[job.name]
                 self._submit_again(job, state)

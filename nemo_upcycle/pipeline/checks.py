@@ -19,9 +19,9 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.suite import read_suite_config
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.megatron_config import architecture_of
-from nemo_upcycle.pipeline.ablations.plan import GRID, GridPlan
 from nemo_upcycle.pipeline.markers import setting_hashes
-from nemo_upcycle.pipeline.plan import PLAN, Plan, RunPlan, Stage
+from nemo_upcycle.pipeline.plan import Plan, RunPlan, Stage
+from nemo_upcycle.pipeline.plans import kind_of
 from nemo_upcycle.pipeline.recipes_io import check_recipe, ranks_of
 from nemo_upcycle.pipeline.stages import STAGES
 from nemo_upcycle.utils.files import resolved
@@ -102,13 +102,10 @@ def check_started(run_dir: Path, plan: Plan) -> None:
         UpcycleError: a marker is damaged, a resumable stage was started from others, or the folder is of another kind
             of run.
     """
-    kinds = {PLAN: "a run of the pipeline", GRID: "a grid of ablations"}
-    mine = GRID if isinstance(plan, GridPlan) else PLAN
-    for file, kind in kinds.items():
-        if file != mine and (run_dir / file).is_file():
-            raise UpcycleError(
-                f"dir {run_dir}", got=kind, expected=f"{kinds[mine]}, or a new folder", fix="choose another"
-            )
+    if (kind := kind_of(run_dir)) and not isinstance(plan, kind):
+        raise UpcycleError(
+            f"dir {run_dir}", got=kind.kind, expected=f"{plan.kind}, or a new folder", fix="choose another"
+        )
     for stage in plan.stages:
         folder = stage.folder(run_dir)
         if folder.marker.is_file():

@@ -24,8 +24,8 @@ from nemo_upcycle.pipeline.in_turn import run_in_turn
 from nemo_upcycle.pipeline.jobs import jobs_of
 from nemo_upcycle.pipeline.order import chosen_stages, require_earlier
 from nemo_upcycle.pipeline.plan import PLAN, Plan, RunPlan, Stage
+from nemo_upcycle.pipeline.plans import kind_of, read_plan
 from nemo_upcycle.pipeline.recipes_io import dump_recipe, write_recipes
-from nemo_upcycle.pipeline.runner import has_plan, read_plan
 from nemo_upcycle.pipeline.stages import STAGES
 from nemo_upcycle.utils.files import in_use
 
@@ -141,7 +141,7 @@ def require_no_other_jobs(chain: Optional[Chain], run_dir: Path, plan: Plan) -> 
             expected="none of another scheduler",
             fix=f"see to it that none of them is left there, and delete {run_dir / JOBS}",
         )
-    if has_plan(run_dir) and read_plan(run_dir) != plan and (alive := chain.alive()):
+    if kind_of(run_dir) and read_plan(run_dir) != plan and (alive := chain.alive()):
         raise UpcycleError(
             f"dir {run_dir}",
             got=f"jobs in the queue, submitted with other arguments ({_listed(alive)})",

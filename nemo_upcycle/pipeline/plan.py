@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nemo_upcycle.data.finished import MANIFEST
 from nemo_upcycle.errors import StageError
@@ -14,20 +14,33 @@ from nemo_upcycle.pipeline.markers import StageFolder
 from nemo_upcycle.utils.files import read_json, sha256_file, write_json
 
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 PLAN = "pipeline.json"
 
 
+@dataclass(frozen=True)
 class Plan(ABC):
     """What the stages of a run need to know, as plain values, and which stages there are."""
+
+    #: Its file in a run's folder, and what people call such a run.
+    file: ClassVar[str]
+    kind: ClassVar[str]
+
+    def write(self, run_dir: Path) -> None:
+        """Write the plan to the run's folder, where the stages read it."""
+        write_json(run_dir / self.file, asdict(self))
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Self:
+        """Read the plan of a run."""
+        return cls(**read_json(run_dir / cls.file))
 
     @property
     @abstractmethod
     def stages(self) -> tuple[Stage, ...]:
         """All stages, each after those that it needs."""
-
-    @abstractmethod
-    def write(self, run_dir: Path) -> None:
-        """Write the plan to the run's folder, where the stages read it."""
 
     @abstractmethod
     def setting(self, name: str) -> Any:
@@ -85,21 +98,15 @@ class RunPlan(Plan):
         dense_ct: the serialised recipe of the dense baseline; None omits it.
     """
 
+    file: ClassVar[str] = PLAN
+    kind: ClassVar[str] = "a run of the pipeline"
+
     recipe: str
     dense: str
     data: str
     evaluation: str
     pretrain: str
     dense_ct: str | None
-
-    def write(self, run_dir: Path) -> None:
-        """See `Plan.write`."""
-        write_json(run_dir / PLAN, asdict(self))
-
-    @staticmethod
-    def read(run_dir: Path) -> RunPlan:
-        """Read the plan of a run."""
-        return RunPlan(**read_json(run_dir / PLAN))
 
     def setting(self, name: str) -> Any:
         """See `Plan.setting`: a field."""

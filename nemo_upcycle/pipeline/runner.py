@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_upcycle.errors import StageError, StageStopped, UpcycleError
-from nemo_upcycle.pipeline.ablations.plan import GRID, GridPlan
 from nemo_upcycle.pipeline.console import is_verbose, quiet_libraries
 from nemo_upcycle.pipeline.markers import ENDED, FAILED, STOPPED, StageFolder
 from nemo_upcycle.pipeline.order import before, unfinished
-from nemo_upcycle.pipeline.plan import PLAN, Plan, RunPlan, Stage
+from nemo_upcycle.pipeline.plan import Plan, Stage
+from nemo_upcycle.pipeline.plans import read_plan
 from nemo_upcycle.pipeline.ranks import is_first_rank
 from nemo_upcycle.utils.files import in_use
 from nemo_upcycle.utils.progress import duration, show_messages
@@ -59,16 +59,6 @@ def _recorded(folder: StageFolder) -> Iterator[None]:
             folder.ended(STOPPED if isinstance(error, StageStopped) else FAILED)
             sys.stderr.write(f"[{folder.name}] {error}\n")
         raise SystemExit(error.exit_status) from None
-
-
-def has_plan(run_dir: Path) -> bool:
-    """Return whether a folder holds the plan of a run."""
-    return any((run_dir / name).is_file() for name in (PLAN, GRID))
-
-
-def read_plan(run_dir: Path) -> Plan:
-    """Read the plan of a run: of the chain, or of a grid of ablations."""
-    return GridPlan.read(run_dir) if (run_dir / GRID).is_file() else RunPlan.read(run_dir)
 
 
 def _run(stage: Stage, run_dir: Path, plan: Plan) -> None:

@@ -46,6 +46,12 @@ def check_layout(layout: Layout, arch: Architecture, work: Workload) -> None:
         raise SpecError(_option_name(name), got=got, expected=expected, fix=_fix(name, layout, arch, work))
 
 
+def neutral_work(layout: Layout) -> Workload:
+    """Return a step that ranks of any layout can share out, for where there is no data: no rule speaks of it."""
+    sizes = max(1, layout.gpus) * max(1, layout.micro_batch) * max(1, layout.pp)
+    return Workload(seq_length=16 * max(1, layout.tp) * max(1, layout.cp), global_batch=sizes)
+
+
 def broken(layout: Layout, arch: Architecture, work: Workload) -> Broken | None:
     """Return the first rule that a layout breaks; None if it is allowed."""
     return next(_rules(layout, arch, work), None)

@@ -80,9 +80,9 @@ def check_layout(strategy: Any, config: Any, data: Any, ranks: int) -> None:
 
 def _work(config: Any, data: Any, layout: Layout) -> Workload:
     """Build the Workload, with neutral values for settings the data lacks."""
-    sizes = max(1, layout.gpus) * max(1, layout.micro_batch) * max(1, layout.pp)
+    work = rules.neutral_work(layout)
     return Workload(
-        seq_length=getattr(data, "seq_length", None) or 16 * max(1, layout.tp) * max(1, layout.cp),
-        global_batch=getattr(data, "global_batch_size", None) or sizes,
+        seq_length=getattr(data, "seq_length", None) or work.seq_length,
+        global_batch=getattr(data, "global_batch_size", None) or work.global_batch,
         dispatcher="deepep" if getattr(config, "moe_enable_deepep", False) else "alltoall",
     )

@@ -12,7 +12,7 @@ import torch
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.megatron.build import Layout, load_chunks
+from nemo_upcycle.evaluation.megatron.build import layout_here, load_chunks
 from nemo_upcycle.evaluation.megatron.generate import generate
 from nemo_upcycle.evaluation.megatron.score import score
 from tests.distributed.ranks import run_ranks
@@ -29,15 +29,15 @@ SPECS = {
     ),
     "tied": UpcycleSpec(num_experts=4, top_k=2, method="noise", router_std=1.0),
 }
-LAYOUTS = [
-    (1, Layout()),
-    (2, Layout()),
-    (2, Layout(tensor=2)),
-    (2, Layout(pipeline=2)),
-    (2, Layout(pipeline=2, virtual=2)),
-    (2, Layout(expert=2)),
-    (4, Layout(tensor=2, expert=2)),
-    (4, Layout(pipeline=2, expert=2)),
+LAYOUTS: list[tuple[int, dict[str, int]]] = [
+    (1, {}),
+    (2, {}),
+    (2, {"tp": 2}),
+    (2, {"pp": 2}),
+    (2, {"pp": 2, "vp": 2}),
+    (2, {"ep": 2}),
+    (4, {"tp": 2, "ep": 2}),
+    (4, {"pp": 2, "ep": 2}),
 ]
 
 
@@ -52,16 +52,16 @@ def _sequences() -> list[tuple[list[int], int]]:
     return found + [([*stem, last], 1) for last in (3, 77, 249)]
 
 
-def _scores(folder: str, case: str, layout: Layout, batch_size: int | str) -> list[tuple[list[float], bool]]:
+def _scores(folder: str, case: str, layout: dict[str, int], batch_size: int | str) -> list[tuple[list[float], bool]]:
     chunks, arch = load_chunks(
-        Path(folder) / case / "saved", _parent(Path(folder), case), SPECS[case], layout, torch.float32
+        Path(folder) / case / "saved", _parent(Path(folder), case), SPECS[case], layout_here(**layout), torch.float32
     )
     return score(chunks, _sequences(), vocab_size=arch.vocab_size, batch_size=batch_size)
 
 
-def _continuations(folder: str, case: str, layout: Layout) -> list[list[int]]:
+def _continuations(folder: str, case: str, layout: dict[str, int]) -> list[list[int]]:
     chunks, arch = load_chunks(
-        Path(folder) / case / "saved", _parent(Path(folder), case), SPECS[case], layout, torch.float32
+        Path(folder) / case / "saved", _parent(Path(folder), case), SPECS[case], layout_here(**layout), torch.float32
     )
     prompts = [tokens for tokens, _ in _sequences()[:7]]
 
@@ -105,7 +105,7 @@ def expected(folder: Path) -> dict[str, list[tuple[list[float], bool]]]:
 @pytest.mark.parametrize(("ranks", "layout"), LAYOUTS, ids=str)
 @pytest.mark.parametrize("case", SPECS)
 def test_every_layout_gives_the_log_likelihoods_of_the_exported_folder(
-    folder: Path, expected: dict[str, Any], case: str, ranks: int, layout: Layout
+    folder: Path, expected: dict[str, Any], case: str, ranks: int, layout: dict[str, int]
 ) -> None:
     answers = run_ranks(_scores, ranks, str(folder), case, layout, 4)
     assert all(answer == answers[0] for answer in answers)
@@ -115,7 +115,9 @@ def test_every_layout_gives_the_log_likelihoods_of_the_exported_folder(
 
 
 @pytest.mark.parametrize(("ranks", "layout"), LAYOUTS, ids=str)
-def test_every_layout_continues_prompts_as_the_exported_folder_does(folder: Path, ranks: int, layout: Layout) -> None:
+def test_every_layout_continues_prompts_as_the_exported_folder_does(
+    folder: Path, ranks: int, layout: dict[str, int]
+) -> None:
     answers = run_ranks(_continuations, ranks, str(folder), "moe", layout)
     for number, ((tokens, _), written) in enumerate(zip(_sequences(), answers[0], strict=False)):
         follows = list(tokens)
@@ -126,7 +128,7 @@ def test_every_layout_continues_prompts_as_the_exported_folder_does(folder: Path
 
 
 def test_batches_do_not_change_what_is_found(folder: Path) -> None:
-    (small,), (large,) = (run_ranks(_scores, 1, str(folder), "moe", Layout(), size) for size in (1, "auto"))
+    (small,), (large,) = (run_ranks(_scores, 1, str(folder), "moe", {}, size) for size in (1, "auto"))
     for (one, _), (other, _) in zip(small, large, strict=True):
         torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=1e-5, atol=2e-5)
 
@@ -134,11 +136,11 @@ def test_batches_do_not_change_what_is_found(folder: Path) -> None:
 def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(folder: Path) -> None:
     saved, dense = folder / "moe/saved", folder / "dense"
     mistakes = (
-        (Layout(tensor=4), "tp"),
-        (Layout(expert=3), "ep"),
-        (Layout(pipeline=2), "tp times pp"),
-        (Layout(tensor=0), "tp"),
+        ({"tp": 4}, "tp"),
+        ({"ep": 3}, "ep"),
+        ({"pp": 2}, "tp x cp x pp"),
+        ({"tp": 0}, "tp"),
     )
     for layout, name in mistakes:
         with pytest.raises(UpcycleError, match=f"^{name}: got"):
-            load_chunks(saved, dense, SPECS["moe"], layout, torch.float32)
+            load_chunks(saved, dense, SPECS["moe"], layout_here(**layout), torch.float32)

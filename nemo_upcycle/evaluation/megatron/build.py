@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 
 from nemo_upcycle.convert.megatron_weights import CheckpointWeights, open_checkpoint
 from nemo_upcycle.cpu.backend import use_cpu_backend
-from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.activation import activation_function
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.mapping import ParamMapping, find_mapping, mapping_of
@@ -20,56 +19,23 @@ from nemo_upcycle.models.megatron_config import check_model, megatron_fields
 from nemo_upcycle.models.rotary import rope_frequencies
 from nemo_upcycle.models.sharding import Shard, hf_shape, source_slices
 from nemo_upcycle.online.plan import RankCoords, split_name
+from nemo_upcycle.planning import rules
+from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.progress import ProgressLine
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a model is spread over the ranks of a job; what is left of them holds replicas.
+def layout_here(*, tp: int = 1, pp: int = 1, vp: int = 1, ep: int = 1) -> Layout:
+    """Return the layout of this job's ranks, of torchrun's number; what the sizes leave of them are replicas.
 
     Args:
-        tensor: ranks that share every matrix.
-        pipeline: ranks that share the layers.
-        virtual: pieces of a pipeline rank's layers, from 2 on; None: one.
-        expert: ranks that share the experts of a layer, among the replicas.
+        tp: ranks that share every matrix; experts that are spread are whole.
+        pp: ranks that share the layers.
+        vp: pieces of a pipeline rank's layers.
+        ep: ranks that share the experts of a layer.
     """
-
-    tensor: int = 1
-    pipeline: int = 1
-    virtual: int | None = None
-    expert: int = 1
-
-    def check(self, arch: Architecture, ranks: int) -> None:
-        """Check that a model can be spread so.
-
-        Args:
-            arch: the model's.
-            ranks: of the job.
-
-        Raises:
-            UpcycleError: it cannot.
-        """
-        given = {"tp": self.tensor, "pp": self.pipeline, "vp": self.virtual or 1, "ep": self.expert}
-        for name, value in given.items():
-            if value < 1:
-                raise UpcycleError(name, got=value, expected="a whole number from 1 on", fix="write 1 for none")
-        chunks = self.pipeline * (self.virtual or 1)
-        rules = [
-            ("tp", self.tensor, arch.num_kv_heads % self.tensor == 0, f"a divisor of {arch.num_kv_heads} groups"),
-            ("pp times vp", chunks, arch.num_layers % chunks == 0, f"a divisor of {arch.num_layers} layers"),
-            ("vp", self.virtual, self.virtual is None or self.pipeline > 1, "1 without pipeline parallelism"),
-            ("ep", self.expert, (arch.num_experts or 1) % self.expert == 0, f"a divisor of {arch.num_experts or 1}"),
-            ("tp times pp", self.tensor * self.pipeline, ranks % (self.tensor * self.pipeline) == 0, _of(ranks)),
-            ("ep times pp", self.expert * self.pipeline, ranks % (self.expert * self.pipeline) == 0, _of(ranks)),
-        ]
-        for name, got, fits, expected in rules:
-            if not fits:
-                raise UpcycleError(name, got=got, expected=expected, fix="choose another layout, or start more ranks")
-
-
-def _of(ranks: int) -> str:
-    return f"a divisor of the job's {ranks} rank{'s' if ranks > 1 else ''}"
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return Layout(gpus=ranks, tp=tp, pp=pp, vp=vp, ep=ep, etp=tp if ep == 1 else 1)
 
 
 def start_ranks(layout: Layout) -> None:
@@ -90,14 +56,19 @@ def start_ranks(layout: Layout) -> None:
         else:
             torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tensor,
-            pipeline_model_parallel_size=layout.pipeline,
-            virtual_pipeline_model_parallel_size=layout.virtual,
-            expert_model_parallel_size=layout.expert,
-            expert_tensor_parallel_size=1,
-        )
+        parallel_state.initialize_model_parallel(**_sizes(layout))
         tensor_parallel.model_parallel_cuda_manual_seed(0)
+
+
+def _sizes(layout: Layout) -> dict[str, int | None]:
+    """Return the sizes under Megatron's names."""
+    return {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vp if layout.vp > 1 else None,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
+    }
 
 
 def load_chunks(
@@ -116,13 +87,12 @@ def load_chunks(
         The chunks, one for each virtual pipeline stage of this rank, and the model's architecture.
 
     Raises:
-        SpecError, CheckpointError: as in `open_checkpoint`.
-        UpcycleError: the model cannot be spread so over these ranks.
+        SpecError, CheckpointError: as in `open_checkpoint`; or the model cannot be spread so over these ranks.
     """
     weights, arch, _ = open_checkpoint(checkpoint, dense_folder, spec)
     with weights.checkpoint:
         weights.require_all_read(arch)
-        layout.check(arch, int(os.environ.get("WORLD_SIZE", "1")))
+        rules.check_layout(layout, arch, rules.neutral_work(layout))
         start_ranks(layout)
         chunks = build_chunks(arch, layout, dtype)
         load_weights(chunks, weights, arch)
@@ -170,18 +140,14 @@ def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list
         use_cpu_initialization=not on_gpu,
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=on_gpu and bool(arch.num_experts),
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=1,
-        sequence_parallel=layout.tensor > 1,  # without it Megatron 0.15 fails in a warning of its own
+        **_sizes(layout),
+        sequence_parallel=layout.tp > 1,  # without it Megatron 0.15 fails in a warning of its own
     )
     config.sequence_parallel = False  # a token of a continuation cannot be cut
-    rows = 8 * layout.tensor  # padding, as short as it can be
+    rows = 8 * layout.tp  # padding, as short as it can be
     chunks = []
-    for stage in range(layout.virtual or 1):
-        vp_stage = stage if layout.virtual else None
+    for stage in range(layout.vp):
+        vp_stage = stage if layout.vp > 1 else None
         chunk = GPTModel(
             config,
             get_gpt_decoder_block_spec(config, on_gpu, normalization=config.normalization, vp_stage=vp_stage),

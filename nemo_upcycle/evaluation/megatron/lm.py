@@ -20,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from nemo_upcycle.convert.found import find_model
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.megatron.build import Layout, load_chunks
+from nemo_upcycle.evaluation.megatron.build import layout_here, load_chunks
 from nemo_upcycle.evaluation.megatron.generate import generate
 from nemo_upcycle.evaluation.megatron.passes import Scored
 from nemo_upcycle.evaluation.megatron.score import score
@@ -67,7 +67,7 @@ class MegatronLM(HFLM):
         *,
         tp: int = 1,
         pp: int = 1,
-        vp: int | None = None,
+        vp: int = 1,
         ep: int = 1,
         dtype: str = "bfloat16",
         batch_size: int | str | None = "auto",
@@ -85,7 +85,7 @@ class MegatronLM(HFLM):
             )
         found = find_model(Path(checkpoint), Path(dense) if dense else None, given=others)
         self.tokenizer = _tokenizer_of(found.dense)
-        layout = Layout(int(tp), int(pp), int(vp) if vp and int(vp) > 1 else None, int(ep))
+        layout = layout_here(tp=int(tp), pp=int(pp), vp=int(vp), ep=int(ep))
         self.chunks, self.arch = load_chunks(found.checkpoint, found.dense, found.spec, layout, dtype_of(dtype))
         self.checkpoint, self.dense, self.vocab_size = found.checkpoint, found.dense, self.arch.vocab_size
         self._info = {

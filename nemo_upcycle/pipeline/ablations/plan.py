@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nemo_upcycle.pipeline.plan import Plan, Stage, data_content, file_content
-from nemo_upcycle.utils.files import read_json, write_json
 
 
 GRID = "grid.json"
@@ -31,6 +30,9 @@ class GridPlan(Plan):
             each arm is about.
     """
 
+    file: ClassVar[str] = GRID
+    kind: ClassVar[str] = "a grid of ablations"
+
     name: str
     dense: str
     data: str
@@ -39,15 +41,6 @@ class GridPlan(Plan):
     suite: str
     cells: dict[str, str]
     described: dict[str, Any]
-
-    def write(self, run_dir: Path) -> None:
-        """See `Plan.write`."""
-        write_json(run_dir / GRID, asdict(self))
-
-    @staticmethod
-    def read(run_dir: Path) -> GridPlan:
-        """Read the plan of a grid."""
-        return GridPlan(**read_json(run_dir / GRID))
 
     @property
     def stages(self) -> tuple[Stage, ...]:
