@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,47 +42,35 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
     """
     content, path, folder = read_conf("ablations", name, "grid")
     content = _mapping(str(path), content, _KEYS)
-    arms = _mapping(f"{path}: arms", content.get("arms"))
+    arms = {
+        name: _read_arm(f"{path}: arms.{name}", values, path.parent)
+        for name, values in _mapping(f"{path}: arms", content.get("arms")).items()
+    }
     if not arms:
         raise UpcycleError(f"{path}: arms", got="none", expected="at least one", fix="see conf/ablations/laptop.yaml")
-    seeds = content.get("seeds", [1234])
-    if not isinstance(seeds, list) or not seeds or not all(is_whole(seed, 0) for seed in seeds):
-        raise UpcycleError(
-            f"{path}: seeds", got=seeds, expected="a list of whole numbers", fix="write seeds: [1, 2, 3]"
-        )
+    seeds = _seeds(f"{path}: seeds", content.get("seeds", [1234]))
     watch = _mapping(f"{path}: evaluate", content.get("evaluate"), _EVALUATE_KEYS)
     suite = _suite_of(f"{path}: evaluate.suite", str(watch.pop("suite", "watch")), folder)
-    for key, value in watch.items():
-        if not is_whole(value, 1):
-            raise UpcycleError(
-                f"{path}: evaluate.{key}", got=value, expected="a whole number from 1 on", fix="write one"
-            )
+    callback = _watch(f"{path}: evaluate", watch)
     defaults = _mapping(f"{path}: defaults", content.get("defaults"))
-    cells, described, abouts = {}, {}, {}
+    cells, described = {}, {}
     for arm, values in arms.items():
-        where = f"{path}: arms.{arm}"
-        if not _NAME.fullmatch(str(arm)):
-            raise UpcycleError(where, got=arm, expected="letters, digits and _", fix="rename the arm")
-        values = _read_arm(where, values, path.parent)
-        abouts[arm] = str(values.get("about") or "")
+        recipe = _recipe(f"{path}: arms.{arm}", values, defaults)
+        recipe.trainer.callbacks.append(callback)
         for seed in seeds:
-            recipe = _recipe(where, values, defaults, seed)
-            recipe.trainer.callbacks.append(_watch(watch))
             cell = f"{arm}-seed{seed}"
-            recipe.log.name = cell
-            cells[cell] = dump_recipe(recipe)
+            cells[cell] = dump_recipe(_seeded(recipe, seed, cell))
             described[cell] = {
                 "arm": arm,
                 "seed": seed,
                 "steps": recipe.trainer.max_steps,
                 "tokens_per_step": recipe.data.global_batch_size * recipe.data.seq_length,
             }
-    references = _known_arms(f"{path}: references", _mapping(f"{path}: references", content.get("references")), arms)
     table = {
         "about": content.get("about", ""),
-        "arms": abouts,
+        "arms": {arm: str(values.get("about") or "") for arm, values in arms.items()},
         "cells": described,
-        "references": references,
+        "references": _references(f"{path}: references", content.get("references"), arms),
     }
     parent, vocabulary = _parent(f"{path}: parent", content.get("parent")) if not dense else (None, None)
     if not parent and not (dense or content.get("dense")):
@@ -123,8 +112,16 @@ def _suite_of(where: str, name: str, folder: Path) -> str:
     return suite
 
 
+def _seeds(where: str, values: Any) -> list[int]:
+    if not isinstance(values, list) or not values or not all(is_whole(seed, 0) for seed in values):
+        raise UpcycleError(where, got=values, expected="a list of whole numbers", fix="write seeds: [1, 2, 3]")
+    return values
+
+
 def _read_arm(where: str, values: Any, folder: Path) -> dict[str, Any]:
     """Return an arm's factory, spec and overrides; a file of a single arm gives both."""
+    if not _NAME.fullmatch(name := where.rpartition(".")[2]):
+        raise UpcycleError(where, got=name, expected="letters, digits and _", fix="rename the arm")
     values = _mapping(where, values, _ARM_KEYS)
     values |= {key: _mapping(f"{where}: {key}", values.get(key)) for key in ("spec", "set")}
     if "file" in values:
@@ -138,11 +135,8 @@ def _read_arm(where: str, values: Any, folder: Path) -> dict[str, Any]:
     return values
 
 
-def _recipe(where: str, arm: Mapping[str, Any], defaults: Mapping[str, Any], seed: int | None) -> run.Partial:
-    """Build the recipe of an arm for one seed, as the command line would, and check it.
-
-    The seed changes the router, the method's random numbers and the order of the data.
-    """
+def _recipe(where: str, arm: Mapping[str, Any], defaults: Mapping[str, Any]) -> run.Partial:
+    """Build the recipe of an arm as the command line would, and check it."""
     from nemo.collections.llm.api import pretrain
 
     from nemo_upcycle.pipeline.context import PretrainContext
@@ -158,11 +152,6 @@ def _recipe(where: str, arm: Mapping[str, Any], defaults: Mapping[str, Any], see
                 raise UpcycleError("spec", got=arm["spec"], expected="none of a dense recipe", fix="leave it out")
             use_spec(recipe, UpcycleSpec(**(dict(spec.__arguments__) | arm["spec"])))
             parse_cli_args(recipe, overrides)  # what is set has the last word
-        if seed is not None:
-            train_on(recipe, "data", "parent")  # both take their places when the training starts
-            recipe.data.seed = seed
-            if spec is not None:
-                recipe.resume.restore_config.spec.seed = seed
         check_recipe(recipe)
     except UpcycleError as error:
         raise UpcycleError(f"{where}: {error}") from None
@@ -171,9 +160,22 @@ def _recipe(where: str, arm: Mapping[str, Any], defaults: Mapping[str, Any], see
     return recipe
 
 
-def _watch(values: Mapping[str, Any]) -> run.Config:
+def _seeded(recipe: run.Partial, seed: int, name: str) -> run.Partial:
+    """Return an arm's recipe for one seed: of the router, of the method's random numbers, of the order of the data."""
+    mine = copy.deepcopy(recipe)
+    train_on(mine, "data", "parent")  # both take their places when the training starts
+    mine.data.seed, mine.log.name = seed, name
+    if mine.resume.restore_config.spec:
+        mine.resume.restore_config.spec.seed = seed
+    return mine
+
+
+def _watch(where: str, values: Mapping[str, Any]) -> run.Config:
     from nemo_upcycle.training.evaluating import EvaluateWhileTraining
 
+    for key, value in values.items():
+        if not is_whole(value, 1):
+            raise UpcycleError(f"{where}.{key}", got=value, expected="a whole number from 1 on", fix="write one")
     return run.Config(EvaluateWhileTraining, suite=SUITE, **values)
 
 
@@ -190,17 +192,18 @@ def _parent(where: str, values: Any) -> tuple[str | None, int | None]:
             expected="a whole number from 300 on",
             fix="write 2048",
         )
-    recipe = _recipe(where, values, {}, None)
+    recipe = _recipe(where, values, {})
     if recipe.resume.restore_config.spec:
         raise UpcycleError(f"{where}.factory", got="an upcycled model", expected="a dense one", fix="name its parent")
     return dump_recipe(recipe), values["vocabulary"]
 
 
-def _known_arms(where: str, references: Mapping[str, Any], arms: Mapping[str, Any]) -> dict[str, Any]:
-    for name in (str(other) for pair in references.items() for other in pair):
+def _references(where: str, values: Any, arms: Mapping[str, Any]) -> dict[str, str]:
+    found = {name: str(other) for name, other in _mapping(where, values).items()}
+    for name in (name for pair in found.items() for name in pair):
         if name not in arms:
-            raise UpcycleError.unknown(f"{where}: arm", str(name), arms)
-    return dict(references)
+            raise UpcycleError.unknown(f"{where}: arm", name, arms)
+    return found
 
 
 def _mapping(where: str, values: Any, known: tuple[str, ...] | None = None) -> dict[str, Any]:
