@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from nemo_upcycle.package_info import __version__
 
 VARIABLE = "NEMO_UPCYCLE_DATA_PYTHON"
 ENGINE = "nemo_upcycle.data.engine"
+_POLL_S = 0.1
 
 
 def data_python() -> Path:
@@ -73,9 +75,14 @@ def run_engine(arguments: Sequence[str]) -> None:
         KeyboardInterrupt: it was stopped.
     """
     command = [str(data_python()), "-m", ENGINE, *arguments]
+    stop = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())  # first: the engine may start before this goes on
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # its summary is in the manifest, too
-    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
+        while process.poll() is None and not stop.wait(_POLL_S):
+            pass
+        if stop.is_set():
+            process.terminate()
         status = process.wait()
     except BaseException:  # Ctrl-C reaches both: the engine stops, too
         process.terminate()
