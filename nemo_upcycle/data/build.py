@@ -35,7 +35,7 @@ from nemo_upcycle.data.merge import merge_heldout, merge_tokens, read_stats
 from nemo_upcycle.data.tasks import NGRAMS, REPORT_NGRAMS, make_plan
 from nemo_upcycle.data.tokenizers import save_tokenizer
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.suite import read_suite_config
+from nemo_upcycle.evaluation.suite_config import read_suite_config
 from nemo_upcycle.utils.files import MARKER, in_use, is_complete, read_json, require_disk, write_json
 
 

@@ -11,7 +11,8 @@ from nemo_upcycle.data.assets import fetch_asset
 from nemo_upcycle.data.lm_eval_tasks import load_tasks, question_of
 from nemo_upcycle.data.ngrams import BOILERPLATE, SHORTEST, WORDS, Item, NgramIndex
 from nemo_upcycle.data.questions import mmlu_questions
-from nemo_upcycle.evaluation.suite import choose_questions, read_suite_config
+from nemo_upcycle.evaluation.choose import choose_questions
+from nemo_upcycle.evaluation.suite_config import read_suite_config
 
 
 #: Words of an n-gram of the report, which is looser.

@@ -13,44 +13,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.compare import jackknife_stderr, left_out, statistic
+from nemo_upcycle.evaluation.compare import jackknife_stderr, left_out
+from nemo_upcycle.evaluation.heldout import METRIC, Sums, bits_per_byte
 
 
-#: Log-likelihood in nats and bytes of a document.
-Sums = dict[str, tuple[float, float]]
-_METRIC = "bits_per_byte"
 #: Bits per byte that rounding alone may make: 8e-5 were seen between a dense model and its copies in bfloat16.
 ROUNDING = 2e-4
-
-
-def document_sums(evaluation: Mapping[str, Any], task: str) -> Sums:
-    """Return the sums of every held-out document of an evaluation.
-
-    Args:
-        evaluation: what `ask` returned.
-        task: of held-out texts.
-
-    Raises:
-        UpcycleError: it has no such task, or a number is not finite.
-    """
-    if task not in evaluation["items"]:
-        raise UpcycleError.unknown("task of the evaluation", task, evaluation["items"])
-    found: Sums = {}
-    for item in evaluation["items"][task]:
-        total, size_bytes = item["scores"][_METRIC]
-        before = found.get(item["cluster"], (0.0, 0.0))
-        found[item["cluster"]] = (before[0] + total, before[1] + size_bytes)
-    return found
-
-
-def bits_per_byte(sums: Sums) -> float:
-    """Return the bits per byte of all documents together.
-
-    Example:
-        >>> round(bits_per_byte({"a": (-69.3147, 50), "b": (-69.3147, 50)}), 4)
-        2.0
-    """
-    return statistic(_METRIC, list(sums.values()))
 
 
 def mean_of_seeds(seeds: Mapping[int, Sums]) -> tuple[float, float | None]:
@@ -107,7 +75,7 @@ def difference_of_arms(arm: Mapping[int, Sums], reference: Mapping[int, Sums]) -
 
 def _without(sums: Sums) -> list[float]:
     """Return the bits per byte without each document in turn."""
-    return left_out(_METRIC, list(sums.values()))
+    return left_out(METRIC, list(sums.values()))
 
 
 def _t_quantile(*parts: tuple[float | None, int]) -> float:

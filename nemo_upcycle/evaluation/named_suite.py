@@ -7,7 +7,8 @@ from pathlib import Path
 
 from nemo_upcycle.data.assets import fetch_asset
 from nemo_upcycle.data.questions import mmlu_questions
-from nemo_upcycle.evaluation.suite import build_suite, read_suite_config
+from nemo_upcycle.evaluation.suite import build_suite
+from nemo_upcycle.evaluation.suite_config import read_suite_config
 
 
 def build_named_suite(name: str | Path, heldout_documents: Iterable[tuple[str, str]], output: Path) -> Path:

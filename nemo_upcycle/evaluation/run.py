@@ -17,8 +17,8 @@ from typing import Any
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.backends import Backend, close_model, open_model
 from nemo_upcycle.evaluation.compare import RATIOS, jackknife_stderr, leave_one_out
+from nemo_upcycle.evaluation.local_tasks import data_files
 from nemo_upcycle.evaluation.model import quiet
-from nemo_upcycle.evaluation.suite import data_files
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.files import MARKER, read_json, require_complete, write_json
@@ -110,7 +110,8 @@ def ask(model: Backend, suite: Path, *, samples: bool, limit: int | None = None)
     texts = model.continue_prompts(described["prompts"] if samples else [])
     sampled_s = time.monotonic()
     merged: dict[str, Any] = {"metrics": {}, "items": {}, "groups": {}}
-    for shots, names in _by_shots(config["tasks"]).items():
+    runs = {0: list(described["tasks"])} if config["local"] else _by_shots(config["tasks"])
+    for shots, names in runs.items():
         found = _run(model.lm, names, suite if config["local"] else None, shots, limit)
         for part, values in _extract(found, f"_{shots}shot" if shots else "").items():
             merged[part].update(values)
@@ -139,7 +140,7 @@ def _run(lm: Any, tasks: list[str], folder: Path | None, shots: int, limit: int 
             return evaluator.simple_evaluate(
                 model=lm,
                 tasks=tasks if folder is None else [_local_task(folder, task) for task in tasks],
-                num_fewshot=shots or None,
+                num_fewshot=shots if folder is None else None,  # 0 is none, also where a task's own number is 5
                 limit=limit,
                 bootstrap_iters=_BOOTSTRAP_DRAWS,
                 random_seed=None,  # those of the process: it may be training

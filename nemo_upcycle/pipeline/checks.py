@@ -16,7 +16,7 @@ from nemo_upcycle.data.environment import data_python, engine_version
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.data.inputs import require_disjoint
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.suite import read_suite_config
+from nemo_upcycle.evaluation.suite_config import read_suite_config
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.pipeline.markers import setting_hashes

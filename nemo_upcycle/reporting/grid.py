@@ -10,13 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.arms import ROUNDING, Sums, better_from, difference_of_arms, document_sums, mean_of_seeds
+from nemo_upcycle.evaluation.arms import ROUNDING, better_from, difference_of_arms, mean_of_seeds
+from nemo_upcycle.evaluation.heldout import Sums, document_sums
 from nemo_upcycle.reporting.markdown import number, section, table, with_error
 from nemo_upcycle.utils.files import read_json, write_json
-
-
-#: The task of a suite whose texts are compared.
-TASK = "heldout_perplexity"
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ def read_arms(run_dir: Path, described: Mapping[str, Any]) -> dict[str, ArmRecor
         record = found.setdefault(arm, ArmRecord(arm, about["tokens_per_step"], about["steps"], {}, {}))
         for path in (run_dir / cell / "evaluation").glob("step=*.json"):
             step = int(path.stem.removeprefix("step="))
-            record.scores.setdefault(step, {})[about["seed"]] = document_sums(read_json(path), TASK)
+            record.scores.setdefault(step, {})[about["seed"]] = document_sums(read_json(path))
         lines = [json.loads(line) for line in (run_dir / cell / "metrics.jsonl").read_text().splitlines()]
         record.last[about["seed"]] = next(line for line in reversed(lines) if "loss" in line)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.reporting import sections, training_sections
+from nemo_upcycle.reporting import evaluation_sections, sections, training_sections
 from nemo_upcycle.reporting.environment import describe_environment
 from nemo_upcycle.reporting.figures import load_figure, loss_figure
 from nemo_upcycle.reporting.results import collect_results
@@ -57,9 +57,9 @@ def compose(results: dict[str, Any], run_dir: Path) -> str:
         f"# {run_dir.resolve().name}",
         sections.summary(results),
         sections.command(results),
-        sections.evaluation(results),
-        sections.samples(results),
-        sections.step_zero(results),
+        evaluation_sections.evaluation(results),
+        evaluation_sections.samples(results),
+        evaluation_sections.step_zero(results),
         training_sections.training(results),
         training_sections.expert_load(results),
         sections.receipt(results),

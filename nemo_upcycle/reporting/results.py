@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from nemo_upcycle.evaluation.compare import compare_items
+from nemo_upcycle.evaluation.heldout import TASK, by_source, document_sums
+from nemo_upcycle.evaluation.local_tasks import LOCAL_TASKS
 from nemo_upcycle.evaluation.paired import paired_difference
 from nemo_upcycle.reporting.run_folder import Curve, RunRecord
 
@@ -37,9 +41,11 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
     Returns:
         `evaluation` (model -> metric -> value, stderr), `step0` (parent against step 0, item by item, and `logits`
         from the receipt), `paired` (`B_minus_A` -> metric -> difference; groups of tasks stand for their tasks),
-        `samples` (held-out prompts with each model's continuation), `training` (stage -> settings, first and last
-        losses, tokens, rates, memory, expert load, routers), `receipt` and `online_receipt` (without the list of
-        parameters), `evaluation_settings`, `stage_seconds`, `command`, `recipes` and `environment`.
+        `sources` (model -> source of held-out text -> bits per byte), `published` (the suite's, or None),
+        `contamination` (task -> items, and how many of them were found), `samples` (held-out prompts with each
+        model's continuation), `training` (stage -> settings, first and last losses, tokens, rates, memory, expert
+        load, routers), `receipt` and `online_receipt` (without the list of parameters), `evaluation_settings`,
+        `stage_seconds`, `command`, `recipes` and `environment`.
 
     Raises:
         UpcycleError: two models were evaluated on different items.
@@ -65,6 +71,13 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
             for a, b in PAIRS
             if a in evaluations and b in evaluations
         },
+        "sources": {
+            name: by_source(document_sums(evaluation))
+            for name, evaluation in evaluations.items()
+            if all("cluster" in item for item in evaluation["items"].get(TASK, [{}]))
+        },
+        "published": next(iter(evaluations.values()))["suite"]["config"].get("published"),
+        "contamination": _contamination(run.contamination, evaluations["dense"]["metrics"]),
         "samples": _samples(evaluations),
         "training": {
             stage: summarise_curve(curve) | ({"settings": run.settings[stage]} if stage in run.settings else {})
@@ -88,6 +101,21 @@ def _main_metrics(evaluation: dict[str, Any]) -> list[str]:
     """Return the metrics of an evaluation, without those of tasks in a group."""
     grouped = {leaf for leaves in evaluation["groups"].values() for leaf in leaves}
     return [metric for metric in evaluation["metrics"] if metric.rpartition("/")[0] not in grouped]
+
+
+def _contamination(found: dict[str, Any] | None, metrics: Iterable[str]) -> dict[str, Any]:
+    """Return, of every task that was looked for, its `items`, those whose passages were `removed`, those `left`."""
+    if found is None:
+        return {}
+    counted = {}
+    for task in dict.fromkeys(metric.rpartition("/")[0] for metric in metrics):
+        plain = re.sub(r"_\d+shot$", "", task)
+        name = "mmlu" if plain in LOCAL_TASKS else f"lm-eval/{plain}"
+        if name in found["sets"]:
+            items, hit = (found["sets"][name][key] for key in ("items", "items_hit"))
+            left = found["report"]["sets"].get(name, {}).get("items_hit", 0)
+            counted[task] = {"items": items, "removed": hit, "left": left, "left_words": found["report"]["words"]}
+    return counted
 
 
 def _samples(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_upcycle.data.finished import CONTAMINATION
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import MARKER, read_json, read_json_lines, read_text
 
@@ -59,6 +60,7 @@ class RunRecord:
         command: the command line that was typed, if the run noted it.
         recipes: by stage, the file of its resolved recipe, relative to the folder.
         stage_seconds: wall time of the stages that finished.
+        contamination: `contamination.json` of the data; None where there is none.
     """
 
     recipe: str
@@ -70,6 +72,7 @@ class RunRecord:
     command: str | None
     recipes: dict[str, str]
     stage_seconds: dict[str, float]
+    contamination: dict[str, Any] | None = None
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -83,6 +86,8 @@ def read_run(folder: Path) -> RunRecord:
     markers = {stage: _read(path, stage) for stage in STAGES if (path := folder / stage / MARKER).is_file()}
     left_out = {"dense_ct"} if markers.get("dense_ct", {}).get("outputs", {}).get("left_out") else set()
     trained = [stage for stage in ("pretrain", "dense_ct") if stage not in left_out]
+    data = Path(markers.get("data", {}).get("outputs", {}).get("folder", folder / "data/blend"))
+    found = data / CONTAMINATION
     plan, online, command = folder / "pipeline.json", folder / "pretrain/receipt.json", folder / "command.txt"
     return RunRecord(
         recipe=_read(plan, "import", ("recipe",))["recipe"] if plan.is_file() else "RECIPE",
@@ -102,6 +107,7 @@ def read_run(folder: Path) -> RunRecord:
         command=read_text(command).strip() if command.is_file() else None,
         recipes={stage: recipe for stage in trained if (folder / (recipe := f"recipes/{stage}.yaml")).is_file()},
         stage_seconds={stage: marker["seconds"] for stage, marker in markers.items() if "seconds" in marker},
+        contamination=_read(found, "data", ("sets", "report")) if found.is_file() else None,
     )
 
 

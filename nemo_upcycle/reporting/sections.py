@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.evaluation.samples import NEW_TOKENS
-from nemo_upcycle.reporting.markdown import millions, number, plain_cell, section, sources, table, with_error
-from nemo_upcycle.reporting.results import PAIRS
-from nemo_upcycle.reporting.run_folder import MODELS
+from nemo_upcycle.reporting.evaluation_sections import label, signed, verdict
+from nemo_upcycle.reporting.markdown import millions, number, section, sources, table, with_error
 from nemo_upcycle.utils.files import size_text
 from nemo_upcycle.utils.progress import duration
 
@@ -30,7 +27,7 @@ def summary(results: dict[str, Any]) -> str:
         f" of them active for a token. Before training {step0['changed_answers']} of {step0['questions']} answers"
         " differed from its parent's, and no log-likelihood by more than"
         f" {number(step0['max_relative_loglikelihood_difference'], 2)} of its value."
-        f" After {done['steps']} steps on {done['tokens']:,} tokens {_label(metric)} is {values['trained']}; it was"
+        f" After {done['steps']} steps on {done['tokens']:,} tokens {label(metric)} is {values['trained']}; it was"
         f" {values['dense']} for the parent."
     )
     if "dense_ct" in values:
@@ -50,7 +47,7 @@ def _against_baseline(results: dict[str, Any], metric: str, values: dict[str, st
     baseline, found = results["training"]["dense_ct"], results["paired"]["trained_minus_dense_ct"][metric]
     return (
         f" The dense baseline, after {baseline['tokens']:,} tokens, has {values['dense_ct']}. The MoE differs from"
-        f" the baseline by {_signed(found)}, paired over {found['items']} items:"
+        f" the baseline by {signed(found)}, paired over {found['items']} items:"
         f" {verdict(found, 'the baseline', 'the MoE')}. {_compute_note(results)}"
     )
 
@@ -67,105 +64,6 @@ def _compute_note(results: dict[str, Any]) -> str:
 def _headline(results: dict[str, Any]) -> str:
     metrics = results["evaluation"]["dense"]
     return _HEADLINE if _HEADLINE in metrics else next(iter(metrics))
-
-
-def verdict(found: dict[str, Any], a: str, b: str) -> str:
-    """Name the better model; only a difference whose 95 % interval leaves 0 out counts."""
-    if found["stderr"] is None or found["higher_is_better"] is None:
-        return "not judged"
-    if not found["significant"]:
-        return "no difference shown"
-    return f"{b if (found['difference'] > 0) == found['higher_is_better'] else a} is better"
-
-
-def _signed(found: dict[str, Any]) -> str:
-    text = with_error(found["difference"], found["stderr"])
-    return f"+{text}" if found["difference"] > 0 else text
-
-
-def _label(metric: str) -> str:
-    task, _, name = metric.rpartition("/")
-    return f"{name.replace('_', ' ')} ({task})"
-
-
-def evaluation(results: dict[str, Any]) -> str:
-    """Return the values of all models, and the differences between them."""
-    models = {name: title for name, title in MODELS.items() if name in results["evaluation"]}
-    metrics = next(iter(results["paired"].values()))
-    values = [
-        [_label(metric), *(with_error(**results["evaluation"][name][metric]) for name in models)] for metric in metrics
-    ]
-    pairs = {f"{b}_minus_{a}": (a, b) for a, b in PAIRS if f"{b}_minus_{a}" in results["paired"]}
-    differences = [
-        [_label(metric), *(_judged(results["paired"][pair][metric], *sides) for pair, sides in pairs.items())]
-        for metric in metrics
-    ]
-    return section(
-        "Evaluation",
-        table(["metric", *models.values()], values),
-        "Value ± standard error. Perplexities and bits per byte: lower is better; accuracies: higher is better.",
-        table(["difference", *(f"{MODELS[b]} - {MODELS[a]}" for a, b in pairs.values())], differences),
-        "Difference ± its paired standard error: both models saw the same items, so the error of a difference is"
-        " smaller than that of the values. A model is called better only where the 95 % interval leaves 0 out."
-        " Windows of one"
-        " document, and questions of one subject, count as one observation.",
-        _evaluation_files(models),
-    )
-
-
-def _evaluation_files(names: Iterable[str]) -> str:
-    return sources(*(f"evaluation/{name}.json" for name in names))
-
-
-def _judged(found: dict[str, Any], a: str, b: str) -> str:
-    return f"{_signed(found)} ({verdict(found, MODELS[a], MODELS[b])})"
-
-
-def samples(results: dict[str, Any]) -> str:
-    """Return how each model continues some held-out texts; nothing where no model was asked to."""
-    tables = []
-    for found in results["samples"]:
-        texts = {"prompt": found["prompt"], "the text itself": found["goes_on"]}
-        texts |= {MODELS[name]: text for name, text in found["continuations"].items()}
-        cells = [[title, plain_cell(text)] for title, text in texts.items()]
-        tables.append(table(["", plain_cell(found["document"])], cells, numbers=False))
-    if not tables:
-        return ""
-    about = (
-        "How the models continue held-out texts that the suite's seed chose: the likeliest token each time,"
-        f" {NEW_TOKENS} at most. A sample shows what the numbers are about; it proves nothing."
-    )
-    return section("Samples", about, *tables, _evaluation_files(results["samples"][0]["continuations"]))
-
-
-def step_zero(results: dict[str, Any]) -> str:
-    """Return how equal the parent and the upcycled model are before training."""
-    found, logits = results["step0"], results["step0"]["logits"]
-    rows = [
-        ["answers that changed", f"{found['changed_answers']} of {found['questions']}"],
-        ["largest relative log-likelihood difference", number(found["max_relative_loglikelihood_difference"], 3)],
-        ["largest absolute one (nats)", number(found["max_absolute_loglikelihood_difference"], 3)],
-        ["log-likelihoods compared", str(found["loglikelihoods"])],
-    ]
-    parts = [table(["through export and lm-eval", "value"], rows), _evaluation_files(["dense", "step0"])]
-    if logits:
-        rows = [
-            ["parent in Hugging Face", *_logit_row(logits, "max_abs_logit_diff", "tolerance")],
-            ["parent in Megatron", *_logit_row(logits, "max_abs_logit_diff_same_stack", "tolerance_same_stack")],
-        ]
-        parts += [
-            table(["MoE in Megatron against", "largest logit difference", "allowed"], rows),
-            "The first row is in float32, the second in float64, where nothing but upcycling is left. In float32 it is"
-            f" {number(logits.get('max_abs_logit_diff_same_stack_float32'), 3)}; rounding alone costs the parent"
-            f" {number(logits.get('parent_float32_rounding'), 3)} (its float32 against its float64)."
-            f" Over {logits['tokens_compared']} tokens; the largest logit is {number(logits['max_abs_logit'])}, and"
-            f" the likeliest token is the same on {100 * logits['same_argmax']:.4g} % of them (`receipt.json`).",
-        ]
-    return section("Step 0: MoE against parent", *parts)
-
-
-def _logit_row(logits: dict[str, Any], value: str, tolerance: str) -> list[str]:
-    return [number(logits[value], 3), number(logits[tolerance], 3)]
 
 
 def receipt(results: dict[str, Any]) -> str:

@@ -71,11 +71,11 @@ class MetricsLogger(Callback):
         if torch.distributed.get_rank() == 0:
             _move_logs_only()
             _keep_until(self._path(), trainer.global_step or -1)
-            settings = _settings(trainer, pl_module)
+            self._throughput = self._rates(trainer, pl_module)
+            settings = _settings(trainer, pl_module) | {"flops_per_token": self._throughput.flops_per_token()}
             write_json(self._path().with_name("training.json"), settings)
             if self._loss_before is not None and trainer.global_step == 0:
                 self._append_validation(trainer, self._loss_before)
-            self._throughput = self._rates(trainer, pl_module)
             show_messages().info("%s", self._throughput.describe())
             show_messages().info("training data: %s", settings["data"])
         self._start_s = self._last_s = time.monotonic()

@@ -14,7 +14,8 @@ from nemo_upcycle.data.evaluation_items import build_index, suite_items
 from nemo_upcycle.data.inputs import list_inputs
 from nemo_upcycle.data.ngrams import NgramIndex, cut, removed_spans
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.suite import choose_questions, read_suite_config
+from nemo_upcycle.evaluation.choose import choose_questions
+from nemo_upcycle.evaluation.suite_config import read_suite_config
 from tests.planted import CHANGED, VERBATIM, plant, questions
 
 

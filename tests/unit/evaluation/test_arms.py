@@ -7,7 +7,8 @@ import math
 import pytest
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.arms import better_from, bits_per_byte, difference_of_arms, document_sums, mean_of_seeds
+from nemo_upcycle.evaluation.arms import better_from, difference_of_arms, mean_of_seeds
+from nemo_upcycle.evaluation.heldout import bits_per_byte, by_source, document_sums
 
 
 BIT = math.log(2)  # nats
@@ -27,6 +28,15 @@ def test_windows_are_added_up_to_documents() -> None:
     assert document_sums({"items": {"text": items}}, "text") == {"a": (-3.0, 15), "b": (-4.0, 20)}
     with pytest.raises(UpcycleError, match="Did you mean 'text'"):
         document_sums({"items": {"text": items}}, "texts")
+
+
+def test_each_source_has_its_own_bits_per_byte() -> None:
+    # 100 bytes of 1 bit and 100 of 3: 2.0; without one 3.0, without the other 1.0: jackknife 1.0
+    named = dict(zip(("law/a", "web/1", "law/b"), documents(1.0, 0.5, 3.0).values(), strict=True))
+    assert by_source(named) == {
+        "law": {"value": pytest.approx(2.0), "stderr": pytest.approx(1.0), "documents": 2},
+        "web": {"value": pytest.approx(0.5), "stderr": None, "documents": 1},
+    }
 
 
 def test_the_mean_of_seeds() -> None:

@@ -15,7 +15,8 @@ from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.evaluation.compare import compare_items
 from nemo_upcycle.evaluation.model import load_model
 from nemo_upcycle.evaluation.run import check_task_names, evaluate
-from nemo_upcycle.evaluation.suite import HeldoutConfig, SuiteConfig, build_suite
+from nemo_upcycle.evaluation.suite import build_suite
+from nemo_upcycle.evaluation.suite_config import HeldoutConfig, QuestionsConfig, SuiteConfig
 from nemo_upcycle.utils.files import MARKER
 from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS, write_tokenizer
 
@@ -85,6 +86,33 @@ def test_questions_are_scored_as_in_a_plain_loop(result: dict[str, Any], tiny_ll
     assert item["loglikelihoods"] == pytest.approx(expected, rel=1e-5)
     normalised = [value / len(answer) for value, answer in zip(expected, answers, strict=True)]
     assert item["scores"]["acc_norm"] == float(normalised.index(max(normalised)) == 1)
+
+
+def test_examples_of_the_same_subject_stand_above_the_question(tiny_llama: Path, tmp_path: Path) -> None:
+    more = [{**QUESTIONS[0], "question": f"What is {number} + {number}?", "answer": number} for number in (1, 2)]
+    config = SuiteConfig({"mmlu_letter": [1], "mmlu_answer": [1]}, questions=QuestionsConfig(examples=1))
+    suite = build_suite([QUESTIONS[0], *more], [], tmp_path / "suite", config)
+    found = evaluate(tiny_llama, suite, tmp_path / "out", name="tiny")
+    row = json.loads((suite / "mmlu_letter_1shot.jsonl").read_text().splitlines()[0])
+    (example,) = row["examples"]
+
+    def letters(question: dict[str, Any]) -> str:
+        listed = "".join(f"\n{letter}. {text}" for letter, text in zip("ABCD", question["choices"], strict=True))
+        return f"{question['question']}{listed}\nAnswer:"
+
+    subject = row["subject"].replace("_", " ")
+    prompt = (
+        f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+        f"{letters(example)} {'ABCD'[example['answer']]}\n\n{letters(row)}"
+    )
+    expected = [loglikelihood(tiny_llama, prompt, f" {letter}") for letter in "ABCD"]
+    assert found["items"]["mmlu_letter_1shot"][0]["loglikelihoods"] == pytest.approx(expected, rel=1e-5)
+    prompt = (
+        f"Question: {example['question']}\nAnswer: {example['choices'][example['answer']]}\n\n"
+        f"Question: {row['question']}\nAnswer:"
+    )
+    expected = [loglikelihood(tiny_llama, prompt, f" {answer}") for answer in row["choices"]]
+    assert found["items"]["mmlu_answer_1shot"][0]["loglikelihoods"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_samples_are_the_likeliest_tokens(

@@ -1,23 +1,20 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
+import statistics
 from pathlib import Path
 
 import pytest
 import yaml
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.suite import (
-    HeldoutConfig,
-    QuestionsConfig,
-    SuiteConfig,
-    build_suite,
-    choose_questions,
-    choose_windows,
-    cut_windows,
-    read_suite_config,
-)
+from nemo_upcycle.evaluation.choose import choose_examples, choose_questions, choose_windows, cut_windows
+from nemo_upcycle.evaluation.local_tasks import task_name
+from nemo_upcycle.evaluation.run import check_task_names
+from nemo_upcycle.evaluation.suite import build_suite
+from nemo_upcycle.evaluation.suite_config import HeldoutConfig, QuestionsConfig, SuiteConfig, read_suite_config
 from nemo_upcycle.utils.files import MARKER
 from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS
 
@@ -33,24 +30,40 @@ MANY = [
 ]
 
 
-@pytest.mark.parametrize("name", ["demo", "full", "paper"])
+@pytest.mark.parametrize("name", ["demo", "full", "laptop", "offline", "paper", "watch", "wide"])
 def test_every_configuration_of_the_package_loads(name: str) -> None:
     config = read_suite_config(name)
     assert config.tasks
-    assert config.local == (name != "paper")
+    assert config.local == (name not in ("paper", "wide"))
 
 
-def test_the_papers_eight_columns() -> None:
-    tasks = read_suite_config("paper").tasks
-    assert sum(map(len, tasks.values())) == 8
-    assert tasks["mmlu"] == [0, 5]
+@pytest.mark.parametrize("name", ["paper", "wide"])
+def test_lm_eval_knows_every_task_of_the_hub_suites(name: str) -> None:
+    from lm_eval.tasks import TaskManager
+
+    check_task_names(list(read_suite_config(name).tasks), TaskManager().all_tasks)
+
+
+def test_every_published_value_is_of_a_column_of_its_suite() -> None:
+    config = read_suite_config("paper")
+    assert config.published is not None
+    columns = {task_name(task, shots) for task, numbers in config.tasks.items() for shots in numbers}
+    assert {column.partition("/")[0] for column in config.published.columns} == columns
+    averages = [statistics.fmean(values) for values in zip(*config.published.columns.values(), strict=True)]
+    assert averages == pytest.approx([62.71, 63.89], abs=0.0051)  # the paper's own last column
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("tasks: {mmlu_leter: [0]}", "local task 'mmlu_leter' does not exist. Did you mean 'mmlu_letter'?"),
-        ("tasks: {mmlu_letter: [5]}", "got [5], expected [0]"),
+        ("tasks: {mmlu_letter: [5]}", "got [5], expected numbers of examples from 0 to 0"),
+        ("tasks: {mmlu_letter: []}", "got [], expected numbers"),
+        (
+            "tasks: {heldout_perplexity: [5]}\nquestions: {examples: 5}",
+            "heldout_perplexity: got [5], expected numbers of examples from 0 to 0. Fix: write [0]",
+        ),
+        ("tasks: {mmlu: [0]}\nlocal: false\npublished: {source: x}", "models"),
         ("tasks: {mmlu_letter: [0]}\nsede: 1", "key 'sede' does not exist. Did you mean 'seed'?"),
         ("tasks: {mmlu_letter: [0]}\nheldout: {window: 1}", "heldout: key 'window' does not exist"),
         ("tasks: {mmlu_letter: [0]}\nseed: some", "a suite configuration"),
@@ -93,6 +106,34 @@ def test_no_limit_takes_every_question_and_a_limit_on_length_the_short_ones() ->
 def test_a_question_with_an_empty_answer_is_left_out() -> None:
     empty = {**MANY[0], "choices": ["a", "", "c", "d"]}
     assert choose_questions([empty, MANY[1]], QuestionsConfig(), seed=0) == [MANY[1]]
+
+
+def test_examples_are_of_the_same_subject_and_never_asked(tmp_path: Path) -> None:
+    config = SuiteConfig({"mmlu_letter": [0, 2], "mmlu_answer": [2]}, questions=QuestionsConfig(examples=3))
+    suite = build_suite(MANY, [], tmp_path / "suite", config)
+    tasks = json.loads((suite / MARKER).read_text())["tasks"]
+    assert {name: entry["items"] for name, entry in tasks.items()} == dict.fromkeys(
+        ("mmlu_letter", "mmlu_letter_2shot", "mmlu_answer_2shot"), 25
+    )
+    rows = [json.loads(line) for line in (suite / "mmlu_letter_2shot.jsonl").read_text().splitlines()]
+    asked = {row["question"] for row in rows}
+    for row in rows:
+        assert len(row["examples"]) == 2
+        for example in row["examples"]:
+            assert example["subject"] == row["subject"]
+            assert example["question"] not in asked
+
+
+def test_keeping_examples_changes_no_choice_of_questions() -> None:
+    few = QuestionsConfig(per_subject=2)
+    with_examples = dataclasses.replace(few, examples=5)
+    assert choose_questions(MANY, few, seed=0) == choose_questions(MANY, with_examples, seed=0)
+
+
+def test_a_subject_with_too_few_questions_is_left_out() -> None:
+    few = QuestionsConfig(examples=8)
+    assert choose_questions(MANY, few, seed=0) == []
+    assert choose_examples(MANY, few, seed=0) == {}
 
 
 def test_windows_hold_the_whole_document_within_their_size() -> None:

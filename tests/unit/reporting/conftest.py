@@ -52,6 +52,7 @@ def evaluation(name: str, likelihoods: list[float], accuracies: list[float]) -> 
     return {
         "name": name,
         "model": {"folder": f"models/{name}", "class": "LlamaForCausalLM", "parameters": 1, "config_sha256": ""},
+        "suite": {"config": {}},
         "settings": {"dtype": "float32", "device": "cpu", "batch_size": 8, "limit": None},
         "versions": {"lm_eval": "0.4.13"},
         "seconds": {"load": 1.0, "total": 2.0},

@@ -1,0 +1,72 @@
+"""Held-out text: bits per byte of documents, and of the sources that they come from."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.evaluation.compare import jackknife_stderr, left_out, statistic
+
+
+#: The task of a suite that scores held-out text, and its metric.
+TASK, METRIC = "heldout_perplexity", "bits_per_byte"
+#: Log-likelihood in nats and bytes of a document.
+Sums = dict[str, tuple[float, float]]
+
+
+def document_sums(evaluation: Mapping[str, Any], task: str = TASK) -> Sums:
+    """Return the sums of every held-out document of an evaluation, over its windows.
+
+    Args:
+        evaluation: what `ask` returned.
+        task: of held-out texts.
+
+    Raises:
+        UpcycleError: it has no such task.
+    """
+    if task not in evaluation["items"]:
+        raise UpcycleError.unknown("task of the evaluation", task, evaluation["items"])
+    found: Sums = defaultdict(lambda: (0.0, 0.0))
+    for item in evaluation["items"][task]:
+        total, size_bytes = item["scores"][METRIC]
+        before = found[item["cluster"]]
+        found[item["cluster"]] = (before[0] + total, before[1] + size_bytes)
+    return dict(found)
+
+
+def bits_per_byte(sums: Sums) -> float:
+    """Return the bits per byte of all documents together.
+
+    Example:
+        >>> round(bits_per_byte({"a": (-69.3147, 50), "b": (-69.3147, 50)}), 4)
+        2.0
+    """
+    return statistic(METRIC, list(sums.values()))
+
+
+def by_source(sums: Sums) -> dict[str, dict[str, Any]]:
+    """Return the bits per byte of every source: a blend's average can hide that one of them got worse.
+
+    Args:
+        sums: of documents, each named `source/id`.
+
+    Returns:
+        Source -> `value`, `stderr` (a jackknife over its documents; None of one) and `documents`, how many.
+
+    Example:
+        >>> round(by_source({"law/1": (-69.3147, 50), "web/1": (-34.6574, 50)})["law"]["value"], 4)
+        2.0
+    """
+    sources: dict[str, Sums] = defaultdict(dict)
+    for document, its in sums.items():
+        sources[document.partition("/")[0]][document] = its
+    return {
+        source: {
+            "value": bits_per_byte(documents),
+            "stderr": jackknife_stderr(left_out(METRIC, list(documents.values()))),
+            "documents": len(documents),
+        }
+        for source, documents in sorted(sources.items())
+    }

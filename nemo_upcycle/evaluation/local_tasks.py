@@ -1,0 +1,109 @@
+"""The tasks that need no network: lm-eval's definitions of them, and their files in a suite's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.errors import UpcycleError
+
+
+#: The tasks that can be built locally: lm-eval's definition of each, without its name and the path of its data.
+#: The prompts are those of lm-eval's `mmlu` (letters) and of its cloze variant (answers).
+LOCAL_TASKS: dict[str, dict[str, Any]] = {
+    "mmlu_letter": {
+        "output_type": "multiple_choice",
+        "description": "The following are multiple choice questions (with answers) about"
+        " {{subject.replace('_', ' ')}}.\n\n",
+        "doc_to_text": "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\n"
+        "D. {{choices[3]}}\nAnswer:",
+        "doc_to_choice": ["A", "B", "C", "D"],
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    },
+    "mmlu_answer": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{question.strip()}}\nAnswer:",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [
+            {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")
+        ],
+    },
+    "heldout_perplexity": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "text",
+        "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
+    },
+}
+
+#: How an example of the same subject shows its answer.
+_SHOWN_ANSWERS = {"mmlu_letter": "{{'ABCD'[answer]}}", "mmlu_answer": "{{choices[answer]}}"}
+
+
+def is_text(task: str) -> bool:
+    """Return whether a task predicts whole texts, and asks no question."""
+    return LOCAL_TASKS[task]["output_type"] == "loglikelihood_rolling"
+
+
+def task_name(task: str, shots: int) -> str:
+    """Return the name of a task with worked examples before the question.
+
+    Example:
+        >>> task_name("mmlu_letter", 5)
+        'mmlu_letter_5shot'
+    """
+    return f"{task}_{shots}shot" if shots else task
+
+
+def write_task(folder: Path, final: Path, task: str, shots: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a task, `NAME.yaml` and `NAME.jsonl`, into a suite's folder.
+
+    Args:
+        folder: to write into; it will be renamed to `final`.
+        final: where the suite will lie.
+        task: of `LOCAL_TASKS`.
+        shots: worked examples before the question; each row brings its own, `examples`.
+        rows: the task's items.
+
+    Raises:
+        UpcycleError: there is no item.
+    """
+    import yaml
+
+    name = task_name(task, shots)
+    if not rows:
+        raise UpcycleError(
+            f"suite, task {name}",
+            got="no item",
+            expected="at least one",
+            fix="give more data, or raise the limits of the configuration",
+        )
+    with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as handle:
+        handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    definition = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": data_files(final, name),
+        "test_split": "test",
+        **LOCAL_TASKS[task],
+        "metadata": {"version": 1.0},
+    }
+    if shots:
+        definition["doc_to_text"] = _with_examples(definition["doc_to_text"], _SHOWN_ANSWERS[task])
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(definition, sort_keys=False, width=1000), encoding="utf-8")
+
+
+def _with_examples(prompt: str, answer: str) -> str:
+    """Return the template of a prompt below worked examples: lm-eval itself draws them from all subjects."""
+    names = "question, choices, answer"
+    values = ", ".join(f"example.{name}" for name in names.split(", "))
+    return f"{{% for example in examples %}}{{% set {names} = {values} %}}{prompt} {answer}\n\n{{% endfor %}}{prompt}"
+
+
+def data_files(suite: Path, name: str) -> dict[str, Any]:
+    """Return lm-eval's `dataset_kwargs` for a task of a suite: its data, by absolute path."""
+    return {"data_files": {"test": str(suite.absolute() / f"{name}.jsonl")}}

@@ -1,0 +1,122 @@
+"""Read what a suite asks: `conf/evaluation/NAME.yaml` or a file like those."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.evaluation.local_tasks import LOCAL_TASKS, is_text
+from nemo_upcycle.utils.conf import read_conf
+from nemo_upcycle.utils.validation import is_whole
+
+
+@dataclass
+class QuestionsConfig:
+    """Which multiple-choice questions to take, None is no limit; and how many of a subject to keep as examples."""
+
+    per_subject: int | None = None
+    total: int | None = None
+    max_characters: int | None = None
+    examples: int = 0
+
+
+@dataclass
+class HeldoutConfig:
+    """How held-out documents are cut, and how many windows are taken; None is all."""
+
+    window_bytes: int = 4096
+    windows: int | None = None
+
+
+@dataclass
+class Published:
+    """A published table: in percent, by `task/metric`, one value for each of `models`."""
+
+    source: str
+    models: list[str]
+    columns: dict[str, list[float]]
+
+
+@dataclass
+class SuiteConfig:
+    """What to evaluate; `conf/evaluation/demo.yaml` explains every key."""
+
+    tasks: dict[str, list[int]]
+    local: bool = True
+    seed: int = 1234
+    questions: QuestionsConfig = field(default_factory=QuestionsConfig)
+    heldout: HeldoutConfig = field(default_factory=HeldoutConfig)
+    batch_size: int | str = 8
+    dtype: str = "float32"
+    backend: str = "auto"
+    published: Published | None = None
+
+
+#: Types to evaluate in.
+DTYPES = ("float32", "bfloat16", "float16")
+#: What computes.
+BACKENDS = ("auto", "hf", "vllm", "megatron")
+
+
+def read_suite_config(name: str | Path) -> SuiteConfig:
+    """Read a suite configuration.
+
+    Args:
+        name: one of the package's own (`demo`, `offline`, `paper`, ...), or the path of a YAML file.
+
+    Raises:
+        UpcycleError: there is no such configuration, or it has an unknown key, task or a value of the wrong type.
+
+    Example:
+        >>> read_suite_config("demo").heldout.window_bytes
+        1024
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    content, path, _ = read_conf("evaluation", name, "evaluation suite")
+    _check_keys(str(path), content, SuiteConfig)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(SuiteConfig), content)
+        config = cast("SuiteConfig", OmegaConf.to_object(merged))
+    except (OmegaConfBaseException, TypeError) as error:
+        fix = "see the comments in conf/evaluation/demo.yaml"
+        got = " ".join(str(error).split())  # OmegaConf writes three lines
+        raise UpcycleError(str(path), got=got, expected="a suite configuration", fix=fix) from None
+    if config.dtype not in DTYPES:
+        raise UpcycleError.unknown(f"{path}: dtype", config.dtype, DTYPES)
+    if config.backend not in BACKENDS:
+        raise UpcycleError.unknown(f"{path}: backend", config.backend, BACKENDS)
+    if config.batch_size != "auto" and not is_whole(config.batch_size, 1):
+        raise UpcycleError(
+            f"{path}: batch_size",
+            got=config.batch_size,
+            expected="a whole number from 1 on, or auto",
+            fix="write auto to fill the GPU's memory",
+        )
+    for task, shots in config.tasks.items() if config.local else ():
+        if task not in LOCAL_TASKS:
+            raise UpcycleError.unknown(f"{path}: local task", task, LOCAL_TASKS)
+        most = 0 if is_text(task) else config.questions.examples
+        if not shots or not all(is_whole(number, 0) and number <= most for number in shots):
+            raise UpcycleError(
+                f"{path}: tasks.{task}",
+                got=shots,
+                expected=f"numbers of examples from 0 to {most}",
+                fix="write [0]" if is_text(task) else "keep that many of each subject: questions.examples",
+            )
+    return config
+
+
+def _check_keys(where: str, values: Any, schema: type) -> None:
+    """Refuse a key that `schema` lacks and name the closest one, which OmegaConf does not."""
+    nested = {"questions": QuestionsConfig, "heldout": HeldoutConfig, "published": Published}
+    names = [entry.name for entry in dataclasses.fields(schema)]
+    for key, value in values.items() if isinstance(values, dict) else ():
+        if key not in names:
+            raise UpcycleError.unknown(f"{where}: key", str(key), names)
+        if key in nested:
+            _check_keys(f"{where}: {key}", value, nested[key])

@@ -1,0 +1,171 @@
+"""The sections of report.md about what the models answer: scores, differences, samples, step 0."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+from nemo_upcycle.evaluation.samples import NEW_TOKENS
+from nemo_upcycle.reporting.markdown import number, plain_cell, section, sources, table, with_error
+from nemo_upcycle.reporting.results import PAIRS
+from nemo_upcycle.reporting.run_folder import MODELS
+
+
+def verdict(found: dict[str, Any], a: str, b: str) -> str:
+    """Name the better model; only a difference whose 95 % interval leaves 0 out counts."""
+    if found["stderr"] is None or found["higher_is_better"] is None:
+        return "not judged"
+    if not found["significant"]:
+        return "no difference shown"
+    return f"{b if (found['difference'] > 0) == found['higher_is_better'] else a} is better"
+
+
+def signed(found: dict[str, Any]) -> str:
+    """Return a difference with its sign and its error."""
+    text = with_error(found["difference"], found["stderr"])
+    return f"+{text}" if found["difference"] > 0 else text
+
+
+def label(metric: str) -> str:
+    """Return a metric in words, with its task."""
+    task, _, name = metric.rpartition("/")
+    return f"{name.replace('_', ' ')} ({task})"
+
+
+def evaluation(results: dict[str, Any]) -> str:
+    """Return the values of all models, and the differences between them."""
+    models = {name: title for name, title in MODELS.items() if name in results["evaluation"]}
+    metrics = next(iter(results["paired"].values()))
+    values = [
+        [label(metric), *(with_error(**results["evaluation"][name][metric]) for name in models)] for metric in metrics
+    ]
+    pairs = {f"{b}_minus_{a}": (a, b) for a, b in PAIRS if f"{b}_minus_{a}" in results["paired"]}
+    differences = [
+        [label(metric), *(_judged(results["paired"][pair][metric], *sides) for pair, sides in pairs.items())]
+        for metric in metrics
+    ]
+    return section(
+        "Evaluation",
+        table(["metric", *models.values()], values),
+        _sources(results, models),
+        "Value ± standard error. Perplexities and bits per byte: lower is better; accuracies: higher is better.",
+        table(["difference", *(f"{MODELS[b]} - {MODELS[a]}" for a, b in pairs.values())], differences),
+        "Difference ± its paired standard error: both models saw the same items, so the error of a difference is"
+        " smaller than that of the values. A model is called better only where the 95 % interval leaves 0 out."
+        " Windows of one"
+        " document, and questions of one subject, count as one observation.",
+        _contamination(results["contamination"]),
+        _beside_published(results, models),
+        _evaluation_files(models),
+    )
+
+
+def _sources(results: dict[str, Any], models: dict[str, str]) -> str:
+    """Return the bits per byte of each source of held-out text; nothing where there is one alone."""
+    found = {name: results["sources"][name] for name in models if name in results["sources"]}
+    if len(next(iter(found.values()), {})) < 2:
+        return ""
+    rows = [
+        [f"{source} ({about['documents']} documents)", *(_source_cell(its[source]) for its in found.values())]
+        for source, about in next(iter(found.values())).items()
+    ]
+    return table(["bits per byte, by source", *(models[name] for name in found)], rows)
+
+
+def _source_cell(found: dict[str, Any]) -> str:
+    return with_error(found["value"], found["stderr"])
+
+
+def _contamination(tasks: dict[str, Any]) -> str:
+    """Return how many items of each task the training texts were found to hold; nothing where none were sought."""
+    if not tasks:
+        return ""
+    words = next(iter(tasks.values()))["left_words"]
+    rows = [[task, f"{its['items']:,}", f"{its['removed']:,}", f"{its['left']:,}"] for task, its in tasks.items()]
+    header = ["items in the training texts", "looked for", "found and cut out", f"left: {words} words in a row shared"]
+    return table(header, rows) + "\n\nSource: `contamination.json` of the data."
+
+
+def _beside_published(results: dict[str, Any], models: dict[str, str]) -> str:
+    """Return our values beside a published table; nothing where the suite names none."""
+    published = results["published"]
+    if not published:
+        return ""
+    ours = results["evaluation"]
+    columns = {name: its for name, its in published["columns"].items() if all(name in ours[model] for model in models)}
+    if not columns:
+        return ""
+    rows = [
+        [label(name), *(f"{value:.2f}" for value in its), *(_percent(**ours[model][name]) for model in models)]
+        for name, its in columns.items()
+    ]
+    means = [statistics.fmean(side) for side in zip(*columns.values(), strict=True)]
+    means += [100 * statistics.fmean(ours[model][name]["value"] for name in columns) for model in models]
+    header = ["%", *(f"published: {name}" for name in published["models"]), *models.values()]
+    return "\n\n".join(
+        [
+            table(header, [*rows, ["mean of these", *(f"{mean:.2f}" for mean in means)]]),
+            f"Published values: {published['source']}. Other versions of lm-eval, prompts and types of numbers move"
+            " such values by some tenths: compare differences, not values.",
+        ]
+    )
+
+
+def _percent(value: float, stderr: float | None) -> str:
+    return with_error(100 * value, 100 * stderr if stderr else stderr)
+
+
+def _evaluation_files(names: Iterable[str]) -> str:
+    return sources(*(f"evaluation/{name}.json" for name in names))
+
+
+def _judged(found: dict[str, Any], a: str, b: str) -> str:
+    return f"{signed(found)} ({verdict(found, MODELS[a], MODELS[b])})"
+
+
+def samples(results: dict[str, Any]) -> str:
+    """Return how each model continues some held-out texts; nothing where no model was asked to."""
+    tables = []
+    for found in results["samples"]:
+        texts = {"prompt": found["prompt"], "the text itself": found["goes_on"]}
+        texts |= {MODELS[name]: text for name, text in found["continuations"].items()}
+        cells = [[title, plain_cell(text)] for title, text in texts.items()]
+        tables.append(table(["", plain_cell(found["document"])], cells, numbers=False))
+    if not tables:
+        return ""
+    about = (
+        "How the models continue held-out texts that the suite's seed chose: the likeliest token each time,"
+        f" {NEW_TOKENS} at most. A sample shows what the numbers are about; it proves nothing."
+    )
+    return section("Samples", about, *tables, _evaluation_files(results["samples"][0]["continuations"]))
+
+
+def step_zero(results: dict[str, Any]) -> str:
+    """Return how equal the parent and the upcycled model are before training."""
+    found, logits = results["step0"], results["step0"]["logits"]
+    rows = [
+        ["answers that changed", f"{found['changed_answers']} of {found['questions']}"],
+        ["largest relative log-likelihood difference", number(found["max_relative_loglikelihood_difference"], 3)],
+        ["largest absolute one (nats)", number(found["max_absolute_loglikelihood_difference"], 3)],
+        ["log-likelihoods compared", str(found["loglikelihoods"])],
+    ]
+    parts = [table(["through export and lm-eval", "value"], rows), _evaluation_files(["dense", "step0"])]
+    if logits:
+        rows = [
+            ["parent in Hugging Face", *_logit_row(logits, "max_abs_logit_diff", "tolerance")],
+            ["parent in Megatron", *_logit_row(logits, "max_abs_logit_diff_same_stack", "tolerance_same_stack")],
+        ]
+        parts += [
+            table(["MoE in Megatron against", "largest logit difference", "allowed"], rows),
+            "The first row is in float32, the second in float64, where nothing but upcycling is left. In float32 it is"
+            f" {number(logits.get('max_abs_logit_diff_same_stack_float32'), 3)}; rounding alone costs the parent"
+            f" {number(logits.get('parent_float32_rounding'), 3)} (its float32 against its float64)."
+            f" Over {logits['tokens_compared']} tokens; the largest logit is {number(logits['max_abs_logit'])}, and"
+            f" the likeliest token is the same on {100 * logits['same_argmax']:.4g} % of them (`receipt.json`).",
+        ]
+    return section("Step 0: MoE against parent", *parts)
+
+
+def _logit_row(logits: dict[str, Any], value: str, tolerance: str) -> list[str]:
+    return [number(logits[value], 3), number(logits[tolerance], 3)]

@@ -1,0 +1,68 @@
+"""What stands beside the scores: sources of held-out text, contamination, a published table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.reporting.report import write_report
+from tests.unit.reporting.conftest import EVALUATIONS
+from tests.unit.reporting.test_report import rows
+
+
+def change(run_dir: Path, edit: Any) -> None:
+    """Edit every evaluation of a run."""
+    for name in EVALUATIONS:
+        path = run_dir / "evaluation" / f"{name}.json"
+        evaluation = json.loads(path.read_text())
+        edit(evaluation)
+        path.write_text(json.dumps(evaluation))
+
+
+def test_each_source_of_held_out_text_has_a_row(run_dir: Path) -> None:
+    def name_documents(evaluation: dict[str, Any]) -> None:
+        for item, document in zip(evaluation["items"]["heldout_perplexity"], ("law/a", "web/a", "law/b"), strict=True):
+            item["cluster"] = document
+
+    change(run_dir, name_documents)
+    found = rows(write_report(run_dir))
+    # 110 and 130 nats over 200 bytes: 240 / 200 / ln 2 = 1.7312; without one 1.8755, without the other 1.5869
+    assert found["law (2 documents)"][0] == "1.73 ± 0.14"
+    assert found["web (1 documents)"] == ["1.731", "1.731", "1.601", "1.573"]
+
+
+def test_items_found_in_the_training_texts_stand_below_the_scores(run_dir: Path) -> None:
+    sets = {"lm-eval/quiz": {"items": 1000, "items_hit": 12}}
+    left = {"words": 8, "sets": {"lm-eval/quiz": {"items": 1000, "items_hit": 3}}}
+    (run_dir / "data/blend").mkdir(parents=True)
+    (run_dir / "data/blend/contamination.json").write_text(json.dumps({"sets": sets, "report": left}))
+    report = write_report(run_dir)
+    assert rows(report)["quiz"] == ["1,000", "12", "3"]
+    assert "left: 8 words in a row shared" in report.read_text()
+
+
+def test_a_task_with_examples_is_that_without(run_dir: Path) -> None:
+    def rename(evaluation: dict[str, Any]) -> None:
+        for part in ("metrics", "items"):
+            evaluation[part] = json.loads(json.dumps(evaluation[part]).replace("quiz", "mmlu_letter_5shot"))
+
+    change(run_dir, rename)
+    (run_dir / "data/blend").mkdir(parents=True)
+    content = {"sets": {"mmlu": {"items": 14042, "items_hit": 0}}, "report": {"words": 8, "sets": {}}}
+    (run_dir / "data/blend/contamination.json").write_text(json.dumps(content))
+    assert rows(write_report(run_dir))["mmlu_letter_5shot"] == ["14,042", "0", "0"]
+
+
+def test_published_values_stand_beside_ours(run_dir: Path) -> None:
+    columns = {"quiz/acc": [65.2, 64.0], "other/acc": [1.0, 2.0]}
+    published = {"source": "a table", "models": ["Parent", "MoE"], "columns": columns}
+    change(run_dir, lambda evaluation: evaluation["suite"]["config"].update(published=published))
+    report = write_report(run_dir)
+    lines = report.read_text().splitlines()
+    header = lines.index(
+        "| % | published: Parent | published: MoE | dense parent | MoE at step 0 | trained MoE |"
+        " trained dense baseline |"
+    )
+    assert lines[header + 2] == "| acc (quiz) | 65.20 | 64.00 | 25 ± 25 | 50 ± 25 | 50 ± 25 | 25 ± 25 |"
+    assert lines[header + 3] == "| mean of these | 65.20 | 64.00 | 25.00 | 50.00 | 50.00 | 25.00 |"
