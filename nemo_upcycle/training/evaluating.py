@@ -15,6 +15,7 @@ from nemo.utils.app_state import AppState
 from nemo_upcycle.data.blend_module import BlendDataModule
 from nemo_upcycle.data.finished import TOKENIZER, FinishedBlend
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.evaluation.heldout import TASK, by_source, document_sums
 from nemo_upcycle.training.metrics import MetricsLogger
 from nemo_upcycle.utils.files import MARKER, read_json, write_json
 from nemo_upcycle.utils.progress import show_messages
@@ -28,9 +29,9 @@ class EvaluateWhileTraining(Callback):
 
     `evaluation/step=N.json` in the run's log folder holds every item, as `nemo-upcycle evaluate` writes it: two steps
     or two runs can be compared item by item. `metrics.jsonl` gets a line with `step`, `evaluation` (metric -> value,
-    stderr) and `seconds`. The texts are what the run's blend holds out; one longer than a sequence of the training is
-    cut into such. No token is dropped, whatever the capacity
-    factor, nothing of the training's state is changed, and a run gives the same bits with it and without it.
+    stderr), `sources` (source of held-out text -> bits per byte, stderr) and `seconds`. The texts are what the run's
+    blend holds out; one longer than a sequence of the training is cut into such. No token is dropped, whatever the
+    capacity factor, nothing of the training's state is changed, and a run gives the same bits with it and without it.
 
     Args:
         suite: a name in `conf/evaluation`, a YAML file, or the folder of a suite that was built; of local tasks alone.
@@ -140,7 +141,8 @@ class EvaluateWhileTraining(Callback):
         write_json(self._folder() / f"step={step}.json", {"name": f"step {step}", **found})
         values = {name: {"value": one["value"], "stderr": one["stderr"]} for name, one in found["metrics"].items()}
         seconds = time.monotonic() - start_s
-        line = {"step": step, "evaluation": values, "seconds": round(seconds, 3)}
+        sources = by_source(document_sums(found)) if TASK in found["items"] else {}
+        line = {"step": step, "evaluation": values, "sources": sources, "seconds": round(seconds, 3)}
         with (self._folder().parent / "metrics.jsonl").open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")
         said = "  ".join(f"{name} {one['value']:.4f}" for name, one in values.items())

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast
+from nemo_upcycle.pipeline.forecast.evaluating import EvaluationForecast
 from nemo_upcycle.pipeline.forecast.run import Forecast
 from nemo_upcycle.pipeline.forecast.settings import Setting
 from nemo_upcycle.pipeline.forecast.stages import StageForecast
@@ -114,6 +115,7 @@ _ROWS: dict[str, Callable[[TrainingForecast], str]] = {
         f"{size_text(it.checkpoint_bytes)} every {it.save_every:,} steps, {it.checkpoints_at_once} at once"
     ),
     "lost by a kill": lambda it: _loss(it),
+    "evaluation": lambda it: _evaluation(it.evaluation) if it.evaluation else "",
 }
 
 
@@ -167,6 +169,14 @@ def _loss(training: TrainingForecast) -> str:
     seconds = training.longest_loss_s
     gpu_hours = seconds / 3600 * training.layout.gpus
     return f"at most {_count(lost, 'step')}: {seconds / 60:.1f} min, {gpu_hours:,.0f} GPU-hours"
+
+
+def _evaluation(found: EvaluationForecast) -> str:
+    texts = "all texts" if found.texts is None else f"{found.texts:,} texts"
+    text = f"{texts} of {found.suite} every {found.every_n_steps:,} steps"
+    if found.seconds is None or found.share is None:
+        return text
+    return f"{text}: at most {found.seconds:.1f} s, {100 * found.share:.2g} % of the time"
 
 
 def _disk_lines(disk: DiskForecast) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.pipeline.forecast.evaluating import EvaluationForecast, forecast_evaluation
 from nemo_upcycle.pipeline.forecast.planned import (
     Card,
     card_of,
@@ -54,6 +55,7 @@ class TrainingForecast:
         no_plan: why there is no estimate of memory and speed.
         price: of a GPU-hour, in the currency of who gave it; None: not known.
         limit_s: seconds that a job may take; None: not known.
+        evaluation: what is evaluated on the way; None: nothing.
     """
 
     stage: StageForecast
@@ -75,6 +77,7 @@ class TrainingForecast:
     no_plan: str
     price: float | None
     limit_s: float | None
+    evaluation: EvaluationForecast | None
 
     @property
     def step_tokens(self) -> int:
@@ -196,6 +199,7 @@ def forecast_training(recipe: Any, dense: str, stage: StageForecast, executor: A
         no_plan=no_plan,
         price=getattr(executor, "price_per_gpu_hour", None),
         limit_s=time_limit_s(stage.resources.get(TIME, "")),
+        evaluation=forecast_evaluation(recipe, plans[1]),
     )
 
 

@@ -113,6 +113,27 @@ def test_forecast_plans_the_recipe_as_it_was_changed(llama: Any, tmp_path: Path)
     assert "nemo-upcycle plan --recipe llama3_8b_e8t2 --gpus 512" in warning
 
 
+@pytest.mark.parametrize("name", ["llama3_8b_e8t2", "llama31_8b_e8t2", "llama3_70b_e8t2"])
+def test_evaluation_while_training_costs_less_than_a_fiftieth(name: str, tmp_path: Path) -> None:
+    from nemo_upcycle import recipes
+    from nemo_upcycle.training.evaluating import EvaluateWhileTraining
+
+    chain = getattr(recipes, name).pipeline_recipe()
+    assert forecast_of(chain, tmp_path).trainings["pretrain"].evaluation is None
+    chain.pretrain.trainer.callbacks.append(run.Config(EvaluateWhileTraining))
+    found = forecast_of(chain, tmp_path)
+    evaluation = found.trainings["pretrain"].evaluation
+    assert evaluation is not None
+    assert (evaluation.texts, evaluation.every_n_steps) == (128 + 4 * 100, 500)
+    assert evaluation.share is not None
+    assert 0 < evaluation.share < 0.02
+    assert "528 texts of watch every 500 steps: at most" in " ".join(render_forecast(found).split())
+    chain.pretrain.trainer.callbacks[-1].every_n_steps = 1
+    often = forecast_of(chain, tmp_path).trainings["pretrain"].evaluation
+    assert often is not None
+    assert often.share == pytest.approx(500 * evaluation.share)
+
+
 def test_demo_without_a_gpu_has_sizes_and_no_speed(demo: Any, tmp_path: Path) -> None:
     found = forecast_of(demo, tmp_path)
     pretrain = found.trainings["pretrain"]

@@ -1,0 +1,78 @@
+"""What evaluation while training costs: the texts of its suite, and the time of passing them, at most."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.evaluation.local_tasks import is_text
+from nemo_upcycle.evaluation.suite_config import SuiteConfig, read_suite_config
+from nemo_upcycle.planning.search import Plan
+from nemo_upcycle.training.evaluating import EvaluateWhileTraining
+from nemo_upcycle.utils.files import MARKER
+
+
+#: Bytes of a token of English text, at least: tokenizers of Llama's kind take four and more.
+_TOKEN_BYTES = 3
+_CHOICES = 4
+
+
+@dataclass(frozen=True)
+class EvaluationForecast:
+    """What a training evaluates on its way.
+
+    Args:
+        suite: its name.
+        every_n_steps: steps from one evaluation to the next.
+        texts: that are passed each time, at most; None: all that the blend has.
+        seconds: of one evaluation, at most; None: not known.
+        share: of the training's time, at most; None: not known.
+    """
+
+    suite: str
+    every_n_steps: int
+    texts: int | None
+    seconds: float | None
+    share: float | None
+
+
+def forecast_evaluation(recipe: Any, plan: Plan | None) -> EvaluationForecast | None:
+    """Return what a recipe's `EvaluateWhileTraining` costs; None without one.
+
+    Every pass is taken to be as long as its longest text, in a pipeline that holds no other one.
+
+    Args:
+        recipe: of the training.
+        plan: of its usual steps, None without an estimate.
+    """
+    callbacks = getattr(recipe.trainer, "callbacks", None) or []
+    callback = next((item for item in callbacks if item.__fn_or_cls__ is EvaluateWhileTraining), None)
+    if callback is None or (Path(callback.suite) / MARKER).is_file():
+        return None
+    config = read_suite_config(callback.suite)
+    texts, batch = _texts(config, callback.limit), callback.batch_size or config.batch_size
+    if plan is None or texts is None or isinstance(batch, str):
+        return EvaluationForecast(callback.suite, callback.every_n_steps, texts, None, None)
+    layout, sequence = plan.layout, plan.work.seq_length
+    passes = math.ceil(texts / (batch * layout.dp)) + 1  # texts and questions are passed one after the other
+    micro_batches = plan.work.global_batch / layout.dp / layout.micro_batch
+    stage_s = plan.time.total / (micro_batches + (layout.pp - 1) / layout.vp) / 3  # forward, of forward and backward
+    longest = min(sequence, config.heldout.window_bytes // _TOKEN_BYTES)
+    seconds = passes * layout.pp * stage_s * batch * longest / (layout.micro_batch * sequence)
+    return EvaluationForecast(
+        callback.suite, callback.every_n_steps, texts, seconds, seconds / (callback.every_n_steps * plan.time.total)
+    )
+
+
+def _texts(config: SuiteConfig, limit: int | None) -> int | None:
+    """Return how many texts a suite passes at most; None without a bound."""
+    count = 0
+    for task, shots in config.tasks.items():
+        most = config.heldout.windows if is_text(task) else config.questions.total
+        bounds = [bound for bound in (most, limit) if bound is not None]
+        if not bounds:
+            return None
+        count += len(shots) * min(bounds) * (1 if is_text(task) else _CHOICES)
+    return count
