@@ -7,6 +7,7 @@ to seed. Their squares are added: a little too much, since a seed's spread holds
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,11 @@ ROUNDING = 2e-4
 
 def mean_of_seeds(seeds: Mapping[int, Sums]) -> tuple[float, float | None]:
     """Return the mean of bits per byte over seeds, and the standard error that their spread gives of two."""
-    values = [bits_per_byte(sums) for sums in seeds.values()]
+    return mean_and_stderr([bits_per_byte(sums) for sums in seeds.values()])
+
+
+def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean and its standard error; None of one value."""
     return statistics.fmean(values), _stderr(values)
 
 
@@ -105,6 +110,49 @@ def better_from(differences: Mapping[int, Mapping[str, Any]]) -> int | None:
             break
         found = tokens
     return found
+
+
+def rank_arms(arms: Mapping[str, Mapping[int, Sums]]) -> list[dict[str, Any]]:
+    """Rank arms by their bits per byte, best first.
+
+    Args:
+        arms: by name, sums by seed, of the same documents.
+
+    Returns:
+        `arm`, `value`, and `to_best`: what `difference_of_arms` says of it and the best one; None of the best itself.
+        The intervals are those of single comparisons.
+    """
+    ranked = sorted(arms, key=lambda name: mean_of_seeds(arms[name])[0])
+    best = arms[ranked[0]]
+    return [
+        {
+            "arm": name,
+            "value": mean_of_seeds(arms[name])[0],
+            "to_best": difference_of_arms(arms[name], best) if name != ranked[0] else None,
+        }
+        for name in ranked
+    ]
+
+
+def tokens_to_reach(value: float, reached: Mapping[int, float]) -> float | None:
+    """Return after how many tokens trainings of several lengths reach a value; None outside of what they reach.
+
+    Between two lengths bits per byte are taken to be linear in the logarithm of the tokens.
+
+    Args:
+        value: bits per byte.
+        reached: bits per byte at the end, by the tokens of each training.
+
+    Example:
+        >>> round(tokens_to_reach(1.5, {100: 2.0, 400: 1.0}))
+        200
+    """
+    points = sorted(reached.items())
+    for (tokens, high), (more, low) in itertools.pairwise(points):
+        if low <= value <= high and high > low:
+            share = (high - value) / (high - low)
+            return math.exp((1 - share) * math.log(tokens) + share * math.log(more))
+    return None
 
 
 def _stderr(values: Sequence[float]) -> float | None:

@@ -1,19 +1,31 @@
-"""The table of a grid of ablations: what each arm reaches, what it differs by, and how sure that is."""
+"""What a grid of ablations has found: what each arm reaches, what it differs by, and how sure that is."""
 
 from __future__ import annotations
 
-import json
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.arms import ROUNDING, better_from, difference_of_arms, mean_of_seeds
-from nemo_upcycle.evaluation.heldout import Sums, document_sums
-from nemo_upcycle.reporting.markdown import number, section, table, with_error
-from nemo_upcycle.utils.files import read_json, write_json
+from nemo_upcycle.evaluation.arms import (
+    better_from,
+    difference_of_arms,
+    mean_and_stderr,
+    mean_of_seeds,
+    rank_arms,
+    tokens_to_reach,
+)
+from nemo_upcycle.evaluation.heldout import Sums, by_source, document_sums
+from nemo_upcycle.reporting.results import summarise_router
+from nemo_upcycle.reporting.run_folder import read_curve
+from nemo_upcycle.utils.files import read_json
+
+
+#: What is kept of the routers.
+ROUTER_METRICS = ("load_cv", "load_entropy", "dropped", "dead_experts", "expert_distance")
 
 
 @dataclass(frozen=True)
@@ -25,14 +37,23 @@ class ArmRecord:
         tokens_per_step: of a step.
         steps: of its trainings.
         scores: by step and seed, the sums of the held-out documents. What was no number is not there.
-        last: by seed, the last step's line of metrics.
+        lines: by seed, the lines of metrics of its steps.
+        flops_per_token: of training, full attention.
+        rank_hours: of the steps, on average over the seeds.
     """
 
     name: str
     tokens_per_step: int
     steps: int
     scores: dict[int, dict[int, Sums]]
-    last: dict[int, dict[str, Any]]
+    lines: dict[int, list[dict[str, Any]]]
+    flops_per_token: float
+    rank_hours: float
+
+    @property
+    def tokens(self) -> int:
+        """Of a whole training."""
+        return self.steps * self.tokens_per_step
 
     @property
     def final(self) -> dict[int, Sums]:
@@ -47,16 +68,25 @@ def read_arms(run_dir: Path, described: Mapping[str, Any]) -> dict[str, ArmRecor
         run_dir: the grid's folder.
         described: of the grid's plan.
     """
-    found: dict[str, ArmRecord] = {}
+    cells: dict[str, list[str]] = defaultdict(list)
     for cell, about in described["cells"].items():
-        arm = about["arm"]
-        record = found.setdefault(arm, ArmRecord(arm, about["tokens_per_step"], about["steps"], {}, {}))
+        cells[about["arm"]].append(cell)
+    return {arm: _read_arm(run_dir, arm, {name: described["cells"][name] for name in cells[arm]}) for arm in cells}
+
+
+def _read_arm(run_dir: Path, arm: str, cells: Mapping[str, Mapping[str, Any]]) -> ArmRecord:
+    scores: dict[int, dict[int, Sums]] = defaultdict(dict)
+    lines = {}
+    for cell, about in cells.items():
         for path in (run_dir / cell / "evaluation").glob("step=*.json"):
-            step = int(path.stem.removeprefix("step="))
-            record.scores.setdefault(step, {})[about["seed"]] = document_sums(read_json(path))
-        lines = [json.loads(line) for line in (run_dir / cell / "metrics.jsonl").read_text().splitlines()]
-        record.last[about["seed"]] = next(line for line in reversed(lines) if "loss" in line)
-    return found
+            scores[int(path.stem.removeprefix("step="))][about["seed"]] = document_sums(read_json(path))
+        lines[about["seed"]] = read_curve(run_dir / cell / "metrics.jsonl").steps
+        settings = read_json(run_dir / cell / "training.json")
+    hours = [sum(line["seconds"] for line in steps) * settings["ranks"] / 3600 for steps in lines.values()]
+    flops = settings["flops_per_token"]["full"]
+    return ArmRecord(
+        arm, about["tokens_per_step"], about["steps"], dict(scores), lines, flops, statistics.fmean(hours)
+    )
 
 
 def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,14 +97,16 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
         described: of the grid's plan.
 
     Returns:
-        `arms` (name -> `tokens`, `bits_per_byte` and `start` with their errors over seeds, `curve` by tokens,
-        `dropped` share of token slots, `load_cv`) and `differences` (name -> `reference`, at the `end` what
-        `difference_of_arms` returns, at the `start` likewise, and `better_from` tokens; of arms of equal steps).
+        `arms` (name -> `tokens`, `flops`, `rank_hours`, `bits_per_byte` and `start` with their errors over seeds,
+        `curve` by tokens, `sources` at the end, `routers` by tokens), `differences` (name -> `reference`, at the `end`
+        what `difference_of_arms` returns, at the `start` likewise, and `better_from` tokens; of arms of equal steps),
+        `rankings` (`rank_arms` of the arms of each number of tokens) and `budgets` (family -> its arms; the later
+        families' have `worth_tokens` and `worth_rank_hours` of the first one's training, to reach the same).
     """
     values: dict[str, Any] = {"arms": {}, "differences": {}}
     for name, arm in arms.items():
-        missing = sorted(set(arm.last) - set(arm.final))
-        if len(missing) == len(arm.last):
+        missing = sorted(set(arm.lines) - set(arm.final))
+        if not arm.final:
             raise UpcycleError(
                 f"arm {name}",
                 got="no score at its last step",
@@ -85,11 +117,14 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
             "about": described["arms"][name],
             "seeds": sorted(arm.final),
             "unscored_seeds": missing,
-            "tokens": arm.steps * arm.tokens_per_step,
+            "tokens": arm.tokens,
+            "flops": arm.tokens * arm.flops_per_token,
+            "rank_hours": arm.rank_hours,
             "bits_per_byte": _mean(arm.final),
             "start": _mean(arm.scores[0]),
             "curve": {step * arm.tokens_per_step: _mean(arm.scores[step]) for step in sorted(arm.scores)},
-            **_routers(list(arm.last.values())),
+            "sources": _sources(arm.final),
+            "routers": _routers(arm),
         }
     for name, other in described["references"].items():
         arm, reference = arms[name], arms[other]
@@ -106,6 +141,8 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
             }
             found |= {"along": along, "better_from": better_from(along)}
         values["differences"][name] = found
+    values["rankings"] = _rankings(arms)
+    values["budgets"] = _budgets(described.get("budgets", {}), values["arms"])
     return values
 
 
@@ -114,96 +151,53 @@ def _mean(seeds: Mapping[int, Sums]) -> dict[str, float | None]:
     return {"value": value, "stderr": stderr}
 
 
-def _routers(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """Return what the routers did at the last step, the mean over layers and seeds; nothing of a dense arm."""
-    kept = [line["router"] for line in lines if "router" in line]
-    found = {}
-    for name in ("dropped", "load_cv", "load_entropy", "dead_experts", "expert_distance"):
-        numbers = [value for router in kept for value in router.get(name, []) if value is not None]
-        if numbers:
-            found[name] = statistics.fmean(numbers)
-    return found
+def _sources(seeds: Mapping[int, Sums]) -> dict[str, dict[str, Any]]:
+    """Return by source what the last step reached, the mean over seeds and its error."""
+    found = [by_source(sums) for sums in seeds.values()]
+    return {
+        source: dict(zip(("value", "stderr"), mean_and_stderr([one[source]["value"] for one in found]), strict=True))
+        for source in found[0]
+    }
 
 
-def write_table(run_dir: Path, name: str, described: Mapping[str, Any]) -> Path:
-    """Write `table/table.md`, `table/table.json` and `table/curves.png`.
-
-    Args:
-        run_dir: the grid's folder, whose trainings are finished.
-        name: of the grid.
-        described: of the grid's plan.
-
-    Returns:
-        The table's path.
-    """
-    from nemo_upcycle.reporting.grid_figures import curves_figure
-
-    folder = run_dir / "table"
-    folder.mkdir(exist_ok=True)
-    values = compare_arms(read_arms(run_dir, described), described)
-    write_json(folder / "table.json", {"grid": name, "about": described["about"], **values})
-    curves_figure(values).savefig(folder / "curves.png", dpi=150)
-    path = folder / "table.md"
-    path.write_text(render_table(name, described["about"], values), encoding="utf-8")
-    return path
+def _routers(arm: ArmRecord) -> dict[str, dict[int, float]]:
+    """Return what the routers did, by tokens: the mean over layers and seeds; nothing of a dense arm."""
+    kept: dict[str, dict[int, list[float]]] = {}
+    for line in (line for lines in arm.lines.values() for line in lines if line.get("router")):
+        for name, value in summarise_router(line["router"]).items():
+            kept.setdefault(name, {}).setdefault(line["tokens"], []).append(value)
+    return {
+        name: {tokens: statistics.fmean(numbers) for tokens, numbers in sorted(steps.items())}
+        for name, steps in kept.items()
+        if name in ROUTER_METRICS
+    }
 
 
-def render_table(name: str, about: str, values: Mapping[str, Any]) -> str:
-    """Return the table as Markdown."""
-    rows = []
-    for arm, found in values["arms"].items():
-        routers = [number(found.get(key), 3) for key in ("dropped", "load_cv")]
-        rows.append(
-            [
-                arm,
-                f"{found['tokens']:,}",
-                with_error(**found["start"]),
-                with_error(**found["bits_per_byte"]),
-                *routers,
-                found["about"],
-            ]
-        )
-    header = ["arm", "tokens", "bits per byte at step 0", "at the end", "dropped", "load CV", "what it is"]
-    differences = [
-        [
-            f"{arm} - {found['reference']}",
-            _with_verdict(found["start"]),
-            _with_verdict(found["end"]),
-            number(found["end"]["stderr_documents"], 2),
-            number(found["end"]["stderr_seeds"], 2),
-            _from(found),
+def _rankings(arms: Mapping[str, ArmRecord]) -> list[dict[str, Any]]:
+    """Rank the arms of each number of tokens, the longest list first."""
+    lengths: dict[int, dict[str, Mapping[int, Sums]]] = defaultdict(dict)
+    for name, arm in arms.items():
+        lengths[arm.tokens][name] = arm.final
+    rankings = [{"tokens": tokens, "arms": rank_arms(group)} for tokens, group in lengths.items() if len(group) > 1]
+    return sorted(rankings, key=lambda ranking: -len(ranking["arms"]))
+
+
+def _budgets(families: Mapping[str, list[str]], arms: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Return what each family reaches with each budget, and what that is worth in the first family's training."""
+    found = {
+        family: [
+            {"arm": name, "tokens": arms[name]["tokens"], "flops": arms[name]["flops"], **arms[name]["bits_per_byte"]}
+            for name in names
         ]
-        for arm, found in values["differences"].items()
-    ]
-    seeds = max(len(found["seeds"]) for found in values["arms"].values())
-    unscored = [f"{arm} of seed {seed}" for arm, found in values["arms"].items() for seed in found["unscored_seeds"]]
-    parts = (
-        f"# Grid {name}",
-        f"{about}. {seeds} seeds an arm; ± is the standard error over seeds. Lower is better.",
-        f"Not scored at the end, and left out: {', '.join(unscored)}." if unscored else "",
-        section("Arms", table(header, rows), "![curves](curves.png)"),
-        section(
-            "Differences",
-            table(
-                ["difference", "at step 0", "at the end", "from documents", "from seeds", "better from"],
-                differences,
-            ),
-            "At the same seeds, on the same documents, in bits per byte; ± joins the error that other documents"
-            " would give (a jackknife over them) and that of other seeds. It is a tie where the 95 % interval (t)"
-            f" holds 0, or the difference is below {ROUNDING:g}, which rounding makes.",
-        ),
-        "Every number: `table.json`.\n",
-    )
-    return "\n\n".join(part for part in parts if part)
-
-
-def _with_verdict(found: Mapping[str, Any]) -> str:
-    sign = "+" if found["difference"] > 0 else ""
-    return f"{sign}{with_error(found['difference'], found['stderr'])} ({found['verdict']})"
-
-
-def _from(found: Mapping[str, Any]) -> str:
-    if "along" not in found:
-        return "other steps"
-    tokens = found["better_from"]
-    return "-" if tokens is None else f"{tokens:,} tokens"
+        for family, names in families.items()
+    }
+    if not found:
+        return {}
+    first, *others = found.values()
+    reached = {entry["tokens"]: entry["value"] for entry in first}
+    longest = max((arms[entry["arm"]] for entry in first), key=lambda arm: arm["tokens"])
+    for entry in (entry for family in others for entry in family):
+        tokens = tokens_to_reach(entry["value"], reached)
+        entry["worth_tokens"] = tokens
+        entry["worth_rank_hours"] = None if tokens is None else tokens * longest["rank_hours"] / longest["tokens"]
+    return found

@@ -1,4 +1,4 @@
-"""The figures of a grid: bits per byte over tokens, and the difference of each arm from its reference."""
+"""The figures of a grid: bits per byte over tokens, differences from the references, routers, budgets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def curves_figure(values: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for position, (arm, found) in enumerate(values["arms"].items()):
-        colour, marker = _COLOURS[position % len(_COLOURS)], _MARKERS[position // len(_COLOURS) % len(_MARKERS)]
+        colour, marker = _style(position)
         tokens = list(found["curve"])
         means = [point["value"] for point in found["curve"].values()]
         spread = [point["stderr"] or 0.0 for point in found["curve"].values()]
@@ -56,4 +56,92 @@ def curves_figure(values: Mapping[str, Any]) -> Figure:
     right.set_xlabel("difference in bits per byte (left: better)")
     right.set_title("at the end, 95 % intervals over documents and seeds", fontsize=10)
     right.tick_params(axis="y", labelsize=8)
+    return figure
+
+
+def _style(position: int) -> tuple[str, str]:
+    return _COLOURS[position % len(_COLOURS)], _MARKERS[position // len(_COLOURS) % len(_MARKERS)]
+
+
+#: What is drawn of the routers: the name in `metrics.jsonl` and the title.
+_ROUTERS = {
+    "load_cv": "load of the experts: standard deviation over mean",
+    "load_entropy": "entropy of the load over that of perfect balance",
+    "dropped": "token slots dropped",
+    "expert_distance": "distance of the experts from their mean, relative",
+}
+
+
+def routers_figure(values: Mapping[str, Any]) -> Figure | None:
+    """Return the routers' health of every arm over tokens; None where no arm has experts.
+
+    Args:
+        values: what `compare_arms` returned.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    if not any(found["routers"] for found in values["arms"].values()):
+        return None
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    panels = figure.subplots(2, 2).flat
+    for axes, (name, title) in zip(panels, _ROUTERS.items(), strict=True):
+        for position, (arm, found) in enumerate(values["arms"].items()):
+            if not (points := found["routers"].get(name)):
+                continue
+            colour, marker = _style(position)
+            every = max(1, len(points) // 10)
+            axes.plot(
+                list(points),
+                list(points.values()),
+                color=colour,
+                marker=marker,
+                markersize=4,
+                markevery=every,
+                linewidth=1.2,
+                label=arm,
+            )
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("tokens")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=7, ncols=2)
+    figure.suptitle("mean over layers and seeds", fontsize=10)
+    return figure
+
+
+def budgets_figure(values: Mapping[str, Any]) -> Figure | None:
+    """Return what each family of arms reaches over its budgets, in tokens and in FLOPs; None without families.
+
+    Args:
+        values: what `compare_arms` returned.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    if not values["budgets"]:
+        return None
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, (unit, title) in zip(
+        figure.subplots(1, 2, sharey=True), {"tokens": "tokens", "flops": "training FLOPs"}.items(), strict=True
+    ):
+        for position, (family, entries) in enumerate(values["budgets"].items()):
+            colour, marker = _style(position)
+            axes.errorbar(
+                [entry[unit] for entry in entries],
+                [entry["value"] for entry in entries],
+                yerr=[entry["stderr"] or 0.0 for entry in entries],
+                color=colour,
+                marker=marker,
+                capsize=3,
+                label=family,
+            )
+        axes.set_xscale("log")
+        axes.set_xlabel(title)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(EngFormatter(sep=""))
+        axes.tick_params(axis="x", which="both", labelsize=7)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+    figure.axes[0].set_ylabel("bits per byte at the end, ± one standard error")
     return figure

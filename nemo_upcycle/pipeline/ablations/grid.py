@@ -22,7 +22,7 @@ from nemo_upcycle.utils.nested import flat
 from nemo_upcycle.utils.validation import is_whole
 
 
-_KEYS = ("about", "dense", "data", "parent", "evaluate", "seeds", "defaults", "arms", "references")
+_KEYS = ("about", "dense", "data", "parent", "evaluate", "seeds", "defaults", "arms", "references", "budgets")
 _ARM_KEYS = ("about", "factory", "file", "spec", "set")
 _PARENT_KEYS = ("factory", "set", "vocabulary")
 _EVALUATE_KEYS = ("suite", "every_n_steps", "batch_size")
@@ -71,6 +71,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         "arms": {arm: str(values.get("about") or "") for arm, values in arms.items()},
         "cells": described,
         "references": _references(f"{path}: references", content.get("references"), arms),
+        "budgets": _budgets(f"{path}: budgets", content.get("budgets"), arms),
     }
     parent, vocabulary = _parent(f"{path}: parent", content.get("parent")) if not dense else (None, None)
     if not parent and not (dense or content.get("dense")):
@@ -204,6 +205,17 @@ def _references(where: str, values: Any, arms: Mapping[str, Any]) -> dict[str, s
         if name not in arms:
             raise UpcycleError.unknown(f"{where}: arm", name, arms)
     return found
+
+
+def _budgets(where: str, values: Any, arms: Mapping[str, Any]) -> dict[str, list[str]]:
+    families = _mapping(where, values)
+    for family, names in families.items():
+        if not isinstance(names, list) or len(names) < 2:
+            raise UpcycleError(f"{where}.{family}", got=names, expected="a list of arms", fix="name two or more")
+        for name in names:
+            if name not in arms:
+                raise UpcycleError.unknown(f"{where}.{family}: arm", str(name), arms)
+    return families
 
 
 def _mapping(where: str, values: Any, known: tuple[str, ...] | None = None) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def export_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
 
 
 def table_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
-    """Compare the arms: table.md, table.json and the figures."""
-    from nemo_upcycle.reporting.grid import write_table
+    """Compare the arms: table.md, table.json and figures."""
+    from nemo_upcycle.reporting.grid_table import write_table
 
     return {"table": str(write_table(run_dir, plan.name, plan.described))}
