@@ -201,10 +201,17 @@ def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 
 def report_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
-    """Write report.md, results.json and the figures."""
+    """Write report.md, report.html, results.json and the figures."""
+    from nemo_upcycle.pipeline.forecast.planned import planned_of
+    from nemo_upcycle.pipeline.recipes_io import load_recipe
     from nemo_upcycle.reporting.report import write_report
+    from nemo_upcycle.utils.files import read_json
 
-    return {"report": str(write_report(run_dir))}
+    planned = {}
+    for stage, text in {"pretrain": plan.pretrain, "dense_ct": plan.dense_ct}.items():
+        if text and (card := read_json(run_dir / stage / "training.json").get("card")):
+            planned[stage] = planned_of(load_recipe(text), str(dense_folder_of(run_dir)), card)
+    return {"report": str(write_report(run_dir, planned))}
 
 
 STAGES = (

@@ -48,8 +48,11 @@ def evaluation(results: dict[str, Any]) -> str:
     return section(
         "Evaluation",
         table(["metric", *models.values()], values),
+        "![scores](scores.png)",
         _sources(results, models),
-        "Value ± standard error. Perplexities and bits per byte: lower is better; accuracies: higher is better.",
+        "![held-out text over tokens](heldout.png)" if "heldout" in results["figures"] else "",
+        "Value ± standard error. Perplexities and bits per byte: lower is better; accuracies: higher is better."
+        " The figure has 95 % intervals.",
         table(["difference", *(f"{MODELS[b]} - {MODELS[a]}" for a, b in pairs.values())], differences),
         "Difference ± its paired standard error: both models saw the same items, so the error of a difference is"
         " smaller than that of the values. A model is called better only where the 95 % interval leaves 0 out."

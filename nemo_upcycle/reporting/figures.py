@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_STYLES = {"pretrain": ("MoE", "#0072B2", "o"), "dense_ct": ("dense baseline", "#D55E00", "s")}
+STYLES = {"pretrain": ("MoE", "#0072B2", "o"), "dense_ct": ("dense baseline", "#D55E00", "s")}
 #: Most points of a curve and columns of a heat map: more cannot be distinguished in a page's width.
 _COLUMNS = 200
 #: Figures and report of a run with fewer steps say that it only shows that the chain works.
@@ -26,26 +26,42 @@ def chain_only(steps: int) -> str:
     return f"{steps} steps show that the chain works, not what training brings" if steps < FEW_STEPS else ""
 
 
-def loss_figure(curves: Mapping[str, Curve]) -> Figure:
-    """Return validation loss over tokens of the MoE and its dense baseline, with their training loss behind.
+def loss_figure(curves: Mapping[str, Curve], flops_per_token: Mapping[str, float] | None = None) -> Figure:
+    """Return validation loss of the MoE and its dense baseline over tokens, and over FLOPs; behind it training loss.
 
     A validation loss from before the first step is drawn as a line to compare with. That of the baseline is the
     dense parent's.
 
     Args:
         curves: by stage, `pretrain` and perhaps `dense_ct`.
+        flops_per_token: of training, by stage; without all of them there is no panel over FLOPs.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
 
-    engineering = EngFormatter(sep="")
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axes = figure.subplots()
+    units = {"tokens trained on": dict.fromkeys(curves, 1.0)}
+    if flops_per_token and set(curves) <= set(flops_per_token):
+        units["training FLOPs, counting full attention"] = dict(flops_per_token)
+    figure = Figure(figsize=(7.5 if len(units) == 1 else 12, 4.5), layout="constrained")
+    panels = figure.subplots(1, len(units), squeeze=False, sharey=True)[0]
+    for axes, (label, factors) in zip(panels, units.items(), strict=True):
+        _draw_losses(axes, curves, factors)
+        axes.set(xlabel=label)
+    steps = curves["pretrain"].steps[-1]["step"]
+    title = f"Loss of the upcycled MoE{' and its dense baseline' if 'dense_ct' in curves else ''}, {steps:,} steps"
+    panels[0].set_title("\n".join(filter(None, [title, chain_only(steps)])), fontsize=11)
+    panels[0].set(ylabel="cross-entropy loss (nats per token)")
+    panels[0].legend(frameon=False)
+    return figure
+
+
+def _draw_losses(axes: Any, curves: Mapping[str, Curve], factors: Mapping[str, float]) -> None:
+    """Draw all losses over tokens times a factor."""
     for stage, curve in curves.items():
-        name, colour, marker = _STYLES[stage]
+        name, colour, marker = STYLES[stage]
         if curve.validation:
             axes.plot(
-                *zip(*curve.validation, strict=True),
+                [tokens * factors[stage] for tokens, _ in curve.validation],
+                [loss for _, loss in curve.validation],
                 color=colour,
                 marker=marker,
                 markevery=max(1, len(curve.validation) // 25),
@@ -53,26 +69,28 @@ def loss_figure(curves: Mapping[str, Curve]) -> Figure:
                 zorder=3,
                 label=f"{name}, validation",
             )
-        columns = _columns([(line["tokens"], line["loss"]) for line in curve.steps])
-        label = f"{name}, training{_averaged(columns, curve.steps)}"
+        columns = averaged([(line["tokens"] * factors[stage], line["loss"]) for line in curve.steps])
+        label = f"{name}, training{said_averaged(columns, curve.steps)}"
         axes.plot(*columns.T, color=colour, alpha=0.35, linewidth=1, zorder=1, label=label)
     begins = {stage: curve.validation[0][1] for stage, curve in curves.items() if _begins(curve)}
     if begins:
         stage = "dense_ct" if "dense_ct" in begins else "pretrain"
         label = "dense parent, validation" if stage == "dense_ct" else "MoE at step 0, validation"
         axes.axhline(begins[stage], color="black", linestyle="--", linewidth=1, zorder=2, label=label)
-    steps = curves["pretrain"].steps[-1]["step"]
-    title = f"Loss of the upcycled MoE{' and its dense baseline' if 'dense_ct' in curves else ''}, {steps:,} steps"
-    axes.set(xlabel="tokens trained on", ylabel="cross-entropy loss (nats per token)")
-    axes.set_title("\n".join(filter(None, [title, chain_only(steps)])), fontsize=11)
-    axes.xaxis.set_major_formatter(lambda tokens, _: engineering(tokens).replace("G", "B"))
+    tidy(axes)
+
+
+def tidy(axes: Any) -> None:
+    """Give axes a grid, no frame, and large numbers in short: 1.5B."""
+    from matplotlib.ticker import EngFormatter
+
+    engineering = EngFormatter(sep="")
+    axes.xaxis.set_major_formatter(lambda value, _: engineering(value).replace("G", "B"))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    return figure
 
 
-def _columns(values: Sequence[Any]) -> Any:
+def averaged(values: Sequence[Any]) -> Any:
     """Return an array with one row a step, averaged to at most 200 rows."""
     import numpy as np
 
@@ -80,7 +98,8 @@ def _columns(values: Sequence[Any]) -> Any:
     return np.array([part.mean(axis=0) for part in parts])
 
 
-def _averaged(columns: Any, steps: Sequence[Any]) -> str:
+def said_averaged(columns: Any, steps: Sequence[Any]) -> str:
+    """Return what a label says of `averaged` columns."""
     return f", means of up to {math.ceil(len(steps) / len(columns))} steps" if len(columns) < len(steps) else ""
 
 
@@ -114,7 +133,7 @@ def _draw_busiest(figure: Any, steps: list[dict[str, Any]]) -> None:
     """Draw the busiest expert's load over the balanced one, by layer and step; many steps are averaged."""
     import numpy as np
 
-    columns = _columns([busiest(line["expert_load"]) for line in steps])
+    columns = averaged([busiest(line["expert_load"]) for line in steps])
     busiest_of_layers = np.ma.masked_equal(columns.T, 0)  # 0: a layer without experts
     axes = figure.subplots()
     extent = (steps[0]["step"] - 0.5, steps[-1]["step"] + 0.5, len(busiest_of_layers) - 0.5, -0.5)
@@ -122,9 +141,8 @@ def _draw_busiest(figure: Any, steps: list[dict[str, Any]]) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.yaxis.get_major_locator().set_params(integer=True)
     first, last = [float(busiest_of_layers[:, column].max()) for column in (0, -1)]
-    figure.suptitle(
-        f"Busiest expert of a layer{_averaged(columns, steps)}; worst layer at first {first:.2f}, at last {last:.2f}"
-    )
+    worst = f"worst layer at first {first:.2f}, at last {last:.2f}"
+    figure.suptitle(f"Busiest expert of a layer{said_averaged(columns, steps)}; {worst}")
     axes.set(xlabel="step", ylabel="layer")
     figure.colorbar(image, ax=axes, label="load over balanced load")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from nemo_upcycle.reporting.training_figures import ROUTER_PANELS
+
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,15 +65,6 @@ def _style(position: int) -> tuple[str, str]:
     return _COLOURS[position % len(_COLOURS)], _MARKERS[position // len(_COLOURS) % len(_MARKERS)]
 
 
-#: What is drawn of the routers: the name in `metrics.jsonl` and the title.
-_ROUTERS = {
-    "load_cv": "load of the experts: standard deviation over mean",
-    "load_entropy": "entropy of the load over that of perfect balance",
-    "dropped": "token slots dropped",
-    "expert_distance": "distance of the experts from their mean, relative",
-}
-
-
 def routers_figure(values: Mapping[str, Any]) -> Figure | None:
     """Return the routers' health of every arm over tokens; None where no arm has experts.
 
@@ -85,7 +78,7 @@ def routers_figure(values: Mapping[str, Any]) -> Figure | None:
         return None
     figure = Figure(figsize=(11, 8), layout="constrained")
     panels = figure.subplots(2, 2).flat
-    for axes, (name, title) in zip(panels, _ROUTERS.items(), strict=True):
+    for axes, (name, title) in zip(panels, ROUTER_PANELS.items(), strict=True):
         for position, (arm, found) in enumerate(values["arms"].items()):
             if not (points := found["routers"].get(name)):
                 continue

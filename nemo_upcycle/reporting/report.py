@@ -1,26 +1,31 @@
-"""`write_report`: write report.md, results.json and two figures into a run's folder."""
+"""`write_report`: write report.md, report.html, results.json and the figures into a run's folder."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.reporting import evaluation_sections, sections, training_sections
 from nemo_upcycle.reporting.environment import describe_environment
 from nemo_upcycle.reporting.figures import load_figure, loss_figure
+from nemo_upcycle.reporting.html import render_html
 from nemo_upcycle.reporting.results import collect_results
-from nemo_upcycle.reporting.run_folder import read_run
+from nemo_upcycle.reporting.run_folder import RunRecord, read_run
+from nemo_upcycle.reporting.score_figures import heldout_figure, scores_figure
+from nemo_upcycle.reporting.training_figures import routers_figure, speed_figure
 from nemo_upcycle.utils.files import whole_file, write_json
 
 
 _DPI = 150
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write `report.md`, `results.json`, `loss.png` and `experts.png` into a run's folder.
+def write_report(run_dir: Path, planned: Mapping[str, dict[str, float] | None] | None = None) -> Path:
+    """Write `report.md`, `report.html`, `results.json` and the figures into a run's folder.
 
     Args:
         run_dir: the folder, with the results of the stages upcycle, pretrain, dense_ct (optional) and evaluate.
+        planned: by training stage, `memory_gib` and `tokens_per_s` as the planner has them, where it has.
 
     Returns:
         The path of `report.md`, which is written last.
@@ -34,16 +39,36 @@ def write_report(run_dir: Path) -> Path:
     """
     run = read_run(run_dir)
     results = collect_results(run, describe_environment())
-    figures = {"loss.png": loss_figure(run.curves), "experts.png": load_figure(run.curves["pretrain"])}
+    for stage, found in (planned or {}).items():
+        results["training"][stage]["planned"] = found
+    figures = {
+        "loss": loss_figure(run.curves, _flops_per_token(run)),
+        "heldout": heldout_figure(run.curves),
+        "scores": scores_figure(results),
+        "experts": load_figure(run.curves["pretrain"]),
+        "routers": routers_figure(run.curves["pretrain"]),
+        "speed": speed_figure(run.curves),
+    }
     for name, figure in figures.items():
         if figure is not None:
-            with whole_file(run_dir / name) as aside:
+            with whole_file(run_dir / f"{name}.png") as aside:
                 figure.savefig(aside, dpi=_DPI, format="png")
+    results["figures"] = [name for name, figure in figures.items() if figure is not None]
     write_json(run_dir / "results.json", results)
-    target = run_dir / "report.md"
-    with whole_file(target) as aside:
-        aside.write_text(compose(results, run_dir), encoding="utf-8")
+    text, target = compose(results, run_dir), run_dir / "report.md"
+    for path, content in ((run_dir / "report.html", render_html(text, run_dir)), (target, text)):
+        with whole_file(path) as aside:
+            aside.write_text(content, encoding="utf-8")
     return target
+
+
+def _flops_per_token(run: RunRecord) -> dict[str, float]:
+    """Return the FLOPs of training by stage; runs of earlier versions did not note them."""
+    return {
+        stage: settings["flops_per_token"]["full"]
+        for stage, settings in run.settings.items()
+        if "flops_per_token" in settings
+    }
 
 
 def compose(results: dict[str, Any], run_dir: Path) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.finished import CONTAMINATION
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.evaluation.heldout import METRIC, TASK
 from nemo_upcycle.utils.files import MARKER, read_json, read_json_lines, read_text
 
 
@@ -26,6 +27,7 @@ _RECEIPT = (
     *("bytes_written", "seconds", "ranks", "layout"),
 )
 _EVALUATION = ("metrics", "items", "groups", "settings", "versions", "seconds", "model")
+_BITS = f"{TASK}/{METRIC}"
 _STEP = ("step", "tokens", "seconds")
 _SETTINGS = (
     *("max_lr", "schedule", "max_steps", "global_batch_size", "micro_batch_size", "seq_length"),
@@ -40,10 +42,12 @@ class Curve:
     Attributes:
         steps: one entry a training step, as the stage wrote it, in order.
         validation: tokens seen and validation loss, in order.
+        scores: tokens seen, and the bits per byte of held-out text on the live model with their error, in order.
     """
 
     steps: list[dict[str, Any]]
     validation: list[tuple[int, float]]
+    scores: list[tuple[int, float, float | None]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,9 @@ def read_curve(path: Path) -> Curve:
         for line in lines
         if line.get("validation_loss") is not None
     ]
-    return Curve(steps, validation)
+    found = [(line["step"] * step_tokens, line["evaluation"].get(_BITS)) for line in lines if "evaluation" in line]
+    scores = [(tokens, score["value"], score["stderr"]) for tokens, score in found if score]
+    return Curve(steps, validation, scores)
 
 
 def _read(path: Path, stage: str, keys: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def training(results: dict[str, Any]) -> str:
         "![loss over tokens](loss.png)",
         f"{few}." if few else "",
         table(["", *(MODELS[_TRAINED[stage]] for stage in stages)], rows),
+        "![tokens per second and memory](speed.png)",
         sources(*files),
     )
 
@@ -63,6 +64,7 @@ def _settings(done: dict[str, Any]) -> dict[str, str]:
 
 def _outcome(done: dict[str, Any]) -> dict[str, str]:
     """Return the losses of a training stage, its speed and its memory."""
+    ranks = done.get("settings", {}).get("ranks")
     rows = {
         "steps": str(done["steps"]),
         "tokens": f"{done['tokens']:,}",
@@ -71,8 +73,12 @@ def _outcome(done: dict[str, Any]) -> dict[str, str]:
         "validation loss, first": number(done["first_validation_loss"]),
         "validation loss, last": number(done["last_validation_loss"]),
         "time in steps": duration(done["seconds"]),
+        "ranks times hours in steps": number(done["seconds"] / 3600 * ranks, 3) if ranks else "-",
         "tokens per second": number(done["tokens_per_s"]),
     }
+    planned = done.get("planned") or {}
+    if planned:
+        rows["tokens per second, planned"] = number(planned["tokens_per_s"])
     conventions = "full attention / causal half"
     if rate := done.get("tflops_per_gpu"):
         rows[f"TFLOP/s of a rank ({conventions})"] = f"{number(rate['full'], 3)} / {number(rate['causal'], 3)}"
@@ -81,6 +87,8 @@ def _outcome(done: dict[str, Any]) -> dict[str, str]:
     if "memory_gib" in done:
         share = f" ({100 * done['memory_share']:.0f} % of its card)" if "memory_share" in done else ""
         rows["peak memory of a rank"] = f"{done['memory_gib']:.2f} GiB{share}"
+    if planned:
+        rows["memory of the fullest rank, planned"] = f"{planned['memory_gib']:.2f} GiB"
     return rows
 
 
@@ -115,6 +123,7 @@ def expert_load(results: dict[str, Any]) -> str:
         "![expert load per layer over the steps](experts.png)",
         _worst(load["worst"]),
         table(["share of a layer's token slots", "first step", "last step"], rows),
+        "![routers over tokens](routers.png)" if "routers" in results["figures"] else "",
         f"Perfect balance is 1/E = {100 * load['first']['balanced']:.4g} % and a coefficient of 0."
         " Source: `pretrain/metrics.jsonl`.",
     )

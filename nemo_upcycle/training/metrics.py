@@ -73,6 +73,7 @@ class MetricsLogger(Callback):
             _keep_until(self._path(), trainer.global_step or -1)
             self._throughput = self._rates(trainer, pl_module)
             settings = _settings(trainer, pl_module) | {"flops_per_token": self._throughput.flops_per_token()}
+            settings["card"] = self._card()
             write_json(self._path().with_name("training.json"), settings)
             if self._loss_before is not None and trainer.global_step == 0:
                 self._append_validation(trainer, self._loss_before)
@@ -83,10 +84,12 @@ class MetricsLogger(Callback):
 
     def _rates(self, trainer: Any, pl_module: Any) -> Throughput:
         config = pl_module.config
-        gpu = self.gpu or (torch.cuda.get_device_name() if torch.cuda.is_available() else "")
         architecture = architecture_of(config, config.vocab_size or pl_module.tokenizer.vocab_size)
         sequence = trainer.datamodule.data_sampler.seq_len
-        return Throughput(architecture, sequence, torch.distributed.get_world_size(), peaks_of(gpu))
+        return Throughput(architecture, sequence, torch.distributed.get_world_size(), peaks_of(self._card()))
+
+    def _card(self) -> str:
+        return self.gpu or (torch.cuda.get_device_name() if torch.cuda.is_available() else "")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

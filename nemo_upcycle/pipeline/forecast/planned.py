@@ -14,12 +14,15 @@ from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.pipeline.checks import is_local
+from nemo_upcycle.pipeline.recipes_io import ranks_of
 from nemo_upcycle.planning.hardware import Gpu, Machine, gpu_names, known_gpu, read_data
 from nemo_upcycle.planning.layout import Layout
+from nemo_upcycle.planning.memory import GIB
 from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES, WEIGHT_BYTES
 from nemo_upcycle.planning.search import Plan, PlanRequest, evaluate_layout
 from nemo_upcycle.planning.table import FP8_RECIPES
 from nemo_upcycle.planning.workload import Workload
+from nemo_upcycle.training.layout import layout_of
 from nemo_upcycle.training.recompute import RecomputeFirstSteps
 
 
@@ -65,8 +68,14 @@ def card_of(recipe: Any, executor: Any, resources: Mapping[str, str]) -> Card:
 
 
 def _card_here(device: str) -> Card:
+    gpu = _gpu_of(device)
+    return Card(gpu, "of this machine") if gpu else Card(None, f"the planner does not know {device}")
+
+
+def _gpu_of(device: str) -> Gpu | None:
+    """Return what the planner knows of a card that the driver or a user names."""
     name = next((name for name in gpu_names() if name.upper() in device.upper()), None)
-    return Card(known_gpu(name), "of this machine") if name else Card(None, f"the planner does not know {device}")
+    return known_gpu(name) if name else None
 
 
 def _asks_for_gpus(resources: Mapping[str, str]) -> bool:
@@ -192,3 +201,30 @@ def plans_of(recipe: Any, arch: Architecture, layout: Layout, gpu: Gpu) -> tuple
         )
         plans.append(evaluate_layout(request, layout))
     return plans[0], plans[1]
+
+
+def planned_of(recipe: Any, dense: str, device: str) -> dict[str, float] | None:
+    """Return what the planner gives for a training that ran, to stand beside what was measured.
+
+    Args:
+        recipe: of the training.
+        dense: the parent's folder.
+        device: name of its cards; none without GPUs.
+
+    Returns:
+        `memory_gib` of the fullest GPU and `tokens_per_s` of all; None where the planner does not know card or recipe.
+    """
+    gpu = _gpu_of(device)
+    if gpu is None:
+        return None
+    arch, _ = model_of(recipe, dense)
+    nodes, per_node = ranks_of(recipe)
+    layout = layout_of(recipe.trainer.strategy, nodes * per_node, recipe.data.micro_batch_size)
+    try:
+        first, later = plans_of(recipe, arch, layout, gpu)
+    except SpecError:
+        return None
+    return {
+        "memory_gib": max(first.memory.total, later.memory.total) / GIB,
+        "tokens_per_s": later.tokens_per_s_per_gpu * layout.gpus,
+    }

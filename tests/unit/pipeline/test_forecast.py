@@ -14,6 +14,7 @@ import pytest
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors.base import Cluster, Job, JobState
 from nemo_upcycle.pipeline.forecast import check_space, render_forecast
+from nemo_upcycle.pipeline.forecast.planned import planned_of
 from nemo_upcycle.pipeline.forecast.text import WIDTH
 from nemo_upcycle.pipeline.forecast.training import time_limit_s
 from nemo_upcycle.pipeline.stages import STAGES
@@ -84,6 +85,16 @@ def test_llama3_8b_has_the_papers_and_the_planners_numbers(llama: Any, tmp_path:
     assert pretrain.checkpoint_bytes / 2**30 == pytest.approx(pretrain.fullest.checkpoint_gib)
     assert pretrain.checkpoint_bytes / 2**30 == pytest.approx(619.2, abs=0.1)
     assert (pretrain.checkpoints_at_once, pretrain.checkpoints_kept) == (3, 2)
+
+
+def test_a_report_gets_what_the_forecast_said(llama: Any, tmp_path: Path) -> None:
+    pretrain = forecast_of(llama, tmp_path).trainings["pretrain"]
+    planned = planned_of(llama.pretrain, llama.dense, "NVIDIA H100 80GB HBM3")
+    assert planned is not None
+    assert planned["memory_gib"] == pytest.approx(pretrain.memory_gib)
+    assert pretrain.step_s is not None
+    assert planned["tokens_per_s"] == pytest.approx(pretrain.step_tokens / pretrain.step_s)
+    assert planned_of(llama.pretrain, llama.dense, "another card") is None
 
 
 def test_first_steps_recompute_and_count_as_slower(llama: Any, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import pytest
 
 from nemo_upcycle.reporting.figures import load_figure, loss_figure
 from nemo_upcycle.reporting.run_folder import Curve
+from nemo_upcycle.reporting.score_figures import heldout_figure
+from nemo_upcycle.reporting.training_figures import routers_figure, speed_figure
 from tests.unit.reporting.conftest import metrics
 
 
@@ -53,6 +55,45 @@ def test_the_parent_is_no_line_where_validation_did_not_begin_with_it() -> None:
 def test_without_the_dense_baseline_the_moe_itself_is_the_line_to_compare_with() -> None:
     lines = lines_of(loss_figure({"pretrain": Curve(STEPS, [(0, 3.75), (1000, 3.5)])}))
     assert list(lines["MoE at step 0, validation"].get_ydata()) == [3.75, 3.75]
+
+
+def test_losses_stand_over_flops_too_where_they_are_known() -> None:
+    curves = {"pretrain": Curve(STEPS, []), "dense_ct": Curve(DENSE, [])}
+    figure = loss_figure(curves, {"pretrain": 3e9, "dense_ct": 2e9})
+    tokens, flops = figure.axes
+    by_label = {line.get_label(): line.get_xdata().tolist() for line in flops.lines}
+    assert by_label["MoE, training"] == [3e12, 6e12, 9e12]
+    assert by_label["dense baseline, training"] == [2e12, 4e12, 6e12]
+    assert [line.get_xdata().tolist() for line in tokens.lines] == [[1000, 2000, 3000]] * 2
+    assert len(loss_figure(curves, {"pretrain": 3e9}).axes) == 1
+
+
+def test_held_out_text_has_a_band_of_its_error() -> None:
+    figure = heldout_figure({"pretrain": Curve(STEPS, [], [(0, 2.0, 0.1), (3000, 1.5, None)])})
+    assert figure is not None
+    (axes,) = figure.axes
+    assert axes.lines[0].get_xydata().tolist() == [[0, 2.0], [3000, 1.5]]
+    corners = {tuple(point) for point in axes.collections[0].get_paths()[0].vertices.tolist()}
+    assert {(0.0, 1.9), (0.0, 2.1), (3000.0, 1.5)} <= corners
+    assert heldout_figure({"pretrain": Curve(STEPS, [])}) is None
+
+
+def test_routers_are_drawn_with_the_range_of_their_layers() -> None:
+    steps = [line | {"router": {"load_cv": [0.1, None, 0.3], "dropped": [0.0, None, 0.5]}} for line in STEPS]
+    figure = routers_figure(Curve(steps, []))
+    assert figure is not None
+    load, dropped = figure.axes
+    assert load.lines[0].get_ydata().tolist() == pytest.approx([0.2] * 3)
+    assert dropped.lines[0].get_ydata().tolist() == pytest.approx([0.25] * 3)
+    heights = dropped.collections[0].get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (0.0, 0.5)
+    assert routers_figure(Curve(DENSE, [])) is None
+
+
+def test_speed_and_memory_have_a_line_for_each_training() -> None:
+    left, right = speed_figure({"pretrain": Curve(STEPS, []), "dense_ct": Curve(DENSE, [])}).axes
+    assert [line.get_ydata().tolist() for line in left.lines] == [[500.0] * 3] * 2
+    assert not right.lines  # no memory was measured
 
 
 @pytest.mark.parametrize(("steps", "said"), [(6, True), (99, True), (100, False), (2000, False)])

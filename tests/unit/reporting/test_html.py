@@ -1,0 +1,71 @@
+"""report.html: one file that loads nothing, and obeys nothing that a model wrote."""
+
+from __future__ import annotations
+
+import base64
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.reporting.html import render_html
+from nemo_upcycle.reporting.report import write_report
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture
+def page(run_dir: Path) -> Page:
+    write_report(run_dir)
+    return Page((run_dir / "report.html").read_text())
+
+
+def test_the_page_has_the_tables_of_the_report(page: Page, run_dir: Path) -> None:
+    markdown = (run_dir / "report.md").read_text()
+    assert len(page.all("table")) == len(re.findall(r"^\|---", markdown, re.MULTILINE))
+    assert "trained dense baseline" in page.text
+
+
+def test_figures_are_inside(page: Page, run_dir: Path) -> None:
+    figures = [str(attributes["src"]) for attributes in page.all("img")]
+    assert len(figures) == len(list(run_dir.glob("*.png")))
+    first = base64.b64decode(figures[0].removeprefix("data:image/png;base64,"))
+    assert first == (run_dir / "scores.png").read_bytes()
+
+
+def test_nothing_is_loaded(page: Page) -> None:
+    loaded = {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object"}
+    assert not loaded
+    for _, attributes in page.tags:
+        assert not str(attributes.get("src", "data:")).startswith(("http", "//"))
+
+
+def test_every_section_is_in_the_contents(page: Page) -> None:
+    targets = {str(attributes["href"]) for attributes in page.all("a") if str(attributes["href"]).startswith("#")}
+    assert targets == {f"#{attributes['id']}" for attributes in page.all("h2")}
+    assert len(targets) > 5
+
+
+def test_what_a_model_wrote_is_shown_and_not_obeyed() -> None:
+    page = Page(render_html("# demo\n\n<script>alert(1)</script>\n\n[click](javascript:alert)", Path()))
+    assert not page.all("script")
+    assert not any("javascript" in str(attributes.get("href")) for attributes in page.all("a"))
+    assert "<script>alert(1)</script>" in page.text
