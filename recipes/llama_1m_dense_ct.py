@@ -20,14 +20,14 @@ SEQ_LENGTH = 256
 
 @run.cli.factory(name=NAME)
 def model() -> run.Config[pl.LightningModule]:
-    """Factory function to create the configuration: 1.05M parameters with a vocabulary of 2048.
+    """Factory function to create the configuration: 0.85M parameters with a vocabulary of 2048.
 
     Returns:
         run.Config[pl.LightningModule]: a stock NeMo Llama of small sizes.
     """
     config = run.Config(
         LlamaConfig,
-        num_layers=4,
+        num_layers=3,
         hidden_size=128,
         ffn_hidden_size=384,
         num_attention_heads=4,

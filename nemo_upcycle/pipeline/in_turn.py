@@ -43,7 +43,7 @@ def run_in_turn(jobs: Sequence[Job], run_dir: Path, plan: Plan, executor: Any) -
                 continue
             status = _run_one(job, run_dir, executor, stop)
             if stop.signum:
-                sys.stderr.write(_stopped(stop.signum, stage, run_dir, plan))
+                sys.stderr.write(stopped(stop.signum, stage, run_dir, plan))
                 raise SystemExit(128 + stop.signum)
             if status < 0:  # killed, so it could say nothing itself
                 name = signal.Signals(-status).name
@@ -87,7 +87,7 @@ def sized(executor: run.Executor, nodes: int, per_node: int) -> run.Executor:
     return mine
 
 
-def _stopped(signum: int, stage: Stage, run_dir: Path, plan: Plan) -> str:
+def stopped(signum: int, stage: Stage, run_dir: Path, plan: Plan) -> str:
     """Return the last words of a stopped run: what was kept, and how to continue."""
     done = [entry.name for entry in (*before(plan, stage.name), stage) if entry.is_done(run_dir, plan)]
     kept = f"finished stages: {', '.join(done) or 'none'}"

@@ -26,6 +26,8 @@ from nemo_upcycle.utils.files import read_json
 
 #: What is kept of the routers.
 ROUTER_METRICS = ("load_cv", "load_entropy", "dropped", "dead_experts", "expert_distance")
+#: Two numbers of FLOPs that differ by less count as equal.
+FLOPS_APART = 0.02
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class ArmRecord:
     def tokens(self) -> int:
         """Of a whole training."""
         return self.steps * self.tokens_per_step
+
+    @property
+    def step_flops(self) -> float:
+        """Of a step."""
+        return self.tokens_per_step * self.flops_per_token
 
     @property
     def final(self) -> dict[int, Sums]:
@@ -98,10 +105,11 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
 
     Returns:
         `arms` (name -> `tokens`, `flops`, `rank_hours`, `bits_per_byte` and `start` with their errors over seeds,
-        `curve` by tokens, `sources` at the end, `routers` by tokens), `differences` (name -> `reference`, at the `end`
-        what `difference_of_arms` returns, at the `start` likewise, and `better_from` tokens; of arms of equal steps),
-        `rankings` (`rank_arms` of the arms of each number of tokens) and `budgets` (family -> its arms; the later
-        families' have `worth_tokens` and `worth_rank_hours` of the first one's training, to reach the same).
+        `curve` by tokens, `sources` at the end, `routers` by tokens), `differences` (name -> `reference`; at the
+        `start` what `difference_of_arms` returns, `along` the tokens that both have, at the `end` of these;
+        `better_from` tokens; `equal_flops`, where a token costs the two different FLOPs), `rankings` (`rank_arms` of
+        all arms after the tokens of each whole training) and `budgets` (arm -> what it reaches with each; the later
+        arms' have `worth_tokens` and `worth_rank_hours` of the first one's training, to reach the same).
     """
     values: dict[str, Any] = {"arms": {}, "differences": {}}
     for name, arm in arms.items():
@@ -127,23 +135,39 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
             "routers": _routers(arm),
         }
     for name, other in described["references"].items():
-        arm, reference = arms[name], arms[other]
-        found = {
-            "reference": other,
-            "start": difference_of_arms(arm.scores[0], reference.scores[0]),
-            "end": difference_of_arms(arm.final, reference.final),
-        }
-        if arm.steps == reference.steps:
-            common = sorted(set(arm.scores) & set(reference.scores))
-            along = {
-                step * arm.tokens_per_step: difference_of_arms(arm.scores[step], reference.scores[step])
-                for step in common
-            }
-            found |= {"along": along, "better_from": better_from(along)}
-        values["differences"][name] = found
+        values["differences"][name] = {"reference": other, **_difference(arms[name], arms[other])}
     values["rankings"] = _rankings(arms)
-    values["budgets"] = _budgets(described.get("budgets", {}), values["arms"])
+    values["budgets"] = _budgets(described.get("budgets"), arms)
     return values
+
+
+def _difference(arm: ArmRecord, reference: ArmRecord) -> dict[str, Any]:
+    """Compare an arm with its reference after equal tokens, and with equal FLOPs."""
+    along = {
+        step * arm.tokens_per_step: difference_of_arms(arm.scores[step], reference.scores[step])
+        for step in sorted(set(arm.scores) & set(reference.scores))
+    }
+    found = {"start": along[0], "along": along, "end": along[max(along)], "better_from": better_from(along)}
+    if arm.flops_per_token != reference.flops_per_token and (pair := _equal_flops(arm, reference)):
+        mine, its = pair
+        found["equal_flops"] = {
+            "tokens": mine * arm.tokens_per_step,
+            "reference_tokens": its * reference.tokens_per_step,
+            "flops_ratio": mine * arm.step_flops / (its * reference.step_flops),
+            **difference_of_arms(arm.scores[mine], reference.scores[its]),
+        }
+    return found
+
+
+def _equal_flops(arm: ArmRecord, reference: ArmRecord) -> tuple[int, int] | None:
+    """Return the last steps of the two that took as many FLOPs, up to `FLOPS_APART`; None where none did."""
+    pairs = [
+        (mine, its)
+        for mine in arm.scores
+        for its in reference.scores
+        if its and abs(mine * arm.step_flops / (its * reference.step_flops) - 1) < FLOPS_APART
+    ]
+    return max(pairs, default=None)
 
 
 def _mean(seeds: Mapping[int, Sums]) -> dict[str, float | None]:
@@ -174,30 +198,40 @@ def _routers(arm: ArmRecord) -> dict[str, dict[int, float]]:
 
 
 def _rankings(arms: Mapping[str, ArmRecord]) -> list[dict[str, Any]]:
-    """Rank the arms of each number of tokens, the longest list first."""
-    lengths: dict[int, dict[str, Mapping[int, Sums]]] = defaultdict(dict)
-    for name, arm in arms.items():
-        lengths[arm.tokens][name] = arm.final
-    rankings = [{"tokens": tokens, "arms": rank_arms(group)} for tokens, group in lengths.items() if len(group) > 1]
+    """Rank the arms after the tokens of each whole training, the longest list first."""
+    rankings = []
+    for tokens in dict.fromkeys(arm.tokens for arm in arms.values()):
+        reached = {name: arm.scores.get(tokens // arm.tokens_per_step, {}) for name, arm in arms.items()}
+        there = {name: seeds for name, seeds in reached.items() if seeds}
+        if len(there) > 1:
+            rankings.append({"tokens": tokens, "arms": rank_arms(there)})
     return sorted(rankings, key=lambda ranking: -len(ranking["arms"]))
 
 
-def _budgets(families: Mapping[str, list[str]], arms: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Return what each family reaches with each budget, and what that is worth in the first family's training."""
-    found = {
-        family: [
-            {"arm": name, "tokens": arms[name]["tokens"], "flops": arms[name]["flops"], **arms[name]["bits_per_byte"]}
-            for name in names
-        ]
-        for family, names in families.items()
-    }
-    if not found:
+def _budgets(named: Mapping[str, Any] | None, arms: Mapping[str, ArmRecord]) -> dict[str, list[dict[str, Any]]]:
+    """Return what some arms reach with each budget, and what that is worth in the first one's training."""
+    if not named:
         return {}
-    first, *others = found.values()
-    reached = {entry["tokens"]: entry["value"] for entry in first}
-    longest = max((arms[entry["arm"]] for entry in first), key=lambda arm: arm["tokens"])
-    for entry in (entry for family in others for entry in family):
+    found = {
+        name: [
+            {
+                "tokens": step * arms[name].tokens_per_step,
+                "flops": step * arms[name].step_flops,
+                **_mean(arms[name].scores[step]),
+            }
+            for step in named["steps"]
+        ]
+        for name in named["arms"]
+    }
+    first, *others = named["arms"]
+    reached = {
+        step * arms[first].tokens_per_step: mean_of_seeds(seeds)[0]
+        for step, seeds in arms[first].scores.items()
+        if step
+    }
+    for entry in (entry for name in others for entry in found[name]):
         tokens = tokens_to_reach(entry["value"], reached)
+        hours_of_token = arms[first].rank_hours / arms[first].tokens
         entry["worth_tokens"] = tokens
-        entry["worth_rank_hours"] = None if tokens is None else tokens * longest["rank_hours"] / longest["tokens"]
+        entry["worth_rank_hours"] = None if tokens is None else tokens * hours_of_token
     return found

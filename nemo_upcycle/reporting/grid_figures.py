@@ -104,7 +104,7 @@ def routers_figure(values: Mapping[str, Any]) -> Figure | None:
 
 
 def budgets_figure(values: Mapping[str, Any]) -> Figure | None:
-    """Return what each family of arms reaches over its budgets, in tokens and in FLOPs; None without families.
+    """Return what some arms reach with each budget, in tokens and in FLOPs; None where the grid names no budgets.
 
     Args:
         values: what `compare_arms` returned.
@@ -118,7 +118,7 @@ def budgets_figure(values: Mapping[str, Any]) -> Figure | None:
     for axes, (unit, title) in zip(
         figure.subplots(1, 2, sharey=True), {"tokens": "tokens", "flops": "training FLOPs"}.items(), strict=True
     ):
-        for position, (family, entries) in enumerate(values["budgets"].items()):
+        for position, (arm, entries) in enumerate(values["budgets"].items()):
             colour, marker = _style(position)
             axes.errorbar(
                 [entry[unit] for entry in entries],
@@ -127,7 +127,7 @@ def budgets_figure(values: Mapping[str, Any]) -> Figure | None:
                 color=colour,
                 marker=marker,
                 capsize=3,
-                label=family,
+                label=arm,
             )
         axes.set_xscale("log")
         axes.set_xlabel(title)

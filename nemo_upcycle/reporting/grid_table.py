@@ -96,6 +96,7 @@ def _arms(arms: Mapping[str, Any]) -> str:
 def _differences(differences: Mapping[str, Any]) -> str:
     if not differences:
         return ""
+    header = ["difference", "at step 0", "at the last common step"]
     rows = [
         [
             f"{arm} - {found['reference']}",
@@ -103,15 +104,16 @@ def _differences(differences: Mapping[str, Any]) -> str:
             _with_verdict(found["end"]),
             number(found["end"]["stderr_documents"], 2),
             number(found["end"]["stderr_seeds"], 2),
-            _from(found),
+            _from(found["better_from"]),
+            _equal_flops(found.get("equal_flops")),
         ]
         for arm, found in differences.items()
     ]
     return section(
         "Differences",
-        table(["difference", "at step 0", "at the end", "from documents", "from seeds", "better from"], rows),
-        "At the same seeds, on the same documents, in bits per byte; ± joins the error that other documents"
-        " would give (a jackknife over them) and that of other seeds. It is a tie where the 95 % interval (t)"
+        table([*header, "from documents", "from seeds", "better from", "with equal FLOPs"], rows),
+        "At the same seeds, on the same documents, in bits per byte, after equal tokens; ± joins the error that other"
+        " documents would give (a jackknife over them) and that of other seeds. It is a tie where the 95 % interval (t)"
         f" holds 0, or the difference is below {ROUNDING:g}, which rounding makes.",
     )
 
@@ -121,11 +123,14 @@ def _with_verdict(found: Mapping[str, Any]) -> str:
     return f"{sign}{with_error(found['difference'], found['stderr'])} ({found['verdict']})"
 
 
-def _from(found: Mapping[str, Any]) -> str:
-    if "along" not in found:
-        return "other steps"
-    tokens = found["better_from"]
+def _from(tokens: int | None) -> str:
     return "-" if tokens is None else f"{tokens:,} tokens"
+
+
+def _equal_flops(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    return f"{_with_verdict(found)}: {found['tokens']:,} tokens for {found['reference_tokens']:,}"
 
 
 def _rankings(rankings: list[Mapping[str, Any]]) -> str:
@@ -146,26 +151,30 @@ def _rankings(rankings: list[Mapping[str, Any]]) -> str:
 
 
 def _budgets(budgets: Mapping[str, Any]) -> str:
-    """Return what each family of arms reaches with each budget, and what that is worth in the first family's."""
+    """Return what some arms reach with each budget, and what that is worth in the first one's training."""
     if not budgets:
         return ""
     first, *others = budgets
-    rows = [
-        [
-            entry["arm"],
-            f"{entry['tokens']:,}",
-            with_error(entry["value"], entry["stderr"]),
-            "-" if family == first else _worth(entry, budgets[first]),
-            number(entry["worth_rank_hours"] and 60 * entry["worth_rank_hours"], 3) if family != first else "-",
+    tables = []
+    for arm in others:
+        rows = [
+            [
+                f"{entry['tokens']:,}",
+                with_error(its["value"], its["stderr"]),
+                with_error(entry["value"], entry["stderr"]),
+                f"{entry['value'] - its['value']:+.4f}",
+                _worth(entry, budgets[first]),
+                "-" if entry["worth_rank_hours"] is None else number(60 * entry["worth_rank_hours"], 3),
+            ]
+            for entry, its in zip(budgets[arm], budgets[first], strict=True)
         ]
-        for family, entries in budgets.items()
-        for entry in entries
-    ]
+        header = ["tokens", first, arm, "gain", f"tokens of {first} for as much", "rank minutes of it"]
+        tables.append(table(header, rows))
     return section(
         "Budgets",
-        table(["arm", "tokens", "bits per byte", f"tokens of {first} for as much", "rank minutes of it"], rows),
-        f"What a training of {' and '.join(others)} reaches, in tokens that {first} would need for the same. Between"
-        " its budgets bits per byte are taken to be linear in the logarithm of the tokens; nothing is said beyond.",
+        *tables,
+        f"Tokens that {first} needs for the same: between the points of its curve bits per byte are taken to be linear"
+        " in the logarithm of the tokens; nothing is said beyond them.",
         "![budgets](budgets.png)",
     )
 
@@ -173,10 +182,9 @@ def _budgets(budgets: Mapping[str, Any]) -> str:
 def _worth(entry: Mapping[str, Any], first: list[Mapping[str, Any]]) -> str:
     if entry["worth_tokens"] is not None:
         return f"{entry['worth_tokens']:,.0f} ({entry['worth_tokens'] / entry['tokens']:.2f} times)"
-    longest = max(first, key=lambda one: one["tokens"])
-    if entry["value"] < longest["value"]:
-        return f"more than {longest['tokens']:,}"
-    return f"fewer than {min(one['tokens'] for one in first):,}"
+    if entry["value"] < first[-1]["value"]:
+        return f"more than {first[-1]['tokens']:,}"
+    return f"fewer than {first[0]['tokens']:,}"
 
 
 def _sources(arms: Mapping[str, Any]) -> str:

@@ -207,15 +207,18 @@ def _references(where: str, values: Any, arms: Mapping[str, Any]) -> dict[str, s
     return found
 
 
-def _budgets(where: str, values: Any, arms: Mapping[str, Any]) -> dict[str, list[str]]:
-    families = _mapping(where, values)
-    for family, names in families.items():
-        if not isinstance(names, list) or len(names) < 2:
-            raise UpcycleError(f"{where}.{family}", got=names, expected="a list of arms", fix="name two or more")
-        for name in names:
-            if name not in arms:
-                raise UpcycleError.unknown(f"{where}.{family}: arm", str(name), arms)
-    return families
+def _budgets(where: str, values: Any, arms: Mapping[str, Any]) -> dict[str, Any]:
+    found = _mapping(where, values, ("arms", "steps"))
+    if not found:
+        return {}
+    names, steps = found.get("arms"), found.get("steps")
+    for key, value in (("arms", names), ("steps", steps)):
+        if not isinstance(value, list) or len(value) < 2:
+            raise UpcycleError(f"{where}.{key}", got=value, expected="a list of two or more", fix="see laptop.yaml")
+    for name in names:
+        if name not in arms:
+            raise UpcycleError.unknown(f"{where}.arms: arm", str(name), arms)
+    return {"arms": names, "steps": steps}
 
 
 def _mapping(where: str, values: Any, known: tuple[str, ...] | None = None) -> dict[str, Any]:

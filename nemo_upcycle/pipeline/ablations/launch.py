@@ -11,7 +11,7 @@ import nemo_run as run
 from nemo_upcycle.pipeline.ablations.grid import read_grid
 from nemo_upcycle.pipeline.ablations.plan import GridPlan
 from nemo_upcycle.pipeline.chain import Chain
-from nemo_upcycle.pipeline.checks import check_started
+from nemo_upcycle.pipeline.checks import check_started, is_local
 from nemo_upcycle.pipeline.console import command_line
 from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
@@ -19,6 +19,7 @@ from nemo_upcycle.pipeline.executors.settings import cluster_for
 from nemo_upcycle.pipeline.in_turn import run_in_turn
 from nemo_upcycle.pipeline.jobs import jobs_of
 from nemo_upcycle.pipeline.launch import COMMAND, require_no_other_jobs, run_chain, whole_path
+from nemo_upcycle.pipeline.side_by_side import check_at_once, run_side_by_side
 from nemo_upcycle.utils.files import MARKER, in_use
 
 
@@ -30,7 +31,14 @@ class AblateContext(PipelineContext):
 
 
 @run.cli.entrypoint(namespace="upcycle", type="experiment", run_ctx_cls=AblateContext)
-def ablate(ctx: run.cli.RunContext, grid: str, dir: str, dense: str | None = None, data: str | None = None) -> None:
+def ablate(
+    ctx: run.cli.RunContext,
+    grid: str,
+    dir: str,
+    dense: str | None = None,
+    data: str | None = None,
+    at_once: int = 1,
+) -> None:
     """Train every arm of a grid with every seed from one parent on the same data, and compare them.
 
     Run it again after a stop of any kind, with the same `dir`: what is finished stays, the rest goes on.
@@ -41,6 +49,7 @@ def ablate(ctx: run.cli.RunContext, grid: str, dir: str, dense: str | None = Non
         dir: folder of the grid.
         dense: another dense parent than the grid's.
         data: another blend than the grid's, or a finished folder of `nemo-upcycle data`.
+        at_once: trainings that run at the same time on this machine's cores.
 
     Raises:
         UpcycleError: an arm could not start, or one did not finish.
@@ -54,6 +63,7 @@ def ablate(ctx: run.cli.RunContext, grid: str, dir: str, dense: str | None = Non
         )
         check_started(run_dir, plan)
     cluster = cluster_for(ctx.executor)
+    check_at_once(at_once, is_here=is_local(ctx.executor))
     jobs = jobs_of(plan.stages, run_dir, plan)
     chain = Chain(cluster, jobs, lambda name: plan.stage(name).is_done(run_dir, plan), run_dir) if cluster else None
     sys.stdout.write(_summary(plan, run_dir))
@@ -69,6 +79,8 @@ def ablate(ctx: run.cli.RunContext, grid: str, dir: str, dense: str | None = Non
         (run_dir / COMMAND).write_text(command_line() + "\n", encoding="utf-8")
         if chain:
             run_chain(chain, detach=ctx.detach)
+        elif at_once > 1:
+            run_side_by_side(jobs, run_dir, plan, at_once)
         else:
             run_in_turn(jobs, run_dir, plan, ctx.executor)
     if not ctx.detach:

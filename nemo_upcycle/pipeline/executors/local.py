@@ -60,11 +60,17 @@ class StopSignals:
 
 
 def run_ranks(
-    command: Sequence[str], ranks: int | None, environment: Mapping[str, str], logs: Path, stop: StopSignals
+    command: Sequence[str],
+    ranks: int | None,
+    environment: Mapping[str, str],
+    logs: Path,
+    stop: StopSignals,
+    *,
+    is_quiet: bool = False,
 ) -> int:
     """Run a command once a rank; return its exit status, or minus the number of the signal that ended it.
 
-    The first rank writes to the console, the others into `logs`; the last lines of a failed one are shown. When a rank
+    The first rank writes to the console, the others into `logs`; the last lines of a failed one are shown. When one
     fails, the others are ended; when `stop` has a signal, all are ended.
 
     Args:
@@ -73,30 +79,38 @@ def run_ranks(
         environment: variables added to this process's own.
         logs: prefix of the log files of all ranks but the first.
         stop: the launcher's signals.
+        is_quiet: whether the first rank writes into `logs`, too.
     """
     processes: list[subprocess.Popen[bytes]] = []
     with held_port() as port:
         try:
             for variables in [{}] if ranks is None else _rank_variables(ranks, port):
-                processes.append(_start(command, {**environment, **variables}, logs, len(processes)))
+                rank = len(processes)
+                log = _log_of(logs, rank) if rank or is_quiet else None
+                processes.append(_start(command, {**environment, **variables}, log))
             failed = _wait(processes, stop)
         finally:
             _end(processes)
     if failed is None:
         return 0
-    if failed and not stop.signum and processes[0].returncode != USERS_MISTAKE:  # else the console has the message
+    has_said = not is_quiet and (not failed or processes[0].returncode == USERS_MISTAKE)
+    if not has_said and not stop.signum:
         sys.stderr.write(_tail(_log_of(logs, failed)))
     return processes[failed].returncode
 
 
-def _start(command: Sequence[str], environment: Mapping[str, str], logs: Path, rank: int) -> subprocess.Popen[bytes]:
+def _start(command: Sequence[str], environment: Mapping[str, str], log: Path | None) -> subprocess.Popen[bytes]:
     own = {"PYTHONUNBUFFERED": "1", _LAUNCHER: str(os.getpid())}
-    if rank:
-        logs.parent.mkdir(parents=True, exist_ok=True)
-    with _log_of(logs, rank).open("wb") if rank else contextlib.nullcontext() as log:
+    if log:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") if log else contextlib.nullcontext() as output:
         # A session of its own: Ctrl-C reaches the launcher alone, and a signal to the group all that the rank started.
         return subprocess.Popen(
-            list(command), env={**os.environ, **own, **environment}, stdout=log, stderr=log, start_new_session=True
+            list(command),
+            env={**os.environ, **own, **environment},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
 
 

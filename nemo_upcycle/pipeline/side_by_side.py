@@ -1,0 +1,122 @@
+"""Run stages on this machine, several at once where none needs another: small trainings on one core each."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+import torch
+
+from nemo_upcycle.errors import StageStopped, UpcycleError
+from nemo_upcycle.pipeline.console import end_soon
+from nemo_upcycle.pipeline.executors import local
+from nemo_upcycle.pipeline.executors.base import Job
+from nemo_upcycle.pipeline.in_turn import stopped, variables_for
+from nemo_upcycle.pipeline.plan import Plan
+from nemo_upcycle.pipeline.runner import DONE_BEFORE
+from nemo_upcycle.utils.progress import duration
+
+
+_POLL_S = 0.2
+
+
+def check_at_once(at_once: int, *, is_here: bool) -> None:
+    """Check how many stages shall run at once.
+
+    Raises:
+        UpcycleError: more than one where they cannot.
+    """
+    if at_once < 1:
+        raise UpcycleError("at_once", got=at_once, expected="a whole number from 1 on", fix="write 1")
+    if at_once == 1:
+        return
+    where = {"with an executor": not is_here, "on GPUs": torch.cuda.is_available()}
+    for place, holds in where.items():
+        if holds:
+            raise UpcycleError(
+                "at_once",
+                got=f"{at_once} {place}",
+                expected="1",
+                fix="omit it: a scheduler starts what there is room for"
+                if not is_here
+                else "omit it, or use an executor: trainings would share the GPUs",
+            )
+
+
+def run_side_by_side(jobs: Sequence[Job], run_dir: Path, plan: Plan, at_once: int) -> None:
+    """Run stages as soon as those that they need are done; start nothing else after one that did not finish.
+
+    What a stage prints goes to `logs/STAGE-rank0.log`; the console says which started, and how many are left.
+
+    Args:
+        jobs: of the stages, each after those that it needs.
+        run_dir: the run's folder.
+        plan: of the run.
+        at_once: how many may run.
+
+    Raises:
+        SystemExit: as `run_in_turn`.
+    """
+    end_soon()
+    waiting = list(jobs)
+    running: dict[Future[int], Job] = {}
+    status, began_s, ended = 0, time.monotonic(), 0
+    with local.StopSignals() as stop, ThreadPoolExecutor(at_once) as pool:
+        while running or (waiting and not status and not stop.signum):
+            while not status and not stop.signum and len(running) < at_once:
+                job = _next(waiting, run_dir, plan)
+                if job is None:
+                    break
+                waiting.remove(job)
+                if plan.stage(job.name).is_done(run_dir, plan):
+                    _say(f"[{job.name}] {DONE_BEFORE}")
+                    continue
+                _say(f"[{job.name}] started: {_logs(run_dir, job)}-rank0.log")
+                running[pool.submit(_run, job, run_dir, at_once, stop)] = job
+            done, _ = wait(running, _POLL_S, FIRST_COMPLETED)
+            for future in done:
+                job = running.pop(future)
+                if not stop.signum and (future.result() or not plan.stage(job.name).is_done(run_dir, plan)):
+                    status = status or _status(job, future.result(), run_dir)
+                    continue
+                ended += 1
+                left = len(waiting) + len(running)
+                eta_s = (time.monotonic() - began_s) / ended * left
+                _say(f"[{job.name}] done; {left} stages left, ETA {duration(eta_s)}")
+        if stop.signum:
+            last = next(iter(running.values()), waiting[0] if waiting else jobs[-1])
+            sys.stderr.write(stopped(stop.signum, plan.stage(last.name), run_dir, plan))
+            raise SystemExit(128 + stop.signum)
+    if status:
+        raise SystemExit(status)
+
+
+def _next(waiting: Sequence[Job], run_dir: Path, plan: Plan) -> Job | None:
+    """Return the first stage whose own needs are done."""
+    for job in waiting:
+        if all(plan.stage(name).is_done(run_dir, plan) for name in plan.stage(job.name).after):
+            return job
+    return None
+
+
+def _run(job: Job, run_dir: Path, at_once: int, stop: local.StopSignals) -> int:
+    ranks = job.ranks_per_node if job.is_training else None
+    variables = variables_for(at_once * (ranks or 1), None)
+    return local.run_ranks(job.command, ranks, variables, _logs(run_dir, job), stop, is_quiet=True)
+
+
+def _logs(run_dir: Path, job: Job) -> Path:
+    return run_dir / "logs" / job.name
+
+
+def _status(job: Job, status: int, run_dir: Path) -> int:
+    """Say that a stage did not finish, and return the exit status for it; its last lines stand above."""
+    _say(f"[{job.name}] did not finish (status {status}). Run the same command again: it goes on from {run_dir}")
+    return status if status in (local.USERS_MISTAKE, StageStopped.exit_status) else 1
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
