@@ -15,6 +15,7 @@ from nemo_upcycle.pipeline.console import end_soon
 from nemo_upcycle.pipeline.executors import local
 from nemo_upcycle.pipeline.executors.base import Job
 from nemo_upcycle.pipeline.in_turn import stopped, variables_for
+from nemo_upcycle.pipeline.order import before, unfinished
 from nemo_upcycle.pipeline.plan import Plan
 from nemo_upcycle.pipeline.runner import DONE_BEFORE
 from nemo_upcycle.utils.progress import duration
@@ -95,11 +96,8 @@ def run_side_by_side(jobs: Sequence[Job], run_dir: Path, plan: Plan, at_once: in
 
 
 def _next(waiting: Sequence[Job], run_dir: Path, plan: Plan) -> Job | None:
-    """Return the first stage whose own needs are done."""
-    for job in waiting:
-        if all(plan.stage(name).is_done(run_dir, plan) for name in plan.stage(job.name).after):
-            return job
-    return None
+    """Return the first stage that needs nothing more."""
+    return next((job for job in waiting if unfinished(before(plan, job.name), run_dir, plan) is None), None)
 
 
 def _run(job: Job, run_dir: Path, at_once: int, stop: local.StopSignals) -> int:

@@ -112,8 +112,9 @@ def _differences(differences: Mapping[str, Any]) -> str:
     return section(
         "Differences",
         table([*header, "from documents", "from seeds", "better from", "with equal FLOPs"], rows),
-        "At the same seeds, on the same documents, in bits per byte, after equal tokens; ± joins the error that other"
-        " documents would give (a jackknife over them) and that of other seeds. It is a tie where the 95 % interval (t)"
+        "At the same seeds, on the same documents, in bits per byte, after equal tokens; ± joins the error that"
+        " other documents would give (a jackknife over them) and that of other seeds. It is a tie where the 95 %"
+        " interval (t)"
         f" holds 0, or the difference is below {ROUNDING:g}, which rounding makes.",
     )
 

@@ -211,14 +211,14 @@ def _budgets(where: str, values: Any, arms: Mapping[str, Any]) -> dict[str, Any]
     found = _mapping(where, values, ("arms", "steps"))
     if not found:
         return {}
-    names, steps = found.get("arms"), found.get("steps")
-    for key, value in (("arms", names), ("steps", steps)):
+    for key in ("arms", "steps"):
+        value = found.get(key)
         if not isinstance(value, list) or len(value) < 2:
             raise UpcycleError(f"{where}.{key}", got=value, expected="a list of two or more", fix="see laptop.yaml")
-    for name in names:
+    for name in found["arms"]:
         if name not in arms:
             raise UpcycleError.unknown(f"{where}.arms: arm", str(name), arms)
-    return {"arms": names, "steps": steps}
+    return found
 
 
 def _mapping(where: str, values: Any, known: tuple[str, ...] | None = None) -> dict[str, Any]:
