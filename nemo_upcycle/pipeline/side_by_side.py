@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -64,7 +65,9 @@ def run_side_by_side(jobs: Sequence[Job], run_dir: Path, plan: Plan, at_once: in
     end_soon()
     waiting = list(jobs)
     running: dict[Future[int], Job] = {}
-    status, began_s, ended = 0, time.monotonic(), 0
+    took_s: list[float] = []
+    unfinished_jobs: list[Job] = []
+    status, began_s = 0, dict[str, float]()
     with local.StopSignals() as stop, ThreadPoolExecutor(at_once) as pool:
         while running or (waiting and not status and not stop.signum):
             while not status and not stop.signum and len(running) < at_once:
@@ -76,19 +79,21 @@ def run_side_by_side(jobs: Sequence[Job], run_dir: Path, plan: Plan, at_once: in
                     _say(f"[{job.name}] {DONE_BEFORE}")
                     continue
                 _say(f"[{job.name}] started: {_logs(run_dir, job)}-rank0.log")
+                began_s[job.name] = time.monotonic()
                 running[pool.submit(_run, job, run_dir, at_once, stop)] = job
             done, _ = wait(running, _POLL_S, FIRST_COMPLETED)
             for future in done:
                 job = running.pop(future)
-                if not stop.signum and (future.result() or not plan.stage(job.name).is_done(run_dir, plan)):
-                    status = status or _status(job, future.result(), run_dir)
+                if future.result() or not plan.stage(job.name).is_done(run_dir, plan):
+                    unfinished_jobs.append(job)
+                    status = status or _status(job, future.result(), run_dir, stop)
                     continue
-                ended += 1
-                left = len(waiting) + len(running)
-                eta_s = (time.monotonic() - began_s) / ended * left
-                _say(f"[{job.name}] done; {left} stages left, ETA {duration(eta_s)}")
+                took_s += [time.monotonic() - began_s[job.name]] if job.is_training else []
+                left = sum(one.is_training for one in (*waiting, *running.values()))
+                eta = f", ETA {duration(statistics.fmean(took_s) * left / at_once)}" if took_s and left else ""
+                _say(f"[{job.name}] done; {left} trainings left{eta}")
         if stop.signum:
-            last = next(iter(running.values()), waiting[0] if waiting else jobs[-1])
+            last = (*unfinished_jobs, *waiting, jobs[-1])[0]
             sys.stderr.write(stopped(stop.signum, plan.stage(last.name), run_dir, plan))
             raise SystemExit(128 + stop.signum)
     if status:
@@ -110,9 +115,10 @@ def _logs(run_dir: Path, job: Job) -> Path:
     return run_dir / "logs" / job.name
 
 
-def _status(job: Job, status: int, run_dir: Path) -> int:
+def _status(job: Job, status: int, run_dir: Path, stop: local.StopSignals) -> int:
     """Say that a stage did not finish, and return the exit status for it; its last lines stand above."""
-    _say(f"[{job.name}] did not finish (status {status}). Run the same command again: it goes on from {run_dir}")
+    if not stop.signum:
+        _say(f"[{job.name}] did not finish (status {status}). Run the same command again: it goes on from {run_dir}")
     return status if status in (local.USERS_MISTAKE, StageStopped.exit_status) else 1
 
 

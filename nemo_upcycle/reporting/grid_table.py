@@ -55,7 +55,7 @@ def render_table(name: str, about: str, values: Mapping[str, Any]) -> str:
         _arms(arms),
         _differences(values["differences"]),
         _rankings(values["rankings"]),
-        _budgets(values["budgets"]),
+        _budgets(values["budgets"], arms),
         _sources(arms),
         "Every number: `table.json`.\n",
     )
@@ -151,7 +151,7 @@ def _rankings(rankings: list[Mapping[str, Any]]) -> str:
     return section("Ranking", *tables, about)
 
 
-def _budgets(budgets: Mapping[str, Any]) -> str:
+def _budgets(budgets: Mapping[str, Any], arms: Mapping[str, Any]) -> str:
     """Return what some arms reach with each budget, and what that is worth in the first one's training."""
     if not budgets:
         return ""
@@ -164,7 +164,7 @@ def _budgets(budgets: Mapping[str, Any]) -> str:
                 with_error(its["value"], its["stderr"]),
                 with_error(entry["value"], entry["stderr"]),
                 f"{entry['value'] - its['value']:+.4f}",
-                _worth(entry, budgets[first]),
+                _worth(entry, arms[first]["curve"]),
                 "-" if entry["worth_rank_hours"] is None else number(60 * entry["worth_rank_hours"], 3),
             ]
             for entry, its in zip(budgets[arm], budgets[first], strict=True)
@@ -180,12 +180,12 @@ def _budgets(budgets: Mapping[str, Any]) -> str:
     )
 
 
-def _worth(entry: Mapping[str, Any], first: list[Mapping[str, Any]]) -> str:
+def _worth(entry: Mapping[str, Any], curve: Mapping[int, Any]) -> str:
+    """Return how many tokens of the first arm's curve what was reached is worth."""
     if entry["worth_tokens"] is not None:
         return f"{entry['worth_tokens']:,.0f} ({entry['worth_tokens'] / entry['tokens']:.2f} times)"
-    if entry["value"] < first[-1]["value"]:
-        return f"more than {first[-1]['tokens']:,}"
-    return f"fewer than {first[0]['tokens']:,}"
+    longest = max(curve)
+    return f"more than {longest:,}" if entry["value"] < curve[longest]["value"] else "not known"
 
 
 def _sources(arms: Mapping[str, Any]) -> str:

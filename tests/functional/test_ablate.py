@@ -67,7 +67,7 @@ def finished(folder: Path) -> Path:
         time.sleep(0.2)
     os.kill(first.pid, signal.SIGINT)
     assert first.wait(timeout=100) == 130
-    second = start(_command("grid.yaml"), folder)
+    second = start(_command("grid.yaml", "at_once=2"), folder)
     assert second.wait(timeout=500) == 0, (folder / "console.txt").read_text()
     return folder / "run"
 

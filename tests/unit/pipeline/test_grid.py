@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from importlib import resources
 from pathlib import Path
 
 import pytest
 
 import nemo_upcycle.recipes  # noqa: F401  registers them, as the command `nemo` does
+from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.pipeline.ablations.grid import read_grid
 from nemo_upcycle.pipeline.ablations.plan import GridPlan
 from nemo_upcycle.pipeline.order import before
 from nemo_upcycle.pipeline.recipes_io import load_recipe
+from nemo_upcycle.reporting.grid import FLOPS_APART
+
+
+CONF = Path(str(resources.files("nemo_upcycle.conf")))
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +48,39 @@ def test_a_seed_changes_data_and_spec_alone(laptop: GridPlan) -> None:
     assert one.model == two.model
 
 
-def test_the_arm_of_equal_flops_has_them(laptop: GridPlan) -> None:
+def test_arms_are_scored_where_their_flops_are_equal(laptop: GridPlan) -> None:
     """As the paper's arm counts them: full attention."""
     flops = {}
-    for arm in ("dense_equal_flops", "moe"):
+    for arm in ("dense", "moe"):
         recipe = load_recipe(laptop.cells[f"{arm}-seed1"])
         arch, length = architecture_of(recipe.model.config, 2048), recipe.data.seq_length
-        flops[arm] = recipe.trainer.max_steps * flops_per_token(arch, length, causal=False)
-    assert flops["dense_equal_flops"] == pytest.approx(flops["moe"], rel=0.005)
+        flops[arm] = flops_per_token(arch, length, causal=False)
+        callback = recipe.trainer.callbacks[-1]
+        assert recipe.trainer.max_steps % callback.every_n_steps == 0
+    # Both are scored every 31 steps, up to 372: 7 * 31 of the MoE are 10 * 31 of the parent.
+    assert 7 * flops["moe"] == pytest.approx(10 * flops["dense"], rel=FLOPS_APART)
+
+
+def test_the_learning_rate_stays_so_that_a_curve_gives_every_budget(laptop: GridPlan) -> None:
+    recipe = load_recipe(laptop.cells["moe-seed1"])
+    assert recipe.optim.lr_scheduler.min_lr == recipe.optim.config.lr
+    assert max(laptop.described["budgets"]["steps"]) == recipe.trainer.max_steps
+
+
+@pytest.mark.parametrize(
+    ("budgets", "message"),
+    [
+        ("{arms: [dense, moes], steps: [62, 186]}", "Did you mean 'moe'?"),
+        ("{arms: [dense], steps: [62, 186]}", "budgets.arms: got ['dense']"),
+        ("{arms: [dense, moe]}", "budgets.steps: got None"),
+        ("{arm: [dense, moe]}", "Did you mean 'arms'?"),
+    ],
+)
+def test_budgets_name_arms_and_steps(tmp_path: Path, budgets: str, message: str) -> None:
+    text = (CONF / "ablations/mini.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(f"{text}\nbudgets: {budgets}\n")
+    with pytest.raises(UpcycleError, match=re.escape(message)):
+        read_grid(tmp_path / "mine.yaml")
 
 
 def test_a_plan_is_read_as_it_was_written(laptop: GridPlan, tmp_path: Path) -> None:

@@ -1,0 +1,156 @@
+"""Several stages at once on this machine: real processes, which leave the markers of stages and import no NeMo."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.executors.base import Job
+from nemo_upcycle.pipeline.plan import Plan, Stage
+from nemo_upcycle.pipeline.side_by_side import check_at_once, run_side_by_side
+from tests.unit.pipeline.test_local import processes_of
+
+
+#: What a process does to have its stage done; its own work comes first.
+_FINISH = """
+from pathlib import Path
+from nemo_upcycle.pipeline.markers import StageFolder
+folder = StageFolder(run_dir, name, tuple(sys.argv[3:]))
+folder.start(folder.inputs({}), resumable=False)
+folder.finish(folder.inputs({}), 1.0, {})
+"""
+_WAIT_FOR = """
+(run_dir / ('here-' + name)).touch()
+while not (run_dir / 'here-{other}').is_file():
+    time.sleep(0.05)
+"""
+
+
+@dataclass(frozen=True)
+class Processes(Plan):
+    """Stages, each with the code that its process runs, and what it needs."""
+
+    file = "processes.json"
+    kind = "processes"
+    code: dict[str, str]
+    needs: dict[str, tuple[str, ...]]
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        def nothing(run_dir: Path, plan: Any) -> dict[str, Any]:
+            raise AssertionError
+
+        return tuple(Stage(name, nothing, self.needs.get(name, ()), (), parallel=True) for name in self.code)
+
+    def setting(self, name: str) -> Any:
+        raise AssertionError
+
+    def recipe_of(self, stage: str) -> str | None:
+        return None
+
+    def inputs(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def blend(self) -> str | None:
+        return None
+
+    def jobs(self, run_dir: Path) -> list[Job]:
+        head = "import sys, time; from pathlib import Path; name, run_dir = sys.argv[1], Path(sys.argv[2])\n"
+        return [
+            Job(
+                stage.name,
+                run_dir,
+                (sys.executable, "-c", head + self.code[stage.name], stage.name, str(run_dir), *stage.after),
+                stage.after,
+                is_training=True,
+            )
+            for stage in self.stages
+        ]
+
+
+def run_stages(run_dir: Path, code: dict[str, str], needs: dict[str, tuple[str, ...]], at_once: int = 2) -> None:
+    plan = Processes(code, needs)
+    run_side_by_side(plan.jobs(run_dir), run_dir, plan, at_once)
+
+
+def test_stages_that_do_not_need_each_other_run_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code = {
+        "first": _FINISH,
+        "one": _WAIT_FOR.format(other="two") + _FINISH,
+        "two": _WAIT_FOR.format(other="one") + _FINISH,
+        "last": "assert (run_dir / 'one/_SUCCESS.json').is_file()" + _FINISH,
+    }
+    needs = {"one": ("first",), "two": ("first",), "last": ("one", "two")}
+    run_stages(tmp_path, code, needs)
+    said = capfd.readouterr().err
+    assert said.index("[first] done; 3 trainings left, ETA") < said.index("[one] started:")
+    assert said.index("[two] started:") < said.index("[one] done")
+    assert said.endswith("[last] done; 0 trainings left\n")
+    run_stages(tmp_path, code, needs)
+    assert capfd.readouterr().err.count("done before, from the same inputs") == 4
+
+
+def test_nothing_starts_after_a_failed_stage_and_the_others_finish(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = {
+        "bad": _WAIT_FOR.format(other="good") + "sys.exit('it broke')",
+        "good": _WAIT_FOR.format(other="bad") + "time.sleep(0.5)" + _FINISH,
+        "later": _FINISH,
+    }
+    with pytest.raises(SystemExit) as ended:
+        run_stages(tmp_path, code, {})
+    assert ended.value.code == 1
+    said = capfd.readouterr().err
+    assert "it broke\n[bad] did not finish (status 1)" in said
+    assert "[good] done" in said
+    assert not (tmp_path / "later").exists()
+
+
+def test_a_mistake_of_the_users_keeps_its_status(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_stages(tmp_path, {"bad": "sys.stderr.write('[bad] a mistake\\n'); sys.exit(2)"}, {})
+    assert ended.value.code == 2
+    assert "[bad] a mistake\n" in capfd.readouterr().err
+
+
+def test_sigterm_ends_all_of_them(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code = dict.fromkeys(("one", "two", "three"), "(run_dir / name).touch(); time.sleep(600)")
+
+    def strike() -> None:
+        while not all((tmp_path / name).is_file() for name in ("one", "two")):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=strike, daemon=True).start()
+    with pytest.raises(SystemExit) as ended:
+        run_stages(tmp_path, code, {})
+    assert ended.value.code == 143
+    assert processes_of(tmp_path) == []
+    assert not (tmp_path / "three").exists()
+    assert re.search("Stopped by SIGTERM in stage '(one|two)'", capfd.readouterr().err)
+
+
+@pytest.mark.parametrize(("at_once", "is_here", "words"), [(0, True, "got 0"), (2, False, "a scheduler starts")])
+def test_at_once_is_refused_where_it_cannot_be(at_once: int, is_here: bool, words: str) -> None:
+    with pytest.raises(UpcycleError, match=words):
+        check_at_once(at_once, is_here=is_here)
+    check_at_once(1, is_here=is_here)
+
+
+def test_trainings_do_not_share_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_at_once(2, is_here=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UpcycleError, match="would share the GPUs"):
+        check_at_once(2, is_here=True)
