@@ -1,4 +1,4 @@
-"""`nemo-upcycle report`: write report.md and plots into a run's folder."""
+"""`nemo-upcycle report`: write report.md, report.html and plots into a run's folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from nemo_upcycle.cli.common import add_json, show
 
 
-HELP = "run folder -> report.md, results.json and plots"
+HELP = "run folder -> report.md, report.html, results.json and plots"
 _EXAMPLES = """example:
   nemo-upcycle report runs/demo
 
