@@ -32,12 +32,13 @@ def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), _stderr(values)
 
 
-def difference_of_arms(arm: Mapping[int, Sums], reference: Mapping[int, Sums]) -> dict[str, Any]:
+def difference_of_arms(arm: Mapping[int, Sums], reference: Mapping[int, Sums], comparisons: int = 1) -> dict[str, Any]:
     """Return by how much an arm differs from a reference, at the same seeds and on the same documents.
 
     Args:
         arm: sums by seed.
         reference: of the other arm; seeds that one of them lacks are left out.
+        comparisons: how many the interval has to allow for (Bonferroni).
 
     Returns:
         `difference` (bits per byte, arm minus reference: below 0 the arm is better), `stderr_documents`,
@@ -62,7 +63,7 @@ def difference_of_arms(arm: Mapping[int, Sums], reference: Mapping[int, Sums]) -
     documents = jackknife_stderr([statistics.fmean(values) for values in zip(*without, strict=True)])
     spread = _stderr(list(seeds.values()))
     stderr = math.hypot(documents or 0.0, spread or 0.0)
-    half_width = stderr * _t_quantile((documents, len(names)), (spread, len(common)))
+    half_width = stderr * _t_quantile((documents, len(names)), (spread, len(common)), comparisons=comparisons)
     value = statistics.fmean(seeds.values())
     is_tie = abs(value) <= max(half_width, ROUNDING)
     return {
@@ -83,7 +84,7 @@ def _without(sums: Sums) -> list[float]:
     return left_out(METRIC, list(sums.values()))
 
 
-def _t_quantile(*parts: tuple[float | None, int]) -> float:
+def _t_quantile(*parts: tuple[float | None, int], comparisons: int) -> float:
     """Return the factor of a 95 % interval, from the standard errors that were added and their numbers of values."""
     from scipy.stats import t
 
@@ -91,7 +92,7 @@ def _t_quantile(*parts: tuple[float | None, int]) -> float:
     if not squares:
         return 0.0
     degrees = sum(square for square, _ in squares) ** 2 / sum(square**2 / free for square, free in squares)
-    return float(t.ppf(0.975, degrees))
+    return float(t.ppf(1 - 0.025 / comparisons, degrees))
 
 
 def better_from(differences: Mapping[int, Mapping[str, Any]]) -> int | None:
@@ -120,15 +121,16 @@ def rank_arms(arms: Mapping[str, Mapping[int, Sums]]) -> list[dict[str, Any]]:
 
     Returns:
         `arm`, `value`, and `to_best`: what `difference_of_arms` says of it and the best one; None of the best itself.
-        The intervals are those of single comparisons.
+        The intervals allow for all pairs of arms: the best one is the best by luck, too.
     """
+    pairs = len(arms) * (len(arms) - 1) // 2
     ranked = sorted(arms, key=lambda name: mean_of_seeds(arms[name])[0])
     best = arms[ranked[0]]
     return [
         {
             "arm": name,
             "value": mean_of_seeds(arms[name])[0],
-            "to_best": difference_of_arms(arms[name], best) if name != ranked[0] else None,
+            "to_best": difference_of_arms(arms[name], best, pairs) if name != ranked[0] else None,
         }
         for name in ranked
     ]

@@ -1,13 +1,14 @@
 """Compare two evaluations of the same items: how equal are they? `paired.py` says whether one is better.
 
-Pure functions of the results of `evaluate`. Every uncertainty is a jackknife over the items: for a mean this is the
-usual standard error, and it also holds for perplexities (ratios of sums).
+Pure functions of the results of `evaluate`. Every uncertainty is a jackknife over the items, or over groups of them:
+for a mean this is the usual standard error, and it also holds for perplexities (ratios of sums).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
@@ -31,11 +32,6 @@ def statistic(metric: str, scores: Sequence[Score]) -> float:
     """
     parts = parts_of(metric, scores)
     return value_of(metric, sum(part[0] for part in parts), sum(part[1] for part in parts))
-
-
-def leave_one_out(metric: str, scores: Sequence[Score]) -> list[float]:
-    """Return the metric's value without each item in turn; nothing for fewer than two items."""
-    return left_out(metric, parts_of(metric, scores))
 
 
 def left_out(metric: str, parts: Sequence[tuple[float, float]]) -> list[float]:
@@ -65,6 +61,20 @@ def jackknife_stderr(left_out: Sequence[float]) -> float | None:
 def parts_of(metric: str, scores: Sequence[Score]) -> list[tuple[float, float]]:
     """Return each item's part of the two sums that make a metric."""
     return [(score[0], score[1]) if metric in RATIOS else (score, 1) for score in scores]
+
+
+def cluster_sums(metric: str, scores: Sequence[Score], keys: Sequence[Hashable]) -> list[tuple[float, float]]:
+    """Return the two sums that make a metric, of each cluster in the order of its first item.
+
+    Args:
+        metric: its name, without the task.
+        scores: as in `statistic`.
+        keys: the cluster of each item.
+    """
+    found: dict[Hashable, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
+    for key, (total, units) in zip(keys, parts_of(metric, scores), strict=True):
+        found[key] = (found[key][0] + total, found[key][1] + units)
+    return list(found.values())
 
 
 def value_of(metric: str, total: float, units: float) -> float:

@@ -6,17 +6,15 @@ out or drawn again is therefore a whole cluster, all items of a document or of a
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.compare import (
-    Score,
+    cluster_sums,
     item_pairs,
     jackknife_stderr,
     left_out,
-    parts_of,
     statistic,
     value_of,
 )
@@ -58,7 +56,7 @@ def paired_difference(a: dict[str, Any], b: dict[str, Any], metric: str) -> dict
     pairs = [(leaf, pair) for leaf in leaves for pair in item_pairs(a, b, leaf)]
     scores = [[pair[side]["scores"][name] for _, pair in pairs] for side in (0, 1)]
     keys = [(leaf, pair[0].get("cluster", pair[0]["id"])) for leaf, pair in pairs]
-    sums = [_sums(name, side, keys) for side in scores]
+    sums = [cluster_sums(name, side, keys) for side in scores]
     value = statistic(name, scores[1]) - statistic(name, scores[0])
     without = zip(*(left_out(name, side) for side in sums), strict=True)
     stderr = jackknife_stderr([other - one for one, other in without])
@@ -94,14 +92,6 @@ def mcnemar_p(a: Sequence[float], b: Sequence[float]) -> float:
     only_a = sum(x > y for x, y in zip(a, b, strict=True))
     only_b = sum(x < y for x, y in zip(a, b, strict=True))
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
-
-
-def _sums(metric: str, scores: Sequence[Score], keys: Sequence[tuple[str, Any]]) -> list[tuple[float, float]]:
-    """Return the two sums that make the metric, of each cluster in the order of its first item."""
-    found: dict[tuple[str, Any], tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
-    for key, (total, units) in zip(keys, parts_of(metric, scores), strict=True):
-        found[key] = (found[key][0] + total, found[key][1] + units)
-    return list(found.values())
 
 
 def _bootstrap(metric: str, a: list[tuple[float, float]], b: list[tuple[float, float]]) -> tuple[float, float]:

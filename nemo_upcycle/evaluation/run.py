@@ -16,7 +16,7 @@ from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.backends import Backend, close_model, open_model
-from nemo_upcycle.evaluation.compare import RATIOS, jackknife_stderr, leave_one_out
+from nemo_upcycle.evaluation.compare import RATIOS, cluster_sums, jackknife_stderr, left_out
 from nemo_upcycle.evaluation.local_tasks import data_files
 from nemo_upcycle.evaluation.model import quiet
 from nemo_upcycle.package_info import __version__
@@ -185,17 +185,23 @@ def _local_task(folder: Path, task: str) -> dict[str, Any]:
 
 def _extract(found: dict[str, Any], suffix: str) -> dict[str, dict[str, Any]]:
     """Turn lm-eval's results into `metrics`, `items` and `groups`; `suffix` ends every task's name."""
-    items = {task: [_item(sample) for sample in samples] for task, samples in found["samples"].items()}
+    # Where answers are read in several ways (gsm8k: strict and flexible), the first one counts, as in reports of them.
+    filters = {task: samples[0]["filter"] for task, samples in found["samples"].items()}
+    items = {
+        task: [_item(sample) for sample in samples if sample["filter"] == filters[task]]
+        for task, samples in found["samples"].items()
+    }
     metrics: dict[str, Any] = {}
     for task, values in found["results"].items():
         for key, value in values.items():
-            metric, comma, _ = key.partition(",")
-            if not comma or metric.endswith("_stderr"):
+            metric, comma, name = key.partition(",")
+            if not comma or metric.endswith("_stderr") or name != filters.setdefault(task, name):
                 continue
             stderr = values.get(key.replace(",", "_stderr,", 1))
             if metric in RATIOS and task in items:  # lm-eval has none for the perplexity of whole texts
                 scores = [item["scores"][metric] for item in items[task]]
-                stderr = jackknife_stderr(leave_one_out(metric, scores))
+                clusters = [item.get("cluster", item["id"]) for item in items[task]]
+                stderr = jackknife_stderr(left_out(metric, cluster_sums(metric, scores, clusters)))
             metrics[f"{task}{suffix}/{metric}"] = {
                 "value": value,
                 "stderr": stderr if isinstance(stderr, float) else None,

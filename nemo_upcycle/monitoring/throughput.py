@@ -21,7 +21,7 @@ import torch
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.flops import flops_per_token
-from nemo_upcycle.planning.hardware import gpu_names, known_gpu
+from nemo_upcycle.planning.hardware import gpu_of_device
 
 
 CONVENTIONS = ("full", "causal")
@@ -39,11 +39,9 @@ def peaks_of(gpu: str) -> dict[str, float]:
         >>> peaks_of("NVIDIA H100 80GB HBM3")
         {'bf16': 989, 'fp8': 1979}
     """
-    name = gpu.lower()
-    key = next((key for key in gpu_names() if key in name), None)
-    if key is None or "pcie" in name or "nvl" in name:
+    card = gpu_of_device(gpu)
+    if card is None:
         return {}
-    card = known_gpu(key)
     return {"bf16": card.bf16_tflops} | ({"fp8": card.fp8_tflops} if card.fp8_tflops else {})
 
 

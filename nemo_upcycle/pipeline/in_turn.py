@@ -18,7 +18,7 @@ from nemo_upcycle.pipeline.checks import is_local
 from nemo_upcycle.pipeline.console import command_line, end_soon
 from nemo_upcycle.pipeline.executors import local
 from nemo_upcycle.pipeline.executors.base import Job
-from nemo_upcycle.pipeline.order import before
+from nemo_upcycle.pipeline.order import finished
 from nemo_upcycle.pipeline.plan import Plan, Stage
 from nemo_upcycle.pipeline.runner import DONE_BEFORE, run_stage
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
@@ -43,18 +43,23 @@ def run_in_turn(jobs: Sequence[Job], run_dir: Path, plan: Plan, executor: Any) -
                 continue
             status = _run_one(job, run_dir, executor, stop)
             if stop.signum:
-                sys.stderr.write(stopped(stop.signum, stage, run_dir, plan))
+                sys.stderr.write(stopped(stop.signum, [stage], run_dir, plan))
                 raise SystemExit(128 + stop.signum)
-            if status < 0:  # killed, so it could say nothing itself
-                name = signal.Signals(-status).name
-                hint = " (out of memory?)" if name == "SIGKILL" else ""
-                sys.stderr.write(f"Error: stage '{stage.name}' was ended by {name}{hint}. {_AGAIN} {run_dir}\n")
             if status:
-                raise SystemExit(status if status in (local.USERS_MISTAKE, StageStopped.exit_status) else 1)
+                raise SystemExit(exit_status(stage.name, status, run_dir))
             if not stage.is_done(run_dir, plan):
                 raise UnfinishedError(
                     f"Stage '{stage.name}' did not finish; its message stands above. {_AGAIN} {run_dir}"
                 )
+
+
+def exit_status(name: str, status: int, run_dir: Path) -> int:
+    """Return the launcher's exit status for that of a stage that failed, and say what a killed one could not."""
+    if status < 0:
+        signal_name = signal.Signals(-status).name
+        hint = " (out of memory?)" if signal_name == "SIGKILL" else ""
+        sys.stderr.write(f"Error: stage '{name}' was ended by {signal_name}{hint}. {_AGAIN} {run_dir}\n")
+    return status if status in (local.USERS_MISTAKE, StageStopped.exit_status) else 1
 
 
 def _run_one(job: Job, run_dir: Path, executor: Any, stop: local.StopSignals) -> int:
@@ -87,14 +92,14 @@ def sized(executor: run.Executor, nodes: int, per_node: int) -> run.Executor:
     return mine
 
 
-def stopped(signum: int, stage: Stage, run_dir: Path, plan: Plan) -> str:
+def stopped(signum: int, stages: Sequence[Stage], run_dir: Path, plan: Plan) -> str:
     """Return the last words of a stopped run: what was kept, and how to continue."""
-    done = [entry.name for entry in (*before(plan, stage.name), stage) if entry.is_done(run_dir, plan)]
-    kept = f"finished stages: {', '.join(done) or 'none'}"
-    if stage.resumable:
+    kept = f"finished stages: {', '.join(finished(run_dir, plan)) or 'none'}"
+    for stage in (stage for stage in stages if stage.resumable):
         last = newest_checkpoint(run_dir / stage.name / "checkpoints")
         kept += f"; last checkpoint of {stage.name}: {last}" if last else f"; no checkpoint of {stage.name} yet"
+    names = " and ".join(f"'{stage.name}'" for stage in stages)
     return (
-        f"\nStopped by {signal.Signals(signum).name} in stage '{stage.name}'. Kept in {run_dir}: {kept}.\n"
+        f"\nStopped by {signal.Signals(signum).name} in stage {names}. Kept in {run_dir}: {kept}.\n"
         f"Go on with the same command: {command_line()}\n"
     )

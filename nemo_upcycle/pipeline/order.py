@@ -58,6 +58,15 @@ def require_earlier(stages: Sequence[Stage], run_dir: Path, plan: Plan) -> None:
         )
 
 
+def finished(run_dir: Path, plan: Plan) -> list[str]:
+    """Return the stages that are done from their present inputs, in order."""
+    done: list[str] = []
+    for stage in plan.stages:
+        if set(stage.after) <= set(done) and stage.is_done(run_dir, plan):
+            done.append(stage.name)
+    return done
+
+
 def unfinished(stages: Sequence[Stage], run_dir: Path, plan: Plan) -> str | None:
     """Return the first of these stages that is not done from its present inputs; those before them must be."""
     return next((stage.name for stage in stages if not stage.is_done(run_dir, plan)), None)

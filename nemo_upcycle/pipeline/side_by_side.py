@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from nemo_upcycle.errors import StageStopped, UpcycleError
+from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.console import end_soon
 from nemo_upcycle.pipeline.executors import local
 from nemo_upcycle.pipeline.executors.base import Job
-from nemo_upcycle.pipeline.in_turn import stopped, variables_for
+from nemo_upcycle.pipeline.in_turn import exit_status, stopped, variables_for
 from nemo_upcycle.pipeline.order import before, unfinished
-from nemo_upcycle.pipeline.plan import Plan
+from nemo_upcycle.pipeline.plan import Plan, Stage
 from nemo_upcycle.pipeline.runner import DONE_BEFORE
 from nemo_upcycle.utils.progress import duration
 
@@ -66,7 +66,7 @@ def run_side_by_side(jobs: Sequence[Job], run_dir: Path, plan: Plan, at_once: in
     waiting = list(jobs)
     running: dict[Future[int], Job] = {}
     took_s: list[float] = []
-    unfinished_jobs: list[Job] = []
+    ended_early: list[Stage] = []
     status, began_s = 0, dict[str, float]()
     with local.StopSignals() as stop, ThreadPoolExecutor(at_once) as pool:
         while running or (waiting and not status and not stop.signum):
@@ -85,16 +85,17 @@ def run_side_by_side(jobs: Sequence[Job], run_dir: Path, plan: Plan, at_once: in
             for future in done:
                 job = running.pop(future)
                 if future.result() or not plan.stage(job.name).is_done(run_dir, plan):
-                    unfinished_jobs.append(job)
-                    status = status or _status(job, future.result(), run_dir, stop)
+                    ended_early.append(plan.stage(job.name))
+                    if not stop.signum:
+                        status = status or exit_status(job.name, future.result(), run_dir)
+                        _say(f"[{job.name}] did not finish. Run the same command again: it goes on from {run_dir}")
                     continue
                 took_s += [time.monotonic() - began_s[job.name]] if job.is_training else []
                 left = sum(one.is_training for one in (*waiting, *running.values()))
                 eta = f", ETA {duration(statistics.fmean(took_s) * left / at_once)}" if took_s and left else ""
                 _say(f"[{job.name}] done; {left} trainings left{eta}")
         if stop.signum:
-            last = (*unfinished_jobs, *waiting, jobs[-1])[0]
-            sys.stderr.write(stopped(stop.signum, plan.stage(last.name), run_dir, plan))
+            sys.stderr.write(stopped(stop.signum, ended_early, run_dir, plan))
             raise SystemExit(128 + stop.signum)
     if status:
         raise SystemExit(status)
@@ -113,13 +114,6 @@ def _run(job: Job, run_dir: Path, at_once: int, stop: local.StopSignals) -> int:
 
 def _logs(run_dir: Path, job: Job) -> Path:
     return run_dir / "logs" / job.name
-
-
-def _status(job: Job, status: int, run_dir: Path, stop: local.StopSignals) -> int:
-    """Say that a stage did not finish, and return the exit status for it; its last lines stand above."""
-    if not stop.signum:
-        _say(f"[{job.name}] did not finish (status {status}). Run the same command again: it goes on from {run_dir}")
-    return status if status in (local.USERS_MISTAKE, StageStopped.exit_status) else 1
 
 
 def _say(text: str) -> None:

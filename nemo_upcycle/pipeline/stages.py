@@ -209,7 +209,8 @@ def report_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
     planned = {}
     for stage, text in {"pretrain": plan.pretrain, "dense_ct": plan.dense_ct}.items():
-        if text and (card := read_json(run_dir / stage / "training.json").get("card")):
+        settings = run_dir / stage / "training.json"
+        if text and settings.is_file() and (card := read_json(settings).get("card")):
             planned[stage] = planned_of(load_recipe(text), str(dense_folder_of(run_dir)), card)
     return {"report": str(write_report(run_dir, planned))}
 

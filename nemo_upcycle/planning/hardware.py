@@ -111,6 +111,19 @@ def known_gpu(name: str) -> Gpu:
     return Gpu(**known[name])
 
 
+def gpu_of_device(device: str) -> Gpu | None:
+    """Return a card by the driver's name of it; None for one that is not known, or not in SXM form.
+
+    PCIe and NVL cards have lower peaks than those of `gpus.yaml`.
+
+    Args:
+        device: for example `NVIDIA H100 80GB HBM3`, or a name of `gpus.yaml`.
+    """
+    name = device.lower()
+    known = next((key for key in gpu_names() if key in name), None)
+    return None if known is None or "pcie" in name or "nvl" in name else known_gpu(known)
+
+
 def known_shape(name: str) -> Architecture:
     """Return the architecture of a model by its name in `models.yaml` or, for the recipes' parents, `recipes.yaml`."""
     shapes = read_data("recipes.yaml")["shapes"]

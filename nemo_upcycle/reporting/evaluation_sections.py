@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from nemo_upcycle.evaluation.samples import NEW_TOKENS
-from nemo_upcycle.reporting.markdown import number, plain_cell, section, sources, table, with_error
+from nemo_upcycle.reporting.markdown import label, number, plain_cell, section, sources, table, with_error
 from nemo_upcycle.reporting.results import PAIRS
 from nemo_upcycle.reporting.run_folder import MODELS
 
@@ -25,12 +25,6 @@ def signed(found: dict[str, Any]) -> str:
     """Return a difference with its sign and its error."""
     text = with_error(found["difference"], found["stderr"])
     return f"+{text}" if found["difference"] > 0 else text
-
-
-def label(metric: str) -> str:
-    """Return a metric in words, with its task."""
-    task, _, name = metric.rpartition("/")
-    return f"{name.replace('_', ' ')} ({task})"
 
 
 def evaluation(results: dict[str, Any]) -> str:

@@ -36,36 +36,26 @@ class ArmRecord:
 
     Args:
         name: of the arm.
-        tokens_per_step: of a step.
-        steps: of its trainings.
-        scores: by step and seed, the sums of the held-out documents. What was no number is not there.
+        tokens: of a whole training.
+        scores: by tokens and seed, the sums of the held-out documents. What was no number is not there.
         lines: by seed, the lines of metrics of its steps.
         flops_per_token: of training, full attention.
         rank_hours: of the steps, on average over the seeds.
+        is_rate_constant: whether the learning rate does not fall, so that a point of the curve is a training's end.
     """
 
     name: str
-    tokens_per_step: int
-    steps: int
+    tokens: int
     scores: dict[int, dict[int, Sums]]
     lines: dict[int, list[dict[str, Any]]]
     flops_per_token: float
     rank_hours: float
-
-    @property
-    def tokens(self) -> int:
-        """Of a whole training."""
-        return self.steps * self.tokens_per_step
-
-    @property
-    def step_flops(self) -> float:
-        """Of a step."""
-        return self.tokens_per_step * self.flops_per_token
+    is_rate_constant: bool
 
     @property
     def final(self) -> dict[int, Sums]:
         """By seed, what the last step reached."""
-        return self.scores.get(self.steps, {})
+        return self.scores.get(self.tokens, {})
 
 
 def read_arms(run_dir: Path, described: Mapping[str, Any]) -> dict[str, ArmRecord]:
@@ -86,13 +76,19 @@ def _read_arm(run_dir: Path, arm: str, cells: Mapping[str, Mapping[str, Any]]) -
     lines = {}
     for cell, about in cells.items():
         for path in (run_dir / cell / "evaluation").glob("step=*.json"):
-            scores[int(path.stem.removeprefix("step="))][about["seed"]] = document_sums(read_json(path))
+            tokens = int(path.stem.removeprefix("step=")) * about["tokens_per_step"]
+            scores[tokens][about["seed"]] = document_sums(read_json(path))
         lines[about["seed"]] = read_curve(run_dir / cell / "metrics.jsonl").steps
         settings = read_json(run_dir / cell / "training.json")
     hours = [sum(line["seconds"] for line in steps) * settings["ranks"] / 3600 for steps in lines.values()]
-    flops = settings["flops_per_token"]["full"]
     return ArmRecord(
-        arm, about["tokens_per_step"], about["steps"], dict(scores), lines, flops, statistics.fmean(hours)
+        name=arm,
+        tokens=about["steps"] * about["tokens_per_step"],
+        scores=dict(sorted(scores.items())),
+        lines=lines,
+        flops_per_token=settings["flops_per_token"]["full"],
+        rank_hours=statistics.fmean(hours),
+        is_rate_constant=about["is_rate_constant"],
     )
 
 
@@ -113,24 +109,24 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
     """
     values: dict[str, Any] = {"arms": {}, "differences": {}}
     for name, arm in arms.items():
-        missing = sorted(set(arm.lines) - set(arm.final))
-        if not arm.final:
-            raise UpcycleError(
-                f"arm {name}",
-                got="no score at its last step",
-                expected="one of a seed",
-                fix=f"see the logs of {name}-seed*",
-            )
+        for when, tokens in (("first", 0), ("last", arm.tokens)):
+            if not arm.scores.get(tokens):
+                raise UpcycleError(
+                    f"arm {name}",
+                    got=f"no score at its {when} step",
+                    expected="one of a seed",
+                    fix=f"see the logs of {name}-seed*",
+                )
         values["arms"][name] = {
             "about": described["arms"][name],
             "seeds": sorted(arm.final),
-            "unscored_seeds": missing,
+            "unscored_seeds": sorted(set(arm.lines) - set(arm.final)),
             "tokens": arm.tokens,
             "flops": arm.tokens * arm.flops_per_token,
             "rank_hours": arm.rank_hours,
             "bits_per_byte": _mean(arm.final),
             "start": _mean(arm.scores[0]),
-            "curve": {step * arm.tokens_per_step: _mean(arm.scores[step]) for step in sorted(arm.scores)},
+            "curve": {tokens: _mean(seeds) for tokens, seeds in arm.scores.items()},
             "sources": _sources(arm.final),
             "routers": _routers(arm),
         }
@@ -144,30 +140,47 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
 def _difference(arm: ArmRecord, reference: ArmRecord) -> dict[str, Any]:
     """Compare an arm with its reference after equal tokens, and with equal FLOPs."""
     along = {
-        step * arm.tokens_per_step: difference_of_arms(arm.scores[step], reference.scores[step])
-        for step in sorted(set(arm.scores) & set(reference.scores))
+        tokens: difference_of_arms(seeds, reference.scores[tokens])
+        for tokens, seeds in arm.scores.items()
+        if set(seeds) & set(reference.scores.get(tokens, {}))
     }
-    found = {"start": along[0], "along": along, "end": along[max(along)], "better_from": better_from(along)}
+    if not along:
+        raise UpcycleError(
+            f"arms {arm.name} and {reference.name}",
+            got="no seed and number of tokens at which both were scored",
+            expected="one",
+            fix="see the logs of both; with other batches, choose steps after which their tokens are equal",
+        )
+    found = {"start": along[min(along)], "along": along, "end": along[max(along)], "better_from": better_from(along)}
     if arm.flops_per_token != reference.flops_per_token and (pair := _equal_flops(arm, reference)):
         mine, its = pair
         found["equal_flops"] = {
-            "tokens": mine * arm.tokens_per_step,
-            "reference_tokens": its * reference.tokens_per_step,
-            "flops_ratio": mine * arm.step_flops / (its * reference.step_flops),
+            "tokens": mine,
+            "reference_tokens": its,
+            "flops_ratio": _flops_ratio(arm, mine, reference, its),
             **difference_of_arms(arm.scores[mine], reference.scores[its]),
         }
     return found
 
 
+def _flops_ratio(arm: ArmRecord, tokens: int, reference: ArmRecord, its_tokens: int) -> float:
+    return tokens * arm.flops_per_token / (its_tokens * reference.flops_per_token)
+
+
 def _equal_flops(arm: ArmRecord, reference: ArmRecord) -> tuple[int, int] | None:
-    """Return the last steps of the two that took as many FLOPs, up to `FLOPS_APART`; None where none did."""
+    """Return the latest tokens after which the two took as many FLOPs; None where they never did.
+
+    Points within a training count where the learning rate does not fall; else the ends alone.
+    """
+    are_constant = arm.is_rate_constant and reference.is_rate_constant
     pairs = [
-        (mine, its)
-        for mine in arm.scores
-        for its in reference.scores
-        if its and abs(mine * arm.step_flops / (its * reference.step_flops) - 1) < FLOPS_APART
+        (mine, -abs(_flops_ratio(arm, mine, reference, its) - 1), its)
+        for mine in (arm.scores if are_constant else [arm.tokens])
+        for its in (reference.scores if are_constant else [reference.tokens])
+        if its and set(arm.scores[mine]) & set(reference.scores[its])
     ]
-    return max(pairs, default=None)
+    near = [(mine, apart, its) for mine, apart, its in pairs if -apart < FLOPS_APART]
+    return (max(near)[0], max(near)[2]) if near else None
 
 
 def _mean(seeds: Mapping[int, Sums]) -> dict[str, float | None]:
@@ -201,10 +214,10 @@ def _rankings(arms: Mapping[str, ArmRecord]) -> list[dict[str, Any]]:
     """Rank the arms after the tokens of each whole training, the longest list first."""
     rankings = []
     for tokens in dict.fromkeys(arm.tokens for arm in arms.values()):
-        reached = {name: arm.scores.get(tokens // arm.tokens_per_step, {}) for name, arm in arms.items()}
-        there = {name: seeds for name, seeds in reached.items() if seeds}
-        if len(there) > 1:
-            rankings.append({"tokens": tokens, "arms": rank_arms(there)})
+        reached = {name: arm.scores[tokens] for name, arm in arms.items() if tokens in arm.scores}
+        seeds = set.intersection(*(set(scores) for scores in reached.values()))
+        if len(reached) > 1 and seeds:
+            rankings.append({"tokens": tokens, "arms": rank_arms(reached)})
     return sorted(rankings, key=lambda ranking: -len(ranking["arms"]))
 
 
@@ -212,26 +225,18 @@ def _budgets(named: Mapping[str, Any] | None, arms: Mapping[str, ArmRecord]) -> 
     """Return what some arms reach with each budget, and what that is worth in the first one's training."""
     if not named:
         return {}
+    common = [tokens for tokens in named["tokens"] if all(tokens in arms[name].scores for name in named["arms"])]
     found = {
         name: [
-            {
-                "tokens": step * arms[name].tokens_per_step,
-                "flops": step * arms[name].step_flops,
-                **_mean(arms[name].scores[step]),
-            }
-            for step in named["steps"]
+            {"tokens": tokens, "flops": tokens * arms[name].flops_per_token, **_mean(arms[name].scores[tokens])}
+            for tokens in common
         ]
         for name in named["arms"]
     }
-    first, *others = named["arms"]
-    reached = {
-        step * arms[first].tokens_per_step: mean_of_seeds(seeds)[0]
-        for step, seeds in arms[first].scores.items()
-        if step
-    }
-    for entry in (entry for name in others for entry in found[name]):
+    first, *others = (arms[name] for name in named["arms"])
+    reached = {tokens: mean_of_seeds(seeds)[0] for tokens, seeds in first.scores.items() if tokens}
+    for entry in (entry for other in others for entry in found[other.name]):
         tokens = tokens_to_reach(entry["value"], reached)
-        hours_of_token = arms[first].rank_hours / arms[first].tokens
         entry["worth_tokens"] = tokens
-        entry["worth_rank_hours"] = None if tokens is None else tokens * hours_of_token
+        entry["worth_rank_hours"] = None if tokens is None else tokens * first.rank_hours / first.tokens
     return found

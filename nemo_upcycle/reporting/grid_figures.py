@@ -56,7 +56,7 @@ def curves_figure(values: Mapping[str, Any]) -> Figure:
     right.set_yticks(range(len(names)), [f"{name} - {values['differences'][name]['reference']}" for name in names])
     right.invert_yaxis()
     right.set_xlabel("difference in bits per byte (left: better)")
-    right.set_title("at the end, 95 % intervals over documents and seeds", fontsize=10)
+    right.set_title("at the last common step, 95 % intervals over documents and seeds", fontsize=10)
     right.tick_params(axis="y", labelsize=8)
     return figure
 

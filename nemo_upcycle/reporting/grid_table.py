@@ -18,7 +18,7 @@ _ROUTERS = ("dropped", "load_cv", "expert_distance")
 
 
 def write_table(run_dir: Path, name: str, described: Mapping[str, Any]) -> Path:
-    """Write `table/table.md`, `table/table.json`, `table/curves.png` and, of arms with experts, `table/routers.png`.
+    """Write `table/table.md`, `table/table.json` and figures: `curves`, `routers` and `budgets`, where there are any.
 
     Args:
         run_dir: the grid's folder, whose trainings are finished.
@@ -65,9 +65,7 @@ def render_table(name: str, about: str, values: Mapping[str, Any]) -> str:
 def _arms(arms: Mapping[str, Any]) -> str:
     rows = []
     for arm, found in arms.items():
-        routers = (
-            list(found["routers"].get(key, {}).values())[-1:] for key in ("dropped", "load_cv", "expert_distance")
-        )
+        routers = (list(found["routers"].get(key, {}).values())[-1:] for key in _ROUTERS)
         rows.append(
             [
                 arm,
@@ -131,7 +129,8 @@ def _from(tokens: int | None) -> str:
 def _equal_flops(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return "-"
-    return f"{_with_verdict(found)}: {found['tokens']:,} tokens for {found['reference_tokens']:,}"
+    tokens = f"{found['tokens']:,} tokens for {found['reference_tokens']:,}"
+    return f"{_with_verdict(found)}: {tokens}, {found['flops_ratio']:.3f} times the FLOPs"
 
 
 def _rankings(rankings: list[Mapping[str, Any]]) -> str:
@@ -145,8 +144,8 @@ def _rankings(rankings: list[Mapping[str, Any]]) -> str:
     if not tables:
         return ""
     about = (
-        "A tie with the best shares its place. The intervals are those of single comparisons: of many true ties one in"
-        " twenty is called a difference."
+        "A tie with the best shares its place. The intervals allow for all pairs of arms in a table (Bonferroni): an"
+        " arm may be a tie here and differ from its reference above."
     )
     return section("Ranking", *tables, about)
 

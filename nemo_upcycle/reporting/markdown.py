@@ -87,3 +87,14 @@ def millions(count: float) -> str:
         ('134.5M', '8.03B')
     """
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+
+
+def label(metric: str) -> str:
+    """Return a metric in words, with its task.
+
+    Example:
+        >>> label("mmlu/acc")
+        'acc (mmlu)'
+    """
+    task, _, name = metric.rpartition("/")
+    return f"{name.replace('_', ' ')} ({task})"

@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_upcycle.evaluation.compare import compare_items
 from nemo_upcycle.evaluation.heldout import TASK, by_source, document_sums
-from nemo_upcycle.evaluation.local_tasks import LOCAL_TASKS
+from nemo_upcycle.evaluation.local_tasks import LOCAL_TASKS, is_text
 from nemo_upcycle.evaluation.paired import paired_difference
 from nemo_upcycle.reporting.run_folder import Curve, RunRecord
 
@@ -110,7 +110,9 @@ def _contamination(found: dict[str, Any] | None, metrics: Iterable[str]) -> dict
     counted = {}
     for task in dict.fromkeys(metric.rpartition("/")[0] for metric in metrics):
         plain = re.sub(r"_\d+shot$", "", task)
-        name = "mmlu" if plain in LOCAL_TASKS else f"lm-eval/{plain}"
+        name = f"lm-eval/{plain}"
+        if plain in LOCAL_TASKS:
+            name = "" if is_text(plain) else "mmlu"
         if name in found["sets"]:
             items, hit = (found["sets"][name][key] for key in ("items", "items_hit"))
             left = found["report"]["sets"].get(name, {}).get("items_hit", 0)

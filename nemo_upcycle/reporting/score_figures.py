@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.reporting.figures import STYLES, tidy
+from nemo_upcycle.reporting.markdown import label
 from nemo_upcycle.reporting.run_folder import MODELS, Curve
 
 
@@ -53,7 +54,7 @@ def scores_figure(results: Mapping[str, Any]) -> Figure:
                 color=_COLOURS[model],
                 label=MODELS[model],
             )
-        axes.set_yticks(range(len(names)), [name.rpartition("/")[0] for name in names])
+        axes.set_yticks(range(len(names)), [label(name) for name in names])
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlabel(title.replace("_", " "))
         axes.grid(alpha=0.3, axis="x")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.reporting.evaluation_sections import label, signed, verdict
-from nemo_upcycle.reporting.markdown import millions, number, section, sources, table, with_error
+from nemo_upcycle.reporting.evaluation_sections import signed, verdict
+from nemo_upcycle.reporting.markdown import label, millions, number, section, sources, table, with_error
 from nemo_upcycle.utils.files import size_text
 from nemo_upcycle.utils.progress import duration
 

@@ -98,7 +98,7 @@ class EvaluateWhileTraining(Callback):
             try:
                 self._build(blend)
                 for path in self._folder().glob("step=*.json"):
-                    if int(path.stem.removeprefix("step=")) > step:
+                    if int(path.stem.removeprefix("step=")) > step or step == 0:  # whose line of metrics is gone, too
                         path.unlink()
                 found = [self._is_due(step, max_steps) and not (self._folder() / f"step={step}.json").is_file()]
             except UpcycleError as error:
@@ -108,8 +108,13 @@ class EvaluateWhileTraining(Callback):
 
     def _build(self, blend: FinishedBlend) -> None:
         from nemo_upcycle.evaluation.named_suite import build_named_suite
+        from nemo_upcycle.evaluation.suite_config import read_suite_config
 
         if not (self._suite() / MARKER).is_file():
+            if not read_suite_config(self.suite).local:
+                raise UpcycleError(
+                    "suite", got=self.suite, expected="one of local tasks", fix="name watch, or score checkpoints"
+                )
             build_named_suite(self.suite, blend.heldout(), self._suite())
 
     def _suite(self) -> Path:
@@ -138,6 +143,9 @@ class EvaluateWhileTraining(Callback):
             return
         finally:
             self._lm.close()
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, MetricsLogger):
+                    callback.restart_clock()
         write_json(self._folder() / f"step={step}.json", {"name": f"step {step}", **found})
         values = {name: {"value": one["value"], "stderr": one["stderr"]} for name, one in found["metrics"].items()}
         seconds = time.monotonic() - start_s
@@ -147,6 +155,3 @@ class EvaluateWhileTraining(Callback):
             handle.write(json.dumps(line) + "\n")
         said = "  ".join(f"{name} {one['value']:.4f}" for name, one in values.items())
         show_messages().info("step %d/%d  %s  (%.1f s)", step, trainer.max_steps, said, seconds)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, MetricsLogger):
-                callback.restart_clock()

@@ -65,13 +65,14 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
                 "seed": seed,
                 "steps": recipe.trainer.max_steps,
                 "tokens_per_step": recipe.data.global_batch_size * recipe.data.seq_length,
+                "is_rate_constant": _is_rate_constant(recipe.optim),
             }
     table = {
         "about": content.get("about", ""),
         "arms": {arm: str(values.get("about") or "") for arm, values in arms.items()},
         "cells": described,
         "references": _references(f"{path}: references", content.get("references"), arms),
-        "budgets": _budgets(f"{path}: budgets", content.get("budgets"), arms),
+        "budgets": _budgets(f"{path}: budgets", content.get("budgets"), described, callback.every_n_steps),
     }
     parent, vocabulary = _parent(f"{path}: parent", content.get("parent")) if not dense else (None, None)
     if not parent and not (dense or content.get("dense")):
@@ -95,6 +96,11 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         cells,
         table,
     )
+
+
+def _is_rate_constant(optim: Any) -> bool:
+    scheduler = getattr(optim, "lr_scheduler", None)
+    return scheduler is None or getattr(scheduler, "min_lr", None) == optim.config.lr
 
 
 def _from_here(name: str, folder: Path) -> str:
@@ -207,17 +213,28 @@ def _references(where: str, values: Any, arms: Mapping[str, Any]) -> dict[str, s
     return found
 
 
-def _budgets(where: str, values: Any, arms: Mapping[str, Any]) -> dict[str, Any]:
-    found = _mapping(where, values, ("arms", "steps"))
+def _budgets(where: str, values: Any, cells: Mapping[str, Mapping[str, Any]], every_n_steps: int) -> dict[str, Any]:
+    """Return arms and tokens of the budgets; every one of these arms must be scored after each of them."""
+    found = _mapping(where, values, ("arms", "tokens"))
     if not found:
         return {}
-    for key in ("arms", "steps"):
+    for key in ("arms", "tokens"):
         value = found.get(key)
         if not isinstance(value, list) or len(value) < 2:
             raise UpcycleError(f"{where}.{key}", got=value, expected="a list of two or more", fix="see laptop.yaml")
+    arms = {cell["arm"]: cell for cell in cells.values()}
     for name in found["arms"]:
         if name not in arms:
             raise UpcycleError.unknown(f"{where}.arms: arm", str(name), arms)
+        step_tokens, steps = arms[name]["tokens_per_step"], arms[name]["steps"]
+        scored = {step * step_tokens for step in (*range(every_n_steps, steps + 1, every_n_steps), steps)}
+        if other := [tokens for tokens in found["tokens"] if tokens not in scored]:
+            raise UpcycleError(
+                f"{where}.tokens of {name}",
+                got=other,
+                expected=f"tokens after which it is scored: {', '.join(map(str, sorted(scored)))}",
+                fix="take some of these, or change evaluate.every_n_steps",
+            )
     return found
 
 

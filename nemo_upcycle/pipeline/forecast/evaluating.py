@@ -17,6 +17,8 @@ from nemo_upcycle.utils.files import MARKER
 #: Bytes of a token of English text, at least: tokenizers of Llama's kind take four and more.
 _TOKEN_BYTES = 3
 _CHOICES = 4
+#: Characters of the longest question of MMLU with its answers, and of what a prompt puts around a question, at most.
+_LONGEST_QUESTION, _PROMPT = 4844, 150
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class EvaluationForecast:
 
 
 def forecast_evaluation(recipe: Any, plan: Plan | None) -> EvaluationForecast | None:
-    """Return what a recipe's `EvaluateWhileTraining` costs; None without one.
+    """Return what a recipe's `EvaluateWhileTraining` costs; None without one, or of a suite's folder.
 
     Every pass is taken to be as long as its longest text, in a pipeline that holds no other one.
 
@@ -52,27 +54,36 @@ def forecast_evaluation(recipe: Any, plan: Plan | None) -> EvaluationForecast | 
     if callback is None or (Path(callback.suite) / MARKER).is_file():
         return None
     config = read_suite_config(callback.suite)
-    texts, batch = _texts(config, callback.limit), callback.batch_size or config.batch_size
-    if plan is None or texts is None or isinstance(batch, str):
+    parts = _parts(config, callback.limit) if config.local else None
+    texts = None if parts is None else sum(count for count, _ in parts)
+    batch = callback.batch_size or config.batch_size
+    if plan is None or parts is None or isinstance(batch, str):
         return EvaluationForecast(callback.suite, callback.every_n_steps, texts, None, None)
     layout, sequence = plan.layout, plan.work.seq_length
-    passes = math.ceil(texts / (batch * layout.dp)) + 1  # texts and questions are passed one after the other
     micro_batches = plan.work.global_batch / layout.dp / layout.micro_batch
     stage_s = plan.time.total / (micro_batches + (layout.pp - 1) / layout.vp) / 3  # forward, of forward and backward
-    longest = min(sequence, config.heldout.window_bytes // _TOKEN_BYTES)
-    seconds = passes * layout.pp * stage_s * batch * longest / (layout.micro_batch * sequence)
+    token_s = layout.pp * stage_s / (layout.micro_batch * sequence)
+    seconds = 0.0
+    for count, tokens in parts:
+        pieces = math.ceil(tokens / sequence)  # a longer text is cut
+        passes = math.ceil(count * pieces / (batch * layout.dp))
+        seconds += passes * batch * min(sequence, tokens) * token_s
     return EvaluationForecast(
         callback.suite, callback.every_n_steps, texts, seconds, seconds / (callback.every_n_steps * plan.time.total)
     )
 
 
-def _texts(config: SuiteConfig, limit: int | None) -> int | None:
-    """Return how many texts a suite passes at most; None without a bound."""
-    count = 0
-    for task, shots in config.tasks.items():
+def _parts(config: SuiteConfig, limit: int | None) -> list[tuple[int, int]] | None:
+    """Return number and tokens, at most, of the texts of each task; None without a bound of their number."""
+    parts = []
+    for task, shots in ((task, shots) for task, numbers in config.tasks.items() for shots in numbers):
         most = config.heldout.windows if is_text(task) else config.questions.total
         bounds = [bound for bound in (most, limit) if bound is not None]
         if not bounds:
             return None
-        count += len(shots) * min(bounds) * (1 if is_text(task) else _CHOICES)
-    return count
+        if is_text(task):
+            parts.append((min(bounds), config.heldout.window_bytes // _TOKEN_BYTES))
+        else:
+            characters = (config.questions.max_characters or _LONGEST_QUESTION) + _PROMPT
+            parts.append((_CHOICES * min(bounds), (1 + shots) * characters // _TOKEN_BYTES))
+    return parts

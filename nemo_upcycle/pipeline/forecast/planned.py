@@ -15,7 +15,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.pipeline.checks import is_local
 from nemo_upcycle.pipeline.recipes_io import ranks_of
-from nemo_upcycle.planning.hardware import Gpu, Machine, gpu_names, known_gpu, read_data
+from nemo_upcycle.planning.hardware import Gpu, Machine, gpu_of_device, known_gpu, read_data
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.memory import GIB
 from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES, WEIGHT_BYTES
@@ -68,14 +68,8 @@ def card_of(recipe: Any, executor: Any, resources: Mapping[str, str]) -> Card:
 
 
 def _card_here(device: str) -> Card:
-    gpu = _gpu_of(device)
+    gpu = gpu_of_device(device)
     return Card(gpu, "of this machine") if gpu else Card(None, f"the planner does not know {device}")
-
-
-def _gpu_of(device: str) -> Gpu | None:
-    """Return what the planner knows of a card that the driver or a user names."""
-    name = next((name for name in gpu_names() if name.upper() in device.upper()), None)
-    return known_gpu(name) if name else None
 
 
 def _asks_for_gpus(resources: Mapping[str, str]) -> bool:
@@ -214,7 +208,7 @@ def planned_of(recipe: Any, dense: str, device: str) -> dict[str, float] | None:
     Returns:
         `memory_gib` of the fullest GPU and `tokens_per_s` of all; None where the planner does not know card or recipe.
     """
-    gpu = _gpu_of(device)
+    gpu = gpu_of_device(device)
     if gpu is None:
         return None
     arch, _ = model_of(recipe, dense)

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.arms import better_from, difference_of_arms, mean_of_seeds
+from nemo_upcycle.evaluation.arms import better_from, difference_of_arms, mean_of_seeds, rank_arms, tokens_to_reach
 from nemo_upcycle.evaluation.heldout import bits_per_byte, by_source, document_sums
 
 
@@ -37,6 +37,27 @@ def test_each_source_has_its_own_bits_per_byte() -> None:
         "law": {"value": pytest.approx(2.0), "stderr": pytest.approx(1.0), "documents": 2},
         "web": {"value": pytest.approx(0.5), "stderr": None, "documents": 1},
     }
+
+
+def test_ranked_arms_allow_for_all_pairs() -> None:
+    """Of two documents and seeds each with t of two degrees: 4.3 errors for one pair, 7.65 for three."""
+    arms = {
+        name: {1: documents(1.0 + shift, 1.0 + shift), 2: documents(1.02 + shift, 1.02 + 2 * shift)}
+        for name, shift in (("far", 0.2), ("best", 0.0), ("near", 0.1))
+    }
+    ranked = rank_arms(arms)
+    assert [entry["arm"] for entry in ranked] == ["best", "near", "far"]
+    assert ranked[0]["to_best"] is None
+    alone = difference_of_arms(arms["near"], arms["best"])
+    assert ranked[1]["to_best"]["difference"] == alone["difference"]
+    widths = [found["high"] - found["low"] for found in (ranked[1]["to_best"], alone)]
+    assert widths[0] > 1.5 * widths[1]
+
+
+@pytest.mark.parametrize(("value", "tokens"), [(2.0, 100), (1.75, 200), (1.5, 400), (0.9, None), (2.1, None)])
+def test_tokens_to_reach_a_value_lie_between_the_points_of_a_curve(value: float, tokens: float | None) -> None:
+    found = tokens_to_reach(value, {100: 2.0, 400: 1.5, 800: 1.0})
+    assert found == (None if tokens is None else pytest.approx(tokens))
 
 
 def test_the_mean_of_seeds() -> None:

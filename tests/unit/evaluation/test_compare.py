@@ -11,7 +11,8 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.compare import (
     compare_items,
     jackknife_stderr,
-    leave_one_out,
+    left_out,
+    parts_of,
     statistic,
 )
 
@@ -62,10 +63,10 @@ def test_statistics() -> None:
 
 def test_the_jackknife_of_a_mean_is_the_usual_standard_error() -> None:
     # mean 4, squared deviations 9 + 4 + 0 + 25 = 38; sqrt(38 / 3 / 4)
-    left_out = leave_one_out("acc", [1.0, 2.0, 4.0, 9.0])
-    assert left_out == pytest.approx([5.0, 14 / 3, 4.0, 7 / 3])
-    assert jackknife_stderr(left_out) == pytest.approx(math.sqrt(38 / 12))
-    assert jackknife_stderr(leave_one_out("acc", [1.0])) is None
+    without = left_out("acc", parts_of("acc", [1.0, 2.0, 4.0, 9.0]))
+    assert without == pytest.approx([5.0, 14 / 3, 4.0, 7 / 3])
+    assert jackknife_stderr(without) == pytest.approx(math.sqrt(38 / 12))
+    assert jackknife_stderr(left_out("acc", [(1.0, 1)])) is None
 
 
 def test_items_are_compared_one_by_one() -> None:

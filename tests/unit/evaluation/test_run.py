@@ -13,8 +13,9 @@ import pytest
 
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.evaluation.compare import compare_items
+from nemo_upcycle.evaluation.heldout import by_source, document_sums
 from nemo_upcycle.evaluation.model import load_model
-from nemo_upcycle.evaluation.run import check_task_names, evaluate
+from nemo_upcycle.evaluation.run import _extract, check_task_names, evaluate
 from nemo_upcycle.evaluation.suite import build_suite
 from nemo_upcycle.evaluation.suite_config import HeldoutConfig, QuestionsConfig, SuiteConfig
 from nemo_upcycle.utils.files import MARKER
@@ -113,6 +114,30 @@ def test_examples_of_the_same_subject_stand_above_the_question(tiny_llama: Path,
     )
     expected = [loglikelihood(tiny_llama, prompt, f" {answer}") for answer in row["choices"]]
     assert found["items"]["mmlu_answer_1shot"][0]["loglikelihoods"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_of_several_ways_to_read_an_answer_the_first_counts() -> None:
+    def sample(name: str, score: float) -> dict[str, Any]:
+        responses = {"filtered_resps": ["4"], "doc": {}, "doc_id": 0, "doc_hash": "h"}
+        return {**responses, "filter": name, "metrics": ["exact_match"], "exact_match": score}
+
+    found = {
+        "results": {"gsm8k": {"exact_match,strict-match": 0.0, "exact_match,flexible-extract": 1.0}},
+        "samples": {"gsm8k": [sample("strict-match", 0.0), sample("flexible-extract", 1.0)]},
+        "higher_is_better": {},
+    }
+    extracted = _extract(found, "_5shot")
+    assert extracted["metrics"]["gsm8k_5shot/exact_match"]["value"] == 0.0
+    assert [item["scores"] for item in extracted["items"]["gsm8k_5shot"]] == [{"exact_match": 0.0}]
+
+
+def test_the_error_of_held_out_text_is_that_of_other_documents(result: dict[str, Any]) -> None:
+    sources = by_source(document_sums(result))
+    assert [found["documents"] for found in sources.values()] == [1, 1]  # two documents, five windows
+    first, second = (found["value"] for found in sources.values())
+    # Of two documents the jackknife is half of what they differ by.
+    stderr = result["metrics"]["heldout_perplexity/bits_per_byte"]["stderr"]
+    assert stderr == pytest.approx(abs(first - second) / 2, rel=1e-6)
 
 
 def test_samples_are_the_likeliest_tokens(

@@ -94,7 +94,8 @@ def test_stages_that_do_not_need_each_other_run_at_once(tmp_path: Path, capfd: p
     needs = {"one": ("first",), "two": ("first",), "last": ("one", "two")}
     run_stages(tmp_path, code, needs)
     said = capfd.readouterr().err
-    assert said.index("[first] done; 3 trainings left, ETA") < said.index("[one] started:")
+    assert "[first] done; 3 trainings left, ETA" in said
+    assert said.index("[first] started:") < said.index("[one] started:")
     assert said.index("[two] started:") < said.index("[one] done")
     assert said.endswith("[last] done; 0 trainings left\n")
     run_stages(tmp_path, code, needs)
@@ -113,7 +114,7 @@ def test_nothing_starts_after_a_failed_stage_and_the_others_finish(
         run_stages(tmp_path, code, {})
     assert ended.value.code == 1
     said = capfd.readouterr().err
-    assert "it broke\n[bad] did not finish (status 1)" in said
+    assert "it broke\n[bad] did not finish." in said
     assert "[good] done" in said
     assert not (tmp_path / "later").exists()
 
@@ -139,7 +140,14 @@ def test_sigterm_ends_all_of_them(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert ended.value.code == 143
     assert processes_of(tmp_path) == []
     assert not (tmp_path / "three").exists()
-    assert re.search("Stopped by SIGTERM in stage '(one|two)'", capfd.readouterr().err)
+    assert re.search("Stopped by SIGTERM in stage '(one' and 'two|two' and 'one)'", capfd.readouterr().err)
+
+
+def test_a_killed_stage_is_said_to_be_killed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_stages(tmp_path, {"one": "import os; os.kill(os.getpid(), 9)"}, {})
+    assert ended.value.code == 1
+    assert "stage 'one' was ended by SIGKILL (out of memory?)" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("at_once", "is_here", "words"), [(0, True, "got 0"), (2, False, "a scheduler starts")])

@@ -51,7 +51,9 @@ def test_a_task_with_examples_is_that_without(run_dir: Path) -> None:
     (run_dir / "data/blend").mkdir(parents=True)
     content = {"sets": {"mmlu": {"items": 14042, "items_hit": 0}}, "report": {"words": 8, "sets": {}}}
     (run_dir / "data/blend/contamination.json").write_text(json.dumps(content))
-    assert rows(write_report(run_dir))["mmlu_letter_5shot"] == ["14,042", "0", "0"]
+    report = write_report(run_dir)
+    assert rows(report)["mmlu_letter_5shot"] == ["14,042", "0", "0"]
+    assert "\n| heldout_perplexity |" not in report.read_text()  # its documents are no items
 
 
 def test_published_values_stand_beside_ours(run_dir: Path) -> None:

@@ -21,7 +21,13 @@ STEPS = {"dense": 8, "moe": 8, "st": 4}
 
 def described() -> dict[str, Any]:
     cells = {
-        f"{arm}-seed{seed}": {"arm": arm, "seed": seed, "steps": steps, "tokens_per_step": 100}
+        f"{arm}-seed{seed}": {
+            "arm": arm,
+            "seed": seed,
+            "steps": steps,
+            "tokens_per_step": 100,
+            "is_rate_constant": True,
+        }
         for arm, steps in STEPS.items()
         for seed in (1, 2)
     }
@@ -30,7 +36,7 @@ def described() -> dict[str, Any]:
         "arms": dict.fromkeys(STEPS, "what it is"),
         "cells": cells,
         "references": {"moe": "dense", "st": "moe"},
-        "budgets": {"arms": ["dense", "moe"], "steps": [2, 4]},
+        "budgets": {"arms": ["dense", "moe"], "tokens": [200, 400]},
     }
 
 
@@ -98,6 +104,36 @@ def test_arms_are_compared_after_equal_tokens_and_with_equal_flops(values: dict[
     assert "equal_flops" not in st
 
 
+def test_flops_are_equal_at_the_ends_alone_where_the_learning_rate_falls(run_dir: Path) -> None:
+    falling = described()
+    for about in falling["cells"].values():
+        about["is_rate_constant"] = False
+    values = compare_arms(read_arms(run_dir, falling), falling)
+    assert "equal_flops" not in values["differences"]["moe"]
+
+
+def test_arms_of_other_batches_are_compared_after_equal_tokens(run_dir: Path) -> None:
+    """The MoE with steps of 200 tokens: its points after 1, 2 and 4 steps are those after 2, 4 and 8 of the parent."""
+    other = described()
+    for about in other["cells"].values():
+        if about["arm"] == "moe":
+            about["tokens_per_step"] = 200
+    other |= {"references": {"moe": "dense"}, "budgets": {"arms": ["dense", "moe"], "tokens": [200, 400]}}
+    values = compare_arms(read_arms(run_dir, other), other)
+    found = values["differences"]["moe"]
+    assert list(found["along"]) == [0, 200, 400, 800]
+    assert found["end"]["difference"] == pytest.approx(0.0, abs=1e-9)  # 0.1 better, and a doubling behind
+    assert values["budgets"]["moe"][0]["tokens"] == 200
+    assert values["budgets"]["moe"][0]["value"] == pytest.approx(1.005)
+
+
+def test_a_step_that_two_arms_scored_with_other_seeds_is_left_out(run_dir: Path) -> None:
+    (run_dir / "moe-seed1/evaluation/step=2.json").unlink()
+    (run_dir / "dense-seed2/evaluation/step=2.json").unlink()
+    values = compare_arms(read_arms(run_dir, described()), described())
+    assert list(values["differences"]["moe"]["along"]) == [0, 100, 400, 800]
+
+
 def test_all_arms_that_came_so_far_are_ranked(values: dict[str, Any]) -> None:
     shorter, longer = values["rankings"]
     assert (shorter["tokens"], [entry["arm"] for entry in shorter["arms"]]) == (400, ["moe", "st", "dense"])
@@ -138,4 +174,11 @@ def test_an_arm_without_a_score_at_its_end_is_named(run_dir: Path) -> None:
     assert "Not scored at the end, and left out: moe of seed 1." in text
     (run_dir / "moe-seed2/evaluation/step=8.json").unlink()
     with pytest.raises(UpcycleError, match="arm moe: got no score at its last step"):
+        write_table(run_dir, "mine", described())
+
+
+def test_an_arm_without_a_score_at_its_start_is_named(run_dir: Path) -> None:
+    for seed in (1, 2):
+        (run_dir / f"moe-seed{seed}/evaluation/step=0.json").unlink()
+    with pytest.raises(UpcycleError, match="arm moe: got no score at its first step"):
         write_table(run_dir, "mine", described())
