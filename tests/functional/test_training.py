@@ -54,7 +54,10 @@ def test_every_step_has_a_complete_line(runs: Runs, alone: list[dict[str, Any]])
 
 def test_training_json_holds_the_settings_that_act(runs: Runs, alone: list[dict[str, Any]]) -> None:
     settings = json.loads((runs.folder / "alone/training.json").read_text())
+    flops = settings.pop("flops_per_token")
+    assert flops["full"] > flops["causal"] > 0
     assert settings == {
+        "card": "",
         "data": "blend tiny (data)",
         "max_steps": 6,
         "ranks": 1,

@@ -16,7 +16,7 @@ from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
 from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
 from nemo_upcycle.pipeline.executors.slurm_settings import StagedSlurmExecutor
-from nemo_upcycle.pipeline.in_turn import _stopped, sized, variables_for
+from nemo_upcycle.pipeline.in_turn import sized, stopped, variables_for
 from nemo_upcycle.pipeline.launch import _runs_code_of
 from nemo_upcycle.pipeline.order import chosen_stages
 from nemo_upcycle.pipeline.plan import RunPlan
@@ -61,7 +61,7 @@ def test_a_stage_that_ended_just_before_the_signal_counts_as_finished(tmp_path: 
     inputs = folder.inputs(stage.settings_of(plan))
     folder.path.mkdir()
     folder.finish(inputs, 1.0, {})
-    text = _stopped(signal.SIGTERM, stage, tmp_path, plan)
+    text = stopped(signal.SIGTERM, [stage], tmp_path, plan)
     assert f"Stopped by SIGTERM in stage 'import'. Kept in {tmp_path}: finished stages: import.\n" in text
 
 
