@@ -202,17 +202,26 @@ def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 def report_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Write report.md, report.html, results.json and the figures."""
-    from nemo_upcycle.pipeline.forecast.planned import planned_of
-    from nemo_upcycle.pipeline.recipes_io import load_recipe
     from nemo_upcycle.reporting.report import write_report
+
+    return {"report": str(write_report(run_dir, _planned(run_dir, plan)))}
+
+
+def _planned(run_dir: Path, plan: RunPlan) -> dict[str, dict[str, float]]:
+    """Return memory and speed by the planner, of the trainings that ran on cards that it knows."""
     from nemo_upcycle.utils.files import read_json
 
     planned = {}
-    for stage, text in {"pretrain": plan.pretrain, "dense_ct": plan.dense_ct}.items():
-        settings = run_dir / stage / "training.json"
-        if text and settings.is_file() and (card := read_json(settings).get("card")):
-            planned[stage] = planned_of(load_recipe(text), str(dense_folder_of(run_dir)), card)
-    return {"report": str(write_report(run_dir, planned))}
+    for stage in ("pretrain", "dense_ct"):
+        text, settings = plan.recipe_of(stage), run_dir / stage / "training.json"
+        if not text or not settings.is_file() or not (card := read_json(settings).get("card")):
+            continue
+        from nemo_upcycle.pipeline.forecast.planned import planned_of
+        from nemo_upcycle.pipeline.recipes_io import load_recipe
+
+        if found := planned_of(load_recipe(text), plan.dense, card):
+            planned[stage] = found
+    return planned
 
 
 STAGES = (

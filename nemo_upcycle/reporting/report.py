@@ -14,18 +14,19 @@ from nemo_upcycle.reporting.results import collect_results
 from nemo_upcycle.reporting.run_folder import RunRecord, read_run
 from nemo_upcycle.reporting.score_figures import heldout_figure, scores_figure
 from nemo_upcycle.reporting.training_figures import routers_figure, speed_figure
-from nemo_upcycle.utils.files import whole_file, write_json
+from nemo_upcycle.utils.files import read_json, whole_file, write_json
 
 
 _DPI = 150
 
 
-def write_report(run_dir: Path, planned: Mapping[str, dict[str, float] | None] | None = None) -> Path:
+def write_report(run_dir: Path, planned: Mapping[str, dict[str, float]] | None = None) -> Path:
     """Write `report.md`, `report.html`, `results.json` and the figures into a run's folder.
 
     Args:
         run_dir: the folder, with the results of the stages upcycle, pretrain, dense_ct (optional) and evaluate.
-        planned: by training stage, `memory_gib` and `tokens_per_s` as the planner has them, where it has.
+        planned: by training stage, `memory_gib` and `tokens_per_s` as the planner has them, where it has; None keeps
+            those of an earlier report.
 
     Returns:
         The path of `report.md`, which is written last.
@@ -39,7 +40,7 @@ def write_report(run_dir: Path, planned: Mapping[str, dict[str, float] | None] |
     """
     run = read_run(run_dir)
     results = collect_results(run, describe_environment())
-    for stage, found in (planned or {}).items():
+    for stage, found in (_planned_before(run_dir) if planned is None else planned).items():
         results["training"][stage]["planned"] = found
     figures = {
         "loss": loss_figure(run.curves, _flops_per_token(run)),
@@ -60,6 +61,12 @@ def write_report(run_dir: Path, planned: Mapping[str, dict[str, float] | None] |
         with whole_file(path) as aside:
             aside.write_text(content, encoding="utf-8")
     return target
+
+
+def _planned_before(run_dir: Path) -> dict[str, dict[str, float]]:
+    path = run_dir / "results.json"
+    training = read_json(path)["training"] if path.is_file() else {}
+    return {stage: done["planned"] for stage, done in training.items() if "planned" in done}
 
 
 def _flops_per_token(run: RunRecord) -> dict[str, float]:
