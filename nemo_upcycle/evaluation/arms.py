@@ -38,7 +38,6 @@ def difference_of_arms(arm: Mapping[int, Sums], reference: Mapping[int, Sums], c
     Args:
         arm: sums by seed.
         reference: of the other arm; seeds that one of them lacks are left out.
-        comparisons: how many the interval has to allow for (Bonferroni).
 
     Returns:
         `difference` (bits per byte, arm minus reference: below 0 the arm is better), `stderr_documents`,
@@ -63,9 +62,8 @@ def difference_of_arms(arm: Mapping[int, Sums], reference: Mapping[int, Sums], c
     documents = jackknife_stderr([statistics.fmean(values) for values in zip(*without, strict=True)])
     spread = _stderr(list(seeds.values()))
     stderr = math.hypot(documents or 0.0, spread or 0.0)
-    half_width = stderr * _t_quantile((documents, len(names)), (spread, len(common)), comparisons=comparisons)
+    half_width = stderr * _t_quantile(_degrees((documents, len(names) - 1), (spread, len(common) - 1)))
     value = statistics.fmean(seeds.values())
-    is_tie = abs(value) <= max(half_width, ROUNDING)
     return {
         "difference": value,
         "stderr": stderr,
@@ -75,8 +73,14 @@ def difference_of_arms(arm: Mapping[int, Sums], reference: Mapping[int, Sums], c
         "high": value + half_width,
         "seeds": seeds,
         "documents": len(names),
-        "verdict": "tie" if is_tie else ("better" if value < 0 else "worse"),
+        "verdict": _verdict(value, half_width),
     }
+
+
+def _verdict(value: float, half_width: float) -> str:
+    if abs(value) <= max(half_width, ROUNDING):
+        return "tie"
+    return "better" if value < 0 else "worse"
 
 
 def _without(sums: Sums) -> list[float]:
@@ -84,15 +88,18 @@ def _without(sums: Sums) -> list[float]:
     return left_out(METRIC, list(sums.values()))
 
 
-def _t_quantile(*parts: tuple[float | None, int], comparisons: int) -> float:
-    """Return the factor of a 95 % interval, from the standard errors that were added and their numbers of values."""
+def _degrees(*parts: tuple[float | None, int]) -> float:
+    """Return the degrees of freedom of standard errors that were added, from those of each (Welch-Satterthwaite)."""
+    squares = [(error**2, free) for error, free in parts if error]
+    total = sum(square for square, _ in squares)
+    return total**2 / sum(square**2 / free for square, free in squares) if squares else math.inf
+
+
+def _t_quantile(degrees: float) -> float:
+    """Return the half of a 95 % interval, in standard errors."""
     from scipy.stats import t
 
-    squares = [(error**2, count - 1) for error, count in parts if error]
-    if not squares:
-        return 0.0
-    degrees = sum(square for square, _ in squares) ** 2 / sum(square**2 / free for square, free in squares)
-    return float(t.ppf(1 - 0.025 / comparisons, degrees))
+    return float(t.ppf(0.975, degrees))
 
 
 def better_from(differences: Mapping[int, Mapping[str, Any]]) -> int | None:
@@ -116,24 +123,62 @@ def better_from(differences: Mapping[int, Mapping[str, Any]]) -> int | None:
 def rank_arms(arms: Mapping[str, Mapping[int, Sums]]) -> list[dict[str, Any]]:
     """Rank arms by their bits per byte, best first.
 
+    The best of many is the best by luck, too: intervals are Tukey's, for all pairs of arms at once. The spread from
+    seed to seed is pooled over the arms, in blocks of a seed: of each arm alone there are too few.
+
     Args:
-        arms: by name, sums by seed, of the same documents.
+        arms: by name, sums by seed, of the same documents; at least one seed is common to all.
 
     Returns:
-        `arm`, `value`, and `to_best`: what `difference_of_arms` says of it and the best one; None of the best itself.
-        The intervals allow for all pairs of arms: the best one is the best by luck, too.
+        `arm`, `value` over the common seeds, and `to_best`: `difference`, `stderr`, `low`, `high` and `verdict` as in
+        `difference_of_arms`; None of the best itself.
     """
-    pairs = len(arms) * (len(arms) - 1) // 2
-    ranked = sorted(arms, key=lambda name: mean_of_seeds(arms[name])[0])
-    best = arms[ranked[0]]
-    return [
-        {
-            "arm": name,
-            "value": mean_of_seeds(arms[name])[0],
-            "to_best": difference_of_arms(arms[name], best, pairs) if name != ranked[0] else None,
-        }
-        for name in ranked
-    ]
+    seeds = sorted(set.intersection(*(set(scores) for scores in arms.values())))
+    reached = {name: [bits_per_byte(scores[seed]) for seed in seeds] for name, scores in arms.items()}
+    ranked = sorted(reached, key=lambda name: statistics.fmean(reached[name]))
+    best = {seed: arms[ranked[0]][seed] for seed in seeds}
+    spread, free = _pooled(list(reached.values()))
+    found = []
+    for name in ranked:
+        entry: dict[str, Any] = {"arm": name, "value": statistics.fmean(reached[name]), "to_best": None}
+        if name != ranked[0]:
+            own = difference_of_arms({seed: arms[name][seed] for seed in seeds}, best)
+            documents = (own["stderr_documents"], own["documents"] - 1)
+            stderr = math.hypot(documents[0] or 0.0, spread or 0.0)
+            half_width = stderr * _tukey_quantile(len(arms), _degrees(documents, (spread, free)))
+            value = own["difference"]
+            entry["to_best"] = {"difference": value, "stderr": stderr, "verdict": _verdict(value, half_width)}
+            entry["to_best"] |= {"low": value - half_width, "high": value + half_width}
+        found.append(entry)
+    return found
+
+
+def _pooled(values: Sequence[Sequence[float]]) -> tuple[float | None, int]:
+    """Return the standard error of a difference of two arms from the spread over seeds, and its degrees of freedom.
+
+    Args:
+        values: by arm and seed, the seeds in the same order. What a seed does to all arms is no spread.
+    """
+    arms, seeds = len(values), len(values[0])
+    if seeds < 2:
+        return None, 0
+    of_arm = [statistics.fmean(row) for row in values]
+    of_seed = [statistics.fmean(column) for column in zip(*values, strict=True)]
+    whole = statistics.fmean(of_arm)
+    squares = sum(
+        (value - mine - common + whole) ** 2
+        for row, mine in zip(values, of_arm, strict=True)
+        for value, common in zip(row, of_seed, strict=True)
+    )
+    free = (arms - 1) * (seeds - 1)
+    return math.sqrt(2 * squares / free / seeds), free
+
+
+def _tukey_quantile(arms: int, degrees: float) -> float:
+    """Return the half of an interval that holds for all pairs of arms with 95 %, in errors of a difference."""
+    from scipy.stats import studentized_range
+
+    return float(studentized_range.ppf(0.95, arms, min(degrees, 1e5))) / math.sqrt(2)
 
 
 def tokens_to_reach(value: float, reached: Mapping[int, float]) -> float | None:

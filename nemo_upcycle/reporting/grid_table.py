@@ -144,8 +144,9 @@ def _rankings(rankings: list[Mapping[str, Any]]) -> str:
     if not tables:
         return ""
     about = (
-        "A tie with the best shares its place. The intervals allow for all pairs of arms in a table (Bonferroni): an"
-        " arm may be a tie here and differ from its reference above."
+        "A tie with the best shares its place. The intervals hold for all pairs of arms in a table at once (Tukey's),"
+        " with the spread from seed to seed pooled over the arms: an arm may be a tie here and differ from its"
+        " reference above."
     )
     return section("Ranking", *tables, about)
 

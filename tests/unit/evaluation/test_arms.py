@@ -40,18 +40,27 @@ def test_each_source_has_its_own_bits_per_byte() -> None:
 
 
 def test_ranked_arms_allow_for_all_pairs() -> None:
-    """Of two documents and seeds each with t of two degrees: 4.3 errors for one pair, 7.65 for three."""
-    arms = {
-        name: {1: documents(1.0 + shift, 1.0 + shift), 2: documents(1.02 + shift, 1.02 + 2 * shift)}
-        for name, shift in (("far", 0.2), ("best", 0.0), ("near", 0.1))
-    }
-    ranked = rank_arms(arms)
-    assert [entry["arm"] for entry in ranked] == ["best", "near", "far"]
-    assert ranked[0]["to_best"] is None
-    alone = difference_of_arms(arms["near"], arms["best"])
-    assert ranked[1]["to_best"]["difference"] == alone["difference"]
-    widths = [found["high"] - found["low"] for found in (ranked[1]["to_best"], alone)]
-    assert widths[0] > 1.5 * widths[1]
+    """What is left of arms (1.1, 1.22, 1.3) and seeds (1.1, 1.3133): 0.0067, -0.0133, 0.0067 and their opposites.
+
+    Their squares sum to 5.33e-4, over two degrees of freedom 2.67e-4: the error of a difference over two seeds is
+    sqrt(2 * 2.67e-4 / 2) = 0.01633. Tukey's q(0.95; 3, 2) is 8.331, over the root of two 5.891.
+    """
+    bits = {"far": (1.2, 1.4), "best": (1.0, 1.2), "near": (1.1, 1.34)}
+    arms = {name: {1: documents(one, one), 2: documents(two, two)} for name, (one, two) in bits.items()}
+    best, near, far = rank_arms(arms)
+    assert (best["arm"], near["arm"], far["arm"]) == ("best", "near", "far")
+    assert best["to_best"] is None
+    assert near["to_best"]["difference"] == pytest.approx(0.12)
+    assert near["to_best"]["stderr"] == pytest.approx(0.01633, rel=1e-3)
+    assert near["to_best"]["high"] - 0.12 == pytest.approx(5.891 * 0.01633, rel=1e-3)
+    assert near["to_best"]["verdict"] == "worse"
+
+
+def test_one_seed_is_ranked_by_documents_alone() -> None:
+    best, other = rank_arms({"a": {1: documents(1.0, 1.2)}, "b": {1: documents(1.1, 1.5)}})
+    # 0.1 and 0.3 of two documents: 0.2 +- 0.1, of one degree: q(0.95; 2, 1) / root of two is t = 12.71
+    assert (best["arm"], other["to_best"]["verdict"]) == ("a", "tie")
+    assert other["to_best"]["high"] - 0.2 == pytest.approx(12.71 * 0.1, rel=1e-3)
 
 
 @pytest.mark.parametrize(("value", "tokens"), [(2.0, 100), (1.75, 200), (1.5, 400), (0.9, None), (2.1, None)])
