@@ -32,7 +32,7 @@ def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), _stderr(values)
 
 
-def difference_of_arms(arm: Mapping[int, Sums], reference: Mapping[int, Sums], comparisons: int = 1) -> dict[str, Any]:
+def difference_of_arms(arm: Mapping[int, Sums], reference: Mapping[int, Sums]) -> dict[str, Any]:
     """Return by how much an arm differs from a reference, at the same seeds and on the same documents.
 
     Args:

@@ -12,6 +12,8 @@ from nemo_upcycle.evaluation.compare import jackknife_stderr, left_out, statisti
 
 #: The task of a suite that scores held-out text, and its metric.
 TASK, METRIC = "heldout_perplexity", "bits_per_byte"
+#: What an evaluation's `metrics` call it.
+BITS = f"{TASK}/{METRIC}"
 #: Log-likelihood in nats and bytes of a document.
 Sums = dict[str, tuple[float, float]]
 

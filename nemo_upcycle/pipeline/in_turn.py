@@ -71,9 +71,27 @@ def _run_one(job: Job, run_dir: Path, executor: Any, stop: local.StopSignals) ->
             stop.callback = lambda: experiment.cancel(identity)
             experiment.run(tail_logs=True)
         return 0  # its marker says how it ended
+    return run_here(job, run_dir, executor, stop)
+
+
+def run_here(job: Job, run_dir: Path, executor: Any, stop: local.StopSignals, at_once: int = 1) -> int:
+    """Run a stage on this machine, beside others that share the cores; return its exit status, as `run_ranks` does.
+
+    Args:
+        job: of the stage.
+        run_dir: the run's folder.
+        executor: whose variables are set, if any.
+        stop: the launcher's signals.
+        at_once: how many run; where it is not alone, the console is not its own.
+    """
     ranks = job.ranks_per_node if job.is_training else None
-    logs = run_dir / "logs" / job.name
-    return local.run_ranks(job.command, ranks, variables_for(ranks or 1, executor), logs, stop)
+    variables = variables_for(at_once * (ranks or 1), executor)
+    return local.run_ranks(job.command, ranks, variables, logs_of(run_dir, job), stop, is_quiet=at_once > 1)
+
+
+def logs_of(run_dir: Path, job: Job) -> Path:
+    """Return the prefix of a stage's log files."""
+    return run_dir / "logs" / job.name
 
 
 def variables_for(ranks: int, executor: Any) -> dict[str, str]:

@@ -15,7 +15,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.console import end_soon
 from nemo_upcycle.pipeline.executors import local
 from nemo_upcycle.pipeline.executors.base import Job
-from nemo_upcycle.pipeline.in_turn import exit_status, stopped, variables_for
+from nemo_upcycle.pipeline.in_turn import exit_status, logs_of, run_here, stopped
 from nemo_upcycle.pipeline.order import before, unfinished
 from nemo_upcycle.pipeline.plan import Plan, Stage
 from nemo_upcycle.pipeline.runner import DONE_BEFORE
@@ -78,9 +78,9 @@ def run_side_by_side(jobs: Sequence[Job], run_dir: Path, plan: Plan, at_once: in
                 if plan.stage(job.name).is_done(run_dir, plan):
                     _say(f"[{job.name}] {DONE_BEFORE}")
                     continue
-                _say(f"[{job.name}] started: {_logs(run_dir, job)}-rank0.log")
+                _say(f"[{job.name}] started: {logs_of(run_dir, job)}-rank0.log")
                 began_s[job.name] = time.monotonic()
-                running[pool.submit(_run, job, run_dir, at_once, stop)] = job
+                running[pool.submit(run_here, job, run_dir, None, stop, at_once)] = job
             done, _ = wait(running, _POLL_S, FIRST_COMPLETED)
             for future in done:
                 job = running.pop(future)
@@ -104,16 +104,6 @@ def run_side_by_side(jobs: Sequence[Job], run_dir: Path, plan: Plan, at_once: in
 def _next(waiting: Sequence[Job], run_dir: Path, plan: Plan) -> Job | None:
     """Return the first stage that needs nothing more."""
     return next((job for job in waiting if unfinished(before(plan, job.name), run_dir, plan) is None), None)
-
-
-def _run(job: Job, run_dir: Path, at_once: int, stop: local.StopSignals) -> int:
-    ranks = job.ranks_per_node if job.is_training else None
-    variables = variables_for(at_once * (ranks or 1), None)
-    return local.run_ranks(job.command, ranks, variables, _logs(run_dir, job), stop, is_quiet=True)
-
-
-def _logs(run_dir: Path, job: Job) -> Path:
-    return run_dir / "logs" / job.name
 
 
 def _say(text: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_upcycle.data.finished import CONTAMINATION
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.heldout import METRIC, TASK
+from nemo_upcycle.evaluation.heldout import BITS
 from nemo_upcycle.utils.files import MARKER, read_json, read_json_lines, read_text
 
 
@@ -27,7 +27,6 @@ _RECEIPT = (
     *("bytes_written", "seconds", "ranks", "layout"),
 )
 _EVALUATION = ("metrics", "items", "groups", "settings", "versions", "seconds", "model")
-_BITS = f"{TASK}/{METRIC}"
 _STEP = ("step", "tokens", "seconds")
 _SETTINGS = (
     *("max_lr", "schedule", "max_steps", "global_batch_size", "micro_batch_size", "seq_length"),
@@ -145,7 +144,7 @@ def read_curve(path: Path) -> Curve:
         for line in lines
         if line.get("validation_loss") is not None
     ]
-    found = [(line["step"] * step_tokens, line["evaluation"].get(_BITS)) for line in lines if "evaluation" in line]
+    found = [(line["step"] * step_tokens, line["evaluation"].get(BITS)) for line in lines if "evaluation" in line]
     scores = [(tokens, score["value"], score["stderr"]) for tokens, score in found if score]
     return Curve(steps, validation, scores)
 
