@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -68,7 +70,7 @@ def run_side_by_side(jobs: Sequence[Job], run_dir: Path, plan: Plan, at_once: in
     took_s: list[float] = []
     ended_early: list[Stage] = []
     status, began_s = 0, dict[str, float]()
-    with local.StopSignals() as stop, ThreadPoolExecutor(at_once) as pool:
+    with local.StopSignals() as stop, ThreadPoolExecutor(at_once) as pool, _ended_by_error(stop):
         while running or (waiting and not status and not stop.signum):
             while not status and not stop.signum and len(running) < at_once:
                 job = _next(waiting, run_dir, plan)
@@ -99,6 +101,16 @@ def run_side_by_side(jobs: Sequence[Job], run_dir: Path, plan: Plan, at_once: in
             raise SystemExit(128 + stop.signum)
     if status:
         raise SystemExit(status)
+
+
+@contextmanager
+def _ended_by_error(stop: local.StopSignals) -> Iterator[None]:
+    """End what runs when the block raises: the pool would wait for it."""
+    try:
+        yield
+    except Exception:
+        stop.signum = signal.SIGTERM
+        raise
 
 
 def _next(waiting: Sequence[Job], run_dir: Path, plan: Plan) -> Job | None:

@@ -143,6 +143,13 @@ def test_sigterm_ends_all_of_them(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert re.search("Stopped by SIGTERM in stage '(one' and 'two|two' and 'one)'", capfd.readouterr().err)
 
 
+def test_an_error_of_the_launcher_ends_what_runs(tmp_path: Path) -> None:
+    damage = "(run_dir / name).mkdir(); (run_dir / name / '_SUCCESS.json').write_text('{')"
+    with pytest.raises(UpcycleError):
+        run_stages(tmp_path, {"one": damage, "two": "time.sleep(600)"}, {})
+    assert processes_of(tmp_path) == []
+
+
 def test_a_killed_stage_is_said_to_be_killed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         run_stages(tmp_path, {"one": "import os; os.kill(os.getpid(), 9)"}, {})
