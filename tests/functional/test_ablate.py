@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from nemo_upcycle.utils.files import MARKER
+from tests.distributed.ranks import run_ranks
 from tests.functional.command import start
 from tests.functional.tiny import write_texts
+from tests.functional.typed import Answer, type_commands
 
 
 pytestmark = pytest.mark.slow
@@ -119,17 +119,26 @@ MISTAKES: dict[str, tuple[dict[str, str], str]] = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_grid_with_a_mistake_is_refused_before_anything_starts(folder: Path, tmp_path: Path, mistake: str) -> None:
-    changes, message = MISTAKES[mistake]
-    text = GRID
-    for old, new in changes.items():
-        assert old in text
-        text = text.replace(old, new)
+@pytest.fixture(scope="module")
+def answers(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
+    """What is answered to every grid with a mistake."""
+    wrong = tmp_path_factory.mktemp("wrong")
     for name in ("suite.yaml", "texts"):
-        (tmp_path / name).symlink_to(folder / name)
-    (tmp_path / "grid.yaml").write_text(text)
-    done: Any = subprocess.run(_command("grid.yaml"), cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert message in done.stderr
-    assert not (tmp_path / "run").exists()
+        (wrong / name).symlink_to(folder / name)
+    for number, (changes, _) in enumerate(MISTAKES.values()):
+        text = GRID
+        for old, new in changes.items():
+            assert old in text
+            text = text.replace(old, new)
+        (wrong / f"{number}.yaml").write_text(text)
+    commands = [_command(f"{number}.yaml")[1:] for number in range(len(MISTAKES))]
+    (found,) = run_ranks(type_commands, 1, commands, str(wrong), str(wrong), process_group=False)
+    return dict(zip(MISTAKES, found, strict=True))
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_grid_with_a_mistake_is_refused_before_anything_starts(mistake: str, answers: dict[str, Answer]) -> None:
+    answer = answers[mistake]
+    assert answer.status == 2, answer.text
+    assert MISTAKES[mistake][1] in answer.text
+    assert answer.written == []

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from tokenizers import Tokenizer, normalizers
@@ -20,6 +18,7 @@ from tests.distributed.ranks import run_ranks, server
 from tests.fifo import held_by_reader
 from tests.functional.command import run_measured
 from tests.functional.tiny import SEQUENCE, SIZES, write_parent
+from tests.functional.typed import Answer, type_commands
 
 
 DEMO = "--factory smollm2_135m_e8t2"
@@ -100,43 +99,6 @@ MISTAKES = {
 }
 
 
-class Answer(NamedTuple):
-    """How the command ended, what it said, and what it wrote."""
-
-    status: int
-    text: str
-    written: list[str]
-
-
-def _type(commands: list[list[str]], folder: str, watched: str, programs: str = "") -> list[Answer]:
-    """Run `nemo` with these words, one command after the other, in this process, which has imported NeMo before."""
-    from nemo_run.cli.api import create_cli
-
-    os.chdir(folder)
-    os.environ["COLUMNS"] = "200"
-    if programs:
-        os.environ["PATH"] = f"{programs}:{os.environ['PATH']}"
-    answers = []
-    for words in commands:
-        sys.argv = ["nemo", *words]
-        before = {*Path(folder).rglob("*"), *Path(watched).rglob("*")}
-        status = 0
-        with tempfile.TemporaryFile() as console:
-            for descriptor in (1, 2):  # of the stages' processes, too
-                os.dup2(console.fileno(), descriptor)
-            try:
-                create_cli()()
-            except SystemExit as exit_:
-                status = int(exit_.code or 0)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            console.seek(0)
-            text = console.read().decode()
-        written = {*Path(folder).rglob("*"), *Path(watched).rglob("*")} - before
-        answers.append(Answer(status, text, sorted(map(str, written))))
-    return answers
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files with mistakes in them."""
@@ -165,7 +127,7 @@ def answers(files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     commands += [f"llm pretrain {typed} --yes" for typed in (*LLM_MISTAKES, NO_KERNELS, STOCK)]
     words = [command.replace("FILES", str(files)).split() for command in commands]
     folder = str(tmp_path_factory.mktemp("typed"))
-    (found,) = run_ranks(_type, 1, words, folder, str(files), process_group=False)
+    (found,) = run_ranks(type_commands, 1, words, folder, str(files), process_group=False)
     return dict(zip(commands, found, strict=True))
 
 
@@ -237,14 +199,14 @@ def _on_tiny_parent(files: Path, folder: Path) -> list[str]:
 
 def test_a_mistake_found_inside_a_stage_is_the_last_line_and_status_2(files: Path, tmp_path: Path) -> None:
     command = _on_tiny_parent(files, tmp_path / "run")
-    ((answer,),) = run_ranks(_type, 1, [command], str(tmp_path), str(files), process_group=False)
+    ((answer,),) = run_ranks(type_commands, 1, [command], str(tmp_path), str(files), process_group=False)
     assert answer.status == 2, answer.text
     last = answer.text.splitlines()[-1]
     assert last.startswith("[data] source mine: got no document left to train on")
     assert "Traceback" not in answer.text
     assert not (tmp_path / "run/upcycle").exists()
     other = [word.replace("/tiny", "/other") for word in command]
-    ((answer,),) = run_ranks(_type, 1, [other], str(tmp_path), str(files), process_group=False)
+    ((answer,),) = run_ranks(type_commands, 1, [other], str(tmp_path), str(files), process_group=False)
     assert answer.status == 2, answer.text
     assert "Error: stage data will be refused: import runs again, and " in answer.text
     assert answer.written == []
@@ -266,12 +228,12 @@ def test_jobs_that_run_are_watched_whatever_space_is_left(files: Path, tmp_path:
     command = [*_on_tiny_parent(files, run_dir), *SLURM.split(), *(f"pretrain.{word}" for word in endless)]
     command += ["run.executor.shared_dir=true", "--detach"]
     arguments = (str(tmp_path), str(files), str(programs))
-    ((refused,),) = run_ranks(_type, 1, [command], *arguments, process_group=False)
+    ((refused,),) = run_ranks(type_commands, 1, [command], *arguments, process_group=False)
     assert refused.status == 2, refused.text
     assert f"disk space for {run_dir} in {tmp_path}: got " in refused.text
     jobs = {name: str(number) for number, name in enumerate(BY_NAME)}
     write_json(run_dir / JOBS, {"cluster": "Slurm, cluster c", "jobs": jobs})
-    ((watched,),) = run_ranks(_type, 1, [command], *arguments, process_group=False)
+    ((watched,),) = run_ranks(type_commands, 1, [command], *arguments, process_group=False)
     assert watched.status == 0, watched.text
     assert f"Submitted to the queue: {' '.join(jobs.values())}." in watched.text
 
@@ -279,7 +241,7 @@ def test_jobs_that_run_are_watched_whatever_space_is_left(files: Path, tmp_path:
 def test_a_second_run_in_the_same_folder_is_refused_and_leaves_the_plan(files: Path, tmp_path: Path) -> None:
     command = _on_tiny_parent(files, tmp_path / "run")
     with in_use(tmp_path / "run"):
-        ((answer,),) = run_ranks(_type, 1, [command], str(tmp_path), str(files), process_group=False)
+        ((answer,),) = run_ranks(type_commands, 1, [command], str(tmp_path), str(files), process_group=False)
     assert answer.status == 2, answer.text
     assert f"{tmp_path / 'run'}: got in use by another run" in answer.text
     assert answer.written == []
@@ -290,7 +252,7 @@ def test_ctrl_c_during_the_checks_ends_them_at_once(files: Path, tmp_path: Path)
     os.mkfifo(tmp_path / "slow.yaml")
     command = [*_on_tiny_parent(files, tmp_path / "run"), f"data={tmp_path}/slow.yaml"]
     arguments = ([command], str(tmp_path), str(files))
-    process = server().Process(target=_type, args=arguments)
+    process = server().Process(target=type_commands, args=arguments)
     process.start()
     with held_by_reader(tmp_path / "slow.yaml"):
         os.kill(process.pid or 0, signal.SIGINT)
