@@ -47,6 +47,7 @@ def forward(
     inputs: Sequence[torch.Tensor],
     take: Callable[[torch.Tensor, int], Any],
     inference_context: Any = None,
+    positions: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> list[Any]:
     """Run some passes through the pipeline with Megatron's own schedule.
 
@@ -55,6 +56,8 @@ def forward(
         inputs: token ids [N, S] of each pass, all of one shape.
         take: what to keep of the logits [N, S, V/T] of a pass and its number; called on the last stage only.
         inference_context: Megatron's cache of keys and values, of the rows of all passes, for generation.
+        positions: rows and places [P] of each pass that logits are wanted of, which are then [1, P, V]: the output
+            layer is a fifth of a small model's work. None: all. Only where sequences are not cut.
 
     Returns:
         What `take` gave for each pass; nothing on other stages than the last.
@@ -68,23 +71,46 @@ def forward(
 
     def step(numbered: Iterator[tuple[int, torch.Tensor]], chunk: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
         number, tokens_NS = next(numbered)
+        current[:] = [number]
         if inference_context:
             inference_context.batch_size_offset = number * size
         extra = {"inference_context": inference_context, "runtime_gather_output": True} if inference_context else {}
         output = chunk(tokens_NS, positions_NS, mask, **extra)
         return output, lambda logits, **_: take(logits, number)
 
-    results: list[Any] = get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=[iter(enumerate(inputs)) for _ in chunks] if len(chunks) > 1 else iter(enumerate(inputs)),
-        model=list(chunks),
-        num_microbatches=len(inputs),
-        seq_length=length * chunks[0].config.context_parallel_size,
-        micro_batch_size=size,
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
+    current: list[int] = []
+    with _at_positions(chunks, positions, current):
+        results: list[Any] = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=[iter(enumerate(inputs)) for _ in chunks] if len(chunks) > 1 else iter(enumerate(inputs)),
+            model=list(chunks),
+            num_microbatches=len(inputs),
+            seq_length=length * chunks[0].config.context_parallel_size,
+            micro_batch_size=size,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
     return results
+
+
+@contextmanager
+def _at_positions(
+    chunks: Sequence[Any], positions: Sequence[tuple[torch.Tensor, torch.Tensor]] | None, current: Sequence[int]
+) -> Iterator[None]:
+    """Let the output layer see the positions of the current pass alone."""
+
+    def select(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        assert positions is not None
+        rows_P, places_P = positions[current[0]]
+        return (args[0][places_P, rows_P][:, None], *args[1:])
+
+    modules = [pair for chunk in chunks for pair in chunk.named_modules()] if positions is not None else []
+    hooks = [module.register_forward_pre_hook(select) for name, module in modules if name.endswith("output_layer")]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def padded_length(length: int, chunk: Any) -> int:

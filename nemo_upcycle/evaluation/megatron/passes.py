@@ -70,20 +70,28 @@ class Pass:
         # Where each place is in this rank's part of the sequences; -1: on another rank.
         self.local_S = torch.full((length,), -1).scatter(0, here_S, torch.arange(len(here_S)))
 
-    def answers(self, logits_NSV: torch.Tensor, vocab_size: int) -> torch.Tensor:
-        """Return the tokens' log-likelihoods and whether each is the likeliest, [2, Q], from this rank's part of V."""
+    def answers(self, logits_NSV: torch.Tensor, vocab_size: int, *, asked_only: bool) -> torch.Tensor:
+        """Return the tokens' log-likelihoods and whether each is the likeliest, [2, Q], from this rank's part of V.
+
+        Args:
+            logits_NSV: of all positions, or [1, P, V].
+            vocab_size: V without padding.
+            asked_only: whether they are of the positions alone that predict something asked for.
+        """
         from megatron.core import parallel_state
 
         group, device = parallel_state.get_tensor_model_parallel_group(), logits_NSV.device
         first = parallel_state.get_tensor_model_parallel_rank() * logits_NSV.shape[-1]
         real = max(0, min(logits_NSV.shape[-1], vocab_size - first))  # the rows behind only pad the vocabulary
-        place_P = self.local_S[self.places_P]
+        rows_P, place_P = self.rows_P, self.local_S[self.places_P]
+        if asked_only:
+            rows_P, place_P = torch.zeros_like(rows_P), torch.arange(len(rows_P))
         position_Q, token_Q = self.position_Q, self.token_Q - first
         largest_P, sum_P = (torch.full((len(place_P),), start, device=device) for start in (-torch.inf, 0.0))
         own_Q = torch.zeros(len(token_Q), device=device)
         for start in range(0, len(place_P), SLICE):  # never all positions in float32
             stop = min(start + SLICE, len(place_P))
-            rows, places = self.rows_P[start:stop].to(device), place_P[start:stop].clamp(min=0).to(device)
+            rows, places = rows_P[start:stop].to(device), place_P[start:stop].clamp(min=0).to(device)
             logits_PV = logits_NSV[rows, places, :real].float()
             largest = logits_PV.amax(dim=1) if real else largest_P[start:stop]
             torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)

@@ -112,10 +112,13 @@ def _check_tokens(sequences: Sequence[Scored], vocab_size: int) -> None:
 
 def _run(chunks: Sequence[Any], passes: Sequence[Pass], vocab_size: int) -> dict[int, _Answer]:
     """Run this replica's passes through the pipeline; return answers by sequence number, on the last stage alone."""
+    config = chunks[0].config
+    asked_only = not config.sequence_parallel and config.context_parallel_size == 1
     outputs = forward(
         chunks,
         [one.tokens_NS for one in passes],
-        lambda logits, number: passes[number].answers(logits, vocab_size),
+        lambda logits, number: passes[number].answers(logits, vocab_size, asked_only=asked_only),
+        positions=[(one.rows_P, one.places_P) for one in passes] if asked_only else None,
     )
     found = {}
     for one, output_2Q in zip(passes, outputs, strict=False):
