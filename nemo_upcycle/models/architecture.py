@@ -32,6 +32,7 @@ class Architecture:
         norm_topk: whether the weights of the chosen experts are made to sum to one.
         router_score: what the router's logits go through: `softmax` or `sigmoid`.
         routed_scaling_factor: on the weights of the chosen experts.
+        qk_norm: whether query and key of every head are normalised before the rotary embedding.
         zero_centered_norm: whether norms store their distance from one.
         scaled_embedding: whether the embedding is multiplied by the root of D.
         sliding_window: tokens that attention sees, the current one included; None: all before it.
@@ -51,6 +52,7 @@ class Architecture:
     qkv_bias: bool = False
     attention_out_bias: bool = False
     ffn_bias: bool = False
+    qk_norm: bool = False
     zero_centered_norm: bool = False
     scaled_embedding: bool = False
     norm_eps: float = 1e-5
@@ -94,10 +96,11 @@ class Architecture:
 
     @property
     def attention_params(self) -> int:
-        """Parameters of one layer's attention, biases included."""
+        """Parameters of one layer's attention, biases and norms of query and key included."""
         heads, groups = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         biases = (heads + 2 * groups if self.qkv_bias else 0) + (self.hidden_size if self.attention_out_bias else 0)
-        return 2 * (heads + groups) * self.hidden_size + biases
+        norms = 2 * self.head_dim if self.qk_norm else 0
+        return 2 * (heads + groups) * self.hidden_size + biases + norms
 
     @property
     def embedding_params(self) -> int:
@@ -199,6 +202,7 @@ def architecture_from_config(config: dict[str, Any], where: str = "config.json")
         qkv_bias=bias or settings.flag("qkv_bias"),
         attention_out_bias=bias,
         ffn_bias=settings.flag("mlp_bias"),
+        qk_norm=settings.flag("qk_norm"),
         zero_centered_norm=settings.flag("zero_centered_norm"),
         scaled_embedding=settings.flag("scaled_embedding"),
         norm_eps=settings.number("rms_norm_eps"),

@@ -108,6 +108,8 @@ ATTENTION_MAPPINGS = (
     ParamMapping("qkv_bias", ("self_attention.linear_qkv.bias",), Sharding.QKV, ("query", "key", "value")),
     ParamMapping("attention_out", ("self_attention.linear_proj.weight",), Sharding.COLUMNS),
     ParamMapping("attention_out_bias", ("self_attention.linear_proj.bias",), Sharding.REPLICATED),
+    ParamMapping("query_norm", ("self_attention.q_layernorm.weight",), Sharding.REPLICATED),
+    ParamMapping("key_norm", ("self_attention.k_layernorm.weight",), Sharding.REPLICATED),
     ParamMapping("ffn_norm", ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"), Sharding.REPLICATED),
 )
 
@@ -170,8 +172,9 @@ def _has(mapping: ParamMapping, arch: Architecture) -> bool:
     """Return whether the architecture has this parameter where a layer of that kind could have it."""
     if mapping.is_shared:
         return arch.shared_ffn_size > 0
-    biases = {"qkv_bias": arch.qkv_bias, "attention_out_bias": arch.attention_out_bias}
-    return biases.get(mapping.role, arch.ffn_bias if mapping.role.endswith("_bias") else True)
+    some = {"qkv_bias": arch.qkv_bias, "attention_out_bias": arch.attention_out_bias}
+    some |= dict.fromkeys(("query_norm", "key_norm"), arch.qk_norm)
+    return some.get(mapping.role, arch.ffn_bias if mapping.role.endswith("_bias") else True)
 
 
 def hf_names(arch: Architecture) -> Iterator[str]:

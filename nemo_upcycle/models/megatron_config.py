@@ -26,6 +26,7 @@ _BLOCK = {
     "gated": "gated_linear_unit",
     "norm_eps": "layernorm_epsilon",
     "zero_centered_norm": "layernorm_zero_centered_gamma",
+    "qk_norm": "qk_layernorm",
 }
 #: All of them; `tied_embeddings` is NeMo's alone.
 FIELDS = _BLOCK | {
@@ -103,7 +104,7 @@ def architecture_of(config: Any, vocab_size: int) -> Architecture:
         >>> architecture_of(recipe.model.config, 128256).total_params  # doctest: +SKIP
         47491321856
     """
-    names = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "gated", *_BIASES)
+    names = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "gated", "qk_norm", *_BIASES)
     fields = {name: getattr(config, FIELDS[name]) for name in (*names, "tied_embeddings", "num_experts")}
     fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
     fields["head_dim"] = fields["head_dim"] or fields["hidden_size"] // fields["num_heads"]

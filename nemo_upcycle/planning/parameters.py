@@ -71,7 +71,10 @@ def chunk_params(arch: Architecture, layout: Layout, chunk: Chunk) -> list[Param
 
 
 #: Megatron registers attention's modules in this order; the mapping table has Hugging Face's.
-_ATTENTION = ("attention_norm", "attention_out", "attention_out_bias", "qkv", "qkv_bias", "ffn_norm")
+_ATTENTION = (
+    *("attention_norm", "attention_out", "attention_out_bias", "qkv", "qkv_bias", "query_norm", "key_norm"),
+    "ffn_norm",
+)
 _ORDER = {role: number for number, role in enumerate(_ATTENTION)}
 
 

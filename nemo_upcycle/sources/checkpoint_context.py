@@ -28,7 +28,7 @@ _FUNCTION = {
     name: FIELDS.get(name, "_target_")
     for name in (
         *("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "tied_embeddings"),
-        *("activation", "qkv_bias", "ffn_bias", "zero_centered_norm", "norm_eps", "scaled_embedding"),
+        *("activation", "qkv_bias", "ffn_bias", "qk_norm", "zero_centered_norm", "norm_eps", "scaled_embedding"),
     )
 }
 #: Megatron-LM's argument -> NeMo's setting, where the names differ.

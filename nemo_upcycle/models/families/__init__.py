@@ -17,8 +17,10 @@ _MODULES = (
     "llama",
     "mistral",
     "qwen2",
+    "qwen3",
     "gemma",
     "mixtral",
+    "qwen3_moe",
     "qwen2_moe",
 )
 _FAMILIES: dict[str, Family] = {}

@@ -18,21 +18,39 @@ _SHARED = _MLP + "shared_expert."
 _EXPERT = _MLP + "experts.{expert}."
 
 
+def routed_experts(settings: Settings, num_layers: int) -> dict[str, Any]:
+    """Return the fields of an `Architecture` that describe routed experts, as Qwen's classes spell them."""
+    step, dense = settings.whole("decoder_sparse_step", 1), settings.values.get("mlp_only_layers", [])
+    if not isinstance(dense, list) or not all(type(layer) is int and 0 <= layer < num_layers for layer in dense):
+        raise settings.wrong("mlp_only_layers", f"a list of layer numbers, 0 to {num_layers - 1}")
+    experts = settings.whole("num_experts")
+    pattern = tuple((layer + 1) % step == 0 and layer not in dense for layer in range(num_layers))
+    return {
+        "num_experts": experts,
+        "top_k": settings.whole("num_experts_per_tok", most=experts),
+        "expert_ffn_size": settings.whole("moe_intermediate_size"),
+        "moe_pattern": None if all(pattern) else pattern,
+        "norm_topk": settings.flag("norm_topk_prob"),
+    }
+
+
+def routed_settings(arch: Architecture) -> dict[str, Any]:
+    """Return what Qwen's classes say in `config.json` of routed experts."""
+    return {
+        "num_experts": arch.num_experts,
+        "intermediate_size": arch.ffn_size,
+        "moe_intermediate_size": arch.expert_ffn_size,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [layer for layer in range(arch.num_layers) if not arch.is_moe_layer(layer)],
+        "norm_topk_prob": arch.norm_topk,
+        "use_sliding_window": False,
+    }
+
+
 class _Qwen2Moe(MoeFamily):
     def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        step, dense = settings.whole("decoder_sparse_step", 1), settings.values.get("mlp_only_layers", [])
-        if not isinstance(dense, list) or not all(type(layer) is int and 0 <= layer < num_layers for layer in dense):
-            raise settings.wrong("mlp_only_layers", f"a list of layer numbers, 0 to {num_layers - 1}")
-        experts = settings.whole("num_experts")
-        pattern = tuple((layer + 1) % step == 0 and layer not in dense for layer in range(num_layers))
-        return {
-            "num_experts": experts,
-            "top_k": settings.whole("num_experts_per_tok", most=experts),
-            "expert_ffn_size": settings.whole("moe_intermediate_size"),
-            "shared_ffn_size": settings.whole("shared_expert_intermediate_size", 0, least=0),
-            "moe_pattern": None if all(pattern) else pattern,
-            "norm_topk": settings.flag("norm_topk_prob"),
-        }
+        shared = settings.whole("shared_expert_intermediate_size", 0, least=0)
+        return routed_experts(settings, num_layers) | {"shared_ffn_size": shared}
 
     def unsupported(self, arch: Architecture) -> Iterator[str]:
         yield from super().unsupported(arch)
@@ -40,18 +58,13 @@ class _Qwen2Moe(MoeFamily):
             yield "heads that do not make up the hidden size"
         if arch.window:
             yield "a sliding window"
+        if arch.qk_norm:
+            yield "norms of query and key"
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
-        return {
-            "num_experts": arch.num_experts,
-            "intermediate_size": arch.ffn_size,
-            "moe_intermediate_size": arch.expert_ffn_size,
+        return routed_settings(arch) | {
             "shared_expert_intermediate_size": arch.shared_ffn_size,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [layer for layer in range(arch.num_layers) if not arch.is_moe_layer(layer)],
-            "norm_topk_prob": arch.norm_topk,
             "qkv_bias": arch.qkv_bias,
-            "use_sliding_window": False,
         }
 
     def constants(self, arch: Architecture) -> dict[str, tuple[int, ...]]:

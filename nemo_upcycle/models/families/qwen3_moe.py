@@ -1,0 +1,50 @@
+"""Qwen3-MoE: Qwen3's attention, dense layers, expert weights of any sum; no shared experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from nemo_upcycle.models.families import llama, qwen3
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, MoeFamily
+from nemo_upcycle.models.families.qwen2_moe import routed_experts, routed_settings
+from nemo_upcycle.models.settings import Settings
+
+
+if TYPE_CHECKING:
+    from nemo_upcycle.models.architecture import Architecture
+
+_MLP = llama.LAYER + "mlp."
+_EXPERT = _MLP + "experts.{expert}."
+
+
+class _Qwen3Moe(MoeFamily):
+    def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+        return routed_experts(settings, num_layers)
+
+    def unsupported(self, arch: Architecture) -> Iterator[str]:
+        yield from super().unsupported(arch)
+        reasons = {
+            "no norms of query and key": not arch.qk_norm,
+            "biases of query, key and value": arch.qkv_bias,
+            "shared experts": arch.shared_ffn_size > 0,
+            "a sliding window": arch.window is not None,
+        }
+        yield from (reason for reason, holds in reasons.items() if holds)
+
+    def expert_settings(self, arch: Architecture) -> dict[str, Any]:
+        return routed_settings(arch)
+
+
+FAMILY = _Qwen3Moe(
+    title="Qwen3-MoE",
+    hf_class="Qwen3MoeForCausalLM",
+    model_type="qwen3_moe",
+    names=qwen3.NAMES
+    | {
+        "router": (_MLP + "gate.weight",),
+        "expert_fc1": tuple(_EXPERT + f"{part}_proj.weight" for part in ("gate", "up")),
+        "expert_fc2": (_EXPERT + "down_proj.weight",),
+    },
+    defaults=COMMON_DEFAULTS | {"num_key_value_heads": 4, "max_position_embeddings": 32768, "qk_norm": True},
+)
