@@ -36,6 +36,19 @@ def write_llama(folder: Path, *, tied: bool = False, layers: int = 4, shards: in
     """Write a random Llama with Hugging Face's own writer: weights of std 0.1 keep activations of order one."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    return _write_parent(folder, LlamaForCausalLM, LlamaConfig, tied, layers, shards, changes)
+
+
+def write_qwen3(folder: Path, *, tied: bool = False, layers: int = 4, **changes: Any) -> Path:
+    """Write a random Qwen3 as `write_llama` writes a Llama."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return _write_parent(folder, Qwen3ForCausalLM, Qwen3Config, tied, layers, 1, changes)
+
+
+def _write_parent(
+    folder: Path, model_class: Any, config_class: Any, tied: bool, layers: int, shards: int, changes: dict[str, Any]
+) -> Path:
     torch.manual_seed(7)
     sizes = {
         "vocab_size": 250,
@@ -49,7 +62,7 @@ def write_llama(folder: Path, *, tied: bool = False, layers: int = 4, shards: in
         "rope_theta": 100000.0,
         "rms_norm_eps": 1e-5,
     }
-    model = LlamaForCausalLM(LlamaConfig(**(sizes | changes))).float().eval()
+    model = model_class(config_class(**(sizes | changes))).float().eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.1)
@@ -244,7 +257,7 @@ def build_chunks(
     }
     config = TransformerConfig(**(settings | changes))
     mixed = config.moe_layer_freq != 1
-    spec = get_gpt_layer_local_spec(num_experts=num_experts, normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(num_experts=num_experts, qk_layernorm=arch.qk_norm, normalization="RMSNorm")
     padded = -(-arch.vocab_size // (8 * sizes["tp"])) * 8 * sizes["tp"]
     chunks = []
     for stage in range(sizes["vp"]):

@@ -104,7 +104,17 @@ def architecture_of(config: Any, vocab_size: int) -> Architecture:
         >>> architecture_of(recipe.model.config, 128256).total_params  # doctest: +SKIP
         47491321856
     """
-    names = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "gated", "qk_norm", *_BIASES)
+    names = (
+        "num_layers",
+        "hidden_size",
+        "ffn_size",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "gated",
+        "qk_norm",
+        *_BIASES,
+    )
     fields = {name: getattr(config, FIELDS[name]) for name in (*names, "tied_embeddings", "num_experts")}
     fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
     fields["head_dim"] = fields["head_dim"] or fields["hidden_size"] // fields["num_heads"]

@@ -16,7 +16,7 @@ from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.init.experts import BLOCK
 from tests.distributed.gather import GlobalShard, gather, global_shards
 from tests.distributed.ranks import run_ranks
-from tests.models import build_chunks, moe_settings, write_llama
+from tests.models import build_chunks, moe_settings, write_llama, write_qwen3
 
 
 SIZES = {
@@ -35,6 +35,7 @@ PARENTS: dict[str, dict[str, Any]] = {
 COPIES = {"num_experts": 4, "top_k": 2}
 GRANULAR = {"num_experts": 8, "top_k": 4, "granularity": 2}
 CASES = {
+    "Qwen3": ("qwen3", UpcycleSpec(**COPIES)),
     "copy": ("untied", UpcycleSpec(**COPIES)),
     "copy, tied": ("tied", UpcycleSpec(**COPIES)),
     "noise": ("untied", UpcycleSpec(**COPIES, method="noise")),
@@ -98,6 +99,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dense")
     for name, changes in PARENTS.items():
         write_llama(folder / name, shards=3, **(SIZES | changes))
+    write_qwen3(folder / "qwen3", **SIZES)
     return folder
 
 

@@ -24,6 +24,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "squared_relu": {"gated": False, "activation": "squared_relu"},
 }
 BIASES = {"qkv_bias": True, "attention_out_bias": True, "ffn_bias": True}
+QWEN3 = {"hf_class": "Qwen3ForCausalLM", "qk_norm": True}
 EXACT, VISIBLE = 2e-6, 1e-3
 
 
@@ -60,6 +61,11 @@ def test_granularity_is_exact_for_every_activation(network: str, biases: dict, g
     spec = _spec(granularity=granularity)
     assert spec.is_exact
     assert _error(NETWORKS[network] | biases, spec) <= EXACT
+
+
+@pytest.mark.parametrize("fields", [{}, {"granularity": 4, "shared_experts": 2}, {"moe_layers": "every-2"}], ids=str)
+def test_norms_of_query_and_key_stay_as_they_are(fields: dict) -> None:
+    assert _error(QWEN3, _spec(**fields)) <= EXACT
 
 
 @pytest.mark.parametrize(("granularity", "shared"), [(1, 1), (2, 1), (2, 2), (4, 3), (8, 5), (8, 8)])

@@ -89,6 +89,7 @@ def _clusters(draw: st.DrawFn) -> tuple[Architecture, UpcycleSpec, dict[str, int
         qkv_bias=biases or draw(st.booleans()),
         attention_out_bias=biases,
         ffn_bias=biases,
+        **({"hf_class": "Qwen3ForCausalLM", "qk_norm": True} if not biases and draw(st.booleans()) else {}),
     )
     numbers = st.sets(st.integers(0, layers - 1), min_size=1).map(tuple)
     spec = UpcycleSpec(
@@ -112,6 +113,8 @@ def _wanted(name: str, layer: int, dense: MemorySource, spec: UpcycleSpec, coord
         return tensors[
             "lm_head.weight" if "output" in name and not arch.tied_embeddings else "model.embed_tokens.weight"
         ]
+    if match := re.search("([qk])_layernorm", name):
+        return hf(f"self_attn.{match[1]}_norm.weight")
     if "norm" in name:
         inner = "input_layernorm" if "input" in name else "post_attention_layernorm"
         return tensors["model.norm.weight"] if "final" in name else hf(f"{inner}.weight")
