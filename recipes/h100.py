@@ -123,11 +123,12 @@ def moe_trainer(
 
 
 def paper_training(recipe: run.Partial) -> run.Partial:
-    """Set schedule and data of the paper's training in a NeMo recipe for Llama 3, in place.
+    """Set schedule and data of the paper's training in a NeMo recipe for a dense model, in place.
 
     Stated: 100B tokens, learning rate 3e-5 to 3e-7, cosine, 100 steps of warm-up. Kept as NeMo has them, for the paper
     does not say: batches of 512 x 8192 tokens (4.2M, what He et al., arXiv 2410.07524, found best), Adam (0.9, 0.95),
-    weight decay 0.1, clipping at 1. The mock data has Llama's vocabulary: without a data folder a run needs no file.
+    weight decay 0.1, clipping at 1. The mock data has the model's vocabulary: without a data folder a run needs no
+    file.
     """
     recipe.trainer.max_steps = MAX_STEPS
     recipe.trainer.plugins.grad_reduce_in_fp32 = True
@@ -135,7 +136,8 @@ def paper_training(recipe: run.Partial) -> run.Partial:
     recipe.optim.lr_scheduler.warmup_steps = 100
     recipe.optim.lr_scheduler.constant_steps = 0
     recipe.optim.lr_scheduler.min_lr = 3e-7
-    recipe.data.tokenizer = run.Config(NullTokenizer, vocab_size=VOCABULARY - 1)
+    vocabulary = getattr(recipe.model.config, "vocab_size", None) or VOCABULARY
+    recipe.data.tokenizer = run.Config(NullTokenizer, vocab_size=vocabulary - 1)
     return recipe
 
 
@@ -160,9 +162,9 @@ def upcycled(
     Returns:
         The recipe.
     """
+    recipe.model = model
     recipe = paper_training(recipe)
     old = recipe.trainer
-    recipe.model = model
     recipe.trainer = trainer(num_nodes=old.num_nodes, num_gpus_per_node=old.devices, callbacks=old.callbacks)
     return adjust(
         resilient(start_from(recipe, dense, spec, data)), recompute_moe_steps=RECOMPUTE_MOE_STEPS, comm_overlap=True
@@ -249,13 +251,16 @@ def chain(
     return pipeline_recipe
 
 
-def dense_baseline(name: str, nemo_recipe: ModuleType, dense: str) -> Callable[..., run.Partial]:
+def dense_baseline(
+    name: str, nemo_recipe: ModuleType, dense: str, model: Optional[Callable[[], run.Config]] = None
+) -> Callable[..., run.Partial]:
     """Register and return the `pretrain_recipe` of a dense baseline: the dense model, trained as the upcycled one is.
 
     Args:
         name: of the recipe.
         nemo_recipe: NeMo's recipe module of the model, whose layout is kept.
         dense: the checkpoint to start from, by default.
+        model: the dense model, where it is another than the module's.
     """
 
     @run.cli.factory(target=pretrain, name=name)
@@ -292,6 +297,8 @@ def dense_baseline(name: str, nemo_recipe: ModuleType, dense: str) -> Callable[.
         recipe = nemo_recipe.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, fn=fn)
         if performance_mode:  # not an argument of all of NeMo's recipes
             recipe = nemo_recipe.pretrain_performance_optimizations(recipe)
+        if model is not None:
+            recipe.model = model()
         return resilient(start_from(paper_training(recipe), dense, None, data))
 
     return pretrain_recipe

@@ -18,7 +18,7 @@ KINDS = {
     "trainjob-2.3": "trainjob",
     "pytorchjob-1.9": "pytorchjob",
 }
-RECIPES = ("llama3_8b_e8t2", "llama31_8b_e8t2", "llama3_70b_e8t2", "smollm2_135m_e8t2")
+RECIPES = ("llama3_8b_e8t2", "llama31_8b_e8t2", "llama3_70b_e8t2", "qwen3_8b_e8t2", "smollm2_135m_e8t2")
 
 
 def published(name: str) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The chain of Llama 3 8B's recipe, import to report, on eight ranks and a small parent: TP2 PP4 VPP2 EP2."""
+"""The chain of an H100 recipe, import to report, on eight ranks and a small parent: Qwen3 8B's, TP2 PP4 VPP2 EP2.
+
+`tests/functional/test_h100_recipe.py` trains Llama 3 8B's.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from nemo_upcycle.pipeline.plan import RunPlan
 from nemo_upcycle.utils.files import is_complete, read_json
 from tests.functional.test_pipeline import STAGES, run_in_own_process
 from tests.functional.tiny import EVALUATION, write_texts
-from tests.models import write_llama, write_tokenizer
+from tests.models import write_qwen3, write_tokenizer
 
 
 pytestmark = pytest.mark.slow
@@ -25,6 +28,7 @@ MODEL = {
     "num_query_groups": 4,
     "kv_channels": WIDTH // 8,
     "seq_length": SEQUENCE,
+    "vocab_size": 260,  # the tokenizer has one less, as Qwen3's has fewer than its embedding has rows
 }
 
 
@@ -46,31 +50,31 @@ def _cut_down(recipe: Any, layout: dict[str, int]) -> str:
 
 
 def _plan(folder: Path) -> RunPlan:
-    from nemo_upcycle.recipes import llama3_8b_e8t2
+    from nemo_upcycle.recipes import qwen3_8b_e8t2
     from nemo_upcycle.recipes.h100_arguments import adjust
 
     sizes = {"hidden_size": WIDTH, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
-    parent = write_llama(
-        folder / "parent", layers=LAYERS, vocab_size=259, head_dim=WIDTH // 8, rope_theta=500000.0, **sizes
-    )
+    sizes |= {"vocab_size": 260, "head_dim": WIDTH // 8, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
+    parent = write_qwen3(folder / "parent", layers=LAYERS, **sizes)
     (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4") + "dtype: bfloat16\n")
-    chain = llama3_8b_e8t2.pipeline_recipe(num_nodes=1, num_gpus_per_node=RANKS)
+    chain = qwen3_8b_e8t2.pipeline_recipe(num_nodes=1, num_gpus_per_node=RANKS)
     adjust(chain.pretrain, comm_overlap=False)  # NeMo's callback asks for the GPU
     pipeline = {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 2}
     moe = _cut_down(chain.pretrain, pipeline | {"expert_model_parallel_size": 2})
     # NeMo's own layout of the dense model cuts sequences, which attention without a GPU cannot.
     dense_ct = _cut_down(chain.dense_ct, {"context_parallel_size": 1})
     blend, evaluation = write_texts(folder / "texts"), folder / "evaluation.yaml"
-    return RunPlan("llama3_8b_e8t2", str(write_tokenizer(parent)), str(blend), str(evaluation), moe, dense_ct)
+    return RunPlan("qwen3_8b_e8t2", str(write_tokenizer(parent)), str(blend), str(evaluation), moe, dense_ct)
 
 
-def test_llama3_8b_runs_from_import_to_report(tmp_path: Path) -> None:
+def test_qwen3_8b_runs_from_import_to_report(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     _plan(tmp_path).write(run_dir)
     for name in STAGES:
         answer = run_in_own_process(name, run_dir, ranks=RANKS if name in ("pretrain", "dense_ct") else 1)
         assert answer.status == 0, answer.text
     assert all(is_complete(run_dir / name) for name in ("hf", "upcycle/hf", "dense_ct/hf"))
+    assert read_json(run_dir / "hf/config.json")["architectures"] == ["Qwen3MoeForCausalLM"]
     receipt = read_json(run_dir / "receipt.json")
     assert receipt["within_tolerance"] is True
     layout = read_json(run_dir / "pretrain/receipt.json")["layout"]

@@ -38,6 +38,11 @@ GOLDEN: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3_70b_e8t2": ("llama3_70b_e8t2", {}),
     "llama3_70b_e8t2-fp8": ("llama3_70b_e8t2", {"performance_mode": True, "fp8_recipe": "blockwise"}),
     "llama3_70b_dense_ct": ("llama3_70b_dense_ct", {}),
+    "qwen3_8b_e8t2": ("qwen3_8b_e8t2", {}),
+    "qwen3_8b_e8t2-fp8": ("qwen3_8b_e8t2", {"performance_mode": True, "fp8_recipe": "blockwise"}),
+    "qwen3_8b_dense_ct": ("qwen3_8b_dense_ct", {}),
+    "qwen3_600m_e8t2": ("qwen3_600m_e8t2", {}),
+    "qwen3_600m_dense_ct": ("qwen3_600m_dense_ct", {}),
     "smollm2_135m_e8t2": ("smollm2_135m_e8t2", {}),
     "smollm2_135m_dense_ct": ("smollm2_135m_dense_ct", {}),
 }
@@ -62,7 +67,7 @@ def text_of(name: str) -> str:
 
 
 def _depends_on_machine(recipe: str, key: str) -> bool:
-    return recipe.startswith("smollm2") and key.startswith("trainer.plugins")
+    return recipe.startswith(("smollm2", "qwen3_600m")) and key.startswith("trainer.plugins")
 
 
 def planner_text() -> str:
@@ -99,8 +104,9 @@ def planner_text() -> str:
 
 
 def _dense_architecture(config: Any) -> Architecture:
-    """Return the architecture of a dense NeMo Llama: what decides its FLOPs, its family and positions."""
+    """Return the architecture of a dense NeMo model: what decides its FLOPs, its family and positions."""
     from nemo.collections.llm.gpt.model.llama import Llama31Config, LlamaConfig
+    from nemo.collections.llm.gpt.model.qwen3 import Qwen3Config
 
     from nemo_upcycle.models.megatron_config import architecture_of
     from nemo_upcycle.recipes.h100 import VOCABULARY
@@ -108,13 +114,16 @@ def _dense_architecture(config: Any) -> Architecture:
     kind = config.__fn_or_cls__
     # Sequences of a recipe may be shorter than its parent's. NeMo has no class for SmolLM2; its config.json has these.
     vocab_size, positions = (49_152, 8192) if kind is LlamaConfig else (VOCABULARY, kind.seq_length)
+    is_qwen3 = issubclass(kind, Qwen3Config)
+    if is_qwen3:
+        vocab_size, positions = kind.vocab_size, kind.max_position_embeddings
     scaling = None
     if issubclass(kind, Llama31Config):
         scaling = {"rope_type": "llama3", "factor": config.scale_factor, "low_freq_factor": config.low_freq_factor}
         scaling |= {"high_freq_factor": config.high_freq_factor}
         scaling |= {"original_max_position_embeddings": config.old_context_len}
     sizes = asdict(architecture_of(config, vocab_size)) | {
-        "hf_class": "LlamaForCausalLM",
+        "hf_class": "Qwen3ForCausalLM" if is_qwen3 else "LlamaForCausalLM",
         "rope_theta": float(config.rotary_base),
         "rope_scaling": scaling,
         "max_positions": positions,

@@ -25,7 +25,7 @@ CLUSTERS: dict[str, Callable[[], Any]] = {
     "slurm": lambda: _cluster("slurm", "account=me", "partition=h100", "container_image=nemo", "price_per_gpu_hour=3"),
     "kubernetes": lambda: _cluster("kubernetes", "image=nemo", "claim=runs", "mount_path=/runs", "queue=batch"),
 }
-RECIPES = ("llama3_8b_e8t2", "llama31_8b_e8t2", "llama3_70b_e8t2", "smollm2_135m_e8t2")
+RECIPES = ("llama3_8b_e8t2", "llama31_8b_e8t2", "llama3_70b_e8t2", "qwen3_8b_e8t2", "smollm2_135m_e8t2")
 GOLDEN = [(recipe, cluster) for recipe in RECIPES for cluster in CLUSTERS]
 FREE_BYTES = 4 << 40
 

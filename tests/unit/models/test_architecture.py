@@ -68,6 +68,10 @@ def test_llama_3_8b_and_its_eight_experts() -> None:
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["rope_scaling: low_freq_factor: got nothing"]),
         ({"use_sliding_window": True}, ["use_sliding_window: got True", "full attention"]),
         (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            ["layer_types: got ['full_attention', 'sliding_attention']", "full_attention alone"],
+        ),
+        (
             {"architectures": ["GemmaForCausalLM"], "num_key_value_heads": None, "hidden_act": "gelu"},
             ["hidden_act: got 'gelu'", "Gemma was trained with gelu_pytorch_tanh"],
         ),

@@ -124,7 +124,7 @@ def test_forecast_plans_the_recipe_as_it_was_changed(llama: Any, tmp_path: Path)
     assert "nemo-upcycle plan --recipe llama3_8b_e8t2 --gpus 512" in warning
 
 
-@pytest.mark.parametrize("name", ["llama3_8b_e8t2", "llama31_8b_e8t2", "llama3_70b_e8t2"])
+@pytest.mark.parametrize("name", ["llama3_8b_e8t2", "llama31_8b_e8t2", "llama3_70b_e8t2", "qwen3_8b_e8t2"])
 def test_evaluation_while_training_costs_less_than_a_fiftieth(name: str, tmp_path: Path) -> None:
     from nemo_upcycle import recipes
     from nemo_upcycle.training.evaluating import EvaluateWhileTraining

@@ -13,7 +13,7 @@ from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import SpecError
 
 
-BIG = ("llama3_8b", "llama31_8b", "llama3_70b")
+BIG = ("llama3_8b", "llama31_8b", "llama3_70b", "qwen3_8b")
 
 
 @pytest.mark.parametrize("base", BIG)

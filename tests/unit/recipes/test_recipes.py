@@ -16,9 +16,10 @@ from nemo_upcycle.models.flops import flops_per_token
 from tests.golden import GOLDEN, PLANNER, golden_path, planner_text, text_of
 
 
-BIG = ("llama3_8b", "llama31_8b", "llama3_70b")
-UPCYCLED = ("smollm2_135m_e8t2", *(f"{base}_e8t2" for base in BIG))
-NAMES = (*UPCYCLED, "smollm2_135m_dense_ct", *(f"{base}_dense_ct" for base in BIG))
+BIG = ("llama3_8b", "llama31_8b", "llama3_70b", "qwen3_8b")
+BASES = ("smollm2_135m", "qwen3_600m", *BIG)
+UPCYCLED = tuple(f"{base}_e8t2" for base in BASES)
+NAMES = (*UPCYCLED, *(f"{base}_dense_ct" for base in BASES))
 ABLATIONS = sorted((Path(__file__).parents[3] / "conf/ablations/arms").glob("*.yaml"))
 #: Tokens of a step of the H100 recipes.
 STEP_TOKENS = 512 * 8192
@@ -229,7 +230,7 @@ def test_recipe_trains_on_a_data_folder(recipes: Any, name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_without_a_data_folder_says_what_it_trains_on(recipes: Any, name: str) -> None:
     recipe = getattr(recipes, name).pretrain_recipe
-    kind, words = ("MockDataModule", "mock data") if name.startswith("llama") else ("blend_data", "the blend `sotu`")
+    kind, words = ("MockDataModule", "mock data") if name.startswith(BIG) else ("blend_data", "the blend `sotu`")
     assert recipe().data.__fn_or_cls__.__name__ == kind
     (line,) = [line for line in (recipe.__doc__ or "").splitlines() if "data (str | None)" in line]
     assert words in line
