@@ -153,6 +153,13 @@ class UpcycleSpec:
         return self.routed_scaling_factor * share
 
     @property
+    def sums_to_one(self) -> bool:
+        """Whether the weights of the chosen experts are made to sum to one, before `routed_scaling_factor`."""
+        if self.router_score == "sigmoid":
+            return self.top_k > 1
+        return self.router_order == "topk_softmax" or self.top_k == self.num_experts
+
+    @property
     def bias_scale(self) -> float:
         """Factor on every expert's output bias, which each of the chosen k adds whole, 1 / sum(p_i)."""
         return 1.0 / self.weight_sum if self.output_scale == "exact" else 1.0

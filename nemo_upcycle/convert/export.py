@@ -26,7 +26,7 @@ from nemo_upcycle.convert.safetensors_writer import (
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import require_class
-from nemo_upcycle.models.mapping import hf_constants, mapping_of_hf
+from nemo_upcycle.models.mapping import hf_constants, mapping_of_hf, stored_as
 from nemo_upcycle.models.sharding import Shard, hf_shape, hf_shapes, shard_shape, source_slices
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.sources.checks import require_finite, rounded
@@ -77,6 +77,7 @@ def hf_reader(weights: MegatronWeights, arch: Architecture) -> Callable[[str], t
         if hf_name in constants:
             return torch.zeros(constants[hf_name])
         mapping, part, layer, expert = mapping_of_hf(hf_name, arch)
+        mapping = stored_as(mapping, arch)
         whole = weights.read(mapping, layer, expert)
         wanted = shard_shape(mapping, arch, Shard(), padded_vocab=max(whole.shape[0], arch.vocab_size))
         if tuple(whole.shape) != wanted:
@@ -149,7 +150,7 @@ def export_weights(
     stored = {}
     for name in (name for name in shapes if name not in constants):
         mapping, _, layer, expert = mapping_of_hf(name, arch)
-        stored[name] = weights.dtype(mapping, layer, expert)
+        stored[name] = weights.dtype(stored_as(mapping, arch), layer, expert)
     lossy = list(rounded(stored, dtype))
     with output_folder(output, MADE_BY, plan) as folder:
         write_config(dense_folder, folder, arch, dtype, about.router_aux_loss)

@@ -161,7 +161,7 @@ class Architecture:
             expert_ffn_size=width,
             shared_ffn_size=spec.shared_experts * width,
             moe_pattern=None if all(pattern) else pattern,
-            norm_topk=spec.router_order == "topk_softmax" or spec.top_k == spec.num_experts,
+            norm_topk=spec.sums_to_one,
             router_score=spec.router_score,
             routed_scaling_factor=spec.routed_scaling_factor,
         )
@@ -188,7 +188,7 @@ def architecture_from_config(config: dict[str, Any], where: str = "config.json")
     if heads % groups:
         raise settings.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
     bias = settings.flag("attention_bias")
-    return Architecture(
+    fields = dict(
         hf_class=family.hf_class,
         num_layers=layers,
         hidden_size=hidden,
@@ -210,8 +210,8 @@ def architecture_from_config(config: dict[str, Any], where: str = "config.json")
         rope_scaling=settings.values["rope_scaling"],
         max_positions=settings.whole("max_position_embeddings"),
         sliding_window=settings.whole("sliding_window") if "sliding_window" in settings.values else None,
-        **family.experts(settings, layers),
     )
+    return Architecture(**fields | family.experts(settings, layers))
 
 
 def read_architecture(folder: Path) -> Architecture:

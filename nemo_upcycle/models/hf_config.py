@@ -88,7 +88,8 @@ def rope_settings(config: dict[str, Any], where: str) -> dict[str, Any]:
         where: how messages call the file.
 
     Returns:
-        `rope_scaling`, its kind under `rope_type`, None for no scaling; and `rope_theta`, if that is said.
+        `rope_scaling`, its kind under `rope_type`, None for no scaling; `rope_theta` and `partial_rotary_factor`, if
+        they are said.
 
     Raises:
         CheckpointError: settings contradict each other, or mean more than base and scaling.
@@ -107,13 +108,20 @@ def rope_settings(config: dict[str, Any], where: str) -> dict[str, Any]:
     if len(scalings) == 2 and scalings["rope_scaling"] != scalings["rope_parameters"]:
         fix = "keep one of the two in config.json"
         raise given.wrong("rope_scaling", f"{scalings['rope_parameters']}, as in rope_parameters", fix)
-    theta = [place.values["rope_theta"] for place in places if "rope_theta" in place.values]
-    return {"rope_scaling": next(iter(scalings.values()), None)} | ({"rope_theta": theta[0]} if theta else {})
+    said_of = {key: place.values[key] for key in _NO_SCALING for place in places if key in place.values}
+    return {"rope_scaling": next(iter(scalings.values()), None), **said_of}
 
 
-def both_ropes(theta: float, scaling: dict[str, Any] | None) -> dict[str, Any]:
-    """Return what a `config.json` says of the rotary embedding, spelled for transformers 4 and for transformers 5."""
+def both_ropes(theta: float, scaling: dict[str, Any] | None, part: float | None = None) -> dict[str, Any]:
+    """Return what a `config.json` says of the rotary embedding, spelled for transformers 4 and for transformers 5.
+
+    Args:
+        theta: the base.
+        scaling: as `rope_settings` returns it.
+        part: of a head that is rotated, for a class whose own default is not the whole.
+    """
     parameters = {"rope_type": "default"} | (scaling or {}) | {"rope_theta": theta}
+    parameters |= {} if part is None else {"partial_rotary_factor": part}
     return {"rope_theta": theta, "rope_scaling": scaling, "rope_parameters": parameters}
 
 
@@ -131,6 +139,7 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
     family = find_family(arch.hf_class)
     assert isinstance(family, MoeFamily), arch.hf_class
     parent = find_family(str(dense_config["architectures"][0]))
+    settings = family.expert_settings(arch)
     dropped = {"attention_bias", "mlp_bias", "hidden_activation", *(parent.spelling if parent else ())}
     return {
         **{key: value for key, value in dense_config.items() if key not in dropped},
@@ -139,7 +148,7 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
         "head_dim": arch.head_dim,
         "num_key_value_heads": arch.num_kv_heads,
         "rms_norm_eps": arch.norm_eps,
-        "tie_word_embeddings": arch.tied_embeddings,
+        "tie_word_embeddings": arch.tied_embeddings and family.ties,
         "hidden_act": next(name for name, kind in ACTIVATIONS.items() if kind == arch.activation),
         "max_position_embeddings": arch.max_positions,
         "output_router_logits": False,
@@ -149,8 +158,8 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
         "num_hidden_layers": arch.num_layers,
         "hidden_size": arch.hidden_size,
         "num_attention_heads": arch.num_heads,
-        **family.expert_settings(arch),
-        **both_ropes(arch.rope_theta, arch.rope_scaling),
+        **settings,
+        **both_ropes(arch.rope_theta, arch.rope_scaling, settings.get("partial_rotary_factor")),
     }
 
 

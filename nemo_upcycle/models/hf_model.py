@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.models.architecture import read_architecture
 from nemo_upcycle.models.hf_config import rope_settings
+from nemo_upcycle.models.mapping import hf_constants
 from nemo_upcycle.utils.files import read_json
 
 
@@ -65,6 +67,10 @@ def empty_model(folder: Path) -> Any:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    zeros = hf_constants(read_architecture(folder))
+    for name in [name for name, buffer in model.named_buffers() if buffer.is_meta and name in zeros]:
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, torch.zeros(zeros[name]))
     if left := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
         raise CheckpointError(
             f"{type(model).__name__} of {folder}",

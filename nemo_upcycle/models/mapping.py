@@ -19,7 +19,7 @@ from enum import Enum
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.families import Family, find_family
+from nemo_upcycle.models.families import Family, MoeFamily, find_family
 
 
 class Sharding(Enum):
@@ -185,8 +185,19 @@ def hf_names(arch: Architecture) -> Iterator[str]:
             experts = range(arch.num_experts or 0) if mapping.is_expert else range(1)
             yield from (name.format(layer=layer, expert=expert) for expert in experts for name in mapping.hf)
     yield from mapping_of("final_norm", arch).hf
-    if not arch.tied_embeddings:
+    if not is_tied(arch):
         yield from mapping_of("output", arch).hf
+
+
+def is_tied(arch: Architecture) -> bool:
+    """Return whether a Hugging Face folder of `arch` has no output matrix of its own."""
+    family = find_family(arch.hf_class)
+    return arch.tied_embeddings and not (isinstance(family, MoeFamily) and not family.ties)
+
+
+def stored_as(mapping: ParamMapping, arch: Architecture) -> ParamMapping:
+    """Return the parameter that Megatron has it in: the output matrix of a tied model is the embedding."""
+    return mapping_of("embedding", arch) if mapping.role == "output" and arch.tied_embeddings else mapping
 
 
 def hf_constants(arch: Architecture) -> dict[str, tuple[int, ...]]:

@@ -34,6 +34,8 @@ _SIZES = {
     "ffn_size": "ffn_hidden_size",
     "num_heads": "num_attention_heads",
     "num_kv_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "qk_norm": "qk_layernorm",
 }
 
 

@@ -25,7 +25,7 @@ from nemo_upcycle.utils.progress import track
 _BLOCK_BYTES = 32 << 20
 #: Settings that change the function or the shapes if they differ from the parent's.
 _KEPT = (
-    *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "tied_embeddings"),
+    *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size"),
     *("activation", "rope_theta", "rope_scaling", "window", "qkv_bias", "qk_norm", "zero_centered_norm"),
 )
 
@@ -139,6 +139,8 @@ def _check_child(arch: Architecture, moe: DenseSource) -> None:
     moe_arch = moe.architecture
     checks = [(name, getattr(moe_arch, name), getattr(arch, name)) for name in _KEPT]
     checks.append(("rms_norm_eps", moe_arch.norm_eps, arch.norm_eps))
+    if moe_arch.tied_embeddings:  # the output matrix of a tied parent may be written as one of its own
+        checks.append(("tied_embeddings", True, arch.tied_embeddings))
     for name, got, wanted in checks:
         if got != wanted:
             raise CheckpointError(
@@ -166,6 +168,7 @@ def _spec_of(arch: Architecture, moe_arch: Architecture, routers: _Routers | Non
     """Return a spec of plain copies that makes this model, as far as the configuration and the routers show."""
     width, experts, top_k = moe_arch.expert_ffn_size or 1, moe_arch.num_experts or 0, moe_arch.top_k or 1
     granularity = arch.ffn_size // width
+    is_softmax = moe_arch.router_score == "softmax"
     if top_k == 1 and moe_arch.norm_topk:  # which no spec makes; one expert more has the same sums
         experts, top_k = max(experts, 2 * granularity), granularity + 1
     return UpcycleSpec(
@@ -174,7 +177,9 @@ def _spec_of(arch: Architecture, moe_arch: Architecture, routers: _Routers | Non
         granularity=granularity,
         shared_experts=moe_arch.shared_ffn_size // width,
         router_init="zero" if routers and routers.zero else "normal",
-        router_order="topk_softmax" if moe_arch.norm_topk else "softmax_topk",
+        router_order="softmax_topk" if is_softmax and not moe_arch.norm_topk else "topk_softmax",
+        router_score=moe_arch.router_score,
+        routed_scaling_factor=moe_arch.routed_scaling_factor,
     )
 
 

@@ -14,7 +14,7 @@ from nemo_upcycle.cpu.backend import use_cpu_backend
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.activation import activation_function
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.mapping import ParamMapping, find_mapping, mapping_of
+from nemo_upcycle.models.mapping import ParamMapping, find_mapping, mapping_of, stored_as
 from nemo_upcycle.models.megatron_config import check_model, megatron_fields
 from nemo_upcycle.models.rotary import rope_frequencies
 from nemo_upcycle.models.sharding import Shard, hf_shape, source_slices
@@ -172,7 +172,7 @@ def _router_fields(arch: Architecture) -> dict[str, Any]:
     if not arch.num_experts:
         return {}
     return {
-        "moe_router_pre_softmax": not arch.norm_topk,
+        "moe_router_pre_softmax": arch.router_score == "softmax" and not arch.norm_topk,
         "moe_router_score_function": arch.router_score,
         "moe_router_topk_scaling_factor": None if arch.routed_scaling_factor == 1 else arch.routed_scaling_factor,
         "moe_router_load_balancing_type": "none",
@@ -215,9 +215,8 @@ def _parameters(
                 f"parameter {name}", got="no such one in the mapping table", expected="a Llama's", fix="export it"
             )
         mapping, expert = match
-        role = "embedding" if mapping.role == "output" and arch.tied_embeddings else mapping.role
         shard = coords.expert if mapping.is_expert else coords.dense
-        yield parameter, mapping_of(role, arch), layer or 0, first_expert + (expert or 0), shard
+        yield parameter, stored_as(mapping_of(mapping.role, arch), arch), layer or 0, first_expert + (expert or 0), shard
 
 
 def _fill(parameter: torch.nn.Parameter, whole: torch.Tensor, mapping: ParamMapping, arch: Any, shard: Shard) -> None:

@@ -21,6 +21,7 @@ _MODULES = (
     "gemma",
     "mixtral",
     "qwen3_moe",
+    "glm4_moe",
     "qwen2_moe",
 )
 _FAMILIES: dict[str, Family] = {}
@@ -92,6 +93,8 @@ def require_class(moe_arch: Architecture) -> None:
     fix = "keep the model in NeMo: it trains and evaluates there"
     if moe_arch.window:
         fix += ", or set sliding_window to null in config.json if training sequences were no longer"
+    if sigmoid := [family.title for family in targets() if list(family.unsupported(moe_arch)) == ["softmax scores"]]:
+        fix += f", or route by router_score='sigmoid', as {sigmoid[0]} does"
     raise SpecError(
         "Hugging Face class for this MoE",
         got="; ".join(f"{reason} ({', '.join(names)})" for reason, names in titles.items()),

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 TANH_GELU = "gelu_pytorch_tanh"
 #: Hugging Face's activations -> the architecture's.
 ACTIVATIONS = {"silu": "silu", TANH_GELU: "gelu_tanh"}
+#: Our own key of `config.json`: what the class always has and the model has not (`shared_expert`, `qkv_bias`), so that
+#: zeros stand for it.
+ZERO_FILLED = "zero_filled"
 #: What transformers' configuration classes of the Llama family have in common. Without a default of its own, heads
 #: share no keys, and the head dim is their part of the hidden size.
 COMMON_DEFAULTS: dict[str, Any] = {
@@ -82,9 +85,26 @@ class Family:
         return {}
 
 
+def zero_filled(settings: Settings) -> list[str]:
+    """Return the parts of a model that are zeros and stand for nothing, as `ZERO_FILLED` names them."""
+    names = settings.values.get(ZERO_FILLED, [])
+    if not isinstance(names, list):
+        raise settings.wrong(ZERO_FILLED, "a list of names")
+    return names
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MoeFamily(Family, ABC):
-    """A Hugging Face class of MoE models: what an upcycled model can be exported as."""
+    """A Hugging Face class of MoE models: what an upcycled model can be exported as.
+
+    Args:
+        router_score: what the class sends the router's logits through: `softmax` or `sigmoid`.
+        ties: whether transformers and servers alike read a folder without an output matrix; else a tied model's is
+            written as a matrix of its own.
+    """
+
+    router_score: str = "softmax"
+    ties: bool = True
 
     def unsupported(self, arch: Architecture) -> Iterator[str]:
         """Yield what the class cannot hold of an MoE model; these are what no class so far can.
@@ -97,10 +117,24 @@ class MoeFamily(Family, ABC):
             "a network without a gate": not arch.gated,
             "a bias of the attention's output": arch.attention_out_bias,
             "biases of the feed-forward network": arch.ffn_bias,
-            "sigmoid scores or a routed_scaling_factor": (arch.router_score, arch.routed_scaling_factor)
-            != ("softmax", 1.0),
+            f"{arch.router_score} scores": arch.router_score != self.router_score,
+            "a routed_scaling_factor": arch.routed_scaling_factor != 1 and self.router_score == "softmax",
         }
         yield from (reason for reason, holds in reasons.items() if holds)
+
+    @staticmethod
+    def in_moe_layers(shapes: Mapping[str, tuple[int, ...]], arch: Architecture) -> dict[str, tuple[int, ...]]:
+        """Return templates of names and their shapes, filled in for every MoE layer."""
+        layers = (layer for layer in range(arch.num_layers) if arch.is_moe_layer(layer))
+        return {name.format(layer=layer): shape for layer in layers for name, shape in shapes.items()}
+
+    def caveats(self, arch: Architecture) -> Iterator[str]:
+        """Yield which servers are known not to serve such a model as it is, and why.
+
+        Args:
+            arch: the MoE model's architecture.
+        """
+        yield from ()
 
     @abstractmethod
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.models.families import llama
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS, MoeFamily
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ZERO_FILLED, MoeFamily, zero_filled
 from nemo_upcycle.models.settings import Settings
 
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 _MLP = llama.LAYER + "mlp."
 _SHARED = _MLP + "shared_expert."
 _EXPERT = _MLP + "experts.{expert}."
+#: Neurons of the shared expert of zeros: tensor parallelism and kernels of servers can cut it.
+_SHARED_WIDTH = 64
 
 
 def routed_experts(settings: Settings, num_layers: int) -> dict[str, Any]:
@@ -50,36 +52,54 @@ def routed_settings(arch: Architecture) -> dict[str, Any]:
 class _Qwen2Moe(MoeFamily):
     def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
         shared = settings.whole("shared_expert_intermediate_size", 0, least=0)
-        return routed_experts(settings, num_layers) | {"shared_ffn_size": shared}
+        zeros = zero_filled(settings)
+        return routed_experts(settings, num_layers) | {
+            "shared_ffn_size": 0 if "shared_expert" in zeros else shared,
+            "qkv_bias": settings.flag("qkv_bias") and "qkv_bias" not in zeros,
+        }
 
     def unsupported(self, arch: Architecture) -> Iterator[str]:
         yield from super().unsupported(arch)
-        if arch.num_heads * arch.head_dim != arch.hidden_size:  # transformers refuses them
-            yield "heads that do not make up the hidden size"
-        if arch.window:
-            yield "a sliding window"
-        if arch.qk_norm:
-            yield "norms of query and key"
+        reasons = {
+            "heads that do not make up the hidden size": arch.num_heads * arch.head_dim != arch.hidden_size,
+            "a sliding window": arch.window is not None,
+            "norms of query and key": arch.qk_norm,
+        }
+        yield from (reason for reason, holds in reasons.items() if holds)
+
+    def caveats(self, arch: Architecture) -> Iterator[str]:
+        if arch.norm_topk and arch.top_k != arch.num_experts:
+            yield "llama.cpp: it does not divide the chosen experts' weights by their sum, so its tokens differ"
+        if arch.moe_pattern is not None:
+            yield "llama.cpp: it has no place for dense layers in this class; SGLang ignores which layers are dense"
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
+        zeros = {"qkv_bias": not arch.qkv_bias, "shared_expert": not arch.shared_ffn_size}
         return routed_settings(arch) | {
-            "shared_expert_intermediate_size": arch.shared_ffn_size,
-            "qkv_bias": arch.qkv_bias,
+            "shared_expert_intermediate_size": arch.shared_ffn_size or _SHARED_WIDTH,
+            "qkv_bias": True,
+            ZERO_FILLED: [name for name, absent in zeros.items() if absent],
         }
 
     def constants(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
-        """Return the gate of the shared expert, and a zero-width shared expert where the model has none.
+        """Return the gate of the shared expert, and what the class always has where the model does not.
 
         The class multiplies its shared expert by the sigmoid of the gate: one half, if the gate is zero. `hf_factors`
-        doubles the shared down projection for it.
+        doubles the shared down projection for it. vLLM and SGLang read no folder without biases of query, key and
+        value, or with a shared expert of no neurons.
         """
-        shapes: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {_MLP + "shared_expert_gate.weight": (1, arch.hidden_size)}
         if not arch.shared_ffn_size:
-            shapes = dict.fromkeys(self.names["shared_fc1"], (0, arch.hidden_size))
-            shapes |= dict.fromkeys(self.names["shared_fc2"], (arch.hidden_size, 0))
-        shapes[_MLP + "shared_expert_gate.weight"] = (1, arch.hidden_size)
-        layers = (layer for layer in range(arch.num_layers) if arch.is_moe_layer(layer))
-        return {name.format(layer=layer): shape for layer in layers for name, shape in shapes.items()}
+            shapes |= dict.fromkeys(self.names["shared_fc1"], (_SHARED_WIDTH, arch.hidden_size))
+            shapes |= dict.fromkeys(self.names["shared_fc2"], (arch.hidden_size, _SHARED_WIDTH))
+        zeros = self.in_moe_layers(shapes, arch)
+        if arch.qkv_bias:
+            return zeros
+        widths = (arch.num_heads * arch.head_dim, *[arch.num_kv_heads * arch.head_dim] * 2)
+        biases = dict(zip(self.names["qkv_bias"], widths, strict=True))
+        return zeros | {
+            name.format(layer=layer): (width,) for layer in range(arch.num_layers) for name, width in biases.items()
+        }
 
 
 FAMILY = _Qwen2Moe(
@@ -99,4 +119,5 @@ FAMILY = _Qwen2Moe(
     },
     defaults=COMMON_DEFAULTS | {"num_key_value_heads": 16, "max_position_embeddings": 32768, "qkv_bias": True},
     hf_factors={"shared_fc2": 2.0},
+    ties=False,  # llama.cpp asks for an output matrix
 )

@@ -32,6 +32,12 @@ class _Qwen3Moe(MoeFamily):
         }
         yield from (reason for reason, holds in reasons.items() if holds)
 
+    def caveats(self, arch: Architecture) -> Iterator[str]:
+        if not arch.norm_topk:
+            yield "llama.cpp: it divides the chosen experts' weights by their sum, so its tokens differ"
+        if arch.moe_pattern is not None:
+            yield "llama.cpp: it has no place for dense layers in this class"
+
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
         return routed_settings(arch)
 

@@ -1,0 +1,103 @@
+"""Glm4-MoE: sigmoid scores with a factor, shared experts without a gate, dense first layers, norms of query and key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from nemo_upcycle.models.families import llama, qwen3
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ZERO_FILLED, MoeFamily, zero_filled
+from nemo_upcycle.models.settings import Settings
+
+
+if TYPE_CHECKING:
+    from nemo_upcycle.models.architecture import Architecture
+
+_MLP = llama.LAYER + "mlp."
+_SHARED = _MLP + "shared_experts."
+_EXPERT = _MLP + "experts.{expert}."
+
+
+class _Glm4Moe(MoeFamily):
+    def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+        for key, default, fix in (
+            ("partial_rotary_factor", 0.5, "use a checkpoint whose heads are rotated as a whole"),
+            ("n_group", 1, "use a checkpoint whose experts are not chosen by group"),
+        ):
+            if settings.values.get(key, default) != 1:
+                raise settings.wrong(key, "1", fix)
+        experts = settings.whole("n_routed_experts")
+        width = settings.whole("moe_intermediate_size")
+        dense_layers = settings.whole("first_k_dense_replace", 1, least=0)
+        shared = settings.whole("n_shared_experts", 1, least=0)
+        return {
+            "num_experts": experts,
+            "top_k": settings.whole("num_experts_per_tok", most=experts),
+            "expert_ffn_size": width,
+            "shared_ffn_size": 0 if "shared_expert" in zero_filled(settings) else shared * width,
+            "moe_pattern": tuple(layer >= dense_layers for layer in range(num_layers)) if dense_layers else None,
+            "norm_topk": settings.flag("norm_topk_prob"),
+            "router_score": "sigmoid",
+            "routed_scaling_factor": settings.number("routed_scaling_factor"),
+        }
+
+    def unsupported(self, arch: Architecture) -> Iterator[str]:
+        yield from super().unsupported(arch)
+        pattern = [arch.is_moe_layer(layer) for layer in range(arch.num_layers)]
+        reasons = {
+            "dense layers behind an MoE layer": pattern != sorted(pattern),
+            "a sliding window": arch.window is not None,
+            "another activation than SiLU": arch.activation != "silu",
+        }
+        yield from (reason for reason, holds in reasons.items() if holds)
+
+    def caveats(self, arch: Architecture) -> Iterator[str]:
+        yield "llama.cpp: its converter looks for GLM's special tokens in the tokenizer"
+
+    def expert_settings(self, arch: Architecture) -> dict[str, Any]:
+        width = arch.expert_ffn_size or 1
+        return {
+            "n_routed_experts": arch.num_experts,
+            "n_shared_experts": arch.shared_ffn_size // width or 1,
+            ZERO_FILLED: [] if arch.shared_ffn_size else ["shared_expert"],
+            "intermediate_size": arch.ffn_size,
+            "moe_intermediate_size": width,
+            "first_k_dense_replace": arch.num_layers - arch.moe_layer_count,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": arch.norm_topk,
+            "routed_scaling_factor": arch.routed_scaling_factor,
+            "attention_bias": arch.qkv_bias,
+            "use_qk_norm": arch.qk_norm,
+            "partial_rotary_factor": 1.0,
+        }
+
+    def constants(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
+        """Return the bias that balances the experts, and a shared expert where the model has none."""
+        shapes: dict[str, tuple[int, ...]] = {_MLP + "gate.e_score_correction_bias": (arch.num_experts or 0,)}
+        if not arch.shared_ffn_size:
+            width = arch.expert_ffn_size or 0
+            shapes |= dict.fromkeys(self.names["shared_fc1"], (width, arch.hidden_size))
+            shapes |= dict.fromkeys(self.names["shared_fc2"], (arch.hidden_size, width))
+        return self.in_moe_layers(shapes, arch)
+
+
+FAMILY = _Glm4Moe(
+    title="Glm4-MoE",
+    hf_class="Glm4MoeForCausalLM",
+    model_type="glm4_moe",
+    names=qwen3.NAMES
+    | {
+        "router": (_MLP + "gate.weight",),
+        "expert_fc1": tuple(_EXPERT + f"{part}_proj.weight" for part in ("gate", "up")),
+        "expert_fc2": (_EXPERT + "down_proj.weight",),
+        "shared_fc1": tuple(_SHARED + f"{part}_proj.weight" for part in ("gate", "up")),
+        "shared_fc2": (_SHARED + "down_proj.weight",),
+    },
+    defaults=COMMON_DEFAULTS
+    | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5}
+    | {"norm_topk_prob": True, "routed_scaling_factor": 1.0},
+    spelling={"attention_bias": "qkv_bias", "use_qk_norm": "qk_norm"},
+    router_score="sigmoid",
+    ties=False,  # vLLM has no tied output matrix for the class
+)
