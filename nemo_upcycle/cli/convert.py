@@ -103,6 +103,7 @@ def _text(done: Conversion, source: str) -> str:
             "with router logits in float32: in 16 bits those of two copies can be equal, and top-k then picks parts of"
             " both (nemo-upcycle verify counts such tokens)"
         )
+    lines += [f"not for every server: {caveat}" for caveat in done.caveats]
     if done.files_kept:
         lines.append(
             f"{done.files_kept} of {done.files} files kept from before, by size and header; to check their content:"

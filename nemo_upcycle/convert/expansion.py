@@ -16,8 +16,8 @@ import torch
 from nemo_upcycle.convert.safetensors_writer import as_bytes
 from nemo_upcycle.init.methods import METHODS
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.constants import constant_tensors
 from nemo_upcycle.models.families import require_class
-from nemo_upcycle.models.mapping import hf_constants
 from nemo_upcycle.models.sharding import hf_shapes
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import require_finite
@@ -62,8 +62,8 @@ class Expansion:
         return hf_shapes(self.moe_arch)
 
     @cached_property
-    def _constants(self) -> dict[str, tuple[int, ...]]:
-        return hf_constants(self.moe_arch)
+    def _constants(self) -> dict[str, torch.Tensor]:
+        return constant_tensors(self.moe_arch, self.dtype)
 
     @property
     def writers(self) -> int:
@@ -87,7 +87,7 @@ class Expansion:
         """
         for plan, copies in self._copies(names).items():
             if isinstance(plan, str):
-                file.write(as_bytes(torch.zeros(self._constants[plan], dtype=self.dtype)))
+                file.write(as_bytes(self._constants[plan].contiguous()))
             elif plan.is_router:
                 router = plan.drawn(self.spec, self.moe_arch.hidden_size)
                 cast = router.to(self.dtype)

@@ -25,7 +25,8 @@ from nemo_upcycle.convert.safetensors_writer import (
 )
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.families import require_class
+from nemo_upcycle.models.constants import constant_tensors
+from nemo_upcycle.models.families import require_class, server_caveats
 from nemo_upcycle.models.mapping import hf_constants, mapping_of_hf, stored_as
 from nemo_upcycle.models.sharding import Shard, hf_shape, hf_shapes, shard_shape, source_slices
 from nemo_upcycle.package_info import __version__
@@ -63,19 +64,22 @@ class About:
     checkpoint: str | None = None
 
 
-def hf_reader(weights: MegatronWeights, arch: Architecture) -> Callable[[str], torch.Tensor]:
+def hf_reader(
+    weights: MegatronWeights, arch: Architecture, dtype: torch.dtype
+) -> Callable[[str], torch.Tensor]:
     """Return a function that gives the tensors of the Hugging Face model by name.
 
     Args:
         weights: where the Megatron parameters come from.
         arch: shapes of the Hugging Face model.
+        dtype: type that they are written in.
     """
 
-    constants = hf_constants(arch)
+    constants = constant_tensors(arch, dtype)
 
     def read(hf_name: str) -> torch.Tensor:
         if hf_name in constants:
-            return torch.zeros(constants[hf_name])
+            return constants[hf_name].contiguous()
         mapping, part, layer, expert = mapping_of_hf(hf_name, arch)
         mapping = stored_as(mapping, arch)
         whole = weights.read(mapping, layer, expert)
@@ -156,8 +160,8 @@ def export_weights(
         write_config(dense_folder, folder, arch, dtype, about.router_aux_loss)
         tokenizer_files = copy_tokenizer_files(dense_folder, folder)
         writer = SafetensorsWriter(shapes, dtype, MAX_SHARD_BYTES)
-        writer.write(folder, write_each(hf_reader(weights, arch), dtype), f"export {output.name}")
-        notes = [*lossy, *about.notes]
+        writer.write(folder, write_each(hf_reader(weights, arch, dtype), dtype), f"export {output.name}")
+        notes = [*about.notes, *server_caveats(arch)]
         write_card(
             folder,
             [dense_folder],
@@ -165,7 +169,7 @@ def export_weights(
             title=about.title or output.name,
             tool=MADE_BY,
             facts={"Type": dtype_name(dtype), **about.facts},
-            notes=notes,
+            notes=[*lossy, *notes],
         )
         marker = {
             "made_by": MADE_BY,
@@ -175,7 +179,7 @@ def export_weights(
             "bytes": writer.total_bytes,
             "dtype": dtype_name(dtype),
             "rounded": lossy,
-            "notes": list(about.notes),
+            "notes": notes,
             "facts": dict(about.facts),
             "companions": tokenizer_files,
         }

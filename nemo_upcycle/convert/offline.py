@@ -24,6 +24,7 @@ from nemo_upcycle.convert.hf_folder import copy_tokenizer_files, tokenizer_file_
 from nemo_upcycle.convert.model_card import spec_fact, write_card
 from nemo_upcycle.convert.safetensors_writer import MAX_SHARD_BYTES, SafetensorsWriter, require_dtype
 from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.models.families import server_caveats
 from nemo_upcycle.models.mapping import mapping_of
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import BrokenWeights, check_source, rounded_because
@@ -77,6 +78,7 @@ class Conversion:
     bytes_read: int
     max_shard_bytes: int
     needs_float32_routing: bool
+    caveats: tuple[str, ...]
     seconds: float
     peak_rss_gib: float
 
@@ -161,6 +163,7 @@ def convert(
         bytes_read=dense.bytes_read - bytes_before,
         max_shard_bytes=max_shard_bytes,
         needs_float32_routing=spec.needs_float32_routing,
+        caveats=server_caveats(moe_arch),
         seconds=round(time.monotonic() - start_s, 3),
         peak_rss_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
     )
@@ -216,7 +219,8 @@ def _finish(
     facts = spec_fact(expansion.spec) | {"Type": dtype_name(expansion.dtype), "Computes": start}
     dense, moe_arch = expansion.dense, expansion.moe_arch
     parents = [source.path for source in dense.branches()]
-    write_card(folder, parents, moe_arch, title=title, tool="nemo-upcycle convert", facts=facts)
+    notes = server_caveats(moe_arch)
+    write_card(folder, parents, moe_arch, title=title, tool="nemo-upcycle convert", facts=facts, notes=notes)
     write_config(dense.path, folder, moe_arch, expansion.dtype)
     tokenizer_files = copy_tokenizer_files(dense.path, folder)
     marker = {

@@ -201,7 +201,7 @@ def stored_as(mapping: ParamMapping, arch: Architecture) -> ParamMapping:
 
 
 def hf_constants(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of the tensors of zeros that the Hugging Face class wants and Megatron does not have."""
+    """Return name and shape of the tensors that the Hugging Face class wants and Megatron does not have."""
     family = find_family(arch.hf_class)
     return family.constants(arch) if family else {}
 

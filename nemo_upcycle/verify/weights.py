@@ -14,6 +14,7 @@ import torch
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.constants import constant_tensors
 from nemo_upcycle.models.mapping import hf_constants, hf_names
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import check_source, require_finite, rounded_because
@@ -114,7 +115,7 @@ def compare_weights(dense: DenseSource, moe: DenseSource) -> WeightComparison:
     routers = _Routers()
     groups: dict[str, WeightGroup] = {}
     dtypes: dict[torch.dtype, None] = {}
-    is_exact = all(not moe.read(name).any() for name, shape in hf_constants(moe_arch).items() if 0 not in shape)
+    is_exact = _constants_are_as_written(moe)
     spec = _spec_of(arch, moe_arch)
     names = list(hf_names(moe_arch))
     for name in track(names, "compare weights", len(names)):
@@ -133,6 +134,15 @@ def compare_weights(dense: DenseSource, moe: DenseSource) -> WeightComparison:
     is_exact &= routers.tied and _spec_of(arch, moe_arch, routers).is_exact
     rounded = [why for dtype in dtypes for why in rounded_because(dense, dtype, spec)]
     return WeightComparison(tuple(groups.values()), is_exact, tuple(rounded), spec.granularity)
+
+
+def _constants_are_as_written(moe: DenseSource) -> bool:
+    """Return whether what the class has and Megatron does not is zero, or so small that it acts like it."""
+    for name in hf_constants(moe.architecture):
+        found = moe.read(name)
+        if found.any() and not torch.equal(found, constant_tensors(moe.architecture, found.dtype)[name]):
+            return False
+    return True
 
 
 def _check_child(arch: Architecture, moe: DenseSource) -> None:

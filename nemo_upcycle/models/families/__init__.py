@@ -33,6 +33,7 @@ __all__ = [
     "parents",
     "register",
     "require_class",
+    "server_caveats",
     "target_class",
     "targets",
 ]
@@ -101,3 +102,9 @@ def require_class(moe_arch: Architecture) -> None:
         expected=f"what {' or '.join(family.title for family in targets())} can hold",
         fix=fix,
     )
+
+
+def server_caveats(moe_arch: Architecture) -> tuple[str, ...]:
+    """Return which servers are known not to serve a folder of this model as it is, and why."""
+    family = find_family(moe_arch.hf_class)
+    return tuple(family.caveats(moe_arch)) if isinstance(family, MoeFamily) else ()

@@ -50,6 +50,7 @@ class Family:
         windowed_class: the class that is the same model with a sliding window, if there is one.
         nemo_module: NeMo's module with the configuration of such models.
         hf_factors: role -> factor on the Megatron parameter in the Hugging Face tensor, where it is not 1.
+        divided_by: how the names of constants end that a server divides by, so that they cannot be zero.
 
     Example:
         >>> from nemo_upcycle.models.families import llama, register
@@ -67,6 +68,7 @@ class Family:
     windowed_class: str = ""
     nemo_module: str = ""
     hf_factors: Mapping[str, float] = field(default_factory=dict)
+    divided_by: tuple[str, ...] = ()
 
     def activation(self, settings: Settings) -> str:
         """Return the activation function, as architectures call it.
@@ -81,7 +83,7 @@ class Family:
         return {}
 
     def constants(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
-        """Return name and shape of the tensors of zeros that the class wants and Megatron does not have."""
+        """Return name and shape of the tensors that the class wants and Megatron does not have: zeros, or nearly so."""
         return {}
 
 

@@ -84,8 +84,8 @@ class _Qwen2Moe(MoeFamily):
     def constants(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
         """Return the gate of the shared expert, and what the class always has where the model does not.
 
-        The class multiplies its shared expert by the sigmoid of the gate: one half, if the gate is zero. `hf_factors`
-        doubles the shared down projection for it. vLLM and SGLang read no folder without biases of query, key and
+        The class multiplies its shared expert by the sigmoid of the gate: one half, if the gate is zero or nearly so
+        (llama.cpp divides by it). `hf_factors` doubles the shared down projection for it. vLLM and SGLang read no folder without biases of query, key and
         value, or with a shared expert of no neurons.
         """
         shapes: dict[str, tuple[int, ...]] = {_MLP + "shared_expert_gate.weight": (1, arch.hidden_size)}
@@ -119,5 +119,6 @@ FAMILY = _Qwen2Moe(
     },
     defaults=COMMON_DEFAULTS | {"num_key_value_heads": 16, "max_position_embeddings": 32768, "qkv_bias": True},
     hf_factors={"shared_fc2": 2.0},
+    divided_by=("shared_expert_gate.weight",),
     ties=False,  # llama.cpp asks for an output matrix
 )

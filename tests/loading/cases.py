@@ -1,0 +1,108 @@
+"""Random dense parents and specs, and what transformers makes of the models converted from them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from nemo_upcycle import UpcycleSpec, open_dense
+from nemo_upcycle.convert.offline import convert
+from nemo_upcycle.models.hf_model import errors_only, load_model
+from tests.models import sample_tokens, write_llama, write_qwen2, write_qwen3
+
+
+VOCABULARY = 250
+PARENTS = {"Llama": write_llama, "Qwen2": write_qwen2, "Qwen3": write_qwen3}
+
+
+class Case(NamedTuple):
+    """A parent and what is made of it.
+
+    Args:
+        parent: a key of `PARENTS`.
+        sizes: settings of the parent's configuration.
+        spec: fields of the `UpcycleSpec`.
+    """
+
+    parent: str
+    sizes: dict[str, Any]
+    spec: dict[str, Any]
+
+
+def random_case(seed: int) -> Case:
+    """Return a parent and a spec that the seed decides."""
+    draw = random.Random(seed)
+    parent = draw.choice(["Llama", "Qwen2", "Qwen3", "Qwen3", "Qwen3"])
+    groups, per_group = draw.choice([1, 2, 4]), draw.choice([1, 2, 3])
+    head_dim = draw.choice([8, 16, 32])
+    heads = groups * per_group
+    hidden = heads * head_dim if parent == "Qwen2" else draw.choice([32, 48, 64, heads * head_dim])
+    sizes = {
+        **{"num_attention_heads": heads, "num_key_value_heads": groups, "hidden_size": hidden},
+        **({} if parent == "Qwen2" else {"head_dim": head_dim}),
+        **{"intermediate_size": draw.choice([48, 96, 144]), "layers": draw.choice([1, 2, 3, 4])},
+        **{"tied": draw.random() < 0.5, "rope_theta": draw.choice([10000.0, 1e6]), "rms_norm_eps": 1e-6},
+    }
+    granularity, copies = draw.choice([1, 1, 2, 4]), draw.choice([2, 4, 8])
+    experts = granularity * copies
+    spec: dict[str, Any] = {
+        **{"num_experts": experts, "granularity": granularity, "seed": draw.randrange(1000)},
+        "top_k": granularity * draw.choice([one for one in (1, 2, 3) if one < copies]),
+        "router_init": draw.choice(["normal", "uniform"]),
+        "router_std": draw.choice([0.02, 1.0]),
+    }
+    if draw.random() < 0.3:
+        spec |= {"router_score": "sigmoid", "routed_scaling_factor": draw.choice([1.0, 2.5])}
+    elif draw.random() < 0.2:
+        spec["router_order"] = "softmax_topk"
+    if draw.random() < 0.3:
+        spec["shared_experts"] = draw.randint(1, granularity)
+    if sizes["layers"] > 1 and draw.random() < 0.4:
+        first = draw.randrange(1, sizes["layers"])
+        spec["moe_layers"] = draw.choice([",".join(map(str, range(first, sizes["layers"]))), "every-2"])
+    if spec["top_k"] == 1 and "router_score" not in spec:
+        spec["router_order"] = "softmax_topk"
+    if draw.random() < 0.15:
+        spec["method"] = draw.choice(["noise", "drop"])
+    return Case(parent, sizes, spec)
+
+
+class Outcome(NamedTuple):
+    """What became of a case.
+
+    Args:
+        hf_class: of the converted model.
+        is_exact: whether it is said to compute the parent's function.
+        relative: distance of its logits from the parent's over their norm, in float32.
+    """
+
+    hf_class: str
+    is_exact: bool
+    relative: float
+
+
+def outcome(case: Case, folder: Path) -> Outcome:
+    """Write the parent, convert it and compare the logits of both in transformers.
+
+    Raises:
+        SpecError: no class holds such a model.
+        AssertionError: a tensor is missing, or one too many.
+    """
+    dense = PARENTS[case.parent](folder / "dense", vocab_size=VOCABULARY, **case.sizes)
+    with open_dense(dense) as source:
+        done = convert(source, folder / "moe", UpcycleSpec(**case.spec), progress=False)
+    tokens = sample_tokens(VOCABULARY)
+    wanted, got = (logits(folder / name, tokens) for name in ("dense", "moe"))
+    return Outcome(done.hf_class, done.exact, float((got - wanted).norm() / wanted.norm()))
+
+
+@torch.no_grad()
+def logits(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """Return a folder's logits in float32, once it is sure that no tensor is missing and none too many."""
+    with errors_only():
+        model, found = load_model(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(found.values()), found
+    return model.eval()(tokens_BS).logits

@@ -1,0 +1,58 @@
+"""What `convert` writes loads in this transformers, whole, and computes the parent's function where it says so.
+
+Under the release of the main environment in `make test`, under the newest one in `make test-tf5`. How many random
+models are made is the variable CASES.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_upcycle.errors import SpecError
+from tests.loading.cases import Case, outcome, random_case
+
+
+CASES = int(os.environ.get("CASES", "12"))
+TOLERANCE = 2e-6
+FINE = {"num_experts": 8, "top_k": 4, "granularity": 2}
+SIGMOID = {"router_score": "sigmoid", "routed_scaling_factor": 2.5}
+#: Parent, its sizes, the spec -> the class.
+KNOWN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    ("Llama", {}, {}, "MixtralForCausalLM"),
+    ("Llama", {"tied": True}, FINE, "MixtralForCausalLM"),
+    ("Llama", {}, FINE | {"shared_experts": 1}, "Qwen2MoeForCausalLM"),
+    ("Llama", {"tied": True}, {"moe_layers": "every-2"}, "Qwen2MoeForCausalLM"),
+    ("Llama", {}, FINE | SIGMOID | {"shared_experts": 1, "moe_layers": "1,2,3"}, "Glm4MoeForCausalLM"),
+    ("Llama", {"tied": True}, SIGMOID, "Glm4MoeForCausalLM"),
+    ("Qwen2", {}, {}, "Qwen2MoeForCausalLM"),
+    ("Qwen2", {"tied": True}, FINE | SIGMOID | {"shared_experts": 2}, "Glm4MoeForCausalLM"),
+    ("Qwen3", {}, {}, "Qwen3MoeForCausalLM"),
+    ("Qwen3", {"tied": True}, FINE | {"moe_layers": "every-2"}, "Qwen3MoeForCausalLM"),
+    ("Qwen3", {}, {"router_order": "softmax_topk", "router_init": "zero"}, "Qwen3MoeForCausalLM"),
+    ("Qwen3", {"tied": True}, FINE | SIGMOID | {"shared_experts": 1, "moe_layers": "1,2,3"}, "Glm4MoeForCausalLM"),
+]
+
+
+@pytest.mark.parametrize(("parent", "sizes", "spec", "hf_class"), KNOWN)
+def test_every_class_computes_what_the_parent_does(
+    tmp_path: Path, parent: str, sizes: dict[str, Any], spec: dict[str, Any], hf_class: str
+) -> None:
+    sizes = {"head_dim": 16} | sizes if parent != "Qwen2" else sizes
+    found = outcome(Case(parent, sizes, {"router_std": 1.0} | spec), tmp_path)
+    assert (found.hf_class, found.is_exact) == (hf_class, True)
+    assert found.relative <= TOLERANCE
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_a_random_model_loads_whole_and_keeps_its_word(tmp_path: Path, seed: int) -> None:
+    case = random_case(seed)
+    try:
+        found = outcome(case, tmp_path)
+    except SpecError as error:
+        assert "Hugging Face class for this MoE" in str(error)
+        return
+    assert not found.is_exact or found.relative <= TOLERANCE, (case, found)

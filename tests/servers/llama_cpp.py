@@ -1,0 +1,48 @@
+"""llama.cpp, as `scripts/llama_cpp.sh` fetches it: the greedy continuation of a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+HOME = Path(os.environ.get("NEMO_UPCYCLE_LLAMA_CPP", Path(__file__).parents[2] / ".cache/llama_cpp"))
+
+
+class NotServedError(Exception):
+    """Converting or loading failed; the text is the last line that was said."""
+
+
+def greedy(folder: Path, file: Path, dtype: str, prompt: Sequence[int], count: int) -> list[int]:
+    """Convert a Hugging Face folder, load it and return the likeliest tokens behind a prompt.
+
+    Args:
+        folder: the model, with a tokenizer that llama.cpp knows.
+        file: the GGUF to write.
+        dtype: `f32` or `bf16`.
+        prompt: token ids.
+        count: tokens to return; fewer if one of them ends the text.
+
+    Raises:
+        NotServedError: llama.cpp cannot convert it or cannot load it.
+    """
+    script = HOME / "llama.cpp/convert_hf_to_gguf.py"
+    _run([sys.executable, str(script), str(folder), "--outfile", str(file), "--outtype", dtype], file.parent)
+    engine = HOME / "greedy.mjs"  # node looks for packages beside the script
+    shutil.copyfile(Path(__file__).with_name("greedy.mjs"), engine)
+    answer = _run(["node", str(engine), str(file), str(count), *map(str, prompt)], HOME)
+    return list(json.loads(answer.splitlines()[-1]))
+
+
+def _run(command: list[str], folder: Path) -> str:
+    # The tests' own modules, among them a package of the converter's, are not for it.
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise NotServedError((done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1])
+    return done.stdout

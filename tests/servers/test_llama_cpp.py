@@ -1,0 +1,95 @@
+"""Every target class in llama.cpp: the parent's greedy tokens at step 0, or the word that `convert` says of it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_upcycle import UpcycleSpec, open_dense
+from nemo_upcycle.convert.offline import convert
+from nemo_upcycle.data.dense import import_dense
+from nemo_upcycle.models.hf_model import load_model
+from tests.loading.cases import PARENTS
+from tests.servers.llama_cpp import HOME, NotServedError, greedy
+
+
+pytestmark = pytest.mark.skipif(not (HOME / "llama.cpp").is_dir(), reason="`make test-servers` fetches llama.cpp")
+PROMPT, COUNT = [504, 3575, 282, 260, 3116], 12
+FINE = {"num_experts": 8, "top_k": 4, "granularity": 2}
+SIGMOID = {"router_score": "sigmoid", "routed_scaling_factor": 2.5}
+SPECS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "granular": FINE,
+    "shared": FINE | {"shared_experts": 1},
+    "every second layer": {"moe_layers": "every-2"},
+    "softmax first": {"router_order": "softmax_topk", "router_init": "zero"},
+    "softmax first, shared": {"router_order": "softmax_topk", "router_init": "zero", "shared_experts": 1},
+    "sigmoid": FINE | SIGMOID | {"shared_experts": 1, "moe_layers": "1"},
+}
+#: Parent, tied -> specs whose model a class holds.
+CASES = [
+    (parent, tied, name)
+    for parent, tied in (("Llama", False), ("Llama", True), ("Qwen2", True), ("Qwen3", False), ("Qwen3", True))
+    for name, spec in SPECS.items()
+    if not (parent == "Qwen3" and "shared_experts" in spec and "router_score" not in spec)
+]
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's real model, whose tokenizer llama.cpp knows."""
+    return import_dense("asset://smollm2-135m", tmp_path_factory.mktemp("smollm2") / "dense")
+
+
+@pytest.fixture(scope="module")
+def parents(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], Path]:
+    """Small random parents with that tokenizer."""
+    made = {}
+    for parent, tied in {(parent, tied) for parent, tied, _ in CASES}:
+        folder = tmp_path_factory.mktemp(parent) / "dense"
+        PARENTS[parent](folder, tied=tied, layers=2, vocab_size=49152)
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            shutil.copyfile(smollm2 / name, folder / name)
+        made[parent, tied] = folder
+    return made
+
+
+@torch.no_grad()
+def _greedy_in_transformers(folder: Path) -> list[int]:
+    model, tokens = load_model(folder, dtype=torch.float32).eval(), list(PROMPT)
+    for _ in range(COUNT):
+        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(PROMPT) :]
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize(("parent", "tied", "name"), CASES)
+def test_a_model_gives_its_parents_tokens_or_convert_says_that_it_does_not(
+    parents: dict[tuple[str, bool], Path], tmp_path: Path, parent: str, tied: bool, name: str, dtype: str
+) -> None:
+    dense, spec = parents[parent, tied], UpcycleSpec(**{"router_std": 0.02} | SPECS[name])
+    types = {"f32": torch.float32, "bf16": torch.bfloat16}
+    with open_dense(dense) as source:
+        done = convert(source, tmp_path / "moe", spec, dtype=types[dtype], progress=False)
+    wanted = greedy(dense, tmp_path / "dense.gguf", dtype, PROMPT, COUNT)
+    if dtype == "f32":
+        assert wanted == _greedy_in_transformers(dense)
+    try:
+        served = greedy(tmp_path / "moe", tmp_path / "moe.gguf", dtype, PROMPT, COUNT) == wanted
+    except NotServedError:
+        served = False
+    assert served is not any(caveat.startswith("llama.cpp") for caveat in done.caveats), done
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_smollm2_upcycled_gives_its_parents_tokens(smollm2: Path, tmp_path: Path, dtype: str) -> None:
+    types = {"f32": torch.float32, "bf16": torch.bfloat16}
+    with open_dense(smollm2) as source:
+        convert(source, tmp_path / "moe", UpcycleSpec(), dtype=types[dtype], progress=False)
+    wanted = greedy(smollm2, tmp_path / "dense.gguf", dtype, PROMPT, 24)
+    assert len(wanted) == 24
+    assert greedy(tmp_path / "moe", tmp_path / "moe.gguf", dtype, PROMPT, 24) == wanted
