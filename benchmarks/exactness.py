@@ -55,7 +55,11 @@ CASES: list[tuple[str, dict[str, Any], UpcycleSpec]] = [
     ("SwiGLU G1, softmax before top-k, router std 1e-4", {}, _spec(8, 2, router_std=1e-4, **ST)),
     ("SwiGLU G1, softmax before top-k, router std 0.02", {}, _spec(8, 2, router_std=0.02, **ST)),
     ("SwiGLU G2, softmax before top-k of all 8 experts", {}, _spec(8, 8, 2, **ST)),
-    ("SwiGLU G2, sigmoid scores, factor 2.5", {}, _spec(8, 4, 2, router_std=0.02, routed_scaling_factor=2.5, **SIGMOID)),
+    (
+        "SwiGLU G2, sigmoid scores, factor 2.5",
+        {},
+        _spec(8, 4, 2, router_std=0.02, routed_scaling_factor=2.5, **SIGMOID),
+    ),
     ("SwiGLU G1, sigmoid, top-1, zero router", {}, _spec(8, 1, router_init="zero", **SIGMOID)),
     ("SwiGLU G4, 32 experts top-6", {}, _spec(32, 6, 4)),
     ("SwiGLU G2, zero router", {}, _spec(12, 2, 2, router_init="zero")),

@@ -38,7 +38,7 @@ from nemo_upcycle.spec import UpcycleSpec
 
 #: The paper gives tokens, not steps: 100B, at 512 sequences of 8192 a step (NeMo's batch for Llama 3).
 MAX_STEPS = 23_842
-#: Of Llama 3 and 3.1; the last id is the mock tokenizer's end of document.
+#: Of Llama 3 and 3.1, whose configurations do not name it; the last id is the mock tokenizer's end of document.
 VOCABULARY = 128_256
 #: The blend of a chain: the paper's, as far as it can be had.
 DATA = "redpajama_v2_academic_7_3"
@@ -127,8 +127,7 @@ def paper_training(recipe: run.Partial) -> run.Partial:
 
     Stated: 100B tokens, learning rate 3e-5 to 3e-7, cosine, 100 steps of warm-up. Kept as NeMo has them, for the paper
     does not say: batches of 512 x 8192 tokens (4.2M, what He et al., arXiv 2410.07524, found best), Adam (0.9, 0.95),
-    weight decay 0.1, clipping at 1. The mock data has the model's vocabulary: without a data folder a run needs no
-    file.
+    weight decay 0.1, clipping at 1. The mock data has the model's vocabulary and needs no file.
     """
     recipe.trainer.max_steps = MAX_STEPS
     recipe.trainer.plugins.grad_reduce_in_fp32 = True
@@ -158,9 +157,6 @@ def upcycled(
         dense: the dense checkpoint to start from: a folder or `hf://ORG/NAME`.
         spec: how to upcycle.
         data: a finished folder of `nemo-upcycle data`; None trains on NeMo's mock data.
-
-    Returns:
-        The recipe.
     """
     recipe.model = model
     recipe = paper_training(recipe)
@@ -258,9 +254,9 @@ def dense_baseline(
 
     Args:
         name: of the recipe.
-        nemo_recipe: NeMo's recipe module of the model, whose layout is kept.
+        nemo_recipe: NeMo's recipe module, whose layout is kept.
         dense: the checkpoint to start from, by default.
-        model: the dense model, where it is another than the module's.
+        model: the dense model, where it is not the module's.
     """
 
     @run.cli.factory(target=pretrain, name=name)
@@ -297,8 +293,7 @@ def dense_baseline(
         recipe = nemo_recipe.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, fn=fn)
         if performance_mode:  # not an argument of all of NeMo's recipes
             recipe = nemo_recipe.pretrain_performance_optimizations(recipe)
-        if model is not None:
-            recipe.model = model()
+        recipe.model = model() if model else recipe.model
         return resilient(start_from(paper_training(recipe), dense, None, data))
 
     return pretrain_recipe

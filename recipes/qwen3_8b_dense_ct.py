@@ -23,7 +23,7 @@ FUSIONS = dict.fromkeys(
 
 @run.cli.factory(name=NAME)
 def model() -> run.Config[pl.LightningModule]:
-    """Factory function to create the Qwen3 8B configuration, for sequences of 8192, with the kernels of NeMo's Llama 3.
+    """Factory function to create the Qwen3 8B configuration: sequences of 8192, the kernels of NeMo's Llama 3.
 
     Returns:
         run.Config[pl.LightningModule]: Configuration of the dense model, 8.19B parameters.

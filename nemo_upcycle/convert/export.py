@@ -1,6 +1,6 @@
 """NeMo or Megatron weights -> a Hugging Face folder, streamed, by the mapping table.
 
-A dense model becomes its own class again, an upcycled one Mixtral, or Qwen2-MoE where Mixtral cannot hold it. What the
+A dense model becomes its own class again, an upcycled one the first target class that can hold it. What the
 checkpoint says of its own model decides: a parent or a spec that contradicts it is refused.
 """
 
@@ -64,9 +64,7 @@ class About:
     checkpoint: str | None = None
 
 
-def hf_reader(
-    weights: MegatronWeights, arch: Architecture, dtype: torch.dtype
-) -> Callable[[str], torch.Tensor]:
+def hf_reader(weights: MegatronWeights, arch: Architecture, dtype: torch.dtype) -> Callable[[str], torch.Tensor]:
     """Return a function that gives the tensors of the Hugging Face model by name.
 
     Args:

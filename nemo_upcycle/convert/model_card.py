@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.mapping import extra_params
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.spec import UpcycleSpec
 
@@ -45,9 +46,12 @@ def write_card(
     lineage = [name or parent.resolve().name for name, parent in zip(names, parents, strict=True)]
     cards = [_front_matter(parent) for parent in parents]
     front = _front(names, cards, arch)
+    extra = extra_params(arch)
+    besides = f", and {extra:,} numbers that the class asks for" if extra else ""
     rows = {
         "Made from": ", ".join(lineage),
-        "Class": f"{arch.hf_class}, {arch.total_params:,} parameters, {arch.active_params:,} active for a token",
+        "Class": f"{arch.hf_class}, {arch.total_params:,} parameters, {arch.active_params:,} active for a token"
+        + besides,
         **facts,
         "Written by": f"{tool}, version {__version__}",
     }

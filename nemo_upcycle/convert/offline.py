@@ -25,7 +25,7 @@ from nemo_upcycle.convert.model_card import spec_fact, write_card
 from nemo_upcycle.convert.safetensors_writer import MAX_SHARD_BYTES, SafetensorsWriter, require_dtype
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.models.families import server_caveats
-from nemo_upcycle.models.mapping import mapping_of
+from nemo_upcycle.models.mapping import extra_params, mapping_of
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import BrokenWeights, check_source, rounded_because
 from nemo_upcycle.sources.several_parents import require_copies
@@ -128,7 +128,9 @@ def convert(
     _check_folder(dense)
     if not is_complete(output) and not aside_of(output).exists():  # else less is missing, which the writer counts
         # before names are listed, which takes long for very many experts
-        require_disk(output, moe_arch.total_params * dtype.itemsize, f"convert {output.name}")
+        require_disk(
+            output, (moe_arch.total_params + extra_params(moe_arch)) * dtype.itemsize, f"convert {output.name}"
+        )
     writer = SafetensorsWriter(expansion.shapes, dtype, max_shard_bytes, expansion.order)
     check_source(dense)
     plan = plan_of(dense, spec, dtype, max_shard_bytes)

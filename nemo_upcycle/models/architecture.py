@@ -188,7 +188,11 @@ def architecture_from_config(config: dict[str, Any], where: str = "config.json")
     if heads % groups:
         raise settings.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
     bias = settings.flag("attention_bias")
-    fields = dict(
+    if (norms := settings.flag("qk_norm")) and "query_norm" not in family.names:
+        raise settings.wrong(
+            "qk_norm", f"no norms of query and key in {family.hf_class}", "use a checkpoint of Qwen3's class"
+        )
+    architecture = Architecture(
         hf_class=family.hf_class,
         num_layers=layers,
         hidden_size=hidden,
@@ -202,7 +206,7 @@ def architecture_from_config(config: dict[str, Any], where: str = "config.json")
         qkv_bias=bias or settings.flag("qkv_bias"),
         attention_out_bias=bias,
         ffn_bias=settings.flag("mlp_bias"),
-        qk_norm=settings.flag("qk_norm"),
+        qk_norm=norms,
         zero_centered_norm=settings.flag("zero_centered_norm"),
         scaled_embedding=settings.flag("scaled_embedding"),
         norm_eps=settings.number("rms_norm_eps"),
@@ -211,7 +215,7 @@ def architecture_from_config(config: dict[str, Any], where: str = "config.json")
         max_positions=settings.whole("max_position_embeddings"),
         sliding_window=settings.whole("sliding_window") if "sliding_window" in settings.values else None,
     )
-    return Architecture(**fields | family.experts(settings, layers))
+    return replace(architecture, **family.experts(settings, layers))
 
 
 def read_architecture(folder: Path) -> Architecture:

@@ -9,7 +9,8 @@ from nemo_upcycle.models.families import find_family
 from nemo_upcycle.models.mapping import hf_constants
 
 
-#: In the place of zero where a server divides by it: the sigmoid of a sum of such numbers is one half, to the last bit.
+#: In the place of zero where a server divides by it: the sigmoid of a sum of such numbers is one half to the last bit.
+#: float16 does not have it, and takes its smallest number.
 _NEARLY_ZERO = 2.0**-100
 
 

@@ -65,7 +65,9 @@ def settings_of(config: Any, where: str) -> tuple[Family, Settings]:
         raise given.wrong("use_sliding_window", "full attention", fix)
     kinds = given.values.get("layer_types", [])
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        raise given.wrong("layer_types", "full_attention alone", "use a checkpoint whose layers all attend to every token")
+        raise given.wrong(
+            "layer_types", "full_attention alone", "use a checkpoint whose layers all attend to every token"
+        )
     values = {**family.defaults, **given.values, **rope_settings(config, where)}
     # Treat null as absent, except for these keys, where null has a meaning.
     if config.get("num_key_value_heads", "") is None:

@@ -67,10 +67,11 @@ def empty_model(folder: Path) -> Any:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-    zeros = hf_constants(read_architecture(folder))
-    for name in [name for name, buffer in model.named_buffers() if buffer.is_meta and name in zeros]:
-        module, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(module), attribute, torch.zeros(zeros[name]))
+    for name in [name for name, buffer in model.named_buffers() if buffer.is_meta]:
+        shapes = hf_constants(read_architecture(folder))
+        if name in shapes:
+            module, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(module), attribute, torch.zeros(shapes[name]))
     if left := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
         raise CheckpointError(
             f"{type(model).__name__} of {folder}",

@@ -12,6 +12,7 @@ Biases have the first of these axes.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -204,6 +205,12 @@ def hf_constants(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Return name and shape of the tensors that the Hugging Face class wants and Megatron does not have."""
     family = find_family(arch.hf_class)
     return family.constants(arch) if family else {}
+
+
+def extra_params(arch: Architecture) -> int:
+    """Return how many numbers a Hugging Face folder of `arch` holds besides the model's parameters."""
+    copied = arch.embedding_params if arch.tied_embeddings and not is_tied(arch) else 0
+    return copied + sum(math.prod(shape) for shape in hf_constants(arch).values())
 
 
 def mapping_of_hf(hf_name: str, arch: Architecture) -> tuple[ParamMapping, int, int, int]:

@@ -84,6 +84,8 @@ def layer_bytes(arch: Architecture, layout: Layout, work: Workload, moe: bool, f
     heads, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     width, gates = arch.hidden_size, 2 if arch.gated else 1
     attention = tokens * (2 * width + saved * width + 2 * (heads + 2 * groups) + 2 * heads + 4 * arch.num_heads)
+    if arch.qk_norm:
+        attention += tokens * 2 * (heads + groups)  # norms keep their input
     if work.precision == "fp8-delayed" and fp8:
         attention += tokens * heads  # the output layer keeps its input in FP8; else attention's own output serves both
     norm = tokens * (2 * width + (2 if moe else saved) * width)  # the router keeps its input in BF16

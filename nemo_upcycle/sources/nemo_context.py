@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from nemo_upcycle.errors import CheckpointError, UpcycleError
-from nemo_upcycle.models.families import find_nemo_module, llama, parents
+from nemo_upcycle.models.families import find_nemo_module, llama, parents, qwen3
 from nemo_upcycle.utils.files import read_json
 
 
@@ -83,7 +83,7 @@ def hf_config_from(settings: dict[str, Any], vocab_size: int, path: Path, fix: s
     """Return settings under NeMo's names in Hugging Face's terms, as those of a dense model: experts do not count.
 
     Args:
-        settings: as `model_settings` gives them; a family that is not known is read as Llama.
+        settings: as `model_settings` gives them; a family that is not known is read as Llama, or Qwen3.
         vocab_size: V.
         path: the file they are from.
         fix: what to do where no model of the mapping table is like that.
@@ -92,8 +92,9 @@ def hf_config_from(settings: dict[str, Any], vocab_size: int, path: Path, fix: s
         CheckpointError: a size is missing, or a setting makes another function than that of the known families.
     """
     try:
-        family = find_nemo_module(family_of(settings))
-        hf_class = (family if family in parents() else llama.FAMILY).hf_class
+        family, has_norms = find_nemo_module(family_of(settings)), bool(settings.get("qk_layernorm"))
+        if family not in parents():
+            family = qwen3.FAMILY if has_norms else llama.FAMILY
         activation = settings["activation_func"]["_target_"].rpartition(".")[2]
         layers, hidden, heads, neurons = (
             int(settings[key]) for key in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
@@ -101,6 +102,7 @@ def hf_config_from(settings: dict[str, Any], vocab_size: int, path: Path, fix: s
     except _UNREADABLE as error:
         raise _unreadable(path, error) from None
     checks = [(name, settings.get(name, value), value) for name, value in _REQUIRED.items()]
+    checks.append(("qk_layernorm", has_norms, "query_norm" in family.names))
     checks += [
         ("activation_func", activation, activation if activation in _ACTIVATIONS else " or ".join(_ACTIVATIONS))
     ]
@@ -109,7 +111,7 @@ def hf_config_from(settings: dict[str, Any], vocab_size: int, path: Path, fix: s
             raise CheckpointError(f"{path}: {name}", got=got, expected=expected, fix=fix)
     window = settings.get("window_size")  # (tokens back, tokens ahead), -1 for all
     return {
-        "architectures": [hf_class],
+        "architectures": [family.hf_class],
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "intermediate_size": neurons,
@@ -123,7 +125,7 @@ def hf_config_from(settings: dict[str, Any], vocab_size: int, path: Path, fix: s
         "attention_bias": bool(settings.get("add_bias_linear")),
         "mlp_bias": bool(settings.get("add_bias_linear")),
         "qkv_bias": bool(settings.get("add_qkv_bias")),
-        "qk_norm": bool(settings.get("qk_layernorm")),
+        "qk_norm": has_norms,
         "zero_centered_norm": bool(settings.get("layernorm_zero_centered_gamma")),
         "rms_norm_eps": settings.get("layernorm_epsilon", 1e-5),
         "rope_theta": settings.get("rotary_base", 10000),

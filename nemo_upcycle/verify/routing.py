@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.nn.functional import linear
 
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.mapping import mapping_of
 from nemo_upcycle.utils.dtypes import dtype_name
 
 
@@ -27,8 +32,35 @@ class TornTokens:
     share: float
 
 
+@contextmanager
+def router_logits(model: Any, moe_arch: Architecture) -> Iterator[list[torch.Tensor]]:
+    """Collect what the routers of a Hugging Face model give for each token, [T, E] for every MoE layer.
+
+    Args:
+        model: the model; what it computes inside the context is collected.
+        moe_arch: its architecture. Routers with sigmoid scores compute in float32, others in the model's type.
+    """
+    (weight,) = mapping_of("router", moe_arch).hf
+    collected: list[torch.Tensor] = []
+
+    def collect(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        tokens_TD, weight_ED = args[0].flatten(0, -2), module.weight
+        if moe_arch.router_score == "sigmoid":
+            tokens_TD, weight_ED = tokens_TD.float(), weight_ED.float()
+        collected.append(linear(tokens_TD, weight_ED))
+
+    layers = [layer for layer in range(moe_arch.num_layers) if moe_arch.is_moe_layer(layer)]
+    modules = [model.get_submodule(weight.format(layer=layer).removesuffix(".weight")) for layer in layers]
+    hooks = [module.register_forward_pre_hook(collect) for module in modules]
+    try:
+        yield collected
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def count_torn_tokens(
-    router_logits: Iterable[torch.Tensor], granularity: int, top_k: int, dtype: torch.dtype
+    router_logits: Iterable[torch.Tensor], granularity: int, top_k: int, score: str, dtype: torch.dtype
 ) -> TornTokens:
     """Count the tokens for which top-k, as transformers does it, does not take whole copies in some layer.
 
@@ -36,11 +68,13 @@ def count_torn_tokens(
         router_logits: of every MoE layer, [T, E].
         granularity: G, the experts of one copy.
         top_k: experts that a token passes through.
+        score: what the logits go through, `softmax` or `sigmoid`.
         dtype: the model's type, to be named.
     """
     torn_layers = []
     for logits_TE in router_logits:
-        chosen_Tk = logits_TE.softmax(-1, dtype=torch.float32).topk(top_k).indices
+        scores_TE = logits_TE.float().softmax(-1) if score == "softmax" else logits_TE.float().sigmoid()
+        chosen_Tk = scores_TE.topk(top_k).indices
         taken_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, chosen_Tk, True)
         copies_TCG = taken_TE.unflatten(1, (-1, granularity))
         torn_layers.append((copies_TCG.any(-1) != copies_TCG.all(-1)).any(-1))

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
+from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import targets
 from nemo_upcycle.models.hf_model import errors_only, load_model, load_tokenizer
-from nemo_upcycle.models.mapping import mapping_of
+from nemo_upcycle.models.mapping import extra_params, mapping_of
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from nemo_upcycle.utils.progress import ProgressLine
 from nemo_upcycle.verify.logits import LogitComparison, compare_logits
-from nemo_upcycle.verify.routing import TornTokens, count_torn_tokens
+from nemo_upcycle.verify.routing import TornTokens, count_torn_tokens, router_logits
 from nemo_upcycle.verify.weights import WeightGroup, compare_weights
 
 
@@ -87,7 +88,7 @@ def verify(
 
     Args:
         dense: the parent, with its tokenizer.
-        moe: Mixtral or Qwen2-MoE.
+        moe: of a class in `models/families`.
         text_file: UTF-8 text to run on; a short one of the package's when None.
         layers: whether to compare what every layer hands on, to find where the models part.
         logits: whether to load and run the models, one after the other, in float32, and a granular one in its own type
@@ -115,16 +116,15 @@ def verify(
                 fix="give the dense folder first, then the MoE's",
             )
         if logits:
-            _require_memory(child.architecture.total_params * 4)
+            _require_memory((child.architecture.total_params + extra_params(child.architecture)) * 4)
         tokens_BS = _tokens(dense, text_file) if logits else None  # a wrong text shows before the long work
         weights = compare_weights(parent, child)
-        own_type, top_k = child.dtype(mapping_of("embedding", child.architecture).hf[0]), child.architecture.top_k or 1
+        own_type, moe_arch = child.dtype(mapping_of("embedding", child.architecture).hf[0]), child.architecture
     found = torn = None
     if tokens_BS is not None:
         found = _compare_logits(dense, moe, tokens_BS, layers)
         if weights.granularity > 1:
-            routers = _run(moe, tokens_BS, own_type, output_router_logits=True).router_logits
-            torn = count_torn_tokens(routers, weights.granularity, top_k, own_type)
+            torn = _count_torn(moe, moe_arch, tokens_BS, own_type, weights.granularity)
     equal = found.relative <= tolerance if found else weights.exact and not weights.rounded
     return Verification(dense, moe, hf_class, equal, tolerance, *weights, found, torn)
 
@@ -183,6 +183,17 @@ def _compare_logits(dense: Path, moe: Path, tokens_BS: torch.Tensor, layers: boo
             )
     outputs = (parent.hidden_states, child.hidden_states) if layers else ()
     return compare_logits(parent.logits, child.logits, *outputs)
+
+
+@torch.no_grad()
+def _count_torn(
+    folder: Path, moe_arch: Architecture, tokens_BS: torch.Tensor, dtype: torch.dtype, granularity: int
+) -> TornTokens:
+    with errors_only():
+        model = load_model(folder, dtype=dtype).eval()
+    with router_logits(model, moe_arch) as logits:
+        model(tokens_BS, use_cache=False)
+    return count_torn_tokens(logits, granularity, moe_arch.top_k or 1, moe_arch.router_score, dtype)
 
 
 @torch.no_grad()

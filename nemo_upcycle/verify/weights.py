@@ -33,15 +33,17 @@ _KEPT = (
 
 @dataclass
 class _Routers:
-    """Whether all routers are zero, and whether the rows of one copy's experts are the same."""
+    """Whether all routers are zero, their largest deviation, and whether rows of one copy's experts are the same."""
 
     zero: bool = True
     tied: bool = True
+    std: float = 0.0
 
     def look_at(self, weight_ED: torch.Tensor, granularity: int) -> None:
         """Look at one layer's."""
         copies = weight_ED.unflatten(0, (-1, granularity))
         self.zero &= not weight_ED.any()
+        self.std = max(self.std, float(weight_ED.float().std()))
         self.tied &= bool((copies == copies[:, :1]).all())
 
 
@@ -131,6 +133,8 @@ def compare_weights(dense: DenseSource, moe: DenseSource) -> WeightComparison:
         scale, changed = _relation(_pairs(dense, moe, name, plan), plan.is_down, plan.factor)
         group.add(scale, changed)
         is_exact &= changed == 0.0 and scale == plan.factor
+    if moe_arch.router_score == "sigmoid" and moe_arch.norm_topk != (moe_arch.top_k != 1):
+        is_exact = False  # no spec makes it: scores of several experts that keep the sum they have
     is_exact &= routers.tied and _spec_of(arch, moe_arch, routers).is_exact
     rounded = [why for dtype in dtypes for why in rounded_because(dense, dtype, spec)]
     return WeightComparison(tuple(groups.values()), is_exact, tuple(rounded), spec.granularity)
@@ -187,6 +191,7 @@ def _spec_of(arch: Architecture, moe_arch: Architecture, routers: _Routers | Non
         granularity=granularity,
         shared_experts=moe_arch.shared_ffn_size // width,
         router_init="zero" if routers and routers.zero else "normal",
+        router_std=routers.std if routers else 0.02,
         router_order="softmax_topk" if is_softmax and not moe_arch.norm_topk else "topk_softmax",
         router_score=moe_arch.router_score,
         routed_scaling_factor=moe_arch.routed_scaling_factor,

@@ -44,7 +44,7 @@ def _cut_down(recipe: Any, layout: dict[str, int]) -> str:
     recipe.trainer.accelerator = "auto"  # the recipe's GPUs are not here
     recipe.trainer.max_steps = STEPS
     recipe.trainer.limit_val_batches, recipe.trainer.val_check_interval = 1, 2
-    recipe.optim.lr_scheduler.warmup_steps = 1
+    recipe.optim.config.lr, recipe.optim.lr_scheduler.warmup_steps = 1e-3, 1  # a loss that falls in a few steps
     recipe.log.ckpt.every_n_train_steps = 2
     return dump_recipe(recipe)
 

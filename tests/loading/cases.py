@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,9 @@ import torch
 
 from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.offline import convert
+from nemo_upcycle.models.architecture import read_architecture
 from nemo_upcycle.models.hf_model import errors_only, load_model
+from nemo_upcycle.models.mapping import is_tied
 from tests.models import sample_tokens, write_llama, write_qwen2, write_qwen3
 
 
@@ -70,6 +73,19 @@ def random_case(seed: int) -> Case:
     return Case(parent, sizes, spec)
 
 
+def has_class(case: Case) -> bool:
+    """Return whether some class holds what the case makes, as docs/classes.md has it."""
+    spec, layers = UpcycleSpec(**case.spec), case.sizes["layers"]
+    pattern = list(spec.moe_pattern(layers))
+    if spec.router_score == "sigmoid":
+        return pattern == sorted(pattern)
+    if case.parent == "Qwen3":
+        return not spec.shared_experts
+    is_mixtral = case.parent == "Llama" and all(pattern) and spec.sums_to_one and not spec.shared_experts
+    heads = case.sizes["num_attention_heads"] * case.sizes.get("head_dim", 1)
+    return is_mixtral or case.parent == "Qwen2" or heads == case.sizes["hidden_size"]
+
+
 class Outcome(NamedTuple):
     """What became of a case.
 
@@ -94,9 +110,17 @@ def outcome(case: Case, folder: Path) -> Outcome:
     dense = PARENTS[case.parent](folder / "dense", vocab_size=VOCABULARY, **case.sizes)
     with open_dense(dense) as source:
         done = convert(source, folder / "moe", UpcycleSpec(**case.spec), progress=False)
+    _check_read_back(dense, folder / "moe", UpcycleSpec(**case.spec))
     tokens = sample_tokens(VOCABULARY)
     wanted, got = (logits(folder / name, tokens) for name in ("dense", "moe"))
     return Outcome(done.hf_class, done.exact, float((got - wanted).norm() / wanted.norm()))
+
+
+def _check_read_back(dense: Path, moe: Path, spec: UpcycleSpec) -> None:
+    """Check that the folder's configuration describes the model that was to be made."""
+    wanted, found = read_architecture(dense).upcycled(spec), read_architecture(moe)
+    # Mixtral's configuration has one width, that of the experts.
+    assert found == replace(wanted, tied_embeddings=is_tied(wanted), ffn_size=found.ffn_size)
 
 
 @torch.no_grad()

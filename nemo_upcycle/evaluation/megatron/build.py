@@ -216,7 +216,13 @@ def _parameters(
             )
         mapping, expert = match
         shard = coords.expert if mapping.is_expert else coords.dense
-        yield parameter, stored_as(mapping_of(mapping.role, arch), arch), layer or 0, first_expert + (expert or 0), shard
+        yield (
+            parameter,
+            stored_as(mapping_of(mapping.role, arch), arch),
+            layer or 0,
+            first_expert + (expert or 0),
+            shard,
+        )
 
 
 def _fill(parameter: torch.nn.Parameter, whole: torch.Tensor, mapping: ParamMapping, arch: Any, shard: Shard) -> None:

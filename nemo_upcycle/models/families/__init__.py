@@ -95,7 +95,7 @@ def require_class(moe_arch: Architecture) -> None:
     if moe_arch.window:
         fix += ", or set sliding_window to null in config.json if training sequences were no longer"
     if sigmoid := [family.title for family in targets() if list(family.unsupported(moe_arch)) == ["softmax scores"]]:
-        fix += f", or route by router_score='sigmoid', as {sigmoid[0]} does"
+        fix += f", or route by router_score='sigmoid' with router_order='topk_softmax', as {sigmoid[0]} does"
     raise SpecError(
         "Hugging Face class for this MoE",
         got="; ".join(f"{reason} ({', '.join(names)})" for reason, names in titles.items()),

@@ -83,7 +83,7 @@ class Family:
         return {}
 
     def constants(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
-        """Return name and shape of the tensors that the class wants and Megatron does not have: zeros, or nearly so."""
+        """Return name and shape of the tensors, (nearly) zeros, that the class wants and Megatron does not have."""
         return {}
 
 
@@ -136,7 +136,8 @@ class MoeFamily(Family, ABC):
         Args:
             arch: the MoE model's architecture.
         """
-        yield from ()
+        if arch.activation != "silu":
+            yield "llama.cpp: its experts compute SiLU whatever config.json says, so its tokens differ"
 
     @abstractmethod
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Glm4-MoE: sigmoid scores with a factor, shared experts without a gate, dense first layers, norms of query and key."""
+"""Glm4-MoE: sigmoid scores with a factor, ungated shared experts, dense first layers, norms of query and key."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.models.families import llama, qwen3
 from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ZERO_FILLED, MoeFamily, zero_filled
+from nemo_upcycle.models.families.routed import ROUTED_NAMES
 from nemo_upcycle.models.settings import Settings
 
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 _MLP = llama.LAYER + "mlp."
 _SHARED = _MLP + "shared_experts."
-_EXPERT = _MLP + "experts.{expert}."
 
 
 class _Glm4Moe(MoeFamily):
@@ -52,6 +52,10 @@ class _Glm4Moe(MoeFamily):
         yield from (reason for reason, holds in reasons.items() if holds)
 
     def caveats(self, arch: Architecture) -> Iterator[str]:
+        yield from super().caveats(arch)
+        if not arch.shared_ffn_size:
+            params = arch.moe_layer_count * arch.ffn_params(arch.expert_ffn_size or 0)
+            yield f"all: the class has a shared expert; one of zeros is computed with, {params / 1e9:.3g}B parameters"
         yield "llama.cpp: its converter looks for GLM's special tokens in the tokenizer"
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
@@ -87,10 +91,8 @@ FAMILY = _Glm4Moe(
     hf_class="Glm4MoeForCausalLM",
     model_type="glm4_moe",
     names=qwen3.NAMES
+    | ROUTED_NAMES
     | {
-        "router": (_MLP + "gate.weight",),
-        "expert_fc1": tuple(_EXPERT + f"{part}_proj.weight" for part in ("gate", "up")),
-        "expert_fc2": (_EXPERT + "down_proj.weight",),
         "shared_fc1": tuple(_SHARED + f"{part}_proj.weight" for part in ("gate", "up")),
         "shared_fc2": (_SHARED + "down_proj.weight",),
     },

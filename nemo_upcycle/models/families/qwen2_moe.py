@@ -7,6 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.models.families import llama
 from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ZERO_FILLED, MoeFamily, zero_filled
+from nemo_upcycle.models.families.routed import (
+    ROUTED_NAMES,
+    routed_experts,
+    routed_settings,
+    unscaled_in_llama_cpp,
+)
 from nemo_upcycle.models.settings import Settings
 
 
@@ -15,38 +21,8 @@ if TYPE_CHECKING:
 
 _MLP = llama.LAYER + "mlp."
 _SHARED = _MLP + "shared_expert."
-_EXPERT = _MLP + "experts.{expert}."
 #: Neurons of the shared expert of zeros: tensor parallelism and kernels of servers can cut it.
 _SHARED_WIDTH = 64
-
-
-def routed_experts(settings: Settings, num_layers: int) -> dict[str, Any]:
-    """Return the fields of an `Architecture` that describe routed experts, as Qwen's classes spell them."""
-    step, dense = settings.whole("decoder_sparse_step", 1), settings.values.get("mlp_only_layers", [])
-    if not isinstance(dense, list) or not all(type(layer) is int and 0 <= layer < num_layers for layer in dense):
-        raise settings.wrong("mlp_only_layers", f"a list of layer numbers, 0 to {num_layers - 1}")
-    experts = settings.whole("num_experts")
-    pattern = tuple((layer + 1) % step == 0 and layer not in dense for layer in range(num_layers))
-    return {
-        "num_experts": experts,
-        "top_k": settings.whole("num_experts_per_tok", most=experts),
-        "expert_ffn_size": settings.whole("moe_intermediate_size"),
-        "moe_pattern": None if all(pattern) else pattern,
-        "norm_topk": settings.flag("norm_topk_prob"),
-    }
-
-
-def routed_settings(arch: Architecture) -> dict[str, Any]:
-    """Return what Qwen's classes say in `config.json` of routed experts."""
-    return {
-        "num_experts": arch.num_experts,
-        "intermediate_size": arch.ffn_size,
-        "moe_intermediate_size": arch.expert_ffn_size,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [layer for layer in range(arch.num_layers) if not arch.is_moe_layer(layer)],
-        "norm_topk_prob": arch.norm_topk,
-        "use_sliding_window": False,
-    }
 
 
 class _Qwen2Moe(MoeFamily):
@@ -68,6 +44,8 @@ class _Qwen2Moe(MoeFamily):
         yield from (reason for reason, holds in reasons.items() if holds)
 
     def caveats(self, arch: Architecture) -> Iterator[str]:
+        yield from super().caveats(arch)
+        yield from unscaled_in_llama_cpp(arch)
         if arch.norm_topk and arch.top_k != arch.num_experts:
             yield "llama.cpp: it does not divide the chosen experts' weights by their sum, so its tokens differ"
         if arch.moe_pattern is not None:
@@ -85,8 +63,8 @@ class _Qwen2Moe(MoeFamily):
         """Return the gate of the shared expert, and what the class always has where the model does not.
 
         The class multiplies its shared expert by the sigmoid of the gate: one half, if the gate is zero or nearly so
-        (llama.cpp divides by it). `hf_factors` doubles the shared down projection for it. vLLM and SGLang read no folder without biases of query, key and
-        value, or with a shared expert of no neurons.
+        (llama.cpp divides by it). `hf_factors` doubles the shared down projection for it. vLLM and SGLang read no
+        folder without biases of query, key and value, or with a shared expert of no neurons.
         """
         shapes: dict[str, tuple[int, ...]] = {_MLP + "shared_expert_gate.weight": (1, arch.hidden_size)}
         if not arch.shared_ffn_size:
@@ -107,13 +85,8 @@ FAMILY = _Qwen2Moe(
     hf_class="Qwen2MoeForCausalLM",
     model_type="qwen2_moe",
     names=llama.NAMES
+    | ROUTED_NAMES
     | {
-        "router": (_MLP + "gate.weight",),
-        "router_bias": (_MLP + "gate.bias",),
-        "expert_fc1": tuple(_EXPERT + f"{part}_proj.weight" for part in ("gate", "up")),
-        "expert_fc1_bias": tuple(_EXPERT + f"{part}_proj.bias" for part in ("gate", "up")),
-        "expert_fc2": (_EXPERT + "down_proj.weight",),
-        "expert_fc2_bias": (_EXPERT + "down_proj.bias",),
         "shared_fc1": tuple(_SHARED + f"{part}_proj.weight" for part in ("gate", "up")),
         "shared_fc2": (_SHARED + "down_proj.weight",),
     },

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from nemo_upcycle.models.families import llama, qwen3
+from nemo_upcycle.models.families import qwen3
 from nemo_upcycle.models.families.base import COMMON_DEFAULTS, MoeFamily
-from nemo_upcycle.models.families.qwen2_moe import routed_experts, routed_settings
+from nemo_upcycle.models.families.routed import (
+    ROUTED_NAMES,
+    routed_experts,
+    routed_settings,
+    unscaled_in_llama_cpp,
+)
 from nemo_upcycle.models.settings import Settings
 
 
 if TYPE_CHECKING:
     from nemo_upcycle.models.architecture import Architecture
-
-_MLP = llama.LAYER + "mlp."
-_EXPERT = _MLP + "experts.{expert}."
 
 
 class _Qwen3Moe(MoeFamily):
@@ -33,6 +35,8 @@ class _Qwen3Moe(MoeFamily):
         yield from (reason for reason, holds in reasons.items() if holds)
 
     def caveats(self, arch: Architecture) -> Iterator[str]:
+        yield from super().caveats(arch)
+        yield from unscaled_in_llama_cpp(arch)
         if not arch.norm_topk:
             yield "llama.cpp: it divides the chosen experts' weights by their sum, so its tokens differ"
         if arch.moe_pattern is not None:
@@ -46,11 +50,6 @@ FAMILY = _Qwen3Moe(
     title="Qwen3-MoE",
     hf_class="Qwen3MoeForCausalLM",
     model_type="qwen3_moe",
-    names=qwen3.NAMES
-    | {
-        "router": (_MLP + "gate.weight",),
-        "expert_fc1": tuple(_EXPERT + f"{part}_proj.weight" for part in ("gate", "up")),
-        "expert_fc2": (_EXPERT + "down_proj.weight",),
-    },
+    names=qwen3.NAMES | ROUTED_NAMES,
     defaults=COMMON_DEFAULTS | {"num_key_value_heads": 4, "max_position_embeddings": 32768, "qk_norm": True},
 )

@@ -86,7 +86,11 @@ def test_the_command_of_a_row_holds_its_layout(capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize(
     "name",
-    [f"{stem}_{kind}" for stem in ("llama3_8b", "llama31_8b", "llama3_70b", "qwen3_8b") for kind in ("e8t2", "dense_ct")],
+    [
+        f"{stem}_{kind}"
+        for stem in ("llama3_8b", "llama31_8b", "llama3_70b", "qwen3_8b")
+        for kind in ("e8t2", "dense_ct")
+    ],
 )
 def test_every_recipe_has_a_layout(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert _run("--recipe", name, "--gpus", "512", "--rows", "2") == 0

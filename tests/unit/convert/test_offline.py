@@ -18,7 +18,7 @@ from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.models.architecture import read_architecture
 from nemo_upcycle.training.equivalence import one_rank
 from nemo_upcycle.utils.files import MODEL_MARKER, is_complete, read_json, write_json
-from tests.models import build_chunks, sample_tokens, write_llama
+from tests.models import build_chunks, moe_settings, sample_tokens, write_llama, write_qwen3
 from tests.unit.convert import conversions
 from tests.unit.convert.conversions import COPY, FINE, SPEC, _convert, _same_bits, _tensors
 
@@ -79,6 +79,29 @@ def test_offline_and_online_give_the_same_bits(dense: Path, tmp_path: Path, case
         assert float((_logits(tmp_path / "offline") - _logits(dense)).abs().max()) <= 1e-5
     else:
         _load(tmp_path / "offline")
+
+
+@pytest.mark.parametrize(
+    ("write", "fields", "hf_class"),
+    [
+        (write_qwen3, {}, "Qwen3MoeForCausalLM"),
+        (write_qwen3, {"router_score": "sigmoid", "routed_scaling_factor": 2.5}, "Glm4MoeForCausalLM"),
+        (write_llama, {"router_order": "softmax_topk", "router_init": "zero"}, "Qwen2MoeForCausalLM"),
+    ],
+)
+def test_a_tied_parent_of_every_class_has_the_same_bits_offline_and_online(
+    tmp_path: Path, write: Any, fields: dict[str, Any], hf_class: str
+) -> None:
+    dense, spec = write(tmp_path / "dense", tied=True, layers=2), UpcycleSpec(**COPY | fields)
+    arch = read_architecture(dense)
+    with one_rank():
+        (model,) = build_chunks(dense, **moe_settings(arch, spec))
+        with open_dense(dense) as source:
+            upcycle_into([model], source, spec)
+        export_weights(LiveWeights(model), arch.upcycled(spec), dense, tmp_path / "online", dtype=torch.float32)
+    assert _convert(dense, tmp_path / "offline", spec).hf_class == hf_class
+    _same_bits(tmp_path / "online", tmp_path / "offline")
+    assert float((_logits(tmp_path / "online", 250) - _logits(dense, 250)).abs().max()) <= 1e-5
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -294,7 +317,11 @@ def test_a_sliding_window_with_what_mixtral_lacks_is_named(copy: Path, tmp_path:
     ("fields", "parent", "words"),
     [
         ({"router_score": "sigmoid", "moe_layers": "every-2"}, {}, "dense layers behind an MoE layer .Glm4-MoE"),
-        ({"routed_scaling_factor": 2.5}, {}, "got a routed_scaling_factor .*or route by router_score='sigmoid', as Glm4"),
+        (
+            {"routed_scaling_factor": 2.5},
+            {},
+            "got a routed_scaling_factor .*or route by router_score='sigmoid' with ",
+        ),
         ({"shared_experts": 1}, {"head_dim": 32}, "heads that do not make up the hidden size"),
         ({}, {"mlp_bias": True}, "got biases of the feed-forward network"),
         ({}, {"attention_bias": True}, "got a bias of the attention's output"),

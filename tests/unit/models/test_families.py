@@ -183,13 +183,14 @@ def _check_logits(dense: Path, moe: Path) -> None:
 
 
 @pytest.mark.usefixtures("megatron")
-def test_a_target_family_from_outside_holds_what_no_other_can(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_target_family_from_outside_holds_what_no_other_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(families._FAMILIES, "Glm4MoeForCausalLM")
     spec = UpcycleSpec(num_experts=4, top_k=2, router_score="sigmoid", routed_scaling_factor=2.0)
     folder = write_llama(tmp_path / "dense", layers=2)
-    with open_dense(folder) as dense, pytest.raises(SpecError, match=r"sigmoid scores \(Mixtral, Qwen3-MoE, Qwen2-MoE\)"):
+    with (
+        open_dense(folder) as dense,
+        pytest.raises(SpecError, match=r"sigmoid scores \(Mixtral, Qwen3-MoE, Qwen2-MoE\)"),
+    ):
         convert(dense, tmp_path / "offline", spec)
     with _registered(TARGET):
         online = _made_online(folder, tmp_path / "online", spec)

@@ -24,18 +24,12 @@ from nemo_upcycle.spec import UpcycleSpec
 
 
 # Odd sizes, so that padding is not empty.
-SMALL = replace(
-    known_shape("llama3_8b"),
-    num_layers=8,
-    hidden_size=72,
-    ffn_size=168,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=10,
-    vocab_size=1003,
-)
+SIZES = {"num_layers": 8, "hidden_size": 72, "ffn_size": 168, "num_heads": 8, "num_kv_heads": 4, "head_dim": 10}
+SIZES |= {"vocab_size": 1003}
+SMALL = replace(known_shape("llama3_8b"), **SIZES)
 TIED = replace(SMALL, tied_embeddings=True)
 BIASED = replace(SMALL, hf_class="Qwen2ForCausalLM", qkv_bias=True)
+NORMED = replace(known_shape("qwen3_600m"), **SIZES).upcycled(UpcycleSpec())
 E8T2 = SMALL.upcycled(UpcycleSpec())
 MIXED = BIASED.upcycled(UpcycleSpec(num_experts=8, top_k=4, granularity=2, shared_experts=1, moe_layers="every-2"))
 TIED_MOE = TIED.upcycled(UpcycleSpec(num_experts=4))
@@ -55,6 +49,7 @@ CASES = [
     *((TIED, text, gpus) for text, gpus in [("tp=1", 5), ("pp=2", 6), ("tp=2,pp=4,vp=2", 8)]),
     (TIED_MOE, "pp=2,ep=2", 12),
     (BIASED, "tp=2,pp=2", 4),
+    (NORMED, "tp=2,pp=2,ep=4", 16),
     (LLAMA, "tp=2,pp=4,vp=8,ep=8", 64),
 ]  # fmt: skip
 WORK = Workload(seq_length=512, global_batch=840)

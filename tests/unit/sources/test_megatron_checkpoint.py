@@ -19,7 +19,7 @@ from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.sources.megatron_checkpoint import MegatronCheckpoint
 from nemo_upcycle.training.equivalence import one_rank
 from tests.distributed.ranks import run_ranks
-from tests.models import build_chunks, write_llama, write_tokenizer
+from tests.models import build_chunks, write_llama, write_qwen3, write_tokenizer
 
 
 LAYOUTS = {"one": {}, "tp2pp2": {"tp": 2, "pp": 2}}
@@ -87,6 +87,30 @@ def saved(parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def nemo(saved: Path, tmp_path: Path) -> Path:
     """A checkpoint that the test may change."""
     return Path(shutil.copytree(saved / "tp2pp2", tmp_path / "nemo"))
+
+
+def _write_qwen3_context(parent: str, output: str) -> None:
+    from nemo import lightning as nl
+    from nemo.collections.common.tokenizers import AutoTokenizer
+    from nemo.collections.llm.gpt.model.qwen3 import Qwen3Config8B, Qwen3Model
+    from nemo.lightning.io.pl import TrainerContext
+
+    sizes = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "kv_channels": 16}
+    config = Qwen3Config8B(**sizes, num_query_groups=2, rotary_base=100000, layernorm_epsilon=1e-5, vocab_size=260)
+    trainer = nl.Trainer(accelerator="cpu", devices=1)
+    model = Qwen3Model(config, tokenizer=AutoTokenizer(parent))
+    TrainerContext(model=model, trainer=trainer, extra={}).io_dump(Path(output), yaml_attrs=["model"])
+
+
+def test_a_qwen3_trained_in_nemo_is_read_with_its_norms(tmp_path: Path) -> None:
+    folder = write_tokenizer(write_qwen3(tmp_path / "dense", layers=2, vocab_size=260))
+    run_ranks(_write_qwen3_context, 1, str(folder), str(tmp_path / "nemo/context"), process_group=False)
+    run_ranks(_save, 2, str(folder), str(tmp_path / "nemo/weights"), {"tp": 2}, "module.")
+    with open_dense(tmp_path / "nemo") as checkpoint, open_dense(folder) as expected:
+        assert replace(checkpoint.architecture, max_positions=32768) == expected.architecture
+        assert "model.layers.1.self_attn.q_norm.weight" in set(checkpoint.names()) == set(expected.names())
+        for name in expected.names():
+            assert torch.equal(checkpoint.read(name), expected.read(name)), name
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

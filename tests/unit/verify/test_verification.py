@@ -101,6 +101,18 @@ def test_tokens_that_16_bits_tear_are_counted_in_the_models_own_type(dense: Path
     assert 0 < half.torn.torn == round(half.torn.share * 512) < 100
 
 
+def test_a_granular_model_with_sigmoid_scores_is_verified(dense: Path, tmp_path: Path) -> None:
+    found = verify(dense, _made(dense, tmp_path / "moe", **FINE, router_score="sigmoid"))
+    assert (found.hf_class, found.equal, found.weights_exact) == ("Glm4MoeForCausalLM", True, True)
+    assert found.torn is not None
+    assert (found.torn.tokens, found.torn.torn) == (512, 0)
+    large = _made(dense, tmp_path / "large", **FINE, router_score="sigmoid", router_std=5.0)
+    assert verify(dense, large, logits=False).weights_exact is False
+    torn = verify(dense, large).torn
+    assert torn is not None
+    assert torn.torn > 0
+
+
 def test_float32_and_whole_networks_tear_nothing(dense: Path, tmp_path: Path) -> None:
     single = verify(dense, _made(dense, tmp_path / "single", **FINE))
     assert single.equal

@@ -1,0 +1,59 @@
+"""What Qwen's MoE classes, and in part others, have in common: routed experts under `mlp`, dense layers by number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from nemo_upcycle.models.families import llama
+from nemo_upcycle.models.settings import Settings
+
+
+if TYPE_CHECKING:
+    from nemo_upcycle.models.architecture import Architecture
+
+_MLP = llama.LAYER + "mlp."
+_EXPERT = _MLP + "experts.{expert}."
+ROUTED_NAMES = {
+    "router": (_MLP + "gate.weight",),
+    "router_bias": (_MLP + "gate.bias",),
+    "expert_fc1": tuple(_EXPERT + f"{part}_proj.weight" for part in ("gate", "up")),
+    "expert_fc1_bias": tuple(_EXPERT + f"{part}_proj.bias" for part in ("gate", "up")),
+    "expert_fc2": (_EXPERT + "down_proj.weight",),
+    "expert_fc2_bias": (_EXPERT + "down_proj.bias",),
+}
+
+
+def routed_experts(settings: Settings, num_layers: int) -> dict[str, Any]:
+    """Return the fields of an `Architecture` that describe routed experts, as Qwen's classes spell them."""
+    step, dense = settings.whole("decoder_sparse_step", 1), settings.values.get("mlp_only_layers", [])
+    if not isinstance(dense, list) or not all(type(layer) is int and 0 <= layer < num_layers for layer in dense):
+        raise settings.wrong("mlp_only_layers", f"a list of layer numbers, 0 to {num_layers - 1}")
+    experts = settings.whole("num_experts")
+    pattern = tuple((layer + 1) % step == 0 and layer not in dense for layer in range(num_layers))
+    return {
+        "num_experts": experts,
+        "top_k": settings.whole("num_experts_per_tok", most=experts),
+        "expert_ffn_size": settings.whole("moe_intermediate_size"),
+        "moe_pattern": None if all(pattern) else pattern,
+        "norm_topk": settings.flag("norm_topk_prob"),
+    }
+
+
+def routed_settings(arch: Architecture) -> dict[str, Any]:
+    """Return what Qwen's classes say in `config.json` of routed experts."""
+    return {
+        "num_experts": arch.num_experts,
+        "intermediate_size": arch.ffn_size,
+        "moe_intermediate_size": arch.expert_ffn_size,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [layer for layer in range(arch.num_layers) if not arch.is_moe_layer(layer)],
+        "norm_topk_prob": arch.norm_topk,
+        "use_sliding_window": False,
+    }
+
+
+def unscaled_in_llama_cpp(arch: Architecture) -> Iterator[str]:
+    """Yield the caveat of classes whose rotary frequencies llama.cpp's converter does not scale."""
+    if arch.rope_scaling is not None:
+        yield "llama.cpp: it does not scale the rotary frequencies of this class, so its tokens differ"
