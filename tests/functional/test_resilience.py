@@ -98,7 +98,7 @@ def test_ft_launcher_restarts_a_hung_rank_and_the_run_ends_bit_equal(
     options = {"steps": STEPS, "every": 2, "ep": 2, "resilient": {}, "hang": {"step": 3, "once": str(once)}}
     command = _under_ft_launcher(runs, folder, options)
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=240, env=_plain()
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=480, env=_plain()
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert once.exists()
