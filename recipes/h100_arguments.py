@@ -15,7 +15,6 @@ from nemo.collections.llm.recipes.precision import mixed_precision
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.planning.workload import DISPATCHERS
 from nemo_upcycle.spec import ROUTER_ORDERS, check_capacity
 from nemo_upcycle.training.recompute import RecomputeFirstSteps
 
@@ -149,8 +148,8 @@ def with_overrides(recipe: Callable[..., run.Partial]) -> Callable[..., run.Part
 
 
 def _dispatch(config: run.Config, dispatcher: str) -> None:
-    if dispatcher not in DISPATCHERS:
-        raise SpecError.unknown("dispatcher", dispatcher, DISPATCHERS)
+    if dispatcher not in (known := ("alltoall", "deepep")):
+        raise SpecError.unknown("dispatcher", dispatcher, known)
     is_deepep = dispatcher == "deepep"
     config.moe_token_dispatcher_type = "flex" if is_deepep else "alltoall"
     config.moe_enable_deepep = is_deepep

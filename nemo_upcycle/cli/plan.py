@@ -18,11 +18,11 @@ from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning import table
 from nemo_upcycle.planning.columns import named_columns, table_text
-from nemo_upcycle.planning.hardware import gpu_names
+from nemo_upcycle.planning.hardware import SOFTWARE, gpu_names
 from nemo_upcycle.planning.layout import parse_layout
 from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.search import Plan, PlanRequest, evaluate_layout, find, nearest_gpus, search
-from nemo_upcycle.planning.workload import DISPATCHERS, PRECISIONS, RECOMPUTES
+from nemo_upcycle.planning.workload import DISPATCHERS, PRECISIONS, RECOMPUTES, ROUTINGS
 
 
 HELP = "what fits where, how fast, how long, how much: layouts for a cluster, without a GPU"
@@ -66,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--imbalance", type=float, default=1.5, metavar="X", help="busiest over mean expert rank (1.5)")
     model.add_argument("--precision", default="bf16", metavar="NAME", help=f"{', '.join(PRECISIONS)} (default: bf16)")
     model.add_argument("--dispatcher", default="alltoall", metavar="NAME", help=f"{', '.join(DISPATCHERS)} (alltoall)")
+    model.add_argument("--routing", default="balanced", metavar="NAME", help=f"{', '.join(ROUTINGS)} (balanced)")
     model.add_argument("--overlap", metavar="tp,ep", help="traffic beside computation; the recipes have none")
     model.add_argument(
         "--tokens", type=number_of_tokens, metavar="N", help="tokens of the run: 100B, 27e9 (default: 100B)"
@@ -73,6 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cluster = parser.add_argument_group("cluster")
     cluster.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
     cluster.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(gpu_names())} (default: h100)")
+    cluster.add_argument(
+        "--software", default="mcore-0.15", metavar="NAME", help=f"{', '.join(SOFTWARE)} (NeMo 2.7's)"
+    )
     cluster.add_argument("--price-per-gpu-hour", type=float, metavar="PRICE", help="in your currency")
     layout = parser.add_argument_group("layout")
     layout.add_argument("--layout", metavar="tp=2,pp=4,...", help="evaluate this one; its keys are listed below")
@@ -183,6 +187,8 @@ def _print_text(args: argparse.Namespace, answer: _Answer, names: list[str] | No
         say(f"No room for {', '.join(left_out)}: --wide shows all, --columns GiB,MFU those you name.")
     if all(plan.verdict == "no" for plan in plans):
         say(_way_out(args, request))
+    if routing := table.routing_line(chosen):
+        say(routing)
     say(f"A full checkpoint takes {plans[0].checkpoint_gib:.0f} GiB.")
     if args.explain is not None:
         say(table.explanation(chosen))
@@ -237,6 +243,6 @@ def _way_out(args: argparse.Namespace, request: PlanRequest) -> str:
 
 
 def _command(subject: Subject, plan: Plan) -> str | None:
-    if subject.recipe is None or plan.verdict == "no":
+    if subject.recipe is None or plan.verdict == "no" or plan.work.dispatcher == "hybridep":  # not in NeMo 2.7
         return None
     return table.nemo_command(subject.recipe, plan, str(subject.folder.absolute()) if subject.folder else None)

@@ -11,7 +11,7 @@ from typing import Any
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture, read_architecture
 from nemo_upcycle.models.rotary import rope_kind
-from nemo_upcycle.planning.hardware import KnownRecipe, Machine, known_gpu, known_recipe, recipe_for
+from nemo_upcycle.planning.hardware import KnownRecipe, known_gpu, known_recipe, known_software, recipe_for
 from nemo_upcycle.planning.search import MOST_GPUS, PlanRequest
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec, check_capacity
@@ -119,6 +119,7 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
         imbalance=args.imbalance,
         precision=args.precision,
         dispatcher=args.dispatcher,
+        routing=args.routing,
         overlap=tuple(args.overlap.split(",")) if args.overlap else (),
     )
     gpu = known_gpu(args.gpu)
@@ -133,8 +134,9 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
             fix="set --micro-batch 1",
         )
     grouped = _is_grouped(subject)
+    machine = known_software(args.software)
     return PlanRequest(
-        subject.arch, gpu, args.gpus, work, given("tokens"), Machine(), grouped, micro, args.recompute or None
+        subject.arch, gpu, args.gpus, work, given("tokens"), machine, grouped, micro, args.recompute or None
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
@@ -44,7 +45,8 @@ class Machine:
             launched before hides what it does then.
         uneven_fp8_expert_us: the same in FP8, where each expert's tensors are measured, cast and transposed.
         imbalance: token slots of the busiest expert rank, for which the others wait, over the mean, when experts are
-            not padded to a capacity.
+            not padded to a capacity and routing is balanced, as benchmarks force it.
+        uneven: what natural routing adds to that for each doubling of the experts beyond four.
     """
 
     gemm: float = 0.59
@@ -59,6 +61,40 @@ class Machine:
     uneven_expert_us: float = 250.0
     uneven_fp8_expert_us: float = 900.0
     imbalance: float = 1.12
+    uneven: float = 0.12
+
+    def waits_for(self, experts: int, *, natural: bool) -> float:
+        """Return token slots of the busiest expert rank over the mean.
+
+        Args:
+            experts: of a layer.
+            natural: whether the router decides, as in training; else it is made to balance.
+        """
+        added = self.uneven * max(0.0, math.log2(max(experts, 1) / 4)) if natural else 0.0
+        return self.imbalance * (1 + added)
+
+
+#: Software -> what is else with it. The first is NeMo 2.7's, and that of NVIDIA's releases up to 26.02; from 26.04 on
+#: (Megatron-Core 0.17) the host neither waits for the numbers of tokens nor works expert by expert.
+SOFTWARE: dict[str, dict[str, float]] = {
+    "mcore-0.15": {},
+    "mcore-0.17": {"moe_us": 300.0, "uneven_expert_us": 50.0, "uneven_fp8_expert_us": 390.0},
+}
+
+
+def known_software(name: str, machine: Machine | None = None) -> Machine:
+    """Return what a generation of software reaches of a card's peaks.
+
+    Args:
+        name: one of `SOFTWARE`.
+        machine: what the first of them reaches; None: `Machine()`.
+
+    Raises:
+        SpecError: it is not known.
+    """
+    if name not in SOFTWARE:
+        raise SpecError.unknown("software", name, SOFTWARE)
+    return replace(machine or Machine(), **SOFTWARE[name])
 
 
 @dataclass(frozen=True)

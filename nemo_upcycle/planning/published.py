@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.flops import flops_per_token
-from nemo_upcycle.planning.hardware import Machine, known_gpu, known_shape, read_data
+from nemo_upcycle.planning.hardware import Machine, known_gpu, known_shape, known_software, read_data
 from nemo_upcycle.planning.layout import Layout, parse_layout
 from nemo_upcycle.planning.rules import check_layout
 from nemo_upcycle.planning.throughput import ThroughputModel
@@ -23,6 +23,7 @@ class Published:
         tokens_per_s_per_gpu: measured; from TFLOP/s or MFU by the formula of `models.flops.flops_per_token`.
         fitted: whether the constants of `Machine` were fitted on it.
         sets: a constant of `Machine` that was chosen by hand for this row, if any.
+        software: one of `planning.hardware.SOFTWARE`.
     """
 
     name: str
@@ -34,10 +35,16 @@ class Published:
     assumed: str
     fitted: bool
     sets: str = ""
+    software: str = "mcore-0.15"
 
     def predicted(self, machine: Machine) -> float:
-        """Return the predicted tokens/s/GPU."""
-        return ThroughputModel(self.arch, known_gpu("h100"), machine).tokens_per_s_per_gpu(self.layout, self.work)
+        """Return the predicted tokens/s/GPU.
+
+        Args:
+            machine: of the first software, which others differ from.
+        """
+        model = ThroughputModel(self.arch, known_gpu("h100"), known_software(self.software, machine))
+        return model.tokens_per_s_per_gpu(self.layout, self.work)
 
 
 def published_rows() -> list[Published]:
@@ -57,6 +64,7 @@ def _row(values: dict[str, Any]) -> Published:
         precision=values.get("precision", "bf16"),
         recompute=values.get("recompute", "none"),
         dispatcher=values.get("dispatcher", "alltoall"),
+        routing=values.get("routing", "balanced"),
         overlap=tuple(values.get("overlap", ())),
     )
     layout = parse_layout(values["layout"], values["gpus"])
@@ -64,7 +72,7 @@ def _row(values: dict[str, Any]) -> Published:
     measured = values.get("tokens")
     if measured is None:
         tflops = values.get("tflops") or values["mfu"] / 100 * known_gpu("h100").bf16_tflops
-        measured = tflops * 1e12 / flops_per_token(arch, work.seq_length, causal=False)
+        measured = tflops * 1e12 / flops_per_token(arch, work.seq_length, causal=values.get("causal", False))
     assumed, fitted = values.get("assumed", ""), values.get("fit", True)
-    sets = values.get("sets", "")
-    return Published(values["name"], arch, layout, work, measured, values["source"], assumed, fitted, sets)
+    sets, software = values.get("sets", ""), values.get("software", "mcore-0.15")
+    return Published(values["name"], arch, layout, work, measured, values["source"], assumed, fitted, sets, software)

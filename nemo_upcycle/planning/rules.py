@@ -139,8 +139,8 @@ def _data_rules(layout: Layout, work: Workload) -> Iterator[Broken]:
 
 
 def _kernel_rules(layout: Layout, arch: Architecture, work: Workload) -> Iterator[Broken]:
-    if arch.num_experts and work.dispatcher == "deepep" and layout.etp * layout.ep == 1:
-        yield Broken("ep", 1, "experts spread over ranks: Megatron-Core's DeepEP dispatcher needs etp x ep above 1")
+    if arch.num_experts and work.dispatcher != "alltoall" and layout.etp * layout.ep == 1:
+        yield Broken("ep", 1, "experts spread over ranks: Megatron-Core's flex dispatcher needs etp x ep above 1")
     rows = work.seq_length // layout.cp * layout.micro_batch
     if work.numbers.fp8 and rows % _FP8_ROWS:
         expected = f"a multiple of {_FP8_ROWS} tokens in each rank's part of a micro-batch (now {rows}), as FP8 needs"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
@@ -104,6 +105,20 @@ def _fp8_settings(work: Workload) -> list[str]:
     if ends := work.numbers.bf16_ends:
         found += ["first_last_layers_bf16=True", *(f"num_layers_at_{end}_in_bf16={ends}" for end in ("start", "end"))]
     return found
+
+
+def routing_line(plan: Plan) -> str:
+    """Return what a plan's speed assumes of the router, and what natural routing costs; "" where it costs nothing."""
+    other = replace(plan, work=replace(plan.work, routing="natural"))
+    slower = other.time.total / plan.time.total - 1
+    if plan.work.routing == "natural":
+        return "Speed: with natural routing, as in training."
+    if slower < 0.005:
+        return ""
+    return (
+        f"Speed: with balanced routing, as benchmarks force it; natural routing, as in training, takes about "
+        f"{100 * slower:.0f} % longer (--routing natural)."
+    )
 
 
 def model_line(arch: Architecture, seq_length: int) -> str:

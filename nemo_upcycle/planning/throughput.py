@@ -165,9 +165,8 @@ class ThroughputModel:
         return attention
 
     def _moe(self, layout: Layout, work: Workload, tokens: float, fp8: bool) -> StepTime:
-        arch, machine = self.arch, self.machine
+        arch, machine, local = self.arch, self.machine, (self.arch.num_experts or 1) // layout.ep
         slots = tokens / layout.tp * self._slots_per_token(layout, work)
-        local = (arch.num_experts or 1) // layout.ep
         uneven_us = machine.uneven_fp8_expert_us if fp8 else machine.uneven_expert_us
         expert_us = machine.expert_us if work.pad else uneven_us
         found = StepTime(launch=(machine.moe_us + expert_us * (local - 1)) * 1e-6)
@@ -183,15 +182,16 @@ class ThroughputModel:
 
     def _slots_per_token(self, layout: Layout, work: Workload) -> float:
         """Return the token slots for each token of the expert rank that the others wait for."""
-        room = work.capacity_factor if work.capacity_factor is not None else self.machine.imbalance
-        waits = 1.0 if work.pad or layout.ep == 1 else max(1.0, min(self.machine.imbalance, room))
+        busiest = self.machine.waits_for(self.arch.num_experts or 0, natural=work.routing == "natural")
+        room = work.capacity_factor if work.capacity_factor is not None else busiest
+        waits = 1.0 if work.pad or layout.ep == 1 else max(1.0, min(busiest, room))
         return work.slots_per_token(self.arch) * waits
 
     def _dispatch(self, found: StepTime, layout: Layout, work: Workload, tokens: float, hidden: float) -> None:
         """Add what sends tokens to their experts and back, forward and backward, beyond what hides it."""
         copies = self._slots_per_token(layout, work)
         span = layout.etp * layout.ep
-        if work.dispatcher == "deepep":
+        if work.dispatcher != "alltoall":
             # A token is sent once to each rank of its node, or once to each other node, that has experts of it.
             per_node = layout.node_gpus(self.gpu.per_node)
             places = layout.ep if span <= per_node else span // per_node

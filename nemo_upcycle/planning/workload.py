@@ -39,7 +39,11 @@ RECOMPUTES = ("none", "moe_act", "moe", "full")
 #: Larger numbers are taken for mistakes.
 _MOST = 10**9
 #: What sends tokens to their experts: a message for each expert of a token, or for each place that has experts of it.
-DISPATCHERS = ("alltoall", "deepep")
+#: HybridEP is in Megatron-Core from 0.16 on, so not in NeMo 2.7.
+DISPATCHERS = ("alltoall", "deepep", "hybridep")
+#: Who chooses the experts: benchmarks make the router balance them (`moe_router_force_load_balancing`), training does
+#: not.
+ROUTINGS = ("balanced", "natural")
 #: Tensor parallelism's traffic beside the products it belongs to (`tp_comm_overlap`), and the experts' beside another
 #: micro-batch (Megatron-Core's `overlap_moe_expert_parallel_comm`, not in NeMo 2.7). The recipes have neither.
 OVERLAPS = ("tp", "ep")
@@ -59,6 +63,7 @@ class Workload:
         precision: one of `PRECISIONS`.
         recompute: one of `RECOMPUTES`.
         dispatcher: one of `DISPATCHERS`.
+        routing: one of `ROUTINGS`, for the time.
         overlap: whose traffic runs beside computation, of `OVERLAPS`.
 
     Raises:
@@ -73,6 +78,7 @@ class Workload:
     precision: str = "bf16"
     recompute: str = "none"
     dispatcher: str = "alltoall"
+    routing: str = "balanced"
     overlap: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -82,12 +88,14 @@ class Workload:
             raise SpecError.unknown("recompute", self.recompute, RECOMPUTES)
         if self.dispatcher not in DISPATCHERS:
             raise SpecError.unknown("dispatcher", self.dispatcher, DISPATCHERS)
+        if self.routing not in ROUTINGS:
+            raise SpecError.unknown("routing", self.routing, ROUTINGS)
         if others := [name for name in self.overlap if name not in OVERLAPS]:
             raise SpecError.unknown("overlap", others[0], OVERLAPS)
-        if self.pad and self.dispatcher == "deepep":
+        if self.pad and self.dispatcher != "alltoall":
             raise SpecError(
                 "dispatcher",
-                got="deepep with padding",
+                got=f"{self.dispatcher} with padding",
                 expected="alltoall",
                 fix="plan without padding, or with alltoall",
             )

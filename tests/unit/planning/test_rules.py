@@ -91,7 +91,7 @@ def test_dense_models_have_no_experts_to_spread() -> None:
 def test_deepep_needs_ranks_to_send_to() -> None:
     work = replace(WORK, dispatcher="deepep")
     assert broken(parse_layout("ep=8,pp=8", 64), LLAMA, work) is None
-    with pytest.raises(SpecError, match=r"DeepEP dispatcher needs etp x ep above 1\. Fix: set ep=2"):
+    with pytest.raises(SpecError, match=r"flex dispatcher needs etp x ep above 1\. Fix: set ep=2"):
         check_layout(parse_layout("pp=32", 64), LLAMA, work)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.flops import flops_per_token
-from nemo_upcycle.planning.hardware import Machine, known_gpu, known_recipe, known_shape
+from nemo_upcycle.planning.hardware import SOFTWARE, Machine, known_gpu, known_recipe, known_shape, known_software
 from nemo_upcycle.planning.layout import parse_layout
 from nemo_upcycle.planning.published import published_rows
 from nemo_upcycle.planning.throughput import StepTime, ThroughputModel
@@ -102,6 +102,32 @@ def test_deepep_sends_a_token_once_to_each_node() -> None:
     assert deepep / all_to_all == pytest.approx(places / 8)
 
 
+def test_hybridep_sends_what_deepep_sends() -> None:
+    assert _qwen("ep=32", dispatcher="hybridep") == _qwen("ep=32", dispatcher="deepep")
+
+
+def test_natural_routing_waits_for_a_busier_rank_the_more_experts_there_are() -> None:
+    costs = [
+        ThroughputModel(arch, known_gpu("h100"), Machine()).step(layout, replace(_DROPLESS, routing="natural")).total
+        / ThroughputModel(arch, known_gpu("h100"), Machine()).step(layout, _DROPLESS).total
+        for arch, layout in ((LLAMA, parse_layout("ep=8", 256)), (_QWEN.arch, parse_layout("ep=32", 256)))
+    ]
+    assert 1.02 < costs[0] < 1.1 < costs[1] < 1.5
+    padded = replace(WORK, routing="natural")
+    assert MODEL.step(parse_layout("ep=8", 128), padded) == MODEL.step(parse_layout("ep=8", 128), WORK)
+
+
+def test_later_software_launches_less() -> None:
+    layout, work = parse_layout("tp=2,ep=32", 256), replace(_DROPLESS, precision="fp8-current")
+    earlier, later = (
+        ThroughputModel(_QWEN.arch, known_gpu("h100"), known_software(name)).step(layout, work) for name in SOFTWARE
+    )
+    assert later.launch < earlier.launch
+    assert (later.gemm, later.network) == (earlier.gemm, earlier.network)
+    with pytest.raises(SpecError, match=r"Did you mean 'mcore-0\.17'"):
+        known_software("mcore-0.18")
+
+
 def test_deepep_sends_no_less_where_each_rank_has_one_expert() -> None:
     layout, work = parse_layout("pp=4,ep=8", 128), replace(WORK, capacity_factor=None, pad=False)
     assert MODEL.step(layout, replace(work, dispatcher="deepep")) == MODEL.step(layout, work)
@@ -122,10 +148,11 @@ def test_overlapped_products_hide_a_part_of_tensor_parallelism() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"dispatcher": "deepp"}, {"overlap": ("dp",)}, {"dispatcher": "deepep", "pad": True}]
+    "changes",
+    [{"dispatcher": "deepp"}, {"routing": "nature"}, {"overlap": ("dp",)}, {"dispatcher": "deepep", "pad": True}],
 )
 def test_bad_traffic_settings_are_refused(changes: dict[str, object]) -> None:
-    with pytest.raises(SpecError, match=r"dispatcher|overlap"):
+    with pytest.raises(SpecError, match=r"dispatcher|overlap|routing"):
         replace(WORK, **changes)
 
 
