@@ -68,7 +68,7 @@ def pretrain_recipe(
 
 
 @run.cli.factory(target=pipeline, name=NAME)
-def pipeline_recipe(dir: str = f"runs/{NAME}", dense: str = dense_ct.DENSE, processes: int = 1) -> run.Partial:
+def pipeline_recipe(dir: str = "runs/qwen3_600m_e8t2", dense: str = dense_ct.DENSE, processes: int = 1) -> run.Partial:
     """Create the whole chain: import, data, upcycle, pretrain, dense baseline, export, evaluate, report.
 
     Args:
