@@ -142,9 +142,12 @@ def compare_weights(dense: DenseSource, moe: DenseSource) -> WeightComparison:
 
 def _constants_are_as_written(moe: DenseSource) -> bool:
     """Return whether what the class has and Megatron does not is zero, or so small that it acts like it."""
+    written: dict[torch.dtype, dict[str, torch.Tensor]] = {}
     for name in hf_constants(moe.architecture):
         found = moe.read(name)
-        if found.any() and not torch.equal(found, constant_tensors(moe.architecture, found.dtype)[name]):
+        if found.dtype not in written:
+            written[found.dtype] = constant_tensors(moe.architecture, found.dtype)
+        if found.any() and not torch.equal(found, written[found.dtype][name]):
             return False
     return True
 
