@@ -293,7 +293,8 @@ def dense_baseline(
         recipe = nemo_recipe.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, fn=fn)
         if performance_mode:  # not an argument of all of NeMo's recipes
             recipe = nemo_recipe.pretrain_performance_optimizations(recipe)
-        recipe.model = model() if model else recipe.model
+        if model is not None:
+            recipe.model = model()
         return resilient(start_from(paper_training(recipe), dense, None, data))
 
     return pretrain_recipe

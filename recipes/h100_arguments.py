@@ -19,6 +19,8 @@ from nemo_upcycle.spec import ROUTER_ORDERS, check_capacity
 from nemo_upcycle.training.recompute import RecomputeFirstSteps
 
 
+#: Those of NeMo 2.7; the planner knows later ones as well.
+DISPATCHERS = ("alltoall", "deepep")
 #: Megatron's names of Transformer Engine's FP8 recipes, and the NeMo precision of each.
 FP8_RECIPES = {
     "delayed": mixed_precision.bf16_with_fp8_mixed,
@@ -148,8 +150,8 @@ def with_overrides(recipe: Callable[..., run.Partial]) -> Callable[..., run.Part
 
 
 def _dispatch(config: run.Config, dispatcher: str) -> None:
-    if dispatcher not in (known := ("alltoall", "deepep")):
-        raise SpecError.unknown("dispatcher", dispatcher, known)
+    if dispatcher not in DISPATCHERS:
+        raise SpecError.unknown("dispatcher", dispatcher, DISPATCHERS)
     is_deepep = dispatcher == "deepep"
     config.moe_token_dispatcher_type = "flex" if is_deepep else "alltoall"
     config.moe_enable_deepep = is_deepep

@@ -18,7 +18,7 @@ from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning import table
 from nemo_upcycle.planning.columns import named_columns, table_text
-from nemo_upcycle.planning.hardware import SOFTWARE, gpu_names
+from nemo_upcycle.planning.hardware import DEFAULT_SOFTWARE, SOFTWARE, gpu_names
 from nemo_upcycle.planning.layout import parse_layout
 from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.search import Plan, PlanRequest, evaluate_layout, find, nearest_gpus, search
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cluster.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
     cluster.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(gpu_names())} (default: h100)")
     cluster.add_argument(
-        "--software", default="mcore-0.15", metavar="NAME", help=f"{', '.join(SOFTWARE)} (NeMo 2.7's)"
+        "--software", default=DEFAULT_SOFTWARE, metavar="NAME", help=f"{', '.join(SOFTWARE)} (NeMo 2.7's)"
     )
     cluster.add_argument("--price-per-gpu-hour", type=float, metavar="PRICE", help="in your currency")
     layout = parser.add_argument_group("layout")

@@ -80,6 +80,8 @@ SOFTWARE: dict[str, dict[str, float]] = {
     "mcore-0.15": {},
     "mcore-0.17": {"moe_us": 300.0, "uneven_expert_us": 50.0, "uneven_fp8_expert_us": 390.0},
 }
+#: NeMo 2.7's.
+DEFAULT_SOFTWARE = "mcore-0.15"
 
 
 def known_software(name: str, machine: Machine | None = None) -> Machine:

@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.flops import flops_per_token
-from nemo_upcycle.planning.hardware import Machine, known_gpu, known_shape, known_software, read_data
+from nemo_upcycle.planning.hardware import DEFAULT_SOFTWARE, Machine, known_gpu, known_shape, known_software, read_data
 from nemo_upcycle.planning.layout import Layout, parse_layout
 from nemo_upcycle.planning.rules import check_layout
 from nemo_upcycle.planning.throughput import ThroughputModel
@@ -35,7 +35,7 @@ class Published:
     assumed: str
     fitted: bool
     sets: str = ""
-    software: str = "mcore-0.15"
+    software: str = DEFAULT_SOFTWARE
 
     def predicted(self, machine: Machine) -> float:
         """Return the predicted tokens/s/GPU.
@@ -74,5 +74,5 @@ def _row(values: dict[str, Any]) -> Published:
         tflops = values.get("tflops") or values["mfu"] / 100 * known_gpu("h100").bf16_tflops
         measured = tflops * 1e12 / flops_per_token(arch, work.seq_length, causal=values.get("causal", False))
     assumed, fitted = values.get("assumed", ""), values.get("fit", True)
-    sets, software = values.get("sets", ""), values.get("software", "mcore-0.15")
+    sets, software = values.get("sets", ""), values.get("software", DEFAULT_SOFTWARE)
     return Published(values["name"], arch, layout, work, measured, values["source"], assumed, fitted, sets, software)
