@@ -42,7 +42,7 @@ LAYOUTS = [
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tied": ({"tied_embeddings": True}, {}),
     "qkv_bias": ({"qkv_bias": True}, {}),
-    "qk_norm": ({"qk_norm": True, "tied_embeddings": True}, {}),
+    "qk_norm": ({"hf_class": "Qwen3ForCausalLM", "qk_norm": True, "tied_embeddings": True}, {}),
     "biases": ({"qkv_bias": True, "attention_out_bias": True, "ffn_bias": True}, {}),
     "gelu": ({"gated": False, "activation": "gelu"}, {}),
     "granular": ({}, {"num_experts": 8, "top_k": 4, "granularity": 2}),
