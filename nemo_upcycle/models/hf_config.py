@@ -150,7 +150,7 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
         "head_dim": arch.head_dim,
         "num_key_value_heads": arch.num_kv_heads,
         "rms_norm_eps": arch.norm_eps,
-        "tie_word_embeddings": arch.tied_embeddings and family.ties,
+        "tie_word_embeddings": False,  # models/mapping.py, `as_written`
         "hidden_act": next(name for name, kind in ACTIVATIONS.items() if kind == arch.activation),
         "max_position_embeddings": arch.max_positions,
         "output_router_logits": False,

@@ -20,7 +20,7 @@ from enum import Enum
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.families import Family, MoeFamily, find_family
+from nemo_upcycle.models.families import Family, find_family
 
 
 class Sharding(Enum):
@@ -186,14 +186,17 @@ def hf_names(arch: Architecture) -> Iterator[str]:
             experts = range(arch.num_experts or 0) if mapping.is_expert else range(1)
             yield from (name.format(layer=layer, expert=expert) for expert in experts for name in mapping.hf)
     yield from mapping_of("final_norm", arch).hf
-    if not is_tied(arch):
+    if not arch.tied_embeddings:
         yield from mapping_of("output", arch).hf
 
 
-def is_tied(arch: Architecture) -> bool:
-    """Return whether a Hugging Face folder of `arch` has no output matrix of its own."""
-    family = find_family(arch.hf_class)
-    return arch.tied_embeddings and not (isinstance(family, MoeFamily) and not family.ties)
+def as_written(arch: Architecture) -> Architecture:
+    """Return the architecture that the Hugging Face folder of a model has.
+
+    An MoE model always gets an output matrix of its own: without one SGLang reads no MoE class (and says nothing: its
+    matrix stays random), vLLM not Glm4-MoE, llama.cpp not Qwen2-MoE.
+    """
+    return replace(arch, tied_embeddings=arch.tied_embeddings and arch.num_experts is None)
 
 
 def stored_as(mapping: ParamMapping, arch: Architecture) -> ParamMapping:
@@ -209,7 +212,7 @@ def hf_constants(arch: Architecture) -> dict[str, tuple[int, ...]]:
 
 def extra_params(arch: Architecture) -> int:
     """Return how many numbers a Hugging Face folder of `arch` holds besides the model's parameters."""
-    copied = arch.embedding_params if arch.tied_embeddings and not is_tied(arch) else 0
+    copied = arch.embedding_params if arch.tied_embeddings and not as_written(arch).tied_embeddings else 0
     return copied + sum(math.prod(shape) for shape in hf_constants(arch).values())
 
 

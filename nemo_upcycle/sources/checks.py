@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.models.mapping import hf_names, is_tied, mapping_of
+from nemo_upcycle.models.mapping import hf_names, mapping_of
 from nemo_upcycle.models.sharding import hf_shapes
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.spec import UpcycleSpec
@@ -39,7 +39,7 @@ def check_source(dense: DenseSource, *, sampled: bool = False) -> None:
     shapes = hf_shapes(arch)
     # Tied models may repeat the embedding; old ones store the rotary frequencies, which follow from the config.
     present = {name for name in dense.names() if not name.endswith("rotary_emb.inv_freq")}
-    if is_tied(arch):
+    if arch.tied_embeddings:
         present.discard(mapping_of("output", arch).hf[0])
     for what, names in (
         ("missing", shapes.keys() - present),

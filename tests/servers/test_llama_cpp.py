@@ -7,41 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.data.dense import import_dense
-from nemo_upcycle.models.hf_model import load_model
 from tests.loading.cases import PARENTS
 from tests.servers.llama_cpp import HOME, NotServedError, greedy
+from tests.servers.models import CASES, COUNT, MODELS, SPECS, TYPES, continuation
 
 
 pytestmark = pytest.mark.skipif(not (HOME / "llama.cpp").is_dir(), reason="`make test-servers` fetches llama.cpp")
-TYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-PROMPT, COUNT = [504, 3575, 282, 260, 3116], 12
-FINE = {"num_experts": 8, "top_k": 4, "granularity": 2}
-SIGMOID = {"router_score": "sigmoid", "routed_scaling_factor": 2.5}
-SPECS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "granular": FINE,
-    "shared": FINE | {"shared_experts": 1},
-    "every second layer": {"moe_layers": "every-2"},
-    "softmax first": {"router_order": "softmax_topk", "router_init": "zero"},
-    "softmax first, shared": {"router_order": "softmax_topk", "router_init": "zero", "shared_experts": 1},
-    "sigmoid": FINE | SIGMOID | {"shared_experts": 1, "moe_layers": "1"},
-}
+PROMPT = [504, 3575, 282, 260, 3116]
 #: What `convert` says -> what llama.cpp's converter says.
 REFUSALS = {"GLM's special tokens": r"\[gMASK\]", "no place for dense layers": "Can not map tensor"}
-#: Parent, tied -> names of specs.
-MODELS = {
-    ("Llama", False): ["plain", "sigmoid"],
-    ("Llama", True): ["plain", "granular", "shared", "every second layer", "softmax first", "softmax first, shared"],
-    ("Qwen2", True): ["plain", "softmax first"],
-    ("Qwen3", False): ["plain", "every second layer", "softmax first"],
-    ("Qwen3", True): ["granular", "sigmoid"],
-}
-CASES = [(*parent, name) for parent, names in MODELS.items() for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +49,8 @@ def wanted(parents: dict[tuple[str, bool], Path], tmp_path_factory: pytest.TempP
         for dtype in TYPES:
             file = tmp_path_factory.mktemp("gguf") / "dense.gguf"
             found[parent, tied, dtype] = greedy(dense, file, dtype, PROMPT, COUNT)
-        assert found[parent, tied, "f32"] == _greedy_in_transformers(dense)
+        assert found[parent, tied, "f32"] == continuation(dense, PROMPT)[0]
     return found
-
-
-@torch.no_grad()
-def _greedy_in_transformers(folder: Path) -> list[int]:
-    model, tokens = load_model(folder, dtype=torch.float32).eval(), list(PROMPT)
-    for _ in range(COUNT):
-        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-    return tokens[len(PROMPT) :]
 
 
 @pytest.mark.parametrize("dtype", TYPES)

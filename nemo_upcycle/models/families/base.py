@@ -101,12 +101,9 @@ class MoeFamily(Family, ABC):
 
     Args:
         router_score: what the class sends the router's logits through: `softmax` or `sigmoid`.
-        ties: whether transformers and servers alike read a folder without an output matrix; else a tied model's is
-            written as a matrix of its own.
     """
 
     router_score: str = "softmax"
-    ties: bool = True
 
     def unsupported(self, arch: Architecture) -> Iterator[str]:
         """Yield what the class cannot hold of an MoE model; these are what no class so far can.

@@ -101,5 +101,4 @@ FAMILY = _Glm4Moe(
     | {"norm_topk_prob": True, "routed_scaling_factor": 1.0},
     spelling={"attention_bias": "qkv_bias", "use_qk_norm": "qk_norm"},
     router_score="sigmoid",
-    ties=False,  # vLLM has no tied output matrix for the class
 )

@@ -93,5 +93,4 @@ FAMILY = _Qwen2Moe(
     defaults=COMMON_DEFAULTS | {"num_key_value_heads": 16, "max_position_embeddings": 32768, "qkv_bias": True},
     hf_factors={"shared_fc2": 2.0},
     divided_by=("shared_expert_gate.weight",),
-    ties=False,  # llama.cpp asks for an output matrix
 )

@@ -1,0 +1,63 @@
+"""The models that every server is asked to serve: parents, what is made of them, and what is to be answered."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_upcycle.models.hf_model import load_model
+
+
+TYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+COUNT = 12  # tokens behind a prompt
+FINE = {"num_experts": 8, "top_k": 4, "granularity": 2}
+SIGMOID = {"router_score": "sigmoid", "routed_scaling_factor": 2.5}
+#: Fields of the `UpcycleSpec`.
+SPECS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "granular": FINE,
+    "shared": FINE | {"shared_experts": 1},
+    "every second layer": {"moe_layers": "every-2"},
+    "softmax first": {"router_order": "softmax_topk", "router_init": "zero"},
+    "softmax first, shared": {"router_order": "softmax_topk", "router_init": "zero", "shared_experts": 1},
+    "sigmoid": FINE | SIGMOID | {"moe_layers": "1"},
+    "sigmoid, shared": FINE | SIGMOID | {"shared_experts": 1, "moe_layers": "1"},
+}
+#: Parent, tied -> names of specs.
+MODELS = {
+    ("Llama", False): ["plain", "sigmoid, shared"],
+    ("Llama", True): ["plain", "granular", "shared", "every second layer", "softmax first", "softmax first, shared"],
+    ("Qwen2", True): ["plain", "softmax first"],
+    ("Qwen3", False): ["plain", "every second layer", "softmax first"],
+    ("Qwen3", True): ["granular", "sigmoid", "sigmoid, shared"],
+}
+CASES = [(*parent, name) for parent, names in MODELS.items() for name in names]
+
+
+@torch.no_grad()
+def continuation(folder: Path, prompt: list[int]) -> tuple[list[int], float]:
+    """Return the likeliest tokens behind a prompt in transformers and float32, and how likely the nearest rival was.
+
+    Returns:
+        The tokens; the smallest lead of a token over the next one, in standard deviations of the logits.
+    """
+    model, tokens, lead = load_model(folder, dtype=torch.float32).eval(), list(prompt), float("inf")
+    for _ in range(COUNT):
+        logits_V = model(torch.tensor([tokens])).logits[0, -1]
+        best, rival = logits_V.topk(2).values
+        lead = min(lead, float((best - rival) / logits_V.std()))
+        tokens.append(int(logits_V.argmax()))
+    return tokens[len(prompt) :], lead
+
+
+def clear_prompt(folder: Path) -> tuple[list[int], list[int]]:
+    """Return a random prompt and its continuation, of which rounding to 16 bits cannot change a token."""
+    draw = random.Random(0)
+    while True:
+        prompt = [draw.randrange(3, 200) for _ in range(5)]
+        tokens, lead = continuation(folder, prompt)
+        if lead > 0.1:
+            return prompt, tokens
