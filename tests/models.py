@@ -288,20 +288,20 @@ def build_chunks(
             )
         )
     if arch.rope_scaling:
-        _scale_rotary(chunks, arch.rope_scaling)
+        _scale_rotary(chunks, arch)
     return chunks
 
 
-def _scale_rotary(chunks: list[Any], scaling: dict[str, Any]) -> None:
-    """Scale as NeMo's Llama 3.1 does, after building."""
-    from nemo.collections.llm.gpt.model.llama import apply_rope_scaling
+def _scale_rotary(chunks: list[Any], arch: Architecture) -> None:
+    """Scale the frequencies as transformers does, after building, which is when NeMo does it."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    names = ("factor", "low_freq_factor", "high_freq_factor")
-    settings = {name: scaling[name] for name in names} | {
-        "old_context_len": scaling["original_max_position_embeddings"]
-    }
+    scaling = {"rope_theta": arch.rope_theta} | (arch.rope_scaling or {})
+    config = LlamaConfig(head_dim=arch.head_dim, rope_theta=arch.rope_theta, rope_scaling=scaling)
+    frequencies, _ = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, torch.device("cpu"))
     for chunk in chunks:
-        chunk.rotary_pos_emb.inv_freq = apply_rope_scaling(chunk.rotary_pos_emb.inv_freq, **settings)
+        chunk.rotary_pos_emb.inv_freq = frequencies
 
 
 def sample_tokens(vocab_size: int, batch: int = 2, length: int = 32) -> torch.Tensor:

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -63,9 +65,10 @@ def use_cpu_backend() -> bool:
     if torch.cuda.is_available():
         return False
     if not _installed:
+        from nemo_upcycle.cpu.nemo_patches import NEMO_PATCHES
         from nemo_upcycle.cpu.patches import PATCHES
 
-        for patch in PATCHES:
+        for patch in (*PATCHES, *(NEMO_PATCHES if find_spec("nemo") else ())):
             patch()
         _installed = True
         logger.info("no CUDA device: Megatron and NeMo compute on the CPU")
@@ -109,12 +112,20 @@ def _is_swiglu(config: Any) -> bool:
     return bool(getattr(config, "gated_linear_unit", False)) and config.activation_func is torch.nn.functional.silu
 
 
-def _local_layer_spec(spec: Any) -> Any:
-    """Return NeMo's or Megatron's own spec without Transformer Engine in the place of theirs with it."""
-    from nemo.collections.llm.gpt.model import base
+#: Where NeMo and Megatron-Bridge have their layer specs, under the same names.
+_LAYER_SPECS = ("nemo.collections.llm.gpt.model.base", "megatron.bridge.models.gpt_provider")
+_WITH_TRANSFORMER_ENGINE = (
+    "default_layer_spec",
+    "transformer_engine_layer_spec",
+    "transformer_engine_full_layer_spec",
+)
 
-    if spec in (base.default_layer_spec, base.transformer_engine_layer_spec, base.transformer_engine_full_layer_spec):
-        return base.local_layer_spec
+
+def _local_layer_spec(spec: Any) -> Any:
+    """Return NeMo's, Bridge's or Megatron's own spec without Transformer Engine in the place of theirs with it."""
+    module = getattr(spec, "__module__", None)
+    if module in _LAYER_SPECS and spec.__name__ in _WITH_TRANSFORMER_ENGINE:
+        return sys.modules[module].local_layer_spec
     if isinstance(spec, functools.partial) and "use_transformer_engine" in spec.keywords:
         return functools.partial(spec, use_transformer_engine=False)  # mixed dense and MoE layers come this way
     return spec

@@ -40,6 +40,8 @@ def _is_cuda(device: Any) -> bool:
 class _Stream:
     """The only stream of a CPU: everything asked of it before has been done."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
     def synchronize(self) -> None:
         """Return at once."""
 
@@ -63,7 +65,8 @@ def place_tensors_on_cpu() -> None:
     stream = _Stream()
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda device=None: None
-    for name in ("Stream", "current_stream", "default_stream"):
+    torch.cuda.Stream = _Stream  # type: ignore[assignment, misc]  # a class: transformers 5 has it in annotations
+    for name in ("current_stream", "default_stream"):
         setattr(torch.cuda, name, lambda *args, **kwargs: stream)
     _DEVICE_MODE.__enter__()
 

@@ -1,4 +1,4 @@
-"""Supply on a CPU what Megatron-Core 0.15 and NeMo 2.7 take for granted of CUDA: one function for each matter.
+"""Supply on a CPU what Megatron-Core takes for granted of CUDA: one function for each matter.
 
 Each docstring says what breaks without the function. `use_cpu_backend` calls all of `PATCHES`, once, and only where
 there is no CUDA device; deleting a line there removes that patch and no other. Megatron's own checks stay: a patch
@@ -84,13 +84,10 @@ def load_float32_shards() -> None:
 def track_random_states() -> None:
     """Keep Megatron's named random states as states of the CPU generator, seeded as on a GPU.
 
-    Without it dropout in tensor-parallel regions finds no state, and the states are never seeded, because NeMo seeds
-    them only when it counts a CUDA device. The plain generator stands for the GPU's default one: it is the same on all
-    tensor-parallel ranks.
+    Without it dropout in tensor-parallel regions finds no state. The plain generator stands for the GPU's default one:
+    it is the same on all tensor-parallel ranks.
     """
-    from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random
-    from nemo.lightning import megatron_init
 
     class CpuRNGStatesTracker(random.CudaRNGStatesTracker):
         def add(self, name: str, seed: int) -> None:
@@ -116,13 +113,6 @@ def track_random_states() -> None:
     # Activation recomputation saves and restores these two.
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda new_state, *args, **kwargs: torch.set_rng_state(new_state)
-    seed_host = megatron_init._set_random_seed
-
-    def seed_all(seed: int) -> None:
-        seed_host(seed)
-        random.model_parallel_cuda_manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
-
-    megatron_init._set_random_seed = seed_all
 
 
 def mark_norms_sequence_parallel() -> None:
@@ -146,14 +136,17 @@ def mark_norms_sequence_parallel() -> None:
     WrappedTorchNorm.__new__ = make_marked
 
 
-def route_without_transformer_engine() -> None:
-    """Let the MoE router multiply with torch.
+def compute_without_transformer_engine() -> None:
+    """Let the MoE router multiply, and the last norm normalise, with torch.
 
-    Without it: NameError, "te_general_gemm is not defined"; the code asks whether it is None, but nothing sets it.
+    Without it: NameError, "te_general_gemm is not defined"; the code asks whether it is None, but nothing sets it. And
+    where Transformer Engine is installed, as Megatron-Bridge asks for, it is called and wants a CUDA tensor.
     """
+    from megatron.core.transformer import torch_norm, transformer_block
     from megatron.core.transformer.moe import moe_utils
 
     moe_utils.te_general_gemm = None
+    transformer_block.LayerNormImpl = torch_norm.WrappedTorchNorm
 
 
 def hand_over_split_sizes() -> None:
@@ -250,27 +243,6 @@ def communicate_in_place() -> None:
     param_and_grad_buffer._coalescing_manager = one_by_one
 
 
-def leave_loaded_tensors() -> None:
-    """Skip the check that a loaded checkpoint lies on the right GPU.
-
-    Without it loading any NeMo checkpoint ends with an AssertionError on `torch.cuda.is_initialized()`.
-    """
-    from nemo.lightning.io import pl
-
-    pl._fix_tensors_device = lambda checkpoint: checkpoint
-
-
-def print_progress_alone() -> None:
-    """Keep NeMo's `ProgressPrinter` from asking Megatron's timers for a report.
-
-    Without it a run of several ranks hangs at the next collective call: the report is an all-gather, and only the
-    first rank prints.
-    """
-    from nemo.lightning.pytorch.callbacks.progress_printer import ProgressPrinter
-
-    ProgressPrinter.log_megatron_timers = lambda self, timers: None
-
-
 PATCHES: tuple[Callable[[], None], ...] = (
     adapt_every_config,
     place_tensors_on_cpu,
@@ -279,7 +251,7 @@ PATCHES: tuple[Callable[[], None], ...] = (
     load_float32_shards,
     track_random_states,
     mark_norms_sequence_parallel,
-    route_without_transformer_engine,
+    compute_without_transformer_engine,
     hand_over_split_sizes,
     gather_uneven_rows,
     compile_nothing,
@@ -287,6 +259,4 @@ PATCHES: tuple[Callable[[], None], ...] = (
     communicate_in_place,
     write_checkpoints_without_threads,
     copy_views_as_they_are_written,
-    leave_loaded_tensors,
-    print_progress_alone,
 )

@@ -23,7 +23,7 @@ from typing import Any, cast
 import torch
 
 from nemo_upcycle.convert.export import export_weights
-from nemo_upcycle.cpu.backend import use_cpu_backend
+from nemo_upcycle.cpu.one_rank import one_rank
 from nemo_upcycle.online.receipt import UpcycleReceipt
 from nemo_upcycle.online.upcycle import make_receipt
 from nemo_upcycle.sources import open_dense
@@ -42,25 +42,6 @@ TOLERANCE = 2e-4
 TOLERANCE_SAME_STACK = 2e-5
 #: How often every layer is filled: once in Hugging Face's model, twice in each of Megatron's; an export does it again.
 _VISITS = 5
-
-
-@contextmanager
-def one_rank() -> Iterator[None]:
-    """Set up torch.distributed and Megatron's groups for this process alone, where nobody has yet."""
-    from megatron.core import parallel_state, tensor_parallel
-
-    on_cpu = use_cpu_backend()
-    if not torch.distributed.is_initialized():
-        backend = "gloo" if on_cpu else "nccl"
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(0)
-    try:
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 That is a laptop with torch from PyPI, or a cluster's login node. As it is imported, Megatron-Core 0.15 compiles an
 allocator for its inference (`unified_memory`); without a device torch finds no architecture to compile for and raises
-an IndexError, which Megatron does not expect, so that `import nemo.collections.llm` fails.
+an IndexError, which Megatron does not expect, so that `import nemo.collections.llm` fails. Later releases compile it
+when it is used.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ class _NoUnifiedMemory(MetaPathFinder, Loader):
         if fullname != _ALLOCATOR:
             return None
         import torch
+        from megatron.core.package_info import MAJOR, MINOR
 
-        return None if torch.cuda.is_available() else ModuleSpec(fullname, self)
+        compiles_at_import = (MAJOR, MINOR) < (0, 16)
+        return ModuleSpec(fullname, self) if compiles_at_import and not torch.cuda.is_available() else None
 
     def exec_module(self, module: ModuleType) -> None:
         vars(module).update(has_unified_memory=False, create_unified_mempool=_refuse)

@@ -47,10 +47,11 @@ def test_a_parent_gives_the_tokens_of_transformers(parents: Parents, parent: str
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("parent", "tied", "name"), CASES)
-def test_a_model_gives_its_parents_tokens(
+def test_a_model_gives_its_parents_tokens_or_convert_says_that_it_does_not(
     parents: Parents, tmp_path: Path, parent: str, tied: bool, name: str, dtype: str
 ) -> None:
     folder, prompt, wanted = parents[parent, tied]
     with open_dense(folder) as source:
-        convert(source, tmp_path / "moe", UpcycleSpec(**SPECS[name]), dtype=TYPES[dtype], progress=False)
-    assert _greedy(tmp_path / "moe", dtype, prompt) == wanted
+        done = convert(source, tmp_path / "moe", UpcycleSpec(**SPECS[name]), dtype=TYPES[dtype], progress=False)
+    differs = any(said.lower().startswith(f"{ENGINE}:") and "tokens differ" in said for said in done.caveats)
+    assert (_greedy(tmp_path / "moe", dtype, prompt) != wanted) is differs, done.caveats

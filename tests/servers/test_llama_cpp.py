@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.data.dense import import_dense
+from nemo_upcycle.models.hf_model import load_model
 from tests.loading.cases import PARENTS
 from tests.servers.llama_cpp import HOME, NotServedError, greedy
 from tests.servers.models import CASES, COUNT, MODELS, SPECS, TYPES, continuation
@@ -49,7 +51,7 @@ def wanted(parents: dict[tuple[str, bool], Path], tmp_path_factory: pytest.TempP
         for dtype in TYPES:
             file = tmp_path_factory.mktemp("gguf") / "dense.gguf"
             found[parent, tied, dtype] = greedy(dense, file, dtype, PROMPT, COUNT)
-        assert found[parent, tied, "f32"] == continuation(dense, PROMPT)[0]
+        assert found[parent, tied, "f32"] == continuation(load_model(dense, dtype=torch.float32).eval(), PROMPT)[0]
     return found
 
 
@@ -73,7 +75,7 @@ def test_a_model_gives_its_parents_tokens_or_convert_says_that_it_does_not(
         return
     if dtype == "bf16" and name == "granular":
         pytest.skip("its routers compute in 16 bits, where top-k mixes copies: docs/classes.md")
-    differs = any("tokens differ" in caveat for caveat in done.caveats)
+    differs = any(said.startswith("llama.cpp") and "tokens differ" in said for said in done.caveats)
     got = greedy(tmp_path / "moe", tmp_path / "moe.gguf", dtype, PROMPT, COUNT)
     assert (got != wanted[parent, tied, dtype]) is differs, done.caveats
 

@@ -13,7 +13,7 @@ from tests.models import write_llama
 @pytest.fixture(scope="module")
 def megatron() -> Iterator[None]:
     """Megatron's groups for this process alone; modules ask for it with `pytestmark`."""
-    from nemo_upcycle.training.equivalence import one_rank
+    from nemo_upcycle.cpu.one_rank import one_rank
 
     with one_rank():
         yield

@@ -9,6 +9,7 @@ from nemo_upcycle.models.families import llama
 from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ZERO_FILLED, MoeFamily, zero_filled
 from nemo_upcycle.models.families.routed import (
     ROUTED_NAMES,
+    dense_layers_in_servers,
     routed_experts,
     routed_settings,
     unscaled_in_llama_cpp,
@@ -48,8 +49,7 @@ class _Qwen2Moe(MoeFamily):
         yield from unscaled_in_llama_cpp(arch)
         if arch.norm_topk and arch.top_k != arch.num_experts:
             yield "llama.cpp: it does not divide the chosen experts' weights by their sum, so its tokens differ"
-        if arch.moe_pattern is not None:
-            yield "llama.cpp: it has no place for dense layers in this class; SGLang ignores which layers are dense"
+        yield from dense_layers_in_servers(arch)
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
         zeros = {"qkv_bias": not arch.qkv_bias, "shared_expert": not arch.shared_ffn_size}

@@ -9,6 +9,7 @@ from nemo_upcycle.models.families import qwen3
 from nemo_upcycle.models.families.base import COMMON_DEFAULTS, MoeFamily
 from nemo_upcycle.models.families.routed import (
     ROUTED_NAMES,
+    dense_layers_in_servers,
     routed_experts,
     routed_settings,
     unscaled_in_llama_cpp,
@@ -39,8 +40,7 @@ class _Qwen3Moe(MoeFamily):
         yield from unscaled_in_llama_cpp(arch)
         if not arch.norm_topk:
             yield "llama.cpp: it divides the chosen experts' weights by their sum, so its tokens differ"
-        if arch.moe_pattern is not None:
-            yield "llama.cpp: it has no place for dense layers in this class"
+        yield from dense_layers_in_servers(arch)
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
         return routed_settings(arch)

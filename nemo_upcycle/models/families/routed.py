@@ -57,3 +57,10 @@ def unscaled_in_llama_cpp(arch: Architecture) -> Iterator[str]:
     """Yield the caveat of classes whose rotary frequencies llama.cpp's converter does not scale."""
     if arch.rope_scaling is not None:
         yield "llama.cpp: it does not scale the rotary frequencies of this class, so its tokens differ"
+
+
+def dense_layers_in_servers(arch: Architecture) -> Iterator[str]:
+    """Yield the caveats of Qwen's classes with dense layers between those of experts."""
+    if arch.moe_pattern is not None:
+        yield "llama.cpp: it has no place for dense layers in this class"
+        yield "SGLang: it takes every layer of this class for one of experts, so its tokens differ"

@@ -15,9 +15,10 @@ from tests.distributed.ranks import run_ranks
 
 
 def test_every_patch_says_what_breaks_without_it() -> None:
+    from nemo_upcycle.cpu.nemo_patches import NEMO_PATCHES
     from nemo_upcycle.cpu.patches import PATCHES
 
-    assert [patch.__name__ for patch in PATCHES if "Without it" not in (patch.__doc__ or "")] == []
+    assert [patch.__name__ for patch in (*PATCHES, *NEMO_PATCHES) if "Without it" not in (patch.__doc__ or "")] == []
 
 
 def test_cpu_has_fast_bf16_agrees_with_the_processor_flags() -> None:

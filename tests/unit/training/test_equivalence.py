@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from nemo_upcycle.convert.export import export_weights
 from nemo_upcycle.convert.megatron_weights import LiveWeights
+from nemo_upcycle.cpu.one_rank import one_rank
 from nemo_upcycle.models.architecture import read_architecture
 from nemo_upcycle.online.upcycle import load_dense_into, upcycle_into
 from nemo_upcycle.pipeline.recipes_io import model_config
@@ -19,7 +20,7 @@ from nemo_upcycle.recipes import smollm2_135m_e8t2
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.training import equivalence, paged_models
-from nemo_upcycle.training.equivalence import check_step0, megatron_logits, one_rank
+from nemo_upcycle.training.equivalence import check_step0, megatron_logits
 from nemo_upcycle.utils.files import MODEL_MARKER, read_json
 from tests.models import hugging_face_logits, sample_tokens, write_llama
 
