@@ -1,4 +1,4 @@
-"""Write checkpoints on a CPU, where Megatron 0.15 would fork a writer for each file."""
+"""Write checkpoints on a CPU, where Megatron 0.15 would fork a writer for each file, later releases start a server."""
 
 from __future__ import annotations
 
@@ -26,11 +26,16 @@ def write_checkpoints_without_threads() -> None:
 
     Without it the first save hangs wherever this process computes with more than one thread: Megatron forks a writer
     for each file, and a tensor that is copied there waits for OpenMP threads that no fork takes along. And each rank
-    would spawn one more process to collect the reports, which imports NeMo for ten seconds.
+    would spawn one more process to collect the reports, which imports NeMo for ten seconds. Later releases write with
+    threads, and spawn that process.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     writer, parent = filesystem_async.FileSystemWriterAsync, os.getpid()
+    if not hasattr(writer, "write_preloaded_data_multiproc"):
+        reports = functools.cache(FolderQueue)
+        filesystem_async.get_write_results_queue = lambda mp_mode="spawn": reports()
+        return
 
     def write_all(transforms: Any, use_msc: bool, rank: int, buckets: list[Any], reports: FolderQueue) -> None:
         if os.getpid() != parent:

@@ -137,16 +137,23 @@ def mark_norms_sequence_parallel() -> None:
 
 
 def compute_without_transformer_engine() -> None:
-    """Let the MoE router multiply, and the last norm normalise, with torch.
+    """Let torch multiply in the MoE router, normalise behind the last layer, and measure and scale gradients.
 
     Without it: NameError, "te_general_gemm is not defined"; the code asks whether it is None, but nothing sets it. And
-    where Transformer Engine is installed, as Megatron-Bridge asks for, it is called and wants a CUDA tensor.
+    where Transformer Engine is installed, as Megatron-Bridge asks for, all of these call it and it wants CUDA tensors.
     """
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, optimizer
     from megatron.core.transformer import torch_norm, transformer_block
     from megatron.core.transformer.moe import moe_utils
 
     moe_utils.te_general_gemm = None
     transformer_block.LayerNormImpl = torch_norm.WrappedTorchNorm
+    for module in (clip_grads, optimizer):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    clip_grads.multi_tensor_scale_tensor_impl = None
 
 
 def hand_over_split_sizes() -> None:

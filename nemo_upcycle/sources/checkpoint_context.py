@@ -1,6 +1,7 @@
 """What a checkpoint says of its own model beside the weights, and whether a dense parent and a spec agree with it.
 
-NeMo writes `context/model.yaml`; Megatron-LM keeps its arguments in `common.pt`. Both are read as plain values.
+NeMo writes `context/model.yaml`, Bridge `run_config.yaml`, Megatron-LM its arguments into `common.pt`. All are
+read as plain values.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from nemo_upcycle.models.architecture import Architecture, architecture_from_con
 from nemo_upcycle.models.families import find_family, find_nemo_module
 from nemo_upcycle.models.megatron_config import FIELDS, NO_SPEC_HAS, spec_fields
 from nemo_upcycle.models.rotary import rope_frequencies, same_frequencies
+from nemo_upcycle.sources.bridge_config import BRIDGE_CONFIG, bridge_settings, megatron_rope_scaling
 from nemo_upcycle.sources.inert_pickle import Inert, read_saved
 from nemo_upcycle.sources.nemo_context import MODEL, family_of, hf_config_from, model_settings
 from nemo_upcycle.spec import UpcycleSpec, option_of
@@ -173,6 +175,8 @@ def read_context(checkpoint: Path) -> CheckpointContext | None:
     context = checkpoint / "context"
     if (context / MODEL).is_file():
         return CheckpointContext(context / MODEL, model_settings(context))
+    if (path := checkpoint / BRIDGE_CONFIG).is_file():
+        return CheckpointContext(path, bridge_settings(path))
     for path in (checkpoint / "common.pt", checkpoint / "weights/common.pt"):
         if path.is_file() and (settings := _megatron_settings(path)):
             return CheckpointContext(path, settings)
@@ -198,6 +202,5 @@ def _megatron_settings(path: Path) -> dict[str, Any] | None:
         "num_query_groups": given.get("num_query_groups") if given.get("group_query_attention") else None,
     }
     if given.get("use_rope_scaling"):
-        settings |= {"scale_factor": given.get("rope_scaling_factor", 8.0), "old_context_len": 8192}
-        settings |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        settings |= megatron_rope_scaling(given.get("rope_scaling_factor", 8.0))
     return settings

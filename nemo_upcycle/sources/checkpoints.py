@@ -1,4 +1,4 @@
-"""NeMo checkpoints of a run: which are complete, and which is the newest. A killed run leaves others, too."""
+"""Checkpoints of a run in NeMo or Megatron-Bridge: which are complete, which is the newest."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
 
 #: NeMo puts an empty file of the checkpoint's name and this ending beside it, from its first byte to its last.
 UNFINISHED = "-unfinished"
-_STEP = re.compile(r"step=(\d+)")
+_STEP = re.compile(r"step=(\d+)|iter_(\d+)")
+#: Where Megatron-LM and Bridge write the number of the last checkpoint that all ranks have finished.
+_TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def step_of(checkpoint: Path) -> int | None:
-    """Return the step that a checkpoint's name states, as `model_name=0--step=5-last` does; None without one."""
+    """Return the step that a name states, as `model_name=0--step=5-last` or `iter_0000005` do; None without one."""
     found = _STEP.search(checkpoint.name)
-    return int(found[1]) if found else None
+    return int(found[1] or found[2]) if found else None
 
 
 def is_marked(checkpoint: Path) -> bool:
@@ -31,18 +33,30 @@ def was_saved(checkpoint: Path) -> bool:
 
 
 def is_complete_checkpoint(checkpoint: Path) -> bool:
-    """Return whether a folder is a finished NeMo checkpoint with every file that its metadata names, in full size.
+    """Return whether a folder is a finished checkpoint with every file that its metadata names, in full size.
 
     The marker alone does not tell: with asynchronous saving NeMo takes it away before an old checkpoint is removed.
     """
     weights = checkpoint / "weights"
-    if is_marked(checkpoint) or not was_saved(checkpoint) or not (weights / "common.pt").is_file():
+    if checkpoint.name.startswith("iter_"):
+        weights = checkpoint
+        if not (weights / ".metadata").is_file() or (step_of(checkpoint) or 0) > _last_finished(checkpoint.parent):
+            return False
+    elif is_marked(checkpoint) or not was_saved(checkpoint) or not (weights / "common.pt").is_file():
         return False
     try:
         with DistributedCheckpoint(weights):
             return True
     except (CheckpointError, OSError):  # OSError: it is being removed while it is read
         return False
+
+
+def _last_finished(folder: Path) -> int:
+    """Return the number of the last checkpoint that Megatron-LM or Bridge finished in a folder; -1 without one."""
+    try:
+        return int((folder / _TRACKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return -1
 
 
 def by_step(folder: Path) -> list[Path]:

@@ -24,7 +24,7 @@ from typing import Any
 from nemo_upcycle.pipeline.executors.local import held_port
 
 
-_PRELOAD = ["nemo_upcycle", "torch", "nemo.collections.llm"]  # the first makes the last importable without CUDA
+_PRELOAD = ["nemo_upcycle", "torch", "nemo.collections.llm"]  # the first makes the others importable without CUDA
 
 
 def run_ranks(

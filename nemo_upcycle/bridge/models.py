@@ -1,0 +1,146 @@
+"""Bridge's configurations of upcycled and dense models, from a dense checkpoint's architecture and a spec."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.bridge.models.gpt.gpt_builder import GPTModelConfig
+from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.models.transformer_config import TransformerConfig
+
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.models.activation import activation_function
+from nemo_upcycle.models.architecture import Architecture, read_architecture
+from nemo_upcycle.models.megatron_config import megatron_fields, router_fields
+from nemo_upcycle.spec import UpcycleSpec
+
+
+#: The frequencies that Megatron's own scaling has: Llama 3.1's. Its factor alone can be set.
+_LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+#: What a GPU wants, with and without experts. The coefficient is that of the package's recipes.
+_KERNELS: dict[str, Any] = {
+    "bf16": True,
+    "params_dtype": torch.bfloat16,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "bias_dropout_fusion": True,
+    "persist_layer_norm": True,
+}
+_MOE_KERNELS: dict[str, Any] = {
+    "moe_grouped_gemm": True,
+    "moe_permute_fusion": True,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_router_load_balancing_type": "aux_loss",
+    "moe_aux_loss_coeff": 1e-2,
+}
+
+
+def upcycled_provider(dense: str | Path | Architecture, spec: UpcycleSpec | None, **changes: Any) -> GPTModelProvider:
+    """Return Bridge's provider of the model that a spec makes of a dense checkpoint.
+
+    Args:
+        dense: the dense checkpoint's folder, or its architecture.
+        spec: what is made of it; None for the dense model itself.
+        changes: fields of the provider that are to differ: layout, precision, kernels.
+
+    Raises:
+        SpecError: Bridge's GPT model cannot be it.
+
+    Example:
+        >>> upcycled_provider("/models/Llama-3-8B", UpcycleSpec(), expert_model_parallel_size=8)  # doctest: +SKIP
+    """
+    arch = _architecture(dense)
+    return provider_of(arch.upcycled(spec) if spec else arch, **(_routing(spec) | changes))
+
+
+def upcycled_config(dense: str | Path | Architecture, spec: UpcycleSpec | None, **changes: Any) -> GPTModelConfig:
+    """Return the same as a configuration of Bridge's builders, which are to replace its providers.
+
+    Args:
+        dense: the dense checkpoint's folder, or its architecture.
+        spec: what is made of it; None for the dense model itself.
+        changes: fields of the configuration or of its `TransformerConfig` that are to differ.
+
+    Raises:
+        SpecError: Bridge's GPT model cannot be it.
+    """
+    arch = _architecture(dense)
+    arch = arch.upcycled(spec) if spec else arch
+    outer = {name: value for name, value in changes.items() if name in GPTModelConfig.__dataclass_fields__}
+    inner = _routing(spec) | {name: value for name, value in changes.items() if name not in outer}
+    config = GPTModelConfig(transformer=TransformerConfig(**(_transformer(arch) | inner)), **(_model(arch) | outer))
+    config.transformer.seq_length = config.seq_length  # where the warm-up of Bridge 0.6 looks for it
+    return config
+
+
+def provider_of(arch: Architecture, **changes: Any) -> GPTModelProvider:
+    """Return Bridge's provider of a model as its architecture stands, with experts or without.
+
+    Args:
+        arch: the architecture.
+        changes: fields of the provider that are to differ.
+
+    Raises:
+        SpecError: Bridge's GPT model cannot be it.
+    """
+    return GPTModelProvider(**(_transformer(arch) | _model(arch) | changes))
+
+
+def _architecture(dense: str | Path | Architecture) -> Architecture:
+    arch = dense if isinstance(dense, Architecture) else read_architecture(Path(dense))
+    if arch.scaled_embedding:
+        raise SpecError(
+            "dense",
+            got=f"{arch.hf_class}, which multiplies its embedding by sqrt(hidden_size)",
+            expected="a parent that Bridge's GPT model can be",
+            fix="upcycle it in NeMo",
+        )
+    return arch
+
+
+def _routing(spec: UpcycleSpec | None) -> dict[str, Any]:
+    if spec is None:
+        return {}
+    return router_fields(spec) | ({"moe_router_dtype": "fp32"} if spec.needs_float32_routing else {})
+
+
+def _transformer(arch: Architecture) -> dict[str, Any]:
+    """Return the settings of Megatron's `TransformerConfig`."""
+    moe = {
+        "moe_router_pre_softmax": arch.router_score == "softmax" and not arch.norm_topk,
+        "moe_router_score_function": arch.router_score,
+        "moe_router_topk_scaling_factor": None if arch.routed_scaling_factor == 1 else arch.routed_scaling_factor,
+    }
+    window = {"window_size": (arch.sliding_window - 1, 0)} if arch.sliding_window else {}
+    return {
+        **megatron_fields(arch),
+        **_KERNELS,
+        **(_MOE_KERNELS | moe if arch.num_experts else {}),
+        **window,
+        "activation_func": activation_function(arch.activation),
+        # Megatron's fused activation knows SwiGLU alone where experts weigh their tokens.
+        "bias_activation_fusion": arch.gated and arch.activation == "silu",
+    }
+
+
+def _model(arch: Architecture) -> dict[str, Any]:
+    """Return what Bridge's model takes beside its `TransformerConfig`."""
+    scaling = arch.rope_scaling
+    if scaling and any(scaling.get(name) != value for name, value in _LLAMA3_SCALING.items()):
+        raise SpecError(
+            "rope_scaling of the dense checkpoint",
+            got=scaling,
+            expected=f"Llama 3.1's: {_LLAMA3_SCALING}, with any factor",
+            fix="upcycle it in NeMo, whose frequencies can be set",
+        )
+    return {
+        "vocab_size": arch.vocab_size,
+        "seq_length": arch.max_positions,
+        "share_embeddings_and_output_weights": arch.tied_embeddings,
+        "position_embedding_type": "rope",
+        "rotary_base": int(arch.rope_theta),
+        "rope_scaling": bool(scaling),
+        "rope_scaling_factor": float(scaling["factor"]) if scaling else 1.0,
+    }

@@ -1,0 +1,53 @@
+"""Supply on a CPU what Megatron-Bridge takes for granted of CUDA, as `patches` does for Megatron-Core."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+
+def start_without_cuda() -> None:
+    """Let Bridge's set-up begin, and seed Megatron's named random states.
+
+    Without it: AssertionError, "Megatron requires CUDA", and dropout finds no random state: Bridge seeds them only
+    when it counts a CUDA device.
+    """
+    from megatron.bridge.training import initialize, setup
+    from megatron.core.tensor_parallel import random
+
+    seed_host = initialize._set_random_seed
+
+    def seed_all(seed_: int, *args: Any, pg_collection: Any, **kwargs: Any) -> None:
+        seed_host(seed_, *args, pg_collection=pg_collection, **kwargs)
+        random.model_parallel_cuda_manual_seed(seed_ + 100 * pg_collection.pp.rank())
+
+    initialize._set_random_seed = seed_all
+    setup.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
+
+
+def use_compiled_helpers() -> None:
+    """Use the dataset helpers that are there.
+
+    Without it the process ends, "Failed to compile the C++ dataset helper functions": the package from the index has
+    them compiled, and no Makefile.
+    """
+    from megatron.bridge.training import initialize
+
+    if find_spec("megatron.core.datasets.helpers_cpp"):
+        initialize.compile_helpers = lambda: None
+
+
+def keep_random_states() -> None:
+    """Give a checkpoint the CPU generator's state in the place of a device's.
+
+    Without it the first save ends with a RuntimeError, "Found no NVIDIA driver".
+    """
+    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda new_state, device="cuda": torch.set_rng_state(new_state)
+
+
+BRIDGE_PATCHES: tuple[Callable[[], None], ...] = (start_without_cuda, use_compiled_helpers, keep_random_states)

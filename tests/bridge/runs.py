@@ -1,0 +1,87 @@
+"""Runs of Megatron-Bridge on this machine's processor: its own `pretrain`, from configuration to checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_upcycle import UpcycleSpec
+
+
+SEQUENCE, VOCABULARY = 32, 256
+#: Sizes of a layout -> Bridge's setting.
+SIZES = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vp": "virtual_pipeline_model_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+}
+
+
+def run_config(
+    dense: Path, folder: Path, spec: UpcycleSpec | None, *, style: str = "provider", steps: int = 1, **layout: int
+) -> Any:
+    """Return a run of Bridge's that learns nothing: its learning rate is zero, its checkpoints are those of step 0.
+
+    Args:
+        dense: the dense checkpoint.
+        folder: for the checkpoints.
+        spec: of the model.
+        style: `provider`, or `builder` for the configuration that is to replace it.
+        steps: to train.
+        layout: sizes that are not 1.
+    """
+    from megatron.bridge.recipes.common import _pretrain_common
+
+    from nemo_upcycle.bridge.models import upcycled_config, upcycled_provider
+
+    sizes = {SIZES[name]: size for name, size in layout.items()}
+    settings: dict[str, Any] = {
+        "bf16": False,
+        "params_dtype": torch.float32,
+        "pipeline_dtype": torch.float32,
+        "sequence_parallel": layout.get("tp", 1) > 1,
+        "seq_length": SEQUENCE,
+    }
+    if style == "builder":  # of a provider the CPU backend chooses it
+        settings["transformer_layer_spec"] = _local_layers
+    config = _pretrain_common()
+    config.model = (upcycled_provider if style == "provider" else upcycled_config)(dense, spec, **settings, **sizes)
+    config.mixed_precision = None
+    config.tokenizer.tokenizer_type, config.tokenizer.vocab_size = "NullTokenizer", VOCABULARY - 1
+    config.dataset.seq_length, config.dataset.num_workers = SEQUENCE, 0
+    config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = steps, 4, 1
+    config.validation.eval_iters = 0
+    config.optimizer.lr = config.optimizer.min_lr = 0.0
+    config.scheduler.lr_warmup_iters = 0
+    config.ddp.overlap_grad_reduce = config.ddp.overlap_param_gather = False
+    config.checkpoint.save = config.checkpoint.load = str(folder)
+    config.checkpoint.async_save = False
+    config.logger.tensorboard_dir = None
+    config.dist.distributed_backend = "gloo"
+    return config
+
+
+def _local_layers(config: Any, vp_stage: int | None = None) -> Any:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    return get_gpt_decoder_block_spec(config.transformer, use_transformer_engine=False, vp_stage=vp_stage)
+
+
+def train(dense: Path, folder: Path, fields: dict[str, Any] | None, **options: Any) -> None:
+    """Train on this rank, upcycled on start; `fields` are the spec's, None is for the dense model."""
+    from nemo_upcycle.cpu.backend import use_cpu_backend
+
+    use_cpu_backend()
+    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.pretrain import pretrain
+
+    from nemo_upcycle.bridge.upcycling import upcycle_on_start
+
+    spec = None if fields is None else UpcycleSpec(**fields)
+    config = run_config(dense, folder, spec, **options)
+    upcycle_on_start(config, dense, spec)
+    pretrain(config, forward_step)

@@ -1,0 +1,146 @@
+"""A run of Megatron-Bridge is upcycled when it starts, and only then: its own `pretrain`, on several ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_upcycle import UpcycleSpec, open_dense
+from nemo_upcycle.convert.offline import convert
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
+from tests.bridge.runs import SEQUENCE, VOCABULARY, run_config, train
+from tests.distributed.ranks import run_ranks
+from tests.loading.cases import logits
+from tests.models import sample_tokens, write_llama, write_qwen3
+
+
+pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
+SPEC: dict[str, Any] = {"num_experts": 4, "top_k": 2}
+GRANULAR: dict[str, Any] = {"num_experts": 8, "top_k": 4, "granularity": 2, "router_std": 1.0}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small tied Llama."""
+    return write_llama(tmp_path_factory.mktemp("llama") / "dense", tied=True, vocab_size=VOCABULARY)
+
+
+def _export(dense: Path, run: Path, output: Path) -> Path:
+    from nemo_upcycle.cli.main import main
+
+    assert main(["export", str(run), str(output), "--dense", str(dense), "--dtype", "float32"]) == 0
+    return output
+
+
+def _same_bits(left: Path, right: Path) -> bool:
+    with SafetensorsFolder(left) as one, SafetensorsFolder(right) as other:
+        assert set(one.names()) == set(other.names())
+        return all(torch.equal(one.read(name), other.read(name)) for name in one.names())
+
+
+def _offline(dense: Path, output: Path, fields: dict[str, Any]) -> Path:
+    with open_dense(dense) as source:
+        convert(source, output, UpcycleSpec(**fields), dtype=torch.float32, progress=False)
+    return output
+
+
+@pytest.mark.parametrize(
+    ("style", "layout"),
+    [
+        ("provider", {}),
+        ("provider", {"tp": 2}),
+        ("provider", {"pp": 2}),
+        ("provider", {"pp": 2, "vp": 2}),
+        ("provider", {"ep": 4}),
+        ("provider", {"tp": 2, "ep": 2, "etp": 1}),
+        ("builder", {"ep": 2}),
+    ],
+    ids=str,
+)
+def test_the_checkpoint_has_the_bits_of_an_offline_conversion(
+    dense: Path, tmp_path: Path, style: str, layout: dict[str, int]
+) -> None:
+    ranks = max(layout.get("tp", 1) * layout.get("pp", 1), layout.get("ep", 1))
+    run_ranks(_train, ranks, dense, tmp_path / "run", SPEC, {"style": style, **layout}, process_group=False)
+
+    exported = _export(dense, tmp_path / "run", tmp_path / "hf")
+    assert _same_bits(exported, _offline(dense, tmp_path / "offline", SPEC))
+    assert (tmp_path / "run/receipt.json").is_file()
+
+
+def _train(dense: Path, run: Path, fields: dict[str, Any] | None, options: dict[str, Any]) -> None:
+    train(dense, run, fields, **options)
+
+
+def test_a_granular_qwen3_computes_its_parents_function(tmp_path: Path) -> None:
+    dense = write_qwen3(tmp_path / "dense", vocab_size=VOCABULARY)
+    run_ranks(_train, 2, dense, tmp_path / "run", GRANULAR, {"ep": 2}, process_group=False)
+    tokens = sample_tokens(VOCABULARY, length=SEQUENCE)
+    wanted, got = logits(dense, tokens), logits(_export(dense, tmp_path / "run", tmp_path / "hf"), tokens)
+    assert float((got - wanted).norm() / wanted.norm()) <= 2e-6
+
+
+def test_a_run_that_goes_on_is_not_upcycled_again(dense: Path, tmp_path: Path) -> None:
+    """The dense checkpoint is gone by then, so that nothing could be read of it."""
+    parent = write_llama(tmp_path / "parent", tied=True, vocab_size=VOCABULARY)
+    run_ranks(_train, 1, parent, tmp_path / "run", SPEC, {}, process_group=False)
+    before = (tmp_path / "run/receipt.json").stat().st_mtime_ns
+    (parent / "model.safetensors").unlink()
+    run_ranks(_train, 1, parent, tmp_path / "run", SPEC, {"steps": 2}, process_group=False)
+    assert (tmp_path / "run/receipt.json").stat().st_mtime_ns == before
+    assert _same_bits(_export(dense, tmp_path / "run", tmp_path / "hf"), _offline(dense, tmp_path / "offline", SPEC))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "not made by upcycling"),
+        (lambda path: path.write_text(path.read_text()[:100]), "receipt.json"),
+        (lambda path: path.write_text(path.read_text().replace('"top_k": 2', '"top_k": 1')), "same spec"),
+    ],
+    ids=["none", "half", "another"],
+)
+def test_a_run_of_another_origin_is_refused(dense: Path, tmp_path: Path, damage: Any, message: str) -> None:
+    run_ranks(_train, 1, dense, tmp_path / "run", SPEC, {}, process_group=False)
+    damage(tmp_path / "run/receipt.json")
+    with pytest.raises(RuntimeError, match=message):
+        run_ranks(_train, 1, dense, tmp_path / "run", SPEC, {"steps": 2}, process_group=False)
+    assert not (tmp_path / "run/iter_0000002").exists()
+
+
+def test_the_dense_baseline_starts_from_the_same_checkpoint(dense: Path, tmp_path: Path) -> None:
+    run_ranks(_train, 2, dense, tmp_path / "run", None, {"tp": 2}, process_group=False)
+    assert _same_bits(_export(dense, tmp_path / "run", tmp_path / "hf"), dense)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.moe_router_topk": 1}, "moe_router_topk"),
+        ({"model.num_moe_experts": 8}, "num_moe_experts"),
+        ({"model.moe_router_pre_softmax": True}, "moe_router_pre_softmax"),
+        ({"checkpoint.load": None}, "checkpoint.load"),
+        ({"checkpoint.save": None}, "checkpoint.save"),
+        ({"checkpoint.pretrained_checkpoint": "/models/other"}, "pretrained_checkpoint"),
+        ({"dist.use_megatron_fsdp": True}, "use_megatron_fsdp"),
+        ({"model.init_model_with_meta_device": True}, "init_model_with_meta_device"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_contradicts_is_refused_by_name(
+    dense: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    from nemo_upcycle.bridge.upcycling import upcycle_on_start
+
+    spec = UpcycleSpec(**SPEC)
+    config = run_config(dense, tmp_path, spec)
+    for name, value in change.items():
+        part, field = name.split(".")
+        setattr(getattr(config, part), field, value)
+    with pytest.raises(SpecError, match=message):
+        upcycle_on_start(config, dense, spec)
+    assert config.model.pre_wrap_hook is None
