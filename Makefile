@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 TE_VENV := .venv-te
+BRIDGE_VENV := .venv-bridge
 DOCS_VENV := .venv-docs
 TF5_VENV := .venv-tf5
 VLLM_VENV := .venv-vllm
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 RUN_DIR ?= runs/demo
 COMMAND_DIR := runs/test-command
 
-.PHONY: help demo test test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te test-k8s data-env test-data tf5-env test-tf5 test-servers vllm-env test-vllm sglang-env test-sglang
+.PHONY: help demo test test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te bridge-env test-bridge test-k8s data-env test-data tf5-env test-tf5 test-servers vllm-env test-vllm sglang-env test-sglang
 
 help:
 	@echo "make demo    upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (about 8 minutes, no GPU)"
@@ -22,6 +23,7 @@ help:
 	@echo "make docs    the pages of docs/ and the reference, into site/, in an environment of their own, $(DOCS_VENV)"
 	@echo "make venv    only the environments, $(VENV) and $(DATA_VENV)"
 	@echo "make test-te tests with real Transformer Engine modules, in an environment of their own, $(TE_VENV) (no GPU)"
+	@echo "make test-bridge  upcycling in Megatron-Bridge, in $(BRIDGE_VENV) (no GPU; PYTHON=python3.12)"
 	@echo "make test-k8s  tests against a real Kubernetes API server, built once into .cache/k8s (about 4 minutes, Debian)"
 	@echo "make test-slurm  the chain on a real Slurm, which it installs as root (ACCOUNTING=--accounting: with slurmdbd)"
 	@echo "make data-env  the environment of the data stage, $(DATA_VENV): datatrove and its numpy 2 (about a minute)"
@@ -73,6 +75,15 @@ test-slurm: venv
 
 test-te: te-env
 	$(TE_VENV)/bin/python -m pytest tests/te
+
+bridge-env: $(BRIDGE_VENV)/.complete
+
+$(BRIDGE_VENV)/.complete: scripts/te_env.sh
+	PYTHON=$(PYTHON) scripts/te_env.sh $(BRIDGE_VENV) bridge
+
+# Layer 2 and Transformer Engine's modules on Megatron-Core 0.19, then Bridge itself.
+test-bridge: bridge-env
+	$(BRIDGE_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/bridge tests/te tests/unit/init tests/unit/online tests/unit/convert
 
 test-k8s: venv
 	scripts/k8s_apiserver.sh

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Makes the environment of tests/te: real Transformer Engine modules, which can be built, not run, without a GPU.
+# Makes an environment with real Transformer Engine modules, which can be built, not run, without a GPU.
 #
-#   scripts/te_env.sh FOLDER       (`make te-env`: .venv-te)
+#   scripts/te_env.sh FOLDER          beside the Megatron-Core of NeMo 2.7, for tests/te (`make te-env`: .venv-te)
+#   scripts/te_env.sh FOLDER bridge   beside Megatron-Bridge, for tests/bridge, too (`make bridge-env`: .venv-bridge)
 #
-# Needs Linux, a C++17 compiler and a Python that this package supports; a CUDA toolkit of the machine is not used.
+# Needs Linux, a C++17 compiler and a Python that this package supports, for Bridge 3.12; a CUDA toolkit of the machine
+# is not used.
 # PYTHON chooses the interpreter, MAX_JOBS how many compilers run at a time.
 set -euo pipefail
 
@@ -11,6 +13,17 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 "${PYTHON:-python3}" -m venv "$1"
 env=$(cd "$1" && pwd)
 install() { "$env/bin/pip" install --progress-bar off "$@"; }
+case ${2:-nemo} in
+    nemo) engine=2.10.0 packages=("megatron-core==0.15.3" "numpy<2") ;;
+    # What Bridge imports of all that it asks for: the rest is for models of pictures and speech, or needs a CUDA compiler.
+    bridge)
+        engine=2.16.1 packages=("megatron-core==0.19.2" "transformers>=5.8,<=5.12.1" "nvidia-resiliency-ext==0.6.0"
+            "megatron-energon>=7,<8" nvidia-modelopt datasets diffusers ipython matplotlib requests tensorboard
+            "omegaconf>=2.3,<2.4" "rich<16" "filelock>=4,<5" hypothesis pytest-xdist)
+        "$env/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' ||
+            { echo "$0: Megatron-Bridge needs Python 3.12: PYTHON=python3.12" >&2; exit 1; } ;;
+    *) echo "$0: got $2, expected nothing or bridge" >&2; exit 1 ;;
+esac
 
 # "===" compares the text: this is the CUDA 13 build of the package index. A CPU build in a folder that pip searches too
 # is called 2.12.0+cpu and does not match. torch brings CUDA's, cuDNN's and NCCL's libraries and headers as packages;
@@ -19,8 +32,8 @@ install() { "$env/bin/pip" install --progress-bar off "$@"; }
 # setuptools: from 77 on it reads this package's license field, from 82 on torch refuses it. All in one command, for pip
 # to hold megatron-core's numpy<2 against the others.
 install "torch===2.12.0" "cuda-toolkit[nvcc,nvvm,crt,cccl]==13.0.2" \
-    transformer-engine==2.10.0 transformer-engine-cu13==2.10.0 einops onnxscript \
-    "megatron-core==0.15.3" "numpy<2" pytest "setuptools>=77,<82" wheel ninja pybind11
+    "transformer-engine==$engine" "transformer-engine-cu13==$engine" einops onnxscript \
+    "${packages[@]}" pytest "setuptools>=77,<82" wheel ninja pybind11
 
 # The torch binding exists as source only (C++, no kernels). The packages above stand in for a toolkit: one folder each
 # under nvidia/, libraries without the links that a linker looks for, and no lib64.
@@ -35,9 +48,15 @@ LIBRARY_PATH=$(join "$nvidia"/*/lib)
 export CPATH LIBRARY_PATH CUDA_HOME="$nvidia/cu13"
 # FORCE_BUILD: do not look for a ready binary elsewhere. Not isolated, so that it is made for the torch above.
 NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE \
-    install --no-deps --no-build-isolation transformer-engine-torch==2.10.0
+    install --no-deps --no-build-isolation "transformer-engine-torch==$engine"
 
 # This package without its NeMo extras.
-install --no-build-isolation -e "$root"
-"$env/bin/pip" check
+if [ "${2:-nemo}" = bridge ]; then
+    # This Transformer Engine calls a cuBLAS newer than the one that torch 2.12 asks for; torch runs with it.
+    install --no-deps "megatron-bridge==0.6.2" "nvidia-cublas==13.10.0.20"
+    install --no-deps --no-build-isolation -e "$root"
+else
+    install --no-build-isolation -e "$root"
+    "$env/bin/pip" check
+fi
 touch "$env/.complete"

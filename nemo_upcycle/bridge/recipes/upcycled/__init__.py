@@ -1,0 +1,1 @@
+"""Upcycled models, a family in Bridge's sense."""

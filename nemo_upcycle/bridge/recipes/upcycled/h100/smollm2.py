@@ -1,0 +1,19 @@
+"""SmolLM2-135M upcycled to 8 experts, top-2: a real model that needs one GPU, or none."""
+
+from __future__ import annotations
+
+from megatron.bridge.training.config import ConfigContainer
+
+from nemo_upcycle.bridge.recipes.common import upcycled_pretraining
+from nemo_upcycle.spec import UpcycleSpec
+
+
+def smollm2_135m_e8t2_pretrain_1gpu_h100_bf16_config() -> ConfigContainer:
+    """Return a training of the upcycled SmolLM2-135M, whose weights come with this package's assets."""
+    spec = UpcycleSpec(num_experts=8, top_k=2)
+    config = upcycled_pretraining("asset://smollm2-135m", spec, seq_length=512)
+    config.train.global_batch_size, config.train.micro_batch_size = 8, 1
+    config.train.train_iters = 100
+    config.optimizer.lr, config.optimizer.min_lr = 1e-4, 1e-5
+    config.scheduler.lr_warmup_iters = 5
+    return config

@@ -1,0 +1,46 @@
+"""Recipes by Bridge's naming: found by Bridge, complete, and of the model that they name."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.models import LLAMA3_8B
+
+
+pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
+
+
+@pytest.fixture
+def llama3_8b(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configuration of Llama 3 8B, fetched: nothing is read of the weights before the start."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA3_8B | {"model_type": "llama"}))
+    monkeypatch.setattr("nemo_upcycle.bridge.recipes.common.ensure_dense", lambda source: tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "precision"),
+    [
+        ("llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config", 512, "bf16_mixed"),
+        ("llama3_8b_e8t2_pretrain_128gpu_h100_fp8cs_config", 128, "bf16_with_fp8_current_scaling_mixed"),
+    ],
+)
+def test_a_recipe_is_found_under_bridges_own_and_fits_its_gpus(
+    llama3_8b: None, name: str, gpus: int, precision: str
+) -> None:
+    from nemo_upcycle.bridge.recipes import register
+
+    register()
+    config = getattr(importlib.import_module("megatron.bridge.recipes.upcycled.h100"), name)()
+    model = config.model
+    ranks = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
+    assert gpus % ranks == 0
+    assert gpus // model.pipeline_model_parallel_size % model.expert_model_parallel_size == 0
+    assert config.train.global_batch_size % (gpus // ranks) == 0
+    assert (model.num_layers, model.num_moe_experts, model.moe_router_topk, model.vocab_size) == (32, 8, 2, 128256)
+    assert (config.mixed_precision, config.train.train_iters) == (precision, 23842)
+    assert config.checkpoint.load == config.checkpoint.save
+    assert model.pre_wrap_hook is not None
