@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -26,9 +27,9 @@ class _NoUnifiedMemory(MetaPathFinder, Loader):
         if fullname != _ALLOCATOR:
             return None
         import torch
-        from megatron.core.package_info import MAJOR, MINOR
 
-        compiles_at_import = (MAJOR, MINOR) < (0, 16)
+        release = import_module("megatron.core.package_info")  # Megatron is being imported, not by this package
+        compiles_at_import = (release.MAJOR, release.MINOR) < (0, 16)
         return ModuleSpec(fullname, self) if compiles_at_import and not torch.cuda.is_available() else None
 
     def exec_module(self, module: ModuleType) -> None:
