@@ -18,6 +18,7 @@ from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning import table
 from nemo_upcycle.planning.columns import named_columns, table_text
+from nemo_upcycle.planning.commands import BACKENDS, bridge_command, bridge_recipe, nemo_command
 from nemo_upcycle.planning.hardware import DEFAULT_SOFTWARE, SOFTWARE, gpu_names
 from nemo_upcycle.planning.layout import parse_layout
 from nemo_upcycle.planning.parameters import StagePlan
@@ -89,6 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument("--check", action="store_true", help="compare the first row with Megatron's own modules")
     show.add_argument("--columns", metavar="GiB,MFU,...", help="columns of the table (default: what has room)")
     show.add_argument("--wide", action="store_true", help="all columns, however wide the terminal")
+    show.add_argument(
+        "--backend", default="nemo", metavar="NAME", help="whose command: nemo or bridge (default: nemo)"
+    )
     show.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
@@ -99,7 +103,11 @@ def run(args: argparse.Namespace) -> int:
         UpcycleError: a value is wrong.
     """
     names = named_columns(args.columns) if args.columns is not None else None
+    if args.backend not in BACKENDS:
+        raise SpecError.unknown("backend", args.backend, BACKENDS)
     subject = subject_of(args)
+    if args.backend == "bridge" and subject.recipe:
+        bridge_recipe(subject.recipe.name)
     request = request_of(args, subject)
     if args.layout is None:
         plans = search(request, args.rows)
@@ -156,7 +164,9 @@ def _print_json(args: argparse.Namespace, answer: _Answer) -> None:
                 "causal": flops_per_token(arch, length, causal=True),
             },
         },
-        "rows": [table.row_values(plan, _command(subject, plan), args.price_per_gpu_hour) for plan in answer.plans],
+        "rows": [
+            table.row_values(plan, _command(args, subject, plan), args.price_per_gpu_hour) for plan in answer.plans
+        ],
     }
     values["warnings"] = _warnings(subject, request)
     values |= {"ranks": answer.ranks} if answer.ranks is not None else {}
@@ -192,7 +202,7 @@ def _print_text(args: argparse.Namespace, answer: _Answer, names: list[str] | No
     say(f"A full checkpoint takes {plans[0].checkpoint_gib:.0f} GiB.")
     if args.explain is not None:
         say(table.explanation(chosen))
-    if command := _command(subject, chosen):
+    if command := _command(args, subject, chosen):
         words = re.findall(r'(?:[^\s"]|"[^"]*")+', command)
         sys.stdout.write(f"row {args.explain or 1}:\n" + _continued(words, width) + "\n")
     elif subject.recipe is None:
@@ -242,7 +252,9 @@ def _way_out(args: argparse.Namespace, request: PlanRequest) -> str:
     return text + (f" With --gpus {number}{without} something fits." if number else "")
 
 
-def _command(subject: Subject, plan: Plan) -> str | None:
-    if subject.recipe is None or plan.verdict == "no" or plan.work.dispatcher == "hybridep":  # not in NeMo 2.7
-        return None
-    return table.nemo_command(subject.recipe, plan, str(subject.folder.absolute()) if subject.folder else None)
+def _command(args: argparse.Namespace, subject: Subject, plan: Plan) -> str | None:
+    is_nemo = args.backend == "nemo"
+    if subject.recipe is None or plan.verdict == "no" or (is_nemo and plan.work.dispatcher == "hybridep"):
+        return None  # NeMo 2.7 has no HybridEP
+    dense = str(subject.folder.absolute()) if subject.folder else None
+    return (nemo_command if is_nemo else bridge_command)(subject.recipe, plan, dense)

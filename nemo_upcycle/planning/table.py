@@ -1,4 +1,4 @@
-"""Plans as arithmetic, as JSON values, and as the command that runs them."""
+"""Plans as arithmetic and as JSON values."""
 
 from __future__ import annotations
 
@@ -7,14 +7,8 @@ from typing import Any
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.flops import flops_per_token
-from nemo_upcycle.planning.hardware import KnownRecipe
 from nemo_upcycle.planning.memory import ASSUMPTIONS
 from nemo_upcycle.planning.search import Plan
-from nemo_upcycle.planning.workload import Workload
-
-
-#: What the recipes, as Megatron, call what the planner calls a precision.
-FP8_RECIPES = {"fp8-delayed": "delayed", "fp8-current": "tensorwise", "fp8-blockwise": "blockwise"}
 
 
 def row_values(plan: Plan, command: str | None, price: float | None) -> dict[str, Any]:
@@ -38,73 +32,6 @@ def row_values(plan: Plan, command: str | None, price: float | None) -> dict[str
         "checkpoint_gib": round(plan.checkpoint_gib, 1),
         "command": command,
     }
-
-
-def nemo_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> str:
-    """Return the command that runs a plan: the recipe's own arguments where it has them, NeMo's settings for the rest.
-
-    Args:
-        recipe: the recipe; what a step works on needs no setting where it is the recipe's own.
-        plan: what to run.
-        dense: the dense parent's folder; the recipe's own when None.
-    """
-    layout, work, defaults, upcycled = plan.layout, plan.work, recipe.defaults, recipe.spec is not None
-    per_node = layout.node_gpus(plan.request.gpu.per_node)
-    nodes = layout.gpus // per_node
-    strategy = {
-        "tensor_model_parallel_size": layout.tp,
-        "pipeline_model_parallel_size": layout.pp,
-        "virtual_pipeline_model_parallel_size": layout.vp if layout.vp > 1 else None,
-        "context_parallel_size": layout.cp,
-        "sequence_parallel": layout.tp > 1,
-    }
-    if layout.pp > 1:
-        strategy |= {"num_layers_in_first_pipeline_stage": layout.first} if layout.first else {}
-        strategy |= {"num_layers_in_last_pipeline_stage": layout.last} if layout.last else {}
-        strategy |= {"account_for_embedding_in_pipeline_split": True} if layout.embedding else {}
-        strategy |= {"account_for_loss_in_pipeline_split": True} if layout.loss else {}
-    if upcycled:
-        strategy |= {"expert_model_parallel_size": layout.ep, "expert_tensor_parallel_size": layout.etp}
-    settings = [f"trainer.strategy.{name}={value}" for name, value in strategy.items()]
-    if work.seq_length != defaults["seq_length"]:
-        settings += [f"{where}.seq_length={work.seq_length}" for where in ("model.config", "data")]
-    if work.global_batch != defaults["global_batch"]:
-        settings.append(f"data.global_batch_size={work.global_batch}")
-    if layout.micro_batch != 1:
-        settings.append(f"data.micro_batch_size={layout.micro_batch}")
-    steps = max(1, round(plan.request.tokens / work.seq_length / work.global_batch))
-    settings.append(f"trainer.max_steps={steps}")
-    arguments = f"dense='{dense}', " if dense else ""
-    arguments += f"num_nodes={nodes}, num_gpus_per_node={per_node}"
-    if upcycled and recipe.h100:
-        arguments += f", capacity_factor={work.capacity_factor or 0}, pad_to_capacity={work.pad}"
-        arguments += f", recompute_moe_steps={steps if work.recompute == 'moe' else 0}"
-        arguments += f", dispatcher='{work.dispatcher}'" if work.dispatcher != "alltoall" else ""
-    elif work.capacity_factor is not None:
-        settings.append(f"model.config.moe_expert_capacity_factor={work.capacity_factor}")
-        settings += ["model.config.moe_pad_expert_input_to_capacity=True"] if work.pad else []
-    if work.precision in FP8_RECIPES and "capacity_factor" in arguments:
-        arguments += f", fp8_recipe='{FP8_RECIPES[work.precision]}'"
-    elif work.precision in FP8_RECIPES:
-        settings += [f"trainer.plugins.{part}" for part in _fp8_settings(work)]
-    if work.recompute == "full":
-        settings += [
-            f"model.config.recompute_{part}" for part in ("granularity=full", "method=uniform", "num_layers=1")
-        ]
-    if work.recompute == "moe_act" or (work.recompute == "moe" and "recompute_moe" not in arguments):
-        part = work.recompute if upcycled else "mlp"
-        settings += ["model.config.recompute_granularity=selective", f"\"model.config.recompute_modules=['{part}']\""]
-    return f'nemo llm pretrain --factory "{recipe.name}({arguments})" {" ".join(settings)}'
-
-
-def _fp8_settings(work: Workload) -> list[str]:
-    """Return everything that NeMo's precision sets, for recipes without an own argument for it."""
-    found = ["fp8=hybrid", f"fp8_recipe={FP8_RECIPES[work.precision]}", "fp8_param_gather=False"]
-    if work.precision == "fp8-delayed":
-        found += ["fp8_amax_history_len=1024", "fp8_amax_compute_algo=max"]
-    if ends := work.numbers.bf16_ends:
-        found += ["first_last_layers_bf16=True", *(f"num_layers_at_{end}_in_bf16={ends}" for end in ("start", "end"))]
-    return found
 
 
 def routing_line(plan: Plan) -> str:

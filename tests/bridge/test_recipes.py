@@ -44,3 +44,26 @@ def test_a_recipe_is_found_under_bridges_own_and_fits_its_gpus(
     assert (config.mixed_precision, config.train.train_iters) == (precision, 23842)
     assert config.checkpoint.load == config.checkpoint.save
     assert model.pre_wrap_hook is not None
+
+
+@pytest.mark.parametrize("options", [[], ["--precision", "fp8-blockwise", "--dispatcher", "hybridep"]], ids=str)
+def test_the_planners_command_is_understood_by_bridge(
+    llama3_8b: None, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
+
+    from nemo_upcycle.bridge.recipes.upcycled.h100 import llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config
+    from nemo_upcycle.cli.main import main
+
+    layout = ["--layout", "tp=2,pp=4,vp=8,ep=8", "--backend", "bridge", "--json"]
+    assert main(["plan", "--recipe", "llama3_8b_e8t2", "--gpus", "256", *layout, *options]) == 0
+    command = json.loads(capsys.readouterr().out)["rows"][0]["command"]
+    assert "--recipe llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config" in command
+
+    config = llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config()
+    settings = [part for part in command.split() if "=" in part and not part.startswith("NEMO_UPCYCLE")]
+    config = process_config_with_overrides(config, cli_overrides=settings)
+    model = config.model
+    assert (model.tensor_model_parallel_size, model.virtual_pipeline_model_parallel_size) == (2, 8)
+    assert (model.sequence_parallel, model.moe_flex_dispatcher_backend) == (True, "hybridep" if options else "deepep")
+    assert config.mixed_precision == ("bf16_with_fp8_subchannel_scaling_mixed" if options else "bf16_mixed")

@@ -15,12 +15,12 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.pipeline.checks import is_local
 from nemo_upcycle.pipeline.recipes_io import ranks_of
+from nemo_upcycle.planning.commands import FP8_RECIPES
 from nemo_upcycle.planning.hardware import Gpu, Machine, gpu_of_device, known_gpu, read_data
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.memory import GIB
 from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES, WEIGHT_BYTES
 from nemo_upcycle.planning.search import Plan, PlanRequest, evaluate_layout
-from nemo_upcycle.planning.table import FP8_RECIPES
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.training.layout import layout_of
 from nemo_upcycle.training.recompute import RecomputeFirstSteps

@@ -386,3 +386,13 @@ def test_it_plans_without_what_takes_time_to_import() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_bridges_command_is_for_the_recipes_that_bridge_has(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--gpus", "64", "--backend", "bridge"]
+    assert main(["plan", "--recipe", "qwen3_8b_e8t2", *sizes]) == 2
+    assert "for Bridge llama3_8b_e8t2 or smollm2_135m_e8t2. Fix: use --backend nemo" in capsys.readouterr().err
+    assert main(["plan", "--recipe", "llama3_8b_e8t2", *sizes]) == 0
+    assert "python -m nemo_upcycle.bridge" in capsys.readouterr().out
+    assert main(["plan", "--recipe", "llama3_8b_e8t2", "--gpus", "64", "--backend", "brigde"]) == 2
+    assert "bridge" in capsys.readouterr().err

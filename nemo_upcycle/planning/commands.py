@@ -1,0 +1,145 @@
+"""The command that runs a plan, in NeMo and in Megatron-Bridge."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.planning.hardware import KnownRecipe
+from nemo_upcycle.planning.layout import Layout
+from nemo_upcycle.planning.search import Plan
+from nemo_upcycle.planning.workload import Workload
+
+
+#: What the recipes, as Megatron, call what the planner calls a precision.
+FP8_RECIPES = {"fp8-delayed": "delayed", "fp8-current": "tensorwise", "fp8-blockwise": "blockwise"}
+#: Of Bridge's mixed precisions.
+_BRIDGE_PRECISIONS = {
+    "bf16": "bf16_mixed",
+    "fp8-delayed": "bf16_with_fp8_delayed_scaling_mixed",
+    "fp8-current": "bf16_with_fp8_current_scaling_mixed",
+    "fp8-blockwise": "bf16_with_fp8_subchannel_scaling_mixed",
+}
+#: Recipe of this package -> the one by Bridge's naming that a plan changes.
+BRIDGE_RECIPES = {
+    "llama3_8b_e8t2": "llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config",
+    "smollm2_135m_e8t2": "smollm2_135m_e8t2_pretrain_1gpu_h100_bf16_config",
+}
+BACKENDS = ("nemo", "bridge")
+
+
+def _parallelism(layout: Layout, upcycled: bool) -> dict[str, Any]:
+    """Return a layout in Megatron's settings, which are NeMo's and Bridge's."""
+    settings: dict[str, Any] = {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vp if layout.vp > 1 else None,
+        "context_parallel_size": layout.cp,
+        "sequence_parallel": layout.tp > 1,
+    }
+    if layout.pp > 1:
+        settings |= {"num_layers_in_first_pipeline_stage": layout.first} if layout.first else {}
+        settings |= {"num_layers_in_last_pipeline_stage": layout.last} if layout.last else {}
+        settings |= {"account_for_embedding_in_pipeline_split": True} if layout.embedding else {}
+        settings |= {"account_for_loss_in_pipeline_split": True} if layout.loss else {}
+    if upcycled:
+        settings |= {"expert_model_parallel_size": layout.ep, "expert_tensor_parallel_size": layout.etp}
+    return settings
+
+
+def _steps(plan: Plan) -> int:
+    return max(1, round(plan.request.tokens / plan.work.seq_length / plan.work.global_batch))
+
+
+def bridge_recipe(name: str) -> str:
+    """Return the recipe by Bridge's naming that belongs to a recipe of this package.
+
+    Raises:
+        SpecError: there is none.
+    """
+    if name not in BRIDGE_RECIPES:
+        known = " or ".join(BRIDGE_RECIPES)
+        raise SpecError("recipe", got=name, expected=f"for Bridge {known}", fix="use --backend nemo")
+    return BRIDGE_RECIPES[name]
+
+
+def bridge_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> str:
+    """Return the command that runs a plan in Megatron-Bridge: its own `run_recipe.py`, on every rank.
+
+    Args:
+        recipe: one of `BRIDGE_RECIPES`.
+        plan: what to run.
+        dense: the dense parent's folder; the recipe's own when None.
+    """
+    layout, work = plan.layout, plan.work
+    model: dict[str, Any] = _parallelism(layout, True) | {"moe_expert_capacity_factor": work.capacity_factor or None}
+    model["moe_pad_expert_input_to_capacity"] = work.pad
+    if work.dispatcher != "alltoall":
+        model |= {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": work.dispatcher}
+    if work.recompute == "full":
+        model |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif work.recompute != "none":
+        model |= {"recompute_granularity": "selective", "recompute_modules": f"[{work.recompute}]"}
+    settings = {f"model.{name}": "null" if value is None else value for name, value in model.items()} | {
+        "dataset.seq_length": work.seq_length,
+        "train.global_batch_size": work.global_batch,
+        "train.micro_batch_size": layout.micro_batch,
+        "train.train_iters": _steps(plan),
+        "mixed_precision": _BRIDGE_PRECISIONS[work.precision],
+    }
+    values = " ".join(f"{name}={value}" for name, value in settings.items())
+    parent = f"NEMO_UPCYCLE_DENSE={dense} " if dense else ""
+    return f"{parent}python -m nemo_upcycle.bridge run_recipe.py --recipe {bridge_recipe(recipe.name)} {values}"
+
+
+def nemo_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> str:
+    """Return the command that runs a plan: the recipe's own arguments where it has them, NeMo's settings for the rest.
+
+    Args:
+        recipe: the recipe; what a step works on needs no setting where it is the recipe's own.
+        plan: what to run.
+        dense: the dense parent's folder; the recipe's own when None.
+    """
+    layout, work, defaults, upcycled = plan.layout, plan.work, recipe.defaults, recipe.spec is not None
+    per_node = layout.node_gpus(plan.request.gpu.per_node)
+    nodes = layout.gpus // per_node
+    settings = [f"trainer.strategy.{name}={value}" for name, value in _parallelism(layout, upcycled).items()]
+    if work.seq_length != defaults["seq_length"]:
+        settings += [f"{where}.seq_length={work.seq_length}" for where in ("model.config", "data")]
+    if work.global_batch != defaults["global_batch"]:
+        settings.append(f"data.global_batch_size={work.global_batch}")
+    if layout.micro_batch != 1:
+        settings.append(f"data.micro_batch_size={layout.micro_batch}")
+    steps = _steps(plan)
+    settings.append(f"trainer.max_steps={steps}")
+    arguments = f"dense='{dense}', " if dense else ""
+    arguments += f"num_nodes={nodes}, num_gpus_per_node={per_node}"
+    if upcycled and recipe.h100:
+        arguments += f", capacity_factor={work.capacity_factor or 0}, pad_to_capacity={work.pad}"
+        arguments += f", recompute_moe_steps={steps if work.recompute == 'moe' else 0}"
+        arguments += f", dispatcher='{work.dispatcher}'" if work.dispatcher != "alltoall" else ""
+    elif work.capacity_factor is not None:
+        settings.append(f"model.config.moe_expert_capacity_factor={work.capacity_factor}")
+        settings += ["model.config.moe_pad_expert_input_to_capacity=True"] if work.pad else []
+    if work.precision in FP8_RECIPES and "capacity_factor" in arguments:
+        arguments += f", fp8_recipe='{FP8_RECIPES[work.precision]}'"
+    elif work.precision in FP8_RECIPES:
+        settings += [f"trainer.plugins.{part}" for part in _fp8_settings(work)]
+    if work.recompute == "full":
+        settings += [
+            f"model.config.recompute_{part}" for part in ("granularity=full", "method=uniform", "num_layers=1")
+        ]
+    if work.recompute == "moe_act" or (work.recompute == "moe" and "recompute_moe" not in arguments):
+        part = work.recompute if upcycled else "mlp"
+        settings += ["model.config.recompute_granularity=selective", f"\"model.config.recompute_modules=['{part}']\""]
+    return f'nemo llm pretrain --factory "{recipe.name}({arguments})" {" ".join(settings)}'
+
+
+def _fp8_settings(work: Workload) -> list[str]:
+    """Return everything that NeMo's precision sets, for recipes without an own argument for it."""
+    found = ["fp8=hybrid", f"fp8_recipe={FP8_RECIPES[work.precision]}", "fp8_param_gather=False"]
+    if work.precision == "fp8-delayed":
+        found += ["fp8_amax_history_len=1024", "fp8_amax_compute_algo=max"]
+    if ends := work.numbers.bf16_ends:
+        found += ["first_last_layers_bf16=True", *(f"num_layers_at_{end}_in_bf16={ends}" for end in ("start", "end"))]
+    return found
