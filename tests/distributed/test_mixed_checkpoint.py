@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.convert.export import export_checkpoint, export_weights
 from nemo_upcycle.convert.megatron_weights import LiveWeights
-from nemo_upcycle.training.equivalence import one_rank
+from nemo_upcycle.cpu.one_rank import one_rank
 from tests.distributed.ranks import run_ranks
 from tests.models import build_chunks, hugging_face_logits, moe_settings, sample_tokens, write_llama
 

@@ -14,9 +14,9 @@ from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.convert.export import export_weights
 from nemo_upcycle.convert.megatron_weights import LiveWeights
 from nemo_upcycle.convert.offline import convert
+from nemo_upcycle.cpu.one_rank import one_rank
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.models.architecture import read_architecture
-from nemo_upcycle.training.equivalence import one_rank
 from nemo_upcycle.utils.files import MODEL_MARKER, is_complete, read_json, write_json
 from tests.models import build_chunks, moe_settings, sample_tokens, write_llama, write_qwen3
 from tests.unit.convert import conversions

@@ -14,10 +14,10 @@ import torch
 import yaml
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
+from nemo_upcycle.cpu.one_rank import one_rank
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.sources.megatron_checkpoint import MegatronCheckpoint
-from nemo_upcycle.training.equivalence import one_rank
 from tests.distributed.ranks import run_ranks
 from tests.models import build_chunks, write_llama, write_qwen3, write_tokenizer
 

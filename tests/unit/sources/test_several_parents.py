@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
+from nemo_upcycle.convert.offline import convert
+from nemo_upcycle.cpu.one_rank import one_rank
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.sources.several_parents import Branches
-from nemo_upcycle.training.equivalence import one_rank
-from tests.models import build_chunks, write_llama
+from tests.models import build_chunks, write_llama, write_qwen3
 
 
 ATTENTION = "model.layers.1.self_attn.o_proj.weight"
@@ -24,10 +25,13 @@ NETWORK = "model.layers.1.mlp.down_proj.weight"
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
     """A seed model and two that were trained from it."""
-    first = write_llama(tmp_path / "first", layers=2)
+    return _trained_from(write_llama(tmp_path / "first", layers=2))
+
+
+def _trained_from(first: Path) -> list[Path]:
     found = [first]
     for number in (1, 2):
-        folder = Path(shutil.copytree(first, tmp_path / f"other{number}"))
+        folder = Path(shutil.copytree(first, first.with_name(f"other{number}")))
         torch.manual_seed(number)
         tensors = load_file(first / "model.safetensors")
         save_file({name: t + torch.randn(t.shape) * 0.05 for name, t in tensors.items()}, folder / "model.safetensors")
@@ -58,6 +62,19 @@ def test_experts_are_the_models_in_turn_and_the_rest_is_one(folders: list[Path],
         f"experts come from 3 dense models and the rest is {words}: no parent's function"
     ]
     assert set(receipt.source_files) == {f"{folder}/model.safetensors" for folder in folders}
+
+
+def test_qwen3_models_become_the_experts_of_a_qwen3_moe(tmp_path: Path) -> None:
+    folders = _trained_from(write_qwen3(tmp_path / "first", layers=2, tied=True))
+    with open_dense(folders, non_expert_weights="mean") as dense:
+        done = convert(dense, tmp_path / "moe", UpcycleSpec(num_experts=4), dtype=torch.float32, progress=False)
+    assert (done.hf_class, done.exact) == ("Qwen3MoeForCausalLM", False)
+    moe, tensors = load_file(tmp_path / "moe/model.safetensors"), _tensors(folders)
+    for expert in range(4):
+        name = f"model.layers.1.mlp.experts.{expert}.down_proj.weight"
+        assert torch.equal(moe[name], tensors[expert % 3][NETWORK])
+    norm = "model.layers.1.self_attn.q_norm.weight"
+    assert torch.allclose(moe[norm], sum(each[norm] for each in tensors) / 3)
 
 
 def test_a_mean_is_taken_in_float32_and_cast_back(folders: list[Path]) -> None:
