@@ -139,7 +139,7 @@ $(SGLANG_VENV)/.complete: scripts/sglang_env.sh
 	PYTHON=$(PYTHON) scripts/sglang_env.sh $(SGLANG_VENV)
 
 test-sglang: sglang-env
-	LD_LIBRARY_PATH="$(CURDIR)/$(SGLANG_VENV)/driver:$$LD_LIBRARY_PATH" $(SGLANG_VENV)/bin/python -m pytest tests/servers/test_engines.py
+	LD_LIBRARY_PATH="$(CURDIR)/$(SGLANG_VENV)/driver$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}" $(SGLANG_VENV)/bin/python -m pytest tests/servers/test_engines.py
 
 test-pythons:
 	scripts/test_pythons.sh

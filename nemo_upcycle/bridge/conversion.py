@@ -1,6 +1,6 @@
-"""Bridges of the MoE classes that Megatron-Bridge lacks, made of this package's table of names.
+"""A bridge of Mixtral, which Megatron-Bridge lacks.
 
-Import this module, then `AutoBridge` imports and exports `MixtralForCausalLM` and `Qwen2MoeForCausalLM`.
+Import this module, then `AutoBridge` imports and exports `MixtralForCausalLM`.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from megatron.bridge.models.gpt.gpt_builder import GPTModelConfig
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.models.transformer_config import TransformerConfig
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.activation import activation_function
@@ -27,6 +29,7 @@ _KERNELS: dict[str, Any] = {
     "attention_dropout": 0.0,
     "bias_dropout_fusion": True,
     "persist_layer_norm": True,
+    "apply_rope_fusion": True,
 }
 _MOE_KERNELS: dict[str, Any] = {
     "moe_grouped_gemm": True,
@@ -85,7 +88,10 @@ def provider_of(arch: Architecture, **changes: Any) -> GPTModelProvider:
     Raises:
         SpecError: Bridge's GPT model cannot be it.
     """
-    return GPTModelProvider(**(_transformer(arch) | _model(arch) | changes))
+    layers = {}
+    if arch.moe_pattern is not None:  # Bridge's own choice makes all layers alike
+        layers["transformer_layer_spec"] = partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
+    return GPTModelProvider(**(_transformer(arch) | _model(arch) | layers | changes))
 
 
 def _architecture(dense: str | Path | Architecture) -> Architecture:

@@ -15,7 +15,7 @@ from megatron.bridge.models.hybrid.hybrid_builder import HybridModelConfig
 from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
 from megatron.bridge.training.checkpointing import _has_global_non_persistent_checkpoint
 from megatron.bridge.training.config import ConfigContainer
-from megatron.bridge.training.utils.checkpoint_utils import checkpoint_exists
+from megatron.bridge.training.utils.checkpoint_utils import checkpoint_exists, is_hf_checkpoint_dir
 from megatron.training.models.base import ModelConfig
 
 from nemo_upcycle.errors import SpecError, UpcycleError
@@ -54,11 +54,12 @@ def upcycle_on_start(
         SpecError: the configuration contradicts the spec, or would overwrite or lose what is filled in.
 
     Example:
-        >>> config = llama3_8b_pretrain_2gpu_h100_bf16_config()  # doctest: +SKIP
+        >>> config = my_pretraining()  # doctest: +SKIP
         >>> config.model = upcycled_provider("/models/Llama-3-8B", spec := UpcycleSpec(num_experts=8, top_k=2))
         >>> upcycle_on_start(config, "/models/Llama-3-8B", spec)
         >>> pretrain(config, forward_step)
     """
+    config.tokenizer.use_tokenizer_vocab_size = False  # the dense checkpoint's vocabulary counts, not the tokenizer's
     _check(config, spec)
     model = config.model
     transformer = getattr(model, "transformer", model)
@@ -66,9 +67,8 @@ def upcycle_on_start(
     paths = [Path(dense), *map(Path, branches)]
 
     def fill(chunks: list[Any]) -> list[Any]:
-        if _has_own_checkpoint(config):
-            _check_receipt(config, paths[0], spec)
-        else:
+        _check(config, spec)  # again: settings from the command line come later than the recipe's
+        if not _goes_on(config, paths[0], spec):
             _fill(chunks, paths, non_expert_weights, spec, Path(config.checkpoint.save) / RECEIPT)
         return chunks
 
@@ -93,44 +93,75 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None) -> None:
         check_spec(transformer, spec)
     elif experts := transformer.num_moe_experts:
         raise SpecError("config.model.num_moe_experts", got=experts, expected="none without a spec", fix="give a spec")
-    for name, got, expected, fix in (
-        ("checkpoint.save", checkpoint.save, "a folder: checkpoints and the receipt go there", "set it"),
-        ("checkpoint.load", checkpoint.load, "checkpoint.save: a restart would upcycle again", "set it to the same"),
-        ("checkpoint.pretrained_checkpoint", checkpoint.pretrained_checkpoint, "none: it would overwrite", "unset it"),
-        ("peft", config.peft, "none", "train all weights"),
-        ("dist.use_megatron_fsdp", config.dist.use_megatron_fsdp, "false: shards are cut there", "use TP, PP, EP"),
-        ("dist.use_torch_fsdp2", config.dist.use_torch_fsdp2, "false: shards are cut there", "use TP, PP, EP"),
-        ("model.init_model_with_meta_device", model.init_model_with_meta_device, "false", "build the weights"),
+    if not checkpoint.save:
+        raise SpecError("config.checkpoint.save", got=None, expected="a folder, for the receipt too", fix="set it")
+    if not checkpoint.load or Path(checkpoint.load) != Path(checkpoint.save):
+        raise SpecError(
+            "config.checkpoint.load",
+            got=checkpoint.load,
+            expected=f"checkpoint.save, {checkpoint.save}: a restart would upcycle again",
+            fix="set both",
+        )
+    if rest := (model.vocab_size or 0) % transformer.tensor_model_parallel_size:
+        raise SpecError(
+            "config.model.vocab_size",
+            got=model.vocab_size,
+            expected=f"a multiple of TP: Bridge pads no vocabulary that is set ({rest} rows are over)",
+            fix="give the model a vocab_size that TP divides: rows that only pad are filled with zeros",
+        )
+    is_local = checkpoint.non_persistent_ckpt_type == "local"
+    for name, got, why in (
+        ("checkpoint.pretrained_checkpoint", checkpoint.pretrained_checkpoint, "it would overwrite"),
+        ("checkpoint.load", is_hf_checkpoint_dir(checkpoint.load) and checkpoint.load, "it would overwrite"),
+        ("checkpoint.non_persistent_ckpt_type", is_local and "local", "no rank sees the others' checkpoints"),
+        ("peft", config.peft, "all weights are trained"),
+        ("dist.use_megatron_fsdp", config.dist.use_megatron_fsdp or config.ddp.use_megatron_fsdp, "it cuts shards"),
+        ("dist.use_torch_fsdp2", config.dist.use_torch_fsdp2, "it cuts shards"),
+        ("dist.use_decentralized_pg", config.dist.use_decentralized_pg, "it has no parallel_state"),
+        ("model.init_model_with_meta_device", model.init_model_with_meta_device, "there is nothing to fill"),
     ):
-        is_folder = name.startswith("checkpoint.") and name.endswith(("save", "load"))
-        if (is_folder and got != (checkpoint.save or "")) or (not is_folder and got):
-            raise SpecError(f"config.{name}", got=got, expected=expected, fix=fix)
+        if got:
+            raise SpecError(f"config.{name}", got=got, expected=f"nothing: {why}", fix="unset it")
 
 
-def _has_own_checkpoint(config: ConfigContainer) -> bool:
-    """Return whether Bridge is going to load a checkpoint of this run."""
-    folder = config.checkpoint.load
-    return bool(checkpoint_exists(folder) or _has_global_non_persistent_checkpoint(folder, config.checkpoint))
+def _goes_on(config: ConfigContainer, dense: Path, spec: UpcycleSpec | None) -> bool:
+    """Return whether the run has a checkpoint that Bridge is going to load; the first rank looks for all.
+
+    Raises:
+        UpcycleError: it has, and was not made as this one would be.
+    """
+    verdict: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            folder = config.checkpoint.load
+            verdict[0] = checkpoint_exists(folder) or _has_global_non_persistent_checkpoint(folder, config.checkpoint)
+            if verdict[0]:
+                _check_receipt(Path(config.checkpoint.save) / RECEIPT, dense, spec)
+                show_messages().info("%s: the run goes on from its checkpoint, nothing is upcycled", folder)
+        except UpcycleError as error:
+            verdict[0] = error
+    torch.distributed.broadcast_object_list(verdict)
+    if isinstance(verdict[0], UpcycleError):
+        raise verdict[0]
+    return bool(verdict[0])
 
 
-def _check_receipt(config: ConfigContainer, dense: Path, spec: UpcycleSpec | None) -> None:
-    """Check that the run that goes on was made as this one would be."""
-    path = Path(config.checkpoint.save) / RECEIPT
+def _check_receipt(path: Path, dense: Path, spec: UpcycleSpec | None) -> None:
+    """Check that the run that goes on was made of this checkpoint, by this spec."""
     if not path.is_file():
         raise UpcycleError(
-            f"{config.checkpoint.load}",
+            str(path.parent),
             got="checkpoints without a receipt.json: they were not made by upcycling",
             expected="a new folder, or one of an upcycled run",
             fix="give config.checkpoint.save and .load another folder",
         )
     made = read_receipt(path)
     wanted = spec.to_dict() if spec else None
-    if made.get("spec") != wanted:
-        raise UpcycleError(
-            f"{path}: spec", got=made.get("spec"), expected=wanted, fix="go on with the same spec, or in a new folder"
-        )
-    if torch.distributed.get_rank() == 0:
-        show_messages().info("%s: the run goes on from its own checkpoint, nothing is upcycled", path.parent)
+    for name, got, expected in (("spec", made.get("spec"), wanted), ("source", made.get("source"), str(dense))):
+        if got != expected:
+            raise UpcycleError(
+                f"{path}: {name}", got=got, expected=expected, fix=f"go on with the same {name}, or in a new folder"
+            )
 
 
 def _fill(chunks: list[Any], paths: list[Path], non_expert_weights: str, spec: UpcycleSpec | None, path: Path) -> None:
@@ -149,8 +180,8 @@ def _fill(chunks: list[Any], paths: list[Path], non_expert_weights: str, spec: U
             receipt = upcycle_into(chunks, dense, spec, progress, hashes=True)
         else:
             receipt = load_dense_into(chunks, dense, progress)
-    receipts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(receipts, receipt)
+    receipts: list[Any] = [None] * torch.distributed.get_world_size() if first else []
+    torch.distributed.gather_object(receipt, receipts if first else None)
     if first:
         receipt.merge(receipts).write(path)
     torch.distributed.barrier()

@@ -18,7 +18,7 @@ from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning import table
 from nemo_upcycle.planning.columns import named_columns, table_text
-from nemo_upcycle.planning.commands import BACKENDS, bridge_command, bridge_recipe, nemo_command
+from nemo_upcycle.planning.commands import BACKENDS, bridge_command, nemo_command, require_bridge
 from nemo_upcycle.planning.hardware import DEFAULT_SOFTWARE, SOFTWARE, gpu_names
 from nemo_upcycle.planning.layout import parse_layout
 from nemo_upcycle.planning.parameters import StagePlan
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         raise SpecError.unknown("backend", args.backend, BACKENDS)
     subject = subject_of(args)
     if args.backend == "bridge" and subject.recipe:
-        bridge_recipe(subject.recipe.name)
+        require_bridge(subject.recipe.name, args.precision)
     request = request_of(args, subject)
     if args.layout is None:
         plans = search(request, args.rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from nemo_upcycle.errors import SpecError
@@ -13,13 +14,8 @@ from nemo_upcycle.planning.workload import Workload
 
 #: What the recipes, as Megatron, call what the planner calls a precision.
 FP8_RECIPES = {"fp8-delayed": "delayed", "fp8-current": "tensorwise", "fp8-blockwise": "blockwise"}
-#: Of Bridge's mixed precisions.
-_BRIDGE_PRECISIONS = {
-    "bf16": "bf16_mixed",
-    "fp8-delayed": "bf16_with_fp8_delayed_scaling_mixed",
-    "fp8-current": "bf16_with_fp8_current_scaling_mixed",
-    "fp8-blockwise": "bf16_with_fp8_subchannel_scaling_mixed",
-}
+#: Of Bridge's mixed precisions, those that keep parameters in BF16: FP8 ones cannot be filled.
+BRIDGE_PRECISIONS = {"bf16": "bf16_mixed", "fp8-blockwise": "bf16_with_fp8_subchannel_scaling_mixed"}
 #: Recipe of this package -> the one by Bridge's naming that a plan changes.
 BRIDGE_RECIPES = {
     "llama3_8b_e8t2": "llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config",
@@ -51,16 +47,15 @@ def _steps(plan: Plan) -> int:
     return max(1, round(plan.request.tokens / plan.work.seq_length / plan.work.global_batch))
 
 
-def bridge_recipe(name: str) -> str:
-    """Return the recipe by Bridge's naming that belongs to a recipe of this package.
+def require_bridge(recipe: str, precision: str) -> None:
+    """Check that there is a recipe by Bridge's naming, and a precision of Bridge's, to make a command of.
 
     Raises:
         SpecError: there is none.
     """
-    if name not in BRIDGE_RECIPES:
-        known = " or ".join(BRIDGE_RECIPES)
-        raise SpecError("recipe", got=name, expected=f"for Bridge {known}", fix="use --backend nemo")
-    return BRIDGE_RECIPES[name]
+    for what, name, known in (("recipe", recipe, BRIDGE_RECIPES), ("precision", precision, BRIDGE_PRECISIONS)):
+        if name not in known:
+            raise SpecError(what, got=name, expected=f"for Bridge {' or '.join(known)}", fix="use --backend nemo")
 
 
 def bridge_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> str:
@@ -85,11 +80,17 @@ def bridge_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) ->
         "train.global_batch_size": work.global_batch,
         "train.micro_batch_size": layout.micro_batch,
         "train.train_iters": _steps(plan),
-        "mixed_precision": _BRIDGE_PRECISIONS[work.precision],
+        "mixed_precision": BRIDGE_PRECISIONS[work.precision],
     }
-    values = " ".join(f"{name}={value}" for name, value in settings.items())
-    parent = f"NEMO_UPCYCLE_DENSE={dense} " if dense else ""
-    return f"{parent}python -m nemo_upcycle.bridge run_recipe.py --recipe {bridge_recipe(recipe.name)} {values}"
+    per_node = layout.node_gpus(plan.request.gpu.per_node)
+    launcher = f"torchrun --nnodes {layout.gpus // per_node} --nproc-per-node {per_node} -m nemo_upcycle.bridge"
+    parts = [
+        *([f"NEMO_UPCYCLE_DENSE={shlex.quote(dense)}"] if dense else []),
+        f"{launcher} Megatron-Bridge/scripts/training/run_recipe.py --recipe {BRIDGE_RECIPES[recipe.name]}",
+        *(shlex.quote(f"{name}={value}") for name, value in settings.items()),
+        "checkpoint.save=$PWD/run checkpoint.load=$PWD/run",
+    ]
+    return " ".join(parts)
 
 
 def nemo_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> str:

@@ -11,7 +11,7 @@ from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
 
 #: NeMo puts an empty file of the checkpoint's name and this ending beside it, from its first byte to its last.
 UNFINISHED = "-unfinished"
-_STEP = re.compile(r"step=(\d+)|iter_(\d+)")
+_STEP = re.compile(r"step=(\d+)|^iter_(\d+)$")
 #: Where Megatron-LM and Bridge write the number of the last checkpoint that all ranks have finished.
 _TRACKER = "latest_checkpointed_iteration.txt"
 

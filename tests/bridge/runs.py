@@ -71,8 +71,18 @@ def _local_layers(config: Any, vp_stage: int | None = None) -> Any:
     return get_gpt_decoder_block_spec(config.transformer, use_transformer_engine=False, vp_stage=vp_stage)
 
 
-def train(dense: Path, folder: Path, fields: dict[str, Any] | None, **options: Any) -> None:
-    """Train on this rank, upcycled on start; `fields` are the spec's, None is for the dense model."""
+def train(
+    dense: Path, folder: Path, fields: dict[str, Any] | None, *, save_later: Path | None = None, **options: Any
+) -> None:
+    """Train on this rank, upcycled on start.
+
+    Args:
+        dense: the dense checkpoint.
+        folder: for the checkpoints.
+        fields: of the spec; None for the dense model.
+        save_later: another folder, set when all is configured, as from a command line.
+        options: of `run_config`.
+    """
     from nemo_upcycle.cpu.backend import use_cpu_backend
 
     use_cpu_backend()
@@ -84,4 +94,6 @@ def train(dense: Path, folder: Path, fields: dict[str, Any] | None, **options: A
     spec = None if fields is None else UpcycleSpec(**fields)
     config = run_config(dense, folder, spec, **options)
     upcycle_on_start(config, dense, spec)
+    if save_later is not None:
+        config.checkpoint.save = str(save_later)
     pretrain(config, forward_step)

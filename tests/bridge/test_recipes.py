@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -22,15 +23,17 @@ def llama3_8b(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "gpus", "precision"),
+    ("name", "gpus", "fp8"),
     [
-        ("llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config", 512, "bf16_mixed"),
-        ("llama3_8b_e8t2_pretrain_128gpu_h100_fp8cs_config", 128, "bf16_with_fp8_current_scaling_mixed"),
+        ("llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config", 512, None),
+        ("llama3_8b_e8t2_pretrain_128gpu_h100_fp8cs_config", 128, "hybrid"),
     ],
 )
 def test_a_recipe_is_found_under_bridges_own_and_fits_its_gpus(
-    llama3_8b: None, name: str, gpus: int, precision: str
+    llama3_8b: None, name: str, gpus: int, fp8: str | None
 ) -> None:
+    from megatron.bridge.training.mixed_precision import get_mixed_precision_config
+
     from nemo_upcycle.bridge.recipes import register
 
     register()
@@ -41,7 +44,8 @@ def test_a_recipe_is_found_under_bridges_own_and_fits_its_gpus(
     assert gpus // model.pipeline_model_parallel_size % model.expert_model_parallel_size == 0
     assert config.train.global_batch_size % (gpus // ranks) == 0
     assert (model.num_layers, model.num_moe_experts, model.moe_router_topk, model.vocab_size) == (32, 8, 2, 128256)
-    assert (config.mixed_precision, config.train.train_iters) == (precision, 23842)
+    precision = get_mixed_precision_config(config.mixed_precision)
+    assert (precision.fp8, precision.fp8_param_gather, config.train.train_iters) == (fp8, False, 23842)
     assert config.checkpoint.load == config.checkpoint.save
     assert model.pre_wrap_hook is not None
 
@@ -61,7 +65,7 @@ def test_the_planners_command_is_understood_by_bridge(
     assert "--recipe llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config" in command
 
     config = llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config()
-    settings = [part for part in command.split() if "=" in part and not part.startswith("NEMO_UPCYCLE")]
+    settings = [part for part in shlex.split(command) if "=" in part and not part.startswith("checkpoint")]
     config = process_config_with_overrides(config, cli_overrides=settings)
     model = config.model
     assert (model.tensor_model_parallel_size, model.virtual_pipeline_model_parallel_size) == (2, 8)

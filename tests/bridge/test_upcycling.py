@@ -101,8 +101,9 @@ def test_a_run_that_goes_on_is_not_upcycled_again(dense: Path, tmp_path: Path) -
         (lambda path: path.unlink(), "not made by upcycling"),
         (lambda path: path.write_text(path.read_text()[:100]), "receipt.json"),
         (lambda path: path.write_text(path.read_text().replace('"top_k": 2', '"top_k": 1')), "same spec"),
+        (lambda path: path.write_text(path.read_text().replace("/dense", "/other")), "same source"),
     ],
-    ids=["none", "half", "another"],
+    ids=["none", "half", "another spec", "another parent"],
 )
 def test_a_run_of_another_origin_is_refused(dense: Path, tmp_path: Path, damage: Any, message: str) -> None:
     run_ranks(_train, 1, dense, tmp_path / "run", SPEC, {}, process_group=False)
@@ -127,6 +128,10 @@ def test_the_dense_baseline_starts_from_the_same_checkpoint(dense: Path, tmp_pat
         ({"checkpoint.save": None}, "checkpoint.save"),
         ({"checkpoint.pretrained_checkpoint": "/models/other"}, "pretrained_checkpoint"),
         ({"dist.use_megatron_fsdp": True}, "use_megatron_fsdp"),
+        ({"ddp.use_megatron_fsdp": True}, "use_megatron_fsdp"),
+        ({"dist.use_decentralized_pg": True}, "use_decentralized_pg"),
+        ({"checkpoint.non_persistent_ckpt_type": "local"}, "non_persistent_ckpt_type"),
+        ({"model.tensor_model_parallel_size": 3}, "vocab_size: got 256, expected a multiple of TP"),
         ({"model.init_model_with_meta_device": True}, "init_model_with_meta_device"),
     ],
     ids=str,
@@ -144,3 +149,18 @@ def test_a_configuration_that_contradicts_is_refused_by_name(
     with pytest.raises(SpecError, match=message):
         upcycle_on_start(config, dense, spec)
     assert config.model.pre_wrap_hook is None
+
+
+def test_a_setting_that_comes_later_than_the_recipe_is_refused_too(dense: Path, tmp_path: Path) -> None:
+    """`--save_dir` alone, say: Bridge reads the command line when the recipe has been made."""
+    with pytest.raises(RuntimeError, match=r"checkpoint\.load: got .*run, expected checkpoint\.save"):
+        run_ranks(_train, 1, dense, tmp_path / "run", SPEC, {"save_later": tmp_path / "other"}, process_group=False)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("style", ["provider", "builder"])
+def test_dense_layers_stay_dense(dense: Path, tmp_path: Path, style: str) -> None:
+    fields = SPEC | {"moe_layers": "every-2"}
+    run_ranks(_train, 2, dense, tmp_path / "run", fields, {"pp": 2, "style": style}, process_group=False)
+    exported = _export(dense, tmp_path / "run", tmp_path / "hf")
+    assert _same_bits(exported, _offline(dense, tmp_path / "offline", fields))

@@ -76,7 +76,8 @@ def run_ranks(
 
 def server() -> ForkServerContext:
     """Return the context whose processes are forked from a server that has imported NeMo."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # before the server starts: its children inherit what it read at import
+    # Before the server starts: its children inherit what it read at import.
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     return context
