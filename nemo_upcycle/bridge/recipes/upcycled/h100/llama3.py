@@ -63,7 +63,5 @@ def _paper(**settings: Any) -> ConfigContainer:
     config.train.train_iters = -(-_TOKENS // (_BATCH * _SEQ_LENGTH))
     config.optimizer.lr, config.optimizer.min_lr = 3e-5, 3e-7
     config.scheduler.lr_warmup_iters = 100
-    config.comm_overlap = CommOverlapConfig(
-        tp_comm_overlap=False
-    )  # eight virtual stages make eight times the messages
+    config.comm_overlap = CommOverlapConfig(tp_comm_overlap=False)  # virtual stages send eight times as often
     return config
