@@ -394,5 +394,5 @@ def test_bridges_command_is_for_the_recipes_that_bridge_has(capsys: pytest.Captu
     assert "for Bridge llama3_8b_e8t2 or smollm2_135m_e8t2. Fix: use --backend nemo" in capsys.readouterr().err
     assert main(["plan", "--recipe", "llama3_8b_e8t2", *sizes]) == 0
     assert "-m nemo_upcycle.bridge" in capsys.readouterr().out
-    assert main(["plan", "--recipe", "llama3_8b_e8t2", "--gpus", "64", "--backend", "brigde"]) == 2
+    assert main(["plan", "--recipe", "llama3_8b_e8t2", "--gpus", "64", "--backend", "megatron"]) == 2
     assert "bridge" in capsys.readouterr().err
