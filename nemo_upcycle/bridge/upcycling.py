@@ -21,10 +21,9 @@ from megatron.training.models.base import ModelConfig
 from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.models.megatron_config import check_spec
 from nemo_upcycle.online.receipt import read_receipt
-from nemo_upcycle.online.upcycle import load_dense_into, upcycle_into
-from nemo_upcycle.sources import open_dense
+from nemo_upcycle.online.start import fill_chunks, merge_receipts
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.utils.progress import ProgressLine, show_messages
+from nemo_upcycle.utils.progress import show_messages
 
 
 RECEIPT = "receipt.json"
@@ -69,7 +68,10 @@ def upcycle_on_start(
     def fill(chunks: list[Any]) -> list[Any]:
         _check(config, spec)  # again: settings from the command line come later than the recipe's
         if not _goes_on(config, paths[0], spec):
-            _fill(chunks, paths, non_expert_weights, spec, Path(config.checkpoint.save) / RECEIPT)
+            merged = merge_receipts(fill_chunks(chunks, paths, spec, non_expert_weights))
+            if merged:
+                merged.write(Path(config.checkpoint.save) / RECEIPT)
+            torch.distributed.barrier()
         return chunks
 
     if isinstance(model, ModelConfig):
@@ -162,26 +164,3 @@ def _check_receipt(path: Path, dense: Path, spec: UpcycleSpec | None) -> None:
             raise UpcycleError(
                 f"{path}: {name}", got=got, expected=expected, fix=f"go on with the same {name}, or in a new folder"
             )
-
-
-def _fill(chunks: list[Any], paths: list[Path], non_expert_weights: str, spec: UpcycleSpec | None, path: Path) -> None:
-    """Fill this rank's chunks; the first rank writes the receipt of all."""
-    first = torch.distributed.get_rank() == 0
-    total = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
-    with (
-        open_dense(paths, non_expert_weights=non_expert_weights) as dense,
-        ProgressLine("upcycle", total, enabled=first) as line,
-    ):
-
-        def progress(name: str, written_bytes: int) -> None:
-            line.advance(written_bytes, note=name)
-
-        if spec:
-            receipt = upcycle_into(chunks, dense, spec, progress, hashes=True)
-        else:
-            receipt = load_dense_into(chunks, dense, progress)
-    receipts: list[Any] = [None] * torch.distributed.get_world_size() if first else []
-    torch.distributed.gather_object(receipt, receipts if first else None)
-    if first:
-        receipt.merge(receipts).write(path)
-    torch.distributed.barrier()

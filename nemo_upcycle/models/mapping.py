@@ -212,7 +212,7 @@ def hf_constants(arch: Architecture) -> dict[str, tuple[int, ...]]:
 
 def extra_params(arch: Architecture) -> int:
     """Return how many numbers a Hugging Face folder of `arch` holds besides the model's parameters."""
-    copied = arch.embedding_params if arch.tied_embeddings and not as_written(arch).tied_embeddings else 0
+    copied = arch.embedding_params if as_written(arch).tied_embeddings != arch.tied_embeddings else 0
     return copied + sum(math.prod(shape) for shape in hf_constants(arch).values())
 
 

@@ -21,14 +21,13 @@ from nemo.utils.app_state import AppState
 from nemo_upcycle.cpu.backend import configure_for_cpu, use_cpu_backend
 from nemo_upcycle.data.dense import ensure_dense
 from nemo_upcycle.online.receipt import ActingCoefficient, UpcycleReceipt
-from nemo_upcycle.online.upcycle import Progress, load_dense_into, upcycle_into
-from nemo_upcycle.sources import open_dense
+from nemo_upcycle.online.start import fill_chunks, merge_receipts
 from nemo_upcycle.sources.megatron_checkpoint import is_megatron
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.training.layout import layout_of
 from nemo_upcycle.training.nemo_signatures import repair_signatures
 from nemo_upcycle.utils.attributes import temporarily_set
-from nemo_upcycle.utils.progress import ProgressLine, show_messages
+from nemo_upcycle.utils.progress import show_messages
 
 
 repair_signatures()  # before the first configuration of a class is made: fiddle keeps what it saw then
@@ -105,7 +104,8 @@ class UpcycleStrategy(nl.MegatronStrategy):
         if not isinstance(restore, UpcycleConfig):
             super().selective_restore()
             return
-        receipt = fill_chunks(list(self.megatron_parallel), restore)
+        paths = [restore.path, *(restore.branches or [])]
+        receipt = fill_chunks(list(self.megatron_parallel), paths, restore.spec, restore.non_expert_weights)
         for optimizer in self.optimizers:
             # Without this the float32 masters keep what they were built from and the first step writes it back.
             optimizer.reload_model_params()
@@ -122,26 +122,6 @@ class UpcycleStrategy(nl.MegatronStrategy):
         }
         _report(receipt)
         self.barrier("UpcycleStrategy.selective_restore")
-
-
-def fill_chunks(chunks: list[torch.nn.Module], restore: UpcycleConfig) -> UpcycleReceipt:
-    """Fill this rank's chunks from the dense checkpoint that `restore` names, with a progress line on the first rank.
-
-    Raises:
-        SpecError: an MoE model without a spec, or a spec without an MoE model.
-        CheckpointError: model and checkpoint do not fit.
-    """
-    total = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
-    first = torch.distributed.get_rank() == 0
-    paths = [restore.path, *(restore.branches or [])]
-    with (
-        open_dense(paths, non_expert_weights=restore.non_expert_weights) as dense,
-        ProgressLine("upcycle", total, enabled=first) as line,
-    ):
-        progress: Progress = lambda name, written_bytes: line.advance(written_bytes, note=name)  # noqa: E731
-        if restore.spec:
-            return upcycle_into(chunks, dense, restore.spec, progress, hashes=True)
-        return load_dense_into(chunks, dense, progress)
 
 
 def _act_as_set(config: Any) -> list[ActingCoefficient]:
@@ -169,11 +149,9 @@ def _say(losses: list[ActingCoefficient]) -> None:
 
 def _report(receipt: UpcycleReceipt) -> None:
     """Merge the ranks' receipts; the first rank writes the result beside the run's logs."""
-    receipts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(receipts, receipt)
-    if torch.distributed.get_rank() != 0:
+    merged = merge_receipts(receipt)
+    if merged is None:
         return
-    merged = receipt.merge(receipts)
     merged.write(Path(AppState().log_dir) / "receipt.json")
     show_messages().info(
         "%s: %.1fM -> %.1fM parameters, read %.2f GiB, wrote %.2f GiB in %.1f s on %d ranks",

@@ -147,10 +147,12 @@ def test_upcycling_from_it_gives_the_same_bits(saved: Path, parent: Path) -> Non
 
 def _start(parent: str, path: str, branches: list[str]) -> tuple[list[str], list[str]]:
     """Fill a model as a training run does, and return what the receipt says of files and exactness."""
-    from nemo_upcycle.training.upcycling import UpcycleConfig, fill_chunks
+    from nemo_upcycle.online.start import fill_chunks
+    from nemo_upcycle.training.upcycling import UpcycleConfig
 
     restore = UpcycleConfig(path=path, spec=UpcycleSpec(num_experts=4, top_k=2), branches=branches, others="mean")
-    receipt = fill_chunks(build_chunks(Path(parent), num_experts=4), restore)
+    paths = [restore.path, *restore.branches]
+    receipt = fill_chunks(build_chunks(Path(parent), num_experts=4), paths, restore.spec, restore.non_expert_weights)
     return sorted(receipt.source_files), receipt.inexact_because
 
 
