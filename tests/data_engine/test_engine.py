@@ -47,6 +47,11 @@ def blend(folder: Path, documents: int = 60, words: int = 12, **more: object) ->
     return write_plan(folder, tasks, hold_out={"validation": 0.1, "heldout": 0.05}, **more)
 
 
+def clear(plan: Path) -> None:
+    """Remove everything that runs of the plan wrote beside it."""
+    subprocess.run(["rm", "-r", *(str(path) for path in plan.parent.iterdir() if path != plan)], check=True)
+
+
 def test_workers_do_not_change_a_byte(tmp_path: Path) -> None:
     plan = blend(tmp_path, finders=2)
     found = {}
@@ -55,7 +60,7 @@ def test_workers_do_not_change_a_byte(tmp_path: Path) -> None:
         assert (done.returncode, done.stderr) == (0, "")
         found[workers] = everything(plan.parent)
         counts = [stats(plan.parent, rank) for rank in range(6)]
-        subprocess.run(["rm", "-r", *(str(path) for path in plan.parent.iterdir() if path != plan)], check=True)
+        clear(plan)
     assert found["1"] == found["2"] == found["5"]
     assert [count["steps"]["deduplicate"]["removed"].get("duplicate") for count in counts] == [None, *[30] * 5]
     assert [count["steps"]["read"]["removed"] for count in counts] == [{"broken JSON": 1}] * 6
