@@ -40,6 +40,8 @@ class RouterHealth:
     Args:
         chunks: this rank's Megatron chunks, wrapped or not.
         config: the model's configuration.
+        clears_losses: whether to clear the auxiliary losses that Megatron collects; else the trainer does it at the
+            end of every step.
 
     Example:
         >>> health = RouterHealth(chunks, config)  # doctest: +SKIP
@@ -47,8 +49,8 @@ class RouterHealth:
         >>> health.describe(summed)["load_cv"]  # one number a layer
     """
 
-    def __init__(self, chunks: list[torch.nn.Module], config: Any) -> None:
-        self.config = config
+    def __init__(self, chunks: list[torch.nn.Module], config: Any, *, clears_losses: bool = True) -> None:
+        self.config, self._clears_losses = config, clears_losses
         self._layers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, MoELayer)]
         kinds = config.moe_router_load_balancing_type
         self._kinds = [kind for kind in ([kinds] if isinstance(kinds, str) else kinds) if kind in _LOSSES]
@@ -97,7 +99,8 @@ class RouterHealth:
         replicas = 1 if kind == "global_aux_loss" else parallel_state.get_data_parallel_world_size()
         values: torch.Tensor = collected["values"]
         values_L: torch.Tensor = values[: self.config.num_layers].double() / (replicas * get_num_microbatches())
-        values.zero_()
+        if self._clears_losses:
+            values.zero_()
         return values_L
 
     def _sample_experts(self) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_upcycle.training.metrics import _keep_until
+from nemo_upcycle.monitoring.step_metrics import _keep_until
 
 
 def test_resume_deletes_lines_of_repeated_steps_and_cut_lines(tmp_path: Path) -> None:
