@@ -10,15 +10,11 @@ import torch
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.collections.llm.gpt.data import MockDataModule, PreTrainingDataModule
 
+from nemo_upcycle.data.blend_samples import INDICES, describe_blend, require_samples, say_what_is_read
 from nemo_upcycle.data.build import cached_blend
 from nemo_upcycle.data.finished import MANIFEST, TOKENIZER, FinishedBlend, open_blend
 from nemo_upcycle.data.index_cache import whole_indices
-from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import sha256_file
-from nemo_upcycle.utils.progress import show_messages
-
-
-INDICES = "indices"
 
 
 def blend_data(
@@ -122,7 +118,7 @@ class BlendDataModule(PreTrainingDataModule):
         require_samples(trainer_max_steps, self.global_batch_size, self.seq_length, self.num_train_samples)
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         if first:
-            _say(blend, trainer_max_steps, self.global_batch_size * self.seq_length)
+            say_what_is_read(blend, trainer_max_steps, self.global_batch_size * self.seq_length)
         if isinstance(trainer_limit_val_batches, float):
             prefixes, _ = self.build_kwargs["blend_per_split"][1]
             self.build_kwargs["blend_per_split"][1] = (prefixes, None)  # Megatron blends whole epochs by length only
@@ -132,39 +128,10 @@ class BlendDataModule(PreTrainingDataModule):
             super().build(trainer_max_steps, once, trainer_limit_val_batches, trainer_limit_test_batches)
 
 
-def require_samples(max_steps: int, global_batch_size: int, seq_length: int, num_train_samples: int) -> None:
-    """Check that a run is not longer than the order of its samples.
-
-    Raises:
-        UpcycleError: it is.
-    """
-    if (needed := max_steps * global_batch_size) > num_train_samples:
-        raise UpcycleError(
-            "trainer.max_steps",
-            got=f"{max_steps}, which read {needed:,} sequences of {seq_length} tokens",
-            expected=f"at most {num_train_samples // global_batch_size}, to read {num_train_samples:,} sequences",
-            fix=(
-                f"lower it, or set data.run_tokens={needed * seq_length}, which reads the data as often as needed, "
-                "in another order: runs to compare need the same run_tokens"
-            ),
-        )
-
-
 def describe_data(datamodule: Any) -> str:
     """Return in a few words what a run is trained on, for its report."""
     if isinstance(datamodule, MockDataModule):
         return "NeMo's mock data (random tokens)"
     if isinstance(datamodule, BlendDataModule):
-        blend = datamodule.blend
-        return f"blend {blend.name} ({blend.folder.name}){blend.contamination}"
+        return describe_blend(datamodule.blend)
     return type(datamodule).__name__
-
-
-def _say(blend: FinishedBlend, steps: int, step_tokens: int) -> None:
-    messages = show_messages()
-    messages.info("%s", blend.describe(steps, step_tokens))
-    limit = blend.manifest["max_epochs"]
-    for source, epochs in blend.epochs(steps * step_tokens).items():
-        if epochs > limit:
-            text = "data: source %s is read %.1f times, more often than max_epochs (%g): lower its weight or the steps"
-            messages.warning(text, source, epochs, limit)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.dense import require_tokenizer
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.models.hf_model import load_tokenizer
+from nemo_upcycle.models.hf_model import load_tokenizer, other_special_tokens
 
 
 def open_tokenizer(folder: Path) -> Any:
@@ -46,8 +47,19 @@ def open_tokenizer(folder: Path) -> Any:
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """Return the hash of what decides the ids: the tokenizer's own description, without padding or names."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    """Return the hash of what decides the ids: the tokenizer's own description, without padding or names.
+
+    It is the same under every release of transformers: 5 gives a tokenizer without a post-processor one that adds
+    nothing.
+    """
+    from tokenizers import Tokenizer
+
+    backend = tokenizer.backend_tokenizer
+    after = json.loads(backend.to_str())["post_processor"] or {}
+    if after.get("type") == "TemplateProcessing" and not after["special_tokens"]:
+        backend = Tokenizer.from_str(backend.to_str())
+        backend.post_processor = None
+    return hashlib.sha256(backend.to_str().encode()).hexdigest()
 
 
 def save_tokenizer(dense: Path, folder: Path) -> dict[str, Any]:
@@ -70,7 +82,7 @@ def save_tokenizer(dense: Path, folder: Path) -> dict[str, Any]:
     """
     tokenizer = open_tokenizer(dense)
     found = {"vocab_size": len(tokenizer), "eos_id": tokenizer.eos_token_id, "sha256": tokenizer_sha256(tokenizer)}
-    special = [tokenizer.pad_token, tokenizer.bos_token, *tokenizer.additional_special_tokens]
+    special = [tokenizer.pad_token, tokenizer.bos_token, *other_special_tokens(tokenizer)]
     tokenizer.pad_token = next((token for token in special if token and token != tokenizer.eos_token), None)
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)

@@ -91,6 +91,13 @@ def _config(folder: Path) -> Any:
     return config
 
 
+def other_special_tokens(tokenizer: Any) -> list[str]:
+    """Return a tokenizer's special tokens that have no role; transformers 5 has another name for them."""
+    named = "additional_special_tokens"
+    found: list[str] = getattr(tokenizer, named if hasattr(tokenizer, named) else "extra_special_tokens")
+    return found
+
+
 def load_tokenizer(folder: Path) -> Any:
     """Return the tokenizer of a Hugging Face folder."""
     import transformers

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from nemo_upcycle.data.blend_module import blend_data, describe_data, require_samples
+from nemo_upcycle.data.blend_module import blend_data, describe_data
+from nemo_upcycle.data.blend_samples import require_samples
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import MARKER
 from nemo_upcycle.utils.progress import show_messages

@@ -1,0 +1,62 @@
+"""The samples that a run reads of a finished blend, whatever trains: enough of them, and how often each source."""
+
+from __future__ import annotations
+
+from nemo_upcycle.data.finished import FinishedBlend
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.progress import show_messages
+
+
+#: The folder, in that of the blend, in which Megatron keeps the order of the samples.
+INDICES = "indices"
+#: Where NeMo's recipes and Megatron-Bridge's set the steps of a run, and the tokens of the longest one.
+NEMO_SETTINGS = ("trainer.max_steps", "data.run_tokens")
+BRIDGE_SETTINGS = ("train.train_iters", "dataset.run_tokens")
+
+
+def require_samples(
+    max_steps: int,
+    global_batch_size: int,
+    seq_length: int,
+    num_train_samples: int,
+    settings: tuple[str, str] = NEMO_SETTINGS,
+) -> None:
+    """Check that a run is not longer than the order of its samples.
+
+    Args:
+        max_steps: of the run.
+        global_batch_size: sequences of a step.
+        seq_length: tokens of a sequence.
+        num_train_samples: sequences that are laid out.
+        settings: names of the two settings, for the text of the error.
+
+    Raises:
+        UpcycleError: it is.
+    """
+    steps, run_tokens = settings
+    if (needed := max_steps * global_batch_size) > num_train_samples:
+        raise UpcycleError(
+            steps,
+            got=f"{max_steps}, which read {needed:,} sequences of {seq_length} tokens",
+            expected=f"at most {num_train_samples // global_batch_size}, to read {num_train_samples:,} sequences",
+            fix=(
+                f"lower it, or set {run_tokens}={needed * seq_length}, which reads the data as often as needed, "
+                "in another order: runs to compare need the same run_tokens"
+            ),
+        )
+
+
+def describe_blend(blend: FinishedBlend) -> str:
+    """Return in a few words what a run is trained on, for its report."""
+    return f"blend {blend.name} ({blend.folder.name}){blend.contamination}"
+
+
+def say_what_is_read(blend: FinishedBlend, steps: int, step_tokens: int) -> None:
+    """Say what a run reads, and warn where it reads a source more often than the blend's `max_epochs`."""
+    messages = show_messages()
+    messages.info("%s", blend.describe(steps, step_tokens))
+    limit = blend.manifest["max_epochs"]
+    for source, epochs in blend.epochs(steps * step_tokens).items():
+        if epochs > limit:
+            text = "data: source %s is read %.1f times, more often than max_epochs (%g): lower its weight or the steps"
+            messages.warning(text, source, epochs, limit)
