@@ -91,3 +91,9 @@ class StageStopped(Exception):
 
     #: Of a process that ended so: EX_TEMPFAIL of sysexits.h.
     exit_status = 75
+
+    @classmethod
+    def with_steps(cls, stage: str, kept: int, wanted: int) -> StageStopped:
+        """Return the message of a training that kept some of its steps."""
+        kept_text = f"{kept} of {wanted} steps are kept"
+        return cls(f"stage '{stage}' stopped early: {kept_text}, and the same command goes on from there")

@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
 def _facts(receipt: dict[str, Any], path: Path | None, checkpoint: Path) -> dict[str, str]:
     """Return facts for the model card from the run's folder."""
     from nemo_upcycle.convert.model_card import spec_fact, training_facts
-    from nemo_upcycle.sources.checkpoints import step_of
+    from nemo_upcycle.sources.checkpoints import steps_in
 
-    spec, step = spec_of(receipt.get("spec"), path, {}), step_of(checkpoint)
-    training = training_facts(path.parent / "metrics.jsonl", step + 1) if path and step is not None else {}
+    spec = spec_of(receipt.get("spec"), path, {})
+    training = training_facts(path.parent / "metrics.jsonl", steps_in(checkpoint)) if path else {}
     return (spec_fact(spec) if spec else {}) | training

@@ -68,10 +68,10 @@ def check_arguments(
     Raises:
         UpcycleError: one is not valid; the text names it.
     """
-    _check_folder(run_dir)
+    check_folder(run_dir)
     parent = check_address(plan.dense)
     here = {stage.name for stage in stages} if is_local(ctx.executor) else set()
-    _check_blend(plan.data, "data" in here, remote=remote)
+    check_blend(plan.data, "data" in here, remote=remote)
     read_suite_config(plan.evaluation)
     for name, recipe in (("pretrain", pretrain), ("dense_ct", dense_ct)):
         if recipe:
@@ -116,7 +116,7 @@ def check_started(run_dir: Path, plan: Plan) -> None:
             folder.require_same(setting_hashes(stage.settings_of(plan)))
 
 
-def _check_blend(data: str, here: bool, *, remote: bool) -> None:
+def check_blend(data: str, here: bool, *, remote: bool) -> None:
     """Check what a run is trained on: a finished folder, or a blend, its files and, here, what builds it.
 
     Args:
@@ -140,7 +140,7 @@ def _check_blend(data: str, here: bool, *, remote: bool) -> None:
         engine_version(data_python())
 
 
-def _check_folder(run_dir: Path) -> None:
+def check_folder(run_dir: Path) -> None:
     """Check that a run can be written there."""
     existing = next(path for path in (resolved(run_dir), *resolved(run_dir).parents) if path.exists())
     if not existing.is_dir():
@@ -210,7 +210,8 @@ def check_data(recipe: run.Partial) -> None:
     Raises:
         UpcycleError: the folder is not finished, damaged or of another tokenizer, or has too little text for the run.
     """
-    from nemo_upcycle.data.blend_module import blend_data, require_samples
+    from nemo_upcycle.data.blend_module import blend_data
+    from nemo_upcycle.data.blend_samples import require_samples
 
     data = recipe.data
     if data.__fn_or_cls__ is not blend_data or data.folder is None:

@@ -10,7 +10,6 @@ from nemo_upcycle.data.blend import read_blend
 from nemo_upcycle.data.inputs import folders_of
 from nemo_upcycle.pipeline.executors.base import Job
 from nemo_upcycle.pipeline.plan import Plan, Stage
-from nemo_upcycle.pipeline.recipes_io import load_recipe, ranks_of, settings
 
 
 def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: Plan, python: str = sys.executable) -> list[Job]:
@@ -37,12 +36,11 @@ def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: Plan, python: str = sy
 
 def ranks_for(stage: Stage, plan: Plan) -> tuple[int, int]:
     """Return the number of nodes and of ranks on each that a stage takes; its recipe says it."""
-    serialised = plan.recipe_of(stage.name) if stage.parallel else None
-    return ranks_of(load_recipe(serialised)) if serialised else (1, 1)
+    training = plan.training(stage.name) if stage.parallel else None
+    return training.ranks if training else (1, 1)
 
 
 def script_of(plan: Plan) -> list[str]:
     """Return the script that was started, if a recipe refers to something defined in it."""
-    recipes = [load_recipe(text) for text in map(plan.recipe_of, (stage.name for stage in plan.stages)) if text]
-    named = any(value.startswith("__main__.") for recipe in recipes for _, value in settings(recipe))
-    return [str(Path(sys.modules["__main__"].__file__ or "").absolute())] if named else []
+    trainings = [training for stage in plan.stages if (training := plan.training(stage.name))]
+    return list(dict.fromkeys(script for training in trainings if (script := training.script)))

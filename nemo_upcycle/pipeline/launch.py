@@ -4,33 +4,32 @@
 
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
 import nemo_run as run
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.chain import JOBS, Chain, recorded_jobs
+from nemo_upcycle.pipeline.chain import Chain
 from nemo_upcycle.pipeline.checks import check_arguments
-from nemo_upcycle.pipeline.console import command_line, end_soon
+from nemo_upcycle.pipeline.commands import COMMAND, require_no_other_jobs, run_chain, show_result, whole_path
+from nemo_upcycle.pipeline.console import command_line
 from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.executors.base import Cluster, Job
-from nemo_upcycle.pipeline.executors.local import StopSignals, ended_by_ctrl_c
+from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import cluster_for
 from nemo_upcycle.pipeline.forecast import check_space, check_stages, forecast, render_forecast
 from nemo_upcycle.pipeline.forecast.settings import Origins
 from nemo_upcycle.pipeline.in_turn import run_in_turn
 from nemo_upcycle.pipeline.jobs import jobs_of
 from nemo_upcycle.pipeline.order import chosen_stages, require_earlier
-from nemo_upcycle.pipeline.plan import PLAN, Plan, RunPlan, Stage
-from nemo_upcycle.pipeline.plans import kind_of, read_plan
+from nemo_upcycle.pipeline.plan import PLAN, RunPlan, Stage
 from nemo_upcycle.pipeline.recipes_io import dump_recipe, write_recipes
 from nemo_upcycle.pipeline.stages import STAGES
 from nemo_upcycle.utils.files import in_use
 
 
-COMMAND = "command.txt"
 #: Where this package lies, if it was not copied into an environment.
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -119,57 +118,7 @@ def pipeline(
         else:
             run_in_turn(jobs, run_dir, plan, ctx.executor)
     if stages[-1] is STAGES[-1] and not ctx.detach:
-        _show_result(run_dir)
-
-
-def whole_path(name: str, *, folder: bool = False) -> str:
-    """Return the absolute path of an argument that names a folder or a YAML file: a job may run in another folder."""
-    path = Path(name).expanduser()
-    is_path = path.suffix in (".yaml", ".yml") or (folder and path.is_dir())
-    return str(path.absolute()) if is_path else name
-
-
-def require_no_other_jobs(chain: Optional[Chain], run_dir: Path, plan: Plan) -> None:
-    """Check that no job that still waits or runs would read another plan than it was submitted with."""
-    recorded = recorded_jobs(run_dir)
-    if not recorded:
-        return
-    if chain is None or recorded["cluster"] != chain.cluster.identity:
-        raise UpcycleError(
-            f"dir {run_dir}",
-            got=f"jobs submitted to {recorded['cluster']} ({_listed(recorded['jobs'])})",
-            expected="none of another scheduler",
-            fix=f"see to it that none of them is left there, and delete {run_dir / JOBS}",
-        )
-    if kind_of(run_dir) and read_plan(run_dir) != plan and (alive := chain.alive()):
-        raise UpcycleError(
-            f"dir {run_dir}",
-            got=f"jobs in the queue, submitted with other arguments ({_listed(alive)})",
-            expected="none",
-            fix="give the same arguments to watch them, cancel them, or choose another dir",
-        )
-
-
-def _listed(jobs: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {identity}" for name, identity in jobs.items())
-
-
-def run_chain(chain: Chain, *, detach: bool) -> None:
-    """Submit the jobs of a chain, and watch them unless `detach`."""
-    end_soon()
-    with StopSignals() as stop:
-        chain.adopt()
-        chain.submit()
-        ids = " ".join(chain.ids.values())
-        if detach:
-            sys.stderr.write(f"Submitted to the queue: {ids}. The same command without --detach watches them.\n")
-            return
-        if not chain.watch(stop):
-            sys.stderr.write(
-                f"\nStopped watching; the jobs go on: {' '.join(chain.alive().values())} ({chain.run_dir / JOBS}).\n"
-                f"Watch them again with the same command: {command_line()}\n"
-            )
-            raise SystemExit(128 + (stop.signum or 0))
+        show_result(run_dir)
 
 
 def _say_what_is_missing(cluster: Optional[Cluster], jobs: Sequence[Job]) -> None:
@@ -228,10 +177,3 @@ def _warn_of_uncommitted_code(root: Path) -> None:
             f"Warning: {root} has uncommitted changes ({changed[0][3:]}{more}); "
             "the jobs run the code as it lies there when each of them starts.\n"
         )
-
-
-def _show_result(run_dir: Path) -> None:
-    """Print the report's first paragraph and where to read on."""
-    report = run_dir / "report.md"
-    headline = report.read_text(encoding="utf-8").split("\n\n")[1]
-    sys.stdout.write(f"\n{headline}\n\nReport: {report}\n")

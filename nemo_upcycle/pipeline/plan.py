@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from nemo_upcycle.data.finished import MANIFEST
 from nemo_upcycle.errors import StageError
 from nemo_upcycle.pipeline.markers import StageFolder
+from nemo_upcycle.pipeline.trainings import Training, open_training
 from nemo_upcycle.utils.files import read_json, sha256_file, write_json
 
 
@@ -47,8 +48,8 @@ class Plan(ABC):
         """Return a setting as the markers hash it: the content, not the name, of YAML files and data folders."""
 
     @abstractmethod
-    def recipe_of(self, stage: str) -> str | None:
-        """Return the serialised recipe of a training stage; None where there is none."""
+    def training(self, stage: str) -> Training | None:
+        """Return the training of a stage; None where there is none."""
 
     @abstractmethod
     def inputs(self) -> tuple[str, ...]:
@@ -71,6 +72,13 @@ class Plan(ABC):
         return found[name]
 
 
+def required_training(plan: Plan, stage: str) -> Training:
+    """Return the training of a stage that has one."""
+    training = plan.training(stage)
+    assert training is not None
+    return training
+
+
 def data_content(data: str) -> str:
     """Return what tells data from others: the hash of a finished folder's manifest, or of a blend's YAML file."""
     manifest = Path(data) / MANIFEST
@@ -87,15 +95,17 @@ def file_content(name: str) -> str:
 class RunPlan(Plan):
     """Everything that the stages of a run need to know, as plain values.
 
-    Recipes are NeMo-Run's own serialised form: a stage builds them only after it has checked that it may start.
+    Recipes are texts, of NeMo in NeMo-Run's own serialised form: a stage builds them only after it has checked that
+    it may start.
 
     Args:
         recipe: name of the upcycling recipe, for titles.
         dense: address of the dense parent.
         data: a blend (a name in `conf/data`, or a YAML file), or a finished folder of `nemo-upcycle data`.
         evaluation: a name in `conf/evaluation`, or a YAML file.
-        pretrain: the serialised recipe of the upcycled model.
-        dense_ct: the serialised recipe of the dense baseline; None omits it.
+        pretrain: the recipe of the upcycled model, as its trainer writes it.
+        dense_ct: the recipe of the dense baseline; None omits it.
+        trainer: `nemo` or `bridge`.
     """
 
     file: ClassVar[str] = PLAN
@@ -107,6 +117,7 @@ class RunPlan(Plan):
     evaluation: str
     pretrain: str
     dense_ct: str | None
+    trainer: str = "nemo"
 
     def setting(self, name: str) -> Any:
         """See `Plan.setting`: a field."""
@@ -122,10 +133,10 @@ class RunPlan(Plan):
 
         return STAGES
 
-    def recipe_of(self, stage: str) -> str | None:
-        """See `Plan.recipe_of`."""
-        recipes = {"pretrain": self.pretrain, "dense_ct": self.dense_ct}
-        return recipes.get(stage)
+    def training(self, stage: str) -> Training | None:
+        """See `Plan.training`."""
+        text = {"pretrain": self.pretrain, "dense_ct": self.dense_ct}.get(stage)
+        return open_training(self.trainer, text) if text else None
 
     def inputs(self) -> tuple[str, ...]:
         """See `Plan.inputs`."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from nemo_upcycle.errors import StageError, StageStopped
 from nemo_upcycle.pipeline.markers import StageFolder
-from nemo_upcycle.pipeline.plan import RunPlan, Stage
-from nemo_upcycle.pipeline.training_stage import last_checkpoint, train
+from nemo_upcycle.pipeline.plan import RunPlan, Stage, required_training
+from nemo_upcycle.pipeline.trainings import last_checkpoint
 
 
 #: Size of the real text that the step-0 check runs on: B windows of S tokens.
@@ -28,7 +28,6 @@ def import_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 def data_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Clean the blend and tokenise it with the dense parent's tokenizer; a finished folder is used where it lies."""
     from nemo_upcycle.data.finished import open_blend
-    from nemo_upcycle.pipeline.recipes_io import load_recipe
 
     dense_folder = dense_folder_of(run_dir)
     folder = data_folder_of(run_dir, plan)
@@ -37,7 +36,9 @@ def data_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     else:
         build_data(plan.data, str(dense_folder), folder)
     blend = open_blend(folder)
-    blend.paths(load_recipe(plan.pretrain).data.seq_length)  # before hours of other work: is there text enough?
+    blend.paths(
+        required_training(plan, "pretrain").seq_length(dense_folder)
+    )  # before hours of other work: is there text enough?
     if not blend.heldout():
         raise StageError(
             f"held-out documents of {folder}",
@@ -68,17 +69,15 @@ def build_data(blend: str, dense: str, folder: Path) -> None:
 def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Upcycle once in float32, compare with the parent, and keep the model of step 0."""
     from nemo_upcycle.cpu.backend import use_cpu_backend
-    from nemo_upcycle.pipeline.recipes_io import load_recipe, model_config, spec_of
     from nemo_upcycle.training.equivalence import check_step0
 
     use_cpu_backend()  # before the model's configuration is built: Megatron checks it at once
-    recipe = load_recipe(plan.pretrain)
-    dense_folder = dense_folder_of(run_dir)
+    training, dense_folder = required_training(plan, "pretrain"), dense_folder_of(run_dir)
     receipt = check_step0(
-        model_config(recipe, dense=False),
-        model_config(recipe, dense=True),
+        training.model_config(dense_folder, dense=False),
+        training.model_config(dense_folder, dense=True),
         dense_folder,
-        spec_of(recipe),
+        training.spec(dense_folder),
         _sample_tokens(run_dir, plan),
         run_dir / "upcycle" / "hf",
     )
@@ -144,9 +143,8 @@ def dense_ct_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 
 def _train(run_dir: Path, plan: RunPlan, name: str) -> dict[str, Any]:
-    serialised = plan.recipe_of(name)
-    assert serialised is not None
-    return train(run_dir / name, serialised, dense_folder_of(run_dir), data_folder_of(run_dir, plan))
+    training = required_training(plan, name)
+    return training.train(run_dir / name, dense_folder_of(run_dir), data_folder_of(run_dir, plan))
 
 
 def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
@@ -154,16 +152,15 @@ def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     from nemo_upcycle.convert.export import About, export_checkpoint
     from nemo_upcycle.convert.model_card import spec_fact, training_facts
     from nemo_upcycle.data.finished import open_blend
-    from nemo_upcycle.pipeline.recipes_io import load_recipe, spec_of
-    from nemo_upcycle.sources.checkpoints import step_of
+    from nemo_upcycle.sources.checkpoints import steps_in
 
-    spec = spec_of(load_recipe(plan.pretrain))
     dense_folder = dense_folder_of(run_dir)
+    spec = required_training(plan, "pretrain").spec(dense_folder)
     data = {"Data": open_blend(data_folder_of(run_dir, plan)).card}
 
     def export(stage: str, output: Path, title: str, **options: Any) -> str:
         checkpoint = last_checkpoint(run_dir / stage)
-        training = training_facts(run_dir / stage / "metrics.jsonl", (step_of(checkpoint) or 0) + 1)
+        training = training_facts(run_dir / stage / "metrics.jsonl", steps_in(checkpoint))
         facts = (spec_fact(options["spec"]) if options else {}) | data | training
         about = About(title=title, facts=facts)
         return str(export_checkpoint(checkpoint, dense_folder, output, about=about, **options))
@@ -213,13 +210,10 @@ def _planned(run_dir: Path, plan: RunPlan) -> dict[str, dict[str, float]]:
 
     planned = {}
     for stage in ("pretrain", "dense_ct"):
-        text, settings = plan.recipe_of(stage), run_dir / stage / "training.json"
-        if not text or not settings.is_file() or not (card := read_json(settings).get("card")):
+        training, settings = plan.training(stage), run_dir / stage / "training.json"
+        if not training or not settings.is_file() or not (card := read_json(settings).get("card")):
             continue
-        from nemo_upcycle.pipeline.forecast.planned import planned_of
-        from nemo_upcycle.pipeline.recipes_io import load_recipe
-
-        if found := planned_of(load_recipe(text), plan.dense, card):
+        if found := training.planned(plan.dense, card):
             planned[stage] = found
     return planned
 

@@ -22,6 +22,17 @@ def step_of(checkpoint: Path) -> int | None:
     return int(found[1] or found[2]) if found else None
 
 
+def steps_in(checkpoint: Path) -> int:
+    """Return how many steps a checkpoint holds: NeMo numbers the last one from 0, Bridge from 1; 0 without a name.
+
+    Example:
+        >>> steps_in(Path("model_name=0--step=5-last")), steps_in(Path("iter_0000005"))
+        (6, 5)
+    """
+    step = step_of(checkpoint)
+    return 0 if step is None else step + (not checkpoint.name.startswith("iter_"))
+
+
 def is_marked(checkpoint: Path) -> bool:
     """Return whether NeMo marked a checkpoint as being written, or removed."""
     return checkpoint.with_name(checkpoint.name + UNFINISHED).exists()

@@ -86,8 +86,8 @@ def check_step0(
     """Upcycle on one rank in float32, compare with the dense parent, and export the model of step 0.
 
     Args:
-        moe_config: NeMo config of the upcycled model.
-        dense_config: NeMo config of the parent.
+        moe_config: config of the upcycled model, as `paged_megatron` takes it.
+        dense_config: that of the parent.
         dense_folder: the parent's Hugging Face folder.
         spec: how to upcycle.
         tokens_BS: token ids of real text, [B, S].

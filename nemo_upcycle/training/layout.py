@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from nemo_upcycle.errors import SpecError
@@ -11,8 +12,8 @@ from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.workload import Workload
 
 
-#: The planner's name of a size -> where a recipe sets it.
-_SETTINGS = {
+#: The planner's name of a size -> where a recipe of NeMo's sets it, and one of Bridge's.
+NEMO_SETTINGS = {
     "tp": "trainer.strategy.tensor_model_parallel_size",
     "pp": "trainer.strategy.pipeline_model_parallel_size",
     "vp": "trainer.strategy.virtual_pipeline_model_parallel_size",
@@ -24,6 +25,19 @@ _SETTINGS = {
     "seq-length": "data.seq_length",
     "global-batch": "data.global_batch_size",
     "top_k": "model.config.moe_router_topk",
+}
+BRIDGE_SETTINGS = {
+    "tp": "model.tensor_model_parallel_size",
+    "pp": "model.pipeline_model_parallel_size",
+    "vp": "model.virtual_pipeline_model_parallel_size",
+    "cp": "model.context_parallel_size",
+    "ep": "model.expert_model_parallel_size",
+    "etp": "model.expert_tensor_parallel_size",
+    "tp x cp x pp": "of model, and the GPUs are gpus",
+    "etp x ep x pp": "of model, and the GPUs are gpus",
+    "seq-length": "dataset.seq_length",
+    "global-batch": "train.global_batch_size",
+    "top_k": "model.moe_router_topk",
 }
 
 
@@ -50,7 +64,9 @@ def layout_of(strategy: Any, ranks: int, micro_batch: int = 1) -> Layout:
     )
 
 
-def check_layout(strategy: Any, config: Any, data: Any, ranks: int) -> None:
+def check_layout(
+    strategy: Any, config: Any, data: Any, ranks: int, settings: Mapping[str, str] = NEMO_SETTINGS
+) -> None:
     """Check the parallel sizes of a Megatron strategy against the model's config, the ranks and the data.
 
     Works on built objects and on their NeMo-Run configurations alike.
@@ -60,6 +76,7 @@ def check_layout(strategy: Any, config: Any, data: Any, ranks: int) -> None:
         config: the model's, has `num_layers`, `num_attention_heads`, ...
         data: has `seq_length`, `global_batch_size`, `micro_batch_size`; what it does not have is not checked.
         ranks: nodes times devices.
+        settings: where the recipe sets each size, for the text of an error.
 
     Raises:
         SpecError: a rule is broken; the text names the nearest good value and the setting.
@@ -74,7 +91,7 @@ def check_layout(strategy: Any, config: Any, data: Any, ranks: int) -> None:
         rules.check_layout(layout, arch, _work(config, data, layout))
     except SpecError as error:
         name = str(error).partition(":")[0]
-        where = f" ({name} is {_SETTINGS[name]})" if name in _SETTINGS else ""
+        where = f" ({name} is {settings[name]})" if name in settings else ""
         raise SpecError(f"{error}{where}") from None
 
 

@@ -23,10 +23,10 @@ from nemo_upcycle.training.paging import PagedModel
 
 
 def paged_megatron(config: Any, dense: DenseSource, spec: UpcycleSpec | None) -> tuple[PagedModel, list[ParamPlan]]:
-    """Return the Megatron model of a NeMo config on one rank, whose parts are filled when they compute, and of what.
+    """Return a Megatron model on one rank, whose parts are filled when they compute, and of what.
 
     Args:
-        config: a NeMo `GPTConfig`, of any layout; it is not changed.
+        config: a NeMo `GPTConfig`, or a `GPTModelProvider` of Megatron-Bridge, of any layout; it is not changed.
         dense: the open dense checkpoint.
         spec: what to make of it; None for a dense model.
 
@@ -34,7 +34,7 @@ def paged_megatron(config: Any, dense: DenseSource, spec: UpcycleSpec | None) ->
         SpecError, CheckpointError: as in `upcycle_into`.
     """
     arch, config = dense.architecture, _on_one_rank(config, dense.architecture.vocab_size)
-    model = config.configure_model(tokenizer=None).eval()
+    model = _built(config).eval()
     plans = checked_plans([model], dense, spec)
 
     def fill_part(tensors: Mapping[str, torch.Tensor]) -> None:
@@ -49,8 +49,15 @@ def paged_megatron(config: Any, dense: DenseSource, spec: UpcycleSpec | None) ->
     return PagedModel(model, ["embedding", *layers, *ends], fill_part, stay=stay, device=device), plans
 
 
+def _built(config: Any) -> Any:
+    if hasattr(config, "configure_model"):
+        return config.configure_model(tokenizer=None)
+    config.finalize()
+    return config.provide(pre_process=True, post_process=True)
+
+
 def _on_one_rank(config: Any, vocab_size: int) -> Any:
-    """Return a NeMo config for one rank in float32, without padding, on the meta device."""
+    """Return a config for one rank in float32, without padding, on the meta device."""
     config = copy.deepcopy(config)
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"):
         setattr(config, name, 1)

@@ -20,7 +20,7 @@ from nemo import lightning as nl
 from nemo.utils.app_state import AppState
 
 from nemo_upcycle.errors import StageStopped
-from nemo_upcycle.sources.checkpoints import newest_checkpoint, step_of
+from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 
 
 class StopOnSignal(Callback):
@@ -136,8 +136,7 @@ def step_kept(folder: Path) -> int:
     answer = [0]
     if not shared or torch.distributed.get_rank() == 0:  # the rank that finishes checkpoints
         kept = newest_checkpoint(folder / "checkpoints")
-        step = step_of(kept) if kept else None
-        answer = [0 if step is None else step + 1]
+        answer = [steps_in(kept) if kept else 0]
     if shared:
         torch.distributed.broadcast_object_list(answer)
     return answer[0]

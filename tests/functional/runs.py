@@ -216,6 +216,6 @@ class Runs:
 
     def checkpoint(self, name: str) -> Path:
         """Return the last checkpoint."""
-        from nemo_upcycle.pipeline.training_stage import last_checkpoint
+        from nemo_upcycle.pipeline.trainings import last_checkpoint
 
         return last_checkpoint(self.folder / name)

@@ -250,7 +250,7 @@ def test_a_checkpoint_records_nemos_own_optimizer(jobs: Jobs, whole: Any) -> Non
     from nemo import lightning as nl
     from nemo.lightning.io import load_context
 
-    from nemo_upcycle.pipeline.training_stage import last_checkpoint
+    from nemo_upcycle.pipeline.trainings import last_checkpoint
 
     model = load_context(last_checkpoint(jobs.folder / "whole") / "context", subpath="model")
     assert type(model.optim) is nl.MegatronOptimizerModule

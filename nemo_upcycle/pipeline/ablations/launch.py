@@ -12,13 +12,13 @@ from nemo_upcycle.pipeline.ablations.grid import read_grid
 from nemo_upcycle.pipeline.ablations.plan import GridPlan
 from nemo_upcycle.pipeline.chain import Chain
 from nemo_upcycle.pipeline.checks import check_started, is_local
+from nemo_upcycle.pipeline.commands import COMMAND, require_no_other_jobs, run_chain, whole_path
 from nemo_upcycle.pipeline.console import command_line
 from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import cluster_for
 from nemo_upcycle.pipeline.in_turn import run_in_turn
 from nemo_upcycle.pipeline.jobs import jobs_of
-from nemo_upcycle.pipeline.launch import COMMAND, require_no_other_jobs, run_chain, whole_path
 from nemo_upcycle.pipeline.side_by_side import check_at_once, run_side_by_side
 from nemo_upcycle.utils.files import MARKER, in_use
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from nemo_upcycle.pipeline.plan import Plan, Stage, data_content, file_content
+from nemo_upcycle.pipeline.trainings import Training, open_training
 
 
 GRID = "grid.json"
@@ -57,9 +58,10 @@ class GridPlan(Plan):
             return file_content(self.suite)
         return self.cells[name] if name in self.cells else getattr(self, name)
 
-    def recipe_of(self, stage: str) -> str | None:
-        """See `Plan.recipe_of`."""
-        return self.parent if stage == "parent" else self.cells.get(stage)
+    def training(self, stage: str) -> Training | None:
+        """See `Plan.training`: NeMo's."""
+        text = self.parent if stage == "parent" else self.cells.get(stage)
+        return open_training("nemo", text) if text else None
 
     def inputs(self) -> tuple[str, ...]:
         """See `Plan.inputs`."""

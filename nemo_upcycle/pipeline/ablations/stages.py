@@ -8,8 +8,8 @@ from typing import Any
 
 from nemo_upcycle.pipeline.ablations.plan import SUITE, GridPlan
 from nemo_upcycle.pipeline.markers import StageFolder
-from nemo_upcycle.pipeline.plan import Stage
-from nemo_upcycle.pipeline.training_stage import last_checkpoint, train
+from nemo_upcycle.pipeline.plan import Stage, required_training
+from nemo_upcycle.pipeline.trainings import last_checkpoint
 
 
 def stages_of(plan: GridPlan) -> tuple[Stage, ...]:
@@ -41,7 +41,7 @@ def _training(name: str) -> Callable[[Path, GridPlan], dict[str, Any]]:
     def work(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
         """Train one arm with one seed."""
         folders = dense_folder(run_dir), data_folder(run_dir, plan)
-        return train(run_dir / name, plan.cells[name], *folders, suite=run_dir / SUITE)
+        return required_training(plan, name).train(run_dir / name, *folders, suite=run_dir / SUITE)
 
     return work
 
@@ -103,8 +103,8 @@ def suite_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
 
 def parent_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
     """Train the parent from random weights."""
-    assert plan.parent is not None
-    return train(run_dir / "parent", plan.parent, run_dir / "untrained" / "hf", data_folder(run_dir, plan))
+    training = required_training(plan, "parent")
+    return training.train(run_dir / "parent", run_dir / "untrained" / "hf", data_folder(run_dir, plan))
 
 
 def export_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from nemo_upcycle.pipeline.markers import ENDED, FAILED
 from nemo_upcycle.utils.files import MARKER
 
 
-#: How far a training is: the step of its newest checkpoint.
-_STEP = r"""for saved in "$stage"/checkpoints/*step=*/weights/.metadata; do
-        [ -e "${saved%/weights/.metadata}-unfinished" ] || echo "$saved"
-    done | grep -v '[*]' |
-        sed 's/.*step=\([0-9]*\).*/\1/' | sort -n | tail -n 1"""
+#: How far a training is: the step of its newest checkpoint, of Megatron-Bridge's or of NeMo's.
+_STEP = r"""{ awk 1 "$stage"/checkpoints/latest_checkpointed_iteration.txt 2>/dev/null
+        for saved in "$stage"/checkpoints/*step=*/weights/.metadata; do
+            [ -e "${saved%/weights/.metadata}-unfinished" ] || echo "$saved"
+        done | grep -v '[*]' | sed 's/.*step=\([0-9]*\).*/\1/'
+    } | sort -n | tail -n 1"""
 #: How far the data stage is: datatrove leaves a file for each finished task.
 _TASKS = "find \"$stage\" -path '*/completions/*' -type f 2>/dev/null | wc -l"
 #: The batch shell outlives the ranks, which are told to stop before the time limit, and decides. Exit codes cannot

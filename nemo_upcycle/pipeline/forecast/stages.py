@@ -12,7 +12,7 @@ from nemo_upcycle.pipeline.checks import is_local
 from nemo_upcycle.pipeline.executors.base import Cluster, Job
 from nemo_upcycle.pipeline.markers import changed_inputs
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
-from nemo_upcycle.sources.checkpoints import newest_checkpoint, step_of
+from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 
 
 THIS_MACHINE = "this machine"
@@ -46,8 +46,7 @@ class Finding:
     @property
     def steps_done(self) -> int:
         """Steps of a training that need not be repeated."""
-        step = step_of(self.checkpoint) if self.checkpoint else None
-        return 0 if step is None else step + 1  # checkpoints count steps from 0
+        return steps_in(self.checkpoint) if self.checkpoint else 0
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Processes(Plan):
     def setting(self, name: str) -> Any:
         raise AssertionError
 
-    def recipe_of(self, stage: str) -> str | None:
+    def training(self, stage: str) -> None:
         return None
 
     def inputs(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.errors import StageError, StageStopped, UpcycleError
-from nemo_upcycle.pipeline import stages, training_stage
+from nemo_upcycle.pipeline import nemo_training, stages
 from nemo_upcycle.pipeline.plan import RunPlan
 from tests.unit.sources.test_checkpoints import write
 
@@ -29,13 +29,12 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
                 raise ending
 
         recipe = SimpleNamespace(trainer=SimpleNamespace(max_steps=10))
-        monkeypatch.setattr("nemo_upcycle.pipeline.recipes_io.load_recipe", lambda text: recipe)
-        monkeypatch.setattr("nemo_upcycle.pipeline.recipes_io.place_recipe", lambda *_: None)
+        monkeypatch.setattr(nemo_training, "load_recipe", lambda text: recipe)
+        monkeypatch.setattr(nemo_training, "place_recipe", lambda *_: None)
         monkeypatch.setattr("nemo_upcycle.cpu.backend.use_cpu_backend", lambda: True)
         monkeypatch.setattr(stages, "dense_folder_of", lambda run_dir: run_dir)
-        monkeypatch.setattr(
-            training_stage, "is_verbose", lambda: True
-        )  # else it silences NeMo for the tests that follow
+        # else it silences NeMo for the tests that follow
+        monkeypatch.setattr(nemo_training, "is_verbose", lambda: True)
         monkeypatch.setattr("fiddle.build", lambda recipe: training)
         return stages._train(tmp_path, PLAN, "pretrain")
 

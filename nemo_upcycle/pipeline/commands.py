@@ -1,0 +1,75 @@
+"""What the commands that start a run have in common: its jobs submitted and watched, and its result shown."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.chain import JOBS, Chain, recorded_jobs
+from nemo_upcycle.pipeline.console import command_line, end_soon
+from nemo_upcycle.pipeline.executors.local import StopSignals
+from nemo_upcycle.pipeline.plan import Plan
+from nemo_upcycle.pipeline.plans import kind_of, read_plan
+
+
+#: What was typed, in the run's folder.
+COMMAND = "command.txt"
+
+
+def whole_path(name: str, *, folder: bool = False) -> str:
+    """Return the absolute path of an argument that names a folder or a YAML file: a job may run in another folder."""
+    path = Path(name).expanduser()
+    is_path = path.suffix in (".yaml", ".yml") or (folder and path.is_dir())
+    return str(path.absolute()) if is_path else name
+
+
+def require_no_other_jobs(chain: Chain | None, run_dir: Path, plan: Plan) -> None:
+    """Check that no job that still waits or runs would read another plan than it was submitted with."""
+    recorded = recorded_jobs(run_dir)
+    if not recorded:
+        return
+    if chain is None or recorded["cluster"] != chain.cluster.identity:
+        raise UpcycleError(
+            f"dir {run_dir}",
+            got=f"jobs submitted to {recorded['cluster']} ({_listed(recorded['jobs'])})",
+            expected="none of another scheduler",
+            fix=f"see to it that none of them is left there, and delete {run_dir / JOBS}",
+        )
+    if kind_of(run_dir) and read_plan(run_dir) != plan and (alive := chain.alive()):
+        raise UpcycleError(
+            f"dir {run_dir}",
+            got=f"jobs in the queue, submitted with other arguments ({_listed(alive)})",
+            expected="none",
+            fix="give the same arguments to watch them, cancel them, or choose another dir",
+        )
+
+
+def _listed(jobs: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {identity}" for name, identity in jobs.items())
+
+
+def run_chain(chain: Chain, *, detach: bool) -> None:
+    """Submit the jobs of a chain, and watch them unless `detach`."""
+    end_soon()
+    with StopSignals() as stop:
+        chain.adopt()
+        chain.submit()
+        ids = " ".join(chain.ids.values())
+        if detach:
+            sys.stderr.write(f"Submitted to the queue: {ids}. The same command without --detach watches them.\n")
+            return
+        if not chain.watch(stop):
+            sys.stderr.write(
+                f"\nStopped watching; the jobs go on: {' '.join(chain.alive().values())} ({chain.run_dir / JOBS}).\n"
+                f"Watch them again with the same command: {command_line()}\n"
+            )
+            raise SystemExit(128 + (stop.signum or 0))
+
+
+def show_result(run_dir: Path) -> None:
+    """Print the report's first paragraph and where to read on."""
+    report = run_dir / "report.md"
+    headline = report.read_text(encoding="utf-8").split("\n\n")[1]
+    sys.stdout.write(f"\n{headline}\n\nReport: {report}\n")
