@@ -1,22 +1,27 @@
-"""Recipes, named and shaped like NeMo's own. Importing the package registers every module in it with NeMo-Run."""
+"""Recipes, named and shaped like NeMo's own. Importing the package registers every module in it with NeMo-Run.
+
+Beside Megatron-Bridge, where NeMo's language models are not, it registers the chains in Bridge.
+"""
 
 import importlib
 import pkgutil
+from importlib.util import find_spec
 
 from nemo_upcycle.pipeline.console import quiet_imports
 
 
-with quiet_imports():
-    from nemo.collections.llm.api import pretrain
+if find_spec("nemo"):
+    with quiet_imports():
+        from nemo.collections.llm.api import pretrain
 
-    from nemo_upcycle.pipeline import launch
-    from nemo_upcycle.pipeline.ablations import launch as ablations
-    from nemo_upcycle.pipeline.context import PretrainContext
+        importlib.import_module("nemo_upcycle.pipeline.launch")
+        importlib.import_module("nemo_upcycle.pipeline.ablations.launch")
+        from nemo_upcycle.pipeline.context import PretrainContext
 
-    for _module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{_module.name}")
+        for _module in pkgutil.iter_modules(__path__):
+            importlib.import_module(f"{__name__}.{_module.name}")
 
-# `nemo llm pretrain` is NeMo's own command: with a recipe of ours it checks the arguments first, with others nothing.
-pretrain.cli_entrypoint.run_ctx_cls = PretrainContext
-
-__all__ = ["ablations", "launch"]
+    # `nemo llm pretrain` is NeMo's own: with a recipe of ours it checks the arguments first, with others nothing.
+    pretrain.cli_entrypoint.run_ctx_cls = PretrainContext
+elif find_spec("megatron"):
+    importlib.import_module("nemo_upcycle.pipeline.bridge.chains")

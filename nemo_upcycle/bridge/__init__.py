@@ -1,1 +1,37 @@
-"""Online upcycling in Megatron-Bridge: models, the start of a run, conversion of classes that Bridge lacks."""
+"""Online upcycling in Megatron-Bridge: models, the start of a run, its data and metrics, conversion of classes."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.specifiers import SpecifierSet
+
+from nemo_upcycle.errors import UpcycleError
+
+
+#: The releases that this package knows.
+RELEASES = SpecifierSet(">=0.6.2,<0.7")
+
+
+def require_bridge() -> None:
+    """Check that Megatron-Bridge is installed, in a release that this package knows.
+
+    Raises:
+        UpcycleError: it is not.
+    """
+    try:
+        got = version("megatron-bridge")
+    except PackageNotFoundError:
+        got = "none"
+    if got == "none" or not RELEASES.contains(got, prereleases=True):
+        raise UpcycleError(
+            "Megatron-Bridge",
+            got=got,
+            expected=str(RELEASES),
+            fix=f'pip install "megatron-bridge{RELEASES}" with Python 3.12, or take NVIDIA\'s container of it',
+        )
+
+
+if sys.argv[0] != "-m":  # `python -m nemo_upcycle.bridge` says it without a traceback
+    require_bridge()

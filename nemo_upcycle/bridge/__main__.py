@@ -7,15 +7,25 @@ from __future__ import annotations
 
 import runpy
 import sys
+from pathlib import Path
+
+from nemo_upcycle.bridge import require_bridge
+from nemo_upcycle.errors import UpcycleError
 
 
 def main() -> None:
     """Register what is ours, then run the script that is named, with its arguments."""
+    if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
+        sys.stderr.write("usage: python -m nemo_upcycle.bridge SCRIPT [ARGUMENT ...]\n")
+        raise SystemExit(UpcycleError.exit_status)
+    try:
+        require_bridge()
+    except UpcycleError as error:
+        sys.stderr.write(f"Error: {error}\n")
+        raise SystemExit(error.exit_status) from None
     from nemo_upcycle.bridge.recipes import register
     from nemo_upcycle.cpu.backend import use_cpu_backend
 
-    if len(sys.argv) < 2:
-        sys.exit("usage: python -m nemo_upcycle.bridge SCRIPT [ARGUMENT ...]")
     use_cpu_backend()
     register()
     import nemo_upcycle.bridge.conversion  # noqa: F401

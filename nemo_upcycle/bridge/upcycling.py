@@ -7,6 +7,7 @@ optimizer: master weights are made of what it filled in. Bridge loads Hugging Fa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,21 +64,45 @@ def upcycle_on_start(
     model = config.model
     transformer = getattr(model, "transformer", model)
     transformer.perform_initialization = False  # it would be overwritten
-    paths = [Path(dense), *map(Path, branches)]
+    hook = UpcycleHook(config, spec, (Path(dense), *map(Path, branches)), non_expert_weights)
+    if isinstance(model, ModelConfig):
+        model.pre_wrap_hooks.append(hook)
+    else:
+        model.register_pre_wrap_hook(hook)
 
-    def fill(chunks: list[Any]) -> list[Any]:
-        _check(config, spec)  # again: settings from the command line come later than the recipe's
-        if not _goes_on(config, paths[0], spec):
-            merged = merge_receipts(fill_chunks(chunks, paths, spec, non_expert_weights))
+
+@dataclass(frozen=True)
+class UpcycleHook:
+    """Fills the chunks of a run that has no checkpoint of its own; what Bridge calls.
+
+    Args:
+        config: the run.
+        spec: see `upcycle_on_start`.
+        paths: of the dense checkpoints, the parent's first.
+        non_expert_weights: see there.
+    """
+
+    config: ConfigContainer
+    spec: UpcycleSpec | None
+    paths: tuple[Path, ...]
+    non_expert_weights: str
+
+    def __call__(self, chunks: list[Any]) -> list[Any]:
+        """Fill a rank's chunks, and write the receipt on the first rank."""
+        _check(self.config, self.spec)  # again: settings from the command line come later than the recipe's
+        if not _goes_on(self.config, self.paths[0], self.spec):
+            merged = merge_receipts(fill_chunks(chunks, list(self.paths), self.spec, self.non_expert_weights))
             if merged:
-                merged.write(Path(config.checkpoint.save) / RECEIPT)
+                merged.write(Path(self.config.checkpoint.save) / RECEIPT)
             torch.distributed.barrier()
         return chunks
 
-    if isinstance(model, ModelConfig):
-        model.pre_wrap_hooks.append(fill)
-    else:
-        model.register_pre_wrap_hook(fill)
+
+def hook_of(config: ConfigContainer) -> UpcycleHook | None:
+    """Return what `upcycle_on_start` has registered in a run; None without it."""
+    model = config.model
+    hooks = model.pre_wrap_hooks if isinstance(model, ModelConfig) else getattr(model, "_pre_wrap_hooks", [])
+    return next((hook for hook in hooks if isinstance(hook, UpcycleHook)), None)
 
 
 def _check(config: ConfigContainer, spec: UpcycleSpec | None) -> None:

@@ -32,6 +32,7 @@ _PACKAGE = "nemo-upcycle"
 _EXTRAS = {
     "": "reading, converting and verifying weights",
     "nemo": "training",
+    "bridge": "training in Megatron-Bridge",
     "verify": "comparing logits",
     "eval": "evaluation and the report's figures",
     "demo": "the demo's model",
@@ -83,7 +84,7 @@ def _libraries() -> list[dict[str, Any]]:
             _PACKAGE, got="not installed", expected="an installed package", fix="pip install -e . in its folder"
         ) from None
     found = []
-    for extra in _EXTRAS:
+    for extra in _extras():
         for one in requirements:
             mine = one.marker is None or one.marker.evaluate({"extra": extra})
             if not mine or (extra and one.marker is None) or one.name == _PACKAGE:
@@ -94,13 +95,24 @@ def _libraries() -> list[dict[str, Any]]:
     return found
 
 
+def _extras() -> dict[str, str]:
+    """Return the extras of this environment: NeMo and Megatron-Bridge need different releases of Megatron-Core."""
+    has_bridge = _installed("megatron-bridge") is not None and _installed("nemo_toolkit") is None
+    return {name: purpose for name, purpose in _EXTRAS.items() if name != ("nemo" if has_bridge else "bridge")}
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def _described(one: Requirement, extra: str) -> dict[str, Any]:
     extras = f"[{','.join(sorted(one.extras))}]" if one.extras else ""
-    try:
-        installed = version(one.name)
-        state = _OK if one.specifier.contains(installed, prereleases=True) else _WRONG
-    except PackageNotFoundError:
-        installed, state = None, _MISSING
+    installed = _installed(one.name)
+    fits = installed is not None and one.specifier.contains(installed, prereleases=True)
+    state = _OK if fits else _WRONG if installed else _MISSING
     return {
         "extra": extra,
         "name": one.name,
@@ -128,7 +140,7 @@ def _fixes(libraries: list[dict[str, Any]], has_gpus: bool) -> dict[str, str]:
     """Return one command for each extra that lacks something, and its purpose."""
     clone, pip = None if _in_container() else _clone(), f"{shlex.quote(sys.executable)} -m pip install"
     found = {}
-    for extra, purpose in _EXTRAS.items():
+    for extra, purpose in _extras().items():
         bad = [one for one in libraries if one["extra"] == extra and one["state"] != _OK]
         if _in_container():
             bad = [one for one in bad if one["state"] == _MISSING]
@@ -184,7 +196,7 @@ def _torch_cuda() -> str | None:
 def _text(answer: dict[str, Any], fixes: dict[str, str]) -> str:
     python = answer["python"]
     lines = [f"nemo-upcycle {answer['nemo_upcycle']}, Python {python['version']} (needs {python['needs']})"]
-    for extra, purpose in _EXTRAS.items():
+    for extra, purpose in _extras().items():
         lines.append(f"{extra or 'base'}: {purpose}")
         for one in answer["libraries"]:
             if one["extra"] == extra:

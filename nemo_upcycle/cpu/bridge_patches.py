@@ -11,21 +11,25 @@ import torch
 
 
 def start_without_cuda() -> None:
-    """Let Bridge's set-up begin, and seed Megatron's named random states.
+    """Let Bridge's set-up begin, over gloo, and seed Megatron's named random states.
 
-    Without it: AssertionError, "Megatron requires CUDA", and dropout finds no random state: Bridge seeds them only
-    when it counts a CUDA device.
+    Without it: AssertionError, "Megatron requires CUDA"; ValueError, "ProcessGroupNCCL is only supported with GPUs";
+    and dropout finds no random state: Bridge seeds them only when it counts a CUDA device.
     """
     from megatron.bridge.training import initialize, setup
     from megatron.core.tensor_parallel import random
 
-    seed_host = initialize._set_random_seed
+    seed_host, connect = initialize._set_random_seed, initialize._initialize_distributed
 
     def seed_all(seed_: int, *args: Any, pg_collection: Any, **kwargs: Any) -> None:
         seed_host(seed_, *args, pg_collection=pg_collection, **kwargs)
         random.model_parallel_cuda_manual_seed(seed_ + 100 * pg_collection.pp.rank())
 
-    initialize._set_random_seed = seed_all
+    def connect_by_gloo(*args: Any, dist_config: Any, **kwargs: Any) -> Any:
+        dist_config.distributed_backend = "gloo"
+        return connect(*args, dist_config=dist_config, **kwargs)
+
+    initialize._set_random_seed, initialize._initialize_distributed = seed_all, connect_by_gloo
     setup.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
 
 

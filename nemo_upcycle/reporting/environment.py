@@ -16,6 +16,7 @@ from nemo_upcycle.package_info import __version__
 _PACKAGES = (
     "torch",
     "nemo_toolkit",
+    "megatron-bridge",
     "megatron-core",
     "transformer-engine",
     "lightning",

@@ -11,25 +11,40 @@ import torch
 from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
+from nemo_upcycle.utils.files import read_json
 from tests.distributed.ranks import run_ranks
-from tests.models import write_llama
+from tests.models import write_llama, write_qwen2
 
 
 pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("layout", [{}, {"ep": 2}, {"tp": 2, "ep": 2}], ids=str)
-def test_a_mixtral_is_imported_and_exported_with_the_same_bits(
-    tmp_path: Path, tied: bool, layout: dict[str, int]
-) -> None:
-    dense = write_llama(tmp_path / "dense", tied=tied, vocab_size=256)
+def _folder(name: str, folder: Path) -> Path:
+    """Write a folder that `convert` makes, of a class that Bridge lacks."""
+    fields: dict[str, Any] = {"num_experts": 4, "top_k": 2}
+    if name.startswith("Mixtral"):
+        dense = write_llama(folder / "dense", tied="tied" in name, vocab_size=256)
+    else:  # a shared expert of the model, or one of zeros beside dense layers
+        dense = write_qwen2(folder / "dense", vocab_size=256)
+        fields |= {"shared_experts": 1} if "shared" in name else {"moe_layers": "every-2"}
     with open_dense(dense) as source:
-        convert(source, tmp_path / "moe", UpcycleSpec(num_experts=4), dtype=torch.float32, progress=False)
-    (exported, *_) = run_ranks(_round_trip, max([1, *layout.values()]), tmp_path / "moe", layout)
-    with SafetensorsFolder(tmp_path / "moe") as moe:
+        convert(source, folder / "moe", UpcycleSpec(**fields), dtype=torch.float32, progress=False)
+    assert read_json(folder / "moe/config.json")["architectures"] == [
+        "MixtralForCausalLM" if name.startswith("Mixtral") else "Qwen2MoeForCausalLM"
+    ]
+    return folder / "moe"
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Mixtral, tied", "Qwen2-MoE, shared experts", "Qwen2-MoE, dense layers"])
+@pytest.mark.parametrize("layout", [{}, {"ep": 2}, {"tp": 2, "ep": 2}], ids=str)
+def test_a_folder_is_imported_and_exported_with_the_same_bits(
+    tmp_path: Path, name: str, layout: dict[str, int]
+) -> None:
+    folder = _folder(name, tmp_path)
+    (exported, *_) = run_ranks(_round_trip, max([1, *layout.values()]), folder, layout)
+    with SafetensorsFolder(folder) as moe:
         assert set(exported) == set(moe.names())
-        assert [name for name in moe.names() if not torch.equal(exported[name], moe.read(name))] == []
+        assert [tensor for tensor in moe.names() if not torch.equal(exported[tensor], moe.read(tensor))] == []
 
 
 def _round_trip(folder: Path, layout: dict[str, int]) -> dict[str, torch.Tensor]:

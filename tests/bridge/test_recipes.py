@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.models import LLAMA3_8B
+from nemo_upcycle.sources.checkpoints import newest_checkpoint
+from nemo_upcycle.utils.files import read_json
+from tests.models import LLAMA3_8B, write_llama
 
 
 pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
+DENSE = "NEMO_UPCYCLE_DENSE"
 
 
 @pytest.fixture
@@ -71,3 +77,50 @@ def test_the_planners_command_is_understood_by_bridge(
     assert (model.tensor_model_parallel_size, model.virtual_pipeline_model_parallel_size) == (2, 8)
     assert (model.sequence_parallel, model.moe_flex_dispatcher_backend) == (True, "hybridep" if options else "deepep")
     assert config.mixed_precision == ("bf16_with_fp8_subchannel_scaling_mixed" if options else "bf16_mixed")
+
+
+#: A launcher of a user's own, as Bridge's `setup_experiment.py` is one.
+_LAUNCHER = """
+import sys
+import nemo_run as run
+
+if __name__ == "__main__":
+    train = run.Script("nemo_upcycle.bridge", args=sys.argv[1:], entrypoint="python", m=True)
+    with run.Experiment("bridge", log_level="WARN") as experiment:
+        experiment.add(train, executor=run.LocalExecutor(launcher="torchrun", ntasks_per_node=2), name="train")
+        experiment.run(tail_logs=True)
+    (job,) = experiment.status(return_dict=True).values()
+    sys.exit(str(job["status"]) != "SUCCEEDED")
+"""
+#: What stands for `run_recipe.py`, which is not in Bridge's package.
+_RUN_RECIPE = """
+import sys
+from megatron.bridge.training.gpt_step import forward_step
+from megatron.bridge.training.pretrain import pretrain
+from tests.bridge.recipes import tiny
+
+config = tiny()
+config.train.train_iters, config.validation.eval_iters = 1, 0
+config.checkpoint.save = config.checkpoint.load = sys.argv[1]
+pretrain(config, forward_step)
+"""
+
+
+def test_nemo_run_starts_a_recipe_as_a_script(tmp_path: Path) -> None:
+    dense = write_llama(tmp_path / "dense", tied=True, vocab_size=256)
+    (tmp_path / "launch.py").write_text(_LAUNCHER)
+    (tmp_path / "run_recipe.py").write_text(_RUN_RECIPE)
+    command = [sys.executable, tmp_path / "launch.py", tmp_path / "run_recipe.py", tmp_path / "run"]
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "NEMORUN_HOME": str(tmp_path), DENSE: str(dense)}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | environment | {"PATH": path},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert newest_checkpoint(tmp_path / "run") == tmp_path / "run/iter_0000001"
+    assert read_json(tmp_path / "run/receipt.json")["ranks"] == 2

@@ -19,13 +19,13 @@ from nemo_upcycle.spec import UpcycleSpec
 DENSE = "NEMO_UPCYCLE_DENSE"
 
 
-def upcycled_pretraining(dense: str, spec: UpcycleSpec, *, seq_length: int, **settings: Any) -> ConfigContainer:
-    """Return Bridge's pretraining of an upcycled model, on its mock data, with Bridge's own defaults.
+def upcycled_pretraining(dense: str, spec: UpcycleSpec | None, *, seq_length: int, **settings: Any) -> ConfigContainer:
+    """Return Bridge's pretraining of an upcycled model, or of its parent, with Bridge's own defaults and mock data.
 
     Args:
         dense: the dense checkpoint: a folder, `hf://ORG/NAME` or `asset://smollm2-135m`; the variable
             NEMO_UPCYCLE_DENSE takes its place. What is not on this machine is fetched.
-        spec: how to upcycle it.
+        spec: how to upcycle it; None continues it as it is.
         seq_length: S.
         settings: of the model: layout and kernels.
     """

@@ -56,9 +56,21 @@ def llama3_8b_e8t2_pretrain_128gpu_h100_fp8cs_config() -> ConfigContainer:
     return config
 
 
+def llama3_8b_dense_ct_pretrain_512gpu_h100_bf16_config() -> ConfigContainer:
+    """Return the dense baseline on 512 H100, by the same data, batches and learning rates: TP1 CP2, no pipeline.
+
+    The paper's dense run states no layout; this is the one of NeMo's and of Bridge's own recipe of the model.
+    """
+    return _by_paper(None, context_parallel_size=2)
+
+
 def _paper(**settings: Any) -> ConfigContainer:
     layout = {"expert_model_parallel_size": 8, "expert_tensor_parallel_size": 1}
-    config = upcycled_pretraining(_DENSE, _SPEC, seq_length=_SEQ_LENGTH, **layout, **settings)
+    return _by_paper(_SPEC, **layout, **settings)
+
+
+def _by_paper(spec: UpcycleSpec | None, **settings: Any) -> ConfigContainer:
+    config = upcycled_pretraining(_DENSE, spec, seq_length=_SEQ_LENGTH, **settings)
     config.train.global_batch_size, config.train.micro_batch_size = _BATCH, 1
     config.train.train_iters = -(-_TOKENS // (_BATCH * _SEQ_LENGTH))
     config.optimizer.lr, config.optimizer.min_lr = 3e-5, 3e-7

@@ -1,0 +1,162 @@
+"""A training of a recipe by Bridge's naming: found, completed, pointed to a run's folders, and run."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import pkgutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.bridge.training.config import ConfigContainer
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_upcycle.bridge.blend import BlendDataset
+from nemo_upcycle.bridge.recipes import register
+from nemo_upcycle.bridge.recipes.common import DENSE
+from nemo_upcycle.bridge.upcycling import UpcycleHook, hook_of
+from nemo_upcycle.data.finished import open_blend
+from nemo_upcycle.errors import UpcycleError
+
+
+#: Where a run's checkpoints go, and what Bridge prints; as a run's stage names them.
+CHECKPOINTS, LOG = "checkpoints", "bridge.log"
+
+
+def find_recipe(name: str) -> Callable[[], ConfigContainer]:
+    """Return a recipe of this package's, or of Bridge's own folders.
+
+    Args:
+        name: of the function, as `run_recipe.py --recipe` takes it; or `package.module:function`.
+
+    Raises:
+        UpcycleError: there is none; the text has the closest match of this package's.
+    """
+    register()
+    if ":" in name:
+        module, _, function = name.partition(":")
+        try:
+            found: Any = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise UpcycleError(
+                "recipe", got=name, expected=f"to be imported ({error})", fix="check the name"
+            ) from None
+        return found
+    import megatron.bridge.recipes as package
+
+    modules = [f"{package.__name__}.upcycled.h100"]  # first: it is small
+    modules += [f"{package.__name__}.{module.name}.h100" for module in pkgutil.iter_modules(package.__path__)]
+    for module in modules:
+        with contextlib.suppress(ModuleNotFoundError):
+            if found := getattr(importlib.import_module(module), name, None):
+                return found
+    ours = importlib.import_module(modules[0]).__all__
+    raise UpcycleError.unknown("recipe", name, ours)
+
+
+def load_config(recipe: str, settings: Sequence[str], dense: Path) -> ConfigContainer:
+    """Return the configuration of a recipe that starts from a dense checkpoint.
+
+    Args:
+        recipe: see `find_recipe`.
+        settings: `KEY=VALUE`, as Bridge's command line takes them.
+        dense: the dense checkpoint, in the place of the recipe's own.
+
+    Raises:
+        UpcycleError: there is no such recipe, it upcycles nothing, or a setting does not exist or takes no such value.
+    """
+    from megatron.bridge.training.utils.omegaconf_utils import OverridesError, process_config_with_overrides
+
+    make = find_recipe(recipe)
+    os.environ[DENSE] = str(dense)  # Bridge's recipes have no arguments
+    config = make()
+    if hook_of(config) is None:
+        raise UpcycleError(
+            f"recipe {recipe}",
+            got="one that starts from random weights",
+            expected="upcycle_on_start in it",
+            fix="take one of nemo_upcycle.bridge.recipes, or call upcycle_on_start(config, dense, spec) in yours",
+        )
+    config.dataset = BlendDataset(  # before the settings, which may be the blend's
+        folder="",
+        seq_length=config.dataset.seq_length,
+        global_batch_size=config.train.global_batch_size,
+        num_workers=config.dataset.num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+    for setting in settings:  # one by one, for the text of the error
+        try:
+            config = process_config_with_overrides(config, cli_overrides=[setting])
+        except (OverridesError, OmegaConfBaseException, TypeError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
+            raise UpcycleError(f"{setting}: {reason}.") from None
+    return config
+
+
+def required_hook(config: ConfigContainer) -> UpcycleHook:
+    """Return what upcycles a configuration of `load_config`."""
+    hook = hook_of(config)
+    assert hook is not None
+    return hook
+
+
+def place_config(config: ConfigContainer, folder: Path, data_folder: Path) -> None:
+    """Point a configuration to a run's folders, in place.
+
+    Args:
+        config: from `load_config`.
+        folder: of the stage, for checkpoints and logs.
+        data_folder: a finished folder of `nemo-upcycle data`.
+
+    Raises:
+        UpcycleError: the folder is not finished.
+    """
+    config.dataset.folder = str(open_blend(data_folder).folder)
+    config.dataset.global_batch_size = config.train.global_batch_size
+    config.checkpoint.save = config.checkpoint.load = str(folder / CHECKPOINTS)
+    config.logger.tensorboard_dir = str(folder / "tb_logs")
+    if torch.cuda.is_available():  # a scheduler waits for a checkpoint; a person at a keyboard does not
+        config.train.exit_signal_handler = True
+
+
+def run_config(config: ConfigContainer, folder: Path, *, verbose: bool = False) -> bool:
+    """Train as a configuration says, on this rank, with this package's metrics.
+
+    Args:
+        config: placed.
+        folder: of the stage.
+        verbose: whether Bridge prints to the console, and not to `bridge.log`.
+
+    Returns:
+        Whether it ended by itself; not where it was told to stop, and has saved.
+    """
+    from nemo_upcycle.cpu.backend import use_cpu_backend
+
+    use_cpu_backend()
+    from megatron.bridge.training.config import apply_environment_variables
+    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.pretrain import pretrain
+
+    from nemo_upcycle.bridge.metrics import BridgeMetrics
+
+    apply_environment_variables(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not verbose:  # it prints the traceback of what it raises
+        logging.getLogger(pretrain.__module__).setLevel(logging.CRITICAL)
+    try:
+        with contextlib.nullcontext() if verbose else _printed_to(folder / LOG):
+            pretrain(config, forward_step, callbacks=[BridgeMetrics(folder)])
+    except SystemExit:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _printed_to(log: Path) -> Iterator[None]:
+    """Append what Bridge prints to a file; ranks print one at a time, or the first and the last alone."""
+    with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        yield

@@ -1,0 +1,212 @@
+"""`nemo upcycle pipeline` where Megatron-Bridge is installed: the chain of stages around a training in it."""
+
+# No postponed annotations here, and Optional[...]: NeMo-Run parses values by them.
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Optional
+
+import nemo_run as run
+
+from nemo_upcycle.data.dense import check_address, ensure_dense
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.evaluation.suite_config import read_suite_config
+from nemo_upcycle.pipeline.bridge.training import BridgeTraining
+from nemo_upcycle.pipeline.chain import Chain
+from nemo_upcycle.pipeline.checks import check_blend, check_folder, check_started, is_local
+from nemo_upcycle.pipeline.commands import COMMAND, require_no_other_jobs, run_chain, show_result, whole_path
+from nemo_upcycle.pipeline.console import command_line, quiet_libraries
+from nemo_upcycle.pipeline.context import PipelineContext
+from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
+from nemo_upcycle.pipeline.executors.settings import cluster_for
+from nemo_upcycle.pipeline.in_turn import run_in_turn
+from nemo_upcycle.pipeline.jobs import jobs_of
+from nemo_upcycle.pipeline.order import chosen_stages, finished, require_earlier
+from nemo_upcycle.pipeline.plan import RunPlan, Stage
+from nemo_upcycle.pipeline.stages import STAGES
+from nemo_upcycle.utils.files import in_use
+
+
+class BridgeContext(PipelineContext):
+    """Take `pretrain.KEY=VALUE` and `dense_ct.KEY=VALUE` for settings of Bridge's, which has its own parser."""
+
+    def arguments(self, words: list[str]) -> list[str]:
+        """Return the words that are this command's own."""
+        self.settings: dict[str, list[str]] = {"pretrain": [], "dense_ct": []}
+        rest = []
+        for word in super().arguments(words):
+            stage, _, setting = word.partition(".")
+            if stage in self.settings:
+                self.settings[stage].append(setting)
+            else:
+                rest.append(word)
+        return rest
+
+
+@run.cli.entrypoint(namespace="upcycle", type="experiment", run_ctx_cls=BridgeContext)
+def pipeline(
+    ctx: run.cli.RunContext,
+    dir: str,
+    dense: str,
+    recipe: str,
+    dense_ct: Optional[str] = None,
+    data: str = "sotu",
+    evaluation: str = "demo",
+    gpus: Optional[int] = None,
+    gpus_per_node: int = 8,
+    from_stage: Optional[str] = None,
+    until_stage: Optional[str] = None,
+    only_stage: Optional[str] = None,
+) -> None:
+    """Turn a dense checkpoint into a trained, exported and evaluated Mixture-of-Experts model, with Megatron-Bridge.
+
+    Run it again after a stop of any kind, with the same `dir`: finished stages are skipped, training resumes from its
+    last checkpoint. `pretrain.KEY=VALUE` and `dense_ct.KEY=VALUE` change a recipe as Bridge's command line does.
+
+    Args:
+        ctx: NeMo-Run's context of the command.
+        dir: folder of the run.
+        dense: the dense parent: `asset://smollm2-135m`, `hf://ORG/NAME`, or a Hugging Face folder.
+        recipe: of the upcycled model, by Bridge's naming; `package.module:function` for one of your own.
+        dense_ct: recipe of the dense baseline; None omits it.
+        data: what to train on: a blend (a name in conf/data, or a YAML file), or a finished folder of `nemo-upcycle`.
+        evaluation: what to evaluate: a name in conf/evaluation, or a YAML file.
+        gpus: ranks of both trainings; None takes the recipe's, from its name.
+        gpus_per_node: how many of them a node has.
+        from_stage: `--from STAGE`: start with this one; those before it must be finished.
+        until_stage: `--until STAGE`: end after this one.
+        only_stage: `--only STAGE`: this one alone.
+
+    Raises:
+        UpcycleError: an argument or a recipe is not valid, or a stage did not finish.
+    """
+    quiet_libraries()
+    run_dir = Path(dir).expanduser().absolute()
+    context: Any = ctx
+    trainings = {
+        stage: _training(name, context.settings[stage], gpus, gpus_per_node)
+        for stage, name in (("pretrain", recipe), ("dense_ct", dense_ct))
+        if name
+    }
+    if context.settings["dense_ct"] and not dense_ct:
+        raise UpcycleError(
+            f"dense_ct.{context.settings['dense_ct'][0]}",
+            got="no recipe of a dense baseline",
+            expected="one",
+            fix="give dense_ct=NAME, or omit the setting",
+        )
+    plan = RunPlan(
+        recipe,
+        whole_path(dense, folder=True),
+        whole_path(data, folder=True),
+        whole_path(evaluation),
+        trainings["pretrain"].to_text(),
+        trainings["dense_ct"].to_text() if dense_ct else None,
+        trainer="bridge",
+    )
+    stages = chosen_stages(from_stage, until_stage, only_stage)
+    with ended_by_ctrl_c():
+        _check(run_dir, plan, trainings, ctx, stages)
+        require_earlier(stages, run_dir, plan)
+    jobs, cluster = jobs_of(stages, run_dir, plan), cluster_for(ctx.executor)
+    sys.stdout.write(_summary(plan, trainings, stages, run_dir))
+    if cluster:
+        cluster.check_settings(jobs)
+    if ctx.dryrun:
+        return
+    chain = Chain(cluster, jobs, lambda name: plan.stage(name).is_done(run_dir, plan), run_dir) if cluster else None
+    if chain:
+        chain.check()
+    if not context.may_go_on():
+        return
+    with in_use(run_dir):
+        require_no_other_jobs(chain, run_dir, plan)
+        plan.write(run_dir)
+        (run_dir / COMMAND).write_text(command_line() + "\n", encoding="utf-8")
+        if chain:
+            run_chain(chain, detach=ctx.detach)
+        else:
+            run_in_turn(jobs, run_dir, plan, ctx.executor)
+    if stages[-1] is STAGES[-1] and not ctx.detach:
+        show_result(run_dir)
+
+
+def _training(recipe: str, settings: Sequence[str], gpus: int | None, gpus_per_node: int) -> BridgeTraining:
+    """Return the training of a recipe on its GPUs."""
+    named = re.search(r"_(\d+)gpu_", recipe)
+    ranks = gpus or (int(named[1]) if named else 0)
+    if ranks < 1 or gpus_per_node < 1:
+        raise UpcycleError(
+            "gpus",
+            got=gpus,
+            expected="how many ranks train: the name of the recipe does not say it",
+            fix="give gpus=N",
+        )
+    per_node = min(ranks, gpus_per_node)
+    if ranks % per_node:
+        raise UpcycleError(
+            "gpus", got=ranks, expected=f"a multiple of gpus_per_node ({gpus_per_node})", fix="change one of them"
+        )
+    return BridgeTraining(recipe, tuple(settings), ranks // per_node, per_node)
+
+
+def _check(
+    run_dir: Path, plan: RunPlan, trainings: dict[str, BridgeTraining], ctx: Any, stages: Sequence[Stage]
+) -> None:
+    """Check every argument before anything is written, fetched or launched."""
+    check_folder(run_dir)
+    parent = check_address(plan.dense)
+    here = {stage.name for stage in stages} if is_local(ctx.executor) else set()
+    check_blend(plan.data, "data" in here, remote=not ctx.dryrun)
+    read_suite_config(plan.evaluation)
+    for stage, training in trainings.items():
+        if stage in here and training.nodes > 1:
+            raise UpcycleError(
+                "gpus",
+                got=f"{training.nodes * training.ranks_per_node} of recipe {training.recipe}",
+                expected="those of this machine",
+                fix="give gpus=1, or name the cluster with run.executor=NAME",
+            )
+        if parent:
+            _check_recipe(stage, training, ensure_dense(plan.dense))
+        else:  # the recipe is complete with the parent alone, which is still to be fetched
+            from nemo_upcycle.bridge.training import find_recipe
+
+            find_recipe(training.recipe)
+    check_started(run_dir, plan)
+
+
+def _check_recipe(stage: str, training: BridgeTraining, dense_folder: Path) -> None:
+    from nemo_upcycle.bridge.training import required_hook
+    from nemo_upcycle.training.layout import BRIDGE_SETTINGS, check_layout
+
+    config = training.config(dense_folder)
+    if (required_hook(config).spec is None) != (stage == "dense_ct"):
+        wanted = "a dense model's recipe" if stage == "dense_ct" else "an upcycled model's"
+        name = "dense_ct" if stage == "dense_ct" else "recipe"
+        raise UpcycleError(name, got=training.recipe, expected=wanted, fix="name another one")
+    data = SimpleNamespace(
+        seq_length=config.dataset.seq_length,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+    )
+    transformer = getattr(config.model, "transformer", config.model)
+    ranks = training.nodes * training.ranks_per_node
+    try:
+        check_layout(transformer, transformer, data, ranks, BRIDGE_SETTINGS)
+    except UpcycleError as error:
+        raise UpcycleError(f"{stage}: {error}") from None
+
+
+def _summary(plan: RunPlan, trainings: dict[str, BridgeTraining], stages: Sequence[Stage], run_dir: Path) -> str:
+    """Return what will run, and what is there already."""
+    done = [name for name in finished(run_dir, plan) if name in {stage.name for stage in stages}]
+    lines = [f"{plan.dense} in {run_dir}: {', '.join(stage.name for stage in stages)}"]
+    lines += [f"done before: {', '.join(done)}"] if done else []
+    for stage, training in trainings.items():
+        settings = "".join(f" {setting}" for setting in training.settings)
+        lines.append(f"{stage}: {training.recipe} on {training.nodes} x {training.ranks_per_node} ranks{settings}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,101 @@
+"""A training in Megatron-Bridge: a recipe by Bridge's naming, what it is changed by, and the ranks it takes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from shutil import copyfile
+from typing import Any
+
+from nemo_upcycle.errors import StageStopped
+from nemo_upcycle.pipeline.console import is_verbose
+from nemo_upcycle.pipeline.ranks import is_first_rank
+from nemo_upcycle.pipeline.trainings import Training, last_checkpoint
+from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
+from nemo_upcycle.spec import UpcycleSpec
+
+
+@dataclass(frozen=True)
+class BridgeTraining(Training):
+    """See `Training`.
+
+    Args:
+        recipe: a function's name in `nemo_upcycle.bridge.recipes` or in Bridge's own, or `package.module:function`.
+        settings: `KEY=VALUE`, as Bridge's command line takes them.
+        nodes: that it runs on.
+        ranks_per_node: GPUs of each.
+    """
+
+    recipe: str
+    settings: tuple[str, ...] = ()
+    nodes: int = 1
+    ranks_per_node: int = 1
+
+    @classmethod
+    def from_text(cls, text: str) -> BridgeTraining:
+        """Return the training of a text from `to_text`."""
+        fields = json.loads(text)
+        return cls(**fields | {"settings": tuple(fields["settings"])})
+
+    def to_text(self) -> str:
+        """Return the training as text. The same training gives the same text."""
+        return json.dumps(asdict(self))
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """See `Training.ranks`."""
+        return self.nodes, self.ranks_per_node
+
+    def config(self, dense_folder: Path) -> Any:
+        """Return the configuration of the recipe, with the settings; the same object every time."""
+        return _config(self, dense_folder)
+
+    def seq_length(self, dense_folder: Path) -> int:
+        """See `Training.seq_length`."""
+        return int(self.config(dense_folder).dataset.seq_length)
+
+    def spec(self, dense_folder: Path) -> UpcycleSpec:
+        """See `Training.spec`."""
+        from nemo_upcycle.bridge.training import required_hook
+
+        spec = required_hook(self.config(dense_folder)).spec
+        assert spec is not None  # the command refuses a recipe of a dense model in this place
+        return spec
+
+    def model_config(self, dense_folder: Path, *, dense: bool) -> Any:
+        """See `Training.model_config`: Bridge's provider."""
+        from nemo_upcycle.bridge.models import upcycled_provider
+
+        model = self.config(dense_folder).model
+        return upcycled_provider(dense_folder, None, seq_length=model.seq_length) if dense else model
+
+    def train(
+        self, folder: Path, dense_folder: Path, data_folder: Path, *, suite: Path | None = None
+    ) -> dict[str, Any]:
+        """See `Training.train`; the live model is not scored."""
+        from nemo_upcycle.bridge.training import CHECKPOINTS, place_config, run_config
+        from nemo_upcycle.bridge.upcycling import RECEIPT
+        from nemo_upcycle.cpu.backend import use_cpu_backend
+
+        use_cpu_backend()  # before the model's configuration is made: Megatron checks it at once
+        config = self.config(dense_folder)
+        place_config(config, folder, data_folder)
+        wanted = config.train.train_iters
+        ended_itself = run_config(config, folder, verbose=is_verbose())
+        checkpoint = newest_checkpoint(folder / CHECKPOINTS)
+        kept = steps_in(checkpoint) if checkpoint else 0
+        if kept < wanted and (kept or not ended_itself):
+            raise StageStopped.with_steps(folder.name, kept, wanted)
+        if not is_first_rank():
+            return {}
+        copyfile(folder / CHECKPOINTS / RECEIPT, folder / RECEIPT)  # where the report looks for it
+        return {"checkpoint": str(last_checkpoint(folder))}
+
+
+@lru_cache
+def _config(training: BridgeTraining, dense_folder: Path) -> Any:
+    from nemo_upcycle.bridge.training import load_config
+
+    return load_config(training.recipe, training.settings, dense_folder)

@@ -1,0 +1,48 @@
+"""Recipes of a user's own, of a model that trains at many steps a second: named `tests.bridge.recipes:tiny`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nemo_upcycle import UpcycleSpec
+
+
+SEQUENCE, BATCH = 64, 4
+
+
+def tiny() -> Any:
+    """An upcycled model on two ranks, with expert parallelism."""
+    return _tiny(UpcycleSpec(num_experts=4, top_k=2), expert_model_parallel_size=2)
+
+
+def tiny_dense_ct() -> Any:
+    """Its dense baseline, in two pipeline stages: the first rank has no loss of its own."""
+    return _tiny(None, pipeline_model_parallel_size=2)
+
+
+def random() -> Any:
+    """A run that starts from random weights."""
+    from megatron.bridge.recipes.common import _pretrain_common
+
+    config = _pretrain_common()
+    config.model = _tiny(None).model
+    config.model._pre_wrap_hooks = []
+    return config
+
+
+def _tiny(spec: UpcycleSpec | None, **layout: Any) -> Any:
+    from nemo_upcycle.bridge.recipes.common import upcycled_pretraining
+
+    types = {"bf16": False, "params_dtype": torch.float32, "pipeline_dtype": torch.float32}
+    config = upcycled_pretraining("asset://smollm2-135m", spec, seq_length=SEQUENCE, **types, **layout)
+    config.mixed_precision = None
+    config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = 6, BATCH, 1
+    config.validation.eval_interval, config.validation.eval_iters = 3, 1
+    config.checkpoint.save_interval = 2
+    config.optimizer.lr, config.optimizer.min_lr = 1e-3, 1e-5
+    config.scheduler.lr_warmup_iters = 1
+    config.dataset.num_workers = 0
+    config.logger.tensorboard_dir = None
+    return config

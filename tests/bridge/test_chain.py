@@ -1,0 +1,139 @@
+"""The chain of stages around trainings in Megatron-Bridge: import to report, stopped, changed, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.pipeline.plan import RunPlan
+from nemo_upcycle.utils.files import is_complete, read_json
+from tests.blends import write_blend
+from tests.functional.test_pipeline import STAGES, run_in_own_process
+from tests.functional.tiny import EVALUATION, texts, write_parent
+
+
+pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
+TINY, DENSE_CT = "tests.bridge.recipes:tiny", "tests.bridge.recipes:tiny_dense_ct"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a parent, its tokenised texts and a suite."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_blend(folder / "blend", write_parent(folder / "parent"), texts=texts(), run_tokens=100_000)
+    (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
+    return folder
+
+
+def _plan(inputs: Path, *settings: str) -> RunPlan:
+    from nemo_upcycle.pipeline.bridge.training import BridgeTraining
+
+    moe = BridgeTraining(TINY, settings, nodes=1, ranks_per_node=2)
+    dense_ct = BridgeTraining(DENSE_CT, settings, nodes=1, ranks_per_node=2)
+    named = [str(inputs / name) for name in ("parent", "blend", "evaluation.yaml")]
+    return RunPlan(TINY, *named, moe.to_text(), dense_ct.to_text(), trainer="bridge")
+
+
+def _ranks(stage: str) -> int:
+    return 2 if stage in ("pretrain", "dense_ct") else 1
+
+
+@pytest.fixture(scope="module")
+def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of all stages; the training was killed after three steps, and run again."""
+    run_dir = tmp_path_factory.mktemp("run") / "run"
+    _plan(inputs).write(run_dir)
+    for name in STAGES:
+        if name == "pretrain":
+            with pytest.raises(RuntimeError, match="died"):
+                run_in_own_process(name, run_dir, ranks=2, kill_at=("pretrain/metrics.jsonl", 4))
+        answer = run_in_own_process(name, run_dir, ranks=_ranks(name))
+        assert answer.status == 0, answer.text
+    return run_dir
+
+
+def _lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_killed_chain_completes(finished: Path) -> None:
+    assert all(is_complete(finished / name) for name in ("hf", "upcycle/hf", "dense_ct/hf", "suite"))
+    assert read_json(finished / "receipt.json")["within_tolerance"] is True
+    assert read_json(finished / "pretrain/receipt.json")["ranks"] == 2
+    assert "heldout_perplexity" in (finished / "report.md").read_text()
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "dense_ct"])
+def test_every_step_has_a_line_and_every_validation(finished: Path, stage: str) -> None:
+    lines = _lines(finished / stage / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [3, 6, 6]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0]
+    assert all(("router" in line) == (stage == "pretrain") for line in lines if "loss" in line)
+
+
+def test_the_report_says_what_was_trained(finished: Path) -> None:
+    results = read_json(finished / "results.json")
+    for stage in ("pretrain", "dense_ct"):
+        settings = results["training"][stage]["settings"]
+        assert (settings["ranks"], settings["global_batch_size"], settings["seq_length"]) == (2, 4, 64)
+        assert settings["data"] == "blend tiny (blend)"
+        assert results["training"][stage]["tokens"] == 6 * 4 * 64
+    balance = [
+        line["router"]["load_balancing_loss"]
+        for line in _lines(finished / "pretrain/metrics.jsonl")
+        if "router" in line
+    ]
+    assert all(value == pytest.approx(1, abs=0.2) for line in balance for value in line)
+    assert "dense baseline" in (finished / "report.md").read_text()
+
+
+def test_a_resumed_training_has_the_bits_of_one_that_was_not_stopped(
+    finished: Path, inputs: Path, tmp_path: Path
+) -> None:
+    from tests.bridge.test_upcycling import _same_bits
+
+    run_dir = tmp_path / "run"
+    _plan(inputs).write(run_dir)
+    for name in ("import", "data", "upcycle", "pretrain", "dense_ct", "export"):
+        answer = run_in_own_process(name, run_dir, ranks=_ranks(name))
+        assert answer.status == 0, answer.text
+    assert _same_bits(run_dir / "hf", finished / "hf")
+    assert _same_bits(run_dir / "dense_ct/hf", finished / "dense_ct/hf")
+
+
+def test_other_settings_are_refused_for_a_training_that_has_begun(
+    finished: Path, inputs: Path, tmp_path: Path
+) -> None:
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    _plan(inputs, "train.train_iters=8").write(run_dir)
+    assert run_in_own_process("upcycle", run_dir).status == 0  # from the recipe, so it runs again
+    answer = run_in_own_process("pretrain", run_dir)  # the first rank's, before the others would be waited for
+    assert answer.status == 2
+    assert "got work started from other inputs (changed: setting pretrain" in answer.text
+
+
+def _command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    nemo = Path(sys.executable).with_name("nemo")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [str(nemo), "upcycle", "pipeline", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+
+
+def test_the_command_runs_a_part_of_the_chain(inputs: Path, tmp_path: Path) -> None:
+    words = [f"dense={inputs / 'parent'}", f"data={inputs / 'blend'}", f"evaluation={inputs / 'evaluation.yaml'}"]
+    words += [f"recipe={TINY}", "gpus=2", "pretrain.train.train_iters=2", "dir=run", "--until", "pretrain", "--yes"]
+    done = _command(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"pretrain: {TINY} on 1 x 2 ranks train.train_iters=2" in done.stdout
+    assert [line["step"] for line in _lines(tmp_path / "run/pretrain/metrics.jsonl") if "loss" in line] == [1, 2]
+    again = _command(*words, cwd=tmp_path)
+    assert again.returncode == 0
+    assert "[pretrain] done before" in again.stderr

@@ -1,0 +1,71 @@
+"""Mistakes of `nemo upcycle pipeline` beside Megatron-Bridge: one line each, status 2, before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.blends import write_blend
+from tests.distributed.ranks import run_ranks
+from tests.functional.tiny import EVALUATION, texts, write_parent
+from tests.functional.typed import Answer, type_commands
+
+
+pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
+SMALL = "smollm2_135m_e8t2_pretrain_1gpu_h100_bf16_config"
+TINY, DENSE_CT = "recipe=tests.bridge.recipes:tiny gpus=2", "tests.bridge.recipes:tiny_dense_ct"
+#: What is typed -> words of the answer.
+MISTAKES = {
+    f"recipe={SMALL[:-6]}cfg": f"Did you mean '{SMALL}'?",
+    "recipe=tests.bridge.recipes:tini gpus=2": "recipe: got tests.bridge.recipes:tini, expected to be imported",
+    "recipe=tests.bridge.recipes:random gpus=2": "expected upcycle_on_start in it",
+    f"recipe={DENSE_CT} gpus=2": f"recipe: got {DENSE_CT}, expected an upcycled model's",
+    f"{TINY} dense_ct=tests.bridge.recipes:tiny": "dense_ct: got tests.bridge.recipes:tiny, expected a dense model's",
+    "recipe=tests.bridge.recipes:tiny": "gpus: got None, expected how many ranks train",
+    "recipe=tests.bridge.recipes:tiny gpus=12": "gpus: got 12, expected a multiple of gpus_per_node (8)",
+    "recipe=tests.bridge.recipes:tiny gpus=16": "expected those of this machine",
+    "recipe=tests.bridge.recipes:tiny gpus=3": "model.expert_model_parallel_size",
+    f"{TINY} pretrain.train.train_itres=4": "train.train_itres=4: ",
+    f"{TINY} pretrain.train.train_iters=few": "train.train_iters=few: ",
+    f"{TINY} pretrain.model.moe_router_topk=1": "moe_router_topk: got 1, expected 2",
+    f"{TINY} pretrain.dataset.seq_length=32": "seq_length",
+    f"{TINY} dense_ct.train.train_iters=4": "got no recipe of a dense baseline",
+    f"{TINY} recip=x": "recip",
+    f"{TINY} dense=/nope": "model '/nope': got no such folder",
+    f"{TINY} data=/nope": "/nope",
+    f"{TINY} evaluation=dmo": "Did you mean 'demo'?",
+    f"{TINY} --from evaluate": "expected done, before 'evaluate'",
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a parent, its tokenised texts and a suite."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_blend(folder / "blend", write_parent(folder / "parent"), texts=texts(), run_tokens=100_000)
+    (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
+    """What the command answers to every mistake; the process imports Bridge once."""
+    named = {"dense": files / "parent", "data": files / "blend", "evaluation": files / "evaluation.yaml"}
+    commands = []
+    for typed in MISTAKES:
+        given = [f"{name}={path}" for name, path in named.items() if f"{name}=" not in typed]
+        commands.append(["upcycle", "pipeline", *given, *typed.split(), "dir=run", "--yes"])
+    folder = str(tmp_path_factory.mktemp("typed"))
+    (found,) = run_ranks(type_commands, 1, commands, folder, str(files), process_group=False, timeout_s=300)
+    return dict(zip(MISTAKES, found, strict=True))
+
+
+@pytest.mark.parametrize("typed", MISTAKES)
+def test_a_mistake_is_answered_with_one_message_and_status_2(typed: str, answers: dict[str, Answer]) -> None:
+    answer = answers[typed]
+    assert answer.status == 2, answer.text
+    assert MISTAKES[typed] in answer.text
+    assert len(answer.text.partition("Error: ")[2].splitlines()) == 1
+    assert "Traceback" not in answer.text
+    assert [path for path in answer.written if "/run" in path] == []
