@@ -89,12 +89,26 @@ def load_config(recipe: str, settings: Sequence[str], dense: Path) -> ConfigCont
         pin_memory=torch.cuda.is_available(),
     )
     for setting in settings:  # one by one, for the text of the error
+        key = setting.partition("=")[0]
+        before = _value(config, key)
         try:
             config = process_config_with_overrides(config, cli_overrides=[setting])
         except (OverridesError, OmegaConfBaseException, TypeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
             raise UpcycleError(f"{setting}: {reason}.") from None
+        if isinstance(before, int | float) and isinstance(
+            after := _value(config, key), str
+        ):  # Bridge looks at no type
+            raise UpcycleError(key, got=f"'{after}'", expected="a number, or true or false", fix="give one")
     return config
+
+
+def _value(config: ConfigContainer, key: str) -> Any:
+    """Return the value of a setting by its name with dots; None where it has none."""
+    found: Any = config
+    for name in key.split("."):
+        found = getattr(found, name, None)
+    return found
 
 
 def required_hook(config: ConfigContainer) -> UpcycleHook:

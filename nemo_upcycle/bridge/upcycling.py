@@ -87,9 +87,17 @@ class UpcycleHook:
     paths: tuple[Path, ...]
     non_expert_weights: str
 
+    def check(self) -> None:
+        """Check that the run can be filled and keeps what it was filled with.
+
+        Raises:
+            SpecError: it cannot, or does not.
+        """
+        _check(self.config, self.spec)
+
     def __call__(self, chunks: list[Any]) -> list[Any]:
         """Fill a rank's chunks, and write the receipt on the first rank."""
-        _check(self.config, self.spec)  # again: settings from the command line come later than the recipe's
+        self.check()  # again: settings from the command line come later than the recipe's
         if not _goes_on(self.config, self.paths[0], self.spec):
             merged = merge_receipts(fill_chunks(chunks, list(self.paths), self.spec, self.non_expert_weights))
             if merged:

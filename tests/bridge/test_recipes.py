@@ -14,7 +14,8 @@ import pytest
 
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.utils.files import read_json
-from tests.models import LLAMA3_8B, write_llama
+from tests.functional.tiny import write_parent
+from tests.models import LLAMA3_8B
 
 
 pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
@@ -107,7 +108,7 @@ pretrain(config, forward_step)
 
 
 def test_nemo_run_starts_a_recipe_as_a_script(tmp_path: Path) -> None:
-    dense = write_llama(tmp_path / "dense", tied=True, vocab_size=256)
+    dense = write_parent(tmp_path / "dense")
     (tmp_path / "launch.py").write_text(_LAUNCHER)
     (tmp_path / "run_recipe.py").write_text(_RUN_RECIPE)
     command = [sys.executable, tmp_path / "launch.py", tmp_path / "run_recipe.py", tmp_path / "run"]

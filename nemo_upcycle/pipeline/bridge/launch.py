@@ -184,10 +184,18 @@ def _check_recipe(stage: str, training: BridgeTraining, dense_folder: Path) -> N
     from nemo_upcycle.training.layout import BRIDGE_SETTINGS, check_layout
 
     config = training.config(dense_folder)
-    if (required_hook(config).spec is None) != (stage == "dense_ct"):
+    hook = required_hook(config)
+    if (hook.spec is None) != (stage == "dense_ct"):
         wanted = "a dense model's recipe" if stage == "dense_ct" else "an upcycled model's"
         name = "dense_ct" if stage == "dense_ct" else "recipe"
         raise UpcycleError(name, got=training.recipe, expected=wanted, fix="name another one")
+    if config.model.seq_length != config.dataset.seq_length:
+        raise UpcycleError(
+            f"{stage}.model.seq_length",
+            got=config.model.seq_length,
+            expected=f"dataset.seq_length, {config.dataset.seq_length}",
+            fix="set both",
+        )
     data = SimpleNamespace(
         seq_length=config.dataset.seq_length,
         global_batch_size=config.train.global_batch_size,
@@ -196,6 +204,7 @@ def _check_recipe(stage: str, training: BridgeTraining, dense_folder: Path) -> N
     transformer = getattr(config.model, "transformer", config.model)
     ranks = training.nodes * training.ranks_per_node
     try:
+        hook.check()
         check_layout(transformer, transformer, data, ranks, BRIDGE_SETTINGS)
     except UpcycleError as error:
         raise UpcycleError(f"{stage}: {error}") from None
