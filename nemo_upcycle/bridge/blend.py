@@ -11,8 +11,9 @@ from megatron.bridge.data.base import DatasetBuildContext, DatasetProvider
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import get_blend_from_list
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 
-from nemo_upcycle.data.blend_samples import BRIDGE_SETTINGS, INDICES, require_samples, say_what_is_read
+from nemo_upcycle.data.blend_samples import index_folder, require_samples, say_what_is_read
 from nemo_upcycle.data.finished import MANIFEST, open_blend
 from nemo_upcycle.data.index_cache import whole_indices
 
@@ -22,25 +23,27 @@ class BlendDataset(DatasetProvider):
     """What a run reads: `config.dataset` of Bridge's.
 
     The order of the samples depends on the folder, `seq_length`, `seed` and `run_tokens`, and on neither batch sizes
-    nor the number of steps: a longer run, and the dense baseline, see the same first samples, as in NeMo.
+    nor the number of steps: a longer run, and the dense baseline, see the same first samples, as in NeMo. Every
+    validation reads the same sequences.
 
     Args:
         folder: the folder; all nodes must share it.
         seq_length: tokens of a sequence.
-        global_batch_size: sequences of a step.
         seed: of the order of the sequences; None takes the manifest's.
         run_tokens: tokens of the longest run that shall have this order; None takes the manifest's, or each token of
             the data once.
+        indices: where the first rank writes the order of the samples, a folder that all nodes share; None: `indices`
+            in the data folder.
 
     Example:
-        >>> config.dataset = BlendDataset(folder="data/mine", seq_length=8192, global_batch_size=512)  # doctest: +SKIP
+        >>> config.dataset = BlendDataset(folder="data/mine", seq_length=8192)  # doctest: +SKIP
     """
 
     folder: str
     seq_length: int
-    global_batch_size: int
     seed: int | None = None
     run_tokens: int | None = None
+    indices: str | None = None
     dataloader_type: Any = "single"
 
     def build_datasets(self, context: DatasetBuildContext) -> tuple[Any, Any, None]:
@@ -53,29 +56,52 @@ class BlendDataset(DatasetProvider):
         blend = open_blend(self.folder)
         paths = blend.paths(self.seq_length)
         samples = blend.num_train_samples(self.seq_length, self.run_tokens)
-        steps = context.train_samples // self.global_batch_size
-        require_samples(steps, self.global_batch_size, self.seq_length, samples, BRIDGE_SETTINGS)
-        validates = context.valid_samples > 0
+        batch = get_current_global_batch_size()
+        steps = context.train_samples // batch
+        require_samples(
+            steps, batch, self.seq_length, samples, steps="train.train_iters", run_tokens="dataset.run_tokens"
+        )
+        once = context.test_samples  # of one validation, as of one test
+        cache = index_folder(blend, self.indices)
         config = GPTDatasetConfig(
             random_seed=blend.manifest["seed"] if self.seed is None else self.seed,
             sequence_length=self.seq_length,
             blend_per_split=[
                 get_blend_from_list(paths["train"]),
-                get_blend_from_list(paths["validation"]) if validates else None,
+                get_blend_from_list(paths["validation"]) if once else None,
                 None,
             ],
-            path_to_cache=str(blend.folder / INDICES),
+            path_to_cache=str(cache),
             tokenizer=context.tokenizer,
             reset_position_ids=False,
             reset_attention_mask=False,
             eod_mask_loss=False,
             create_attention_mask=False,  # attention is causal
         )
-        wanted = [samples, context.valid_samples if validates else None, None]
+        wanted = [samples, once or None, None]
         builder = BlendedMegatronDatasetBuilder(GPTDataset, wanted, lambda: True, config)
         first = torch.distributed.get_rank() == 0
         if first:
-            say_what_is_read(blend, steps, self.global_batch_size * self.seq_length)
-        with whole_indices(blend.folder / INDICES, blend.folder / MANIFEST) if first else nullcontext():
+            say_what_is_read(blend, steps, batch * self.seq_length)
+        with whole_indices(cache, blend.folder / MANIFEST) if first else nullcontext():
             train, validation, _ = builder.build()
-        return train, validation, None
+        return train, _Repeated(validation, once, context.valid_samples) if once else None, None
+
+
+class _Repeated(torch.utils.data.Dataset[Any]):
+    """The first sequences of a dataset over and over: Bridge reads on where the last validation ended.
+
+    Args:
+        dataset: what is repeated.
+        once: how many of its sequences.
+        total: sequences of all repetitions.
+    """
+
+    def __init__(self, dataset: Any, once: int, total: int) -> None:
+        self._dataset, self._once, self._total = dataset, once, total
+
+    def __len__(self) -> int:
+        return self._total
+
+    def __getitem__(self, index: int) -> Any:
+        return self._dataset[index % self._once]

@@ -42,8 +42,9 @@ class BridgeMetrics(Callback):
         model = config.model
         transformer = getattr(model, "transformer", model)
         health = None
-        if transformer.num_moe_experts:  # Bridge reports Megatron's auxiliary losses, and clears them, after us
-            health = RouterHealth(context.model, transformer, clears_losses=False)
+        if transformer.num_moe_experts:  # Bridge logs Megatron's auxiliary losses after us, and clears them then
+            logs = not config.logger.skip_train_metrics_log
+            health = RouterHealth(context.model, transformer, clears_losses=not logs)
         facts = TrainingFacts(
             self.folder / "metrics.jsonl",
             architecture_of(_flat(model), model.vocab_size),

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import logging
 import os
-import pkgutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.bridge.training.config import ConfigContainer
+from megatron.training.models.base import ModelConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_upcycle.bridge.blend import BlendDataset
-from nemo_upcycle.bridge.recipes import register
 from nemo_upcycle.bridge.recipes.common import DENSE
 from nemo_upcycle.bridge.upcycling import UpcycleHook, hook_of
 from nemo_upcycle.data.finished import open_blend
@@ -25,37 +26,40 @@ from nemo_upcycle.errors import UpcycleError
 
 #: Where a run's checkpoints go, and what Bridge prints; as a run's stage names them.
 CHECKPOINTS, LOG = "checkpoints", "bridge.log"
+#: Settings that follow from the folder of the stage, and of the data.
+_PLACED = ("checkpoint.save", "checkpoint.load", "logger.tensorboard_dir", "dataset.folder")
 
 
 def find_recipe(name: str) -> Callable[[], ConfigContainer]:
-    """Return a recipe of this package's, or of Bridge's own folders.
+    """Return a recipe of this package's, or of a user's.
 
     Args:
-        name: of the function, as `run_recipe.py --recipe` takes it; or `package.module:function`.
+        name: of the function, as `run_recipe.py --recipe` takes it; or `package.module:function`, which is looked for
+            in the present folder, too.
 
     Raises:
-        UpcycleError: there is none; the text has the closest match of this package's.
+        UpcycleError: there is none; the text has the closest match of this package's. Or it takes arguments.
     """
-    register()
-    if ":" in name:
-        module, _, function = name.partition(":")
-        try:
-            found: Any = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
-            raise UpcycleError(
-                "recipe", got=name, expected=f"to be imported ({error})", fix="check the name"
-            ) from None
-        return found
-    import megatron.bridge.recipes as package
+    if ":" not in name:
+        from nemo_upcycle.bridge.recipes.upcycled import h100
 
-    modules = [f"{package.__name__}.upcycled.h100"]  # first: it is small
-    modules += [f"{package.__name__}.{module.name}.h100" for module in pkgutil.iter_modules(package.__path__)]
-    for module in modules:
-        with contextlib.suppress(ModuleNotFoundError):
-            if found := getattr(importlib.import_module(module), name, None):
-                return found
-    ours = importlib.import_module(modules[0]).__all__
-    raise UpcycleError.unknown("recipe", name, ours)
+        if name not in h100.__all__:
+            raise UpcycleError.unknown("recipe", name, h100.__all__)
+        return getattr(h100, name)
+    module, _, function = name.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:  # a console script does not look there
+        sys.path.insert(0, here)
+    try:
+        found: Any = getattr(importlib.import_module(module), function)
+        inspect.signature(found).bind()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise UpcycleError(
+            "recipe",
+            got=name,
+            expected=f"a function without arguments that can be imported ({error})",
+            fix="check the name, and that PYTHONPATH has its folder",
+        ) from None
+    return found
 
 
 def load_config(recipe: str, settings: Sequence[str], dense: Path) -> ConfigContainer:
@@ -81,15 +85,25 @@ def load_config(recipe: str, settings: Sequence[str], dense: Path) -> ConfigCont
             expected="upcycle_on_start in it",
             fix="take one of nemo_upcycle.bridge.recipes, or call upcycle_on_start(config, dense, spec) in yours",
         )
+    if isinstance(config.model, ModelConfig):
+        raise UpcycleError(
+            f"recipe {recipe}",
+            got=type(config.model).__name__,
+            expected="a provider",
+            fix="make it by upcycled_provider",
+        )
     config.dataset = BlendDataset(  # before the settings, which may be the blend's
         folder="",
         seq_length=config.dataset.seq_length,
-        global_batch_size=config.train.global_batch_size,
         num_workers=config.dataset.num_workers,
         pin_memory=torch.cuda.is_available(),
     )
     for setting in settings:  # one by one, for the text of the error
         key = setting.partition("=")[0]
+        if key in _PLACED:
+            raise UpcycleError(
+                key, got=setting, expected="nothing: a run's folder decides", fix="omit it, or change dir"
+            )
         before = _value(config, key)
         try:
             config = process_config_with_overrides(config, cli_overrides=[setting])
@@ -130,11 +144,12 @@ def place_config(config: ConfigContainer, folder: Path, data_folder: Path) -> No
         UpcycleError: the folder is not finished.
     """
     config.dataset.folder = str(open_blend(data_folder).folder)
-    config.dataset.global_batch_size = config.train.global_batch_size
     config.checkpoint.save = config.checkpoint.load = str(folder / CHECKPOINTS)
-    config.logger.tensorboard_dir = str(folder / "tb_logs")
-    if torch.cuda.is_available():  # a scheduler waits for a checkpoint; a person at a keyboard does not
+    if config.logger.tensorboard_dir:
+        config.logger.tensorboard_dir = str(folder / "tb_logs")
+    if torch.cuda.is_available():  # without, a step takes longer than anyone waits: it ends at once
         config.train.exit_signal_handler = True
+        config.train.exit_signal_handler_for_dataloader = True  # a scheduler signals all processes of a job
 
 
 def run_config(config: ConfigContainer, folder: Path, *, verbose: bool = False) -> bool:
@@ -148,16 +163,11 @@ def run_config(config: ConfigContainer, folder: Path, *, verbose: bool = False) 
     Returns:
         Whether it ended by itself; not where it was told to stop, and has saved.
     """
-    from nemo_upcycle.cpu.backend import use_cpu_backend
-
-    use_cpu_backend()
-    from megatron.bridge.training.config import apply_environment_variables
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.pretrain import pretrain
 
     from nemo_upcycle.bridge.metrics import BridgeMetrics
 
-    apply_environment_variables(config)
     folder.mkdir(parents=True, exist_ok=True)
     if not verbose:  # it prints the traceback of what it raises
         logging.getLogger(pretrain.__module__).setLevel(logging.CRITICAL)

@@ -25,6 +25,7 @@ from nemo_upcycle.online.receipt import read_receipt
 from nemo_upcycle.online.start import fill_chunks, merge_receipts
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.progress import show_messages
+from nemo_upcycle.utils.validation import is_whole
 
 
 RECEIPT = "receipt.json"
@@ -66,9 +67,16 @@ def upcycle_on_start(
     transformer.perform_initialization = False  # it would be overwritten
     hook = UpcycleHook(config, spec, (Path(dense), *map(Path, branches)), non_expert_weights)
     if isinstance(model, ModelConfig):
-        model.pre_wrap_hooks.append(hook)
+        model.pre_wrap_hooks = _KeptHooks([*model.pre_wrap_hooks, hook])
     else:
         model.register_pre_wrap_hook(hook)
+
+
+class _KeptHooks(list[Any]):
+    """Hooks that stay when a command line changes settings: Bridge empties lists then, and keeps what is callable."""
+
+    def __call__(self) -> None:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,9 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None) -> None:
             expected=f"checkpoint.save, {checkpoint.save}: a restart would upcycle again",
             fix="set both",
         )
-    if rest := (model.vocab_size or 0) % transformer.tensor_model_parallel_size:
+    if not is_whole(tensor := transformer.tensor_model_parallel_size, 1):
+        raise SpecError("config.model.tensor_model_parallel_size", got=tensor, expected="1 or more", fix="set it")
+    if rest := (model.vocab_size or 0) % tensor:
         raise SpecError(
             "config.model.vocab_size",
             got=model.vocab_size,

@@ -10,11 +10,10 @@ import torch
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.collections.llm.gpt.data import MockDataModule, PreTrainingDataModule
 
-from nemo_upcycle.data.blend_samples import INDICES, describe_blend, require_samples, say_what_is_read
+from nemo_upcycle.data.blend_samples import describe_blend, index_folder, require_samples, say_what_is_read
 from nemo_upcycle.data.build import cached_blend
 from nemo_upcycle.data.finished import MANIFEST, TOKENIZER, FinishedBlend, open_blend
 from nemo_upcycle.data.index_cache import whole_indices
-from nemo_upcycle.utils.files import sha256_file
 
 
 def blend_data(
@@ -77,13 +76,12 @@ def _module(
     indices: Optional[str] = None,  # noqa: UP045
     **arguments: Any,
 ) -> "BlendDataModule":
-    cache = Path(indices).absolute() / sha256_file(blend.folder / MANIFEST)[:16] if indices else blend.folder / INDICES
     return BlendDataModule(
         paths=blend.paths(seq_length),
         split=None,  # the three paths are the split; NeMo warns about any other value
         # Not the dense folder: NeMo copies the tokenizer's whole folder into every checkpoint.
         tokenizer=AutoTokenizer(pretrained_model_name=str(blend.folder / TOKENIZER)),
-        index_mapping_dir=str(cache),
+        index_mapping_dir=str(index_folder(blend, indices)),
         num_train_samples=blend.num_train_samples(seq_length, run_tokens),
         seq_length=seq_length,
         **arguments,

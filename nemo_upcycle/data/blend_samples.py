@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from nemo_upcycle.data.finished import FinishedBlend
+from pathlib import Path
+
+from nemo_upcycle.data.finished import MANIFEST, FinishedBlend
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.files import sha256_file
 from nemo_upcycle.utils.progress import show_messages
 
 
 #: The folder, in that of the blend, in which Megatron keeps the order of the samples.
 INDICES = "indices"
-#: Where NeMo's recipes and Megatron-Bridge's set the steps of a run, and the tokens of the longest one.
-NEMO_SETTINGS = ("trainer.max_steps", "data.run_tokens")
-BRIDGE_SETTINGS = ("train.train_iters", "dataset.run_tokens")
 
 
 def require_samples(
@@ -19,7 +19,9 @@ def require_samples(
     global_batch_size: int,
     seq_length: int,
     num_train_samples: int,
-    settings: tuple[str, str] = NEMO_SETTINGS,
+    *,
+    steps: str = "trainer.max_steps",
+    run_tokens: str = "data.run_tokens",
 ) -> None:
     """Check that a run is not longer than the order of its samples.
 
@@ -28,12 +30,12 @@ def require_samples(
         global_batch_size: sequences of a step.
         seq_length: tokens of a sequence.
         num_train_samples: sequences that are laid out.
-        settings: names of the two settings, for the text of the error.
+        steps: the setting of the steps, for the text of the error.
+        run_tokens: the setting of the tokens of the longest run, likewise.
 
     Raises:
         UpcycleError: it is.
     """
-    steps, run_tokens = settings
     if (needed := max_steps * global_batch_size) > num_train_samples:
         raise UpcycleError(
             steps,
@@ -44,6 +46,13 @@ def require_samples(
                 "in another order: runs to compare need the same run_tokens"
             ),
         )
+
+
+def index_folder(blend: FinishedBlend, indices: str | None) -> Path:
+    """Return where Megatron keeps the order of a blend's samples: in the blend's folder, or in one of many blends."""
+    if indices is None:
+        return blend.folder / INDICES
+    return Path(indices).absolute() / sha256_file(blend.folder / MANIFEST)[:16]
 
 
 def describe_blend(blend: FinishedBlend) -> str:

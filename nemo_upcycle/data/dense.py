@@ -164,7 +164,7 @@ def require_tokenizer(folder: Path) -> None:
 
 
 def tokenizer_folder(source: str) -> Path:
-    """Return a folder with the tokenizer of a dense model, without fetching the weights of one on the hub.
+    """Return a folder with tokenizer and configuration of a dense model, without the weights of one on the hub.
 
     Args:
         source: as in `import_dense`.

@@ -112,7 +112,7 @@ class FinishedBlend:
                 f"{what} in {self.folder}",
                 got=tokens,
                 expected=f"more than one sequence ({seq_length})",
-                fix="give the blend more text (of validation, a larger hold_out), or lower data.seq_length",
+                fix="give the blend more text (of validation, a larger hold_out), or lower the length of a sequence",
             )
 
     def _weighted(self, split: str, longer_than: int) -> list[str]:

@@ -51,7 +51,7 @@ def whole_indices(cache: Path, manifest: Path) -> Iterator[None]:
             f"index cache {cache}",
             got=error.strerror,
             expected="a folder to write",
-            fix="let the account of the training job write there, or set data.indices=FOLDER",
+            fix="let the account of the training job write there, or give the recipe's data indices=FOLDER",
         ) from None
     with lock:
         digest = sha256_file(manifest)

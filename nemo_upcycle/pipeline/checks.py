@@ -87,6 +87,16 @@ def check_arguments(
             expected="an UpcycleSpec",
             fix="give the recipe of an upcycled model",
         )
+    check_detach(ctx)
+    check_started(run_dir, plan)
+
+
+def check_detach(ctx: Any) -> None:
+    """Check that a run which shall go on without the launcher can.
+
+    Raises:
+        UpcycleError: its executor needs the launcher.
+    """
     if ctx.detach and not isinstance(ctx.executor, run.SlurmExecutor):
         raise UpcycleError(
             "--detach",
@@ -94,7 +104,6 @@ def check_arguments(
             expected="Slurm",
             fix="leave it out, and start the command inside tmux or with nohup",
         )
-    check_started(run_dir, plan)
 
 
 def check_started(run_dir: Path, plan: Plan) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.chain import JOBS, Chain, recorded_jobs
 from nemo_upcycle.pipeline.console import command_line, end_soon
+from nemo_upcycle.pipeline.executors.base import Cluster, Job
 from nemo_upcycle.pipeline.executors.local import StopSignals
-from nemo_upcycle.pipeline.plan import Plan
+from nemo_upcycle.pipeline.plan import PLAN, Plan
 from nemo_upcycle.pipeline.plans import kind_of, read_plan
 
 
@@ -66,6 +67,41 @@ def run_chain(chain: Chain, *, detach: bool) -> None:
                 f"Watch them again with the same command: {command_line()}\n"
             )
             raise SystemExit(128 + (stop.signum or 0))
+
+
+def say_what_is_missing(cluster: Cluster | None, jobs: Sequence[Job]) -> None:
+    """Print what a site still has to set before the jobs can be submitted."""
+    try:
+        if cluster:
+            cluster.check_settings(jobs)
+    except UpcycleError as error:
+        sys.stdout.write(f"\nBefore it can be submitted: {error}\n")
+
+
+def render_jobs(jobs: Sequence[Job], cluster: Cluster | None, plan: Plan, folder: Path) -> None:
+    """Write what would be submitted, and the plan that the stages read."""
+    if cluster is None:
+        raise UpcycleError(
+            "--render",
+            got="no cluster",
+            expected="one",
+            fix="name it with run.executor=slurm or run.executor=kubernetes",
+        )
+    cluster.check_settings(jobs)
+    files = {name: text for job in jobs for name, text in cluster.render(job).items()} | cluster.render_chain(jobs)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        plan.write(folder)
+    except OSError as error:
+        raise UpcycleError(
+            f"--render {folder}", got=error.strerror, expected="a folder to write to", fix="name another one"
+        ) from None
+    sys.stdout.write(
+        f"Written to {folder}: {', '.join(files)}. The jobs read {jobs[0].run_dir / PLAN}: copy {folder / PLAN} there "
+        "before you submit them.\n"
+    )
 
 
 def show_result(run_dir: Path) -> None:

@@ -10,13 +10,20 @@ from typing import Optional
 
 import nemo_run as run
 
-from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.chain import Chain
 from nemo_upcycle.pipeline.checks import check_arguments
-from nemo_upcycle.pipeline.commands import COMMAND, require_no_other_jobs, run_chain, show_result, whole_path
+from nemo_upcycle.pipeline.commands import (
+    COMMAND,
+    render_jobs,
+    require_no_other_jobs,
+    run_chain,
+    say_what_is_missing,
+    show_result,
+    whole_path,
+)
 from nemo_upcycle.pipeline.console import command_line
 from nemo_upcycle.pipeline.context import PipelineContext
-from nemo_upcycle.pipeline.executors.base import Cluster, Job
+from nemo_upcycle.pipeline.executors.base import Cluster
 from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import cluster_for
 from nemo_upcycle.pipeline.forecast import check_space, check_stages, forecast, render_forecast
@@ -24,7 +31,7 @@ from nemo_upcycle.pipeline.forecast.settings import Origins
 from nemo_upcycle.pipeline.in_turn import run_in_turn
 from nemo_upcycle.pipeline.jobs import jobs_of
 from nemo_upcycle.pipeline.order import chosen_stages, require_earlier
-from nemo_upcycle.pipeline.plan import PLAN, RunPlan, Stage
+from nemo_upcycle.pipeline.plan import RunPlan, Stage
 from nemo_upcycle.pipeline.recipes_io import dump_recipe, write_recipes
 from nemo_upcycle.pipeline.stages import STAGES
 from nemo_upcycle.utils.files import in_use
@@ -88,14 +95,14 @@ def pipeline(
         require_earlier(stages, run_dir, plan)
     jobs = jobs_of(stages, run_dir, plan)
     if render:
-        _render(jobs, cluster, plan, Path(render))
+        render_jobs(jobs, cluster, plan, Path(render))
         return
     by_name, origins = {job.name: job for job in jobs}, Origins(sys.argv[1:], pipeline)
     found = forecast(stages, run_dir, plan, pretrain, dense_ct, cluster, by_name, origins, ctx.executor)
     if ctx.dryrun or not ctx.skip_confirmation:
         sys.stdout.write(render_forecast(found) + "\n")
     if ctx.dryrun:
-        _say_what_is_missing(cluster, jobs)
+        say_what_is_missing(cluster, jobs)
         return
     check_stages(found)
     if cluster:
@@ -119,41 +126,6 @@ def pipeline(
             run_in_turn(jobs, run_dir, plan, ctx.executor)
     if stages[-1] is STAGES[-1] and not ctx.detach:
         show_result(run_dir)
-
-
-def _say_what_is_missing(cluster: Optional[Cluster], jobs: Sequence[Job]) -> None:
-    """Print what a site still has to set before the jobs can be submitted."""
-    try:
-        if cluster:
-            cluster.check_settings(jobs)
-    except UpcycleError as error:
-        sys.stdout.write(f"\nBefore it can be submitted: {error}\n")
-
-
-def _render(jobs: Sequence[Job], cluster: Optional[Cluster], plan: RunPlan, folder: Path) -> None:
-    """Write what would be submitted, and the plan that the stages read."""
-    if cluster is None:
-        raise UpcycleError(
-            "--render",
-            got="no cluster",
-            expected="one",
-            fix="name it with run.executor=slurm or run.executor=kubernetes",
-        )
-    cluster.check_settings(jobs)
-    files = {name: text for job in jobs for name, text in cluster.render(job).items()} | cluster.render_chain(jobs)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8")
-        plan.write(folder)
-    except OSError as error:
-        raise UpcycleError(
-            f"--render {folder}", got=error.strerror, expected="a folder to write to", fix="name another one"
-        ) from None
-    sys.stdout.write(
-        f"Written to {folder}: {', '.join(files)}. The jobs read {jobs[0].run_dir / PLAN}: copy {folder / PLAN} there "
-        "before you submit them.\n"
-    )
 
 
 def _runs_code_of(cluster: Cluster, stages: Sequence[Stage], folder: Path) -> bool:

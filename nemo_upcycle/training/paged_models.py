@@ -63,6 +63,9 @@ def _on_one_rank(config: Any, vocab_size: int) -> Any:
         setattr(config, name, 1)
     config.virtual_pipeline_model_parallel_size = None
     config.context_parallel_size, config.sequence_parallel = 1, False
+    config.num_layers_in_first_pipeline_stage = config.num_layers_in_last_pipeline_stage = None
+    config.moe_token_dispatcher_type = "alltoall"  # others ask for several ranks
+    config.overlap_moe_expert_parallel_comm = False
     config.expert_tensor_parallel_size = 1
     config.perform_initialization = False
     config.init_model_with_meta_device = config.use_cpu_initialization = True  # the latter names no other device

@@ -22,6 +22,19 @@ def tiny_dense_ct() -> Any:
     return _tiny(None, pipeline_model_parallel_size=2)
 
 
+def builder() -> Any:
+    """A model in the form of Bridge's builders, which the chain does not take."""
+    from nemo_upcycle.bridge.models import upcycled_config
+    from nemo_upcycle.bridge.upcycling import hook_of, upcycle_on_start
+
+    config = tiny()
+    hook = hook_of(config)
+    assert hook is not None
+    config.model = upcycled_config(hook.paths[0], hook.spec, seq_length=SEQUENCE)
+    upcycle_on_start(config, hook.paths[0], hook.spec)
+    return config
+
+
 def random() -> Any:
     """A run that starts from random weights."""
     from megatron.bridge.recipes.common import _pretrain_common

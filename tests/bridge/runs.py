@@ -72,7 +72,13 @@ def _local_layers(config: Any, vp_stage: int | None = None) -> Any:
 
 
 def train(
-    dense: Path, folder: Path, fields: dict[str, Any] | None, *, save_later: Path | None = None, **options: Any
+    dense: Path,
+    folder: Path,
+    fields: dict[str, Any] | None,
+    *,
+    save_later: Path | None = None,
+    starts: int = 1,
+    **options: Any,
 ) -> None:
     """Train on this rank, upcycled on start.
 
@@ -81,6 +87,7 @@ def train(
         folder: for the checkpoints.
         fields: of the spec; None for the dense model.
         save_later: another folder, set when all is configured, as from a command line.
+        starts: how often, each for a step more.
         options: of `run_config`.
     """
     from nemo_upcycle.cpu.backend import use_cpu_backend
@@ -96,4 +103,6 @@ def train(
     upcycle_on_start(config, dense, spec)
     if save_later is not None:
         config.checkpoint.save = str(save_later)
-    pretrain(config, forward_step)
+    for start in range(starts):
+        config.train.train_iters += start > 0
+        pretrain(config, forward_step)

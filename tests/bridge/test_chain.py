@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from nemo_upcycle.pipeline.plan import RunPlan
+from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 from nemo_upcycle.utils.files import is_complete, read_json
 from tests.blends import write_blend
+from tests.distributed.ranks import run_ranks
 from tests.functional.test_pipeline import STAGES, run_in_own_process
 from tests.functional.tiny import EVALUATION, texts, write_parent
 
@@ -73,7 +77,9 @@ def test_a_killed_chain_completes(finished: Path) -> None:
 def test_every_step_has_a_line_and_every_validation(finished: Path, stage: str) -> None:
     lines = _lines(finished / stage / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
-    assert [line["step"] for line in lines if "validation_loss" in line] == [3, 6, 6]
+    validated = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+    assert [step for step, _ in validated] == [3, 6, 6]
+    assert validated[1] == validated[2]  # Bridge validates again at the end: on the same sequences
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < losses[0]
     assert all(("router" in line) == (stage == "pretrain") for line in lines if "loss" in line)
@@ -107,6 +113,59 @@ def test_a_resumed_training_has_the_bits_of_one_that_was_not_stopped(
         assert answer.status == 0, answer.text
     assert _same_bits(run_dir / "hf", finished / "hf")
     assert _same_bits(run_dir / "dense_ct/hf", finished / "dense_ct/hf")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"},
+        {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 1},
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {"expert_model_parallel_size": 2, "overlap_moe_expert_parallel_comm": True},
+        {"context_parallel_size": 2},
+    ],
+    ids=str,
+)
+def test_step_0_is_checked_on_one_rank_whatever_the_layout(inputs: Path, settings: dict[str, object]) -> None:
+    assert run_ranks(_build_for_step_0, 1, inputs / "parent", settings, process_group=False) == [4]
+
+
+def _build_for_step_0(parent: Path, settings: dict[str, object]) -> int:
+    from nemo_upcycle import UpcycleSpec, open_dense
+    from nemo_upcycle.bridge.models import upcycled_provider
+    from nemo_upcycle.cpu.one_rank import one_rank
+    from nemo_upcycle.training.paged_models import paged_megatron
+
+    spec = UpcycleSpec(num_experts=4, top_k=2)
+    config = upcycled_provider(parent, spec, seq_length=64)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    with open_dense(parent) as dense, one_rank():
+        paged, _ = paged_megatron(config, dense, spec)
+        return len(paged.model.decoder.layers)
+
+
+def test_a_training_that_is_told_to_stop_saves_and_goes_on(inputs: Path, tmp_path: Path) -> None:
+    """As on a GPU: all processes of the job get the signal, those that load data, too."""
+    run_dir = tmp_path / "run"
+    settings = ["train.train_iters=350", "checkpoint.save_interval=1000", "model.expert_model_parallel_size=1"]
+    settings += ["train.exit_signal_handler=true", "train.exit_signal_handler_for_dataloader=true"]
+    plan = _plan(inputs, *settings, "validation.eval_iters=0", "dataset.num_workers=2")
+    plan.write(run_dir)
+    for name in ("import", "data", "upcycle"):
+        assert run_in_own_process(name, run_dir).status == 0
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "nemo_upcycle.pipeline", "pretrain", str(run_dir)]
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    metrics = run_dir / "pretrain/metrics.jsonl"
+    while job.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGTERM)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 75, said
+    kept = newest_checkpoint(run_dir / "pretrain/checkpoints")
+    assert kept is not None
+    assert f"stage 'pretrain' stopped early: {steps_in(kept)} of 350 steps are kept" in said
 
 
 def test_other_settings_are_refused_for_a_training_that_has_begun(

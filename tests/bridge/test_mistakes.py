@@ -18,7 +18,9 @@ TINY, DENSE_CT = "recipe=tests.bridge.recipes:tiny gpus=2", "tests.bridge.recipe
 #: What is typed -> words of the answer.
 MISTAKES = {
     f"recipe={SMALL[:-6]}cfg": f"Did you mean '{SMALL}'?",
-    "recipe=tests.bridge.recipes:tini gpus=2": "recipe: got tests.bridge.recipes:tini, expected to be imported",
+    "recipe=tests.bridge.recipes:tini gpus=2": "recipe: got tests.bridge.recipes:tini, expected a function",
+    "recipe=tests.bridge.recipes:_tiny gpus=2": "missing a required argument: 'spec'",
+    "recipe=tests.bridge.recipes:builder gpus=1": "got GPTModelConfig, expected a provider",
     "recipe=tests.bridge.recipes:random gpus=2": "expected upcycle_on_start in it",
     f"recipe={DENSE_CT} gpus=2": f"recipe: got {DENSE_CT}, expected an upcycled model's",
     f"{TINY} dense_ct=tests.bridge.recipes:tiny": "dense_ct: got tests.bridge.recipes:tiny, expected a dense model's",
@@ -31,9 +33,17 @@ MISTAKES = {
     f"{TINY} pretrain.model.moe_router_topk=1": "moe_router_topk: got 1, expected 2",
     f"{TINY} pretrain.dataset.seq_length=32": "pretrain.model.seq_length: got 64, expected dataset.seq_length, 32",
     f"{TINY} dense_ct.train.train_iters=4": "got no recipe of a dense baseline",
-    f"{TINY} recip=x": "recip",
+    f"{TINY} pretrain.checkpoint.save=/elsewhere": "checkpoint.save: got checkpoint.save=/elsewhere, expected nothing",
+    f"{TINY} pretrain.model.tensor_model_parallel_size=0": "model.tensor_model_parallel_size",
+    f"{TINY} gpus_per_node=0": "gpus_per_node: got 0, expected 1 or more",
+    f"{TINY} --detach": "--detach: got an executor that needs the launcher",
+    f"{TINY} --render out": "--render: got no cluster",
+    f"{TINY} recip=x": "'recip'",
     f"{TINY} dense=/nope": "model '/nope': got no such folder",
-    f"{TINY} data=/nope": "/nope",
+    f"{TINY} data=/nope": "blend '/nope'",
+    # a parent that is fetched before it can be opened
+    "--factory smollm2_135m_e8t2 pretrain.train.train_itres=4": "train.train_itres=4: ",
+    f"dense=asset://smollm2-135m recipe={SMALL.replace('e8t2', 'dense_ct')}": "expected an upcycled model's",
     f"{TINY} evaluation=dmo": "Did you mean 'demo'?",
     f"{TINY} --from evaluate": "expected done, before 'evaluate'",
 }
@@ -54,7 +64,7 @@ def answers(files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     named = {"dense": files / "parent", "data": files / "blend", "evaluation": files / "evaluation.yaml"}
     commands = []
     for typed in MISTAKES:
-        given = [f"{name}={path}" for name, path in named.items() if f"{name}=" not in typed]
+        given = [f"{name}={path}" for name, path in named.items() if f"{name}=" not in typed and "--fac" not in typed]
         commands.append(["upcycle", "pipeline", *given, *typed.split(), "dir=run", "--yes"])
     folder = str(tmp_path_factory.mktemp("typed"))
     (found,) = run_ranks(type_commands, 1, commands, folder, str(files), process_group=False, timeout_s=300)

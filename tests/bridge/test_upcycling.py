@@ -95,6 +95,13 @@ def test_a_run_that_goes_on_is_not_upcycled_again(dense: Path, tmp_path: Path) -
     assert _same_bits(_export(dense, tmp_path / "run", tmp_path / "hf"), _offline(dense, tmp_path / "offline", SPEC))
 
 
+def test_a_second_start_in_the_same_process_is_not_upcycled_again(dense: Path, tmp_path: Path) -> None:
+    """As an in-process restart makes it: the same configuration, with the hook that has filled before."""
+    run_ranks(_train, 1, dense, tmp_path / "run", SPEC, {"starts": 2}, process_group=False)
+    assert (tmp_path / "run/iter_0000002").is_dir()
+    assert _same_bits(_export(dense, tmp_path / "run", tmp_path / "hf"), _offline(dense, tmp_path / "offline", SPEC))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -149,6 +156,34 @@ def test_a_configuration_that_contradicts_is_refused_by_name(
     with pytest.raises(SpecError, match=message):
         upcycle_on_start(config, dense, spec)
     assert config.model.pre_wrap_hook is None
+
+
+@pytest.mark.parametrize("style", ["provider", "builder"])
+def test_settings_of_a_command_line_leave_the_hook(dense: Path, tmp_path: Path, style: str) -> None:
+    from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
+
+    from nemo_upcycle.bridge.upcycling import hook_of, upcycle_on_start
+
+    spec = UpcycleSpec(**SPEC)
+    config = run_config(dense, tmp_path, spec, style=style)
+    upcycle_on_start(config, dense, spec)
+    changed = process_config_with_overrides(config, cli_overrides=["train.train_iters=7"])
+    assert changed.train.train_iters == 7
+    assert hook_of(changed) is hook_of(config) is not None
+
+
+def test_a_hybrid_model_is_refused_by_name(dense: Path, tmp_path: Path) -> None:
+    from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
+
+    from nemo_upcycle.bridge.upcycling import upcycle_on_start
+
+    config = run_config(dense, tmp_path, None)
+    sizes = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4}
+    config.model = HybridModelProvider(
+        hybrid_layer_pattern="*-*-", vocab_size=VOCABULARY, seq_length=SEQUENCE, **sizes
+    )
+    with pytest.raises(SpecError, match=r"config\.model: got HybridModelProvider, expected a GPT model"):
+        upcycle_on_start(config, dense, UpcycleSpec(**SPEC))
 
 
 def test_a_setting_that_comes_later_than_the_recipe_is_refused_too(dense: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from megatron.bridge.recipes.common import _pretrain_common
@@ -29,7 +30,8 @@ def upcycled_pretraining(dense: str, spec: UpcycleSpec | None, *, seq_length: in
         seq_length: S.
         settings: of the model: layout and kernels.
     """
-    folder = ensure_dense(os.environ.get(DENSE, dense))
+    source = os.environ.get(DENSE, dense)
+    folder = Path(source) if Path(source).is_dir() else ensure_dense(source)  # weights are checked when they are read
     config = _pretrain_common()
     config.model = upcycled_provider(folder, spec, seq_length=seq_length, **settings)
     config.tokenizer.tokenizer_type = "NullTokenizer"
@@ -37,6 +39,8 @@ def upcycled_pretraining(dense: str, spec: UpcycleSpec | None, *, seq_length: in
     config.tokenizer.use_tokenizer_vocab_size = False
     config.tokenizer.vocab_size = config.model.vocab_size - 1
     config.dataset.seq_length = seq_length
+    config.checkpoint.most_recent_k = 2  # Bridge keeps all
+    config.dist.distributed_timeout_minutes = 60  # the first rank alone lays out the order of the samples
     config.env_vars = dict(COMMON_RECIPE_ENV_VARS)
     upcycle_on_start(config, folder, spec)
     return config

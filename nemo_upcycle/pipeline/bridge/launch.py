@@ -11,13 +11,21 @@ from typing import Any, Optional
 
 import nemo_run as run
 
-from nemo_upcycle.data.dense import check_address, ensure_dense
+from nemo_upcycle.data.dense import check_address, tokenizer_folder
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.suite_config import read_suite_config
 from nemo_upcycle.pipeline.bridge.training import BridgeTraining
 from nemo_upcycle.pipeline.chain import Chain
-from nemo_upcycle.pipeline.checks import check_blend, check_folder, check_started, is_local
-from nemo_upcycle.pipeline.commands import COMMAND, require_no_other_jobs, run_chain, show_result, whole_path
+from nemo_upcycle.pipeline.checks import check_blend, check_detach, check_folder, check_started, is_local
+from nemo_upcycle.pipeline.commands import (
+    COMMAND,
+    render_jobs,
+    require_no_other_jobs,
+    run_chain,
+    say_what_is_missing,
+    show_result,
+    whole_path,
+)
 from nemo_upcycle.pipeline.console import command_line, quiet_libraries
 from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
@@ -60,6 +68,7 @@ def pipeline(
     from_stage: Optional[str] = None,
     until_stage: Optional[str] = None,
     only_stage: Optional[str] = None,
+    render: Optional[str] = None,
 ) -> None:
     """Turn a dense checkpoint into a trained, exported and evaluated Mixture-of-Experts model, with Megatron-Bridge.
 
@@ -79,6 +88,7 @@ def pipeline(
         from_stage: `--from STAGE`: start with this one; those before it must be finished.
         until_stage: `--until STAGE`: end after this one.
         only_stage: `--only STAGE`: this one alone.
+        render: `--render FOLDER`: write what would be submitted there, and submit nothing; needs no cluster.
 
     Raises:
         UpcycleError: an argument or a recipe is not valid, or a stage did not finish.
@@ -109,14 +119,18 @@ def pipeline(
     )
     stages = chosen_stages(from_stage, until_stage, only_stage)
     with ended_by_ctrl_c():
-        _check(run_dir, plan, trainings, ctx, stages)
+        _check(run_dir, plan, trainings, ctx, stages, remote=not (ctx.dryrun or render))
         require_earlier(stages, run_dir, plan)
     jobs, cluster = jobs_of(stages, run_dir, plan), cluster_for(ctx.executor)
+    if render:
+        render_jobs(jobs, cluster, plan, Path(render))
+        return
     sys.stdout.write(_summary(plan, trainings, stages, run_dir))
+    if ctx.dryrun:
+        say_what_is_missing(cluster, jobs)
+        return
     if cluster:
         cluster.check_settings(jobs)
-    if ctx.dryrun:
-        return
     chain = Chain(cluster, jobs, lambda name: plan.stage(name).is_done(run_dir, plan), run_dir) if cluster else None
     if chain:
         chain.check()
@@ -137,14 +151,17 @@ def pipeline(
 def _training(recipe: str, settings: Sequence[str], gpus: int | None, gpus_per_node: int) -> BridgeTraining:
     """Return the training of a recipe on its GPUs."""
     named = re.search(r"_(\d+)gpu_", recipe)
-    ranks = gpus or (int(named[1]) if named else 0)
-    if ranks < 1 or gpus_per_node < 1:
+    ranks = int(named[1]) if gpus is None and named else gpus
+    if ranks is None:
         raise UpcycleError(
             "gpus",
-            got=gpus,
+            got=None,
             expected="how many ranks train: the name of the recipe does not say it",
             fix="give gpus=N",
         )
+    for name, number in (("gpus", ranks), ("gpus_per_node", gpus_per_node)):
+        if number < 1:
+            raise UpcycleError(name, got=number, expected="1 or more", fix="give such a number")
     per_node = min(ranks, gpus_per_node)
     if ranks % per_node:
         raise UpcycleError(
@@ -154,13 +171,23 @@ def _training(recipe: str, settings: Sequence[str], gpus: int | None, gpus_per_n
 
 
 def _check(
-    run_dir: Path, plan: RunPlan, trainings: dict[str, BridgeTraining], ctx: Any, stages: Sequence[Stage]
+    run_dir: Path,
+    plan: RunPlan,
+    trainings: dict[str, BridgeTraining],
+    ctx: Any,
+    stages: Sequence[Stage],
+    *,
+    remote: bool,
 ) -> None:
-    """Check every argument before anything is written, fetched or launched."""
+    """Check every argument before anything is written or launched; of a parent on the hub, fetch its configuration."""
+    from nemo_upcycle.bridge.training import find_recipe
+
     check_folder(run_dir)
-    parent = check_address(plan.dense)
+    check_detach(ctx)
+    check_address(plan.dense)
     here = {stage.name for stage in stages} if is_local(ctx.executor) else set()
-    check_blend(plan.data, "data" in here, remote=not ctx.dryrun)
+    check_blend(plan.data, "data" in here, remote=remote)
+    parent = _configuration(plan.dense, required=remote and bool(here))
     read_suite_config(plan.evaluation)
     for stage, training in trainings.items():
         if stage in here and training.nodes > 1:
@@ -170,13 +197,22 @@ def _check(
                 expected="those of this machine",
                 fix="give gpus=1, or name the cluster with run.executor=NAME",
             )
-        if parent:
-            _check_recipe(stage, training, ensure_dense(plan.dense))
-        else:  # the recipe is complete with the parent alone, which is still to be fetched
-            from nemo_upcycle.bridge.training import find_recipe
-
+        if parent is None:  # not within reach, and to be fetched elsewhere
             find_recipe(training.recipe)
+        else:
+            _check_recipe(stage, training, parent)
     check_started(run_dir, plan)
+
+
+def _configuration(dense: str, *, required: bool) -> Path | None:
+    """Return a folder with the parent's configuration; None where that is out of reach, and not required."""
+    try:
+        return tokenizer_folder(dense)
+    except UpcycleError as error:
+        if required or "://" not in dense:
+            raise
+        sys.stderr.write(f"Not checked against the dense parent: {error}\n")
+        return None
 
 
 def _check_recipe(stage: str, training: BridgeTraining, dense_folder: Path) -> None:
@@ -201,11 +237,10 @@ def _check_recipe(stage: str, training: BridgeTraining, dense_folder: Path) -> N
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
     )
-    transformer = getattr(config.model, "transformer", config.model)
     ranks = training.nodes * training.ranks_per_node
     try:
+        check_layout(config.model, config.model, data, ranks, BRIDGE_SETTINGS)
         hook.check()
-        check_layout(transformer, transformer, data, ranks, BRIDGE_SETTINGS)
     except UpcycleError as error:
         raise UpcycleError(f"{stage}: {error}") from None
 

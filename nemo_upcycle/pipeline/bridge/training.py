@@ -9,7 +9,7 @@ from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
-from nemo_upcycle.errors import StageStopped
+from nemo_upcycle.errors import StageStopped, UpcycleError
 from nemo_upcycle.pipeline.console import is_verbose
 from nemo_upcycle.pipeline.ranks import is_first_rank
 from nemo_upcycle.pipeline.trainings import Training, last_checkpoint
@@ -61,7 +61,8 @@ class BridgeTraining(Training):
         from nemo_upcycle.bridge.training import required_hook
 
         spec = required_hook(self.config(dense_folder)).spec
-        assert spec is not None  # the command refuses a recipe of a dense model in this place
+        if spec is None:
+            raise UpcycleError("recipe", got=self.recipe, expected="an upcycled model's", fix="name another one")
         return spec
 
     def model_config(self, dense_folder: Path, *, dense: bool) -> Any:
@@ -82,14 +83,13 @@ class BridgeTraining(Training):
         use_cpu_backend()  # before the model's configuration is made: Megatron checks it at once
         config = self.config(dense_folder)
         place_config(config, folder, data_folder)
-        wanted = config.train.train_iters
         ended_itself = run_config(config, folder, verbose=is_verbose())
-        checkpoint = newest_checkpoint(folder / CHECKPOINTS)
+        if not is_first_rank():  # which tells how it ended
+            return {}
+        checkpoint, wanted = newest_checkpoint(folder / CHECKPOINTS), config.train.train_iters
         kept = steps_in(checkpoint) if checkpoint else 0
         if kept < wanted and (kept or not ended_itself):
             raise StageStopped.with_steps(folder.name, kept, wanted)
-        if not is_first_rank():
-            return {}
         copyfile(folder / CHECKPOINTS / RECEIPT, folder / RECEIPT)  # where the report looks for it
         return {"checkpoint": str(last_checkpoint(folder))}
 

@@ -73,6 +73,7 @@ def _by_paper(spec: UpcycleSpec | None, **settings: Any) -> ConfigContainer:
     config = upcycled_pretraining(_DENSE, spec, seq_length=_SEQ_LENGTH, **settings)
     config.train.global_batch_size, config.train.micro_batch_size = _BATCH, 1
     config.train.train_iters = -(-_TOKENS // (_BATCH * _SEQ_LENGTH))
+    config.checkpoint.save_interval = 1000
     config.optimizer.lr, config.optimizer.min_lr = 3e-5, 3e-7
     config.scheduler.lr_warmup_iters = 100
     config.comm_overlap = CommOverlapConfig(tp_comm_overlap=False)  # virtual stages send eight times as often
