@@ -84,7 +84,7 @@ $(BRIDGE_VENV)/.complete: scripts/te_env.sh
 # Layer 2 and Transformer Engine's modules on Megatron-Core 0.19, then Bridge itself.
 test-bridge: bridge-env
 	$(BRIDGE_VENV)/bin/python -m pytest tests/te
-	$(BRIDGE_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/bridge tests/unit/init tests/unit/online tests/unit/convert
+	$(BRIDGE_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/bridge $(addprefix tests/unit/,init online convert verify monitoring planning)
 
 test-k8s: venv
 	scripts/k8s_apiserver.sh
@@ -113,7 +113,7 @@ $(TF5_VENV)/.complete: pyproject.toml
 	touch $@
 
 test-tf5: tf5-env
-	$(TF5_VENV)/bin/python -m pytest tests/loading
+	$(TF5_VENV)/bin/python -m pytest tests/loading tests/unit/verify
 
 test-servers: venv
 	PIP="$(BIN)/pip" scripts/llama_cpp.sh

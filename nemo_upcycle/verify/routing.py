@@ -50,8 +50,11 @@ def router_logits(model: Any, moe_arch: Architecture) -> Iterator[list[torch.Ten
         collected.append(linear(tokens_TD, weight_ED))
 
     layers = [layer for layer in range(moe_arch.num_layers) if moe_arch.is_moe_layer(layer)]
-    modules = [model.get_submodule(weight.format(layer=layer).removesuffix(".weight")) for layer in layers]
-    hooks = [module.register_forward_pre_hook(collect) for module in modules]
+    named = dict(model.named_modules())
+    routers = [weight.format(layer=layer).removesuffix(".weight") for layer in layers]
+    if not named.keys() >= set(routers):  # transformers 5 has one name for the block of every class
+        routers = [name.replace(".block_sparse_moe.", ".mlp.") for name in routers]
+    hooks = [named[name].register_forward_pre_hook(collect) for name in routers]
     try:
         yield collected
     finally:

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
-from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.architecture import Architecture, architecture_from_config
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.monitoring.throughput import Throughput, memory_gib, peaks_of
+from nemo_upcycle.spec import UpcycleSpec
+from tests.models import LLAMA3_8B
 
 
 VOCABULARY, SEQUENCE = 128_256, 8192
@@ -17,16 +19,12 @@ VOCABULARY, SEQUENCE = 128_256, 8192
 
 @pytest.fixture(scope="module")
 def moe() -> Architecture:
-    from nemo_upcycle.recipes import llama3_8b_e8t2
-
-    return architecture_of(llama3_8b_e8t2.model().config, VOCABULARY)
+    return architecture_from_config(LLAMA3_8B).upcycled(UpcycleSpec(num_experts=8, top_k=2))
 
 
 @pytest.fixture(scope="module")
 def dense() -> Architecture:
-    from nemo_upcycle.recipes import llama3_8b_dense_ct
-
-    return architecture_of(llama3_8b_dense_ct.model().config, VOCABULARY)
+    return architecture_from_config(LLAMA3_8B)
 
 
 def test_parameters_and_flops_match_table_1_of_the_paper(moe: Architecture, dense: Architecture) -> None:
@@ -85,8 +83,7 @@ def test_an_unknown_card_has_no_mfu(moe: Architecture) -> None:
     ],
 )
 def test_the_architecture_follows_the_configuration(changes: dict[str, Any], total: int) -> None:
-    from nemo_upcycle.recipes import llama3_8b_e8t2
-
+    llama3_8b_e8t2 = pytest.importorskip("nemo_upcycle.recipes.llama3_8b_e8t2")
     config = llama3_8b_e8t2.model().config
     for name, value in changes.items():
         setattr(config, name, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ def test_a_type_with_less_precision_is_compared_in_that_type(dense: Path, tmp_pa
     assert _lines(found)["everything else"].endswith("identical")
 
 
+@pytest.mark.skipif(version("transformers")[0] > "4", reason="its grouped products take no rows of 24 bytes")
 @pytest.mark.parametrize("shared", [0, 1], ids=["mixtral", "qwen2_moe"])
 def test_tokens_that_16_bits_tear_are_counted_in_the_models_own_type(dense: Path, tmp_path: Path, shared: int) -> None:
     fields = {"num_experts": 64, "top_k": 8, "granularity": 8, "shared_experts": shared}

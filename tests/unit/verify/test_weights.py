@@ -76,7 +76,8 @@ def test_biases_that_a_config_says_and_no_file_has_are_named(
 
 
 def test_scaling_in_another_spelling_is_the_same(tmp_path: Path) -> None:
-    dense = _change(write_llama(tmp_path / "dense", layers=2), {"rope_scaling": {"type": "linear", "factor": 4.0}})
+    scaled = {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 10000.0, "rope_parameters": ...}
+    dense = _change(write_llama(tmp_path / "dense", layers=2), scaled)
     moe = _converted(dense, tmp_path / "moe")
     assert _equal(dense, _change(moe, {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}))
 
