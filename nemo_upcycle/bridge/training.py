@@ -169,8 +169,8 @@ def run_config(config: ConfigContainer, folder: Path, *, verbose: bool = False) 
     from nemo_upcycle.bridge.metrics import BridgeMetrics
 
     folder.mkdir(parents=True, exist_ok=True)
-    if not verbose:  # it prints the traceback of what it raises
-        logging.getLogger(pretrain.__module__).setLevel(logging.CRITICAL)
+    if not verbose:  # it prints the traceback of whatever it raises, SystemExit too
+        logging.getLogger(pretrain.__module__).disabled = True
     try:
         with contextlib.nullcontext() if verbose else _printed_to(folder / LOG):
             pretrain(config, forward_step, callbacks=[BridgeMetrics(folder)])

@@ -166,6 +166,7 @@ def test_a_training_that_is_told_to_stop_saves_and_goes_on(inputs: Path, tmp_pat
     kept = newest_checkpoint(run_dir / "pretrain/checkpoints")
     assert kept is not None
     assert f"stage 'pretrain' stopped early: {steps_in(kept)} of 350 steps are kept" in said
+    assert "Traceback" not in said
 
 
 def test_other_settings_are_refused_for_a_training_that_has_begun(
