@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_upcycle.errors import UpcycleError
@@ -13,6 +14,7 @@ from nemo_upcycle.pipeline.executors.base import Cluster, Job
 from nemo_upcycle.pipeline.executors.local import StopSignals
 from nemo_upcycle.pipeline.plan import PLAN, Plan
 from nemo_upcycle.pipeline.plans import kind_of, read_plan
+from nemo_upcycle.utils.files import in_use
 
 
 #: What was typed, in the run's folder.
@@ -24,6 +26,27 @@ def whole_path(name: str, *, folder: bool = False) -> str:
     path = Path(name).expanduser()
     is_path = path.suffix in (".yaml", ".yml") or (folder and path.is_dir())
     return str(path.absolute()) if is_path else name
+
+
+def chain_of(cluster: Cluster | None, jobs: Sequence[Job], run_dir: Path, plan: Plan) -> Chain | None:
+    """Return the jobs of a run as a chain on a cluster; None without one."""
+    if cluster is None:
+        return None
+    return Chain(cluster, jobs, lambda name: plan.stage(name).is_done(run_dir, plan), run_dir)
+
+
+@contextmanager
+def started(run_dir: Path, plan: Plan, chain: Chain | None) -> Iterator[None]:
+    """Hold a run's folder, with its plan and what was typed in it, while the block runs its stages.
+
+    Raises:
+        UpcycleError: another command holds it, or jobs of it with another plan still wait or run.
+    """
+    with in_use(run_dir):  # its stages read the plan, so no other run may change it
+        require_no_other_jobs(chain, run_dir, plan)
+        plan.write(run_dir)
+        (run_dir / COMMAND).write_text(command_line() + "\n", encoding="utf-8")
+        yield
 
 
 def require_no_other_jobs(chain: Chain | None, run_dir: Path, plan: Plan) -> None:

@@ -10,18 +10,16 @@ from typing import Optional
 
 import nemo_run as run
 
-from nemo_upcycle.pipeline.chain import Chain
 from nemo_upcycle.pipeline.checks import check_arguments
 from nemo_upcycle.pipeline.commands import (
-    COMMAND,
+    chain_of,
     render_jobs,
-    require_no_other_jobs,
     run_chain,
     say_what_is_missing,
     show_result,
+    started,
     whole_path,
 )
-from nemo_upcycle.pipeline.console import command_line
 from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.executors.base import Cluster
 from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
@@ -34,7 +32,6 @@ from nemo_upcycle.pipeline.order import chosen_stages, require_earlier
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
 from nemo_upcycle.pipeline.recipes_io import dump_recipe, write_recipes
 from nemo_upcycle.pipeline.stages import STAGES
-from nemo_upcycle.utils.files import in_use
 
 
 #: Where this package lies, if it was not copied into an environment.
@@ -107,7 +104,7 @@ def pipeline(
     check_stages(found)
     if cluster:
         cluster.check_settings(jobs)  # before the scheduler is asked anything
-    chain = Chain(cluster, jobs, lambda name: plan.stage(name).is_done(run_dir, plan), run_dir) if cluster else None
+    chain = chain_of(cluster, jobs, run_dir, plan)
     if chain:
         chain.check()
         if _runs_code_of(chain.cluster, stages, CHECKOUT):
@@ -115,10 +112,7 @@ def pipeline(
     check_space(found, chain.alive() if chain else ())
     if not ctx.may_go_on():
         return
-    with in_use(run_dir):  # its stages read the plan, so no other run may change it
-        require_no_other_jobs(chain, run_dir, plan)
-        plan.write(run_dir)
-        (run_dir / COMMAND).write_text(command_line() + "\n", encoding="utf-8")
+    with started(run_dir, plan, chain):
         write_recipes(run_dir, {"pretrain": pretrain, "dense_ct": dense_ct})
         if chain:
             run_chain(chain, detach=ctx.detach)

@@ -10,17 +10,15 @@ import nemo_run as run
 
 from nemo_upcycle.pipeline.ablations.grid import read_grid
 from nemo_upcycle.pipeline.ablations.plan import GridPlan
-from nemo_upcycle.pipeline.chain import Chain
 from nemo_upcycle.pipeline.checks import check_started, is_local
-from nemo_upcycle.pipeline.commands import COMMAND, require_no_other_jobs, run_chain, whole_path
-from nemo_upcycle.pipeline.console import command_line
+from nemo_upcycle.pipeline.commands import chain_of, run_chain, started, whole_path
 from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import cluster_for
 from nemo_upcycle.pipeline.in_turn import run_in_turn
 from nemo_upcycle.pipeline.jobs import jobs_of
 from nemo_upcycle.pipeline.side_by_side import check_at_once, run_side_by_side
-from nemo_upcycle.utils.files import MARKER, in_use
+from nemo_upcycle.utils.files import MARKER
 
 
 class AblateContext(PipelineContext):
@@ -65,7 +63,7 @@ def ablate(
     cluster = cluster_for(ctx.executor)
     check_at_once(at_once, is_here=is_local(ctx.executor))
     jobs = jobs_of(plan.stages, run_dir, plan)
-    chain = Chain(cluster, jobs, lambda name: plan.stage(name).is_done(run_dir, plan), run_dir) if cluster else None
+    chain = chain_of(cluster, jobs, run_dir, plan)
     sys.stdout.write(_summary(plan, run_dir))
     if ctx.dryrun:
         return
@@ -73,10 +71,7 @@ def ablate(
         chain.check()
     if not ctx.may_go_on():
         return
-    with in_use(run_dir):
-        require_no_other_jobs(chain, run_dir, plan)
-        plan.write(run_dir)
-        (run_dir / COMMAND).write_text(command_line() + "\n", encoding="utf-8")
+    with started(run_dir, plan, chain):
         if chain:
             run_chain(chain, detach=ctx.detach)
         elif at_once > 1:

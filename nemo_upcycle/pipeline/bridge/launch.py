@@ -15,18 +15,17 @@ from nemo_upcycle.data.dense import check_address, tokenizer_folder
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.suite_config import read_suite_config
 from nemo_upcycle.pipeline.bridge.training import BridgeTraining
-from nemo_upcycle.pipeline.chain import Chain
 from nemo_upcycle.pipeline.checks import check_blend, check_detach, check_folder, check_started, is_local
 from nemo_upcycle.pipeline.commands import (
-    COMMAND,
+    chain_of,
     render_jobs,
-    require_no_other_jobs,
     run_chain,
     say_what_is_missing,
     show_result,
+    started,
     whole_path,
 )
-from nemo_upcycle.pipeline.console import command_line, quiet_libraries
+from nemo_upcycle.pipeline.console import quiet_libraries
 from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import cluster_for
@@ -35,7 +34,6 @@ from nemo_upcycle.pipeline.jobs import jobs_of
 from nemo_upcycle.pipeline.order import chosen_stages, finished, require_earlier
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
 from nemo_upcycle.pipeline.stages import STAGES
-from nemo_upcycle.utils.files import in_use
 
 
 class BridgeContext(PipelineContext):
@@ -131,15 +129,12 @@ def pipeline(
         return
     if cluster:
         cluster.check_settings(jobs)
-    chain = Chain(cluster, jobs, lambda name: plan.stage(name).is_done(run_dir, plan), run_dir) if cluster else None
+    chain = chain_of(cluster, jobs, run_dir, plan)
     if chain:
         chain.check()
     if not context.may_go_on():
         return
-    with in_use(run_dir):
-        require_no_other_jobs(chain, run_dir, plan)
-        plan.write(run_dir)
-        (run_dir / COMMAND).write_text(command_line() + "\n", encoding="utf-8")
+    with started(run_dir, plan, chain):
         if chain:
             run_chain(chain, detach=ctx.detach)
         else:
