@@ -64,7 +64,8 @@ def answers(files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     named = {"dense": files / "parent", "data": files / "blend", "evaluation": files / "evaluation.yaml"}
     commands = []
     for typed in MISTAKES:
-        given = [f"{name}={path}" for name, path in named.items() if f"{name}=" not in typed and "--fac" not in typed]
+        own = ["dense="] if "--factory" in typed else []
+        given = [f"{name}={path}" for name, path in named.items() if f"{name}=" not in typed and f"{name}=" not in own]
         commands.append(["upcycle", "pipeline", *given, *typed.split(), "dir=run", "--yes"])
     folder = str(tmp_path_factory.mktemp("typed"))
     (found,) = run_ranks(type_commands, 1, commands, folder, str(files), process_group=False, timeout_s=300)
