@@ -85,7 +85,8 @@ class BlendDataset(DatasetProvider):
             say_what_is_read(blend, steps, batch * self.seq_length)
         with whole_indices(cache, blend.folder / MANIFEST) if first else nullcontext():
             train, validation, _ = builder.build()
-        return train, _Repeated(validation, once, context.valid_samples) if once else None, None
+        repeated = _Repeated(validation, once, max(once, context.valid_samples)) if once else None
+        return train, repeated, None
 
 
 class _Repeated(torch.utils.data.Dataset[Any]):

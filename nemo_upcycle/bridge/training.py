@@ -6,7 +6,9 @@ import contextlib
 import importlib
 import inspect
 import logging
+import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +29,7 @@ from nemo_upcycle.errors import UpcycleError
 #: Where a run's checkpoints go, and what Bridge prints; as a run's stage names them.
 CHECKPOINTS, LOG = "checkpoints", "bridge.log"
 #: Settings that follow from the folder of the stage, and of the data.
-_PLACED = ("checkpoint.save", "checkpoint.load", "logger.tensorboard_dir", "dataset.folder")
+_PLACED = ("checkpoint.save", "checkpoint.load", "dataset.folder")
 
 
 def find_recipe(name: str) -> Callable[[], ConfigContainer]:
@@ -73,8 +75,6 @@ def load_config(recipe: str, settings: Sequence[str], dense: Path) -> ConfigCont
     Raises:
         UpcycleError: there is no such recipe, it upcycles nothing, or a setting does not exist or takes no such value.
     """
-    from megatron.bridge.training.utils.omegaconf_utils import OverridesError, process_config_with_overrides
-
     make = find_recipe(recipe)
     os.environ[DENSE] = str(dense)  # Bridge's recipes have no arguments
     config = make()
@@ -98,23 +98,29 @@ def load_config(recipe: str, settings: Sequence[str], dense: Path) -> ConfigCont
         num_workers=config.dataset.num_workers,
         pin_memory=torch.cuda.is_available(),
     )
-    for setting in settings:  # one by one, for the text of the error
-        key = setting.partition("=")[0]
-        if key in _PLACED:
-            raise UpcycleError(
-                key, got=setting, expected="nothing: a run's folder decides", fix="omit it, or change dir"
-            )
-        before = _value(config, key)
-        try:
-            config = process_config_with_overrides(config, cli_overrides=[setting])
-        except (OverridesError, OmegaConfBaseException, TypeError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
-            raise UpcycleError(f"{setting}: {reason}.") from None
-        if isinstance(before, int | float) and isinstance(
-            after := _value(config, key), str
-        ):  # Bridge looks at no type
-            raise UpcycleError(key, got=f"'{after}'", expected="a number, or true or false", fix="give one")
+    for setting in settings:
+        _change(config, setting)
     return config
+
+
+def _change(config: ConfigContainer, setting: str) -> None:
+    """Change a configuration by one setting, in place."""
+    from megatron.bridge.training.utils.omegaconf_utils import OverridesError, process_config_with_overrides
+
+    key = setting.partition("=")[0].lstrip("+~")
+    before, placed = _value(config, key), [_value(config, name) for name in _PLACED]
+    try:
+        process_config_with_overrides(config, cli_overrides=[setting])
+    except (OverridesError, OmegaConfBaseException, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
+        raise UpcycleError(f"{setting}: {reason}.") from None
+    after = _value(config, key)
+    if isinstance(before, int | float) and isinstance(after, str):  # Bridge looks at no type
+        raise UpcycleError(key, got=f"'{after}'", expected="a number, or true or false", fix="give one")
+    for name, value in zip(_PLACED, placed, strict=True):
+        if _value(config, name) != value:
+            expected = "no such setting: the run's folder decides"
+            raise UpcycleError(name, got=setting, expected=expected, fix="omit it, or change dir")
 
 
 def _value(config: ConfigContainer, key: str) -> Any:
@@ -145,7 +151,7 @@ def place_config(config: ConfigContainer, folder: Path, data_folder: Path) -> No
     """
     config.dataset.folder = str(open_blend(data_folder).folder)
     config.checkpoint.save = config.checkpoint.load = str(folder / CHECKPOINTS)
-    if config.logger.tensorboard_dir:
+    if config.logger.tensorboard_dir:  # null: nowhere
         config.logger.tensorboard_dir = str(folder / "tb_logs")
     if torch.cuda.is_available():  # without, a step takes longer than anyone waits: it ends at once
         config.train.exit_signal_handler = True
@@ -176,6 +182,11 @@ def run_config(config: ConfigContainer, folder: Path, *, verbose: bool = False) 
             pretrain(config, forward_step, callbacks=[BridgeMetrics(folder)])
     except SystemExit:
         return False
+    except BaseException:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise an error of its own
+        for child in multiprocessing.active_children():  # loaders that SIGTERM does not end, which Python would await
+            child.kill()
+        raise
     return True
 
 

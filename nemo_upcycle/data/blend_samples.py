@@ -50,7 +50,7 @@ def require_samples(
 
 def index_folder(blend: FinishedBlend, indices: str | None) -> Path:
     """Return where Megatron keeps the order of a blend's samples: in the blend's folder, or in one of many blends."""
-    if indices is None:
+    if not indices:
         return blend.folder / INDICES
     return Path(indices).absolute() / sha256_file(blend.folder / MANIFEST)[:16]
 

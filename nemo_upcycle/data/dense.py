@@ -128,7 +128,7 @@ def _download(name: str, wanted: list[str] = _WANTED) -> Path:
         ) from None
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=_UNWANTED))
-    except (OSError, ValueError) as error:  # every error of huggingface_hub and requests is one of the two
+    except Exception as error:  # huggingface_hub hands on those of its HTTP client
         if isinstance(error, OSError) and error.filename:
             raise UpcycleError(
                 f"the hub's cache, {error.filename}",
@@ -195,9 +195,14 @@ def ensure_dense(source: str) -> Path:
     scheme, name = _address(source)
     if scheme != "asset":  # used where it lies, or kept by the hub's client, which has its own locks
         return _import(source, Path(), sampled=True)
-    output = writable_cache("dense") / re.sub(r"\W+", "-", name).strip("-")
+    output = cached_asset(name)
     with FileLock(f"{output}.lock"):
         return output if is_complete(output) else _import(source, output, sampled=True)
+
+
+def cached_asset(name: str) -> Path:
+    """Return the folder in which the cache keeps a model of an asset, made or not."""
+    return writable_cache("dense") / re.sub(r"\W+", "-", name).strip("-")
 
 
 def local_model(source: str) -> str:

@@ -22,6 +22,37 @@ from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.training.paging import PagedModel
 
 
+#: What a configuration for one rank has in the place of its own.
+_ONE_RANK: dict[str, Any] = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "pipeline_model_parallel_layout": None,
+    "num_layers_in_first_pipeline_stage": None,
+    "num_layers_in_last_pipeline_stage": None,
+    "context_parallel_size": 1,
+    "sequence_parallel": False,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
+    "moe_token_dispatcher_type": "alltoall",  # others ask for several ranks
+    "moe_flex_dispatcher_backend": "deepep",
+    "moe_enable_deepep": False,
+    "overlap_moe_expert_parallel_comm": False,
+    "delay_wgrad_compute": False,
+    "ep_overlap_early_attn_memory_release": False,
+    "perform_initialization": False,
+    "init_model_with_meta_device": True,
+    "use_cpu_initialization": True,  # it names no other device
+    "bf16": False,
+    "fp16": False,
+    "fp8": None,
+    "params_dtype": torch.float32,
+    "autocast_dtype": torch.float32,
+    "pipeline_dtype": torch.float32,
+    "moe_router_dtype": "fp64",  # follows the activations: no less than they have, in either precision
+}
+
+
 def paged_megatron(config: Any, dense: DenseSource, spec: UpcycleSpec | None) -> tuple[PagedModel, list[ParamPlan]]:
     """Return a Megatron model on one rank, whose parts are filled when they compute, and of what.
 
@@ -59,21 +90,10 @@ def _built(config: Any) -> Any:
 def _on_one_rank(config: Any, vocab_size: int) -> Any:
     """Return a config for one rank in float32, without padding, on the meta device."""
     config = copy.deepcopy(config)
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"):
-        setattr(config, name, 1)
-    config.virtual_pipeline_model_parallel_size = None
-    config.context_parallel_size, config.sequence_parallel = 1, False
-    config.num_layers_in_first_pipeline_stage = config.num_layers_in_last_pipeline_stage = None
-    config.moe_token_dispatcher_type = "alltoall"  # others ask for several ranks
-    config.overlap_moe_expert_parallel_comm = False
-    config.expert_tensor_parallel_size = 1
-    config.perform_initialization = False
-    config.init_model_with_meta_device = config.use_cpu_initialization = True  # the latter names no other device
-    config.bf16 = config.fp16 = False
-    config.fp8 = None
-    config.params_dtype = config.autocast_dtype = config.pipeline_dtype = torch.float32
+    for name, value in _ONE_RANK.items():
+        if hasattr(config, name):  # of another release
+            setattr(config, name, value)
     config.vocab_size, config.should_pad_vocab = vocab_size, False
-    config.moe_router_dtype = "fp64"  # follows the activations: no less than they have, in either precision
     configure_for_cpu(config)  # on a GPU too: Transformer Engine knows no float64
     return config
 

@@ -87,7 +87,7 @@ def train(
         folder: for the checkpoints.
         fields: of the spec; None for the dense model.
         save_later: another folder, set when all is configured, as from a command line.
-        starts: how often, each for a step more.
+        starts: how often, each for a step more; before the second, the dense weights are deleted.
         options: of `run_config`.
     """
     from nemo_upcycle.cpu.backend import use_cpu_backend
@@ -104,5 +104,7 @@ def train(
     if save_later is not None:
         config.checkpoint.save = str(save_later)
     for start in range(starts):
-        config.train.train_iters += start > 0
+        if start:
+            config.train.train_iters += 1
+            (dense / "model.safetensors").unlink(missing_ok=True)
         pretrain(config, forward_step)

@@ -121,7 +121,8 @@ def test_a_resumed_training_has_the_bits_of_one_that_was_not_stopped(
         {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"},
         {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 1},
         {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-        {"expert_model_parallel_size": 2, "overlap_moe_expert_parallel_comm": True},
+        {"overlap_moe_expert_parallel_comm": True, "delay_wgrad_compute": True},
+        {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Ett|ttL"},
         {"context_parallel_size": 2},
     ],
     ids=str,
@@ -154,12 +155,7 @@ def test_a_training_that_is_told_to_stop_saves_and_goes_on(inputs: Path, tmp_pat
     plan.write(run_dir)
     for name in ("import", "data", "upcycle"):
         assert run_in_own_process(name, run_dir).status == 0
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "nemo_upcycle.pipeline", "pretrain", str(run_dir)]
-    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
-    metrics = run_dir / "pretrain/metrics.jsonl"
-    while job.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
-        time.sleep(0.05)
+    job = _start_training(run_dir, until_step=3)
     os.killpg(job.pid, signal.SIGTERM)
     _, said = job.communicate(timeout=60)
     assert job.returncode == 75, said
@@ -167,6 +163,48 @@ def test_a_training_that_is_told_to_stop_saves_and_goes_on(inputs: Path, tmp_pat
     assert kept is not None
     assert f"stage 'pretrain' stopped early: {steps_in(kept)} of 350 steps are kept" in said
     assert "Traceback" not in said
+
+    again = _start_training(run_dir, until_step=steps_in(kept) + 3)
+    os.killpg(again.pid, signal.SIGKILL)
+    again.communicate()
+    steps = [line["step"] for line in _lines(run_dir / "pretrain/metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def _environment() -> dict[str, str]:
+    """Return the variables of a rank that no launcher starts, with a port that no other test has."""
+    port = 20_000 + os.getpid() % 10_000
+    return os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "MASTER_PORT": str(port)}
+
+
+def _start_training(run_dir: Path, until_step: int) -> subprocess.Popen[str]:
+    """Start the training stage in a session of its own; return it after so many steps."""
+    command = [sys.executable, "-m", "nemo_upcycle.pipeline", "pretrain", str(run_dir)]
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=_environment(), start_new_session=True)
+    metrics, end_s = run_dir / "pretrain/metrics.jsonl", time.monotonic() + 100
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= until_step):
+        assert job.poll() is None
+        assert time.monotonic() < end_s
+        time.sleep(0.05)
+    return job
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_training_that_fails_ends(inputs: Path, tmp_path: Path, workers: int) -> None:
+    """Its loaders, too, which have been told that SIGTERM is not for them."""
+    run_dir = tmp_path / "run"
+    settings = ["train.exit_signal_handler=true", "train.exit_signal_handler_for_dataloader=true"]
+    settings += ["model.expert_model_parallel_size=1", f"dataset.num_workers={workers}", "validation.eval_iters=0"]
+    settings += ["dataset.persistent_workers=false"] if not workers else []
+    _plan(inputs, *settings, "checkpoint.save_interval=1").write(run_dir)
+    for name in ("import", "data", "upcycle"):
+        assert run_in_own_process(name, run_dir).status == 0
+    (run_dir / "pretrain/checkpoints").mkdir(parents=True)
+    (run_dir / "pretrain/checkpoints/iter_0000001").write_text("where the first checkpoint would be a folder")
+    command = [sys.executable, "-m", "nemo_upcycle.pipeline", "pretrain", str(run_dir)]
+    job = subprocess.run(command, capture_output=True, text=True, env=_environment(), timeout=100, check=False)
+    assert job.returncode == 1
+    assert "FileExistsError" in job.stderr.rstrip().splitlines()[-1]
 
 
 def test_other_settings_are_refused_for_a_training_that_has_begun(

@@ -97,7 +97,8 @@ def test_a_run_that_goes_on_is_not_upcycled_again(dense: Path, tmp_path: Path) -
 
 def test_a_second_start_in_the_same_process_is_not_upcycled_again(dense: Path, tmp_path: Path) -> None:
     """As an in-process restart makes it: the same configuration, with the hook that has filled before."""
-    run_ranks(_train, 1, dense, tmp_path / "run", SPEC, {"starts": 2}, process_group=False)
+    parent = write_llama(tmp_path / "parent", tied=True, vocab_size=VOCABULARY)
+    run_ranks(_train, 1, parent, tmp_path / "run", SPEC, {"starts": 2}, process_group=False)
     assert (tmp_path / "run/iter_0000002").is_dir()
     assert _same_bits(_export(dense, tmp_path / "run", tmp_path / "hf"), _offline(dense, tmp_path / "offline", SPEC))
 

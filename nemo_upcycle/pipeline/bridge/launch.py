@@ -11,7 +11,7 @@ from typing import Any, Optional
 
 import nemo_run as run
 
-from nemo_upcycle.data.dense import check_address, tokenizer_folder
+from nemo_upcycle.data.dense import cached_asset, check_address, tokenizer_folder
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.suite_config import read_suite_config
 from nemo_upcycle.pipeline.bridge.training import BridgeTraining
@@ -34,6 +34,7 @@ from nemo_upcycle.pipeline.jobs import jobs_of
 from nemo_upcycle.pipeline.order import chosen_stages, finished, require_earlier
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
 from nemo_upcycle.pipeline.stages import STAGES
+from nemo_upcycle.utils.files import is_complete
 
 
 class BridgeContext(PipelineContext):
@@ -201,10 +202,13 @@ def _check(
 
 def _configuration(dense: str, *, required: bool) -> Path | None:
     """Return a folder with the parent's configuration; None where that is out of reach, and not required."""
+    scheme, _, name = dense.rpartition("://")
+    if scheme == "asset" and not required and not is_complete(cached_asset(name)):
+        return None
     try:
         return tokenizer_folder(dense)
-    except UpcycleError as error:
-        if required or "://" not in dense:
+    except UpcycleError as error:  # a name on the hub: `check_address` opened any folder
+        if required:
             raise
         sys.stderr.write(f"Not checked against the dense parent: {error}\n")
         return None

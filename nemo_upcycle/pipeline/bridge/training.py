@@ -22,7 +22,7 @@ class BridgeTraining(Training):
     """See `Training`.
 
     Args:
-        recipe: a function's name in `nemo_upcycle.bridge.recipes` or in Bridge's own, or `package.module:function`.
+        recipe: a function's name in `nemo_upcycle.bridge.recipes`, or `package.module:function`.
         settings: `KEY=VALUE`, as Bridge's command line takes them.
         nodes: that it runs on.
         ranks_per_node: GPUs of each.
@@ -84,12 +84,14 @@ class BridgeTraining(Training):
         config = self.config(dense_folder)
         place_config(config, folder, data_folder)
         ended_itself = run_config(config, folder, verbose=is_verbose())
-        if not is_first_rank():  # which tells how it ended
+        if ended_itself and not is_first_rank():  # the first tells whether all is there
             return {}
         checkpoint, wanted = newest_checkpoint(folder / CHECKPOINTS), config.train.train_iters
         kept = steps_in(checkpoint) if checkpoint else 0
         if kept < wanted and (kept or not ended_itself):
             raise StageStopped.with_steps(folder.name, kept, wanted)
+        if not is_first_rank():
+            return {}
         copyfile(folder / CHECKPOINTS / RECEIPT, folder / RECEIPT)  # where the report looks for it
         return {"checkpoint": str(last_checkpoint(folder))}
 
