@@ -6,9 +6,7 @@ import contextlib
 import importlib
 import inspect
 import logging
-import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +22,7 @@ from nemo_upcycle.bridge.recipes.common import DENSE
 from nemo_upcycle.bridge.upcycling import UpcycleHook, hook_of
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.children import shield_children
 
 
 #: Where a run's checkpoints go, and what Bridge prints; as a run's stage names them.
@@ -155,7 +154,6 @@ def place_config(config: ConfigContainer, folder: Path, data_folder: Path) -> No
         config.logger.tensorboard_dir = str(folder / "tb_logs")
     if torch.cuda.is_available():  # without, a step takes longer than anyone waits: it ends at once
         config.train.exit_signal_handler = True
-        config.train.exit_signal_handler_for_dataloader = True  # a scheduler signals all processes of a job
 
 
 def run_config(config: ConfigContainer, folder: Path, *, verbose: bool = False) -> bool:
@@ -175,6 +173,8 @@ def run_config(config: ConfigContainer, folder: Path, *, verbose: bool = False) 
     from nemo_upcycle.bridge.metrics import BridgeMetrics
 
     folder.mkdir(parents=True, exist_ok=True)
+    if config.train.exit_signal_handler:
+        shield_children()
     if not verbose:  # it prints the traceback of whatever it raises, SystemExit too
         logging.getLogger(pretrain.__module__).disabled = True
     try:
@@ -182,11 +182,6 @@ def run_config(config: ConfigContainer, folder: Path, *, verbose: bool = False) 
             pretrain(config, forward_step, callbacks=[BridgeMetrics(folder)])
     except SystemExit:
         return False
-    except BaseException:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise an error of its own
-        for child in multiprocessing.active_children():  # loaders that SIGTERM does not end, which Python would await
-            child.kill()
-        raise
     return True
 
 

@@ -21,6 +21,7 @@ from nemo.utils.app_state import AppState
 
 from nemo_upcycle.errors import StageStopped
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
+from nemo_upcycle.utils.children import shield_children
 
 
 class StopOnSignal(Callback):
@@ -65,10 +66,11 @@ class StopOnSignal(Callback):
 class SaveOnSignal(nl.pytorch.callbacks.PreemptionCallback):
     """Save a checkpoint after the present step on SIGTERM, then end this process with status 75.
 
-    NeMo's `PreemptionCallback`, with three differences:
+    NeMo's `PreemptionCallback`, with four differences:
 
     - A signal to any rank counts. NeMo's obeys rank 0 only, so a node that is taken away alone loses the steps since
       the last checkpoint.
+    - Loaders of data outlive the signal, which a scheduler sends to all processes of a job.
     - The handler stays until training is torn down. NeMo's is gone before the last checkpoint is written.
     - The status is 75 and not 0: a scheduler must not take an early end for a finished training.
 
@@ -77,6 +79,11 @@ class SaveOnSignal(nl.pytorch.callbacks.PreemptionCallback):
     Example:
         >>> recipe.trainer.callbacks.insert(0, run.Config(SaveOnSignal))  # doctest: +SKIP
     """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Shield loaders before they are started."""
+        super().setup(trainer, pl_module, stage)
+        shield_children()
 
     @property
     def interrupted(self) -> bool:

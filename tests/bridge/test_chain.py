@@ -150,7 +150,7 @@ def test_a_training_that_is_told_to_stop_saves_and_goes_on(inputs: Path, tmp_pat
     """As on a GPU: all processes of the job get the signal, those that load data, too."""
     run_dir = tmp_path / "run"
     settings = ["train.train_iters=350", "checkpoint.save_interval=1000", "model.expert_model_parallel_size=1"]
-    settings += ["train.exit_signal_handler=true", "train.exit_signal_handler_for_dataloader=true"]
+    settings.append("train.exit_signal_handler=true")
     plan = _plan(inputs, *settings, "validation.eval_iters=0", "dataset.num_workers=2")
     plan.write(run_dir)
     for name in ("import", "data", "upcycle"):
@@ -193,7 +193,7 @@ def _start_training(run_dir: Path, until_step: int) -> subprocess.Popen[str]:
 def test_a_training_that_fails_ends(inputs: Path, tmp_path: Path, workers: int) -> None:
     """Its loaders, too, which have been told that SIGTERM is not for them."""
     run_dir = tmp_path / "run"
-    settings = ["train.exit_signal_handler=true", "train.exit_signal_handler_for_dataloader=true"]
+    settings = ["train.exit_signal_handler=true"]
     settings += ["model.expert_model_parallel_size=1", f"dataset.num_workers={workers}", "validation.eval_iters=0"]
     settings += ["dataset.persistent_workers=false"] if not workers else []
     _plan(inputs, *settings, "checkpoint.save_interval=1").write(run_dir)
