@@ -6,6 +6,7 @@ optimizer: master weights are made of what it filled in. Bridge loads Hugging Fa
 
 from __future__ import annotations
 
+from collections import UserList
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,16 +68,10 @@ def upcycle_on_start(
     transformer.perform_initialization = False  # it would be overwritten
     hook = UpcycleHook(config, spec, (Path(dense), *map(Path, branches)), non_expert_weights)
     if isinstance(model, ModelConfig):
-        model.pre_wrap_hooks = _KeptHooks([*model.pre_wrap_hooks, hook])
+        # No list: Bridge empties lists of functions when a command line changes settings, and leaves other sequences.
+        model.pre_wrap_hooks = UserList([*model.pre_wrap_hooks, hook])
     else:
         model.register_pre_wrap_hook(hook)
-
-
-class _KeptHooks(list[Any]):
-    """Hooks that stay when a command line changes settings: Bridge empties lists then, and keeps what is callable."""
-
-    def __call__(self) -> None:
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
