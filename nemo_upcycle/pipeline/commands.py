@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.chain import JOBS, Chain, recorded_jobs
 from nemo_upcycle.pipeline.console import command_line, end_soon
 from nemo_upcycle.pipeline.executors.base import Cluster, Job
 from nemo_upcycle.pipeline.executors.local import StopSignals
+from nemo_upcycle.pipeline.in_turn import run_in_turn
 from nemo_upcycle.pipeline.plan import PLAN, Plan
 from nemo_upcycle.pipeline.plans import kind_of, read_plan
 from nemo_upcycle.utils.files import in_use
@@ -19,6 +22,8 @@ from nemo_upcycle.utils.files import in_use
 
 #: What was typed, in the run's folder.
 COMMAND = "command.txt"
+#: Where this package lies, if it was not copied into an environment.
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def whole_path(name: str, *, folder: bool = False) -> str:
@@ -33,6 +38,40 @@ def chain_of(cluster: Cluster | None, jobs: Sequence[Job], run_dir: Path, plan: 
     if cluster is None:
         return None
     return Chain(cluster, jobs, lambda name: plan.stage(name).is_done(run_dir, plan), run_dir)
+
+
+def check_chain(chain: Chain) -> None:
+    """Check that the scheduler would take the jobs; warn if they run code of this machine that no commit holds.
+
+    Raises:
+        UpcycleError: it would not.
+    """
+    chain.check()
+    if _runs_code_of(chain.cluster, [job.name for job in chain.jobs], CHECKOUT):
+        _warn_of_uncommitted_code(CHECKOUT)
+
+
+def _runs_code_of(cluster: Cluster, stages: Sequence[str], folder: Path) -> bool:
+    """Return whether jobs run the code of a folder of this machine: with this interpreter, or where they mount it."""
+    mounts = [mount.partition(":")[0] for mount in getattr(cluster.executor, "container_mounts", ())]
+    mounts += getattr(cluster.executor, "mounts", {}).values()
+    uses_this_python = any(cluster.python_of(stage) == sys.executable for stage in stages)
+    return uses_this_python or any(folder.is_relative_to(mount) for mount in mounts)
+
+
+def _warn_of_uncommitted_code(root: Path) -> None:
+    """Warn if the package lies in a repository with changes that no commit holds: the jobs run what lies there."""
+    command = ["git", "-C", str(root), "status", "--porcelain", "--", "nemo_upcycle", "recipes", "conf"]
+    try:
+        changed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    except FileNotFoundError:  # no git here
+        return
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        sys.stderr.write(
+            f"Warning: {root} has uncommitted changes ({changed[0][3:]}{more}); "
+            "the jobs run the code as it lies there when each of them starts.\n"
+        )
 
 
 @contextmanager
@@ -74,7 +113,23 @@ def _listed(jobs: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {identity}" for name, identity in jobs.items())
 
 
-def run_chain(chain: Chain, *, detach: bool) -> None:
+def run_jobs(jobs: Sequence[Job], run_dir: Path, plan: Plan, chain: Chain | None, ctx: Any) -> None:
+    """Run the jobs of a run: on a cluster where there is a chain, else one after the other.
+
+    Args:
+        jobs: of the stages, in order.
+        run_dir: the run's folder.
+        plan: of the run.
+        chain: the same jobs on a cluster.
+        ctx: NeMo-Run's context of the command.
+    """
+    if chain:
+        _run_chain(chain, detach=ctx.detach)
+    else:
+        run_in_turn(jobs, run_dir, plan, ctx.executor)
+
+
+def _run_chain(chain: Chain, *, detach: bool) -> None:
     """Submit the jobs of a chain, and watch them unless `detach`."""
     end_soon()
     with StopSignals() as stop:

@@ -2,9 +2,7 @@
 
 # No postponed annotations here and in the recipes, and Optional[...]: NeMo-Run parses values by them.
 
-import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -13,29 +11,24 @@ import nemo_run as run
 from nemo_upcycle.pipeline.checks import check_arguments
 from nemo_upcycle.pipeline.commands import (
     chain_of,
+    check_chain,
     render_jobs,
-    run_chain,
+    run_jobs,
     say_what_is_missing,
     show_result,
     started,
     whole_path,
 )
 from nemo_upcycle.pipeline.context import PipelineContext
-from nemo_upcycle.pipeline.executors.base import Cluster
 from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import cluster_for
 from nemo_upcycle.pipeline.forecast import check_space, check_stages, forecast, render_forecast
 from nemo_upcycle.pipeline.forecast.settings import Origins
-from nemo_upcycle.pipeline.in_turn import run_in_turn
 from nemo_upcycle.pipeline.jobs import jobs_of
 from nemo_upcycle.pipeline.order import chosen_stages, require_earlier
-from nemo_upcycle.pipeline.plan import RunPlan, Stage
+from nemo_upcycle.pipeline.plan import RunPlan
 from nemo_upcycle.pipeline.recipes_io import dump_recipe, write_recipes
 from nemo_upcycle.pipeline.stages import STAGES
-
-
-#: Where this package lies, if it was not copied into an environment.
-CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 @run.cli.entrypoint(namespace="upcycle", type="experiment", run_ctx_cls=PipelineContext)
@@ -106,40 +99,12 @@ def pipeline(
         cluster.check_settings(jobs)  # before the scheduler is asked anything
     chain = chain_of(cluster, jobs, run_dir, plan)
     if chain:
-        chain.check()
-        if _runs_code_of(chain.cluster, stages, CHECKOUT):
-            _warn_of_uncommitted_code(CHECKOUT)
+        check_chain(chain)
     check_space(found, chain.alive() if chain else ())
     if not ctx.may_go_on():
         return
     with started(run_dir, plan, chain):
         write_recipes(run_dir, {"pretrain": pretrain, "dense_ct": dense_ct})
-        if chain:
-            run_chain(chain, detach=ctx.detach)
-        else:
-            run_in_turn(jobs, run_dir, plan, ctx.executor)
+        run_jobs(jobs, run_dir, plan, chain, ctx)
     if stages[-1] is STAGES[-1] and not ctx.detach:
         show_result(run_dir)
-
-
-def _runs_code_of(cluster: Cluster, stages: Sequence[Stage], folder: Path) -> bool:
-    """Return whether jobs run the code of a folder of this machine: with this interpreter, or where they mount it."""
-    mounts = [mount.partition(":")[0] for mount in getattr(cluster.executor, "container_mounts", ())]
-    mounts += getattr(cluster.executor, "mounts", {}).values()
-    uses_this_python = any(cluster.python_of(stage.name) == sys.executable for stage in stages)
-    return uses_this_python or any(folder.is_relative_to(mount) for mount in mounts)
-
-
-def _warn_of_uncommitted_code(root: Path) -> None:
-    """Warn if the package lies in a repository with changes that no commit holds: the jobs run what lies there."""
-    command = ["git", "-C", str(root), "status", "--porcelain", "--", "nemo_upcycle", "recipes", "conf"]
-    try:
-        changed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
-    except FileNotFoundError:  # no git here
-        return
-    if changed:
-        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-        sys.stderr.write(
-            f"Warning: {root} has uncommitted changes ({changed[0][3:]}{more}); "
-            "the jobs run the code as it lies there when each of them starts.\n"
-        )

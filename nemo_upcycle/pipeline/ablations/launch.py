@@ -11,11 +11,10 @@ import nemo_run as run
 from nemo_upcycle.pipeline.ablations.grid import read_grid
 from nemo_upcycle.pipeline.ablations.plan import GridPlan
 from nemo_upcycle.pipeline.checks import check_started, is_local
-from nemo_upcycle.pipeline.commands import chain_of, run_chain, started, whole_path
+from nemo_upcycle.pipeline.commands import chain_of, check_chain, run_jobs, started, whole_path
 from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import cluster_for
-from nemo_upcycle.pipeline.in_turn import run_in_turn
 from nemo_upcycle.pipeline.jobs import jobs_of
 from nemo_upcycle.pipeline.side_by_side import check_at_once, run_side_by_side
 from nemo_upcycle.utils.files import MARKER
@@ -68,16 +67,14 @@ def ablate(
     if ctx.dryrun:
         return
     if chain:
-        chain.check()
+        check_chain(chain)
     if not ctx.may_go_on():
         return
     with started(run_dir, plan, chain):
-        if chain:
-            run_chain(chain, detach=ctx.detach)
-        elif at_once > 1:
+        if at_once > 1 and not chain:
             run_side_by_side(jobs, run_dir, plan, at_once)
         else:
-            run_in_turn(jobs, run_dir, plan, ctx.executor)
+            run_jobs(jobs, run_dir, plan, chain, ctx)
     if not ctx.detach:
         sys.stdout.write("\n" + (run_dir / "table" / "table.md").read_text(encoding="utf-8"))
 

@@ -18,8 +18,9 @@ from nemo_upcycle.pipeline.bridge.training import BridgeTraining
 from nemo_upcycle.pipeline.checks import check_blend, check_detach, check_folder, check_started, is_local
 from nemo_upcycle.pipeline.commands import (
     chain_of,
+    check_chain,
     render_jobs,
-    run_chain,
+    run_jobs,
     say_what_is_missing,
     show_result,
     started,
@@ -29,7 +30,6 @@ from nemo_upcycle.pipeline.console import quiet_libraries
 from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import cluster_for
-from nemo_upcycle.pipeline.in_turn import run_in_turn
 from nemo_upcycle.pipeline.jobs import jobs_of
 from nemo_upcycle.pipeline.order import chosen_stages, finished, require_earlier
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
@@ -132,14 +132,11 @@ def pipeline(
         cluster.check_settings(jobs)
     chain = chain_of(cluster, jobs, run_dir, plan)
     if chain:
-        chain.check()
+        check_chain(chain)
     if not context.may_go_on():
         return
     with started(run_dir, plan, chain):
-        if chain:
-            run_chain(chain, detach=ctx.detach)
-        else:
-            run_in_turn(jobs, run_dir, plan, ctx.executor)
+        run_jobs(jobs, run_dir, plan, chain, ctx)
     if stages[-1] is STAGES[-1] and not ctx.detach:
         show_result(run_dir)
 

@@ -11,13 +11,13 @@ import nemo_run as run
 import pytest
 import torch
 
+from nemo_upcycle.pipeline.commands import _runs_code_of
 from nemo_upcycle.pipeline.executors.base import Cluster
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
 from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
 from nemo_upcycle.pipeline.executors.slurm_settings import StagedSlurmExecutor
 from nemo_upcycle.pipeline.in_turn import sized, stopped, variables_for
-from nemo_upcycle.pipeline.launch import _runs_code_of
 from nemo_upcycle.pipeline.order import chosen_stages
 from nemo_upcycle.pipeline.plan import RunPlan
 from nemo_upcycle.pipeline.stages import STAGES
@@ -76,7 +76,7 @@ def test_a_stage_that_ended_just_before_the_signal_counts_as_finished(tmp_path: 
     ],
 )
 def test_jobs_run_this_code_with_this_interpreter_or_where_it_is_mounted(cluster: Cluster, expected: bool) -> None:
-    assert _runs_code_of(cluster, STAGES, Path("/home/me/nemo-upcycle")) is expected
+    assert _runs_code_of(cluster, [stage.name for stage in STAGES], Path("/home/me/nemo-upcycle")) is expected
 
 
 @pytest.mark.parametrize(
