@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,10 +15,10 @@ import pytest
 from nemo_upcycle.pipeline.plan import RunPlan
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 from nemo_upcycle.utils.files import is_complete, read_json
-from tests.blends import write_blend
 from tests.distributed.ranks import run_ranks
+from tests.functional.started import STAGE, environment, start_training
 from tests.functional.test_pipeline import STAGES, run_in_own_process
-from tests.functional.tiny import EVALUATION, texts, write_parent
+from tests.functional.tiny import write_finished_inputs
 
 
 pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
@@ -29,10 +28,7 @@ TINY, DENSE_CT = "tests.bridge.recipes:tiny", "tests.bridge.recipes:tiny_dense_c
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of a parent, its tokenised texts and a suite."""
-    folder = tmp_path_factory.mktemp("inputs")
-    write_blend(folder / "blend", write_parent(folder / "parent"), texts=texts(), run_tokens=100_000)
-    (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
-    return folder
+    return write_finished_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def _plan(inputs: Path, *settings: str) -> RunPlan:
@@ -155,7 +151,7 @@ def test_a_training_that_is_told_to_stop_saves_and_goes_on(inputs: Path, tmp_pat
     plan.write(run_dir)
     for name in ("import", "data", "upcycle"):
         assert run_in_own_process(name, run_dir).status == 0
-    job = _start_training(run_dir, until_step=3)
+    job = start_training(run_dir, until_step=3)
     os.killpg(job.pid, signal.SIGTERM)
     _, said = job.communicate(timeout=60)
     assert job.returncode == 75, said
@@ -164,29 +160,11 @@ def test_a_training_that_is_told_to_stop_saves_and_goes_on(inputs: Path, tmp_pat
     assert f"stage 'pretrain' stopped early: {steps_in(kept)} of 350 steps are kept" in said
     assert "Traceback" not in said
 
-    again = _start_training(run_dir, until_step=steps_in(kept) + 3)
+    again = start_training(run_dir, until_step=steps_in(kept) + 3)
     os.killpg(again.pid, signal.SIGKILL)
     again.communicate()
     steps = [line["step"] for line in _lines(run_dir / "pretrain/metrics.jsonl")]
     assert steps == list(range(1, len(steps) + 1))
-
-
-def _environment() -> dict[str, str]:
-    """Return the variables of a rank that no launcher starts, with a port that no other test has."""
-    port = 20_000 + os.getpid() % 10_000
-    return os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "MASTER_PORT": str(port)}
-
-
-def _start_training(run_dir: Path, until_step: int) -> subprocess.Popen[str]:
-    """Start the training stage in a session of its own; return it after so many steps."""
-    command = [sys.executable, "-m", "nemo_upcycle.pipeline", "pretrain", str(run_dir)]
-    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=_environment(), start_new_session=True)
-    metrics, end_s = run_dir / "pretrain/metrics.jsonl", time.monotonic() + 100
-    while not (metrics.is_file() and metrics.read_text().count("\n") >= until_step):
-        assert job.poll() is None
-        assert time.monotonic() < end_s
-        time.sleep(0.05)
-    return job
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -201,8 +179,8 @@ def test_a_training_that_fails_ends(inputs: Path, tmp_path: Path, workers: int) 
         assert run_in_own_process(name, run_dir).status == 0
     (run_dir / "pretrain/checkpoints").mkdir(parents=True)
     (run_dir / "pretrain/checkpoints/iter_0000001").write_text("where the first checkpoint would be a folder")
-    command = [sys.executable, "-m", "nemo_upcycle.pipeline", "pretrain", str(run_dir)]
-    job = subprocess.run(command, capture_output=True, text=True, env=_environment(), timeout=100, check=False)
+    command = [*STAGE, "pretrain", run_dir]
+    job = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=100, check=False)
     assert job.returncode == 1
     assert "FileExistsError" in job.stderr.rstrip().splitlines()[-1]
 
@@ -220,9 +198,8 @@ def test_other_settings_are_refused_for_a_training_that_has_begun(
 
 def _command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     nemo = Path(sys.executable).with_name("nemo")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [str(nemo), "upcycle", "pipeline", *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment(), check=False)
 
 
 def test_the_command_runs_a_part_of_the_chain(inputs: Path, tmp_path: Path) -> None:

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.blends import write_blend
 from tests.distributed.ranks import run_ranks
-from tests.functional.tiny import EVALUATION, texts, write_parent
+from tests.functional.tiny import write_finished_inputs
 from tests.functional.typed import Answer, type_commands
 
 
@@ -54,10 +53,7 @@ MISTAKES = {
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of a parent, its tokenised texts and a suite."""
-    folder = tmp_path_factory.mktemp("inputs")
-    write_blend(folder / "blend", write_parent(folder / "parent"), texts=texts(), run_tokens=100_000)
-    (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
-    return folder
+    return write_finished_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from nemo_upcycle.pipeline.plan import RunPlan
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
-from tests.blends import write_blend
-from tests.functional.tiny import EVALUATION, shrink, texts, write_parent
+from tests.functional.started import STAGE, start_training
+from tests.functional.tiny import shrink, write_finished_inputs
 
 
 pytestmark = pytest.mark.slow
@@ -27,8 +25,7 @@ def _plan(folder: Path) -> RunPlan:
     from nemo_upcycle.recipes import smollm2_135m_e8t2
     from nemo_upcycle.training.stopping import SaveOnSignal
 
-    write_blend(folder / "blend", write_parent(folder / "parent"), texts=texts(), run_tokens=1_000_000)
-    (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
+    write_finished_inputs(folder, run_tokens=1_000_000)
     recipe = shrink(smollm2_135m_e8t2.pretrain_recipe(), max_steps=2000, checkpoint_every=1000)
     recipe.data.num_workers = 2
     recipe.trainer.callbacks.insert(0, run.Config(SaveOnSignal))
@@ -39,15 +36,9 @@ def _plan(folder: Path) -> RunPlan:
 def test_a_training_with_loaders_saves_when_the_whole_job_is_told_to_stop(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     _plan(tmp_path).write(run_dir)
-    command = [sys.executable, "-m", "nemo_upcycle.pipeline"]
     for name in ("import", "data", "upcycle"):
-        subprocess.run([*command, name, run_dir], check=True, capture_output=True)
-    job = subprocess.Popen([*command, "pretrain", run_dir], stderr=subprocess.PIPE, text=True, start_new_session=True)
-    metrics, end_s = run_dir / "pretrain/metrics.jsonl", time.monotonic() + 100
-    while not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
-        assert job.poll() is None
-        assert time.monotonic() < end_s
-        time.sleep(0.05)
+        subprocess.run([*STAGE, name, run_dir], check=True, capture_output=True)
+    job = start_training(run_dir, until_step=3)
     os.killpg(job.pid, signal.SIGTERM)
     _, said = job.communicate(timeout=60)
     assert job.returncode == 75, said

@@ -86,6 +86,13 @@ def write_inputs(folder: Path) -> Path:
     return folder
 
 
+def write_finished_inputs(folder: Path, run_tokens: int = 100_000) -> Path:
+    """Write a parent, its tokenised texts (`blend`), which need no engine, and an evaluation; return the folder."""
+    write_blend(folder / "blend", write_parent(folder / "parent"), texts=texts(), run_tokens=run_tokens)
+    (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
+    return folder
+
+
 def prepare(folder: Path, **changes: Any) -> tuple[Path, Path]:
     """Write parent and tokenised texts; return their folders."""
     dense = write_parent(folder / "dense", **changes)

@@ -1,0 +1,31 @@
+"""A training stage in a process of its own, with whatever trains, to be sent signals."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+STAGE = (sys.executable, "-m", "nemo_upcycle.pipeline")
+
+
+def environment() -> dict[str, str]:
+    """Return the variables of a rank that no launcher starts, with a port that no other test has."""
+    port = 20_000 + os.getpid() % 10_000
+    return os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "MASTER_PORT": str(port)}
+
+
+def start_training(run_dir: Path, until_step: int) -> subprocess.Popen[str]:
+    """Start the stage `pretrain` in a session of its own; return it after so many steps."""
+    job = subprocess.Popen(
+        [*STAGE, "pretrain", run_dir], stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
+    )
+    metrics, end_s = run_dir / "pretrain/metrics.jsonl", time.monotonic() + 100
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= until_step):
+        assert job.poll() is None
+        assert time.monotonic() < end_s
+        time.sleep(0.05)
+    return job
