@@ -54,12 +54,13 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     """
     from tokenizers import Tokenizer
 
-    backend = tokenizer.backend_tokenizer
-    after = json.loads(backend.to_str())["post_processor"] or {}
+    text = tokenizer.backend_tokenizer.to_str()
+    after = json.loads(text)["post_processor"] or {}
     if after.get("type") == "TemplateProcessing" and not after["special_tokens"]:
-        backend = Tokenizer.from_str(backend.to_str())
+        backend = Tokenizer.from_str(text)
         backend.post_processor = None
-    return hashlib.sha256(backend.to_str().encode()).hexdigest()
+        text = backend.to_str()
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def save_tokenizer(dense: Path, folder: Path) -> dict[str, Any]:

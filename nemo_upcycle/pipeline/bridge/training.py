@@ -92,8 +92,9 @@ class BridgeTraining(Training):
             raise StageStopped.with_steps(folder.name, kept, wanted)
         if not is_first_rank():
             return {}
+        checkpoint = checkpoint or last_checkpoint(folder)
         copyfile(folder / CHECKPOINTS / RECEIPT, folder / RECEIPT)  # where the report looks for it
-        return {"checkpoint": str(last_checkpoint(folder))}
+        return {"checkpoint": str(checkpoint)}
 
 
 @lru_cache
