@@ -19,7 +19,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.suite_config import read_suite_config
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.megatron_config import architecture_of
-from nemo_upcycle.pipeline.markers import setting_hashes
+from nemo_upcycle.pipeline.markers import setting_texts
 from nemo_upcycle.pipeline.plan import Plan, RunPlan, Stage
 from nemo_upcycle.pipeline.plans import kind_of
 from nemo_upcycle.pipeline.recipes_io import check_recipe, ranks_of
@@ -122,7 +122,7 @@ def check_started(run_dir: Path, plan: Plan) -> None:
         if folder.marker.is_file():
             folder.outputs()
         if stage.resumable:
-            folder.require_same(setting_hashes(stage.settings_of(plan)))
+            folder.require_same(setting_texts(stage.settings_of(plan)))
 
 
 def check_blend(data: str, here: bool, *, remote: bool) -> None:

@@ -15,7 +15,7 @@ from nemo_upcycle.pipeline.console import command_line, end_soon
 from nemo_upcycle.pipeline.executors.base import Cluster, Job
 from nemo_upcycle.pipeline.executors.local import StopSignals
 from nemo_upcycle.pipeline.in_turn import run_in_turn
-from nemo_upcycle.pipeline.plan import PLAN, Plan
+from nemo_upcycle.pipeline.plan import KEPT, PLAN, Plan
 from nemo_upcycle.pipeline.plans import kind_of, read_plan
 from nemo_upcycle.utils.files import in_use
 
@@ -82,10 +82,19 @@ def started(run_dir: Path, plan: Plan, chain: Chain | None) -> Iterator[None]:
         UpcycleError: another command holds it, or jobs of it with another plan still wait or run.
     """
     with in_use(run_dir):  # its stages read the plan, so no other run may change it
+        plan, copies = plan.with_copies(run_dir)
         require_no_other_jobs(chain, run_dir, plan)
-        plan.write(run_dir)
+        _write_plan(run_dir, plan, copies)
         (run_dir / COMMAND).write_text(command_line() + "\n", encoding="utf-8")
         yield
+
+
+def _write_plan(folder: Path, plan: Plan, copies: Mapping[Path, str]) -> None:
+    """Write a plan and the copies of the user's files that it names."""
+    for place, text in copies.items():
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).write_text(text, encoding="utf-8")
+    plan.write(folder)
 
 
 def require_no_other_jobs(chain: Chain | None, run_dir: Path, plan: Plan) -> None:
@@ -167,18 +176,19 @@ def render_jobs(jobs: Sequence[Job], cluster: Cluster | None, plan: Plan, folder
         )
     cluster.check_settings(jobs)
     files = {name: text for job in jobs for name, text in cluster.render(job).items()} | cluster.render_chain(jobs)
+    plan, copies = plan.with_copies(jobs[0].run_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
-        plan.write(folder)
+        _write_plan(folder, plan, copies)
     except OSError as error:
         raise UpcycleError(
             f"--render {folder}", got=error.strerror, expected="a folder to write to", fix="name another one"
         ) from None
     sys.stdout.write(
-        f"Written to {folder}: {', '.join(files)}. The jobs read {jobs[0].run_dir / PLAN}: copy {folder / PLAN} there "
-        "before you submit them.\n"
+        f"Written to {folder}: {', '.join(files)}. The jobs read {jobs[0].run_dir / PLAN}: copy {folder / PLAN}"
+        f"{f' and {folder / KEPT}' if copies else ''} there before you submit them.\n"
     )
 
 

@@ -10,6 +10,7 @@ from nemo_upcycle.data.blend import read_blend
 from nemo_upcycle.data.inputs import folders_of
 from nemo_upcycle.pipeline.executors.base import Job
 from nemo_upcycle.pipeline.plan import Plan, Stage
+from nemo_upcycle.utils.conf import is_conf_file
 
 
 def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: Plan, python: str = sys.executable) -> list[Job]:
@@ -22,7 +23,8 @@ def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: Plan, python: str = sy
         python: the interpreter where the stages run.
     """
     script = script_of(plan)
-    named = [Path(text.removeprefix("hf://")) for text in (*plan.inputs(), *script)]
+    read = [text for text in plan.inputs() if not is_conf_file(text)]  # of those the run's folder keeps copies
+    named = [Path(text.removeprefix("hf://")) for text in (*read, *script)]
     texts = folders_of(read_blend(plan.blend)) if plan.blend else []
     reads = tuple(dict.fromkeys(path for path in (*texts, *named) if path.is_absolute()))
     jobs = []

@@ -1,20 +1,24 @@
 """The marker that a finished stage leaves, by which the next run knows whether to run the stage again.
 
-A stage's marker, `<run>/<stage>/_SUCCESS.json`, holds the hashes of everything the stage depends on: its settings and
-the markers of the stages before it. A change upstream changes these hashes, and the stage runs again.
+A stage's marker, `<run>/<stage>/_SUCCESS.json`, holds everything the stage depends on: its settings, and the hashes of
+the markers of the stages before it. A change upstream changes these hashes, and the stage runs again. What does not
+change a result (how often a training logs or saves, on how many nodes it runs) is no part of it: a run that has
+started goes on with other values, and notes the change.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import StageError, UpcycleError
 from nemo_upcycle.utils.files import MARKER, read_json, sha256_file, write_json
+from nemo_upcycle.utils.nested import flat
 
 
 _STARTED = "_STARTED.json"
@@ -23,22 +27,61 @@ _STARTED = "_STARTED.json"
 ENDED = "_ENDED"
 STOPPED, FAILED = "stopped", "failed"
 _DELETE_MARKER = "delete it: the stage then runs again"
+#: One line for each setting that was changed in a started run.
+CHANGES = "changes.jsonl"
+#: The name of a setting that holds how many steps a training takes ends so: in a started run it may grow.
+STEPS = " steps"
+#: A longer text of a setting is kept as its hash; of more changes the first ones are said.
+_SHORT, _LISTED = 200, 5
 
 
-def setting_hashes(settings: dict[str, Any]) -> dict[str, str]:
-    """Return the sha256 of each of a stage's own settings, which are plain values, as its marker names them."""
-    texts = {name: json.dumps(value, sort_keys=True, default=str) for name, value in sorted(settings.items())}
-    return {f"setting {name}": hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+def setting_texts(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return a stage's own settings, which are plain values, as its marker names them: short texts, or their hashes.
+
+    Example:
+        >>> setting_texts({"dense": "/models/8b", "pretrain": {"optim": {"lr": 3e-5}}})
+        {'setting dense': '/models/8b', 'setting pretrain.optim.lr': '3e-05'}
+    """
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in flat(settings, ".")}
+    return {f"setting {name}": text if len(text) <= _SHORT else _sha256(text) for name, text in texts.items()}
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def changed_inputs(before: Mapping[str, str], inputs: Mapping[str, str]) -> list[str]:
-    """Return the names of the inputs whose hashes are others than before.
+    """Return the names of the inputs that were something else before, or are new, or gone.
 
     Example:
         >>> changed_inputs({"setting dense": "a", "stage import": "b"}, {"setting dense": "c", "stage import": "b"})
         ['setting dense']
     """
-    return [name for name, digest in sorted(inputs.items()) if before.get(name) != digest]
+    return sorted(name for name in {*before, *inputs} if before.get(name) != inputs.get(name))
+
+
+def refused_changes(before: Mapping[str, str], inputs: Mapping[str, str]) -> list[str]:
+    """Return the names of the changed inputs with which started work may not go on: all but more steps."""
+    return [
+        name
+        for name in changed_inputs(before, inputs)
+        if not (name.endswith(STEPS) and int(inputs.get(name, 0)) >= int(before.get(name, 0)))
+    ]
+
+
+def said_changes(names: Sequence[str], before: Mapping[str, str], inputs: Mapping[str, str]) -> str:
+    """Return which inputs changed, for people: what was set with both its values, what was made by name.
+
+    Example:
+        >>> said_changes(["setting dense", "stage data"], {"setting dense": "a"}, {"setting dense": "c"})
+        'dense was a, is c; stage data ran again'
+    """
+    said = []
+    for name in names[:_LISTED]:
+        kind, _, plain = name.partition(" ")
+        was, now = before.get(name, "not set"), inputs.get(name, "not set")
+        said.append(f"{plain} was {was}, is {now}" if kind == "setting" else f"{name} ran again")
+    return "; ".join(said) + (f"; and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
 @dataclass(frozen=True)
@@ -66,9 +109,9 @@ class StageFolder:
         return self.path / MARKER
 
     def inputs(self, settings: dict[str, Any]) -> dict[str, str]:
-        """Return the hashes of the stage's settings and of the markers of the stages before it, which are done."""
+        """Return the stage's settings and the hashes of the markers of the stages before it, which are done."""
         markers = {before: StageFolder(self.run_dir, before).marker for before in self.after}
-        return setting_hashes(settings) | {f"stage {before}": sha256_file(path) for before, path in markers.items()}
+        return setting_texts(settings) | {f"stage {before}": sha256_file(path) for before, path in markers.items()}
 
     def is_done(self, inputs: dict[str, str]) -> bool:
         """Return whether the stage finished earlier, from the same inputs."""
@@ -85,43 +128,72 @@ class StageFolder:
 
     def started_from(self) -> dict[str, str] | None:
         """Return the inputs that the stage was last started from; None where it was not."""
+        started = self._started()
+        return None if started is None else started["inputs"]
+
+    def _started(self) -> dict[str, Any] | None:
         fix = f"delete it if the settings are those the work was started from, else {self.path}, to lose that work"
         started = self.path / _STARTED
-        return _notes(started, fix) if started.is_file() else None
+        return _notes(started, fix, "inputs") if started.is_file() else None
 
     def require_same(self, inputs: dict[str, str]) -> None:
-        """Check that the folder holds no work that was started from other inputs.
+        """Check that the folder holds no work that was started from other inputs; more steps are no others.
 
         Args:
-            inputs: what `inputs()` gave, or a part of it.
+            inputs: what `inputs()` gave, or `setting_texts`, which is a part of it.
 
         Raises:
             StageError: it was started from others.
         """
         before = self.started_from()
-        if changed := changed_inputs(inputs if before is None else before, inputs):
+        if before is None:
+            return
+        if not any(name.startswith("stage ") for name in inputs):
+            before = {name: value for name, value in before.items() if name.startswith("setting ")}
+        if changed := refused_changes(before, inputs):
             raise StageError(
                 f"{self.path}",
-                got=f"work started from other inputs (changed: {', '.join(changed)})",
-                expected="the inputs it was started from, or an empty folder",
+                got=f"work started from other inputs ({said_changes(changed, before, inputs)})",
+                expected="the inputs it was started from, since its result depends on them",
                 fix=f"set them back, choose another dir, or delete {self.path} to lose that work",
             )
 
-    def start(self, inputs: dict[str, str], *, resumable: bool) -> None:
+    def start(self, inputs: dict[str, str], free: Mapping[str, str] | None = None, *, resumable: bool) -> list[str]:
         """Record what the stage is started from, and delete its old marker.
 
         Args:
             inputs: what `inputs()` gave.
+            free: `setting_texts` of what its result does not depend on, which may change at a new start.
             resumable: whether a new start continues the folder's work, which requires the same inputs.
+
+        Returns:
+            What changed since an earlier start of the work that is continued, for people; it is noted in `CHANGES`.
 
         Raises:
             StageError: a resumable stage was started from other inputs.
         """
+        said = []
         if resumable:
             self.require_same(inputs)
+            said = self._note_changes(inputs, free or {})
         self.marker.unlink(missing_ok=True)
         (self.path / ENDED).unlink(missing_ok=True)
-        write_json(self.path / _STARTED, inputs)
+        write_json(self.path / _STARTED, {"inputs": inputs, "free": free or {}})
+        return said
+
+    def _note_changes(self, inputs: Mapping[str, str], free: Mapping[str, str]) -> list[str]:
+        """Write what changed since the last start to `CHANGES`; return it for people."""
+        started = self._started()
+        if started is None:
+            return []
+        before, now = started["inputs"] | started.get("free", {}), {**inputs, **free}
+        names = [name for name in changed_inputs(before, now) if not name.startswith("stage ")]
+        with (self.path / CHANGES).open("a", encoding="utf-8") as file:
+            for name in names:
+                when = datetime.now().astimezone().isoformat(timespec="seconds")
+                change = {"time": when, "setting": name.removeprefix("setting ")}
+                file.write(json.dumps(change | {"before": before.get(name), "after": now.get(name)}) + "\n")
+        return [said_changes([name], before, now) for name in names]
 
     def finish(self, inputs: dict[str, str], seconds: float, outputs: dict[str, Any]) -> None:
         """Write the success marker."""
@@ -138,12 +210,12 @@ class StageFolder:
         return _notes(self.marker, _DELETE_MARKER)["outputs"]
 
 
-def _notes(path: Path, fix: str) -> dict[str, Any]:
+def _notes(path: Path, fix: str, *keys: str) -> dict[str, Any]:
     """Read a stage's JSON file; name the `fix` if it is damaged, since nobody can write it again by hand."""
     try:
         notes = read_json(path)
     except UpcycleError:
         notes = None
-    if not isinstance(notes, dict):
+    if not isinstance(notes, dict) or any(key not in notes for key in keys):
         raise StageError(str(path), got="a damaged file", expected="what the stage noted", fix=fix)
     return notes

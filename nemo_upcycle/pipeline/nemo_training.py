@@ -12,8 +12,12 @@ from nemo_upcycle.errors import StageStopped
 from nemo_upcycle.pipeline.console import is_verbose
 from nemo_upcycle.pipeline.ranks import is_first_rank
 from nemo_upcycle.pipeline.recipes_io import load_recipe, model_config, place_recipe, ranks_of, settings, spec_of
-from nemo_upcycle.pipeline.trainings import Training, last_checkpoint
+from nemo_upcycle.pipeline.trainings import Training, TrainingSettings, last_checkpoint
 from nemo_upcycle.spec import UpcycleSpec
+
+
+#: What the result of a training does not depend on.
+_FREE = ("log.", "trainer.log_every_n_steps", "trainer.num_nodes", "trainer.devices", "data.num_workers")
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,15 @@ class NeMoTraining(Training):
         if any(value.startswith("__main__.") for _, value in settings(self.recipe)):
             return str(Path(sys.modules["__main__"].__file__ or "").absolute())
         return None
+
+    def settings(self) -> TrainingSettings:
+        """See `Training.settings`."""
+        return TrainingSettings.sorted_by(
+            dict(settings(self.recipe)),
+            steps="trainer.max_steps",
+            free=_FREE,
+            step0=("model.", "resume.restore_config.spec."),
+        )
 
     def seq_length(self, dense_folder: Path) -> int:
         """See `Training.seq_length`."""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import yaml
+
 from nemo_upcycle.data.finished import MANIFEST
 from nemo_upcycle.errors import StageError
-from nemo_upcycle.pipeline.markers import StageFolder
-from nemo_upcycle.pipeline.trainings import Training, open_training
+from nemo_upcycle.pipeline.markers import STEPS, StageFolder, setting_texts
+from nemo_upcycle.pipeline.trainings import Training, TrainingSettings, open_training
+from nemo_upcycle.utils.conf import is_conf_file, read_conf
 from nemo_upcycle.utils.files import read_json, sha256_file, write_json
 
 
@@ -19,6 +24,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 PLAN = "pipeline.json"
+#: The folder of a run that keeps the user's YAML files as they were when the run started.
+KEPT = "config"
 
 
 @dataclass(frozen=True)
@@ -28,15 +35,50 @@ class Plan(ABC):
     #: Its file in a run's folder, and what people call such a run.
     file: ClassVar[str]
     kind: ClassVar[str]
+    #: Fields that may name a YAML file of the user's, and the folder of `conf/` with the package's own.
+    files: ClassVar[Mapping[str, str]] = {}
+    trainer = "nemo"
 
     def write(self, run_dir: Path) -> None:
-        """Write the plan to the run's folder, where the stages read it."""
-        write_json(run_dir / self.file, asdict(self))
+        """Write the plan to a folder, where the stages read it, with the settings of its trainings.
+
+        A stage that only looks whether trainings are done then need not load a recipe, which imports its trainer.
+        """
+        texts = {stage.name: self.training_text(stage.name) for stage in self.stages}
+        known = {_digest(text): asdict(self.training_settings(name)) for name, text in texts.items() if text}
+        write_json(run_dir / self.file, asdict(self) | {"training_settings_of": known})
 
     @classmethod
     def read(cls, run_dir: Path) -> Self:
         """Read the plan of a run."""
-        return cls(**read_json(run_dir / cls.file))
+        content = read_json(run_dir / cls.file)
+        known = content.pop("training_settings_of", {})
+        plan = cls(**content)
+        plan._known.update({digest: TrainingSettings(**values) for digest, values in known.items()})
+        return plan
+
+    @cached_property
+    def _known(self) -> dict[str, TrainingSettings]:
+        """By the hash of a training's text, its settings."""
+        return {}
+
+    def with_copies(self, run_dir: Path) -> tuple[Self, dict[Path, str]]:
+        """Return the plan with the user's YAML files in the run's folder, and what they are to hold, by their place.
+
+        A run that has started no longer depends on files that people go on editing. A copy lies in a folder named by
+        its content, so that jobs of an earlier start never read another one.
+
+        Args:
+            run_dir: the run's folder, which the places start from.
+        """
+        names, texts = {}, {}
+        for name in self.files:
+            content = self.content_of(name)
+            if isinstance(content, dict):
+                text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+                place = Path(KEPT, _digest(text)[:12], Path(getattr(self, name)).name)
+                names[name], texts[place] = str(run_dir / place), text
+        return replace(self, **names), texts
 
     @property
     @abstractmethod
@@ -48,8 +90,13 @@ class Plan(ABC):
         """Return a setting as the markers hash it: the content, not the name, of YAML files and data folders."""
 
     @abstractmethod
+    def training_text(self, stage: str) -> str | None:
+        """Return the text that the training of a stage is made of; None where there is none."""
+
     def training(self, stage: str) -> Training | None:
         """Return the training of a stage; None where there is none."""
+        text = self.training_text(stage)
+        return open_training(self.trainer, text) if text else None
 
     @abstractmethod
     def inputs(self) -> tuple[str, ...]:
@@ -59,6 +106,34 @@ class Plan(ABC):
     @abstractmethod
     def blend(self) -> str | None:
         """The blend that is built; None where a finished folder is used."""
+
+    def training_settings(self, stage: str) -> TrainingSettings:
+        """Return the settings of the training of a stage; none where it has no training."""
+        text = self.training_text(stage)
+        if not text:
+            return TrainingSettings({}, 0, {}, {})
+        if _digest(text) not in self._known:
+            self._known[_digest(text)] = required_training(self, stage).settings()
+        return self._known[_digest(text)]
+
+    def content_of(self, name: str) -> Any:
+        """Return a field as the markers hash it: the hash of a finished folder, the content of a user's YAML file.
+
+        A file is read once: what changes later is not what this plan was made of.
+        """
+        if name not in self._contents:
+            value = getattr(self, name)
+            if name in self.files and is_conf_file(value) and Path(value).expanduser().is_file():
+                content, _, folder = read_conf(self.files[name], value, name)
+                value = content | {"folder": str(folder)}
+            elif isinstance(value, str) and (manifest := Path(value) / MANIFEST).is_file():
+                value = sha256_file(manifest)
+            self._contents[name] = value
+        return self._contents[name]
+
+    @cached_property
+    def _contents(self) -> dict[str, Any]:
+        return {}
 
     def stage(self, name: str) -> Stage:
         """Return a stage by its name.
@@ -72,23 +147,15 @@ class Plan(ABC):
         return found[name]
 
 
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def required_training(plan: Plan, stage: str) -> Training:
     """Return the training of a stage that has one."""
     training = plan.training(stage)
     assert training is not None
     return training
-
-
-def data_content(data: str) -> str:
-    """Return what tells data from others: the hash of a finished folder's manifest, or of a blend's YAML file."""
-    manifest = Path(data) / MANIFEST
-    return sha256_file(manifest) if manifest.is_file() else file_content(data)
-
-
-def file_content(name: str) -> str:
-    """Return the hash of a YAML file in the place of its path; any other text as it is."""
-    is_file = name.endswith((".yaml", ".yml")) and Path(name).expanduser().is_file()
-    return sha256_file(Path(name).expanduser()) if is_file else name
 
 
 @dataclass(frozen=True)
@@ -110,6 +177,7 @@ class RunPlan(Plan):
 
     file: ClassVar[str] = PLAN
     kind: ClassVar[str] = "a run of the pipeline"
+    files: ClassVar[Mapping[str, str]] = {"data": "data", "evaluation": "evaluation"}
 
     recipe: str
     dense: str
@@ -120,11 +188,12 @@ class RunPlan(Plan):
     trainer: str = "nemo"
 
     def setting(self, name: str) -> Any:
-        """See `Plan.setting`: a field."""
-        value = getattr(self, name)
-        if name == "data":
-            return data_content(value)
-        return file_content(value) if isinstance(value, str) else value
+        """See `Plan.setting`: a field, how many steps a training takes, or what the check of step 0 depends on."""
+        if name == "step 0":
+            return self.training_settings("pretrain").step0
+        if name.endswith(STEPS):
+            return self.training_settings(name.removesuffix(STEPS)).steps
+        return self.training_settings(name).fixed if self.training_text(name) else self.content_of(name)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -133,10 +202,9 @@ class RunPlan(Plan):
 
         return STAGES
 
-    def training(self, stage: str) -> Training | None:
-        """See `Plan.training`."""
-        text = {"pretrain": self.pretrain, "dense_ct": self.dense_ct}.get(stage)
-        return open_training(self.trainer, text) if text else None
+    def training_text(self, stage: str) -> str | None:
+        """See `Plan.training_text`."""
+        return {"pretrain": self.pretrain, "dense_ct": self.dense_ct}.get(stage)
 
     def inputs(self) -> tuple[str, ...]:
         """See `Plan.inputs`."""
@@ -175,6 +243,10 @@ class Stage:
     def settings_of(self, plan: Plan) -> dict[str, Any]:
         """Return the values of its settings."""
         return {name: plan.setting(name) for name in self.settings}
+
+    def free_of(self, plan: Plan) -> dict[str, str]:
+        """Return the settings of its training that its result does not depend on, as its folder notes them."""
+        return setting_texts({self.name: plan.training_settings(self.name).free})
 
     def is_done(self, run_dir: Path, plan: Plan) -> bool:
         """Return whether it finished from its present inputs; the stages before it must be done."""

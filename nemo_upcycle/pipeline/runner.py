@@ -77,7 +77,8 @@ def _run(stage: Stage, run_dir: Path, plan: Plan) -> None:
             stage.work(run_dir, plan)
         return
     with in_use(folder.path), _recorded(folder):
-        folder.start(inputs, resumable=stage.resumable)
+        for change in folder.start(inputs, stage.free_of(plan), resumable=stage.resumable):
+            logger.info("[%s] goes on with a changed setting: %s", stage.name, change)
         logger.info("[%s] %s", stage.name, (stage.work.__doc__ or "").split("\n")[0])
         start_s = time.monotonic()
         outputs = stage.work(run_dir, plan)

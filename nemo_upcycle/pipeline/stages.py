@@ -5,11 +5,12 @@ Every stage can be run alone and again. Heavy libraries are imported by the stag
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import StageError, StageStopped
-from nemo_upcycle.pipeline.markers import StageFolder
+from nemo_upcycle.pipeline.markers import STEPS, StageFolder
 from nemo_upcycle.pipeline.plan import RunPlan, Stage, required_training
 from nemo_upcycle.pipeline.trainings import last_checkpoint
 
@@ -218,12 +219,16 @@ def _planned(run_dir: Path, plan: RunPlan) -> dict[str, dict[str, float]]:
     return planned
 
 
+def _training_stage(name: str, work: Callable[[Path, RunPlan], dict[str, Any]], after: tuple[str, ...]) -> Stage:
+    return Stage(name, work, after, (name, name + STEPS), parallel=True, resumable=True)
+
+
 STAGES = (
     Stage("import", import_stage, (), ("dense",)),
     Stage("data", data_stage, ("import",), ("data",), resumable=True),
-    Stage("upcycle", upcycle_stage, ("import", "data"), ("pretrain",)),
-    Stage("pretrain", pretrain_stage, ("import", "data", "upcycle"), ("pretrain",), parallel=True, resumable=True),
-    Stage("dense_ct", dense_ct_stage, ("import", "data"), ("dense_ct",), parallel=True, resumable=True),
+    Stage("upcycle", upcycle_stage, ("import", "data"), ("step 0",)),
+    _training_stage("pretrain", pretrain_stage, ("import", "data", "upcycle")),
+    _training_stage("dense_ct", dense_ct_stage, ("import", "data")),
     Stage("export", export_stage, ("pretrain", "dense_ct"), ()),
     Stage("evaluate", evaluate_stage, ("import", "data", "upcycle", "export"), ("evaluation",)),
     Stage("report", report_stage, ("evaluate",), ()),

@@ -3,12 +3,55 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import StageError
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.spec import UpcycleSpec
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The settings of a training, by what may happen to them in a run that has started.
+
+    Attributes:
+        fixed: what the result depends on, by the name of its override; may not change.
+        steps: how many optimizer steps it takes; may grow. 0 where the recipe alone knows.
+        free: what the result does not depend on: logs, checkpoints' interval and retention, nodes, workers.
+        step0: of the fixed ones those that the check of step 0 depends on.
+    """
+
+    fixed: dict[str, str]
+    steps: int
+    free: dict[str, str]
+    step0: dict[str, str]
+
+    @classmethod
+    def sorted_by(
+        cls, values: Mapping[str, str], *, steps: str, free: tuple[str, ...], step0: tuple[str, ...]
+    ) -> TrainingSettings:
+        """Return settings, told apart by their names.
+
+        Args:
+            values: every setting, by the name of its override.
+            steps: the name of the number of steps.
+            free: names, or with a dot at the end their beginnings, of those that are free.
+            step0: the same of those that the check of step 0 depends on.
+        """
+
+        def are(names: tuple[str, ...]) -> dict[str, str]:
+            return {
+                name: value
+                for name, value in values.items()
+                if any(name == one or (one.endswith(".") and name.startswith(one)) for one in names)
+            }
+
+        others = are((steps, *free))
+        fixed = {name: value for name, value in values.items() if name not in others}
+        return cls(fixed, int(float(values.get(steps, 0))), are(free), are(step0))
 
 
 class Training(ABC):
@@ -27,6 +70,10 @@ class Training(ABC):
     def script(self) -> str | None:
         """The script that was started, if the recipe refers to something defined in it."""
         return None
+
+    @abstractmethod
+    def settings(self) -> TrainingSettings:
+        """Return its settings, told apart by whether they may change in a run that has started."""
 
     @abstractmethod
     def seq_length(self, dense_folder: Path) -> int:

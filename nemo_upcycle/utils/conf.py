@@ -15,7 +15,8 @@ class Conf(NamedTuple):
     Attributes:
         content: of the file, its references resolved.
         path: of the file.
-        folder: where its relative paths start: that of the user's file; for the package's, the current one.
+        folder: where its relative paths start: what the file says in `folder`; else that of the user's file; for the
+            package's, the current one.
     """
 
     content: dict[str, Any]
@@ -65,4 +66,15 @@ def read_conf(kind: str, name: str | Path, what: str) -> Conf:
         raise UpcycleError(f"{what} {path}", got=got, expected="valid YAML", fix="correct that line") from None
     if not isinstance(content, dict):
         raise UpcycleError(f"{what} {path}", got=type(content).__name__, expected="keys", fix=f"see conf/{kind}")
-    return Conf({str(key): value for key, value in content.items()}, path, folder)
+    named = {str(key): value for key, value in content.items()}
+    return Conf(named, path, Path(named.pop("folder", folder)))
+
+
+def is_conf_file(name: str) -> bool:
+    """Return whether a name is the path of a user's own YAML file, and not a name of the package's.
+
+    Example:
+        >>> is_conf_file("sotu"), is_conf_file("/home/me/mine.yaml")
+        (False, True)
+    """
+    return name.endswith((".yaml", ".yml"))

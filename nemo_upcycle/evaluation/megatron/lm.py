@@ -144,7 +144,7 @@ class MegatronLM(HFLM):
         self._label = label
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._rank, self._world_size = 0, 1  # as lm-eval sees it
-        self._commands = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+        self._commands: Any = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
 
     def _ask(self, name: str, *arguments: Any) -> Any:
         """Let all ranks do something together."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from nemo_upcycle.pipeline.plan import Plan, Stage, data_content, file_content
-from nemo_upcycle.pipeline.trainings import Training, open_training
+from nemo_upcycle.pipeline.markers import STEPS
+from nemo_upcycle.pipeline.plan import Plan, Stage
 
 
 GRID = "grid.json"
@@ -33,6 +34,7 @@ class GridPlan(Plan):
 
     file: ClassVar[str] = GRID
     kind: ClassVar[str] = "a grid of ablations"
+    files: ClassVar[Mapping[str, str]] = {"data": "data", "suite": "evaluation"}
 
     name: str
     dense: str
@@ -51,17 +53,14 @@ class GridPlan(Plan):
         return stages_of(self)
 
     def setting(self, name: str) -> Any:
-        """See `Plan.setting`: a field, or the recipe of a cell."""
-        if name == "data":
-            return data_content(self.data)
-        if name == "suite":
-            return file_content(self.suite)
-        return self.cells[name] if name in self.cells else getattr(self, name)
+        """See `Plan.setting`: a field, or the recipe of a cell or how many steps it takes."""
+        if name.endswith(STEPS):
+            return self.training_settings(name.removesuffix(STEPS)).steps
+        return self.training_settings(name).fixed if self.training_text(name) else self.content_of(name)
 
-    def training(self, stage: str) -> Training | None:
-        """See `Plan.training`: NeMo's."""
-        text = self.parent if stage == "parent" else self.cells.get(stage)
-        return open_training("nemo", text) if text else None
+    def training_text(self, stage: str) -> str | None:
+        """See `Plan.training_text`."""
+        return self.parent if stage == "parent" else self.cells.get(stage)
 
     def inputs(self) -> tuple[str, ...]:
         """See `Plan.inputs`."""

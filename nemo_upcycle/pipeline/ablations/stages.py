@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.pipeline.ablations.plan import SUITE, GridPlan
-from nemo_upcycle.pipeline.markers import StageFolder
+from nemo_upcycle.pipeline.markers import STEPS, StageFolder
 from nemo_upcycle.pipeline.plan import Stage, required_training
 from nemo_upcycle.pipeline.trainings import last_checkpoint
 
@@ -19,7 +19,14 @@ def stages_of(plan: GridPlan) -> tuple[Stage, ...]:
         first = (
             Stage("untrained", untrained_stage, (), ("parent", "vocabulary", "data")),
             Stage("data", data_stage, ("untrained",), ("data",), resumable=True),
-            Stage("parent", parent_stage, ("untrained", "data"), ("parent",), parallel=True, resumable=True),
+            Stage(
+                "parent",
+                parent_stage,
+                ("untrained", "data"),
+                ("parent", "parent" + STEPS),
+                parallel=True,
+                resumable=True,
+            ),
             Stage("dense", export_stage, ("parent",), ()),
         )
     else:
@@ -28,7 +35,9 @@ def stages_of(plan: GridPlan) -> tuple[Stage, ...]:
             Stage("data", data_stage, ("dense",), ("data",), resumable=True),
         )
     needs = ("dense", "data", "suite")
-    cells = [Stage(name, _training(name), needs, (name,), parallel=True, resumable=True) for name in plan.cells]
+    cells = [
+        Stage(name, _training(name), needs, (name, name + STEPS), parallel=True, resumable=True) for name in plan.cells
+    ]
     return (
         *first,
         Stage("suite", suite_stage, ("data",), ("suite",)),

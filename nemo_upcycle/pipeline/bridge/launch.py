@@ -247,6 +247,6 @@ def _summary(plan: RunPlan, trainings: dict[str, BridgeTraining], stages: Sequen
     lines = [f"{plan.dense} in {run_dir}: {', '.join(stage.name for stage in stages)}"]
     lines += [f"done before: {', '.join(done)}"] if done else []
     for stage, training in trainings.items():
-        settings = "".join(f" {setting}" for setting in training.settings)
+        settings = "".join(f" {setting}" for setting in training.overrides)
         lines.append(f"{stage}: {training.recipe} on {training.nodes} x {training.ranks_per_node} ranks{settings}")
     return "\n".join(lines) + "\n"

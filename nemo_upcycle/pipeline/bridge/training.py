@@ -12,9 +12,22 @@ from typing import Any
 from nemo_upcycle.errors import StageStopped, UpcycleError
 from nemo_upcycle.pipeline.console import is_verbose
 from nemo_upcycle.pipeline.ranks import is_first_rank
-from nemo_upcycle.pipeline.trainings import Training, last_checkpoint
+from nemo_upcycle.pipeline.trainings import Training, TrainingSettings, last_checkpoint
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 from nemo_upcycle.spec import UpcycleSpec
+
+
+#: What the result of a training does not depend on.
+_FREE = (
+    "logger.",
+    "checkpoint.save_interval",
+    "checkpoint.most_recent_k",
+    "checkpoint.save_retain_interval",
+    "checkpoint.async_save",
+    "dataset.num_workers",
+    "nodes",
+    "ranks_per_node",
+)
 
 
 @dataclass(frozen=True)
@@ -23,13 +36,13 @@ class BridgeTraining(Training):
 
     Args:
         recipe: a function's name in `nemo_upcycle.bridge.recipes`, or `package.module:function`.
-        settings: `KEY=VALUE`, as Bridge's command line takes them.
+        overrides: `KEY=VALUE`, as Bridge's command line takes them.
         nodes: that it runs on.
         ranks_per_node: GPUs of each.
     """
 
     recipe: str
-    settings: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
     nodes: int = 1
     ranks_per_node: int = 1
 
@@ -37,7 +50,7 @@ class BridgeTraining(Training):
     def from_text(cls, text: str) -> BridgeTraining:
         """Return the training of a text from `to_text`."""
         fields = json.loads(text)
-        return cls(**fields | {"settings": tuple(fields["settings"])})
+        return cls(**fields | {"overrides": tuple(fields["overrides"])})
 
     def to_text(self) -> str:
         """Return the training as text. The same training gives the same text."""
@@ -48,8 +61,16 @@ class BridgeTraining(Training):
         """See `Training.ranks`."""
         return self.nodes, self.ranks_per_node
 
+    def settings(self) -> TrainingSettings:
+        """See `Training.settings`: those that were given; the recipe alone knows the others."""
+        given = dict(setting.partition("=")[::2] for setting in self.overrides)
+        own = {"recipe": self.recipe, "nodes": str(self.nodes), "ranks_per_node": str(self.ranks_per_node)}
+        return TrainingSettings.sorted_by(
+            own | given, steps="train.train_iters", free=_FREE, step0=("recipe", "model.")
+        )
+
     def config(self, dense_folder: Path) -> Any:
-        """Return the configuration of the recipe, with the settings; the same object every time."""
+        """Return the configuration of the recipe, with the overrides; the same object every time."""
         return _config(self, dense_folder)
 
     def seq_length(self, dense_folder: Path) -> int:
@@ -101,4 +122,4 @@ class BridgeTraining(Training):
 def _config(training: BridgeTraining, dense_folder: Path) -> Any:
     from nemo_upcycle.bridge.training import load_config
 
-    return load_config(training.recipe, training.settings, dense_folder)
+    return load_config(training.recipe, training.overrides, dense_folder)

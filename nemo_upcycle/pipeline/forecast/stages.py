@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_upcycle.pipeline.checks import is_local
 from nemo_upcycle.pipeline.executors.base import Cluster, Job
-from nemo_upcycle.pipeline.markers import changed_inputs
+from nemo_upcycle.pipeline.markers import changed_inputs, refused_changes
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 
@@ -136,7 +136,7 @@ def find(stage: Stage, run_dir: Path, plan: RunPlan, before: Mapping[str, Findin
     if done == inputs:
         return Finding(State.DONE, "finished before, from the same inputs")
     if stage.resumable and started is not None:
-        if changed := changed_inputs(started, inputs):
+        if changed := refused_changes(started, inputs):
             return _refused(folder.path, f"{_listed(changed)} changed")
         return _resume(stage, folder.path)
     if done is not None:

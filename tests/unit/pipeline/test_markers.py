@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from nemo_upcycle.errors import StageError
-from nemo_upcycle.pipeline.markers import StageFolder, setting_hashes
+from nemo_upcycle.pipeline.markers import CHANGES, StageFolder, setting_texts
 from nemo_upcycle.utils.files import MARKER
 
 
@@ -25,15 +26,44 @@ def test_changed_inputs_invalidate_the_marker(tmp_path: Path) -> None:
     assert second.inputs({}) != before
 
 
-def test_resumable_work_refuses_other_inputs(tmp_path: Path) -> None:
+def test_resumable_work_refuses_other_inputs_and_names_the_setting_that_changed(tmp_path: Path) -> None:
     stage = StageFolder(tmp_path, "pretrain")
-    stage.start(stage.inputs({"recipe": "a", "seed": 1}), resumable=True)
-    stage.start(stage.inputs({"recipe": "a", "seed": 1}), resumable=True)
-    stage.require_same(setting_hashes({"recipe": "a"}))
-    with pytest.raises(StageError, match="changed: setting recipe"):
-        stage.require_same(setting_hashes({"recipe": "b"}))
-    with pytest.raises(StageError, match="changed: setting recipe"):
-        stage.start(stage.inputs({"recipe": "b", "seed": 1}), resumable=True)
+    stage.start(stage.inputs({"pretrain": {"optim.lr": 3e-5}, "seed": 1}), resumable=True)
+    stage.start(stage.inputs({"pretrain": {"optim.lr": 3e-5}, "seed": 1}), resumable=True)
+    changed = {"pretrain": {"optim.lr": 2e-5}, "seed": 1}
+    for refused in (lambda: stage.require_same(setting_texts(changed)), lambda: _start(stage, changed)):
+        with pytest.raises(StageError, match=r"\(pretrain\.optim\.lr was 3e-05, is 2e-05\)"):
+            refused()
+    with pytest.raises(StageError, match="wd was not set, is 0"):
+        _start(stage, {"pretrain": {"optim.lr": 3e-5, "optim.wd": 0.1}, "seed": 1})
+    with pytest.raises(StageError, match="seed was 1, is not set"):
+        _start(stage, {"pretrain": {"optim.lr": 3e-5}})
+
+
+def _start(stage: StageFolder, settings: dict[str, object], free: dict[str, object] | None = None) -> list[str]:
+    return stage.start(stage.inputs(settings), setting_texts({"pretrain": free or {}}), resumable=True)
+
+
+def test_started_work_goes_on_with_more_steps_and_not_with_fewer(tmp_path: Path) -> None:
+    stage = StageFolder(tmp_path, "pretrain")
+    assert _start(stage, {"pretrain steps": 100}) == []
+    assert _start(stage, {"pretrain steps": 200}) == ["pretrain steps was 100, is 200"]
+    with pytest.raises(StageError, match="pretrain steps was 200, is 199"):
+        _start(stage, {"pretrain steps": 199})
+
+
+def test_what_does_not_change_the_result_may_change_and_is_noted(tmp_path: Path) -> None:
+    stage = StageFolder(tmp_path, "pretrain")
+    _start(stage, {"pretrain": {"optim.lr": 3e-5}}, {"log.every": 1000})
+    inputs = stage.inputs({"pretrain": {"optim.lr": 3e-5}})
+    stage.finish(inputs, 1.0, {})
+    assert stage.is_done(inputs)
+    assert _start(stage, {"pretrain": {"optim.lr": 3e-5}}, {"log.every": 500}) == [
+        "pretrain.log.every was 1000, is 500"
+    ]
+    assert _start(stage, {"pretrain": {"optim.lr": 3e-5}}, {"log.every": 500}) == []
+    (noted,) = map(json.loads, (stage.path / CHANGES).read_text().splitlines())
+    assert (noted["setting"], noted["before"], noted["after"]) == ("pretrain.log.every", "1000", "500")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", ""])

@@ -55,7 +55,7 @@ class Processes(Plan):
     def setting(self, name: str) -> Any:
         raise AssertionError
 
-    def training(self, stage: str) -> None:
+    def training_text(self, stage: str) -> None:
         return None
 
     def inputs(self) -> tuple[str, ...]:
