@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from nemo import lightning as nl
 from nemo.utils.app_state import AppState
-from nemo.utils.get_rank import is_global_rank_zero
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.sources.checkpoints import by_step, is_marked, newest_checkpoint, step_of, was_saved
@@ -17,6 +20,8 @@ from nemo_upcycle.sources.checkpoints import by_step, is_marked, newest_checkpoi
 logger = logging.getLogger(__name__)
 #: A folder beside `checkpoints` whose content is never read again.
 ASIDE = "checkpoints_aside"
+#: Under what name the first rank tells the others its choice, and what an error begins with.
+_CHOSEN, _ERROR = "nemo_upcycle/checkpoint", "error: "
 
 
 @dataclass(kw_only=True)
@@ -28,13 +33,25 @@ class UpcycleResume(nl.AutoResume):
     run starts from its `restore_config` here, as at first. NeMo deletes marked checkpoints when training starts;
     other incomplete checkpoints, and complete `-last` ones of earlier steps, are moved aside.
 
+    The first rank looks and tells the others: on a shared file system each may see another state of a folder.
+
     Takes the arguments of `nl.AutoResume`.
 
     Example:
         >>> recipe.resume = run.Config(UpcycleResume, resume_if_exists=True)  # doctest: +SKIP
     """
 
+    _strategy = None
+
+    def setup(self, trainer: Any, model: Any = None) -> None:
+        """Choose, and point the trainer to the choice."""
+        self._strategy = trainer.strategy
+        super().setup(trainer, model)
+
     def _find_trainer_ckpt_path(self) -> Path | None:
+        return _chosen_by_first(self._strategy, self._choose) if self._strategy else self._choose()
+
+    def _choose(self) -> Path | None:
         folder = Path(self.resume_from_directory or Path(AppState().log_dir) / "checkpoints")
         found = by_step(folder)
         if not found or any(step_of(path) is None for path in found):  # NeMo handles msc:// too
@@ -44,9 +61,41 @@ class UpcycleResume(nl.AutoResume):
         chosen = newest_checkpoint(folder)
         if chosen is None:
             _require_never_saved(found)
-        if is_global_rank_zero():
-            _move_aside(found, chosen)
+        _move_aside(found, chosen)
         return chosen
+
+
+def _chosen_by_first(strategy: Any, choose: Callable[[], Path | None]) -> Path | None:
+    """Return what the first rank of a job chooses; the others wait for its word.
+
+    There is no process group yet, so the ranks meet in the store that their process group will use.
+
+    Args:
+        strategy: of the trainer; its process group takes the store.
+        choose: called on the first rank alone.
+
+    Raises:
+        CheckpointError: as `choose` raises it, on every rank.
+    """
+    ranks = strategy.cluster_environment
+    if not ranks.creates_processes_externally or ranks.world_size() == 1:
+        return choose()
+    if strategy.store is None:
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = ranks.main_address, str(ranks.main_port)
+        address = f"env://?rank={ranks.global_rank()}&world_size={ranks.world_size()}"
+        strategy.store = next(torch.distributed.rendezvous(address))[0]
+    if ranks.global_rank() == 0:
+        try:
+            chosen = choose()
+        except CheckpointError as error:
+            strategy.store.set(_CHOSEN, f"{_ERROR}{error}")
+            raise
+        strategy.store.set(_CHOSEN, str(chosen or ""))
+        return chosen
+    told = strategy.store.get(_CHOSEN).decode()
+    if told.startswith(_ERROR):
+        raise CheckpointError(told.removeprefix(_ERROR))
+    return Path(told) if told else None
 
 
 def _require_never_saved(found: list[Path]) -> None:

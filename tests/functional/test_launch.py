@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.utils.files import MARKER
-from tests.functional.tiny import write_inputs
+from tests.functional.tiny import write_blend_file, write_inputs
 from tests.unit.pipeline.test_local import processes_of
 
 
@@ -30,10 +30,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Launcher:
     """The command, running."""
 
-    def __init__(self, inputs: Path, **variables: str) -> None:
+    def __init__(self, inputs: Path, *words: str, **variables: str) -> None:
         self.log = inputs / "console.txt"
         factory = f"tiny(inputs='{inputs}', slow=1.0)"
-        self.command = [sys.executable, str(ROOT / "tests/functional/tiny_pipeline.py"), "--factory", factory]
+        self.command = [sys.executable, str(ROOT / "tests/functional/tiny_pipeline.py"), "--factory", factory, *words]
         environment = os.environ | {"NEMORUN_HOME": str(inputs / "home"), "PYTHONPATH": str(ROOT)} | variables
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -79,6 +79,30 @@ def test_sigint_stops_the_stage_and_prints_how_to_continue(inputs: Path) -> None
     recipe = (inputs / "run/recipes/pretrain.yaml").read_text()
     assert "trainer.max_steps: 6\n" in recipe
     assert "resume.restore_config.spec.num_experts: 8\n" in recipe
+
+
+def test_edited_files_and_another_interval_of_checkpoints_do_not_end_a_started_run(inputs: Path) -> None:
+    blend = inputs / "texts/blend.yaml"
+    blend.write_text("# a comment\n" + blend.read_text())
+    launcher = Launcher(inputs, "pretrain.log.ckpt.every_n_train_steps=3")
+    launcher.wait_for_step(3)
+    assert "[data] done before, from the same inputs" in launcher.text()
+    assert "\nstep 2/6 " not in launcher.text()  # it is in the checkpoint that the test before left
+    assert "changed setting: pretrain.log.ckpt.every_n_train_steps was 2, is 3\n" in launcher.text()
+    blend.write_text("sources: {}\n")  # a later stage must not look at it
+    launcher.process.send_signal(signal.SIGINT)
+    assert launcher.wait() == 130
+    assert "finished stages: import, data, upcycle;" in launcher.text()
+
+
+def test_a_blend_that_says_something_else_is_refused_by_its_key(inputs: Path) -> None:
+    launcher = Launcher(inputs)
+    assert launcher.wait() == 2  # nothing is left in sources
+    write_blend_file(inputs / "texts", "run_tokens: 200000")
+    launcher = Launcher(inputs)
+    assert launcher.wait() == 2
+    assert "data.run_tokens was 100000, is 200000" in launcher.text()
+    write_blend_file(inputs / "texts")
 
 
 def test_the_same_command_resumes_and_starts_nothing_after_a_failed_rank(inputs: Path) -> None:

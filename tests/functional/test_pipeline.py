@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import signal
@@ -172,14 +173,16 @@ def test_changed_evaluation_settings_rerun_only_evaluate_and_report(copy: Path, 
     assert (items, len((copy / "suite/heldout_perplexity.jsonl").read_text().splitlines())) == (4, 2)
 
 
-def test_an_edited_settings_file_counts_as_changed(plan: RunPlan, tmp_path: Path) -> None:
+def test_a_comment_in_a_settings_file_changes_nothing_and_a_value_does(plan: RunPlan, tmp_path: Path) -> None:
     edited = tmp_path / "evaluation.yaml"
-    edited.write_text("tasks: {}\n")
-    plan = replace(plan, evaluation=str(edited))
-    before = plan.setting("evaluation")
-    edited.write_text("tasks: {mmlu: [0]}\n")
-    assert plan.setting("evaluation") != before
-    assert plan.setting("data") == plan.setting("data")
+
+    def setting(text: str) -> object:
+        edited.write_text(text)
+        return replace(plan, evaluation=str(edited)).setting("evaluation")
+
+    before = setting("tasks: {}\n")
+    assert setting("# a comment\ntasks: {}\n") == before
+    assert setting("tasks: {mmlu: [0]}\n") != before
 
 
 def test_training_refuses_to_resume_from_changed_inputs(copy: Path) -> None:
@@ -192,13 +195,33 @@ def test_training_refuses_to_resume_from_changed_inputs(copy: Path) -> None:
     replace(RunPlan.read(copy), dense_ct=dump_recipe(recipe)).write(copy)
     answer = run_in_own_process("dense_ct", copy)
     assert answer.status == 2
-    assert "work started from other inputs (changed: setting dense_ct)" in answer.text
+    assert "work started from other inputs (dense_ct.optim.config.lr was 0.001, is 0.0005)" in answer.text
     assert f"delete {copy / 'dense_ct'} to lose that work" in answer.text
     after = sorted((path, path.stat().st_mtime_ns) for path in (copy / "dense_ct").rglob("*"))
     assert [entry for entry in before if entry not in after] == []
     answer = run_in_own_process("export", copy)
     assert answer.status == 2
     assert "[export] not started: stage 'dense_ct' has not finished" in answer.text
+
+
+def test_a_finished_training_goes_on_for_more_steps_on_more_ranks(copy: Path) -> None:
+    from nemo_upcycle.pipeline.recipes_io import dump_recipe, load_recipe
+
+    recipe = load_recipe(RunPlan.read(copy).dense_ct)
+    recipe.trainer.max_steps, recipe.trainer.devices, recipe.log.ckpt.every_n_train_steps = 8, 2, 1
+    replace(RunPlan.read(copy), dense_ct=dump_recipe(recipe)).write(copy)
+    answer = run_in_own_process("dense_ct", copy, ranks=2)
+    assert answer.status == 0, answer.text
+    said = [line.rpartition("changed setting: ")[2] for line in answer.text.splitlines() if "changed setting" in line]
+    assert said == [
+        "dense_ct steps was 6, is 8",
+        "dense_ct.log.ckpt.every_n_train_steps was 2, is 1",
+        "dense_ct.trainer.devices was 1, is 2",
+    ]
+    lines = [json.loads(line) for line in (copy / "dense_ct/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [*range(1, 9)]
+    assert [name for name in STAGES[:4] if not (copy / name / MARKER).is_file()] == []
+    assert run_in_own_process("upcycle", copy).text.endswith("done before, from the same inputs\n")
 
 
 def test_later_stages_refuse_after_a_failed_one(plan: RunPlan, tmp_path: Path) -> None:

@@ -62,14 +62,18 @@ def texts(words: int = 600) -> dict[str, list[str]]:
 
 def write_texts(folder: Path) -> Path:
     """Write texts and the YAML file of the blend that names them; return the YAML file."""
-    lines = ["sources:", "  words:"]
     for split, documents in texts().items():
         (folder / split).mkdir(parents=True)
         for number, text in enumerate(documents):
             (folder / split / f"{number}.txt").write_text(text)
-        lines.append(f'    {split}: ["{folder / split}/*.txt"]')
+    return write_blend_file(folder)
+
+
+def write_blend_file(folder: Path, *lines: str) -> Path:
+    """Write the YAML file of the blend of texts that lie in a folder, with further lines; return it."""
+    splits = [f'    {split}: ["{folder / split}/*.txt"]' for split in texts()]
     config = folder / "blend.yaml"
-    config.write_text("\n".join([*lines, "run_tokens: 100000"]) + "\n")
+    config.write_text("\n".join(["sources:", "  words:", *splits, *(lines or ["run_tokens: 100000"])]) + "\n")
     return config
 
 

@@ -10,6 +10,7 @@ from nemo.utils.app_state import AppState
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.training.resume import ASIDE, UpcycleResume
 from nemo_upcycle.training.upcycling import UpcycleConfig
+from tests.distributed.ranks import run_ranks
 from tests.models import write_llama, write_tokenizer
 from tests.unit.sources.test_checkpoints import write
 
@@ -71,3 +72,50 @@ def test_checkpoints_without_a_step_in_their_name_are_left_to_nemo(dense: Path, 
     _mark(checkpoints / "model-last")
     with pytest.raises(ValueError, match="unfinished"):
         _choose(dense)
+
+
+def _chosen_by_rank(folders: list[str], dense: str) -> tuple[str, str, int]:
+    """Return on a rank, which sees a folder of its own, what its trainer resumes from, or the error; and its group."""
+    import os
+
+    import torch
+    from nemo import lightning as nl
+
+    from nemo_upcycle.cpu.backend import use_cpu_backend
+    from nemo_upcycle.training.upcycling import UpcycleStrategy
+
+    use_cpu_backend()
+    rank = int(os.environ["RANK"])
+    trainer = nl.Trainer(accelerator="cpu", devices=len(folders), max_steps=1, strategy=UpcycleStrategy())
+    resume = UpcycleResume(
+        restore_config=UpcycleConfig(path=dense),
+        resume_from_directory=folders[rank],
+        resume_if_exists=True,
+        resume_ignore_no_checkpoint=True,
+    )
+    error = ""
+    try:
+        resume.setup(trainer)
+    except CheckpointError as refused:
+        error = str(refused)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=len(folders), store=trainer.strategy.store)
+    return str(trainer.ckpt_path or ""), error, torch.distributed.get_world_size()
+
+
+def test_the_first_rank_chooses_for_ranks_that_see_an_older_state_of_the_folder(dense: Path, tmp_path: Path) -> None:
+    now, stale, empty = (tmp_path / name for name in ("now", "stale", "empty"))
+    chosen = write(now, 7)
+    write(stale, 6)
+    empty.mkdir()
+    answers = run_ranks(_chosen_by_rank, 3, [str(now), str(stale), str(empty)], str(dense), process_group=False)
+    assert answers == [(str(chosen / "weights"), "", 3)] * 3
+    assert (stale / "model_name=0--step=6-last").is_dir()
+
+
+def test_what_the_first_rank_refuses_every_rank_refuses(dense: Path, tmp_path: Path) -> None:
+    next((write(tmp_path / "damaged", 9) / "weights").glob("*.distcp")).unlink()
+    write(tmp_path / "whole", 9)
+    folders = [str(tmp_path / "damaged"), str(tmp_path / "whole")]
+    answers = run_ranks(_chosen_by_rank, 2, folders, str(dense), process_group=False)
+    assert {path for path, _, _ in answers} == {""}
+    assert all("step=9-last: got a checkpoint that lacks files" in error for _, error, _ in answers)
