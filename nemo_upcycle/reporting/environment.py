@@ -28,8 +28,6 @@ _PACKAGES = (
 
 def describe_environment() -> dict[str, Any]:
     """Return versions, processor, cores, memory, GPUs and the commit of the package, as plain values."""
-    import torch
-
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "versions": {"nemo_upcycle": __version__, "python": platform.python_version(), **_versions()},
@@ -38,7 +36,7 @@ def describe_environment() -> dict[str, Any]:
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(memory_bytes / 2**30, 1),
-        "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+        "gpus": _gpus(),
     }
 
 
@@ -60,6 +58,14 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _gpus() -> list[str]:
+    try:
+        from torch import cuda
+    except ImportError:  # a report needs nothing else of it
+        return []
+    return [cuda.get_device_name(number) for number in range(cuda.device_count())]
 
 
 def _versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from nemo_upcycle.evaluation.samples import NEW_TOKENS
-from nemo_upcycle.reporting.markdown import label, number, plain_cell, section, sources, table, with_error
+from nemo_upcycle.reporting.markdown import label, number, plain, section, sources, table, with_error
 from nemo_upcycle.reporting.results import PAIRS
 from nemo_upcycle.reporting.run_folder import MODELS
 
@@ -103,8 +103,8 @@ def _beside_published(results: dict[str, Any], models: dict[str, str]) -> str:
     return "\n\n".join(
         [
             table(header, [*rows, ["mean of these", *(f"{mean:.2f}" for mean in means)]]),
-            f"Published values: {published['source']}. Other versions of lm-eval, prompts and types of numbers move"
-            " such values by some tenths: compare differences, not values.",
+            f"Published values: {plain(published['source'])}. Other versions of lm-eval, prompts and types of numbers"
+            " move such values by some tenths: compare differences, not values.",
         ]
     )
 
@@ -127,8 +127,7 @@ def samples(results: dict[str, Any]) -> str:
     for found in results["samples"]:
         texts = {"prompt": found["prompt"], "the text itself": found["goes_on"]}
         texts |= {MODELS[name]: text for name, text in found["continuations"].items()}
-        cells = [[title, plain_cell(text)] for title, text in texts.items()]
-        tables.append(table(["", plain_cell(found["document"])], cells, numbers=False))
+        tables.append(table(["", found["document"]], [list(row) for row in texts.items()], words=1))
     if not tables:
         return ""
     about = (

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
+from typing import TypeGuard
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True) -> str:
-    """Return a Markdown table: the first column aligned left, the others right if they hold `numbers`.
+#: What Markdown obeys, also inside a table; an underscore inside a word is one of its letters.
+_SPECIAL = re.compile(r"[\\`*\[\]<>|#$&~]|(?<![^\W_])_|_(?![^\W_])")
+#: What a terminal obeys.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+#: From here on a number is written with an exponent.
+_LARGE = 1e7
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+
+
+class Markdown(str):
+    """Text that is Markdown already, as `plain` and `code` return it: `table` does not escape it again."""
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 0) -> str:
+    """Return a Markdown table of cells that are shown as they are: the first column aligned left, the others right.
+
+    Args:
+        header: titles of the columns.
+        rows: their cells.
+        words: how many columns at the end hold words, which are aligned left.
 
     Example:
         >>> print(table(["stage", "s"], [["import", "3"]]))
@@ -15,9 +35,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool
         |---|---:|
         | import | 3 |
     """
-    rule = ["---", *["---:" if numbers else "---"] * (len(header) - 1)]
-    lines = [f"| {' | '.join(header)} |", f"|{'|'.join(rule)}|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+    numbers = len(header) - 1 - words
+    lines = [[cell if isinstance(cell, Markdown) else plain(cell) for cell in row] for row in (header, *rows)]
+    title, *below = (f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join([title, f"|{'|'.join(['---', *['---:'] * numbers, *['---'] * words])}|", *below])
 
 
 def section(title: str, *parts: str) -> str:
@@ -40,14 +61,49 @@ def sources(*files: str) -> str:
     return f"Sources: {', '.join(f'`{file}`' for file in files)}."
 
 
-def plain_cell(text: str) -> str:
-    """Return a text on one line, escaped so that Markdown shows it as it is, also inside a table.
+def plain(text: object) -> Markdown:
+    """Return a value on one line, escaped so that Markdown shows it as it is, also inside a table.
+
+    Whatever comes from a file or a name of a run goes through this, `code` or `fenced`; `table` does so by itself.
 
     Example:
-        >>> print(plain_cell("one | <b>two</b>\\n*three*"))
-        one \\| \\<b\\>two\\</b\\> \\*three\\*
+        >>> print(plain("one | <b>two</b>\\n*three* of my_task"))
+        one \\| \\<b\\>two\\</b\\> \\*three\\* of my_task
     """
-    return re.sub(r"([\\`*_\[\]<>|#$&~])", r"\\\1", " ".join(text.split()))
+    return Markdown(_SPECIAL.sub(r"\\\g<0>", _one_line(text)))
+
+
+def code(text: object) -> Markdown:
+    """Return a value as code inside a line, whatever it holds.
+
+    Example:
+        >>> print(code("model"), code("a`b"))
+        `model` `` a`b ``
+    """
+    line = _one_line(text)
+    ticks = "`" * (1 + _longest_ticks(line))
+    return Markdown(f"{ticks}{line}{ticks}" if len(ticks) == 1 else f"{ticks} {line} {ticks}")
+
+
+def fenced(text: str, language: str) -> str:
+    """Return lines as a block of code that nothing in them ends.
+
+    Example:
+        >>> print(fenced("ls", "bash"))
+        ```bash
+        ls
+        ```
+    """
+    ticks = "`" * max(3, 1 + _longest_ticks(text))
+    return f"{ticks}{language}\n{_CONTROL.sub(_UNKNOWN, text)}\n{ticks}"
+
+
+def _one_line(text: object) -> str:
+    return _CONTROL.sub(_UNKNOWN, " ".join(str(text).split()))
+
+
+def _longest_ticks(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -57,7 +113,13 @@ def number(value: float | None, digits: int = 4) -> str:
         >>> number(0.000012345), number(1234567.0, 3), number(None)
         ('1.234e-05', '1.23e+06', '-')
     """
-    return "-" if value is None else f"{value:.{digits}g}"
+    if value is None or not _is_number(value):  # a file may hold anything
+        return "-" if value is None else "not a number"
+    return f"{value:.{digits}g}"
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float)
 
 
 def with_error(value: float | None, stderr: float | None) -> str:
@@ -67,10 +129,10 @@ def with_error(value: float | None, stderr: float | None) -> str:
         >>> with_error(1.12345, 0.0288), with_error(0.35, 0.0), with_error(12.0, None)
         ('1.123 ± 0.029', '0.35 ± 0', '12')
     """
-    if value is None or not stderr:
+    if not _is_number(value) or not _is_number(stderr) or not math.isfinite(stderr) or not stderr:
         return f"{number(value)} ± 0" if value is not None and stderr == 0 else number(value)
     decimals = max(0, 1 - _exponent(stderr))
-    if decimals > 6:
+    if decimals > 6 or abs(value) >= _LARGE:
         return f"{number(value)} ± {number(stderr, 2)}"
     return f"{value:.{decimals}f} ± {stderr:.{decimals}f}"
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.reporting import evaluation_sections, sections, training_sections
 from nemo_upcycle.reporting.environment import describe_environment
 from nemo_upcycle.reporting.figures import load_figure, loss_figure
 from nemo_upcycle.reporting.html import render_html
+from nemo_upcycle.reporting.markdown import plain
+from nemo_upcycle.reporting.opening import opening
 from nemo_upcycle.reporting.results import collect_results
 from nemo_upcycle.reporting.run_folder import RunRecord, read_run
 from nemo_upcycle.reporting.score_figures import heldout_figure, scores_figure
 from nemo_upcycle.reporting.training_figures import routers_figure, speed_figure
 from nemo_upcycle.utils.files import read_json, whole_file, write_json
 
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _DPI = 150
 
@@ -50,17 +56,22 @@ def write_report(run_dir: Path, planned: Mapping[str, dict[str, float]] | None =
         "routers": routers_figure(run.curves["pretrain"]),
         "speed": speed_figure(run.curves),
     }
-    for name, figure in figures.items():
-        if figure is not None:
-            with whole_file(run_dir / f"{name}.png") as aside:
-                figure.savefig(aside, dpi=_DPI, format="png")
+    drawn = {f"{name}.png": _png(figure) for name, figure in figures.items() if figure is not None}
     results["figures"] = [name for name, figure in figures.items() if figure is not None]
     write_json(run_dir / "results.json", results)
     text, target = compose(results, run_dir), run_dir / "report.md"
-    for path, content in ((run_dir / "report.html", render_html(text, run_dir)), (target, text)):
-        with whole_file(path) as aside:
-            aside.write_text(content, encoding="utf-8")
+    # Half of a character of two is no text: it is replaced.
+    pages = {"report.html": render_html(text, drawn), target.name: text}
+    for name, content in (drawn | {name: page.encode(errors="replace") for name, page in pages.items()}).items():
+        with whole_file(run_dir / name) as aside:
+            aside.write_bytes(content)
     return target
+
+
+def _png(figure: Figure) -> bytes:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=_DPI, format="png")
+    return drawn.getvalue()
 
 
 def _planned_before(run_dir: Path) -> dict[str, dict[str, float]]:
@@ -86,8 +97,8 @@ def compose(results: dict[str, Any], run_dir: Path) -> str:
         run_dir: the run's folder, for its name and the commands.
     """
     parts = [
-        f"# {run_dir.resolve().name}",
-        sections.summary(results),
+        f"# {plain(run_dir.resolve().name)}",
+        opening(results),
         sections.command(results),
         evaluation_sections.evaluation(results),
         evaluation_sections.samples(results),

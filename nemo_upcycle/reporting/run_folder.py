@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from nemo_upcycle.data.finished import CONTAMINATION
@@ -21,17 +23,16 @@ MODELS = {
 }
 #: The stages whose wall time is reported, in order.
 STAGES = ("import", "data", "upcycle", "pretrain", "dense_ct", "export", "evaluate", "report")
-#: The keys that the report prints, and so must find, in every file.
-_RECEIPT = (
-    *("spec", "exact", "dense_params", "total_params", "active_params", "bytes_read", "bytes_needed"),
-    *("bytes_written", "seconds", "ranks", "layout"),
-)
-_EVALUATION = ("metrics", "items", "groups", "settings", "versions", "seconds", "model")
+#: The keys that the report prints, and so must find, in every file, and what they hold.
+_NUMBER = int | float
+_COUNTS = ("dense_params", "total_params", "active_params", "bytes_read", "bytes_needed", "bytes_written", "seconds")
+_RECEIPT = {"spec": dict, "exact": bool, **dict.fromkeys((*_COUNTS, "ranks"), _NUMBER), "layout": dict}
+_EVALUATION = dict.fromkeys(("metrics", "items", "groups", "settings", "versions", "seconds", "model"), dict)
 _STEP = ("step", "tokens", "seconds")
-_SETTINGS = (
-    *("max_lr", "schedule", "max_steps", "global_batch_size", "micro_batch_size", "seq_length"),
-    *("precision", "optimizer", "weight_decay", "ranks"),
-)
+_SETTINGS = {
+    **{"max_lr": _NUMBER, "schedule": dict, "precision": str, "optimizer": str, "weight_decay": _NUMBER},
+    **dict.fromkeys(("max_steps", "global_batch_size", "micro_batch_size", "seq_length", "ranks"), _NUMBER),
+}
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def read_run(folder: Path) -> RunRecord:
     found = data / CONTAMINATION
     plan, online, command = folder / "pipeline.json", folder / "pretrain/receipt.json", folder / "command.txt"
     return RunRecord(
-        recipe=_read(plan, "import", ("recipe",))["recipe"] if plan.is_file() else "RECIPE",
+        recipe=_read(plan, "import", {"recipe": str})["recipe"] if plan.is_file() else "RECIPE",
         receipt=_read(folder / "receipt.json", "upcycle", _RECEIPT),
         online_receipt=_read(online, "pretrain", _RECEIPT) if online.is_file() else None,
         curves={stage: read_curve(_made_by(stage, folder / stage / "metrics.jsonl")) for stage in trained},
@@ -110,7 +111,7 @@ def read_run(folder: Path) -> RunRecord:
         command=read_text(command).strip() if command.is_file() else None,
         recipes={stage: recipe for stage in trained if (folder / (recipe := f"recipes/{stage}.yaml")).is_file()},
         stage_seconds={stage: marker["seconds"] for stage, marker in markers.items() if "seconds" in marker},
-        contamination=_read(found, "data", ("sets", "report")) if found.is_file() else None,
+        contamination=_read(found, "data", {"sets": dict, "report": dict}) if found.is_file() else None,
     )
 
 
@@ -149,14 +150,17 @@ def read_curve(path: Path) -> Curve:
     return Curve(steps, validation, scores)
 
 
-def _read(path: Path, stage: str, keys: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return a JSON object that a stage wrote, with these keys at least."""
+def _read(path: Path, stage: str, keys: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """Return a JSON object that a stage wrote, with these keys at least, of these types."""
     value = read_json(_made_by(stage, path))
-    missing = [key for key in keys if value.get(key) is None] if isinstance(value, dict) else ["JSON object"]
-    if missing:
+    if not isinstance(value, dict):
+        keys, value = {"JSON object": dict}, {}
+    wrong = [key for key, kind in keys.items() if not isinstance(value.get(key), kind)]
+    if wrong:
+        found = value.get(wrong[0])
         raise UpcycleError(
             str(path),
-            got=f"no {missing[0]}",
+            got=f"no {wrong[0]}" if found is None else f"{wrong[0]}: {str(found)[:80]!r}",
             expected=f"what stage '{stage}' writes",
             fix=f"run stage '{stage}' again: delete {path} and its marker, then run the pipeline with the same dir",
         )

@@ -21,6 +21,8 @@ _COLOURS = {
 }
 #: Half of a 95 % interval in standard errors.
 _WIDTH = 1.96
+#: Characters of a metric's label.
+_LONGEST = 50
 
 
 def scores_figure(results: Mapping[str, Any]) -> Figure:
@@ -54,13 +56,19 @@ def scores_figure(results: Mapping[str, Any]) -> Figure:
                 color=_COLOURS[model],
                 label=MODELS[model],
             )
-        axes.set_yticks(range(len(names)), [label(name) for name in names])
+        axes.set_yticks(range(len(names)), [_tick(label(name)) for name in names])
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlabel(title.replace("_", " "))
         axes.grid(alpha=0.3, axis="x")
         axes.spines[["top", "right"]].set_visible(False)
     axes_of[0].legend(fontsize=8, frameon=False, ncols=len(models), loc="lower left", bbox_to_anchor=(0, 1))
     return figure
+
+
+def _tick(text: str) -> str:
+    """Return a label that leaves room for the figure, and is no formula, whatever its task is called."""
+    short = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+    return short.replace("$", r"\$")
 
 
 def heldout_figure(curves: Mapping[str, Curve]) -> Figure | None:

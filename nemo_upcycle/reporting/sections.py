@@ -2,65 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.evaluation.heldout import BITS
-from nemo_upcycle.reporting.evaluation_sections import signed, verdict
-from nemo_upcycle.reporting.markdown import label, millions, number, section, sources, table, with_error
+from nemo_upcycle.reporting.markdown import code, fenced, millions, number, plain, section, sources, table
 from nemo_upcycle.utils.files import size_text
 from nemo_upcycle.utils.progress import duration
-
-
-def summary(results: dict[str, Any]) -> str:
-    """Return the result in one paragraph."""
-    receipt, step0, done = results["receipt"], results["step0"], results["training"]["pretrain"]
-    experts, top_k = receipt["spec"]["num_experts"], receipt["spec"]["top_k"]
-    metric = _headline(results)
-    values = {name: with_error(**found[metric]) for name, found in results["evaluation"].items()}
-    text = (
-        f"A dense model of {millions(receipt['dense_params'])} parameters became an MoE of {experts} experts,"
-        f" top-{top_k}: {millions(receipt['total_params'])} parameters, {millions(receipt['active_params'])}"
-        f" of them active for a token. Before training {step0['changed_answers']} of {step0['questions']} answers"
-        " differed from its parent's, and no log-likelihood by more than"
-        f" {number(step0['max_relative_loglikelihood_difference'], 2)} of its value."
-        f" After {done['steps']} steps on {done['tokens']:,} tokens {label(metric)} is {values['trained']}; it was"
-        f" {values['dense']} for the parent."
-    )
-    if "dense_ct" in values:
-        text += _against_baseline(results, metric, values)
-    return f"{text}\n\nEvery number is repeated below, with the file that it comes from."
 
 
 def command(results: dict[str, Any]) -> str:
     """Return what was typed and the files of all settings; nothing where the run noted neither."""
     recipes = ", ".join(f"[`{path}`]({path})" for path in results["recipes"].values())
-    typed = f"```bash\n{results['command']}\n```\n\nSource: `command.txt`." if results["command"] else ""
+    typed = f"{fenced(results['command'], 'bash')}\n\nSource: `command.txt`." if results["command"] else ""
     settings = f"Every setting, defaults included: {recipes}." if recipes else ""
     return section("Command", typed, settings) if typed or settings else ""
-
-
-def _against_baseline(results: dict[str, Any], metric: str, values: dict[str, str]) -> str:
-    baseline, found = results["training"]["dense_ct"], results["paired"]["trained_minus_dense_ct"][metric]
-    return (
-        f" The dense baseline, after {baseline['tokens']:,} tokens, has {values['dense_ct']}. The MoE differs from"
-        f" the baseline by {signed(found)}, paired over {found['items']} items:"
-        f" {verdict(found, 'the baseline', 'the MoE')}. {_compute_note(results)}"
-    )
-
-
-def _compute_note(results: dict[str, Any]) -> str:
-    """Compare the tokens and the compute of the MoE with those of the dense baseline."""
-    receipt, training = results["receipt"], results["training"]
-    tokens = [training[stage]["tokens"] for stage in ("pretrain", "dense_ct")]
-    share = receipt["active_params"] / receipt["dense_params"]
-    same = "Both saw equally many tokens" if tokens[0] == tokens[1] else "They did not see equally many tokens"
-    return f"{same}; for each, the MoE computes with {share:.2f} times the parameters."
-
-
-def _headline(results: dict[str, Any]) -> str:
-    metrics = results["evaluation"]["dense"]
-    return BITS if BITS in metrics else next(iter(metrics))  # the most sensitive one of the local suites
 
 
 def receipt(results: dict[str, Any]) -> str:
@@ -81,15 +37,15 @@ def receipt(results: dict[str, Any]) -> str:
         ["layout", *(_layout(entry["layout"]) for entry in found)],
         ["type of the parameters", *(", ".join(entry["parameter_dtypes"]) or "-" for entry in found)],
     ]
-    spec = ", ".join(f"`{key}={value}`" for key, value in found[0]["spec"].items())
-    made = "\n".join(f"- {made_by}: {count}" for made_by, count in found[0]["parameters_made_by"].items())
+    spec = ", ".join(code(f"{key}={value}") for key, value in found[0]["spec"].items())
+    made = "\n".join(f"- {plain(made_by)}: {count}" for made_by, count in found[0]["parameters_made_by"].items())
     return section(
         "Receipt",
         table(["", *columns], rows),
         f"Specification: {spec}.",
         _exactness(found[0]),
         f"Tensors by what made them:\n\n{made}" if made else "",
-        f"Dense source: `{found[0]['source']}`. {sources(*(file for _, file in columns.values()))}",
+        f"Dense source: {code(found[0]['source'])}. {sources(*(file for _, file in columns.values()))}",
     )
 
 
@@ -131,12 +87,12 @@ def setting(results: dict[str, Any]) -> str:
     ]
     wall_times = ""
     if seconds := results["stage_seconds"]:
-        stages = [[stage, duration(value), f"`{stage}/_SUCCESS.json`"] for stage, value in seconds.items()]
+        stages = [[stage, duration(value), code(f"{stage}/_SUCCESS.json")] for stage, value in seconds.items()]
         total = ["all of these", duration(sum(seconds.values())), ""]
-        wall_times = table(["stage", "wall time", "source"], [*stages, total])
+        wall_times = table(["stage", "wall time", "source"], [*stages, total], words=1)
     return section(
         "What ran on what",
-        table(["machine and versions, as the report was written", ""], rows),
+        table(["machine and versions, as the report was written", ""], rows, words=1),
         "Sources: this machine, `evaluation/dense.json`.",
         wall_times,
     )
@@ -146,12 +102,10 @@ def next_steps(results: dict[str, Any], run_dir: Path) -> str:
     """Return the commands to go on with."""
     model = Path(results["evaluation_settings"]["trained"]["model"]["folder"])
     baseline = " dense_ct.trainer.max_steps=200" if "dense_ct" in results["evaluation"] else ""
-    return f"""## How to go on
-
-```bash
-# train for longer, into a new folder
-nemo upcycle pipeline --factory {results["recipe"]} dir={run_dir}-longer \\
+    commands = f"""# train for longer, into a new folder
+nemo upcycle pipeline --factory {shlex.quote(results["recipe"])} {shlex.quote(f"dir={run_dir}-longer")} \\
     pretrain.trainer.max_steps=200{baseline} --yes
 # evaluate the trained model with lm-eval itself, on any of its tasks (needs the Hugging Face hub)
-lm_eval run --model hf --model_args pretrained={model},dtype=bfloat16 --tasks mmlu,piqa --batch_size 8
-```"""
+lm_eval run --model hf --model_args {shlex.quote(f"pretrained={model},dtype=bfloat16")} --tasks mmlu,piqa \\
+    --batch_size 8"""
+    return section("How to go on", fenced(commands, "bash"))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_upcycle.reporting.figures import chain_only
-from nemo_upcycle.reporting.markdown import number, section, sources, table
+from nemo_upcycle.reporting.markdown import number, plain, section, sources, table
 from nemo_upcycle.reporting.run_folder import MODELS
 from nemo_upcycle.utils.progress import duration
 
@@ -26,14 +25,22 @@ def training(results: dict[str, Any]) -> str:
         for stage, done in stages.items()
         for file in ("metrics.jsonl", *(["training.json"] if "settings" in done else []))
     ]
-    few = chain_only(stages["pretrain"]["steps"])
     return section(
         "Training",
-        "![loss over tokens](loss.png)",
-        f"{few}." if few else "",
+        _data(stages),
         table(["", *(MODELS[_TRAINED[stage]] for stage in stages)], rows),
         "![tokens per second and memory](speed.png)",
         sources(*files),
+    )
+
+
+def _data(stages: dict[str, Any]) -> str:
+    """Return what the models were trained on, once where it is the same; runs of earlier versions did not note it."""
+    told = {stage: done["settings"]["data"] for stage, done in stages.items() if "data" in done.get("settings", {})}
+    if len(told) == len(stages) and len(set(told.values())) == 1:
+        told = {"": next(iter(told.values()))}
+    return "\n\n".join(
+        f"Data{f' of the {MODELS[_TRAINED[stage]]}' if stage else ''}: {plain(data)}." for stage, data in told.items()
     )
 
 
@@ -43,22 +50,24 @@ def _settings(done: dict[str, Any]) -> dict[str, str]:
     if not found:
         return {"learning rate, peak": number(done.get("highest_lr"))}
     schedule = found["schedule"]
-    end = f" to {schedule['min_lr']:g}" if schedule.get("min_lr") is not None else ""
+    end = f" to {number(schedule['min_lr'], 6)}" if schedule.get("min_lr") is not None else ""
     warmup = f", {schedule['warmup_steps']} of them warm-up" if schedule.get("warmup_steps") else ""
-    rows = {"data": found["data"]} if "data" in found else {}  # runs of earlier versions did not note it
-    rows |= {
-        "learning rate, peak": f"{found['max_lr']:g}, {schedule['name']}{end} over {found['max_steps']} steps{warmup}",
+    steps = f"{schedule['name']}{end} over {found['max_steps']} steps{warmup}"
+    rows = {
+        "learning rate, peak": f"{number(found['max_lr'], 6)}, {steps}",
         "batch, sequences a step": f"{found['global_batch_size']} (micro batch {found['micro_batch_size']})",
         "sequence length, tokens": str(found["seq_length"]),
         "precision": found["precision"],
-        "optimizer": f"{found['optimizer']}, weight decay {found['weight_decay']:g}",
+        "optimizer": f"{found['optimizer']}, weight decay {number(found['weight_decay'], 6)}",
         "ranks of the training job": str(found["ranks"]),
     }
     factors = found.get("lr_factors", {})
     if factors.get("warmup_steps") or any(factors.get(part, 1) != 1 for part in ("router", "experts")):
         steps = factors["warmup_steps"]
         frozen = f", {factors['freezes']} frozen for {steps} steps" if steps else ""
-        rows["factors on the learning rate"] = f"router {factors['router']:g}, experts {factors['experts']:g}{frozen}"
+        rows["factors on the learning rate"] = (
+            f"router {number(factors['router'], 6)}, experts {number(factors['experts'], 6)}{frozen}"
+        )
     return rows
 
 

@@ -48,7 +48,7 @@ def test_figures_are_inside(page: Page, run_dir: Path) -> None:
     figures = [str(attributes["src"]) for attributes in page.all("img")]
     assert len(figures) == len(list(run_dir.glob("*.png")))
     first = base64.b64decode(figures[0].removeprefix("data:image/png;base64,"))
-    assert first == (run_dir / "scores.png").read_bytes()
+    assert first == (run_dir / "loss.png").read_bytes()  # of the opening
 
 
 def test_nothing_is_loaded(page: Page) -> None:
@@ -65,7 +65,7 @@ def test_every_section_is_in_the_contents(page: Page) -> None:
 
 
 def test_what_a_model_wrote_is_shown_and_not_obeyed() -> None:
-    page = Page(render_html("# demo\n\n<script>alert(1)</script>\n\n[click](javascript:alert)", Path()))
+    page = Page(render_html("# demo\n\n<script>alert(1)</script>\n\n[click](javascript:alert)", {}))
     assert not page.all("script")
     assert not any("javascript" in str(attributes.get("href")) for attributes in page.all("a"))
     assert "<script>alert(1)</script>" in page.text

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +98,9 @@ def test_the_report_prints_these_numbers(run_dir: Path) -> None:
         in text
     )
     assert "150.0M of them active" in text
-    assert "Both saw equally many tokens; for each, the MoE computes with 1.50 times the parameters." in text
+    assert (
+        "MoE and baseline saw equally many tokens; for each, the MoE computes with 1.50 times the parameters." in text
+    )
     assert "`seed=4321`" in text
 
 
@@ -154,7 +158,7 @@ def test_the_report_says_how_and_how_fast_it_was_trained(run_dir: Path) -> None:
     assert found["sequence length, tokens"] == ["250", "-"]
     assert found["precision"] == ["bf16-mixed", "-"]
     assert found["optimizer"] == ["adam, weight decay 0.1", "-"]
-    assert found["data"] == ["NeMo's mock data (random tokens)", "-"]
+    assert "Data of the trained MoE: NeMo's mock data (random tokens)." in (run_dir / "report.md").read_text()
     assert found["ranks of the training job"] == ["2", "-"]
     assert found["TFLOP/s of a rank (full attention / causal half)"] == ["200 / 180", "-"]
     assert found["MFU, BF16 peak (full attention / causal half)"] == ["20.0 % / 18.0 %", "-"]
@@ -199,7 +203,9 @@ def test_samples_stand_beside_each_other(run_dir: Path) -> None:
 
 def test_the_report_says_so_when_the_dense_baseline_wins(run_dir: Path) -> None:
     text = write_report(run_dir).read_text()
-    assert "paired over 3 items: the baseline is better." in text
+    headline, opening = text.split("\n\n")[1:3]
+    assert "top-2, is better than its dense parent and worse than the dense baseline, by bits per byte" in headline
+    assert "+0.0289 ± 0.0042 | the dense baseline is better |" in opening
     found = rows(run_dir / "report.md")
     assert found["acc (quiz)"][0].startswith("+0.25 ± 0.25 (no difference shown)")
 
@@ -215,6 +221,30 @@ def test_the_sections_stand_in_order(run_dir: Path) -> None:
         "What ran on what",
         "How to go on",
     ]
+
+
+_WITHOUT = """
+import sys
+
+class Absent:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in ("torch", "scipy", "transformers", "megatron", "nemo", "lightning"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+from nemo_upcycle.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_the_command_needs_neither_torch_nor_scipy(run_dir: Path) -> None:
+    """A finished run, its data included, is often looked at on a laptop."""
+    (run_dir / "data/blend").mkdir(parents=True)
+    (run_dir / "data/blend/contamination.json").write_text('{"sets": {}, "report": {"words": 8, "sets": {}}}')
+    command = [sys.executable, "-c", _WITHOUT, "report", str(run_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{run_dir / 'report.md'}\n"), done.stderr
+    assert "+0.0289 ± 0.0042 (trained dense baseline is better)" in (run_dir / "report.md").read_text()
 
 
 def test_the_figures_are_drawn(run_dir: Path) -> None:

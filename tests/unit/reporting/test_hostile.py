@@ -1,0 +1,123 @@
+"""A run's folder from elsewhere: its values are shown as they were typed, and nothing of this machine is embedded."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from markdown_it import MarkdownIt
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.reporting.report import write_report
+from tests.unit.reporting.conftest import RECEIPT
+from tests.unit.reporting.test_html import Page
+from tests.unit.reporting.test_report import SETTINGS
+
+
+FOLDER = "rep![q](x)<b>"
+TYPED = "![z](SECRET) <script>alert(1)</script> `a` ```b``` | c [x](javascript:alert(2)) _d_ *e* $f^$ &lt; ~~g~~ \\h"
+#: What the code itself compares, and must find as it is.
+_KEPT = ("hash", "config_sha256")
+
+
+def _hostile(value: Any, typed: str) -> Any:
+    """Return a value with every text in it replaced."""
+    if isinstance(value, dict):
+        return {key: part if key in _KEPT else _hostile(part, typed) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_hostile(part, typed) for part in value]
+    return typed if isinstance(value, str) else value
+
+
+def _change(path: Path, typed: str) -> None:
+    value = _hostile(json.loads(path.read_text()), typed)
+    if "metrics" in value:  # tasks have names, too
+        value = json.loads(json.dumps(value).replace('"quiz', json.dumps(typed)[:-1]))
+        value["metrics"][f"{typed}/acc"] = value["metrics"].pop(f"{typed}/acc")
+        value["versions"] = {typed: typed}
+        value["samples"] = [{"document": typed, "prompt": typed, "goes_on": typed, "continuation": typed}]
+        value["suite"] = {"config": {}}
+    path.write_text(json.dumps(value))
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    path = tmp_path / "secret.png"
+    path.write_bytes(b"\x89PNG of somebody else")
+    return path
+
+
+@pytest.fixture
+def hostile(run_dir: Path, secret: Path) -> Path:
+    """A run's folder in which every text is `TYPED`."""
+    folder = run_dir.rename(run_dir.with_name(FOLDER))
+    typed = TYPED.replace("SECRET", str(secret))
+    (folder / "pipeline.json").write_text(json.dumps({"recipe": ""}))
+    (folder / "pretrain/receipt.json").write_text(json.dumps(RECEIPT))
+    (folder / "pretrain/training.json").write_text(json.dumps(SETTINGS))
+    for path in folder.rglob("*.json"):
+        _change(path, typed)
+    (folder / "command.txt").write_text(f"{typed}\n```\n{typed}\n")
+    return folder
+
+
+def _loads(page: Page) -> list[str]:
+    return [str(attributes[key]) for _, attributes in page.tags for key in ("src", "href") if key in attributes]
+
+
+def test_texts_of_a_run_are_shown_as_typed_and_not_obeyed(hostile: Path, secret: Path) -> None:
+    write_report(hostile)
+    page = Page((hostile / "report.html").read_text())
+    assert {tag for tag, _ in page.tags} <= {
+        *("html", "head", "meta", "title", "style", "body", "nav", "a", "h1", "h2", "p", "img", "pre", "code", "ul"),
+        *("li", "div", "table", "thead", "tbody", "tr", "th", "td", "span", "strong"),
+    }
+    assert all(one.startswith(("#section-", "data:image/png;base64,")) for one in _loads(page))
+    assert base64.b64encode(secret.read_bytes()).decode()[:24] not in (hostile / "report.html").read_text()
+    typed = TYPED.replace("SECRET", str(secret))
+    # Commands, task names in tables and the headline, samples, versions, settings, receipts, machine: each as a whole.
+    assert page.text.count(typed) == page.text.count("[z]") > 20
+    assert page.text.count(FOLDER) >= 3  # title, heading, how to go on
+
+
+def test_texts_of_a_run_are_text_for_other_readers_of_the_markdown(hostile: Path) -> None:
+    tokens = MarkdownIt("gfm-like", {"html": True, "linkify": False}).parse(write_report(hostile).read_text())
+    inline = [child for token in tokens for child in token.children or ()]
+    assert {token.type for token in (*tokens, *inline)} & {
+        "html_block",
+        "html_inline",
+        "link_open",
+        "s_open",
+        "em_open",
+    } == set()
+    images = {str(token.attrs["src"]) for token in inline if token.type == "image"}
+    assert images == {f"{name}.png" for name in json.loads((hostile / "results.json").read_text())["figures"]}
+
+
+def test_only_figures_that_the_report_drew_are_embedded(run_dir: Path, secret: Path) -> None:
+    other = run_dir / "routers.png"  # not drawn: this run measured no routers
+    other.write_bytes(b"\x89PNG that was there before")
+    (run_dir / "loss.png").symlink_to(secret)
+    write_report(run_dir)
+    text = (run_dir / "report.html").read_text()
+    for content in (secret.read_bytes(), other.read_bytes()):
+        assert base64.b64encode(content).decode()[:24] not in text
+    assert secret.read_bytes() == b"\x89PNG of somebody else"
+    assert not (run_dir / "loss.png").is_symlink()
+    drawn = json.loads((run_dir / "results.json").read_text())["figures"]
+    assert len(Page(text).all("img")) == len(drawn) > 3
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [("receipt.json", "dense_params"), ("receipt.json", "ranks"), ("pretrain/training.json", "max_lr")],
+)
+def test_text_in_the_place_of_a_number_is_refused_by_name(run_dir: Path, file: str, key: str) -> None:
+    (run_dir / "pretrain/training.json").write_text(json.dumps(SETTINGS))
+    path = run_dir / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: "<b>"}))
+    with pytest.raises(UpcycleError, match=rf"{path.name}: got {key}: '<b>'"):
+        write_report(run_dir)
