@@ -9,11 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.data.dense import ensure_dense
 from nemo_upcycle.data.indexed_dataset import HEADER, MAGIC, TOKEN_BYTES
-from nemo_upcycle.data.tokenizers import open_tokenizer, tokenizer_sha256
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.sources.megatron_checkpoint import is_megatron
 from nemo_upcycle.utils.files import read_json, read_json_lines, require_complete, resolved
 
 
@@ -175,6 +172,8 @@ class FinishedBlend:
         Raises:
             UpcycleError: they were not, or the dense model cannot be read.
         """
+        from nemo_upcycle.data.tokenizers import open_tokenizer, tokenizer_sha256  # slow, and not installed everywhere
+
         folder = _tokenizer_folder(dense)
         if folder is None:
             logger.warning("%s holds no tokenizer: not compared with that of %s", dense, self.folder)
@@ -267,6 +266,9 @@ def _require_size(path: Path, size_bytes: int, *, at_least: bool = False) -> Non
 
 
 def _tokenizer_folder(dense: str) -> Path | None:
+    from nemo_upcycle.data.dense import ensure_dense  # slow, and not installed everywhere
+    from nemo_upcycle.sources.megatron_checkpoint import is_megatron
+
     path = Path(dense.removeprefix("nemo://"))
     if dense.startswith("nemo://") or is_megatron(path):
         own = path / "context/nemo_tokenizer"  # where NeMo 2 keeps it

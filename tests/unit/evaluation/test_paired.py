@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.paired import LEAST_CLUSTERS, mcnemar_p, paired_difference
+from nemo_upcycle.evaluation.paired import LEAST_CLUSTERS, mcnemar_p, paired_difference, t_quantile
 from tests.unit.evaluation.test_compare import A, B, evaluation
 
 
@@ -91,3 +91,13 @@ def test_mcnemar_looks_at_the_items_that_one_model_alone_gets_right() -> None:
 def test_an_unknown_metric_is_refused() -> None:
     with pytest.raises(UpcycleError, match="Did you mean 'quiz/acc'"):
         paired_difference(A, B, "quiz/ac")
+
+
+def test_quantiles_and_exact_tests_are_scipys() -> None:
+    from scipy.stats import binomtest, t
+
+    for degrees in (*range(1, 80), 500, 14_041):
+        assert t_quantile(degrees) == pytest.approx(t.ppf(0.975, degrees), abs=1e-8)
+    for one, other in ((0, 1), (1, 1), (7, 30), (55, 54), (1500, 1620)):
+        found = mcnemar_p([1] * one + [0] * other, [0] * one + [1] * other)
+        assert found == pytest.approx(binomtest(one, one + other).pvalue, rel=1e-10)
