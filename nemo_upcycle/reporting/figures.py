@@ -41,15 +41,16 @@ def loss_figure(curves: Mapping[str, Curve], flops_per_token: Mapping[str, float
     units = {"tokens trained on": dict.fromkeys(curves, 1.0)}
     if flops_per_token and set(curves) <= set(flops_per_token):
         units["training FLOPs, counting full attention"] = dict(flops_per_token)
-    figure = Figure(figsize=(7.5 if len(units) == 1 else 12, 4.5), layout="constrained")
-    panels = figure.subplots(1, len(units), squeeze=False, sharey=True)[0]
+    figure = Figure(figsize=(7.5, 4.5 if len(units) == 1 else 7.5), layout="constrained")  # read on a narrow page
+    panels = figure.subplots(len(units), 1, squeeze=False, sharey=True)[:, 0]
     for axes, (label, factors) in zip(panels, units.items(), strict=True):
         _draw_losses(axes, curves, factors)
         axes.set(xlabel=label)
     steps = curves["pretrain"].steps[-1]["step"]
     title = f"Loss of the upcycled MoE{' and its dense baseline' if 'dense_ct' in curves else ''}, {steps:,} steps"
     panels[0].set_title("\n".join(filter(None, [title, chain_only(steps)])), fontsize=11)
-    panels[0].set(ylabel="cross-entropy loss (nats per token)")
+    for axes in panels:
+        axes.set(ylabel="cross-entropy loss (nats per token)")
     panels[0].legend(frameon=False)
     return figure
 

@@ -23,8 +23,8 @@ th, td { padding: .25rem .7rem; border-bottom: 1px solid #8884; vertical-align: 
 th { text-align: left; vertical-align: bottom; }
 th:first-child, td:first-child { padding-left: 0; min-width: 7rem; }
 .n { white-space: nowrap; }
-h1 ~ p + .table:first-of-type td:nth-child(2) { font-size: 1.2em; font-weight: 600; line-height: 1.25; }
-img { display: block; max-width: 100%; background: white; }
+h1 + p + .table td:nth-child(2) { font-size: 1.2em; font-weight: 600; line-height: 1.25; }
+img { display: block; max-width: min(100%, 48rem); background: white; }
 code, pre { font: .9em ui-monospace, monospace; background: #8882; border-radius: 3px; }
 code { padding: .1em .3em; }
 pre { padding: .7rem 1rem; overflow-x: auto; }
@@ -34,6 +34,11 @@ nav a { display: block; }
 @media (max-width: 40rem) {
   body { margin: 1rem auto; }
   th, td { padding: .25rem .4rem; font-size: .9rem; }
+  h1 + p { font-size: 1.15rem; }
+  h1 + p + .table td:nth-child(2) { font-size: 1em; }
+  p:has(> img) { overflow-x: auto; }
+  img { min-width: 38rem; }
+  h1 + p + .table + p > img { min-width: 0; }
 }
 @media print {
   :root { color-scheme: light; }
@@ -44,9 +49,9 @@ nav a { display: block; }
   table, tr, img, pre, li { break-inside: avoid; }
   thead { display: table-header-group; }
   th, td { padding: .15rem .4rem; }
-  h1, h2 { break-after: avoid; }
+  h1, h2, h2 + p { break-after: avoid; }
   p { orphans: 3; widows: 3; }
-  img { max-height: 22cm; }
+  img { min-width: 0; max-height: 13cm; }
 }
 """
 #: A number with its sign, error and unit: no line breaks inside.

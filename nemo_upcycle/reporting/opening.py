@@ -36,7 +36,7 @@ def _headline(results: dict[str, Any]) -> str:
     few = chain_only(done["steps"])
     return plain(
         f"After {done['steps']:,} steps on {done['tokens']:,} tokens the MoE of {spec['num_experts']} experts, top-"
-        f"{spec['top_k']}, is {' and '.join(compared)}, by {label(metric)}.{f' {few}.' if few else ''}"
+        f"{spec['top_k']}, is {' and '.join(compared)}, by {_name(metric)}.{f' {few}.' if few else ''}"
     )
 
 
@@ -54,13 +54,17 @@ def _metric(results: dict[str, Any]) -> str:
     return BITS if BITS in metrics else next(iter(metrics))  # the most sensitive one of the local suites
 
 
+def _name(metric: str) -> str:
+    return "bits per byte of held-out text" if metric == BITS else label(metric)
+
+
 def _numbers(results: dict[str, Any]) -> list[list[str]]:
     """Return rows of a question, what was measured and a verdict, the most important first."""
     metric, training = _metric(results), results["training"]
     rows = [_step_zero(results)]
     for name, title in (("dense", "the dense parent"), ("dense_ct", "the dense baseline")):
         if found := results["paired"].get(f"trained_minus_{name}", {}).get(metric):
-            rows.append([f"trained MoE - {title}: {label(metric)}", signed(found), verdict(found, title, "the MoE")])
+            rows.append([f"trained MoE - {title}: {_name(metric)}", signed(found), verdict(found, title, "the MoE")])
     rows.append(_speed(training))
     if "memory_gib" in (done := training["pretrain"]):
         share = f"{100 * done['memory_share']:.0f} % of its card" if "memory_share" in done else "on a CPU"

@@ -69,3 +69,28 @@ def test_what_a_model_wrote_is_shown_and_not_obeyed() -> None:
     assert not page.all("script")
     assert not any("javascript" in str(attributes.get("href")) for attributes in page.all("a"))
     assert "<script>alert(1)</script>" in page.text
+
+
+def test_a_page_opens_with_a_headline_four_numbers_and_one_figure(page: Page) -> None:
+    tags = [tag for tag, _ in page.tags]
+    opening = tags[tags.index("h1") : tags.index("nav")]
+    assert opening[1] == "p"
+    assert (opening.count("tr"), opening.count("img"), opening.count("h2")) == (1 + 4, 1, 0)
+    headline, numbers = page.text.split("measured")[:2]
+    assert "the MoE of 4 experts, top-2, is better than its dense parent and worse than the dense baseline" in headline
+    verdicts = (
+        "equal up to rounding",
+        "the MoE is better",
+        "the dense baseline is better",
+        "times the dense baseline's",
+    )
+    places = [numbers.index(verdict) for verdict in verdicts]
+    assert places == sorted(places)
+
+
+def test_no_line_breaks_inside_a_number_and_tables_scroll_in_a_box_of_their_own(run_dir: Path) -> None:
+    write_report(run_dir)
+    text = (run_dir / "report.html").read_text()
+    assert text.count("<table>") == text.count('<div class="table">\n<table>') > 5
+    for found in ("1.597 ± 0.032", "+0.0289 ± 0.0042", "256.0 MiB", "70.00 %", "6.25e-05", "3,000"):
+        assert f'<span class="n">{found}</span>' in text

@@ -204,7 +204,10 @@ def test_samples_stand_beside_each_other(run_dir: Path) -> None:
 def test_the_report_says_so_when_the_dense_baseline_wins(run_dir: Path) -> None:
     text = write_report(run_dir).read_text()
     headline, opening = text.split("\n\n")[1:3]
-    assert "top-2, is better than its dense parent and worse than the dense baseline, by bits per byte" in headline
+    assert (
+        "top-2, is better than its dense parent and worse than the dense baseline, by bits per byte of held-out text."
+        in headline
+    )
     assert "+0.0289 ± 0.0042 | the dense baseline is better |" in opening
     found = rows(run_dir / "report.md")
     assert found["acc (quiz)"][0].startswith("+0.25 ± 0.25 (no difference shown)")
