@@ -124,3 +124,28 @@ def test_step_0_has_the_parents_type_where_that_holds_it(tmp_path: Path, method:
             folder, sample_tokens(259)
         )
         assert float(difference.abs().max()) < 1e-4
+
+
+def test_a_change_of_hugging_faces_side_shows_in_its_own_comparison_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_llama(tmp_path / "dense", vocab_size=259, layers=3)
+
+    def check() -> dict[str, Any]:
+        config, dense_config = _config(EXACT, False), _config(None, False)
+        return check_step0(config, dense_config, folder, EXACT, sample_tokens(259), None).equivalence
+
+    before = check()
+    paged_hugging_face = equivalence.paged_hugging_face
+
+    def shifted(*args: Any) -> Any:
+        paged = paged_hugging_face(*args)
+        paged.model.register_forward_hook(lambda *call: setattr(call[-1], "logits", call[-1].logits + 0.5))
+        return paged
+
+    monkeypatch.setattr(equivalence, "paged_hugging_face", shifted)
+    after = check()
+    assert after["max_abs_logit_diff"] == pytest.approx(0.5, abs=1e-3)
+    for name in ("max_abs_logit_diff_same_stack", "max_abs_logit_diff_same_stack_float32", "parent_float32_rounding"):
+        assert after[name] == before[name] < 1e-4
+    assert not after["within_tolerance"]
