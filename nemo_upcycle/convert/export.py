@@ -55,6 +55,7 @@ class About:
         router_aux_loss: the coefficient of the load-balancing loss that it was trained with; None: not known.
         notes: what is not exact, not known or assumed.
         checkpoint: name of the checkpoint.
+        parent: how the user named the dense parent: `asset://NAME`, a path.
     """
 
     title: str | None = None
@@ -62,6 +63,7 @@ class About:
     router_aux_loss: float | None = None
     notes: tuple[str, ...] = ()
     checkpoint: str | None = None
+    parent: str | None = None
 
 
 def hf_reader(weights: MegatronWeights, arch: Architecture, dtype: torch.dtype) -> Callable[[str], torch.Tensor]:
@@ -168,6 +170,7 @@ def export_weights(
             tool=MADE_BY,
             facts={"Type": dtype_name(dtype), **about.facts},
             notes=[*lossy, *notes],
+            parent=about.parent,
         )
         marker = {
             "made_by": MADE_BY,

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.architecture import Architecture
@@ -14,6 +12,9 @@ from nemo_upcycle.models.hf_config import both_ropes, moe_config
 from nemo_upcycle.utils.dtypes import dtype_name
 from nemo_upcycle.utils.files import read_json, write_json
 
+
+if TYPE_CHECKING:
+    import torch
 
 #: The coefficient of the load-balancing loss, unless a checkpoint says another: that of the recipes and of NeMo's
 #: Mixtral. transformers' own default is a tenth of it.

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from nemo_upcycle.convert.hf_folder import tokenizer_file_names
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.mapping import extra_params
+from nemo_upcycle.models.mapping import extra_params, hf_constants
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.utils.files import MODEL_MARKER, whole_file
 
 
 CARD = "README.md"
+_SCORES, _LICENCE = "## Scores", "## Licence"
 #: What a parent's card says that holds for what is made of it.
 _INHERITED = ("license", "license_name", "license_link", "language")
 _MAX_BYTES = 1 << 20
@@ -30,6 +35,7 @@ def write_card(
     tool: str,
     facts: Mapping[str, str],
     notes: Sequence[str] = (),
+    parent: str | None = None,
 ) -> None:
     """Write the model card.
 
@@ -41,17 +47,16 @@ def write_card(
         tool: the command that wrote it.
         facts: lines of the table: what was done, with which numbers.
         notes: what is not exact, not known or assumed.
+        parent: how the user named the first of the parents.
     """
-    names = [_hub_name(parent) for parent in parents]
-    lineage = [name or parent.resolve().name for name, parent in zip(names, parents, strict=True)]
-    cards = [_front_matter(parent) for parent in parents]
+    names = [_hub_name(folder) for folder in parents]
+    cards = [_front_matter(folder) for folder in parents]
     front = _front(names, cards, arch)
-    extra = extra_params(arch)
-    besides = f", and {extra:,} numbers that servers ask for" if extra else ""
+    addresses = [parent, *[None] * (len(parents) - 1)]
     rows = {
-        "Made from": ", ".join(lineage),
-        "Class": f"{arch.hf_class}, {arch.total_params:,} parameters, {arch.active_params:,} active for a token"
-        + besides,
+        "Made from": ", ".join(map(_called, parents, addresses, cards)),
+        "Class": f"{arch.hf_class}, {arch.total_params:,} parameters, {arch.active_params:,} active for a token",
+        **_besides(arch),
         **facts,
         "Written by": f"{tool}, version {__version__}",
     }
@@ -64,10 +69,57 @@ def write_card(
             "",
         ]
     lines += ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items()), ""]
+    lines += ["## Load it", "", *_loading(arch, parents[0]), ""]
     if notes:
         lines += ["## What to know", "", *(f"- {note}" for note in notes), ""]
-    lines += ["## Licence", "", _licence(front, cards), ""]
+    lines += [_LICENCE, "", _licence(front, cards), ""]
     (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
+
+
+def add_scores(folder: Path, text: str) -> None:
+    """Put a section with scores into the card that this package wrote, in the place of an earlier one.
+
+    Without such a card nothing is done, and a folder that is a link to elsewhere is left alone.
+
+    Args:
+        folder: that of the model.
+        text: what stands below the section's title, as Markdown.
+    """
+    path = folder / CARD
+    if folder.is_symlink() or not (folder / MODEL_MARKER).is_file() or not path.is_file():
+        return
+    parts = re.split(r"^(?=## )", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    parts = [part for part in parts if not part.startswith(f"{_SCORES}\n")]
+    place = next((number for number, part in enumerate(parts) if part.startswith(f"{_LICENCE}\n")), len(parts))
+    parts.insert(place, f"{_SCORES}\n\n{text}\n\n")
+    with whole_file(path) as aside:
+        aside.write_text("".join(parts), encoding="utf-8", errors="replace")
+
+
+def _loading(arch: Architecture, parent: Path) -> list[str]:
+    """Return the lines of Python that load the model."""
+    imported, tokenizer = arch.hf_class, []
+    if any(name.startswith(("tokenizer", "vocab")) for name in tokenizer_file_names(parent)):
+        imported, tokenizer = f"AutoTokenizer, {imported}", ['tokenizer = AutoTokenizer.from_pretrained(".")']
+    return [
+        "```python",
+        f"from transformers import {imported}",
+        f'model = {arch.hf_class}.from_pretrained(".", dtype="auto")  # this folder, or its name on the hub',
+        *tokenizer,
+        "```",
+    ]
+
+
+def _besides(arch: Architecture) -> dict[str, str]:
+    """Return, for a card, what the files hold besides the parameters: it changes nothing that the model computes."""
+    constants = sum(math.prod(shape) for shape in hf_constants(arch).values())
+    copied = extra_params(arch) - constants
+    told = []
+    if copied:
+        told.append(f"{copied:,} numbers of the embedding once more, as the output layer: some servers share none")
+    if constants:
+        told.append(f"{constants:,} zeros in tensors that the class has and the dense model does not")
+    return {"Also in the files": "; ".join(told)} if told else {}
 
 
 def training_facts(metrics: Path, step: int) -> dict[str, str]:
@@ -122,6 +174,17 @@ def spec_fact(spec: UpcycleSpec) -> dict[str, str]:
         name: value for name, value in spec.to_dict().items() if name in always or value != getattr(default, name)
     }
     return {"Upcycled by": f"`UpcycleSpec({', '.join(f'{name}={value!r}' for name, value in fields.items())})`"}
+
+
+def _called(folder: Path, address: str | None, card: Mapping[str, Any]) -> str:
+    """Return what a reader knows a parent by: its name on the hub or its address, or its folder's and its base's."""
+    if name := _hub_name(folder):
+        return name
+    _, separator, rest = (address or "").partition("://")
+    # A path says where a model lay on one machine: only its last part is told.
+    called = address if address and separator and not rest.startswith("/") else folder.resolve().name
+    base = card.get("base_model")
+    return f"{called}, made from {base}" if isinstance(base, str) else called
 
 
 def _hub_name(folder: Path) -> str | None:

@@ -163,7 +163,7 @@ def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
         checkpoint = last_checkpoint(run_dir / stage)
         training = training_facts(run_dir / stage / "metrics.jsonl", steps_in(checkpoint))
         facts = (spec_fact(options["spec"]) if options else {}) | data | training
-        about = About(title=title, facts=facts)
+        about = About(title=title, facts=facts, parent=plan.dense)
         return str(export_checkpoint(checkpoint, dense_folder, output, about=about, **options))
 
     folders = {"trained": export("pretrain", run_dir / "hf", plan.recipe, spec=spec)}

@@ -29,11 +29,7 @@ def signed(found: dict[str, Any]) -> str:
 
 def evaluation(results: dict[str, Any]) -> str:
     """Return the values of all models, and the differences between them."""
-    models = {name: title for name, title in MODELS.items() if name in results["evaluation"]}
-    metrics = next(iter(results["paired"].values()))
-    values = [
-        [label(metric), *(with_error(**results["evaluation"][name][metric]) for name in models)] for metric in metrics
-    ]
+    models, metrics = _models(results), next(iter(results["paired"].values()))
     pairs = {f"{b}_minus_{a}": (a, b) for a, b in PAIRS if f"{b}_minus_{a}" in results["paired"]}
     differences = [
         [label(metric), *(_judged(results["paired"][pair][metric], *sides) for pair, sides in pairs.items())]
@@ -41,7 +37,7 @@ def evaluation(results: dict[str, Any]) -> str:
     ]
     return section(
         "Evaluation",
-        table(["metric", *models.values()], values),
+        _values(results),
         "![scores](scores.png)",
         _sources(results, models),
         "![held-out text over tokens](heldout.png)" if "heldout" in results["figures"] else "",
@@ -56,6 +52,32 @@ def evaluation(results: dict[str, Any]) -> str:
         _beside_published(results, models),
         _evaluation_files(models),
     )
+
+
+def scores(results: dict[str, Any]) -> str:
+    """Return the values of all models for a model's card, and what they were measured with."""
+    about = results["evaluation_settings"]["trained"]
+    limit = about["settings"].get("limit")
+    some = f", on the first {limit} items of each task" if limit else ""
+    where = " of the checkpoint" if about["settings"].get("backend") == "megatron" else ""
+    return (
+        f"{_values(results)}\n\nValue ± standard error, by lm-eval {plain(about['versions'].get('lm_eval', ''))} in"
+        f" {plain(about['settings'].get('dtype'))}{where}{some}. Perplexities and bits per byte: lower is better;"
+        f" accuracies: higher is better. Trained MoE: {results['training']['pretrain']['steps']:,} steps."
+    )
+
+
+def _models(results: dict[str, Any]) -> dict[str, str]:
+    return {name: title for name, title in MODELS.items() if name in results["evaluation"]}
+
+
+def _values(results: dict[str, Any]) -> str:
+    models = _models(results)
+    rows = [
+        [label(metric), *(with_error(**results["evaluation"][name][metric]) for name in models)]
+        for metric in next(iter(results["paired"].values()))
+    ]
+    return table(["metric", *models.values()], rows)
 
 
 def _sources(results: dict[str, Any], models: dict[str, str]) -> str:

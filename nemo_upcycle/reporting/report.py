@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_upcycle.convert.model_card import add_scores
 from nemo_upcycle.reporting import evaluation_sections, sections, training_sections
 from nemo_upcycle.reporting.environment import describe_environment
 from nemo_upcycle.reporting.figures import load_figure, loss_figure
@@ -27,7 +28,7 @@ _DPI = 150
 
 
 def write_report(run_dir: Path, planned: Mapping[str, dict[str, float]] | None = None) -> Path:
-    """Write `report.md`, `report.html`, `results.json` and the figures into a run's folder.
+    """Write `report.md`, `report.html`, `results.json` and the figures into a run's folder, and scores into its cards.
 
     Args:
         run_dir: the folder, with the results of the stages upcycle, pretrain, dense_ct (optional) and evaluate.
@@ -65,6 +66,8 @@ def write_report(run_dir: Path, planned: Mapping[str, dict[str, float]] | None =
     for name, content in (drawn | {name: page.encode(errors="replace") for name, page in pages.items()}).items():
         with whole_file(run_dir / name) as aside:
             aside.write_bytes(content)
+    for folder in (run_dir / "hf", run_dir / "dense_ct/hf"):  # exported before they were evaluated
+        add_scores(folder, evaluation_sections.scores(results))
     return target
 
 

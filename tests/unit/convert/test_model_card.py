@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import yaml
 
 from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.export import About, export_checkpoint
-from nemo_upcycle.convert.model_card import training_facts
+from nemo_upcycle.convert.model_card import add_scores, training_facts
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.package_info import __version__
-from tests.models import write_llama
+from tests.models import write_llama, write_tokenizer
 from tests.unit.convert.exports import SPEC, write_checkpoint
 
 
@@ -81,7 +82,7 @@ def test_a_parent_without_a_name_on_the_hub_passes_on_its_own_base(parent: Path,
     local = parent.rename(tmp_path / "local")
     front, text = _convert([local], tmp_path / "moe", SPEC)
     assert front["base_model"] == "us/grandparent"
-    assert "| Made from | local |" in text
+    assert "| Made from | local, made from us/grandparent |" in text
     assert "| Computes | the dense function, up to rounding |" in text
 
 
@@ -116,3 +117,72 @@ def test_an_exports_card_says_training_rounding_and_what_the_caller_knows(tmp_pa
     _, text = _read(tmp_path / "hf")
     for words in ("# mine", "2,048 tokens", "float32 weights are rounded to bfloat16", "| Type | bfloat16 |"):
         assert words in text
+
+
+def _loaded(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Run the card's own lines in its folder; return what they define."""
+    (lines,) = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert len(lines.splitlines()) <= 3
+    assert "trust_remote_code" not in lines
+    monkeypatch.chdir(folder)
+    found: dict[str, Any] = {}
+    exec(lines, found)
+    return found
+
+
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_the_card_loads_the_model_in_three_lines(
+    tmp_path: Path, tokenizer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = write_llama(tmp_path / "dense", layers=2, vocab_size=259)
+    if tokenizer:
+        write_tokenizer(dense)
+    _, text = _convert([dense], tmp_path / "moe", SPEC)
+    found = _loaded(tmp_path / "moe", text, monkeypatch)
+    assert type(found["model"]).__name__ == "MixtralForCausalLM"
+    assert ("tokenizer" in found) == tokenizer
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("asset://small", "asset://small, made from us/grandparent"),
+        ("/data/models/dense", "dense, made from us/grandparent"),
+        (None, "dense, made from us/grandparent"),
+    ],
+)
+def test_an_export_names_the_parent_as_the_user_did_without_paths(
+    tmp_path: Path, address: str | None, told: str
+) -> None:
+    dense = write_llama(tmp_path / "dense", layers=2)
+    (dense / "README.md").write_text(CARD)
+    checkpoint = write_checkpoint(tmp_path / "ck", dense, SPEC)
+    export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC, about=About(parent=address))
+    assert f"| Made from | {told} |" in _read(tmp_path / "hf")[1]
+
+
+def test_what_the_files_hold_besides_parameters_is_said_in_plain_words(tmp_path: Path) -> None:
+    _, text = _convert([write_llama(tmp_path / "dense", layers=2, tied=True, vocab_size=259)], tmp_path / "moe", SPEC)
+    assert f"{259 * 64:,} numbers of the embedding once more" in text
+
+
+def test_scores_replace_earlier_ones_and_leave_the_rest_of_the_card(tmp_path: Path) -> None:
+    _, before = _convert([write_llama(tmp_path / "dense", layers=2)], tmp_path / "moe", SPEC)
+    for value in ("0.25", "0.50"):
+        add_scores(tmp_path / "moe", f"| acc | {value} |")
+    _, text = _read(tmp_path / "moe")
+    assert text.replace("## Scores\n\n| acc | 0.50 |\n\n", "") == before
+    assert text.index("## Load it") < text.index("## Scores") < text.index("## Licence")
+
+
+@pytest.mark.parametrize("foreign", ["link", "unmarked"])
+def test_scores_go_into_no_card_of_somebody_else(tmp_path: Path, foreign: str) -> None:
+    _convert([write_llama(tmp_path / "dense", layers=2)], tmp_path / "moe", SPEC)
+    before, folder = (tmp_path / "moe/README.md").read_text(), tmp_path / "moe"
+    if foreign == "link":
+        folder = tmp_path / "hf"
+        folder.symlink_to(tmp_path / "moe")
+    else:
+        (folder / "nemo_upcycle.json").unlink()
+    add_scores(folder, "| acc | 1 |")
+    assert (tmp_path / "moe/README.md").read_text() == before

@@ -213,6 +213,21 @@ def test_the_report_says_so_when_the_dense_baseline_wins(run_dir: Path) -> None:
     assert found["acc (quiz)"][0].startswith("+0.25 ± 0.25 (no difference shown)")
 
 
+def test_the_cards_of_the_exported_models_get_the_scores(run_dir: Path) -> None:
+    for name in ("hf", "dense_ct/hf"):
+        (run_dir / name).mkdir(parents=True)
+        (run_dir / name / "nemo_upcycle.json").write_text('{"made_by": "nemo-upcycle export"}')
+        (run_dir / name / "README.md").write_text("# mine\n\n## Licence\n\nmit\n")
+    write_report(run_dir)
+    write_report(run_dir)  # once more, and there is still one section
+    for name in ("hf", "dense_ct/hf"):
+        card = (run_dir / name / "README.md").read_text()
+        assert card.count("## Scores") == 1
+        assert "| acc (quiz) | 0.25 ± 0.25 | 0.50 ± 0.25 | 0.50 ± 0.25 | 0.25 ± 0.25 |" in card
+        assert "lm-eval 0.4.13 in float32. " in card
+        assert card.endswith("## Licence\n\nmit\n")
+
+
 def test_the_sections_stand_in_order(run_dir: Path) -> None:
     headings = re.findall(r"^## (.+)$", write_report(run_dir).read_text(), flags=re.MULTILINE)
     assert headings == [
