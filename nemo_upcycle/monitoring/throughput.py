@@ -100,9 +100,10 @@ class Throughput:
     def describe(self) -> str:
         """Return one line that says what the rates are counted with."""
         arch, flops = self.architecture, self.flops_per_token()
+        unit, letter = (1e9, "B") if arch.total_params >= 1e9 else (1e6, "M")
         peaks = ", ".join(f"{peak:g} TFLOP/s {name.upper()}" for name, peak in self.peak_tflops.items())
         return (
-            f"{arch.total_params / 1e9:.2f}B parameters, {arch.active_params / 1e9:.2f}B active; "
+            f"{arch.total_params / unit:.2f}{letter} parameters, {arch.active_params / unit:.2f}{letter} active; "
             f"{flops['full'] / 1e9:.3g} GFLOP a token (full attention), {flops['causal'] / 1e9:.3g} (causal half); "
             f"peak of a GPU: {peaks or 'not known, no MFU'}"
         )

@@ -5,6 +5,7 @@ Every stage can be run alone and again. Heavy libraries are imported by the stag
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from nemo_upcycle.pipeline.plan import RunPlan, Stage, required_training
 from nemo_upcycle.pipeline.trainings import last_checkpoint
 
 
+logger = logging.getLogger(__name__)
 #: Size of the real text that the step-0 check runs on: B windows of S tokens.
 SAMPLE_WINDOWS, SAMPLE_WINDOW_TOKENS = 2, 256
 
@@ -178,6 +180,7 @@ def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     from nemo_upcycle.evaluation.named_suite import build_named_suite
     from nemo_upcycle.evaluation.run import evaluate
     from nemo_upcycle.evaluation.suite_config import read_suite_config
+    from nemo_upcycle.reporting.run_folder import MODELS
 
     build_named_suite(plan.evaluation, open_blend(data_folder_of(run_dir, plan)).heldout(), run_dir / "suite")
     dense_folder = dense_folder_of(run_dir)
@@ -191,7 +194,8 @@ def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
         models |= {"trained": last_checkpoint(run_dir / "pretrain"), "dense_ct": run_dir / "dense_ct"}
     if not plan.dense_ct:
         del models["dense_ct"]
-    for name, folder in models.items():
+    for number, (name, folder) in enumerate(models.items(), 1):
+        logger.info("[evaluate] model %d of %d: %s (%s), %s", number, len(models), name, MODELS[name], folder)
         samples = name != "step0"  # it writes what its parent writes
         megatron = {"dense": str(dense_folder)}
         evaluate(folder, run_dir / "suite", run_dir / "evaluation", name=name, samples=samples, megatron=megatron)

@@ -25,11 +25,13 @@ from nemo_upcycle.online.start import fill_chunks, merge_receipts
 from nemo_upcycle.sources.megatron_checkpoint import is_megatron
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.training.layout import layout_of
+from nemo_upcycle.training.lightning_messages import quiet_lightning
 from nemo_upcycle.training.nemo_signatures import repair_signatures
 from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.progress import show_messages
 
 
+quiet_lightning()  # before a trainer is made with this strategy
 repair_signatures()  # before the first configuration of a class is made: fiddle keeps what it saw then
 
 

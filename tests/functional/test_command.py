@@ -84,6 +84,8 @@ def test_the_command_saves_on_two_threads_resumes_and_obeys_sigint(jobs: Jobs, t
     """Two starts of the same command: saved at the end, then asynchronously, and stopped by Ctrl-C."""
     first = jobs.start(tmp_path, trainer__max_steps=2, log__ckpt__every_n_train_steps=2)
     assert first.wait(150) == 0, first.console()[-2000:]
+    assert "TPU available" not in first.console()
+    assert "Total params" not in first.console()  # Lightning's, of one rank
     kept = newest_checkpoint(first.run_dir / "checkpoints")
     assert kept is not None
     assert step_of(kept) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -68,6 +69,14 @@ def test_an_unknown_card_has_no_mfu(moe: Architecture) -> None:
     assert throughput.describe() == (
         "47.49B parameters, 13.67B active; 91.7 GFLOP a token (full attention), 85.3 (causal half); "
         "peak of a GPU: not known, no MFU"
+    )
+
+
+def test_a_small_model_is_not_of_zero_parameters(moe: Architecture) -> None:
+    small = replace(moe, num_layers=1, hidden_size=64, ffn_size=96, vocab_size=512)
+    described = Throughput(small, SEQUENCE, 8, {}).describe()
+    assert described.startswith(
+        f"{small.total_params / 1e6:.2f}M parameters, {small.active_params / 1e6:.2f}M active;"
     )
 
 
