@@ -97,6 +97,24 @@ def test_texts_of_a_run_are_text_for_other_readers_of_the_markdown(hostile: Path
     assert images == {f"{name}.png" for name in json.loads((hostile / "results.json").read_text())["figures"]}
 
 
+@pytest.mark.parametrize("where", ["command.txt", "training.json", "receipt.json", "folder"])
+def test_a_file_that_a_run_names_as_an_image_is_not_embedded(run_dir: Path, secret: Path, where: str) -> None:
+    named = f"```\n![z]({secret})"
+    if where == "command.txt":
+        (run_dir / where).write_text(named)
+    elif where == "training.json":
+        (run_dir / "pretrain/training.json").write_text(json.dumps(SETTINGS | {"data": named}))
+    elif where == "receipt.json":
+        (run_dir / where).write_text(json.dumps(RECEIPT | {"source": f"`{named}"}))
+    else:
+        (run_dir / "own.png").write_bytes(secret.read_bytes())
+        run_dir = run_dir.rename(run_dir.with_name("rep![z](own.png)<b>"))
+    write_report(run_dir)
+    text = (run_dir / "report.html").read_text()
+    assert base64.b64encode(secret.read_bytes()).decode()[:24] not in text
+    assert len(Page(text).all("img")) == len(json.loads((run_dir / "results.json").read_text())["figures"])
+
+
 def test_only_figures_that_the_report_drew_are_embedded(run_dir: Path, secret: Path) -> None:
     other = run_dir / "routers.png"  # not drawn: this run measured no routers
     other.write_bytes(b"\x89PNG that was there before")
