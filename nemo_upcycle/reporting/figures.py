@@ -45,13 +45,13 @@ def loss_figure(curves: Mapping[str, Curve], flops_per_token: Mapping[str, float
     panels = figure.subplots(len(units), 1, squeeze=False, sharey=True)[:, 0]
     for axes, (label, factors) in zip(panels, units.items(), strict=True):
         _draw_losses(axes, curves, factors)
-        axes.set(xlabel=label)
+        tokens_axis(axes, max(curve.steps[-1]["tokens"] * factors[stage] for stage, curve in curves.items()), label)
     steps = curves["pretrain"].steps[-1]["step"]
     title = f"Loss of the upcycled MoE{' and its dense baseline' if 'dense_ct' in curves else ''}, {steps:,} steps"
     panels[0].set_title("\n".join(filter(None, [title, chain_only(steps)])), fontsize=11)
     for axes in panels:
         axes.set(ylabel="cross-entropy loss (nats per token)")
-    panels[0].legend(frameon=False)
+    legend_below(figure, panels[0], ncols=2)
     return figure
 
 
@@ -78,15 +78,40 @@ def _draw_losses(axes: Any, curves: Mapping[str, Curve], factors: Mapping[str, f
         stage = "dense_ct" if "dense_ct" in begins else "pretrain"
         label = "dense parent, validation" if stage == "dense_ct" else "MoE at step 0, validation"
         axes.axhline(begins[stage], color="black", linestyle="--", linewidth=1, zorder=2, label=label)
+
+
+def short_numbers(value: float) -> str:
+    """Return a large number in short.
+
+    Example:
+        >>> short_numbers(1_500_000_000), short_numbers(3_047_424)
+        ('1.5B', '3.05M')
+    """
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter(sep="").format_eng(float(f"{value:.3g}")).replace("G", "B")
+
+
+def tokens_axis(axes: Any, last: float, label: str = "tokens trained on") -> None:
+    """Let the x axis go from 0 to the last token, or another cost, with few ticks, and room for markers there."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel(label)
+    axes.set_xlim(-0.012 * last, 1.012 * last)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     tidy(axes)
+
+
+def legend_below(figure: Any, axes: Any, ncols: int, title: str | None = None) -> None:
+    """Name the lines of some axes below a figure, or a part of one, where the names cover nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    style = {"ncols": ncols, "fontsize": 8, "title_fontsize": 8, "handlelength": 3, "frameon": False}
+    figure.legend(handles, labels, loc="outside lower center", title=title, **style)
 
 
 def tidy(axes: Any) -> None:
     """Give axes a grid, no frame, and large numbers in short: 1.5B."""
-    from matplotlib.ticker import EngFormatter
-
-    engineering = EngFormatter(sep="")
-    axes.xaxis.set_major_formatter(lambda value, _: engineering(value).replace("G", "B"))
+    axes.xaxis.set_major_formatter(lambda value, _: short_numbers(value))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -143,7 +168,7 @@ def _draw_busiest(figure: Any, steps: list[dict[str, Any]]) -> None:
     axes.yaxis.get_major_locator().set_params(integer=True)
     first, last = [float(busiest_of_layers[:, column].max()) for column in (0, -1)]
     worst = f"worst layer at first {first:.2f}, at last {last:.2f}"
-    figure.suptitle(f"Busiest expert of a layer{said_averaged(columns, steps)}; {worst}")
+    figure.suptitle(f"Busiest expert of a layer{said_averaged(columns, steps)}\n{worst}", fontsize=11)
     axes.set(xlabel="step", ylabel="layer")
     figure.colorbar(image, ax=axes, label="load over balanced load")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nemo_upcycle.reporting.figures import STYLES, tidy
+from nemo_upcycle.reporting.figures import STYLES, legend_below, tokens_axis
 from nemo_upcycle.reporting.markdown import label
 from nemo_upcycle.reporting.run_folder import MODELS, Curve
 
@@ -72,7 +72,7 @@ def _tick(text: str) -> str:
 
 
 def heldout_figure(curves: Mapping[str, Curve]) -> Figure | None:
-    """Return bits per byte of held-out text over tokens, with a band of one standard error; None of no score.
+    """Return bits per byte of held-out text over tokens, with 95 % intervals over documents; None of no score.
 
     Args:
         curves: by stage, `pretrain` and perhaps `dense_ct`.
@@ -88,10 +88,13 @@ def heldout_figure(curves: Mapping[str, Curve]) -> Figure | None:
         name, colour, marker = STYLES[stage]
         tokens, values, errors = zip(*scores, strict=True)
         axes.plot(tokens, values, color=colour, marker=marker, markersize=4, label=name)
-        low = [value - (error or 0.0) for value, error in zip(values, errors, strict=True)]
-        high = [value + (error or 0.0) for value, error in zip(values, errors, strict=True)]
+        low, high = (
+            [value + side * (error or 0.0) for value, error in zip(values, errors, strict=True)]
+            for side in (-_WIDTH, _WIDTH)
+        )
         axes.fill_between(tokens, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.set(xlabel="tokens trained on", ylabel="bits per byte of held-out text, ± one standard error")
-    tidy(axes)
-    axes.legend(frameon=False)
+    tokens_axis(axes, max(curves[stage].steps[-1]["tokens"] for stage in scored))
+    axes.set_ylabel("bits per byte of held-out text")
+    axes.set_title("95 % intervals over documents", fontsize=10)
+    legend_below(figure, axes, ncols=2)
     return figure

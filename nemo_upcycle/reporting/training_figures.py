@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from nemo_upcycle.reporting.figures import STYLES, averaged, tidy
+from nemo_upcycle.reporting.figures import STYLES, averaged, legend_below, short_numbers, tidy, tokens_axis
 from nemo_upcycle.reporting.run_folder import Curve
 
 
@@ -49,8 +49,7 @@ def routers_figure(curve: Curve) -> Figure | None:
         axes.plot(columns[:, 0], columns[:, 1], color=STYLES["pretrain"][1], marker="o" if len(columns) < 20 else None)
         axes.fill_between(columns[:, 0], columns[:, 2], columns[:, 3], alpha=0.15, linewidth=0)
         axes.set_title(ROUTER_PANELS[name], fontsize=10)
-        axes.set_xlabel("tokens trained on")
-        tidy(axes)
+        tokens_axis(axes, curve.steps[-1]["tokens"])
     figure.suptitle("Routers: mean of the layers, and the range over them", fontsize=11)
     return figure
 
@@ -76,6 +75,6 @@ def speed_figure(curves: Mapping[str, Curve]) -> Figure:
     for axes in (left, right):
         tidy(axes)
         axes.set_ylim(bottom=0)
-        if axes.lines:
-            axes.legend(frameon=False)
+    left.yaxis.set_major_formatter(lambda value, _: short_numbers(value))
+    legend_below(figure, left, ncols=2)
     return figure

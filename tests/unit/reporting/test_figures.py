@@ -7,12 +7,14 @@ import pytest
 
 from nemo_upcycle.reporting.figures import load_figure, loss_figure
 from nemo_upcycle.reporting.run_folder import Curve
-from nemo_upcycle.reporting.score_figures import heldout_figure
+from nemo_upcycle.reporting.score_figures import heldout_figure, scores_figure
 from nemo_upcycle.reporting.training_figures import routers_figure, speed_figure
 from tests.unit.reporting.conftest import metrics
+from tests.unit.reporting.drawn import end_of, faults_of
 
 
 STEPS = [line for line in metrics("pretrain") if "loss" in line]
+SCORES = ("mmlu/acc", "arc_challenge_25shot/acc_norm", "heldout_perplexity/bits_per_byte", "lambada/perplexity")
 DENSE = [line for line in metrics("dense_ct") if "loss" in line]
 
 
@@ -68,13 +70,13 @@ def test_losses_stand_over_flops_too_where_they_are_known() -> None:
     assert len(loss_figure(curves, {"pretrain": 3e9}).axes) == 1
 
 
-def test_held_out_text_has_a_band_of_its_error() -> None:
+def test_held_out_text_has_a_band_of_its_interval() -> None:
     figure = heldout_figure({"pretrain": Curve(STEPS, [], [(0, 2.0, 0.1), (3000, 1.5, None)])})
     assert figure is not None
     (axes,) = figure.axes
     assert axes.lines[0].get_xydata().tolist() == [[0, 2.0], [3000, 1.5]]
     corners = {tuple(point) for point in axes.collections[0].get_paths()[0].vertices.tolist()}
-    assert {(0.0, 1.9), (0.0, 2.1), (3000.0, 1.5)} <= corners
+    assert {(0.0, 2.0 - 0.196), (0.0, 2.0 + 0.196), (3000.0, 1.5)} <= corners  # 1.96 standard errors
     assert heldout_figure({"pretrain": Curve(STEPS, [])}) is None
 
 
@@ -88,6 +90,42 @@ def test_routers_are_drawn_with_the_range_of_their_layers() -> None:
     heights = dropped.collections[0].get_paths()[0].vertices[:, 1]
     assert (heights.min(), heights.max()) == (0.0, 0.5)
     assert routers_figure(Curve(DENSE, [])) is None
+
+
+@pytest.mark.parametrize("steps", [6, 2400])
+def test_every_figure_is_whole_and_its_tokens_end_with_the_run(steps: int) -> None:
+    layers = {"load_cv": [None, 0.1, 0.3], "load_entropy": [None, 0.9, 0.95], "dropped": [None, 0.0, 0.1]}
+    lines = [
+        line | {"tokens": 4_194_304 * line["step"], "tokens_per_s": 1.1e6, "memory_gib": 61.0, "router": layers}
+        for line in long_run(steps)
+    ]
+    last = lines[-1]["tokens"]
+    curve = Curve(lines, [(0, 3.0), (last, 2.0)], [(0, 1.0, 0.01), (last, 0.9, 0.01)])
+    curves = {"pretrain": curve, "dense_ct": curve}
+    results = {
+        "paired": {"trained_minus_dense": dict.fromkeys(SCORES)},
+        "evaluation": {
+            model: {metric: {"value": 0.4, "stderr": 0.01} for metric in SCORES} for model in ("dense", "trained")
+        },
+    }
+    figures = {
+        "loss": loss_figure(curves),
+        "loss over FLOPs": loss_figure(curves, {"pretrain": 8e10, "dense_ct": 5e10}),
+        "heldout": heldout_figure(curves),
+        "routers": routers_figure(curve),
+        "speed": speed_figure(curves),
+        "experts": load_figure(curve),
+        "scores": scores_figure(results),
+    }
+    assert {name: faults_of(figure) for name, figure in figures.items()} == {key: [] for key in figures}
+    ends = {
+        name: [end_of(axes) for axes in figure.axes if axes.get_xlabel().startswith("tokens")]  # type: ignore[union-attr]
+        for name, figure in figures.items()
+    }
+    assert {name: len(found) for name, found in ends.items() if found} == {
+        **{"loss": 1, "loss over FLOPs": 1, "heldout": 1, "routers": 3}
+    }
+    assert [end for found in ends.values() for end in found] == pytest.approx([last] * 6, rel=0.02)
 
 
 def test_speed_and_memory_have_a_line_for_each_training() -> None:
