@@ -1,4 +1,4 @@
-"""`nemo-upcycle report`: write report.md, report.html and plots into a run's folder."""
+"""`nemo-upcycle report`: write report.md, report.html and plots into a run's folder; a grid's table and figures."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from nemo_upcycle.cli.common import add_json, show
 
 
 HELP = "run folder -> report.md, report.html, results.json and plots"
-_EXAMPLES = """example:
+_EXAMPLES = """examples:
   nemo-upcycle report runs/demo
+  nemo-upcycle report runs/laptop             a grid: its table and figures again
+  nemo-upcycle report docs/results/laptop     from the evidence of a grid, and into the page laptop.md beside it
 
 exit status: 0 done; 2 the folder lacks a stage's results."""
 
@@ -18,7 +20,9 @@ exit status: 0 done; 2 the folder lacks a stage's results."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.epilog = _EXAMPLES
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a pipeline run")
+    parser.add_argument(
+        "run", metavar="RUN", type=Path, help="folder of a pipeline run, of a grid, or of its evidence"
+    )
     add_json(parser)
 
 
@@ -28,8 +32,13 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UpcycleError: an input is missing or damaged.
     """
+    from nemo_upcycle.reporting.grid_table import is_grid, write_grid
     from nemo_upcycle.reporting.report import write_report
 
+    if is_grid(args.run):
+        table = write_grid(args.run)
+        show(args, {"table": table}, str(table))
+        return 0
     path = write_report(args.run)
     show(args, {"report": path, "results": path.with_name("results.json")}, str(path))
     return 0

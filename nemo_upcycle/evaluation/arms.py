@@ -20,30 +20,45 @@ from nemo_upcycle.evaluation.heldout import METRIC, Sums, bits_per_byte
 
 #: Bits per byte that rounding alone may make: 8e-5 were seen between a dense model and its copies in bfloat16.
 ROUNDING = 2e-4
+#: Bits per byte that do not matter: a thousandth of the 2 that a small model takes for a byte of English.
+MARGIN = 2e-3
 
 
-def mean_of_seeds(seeds: Mapping[int, Sums]) -> tuple[float, float | None]:
-    """Return the mean of bits per byte over seeds, and the standard error that their spread gives of two."""
-    return mean_and_stderr([bits_per_byte(sums) for sums in seeds.values()])
+def mean_of_seeds(seeds: Mapping[int, Sums]) -> dict[str, Any]:
+    """Return the mean of bits per byte over seeds, as `mean_of` does."""
+    return mean_of([bits_per_byte(sums) for sums in seeds.values()])
 
 
-def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return the mean and its standard error; None of one value."""
-    return statistics.fmean(values), _stderr(values)
+def mean_of(values: Sequence[float]) -> dict[str, Any]:
+    """Return a mean as `value`, its `stderr`, and the 95 % interval (t) `low` to `high`; None of one value.
+
+    Example:
+        >>> mean_of([1.0, 1.2])["value"], mean_of([1.0])
+        (1.1, {'value': 1.0, 'stderr': None, 'low': None, 'high': None})
+    """
+    value, stderr = statistics.fmean(values), _stderr(values)
+    if stderr is None:
+        return {"value": value, "stderr": None, "low": None, "high": None}
+    half_width = stderr * _t_quantile(len(values) - 1)
+    return {"value": value, "stderr": stderr, "low": value - half_width, "high": value + half_width}
 
 
-def difference_of_arms(arm: Mapping[int, Sums], reference: Mapping[int, Sums]) -> dict[str, Any]:
+def difference_of_arms(
+    arm: Mapping[int, Sums], reference: Mapping[int, Sums], margin: float = MARGIN
+) -> dict[str, Any]:
     """Return by how much an arm differs from a reference, at the same seeds and on the same documents.
 
     Args:
         arm: sums by seed.
         reference: of the other arm; seeds that one of them lacks are left out.
+        margin: bits per byte that do not matter.
 
     Returns:
         `difference` (bits per byte, arm minus reference: below 0 the arm is better), `stderr_documents`,
         `stderr_seeds` (None of one seed), `stderr` of both, the 95 % interval `low` to `high` (t, with the degrees of
-        freedom of Welch and Satterthwaite), `seeds` (the difference of each), `documents` (how many), and `verdict`:
-        `better` or `worse` where the interval leaves 0 out and the difference is above `ROUNDING`, else `tie`.
+        freedom of Welch and Satterthwaite), `seeds` (`seed` and `difference` of each), `documents` (how many), and
+        `verdict`: `tie` where the whole interval lies inside the margin, `better` or `worse` where it leaves 0 out,
+        else `not resolved`.
 
     Raises:
         UpcycleError: the two have no seed in common, or were not scored on the same documents.
@@ -71,15 +86,18 @@ def difference_of_arms(arm: Mapping[int, Sums], reference: Mapping[int, Sums]) -
         "stderr_seeds": spread,
         "low": value - half_width,
         "high": value + half_width,
-        "seeds": seeds,
+        "seeds": [{"seed": seed, "difference": found} for seed, found in seeds.items()],
         "documents": len(names),
-        "verdict": _verdict(value, half_width),
+        "verdict": _verdict(value, half_width, margin),
     }
 
 
-def _verdict(value: float, half_width: float) -> str:
-    if abs(value) <= max(half_width, ROUNDING):
+def _verdict(value: float, half_width: float, margin: float) -> str:
+    """Return what an interval says. One of a difference within `ROUNDING` that leaves 0 out ends below twice that."""
+    if abs(value) + half_width <= max(margin, 2 * ROUNDING):
         return "tie"
+    if abs(value) <= half_width:
+        return "not resolved"
     return "better" if value < 0 else "worse"
 
 
@@ -102,25 +120,25 @@ def _t_quantile(degrees: float) -> float:
     return float(t.ppf(0.975, degrees))
 
 
-def better_from(differences: Mapping[int, Mapping[str, Any]]) -> int | None:
+def better_from(along: Sequence[Mapping[str, Any]]) -> int | None:
     """Return the first number of tokens from which on an arm is always better; None where it is not at the end.
 
     Args:
-        differences: by tokens, what `difference_of_arms` returned.
+        along: what `difference_of_arms` returned after more and more `tokens`.
 
     Example:
-        >>> better_from({0: {"verdict": "tie"}, 100: {"verdict": "better"}, 200: {"verdict": "better"}})
+        >>> better_from([{"tokens": 0, "verdict": "tie"}, {"tokens": 100, "verdict": "better"}])
         100
     """
     found = None
-    for tokens in sorted(differences, reverse=True):
-        if differences[tokens]["verdict"] != "better":
+    for point in reversed(along):
+        if point["verdict"] != "better":
             break
-        found = tokens
+        found = point["tokens"]
     return found
 
 
-def rank_arms(arms: Mapping[str, Mapping[int, Sums]]) -> list[dict[str, Any]]:
+def rank_arms(arms: Mapping[str, Mapping[int, Sums]], margin: float = MARGIN) -> list[dict[str, Any]]:
     """Rank arms by their bits per byte, best first.
 
     The best of many is the best by luck, too: intervals are Tukey's, for all pairs of arms at once. The spread from
@@ -128,6 +146,7 @@ def rank_arms(arms: Mapping[str, Mapping[int, Sums]]) -> list[dict[str, Any]]:
 
     Args:
         arms: by name, sums by seed, of the same documents; at least one seed is common to all.
+        margin: bits per byte that do not matter.
 
     Returns:
         `arm`, `value` over the common seeds, and `to_best`: `difference`, `stderr`, `low`, `high` and `verdict` as in
@@ -147,7 +166,9 @@ def rank_arms(arms: Mapping[str, Mapping[int, Sums]]) -> list[dict[str, Any]]:
             stderr = math.hypot(documents[0] or 0.0, spread or 0.0)
             half_width = stderr * _tukey_quantile(len(arms), _degrees(documents, (spread, free)))
             value = own["difference"]
-            entry["to_best"] = {"difference": value, "stderr": stderr, "verdict": _verdict(value, half_width)}
+            if value == 0 == own["stderr"]:  # the same bits, about which other arms say nothing
+                stderr = half_width = 0.0
+            entry["to_best"] = {"difference": value, "stderr": stderr, "verdict": _verdict(value, half_width, margin)}
             entry["to_best"] |= {"low": value - half_width, "high": value + half_width}
         found.append(entry)
     return found
@@ -200,6 +221,34 @@ def tokens_to_reach(value: float, reached: Mapping[int, float]) -> float | None:
             share = (high - value) / (high - low)
             return math.exp((1 - share) * math.log(tokens) + share * math.log(more))
     return None
+
+
+def sums_after(tokens: float, scores: Mapping[int, Mapping[int, Sums]]) -> dict[int, Sums]:
+    """Return what the seeds of an arm score after some tokens, between two points of its curve if need be.
+
+    There each document is taken to be linear in the logarithm of the tokens, as in `tokens_to_reach`.
+
+    Args:
+        tokens: from the first point after step 0 to the last one.
+        scores: by tokens and seed, the sums of the documents.
+
+    Example:
+        >>> sums_after(200, {100: {1: {"a": (-20.0, 8)}}, 400: {1: {"a": (-10.0, 8)}}})
+        {1: {'a': (-15.0, 8)}}
+    """
+    points = sorted(found for found in scores if found)
+    if tokens in points:
+        return dict(scores[round(tokens)])
+    before, after = next((few, more) for few, more in itertools.pairwise(points) if few < tokens < more)
+    share = math.log(tokens / before) / math.log(after / before)
+    return {
+        seed: {
+            document: (total + share * (scores[after][seed][document][0] - total), size_bytes)
+            for document, (total, size_bytes) in sums.items()
+        }
+        for seed, sums in scores[before].items()
+        if seed in scores[after]
+    }
 
 
 def _stderr(values: Sequence[float]) -> float | None:

@@ -6,28 +6,24 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.arms import (
+    MARGIN,
     better_from,
     difference_of_arms,
-    mean_and_stderr,
+    mean_of,
     mean_of_seeds,
     rank_arms,
+    sums_after,
     tokens_to_reach,
 )
-from nemo_upcycle.evaluation.heldout import Sums, by_source, document_sums
-from nemo_upcycle.reporting.results import summarise_router
-from nemo_upcycle.reporting.run_folder import read_curve
-from nemo_upcycle.utils.files import read_json
+from nemo_upcycle.evaluation.heldout import Sums, by_source
 
 
-#: What is kept of the routers.
-ROUTER_METRICS = ("load_cv", "load_entropy", "dropped", "dead_experts", "expert_distance")
-#: Two numbers of FLOPs that differ by less count as equal.
-FLOPS_APART = 0.02
+#: Where the costs of two trainings differ by less, their ends are compared.
+COSTS_APART = 0.02
 
 
 @dataclass(frozen=True)
@@ -36,78 +32,131 @@ class ArmRecord:
 
     Args:
         name: of the arm.
-        tokens: of a whole training.
+        steps: of a whole training.
+        tokens_per_step: of a step.
+        schedule: the learning rate's; None where the plan of an earlier version does not say it.
+        is_rate_constant: whether the learning rate does not fall.
+        trained_seeds: those that were trained.
         scores: by tokens and seed, the sums of the held-out documents. What was no number is not there.
-        lines: by seed, the lines of metrics of its steps.
+        routers: by metric and tokens, the mean over layers and seeds; nothing of a dense arm.
         flops_per_token: of training, full attention.
-        rank_hours: of the steps, on average over the seeds.
-        is_rate_constant: whether the learning rate does not fall, so that a point of the curve is a training's end.
+        rank_seconds_per_token: the steps' seconds times ranks, of the fastest seed, without its first step.
     """
 
     name: str
-    tokens: int
-    scores: dict[int, dict[int, Sums]]
-    lines: dict[int, list[dict[str, Any]]]
-    flops_per_token: float
-    rank_hours: float
+    steps: int
+    tokens_per_step: int
+    schedule: str | None
     is_rate_constant: bool
+    trained_seeds: list[int]
+    scores: dict[int, dict[int, Sums]]
+    routers: dict[str, dict[int, float]]
+    flops_per_token: float
+    rank_seconds_per_token: float
+
+    @property
+    def tokens(self) -> int:
+        """Of a whole training."""
+        return self.steps * self.tokens_per_step
 
     @property
     def final(self) -> dict[int, Sums]:
         """By seed, what the last step reached."""
         return self.scores.get(self.tokens, {})
 
+    def is_comparable(self, tokens: float, other: ArmRecord, its_tokens: float) -> bool:
+        """Return whether a point of this arm's curve may be held against one of another's: the only rule for it.
 
-def read_arms(run_dir: Path, described: Mapping[str, Any]) -> dict[str, ArmRecord]:
+        A learning rate that falls makes the end of a training better than its middle: two points are compared where
+        both are what a whole training of that length reaches, or as far on in trainings of one length and schedule.
+        """
+        schedules = [(arm.steps, arm.tokens_per_step, arm.schedule) for arm in (self, other)]
+        is_one_schedule = schedules[0] == schedules[1] and self.schedule is not None
+        are_ends = self._is_end(tokens) and other._is_end(its_tokens)
+        return are_ends or (is_one_schedule and tokens == its_tokens)
+
+    def is_scored_with(self, other: ArmRecord, tokens: int) -> bool:
+        """Return whether both were scored after some tokens, at a seed of both, and are comparable there."""
+        seeds = set(self.scores.get(tokens, {})) & set(other.scores.get(tokens, {}))
+        return bool(seeds) and self.is_comparable(tokens, other, tokens)
+
+    def _is_end(self, tokens: float) -> bool:
+        """Return whether a training of so many tokens ends as this one is then."""
+        return self.is_rate_constant or tokens in (0, self.tokens)
+
+
+def arms_of(evidence: Mapping[str, Any]) -> dict[str, ArmRecord]:
     """Return what the trainings of a grid left, by arm.
 
     Args:
-        run_dir: the grid's folder.
-        described: of the grid's plan.
+        evidence: what `collect_evidence` or `read_evidence` returned.
     """
+    described, documents = evidence["described"]["cells"], evidence["documents"]
     cells: dict[str, list[str]] = defaultdict(list)
-    for cell, about in described["cells"].items():
+    for cell, about in described.items():
         cells[about["arm"]].append(cell)
-    return {arm: _read_arm(run_dir, arm, {name: described["cells"][name] for name in cells[arm]}) for arm in cells}
+    arms = {}
+    for arm, names in cells.items():
+        first, left = described[names[0]], [evidence["cells"][name] for name in names]
+        scores: dict[int, dict[int, Sums]] = defaultdict(dict)
+        for name, cell in zip(names, left, strict=True):
+            for found in cell["scores"]:
+                sums = dict(zip(documents["names"], zip(found["nats"], documents["bytes"], strict=True), strict=True))
+                scores[found["step"] * first["tokens_per_step"]][described[name]["seed"]] = sums
+        arms[arm] = ArmRecord(
+            name=arm,
+            **{key: first.get(key) for key in ("steps", "tokens_per_step", "schedule", "is_rate_constant")},
+            trained_seeds=[described[name]["seed"] for name in names],
+            scores=dict(sorted(scores.items())),
+            routers=_routers(left),
+            flops_per_token=left[0]["flops_per_token"],
+            rank_seconds_per_token=min(_seconds_per_token(cell) * cell["ranks"] for cell in left),
+        )
+    return arms
 
 
-def _read_arm(run_dir: Path, arm: str, cells: Mapping[str, Mapping[str, Any]]) -> ArmRecord:
-    scores: dict[int, dict[int, Sums]] = defaultdict(dict)
-    lines = {}
-    for cell, about in cells.items():
-        for path in (run_dir / cell / "evaluation").glob("step=*.json"):
-            tokens = int(path.stem.removeprefix("step=")) * about["tokens_per_step"]
-            scores[tokens][about["seed"]] = document_sums(read_json(path))
-        lines[about["seed"]] = read_curve(run_dir / cell / "metrics.jsonl").steps
-        settings = read_json(run_dir / cell / "training.json")
-    hours = [sum(line["seconds"] for line in steps) * settings["ranks"] / 3600 for steps in lines.values()]
-    return ArmRecord(
-        name=arm,
-        tokens=about["steps"] * about["tokens_per_step"],
-        scores=dict(sorted(scores.items())),
-        lines=lines,
-        flops_per_token=settings["flops_per_token"]["full"],
-        rank_hours=statistics.fmean(hours),
-        is_rate_constant=about["is_rate_constant"],
-    )
+def _seconds_per_token(cell: Mapping[str, Any]) -> float:
+    """Return the seconds of a token, without the first step, which compiles and allocates, where there are more."""
+    tokens, seconds = cell["tokens"], cell["seconds"]
+    return sum(seconds[1:]) / (tokens[-1] - tokens[0]) if len(tokens) > 1 else seconds[0] / tokens[0]
+
+
+def _routers(cells: list[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+    kept: dict[str, dict[int, list[float]]] = {}
+    for cell in cells:
+        for name, values in cell["routers"].items():
+            for tokens, value in zip(cell["tokens"], values, strict=True):
+                if value is not None:
+                    kept.setdefault(name, {}).setdefault(tokens, []).append(value)
+    return {
+        name: {tokens: statistics.fmean(numbers) for tokens, numbers in sorted(steps.items())}
+        for name, steps in kept.items()
+    }
 
 
 def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) -> dict[str, Any]:
     """Return every number of the table.
 
+    Points of two curves are compared where `ArmRecord.is_comparable` lets them; no key is a number, so that the
+    values are the same after JSON. Where a mean is named it is what `mean_of_seeds` returns, and a difference what
+    `difference_of_arms` does.
+
     Args:
-        arms: from `read_arms`.
+        arms: from `arms_of`.
         described: of the grid's plan.
 
     Returns:
-        `arms` (name -> `tokens`, `flops`, `rank_hours`, `bits_per_byte` and `start` with their errors over seeds,
-        `curve` by tokens, `sources` at the end, `routers` by tokens), `differences` (name -> `reference`; at the
-        `start` what `difference_of_arms` returns, `along` the tokens that both have, at the `end` of these;
-        `better_from` tokens; `equal_flops`, where a token costs the two different FLOPs), `rankings` (`rank_arms` of
-        all arms after the tokens of each whole training) and `budgets` (arm -> what it reaches with each; the later
-        arms' have `worth_tokens` and `worth_rank_hours` of the first one's training, to reach the same).
+        `margin`; `arms` (name -> `tokens`, `flops`, `rank_hours`, the means `bits_per_byte` and `start`, `curve` (a
+        mean and its `tokens` each), `sources` at the end, `routers` (metric -> pairs of tokens and value));
+        `differences` (name -> `reference`; the difference at the `start`, `along` all `tokens` after which both were
+        scored, and at the `end` of these, None where there is none; `better_from` tokens; `equal_flops`, where a
+        token costs the two different FLOPs, and `equal_time`, None where nothing can be compared); `rankings`
+        (`rank_arms` of all arms after the tokens of each whole training) and `budgets` (arm -> the mean with each;
+        the later arms' have the `gain` over the first one and what it is `worth` in its training: `tokens` to reach
+        the same, and how many times the `flops` and the `time`; None where the first never reaches it, then
+        `worth_more_than` so many tokens where it would need more than its curve has).
     """
-    values: dict[str, Any] = {"arms": {}, "differences": {}}
+    values: dict[str, Any] = {"margin": described.get("margin", MARGIN), "arms": {}, "differences": {}}
     for name, arm in arms.items():
         for when, tokens in (("first", 0), ("last", arm.tokens)):
             if not arm.scores.get(tokens):
@@ -120,123 +169,127 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
         values["arms"][name] = {
             "about": described["arms"][name],
             "seeds": sorted(arm.final),
-            "unscored_seeds": sorted(set(arm.lines) - set(arm.final)),
+            "unscored_seeds": sorted(set(arm.trained_seeds) - set(arm.final)),
             "tokens": arm.tokens,
             "flops": arm.tokens * arm.flops_per_token,
-            "rank_hours": arm.rank_hours,
-            "bits_per_byte": _mean(arm.final),
-            "start": _mean(arm.scores[0]),
-            "curve": {tokens: _mean(seeds) for tokens, seeds in arm.scores.items()},
+            "rank_hours": arm.tokens * arm.rank_seconds_per_token / 3600,
+            "bits_per_byte": mean_of_seeds(arm.final),
+            "start": mean_of_seeds(arm.scores[0]),
+            "curve": [{"tokens": tokens, **mean_of_seeds(seeds)} for tokens, seeds in arm.scores.items()],
             "sources": _sources(arm.final),
-            "routers": _routers(arm),
+            "routers": {key: [[tokens, one] for tokens, one in found.items()] for key, found in arm.routers.items()},
         }
     for name, other in described["references"].items():
-        values["differences"][name] = {"reference": other, **_difference(arms[name], arms[other])}
-    values["rankings"] = _rankings(arms)
-    values["budgets"] = _budgets(described.get("budgets"), arms)
+        found = _difference(arms[name], arms[other], values["margin"])
+        values["differences"][name] = {"reference": other, **found}
+    values["rankings"] = _rankings(arms, values["margin"])
+    values["budgets"] = _budgets(described.get("budgets"), arms, values["margin"])
     return values
 
 
-def _difference(arm: ArmRecord, reference: ArmRecord) -> dict[str, Any]:
-    """Compare an arm with its reference after equal tokens, and with equal FLOPs."""
-    along = {
-        tokens: difference_of_arms(seeds, reference.scores[tokens])
+def _difference(arm: ArmRecord, reference: ArmRecord, margin: float) -> dict[str, Any]:
+    """Compare an arm with its reference after equal tokens, with equal FLOPs and in equal time."""
+    along = [
+        {"tokens": tokens, **difference_of_arms(seeds, reference.scores[tokens], margin)}
         for tokens, seeds in arm.scores.items()
-        if set(seeds) & set(reference.scores.get(tokens, {}))
+        if arm.is_scored_with(reference, tokens)
+    ]
+    trained = [point for point in along if point["tokens"]]
+    found = {
+        "start": along[0] if along and not along[0]["tokens"] else None,
+        "along": along,
+        "end": trained[-1] if trained else None,
+        "better_from": better_from(along) if trained else None,
+        "equal_time": _with_equal_cost(
+            arm, reference, arm.rank_seconds_per_token / reference.rank_seconds_per_token, margin
+        ),
     }
-    if not along:
-        raise UpcycleError(
-            f"arms {arm.name} and {reference.name}",
-            got="no seed and number of tokens at which both were scored",
-            expected="one",
-            fix="see the logs of both; with other batches, choose steps after which their tokens are equal",
-        )
-    found = {"start": along[min(along)], "along": along, "end": along[max(along)], "better_from": better_from(along)}
-    if arm.flops_per_token != reference.flops_per_token and (pair := _equal_flops(arm, reference)):
-        mine, its = pair
-        found["equal_flops"] = {
-            "tokens": mine,
-            "reference_tokens": its,
-            "flops_ratio": _flops_ratio(arm, mine, reference, its),
-            **difference_of_arms(arm.scores[mine], reference.scores[its]),
-        }
+    if arm.flops_per_token != reference.flops_per_token:
+        ratio = arm.flops_per_token / reference.flops_per_token
+        found["equal_flops"] = _with_equal_cost(arm, reference, ratio, margin)
     return found
 
 
-def _flops_ratio(arm: ArmRecord, tokens: int, reference: ArmRecord, its_tokens: int) -> float:
-    return tokens * arm.flops_per_token / (its_tokens * reference.flops_per_token)
+def _with_equal_cost(arm: ArmRecord, reference: ArmRecord, ratio: float, margin: float) -> dict[str, Any] | None:
+    """Compare two arms after the latest tokens of the first for which the reference, at the same cost, is known.
 
+    Between two points of the reference's curve its documents are taken to be linear in the logarithm of the tokens.
 
-def _equal_flops(arm: ArmRecord, reference: ArmRecord) -> tuple[int, int] | None:
-    """Return the latest tokens after which the two took as many FLOPs; None where they never did.
+    Args:
+        arm: compared.
+        reference: with it.
+        ratio: what a token of the arm costs in tokens of the reference.
+        margin: bits per byte that do not matter.
 
-    Points within a training count where the learning rate does not fall; else the ends alone.
+    Returns:
+        What `difference_of_arms` does, `tokens`, `reference_tokens` and `cost_ratio`, 1 but where the end of the
+        reference is near (`COSTS_APART`). None where nothing can be compared.
     """
-    are_constant = arm.is_rate_constant and reference.is_rate_constant
-    pairs = [
-        (mine, -abs(_flops_ratio(arm, mine, reference, its) - 1), its)
-        for mine in (arm.scores if are_constant else [arm.tokens])
-        for its in (reference.scores if are_constant else [reference.tokens])
-        if its and set(arm.scores[mine]) & set(reference.scores[its])
-    ]
-    near = [(mine, apart, its) for mine, apart, its in pairs if -apart < FLOPS_APART]
-    return (max(near)[0], max(near)[2]) if near else None
-
-
-def _mean(seeds: Mapping[int, Sums]) -> dict[str, float | None]:
-    value, stderr = mean_of_seeds(seeds)
-    return {"value": value, "stderr": stderr}
+    first = min((tokens for tokens in reference.scores if tokens), default=0)
+    for tokens in sorted(filter(None, arm.scores), reverse=True):
+        its = tokens * ratio
+        if abs(its / reference.tokens - 1) < COSTS_APART:
+            its = reference.tokens
+        if first <= its <= max(reference.scores) and arm.is_comparable(tokens, reference, its):
+            theirs = sums_after(its, reference.scores)
+            if set(theirs) & set(arm.scores[tokens]):
+                found = difference_of_arms(arm.scores[tokens], theirs, margin)
+                return {"tokens": tokens, "reference_tokens": its, "cost_ratio": tokens * ratio / its, **found}
+    return None
 
 
 def _sources(seeds: Mapping[int, Sums]) -> dict[str, dict[str, Any]]:
-    """Return by source what the last step reached, the mean over seeds and its error."""
+    """Return by source what the last step reached, the mean over seeds and its interval."""
     found = [by_source(sums) for sums in seeds.values()]
-    return {
-        source: dict(zip(("value", "stderr"), mean_and_stderr([one[source]["value"] for one in found]), strict=True))
-        for source in found[0]
-    }
+    return {source: mean_of([one[source]["value"] for one in found]) for source in found[0]}
 
 
-def _routers(arm: ArmRecord) -> dict[str, dict[int, float]]:
-    """Return what the routers did, by tokens: the mean over layers and seeds; nothing of a dense arm."""
-    kept: dict[str, dict[int, list[float]]] = {}
-    for line in (line for lines in arm.lines.values() for line in lines if line.get("router")):
-        for name, value in summarise_router(line["router"]).items():
-            kept.setdefault(name, {}).setdefault(line["tokens"], []).append(value)
-    return {
-        name: {tokens: statistics.fmean(numbers) for tokens, numbers in sorted(steps.items())}
-        for name, steps in kept.items()
-        if name in ROUTER_METRICS
-    }
-
-
-def _rankings(arms: Mapping[str, ArmRecord]) -> list[dict[str, Any]]:
+def _rankings(arms: Mapping[str, ArmRecord], margin: float) -> list[dict[str, Any]]:
     """Rank the arms after the tokens of each whole training, the longest list first."""
     rankings = []
     for tokens in dict.fromkeys(arm.tokens for arm in arms.values()):
-        reached = {name: arm.scores[tokens] for name, arm in arms.items() if tokens in arm.scores}
+        ended = next(arm for arm in arms.values() if arm.tokens == tokens)
+        reached = {name: arm.scores[tokens] for name, arm in arms.items() if arm.is_scored_with(ended, tokens)}
         seeds = set.intersection(*(set(scores) for scores in reached.values()))
         if len(reached) > 1 and seeds:
-            rankings.append({"tokens": tokens, "arms": rank_arms(reached)})
+            rankings.append({"tokens": tokens, "arms": rank_arms(reached, margin)})
     return sorted(rankings, key=lambda ranking: -len(ranking["arms"]))
 
 
-def _budgets(named: Mapping[str, Any] | None, arms: Mapping[str, ArmRecord]) -> dict[str, list[dict[str, Any]]]:
+def _budgets(
+    named: Mapping[str, Any] | None, arms: Mapping[str, ArmRecord], margin: float
+) -> dict[str, list[dict[str, Any]]]:
     """Return what some arms reach with each budget, and what that is worth in the first one's training."""
     if not named:
         return {}
-    common = [tokens for tokens in named["tokens"] if all(tokens in arms[name].scores for name in named["arms"])]
-    found = {
-        name: [
-            {"tokens": tokens, "flops": tokens * arms[name].flops_per_token, **_mean(arms[name].scores[tokens])}
+    first, *others = (arms[name] for name in named["arms"])
+    common = [tokens for tokens in named["tokens"] if all(arm.is_scored_with(first, tokens) for arm in others)]
+    found: dict[str, list[dict[str, Any]]] = {
+        arm.name: [
+            {
+                "tokens": tokens,
+                "flops": tokens * arm.flops_per_token,
+                "rank_hours": tokens * arm.rank_seconds_per_token / 3600,
+                **mean_of_seeds(arm.scores[tokens]),
+            }
             for tokens in common
         ]
-        for name in named["arms"]
+        for arm in (first, *others)
     }
-    first, *others = (arms[name] for name in named["arms"])
-    reached = {tokens: mean_of_seeds(seeds)[0] for tokens, seeds in first.scores.items() if tokens}
-    for entry in (entry for other in others for entry in found[other.name]):
-        tokens = tokens_to_reach(entry["value"], reached)
-        entry["worth_tokens"] = tokens
-        entry["worth_rank_hours"] = None if tokens is None else tokens * first.rank_hours / first.tokens
+    for other in others:
+        for entry in found[other.name]:
+            tokens = entry["tokens"]
+            reached = {
+                its: mean_of_seeds(seeds)["value"]
+                for its, seeds in first.scores.items()
+                if its and other.is_comparable(tokens, first, its)
+            }
+            needed = tokens_to_reach(entry["value"], reached)
+            entry["gain"] = difference_of_arms(other.scores[tokens], first.scores[tokens], margin)
+            entry["worth"] = needed and {
+                "tokens": needed,
+                "flops": needed * first.flops_per_token / entry["flops"],
+                "time": needed * first.rank_seconds_per_token / 3600 / entry["rank_hours"],
+            }
+            entry["worth_more_than"] = max(reached) if entry["value"] < min(reached.values()) else None
     return found

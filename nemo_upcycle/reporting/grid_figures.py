@@ -5,136 +5,158 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from nemo_upcycle.reporting.figures import legend_below, short_numbers, tokens_axis
 from nemo_upcycle.reporting.training_figures import ROUTER_PANELS
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Okabe and Ito's colours, told apart by colour-blind readers; markers tell arms of the same colour apart.
+#: Okabe and Ito's colours, which colour-blind readers tell apart, without the yellow. With lines and markers no two of
+#: 70 arms look alike, and no two of ten have the same marker.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = "osD^vPX*"
+_LINES = ("-", "--", ":", "-.")
+_MARKERS = "osD^vPX<>*"
+#: How a verdict is drawn: colour, marker, and whether it is filled.
+_VERDICTS = {
+    "better": ("#009E73", "v", True),
+    "worse": ("#D55E00", "^", True),
+    "tie": ("#000000", "D", True),
+    "not resolved": ("#555555", "o", False),
+}
+
+
+def _style(position: int) -> dict[str, Any]:
+    return {
+        "color": _COLOURS[position % len(_COLOURS)],
+        "linestyle": _LINES[position // len(_COLOURS) % len(_LINES)],
+        "marker": _MARKERS[position % len(_MARKERS)],
+        "markersize": 4.5,
+        "linewidth": 1.4,
+    }
 
 
 def curves_figure(values: Mapping[str, Any]) -> Figure:
-    """Return two panels: every arm's curve with its band over seeds, and the differences with their error bars.
+    """Return three panels: every arm's curve, the same enlarged with bands over seeds, and the differences.
 
     Args:
-        values: what `compare_arms` returned.
+        values: what `compare_arms` returned, or a `table.json`.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
 
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    compared = {name: found for name, found in values["differences"].items() if found["end"]}
+    heights = [5.3, 1.1 + 0.3 * len(compared)][: 1 + bool(compared)]
+    figure = Figure(figsize=(11, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    whole, near = parts[0].subplots(1, 2)
     for position, (arm, found) in enumerate(values["arms"].items()):
-        colour, marker = _style(position)
-        tokens = list(found["curve"])
-        means = [point["value"] for point in found["curve"].values()]
-        spread = [point["stderr"] or 0.0 for point in found["curve"].values()]
-        left.plot(tokens, means, color=colour, marker=marker, markersize=4, linewidth=1.5, label=arm)
-        low = [mean - band for mean, band in zip(means, spread, strict=True)]
-        high = [mean + band for mean, band in zip(means, spread, strict=True)]
-        left.fill_between(tokens, low, high, color=colour, alpha=0.15, linewidth=0)
-    left.set_xlabel("tokens")
-    left.set_ylabel("bits per byte of held-out text")
-    left.xaxis.set_major_formatter(EngFormatter(sep=""))
-    left.legend(fontsize=7, ncols=2)
-    left.set_title("mean over seeds, ± one standard error", fontsize=10)
-    names = list(values["differences"])
-    for position, name in enumerate(names):
-        found = values["differences"][name]
-        right.errorbar(
-            found["end"]["difference"],
-            position,
-            xerr=(found["end"]["high"] - found["end"]["low"]) / 2,
-            fmt="o",
-            color={"better": "#009E73", "worse": "#D55E00", "tie": "#555555"}[found["end"]["verdict"]],
-            capsize=3,
-        )
-    right.axvline(0, color="#999999", linewidth=1)
-    right.set_yticks(range(len(names)), [f"{name} - {values['differences'][name]['reference']}" for name in names])
-    right.invert_yaxis()
-    right.set_xlabel("difference in bits per byte (left: better)")
-    right.set_title("at the last common step, 95 % intervals over documents and seeds", fontsize=10)
-    right.tick_params(axis="y", labelsize=8)
+        style = _style(position)
+        tokens = [point["tokens"] for point in found["curve"]]
+        for axes in (whole, near):
+            axes.plot(tokens, [point["value"] for point in found["curve"]], label=arm, **style)
+        known = [point for point in found["curve"] if point["low"] is not None]
+        band = [[point[key] for point in known] for key in ("tokens", "low", "high")]
+        near.fill_between(*band, color=style["color"], alpha=0.1, linewidth=0)
+    ends = [found["bits_per_byte"]["value"] for found in values["arms"].values()]
+    starts = min(found["start"]["value"] for found in values["arms"].values())
+    room = 0.15 * (max(*ends, starts) - min(ends)) or 0.01
+    near.set_ylim(min(ends) - room, max(*ends, starts) + room)
+    for axes, title in ((whole, "mean over seeds"), (near, "enlarged, with 95 % intervals over seeds")):
+        tokens_axis(axes, max(found["tokens"] for found in values["arms"].values()))
+        axes.set_title(title, fontsize=10)
+    whole.set_ylabel("bits per byte of held-out text")
+    legend_below(parts[0], whole, 5)
+    if compared:
+        _draw_differences(parts[1].subplots(), compared, values["margin"])
     return figure
 
 
-def _style(position: int) -> tuple[str, str]:
-    return _COLOURS[position % len(_COLOURS)], _MARKERS[position // len(_COLOURS) % len(_MARKERS)]
+def _draw_differences(axes: Any, compared: Mapping[str, Any], margin: float) -> None:
+    """Draw each arm's difference from its reference in the row that is labelled with both."""
+    for position, found in enumerate(compared.values()):
+        end = found["end"]
+        colour, marker, is_filled = _VERDICTS[end["verdict"]]
+        axes.errorbar(
+            end["difference"],
+            position,
+            xerr=(end["high"] - end["low"]) / 2,
+            fmt=marker,
+            color=colour,
+            markerfacecolor=colour if is_filled else "white",
+            capsize=3,
+        )
+    axes.axvline(0, color="#999999", linewidth=1)
+    axes.axvspan(-margin, margin, color="#999999", alpha=0.2, linewidth=0)
+    axes.set_yticks(
+        range(len(compared)),
+        [
+            f"{name} - {found['reference']}, {short_numbers(found['end']['tokens'])} tokens"
+            for name, found in compared.items()
+        ],
+    )
+    axes.set_ylim(len(compared) - 0.5, -0.5)
+    axes.set_xlabel("difference in bits per byte (left: better)")
+    axes.set_title(f"95 % intervals over documents and seeds; grey: the margin of ±{margin:g}", fontsize=10)
+    axes.tick_params(axis="y", labelsize=8)
+    for verdict, (colour, marker, is_filled) in _VERDICTS.items():
+        fill = colour if is_filled else "white"
+        axes.plot([], [], marker, color=colour, markerfacecolor=fill, label=verdict)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
 def routers_figure(values: Mapping[str, Any]) -> Figure | None:
     """Return the routers' health of every arm over tokens; None where no arm has experts.
 
     Args:
-        values: what `compare_arms` returned.
+        values: what `compare_arms` returned, or a `table.json`.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
 
-    if not any(found["routers"] for found in values["arms"].values()):
+    arms = values["arms"]
+    names = [name for name in ROUTER_PANELS if any(found["routers"].get(name) for found in arms.values())]
+    if not names:
         return None
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    panels = figure.subplots(2, 2).flat
-    for axes, (name, title) in zip(panels, ROUTER_PANELS.items(), strict=True):
-        for position, (arm, found) in enumerate(values["arms"].items()):
-            if not (points := found["routers"].get(name)):
-                continue
-            colour, marker = _style(position)
-            every = max(1, len(points) // 10)
-            axes.plot(
-                list(points),
-                list(points.values()),
-                color=colour,
-                marker=marker,
-                markersize=4,
-                markevery=every,
-                linewidth=1.2,
-                label=arm,
-            )
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("tokens")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=7, ncols=2)
-    figure.suptitle("mean over layers and seeds", fontsize=10)
+    rows = -(-len(names) // 2)
+    figure = Figure(figsize=(11, 1 + 3.5 * rows), layout="constrained")
+    last = max(found["tokens"] for found in arms.values() if found["routers"])
+    for number, name in enumerate(names):
+        axes = figure.add_subplot(rows, 2, number + 1)
+        for position, (arm, found) in enumerate(arms.items()):
+            if points := found["routers"].get(name):
+                tokens, means = zip(*points, strict=True)
+                axes.plot(tokens, means, label=arm, markevery=max(1, len(points) // 8), **_style(position))
+        axes.set_title(ROUTER_PANELS[name], fontsize=10)
+        tokens_axis(axes, last)
+    legend_below(figure, figure.axes[0], 5, "means over layers and seeds")
     return figure
 
 
 def budgets_figure(values: Mapping[str, Any]) -> Figure | None:
-    """Return what some arms reach with each budget, in tokens and in FLOPs; None where the grid names no budgets.
+    """Return what some arms reach with each budget, in tokens, FLOPs and minutes; None where the grid names none.
 
     Args:
-        values: what `compare_arms` returned.
+        values: what `compare_arms` returned, or a `table.json`.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-    if not values["budgets"]:
+    if not any(values["budgets"].values()):
         return None
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    for axes, (unit, title) in zip(
-        figure.subplots(1, 2, sharey=True), {"tokens": "tokens", "flops": "training FLOPs"}.items(), strict=True
-    ):
+    units = {"tokens": ("tokens", 1), "flops": ("training FLOPs", 1), "rank_hours": ("rank minutes", 60)}
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    for axes, (unit, (title, factor)) in zip(figure.subplots(1, 3, sharey=True), units.items(), strict=True):
         for position, (arm, entries) in enumerate(values["budgets"].items()):
-            colour, marker = _style(position)
-            axes.errorbar(
-                [entry[unit] for entry in entries],
-                [entry["value"] for entry in entries],
-                yerr=[entry["stderr"] or 0.0 for entry in entries],
-                color=colour,
-                marker=marker,
-                capsize=3,
-                label=arm,
-            )
+            half = [0.0 if entry["low"] is None else (entry["high"] - entry["low"]) / 2 for entry in entries]
+            cost = [factor * entry[unit] for entry in entries]
+            means = [entry["value"] for entry in entries]
+            axes.errorbar(cost, means, yerr=half, capsize=3, label=arm, **_style(position))
+        costs = [factor * entry[unit] for entries in values["budgets"].values() for entry in entries]
+        tokens_axis(axes, max(costs), title)
         axes.set_xscale("log")
-        axes.set_xlabel(title)
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.xaxis.set_minor_formatter(EngFormatter(sep=""))
-        axes.tick_params(axis="x", which="both", labelsize=7)
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=8)
-    figure.axes[0].set_ylabel("bits per byte at the end, ± one standard error")
+        axes.set_xlim(min(costs) / 1.05, 1.05 * max(costs))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda value, _: short_numbers(value))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    figure.axes[0].set_ylabel("bits per byte at the end")
+    legend_below(figure, figure.axes[0], 5, "means with 95 % intervals over seeds")
     return figure

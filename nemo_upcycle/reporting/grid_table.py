@@ -1,24 +1,67 @@
-"""The table of a grid of ablations: table.md, table.json and the figures beside them."""
+"""The table of a grid of ablations: its evidence, table.md, table.json and the figures beside them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.evaluation.arms import ROUNDING
-from nemo_upcycle.reporting.grid import compare_arms, read_arms
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.reporting.grid import arms_of, compare_arms
+from nemo_upcycle.reporting.grid_evidence import EVIDENCE, PLAN, collect_evidence, read_evidence, write_evidence
 from nemo_upcycle.reporting.markdown import number, section, table, with_error
-from nemo_upcycle.utils.files import write_json
+from nemo_upcycle.utils.files import read_json, read_text, whole_file, write_json
 
 
 _DPI = 150
 #: What the table says of the routers.
 _ROUTERS = ("dropped", "load_cv", "expert_distance")
+#: Between these lines of a page stands what `write_grid` wrote.
+BEGIN, END = "<!-- from the evidence: begin -->", "<!-- from the evidence: end -->"
+
+
+def is_grid(folder: Path) -> bool:
+    """Return whether a folder is that of a grid, or holds a grid's evidence."""
+    return (folder / PLAN).is_file() or (folder / EVIDENCE).is_file()
+
+
+def write_grid(folder: Path) -> Path:
+    """Write the table of a grid again.
+
+    Args:
+        folder: of a grid whose trainings are finished, whose `table/` is written; or of its evidence alone: table and
+            figures are written beside it, and into the page `FOLDER.md` between its two markers, if there is one.
+
+    Returns:
+        The path of the table, or of the page.
+
+    Raises:
+        UpcycleError: a file is missing or damaged, or a page lacks its markers.
+
+    Example:
+        >>> write_grid(Path("docs/results/laptop"))  # doctest: +SKIP
+        PosixPath('docs/results/laptop.md')
+    """
+    if (folder / PLAN).is_file():
+        plan = read_json(folder / PLAN)
+        return write_table(folder, plan["name"], plan["described"])
+    page = folder.resolve().with_suffix(".md")
+    if not page.is_file():
+        return draw_table(folder)
+    before, begin, rest = read_text(page).partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UpcycleError(str(page), got="no such lines", expected=f"{BEGIN} and {END}", fix="write both into it")
+    table = read_text(draw_table(folder)).partition("\n\n")[2]
+    sections = re.sub(r"(!\[\w+\]\()(\w+\.png\))", rf"\1{page.stem}/\2", table)
+    with whole_file(page) as aside:
+        aside.write_text(f"{before}{BEGIN}\n\n{sections}\n{END}{after}", encoding="utf-8")
+    return page
 
 
 def write_table(run_dir: Path, name: str, described: Mapping[str, Any]) -> Path:
-    """Write `table/table.md`, `table/table.json` and figures: `curves`, `routers` and `budgets`, where there are any.
+    """Write `table/`: the evidence of a grid, and what `draw_table` makes of it.
 
     Args:
         run_dir: the grid's folder, whose trainings are finished.
@@ -28,109 +71,139 @@ def write_table(run_dir: Path, name: str, described: Mapping[str, Any]) -> Path:
     Returns:
         The table's path.
     """
+    folder = run_dir / "table"
+    write_evidence(folder / EVIDENCE, collect_evidence(run_dir, name, described))
+    return draw_table(folder)
+
+
+def draw_table(folder: Path) -> Path:
+    """Write `table.md`, `table.json` and figures: `curves`, `routers` and `budgets`, where there are any.
+
+    Args:
+        folder: with the evidence of a grid, which is all that is read.
+
+    Returns:
+        The table's path.
+    """
     from nemo_upcycle.reporting.grid_figures import budgets_figure, curves_figure, routers_figure
 
-    folder = run_dir / "table"
-    folder.mkdir(exist_ok=True)
-    values = compare_arms(read_arms(run_dir, described), described)
-    write_json(folder / "table.json", {"grid": name, "about": described["about"], **values})
+    evidence = read_evidence(folder / EVIDENCE)
+    described = evidence["described"]
+    values = {"grid": evidence["grid"], "about": described["about"], **compare_arms(arms_of(evidence), described)}
+    write_json(folder / "table.json", values)
     figures = {"curves": curves_figure(values), "routers": routers_figure(values), "budgets": budgets_figure(values)}
     for title, figure in figures.items():
         if figure is not None:
-            figure.savefig(folder / f"{title}.png", dpi=_DPI)
+            with whole_file(folder / f"{title}.png") as aside:
+                figure.savefig(aside, dpi=_DPI, format="png")
     path = folder / "table.md"
-    path.write_text(render_table(name, described["about"], values), encoding="utf-8")
+    with whole_file(path) as aside:
+        aside.write_text(render_table(values), encoding="utf-8")
     return path
 
 
-def render_table(name: str, about: str, values: Mapping[str, Any]) -> str:
-    """Return the table as Markdown."""
+def render_table(values: Mapping[str, Any]) -> str:
+    """Return the table as Markdown.
+
+    Args:
+        values: what `compare_arms` returned, with the `grid` and what it is `about`.
+    """
     arms = values["arms"]
     seeds = max(len(found["seeds"]) for found in arms.values())
     unscored = [f"{arm} of seed {seed}" for arm, found in arms.items() for seed in found["unscored_seeds"]]
     parts = (
-        f"# Grid {name}",
-        f"{about}. {seeds} seeds an arm; ± is the standard error over seeds. Lower is better.",
+        f"# Grid {values['grid']}",
+        f"{values['about']}. {seeds} seeds an arm; lower is better. ± is half of a 95 % interval (t); of what an arm"
+        " reaches, over seeds.",
         f"Not scored at the end, and left out: {', '.join(unscored)}." if unscored else "",
         _arms(arms),
-        _differences(values["differences"]),
+        _differences(values["differences"], values["margin"]),
         _rankings(values["rankings"]),
-        _budgets(values["budgets"], arms),
+        _budgets(values["budgets"]),
         _sources(arms),
-        "Every number: `table.json`.\n",
+        f"Every number: `table.json`, made from `{EVIDENCE}`.\n",
     )
     return "\n\n".join(part for part in parts if part)
 
 
+def _value(found: Mapping[str, Any]) -> str:
+    """Return a mean with half of its interval, where there is one."""
+    return with_error(found["value"], None if found["low"] is None else (found["high"] - found["low"]) / 2)
+
+
 def _arms(arms: Mapping[str, Any]) -> str:
-    rows = []
-    for arm, found in arms.items():
-        routers = (list(found["routers"].get(key, {}).values())[-1:] for key in _ROUTERS)
-        rows.append(
-            [
-                arm,
-                f"{found['tokens']:,}",
-                number(found["flops"], 3),
-                with_error(**found["start"]),
-                with_error(**found["bits_per_byte"]),
-                number(60 * found["rank_hours"], 3),
-                *(number(last[0], 3) if last else "-" for last in routers),
-                found["about"],
-            ]
-        )
+    rows = [
+        [
+            arm,
+            f"{found['tokens']:,}",
+            number(found["flops"], 3),
+            _value(found["start"]),
+            _value(found["bits_per_byte"]),
+            number(60 * found["rank_hours"], 3),
+            *(number(found["routers"][key][-1][1], 3) if key in found["routers"] else "-" for key in _ROUTERS),
+            found["about"],
+        ]
+        for arm, found in arms.items()
+    ]
     header = ["arm", "tokens", "FLOPs", "bits per byte at step 0", "at the end", "rank minutes"]
     routers_md = "![routers](routers.png)" if any(found["routers"] for found in arms.values()) else ""
     return section(
         "Arms",
         table([*header, "dropped", "load CV", "expert distance", "what it is"], rows),
-        "FLOPs of training, counting full attention; minutes of the training steps times ranks, without start,"
-        " scoring and checkpoints. Of the routers the last step: token slots dropped, the experts' load (standard"
+        "FLOPs of training, counting full attention. Minutes of the training steps times ranks, of the fastest seed:"
+        " other work on the machine only adds. A first step counts as the average of the others; start, scoring and"
+        " checkpoints do not count. Of the routers the last step: token slots dropped, the experts' load (standard"
         " deviation over mean), distance of the experts from their mean, relative; means over layers and seeds.",
         "![curves](curves.png)",
         routers_md,
     )
 
 
-def _differences(differences: Mapping[str, Any]) -> str:
+def _differences(differences: Mapping[str, Any], margin: float) -> str:
     if not differences:
         return ""
-    header = ["difference", "at step 0", "at the last common step"]
-    rows = [
-        [
-            f"{arm} - {found['reference']}",
-            _with_verdict(found["start"]),
-            _with_verdict(found["end"]),
-            number(found["end"]["stderr_documents"], 2),
-            number(found["end"]["stderr_seeds"], 2),
-            _from(found["better_from"]),
-            _equal_flops(found.get("equal_flops")),
-        ]
-        for arm, found in differences.items()
-    ]
+    header = ["difference", "at step 0", "after equal tokens", "these tokens", "from documents", "from seeds"]
+    rows = []
+    for arm, found in differences.items():
+        end = found["end"] or {}
+        rows.append(
+            [
+                f"{arm} - {found['reference']}",
+                _with_verdict(found["start"]),
+                _with_verdict(found["end"]),
+                f"{end['tokens']:,}" if end else "-",
+                number(end.get("stderr_documents"), 2),
+                number(end.get("stderr_seeds"), 2),
+                "-" if found["better_from"] is None else f"{found['better_from']:,} tokens",
+                _equal_cost(found.get("equal_flops"), "FLOPs"),
+                _equal_cost(found["equal_time"], "minutes"),
+            ]
+        )
     return section(
         "Differences",
-        table([*header, "from documents", "from seeds", "better from", "with equal FLOPs"], rows),
-        "At the same seeds, on the same documents, in bits per byte, after equal tokens; ± joins the error that"
-        " other documents would give (a jackknife over them) and that of other seeds. It is a tie where the 95 %"
-        " interval (t)"
-        f" holds 0, or the difference is below {ROUNDING:g}, which rounding makes.",
+        table([*header, "better from", "with equal FLOPs", "with equal minutes"], rows),
+        "At the same seeds, on the same documents, in bits per byte. The 95 % interval joins the standard error that"
+        " other documents would give (a jackknife over them) and that of other seeds; both stand beside it, at the"
+        f" last tokens that can be compared. It is a tie where the whole interval lies within the margin of {margin:g}"
+        " on both sides of 0, which is taken not to matter; not resolved where it holds 0 and goes beyond. Where a"
+        " learning rate falls, the middle of a training is compared with that of one of the same steps and schedule"
+        " alone (else: -). FLOPs and minutes are made equal between two points of the reference's curve, linear in the"
+        " logarithm of the tokens.",
     )
 
 
-def _with_verdict(found: Mapping[str, Any]) -> str:
-    sign = "+" if found["difference"] > 0 else ""
-    return f"{sign}{with_error(found['difference'], found['stderr'])} ({found['verdict']})"
-
-
-def _from(tokens: int | None) -> str:
-    return "-" if tokens is None else f"{tokens:,} tokens"
-
-
-def _equal_flops(found: Mapping[str, Any] | None) -> str:
+def _with_verdict(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return "-"
-    tokens = f"{found['tokens']:,} tokens for {found['reference_tokens']:,}"
-    return f"{_with_verdict(found)}: {tokens}, {found['flops_ratio']:.3f} times the FLOPs"
+    sign = "+" if found["difference"] > 0 else ""
+    return f"{sign}{with_error(found['difference'], (found['high'] - found['low']) / 2)} ({found['verdict']})"
+
+
+def _equal_cost(found: Mapping[str, Any] | None, unit: str) -> str:
+    if found is None:
+        return "-"
+    times = "" if abs(found["cost_ratio"] - 1) < 5e-4 else f", {found['cost_ratio']:.3f} times the {unit}"
+    return f"{_with_verdict(found)}: {found['tokens']:,} tokens for {found['reference_tokens']:,.0f}{times}"
 
 
 def _rankings(rankings: list[Mapping[str, Any]]) -> str:
@@ -144,14 +217,14 @@ def _rankings(rankings: list[Mapping[str, Any]]) -> str:
     if not tables:
         return ""
     about = (
-        "A tie with the best shares its place. The intervals hold for all pairs of arms in a table at once (Tukey's),"
-        " with the spread from seed to seed pooled over the arms: an arm may be a tie here and differ from its"
-        " reference above."
+        "A tie with the best shares its place; what is not resolved may, too. The intervals hold for all pairs of arms"
+        " in a table at once (Tukey's, 95 %), with the spread from seed to seed pooled over the arms: a verdict may"
+        " differ from that above."
     )
     return section("Ranking", *tables, about)
 
 
-def _budgets(budgets: Mapping[str, Any], arms: Mapping[str, Any]) -> str:
+def _budgets(budgets: Mapping[str, Any]) -> str:
     """Return what some arms reach with each budget, and what that is worth in the first one's training."""
     if not budgets:
         return ""
@@ -161,36 +234,40 @@ def _budgets(budgets: Mapping[str, Any], arms: Mapping[str, Any]) -> str:
         rows = [
             [
                 f"{entry['tokens']:,}",
-                with_error(its["value"], its["stderr"]),
-                with_error(entry["value"], entry["stderr"]),
-                f"{entry['value'] - its['value']:+.4f}",
-                _worth(entry, arms[first]["curve"]),
-                "-" if entry["worth_rank_hours"] is None else number(60 * entry["worth_rank_hours"], 3),
+                _value(its),
+                _value(entry),
+                _with_verdict(entry["gain"]),
+                *_worth(entry),
             ]
             for entry, its in zip(budgets[arm], budgets[first], strict=True)
         ]
-        header = ["tokens", first, arm, "gain", f"tokens of {first} for as much", "rank minutes of it"]
-        tables.append(table(header, rows))
+        header = ["tokens", first, arm, "difference", f"tokens of {first} for as much"]
+        tables.append(table([*header, "its FLOPs", "its rank minutes"], rows))
     return section(
         "Budgets",
         *tables,
-        f"Tokens that {first} needs for the same: between the points of its curve bits per byte are taken to be linear"
-        " in the logarithm of the tokens; nothing is said beyond them.",
+        f"What {first} needs for the same, and how many times as much that is: between the points of its curve bits"
+        " per byte are taken to be linear in the logarithm of the tokens; nothing is said beyond them.",
         "![budgets](budgets.png)",
     )
 
 
-def _worth(entry: Mapping[str, Any], curve: Mapping[int, Any]) -> str:
-    """Return how many tokens of the first arm's curve what was reached is worth."""
-    if entry["worth_tokens"] is not None:
-        return f"{entry['worth_tokens']:,.0f} ({entry['worth_tokens'] / entry['tokens']:.2f} times)"
-    longest = max(curve)
-    return f"more than {longest:,}" if entry["value"] < curve[longest]["value"] else "not known"
+def _worth(entry: Mapping[str, Any]) -> list[str]:
+    """Return tokens, FLOPs and minutes of the first arm that what was reached is worth."""
+    if (worth := entry["worth"]) is None:
+        more_than = entry["worth_more_than"]
+        return [f"more than {more_than:,}" if more_than else "not known", "-", "-"]
+    minutes = 60 * entry["rank_hours"]
+    return [
+        f"{worth['tokens']:,.0f} ({worth['tokens'] / entry['tokens']:.2f} times)",
+        f"{number(worth['flops'] * entry['flops'], 3)} ({worth['flops']:.2f} times)",
+        f"{number(worth['time'] * minutes, 3)} for {number(minutes, 3)} ({worth['time']:.2f} times)",
+    ]
 
 
 def _sources(arms: Mapping[str, Any]) -> str:
     names = list(next(iter(arms.values()))["sources"])
     if len(names) < 2:
         return ""
-    rows = [[arm, *(with_error(**found["sources"][name]) for name in names)] for arm, found in arms.items()]
+    rows = [[arm, *(_value(found["sources"][name]) for name in names)] for arm, found in arms.items()]
     return section("By source", table(["bits per byte at the end", *names], rows))

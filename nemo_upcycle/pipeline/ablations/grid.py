@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import nemo_run as run
 from nemo_run.cli.cli_parser import parse_cli_args
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.evaluation.arms import MARGIN, ROUNDING
 from nemo_upcycle.evaluation.heldout import TASK
 from nemo_upcycle.evaluation.suite_config import read_suite_config
 from nemo_upcycle.pipeline.ablations.plan import SUITE, GridPlan
@@ -22,7 +24,19 @@ from nemo_upcycle.utils.nested import flat
 from nemo_upcycle.utils.validation import is_whole
 
 
-_KEYS = ("about", "dense", "data", "parent", "evaluate", "seeds", "defaults", "arms", "references", "budgets")
+_KEYS = (
+    "about",
+    "dense",
+    "data",
+    "parent",
+    "evaluate",
+    "seeds",
+    "defaults",
+    "arms",
+    "references",
+    "margin",
+    "budgets",
+)
 _ARM_KEYS = ("about", "factory", "file", "spec", "set")
 _PARENT_KEYS = ("factory", "set", "vocabulary")
 _EVALUATE_KEYS = ("suite", "every_n_steps", "batch_size")
@@ -65,6 +79,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
                 "seed": seed,
                 "steps": recipe.trainer.max_steps,
                 "tokens_per_step": recipe.data.global_batch_size * recipe.data.seq_length,
+                "schedule": _schedule(recipe.optim),
                 "is_rate_constant": _is_rate_constant(recipe.optim),
             }
     table = {
@@ -72,6 +87,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         "arms": {arm: str(values.get("about") or "") for arm, values in arms.items()},
         "cells": described,
         "references": _references(f"{path}: references", content.get("references"), arms),
+        "margin": _margin(f"{path}: margin", content.get("margin", MARGIN)),
         "budgets": _budgets(f"{path}: budgets", content.get("budgets"), described, callback.every_n_steps),
     }
     parent, vocabulary = _parent(f"{path}: parent", content.get("parent")) if not dense else (None, None)
@@ -98,9 +114,30 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
     )
 
 
+def _schedule(optim: Any) -> str:
+    """Return what tells schedules of the learning rate apart."""
+    scheduler = getattr(optim, "lr_scheduler", None)
+    settings = "constant"
+    if scheduler is not None:
+        given = ", ".join(f"{name}={value}" for name, value in sorted(scheduler.__arguments__.items()))
+        settings = f"{scheduler.__fn_or_cls__.__name__}({given})"
+    return f"lr={optim.config.lr}, {settings}"
+
+
 def _is_rate_constant(optim: Any) -> bool:
     scheduler = getattr(optim, "lr_scheduler", None)
     return scheduler is None or getattr(scheduler, "min_lr", None) == optim.config.lr
+
+
+def _margin(where: str, value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 2 * ROUNDING <= value < math.inf:
+        raise UpcycleError(
+            where,
+            got=value,
+            expected=f"bits per byte, from {2 * ROUNDING:g} on: less is rounding",
+            fix=f"write margin: {MARGIN:g}",
+        )
+    return float(value)
 
 
 def _from_here(name: str, folder: Path) -> str:

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from nemo_upcycle.pipeline.markers import STEPS
 from nemo_upcycle.pipeline.plan import Plan, Stage
+from nemo_upcycle.reporting.grid_evidence import PLAN as GRID
 
 
-GRID = "grid.json"
 #: The folder of the suite that all trainings are scored with, in the grid's folder.
 SUITE = "suite/items"
 
@@ -28,8 +28,8 @@ class GridPlan(Plan):
         vocabulary: tokens of its tokenizer, which is trained on the blend.
         suite: a name in `conf/evaluation`, or a YAML file, of what all trainings are scored with.
         cells: name of each training -> its serialised recipe.
-        described: what the table needs: of each cell its arm, seed, tokens of a step and steps; the references; what
-            each arm is about.
+        described: what the table needs: of each cell its arm, seed, tokens of a step, steps and schedule of the
+            learning rate; the references; the margin; what each arm is about.
     """
 
     file: ClassVar[str] = GRID

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.cli.main import main
+from nemo_upcycle.reporting.grid_evidence import EVIDENCE, write_evidence
+from nemo_upcycle.reporting.grid_table import BEGIN, END
 from tests.unit.reporting.conftest import run_dir
+from tests.unit.reporting.grids import laptop_evidence
 
 
 __all__ = ["run_dir"]
@@ -21,3 +24,15 @@ def test_a_metrics_line_without_tokens_is_told(run_dir: Path, capsys: pytest.Cap
     error = capsys.readouterr().err
     assert "metrics.jsonl:1: got" in error
     assert "expected one JSON object with step, tokens, seconds. Fix: delete the line" in error
+
+
+def test_the_evidence_of_a_grid_becomes_its_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, folder = tmp_path / "laptop.md", tmp_path / "laptop"
+    write_evidence(folder / EVIDENCE, laptop_evidence())
+    page.write_text(f"# Does it pay?\n{BEGIN}\n{END}\n")
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(page)
+    assert "| moe - dense | " in page.read_text()
+    (folder / EVIDENCE).write_bytes(b"")
+    assert main(["report", str(folder)]) == 2
+    assert EVIDENCE in capsys.readouterr().err

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.arms import better_from, difference_of_arms, mean_of_seeds, rank_arms, tokens_to_reach
+from nemo_upcycle.evaluation.arms import (
+    better_from,
+    difference_of_arms,
+    mean_of_seeds,
+    rank_arms,
+    sums_after,
+    tokens_to_reach,
+)
 from nemo_upcycle.evaluation.heldout import bits_per_byte, by_source, document_sums
 
 
@@ -59,7 +67,7 @@ def test_ranked_arms_allow_for_all_pairs() -> None:
 def test_one_seed_is_ranked_by_documents_alone() -> None:
     best, other = rank_arms({"a": {1: documents(1.0, 1.2)}, "b": {1: documents(1.1, 1.5)}})
     # 0.1 and 0.3 of two documents: 0.2 +- 0.1, of one degree: q(0.95; 2, 1) / root of two is t = 12.71
-    assert (best["arm"], other["to_best"]["verdict"]) == ("a", "tie")
+    assert (best["arm"], other["to_best"]["verdict"]) == ("a", "not resolved")
     assert other["to_best"]["high"] - 0.2 == pytest.approx(12.71 * 0.1, rel=1e-3)
 
 
@@ -69,11 +77,25 @@ def test_tokens_to_reach_a_value_lie_between_the_points_of_a_curve(value: float,
     assert found == (None if tokens is None else pytest.approx(tokens))
 
 
+def test_between_two_points_documents_are_linear_in_the_logarithm_of_the_tokens() -> None:
+    scores = {
+        0: {1: documents(9.0, 9.0)},
+        100: {1: documents(3.0, 2.0), 2: documents(3.0, 3.0)},
+        400: {1: documents(1.0, 1.0)},
+    }
+    # 200 is half of the way from 100 to 400; seed 2 is not known at 400.
+    assert list(sums_after(200, scores)) == [1]
+    assert sums_after(200, scores)[1] == {name: pytest.approx(one) for name, one in documents(2.0, 1.5).items()}
+    assert sums_after(400, scores) == scores[400]
+
+
 def test_the_mean_of_seeds() -> None:
-    # 1.0 and 1.2: mean 1.1, standard deviation 0.1414, over the root of 2: 0.1
-    value, stderr = mean_of_seeds({1: documents(0.9, 1.1), 2: documents(1.2, 1.2)})
-    assert (value, stderr) == (pytest.approx(1.1), pytest.approx(0.1))
-    assert mean_of_seeds({1: documents(1.0)}) == (pytest.approx(1.0), None)
+    # 1.0 and 1.2: mean 1.1, standard deviation 0.1414, over the root of 2: 0.1; t(0.975, 1) = 12.706
+    found = mean_of_seeds({1: documents(0.9, 1.1), 2: documents(1.2, 1.2)})
+    assert found == pytest.approx({"value": 1.1, "stderr": 0.1, "low": 1.1 - 1.2706, "high": 1.1 + 1.2706}, rel=1e-3)
+    one = mean_of_seeds({1: documents(1.0)})
+    assert one["value"] == pytest.approx(1.0)
+    assert (one["stderr"], one["low"], one["high"]) == (None, None, None)
     assert bits_per_byte(documents(1.0, 3.0)) == pytest.approx(2.0)
 
 
@@ -83,13 +105,34 @@ def test_documents_and_seeds_make_a_difference_uncertain() -> None:
     reference = {1: documents(1.0, 1.0), 2: documents(1.0, 1.0)}
     found = difference_of_arms({1: documents(0.8, 1.0), 2: documents(0.6, 0.8)}, reference)
     assert found["difference"] == pytest.approx(-0.2)
-    assert found["seeds"] == pytest.approx({1: -0.1, 2: -0.3})
+    assert [one["seed"] for one in found["seeds"]] == [1, 2]
+    assert [one["difference"] for one in found["seeds"]] == pytest.approx([-0.1, -0.3])
     assert found["stderr_seeds"] == pytest.approx(0.1)
     assert found["stderr_documents"] == pytest.approx(0.1)
     assert found["stderr"] == pytest.approx(math.sqrt(0.02))
     # Two equal parts of one degree of freedom each have two: t(0.975, 2) = 4.3027.
     assert found["high"] - found["difference"] == pytest.approx(4.3027 * math.sqrt(0.02), rel=1e-4)
-    assert found["verdict"] == "tie"
+    assert found["verdict"] == "not resolved"
+
+
+def test_documents_are_uncertain_by_the_mean_of_all_seeds() -> None:
+    """Seed 1 gains 0.1 on every document, seed 2 0.1, 0.3 and 0.5: means of 0.1, 0.2 and 0.3."""
+    reference = {1: documents(1.0, 1.0, 1.0), 2: documents(1.0, 1.0, 1.0)}
+    arm = {1: documents(0.9, 0.9, 0.9), 2: documents(0.9, 0.7, 0.5)}
+    # Without one document 0.25, 0.2, 0.15: the root of 2/3 of 0.005. Of seed 1 alone it would be 0, of seed 2 0.115.
+    assert difference_of_arms(arm, reference)["stderr_documents"] == pytest.approx(0.05774, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("margin", "verdict"), [(0.0, "not resolved"), (0.002, "not resolved"), (0.0126, "not resolved"), (0.0128, "tie")]
+)
+def test_a_tie_lies_inside_the_margin_as_a_whole(margin: float, verdict: str) -> None:
+    # 0.001 and -0.001 of two seeds, no spread over documents: 0.0 +- 0.001, t(0.975, 1) = 12.706
+    reference = {seed: documents(1.0, 1.0) for seed in (1, 2)}
+    arm = {1: documents(1.001, 1.001), 2: documents(0.999, 0.999)}
+    found = difference_of_arms(arm, reference, margin)
+    assert found["high"] == pytest.approx(0.012706, rel=1e-3)
+    assert found["verdict"] == verdict
 
 
 @pytest.mark.parametrize(("gain", "verdict"), [(0.1, "better"), (-0.1, "worse"), (0.0, "tie")])
@@ -109,10 +152,17 @@ def test_what_rounding_makes_is_a_tie() -> None:
     assert found["verdict"] == "tie"
 
 
+def test_what_is_equal_to_the_last_bit_is_a_tie_whatever_the_margin() -> None:
+    arm = {seed: documents(1.0 + seed / 10, 1.3) for seed in (1, 2, 3)}
+    assert difference_of_arms(arm, arm, margin=0.0)["verdict"] == "tie"
+    other = {seed: documents(1.05 + seed / 8, 1.3) for seed in (1, 2, 3)}
+    assert rank_arms({"a": arm, "b": arm, "c": other})[1]["to_best"]["verdict"] == "tie"
+
+
 def test_seeds_are_compared_with_their_own_kind() -> None:
     arm = {1: documents(1.0, 1.1), 3: documents(3.0, 3.1)}
     reference = {3: documents(3.0, 3.1), 2: documents(2.0, 2.1)}
-    assert difference_of_arms(arm, reference)["seeds"] == {3: 0.0}
+    assert difference_of_arms(arm, reference)["seeds"] == [{"seed": 3, "difference": 0.0}]
     with pytest.raises(UpcycleError, match="no seed in common"):
         difference_of_arms({1: documents(1.0)}, {2: documents(1.0)})
 
@@ -123,8 +173,8 @@ def test_other_documents_are_refused() -> None:
 
 
 def test_better_from_is_where_it_stays_better() -> None:
-    def verdicts(*names: str) -> dict[int, dict[str, str]]:
-        return {100 * number: {"verdict": name} for number, name in enumerate(names)}
+    def verdicts(*names: str) -> list[dict[str, Any]]:
+        return [{"tokens": 100 * number, "verdict": name} for number, name in enumerate(names)]
 
     assert better_from(verdicts("tie", "better", "tie", "better", "better")) == 300
     assert better_from(verdicts("better", "better", "worse")) is None

@@ -16,7 +16,8 @@ from nemo_upcycle.pipeline.ablations.grid import read_grid
 from nemo_upcycle.pipeline.ablations.plan import GridPlan
 from nemo_upcycle.pipeline.order import before
 from nemo_upcycle.pipeline.recipes_io import load_recipe
-from nemo_upcycle.reporting.grid import FLOPS_APART
+from nemo_upcycle.recipes import h100
+from nemo_upcycle.reporting.grid import COSTS_APART
 
 
 CONF = Path(str(resources.files("nemo_upcycle.conf")))
@@ -48,6 +49,13 @@ def test_a_seed_changes_data_and_spec_alone(laptop: GridPlan) -> None:
     assert one.model == two.model
 
 
+def test_all_arms_of_a_seed_read_the_data_in_one_order(laptop: GridPlan) -> None:
+    """The dense ones, too: a difference would else be one of other texts."""
+    seeds = {cell: load_recipe(text).data.seed for cell, text in laptop.cells.items()}
+    assert seeds == {cell: about["seed"] for cell, about in laptop.described["cells"].items()}
+    assert {cell.partition("-")[0] for cell in seeds} >= {"dense", "moe", "drop"}
+
+
 def test_arms_are_scored_where_their_flops_are_equal(laptop: GridPlan) -> None:
     """As the paper's arm counts them: full attention."""
     flops = {}
@@ -58,7 +66,7 @@ def test_arms_are_scored_where_their_flops_are_equal(laptop: GridPlan) -> None:
         callback = recipe.trainer.callbacks[-1]
         assert recipe.trainer.max_steps % callback.every_n_steps == 0
     # Both are scored every 31 steps, up to 372: 7 * 31 of the MoE are 10 * 31 of the parent.
-    assert 7 * flops["moe"] == pytest.approx(10 * flops["dense"], rel=FLOPS_APART)
+    assert 7 * flops["moe"] == pytest.approx(10 * flops["dense"], rel=COSTS_APART)
 
 
 def test_the_learning_rate_stays_so_that_a_curve_gives_every_budget(laptop: GridPlan) -> None:
@@ -89,6 +97,21 @@ def test_budgets_name_arms_and_tokens_that_are_scored(tmp_path: Path, budgets: s
         read_grid(tmp_path / "mine.yaml")
 
 
+@pytest.mark.parametrize("margin", ["0", "-0.01", "true", "wide", ".inf", ".nan", "0.0003"])
+def test_a_margin_is_more_than_rounding(tmp_path: Path, margin: str) -> None:
+    text = (CONF / "ablations/mini.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(f"{text}\nmargin: {margin}\n")
+    with pytest.raises(UpcycleError, match="margin: got"):
+        read_grid(tmp_path / "mine.yaml")
+
+
+def test_the_table_knows_the_margin_and_what_tells_schedules_apart(laptop: GridPlan) -> None:
+    assert laptop.described["margin"] == 0.002
+    schedules = {about["schedule"] for about in laptop.described["cells"].values()}
+    assert len(schedules) == 1
+    assert "min_lr=0.0006" in schedules.pop()
+
+
 def test_a_plan_is_read_as_it_was_written(laptop: GridPlan, tmp_path: Path) -> None:
     laptop.write(tmp_path)
     assert GridPlan.read(tmp_path) == laptop
@@ -106,3 +129,14 @@ def test_the_papers_grid_takes_any_parent_and_data(tmp_path: Path) -> None:
     recipe = load_recipe(plan.cells["capacity_1-seed3"])
     assert recipe.trainer.max_steps == 6438
     assert recipe.model.config.moe_expert_capacity_factor == 1.0
+
+
+def test_the_papers_grid_takes_the_papers_blend_and_knows_that_its_learning_rates_fall() -> None:
+    plan = read_grid("paper")
+    assert plan.data == h100.DATA
+    cells = plan.described["cells"]
+    assert not any(about["is_rate_constant"] for about in cells.values())
+    lengths = {name: (cells[f"{name}-seed1"]["steps"]) for name in ("capacity_4", "dense", "dense_equal_flops")}
+    assert lengths == {"capacity_4": 6438, "dense": 6438, "dense_equal_flops": 10199}
+    assert cells["capacity_4-seed1"]["schedule"] == cells["dense-seed1"]["schedule"]
+    assert "lr=3e-05, CosineAnnealingScheduler(" in cells["dense-seed1"]["schedule"]

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.reporting.grid import compare_arms, read_arms
-from nemo_upcycle.reporting.grid_table import write_table
+from nemo_upcycle.reporting.grid import arms_of, compare_arms
+from nemo_upcycle.reporting.grid_evidence import EVIDENCE, collect_evidence, write_evidence
+from nemo_upcycle.reporting.grid_table import BEGIN, END, render_table, write_grid, write_table
 
 
 #: Arm -> bits a byte of its three documents after the first step, of the first seed; 0.1 less when steps double.
@@ -26,6 +27,7 @@ def described() -> dict[str, Any]:
             "seed": seed,
             "steps": steps,
             "tokens_per_step": 100,
+            "schedule": "lr=1, constant",
             "is_rate_constant": True,
         }
         for arm, steps in STEPS.items()
@@ -44,9 +46,14 @@ def evaluation(bits: tuple[float, ...]) -> dict[str, Any]:
     sources = ("law/1", "law/2", "web/1")
     items = [
         {"cluster": document, "scores": {"bits_per_byte": [-100 * math.log(2) * value, 100]}}
-        for document, value in zip(sources, bits, strict=True)
+        for document, value in zip(sources[: len(bits)], bits, strict=True)
     ]
     return {"items": {"heldout_perplexity": items}}
+
+
+def seconds(arm: str, seed: int, step: int) -> float:
+    """A step takes 36 s, of the dense arm 24 s, the first one a minute more, and all of seed 2 twice as long."""
+    return ((24.0 if arm == "dense" else 36.0) + (60 if step == 1 else 0)) * seed
 
 
 @pytest.fixture
@@ -60,7 +67,7 @@ def run_dir(tmp_path: Path) -> Path:
             bits = tuple(value - gain + shift for value in BITS[about["arm"]])
             (folder / f"evaluation/step={step}.json").write_text(json.dumps(evaluation(bits)))
         lines = [
-            {"step": step, "loss": 1.0, "tokens": 100 * step, "seconds": 36.0}
+            {"step": step, "loss": 1.0, "tokens": 100 * step, "seconds": seconds(about["arm"], about["seed"], step)}
             | (
                 {"router": {"load_cv": [0.1 * step, 0.3 * step], "dropped": [0.0, None]}}
                 if about["arm"] != "dense"
@@ -76,40 +83,104 @@ def run_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def values(run_dir: Path) -> dict[str, Any]:
-    return compare_arms(read_arms(run_dir, described()), described())
+    return compared(run_dir, described())
+
+
+def compared(run_dir: Path, described: dict[str, Any]) -> dict[str, Any]:
+    evidence = collect_evidence(run_dir, "mine", described)
+    return compare_arms(arms_of(evidence), described)
+
+
+def rendered(run_dir: Path) -> str:
+    return render_table({"grid": "mine", "about": "three arms", **compared(run_dir, described())})
 
 
 def test_an_arm_has_its_tokens_flops_and_hours(values: dict[str, Any]) -> None:
     moe = values["arms"]["moe"]
     assert (moe["tokens"], moe["flops"]) == (800, 16e8)
-    assert moe["rank_hours"] == pytest.approx(8 * 36 * 2 / 3600)
+    assert moe["rank_hours"] == pytest.approx(8 * 36 * 2 / 3600)  # of the faster seed, without the first step's minute
     assert moe["bits_per_byte"]["value"] == pytest.approx(0.705)  # 1.0 - 0.3 and 0.01 more
     assert moe["bits_per_byte"]["stderr"] == pytest.approx(0.005)
     assert moe["sources"]["law"]["value"] == pytest.approx(0.655)
-    assert moe["routers"]["load_cv"][200] == pytest.approx(0.4)
+    assert moe["routers"]["load_cv"][1] == [200, pytest.approx(0.4)]
     assert values["arms"]["dense"]["routers"] == {}
 
 
-def test_arms_are_compared_after_equal_tokens_and_with_equal_flops(values: dict[str, Any]) -> None:
+def tokens_of(points: list[dict[str, Any]]) -> list[int]:
+    return [point["tokens"] for point in points]
+
+
+def test_arms_are_compared_after_equal_tokens_with_equal_flops_and_in_equal_time(values: dict[str, Any]) -> None:
     moe, st = values["differences"]["moe"], values["differences"]["st"]
-    assert list(moe["along"]) == [0, 100, 200, 400, 800]
+    assert tokens_of(moe["along"]) == [0, 100, 200, 400, 800]
     assert moe["end"]["difference"] == pytest.approx(-0.1)
     assert moe["better_from"] == 0
     # 400 tokens at twice the FLOPs against 800: 0.1 better at equal tokens, and one doubling behind
     assert (moe["equal_flops"]["tokens"], moe["equal_flops"]["reference_tokens"]) == (400, 800)
-    assert moe["equal_flops"]["flops_ratio"] == pytest.approx(1.0)
+    assert moe["equal_flops"]["cost_ratio"] == pytest.approx(1.0)
     assert moe["equal_flops"]["difference"] == pytest.approx(0.0, abs=1e-9)
     assert moe["equal_flops"]["verdict"] == "tie"
+    # 400 tokens at 36 s a step against 600 at 24 s, of which log2(1.5) = 0.585 doublings are 0.0585
+    assert (moe["equal_time"]["tokens"], moe["equal_time"]["reference_tokens"]) == (400, pytest.approx(600))
+    assert moe["equal_time"]["difference"] == pytest.approx(-0.1 + 0.0585, abs=1e-4)
     assert st["end"]["difference"] == pytest.approx(0.05)  # at 400 tokens, where both are
     assert "equal_flops" not in st
+    assert st["equal_time"]["difference"] == pytest.approx(0.05)
 
 
-def test_flops_are_equal_at_the_ends_alone_where_the_learning_rate_falls(run_dir: Path) -> None:
-    falling = described()
-    for about in falling["cells"].values():
-        about["is_rate_constant"] = False
-    values = compare_arms(read_arms(run_dir, falling), falling)
-    assert "equal_flops" not in values["differences"]["moe"]
+def falling_grid(steps: dict[str, int], **schedules: str) -> dict[str, Any]:
+    """The same with a learning rate that falls, and other lengths."""
+    found = described() | {"references": {"moe": "dense"}}
+    for about in found["cells"].values():
+        about |= {"is_rate_constant": False, "steps": steps.get(about["arm"], about["steps"])}
+        about["schedule"] = schedules.get(about["arm"], "lr=1, cosine")
+    return found
+
+
+def test_arms_of_other_lengths_are_compared_at_their_ends_alone_where_the_learning_rate_falls(run_dir: Path) -> None:
+    """Half of the steps at twice the FLOPs: what the MoE reaches at its end is no match for the parent on its way."""
+    values = compared(run_dir, falling_grid({"moe": 4}))
+    found = values["differences"]["moe"]
+    assert found["start"]["difference"] == pytest.approx(-0.1)
+    assert tokens_of(found["along"]) == [0]
+    assert (found["end"], found["better_from"], found["equal_time"]) == (None, None, None)
+    assert (found["equal_flops"]["tokens"], found["equal_flops"]["reference_tokens"]) == (400, 800)
+    assert found["equal_flops"]["difference"] == pytest.approx(0.0, abs=1e-9)
+    assert [(ranking["tokens"], len(ranking["arms"])) for ranking in values["rankings"]] == [(400, 2)]  # moe and st
+    assert values["budgets"] == {"dense": [], "moe": []}
+    text = render_table({"grid": "mine", "about": "", **values})
+    row = next(line for line in text.splitlines() if line.startswith("| moe - dense |"))
+    assert row.split(" | ")[2:4] == ["-", "-"]
+    assert "800, 1.000 times" not in row
+    assert "400 tokens for 800" in row
+
+
+def test_arms_of_one_length_and_schedule_are_compared_on_their_way(run_dir: Path) -> None:
+    values = compared(run_dir, falling_grid({}))
+    found = values["differences"]["moe"]
+    assert tokens_of(found["along"]) == [0, 100, 200, 400, 800]
+    assert "equal_flops" in found
+    assert found["equal_flops"] is None  # 400 tokens are the middle of one, 800 the end of the other
+    assert [entry["gain"]["difference"] for entry in values["budgets"]["moe"]] == pytest.approx([-0.1, -0.1])
+    # What 200 tokens of the parent would reach as a training of their own is not known.
+    assert [entry["worth"] for entry in values["budgets"]["moe"]] == [None, None]
+
+
+@pytest.mark.parametrize("other", ["lr=2, cosine", None])
+def test_arms_of_another_schedule_are_compared_at_their_ends_alone(run_dir: Path, other: str | None) -> None:
+    """Plans of earlier versions do not say the schedule: theirs may be any."""
+    schedules = {"moe": other} if other else dict.fromkeys(STEPS)
+    values = compared(run_dir, falling_grid({}, **schedules))
+    assert tokens_of(values["differences"]["moe"]["along"]) == [0, 800]
+    assert values["differences"]["moe"]["end"]["difference"] == pytest.approx(-0.1)
+
+
+def test_a_training_within_two_percent_of_its_reference_costs_the_same(run_dir: Path) -> None:
+    for seed in (1, 2):
+        path = run_dir / f"moe-seed{seed}/training.json"
+        path.write_text(json.dumps({"flops_per_token": {"full": 1.015e6}, "ranks": 2}))
+    found = compared(run_dir, falling_grid({}))["differences"]["moe"]["equal_flops"]
+    assert (found["tokens"], found["reference_tokens"], found["cost_ratio"]) == (800, 800, pytest.approx(1.015))
 
 
 def test_arms_of_other_batches_are_compared_after_equal_tokens(run_dir: Path) -> None:
@@ -119,9 +190,9 @@ def test_arms_of_other_batches_are_compared_after_equal_tokens(run_dir: Path) ->
         if about["arm"] == "moe":
             about["tokens_per_step"] = 200
     other |= {"references": {"moe": "dense"}, "budgets": {"arms": ["dense", "moe"], "tokens": [200, 400]}}
-    values = compare_arms(read_arms(run_dir, other), other)
+    values = compared(run_dir, other)
     found = values["differences"]["moe"]
-    assert list(found["along"]) == [0, 200, 400, 800]
+    assert tokens_of(found["along"]) == [0, 200, 400, 800]
     assert found["end"]["difference"] == pytest.approx(0.0, abs=1e-9)  # 0.1 better, and a doubling behind
     assert values["budgets"]["moe"][0]["tokens"] == 200
     assert values["budgets"]["moe"][0]["value"] == pytest.approx(1.005)
@@ -130,8 +201,8 @@ def test_arms_of_other_batches_are_compared_after_equal_tokens(run_dir: Path) ->
 def test_a_step_that_two_arms_scored_with_other_seeds_is_left_out(run_dir: Path) -> None:
     (run_dir / "moe-seed1/evaluation/step=2.json").unlink()
     (run_dir / "dense-seed2/evaluation/step=2.json").unlink()
-    values = compare_arms(read_arms(run_dir, described()), described())
-    assert list(values["differences"]["moe"]["along"]) == [0, 100, 400, 800]
+    values = compared(run_dir, described())
+    assert tokens_of(values["differences"]["moe"]["along"]) == [0, 100, 400, 800]
 
 
 def test_all_arms_that_came_so_far_are_ranked(values: dict[str, Any]) -> None:
@@ -146,39 +217,98 @@ def test_all_arms_that_came_so_far_are_ranked(values: dict[str, Any]) -> None:
 def test_a_gain_is_worth_tokens_of_the_first_arm(values: dict[str, Any]) -> None:
     short, long = values["budgets"]["moe"]
     # dense takes 1.105 bits after 100 tokens and 0.1 less each time they double; moe 0.905 after 200: dense after 400
-    assert short["worth_tokens"] == pytest.approx(400)
-    assert short["worth_rank_hours"] == pytest.approx(400 / 800 * 8 * 36 * 2 / 3600)
-    assert long["worth_tokens"] == pytest.approx(800)
-    assert "worth_tokens" not in values["budgets"]["dense"][0]
+    # twice the tokens, at half of the FLOPs and two thirds of the time a token
+    assert short["worth"] == pytest.approx({"tokens": 400, "flops": 1.0, "time": 4 / 3})
+    assert long["worth"]["tokens"] == pytest.approx(800)
+    assert short["gain"]["difference"] == pytest.approx(-0.1)
+    assert "worth" not in values["budgets"]["dense"][0]
 
 
-def test_the_table_has_every_section_and_figure(run_dir: Path) -> None:
-    text = write_table(run_dir, "mine", described()).read_text()
+def test_the_table_has_every_section(run_dir: Path) -> None:
+    text = rendered(run_dir)
     for title in ("Arms", "Differences", "Ranking", "Budgets", "By source"):
         assert f"## {title}" in text
-    assert "| 200 | 1.0050 ± 0.0050 | 0.9050 ± 0.0050 | -0.1000 | 400 (2.00 times) |" in text
-    for name in ("curves", "routers", "budgets"):
-        assert (run_dir / f"table/{name}.png").stat().st_size > 10_000
+    # half of the interval: t(0.975, 1) = 12.706 times 0.005; 200 tokens of the MoE take 2.4 rank minutes
+    assert "| 200 | 1.005 ± 0.064 | 0.905 ± 0.064 | -0.1 ± " in text
+    assert "(better) | 400 (2.00 times) | 4e+08 (1.00 times) | 3.2 for 2.4 (1.33 times) |" in text
 
 
 def test_what_the_first_arm_never_reaches_is_worth_more_than_all_of_it(run_dir: Path) -> None:
     for seed in (1, 2):
         path = run_dir / f"moe-seed{seed}/evaluation/step=4.json"
         path.write_text(json.dumps(evaluation((0.1, 0.1, 0.1))))
-    assert "| more than 800 |" in write_table(run_dir, "mine", described()).read_text()
+    assert "| more than 800 | - | - |" in rendered(run_dir)
 
 
 def test_an_arm_without_a_score_at_its_end_is_named(run_dir: Path) -> None:
     (run_dir / "moe-seed1/evaluation/step=8.json").unlink()
-    text = write_table(run_dir, "mine", described()).read_text()
-    assert "Not scored at the end, and left out: moe of seed 1." in text
+    assert "Not scored at the end, and left out: moe of seed 1." in rendered(run_dir)
     (run_dir / "moe-seed2/evaluation/step=8.json").unlink()
     with pytest.raises(UpcycleError, match="arm moe: got no score at its last step"):
-        write_table(run_dir, "mine", described())
+        rendered(run_dir)
 
 
 def test_an_arm_without_a_score_at_its_start_is_named(run_dir: Path) -> None:
     for seed in (1, 2):
         (run_dir / f"moe-seed{seed}/evaluation/step=0.json").unlink()
     with pytest.raises(UpcycleError, match="arm moe: got no score at its first step"):
+        rendered(run_dir)
+
+
+def test_evidence_alone_gives_the_same_table_and_page(run_dir: Path, tmp_path: Path) -> None:
+    table = write_table(run_dir, "mine", described())
+    page, folder = tmp_path / "docs/mine.md", tmp_path / "docs/mine"
+    folder.mkdir(parents=True)
+    (folder / EVIDENCE).write_bytes((run_dir / "table" / EVIDENCE).read_bytes())
+    page.write_text(f"# Mine\n\nAn answer.\n\n{BEGIN}\nold\n{END}\nThe end.\n")
+    assert write_grid(folder) == page
+    text = page.read_text()
+    assert (folder / "table.md").read_text() == table.read_text()
+    assert (folder / "table.json").read_bytes() == (run_dir / "table/table.json").read_bytes()
+    assert text.startswith("# Mine\n\nAn answer.\n")
+    assert text.endswith("\nThe end.\n")
+    assert "\nold\n" not in text
+    for name in ("curves", "routers", "budgets"):
+        assert f"![{name}](mine/{name}.png)" in text
+        assert (folder / f"{name}.png").stat().st_size > 10_000
+    assert table.read_text().partition("\n\n")[2].replace("](", "](mine/") in text
+    assert write_grid(folder).read_text() == text
+
+
+def test_the_folder_of_a_grid_gets_its_table_again(run_dir: Path) -> None:
+    """A plan of an earlier version says neither schedule nor margin."""
+    plan = {"name": "mine", "described": described()}
+    for about in plan["described"]["cells"].values():
+        del about["schedule"]
+    (run_dir / "grid.json").write_text(json.dumps(plan))
+    path = write_grid(run_dir)
+    assert path == run_dir / "table/table.md"
+    assert path.read_text() == rendered(run_dir)
+
+
+def test_no_number_of_the_table_changes_in_json(run_dir: Path) -> None:
+    found = compared(run_dir, described())
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_a_page_without_a_place_for_the_table_is_refused(run_dir: Path) -> None:
+    folder, page = run_dir / "mine", run_dir / "mine.md"
+    write_evidence(folder / EVIDENCE, collect_evidence(run_dir, "mine", described()))
+    page.write_text("my own words\n")
+    with pytest.raises(UpcycleError, match=r"mine\.md: got no such lines"):
+        write_grid(folder)
+    assert page.read_text() == "my own words\n"
+    assert not (folder / "table.md").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"\x1f\x8b\x08\x00"])
+def test_damaged_evidence_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / EVIDENCE).write_bytes(content)
+    with pytest.raises(UpcycleError, match=EVIDENCE):
+        write_grid(tmp_path)
+
+
+def test_evaluations_of_other_documents_are_named(run_dir: Path) -> None:
+    (run_dir / "st-seed2/evaluation/step=1.json").write_text(json.dumps(evaluation((1.0, 1.0))))
+    with pytest.raises(UpcycleError, match=r"st-seed2/evaluation/step=1\.json: got 2 documents"):
         write_table(run_dir, "mine", described())

@@ -1,0 +1,103 @@
+"""The evidence of a grid: the numbers that its trainings leave, in one file from which all tables are computed.
+
+Everything is a list or has a name: JSON would turn numbers that are keys into texts.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.evaluation.heldout import document_sums
+from nemo_upcycle.reporting.results import summarise_router
+from nemo_upcycle.reporting.run_folder import read_curve
+from nemo_upcycle.utils.files import read_json, whole_file
+
+
+#: A grid's plan in its folder, and the evidence in the folder of its table.
+PLAN, EVIDENCE = "grid.json", "evidence.json.gz"
+#: What is kept of the routers.
+_ROUTER_METRICS = ("load_cv", "load_entropy", "dropped", "dead_experts", "expert_distance")
+
+
+def collect_evidence(run_dir: Path, name: str, described: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the trainings of a grid left, as plain values.
+
+    Args:
+        run_dir: the grid's folder, whose trainings are finished.
+        name: of the grid.
+        described: of the grid's plan.
+
+    Returns:
+        `grid`, `described`, `documents` (`names` and `bytes` of the held-out texts) and `cells`: of each training
+        `flops_per_token`, `ranks`, `scores` (`step` of each evaluation, and the log-likelihood in `nats` of every
+        document, exact) and of all steps `tokens`, `seconds` and `routers` (means over the layers, six digits).
+
+    Raises:
+        UpcycleError: a file is missing or damaged, or two evaluations are of different documents.
+    """
+    cells: dict[str, Any] = {}
+    documents: dict[str, Any] = {}
+    for cell in described["cells"]:
+        settings, steps = (
+            read_json(run_dir / cell / "training.json"),
+            read_curve(run_dir / cell / "metrics.jsonl").steps,
+        )
+        scores = []
+        for path in sorted((run_dir / cell / "evaluation").glob("step=*.json"), key=_step_of):
+            sums = document_sums(read_json(path))
+            mine: dict[str, Any] = {"names": list(sums), "bytes": [size_bytes for _, size_bytes in sums.values()]}
+            documents = documents or mine
+            if mine != documents:
+                raise UpcycleError(
+                    str(path),
+                    got=f"{len(mine['names'])} documents",
+                    expected=f"the {len(documents['names'])} of the other trainings",
+                    fix="score all trainings of a grid with one suite",
+                )
+            scores.append({"step": _step_of(path), "nats": [nats for nats, _ in sums.values()]})
+        routers = [summarise_router(line.get("router") or {}) for line in steps]
+        cells[cell] = {
+            "flops_per_token": settings["flops_per_token"]["full"],
+            "ranks": settings["ranks"],
+            "scores": scores,
+            "tokens": [line["tokens"] for line in steps],
+            "seconds": [line["seconds"] for line in steps],
+            "routers": {
+                key: [float(f"{one[key]:.6g}") if key in one else None for one in routers]
+                for key in _ROUTER_METRICS
+                if any(key in one for one in routers)
+            },
+        }
+    return {"grid": name, "described": described, "documents": documents, "cells": cells}
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step="))
+
+
+def write_evidence(path: Path, evidence: Mapping[str, Any]) -> None:
+    """Write evidence as compressed JSON: the same bytes for the same values."""
+    content = json.dumps(evidence, separators=(",", ":")).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as aside:
+        aside.write_bytes(gzip.compress(content, compresslevel=9, mtime=0))
+
+
+def read_evidence(path: Path) -> dict[str, Any]:
+    """Read what `write_evidence` wrote.
+
+    Raises:
+        UpcycleError: the file is missing or damaged.
+    """
+    try:
+        found: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
+    except (OSError, EOFError, ValueError) as error:
+        raise UpcycleError(
+            str(path), got=error, expected="the evidence of a grid", fix=f"copy table/{EVIDENCE} of its run again"
+        ) from None
+    return found

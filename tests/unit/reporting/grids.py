@@ -1,0 +1,85 @@
+"""Evidence as a grid of ten arms leaves it: three seeds, two lengths, a learning rate that stays."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+
+STEP_TOKENS = 8192
+EVERY = 31
+#: Arm -> steps, bits per byte at step 0 and after 186 steps, FLOPs and seconds of a token, load CV.
+ARMS: dict[str, tuple[int, float, float, float, float, float]] = {
+    "dense": (372, 2.029, 2.024, 1.00, 1.00, 0.0),
+    "moe": (372, 2.029, 2.009, 1.42, 1.60, 0.13),
+    "st": (186, 2.563, 2.021, 1.42, 1.65, 0.47),
+    "st_scaled": (186, 2.037, 2.010, 1.42, 1.62, 0.15),
+    "capacity_1": (186, 2.029, 2.011, 1.42, 1.45, 0.04),
+    "capacity_2": (186, 2.029, 2.009, 1.42, 1.55, 0.12),
+    "capacity_4": (186, 2.029, 2.009, 1.42, 1.55, 0.12),
+    "noise": (186, 2.029, 2.009, 1.42, 1.62, 0.11),
+    "drop": (186, 2.461, 2.061, 1.42, 1.50, 0.19),
+    "granular_shared": (186, 2.029, 2.020, 1.63, 2.00, 0.30),
+}
+
+
+def laptop_evidence() -> dict[str, Any]:
+    """Return evidence like that of the laptop grid, with 40 documents."""
+    random = np.random.default_rng(1)
+    names = [f"{source}/{number}" for source in ("gcide", "linux", "speeches", "wordnet") for number in range(10)]
+    sizes = [200 + 10 * number for number in range(40)]
+    cells, described = {}, {}
+    for arm, (steps, start, middle, flops, seconds, load) in ARMS.items():
+        for seed in (1, 2, 3):
+            shift = 0.002 * (seed - 2)
+            own = random.normal(0, 0.0005)
+            scores = []
+            for step in range(0, steps + 1, EVERY):
+                done = math.log2(1 + step / 20) / math.log2(1 + 186 / 20)
+                bits = start + (middle - start) * (1 - math.exp(-3 * done)) / (1 - math.exp(-3))
+                bits += (shift + own) * (step > 0)
+                nats = [
+                    -size * math.log(2) * (bits + random.normal(0, 0.001) + 0.5 * math.sin(number))
+                    for number, size in enumerate(sizes)
+                ]
+                scores.append({"step": step, "nats": nats})
+            every = range(1, steps + 1)
+            routers: dict[str, list[float | None]] = {}
+            if load:
+                routers = {
+                    "load_cv": [load + 0.2 * math.exp(-step / 30) + random.normal(0, 0.005) for step in every],
+                    "load_entropy": [1 - load**2 / 5 - 0.03 * math.exp(-step / 10) for step in every],
+                    "dropped": [0.03 * (arm == "capacity_1") for _ in every],
+                    "expert_distance": [1e-3 * step**0.8 if step % 50 == 1 else None for step in every],
+                }
+            cells[f"{arm}-seed{seed}"] = {
+                "flops_per_token": 6.3e6 * flops,
+                "ranks": 1,
+                "scores": scores,
+                "tokens": [STEP_TOKENS * step for step in every],
+                "seconds": [round(1.1 * seconds + (5 if step == 1 else 0), 3) for step in every],
+                "routers": routers,
+            }
+            described[f"{arm}-seed{seed}"] = {
+                "arm": arm,
+                "seed": seed,
+                "steps": steps,
+                "tokens_per_step": STEP_TOKENS,
+                "schedule": "lr=0.0006, constant",
+                "is_rate_constant": True,
+            }
+    return {
+        "grid": "laptop",
+        "documents": {"names": names, "bytes": sizes},
+        "cells": cells,
+        "described": {
+            "about": "ten arms",
+            "arms": {arm: f"about {arm}" for arm in ARMS},
+            "cells": described,
+            "references": {arm: "dense" if arm == "moe" else "moe" for arm in ARMS if arm != "dense"},
+            "budgets": {"arms": ["dense", "moe"], "tokens": [507904, 1523712, 3047424]},
+            "margin": 0.002,
+        },
+    }
