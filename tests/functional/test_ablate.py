@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from nemo_upcycle.reporting.grid_evidence import EVIDENCE
+from nemo_upcycle.reporting.grid_table import write_grid
 from nemo_upcycle.utils.files import MARKER
 from tests.distributed.ranks import run_ranks
 from tests.functional.command import start
@@ -103,6 +105,12 @@ def test_the_table_names_arms_and_differences(finished: Path) -> None:
     assert "| moe - dense |" in text
     assert "2 seeds an arm" in text
     assert (finished / "table/curves.png").stat().st_size > 10_000
+
+
+def test_the_evidence_alone_gives_the_same_table(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / EVIDENCE).write_bytes((finished / "table" / EVIDENCE).read_bytes())
+    assert write_grid(tmp_path).read_text() == (finished / "table/table.md").read_text()
+    assert (tmp_path / "table.json").read_bytes() == (finished / "table/table.json").read_bytes()
 
 
 MISTAKES: dict[str, tuple[dict[str, str], str]] = {
