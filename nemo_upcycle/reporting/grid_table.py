@@ -30,8 +30,8 @@ def write_grid(folder: Path) -> Path:
     """Write the table of a grid again.
 
     Args:
-        folder: of a grid whose trainings are finished, whose `table/` is written; or of its evidence alone: table and
-            figures are written beside it, and into the page `FOLDER.md` between its two markers, if there is one.
+        folder: of a grid whose trainings are finished, whose `table/` is written; or of its evidence alone: the
+            table is written beside it, or between the two markers of the page `FOLDER.md`, if there is one.
 
     Returns:
         The path of the table, or of the page.
@@ -48,20 +48,24 @@ def write_grid(folder: Path) -> Path:
         return write_table(folder, plan["name"], plan["described"])
     page = folder.resolve().with_suffix(".md")
     if not page.is_file():
-        return draw_table(folder)
+        return _write(folder / "table.md", draw_table(folder))
     before, begin, rest = read_text(page).partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise UpcycleError(str(page), got="no such lines", expected=f"{BEGIN} and {END}", fix="write both into it")
-    table = read_text(draw_table(folder)).partition("\n\n")[2]
+    table = draw_table(folder).partition("\n\n")[2]
     sections = re.sub(r"(!\[\w+\]\()(\w+\.png\))", rf"\1{page.stem}/\2", table)
-    with whole_file(page) as aside:
-        aside.write_text(f"{before}{BEGIN}\n\n{sections}\n{END}{after}", encoding="utf-8")
-    return page
+    return _write(page, f"{before}{BEGIN}\n\n{sections}\n{END}{after}")
+
+
+def _write(path: Path, text: str) -> Path:
+    with whole_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+    return path
 
 
 def write_table(run_dir: Path, name: str, described: Mapping[str, Any]) -> Path:
-    """Write `table/`: the evidence of a grid, and what `draw_table` makes of it.
+    """Write `table/`: the evidence of a grid, what `draw_table` makes of it, and `table.md`.
 
     Args:
         run_dir: the grid's folder, whose trainings are finished.
@@ -73,17 +77,17 @@ def write_table(run_dir: Path, name: str, described: Mapping[str, Any]) -> Path:
     """
     folder = run_dir / "table"
     write_evidence(folder / EVIDENCE, collect_evidence(run_dir, name, described))
-    return draw_table(folder)
+    return _write(folder / "table.md", draw_table(folder))
 
 
-def draw_table(folder: Path) -> Path:
-    """Write `table.md`, `table.json` and figures: `curves`, `routers` and `budgets`, where there are any.
+def draw_table(folder: Path) -> str:
+    """Write `table.json` and figures, `curves`, `routers` and `budgets`, where there are any; return the table.
 
     Args:
         folder: with the evidence of a grid, which is all that is read.
 
     Returns:
-        The table's path.
+        The table as Markdown.
     """
     from nemo_upcycle.reporting.grid_figures import budgets_figure, curves_figure, routers_figure
 
@@ -96,10 +100,7 @@ def draw_table(folder: Path) -> Path:
         if figure is not None:
             with whole_file(folder / f"{title}.png") as aside:
                 figure.savefig(aside, dpi=_DPI, format="png")
-    path = folder / "table.md"
-    with whole_file(path) as aside:
-        aside.write_text(render_table(values), encoding="utf-8")
-    return path
+    return render_table(values)
 
 
 def render_table(values: Mapping[str, Any]) -> str:
