@@ -40,7 +40,7 @@ class ArmRecord:
         scores: by tokens and seed, the sums of the held-out documents. What was no number is not there.
         routers: by metric and tokens, the mean over layers and seeds; nothing of a dense arm.
         flops_per_token: of training, full attention.
-        rank_seconds_per_token: the steps' seconds times ranks, of the fastest seed, without its first step.
+        rank_seconds_per_token: the steps' seconds times ranks, of each the fastest seed, without the first step.
     """
 
     name: str
@@ -110,15 +110,23 @@ def arms_of(evidence: Mapping[str, Any]) -> dict[str, ArmRecord]:
             scores=dict(sorted(scores.items())),
             routers=_routers(left),
             flops_per_token=left[0]["flops_per_token"],
-            rank_seconds_per_token=min(_seconds_per_token(cell) * cell["ranks"] for cell in left),
+            rank_seconds_per_token=_rank_seconds_per_token(left),
         )
     return arms
 
 
-def _seconds_per_token(cell: Mapping[str, Any]) -> float:
-    """Return the seconds of a token, without the first step, which compiles and allocates, where there are more."""
-    tokens, seconds = cell["tokens"], cell["seconds"]
-    return sum(seconds[1:]) / (tokens[-1] - tokens[0]) if len(tokens) > 1 else seconds[0] / tokens[0]
+def _rank_seconds_per_token(cells: list[Mapping[str, Any]]) -> float:
+    """Return what a token takes: of each step the fastest seed, since other work on a machine only adds.
+
+    The first step, which compiles and allocates, is left out where there are more.
+    """
+    fastest: dict[int, float] = {}
+    for cell in cells:
+        for tokens, seconds in zip(cell["tokens"], cell["seconds"], strict=True):
+            spent = seconds * cell["ranks"]
+            fastest[tokens] = min(spent, fastest.get(tokens, spent))
+    first, *others = sorted(fastest)
+    return sum(fastest[tokens] for tokens in others) / (others[-1] - first) if others else fastest[first] / first
 
 
 def _routers(cells: list[Mapping[str, Any]]) -> dict[str, dict[int, float]]:

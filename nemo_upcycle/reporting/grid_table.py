@@ -151,10 +151,11 @@ def _arms(arms: Mapping[str, Any]) -> str:
     return section(
         "Arms",
         table([*header, "dropped", "load CV", "expert distance", "what it is"], rows),
-        "FLOPs of training, counting full attention. Minutes of the training steps times ranks, of the fastest seed:"
-        " other work on the machine only adds. A first step counts as the average of the others; start, scoring and"
-        " checkpoints do not count. Of the routers the last step: token slots dropped, the experts' load (standard"
-        " deviation over mean), distance of the experts from their mean, relative; means over layers and seeds.",
+        "FLOPs of training, counting full attention. Minutes of the training steps times ranks, of each step the"
+        " fastest seed: other work on the machine only adds. A first step counts as the average of the others; start,"
+        " scoring and checkpoints do not count. Of the routers the last step: token slots dropped, the experts' load"
+        " (standard deviation over mean), distance of the experts from their mean, relative; means over layers and"
+        " seeds.",
         "![curves](curves.png)",
         routers_md,
     )
