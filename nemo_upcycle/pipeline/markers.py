@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import StageError, UpcycleError
-from nemo_upcycle.utils.files import MARKER, read_json, sha256_file, write_json
+from nemo_upcycle.utils.files import CHANGES, MARKER, read_json, sha256_file, write_json
 from nemo_upcycle.utils.nested import flat
 
 
@@ -27,8 +27,6 @@ _STARTED = "_STARTED.json"
 ENDED = "_ENDED"
 STOPPED, FAILED = "stopped", "failed"
 _DELETE_MARKER = "delete it: the stage then runs again"
-#: One line for each setting that was changed in a started run.
-CHANGES = "changes.jsonl"
 #: The name of a setting that holds how many steps a training takes ends so: in a started run it may grow.
 STEPS = " steps"
 #: A longer text of a setting is kept as its hash; of more changes the first ones are said.

@@ -80,7 +80,9 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
         "contamination": _contamination(run.contamination, evaluations["dense"]["metrics"]),
         "samples": _samples(evaluations),
         "training": {
-            stage: summarise_curve(curve) | ({"settings": run.settings[stage]} if stage in run.settings else {})
+            stage: summarise_curve(curve)
+            | ({"settings": run.settings[stage]} if stage in run.settings else {})
+            | ({"changes": run.changes[stage]} if stage in run.changes else {})
             for stage, curve in run.curves.items()
         },
         "receipt": _receipt(run.receipt),

@@ -11,7 +11,7 @@ from typing import Any
 from nemo_upcycle.data.finished import CONTAMINATION
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.heldout import BITS
-from nemo_upcycle.utils.files import MARKER, read_json, read_json_lines, read_text
+from nemo_upcycle.utils.files import CHANGES, MARKER, read_json, read_json_lines, read_text
 
 
 #: The models that are evaluated, in the order of the report, and what each is called there.
@@ -60,6 +60,7 @@ class RunRecord:
         online_receipt: of the upcycling inside the training job; None without one.
         curves: of `pretrain` and, unless it was skipped, `dense_ct`.
         settings: `training.json` by stage, without the stages that wrote none.
+        changes: by stage, the settings that were changed after it had started.
         evaluations: by the names in `MODELS`, perhaps without `dense_ct`.
         command: the command line that was typed, if the run noted it.
         recipes: by stage, the file of its resolved recipe, relative to the folder.
@@ -72,6 +73,7 @@ class RunRecord:
     online_receipt: dict[str, Any] | None
     curves: dict[str, Curve]
     settings: dict[str, dict[str, Any]]
+    changes: dict[str, list[dict[str, Any]]]
     evaluations: dict[str, dict[str, Any]]
     command: str | None
     recipes: dict[str, str]
@@ -102,6 +104,11 @@ def read_run(folder: Path) -> RunRecord:
             stage: _read(path, stage, _SETTINGS)
             for stage in trained
             if (path := folder / stage / "training.json").is_file()
+        },
+        changes={
+            stage: [change for _, change in read_json_lines(path)]
+            for stage in trained
+            if (path := folder / stage / CHANGES).is_file()
         },
         evaluations={
             name: _read(folder / "evaluation" / f"{name}.json", "evaluate", _EVALUATION)

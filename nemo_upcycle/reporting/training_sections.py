@@ -29,9 +29,23 @@ def training(results: dict[str, Any]) -> str:
         "Training",
         _data(stages),
         table(["", *(MODELS[_TRAINED[stage]] for stage in stages)], rows),
+        _changes(stages),
         "![tokens per second and memory](speed.png)",
         sources(*files),
     )
+
+
+def _changes(stages: dict[str, Any]) -> str:
+    """Return the settings that were changed after a training had started; nothing where none was."""
+    rows = [
+        [str(change.get(key, "-")) for key in ("setting", "before", "after", "time")]
+        for done in stages.values()
+        for change in done.get("changes", ())
+    ]
+    if not rows:
+        return ""
+    header = ["changed after the start, without effect on the result but for more steps", "before", "after", "when"]
+    return table(header, rows, words=3)
 
 
 def _data(stages: dict[str, Any]) -> str:

@@ -22,6 +22,8 @@ from nemo_upcycle.errors import UpcycleError
 
 
 MARKER = "_SUCCESS.json"
+#: In the folder of a stage: a line for each setting that was changed after its work had started.
+CHANGES = "changes.jsonl"
 #: The marker of a Hugging Face folder, which may be published: there it says what the model was made of and by.
 MODEL_MARKER = "nemo_upcycle.json"
 _LOCK = ".lock"

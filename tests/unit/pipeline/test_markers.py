@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.errors import StageError
-from nemo_upcycle.pipeline.markers import CHANGES, StageFolder, setting_texts
-from nemo_upcycle.utils.files import MARKER
+from nemo_upcycle.pipeline.markers import StageFolder, setting_texts
+from nemo_upcycle.utils.files import CHANGES, MARKER
 
 
 def test_changed_inputs_invalidate_the_marker(tmp_path: Path) -> None:

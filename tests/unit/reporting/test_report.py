@@ -11,6 +11,7 @@ import pytest
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.paired import paired_difference
+from nemo_upcycle.pipeline.markers import StageFolder, setting_texts
 from nemo_upcycle.reporting.report import write_report
 from tests.unit.reporting.conftest import EVALUATIONS, RECEIPT
 
@@ -383,3 +384,15 @@ def test_the_routers_stand_beside_the_load(run_dir: Path) -> None:
     assert "Most dead experts in a step, all layers together: 3." in (run_dir / "report.md").read_text()
     assert found["dropped, as a part of the wanted slots"] == ["0.25", "0.0625"]
     assert found["distance of the experts from their mean, relative (0: copies)"] == ["0.5", "-"]
+
+
+def test_settings_that_were_changed_in_a_started_run_are_listed(run_dir: Path) -> None:
+    write_report(run_dir)
+    assert "changed after the start" not in (run_dir / "report.md").read_text()
+    stage = StageFolder(run_dir, "pretrain")
+    for steps in (1000, 500):
+        stage.start({}, setting_texts({"pretrain": {"log.ckpt.every_n_train_steps": steps}}), resumable=True)
+    write_report(run_dir)
+    listed = {name.replace("\\", ""): cells for name, cells in rows(run_dir / "report.md").items()}
+    before, after, _ = listed["pretrain.log.ckpt.every_n_train_steps"]
+    assert (before, after) == ("1000", "500")
