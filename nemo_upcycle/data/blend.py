@@ -8,10 +8,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.utils.conf import Conf, read_conf
+from nemo_upcycle.utils.conf import Conf, as_dataclass, read_conf, template
 
 
 #: The splits of a blend: trained on, watched during training, and measured afterwards.
@@ -130,33 +130,18 @@ def read_blend(name: str | Path, overrides: Sequence[str] = ()) -> Blend:
         if named and isinstance(known, dict) and named[1] not in known:
             raise UpcycleError.unknown(f"{conf.path}: source", named[1], known)
     try:
-        content = OmegaConf.merge(conf.content, OmegaConf.from_dotlist(list(overrides)))
-        _check_keys(str(conf.path), OmegaConf.to_container(content))
-        config = cast("BlendConfig", OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(BlendConfig), content)))
-    except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError) as error:
-        got = " ".join(str(error).split())  # OmegaConf writes three lines
+        merged = OmegaConf.merge(conf.content, *(OmegaConf.from_dotlist([override]) for override in overrides))
+        content = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError):
         raise UpcycleError(
-            str(conf.path), got=got, expected="a blend", fix="see the comments in conf/data/text.yaml"
+            f"overrides of {conf.path}",
+            got=" ".join(overrides),
+            expected="KEY=VALUE, each value as YAML writes it",
+            fix="put a value with [, {, : or # in quotes",
         ) from None
+    config = as_dataclass(str(conf.path), content, BlendConfig, "data")
     _check(conf, config)
     return Blend(conf.path.stem, conf.folder, config)
-
-
-def _check_keys(where: str, content: Any) -> None:
-    """Refuse a key that does not exist and name the closest one, which OmegaConf does not."""
-    _require_known(where, content, BlendConfig)
-    if isinstance(content, dict):
-        _require_known(f"{where}: hold_out", content.get("hold_out"), HoldOut)
-        sources = content.get("sources")
-        for name, source in sources.items() if isinstance(sources, dict) else ():
-            _require_known(f"{where}: sources.{name}", source, SourceConfig)
-
-
-def _require_known(where: str, values: Any, schema: type) -> None:
-    names = [entry.name for entry in dataclasses.fields(schema)]
-    for key in values if isinstance(values, dict) else ():
-        if key not in names:
-            raise UpcycleError.unknown(f"{where}: key", str(key), names)
 
 
 def _check(conf: Conf, config: BlendConfig) -> None:
@@ -164,7 +149,7 @@ def _check(conf: Conf, config: BlendConfig) -> None:
         if not holds:
             raise UpcycleError(f"{conf.path}: {key}", got=got, expected=expected, fix=fix)
 
-    require(bool(config.sources), "sources", "none", "at least one", "see conf/data/text.yaml")
+    require(bool(config.sources), "sources", "none", "at least one", f"see {template('data')}")
     for name, source in config.sources.items():
         key = f"sources.{name}"
         plain = bool(_NAME.fullmatch(name))

