@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
+
+if "".join(getattr(sys, "argv", ())[:1]).endswith("nemo-upcycle"):  # the command: Ctrl-C as it starts, no traceback
+    import _signal  # signal takes longer to import
+
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+
 from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.package_info import __version__

@@ -60,7 +60,10 @@ def did_you_mean(name: str, valid: Iterable[str], *, prefix: str = "", cutoff: f
         >>> did_you_mean("trainr", ["trainer", "data"], prefix="pretrain.")
         " Did you mean 'pretrain.trainer'?"
     """
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=cutoff)
+    spelled = {one.lower(): one for one in valid}
+    begun = [one for one in spelled if len(name) > 3 and one.startswith(name.lower())]
+    near = begun if len(begun) == 1 else difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=cutoff)
+    close = [spelled[one] for one in near]
     return f" Did you mean '{prefix}{close[0]}'?" if close else ""
 
 

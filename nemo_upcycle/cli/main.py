@@ -7,12 +7,17 @@ import errno
 import importlib
 import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from nemo_upcycle.cli.output import Output, take_output
 from nemo_upcycle.errors import SpecError, UpcycleError, did_you_mean
 from nemo_upcycle.package_info import __version__
+from nemo_upcycle.spec import UpcycleSpec, option_of
 
 
 #: name -> what it does; `nemo_upcycle/cli/NAME.py` has `HELP`, `add_arguments(parser)` and `run(args) -> exit status`
@@ -31,7 +36,7 @@ _EPILOG = """example:
 
 nemo-upcycle help COMMAND, or COMMAND --help: options and an example.
 exit status: 0 done, or yes; 1 the answer is no; 2 bad usage or input."""
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,24 +69,47 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit status: 0, 1 (the answer is no), 2 (bad usage or input) or 130 (stopped)."""
-    _prepare_output()
+    """Run a command; return its exit status: 0, 1 (the answer is no), 2 (bad usage or input), 130 or 143 (stopped)."""
+    output = take_output()
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        with _signals():
+            return _run(list(sys.argv[1:] if argv is None else argv), output)
     except UpcycleError as error:
         sys.stderr.write(f"error: {error}\n")
-    except BrokenPipeError:  # the reader closed the pipe
-        sys.stderr.close()
     except OSError as error:
         sys.stderr.write(f"error: {_said(error)}\n")
     except ModuleNotFoundError as error:
         if (error.name or "nemo_upcycle").startswith("nemo_upcycle"):
             raise
-        sys.stderr.write(f"error: {error.name} is not installed. Fix: nemo-upcycle doctor names the command for it.\n")
-    except KeyboardInterrupt:
+        fix = "run `nemo-upcycle doctor`, which prints the command that adds it"
+        sys.stderr.write(f"error: {error.name} is not installed. Fix: {fix}.\n")
+    except KeyboardInterrupt as stop:
         sys.stderr.write("\nstopped; run again to go on\n")
-        return INTERRUPTED
+        return TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED
     return BAD_INPUT
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: what Ctrl-C does, with an exit status of its own."""
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Take SIGTERM as Ctrl-C; as a rank of torchrun leave it, which has to end a rank that waits for another."""
+
+    def stop(*_: object) -> NoReturn:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread() or "LOCAL_RANK" in os.environ:
+        yield
+        return
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # silent until here: nemo_upcycle/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 _FIXES = {
@@ -101,17 +129,7 @@ def _said(error: OSError) -> UpcycleError:
     )
 
 
-def _prepare_output() -> None:
-    """Let a command print characters that the terminal lacks, and run with its output closed."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _run(argv: list[str]) -> int:
+def _run(argv: list[str], output: Output) -> int:
     description = "Turn a dense Llama into a Mixture-of-Experts model. Training runs through `nemo` itself."
     parser = _Parser(prog="nemo-upcycle", description=description, epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=f"nemo-upcycle {__version__}")
@@ -127,9 +145,15 @@ def _run(argv: list[str]) -> int:
         raise UpcycleError.unknown("command", argv[0], [*COMMANDS, "help"])
     args = parser.parse_args(argv)
     try:
-        return int(args.command.run(args))
+        status = int(args.command.run(args))
     except SpecError as error:
         raise SpecError(_as_typed(str(error), args.parser, args)) from None
+    if problem := output.problem():
+        done = f"; what the command made in {args.output} is whole" if "output" in args else ""
+        fix = f"write the answer elsewhere{done}"
+        sys.stderr.write(f"error: {UpcycleError('standard output', got=problem, expected='room', fix=fix)}\n")
+        return status if done else BAD_INPUT
+    return status
 
 
 def _as_typed(text: str, parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
@@ -147,6 +171,10 @@ def _as_typed(text: str, parser: argparse.ArgumentParser, args: argparse.Namespa
     for action in actions:
         option = action.option_strings[-1]
         options |= dict.fromkeys((action.dest, option.removeprefix("--")), option)
+    # options of other commands are called as those of the spec, and its errors name its fields
+    options |= {
+        field: option for field in UpcycleSpec.__dataclass_fields__ if (option := option_of(field)) in options.values()
+    }
     names = "|".join(sorted(map(re.escape, options), key=len, reverse=True))
     text = re.sub(rf"(?<=\bset )({names})[= ](?=\S)", lambda found: f"{options[found[1]]} ", text)
     if leading := re.match(rf"({names})(?=: | ')", text):
@@ -162,5 +190,6 @@ def _check_options(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     for word in argv[: argv.index("--") if "--" in argv else None]:
         option = word.partition("=")[0]
         if option.startswith("--") and option not in known:
-            hint = did_you_mean(option, known, cutoff=0.5)
+            names = [name.removeprefix("--") for name in known if name.startswith("--")]
+            hint = did_you_mean(option.removeprefix("--"), names, prefix="--")
             raise UpcycleError(f"option '{option}' does not exist.{hint} Fix: see {parser.prog} --help.")

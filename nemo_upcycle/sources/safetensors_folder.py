@@ -108,12 +108,17 @@ def _files_of(folder: Path) -> dict[str, set[str]]:
         return dict(sorted(files.items()))
     if (folder / _SINGLE).is_file():
         return {_SINGLE: set()}
-    other = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pth", ".gguf"))
+    pickled = sorted(path.name for path in folder.glob("*") if path.name.endswith((".bin", ".bin.index.json", ".pth")))
+    other = pickled or sorted(path.name for path in folder.glob("*.gguf"))
+    way = (
+        "pickled weights are not read, for they can run code; where you trust them: AutoModelForCausalLM"
+        f".from_pretrained({str(folder)!r}).save_pretrained(FOLDER, safe_serialization=True)"
+    )
     raise CheckpointError(
         str(folder),
         got=f"no {_SINGLE} and no {INDEX}" + (f", but {', '.join(other[:3])}" if other else ""),
         expected="weights as safetensors",
-        fix="save the model with safe_serialization=True" if other else "check the path",
+        fix=way if pickled else "convert it to safetensors with transformers" if other else "check the path",
     )
 
 
@@ -145,7 +150,14 @@ class SafetensorsFolder(TensorFiles[Stored], OneModel):
 
     def _add_file(self, file: str, names: set[str]) -> None:
         path = self.path / file
-        if path.parent != self.path or not path.is_file():
+        if path.parent != self.path:
+            raise CheckpointError(
+                f"{self.path / INDEX}",
+                got=f"the shard {file}, outside of the folder",
+                expected="names of files beside the index",
+                fix="correct the index, or download the model again",
+            )
+        if not path.is_file():
             raise CheckpointError(
                 f"{self.path / INDEX}",
                 got=f"the shard {file}, which does not exist",

@@ -99,7 +99,10 @@ def read_json(path: Path) -> Any:
         raise _unreadable(path, error, "a JSON file") from None
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of 5,000 digits
         raise UpcycleError(
-            str(path), got=f"unreadable JSON ({error})", expected="valid JSON", fix="write the file again"
+            str(path),
+            got=f"unreadable JSON ({error})",
+            expected="valid JSON",
+            fix="it is cut or damaged: restore it, or make it again with what wrote it",
         ) from None
 
 

@@ -6,9 +6,11 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,6 +96,9 @@ def test_it_starts_without_torch_and_nemo() -> None:
         (["help", "convrt"], "command 'convrt' does not exist. Did you mean 'convert'?"),
         (["hlep"], "Did you mean 'help'?"),
         (["convert", "a", "b", "--expert", "8"], "option '--expert' does not exist. Did you mean '--experts'?"),
+        (["plan", "--price", "2"], "option '--price' does not exist. Did you mean '--price-per-gpu-hour'?"),
+        (["verify", "a", "b", "--experts", "8"], "option '--experts' does not exist. Fix: see"),
+        (["plan", "--recipe", "llama3_8b_e8t2", "--gpus", "8", "--gpu", "A100"], "Did you mean 'a100'? Valid: a100,"),
         (["convert", "a", "b", "--topk=2"], "option '--topk' does not exist. Did you mean '--top-k'?"),
         (["data", "sotu", "d", "seq_length"], "argument 'seq_length': got no =, expected KEY=VALUE. Fix: type"),
         (["data", "sotuu", "d"], "blend 'sotuu' does not exist. Did you mean 'sotu'?"),
@@ -167,6 +172,82 @@ def test_several_parents_become_experts(
     command = ["convert", str(dense), str(tmp_path / "moe"), "--branch", str(branch), option, "mean"]
     assert main(command) == 0
     assert "experts come from 2 dense models" in capsys.readouterr().out
+
+
+def test_plan_names_its_own_option_for_the_experts(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = _fails(capsys, "plan", "--model", str(dense), "--gpus", "8", "--experts", "0")
+    assert error.startswith("error: --experts: got 0")
+    assert "num_experts" not in error
+
+
+def _command(*words: str, **options: Any) -> subprocess.Popen[str]:
+    """Start the command as a process, its output read by this one."""
+    command = [str(Path(sys.executable).parent / "nemo-upcycle"), *words]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen(command, cwd=ROOT, text=True, **streams)
+
+
+def test_a_reader_that_goes_does_not_fail_the_work(dense: Path, tmp_path: Path) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    for words in (
+        ("convert", str(dense), str(tmp_path / "moe")),
+        ("plan", "--recipe", "llama3_8b_e8t2", "--gpus", "64"),
+    ):
+        with _command(*words, stdout=writes) as process:
+            error = process.communicate()[1]
+        assert process.returncode == 0, error
+        assert "rror" not in error
+    os.close(writes)
+    assert main(["verify", str(dense), str(tmp_path / "moe"), "--weights-only"]) == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_without_room_is_told_and_the_model_is_whole(dense: Path, tmp_path: Path) -> None:
+    with (
+        open("/dev/full", "w") as full,
+        _command("convert", str(dense), str(tmp_path / "moe"), stdout=full) as process,
+    ):
+        error = process.communicate()[1]
+    assert process.returncode == 0
+    assert error.startswith("error: standard output: got No space left on device")
+    assert f"{tmp_path / 'moe'} is whole" in error
+    assert main(["verify", str(dense), str(tmp_path / "moe"), "--weights-only"]) == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_answer_that_is_lost_is_no_success() -> None:
+    """What plan does is its answer alone."""
+    with (
+        open("/dev/full", "w") as full,
+        _command("plan", "--recipe", "llama3_8b_e8t2", "--gpus", "64", stdout=full) as process,
+    ):
+        error = process.communicate()[1]
+    assert process.returncode == 2
+    assert error.startswith("error: standard output: got No space left on device")
+
+
+@pytest.mark.parametrize(("sent", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_ends_it_with_a_word(tmp_path: Path, sent: str, status: int) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from nemo_upcycle.cli import convert, main\n"
+        f"convert.run = lambda args: (os.kill(os.getpid(), signal.{sent}), signal.pause())\n"
+        "sys.exit(main.main(['convert', 'a', 'b']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (status, "stopped; run again to go on")
+
+
+def test_ctrl_c_as_the_command_starts_prints_no_traceback(tmp_path: Path) -> None:
+    """Where Python has read the command's name and imports the package: before that it is Python's own to say."""
+    (tmp_path / "typing.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    code = (
+        "import signal, sys; sys.argv = ['/usr/bin/nemo-upcycle', 'doctor']; sys.modules.pop('typing', None)\n"
+        f"sys.path.insert(0, {str(tmp_path)!r}); import nemo_upcycle\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 def test_interrupted_it_says_how_to_go_on(
