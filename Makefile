@@ -95,8 +95,8 @@ data-env: $(DATA_VENV)/.complete
 $(DATA_VENV)/.complete: pyproject.toml
 	$(PYTHON) -m venv $(DATA_VENV)
 	$(DATA_VENV)/bin/pip install --progress-bar off --upgrade pip
-	$(DATA_VENV)/bin/pip install --progress-bar off --group data
 	$(DATA_VENV)/bin/pip install --progress-bar off --no-deps -e .
+	$(DATA_VENV)/bin/pip install --progress-bar off $$($(DATA_VENV)/bin/nemo-upcycle doctor --data-requirements) "pytest>=8,<10"
 	touch $@
 
 test-data: data-env

@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from packaging.specifiers import SpecifierSet
-
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.requirements import requirement
 
 
 #: The releases that this package knows.
-RELEASES = SpecifierSet(">=0.6.2,<0.7")
+RELEASES = requirement("megatron-bridge>=0.6.2,<0.7")
 
 
 def require_bridge() -> None:
@@ -24,12 +23,12 @@ def require_bridge() -> None:
         got = version("megatron-bridge")
     except PackageNotFoundError:
         got = "none"
-    if got == "none" or not RELEASES.contains(got, prereleases=True):
+    if got == "none" or not RELEASES.allows(got):
         raise UpcycleError(
             "Megatron-Bridge",
             got=got,
-            expected=str(RELEASES),
-            fix=f'pip install "megatron-bridge{RELEASES}" with Python 3.12, or take NVIDIA\'s container of it',
+            expected=RELEASES.bounds,
+            fix=f'pip install "{RELEASES.argument}" with Python 3.12, or take NVIDIA\'s container of it',
         )
 
 

@@ -24,7 +24,7 @@ from nemo_upcycle.spec import UpcycleSpec, option_of
 if TYPE_CHECKING:
     from nemo_upcycle.convert.offline import Conversion
 
-HELP = "dense checkpoint -> MoE Hugging Face folder: Mixtral, or the class that can hold the model (docs/classes.md)"
+HELP = "dense checkpoint -> MoE Hugging Face folder: Mixtral, or the class that can hold the model"
 _EXAMPLES = """examples:
   nemo-upcycle convert models/Llama-3-8B models/Llama-3-8B-E8T2 --experts 8 --top-k 2
   nemo-upcycle convert models/Llama-3-8B models/fine --experts 16 --top-k 4 --granularity 2 --shared-experts 1

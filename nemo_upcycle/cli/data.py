@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_upcycle.cli.common import add_json, folder_to_make, show
 from nemo_upcycle.data.blend import Blend, read_blend
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.conf import packaged, packaged_names
 
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ exit status: 0 done; 2 a value or a file is wrong."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.epilog = _EXAMPLES
-    parser.add_argument("blend", metavar="BLEND", help="a name in conf/data, or a YAML file like those")
+    parser.epilog = f"{_EXAMPLES}\n\nThe package's own blends are in {packaged('data')}; text.yaml explains every key."
+    parser.add_argument("blend", metavar="BLEND", help=f"{', '.join(packaged_names('data'))}, or a YAML file")
     parser.add_argument("output", metavar="DIR", type=folder_to_make, help="folder to make, which all workers share")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="other values of the blend's keys")
     how = parser.add_argument_group("how to run")

@@ -1,26 +1,29 @@
-"""`nemo-upcycle doctor`: show what is installed, which versions fit, and the commands that add what is missing."""
+"""`nemo-upcycle doctor`: show what is installed, which versions fit, and the commands that add what is missing.
+
+It runs on the standard library alone: whoever needs it may have installed nothing else.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, metadata, version
+from importlib.metadata import PackageNotFoundError, distribution, metadata, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemo_upcycle.cli.common import add_json, show
+from nemo_upcycle.data.environment import data_python, engine_version
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.package_info import __version__
+from nemo_upcycle.utils.requirements import Requirement, requirement
 
-
-if TYPE_CHECKING:
-    from packaging.requirements import Requirement
 
 HELP = "what is installed, which versions fit, what is missing and the command that adds it"
 _EXAMPLES = """example:
@@ -40,12 +43,20 @@ _EXTRAS = {
 }
 #: Libraries without an extra: NeMo installs them. 4.56 is the first whose `from_pretrained` takes `dtype`.
 _ALONE = {"verify": "transformers>=4.56"}
+#: What NeMo 2.7 needs in other releases than NVIDIA's container 26.02 has. Python finds what lies in a folder of
+#: PYTHONPATH first, so nothing of the container is changed.
+_LAID_OVER = ("megatron-core", "nvidia-modelopt")
 _OK, _MISSING, _WRONG = "ok", "missing", "does not fit"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.epilog = _EXAMPLES
+    parser.add_argument(
+        "--data-requirements",
+        action="store_true",
+        help="print what pip installs for nemo-upcycle data, in an environment of its own, and stop",
+    )
     add_json(parser)
 
 
@@ -55,16 +66,19 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UpcycleError: the package itself is not installed, so its requirements are unknown.
     """
+    if args.data_requirements:
+        show(args, {"requirements": _data_requirements()}, "\n".join(_data_requirements()))
+        return 0
     libraries, gpus, engine = _libraries(), _gpus(), _data_engine()
-    fixes = _activation() | _fixes(libraries, bool(gpus))
-    if not engine and (clone := _clone()):
-        fixes[f"make -C {shlex.quote(str(clone))} data-env"] = "preparing training data (nemo-upcycle data)"
+    fixes = _activation() | _fixes(libraries, bool(gpus)) | _overlay(libraries)
+    if not engine:
+        fixes[_data_command()] = "preparing training data (nemo-upcycle data)"
     answer = {
         "nemo_upcycle": __version__,
         "python": {"version": platform.python_version(), "needs": metadata(_PACKAGE)["Requires-Python"]},
         "libraries": libraries,
         "gpus": gpus,
-        "torch_for_cuda": _torch_cuda(),
+        "torch_for_cuda": _value_in("torch", "version.py", "cuda"),
         "data_engine": engine,
         "fixes": list(fixes),
     }
@@ -75,24 +89,21 @@ def run(args: argparse.Namespace) -> int:
 
 def _libraries() -> list[dict[str, Any]]:
     """Return every library that the package's metadata names, with its version and whether that fits."""
-    from packaging.requirements import Requirement
+    requirements, found = _requirements(), []
+    for extra in _extras():
+        found += [_described(one) for one in requirements if one.extra == extra and one.name != _PACKAGE]
+        if extra in _ALONE:
+            found.append(_described(requirement(_ALONE[extra])._replace(extra=extra)))
+    return found
 
+
+def _requirements() -> list[Requirement]:
     try:
-        requirements = [Requirement(line) for line in metadata(_PACKAGE).get_all("Requires-Dist") or []]
+        return [requirement(line) for line in metadata(_PACKAGE).get_all("Requires-Dist") or []]
     except PackageNotFoundError:
         raise UpcycleError(
             _PACKAGE, got="not installed", expected="an installed package", fix="pip install -e . in its folder"
         ) from None
-    found = []
-    for extra in _extras():
-        for one in requirements:
-            mine = one.marker is None or one.marker.evaluate({"extra": extra})
-            if not mine or (extra and one.marker is None) or one.name == _PACKAGE:
-                continue
-            found.append(_described(one, extra))
-        if extra in _ALONE:
-            found.append(_described(Requirement(_ALONE[extra]), extra))
-    return found
 
 
 def _extras() -> dict[str, str]:
@@ -102,22 +113,23 @@ def _extras() -> dict[str, str]:
 
 
 def _installed(package: str) -> str | None:
+    # Of Megatron-Core what Python would import: in NVIDIA's container it is a folder of sources, which some replace.
+    if package == "megatron-core" and (of_sources := _value_in("megatron", "core/package_info.py", "__version__")):
+        return of_sources
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def _described(one: Requirement, extra: str) -> dict[str, Any]:
-    extras = f"[{','.join(sorted(one.extras))}]" if one.extras else ""
+def _described(one: Requirement) -> dict[str, Any]:
     installed = _installed(one.name)
-    fits = installed is not None and one.specifier.contains(installed, prereleases=True)
-    state = _OK if fits else _WRONG if installed else _MISSING
+    state = _MISSING if installed is None else _OK if one.allows(installed) else _WRONG
     return {
-        "extra": extra,
+        "extra": one.extra,
         "name": one.name,
-        "needs": str(one.specifier),
-        "install": f"{one.name}{extras}{one.specifier}",
+        "needs": one.bounds,
+        "install": one.argument,
         "installed": installed,
         "state": state,
     }
@@ -154,6 +166,40 @@ def _fixes(libraries: list[dict[str, Any]], has_gpus: bool) -> dict[str, str]:
     return found
 
 
+def _overlay(libraries: list[dict[str, Any]]) -> dict[str, str]:
+    """Return the command that puts NeMo 2.7's releases before those of a container, if it has others; its purpose."""
+    wrong = [one["install"] for one in libraries if one["name"] in _LAID_OVER and one["state"] == _WRONG]
+    has_nemo = any(one["name"] == "nemo-toolkit" and one["state"] == _OK for one in libraries)
+    if not wrong or not has_nemo or not _in_container():
+        return {}
+    pip = f"PIP_CONSTRAINT= {shlex.quote(sys.executable)} -m pip install --no-deps --target in-container"
+    path = 'export PYTHONPATH="$PWD/in-container${PYTHONPATH:+:$PYTHONPATH}"'
+    return {f"{pip} {shlex.join(wrong)} && {path}": "NeMo 2.7's releases, before the container's; nothing is replaced"}
+
+
+def _data_requirements() -> list[str]:
+    return [one.argument for one in _requirements() if one.extra == "data"]
+
+
+def _data_command() -> str:
+    """Return the command that makes the environment of the data engine, where `data_python` looks for it."""
+    if clone := _clone():
+        return f"make -C {shlex.quote(str(clone))} data-env"
+    folder = Path(sys.prefix).parent / ".venv-data"
+    pip = shlex.quote(str(folder / "bin/pip"))
+    return (
+        f"{shlex.quote(sys.executable)} -m venv {shlex.quote(str(folder))}"
+        f" && {pip} install --no-deps {shlex.quote(_where_from())}"
+        f" && {pip} install {shlex.join(_data_requirements())}"
+    )
+
+
+def _where_from() -> str:
+    """Return what pip installed this package from: a wheel, a folder; its name, where pip kept no address."""
+    said = json.loads(distribution(_PACKAGE).read_text("direct_url.json") or "{}")
+    return f"{_PACKAGE}=={__version__}" if "vcs_info" in said or not said else str(said["url"]).removeprefix("file://")
+
+
 def _clone() -> Path | None:
     """Return the clone that `pip install -e` installed this package from; its extras are on no index."""
     folder = Path(__file__).parents[2]
@@ -173,23 +219,22 @@ def _gpus() -> list[str]:
 
 def _data_engine() -> str | None:
     """Return the versions of the data engine in its own environment; None if it is not there or does not fit."""
-    from nemo_upcycle.data.environment import data_python, engine_version
-
     try:
         return engine_version(data_python())
     except UpcycleError:
         return None
 
 
-def _torch_cuda() -> str | None:
-    """Return the CUDA version that torch was built for, without the slow import of torch."""
-    spec = importlib.util.find_spec("torch")
+def _value_in(package: str, file: str, name: str) -> Any:
+    """Return what a plain file of a package says, without the slow import of the package; None without that file."""
+    spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        source = importlib.util.spec_from_file_location("_torch_version", f"{folder}/version.py")
-        if source and source.loader:
-            module = importlib.util.module_from_spec(source)
-            source.loader.exec_module(module)
-            return getattr(module, "cuda", None)
+        if (path := Path(folder, file)).is_file():
+            source = importlib.util.spec_from_file_location("_said", path)
+            if source and source.loader:
+                module = importlib.util.module_from_spec(source)
+                source.loader.exec_module(module)
+                return getattr(module, name, None)
     return None
 
 
@@ -202,13 +247,17 @@ def _text(answer: dict[str, Any], fixes: dict[str, str]) -> str:
             if one["extra"] == extra:
                 installed = one["installed"] or "-"
                 lines.append(f"  {one['name']:<24}{installed:<20}{one['state']:<14}{one['needs']}")
-    cuda = answer["torch_for_cuda"]
+    cuda, has_torch = answer["torch_for_cuda"], _installed("torch") is not None
     lines.append("GPUs: " + (", ".join(answer["gpus"]) or "none; the CPU backend trains small models"))
-    lines.append("torch: " + (f"built for CUDA {cuda}" if cuda else "built without CUDA, or not installed"))
     lines.append(
-        "data: " + (answer["data_engine"] or "no environment for nemo-upcycle data; docs/data.md says how to make one")
+        "torch: " + (f"built for CUDA {cuda}" if cuda else "built without CUDA" if has_torch else "not installed")
     )
-    own = [one["name"] for one in answer["libraries"] if one["state"] == _WRONG] if _in_container() else []
-    lines += [f"{name} is the container's own: choose a container that fits, see docs/install.md" for name in own]
+    lines.append("data: " + (answer["data_engine"] or "no environment for nemo-upcycle data"))
+    own = [one for one in answer["libraries"] if one["state"] == _WRONG] if _in_container() else []
+    lines += [
+        f"{one['name']} {one['installed']} is the container's own, and {one['needs']} is what was tested: it stays"
+        for one in own
+        if one["name"] not in _LAID_OVER
+    ]
     lines += ["to fix or to add:", *(f"  {fix}  # {purpose}" for fix, purpose in fixes.items())] if fixes else []
     return "\n".join(lines if fixes or own else [*lines, "all fits"])

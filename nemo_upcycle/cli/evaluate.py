@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_upcycle.cli.common import add_json, folder_to_make, show
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.conf import packaged, packaged_names
 
 
 HELP = "NeMo or Megatron checkpoint, or Hugging Face folder -> scores of lm-eval's tasks and held-out texts"
@@ -18,7 +19,7 @@ _EXAMPLES = """examples:
   nemo-upcycle evaluate runs/demo/dense runs/demo/suite results --name dense
   torchrun --nproc-per-node 8 -m nemo_upcycle.cli evaluate runs/8b paper results --ep 8
 
-A suite is a name in conf/evaluation, a YAML file like those, or a folder that was built before. The result is
+A suite is a name, a YAML file, or a folder that was built before. The result is
 DIR/NAME.json, with every item's log-likelihoods. A checkpoint needs no export; it computes under any layout, also
 another one than it was trained under, without dropping tokens.
 exit status: 0 done; 2 a value or a file is wrong."""
@@ -26,9 +27,13 @@ exit status: 0 done; 2 a value or a file is wrong."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.epilog = _EXAMPLES
+    parser.epilog = (
+        f"{_EXAMPLES}\n\nThe package's own suites are in {packaged('evaluation')}; demo.yaml explains every key."
+    )
     parser.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint, a run, or a Hugging Face folder")
-    parser.add_argument("suite", metavar="SUITE", help="a name in conf/evaluation, a YAML file, or a suite's folder")
+    parser.add_argument(
+        "suite", metavar="SUITE", help=f"{', '.join(packaged_names('evaluation'))}, a YAML file, or a folder"
+    )
     parser.add_argument("output", metavar="DIR", type=folder_to_make, help="folder for the result")
     parser.add_argument("--name", default="trained", metavar="NAME", help="of the model (default: trained)")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="blend whose held-out documents are scored")

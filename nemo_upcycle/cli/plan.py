@@ -144,7 +144,7 @@ def _check(subject: Subject, plan: Plan) -> dict[str, Any]:
             "--check",
             got="no megatron-core",
             expected="megatron-core",
-            fix="type nemo-upcycle doctor, which names the command for it",
+            fix="run `nemo-upcycle doctor`, which prints the command that adds it",
         )
     from nemo_upcycle.planning.check import check_layout_against_megatron
 
@@ -206,7 +206,7 @@ def _print_text(args: argparse.Namespace, answer: _Answer, names: list[str] | No
         words = re.findall(r'(?:[^\s"]|"[^"]*")+', command)
         sys.stdout.write(f"row {args.explain or 1}:\n" + _continued(words, width) + "\n")
     elif subject.recipe is None:
-        say("No recipe of this package trains this model, so there is no command. See docs/planning.md.")
+        say("No recipe of this package trains this model, so there is no command.")
     for entry in answer.ranks or []:
         say(f"rank {entry['rank']}: {entry['params']:,} parameters, {entry['expert_params']:,} of them of experts")
     if checked:

@@ -15,6 +15,7 @@ from nemo_upcycle.package_info import __version__
 
 
 VARIABLE = "NEMO_UPCYCLE_DATA_PYTHON"
+_FIX = "run `nemo-upcycle doctor`: it prints the command that makes one"
 ENGINE = "nemo_upcycle.data.engine"
 _POLL_S = 0.1
 
@@ -36,7 +37,7 @@ def data_python() -> Path:
             f"${VARIABLE}" if named else "environment of the data engine",
             got=f"no {places[0]}",
             expected="a Python that has datatrove",
-            fix=f"run `make data-env` in a clone, or set {VARIABLE} (docs/data.md says how to make one)",
+            fix=f"{_FIX}; or set {VARIABLE} to its Python",
         )
     return python
 
@@ -50,16 +51,14 @@ def engine_version(python: Path) -> str:
     try:
         done = subprocess.run([str(python), "-m", ENGINE, "--version"], capture_output=True, text=True, check=False)
     except OSError as error:
-        raise UpcycleError(
-            f"data engine of {python}", got=error.strerror, expected="a Python", fix="run `make data-env` in a clone"
-        ) from None
+        raise UpcycleError(f"data engine of {python}", got=error.strerror, expected="a Python", fix=_FIX) from None
     if done.returncode or f"nemo-upcycle {__version__}," not in done.stdout or "missing" in done.stdout:
         got = done.stdout.strip() or (done.stderr.strip().splitlines() or ["nothing"])[-1]
         raise UpcycleError(
             f"data engine of {python}",
             got=got,
             expected=f"nemo-upcycle {__version__} with datatrove",
-            fix=f"run `make data-env` in a clone, or `{python} -m pip install --no-deps nemo-upcycle=={__version__}`",
+            fix=_FIX,
         )
     return done.stdout.strip()
 

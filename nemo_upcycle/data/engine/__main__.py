@@ -48,7 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     except UpcycleError as error:
         sys.stderr.write(f"error: {error}\n")
     except ModuleNotFoundError as error:
-        sys.stderr.write(f"error: {error.name} is not installed. Fix: run in the data environment, `make data-env`.\n")
+        sys.stderr.write(
+            f"error: {error.name} is not installed. Fix: `nemo-upcycle doctor` prints what makes its environment.\n"
+        )
     except OSError as error:
         sys.stderr.write(
             f"error: {error.filename or 'file system'}: {error.strerror or error}. Fix: access and room.\n"

@@ -19,7 +19,7 @@ from nemo_upcycle.evaluation.suite_config import read_suite_config
 from nemo_upcycle.pipeline.ablations.plan import SUITE, GridPlan
 from nemo_upcycle.pipeline.recipes_io import check_recipe, dump_recipe, train_on, use_spec
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.utils.conf import read_conf
+from nemo_upcycle.utils.conf import read_conf, template
 from nemo_upcycle.utils.nested import flat
 from nemo_upcycle.utils.validation import is_whole
 
@@ -61,7 +61,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         for name, values in _mapping(f"{path}: arms", content.get("arms")).items()
     }
     if not arms:
-        raise UpcycleError(f"{path}: arms", got="none", expected="at least one", fix="see conf/ablations/laptop.yaml")
+        raise UpcycleError(f"{path}: arms", got="none", expected="at least one", fix=f"see {template('ablations')}")
     seeds = _seeds(f"{path}: seeds", content.get("seeds", [1234]))
     watch = _mapping(f"{path}: evaluate", content.get("evaluate"), _EVALUATE_KEYS)
     suite = _suite_of(f"{path}: evaluate.suite", str(watch.pop("suite", "watch")), folder)
@@ -278,7 +278,7 @@ def _budgets(where: str, values: Any, cells: Mapping[str, Mapping[str, Any]], ev
 def _mapping(where: str, values: Any, known: tuple[str, ...] | None = None) -> dict[str, Any]:
     """Return the keys of a part of the grid; those that are left blank have none."""
     if not isinstance(values or {}, dict):
-        raise UpcycleError(where, got=values, expected="keys", fix="see conf/ablations/laptop.yaml")
+        raise UpcycleError(where, got=values, expected="keys", fix=f"see {template('ablations')}")
     found = {str(key): value for key, value in (values or {}).items()}
     for key in found if known else ():
         if key not in (known or ()):

@@ -20,6 +20,7 @@ from nemo_upcycle.pipeline.executors.base import (
 )
 from nemo_upcycle.pipeline.executors.kubernetes_api import KubernetesApi, TakenError, reported_state
 from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
+from nemo_upcycle.utils.conf import packaged
 
 
 #: Settings that all stages share: a job is looked up by its name alone.
@@ -54,7 +55,7 @@ class KubernetesScheduler(Cluster):
         """See `Cluster.check_settings`: what the site must set, what the kind of job lacks, paths below the claims."""
         require_settings(
             self.executor,
-            "set it in a copy of conf/executors/kubernetes.yaml",
+            f"set it in a copy of {packaged('executors') / 'kubernetes.yaml'}",
             {
                 "image": "the container image of the stages",
                 "claim": "the PersistentVolumeClaim that runs lie on",

@@ -6,8 +6,6 @@ import dataclasses
 import types
 import typing
 from collections.abc import Sequence
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import nemo_run as run
@@ -20,7 +18,7 @@ from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecut
 from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
 from nemo_upcycle.pipeline.executors.slurm_settings import StagedSlurmExecutor
 from nemo_upcycle.pipeline.stages import BY_NAME
-from nemo_upcycle.utils.conf import read_conf
+from nemo_upcycle.utils.conf import packaged_names, read_conf
 
 
 #: By the name that a YAML file gives with `executor:`.
@@ -59,7 +57,7 @@ def cluster_for(executor: Any) -> Cluster | None:
 
 def executor_names() -> list[str]:
     """Return the names of the package's own files."""
-    return sorted(path.stem for path in Path(str(resources.files("nemo_upcycle.conf"))).glob("executors/*.yaml"))
+    return packaged_names("executors")
 
 
 def is_described(name: str) -> bool:

@@ -39,6 +39,7 @@ from nemo_upcycle.pipeline.executors.slurm_settings import (
     missing_mounts,
     require_plain,
 )
+from nemo_upcycle.utils.conf import template
 from nemo_upcycle.utils.files import whole_file
 from nemo_upcycle.utils.mounts import filesystem_type
 
@@ -76,7 +77,7 @@ class SlurmScheduler(Cluster):
     def check_settings(self, jobs: Sequence[Job]) -> None:
         """See `Cluster.check_settings`: what the site must set."""
         if isinstance(self.executor, StagedSlurmExecutor):
-            require_settings(self.executor, "copy conf/executors/slurm.yaml and fill it in", REQUIRED)
+            require_settings(self.executor, f"copy {template('executors')} and fill it in", REQUIRED)
         for job in jobs:
             for path in (job.run_dir, *job.reads, Path(self.python_of(job.name))):
                 require_plain(path, in_container=bool(self.settings_for(job.name).container_image))

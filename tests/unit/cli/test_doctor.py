@@ -43,6 +43,14 @@ def _without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     monkeypatch.setattr(doctor, "version", installed)
 
 
+def _has_core(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
+    """Let the sources of Megatron-Core say that they are of a release."""
+    said = doctor._value_in
+    monkeypatch.setattr(
+        doctor, "_value_in", lambda package, *rest: release if package == "megatron" else said(package, *rest)
+    )
+
+
 def test_doctor_reads_the_packages_own_pins(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -54,7 +62,8 @@ def test_doctor_reads_the_packages_own_pins(
         "installed": version("torch"), "state": "ok",
     }  # fmt: skip
     assert by_name["megatron-core"]["extra"] == "nemo"
-    monkeypatch.setattr(doctor, "version", lambda name: "0.16.1" if name == "megatron-core" else "99")
+    monkeypatch.setattr(doctor, "version", lambda name: "99")
+    _has_core(monkeypatch, "0.16.1")
     assert main(["doctor"]) == 1
     text = capsys.readouterr().out
     assert "megatron-core           0.16.1              does not fit" in text
@@ -93,7 +102,7 @@ def test_doctor_makes_the_environment_for_data(
     monkeypatch.setenv("NEMO_UPCYCLE_DATA_PYTHON", "/nowhere/python")
     found = _found(capsys)
     assert found["data_engine"] is None
-    assert f"make -C {ROOT} data-env" in found["fixes"]
+    assert found["fixes"][-1] == f"make -C {ROOT} data-env"
     monkeypatch.setenv("NEMO_UPCYCLE_DATA_PYTHON", sys.executable)  # without datatrove
     assert _found(capsys)["data_engine"] is None
 
@@ -111,19 +120,56 @@ def test_doctor_names_the_libraries_where_there_is_no_clone(
     ]
 
 
-def test_doctor_replaces_nothing_of_a_container(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Its torch, Megatron and Transformer Engine belong together: what is missing is added, the rest left alone."""
+def _in_container(monkeypatch: pytest.MonkeyPatch, **own: str) -> None:
+    """Let this be NVIDIA's NeMo container, with releases of its own."""
     monkeypatch.setenv("NVIDIA_PYTORCH_VERSION", "25.11")
     monkeypatch.setattr(doctor, "_gpus", lambda: ["NVIDIA H100 80GB HBM3, 81559 MiB"])
     _without(monkeypatch, "gguf")
-    installed, own = doctor.version, {"megatron-core": "0.16.1", "transformer-engine": "2.9"}
-    monkeypatch.setattr(doctor, "version", lambda name: own.get(name) or installed(name))
-    found = _found(capsys, status=1)
-    assert found["fixes"] == [f"{sys.executable} -m pip install 'gguf<1,>=0.17'"]
+    installed, releases = doctor.version, {"transformer-engine": "2.12"} | own
+    monkeypatch.setattr(doctor, "version", lambda name: releases.get(name) or installed(name))
+
+
+def test_doctor_puts_nemos_own_releases_before_those_of_the_container_26_02(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """NeMo 2.7.0 beside Megatron-Core 0.16.0 and ModelOpt 0.41.0: nothing is replaced, PYTHONPATH comes first."""
+    _in_container(monkeypatch, **{"nemo-toolkit": "2.7.0", "nvidia-modelopt": "0.41.0", "scipy": "1.99"})
+    _has_core(monkeypatch, "0.16.0")
+    add, lay_over = _found(capsys, status=1)["fixes"]
+    assert add == f"{sys.executable} -m pip install 'gguf<1,>=0.17'"
+    install, export = lay_over.split(" && ")
+    assert install.endswith("--no-deps --target in-container 'megatron-core<0.16,>=0.15.3' nvidia-modelopt==0.37.0")
+    shown = f'cd {tmp_path} && PYTHONPATH=/old && {export} && printf %s "$PYTHONPATH"'
+    done = subprocess.run(["bash", "-c", shown], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{tmp_path}/in-container:/old"
     assert main(["doctor"]) == 1
-    assert "megatron-core is the container's own: choose a container that fits" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "scipy 1.99 is the container's own" in text
+    assert "megatron-core 0.16.0 is the container's own" not in text
+
+
+def test_doctor_lays_nothing_over_a_container_of_another_nemo(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """25.11 has NeMo 2.6.0: with another Megatron-Core it would not fit either."""
+    _in_container(monkeypatch, **{"nemo-toolkit": "2.6.0"})
+    _has_core(monkeypatch, "0.15.0")
+    assert not [fix for fix in _found(capsys, status=1)["fixes"] if "--target" in fix]
+    assert main(["doctor"]) == 1
+    assert "nemo-toolkit 2.6.0 is the container's own" in capsys.readouterr().out
+
+
+def test_doctor_believes_the_sources_of_megatron_before_the_metadata(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where 0.15.3 was copied over the container's 0.16, pip still says 0.16."""
+    _in_container(monkeypatch, **{"nemo-toolkit": "2.7.0", "megatron-core": "0.16.1"})
+    assert _value_of_core(_found(capsys)) == ("0.15.3", "ok")
+
+
+def _value_of_core(found: dict[str, Any]) -> tuple[str, str]:
+    (core,) = (one for one in found["libraries"] if one["name"] == "megatron-core")
+    return core["installed"], core["state"]
 
 
 def test_doctor_says_how_to_activate_its_environment(

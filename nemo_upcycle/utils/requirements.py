@@ -1,0 +1,74 @@
+"""What a package's metadata require, read with the standard library alone: `doctor` runs where nothing else does.
+
+It knows what this package's own metadata use: names, extras, the bounds >=, < and ==, and no markers but extras.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+
+_LINE = re.compile(r"([\w.-]+?)(?:\[([\w,-]+)\])?((?:(?:>=|<|==)[\w.]+,?)*)(?:\s*;\s*extra == \"([\w-]+)\")?")
+_BOUND = re.compile(r"(>=|<|==)([\w.]+)")
+#: numbers, pre-release, whether it is a development release; a local part (+nv26.2) does not count
+_VERSION = re.compile(r"(\d+(?:\.\d+)*)(?:(a|b|rc)(\d+))?(?:\.post\d+)?(\.?dev\d+)?")
+
+
+class Requirement(NamedTuple):
+    """A line of a package's metadata.
+
+    Attributes:
+        name: of the package.
+        extras: of that package, with commas between them.
+        bounds: on its version, as pip writes them.
+        extra: that the line belongs to; empty for what is always required.
+    """
+
+    name: str
+    extras: str
+    bounds: str
+    extra: str
+
+    @property
+    def argument(self) -> str:
+        """What pip takes to install it."""
+        return self.name + (f"[{self.extras}]" if self.extras else "") + self.bounds
+
+    def allows(self, version: str) -> bool:
+        """Return whether a version is within the bounds, pre-releases too."""
+        return all(_holds(version, operator, bound) for operator, bound in _BOUND.findall(self.bounds))
+
+
+def requirement(line: str) -> Requirement:
+    """Return a line of metadata, taken apart.
+
+    Raises:
+        ValueError: it is written in a way that this package does not use.
+
+    Example:
+        >>> requirement('nemo-toolkit[lightning]<3,>=2.7; extra == "nemo"').argument
+        'nemo-toolkit[lightning]<3,>=2.7'
+    """
+    if not (found := _LINE.fullmatch(line)):
+        raise ValueError(f"requirement {line!r}: not understood")
+    return Requirement(*(found[number] or "" for number in (1, 2, 3, 4)))
+
+
+def _holds(version: str, operator: str, bound: str) -> bool:
+    mine, other = _key(version), _key(bound)
+    if operator == ">=":
+        return mine >= other
+    # by PEP 440, a pre-release of 0.16 is not below 0.16
+    return mine == other if operator == "==" else mine < other and mine[0] != other[0]
+
+
+def _key(version: str) -> tuple[tuple[int, ...], tuple[str, int], bool]:
+    """Return what orders versions."""
+    found = _VERSION.match(version)
+    if not found:
+        return (), ("", 0), False  # before every other
+    numbers = tuple(map(int, re.sub(r"(\.0+)+$", "", found[1]).split(".")))
+    # a development release comes before the pre-releases, and these before the release itself
+    stage = found[2] or ("" if found[4] else "z")
+    return numbers, (stage, int(found[3] or 0)), not found[4]
