@@ -83,9 +83,10 @@ def run(args: argparse.Namespace) -> int:
             )
     from nemo_upcycle.convert.offline import convert
     from nemo_upcycle.data.dense import local_model
-    from nemo_upcycle.sources import open_dense
+    from nemo_upcycle.sources.resolve import check_non_expert_weights, open_dense
 
-    sources = [local_model(source) for source in (args.source, *args.branch)]
+    check_non_expert_weights(args.non_expert_weights)
+    sources = [local_model(source, nemo=True) for source in (args.source, *args.branch)]
     with open_dense(sources, non_expert_weights=args.non_expert_weights) as dense:
         done = convert(dense, args.output, spec, dtype=args.dtype, max_shard_bytes=args.max_shard_size)
     show(args, asdict(done), _text(done, str(dense.path)))

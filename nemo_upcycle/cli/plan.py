@@ -10,7 +10,6 @@ import shutil
 import sys
 import textwrap
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemo_upcycle.cli.plan_request import Subject, number_of_tokens, request_of, subject_of
@@ -55,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     what = parser.add_argument_group("what to train").add_mutually_exclusive_group(required=True)
     what.add_argument("--recipe", metavar="NAME", help="a recipe of this package, with its batch, sequence and tokens")
-    what.add_argument("--model", metavar="FOLDER", type=Path, help="a Hugging Face folder (config.json), dense or MoE")
+    text = "dense or MoE: a Hugging Face folder or its config.json, hf://ORG/NAME on the hub, asset://smollm2-135m"
+    what.add_argument("--model", metavar="MODEL", help=text)
     model = parser.add_argument_group("model and step")
     model.add_argument("--experts", type=int, metavar="N", help="upcycle a dense --model to N experts")
     model.add_argument("--top-k", type=int, metavar="K", help="experts that a token passes through (default: 2)")

@@ -68,7 +68,9 @@ def subject_of(args: argparse.Namespace) -> Subject:
         _refuse(of_a_model, "none beside --recipe", "use --model FOLDER --experts N --top-k K")
         known = known_recipe(args.recipe)
         return Subject(known.arch, known.dense, known.spec, known, _DEFAULTS | known.defaults)
-    folder = args.model.parent if args.model.name == "config.json" else args.model
+    from nemo_upcycle.data.parents import configuration_folder
+
+    folder = configuration_folder(args.model)
     arch = read_architecture(folder)
     rope_kind(arch)  # training refuses another kind, too
     if args.experts is None:

@@ -63,9 +63,10 @@ def run(args: argparse.Namespace) -> int:
                 fix="omit one of the two",
             )
     from nemo_upcycle.data.dense import local_model
-    from nemo_upcycle.verify.verification import verify
+    from nemo_upcycle.verify.verification import check_tolerance, verify
 
-    dense, moe = (Path(local_model(source).removeprefix("hf://")) for source in (args.dense, args.moe))
+    check_tolerance(args.tolerance)
+    dense, moe = (Path(local_model(source)) for source in (args.dense, args.moe))
     found = verify(
         dense,
         moe,

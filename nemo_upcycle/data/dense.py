@@ -9,20 +9,14 @@ from filelock import FileLock
 
 from nemo_upcycle.data.assets import ASSETS, fetch_asset, writable_cache
 from nemo_upcycle.data.gguf import convert_gguf
-from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.data.parents import OF_TOKENIZER, find_parent, on_this_machine
+from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.sources.checks import check_source
 from nemo_upcycle.utils.files import is_complete
 
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_WANTED = ["*.safetensors", "*.json", "tokenizer*", "merges.txt", "*.jinja"]
-_WANTED += ["README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]  # for the card of what is made of the model
-_OF_TOKENIZER = ["*.json", "tokenizer*", "merges.txt"]
-# subfolders hold other formats of the same weights (original/, onnx/), as does consolidated.safetensors; of theirs
-# only additional_chat_templates/*.jinja is wanted
-_UNWANTED = ["*/*.safetensors", "*/*.json", "tokenizer*/*", "consolidated*"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -48,27 +42,16 @@ def import_dense(source: str, output: Path) -> Path:
 
 
 def _import(source: str, output: Path, *, sampled: bool) -> Path:
-    scheme, rest = _address(source)
-    if scheme == "asset":
-        _require_model(rest)
-        folder = convert_gguf(fetch_asset(rest), output, base_model=ASSETS[rest].base_model)
+    parent = find_parent(source)
+    if parent.kind == "asset":
+        folder = convert_gguf(fetch_asset(parent.name), output, base_model=ASSETS[parent.name].base_model)
     else:
-        folder = _from_hf(rest, may_be_path=not scheme)
+        folder = on_this_machine(parent)
     # Opening reads the configuration and every header, and checks that no file is cut short.
     with open_dense(folder) as dense:
         check_source(dense, sampled=sampled)
     require_tokenizer(folder)
     return folder
-
-
-def _address(source: str, schemes: tuple[str, ...] = ("asset", "hf")) -> tuple[str, str]:
-    """Return the scheme of an address, empty without one, and what it names."""
-    scheme, separator, rest = source.partition("://")
-    if not separator:
-        return "", source
-    if scheme not in schemes:
-        raise UpcycleError.unknown("address scheme", scheme, schemes)
-    return scheme, rest
 
 
 def check_address(source: str) -> Architecture | None:
@@ -83,69 +66,12 @@ def check_address(source: str) -> Architecture | None:
     Raises:
         UpcycleError: there is no such scheme, asset or folder, or the folder is not such a model (CheckpointError).
     """
-    scheme, rest = _address(source)
-    if scheme == "asset":
-        _require_model(rest)
-    elif folder := _folder(rest, may_be_path=not scheme):
-        require_tokenizer(folder)
-        with open_dense(folder) as dense:
-            return dense.architecture
-    return None
-
-
-def _require_model(name: str) -> None:
-    models = [key for key, asset in ASSETS.items() if asset.kind == "model"]
-    if name not in models:
-        raise UpcycleError.unknown("model asset", name, models)
-
-
-def _from_hf(rest: str, *, may_be_path: bool) -> Path:
-    return _folder(rest, may_be_path=may_be_path) or _download(rest)
-
-
-def _folder(rest: str, *, may_be_path: bool) -> Path | None:
-    """Return the folder that an address names; None for what can only be a name on the hub."""
-    path = Path(rest).expanduser()
-    if path.is_dir():
-        return path
-    is_mistyped = may_be_path and path.parent.is_dir()  # models/lama beside models/llama is no name on the hub
-    if is_mistyped or not _HUB_NAME.fullmatch(rest):
-        raise CheckpointError(
-            f"model {rest!r}",
-            got="no such folder",
-            expected="a Hugging Face folder, hf://ORG/NAME or asset://NAME",
-            fix="check the path",
-        )
-    return None
-
-
-def _download(name: str, wanted: list[str] = _WANTED) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UpcycleError(
-            "package huggingface-hub", got="not installed", expected="any", fix="pip install huggingface_hub"
-        ) from None
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=_UNWANTED))
-    except Exception as error:  # huggingface_hub hands on those of its HTTP client
-        if isinstance(error, OSError) and error.filename:
-            raise UpcycleError(
-                f"the hub's cache, {error.filename}",
-                got=error.strerror,
-                expected="a folder to write, with room",
-                fix="set HF_HOME to one",
-            ) from None
-        raise UpcycleError(
-            f"download of {name} from the Hugging Face hub",
-            got=f"{type(error).__name__}: {str(error).strip().splitlines()[0].rstrip('.')}",
-            expected="a folder of that name, or a model on the hub (hf://ORG/NAME) that this machine can reach",
-            fix=(
-                "check the name, the network and (for a gated model) `hf auth login`; or run `hf download "
-                f"{name} --local-dir FOLDER` on a machine with a network and give that folder; or try "
-                "asset://smollm2-135m"
-            ),
-        ) from None
+    parent = find_parent(source)
+    if parent.kind != "folder":
+        return None
+    require_tokenizer(Path(parent.name))
+    with open_dense(parent.name) as dense:
+        return dense.architecture
 
 
 def require_tokenizer(folder: Path) -> None:
@@ -172,10 +98,10 @@ def tokenizer_folder(source: str) -> Path:
     Raises:
         UpcycleError: it cannot be reached, or has no tokenizer (CheckpointError).
     """
-    scheme, rest = _address(source)
-    if scheme == "asset":
+    parent = find_parent(source)
+    if parent.kind == "asset":
         return ensure_dense(source)
-    folder = _folder(rest, may_be_path=not scheme) or _download(rest, _OF_TOKENIZER)
+    folder = on_this_machine(parent, OF_TOKENIZER)
     require_tokenizer(folder)
     return folder
 
@@ -192,8 +118,8 @@ def ensure_dense(source: str) -> Path:
         >>> ensure_dense("asset://smollm2-135m")  # doctest: +SKIP
         PosixPath('/home/me/.cache/nemo-upcycle/dense/smollm2-135m')
     """
-    scheme, name = _address(source)
-    if scheme != "asset":  # used where it lies, or kept by the hub's client, which has its own locks
+    kind, name = find_parent(source)
+    if kind != "asset":  # used where it lies, or kept by the hub's client, which has its own locks
         return _import(source, Path(), sampled=True)
     output = cached_asset(name)
     with FileLock(f"{output}.lock"):
@@ -205,28 +131,23 @@ def cached_asset(name: str) -> Path:
     return writable_cache("dense") / re.sub(r"\W+", "-", name).strip("-")
 
 
-def local_model(source: str) -> str:
+def local_model(source: str, *, nemo: bool = False) -> str:
     """Return where a model lies on this machine, fetching what a name on the hub or of an asset stands for.
 
-    Unlike `ensure_dense` it asks for no tokenizer, and leaves paths to who opens them.
+    Unlike `ensure_dense` it asks for no tokenizer and takes MoE models too; who opens the path checks what is there.
 
     Args:
-        source: `hf://ORG/NAME` or `ORG/NAME`, dense or MoE; `asset://NAME`; a path, or one with `hf://` or `nemo://`.
+        source: as in `find_parent`.
+        nemo: whether a NeMo or Megatron checkpoint will do; its address stays as it is.
 
     Raises:
         UpcycleError: it cannot be reached, or names nothing.
 
     Example:
-        >>> local_model("/models/Llama-3-8B")
+        >>> local_model("hf:///models/Llama-3-8B")  # doctest: +SKIP
         '/models/Llama-3-8B'
     """
-    if not source:
-        raise UpcycleError("model", got="an empty name", expected="a folder or hf://ORG/NAME", fix="name one")
-    scheme, rest = _address(source, ("asset", "hf", "nemo"))
-    if scheme == "asset":
+    parent = find_parent(source, nemo=nemo)
+    if parent.kind == "asset":
         return str(ensure_dense(source))
-    if scheme == "hf" and not rest.startswith("/"):
-        return str(_from_hf(rest, may_be_path=False))
-    if not scheme and _HUB_NAME.fullmatch(rest):
-        return str(_from_hf(rest, may_be_path=True))
-    return source
+    return source if parent.kind == "nemo" else str(on_this_machine(parent))

@@ -39,8 +39,7 @@ def open_dense(
         32
     """
     non_expert_weights = others or non_expert_weights
-    if non_expert_weights not in NON_EXPERT_WEIGHTS:
-        raise SpecError.unknown("non_expert_weights, --others", non_expert_weights, NON_EXPERT_WEIGHTS)
+    check_non_expert_weights(non_expert_weights)
     uris = [uri] if isinstance(uri, str | Path) else uri
     if len(uris) == 1:
         return _open_one(str(uris[0]))
@@ -48,6 +47,16 @@ def open_dense(
         branches = Branches([opened.enter_context(_open_one(str(one))) for one in uris], non_expert_weights)
         opened.pop_all()
     return branches
+
+
+def check_non_expert_weights(which: str) -> None:
+    """Check which weights of several parents are taken, before anything is fetched.
+
+    Raises:
+        SpecError: it is neither "first" nor "mean".
+    """
+    if which not in NON_EXPERT_WEIGHTS:
+        raise SpecError.unknown("non_expert_weights, --others", which, NON_EXPERT_WEIGHTS)
 
 
 def _open_one(uri: str) -> DenseSource:
@@ -60,7 +69,7 @@ def _open_one(uri: str) -> DenseSource:
             uri,
             got="a name on the hub" if scheme == "hf" else "a relative path",
             expected=f"a folder on this machine ({scheme}:///absolute/path)",
-            fix="import it first: the pipeline's import stage downloads hf://organisation/model"
+            fix=f"download it first: hf download {rest} --local-dir FOLDER; convert and the pipeline do so themselves"
             if scheme == "hf"
             else "write the whole path",
         )

@@ -75,6 +75,16 @@ class Verification:
     torn: TornTokens | None
 
 
+def check_tolerance(tolerance: float) -> None:
+    """Check a tolerance, before anything is fetched for it.
+
+    Raises:
+        SpecError: it is no number, 0 or more.
+    """
+    if not 0 <= tolerance < math.inf:
+        raise SpecError("tolerance", got=tolerance, expected="a number, 0 or more", fix="use the default, 1e-4")
+
+
 def verify(
     dense: Path,
     moe: Path,
@@ -104,8 +114,7 @@ def verify(
         >>> verify(Path("models/Llama-3-8B"), Path("models/Llama-3-8B-E8T2")).equal  # doctest: +SKIP
         True
     """
-    if not 0 <= tolerance < math.inf:
-        raise SpecError("tolerance", got=tolerance, expected="a number, 0 or more", fix="use the default, 1e-4")
+    check_tolerance(tolerance)
     with open_dense(dense) as parent, SafetensorsFolder(moe) as child:
         hf_class = child.architecture.hf_class
         if not child.architecture.num_experts:

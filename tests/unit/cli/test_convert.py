@@ -191,7 +191,7 @@ def test_a_damaged_marker_asks_for_the_run_not_for_the_file(
     assert main(command) == 2
     told = capsys.readouterr().err
     assert f"{MODEL_MARKER}: got a damaged file, expected the marker of a finished folder. Fix: choose another" in told
-    assert "write the file again" not in told
+    assert "restore it" not in told
 
 
 def test_kept_files_are_reported_with_the_command_that_checks_them(

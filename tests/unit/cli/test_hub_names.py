@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from tests.models import write_llama, write_tokenizer
 
 SPEC = ("--experts", "2", "--top-k", "2")
 COMMIT = "c" * 40
+TOKEN = "hf_" + "a" * 34
 
 
 class _Hub(BaseHTTPRequestHandler):
@@ -33,6 +35,8 @@ class _Hub(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         name, _, file = self.path.lstrip("/").partition(f"/resolve/{COMMIT}/")
+        if self._is_refused():
+            return
         path = self.root / name / file
         if self.path.startswith("/api/models/") or not file or not path.is_file():
             self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
@@ -43,6 +47,8 @@ class _Hub(BaseHTTPRequestHandler):
         if not self.path.startswith("/api/models/"):
             self.do_HEAD()
             return
+        if self._is_refused():
+            return
         name = self.path.removeprefix("/api/models/").partition("/revision/")[0]
         if not (self.root / name).is_dir():
             self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
@@ -50,6 +56,14 @@ class _Hub(BaseHTTPRequestHandler):
         files = [path.relative_to(self.root / name).as_posix() for path in (self.root / name).rglob("*.*")]
         info = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
         self._answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+
+    def _is_refused(self) -> bool:
+        """Refuse a gated model to who has no token, or one without access."""
+        token = self.headers.get("Authorization")
+        if "acme/gated" not in self.path or token == f"Bearer {TOKEN}":
+            return False
+        self._answer(403 if token else 401, b"", {"X-Error-Code": "GatedRepo"})
+        return True
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
@@ -70,6 +84,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     (dense / "original/model.safetensors").write_bytes(b"not ours")
     with open_dense(dense) as source:
         convert(source, root / "acme/tiny-moe", UpcycleSpec(num_experts=2, top_k=2))
+    shutil.copytree(dense, root / "acme/gated")
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Hub, root))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield root, f"http://127.0.0.1:{server.server_port}"
@@ -77,9 +92,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     server.server_close()
 
 
-def _run(folder: Path, endpoint: str, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in a folder, with a hub and an empty cache of its own there."""
-    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "NO_PROXY": "127.0.0.1"}
+def _run(folder: Path, endpoint: str, *words: str, token: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder, with a hub and an empty cache of its own there, and nothing of the user's."""
+    mine = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    environment = mine | {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "NO_PROXY": "127.0.0.1"}
+    environment |= {"HF_TOKEN": token} if token else {}
     command = [sys.executable, "-m", "nemo_upcycle.cli", *words]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
@@ -107,6 +124,38 @@ def test_a_name_that_the_hub_does_not_have_is_told(hub: tuple[Path, str], tmp_pa
     assert not (tmp_path / "moe").exists()
 
 
+@pytest.mark.parametrize("token", ["", "hf_" + "b" * 34], ids=["no token", "a token without access"])
+@pytest.mark.parametrize(
+    "words",
+    [("convert", "acme/gated", "moe", *SPEC), ("plan", "--model", "hf://acme/gated", "--gpus", "8")],
+    ids=lambda words: words[0],
+)
+def test_a_gated_model_says_how_to_give_a_token(
+    hub: tuple[Path, str], tmp_path: Path, words: tuple[str, ...], token: str
+) -> None:
+    done = _run(tmp_path, hub[1], *words, token=token)
+    assert done.returncode == 2
+    assert "error: download of acme/gated from the Hugging Face hub: got GatedRepoError" in done.stderr
+    assert "accept the terms" in done.stderr
+    assert "`hf auth login`, or HF_TOKEN" in done.stderr
+    assert "hf_" not in done.stdout + done.stderr
+
+
+def test_a_gated_model_is_had_with_the_token_of_the_environment(hub: tuple[Path, str], tmp_path: Path) -> None:
+    done = _run(tmp_path, hub[1], "convert", "acme/gated", "moe", *SPEC, token=TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["hf://acme/tiny", "acme/tiny", "acme/tiny-moe"])
+def test_plan_reads_the_configuration_of_the_hub_alone(hub: tuple[Path, str], tmp_path: Path, name: str) -> None:
+    done = _run(tmp_path, hub[1], "plan", "--model", name, "--gpus", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model"]["total_params"] > 0
+    files = {path.name for path in (tmp_path / "hf/hub").rglob("snapshots/*/*")}
+    assert files == {"config.json"}
+
+
 def test_without_a_network_it_says_what_to_do(tmp_path: Path) -> None:
     done = _run(tmp_path, "http://127.0.0.1:9", "verify", "meta-llama/Meta-Llama-3-8B", "moe")
     assert done.returncode == 2
@@ -128,12 +177,13 @@ def test_the_hubs_cache_that_cannot_be_written_is_named(hub: tuple[Path, str], t
         ("acme/tiny", "model 'acme/tiny': got no such folder, expected a Hugging Face folder, hf://ORG/NAME"),
         ("hf://a/b/c", "model 'a/b/c': got no such folder, expected a Hugging Face folder, hf://ORG/NAME"),
         ("asset://smollm", "model asset 'smollm' does not exist. Did you mean 'smollm2-135m'"),
+        ("nemo://checkpoints/x", "got a relative path, expected a folder on this machine (nemo:///absolute/path)"),
         (
             "asset://smollm2-135m",
             "got Not a directory, expected a folder to write. Fix: set NEMO_UPCYCLE_CACHE to one",
         ),
     ],
-    ids=["a mistyped folder", "too long a name", "another asset", "no cache"],
+    ids=["a mistyped folder", "too long a name", "another asset", "a relative path", "no cache"],
 )
 def test_what_names_nothing_is_told_before_anything_is_fetched(
     tmp_path: Path, source: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -42,6 +42,7 @@ def test_a_folder_is_opened(tmp_path: Path) -> None:
         ("asset://smollm", r"Did you mean 'smollm2-135m'\?"),
         ("asset://mmlu", "model asset 'mmlu' does not exist"),
         ("s3://bucket/model", "address scheme 's3' does not exist. Valid: asset, hf"),
+        ("nemo:///checkpoints/x", "got a NeMo or Megatron checkpoint, expected a Hugging Face folder"),
     ],
 )
 def test_refuses_what_cannot_be_a_dense_model(source: str, words: str) -> None:

@@ -41,7 +41,7 @@ def test_slices_equal_the_whole_and_only_they_are_counted(folder: Path) -> None:
 
 def test_addresses(folder: Path) -> None:
     assert open_dense(f"hf://{folder}").architecture == open_dense(folder).architecture
-    with pytest.raises(CheckpointError, match="import it first"):
+    with pytest.raises(CheckpointError, match="hf download organisation/model"):
         open_dense("hf://organisation/model")
     with pytest.raises(CheckpointError, match="got a relative path, expected a folder on this machine"):
         open_dense("nemo://somewhere")
@@ -81,7 +81,7 @@ def test_an_index_cannot_point_outside_the_folder(folder: Path) -> None:
     content = json.loads(index.read_text())
     content["weight_map"]["x"] = "../elsewhere.safetensors"
     index.write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="elsewhere"):
+    with pytest.raises(CheckpointError, match=r"elsewhere\.safetensors, outside of the folder"):
         open_dense(folder)
 
 
@@ -154,11 +154,14 @@ def test_an_index_that_is_none_is_refused(folder: Path, index: object) -> None:
         open_dense(folder)
 
 
-def test_other_formats_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth"])
+def test_pickled_weights_are_named_with_the_way_to_safetensors(tmp_path: Path, name: str) -> None:
     folder = write_llama(tmp_path / "dense")
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(CheckpointError) as caught:
         open_dense(folder)
+    assert f"but {name}, expected weights as safetensors. Fix: pickled weights are not read" in str(caught.value)
+    assert "save_pretrained(FOLDER, safe_serialization=True)" in str(caught.value)
 
 
 def test_an_moe_is_no_dense_parent(folder: Path) -> None:

@@ -126,7 +126,9 @@ def test_json_errors_name_the_file(tmp_path: Path) -> None:
         with pytest.raises(UpcycleError, match=r"a\.json: got unreadable JSON"):
             read_json(tmp_path / "a.json")
     (tmp_path / "a.json").write_bytes(b"\xff")
-    with pytest.raises(UpcycleError, match=r"a\.json: got unreadable JSON .*, expected valid JSON\. Fix: write"):
+    with pytest.raises(
+        UpcycleError, match=r"a\.json: got unreadable JSON .*, expected valid JSON\. Fix: .*restore it"
+    ):
         read_json(tmp_path / "a.json")
     with pytest.raises(UpcycleError, match=r"b\.json: got no such file, expected a JSON file\. Fix: check the path"):
         read_json(tmp_path / "b.json")
