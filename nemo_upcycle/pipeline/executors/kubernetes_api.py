@@ -47,7 +47,7 @@ class KubernetesApi:
                 "package 'kubernetes'",
                 got="not installed",
                 expected="it, to talk to the cluster",
-                fix="pip install 'nemo-upcycle[kubernetes]'",
+                fix="pip install 'kubernetes>=29,<37'",
             ) from None
         self._client: Any = client
         configuration = client.Configuration()
