@@ -29,7 +29,11 @@ def _family_of(config: Any, where: str) -> Family:
             where, got=type(config).__name__, expected="a model's configuration", fix="correct config.json"
         )
     names = config.get("architectures")
-    family = find_family(str(names[0])) if isinstance(names, list) and len(names) == 1 else None
+    if names is None:  # a config of transformers' own, before a model was saved with it
+        kinds = {one.model_type: one for one in (*targets(), *parents())}
+        family = kinds.get(str(config.get("model_type")))
+    else:
+        family = find_family(str(names[0])) if isinstance(names, list) and len(names) == 1 else None
     if family is None:
         known = [family.hf_class for family in (*parents(), *targets())]
         raise CheckpointError(
@@ -140,9 +144,9 @@ def moe_config(dense_config: dict[str, Any], arch: Architecture, router_aux_loss
     """
     family = find_family(arch.hf_class)
     assert isinstance(family, MoeFamily), arch.hf_class
-    parent = find_family(str(dense_config["architectures"][0]))
+    parent = _family_of(dense_config, "config.json")
     settings = family.expert_settings(arch)
-    dropped = {"attention_bias", "mlp_bias", "hidden_activation", *(parent.spelling if parent else ())}
+    dropped = {"attention_bias", "mlp_bias", "hidden_activation", *parent.spelling}
     return {
         **{key: value for key, value in dense_config.items() if key not in dropped},
         "architectures": [arch.hf_class],

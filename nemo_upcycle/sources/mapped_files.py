@@ -239,6 +239,13 @@ class TensorFiles(Generic[Entry]):
         return self._tensors.keys()
 
     def _entry(self, name: str) -> Entry:
+        if name not in self._tensors and (bare := name.removeprefix("model.")) in self._tensors:
+            raise CheckpointError(
+                str(self.path),
+                got=f"{bare}: the body of a model, saved without its head",
+                expected=name,
+                fix="load the folder with AutoModelForCausalLM and save that",
+            )
         if name not in self._tensors:
             raise CheckpointError.unknown(f"{self.path}: tensor", name, self._tensors)
         return self._tensors[name]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 TANH_GELU = "gelu_pytorch_tanh"
 #: Hugging Face's activations -> the architecture's.
-ACTIVATIONS = {"silu": "silu", TANH_GELU: "gelu_tanh"}
+ACTIVATIONS = {"silu": "silu", TANH_GELU: "gelu_tanh", "swish": "silu"}
 #: Our own key of `config.json`: what the class always has and the model has not (`shared_expert`, `qkv_bias`), so that
 #: zeros stand for it.
 ZERO_FILLED = "zero_filled"
@@ -101,9 +101,11 @@ class MoeFamily(Family, ABC):
 
     Args:
         router_score: what the class sends the router's logits through: `softmax` or `sigmoid`.
+        has_attention_bias: whether it reads `attention_bias`: of query, key, value and the output, all or none.
     """
 
     router_score: str = "softmax"
+    has_attention_bias: bool = False
 
     def unsupported(self, arch: Architecture) -> Iterator[str]:
         """Yield what the class cannot hold of an MoE model; these are what no class so far can.
@@ -114,7 +116,7 @@ class MoeFamily(Family, ABC):
         reasons = {
             "a Gemma: norms around zero": arch.zero_centered_norm or arch.scaled_embedding,
             "a network without a gate": not arch.gated,
-            "a bias of the attention's output": arch.attention_out_bias,
+            "a bias of the attention's output": arch.attention_out_bias and not self.has_attention_bias,
             "biases of the feed-forward network": arch.ffn_bias,
             f"{arch.router_score} scores": arch.router_score != self.router_score,
             "a routed_scaling_factor": arch.routed_scaling_factor != 1 and self.router_score == "softmax",

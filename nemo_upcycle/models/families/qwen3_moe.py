@@ -29,7 +29,7 @@ class _Qwen3Moe(MoeFamily):
         yield from super().unsupported(arch)
         reasons = {
             "no norms of query and key": not arch.qk_norm,
-            "biases of query, key and value": arch.qkv_bias,
+            "biases of query, key and value alone": arch.qkv_bias and not arch.attention_out_bias,
             "shared experts": arch.shared_ffn_size > 0,
             "a sliding window": arch.window is not None,
         }
@@ -41,9 +41,12 @@ class _Qwen3Moe(MoeFamily):
         if not arch.norm_topk:
             yield "llama.cpp: it divides the chosen experts' weights by their sum, so its tokens differ"
         yield from dense_layers_in_servers(arch)
+        if arch.attention_out_bias:  # by their sources: neither was run
+            yield "vLLM: it drops the bias of the attention's output without a word, so its tokens differ"
+            yield "llama.cpp: it knows no bias of the attention's output in this class"
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
-        return routed_settings(arch)
+        return routed_settings(arch) | ({"attention_bias": True} if arch.attention_out_bias else {})
 
 
 FAMILY = _Qwen3Moe(
@@ -51,5 +54,6 @@ FAMILY = _Qwen3Moe(
     hf_class="Qwen3MoeForCausalLM",
     model_type="qwen3_moe",
     names=qwen3.NAMES | ROUTED_NAMES,
+    has_attention_bias=True,
     defaults=COMMON_DEFAULTS | {"num_key_value_heads": 4, "max_position_embeddings": 32768, "qk_norm": True},
 )

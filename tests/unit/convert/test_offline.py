@@ -104,6 +104,48 @@ def test_a_tied_parent_of_every_class_has_the_same_bits_offline_and_online(
     assert float((_logits(tmp_path / "online", 250) - _logits(dense, 250)).abs().max()) <= 1e-5
 
 
+@pytest.mark.parametrize("fields", [COPY, FINE], ids=["copy", "granular"])
+def test_a_qwen3_with_biases_of_the_attention_keeps_them_and_its_function(
+    tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    dense = write_qwen3(tmp_path / "dense", vocab_size=259, layers=2, attention_bias=True)
+    done = _convert(dense, tmp_path / "moe", UpcycleSpec(**fields))
+    assert (done.hf_class, done.exact) == ("Qwen3MoeForCausalLM", True)
+    assert read_json(tmp_path / "moe/config.json")["attention_bias"] is True
+    assert read_architecture(tmp_path / "moe").attention_out_bias
+    assert any("vLLM" in caveat for caveat in done.caveats)  # which drops one of them
+    with open_dense(dense) as source:
+        biases = {name for name in source.names() if name.endswith(".bias")}
+    assert len(biases) == 4 * 2
+    parent = _logits(dense)
+    assert float(parent.abs().max()) > 0.1
+    assert float((_logits(tmp_path / "moe") - parent).abs().max()) <= 1e-5 * float(parent.abs().max())
+
+
+def test_a_qwen3_with_biases_of_the_attention_is_refused_online(tmp_path: Path) -> None:
+    """Megatron has one setting for the biases of the attention's output and of the experts."""
+    dense = write_qwen3(tmp_path / "dense", layers=2, attention_bias=True)
+    spec = UpcycleSpec(**COPY)
+    with one_rank():
+        (model,) = build_chunks(dense, **moe_settings(read_architecture(dense), spec))
+        with open_dense(dense) as source, pytest.raises(UpcycleError, match=r"bias"):
+            upcycle_into([model], source, spec)
+
+
+@pytest.mark.parametrize(
+    "change", [{"architectures": None}, {"hidden_act": "swish"}, {"architectures": None, "model_type": "llama"}]
+)
+def test_a_parent_that_says_less_or_in_other_words_is_converted(tmp_path: Path, change: dict[str, Any]) -> None:
+    dense = write_llama(tmp_path / "dense", vocab_size=259, layers=2)
+    _convert(dense, tmp_path / "wanted", UpcycleSpec(**COPY))
+    config = read_json(dense / "config.json") | change
+    left = {key: value for key, value in config.items() if value is not None}
+    (dense / "config.json").write_text(json.dumps(left), encoding="utf-8")
+    _convert(dense, tmp_path / "moe", UpcycleSpec(**COPY))
+    _same_bits(tmp_path / "wanted", tmp_path / "moe")
+    assert read_json(tmp_path / "wanted/config.json") == read_json(tmp_path / "moe/config.json")
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("fields", [COPY, FINE, FINE | {"shared_experts": 2}], ids=["copy", "granular", "shared"])
 def test_a_qwen2_keeps_its_biases_and_its_function(tmp_path: Path, fields: dict[str, Any], tied: bool) -> None:

@@ -164,6 +164,17 @@ def test_pickled_weights_are_named_with_the_way_to_safetensors(tmp_path: Path, n
     assert "save_pretrained(FOLDER, safe_serialization=True)" in str(caught.value)
 
 
+def test_a_body_that_was_saved_without_its_head_is_told_as_that(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path / "dense")
+    weights = load_file(folder / "model.safetensors")
+    save_file({name.removeprefix("model."): weight for name, weight in weights.items()}, folder / "model.safetensors")
+    with open_dense(folder) as dense, pytest.raises(CheckpointError) as caught:
+        dense.read("model.norm.weight")
+    assert "got norm.weight: the body of a model, saved without its head, expected model.norm.weight" in str(
+        caught.value
+    )
+
+
 def test_an_moe_is_no_dense_parent(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config |= {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
