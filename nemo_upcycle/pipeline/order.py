@@ -44,10 +44,10 @@ def chosen_stages(first: str | None, last: str | None, only: str | None) -> tupl
 
 
 def require_earlier(stages: Sequence[Stage], run_dir: Path, plan: Plan) -> None:
-    """Check that what a part of the chain needs is done.
+    """Check that what a part of the chain needs is done, and still there.
 
     Raises:
-        UpcycleError: a stage is not, or not from its present inputs.
+        UpcycleError: a stage is not done, or not from its present inputs, or what it left is gone.
     """
     if (missing := unfinished(before(plan, *(stage.name for stage in stages)), run_dir, plan)) is not None:
         raise UpcycleError(
@@ -56,6 +56,29 @@ def require_earlier(stages: Sequence[Stage], run_dir: Path, plan: Plan) -> None:
             expected=f"done, before '{stages[0].name}'",
             fix=f"start with it: --from {missing}",
         )
+    require_outputs(stages, run_dir, plan)
+
+
+def require_outputs(stages: Sequence[Stage], run_dir: Path, plan: Plan) -> None:
+    """Check that what finished stages left is still there, where one of these that has to run reads it.
+
+    Raises:
+        UpcycleError: something is gone.
+    """
+    done = finished(run_dir, plan)
+    for stage in stages:
+        names = (stage.after if stage.reads is None else stage.reads) if stage.name not in done else ()
+        for read in (plan.stage(name) for name in names if name in done):
+            try:
+                if read.outputs:
+                    read.outputs(run_dir, plan)
+            except UpcycleError as error:
+                raise UpcycleError(
+                    f"outputs of stage '{read.name}' in {run_dir}",
+                    got=str(error).partition(". Fix: ")[0],
+                    expected=f"all that '{stage.name}' reads",
+                    fix=f"put it back, or delete {read.folder(run_dir).path} and start with it: --from {read.name}",
+                ) from None
 
 
 def finished(run_dir: Path, plan: Plan) -> list[str]:

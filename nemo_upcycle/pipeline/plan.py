@@ -227,6 +227,9 @@ class Stage:
         settings: fields of the plan that it depends on.
         parallel: whether it runs on all ranks of the training job.
         resumable: whether a new start continues where a killed one stopped.
+        reads: stages whose outputs it opens; None: those that it comes after.
+        outputs: the function that opens what it left and raises an UpcycleError where something is gone; None: it left
+            nothing that another stage opens.
     """
 
     name: str
@@ -235,6 +238,8 @@ class Stage:
     settings: tuple[str, ...]
     parallel: bool = False
     resumable: bool = False
+    reads: tuple[str, ...] | None = None
+    outputs: Callable[[Path, Any], object] | None = None
 
     def folder(self, run_dir: Path) -> StageFolder:
         """Return its folder in a run."""

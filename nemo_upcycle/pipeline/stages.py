@@ -6,14 +6,15 @@ Every stage can be run alone and again. Heavy libraries are imported by the stag
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import StageError, StageStopped
 from nemo_upcycle.pipeline.markers import STEPS, StageFolder
-from nemo_upcycle.pipeline.plan import RunPlan, Stage, required_training
+from nemo_upcycle.pipeline.plan import Plan, RunPlan, Stage, required_training
 from nemo_upcycle.pipeline.trainings import last_checkpoint
+from nemo_upcycle.sources.safetensors_folder import INDEX, SINGLE
+from nemo_upcycle.utils.files import read_json
 
 
 logger = logging.getLogger(__name__)
@@ -130,6 +131,38 @@ def dense_folder_of(run_dir: Path) -> Path:
     return Path(StageFolder(run_dir, "import").outputs()["dense_folder"])
 
 
+def require_kept(folder: Path, run_dir: Path) -> None:
+    """Check that a folder of a model is whole, if it lies in a run's folder: of another, this machine may not know.
+
+    Raises:
+        UpcycleError: it is gone.
+    """
+    if folder.is_relative_to(run_dir.resolve()) or folder.is_relative_to(run_dir):
+        read_json(folder / "config.json")
+        index = folder / INDEX
+        files = set(read_json(index)["weight_map"].values()) if index.is_file() else {SINGLE}
+        if gone := sorted(name for name in files if not (folder / name).is_file()):
+            raise StageError(f"{folder / gone[0]}", got="no such file", expected="weights", fix="run the stage again")
+
+
+def require_blend(plan: Plan, folder: Path) -> None:
+    """Check that a blend which a run has built is whole.
+
+    Raises:
+        UpcycleError: a file is gone, or of another size.
+    """
+    from nemo_upcycle.data.finished import open_blend
+
+    if plan.blend:
+        open_blend(folder)
+
+
+def _exported(run_dir: Path, plan: RunPlan) -> None:
+    require_kept(run_dir / "hf", run_dir)
+    if plan.dense_ct:
+        require_kept(run_dir / "dense_ct" / "hf", run_dir)
+
+
 def data_folder_of(run_dir: Path, plan: RunPlan) -> Path:
     """Return the folder of the tokenised blend: the user's own, or what the data stage makes."""
     return Path(plan.data) if Path(plan.data).is_dir() else run_dir / "data" / "blend"
@@ -211,8 +244,6 @@ def report_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 def _planned(run_dir: Path, plan: RunPlan) -> dict[str, dict[str, float]]:
     """Return memory and speed by the planner, of the trainings that ran on cards that it knows."""
-    from nemo_upcycle.utils.files import read_json
-
     planned = {}
     for stage in ("pretrain", "dense_ct"):
         training, settings = plan.training(stage), run_dir / stage / "training.json"
@@ -223,17 +254,50 @@ def _planned(run_dir: Path, plan: RunPlan) -> dict[str, dict[str, float]]:
     return planned
 
 
-def _training_stage(name: str, work: Callable[[Path, RunPlan], dict[str, Any]], after: tuple[str, ...]) -> Stage:
-    return Stage(name, work, after, (name, name + STEPS), parallel=True, resumable=True)
-
-
 STAGES = (
-    Stage("import", import_stage, (), ("dense",)),
-    Stage("data", data_stage, ("import",), ("data",), resumable=True),
-    Stage("upcycle", upcycle_stage, ("import", "data"), ("step 0",)),
-    _training_stage("pretrain", pretrain_stage, ("import", "data", "upcycle")),
-    _training_stage("dense_ct", dense_ct_stage, ("import", "data")),
-    Stage("export", export_stage, ("pretrain", "dense_ct"), ()),
+    Stage("import", import_stage, (), ("dense",), outputs=lambda run, _: require_kept(dense_folder_of(run), run)),
+    Stage(
+        "data",
+        data_stage,
+        ("import",),
+        ("data",),
+        resumable=True,
+        outputs=lambda run, plan: require_blend(plan, data_folder_of(run, plan)),
+    ),
+    Stage(
+        "upcycle",
+        upcycle_stage,
+        ("import", "data"),
+        ("step 0",),
+        outputs=lambda run, _: require_kept(run / "upcycle" / "hf", run),
+    ),
+    Stage(
+        "pretrain",
+        pretrain_stage,
+        ("import", "data", "upcycle"),
+        ("pretrain", "pretrain" + STEPS),
+        parallel=True,
+        resumable=True,
+        reads=("import", "data"),
+        outputs=lambda run, _: last_checkpoint(run / "pretrain"),
+    ),
+    Stage(
+        "dense_ct",
+        dense_ct_stage,
+        ("import", "data"),
+        ("dense_ct", "dense_ct" + STEPS),
+        parallel=True,
+        resumable=True,
+        outputs=lambda run, plan: plan.dense_ct and last_checkpoint(run / "dense_ct"),
+    ),
+    Stage(
+        "export",
+        export_stage,
+        ("pretrain", "dense_ct"),
+        (),
+        reads=("import", "data", "pretrain", "dense_ct"),
+        outputs=_exported,
+    ),
     Stage("evaluate", evaluate_stage, ("import", "data", "upcycle", "export"), ("evaluation",)),
     Stage("report", report_stage, ("evaluate",), ()),
 )

@@ -27,7 +27,7 @@ from nemo_upcycle.utils.streams import ByteRange
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 #: Says which tensor lies in which of several files.
 INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+SINGLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000
 #: Types of the format that quantized weights come in: integers, and floats of a byte or less.
 _QUANTIZED = re.compile(r"[IU](8|16|32|64)|F[468](_\w+)?|BOOL")
@@ -98,16 +98,16 @@ def _files_of(folder: Path) -> dict[str, set[str]]:
         for name, file in weight_map.items():
             files.setdefault(str(file), set()).add(name)
         # transformers would take the single file then. Nothing tells which of the two is the stale one.
-        if (folder / _SINGLE).is_file() and set(files) != {_SINGLE}:
+        if (folder / SINGLE).is_file() and set(files) != {SINGLE}:
             raise CheckpointError(
                 str(folder),
-                got=f"{INDEX} (naming {min(files)}) and {_SINGLE}",
+                got=f"{INDEX} (naming {min(files)}) and {SINGLE}",
                 expected="one of the two",
-                fix=f"remove {INDEX} with its shards, or {_SINGLE}: whichever is the old one",
+                fix=f"remove {INDEX} with its shards, or {SINGLE}: whichever is the old one",
             )
         return dict(sorted(files.items()))
-    if (folder / _SINGLE).is_file():
-        return {_SINGLE: set()}
+    if (folder / SINGLE).is_file():
+        return {SINGLE: set()}
     pickled = sorted(path.name for path in folder.glob("*") if path.name.endswith((".bin", ".bin.index.json", ".pth")))
     other = pickled or sorted(path.name for path in folder.glob("*.gguf"))
     way = (
@@ -116,7 +116,7 @@ def _files_of(folder: Path) -> dict[str, set[str]]:
     )
     raise CheckpointError(
         str(folder),
-        got=f"no {_SINGLE} and no {INDEX}" + (f", but {', '.join(other[:3])}" if other else ""),
+        got=f"no {SINGLE} and no {INDEX}" + (f", but {', '.join(other[:3])}" if other else ""),
         expected="weights as safetensors",
         fix=way if pickled else "convert it to safetensors with transformers" if other else "check the path",
     )

@@ -16,6 +16,7 @@ from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import cluster_for
 from nemo_upcycle.pipeline.jobs import jobs_of
+from nemo_upcycle.pipeline.order import require_outputs
 from nemo_upcycle.pipeline.side_by_side import check_at_once, run_side_by_side
 from nemo_upcycle.utils.files import MARKER
 
@@ -59,6 +60,7 @@ def ablate(
             whole_path(data, folder=True) if data else None,
         )
         check_started(run_dir, plan)
+        require_outputs(plan.stages, run_dir, plan)
     cluster = cluster_for(ctx.executor)
     check_at_once(at_once, is_here=is_local(ctx.executor))
     jobs = jobs_of(plan.stages, run_dir, plan)

@@ -9,6 +9,7 @@ from typing import Any
 from nemo_upcycle.pipeline.ablations.plan import SUITE, GridPlan
 from nemo_upcycle.pipeline.markers import STEPS, StageFolder
 from nemo_upcycle.pipeline.plan import Stage, required_training
+from nemo_upcycle.pipeline.stages import require_blend, require_kept
 from nemo_upcycle.pipeline.trainings import last_checkpoint
 
 
@@ -17,8 +18,8 @@ def stages_of(plan: GridPlan) -> tuple[Stage, ...]:
     first: tuple[Stage, ...]
     if plan.parent:
         first = (
-            Stage("untrained", untrained_stage, (), ("parent", "vocabulary", "data")),
-            Stage("data", data_stage, ("untrained",), ("data",), resumable=True),
+            Stage("untrained", untrained_stage, (), ("parent", "vocabulary", "data"), outputs=_untrained),
+            Stage("data", data_stage, ("untrained",), ("data",), resumable=True, outputs=_blend),
             Stage(
                 "parent",
                 parent_stage,
@@ -26,13 +27,14 @@ def stages_of(plan: GridPlan) -> tuple[Stage, ...]:
                 ("parent", "parent" + STEPS),
                 parallel=True,
                 resumable=True,
+                outputs=lambda run, _: last_checkpoint(run / "parent"),
             ),
-            Stage("dense", export_stage, ("parent",), ()),
+            Stage("dense", export_stage, ("parent",), (), reads=("untrained", "parent"), outputs=_dense),
         )
     else:
         first = (
-            Stage("dense", import_stage, (), ("dense",)),
-            Stage("data", data_stage, ("dense",), ("data",), resumable=True),
+            Stage("dense", import_stage, (), ("dense",), outputs=_dense),
+            Stage("data", data_stage, ("dense",), ("data",), resumable=True, outputs=_blend),
         )
     needs = ("dense", "data", "suite")
     cells = [
@@ -44,6 +46,18 @@ def stages_of(plan: GridPlan) -> tuple[Stage, ...]:
         *cells,
         Stage("table", table_stage, tuple(plan.cells), ("described",)),
     )
+
+
+def _dense(run_dir: Path, _: GridPlan) -> None:
+    require_kept(dense_folder(run_dir), run_dir)
+
+
+def _untrained(run_dir: Path, _: GridPlan) -> None:
+    require_kept(run_dir / "untrained" / "hf", run_dir)
+
+
+def _blend(run_dir: Path, plan: GridPlan) -> None:
+    require_blend(plan, data_folder(run_dir, plan))
 
 
 def _training(name: str) -> Callable[[Path, GridPlan], dict[str, Any]]:
