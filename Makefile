@@ -71,7 +71,7 @@ $(TE_VENV)/.complete: scripts/te_env.sh
 # A real Slurm of two nodes on this machine, as root; installed where it is missing.
 test-slurm: venv
 	scripts/slurm_cluster.sh start $(ACCOUNTING)
-	$(BIN)/python -m pytest tests/functional/test_slurm.py; status=$$?; scripts/slurm_cluster.sh stop; exit $$status
+	$(BIN)/python -m pytest tests/functional/test_slurm.py tests/functional/test_slurm_jobs.py; status=$$?; scripts/slurm_cluster.sh stop; exit $$status
 
 test-te: te-env
 	$(TE_VENV)/bin/python -m pytest tests/te

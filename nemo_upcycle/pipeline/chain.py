@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ JOBS = "jobs.json"
 #: Seconds between two looks at markers and logs, and that the marker of an ended job may take to be seen through a
 #: shared file system.
 POLL_S, SETTLE_S = 3.0, 30.0
+#: Of the logs of a job that failed, in its message: how many, and lines of each.
+LOGS_SHOWN, LINES_SHOWN = 2, 4
 
 
 def recorded_jobs(run_dir: Path) -> dict[str, Any] | None:
@@ -144,8 +146,7 @@ class Chain:
             UnfinishedError: a job ended and its stage is not done; the text has the scheduler's reason.
         """
         while not stop.signum:
-            if not self.cluster.holds_back:
-                self._submit_or_say()
+            self._submit_or_say()
             done = self.done()
             for job in self.jobs:
                 if job.name in self.ids:
@@ -182,12 +183,13 @@ class Chain:
                 self._say_once(job.name, f"[{job.name}] {state.phase.value}{reason}")
                 continue
             first_s = self._ended_s.setdefault(job.name, time.monotonic())
-            # An abandoned job has never started, so no marker of it can come late.
-            has_settled = state.is_abandoned or time.monotonic() - first_s >= SETTLE_S
+            # Neither of these has started, so no marker of it can come late.
+            has_settled = state.is_abandoned or state.is_orphaned or time.monotonic() - first_s >= SETTLE_S
             if has_settled and job.name not in self.done():
                 del self._ended_s[job.name]
                 self._submit_again(job, state)
-            break  # those behind it end because of it
+            if not state.is_orphaned:
+                break  # those behind it end because of it
 
     def _say_once(self, topic: str, text: str) -> None:
         if self._said.get(topic) != text:
@@ -195,15 +197,23 @@ class Chain:
             sys.stderr.write(f"{text}\n")
 
     def _submit_again(self, job: Job, state: JobState) -> None:
-        """Forget the job of a training that stopped and got further since it started, so that it is submitted again.
+        """Forget a job that has to be submitted again: of a training that got further since it started, or an orphan.
 
-        Where the scheduler holds jobs back, the job has requeued itself while it got further.
+        Where the scheduler holds jobs back, a training has requeued itself while it got further. The stages that an
+        orphan waits for are not among those that have failed: they are done, whatever the scheduler thinks of their
+        jobs, as of one that ended by itself just after its time limit.
 
         Raises:
             UnfinishedError: it got no further, or is no training.
         """
         if state.is_abandoned:
             self.cluster.cancel([self.ids[job.name]])
+        if state.is_orphaned:
+            self._say_once(
+                job.name, f"[{job.name}] {self.ids[job.name]} was given up ({state.reason}): submitted again"
+            )
+            del self.ids[job.name]
+            return
         step = _step_kept(job)
         ended = job.run_dir / job.name / ENDED
         failed = ended.is_file() and ended.read_text(encoding="utf-8").strip() == FAILED
@@ -218,10 +228,22 @@ class Chain:
         why = f" ({state.reason})" if state.reason else ""
         others = [f"{name} ({identity})" for name, identity in self.alive().items() if name != job.name]
         go_on = f" Still in the queue: {', '.join(others)}." if others else ""
+        how = "cannot start" if state.is_abandoned else "ended"
+        last = "".join(f"\n  {path.name}: {line}" for path, line in self._last_lines(job))
         return (
-            f"Stage '{job.name}' did not finish: job {self.ids[job.name]} ended{why} and left no marker in "
+            f"Stage '{job.name}' did not finish: job {self.ids[job.name]} {how}{why} and left no marker in "
             f"{self.run_dir / job.name}. Logs: {job.folder}.{go_on} Run the same command again: it goes on from there."
+            f"{last and f' The last lines of its logs:{last}'}"
         )
+
+    def _last_lines(self, job: Job) -> Iterator[tuple[Path, str]]:
+        """Yield the last lines of the logs that a job has written to last."""
+        logs = [path for path in self.cluster.logs(job, self.ids[job.name]) if path.is_file()]
+        for path in sorted(logs, key=lambda path: path.stat().st_mtime)[-LOGS_SHOWN:]:
+            with path.open("rb") as file:
+                file.seek(max(0, path.stat().st_size - 4096))
+                lines = file.read().decode(errors="replace").splitlines()
+            yield from ((path, line) for line in [line for line in lines if line.strip()][-LINES_SHOWN:])
 
     def _show_log(self, job: Job) -> None:
         """Print what a job has printed since the last look."""

@@ -18,6 +18,7 @@ from nemo_upcycle.pipeline.in_turn import run_in_turn
 from nemo_upcycle.pipeline.plan import KEPT, PLAN, Plan
 from nemo_upcycle.pipeline.plans import kind_of, read_plan
 from nemo_upcycle.utils.files import in_use
+from nemo_upcycle.utils.masking import write_private
 
 
 #: What was typed, in the run's folder.
@@ -175,19 +176,19 @@ def render_jobs(jobs: Sequence[Job], cluster: Cluster | None, plan: Plan, folder
             fix="name it with run.executor=slurm or run.executor=kubernetes",
         )
     cluster.check_settings(jobs)
-    files = {name: text for job in jobs for name, text in cluster.render(job).items()} | cluster.render_chain(jobs)
-    plan, copies = plan.with_copies(jobs[0].run_dir)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8")
+        names = [path.name for job in jobs for path in cluster.write(job, folder)]
+        for name, text in cluster.render_chain(jobs).items():
+            write_private(folder / name, text, private=text != cluster.masked().render_chain(jobs)[name])
+            names.append(name)
+        plan, copies = plan.with_copies(jobs[0].run_dir)
         _write_plan(folder, plan, copies)
     except OSError as error:
         raise UpcycleError(
             f"--render {folder}", got=error.strerror, expected="a folder to write to", fix="name another one"
         ) from None
     sys.stdout.write(
-        f"Written to {folder}: {', '.join(files)}. The jobs read {jobs[0].run_dir / PLAN}: copy {folder / PLAN}"
+        f"Written to {folder}: {', '.join(names)}. The jobs read {jobs[0].run_dir / PLAN}: copy {folder / PLAN}"
         f"{f' and {folder / KEPT}' if copies else ''} there before you submit them.\n"
     )
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import re
 import shlex
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from nemo_upcycle.utils.masking import masked_text
 
 
 _LIBRARIES = (
@@ -29,8 +32,9 @@ def is_verbose() -> bool:
 
 
 def command_line() -> str:
-    """Return the command line as it was typed."""
+    """Return the command line as it was typed, with secrets among an executor's variables hidden."""
     program, *words = sys.argv
+    words = [masked_text(word) if re.search(r"\benv_vars\b", word) else word for word in words]
     typed = [Path(program).name] if os.access(program, os.X_OK) else ["python", program]
     return shlex.join([*typed, *words])
 

@@ -20,6 +20,7 @@ from nemo_upcycle.pipeline.commands import (
     whole_path,
 )
 from nemo_upcycle.pipeline.context import PipelineContext
+from nemo_upcycle.pipeline.executors.base import masked_executor
 from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import cluster_for
 from nemo_upcycle.pipeline.forecast import check_space, check_stages, forecast, render_forecast
@@ -88,7 +89,8 @@ def pipeline(
         render_jobs(jobs, cluster, plan, Path(render))
         return
     by_name, origins = {job.name: job for job in jobs}, Origins(sys.argv[1:], pipeline)
-    found = forecast(stages, run_dir, plan, pretrain, dense_ct, cluster, by_name, origins, ctx.executor)
+    shown = cluster and cluster.masked(), by_name, origins, masked_executor(ctx.executor)
+    found = forecast(stages, run_dir, plan, pretrain, dense_ct, *shown)
     if ctx.dryrun or not ctx.skip_confirmation:
         sys.stdout.write(render_forecast(found) + "\n")
     if ctx.dryrun:

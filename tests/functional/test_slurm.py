@@ -37,9 +37,14 @@ def _partitions() -> set[str]:
     return set((_answer("sinfo", "--noheader", "--format=%R") or "").split())
 
 
+def has_test_cluster() -> bool:
+    """Return whether the Slurm of scripts/slurm_cluster.sh answers here."""
+    return {"batch", "low"} <= _partitions()
+
+
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not {"batch", "low"} <= _partitions(), reason="no Slurm: scripts/slurm_cluster.sh start"),
+    pytest.mark.skipif(not has_test_cluster(), reason="no Slurm: scripts/slurm_cluster.sh start"),
 ]
 
 EXECUTOR = """

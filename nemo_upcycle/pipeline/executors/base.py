@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.errors import UpcycleError, did_you_mean
+from nemo_upcycle.utils.masking import masked, masked_text, write_private
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 #: What a field holds that a site has to fill in, as in OmegaConf.
@@ -65,11 +71,13 @@ class JobState:
         phase: how far it is.
         reason: the scheduler's words: why it waits, or how it ended.
         is_abandoned: whether it counts as ended although it may still start, so that it has to be cancelled.
+        is_orphaned: whether it ended because the scheduler holds a job that it waits for to have failed.
     """
 
     phase: Phase
     reason: str = ""
     is_abandoned: bool = False
+    is_orphaned: bool = False
 
 
 class UnreachableError(UpcycleError):
@@ -122,6 +130,21 @@ class Cluster(ABC):
     def render(self, job: Job) -> dict[str, str]:
         """Return what is submitted for a job, by file name; needs no scheduler."""
 
+    def masked(self) -> Self:
+        """Return this scheduler with secrets hidden in what it renders, to be shown."""
+        shown = copy.copy(self)
+        shown.executor = masked_executor(self.executor)
+        return shown
+
+    def write(self, job: Job, folder: Path) -> list[Path]:
+        """Write what is submitted for a job, for its owner alone where it holds a secret; return the files."""
+        folder.mkdir(parents=True, exist_ok=True)
+        shown = self.masked().render(job)
+        files = {folder / name: text for name, text in self.render(job).items()}
+        for path, text in files.items():
+            write_private(path, text, private=text != shown[path.name])
+        return list(files)
+
     def render_as(self, job: Job, identity: str) -> dict[str, str]:
         """Return what would be submitted now as the job of this id, under the names by which its folder keeps it."""
         return self.render(job)
@@ -162,6 +185,28 @@ class Cluster(ABC):
     def settings_for(self, stage: str) -> Any:
         """Return the executor with the fields that its table of stages sets for one of them."""
         return dataclasses.replace(self.executor, **getattr(self.executor, "stages", {}).get(stage, {}))
+
+
+def masked_executor(executor: Any) -> Any:
+    """Return an executor with the secrets of its variables hidden, and of those that its stages set."""
+    if not dataclasses.is_dataclass(executor) or isinstance(executor, type):
+        return executor
+    hidden = _masked_settings(
+        {field.name: getattr(executor, field.name, None) for field in dataclasses.fields(executor)}
+    )
+    if table := getattr(executor, "stages", None):
+        hidden["stages"] = {stage: settings | _masked_settings(settings) for stage, settings in table.items()}
+    return dataclasses.replace(executor, **hidden)
+
+
+def _masked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those settings that may hold secrets, with these hidden."""
+    hidden: dict[str, Any] = {}
+    if settings.get("env_vars"):
+        hidden["env_vars"] = masked(settings["env_vars"])
+    if settings.get("setup_lines"):
+        hidden["setup_lines"] = masked_text(settings["setup_lines"])
+    return hidden
 
 
 def hub_variables(job: Job, given: Mapping[str, Any]) -> dict[str, str]:

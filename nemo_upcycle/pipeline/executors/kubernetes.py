@@ -21,6 +21,7 @@ from nemo_upcycle.pipeline.executors.base import (
 from nemo_upcycle.pipeline.executors.kubernetes_api import KubernetesApi, TakenError, reported_state
 from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
 from nemo_upcycle.utils.conf import packaged
+from nemo_upcycle.utils.masking import is_secret, write_private
 
 
 #: Settings that all stages share: a job is looked up by its name alone.
@@ -94,7 +95,8 @@ class KubernetesScheduler(Cluster):
         for name in (f"{manifests.base_name(job)}-{number + more}" for more in range(_NAMES_TRIED)):
             document = manifests.manifest(settings, job, name)
             job.folder.mkdir(parents=True, exist_ok=True)
-            (job.folder / f"{name}.yaml").write_text(manifests.as_yaml(document), encoding="utf-8")
+            holds_secret = any(map(is_secret, settings.env_vars))
+            write_private(job.folder / f"{name}.yaml", manifests.as_yaml(document), private=holds_secret)
             try:
                 self._connected().create(manifests.resource_of(settings), document)
             except TakenError:  # by an earlier run in a folder of the same name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
 from nemo_upcycle.pipeline.executors.slurm_settings import StagedSlurmExecutor
 from nemo_upcycle.pipeline.stages import BY_NAME
 from nemo_upcycle.utils.conf import packaged_names, read_conf
+from nemo_upcycle.utils.masking import MASK, is_secret, masked_text
 
 
 #: By the name that a YAML file gives with `executor:`.
@@ -163,23 +165,40 @@ def _checked(
         if name in _OWN:
             raise UpcycleError(full, got=f"{value} ({origin})", expected="nothing: the chain sets it", fix=_OWN[name])
         if name == "time" and type(value) is int:
+            reads = ": YAML reads 24:00:00 as a number" if value >= 60 else ""  # the least that has a colon is 1:00
             raise UpcycleError(
                 full,
-                got=f"{value}: YAML reads 24:00:00 as a number ({origin})",
+                got=f"{value}{reads} ({origin})",
                 expected="text",
-                fix='put it in quotes: "24:00:00"',
+                fix=f'put it in quotes: "{"24:00:00" if reads else f"00:{value:02}:00"}"',
             )
+        if name == "env_vars" and isinstance(value, dict):
+            _check_variables(full, value, origin)
         try:
             checked[name] = _fitted(value, fields[name])
         except TypeError:
             kinds = [typing.get_origin(kind) or kind for kind in _kinds(fields[name].type)]
             raise UpcycleError(
                 full,
-                got=f"{value!r} ({origin})",
+                got=f"{masked_text(repr(value)) if name == 'env_vars' else repr(value)} ({origin})",
                 expected=" or ".join(_WORDS.get(kind, kind.__name__) for kind in kinds),
                 fix="put it in quotes" if isinstance(value, bool) and str in kinds else "give such a value",
             ) from None
     return checked
+
+
+def _check_variables(where: str, variables: dict[str, Any], origin: str) -> None:
+    """Check that variables have texts or numbers: YAML reads some words as something else."""
+    for name, value in variables.items():
+        if type(value) not in (str, int, float):
+            word = MASK if is_secret(name) else json.dumps(value, default=str)
+            quoted = "" if value is None else word
+            raise UpcycleError(
+                f"{where}: variable {name}",
+                got=f"{word} without quotes ({origin})",
+                expected="text",
+                fix=f'write {name}: "{quoted}"',
+            )
 
 
 def _fitted(value: Any, field: dataclasses.Field[Any]) -> Any:

@@ -30,17 +30,27 @@ from nemo_upcycle.pipeline.executors.base import (
     require_settings,
 )
 from nemo_upcycle.pipeline.executors.ft import ft_command
-from nemo_upcycle.pipeline.executors.slurm_answers import NO_ANSWER, cluster_name, ending, last_line
-from nemo_upcycle.pipeline.executors.slurm_script import in_vain, setup_lines
+from nemo_upcycle.pipeline.executors.slurm_answers import (
+    NO_ANSWER,
+    OF_CONTROLLER,
+    cluster_name,
+    ending,
+    environment,
+    job_id,
+    last_line,
+    refusal_hint,
+)
+from nemo_upcycle.pipeline.executors.slurm_script import PROLOGUE, SUBMIT, in_vain, setup_lines
 from nemo_upcycle.pipeline.executors.slurm_settings import (
     REQUIRED,
     StagedSlurmExecutor,
     escaped,
     missing_mounts,
     require_plain,
+    require_supported,
 )
+from nemo_upcycle.pipeline.executors.slurm_waiting import ORPHANED, waiting
 from nemo_upcycle.utils.conf import template
-from nemo_upcycle.utils.files import whole_file
 from nemo_upcycle.utils.mounts import filesystem_type
 
 
@@ -49,7 +59,17 @@ _OF_ONE_MACHINE = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramf
 #: Where the `ft_launcher`s of a job meet; for the batch script's shell.
 _ENDPOINT = '"$head_node_ip:$((15000 + SLURM_JOB_ID % 10000))"'
 _JOB_ID = '"$SLURM_JOB_ID"'
-_STATES = {"PENDING": Phase.WAITING, "REQUEUED": Phase.WAITING, "REQUEUE_HOLD": Phase.WAITING}
+_WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
+
+
+def _sbatch(*words: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = ["sbatch", *words]
+    return subprocess.run(command, input=text, env=environment(), capture_output=True, text=True, check=False)
+
+
+def _ended(identity: str) -> JobState:
+    how = ending(identity)
+    return JobState(Phase.ENDED, how, is_orphaned=ORPHANED in how)
 
 
 class SlurmScheduler(Cluster):
@@ -72,7 +92,8 @@ class SlurmScheduler(Cluster):
 
     def python_of(self, stage: str) -> str:
         """See `Cluster.python_of`: the container's, or this one, which the nodes find under the same path."""
-        return "python" if self.settings_for(stage).container_image else sys.executable
+        mine = self.settings_for(stage)
+        return getattr(mine, "python", None) or ("python" if mine.container_image else sys.executable)
 
     def check_settings(self, jobs: Sequence[Job]) -> None:
         """See `Cluster.check_settings`: what the site must set."""
@@ -101,9 +122,7 @@ class SlurmScheduler(Cluster):
             )
         for job in jobs:
             script = self.render(job)[f"{job.name}.sh"]
-            tried = subprocess.run(
-                ["sbatch", "--test-only"], input=script, capture_output=True, text=True, check=False
-            )
+            tried = _sbatch("--test-only", text=script)
             if tried.returncode:
                 raise self._refused(job, tried.stderr)
             for path in (job.run_dir, *job.reads):
@@ -120,11 +139,12 @@ class SlurmScheduler(Cluster):
             max_retries=0,
             extra_env={},
         )
-        return {f"{job.name}.sh": request.materialize()}
+        return {f"{job.name}.sh": request.materialize().replace("set -evx", PROLOGUE, 1)}
 
     def sized(self, job: Job) -> run.SlurmExecutor:
         """Return the executor of a stage, with the nodes and ranks of its job."""
         mine = self.settings_for(job.name)
+        require_supported(mine, job)
         # Not as `env_vars`: NeMo-Run writes these without quotes, and their names in capitals.
         variables = (hub_variables(job, mine.env_vars) if mine.container_image else {}) | mine.env_vars
         exports = [f'export {name}="{escaped(str(value))}"' for name, value in variables.items()]
@@ -141,6 +161,8 @@ class SlurmScheduler(Cluster):
             cpus_per_task=mine.cpus_per_task and mine.cpus_per_task * tasks,
             gpus_per_task=mine.gpus_per_task and mine.gpus_per_task * tasks,
             env_vars={},
+            # In a container an image's own variables win over all that are not named.
+            container_env=list(dict.fromkeys([*(mine.container_env or []), *variables])),
             job_dir=str(job.folder),
             job_details=dataclasses.replace(mine.job_details),  # rendering writes the job's name and folder into it
             tunnel=run.LocalTunnel(job_dir=str(job.folder.parent)),
@@ -172,38 +194,30 @@ class SlurmScheduler(Cluster):
 
     def render_chain(self, jobs: Sequence[Job]) -> dict[str, str]:
         """See `Cluster.render_chain`: a script that submits the others."""
-        lines = [
-            "#!/bin/bash",
-            "# Submits the jobs of this folder; each waits for those that it needs.",
-            "set -euo pipefail",
-        ]
-        lines += ['cd "$(dirname "$0")"', f"mkdir -p {' '.join(shlex.quote(str(job.folder)) for job in jobs)}"]
+        folders = " ".join(shlex.quote(str(job.folder)) for job in jobs)
+        lines = [SUBMIT.format(folders=folders, kept="|".join(OF_CONTROLLER)).strip()]
         names = {job.name: f"job_{job.name}" for job in jobs}
         for job in jobs:
             after = "".join(f":${{{names[name]}}}" for name in job.after if name in names)
             dependency = f" --dependency=afterok{after}" if after else ""
-            lines.append(f"{names[job.name]}=$(sbatch --requeue --parsable{dependency} {job.name}.sh)")
+            lines.append(f"{names[job.name]}=$(submit{dependency} {job.name}.sh)")
         return {"submit.sh": "\n".join([*lines, ""])}
 
     def submit(self, job: Job, after: Sequence[str]) -> str:
         """Write the batch script to the run's folder and submit it."""
-        ((name, script),) = self.render(job).items()
-        path = job.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as unfinished:
-            unfinished.write_text(script, encoding="utf-8")
+        (path,) = self.write(job, job.folder)
         in_vain(job).unlink(missing_ok=True)  # of an earlier job, whose cause may be gone
         dependency = [f"--dependency=afterok:{':'.join(after)}"] if after else []
-        command = ["sbatch", "--requeue", "--parsable", *dependency, str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise self._refused(job, done.stderr)
-        return done.stdout.strip().partition(";")[0]  # on federated clusters the cluster's name follows
+        done = _sbatch("--requeue", "--parsable", *dependency, str(path))
+        identity = job_id(done.stdout)
+        if done.returncode or not identity:
+            raise self._refused(job, done.stderr or done.stdout)
+        return identity
 
     def states(self, ids: Sequence[str]) -> Mapping[str, JobState]:
         """Return what `squeue` says, and for ended jobs the controller's or the accounting's last word."""
         asked = subprocess.run(
-            ["squeue", "--noheader", f"--jobs={','.join(ids)}", "--format=%i|%T|%r|%N"],
+            ["squeue", "--noheader", f"--jobs={','.join(ids)}", "--format=%i|%T|%r|%P|%N"],
             capture_output=True,
             text=True,
             check=False,
@@ -212,11 +226,12 @@ class SlurmScheduler(Cluster):
             return {identity: JobState(Phase.WAITING, last_line(asked.stderr)) for identity in ids}
         found = {}
         for line in asked.stdout.splitlines():
-            identity, state, reason, nodes = line.split("|")
-            phase = _STATES.get(state, Phase.RUNNING)
-            waits = reason.replace("None", "")
-            found[identity] = JobState(phase, waits if phase is Phase.WAITING else f"on {nodes}")
-        return {identity: found.get(identity) or JobState(Phase.ENDED, ending(identity)) for identity in ids}
+            identity, state, reason, partition, nodes = line.split("|")
+            is_waiting = state in _WAITING
+            found[identity] = (
+                waiting(identity, reason, partition) if is_waiting else JobState(Phase.RUNNING, f"on {nodes}")
+            )
+        return {identity: found.get(identity) or _ended(identity) for identity in ids}
 
     def cancel(self, ids: Sequence[str]) -> None:
         """Cancel jobs with `scancel`."""
@@ -227,8 +242,8 @@ class SlurmScheduler(Cluster):
         return f"scancel {identity}"
 
     def logs(self, job: Job, identity: str) -> Sequence[Path]:
-        """Return the logs of all starts of the ranks; that of the batch script lies beside them."""
-        return sorted(job.folder.glob(f"log*_{identity}_*.out"))
+        """Return the logs of all starts of the ranks, and that of the batch script, where Slurm says why it ended."""
+        return [*sorted(job.folder.glob(f"log*_{identity}_*.out")), *job.folder.glob(f"sbatch_*_{identity}.out")]
 
     def resources(self, job: Job) -> dict[str, str]:
         """Return what a job asks for."""
@@ -238,9 +253,9 @@ class SlurmScheduler(Cluster):
         return {name: str(value) for name, value in asked.items() if value is not None}
 
     def _refused(self, job: Job, text: str) -> UpcycleError:
-        """Return the error of a job that Slurm does not take, with the closest partition if that is the reason."""
-        partition, hint = self.settings_for(job.name).partition, ""
-        if partition and "partition" in text:
+        """Return the error of a job that Slurm does not take, with what is wrong in the settings if Slurm says it."""
+        partition, hint = self.settings_for(job.name).partition, refusal_hint(text)
+        if partition and "invalid partition" in text.lower():
             listed = subprocess.run(
                 ["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True, check=False
             )

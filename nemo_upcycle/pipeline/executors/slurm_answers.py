@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ from nemo_upcycle.pipeline.executors.base import UnreachableError
 
 #: In what a command says when the controller did not answer it.
 NO_ANSWER = ("Unable to contact", "timed out")
+#: Variables of Slurm's that say which controller to ask; all others describe an allocation.
+OF_CONTROLLER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 
 
 def cluster_name() -> str:
@@ -32,6 +35,44 @@ def last_line(text: str) -> str:
     """Return the line of an error that has the reason."""
     lines = text.strip().splitlines() or ["no reason given"]
     return lines[-1].removeprefix("sbatch: error: ").removeprefix("allocation failure: ")
+
+
+def environment() -> dict[str, str]:
+    """Return this process's variables without those of an allocation that it runs in."""
+    is_inside = "SLURM_JOB_ID" in os.environ
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not is_inside or not name.startswith("SLURM_") or name in OF_CONTROLLER
+    }
+
+
+def job_id(text: str) -> str | None:
+    """Return the id of a submitted job from what `sbatch --parsable` printed; a site's own words may stand around it.
+
+    Example:
+        >>> job_id("4711;alps")  # on federated clusters the cluster's name follows
+        '4711'
+    """
+    found = re.findall(r"^(\d+)(?:;.*)?$", text.strip(), re.MULTILINE)
+    return found[-1] if found else None
+
+
+def refusal_hint(text: str) -> str:
+    """Return a sentence on what to change, where it is no single setting that `sbatch` names.
+
+    Example:
+        >>> refusal_hint("Invalid account or account/partition combination specified")
+        ' `sacctmgr show associations user=$USER` lists what run.executor.account may be, and its partitions.'
+    """
+    if "Invalid account" in text:
+        return " `sacctmgr show associations user=$USER` lists what run.executor.account may be, and its partitions."
+    if "policy" in text or "SubmitJob" in text:
+        limits = "`sacctmgr show qos` and `sacctmgr show associations user=$USER` have the limits"
+        return (
+            f" {limits}. Fix: if it is that of the jobs in the queue, submit fewer stages at once with --until STAGE."
+        )
+    return ""
 
 
 def ending(identity: str) -> str:

@@ -18,22 +18,16 @@ _STEP = r"""{ awk 1 "$stage"/checkpoints/latest_checkpointed_iteration.txt 2>/de
     } | sort -n | tail -n 1"""
 #: How far the data stage is: datatrove leaves a file for each finished task.
 _TASKS = "find \"$stage\" -path '*/completions/*' -type f 2>/dev/null | wc -l"
-#: The batch shell outlives the ranks, which are told to stop before the time limit, and decides. Exit codes cannot
-#: tell: of several ranks srun reports one. A job that was cancelled is not RUNNING any more; one that was preempted in
-#: a partition that requeues is requeued by Slurm when it ends, and would be a second time.
+#: In place of NeMo-Run's `set -evx`, which prints every line of the script and hides why it failed. Slurm hands
+#: SBATCH_EXPORT=NONE on to every srun by this variable, and no rank would have even a PATH.
+PROLOGUE = "unset SLURM_EXPORT_ENV"
+#: The batch shell outlives the ranks, which are told to stop before the time limit, and decides by the stage's marker.
+#: Exit codes cannot tell: of several ranks srun reports one, and one may crash when its work is done.
 _DECIDE = r"""
 stage={folder}
-progress() {{
-    {progress}
-}}
-persist() {{  # the controller may be busy, or fail over
-    for _ in $(seq 20); do "$@" && return; sleep 15; done
-    return 1
-}}
 rm -f "$stage/{ended}"  # of an earlier start
-at_start=$(progress)
 touch {job}/started
-finish() {{
+{before}finish() {{
     status=$?
     set +e
     trap - EXIT
@@ -45,7 +39,24 @@ finish() {{
     if [ "$(cat "$stage/{ended}" 2>/dev/null)" = {failed} ]; then
         exit 2
     fi
-    case "$(persist scontrol --oneliner show job "$SLURM_JOB_ID")" in
+{again}    exit 1
+}}
+trap finish EXIT
+trap : TERM
+"""
+#: Of a stage that goes on where it stopped, before it starts and when it has ended without a marker. A job that was
+#: cancelled is not RUNNING any more; one that was preempted in a partition that requeues is requeued by Slurm when it
+#: ends, and would be a second time.
+_BEFORE = r"""progress() {{
+    {progress}
+}}
+persist() {{  # the controller may be busy, or fail over
+    for _ in $(seq 20); do "$@" && return; sleep 15; done
+    return 1
+}}
+at_start=$(progress)
+"""
+_AGAIN = r"""    case "$(persist scontrol --oneliner show job "$SLURM_JOB_ID")" in
     *JobState=RUNNING*PreemptTime=2*)
         scontrol --oneliner show partition "$SLURM_JOB_PARTITION" | grep -q PreemptMode=REQUEUE && exit 1 ;;
     *JobState=RUNNING*) ;;
@@ -62,10 +73,23 @@ finish() {{
     fi
     echo "[{name}] stopped; kept {unit} ${{kept:-none}}; to be requeued and to go on from there"
     persist scontrol requeue "$SLURM_JOB_ID" && sleep 60
-    exit 1
+"""
+
+#: A script that submits jobs by hand, as `SlurmScheduler.submit` does.
+SUBMIT = """
+#!/bin/bash
+# Submits the jobs of this folder; each waits for those that it needs.
+set -euo pipefail
+if [ -n "${{SLURM_JOB_ID:-}}" ]; then  # a new job is no part of the allocation that this runs in
+    for name in "${{!SLURM_@}}"; do
+        case $name in {kept}) ;; *) unset "$name" ;; esac
+    done
+fi
+cd "$(dirname "$0")"
+mkdir -p {folders}
+submit() {{
+    sbatch --requeue --parsable "$@" | sed -nE 's/^([0-9]+)(;.*)?$/\\1/p' | tail -n 1 | grep .
 }}
-trap finish EXIT
-trap : TERM
 """
 
 
@@ -75,28 +99,27 @@ def in_vain(job: Job) -> Path:
 
 
 def setup_lines(job: Job) -> list[str]:
-    """Return the lines of the batch script that come before a stage.
+    """Return the lines of the batch script that come before a stage, and decide what follows its end.
 
     Args:
-        job: the stage; of one that is resumable, the lines also decide what follows its end.
+        job: the stage; one that is resumable is requeued while it gets further.
 
     Example:
         >>> from pathlib import Path
-        >>> setup_lines(Job("import", Path("/shared/run"), ("true",)))
-        ['set +vx', 'mkdir -p /shared/run/jobs/import/code']
+        >>> setup_lines(Job("import", Path("/shared/run"), ("true",)))[0]
+        'mkdir -p /shared/run/jobs/import/code'
     """
-    lines = ["set +vx", f"mkdir -p {shlex.quote(str(job.folder / 'code'))}"]  # where NeMo-Run lets the ranks start
-    if job.is_resumable:
-        text = _DECIDE.format(
-            progress=_STEP if job.is_training else _TASKS,
-            unit="step" if job.is_training else "tasks:",
-            folder=shlex.quote(str(job.run_dir / job.name)),
-            job=shlex.quote(str(job.folder)),
-            in_vain=shlex.quote(str(in_vain(job))),
-            name=job.name,
-            marker=MARKER,
-            ended=ENDED,
-            failed=FAILED,
-        )
-        lines.append(text.strip())
-    return lines
+    names = {
+        "progress": _STEP if job.is_training else _TASKS,
+        "unit": "step" if job.is_training else "tasks:",
+        "folder": shlex.quote(str(job.run_dir / job.name)),
+        "job": shlex.quote(str(job.folder)),
+        "in_vain": shlex.quote(str(in_vain(job))),
+        "name": job.name,
+        "marker": MARKER,
+        "ended": ENDED,
+        "failed": FAILED,
+    }
+    before, again = (text.format(**names) if job.is_resumable else "" for text in (_BEFORE, _AGAIN))
+    code = shlex.quote(str(job.folder / "code"))  # where NeMo-Run lets the ranks start
+    return [f"mkdir -p {code}", _DECIDE.format(**names, before=before, again=again).strip()]

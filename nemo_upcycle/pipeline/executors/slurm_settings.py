@@ -31,6 +31,7 @@ class StagedSlurmExecutor(run.SlurmExecutor):
         card: of a GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun.
         price_per_gpu_hour: for --dryrun; None: not known.
         shared_dir: whether nodes see `dir`, `dense` and `data` although their file system looks like one machine's.
+        python: the interpreter of the stages; None: `python` of the container, or this one without a container.
         packager: what is sent along: nothing, the package is installed on the nodes.
         origins: by field, where its value was set, for people.
     """
@@ -42,6 +43,7 @@ class StagedSlurmExecutor(run.SlurmExecutor):
     card: str = "h100"
     price_per_gpu_hour: Optional[float] = None  # noqa: UP045 - NeMo-Run cannot parse `float | None`
     shared_dir: bool = False
+    python: Optional[str] = None  # noqa: UP045
     origins: dict[str, str] = field(default_factory=dict)
 
 
@@ -76,11 +78,56 @@ def require_plain(path: Path, *, in_container: bool) -> None:
         )
 
 
+#: Fields of NeMo-Run's executor that one job a stage, of one process a rank, cannot have: what to do instead.
+_UNSUPPORTED = {
+    "array": "omit it: a stage is one job",
+    "heterogeneous": "omit it: all nodes of a stage are alike; set what differs between stages in `stages`",
+    "launcher": "omit it: srun starts every rank; hang_detection=true starts them under ft_launcher",
+}
+_VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+
+
+def require_supported(mine: run.SlurmExecutor, job: Job) -> None:
+    """Check what a stage's settings ask for against what its batch script can do.
+
+    Args:
+        mine: the executor with the settings of the stage.
+        job: of the stage.
+
+    Raises:
+        UpcycleError: a setting would be ignored, or would fail on the nodes.
+    """
+    for name, fix in _UNSUPPORTED.items():
+        if value := getattr(mine, name, None):
+            raise UpcycleError(f"run.executor.{name}", got=value, expected="nothing", fix=fix)
+    for name in mine.env_vars:
+        if not _VARIABLE.fullmatch(str(name)):
+            raise UpcycleError(
+                f"run.executor.env_vars: variable '{name}'",
+                got="a name that no shell exports",
+                expected="letters, digits and _, no digit first",
+                fix=f"rename it, as {re.sub(r'[^A-Za-z0-9_]', '_', str(name))}",
+            )
+    if job.is_training and mine.gpus_per_node is not None and mine.gpus_per_node < job.ranks_per_node:
+        raise UpcycleError(
+            f"run.executor.stages.{job.name}.gpus_per_node",
+            got=f"{mine.gpus_per_node}, for {job.ranks_per_node} ranks on each node",
+            expected=f"a GPU for each rank ({job.ranks_per_node})",
+            fix=f"raise it, or set {job.name}.trainer.devices={mine.gpus_per_node} and more trainer.num_nodes",
+        )
+
+
 def missing_mounts(job: Job, mounts: Sequence[str]) -> list[str]:
     """Return mounts, under their own path, of what a stage reads and writes and no mount of the user's holds."""
-    inside = [mount.split(":")[1] if ":" in mount else mount for mount in mounts]
     missing: list[str] = []
     for path in (job.run_dir, *job.reads):
-        if not any(path.is_relative_to(folder) for folder in [*inside, *missing]):
-            missing.append(str(path))
-    return [f"{path}:{path}" for path in missing]
+        if not any(_holds(mount, path) for mount in [*mounts, *missing]):
+            missing.append(f"{path}:{path}")
+    return missing
+
+
+def _holds(mount: str, path: Path) -> bool:
+    """Return whether a mount, `HOST:CONTAINER`, shows in the container under a path what lies there on the host."""
+    host, _, rest = mount.partition(":")
+    inside = Path(rest.partition(":")[0] or host)
+    return path.is_relative_to(inside) and (Path(host) / path.relative_to(inside)).resolve() == path.resolve()

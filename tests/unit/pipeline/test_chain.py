@@ -190,6 +190,61 @@ def test_job_of_other_settings_is_watched_with_a_word(tmp_path: Path, capfd: pyt
     chain.cluster.cancel([a, b])
 
 
+class HoldsBack(Processes):
+    """As Slurm: takes all jobs at once, and gives up what waits for one that it holds to have failed."""
+
+    holds_back = True
+
+    def __init__(self, given_up: Phase) -> None:
+        super().__init__()
+        self.waits: dict[str, tuple[Job, Sequence[str]]] = {}
+        self.given_up = given_up
+
+    def submit(self, job: Job, after: Sequence[str]) -> str:
+        if not after:
+            return super().submit(job, after)
+        self.waits[f"{job.name}-{len(self.waits)}"] = job, after
+        return list(self.waits)[-1]
+
+    def _state(self, identity: str) -> JobState:
+        if identity in self.processes:
+            return super()._state(identity)
+        statuses = [self.processes[name].poll() if name in self.processes else 1 for name in self.waits[identity][1]]
+        if None in statuses:
+            return JobState(Phase.WAITING, "Dependency")
+        assert any(statuses), "another fake is needed where jobs end with status 0"
+        return JobState(Phase.ENDED, "given up", is_orphaned=True, is_abandoned=self.given_up is Phase.WAITING)
+
+    def cancel(self, ids: Sequence[str]) -> None:
+        super().cancel([name for name in ids if name in self.processes])
+
+    def logs(self, job: Job, identity: str) -> Sequence[Path]:
+        return [job.folder / "log.txt", job.folder / "sbatch.txt"]
+
+
+@pytest.mark.parametrize("given_up", [Phase.WAITING, Phase.ENDED])
+def test_job_given_up_for_a_stage_that_is_done_is_submitted_again(tmp_path: Path, given_up: Phase) -> None:
+    commands = {"a": "touch a; exit 1", "b": "touch b; exit 139", "c": "touch c"}
+    chain = chain_of(tmp_path, commands, {"b": ("a",), "c": ("a", "b")}, HoldsBack(given_up))
+    chain.submit()
+    with StopSignals() as stop:
+        assert chain.watch(stop)
+
+
+@pytest.mark.parametrize("given_up", [Phase.WAITING, Phase.ENDED])
+def test_message_is_of_the_stage_that_failed_with_its_last_words(tmp_path: Path, given_up: Phase) -> None:
+    said = "for n in $(seq 50); do echo line $n; done; echo out of memory >&2"
+    commands = {"a": f"{said}; echo slurmstepd: killed > jobs/a/sbatch.txt; exit 1", "b": "touch b", "c": "touch c"}
+    chain = chain_of(tmp_path, commands, {"b": ("a",), "c": ("b",)}, HoldsBack(given_up))
+    chain.submit()
+    with StopSignals() as stop, pytest.raises(UnfinishedError, match="Stage 'a'") as caught:
+        chain.watch(stop)
+    text = str(caught.value)
+    assert "log.txt: out of memory" in text
+    assert "sbatch.txt: slurmstepd: killed" in text
+    assert "line 1\n" not in text
+
+
 class Clock(SimpleNamespace):
     """Stands for the module `time`; waiting takes none."""
 

@@ -93,7 +93,11 @@ def test_what_a_site_must_fill_in_is_named(missing: str) -> None:
             "executor: slurm\ncontainer_mounts: [/a: /a]",
             r"container_mounts: got \[\{'/a': '/a'\}\] .* expected a list",
         ),
-        ("executor: slurm\nenv_vars: {A: }", "run.executor.env_vars: got {'A': None} .* expected a mapping"),
+        ("executor: slurm\nenv_vars: {A: }", 'run.executor.env_vars: variable A: got null .* Fix: write A: ""'),
+        ("executor: slurm\nenv_vars: {A: true}", 'variable A: got true without quotes .* Fix: write A: "true"'),
+        ("executor: slurm\nenv_vars: {HF_TOKEN: [hf_abc]}", r"variable HF_TOKEN: got \*\*\* "),
+        ("executor: slurm\nenv_vars: HF_TOKEN=hf_abc", r"env_vars: got 'HF_TOKEN=\*\*\*"),
+        ("executor: slurm\ntime: 10", r'time: got 10 \(.*mine.yaml\), .* Fix: put it in quotes: "00:10:00"'),
         ("executor: kubernetes\nstages: {pretrain: {cpus: 1.5}}", "run.executor.stages.pretrain.cpus: got 1.5 "),
         ("executor: slurm\nstages: [pretrain]", "stages of the executor .* expected a mapping of stages"),
     ],
@@ -217,6 +221,21 @@ def test_a_batch_script_requeues_while_the_step_advances(
     assert not (status == 0 and in_vain_file.exists())
 
 
+@pytest.mark.parametrize(
+    ("ranks", "status"),
+    [
+        ("touch {0}/import/_SUCCESS.json; exit 139", 0),
+        ("echo failed > {0}/import/_ENDED; exit 2", 2),
+        ("exit 139", 1),
+    ],
+)
+def test_every_batch_script_ends_by_its_stages_marker(tmp_path: Path, ranks: str, status: int) -> None:
+    (tmp_path / "import").mkdir()
+    done = decide(Job("import", tmp_path, ("true",)), ranks.format(tmp_path))
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "requeue" not in done.stdout
+
+
 @pytest.mark.parametrize(("tasks", "requeued"), [(3, True), (2, False)])
 def test_a_batch_script_requeues_the_data_stage_while_tasks_get_finished(
     tmp_path: Path, tasks: int, requeued: bool
@@ -268,4 +287,9 @@ def test_rendered_jobs_come_with_a_script_that_submits_them(tmp_path: Path) -> N
         ["bash", tmp_path / "submit.sh"], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stderr == "--requeue --parsable import.sh\n--requeue --parsable --dependency=afterok:10 data.sh\n"
+    write_commands(commands, sbatch='echo "Welcome to alps"; echo "7;alps"; echo "$*" >&2')
+    done = subprocess.run(
+        ["bash", tmp_path / "submit.sh"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "--dependency=afterok:7 data.sh\n" in done.stderr
     assert (tmp_path / "jobs/data").is_dir()

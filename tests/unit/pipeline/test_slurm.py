@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.commands import render_jobs
 from nemo_upcycle.pipeline.executors import slurm
-from nemo_upcycle.pipeline.executors.base import Job, UnreachableError
+from nemo_upcycle.pipeline.executors.base import Job, Phase, UnreachableError
 from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
 from nemo_upcycle.pipeline.executors.slurm_script import in_vain
+from nemo_upcycle.pipeline.executors.slurm_settings import missing_mounts
 from nemo_upcycle.pipeline.jobs import jobs_of
 from nemo_upcycle.pipeline.plan import RunPlan
 from nemo_upcycle.pipeline.stages import BY_NAME
@@ -140,3 +142,161 @@ def test_stages_in_containers_keep_models_of_the_hub_in_the_run() -> None:
     own = script("container_image=nemo", "env_vars={'HF_HOME': '/shared/hf'}")
     assert "HF_HUB_CACHE" not in own
     assert 'export HF_HOME="/shared/hf"\n' in own
+
+
+def test_image_does_not_win_over_what_the_job_sets() -> None:
+    def script(*words: str) -> str:
+        return SlurmScheduler(built(*SITE[:2], *words)).render(data())["data.sh"]
+
+    named = script("container_image=nemo", "env_vars={'B': '1'}", "container_env=[A]")
+    assert " --container-env A,HF_HUB_CACHE,B " in named
+    assert "container-env" not in script("container_image=null", "env_vars={'B': '1'}")
+
+
+def test_interpreter_of_a_container_can_be_named_for_all_stages_or_one() -> None:
+    words = [*SITE[:2], "container_image=nemo", "python=/opt/venv/bin/python", "stages.data.python=python3"]
+    cluster = SlurmScheduler(built(*words, "stages.pretrain.hang_detection=true"))
+    assert " python3 -m nemo_upcycle.pipeline data " in cluster.render(data())["data.sh"]
+    assert cluster.render(training())["pretrain.sh"].count(" /opt/venv/bin/python -m ") == 2  # of ft_launcher, too
+
+
+def test_batch_script_hands_its_variables_on_and_prints_none_of_itself() -> None:
+    script = SlurmScheduler(built(*SITE)).render(data())["data.sh"]
+    assert script.index("\nunset SLURM_EXPORT_ENV\n") < script.index("srun ")
+    assert "set -evx" not in script
+
+
+def test_job_submitted_from_within_an_allocation_is_no_part_of_it(
+    commands: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_commands(commands, sbatch=f"env > {tmp_path}/env; echo 7")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm/mine.conf")
+    monkeypatch.setenv("SLURM_MEM_PER_CPU", "100")
+
+    def seen() -> list[str]:
+        SlurmScheduler(built(*SITE)).submit(data(tmp_path), [])
+        return sorted(line for line in (tmp_path / "env").read_text().splitlines() if line.startswith("SLURM_"))
+
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert "SLURM_MEM_PER_CPU=100" in seen()  # of the user's own profile
+    monkeypatch.setenv("SLURM_JOB_ID", "3")
+    assert seen() == ["SLURM_CONF=/etc/slurm/mine.conf"]
+
+
+@pytest.mark.parametrize(
+    ("printed", "identity"),
+    [("7", "7"), ("7;alps", "7"), ("Welcome to alps\nMaintenance on 24.12.\n4711;alps", "4711"), ("8\nbye", "8")],
+)
+def test_words_of_a_site_around_a_job_id_are_not_taken_for_it(
+    commands: Path, tmp_path: Path, printed: str, identity: str
+) -> None:
+    write_commands(commands, sbatch=f"cat <<'E'\n{printed}\nE")
+    assert SlurmScheduler(built(*SITE)).submit(data(tmp_path), []) == identity
+
+
+@pytest.mark.parametrize(
+    ("answer", "hint", "no_hint"),
+    [
+        ("invalid partition specified: h100", "Partitions: node1, node2", "account"),
+        ("Invalid account or account/partition combination specified", "run.executor.account", "Partitions:"),
+        ("QOSMaxSubmitJobPerUserLimit", "--until", "Partitions:"),
+        ("Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)", "--until", "Part"),
+    ],
+)
+def test_refusal_names_the_setting_that_it_is_about(
+    commands: Path, tmp_path: Path, answer: str, hint: str, no_hint: str
+) -> None:
+    write_commands(commands, sbatch=f'echo "sbatch: error: {answer}" >&2; exit 1')
+    with pytest.raises(UpcycleError, match=hint) as caught:
+        SlurmScheduler(built(*SITE)).submit(data(tmp_path), [])
+    assert no_hint not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [
+        ("stages.pretrain.gpus_per_node=4", "gpus_per_node"),
+        ("array=0-3", "array"),
+        ("heterogeneous=true", "heterogeneous"),
+        ("launcher=torchrun", "launcher"),
+        ("env_vars={'A-B': 'x'}", "'A-B'"),
+    ],
+)
+def test_setting_that_cannot_work_is_refused_by_name(word: str, name: str) -> None:
+    with pytest.raises(UpcycleError, match=name):
+        SlurmScheduler(built(*SITE, word)).render(training())
+
+
+def test_fewer_ranks_than_gpus_are_taken() -> None:
+    assert SlurmScheduler(built(*SITE, "stages.pretrain.gpus_per_node=16")).render(training())
+
+
+@pytest.mark.parametrize(("mount", "holds"), [("/scratch/lustre:/lustre", False), ("/lustre:/lustre", True)])
+def test_mount_of_another_folder_does_not_hold_the_run(mount: str, holds: bool) -> None:
+    cluster = SlurmScheduler(built(*SITE[:2], "container_image=nemo", f"container_mounts=['{mount}']"))
+    assert (f"{mount},/lustre/run:/lustre/run," in cluster.render(data(Path("/lustre/run")))["data.sh"]) is not holds
+
+
+def test_mount_of_the_same_folder_under_another_name_holds_the_run(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "lustre").symlink_to(tmp_path / "scratch")
+    assert missing_mounts(data(tmp_path / "lustre/run"), [f"{tmp_path}/scratch:{tmp_path}/lustre:ro"]) == []
+
+
+@pytest.mark.parametrize(
+    ("reason", "phase", "fix"),
+    [
+        ("Priority", Phase.WAITING, "Priority"),
+        ("Resources", Phase.WAITING, "Resources"),
+        ("QOSGrpNodeLimit", Phase.WAITING, "QOSGrpNodeLimit"),
+        ("JobHeldUser", Phase.WAITING, "scontrol release 7"),
+        ("JobHeldAdmin", Phase.WAITING, "scontrol release 7"),
+        ("launch failed requeued held", Phase.WAITING, "scontrol release 7"),
+        ("PartitionDown", Phase.WAITING, "partition"),
+        ("ReqNodeNotAvail, UnavailableNodes:n[1-8]", Phase.WAITING, "sinfo -R"),
+        ("QOSMaxJobsPerUserLimit", Phase.WAITING, "have ended"),
+        ("MaxNodePerAccount", Phase.WAITING, "have ended"),
+        ("AssocMaxJobsLimit", Phase.WAITING, "have ended"),
+        ("PartitionTimeLimit", Phase.ENDED, "lower `time`"),
+        ("QOSMaxWallDurationPerJobLimit", Phase.ENDED, "lower `time`"),
+        ("PartitionNodeLimit", Phase.ENDED, "fewer nodes"),
+        ("AssocMaxNodePerJobLimit", Phase.ENDED, "qos"),
+        ("QOSMaxGRESPerJob", Phase.ENDED, "qos"),
+        ("BadConstraints", Phase.ENDED, "constraint"),
+        ("InvalidAccount", Phase.ENDED, "account"),
+        ("DependencyNeverSatisfied", Phase.ENDED, "DependencyNeverSatisfied"),
+    ],
+)
+def test_reason_that_does_not_pass_is_named_with_a_fix(commands: Path, reason: str, phase: Phase, fix: str) -> None:
+    write_commands(commands, squeue=f"echo '7|PENDING|{reason}|h100|'")
+    state = SlurmScheduler(built(*SITE)).states(["7"])["7"]
+    assert (state.phase, state.is_abandoned) == (phase, phase is Phase.ENDED)
+    assert fix in state.reason
+
+
+def test_reason_of_one_of_several_partitions_ends_nothing(commands: Path) -> None:
+    write_commands(commands, squeue="echo '7|PENDING|PartitionTimeLimit|short,long|'")
+    assert SlurmScheduler(built(*SITE)).states(["7"])["7"].phase is Phase.WAITING
+
+
+SECRET = "env_vars={HF_TOKEN: hf_abc, HF_HOME: /hf}"
+
+
+def test_script_with_a_secret_is_its_owners_alone_and_is_shown_without_it(tmp_path: Path) -> None:
+    own = ["stages.data.env_vars={WANDB_API_KEY: 'a \"b'}", "stages.data.setup_lines=export X_PASSWORD='c d'; true"]
+    for words, secrets in (([], ()), ([SECRET], ("hf_abc",)), (own, ('a \\"b', "c d"))):
+        cluster = SlurmScheduler(built(*SITE, *words))
+        cluster.submit(data(tmp_path), [])
+        script = tmp_path / "jobs/data/data.sh"
+        assert all(secret in script.read_text() for secret in secrets)
+        assert (script.stat().st_mode & 0o077 == 0) is bool(secrets)
+        shown = cluster.masked().render(data(tmp_path))["data.sh"]
+        assert not any(secret in shown for secret in secrets)
+    assert 'export HF_HOME="/hf"' in SlurmScheduler(built(*SITE, SECRET)).masked().render(data())["data.sh"]
+
+
+def test_rendered_files_with_a_secret_are_their_owners_alone(tmp_path: Path) -> None:
+    plan = RunPlan("tiny", "asset://smollm2-135m", "sotu", "demo", "", None)
+    render_jobs([data(tmp_path)], SlurmScheduler(built(*SITE, SECRET)), plan, tmp_path / "rendered")
+    assert (tmp_path / "rendered/data.sh").stat().st_mode & 0o077 == 0
+    assert (tmp_path / "rendered/submit.sh").stat().st_mode & 0o044

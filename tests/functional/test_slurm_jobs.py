@@ -1,0 +1,146 @@
+"""Jobs of a real Slurm whose ranks are shell commands: what reaches them, and what follows from how they end.
+
+scripts/slurm_cluster.sh start && python -m pytest tests/functional/test_slurm_jobs.py   (`make test-slurm` does both)
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.errors import UnfinishedError
+from nemo_upcycle.pipeline import chain as chain_module
+from nemo_upcycle.pipeline.chain import Chain
+from nemo_upcycle.pipeline.executors.base import Job
+from nemo_upcycle.pipeline.executors.local import StopSignals
+from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
+from nemo_upcycle.pipeline.executors.slurm_settings import StagedSlurmExecutor
+from nemo_upcycle.utils.files import MARKER
+from tests.functional.test_slurm import has_test_cluster
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not has_test_cluster(), reason="no Slurm: scripts/slurm_cluster.sh start"),
+]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chain_module, "POLL_S", 0.5)
+    monkeypatch.setattr(SlurmScheduler, "poll_s", 2.0)
+    monkeypatch.setattr(chain_module, "SETTLE_S", 5.0)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Iterator[Path]:
+    """A run's folder, whose jobs are gone at the end."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    yield folder
+    subprocess.run(["scancel", "--user=root"], check=False)
+
+
+def chain_of(run_dir: Path, commands: dict[str, str], **settings: object) -> Chain:
+    """Return a chain in which each stage needs the one before it; a stage is done when its marker is there."""
+    stages = settings.pop("stages", {})
+    executor = StagedSlurmExecutor(
+        account="root", partition="batch", mem="100", time="00:05:00", stages=stages, python="bash", **settings
+    )
+    names, jobs = list(commands), []
+    for number, (name, text) in enumerate(commands.items()):
+        (run_dir / name).mkdir(exist_ok=True)
+        after = tuple(names[max(0, number - 1) : number])
+        jobs.append(Job(name, run_dir, ("bash", "-c", text.format(done=f"touch {run_dir / name / MARKER}")), after))
+    return Chain(SlurmScheduler(executor), jobs, lambda name: (run_dir / name / MARKER).is_file(), run_dir)
+
+
+def finish(chain: Chain) -> None:
+    """Check the chain, submit it and watch it until it is done."""
+    chain.check()
+    chain.submit()
+    with StopSignals() as stop:
+        assert chain.watch(stop)
+
+
+def test_rank_that_crashes_after_its_marker_fails_nothing(run_dir: Path) -> None:
+    finish(chain_of(run_dir, {"import": "{done}; kill -SEGV $$", "data": "{done}; exit 139", "upcycle": "{done}"}))
+
+
+def test_stage_that_ends_within_kill_wait_fails_nothing(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    late = 'trap "{done}; exit 0" TERM; while :; do sleep 1; done'
+    commands = {"import": late, "data": "{done}", "upcycle": "{done}", "export": "{done}"}
+    finish(chain_of(run_dir, commands, stages={"import": {"time": "00:01:00"}}))
+    assert "DependencyNeverSatisfied" in capfd.readouterr().err
+
+
+def test_message_names_the_stage_that_failed_and_says_why(run_dir: Path) -> None:
+    commands = {"import": "{done}", "data": "echo no such blend >&2; exit 2", "upcycle": "{done}"}
+    with pytest.raises(UnfinishedError) as caught:
+        finish(chain_of(run_dir, commands))
+    assert "Stage 'data' did not finish" in str(caught.value)
+    assert "no such blend" in str(caught.value)
+
+
+def test_what_only_slurm_knows_of_an_end_is_in_the_message(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UnfinishedError) as caught:
+        finish(chain_of(run_dir, {"import": "sleep 600"}, stages={"import": {"time": "00:01:00"}}))
+    assert "DUE TO TIME LIMIT" in str(caught.value)
+    shown = capfd.readouterr().err
+    assert "DUE TO TIME LIMIT" in shown
+    assert "+ mkdir" not in shown  # the script itself is not
+
+
+@pytest.mark.parametrize("caller", [{"SBATCH_EXPORT": "NONE"}, {"SLURM_JOB_ID": "1", "SLURM_MEM_PER_CPU": "100"}])
+def test_variables_reach_the_ranks_whatever_the_callers_environment(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, caller: dict[str, str]
+) -> None:
+    for name, value in caller.items():
+        monkeypatch.setenv(name, value)
+    command = 'test "$MINE" = "a b" && hostname && {done}'
+    finish(chain_of(run_dir, {"import": command}, env_vars={"MINE": "a b"}))
+
+
+def test_jobs_start_from_within_an_allocation(run_dir: Path) -> None:
+    """`sbatch` inside `salloc --mem-per-cpu`, by the rendered script, too."""
+    chain = chain_of(run_dir, {"import": "{done}"})
+    rendered = run_dir / "rendered"
+    (job,) = chain.jobs
+    chain.cluster.write(job, rendered)
+    (rendered / "submit.sh").write_text(chain.cluster.render_chain(chain.jobs)["submit.sh"])
+    inside = ["salloc", "--mem-per-cpu=100", "--ntasks=1", "bash", str(rendered / "submit.sh")]
+    subprocess.run(inside, check=True, capture_output=True)
+    deadline_s = time.monotonic() + 120
+    while not chain.done():
+        assert time.monotonic() < deadline_s, [path.read_text() for path in job.folder.glob("*.out")]
+        time.sleep(0.5)
+
+
+def test_job_that_can_never_start_ends_the_chain_with_what_to_change(run_dir: Path) -> None:
+    set_partition = ["scontrol", "update", "PartitionName=low"]
+    subprocess.run([*set_partition, "MaxTime=1"], check=True)
+    try:
+        with pytest.raises(UnfinishedError) as caught:
+            finish(chain_of(run_dir, {"import": "{done}", "data": "{done}"}, stages={"data": {"partition": "low"}}))
+    finally:
+        subprocess.run([*set_partition, "MaxTime=INFINITE"], check=True)
+    assert "Stage 'data'" in str(caught.value)
+    assert "PartitionTimeLimit: lower `time`" in str(caught.value)
+
+
+def test_held_job_is_named_with_what_lets_it_go(run_dir: Path) -> None:
+    chain = chain_of(run_dir, {"import": "{done}"}, additional_parameters={"hold": True})
+    chain.submit()
+    (job,) = chain.ids.values()
+    deadline_s = time.monotonic() + 60
+    while "scontrol release" not in (state := chain.cluster.states([job])[job]).reason:
+        assert time.monotonic() < deadline_s, state
+        time.sleep(0.5)
+    assert state.reason.startswith("JobHeldUser")
+    subprocess.run(["scontrol", "release", job], check=True)
+    with StopSignals() as stop:
+        assert chain.watch(stop)
