@@ -12,6 +12,7 @@ import yaml
 from tests.functional.command import run_measured
 
 
+SECRET = "run.executor.env_vars={HF_TOKEN: hf_abc}"
 NEMO = str(Path(sys.executable).with_name("nemo"))
 CHAIN = ("upcycle", "pipeline", "--factory", "llama3_8b_e8t2")
 SLURM = ("run.executor=slurm", "run.executor.account=me")
@@ -32,7 +33,8 @@ def _run(folder: Path, *words: str) -> tuple[str, float]:
 
 
 def test_a_dry_run_says_what_has_to_be_known_and_writes_nothing(tmp_path: Path) -> None:
-    text, cpu_s = _run(tmp_path, f"dir={tmp_path}/run", "pretrain.trainer.max_steps=5000", *SLURM, "--dryrun")
+    words = (f"dir={tmp_path}/run", "pretrain.trainer.max_steps=5000", *SLURM, SECRET)
+    text, cpu_s = _run(tmp_path, *words, "--dryrun")
     _, start_cpu_s = run_measured([NEMO, *CHAIN, "dense=/nope"], tmp_path)  # imports NeMo, and ends; below 20 s
     assert cpu_s < 1.5 * start_cpu_s
     for words in (
@@ -45,6 +47,7 @@ def test_a_dry_run_says_what_has_to_be_known_and_writes_nothing(tmp_path: Path) 
         "Before it can be submitted: run.executor.partition: got nothing",
     ):
         assert words in text
+    assert "hf_abc" not in text
     assert max(map(len, text.partition("\n--- ")[0].splitlines())) < 120
     assert list(tmp_path.iterdir()) == []
 
@@ -52,12 +55,16 @@ def test_a_dry_run_says_what_has_to_be_known_and_writes_nothing(tmp_path: Path) 
 @pytest.mark.parametrize("site", SITES)
 def test_rendered_jobs_come_with_their_plan(tmp_path: Path, site: str) -> None:
     words = [word.replace("DIR", str(tmp_path)) for word in SITES[site]]
-    text, _ = _run(tmp_path, f"dir={tmp_path}/run", *words, "--render", "out", "--yes")
+    text, _ = _run(tmp_path, f"dir={tmp_path}/run", *words, SECRET, "--render", "out", "--yes")
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"pipeline.json"} < written
     assert len(written) == 10  # eight stages, what submits them, and the plan
     assert "copy out/pipeline.json there before you submit them" in text
     assert not (tmp_path / "run").exists()
+    assert "hf_abc" not in text
+    secret = [path for path in (tmp_path / "out").iterdir() if "hf_abc" in path.read_text()]
+    assert len(secret) >= 8
+    assert not any(path.stat().st_mode & 0o077 for path in secret)
     if "workflow.yaml" in written:
         workflow = yaml.safe_load((tmp_path / "out/workflow.yaml").read_text())
         assert len(workflow["spec"]["templates"]) == 9
