@@ -87,8 +87,11 @@ start() {
     mkdir -p /run/munge /var/log/munge /var/lib/munge /etc/munge "$etc" "$folder"/{log,state,spool}
     [ -f /etc/munge/munge.key ] || /usr/sbin/mungekey -c
     chown -R munge:munge /run/munge /var/log/munge /var/lib/munge /etc/munge
-    su -s /bin/sh munge -c "/usr/sbin/munged --force" || true # it may run already
-    wait_for munge --no-input
+    if ! munge --no-input >/dev/null 2>&1; then
+        su -s /bin/sh munge -c "/usr/sbin/munged --force"
+        wait_for munge --no-input
+        cp /run/munge/munged.pid "$folder/munged.pid"  # so that it is ended, as no other is
+    fi
     grep -q ' n1 n2$' /etc/hosts || echo "127.0.0.1 n1 n2" >>/etc/hosts
     cat >"$SLURM_CONF" <<C
 ClusterName=test

@@ -206,6 +206,8 @@ def take_lock(path: Path) -> AbstractContextManager[Any]:
 
     try:
         return FileLock(path, timeout=0, fallback_to_soft=False).acquire()
+    except NotImplementedError:  # of a filelock before 4, as images have
+        return nullcontext()
     except OSError as error:  # filelock's TimeoutError is one, too, without a number
         if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             return nullcontext()

@@ -290,3 +290,13 @@ def test_argo_gets_the_stages_and_their_order(definition: str, tmp_path: Path) -
         )
         schema.validate(manifest)
         assert len(f"{manifest['metadata']['name']}-worker-999") < 64
+
+
+def test_kept_manifest_with_a_secret_is_its_owners_alone(tmp_path: Path) -> None:
+    for number, variables in enumerate(({"HF_TOKEN": "hf_abc"}, {"HF_HOME": "/hf"}), 1):
+        scheduler, _ = _scheduler(tmp_path, "trainjob-2.3", env_vars=variables)
+        job = _job(tmp_path)
+        path = job.folder / f"{scheduler.submit(job)}.yaml"
+        assert next(iter(variables.values())) in path.read_text()
+        assert (path.stat().st_mode & 0o077 == 0) is (number == 1)
+        assert "hf_abc" not in "".join(scheduler.masked().render(job).values())

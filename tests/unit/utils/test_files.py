@@ -60,9 +60,14 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_file_system_without_locks_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSYS, "Function not implemented"), NotImplementedError("what filelock 3 makes of it")]
+)
+def test_a_file_system_without_locks_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def none(*_: int) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
+        raise error
 
     monkeypatch.setattr(fcntl, "flock", none)
     with output_folder(tmp_path / "out") as folder:
