@@ -22,8 +22,8 @@ JOBS = "jobs.json"
 #: Seconds between two looks at markers and logs, and that the marker of an ended job may take to be seen through a
 #: shared file system.
 POLL_S, SETTLE_S = 3.0, 30.0
-#: Of the logs of a job that failed, in its message: how many, and lines of each.
-LOGS_SHOWN, LINES_SHOWN = 2, 4
+#: Of the logs of a job that failed, in its message: how many, lines of each, and letters of a line.
+LOGS_SHOWN, LINES_SHOWN, LINE_LENGTH = 2, 4, 300
 
 
 def recorded_jobs(run_dir: Path) -> dict[str, Any] | None:
@@ -243,7 +243,8 @@ class Chain:
             with path.open("rb") as file:
                 file.seek(max(0, path.stat().st_size - 4096))
                 lines = file.read().decode(errors="replace").splitlines()
-            yield from ((path, line) for line in [line for line in lines if line.strip()][-LINES_SHOWN:])
+            said = [line.strip()[:LINE_LENGTH] for line in lines if line.strip()]
+            yield from ((path, line) for line in said[-LINES_SHOWN:])
 
     def _show_log(self, job: Job) -> None:
         """Print what a job has printed since the last look."""
