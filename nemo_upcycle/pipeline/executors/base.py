@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -189,24 +189,18 @@ class Cluster(ABC):
 
 def masked_executor(executor: Any) -> Any:
     """Return an executor with the secrets of its variables hidden, and of those that its stages set."""
-    if not dataclasses.is_dataclass(executor) or isinstance(executor, type):
-        return executor
-    hidden = _masked_settings(
-        {field.name: getattr(executor, field.name, None) for field in dataclasses.fields(executor)}
-    )
+    shown = copy.copy(executor)  # not made anew: an executor of others may ask its cluster
+    for name, value in _masked_settings(getattr(executor, "__dict__", {})).items():
+        setattr(shown, name, value)
     if table := getattr(executor, "stages", None):
-        hidden["stages"] = {stage: settings | _masked_settings(settings) for stage, settings in table.items()}
-    return dataclasses.replace(executor, **hidden)
+        shown.stages = {stage: settings | _masked_settings(settings) for stage, settings in table.items()}
+    return shown
 
 
 def _masked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return those settings that may hold secrets, with these hidden."""
-    hidden: dict[str, Any] = {}
-    if settings.get("env_vars"):
-        hidden["env_vars"] = masked(settings["env_vars"])
-    if settings.get("setup_lines"):
-        hidden["setup_lines"] = masked_text(settings["setup_lines"])
-    return hidden
+    masks: dict[str, Callable[[Any], Any]] = {"env_vars": masked, "setup_lines": masked_text}
+    return {name: mask(settings[name]) for name, mask in masks.items() if settings.get(name)}
 
 
 def hub_variables(job: Job, given: Mapping[str, Any]) -> dict[str, str]:
