@@ -32,7 +32,8 @@ touch {job}/started
     set +e
     trap - EXIT
     done_before() {{ [ $status -eq 0 ] && [ -e "$stage/{marker}" ] && [ ! -e "$stage/{ended}" ]; }}
-    if [ "$stage/{marker}" -nt {job}/started ] || done_before; then
+    done_now() {{ [ -e "$stage/{marker}" ] && [ ! {job}/started -nt "$stage/{marker}" ]; }}
+    if done_now || done_before; then
         rm -f {in_vain}
         exit 0
     fi
