@@ -12,7 +12,7 @@ from nemo_upcycle.errors import StageStopped
 from nemo_upcycle.pipeline.console import is_verbose
 from nemo_upcycle.pipeline.ranks import is_first_rank
 from nemo_upcycle.pipeline.recipes_io import load_recipe, model_config, place_recipe, ranks_of, settings, spec_of
-from nemo_upcycle.pipeline.trainings import Training, TrainingSettings, last_checkpoint
+from nemo_upcycle.pipeline.trainings import Profile, Training, TrainingSettings, last_checkpoint
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -54,6 +54,19 @@ class NeMoTraining(Training):
             steps="trainer.max_steps",
             free=_FREE,
             step0=("model.", "resume.restore_config.spec."),
+        )
+
+    def profile(self, dense: str) -> Profile:
+        """See `Training.profile`."""
+        from nemo_upcycle.pipeline.forecast.planned import precision_name
+
+        trainer, model = self.recipe.trainer, self.recipe.model.config
+        return Profile.of(
+            trainer.strategy,
+            model,
+            getattr(trainer.strategy, "ddp", None),
+            accelerator=getattr(trainer, "accelerator", "auto"),
+            precision=precision_name(self.recipe),
         )
 
     def seq_length(self, dense_folder: Path) -> int:

@@ -54,6 +54,69 @@ class TrainingSettings:
         return cls(fixed, int(float(values.get(steps, 0))), are(free), are(step0))
 
 
+@dataclass(frozen=True)
+class Profile:
+    """How a training uses its GPUs, in the words of `conf/performance.yaml`.
+
+    Args:
+        accelerator: what the recipe asks for: `gpu`, `cpu`, or `auto` for what is there.
+        tp: tensor parallelism.
+        cp: context parallelism.
+        pp: pipeline stages.
+        ep: expert parallelism.
+        precision: the planner's name of it: `bf16`, `fp8-current`.
+        dispatcher: of tokens to experts: `allgather`, `alltoall`, `deepep`, `hybridep`; `none` in a dense model.
+        overlaps_experts: whether other work hides the experts' communication (`overlap_moe_expert_parallel_comm`).
+        cuda_graphs: whether parts of a step are captured.
+        user_buffers: whether NCCL gets registered buffers (`nccl_ub`).
+    """
+
+    accelerator: str = "auto"
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    ep: int = 1
+    precision: str = "bf16"
+    dispatcher: str = "none"
+    overlaps_experts: bool = False
+    cuda_graphs: bool = False
+    user_buffers: bool = False
+
+    @classmethod
+    def of(cls, sizes: Any, model: Any, ddp: Any, *, accelerator: str, precision: str) -> Profile:
+        """Return the profile of Megatron's settings, built or as configurations of NeMo-Run.
+
+        Args:
+            sizes: has `tensor_model_parallel_size` and its siblings.
+            model: a `TransformerConfig`.
+            ddp: a `DistributedDataParallelConfig`, or anything without its fields.
+            accelerator: what the recipe asks for.
+            precision: the planner's name of it.
+        """
+
+        def size(name: str) -> int:
+            return getattr(sizes, f"{name}_model_parallel_size", None) or 1
+
+        def has(name: str, *off: Any) -> bool:
+            return getattr(model, name, None) not in (None, False, *off)
+
+        dispatcher = getattr(model, "moe_token_dispatcher_type", "allgather")
+        if dispatcher == "flex":
+            dispatcher = getattr(model, "moe_flex_dispatcher_backend", None) or "deepep"
+        return cls(
+            accelerator=accelerator,
+            tp=size("tensor"),
+            cp=getattr(sizes, "context_parallel_size", None) or 1,
+            pp=size("pipeline"),
+            ep=size("expert"),
+            precision=precision,
+            dispatcher=dispatcher if has("num_moe_experts") else "none",
+            overlaps_experts=has("overlap_moe_expert_parallel_comm"),
+            cuda_graphs=has("enable_cuda_graph") or has("external_cuda_graph") or has("cuda_graph_impl", "none"),
+            user_buffers=bool(getattr(ddp, "nccl_ub", False)),
+        )
+
+
 class Training(ABC):
     """What a stage asks of a training; one subclass a trainer, made from the text in a run's plan.
 
@@ -74,6 +137,14 @@ class Training(ABC):
     @abstractmethod
     def settings(self) -> TrainingSettings:
         """Return its settings, told apart by whether they may change in a run that has started."""
+
+    @abstractmethod
+    def profile(self, dense: str) -> Profile | None:
+        """Return how it uses its GPUs; None where that is not known before the parent is fetched.
+
+        Args:
+            dense: the parent's address.
+        """
 
     @abstractmethod
     def seq_length(self, dense_folder: Path) -> int:

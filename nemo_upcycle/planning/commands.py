@@ -24,6 +24,17 @@ BRIDGE_RECIPES = {
 BACKENDS = ("nemo", "bridge")
 
 
+def fp8_precision(recipe: str | None) -> str:
+    """Return the planner's name of an FP8 recipe of Megatron's, or one made of it where the planner knows none.
+
+    Example:
+        >>> fp8_precision("tensorwise"), fp8_precision("mxfp8")
+        ('fp8-current', 'fp8-mxfp8')
+    """
+    name = recipe or "delayed"
+    return {theirs: ours for ours, theirs in FP8_RECIPES.items()}.get(name, f"fp8-{name}")
+
+
 def _parallelism(layout: Layout, upcycled: bool) -> dict[str, Any]:
     """Return a layout in Megatron's settings, which are NeMo's and Bridge's."""
     settings: dict[str, Any] = {

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
+from nemo_upcycle.data.dense import cached_asset, tokenizer_folder
 from nemo_upcycle.errors import StageStopped, UpcycleError
 from nemo_upcycle.pipeline.console import is_verbose
 from nemo_upcycle.pipeline.ranks import is_first_rank
-from nemo_upcycle.pipeline.trainings import Training, TrainingSettings, last_checkpoint
+from nemo_upcycle.pipeline.trainings import Profile, Training, TrainingSettings, last_checkpoint
+from nemo_upcycle.planning.commands import fp8_precision
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.utils.files import is_complete
 
 
 #: What the result of a training does not depend on.
@@ -69,6 +73,26 @@ class BridgeTraining(Training):
             own | given, steps="train.train_iters", free=_FREE, step0=("recipe", "model.")
         )
 
+    def profile(self, dense: str) -> Profile | None:
+        """See `Training.profile`: Bridge's recipes are complete with their parent's configuration alone."""
+        from megatron.bridge.training.mixed_precision import get_mixed_precision_config
+
+        folder = parent_configuration(dense)
+        if folder is None:
+            return None
+        config = self.config(folder)
+        precision = get_mixed_precision_config(config.mixed_precision or "bf16_mixed")
+        is_fp8 = bool(precision.fp8)
+        found = Profile.of(
+            config.model,
+            config.model,
+            config.ddp,
+            accelerator="auto",  # of one GPU, or this package's backend without any
+            precision=fp8_precision(precision.fp8_recipe) if is_fp8 else "bf16",
+        )
+        overlap = getattr(config.comm_overlap, "overlap_moe_expert_parallel_comm", None)
+        return replace(found, overlaps_experts=found.overlaps_experts or bool(overlap))
+
     def config(self, dense_folder: Path) -> Any:
         """Return the configuration of the recipe, with the overrides; the same object every time."""
         return _config(self, dense_folder)
@@ -116,6 +140,23 @@ class BridgeTraining(Training):
         checkpoint = checkpoint or last_checkpoint(folder)
         copyfile(folder / CHECKPOINTS / RECEIPT, folder / RECEIPT)  # where the report looks for it
         return {"checkpoint": str(checkpoint)}
+
+
+@lru_cache
+def parent_configuration(dense: str) -> Path | None:
+    """Return a folder with a parent's configuration; None where it is not within reach. Asks a hub once.
+
+    Args:
+        dense: the parent's address.
+    """
+    scheme, _, name = dense.rpartition("://")
+    if scheme == "asset" and not is_complete(cached_asset(name)):
+        return None
+    try:
+        return tokenizer_folder(dense)
+    except UpcycleError as error:  # a name on the hub: `check_address` opened any folder
+        sys.stderr.write(f"Not checked against the dense parent: {error}\n")
+        return None
 
 
 @lru_cache
