@@ -16,7 +16,7 @@ import torch
 from nemo_upcycle.errors import StageStopped, UnfinishedError
 from nemo_upcycle.pipeline.checks import is_local
 from nemo_upcycle.pipeline.console import command_line, end_soon
-from nemo_upcycle.pipeline.executors import local
+from nemo_upcycle.pipeline.executors import local, performance
 from nemo_upcycle.pipeline.executors.base import Job
 from nemo_upcycle.pipeline.order import finished
 from nemo_upcycle.pipeline.plan import Plan, Stage
@@ -85,7 +85,7 @@ def run_here(job: Job, run_dir: Path, executor: Any, stop: local.StopSignals, at
         at_once: how many run; where it is not alone, the console is not its own.
     """
     ranks = job.ranks_per_node if job.is_training else None
-    variables = variables_for(at_once * (ranks or 1), executor)
+    variables = performance.variables(performance.settings_here(job)) | variables_for(at_once * (ranks or 1), executor)
     return local.run_ranks(job.command, ranks, variables, logs_of(run_dir, job), stop, is_quiet=at_once > 1)
 
 

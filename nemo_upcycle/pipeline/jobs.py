@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from nemo_upcycle.data.blend import read_blend
 from nemo_upcycle.data.inputs import folders_of
-from nemo_upcycle.pipeline.executors.base import Job
+from nemo_upcycle.pipeline.checks import is_local
+from nemo_upcycle.pipeline.executors.base import Cluster, Job
+from nemo_upcycle.pipeline.executors.performance import PerformanceSetting, settings_here
 from nemo_upcycle.pipeline.plan import Plan, Stage
 from nemo_upcycle.utils.conf import is_conf_file
 
@@ -25,21 +28,33 @@ def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: Plan, python: str = sy
     script = script_of(plan)
     read = [text for text in plan.inputs() if not is_conf_file(text)]  # of those the run's folder keeps copies
     named = [Path(text.removeprefix("hf://")) for text in (*read, *script)]
+    dense, *_ = plan.inputs()
     texts = folders_of(read_blend(plan.blend)) if plan.blend else []
     reads = tuple(dict.fromkeys(path for path in (*texts, *named) if path.is_absolute()))
     jobs = []
     for stage in stages:
-        nodes, ranks = ranks_for(stage, plan)
+        training = plan.training(stage.name) if stage.parallel else None
+        nodes, ranks = training.ranks if training else (1, 1)
+        profile = training.profile(dense) if training else None
         command = (python, "-m", "nemo_upcycle.pipeline", stage.name, str(run_dir), *script)
         kind = {"is_training": stage.parallel, "is_resumable": stage.resumable}
-        jobs.append(Job(stage.name, run_dir, command, stage.after, nodes, ranks, **kind, reads=reads))
+        jobs.append(Job(stage.name, run_dir, command, stage.after, nodes, ranks, **kind, reads=reads, profile=profile))
     return jobs
 
 
-def ranks_for(stage: Stage, plan: Plan) -> tuple[int, int]:
-    """Return the number of nodes and of ranks on each that a stage takes; its recipe says it."""
-    training = plan.training(stage.name) if stage.parallel else None
-    return training.ranks if training else (1, 1)
+def performance_of(
+    jobs: Iterable[Job], cluster: Cluster | None, executor: Any
+) -> dict[str, Sequence[PerformanceSetting]]:
+    """Return the performance settings of the trainings among jobs, by stage.
+
+    Args:
+        jobs: of a run.
+        cluster: where they run; None: this machine, or an executor of others, which is left as it is.
+        executor: the user's.
+    """
+    here = settings_here if is_local(executor) else lambda _: []
+    find = cluster.performance if cluster else here
+    return {job.name: find(job) for job in jobs if job.is_training}
 
 
 def script_of(plan: Plan) -> list[str]:

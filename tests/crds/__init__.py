@@ -51,6 +51,12 @@ def jobs_of(recipe: str, run_dir: Path) -> list[Job]:
     return jobs_of_chain(getattr(recipes, recipe).pipeline_recipe(dir=str(run_dir)), run_dir)
 
 
+_PREFERENCE = {
+    "weight": 1,
+    "preference": {"matchExpressions": [{"key": "rack", "operator": "In", "values": ["a"]}]},
+}
+
+
 def executor(definition: str, mount: Path, **fields: Any) -> KubernetesExecutor:
     """Return settings in which every field that a kind of job has is set."""
     kind = KINDS[definition]
@@ -58,6 +64,9 @@ def executor(definition: str, mount: Path, **fields: Any) -> KubernetesExecutor:
         "restarts": 3 if kind == "pytorchjob" else 0,
         "termination_grace_s": 0 if definition in ("trainjob-2.1", "trainjob-2.2") else 600,
         "active_deadline_s": 0 if definition == "trainjob-2.1" else 86400,
+        "security_context": {} if definition == "trainjob-2.1" else {"capabilities": {"add": ["IPC_LOCK"]}},
+        "priority_class": "high" if kind == "pytorchjob" else "",
+        "image_pull_policy": "Always" if kind == "pytorchjob" else "",
     }
     settings = {
         "namespace": "team",
@@ -73,11 +82,15 @@ def executor(definition: str, mount: Path, **fields: Any) -> KubernetesExecutor:
         "shared_memory_gib": 32,
         "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
         "node_selector": {"pool": "h100"},
+        "affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [_PREFERENCE]}},
+        "labels": {"team": "llm"},
+        "annotations": {"note": "a test"},
+        "overrides": {"schedulingGates": [{"name": "example.com/gate"}]},
         "pull_secrets": ["ngc"],
         "service_account": "trainer",
         "env_vars": {"NCCL_DEBUG": "WARN"},
         "secret_env_vars": {"HF_TOKEN": "hub/token"},
-        "report_within_s": 3,
+        "report_within_s": 60,
         "stages": {"pretrain": {"gpus_per_node": 8}, "dense_ct": {"gpus_per_node": 8}},
     }
     return KubernetesExecutor(**{**settings, **has, **fields})

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.errors import UpcycleError, did_you_mean
+from nemo_upcycle.pipeline.executors.performance import PerformanceSetting, settings_for
+from nemo_upcycle.pipeline.trainings import Profile
 from nemo_upcycle.utils.masking import masked, masked_text, write_private
 
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+#: The card of an executor that names none: the recipes are written for it.
+USUAL_CARD = "h100"
 #: What a field holds that a site has to fill in, as in OmegaConf.
 MISSING = "???"
 
@@ -37,6 +41,7 @@ class Job:
         is_training: whether it saves checkpoints, is told to stop by SIGTERM, and goes on from the last checkpoint.
         reads: folders and files outside the run's folder that it reads: the dense model, the data, the suite.
         is_resumable: whether a new start goes on where an earlier one stopped; trainings do.
+        profile: how a training uses its GPUs; None of other stages, and where it is not known yet.
     """
 
     name: str
@@ -48,6 +53,7 @@ class Job:
     is_training: bool = False
     is_resumable: bool = False
     reads: tuple[Path, ...] = ()
+    profile: Profile | None = None
 
     @property
     def folder(self) -> Path:
@@ -80,6 +86,23 @@ class JobState:
     is_orphaned: bool = False
 
 
+@dataclass(frozen=True)
+class SaveLimit:
+    """A time within which a training has to have saved a checkpoint.
+
+    Args:
+        seconds: how long it is.
+        what: the setting that makes it so, with its value, for people.
+        otherwise: what follows if the save takes longer.
+        fix: the setting that lengthens it, with `{seconds}` in the place of its value.
+    """
+
+    seconds: float
+    what: str
+    otherwise: str
+    fix: str
+
+
 class UnreachableError(UpcycleError):
     """The scheduler did not answer, or not in a way that says anything about the request: worth another try."""
 
@@ -95,6 +118,8 @@ class Cluster(ABC):
     label: str
     #: Seconds between two questions to the scheduler.
     poll_s: float = 15.0
+    #: The part of the table of performance settings that is for this scheduler; empty: none.
+    performance_part: str = ""
     #: Whether the scheduler holds a job back until those that it depends on have succeeded.
     holds_back: bool = False
 
@@ -182,6 +207,39 @@ class Cluster(ABC):
     def resources(self, job: Job) -> dict[str, str]:
         """Return what a job asks for, by name, for people: partition or queue, time, memory, GPUs, image."""
 
+    def performance(self, job: Job) -> list[PerformanceSetting]:
+        """Return NVIDIA's performance settings of a job, without those that the site's own replace.
+
+        Raises:
+            UpcycleError: the site changes one that does not exist.
+        """
+        mine = self.settings_for(job.name)
+        origins = getattr(self.executor, "origins", {})
+        found = settings_for(
+            job,
+            getattr(mine, "card", USUAL_CARD),
+            scheduler=self.performance_part,
+            container=self.has_container(mine),
+            changed=getattr(mine, "performance", {}),
+            origin=origins.get(f"stages.{job.name}.performance") or origins.get("performance") or "executor",
+        )
+        accelerator = job.profile.accelerator if job.profile else "auto"
+        if accelerator == "cpu" or (accelerator == "auto" and not asks_for_gpus(self.resources(job))):
+            return []
+        return [setting for setting in found if not self.sets_itself(mine, setting.name)]
+
+    def has_container(self, settings: Any) -> bool:
+        """Return whether a stage of these settings runs in a container."""
+        return True
+
+    def sets_itself(self, settings: Any, name: str) -> bool:
+        """Return whether the site's settings of a stage have a performance setting of this name already."""
+        return name in getattr(settings, "env_vars", {})
+
+    def save_limits(self, job: Job) -> Sequence[SaveLimit]:
+        """Return the times within which a training has to save; none where no scheduler sets one."""
+        return ()
+
     def settings_for(self, stage: str) -> Any:
         """Return the executor with the fields that its table of stages sets for one of them."""
         return dataclasses.replace(self.executor, **getattr(self.executor, "stages", {}).get(stage, {}))
@@ -201,6 +259,11 @@ def _masked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return those settings that may hold secrets, with these hidden."""
     masks: dict[str, Callable[[Any], Any]] = {"env_vars": masked, "setup_lines": masked_text}
     return {name: mask(settings[name]) for name, mask in masks.items() if settings.get(name)}
+
+
+def asks_for_gpus(resources: Mapping[str, str]) -> bool:
+    """Return whether what a job asks for, by name, has GPUs in it."""
+    return any("gpu" in name.lower() and value not in ("", "0", "none") for name, value in resources.items())
 
 
 def hub_variables(job: Job, given: Mapping[str, Any]) -> dict[str, str]:

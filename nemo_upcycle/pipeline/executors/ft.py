@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+#: What a shared file system is taken to write, in GiB a second, where nobody says it.
+USUAL_GIB_S = 2.0
 #: Seconds until a rank's first sign of life: reading the dense checkpoint, upcycling it, the first compilation.
 START_S = 1800.0
 #: Seconds between two: a step takes seconds, but saving before an early end blocks. 619 GiB at 2 GiB/s are 5 minutes.

@@ -7,18 +7,21 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.executors import argo, manifests
+from nemo_upcycle.pipeline.executors import argo, manifests, performance
 from nemo_upcycle.pipeline.executors.base import (
     Cluster,
     Job,
     JobState,
     Phase,
+    SaveLimit,
     UnreachableError,
     require_settings,
 )
 from nemo_upcycle.pipeline.executors.kubernetes_api import KubernetesApi, TakenError, reported_state
+from nemo_upcycle.pipeline.executors.kubernetes_checks import require_patience, require_sound
 from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
 from nemo_upcycle.utils.conf import packaged
 from nemo_upcycle.utils.masking import is_secret, write_private
@@ -27,6 +30,8 @@ from nemo_upcycle.utils.masking import is_secret, write_private
 #: Settings that all stages share: a job is looked up by its name alone.
 _COMMON = ("namespace", "kind", "kubeconfig", "context", "report_within_s")
 _NAMES_TRIED = 20
+#: Seconds between SIGTERM and SIGKILL of a pod that does not say it.
+_POD_GRACE_S = 30
 
 
 class KubernetesScheduler(Cluster):
@@ -64,8 +69,10 @@ class KubernetesScheduler(Cluster):
             },
         )
         self._require_common()
+        require_patience(self.executor)
         for job in jobs:
-            self._require_sound(job, self.settings_for(job.name))
+            require_sound(job, self.settings_for(job.name))
+            self.performance(job)  # its names are looked at
 
     def check(self, jobs: Sequence[Job]) -> None:
         """See `Cluster.check`: the claims, and a dry run of every job with all checks of the server."""
@@ -79,8 +86,11 @@ class KubernetesScheduler(Cluster):
 
     def render_as(self, job: Job, identity: str) -> dict[str, str]:
         """See `Cluster.render_as`."""
-        document = manifests.manifest(self.settings_for(job.name), job, identity)
-        return {f"{identity}.yaml": manifests.as_yaml(document)}
+        return {f"{identity}.yaml": manifests.as_yaml(self._manifest(job, identity))}
+
+    def _manifest(self, job: Job, name: str) -> dict[str, Any]:
+        fast = performance.variables(self.performance(job))
+        return manifests.manifest(self.settings_for(job.name), job, name, fast)
 
     def submit(self, job: Job, after: Sequence[str] = ()) -> str:
         """See `Cluster.submit`: the name of the job that was created; its manifest is kept in the job's folder.
@@ -93,7 +103,7 @@ class KubernetesScheduler(Cluster):
         if number > 1 and self._exists_and_goes_on(last):
             return last
         for name in (f"{manifests.base_name(job)}-{number + more}" for more in range(_NAMES_TRIED)):
-            document = manifests.manifest(settings, job, name)
+            document = self._manifest(job, name)
             job.folder.mkdir(parents=True, exist_ok=True)
             holds_secret = any(map(is_secret, settings.env_vars))
             write_private(job.folder / f"{name}.yaml", manifests.as_yaml(document), private=holds_secret)
@@ -119,7 +129,7 @@ class KubernetesScheduler(Cluster):
 
     def render_chain(self, jobs: Sequence[Job]) -> dict[str, str]:
         """See `Cluster.render_chain`: a Workflow of Argo."""
-        documents = {job: manifests.manifest(self.settings_for(job.name), job, argo.name_of(job)) for job in jobs}
+        documents = {job: self._manifest(job, argo.name_of(job)) for job in jobs}
         return {"workflow.yaml": argo.workflow(self.executor.namespace, documents)}
 
     def states(self, ids: Sequence[str]) -> Mapping[str, JobState]:
@@ -130,6 +140,25 @@ class KubernetesScheduler(Cluster):
         """See `Cluster.cancel`: deletes the jobs; their pods get SIGTERM."""
         for identity in ids:
             self._connected().delete(manifests.resource_of(self.executor), self.executor.namespace, identity)
+
+    def sets_itself(self, settings: KubernetesExecutor, name: str) -> bool:
+        """See `Cluster.sets_itself`: also from a secret."""
+        return name in settings.secret_env_vars or super().sets_itself(settings, name)
+
+    def save_limits(self, job: Job) -> Sequence[SaveLimit]:
+        """See `Cluster.save_limits`: before an evicted pod is killed."""
+        mine = self.settings_for(job.name)
+        grace_s, setting = mine.termination_grace_s, f"run.executor.stages.{job.name}.termination_grace_s={{seconds}}"
+        setting += " (from Trainer 2.3 on)" if mine.kind == "trainjob" else ""
+        instead = manifests.resource_of(mine).lacks.get("termination_grace_s")
+        return [
+            SaveLimit(
+                grace_s or _POD_GRACE_S,
+                f"termination_grace_s {grace_s}" if grace_s else f"grace of a pod, {_POD_GRACE_S} s by default",
+                "an eviction loses the work since the checkpoint before",
+                f"{instead} to {{seconds}}" if instead else setting,
+            )
+        ]
 
     def cancel_command(self, identity: str) -> str:
         """See `Cluster.cancel_command`."""
@@ -166,30 +195,11 @@ class KubernetesScheduler(Cluster):
                         fix=f"set run.executor.{name}",
                     )
 
-    def _require_sound(self, job: Job, settings: KubernetesExecutor) -> None:
-        """Check what needs no server."""
-        manifests.require_fields(settings)
-        for path in (job.run_dir, *job.reads):
-            if not any(manifests.pod_path(path).is_relative_to(mount) for mount in settings.mounts.values()):
-                raise UpcycleError(
-                    f"dir {path}" if path == job.run_dir else str(path),
-                    got="a path that the pods do not see",
-                    expected=f"one below {' or '.join(settings.mounts.values())}",
-                    fix="put it there, or set run.executor.claim, mount_path and volumes",
-                )
-        if 0 < settings.gpus_per_node < job.ranks_per_node:
-            raise UpcycleError(
-                f"run.executor.stages.{job.name}.gpus_per_node",
-                got=settings.gpus_per_node,
-                expected=f"at least {job.ranks_per_node}, the ranks per node",
-                fix=f"raise it, or lower {job.name}.trainer.devices",
-            )
-
     def _require_accepted(self, job: Job, settings: KubernetesExecutor) -> None:
         """Ask the server."""
         api = self._connected()
         api.get(manifests.resource_of(settings), settings.namespace, manifests.base_name(job))  # the right to look
-        document = manifests.manifest(settings, job, f"{manifests.base_name(job)}-{_next_number(job)}")
+        document = self._manifest(job, f"{manifests.base_name(job)}-{_next_number(job)}")
         with contextlib.suppress(TakenError):  # `submit` chooses another name
             api.create(manifests.resource_of(settings), document, dry_run=True)
         for claim in settings.mounts:

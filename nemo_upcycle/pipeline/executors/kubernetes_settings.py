@@ -39,7 +39,15 @@ class KubernetesExecutor(run.Executor):
         shared_memory_gib: size of /dev/shm, which counts as memory; training needs it.
         tolerations: of the pods.
         node_selector: of the pods.
+        affinity: of the pods.
+        labels: of the jobs and their pods.
+        annotations: of the jobs and their pods.
+        priority_class: of the pods (PyTorchJob; with Kueue set the label `kueue.x-k8s.io/priority-class`).
+        security_context: of the container, as `{capabilities: {add: [IPC_LOCK]}}` for InfiniBand (not in Trainer 2.1).
+        overrides: what else a pod's spec has, merged into it last: mappings key by key, lists of named entries by
+            name, other lists as a whole; None removes. A TrainJob takes a part of a pod's fields only.
         pull_secrets: names of the secrets to pull the image with.
+        image_pull_policy: `Always`, `IfNotPresent` or `Never` (PyTorchJob).
         service_account: of the pods.
         secret_env_vars: variables, and where their values are: `{"HF_TOKEN": "SECRET/KEY"}`.
         termination_grace_s: time that ranks have to save a checkpoint when they are evicted (Trainer 2.3 and later,
@@ -50,8 +58,10 @@ class KubernetesExecutor(run.Executor):
         python: the image's Python.
         kubeconfig: the file; empty for $KUBECONFIG, ~/.kube/config or the pod's service account.
         context: of that file; empty for its current one.
-        report_within_s: a job of which no controller says anything for so long has ended.
-        card: of a GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun.
+        report_within_s: a job of which no controller says anything for so long has ended; an operator whose node is
+            lost is started elsewhere after 5 minutes.
+        card: of a GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun and for the performance settings.
+        performance: by name, what differs from `conf/performance.yaml`; None removes a setting.
         price_per_gpu_hour: for --dryrun; None: not known.
         stages: per stage, the fields that differ there.
         origins: by field, where its value was set, for people.
@@ -77,7 +87,14 @@ class KubernetesExecutor(run.Executor):
     shared_memory_gib: int = 0
     tolerations: list[dict[str, Any]] = field(default_factory=list)
     node_selector: dict[str, str] = field(default_factory=dict)
+    affinity: dict[str, Any] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    annotations: dict[str, str] = field(default_factory=dict)
+    priority_class: str = ""
+    security_context: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
     pull_secrets: list[str] = field(default_factory=list)
+    image_pull_policy: str = ""
     service_account: str = ""
     secret_env_vars: dict[str, str] = field(default_factory=dict)
     termination_grace_s: int = 0
@@ -86,8 +103,9 @@ class KubernetesExecutor(run.Executor):
     python: str = "python"
     kubeconfig: str = ""
     context: str = ""
-    report_within_s: int = 40
+    report_within_s: int = 600
     card: str = "h100"
+    performance: dict[str, Any] = field(default_factory=dict)
     price_per_gpu_hour: Optional[float] = None  # noqa: UP045 - NeMo-Run cannot parse `float | None`
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)

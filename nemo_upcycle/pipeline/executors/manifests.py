@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,14 +78,19 @@ class Resource:
 
 
 _TRAINJOB = ("trainer.kubeflow.org", "v1alpha1", "trainjobs", "TrainJob", "jobset.sigs.k8s.io/jobset-name")
-_NO_RESTARTS = {"restarts": "failurePolicy.maxRestarts of the runtime's JobSet"}
+_OF_RUNTIME = {
+    "restarts": "failurePolicy.maxRestarts of the runtime's JobSet",
+    "image_pull_policy": "imagePullPolicy of the runtime's container",
+    "priority_class": "priorityClassName of the runtime's pods, or with Kueue labels of kueue.x-k8s.io/priority-class",
+}
 RESOURCES = {
-    "trainjob": Resource(*_TRAINJOB, "Kubeflow Trainer 2.2", _NO_RESTARTS),
+    "trainjob": Resource(*_TRAINJOB, "Kubeflow Trainer 2.2", _OF_RUNTIME),
     "trainjob-2.1": Resource(
         *_TRAINJOB,
         "Kubeflow Trainer 2.1",
         {
-            **_NO_RESTARTS,
+            **_OF_RUNTIME,
+            "security_context": "securityContext of the runtime's container",
             "termination_grace_s": "terminationGracePeriodSeconds of the runtime's pods",
             "active_deadline_s": "activeDeadlineSeconds of the runtime's Job",
         },
@@ -120,8 +125,8 @@ def require_fields(settings: KubernetesExecutor) -> None:
             raise UpcycleError(
                 f"run.executor.{name}",
                 got=value,
-                expected=f"0: a job of kind {settings.kind} has no field for it",
-                fix=f"set it to 0, and {instead}",
+                expected=f"nothing: a job of kind {settings.kind} has no field for it",
+                fix=f"omit it, and set {instead}",
             )
 
 
@@ -154,13 +159,16 @@ def base_name(job: Job) -> str:
     return f"{label_of(run_dir.name)}-{label_of(job.name)}-{digest}"
 
 
-def manifest(settings: KubernetesExecutor, job: Job, name: str) -> dict[str, Any]:
+def manifest(
+    settings: KubernetesExecutor, job: Job, name: str, variables: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Return the manifest of a stage.
 
     Args:
         settings: those of this stage.
         job: the stage.
         name: of the job in the cluster.
+        variables: of the pods, beside the site's own.
 
     Raises:
         UpcycleError: the settings do not fit the kind of job.
@@ -169,13 +177,14 @@ def manifest(settings: KubernetesExecutor, job: Job, name: str) -> dict[str, Any
     resource = resource_of(settings)
     labels = {"app.kubernetes.io/name": "nemo-upcycle", "nemo-upcycle/stage": job.name}
     labels |= {QUEUE_LABEL: settings.queue} if settings.queue else {}
-    render: Callable[[KubernetesExecutor, Job, str], dict[str, Any]]
+    metadata = {"labels": labels | settings.labels, **_given(annotations=settings.annotations)}
+    render: Callable[[KubernetesExecutor, Job, str, list[dict[str, Any]]], dict[str, Any]]
     render = _pytorchjob_spec if resource.kind == "PyTorchJob" else _trainjob_spec
     return {
         "apiVersion": f"{resource.group}/{resource.version}",
         "kind": resource.kind,
-        "metadata": {"name": name, "namespace": settings.namespace, "labels": labels},
-        "spec": render(settings, job, name),
+        "metadata": {"name": name, "namespace": settings.namespace, **metadata},
+        "spec": render(settings, job, name, _environment(settings, job, variables or {})),
     }
 
 
@@ -184,21 +193,23 @@ def as_yaml(document: dict[str, Any]) -> str:
     return yaml.safe_dump(document, sort_keys=False, default_flow_style=False, width=119)
 
 
-def _trainjob_spec(settings: KubernetesExecutor, job: Job, name: str) -> dict[str, Any]:
+def _trainjob_spec(
+    settings: KubernetesExecutor, job: Job, name: str, environment: list[dict[str, Any]]
+) -> dict[str, Any]:
     kind, _, runtime = settings.runtime.rpartition("/")
     pod = _pod(settings, {"name": _NODE})
     if settings.kind == "trainjob":
-        template = {"spec": {"template": {"spec": pod}}}
+        template = {"spec": {"template": pod}}
         patch = {"template": {"spec": {"replicatedJobs": [{"name": _NODE, "template": template}]}}}
         patches: dict[str, Any] = {"runtimePatches": [{"manager": MANAGER, "trainingRuntimeSpec": patch}]}
     else:
-        patches = {"podTemplateOverrides": [{"targetJobs": [{"name": _NODE}], "spec": pod}]}
+        patches = {"podTemplateOverrides": [{"targetJobs": [{"name": _NODE}], **pod}]}
     return {
         "runtimeRef": {"name": runtime} | ({"kind": kind} if kind else {}),
         "trainer": {
             "image": settings.image,
             "command": _command(settings, job, name),
-            "env": _environment(settings, job),
+            "env": environment,
             "numNodes": job.nodes,
             "numProcPerNode": job.ranks_per_node,
             "resourcesPerNode": _resources(settings),
@@ -208,20 +219,23 @@ def _trainjob_spec(settings: KubernetesExecutor, job: Job, name: str) -> dict[st
     }
 
 
-def _pytorchjob_spec(settings: KubernetesExecutor, job: Job, name: str) -> dict[str, Any]:
+def _pytorchjob_spec(
+    settings: KubernetesExecutor, job: Job, name: str, environment: list[dict[str, Any]]
+) -> dict[str, Any]:
     container = {
         "name": "pytorch",
         "image": settings.image,
         "command": _command(settings, job, name),
-        "env": _environment(settings, job),
+        "env": environment,
         "resources": _resources(settings),
+        **_given(imagePullPolicy=settings.image_pull_policy),
     }
     restarts = settings.restarts if job.is_training else 0
 
     def replicas(number: int) -> dict[str, Any]:
         # Not ExitCode: torchrun ends with 1 whatever its ranks ended with, which that policy takes for final.
         policy = "OnFailure" if restarts else "Never"
-        return {"replicas": number, "restartPolicy": policy, "template": {"spec": _pod(settings, container)}}
+        return {"replicas": number, "restartPolicy": policy, "template": _pod(settings, container)}
 
     deadline = _given(activeDeadlineSeconds=settings.active_deadline_s)
     return {
@@ -235,7 +249,7 @@ def _pytorchjob_spec(settings: KubernetesExecutor, job: Job, name: str) -> dict[
 
 
 def _pod(settings: KubernetesExecutor, container: dict[str, Any]) -> dict[str, Any]:
-    """Return a pod with one container; a patch of a runtime has the same fields."""
+    """Return the template of a pod with one container; a patch of a runtime has the same fields."""
     volumes: list[dict[str, Any]] = []
     mounts: list[dict[str, Any]] = []
     for number, (claim, path) in enumerate(settings.mounts.items()):
@@ -245,10 +259,12 @@ def _pod(settings: KubernetesExecutor, container: dict[str, Any]) -> dict[str, A
         limit = {"medium": "Memory", "sizeLimit": f"{settings.shared_memory_gib}Gi"}
         volumes.append({"name": "shared-memory", "emptyDir": limit})
         mounts.append({"name": "shared-memory", "mountPath": "/dev/shm"})
-    return {
-        "containers": [{**container, "volumeMounts": mounts}],
+    spec = {
+        "containers": [{**container, "volumeMounts": mounts, **_given(securityContext=settings.security_context)}],
         "volumes": volumes,
         **_given(
+            affinity=settings.affinity,
+            priorityClassName=settings.priority_class,
             tolerations=settings.tolerations,
             nodeSelector=settings.node_selector,
             imagePullSecrets=[{"name": secret} for secret in settings.pull_secrets],
@@ -256,6 +272,28 @@ def _pod(settings: KubernetesExecutor, container: dict[str, Any]) -> dict[str, A
             terminationGracePeriodSeconds=settings.termination_grace_s,
         ),
     }
+    metadata = _given(labels=settings.labels, annotations=settings.annotations)
+    return {**_given(metadata=metadata), "spec": merged(spec, settings.overrides)}
+
+
+def merged(base: Any, changes: Any) -> Any:
+    """Return a value with changes: mappings key by key, lists of named entries by name, anything else replaced.
+
+    Example:
+        >>> merged({"a": [{"name": "x", "b": 1}], "c": 2}, {"a": [{"name": "x", "d": 3}], "c": None})
+        {'a': [{'name': 'x', 'b': 1, 'd': 3}]}
+    """
+    if isinstance(base, dict) and isinstance(changes, dict):
+        changed = {name: merged(base.get(name), value) for name, value in changes.items()}
+        return {name: value for name, value in {**base, **changed}.items() if name not in changes or value is not None}
+    if _are_named(base) and _are_named(changes):
+        by_name = {entry["name"]: entry for entry in base}
+        return list(merged(by_name, {entry["name"]: entry for entry in changes}).values())
+    return changes
+
+
+def _are_named(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, dict) and "name" in entry for entry in value)
 
 
 def _command(settings: KubernetesExecutor, job: Job, name: str) -> list[str]:
@@ -271,10 +309,11 @@ def _command(settings: KubernetesExecutor, job: Job, name: str) -> list[str]:
     return ["bash", "-c", script, "nemo-upcycle", str(pod_path(job.folder) / name), *command]
 
 
-def _environment(settings: KubernetesExecutor, job: Job) -> list[dict[str, Any]]:
+def _environment(settings: KubernetesExecutor, job: Job, fast: Mapping[str, str]) -> list[dict[str, Any]]:
     set_by_site = {**settings.env_vars, **settings.secret_env_vars}
-    plain = {"PYTHONUNBUFFERED": "1", **hub_variables(job, set_by_site), **settings.env_vars}
-    variables: list[dict[str, Any]] = [{"name": name, "value": str(value)} for name, value in plain.items()]
+    plain = {"PYTHONUNBUFFERED": "1", **hub_variables(job, set_by_site), **fast, **settings.env_vars}
+    given = {name: value for name, value in plain.items() if value is not None}
+    variables: list[dict[str, Any]] = [{"name": name, "value": str(value)} for name, value in given.items()]
     for name, source in settings.secret_env_vars.items():
         secret, _, key = source.partition("/")
         variables.append({"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key or name}}})

@@ -13,6 +13,7 @@ import nemo_run as run
 import yaml
 
 from nemo_upcycle.errors import UpcycleError, did_you_mean
+from nemo_upcycle.pipeline.executors import performance
 from nemo_upcycle.pipeline.executors.base import MISSING, Cluster
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
@@ -207,6 +208,9 @@ def _fitted(value: Any, field: dataclasses.Field[Any]) -> Any:
     Raises:
         TypeError: the field does not take such a value.
     """
+    if field.name == "env_vars" and isinstance(value, dict):  # null removes a performance setting
+        given = {name: entry for name, entry in value.items() if entry is not None or name not in performance.names()}
+        return _as_kind(given, field.type) | {name: None for name in value if name not in given}
     wants_default = value is None and types.NoneType not in _kinds(field.type)
     return _default(field) if wants_default else _as_kind(value, field.type)
 

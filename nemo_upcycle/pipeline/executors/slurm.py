@@ -15,21 +15,24 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import nemo_run as run
 from nemo_run.core.execution.slurm import SlurmBatchRequest
 
 from nemo_upcycle.errors import UpcycleError, did_you_mean
+from nemo_upcycle.pipeline.executors import performance
 from nemo_upcycle.pipeline.executors.base import (
     Cluster,
     Job,
     JobState,
     Phase,
+    SaveLimit,
     UnreachableError,
     hub_variables,
     require_settings,
 )
-from nemo_upcycle.pipeline.executors.ft import ft_command
+from nemo_upcycle.pipeline.executors.ft import SAVE_S, ft_command
 from nemo_upcycle.pipeline.executors.slurm_answers import (
     NO_ANSWER,
     OF_CONTROLLER,
@@ -48,6 +51,7 @@ from nemo_upcycle.pipeline.executors.slurm_settings import (
     missing_mounts,
     require_plain,
     require_supported,
+    signal_s,
 )
 from nemo_upcycle.pipeline.executors.slurm_waiting import ORPHANED, waiting
 from nemo_upcycle.utils.conf import template
@@ -59,6 +63,8 @@ _OF_ONE_MACHINE = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramf
 #: Where the `ft_launcher`s of a job meet; for the batch script's shell.
 _ENDPOINT = '"$head_node_ip:$((15000 + SLURM_JOB_ID % 10000))"'
 _JOB_ID = '"$SLURM_JOB_ID"'
+#: Seconds between SIGTERM and SIGKILL at the end of a job's time, where slurm.conf does not say otherwise.
+_KILL_WAIT_S = 30
 _WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 
 
@@ -83,6 +89,7 @@ class SlurmScheduler(Cluster):
 
     label = "Slurm"
     holds_back = True
+    performance_part = performance.SLURM
 
     @functools.cached_property
     def identity(self) -> str:
@@ -146,7 +153,9 @@ class SlurmScheduler(Cluster):
         mine = self.settings_for(job.name)
         require_supported(mine, job)
         # Not as `env_vars`: NeMo-Run writes these without quotes, and their names in capitals.
-        variables = (hub_variables(job, mine.env_vars) if mine.container_image else {}) | mine.env_vars
+        fast = self.performance(job)
+        variables = (hub_variables(job, mine.env_vars) if mine.container_image else {}) | performance.variables(fast)
+        variables = {name: value for name, value in (variables | mine.env_vars).items() if value is not None}
         exports = [f'export {name}="{escaped(str(value))}"' for name, value in variables.items()]
         lines = [*setup_lines(job), *exports, *([mine.setup_lines] if mine.setup_lines else [])]
         detects_hangs = self._detects_hangs(job)
@@ -164,12 +173,24 @@ class SlurmScheduler(Cluster):
             # In a container an image's own variables win over all that are not named.
             container_env=list(dict.fromkeys([*(mine.container_env or []), *variables])),
             job_dir=str(job.folder),
+            srun_args=[*performance.srun_options(fast), *(mine.srun_args or [])],
+            segment=performance.segment(fast, job.nodes) or mine.segment,
             job_details=dataclasses.replace(mine.job_details),  # rendering writes the job's name and folder into it
             tunnel=run.LocalTunnel(job_dir=str(job.folder.parent)),
             job_name_prefix=mine.job_name_prefix or f"{job.run_dir.name}.",
             additional_parameters=parameters,
             setup_lines="\n".join(lines),
         )
+
+    def has_container(self, settings: Any) -> bool:
+        """See `Cluster.has_container`."""
+        return bool(settings.container_image)
+
+    def sets_itself(self, settings: Any, name: str) -> bool:
+        """See `Cluster.sets_itself`: also by an option of srun, or the opposite one."""
+        named = {performance.option_name(word) for word in settings.srun_args or []}
+        given = {"--segment"} if settings.segment else set()
+        return performance.option_name(name) in named | given or super().sets_itself(settings, name)
 
     def _detects_hangs(self, job: Job) -> bool:
         return job.is_training and getattr(self.settings_for(job.name), "hang_detection", False)
@@ -178,8 +199,8 @@ class SlurmScheduler(Cluster):
         """Return what srun starts: one process a rank, or one `ft_launcher` a node."""
         command = (self.python_of(job.name), *job.command[1:])
         if not self._detects_hangs(job):
-            return shlex.join(command)
-        silence_s = self.settings_for(job.name).silence_s
+            return shlex.join([*performance.bound(self.performance(job)), *command])
+        mine = self.settings_for(job.name)
         command = ft_command(
             command,
             job.nodes,
@@ -187,7 +208,8 @@ class SlurmScheduler(Cluster):
             python=command[0],
             endpoint=_ENDPOINT,
             job=_JOB_ID,
-            silence_s=silence_s,
+            silence_s=mine.silence_s,
+            save_s=max(SAVE_S, signal_s(mine.signal)),
         )
         expanded = (_ENDPOINT, _JOB_ID)
         return " ".join(word if any(text in word for text in expanded) else shlex.quote(word) for word in command)
@@ -236,6 +258,28 @@ class SlurmScheduler(Cluster):
     def cancel(self, ids: Sequence[str]) -> None:
         """Cancel jobs with `scancel`."""
         subprocess.run(["scancel", *ids], capture_output=True, check=False)
+
+    def save_limits(self, job: Job) -> Sequence[SaveLimit]:
+        """See `Cluster.save_limits`: before the end of its time, and before hang detection takes it for hung."""
+        mine, setting = self.settings_for(job.name), f"run.executor.stages.{job.name}"
+        what = (
+            f"signal {mine.signal}" if mine.signal else f"KillWait, {_KILL_WAIT_S} s by default, and no signal before"
+        )
+        ends = SaveLimit(
+            signal_s(mine.signal) or _KILL_WAIT_S,
+            what,
+            "the work since the checkpoint before is lost",
+            f"{setting}.signal=TERM@{{seconds}}",
+        )
+        if not self._detects_hangs(job):
+            return [ends]
+        silence = SaveLimit(
+            mine.silence_s,
+            f"silence_s {mine.silence_s:g} of hang detection",
+            "the ranks are taken for hung and started again",
+            f"{setting}.silence_s={{seconds}}",
+        )
+        return [ends, silence]
 
     def cancel_command(self, identity: str) -> str:
         """See `Cluster.cancel_command`."""

@@ -28,7 +28,8 @@ class StagedSlurmExecutor(run.SlurmExecutor):
         stages: by stage, the fields that differ from this executor's; nodes and ranks of trainings are their recipes'.
         hang_detection: whether trainings run under NVIDIA's `ft_launcher`, one a node, which restarts hung ranks.
         silence_s: seconds between two signs of life of a rank; saving a checkpoint before an early end is silent, too.
-        card: of a GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun.
+        card: of a GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun and for the performance settings.
+        performance: by name, what differs from `conf/performance.yaml`; None removes a setting.
         price_per_gpu_hour: for --dryrun; None: not known.
         shared_dir: whether nodes see `dir`, `dense` and `data` although their file system looks like one machine's.
         python: the interpreter of the stages; None: `python` of the container, or this one without a container.
@@ -41,6 +42,7 @@ class StagedSlurmExecutor(run.SlurmExecutor):
     hang_detection: bool = False
     silence_s: float = SILENCE_S
     card: str = "h100"
+    performance: dict[str, Any] = field(default_factory=dict)
     price_per_gpu_hour: Optional[float] = None  # noqa: UP045 - NeMo-Run cannot parse `float | None`
     shared_dir: bool = False
     python: Optional[str] = None  # noqa: UP045
@@ -53,6 +55,16 @@ REQUIRED = {
     "partition": "a partition of GPU nodes; `sinfo` lists them",
     "container_image": "an image with NeMo, or null without containers",
 }
+
+
+def signal_s(signal: Optional[str]) -> int:  # noqa: UP045 - as the executor's fields
+    """Return the seconds between a signal that a job asks for and the end of its time; 0 without one.
+
+    Example:
+        >>> signal_s("B:TERM@600"), signal_s("TERM"), signal_s(None)
+        (600, 60, 0)
+    """
+    return int(signal.partition("@")[2] or 60) if signal else 0
 
 
 def escaped(value: str) -> str:

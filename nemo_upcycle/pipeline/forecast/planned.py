@@ -14,9 +14,11 @@ from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.pipeline.checks import is_local
+from nemo_upcycle.pipeline.executors import performance
+from nemo_upcycle.pipeline.executors.base import USUAL_CARD, asks_for_gpus
 from nemo_upcycle.pipeline.recipes_io import ranks_of
-from nemo_upcycle.planning.commands import FP8_RECIPES
-from nemo_upcycle.planning.hardware import Gpu, Machine, gpu_of_device, known_gpu, read_data
+from nemo_upcycle.planning.commands import fp8_precision
+from nemo_upcycle.planning.hardware import Gpu, Machine, gpu_names, gpu_of_device, known_gpu, read_data
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.memory import GIB
 from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES, WEIGHT_BYTES
@@ -26,8 +28,6 @@ from nemo_upcycle.training.layout import layout_of
 from nemo_upcycle.training.recompute import RecomputeFirstSteps
 
 
-#: The card of a cluster whose executor names none: the recipes are written for it.
-USUAL_CARD = "h100"
 #: Sizes that tell one known parent from another, without its vocabulary.
 _SHAPE = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "tied_embeddings")
 _RECOMPUTES = {"moe": "moe", "mlp": "moe", "moe_act": "moe_act"}
@@ -61,19 +61,17 @@ def card_of(recipe: Any, executor: Any, resources: Mapping[str, str]) -> Card:
         return _card_here(torch.cuda.get_device_name(0))
     if is_local(executor) and accelerator == "auto":
         return Card(None, "no GPU here")
-    if accelerator == "auto" and not _asks_for_gpus(resources):
+    if accelerator == "auto" and not asks_for_gpus(resources):
         return Card(None, "no GPU is asked for")
     name = getattr(executor, "card", None)
+    if name in performance.table()["cards"] and name not in gpu_names():
+        return Card(None, f"the planner does not know {name}")
     return Card(known_gpu(name or USUAL_CARD), "as the executor says" if name else "assumed")
 
 
 def _card_here(device: str) -> Card:
     gpu = gpu_of_device(device)
     return Card(gpu, "of this machine") if gpu else Card(None, f"the planner does not know {device}")
-
-
-def _asks_for_gpus(resources: Mapping[str, str]) -> bool:
-    return any("gpu" in name.lower() and value not in ("", "0", "none") for name, value in resources.items())
 
 
 def model_of(recipe: Any, dense: str) -> tuple[Architecture, bool]:
@@ -118,8 +116,7 @@ def precision_name(recipe: Any) -> str:
     if not (getattr(plugins, "fp8", None) or getattr(config, "fp8", None)):
         precision = _precision(recipe)
         return "bf16" if precision.startswith("bf16") else precision
-    name = getattr(plugins, "fp8_recipe", None) or getattr(config, "fp8_recipe", None) or "delayed"
-    return {theirs: ours for ours, theirs in FP8_RECIPES.items()}.get(name, f"fp8-{name}")
+    return fp8_precision(getattr(plugins, "fp8_recipe", None) or getattr(config, "fp8_recipe", None))
 
 
 def _precision(recipe: Any) -> str:

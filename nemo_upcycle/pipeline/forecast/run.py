@@ -9,6 +9,8 @@ from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors.base import Cluster, Job
+from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
+from nemo_upcycle.pipeline.executors.performance import PerformanceSetting
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast, forecast_disk
 from nemo_upcycle.pipeline.forecast.planned import model_of
 from nemo_upcycle.pipeline.forecast.settings import (
@@ -20,6 +22,7 @@ from nemo_upcycle.pipeline.forecast.settings import (
 )
 from nemo_upcycle.pipeline.forecast.stages import StageForecast, State, forecast_stages
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast, forecast_training
+from nemo_upcycle.pipeline.jobs import performance_of
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
 from nemo_upcycle.utils.files import size_text
 
@@ -35,6 +38,7 @@ class Forecast:
         trainings: those of the stages that train, by name.
         disk: of the folder.
         settings: those that matter, with their origins.
+        performance: NVIDIA's settings of the trainings, by stage.
     """
 
     run_dir: Path
@@ -43,6 +47,7 @@ class Forecast:
     trainings: Mapping[str, TrainingForecast]
     disk: DiskForecast
     settings: tuple[Setting, ...]
+    performance: Mapping[str, Sequence[PerformanceSetting]]
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -94,7 +99,8 @@ def forecast(
     models = {name: model_of(recipe, plan.dense)[0] for name, recipe in recipes.items()}
     holds_back = cluster is not None and cluster.holds_back  # then nothing but its inputs holds a training
     disk = forecast_disk(run_dir, plan, found, models, trainings, is_parallel=holds_back)
-    return Forecast(run_dir, plan.recipe, found, trainings, disk, tuple(settings))
+    fast = performance_of((jobs[name] for name in trainings), cluster, executor)
+    return Forecast(run_dir, plan.recipe, found, trainings, disk, tuple(settings), fast)
 
 
 def check_stages(forecast: Forecast) -> None:
@@ -161,6 +167,13 @@ def _training_warnings(name: str, training: TrainingForecast) -> Iterator[str]:
         )
     if not training.knows_vocabulary:
         yield f"{name}: the vocabulary is not known before the parent is fetched; sizes leave out the embeddings"
+    for limit in training.stage.save_limits:
+        if training.save_gib_s(limit) > USUAL_GIB_S:
+            yield (
+                f"{name}: a checkpoint of {size_text(training.checkpoint_bytes)} is saved within {limit.seconds:g} s"
+                f" ({limit.what}) at {training.save_gib_s(limit):.3g} GiB/s or more; else {limit.otherwise};"
+                f" at {USUAL_GIB_S:g} GiB/s it takes {limit.fix.format(seconds=training.usual_save_s)}"
+            )
     loss_s, limit_s = training.longest_loss_s, training.limit_s
     is_cut = limit_s is not None and training.seconds_left is not None and training.seconds_left > limit_s
     if loss_s is not None and limit_s is not None and is_cut and loss_s > limit_s:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.pipeline.checks import is_local
-from nemo_upcycle.pipeline.executors.base import Cluster, Job
+from nemo_upcycle.pipeline.executors.base import Cluster, Job, SaveLimit
 from nemo_upcycle.pipeline.markers import changed_inputs, refused_changes
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 
 
-THIS_MACHINE = "this machine"
+#: Who runs a stage without an executor; one of several nodes cannot run so.
+THIS_MACHINE, NO_EXECUTOR = "this machine", "no executor named"
 #: What executors of NeMo-Run call the GPUs that they ask for.
 _GPUS = "gpus_per_node"
 
@@ -61,6 +62,7 @@ class StageForecast:
         ranks_per_node: processes on each of them.
         resources: what it asks the executor for, by name.
         files: what is submitted, by path.
+        save_limits: of a training, within which it has to save.
     """
 
     name: str
@@ -70,6 +72,7 @@ class StageForecast:
     ranks_per_node: int
     resources: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[Path, str] = field(default_factory=dict)
+    save_limits: Sequence[SaveLimit] = ()
 
     @property
     def runs(self) -> bool:
@@ -103,7 +106,8 @@ def forecast_stages(
 
 def _asked(finding: Finding, job: Job, cluster: Cluster | None, executor: Any) -> StageForecast:
     if cluster is None:
-        name = THIS_MACHINE if is_local(executor) else type(executor).__name__
+        here = THIS_MACHINE if job.nodes == 1 else NO_EXECUTOR
+        name = here if is_local(executor) else type(executor).__name__
         asked = {_GPUS: str(gpus)} if (gpus := getattr(executor, _GPUS, None)) else {}
         return StageForecast(job.name, finding, name, job.nodes, job.ranks_per_node, asked)
     is_done = finding.state is State.DONE
@@ -115,6 +119,7 @@ def _asked(finding: Finding, job: Job, cluster: Cluster | None, executor: Any) -
         ranks_per_node=job.ranks_per_node,
         resources=cluster.resources(job),
         files={} if is_done else {job.folder / name: text for name, text in cluster.render(job).items()},
+        save_limits=cluster.save_limits(job) if job.is_training else (),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from nemo_upcycle.pipeline.executors.performance import TABLE, lines_of
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast
 from nemo_upcycle.pipeline.forecast.evaluating import EvaluationForecast
 from nemo_upcycle.pipeline.forecast.run import Forecast
@@ -27,6 +28,7 @@ def render_forecast(forecast: Forecast) -> str:
         ("Trainings", _training_lines(list(forecast.trainings.values()))),
         (f"Disk of {forecast.disk.folder}", _disk_lines(forecast.disk)),
         ("Settings, and where each comes from", _setting_lines(forecast.settings)),
+        (f"Performance settings by {TABLE}, and why each", lines_of(forecast.performance)),
         ("Warnings", (line for text in forecast.warnings for line in _wrapped(f"- {text}", _INDENT))),
     )
     for title, body in sections:
@@ -113,6 +115,9 @@ _ROWS: dict[str, Callable[[TrainingForecast], str]] = {
     ),
     "checkpoint": lambda it: (
         f"{size_text(it.checkpoint_bytes)} every {it.save_every:,} steps, {it.checkpoints_at_once} at once"
+    ),
+    "save in time": lambda it: ", ".join(
+        f"{it.save_gib_s(limit):.3g} GiB/s ({limit.what})" for limit in it.stage.save_limits
     ),
     "lost by a kill": lambda it: _loss(it),
     "evaluation": lambda it: _evaluation(it.evaluation) if it.evaluation else "",

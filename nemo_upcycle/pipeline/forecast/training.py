@@ -10,6 +10,8 @@ from typing import Any
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.pipeline.executors.base import SaveLimit
+from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
 from nemo_upcycle.pipeline.forecast.evaluating import EvaluationForecast, forecast_evaluation
 from nemo_upcycle.pipeline.forecast.planned import (
     Card,
@@ -145,6 +147,21 @@ class TrainingForecast:
         """Checkpoints that stay when the training has ended."""
         saves = math.ceil(self.steps / self.save_every)
         return saves if self.keeps is None else min(saves, self.keeps)
+
+    @property
+    def slowest_step_s(self) -> float:
+        """Seconds of the slowest step, which ends before an early save begins; 0 without an estimate."""
+        return max((plan.time.total for plan in (self.first, self.later) if plan), default=0.0)
+
+    def save_gib_s(self, limit: SaveLimit) -> float:
+        """Return the GiB a second that a save takes which ends within a limit."""
+        rest_s = limit.seconds - self.slowest_step_s
+        return self.checkpoint_bytes / GIB / rest_s if rest_s > 0 else math.inf
+
+    @property
+    def usual_save_s(self) -> int:
+        """Seconds of a step and a save at the usual speed of a file system, in whole minutes."""
+        return math.ceil((self.slowest_step_s + self.checkpoint_bytes / GIB / USUAL_GIB_S) / 60) * 60
 
     @property
     def longest_loss_s(self) -> float | None:

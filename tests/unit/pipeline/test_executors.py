@@ -276,6 +276,22 @@ def test_hang_detection_starts_one_launcher_a_node_with_the_cores_of_its_ranks()
     assert 'export http_proxy="a b"\n' in script
 
 
+@pytest.mark.parametrize(("signal", "save_s"), [("TERM@600", 1800), ("TERM@3060", 3060)])
+def test_a_launcher_leaves_ranks_the_time_that_the_signal_gives(signal: str, save_s: int) -> None:
+    executor = built(*SITE, "stages.pretrain.hang_detection=true", f"stages.pretrain.signal={signal}")
+    cluster = cluster_for(executor)
+    assert cluster is not None
+    assert f"--term-timeout={save_s}" in cluster.render(training())["pretrain.sh"].replace(".0", "")
+
+
+def test_a_job_without_a_signal_has_slurms_own_time_to_save() -> None:
+    cluster = cluster_for(built(*SITE, "stages.pretrain.signal=null"))
+    assert cluster is not None
+    (limit,) = cluster.save_limits(training())
+    assert limit.seconds == 30
+    assert "KillWait" in limit.what
+
+
 def test_rendered_jobs_come_with_a_script_that_submits_them(tmp_path: Path) -> None:
     cluster = cluster_for(built(*SITE))
     assert cluster is not None

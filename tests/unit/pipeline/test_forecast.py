@@ -283,6 +283,71 @@ def test_a_time_limit_shorter_than_the_way_to_a_checkpoint_is_warned_about(llama
     assert "pretrain.log.ckpt.every_n_train_steps" in warning
 
 
+@pytest.fixture(scope="module")
+def large() -> Any:
+    from nemo_upcycle.recipes import llama3_70b_e8t2
+
+    return llama3_70b_e8t2.pipeline_recipe(dir="runs/70b")
+
+
+def test_a_checkpoint_that_a_signal_leaves_too_little_time_for_is_said_with_the_speed_it_takes(
+    large: Any, llama: Any, tmp_path: Path
+) -> None:
+    cluster = forecasts.CLUSTERS["slurm"]()
+    found = forecast_of(large, tmp_path, cluster=cluster)
+    (warning,) = [text for text in found.warnings if "TERM@600" in text]
+    assert warning.startswith("pretrain: ")
+    assert "10.5 GiB/s" in warning
+    assert "run.executor.stages.pretrain.signal=TERM@3060" in warning
+    cluster.executor.stages["pretrain"]["signal"] = "TERM@3060"
+    assert not [text for text in forecast_of(large, tmp_path, cluster=cluster).warnings if "GiB/s" in text]
+    small = forecast_of(llama, tmp_path, cluster=forecasts.CLUSTERS["slurm"]())
+    assert not [text for text in small.warnings if "GiB/s" in text], "at the usual 2 GiB/s it ends in time"
+    assert "1.04 GiB/s (signal TERM@600)" in render_forecast(small)
+
+
+def test_a_save_that_hang_detection_would_take_for_a_hang_is_said(large: Any, tmp_path: Path) -> None:
+    cluster = forecasts.CLUSTERS["slurm"]()
+    cluster.executor.stages["pretrain"] |= {"hang_detection": True, "signal": "TERM@3600"}
+    (warning,) = [text for text in forecast_of(large, tmp_path, cluster=cluster).warnings if "GiB/s" in text]
+    assert "silence_s 600 of hang detection" in warning
+    assert "run.executor.stages.pretrain.silence_s=3060" in warning
+
+
+def test_pods_that_are_killed_before_a_checkpoint_is_saved_are_said(llama: Any, tmp_path: Path) -> None:
+    cluster = forecasts.CLUSTERS["kubernetes"]()
+    found = forecast_of(llama, tmp_path, cluster=cluster)
+    assert [text for text in found.warnings if "run.executor.stages.pretrain.termination_grace_s=360" in text]
+
+
+def test_performance_settings_stand_with_their_reasons(llama: Any, tmp_path: Path) -> None:
+    text = render_forecast(forecast_of(llama, tmp_path, cluster=forecasts.CLUSTERS["slurm"]()))
+    table = text.partition("\nPerformance settings by conf/performance.yaml, and why each\n")[2].partition("\n\n")[0]
+    rows = {words[0]: words[1:] for line in table.splitlines() if (words := line.split())}
+    assert rows["CUDA_DEVICE_MAX_CONNECTIONS"] == ["1", "card", "h100,", "split,", "no", "overlaps_experts"]
+    assert rows["NCCL_P2P_NET_CHUNKSIZE"][-2:] == ["pretrain", "only"]
+    assert "Performance settings" not in render_forecast(forecast_of(llama, tmp_path))
+
+
+def test_a_profile_is_the_recipes() -> None:
+    from nemo_upcycle import recipes
+    from nemo_upcycle.pipeline.nemo_training import NeMoTraining
+    from nemo_upcycle.pipeline.recipes_io import dump_recipe
+
+    recipe = recipes.llama3_8b_e8t2.pretrain_recipe(capacity_factor=0.0, fp8_recipe="current", dispatcher="deepep")
+    found = NeMoTraining(dump_recipe(recipe)).profile("hf://nobody/nothing")
+    assert (found.accelerator, found.tp, found.pp, found.ep) == ("gpu", 2, 4, 8)
+    assert (found.precision, found.dispatcher) == ("fp8-current", "deepep")
+
+
+def test_a_card_that_the_planner_does_not_know_has_settings_and_no_speed(llama: Any, tmp_path: Path) -> None:
+    cluster = forecasts.CLUSTERS["slurm"]()
+    cluster.executor.card = "gb200"
+    found = forecast_of(llama, tmp_path, cluster=cluster)
+    assert found.trainings["pretrain"].card.gpu is None
+    assert ("CUDA_DEVICE_MAX_CONNECTIONS", "32") in {(one.name, one.value) for one in found.performance["pretrain"]}
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [

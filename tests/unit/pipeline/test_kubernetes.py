@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from nemo_upcycle.pipeline.executors.base import Job, JobState, Phase, Unreachab
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 from nemo_upcycle.pipeline.executors.kubernetes_api import TakenError, reported_state
 from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
+from nemo_upcycle.pipeline.trainings import Profile
 from tests.crds import KINDS, RECIPES, closed_schema, executor, jobs_of
 
 
@@ -188,18 +190,111 @@ def test_a_rerun_takes_another_name_also_where_the_folder_forgot_the_first(tmp_p
         ({"mount_path": "/elsewhere"}, "a path that the pods do not see"),
         ({"kind": "trainjobs"}, "Did you mean 'trainjob'?"),
         ({"restarts": 3}, "failurePolicy.maxRestarts"),
-        ({"kind": "trainjob-2.1"}, "terminationGracePeriodSeconds"),
+        ({"kind": "trainjob-2.1", "security_context": {}}, "terminationGracePeriodSeconds"),
         ({"stages": {"pretrain": {"gpu_per_node": 8}}}, "Did you mean 'stages.pretrain.gpus_per_node'?"),
         ({"stages": {"pretrain": {"namespace": "other"}}}, "the same for all stages"),
         ({"gpus_per_node": 4}, "at least 8, the ranks per node"),
+        ({"gpus_per_node": 0}, "run.executor.stages.pretrain.gpus_per_node: got 0, expected 8"),
+        ({"shared_memory_gib": 64}, "less than memory_gib (64)"),
+        ({"secret_env_vars": {"HF_TOKEN": ""}}, "run.executor.secret_env_vars.HF_TOKEN: got ''"),
+        ({"secret_env_vars": {"HF_TOKEN": "hub/"}}, "run.executor.secret_env_vars.HF_TOKEN: got 'hub/'"),
+        ({"tolerations": [{"key": "a", "operator_": "Exists"}]}, "Did you mean 'operator'?"),
+        ({"tolerations": [{"key": "a", "operator": "Exist"}]}, "Did you mean 'Exists'?"),
+        ({"tolerations": [{"key": "a", "effect": "NoShedule"}]}, "Did you mean 'NoSchedule'?"),
+        ({"report_within_s": 40}, "run.executor.report_within_s: got 40, expected 60 or more"),
+        ({"kind": "trainjob-2.1"}, "securityContext of the runtime's container"),
+        ({"image_pull_policy": "Always"}, "imagePullPolicy of the runtime's container"),
+        ({"priority_class": "high"}, "priorityClassName of the runtime's pods"),
+        ({"performance": {"NCCL_NVLS_ENABEL": None}}, "Did you mean 'NCCL_NVLS_ENABLE'?"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_with_the_fix(
     fields: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
-    scheduler, _ = _scheduler(tmp_path, **{"stages": {}, **fields})
-    with pytest.raises(UpcycleError, match=words.replace("?", r"\?").replace(".", r"\.")):
-        scheduler.check([_job(tmp_path, ranks_per_node=8)])
+    scheduler, _ = _scheduler(tmp_path, **{"stages": {}, "gpus_per_node": 8, **fields})
+    job = _job(tmp_path, ranks_per_node=8, is_training=True, profile=Profile(accelerator="gpu"))
+    with pytest.raises(UpcycleError, match=re.escape(words)):
+        scheduler.check([job])
+
+
+def test_a_recipe_that_trains_on_what_is_there_needs_no_gpu(tmp_path: Path) -> None:
+    scheduler, _ = _scheduler(tmp_path, stages={})
+    scheduler.check([_job(tmp_path, ranks_per_node=2, is_training=True, profile=Profile(accelerator="auto"))])
+
+
+@pytest.mark.parametrize("definition", KINDS)
+def test_labels_and_annotations_are_the_jobs_and_its_pods(definition: str, tmp_path: Path) -> None:
+    document = manifests.manifest(executor(definition, tmp_path), _job(tmp_path), "a")
+    found = [document["metadata"], _template(document)["metadata"]]
+    assert [(one["labels"]["team"], one["annotations"]) for one in found] == [("llm", {"note": "a test"})] * 2
+
+
+@pytest.mark.parametrize("definition", KINDS)
+def test_overrides_are_merged_into_the_pod_and_win(definition: str, tmp_path: Path) -> None:
+    name = "pytorch" if definition == "pytorchjob-1.9" else "node"
+    overrides = {
+        "containers": [{"name": name, "volumeMounts": [{"name": "shared-memory", "mountPath": "/shm"}]}],
+        "nodeSelector": {"rack": "a", "pool": None},
+        "serviceAccountName": None,
+    }
+    spec = _template(manifests.manifest(executor(definition, tmp_path, overrides=overrides), _job(tmp_path), "a"))[
+        "spec"
+    ]
+    (container,) = spec["containers"]
+    assert [mount["mountPath"] for mount in container["volumeMounts"]] == [str(tmp_path), "/data", "/shm"]
+    assert spec["nodeSelector"] == {"rack": "a"}
+    assert "serviceAccountName" not in spec
+
+
+def _template(document: dict[str, Any]) -> dict[str, Any]:
+    spec = document["spec"]
+    if "pytorchReplicaSpecs" in spec:
+        return spec["pytorchReplicaSpecs"]["Master"]["template"]
+    if "podTemplateOverrides" in spec:
+        return spec["podTemplateOverrides"][0]
+    patch = spec["runtimePatches"][0]["trainingRuntimeSpec"]["template"]
+    return patch["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+
+
+def test_pods_of_a_training_get_performance_settings_that_the_site_changes(tmp_path: Path) -> None:
+    scheduler, _ = _scheduler(
+        tmp_path,
+        env_vars={"NCCL_NVLS_ENABLE": "1", "TORCH_NCCL_HIGH_PRIORITY": None},
+        performance={"TOKENIZERS_PARALLELISM": None, "CUDA_DEVICE_MAX_CONNECTIONS": 8},
+        secret_env_vars={"NVTE_FWD_LAYERNORM_SM_MARGIN": "sms/forward"},
+    )
+    profile = Profile(accelerator="gpu", tp=2, ep=8, dispatcher="alltoall")
+    job = _job(tmp_path, ranks_per_node=8, is_training=True, profile=profile)
+    (text,) = scheduler.render(job).values()
+    found = [(entry["name"], entry.get("value")) for entry in yaml.safe_load(text)["spec"]["trainer"]["env"]]
+    assert len(found) == len(dict(found)), "a name twice"
+    assert dict(found) == {
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_CACHE": str(tmp_path / "demo/hub"),
+        "CUDA_DEVICE_MAX_CONNECTIONS": "8",
+        "NVTE_BWD_LAYERNORM_SM_MARGIN": "16",
+        "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "NCCL_NVLS_ENABLE": "1",
+        "NVTE_FWD_LAYERNORM_SM_MARGIN": None,
+    }
+    (other,) = scheduler.render(_job(tmp_path, "import")).values()
+    assert "NVTE" not in other.replace("NVTE_FWD", "")
+
+
+@pytest.mark.parametrize(
+    ("definition", "fields", "seconds", "fix"),
+    [
+        ("trainjob-2.3", {"termination_grace_s": 0}, 30, "run.executor.stages.pretrain.termination_grace_s=900"),
+        ("trainjob-2.3", {}, 600, "run.executor.stages.pretrain.termination_grace_s=900"),
+        ("trainjob-2.1", {}, 30, "terminationGracePeriodSeconds of the runtime's pods to 900"),
+    ],
+)
+def test_a_pod_has_its_grace_period_to_save(
+    definition: str, fields: dict[str, Any], seconds: int, fix: str, tmp_path: Path
+) -> None:
+    (limit,) = _scheduler(tmp_path, definition, **fields)[0].save_limits(_job(tmp_path, is_training=True))
+    assert (limit.seconds, limit.fix.format(seconds=900).partition(" (")[0]) == (seconds, fix)
 
 
 @pytest.mark.parametrize("lacking", ["runs", "datasets", "gpus"])

@@ -1,0 +1,199 @@
+"""NVIDIA's performance settings of a training, as `conf/performance.yaml` has them by card and layout."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from nemo_upcycle.errors import UpcycleError
+
+
+if TYPE_CHECKING:
+    from nemo_upcycle.pipeline.executors.base import Job
+
+#: The table, as people find it.
+TABLE = "conf/performance.yaml"
+ENVIRONMENT, SLURM = "environment", "slurm"
+NUMACTL, SEGMENT = "numactl", "--segment"
+#: Not where there is no numactl, or where the cores that Slurm gave the rank are not of that node.
+_BIND = (
+    'bind="numactl --cpunodebind=$((SLURM_LOCALID/%s)) --membind=$((SLURM_LOCALID/%s))"; '
+    '$bind true >/dev/null 2>&1 || bind=; exec $bind "$@"'
+)
+
+
+@dataclass(frozen=True)
+class PerformanceSetting:
+    """A setting of a training.
+
+    Args:
+        name: a variable, an option of srun as `--mpi`, `numactl`, or `--segment`.
+        value: as text; empty for an option without a value.
+        origin: why it is so: the conditions of the table's row, or who set it.
+    """
+
+    name: str
+    value: str
+    origin: str = ""
+
+
+@lru_cache
+def table() -> Any:
+    """Return the table as plain values."""
+    return yaml.safe_load((resources.files("nemo_upcycle.conf") / "performance.yaml").read_text(encoding="utf-8"))
+
+
+def names() -> set[str]:
+    """Return the names of all settings of the table."""
+    return {row["name"] for part in (ENVIRONMENT, SLURM) for row in table()[part]}
+
+
+def settings_for(
+    job: Job,
+    card: str,
+    *,
+    scheduler: str = "",
+    container: bool = False,
+    changed: Mapping[str, Any] | None = None,
+    origin: str = "",
+) -> list[PerformanceSetting]:
+    """Return the settings of a job; none but for a training.
+
+    Args:
+        job: the stage.
+        card: of its nodes.
+        scheduler: the part of the table that comes on top of the variables; empty: none.
+        container: whether it runs in one.
+        changed: by name, what the user sets in the place of the table's value; None removes it.
+        origin: where `changed` is from.
+
+    Raises:
+        UpcycleError: `changed` has a name that the table does not have.
+    """
+    changed = changed or {}
+    for name in changed:
+        if name not in names():
+            raise UpcycleError.unknown("run.executor.performance", name, names())
+    if not job.is_training:
+        return []
+    facts = _facts(job, card, container=container)
+    found: dict[str, PerformanceSetting] = {}
+    for row in table()[ENVIRONMENT] + (table()[scheduler] if scheduler else []):
+        name = row["name"]
+        if name in changed:
+            if changed[name] is not None:
+                found[name] = PerformanceSetting(name, str(changed[name]), origin)
+        elif name not in found and _holds(row, facts):
+            found[name] = PerformanceSetting(name, row["value"], _origin(row, facts))
+    return list(found.values())
+
+
+def _origin(row: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """Return the conditions that a row has, for people."""
+    words = {True: "{}", False: "no {}"}
+    held = [words.get(facts[name], "{} {}").format(name, facts[name]) for name in row.get("when", {})]
+    return ", ".join(held) or "always"
+
+
+def _facts(job: Job, card: str, *, container: bool) -> dict[str, Any]:
+    """Return what conditions ask for, by name; without what is not known."""
+    facts: dict[str, Any] = {"card": card, "container": container, "gpus_per_node": job.ranks_per_node}
+    if job.profile:
+        profile = job.profile
+        facts |= {
+            "split": profile.tp > 1 or profile.cp > 1,
+            "pipelined": profile.pp > 1,
+            "experts_split": profile.ep > 1,
+            "precision": profile.precision,
+            "dispatcher": profile.dispatcher,
+            "overlaps_experts": profile.overlaps_experts,
+            "cuda_graphs": profile.cuda_graphs,
+            "user_buffers": profile.user_buffers,
+        }
+    return facts
+
+
+def _holds(row: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+    def is_true(name: str, wanted: Any) -> bool:
+        return facts[name] in (wanted if isinstance(wanted, list) else [wanted])
+
+    when, unless = row.get("when", {}), row.get("unless", {})
+    return (
+        facts.keys() >= when.keys() | unless.keys()
+        and all(is_true(*condition) for condition in when.items())
+        and not any(is_true(*condition) for condition in unless.items())
+    )
+
+
+def variables(found: Sequence[PerformanceSetting]) -> dict[str, str]:
+    """Return those that are variables."""
+    return {setting.name: setting.value for setting in found if setting.name[:1].isupper()}
+
+
+def srun_options(found: Sequence[PerformanceSetting]) -> list[str]:
+    """Return those that are options of srun."""
+    options = [setting for setting in found if setting.name.startswith("--") and setting.name != SEGMENT]
+    return [f"{option.name}={option.value}" if option.value else option.name for option in options]
+
+
+def segment(found: Sequence[PerformanceSetting], nodes: int) -> int | None:
+    """Return the nodes that Slurm should place in one rack: the largest divisor that fits; None without a limit.
+
+    Example:
+        >>> segment([PerformanceSetting("--segment", "18")], 64)
+        16
+    """
+    most = next((int(setting.value) for setting in found if setting.name == SEGMENT), 0)
+    return next((size for size in range(min(nodes, most), 0, -1) if nodes % size == 0), None)
+
+
+def bound(found: Sequence[PerformanceSetting]) -> list[str]:
+    """Return the words before a rank's command that bind it to its GPU's memory node, where numactl can."""
+    per_node = next((setting.value for setting in found if setting.name == NUMACTL), None)
+    return ["bash", "-c", _BIND % (per_node, per_node), "bash"] if per_node else []
+
+
+def settings_here(job: Job) -> list[PerformanceSetting]:
+    """Return the variables of a training on this machine that its environment does not set; none without a GPU."""
+    if not torch.cuda.is_available() or getattr(job.profile, "accelerator", "auto") == "cpu":
+        return []
+    words = re.split(r"[^a-z0-9]+", torch.cuda.get_device_name(0).lower())
+    found = settings_for(job, next((card for card in table()["cards"] if card in words), ""))
+    return [setting for setting in found if setting.name not in os.environ]
+
+
+def lines_of(found: Mapping[str, Sequence[PerformanceSetting]]) -> list[str]:
+    """Return the settings of trainings as lines of a table, for people.
+
+    Args:
+        found: by stage.
+    """
+    stages: dict[PerformanceSetting, list[str]] = {}
+    for stage, settings in found.items():
+        for setting in settings:
+            stages.setdefault(setting, []).append(stage)
+    name_width = max((len(one.name) for one in stages), default=0)
+    value_width = max((len(one.value) for one in stages), default=0)
+    lines = []
+    for one, names in stages.items():
+        where = "" if len(names) == len(found) else f"; {' and '.join(names)} only"
+        lines.append(f"{one.name:<{name_width}}  {one.value:<{value_width}}  {one.origin}{where}")
+    return lines
+
+
+def option_name(word: str) -> str:
+    """Return the option that a word of srun sets or, as `--no-container-mount-home`, resets.
+
+    Example:
+        >>> option_name("--mpi=none"), option_name("--container-mount-home")
+        ('--mpi', '--container-mount-home')
+    """
+    return word.partition("=")[0].replace("--no-", "--", 1)
