@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from nemo_upcycle.pipeline.markers import setting_texts
 from nemo_upcycle.pipeline.plan import Plan, RunPlan, Stage
 from nemo_upcycle.pipeline.plans import kind_of
 from nemo_upcycle.pipeline.recipes_io import check_recipe, ranks_of
-from nemo_upcycle.pipeline.stages import STAGES
 from nemo_upcycle.utils.files import resolved
 
 
@@ -47,40 +46,36 @@ def is_local(executor: Any) -> bool:
 def check_arguments(
     run_dir: Path,
     plan: RunPlan,
-    pretrain: run.Partial,
-    dense_ct: Any,
+    recipes: Mapping[str, run.Partial],
     ctx: Any,
-    stages: Sequence[Stage] = STAGES,
+    stages: Sequence[Stage],
     *,
-    remote: bool = True,
+    shown: bool = False,
 ) -> None:
     """Check every argument of the pipeline.
 
     Args:
         run_dir: the run's folder.
         plan: what the stages will be given.
-        pretrain: recipe of the upcycled model.
-        dense_ct: recipe of the dense baseline, or None.
+        recipes: of the upcycled model and of the dense baseline, if there is one, by stage.
         ctx: NeMo-Run's context of the command.
         stages: those that will run.
-        remote: whether to ask for files behind addresses, too, which needs the network.
+        shown: whether nothing starts, so that neither the network nor this machine has to have what a run needs.
 
     Raises:
         UpcycleError: one is not valid; the text names it.
     """
     check_folder(run_dir)
     parent = check_address(plan.dense)
-    here = {stage.name for stage in stages} if is_local(ctx.executor) else set()
-    check_blend(plan.data, "data" in here, remote=remote)
+    check_blend(plan.data, remote=not shown)
     read_suite_config(plan.evaluation)
-    for name, recipe in (("pretrain", pretrain), ("dense_ct", dense_ct)):
-        if recipe:
-            if name in here:
-                _check_here(recipe, f"{name}.")
-            check_recipe(recipe, f"{name}.")
-            if parent:
-                _check_parent(recipe, parent, plan.dense, f"{name}.")
-    if not pretrain.resume.restore_config.spec:
+    if is_local(ctx.executor) and not shown:
+        check_here(plan, stages, recipes)
+    for name, recipe in recipes.items():
+        check_recipe(recipe, f"{name}.")
+        if parent:
+            _check_parent(recipe, parent, plan.dense, f"{name}.")
+    if not recipes["pretrain"].resume.restore_config.spec:
         raise UpcycleError(
             "pretrain.resume.restore_config.spec",
             got="none",
@@ -125,12 +120,11 @@ def check_started(run_dir: Path, plan: Plan) -> None:
             folder.require_same(setting_texts(stage.settings_of(plan)))
 
 
-def check_blend(data: str, here: bool, *, remote: bool) -> None:
-    """Check what a run is trained on: a finished folder, or a blend, its files and, here, what builds it.
+def check_blend(data: str, *, remote: bool) -> None:
+    """Check what a run is trained on: a finished folder, or a blend and its files.
 
     Args:
         data: the argument of the pipeline.
-        here: whether the blend is built on this machine.
         remote: whether to ask for files behind addresses, too, which needs the network.
     """
     if Path(data).is_dir():
@@ -145,7 +139,15 @@ def check_blend(data: str, here: bool, *, remote: bool) -> None:
     require_disjoint(listed)
     for suite in blend.config.decontaminate:
         read_suite_config(suite)
-    if here:
+
+
+def check_engine(plan: RunPlan, stages: Sequence[Stage]) -> None:
+    """Check that this machine has what builds the run's blend, if one of the stages does.
+
+    Raises:
+        UpcycleError: it does not.
+    """
+    if plan.blend and any(stage.name == "data" for stage in stages):
         engine_version(data_python())
 
 
@@ -179,16 +181,27 @@ def _check_parent(recipe: run.Partial, parent: Architecture, dense: str, where: 
             )
 
 
-def _check_here(recipe: run.Partial, where: str) -> None:
-    """Check what a recipe asks of this machine."""
-    if (nodes := ranks_of(recipe, where)[0]) > 1:
-        raise UpcycleError(
-            f"{where}trainer.num_nodes",
-            got=nodes,
-            expected="1 on this machine",
-            fix="set it to 1, or name the cluster with run.executor=NAME",
-        )
-    check_kernels(recipe, where)
+def check_here(plan: RunPlan, stages: Sequence[Stage], recipes: Mapping[str, run.Partial]) -> None:
+    """Check what stages ask of this machine, where they run on it; a forecast needs none of it.
+
+    Args:
+        plan: what the stages will be given.
+        stages: those that will run.
+        recipes: of the trainings, by stage.
+
+    Raises:
+        UpcycleError: this machine does not have it.
+    """
+    check_engine(plan, stages)
+    for name in (stage.name for stage in stages if stage.name in recipes):
+        if (nodes := ranks_of(recipes[name], f"{name}.")[0]) > 1:
+            raise UpcycleError(
+                f"{name}.trainer.num_nodes",
+                got=nodes,
+                expected="1 on this machine",
+                fix="set it to 1, or name the cluster with run.executor=NAME",
+            )
+        check_kernels(recipes[name], f"{name}.")
 
 
 def check_kernels(recipe: run.Partial, where: str = "") -> None:

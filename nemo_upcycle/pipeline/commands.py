@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -157,13 +157,17 @@ def _run_chain(chain: Chain, *, detach: bool) -> None:
             raise SystemExit(128 + (stop.signum or 0))
 
 
-def say_what_is_missing(cluster: Cluster | None, jobs: Sequence[Job]) -> None:
-    """Print what a site still has to set before the jobs can be submitted."""
+def say_what_is_missing(what: str, check: Callable[[], None]) -> None:
+    """Print what is still to be set, installed or named before the jobs can run.
+
+    Args:
+        what: that cannot be done before.
+        check: raises an UpcycleError if something is.
+    """
     try:
-        if cluster:
-            cluster.check_settings(jobs)
+        check()
     except UpcycleError as error:
-        sys.stdout.write(f"\nBefore it can be submitted: {error}\n")
+        sys.stdout.write(f"\nBefore it can {what}: {error}\n")
 
 
 def render_jobs(jobs: Sequence[Job], cluster: Cluster | None, plan: Plan, folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Optional
 
 import nemo_run as run
 
-from nemo_upcycle.pipeline.checks import check_arguments
+from nemo_upcycle.pipeline.checks import check_arguments, check_here, is_local
 from nemo_upcycle.pipeline.commands import (
     chain_of,
     check_chain,
@@ -78,11 +78,11 @@ def pipeline(
         dump_recipe(pretrain),
         dump_recipe(dense_ct) if dense_ct else None,
     )
+    recipes = {"pretrain": pretrain} | ({"dense_ct": dense_ct} if dense_ct else {})
     stages = chosen_stages(from_stage, until_stage, only_stage)
     cluster = cluster_for(ctx.executor)
     with ended_by_ctrl_c():
-        is_shown = bool(ctx.dryrun or render)  # what is only shown needs no network
-        check_arguments(run_dir, plan, pretrain, dense_ct, ctx, stages, remote=not is_shown)
+        check_arguments(run_dir, plan, recipes, ctx, stages, shown=bool(ctx.dryrun or render))
         require_earlier(stages, run_dir, plan)
     jobs = jobs_of(stages, run_dir, plan)
     if render:
@@ -94,7 +94,10 @@ def pipeline(
     if ctx.dryrun or not ctx.skip_confirmation:
         sys.stdout.write(render_forecast(found) + "\n")
     if ctx.dryrun:
-        say_what_is_missing(cluster, jobs)
+        if cluster:
+            say_what_is_missing("be submitted", lambda: cluster.check_settings(jobs))
+        elif is_local(ctx.executor):
+            say_what_is_missing("run here", lambda: check_here(plan, stages, recipes))
         return
     check_stages(found)
     if cluster:

@@ -30,6 +30,31 @@ def llama3_8b(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "sizes", "precision"),
+    [
+        ("llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config", (2, 1, 4, 8), "bf16"),
+        ("llama3_8b_e8t2_pretrain_128gpu_h100_fp8cs_config", (1, 2, 4, 8), "fp8-current"),
+    ],
+)
+def test_a_profile_is_the_recipes(
+    llama3_8b: None,
+    name: str,
+    sizes: tuple[int, ...],
+    precision: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from nemo_upcycle.pipeline.bridge.training import BridgeTraining
+
+    monkeypatch.setenv(DENSE, "")  # which the training sets
+    (tmp_path / "tokenizer.json").write_text("{}")
+    found = BridgeTraining(name, nodes=16, ranks_per_node=8).profile(str(tmp_path))
+    assert found is not None
+    assert ((found.tp, found.cp, found.pp, found.ep), found.precision) == (sizes, precision)
+    assert found.dispatcher != "none"
+
+
+@pytest.mark.parametrize(
     ("name", "gpus", "fp8"),
     [
         ("llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config", 512, None),

@@ -52,6 +52,19 @@ def test_a_dry_run_says_what_has_to_be_known_and_writes_nothing(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_without_an_executor_forecasts_and_says_what_to_name(tmp_path: Path) -> None:
+    text, _ = _run(tmp_path, f"dir={tmp_path}/run", "--dryrun")
+    for words in (
+        "60.0 of 79.1 GiB: fits",
+        "12.9 h, 6,584 GPU-hours",
+        "no executor named: 64 nodes x 8 ranks",
+        "Before it can run here: ",
+        "run.executor=NAME",
+    ):
+        assert words in text
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("site", SITES)
 def test_rendered_jobs_come_with_their_plan(tmp_path: Path, site: str) -> None:
     words = [word.replace("DIR", str(tmp_path)) for word in SITES[site]]

@@ -4,18 +4,18 @@
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Optional
 
 import nemo_run as run
 
-from nemo_upcycle.data.dense import cached_asset, check_address, tokenizer_folder
+from nemo_upcycle.data.dense import check_address, tokenizer_folder
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.suite_config import read_suite_config
-from nemo_upcycle.pipeline.bridge.training import BridgeTraining
-from nemo_upcycle.pipeline.checks import check_blend, check_detach, check_folder, check_started, is_local
+from nemo_upcycle.pipeline.bridge.training import BridgeTraining, parent_configuration
+from nemo_upcycle.pipeline.checks import check_blend, check_detach, check_engine, check_folder, check_started, is_local
 from nemo_upcycle.pipeline.commands import (
     chain_of,
     check_chain,
@@ -29,12 +29,12 @@ from nemo_upcycle.pipeline.commands import (
 from nemo_upcycle.pipeline.console import quiet_libraries
 from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
+from nemo_upcycle.pipeline.executors.performance import lines_of
 from nemo_upcycle.pipeline.executors.settings import cluster_for
-from nemo_upcycle.pipeline.jobs import jobs_of
+from nemo_upcycle.pipeline.jobs import jobs_of, performance_of
 from nemo_upcycle.pipeline.order import chosen_stages, finished, require_earlier
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
 from nemo_upcycle.pipeline.stages import STAGES
-from nemo_upcycle.utils.files import is_complete
 
 
 class BridgeContext(PipelineContext):
@@ -118,15 +118,19 @@ def pipeline(
     )
     stages = chosen_stages(from_stage, until_stage, only_stage)
     with ended_by_ctrl_c():
-        _check(run_dir, plan, trainings, ctx, stages, remote=not (ctx.dryrun or render))
+        _check(run_dir, plan, trainings, ctx, stages, shown=bool(ctx.dryrun or render))
         require_earlier(stages, run_dir, plan)
     jobs, cluster = jobs_of(stages, run_dir, plan), cluster_for(ctx.executor)
     if render:
         render_jobs(jobs, cluster, plan, Path(render))
         return
     sys.stdout.write(_summary(plan, trainings, stages, run_dir))
+    sys.stdout.write("".join(f"{line}\n" for line in lines_of(performance_of(jobs, cluster, ctx.executor))))
     if ctx.dryrun:
-        say_what_is_missing(cluster, jobs)
+        if cluster:
+            say_what_is_missing("be submitted", lambda: cluster.check_settings(jobs))
+        elif is_local(ctx.executor):
+            say_what_is_missing("run here", lambda: _check_here(plan, stages, trainings))
         return
     if cluster:
         cluster.check_settings(jobs)
@@ -170,7 +174,7 @@ def _check(
     ctx: Any,
     stages: Sequence[Stage],
     *,
-    remote: bool,
+    shown: bool,
 ) -> None:
     """Check every argument before anything is written or launched; of a parent on the hub, fetch its configuration."""
     from nemo_upcycle.bridge.training import find_recipe
@@ -178,18 +182,14 @@ def _check(
     check_folder(run_dir)
     check_detach(ctx)
     check_address(plan.dense)
-    here = {stage.name for stage in stages} if is_local(ctx.executor) else set()
-    check_blend(plan.data, "data" in here, remote=remote)
-    parent = _configuration(plan.dense, required=remote and bool(here))
+    check_blend(plan.data, remote=not shown)
     read_suite_config(plan.evaluation)
+    runs_here = is_local(ctx.executor) and not shown
+    if runs_here:
+        _check_here(plan, stages, trainings)
+    # Fetched, where it is needed here, or an error that says why it cannot be.
+    parent = tokenizer_folder(plan.dense) if runs_here else parent_configuration(plan.dense)
     for stage, training in trainings.items():
-        if stage in here and training.nodes > 1:
-            raise UpcycleError(
-                "gpus",
-                got=f"{training.nodes * training.ranks_per_node} of recipe {training.recipe}",
-                expected="those of this machine",
-                fix="give gpus=1, or name the cluster with run.executor=NAME",
-            )
         if parent is None:  # not within reach, and to be fetched elsewhere
             find_recipe(training.recipe)
         else:
@@ -197,18 +197,17 @@ def _check(
     check_started(run_dir, plan)
 
 
-def _configuration(dense: str, *, required: bool) -> Path | None:
-    """Return a folder with the parent's configuration; None where that is out of reach, and not required."""
-    scheme, _, name = dense.rpartition("://")
-    if scheme == "asset" and not required and not is_complete(cached_asset(name)):
-        return None
-    try:
-        return tokenizer_folder(dense)
-    except UpcycleError as error:  # a name on the hub: `check_address` opened any folder
-        if required:
-            raise
-        sys.stderr.write(f"Not checked against the dense parent: {error}\n")
-        return None
+def _check_here(plan: RunPlan, stages: Sequence[Stage], trainings: Mapping[str, BridgeTraining]) -> None:
+    """Check what stages ask of this machine, where they run on it."""
+    check_engine(plan, stages)
+    for stage, training in trainings.items():
+        if training.nodes > 1 and any(one.name == stage for one in stages):
+            raise UpcycleError(
+                "gpus",
+                got=f"{training.nodes * training.ranks_per_node} of recipe {training.recipe}",
+                expected="those of this machine",
+                fix="give gpus=1, or name the cluster with run.executor=NAME",
+            )
 
 
 def _check_recipe(stage: str, training: BridgeTraining, dense_folder: Path) -> None:
