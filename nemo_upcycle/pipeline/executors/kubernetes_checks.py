@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from nemo_upcycle.errors import UpcycleError
@@ -16,6 +17,8 @@ _VALUES = {
     "operator": ("Exists", "Equal"),
     "effect": ("NoSchedule", "PreferNoSchedule", "NoExecute"),
 }
+#: Names that bash, a pod's first process, hands on.
+_VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 #: An operator that starts again has to be scheduled, to start and to get its lease, 15 s after the last holder's end.
 LEAST_REPORT_S = 60
 
@@ -35,6 +38,11 @@ def require_sound(job: Job, settings: KubernetesExecutor) -> None:
         for name, values in _VALUES.items():
             if name in toleration:
                 _require_known(f"tolerations.{name}", (toleration[name],), values)
+    for name in (*settings.env_vars, *settings.secret_env_vars):
+        if not _VARIABLE.fullmatch(name):
+            raise UpcycleError(
+                "run.executor.env_vars", got=f"'{name}'", expected="letters, digits and _ in a name", fix="rename it"
+            )
     for name, source in settings.secret_env_vars.items():
         secret, slash, key = source.partition("/")
         if not secret or (slash and not key):

@@ -198,6 +198,7 @@ def test_a_rerun_takes_another_name_also_where_the_folder_forgot_the_first(tmp_p
         ({"shared_memory_gib": 64}, "less than memory_gib (64)"),
         ({"secret_env_vars": {"HF_TOKEN": ""}}, "run.executor.secret_env_vars.HF_TOKEN: got ''"),
         ({"secret_env_vars": {"HF_TOKEN": "hub/"}}, "run.executor.secret_env_vars.HF_TOKEN: got 'hub/'"),
+        ({"env_vars": {"A-B": "1"}}, "run.executor.env_vars: got 'A-B'"),
         ({"tolerations": [{"key": "a", "operator_": "Exists"}]}, "Did you mean 'operator'?"),
         ({"tolerations": [{"key": "a", "operator": "Exist"}]}, "Did you mean 'Exists'?"),
         ({"tolerations": [{"key": "a", "effect": "NoShedule"}]}, "Did you mean 'NoSchedule'?"),
