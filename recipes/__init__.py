@@ -20,6 +20,7 @@ if find_spec("nemo"):
 
         for _module in pkgutil.iter_modules(__path__):
             importlib.import_module(f"{__name__}.{_module.name}")
+        from nemo_upcycle.recipes.common import upcycled as upcycled
 
     # `nemo llm pretrain` is NeMo's own: with a recipe of ours it checks the arguments first, with others nothing.
     pretrain.cli_entrypoint.run_ctx_cls = PretrainContext

@@ -140,7 +140,7 @@ def paper_training(recipe: run.Partial) -> run.Partial:
     return recipe
 
 
-def upcycled(
+def paper_recipe(
     recipe: run.Partial,
     model: run.Config[pl.LightningModule],
     trainer: Callable[..., run.Config[nl.Trainer]],

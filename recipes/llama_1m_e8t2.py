@@ -56,5 +56,4 @@ def pretrain_recipe(
             $ nemo upcycle ablate --grid laptop dir=runs/laptop --yes
     """
     recipe = dense_ct.pretrain_recipe(dense, dir, name, num_gpus_per_node, data, fn)
-    recipe.model = model()
     return start_from(recipe, dense, SPEC)

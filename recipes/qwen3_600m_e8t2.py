@@ -62,7 +62,6 @@ def pretrain_recipe(
             $ nemo llm pretrain --factory qwen3_600m_e8t2 trainer.max_steps=1000 data.global_batch_size=64 --yes
     """
     recipe = dense_ct.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, dense, data, fn)
-    recipe.model = model()
     recipe.trainer = trainer(expert_parallelism, num_nodes, num_gpus_per_node)
     return start_from(recipe, dense, SPEC)
 

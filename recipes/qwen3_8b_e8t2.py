@@ -10,7 +10,7 @@ from nemo.collections.llm.recipes import llama3_8b
 
 from nemo_upcycle.recipes import qwen3_8b_dense_ct as dense_ct
 from nemo_upcycle.recipes.common import moe_settings
-from nemo_upcycle.recipes.h100 import chain, fast_run, moe_kernels, moe_trainer, upcycled
+from nemo_upcycle.recipes.h100 import chain, fast_run, moe_kernels, moe_trainer, paper_recipe
 from nemo_upcycle.recipes.h100_arguments import with_overrides
 from nemo_upcycle.spec import UpcycleSpec
 
@@ -76,7 +76,7 @@ def pretrain_recipe(
         A checkpoint with optimizer states takes about 650 GB: the last two are kept, and one more is written.
     """
     nemo_recipe = llama3_8b.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, fn=fn)
-    recipe = upcycled(nemo_recipe, model(), trainer, dense, SPEC, data)
+    recipe = paper_recipe(nemo_recipe, model(), trainer, dense, SPEC, data)
     return pretrain_performance_optimizations(recipe) if performance_mode else recipe
 
 

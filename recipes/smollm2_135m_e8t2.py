@@ -99,7 +99,6 @@ def pretrain_recipe(
             >>> recipe = pretrain_recipe(dir="runs/mine")
     """
     recipe = dense_ct.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, dense, data, fn)
-    recipe.model = model()
     recipe.trainer = trainer(expert_parallelism, num_nodes, num_gpus_per_node)
     return start_from(recipe, dense, SPEC)
 

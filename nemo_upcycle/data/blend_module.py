@@ -8,10 +8,12 @@ from typing import Any, Optional, Union
 
 import torch
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
 from nemo.collections.llm.gpt.data import MockDataModule, PreTrainingDataModule
 
 from nemo_upcycle.data.blend_samples import describe_blend, index_folder, require_samples, say_what_is_read
 from nemo_upcycle.data.build import cached_blend
+from nemo_upcycle.data.dense import read_parent
 from nemo_upcycle.data.finished import MANIFEST, TOKENIZER, FinishedBlend, open_blend
 from nemo_upcycle.data.index_cache import whole_indices
 
@@ -124,6 +126,15 @@ class BlendDataModule(PreTrainingDataModule):
         with cache:
             once = self.num_train_samples + 1  # steps between two validations, above those of any run
             super().build(trainer_max_steps, once, trainer_limit_val_batches, trainer_limit_test_batches)
+
+
+def mock_tokenizer(dense: str) -> NullTokenizer:
+    """Return the tokenizer of NeMo's mock data with the vocabulary of a dense model: random tokens, no text.
+
+    Args:
+        dense: as in `UpcycleConfig.path`; of a model on the hub, configuration and tokenizer are fetched.
+    """
+    return NullTokenizer(vocab_size=read_parent(dense).vocab_size - 1)  # the last id ends a document
 
 
 def describe_data(datamodule: Any) -> str:

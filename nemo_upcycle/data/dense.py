@@ -11,9 +11,10 @@ from nemo_upcycle.data.assets import ASSETS, fetch_asset, writable_cache
 from nemo_upcycle.data.gguf import convert_gguf
 from nemo_upcycle.data.parents import OF_TOKENIZER, find_parent, on_this_machine
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.architecture import Architecture, read_architecture
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.sources.checks import check_source
+from nemo_upcycle.sources.megatron_checkpoint import is_megatron
 from nemo_upcycle.utils.files import is_complete
 
 
@@ -104,6 +105,22 @@ def tokenizer_folder(source: str) -> Path:
     folder = on_this_machine(parent, OF_TOKENIZER)
     require_tokenizer(folder)
     return folder
+
+
+def read_parent(source: str) -> Architecture:
+    """Return the architecture of a dense model; of one on the hub only configuration and tokenizer are fetched.
+
+    Args:
+        source: as in `import_dense`, or a NeMo or Megatron checkpoint, which need not hold a tokenizer.
+
+    Raises:
+        UpcycleError: it cannot be reached, or is not such a model (CheckpointError).
+    """
+    path = Path(source.removeprefix("nemo://"))
+    if source.startswith("nemo://") or is_megatron(path):
+        with open_dense(source) as dense:
+            return dense.architecture
+    return check_address(source) or read_architecture(tokenizer_folder(source))
 
 
 def ensure_dense(source: str) -> Path:

@@ -15,10 +15,11 @@ from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 from torch.nn.parallel import DistributedDataParallel
 
 from nemo_upcycle.errors import SpecError, did_you_mean
-from nemo_upcycle.models.megatron_config import check_spec, moe_fields
+from nemo_upcycle.models.megatron_config import check_spec
 from nemo_upcycle.pipeline.console import quiet_imports
-from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.training.layout import check_layout
+from nemo_upcycle.training.schedules import schedules_of
+from nemo_upcycle.training.values import check_values, setting
 from nemo_upcycle.utils.validation import is_whole
 
 
@@ -96,14 +97,39 @@ def check_recipe(recipe: run.Partial, where: str = "") -> None:
         SpecError: layout, model, data and ranks do not fit, or the upcycling spec is not valid or not the model's.
     """
     nodes, per_node = ranks_of(recipe, where)
-    _whole(recipe, "max_steps", None, where)
-    _check_names(recipe.trainer.strategy, f"{where}trainer.strategy")
+    check_settings(recipe, where)
     try:
         check_layout(recipe.trainer.strategy, recipe.model.config, recipe.data, nodes * per_node)
-        if recipe.resume.restore_config.spec:
+    except SpecError as error:
+        raise _located(error, where) from None
+
+
+def check_settings(recipe: run.Partial, where: str = "") -> None:
+    """Check what can be told of a recipe whatever ranks it gets: names, values, and that spec and model agree.
+
+    Args:
+        recipe: of a training job.
+        where: prefix of its overrides, for the text of errors.
+
+    Raises:
+        SpecError: a setting is not valid, or not the spec's.
+    """
+    _check_names(recipe.trainer.strategy, f"{where}trainer.strategy")
+    check_values(recipe, "nemo", where)
+    names = inspect.signature(schedules_of).parameters  # of `UpcycleOptimizer`; NeMo's own has none of them
+    try:
+        schedules_of(**{name: value for name in names if (value := setting(recipe, f"optim.{name}")) is not None})
+    except SpecError as error:
+        raise SpecError(f"{where}optim.{error}") from None
+    try:
+        if setting(recipe, "resume.restore_config.spec"):
             check_spec(recipe.model.config, spec_of(recipe))
     except SpecError as error:
-        raise SpecError(f"{where[:-1]}: {error}" if where else str(error)) from None
+        raise _located(error, where) from None
+
+
+def _located(error: SpecError, where: str) -> SpecError:
+    return SpecError(f"{where[:-1]}: {error}" if where else str(error))
 
 
 def _check_names(strategy: Any, where: str) -> None:
@@ -161,33 +187,3 @@ def train_on(recipe: run.Partial, data_folder: str | Path, dense: str) -> None:
     if recipe.data.__fn_or_cls__ is not blend_data:  # the seed of NeMo's mock data says nothing
         given.pop("seed", None)
     recipe.data = run.Config(blend_data, dense=dense, folder=str(data_folder), **given)
-
-
-def use_spec(recipe: run.Partial, spec: UpcycleSpec) -> run.Partial:
-    """Let an upcycling recipe build another model: the spec and every field of the model that follows from it.
-
-    Args:
-        recipe: returned by `start_from`; changed in place.
-        spec: what to build.
-
-    Returns:
-        The recipe.
-
-    Example:
-        >>> recipe = llama3_8b_e8t2.pretrain_recipe()  # doctest: +SKIP
-        >>> use_spec(recipe, UpcycleSpec(num_experts=64, top_k=8, granularity=8, shared_experts=1))  # doctest: +SKIP
-    """
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-
-    config = recipe.model.config
-    fields = moe_fields(spec, config.ffn_hidden_size, config.num_layers) | {
-        "moe_router_load_balancing_type": "aux_loss",
-        # In bfloat16 the logits of two copies can collide, and top-k then picks parts of both.
-        "moe_router_dtype": "fp32" if spec.granularity > 1 else config.moe_router_dtype,
-    }
-    for name, value in fields.items():
-        setattr(config, name, value)
-    if spec.moe_layers != "all":  # NeMo's default builds every layer alike
-        config.transformer_layer_spec = run.Partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
-    recipe.resume.restore_config.spec = run.Config(UpcycleSpec, **spec.to_dict())
-    return recipe

@@ -25,6 +25,7 @@ NEMO_SETTINGS = {
     "seq-length": "data.seq_length",
     "global-batch": "data.global_batch_size",
     "top_k": "model.config.moe_router_topk",
+    "sequence_parallel": "trainer.strategy.sequence_parallel",
 }
 BRIDGE_SETTINGS = {
     "tp": "model.tensor_model_parallel_size",
@@ -38,6 +39,7 @@ BRIDGE_SETTINGS = {
     "seq-length": "dataset.seq_length",
     "global-batch": "train.global_batch_size",
     "top_k": "model.moe_router_topk",
+    "sequence_parallel": "model.sequence_parallel",
 }
 
 
@@ -45,7 +47,8 @@ def layout_of(strategy: Any, ranks: int, micro_batch: int = 1) -> Layout:
     """Return the planner's layout of a Megatron strategy, built or as its NeMo-Run configuration."""
 
     def size(name: str, otherwise: Any = 1) -> Any:
-        return getattr(strategy, name, None) or otherwise
+        value = getattr(strategy, name, None)
+        return otherwise if value is None else value
 
     tensor = size("tensor_model_parallel_size")
     return Layout(
@@ -89,6 +92,13 @@ def check_layout(
                 "top_k", got=arch.top_k, expected=f"1 to num_moe_experts ({arch.num_experts})", fix="lower it"
             )
         rules.check_layout(layout, arch, _work(config, data, layout))
+        if arch.num_experts and layout.tp > 1 and not getattr(strategy, "sequence_parallel", False):
+            raise SpecError(
+                "sequence_parallel",
+                got=False,
+                expected=f"True with tp={layout.tp}: Megatron-Core trains experts in no other way",
+                fix="set it, or tp=1",
+            )
     except SpecError as error:
         name = str(error).partition(":")[0]
         where = f" ({name} is {settings[name]})" if name in settings else ""

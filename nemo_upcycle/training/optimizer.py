@@ -22,7 +22,7 @@ from nemo import lightning as nl
 from nemo.lightning.pytorch.optim import LRSchedulerModule
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.training.schedules import EXPERTS, REST, ROUTER, Anneal, LearningRateFactors, part_of
+from nemo_upcycle.training.schedules import EXPERTS, REST, ROUTER, part_of, schedules_of
 from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.progress import show_messages
 
@@ -79,14 +79,15 @@ class UpcycleOptimizer(nl.MegatronOptimizerModule):
         aux_loss_shape: str = "cosine",
     ) -> None:
         super().__init__(config, lr_scheduler=lr_scheduler, no_weight_decay_cond=no_weight_decay_cond)
-        self.factors = LearningRateFactors(
-            router=router_lr_mult,
-            experts=expert_lr_mult,
-            warmup_steps=router_warmup_steps,
-            freezes=router_warmup_freezes,
+        self.factors, self.aux_loss = schedules_of(
+            router_lr_mult,
+            expert_lr_mult,
+            router_warmup_steps,
+            router_warmup_freezes,
+            aux_loss_end,
+            aux_loss_steps,
+            aux_loss_shape,
         )
-        # The start is the model's coefficient, set in `_start_anneal` once there is a model.
-        self.aux_loss = Anneal(start=0.0, end=aux_loss_end, steps=aux_loss_steps, shape=aux_loss_shape)
         self._router_configs: list[Any] = []
 
     def connect(self, model: pl.LightningModule) -> None:

@@ -129,6 +129,26 @@ class Anneal:
         return self.start + (self.end - self.start) * share
 
 
+def schedules_of(
+    router_lr_mult: float = 1.0,
+    expert_lr_mult: float = 1.0,
+    router_warmup_steps: int = 0,
+    router_warmup_freezes: str = "experts",
+    aux_loss_end: float = 0.0,
+    aux_loss_steps: int = 0,
+    aux_loss_shape: str = "cosine",
+) -> tuple[LearningRateFactors, Anneal]:
+    """Return what the settings of `UpcycleOptimizer` stand for; the start of the coefficient is the model's to say.
+
+    Raises:
+        SpecError: a value is out of range or unknown.
+    """
+    factors = LearningRateFactors(
+        router=router_lr_mult, experts=expert_lr_mult, warmup_steps=router_warmup_steps, freezes=router_warmup_freezes
+    )
+    return factors, Anneal(start=0.0, end=aux_loss_end, steps=aux_loss_steps, shape=aux_loss_shape)
+
+
 def _check_number(name: str, value: float) -> None:
     if not is_number(value, 0) or value == math.inf:
         raise SpecError(name, got=value, expected="a number, 0 or more", fix=f"set {name} to such a number")

@@ -85,7 +85,7 @@ from nemo.collections.llm.gpt.model.llama import Llama32Config1B, LlamaModel
 from nemo.collections.llm.recipes import llama32_1b
 
 from nemo_upcycle.recipes.common import moe_settings
-from nemo_upcycle.recipes.h100 import dense_baseline, moe_kernels, moe_trainer, upcycled
+from nemo_upcycle.recipes.h100 import dense_baseline, moe_kernels, moe_trainer, paper_recipe
 from nemo_upcycle.recipes.h100_arguments import with_overrides
 from nemo_upcycle.spec import UpcycleSpec
 
@@ -115,7 +115,7 @@ def pretrain_recipe(
     fn: Callable = pretrain,
 ) -> run.Partial:
     nemo_recipe = llama32_1b.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, fn=fn)
-    return upcycled(nemo_recipe, model(), trainer, dense, SPEC)
+    return paper_recipe(nemo_recipe, model(), trainer, dense, SPEC)
 """
 
 

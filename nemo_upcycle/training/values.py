@@ -1,0 +1,116 @@
+"""Values of settings that make no sense, refused before anything is written: one table for NeMo and Bridge."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.utils.validation import is_number, is_whole
+
+
+class Rule(NamedTuple):
+    """What a setting may be; `None`, or a setting that the trainer's class does not have, is left to the trainer."""
+
+    nemo: str
+    bridge: str
+    allows: Callable[[Any], bool]
+    expected: str
+    fix: str = "give such a value"
+
+
+def _from(low: int) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: is_whole(value, low), f"a whole number from {low} on"
+
+
+def _finite(value: Any) -> bool:
+    return is_number(value, 0) and value != math.inf
+
+
+def _each_finite(value: Any) -> bool:
+    return all(map(_finite, value)) if isinstance(value, list | tuple) else _finite(value)
+
+
+#: A learning rate of 0 is allowed: it measures, and keeps every weight.
+_RATE = _finite, "a finite number, 0 or more"
+_SHARE = (lambda value: is_number(value, 0) and value < 1), "a number from 0 to below 1"
+_NONE = operator.not_, "none"
+_FP8 = "set it to False: weights stay in 16 bits, products may be in FP8"
+_LR = Rule("optim.config.lr", "optimizer.lr", *_RATE)
+_MIN_LR = Rule("optim.lr_scheduler.min_lr", "optimizer.min_lr", *_RATE)
+RULES: tuple[Rule, ...] = (
+    Rule("trainer.max_steps", "train.train_iters", *_from(1)),
+    Rule("data.seq_length", "dataset.seq_length", *_from(1)),
+    Rule("data.micro_batch_size", "train.micro_batch_size", *_from(1)),
+    Rule("data.global_batch_size", "train.global_batch_size", *_from(1)),
+    Rule("data.num_workers", "dataset.num_workers", *_from(0)),
+    _LR,
+    _MIN_LR,
+    Rule("optim.lr_scheduler.warmup_steps", "scheduler.lr_warmup_iters", *_from(0)),
+    Rule("optim.lr_scheduler.constant_steps", "", *_from(0)),
+    Rule("optim.config.weight_decay", "optimizer.weight_decay", *_RATE),
+    Rule("optim.config.clip_grad", "optimizer.clip_grad", *_RATE),
+    Rule("optim.config.adam_beta1", "optimizer.adam_beta1", *_SHARE),
+    Rule("optim.config.adam_beta2", "optimizer.adam_beta2", *_SHARE),
+    Rule("model.config.hidden_dropout", "model.hidden_dropout", *_SHARE),
+    Rule("model.config.attention_dropout", "model.attention_dropout", *_SHARE),
+    Rule("model.config.moe_aux_loss_coeff", "model.moe_aux_loss_coeff", _each_finite, _RATE[1]),
+    Rule("model.config.moe_z_loss_coeff", "model.moe_z_loss_coeff", *_RATE),
+    Rule("log.ckpt.every_n_train_steps", "checkpoint.save_interval", *_from(1)),
+    Rule("log.ckpt.keep_last", "", *_from(1)),
+    # What a model that is filled from a dense checkpoint cannot have.
+    Rule(
+        "model.config.mtp_num_layers", "model.mtp_num_layers", *_NONE, "leave it out: no dense checkpoint holds them"
+    ),
+    Rule("trainer.plugins.fp8_param_gather", "mixed_precision.fp8_param_gather", *_NONE, _FP8),
+    Rule("trainer.plugins.fp8_params", "", *_NONE, _FP8),
+    Rule("trainer.strategy.fsdp", "", *_NONE, "leave it out: ranks fill plain tensors"),
+    Rule(
+        "trainer.strategy.ddp.use_megatron_fsdp",
+        "ddp.use_megatron_fsdp",
+        *_NONE,
+        "leave it out: ranks fill plain tensors",
+    ),
+)
+
+
+def check_values(recipe: Any, trainer: str, where: str = "") -> None:
+    """Check the values of a training's settings, one by one.
+
+    Args:
+        recipe: NeMo's recipe, or Bridge's configuration.
+        trainer: `nemo` or `bridge`.
+        where: prefix of its overrides, for the text of errors.
+
+    Raises:
+        SpecError: a value makes no sense; the text names the setting.
+
+    Example:
+        >>> recipe.optim.config.lr = -1  # doctest: +SKIP
+        >>> check_values(recipe, "nemo")  # doctest: +SKIP
+        Traceback (most recent call last):
+        nemo_upcycle.errors.SpecError: optim.config.lr: got -1, expected a finite number, 0 or more. Fix: ...
+    """
+    for rule in RULES:
+        name = getattr(rule, trainer)
+        value = setting(recipe, name)
+        if value is not None and not rule.allows(value):
+            raise SpecError(f"{where}{name}", got=value, expected=rule.expected, fix=rule.fix)
+    highest, lowest = getattr(_LR, trainer), getattr(_MIN_LR, trainer)
+    rate, floor = setting(recipe, highest), setting(recipe, lowest)
+    if rate is not None and floor is not None and floor > rate:  # schedulers fail after the warm-up
+        raise SpecError(f"{where}{lowest}", got=floor, expected=f"at most {where}{highest} ({rate})", fix="set both")
+
+
+def setting(recipe: Any, name: str) -> Any:
+    """Return the value of a setting by its path; None where something on the way is not there.
+
+    Example:
+        >>> setting(recipe, "optim.config.lr")  # doctest: +SKIP
+        3e-05
+    """
+    for part in filter(None, name.split(".")):
+        recipe = getattr(recipe, part, None)
+    return recipe if name else None

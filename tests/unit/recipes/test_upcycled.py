@@ -1,0 +1,261 @@
+"""`upcycled`: a recipe of NeMo 2.7 is made to upcycle and passes what checks ours, or it is refused by a reason."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pkgutil
+from typing import Any
+
+import fiddle as fdl
+import pytest
+
+from nemo_upcycle import UpcycleSpec
+from nemo_upcycle.errors import SpecError
+
+
+SPEC = UpcycleSpec(num_experts=8, top_k=2)
+DENSE = "/models/parent"
+#: Module of `nemo.collections.llm.recipes` -> nodes, where the recipe's own number does not hold its layout.
+UPCYCLED: dict[str, int | None] = {
+    "gemma_2b": None,
+    "gemma_7b": None,
+    "llama2_7b": None,
+    "llama3_8b": None,
+    "llama3_8b_16k": None,
+    "llama3_8b_64k": None,
+    "llama3_8b_128k": None,
+    "llama3_70b": 4,
+    "llama3_70b_16k": None,
+    "llama3_70b_64k": None,
+    "llama31_8b": None,
+    "llama31_70b": 4,
+    "llama31_405b": 32,
+    "llama32_1b": None,
+    "llama32_3b": None,
+    "mistral_7b": None,
+    "mistral_nemo_12b": None,
+    "mistral_small3_24b": None,
+    "qwen2_500m": None,
+    "qwen2_1p5b": None,
+    "qwen2_7b": None,
+    "qwen2_72b": None,
+    "qwen25_500m": None,
+    "qwen25_1p5b": None,
+    "qwen25_7b": None,
+    "qwen25_14b": None,
+    "qwen25_32b": None,
+    "qwen25_72b": None,
+    "qwen3_600m": None,
+    "qwen3_1p7b": None,
+    "qwen3_4b": None,
+    "qwen3_8b": None,
+    "qwen3_14b": None,
+    "qwen3_32b": None,
+}
+_EXPERTS, _FAMILY = "model.config.num_moe_experts", "of another family"
+#: Module -> words of the refusal.
+REFUSED = {
+    **dict.fromkeys(("deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "llama4_e16", "llama4_e128"), _EXPERTS),
+    **dict.fromkeys(("mixtral_8x7b", "mixtral_8x7b_16k", "mixtral_8x7b_64k", "mixtral_8x22b"), _EXPERTS),
+    **dict.fromkeys(("mixtral_8x22b_64k", "qwen3_30b_a3b", "qwen3_235b_a22b"), _EXPERTS),
+    **dict.fromkeys(("baichuan2_7b", "bert_110m", "bert_340m", "chatglm3_6b", "gpt3_175b"), _FAMILY),
+    **dict.fromkeys(("gemma2_2b", "gemma2_9b", "gemma2_27b", "gemma3_1b", "phi3_mini_4k_instruct"), _FAMILY),
+    **dict.fromkeys(("hyena_1b", "hyena_7b", "hyena_40b", "hyena_base"), _FAMILY),
+    **dict.fromkeys(("llama31_nemotron_nano_8b", "llama31_nemotron_70b"), _FAMILY),
+    **dict.fromkeys((f"mamba2_{size}" for size in ("130m", "370m", "780m", "1_3b", "2_7b", "8b")), _FAMILY),
+    **dict.fromkeys(("mamba2_hybrid_8b", *(f"nemotronh_{size}b" for size in (4, 8, 47, 56))), _FAMILY),
+    **dict.fromkeys(("nemotron_nano_9b_v2", "nemotron_nano_12b_v2", "nemotron3_4b", "nemotron3_8b"), _FAMILY),
+    **dict.fromkeys((f"nemotron3_22b{length}" for length in ("", "_16k", "_64k")), _FAMILY),
+    **dict.fromkeys((f"nemotron4_15b{length}" for length in ("", "_16k", "_64k")), _FAMILY),
+    **dict.fromkeys(("nemotron4_340b", "starcoder_15b", "starcoder2_3b", "starcoder2_7b"), _FAMILY),
+    **dict.fromkeys(("starcoder2_15b", "t5_220m", "t5_3b", "t5_11b"), _FAMILY),
+}
+#: NeMo itself makes no recipe of them: they are distilled.
+NONE = {"llama31_nemotron_ultra_253b", "llama33_nemotron_super_49b"}
+
+
+def _stock(name: str, **arguments: Any) -> Any:
+    return importlib.import_module(f"nemo.collections.llm.recipes.{name}").pretrain_recipe(**arguments)
+
+
+def test_every_recipe_of_nemo_is_in_a_table(recipes: Any) -> None:
+    from nemo.collections.llm import recipes as stock
+
+    names = [module.name for module in pkgutil.iter_modules(stock.__path__)]
+    found = {name for name in names if hasattr(importlib.import_module(f"{stock.__name__}.{name}"), "pretrain_recipe")}
+    assert found == {*UPCYCLED, *REFUSED, *NONE}
+
+
+@pytest.mark.parametrize("name", UPCYCLED)
+def test_a_dense_recipe_of_nemo_becomes_one_that_upcycles(recipes: Any, name: str) -> None:
+    from nemo_upcycle.pipeline.recipes_io import check_recipe, dump_recipe, load_recipe, spec_of
+    from nemo_upcycle.training.optimizer import UpcycleOptimizer
+    from nemo_upcycle.training.resume import UpcycleResume
+    from nemo_upcycle.training.upcycling import UpcycleConfig, UpcycleStrategy
+
+    nodes = {"num_nodes": count} if (count := UPCYCLED[name]) else {}
+    stock = _stock(name, **nodes)
+    before = copy.deepcopy(stock)
+    recipe = recipes.upcycled(stock, dense=DENSE, spec=SPEC)
+    assert stock == before
+    check_recipe(recipe)
+    assert spec_of(recipe) == SPEC
+    restore = recipe.resume.restore_config
+    assert (restore.__fn_or_cls__, restore.path) == (UpcycleConfig, DENSE)
+    for part, ours in ((recipe.trainer.strategy, UpcycleStrategy), (recipe.resume, UpcycleResume)):
+        assert part.__fn_or_cls__ is ours
+    assert recipe.optim.__fn_or_cls__ is UpcycleOptimizer
+    assert (recipe.optim.config, recipe.optim.lr_scheduler) == (stock.optim.config, stock.optim.lr_scheduler)
+    assert recipe.log == stock.log
+    assert recipe.model.__fn_or_cls__ is stock.model.__fn_or_cls__
+    _only_differs(recipe.model.config, stock.model.config, "num_moe_experts moe_router_topk moe_router_pre_softmax")
+    _only_differs(recipe.trainer.strategy, stock.trainer.strategy, "sequence_parallel expert_tensor_parallel_size")
+    _only_differs(recipe.data, stock.data, "tokenizer")
+    _only_differs(recipe.trainer, stock.trainer, "callbacks strategy")
+    assert load_recipe(dump_recipe(recipe)) == recipe
+
+
+def _only_differs(recipe: Any, stock: Any, names: str) -> None:
+    """Check that no other setting changed; those of the load-balancing and what NeMo ignores aside."""
+    always = "moe_router_load_balancing_type moe_aux_loss_coeff moe_token_dispatcher_type ckpt_include_optimizer"
+    allowed = {*names.split(), *always.split()}
+    settings = {*recipe.__arguments__, *stock.__arguments__} - allowed
+    changed = [name for name in settings if getattr(recipe, name, None) != getattr(stock, name, None)]
+    assert changed == []
+
+
+@pytest.mark.parametrize("name", ["gemma_2b", "llama2_7b", "llama32_1b", "mistral_7b", "qwen2_72b", "qwen3_8b"])
+def test_the_recipe_builds_without_gpu(recipes: Any, name: str) -> None:
+    """One of each family, tensor parallelism among them: Megatron accepts model, strategy and optimizer."""
+    from nemo_upcycle.cpu.backend import use_cpu_backend
+
+    use_cpu_backend()
+    recipe = recipes.upcycled(_stock(name), dense=DENSE, spec=SPEC)
+    recipe.trainer.accelerator, recipe.trainer.devices, recipe.trainer.num_nodes = "cpu", 1, 1
+    recipe.model.config.apply_rope_fusion = False  # a kernel that is not here
+    config = fdl.build(recipe.model.config)
+    assert (config.num_moe_experts, config.moe_router_topk, config.moe_ffn_hidden_size) == (
+        8,
+        2,
+        config.ffn_hidden_size,
+    )
+    is_cut = recipe.trainer.strategy.tensor_model_parallel_size > 1
+    assert fdl.build(recipe.trainer).strategy.sequence_parallel is is_cut
+    fdl.build(recipe.optim)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_upcycled_is_refused_with_the_reason(recipes: Any, name: str) -> None:
+    recipe = _stock(name)
+    before = copy.deepcopy(recipe)
+    with pytest.raises(SpecError, match=REFUSED[name]):
+        recipes.upcycled(recipe, dense=DENSE, spec=SPEC)
+    assert recipe == before
+
+
+def _with(name: str, value: Any) -> Any:
+    recipe = _stock("llama32_1b")
+    *path, last = name.split(".")
+    owner = recipe
+    for part in path:
+        owner = getattr(owner, part)
+    setattr(owner, last, value)
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model.config.mtp_num_layers", 1),
+        ("trainer.plugins.fp8_param_gather", True),
+        ("trainer.strategy.fsdp", "megatron"),
+        ("trainer.strategy.tensor_parallel_size", 2),
+        ("trainer.strategy", "auto"),
+        ("model.config.position_embedding_type", "none"),
+        ("optim.config.lr", float("nan")),
+    ],
+)
+def test_a_setting_that_upcycling_cannot_have_is_named(recipes: Any, name: str, value: Any) -> None:
+    with pytest.raises(SpecError, match=name.replace(".", r"\.")):
+        recipes.upcycled(_with(name, value), dense=DENSE, spec=SPEC)
+
+
+def test_a_finetuning_a_module_and_a_recipe_that_upcycles_are_refused(recipes: Any) -> None:
+    from nemo.collections.llm.recipes import llama32_1b
+
+    with pytest.raises(SpecError, match="finetune"):
+        recipes.upcycled(llama32_1b.finetune_recipe(), dense=DENSE, spec=SPEC)
+    with pytest.raises(SpecError, match="pretrain_recipe"):
+        recipes.upcycled(llama32_1b, dense=DENSE, spec=SPEC)
+    with pytest.raises(SpecError, match="use_spec"):
+        recipes.upcycled(recipes.smollm2_135m_e8t2.pretrain_recipe(), dense=DENSE, spec=SPEC)
+
+
+def test_a_strategy_of_the_users_own_is_not_replaced_in_silence(recipes: Any) -> None:
+    from nemo import lightning as nl
+
+    from nemo_upcycle.training.upcycling import UpcycleStrategy
+
+    for base in (nl.MegatronStrategy, UpcycleStrategy):
+        recipe = _stock("llama32_1b")
+        fdl.update_callable(recipe.trainer.strategy, mine := type("MyStrategy", (base,), {}))
+        if base is UpcycleStrategy:
+            assert recipes.upcycled(recipe, dense=DENSE, spec=SPEC).trainer.strategy.__fn_or_cls__ is mine
+        else:
+            with pytest.raises(SpecError, match="MyStrategy"):
+                recipes.upcycled(recipe, dense=DENSE, spec=SPEC)
+
+
+def test_a_recipe_of_ones_own_without_log_resume_and_optimizer_is_completed(recipes: Any) -> None:
+    import nemo_run as run
+    from nemo.collections import llm
+
+    from nemo_upcycle.pipeline.recipes_io import check_recipe
+
+    stock = _stock("llama32_1b")
+    mine = run.Partial(llm.pretrain, model=stock.model, trainer=stock.trainer, data=stock.data)
+    recipe = recipes.upcycled(mine, dense=DENSE, spec=UpcycleSpec(num_experts=16, top_k=4, granularity=2))
+    check_recipe(recipe)
+    assert recipe.resume.resume_if_exists is True
+    assert recipe.log.ckpt.save_last is True
+    assert recipe.model.config.moe_ffn_hidden_size == 4096
+    assert recipe.model.config.moe_router_dtype == "fp32"
+
+
+def test_it_says_what_it_changed_and_nothing_else(recipes: Any, caplog: pytest.LogCaptureFixture) -> None:
+    from nemo_upcycle.utils.progress import show_messages
+
+    show_messages().addHandler(caplog.handler)
+    recipes.upcycled(_stock("qwen2_72b"), dense=DENSE, spec=UpcycleSpec(num_experts=16, top_k=2))
+    show_messages().removeHandler(caplog.handler)
+    said = [record.getMessage().strip() for record in caplog.records]
+    assert "model.config.num_moe_experts: None -> 16" in said
+    assert "trainer.strategy: MegatronStrategy -> UpcycleStrategy" in said
+    assert "trainer.strategy.sequence_parallel: False -> True" in said
+    assert "trainer.strategy.ckpt_include_optimizer: True -> None" in said
+    assert f"resume.restore_config: None -> UpcycleConfig(path='{DENSE}', spec=UpcycleSpec(num_experts=16))" in said
+    assert not [line for line in said if "ffn_hidden_size" in line or "router_topk" in line]
+    assert len(said) <= 14
+
+
+def test_use_spec_tells_a_recipe_that_does_not_upcycle_what_to_call(recipes: Any) -> None:
+    from nemo_upcycle.recipes.common import use_spec
+
+    for recipe in (_stock("llama32_1b"), recipes.smollm2_135m_dense_ct.pretrain_recipe()):
+        with pytest.raises(SpecError, match=r"upcycled\("):
+            use_spec(recipe, SPEC)
+
+
+def test_this_packages_recipe_is_what_upcycled_makes_of_its_dense_baseline(recipes: Any) -> None:
+    dense = recipes.smollm2_135m_dense_ct
+    made = recipes.upcycled(dense.pretrain_recipe(name="mine"), dense=dense.DENSE, spec=SPEC)
+    assert made == recipes.smollm2_135m_e8t2.pretrain_recipe(name="mine")
+
+
+def test_mock_data_without_a_tokenizer_get_the_parents_vocabulary(recipes: Any, tmp_path: Any) -> None:
+    from tests.models import write_llama, write_tokenizer
+
+    parent = write_tokenizer(write_llama(tmp_path / "parent", vocab_size=259))
+    recipe = recipes.upcycled(_stock("llama32_1b"), dense=str(parent), spec=SPEC)
+    assert fdl.build(recipe.data.tokenizer).vocab_size == 259
