@@ -107,20 +107,31 @@ def tokenizer_folder(source: str) -> Path:
     return folder
 
 
-def read_parent(source: str) -> Architecture:
-    """Return the architecture of a dense model; of one on the hub only configuration and tokenizer are fetched.
+def local_parent(source: str) -> Architecture | None:
+    """Return the architecture of a dense model that lies on this machine; None for what is still to be fetched.
 
     Args:
         source: as in `import_dense`, or a NeMo or Megatron checkpoint, which need not hold a tokenizer.
 
     Raises:
+        UpcycleError: there is no such thing, or it is not such a model (CheckpointError).
+    """
+    if not source.startswith("nemo://") and not is_megatron(Path(source)):
+        return check_address(source)
+    with open_dense(source) as dense:
+        return dense.architecture
+
+
+def read_parent(source: str) -> Architecture:
+    """Return the architecture of a dense model; of one on the hub only configuration and tokenizer are fetched.
+
+    Args:
+        source: as in `local_parent`.
+
+    Raises:
         UpcycleError: it cannot be reached, or is not such a model (CheckpointError).
     """
-    path = Path(source.removeprefix("nemo://"))
-    if source.startswith("nemo://") or is_megatron(path):
-        with open_dense(source) as dense:
-            return dense.architecture
-    return check_address(source) or read_architecture(tokenizer_folder(source))
+    return local_parent(source) or read_architecture(tokenizer_folder(source))
 
 
 def ensure_dense(source: str) -> Path:

@@ -11,7 +11,7 @@ import nemo_run as run
 
 from nemo_upcycle.data.blend import read_blend
 from nemo_upcycle.data.build import check_files
-from nemo_upcycle.data.dense import check_address
+from nemo_upcycle.data.dense import check_address, local_parent, read_parent
 from nemo_upcycle.data.environment import data_python, engine_version
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.data.inputs import require_disjoint
@@ -19,10 +19,11 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.suite_config import read_suite_config
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.megatron_config import architecture_of
-from nemo_upcycle.pipeline.markers import setting_texts
+from nemo_upcycle.pipeline.markers import StageFolder, setting_texts
 from nemo_upcycle.pipeline.plan import Plan, RunPlan, Stage
 from nemo_upcycle.pipeline.plans import kind_of
 from nemo_upcycle.pipeline.recipes_io import check_recipe, ranks_of
+from nemo_upcycle.training.values import setting
 from nemo_upcycle.utils.files import resolved
 
 
@@ -69,21 +70,31 @@ def check_arguments(
     parent = check_address(plan.dense)
     check_blend(plan.data, remote=not shown)
     read_suite_config(plan.evaluation)
-    if is_local(ctx.executor) and not shown:
+    is_here = is_local(ctx.executor) and not shown
+    if is_here:
         check_here(plan, stages, recipes)
     for name, recipe in recipes.items():
+        if not setting(recipe, "resume.restore_config.path"):
+            raise UpcycleError(
+                f"{name}.resume.restore_config",
+                got="none",
+                expected="a dense checkpoint to start from",
+                fix="make the recipe with upcycled(...), a baseline's with start_from(recipe, dense, None): README",
+            )
         check_recipe(recipe, f"{name}.")
-        if parent:
-            _check_parent(recipe, parent, plan.dense, f"{name}.")
     if not recipes["pretrain"].resume.restore_config.spec:
         raise UpcycleError(
             "pretrain.resume.restore_config.spec",
             got="none",
             expected="an UpcycleSpec",
-            fix="give the recipe of an upcycled model",
+            fix="give the recipe of an upcycled model: nemo_upcycle.recipes.upcycled(recipe, dense, spec) makes one",
         )
     check_detach(ctx)
     check_started(run_dir, plan)
+    imports = any(stage.name == "import" for stage in stages) and not StageFolder(run_dir, "import").marker.is_file()
+    if parent := parent or _parent(plan.dense, remote=is_here and imports):
+        for name, recipe in recipes.items():
+            _check_parent(recipe, parent, plan.dense, f"{name}.")
 
 
 def check_detach(ctx: Any) -> None:
@@ -167,14 +178,35 @@ def check_folder(run_dir: Path) -> None:
         )
 
 
+def _parent(source: str, *, remote: bool) -> Architecture | None:
+    """Return a parent's architecture; None for an asset, and for a name on the hub that is not to be asked for."""
+    return local_parent(source) or (read_parent(source) if remote and not source.startswith("asset://") else None)
+
+
+def check_parents(recipe: run.Partial, *, remote: bool) -> None:
+    """Check that a recipe's model has the sizes of the dense models that it starts from.
+
+    Args:
+        recipe: of a training job that starts on this machine.
+        remote: whether to ask for a model on the hub, too, which needs the network.
+
+    Raises:
+        UpcycleError: one is not there, cannot be reached, is no such model, or is of other sizes.
+    """
+    restore = recipe.resume.restore_config
+    for source in (restore.path, *(restore.branches or [])):
+        if parent := _parent(source, remote=remote):
+            _check_parent(recipe, parent, source, "")
+
+
 def _check_parent(recipe: run.Partial, parent: Architecture, dense: str, where: str) -> None:
     """Check that a recipe's model has the sizes of the dense model that it starts from."""
     model = architecture_of(recipe.model.config, parent.vocab_size)
-    for name, setting in _SIZES.items():
+    for name, field in _SIZES.items():
         got, expected = getattr(model, name), getattr(parent, name)
         if got != expected:
             raise UpcycleError(
-                f"{where}model.config.{setting}",
+                f"{where}model.config.{field}",
                 got=got,
                 expected=f"{expected}, as {dense} has",
                 fix="give the recipe of a model of this family and size, or another dense",

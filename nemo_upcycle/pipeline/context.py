@@ -8,8 +8,8 @@ import inspect
 import logging
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import catalogue
@@ -21,10 +21,13 @@ from nemo_run.cli.lazy import LazyEntrypoint
 from nemo_run.config import get_type_namespace
 
 from nemo_upcycle.errors import UpcycleError, did_you_mean
-from nemo_upcycle.pipeline.checks import check_data, check_kernels, is_local
+from nemo_upcycle.pipeline.checks import check_data, check_kernels, check_parents, is_local
 from nemo_upcycle.pipeline.console import end_soon
 from nemo_upcycle.pipeline.executors.settings import executor_names, is_described, read_executor
+from nemo_upcycle.pipeline.ranks import is_first_rank
 from nemo_upcycle.pipeline.recipes_io import check_recipe
+from nemo_upcycle.training.upcycling import UpcycleConfig
+from nemo_upcycle.training.values import setting
 from nemo_upcycle.utils.attributes import temporarily_set
 
 
@@ -41,15 +44,10 @@ class CheckedContext(run.cli.RunContext):
 
     def cli_execute(self, fn: Any, args: list[str], entrypoint_type: Any = "task") -> None:
         """Check the arguments, then let NeMo-Run parse and execute them."""
-        try:
+        with _answered():
             args = self.arguments(args)
             _check_words(args, self.options)
             super().cli_execute(fn, args, entrypoint_type)
-        except UpcycleError as error:
-            text = str(error).partition("\n\nFiddle context")[0]  # fiddle adds the configuration that it was building
-            sys.stderr.write(f"Error: {text}\n")
-            end_soon()
-            raise SystemExit(error.exit_status) from None  # NeMo-Run turns every Exception into status 1
 
     def arguments(self, words: list[str]) -> list[str]:
         """Return the words of a command line as NeMo-Run takes them."""
@@ -159,26 +157,54 @@ class PipelineContext(CheckedContext):
 
 
 class PretrainContext(CheckedContext):
-    """NeMo's own context of `nemo llm pretrain`, which checks recipes of this package before they start."""
+    """NeMo's own context of `nemo llm pretrain`, which checks recipes that upcycle before they start."""
 
     def cli_execute(self, fn: Any, args: list[str], entrypoint_type: Any = "task") -> None:
-        """Leave the recipes of others to NeMo-Run."""
+        """Leave the command lines of others' recipes to NeMo-Run."""
         factory = _factories(fn).get(str(self.factory).partition("(")[0])
         if getattr(factory, "__module__", "").startswith("nemo_upcycle."):
             super().cli_execute(fn, args, entrypoint_type)
             return
-        plain = run.cli.RunContext(name=self.name)
-        vars(plain).update(vars(self))
-        plain.cli_execute(fn, args, entrypoint_type)
+        others = _OthersContext(name=self.name)
+        vars(others).update(vars(self))
+        with _answered():
+            others.cli_execute(fn, args, entrypoint_type)
 
     def parse_fn(self, fn: Any, args: list[str], **default_kwargs: Any) -> Any:
         """Parse the recipe and check it."""
+        return _checked(super().parse_fn(fn, args, **default_kwargs), self)
+
+
+class _OthersContext(run.cli.RunContext):
+    """NeMo-Run's context as it is, until a recipe turns out to be one that upcycles: of a user's factory, or YAML."""
+
+    def parse_fn(self, fn: Any, args: list[str], **default_kwargs: Any) -> Any:
         task = super().parse_fn(fn, args, **default_kwargs)
-        check_recipe(task)
-        if is_local(self.executor) and not self.dryrun:
+        restore = setting(task, "resume.restore_config")
+        return _checked(task, self) if getattr(restore, "__fn_or_cls__", None) is UpcycleConfig else task
+
+
+def _checked(task: run.Partial, ctx: run.cli.RunContext) -> run.Partial:
+    """Check a training that `nemo llm pretrain` was told to start, and return it."""
+    check_recipe(task)
+    if is_local(ctx.executor):
+        if not ctx.dryrun:
             check_kernels(task)
-            check_data(task)
-        return task
+        check_data(task)
+        check_parents(task, remote=not ctx.dryrun and is_first_rank())
+    return task
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """Answer a mistake with one message and its status."""
+    try:
+        yield
+    except UpcycleError as error:
+        text = str(error).partition("\n\nFiddle context")[0]  # fiddle adds the configuration that it was building
+        sys.stderr.write(f"Error: {text}\n")
+        end_soon()
+        raise SystemExit(error.exit_status) from None  # NeMo-Run turns every Exception into status 1
 
 
 def _silent() -> AbstractContextManager[None]:
@@ -220,9 +246,10 @@ def pipeline_arguments(words: Sequence[str], options: Mapping[str, str] = OPTION
 
 
 def _check_words(words: Sequence[str], own: Sequence[str]) -> None:
-    """Refuse what NeMo-Run silently ignores: an option that does not exist, a word that sets nothing."""
+    """Refuse what NeMo-Run ignores: an option that does not exist, a word that sets nothing, the first of two."""
     options = re.findall(r"--[a-z][a-z-]+", inspect.getsource(run.cli.RunContext.cli_command))  # it keeps no list
     options += own
+    given: dict[str, str] = {}
     for word in words:
         name, equals, value = word.partition("=")
         if name.startswith("-"):
@@ -234,6 +261,13 @@ def _check_words(words: Sequence[str], own: Sequence[str]) -> None:
                 expected="NAME=VALUE",
                 fix="write NAME=VALUE without blanks, as in dir=runs/mine",
             )
+        if name in given:
+            option = next((option for option, argument in OPTIONS.items() if argument == name), name)
+            raise UpcycleError(
+                f"argument '{option}'", got=f"{given[name]} and {value}", expected="one value", fix="omit one of them"
+            )
+        if re.fullmatch(r"[\w.\[\]]+", name):  # NAME+=VALUE and its like may follow
+            given[name] = value
 
 
 def _check_complete(fn: Any, task: Any) -> None:

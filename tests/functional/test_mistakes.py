@@ -29,6 +29,7 @@ MISTAKES = {
     f"{DEMO} dense=/nope": "model '/nope': got no such folder",
     f"{DEMO} dense=asset://smollm2": "Did you mean 'smollm2-135m'?",
     f"{DEMO} dense=s3://bucket/model": "address scheme 's3' does not exist",
+    f"{DEMO} dense=hf://nobody/nothing": "download of nobody/nothing from the Hugging Face hub: got ",
     f"{DEMO} dense=FILES/empty": "FILES/empty",
     f"{DEMO} dense=FILES/cut": "FILES/cut",
     f"{DEMO} dense=FILES/tiny": "pretrain.model.config.num_layers: got 30, expected 4, as FILES/tiny has",
@@ -53,6 +54,20 @@ MISTAKES = {
     f"{DEMO} pretrain.resume.restore_config.spec.top_k=9": "top_k: got 9, expected a whole number, 1 to 8",
     f"{DEMO} pretrain.resume.restore_config.spec.top_k=9 --dryrun": "top_k: got 9",
     f"{DEMO} pretrain.resume.restore_config.spec=None": "expected an UpcycleSpec",
+    # values that make no sense
+    f"{DEMO} pretrain.optim.config.lr=-1": "pretrain.optim.config.lr: got -1",
+    f"{DEMO} pretrain.optim.config.lr=nan": "pretrain.optim.config.lr: got nan, expected a finite number",
+    f"{DEMO} dense_ct.optim.config.lr=1e400": "dense_ct.optim.config.lr: got inf",
+    f"{DEMO} pretrain.optim.config.lr=1e-7": "pretrain.optim.lr_scheduler.min_lr: got 1e-05, expected at most ",
+    f"{DEMO} pretrain.data.seq_length=0 --dryrun": "pretrain.data.seq_length: got 0",
+    f"{DEMO} dense_ct.data.micro_batch_size=0": "dense_ct.data.micro_batch_size: got 0",
+    f"{DEMO} pretrain.data.global_batch_size=-2": "pretrain.data.global_batch_size: got -2",
+    f"{DEMO} pretrain.optim.router_lr_mult=-1 --dryrun": "pretrain.optim.router_lr_mult: got -1",
+    f"{DEMO} pretrain.optim.aux_loss_end=0.1": "pretrain.optim.aux_loss_steps: got 0",
+    f"{DEMO} pretrain.trainer.strategy.expert_model_parallel_size=0": "ep: got 0, expected 1 or more",
+    f"{DEMO} pretrain.model.config.mtp_num_layers=1": "pretrain.model.config.mtp_num_layers: got 1, expected none",
+    f"{DEMO} dir=a dir=b --dryrun": "argument 'dir': got a and b, expected one value",
+    f"{DEMO} --until data --until=report": "argument '--until': got data and report",
     # clusters
     f"{DEMO} run.executor=slrum": "Did you mean 'slurm'?",
     f"{DEMO} run.executor=slurm": "run.executor.account: got nothing, expected the account that jobs are charged to",
@@ -155,6 +170,16 @@ LLM_MISTAKES = {
     f"{DEMO} trainer.max_step=3": "Did you mean 'trainer.max_steps'?",
     f"{DEMO} trainer.max_steps=many": "got 'many', expected int",
     f"{DEMO} trainer.strategy.expert_model_parallel_size=3": "ep: got 3",
+    "--factory smollm2_135m_e8t2(expert_parallelism=0)": "ep: got 0, expected 1 or more",
+    f"{DEMO} optim.config.lr=-1": "optim.config.lr: got -1",
+    f"{DEMO} optim.router_lr_mult=-1 --dryrun": "optim.router_lr_mult: got -1",
+    f"{DEMO} data.micro_batch_size=0": "data.micro_batch_size: got 0",
+    f"{DEMO} trainer.max_steps=2 trainer.max_steps=3": "argument 'trainer.max_steps': got 2 and 3",
+    f"{DEMO} resume.restore_config.path=/nope": "model '/nope': got no such folder",
+    f"{DEMO} resume.restore_config.path=/nope --dryrun": "model '/nope': got no such folder",
+    f"{DEMO} resume.restore_config.path=hf://nobody/nothing": "download of nobody/nothing from the Hugging Face hub",
+    f"{DEMO} resume.restore_config.path=FILES/tiny": "model.config.num_layers: got 30, expected 4, as FILES/tiny has",
+    "--factory llama3_8b_e8t2(data='/nope') --dryrun": "data folder /nope: got ",
     "--factory smollm2_135m_e8t2(data='FILES/empty')": "data folder FILES/empty: got no _SUCCESS.json",
     "--factory smollm2_135m_e8t2(data='FILES/blend')": "tokens of the longest validation file in FILES/blend: got ",
     f"{BLEND} trainer.max_steps=1000": "trainer.max_steps: got 1000, which read 2,000 sequences of 16 tokens",
@@ -250,7 +275,8 @@ def test_a_second_run_in_the_same_folder_is_refused_and_leaves_the_plan(files: P
 def test_ctrl_c_during_the_checks_ends_them_at_once(files: Path, tmp_path: Path) -> None:
     """The blend is a pipe that nobody writes to, so the checks never end."""
     os.mkfifo(tmp_path / "slow.yaml")
-    command = [*_on_tiny_parent(files, tmp_path / "run"), f"data={tmp_path}/slow.yaml"]
+    command = _on_tiny_parent(files, tmp_path / "run")
+    command[command.index(f"data={files}/same.yaml")] = f"data={tmp_path}/slow.yaml"
     arguments = ([command], str(tmp_path), str(files))
     process = server().Process(target=type_commands, args=arguments)
     process.start()

@@ -184,10 +184,10 @@ def _recipe(where: str, arm: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
     """Build the recipe of an arm as the command line would, and check it."""
     from nemo.collections.llm.api import pretrain
 
-    from nemo_upcycle.pipeline.context import PretrainContext
+    from nemo_upcycle.pipeline.context import CheckedContext
 
     overrides = [f"{name}={value}" for name, value in (dict(defaults) | arm["set"]).items()]
-    context = PretrainContext(name="pretrain", factory=arm["factory"], dryrun=True)
+    context = CheckedContext(name="pretrain", factory=arm["factory"], dryrun=True)
     context.executor = None
     try:
         recipe = context.parse_fn(pretrain, overrides)

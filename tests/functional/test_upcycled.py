@@ -1,0 +1,111 @@
+"""NeMo's stock recipes, upcycled: real trainings at toy width, by NeMo's command and through the chain."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.blends import write_blend
+from tests.distributed.ranks import run_ranks
+from tests.functional.tiny import EVALUATION, LAYERS, texts
+from tests.functional.typed import Answer, type_commands
+from tests.models import write_llama, write_qwen3, write_tokenizer
+
+
+pytestmark = pytest.mark.slow
+SCALING = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small parents with the constants of Llama 3.2 and Qwen3, tokenised texts, an evaluation."""
+    folder = tmp_path_factory.mktemp("inputs")
+    scaling = SCALING | {"original_max_position_embeddings": 8192}
+    both: dict[str, Any] = {"tied": True, "vocab_size": 259, "layers": LAYERS}
+    llama = write_llama(folder / "llama", rope_theta=500000.0, rope_scaling=scaling, **both)
+    qwen3 = write_qwen3(folder / "qwen3", rope_theta=1e6, rms_norm_eps=1e-6, **both)
+    for parent in (llama, qwen3):
+        write_tokenizer(parent)
+    write_blend(folder / "blend", llama, texts=texts(), run_tokens=100_000)
+    (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
+    return folder
+
+
+def _type(inputs: Path, *commands: str) -> list[Answer]:
+    words = [command.replace("INPUTS", str(inputs)).split() for command in commands]
+    (answers,) = run_ranks(type_commands, 1, words, str(inputs), str(inputs), process_group=False, timeout_s=600)
+    return list(answers)
+
+
+def _losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def train_qwen3(parent: str, folder: str, *, is_upcycled: bool) -> None:
+    """Train with NeMo's recipe of Qwen3 0.6B on its mock data, upcycled or as the dense baseline."""
+    import fiddle as fdl
+    from nemo.collections import llm
+
+    from nemo_upcycle.cpu.backend import use_cpu_backend
+    from nemo_upcycle.pipeline.recipes_io import check_recipe
+    from nemo_upcycle.recipes import upcycled
+    from nemo_upcycle.recipes.common import start_from
+    from tests.functional.stock import SPEC, cut
+
+    use_cpu_backend()
+    recipe = cut(llm.qwen3_600m.pretrain_recipe(), kv_channels=16, vocab_size=259)
+    recipe.data.create_attention_mask = True  # attention without Transformer Engine needs one
+    recipe = upcycled(recipe, dense=parent, spec=SPEC) if is_upcycled else start_from(recipe, parent, None)
+    recipe.log.explicit_log_dir = folder
+    check_recipe(recipe)
+    fdl.build(recipe)()
+
+
+def test_a_stock_qwen3_recipe_starts_at_its_parents_loss_on_mock_data(inputs: Path) -> None:
+    losses = {}
+    for name in ("moe", "dense"):
+        train = partial(train_qwen3, is_upcycled=name == "moe")
+        run_ranks(train, 1, str(inputs / "qwen3"), str(inputs / name), process_group=False)
+        losses[name] = _losses(inputs / name)
+    receipt = json.loads((inputs / "moe/receipt.json").read_text())
+    assert receipt["exact"] is True
+    assert receipt["bytes_read"] == receipt["bytes_needed"]
+    assert len(losses["moe"]) == len(losses["dense"]) == 3
+    assert losses["moe"][0] == pytest.approx(losses["dense"][0], rel=1e-5)
+    assert losses["moe"][2] != pytest.approx(losses["dense"][2], rel=1e-5)
+
+
+def test_a_stock_llama_recipe_trains_by_nemos_own_command(inputs: Path) -> None:
+    factory = "tests.functional.stock.llama(parent='INPUTS/llama',dir='INPUTS/runs',data='INPUTS/blend')"
+    command = f"llm pretrain --factory {factory}"
+    refused, wrong_size, done = _type(
+        inputs,
+        f"{command} optim.config.lr=-1 --yes",
+        f"{command} model.config.num_layers=3 --yes",
+        f"{command} --yes",
+    )
+    assert refused.status == 2, refused.text
+    assert "Error: optim.config.lr: got -1" in refused.text
+    assert wrong_size.status == 2, wrong_size.text
+    assert "model.config.num_layers: got 3, expected 4" in wrong_size.text
+    assert refused.written == wrong_size.written == []
+    assert done.status == 0, done.text
+    assert "model.config.num_moe_experts: None -> 4" in done.text
+    (receipt,) = (inputs / "runs").rglob("receipt.json")
+    assert json.loads(receipt.read_text())["exact"] is True
+    assert len(_losses(receipt.parent)) == 3
+
+
+def test_a_stock_llama_recipe_goes_through_the_chain(inputs: Path) -> None:
+    command = "upcycle pipeline --factory tests.functional.stock.chain(inputs='INPUTS') --yes --until pretrain"
+    (answer,) = _type(inputs, command)
+    assert answer.status == 0, answer.text
+    assert json.loads((inputs / "run/receipt.json").read_text())["within_tolerance"] is True
+    assert len(_losses(inputs / "run/pretrain")) == 3
+    shutil.rmtree(inputs / "run")
