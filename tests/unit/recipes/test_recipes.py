@@ -13,6 +13,8 @@ import pytest
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.flops import flops_per_token
+from tests.blends import write_blend
+from tests.functional.tiny import texts, write_parent
 from tests.golden import GOLDEN, PLANNER, golden_path, planner_text, text_of
 
 
@@ -279,13 +281,14 @@ def test_refuses_spec_that_does_not_fit_the_model_before_launch(recipes: Any) ->
 
 
 def test_nemo_shows_the_recipe_without_running_it(tmp_path: Path) -> None:
-    factory = "llama3_8b_e8t2(data='data/mine')"
-    shown = _nemo("llm", "pretrain", "--factory", factory, "data.run_tokens=5", "--dryrun", cwd=tmp_path)
+    blend = write_blend(tmp_path / "blend", write_parent(tmp_path / "parent"), texts=texts(), run_tokens=30_000_000)
+    factory, short = f"llama3_8b_e8t2(data='{blend.name}')", ("data.seq_length=16", "trainer.max_steps=2")
+    shown = _nemo("llm", "pretrain", "--factory", factory, *short, "--dryrun", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert "UpcycleStrategy" in shown.stdout
-    assert "data/mine" in shown.stdout
+    assert "folder='blend'" in shown.stdout
     assert "blend_data" in shown.stdout
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"blend", "parent"}
 
 
 def test_refuses_mistyped_factory(tmp_path: Path) -> None:
