@@ -166,7 +166,7 @@ class PretrainContext(CheckedContext):
             super().cli_execute(fn, args, entrypoint_type)
             return
         others = _OthersContext(name=self.name)
-        vars(others).update(vars(self))
+        others.__dict__.update(vars(self))
         with _answered():
             others.cli_execute(fn, args, entrypoint_type)
 

@@ -213,8 +213,10 @@ def _check_here(plan: RunPlan, stages: Sequence[Stage], trainings: Mapping[str, 
 def _check_recipe(stage: str, training: BridgeTraining, dense_folder: Path) -> None:
     from nemo_upcycle.bridge.training import required_hook
     from nemo_upcycle.training.layout import BRIDGE_SETTINGS, check_layout
+    from nemo_upcycle.training.values import check_values
 
     config = training.config(dense_folder)
+    check_values(config, "bridge", f"{stage}.")
     hook = required_hook(config)
     if (hook.spec is None) != (stage == "dense_ct"):
         wanted = "a dense model's recipe" if stage == "dense_ct" else "an upcycled model's"
