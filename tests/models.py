@@ -53,6 +53,14 @@ def write_qwen3(folder: Path, *, tied: bool = False, layers: int = 4, **changes:
     return _write_parent(folder, Qwen3ForCausalLM, Qwen3Config, tied, layers, 1, changes)
 
 
+def write_mistral(folder: Path, window: int, *, layers: int = 4, **changes: Any) -> Path:
+    """Write a random Mistral, whose attention sees `window` tokens, as `write_llama` writes a Llama."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    changes = {"sliding_window": window} | changes
+    return _write_parent(folder, MistralForCausalLM, MistralConfig, False, layers, 1, changes)
+
+
 def _write_parent(
     folder: Path, model_class: Any, config_class: Any, tied: bool, layers: int, shards: int, changes: dict[str, Any]
 ) -> Path:

@@ -24,6 +24,7 @@ from tests.models import (
     sample_tokens,
     small_architecture,
     write_llama,
+    write_mistral,
 )
 
 
@@ -143,22 +144,13 @@ def test_megatrons_and_nemos_own_activation_functions_are_known() -> None:
     assert torch.allclose(nemo.openai_gelu(x), torch.nn.functional.gelu(x, approximate="tanh"), rtol=0, atol=1e-6)
 
 
-def _write_mistral(folder: Path, window: int) -> Path:
-    """Write the small Llama as a Mistral, whose attention sees so many tokens."""
-    write_llama(folder, layers=2)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 @pytest.mark.parametrize(
     ("changes", "exact"),
     [({"window_size": (7, 0)}, True), ({}, False), ({"window_size": (8, 0)}, False)],
     ids=["the same", "none", "one token more, as NeMo imports it"],
 )
 def test_a_sliding_window_is_exact_if_the_model_has_the_same(tmp_path: Path, changes: dict, exact: bool) -> None:
-    folder = _write_mistral(tmp_path / "dense", window=8)
+    folder = write_mistral(tmp_path / "dense", window=8, layers=2)
     chunks = build_chunks(folder, num_experts=4, **changes)
     with open_dense(folder) as source:
         receipt = upcycle_into(chunks, source, SPEC)

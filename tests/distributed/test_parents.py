@@ -1,0 +1,78 @@
+"""What an engineer trusts after a training: export and evaluation compute what the dense parent computes.
+
+The parent in Hugging Face's own implementation is the reference, not the export: both read a checkpoint by the same
+table of parameters, and would be wrong together. Copied experts make the upcycled model the parent's function.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nemo_upcycle import UpcycleSpec
+from nemo_upcycle.convert.export import export_checkpoint
+from nemo_upcycle.evaluation.megatron.build import layout_here, load_chunks
+from nemo_upcycle.evaluation.megatron.generate import generate
+from nemo_upcycle.evaluation.megatron.score import score
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_mixed_checkpoint import save_upcycled
+from tests.models import hugging_face_logits, sample_tokens, write_mistral, write_qwen3
+
+
+SPEC = UpcycleSpec(num_experts=4, top_k=2)
+VOCAB, LENGTH, PROMPT, WRITTEN = 250, 24, 12, 8
+PARENTS = {
+    "qwen3": write_qwen3,  # norms of query and key, each with weights of its own
+    "mistral": lambda folder: write_mistral(folder, window=5),  # shorter than the texts, and than the prompts
+}
+
+
+@pytest.fixture(scope="module", params=PARENTS)
+def parent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A parent; beside it a checkpoint of the model that is upcycled from it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    PARENTS[request.param](folder / "dense")
+    run_ranks(save_upcycled, 2, str(folder / "dense"), str(folder / "saved/weights"), SPEC, {"ep": 2})
+    return folder / "dense"
+
+
+def _texts() -> list[list[int]]:
+    return sample_tokens(VOCAB, batch=3, length=LENGTH).tolist()
+
+
+def _asked(parent: str, layout: dict[str, int]) -> tuple[list[list[float]], list[list[int]]]:
+    """Return the log-likelihoods of texts, and the continuations of their beginnings."""
+    dense = Path(parent)
+    chunks, arch = load_chunks(dense.parent / "saved", dense, SPEC, layout_here(**layout), torch.float32)
+    scored = score(chunks, [(text, LENGTH - 1) for text in _texts()], vocab_size=arch.vocab_size)
+    prompts = [text[:PROMPT] for text in _texts()]
+    written = generate(chunks, prompts, most=WRITTEN, ends=lambda *_: False, vocab_size=arch.vocab_size)
+    return [likelihoods for likelihoods, _ in scored], written
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(1, {}), (2, {"tp": 2}), (2, {"pp": 2})], ids=str)
+def test_a_checkpoint_scores_and_continues_as_its_parent_does(
+    parent: Path, ranks: int, layout: dict[str, int]
+) -> None:
+    likelihoods, written = run_ranks(_asked, ranks, str(parent), layout)[0]
+    texts = torch.tensor(_texts())
+    logits = hugging_face_logits(parent, texts)[:, :-1].log_softmax(dim=-1)
+    expected = logits.gather(2, texts[:, 1:, None])[..., 0]
+    torch.testing.assert_close(torch.tensor(likelihoods), expected, rtol=1e-5, atol=2e-5)
+    follows = texts[:, :PROMPT]
+    for _ in range(WRITTEN):
+        follows = torch.cat([follows, hugging_face_logits(parent, follows)[:, -1:].argmax(dim=-1)], dim=1)
+    assert written == follows[:, PROMPT:].tolist()
+
+
+def test_an_export_computes_what_its_parent_does(parent: Path, tmp_path: Path) -> None:
+    export_checkpoint(parent.parent / "saved", parent, tmp_path / "hf", spec=SPEC, dtype=torch.float32)
+    wanted, found = (load_file(folder / "model.safetensors") for folder in (parent, tmp_path / "hf"))
+    for name, tensor in wanted.items():
+        assert "mlp" in name or torch.equal(found[name], tensor), name
+    tokens = sample_tokens(VOCAB)
+    logits = hugging_face_logits(parent, tokens)
+    assert float((hugging_face_logits(tmp_path / "hf", tokens) - logits).norm() / logits.norm()) <= 2e-6
