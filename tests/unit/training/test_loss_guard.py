@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,6 +52,16 @@ def test_a_spike_is_written_and_does_not_move_the_window(metrics: Path) -> None:
         "limit": pytest.approx(limit, rel=1e-2),
     }
     assert guard.limit() == pytest.approx(limit, rel=1e-2)
+
+
+def test_losses_that_scatter_widen_the_limit_by_their_standard_deviation(metrics: Path) -> None:
+    """Of a normal distribution the median distance from the median is 1 / 1.4826 of its standard deviation."""
+    guard, losses = LossGuard(window=255), statistics.NormalDist(2.0, 0.1).quantiles(256)
+    random.Random(1).shuffle(losses)
+    for step, loss in enumerate(losses):
+        _judge(guard, loss, step)
+    assert guard.limit() == pytest.approx(2.0 + 8 * 0.1, rel=0.005)
+    assert not metrics.exists()
 
 
 def test_a_spike_ends_the_run_where_that_is_asked_for(metrics: Path) -> None:
