@@ -19,6 +19,7 @@ from tests.distributed.ranks import run_ranks
 from tests.functional.started import STAGE, environment, start_training
 from tests.functional.test_pipeline import STAGES, run_in_own_process
 from tests.functional.tiny import write_finished_inputs
+from tests.waiting import HANG_S
 
 
 pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
@@ -153,7 +154,7 @@ def test_a_training_that_is_told_to_stop_saves_and_goes_on(inputs: Path, tmp_pat
         assert run_in_own_process(name, run_dir).status == 0
     job = start_training(run_dir, until_step=3)
     os.killpg(job.pid, signal.SIGTERM)
-    _, said = job.communicate(timeout=60)
+    _, said = job.communicate(timeout=HANG_S)
     assert job.returncode == 75, said
     kept = newest_checkpoint(run_dir / "pretrain/checkpoints")
     assert kept is not None
@@ -180,7 +181,7 @@ def test_a_training_that_fails_ends(inputs: Path, tmp_path: Path, workers: int) 
     (run_dir / "pretrain/checkpoints").mkdir(parents=True)
     (run_dir / "pretrain/checkpoints/iter_0000001").write_text("where the first checkpoint would be a folder")
     command = [*STAGE, "pretrain", run_dir]
-    job = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=100, check=False)
+    job = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=HANG_S, check=False)
     assert job.returncode == 1
     assert "FileExistsError" in job.stderr.rstrip().splitlines()[-1]
 

@@ -66,7 +66,7 @@ def answers(files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         given = [f"{name}={path}" for name, path in named.items() if f"{name}=" not in typed and f"{name}=" not in own]
         commands.append(["upcycle", "pipeline", *given, *typed.split(), "dir=run", "--yes"])
     folder = str(tmp_path_factory.mktemp("typed"))
-    (found,) = run_ranks(type_commands, 1, commands, folder, str(files), process_group=False, timeout_s=300)
+    (found,) = run_ranks(type_commands, 1, commands, folder, str(files), process_group=False)
     return dict(zip(MISTAKES, found, strict=True))
 
 

@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from nemo_upcycle.data.engine.plan import load_plan
 from nemo_upcycle.data.engine.stages import Where, executor, stages
 from nemo_upcycle.data.engine.tokenise import FASTOKENS
+from tests.waiting import HANG_S
 
 
 END = "<|endoftext|>"
@@ -91,7 +92,7 @@ def command(plan_path: Path, *arguments: str) -> list[str]:
 def run(plan_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command."""
     env = {**os.environ, **environment}
-    return subprocess.run(command(plan_path, *arguments), capture_output=True, text=True, timeout=120, env=env)
+    return subprocess.run(command(plan_path, *arguments), capture_output=True, text=True, timeout=HANG_S, env=env)
 
 
 def tokens(work: Path, rank: int, split: str = "train") -> list[list[int]]:

@@ -26,6 +26,7 @@ from tests.data_engine.blend import (
     tokens,
     write_plan,
 )
+from tests.waiting import HANG_S
 
 
 def write_jsonl(path: Path, *many: str) -> str:
@@ -238,7 +239,7 @@ def test_missing_plan_and_version(tmp_path: Path) -> None:
 def _limited(plan: Path, limit: str) -> subprocess.CompletedProcess[str]:
     """Run the command under a limit of the shell."""
     words = ["bash", "-c", f'ulimit {limit}; exec "$@"', "bash", *command(plan, "--workers", "2")]
-    return subprocess.run(words, capture_output=True, text=True, timeout=120)
+    return subprocess.run(words, capture_output=True, text=True, timeout=HANG_S)
 
 
 def test_more_tasks_than_open_files(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ pytest.importorskip("datatrove")
 from nemo_upcycle.data.environment import VARIABLE
 from tests.data_engine.blend import command, removed, run, stats
 from tests.data_engine.test_engine import blend, clear
+from tests.waiting import HANG_S, wait_until
 
 
 def _descendants(pid: int) -> set[int]:
@@ -48,8 +49,7 @@ def _start(plan: Path, after_s: float, *before_it: str) -> tuple[subprocess.Pope
     """Start the command, and return it and its processes some time after the first one of its tasks began."""
     process = subprocess.Popen([*before_it, *command(plan, "--workers", "2")], stderr=subprocess.PIPE, text=True)
     before = _begun(plan)
-    while _begun(plan) == before and process.poll() is None:
-        time.sleep(0.01)
+    wait_until(lambda: _begun(plan) != before or process.poll() is not None, poll_s=0.01)
     time.sleep(after_s)
     return process, _descendants(process.pid)
 
@@ -69,7 +69,7 @@ def test_killed_at_many_moments(tmp_path: Path) -> None:
         ended = process.poll() is not None
         process.kill()
         process.communicate()
-        assert _gone(family)
+        _wait_for_end(family)
         if ended:
             clear(killed)
         else:
@@ -97,18 +97,14 @@ def _start_by_another(plan: Path, *arguments: str) -> tuple[subprocess.Popen[str
         words, env={**os.environ, VARIABLE: sys.executable}, stderr=subprocess.DEVNULL, text=True
     )
     begun = "slurm_jobs.json" if "--slurm" in arguments else "*/logs/*.log"
-    while not list((plan.parent / "logs").glob(begun)) and process.poll() is None:
-        time.sleep(0.01)
+    wait_until(lambda: list((plan.parent / "logs").glob(begun)), process)
     time.sleep(0.3)
     assert process.poll() is None
     return process, _descendants(process.pid)
 
 
-def _gone(pids: set[int], within_s: float = 3) -> bool:
-    end_s = time.monotonic() + within_s
-    while _alive(pids) and time.monotonic() < end_s:
-        time.sleep(0.05)
-    return not _alive(pids)
+def _wait_for_end(pids: set[int]) -> None:
+    wait_until(lambda: not _alive(pids))
 
 
 def test_killed_starter_takes_the_engine_along(tmp_path: Path) -> None:
@@ -117,7 +113,8 @@ def test_killed_starter_takes_the_engine_along(tmp_path: Path) -> None:
     assert len(family) >= 4  # the engine, its child and two workers
     process.kill()
     process.wait()
-    assert _gone(family)
+    _wait_for_end(family)
+    assert len(list(plan.parent.glob("stats/*.json"))) < 6  # it did not end because it was done
 
 
 def test_killed_starter_takes_the_jobs_of_slurm_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +132,7 @@ def test_killed_starter_takes_the_jobs_of_slurm_along(tmp_path: Path, monkeypatc
     process, family = _start_by_another(blend(tmp_path), "--slurm", "any")
     process.kill()
     process.wait()
-    assert _gone(family)
+    _wait_for_end(family)
     assert (tmp_path / "cancelled").read_text(encoding="utf-8") == "17\n"
 
 
@@ -143,14 +140,13 @@ def test_shell_may_end_before_the_engine_under_nohup(tmp_path: Path) -> None:
     plan = blend(tmp_path, documents=2000, words=60)
     words = ["bash", "-c", 'nohup "$@" & wait', "bash", *command(plan, "--workers", "2")]
     shell = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not _begun(plan):
-        time.sleep(0.01)
+    wait_until(lambda: _begun(plan), shell)
     (engine,) = {pid for pid in _descendants(shell.pid) if str(plan) in Path(f"/proc/{pid}/cmdline").read_text()} - {
         pid for child in _descendants(shell.pid) for pid in _descendants(child)
     }
     shell.kill()
     shell.wait()
-    assert _gone({engine}, within_s=60)
+    _wait_for_end({engine})
     assert stats(plan.parent, 5)["steps"]["read"]["in"] == 2002
 
 
@@ -159,10 +155,8 @@ def test_stops_at_once_with_one_line(tmp_path: Path, number: signal.Signals) -> 
     plan = blend(tmp_path, documents=20_000, words=60)
     process, family = _start(plan, 0.3)
     assert process.poll() is None
-    start_s = time.monotonic()
     os.kill(process.pid, number)
-    _, said = process.communicate(timeout=20)
-    assert time.monotonic() - start_s < 3
+    _, said = process.communicate(timeout=HANG_S)
     assert process.returncode == 128 + number
     assert said.strip() == "stopped; run again to go on"
     assert not _alive(family)
@@ -173,7 +167,7 @@ def test_nohup_protects_it(tmp_path: Path) -> None:
     process, _ = _start(plan, 0, "nohup")
     assert process.poll() is None
     os.kill(process.pid, signal.SIGHUP)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=HANG_S)
     assert process.returncode == 0, said
     assert stats(plan.parent, 5)["steps"]["read"]["in"] == 2002
 
@@ -198,7 +192,7 @@ def test_killed_worker_is_an_error(tmp_path: Path) -> None:
     parents = {pid: _descendants(pid) for pid in family}
     worker = max(pid for pid in family if not parents[pid])
     os.kill(worker, signal.SIGKILL)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=HANG_S)
     assert process.returncode == 2
     assert said.splitlines()[-1].startswith("error: a worker was killed")
     assert not _alive(family)

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ pytest.importorskip("datatrove")
 
 from tests.data_engine.blend import command, everything, run
 from tests.data_engine.test_engine import blend
+from tests.waiting import HANG_S, wait_until
 
 
 def _has_slurm() -> bool:
@@ -41,16 +41,18 @@ def test_stopping_cancels_the_jobs(tmp_path: Path) -> None:
     plan = blend(tmp_path)
     process = subprocess.Popen(command(plan, "--slurm", PARTITION), stderr=subprocess.PIPE, text=True)
     jobs = plan.parent / "logs" / "slurm_jobs.json"
-    while not jobs.exists() and process.poll() is None:
-        time.sleep(0.05)
+    wait_until(jobs.exists, process)
     numbers = json.loads(jobs.read_text(encoding="utf-8"))
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=HANG_S)
     assert (process.returncode, said.strip()) == (128 + signal.SIGTERM, "stopped; run again to go on")
-    time.sleep(5)
-    queue = subprocess.run(["squeue", "--noheader", "-o", "%A"], capture_output=True, text=True, check=True).stdout
     assert numbers
-    assert not set(numbers) & set(queue.split())
+
+    def none_is_queued() -> bool:
+        queue = subprocess.run(["squeue", "--noheader", "-o", "%A"], capture_output=True, text=True, check=True).stdout
+        return not set(numbers) & set(queue.split())
+
+    wait_until(none_is_queued)
 
 
 def test_queue_that_does_not_answer_ends_nothing(tmp_path: Path) -> None:

@@ -22,13 +22,14 @@ from multiprocessing.context import ForkServerContext
 from typing import Any
 
 from nemo_upcycle.pipeline.executors.local import held_port
+from tests.waiting import HANG_S
 
 
 _PRELOAD = ["nemo_upcycle", "torch", "nemo.collections.llm"]  # the first makes the others importable without CUDA
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0, process_group: bool = True
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = HANG_S, process_group: bool = True
 ) -> list[Any]:
     """Call `function(*args)` on `world_size` ranks and return what each gave back, in rank order.
 

@@ -151,7 +151,7 @@ class Gradients:
 
     def __init__(self) -> None:
         (self.alone,) = run_ranks(_alone, 1)
-        self.ranks = run_ranks(_together, 4, timeout_s=300.0)
+        self.ranks = run_ranks(_together, 4)
 
     def share(self, layout: str, case: str, version: str) -> float:
         """Return the gradients over those of one rank, which must point the same way."""

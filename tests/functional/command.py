@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.functional.tiny import BATCH, SEQUENCE, SIZES
+from tests.waiting import HANG_S
+
+
+NEMO = str(Path(sys.executable).with_name("nemo"))
 
 
 def pretrain_command(parent: Path, data: Path, run_dir: Path, **overrides: Any) -> list[str]:
@@ -28,14 +33,12 @@ def pretrain_command(parent: Path, data: Path, run_dir: Path, **overrides: Any) 
     }
     factory = f"smollm2_135m_e8t2(dir='{run_dir}', dense='{parent}')"
     words = [f"{name}={value}" for name, value in settings.items()]
-    return [str(Path(sys.executable).with_name("nemo")), "llm", "pretrain", "--factory", factory, *words, "--yes"]
+    return [NEMO, "llm", "pretrain", "--factory", factory, *words, "--yes"]
 
 
-def run_measured(command: list[str], folder: Path) -> tuple[subprocess.CompletedProcess[str], float]:
-    """Run a command in `folder`; return also the processor seconds that it took, since other work may slow it down."""
-    before_s = sum(os.times()[2:4])
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
-    return done, sum(os.times()[2:4]) - before_s
+def run(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in `folder`, and return what it said."""
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=HANG_S)
 
 
 def start(command: list[str], folder: Path, *, threads: int = 2) -> subprocess.Popen[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.crds import published
+from tests.waiting import HANG_S
 
 
 BINARIES = Path(os.environ.get("NEMO_UPCYCLE_K8S") or Path(__file__).parents[2] / ".cache" / "k8s")
@@ -71,7 +72,7 @@ def server(folder: Path) -> Iterator[Path]:
             process = subprocess.Popen([str(word) for word in command], stdout=log, stderr=log)
             stack.callback(process.wait)
             stack.callback(process.kill)
-        wait_for(lambda: _definitions(kubeconfig).list_custom_resource_definition(), 30)
+        wait_for(lambda: _definitions(kubeconfig).list_custom_resource_definition())
         yield kubeconfig
 
 
@@ -81,20 +82,20 @@ def define(kubeconfig: Path, name: str) -> None:
     plural = crd["metadata"]["name"]
     if _state(kubeconfig, plural):
         definitions.delete_custom_resource_definition(plural)
-        wait_for(lambda: not _state(kubeconfig, plural) or None, 30)
+        wait_for(lambda: not _state(kubeconfig, plural) or None)
     definitions.create_custom_resource_definition(crd)
-    wait_for(lambda: _state(kubeconfig, plural).get("Established") or None, 30)
+    wait_for(lambda: _state(kubeconfig, plural).get("Established") or None)
     time.sleep(1)  # it serves a moment after it says so
 
 
-def wait_for(condition: Callable[[], Any], seconds: float) -> Any:
+def wait_for(condition: Callable[[], Any]) -> Any:
     """Return what a condition gives as soon as that is neither None nor an error."""
-    deadline_s = time.monotonic() + seconds
+    deadline_s = time.monotonic() + HANG_S
     while True:
         try:
             if (found := condition()) is not None:
                 return found
-            error: Exception = TimeoutError(f"{condition} after {seconds} s")
+            error: Exception = TimeoutError(f"{condition} hangs")
         except Exception as raised:
             error = raised
         if time.monotonic() > deadline_s:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
+
+from tests.waiting import wait_until
 
 
 STAGE = (sys.executable, "-m", "nemo_upcycle.pipeline")
@@ -23,9 +24,6 @@ def start_training(run_dir: Path, until_step: int) -> subprocess.Popen[str]:
     job = subprocess.Popen(
         [*STAGE, "pretrain", run_dir], stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
     )
-    metrics, end_s = run_dir / "pretrain/metrics.jsonl", time.monotonic() + 100
-    while not (metrics.is_file() and metrics.read_text().count("\n") >= until_step):
-        assert job.poll() is None
-        assert time.monotonic() < end_s
-        time.sleep(0.05)
+    metrics = run_dir / "pretrain/metrics.jsonl"
+    wait_until(lambda: metrics.is_file() and metrics.read_text().count("\n") >= until_step, job)
     return job

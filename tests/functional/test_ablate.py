@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from tests.distributed.ranks import run_ranks
 from tests.functional.command import start
 from tests.functional.tiny import write_texts
 from tests.functional.typed import Answer, type_commands
+from tests.waiting import HANG_S, wait_until
 
 
 pytestmark = pytest.mark.slow
@@ -62,15 +62,11 @@ def _command(grid: str, *words: str) -> list[str]:
 def finished(folder: Path) -> Path:
     """The grid, stopped by SIGINT once in its second cell, and finished by the same command."""
     first = start(_command("grid.yaml"), folder)
-    deadline_s = time.monotonic() + 400
-    while not (folder / "run/dense-seed1" / MARKER).is_file():
-        assert first.poll() is None, (folder / "console.txt").read_text()
-        assert time.monotonic() < deadline_s
-        time.sleep(0.2)
+    wait_until((folder / "run/dense-seed1" / MARKER).is_file, first, (folder / "console.txt").read_text)
     os.kill(first.pid, signal.SIGINT)
-    assert first.wait(timeout=100) == 130
+    assert first.wait(timeout=HANG_S) == 130
     second = start(_command("grid.yaml", "at_once=2"), folder)
-    assert second.wait(timeout=500) == 0, (folder / "console.txt").read_text()
+    assert second.wait(timeout=HANG_S) == 0, (folder / "console.txt").read_text()
     return folder / "run"
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import pytest
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, step_of
 from tests.functional.command import pretrain_command, start
 from tests.functional.tiny import prepare
+from tests.waiting import HANG_S, wait_until
 
 
 pytestmark = pytest.mark.slow
@@ -44,13 +44,13 @@ class Job(NamedTuple):
         path = self.run_dir / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def wait(self, timeout_s: float) -> int:
-        """Return its exit status; kill it, and fail, when it takes longer."""
+    def wait(self) -> int:
+        """Return its exit status; kill it, and fail, when it hangs."""
         try:
-            return self.process.wait(timeout=timeout_s)
+            return self.process.wait(timeout=HANG_S)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
-            pytest.fail(f"still running after {timeout_s} s:\n{self.console()[-2000:]}")
+            pytest.fail(f"it hangs:\n{self.console()[-2000:]}")
 
 
 def _group(leader: int) -> list[psutil.Process]:
@@ -83,7 +83,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
 def test_the_command_saves_on_two_threads_resumes_and_obeys_sigint(jobs: Jobs, tmp_path: Path) -> None:
     """Two starts of the same command: saved at the end, then asynchronously, and stopped by Ctrl-C."""
     first = jobs.start(tmp_path, trainer__max_steps=2, log__ckpt__every_n_train_steps=2)
-    assert first.wait(150) == 0, first.console()[-2000:]
+    assert first.wait() == 0, first.console()[-2000:]
     assert "TPU available" not in first.console()
     assert "Total params" not in first.console()  # Lightning's, of one rank
     kept = newest_checkpoint(first.run_dir / "checkpoints")
@@ -94,13 +94,9 @@ def test_the_command_saves_on_two_threads_resumes_and_obeys_sigint(jobs: Jobs, t
     again = jobs.start(
         tmp_path, trainer__max_steps=100_000, log__ckpt__every_n_train_steps=3, trainer__strategy__ckpt_async_save=True
     )
-    deadline_s = time.monotonic() + 150
-    while len(again.metrics()) < 12:
-        assert again.process.poll() is None, again.console()[-2000:]
-        assert time.monotonic() < deadline_s, again.console()[-2000:]
-        time.sleep(0.1)
+    wait_until(lambda: len(again.metrics()) >= 12, again.process, lambda: again.console()[-2000:])
     again.process.send_signal(signal.SIGINT)
-    assert again.wait(10) == -signal.SIGINT
+    assert again.wait() == -signal.SIGINT
     assert [line["step"] for line in again.metrics()[:12]] == list(range(1, 13))
     kept = newest_checkpoint(first.run_dir / "checkpoints")
     assert kept is not None
@@ -108,6 +104,6 @@ def test_the_command_saves_on_two_threads_resumes_and_obeys_sigint(jobs: Jobs, t
     last_words = again.console().strip().splitlines()[-1]
     assert last_words.startswith("Stopped by SIGINT after step ")
     assert f"kept: {kept}. The same command goes on from there." in last_words
-    assert not psutil.wait_procs(_group(again.process.pid), timeout=1)[1], "something that it started lives on"
+    wait_until(lambda: not _group(again.process.pid), said=lambda: "something that it started lives on")
     now = (first.run_dir / "receipt.json").stat()
     assert (now.st_mtime_ns, now.st_ino) == (upcycled.st_mtime_ns, upcycled.st_ino), "it was upcycled again"

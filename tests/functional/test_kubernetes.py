@@ -116,7 +116,7 @@ def test_jobs_end_with_a_reason_when_they_fail_are_deleted_or_nobody_answers(
         states = scheduler.states(ids)
         return states if all(state.phase is Phase.ENDED for state in states.values()) else None
 
-    states = wait_for(ended, 10)
+    states = wait_for(ended)
     assert states[failed].reason == "Tried: it is Failed"
     assert states[complete].reason == f"Tried: it is {done}"
     assert states[deleted].reason == "deleted"

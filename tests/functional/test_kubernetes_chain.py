@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from tests.functional.kubernetes_server import IS_BUILT, define, server
 from tests.functional.soak import training_result
 from tests.functional.test_pipeline import STAGES
 from tests.functional.tiny import write_inputs
+from tests.waiting import HANG_S, wait_until
 
 
 ROOT = Path(__file__).parents[2]
@@ -75,13 +75,9 @@ class Run:
         """Return what it has written."""
         return self.log.read_text(errors="replace")
 
-    def wait_for(self, found: Callable[[], object], timeout_s: float = 400) -> None:
+    def wait_for(self, found: Callable[[], object]) -> None:
         """Wait for something while the command runs."""
-        deadline_s = time.monotonic() + timeout_s
-        while not found():
-            assert self.process.poll() is None, self.text()
-            assert time.monotonic() < deadline_s, self.text()
-            time.sleep(0.2)
+        wait_until(found, self.process, self.text)
 
 
 def test_a_chain_runs_and_a_training_goes_on_after_an_eviction(
@@ -91,12 +87,12 @@ def test_a_chain_runs_and_a_training_goes_on_after_an_eviction(
     metrics = run.run_dir / "pretrain/metrics.jsonl"
     run.wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 3)
     operator.evict(read_json(run.run_dir / "jobs.json")["jobs"]["pretrain"])
-    assert run.process.wait(timeout=600) == 0, run.text()
+    assert run.process.wait(timeout=HANG_S) == 0, run.text()
     assert all((run.run_dir / name / MARKER).is_file() for name in STAGES)
     assert "[pretrain] stopped" in run.text()
     assert run.text().count("[pretrain] submitted: ") == 2
     other = Run(inputs, kubeconfig, "undisturbed", "--until", "pretrain")
-    assert other.process.wait(timeout=600) == 0, other.text()
+    assert other.process.wait(timeout=HANG_S) == 0, other.text()
     assert training_result(run.run_dir / "pretrain") == training_result(other.run_dir / "pretrain")
 
 
@@ -105,7 +101,7 @@ def test_a_failed_stage_ends_the_chain(inputs: Path, kubeconfig: Path, operator:
     (inputs / "other.txt").write_text("the state of our union")  # held out, so that nothing is left to train on
     (inputs / "same.yaml").write_text("sources: {mine: {train: [same.txt], heldout: [other.txt]}}\n")
     run = Run(inputs, kubeconfig, "failed", f"data={inputs}/same.yaml")
-    assert run.process.wait(timeout=300) == 1
+    assert run.process.wait(timeout=HANG_S) == 1
     assert "Stage 'data' did not finish: job failed-data-" in run.text()
     assert "exit statuses [2]" in run.text()
     assert "[upcycle]" not in run.text()
@@ -113,6 +109,6 @@ def test_a_failed_stage_ends_the_chain(inputs: Path, kubeconfig: Path, operator:
 
 def test_a_silent_job_ends_the_chain_and_is_taken_back(inputs: Path, kubeconfig: Path) -> None:
     run = Run(inputs, kubeconfig, "silent")
-    run.wait_for(lambda: "submitted: " in run.text())
-    assert run.process.wait(timeout=300) == 1
+    assert run.process.wait(timeout=HANG_S) == 1
+    assert "submitted: " in run.text()
     assert "no controller has reported on it for" in run.text()

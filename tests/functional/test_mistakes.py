@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,10 @@ from nemo_upcycle.utils.files import in_use, write_json
 from tests.blends import write_blend
 from tests.distributed.ranks import run_ranks, server
 from tests.fifo import held_by_reader
-from tests.functional.command import run_measured
+from tests.functional.command import NEMO, run
 from tests.functional.tiny import SEQUENCE, SIZES, write_parent
 from tests.functional.typed import Answer, type_commands
+from tests.waiting import HANG_S
 
 
 DEMO = "--factory smollm2_135m_e8t2"
@@ -282,15 +282,13 @@ def test_ctrl_c_during_the_checks_ends_them_at_once(files: Path, tmp_path: Path)
     process.start()
     with held_by_reader(tmp_path / "slow.yaml"):
         os.kill(process.pid or 0, signal.SIGINT)
-        process.join(20)
+        process.join(HANG_S)
     assert process.exitcode == -signal.SIGINT
     assert not (tmp_path / "run").exists()
 
 
-def test_the_command_answers_within_seconds_and_quietly(tmp_path: Path) -> None:
-    """As a process of its own, import of NeMo included."""
-    nemo = str(Path(sys.executable).with_name("nemo"))
-    done, cpu_s = run_measured([nemo, "upcycle", "pipeline", *DEMO.split(), "dense=/nope", "--yes"], tmp_path)
+def test_the_command_answers_as_a_process_of_its_own(tmp_path: Path) -> None:
+    """Import of NeMo included; `python -m benchmarks.answers` measures how long that takes."""
+    done = run([NEMO, "upcycle", "pipeline", *DEMO.split(), "dense=/nope", "--yes"], tmp_path)
     assert done.returncode == 2
-    assert cpu_s < 20
     assert done.stderr.splitlines()[-1].startswith("Error: model '/nope'")

@@ -16,6 +16,7 @@ from nemo_upcycle.errors import StageStopped
 from nemo_upcycle.pipeline.executors.ft import ft_command
 from nemo_upcycle.training.stopping import step_kept
 from tests.functional.runs import Runs
+from tests.waiting import HANG_S
 
 
 pytestmark = pytest.mark.slow
@@ -98,7 +99,7 @@ def test_ft_launcher_restarts_a_hung_rank_and_the_run_ends_bit_equal(
     options = {"steps": STEPS, "every": 2, "ep": 2, "resilient": {}, "hang": {"step": 3, "once": str(once)}}
     command = _under_ft_launcher(runs, folder, options)
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=480, env=_plain()
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=HANG_S, env=_plain()
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert once.exists()
@@ -124,7 +125,7 @@ def test_sigterm_to_ft_launcher_saves(runs: Runs, undisturbed: list[dict[str, An
         said.append(line)
         if "step 2/500" in line:
             process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 1  # the launcher's, whatever its ranks end with
+    assert process.wait(HANG_S) == 1  # the launcher's, whatever its ranks end with
     words = "".join(said)
     kept = step_kept(folder)
     assert kept >= 2
@@ -135,7 +136,7 @@ def _under_ft_launcher(runs: Runs, folder: Path, options: dict[str, Any]) -> tup
     inputs = (str(runs.parent), str(runs.data), str(folder), json.dumps(options))
     command = (sys.executable, "-m", "tests.functional.ft_rank", *inputs)
     return ft_command(
-        command, 1, 2, python=sys.executable, ordered_by_slurm=False, silence_s=8.0, save_s=60.0, restarts=2
+        command, 1, 2, python=sys.executable, ordered_by_slurm=False, silence_s=20.0, save_s=60.0, restarts=2
     )
 
 

@@ -21,6 +21,7 @@ from nemo_upcycle.utils.files import MARKER, read_json
 from tests.functional.soak import training_result
 from tests.functional.test_pipeline import STAGES
 from tests.functional.tiny import write_inputs
+from tests.waiting import HANG_S, wait_until
 
 
 ROOT = Path(__file__).parents[2]
@@ -98,16 +99,12 @@ class Run:
     def wait(self) -> int:
         """Return its exit status."""
         assert self.process
-        return self.process.wait(timeout=900)
+        return self.process.wait(timeout=HANG_S)
 
-    def wait_for(self, found: Callable[[], object], what: str, timeout_s: float = 400) -> None:
+    def wait_for(self, found: Callable[[], object], what: str) -> None:
         """Wait for something while the command runs."""
         assert self.process
-        deadline_s = time.monotonic() + timeout_s
-        while not found():
-            assert self.process.poll() is None, self.text()
-            assert time.monotonic() < deadline_s, f"waited for {what}\n{self.text()}"
-            time.sleep(0.2)
+        wait_until(found, self.process, lambda: f"waited for {what}\n{self.text()}")
 
     def wait_for_step(self, step: int) -> None:
         """Wait until the upcycled model's training has done a step."""
@@ -125,10 +122,8 @@ class Run:
 
 def start_at_once(job: str) -> None:
     """Let a requeued job start in a moment; Slurm waits for two minutes, and refuses it while nodes clean up."""
-    deadline_s = time.monotonic() + 90
-    while (_answer("squeue", "--noheader", f"--jobs={job}", "--format=%T") or "").strip() != "PENDING":
-        assert time.monotonic() < deadline_s
-        time.sleep(0.2)
+    asked = ("squeue", "--noheader", f"--jobs={job}", "--format=%T")
+    wait_until(lambda: (_answer(*asked) or "").strip() == "PENDING", poll_s=0.2)
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now+10"], check=True)
 
 

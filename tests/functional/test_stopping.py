@@ -13,6 +13,7 @@ from nemo_upcycle.pipeline.plan import RunPlan
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 from tests.functional.started import STAGE, start_training
 from tests.functional.tiny import shrink, write_finished_inputs
+from tests.waiting import HANG_S
 
 
 pytestmark = pytest.mark.slow
@@ -40,7 +41,7 @@ def test_a_training_with_loaders_saves_when_the_whole_job_is_told_to_stop(tmp_pa
         subprocess.run([*STAGE, name, run_dir], check=True, capture_output=True)
     job = start_training(run_dir, until_step=3)
     os.killpg(job.pid, signal.SIGTERM)
-    _, said = job.communicate(timeout=60)
+    _, said = job.communicate(timeout=HANG_S)
     assert job.returncode == 75, said
     kept = newest_checkpoint(run_dir / "pretrain/checkpoints")
     assert kept is not None

@@ -12,6 +12,7 @@ import pytest
 
 from tests.functional.runs import Runs
 from tests.functional.tiny import BATCH, EXPERTS, LAYERS, PADDED_VOCAB, SEQUENCE
+from tests.waiting import HANG_S
 
 
 pytestmark = pytest.mark.slow
@@ -198,7 +199,7 @@ def test_a_checkpoint_opens_in_plain_nemo(runs: Runs, alone: list[dict[str, Any]
         [sys.executable, "-c", textwrap.dedent(_PLAIN_NEMO), str(checkpoint)],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=HANG_S,
         cwd=runs.folder,
     )
     assert done.returncode == 0, done.stderr[-3000:]

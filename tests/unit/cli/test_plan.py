@@ -17,6 +17,7 @@ from nemo_upcycle.cli import plan
 from nemo_upcycle.cli.main import main
 from nemo_upcycle.errors import UpcycleError
 from tests.models import LLAMA3_8B
+from tests.waiting import HANG_S
 
 
 PAPER = ["--recipe", "llama3_8b_e8t2", "--gpus", "512", "--layout", "tp=2,pp=4,vp=8,cp=1,ep=8,etp=1"]
@@ -384,7 +385,7 @@ def test_it_plans_without_what_takes_time_to_import() -> None:
         "plan.run(parser.parse_args(['--recipe', 'llama3_8b_e8t2', '--gpus', '128', '--json']))\n"
         "assert not {'torch', 'megatron', 'nemo', 'nemo_run', 'filelock'} & set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
 
 

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from nemo_upcycle.utils.streams import StreamedFile
 from tests.unit.convert import conversions
 from tests.unit.convert.conversions import SPEC, _convert, _same_bits
 from tests.unit.convert.exports import _Usage
+from tests.waiting import wait_until
 
 
 dense, copy = conversions.dense, conversions.copy
@@ -130,16 +130,17 @@ def test_killed_for_real_it_leaves_no_result_and_goes_on(dense: Path, tmp_path: 
         "import sys, time\nfrom pathlib import Path\nfrom nemo_upcycle import UpcycleSpec, open_dense\n"
         "from nemo_upcycle.convert.expansion import Expansion\nfrom nemo_upcycle.convert.offline import convert\n"
         "write_copies = Expansion._write_copies\n"
-        "def slowly(*given):\n    time.sleep(0.05)\n    write_copies(*given)\n"
-        "Expansion._write_copies = slowly\n"
+        "aside = Path(sys.argv[2]).with_name('.moe.partial')\n"
+        "def held(*given):\n"
+        "    while len(list(aside.glob('*.safetensors'))) >= 2: time.sleep(0.05)\n"
+        "    write_copies(*given)\n"
+        "Expansion._write_copies = held\n"
         "with open_dense(sys.argv[1]) as dense:\n"
         f"    convert(dense, Path(sys.argv[2]), UpcycleSpec(num_experts=4), max_shard_bytes={SHARD_BYTES})\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(dense), str(tmp_path / "moe")], cwd=ROOT)
     aside = tmp_path / ".moe.partial"
-    while len(list(aside.glob("*.safetensors"))) < 2:
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_until(lambda: len(list(aside.glob("*.safetensors"))) >= 2, process)
     with pytest.raises(UpcycleError, match="another process writing it"):
         _convert(dense, tmp_path / "moe", max_shard_bytes=SHARD_BYTES)
     process.send_signal(signal.SIGKILL)

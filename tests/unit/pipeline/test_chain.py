@@ -76,6 +76,10 @@ class Processes(Cluster):
         return {}
 
 
+#: What a job does that must not end before the test lets it.
+_UNTIL_GO = "until test -e go; do sleep 0.05; done"
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chain_module, "POLL_S", 0.05)
@@ -99,7 +103,7 @@ def test_a_stage_starts_when_those_that_it_needs_are_done(tmp_path: Path, capfd:
         tmp_path,
         {
             "a": "echo hello; touch a",
-            "b": "sleep 0.3; touch b",
+            "b": "until test -e c; do sleep 0.05; done; touch b",
             "c": "test -e b || touch c",
             "d": "test -e b && touch d",
         },
@@ -125,23 +129,25 @@ def test_a_job_that_leaves_no_marker_ends_the_chain(tmp_path: Path, text: str) -
 
 
 def test_a_signal_stops_the_watching_and_a_new_start_finds_the_job(tmp_path: Path) -> None:
-    chain = chain_of(tmp_path, {"a": "sleep 1; touch a"})
+    text = f"{_UNTIL_GO}; touch a"
+    chain = chain_of(tmp_path, {"a": text})
     with StopSignals() as stop:
         threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
         assert not chain.watch(stop)
     assert set(chain.alive()) == {"a"}
-    again = chain_of(tmp_path, {"a": "sleep 1; touch a"}, cluster=chain.cluster)
+    again = chain_of(tmp_path, {"a": text}, cluster=chain.cluster)
     again.adopt()
     assert again.submit() == []
+    (tmp_path / "go").touch()
     with StopSignals() as stop:
         assert again.watch(stop)
     assert recorded_jobs(tmp_path) is None
 
 
 def test_refused_job_takes_back_those_of_the_same_call(tmp_path: Path) -> None:
-    chain = chain_of(tmp_path, {"first": "sleep 60"})
+    chain = chain_of(tmp_path, {"first": "sleep 600"})
     chain.submit()
-    more = chain_of(tmp_path, {"first": "sleep 60", "a": "sleep 60", "b": "true"}, cluster=chain.cluster)
+    more = chain_of(tmp_path, {"first": "sleep 600", "a": "sleep 600", "b": "true"}, cluster=chain.cluster)
     more.adopt()
     more.cluster.answers["b"] = UpcycleError("refused")  # type: ignore[attr-defined]
     with pytest.raises(UpcycleError, match="refused"):
@@ -161,7 +167,7 @@ def test_unanswered_submission_ends_nothing_and_is_tried_again(tmp_path: Path) -
 
 
 def test_finished_part_leaves_the_jobs_of_the_others(tmp_path: Path) -> None:
-    commands = {"a": "touch a", "b": "sleep 1; touch b"}
+    commands = {"a": "touch a", "b": f"{_UNTIL_GO}; touch b"}
     whole = chain_of(tmp_path, commands)
     whole.submit()
     part = chain_of(tmp_path, {"a": commands["a"]}, cluster=whole.cluster)
@@ -172,14 +178,15 @@ def test_finished_part_leaves_the_jobs_of_the_others(tmp_path: Path) -> None:
     again.adopt()
     assert again.submit() == []
     assert again.ids == {"b": whole.ids["b"]}
+    (tmp_path / "go").touch()
     with StopSignals() as stop:
         assert again.watch(stop)
 
 
 def test_job_of_other_settings_is_watched_with_a_word(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    chain = chain_of(tmp_path, {"a": "sleep 60", "b": "sleep 60"})
+    chain = chain_of(tmp_path, {"a": "sleep 600", "b": "sleep 600"})
     chain.submit()
-    again = chain_of(tmp_path, {"a": "sleep 61", "b": "sleep 60"}, cluster=chain.cluster)
+    again = chain_of(tmp_path, {"a": "sleep 601", "b": "sleep 600"}, cluster=chain.cluster)
     capfd.readouterr()
     again.adopt()
     a, b = chain.ids.values()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -16,7 +16,7 @@ from nemo_run.cli.cli_parser import parse_cli_args
 from omegaconf import OmegaConf
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.executors import manifests
+from nemo_upcycle.pipeline.executors import kubernetes, manifests
 from nemo_upcycle.pipeline.executors.base import Job, JobState, Phase, UnreachableError
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 from nemo_upcycle.pipeline.executors.kubernetes_api import TakenError, reported_state
@@ -339,11 +339,13 @@ def test_a_job_that_its_queue_holds_waits_however_long(spec: dict[str, Any], tmp
     assert "suspended" in state.reason
 
 
-def test_deleted_and_silent_jobs_have_ended_with_the_reason(tmp_path: Path) -> None:
-    scheduler, _ = _scheduler(tmp_path, report_within_s=1)
+def test_deleted_and_silent_jobs_have_ended_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [0.0]
+    monkeypatch.setattr(kubernetes, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    scheduler, _ = _scheduler(tmp_path, report_within_s=60)
     identity = scheduler.submit(_job(tmp_path), [])
     assert scheduler.states([identity])[identity].phase is Phase.WAITING
-    time.sleep(1.1)
+    now_s[0] += 61
     state = scheduler.states([identity])[identity]
     assert state.phase is Phase.ENDED
     assert "no controller has reported" in state.reason

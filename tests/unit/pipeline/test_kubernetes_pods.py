@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 from nemo_upcycle.pipeline.executors import local, manifests
 from nemo_upcycle.pipeline.executors.base import Job
 from tests.crds import executor
+from tests.waiting import HANG_S, wait_until
 
 
 SAVES = """
@@ -26,7 +26,7 @@ def save(*_):
     sys.exit(0)
 signal.signal(signal.SIGTERM, save)
 open(sys.argv[1] + "/started" + os.environ.get("RANK", ""), "w").close()
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -43,11 +43,9 @@ def _started(tmp_path: Path, code: str, ranks: int) -> subprocess.Popen[bytes]:
 def test_sigterm_leaves_ranks_the_time_to_save(ranks: int, tmp_path: Path) -> None:
     process = _started(tmp_path, SAVES, ranks)
     try:
-        deadline_s = time.monotonic() + 60
-        while len(list(tmp_path.glob("started*"))) < ranks and time.monotonic() < deadline_s:
-            time.sleep(0.1)
+        wait_until(lambda: len(list(tmp_path.glob("started*"))) == ranks, process)
         os.kill(process.pid, signal.SIGTERM)  # as the kubelet does: the first process alone
-        assert process.wait(30) == 0
+        assert process.wait(HANG_S) == 0
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -56,7 +54,7 @@ def test_sigterm_leaves_ranks_the_time_to_save(ranks: int, tmp_path: Path) -> No
 
 
 def test_the_status_of_a_stage_is_that_of_its_pod_and_its_words_are_kept(tmp_path: Path) -> None:
-    assert _started(tmp_path, "import sys; sys.exit(print('a mistake') or 2)", 1).wait(30) == 2
+    assert _started(tmp_path, "import sys; sys.exit(print('a mistake') or 2)", 1).wait(HANG_S) == 2
     assert (tmp_path / "jobs" / "pretrain" / "a-node0.log").read_text() == "a mistake\n"
 
 
@@ -73,7 +71,7 @@ def test_two_nodes_find_each_other_by_what_the_operators_set(tmp_path: Path) -> 
             )
             for number in range(2)
         ]
-        assert [node.wait(60) for node in nodes] == [0, 0]
+        assert [node.wait(HANG_S) for node in nodes] == [0, 0]
     assert [(tmp_path / f"rank{number}").read_text() for number in range(2)] == ["2", "2"]
     assert len(list(job.folder.glob("a-node?.log"))) == 2
 

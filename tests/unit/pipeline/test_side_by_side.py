@@ -30,8 +30,13 @@ folder.start(folder.inputs({}), resumable=False)
 folder.finish(folder.inputs({}), 1.0, {})
 """
 _WAIT_FOR = """
-(run_dir / ('here-' + name)).touch()
+(run_dir / ('here-' + name)).write_text(str(os.getpid()))
 while not (run_dir / 'here-{other}').is_file():
+    time.sleep(0.05)
+"""
+#: Until the launcher knows it: a process that it has not asked for its status is still there.
+_WAIT_FOR_END = """
+while Path('/proc', (run_dir / 'here-{other}').read_text()).exists():
     time.sleep(0.05)
 """
 
@@ -66,7 +71,7 @@ class Processes(Plan):
         return None
 
     def jobs(self, run_dir: Path) -> list[Job]:
-        head = "import sys, time; from pathlib import Path; name, run_dir = sys.argv[1], Path(sys.argv[2])\n"
+        head = "import os, sys, time; from pathlib import Path; name, run_dir = sys.argv[1], Path(sys.argv[2])\n"
         return [
             Job(
                 stage.name,
@@ -107,7 +112,7 @@ def test_nothing_starts_after_a_failed_stage_and_the_others_finish(
 ) -> None:
     code = {
         "bad": _WAIT_FOR.format(other="good") + "sys.exit('it broke')",
-        "good": _WAIT_FOR.format(other="bad") + "time.sleep(0.5)" + _FINISH,
+        "good": _WAIT_FOR.format(other="bad") + _WAIT_FOR_END.format(other="bad") + _FINISH,
         "later": _FINISH,
     }
     with pytest.raises(SystemExit) as ended:
@@ -152,7 +157,7 @@ def test_an_error_of_the_launcher_ends_what_runs(tmp_path: Path) -> None:
 
 def test_a_killed_stage_is_said_to_be_killed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        run_stages(tmp_path, {"one": "import os; os.kill(os.getpid(), 9)"}, {})
+        run_stages(tmp_path, {"one": "os.kill(os.getpid(), 9)"}, {})
     assert ended.value.code == 1
     assert "stage 'one' was ended by SIGKILL (out of memory?)" in capfd.readouterr().err
 

@@ -16,6 +16,7 @@ from nemo_upcycle.models.flops import flops_per_token
 from tests.blends import write_blend
 from tests.functional.tiny import texts, write_parent
 from tests.golden import GOLDEN, PLANNER, golden_path, planner_text, text_of
+from tests.waiting import HANG_S
 
 
 BIG = ("llama3_8b", "llama31_8b", "llama3_70b", "qwen3_8b")
@@ -29,7 +30,11 @@ STEP_TOKENS = 512 * 8192
 
 def _nemo(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [str(Path(sys.executable).with_name("nemo")), *arguments], cwd=cwd, capture_output=True, text=True, timeout=180
+        [str(Path(sys.executable).with_name("nemo")), *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
     )
 
 

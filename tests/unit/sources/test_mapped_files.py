@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.sources.mapped_files import MappedFiles, Stored, row_major
+from tests.waiting import wait_until
 
 
 MIB = 1 << 20
@@ -105,10 +105,7 @@ def test_what_is_expected_is_fetched_in_the_background(cold: Path, tmp_path: Pat
     files = MappedFiles(tmp_path)
     stored = Stored("f", torch.uint8, (32, MIB), (MIB, 1), 0)
     files.prefetch("t", stored, [(20, 22), (0, MIB)])
-    deadline_s = time.monotonic() + 20
-    while not _is_fetched(cold, (20, 22)):
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
+    wait_until(lambda: _is_fetched(cold, (20, 22)))
     files.close()
 
 
