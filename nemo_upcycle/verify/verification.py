@@ -140,7 +140,7 @@ def verify(
 
 def _require_memory(needed_bytes: int) -> None:
     meminfo = Path("/proc/meminfo")
-    lines = meminfo.read_text().splitlines() if meminfo.is_file() else []
+    lines = meminfo.read_text(encoding="utf-8").splitlines() if meminfo.is_file() else []
     free_bytes = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), needed_bytes)
     if free_bytes < needed_bytes:
         raise UpcycleError(

@@ -25,6 +25,13 @@ USERS_MISTAKE = 2
 GRACE_S, AFTER_ANOTHER_S = 5.0, 2.0
 _POLL_S = 0.1
 _LAUNCHER = "NEMO_UPCYCLE_LAUNCHER"
+#: What says to a process which rank of which job it is. A shell has it in an allocation of Slurm, or from a job script
+#: that exports it; a process that is started here is no rank of that.
+_OF_A_RANK = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "NODE_RANK"),
+    *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_NPROCS"),
+)
 
 
 @contextlib.contextmanager
@@ -101,13 +108,14 @@ def run_ranks(
 
 def _start(command: Sequence[str], environment: Mapping[str, str], log: Path | None) -> subprocess.Popen[bytes]:
     own = {"PYTHONUNBUFFERED": "1", _LAUNCHER: str(os.getpid())}
+    inherited = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK}
     if log:
         log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") if log else contextlib.nullcontext() as output:
         # A session of its own: Ctrl-C reaches the launcher alone, and a signal to the group all that the rank started.
         return subprocess.Popen(
             list(command),
-            env={**os.environ, **own, **environment},
+            env={**inherited, **own, **environment},
             stdout=output,
             stderr=output,
             start_new_session=True,
@@ -119,7 +127,7 @@ def _log_of(logs: Path, rank: int) -> Path:
 
 
 def _tail(log: Path, lines: int = 40) -> str:
-    return "\n".join([f"--- {log}", *log.read_text(errors="replace").splitlines()[-lines:]]) + "\n"
+    return "\n".join([f"--- {log}", *log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]]) + "\n"
 
 
 @contextlib.contextmanager

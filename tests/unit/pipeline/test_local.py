@@ -43,6 +43,21 @@ def test_every_rank_gets_torchrun_and_user_variables(tmp_path: Path) -> None:
     assert (tmp_path / "rank1").read_text() == "1 1 2 2 127.0.0.1 1"
 
 
+@pytest.mark.parametrize("ranks", [None, 1], ids=["plain", "rank"])
+def test_a_process_is_no_rank_of_the_job_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int | None
+) -> None:
+    """The command in a shell of an allocation, or after a job script's `export WORLD_SIZE=8`."""
+    others = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "nowhere", "SLURM_PROCID": "3", "SLURM_NTASKS": "8"}
+    for name, value in others.items():
+        monkeypatch.setenv(name, value)
+    code = f"print({{n: os.environ.get(n) for n in {tuple(others)}}}, file=open(sys.argv[1] + '/seen', 'w'))"
+    with local.StopSignals() as stop:
+        assert _run(code, ranks, tmp_path, stop) == 0
+    own = dict.fromkeys(others) | ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"} if ranks else {})
+    assert (tmp_path / "seen").read_text() == f"{own}\n"
+
+
 def test_a_failed_rank_ends_the_others_and_its_last_lines_are_shown(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
