@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import nemo_upcycle  # noqa: F401 - before Megatron, which alone cannot be imported where there is nvcc and no card
 from tests.environment import clean
 
 
