@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -10,7 +12,7 @@ from filelock import FileLock
 from nemo_upcycle.data.assets import ASSETS, fetch_asset, writable_cache
 from nemo_upcycle.data.gguf import convert_gguf
 from nemo_upcycle.data.parents import OF_TOKENIZER, find_parent, on_this_machine
-from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.models.architecture import Architecture, read_architecture
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.sources.checks import check_source
@@ -42,12 +44,12 @@ def import_dense(source: str, output: Path) -> Path:
     return _import(source, output, sampled=False)
 
 
-def _import(source: str, output: Path, *, sampled: bool) -> Path:
+def _import(source: str, output: Path, *, sampled: bool, offline: bool = False) -> Path:
     parent = find_parent(source)
     if parent.kind == "asset":
         folder = convert_gguf(fetch_asset(parent.name), output, base_model=ASSETS[parent.name].base_model)
     else:
-        folder = on_this_machine(parent)
+        folder = on_this_machine(parent, offline=offline)
     # Opening reads the configuration and every header, and checks that no file is cut short.
     with open_dense(folder) as dense:
         check_source(dense, sampled=sampled)
@@ -137,7 +139,8 @@ def read_parent(source: str) -> Architecture:
 def ensure_dense(source: str) -> Path:
     """Return the folder of a dense model, keeping in the cache what has to be made or fetched first.
 
-    Several ranks may call it at the same time: one makes the folder, the others wait.
+    Several ranks may call it at the same time: one of a node makes or fetches the folder, the others wait. They ask
+    the hub for nothing that is there: hundreds of ranks that asked for every file would be turned away.
 
     Args:
         source: as in `import_dense`.
@@ -147,15 +150,24 @@ def ensure_dense(source: str) -> Path:
         PosixPath('/home/me/.cache/nemo-upcycle/dense/smollm2-135m')
     """
     kind, name = find_parent(source)
-    if kind != "asset":  # used where it lies, or kept by the hub's client, which has its own locks
+    if kind not in ("asset", "hub"):  # used where it lies
         return _import(source, Path(), sampled=True)
     output = cached_asset(name)
     with FileLock(f"{output}.lock"):
-        return output if is_complete(output) else _import(source, output, sampled=True)
+        if kind == "asset":
+            return output if is_complete(output) else _import(source, output, sampled=True)
+        if not _is_first_of_node():
+            with suppress(UpcycleError):  # the first one has not come this far: then this one fetches it
+                return _import(source, Path(), sampled=True, offline=True)
+        return _import(source, Path(), sampled=True)
+
+
+def _is_first_of_node() -> bool:
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0
 
 
 def cached_asset(name: str) -> Path:
-    """Return the folder in which the cache keeps a model of an asset, made or not."""
+    """Return the folder in which the cache keeps a model of an asset, made or not; beside it lies a lock."""
     return writable_cache("dense") / re.sub(r"\W+", "-", name).strip("-")
 
 

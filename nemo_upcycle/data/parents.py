@@ -82,20 +82,21 @@ def find_parent(source: str, *, nemo: bool = False) -> Parent:
     return Parent("hub", rest)
 
 
-def on_this_machine(parent: Parent, wanted: Sequence[str] = WANTED) -> Path:
+def on_this_machine(parent: Parent, wanted: Sequence[str] = WANTED, *, offline: bool = False) -> Path:
     """Return the folder of a model that is no asset, downloaded if it is one of the hub.
 
     Args:
         parent: the model.
         wanted: patterns of the files to download.
+        offline: whether to take what the hub's cache has, without asking whether that is all.
 
     Raises:
         UpcycleError: it cannot be downloaded.
     """
-    return _download(parent.name, wanted) if parent.kind == "hub" else Path(parent.name)
+    return _download(parent.name, wanted, offline=offline) if parent.kind == "hub" else Path(parent.name)
 
 
-def _download(name: str, wanted: Sequence[str]) -> Path:
+def _download(name: str, wanted: Sequence[str], *, offline: bool) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -103,7 +104,9 @@ def _download(name: str, wanted: Sequence[str]) -> Path:
             "package huggingface-hub", got="not installed", expected="any", fix="pip install huggingface_hub"
         ) from None
     try:
-        return Path(snapshot_download(name, allow_patterns=list(wanted), ignore_patterns=_UNWANTED))
+        return Path(
+            snapshot_download(name, allow_patterns=list(wanted), ignore_patterns=_UNWANTED, local_files_only=offline)
+        )
     except Exception as error:  # huggingface_hub hands on those of its HTTP client
         if isinstance(error, OSError) and error.filename:
             raise UpcycleError(

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -33,7 +34,11 @@ class _Hub(BaseHTTPRequestHandler):
         self.root = root
         super().__init__(*given)
 
+    #: What was asked for.
+    asked: ClassVar[list[str]] = []
+
     def do_HEAD(self) -> None:
+        self.asked.append(self.path)
         name, _, file = self.path.lstrip("/").partition(f"/resolve/{COMMIT}/")
         if self._is_refused():
             return
@@ -44,6 +49,7 @@ class _Hub(BaseHTTPRequestHandler):
             self._answer(200, path.read_bytes(), {"ETag": f'"{path.stat().st_size:040x}"', "X-Repo-Commit": COMMIT})
 
     def do_GET(self) -> None:
+        self.asked.append(self.path)
         if not self.path.startswith("/api/models/"):
             self.do_HEAD()
             return
@@ -92,13 +98,17 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     server.server_close()
 
 
-def _run(folder: Path, endpoint: str, *words: str, token: str = "") -> subprocess.CompletedProcess[str]:
+def _run(
+    folder: Path, endpoint: str, *words: str, token: str = "", code: str = "", **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run a command in a folder, with a hub and an empty cache of its own there, and nothing of the user's."""
     mine = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     environment = mine | {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "NO_PROXY": "127.0.0.1"}
     environment |= {"HF_TOKEN": token} if token else {}
-    command = [sys.executable, "-m", "nemo_upcycle.cli", *words]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, *(["-c", code] if code else ["-m", "nemo_upcycle.cli", *words])]
+    return subprocess.run(
+        command, cwd=folder, env=environment | variables, capture_output=True, text=True, check=False
+    )
 
 
 def test_convert_and_verify_download_what_the_hub_names(hub: tuple[Path, str], tmp_path: Path) -> None:
@@ -195,3 +205,27 @@ def test_what_names_nothing_is_told_before_anything_is_fetched(
     assert main(["convert", source, "moe", *SPEC]) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "moe").exists()
+
+
+def _ensure(folder: Path, endpoint: str, **variables: str) -> Path:
+    """Return what a rank that these variables tell of gets for a model of the hub."""
+    code = "from nemo_upcycle.data.dense import ensure_dense; print(ensure_dense('hf://acme/tiny'))"
+    done = _run(folder, endpoint, code=code, XDG_CACHE_HOME=str(folder), **variables)
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.strip())
+
+
+def test_the_ranks_of_a_node_ask_the_hub_once(hub: tuple[Path, str], tmp_path: Path) -> None:
+    first = _ensure(tmp_path, hub[1], LOCAL_RANK="0")
+    asked = len(_Hub.asked)
+    assert _ensure(tmp_path, hub[1], LOCAL_RANK="1") == first
+    assert _ensure(tmp_path, hub[1], SLURM_LOCALID="3") == first
+    assert len(_Hub.asked) == asked
+    assert _ensure(tmp_path, hub[1], LOCAL_RANK="0") == first
+    assert len(_Hub.asked) > asked
+
+
+def test_a_rank_that_comes_before_the_first_of_its_node_fetches_the_model(
+    hub: tuple[Path, str], tmp_path: Path
+) -> None:
+    assert (_ensure(tmp_path, hub[1], SLURM_LOCALID="3") / "model.safetensors.index.json").is_file()
