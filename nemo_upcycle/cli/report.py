@@ -12,7 +12,7 @@ HELP = "run folder -> report.md, report.html, results.json and plots"
 _EXAMPLES = """examples:
   nemo-upcycle report runs/demo
   nemo-upcycle report runs/laptop             a grid: its table and figures again
-  nemo-upcycle report docs/results/laptop     from the evidence of a grid, and into the page laptop.md beside it
+  nemo-upcycle report results/laptop          from a grid's evidence.json.gz, and into the page laptop.md beside it
 
 exit status: 0 done; 2 the folder lacks a stage's results."""
 

@@ -243,7 +243,7 @@ def test_jobs_that_run_are_watched_whatever_space_is_left(files: Path, tmp_path:
     answers = {
         "sbatch": "",
         "scontrol": "ClusterName = c",
-        "squeue": "".join(f"{number}|RUNNING|None|n1\n" for number in range(len(BY_NAME))),
+        "squeue": "".join(f"{number}|RUNNING|None|a|n1\n" for number in range(len(BY_NAME))),
     }
     for name, text in answers.items():
         programs.mkdir(exist_ok=True)

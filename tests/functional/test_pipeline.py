@@ -231,7 +231,9 @@ def test_a_finished_training_goes_on_for_more_steps_on_more_ranks(copy: Path) ->
         "dense_ct.trainer.devices was 1, is 2",
     ]
     lines = [json.loads(line) for line in (copy / "dense_ct/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == [*range(1, 9)]
+    rates = {line["step"]: line["lr"] for line in lines if "loss" in line}
+    assert [*rates] == [*range(1, 9)]
+    assert {rates[7], rates[8]} == {1e-5}  # where the schedule that it was started with has ended
     assert [name for name in STAGES[:4] if not (copy / name / MARKER).is_file()] == []
     assert run_in_own_process("upcycle", copy).text.endswith("done before, from the same inputs\n")
 

@@ -6,7 +6,6 @@ scripts/slurm_cluster.sh start && python -m pytest tests/functional/test_slurm_j
 from __future__ import annotations
 
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
 from nemo_upcycle.pipeline.executors.slurm_settings import StagedSlurmExecutor
 from nemo_upcycle.utils.files import MARKER
 from tests.functional.test_slurm import has_test_cluster
+from tests.waiting import wait_until
 
 
 pytestmark = [
@@ -114,10 +114,7 @@ def test_jobs_start_from_within_an_allocation(run_dir: Path) -> None:
     (rendered / "submit.sh").write_text(chain.cluster.render_chain(chain.jobs)["submit.sh"])
     inside = ["salloc", "--mem-per-cpu=100", "--ntasks=1", "bash", str(rendered / "submit.sh")]
     subprocess.run(inside, check=True, capture_output=True)
-    deadline_s = time.monotonic() + 120
-    while not chain.done():
-        assert time.monotonic() < deadline_s, [path.read_text() for path in job.folder.glob("*.out")]
-        time.sleep(0.5)
+    wait_until(chain.done, said=lambda: str([path.read_text() for path in job.folder.glob("*.out")]), poll_s=0.5)
 
 
 def test_job_that_can_never_start_ends_the_chain_with_what_to_change(run_dir: Path) -> None:
@@ -136,11 +133,12 @@ def test_held_job_is_named_with_what_lets_it_go(run_dir: Path) -> None:
     chain = chain_of(run_dir, {"import": "{done}"}, additional_parameters={"hold": True})
     chain.submit()
     (job,) = chain.ids.values()
-    deadline_s = time.monotonic() + 60
-    while "scontrol release" not in (state := chain.cluster.states([job])[job]).reason:
-        assert time.monotonic() < deadline_s, state
-        time.sleep(0.5)
-    assert state.reason.startswith("JobHeldUser")
+
+    def reason() -> str:
+        return chain.cluster.states([job])[job].reason
+
+    wait_until(lambda: "scontrol release" in reason(), said=reason, poll_s=0.5)
+    assert reason().startswith("JobHeldUser")
     subprocess.run(["scontrol", "release", job], check=True)
     with StopSignals() as stop:
         assert chain.watch(stop)

@@ -189,9 +189,13 @@ def _checked(
 
 
 def _check_variables(where: str, variables: dict[str, Any], origin: str) -> None:
-    """Check that variables have texts or numbers: YAML reads some words as something else."""
+    """Check that variables have texts or numbers: YAML reads some words as something else.
+
+    Null removes one of NVIDIA's performance settings.
+    """
     for name, value in variables.items():
-        if type(value) not in (str, int, float):
+        is_removed = value is None and name in performance.names()
+        if not is_removed and type(value) not in (str, int, float):
             word = MASK if is_secret(name) else json.dumps(value, default=str)
             quoted = "" if value is None else word
             raise UpcycleError(

@@ -265,7 +265,7 @@ class Clock(SimpleNamespace):
 
 
 @pytest.mark.parametrize("happens", ["ended", "silent", "deleted"])
-def test_chain_ends_within_a_minute_with_the_defaults(
+def test_chain_ends_with_the_defaults_a_minute_after_a_job_is_gone_or_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, happens: str
 ) -> None:
     clock = Clock()
@@ -286,7 +286,7 @@ def test_chain_ends_within_a_minute_with_the_defaults(
         api.jobs.clear()
     with StopSignals() as stop, pytest.raises(UnfinishedError):
         chain.watch(stop)
-    assert clock.monotonic() < 60
+    assert clock.monotonic() < 60 + (KubernetesExecutor.report_within_s if happens == "silent" else 0)
 
 
 @pytest.mark.parametrize(("error", "status"), [(UnfinishedError("failed"), 1), (UpcycleError("no such dir"), 2)])

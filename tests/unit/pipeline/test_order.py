@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,8 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def plan_of() -> RunPlan:
-    return RunPlan("tiny", "asset://smollm2-135m", "sotu", "demo", "text", "text")
+    training = json.dumps({"recipe": "tiny", "overrides": []})  # Bridge's: it says its settings without being built
+    return RunPlan("tiny", "asset://smollm2-135m", "sotu", "demo", training, training, trainer="bridge")
 
 
 def rerun(run_dir: Path, name: str) -> None:
