@@ -126,7 +126,7 @@ def test_what_a_site_sets_wins_and_null_removes() -> None:
         "performance={NCCL_NVLS_ENABLE: 1, TOKENIZERS_PARALLELISM: null, --container-writable: null}",
         "stages.pretrain.performance={numactl: null}",
     )
-    assert script.count("TORCH_NCCL_HIGH_PRIORITY") == 1
+    assert script.count("export TORCH_NCCL_HIGH_PRIORITY") == 1
     assert 'export TORCH_NCCL_HIGH_PRIORITY="0"' in script
     assert "TORCH_NCCL_AVOID_RECORD_STREAMS" not in script
     assert script.count("--mpi") == 1
