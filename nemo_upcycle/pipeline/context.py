@@ -26,7 +26,6 @@ from nemo_upcycle.pipeline.console import end_soon
 from nemo_upcycle.pipeline.executors.settings import executor_names, is_described, read_executor
 from nemo_upcycle.pipeline.ranks import is_first_rank
 from nemo_upcycle.pipeline.recipes_io import check_recipe
-from nemo_upcycle.training.upcycling import UpcycleConfig
 from nemo_upcycle.training.values import setting
 from nemo_upcycle.utils.attributes import temporarily_set
 
@@ -179,6 +178,8 @@ class _OthersContext(run.cli.RunContext):
     """NeMo-Run's context as it is, until a recipe turns out to be one that upcycles: of a user's factory, or YAML."""
 
     def parse_fn(self, fn: Any, args: list[str], **default_kwargs: Any) -> Any:
+        from nemo_upcycle.training.upcycling import UpcycleConfig  # NeMo's; beside Bridge this module is read, too
+
         task = super().parse_fn(fn, args, **default_kwargs)
         restore = setting(task, "resume.restore_config")
         return _checked(task, self) if getattr(restore, "__fn_or_cls__", None) is UpcycleConfig else task

@@ -186,15 +186,22 @@ def test_a_training_that_fails_ends(inputs: Path, tmp_path: Path, workers: int) 
     assert "FileExistsError" in job.stderr.rstrip().splitlines()[-1]
 
 
-def test_other_settings_are_refused_for_a_training_that_has_begun(
+def test_a_started_training_takes_more_steps_and_no_other_learning_rate(
     finished: Path, inputs: Path, tmp_path: Path
 ) -> None:
     run_dir = shutil.copytree(finished, tmp_path / "run")
-    _plan(inputs, "train.train_iters=8").write(run_dir)
-    assert run_in_own_process("upcycle", run_dir).status == 0  # from the recipe, so it runs again
+    _plan(inputs, "optimizer.lr=1e-4").write(run_dir)
     answer = run_in_own_process("pretrain", run_dir)  # the first rank's, before the others would be waited for
     assert answer.status == 2
-    assert "got work started from other inputs (changed: setting pretrain" in answer.text
+    assert "(pretrain.optimizer.lr was not set, is 1e-4)" in answer.text
+    _plan(inputs, "train.train_iters=8", "checkpoint.save_interval=8").write(run_dir)
+    answer = run_in_own_process("pretrain", run_dir, ranks=2)
+    assert answer.status == 0, answer.text
+    assert "pretrain steps was 0, is 8" in answer.text
+    assert "pretrain.checkpoint.save_interval was not set, is 8" in answer.text
+    steps = [line["step"] for line in _lines(run_dir / "pretrain/metrics.jsonl") if "loss" in line]
+    assert steps == [*range(1, 9)]
+    assert run_in_own_process("upcycle", run_dir).text.endswith("done before, from the same inputs\n")
 
 
 def _command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
