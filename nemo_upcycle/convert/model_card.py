@@ -116,7 +116,7 @@ def _besides(arch: Architecture) -> dict[str, str]:
     copied = extra_params(arch) - constants
     told = []
     if copied:
-        told.append(f"{copied:,} numbers of the embedding once more, as the output layer: some servers share none")
+        told.append(f"the embedding again as the output layer, {copied:,} numbers: not all servers share the two")
     if constants:
         told.append(f"{constants:,} zeros in tensors that the class has and the dense model does not")
     return {"Also in the files": "; ".join(told)} if told else {}

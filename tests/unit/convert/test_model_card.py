@@ -163,7 +163,7 @@ def test_an_export_names_the_parent_as_the_user_did_without_paths(
 
 def test_what_the_files_hold_besides_parameters_is_said_in_plain_words(tmp_path: Path) -> None:
     _, text = _convert([write_llama(tmp_path / "dense", layers=2, tied=True, vocab_size=259)], tmp_path / "moe", SPEC)
-    assert f"{259 * 64:,} numbers of the embedding once more" in text
+    assert f"the embedding again as the output layer, {259 * 64:,} numbers" in text
 
 
 def test_scores_replace_earlier_ones_and_leave_the_rest_of_the_card(tmp_path: Path) -> None:
