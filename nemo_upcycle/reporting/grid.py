@@ -65,7 +65,7 @@ class ArmRecord:
         return self.scores.get(self.tokens, {})
 
     def is_comparable(self, tokens: float, other: ArmRecord, its_tokens: float) -> bool:
-        """Return whether a point of this arm's curve may be held against one of another's: the only rule for it.
+        """Return whether a point of this arm's curve may be compared with one of another's: the only rule for it.
 
         A learning rate that falls makes the end of a training better than its middle: two points are compared where
         both are what a whole training of that length reaches, or as far on in trainings of one length and schedule.
