@@ -25,10 +25,10 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory, gettempdir
 
-from nemo_upcycle.data.assets import fetch_asset
-from nemo_upcycle.data.evaluation_items import suite_items
-from nemo_upcycle.data.ngrams import Hit, Item, NgramIndex
+from nemo_upcycle.data.ngrams import Hit, NgramIndex
 from nemo_upcycle.data.word_hashes import normalise
+from nemo_upcycle.demo.assets import fetch_asset
+from nemo_upcycle.suites.items import Item, suite_items
 from tests.planted import CHANGED, VERBATIM, Planted, plant
 
 

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from nemo_upcycle.evaluation.backends import choose_backend, open_model
     from nemo_upcycle.evaluation.run import evaluate
-    from nemo_upcycle.evaluation.suite_config import BACKENDS, read_suite_config
+    from nemo_upcycle.suites.suite_config import BACKENDS, read_suite_config
     from nemo_upcycle.utils.files import MARKER, read_json
 
     if args.backend is not None and args.backend not in BACKENDS:
@@ -114,8 +114,8 @@ def run(args: argparse.Namespace) -> int:
 def _build(args: argparse.Namespace, config: Mapping[str, Any]) -> Path:
     """Build a named suite beside the results."""
     from nemo_upcycle.data.finished import open_blend
-    from nemo_upcycle.evaluation.local_tasks import is_text
-    from nemo_upcycle.evaluation.named_suite import build_named_suite
+    from nemo_upcycle.suites.local_tasks import is_text
+    from nemo_upcycle.suites.suite import build_named_suite
 
     tasks = config["tasks"] if config["local"] else ()
     texts = [task for task in tasks if is_text(task)]

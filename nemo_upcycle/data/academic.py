@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.data.lm_eval_tasks import load_tasks
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.suites.lm_eval_tasks import load_tasks
 from nemo_upcycle.utils.files import whole_file
 
 

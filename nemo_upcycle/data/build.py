@@ -22,12 +22,10 @@ from typing import Any
 
 from filelock import FileLock
 
-from nemo_upcycle.data.assets import writable_cache
 from nemo_upcycle.data.blend import Blend, read_blend
-from nemo_upcycle.data.contamination import merge_contamination
+from nemo_upcycle.data.contamination import build_index, merge_contamination
 from nemo_upcycle.data.dense import ensure_dense, tokenizer_folder
 from nemo_upcycle.data.environment import data_python, engine_version, run_engine
-from nemo_upcycle.data.evaluation_items import build_index
 from nemo_upcycle.data.finished import BUILD, CONTAMINATION, FORMAT, HELDOUT, MANIFEST, TOKENIZER, TOKENS
 from nemo_upcycle.data.inputs import InputFile, list_inputs, require_disjoint
 from nemo_upcycle.data.manifest import describe_anew, make_manifest, texts_of
@@ -35,7 +33,8 @@ from nemo_upcycle.data.merge import merge_heldout, merge_tokens, read_stats
 from nemo_upcycle.data.tasks import NGRAMS, REPORT_NGRAMS, make_plan
 from nemo_upcycle.data.tokenizers import save_tokenizer
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.suite_config import read_suite_config
+from nemo_upcycle.suites.suite_config import read_suite_config
+from nemo_upcycle.utils.cache import writable_cache
 from nemo_upcycle.utils.files import MARKER, in_use, is_complete, read_json, require_disk, write_json
 
 

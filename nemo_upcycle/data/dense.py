@@ -9,14 +9,13 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from nemo_upcycle.data.assets import ASSETS, fetch_asset, writable_cache
-from nemo_upcycle.data.gguf import convert_gguf
 from nemo_upcycle.data.parents import OF_TOKENIZER, find_parent, on_this_machine
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.models.architecture import Architecture, read_architecture
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.sources.checks import check_source
 from nemo_upcycle.sources.megatron_checkpoint import is_megatron
+from nemo_upcycle.utils.cache import writable_cache
 from nemo_upcycle.utils.files import is_complete
 
 
@@ -27,7 +26,7 @@ def import_dense(source: str, output: Path) -> Path:
     """Return a local folder that holds the dense model `source`, making or downloading it where needed.
 
     Args:
-        source: `asset://NAME` (a model of `nemo_upcycle.data.assets`, converted into `output`), `hf://ORG/NAME` or
+        source: `asset://NAME` (a model of `nemo_upcycle.demo`, converted into `output`), `hf://ORG/NAME` or
             plain `ORG/NAME` (the Hugging Face hub, kept in the hub's own cache, where a broken download goes on), or
             a local folder, plain or as `hf:///absolute/path` (used where it lies).
         output: where a converted model goes. Untouched when nothing is converted.
@@ -47,6 +46,9 @@ def import_dense(source: str, output: Path) -> Path:
 def _import(source: str, output: Path, *, sampled: bool, offline: bool = False) -> Path:
     parent = find_parent(source)
     if parent.kind == "asset":
+        from nemo_upcycle.demo.assets import ASSETS, fetch_asset
+        from nemo_upcycle.demo.gguf import convert_gguf
+
         folder = convert_gguf(fetch_asset(parent.name), output, base_model=ASSETS[parent.name].base_model)
     else:
         folder = on_this_machine(parent, offline=offline)

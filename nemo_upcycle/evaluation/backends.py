@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.model import load_model, quiet, wrap_model
+from nemo_upcycle.evaluation.model import load_model, wrap_model
 from nemo_upcycle.evaluation.samples import NEW_TOKENS, continue_prompts
 from nemo_upcycle.models.hf_model import empty_model
+from nemo_upcycle.suites.lm_eval_tasks import quiet
 from nemo_upcycle.utils.files import read_json, sha256_file
 
 
@@ -158,7 +159,7 @@ def _open_in_megatron(
 ) -> Backend:
     from nemo_upcycle.evaluation.megatron.lm import MegatronLM
 
-    with quiet("lm_eval"):
+    with quiet():
         lm = MegatronLM(str(folder), dtype=dtype, batch_size=batch_size, label=label, **options)
     facts = {**_facts(lm.dense, "Megatron GPTModel"), "parameters": lm.arch.total_params, "dense": str(lm.dense)}
     return AskedBackend("megatron", lm, facts, str(lm.device), lm.batch_size)
@@ -182,7 +183,7 @@ def _open_in_vllm(folder: Path, dtype: str, batch_size: int | str) -> Backend:
     config, gpus = _config(folder), torch.cuda.device_count()
     # Each GPU has to get as many heads: 9 heads run on one of 8 GPUs, 32 on all.
     tensor_parallel = math.gcd(gpus, config.get("num_attention_heads") or 1)
-    with quiet("lm_eval"):
+    with quiet():
         lm = RollingVLLM(
             pretrained=str(folder), dtype=dtype, tensor_parallel_size=tensor_parallel, batch_size=batch_size
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models import hf_model
+from nemo_upcycle.suites.lm_eval_tasks import quiet
 from nemo_upcycle.utils.progress import ProgressLine
 
 
@@ -112,17 +112,5 @@ def wrap_model(model: Any, tokenizer: Any, batch_size: int | str, label: str) ->
                 self._line.advance(len(inps))
             return logits
 
-    with quiet("lm_eval"):
+    with quiet():
         return ReportingHFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-
-
-@contextmanager
-def quiet(name: str) -> Iterator[None]:
-    """Show only the errors of a library's logger, because its advice does not apply here."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

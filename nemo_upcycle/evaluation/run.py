@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import platform
 import sys
@@ -17,9 +16,9 @@ from typing import Any
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.backends import Backend, close_model, open_model
 from nemo_upcycle.evaluation.compare import RATIOS, cluster_sums, jackknife_stderr, left_out
-from nemo_upcycle.evaluation.local_tasks import data_files
-from nemo_upcycle.evaluation.model import quiet
 from nemo_upcycle.package_info import __version__
+from nemo_upcycle.suites.lm_eval_tasks import check_task_names, quiet
+from nemo_upcycle.suites.local_tasks import data_files
 from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.files import MARKER, read_json, require_complete, write_json
 
@@ -136,7 +135,7 @@ def _run(lm: Any, tasks: list[str], folder: Path | None, shots: int, limit: int 
         check_task_names(tasks, manager.all_tasks)
     try:
         # Its description of the machine takes seconds, and a training may wait; `versions` says what is needed.
-        with quiet("lm_eval"), temporarily_set(evaluator, "add_env_info", lambda results: None):
+        with quiet(), temporarily_set(evaluator, "add_env_info", lambda results: None):
             return evaluator.simple_evaluate(
                 model=lm,
                 tasks=tasks if folder is None else [_local_task(folder, task) for task in tasks],
@@ -156,23 +155,6 @@ def _run(lm: Any, tasks: list[str], folder: Path | None, shots: int, limit: int 
             expected="the data of the tasks from the Hugging Face hub",
             fix="evaluate where the hub can be reached",
         ) from error
-
-
-def check_task_names(tasks: Sequence[str], known: Sequence[str]) -> None:
-    """Check that lm-eval knows tasks.
-
-    Raises:
-        UpcycleError: it does not; the message names the closest of its thousands.
-    """
-    for task in tasks:
-        if task not in known:
-            close = ", ".join(difflib.get_close_matches(task, known))
-            raise UpcycleError(
-                "task",
-                got=task,
-                expected=f"a task of lm-eval{f' ({close}?)' if close else ''}",
-                fix="see `lm-eval ls tasks`",
-            )
 
 
 def _local_task(folder: Path, task: str) -> dict[str, Any]:

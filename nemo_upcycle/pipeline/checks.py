@@ -16,13 +16,13 @@ from nemo_upcycle.data.environment import data_python, engine_version
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.data.inputs import require_disjoint
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.suite_config import read_suite_config
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.pipeline.markers import StageFolder, setting_texts
 from nemo_upcycle.pipeline.plan import Plan, RunPlan, Stage
 from nemo_upcycle.pipeline.plans import kind_of
 from nemo_upcycle.pipeline.recipes_io import check_recipe, ranks_of
+from nemo_upcycle.suites.suite_config import read_suite_config
 from nemo_upcycle.training.values import setting
 from nemo_upcycle.utils.files import resolved
 

@@ -210,10 +210,10 @@ def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Evaluate parent, step 0, the trained model and the dense baseline on the same items."""
     from nemo_upcycle.data.finished import open_blend
-    from nemo_upcycle.evaluation.named_suite import build_named_suite
     from nemo_upcycle.evaluation.run import evaluate
-    from nemo_upcycle.evaluation.suite_config import read_suite_config
     from nemo_upcycle.reporting.run_folder import MODELS
+    from nemo_upcycle.suites.suite import build_named_suite
+    from nemo_upcycle.suites.suite_config import read_suite_config
 
     build_named_suite(plan.evaluation, open_blend(data_folder_of(run_dir, plan)).heldout(), run_dir / "suite")
     dense_folder = dense_folder_of(run_dir)

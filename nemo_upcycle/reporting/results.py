@@ -9,9 +9,9 @@ from typing import Any
 
 from nemo_upcycle.evaluation.compare import compare_items
 from nemo_upcycle.evaluation.heldout import TASK, by_source, document_sums
-from nemo_upcycle.evaluation.local_tasks import LOCAL_TASKS, is_text
 from nemo_upcycle.evaluation.paired import paired_difference
 from nemo_upcycle.reporting.run_folder import Curve, RunRecord
+from nemo_upcycle.suites.local_tasks import LOCAL_TASKS, is_text
 
 
 #: Which models are compared: the second against the first.

@@ -107,8 +107,8 @@ class EvaluateWhileTraining(Callback):
         return found[0]
 
     def _build(self, blend: FinishedBlend) -> None:
-        from nemo_upcycle.evaluation.named_suite import build_named_suite
-        from nemo_upcycle.evaluation.suite_config import read_suite_config
+        from nemo_upcycle.suites.suite import build_named_suite
+        from nemo_upcycle.suites.suite_config import read_suite_config
 
         if not (self._suite() / MARKER).is_file():
             if not read_suite_config(self.suite).local:

@@ -10,7 +10,8 @@ import pytest
 
 pytest.importorskip("datatrove")
 
-from nemo_upcycle.data.ngrams import Item, NgramIndex
+from nemo_upcycle.data.ngrams import NgramIndex
+from nemo_upcycle.suites.items import Item
 from tests.data_engine.blend import execute, removed, sentence, stats, texts, write_plan
 
 

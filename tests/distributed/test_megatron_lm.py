@@ -14,8 +14,8 @@ from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.compare import compare_items
 from nemo_upcycle.evaluation.run import evaluate
-from nemo_upcycle.evaluation.suite import build_suite
-from nemo_upcycle.evaluation.suite_config import HeldoutConfig, SuiteConfig
+from nemo_upcycle.suites.suite import build_suite
+from nemo_upcycle.suites.suite_config import HeldoutConfig, SuiteConfig
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_mixed_checkpoint import save_upcycled
 from tests.models import write_llama, write_tokenizer

@@ -15,11 +15,11 @@ from nemo_run.cli.cli_parser import parse_cli_args
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.arms import MARGIN, ROUNDING
 from nemo_upcycle.evaluation.heldout import TASK
-from nemo_upcycle.evaluation.suite_config import read_suite_config
 from nemo_upcycle.pipeline.ablations.plan import SUITE, GridPlan
 from nemo_upcycle.pipeline.recipes_io import check_recipe, dump_recipe, train_on
 from nemo_upcycle.pipeline.upcycled import use_spec
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.suites.suite_config import read_suite_config
 from nemo_upcycle.utils.conf import read_conf, template
 from nemo_upcycle.utils.nested import flat
 from nemo_upcycle.utils.validation import is_whole

@@ -13,7 +13,6 @@ import nemo_run as run
 
 from nemo_upcycle.data.dense import check_address, tokenizer_folder
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.suite_config import read_suite_config
 from nemo_upcycle.pipeline.bridge.training import BridgeTraining, parent_configuration
 from nemo_upcycle.pipeline.checks import check_blend, check_detach, check_engine, check_folder, check_started, is_local
 from nemo_upcycle.pipeline.commands import (
@@ -35,6 +34,7 @@ from nemo_upcycle.pipeline.jobs import jobs_of, performance_of
 from nemo_upcycle.pipeline.order import chosen_stages, finished, require_earlier
 from nemo_upcycle.pipeline.plan import RunPlan, Stage
 from nemo_upcycle.pipeline.stages import STAGES
+from nemo_upcycle.suites.suite_config import read_suite_config
 
 
 class BridgeContext(PipelineContext):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.evaluation.local_tasks import is_text
-from nemo_upcycle.evaluation.suite_config import SuiteConfig, read_suite_config
 from nemo_upcycle.planning.search import Plan
+from nemo_upcycle.suites.local_tasks import is_text
+from nemo_upcycle.suites.suite_config import SuiteConfig, read_suite_config
 from nemo_upcycle.training.evaluating import EvaluateWhileTraining
 from nemo_upcycle.utils.files import MARKER
 

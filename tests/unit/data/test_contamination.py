@@ -5,7 +5,8 @@ import json
 import pytest
 
 from nemo_upcycle.data.contamination import EXAMPLES, Contamination, merge_contamination
-from nemo_upcycle.data.ngrams import Hit, Item, NgramIndex, removed_spans
+from nemo_upcycle.data.ngrams import Hit, NgramIndex, removed_spans
+from nemo_upcycle.suites.items import Item
 
 
 @pytest.fixture

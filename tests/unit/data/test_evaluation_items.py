@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from nemo_upcycle.data.assets import fetch_asset
 from nemo_upcycle.data.blend import read_blend
-from nemo_upcycle.data.contamination import Contamination
-from nemo_upcycle.data.evaluation_items import build_index, suite_items
+from nemo_upcycle.data.contamination import Contamination, build_index
 from nemo_upcycle.data.inputs import list_inputs
 from nemo_upcycle.data.ngrams import NgramIndex, cut, removed_spans
+from nemo_upcycle.demo.assets import fetch_asset
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.choose import choose_questions
-from nemo_upcycle.evaluation.suite_config import read_suite_config
+from nemo_upcycle.suites.choose import choose_questions
+from nemo_upcycle.suites.items import suite_items
+from nemo_upcycle.suites.suite_config import read_suite_config
 from tests.planted import CHANGED, VERBATIM, plant, questions
 
 

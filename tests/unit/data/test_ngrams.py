@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemo_upcycle.data.ngrams import Hit, Item, NgramIndex, cut, removed_spans
+from nemo_upcycle.data.ngrams import Hit, NgramIndex, cut, removed_spans
 from nemo_upcycle.data.word_hashes import normalise
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.suites.items import Item
 
 
 QUESTION = "Which of the two came first, the hen or the egg, and who was there to see it?"

@@ -16,8 +16,8 @@ from nemo_upcycle.evaluation import backends
 from nemo_upcycle.evaluation.backends import CPU_BATCH, choose_backend, open_model
 from nemo_upcycle.evaluation.model import load_model, wrap_model
 from nemo_upcycle.evaluation.run import evaluate
-from nemo_upcycle.evaluation.suite import build_suite
-from nemo_upcycle.evaluation.suite_config import HeldoutConfig, SuiteConfig, read_suite_config
+from nemo_upcycle.suites.suite import build_suite
+from nemo_upcycle.suites.suite_config import HeldoutConfig, SuiteConfig, read_suite_config
 from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS
 
 

@@ -15,9 +15,9 @@ from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.evaluation.compare import compare_items
 from nemo_upcycle.evaluation.heldout import by_source, document_sums
 from nemo_upcycle.evaluation.model import load_model
-from nemo_upcycle.evaluation.run import _extract, check_task_names, evaluate
-from nemo_upcycle.evaluation.suite import build_suite
-from nemo_upcycle.evaluation.suite_config import HeldoutConfig, QuestionsConfig, SuiteConfig
+from nemo_upcycle.evaluation.run import _extract, evaluate
+from nemo_upcycle.suites.suite import build_suite
+from nemo_upcycle.suites.suite_config import HeldoutConfig, QuestionsConfig, SuiteConfig
 from nemo_upcycle.utils.files import MARKER
 from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS, write_tokenizer
 
@@ -233,8 +233,3 @@ def test_what_is_no_model_is_an_error(tiny_llama: Path, suite: Path, tmp_path: P
         load_model(tmp_path)
     with pytest.raises(UpcycleError, match="build the suite"):
         evaluate(tiny_llama, tmp_path, tmp_path, name="none")
-
-
-def test_a_task_that_lm_eval_lacks_gets_the_closest_names() -> None:
-    with pytest.raises(UpcycleError, match=r"got piqq, expected a task of lm-eval \(piqa\?\)"):
-        check_task_names(["mmlu", "piqq"], ["mmlu", "piqa", "boolq"])

@@ -9,13 +9,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from nemo_upcycle.data import gguf as gguf_module
-from nemo_upcycle.data.assets import fetch_asset
-from nemo_upcycle.data.gguf import convert_gguf
+from nemo_upcycle.demo import gguf as gguf_module
+from nemo_upcycle.demo.assets import fetch_asset
+from nemo_upcycle.demo.gguf import convert_gguf
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import read_architecture
 from nemo_upcycle.utils.files import is_complete
-from tests.unit.data.tiny_gguf import HEAD_DIM, TOKENS, write_gguf
+from tests.unit.demo.tiny_gguf import HEAD_DIM, TOKENS, write_gguf
 
 
 TEXTS = ["the  cat sat", "Ünïcödé 漢字 \U0001f600\n\n", "  12  345 th\tat", "", " leading and trailing "]

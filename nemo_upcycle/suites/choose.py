@@ -9,11 +9,21 @@ from collections.abc import Iterable
 from operator import itemgetter
 from typing import Any
 
-from nemo_upcycle.evaluation.suite_config import HeldoutConfig, QuestionsConfig
+from nemo_upcycle.suites.suite_config import HeldoutConfig, QuestionsConfig, SuiteConfig
 
 
 #: Number of held-out texts that every model continues, and bytes of each prompt: about 40 tokens.
 PROMPTS, PROMPT_BYTES = 2, 160
+
+
+def local_questions(config: SuiteConfig) -> list[dict[str, Any]]:
+    """Return MMLU's questions, fetched on first use, for a suite whose local tasks ask them; none for another one."""
+    if not config.local or not any(task.startswith("mmlu") for task in config.tasks):
+        return []
+    from nemo_upcycle.demo.assets import fetch_asset
+    from nemo_upcycle.demo.questions import mmlu_questions
+
+    return mmlu_questions(fetch_asset("mmlu"))
 
 
 def choose_questions(questions: Iterable[dict[str, Any]], config: QuestionsConfig, seed: int) -> list[dict[str, Any]]:

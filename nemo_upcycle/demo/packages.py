@@ -13,8 +13,8 @@ from shutil import which
 
 from filelock import FileLock
 
-from nemo_upcycle.data.assets import writable_cache
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.cache import writable_cache
 from nemo_upcycle.utils.files import whole_file
 
 

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from nemo_upcycle.data.gguf_tokenizer import write_tokenizer
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.models.families import llama
 from nemo_upcycle.models.hf_config import both_ropes
@@ -46,6 +45,8 @@ _LAYER = {
     "ffn_norm": "post_attention_layernorm",
 }
 _LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+_CONTROL_TOKEN = 3  # ggml's token type of special tokens
+_ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 def convert_gguf(gguf_path: Path, output: Path, base_model: str | None = None) -> Path:
@@ -74,7 +75,7 @@ def convert_gguf(gguf_path: Path, output: Path, base_model: str | None = None) -
     with output_folder(output) as folder:
         write_json(folder / "config.json", config)
         _write_weights(reader.tensors, config, folder)
-        write_tokenizer(fields, folder)
+        _write_tokenizer(fields, folder)
         _write_card(fields, folder, gguf_path.name, base_model)
         special = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
         write_json(folder / "generation_config.json", {"_from_model_config": True, **special})
@@ -216,3 +217,52 @@ def _write_weights(tensors: Any, config: dict[str, Any], folder: Path) -> None:
             shutil.copymode(folder / "config.json", folder / file)  # safetensors makes files only their owner may read
     if count > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": sum(map(_size_bytes, tensors))}, "weight_map": index})
+
+
+def _write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
+    """Write the files of a byte-level BPE of the SmolLM family, chat template included.
+
+    No token is added at either end of a text, so that `decode(encode(text)) == text`.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    model, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    if (model, pre) != ("gpt2", "smollm"):
+        raise CheckpointError(
+            "tokenizer of the GGUF file",
+            got=f"model {model}, pre-tokenizer {pre}",
+            expected="model gpt2, pre-tokenizer smollm",
+            fix="give the model as a Hugging Face folder that holds its own tokenizer files",
+        )
+    tokens = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, merges))
+    # the tag `smollm` stands for this pair: without Digits, blanks before a number are split another way
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [tokens[i] for i, kind in enumerate(fields["tokenizer.ggml.token_type"]) if kind == _CONTROL_TOKEN]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_tokenizer_settings(fields, special, folder)
+
+
+def _write_tokenizer_settings(fields: dict[str, Any], special: list[str], folder: Path) -> None:
+    tokens = fields["tokenizer.ggml.tokens"]
+    ids = {role: fields.get(f"tokenizer.ggml.{name}_token_id") for role, name in _ROLES.items()}
+    roles = {role: tokens[number] for role, number in ids.items() if number is not None}
+    settings = {
+        **roles,
+        "additional_special_tokens": [token for token in special if token not in roles.values()],
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # Llama's forward refuses token_type_ids
+        "model_max_length": fields["llama.context_length"],
+        "tokenizer_class": "PreTrainedTokenizerFast",  # every transformers release knows this one
+    }
+    if "tokenizer.chat_template" in fields:
+        settings["chat_template"] = fields["tokenizer.chat_template"]
+    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "special_tokens_map.json", roles)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.data import assets
-from nemo_upcycle.data.assets import ASSETS, cache_folder, fetch_asset
+from nemo_upcycle.demo import assets
+from nemo_upcycle.demo.assets import ASSETS, fetch_asset
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.cache import CACHE_VARIABLE, cache_folder
 from nemo_upcycle.utils.files import is_complete, read_json
 
 
@@ -80,16 +81,16 @@ def test_an_unknown_name_gets_the_closest_one():
 
 
 def test_the_cache_is_in_the_home_folder_unless_the_environment_says_otherwise(monkeypatch):
-    monkeypatch.delenv(assets.CACHE_VARIABLE, raising=False)
+    monkeypatch.delenv(CACHE_VARIABLE, raising=False)
     assert cache_folder() == Path.home() / ".cache/nemo-upcycle"
-    monkeypatch.setenv(assets.CACHE_VARIABLE, "~/big")
+    monkeypatch.setenv(CACHE_VARIABLE, "~/big")
     assert cache_folder() == Path.home() / "big"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(ASSETS))
 def test_every_asset_is_what_its_hashes_say(name, tmp_path, monkeypatch):
-    monkeypatch.setenv(assets.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     path = fetch_asset(name)
     assert is_complete(path.parent)
     size = sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size

@@ -11,10 +11,34 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.evaluation.choose import choose_examples, choose_prompts, choose_questions, choose_windows
-from nemo_upcycle.evaluation.local_tasks import is_text, task_name, write_task
-from nemo_upcycle.evaluation.suite_config import SuiteConfig
+from nemo_upcycle.suites.choose import (
+    choose_examples,
+    choose_prompts,
+    choose_questions,
+    choose_windows,
+    local_questions,
+)
+from nemo_upcycle.suites.local_tasks import is_text, task_name, write_task
+from nemo_upcycle.suites.suite_config import SuiteConfig, read_suite_config
 from nemo_upcycle.utils.files import MARKER, output_folder, sha256_file, write_json
+
+
+def build_named_suite(name: str | Path, heldout_documents: Iterable[tuple[str, str]], output: Path) -> Path:
+    """Write the folder of a suite.
+
+    Args:
+        name: of `conf/evaluation`, or a YAML file.
+        heldout_documents: id and text of whole documents that training did not see.
+        output: the folder to write; an earlier one is replaced.
+
+    Returns:
+        `output`.
+
+    Raises:
+        UpcycleError: the configuration is wrong, a local task has no item, or the questions cannot be fetched.
+    """
+    config = read_suite_config(name)
+    return build_suite(local_questions(config), heldout_documents, output, config)
 
 
 def build_suite(

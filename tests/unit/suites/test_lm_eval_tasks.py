@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from nemo_upcycle.data.academic import write_training_splits
-from nemo_upcycle.data.evaluation_items import lm_eval_items
-from nemo_upcycle.data.lm_eval_tasks import load_tasks, question_of
 from nemo_upcycle.data.ngrams import NgramIndex
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.suites.items import lm_eval_items
+from nemo_upcycle.suites.lm_eval_tasks import check_task_names, load_tasks, question_of
 
 
 #: As lm-eval's own tasks are written: letters, texts of answers after a passage, beginnings to choose from, free text.
@@ -228,3 +228,8 @@ def test_missing_network_is_one_error_that_names_the_task_and_the_fix(
     )
     with pytest.raises(UpcycleError, match=r"data of lm-eval's task own_hub: got .*nobody/nothing.*Fix: .*hub"):
         load_tasks(["own_hub"], tmp_path)
+
+
+def test_a_task_that_lm_eval_lacks_gets_the_closest_names() -> None:
+    with pytest.raises(UpcycleError, match=r"got piqq, expected a task of lm-eval \(piqa\?\)"):
+        check_task_names(["mmlu", "piqq"], ["mmlu", "piqa", "boolq"])

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.data.assets import fetch_asset
-from nemo_upcycle.data.questions import mmlu_questions
+from nemo_upcycle.demo.assets import fetch_asset
+from nemo_upcycle.demo.questions import mmlu_questions
 from nemo_upcycle.errors import UpcycleError
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -54,9 +57,6 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None) -> dict[s
     """
     from lm_eval.tasks import TaskManager
 
-    from nemo_upcycle.evaluation.model import quiet
-    from nemo_upcycle.evaluation.run import check_task_names
-
     own = TaskManager(include_path=include_path, include_defaults=False)
     managers = [own] if set(names) <= set(own.all_tasks) else [own, _lm_evals_own()]
     check_task_names(names, [name for manager in managers for name in manager.all_tasks])
@@ -64,7 +64,7 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None) -> dict[s
     for name in names:
         manager = next(manager for manager in managers if name in manager.all_tasks)
         try:
-            with quiet("lm_eval"):
+            with quiet():
                 tasks = manager.load([name])["tasks"]
         except Exception as error:  # lm-eval passes on what its libraries raise, of a dozen kinds
             raise UpcycleError(
@@ -83,6 +83,35 @@ def _lm_evals_own() -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
+
+
+def check_task_names(tasks: Sequence[str], known: Sequence[str]) -> None:
+    """Check that lm-eval knows tasks.
+
+    Raises:
+        UpcycleError: it does not; the message names the closest of its thousands.
+    """
+    for task in tasks:
+        if task not in known:
+            close = ", ".join(difflib.get_close_matches(task, known))
+            raise UpcycleError(
+                "task",
+                got=task,
+                expected=f"a task of lm-eval{f' ({close}?)' if close else ''}",
+                fix="see `lm-eval ls tasks`",
+            )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Show only the errors of lm-eval's logger, because its advice does not apply here."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def question_of(task: Any, document: Mapping[str, Any]) -> Question:
