@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from nemo_upcycle.cpu.backend import configure_for_cpu
 from nemo_upcycle.cpu.checkpoints import copy_views_as_they_are_written, write_checkpoints_without_threads
+from nemo_upcycle.cpu.configuration import configure_for_cpu
 from nemo_upcycle.cpu.device import place_tensors_on_cpu, with_cuda_type_names
 
 

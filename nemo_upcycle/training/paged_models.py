@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nemo_upcycle.convert.megatron_weights import LiveWeights
-from nemo_upcycle.cpu.backend import configure_for_cpu
+from nemo_upcycle.cpu.configuration import configure_for_cpu
 from nemo_upcycle.models.hf_model import empty_model
 from nemo_upcycle.models.mapping import ParamMapping
 from nemo_upcycle.online.fill import fill

@@ -18,7 +18,8 @@ from nemo import lightning as nl
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 from nemo.utils.app_state import AppState
 
-from nemo_upcycle.cpu.backend import configure_for_cpu, use_cpu_backend
+from nemo_upcycle.cpu.backend import use_cpu_backend
+from nemo_upcycle.cpu.configuration import configure_for_cpu
 from nemo_upcycle.data.dense import ensure_dense
 from nemo_upcycle.online.receipt import ActingCoefficient, UpcycleReceipt
 from nemo_upcycle.online.start import fill_chunks, merge_receipts

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from nemo_upcycle.cpu.adam import FusedCpuAdam
-from nemo_upcycle.cpu.backend import configure_for_cpu, cpu_has_fast_bf16, use_cpu_backend
+from nemo_upcycle.cpu.backend import cpu_has_fast_bf16, use_cpu_backend
+from nemo_upcycle.cpu.configuration import configure_for_cpu
 from tests.distributed.ranks import run_ranks
 
 

@@ -1,0 +1,77 @@
+"""What a model configuration asks of CUDA and Transformer Engine, and its value without them."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+
+
+# Fields of Megatron's and NeMo's configurations whose usual value needs CUDA, Apex or Transformer Engine.
+_CPU_FIELDS: dict[str, Any] = {
+    "apply_rope_fusion": False,
+    "batch_p2p_comm": False,  # two messages between the same two stages would be swapped: two stages, interleaved
+    "bias_dropout_fusion": False,
+    "cross_entropy_loss_fusion": False,
+    "fp8": None,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "moe_grouped_gemm": False,  # SequentialMLP: the same parameters, and the same names in a checkpoint
+    "moe_permute_fusion": False,
+    "moe_router_fusion": False,
+    "moe_router_padding_for_fp8": False,
+    "persist_layer_norm": False,
+    "tp_comm_overlap": False,
+    "use_transformer_engine_full_layer_spec": False,
+    # A pipeline stage's output must outlive the send that reads it: gloo sends from its own thread, with no stream
+    # that would keep the memory until then.
+    "deallocate_pipeline_outputs": False,
+}
+
+
+def configure_for_cpu(config: Any) -> None:
+    """Switch off, in place, what a NeMo or Megatron model configuration asks of CUDA and Transformer Engine.
+
+    The CPU backend does this to every configuration as it is made, unseen by the checkpoint's `context`. It is needed
+    for an object made before the backend is installed; on a `run.Config` it makes the choice visible, and recorded.
+
+    Args:
+        config: a `TransformerConfig`, a NeMo `GPTConfig`, or a `run.Config` of one. Fields it does not have are left.
+
+    Example:
+        >>> configure_for_cpu(recipe.model.config)  # doctest: +SKIP
+    """
+    target = getattr(config, "__fn_or_cls__", type(config))
+    names = target.__dataclass_fields__
+    for name, value in _CPU_FIELDS.items():
+        if name in names:
+            setattr(config, name, value)
+    if "bias_activation_fusion" in names and not _is_swiglu(config):
+        config.bias_activation_fusion = False  # Megatron has no weighted one for experts of other activations
+    if "transformer_layer_spec" in names:
+        config.transformer_layer_spec = _local_layer_spec(config.transformer_layer_spec)
+
+
+def _is_swiglu(config: Any) -> bool:
+    return bool(getattr(config, "gated_linear_unit", False)) and config.activation_func is torch.nn.functional.silu
+
+
+#: Where NeMo and Megatron-Bridge have their layer specs, under the same names.
+_LAYER_SPECS = ("nemo.collections.llm.gpt.model.base", "megatron.bridge.models.gpt_provider")
+_WITH_TRANSFORMER_ENGINE = (
+    "default_layer_spec",
+    "transformer_engine_layer_spec",
+    "transformer_engine_full_layer_spec",
+)
+
+
+def _local_layer_spec(spec: Any) -> Any:
+    """Return NeMo's, Bridge's or Megatron's own spec without Transformer Engine in the place of theirs with it."""
+    module = getattr(spec, "__module__", None)
+    if module in _LAYER_SPECS and spec.__name__ in _WITH_TRANSFORMER_ENGINE:
+        return sys.modules[module].local_layer_spec
+    if isinstance(spec, functools.partial) and "use_transformer_engine" in spec.keywords:
+        return functools.partial(spec, use_transformer_engine=False)  # mixed dense and MoE layers come this way
+    return spec
