@@ -4,8 +4,8 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Optional
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.init.methods import METHODS
@@ -76,12 +76,8 @@ class UpcycleSpec:
     routed_scaling_factor: float = 1.0
     output_scale: str = "exact"
     seed: int = 1234
-    routed_scaling: Optional[float] = field(default=None, repr=False, compare=False)  # the factor's old name
 
     def __post_init__(self) -> None:
-        if self.routed_scaling is not None:
-            object.__setattr__(self, "routed_scaling_factor", self.routed_scaling)
-            object.__setattr__(self, "routed_scaling", None)
         for name, valid in (
             ("method", METHODS),
             ("router_init", ROUTER_INITS),
@@ -256,7 +252,7 @@ class UpcycleSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, for receipts."""
-        return {name: value for name, value in asdict(self).items() if name != "routed_scaling"}
+        return asdict(self)
 
 
 def option_of(field: str) -> str:

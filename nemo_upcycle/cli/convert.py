@@ -46,8 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     branches.add_argument(
         "--branch", action="append", default=[], metavar="SRC", help="another model whose networks become experts"
     )
-    # the old name, before the new one, so that errors use the new one
-    branches.add_argument("--others", dest="non_expert_weights", default="first", help=argparse.SUPPRESS)
     branches.add_argument(
         "--non-expert-weights",
         default="first",

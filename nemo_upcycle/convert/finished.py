@@ -9,7 +9,7 @@ import torch
 
 from nemo_upcycle.convert.hf_folder import copy_tokenizer_files, tokenizer_file_names
 from nemo_upcycle.convert.safetensors_writer import SafetensorsWriter
-from nemo_upcycle.errors import SpecError, UpcycleError
+from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.safetensors_folder import INDEX
@@ -47,7 +47,7 @@ def is_done(output: Path, plan: dict[str, Any]) -> bool:
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
-    if is_complete(output) and _as_now(_marker(output).get("made_from")) == plan:
+    if is_complete(output) and _marker(output).get("made_from") == plan:
         return True
     raise UpcycleError(
         str(output),
@@ -55,14 +55,6 @@ def is_done(output: Path, plan: dict[str, Any]) -> bool:
         expected="no such folder, or an empty one",
         fix="choose another name, or remove it first",
     )
-
-
-def _as_now(made_from: Any) -> Any:
-    """Return an earlier plan with its spec's fields as they are called now; what is no plan, as it is."""
-    try:
-        return {**made_from, "spec": UpcycleSpec(**made_from["spec"]).to_dict()}
-    except (KeyError, TypeError, ValueError, SpecError):
-        return made_from
 
 
 def check_done(output: Path, writer: SafetensorsWriter) -> None:

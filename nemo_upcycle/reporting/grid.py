@@ -10,7 +10,6 @@ from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.arms import (
-    MARGIN,
     better_from,
     difference_of_arms,
     mean_of,
@@ -34,7 +33,7 @@ class ArmRecord:
         name: of the arm.
         steps: of a whole training.
         tokens_per_step: of a step.
-        schedule: the learning rate's; None where the plan of an earlier version does not say it.
+        schedule: the learning rate's.
         is_rate_constant: whether the learning rate does not fall.
         trained_seeds: those that were trained.
         scores: by tokens and seed, the sums of the held-out documents. What was no number is not there.
@@ -46,7 +45,7 @@ class ArmRecord:
     name: str
     steps: int
     tokens_per_step: int
-    schedule: str | None
+    schedule: str
     is_rate_constant: bool
     trained_seeds: list[int]
     scores: dict[int, dict[int, Sums]]
@@ -71,9 +70,8 @@ class ArmRecord:
         both are what a whole training of that length reaches, or as far on in trainings of one length and schedule.
         """
         schedules = [(arm.steps, arm.tokens_per_step, arm.schedule) for arm in (self, other)]
-        is_one_schedule = schedules[0] == schedules[1] and self.schedule is not None
         are_ends = self._is_end(tokens) and other._is_end(its_tokens)
-        return are_ends or (is_one_schedule and tokens == its_tokens)
+        return are_ends or (schedules[0] == schedules[1] and tokens == its_tokens)
 
     def is_scored_with(self, other: ArmRecord, tokens: int) -> bool:
         """Return whether both were scored after some tokens, at a seed of both, and are comparable there."""
@@ -105,7 +103,7 @@ def arms_of(evidence: Mapping[str, Any]) -> dict[str, ArmRecord]:
                 scores[found["step"] * first["tokens_per_step"]][described[name]["seed"]] = sums
         arms[arm] = ArmRecord(
             name=arm,
-            **{key: first.get(key) for key in ("steps", "tokens_per_step", "schedule", "is_rate_constant")},
+            **{key: first[key] for key in ("steps", "tokens_per_step", "schedule", "is_rate_constant")},
             trained_seeds=[described[name]["seed"] for name in names],
             scores=dict(sorted(scores.items())),
             routers=_routers(left),
@@ -164,7 +162,7 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
         the same, and how many times the `flops` and the `time`; None where the first never reaches it, then
         `worth_more_than` so many tokens where it would need more than its curve has).
     """
-    values: dict[str, Any] = {"margin": described.get("margin", MARGIN), "arms": {}, "differences": {}}
+    values: dict[str, Any] = {"margin": described["margin"], "arms": {}, "differences": {}}
     for name, arm in arms.items():
         for when, tokens in (("first", 0), ("last", arm.tokens)):
             if not arm.scores.get(tokens):

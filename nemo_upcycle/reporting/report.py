@@ -84,7 +84,7 @@ def _planned_before(run_dir: Path) -> dict[str, dict[str, float]]:
 
 
 def _flops_per_token(run: RunRecord) -> dict[str, float]:
-    """Return the FLOPs of training by stage; runs of earlier versions did not note them."""
+    """Return the FLOPs of a token by stage, where they are known."""
     return {
         stage: settings["flops_per_token"]["full"]
         for stage, settings in run.settings.items()

@@ -49,7 +49,7 @@ def _changes(stages: dict[str, Any]) -> str:
 
 
 def _data(stages: dict[str, Any]) -> str:
-    """Return what the models were trained on, once where it is the same; runs of earlier versions did not note it."""
+    """Return what the models were trained on, once where it is the same."""
     told = {stage: done["settings"]["data"] for stage, done in stages.items() if "data" in done.get("settings", {})}
     if len(told) == len(stages) and len(set(told.values())) == 1:
         told = {"": next(iter(told.values()))}

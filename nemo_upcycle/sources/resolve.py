@@ -17,9 +17,7 @@ from nemo_upcycle.sources.several_parents import NON_EXPERT_WEIGHTS, Branches
 _SCHEMES = {"hf": SafetensorsFolder, "nemo": MegatronCheckpoint}
 
 
-def open_dense(
-    uri: str | Path | Sequence[str | Path], *, non_expert_weights: str = "first", others: str | None = None
-) -> DenseSource:
+def open_dense(uri: str | Path | Sequence[str | Path], *, non_expert_weights: str = "first") -> DenseSource:
     """Open a dense checkpoint for reading slices.
 
     Args:
@@ -27,7 +25,6 @@ def open_dense(
             safetensors) or as `nemo:///absolute/path` (a NeMo 2 or Megatron distributed checkpoint). Or several, whose
             feed-forward networks become experts in turn.
         non_expert_weights: of several: whether everything but the experts is the "first" one's or the "mean" of all.
-        others: the name of `non_expert_weights` until 0.1.
 
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or it is not a dense Llama-family model.
@@ -38,7 +35,6 @@ def open_dense(
         ...     dense.architecture.num_layers
         32
     """
-    non_expert_weights = others or non_expert_weights
     check_non_expert_weights(non_expert_weights)
     uris = [uri] if isinstance(uri, str | Path) else uri
     if len(uris) == 1:
@@ -56,7 +52,7 @@ def check_non_expert_weights(which: str) -> None:
         SpecError: it is neither "first" nor "mean".
     """
     if which not in NON_EXPERT_WEIGHTS:
-        raise SpecError.unknown("non_expert_weights, --others", which, NON_EXPERT_WEIGHTS)
+        raise SpecError.unknown("non_expert_weights", which, NON_EXPERT_WEIGHTS)
 
 
 def _open_one(uri: str) -> DenseSource:

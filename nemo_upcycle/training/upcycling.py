@@ -49,7 +49,6 @@ class UpcycleConfig(RestoreConfig):
             first, the second ... in turn (Branch-Train-MiX).
         non_expert_weights: with branches, where all other weights come from: the "first" checkpoint or the "mean" of
             all.
-        others: the former name of `non_expert_weights`.
 
     Example:
         >>> recipe.resume.restore_config = run.Config(  # doctest: +SKIP
@@ -61,14 +60,12 @@ class UpcycleConfig(RestoreConfig):
     spec: Optional[UpcycleSpec] = None
     branches: Optional[list[str]] = None
     non_expert_weights: str = "first"
-    others: Optional[str] = None
     load_artifacts: bool = False  # the folder holds no NeMo context; the tokenizer comes with the data
 
     def __post_init__(self) -> None:
         # AutoResume accepts no address but nemo:// in `path`; it gets the folder in which the model will be.
         self.path = str(_local(self.path))
         self.branches = [str(_local(branch)) for branch in self.branches or []]
-        self.non_expert_weights = self.others or self.non_expert_weights
 
 
 def _local(source: str) -> Path:

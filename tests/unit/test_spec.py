@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from nemo_upcycle import UpcycleSpec
@@ -72,10 +70,3 @@ def test_softmax_before_top_k(changes: dict, exact: bool, scale: float) -> None:
 def test_a_capacity_beyond_every_token_is_refused(factor: float) -> None:
     with pytest.raises(SpecError, match=f"capacity factor: got {factor:g}, expected at most"):
         check_capacity(factor, pad=False, num_experts=8, top_k=2)
-
-
-def test_the_old_name_of_routed_scaling_factor_still_works() -> None:
-    spec = UpcycleSpec(routed_scaling=2.5)
-    assert spec == UpcycleSpec(routed_scaling_factor=2.5)
-    assert replace(spec, top_k=4).routed_scaling_factor == 2.5
-    assert "routed_scaling" not in spec.to_dict()

@@ -206,15 +206,6 @@ def test_the_same_again_is_done_already_and_another_is_refused(dense: Path, tmp_
     assert is_complete(tmp_path / "moe")
 
 
-def test_a_folder_finished_under_the_old_name_of_a_field_is_done(dense: Path, tmp_path: Path) -> None:
-    _convert(dense, tmp_path / "moe")
-    marker = read_json(tmp_path / "moe" / MODEL_MARKER)
-    spec = marker["made_from"]["spec"]
-    spec["routed_scaling"] = spec.pop("routed_scaling_factor")
-    write_json(tmp_path / "moe" / MODEL_MARKER, marker)
-    assert _convert(dense, tmp_path / "moe").bytes_written == 0
-
-
 @pytest.mark.parametrize(
     "made_from",
     [None, [], "plan", {}, {"spec": None}, {"spec": {"top_k": 99}}, {"spec": {"top_q": 2}}, {"spec": {"method": []}}],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import fiddle as fdl
@@ -92,11 +91,3 @@ def test_a_recipe_with_another_parent_and_spec_builds_its_restore_configuration(
     built = fdl.build(recipe.resume.restore_config)
     assert (built.path, built.branches) == (str(parent), [str(parent)])
     assert built.spec == UpcycleSpec(num_experts=8, top_k=4)
-
-
-def test_the_former_name_of_non_expert_weights_still_works(tmp_path: Path) -> None:
-    from nemo_upcycle.training.upcycling import UpcycleConfig
-    from tests.functional.tiny import write_parent
-
-    parent = str(write_parent(tmp_path / "parent"))
-    assert UpcycleConfig(path=parent, branches=[parent], others="mean").non_expert_weights == "mean"

@@ -39,6 +39,7 @@ def described() -> dict[str, Any]:
         "cells": cells,
         "references": {"moe": "dense", "st": "moe"},
         "budgets": {"arms": ["dense", "moe"], "tokens": [200, 400]},
+        "margin": 0.002,
     }
 
 
@@ -168,11 +169,8 @@ def test_arms_of_one_length_and_schedule_are_compared_on_their_way(run_dir: Path
     assert [entry["worth"] for entry in values["budgets"]["moe"]] == [None, None]
 
 
-@pytest.mark.parametrize("other", ["lr=2, cosine", None])
-def test_arms_of_another_schedule_are_compared_at_their_ends_alone(run_dir: Path, other: str | None) -> None:
-    """Plans of earlier versions do not say the schedule: theirs may be any."""
-    schedules = {"moe": other} if other else dict.fromkeys(STEPS)
-    values = compared(run_dir, falling_grid({}, **schedules))
+def test_arms_of_another_schedule_are_compared_at_their_ends_alone(run_dir: Path) -> None:
+    values = compared(run_dir, falling_grid({}, moe="lr=2, cosine"))
     assert tokens_of(values["differences"]["moe"]["along"]) == [0, 800]
     assert values["differences"]["moe"]["end"]["difference"] == pytest.approx(-0.1)
 
@@ -278,11 +276,7 @@ def test_evidence_alone_gives_the_same_table_and_page(run_dir: Path, tmp_path: P
 
 
 def test_the_folder_of_a_grid_gets_its_table_again(run_dir: Path) -> None:
-    """A plan of an earlier version says neither schedule nor margin."""
-    plan = {"name": "mine", "described": described()}
-    for about in plan["described"]["cells"].values():
-        del about["schedule"]
-    (run_dir / "grid.json").write_text(json.dumps(plan))
+    (run_dir / "grid.json").write_text(json.dumps({"name": "mine", "described": described()}))
     path = write_grid(run_dir)
     assert path == run_dir / "table/table.md"
     assert path.read_text() == rendered(run_dir)

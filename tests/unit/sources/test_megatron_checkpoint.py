@@ -150,7 +150,8 @@ def _start(parent: str, path: str, branches: list[str]) -> tuple[list[str], list
     from nemo_upcycle.online.start import fill_chunks
     from nemo_upcycle.training.upcycling import UpcycleConfig
 
-    restore = UpcycleConfig(path=path, spec=UpcycleSpec(num_experts=4, top_k=2), branches=branches, others="mean")
+    spec = UpcycleSpec(num_experts=4, top_k=2)
+    restore = UpcycleConfig(path=path, spec=spec, branches=branches, non_expert_weights="mean")
     paths = [restore.path, *restore.branches]
     receipt = fill_chunks(build_chunks(Path(parent), num_experts=4), paths, restore.spec, restore.non_expert_weights)
     return sorted(receipt.source_files), receipt.inexact_because

@@ -92,12 +92,6 @@ def test_a_mean_is_taken_in_float32_and_cast_back(folders: list[Path]) -> None:
         assert dense.bytes_read == 64 * 64 * 2
 
 
-def test_the_former_name_of_non_expert_weights_still_works(folders: list[Path]) -> None:
-    with open_dense(folders, non_expert_weights="mean") as new, open_dense(folders, others="mean") as old:
-        assert torch.equal(new.read(ATTENTION), old.read(ATTENTION))
-        assert not torch.equal(old.read(ATTENTION), _tensors(folders)[0][ATTENTION])
-
-
 def test_one_model_is_no_mixture(folders: list[Path]) -> None:
     with open_dense(folders[:1], non_expert_weights="mean") as dense:
         assert dense.branches() == (dense,)
@@ -138,8 +132,7 @@ def test_tensors_must_agree(folders: list[Path]) -> None:
 
 
 def test_non_expert_weights_are_the_first_or_the_mean(folders: list[Path]) -> None:
-    for name in ("non_expert_weights", "others"):  # the second is the name until 0.1
-        with pytest.raises(SpecError, match=r"'meen' does not exist\. Did you mean 'mean'"):
-            open_dense(folders, **{name: "meen"})
+    with pytest.raises(SpecError, match=r"'meen' does not exist\. Did you mean 'mean'"):
+        open_dense(folders, non_expert_weights="meen")
     with pytest.raises(CheckpointError, match="branches: got none"):
         Branches([])
