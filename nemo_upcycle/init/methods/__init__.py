@@ -11,11 +11,11 @@ import pkgutil
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from nemo_upcycle.errors import SpecError
+from nemo_upcycle.spec import INIT_METHODS, UpcycleSpec
 
 
 if TYPE_CHECKING:
     from nemo_upcycle.init.experts import ExpertMatrix
-    from nemo_upcycle.spec import UpcycleSpec
 
 
 class Method:
@@ -74,7 +74,8 @@ def register(method: _MethodType) -> _MethodType:
         raise SpecError(
             "init method", got=f"a second '{method.name}'", expected="a name of its own", fix="choose another name"
         )
-    METHODS[method.name] = method()
+    METHODS[method.name] = made = method()
+    INIT_METHODS[method.name] = made.inexact_because
     return method
 
 

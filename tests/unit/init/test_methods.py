@@ -16,6 +16,7 @@ from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.init.experts import ExpertMatrix
 from nemo_upcycle.init.methods import METHODS, Method, register
+from nemo_upcycle.spec import INIT_METHODS
 from tests.models import build_chunks, moe_settings
 
 
@@ -41,7 +42,7 @@ def alternate() -> Iterator[UpcycleSpec]:
     """The spec of a method that is registered from outside."""
     register(Alternate)
     yield UpcycleSpec(num_experts=4, top_k=2, method="alternate")
-    del METHODS["alternate"]
+    del METHODS["alternate"], INIT_METHODS["alternate"]
 
 
 def test_a_method_from_outside_gives_the_same_bits_online_and_offline(
