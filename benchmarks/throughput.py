@@ -1,8 +1,8 @@
 """Fit the planner's throughput model on published H100 rows, and write table and plot of docs/planning.md.
 
-    python benchmarks/throughput.py            predictions with the constants of the package, leave-one-out errors
-    python benchmarks/throughput.py --fit      fit the constants anew and print them
-    python benchmarks/throughput.py --write    put table and plot into docs/
+    python -m benchmarks.throughput            predictions with the constants of the package, leave-one-out errors
+    python -m benchmarks.throughput --fit      fit the constants anew and print them
+    python -m benchmarks.throughput --write    put table and plot into docs/
 
 Least squares on the logarithm of predicted over published tokens/s, with a weak pull towards the starting values.
 """
@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.published import Published, published_rows
 from nemo_upcycle.planning.hardware import Machine
-from nemo_upcycle.planning.published import Published, published_rows
 
 
 #: What is fitted, with where it starts. All other constants of `Machine` stay as they are.

@@ -1,4 +1,4 @@
-"""What a card and its machine reach; cards, model shapes and recipes by name, read from `conf/planning`."""
+"""What a card and its machine reach; cards, recipes and their parents by name, read from `conf/planning`."""
 
 from __future__ import annotations
 
@@ -163,9 +163,8 @@ def gpu_of_device(device: str) -> Gpu | None:
 
 
 def known_shape(name: str) -> Architecture:
-    """Return the architecture of a model by its name in `models.yaml` or, for the recipes' parents, `recipes.yaml`."""
-    shapes = read_data("recipes.yaml")["shapes"]
-    return Architecture(**(shapes[name] if name in shapes else read_data("models.yaml")[name]))
+    """Return the architecture of a recipe's parent by its name in `recipes.yaml`."""
+    return Architecture(**read_data("recipes.yaml")["shapes"][name])
 
 
 def known_recipe(name: str) -> KnownRecipe:

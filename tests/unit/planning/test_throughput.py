@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.published import published_rows, shape
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.flops import flops_per_token
-from nemo_upcycle.planning.hardware import SOFTWARE, Machine, known_gpu, known_recipe, known_shape, known_software
+from nemo_upcycle.planning.hardware import SOFTWARE, Machine, known_gpu, known_recipe, known_software
 from nemo_upcycle.planning.layout import parse_layout
-from nemo_upcycle.planning.published import published_rows
 from nemo_upcycle.planning.throughput import StepTime, ThroughputModel
 from nemo_upcycle.planning.workload import Workload
 
@@ -84,7 +84,7 @@ def test_experts_over_several_nodes_use_the_network() -> None:
     assert outside.network > 2 * inside.network
 
 
-_QWEN = ThroughputModel(known_shape("qwen3_235b_a22b"), known_gpu("h100"), Machine())
+_QWEN = ThroughputModel(shape("qwen3_235b_a22b"), known_gpu("h100"), Machine())
 _DROPLESS = replace(WORK, seq_length=4096, capacity_factor=None, pad=False)
 
 

@@ -1,13 +1,17 @@
-"""Published throughput of H100s, in a form that predictions can be compared with."""
+"""Published throughput of H100s, in a form that predictions can be compared with: `published.yaml`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.flops import flops_per_token
-from nemo_upcycle.planning.hardware import DEFAULT_SOFTWARE, Machine, known_gpu, known_shape, known_software, read_data
+from nemo_upcycle.planning.hardware import DEFAULT_SOFTWARE, Machine, known_gpu, known_shape, known_software
 from nemo_upcycle.planning.layout import Layout, parse_layout
 from nemo_upcycle.planning.rules import check_layout
 from nemo_upcycle.planning.throughput import ThroughputModel
@@ -17,7 +21,7 @@ from nemo_upcycle.spec import UpcycleSpec
 
 @dataclass(frozen=True)
 class Published:
-    """One row of `conf/planning/published.yaml`, which explains the fields.
+    """One row of `published.yaml`, which explains the fields.
 
     Args:
         tokens_per_s_per_gpu: measured; from TFLOP/s or MFU by the formula of `models.flops.flops_per_token`.
@@ -49,11 +53,21 @@ class Published:
 
 def published_rows() -> list[Published]:
     """Return every row, in the order of the file."""
-    return [_row(values) for values in read_data("published.yaml")["rows"]]
+    return [_row(values) for values in _data()["rows"]]
+
+
+def shape(name: str) -> Architecture:
+    """Return the architecture of a model by its name here or, for the recipes' parents, in `recipes.yaml`."""
+    return Architecture(**_data()["shapes"][name]) if name in _data()["shapes"] else known_shape(name)
+
+
+@cache
+def _data() -> Any:
+    return yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
 def _row(values: dict[str, Any]) -> Published:
-    arch = known_shape(values["model"])
+    arch = shape(values["model"])
     if "experts" in values:
         arch = arch.upcycled(UpcycleSpec(num_experts=values["experts"], top_k=2))
     work = Workload(
