@@ -13,12 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.architecture import Architecture, architecture_from_config
 from nemo_upcycle.models.families import find_family, find_nemo_module
 from nemo_upcycle.models.megatron_config import FIELDS, NO_SPEC_HAS, spec_fields
 from nemo_upcycle.models.rotary import rope_frequencies, same_frequencies
-from nemo_upcycle.sources.bridge_config import BRIDGE_CONFIG, bridge_settings, megatron_rope_scaling
 from nemo_upcycle.sources.inert_pickle import Inert, read_saved
 from nemo_upcycle.sources.nemo_context import MODEL, family_of, hf_config_from, model_settings
 from nemo_upcycle.spec import UpcycleSpec, option_of
@@ -175,12 +176,36 @@ def read_context(checkpoint: Path) -> CheckpointContext | None:
     context = checkpoint / "context"
     if (context / MODEL).is_file():
         return CheckpointContext(context / MODEL, model_settings(context))
-    if (path := checkpoint / BRIDGE_CONFIG).is_file():
-        return CheckpointContext(path, bridge_settings(path))
+    if (path := checkpoint / "run_config.yaml").is_file():
+        return CheckpointContext(path, _bridge_settings(path))
     for path in (checkpoint / "common.pt", checkpoint / "weights/common.pt"):
         if path.is_file() and (settings := _megatron_settings(path)):
             return CheckpointContext(path, settings)
     return None
+
+
+def _bridge_settings(path: Path) -> dict[str, Any]:
+    """Return the settings of Bridge's model, by Megatron's names, which are NeMo's."""
+    try:
+        model = dict(yaml.safe_load(path.read_text(encoding="utf-8"))["model"])
+        settings = model | dict(model.get("transformer") or {})  # of a builder's configuration, beside the model's
+        if model["_target_"].rpartition(".")[2] in ("GPTModelProvider", "GPTModelConfig"):  # others compute otherwise
+            settings["_target_"] = "megatron.GPTModel"
+        # A builder's configuration is written without it: then it is that of nearly every parent.
+        activation = settings.setdefault("activation_func", {"_target_": "torch.nn.functional.silu"})["_target_"]
+        int(settings["num_layers"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise CheckpointError(
+            str(path),
+            got=f"an unreadable description ({type(error).__name__})",
+            expected="the run of a language model in Megatron-Bridge",
+            fix="copy the checkpoint again",
+        ) from None
+    if activation.endswith(".gelu"):
+        settings["activation_func"] = {"_target_": "openai_gelu"}
+    if settings.get("rope_scaling"):
+        settings |= _megatron_rope_scaling(settings.get("rope_scaling_factor", 8.0))
+    return settings
 
 
 def _megatron_settings(path: Path) -> dict[str, Any] | None:
@@ -202,5 +227,10 @@ def _megatron_settings(path: Path) -> dict[str, Any] | None:
         "num_query_groups": given.get("num_query_groups") if given.get("group_query_attention") else None,
     }
     if given.get("use_rope_scaling"):
-        settings |= megatron_rope_scaling(given.get("rope_scaling_factor", 8.0))
+        settings |= _megatron_rope_scaling(given.get("rope_scaling_factor", 8.0))
     return settings
+
+
+def _megatron_rope_scaling(factor: float) -> dict[str, Any]:
+    """Return NeMo's settings of the scaling of rotary frequencies that Megatron has: Llama 3.1's, with any factor."""
+    return {"scale_factor": factor, "old_context_len": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

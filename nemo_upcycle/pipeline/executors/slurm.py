@@ -36,12 +36,14 @@ from nemo_upcycle.pipeline.executors.ft import SAVE_S, ft_command
 from nemo_upcycle.pipeline.executors.slurm_answers import (
     NO_ANSWER,
     OF_CONTROLLER,
+    ORPHANED,
     cluster_name,
     ending,
     environment,
     job_id,
     last_line,
     refusal_hint,
+    waiting,
 )
 from nemo_upcycle.pipeline.executors.slurm_script import PROLOGUE, SUBMIT, in_vain, setup_lines
 from nemo_upcycle.pipeline.executors.slurm_settings import (
@@ -53,9 +55,8 @@ from nemo_upcycle.pipeline.executors.slurm_settings import (
     require_supported,
     signal_s,
 )
-from nemo_upcycle.pipeline.executors.slurm_waiting import ORPHANED, waiting
 from nemo_upcycle.utils.conf import template
-from nemo_upcycle.utils.mounts import filesystem_type
+from nemo_upcycle.utils.files import resolved
 
 
 #: File systems that only one machine sees, unless it serves them to others.
@@ -324,3 +325,19 @@ class SlurmScheduler(Cluster):
                 expected=f"one that the nodes see as well ({', '.join(others[:3])}, ...)",
                 fix="put it on shared storage; or, if it is served to the nodes, run.executor.shared_dir=True",
             )
+
+
+def filesystem_type(path: Path) -> str | None:
+    """Return the type of the file system that a path lies on, or would, such as `ext4` or `lustre`; None if unknown.
+
+    Example:
+        >>> filesystem_type(Path("/proc/self/new"))
+        'proc'
+    """
+    try:
+        mounts = Path("/proc/mounts").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not on Linux
+        return None
+    target = resolved(path)
+    found = [(len(point), kind) for _, point, kind, *_ in map(str.split, mounts) if target.is_relative_to(point)]
+    return max(found)[1] if found else None
