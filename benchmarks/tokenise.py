@@ -67,7 +67,7 @@ def _texts() -> Iterator[str]:
 
 def _ours(path: Path, tokenizer: Path, folder: Path) -> Callable[[], dict[str, Any]]:
     from nemo_upcycle.data.engine.plan import load_plan
-    from nemo_upcycle.data.engine.stages import Where, executor, stages
+    from nemo_upcycle.data.engine.stages import RunOn, executor, stages
     from nemo_upcycle.data.engine.tokenise import FASTOKENS
 
     task = {"source": "text", "reader": "jsonl", "split": "train", "files": [str(path)]}
@@ -77,7 +77,7 @@ def _ours(path: Path, tokenizer: Path, folder: Path) -> Callable[[], dict[str, A
 
     def work() -> dict[str, Any]:
         (stage,) = stages(loaded, FASTOKENS)
-        executor(loaded, stage, Where(), Path(sys.prefix)).run()
+        executor(loaded, stage, RunOn(), Path(sys.prefix)).run()
         return _hashes(folder)
 
     return work

@@ -52,11 +52,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UpcycleError: a value or a file is wrong.
     """
-    from nemo_upcycle.convert.export import About, export_checkpoint
+    from nemo_upcycle.convert.export import CardInfo, export_checkpoint
     from nemo_upcycle.convert.found import find_model
 
     found = find_model(args.checkpoint, args.dense, args.receipt, given_spec(args))
-    about = About(facts=_facts(found.receipt, found.receipt_path, found.checkpoint))
+    about = CardInfo(facts=_facts(found.receipt, found.receipt_path, found.checkpoint))
     folder = export_checkpoint(
         found.checkpoint, found.dense, args.output, spec=found.spec, dtype=args.dtype, about=about
     )

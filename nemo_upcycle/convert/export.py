@@ -46,7 +46,7 @@ _ASSUMED = (
 
 
 @dataclass(frozen=True)
-class About:
+class CardInfo:
     """What a folder says of its model besides the weights.
 
     Args:
@@ -127,7 +127,7 @@ def export_weights(
     output: Path,
     *,
     dtype: torch.dtype = torch.bfloat16,
-    about: About | None = None,
+    about: CardInfo | None = None,
     plan: dict[str, Any] | None = None,
 ) -> Path:
     """Write a Hugging Face folder; complete or not at all.
@@ -145,7 +145,7 @@ def export_weights(
         CheckpointError: the weights do not fit `arch`.
         UpcycleError: the disk has no room, `output` is there already and no earlier export, or is the parent.
     """
-    about = about or About()
+    about = about or CardInfo()
     require_class(arch)
     shapes, constants = hf_shapes(as_written(arch)), hf_constants(arch)
     require_dtype(dtype)
@@ -195,7 +195,7 @@ def export_checkpoint(
     *,
     spec: UpcycleSpec | None = None,
     dtype: torch.dtype = torch.bfloat16,
-    about: About | None = None,
+    about: CardInfo | None = None,
 ) -> Path:
     """Export a NeMo or Megatron checkpoint, saved under any layout, to a Hugging Face folder.
 
@@ -223,7 +223,7 @@ def export_checkpoint(
     weights, arch, context = open_checkpoint(checkpoint, dense_folder, spec)
     weights.require_all_read(arch)
     about = replace(
-        about or About(),
+        about or CardInfo(),
         router_aux_loss=context.router_aux_loss if context else None,
         notes=context.notes if context else (_ASSUMED,),
         checkpoint=checkpoint.name,

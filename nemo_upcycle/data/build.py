@@ -39,7 +39,7 @@ from nemo_upcycle.utils.files import MARKER, in_use, is_complete, read_json, req
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedBlend:
     """What can be said of a blend before anything is read.
 
     Attributes:
@@ -60,7 +60,7 @@ class Checked:
         )
 
 
-def check_blend(blend: Blend, work: Path) -> Checked:
+def check_blend(blend: Blend, work: Path) -> CheckedBlend:
     """Check everything that can be checked before documents are read.
 
     Args:
@@ -77,7 +77,7 @@ def check_blend(blend: Blend, work: Path) -> Checked:
     tokenizer = tokenizer_folder(named)
     inputs = {source: list_inputs(blend, source, work) for source in blend.config.sources}
     require_disjoint(inputs)
-    return Checked(inputs, tokenizer, engine)
+    return CheckedBlend(inputs, tokenizer, engine)
 
 
 def _named_tokenizer(blend: Blend) -> str:

@@ -185,7 +185,7 @@ def _train(run_dir: Path, plan: RunPlan, name: str) -> dict[str, Any]:
 
 def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Export the trained models to Hugging Face folders."""
-    from nemo_upcycle.convert.export import About, export_checkpoint
+    from nemo_upcycle.convert.export import CardInfo, export_checkpoint
     from nemo_upcycle.convert.model_card import spec_fact, training_facts
     from nemo_upcycle.data.finished import open_blend
     from nemo_upcycle.sources.checkpoints import steps_in
@@ -198,7 +198,7 @@ def export_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
         checkpoint = last_checkpoint(run_dir / stage)
         training = training_facts(run_dir / stage / "metrics.jsonl", steps_in(checkpoint))
         facts = (spec_fact(options["spec"]) if options else {}) | data | training
-        about = About(title=title, facts=facts, parent=plan.dense)
+        about = CardInfo(title=title, facts=facts, parent=plan.dense)
         return str(export_checkpoint(checkpoint, dense_folder, output, about=about, **options))
 
     folders = {"trained": export("pretrain", run_dir / "hf", plan.recipe, spec=spec)}

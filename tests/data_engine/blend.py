@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nemo_upcycle.data.engine.plan import load_plan
-from nemo_upcycle.data.engine.stages import Where, executor, stages
+from nemo_upcycle.data.engine.stages import RunOn, executor, stages
 from nemo_upcycle.data.engine.tokenise import FASTOKENS
 from tests.waiting import HANG_S
 
@@ -79,7 +79,7 @@ def execute(plan_path: Path, library: str = FASTOKENS) -> Path:
     """Run the stages in this process, and return the folder of the output."""
     plan = load_plan(plan_path.resolve())
     for stage in stages(plan, library):
-        runs = executor(plan, stage, Where(), Path(sys.prefix))
+        runs = executor(plan, stage, RunOn(), Path(sys.prefix))
         for rank in range(stage.tasks):
             runs._run_for_rank(rank)
     return plan.folder

@@ -16,7 +16,7 @@ pytest.importorskip("datatrove")
 
 from nemo_upcycle.data.engine import run as engine
 from nemo_upcycle.data.engine.plan import Plan, load_plan
-from nemo_upcycle.data.engine.stages import Stage, Where, executor, stages
+from nemo_upcycle.data.engine.stages import RunOn, Stage, executor, stages
 from tests.data_engine.blend import run
 from tests.data_engine.test_engine import blend
 
@@ -53,7 +53,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
 def _launch(folder: Path, tasks: int) -> tuple[Plan, Any]:
     plan = load_plan(blend(folder).resolve())
     stage = Stage("3_write", stages(plan, "tokenizers")[-1].pipeline, tasks)
-    return plan, executor(plan, stage, Where(slurm="any"), Path(sys.prefix))
+    return plan, executor(plan, stage, RunOn(slurm="any"), Path(sys.prefix))
 
 
 def _jobs(plan: Plan) -> Path:

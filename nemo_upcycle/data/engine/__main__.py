@@ -34,12 +34,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
     try:
         from nemo_upcycle.data.engine.run import Stopped, run_plan
-        from nemo_upcycle.data.engine.stages import Where
+        from nemo_upcycle.data.engine.stages import RunOn
 
-        where = Where(arguments.workers, arguments.slurm, arguments.time, arguments.qos, arguments.ray)
-        _check(where)
+        run_on = RunOn(arguments.workers, arguments.slurm, arguments.time, arguments.qos, arguments.ray)
+        _check(run_on)
         try:
-            total = run_plan(load_plan(arguments.plan.resolve()), where)
+            total = run_plan(load_plan(arguments.plan.resolve()), run_on)
         except Stopped as stopped:
             sys.stderr.write("\nstopped; run again to go on\n")
             return 128 + int(stopped.args[0])
@@ -94,14 +94,14 @@ def _version(name: str) -> str:
         return "missing"
 
 
-def _check(where: Any) -> None:
-    if where.workers < 1:
-        raise UpcycleError("--workers", got=where.workers, expected="1 or more", fix="omit it to use all cores")
-    if where.slurm and "SLURM_ARRAY_TASK_ID" in os.environ:
+def _check(run_on: Any) -> None:
+    if run_on.workers < 1:
+        raise UpcycleError("--workers", got=run_on.workers, expected="1 or more", fix="omit it to use all cores")
+    if run_on.slurm and "SLURM_ARRAY_TASK_ID" in os.environ:
         raise UpcycleError("--slurm", got="a job of Slurm", expected="a login node", fix="use --workers inside a job")
-    if where.slurm and not which("sbatch"):
+    if run_on.slurm and not which("sbatch"):
         raise UpcycleError("--slurm", got="no sbatch", expected="a login node of a cluster", fix="use --workers")
-    if where.ray and not find_spec("ray"):
+    if run_on.ray and not find_spec("ray"):
         raise UpcycleError("--ray", got="no ray", expected="the package", fix=f"{sys.executable} -m pip install ray")
 
 

@@ -139,7 +139,7 @@ class LedgerStep(PipelineStep):
         self.ledger = ledger
 
 
-class Gate(LedgerStep):
+class CountDocuments(LedgerStep):
     """Counts the documents that leave a step, and the CPU seconds spent up to there."""
 
     type, name = "count", "documents that leave a step"

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from nemo_upcycle.data.engine.plan import Plan, clear_asides
 from nemo_upcycle.data.engine.processes import die_with_parent
-from nemo_upcycle.data.engine.stages import Where, completed, executor, slurm_jobs, stages, tasks_of_stages
+from nemo_upcycle.data.engine.stages import RunOn, completed, executor, slurm_jobs, stages, tasks_of_stages
 from nemo_upcycle.data.engine.tokenise import choose_library
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json, take_lock, write_json
@@ -39,12 +39,12 @@ class Stopped(Exception):
     """The engine was told to stop; holds the signal's number."""
 
 
-def run_plan(plan: Plan, where: Where) -> dict[str, Any]:
+def run_plan(plan: Plan, run_on: RunOn) -> dict[str, Any]:
     """Do what is left to do of a plan.
 
     Args:
         plan: the plan.
-        where: what runs it.
+        run_on: what runs it.
 
     Returns:
         The counts of all tasks together.
@@ -59,7 +59,7 @@ def run_plan(plan: Plan, where: Where) -> dict[str, Any]:
         _cancel_jobs(plan)
         _require_no_jobs(plan)
         clear_asides(plan)
-        _run(plan, where)
+        _run(plan, run_on)
         clear_asides(plan)
     return summary(plan)
 
@@ -96,12 +96,12 @@ def _require_same_plan(plan: Plan) -> None:
         )
 
 
-def _run(plan: Plan, where: Where) -> None:
+def _run(plan: Plan, run_on: RunOn) -> None:
     done = completed(plan)
     todo = sum(tasks_of_stages(plan).values()) - done
     (plan.folder / "logs").mkdir(exist_ok=True)
     heard, said = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.get_context("fork").Process(target=_child, args=(plan, where, said))
+    child = multiprocessing.get_context("fork").Process(target=_child, args=(plan, run_on, said))
     old = {
         number: signal.signal(number, _stop) for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN
     }
@@ -177,7 +177,7 @@ def _ask_slurm(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 or _UNKNOWN_JOB in done.stderr else None
 
 
-def _child(plan: Plan, where: Where, said: Any) -> NoReturn:
+def _child(plan: Plan, run_on: RunOn, said: Any) -> NoReturn:
     """Run the stages, one after the other, with datatrove's words in a file."""
     os.setsid()  # Ctrl-C goes to the parent alone
     for number in _SIGNALS:
@@ -191,10 +191,10 @@ def _child(plan: Plan, where: Where, said: Any) -> NoReturn:
         library, reason = _library(plan)
         if reason:
             said.send((False, f"{reason}; using {library}, which is slower and gives the same ids"))
-        _run_stages(plan, where, library)
+        _run_stages(plan, run_on, library)
     except BaseException as error:
         status = 1
-        said.send((True, _said(error, log.name)))
+        said.send((True, _error_text(error, log.name)))
         with contextlib.suppress(OSError):  # the disk may be full
             traceback.print_exc(file=log)
             log.flush()
@@ -211,15 +211,15 @@ def _library(plan: Plan) -> tuple[str, str]:
             raise UpcycleError(plan.tokenizer, got=got, expected="a tokenizer.json", fix="copy it again") from None
 
 
-def _run_stages(plan: Plan, where: Where, library: str) -> None:
-    if where.ray:
+def _run_stages(plan: Plan, run_on: RunOn, library: str) -> None:
+    if run_on.ray:
         import ray
 
         ray.init(address="auto", ignore_reinit_error=True, log_to_driver=False)
     for stage in stages(plan, library):
-        runs = executor(plan, stage, where, Path(sys.prefix))
+        runs = executor(plan, stage, run_on, Path(sys.prefix))
         runs.run()
-        if where.slurm:
+        if run_on.slurm:
             _wait_for_slurm(plan, runs)
         if missing := runs.get_incomplete_ranks(skip_completed=True):
             raise UpcycleError(
@@ -243,7 +243,7 @@ def _wait_for_slurm(plan: Plan, runs: Any) -> None:
     slurm_jobs(plan).unlink(missing_ok=True)
 
 
-def _said(error: BaseException, log: str) -> str:
+def _error_text(error: BaseException, log: str) -> str:
     if isinstance(error, UpcycleError):
         return str(error)
     if isinstance(error, BrokenProcessPool):

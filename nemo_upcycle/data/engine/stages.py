@@ -17,7 +17,7 @@ from datatrove.pipeline.dedup.exact_dedup import ExactDedupFilter, ExactFindDedu
 from nemo_upcycle.data.engine.decontaminate import Decontaminate, Report
 from nemo_upcycle.data.engine.deduplicate import RequireSameDocuments, SignDocuments, deduplication
 from nemo_upcycle.data.engine.filters import FilterDocuments, FilterListed
-from nemo_upcycle.data.engine.ledger import Gate, Ledger, LedgerStep, RemovedWriter
+from nemo_upcycle.data.engine.ledger import CountDocuments, Ledger, LedgerStep, RemovedWriter
 from nemo_upcycle.data.engine.plan import Plan
 from nemo_upcycle.data.engine.readers import ReadDocuments
 from nemo_upcycle.data.engine.tokenise import Tokenise
@@ -34,7 +34,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Where:
+class RunOn:
     """What runs the tasks: this machine, or a partition of Slurm, or a Ray cluster.
 
     Args:
@@ -52,7 +52,7 @@ class Where:
     ray: bool = False
 
 
-class Begin(LedgerStep):
+class StartTask(LedgerStep):
     """Starts a task: its record, one thread, for tasks are what runs side by side, and as many files as it may open.
 
     datatrove's search for duplicates opens one of every task at once.
@@ -90,21 +90,21 @@ def stages(plan: Plan, library: str) -> list[Stage]:
         found = ExactFindDedups(
             str(folder / "signatures"), str(folder / "found"), deduplication(), lines_to_buffer=1024
         )
-        pipelines[FIND] = [Begin(signing), found]
+        pipelines[FIND] = [StartTask(signing), found]
         keep = ExactDedupFilter(
             str(folder / "found"), deduplication(), RemovedWriter(ledger, "deduplicate", "duplicate")
         )
         deduplicate = [RequireSameDocuments(ledger, folder), keep]
     decontaminate: list[PipelineStep] = [Decontaminate(ledger)] if plan.ngram_index else []
     decontaminate += [Report(ledger)] if plan.report_index else []
-    written = [*_documents(ledger), *deduplicate, Gate(ledger, "deduplicate"), *decontaminate]
-    pipelines[WRITE] = [*written, Gate(ledger, "decontaminate"), Tokenise(ledger, library)]
+    written = [*_documents(ledger), *deduplicate, CountDocuments(ledger, "deduplicate"), *decontaminate]
+    pipelines[WRITE] = [*written, CountDocuments(ledger, "decontaminate"), Tokenise(ledger, library)]
     return [Stage(name, pipelines[name], tasks) for name, tasks in tasks_of_stages(plan).items()]
 
 
 def _documents(ledger: Ledger) -> list[PipelineStep]:
-    read = [Begin(ledger), ReadDocuments(ledger), Gate(ledger, "read")]
-    return [*read, FilterDocuments(ledger), Gate(ledger, "filter"), FilterListed(ledger)]
+    read = [StartTask(ledger), ReadDocuments(ledger), CountDocuments(ledger, "read")]
+    return [*read, FilterDocuments(ledger), CountDocuments(ledger, "filter"), FilterListed(ledger)]
 
 
 class _Local(LocalPipelineExecutor):
@@ -145,30 +145,30 @@ class _Slurm(SlurmPipelineExecutor):
         """Skip the job that merges statistics: behind a failed stage it would stay queued."""
 
 
-def executor(plan: Plan, stage: Stage, where: Where, environment: Path) -> Any:
+def executor(plan: Plan, stage: Stage, run_on: RunOn, environment: Path) -> Any:
     """Return datatrove's executor for a stage.
 
     Args:
         plan: the plan.
         stage: what to run.
-        where: on what.
+        run_on: on what.
         environment: the folder of the data environment, which Slurm's nodes must see, too.
     """
     shared = {"pipeline": stage.pipeline, "tasks": stage.tasks, "logging_dir": str(plan.folder / "logs" / stage.name)}
-    if where.slurm:
+    if run_on.slurm:
         return _Slurm(
             slurm_jobs(plan),
             **shared,
-            time=where.time_limit,
-            partition=where.slurm,
-            qos=where.qos,
-            workers=where.workers,
+            time=run_on.time_limit,
+            partition=run_on.slurm,
+            qos=run_on.qos,
+            workers=run_on.workers,
             job_name=f"data-{stage.name}",
             venv_path=str(environment / "bin" / "activate"),
         )
-    if where.ray:
-        return RayPipelineExecutor(**shared, workers=where.workers)
-    return _Local(**shared, workers=min(where.workers, stage.tasks))
+    if run_on.ray:
+        return RayPipelineExecutor(**shared, workers=run_on.workers)
+    return _Local(**shared, workers=min(run_on.workers, stage.tasks))
 
 
 def slurm_jobs(plan: Plan) -> Path:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from nemo_upcycle import UpcycleSpec, open_dense
-from nemo_upcycle.convert.export import About, export_checkpoint
+from nemo_upcycle.convert.export import CardInfo, export_checkpoint
 from nemo_upcycle.convert.model_card import add_scores, training_facts
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.package_info import __version__
@@ -113,7 +113,7 @@ def test_an_exports_card_says_training_rounding_and_what_the_caller_knows(tmp_pa
     facts = training_facts(tmp_path / "metrics.jsonl", 2)
     assert facts == {"Training": "2 steps, 2,048 tokens, loss 3.2500 at the last"}
     assert training_facts(tmp_path / "metrics.jsonl", 3) == training_facts(tmp_path / "none", 1) == {}
-    export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC, about=About(title="mine", facts=facts))
+    export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC, about=CardInfo(title="mine", facts=facts))
     _, text = _read(tmp_path / "hf")
     for words in ("# mine", "2,048 tokens", "float32 weights are rounded to bfloat16", "| Type | bfloat16 |"):
         assert words in text
@@ -157,7 +157,7 @@ def test_an_export_names_the_parent_as_the_user_did_without_paths(
     dense = write_llama(tmp_path / "dense", layers=2)
     (dense / "README.md").write_text(CARD)
     checkpoint = write_checkpoint(tmp_path / "ck", dense, SPEC)
-    export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC, about=About(parent=address))
+    export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=SPEC, about=CardInfo(parent=address))
     assert f"| Made from | {told} |" in _read(tmp_path / "hf")[1]
 
 
