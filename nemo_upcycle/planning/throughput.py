@@ -137,32 +137,32 @@ class ThroughputModel:
         heads, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
         width = arch.hidden_size
         # Attention is called once for each step of context parallelism's ring.
-        attention = StepTime(launch=self.machine.layer_us * 1e-6 * (1 + (layout.cp - 1) / 4))
+        layer = StepTime(launch=self.machine.layer_us * 1e-6 * (1 + (layout.cp - 1) / 4))
         for rows, columns in ((width, heads + 2 * groups), (heads, width)):
-            self._matrix(attention, tokens, rows, columns / layout.tp, 1, fp8)
+            self._matrix(layer, tokens, rows, columns / layout.tp, 1, fp8)
         scores = 2.0 * tokens * work.seq_length * heads / layout.tp  # forward, two products, the causal half
-        attention.attention += 3.5 * scores / (self.machine.attention * self.gpu.bf16_tflops * 1e12)
+        layer.attention += 3.5 * scores / (self.machine.attention * self.gpu.bf16_tflops * 1e12)
         # Two norms and residuals; rotary embedding and what attention reads and writes.
-        self._moved(attention, tokens / layout.tp * (24 * width + 8 * (heads + groups)), fp8)
-        self._tensor_traffic(attention, tokens, layout, work)
+        self._moved(layer, tokens / layout.tp * (24 * width + 8 * (heads + groups)), fp8)
+        self._tensor_traffic(layer, tokens, layout, work)
         # Keys and values go round the ring once forward, and with their gradients backward; attention hides it.
         ring = 3 * 2 * 2 * groups / layout.tp * tokens * (layout.cp - 1)
-        self._link(attention, layout, ring, layout.tp * layout.cp, layout.cp, hidden=attention.attention)
+        self._link(layer, layout, ring, layout.tp * layout.cp, layout.cp, hidden=layer.attention)
         network = self._moe(layout, work, tokens, fp8) if moe else StepTime()
         if moe:
-            hidden = attention.total + network.total if "ep" in work.overlap else 0.0
+            hidden = layer.total + network.total if "ep" in work.overlap else 0.0
             self._dispatch(network, layout, work, tokens, hidden)
         else:
             self._network(network, tokens, arch.ffn_size / layout.tp, fp8)
             self._tensor_traffic(network, tokens, layout, work)
-        attention.add(attention, 1 / 3 if work.recompute == "full" else 0.0)
+        layer.add(layer, 1 / 3 if work.recompute == "full" else 0.0)
         network_again = work.recompute == "full" or (work.recompute == "moe" and (moe or not arch.num_experts))
-        attention.add(network, 1 + (1 / 3 if network_again else 0.0))
+        layer.add(network, 1 + (1 / 3 if network_again else 0.0))
         if moe and work.recompute == "moe_act":
             # Read gate and up, write their product once more; what the busiest rank does.
             slots = tokens / layout.tp * self._slots_per_token(layout, work)
-            self._moved(attention, slots * 3 * (self.arch.expert_ffn_size or 0), fp8)
-        return attention
+            self._moved(layer, slots * 3 * (self.arch.expert_ffn_size or 0), fp8)
+        return layer
 
     def _moe(self, layout: Layout, work: Workload, tokens: float, fp8: bool) -> StepTime:
         arch, machine, local = self.arch, self.machine, (self.arch.num_experts or 1) // layout.ep
