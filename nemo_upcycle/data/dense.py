@@ -158,14 +158,10 @@ def ensure_dense(source: str) -> Path:
     with FileLock(f"{output}.lock"):
         if kind == "asset":
             return output if is_complete(output) else _import(source, output, sampled=True)
-        if not _is_first_of_node():
+        if int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0):
             with suppress(UpcycleError):  # the first one has not come this far: then this one fetches it
                 return _import(source, Path(), sampled=True, offline=True)
         return _import(source, Path(), sampled=True)
-
-
-def _is_first_of_node() -> bool:
-    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0
 
 
 def cached_asset(name: str) -> Path:

@@ -86,14 +86,13 @@ def _sources(results: dict[str, Any], models: dict[str, str]) -> str:
     if len(next(iter(found.values()), {})) < 2:
         return ""
     rows = [
-        [f"{source} ({about['documents']} documents)", *(_source_cell(its[source]) for its in found.values())]
+        [
+            f"{source} ({about['documents']} documents)",
+            *(with_error(its[source]["value"], its[source]["stderr"]) for its in found.values()),
+        ]
         for source, about in next(iter(found.values())).items()
     ]
     return table(["bits per byte, by source", *(models[name] for name in found)], rows)
-
-
-def _source_cell(found: dict[str, Any]) -> str:
-    return with_error(found["value"], found["stderr"])
 
 
 def _contamination(tasks: dict[str, Any]) -> str:

@@ -73,7 +73,8 @@ def _draw_losses(axes: Any, curves: Mapping[str, Curve], factors: Mapping[str, f
         columns = averaged([(line["tokens"] * factors[stage], line["loss"]) for line in curve.steps])
         label = f"{name}, training{said_averaged(columns, curve.steps)}"
         axes.plot(*columns.T, color=colour, alpha=0.35, linewidth=1, zorder=1, label=label)
-    begins = {stage: curve.validation[0][1] for stage, curve in curves.items() if _begins(curve)}
+    validated = {stage: curve.validation[0] for stage, curve in curves.items() if curve.validation}
+    begins = {stage: loss for stage, (tokens, loss) in validated.items() if not tokens}
     if begins:
         stage = "dense_ct" if "dense_ct" in begins else "pretrain"
         label = "dense parent, validation" if stage == "dense_ct" else "MoE at step 0, validation"
@@ -127,10 +128,6 @@ def averaged(values: Sequence[Any]) -> Any:
 def said_averaged(columns: Any, steps: Sequence[Any]) -> str:
     """Return what a label says of `averaged` columns."""
     return f", means of up to {math.ceil(len(steps) / len(columns))} steps" if len(columns) < len(steps) else ""
-
-
-def _begins(curve: Curve) -> bool:
-    return bool(curve.validation) and curve.validation[0][0] == 0
 
 
 def load_figure(curve: Curve) -> Figure | None:

@@ -131,14 +131,10 @@ def with_error(value: float | None, stderr: float | None) -> str:
     """
     if not _is_number(value) or not _is_number(stderr) or not math.isfinite(stderr) or not stderr:
         return f"{number(value)} ± 0" if value is not None and stderr == 0 else number(value)
-    decimals = max(0, 1 - _exponent(stderr))
+    decimals = max(0, 1 - int(f"{stderr:e}".partition("e")[2]))
     if decimals > 6 or abs(value) >= _LARGE:
         return f"{number(value)} ± {number(stderr, 2)}"
     return f"{value:.{decimals}f} ± {stderr:.{decimals}f}"
-
-
-def _exponent(value: float) -> int:
-    return int(f"{value:e}".partition("e")[2])
 
 
 def millions(count: float) -> str:

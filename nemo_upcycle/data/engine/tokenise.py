@@ -169,7 +169,8 @@ class Tokenise(LedgerStep):
                 break
         for file in self.files.values():
             file.close()
-        written = {path for file in self.files.values() for path in _paths(file)}
+        finals = ([file.final] if isinstance(file, TextsFile) else file.final.values() for file in self.files.values())
+        written = {path for paths in finals for path in paths}
         for path in outputs(plan, rank):  # of an interrupted run whose input was another
             if path not in written:
                 path.unlink(missing_ok=True)
@@ -217,10 +218,6 @@ class Tokenise(LedgerStep):
             tokens = file.write_batch(ids, offsets)
         size_bytes = sum(len(document.text.encode()) for document in documents)
         self.ledger.splits[split].update(documents=len(documents), tokens=tokens, bytes=size_bytes)
-
-
-def _paths(file: Any) -> list[Path]:
-    return [file.final] if isinstance(file, TextsFile) else list(file.final.values())
 
 
 def _batches(data: DocumentsPipeline) -> Iterator[list[Document]]:
