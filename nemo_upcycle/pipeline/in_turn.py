@@ -14,10 +14,9 @@ import nemo_run as run
 import torch
 
 from nemo_upcycle.errors import StageStopped, UnfinishedError
-from nemo_upcycle.pipeline.checks import is_local
 from nemo_upcycle.pipeline.console import command_line, end_soon
 from nemo_upcycle.pipeline.executors import local, performance
-from nemo_upcycle.pipeline.executors.base import Job
+from nemo_upcycle.pipeline.executors.base import Job, is_local
 from nemo_upcycle.pipeline.order import finished
 from nemo_upcycle.pipeline.plan import Plan, Stage
 from nemo_upcycle.pipeline.runner import DONE_BEFORE, run_stage

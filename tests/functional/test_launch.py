@@ -118,9 +118,8 @@ def test_other_executors_start_nothing_after_a_failed_stage(
     from nemo_upcycle.errors import StageError
     from nemo_upcycle.pipeline import in_turn
     from nemo_upcycle.pipeline.jobs import jobs_of
-    from nemo_upcycle.pipeline.plan import RunPlan
     from nemo_upcycle.pipeline.recipes_io import dump_recipe
-    from nemo_upcycle.pipeline.stages import STAGES
+    from nemo_upcycle.pipeline.stages import STAGES, RunPlan
     from nemo_upcycle.recipes import smollm2_135m_e8t2
 
     monkeypatch.setenv("NEMORUN_HOME", str(tmp_path / "home"))
