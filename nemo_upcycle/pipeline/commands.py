@@ -14,10 +14,9 @@ from nemo_upcycle.pipeline.chain import JOBS, Chain, recorded_jobs
 from nemo_upcycle.pipeline.console import command_line, end_soon
 from nemo_upcycle.pipeline.executors.base import Cluster, Job
 from nemo_upcycle.pipeline.executors.local import StopSignals
-from nemo_upcycle.pipeline.in_turn import run_in_turn
 from nemo_upcycle.pipeline.plan import KEPT, PLAN, Plan
 from nemo_upcycle.pipeline.plans import kind_of, read_plan
-from nemo_upcycle.pipeline.side_by_side import run_side_by_side
+from nemo_upcycle.pipeline.run_here import run_stages
 from nemo_upcycle.utils.files import in_use
 from nemo_upcycle.utils.masking import write_private
 
@@ -148,10 +147,8 @@ def run_jobs(jobs: Sequence[Job], run_dir: Path, plan: Plan, chain: Chain | None
     """
     if chain:
         _run_chain(chain, detach=ctx.detach)
-    elif at_once > 1:
-        run_side_by_side(jobs, run_dir, plan, at_once)
     else:
-        run_in_turn(jobs, run_dir, plan, ctx.executor)
+        run_stages(jobs, run_dir, plan, ctx.executor, at_once)
 
 
 def _run_chain(chain: Chain, *, detach: bool) -> None:

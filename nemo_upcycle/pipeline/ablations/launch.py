@@ -17,7 +17,7 @@ from nemo_upcycle.pipeline.executors.base import is_local
 from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
 from nemo_upcycle.pipeline.launch import launch
 from nemo_upcycle.pipeline.order import require_outputs
-from nemo_upcycle.pipeline.side_by_side import check_at_once
+from nemo_upcycle.pipeline.run_here import check_at_once
 from nemo_upcycle.utils.files import MARKER
 
 
