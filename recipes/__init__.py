@@ -14,9 +14,9 @@ if find_spec("nemo"):
     with quiet_imports():
         from nemo.collections.llm.api import pretrain
 
-        importlib.import_module("nemo_upcycle.pipeline.launch")
+        importlib.import_module("nemo_upcycle.pipeline.nemo_pipeline")
         importlib.import_module("nemo_upcycle.pipeline.ablations.launch")
-        from nemo_upcycle.pipeline.context import PretrainContext
+        from nemo_upcycle.pipeline.nemo_context import PretrainContext
 
         for _module in pkgutil.iter_modules(__path__):
             importlib.import_module(f"{__name__}.{_module.name}")

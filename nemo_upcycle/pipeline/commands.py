@@ -14,9 +14,9 @@ from nemo_upcycle.pipeline.chain import JOBS, Chain, recorded_jobs
 from nemo_upcycle.pipeline.console import command_line, end_soon
 from nemo_upcycle.pipeline.executors.base import Cluster, Job
 from nemo_upcycle.pipeline.executors.local import StopSignals
-from nemo_upcycle.pipeline.in_turn import run_in_turn
 from nemo_upcycle.pipeline.plan import KEPT, PLAN, Plan
 from nemo_upcycle.pipeline.plans import kind_of, read_plan
+from nemo_upcycle.pipeline.run_here import run_stages
 from nemo_upcycle.utils.files import in_use
 from nemo_upcycle.utils.masking import write_private
 
@@ -87,7 +87,18 @@ def started(run_dir: Path, plan: Plan, chain: Chain | None) -> Iterator[None]:
         require_no_other_jobs(chain, run_dir, plan)
         _write_plan(run_dir, plan, copies)
         (run_dir / COMMAND).write_text(command_line() + "\n", encoding="utf-8")
+        _write_recipes(run_dir, plan)
         yield
+
+
+def _write_recipes(run_dir: Path, plan: Plan) -> None:
+    """Write the settings of each training as `recipes/STAGE.yaml`, for people: one a line, named like its override."""
+    folder = run_dir / "recipes"
+    folder.mkdir(exist_ok=True)
+    for stage in plan.stages:
+        if training := plan.training(stage.name):
+            lines = [f"{name}: {value}\n" for name, value in training.named_settings().items()]
+            (folder / f"{stage.name}.yaml").write_text("".join(lines), encoding="utf-8")
 
 
 def _write_plan(folder: Path, plan: Plan, copies: Mapping[Path, str]) -> None:
@@ -123,8 +134,8 @@ def _listed(jobs: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {identity}" for name, identity in jobs.items())
 
 
-def run_jobs(jobs: Sequence[Job], run_dir: Path, plan: Plan, chain: Chain | None, ctx: Any) -> None:
-    """Run the jobs of a run: on a cluster where there is a chain, else one after the other.
+def run_jobs(jobs: Sequence[Job], run_dir: Path, plan: Plan, chain: Chain | None, ctx: Any, at_once: int = 1) -> None:
+    """Run the jobs of a run: on a cluster where there is a chain, else here.
 
     Args:
         jobs: of the stages, in order.
@@ -132,11 +143,12 @@ def run_jobs(jobs: Sequence[Job], run_dir: Path, plan: Plan, chain: Chain | None
         plan: of the run.
         chain: the same jobs on a cluster.
         ctx: NeMo-Run's context of the command.
+        at_once: how many run here at the same time.
     """
     if chain:
         _run_chain(chain, detach=ctx.detach)
     else:
-        run_in_turn(jobs, run_dir, plan, ctx.executor)
+        run_stages(jobs, run_dir, plan, ctx.executor, at_once)
 
 
 def _run_chain(chain: Chain, *, detach: bool) -> None:

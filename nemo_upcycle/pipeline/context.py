@@ -1,4 +1,4 @@
-"""The command lines of `nemo upcycle pipeline` and, for this package's recipes, of `nemo llm pretrain`.
+"""The command lines of `nemo upcycle pipeline` and its like.
 
 NeMo-Run answers a mistake with the whole configuration and status 1. These contexts answer with one message that names
 the argument and the closest match, and with status 2; 1 is for a stage that did not finish.
@@ -21,12 +21,8 @@ from nemo_run.cli.lazy import LazyEntrypoint
 from nemo_run.config import get_type_namespace
 
 from nemo_upcycle.errors import UpcycleError, did_you_mean
-from nemo_upcycle.pipeline.checks import check_data, check_kernels, check_parents, is_local
 from nemo_upcycle.pipeline.console import end_soon
 from nemo_upcycle.pipeline.executors.settings import executor_names, is_described, read_executor
-from nemo_upcycle.pipeline.ranks import is_first_rank
-from nemo_upcycle.pipeline.recipes_io import check_recipe
-from nemo_upcycle.training.values import setting
 from nemo_upcycle.utils.attributes import temporarily_set
 
 
@@ -43,7 +39,7 @@ class CheckedContext(run.cli.RunContext):
 
     def cli_execute(self, fn: Any, args: list[str], entrypoint_type: Any = "task") -> None:
         """Check the arguments, then let NeMo-Run parse and execute them."""
-        with _answered():
+        with answered():
             args = self.arguments(args)
             _check_words(args, self.options)
             super().cli_execute(fn, args, entrypoint_type)
@@ -59,7 +55,7 @@ class CheckedContext(run.cli.RunContext):
                 return super().parse_args(args, lazy)
         except Exception as error:
             name = next((word.partition("=")[2] for word in args if word.startswith("executor=")), None)
-            names = {name for kind in EXECUTOR_CLASSES for name in _factories(kind)} | self.executors
+            names = {name for kind in EXECUTOR_CLASSES for name in factories(kind)} | self.executors
             if name and name not in names:
                 raise UpcycleError.unknown("run.executor", name, names) from None
             raise UpcycleError(f"run.{' run.'.join(args)}: {_first_line(error)}.") from None
@@ -93,12 +89,12 @@ class CheckedContext(run.cli.RunContext):
 
     def _explained_factory(self, fn: Any, error: Exception) -> UpcycleError:
         name, _, arguments = str(self.factory).partition("(")
-        factories = _factories(fn)
-        if name not in factories:
-            return UpcycleError.unknown(f"factory of {fn.__name__}", name, factories)
+        known = factories(fn)
+        if name not in known:
+            return UpcycleError.unknown(f"factory of {fn.__name__}", name, known)
         for word in arguments.rstrip(")").split(","):
             key, _, value = map(str.strip, word.partition("="))
-            config = run.Partial(factories[name])
+            config = run.Partial(known[name])
             try:
                 with _silent():
                     parse_cli_args(config, [f"{key}={value}"])
@@ -155,49 +151,8 @@ class PipelineContext(CheckedContext):
         fn(self, **{name: value for name, value in task.__arguments__.items() if name != "ctx"})
 
 
-class PretrainContext(CheckedContext):
-    """NeMo's own context of `nemo llm pretrain`, which checks recipes that upcycle before they start."""
-
-    def cli_execute(self, fn: Any, args: list[str], entrypoint_type: Any = "task") -> None:
-        """Leave the command lines of others' recipes to NeMo-Run."""
-        factory = _factories(fn).get(str(self.factory).partition("(")[0])
-        if getattr(factory, "__module__", "").startswith("nemo_upcycle."):
-            super().cli_execute(fn, args, entrypoint_type)
-            return
-        others = _OthersContext(name=self.name)
-        others.__dict__.update(vars(self))
-        with _answered():
-            others.cli_execute(fn, args, entrypoint_type)
-
-    def parse_fn(self, fn: Any, args: list[str], **default_kwargs: Any) -> Any:
-        """Parse the recipe and check it."""
-        return _checked(super().parse_fn(fn, args, **default_kwargs), self)
-
-
-class _OthersContext(run.cli.RunContext):
-    """NeMo-Run's context as it is, until a recipe turns out to be one that upcycles: of a user's factory, or YAML."""
-
-    def parse_fn(self, fn: Any, args: list[str], **default_kwargs: Any) -> Any:
-        from nemo_upcycle.training.upcycling import UpcycleConfig  # NeMo's; beside Bridge this module is read, too
-
-        task = super().parse_fn(fn, args, **default_kwargs)
-        restore = setting(task, "resume.restore_config")
-        return _checked(task, self) if getattr(restore, "__fn_or_cls__", None) is UpcycleConfig else task
-
-
-def _checked(task: run.Partial, ctx: run.cli.RunContext) -> run.Partial:
-    """Check a training that `nemo llm pretrain` was told to start, and return it."""
-    check_recipe(task)
-    if is_local(ctx.executor):
-        if not ctx.dryrun:
-            check_kernels(task)
-        check_data(task)
-        check_parents(task, remote=not ctx.dryrun and is_first_rank())
-    return task
-
-
 @contextmanager
-def _answered() -> Iterator[None]:
+def answered() -> Iterator[None]:
     """Answer a mistake with one message and its status."""
     try:
         yield
@@ -213,7 +168,7 @@ def _silent() -> AbstractContextManager[None]:
     return temporarily_set(logging.getLogger("nemo_run.cli.cli_parser"), "disabled", True)
 
 
-def _factories(target: Any) -> dict[str, Any]:
+def factories(target: Any) -> dict[str, Any]:
     """Return what is registered for a function or a class, by name."""
     return {keys[1]: factory for keys, factory in catalogue._get_all((get_type_namespace(target),)).items()}
 
@@ -280,7 +235,7 @@ def _check_complete(fn: Any, task: Any) -> None:
             "arguments",
             got=f"no {', no '.join(missing)}",
             expected="each of them",
-            fix=f"name a factory that gives them: --factory {next(iter(_factories(fn)), 'NAME')}",
+            fix=f"name a factory that gives them: --factory {next(iter(factories(fn)), 'NAME')}",
         )
 
 

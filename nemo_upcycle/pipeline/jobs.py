@@ -9,8 +9,7 @@ from typing import Any
 
 from nemo_upcycle.data.blend import read_blend
 from nemo_upcycle.data.inputs import folders_of
-from nemo_upcycle.pipeline.checks import is_local
-from nemo_upcycle.pipeline.executors.base import Cluster, Job
+from nemo_upcycle.pipeline.executors.base import Cluster, Job, is_local
 from nemo_upcycle.pipeline.executors.performance import PerformanceSetting, settings_here
 from nemo_upcycle.pipeline.plan import Plan, Stage
 from nemo_upcycle.utils.conf import is_conf_file
@@ -35,7 +34,8 @@ def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: Plan, python: str = sy
     for stage in stages:
         training = plan.training(stage.name) if stage.parallel else None
         nodes, ranks = training.ranks if training else (1, 1)
-        profile = training.profile(dense) if training else None
+        facts = training.facts(dense) if training else None
+        profile = facts.profile if facts else None
         command = (python, "-m", "nemo_upcycle.pipeline", stage.name, str(run_dir), *script)
         kind = {"is_training": stage.parallel, "is_resumable": stage.resumable}
         jobs.append(Job(stage.name, run_dir, command, stage.after, nodes, ranks, **kind, reads=reads, profile=profile))

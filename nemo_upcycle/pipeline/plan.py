@@ -15,7 +15,7 @@ import yaml
 from nemo_upcycle.data.finished import MANIFEST
 from nemo_upcycle.errors import StageError
 from nemo_upcycle.pipeline.markers import STEPS, StageFolder, setting_texts
-from nemo_upcycle.pipeline.trainings import Training, TrainingSettings, open_training
+from nemo_upcycle.pipeline.trainings import Training, TrainingSettings
 from nemo_upcycle.utils.conf import is_conf_file, read_conf
 from nemo_upcycle.utils.files import read_json, sha256_file, write_json
 
@@ -85,18 +85,30 @@ class Plan(ABC):
     def stages(self) -> tuple[Stage, ...]:
         """All stages, each after those that it needs."""
 
-    @abstractmethod
     def setting(self, name: str) -> Any:
-        """Return a setting as the markers hash it: the content, not the name, of YAML files and data folders."""
+        """Return a setting as the markers hash it: the content, not the name, of YAML files and data folders.
+
+        Args:
+            name: a field; a training's stage, for its fixed settings; or with STEPS at its end, for how many it takes.
+        """
+        if name.endswith(STEPS):
+            return self.training_settings(name.removesuffix(STEPS)).steps
+        return self.training_settings(name).fixed if self.training_text(name) else self.content_of(name)
 
     @abstractmethod
     def training_text(self, stage: str) -> str | None:
         """Return the text that the training of a stage is made of; None where there is none."""
 
     def training(self, stage: str) -> Training | None:
-        """Return the training of a stage; None where there is none."""
+        """Return the training of a stage, the same object every time; None where there is none."""
         text = self.training_text(stage)
-        return open_training(self.trainer, text) if text else None
+        if text and text not in self._trainings:
+            self._trainings[text] = open_training(self.trainer, text)
+        return self._trainings[text] if text else None
+
+    @cached_property
+    def _trainings(self) -> dict[str, Training]:
+        return {}
 
     @abstractmethod
     def inputs(self) -> tuple[str, ...]:
@@ -147,6 +159,22 @@ class Plan(ABC):
         return found[name]
 
 
+def open_training(trainer: str, text: str) -> Training:
+    """Return the training of a plan's text.
+
+    Args:
+        trainer: `nemo` or `bridge`.
+        text: the recipe, as the trainer's subclass writes it.
+    """
+    if trainer == "bridge":
+        from nemo_upcycle.pipeline.bridge.training import BridgeTraining
+
+        return BridgeTraining.from_text(text)
+    from nemo_upcycle.pipeline.nemo_training import NeMoTraining
+
+    return NeMoTraining(text)
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -156,64 +184,6 @@ def required_training(plan: Plan, stage: str) -> Training:
     training = plan.training(stage)
     assert training is not None
     return training
-
-
-@dataclass(frozen=True)
-class RunPlan(Plan):
-    """Everything that the stages of a run need to know, as plain values.
-
-    Recipes are texts, of NeMo in NeMo-Run's own serialised form: a stage builds them only after it has checked that
-    it may start.
-
-    Args:
-        recipe: name of the upcycling recipe, for titles.
-        dense: address of the dense parent.
-        data: a blend (a name in `conf/data`, or a YAML file), or a finished folder of `nemo-upcycle data`.
-        evaluation: a name in `conf/evaluation`, or a YAML file.
-        pretrain: the recipe of the upcycled model, as its trainer writes it.
-        dense_ct: the recipe of the dense baseline; None omits it.
-        trainer: `nemo` or `bridge`.
-    """
-
-    file: ClassVar[str] = PLAN
-    kind: ClassVar[str] = "a run of the pipeline"
-    files: ClassVar[Mapping[str, str]] = {"data": "data", "evaluation": "evaluation"}
-
-    recipe: str
-    dense: str
-    data: str
-    evaluation: str
-    pretrain: str
-    dense_ct: str | None
-    trainer: str = "nemo"
-
-    def setting(self, name: str) -> Any:
-        """See `Plan.setting`: a field, how many steps a training takes, or what the check of step 0 depends on."""
-        if name == "step 0":
-            return self.training_settings("pretrain").step0
-        if name.endswith(STEPS):
-            return self.training_settings(name.removesuffix(STEPS)).steps
-        return self.training_settings(name).fixed if self.training_text(name) else self.content_of(name)
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        """See `Plan.stages`: the chain."""
-        from nemo_upcycle.pipeline.stages import STAGES
-
-        return STAGES
-
-    def training_text(self, stage: str) -> str | None:
-        """See `Plan.training_text`."""
-        return {"pretrain": self.pretrain, "dense_ct": self.dense_ct}.get(stage)
-
-    def inputs(self) -> tuple[str, ...]:
-        """See `Plan.inputs`."""
-        return self.dense, self.data, self.evaluation
-
-    @property
-    def blend(self) -> str | None:
-        """See `Plan.blend`."""
-        return None if Path(self.data).is_dir() else self.data
 
 
 @dataclass(frozen=True)

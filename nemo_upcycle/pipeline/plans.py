@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_upcycle.pipeline.ablations.plan import GridPlan
-from nemo_upcycle.pipeline.plan import Plan, RunPlan
+from nemo_upcycle.pipeline.ablations.stages import GridPlan
+from nemo_upcycle.pipeline.plan import Plan
+from nemo_upcycle.pipeline.stages import RunPlan
 
 
 def kind_of(run_dir: Path) -> type[Plan] | None:

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fiddle as fdl
 import nemo_run as run
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
-from torch.nn.parallel import DistributedDataParallel
 
-from nemo_upcycle.errors import SpecError, did_you_mean
-from nemo_upcycle.models.megatron_config import check_spec
+from nemo_upcycle.errors import SpecError
 from nemo_upcycle.pipeline.console import quiet_imports
-from nemo_upcycle.training.layout import check_layout
-from nemo_upcycle.training.schedules import schedules_of
-from nemo_upcycle.training.values import check_values, setting
-from nemo_upcycle.utils.validation import is_whole
 
 
 def dump_recipe(recipe: run.Partial) -> str:
@@ -32,15 +25,6 @@ def load_recipe(text: str) -> run.Partial:
     """Return the recipe of a text from `dump_recipe`."""
     with quiet_imports():  # a stage's own process has not imported NeMo yet
         return ZlibJSONSerializer().deserialize(text)
-
-
-def write_recipes(run_dir: Path, recipes: Mapping[str, Any]) -> None:
-    """Write the recipes of a run as `recipes/NAME.yaml`, for people: one setting per line, named like an override."""
-    folder = run_dir / "recipes"
-    folder.mkdir(exist_ok=True)
-    for name, recipe in recipes.items():
-        lines = [f"{key}: {value}\n" for key, value in settings(recipe)] if recipe else []
-        (folder / f"{name}.yaml").write_text("".join(lines), encoding="utf-8")
 
 
 def settings(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -61,84 +45,6 @@ def _plain(value: Any) -> str:
     if value is None or isinstance(value, (bool, str)):
         return json.dumps(value, ensure_ascii=False)
     return str(list(value) if isinstance(value, tuple) else value)
-
-
-def ranks_of(recipe: run.Partial, where: str = "") -> tuple[int, int]:
-    """Return the nodes and the ranks per node that a recipe's trainer asks for.
-
-    Args:
-        recipe: of a training job.
-        where: prefix of its overrides, for the text of errors.
-
-    Raises:
-        SpecError: a number is missing or not valid.
-    """
-    return _whole(recipe, "num_nodes", 1, where), _whole(recipe, "devices", None, where)
-
-
-def _whole(recipe: run.Partial, name: str, default: int | None, where: str) -> int:
-    value: Any = getattr(recipe.trainer, name, None)
-    value = default if value is None else value
-    if not is_whole(value, 1):
-        raise SpecError(
-            f"{where}trainer.{name}", got=value, expected="a whole number from 1 on", fix=f"set {name} to how many"
-        )
-    return value
-
-
-def check_recipe(recipe: run.Partial, where: str = "") -> None:
-    """Check a recipe before it is launched.
-
-    Args:
-        recipe: of a training job.
-        where: prefix of its overrides, for the text of errors.
-
-    Raises:
-        SpecError: layout, model, data and ranks do not fit, or the upcycling spec is not valid or not the model's.
-    """
-    nodes, per_node = ranks_of(recipe, where)
-    check_settings(recipe, where)
-    try:
-        check_layout(recipe.trainer.strategy, recipe.model.config, recipe.data, nodes * per_node)
-    except SpecError as error:
-        raise _located(error, where) from None
-
-
-def check_settings(recipe: run.Partial, where: str = "") -> None:
-    """Check what can be told of a recipe whatever ranks it gets: names, values, and that spec and model agree.
-
-    Args:
-        recipe: of a training job.
-        where: prefix of its overrides, for the text of errors.
-
-    Raises:
-        SpecError: a setting is not valid, or not the spec's.
-    """
-    _check_names(recipe.trainer.strategy, f"{where}trainer.strategy")
-    check_values(recipe, "nemo", where)
-    names = inspect.signature(schedules_of).parameters  # of `UpcycleOptimizer`; NeMo's own has none of them
-    try:
-        schedules_of(**{name: value for name in names if (value := setting(recipe, f"optim.{name}")) is not None})
-    except SpecError as error:
-        raise SpecError(f"{where}optim.{error}") from None
-    try:
-        if setting(recipe, "resume.restore_config.spec"):
-            check_spec(recipe.model.config, spec_of(recipe))
-    except SpecError as error:
-        raise _located(error, where) from None
-
-
-def _located(error: SpecError, where: str) -> SpecError:
-    return SpecError(f"{where[:-1]}: {error}" if where else str(error))
-
-
-def _check_names(strategy: Any, where: str) -> None:
-    """Check the names of a strategy's settings: NeMo's class takes any keyword and ignores unknown ones."""
-    classes = (*strategy.__fn_or_cls__.__mro__, DistributedDataParallel)
-    known = {name for cls in classes if "__init__" in vars(cls) for name in inspect.signature(cls.__init__).parameters}
-    for name in strategy.__arguments__:
-        if name not in known:
-            raise SpecError(f"setting '{where}.{name}' does not exist.{did_you_mean(name, known, prefix=f'{where}.')}")
 
 
 def spec_of(recipe: run.Partial) -> Any:

@@ -1,4 +1,4 @@
-"""The stages of the chain: import, data, upcycle, pretrain, dense_ct, export, evaluate, report.
+"""The plan of a run, and its stages: import, data, upcycle, pretrain, dense_ct, export, evaluate, report.
 
 Every stage can be run alone and again. Heavy libraries are imported by the stage that needs them.
 """
@@ -6,12 +6,14 @@ Every stage can be run alone and again. Heavy libraries are imported by the stag
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nemo_upcycle.errors import StageError, StageStopped
 from nemo_upcycle.pipeline.markers import STEPS, StageFolder
-from nemo_upcycle.pipeline.plan import Plan, RunPlan, Stage, required_training
+from nemo_upcycle.pipeline.plan import PLAN, Plan, Stage, required_training
 from nemo_upcycle.pipeline.trainings import last_checkpoint
 from nemo_upcycle.sources.safetensors_folder import INDEX, SINGLE
 from nemo_upcycle.utils.files import read_json
@@ -20,6 +22,58 @@ from nemo_upcycle.utils.files import read_json
 logger = logging.getLogger(__name__)
 #: Size of the real text that the step-0 check runs on: B windows of S tokens.
 SAMPLE_WINDOWS, SAMPLE_WINDOW_TOKENS = 2, 256
+
+
+@dataclass(frozen=True)
+class RunPlan(Plan):
+    """Everything that the stages of a run need to know, as plain values.
+
+    Recipes are texts, of NeMo in NeMo-Run's own serialised form: a stage builds them only after it has checked that
+    it may start.
+
+    Args:
+        recipe: name of the upcycling recipe, for titles.
+        dense: address of the dense parent.
+        data: a blend (a name in `conf/data`, or a YAML file), or a finished folder of `nemo-upcycle data`.
+        evaluation: a name in `conf/evaluation`, or a YAML file.
+        pretrain: the recipe of the upcycled model, as its trainer writes it.
+        dense_ct: the recipe of the dense baseline; None omits it.
+        trainer: `nemo` or `bridge`.
+    """
+
+    file: ClassVar[str] = PLAN
+    kind: ClassVar[str] = "a run of the pipeline"
+    files: ClassVar[Mapping[str, str]] = {"data": "data", "evaluation": "evaluation"}
+
+    recipe: str
+    dense: str
+    data: str
+    evaluation: str
+    pretrain: str
+    dense_ct: str | None
+    trainer: str = "nemo"
+
+    def setting(self, name: str) -> Any:
+        """See `Plan.setting`; "step 0" is what the check of step 0 depends on."""
+        return self.training_settings("pretrain").step0 if name == "step 0" else super().setting(name)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """See `Plan.stages`: the chain."""
+        return STAGES
+
+    def training_text(self, stage: str) -> str | None:
+        """See `Plan.training_text`."""
+        return {"pretrain": self.pretrain, "dense_ct": self.dense_ct}.get(stage)
+
+    def inputs(self) -> tuple[str, ...]:
+        """See `Plan.inputs`."""
+        return self.dense, self.data, self.evaluation
+
+    @property
+    def blend(self) -> str | None:
+        """See `Plan.blend`."""
+        return None if Path(self.data).is_dir() else self.data
 
 
 def import_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
@@ -244,12 +298,14 @@ def report_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 def _planned(run_dir: Path, plan: RunPlan) -> dict[str, dict[str, float]]:
     """Return memory and speed by the planner, of the trainings that ran on cards that it knows."""
+    from nemo_upcycle.pipeline.forecast.planned import planned_of
+
     planned = {}
     for stage in ("pretrain", "dense_ct"):
         training, settings = plan.training(stage), run_dir / stage / "training.json"
         if not training or not settings.is_file() or not (card := read_json(settings).get("card")):
             continue
-        if found := training.planned(plan.dense, card):
+        if found := planned_of(training.facts(plan.dense), card):
             planned[stage] = found
     return planned
 

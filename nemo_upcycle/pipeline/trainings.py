@@ -1,4 +1,4 @@
-"""A training as the stages and jobs of a run see it, whatever trains: NeMo or Megatron-Bridge."""
+"""A training as everything outside the trainers sees it: the contract that NeMo and Megatron-Bridge fill."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nemo_upcycle.errors import StageError
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.planning.layout import Layout
+from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.spec import UpcycleSpec
+
+
+#: Megatron's modules that are recomputed -> the planner's kind.
+_RECOMPUTES = {"moe": "moe", "mlp": "moe", "moe_act": "moe_act"}
 
 
 @dataclass(frozen=True)
@@ -117,12 +124,119 @@ class Profile:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluations:
+    """What a training scores on its way.
+
+    Args:
+        suite: its name, or the folder of a finished one.
+        every_n_steps: steps from one evaluation to the next.
+        limit: items of a task, at most; None: all.
+        batch_size: texts of a pass; None: as the suite says.
+    """
+
+    suite: str
+    every_n_steps: int = 500
+    limit: int | None = None
+    batch_size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingFacts:
+    """What jobs, a forecast and a grid ask of a training.
+
+    Args:
+        recipe: its name.
+        arch: of its model.
+        knows_vocabulary: whether `arch` counts the embeddings.
+        layout: parallel sizes.
+        profile: how it uses its GPUs.
+        seq_length: tokens of a sequence.
+        global_batch: sequences of a step.
+        steps: of the whole training.
+        capacity_factor: of the experts; None drops nothing.
+        pad: whether experts are padded up to their capacity.
+        grouped: whether the experts multiply as one grouped product.
+        recompute: the planner's kind, as the training begins.
+        first_steps: after how many steps it ceases to recompute MoE layers; 0: it goes on as it begins.
+        overlap: whose traffic runs beside computation, in the planner's words.
+        weight_bytes: of a parameter in a checkpoint.
+        save_every: steps between two checkpoints.
+        save_setting: the override that sets it.
+        keeps: checkpoints that stay at its end; None: all.
+        evaluations: what it scores on its way; None: nothing.
+        schedule: what tells schedules of the learning rate apart.
+        is_rate_constant: whether the learning rate stays what it is.
+    """
+
+    recipe: str
+    arch: Architecture
+    knows_vocabulary: bool
+    layout: Layout
+    profile: Profile
+    seq_length: int
+    global_batch: int
+    steps: int
+    capacity_factor: float | None
+    pad: bool
+    grouped: bool
+    recompute: str
+    first_steps: int = 0
+    overlap: tuple[str, ...] = ()
+    weight_bytes: int
+    save_every: int
+    save_setting: str
+    keeps: int | None
+    evaluations: Evaluations | None = None
+    schedule: str
+    is_rate_constant: bool
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step."""
+        return self.seq_length * self.global_batch
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of a checkpoint with optimizer states."""
+        return (self.weight_bytes + OPTIMIZER_BYTES) * self.arch.total_params
+
+    @staticmethod
+    def of_model(config: Any, arch: Architecture, layout: Layout, profile: Profile) -> dict[str, Any]:
+        """Return the facts that follow from Megatron's configuration of a model, of either trainer.
+
+        Args:
+            config: a `TransformerConfig`, or NeMo-Run's configuration of one.
+            arch: of the model.
+            layout: parallel sizes.
+            profile: how it uses its GPUs.
+        """
+        granularity = config.recompute_granularity
+        modules = (config.recompute_modules or []) if granularity == "selective" else []
+        chosen = next((_RECOMPUTES[name] for name in modules if name in _RECOMPUTES), "none")
+        return {
+            "arch": arch,
+            "layout": layout,
+            "profile": profile,
+            "capacity_factor": config.moe_expert_capacity_factor if arch.num_experts else None,
+            "pad": bool(arch.num_experts and config.moe_pad_expert_input_to_capacity),
+            "grouped": bool(getattr(config, "moe_grouped_gemm", False)),
+            "recompute": "full" if granularity == "full" else chosen,
+        }
+
+
 class Training(ABC):
-    """What a stage asks of a training; one subclass a trainer, made from the text in a run's plan.
+    """What everything outside the trainers asks of a training; one subclass a trainer, made from a plan's text.
 
     `dense_folder` is the dense parent's, as the import stage found it: recipes of some trainers are complete with it
     alone.
     """
+
+    #: Names of its settings: of the steps, of those that its result does not depend on, and of those that the check of
+    #: step 0 depends on; with a dot at the end, the beginnings of names.
+    steps_setting: ClassVar[str]
+    free_settings: ClassVar[tuple[str, ...]]
+    step0_settings: ClassVar[tuple[str, ...]]
 
     @property
     @abstractmethod
@@ -135,15 +249,57 @@ class Training(ABC):
         return None
 
     @abstractmethod
+    def named_settings(self) -> dict[str, str]:
+        """Return every setting that is known without the parent, by the name of its override."""
+
     def settings(self) -> TrainingSettings:
         """Return its settings, told apart by whether they may change in a run that has started."""
+        return TrainingSettings.sorted_by(
+            self.named_settings(), steps=self.steps_setting, free=self.free_settings, step0=self.step0_settings
+        )
 
     @abstractmethod
-    def profile(self, dense: str) -> Profile | None:
-        """Return how it uses its GPUs; None where that is not known before the parent is fetched.
+    def facts(self, dense: str) -> TrainingFacts | None:
+        """Return what it is and takes; None where that is not known before the parent is fetched.
 
         Args:
             dense: the parent's address.
+        """
+
+    @abstractmethod
+    def shown_settings(self, dense: str) -> dict[str, Any]:
+        """Return the values of the settings that people look at, by the names of their overrides."""
+
+    @abstractmethod
+    def check(self, stage: str) -> None:
+        """Check what can be told without the parent and without what the machine has.
+
+        Args:
+            stage: `pretrain`, or `dense_ct`, which upcycles nothing.
+
+        Raises:
+            UpcycleError: a setting is not valid; the text names it.
+        """
+
+    @abstractmethod
+    def check_parent(self, stage: str, dense: str, *, remote: bool) -> None:
+        """Check that the training can start from a parent.
+
+        Args:
+            stage: as `check` takes it.
+            dense: the parent's address.
+            remote: whether to fetch what is not here, and to fail where that cannot be.
+
+        Raises:
+            UpcycleError: it cannot.
+        """
+
+    @abstractmethod
+    def check_here(self, stage: str) -> None:
+        """Check that this machine has what the training asks for.
+
+        Raises:
+            UpcycleError: it has not.
         """
 
     @abstractmethod
@@ -177,31 +333,6 @@ class Training(ABC):
             StageStopped: it was told to stop, and can go on.
             StageError: it left no checkpoint.
         """
-
-    def planned(self, dense: str, card: str) -> dict[str, float] | None:
-        """Return memory and speed by the planner, to stand beside what was measured; None where it cannot tell.
-
-        Args:
-            dense: the parent's address.
-            card: name of the cards that it ran on.
-        """
-        return None
-
-
-def open_training(trainer: str, text: str) -> Training:
-    """Return the training of a plan's text.
-
-    Args:
-        trainer: `nemo` or `bridge`.
-        text: the recipe, as the trainer's subclass writes it.
-    """
-    if trainer == "bridge":
-        from nemo_upcycle.pipeline.bridge.training import BridgeTraining
-
-        return BridgeTraining.from_text(text)
-    from nemo_upcycle.pipeline.nemo_training import NeMoTraining
-
-    return NeMoTraining(text)
 
 
 def last_checkpoint(folder: Path) -> Path:

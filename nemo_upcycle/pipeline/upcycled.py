@@ -18,8 +18,9 @@ from nemo_upcycle.data.blend_module import mock_tokenizer
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.families import find_nemo_module, parents
 from nemo_upcycle.models.megatron_config import moe_fields, router_fields
+from nemo_upcycle.pipeline.nemo_checks import check_settings
 from nemo_upcycle.pipeline.ranks import is_first_rank
-from nemo_upcycle.pipeline.recipes_io import check_settings, train_on
+from nemo_upcycle.pipeline.recipes_io import train_on
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.training.metrics import MetricsLogger
 from nemo_upcycle.training.optimizer import UpcycleOptimizer

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.pipeline.plan import RunPlan
+from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 from nemo_upcycle.utils.files import is_complete, read_json
 from tests.distributed.ranks import run_ranks

@@ -48,8 +48,9 @@ def test_a_profile_is_the_recipes(
 
     monkeypatch.setenv(DENSE, "")  # which the training sets
     (tmp_path / "tokenizer.json").write_text("{}")
-    found = BridgeTraining(name, nodes=16, ranks_per_node=8).profile(str(tmp_path))
-    assert found is not None
+    facts = BridgeTraining(name, nodes=16, ranks_per_node=8).facts(str(tmp_path))
+    assert facts is not None
+    found = facts.profile
     assert ((found.tp, found.cp, found.pp, found.ep), found.precision) == (sizes, precision)
     assert found.dispatcher != "none"
 

@@ -151,7 +151,7 @@ def train_rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> 
     import nemo_run as run
     from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
-    from nemo_upcycle.pipeline.recipes_io import check_recipe
+    from nemo_upcycle.pipeline.nemo_checks import check_recipe
 
     recipe = tiny_recipe(parent, data, folder, options)
     if every := options.get("validate_every"):

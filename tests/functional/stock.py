@@ -11,7 +11,7 @@ from nemo import lightning as nl
 from nemo.collections import llm
 
 from nemo_upcycle import UpcycleSpec
-from nemo_upcycle.pipeline.launch import pipeline
+from nemo_upcycle.pipeline.nemo_pipeline import pipeline
 from nemo_upcycle.recipes import upcycled
 from tests.functional.tiny import BATCH, SEQUENCE, SIZES
 

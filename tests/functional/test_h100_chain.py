@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nemo_upcycle.pipeline.plan import RunPlan
+from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.utils.files import is_complete, read_json
 from tests.functional.test_pipeline import STAGES, run_in_own_process
 from tests.functional.tiny import EVALUATION, write_texts

@@ -85,7 +85,8 @@ def _rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> Any:
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from nemo_upcycle.cpu.backend import use_cpu_backend
-    from nemo_upcycle.pipeline.recipes_io import check_recipe, place_recipe
+    from nemo_upcycle.pipeline.nemo_checks import check_recipe
+    from nemo_upcycle.pipeline.recipes_io import place_recipe
     from nemo_upcycle.recipes import smollm2_135m_e8t2
     from nemo_upcycle.recipes.common import use_spec
     from nemo_upcycle.recipes.h100 import adjust

@@ -116,19 +116,18 @@ def test_other_executors_start_nothing_after_a_failed_stage(
     import nemo_run as run
 
     from nemo_upcycle.errors import StageError
-    from nemo_upcycle.pipeline import in_turn
+    from nemo_upcycle.pipeline import run_here
     from nemo_upcycle.pipeline.jobs import jobs_of
-    from nemo_upcycle.pipeline.plan import RunPlan
     from nemo_upcycle.pipeline.recipes_io import dump_recipe
-    from nemo_upcycle.pipeline.stages import STAGES
+    from nemo_upcycle.pipeline.stages import STAGES, RunPlan
     from nemo_upcycle.recipes import smollm2_135m_e8t2
 
     monkeypatch.setenv("NEMORUN_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(in_turn, "is_local", lambda executor: False)
+    monkeypatch.setattr(run_here, "is_local", lambda executor: False)
     recipe = dump_recipe(smollm2_135m_e8t2.pretrain_recipe())
     plan = RunPlan("tiny", str(tmp_path / "absent"), "sotu", "demo", recipe, None)
     plan.write(tmp_path / "run")
     jobs = jobs_of(STAGES, tmp_path / "run", plan)
     with pytest.raises(StageError, match="Stage 'import' did not finish"):
-        in_turn.run_in_turn(jobs, tmp_path / "run", plan, run.LocalExecutor())
+        run_here.run_stages(jobs, tmp_path / "run", plan, run.LocalExecutor())
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {"dense", "import", "pipeline.json"}

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from nemo_upcycle.pipeline.plan import RunPlan
+from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.utils.files import MARKER, is_complete, read_json
 from tests.distributed.ranks import run_ranks
 from tests.functional.tiny import EVALUATION, shrink, write_inputs

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.pipeline.plan import RunPlan
+from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 from tests.functional.started import STAGE, start_training
 from tests.functional.tiny import shrink, write_finished_inputs

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import nemo_run as run
-from nemo_run.cli.cli_parser import parse_cli_args
-
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.arms import MARGIN, ROUNDING
 from nemo_upcycle.evaluation.heldout import TASK
-from nemo_upcycle.pipeline.ablations.plan import SUITE, GridPlan
-from nemo_upcycle.pipeline.recipes_io import check_recipe, dump_recipe, train_on
-from nemo_upcycle.pipeline.upcycled import use_spec
-from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.pipeline.ablations.stages import SUITE, GridPlan
+from nemo_upcycle.pipeline.nemo_arms import build_arm, cell_of
+from nemo_upcycle.pipeline.nemo_training import NeMoTraining
+from nemo_upcycle.pipeline.recipes_io import dump_recipe
+from nemo_upcycle.pipeline.trainings import Evaluations
 from nemo_upcycle.suites.suite_config import read_suite_config
 from nemo_upcycle.utils.conf import read_conf, template
 from nemo_upcycle.utils.nested import flat
@@ -66,22 +63,22 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
     seeds = _seeds(f"{path}: seeds", content.get("seeds", [1234]))
     watch = _mapping(f"{path}: evaluate", content.get("evaluate"), _EVALUATE_KEYS)
     suite = _suite_of(f"{path}: evaluate.suite", str(watch.pop("suite", "watch")), folder)
-    callback = _watch(f"{path}: evaluate", watch)
+    evaluations = _evaluations(f"{path}: evaluate", watch)
     defaults = _mapping(f"{path}: defaults", content.get("defaults"))
     cells, described = {}, {}
     for arm, values in arms.items():
-        recipe = _recipe(f"{path}: arms.{arm}", values, defaults)
-        recipe.trainer.callbacks.append(callback)
+        recipe = build_arm(f"{path}: arms.{arm}", values, defaults)
         for seed in seeds:
             cell = f"{arm}-seed{seed}"
-            cells[cell] = dump_recipe(_seeded(recipe, seed, cell))
+            cells[cell] = cell_of(recipe, seed, cell, evaluations)
+            facts = NeMoTraining(cells[cell]).facts("")
             described[cell] = {
                 "arm": arm,
                 "seed": seed,
-                "steps": recipe.trainer.max_steps,
-                "tokens_per_step": recipe.data.global_batch_size * recipe.data.seq_length,
-                "schedule": _schedule(recipe.optim),
-                "is_rate_constant": _is_rate_constant(recipe.optim),
+                "steps": facts.steps,
+                "tokens_per_step": facts.step_tokens,
+                "schedule": facts.schedule,
+                "is_rate_constant": facts.is_rate_constant,
             }
     table = {
         "about": content.get("about", ""),
@@ -89,7 +86,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         "cells": described,
         "references": _references(f"{path}: references", content.get("references"), arms),
         "margin": _margin(f"{path}: margin", content.get("margin", MARGIN)),
-        "budgets": _budgets(f"{path}: budgets", content.get("budgets"), described, callback.every_n_steps),
+        "budgets": _budgets(f"{path}: budgets", content.get("budgets"), described, evaluations.every_n_steps),
     }
     parent, vocabulary = _parent(f"{path}: parent", content.get("parent")) if not dense else (None, None)
     if not parent and not (dense or content.get("dense")):
@@ -113,21 +110,6 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         cells,
         table,
     )
-
-
-def _schedule(optim: Any) -> str:
-    """Return what tells schedules of the learning rate apart."""
-    scheduler = getattr(optim, "lr_scheduler", None)
-    settings = "constant"
-    if scheduler is not None:
-        given = ", ".join(f"{name}={value}" for name, value in sorted(scheduler.__arguments__.items()))
-        settings = f"{scheduler.__fn_or_cls__.__name__}({given})"
-    return f"lr={optim.config.lr}, {settings}"
-
-
-def _is_rate_constant(optim: Any) -> bool:
-    scheduler = getattr(optim, "lr_scheduler", None)
-    return scheduler is None or getattr(scheduler, "min_lr", None) == optim.config.lr
 
 
 def _margin(where: str, value: Any) -> float:
@@ -180,48 +162,11 @@ def _read_arm(where: str, values: Any, folder: Path) -> dict[str, Any]:
     return values
 
 
-def _recipe(where: str, arm: Mapping[str, Any], defaults: Mapping[str, Any]) -> run.Partial:
-    """Build the recipe of an arm as the command line would, and check it."""
-    from nemo.collections.llm.api import pretrain
-
-    from nemo_upcycle.pipeline.context import CheckedContext
-
-    overrides = [f"{name}={value}" for name, value in (dict(defaults) | arm["set"]).items()]
-    context = CheckedContext(name="pretrain", factory=arm["factory"], dryrun=True)
-    context.executor = None
-    try:
-        recipe = context.parse_fn(pretrain, overrides)
-        spec = getattr(getattr(recipe.resume, "restore_config", None), "spec", None)
-        if arm["spec"]:
-            if spec is None:
-                raise UpcycleError("spec", got=arm["spec"], expected="none of a dense recipe", fix="leave it out")
-            use_spec(recipe, UpcycleSpec(**(dict(spec.__arguments__) | arm["spec"])))
-            parse_cli_args(recipe, overrides)  # what is set has the last word
-        check_recipe(recipe)
-    except UpcycleError as error:
-        raise UpcycleError(f"{where}: {error}") from None
-    except TypeError as error:  # a field that the spec does not have
-        raise UpcycleError(f"{where}: spec", got=error, expected="fields of UpcycleSpec", fix="correct it") from None
-    return recipe
-
-
-def _seeded(recipe: run.Partial, seed: int, name: str) -> run.Partial:
-    """Return an arm's recipe for one seed: of the router, of the method's random numbers, of the order of the data."""
-    mine = copy.deepcopy(recipe)
-    train_on(mine, "data", "parent")  # both take their places when the training starts
-    mine.data.seed, mine.log.name = seed, name
-    if mine.resume.restore_config.spec:
-        mine.resume.restore_config.spec.seed = seed
-    return mine
-
-
-def _watch(where: str, values: Mapping[str, Any]) -> run.Config:
-    from nemo_upcycle.training.evaluating import EvaluateWhileTraining
-
+def _evaluations(where: str, values: Mapping[str, Any]) -> Evaluations:
     for key, value in values.items():
         if not is_whole(value, 1):
             raise UpcycleError(f"{where}.{key}", got=value, expected="a whole number from 1 on", fix="write one")
-    return run.Config(EvaluateWhileTraining, suite=SUITE, **values)
+    return Evaluations(suite=SUITE, **values)
 
 
 def _parent(where: str, values: Any) -> tuple[str | None, int | None]:
@@ -237,7 +182,7 @@ def _parent(where: str, values: Any) -> tuple[str | None, int | None]:
             expected="a whole number from 300 on",
             fix="write 2048",
         )
-    recipe = _recipe(where, values, {})
+    recipe = build_arm(where, values, {})
     if recipe.resume.restore_config.spec:
         raise UpcycleError(f"{where}.factory", got="an upcycled model", expected="a dense one", fix="name its parent")
     return dump_recipe(recipe), values["vocabulary"]

@@ -9,15 +9,15 @@ from typing import Any, ClassVar
 import nemo_run as run
 
 from nemo_upcycle.pipeline.ablations.grid import read_grid
-from nemo_upcycle.pipeline.ablations.plan import GridPlan
-from nemo_upcycle.pipeline.checks import check_started, is_local
-from nemo_upcycle.pipeline.commands import chain_of, check_chain, run_jobs, started, whole_path
+from nemo_upcycle.pipeline.ablations.stages import GridPlan
+from nemo_upcycle.pipeline.checks import check_started
+from nemo_upcycle.pipeline.commands import whole_path
 from nemo_upcycle.pipeline.context import PipelineContext
+from nemo_upcycle.pipeline.executors.base import is_local
 from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
-from nemo_upcycle.pipeline.executors.settings import cluster_for
-from nemo_upcycle.pipeline.jobs import jobs_of
+from nemo_upcycle.pipeline.launch import launch
 from nemo_upcycle.pipeline.order import require_outputs
-from nemo_upcycle.pipeline.side_by_side import check_at_once, run_side_by_side
+from nemo_upcycle.pipeline.run_here import check_at_once
 from nemo_upcycle.utils.files import MARKER
 
 
@@ -61,22 +61,10 @@ def ablate(
         )
         check_started(run_dir, plan)
         require_outputs(plan.stages, run_dir, plan)
-    cluster = cluster_for(ctx.executor)
     check_at_once(at_once, is_here=is_local(ctx.executor))
-    jobs = jobs_of(plan.stages, run_dir, plan)
-    chain = chain_of(cluster, jobs, run_dir, plan)
     sys.stdout.write(_summary(plan, run_dir))
-    if ctx.dryrun:
+    if ctx.dryrun or not launch(ctx, run_dir, plan, plan.stages, at_once=at_once):
         return
-    if chain:
-        check_chain(chain)
-    if not ctx.may_go_on():
-        return
-    with started(run_dir, plan, chain):
-        if at_once > 1 and not chain:
-            run_side_by_side(jobs, run_dir, plan, at_once)
-        else:
-            run_jobs(jobs, run_dir, plan, chain, ctx)
     if not ctx.detach:
         sys.stdout.write("\n" + (run_dir / "table" / "table.md").read_text(encoding="utf-8"))
 

@@ -2,7 +2,7 @@
 
 import nemo_run as run
 
-from nemo_upcycle.pipeline.bridge.launch import pipeline
+from nemo_upcycle.pipeline.bridge.pipeline import pipeline
 
 
 @run.cli.factory(target=pipeline, name="smollm2_135m_e8t2")

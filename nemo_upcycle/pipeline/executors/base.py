@@ -107,6 +107,15 @@ class UnreachableError(UpcycleError):
     """The scheduler did not answer, or not in a way that says anything about the request: worth another try."""
 
 
+def is_local(executor: Any) -> bool:
+    """Return whether the stages run on this machine."""
+    if executor is None:
+        return True
+    from nemo_run import LocalExecutor  # seconds, which a stage's own process need not wait
+
+    return isinstance(executor, LocalExecutor)
+
+
 class Cluster(ABC):
     """A scheduler that runs jobs; one subclass an executor, in one file.
 

@@ -13,8 +13,7 @@ from nemo_upcycle.data.finished import BUILD, TOKENS
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.pipeline.forecast.stages import StageForecast
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast
-from nemo_upcycle.pipeline.plan import RunPlan
-from nemo_upcycle.pipeline.stages import data_folder_of
+from nemo_upcycle.pipeline.stages import RunPlan, data_folder_of
 from nemo_upcycle.sources.checkpoints import complete_checkpoints
 from nemo_upcycle.utils.files import resolved
 
@@ -97,7 +96,7 @@ def forecast_disk(
     run_dir: Path,
     plan: RunPlan,
     stages: Sequence[StageForecast],
-    models: Mapping[str, Architecture],
+    models: Mapping[str, Architecture | None],
     trainings: Mapping[str, TrainingForecast],
     *,
     is_parallel: bool,
@@ -108,7 +107,7 @@ def forecast_disk(
         run_dir: the run's folder; need not exist.
         plan: what the stages are given.
         stages: what happens to each.
-        models: architectures of the two trainings, by stage.
+        models: architectures of the two trainings, by stage; None: not known before the parent is fetched.
         trainings: those of them that are among the stages.
         is_parallel: whether both trainings may run at the same time.
     """
@@ -118,16 +117,16 @@ def forecast_disk(
         if not stage.runs:
             continue
         if stage.name == "import" and plan.dense.startswith("asset://"):  # others stay where they are
-            uses.append(_model_use(stage.name, "dense parent", _dense_params(moe)))
+            uses.append(_model_use(stage.name, "dense parent", moe and _dense_params(moe)))
         elif stage.name == "data" and not Path(plan.data).is_dir():
             uses.append(_data_use(plan.data, moe, data_folder_of(run_dir, plan)))
         elif stage.name == "upcycle":
-            uses.append(_model_use(stage.name, "model of step 0", moe.total_params))
-        elif stage.name in trainings:
-            uses.append(_checkpoints_use(trainings[stage.name]))
+            uses.append(_model_use(stage.name, "model of step 0", moe and moe.total_params))
+        elif stage.name in models:
+            uses.append(_checkpoints_use(stage.name, trainings.get(stage.name)))
         elif stage.name == "export":
             uses += [
-                _model_use(stage.name, f"exported model of {name}", model.total_params)
+                _model_use(stage.name, f"exported model of {name}", model and model.total_params)
                 for name, model in models.items()
             ]
     folder = next(path for path in (resolved(run_dir), *resolved(run_dir).parents) if path.exists())
@@ -135,7 +134,9 @@ def forecast_disk(
     return DiskForecast(folder, shutil.disk_usage(folder).free, tuple(uses), at_once)
 
 
-def _model_use(stage: str, what: str, params: int) -> DiskUse:
+def _model_use(stage: str, what: str, params: int | None) -> DiskUse:
+    if params is None:
+        return DiskUse(stage, what, 0, 0, unknown=what)
     return DiskUse(stage, what, _MODEL_BYTES * params, _MODEL_BYTES * params)
 
 
@@ -143,26 +144,30 @@ def _dense_params(arch: Architecture) -> int:
     return replace(arch, num_experts=None, moe_pattern=None, shared_ffn_size=0).total_params
 
 
-def _checkpoints_use(training: TrainingForecast) -> DiskUse:
+def _checkpoints_use(stage: str, training: TrainingForecast | None) -> DiskUse:
+    what = f"checkpoints of {stage}"
+    if training is None:
+        return DiskUse(stage, what, 0, 0, unknown=what)
+    size_bytes = training.facts.checkpoint_bytes
     newest = training.stage.finding.checkpoint
     present = len(complete_checkpoints(newest.parent)) if newest else 0
     at_once = max(training.checkpoints_at_once, present + (training.steps_left > 0))  # a new one, then old ones go
     return DiskUse(
-        training.stage.name,
-        f"checkpoints of {training.stage.name}",
-        training.checkpoints_kept * training.checkpoint_bytes,
-        at_once * training.checkpoint_bytes,
-        present * training.checkpoint_bytes,
+        stage,
+        what,
+        training.checkpoints_kept * size_bytes,
+        at_once * size_bytes,
+        present * size_bytes,
     )
 
 
-def _data_use(data: str, arch: Architecture, folder: Path) -> DiskUse:
+def _data_use(data: str, arch: Architecture | None, folder: Path) -> DiskUse:
     """Return what a blend takes at most, which is known of the sources that are sampled to a number of tokens.
 
     Its tokens are merged from parts, and both lie there until it is finished.
     """
     sources = read_blend(data).config.sources
-    token_bytes = 4 if arch.vocab_size > _TWO_BYTE_TOKENS else 2
+    token_bytes = 2 if arch and arch.vocab_size <= _TWO_BYTE_TOKENS else 4
     kept_bytes = round(sum(source.tokens or 0 for source in sources.values()) * token_bytes)
     open_ended = [name for name, source in sources.items() if source.tokens is None]
     unknown = f"data of {', '.join(open_ended)}" if open_ended else ""

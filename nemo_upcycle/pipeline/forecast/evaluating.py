@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from nemo_upcycle.pipeline.trainings import Evaluations
 from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.suites.local_tasks import is_text
 from nemo_upcycle.suites.suite_config import SuiteConfig, read_suite_config
-from nemo_upcycle.training.evaluating import EvaluateWhileTraining
 from nemo_upcycle.utils.files import MARKER
 
 
@@ -40,25 +39,23 @@ class EvaluationForecast:
     share: float | None
 
 
-def forecast_evaluation(recipe: Any, plan: Plan | None) -> EvaluationForecast | None:
-    """Return what a recipe's `EvaluateWhileTraining` costs; None without one, or of a suite's folder.
+def forecast_evaluation(evaluations: Evaluations | None, plan: Plan | None) -> EvaluationForecast | None:
+    """Return what the evaluations of a training cost; None without any, or of a suite's folder.
 
     Every pass is taken to be as long as its longest text, in a pipeline that holds no other one.
 
     Args:
-        recipe: of the training.
+        evaluations: of the training.
         plan: of its usual steps, None without an estimate.
     """
-    callbacks = getattr(recipe.trainer, "callbacks", None) or []
-    callback = next((item for item in callbacks if item.__fn_or_cls__ is EvaluateWhileTraining), None)
-    if callback is None or (Path(callback.suite) / MARKER).is_file():
+    if evaluations is None or (Path(evaluations.suite) / MARKER).is_file():
         return None
-    config = read_suite_config(callback.suite)
-    parts = _parts(config, callback.limit) if config.local else None
+    config = read_suite_config(evaluations.suite)
+    parts = _parts(config, evaluations.limit) if config.local else None
     texts = None if parts is None else sum(count for count, _ in parts)
-    batch = callback.batch_size or config.batch_size
+    batch, every_n_steps = evaluations.batch_size or config.batch_size, evaluations.every_n_steps
     if plan is None or parts is None or isinstance(batch, str):
-        return EvaluationForecast(callback.suite, callback.every_n_steps, texts, None, None)
+        return EvaluationForecast(evaluations.suite, every_n_steps, texts, None, None)
     layout, sequence = plan.layout, plan.work.seq_length
     micro_batches = plan.work.global_batch / layout.dp / layout.micro_batch
     stage_s = plan.time.total / (micro_batches + (layout.pp - 1) / layout.vp) / 3  # forward, of forward and backward
@@ -69,7 +66,7 @@ def forecast_evaluation(recipe: Any, plan: Plan | None) -> EvaluationForecast | 
         passes = math.ceil(count * pieces / (batch * layout.dp))
         seconds += passes * batch * min(sequence, tokens) * token_s
     return EvaluationForecast(
-        callback.suite, callback.every_n_steps, texts, seconds, seconds / (callback.every_n_steps * plan.time.total)
+        evaluations.suite, every_n_steps, texts, seconds, seconds / (every_n_steps * plan.time.total)
     )
 
 

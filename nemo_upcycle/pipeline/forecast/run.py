@@ -12,7 +12,6 @@ from nemo_upcycle.pipeline.executors.base import Cluster, Job
 from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
 from nemo_upcycle.pipeline.executors.performance import PerformanceSetting
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast, forecast_disk
-from nemo_upcycle.pipeline.forecast.planned import model_of
 from nemo_upcycle.pipeline.forecast.settings import (
     Origins,
     Setting,
@@ -23,7 +22,8 @@ from nemo_upcycle.pipeline.forecast.settings import (
 from nemo_upcycle.pipeline.forecast.stages import StageForecast, State, forecast_stages
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast, forecast_training
 from nemo_upcycle.pipeline.jobs import performance_of
-from nemo_upcycle.pipeline.plan import RunPlan, Stage
+from nemo_upcycle.pipeline.plan import Stage, required_training
+from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.utils.files import size_text
 
 
@@ -59,8 +59,6 @@ def forecast(
     stages: Sequence[Stage],
     run_dir: Path,
     plan: RunPlan,
-    pretrain: Any,
-    dense_ct: Any,
     cluster: Cluster | None,
     jobs: Mapping[str, Job],
     origins: Origins,
@@ -71,9 +69,7 @@ def forecast(
     Args:
         stages: the part of the chain that was asked for.
         run_dir: the run's folder; need not exist.
-        plan: what the stages are given.
-        pretrain: recipe of the upcycled model, checked.
-        dense_ct: recipe of the dense baseline, or None.
+        plan: what the stages are given, checked.
         cluster: where the stages run; None: this machine, or `executor`. Its executor may have `origins` (by field,
             where a value comes from), a `price_per_gpu_hour`, and a `card` as in `nemo-upcycle plan --gpu`.
         jobs: by stage, what is asked of it.
@@ -81,25 +77,27 @@ def forecast(
         executor: the user's, where it has no scheduler of this package.
 
     Example:
-        >>> print(render_forecast(forecast(stages, run_dir, plan, moe, None, None, jobs, origins)))  # doctest: +SKIP
+        >>> print(render_forecast(forecast(stages, run_dir, plan, None, jobs, origins)))  # doctest: +SKIP
     """
     executor = cluster.executor if cluster else executor
     found = forecast_stages(stages, run_dir, plan, cluster, jobs, executor)
-    recipes = {"pretrain": pretrain} | ({"dense_ct": dense_ct} if dense_ct else {})
+    facts = {
+        stage.name: training.facts(plan.dense) for stage in plan.stages if (training := plan.training(stage.name))
+    }
     trainings = {
-        stage.name: forecast_training(recipes[stage.name], plan.dense, stage, executor)
-        for stage in found
-        if stage.name in recipes
+        stage.name: forecast_training(known, stage, executor) for stage in found if (known := facts.get(stage.name))
     }
     settings = list(run_settings(plan, origins))
-    for name in trainings:
-        settings += training_settings(name, recipes[name], origins)
+    for name in (stage.name for stage in found if stage.name in facts):
+        training, known = required_training(plan, name), facts[name]
+        recipe = known.recipe if known else plan.recipe
+        settings += training_settings(name, training.shown_settings(plan.dense), recipe, origins)
     if cluster is not None:
         settings += executor_settings(executor, origins, [stage.name for stage in stages])
-    models = {name: model_of(recipe, plan.dense)[0] for name, recipe in recipes.items()}
     holds_back = cluster is not None and cluster.holds_back  # then nothing but its inputs holds a training
+    models = {name: known.arch if known else None for name, known in facts.items()}
     disk = forecast_disk(run_dir, plan, found, models, trainings, is_parallel=holds_back)
-    fast = performance_of((jobs[name] for name in trainings), cluster, executor)
+    fast = performance_of((jobs[stage.name] for stage in found if stage.name in facts), cluster, executor)
     return Forecast(run_dir, plan.recipe, found, trainings, disk, tuple(settings), fast)
 
 
@@ -148,6 +146,8 @@ def _warnings(forecast: Forecast) -> Iterator[str]:
     for name, training in forecast.trainings.items():
         if training.stage.runs:
             yield from _training_warnings(name, training)
+    if not forecast.trainings and any(stage.name == "pretrain" and stage.runs for stage in forecast.stages):
+        yield "memory, time and sizes of the trainings are not known before the parent is fetched"
     if len({training.tokens for training in forecast.trainings.values()}) > 1:
         read = " and ".join(f"{training.tokens:,} ({name})" for name, training in forecast.trainings.items())
         yield f"the two models are trained on different numbers of tokens: {read}"
@@ -162,15 +162,18 @@ def _training_warnings(name: str, training: TrainingForecast) -> Iterator[str]:
     if training.fullest and training.fullest.verdict != "fits":
         gib = f"{training.memory_gib:.1f} of {training.fullest.request.gpu.memory_gib} GiB"
         what = "does not fit" if training.fullest.verdict == "no" else "is tight: it may run, or fail by fragmentation"
-        yield f"{name}: memory {what} ({gib} a GPU); search a layout: " + (
-            f"nemo-upcycle plan --recipe {training.recipe} --gpus {training.layout.gpus}"
+        recipe = training.facts.recipe.partition("_pretrain_")[0]  # what Bridge's names begin with
+        yield (
+            f"{name}: memory {what} ({gib} a GPU); search a layout: "
+            f"nemo-upcycle plan --recipe {recipe} --gpus {training.facts.layout.gpus}"
         )
-    if not training.knows_vocabulary:
+    if not training.facts.knows_vocabulary:
         yield f"{name}: the vocabulary is not known before the parent is fetched; sizes leave out the embeddings"
     for limit in training.stage.save_limits:
         if training.save_gib_s(limit) > USUAL_GIB_S:
+            size = size_text(training.facts.checkpoint_bytes)
             yield (
-                f"{name}: a checkpoint of {size_text(training.checkpoint_bytes)} is saved within {limit.seconds:g} s"
+                f"{name}: a checkpoint of {size} is saved within {limit.seconds:g} s"
                 f" ({limit.what}) at {training.save_gib_s(limit):.3g} GiB/s or more; else {limit.otherwise};"
                 f" at {USUAL_GIB_S:g} GiB/s it takes {limit.fix.format(seconds=training.usual_save_s)}"
             )
@@ -180,5 +183,5 @@ def _training_warnings(name: str, training: TrainingForecast) -> Iterator[str]:
         yield (
             f"{name}: the time limit ({limit_s / 60:.0f} min) is shorter than the time between two checkpoints"
             f" ({loss_s / 60:.0f} min): a job may end before it saved anything;"
-            f" lower {name}.log.ckpt.every_n_train_steps"
+            f" lower {name}.{training.facts.save_setting}"
         )

@@ -9,42 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import fiddle as fdl
 from nemo_run.cli.cli_parser import parse_factory
 
-from nemo_upcycle.pipeline.plan import RunPlan
+from nemo_upcycle.pipeline.stages import RunPlan
+from nemo_upcycle.training.values import setting
 
 
 TYPED = "command line"
-_FP8, _FP8_RECIPE = "trainer.plugins.fp8", "trainer.plugins.fp8_recipe"
-#: Those of a training, as overrides name them.
-SETTINGS = (
-    "trainer.num_nodes",
-    "trainer.devices",
-    "trainer.max_steps",
-    "data.global_batch_size",
-    "data.micro_batch_size",
-    "data.seq_length",
-    "optim.config.lr",
-    "optim.lr_scheduler.min_lr",
-    "optim.lr_scheduler.warmup_steps",
-    "trainer.strategy.tensor_model_parallel_size",
-    "trainer.strategy.pipeline_model_parallel_size",
-    "trainer.strategy.virtual_pipeline_model_parallel_size",
-    "trainer.strategy.context_parallel_size",
-    "trainer.strategy.expert_model_parallel_size",
-    "trainer.strategy.expert_tensor_parallel_size",
-    "trainer.strategy.ckpt_async_save",
-    "trainer.plugins.precision",
-    _FP8_RECIPE,
-    "model.config.moe_expert_capacity_factor",
-    "model.config.moe_pad_expert_input_to_capacity",
-    "model.config.recompute_granularity",
-    "model.config.recompute_modules",
-    "log.ckpt.every_n_train_steps",
-    "log.ckpt.keep_last",
-    "log.ckpt.keep_every",
-)
 _OVERRIDE = re.compile(r"(?P<key>[\w.\[\]]+)\s*[-+*/|&]?=")
 _INDEX = re.compile(r"\[.*")
 
@@ -97,7 +68,8 @@ class Origins:
         parts = name.split(".")
         if any(".".join(parts[:number]) in self.typed for number in range(1, len(parts) + 1)):
             return TYPED
-        if self._usual is not None and value_at(self._usual, name) != value:
+        # What a trainer's own parser takes is no argument of the command, so that no factory can set it.
+        if self._usual is not None and hasattr(self._usual, parts[0]) and setting(self._usual, name) != value:
             return f"{TYPED} (--factory)"
         return otherwise
 
@@ -111,27 +83,18 @@ def _option(words: Sequence[str], *names: str) -> str:
     return ""
 
 
-def value_at(config: Any, path: str) -> Any:
-    """Return a setting of a configuration; None where it has none of that name."""
-    for name in path.split("."):
-        config = getattr(config, name, None)
-    return config
-
-
-def training_settings(stage: str, recipe: Any, origins: Origins) -> Iterator[Setting]:
-    """Yield the settings of a training that its recipe has and that say something.
+def training_settings(stage: str, values: Mapping[str, Any], recipe: str, origins: Origins) -> Iterator[Setting]:
+    """Yield the settings of a training that people look at.
 
     Args:
         stage: `pretrain` or `dense_ct`.
-        recipe: its recipe.
+        values: by the names of their overrides.
+        recipe: name of its recipe.
         origins: of the command.
     """
-    for path in SETTINGS:
-        value = value_at(recipe, path)
-        is_said = value is not None and (path != _FP8_RECIPE or value_at(recipe, _FP8))
-        if is_said and not isinstance(value, fdl.Buildable):
-            name = f"{stage}.{path}"
-            yield Setting(name, str(value), origins.of(name, value, f"recipe {recipe.log.name}"))
+    for path, value in values.items():
+        name = f"{stage}.{path}"
+        yield Setting(name, str(value), origins.of(name, value, f"recipe {recipe}"))
 
 
 def run_settings(plan: RunPlan, origins: Origins) -> Iterator[Setting]:
@@ -139,8 +102,7 @@ def run_settings(plan: RunPlan, origins: Origins) -> Iterator[Setting]:
     recipe = f"recipe {origins.recipe or plan.recipe}"
     for name in ("dense", "data", "evaluation"):
         value = getattr(plan, name)
-        typed = "corpus" if name == "data" and "corpus" in origins.typed else name
-        yield Setting(name, value, origins.of(typed, value, recipe))
+        yield Setting(name, value, origins.of(name, value, recipe))
 
 
 def executor_settings(executor: Any, origins: Origins, stages: Sequence[str]) -> Iterator[Setting]:

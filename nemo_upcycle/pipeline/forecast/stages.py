@@ -8,10 +8,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.pipeline.checks import is_local
-from nemo_upcycle.pipeline.executors.base import Cluster, Job, SaveLimit
+from nemo_upcycle.pipeline.executors.base import Cluster, Job, SaveLimit, is_local
 from nemo_upcycle.pipeline.markers import changed_inputs, refused_changes
-from nemo_upcycle.pipeline.plan import RunPlan, Stage
+from nemo_upcycle.pipeline.plan import Stage
+from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 
 

@@ -76,20 +76,22 @@ def _count(number: int, what: str) -> str:
 
 #: What is said of a training, in the order of the table.
 _ROWS: dict[str, Callable[[TrainingForecast], str]] = {
-    "recipe": lambda it: it.recipe,
-    "parameters": lambda it: f"{_params(it.arch.total_params)}, {_params(it.arch.active_params)} active",
-    "ranks": lambda it: f"{it.stage.nodes} x {it.stage.ranks_per_node} = {it.layout.gpus}",
+    "recipe": lambda it: it.facts.recipe,
+    "parameters": lambda it: f"{_params(it.facts.arch.total_params)}, {_params(it.facts.arch.active_params)} active",
+    "ranks": lambda it: f"{it.stage.nodes} x {it.stage.ranks_per_node} = {it.facts.layout.gpus}",
     "layout": lambda it: _layout(it),
-    "precision": lambda it: it.precision,
-    "batch": lambda it: f"{it.batch} x {it.sequence} = {it.step_tokens:,} tokens a step",
-    "micro-batch": lambda it: str(it.layout.micro_batch),
-    "steps": lambda it: f"{it.steps:,}" + (f", {it.steps_left:,} of them left" if it.steps_left != it.steps else ""),
+    "precision": lambda it: it.facts.profile.precision,
+    "batch": lambda it: f"{it.facts.global_batch} x {it.facts.seq_length} = {it.facts.step_tokens:,} tokens a step",
+    "micro-batch": lambda it: str(it.facts.layout.micro_batch),
+    "steps": lambda it: (
+        f"{it.facts.steps:,}" + (f", {it.steps_left:,} of them left" if it.steps_left != it.facts.steps else "")
+    ),
     "tokens": lambda it: f"{it.tokens:,}",
     "card": lambda it: f"{it.card.gpu.name}, {it.card.why}" if it.card.gpu else it.card.why,
     "memory a GPU": lambda it: _memory(it),
     "step": lambda it: (
         f"{it.step_s:.2f} s"
-        + (f" ({it.first.time.total:.2f} s in the first {it.first_steps})" if it.first_steps else "")
+        + (f" ({it.first.time.total:.2f} s in the first {it.facts.first_steps})" if it.facts.first_steps else "")
         if it.step_s and it.first
         else ""
     ),
@@ -114,7 +116,7 @@ _ROWS: dict[str, Callable[[TrainingForecast], str]] = {
         f"{it.jobs_left:,} of {it.limit_s / 3600:g} h" if it.jobs_left is not None and it.limit_s else ""
     ),
     "checkpoint": lambda it: (
-        f"{size_text(it.checkpoint_bytes)} every {it.save_every:,} steps, {it.checkpoints_at_once} at once"
+        f"{size_text(it.facts.checkpoint_bytes)} every {it.facts.save_every:,} steps, {it.checkpoints_at_once} at once"
     ),
     "save in time": lambda it: ", ".join(
         f"{it.save_gib_s(limit):.3g} GiB/s ({limit.what})" for limit in it.stage.save_limits
@@ -152,9 +154,9 @@ def _params(count: int) -> str:
 
 
 def _layout(training: TrainingForecast) -> str:
-    sizes = training.layout
+    sizes = training.facts.layout
     names = {"TP": "tp", "PP": "pp", "VPP": "vp", "CP": "cp", "EP": "ep", "ETP": "etp", "DP": "dp"}
-    if not training.arch.num_experts:
+    if not training.facts.arch.num_experts:
         names = {name: field for name, field in names.items() if name not in ("EP", "ETP")}
     return " ".join(f"{name}{getattr(sizes, field)}" for name, field in names.items())
 
@@ -168,11 +170,11 @@ def _memory(training: TrainingForecast) -> str:
 
 
 def _loss(training: TrainingForecast) -> str:
-    lost = min(training.save_every, training.steps)
+    lost = min(training.facts.save_every, training.facts.steps)
     if training.longest_loss_s is None:
         return f"at most {_count(lost, 'step')}"
     seconds = training.longest_loss_s
-    gpu_hours = seconds / 3600 * training.layout.gpus
+    gpu_hours = seconds / 3600 * training.facts.layout.gpus
     return f"at most {_count(lost, 'step')}: {seconds / 60:.1f} min, {gpu_hours:,.0f} GPU-hours"
 
 

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.pipeline.executors.base import SaveLimit
 from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
 from nemo_upcycle.pipeline.forecast.evaluating import EvaluationForecast, forecast_evaluation
-from nemo_upcycle.pipeline.forecast.planned import (
-    Card,
-    card_of,
-    first_steps_of,
-    model_of,
-    plans_of,
-    precision_name,
-    saved_bytes,
-)
+from nemo_upcycle.pipeline.forecast.planned import Card, card_of, plans_of
 from nemo_upcycle.pipeline.forecast.stages import StageForecast, State
-from nemo_upcycle.pipeline.recipes_io import ranks_of, train_on
-from nemo_upcycle.planning.layout import Layout
+from nemo_upcycle.pipeline.trainings import TrainingFacts
 from nemo_upcycle.planning.memory import GIB
 from nemo_upcycle.planning.search import Plan
-from nemo_upcycle.training.layout import layout_of
 
 
 #: What a cluster's table of resources calls the time limit of a job.
@@ -41,19 +29,9 @@ class TrainingForecast:
 
     Args:
         stage: where it runs, and how far it is.
-        recipe: its name.
-        arch: of its model.
-        knows_vocabulary: whether `arch` counts the embeddings.
-        layout: parallel sizes.
-        precision: the planner's name.
-        sequence, batch: tokens of a sequence, sequences of a step.
-        steps: of the whole training.
-        save_every: steps between two checkpoints.
-        keeps: checkpoints that stay, besides one that is written; None: all.
-        checkpoint_bytes: of one with optimizer states.
+        facts: of the training.
         card: the cards.
-        first, later: plans of the first `first_steps` steps and of the others; None without an estimate.
-        first_steps: steps that recompute more than the others.
+        first, later: plans of the first steps and of the others; None without an estimate.
         no_plan: why there is no estimate of memory and speed.
         price: of a GPU-hour, in the currency of who gave it; None: not known.
         limit_s: seconds that a job may take; None: not known.
@@ -61,40 +39,26 @@ class TrainingForecast:
     """
 
     stage: StageForecast
-    recipe: str
-    arch: Architecture
-    knows_vocabulary: bool
-    layout: Layout
-    precision: str
-    sequence: int
-    batch: int
-    steps: int
-    save_every: int
-    keeps: int | None
-    checkpoint_bytes: int
+    facts: TrainingFacts
     card: Card
     first: Plan | None
     later: Plan | None
-    first_steps: int
     no_plan: str
     price: float | None
     limit_s: float | None
     evaluation: EvaluationForecast | None
 
     @property
-    def step_tokens(self) -> int:
-        """Tokens of a step."""
-        return self.sequence * self.batch
-
-    @property
     def tokens(self) -> int:
         """Tokens of the whole training."""
-        return self.step_tokens * self.steps
+        return self.facts.step_tokens * self.facts.steps
 
     @property
     def steps_left(self) -> int:
         """Steps still to do."""
-        return 0 if self.stage.finding.state is State.DONE else max(0, self.steps - self.stage.finding.steps_done)
+        return (
+            0 if self.stage.finding.state is State.DONE else max(0, self.facts.steps - self.stage.finding.steps_done)
+        )
 
     @property
     def fullest(self) -> Plan | None:
@@ -116,13 +80,13 @@ class TrainingForecast:
         """Seconds of the steps still to do, without evaluation, checkpoints and failures."""
         if self.first is None or self.later is None:
             return None
-        slow = min(self.steps_left, max(0, self.first_steps - self.stage.finding.steps_done))
+        slow = min(self.steps_left, max(0, self.facts.first_steps - self.stage.finding.steps_done))
         return slow * self.first.time.total + (self.steps_left - slow) * self.later.time.total
 
     @property
     def gpu_hours_left(self) -> float | None:
         """GPU-hours of the steps still to do."""
-        return None if self.seconds_left is None else self.seconds_left / 3600 * self.layout.gpus
+        return None if self.seconds_left is None else self.seconds_left / 3600 * self.facts.layout.gpus
 
     @property
     def cost_left(self) -> float | None:
@@ -139,14 +103,14 @@ class TrainingForecast:
     @property
     def checkpoints_at_once(self) -> int:
         """Checkpoints on the disk while the last of them is written."""
-        saves = math.ceil(self.steps / self.save_every)
-        return saves if self.keeps is None else min(saves, self.keeps + 1)
+        saves = math.ceil(self.facts.steps / self.facts.save_every)
+        return saves if self.facts.keeps is None else min(saves, self.facts.keeps + 1)
 
     @property
     def checkpoints_kept(self) -> int:
         """Checkpoints that stay when the training has ended."""
-        saves = math.ceil(self.steps / self.save_every)
-        return saves if self.keeps is None else min(saves, self.keeps)
+        saves = math.ceil(self.facts.steps / self.facts.save_every)
+        return saves if self.facts.keeps is None else min(saves, self.facts.keeps)
 
     @property
     def slowest_step_s(self) -> float:
@@ -156,77 +120,50 @@ class TrainingForecast:
     def save_gib_s(self, limit: SaveLimit) -> float:
         """Return the GiB a second that a save takes which ends within a limit."""
         rest_s = limit.seconds - self.slowest_step_s
-        return self.checkpoint_bytes / GIB / rest_s if rest_s > 0 else math.inf
+        return self.facts.checkpoint_bytes / GIB / rest_s if rest_s > 0 else math.inf
 
     @property
     def usual_save_s(self) -> int:
         """Seconds of a step and a save at the usual speed of a file system, in whole minutes."""
-        return math.ceil((self.slowest_step_s + self.checkpoint_bytes / GIB / USUAL_GIB_S) / 60) * 60
+        return math.ceil((self.slowest_step_s + self.facts.checkpoint_bytes / GIB / USUAL_GIB_S) / 60) * 60
 
     @property
     def longest_loss_s(self) -> float | None:
         """Seconds of work lost by a kill just before a checkpoint is written."""
         if self.first is None or self.later is None:
             return None
-        lost = min(self.save_every, self.steps)
-        slow = min(lost, self.first_steps)
+        lost = min(self.facts.save_every, self.facts.steps)
+        slow = min(lost, self.facts.first_steps)
         return max(lost * self.later.time.total, slow * self.first.time.total + (lost - slow) * self.later.time.total)
 
 
-def forecast_training(recipe: Any, dense: str, stage: StageForecast, executor: Any = None) -> TrainingForecast:
+def forecast_training(facts: TrainingFacts, stage: StageForecast, executor: Any = None) -> TrainingForecast:
     """Return what is known of a training.
 
     Args:
-        recipe: its recipe, checked.
-        dense: address of the dense parent.
+        facts: of the training.
         stage: where it runs.
         executor: where it runs; may have a `price_per_gpu_hour` and name its `card`. None: this machine.
     """
-    nodes, per_node = ranks_of(recipe)
-    arch, knows_vocabulary = model_of(recipe, dense)
-    recipe = copy.deepcopy(recipe)
-    train_on(recipe, "", dense)  # as the stage will
-    layout = layout_of(recipe.trainer.strategy, nodes * per_node, recipe.data.micro_batch_size)
-    card = card_of(recipe, executor, stage.resources)
+    card = card_of(facts.profile.accelerator, executor, stage.resources)
     plans: tuple[Plan | None, Plan | None] = None, None
     no_plan = "" if card.gpu else card.why
     if card.gpu:
         try:
-            plans = plans_of(recipe, arch, layout, card.gpu)
+            plans = plans_of(facts, card.gpu)
         except SpecError as error:
             no_plan = f"the planner refuses: {error}"
-    steps = recipe.trainer.max_steps
     return TrainingForecast(
         stage=stage,
-        recipe=recipe.log.name,
-        arch=arch,
-        knows_vocabulary=knows_vocabulary,
-        layout=layout,
-        precision=precision_name(recipe),
-        sequence=recipe.data.seq_length,
-        batch=recipe.data.global_batch_size,
-        steps=steps,
-        save_every=getattr(recipe.log.ckpt, "every_n_train_steps", None) or steps,
-        keeps=_kept(recipe.log.ckpt, recipe.trainer.max_steps),
-        checkpoint_bytes=saved_bytes(recipe, arch),
+        facts=facts,
         card=card,
         first=plans[0],
         later=plans[1],
-        first_steps=first_steps_of(recipe),
         no_plan=no_plan,
         price=getattr(executor, "price_per_gpu_hour", None),
         limit_s=time_limit_s(stage.resources.get(TIME, "")),
-        evaluation=forecast_evaluation(recipe, plans[1]),
+        evaluation=forecast_evaluation(facts.evaluations, plans[1]),
     )
-
-
-def _kept(checkpoint: Any, steps: int) -> int | None:
-    """Return how many checkpoints a callback keeps at the end of a training of so many steps; None for all."""
-    if last := getattr(checkpoint, "keep_last", None):
-        for_good = getattr(checkpoint, "keep_every", None)
-        return int(last) + (steps // int(for_good) if for_good else 0)
-    best: int = getattr(checkpoint, "save_top_k", 1)
-    return None if best < 0 else best + bool(getattr(checkpoint, "save_last", False))
 
 
 def time_limit_s(text: str) -> float | None:

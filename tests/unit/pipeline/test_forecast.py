@@ -17,6 +17,8 @@ from nemo_upcycle.pipeline.forecast import check_space, render_forecast
 from nemo_upcycle.pipeline.forecast.planned import planned_of
 from nemo_upcycle.pipeline.forecast.text import WIDTH
 from nemo_upcycle.pipeline.forecast.training import time_limit_s
+from nemo_upcycle.pipeline.nemo_training import NeMoTraining
+from nemo_upcycle.pipeline.recipes_io import dump_recipe
 from nemo_upcycle.pipeline.stages import STAGES
 from tests.golden import forecasts
 from tests.golden.forecasts import forecast_of
@@ -72,29 +74,30 @@ class SiteCluster(Cluster):
 
 def test_llama3_8b_has_the_papers_and_the_planners_numbers(llama: Any, tmp_path: Path) -> None:
     pretrain = forecast_of(llama, tmp_path).trainings["pretrain"]
-    assert (pretrain.arch.total_params, pretrain.arch.active_params) == (47_491_321_856, 13_668_454_400)
-    assert (pretrain.stage.nodes, pretrain.stage.ranks_per_node, pretrain.layout.gpus) == (64, 8, 512)
-    layout = pretrain.layout
+    assert (pretrain.facts.arch.total_params, pretrain.facts.arch.active_params) == (47_491_321_856, 13_668_454_400)
+    assert (pretrain.stage.nodes, pretrain.stage.ranks_per_node, pretrain.facts.layout.gpus) == (64, 8, 512)
+    layout = pretrain.facts.layout
     sizes = (layout.tp, layout.pp, layout.vp, layout.cp, layout.ep, layout.etp, layout.dp)
     assert sizes == (2, 4, 8, 1, 8, 1, 64)
-    assert (pretrain.step_tokens, pretrain.steps) == (4_194_304, 23_842)
+    assert (pretrain.facts.step_tokens, pretrain.facts.steps) == (4_194_304, 23_842)
     assert pretrain.tokens == 4_194_304 * 23_842
     assert pretrain.fullest is not None
     assert pretrain.fullest.verdict == "fits"
     assert pretrain.memory_gib == pytest.approx(60.0, abs=0.1)
-    assert pretrain.checkpoint_bytes / 2**30 == pytest.approx(pretrain.fullest.checkpoint_gib)
-    assert pretrain.checkpoint_bytes / 2**30 == pytest.approx(619.2, abs=0.1)
+    assert pretrain.facts.checkpoint_bytes / 2**30 == pytest.approx(pretrain.fullest.checkpoint_gib)
+    assert pretrain.facts.checkpoint_bytes / 2**30 == pytest.approx(619.2, abs=0.1)
     assert (pretrain.checkpoints_at_once, pretrain.checkpoints_kept) == (3, 2)
 
 
 def test_a_report_gets_what_the_forecast_said(llama: Any, tmp_path: Path) -> None:
     pretrain = forecast_of(llama, tmp_path).trainings["pretrain"]
-    planned = planned_of(llama.pretrain, llama.dense, "NVIDIA H100 80GB HBM3")
+    facts = NeMoTraining(dump_recipe(llama.pretrain)).facts(llama.dense)
+    planned = planned_of(facts, "NVIDIA H100 80GB HBM3")
     assert planned is not None
     assert planned["memory_gib"] == pytest.approx(pretrain.memory_gib)
     assert pretrain.step_s is not None
-    assert planned["tokens_per_s"] == pytest.approx(pretrain.step_tokens / pretrain.step_s)
-    assert planned_of(llama.pretrain, llama.dense, "another card") is None
+    assert planned["tokens_per_s"] == pytest.approx(pretrain.facts.step_tokens / pretrain.step_s)
+    assert planned_of(facts, "another card") is None
 
 
 def test_first_steps_recompute_and_count_as_slower(llama: Any, tmp_path: Path) -> None:
@@ -148,14 +151,17 @@ def test_evaluation_while_training_costs_less_than_a_fiftieth(name: str, tmp_pat
 def test_demo_without_a_gpu_has_sizes_and_no_speed(demo: Any, tmp_path: Path) -> None:
     found = forecast_of(demo, tmp_path)
     pretrain = found.trainings["pretrain"]
-    assert (pretrain.arch.total_params, pretrain.later, pretrain.seconds_left) == (692_036_928, None, None)
-    assert pretrain.checkpoint_bytes == 14 * pretrain.arch.total_params
+    assert (pretrain.facts.arch.total_params, pretrain.later, pretrain.seconds_left) == (692_036_928, None, None)
+    assert pretrain.facts.checkpoint_bytes == 14 * pretrain.facts.arch.total_params
     text = render_forecast(found)
     assert "no estimate of the speed: no GPU here" in text
     assert "9.02 GiB every 10 steps, 1 at once" in text
     assert "TFLOP" not in text
     demo.pretrain.trainer.plugins.precision = "32"
-    assert forecast_of(demo, tmp_path).trainings["pretrain"].checkpoint_bytes == 16 * pretrain.arch.total_params
+    assert (
+        forecast_of(demo, tmp_path).trainings["pretrain"].facts.checkpoint_bytes
+        == 16 * pretrain.facts.arch.total_params
+    )
 
 
 def test_vocabulary_of_an_unknown_parent_is_said_to_be_unknown(demo: Any, tmp_path: Path) -> None:
@@ -163,12 +169,12 @@ def test_vocabulary_of_an_unknown_parent_is_said_to_be_unknown(demo: Any, tmp_pa
         recipe.model.config.hidden_size, recipe.model.config.num_attention_heads = 64, 4
     demo.dense = "hf://nobody/nothing"
     found = forecast_of(demo, tmp_path)
-    assert not found.trainings["pretrain"].knows_vocabulary
+    assert not found.trainings["pretrain"].facts.knows_vocabulary
     assert any("vocabulary is not known" in warning for warning in found.warnings)
     from tests.models import write_llama, write_tokenizer
 
     demo.dense = str(write_tokenizer(write_llama(tmp_path / "parent", vocab_size=259)))
-    assert forecast_of(demo, tmp_path).trainings["pretrain"].arch.vocab_size == 259
+    assert forecast_of(demo, tmp_path).trainings["pretrain"].facts.arch.vocab_size == 259
 
 
 def test_a_recipe_of_plain_settings_is_forecast_with_the_defaults_it_will_train_with(
@@ -181,7 +187,11 @@ def test_a_recipe_of_plain_settings_is_forecast_with_the_defaults_it_will_train_
     for name in ("plugins", "callbacks"):
         delattr(demo.pretrain.trainer, name)
     pretrain = forecast_of(demo, tmp_path).trainings["pretrain"]
-    assert (pretrain.sequence, pretrain.batch, pretrain.precision) == (1024, 8, "bf16")
+    assert (pretrain.facts.seq_length, pretrain.facts.global_batch, pretrain.facts.profile.precision) == (
+        1024,
+        8,
+        "bf16",
+    )
 
 
 def test_a_run_that_does_not_fit_the_disk_is_refused(llama: Any, tmp_path: Path) -> None:
@@ -335,7 +345,7 @@ def test_a_profile_is_the_recipes() -> None:
     from nemo_upcycle.pipeline.recipes_io import dump_recipe
 
     recipe = recipes.llama3_8b_e8t2.pretrain_recipe(capacity_factor=0.0, fp8_recipe="current", dispatcher="deepep")
-    found = NeMoTraining(dump_recipe(recipe)).profile("hf://nobody/nothing")
+    found = NeMoTraining(dump_recipe(recipe)).facts("hf://nobody/nothing").profile
     assert (found.accelerator, found.tp, found.pp, found.ep) == ("gpu", 2, 4, 8)
     assert (found.precision, found.dispatcher) == ("fp8-current", "deepep")
 

@@ -62,7 +62,7 @@ def test_checkpoints_that_a_run_holds_need_no_space_again(llama: Any, tmp_path: 
     for steps in (None, 1000, 2000, 3000):  # two are kept, and the third only if a kill kept it from being removed
         _start(llama, tmp_path, "pretrain", steps)
         found = forecast_of(llama, tmp_path, stages=[BY_NAME["pretrain"]])
-        needed.append(found.disk.needed_bytes / found.trainings["pretrain"].checkpoint_bytes)
+        needed.append(found.disk.needed_bytes / found.trainings["pretrain"].facts.checkpoint_bytes)
     assert needed == [3, 2, 1, 1]
 
 

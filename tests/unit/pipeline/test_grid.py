@@ -13,7 +13,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.pipeline.ablations.grid import read_grid
-from nemo_upcycle.pipeline.ablations.plan import GridPlan
+from nemo_upcycle.pipeline.ablations.stages import GridPlan
 from nemo_upcycle.pipeline.order import before
 from nemo_upcycle.pipeline.recipes_io import load_recipe
 from nemo_upcycle.recipes import h100

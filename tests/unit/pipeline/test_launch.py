@@ -17,10 +17,9 @@ from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
 from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
 from nemo_upcycle.pipeline.executors.slurm_settings import StagedSlurmExecutor
-from nemo_upcycle.pipeline.in_turn import sized, stopped, variables_for
 from nemo_upcycle.pipeline.order import chosen_stages
-from nemo_upcycle.pipeline.plan import RunPlan
-from nemo_upcycle.pipeline.stages import STAGES
+from nemo_upcycle.pipeline.run_here import sized, stopped, variables_for
+from nemo_upcycle.pipeline.stages import STAGES, RunPlan
 
 
 @dataclass(kw_only=True)

@@ -11,8 +11,7 @@ import pytest
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.order import chosen_stages, require_earlier, require_outputs
-from nemo_upcycle.pipeline.plan import RunPlan
-from nemo_upcycle.pipeline.stages import STAGES
+from nemo_upcycle.pipeline.stages import STAGES, RunPlan
 from tests.blends import write_blend
 from tests.models import write_llama, write_tokenizer
 from tests.unit.sources.test_checkpoints import write

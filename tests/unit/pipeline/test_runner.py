@@ -12,8 +12,7 @@ import pytest
 from nemo_upcycle.errors import StageStopped
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.pipeline.markers import ENDED
-from nemo_upcycle.pipeline.plan import RunPlan
-from nemo_upcycle.pipeline.stages import BY_NAME
+from nemo_upcycle.pipeline.stages import BY_NAME, RunPlan
 from nemo_upcycle.utils.files import in_use
 from tests.functional.tiny import write_parent, write_texts
 

@@ -10,7 +10,7 @@ import pytest
 
 from nemo_upcycle.errors import StageError, StageStopped, UpcycleError
 from nemo_upcycle.pipeline import nemo_training, stages
-from nemo_upcycle.pipeline.plan import RunPlan
+from nemo_upcycle.pipeline.stages import RunPlan
 from tests.unit.sources.test_checkpoints import write
 
 

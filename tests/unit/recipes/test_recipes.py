@@ -43,7 +43,7 @@ def test_import_registers_every_factory(recipes: Any) -> None:
     from nemo.collections.llm.api import pretrain
     from nemo_run.cli.api import resolve_factory
 
-    from nemo_upcycle.pipeline.launch import pipeline
+    from nemo_upcycle.pipeline.nemo_pipeline import pipeline
 
     for name in NAMES:
         module = getattr(recipes, name)
@@ -57,7 +57,8 @@ def test_import_registers_every_factory(recipes: Any) -> None:
 
 
 def test_llama3_8b_e8t2_has_the_papers_numbers(recipes: Any) -> None:
-    from nemo_upcycle.pipeline.recipes_io import check_recipe, ranks_of, spec_of
+    from nemo_upcycle.pipeline.nemo_checks import check_recipe, ranks_of
+    from nemo_upcycle.pipeline.recipes_io import spec_of
 
     recipe = recipes.llama3_8b_e8t2.pretrain_recipe()
     strategy, config = recipe.trainer.strategy, recipe.model.config
@@ -111,7 +112,8 @@ def test_ablation_is_a_recipe_with_27b_tokens(recipes: Any, path: Path) -> None:
     from nemo_run.cli.lazy import LazyEntrypoint
 
     from nemo_upcycle.models.megatron_config import architecture_of
-    from nemo_upcycle.pipeline.recipes_io import check_recipe, spec_of
+    from nemo_upcycle.pipeline.nemo_checks import check_recipe
+    from nemo_upcycle.pipeline.recipes_io import spec_of
 
     recipe = LazyEntrypoint(pretrain, yaml=str(path)).resolve()
     check_recipe(recipe)
@@ -219,7 +221,7 @@ def test_recipe_starts_from_its_dense_parent(recipes: Any, name: str) -> None:
 def test_recipe_trains_on_a_data_folder(recipes: Any, name: str) -> None:
     """Of its own data it keeps the sizes; the dense baseline has the same data, and so the same order."""
     from nemo_upcycle.data.blend_module import blend_data
-    from nemo_upcycle.pipeline.recipes_io import check_recipe
+    from nemo_upcycle.pipeline.nemo_checks import check_recipe
 
     module = getattr(recipes, name)
     recipe, usual = module.pretrain_recipe(data="data/mine"), module.pretrain_recipe()
@@ -245,7 +247,8 @@ def test_recipe_without_a_data_folder_says_what_it_trains_on(recipes: Any, name:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_round_trips_through_text(recipes: Any, name: str) -> None:
-    from nemo_upcycle.pipeline.recipes_io import check_recipe, dump_recipe, load_recipe
+    from nemo_upcycle.pipeline.nemo_checks import check_recipe
+    from nemo_upcycle.pipeline.recipes_io import dump_recipe, load_recipe
 
     recipe = getattr(recipes, name).pretrain_recipe(dir="runs/mine")
     text = dump_recipe(recipe)
@@ -267,7 +270,7 @@ def test_recipe_round_trips_through_text(recipes: Any, name: str) -> None:
     ],
 )
 def test_refuses_layout_that_does_not_fit(recipes: Any, changes: dict[str, int], words: str) -> None:
-    from nemo_upcycle.pipeline.recipes_io import check_recipe
+    from nemo_upcycle.pipeline.nemo_checks import check_recipe
 
     recipe = recipes.llama3_8b_e8t2.pretrain_recipe()
     for name, value in changes.items():
@@ -277,7 +280,7 @@ def test_refuses_layout_that_does_not_fit(recipes: Any, changes: dict[str, int],
 
 
 def test_refuses_spec_that_does_not_fit_the_model_before_launch(recipes: Any) -> None:
-    from nemo_upcycle.pipeline.recipes_io import check_recipe
+    from nemo_upcycle.pipeline.nemo_checks import check_recipe
 
     recipe = recipes.smollm2_135m_e8t2.pretrain_recipe()
     recipe.resume.restore_config.spec.num_experts = 4
@@ -325,7 +328,7 @@ def test_another_spec_changes_every_field_that_follows_from_it(recipes: Any) -> 
     ],
 )
 def test_refuses_recipe_with_other_position_embeddings(recipes: Any, name: str, value: Any, words: str) -> None:
-    from nemo_upcycle.pipeline.recipes_io import check_recipe
+    from nemo_upcycle.pipeline.nemo_checks import check_recipe
 
     recipe = recipes.smollm2_135m_e8t2.pretrain_recipe()
     setattr(recipe.model.config, name, value)

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline import run_here
 from nemo_upcycle.pipeline.executors.base import Job
 from nemo_upcycle.pipeline.plan import Plan, Stage
-from nemo_upcycle.pipeline.side_by_side import check_at_once, run_side_by_side
 from tests.unit.pipeline.test_local import processes_of
 
 
@@ -86,7 +86,7 @@ class Processes(Plan):
 
 def run_stages(run_dir: Path, code: dict[str, str], needs: dict[str, tuple[str, ...]], at_once: int = 2) -> None:
     plan = Processes(code, needs)
-    run_side_by_side(plan.jobs(run_dir), run_dir, plan, at_once)
+    run_here.run_stages(plan.jobs(run_dir), run_dir, plan, at_once=at_once)
 
 
 def test_stages_that_do_not_need_each_other_run_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -165,12 +165,12 @@ def test_a_killed_stage_is_said_to_be_killed(tmp_path: Path, capfd: pytest.Captu
 @pytest.mark.parametrize(("at_once", "is_here", "words"), [(0, True, "got 0"), (2, False, "a scheduler starts")])
 def test_at_once_is_refused_where_it_cannot_be(at_once: int, is_here: bool, words: str) -> None:
     with pytest.raises(UpcycleError, match=words):
-        check_at_once(at_once, is_here=is_here)
-    check_at_once(1, is_here=is_here)
+        run_here.check_at_once(at_once, is_here=is_here)
+    run_here.check_at_once(1, is_here=is_here)
 
 
 def test_trainings_do_not_share_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_at_once(2, is_here=True)
+    run_here.check_at_once(2, is_here=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UpcycleError, match="would share the GPUs"):
-        check_at_once(2, is_here=True)
+        run_here.check_at_once(2, is_here=True)

@@ -1,0 +1,122 @@
+"""`nemo upcycle pipeline` where Megatron-Bridge is installed: the chain of stages around a training in it."""
+
+# No postponed annotations here, and Optional[...]: NeMo-Run parses values by them.
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import nemo_run as run
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.bridge.training import BridgeTraining
+from nemo_upcycle.pipeline.commands import whole_path
+from nemo_upcycle.pipeline.console import quiet_libraries
+from nemo_upcycle.pipeline.context import PipelineContext
+from nemo_upcycle.pipeline.launch import launch_chain
+from nemo_upcycle.pipeline.stages import RunPlan
+
+
+class BridgeContext(PipelineContext):
+    """Take `pretrain.KEY=VALUE` and `dense_ct.KEY=VALUE` for settings of Bridge's, which has its own parser."""
+
+    def arguments(self, words: list[str]) -> list[str]:
+        """Return the words that are this command's own."""
+        self.settings: dict[str, list[str]] = {"pretrain": [], "dense_ct": []}
+        rest = []
+        for word in super().arguments(words):
+            stage, _, setting = word.partition(".")
+            if stage in self.settings:
+                self.settings[stage].append(setting)
+            else:
+                rest.append(word)
+        return rest
+
+
+@run.cli.entrypoint(namespace="upcycle", type="experiment", run_ctx_cls=BridgeContext)
+def pipeline(
+    ctx: run.cli.RunContext,
+    dir: str,
+    dense: str,
+    recipe: str,
+    dense_ct: Optional[str] = None,
+    data: str = "sotu",
+    evaluation: str = "demo",
+    gpus: Optional[int] = None,
+    gpus_per_node: int = 8,
+    from_stage: Optional[str] = None,
+    until_stage: Optional[str] = None,
+    only_stage: Optional[str] = None,
+    render: Optional[str] = None,
+) -> None:
+    """Turn a dense checkpoint into a trained, exported and evaluated Mixture-of-Experts model, with Megatron-Bridge.
+
+    Run it again after a stop of any kind, with the same `dir`: finished stages are skipped, training resumes from its
+    last checkpoint. `pretrain.KEY=VALUE` and `dense_ct.KEY=VALUE` change a recipe as Bridge's command line does.
+
+    Args:
+        ctx: NeMo-Run's context of the command.
+        dir: folder of the run.
+        dense: the dense parent: `asset://smollm2-135m`, `hf://ORG/NAME`, or a Hugging Face folder.
+        recipe: of the upcycled model, by Bridge's naming; `package.module:function` for one of your own.
+        dense_ct: recipe of the dense baseline; None omits it.
+        data: what to train on: a blend (a name in conf/data, or a YAML file), or a finished folder of `nemo-upcycle`.
+        evaluation: what to evaluate: a name in conf/evaluation, or a YAML file.
+        gpus: ranks of both trainings; None takes the recipe's, from its name.
+        gpus_per_node: how many of them a node has.
+        from_stage: `--from STAGE`: start with this one; those before it must be finished.
+        until_stage: `--until STAGE`: end after this one.
+        only_stage: `--only STAGE`: this one alone.
+        render: `--render FOLDER`: write what would be submitted there, and submit nothing; needs no cluster.
+
+    Raises:
+        UpcycleError: an argument or a recipe is not valid, or a stage did not finish.
+    """
+    quiet_libraries()
+    context: Any = ctx
+    trainings = {
+        stage: _training(name, context.settings[stage], gpus, gpus_per_node)
+        for stage, name in (("pretrain", recipe), ("dense_ct", dense_ct))
+        if name
+    }
+    if context.settings["dense_ct"] and not dense_ct:
+        raise UpcycleError(
+            f"dense_ct.{context.settings['dense_ct'][0]}",
+            got="no recipe of a dense baseline",
+            expected="one",
+            fix="give dense_ct=NAME, or omit the setting",
+        )
+    plan = RunPlan(
+        recipe,
+        whole_path(dense, folder=True),
+        whole_path(data, folder=True),
+        whole_path(evaluation),
+        trainings["pretrain"].to_text(),
+        trainings["dense_ct"].to_text() if dense_ct else None,
+        trainer="bridge",
+    )
+    run_dir = Path(dir).expanduser().absolute()
+    launch_chain(ctx, run_dir, plan, pipeline, first=from_stage, last=until_stage, only=only_stage, render=render)
+
+
+def _training(recipe: str, settings: Sequence[str], gpus: int | None, gpus_per_node: int) -> BridgeTraining:
+    """Return the training of a recipe on its GPUs."""
+    named = re.search(r"_(\d+)gpu_", recipe)
+    ranks = int(named[1]) if gpus is None and named else gpus
+    if ranks is None:
+        raise UpcycleError(
+            "gpus",
+            got=None,
+            expected="how many ranks train: the name of the recipe does not say it",
+            fix="give gpus=N",
+        )
+    for name, number in (("gpus", ranks), ("gpus_per_node", gpus_per_node)):
+        if number < 1:
+            raise UpcycleError(name, got=number, expected="1 or more", fix="give such a number")
+    per_node = min(ranks, gpus_per_node)
+    if ranks % per_node:
+        raise UpcycleError(
+            "gpus", got=ranks, expected=f"a multiple of gpus_per_node ({gpus_per_node})", fix="change one of them"
+        )
+    return BridgeTraining(recipe, tuple(settings), ranks // per_node, per_node)

@@ -1,0 +1,190 @@
+"""Run stages on this machine, several at once where none needs another, or on an executor that NeMo-Run brings."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nemo_run as run
+import torch
+
+from nemo_upcycle.errors import StageStopped, UnfinishedError, UpcycleError
+from nemo_upcycle.pipeline.console import command_line, end_soon
+from nemo_upcycle.pipeline.executors import local, performance
+from nemo_upcycle.pipeline.executors.base import Job, is_local
+from nemo_upcycle.pipeline.order import before, finished, unfinished
+from nemo_upcycle.pipeline.plan import Plan, Stage
+from nemo_upcycle.pipeline.runner import DONE_BEFORE, run_stage
+from nemo_upcycle.sources.checkpoints import newest_checkpoint
+from nemo_upcycle.utils.progress import duration
+
+
+_AGAIN = "Run the same command again: it goes on from there. Folder:"
+_POLL_S = 0.2
+
+
+def check_at_once(at_once: int, *, is_here: bool) -> None:
+    """Check how many stages shall run at once.
+
+    Raises:
+        UpcycleError: more than one where they cannot.
+    """
+    if at_once < 1:
+        raise UpcycleError("at_once", got=at_once, expected="a whole number from 1 on", fix="write 1")
+    if at_once > 1 and not is_here:
+        fix = "omit it: a scheduler starts what there is room for"
+        raise UpcycleError("at_once", got=f"{at_once} with an executor", expected="1", fix=fix)
+    if at_once > 1 and torch.cuda.is_available():
+        fix = "omit it, or use an executor: trainings would share the GPUs"
+        raise UpcycleError("at_once", got=f"{at_once} on GPUs", expected="1", fix=fix)
+
+
+def run_stages(jobs: Sequence[Job], run_dir: Path, plan: Plan, executor: Any = None, at_once: int = 1) -> None:
+    """Run stages as soon as those that they need are done; start nothing else after one that did not finish.
+
+    Where several run at once, what they print goes to `logs/STAGE-rank0.log`, and the console says which started, and
+    how many are left.
+
+    Args:
+        jobs: of the stages, each after those that it needs.
+        run_dir: the run's folder.
+        plan: of the run.
+        executor: of NeMo-Run's, which has no file in executors/; None: this machine.
+        at_once: how many may run.
+
+    Raises:
+        SystemExit: with 2 after a mistake of the user's, 75 when a stage stopped and can go on, 1 after another
+            failure, 130 or 143 when stopped. The last words are the stage's own.
+        UnfinishedError: a stage ended well, and has left no marker.
+    """
+    end_soon()  # however it ends; nothing is imported after this
+    waiting, running = list(jobs), dict[Future[int], Job]()
+    began_s, took_s = dict[str, float](), list[float]()
+    stopped_stages: list[Stage] = []
+    failed: tuple[Stage, int] | None = None
+    with local.StopSignals() as stop, ThreadPoolExecutor(at_once) as pool, _ended_by_error(stop):
+        while running or (waiting and failed is None and not stop.signum):
+            while failed is None and not stop.signum and len(running) < at_once:
+                job = _next(waiting, run_dir, plan)
+                if job is None:
+                    break
+                waiting.remove(job)
+                if plan.stage(job.name).is_done(run_dir, plan):
+                    _say(f"[{job.name}] {DONE_BEFORE}")
+                    continue
+                began_s[job.name] = time.monotonic()
+                if at_once > 1:
+                    _say(f"[{job.name}] started: {_logs_of(run_dir, job)}-rank0.log")
+                    future = pool.submit(_run, job, run_dir, executor, stop, at_once)
+                else:  # in this thread: an executor may need it
+                    future = Future()
+                    future.set_result(_run(job, run_dir, executor, stop, at_once))
+                running[future] = job
+            for future in wait(running, _POLL_S, FIRST_COMPLETED).done:
+                job = running.pop(future)
+                stage, took = plan.stage(job.name), time.monotonic() - began_s[job.name]
+                if not future.result() and stage.is_done(run_dir, plan):
+                    took_s += [took] if job.is_training else []
+                    left = sum(one.is_training for one in (*waiting, *running.values()))
+                    eta = f", ETA {duration(statistics.fmean(took_s) * left / at_once)}" if took_s and left else ""
+                    if at_once > 1:
+                        _say(f"[{job.name}] done; {left} trainings left{eta}")
+                elif stop.signum:
+                    stopped_stages.append(stage)
+                else:
+                    failed = failed or (stage, future.result())
+                    if at_once > 1:
+                        _say(f"[{job.name}] did not finish. Run the same command again: it goes on from {run_dir}")
+    if stop.signum:
+        sys.stderr.write(stopped(stop.signum, stopped_stages, run_dir, plan))
+        raise SystemExit(128 + stop.signum)
+    if failed and failed[1]:
+        raise SystemExit(_exit_status(failed[0].name, failed[1], run_dir))
+    if failed:
+        raise UnfinishedError(f"Stage '{failed[0].name}' did not finish; its message stands above. {_AGAIN} {run_dir}")
+
+
+@contextmanager
+def _ended_by_error(stop: local.StopSignals) -> Iterator[None]:
+    """End what runs when the block raises: the pool would wait for it."""
+    try:
+        yield
+    except Exception:
+        stop.signum = signal.SIGTERM
+        raise
+
+
+def _next(waiting: Sequence[Job], run_dir: Path, plan: Plan) -> Job | None:
+    """Return the first stage that needs nothing more."""
+    return next((job for job in waiting if unfinished(before(plan, job.name), run_dir, plan) is None), None)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def _exit_status(name: str, status: int, run_dir: Path) -> int:
+    """Return the launcher's exit status for that of a stage that failed, and say what a killed one could not."""
+    if status < 0:
+        signal_name = signal.Signals(-status).name
+        hint = " (out of memory?)" if signal_name == "SIGKILL" else ""
+        _say(f"Error: stage '{name}' was ended by {signal_name}{hint}. {_AGAIN} {run_dir}")
+    return status if status in (local.USERS_MISTAKE, StageStopped.exit_status) else 1
+
+
+def _run(job: Job, run_dir: Path, executor: Any, stop: local.StopSignals, at_once: int) -> int:
+    """Run a stage; return its exit status, as `run_ranks` does. Its marker says how one on an executor ended."""
+    if is_local(executor):
+        ranks = job.ranks_per_node if job.is_training else None
+        variables = performance.variables(performance.settings_here(job))
+        variables |= variables_for(at_once * (ranks or 1), executor)
+        return local.run_ranks(job.command, ranks, variables, _logs_of(run_dir, job), stop, is_quiet=at_once > 1)
+    with run.Experiment(f"upcycle-{run_dir.name}-{job.name}", enable_goodbye_message=False) as experiment:
+        task = run.Partial(run_stage, name=job.name, dir=str(run_dir))
+        identity = experiment.add(task, executor=sized(executor, job.nodes, job.ranks_per_node), name=job.name)
+        stop.callback = lambda: experiment.cancel(identity)
+        experiment.run(tail_logs=True)
+    return 0
+
+
+def _logs_of(run_dir: Path, job: Job) -> Path:
+    """Return the prefix of a stage's log files."""
+    return run_dir / "logs" / job.name
+
+
+def variables_for(ranks: int, executor: Any) -> dict[str, str]:
+    """Return the variables of ranks on this machine: the user's, and as many threads as there are cores for."""
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, torch.get_num_threads() // ranks))
+    return {"OMP_NUM_THREADS": threads, **(executor.env_vars if executor else {})}
+
+
+def sized(executor: run.Executor, nodes: int, per_node: int) -> run.Executor:
+    """Return a copy of an executor with this many nodes and ranks per node, in the fields that its class has."""
+    mine = copy.copy(executor)  # deep enough, as an experiment clones it; and a client of a cloud has no deep copy
+    for names, value in ((("nodes", "num_nodes"), nodes), (("ntasks_per_node", "nprocs_per_node"), per_node)):
+        for name in names:
+            if hasattr(mine, name):
+                setattr(mine, name, value)
+    return mine
+
+
+def stopped(signum: int, stages: Sequence[Stage], run_dir: Path, plan: Plan) -> str:
+    """Return the last words of a stopped run: what was kept, and how to continue."""
+    kept = f"finished stages: {', '.join(finished(run_dir, plan)) or 'none'}"
+    for stage in (stage for stage in stages if stage.resumable):
+        last = newest_checkpoint(run_dir / stage.name / "checkpoints")
+        kept += f"; last checkpoint of {stage.name}: {last}" if last else f"; no checkpoint of {stage.name} yet"
+    names = " and ".join(f"'{stage.name}'" for stage in stages)
+    return (
+        f"\nStopped by {signal.Signals(signum).name} in stage {names}. Kept in {run_dir}: {kept}.\n"
+        f"Go on with the same command: {command_line()}\n"
+    )
