@@ -139,6 +139,7 @@ MOE_MAPPINGS = (
     _expert("expert_fc2_bias", "linear_fc2.bias", Sharding.REPLICATED, ("down",)),
     ParamMapping("shared_fc1", ("mlp.shared_experts.linear_fc1.weight",), Sharding.GATED, _GATE_UP),
     ParamMapping("shared_fc2", ("mlp.shared_experts.linear_fc2.weight",), Sharding.NEURON_COLUMNS, ("down",)),
+    ParamMapping("shared_gate", ("mlp.shared_experts.gate_weight",), Sharding.REPLICATED),
 )
 
 MAPPINGS = (*MODEL_MAPPINGS, *ATTENTION_MAPPINGS, *DENSE_MAPPINGS, *MOE_MAPPINGS)
@@ -171,8 +172,8 @@ def layer_mappings(arch: Architecture, layer: int) -> tuple[ParamMapping, ...]:
 
 def _has(mapping: ParamMapping, arch: Architecture) -> bool:
     """Return whether the architecture has this parameter where a layer of that kind could have it."""
-    if mapping.is_shared:
-        return arch.shared_ffn_size > 0
+    if mapping.is_shared:  # none that is upcycled has a gate; the folder's is a constant of its class
+        return arch.shared_ffn_size > 0 and mapping.role != "shared_gate"
     some = {"qkv_bias": arch.qkv_bias, "attention_out_bias": arch.attention_out_bias}
     some |= dict.fromkeys(("query_norm", "key_norm"), arch.qk_norm)
     return some.get(mapping.role, arch.ffn_bias if mapping.role.endswith("_bias") else True)
