@@ -79,6 +79,11 @@ class Architecture:
         """The sliding window, in tokens; None where no sequence is longer."""
         return self.sliding_window if self.sliding_window and self.sliding_window < self.max_positions else None
 
+    @property
+    def router_order(self) -> str:
+        """`topk_softmax` where the chosen experts' weights sum to one, else `softmax_topk`, as in `UpcycleSpec`."""
+        return "softmax_topk" if self.router_score == "softmax" and not self.norm_topk else "topk_softmax"
+
     def is_moe_layer(self, layer: int) -> bool:
         """Return whether a layer has experts."""
         return bool(self.num_experts) and (self.moe_pattern is None or self.moe_pattern[layer])

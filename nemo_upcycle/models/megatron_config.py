@@ -73,10 +73,10 @@ def megatron_fields(arch: Architecture) -> dict[str, Any]:
     Example:
         >>> TransformerConfig(**megatron_fields(arch), activation_func=silu)  # doctest: +SKIP
     """
-    fields = {FIELDS[name]: getattr(arch, name) for name in (*_BLOCK, *_BIASES)}
+    fields = {FIELDS[name]: getattr(arch, name) for name in (*_BLOCK, *_BIASES)} | router_fields(arch)
     fields["normalization"] = _PLAIN["normalization"]
     if arch.num_experts:
-        fields |= {FIELDS[name]: getattr(arch, name) for name in ("num_experts", "top_k", "expert_ffn_size")}
+        fields[FIELDS["expert_ffn_size"]] = arch.expert_ffn_size
         fields[FIELDS["shared_ffn_size"]] = arch.shared_ffn_size or None
         fields[FIELDS["moe_pattern"]] = _layer_freq([arch.is_moe_layer(layer) for layer in range(arch.num_layers)])
     return fields
@@ -130,14 +130,20 @@ def architecture_of(config: Any, vocab_size: int) -> Architecture:
     return Architecture(hf_class="", vocab_size=vocab_size, attention_out_bias=fields["ffn_bias"], **fields)
 
 
-def router_fields(spec: UpcycleSpec) -> dict[str, Any]:
-    """Return the settings of Megatron's that follow from a spec alone: experts and routing."""
+def router_fields(model: Architecture | UpcycleSpec) -> dict[str, Any]:
+    """Return Megatron's settings of experts and routing; none for a dense model.
+
+    Args:
+        model: its architecture, or the spec that makes it.
+    """
+    if not model.num_experts:
+        return {}
     return {
-        "num_moe_experts": spec.num_experts,
-        "moe_router_topk": spec.top_k,
-        "moe_router_pre_softmax": spec.router_order == "softmax_topk",
-        "moe_router_score_function": spec.router_score,
-        "moe_router_topk_scaling_factor": None if spec.routed_scaling_factor == 1 else spec.routed_scaling_factor,
+        "num_moe_experts": model.num_experts,
+        "moe_router_topk": model.top_k,
+        "moe_router_pre_softmax": model.router_order == "softmax_topk",
+        "moe_router_score_function": model.router_score,
+        "moe_router_topk_scaling_factor": None if model.routed_scaling_factor == 1 else model.routed_scaling_factor,
     }
 
 

@@ -185,7 +185,6 @@ def _spec_of(arch: Architecture, moe_arch: Architecture, routers: _Routers | Non
     """Return a spec of plain copies that makes this model, as far as the configuration and the routers show."""
     width, experts, top_k = moe_arch.expert_ffn_size or 1, moe_arch.num_experts or 0, moe_arch.top_k or 1
     granularity = arch.ffn_size // width
-    is_softmax = moe_arch.router_score == "softmax"
     if top_k == 1 and moe_arch.norm_topk:  # which no spec makes; one expert more has the same sums
         experts, top_k = max(experts, 2 * granularity), granularity + 1
     return UpcycleSpec(
@@ -195,7 +194,7 @@ def _spec_of(arch: Architecture, moe_arch: Architecture, routers: _Routers | Non
         shared_experts=moe_arch.shared_ffn_size // width,
         router_init="zero" if routers and routers.zero else "normal",
         router_std=routers.std if routers else 0.02,
-        router_order="softmax_topk" if is_softmax and not moe_arch.norm_topk else "topk_softmax",
+        router_order=moe_arch.router_order,
         router_score=moe_arch.router_score,
         routed_scaling_factor=moe_arch.routed_scaling_factor,
     )
