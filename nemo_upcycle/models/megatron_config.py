@@ -41,6 +41,8 @@ FIELDS = _BLOCK | {
     "moe_pattern": "moe_layer_freq",
 }
 _BIASES = ("qkv_bias", "ffn_bias")
+#: Fields that a recipe has in common with the dense model that it starts from.
+SIZES = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "qk_norm")
 #: Settings of Megatron's router that no spec and no Hugging Face class has.
 NO_SPEC_HAS: dict[str, Any] = {
     "moe_router_enable_expert_bias": False,
@@ -104,18 +106,8 @@ def architecture_of(config: Any, vocab_size: int) -> Architecture:
         >>> architecture_of(recipe.model.config, 128256).total_params  # doctest: +SKIP
         47491321856
     """
-    names = (
-        "num_layers",
-        "hidden_size",
-        "ffn_size",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-        "gated",
-        "qk_norm",
-        *_BIASES,
-    )
-    fields = {name: getattr(config, FIELDS[name]) for name in (*names, "tied_embeddings", "num_experts")}
+    names = (*SIZES, "gated", *_BIASES, "tied_embeddings", "num_experts")
+    fields = {name: getattr(config, FIELDS[name]) for name in names}
     fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
     fields["head_dim"] = fields["head_dim"] or fields["hidden_size"] // fields["num_heads"]
     fields["qkv_bias"] = fields["qkv_bias"] or fields["ffn_bias"]  # Megatron has one setting for all other biases

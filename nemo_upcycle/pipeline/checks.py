@@ -18,25 +18,13 @@ from nemo_upcycle.data.inputs import require_disjoint
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.suite_config import read_suite_config
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.megatron_config import architecture_of
+from nemo_upcycle.models.megatron_config import FIELDS, SIZES, architecture_of
 from nemo_upcycle.pipeline.markers import StageFolder, setting_texts
 from nemo_upcycle.pipeline.plan import Plan, RunPlan, Stage
 from nemo_upcycle.pipeline.plans import kind_of
 from nemo_upcycle.pipeline.recipes_io import check_recipe, ranks_of
 from nemo_upcycle.training.values import setting
 from nemo_upcycle.utils.files import resolved
-
-
-#: Sizes of a dense model, and where a recipe sets them.
-_SIZES = {
-    "num_layers": "num_layers",
-    "hidden_size": "hidden_size",
-    "ffn_size": "ffn_hidden_size",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_query_groups",
-    "head_dim": "kv_channels",
-    "qk_norm": "qk_layernorm",
-}
 
 
 def is_local(executor: Any) -> bool:
@@ -202,11 +190,11 @@ def check_parents(recipe: run.Partial, *, remote: bool) -> None:
 def _check_parent(recipe: run.Partial, parent: Architecture, dense: str, where: str) -> None:
     """Check that a recipe's model has the sizes of the dense model that it starts from."""
     model = architecture_of(recipe.model.config, parent.vocab_size)
-    for name, field in _SIZES.items():
+    for name in SIZES:
         got, expected = getattr(model, name), getattr(parent, name)
         if got != expected:
             raise UpcycleError(
-                f"{where}model.config.{field}",
+                f"{where}model.config.{FIELDS[name]}",
                 got=got,
                 expected=f"{expected}, as {dense} has",
                 fix="give the recipe of a model of this family and size, or another dense",
