@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import transformers
 from megatron.bridge import AutoBridge
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 from megatron.bridge.models.conversion.param_mapping import (
     AutoMapping,
+    ConcatenatedQKVMapping,
     GatedMLPMapping,
+    MegatronParamMapping,
     QKVMapping,
     ReplicatedMapping,
 )
@@ -29,8 +32,27 @@ from nemo_upcycle.models.families.base import ZERO_FILLED
 from nemo_upcycle.models.mapping import MAPPINGS, Sharding
 
 
+class FusedGatedMapping(MegatronParamMapping[torch.Tensor]):
+    """Gate and up projection that the folder has in one tensor, gate rows above up rows; see `GatedMLPMapping`."""
+
+    def __init__(self, megatron_param: str, hf_param: str) -> None:
+        super().__init__(megatron_param, hf_param)
+        self._apart = GatedMLPMapping(megatron_param, gate=f"{hf_param}.gate", up=f"{hf_param}.up")
+
+    def hf_to_megatron(self, hf_weights: torch.Tensor, megatron_module: Any) -> torch.Tensor:
+        """Return this rank's shard."""
+        return self._apart.hf_to_megatron(dict(zip(("gate", "up"), hf_weights.chunk(2), strict=True)), megatron_module)
+
+    def megatron_to_hf(self, megatron_weights: torch.Tensor | None, megatron_module: Any) -> dict[str, torch.Tensor]:
+        """Return the tensor by its name; of experts, those of all ranks."""
+        parts = self._apart.megatron_to_hf(megatron_weights, megatron_module)
+        names = [name.removesuffix(".gate") for name in parts if name.endswith(".gate")]
+        return {name: torch.cat((parts[f"{name}.gate"], parts[f"{name}.up"])) for name in names}
+
+
 #: Bridge's mapping of each kind of parameter; `AutoMapping` asks the module how it is cut.
 _KINDS = {Sharding.QKV: QKVMapping, Sharding.GATED: GatedMLPMapping, Sharding.REPLICATED: ReplicatedMapping}
+_FUSED = {Sharding.QKV: ConcatenatedQKVMapping, Sharding.GATED: FusedGatedMapping}
 
 
 class FamilyBridge(MegatronModelBridge):
@@ -58,10 +80,11 @@ class FamilyBridge(MegatronModelBridge):
 
 def _mappings(family: Family) -> Iterator[Any]:
     for mapping in MAPPINGS:
-        theirs = [name.format(layer="*", expert="*") for name in family.names.get(mapping.role, ())]
+        names = family.names.get(mapping.role, ())
+        theirs = [name.format(layer="*", expert="*") for name in dict.fromkeys(names)]
+        kind = (_FUSED if len(theirs) < len(names) else _KINDS).get(mapping.sharding, AutoMapping)
         for name in mapping.megatron if theirs else ():
-            ours = ("decoder.layers.*." if mapping.in_layer else "") + name.format(expert="*")
-            yield _KINDS.get(mapping.sharding, AutoMapping)(ours, *theirs)
+            yield kind(("decoder.layers.*." if mapping.in_layer else "") + name.format(expert="*"), *theirs)
 
 
 def _register(family: Family) -> None:

@@ -55,7 +55,8 @@ class ParamMapping:
         checkpoint: names in a Megatron distributed checkpoint, where they differ (experts are stacked there; the local
             spec saves its norms under Transformer Engine's names).
         in_layer: whether it belongs to a layer.
-        hf: Hugging Face names, one for each part. Of one architecture only, see `mapping_of`: the family has them.
+        hf: Hugging Face names, one for each part; parts of one name lie in one tensor, rows below rows. Of one
+            architecture only, see `mapping_of`: the family has them.
         hf_factor: factor on the Megatron parameter in the Hugging Face tensors, as for `hf`.
     """
 
@@ -82,6 +83,10 @@ class ParamMapping:
     def dense_role(self) -> str:
         """The dense network's parameter that an expert's is made from."""
         return self.role.removeprefix("expert_").removeprefix("shared_")
+
+    def together(self, part: int) -> tuple[int, ...]:
+        """Return the parts that lie in the Hugging Face tensor of one, that one included, in the order of its rows."""
+        return tuple(other for other, name in enumerate(self.hf) if name == self.hf[part])
 
     @property
     def stored(self) -> tuple[str, ...]:
@@ -185,7 +190,8 @@ def hf_names(arch: Architecture) -> Iterator[str]:
     for layer in range(arch.num_layers):
         for mapping in layer_mappings(arch, layer):
             experts = range(arch.num_experts or 0) if mapping.is_expert else range(1)
-            yield from (name.format(layer=layer, expert=expert) for expert in experts for name in mapping.hf)
+            names = dict.fromkeys(mapping.hf)
+            yield from (name.format(layer=layer, expert=expert) for expert in experts for name in names)
     yield from mapping_of("final_norm", arch).hf
     if not arch.tied_embeddings:
         yield from mapping_of("output", arch).hf
@@ -218,7 +224,7 @@ def extra_params(arch: Architecture) -> int:
 
 
 def mapping_of_hf(hf_name: str, arch: Architecture) -> tuple[ParamMapping, int, int, int]:
-    """Return the mapping of a Hugging Face tensor, the part of it, its layer and its expert.
+    """Return the mapping of a Hugging Face tensor, the (first) part that it holds, its layer and its expert.
 
     Raises:
         CheckpointError: the table has no such tensor.

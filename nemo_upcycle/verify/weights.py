@@ -215,21 +215,22 @@ def _pairs(
     Factors that cancel out are applied: what was halved in Megatron and doubled again on export lost the last bit of
     its smallest numbers.
     """
-    (slice_,) = plan.slices
-    shape, dtype = moe.shape(name), moe.dtype(name)
-    (first, last), *rest = slice_.bounds
+    shape, dtype, row = moe.shape(name), moe.dtype(name), 0
     rows = max(1, _BLOCK_BYTES // max(1, torch.Size(shape[1:]).numel() * dtype.itemsize))
-    for start in range(0, last - first, rows):
-        stop = min(start + rows, last - first)
-        theirs = moe.read(name, [(start, stop), *((0, size) for size in shape[1:])])
-        ours = dense.read(slice_.name, [(first + start, first + stop), *rest])
-        require_finite(theirs, name, moe)
-        ours = ours.to(dtype)
-        for factor in plan.factors if plan.factor == 1.0 else ():
-            ours = ours * factor
-        yield theirs, ours
-        dense.release()
-        moe.release()
+    for slice_ in plan.slices:
+        (first, last), *rest = slice_.bounds
+        for start in range(first, last, rows):
+            stop = min(start + rows, last)
+            theirs = moe.read(name, [(row, row + stop - start), *((0, size) for size in shape[1:])])
+            ours = dense.read(slice_.name, [(start, stop), *rest])
+            row += stop - start
+            require_finite(theirs, name, moe)
+            ours = ours.to(dtype)
+            for factor in plan.factors if plan.factor == 1.0 else ():
+                ours = ours * factor
+            yield theirs, ours
+            dense.release()
+            moe.release()
 
 
 def _relation(

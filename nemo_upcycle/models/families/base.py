@@ -35,14 +35,15 @@ class Family:
     """One Hugging Face class: how its `config.json` is read and how its tensors are called.
 
     A family that is a Llama in all but names and defaults needs an instance; one that reads a setting in its own way
-    overrides the method that reads it. Its tensors must be those of Llama, one for each part of a `ParamMapping`.
+    overrides the method that reads it. Its tensors must be those of Llama, apart or fused: the rows of query, key and
+    value, or of gate and up projection, one below the other.
 
     Args:
         title: how messages call it.
         hf_class: the class in `architectures`.
         model_type: the `model_type` beside it.
-        names: role in the mapping table -> names of the tensors, one for each part; `{layer}` and `{expert}` stand for
-            numbers.
+        names: role in the mapping table -> names of the tensors, one for each part of the role's `ParamMapping`, the
+            same for parts that one tensor holds; `{layer}` and `{expert}` stand for numbers.
         defaults: what its `config.json` leaves unsaid, under Llama's names: the defaults of transformers'
             configuration class, and what the class fixes (`qkv_bias`, `zero_centered_norm`, `scaled_embedding`).
         spelling: its own name of a setting -> Llama's, where they differ.
