@@ -61,6 +61,14 @@ def write_phi3(folder: Path, *, layers: int = 2, **changes: Any) -> Path:
     return _write_parent(folder, Phi3ForCausalLM, Phi3Config, False, layers, 1, changes)
 
 
+def write_olmo2(folder: Path, *, layers: int = 2, **changes: Any) -> Path:
+    """Write a random OLMo 2, whose norms stand after attention and network, as `write_llama` writes a Llama."""
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    changes = {"head_dim": None, "pad_token_id": 0} | changes
+    return _write_parent(folder, Olmo2ForCausalLM, Olmo2Config, False, layers, 1, changes)
+
+
 def write_mistral(folder: Path, window: int, *, layers: int = 4, **changes: Any) -> Path:
     """Write a random Mistral, whose attention sees `window` tokens, as `write_llama` writes a Llama."""
     from transformers import MistralConfig, MistralForCausalLM

@@ -69,12 +69,32 @@ _POSITIONS: dict[str, Any] = {
 }
 
 
+def require_buildable(arch: Architecture) -> None:
+    """Check that the layers of Megatron-Core's GPT model can be those of an architecture.
+
+    Raises:
+        CheckpointError: its norms stand where no layer of 0.15 to 0.19 has any.
+    """
+    norms = {"after attention and network": arch.post_norm, "of query and key over all heads": arch.wide_qk_norm}
+    if got := [place for place, holds in norms.items() if holds]:
+        raise CheckpointError(
+            f"norms of {arch.hf_class or 'the model'}",
+            got=", ".join(got),
+            expected="before attention and network, and head by head: Megatron-Core's layers have them nowhere else",
+            fix="make a Hugging Face folder of it with nemo-upcycle convert, and train that elsewhere",
+        )
+
+
 def megatron_fields(arch: Architecture) -> dict[str, Any]:
     """Return the settings of Megatron's `TransformerConfig` that make a model of an architecture, but its activation.
+
+    Raises:
+        CheckpointError: as in `require_buildable`.
 
     Example:
         >>> TransformerConfig(**megatron_fields(arch), activation_func=silu)  # doctest: +SKIP
     """
+    require_buildable(arch)
     fields = {FIELDS[name]: getattr(arch, name) for name in (*_BLOCK, *_BIASES)} | router_fields(arch)
     fields["normalization"] = _PLAIN["normalization"]
     if arch.num_experts:

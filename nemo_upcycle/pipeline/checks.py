@@ -18,7 +18,7 @@ from nemo_upcycle.data.inputs import require_disjoint
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.suite_config import read_suite_config
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.megatron_config import FIELDS, SIZES, architecture_of
+from nemo_upcycle.models.megatron_config import FIELDS, SIZES, architecture_of, require_buildable
 from nemo_upcycle.pipeline.markers import StageFolder, setting_texts
 from nemo_upcycle.pipeline.plan import Plan, RunPlan, Stage
 from nemo_upcycle.pipeline.plans import kind_of
@@ -189,6 +189,7 @@ def check_parents(recipe: run.Partial, *, remote: bool) -> None:
 
 def _check_parent(recipe: run.Partial, parent: Architecture, dense: str, where: str) -> None:
     """Check that a recipe's model has the sizes of the dense model that it starts from."""
+    require_buildable(parent)
     model = architecture_of(recipe.model.config, parent.vocab_size)
     for name in SIZES:
         got, expected = getattr(model, name), getattr(parent, name)

@@ -16,6 +16,7 @@ import torch
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture, architecture_from_config, read_architecture
 from nemo_upcycle.models.mapping import BY_ROLE, MAPPINGS, MOE_MAPPINGS, ParamMapping, Sharding, mapping_of
+from nemo_upcycle.models.megatron_config import require_buildable
 from nemo_upcycle.models.sharding import Shard, SourceSlice, shard_shape, source_slices, tensor_shape
 from nemo_upcycle.sources.base import Index, OneModel
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint, model_prefix
@@ -94,6 +95,7 @@ class MegatronCheckpoint(TensorFiles[_Fused], OneModel):
         self.files = self._checkpoint.files
         self._prefix = model_prefix(self._checkpoint)
         self.architecture = self._read_architecture(config)
+        require_buildable(self.architecture)
         self._tensors = dict(self._find_all())
 
     def _read_architecture(self, config: Path | None) -> Architecture:

@@ -47,6 +47,8 @@ class Family:
         defaults: what its `config.json` leaves unsaid, under Llama's names: the defaults of transformers'
             configuration class, and what the class fixes (`qkv_bias`, `zero_centered_norm`, `scaled_embedding`).
         spelling: its own name of a setting -> Llama's, where they differ.
+        post_norm: whether norms stand after attention and network (`attention_norm` and `ffn_norm` name those).
+        wide_qk_norm: whether query and key are normalised over all heads at once.
         has_window: whether the class reads `sliding_window`.
         windowed_class: the class that is the same model with a sliding window, if there is one.
         nemo_module: NeMo's module with the configuration of such models.
@@ -65,6 +67,8 @@ class Family:
     names: Mapping[str, tuple[str, ...]]
     defaults: Mapping[str, Any]
     spelling: Mapping[str, str] = field(default_factory=dict)
+    post_norm: bool = False
+    wide_qk_norm: bool = False
     has_window: bool = False
     windowed_class: str = ""
     nemo_module: str = ""
@@ -121,6 +125,12 @@ class MoeFamily(Family, ABC):
             "biases of the feed-forward network": arch.ffn_bias,
             f"{arch.router_score} scores": arch.router_score != self.router_score,
             "a routed_scaling_factor": arch.routed_scaling_factor != 1 and self.router_score == "softmax",
+            f"norms {'after' if arch.post_norm else 'before'} attention and network": (
+                arch.post_norm != self.post_norm
+            ),
+            f"norms of query and key {'over all heads' if arch.wide_qk_norm else 'by head'}": (
+                arch.qk_norm and arch.wide_qk_norm != self.wide_qk_norm
+            ),
         }
         yield from (reason for reason, holds in reasons.items() if holds)
 

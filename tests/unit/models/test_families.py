@@ -21,12 +21,13 @@ from nemo_upcycle.models import families
 from nemo_upcycle.models.architecture import Architecture, architecture_from_config, read_architecture
 from nemo_upcycle.models.families import Family, MoeFamily, llama
 from nemo_upcycle.models.mapping import MAPPINGS, hf_names, mapping_of_hf
+from nemo_upcycle.models.megatron_config import megatron_fields
 from nemo_upcycle.models.settings import Settings
 from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.sources.megatron_checkpoint import MegatronCheckpoint
 from nemo_upcycle.verify.verification import verify
-from tests.families import PHI3, registered
-from tests.models import build_chunks, moe_settings, sample_tokens, write_llama, write_phi3
+from tests.families import FLEX_OLMO, OLMO2, PHI3, registered
+from tests.models import build_chunks, moe_settings, sample_tokens, write_llama, write_olmo2, write_phi3
 from tests.unit.convert.exports import write_checkpoint
 
 
@@ -283,6 +284,50 @@ def test_a_checkpoint_is_read_and_exported_under_fused_names(tmp_path: Path) -> 
                 for start, stop in ((0, 0), (5, 70), (64, 96), (70, 128)):  # in one part, over its end, a whole one
                     bounds = [(start, stop), (3, 64)]
                     assert torch.equal(fused.read(layer + "self_attn.qkv_proj.weight", bounds), whole[start:stop, 3:])
+
+
+@pytest.mark.parametrize("fields", [COPIES, {"num_experts": 8, "top_k": 4, "granularity": 2}], ids=str)
+def test_norms_after_attention_and_network_are_converted(tmp_path: Path, fields: dict[str, int]) -> None:
+    spec = UpcycleSpec(**fields)
+    with registered(OLMO2):
+        folder = write_olmo2(tmp_path / "dense")
+        arch = read_architecture(folder)
+        assert arch.total_params == sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
+        with (
+            open_dense(folder) as dense,
+            pytest.raises(SpecError, match=r"norms after attention and network \(Mixtral, .*MoE\)"),
+        ):
+            convert(dense, tmp_path / "moe", spec)
+        with registered(FLEX_OLMO):
+            with open_dense(folder) as dense:
+                assert convert(dense, tmp_path / "moe", spec).exact
+            made = read_architecture(tmp_path / "moe")
+            assert replace(made, ffn_size=arch.ffn_size) == arch.upcycled(spec)
+            assert verify(folder, tmp_path / "moe", logits=False).equal
+            llama_reasons = list(FLEX_OLMO.unsupported(replace(arch, post_norm=False, wide_qk_norm=False)))
+            assert llama_reasons == ["norms before attention and network", "norms of query and key by head"]
+    _check_logits(folder, tmp_path / "moe")
+
+
+@pytest.mark.usefixtures("megatron")
+def test_norms_that_megatrons_layers_lack_are_refused_where_a_model_is_built(tmp_path: Path) -> None:
+    words = (
+        "norms of .*: got after attention and network, of query and key over all heads, expected before .*Fix: make"
+    )
+    with registered(OLMO2):
+        folder = write_olmo2(tmp_path / "dense")
+        arch = read_architecture(folder)
+        (model,) = build_chunks(replace(arch, post_norm=False, wide_qk_norm=False), num_experts=4)
+        before = [parameter.clone() for parameter in model.parameters()]
+        with open_dense(folder) as dense, pytest.raises(CheckpointError, match=words):
+            upcycle_into([model], dense, UpcycleSpec(**COPIES))
+        assert all(torch.equal(*pair) for pair in zip(model.parameters(), before, strict=True))
+        checkpoint = write_checkpoint(tmp_path / "checkpoint", folder, None)
+        with pytest.raises(CheckpointError, match=words):
+            export_checkpoint(checkpoint, folder, tmp_path / "hf")
+    for moe_arch in (arch, arch.upcycled(UpcycleSpec(**COPIES))):
+        with pytest.raises(CheckpointError, match=words):
+            megatron_fields(moe_arch)
 
 
 def test_messages_use_the_familys_own_names() -> None:
