@@ -54,7 +54,7 @@ class TensorPlan:
     Args:
         mapping: what the tensor is in the upcycled model.
         layer: number in the whole model, from 0; None outside the layers.
-        slices: the dense slices that it is put together from; none for a router.
+        slices: the dense slices that it is put together from, in the order of its rows; none for a router.
         shard: the rank's part of it.
         branch: which of several dense models a routed expert comes from; None for everything else.
         factors: factors on it, applied in turn, each product rounded to the tensor's type.
@@ -138,7 +138,8 @@ def plan_tensor(
         parents: number of dense models that become experts in turn.
         shard: the rank's part of the tensor.
         shape: the shard's shape, where a vocabulary may be padded.
-        hf_part: of a fused Megatron parameter, the Hugging Face tensor that is meant; None: the parameter itself.
+        hf_part: of a fused Megatron parameter, a part in the Hugging Face tensor that is meant; None: the parameter
+            itself.
     """
     if mapping.role in _ROUTER_ROLES:
         return TensorPlan(mapping, layer, shard=shard)
@@ -150,9 +151,9 @@ def plan_tensor(
         first_neuron = part * moe.expert_ffn_size
     shape = shape or shard_shape(mapping, moe, shard)
     slices = tuple(
-        DenseSlice(source.hf[piece.part].format(layer=layer), piece)
+        DenseSlice(source.hf[piece.part].format(layer=layer), piece.in_tensor(source, dense))
         for piece in source_slices(source, dense, shard, shape, first_neuron)
-        if hf_part in (None, piece.part)
+        if hf_part is None or piece.part in mapping.together(hf_part)
     )
     branch = copy % parents if mapping.is_expert else None
     factors = _factors(mapping, expert, spec, hf=hf_part is not None) if spec else ()

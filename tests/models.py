@@ -13,7 +13,7 @@ from nemo_upcycle.models.activation import activation_function
 from nemo_upcycle.models.architecture import Architecture, read_architecture
 from nemo_upcycle.models.mapping import hf_names, mapping_of_hf
 from nemo_upcycle.models.megatron_config import megatron_fields, moe_fields
-from nemo_upcycle.models.sharding import hf_shape, hf_shapes
+from nemo_upcycle.models.sharding import hf_shapes, tensor_shape
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -51,6 +51,22 @@ def write_qwen3(folder: Path, *, tied: bool = False, layers: int = 4, **changes:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     return _write_parent(folder, Qwen3ForCausalLM, Qwen3Config, tied, layers, 1, changes)
+
+
+def write_phi3(folder: Path, *, layers: int = 2, **changes: Any) -> Path:
+    """Write a random Phi-3, whose query, key and value, and gate and up are fused, as `write_llama` writes a Llama."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    changes = {"head_dim": None, "pad_token_id": 0} | changes
+    return _write_parent(folder, Phi3ForCausalLM, Phi3Config, False, layers, 1, changes)
+
+
+def write_olmo2(folder: Path, *, layers: int = 2, **changes: Any) -> Path:
+    """Write a random OLMo 2, whose norms stand after attention and network, as `write_llama` writes a Llama."""
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    changes = {"head_dim": None, "pad_token_id": 0} | changes
+    return _write_parent(folder, Olmo2ForCausalLM, Olmo2Config, False, layers, 1, changes)
 
 
 def write_mistral(folder: Path, window: int, *, layers: int = 4, **changes: Any) -> Path:
@@ -150,7 +166,7 @@ class MemorySource:
         self.tensors: dict[str, torch.Tensor] = {}
         for name in hf_names(architecture):
             mapping, part, _, _ = mapping_of_hf(name, architecture)
-            numbers = torch.randn(hf_shape(mapping, part, architecture), generator=generator)
+            numbers = torch.randn(tensor_shape(mapping, part, architecture), generator=generator)
             deviation, mean = (0.2, 1.0) if mapping.role.endswith("norm") else (0.1, 0.0)
             self.tensors[name] = numbers * deviation + mean
 

@@ -1,133 +1,101 @@
-"""Bridges of the classes that Megatron-Bridge lacks: Mixtral and Qwen2-MoE.
+"""Bridges of the families whose classes Megatron-Bridge lacks, generated from them and from the mapping table.
 
-Import this module, then `AutoBridge` imports and exports `MixtralForCausalLM` and `Qwen2MoeForCausalLM`.
+Import this module, then `AutoBridge` imports and exports `MixtralForCausalLM`, `Qwen2MoeForCausalLM` and the class of
+every other family that was registered before and that Bridge does not know itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
+import transformers
+from megatron.bridge import AutoBridge
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 from megatron.bridge.models.conversion.param_mapping import (
     AutoMapping,
+    ConcatenatedQKVMapping,
     GatedMLPMapping,
+    MegatronParamMapping,
     QKVMapping,
     ReplicatedMapping,
 )
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.core.models.gpt.gpt_model import GPTModel
-from transformers import MixtralForCausalLM, Qwen2MoeForCausalLM
 
 from nemo_upcycle.bridge.models import provider_of
 from nemo_upcycle.models.architecture import architecture_from_config
+from nemo_upcycle.models.families import Family, parents, targets
+from nemo_upcycle.models.families.base import ZERO_FILLED
+from nemo_upcycle.models.mapping import MAPPINGS, Sharding
 
 
-_LAYER = "decoder.layers.*."
-_HF = "model.layers.*."
+class FusedGatedMapping(MegatronParamMapping[torch.Tensor]):
+    """Gate and up projection that the folder has in one tensor, gate rows above up rows; see `GatedMLPMapping`."""
+
+    def __init__(self, megatron_param: str, hf_param: str) -> None:
+        super().__init__(megatron_param, hf_param)
+        self._apart = GatedMLPMapping(megatron_param, gate=f"{hf_param}.gate", up=f"{hf_param}.up")
+
+    def hf_to_megatron(self, hf_weights: torch.Tensor, megatron_module: Any) -> torch.Tensor:
+        """Return this rank's shard."""
+        return self._apart.hf_to_megatron(dict(zip(("gate", "up"), hf_weights.chunk(2), strict=True)), megatron_module)
+
+    def megatron_to_hf(self, megatron_weights: torch.Tensor | None, megatron_module: Any) -> dict[str, torch.Tensor]:
+        """Return the tensor by its name; of experts, those of all ranks."""
+        parts = self._apart.megatron_to_hf(megatron_weights, megatron_module)
+        names = [name.removesuffix(".gate") for name in parts if name.endswith(".gate")]
+        return {name: torch.cat((parts[f"{name}.gate"], parts[f"{name}.up"])) for name in names}
 
 
-@MegatronModelBridge.register_bridge(source=MixtralForCausalLM, target=GPTModel, model_type="mixtral")
-class MixtralBridge(MegatronModelBridge):
-    """Bridge of Mixtral, as `AutoBridge` finds it.
+#: Bridge's mapping of each kind of parameter; `AutoMapping` asks the module how it is cut.
+_KINDS = {Sharding.QKV: QKVMapping, Sharding.GATED: GatedMLPMapping, Sharding.REPLICATED: ReplicatedMapping}
+_FUSED = {Sharding.QKV: ConcatenatedQKVMapping, Sharding.GATED: FusedGatedMapping}
+
+
+class FamilyBridge(MegatronModelBridge):
+    """Bridge of a family, as `AutoBridge` finds it.
+
+    What the class always has, the Megatron model has, too: the folder's zeros where the upcycled model has none.
 
     Example:
         >>> AutoBridge.from_hf_pretrained("runs/demo/hf").to_megatron_provider()  # doctest: +SKIP
     """
 
-    def provider_bridge(self, hf_pretrained: Any) -> GPTModelProvider:
-        """Return the provider of a Mixtral."""
-        return provider_of(architecture_from_config(hf_pretrained.config.to_dict()))
-
-    def mapping_registry(self) -> MegatronMappingRegistry:
-        """Return which tensor is made of which, with Transformer Engine's modules and with the local ones."""
-        moe = _HF + "block_sparse_moe."
-        return MegatronMappingRegistry(
-            *_common(), *_routed(moe + "gate.weight", moe + "experts.*.{}.weight", ("w1", "w3", "w2"))
-        )
-
-
-@MegatronModelBridge.register_bridge(source=Qwen2MoeForCausalLM, target=GPTModel, model_type="qwen2_moe")
-class Qwen2MoeBridge(MegatronModelBridge):
-    """Bridge of Qwen2-MoE: biases of query, key and value, a shared expert with a gate, dense layers.
-
-    What the class always has, the Megatron model has, too: the folder's zeros where the upcycled model has none.
-    """
+    family: Family
 
     def provider_bridge(self, hf_pretrained: Any) -> GPTModelProvider:
-        """Return the provider of a Qwen2-MoE."""
+        """Return the provider of a model of the family."""
         config = hf_pretrained.config.to_dict()
-        return provider_of(
-            architecture_from_config(config),
-            add_qkv_bias=True,
-            moe_shared_expert_gate=True,
-            moe_shared_expert_intermediate_size=config["shared_expert_intermediate_size"],
-        )
+        config.pop(ZERO_FILLED, None)
+        gate = {"moe_shared_expert_gate": True} if "shared_gate" in self.family.names else {}
+        return provider_of(architecture_from_config(config), **gate)
 
     def mapping_registry(self) -> MegatronMappingRegistry:
         """Return which tensor is made of which, with Transformer Engine's modules and with the local ones."""
-        mlp, theirs, parts = _LAYER + "mlp.", _HF + "mlp.", ("gate_proj", "up_proj", "down_proj")
-        bias = {name: f"{_HF}self_attn.{name}_proj.bias" for name in ("q", "k", "v")}
-        return MegatronMappingRegistry(
-            *_common(),
-            QKVMapping(megatron_param=_LAYER + "self_attention.linear_qkv.bias", **bias),
-            AutoMapping(
-                megatron_param=mlp + "linear_fc1.layer_norm_weight", hf_param=_HF + "post_attention_layernorm.weight"
-            ),
-            *_matrices(mlp + "linear_fc1.weight", mlp + "linear_fc2.weight", theirs + "{}.weight", parts),
-            *_routed(theirs + "gate.weight", theirs + "experts.*.{}.weight", parts),
-            *_matrices(
-                mlp + "shared_experts.linear_fc1.weight",
-                mlp + "shared_experts.linear_fc2.weight",
-                theirs + "shared_expert.{}.weight",
-                parts,
-            ),
-            ReplicatedMapping(
-                megatron_param=mlp + "shared_experts.gate_weight", hf_param=theirs + "shared_expert_gate.weight"
-            ),
-        )
+        return MegatronMappingRegistry(*_mappings(self.family))
 
 
-def _common() -> list[Any]:
-    """Return the mappings of embedding, attention, norms and output layer."""
-    names = {
-        "embedding.word_embeddings.weight": "model.embed_tokens.weight",
-        "output_layer.weight": "lm_head.weight",
-        "decoder.final_layernorm.weight": "model.norm.weight",
-        _LAYER + "self_attention.linear_qkv.layer_norm_weight": _HF + "input_layernorm.weight",
-        _LAYER + "input_layernorm.weight": _HF + "input_layernorm.weight",
-        _LAYER + "pre_mlp_layernorm.weight": _HF + "post_attention_layernorm.weight",
-        _LAYER + "self_attention.linear_proj.weight": _HF + "self_attn.o_proj.weight",
-    }
-    attention = {name: f"{_HF}self_attn.{name}_proj.weight" for name in ("q", "k", "v")}
-    return [
-        *(AutoMapping(megatron_param=ours, hf_param=theirs) for ours, theirs in names.items()),
-        QKVMapping(megatron_param=_LAYER + "self_attention.linear_qkv.weight", **attention),
-    ]
+def _mappings(family: Family) -> Iterator[Any]:
+    for mapping in MAPPINGS:
+        names = family.names.get(mapping.role, ())
+        theirs = [name.format(layer="*", expert="*") for name in dict.fromkeys(names)]
+        kind = (_FUSED if len(theirs) < len(names) else _KINDS).get(mapping.sharding, AutoMapping)
+        for name in mapping.megatron if theirs else ():
+            yield kind(("decoder.layers.*." if mapping.in_layer else "") + name.format(expert="*"), *theirs)
 
 
-def _routed(router: str, experts: str, parts: tuple[str, str, str]) -> list[Any]:
-    """Return the mappings of routers and experts, grouped or sequential.
-
-    Args:
-        router: name in the folder.
-        experts: name of an expert's matrix there, with a place for the part.
-        parts: gate, up and down projection.
-    """
-    ours = _LAYER + "mlp.experts."
-    return [
-        AutoMapping(megatron_param=_LAYER + "mlp.router.weight", hf_param=router),
-        *_matrices(ours + "linear_fc1.weight*", ours + "linear_fc2.weight*", experts, parts),
-        *_matrices(
-            ours + "local_experts.*.linear_fc1.weight", ours + "local_experts.*.linear_fc2.weight", experts, parts
-        ),
-    ]
+def _register(family: Family) -> None:
+    register = MegatronModelBridge.register_bridge(
+        source=getattr(transformers, family.hf_class, family.hf_class), target=GPTModel, model_type=family.model_type
+    )
+    register(type(f"{family.hf_class}Bridge", (FamilyBridge,), {"family": family}))
 
 
-def _matrices(fc1: str, fc2: str, theirs: str, parts: tuple[str, str, str]) -> list[Any]:
-    """Return the mappings of an MLP."""
-    gate, up, down = (theirs.format(part) for part in parts)
-    return [
-        GatedMLPMapping(megatron_param=fc1, gate=gate, up=up),
-        AutoMapping(megatron_param=fc2, hf_param=down),
-    ]
+for _family in (*parents(), *targets()):
+    # Bridge's mappings know no factor. Qwen2-MoE's makes up for the gate, which Bridge's model has itself.
+    _loses_factor = _family.hf_factors and "shared_gate" not in _family.names
+    if _family.hf_class not in AutoBridge.list_supported_models() and not _loses_factor:
+        _register(_family)

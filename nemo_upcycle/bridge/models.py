@@ -114,16 +114,11 @@ def _routing(spec: UpcycleSpec | None) -> dict[str, Any]:
 
 def _transformer(arch: Architecture) -> dict[str, Any]:
     """Return the settings of Megatron's `TransformerConfig`."""
-    moe = {
-        "moe_router_pre_softmax": arch.router_score == "softmax" and not arch.norm_topk,
-        "moe_router_score_function": arch.router_score,
-        "moe_router_topk_scaling_factor": None if arch.routed_scaling_factor == 1 else arch.routed_scaling_factor,
-    }
     window = {"window_size": (arch.sliding_window - 1, 0)} if arch.sliding_window else {}
     return {
         **megatron_fields(arch),
         **_KERNELS,
-        **(_MOE_KERNELS | moe if arch.num_experts else {}),
+        **(_MOE_KERNELS if arch.num_experts else {}),
         **window,
         "activation_func": activation_function(arch.activation),
         # Megatron's fused activation knows SwiGLU alone where experts weigh their tokens.

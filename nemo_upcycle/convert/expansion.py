@@ -118,7 +118,7 @@ class Expansion:
         return found
 
     def _write_copies(self, file: StreamedFile, plan: TensorPlan, experts: list[int]) -> None:
-        """Write the tensors that are made of one dense slice."""
+        """Write the tensors that are made of the same dense slices."""
         source = plan.source(self.dense)
         if stored := self._unchanged(source, plan):
             for _ in self._blocks(source, plan):
@@ -126,9 +126,11 @@ class Expansion:
             for _ in experts:
                 file.copy(stored)
             return
-        (slice_,) = plan.slices
-        size_bytes = torch.Size([stop - start for start, stop in slice_.bounds]).numel() * self.dtype.itemsize
-        blocks = list(self._blocks(source, plan)) if plan.method or size_bytes <= KEPT_BYTES else None
+        sizes = [torch.Size([stop - start for start, stop in slice_.bounds]).numel() for slice_ in plan.slices]
+        kept = plan.method or sum(sizes) * self.dtype.itemsize <= KEPT_BYTES
+        blocks = list(self._blocks(source, plan)) if kept else None
+        if blocks and plan.method and len(blocks) > 1:
+            blocks = [torch.cat(blocks)]
         for expert in experts:
             for block in blocks or self._blocks(source, plan):
                 own = block.clone() if plan.method else block
@@ -137,18 +139,18 @@ class Expansion:
 
     def _unchanged(self, source: DenseSource, plan: TensorPlan) -> ByteRange | None:
         """Return where in a file the bytes of the output stand already; None if they stand nowhere."""
-        (slice_,) = plan.slices
-        if plan.method or plan.factors or source.dtype(slice_.name) is not self.dtype:
+        slice_, *others = plan.slices
+        if others or plan.method or plan.factors or source.dtype(slice_.name) is not self.dtype:
             return None
         return source.byte_range(slice_.name, slice_.bounds)
 
     def _blocks(self, source: DenseSource, plan: TensorPlan) -> Iterator[torch.Tensor]:
-        """Yield what a slice becomes, block by block of its rows; all at once for a method, which needs all of it."""
-        (slice_,) = plan.slices
-        (first, last), *rest = slice_.bounds
-        row_bytes = torch.Size([stop - start for start, stop in rest]).numel() * self.dtype.itemsize
-        rows = last - first if plan.method else max(1, BLOCK_BYTES // row_bytes)
-        for start in range(first, last, rows):
-            block = source.read(slice_.name, ((start, min(start + rows, last)), *rest))
-            yield expand_slice(plan, slice_.name, block, source, self.dtype).contiguous()
-            source.release()  # pages of the mapped file; what is still needed of them comes back from the page cache
+        """Yield what the slices become, block by block of their rows; whole for a method, which needs all of one."""
+        for slice_ in plan.slices:
+            (first, last), *rest = slice_.bounds
+            row_bytes = torch.Size([stop - start for start, stop in rest]).numel() * self.dtype.itemsize
+            rows = last - first if plan.method else max(1, BLOCK_BYTES // row_bytes)
+            for start in range(first, last, rows):
+                block = source.read(slice_.name, ((start, min(start + rows, last)), *rest))
+                yield expand_slice(plan, slice_.name, block, source, self.dtype).contiguous()
+                source.release()  # pages of the mapped file; what is still needed comes back from the page cache

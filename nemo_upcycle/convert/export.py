@@ -91,8 +91,13 @@ def hf_reader(weights: MegatronWeights, arch: Architecture, dtype: torch.dtype) 
                 expected=list(wanted),
                 fix="the checkpoint belongs to another dense parent",
             )
-        piece = next(piece for piece in source_slices(mapping, arch, Shard(), wanted) if piece.part == part)
-        tensor = piece.view(whole).reshape(hf_shape(mapping, part, arch))
+        pieces = source_slices(mapping, arch, Shard(), wanted)
+        parts = [
+            piece.view(whole).reshape(hf_shape(mapping, piece.part, arch))
+            for piece in pieces
+            if piece.part in mapping.together(part)
+        ]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         return tensor if mapping.hf_factor == 1.0 else tensor * mapping.hf_factor
 
     return read

@@ -11,6 +11,7 @@ import torch
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.architecture import Architecture, read_architecture
 from nemo_upcycle.models.mapping import BY_ROLE, MODEL_MAPPINGS, ParamMapping, layer_mappings
+from nemo_upcycle.models.megatron_config import require_buildable
 from nemo_upcycle.sources.checkpoint_context import CheckpointContext, read_context
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint, model_prefix
 from nemo_upcycle.sources.megatron_checkpoint import model_tensors
@@ -149,6 +150,7 @@ def open_checkpoint(
     """
     weights, context = CheckpointWeights(checkpoint), read_context(checkpoint)
     arch = read_architecture(dense_folder)
+    require_buildable(arch)
     weights.require_parent(arch)
     if context:
         context.require_parent(arch, dense_folder)

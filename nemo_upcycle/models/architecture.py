@@ -32,7 +32,9 @@ class Architecture:
         norm_topk: whether the weights of the chosen experts are made to sum to one.
         router_score: what the router's logits go through: `softmax` or `sigmoid`.
         routed_scaling_factor: on the weights of the chosen experts.
-        qk_norm: whether query and key of every head are normalised before the rotary embedding.
+        qk_norm: whether query and key are normalised before the rotary embedding, head by head.
+        wide_qk_norm: whether over all heads at once instead.
+        post_norm: whether a layer's norms stand after attention and feed-forward network, not before them.
         zero_centered_norm: whether norms store their distance from one.
         scaled_embedding: whether the embedding is multiplied by the root of D.
         sliding_window: tokens that attention sees, the current one included; None: all before it.
@@ -53,6 +55,8 @@ class Architecture:
     attention_out_bias: bool = False
     ffn_bias: bool = False
     qk_norm: bool = False
+    wide_qk_norm: bool = False
+    post_norm: bool = False
     zero_centered_norm: bool = False
     scaled_embedding: bool = False
     norm_eps: float = 1e-5
@@ -79,6 +83,11 @@ class Architecture:
         """The sliding window, in tokens; None where no sequence is longer."""
         return self.sliding_window if self.sliding_window and self.sliding_window < self.max_positions else None
 
+    @property
+    def router_order(self) -> str:
+        """`topk_softmax` where the chosen experts' weights sum to one, else `softmax_topk`, as in `UpcycleSpec`."""
+        return "softmax_topk" if self.router_score == "softmax" and not self.norm_topk else "topk_softmax"
+
     def is_moe_layer(self, layer: int) -> bool:
         """Return whether a layer has experts."""
         return bool(self.num_experts) and (self.moe_pattern is None or self.moe_pattern[layer])
@@ -99,7 +108,7 @@ class Architecture:
         """Parameters of one layer's attention, biases and norms of query and key included."""
         heads, groups = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         biases = (heads + 2 * groups if self.qkv_bias else 0) + (self.hidden_size if self.attention_out_bias else 0)
-        norms = 2 * self.head_dim if self.qk_norm else 0
+        norms = (heads + groups if self.wide_qk_norm else 2 * self.head_dim) if self.qk_norm else 0
         return 2 * (heads + groups) * self.hidden_size + biases + norms
 
     @property
@@ -207,6 +216,8 @@ def architecture_from_config(config: dict[str, Any], where: str = "config.json")
         attention_out_bias=bias,
         ffn_bias=settings.flag("mlp_bias"),
         qk_norm=norms,
+        wide_qk_norm=family.wide_qk_norm,
+        post_norm=family.post_norm,
         zero_centered_norm=settings.flag("zero_centered_norm"),
         scaled_embedding=settings.flag("scaled_embedding"),
         norm_eps=settings.number("rms_norm_eps"),

@@ -55,7 +55,8 @@ class ParamMapping:
         checkpoint: names in a Megatron distributed checkpoint, where they differ (experts are stacked there; the local
             spec saves its norms under Transformer Engine's names).
         in_layer: whether it belongs to a layer.
-        hf: Hugging Face names, one for each part. Of one architecture only, see `mapping_of`: the family has them.
+        hf: Hugging Face names, one for each part; parts of one name lie in one tensor, rows below rows. Of one
+            architecture only, see `mapping_of`: the family has them.
         hf_factor: factor on the Megatron parameter in the Hugging Face tensors, as for `hf`.
     """
 
@@ -82,6 +83,10 @@ class ParamMapping:
     def dense_role(self) -> str:
         """The dense network's parameter that an expert's is made from."""
         return self.role.removeprefix("expert_").removeprefix("shared_")
+
+    def together(self, part: int) -> tuple[int, ...]:
+        """Return the parts that lie in the Hugging Face tensor of one, that one included, in the order of its rows."""
+        return tuple(other for other, name in enumerate(self.hf) if name == self.hf[part])
 
     @property
     def stored(self) -> tuple[str, ...]:
@@ -139,6 +144,7 @@ MOE_MAPPINGS = (
     _expert("expert_fc2_bias", "linear_fc2.bias", Sharding.REPLICATED, ("down",)),
     ParamMapping("shared_fc1", ("mlp.shared_experts.linear_fc1.weight",), Sharding.GATED, _GATE_UP),
     ParamMapping("shared_fc2", ("mlp.shared_experts.linear_fc2.weight",), Sharding.NEURON_COLUMNS, ("down",)),
+    ParamMapping("shared_gate", ("mlp.shared_experts.gate_weight",), Sharding.REPLICATED),
 )
 
 MAPPINGS = (*MODEL_MAPPINGS, *ATTENTION_MAPPINGS, *DENSE_MAPPINGS, *MOE_MAPPINGS)
@@ -171,8 +177,8 @@ def layer_mappings(arch: Architecture, layer: int) -> tuple[ParamMapping, ...]:
 
 def _has(mapping: ParamMapping, arch: Architecture) -> bool:
     """Return whether the architecture has this parameter where a layer of that kind could have it."""
-    if mapping.is_shared:
-        return arch.shared_ffn_size > 0
+    if mapping.is_shared:  # none that is upcycled has a gate; the folder's is a constant of its class
+        return arch.shared_ffn_size > 0 and mapping.role != "shared_gate"
     some = {"qkv_bias": arch.qkv_bias, "attention_out_bias": arch.attention_out_bias}
     some |= dict.fromkeys(("query_norm", "key_norm"), arch.qk_norm)
     return some.get(mapping.role, arch.ffn_bias if mapping.role.endswith("_bias") else True)
@@ -184,7 +190,8 @@ def hf_names(arch: Architecture) -> Iterator[str]:
     for layer in range(arch.num_layers):
         for mapping in layer_mappings(arch, layer):
             experts = range(arch.num_experts or 0) if mapping.is_expert else range(1)
-            yield from (name.format(layer=layer, expert=expert) for expert in experts for name in mapping.hf)
+            names = dict.fromkeys(mapping.hf)
+            yield from (name.format(layer=layer, expert=expert) for expert in experts for name in names)
     yield from mapping_of("final_norm", arch).hf
     if not arch.tied_embeddings:
         yield from mapping_of("output", arch).hf
@@ -217,7 +224,7 @@ def extra_params(arch: Architecture) -> int:
 
 
 def mapping_of_hf(hf_name: str, arch: Architecture) -> tuple[ParamMapping, int, int, int]:
-    """Return the mapping of a Hugging Face tensor, the part of it, its layer and its expert.
+    """Return the mapping of a Hugging Face tensor, the (first) part that it holds, its layer and its expert.
 
     Raises:
         CheckpointError: the table has no such tensor.

@@ -41,6 +41,8 @@ FIELDS = _BLOCK | {
     "moe_pattern": "moe_layer_freq",
 }
 _BIASES = ("qkv_bias", "ffn_bias")
+#: Fields that a recipe has in common with the dense model that it starts from.
+SIZES = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "qk_norm")
 #: Settings of Megatron's router that no spec and no Hugging Face class has.
 NO_SPEC_HAS: dict[str, Any] = {
     "moe_router_enable_expert_bias": False,
@@ -67,16 +69,36 @@ _POSITIONS: dict[str, Any] = {
 }
 
 
+def require_buildable(arch: Architecture) -> None:
+    """Check that the layers of Megatron-Core's GPT model can be those of an architecture.
+
+    Raises:
+        CheckpointError: its norms stand where no layer of 0.15 to 0.19 has any.
+    """
+    norms = {"after attention and network": arch.post_norm, "of query and key over all heads": arch.wide_qk_norm}
+    if got := [place for place, holds in norms.items() if holds]:
+        raise CheckpointError(
+            f"norms of {arch.hf_class or 'the model'}",
+            got=", ".join(got),
+            expected="before attention and network, and head by head: Megatron-Core's layers have them nowhere else",
+            fix="make a Hugging Face folder of it with nemo-upcycle convert, and train that elsewhere",
+        )
+
+
 def megatron_fields(arch: Architecture) -> dict[str, Any]:
     """Return the settings of Megatron's `TransformerConfig` that make a model of an architecture, but its activation.
+
+    Raises:
+        CheckpointError: as in `require_buildable`.
 
     Example:
         >>> TransformerConfig(**megatron_fields(arch), activation_func=silu)  # doctest: +SKIP
     """
-    fields = {FIELDS[name]: getattr(arch, name) for name in (*_BLOCK, *_BIASES)}
+    require_buildable(arch)
+    fields = {FIELDS[name]: getattr(arch, name) for name in (*_BLOCK, *_BIASES)} | router_fields(arch)
     fields["normalization"] = _PLAIN["normalization"]
     if arch.num_experts:
-        fields |= {FIELDS[name]: getattr(arch, name) for name in ("num_experts", "top_k", "expert_ffn_size")}
+        fields[FIELDS["expert_ffn_size"]] = arch.expert_ffn_size
         fields[FIELDS["shared_ffn_size"]] = arch.shared_ffn_size or None
         fields[FIELDS["moe_pattern"]] = _layer_freq([arch.is_moe_layer(layer) for layer in range(arch.num_layers)])
     return fields
@@ -104,18 +126,8 @@ def architecture_of(config: Any, vocab_size: int) -> Architecture:
         >>> architecture_of(recipe.model.config, 128256).total_params  # doctest: +SKIP
         47491321856
     """
-    names = (
-        "num_layers",
-        "hidden_size",
-        "ffn_size",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-        "gated",
-        "qk_norm",
-        *_BIASES,
-    )
-    fields = {name: getattr(config, FIELDS[name]) for name in (*names, "tied_embeddings", "num_experts")}
+    names = (*SIZES, "gated", *_BIASES, "tied_embeddings", "num_experts")
+    fields = {name: getattr(config, FIELDS[name]) for name in names}
     fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
     fields["head_dim"] = fields["head_dim"] or fields["hidden_size"] // fields["num_heads"]
     fields["qkv_bias"] = fields["qkv_bias"] or fields["ffn_bias"]  # Megatron has one setting for all other biases
@@ -130,14 +142,20 @@ def architecture_of(config: Any, vocab_size: int) -> Architecture:
     return Architecture(hf_class="", vocab_size=vocab_size, attention_out_bias=fields["ffn_bias"], **fields)
 
 
-def router_fields(spec: UpcycleSpec) -> dict[str, Any]:
-    """Return the settings of Megatron's that follow from a spec alone: experts and routing."""
+def router_fields(model: Architecture | UpcycleSpec) -> dict[str, Any]:
+    """Return Megatron's settings of experts and routing; none for a dense model.
+
+    Args:
+        model: its architecture, or the spec that makes it.
+    """
+    if not model.num_experts:
+        return {}
     return {
-        "num_moe_experts": spec.num_experts,
-        "moe_router_topk": spec.top_k,
-        "moe_router_pre_softmax": spec.router_order == "softmax_topk",
-        "moe_router_score_function": spec.router_score,
-        "moe_router_topk_scaling_factor": None if spec.routed_scaling_factor == 1 else spec.routed_scaling_factor,
+        "num_moe_experts": model.num_experts,
+        "moe_router_topk": model.top_k,
+        "moe_router_pre_softmax": model.router_order == "softmax_topk",
+        "moe_router_score_function": model.router_score,
+        "moe_router_topk_scaling_factor": None if model.routed_scaling_factor == 1 else model.routed_scaling_factor,
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nemo_upcycle.models.architecture import Architecture
@@ -27,8 +27,8 @@ class SourceSlice:
     """One slice of a Hugging Face tensor and the rows of the Megatron shard that it is.
 
     Args:
-        part: which of the mapping's Hugging Face tensors.
-        source: the slice of it, as (start, stop) along every axis.
+        part: which of the mapping's parts.
+        source: the slice of it, as (start, stop) along every axis; after `in_tensor`, of the tensor that holds it.
         blocks: number of equal row blocks in the shard.
         rows: (start, stop) inside every block that the slice fills, block by block.
     """
@@ -48,6 +48,12 @@ class SourceSlice:
         blocked = shard.view(self.blocks, shard.shape[0] // self.blocks, *shard.shape[1:])
         return blocked[:, self.rows[0] : self.rows[1]]
 
+    def in_tensor(self, mapping: ParamMapping, arch: Architecture) -> SourceSlice:
+        """Return the slice of the Hugging Face tensor in which the part has other parts above it, or has it alone."""
+        above = sum(hf_shape(mapping, part, arch)[0] for part in mapping.together(self.part) if part < self.part)
+        (start, stop), *rest = self.source
+        return replace(self, source=((start + above, stop + above), *rest))
+
     def seen(self, slice_: torch.Tensor) -> torch.Tensor:
         """Return the slice in the shape of `view`."""
         return slice_ if self.blocks == 1 else slice_.unflatten(0, (self.blocks, self.rows[1] - self.rows[0]))
@@ -61,7 +67,7 @@ def ffn_size(mapping: ParamMapping, arch: Architecture) -> int:
 
 
 def hf_shape(mapping: ParamMapping, part: int, arch: Architecture) -> tuple[int, ...]:
-    """Return the shape of one of a mapping's Hugging Face tensors."""
+    """Return the shape of one of a mapping's parts, as Hugging Face has it."""
     attention, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     neurons = ffn_size(mapping, arch)
     shapes: dict[str, tuple[int, ...]] = {
@@ -70,8 +76,8 @@ def hf_shape(mapping: ParamMapping, part: int, arch: Architecture) -> tuple[int,
         "qkv": (attention if part == 0 else groups, arch.hidden_size),
         "qkv_bias": (attention if part == 0 else groups,),
         "attention_out": (arch.hidden_size, attention),
-        "query_norm": (arch.head_dim,),
-        "key_norm": (arch.head_dim,),
+        "query_norm": (attention if arch.wide_qk_norm else arch.head_dim,),
+        "key_norm": (groups if arch.wide_qk_norm else arch.head_dim,),
         "fc1": (neurons, arch.hidden_size),
         "fc1_bias": (neurons,),
         "fc2": (arch.hidden_size, neurons),
@@ -81,12 +87,18 @@ def hf_shape(mapping: ParamMapping, part: int, arch: Architecture) -> tuple[int,
     return shapes.get(mapping.dense_role, (arch.hidden_size,))
 
 
+def tensor_shape(mapping: ParamMapping, part: int, arch: Architecture) -> tuple[int, ...]:
+    """Return the shape of the Hugging Face tensor that holds a part, alone or with others."""
+    shapes = [hf_shape(mapping, one, arch) for one in mapping.together(part)]
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
 def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor of a Hugging Face checkpoint of `arch`, in the model's order."""
     shapes = {}
     for name in hf_names(arch):
         mapping, part, _, _ = mapping_of_hf(name, arch)
-        shapes[name] = hf_shape(mapping, part, arch)
+        shapes[name] = tensor_shape(mapping, part, arch)
     return shapes | hf_constants(arch)
 
 

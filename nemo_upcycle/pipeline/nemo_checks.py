@@ -12,24 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 from nemo_upcycle.data.dense import local_parent, read_parent
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import SpecError, UpcycleError, did_you_mean
-from nemo_upcycle.models.megatron_config import architecture_of, check_spec
+from nemo_upcycle.models.megatron_config import FIELDS, SIZES, architecture_of, check_spec, require_buildable
 from nemo_upcycle.pipeline.recipes_io import spec_of
 from nemo_upcycle.training.layout import check_layout
 from nemo_upcycle.training.schedules import schedules_of
 from nemo_upcycle.training.values import check_values, setting
 from nemo_upcycle.utils.validation import is_whole
-
-
-#: Sizes of a dense model, and where a recipe sets them.
-_SIZES = {
-    "num_layers": "num_layers",
-    "hidden_size": "hidden_size",
-    "ffn_size": "ffn_hidden_size",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_query_groups",
-    "head_dim": "kv_channels",
-    "qk_norm": "qk_layernorm",
-}
 
 
 def ranks_of(recipe: run.Partial, where: str = "") -> tuple[int, int]:
@@ -140,12 +128,13 @@ def check_parent(recipe: run.Partial, dense: str, where: str = "", *, remote: bo
     parent = local_parent(dense) or (read_parent(dense) if remote and not dense.startswith("asset://") else None)
     if parent is None:  # an asset, or a name on the hub that is not to be asked for
         return
+    require_buildable(parent)
     model = architecture_of(recipe.model.config, parent.vocab_size)
-    for name, field in _SIZES.items():
+    for name in SIZES:
         got, expected = getattr(model, name), getattr(parent, name)
         if got != expected:
             raise UpcycleError(
-                f"{where}model.config.{field}",
+                f"{where}model.config.{FIELDS[name]}",
                 got=got,
                 expected=f"{expected}, as {dense} has",
                 fix="give the recipe of a model of this family and size, or another dense",

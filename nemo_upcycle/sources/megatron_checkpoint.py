@@ -16,7 +16,8 @@ import torch
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture, architecture_from_config, read_architecture
 from nemo_upcycle.models.mapping import BY_ROLE, MAPPINGS, MOE_MAPPINGS, ParamMapping, Sharding, mapping_of
-from nemo_upcycle.models.sharding import Shard, SourceSlice, hf_shape, shard_shape, source_slices
+from nemo_upcycle.models.megatron_config import require_buildable
+from nemo_upcycle.models.sharding import Shard, SourceSlice, shard_shape, source_slices, tensor_shape
 from nemo_upcycle.sources.base import Index, OneModel
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint, model_prefix
 from nemo_upcycle.sources.mapped_files import TensorFiles, bounds_of
@@ -37,14 +38,14 @@ class _Fused:
     Args:
         key: its name in the checkpoint.
         mapping: the Megatron parameter.
-        slice_: which rows of it are the Hugging Face tensor.
+        slices: which rows of it are the Hugging Face tensor, in the order of that one's rows.
         shape: its own, without the layers' axis.
         layer: where on the layers' axis; None without one.
     """
 
     key: str
     mapping: ParamMapping
-    slice_: SourceSlice
+    slices: tuple[SourceSlice, ...]
     shape: tuple[int, ...]
     layer: int | None
 
@@ -94,6 +95,7 @@ class MegatronCheckpoint(TensorFiles[_Fused], OneModel):
         self.files = self._checkpoint.files
         self._prefix = model_prefix(self._checkpoint)
         self.architecture = self._read_architecture(config)
+        require_buildable(self.architecture)
         self._tensors = dict(self._find_all())
 
     def _read_architecture(self, config: Path | None) -> Architecture:
@@ -133,11 +135,13 @@ class MegatronCheckpoint(TensorFiles[_Fused], OneModel):
         shape, stacked = self._checkpoint.shape(key), layer == ""
         own = shape[1:] if stacked else shape
         self._check(key, mapping, own)
-        parts = source_slices(mapping, self.architecture, Shard(), own)
+        tensors: dict[str, tuple[SourceSlice, ...]] = {}
+        for slice_ in source_slices(mapping, self.architecture, Shard(), own):
+            name = mapping.hf[slice_.part]
+            tensors[name] = (*tensors.get(name, ()), slice_)
         for number in range(shape[0]) if stacked else [int(layer or 0)]:
-            for part in parts:
-                name = mapping.hf[part.part].format(layer=number)
-                yield name, _Fused(key, mapping, part, own, number if stacked else None)
+            for name, slices in tensors.items():
+                yield name.format(layer=number), _Fused(key, mapping, slices, own, number if stacked else None)
 
     def _check(self, key: str, mapping: ParamMapping, shape: tuple[int, ...]) -> None:
         arch = self.architecture
@@ -160,7 +164,7 @@ class MegatronCheckpoint(TensorFiles[_Fused], OneModel):
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape, without padding."""
         fused = self._entry(name)
-        return hf_shape(fused.mapping, fused.slice_.part, self.architecture)
+        return tensor_shape(fused.mapping, fused.slices[0].part, self.architecture)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return a tensor's type."""
@@ -190,14 +194,16 @@ class MegatronCheckpoint(TensorFiles[_Fused], OneModel):
 
     def _runs(self, name: str, bounds: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
         """Yield where the slice lies in the Megatron tensor: for query, key and value a run of rows a group."""
-        fused = self._entry(name)
-        slice_, (start, stop) = fused.slice_, bounds[0]
-        rows, block = slice_.rows[1] - slice_.rows[0], fused.shape[0] // slice_.blocks
-        for number in range(start // rows, -(-stop // rows)):
-            first, last = max(start, number * rows), min(stop, (number + 1) * rows)
-            moved = number * (block - rows) + slice_.rows[0]
-            layer = [] if fused.layer is None else [(fused.layer, fused.layer + 1)]
-            yield [*layer, (first + moved, last + moved), *bounds[1:]]
+        fused, end = self._entry(name), 0
+        layer = [] if fused.layer is None else [(fused.layer, fused.layer + 1)]
+        for slice_ in fused.slices:
+            rows, block = slice_.rows[1] - slice_.rows[0], fused.shape[0] // slice_.blocks
+            begin, end = end, end + rows * slice_.blocks  # its rows of the Hugging Face tensor
+            start, stop = max(bounds[0][0], begin) - begin, min(bounds[0][1], end) - begin
+            for number in range(start // rows, -(-stop // rows) if start < stop else 0):
+                first, last = max(start, number * rows), min(stop, (number + 1) * rows)
+                moved = number * (block - rows) + slice_.rows[0]
+                yield [*layer, (first + moved, last + moved), *bounds[1:]]
 
     def fingerprint(self) -> dict[str, str]:
         """Return the size of every file, and the sha256 of the metadata."""

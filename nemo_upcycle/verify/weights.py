@@ -27,7 +27,8 @@ _BLOCK_BYTES = 32 << 20
 #: Settings that change the function or the shapes if they differ from the parent's.
 _KEPT = (
     *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size"),
-    *("activation", "rope_theta", "rope_scaling", "window", "qkv_bias", "qk_norm", "zero_centered_norm"),
+    *("activation", "rope_theta", "rope_scaling", "window", "qkv_bias"),
+    *("qk_norm", "wide_qk_norm", "post_norm", "zero_centered_norm"),
 )
 
 
@@ -185,7 +186,6 @@ def _spec_of(arch: Architecture, moe_arch: Architecture, routers: _Routers | Non
     """Return a spec of plain copies that makes this model, as far as the configuration and the routers show."""
     width, experts, top_k = moe_arch.expert_ffn_size or 1, moe_arch.num_experts or 0, moe_arch.top_k or 1
     granularity = arch.ffn_size // width
-    is_softmax = moe_arch.router_score == "softmax"
     if top_k == 1 and moe_arch.norm_topk:  # which no spec makes; one expert more has the same sums
         experts, top_k = max(experts, 2 * granularity), granularity + 1
     return UpcycleSpec(
@@ -195,7 +195,7 @@ def _spec_of(arch: Architecture, moe_arch: Architecture, routers: _Routers | Non
         shared_experts=moe_arch.shared_ffn_size // width,
         router_init="zero" if routers and routers.zero else "normal",
         router_std=routers.std if routers else 0.02,
-        router_order="softmax_topk" if is_softmax and not moe_arch.norm_topk else "topk_softmax",
+        router_order=moe_arch.router_order,
         router_score=moe_arch.router_score,
         routed_scaling_factor=moe_arch.routed_scaling_factor,
     )
@@ -216,21 +216,22 @@ def _pairs(
     Factors that cancel out are applied: what was halved in Megatron and doubled again on export lost the last bit of
     its smallest numbers.
     """
-    (slice_,) = plan.slices
-    shape, dtype = moe.shape(name), moe.dtype(name)
-    (first, last), *rest = slice_.bounds
+    shape, dtype, row = moe.shape(name), moe.dtype(name), 0
     rows = max(1, _BLOCK_BYTES // max(1, torch.Size(shape[1:]).numel() * dtype.itemsize))
-    for start in range(0, last - first, rows):
-        stop = min(start + rows, last - first)
-        theirs = moe.read(name, [(start, stop), *((0, size) for size in shape[1:])])
-        ours = dense.read(slice_.name, [(first + start, first + stop), *rest])
-        require_finite(theirs, name, moe)
-        ours = ours.to(dtype)
-        for factor in plan.factors if plan.factor == 1.0 else ():
-            ours = ours * factor
-        yield theirs, ours
-        dense.release()
-        moe.release()
+    for slice_ in plan.slices:
+        (first, last), *rest = slice_.bounds
+        for start in range(first, last, rows):
+            stop = min(start + rows, last)
+            theirs = moe.read(name, [(row, row + stop - start), *((0, size) for size in shape[1:])])
+            ours = dense.read(slice_.name, [(start, stop), *rest])
+            row += stop - start
+            require_finite(theirs, name, moe)
+            ours = ours.to(dtype)
+            for factor in plan.factors if plan.factor == 1.0 else ():
+                ours = ours * factor
+            yield theirs, ours
+            dense.release()
+            moe.release()
 
 
 def _relation(

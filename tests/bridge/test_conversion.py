@@ -1,7 +1,11 @@
-"""Bridge's own conversion of the classes that it lacks: what is imported is exported again, bit by bit."""
+"""Bridge's own conversion of the classes that it lacks: what is imported is exported again, bit by bit.
+
+A Phi-3, whose matrices are fused, is a family that this test alone has.
+"""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +14,21 @@ import torch
 
 from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.offline import convert
+from nemo_upcycle.models import families
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from nemo_upcycle.utils.files import read_json
 from tests.distributed.ranks import run_ranks
-from tests.models import write_llama, write_qwen2
+from tests.families import PHI3, registered
+from tests.models import write_llama, write_phi3, write_qwen2
 
 
 pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 
 
 def _folder(name: str, folder: Path) -> Path:
-    """Write a folder that `convert` makes, of a class that Bridge lacks."""
+    """Write a folder of a class that Bridge lacks; MoEs are made by `convert`."""
+    if name == "Phi-3":
+        return write_phi3(folder / "dense", vocab_size=256)
     fields: dict[str, Any] = {"num_experts": 4, "top_k": 2}
     if name.startswith("Mixtral"):
         dense = write_llama(folder / "dense", tied="tied" in name, vocab_size=256)
@@ -35,14 +43,17 @@ def _folder(name: str, folder: Path) -> Path:
     return folder / "moe"
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "Mixtral, tied", "Qwen2-MoE, shared experts", "Qwen2-MoE, dense layers"])
-@pytest.mark.parametrize("layout", [{}, {"ep": 2}, {"tp": 2, "ep": 2}], ids=str)
+MOES = ["Mixtral", "Mixtral, tied", "Qwen2-MoE, shared experts", "Qwen2-MoE, dense layers"]
+CASES = [*itertools.product(MOES, [{}, {"ep": 2}, {"tp": 2, "ep": 2}]), ("Phi-3", {}), ("Phi-3", {"tp": 2})]
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES, ids=str)
 def test_a_folder_is_imported_and_exported_with_the_same_bits(
     tmp_path: Path, name: str, layout: dict[str, int]
 ) -> None:
     folder = _folder(name, tmp_path)
     (exported, *_) = run_ranks(_round_trip, max([1, *layout.values()]), folder, layout)
-    with SafetensorsFolder(folder) as moe:
+    with registered(PHI3), SafetensorsFolder(folder) as moe:
         assert set(exported) == set(moe.names())
         assert [tensor for tensor in moe.names() if not torch.equal(exported[tensor], moe.read(tensor))] == []
 
@@ -53,6 +64,7 @@ def _round_trip(folder: Path, layout: dict[str, int]) -> dict[str, torch.Tensor]
     use_cpu_backend()
     from megatron.bridge import AutoBridge
 
+    families.register(PHI3)
     import nemo_upcycle.bridge.conversion  # noqa: F401
     from tests.bridge.runs import SIZES
 

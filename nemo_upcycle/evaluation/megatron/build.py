@@ -126,7 +126,6 @@ def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list
     window = (arch.sliding_window - 1, 0) if arch.sliding_window else None
     config = TransformerConfig(
         **megatron_fields(arch),
-        **_router_fields(arch),
         activation_func=activation_function(arch.activation),
         window_size=window,
         bias_activation_fusion=False,
@@ -140,6 +139,8 @@ def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list
         use_cpu_initialization=not on_gpu,
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=on_gpu and bool(arch.num_experts),
+        moe_router_load_balancing_type="none",  # a loss that nobody asks for
+        moe_router_dtype="fp32",  # in 16 bits the logits of two copies can be equal
         **_sizes(layout),
         sequence_parallel=layout.tp > 1,  # without it Megatron 0.15 fails in a warning of its own
     )
@@ -165,19 +166,6 @@ def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list
         check_model(chunk, arch)
         chunks.append(chunk.eval())
     return chunks
-
-
-def _router_fields(arch: Architecture) -> dict[str, Any]:
-    """Return how the routers of an architecture choose, in Megatron's settings; without a loss, which nobody asks."""
-    if not arch.num_experts:
-        return {}
-    return {
-        "moe_router_pre_softmax": arch.router_score == "softmax" and not arch.norm_topk,
-        "moe_router_score_function": arch.router_score,
-        "moe_router_topk_scaling_factor": None if arch.routed_scaling_factor == 1 else arch.routed_scaling_factor,
-        "moe_router_load_balancing_type": "none",
-        "moe_router_dtype": "fp32",  # in 16 bits the logits of two copies can be equal
-    }
 
 
 @torch.no_grad()

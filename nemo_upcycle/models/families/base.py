@@ -35,17 +35,20 @@ class Family:
     """One Hugging Face class: how its `config.json` is read and how its tensors are called.
 
     A family that is a Llama in all but names and defaults needs an instance; one that reads a setting in its own way
-    overrides the method that reads it. Its tensors must be those of Llama, one for each part of a `ParamMapping`.
+    overrides the method that reads it. Its tensors must be those of Llama, apart or fused: the rows of query, key and
+    value, or of gate and up projection, one below the other.
 
     Args:
         title: how messages call it.
         hf_class: the class in `architectures`.
         model_type: the `model_type` beside it.
-        names: role in the mapping table -> names of the tensors, one for each part; `{layer}` and `{expert}` stand for
-            numbers.
+        names: role in the mapping table -> names of the tensors, one for each part of the role's `ParamMapping`, the
+            same for parts that one tensor holds; `{layer}` and `{expert}` stand for numbers.
         defaults: what its `config.json` leaves unsaid, under Llama's names: the defaults of transformers'
             configuration class, and what the class fixes (`qkv_bias`, `zero_centered_norm`, `scaled_embedding`).
         spelling: its own name of a setting -> Llama's, where they differ.
+        post_norm: whether norms stand after attention and network (`attention_norm` and `ffn_norm` name those).
+        wide_qk_norm: whether query and key are normalised over all heads at once.
         has_window: whether the class reads `sliding_window`.
         windowed_class: the class that is the same model with a sliding window, if there is one.
         nemo_module: NeMo's module with the configuration of such models.
@@ -64,6 +67,8 @@ class Family:
     names: Mapping[str, tuple[str, ...]]
     defaults: Mapping[str, Any]
     spelling: Mapping[str, str] = field(default_factory=dict)
+    post_norm: bool = False
+    wide_qk_norm: bool = False
     has_window: bool = False
     windowed_class: str = ""
     nemo_module: str = ""
@@ -120,6 +125,12 @@ class MoeFamily(Family, ABC):
             "biases of the feed-forward network": arch.ffn_bias,
             f"{arch.router_score} scores": arch.router_score != self.router_score,
             "a routed_scaling_factor": arch.routed_scaling_factor != 1 and self.router_score == "softmax",
+            f"norms {'after' if arch.post_norm else 'before'} attention and network": (
+                arch.post_norm != self.post_norm
+            ),
+            f"norms of query and key {'over all heads' if arch.wide_qk_norm else 'by head'}": (
+                arch.qk_norm and arch.wide_qk_norm != self.wide_qk_norm
+            ),
         }
         yield from (reason for reason, holds in reasons.items() if holds)
 

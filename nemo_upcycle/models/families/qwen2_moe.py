@@ -66,7 +66,7 @@ class _Qwen2Moe(MoeFamily):
         (llama.cpp divides by it). `hf_factors` doubles the shared down projection for it. vLLM and SGLang read no
         folder without biases of query, key and value, or with a shared expert of no neurons.
         """
-        shapes: dict[str, tuple[int, ...]] = {_MLP + "shared_expert_gate.weight": (1, arch.hidden_size)}
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(self.names["shared_gate"], (1, arch.hidden_size))
         if not arch.shared_ffn_size:
             shapes |= dict.fromkeys(self.names["shared_fc1"], (_SHARED_WIDTH, arch.hidden_size))
             shapes |= dict.fromkeys(self.names["shared_fc2"], (arch.hidden_size, _SHARED_WIDTH))
@@ -89,6 +89,7 @@ FAMILY = _Qwen2Moe(
     | {
         "shared_fc1": tuple(_SHARED + f"{part}_proj.weight" for part in ("gate", "up")),
         "shared_fc2": (_SHARED + "down_proj.weight",),
+        "shared_gate": (_MLP + "shared_expert_gate.weight",),
     },
     defaults=COMMON_DEFAULTS | {"num_key_value_heads": 16, "max_position_embeddings": 32768, "qkv_bias": True},
     hf_factors={"shared_fc2": 2.0},
