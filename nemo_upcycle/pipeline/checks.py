@@ -79,7 +79,7 @@ def check_arguments(
                 f"{name}.resume.restore_config",
                 got="none",
                 expected="a dense checkpoint to start from",
-                fix="make the recipe with upcycled(...), a baseline's with start_from(recipe, dense, None): README",
+                fix="make the recipe with upcycled(...), a baseline's with start_from(recipe, dense, None)",
             )
         check_recipe(recipe, f"{name}.")
     if not recipes["pretrain"].resume.restore_config.spec:
