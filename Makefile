@@ -18,7 +18,7 @@ help:
 	@echo "make demo    upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (about 8 minutes, no GPU)"
 	@echo "make test    all tests that need no GPU"
 	@echo "make test-hostile  make test under variables that are in the way: a hub, proxy, Slurm, ranks, console of another"
-	@echo "make test-command  README's training command with the real 135M model, then resumed (about 3 minutes, 12 GiB)"
+	@echo "make test-command  nemo llm pretrain with the real 135M model, then resumed (about 3 minutes, 12 GiB)"
 	@echo "make soak    kill 60 trainings and 60 pipeline stages at many moments; all must end bit-equal (13 minutes)"
 	@echo "make lint    format, style, spelling, types, import layers"
 	@echo "make docs    the pages of docs/ and the reference, into site/, in an environment of their own, $(DOCS_VENV)"

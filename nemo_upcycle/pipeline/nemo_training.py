@@ -150,7 +150,7 @@ class NeMoTraining(Training):
                 f"{stage}.resume.restore_config",
                 got="none",
                 expected="a dense checkpoint to start from",
-                fix="make the recipe with upcycled(...), a baseline's with start_from(recipe, dense, None): README",
+                fix="make the recipe with upcycled(...), a baseline's with start_from(recipe, dense, None)",
             )
         check_recipe(self.recipe, f"{stage}.")
         if stage == "pretrain" and not self.recipe.resume.restore_config.spec:

@@ -15,9 +15,7 @@ from tests.environment import HOSTILE, SET, clean
 
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-CODE_BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 
 
 def _tracked(*patterns: str) -> list[Path]:
@@ -25,9 +23,18 @@ def _tracked(*patterns: str) -> list[Path]:
     return [ROOT / name for name in names.splitlines()]
 
 
+PAGES = _tracked("README.md", "docs/*.md")
+
+
+def _blocks(page: Path, language: str) -> list[str]:
+    """Return a page's blocks of code in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
 def _commands() -> list[str]:
-    """Return the commands of README."""
-    blocks = [text.replace("\\\n", " ") for language, text in CODE_BLOCKS if language == "bash"]
+    """Return the commands of README and docs; the how-tos' name what is made there."""
+    pages = [page for page in PAGES if not page.name.startswith("add_")]
+    blocks = [block.replace("\\\n", " ") for page in pages for block in _blocks(page, "bash")]
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 
@@ -47,12 +54,12 @@ def test_every_yaml_loads_and_every_key_is_explained(path: Path) -> None:
 def test_make_targets_of_the_documents_exist() -> None:
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     named = {word for command in _commands() for word in re.findall(r"\bmake ([a-z0-9-]+)", command)}
-    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    assert named
-    assert named | set(re.findall(r"`make ([a-z0-9-]+)", contributing)) <= targets
+    texts = [page.read_text(encoding="utf-8") for page in [*PAGES, ROOT / "CONTRIBUTING.md"]]
+    assert {"demo", "venv"} <= named
+    assert named | {word for text in texts for word in re.findall(r"`make ([a-z0-9-]+)", text)} <= targets
 
 
-def test_nemo_commands_of_the_readme_name_registered_recipes() -> None:
+def test_nemo_commands_of_the_pages_name_registered_recipes() -> None:
     recipes = {path.stem for path in (ROOT / "recipes").glob("*_*.py")}
     named = {
         match
@@ -61,21 +68,32 @@ def test_nemo_commands_of_the_readme_name_registered_recipes() -> None:
         for match in re.findall(r"--factory \"?([a-z0-9_]+)(?![a-z0-9_.])", command)
         if "nemo" in command
     }
-    assert named
+    assert {"smollm2_135m_e8t2", "llama3_8b_e8t2"} <= named
     assert named <= recipes
 
 
-def test_python_of_the_readme_compiles() -> None:
-    blocks = [text for language, text in CODE_BLOCKS if language == "python"]
-    assert blocks
-    for block in blocks:
-        compile(block, "README.md", "exec")
+def test_python_of_the_pages_compiles() -> None:
+    pages = {page.name: _blocks(page, "python") for page in PAGES}
+    assert pages["README.md"]
+    assert pages["own_model.md"]
+    for name, blocks in pages.items():
+        for block in blocks:
+            compile(block, name, "exec")
 
 
-@pytest.mark.parametrize("page", _tracked("README.md", "docs/*.md"), ids=lambda path: path.name)
+def test_readme_is_short_and_index_has_every_page() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 110
+    assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]
+    docs = ROOT / "docs"
+    pages = {str(page.relative_to(docs).with_suffix("")) for page in _tracked("docs/*.md")} - {"index"}
+    assert pages <= set((docs / "index.md").read_text(encoding="utf-8").splitlines())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_python_of_the_pages_runs_where_there_is_a_cuda_toolkit_and_no_card(page: Path) -> None:
     """There Megatron-Core 0.15 imports only after this package; Bridge's is newer, recipes lie inside the package."""
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+    for block in _blocks(page, "python"):
         lines = re.findall(r"^(?:from|import) (nemo_upcycle|nemo\.|megatron\.core)", block, flags=re.MULTILINE)
         if "nemo_upcycle" in lines and page.name != "add_recipe.md":
             assert lines[0] == "nemo_upcycle", block
