@@ -12,10 +12,11 @@ BIN := $(VENV)/bin
 RUN_DIR ?= runs/demo
 COMMAND_DIR := runs/test-command
 
-.PHONY: help demo test test-hostile test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te bridge-env test-bridge test-k8s data-env test-data tf5-env test-tf5 test-servers vllm-env test-vllm sglang-env test-sglang
+.PHONY: help demo check test test-hostile test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te bridge-env test-bridge test-k8s data-env test-data tf5-env test-tf5 test-servers vllm-env test-vllm sglang-env test-sglang
 
 help:
 	@echo "make demo    upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (about 8 minutes, no GPU)"
+	@echo "make check   the tests that need neither a GPU nor NeMo"
 	@echo "make test    all tests that need no GPU"
 	@echo "make test-hostile  make test under variables that are in the way: a hub, proxy, Slurm, ranks, console of another"
 	@echo "make test-command  nemo llm pretrain with the real 135M model, then resumed (about 3 minutes, 12 GiB)"
@@ -49,6 +50,12 @@ demo: venv
 	$(BIN)/nemo upcycle pipeline --factory smollm2_135m_e8t2 dir=$(RUN_DIR) --yes
 
 TESTS := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+# Rooms whose tests import neither NeMo nor NeMo-Run.
+LIGHT := $(addprefix tests/unit/,evaluation monitoring planning reporting utils verify test_spec.py test_tensor_plan.py)
+
+check: venv
+	$(TESTS) $(LIGHT)
 
 test: venv
 	$(TESTS)

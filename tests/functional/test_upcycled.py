@@ -100,7 +100,7 @@ def test_a_stock_llama_recipe_trains_by_nemos_own_command(inputs: Path) -> None:
     assert "model.config.num_layers: got 3, expected 4" in wrong_size.text
     assert refused.written == wrong_size.written == []
     assert done.status == 0, done.text
-    assert "model.config.num_moe_experts: None -> 4" in done.text
+    assert "model.config.num_moe_experts: None -> 8" in done.text
     (receipt,) = (inputs / "runs").rglob("receipt.json")
     assert json.loads(receipt.read_text())["exact"] is True
     assert len(_losses(receipt.parent)) == 3

@@ -90,9 +90,9 @@ def write_inputs(folder: Path) -> Path:
     return folder
 
 
-def write_finished_inputs(folder: Path, run_tokens: int = 100_000) -> Path:
+def write_finished_inputs(folder: Path, run_tokens: int = 100_000, **changes: Any) -> Path:
     """Write a parent, its tokenised texts (`blend`), which need no engine, and an evaluation; return the folder."""
-    write_blend(folder / "blend", write_parent(folder / "parent"), texts=texts(), run_tokens=run_tokens)
+    write_blend(folder / "blend", write_parent(folder / "parent", **changes), texts=texts(), run_tokens=run_tokens)
     (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
     return folder
 

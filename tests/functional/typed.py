@@ -1,8 +1,9 @@
-"""`nemo` with a list of command lines, in one process that has imported NeMo before."""
+"""`nemo` and scripts with a list of command lines, in one process that has imported NeMo before."""
 
 from __future__ import annotations
 
 import os
+import runpy
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +19,7 @@ class Answer(NamedTuple):
 
 
 def type_commands(commands: list[list[str]], folder: str, watched: str, programs: str = "") -> list[Answer]:
-    """Run `nemo` with these words, one command after the other, in this process, which has imported NeMo before."""
+    """Run `nemo`, or the script that is named first, with these words: one after the other, in this process."""
     from nemo_run.cli.api import create_cli
 
     os.chdir(folder)
@@ -27,14 +28,15 @@ def type_commands(commands: list[list[str]], folder: str, watched: str, programs
         os.environ["PATH"] = f"{programs}:{os.environ['PATH']}"
     answers = []
     for words in commands:
-        sys.argv = ["nemo", *words]
+        is_script = words[0].endswith(".py")
+        sys.argv = words if is_script else ["nemo", *words]
         before = {*Path(folder).rglob("*"), *Path(watched).rglob("*")}
         status = 0
         with tempfile.TemporaryFile() as console:
             for descriptor in (1, 2):  # of the stages' processes, too
                 os.dup2(console.fileno(), descriptor)
             try:
-                create_cli()()
+                runpy.run_path(words[0], run_name="__main__") if is_script else create_cli()()
             except SystemExit as exit_:
                 status = int(exit_.code or 0)
             sys.stdout.flush()

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[3]
 def _plain_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without GPUs, outside of containers, its environment activated, the one for data beside it."""
     monkeypatch.setattr(doctor, "_gpus", list)
-    monkeypatch.setattr(doctor, "_data_engine", lambda: "nemo-upcycle 0.1.0, datatrove 0.10.1")
+    monkeypatch.setattr(doctor, "_data_engine", lambda: "nemo-upcycle 0.2.0, datatrove 0.10.1")
     monkeypatch.delenv("NVIDIA_PYTORCH_VERSION", raising=False)
     monkeypatch.setenv("PATH", f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}")
 

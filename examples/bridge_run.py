@@ -1,0 +1,42 @@
+"""Upcycle in a run of Megatron-Bridge: its own `pretrain`, with a model that a spec makes of a dense checkpoint.
+
+    torchrun --nproc-per-node 8 examples/bridge_run.py /models/Qwen3-0.6B /runs/mine model.expert_model_parallel_size=8
+
+The words behind the two folders are settings, as Bridge's own scripts take them. It trains on Bridge's mock data; a
+run that has a checkpoint goes on from it. `nemo-upcycle export /runs/mine hf/` makes a Hugging Face folder of it. It
+needs an environment with Megatron-Bridge: docs/bridge.md.
+"""
+
+import sys
+
+# Before Megatron, which alone does not import where there is a CUDA toolkit and no card.
+from nemo_upcycle import UpcycleSpec
+from nemo_upcycle.bridge.recipes.common import upcycled_pretraining
+from nemo_upcycle.cpu.backend import use_cpu_backend
+
+
+# isort: split
+from megatron.bridge.training.gpt_step import forward_step
+from megatron.bridge.training.pretrain import pretrain
+from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
+
+
+def main(dense: str, folder: str, *settings: str) -> None:
+    """Train the upcycled model.
+
+    Args:
+        dense: the dense checkpoint's Hugging Face folder.
+        folder: for checkpoints and the receipt.
+        settings: `KEY=VALUE` of Bridge's configuration.
+    """
+    use_cpu_backend()  # does nothing where there is a GPU
+    config = upcycled_pretraining(dense, UpcycleSpec(num_experts=8, top_k=2), seq_length=512)
+    config.checkpoint.save = config.checkpoint.load = folder
+    config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = 100, 8, 1
+    config.optimizer.lr, config.optimizer.min_lr = 3e-5, 3e-7
+    config.scheduler.lr_warmup_iters = 5
+    pretrain(process_config_with_overrides(config, cli_overrides=list(settings)), forward_step)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
