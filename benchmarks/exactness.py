@@ -17,7 +17,7 @@ import torch
 
 from nemo_upcycle import UpcycleSpec, upcycle_into
 from nemo_upcycle.online.upcycle import load_dense_into
-from nemo_upcycle.training.equivalence import megatron_logits, one_rank
+from nemo_upcycle.trainers.equivalence import megatron_logits, one_rank
 from tests.models import MemorySource, build_chunks, moe_settings, sample_tokens, small_architecture
 
 

@@ -38,7 +38,7 @@ def _logger(folder: str, layers: int) -> tuple[Any, Any, Any]:
     from nemo_upcycle.monitoring.router_health import RouterHealth
     from nemo_upcycle.monitoring.throughput import Throughput, peaks_of
     from nemo_upcycle.planning.hardware import known_recipe
-    from nemo_upcycle.training.metrics import MetricsLogger
+    from nemo_upcycle.trainers.nemo.metrics import MetricsLogger
 
     AppState().log_dir = folder
     config = SimpleNamespace(

@@ -213,7 +213,7 @@ def main(arguments: list[str]) -> None:
     """Measure, print, and keep the table."""
     if arguments[:1] == ["--worker"]:
         _, worker, model = arguments
-        from nemo_upcycle.training.equivalence import one_rank
+        from nemo_upcycle.trainers.equivalence import one_rank
 
         with one_rank():
             print(json.dumps(WORKERS[worker](dense_folder(model), *MODELS[model])))

@@ -7,16 +7,16 @@ import importlib
 import pkgutil
 from importlib.util import find_spec
 
-from nemo_upcycle.pipeline.console import quiet_imports
+from nemo_upcycle.trainers.nemo.imports import quiet_imports
 
 
 if find_spec("nemo"):
     with quiet_imports():
         from nemo.collections.llm.api import pretrain
 
-        importlib.import_module("nemo_upcycle.pipeline.nemo_pipeline")
         importlib.import_module("nemo_upcycle.pipeline.ablations.launch")
-        from nemo_upcycle.pipeline.nemo_context import PretrainContext
+        from nemo_upcycle.pipeline.nemo.context import PretrainContext
+        from nemo_upcycle.pipeline.nemo.pipeline import pipeline as pipeline
 
         for _module in pkgutil.iter_modules(__path__):
             importlib.import_module(f"{__name__}.{_module.name}")
@@ -26,3 +26,4 @@ if find_spec("nemo"):
     pretrain.cli_entrypoint.run_ctx_cls = PretrainContext
 elif find_spec("megatron"):
     importlib.import_module("nemo_upcycle.pipeline.bridge.chains")
+    from nemo_upcycle.pipeline.bridge.pipeline import pipeline as pipeline

@@ -5,8 +5,8 @@ from __future__ import annotations
 import nemo_run as run
 from nemo import lightning as nl
 
-from nemo_upcycle.pipeline.upcycled import moe_settings, start_from, upcycled, use_spec
-from nemo_upcycle.training.retention import RetainedCheckpoints
+from nemo_upcycle.trainers.nemo.retention import RetainedCheckpoints
+from nemo_upcycle.trainers.nemo.upcycled import moe_settings, start_from, upcycled, use_spec
 
 
 __all__ = ["checkpoints", "moe_settings", "start_from", "upcycled", "use_spec"]

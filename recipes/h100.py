@@ -29,7 +29,7 @@ from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
 from nemo.collections.llm.api import pretrain
 from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
 
-from nemo_upcycle.pipeline.nemo_pipeline import pipeline
+from nemo_upcycle.pipeline.nemo.pipeline import pipeline
 from nemo_upcycle.recipes.common import start_from
 from nemo_upcycle.recipes.h100_arguments import adjust
 from nemo_upcycle.recipes.resilience import resilient

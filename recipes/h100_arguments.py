@@ -16,7 +16,7 @@ from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommO
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.spec import ROUTER_ORDERS, check_capacity
-from nemo_upcycle.training.recompute import RecomputeFirstSteps
+from nemo_upcycle.trainers.nemo.recompute import RecomputeFirstSteps
 
 
 #: Those of NeMo 2.7; the planner knows later ones as well.

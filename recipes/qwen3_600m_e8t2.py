@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import nemo_run as run
 from nemo.collections.llm.api import pretrain
 
-from nemo_upcycle.pipeline.nemo_pipeline import pipeline
+from nemo_upcycle.pipeline.nemo.pipeline import pipeline
 from nemo_upcycle.recipes import qwen3_600m_dense_ct as dense_ct
 from nemo_upcycle.recipes.common import moe_settings, start_from
 from nemo_upcycle.recipes.smollm2_135m_e8t2 import SPEC, trainer

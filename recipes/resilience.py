@@ -14,9 +14,9 @@ copy to host memory.
 import nemo_run as run
 
 from nemo_upcycle.recipes.common import checkpoints
-from nemo_upcycle.training.loss_guard import LossGuard
-from nemo_upcycle.training.stopping import SaveOnSignal, StopOnSignal
-from nemo_upcycle.training.watchers import hang_detection, straggler_report
+from nemo_upcycle.trainers.nemo.loss_guard import LossGuard
+from nemo_upcycle.trainers.nemo.stopping import SaveOnSignal, StopOnSignal
+from nemo_upcycle.trainers.nemo.watchers import hang_detection, straggler_report
 
 
 #: Checkpoints kept: the last one, and the one before it. A loss that went wrong is often seen only after the next

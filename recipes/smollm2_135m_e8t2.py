@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks.callback import Callback
 from nemo import lightning as nl
 from nemo.collections.llm.api import pretrain
 
-from nemo_upcycle.pipeline.nemo_pipeline import pipeline
+from nemo_upcycle.pipeline.nemo.pipeline import pipeline
 from nemo_upcycle.recipes import smollm2_135m_dense_ct as dense_ct
 from nemo_upcycle.recipes.common import moe_settings, start_from
 from nemo_upcycle.spec import UpcycleSpec

@@ -3,9 +3,9 @@
 import runpy
 import sys
 
-from nemo_upcycle.pipeline.console import end_soon
 from nemo_upcycle.pipeline.executors.local import end_with_launcher
 from nemo_upcycle.pipeline.runner import run_stage
+from nemo_upcycle.utils.console import end_soon
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.chain import JOBS, Chain, recorded_jobs
-from nemo_upcycle.pipeline.console import command_line, end_soon
 from nemo_upcycle.pipeline.executors.base import Cluster, Job
 from nemo_upcycle.pipeline.executors.local import StopSignals
 from nemo_upcycle.pipeline.plan import KEPT, PLAN, Plan
 from nemo_upcycle.pipeline.plans import kind_of, read_plan
 from nemo_upcycle.pipeline.run_here import run_stages
+from nemo_upcycle.utils.console import command_line, end_soon
 from nemo_upcycle.utils.files import in_use
 from nemo_upcycle.utils.masking import write_private
 

@@ -21,9 +21,9 @@ from nemo_run.cli.lazy import LazyEntrypoint
 from nemo_run.config import get_type_namespace
 
 from nemo_upcycle.errors import UpcycleError, did_you_mean
-from nemo_upcycle.pipeline.console import end_soon
 from nemo_upcycle.pipeline.executors.settings import executor_names, is_described, read_executor
 from nemo_upcycle.utils.attributes import temporarily_set
+from nemo_upcycle.utils.console import end_soon
 
 
 #: Options of the pipeline, and the argument that each sets.

@@ -15,7 +15,7 @@ import yaml
 from nemo_upcycle.data.finished import MANIFEST
 from nemo_upcycle.errors import StageError
 from nemo_upcycle.pipeline.markers import STEPS, StageFolder, setting_texts
-from nemo_upcycle.pipeline.trainings import Training, TrainingSettings
+from nemo_upcycle.trainers.base import Training, TrainingSettings
 from nemo_upcycle.utils.conf import is_conf_file, read_conf
 from nemo_upcycle.utils.files import read_json, sha256_file, write_json
 
@@ -167,10 +167,10 @@ def open_training(trainer: str, text: str) -> Training:
         text: the recipe, as the trainer's subclass writes it.
     """
     if trainer == "bridge":
-        from nemo_upcycle.pipeline.bridge.training import BridgeTraining
+        from nemo_upcycle.trainers.bridge.training import BridgeTraining
 
         return BridgeTraining.from_text(text)
-    from nemo_upcycle.pipeline.nemo_training import NeMoTraining
+    from nemo_upcycle.trainers.nemo.training import NeMoTraining
 
     return NeMoTraining(text)
 

@@ -18,13 +18,13 @@ import nemo_run as run
 import torch
 
 from nemo_upcycle.errors import StageStopped, UnfinishedError, UpcycleError
-from nemo_upcycle.pipeline.console import command_line, end_soon
 from nemo_upcycle.pipeline.executors import local, performance
 from nemo_upcycle.pipeline.executors.base import Job, is_local
 from nemo_upcycle.pipeline.order import before, finished, unfinished
 from nemo_upcycle.pipeline.plan import Plan, Stage
 from nemo_upcycle.pipeline.runner import DONE_BEFORE, run_stage
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
+from nemo_upcycle.utils.console import command_line, end_soon
 from nemo_upcycle.utils.progress import duration
 
 

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 from nemo_upcycle.errors import StageError, StageStopped
 from nemo_upcycle.pipeline.markers import STEPS, StageFolder
 from nemo_upcycle.pipeline.plan import PLAN, Plan, Stage, required_training
-from nemo_upcycle.pipeline.trainings import last_checkpoint
 from nemo_upcycle.sources.safetensors_folder import INDEX, SINGLE
+from nemo_upcycle.trainers.base import last_checkpoint
 from nemo_upcycle.utils.files import read_json
 
 
@@ -127,7 +127,7 @@ def build_data(blend: str, dense: str, folder: Path) -> None:
 def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     """Upcycle once in float32, compare with the parent, and keep the model of step 0."""
     from nemo_upcycle.cpu.backend import use_cpu_backend
-    from nemo_upcycle.training.equivalence import check_step0
+    from nemo_upcycle.trainers.equivalence import check_step0
 
     use_cpu_backend()  # before the model's configuration is built: Megatron checks it at once
     training, dense_folder = required_training(plan, "pretrain"), dense_folder_of(run_dir)

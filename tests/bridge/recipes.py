@@ -24,8 +24,8 @@ def tiny_dense_ct() -> Any:
 
 def builder() -> Any:
     """A model in the form of Bridge's builders, which the chain does not take."""
-    from nemo_upcycle.bridge.models import upcycled_config
-    from nemo_upcycle.bridge.upcycling import hook_of, upcycle_on_start
+    from nemo_upcycle.trainers.bridge.models import upcycled_config
+    from nemo_upcycle.trainers.bridge.upcycling import hook_of, upcycle_on_start
 
     config = tiny()
     hook = hook_of(config)
@@ -46,7 +46,7 @@ def random() -> Any:
 
 
 def _tiny(spec: UpcycleSpec | None, **layout: Any) -> Any:
-    from nemo_upcycle.bridge.recipes.common import upcycled_pretraining
+    from nemo_upcycle.trainers.bridge.recipes.common import upcycled_pretraining
 
     types = {"bf16": False, "params_dtype": torch.float32, "pipeline_dtype": torch.float32}
     config = upcycled_pretraining("asset://smollm2-135m", spec, seq_length=SEQUENCE, **types, **layout)

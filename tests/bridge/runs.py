@@ -36,7 +36,7 @@ def run_config(
     """
     from megatron.bridge.recipes.common import _pretrain_common
 
-    from nemo_upcycle.bridge.models import upcycled_config, upcycled_provider
+    from nemo_upcycle.trainers.bridge.models import upcycled_config, upcycled_provider
 
     sizes = {SIZES[name]: size for name, size in layout.items()}
     settings: dict[str, Any] = {
@@ -96,7 +96,7 @@ def train(
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.pretrain import pretrain
 
-    from nemo_upcycle.bridge.upcycling import upcycle_on_start
+    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
 
     spec = None if fields is None else UpcycleSpec(**fields)
     config = run_config(dense, folder, spec, **options)

@@ -33,7 +33,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _plan(inputs: Path, *settings: str) -> RunPlan:
-    from nemo_upcycle.pipeline.bridge.training import BridgeTraining
+    from nemo_upcycle.trainers.bridge.training import BridgeTraining
 
     moe = BridgeTraining(TINY, settings, nodes=1, ranks_per_node=2)
     dense_ct = BridgeTraining(DENSE_CT, settings, nodes=1, ranks_per_node=2)
@@ -130,9 +130,9 @@ def test_step_0_is_checked_on_one_rank_whatever_the_layout(inputs: Path, setting
 
 def _build_for_step_0(parent: Path, settings: dict[str, object]) -> int:
     from nemo_upcycle import UpcycleSpec, open_dense
-    from nemo_upcycle.bridge.models import upcycled_provider
     from nemo_upcycle.cpu.one_rank import one_rank
-    from nemo_upcycle.training.paged_models import paged_megatron
+    from nemo_upcycle.trainers.bridge.models import upcycled_provider
+    from nemo_upcycle.trainers.paged_models import paged_megatron
 
     spec = UpcycleSpec(num_experts=4, top_k=2)
     config = upcycled_provider(parent, spec, seq_length=64)

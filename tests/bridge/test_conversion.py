@@ -65,7 +65,7 @@ def _round_trip(folder: Path, layout: dict[str, int]) -> dict[str, torch.Tensor]
     from megatron.bridge import AutoBridge
 
     families.register(PHI3)
-    import nemo_upcycle.bridge.conversion  # noqa: F401
+    import nemo_upcycle.trainers.bridge.conversion  # noqa: F401
     from tests.bridge.runs import SIZES
 
     bridge = AutoBridge.from_hf_pretrained(str(folder))

@@ -26,7 +26,7 @@ DENSE = "NEMO_UPCYCLE_DENSE"
 def llama3_8b(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The configuration of Llama 3 8B, fetched: nothing is read of the weights before the start."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA3_8B | {"model_type": "llama"}))
-    monkeypatch.setattr("nemo_upcycle.bridge.recipes.common.ensure_dense", lambda source: tmp_path)
+    monkeypatch.setattr("nemo_upcycle.trainers.bridge.recipes.common.ensure_dense", lambda source: tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_profile_is_the_recipes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from nemo_upcycle.pipeline.bridge.training import BridgeTraining
+    from nemo_upcycle.trainers.bridge.training import BridgeTraining
 
     monkeypatch.setenv(DENSE, "")  # which the training sets
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -67,7 +67,7 @@ def test_a_recipe_is_found_under_bridges_own_and_fits_its_gpus(
 ) -> None:
     from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 
-    from nemo_upcycle.bridge.recipes import register
+    from nemo_upcycle.trainers.bridge.recipes import register
 
     register()
     config = getattr(importlib.import_module("megatron.bridge.recipes.upcycled.h100"), name)()
@@ -89,8 +89,8 @@ def test_the_planners_command_is_understood_by_bridge(
 ) -> None:
     from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
 
-    from nemo_upcycle.bridge.recipes.upcycled.h100 import llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config
     from nemo_upcycle.cli.main import main
+    from nemo_upcycle.trainers.bridge.recipes.upcycled.h100 import llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config
 
     layout = ["--layout", "tp=2,pp=4,vp=8,ep=8", "--backend", "bridge", "--json"]
     assert main(["plan", "--recipe", "llama3_8b_e8t2", "--gpus", "256", *layout, *options]) == 0
@@ -112,7 +112,7 @@ import sys
 import nemo_run as run
 
 if __name__ == "__main__":
-    train = run.Script("nemo_upcycle.bridge", args=sys.argv[1:], entrypoint="python", m=True)
+    train = run.Script("nemo_upcycle.trainers.bridge", args=sys.argv[1:], entrypoint="python", m=True)
     with run.Experiment("bridge", log_level="WARN") as experiment:
         experiment.add(train, executor=run.LocalExecutor(launcher="torchrun", ntasks_per_node=2), name="train")
         experiment.run(tail_logs=True)

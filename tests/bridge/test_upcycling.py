@@ -147,7 +147,7 @@ def test_the_dense_baseline_starts_from_the_same_checkpoint(dense: Path, tmp_pat
 def test_a_configuration_that_contradicts_is_refused_by_name(
     dense: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    from nemo_upcycle.bridge.upcycling import upcycle_on_start
+    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
 
     spec = UpcycleSpec(**SPEC)
     config = run_config(dense, tmp_path, spec)
@@ -163,7 +163,7 @@ def test_a_configuration_that_contradicts_is_refused_by_name(
 def test_settings_of_a_command_line_leave_the_hook(dense: Path, tmp_path: Path, style: str) -> None:
     from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
 
-    from nemo_upcycle.bridge.upcycling import hook_of, upcycle_on_start
+    from nemo_upcycle.trainers.bridge.upcycling import hook_of, upcycle_on_start
 
     spec = UpcycleSpec(**SPEC)
     config = run_config(dense, tmp_path, spec, style=style)
@@ -176,7 +176,7 @@ def test_settings_of_a_command_line_leave_the_hook(dense: Path, tmp_path: Path, 
 def test_a_hybrid_model_is_refused_by_name(dense: Path, tmp_path: Path) -> None:
     from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
 
-    from nemo_upcycle.bridge.upcycling import upcycle_on_start
+    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
 
     config = run_config(dense, tmp_path, None)
     sizes = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4}

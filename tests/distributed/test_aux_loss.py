@@ -57,7 +57,7 @@ def _gradients(layout: str, settings: dict[str, Any], micro_batches: int, correc
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.transformer.moe.router import TopKRouter
 
-    from nemo_upcycle.training.aux_loss import act_as_set
+    from nemo_upcycle.trainers.nemo.aux_loss import act_as_set
 
     chunks = build_chunks(ARCH, layout=LAYOUTS.get(layout), **moe_settings(ARCH, SPEC) | settings)
     upcycle_into(chunks, MemorySource(ARCH), SPEC)
@@ -211,8 +211,8 @@ def _train(parent: str, data: str, folder: str, tensor_parallelism: int) -> None
     import nemo.utils
 
     from nemo_upcycle.cpu.backend import use_cpu_backend
-    from nemo_upcycle.pipeline.recipes_io import place_recipe
     from nemo_upcycle.recipes import smollm2_135m_e8t2
+    from nemo_upcycle.trainers.nemo.recipes import place_recipe
 
     use_cpu_backend()
     nemo.utils.logging.set_verbosity(nemo.utils.logging.ERROR)

@@ -102,8 +102,8 @@ def tiny_recipe(parent: str, data: str, folder: str, options: dict[str, Any]) ->
     import nemo_run as run
 
     from nemo_upcycle.cpu.backend import use_cpu_backend
-    from nemo_upcycle.pipeline.recipes_io import place_recipe
     from nemo_upcycle.recipes import smollm2_135m_e8t2
+    from nemo_upcycle.trainers.nemo.recipes import place_recipe
 
     use_cpu_backend()
     nemo.utils.logging.set_verbosity(nemo.utils.logging.ERROR)
@@ -133,7 +133,7 @@ def tiny_recipe(parent: str, data: str, folder: str, options: dict[str, Any]) ->
         recipe.model.config.moe_expert_capacity_factor = options["padded_capacity"]
         recipe.model.config.moe_pad_expert_input_to_capacity = True
     if "evaluate" in options:
-        from nemo_upcycle.training.evaluating import EvaluateWhileTraining
+        from nemo_upcycle.trainers.nemo.evaluating import EvaluateWhileTraining
 
         recipe.trainer.callbacks.append(run.Config(EvaluateWhileTraining, **options["evaluate"]))
     if "hang" in options:
@@ -151,7 +151,7 @@ def train_rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> 
     import nemo_run as run
     from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
-    from nemo_upcycle.pipeline.nemo_checks import check_recipe
+    from nemo_upcycle.trainers.nemo.checks import check_recipe
 
     recipe = tiny_recipe(parent, data, folder, options)
     if every := options.get("validate_every"):
@@ -174,7 +174,7 @@ def train_rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> 
 def ending_of_rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> tuple[Any, int]:
     """Train as `train_rank` does; return the status or error that this rank ends with, and the steps that are kept."""
     from nemo_upcycle.errors import UpcycleError
-    from nemo_upcycle.training.stopping import step_kept
+    from nemo_upcycle.trainers.nemo.stopping import step_kept
 
     try:
         train_rank(parent, data, folder, options)
@@ -216,6 +216,6 @@ class Runs:
 
     def checkpoint(self, name: str) -> Path:
         """Return the last checkpoint."""
-        from nemo_upcycle.pipeline.trainings import last_checkpoint
+        from nemo_upcycle.trainers.base import last_checkpoint
 
         return last_checkpoint(self.folder / name)

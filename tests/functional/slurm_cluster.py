@@ -9,10 +9,10 @@ from pathlib import Path
 import nemo_run as run
 from lightning.pytorch.callbacks import Callback
 
-from nemo_upcycle.pipeline.nemo_pipeline import pipeline
+from nemo_upcycle.pipeline.nemo.pipeline import pipeline
 from nemo_upcycle.recipes import smollm2_135m_dense_ct, smollm2_135m_e8t2
-from nemo_upcycle.training.stopping import SaveOnSignal
-from nemo_upcycle.training.watchers import hang_detection
+from nemo_upcycle.trainers.nemo.stopping import SaveOnSignal
+from nemo_upcycle.trainers.nemo.watchers import hang_detection
 from tests.functional.runs import Hang
 from tests.functional.tiny import tiny_pipeline
 

@@ -34,7 +34,7 @@ MODEL = {
 
 def _cut_down(recipe: Any, layout: dict[str, int]) -> str:
     """Return a recipe of the chain with a small model and layout, serialised; everything else is the recipe's."""
-    from nemo_upcycle.pipeline.recipes_io import dump_recipe
+    from nemo_upcycle.trainers.nemo.recipes import dump_recipe
 
     for name, value in MODEL.items():
         setattr(recipe.model.config, name, value)

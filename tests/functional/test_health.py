@@ -85,12 +85,12 @@ def _rank(parent: str, data: str, folder: str, options: dict[str, Any]) -> Any:
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from nemo_upcycle.cpu.backend import use_cpu_backend
-    from nemo_upcycle.pipeline.nemo_checks import check_recipe
-    from nemo_upcycle.pipeline.recipes_io import place_recipe
     from nemo_upcycle.recipes import smollm2_135m_e8t2
     from nemo_upcycle.recipes.common import use_spec
     from nemo_upcycle.recipes.h100 import adjust
     from nemo_upcycle.spec import UpcycleSpec
+    from nemo_upcycle.trainers.nemo.checks import check_recipe
+    from nemo_upcycle.trainers.nemo.recipes import place_recipe
 
     use_cpu_backend()
     nemo.utils.logging.set_verbosity(nemo.utils.logging.ERROR)

@@ -64,8 +64,8 @@ def run_in_own_process(name: str, run_dir: Path, ranks: int = 1, kill_at: tuple[
 
 def write_plan(folder: Path) -> RunPlan:
     """Write the inputs of a tiny run; return its plan."""
-    from nemo_upcycle.pipeline.recipes_io import dump_recipe
     from nemo_upcycle.recipes import smollm2_135m_dense_ct, smollm2_135m_e8t2
+    from nemo_upcycle.trainers.nemo.recipes import dump_recipe
 
     write_inputs(folder)
     texts = {
@@ -198,7 +198,7 @@ def test_a_comment_in_a_settings_file_changes_nothing_and_a_value_does(plan: Run
 
 
 def test_training_refuses_to_resume_from_changed_inputs(copy: Path) -> None:
-    from nemo_upcycle.pipeline.recipes_io import dump_recipe, load_recipe
+    from nemo_upcycle.trainers.nemo.recipes import dump_recipe, load_recipe
 
     work = [path for path in (copy / "dense_ct").rglob("*") if path.name != ".lock"]  # some releases write to it
     before = sorted((path, path.stat().st_mtime_ns) for path in work)
@@ -217,7 +217,7 @@ def test_training_refuses_to_resume_from_changed_inputs(copy: Path) -> None:
 
 
 def test_a_finished_training_goes_on_for_more_steps_on_more_ranks(copy: Path) -> None:
-    from nemo_upcycle.pipeline.recipes_io import dump_recipe, load_recipe
+    from nemo_upcycle.trainers.nemo.recipes import dump_recipe, load_recipe
 
     recipe = load_recipe(RunPlan.read(copy).dense_ct)
     recipe.trainer.max_steps, recipe.trainer.devices, recipe.log.ckpt.every_n_train_steps = 8, 2, 1

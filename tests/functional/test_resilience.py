@@ -14,7 +14,7 @@ import pytest
 
 from nemo_upcycle.errors import StageStopped
 from nemo_upcycle.pipeline.executors.ft import ft_command
-from nemo_upcycle.training.stopping import step_kept
+from nemo_upcycle.trainers.nemo.stopping import step_kept
 from tests.functional.runs import Runs
 from tests.waiting import HANG_S
 

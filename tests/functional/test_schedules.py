@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from nemo_upcycle.training.schedules import Anneal, part_of
+from nemo_upcycle.trainers.nemo.schedules import Anneal, part_of
 from tests.distributed.ranks import run_ranks
 from tests.functional.runs import tiny_recipe
 from tests.functional.tiny import BATCH, LAYERS, prepare
@@ -71,7 +71,7 @@ def _rank(parent: str, data: str, folder: str, options: dict[str, Any], settings
     """Train the tiny recipe with `settings` for its optimizer; return what the recorder kept."""
     import fiddle as fdl
 
-    from nemo_upcycle.training.optimizer import UpcycleOptimizer
+    from nemo_upcycle.trainers.nemo.optimizer import UpcycleOptimizer
 
     recipe = tiny_recipe(parent, data, folder, options)
     recipe.trainer.strategy.ddp.overlap_param_gather = False  # else other ranks' shards arrive one step later
@@ -250,7 +250,7 @@ def test_a_checkpoint_records_nemos_own_optimizer(jobs: Jobs, whole: Any) -> Non
     from nemo import lightning as nl
     from nemo.lightning.io import load_context
 
-    from nemo_upcycle.pipeline.trainings import last_checkpoint
+    from nemo_upcycle.trainers.base import last_checkpoint
 
     model = load_context(last_checkpoint(jobs.folder / "whole") / "context", subpath="model")
     assert type(model.optim) is nl.MegatronOptimizerModule

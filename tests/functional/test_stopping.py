@@ -22,9 +22,9 @@ pytestmark = pytest.mark.slow
 def _plan(folder: Path) -> RunPlan:
     import nemo_run as run
 
-    from nemo_upcycle.pipeline.recipes_io import dump_recipe
     from nemo_upcycle.recipes import smollm2_135m_e8t2
-    from nemo_upcycle.training.stopping import SaveOnSignal
+    from nemo_upcycle.trainers.nemo.recipes import dump_recipe
+    from nemo_upcycle.trainers.nemo.stopping import SaveOnSignal
 
     write_finished_inputs(folder, run_tokens=1_000_000)
     recipe = shrink(smollm2_135m_e8t2.pretrain_recipe(), max_steps=2000, checkpoint_every=1000)

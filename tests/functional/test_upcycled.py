@@ -57,9 +57,9 @@ def train_qwen3(parent: str, data: str, folder: str, *, is_upcycled: bool) -> No
     from nemo.collections import llm
 
     from nemo_upcycle.cpu.backend import use_cpu_backend
-    from nemo_upcycle.pipeline.nemo_checks import check_recipe
     from nemo_upcycle.recipes import upcycled
     from nemo_upcycle.recipes.common import start_from
+    from nemo_upcycle.trainers.nemo.checks import check_recipe
     from tests.functional.stock import SPEC, cut
 
     use_cpu_backend()

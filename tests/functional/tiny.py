@@ -129,7 +129,7 @@ def tiny_pipeline(inputs: Path, run_dir: Path, moe: Any, dense_ct: Any) -> Any:
     """Return the demo's chain on the parent, texts and evaluation that lie in `inputs`, its recipes cut down."""
     import nemo_run as run
 
-    from nemo_upcycle.pipeline.nemo_pipeline import pipeline
+    from nemo_upcycle.pipeline.nemo.pipeline import pipeline
 
     return run.Partial(
         pipeline,

@@ -9,7 +9,7 @@ from pathlib import Path
 import nemo_run as run
 from lightning.pytorch.callbacks import Callback
 
-from nemo_upcycle.pipeline.nemo_pipeline import pipeline
+from nemo_upcycle.pipeline.nemo.pipeline import pipeline
 from nemo_upcycle.recipes import smollm2_135m_dense_ct, smollm2_135m_e8t2
 from tests.functional.tiny import tiny_pipeline
 

@@ -56,7 +56,7 @@ def golden_path(name: str) -> Path:
 def text_of(name: str) -> str:
     """Return what a golden file should hold: a YAML mapping of settings to values."""
     from nemo_upcycle import recipes
-    from nemo_upcycle.pipeline.recipes_io import settings
+    from nemo_upcycle.trainers.nemo.recipes import settings
 
     recipe, arguments = GOLDEN[name]
     config = getattr(recipes, recipe).pretrain_recipe(**arguments)
@@ -73,7 +73,7 @@ def _depends_on_machine(recipe: str, key: str) -> bool:
 def planner_text() -> str:
     """Return what the planner's file should hold: the dense parents' shapes, and what a step of a recipe works on."""
     from nemo_upcycle import recipes
-    from nemo_upcycle.pipeline.recipes_io import spec_of
+    from nemo_upcycle.trainers.nemo.recipes import spec_of
 
     shapes, entries = {}, {}
     for name in sorted({recipe for recipe, _ in GOLDEN.values()}):

@@ -72,7 +72,7 @@ def forecast_of(
     """
     from nemo_upcycle.pipeline.forecast import forecast
     from nemo_upcycle.pipeline.forecast.settings import Origins
-    from nemo_upcycle.pipeline.nemo_pipeline import pipeline
+    from nemo_upcycle.pipeline.nemo.pipeline import pipeline
     from nemo_upcycle.pipeline.stages import STAGES
 
     stages, plan, origins = stages or STAGES, plan_of(chain), Origins(words, pipeline)
@@ -90,8 +90,8 @@ def jobs_of_chain(chain: Any, run_dir: Path) -> list[Any]:
 
 def plan_of(chain: Any) -> Any:
     """Return the plan that the pipeline makes of its configuration."""
-    from nemo_upcycle.pipeline.recipes_io import dump_recipe
     from nemo_upcycle.pipeline.stages import RunPlan
+    from nemo_upcycle.trainers.nemo.recipes import dump_recipe
 
     dense_ct = dump_recipe(chain.dense_ct) if chain.dense_ct else None
     return RunPlan(

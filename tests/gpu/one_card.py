@@ -89,8 +89,8 @@ def recipe_for(sizes: Sizes, dense: Path, data: Path, folder: Path, precision: s
     import nemo_run as run
 
     from nemo_upcycle.data.blend_module import blend_data
-    from nemo_upcycle.pipeline.recipes_io import place_recipe
     from nemo_upcycle.recipes import llama3_8b_e8t2
+    from nemo_upcycle.trainers.nemo.recipes import place_recipe
 
     recipe = llama3_8b_e8t2.pretrain_recipe(
         num_nodes=1,

@@ -12,11 +12,11 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.arms import MARGIN, ROUNDING
 from nemo_upcycle.evaluation.heldout import TASK
 from nemo_upcycle.pipeline.ablations.stages import SUITE, GridPlan
-from nemo_upcycle.pipeline.nemo_arms import build_arm, cell_of
-from nemo_upcycle.pipeline.nemo_training import NeMoTraining
-from nemo_upcycle.pipeline.recipes_io import dump_recipe
-from nemo_upcycle.pipeline.trainings import Evaluations
+from nemo_upcycle.pipeline.nemo.arms import build_arm, cell_of
 from nemo_upcycle.suites.suite_config import read_suite_config
+from nemo_upcycle.trainers.base import Evaluations
+from nemo_upcycle.trainers.nemo.recipes import dump_recipe
+from nemo_upcycle.trainers.nemo.training import NeMoTraining
 from nemo_upcycle.utils.conf import read_conf, template
 from nemo_upcycle.utils.nested import flat
 from nemo_upcycle.utils.validation import is_whole

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from nemo_upcycle.pipeline.markers import STEPS, StageFolder
 from nemo_upcycle.pipeline.plan import Plan, Stage, required_training
 from nemo_upcycle.pipeline.stages import require_blend, require_kept
-from nemo_upcycle.pipeline.trainings import last_checkpoint
 from nemo_upcycle.reporting.grid_evidence import PLAN as GRID
+from nemo_upcycle.trainers.base import last_checkpoint
 
 
 #: The folder of the suite that all trainings are scored with, in the grid's folder.
@@ -143,7 +143,7 @@ def untrained_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
     """Train a tokenizer on the blend, and draw the parent's random weights."""
     from nemo_upcycle.data.blend import read_blend
     from nemo_upcycle.pipeline.ablations.untrained import write_untrained
-    from nemo_upcycle.pipeline.recipes_io import load_recipe
+    from nemo_upcycle.trainers.nemo.recipes import load_recipe
 
     assert plan.parent is not None
     assert plan.vocabulary is not None

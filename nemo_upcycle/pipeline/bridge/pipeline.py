@@ -10,12 +10,12 @@ from typing import Any, Optional
 import nemo_run as run
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.bridge.training import BridgeTraining
 from nemo_upcycle.pipeline.commands import whole_path
-from nemo_upcycle.pipeline.console import quiet_libraries
 from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.launch import launch_chain
 from nemo_upcycle.pipeline.stages import RunPlan
+from nemo_upcycle.trainers.bridge.training import BridgeTraining
+from nemo_upcycle.utils.console import quiet_libraries
 
 
 class BridgeContext(PipelineContext):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.errors import UpcycleError, did_you_mean
 from nemo_upcycle.pipeline.executors.performance import PerformanceSetting, settings_for
-from nemo_upcycle.pipeline.trainings import Profile
+from nemo_upcycle.trainers.base import Profile
 from nemo_upcycle.utils.masking import masked, masked_text, write_private
 
 

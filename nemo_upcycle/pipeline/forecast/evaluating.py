@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_upcycle.pipeline.trainings import Evaluations
 from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.suites.local_tasks import is_text
 from nemo_upcycle.suites.suite_config import SuiteConfig, read_suite_config
+from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.utils.files import MARKER
 
 

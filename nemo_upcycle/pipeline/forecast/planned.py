@@ -11,11 +11,11 @@ import torch
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.pipeline.executors import performance
 from nemo_upcycle.pipeline.executors.base import USUAL_CARD, asks_for_gpus, is_local
-from nemo_upcycle.pipeline.trainings import TrainingFacts
 from nemo_upcycle.planning.hardware import Gpu, Machine, gpu_names, gpu_of_device, known_gpu
 from nemo_upcycle.planning.memory import GIB
 from nemo_upcycle.planning.search import Plan, PlanRequest, evaluate_layout
 from nemo_upcycle.planning.workload import DISPATCHERS, Workload
+from nemo_upcycle.trainers.base import TrainingFacts
 
 
 @dataclass(frozen=True)

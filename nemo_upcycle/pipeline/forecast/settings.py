@@ -12,7 +12,7 @@ from typing import Any
 from nemo_run.cli.cli_parser import parse_factory
 
 from nemo_upcycle.pipeline.stages import RunPlan
-from nemo_upcycle.training.values import setting
+from nemo_upcycle.trainers.values import setting
 
 
 TYPED = "command line"

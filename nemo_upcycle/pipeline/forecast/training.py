@@ -13,9 +13,9 @@ from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
 from nemo_upcycle.pipeline.forecast.evaluating import EvaluationForecast, forecast_evaluation
 from nemo_upcycle.pipeline.forecast.planned import Card, card_of, plans_of
 from nemo_upcycle.pipeline.forecast.stages import StageForecast, State
-from nemo_upcycle.pipeline.trainings import TrainingFacts
 from nemo_upcycle.planning.memory import GIB
 from nemo_upcycle.planning.search import Plan
+from nemo_upcycle.trainers.base import TrainingFacts
 
 
 #: What a cluster's table of resources calls the time limit of a job.

@@ -19,7 +19,7 @@ from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.models.architecture import read_architecture
 from nemo_upcycle.models.mapping import ParamMapping
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
-from nemo_upcycle.training.equivalence import megatron_logits, one_rank
+from nemo_upcycle.trainers.equivalence import megatron_logits, one_rank
 from nemo_upcycle.utils.files import MARKER, MODEL_MARKER, is_complete, read_json
 from tests.models import build_chunks, hugging_face_logits, sample_tokens, write_llama, write_tokenizer
 from tests.unit.convert import exports

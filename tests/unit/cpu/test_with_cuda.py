@@ -17,7 +17,7 @@ def _modules_with_cuda() -> list[str]:
     torch.cuda.is_available = lambda: True
     current_device = torch.cuda.current_device
     import nemo_upcycle.recipes
-    import nemo_upcycle.training.upcycling  # noqa: F401
+    import nemo_upcycle.trainers.nemo.upcycling  # noqa: F401
     from nemo_upcycle.cpu.backend import use_cpu_backend
 
     assert use_cpu_backend() is False

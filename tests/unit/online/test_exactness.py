@@ -13,7 +13,7 @@ import pytest
 from nemo_upcycle import UpcycleSpec, upcycle_into
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.online.upcycle import load_dense_into
-from nemo_upcycle.training.equivalence import megatron_logits
+from nemo_upcycle.trainers.equivalence import megatron_logits
 from tests.models import MemorySource, build_chunks, moe_settings, sample_tokens, small_architecture
 
 

@@ -16,7 +16,7 @@ from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.activation import activation_of
 from nemo_upcycle.online.upcycle import load_dense_into
-from nemo_upcycle.training.equivalence import megatron_logits
+from nemo_upcycle.trainers.equivalence import megatron_logits
 from tests.models import (
     MemorySource,
     build_chunks,

@@ -17,9 +17,9 @@ from nemo_upcycle.pipeline.forecast import check_space, render_forecast
 from nemo_upcycle.pipeline.forecast.planned import planned_of
 from nemo_upcycle.pipeline.forecast.text import WIDTH
 from nemo_upcycle.pipeline.forecast.training import time_limit_s
-from nemo_upcycle.pipeline.nemo_training import NeMoTraining
-from nemo_upcycle.pipeline.recipes_io import dump_recipe
 from nemo_upcycle.pipeline.stages import STAGES
+from nemo_upcycle.trainers.nemo.recipes import dump_recipe
+from nemo_upcycle.trainers.nemo.training import NeMoTraining
 from tests.golden import forecasts
 from tests.golden.forecasts import forecast_of
 from tests.unit.pipeline.markers import finish
@@ -130,7 +130,7 @@ def test_forecast_plans_the_recipe_as_it_was_changed(llama: Any, tmp_path: Path)
 @pytest.mark.parametrize("name", ["llama3_8b_e8t2", "llama31_8b_e8t2", "llama3_70b_e8t2", "qwen3_8b_e8t2"])
 def test_evaluation_while_training_costs_less_than_a_fiftieth(name: str, tmp_path: Path) -> None:
     from nemo_upcycle import recipes
-    from nemo_upcycle.training.evaluating import EvaluateWhileTraining
+    from nemo_upcycle.trainers.nemo.evaluating import EvaluateWhileTraining
 
     chain = getattr(recipes, name).pipeline_recipe()
     assert forecast_of(chain, tmp_path).trainings["pretrain"].evaluation is None
@@ -341,8 +341,8 @@ def test_performance_settings_stand_with_their_reasons(llama: Any, tmp_path: Pat
 
 def test_a_profile_is_the_recipes() -> None:
     from nemo_upcycle import recipes
-    from nemo_upcycle.pipeline.nemo_training import NeMoTraining
-    from nemo_upcycle.pipeline.recipes_io import dump_recipe
+    from nemo_upcycle.trainers.nemo.recipes import dump_recipe
+    from nemo_upcycle.trainers.nemo.training import NeMoTraining
 
     recipe = recipes.llama3_8b_e8t2.pretrain_recipe(capacity_factor=0.0, fp8_recipe="current", dispatcher="deepep")
     found = NeMoTraining(dump_recipe(recipe)).facts("hf://nobody/nothing").profile

@@ -15,9 +15,9 @@ from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.pipeline.ablations.grid import read_grid
 from nemo_upcycle.pipeline.ablations.stages import GridPlan
 from nemo_upcycle.pipeline.order import before
-from nemo_upcycle.pipeline.recipes_io import load_recipe
 from nemo_upcycle.recipes import h100
 from nemo_upcycle.reporting.grid import COSTS_APART
+from nemo_upcycle.trainers.nemo.recipes import load_recipe
 
 
 CONF = Path(str(resources.files("nemo_upcycle.conf")))

@@ -18,7 +18,7 @@ from nemo_upcycle.pipeline.executors import performance
 from nemo_upcycle.pipeline.executors.base import Job
 from nemo_upcycle.pipeline.executors.performance import ENVIRONMENT, SLURM, PerformanceSetting, settings_for
 from nemo_upcycle.pipeline.executors.settings import cluster_for, read_executor
-from nemo_upcycle.pipeline.trainings import Profile
+from nemo_upcycle.trainers.base import Profile
 
 
 MOE = Profile(accelerator="gpu", tp=2, pp=4, ep=8, dispatcher="alltoall")

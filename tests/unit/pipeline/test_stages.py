@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.errors import StageError, StageStopped, UpcycleError
-from nemo_upcycle.pipeline import nemo_training, stages
+from nemo_upcycle.pipeline import stages
 from nemo_upcycle.pipeline.stages import RunPlan
+from nemo_upcycle.trainers.nemo import training as nemo_training
 from tests.unit.sources.test_checkpoints import write
 
 

@@ -123,8 +123,8 @@ def test_new_recipe_takes_under_40_lines(tmp_path: Path, monkeypatch: pytest.Mon
     from nemo.collections.llm.api import pretrain
     from nemo_run.cli.lazy import LazyEntrypoint
 
-    from nemo_upcycle.pipeline.nemo_checks import check_recipe, ranks_of
-    from nemo_upcycle.pipeline.recipes_io import dump_recipe, load_recipe, spec_of
+    from nemo_upcycle.trainers.nemo.checks import check_recipe, ranks_of
+    from nemo_upcycle.trainers.nemo.recipes import dump_recipe, load_recipe, spec_of
 
     assert sum(bool(line.strip()) for line in NEW_RECIPE.splitlines()) < 40
     (tmp_path / "made_up_recipe.py").write_text(NEW_RECIPE)

@@ -43,7 +43,7 @@ def test_import_registers_every_factory(recipes: Any) -> None:
     from nemo.collections.llm.api import pretrain
     from nemo_run.cli.api import resolve_factory
 
-    from nemo_upcycle.pipeline.nemo_pipeline import pipeline
+    from nemo_upcycle.pipeline.nemo.pipeline import pipeline
 
     for name in NAMES:
         module = getattr(recipes, name)
@@ -57,8 +57,8 @@ def test_import_registers_every_factory(recipes: Any) -> None:
 
 
 def test_llama3_8b_e8t2_has_the_papers_numbers(recipes: Any) -> None:
-    from nemo_upcycle.pipeline.nemo_checks import check_recipe, ranks_of
-    from nemo_upcycle.pipeline.recipes_io import spec_of
+    from nemo_upcycle.trainers.nemo.checks import check_recipe, ranks_of
+    from nemo_upcycle.trainers.nemo.recipes import spec_of
 
     recipe = recipes.llama3_8b_e8t2.pretrain_recipe()
     strategy, config = recipe.trainer.strategy, recipe.model.config
@@ -112,8 +112,8 @@ def test_ablation_is_a_recipe_with_27b_tokens(recipes: Any, path: Path) -> None:
     from nemo_run.cli.lazy import LazyEntrypoint
 
     from nemo_upcycle.models.megatron_config import architecture_of
-    from nemo_upcycle.pipeline.nemo_checks import check_recipe
-    from nemo_upcycle.pipeline.recipes_io import spec_of
+    from nemo_upcycle.trainers.nemo.checks import check_recipe
+    from nemo_upcycle.trainers.nemo.recipes import spec_of
 
     recipe = LazyEntrypoint(pretrain, yaml=str(path)).resolve()
     check_recipe(recipe)
@@ -194,7 +194,7 @@ def test_built_llama3_8b_e8t2_is_llama_3_8b_with_experts(recipes: Any) -> None:
 
 @pytest.mark.parametrize("name", UPCYCLED)
 def test_model_and_spec_agree(recipes: Any, name: str) -> None:
-    from nemo_upcycle.pipeline.recipes_io import spec_of
+    from nemo_upcycle.trainers.nemo.recipes import spec_of
 
     recipe = getattr(recipes, name).pretrain_recipe()
     config, spec = recipe.model.config, spec_of(recipe)
@@ -205,8 +205,8 @@ def test_model_and_spec_agree(recipes: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_starts_from_its_dense_parent(recipes: Any, name: str) -> None:
-    from nemo_upcycle.training.metrics import MetricsLogger
-    from nemo_upcycle.training.upcycling import UpcycleConfig, UpcycleStrategy
+    from nemo_upcycle.trainers.nemo.metrics import MetricsLogger
+    from nemo_upcycle.trainers.nemo.upcycling import UpcycleConfig, UpcycleStrategy
 
     recipe = getattr(recipes, name).pretrain_recipe(dir="runs", name="mine", dense="/models/parent")
     assert recipe.resume.restore_config.__fn_or_cls__ is UpcycleConfig
@@ -221,7 +221,7 @@ def test_recipe_starts_from_its_dense_parent(recipes: Any, name: str) -> None:
 def test_recipe_trains_on_a_data_folder(recipes: Any, name: str) -> None:
     """Of its own data it keeps the sizes; the dense baseline has the same data, and so the same order."""
     from nemo_upcycle.data.blend_module import blend_data
-    from nemo_upcycle.pipeline.nemo_checks import check_recipe
+    from nemo_upcycle.trainers.nemo.checks import check_recipe
 
     module = getattr(recipes, name)
     recipe, usual = module.pretrain_recipe(data="data/mine"), module.pretrain_recipe()
@@ -247,8 +247,8 @@ def test_recipe_without_a_data_folder_says_what_it_trains_on(recipes: Any, name:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_round_trips_through_text(recipes: Any, name: str) -> None:
-    from nemo_upcycle.pipeline.nemo_checks import check_recipe
-    from nemo_upcycle.pipeline.recipes_io import dump_recipe, load_recipe
+    from nemo_upcycle.trainers.nemo.checks import check_recipe
+    from nemo_upcycle.trainers.nemo.recipes import dump_recipe, load_recipe
 
     recipe = getattr(recipes, name).pretrain_recipe(dir="runs/mine")
     text = dump_recipe(recipe)
@@ -270,7 +270,7 @@ def test_recipe_round_trips_through_text(recipes: Any, name: str) -> None:
     ],
 )
 def test_refuses_layout_that_does_not_fit(recipes: Any, changes: dict[str, int], words: str) -> None:
-    from nemo_upcycle.pipeline.nemo_checks import check_recipe
+    from nemo_upcycle.trainers.nemo.checks import check_recipe
 
     recipe = recipes.llama3_8b_e8t2.pretrain_recipe()
     for name, value in changes.items():
@@ -280,7 +280,7 @@ def test_refuses_layout_that_does_not_fit(recipes: Any, changes: dict[str, int],
 
 
 def test_refuses_spec_that_does_not_fit_the_model_before_launch(recipes: Any) -> None:
-    from nemo_upcycle.pipeline.nemo_checks import check_recipe
+    from nemo_upcycle.trainers.nemo.checks import check_recipe
 
     recipe = recipes.smollm2_135m_e8t2.pretrain_recipe()
     recipe.resume.restore_config.spec.num_experts = 4
@@ -328,7 +328,7 @@ def test_another_spec_changes_every_field_that_follows_from_it(recipes: Any) -> 
     ],
 )
 def test_refuses_recipe_with_other_position_embeddings(recipes: Any, name: str, value: Any, words: str) -> None:
-    from nemo_upcycle.pipeline.nemo_checks import check_recipe
+    from nemo_upcycle.trainers.nemo.checks import check_recipe
 
     recipe = recipes.smollm2_135m_e8t2.pretrain_recipe()
     setattr(recipe.model.config, name, value)

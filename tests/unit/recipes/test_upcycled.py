@@ -89,11 +89,11 @@ def test_every_recipe_of_nemo_is_in_a_table(recipes: Any) -> None:
 
 @pytest.mark.parametrize("name", UPCYCLED)
 def test_a_dense_recipe_of_nemo_becomes_one_that_upcycles(recipes: Any, name: str) -> None:
-    from nemo_upcycle.pipeline.nemo_checks import check_recipe
-    from nemo_upcycle.pipeline.recipes_io import dump_recipe, load_recipe, spec_of
-    from nemo_upcycle.training.optimizer import UpcycleOptimizer
-    from nemo_upcycle.training.resume import UpcycleResume
-    from nemo_upcycle.training.upcycling import UpcycleConfig, UpcycleStrategy
+    from nemo_upcycle.trainers.nemo.checks import check_recipe
+    from nemo_upcycle.trainers.nemo.optimizer import UpcycleOptimizer
+    from nemo_upcycle.trainers.nemo.recipes import dump_recipe, load_recipe, spec_of
+    from nemo_upcycle.trainers.nemo.resume import UpcycleResume
+    from nemo_upcycle.trainers.nemo.upcycling import UpcycleConfig, UpcycleStrategy
 
     nodes = {"num_nodes": count} if (count := UPCYCLED[name]) else {}
     stock = _stock(name, **nodes)
@@ -196,7 +196,7 @@ def test_a_finetuning_a_module_and_a_recipe_that_upcycles_are_refused(recipes: A
 def test_a_strategy_of_the_users_own_is_not_replaced_in_silence(recipes: Any) -> None:
     from nemo import lightning as nl
 
-    from nemo_upcycle.training.upcycling import UpcycleStrategy
+    from nemo_upcycle.trainers.nemo.upcycling import UpcycleStrategy
 
     for base in (nl.MegatronStrategy, UpcycleStrategy):
         recipe = _stock("llama32_1b")
@@ -212,7 +212,7 @@ def test_a_recipe_of_ones_own_without_log_resume_and_optimizer_is_completed(reci
     import nemo_run as run
     from nemo.collections import llm
 
-    from nemo_upcycle.pipeline.nemo_checks import check_recipe
+    from nemo_upcycle.trainers.nemo.checks import check_recipe
 
     stock = _stock("llama32_1b")
     mine = run.Partial(llm.pretrain, model=stock.model, trainer=stock.trainer, data=stock.data)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.pipeline.console import command_line
+from nemo_upcycle.utils.console import command_line
 from nemo_upcycle.utils.masking import MASK, is_secret, masked, masked_text, write_private
 
 

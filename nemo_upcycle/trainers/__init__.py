@@ -1,0 +1,1 @@
+"""What trains: `base.py` says what everything else asks of a training, `nemo/` and `bridge/` fill it."""

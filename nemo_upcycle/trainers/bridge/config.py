@@ -1,0 +1,192 @@
+"""A training of a recipe by Bridge's naming: found, completed, pointed to a run's folders, and run."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.bridge.training.config import ConfigContainer
+from megatron.training.models.base import ModelConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_upcycle.data.finished import open_blend
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.trainers.bridge.blend import BlendDataset
+from nemo_upcycle.trainers.bridge.recipes.common import DENSE
+from nemo_upcycle.trainers.bridge.upcycling import UpcycleHook, hook_of
+from nemo_upcycle.utils.children import shield_children
+
+
+#: Where a run's checkpoints go, and what Bridge prints; as a run's stage names them.
+CHECKPOINTS, LOG = "checkpoints", "bridge.log"
+#: Settings that follow from the folder of the stage, and of the data.
+_PLACED = ("checkpoint.save", "checkpoint.load", "dataset.folder")
+
+
+def find_recipe(name: str) -> Callable[[], ConfigContainer]:
+    """Return a recipe of this package's, or of a user's.
+
+    Args:
+        name: of the function, as `run_recipe.py --recipe` takes it; or `package.module:function`, which is looked for
+            in the present folder, too.
+
+    Raises:
+        UpcycleError: there is none; the text has the closest match of this package's. Or it takes arguments.
+    """
+    if ":" not in name:
+        from nemo_upcycle.trainers.bridge.recipes.upcycled import h100
+
+        if name not in h100.__all__:
+            raise UpcycleError.unknown("recipe", name, h100.__all__)
+        return getattr(h100, name)
+    module, _, function = name.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:  # a console script does not look there
+        sys.path.insert(0, here)
+    try:
+        found: Any = getattr(importlib.import_module(module), function)
+        inspect.signature(found).bind()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise UpcycleError(
+            "recipe",
+            got=name,
+            expected=f"a function without arguments that can be imported ({error})",
+            fix="check the name, and that PYTHONPATH has its folder",
+        ) from None
+    return found
+
+
+def load_config(recipe: str, settings: Sequence[str], dense: Path) -> ConfigContainer:
+    """Return the configuration of a recipe that starts from a dense checkpoint.
+
+    Args:
+        recipe: see `find_recipe`.
+        settings: `KEY=VALUE`, as Bridge's command line takes them.
+        dense: the dense checkpoint, in the place of the recipe's own.
+
+    Raises:
+        UpcycleError: there is no such recipe, it upcycles nothing, or a setting does not exist or takes no such value.
+    """
+    make = find_recipe(recipe)
+    os.environ[DENSE] = str(dense)  # Bridge's recipes have no arguments
+    config = make()
+    if hook_of(config) is None:
+        raise UpcycleError(
+            f"recipe {recipe}",
+            got="one that starts from random weights",
+            expected="upcycle_on_start in it",
+            fix="take one of nemo_upcycle.trainers.bridge.recipes, or call upcycle_on_start(config, dense, spec) in yours",
+        )
+    if isinstance(config.model, ModelConfig):
+        raise UpcycleError(
+            f"recipe {recipe}",
+            got=type(config.model).__name__,
+            expected="a provider",
+            fix="make it by upcycled_provider",
+        )
+    config.dataset = BlendDataset(  # before the settings, which may be the blend's
+        folder="",
+        seq_length=config.dataset.seq_length,
+        num_workers=config.dataset.num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+    for setting in settings:
+        _change(config, setting)
+    return config
+
+
+def _change(config: ConfigContainer, setting: str) -> None:
+    """Change a configuration by one setting, in place."""
+    from megatron.bridge.training.utils.omegaconf_utils import OverridesError, process_config_with_overrides
+
+    key = setting.partition("=")[0].lstrip("+~")
+    before, placed = _value(config, key), [_value(config, name) for name in _PLACED]
+    try:
+        process_config_with_overrides(config, cli_overrides=[setting])
+    except (OverridesError, OmegaConfBaseException, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
+        raise UpcycleError(f"{setting}: {reason}.") from None
+    after = _value(config, key)
+    if isinstance(before, int | float) and isinstance(after, str):  # Bridge looks at no type
+        raise UpcycleError(key, got=f"'{after}'", expected="a number, or true or false", fix="give one")
+    for name, value in zip(_PLACED, placed, strict=True):
+        if _value(config, name) != value:
+            expected = "no such setting: the run's folder decides"
+            raise UpcycleError(name, got=setting, expected=expected, fix="omit it, or change dir")
+
+
+def _value(config: ConfigContainer, key: str) -> Any:
+    """Return the value of a setting by its name with dots; None where it has none."""
+    found: Any = config
+    for name in key.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+def required_hook(config: ConfigContainer) -> UpcycleHook:
+    """Return what upcycles a configuration of `load_config`."""
+    hook = hook_of(config)
+    assert hook is not None
+    return hook
+
+
+def place_config(config: ConfigContainer, folder: Path, data_folder: Path) -> None:
+    """Point a configuration to a run's folders, in place.
+
+    Args:
+        config: from `load_config`.
+        folder: of the stage, for checkpoints and logs.
+        data_folder: a finished folder of `nemo-upcycle data`.
+
+    Raises:
+        UpcycleError: the folder is not finished.
+    """
+    config.dataset.folder = str(open_blend(data_folder).folder)
+    config.checkpoint.save = config.checkpoint.load = str(folder / CHECKPOINTS)
+    if config.logger.tensorboard_dir:  # null: nowhere
+        config.logger.tensorboard_dir = str(folder / "tb_logs")
+    if torch.cuda.is_available():  # without, a step takes longer than anyone waits: it ends at once
+        config.train.exit_signal_handler = True
+
+
+def run_config(config: ConfigContainer, folder: Path, *, verbose: bool = False) -> bool:
+    """Train as a configuration says, on this rank, with this package's metrics.
+
+    Args:
+        config: placed.
+        folder: of the stage.
+        verbose: whether Bridge prints to the console, and not to `bridge.log`.
+
+    Returns:
+        Whether it ended by itself; not where it was told to stop, and has saved.
+    """
+    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.pretrain import pretrain
+
+    from nemo_upcycle.trainers.bridge.metrics import BridgeMetrics
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.train.exit_signal_handler:
+        shield_children()
+    if not verbose:  # it prints the traceback of whatever it raises, SystemExit too
+        logging.getLogger(pretrain.__module__).disabled = True
+    try:
+        with contextlib.nullcontext() if verbose else _printed_to(folder / LOG):
+            pretrain(config, forward_step, callbacks=[BridgeMetrics(folder)])
+    except SystemExit:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _printed_to(log: Path) -> Iterator[None]:
+    """Append what Bridge prints to a file; ranks print one at a time, or the first and the last alone."""
+    with log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        yield

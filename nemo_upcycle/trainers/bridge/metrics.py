@@ -1,0 +1,107 @@
+"""The metrics of a run in Megatron-Bridge: the lines and files that a run in NeMo writes, for the same report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from megatron.bridge.training.callbacks import Callback, CallbackContext
+from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.training.mixed_precision import get_mixed_precision_config
+
+from nemo_upcycle.data.blend_samples import describe_blend
+from nemo_upcycle.data.finished import open_blend
+from nemo_upcycle.models.megatron_config import architecture_of
+from nemo_upcycle.monitoring.router_health import RouterHealth
+from nemo_upcycle.monitoring.step_metrics import StepMetrics, TrainingFacts
+from nemo_upcycle.trainers.bridge.blend import BlendDataset
+
+
+class BridgeMetrics(Callback):
+    """Writes `metrics.jsonl` and `training.json`, and a line with an ETA on the console; see `StepMetrics`.
+
+    Bridge's own loggers stay as they are.
+
+    Args:
+        folder: where the two files go.
+
+    Example:
+        >>> pretrain(config, forward_step, callbacks=[BridgeMetrics(Path("runs/mine"))])  # doctest: +SKIP
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._metrics: StepMetrics | None = None
+        self._lr: Any = None
+
+    def on_train_start(self, context: CallbackContext) -> None:
+        """Watch the routers and start the clock."""
+        config = context.state.cfg
+        model = config.model
+        transformer = getattr(model, "transformer", model)
+        health = None
+        if transformer.num_moe_experts:  # Bridge logs Megatron's auxiliary losses after us, and clears them then
+            logs = not config.logger.skip_train_metrics_log
+            health = RouterHealth(context.model, transformer, clears_losses=not logs)
+        facts = TrainingFacts(
+            self.folder / "metrics.jsonl",
+            architecture_of(_flat(model), model.vocab_size),
+            config.dataset.seq_length,
+            config.train.global_batch_size,
+            config.train.train_iters,
+        )
+        self._metrics = StepMetrics(facts, health, context.state.train_state.step, _settings(config))
+
+    def on_train_step_start(self, context: CallbackContext) -> None:
+        """Note the learning rate of the step: after it, the next one's is set."""
+        assert context.optimizer is not None
+        self._lr = context.optimizer.param_groups[0]["lr"]
+
+    def on_train_step_end(self, context: CallbackContext) -> None:
+        """Write the step's line."""
+        assert self._metrics is not None
+        step = context.state.train_state.step + 1  # it counts the step after this
+        self._metrics.step(step, _from_last_rank(context.loss_dict), context.grad_norm, self._lr)
+
+    def on_eval_end(self, context: CallbackContext) -> None:
+        """Write the validation loss."""
+        if self._metrics is not None:
+            self._metrics.validation(context.state.train_state.step, _from_last_rank(context.total_loss_dict))
+
+
+def _flat(model: Any) -> Any:
+    """Return the fields of a model's configuration; a builder's has two parts."""
+    transformer = getattr(model, "transformer", None)
+    return SimpleNamespace(**(vars(model) | vars(transformer))) if transformer else model
+
+
+def _from_last_rank(losses: dict[str, torch.Tensor] | None) -> torch.Tensor | None:
+    """Return the loss on one rank: those of the last pipeline stage have it, and the last rank is one of them."""
+    is_last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+    return losses.get("lm loss") if losses and is_last else None
+
+
+def _settings(config: ConfigContainer) -> dict[str, Any]:
+    """Return what a run is trained on and with: data, batch, sequence length, precision, learning rate."""
+    data, scheduler, optimizer = config.dataset, config.scheduler, config.optimizer
+    precision = get_mixed_precision_config(config.mixed_precision) if config.mixed_precision else None
+    name = "bf16" if precision and precision.bf16 else "fp16" if precision and precision.fp16 else "32"
+    return {
+        "data": describe_blend(open_blend(data.folder)) if isinstance(data, BlendDataset) else type(data).__name__,
+        "max_steps": config.train.train_iters,
+        "ranks": torch.distributed.get_world_size(),
+        "micro_batch_size": config.train.micro_batch_size,
+        "global_batch_size": config.train.global_batch_size,
+        "seq_length": data.seq_length,
+        "precision": name + (" with FP8" if precision and precision.fp8 else ""),
+        "optimizer": optimizer.optimizer,
+        "weight_decay": optimizer.weight_decay,
+        "max_lr": optimizer.lr,
+        "schedule": {
+            "name": scheduler.lr_decay_style,
+            "warmup_steps": scheduler.lr_warmup_iters,
+            "min_lr": optimizer.min_lr,
+        },
+    }

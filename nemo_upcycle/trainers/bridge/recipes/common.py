@@ -1,0 +1,46 @@
+"""What the recipes of upcycled models have in common."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron.bridge.recipes.common import _pretrain_common
+from megatron.bridge.recipes.utils.environment_utils import COMMON_RECIPE_ENV_VARS
+from megatron.bridge.training.config import ConfigContainer
+
+from nemo_upcycle.data.dense import ensure_dense
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.bridge.models import upcycled_provider
+from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+
+
+#: Names the dense checkpoint of a recipe, for Bridge's recipes have no arguments.
+DENSE = "NEMO_UPCYCLE_DENSE"
+
+
+def upcycled_pretraining(dense: str, spec: UpcycleSpec | None, *, seq_length: int, **settings: Any) -> ConfigContainer:
+    """Return Bridge's pretraining of an upcycled model, or of its parent, with Bridge's own defaults and mock data.
+
+    Args:
+        dense: the dense checkpoint: a folder, `hf://ORG/NAME` or `asset://smollm2-135m`; the variable
+            NEMO_UPCYCLE_DENSE takes its place. What is not on this machine is fetched.
+        spec: how to upcycle it; None continues it as it is.
+        seq_length: S.
+        settings: of the model: layout and kernels.
+    """
+    source = os.environ.get(DENSE, dense)
+    folder = Path(source) if Path(source).is_dir() else ensure_dense(source)  # weights are checked when they are read
+    config = _pretrain_common()
+    config.model = upcycled_provider(folder, spec, seq_length=seq_length, **settings)
+    config.tokenizer.tokenizer_type = "NullTokenizer"
+    config.tokenizer.tokenizer_model = None
+    config.tokenizer.use_tokenizer_vocab_size = False
+    config.tokenizer.vocab_size = config.model.vocab_size - 1
+    config.dataset.seq_length = seq_length
+    config.checkpoint.most_recent_k = 2  # Bridge keeps all
+    config.dist.distributed_timeout_minutes = 60  # the first rank alone lays out the order of the samples
+    config.env_vars = dict(COMMON_RECIPE_ENV_VARS)
+    upcycle_on_start(config, folder, spec)
+    return config

@@ -1,0 +1,20 @@
+"""Recipes of upcycled models on H100."""
+
+from nemo_upcycle.trainers.bridge.recipes.upcycled.h100.llama3 import (
+    llama3_8b_dense_ct_pretrain_512gpu_h100_bf16_config,
+    llama3_8b_e8t2_pretrain_128gpu_h100_fp8cs_config,
+    llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config,
+)
+from nemo_upcycle.trainers.bridge.recipes.upcycled.h100.smollm2 import (
+    smollm2_135m_dense_ct_pretrain_1gpu_h100_bf16_config,
+    smollm2_135m_e8t2_pretrain_1gpu_h100_bf16_config,
+)
+
+
+__all__ = [
+    "llama3_8b_dense_ct_pretrain_512gpu_h100_bf16_config",
+    "llama3_8b_e8t2_pretrain_128gpu_h100_fp8cs_config",
+    "llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config",
+    "smollm2_135m_dense_ct_pretrain_1gpu_h100_bf16_config",
+    "smollm2_135m_e8t2_pretrain_1gpu_h100_bf16_config",
+]

@@ -1,0 +1,282 @@
+"""A training in Megatron-Bridge: a recipe by Bridge's naming, what it is changed by, and the ranks it takes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from shutil import copyfile
+from types import SimpleNamespace
+from typing import Any
+
+from nemo_upcycle.data.dense import cached_asset, tokenizer_folder
+from nemo_upcycle.errors import StageStopped, UpcycleError
+from nemo_upcycle.models.megatron_config import architecture_of
+from nemo_upcycle.planning.commands import fp8_precision
+from nemo_upcycle.planning.parameters import WEIGHT_BYTES
+from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.base import Profile, Training, TrainingFacts, last_checkpoint
+from nemo_upcycle.trainers.layout import BRIDGE_SETTINGS, check_layout, layout_of
+from nemo_upcycle.trainers.values import check_values, setting
+from nemo_upcycle.utils.console import is_verbose
+from nemo_upcycle.utils.files import is_complete
+from nemo_upcycle.utils.ranks import is_first_rank
+
+
+#: Settings that people look at.
+_SHOWN = (
+    "train.train_iters",
+    "train.global_batch_size",
+    "train.micro_batch_size",
+    "dataset.seq_length",
+    "optimizer.lr",
+    "optimizer.min_lr",
+    "scheduler.lr_warmup_iters",
+    "scheduler.lr_decay_style",
+    "model.tensor_model_parallel_size",
+    "model.pipeline_model_parallel_size",
+    "model.virtual_pipeline_model_parallel_size",
+    "model.context_parallel_size",
+    "model.expert_model_parallel_size",
+    "model.expert_tensor_parallel_size",
+    "model.moe_expert_capacity_factor",
+    "model.moe_pad_expert_input_to_capacity",
+    "model.recompute_granularity",
+    "model.recompute_modules",
+    "checkpoint.save_interval",
+    "checkpoint.most_recent_k",
+    "checkpoint.async_save",
+)
+
+
+@dataclass(frozen=True)
+class BridgeTraining(Training):
+    """See `Training`.
+
+    Args:
+        recipe: a function's name in `nemo_upcycle.trainers.bridge.recipes`, or `package.module:function`.
+        overrides: `KEY=VALUE`, as Bridge's command line takes them.
+        nodes: that it runs on.
+        ranks_per_node: GPUs of each.
+    """
+
+    steps_setting = "train.train_iters"
+    free_settings = (
+        "logger.",
+        "checkpoint.save_interval",
+        "checkpoint.most_recent_k",
+        "checkpoint.save_retain_interval",
+        "checkpoint.async_save",
+        "dataset.num_workers",
+        "nodes",
+        "ranks_per_node",
+    )
+    step0_settings = ("recipe", "model.")
+
+    recipe: str
+    overrides: tuple[str, ...] = ()
+    nodes: int = 1
+    ranks_per_node: int = 1
+
+    @classmethod
+    def from_text(cls, text: str) -> BridgeTraining:
+        """Return the training of a text from `to_text`."""
+        fields = json.loads(text)
+        return cls(**fields | {"overrides": tuple(fields["overrides"])})
+
+    def to_text(self) -> str:
+        """Return the training as text. The same training gives the same text."""
+        return json.dumps(asdict(self))
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """See `Training.ranks`."""
+        return self.nodes, self.ranks_per_node
+
+    def named_settings(self) -> dict[str, str]:
+        """See `Training.named_settings`: those that were given; the recipe alone knows the others."""
+        given = dict(word.partition("=")[::2] for word in self.overrides)
+        return {"recipe": self.recipe, "nodes": str(self.nodes), "ranks_per_node": str(self.ranks_per_node)} | given
+
+    def facts(self, dense: str) -> TrainingFacts | None:
+        """See `Training.facts`: Bridge's recipes are complete with their parent's configuration alone."""
+        folder = parent_configuration(dense)
+        if folder is None:
+            return None
+        config = self.config(folder)
+        model, steps, overlap = config.model, config.train.train_iters, config.comm_overlap
+        layout = layout_of(model, self.nodes * self.ranks_per_node, config.train.micro_batch_size)
+        precision = _precision(config)
+        profile = Profile.of(
+            model,
+            model,
+            config.ddp,
+            accelerator="auto",  # of one GPU, or this package's backend without any
+            precision=precision,
+        )
+        overlaps_experts = profile.overlaps_experts or bool(getattr(overlap, "overlap_moe_expert_parallel_comm", None))
+        profile = replace(profile, overlaps_experts=overlaps_experts)
+        shares = {"tp": getattr(overlap, "tp_comm_overlap", False), "ep": overlaps_experts}
+        rate, lowest, style = config.optimizer.lr, config.optimizer.min_lr, config.scheduler.lr_decay_style
+        warmup = config.scheduler.lr_warmup_iters
+        return TrainingFacts(
+            **TrainingFacts.of_model(model, architecture_of(model, model.vocab_size), layout, profile),
+            recipe=self.recipe,
+            knows_vocabulary=True,
+            seq_length=config.dataset.seq_length,
+            global_batch=config.train.global_batch_size,
+            steps=steps,
+            overlap=tuple(name for name, is_on in shares.items() if is_on),
+            weight_bytes=4 if precision == "32" else WEIGHT_BYTES,
+            save_every=config.checkpoint.save_interval or steps,
+            save_setting="checkpoint.save_interval",
+            keeps=config.checkpoint.most_recent_k if config.checkpoint.most_recent_k > -1 else None,
+            schedule=f"lr={rate}, {style}(min_lr={lowest}, warmup_steps={warmup})",
+            is_rate_constant=style == "constant" or lowest == rate,
+        )
+
+    def shown_settings(self, dense: str) -> dict[str, Any]:
+        """See `Training.shown_settings`: those that were given, where the parent is not within reach."""
+        folder = parent_configuration(dense)
+        if folder is None:
+            return dict(self.named_settings())
+        config = self.config(folder)
+        values = {name: setting(config, name) for name in _SHOWN}
+        return {name: value for name, value in values.items() if value is not None} | {"precision": _precision(config)}
+
+    def check(self, stage: str) -> None:
+        """See `Training.check`: that there is such a recipe; all else of it is known with the parent."""
+        from nemo_upcycle.trainers.bridge.config import find_recipe
+
+        find_recipe(self.recipe)
+
+    def check_parent(self, stage: str, dense: str, *, remote: bool) -> None:
+        """See `Training.check_parent`: with the parent's configuration a recipe is complete, and checked."""
+        folder = tokenizer_folder(dense) if remote else parent_configuration(dense)
+        if folder is not None:
+            _check_config(self, stage, folder)
+
+    def check_here(self, stage: str) -> None:
+        """See `Training.check_here`: nodes."""
+        if self.nodes > 1:
+            raise UpcycleError(
+                "gpus",
+                got=f"{self.nodes * self.ranks_per_node} of recipe {self.recipe}",
+                expected="those of this machine",
+                fix="give gpus=1, or name the cluster with run.executor=NAME",
+            )
+
+    def config(self, dense_folder: Path) -> Any:
+        """Return the configuration of the recipe, with the overrides; the same object every time."""
+        return _config(self, dense_folder)
+
+    def seq_length(self, dense_folder: Path) -> int:
+        """See `Training.seq_length`."""
+        return int(self.config(dense_folder).dataset.seq_length)
+
+    def spec(self, dense_folder: Path) -> UpcycleSpec:
+        """See `Training.spec`."""
+        from nemo_upcycle.trainers.bridge.config import required_hook
+
+        spec = required_hook(self.config(dense_folder)).spec
+        if spec is None:
+            raise UpcycleError("recipe", got=self.recipe, expected="an upcycled model's", fix="name another one")
+        return spec
+
+    def model_config(self, dense_folder: Path, *, dense: bool) -> Any:
+        """See `Training.model_config`: Bridge's provider."""
+        from nemo_upcycle.trainers.bridge.models import upcycled_provider
+
+        model = self.config(dense_folder).model
+        return upcycled_provider(dense_folder, None, seq_length=model.seq_length) if dense else model
+
+    def train(
+        self, folder: Path, dense_folder: Path, data_folder: Path, *, suite: Path | None = None
+    ) -> dict[str, Any]:
+        """See `Training.train`; the live model is not scored."""
+        from nemo_upcycle.cpu.backend import use_cpu_backend
+        from nemo_upcycle.trainers.bridge.config import CHECKPOINTS, place_config, run_config
+        from nemo_upcycle.trainers.bridge.upcycling import RECEIPT
+
+        use_cpu_backend()  # before the model's configuration is made: Megatron checks it at once
+        config = self.config(dense_folder)
+        place_config(config, folder, data_folder)
+        ended_itself = run_config(config, folder, verbose=is_verbose())
+        if ended_itself and not is_first_rank():  # the first tells whether all is there
+            return {}
+        checkpoint, wanted = newest_checkpoint(folder / CHECKPOINTS), config.train.train_iters
+        kept = steps_in(checkpoint) if checkpoint else 0
+        if kept < wanted and (kept or not ended_itself):
+            raise StageStopped.with_steps(folder.name, kept, wanted)
+        if not is_first_rank():
+            return {}
+        checkpoint = checkpoint or last_checkpoint(folder)
+        copyfile(folder / CHECKPOINTS / RECEIPT, folder / RECEIPT)  # where the report looks for it
+        return {"checkpoint": str(checkpoint)}
+
+
+@lru_cache
+def parent_configuration(dense: str) -> Path | None:
+    """Return a folder with a parent's configuration; None where it is not within reach. Asks a hub once.
+
+    Args:
+        dense: the parent's address.
+    """
+    scheme, _, name = dense.rpartition("://")
+    if scheme == "asset" and not is_complete(cached_asset(name)):
+        return None
+    try:
+        return tokenizer_folder(dense)
+    except UpcycleError as error:  # a name on the hub: `check_address` opened any folder
+        sys.stderr.write(f"Not checked against the dense parent: {error}\n")
+        return None
+
+
+@lru_cache
+def _config(training: BridgeTraining, dense_folder: Path) -> Any:
+    from nemo_upcycle.trainers.bridge.config import load_config
+
+    return load_config(training.recipe, training.overrides, dense_folder)
+
+
+def _precision(config: Any) -> str:
+    """Return the planner's name of a configuration's precision."""
+    from megatron.bridge.training.mixed_precision import get_mixed_precision_config
+
+    if config.mixed_precision is None:
+        return "bf16" if config.model.bf16 else "32"
+    precision = get_mixed_precision_config(config.mixed_precision)
+    return fp8_precision(precision.fp8_recipe) if precision.fp8 else "bf16"
+
+
+def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> None:
+    from nemo_upcycle.trainers.bridge.config import required_hook
+
+    config = training.config(dense_folder)
+    check_values(config, "bridge", f"{stage}.")
+    hook = required_hook(config)
+    if (hook.spec is None) != (stage == "dense_ct"):
+        wanted = "a dense model's recipe" if stage == "dense_ct" else "an upcycled model's"
+        name = "dense_ct" if stage == "dense_ct" else "recipe"
+        raise UpcycleError(name, got=training.recipe, expected=wanted, fix="name another one")
+    if config.model.seq_length != config.dataset.seq_length:
+        raise UpcycleError(
+            f"{stage}.model.seq_length",
+            got=config.model.seq_length,
+            expected=f"dataset.seq_length, {config.dataset.seq_length}",
+            fix="set both",
+        )
+    data = SimpleNamespace(
+        seq_length=config.dataset.seq_length,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+    )
+    ranks = training.nodes * training.ranks_per_node
+    try:
+        check_layout(config.model, config.model, data, ranks, BRIDGE_SETTINGS)
+        hook.check()
+    except UpcycleError as error:
+        raise UpcycleError(f"{stage}: {error}") from None

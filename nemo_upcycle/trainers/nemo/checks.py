@@ -1,0 +1,183 @@
+"""Check a recipe of NeMo's before anything is written, fetched or launched."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import nemo_run as run
+from torch.nn.parallel import DistributedDataParallel
+
+from nemo_upcycle.data.dense import local_parent, read_parent
+from nemo_upcycle.data.finished import open_blend
+from nemo_upcycle.errors import SpecError, UpcycleError, did_you_mean
+from nemo_upcycle.models.megatron_config import FIELDS, SIZES, architecture_of, check_spec, require_buildable
+from nemo_upcycle.trainers.layout import check_layout
+from nemo_upcycle.trainers.nemo.recipes import spec_of
+from nemo_upcycle.trainers.nemo.schedules import schedules_of
+from nemo_upcycle.trainers.values import check_values, setting
+from nemo_upcycle.utils.validation import is_whole
+
+
+def ranks_of(recipe: run.Partial, where: str = "") -> tuple[int, int]:
+    """Return the nodes and the ranks per node that a recipe's trainer asks for.
+
+    Args:
+        recipe: of a training job.
+        where: prefix of its overrides, for the text of errors.
+
+    Raises:
+        SpecError: a number is missing or not valid.
+    """
+    return _whole(recipe, "num_nodes", 1, where), _whole(recipe, "devices", None, where)
+
+
+def _whole(recipe: run.Partial, name: str, default: int | None, where: str) -> int:
+    value: Any = getattr(recipe.trainer, name, None)
+    value = default if value is None else value
+    if not is_whole(value, 1):
+        raise SpecError(
+            f"{where}trainer.{name}", got=value, expected="a whole number from 1 on", fix=f"set {name} to how many"
+        )
+    return value
+
+
+def check_recipe(recipe: run.Partial, where: str = "") -> None:
+    """Check a recipe before it is launched.
+
+    Args:
+        recipe: of a training job.
+        where: prefix of its overrides, for the text of errors.
+
+    Raises:
+        SpecError: layout, model, data and ranks do not fit, or the upcycling spec is not valid or not the model's.
+    """
+    nodes, per_node = ranks_of(recipe, where)
+    check_settings(recipe, where)
+    try:
+        check_layout(recipe.trainer.strategy, recipe.model.config, recipe.data, nodes * per_node)
+    except SpecError as error:
+        raise _located(error, where) from None
+
+
+def check_settings(recipe: run.Partial, where: str = "") -> None:
+    """Check what can be told of a recipe whatever ranks it gets: names, values, and that spec and model agree.
+
+    Args:
+        recipe: of a training job.
+        where: prefix of its overrides, for the text of errors.
+
+    Raises:
+        SpecError: a setting is not valid, or not the spec's.
+    """
+    _check_names(recipe.trainer.strategy, f"{where}trainer.strategy")
+    check_values(recipe, "nemo", where)
+    names = inspect.signature(schedules_of).parameters  # of `UpcycleOptimizer`; NeMo's own has none of them
+    try:
+        schedules_of(**{name: value for name in names if (value := setting(recipe, f"optim.{name}")) is not None})
+    except SpecError as error:
+        raise SpecError(f"{where}optim.{error}") from None
+    try:
+        if setting(recipe, "resume.restore_config.spec"):
+            check_spec(recipe.model.config, spec_of(recipe))
+    except SpecError as error:
+        raise _located(error, where) from None
+
+
+def _located(error: SpecError, where: str) -> SpecError:
+    return SpecError(f"{where[:-1]}: {error}" if where else str(error))
+
+
+def _check_names(strategy: Any, where: str) -> None:
+    """Check the names of a strategy's settings: NeMo's class takes any keyword and ignores unknown ones."""
+    classes = (*strategy.__fn_or_cls__.__mro__, DistributedDataParallel)
+    known = {name for cls in classes if "__init__" in vars(cls) for name in inspect.signature(cls.__init__).parameters}
+    for name in strategy.__arguments__:
+        if name not in known:
+            raise SpecError(f"setting '{where}.{name}' does not exist.{did_you_mean(name, known, prefix=f'{where}.')}")
+
+
+def check_parents(recipe: run.Partial, *, remote: bool) -> None:
+    """Check that a recipe's model has the sizes of the dense models that it starts from.
+
+    Args:
+        recipe: of a training job that starts on this machine.
+        remote: whether to ask for a model on the hub, too, which needs the network.
+
+    Raises:
+        UpcycleError: one is not there, cannot be reached, is no such model, or is of other sizes.
+    """
+    restore = recipe.resume.restore_config
+    for source in (restore.path, *(restore.branches or [])):
+        check_parent(recipe, source, remote=remote)
+
+
+def check_parent(recipe: run.Partial, dense: str, where: str = "", *, remote: bool) -> None:
+    """Check that a recipe's model has the sizes of a dense model, as far as it can be opened.
+
+    Args:
+        recipe: of a training job.
+        dense: the dense model's address.
+        where: prefix of the recipe's overrides, for the text of errors.
+        remote: as `check_parents` takes it.
+
+    Raises:
+        UpcycleError: it has not, or the dense model is not there or no such model.
+    """
+    parent = local_parent(dense) or (read_parent(dense) if remote and not dense.startswith("asset://") else None)
+    if parent is None:  # an asset, or a name on the hub that is not to be asked for
+        return
+    require_buildable(parent)
+    model = architecture_of(recipe.model.config, parent.vocab_size)
+    for name in SIZES:
+        got, expected = getattr(model, name), getattr(parent, name)
+        if got != expected:
+            raise UpcycleError(
+                f"{where}model.config.{FIELDS[name]}",
+                got=got,
+                expected=f"{expected}, as {dense} has",
+                fix="give the recipe of a model of this family and size, or another dense",
+            )
+
+
+def check_kernels(recipe: run.Partial, where: str = "") -> None:
+    """Check that the kernels which a recipe's model asks for are installed, where the training runs.
+
+    Raises:
+        UpcycleError: they are not.
+    """
+    from megatron.core.models.common.embeddings.rope_utils import fused_apply_rotary_pos_emb
+
+    if getattr(recipe.model.config, "apply_rope_fusion", False) and fused_apply_rotary_pos_emb is None:
+        raise UpcycleError(
+            "Transformer Engine",
+            got="not installed",
+            expected=f"it, for the kernels of {where}model.config (apply_rope_fusion)",
+            fix=(
+                "train in NVIDIA's NeMo container, which holds it; without a GPU, "
+                f"{where}model.config.apply_rope_fusion=False"
+            ),
+        )
+
+
+def check_data(recipe: run.Partial) -> None:
+    """Check the data folder of a recipe, where it trains on one: its files, its tokenizer, the length of the run.
+
+    The tokenizer of a dense model that is still to be fetched is compared when the run starts.
+
+    Raises:
+        UpcycleError: the folder is not finished, damaged or of another tokenizer, or has too little text for the run.
+    """
+    from nemo_upcycle.data.blend_module import blend_data
+    from nemo_upcycle.data.blend_samples import require_samples
+
+    data = recipe.data
+    if data.__fn_or_cls__ is not blend_data or data.folder is None:
+        return
+    blend = open_blend(data.folder)
+    blend.paths(data.seq_length)
+    samples = blend.num_train_samples(data.seq_length, data.run_tokens)
+    if Path(data.dense.removeprefix("nemo://")).is_dir():
+        blend.require_tokenizer_of(data.dense)
+    require_samples(recipe.trainer.max_steps, data.global_batch_size, data.seq_length, samples)

@@ -1,0 +1,95 @@
+"""Recipes between the launcher and the stages: serialised by NeMo-Run, checked, and pointed to a run's folder."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fiddle as fdl
+import nemo_run as run
+from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
+
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.trainers.nemo.imports import quiet_imports
+
+
+def dump_recipe(recipe: run.Partial) -> str:
+    """Return a recipe as text. The same recipe gives the same text."""
+    return ZlibJSONSerializer().serialize(recipe)
+
+
+def load_recipe(text: str) -> run.Partial:
+    """Return the recipe of a text from `dump_recipe`."""
+    with quiet_imports():  # a stage's own process has not imported NeMo yet
+        return ZlibJSONSerializer().deserialize(text)
+
+
+def settings(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every setting of a configuration as its path and its value in YAML, in the order of its arguments."""
+    if isinstance(value, fdl.Buildable):
+        target = value.__fn_or_cls__
+        yield f"{path}.is" if path else "is", f"{target.__module__}.{target.__qualname__}"
+        for name, inner in value.__arguments__.items():
+            yield from settings(inner, f"{path}.{name}" if path else name)
+    elif isinstance(value, (list, tuple)) and any(isinstance(item, fdl.Buildable) for item in value):
+        for number, item in enumerate(value):
+            yield from settings(item, f"{path}.{number}")
+    else:
+        yield path, _plain(value)
+
+
+def _plain(value: Any) -> str:
+    if value is None or isinstance(value, (bool, str)):
+        return json.dumps(value, ensure_ascii=False)
+    return str(list(value) if isinstance(value, tuple) else value)
+
+
+def spec_of(recipe: run.Partial) -> Any:
+    """Return the upcycling spec of a recipe, built (and so checked)."""
+    try:
+        return fdl.build(recipe.resume.restore_config.spec)
+    except SpecError as error:  # fiddle adds the whole configuration
+        raise SpecError(str(error).partition("\n")[0]) from None
+
+
+def model_config(recipe: run.Partial, *, dense: bool) -> Any:
+    """Return the NeMo model config of an upcycling recipe, or that of its dense parent, built."""
+    config = copy.deepcopy(recipe.model.config)
+    if dense:
+        config.num_moe_experts = None
+    return fdl.build(config)
+
+
+def place_recipe(recipe: run.Partial, folder: Path, dense_folder: Path, data_folder: Path) -> None:
+    """Point a recipe to a run's folders, in place.
+
+    Args:
+        recipe: of a training stage.
+        folder: where logs and checkpoints go.
+        dense_folder: the dense parent.
+        data_folder: a finished folder of `nemo-upcycle data`.
+    """
+    recipe.log.explicit_log_dir = str(folder)
+    recipe.log.log_dir = None
+    recipe.resume.restore_config.path = str(dense_folder)
+    train_on(recipe, data_folder, str(dense_folder))
+
+
+def train_on(recipe: run.Partial, data_folder: str | Path, dense: str) -> None:
+    """Let a recipe train on a finished folder of `nemo-upcycle data`, in place; its batches stay.
+
+    Args:
+        recipe: of a training.
+        data_folder: the folder.
+        dense: the dense model, whose tokenizer the data must have.
+    """
+    from nemo_upcycle.data.blend_module import blend_data
+
+    kept = ("seq_length", "micro_batch_size", "global_batch_size", "num_workers", "seed", "run_tokens", "indices")
+    given = {name: value for name in kept if (value := getattr(recipe.data, name, None)) is not None}
+    if recipe.data.__fn_or_cls__ is not blend_data:  # the seed of NeMo's mock data says nothing
+        given.pop("seed", None)
+    recipe.data = run.Config(blend_data, dense=dense, folder=str(data_folder), **given)

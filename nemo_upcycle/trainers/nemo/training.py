@@ -1,0 +1,288 @@
+"""A training in NeMo: a recipe of NeMo-Run's, read as `Training` asks, and what runs it in the folder of a stage."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import fiddle as fdl
+
+from nemo_upcycle.data.dense import check_address
+from nemo_upcycle.errors import SpecError, StageStopped
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.megatron_config import architecture_of
+from nemo_upcycle.planning.commands import fp8_precision
+from nemo_upcycle.planning.hardware import read_data
+from nemo_upcycle.planning.parameters import WEIGHT_BYTES
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
+from nemo_upcycle.trainers.layout import layout_of
+from nemo_upcycle.trainers.nemo.checks import check_kernels, check_parent, check_recipe, ranks_of
+from nemo_upcycle.trainers.nemo.recipes import load_recipe, model_config, place_recipe, settings, spec_of, train_on
+from nemo_upcycle.trainers.values import setting
+from nemo_upcycle.utils.console import is_verbose
+from nemo_upcycle.utils.ranks import is_first_rank
+
+
+_FP8, _FP8_RECIPE = "trainer.plugins.fp8", "trainer.plugins.fp8_recipe"
+#: Settings that people look at.
+_SHOWN = (
+    "trainer.num_nodes",
+    "trainer.devices",
+    "trainer.max_steps",
+    "data.global_batch_size",
+    "data.micro_batch_size",
+    "data.seq_length",
+    "optim.config.lr",
+    "optim.lr_scheduler.min_lr",
+    "optim.lr_scheduler.warmup_steps",
+    "trainer.strategy.tensor_model_parallel_size",
+    "trainer.strategy.pipeline_model_parallel_size",
+    "trainer.strategy.virtual_pipeline_model_parallel_size",
+    "trainer.strategy.context_parallel_size",
+    "trainer.strategy.expert_model_parallel_size",
+    "trainer.strategy.expert_tensor_parallel_size",
+    "trainer.strategy.ckpt_async_save",
+    "trainer.plugins.precision",
+    _FP8_RECIPE,
+    "model.config.moe_expert_capacity_factor",
+    "model.config.moe_pad_expert_input_to_capacity",
+    "model.config.recompute_granularity",
+    "model.config.recompute_modules",
+    "log.ckpt.every_n_train_steps",
+    "log.ckpt.keep_last",
+    "log.ckpt.keep_every",
+)
+#: Sizes that tell one known parent from another, without its vocabulary.
+_SHAPE = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "tied_embeddings")
+
+
+@dataclass(frozen=True)
+class NeMoTraining(Training):
+    """See `Training`.
+
+    Args:
+        text: the serialised recipe.
+    """
+
+    steps_setting = "trainer.max_steps"
+    free_settings = ("log.", "trainer.log_every_n_steps", "trainer.num_nodes", "trainer.devices", "data.num_workers")
+    step0_settings = ("model.", "resume.restore_config.spec.")
+
+    text: str
+
+    @cached_property
+    def recipe(self) -> Any:
+        """The recipe; the same object every time, so not to be changed."""
+        return load_recipe(self.text)
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """See `Training.ranks`."""
+        return ranks_of(self.recipe)
+
+    @property
+    def script(self) -> str | None:
+        """See `Training.script`."""
+        if any(value.startswith("__main__.") for _, value in settings(self.recipe)):
+            return str(Path(sys.modules["__main__"].__file__ or "").absolute())
+        return None
+
+    def named_settings(self) -> dict[str, str]:
+        """See `Training.named_settings`."""
+        return dict(settings(self.recipe))
+
+    def facts(self, dense: str) -> TrainingFacts:
+        """See `Training.facts`: a recipe says all but the vocabulary of an unknown parent."""
+        arch, knows_vocabulary = _model_of(self.recipe, dense)
+        recipe = copy.deepcopy(self.recipe)
+        train_on(recipe, "", dense)  # as the stage will
+        trainer, config, data, nodes_and_ranks = recipe.trainer, recipe.model.config, recipe.data, self.ranks
+        callbacks = getattr(trainer, "callbacks", None) or []
+        first_steps = next((item.steps for item in callbacks if _is(item, "RecomputeFirstSteps")), 0)
+        overlaps = any(getattr(callback, "tp_comm_overlap", False) for callback in callbacks)
+        precision = str(setting(recipe, "trainer.plugins.precision") or "bf16")
+        steps = trainer.max_steps
+        layout = layout_of(trainer.strategy, nodes_and_ranks[0] * nodes_and_ranks[1], data.micro_batch_size)
+        profile = Profile.of(
+            trainer.strategy,
+            config,
+            getattr(trainer.strategy, "ddp", None),
+            accelerator=getattr(trainer, "accelerator", "auto"),
+            precision=_precision_name(recipe, precision),
+        )
+        return TrainingFacts(
+            **TrainingFacts.of_model(config, arch, layout, profile),
+            recipe=recipe.log.name,
+            knows_vocabulary=knows_vocabulary,
+            seq_length=data.seq_length,
+            global_batch=data.global_batch_size,
+            steps=steps,
+            first_steps=first_steps,
+            overlap=("tp",) if overlaps else (),
+            weight_bytes=4 if precision.startswith("32") else WEIGHT_BYTES,
+            save_every=getattr(recipe.log.ckpt, "every_n_train_steps", None) or steps,
+            save_setting="log.ckpt.every_n_train_steps",
+            keeps=_kept(recipe.log.ckpt, steps),
+            evaluations=next(_evaluations(callbacks), None),
+            schedule=_schedule(recipe),
+            is_rate_constant=_is_rate_constant(recipe),
+        )
+
+    def shown_settings(self, dense: str) -> dict[str, Any]:
+        """See `Training.shown_settings`."""
+        values = {name: setting(self.recipe, name) for name in _SHOWN}
+        if not setting(self.recipe, _FP8):
+            del values[_FP8_RECIPE]
+        return {
+            name: value for name, value in values.items() if value is not None and not isinstance(value, fdl.Buildable)
+        }
+
+    def check(self, stage: str) -> None:
+        """See `Training.check`."""
+        if not setting(self.recipe, "resume.restore_config.path"):
+            raise SpecError(
+                f"{stage}.resume.restore_config",
+                got="none",
+                expected="a dense checkpoint to start from",
+                fix="make the recipe with upcycled(...), a baseline's with start_from(recipe, dense, None)",
+            )
+        check_recipe(self.recipe, f"{stage}.")
+        if stage == "pretrain" and not self.recipe.resume.restore_config.spec:
+            raise SpecError(
+                "pretrain.resume.restore_config.spec",
+                got="none",
+                expected="an UpcycleSpec",
+                fix="give an upcycled model's recipe: nemo_upcycle.recipes.upcycled(recipe, dense, spec) makes one",
+            )
+
+    def check_parent(self, stage: str, dense: str, *, remote: bool) -> None:
+        """See `Training.check_parent`: its sizes are the model's."""
+        check_parent(self.recipe, dense, f"{stage}.", remote=remote)
+
+    def check_here(self, stage: str) -> None:
+        """See `Training.check_here`: nodes, and kernels."""
+        if (nodes := self.ranks[0]) > 1:
+            raise SpecError(
+                f"{stage}.trainer.num_nodes",
+                got=nodes,
+                expected="1 on this machine",
+                fix="set it to 1, or name the cluster with run.executor=NAME",
+            )
+        check_kernels(self.recipe, f"{stage}.")
+
+    def seq_length(self, dense_folder: Path) -> int:
+        """See `Training.seq_length`."""
+        return int(self.recipe.data.seq_length)
+
+    def spec(self, dense_folder: Path) -> UpcycleSpec:
+        """See `Training.spec`."""
+        spec: UpcycleSpec = spec_of(self.recipe)
+        return spec
+
+    def model_config(self, dense_folder: Path, *, dense: bool) -> Any:
+        """See `Training.model_config`: NeMo's."""
+        return model_config(self.recipe, dense=dense)
+
+    def train(
+        self, folder: Path, dense_folder: Path, data_folder: Path, *, suite: Path | None = None
+    ) -> dict[str, Any]:
+        """See `Training.train`."""
+        recipe = load_recipe(self.text)
+        import nemo.utils  # after NeMo, which the recipe imports without warnings
+
+        from nemo_upcycle.cpu.backend import use_cpu_backend
+        from nemo_upcycle.trainers.nemo.stopping import step_kept
+
+        place_recipe(recipe, folder, dense_folder, data_folder)
+        for callback in recipe.trainer.callbacks if suite else ():
+            if _is(callback, "EvaluateWhileTraining"):
+                callback.suite = str(suite)
+        use_cpu_backend()  # before the model's configuration is built: Megatron checks it at once
+        if not is_verbose():  # show only errors on the console; NeMo writes its whole log to a file in the folder
+            nemo.utils.logging.set_verbosity(nemo.utils.logging.ERROR)
+        ended_itself = True
+        try:
+            fdl.build(recipe)()
+        except SystemExit:  # it was told to stop, and has saved
+            ended_itself = False
+        kept, wanted = step_kept(folder), recipe.trainer.max_steps
+        if kept < wanted and (kept or not ended_itself):
+            raise StageStopped.with_steps(folder.name, kept, wanted)
+        return {"checkpoint": str(last_checkpoint(folder))} if is_first_rank() else {}
+
+
+def _is(callback: Any, name: str) -> bool:
+    """Return whether the configuration of a callback is of a class of this package's, which need not be imported."""
+    kind = callback.__fn_or_cls__
+    return bool(kind.__name__ == name and kind.__module__.startswith("nemo_upcycle."))
+
+
+def _model_of(recipe: Any, dense: str) -> tuple[Architecture, bool]:
+    """Return the architecture that a recipe trains, and whether its vocabulary is known; else it counts no embedding.
+
+    The vocabulary is that of the dense parent where it is a folder or a parent of this package's recipes, else that of
+    the recipe's tokenizer.
+    """
+    config = recipe.model.config
+    plain = architecture_of(config, 0)
+    vocabulary = _vocabulary_of(dense) or getattr(config, "vocab_size", None)
+    if not vocabulary:
+        known = (shape for shape in read_data("recipes.yaml")["shapes"].values())
+        vocabulary = next(
+            (shape["vocab_size"] for shape in known if all(shape[name] == getattr(plain, name) for name in _SHAPE)),
+            None,
+        )
+    if not vocabulary:
+        size = setting(recipe, "data.tokenizer.vocab_size")
+        vocabulary = size + 1 if isinstance(size, int) else None  # NullTokenizer's, which adds an end of document
+    return (architecture_of(config, vocabulary), True) if vocabulary else (plain, False)
+
+
+def _vocabulary_of(dense: str) -> int | None:
+    parent = check_address(dense) if dense and Path(dense.removeprefix("hf://")).expanduser().is_dir() else None
+    return parent.vocab_size if parent else None
+
+
+def _precision_name(recipe: Any, precision: str) -> str:
+    """Return the planner's name of a recipe's precision, or that of NeMo's where the planner knows none."""
+    plugins, config = getattr(recipe.trainer, "plugins", None), recipe.model.config
+    if not (getattr(plugins, "fp8", None) or getattr(config, "fp8", None)):
+        return "bf16" if precision.startswith("bf16") else precision
+    return fp8_precision(getattr(plugins, "fp8_recipe", None) or getattr(config, "fp8_recipe", None))
+
+
+def _kept(checkpoint: Any, steps: int) -> int | None:
+    """Return how many checkpoints a callback keeps at the end of a training of so many steps; None for all."""
+    if last := getattr(checkpoint, "keep_last", None):
+        for_good = getattr(checkpoint, "keep_every", None)
+        return int(last) + (steps // int(for_good) if for_good else 0)
+    best: int = getattr(checkpoint, "save_top_k", 1)
+    return None if best < 0 else best + bool(getattr(checkpoint, "save_last", False))
+
+
+def _evaluations(callbacks: list[Any]) -> Iterator[Evaluations]:
+    for item in callbacks:
+        if _is(item, "EvaluateWhileTraining"):
+            yield Evaluations(
+                suite=item.suite, every_n_steps=item.every_n_steps, limit=item.limit, batch_size=item.batch_size
+            )
+
+
+def _schedule(recipe: Any) -> str:
+    """Return what tells schedules of the learning rate apart."""
+    scheduler, shape = setting(recipe, "optim.lr_scheduler"), "constant"
+    if isinstance(scheduler, fdl.Buildable):
+        given = ", ".join(f"{name}={value}" for name, value in sorted(scheduler.__arguments__.items()))
+        shape = f"{scheduler.__fn_or_cls__.__name__}({given})"
+    return f"lr={setting(recipe, 'optim.config.lr')}, {shape}"
+
+
+def _is_rate_constant(recipe: Any) -> bool:
+    lowest = setting(recipe, "optim.lr_scheduler.min_lr")
+    return setting(recipe, "optim.lr_scheduler") is None or lowest == setting(recipe, "optim.config.lr")

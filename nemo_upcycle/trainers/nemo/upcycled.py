@@ -1,0 +1,280 @@
+"""Any NeMo recipe of a dense Llama-family model, turned into one that upcycles it; this package's recipes as well."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import fiddle as fdl
+import lightning.pytorch as pl
+import nemo_run as run
+from nemo import lightning as nl
+from nemo.collections.llm import MockDataModule
+from nemo.collections.llm.api import pretrain, train
+from nemo.collections.llm.recipes.log.default import default_log, default_resume
+
+from nemo_upcycle.data.blend_module import mock_tokenizer
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.models.families import find_nemo_module, parents
+from nemo_upcycle.models.megatron_config import moe_fields, router_fields
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.nemo.checks import check_settings
+from nemo_upcycle.trainers.nemo.metrics import MetricsLogger
+from nemo_upcycle.trainers.nemo.optimizer import UpcycleOptimizer
+from nemo_upcycle.trainers.nemo.recipes import train_on
+from nemo_upcycle.trainers.nemo.resume import UpcycleResume
+from nemo_upcycle.trainers.nemo.stopping import StopOnSignal
+from nemo_upcycle.trainers.nemo.upcycling import UpcycleConfig, UpcycleStrategy
+from nemo_upcycle.trainers.values import setting
+from nemo_upcycle.utils.progress import show_messages
+from nemo_upcycle.utils.ranks import is_first_rank
+
+
+#: NeMo's classes whose settings ours take as they are, and ours.
+_OURS = {
+    "trainer.strategy": (nl.MegatronStrategy, UpcycleStrategy),
+    "resume": (nl.AutoResume, UpcycleResume),
+    "optim": (nl.MegatronOptimizerModule, UpcycleOptimizer),
+}
+#: In NeMo's recipes of Mistral and Qwen; no class of its takes it, so it does nothing.
+_LEFT_OVER = "ckpt_include_optimizer"
+_FAMILIES = ", ".join(family.title for family in parents())
+
+
+def upcycled(recipe: run.Partial, dense: str, spec: UpcycleSpec, data: str | None = None) -> run.Partial:
+    """Return the recipe of a dense model as one that starts by upcycling a dense checkpoint, and say what it changed.
+
+    Layout, batches, schedule, logging, callbacks and the data stay what they were, but for what experts cannot do
+    without. The recipe that is given stays as it is: with `start_from(recipe, dense, None)` it is the dense baseline.
+
+    Args:
+        recipe: of NeMo for a dense model of a family of this package, as `llm.llama32_1b.pretrain_recipe()`, or a
+            `run.Partial(llm.pretrain, ...)` of one's own.
+        dense: the dense checkpoint: a Hugging Face folder, `hf://ORG/NAME`, `nemo:///absolute/path`.
+        spec: how to upcycle it.
+        data: a finished folder of `nemo-upcycle data`, made with the dense model's tokenizer; None keeps the recipe's
+            data.
+
+    Returns:
+        The new recipe.
+
+    Raises:
+        SpecError: the recipe cannot be upcycled; the text names the setting and the reason.
+
+    Example:
+        >>> recipe = upcycled(  # doctest: +SKIP
+        ...     llm.llama32_1b.pretrain_recipe(), "/models/Llama-3.2-1B", UpcycleSpec(num_experts=8, top_k=2)
+        ... )
+        >>> recipe.trainer.strategy.expert_model_parallel_size = 8  # doctest: +SKIP
+    """
+    _check_dense(recipe)
+    made = start_from(copy.deepcopy(recipe), dense, spec, data)
+    strategy = made.trainer.strategy
+    if (tensor := strategy.tensor_model_parallel_size) > 1:
+        strategy.sequence_parallel = True  # Megatron trains experts in no other way
+    if strategy.expert_model_parallel_size == 1 and strategy.expert_tensor_parallel_size:
+        strategy.expert_tensor_parallel_size = tensor  # 1 in NeMo's recipes of Qwen3, which have no experts
+    check_settings(made)
+    if is_first_rank():
+        show_messages().info("Upcycled to %d experts, top-%d. Changed:", spec.num_experts, spec.top_k)
+        for name, before, after in _changes(recipe, made):
+            show_messages().info("  %s: %s -> %s", name, before, after)
+        show_messages().info("  Not changed: optim.config.lr, %s", setting(made, "optim.config.lr"))
+    return made
+
+
+def start_from(recipe: run.Partial, dense: str, spec: UpcycleSpec | None, data: str | None = None) -> run.Partial:
+    """Let a training recipe start from a dense checkpoint, upcycled online or as it is, and train on a data folder.
+
+    Args:
+        recipe: a NeMo pretraining recipe of the dense model; changed in place.
+        dense: a Hugging Face folder, `hf://ORG/NAME` or `asset://smollm2-135m`.
+        spec: how to upcycle; None continues the dense model.
+        data: a finished folder of `nemo-upcycle data`, made with the dense model's tokenizer; None keeps the recipe's
+            data.
+
+    Returns:
+        The recipe.
+    """
+    _complete(recipe)
+    _take_ours(recipe, "trainer.strategy")
+    if _LEFT_OVER in recipe.trainer.strategy.__arguments__:
+        delattr(recipe.trainer.strategy, _LEFT_OVER)
+    _take_ours(recipe, "resume")
+    recipe.resume.restore_config = run.Config(UpcycleConfig, path=str(dense), spec=None)
+    if spec:  # the optimizer's settings are neutral, but only a run that starts with it can resume with it
+        _take_ours(recipe, "optim")
+        for name, value in moe_settings(spec).items():
+            if name not in recipe.model.config.__arguments__ or name in router_fields(spec):
+                setattr(recipe.model.config, name, value)
+        _set_spec(recipe, spec)
+    if data is not None:
+        train_on(recipe, data, str(dense))
+    elif recipe.data.__fn_or_cls__ is MockDataModule and recipe.data.tokenizer is None:
+        # NeMo would fetch GPT-2's, whose vocabulary is another.
+        recipe.data.tokenizer = run.Config(mock_tokenizer, dense=str(dense))
+    own = (MetricsLogger, StopOnSignal)  # a recipe may derive from one that has them
+    others = [callback for callback in recipe.trainer.callbacks or [] if callback.__fn_or_cls__ not in own]
+    recipe.trainer.callbacks = [*others, *map(run.Config, own)]
+    return recipe
+
+
+def use_spec(recipe: run.Partial, spec: UpcycleSpec) -> run.Partial:
+    """Let an upcycling recipe build another model: the spec and every field of the model that follows from it.
+
+    Args:
+        recipe: returned by `upcycled`, or one of this package's; changed in place.
+        spec: what to build.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        SpecError: the recipe does not upcycle.
+
+    Example:
+        >>> recipe = llama3_8b_e8t2.pretrain_recipe()  # doctest: +SKIP
+        >>> use_spec(recipe, UpcycleSpec(num_experts=64, top_k=8, granularity=8, shared_experts=1))  # doctest: +SKIP
+    """
+    if not setting(recipe, "resume.restore_config.spec"):
+        raise SpecError(
+            "resume.restore_config.spec",
+            got="none: a recipe that does not upcycle",
+            expected="one that does",
+            fix="make it with nemo_upcycle.recipes.upcycled(recipe, dense=..., spec=...)",
+        )
+    return _set_spec(recipe, spec)
+
+
+def moe_settings(spec: UpcycleSpec) -> dict[str, Any]:
+    """Return the fields of a NeMo model config that turn the dense family's own config into the upcycled model's.
+
+    The load-balancing loss is the one of NeMo's Mixtral: 0.01, which He et al. (arXiv 2410.07524) found best as well.
+    """
+    fields = router_fields(spec)
+    return {name: fields[name] for name in ("num_moe_experts", "moe_router_topk", "moe_router_pre_softmax")} | {
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.01,
+        "moe_token_dispatcher_type": "alltoall",
+    }
+
+
+def _set_spec(recipe: run.Partial, spec: UpcycleSpec) -> run.Partial:
+    """Set the spec, and what follows from it where the model has another value."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    config = recipe.model.config
+    fields = moe_fields(spec, config.ffn_hidden_size, config.num_layers) | {
+        "moe_router_load_balancing_type": "aux_loss",
+        # In bfloat16 the logits of two copies can collide, and top-k then picks parts of both.
+        "moe_router_dtype": "fp32" if spec.granularity > 1 else config.moe_router_dtype,
+    }
+    for name, value in fields.items():
+        now = getattr(config, name)
+        if now is None and name == "moe_ffn_hidden_size":  # so Megatron takes it
+            now = config.ffn_hidden_size
+        if now != value:
+            setattr(config, name, value)
+    if spec.moe_layers != "all":  # NeMo's default builds every layer alike
+        config.transformer_layer_spec = run.Partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
+    recipe.resume.restore_config.spec = run.Config(UpcycleSpec, **spec.to_dict())
+    return recipe
+
+
+def _check_dense(recipe: Any) -> None:
+    """Check that a recipe is one of a dense model that can be upcycled.
+
+    Raises:
+        SpecError: it is not; the text says why.
+    """
+    if not isinstance(recipe, run.Partial):
+        raise SpecError(
+            "recipe",
+            got=getattr(recipe, "__name__", type(recipe).__name__),
+            expected="a run.Partial of llm.pretrain",
+            fix="give what the pretrain_recipe() of a model returns",
+        )
+    function = recipe.__fn_or_cls__
+    if (function.__module__ == pretrain.__module__ and function not in (pretrain, train)) or setting(recipe, "peft"):
+        raise SpecError(
+            "recipe",
+            got=f"one of llm.{function.__name__}",
+            expected="one of llm.pretrain",
+            fix="upcycle in a pretraining; what it leaves can be tuned",
+        )
+    for name in ("trainer.strategy", "model.config", "data"):
+        if not isinstance(found := setting(recipe, name), run.Config):
+            raise SpecError(name, got=found, expected="a run.Config", fix=f"give the recipe {name} as a run.Config")
+    if experts := setting(recipe, "model.config.num_moe_experts"):
+        raise SpecError(
+            "model.config.num_moe_experts",
+            got=experts,
+            expected="a dense model",
+            fix="give the dense model's recipe, or change the spec of one that upcycles with use_spec(recipe, spec)",
+        )
+    config = recipe.model.config
+    nemo = next((kind for kind in config.__fn_or_cls__.__mro__ if kind.__module__.startswith("nemo.")), object)
+    if find_nemo_module(nemo.__module__.rpartition(".")[2]) not in parents():
+        raise SpecError(
+            "model.config",
+            got=f"{config.__fn_or_cls__.__name__}, of another family",
+            expected=f"one of {_FAMILIES}",
+            fix="take the recipe of such a model; a Llama by another name has one of the same sizes",
+        )
+
+
+def _complete(recipe: run.Partial) -> None:
+    """Give a recipe what those of NeMo have, and its defaults lack: a checkpoint to keep, and to resume from."""
+    resume, callbacks = default_resume(), recipe.trainer.callbacks or []
+    recipe.log = setting(recipe, "log") or default_log()
+    recipe.resume = setting(recipe, "resume") or resume
+    for name in {*resume.__arguments__} - {*recipe.resume.__arguments__}:
+        setattr(recipe.resume, name, getattr(resume, name))
+    keeps = any(issubclass(callback.__fn_or_cls__, pl.callbacks.ModelCheckpoint) for callback in callbacks)
+    if not keeps and recipe.log.ckpt is None and recipe.trainer.enable_checkpointing is not False:
+        recipe.log.ckpt = default_log().ckpt
+
+
+def _take_ours(recipe: run.Partial, name: str) -> None:
+    """Let a part of a recipe be of this package's class, with all its settings; a class derived from it stays."""
+    theirs, ours = _OURS[name]
+    part = setting(recipe, name)
+    if part is None or issubclass(part.__fn_or_cls__, ours):
+        return
+    if part.__fn_or_cls__ is not theirs:
+        raise SpecError(
+            name,
+            got=part.__fn_or_cls__.__name__,
+            expected=f"NeMo's {theirs.__name__}",
+            fix=f"take that, or derive the class from {ours.__module__}.{ours.__name__}",
+        )
+    fdl.update_callable(part, ours)
+
+
+def _changes(before: Any, after: Any, name: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield the settings in which two configurations differ, with both values."""
+    if not (isinstance(before, fdl.Buildable) and isinstance(after, fdl.Buildable)):
+        if before != after:
+            yield name, _short(before), _short(after)
+        return
+    if before.__fn_or_cls__ is not after.__fn_or_cls__:
+        yield name, before.__fn_or_cls__.__name__, after.__fn_or_cls__.__name__
+    for argument in dict.fromkeys([*before.__arguments__, *after.__arguments__]):
+        inner = f"{name}.{argument}".lstrip(".")
+        yield from _changes(getattr(before, argument, None), getattr(after, argument, None), inner)
+
+
+def _short(value: Any) -> str:
+    """Return a value on one line: of a configuration only what is not its class's default."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_short, value))}]"
+    if not isinstance(value, fdl.Buildable):
+        return getattr(value, "__name__", repr(value))
+    defaults = value.__signature_info__.parameters
+    given = [
+        f"{name}={_short(inner)}"
+        for name, inner in value.__arguments__.items()
+        if name not in defaults or inner != defaults[name].default
+    ]
+    return f"{value.__fn_or_cls__.__name__}({', '.join(given)})"

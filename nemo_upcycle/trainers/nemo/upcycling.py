@@ -1,0 +1,165 @@
+"""Upcycling inside NeMo: a restore configuration that names a dense checkpoint, and the strategy that acts on it.
+
+NeMo's `AutoResume` hands the restore configuration to the strategy only when the run has no checkpoint of its own yet,
+so a restarted run resumes and never upcycles twice. Model and config classes stay NeMo's: the checkpoints that the
+run writes open in plain NeMo.
+"""
+
+# No postponed annotations, and Optional: NeMo-Run parses `resume.restore_config.path=...` by them.
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import lightning.pytorch as pl
+import torch
+from nemo import lightning as nl
+from nemo.lightning.pytorch.strategies.utils import RestoreConfig
+from nemo.utils.app_state import AppState
+
+from nemo_upcycle.cpu.backend import use_cpu_backend
+from nemo_upcycle.cpu.configuration import configure_for_cpu
+from nemo_upcycle.data.dense import ensure_dense
+from nemo_upcycle.online.receipt import ActingCoefficient, UpcycleReceipt
+from nemo_upcycle.online.start import fill_chunks, merge_receipts
+from nemo_upcycle.sources.megatron_checkpoint import is_megatron
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.layout import layout_of
+from nemo_upcycle.trainers.nemo.lightning_messages import quiet_lightning
+from nemo_upcycle.trainers.nemo.nemo_signatures import repair_signatures
+from nemo_upcycle.utils.attributes import temporarily_set
+from nemo_upcycle.utils.progress import show_messages
+
+
+quiet_lightning()  # before a trainer is made with this strategy
+repair_signatures()  # before the first configuration of a class is made: fiddle keeps what it saw then
+
+
+@dataclass(kw_only=True)
+class UpcycleConfig(RestoreConfig):
+    """What `AutoResume.restore_config` is for a run that starts from a dense Hugging Face checkpoint.
+
+    Args:
+        path: the dense checkpoint: a folder, `hf://organisation/model`, `asset://smollm2-135m`, or
+            `nemo:///absolute/path` (NeMo 2, Megatron). What is not on this machine yet is fetched into the cache
+            before the weights are read.
+        spec: how to upcycle it; None loads it into a dense model as it is (continued training of the parent).
+        branches: further dense checkpoints of the same architecture, named as `path` is: the experts are copies of the
+            first, the second ... in turn (Branch-Train-MiX).
+        non_expert_weights: with branches, where all other weights come from: the "first" checkpoint or the "mean" of
+            all.
+
+    Example:
+        >>> recipe.resume.restore_config = run.Config(  # doctest: +SKIP
+        ...     UpcycleConfig, path="/models/Llama-3-8B", spec=run.Config(UpcycleSpec, num_experts=8, top_k=2)
+        ... )
+    """
+
+    path: str
+    spec: Optional[UpcycleSpec] = None
+    branches: Optional[list[str]] = None
+    non_expert_weights: str = "first"
+    load_artifacts: bool = False  # the folder holds no NeMo context; the tokenizer comes with the data
+
+    def __post_init__(self) -> None:
+        # AutoResume accepts no address but nemo:// in `path`; it gets the folder in which the model will be.
+        self.path = str(_local(self.path))
+        self.branches = [str(_local(branch)) for branch in self.branches or []]
+
+
+def _local(source: str) -> Path:
+    """Return the folder of a dense checkpoint, fetched where needed."""
+    if source.startswith("nemo://"):
+        return Path(source.removeprefix("nemo://"))
+    # The tokenizer comes with the data: unlike a Hugging Face folder, this one need not hold its files.
+    return Path(source) if is_megatron(Path(source)) else ensure_dense(source)
+
+
+class UpcycleStrategy(nl.MegatronStrategy):
+    """NeMo's Megatron strategy, able to start from an `UpcycleConfig`.
+
+    Takes the arguments of `nl.MegatronStrategy`. On a machine without CUDA it also switches the CPU backend on.
+    """
+
+    def connect(self, model: pl.LightningModule) -> None:
+        """Adapt the model to the machine, then connect it."""
+        if use_cpu_backend():
+            configure_for_cpu(model.config)
+        super().connect(model)
+
+    def setup_megatron_parallel(self, trainer: pl.Trainer) -> None:
+        """Build the chunks, without a random initialisation that would be overwritten at once."""
+        model = self.model
+        overwritten = isinstance(self.restore_config, UpcycleConfig) or bool(trainer.ckpt_path)
+        with temporarily_set(model.config, "perform_initialization", False) if overwritten else nullcontext():
+            super().setup_megatron_parallel(trainer)
+        self._auxiliary_losses = _act_as_set(model.config)
+        if torch.distributed.get_rank() == 0:
+            _say(self._auxiliary_losses)
+
+    def selective_restore(self) -> None:
+        """Fill the chunks from the dense checkpoint, then reload the optimizers' master weights from them."""
+        restore = self.restore_config
+        if not isinstance(restore, UpcycleConfig):
+            super().selective_restore()
+            return
+        paths = [restore.path, *(restore.branches or [])]
+        receipt = fill_chunks(list(self.megatron_parallel), paths, restore.spec, restore.non_expert_weights)
+        for optimizer in self.optimizers:
+            # Without this the float32 masters keep what they were built from and the first step writes it back.
+            optimizer.reload_model_params()
+        receipt.auxiliary_losses = self._auxiliary_losses
+        layout = layout_of(self, torch.distributed.get_world_size())
+        receipt.layout = {
+            "tensor": layout.tp,
+            "pipeline": layout.pp,
+            "virtual_pipeline": layout.vp,
+            "context": layout.cp,
+            "expert": layout.ep,
+            "expert_tensor": layout.etp,
+            "data": layout.dp,
+        }
+        _report(receipt)
+        self.barrier("UpcycleStrategy.selective_restore")
+
+
+def _act_as_set(config: Any) -> list[ActingCoefficient]:
+    """Correct auxiliary losses, where this Megatron has the names by which they are measured."""
+    try:
+        from nemo_upcycle.trainers.nemo.aux_loss import act_as_set
+    except ImportError as error:
+        if torch.distributed.get_rank() == 0:
+            show_messages().warning("auxiliary losses act as Megatron has them, not measured: %s", error.msg)
+        return []
+    return act_as_set(config)
+
+
+def _say(losses: list[ActingCoefficient]) -> None:
+    """Report the auxiliary losses that do not act as they are set, and those that this package corrects."""
+    for loss in losses:
+        if loss.acting != loss.coefficient:
+            text = "%s: a coefficient of %g acts as %g (%s); a coefficient %.4g times as large compensates"
+            show_messages().warning(
+                text, loss.name, loss.coefficient, loss.acting, loss.why, loss.coefficient / loss.acting
+            )
+        elif loss.why != "as set":
+            show_messages().info("%s: a coefficient of %g acts as set (%s)", loss.name, loss.coefficient, loss.why)
+
+
+def _report(receipt: UpcycleReceipt) -> None:
+    """Merge the ranks' receipts; the first rank writes the result beside the run's logs."""
+    merged = merge_receipts(receipt)
+    if merged is None:
+        return
+    merged.write(Path(AppState().log_dir) / "receipt.json")
+    show_messages().info(
+        "%s: %.1fM -> %.1fM parameters, read %.2f GiB, wrote %.2f GiB in %.1f s on %d ranks",
+        merged.source,
+        merged.dense_params / 1e6,
+        merged.total_params / 1e6,
+        merged.bytes_read / 2**30,
+        merged.bytes_written / 2**30,
+        merged.seconds,
+        merged.ranks,
+    )

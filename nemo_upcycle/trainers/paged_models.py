@@ -1,0 +1,140 @@
+"""Dense and upcycled models that are never whole in memory: a part is filled from the checkpoint when it computes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_upcycle.convert.megatron_weights import LiveWeights
+from nemo_upcycle.cpu.configuration import configure_for_cpu
+from nemo_upcycle.models.hf_model import empty_model
+from nemo_upcycle.models.mapping import ParamMapping
+from nemo_upcycle.online.fill import fill
+from nemo_upcycle.online.plan import ParamPlan
+from nemo_upcycle.online.upcycle import checked_plans
+from nemo_upcycle.sources.base import DenseSource
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.paging import PagedModel
+
+
+#: What a configuration for one rank has in the place of its own.
+_ONE_RANK: dict[str, Any] = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "pipeline_model_parallel_layout": None,
+    "num_layers_in_first_pipeline_stage": None,
+    "num_layers_in_last_pipeline_stage": None,
+    "context_parallel_size": 1,
+    "sequence_parallel": False,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
+    "moe_token_dispatcher_type": "alltoall",  # others ask for several ranks
+    "moe_flex_dispatcher_backend": "deepep",
+    "moe_enable_deepep": False,
+    "overlap_moe_expert_parallel_comm": False,
+    "delay_wgrad_compute": False,
+    "ep_overlap_early_attn_memory_release": False,
+    "perform_initialization": False,
+    "init_model_with_meta_device": True,
+    "use_cpu_initialization": True,  # it names no other device
+    "bf16": False,
+    "fp16": False,
+    "fp8": None,
+    "params_dtype": torch.float32,
+    "autocast_dtype": torch.float32,
+    "pipeline_dtype": torch.float32,
+    "moe_router_dtype": "fp64",  # follows the activations: no less than they have, in either precision
+}
+
+
+def paged_megatron(config: Any, dense: DenseSource, spec: UpcycleSpec | None) -> tuple[PagedModel, list[ParamPlan]]:
+    """Return a Megatron model on one rank, whose parts are filled when they compute, and of what.
+
+    Args:
+        config: a NeMo `GPTConfig`, or a `GPTModelProvider` of Megatron-Bridge, of any layout; it is not changed.
+        dense: the open dense checkpoint.
+        spec: what to make of it; None for a dense model.
+
+    Raises:
+        SpecError, CheckpointError: as in `upcycle_into`.
+    """
+    arch, config = dense.architecture, _on_one_rank(config, dense.architecture.vocab_size)
+    model = _built(config).eval()
+    plans = checked_plans([model], dense, spec)
+
+    def fill_part(tensors: Mapping[str, torch.Tensor]) -> None:
+        mine = [plan for plan in plans if plan.names[0] in tensors]
+        fill([replace(plan, tensors=tuple(tensors[name] for name in plan.names)) for plan in mine], dense, spec, None)
+        dense.release()
+
+    layers = [f"decoder.layers.{number}" for number in range(arch.num_layers)]
+    ends = ["decoder.final_layernorm", *([] if arch.tied_embeddings else ["output_layer"])]
+    stay = ["embedding"] if arch.tied_embeddings else []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return PagedModel(model, ["embedding", *layers, *ends], fill_part, stay=stay, device=device), plans
+
+
+def _built(config: Any) -> Any:
+    if hasattr(config, "configure_model"):
+        return config.configure_model(tokenizer=None)
+    config.finalize()
+    return config.provide(pre_process=True, post_process=True)
+
+
+def _on_one_rank(config: Any, vocab_size: int) -> Any:
+    """Return a config for one rank in float32, without padding, on the meta device."""
+    config = copy.deepcopy(config)
+    for name, value in _ONE_RANK.items():
+        if hasattr(config, name):  # of another release
+            setattr(config, name, value)
+    config.vocab_size, config.should_pad_vocab = vocab_size, False
+    configure_for_cpu(config)  # on a GPU too: Transformer Engine knows no float64
+    return config
+
+
+def paged_hugging_face(folder: Path, dense: DenseSource) -> PagedModel:
+    """Return a Hugging Face model in float32, whose parts are filled when they compute.
+
+    Args:
+        folder: the model's folder.
+        dense: the same, open.
+    """
+    model = empty_model(folder)
+
+    def fill_part(tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensor.copy_(dense.read(name))
+        dense.release()
+
+    layers = [f"model.layers.{number}" for number in range(dense.architecture.num_layers)]
+    tied = dense.architecture.tied_embeddings
+    parts = ["model.embed_tokens", *layers, "model.norm", *([] if tied else ["lm_head"])]
+    return PagedModel(model, parts, fill_part, stay=["model.embed_tokens"] if tied else [])
+
+
+class PagedWeights(LiveWeights):
+    """Whole parameters of a paged Megatron model, for the export, which takes them layer by layer.
+
+    Args:
+        paged: the model, in float32.
+        dtype: which holds the copies of dense weights without rounding.
+    """
+
+    def __init__(self, paged: PagedModel, dtype: torch.dtype) -> None:
+        super().__init__(paged.model)
+        self._paged, self._dtype = paged, dtype
+
+    def dtype(self, mapping: ParamMapping, layer: int, expert: int) -> torch.dtype:
+        """Return the type that a parameter's numbers need; a router's are drawn, and may need all of float32."""
+        return torch.float32 if mapping.role == "router" else self._dtype
+
+    def read(self, mapping: ParamMapping, layer: int, expert: int) -> torch.Tensor:
+        """Return a parameter."""
+        weight: torch.Tensor = self._paged.only(self.name(mapping, layer, expert)).detach()
+        return weight

@@ -1,0 +1,54 @@
+"""Keep the console for progress and results: show the libraries' messages only on request, and end without delay."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import re
+import shlex
+import sys
+import warnings
+from pathlib import Path
+
+from nemo_upcycle.utils.masking import masked_text
+
+
+#: Loggers of the libraries that trainers use.
+LIBRARIES = (
+    "megatron",
+    "lightning.pytorch",
+    "lightning.fabric",
+    "nv_one_logger",
+    "NeMo",
+    "torch.utils.cpp_extension",
+)
+
+
+def is_verbose() -> bool:
+    """Return whether the user asked for the libraries' messages with NEMO_UPCYCLE_VERBOSE=1."""
+    return bool(os.environ.get("NEMO_UPCYCLE_VERBOSE"))
+
+
+def command_line() -> str:
+    """Return the command line as it was typed, with secrets among an executor's variables hidden."""
+    program, *words = sys.argv
+    words = [masked_text(word) if re.search(r"\benv_vars\b", word) else word for word in words]
+    typed = [Path(program).name] if os.access(program, os.X_OK) else ["python", program]
+    return shlex.join([*typed, *words])
+
+
+def end_soon() -> None:
+    """Let Python skip the objects of NeMo's import when this process ends: looking through them takes seconds.
+
+    Not where Triton is loaded, by PyTorch for GPUs: its nanobind lists every object that is not freed as a leak.
+    """
+    if "triton._C.libtriton" not in sys.modules:
+        gc.freeze()
+
+
+def quiet_libraries() -> None:
+    """Show only errors of the libraries on the console."""
+    warnings.filterwarnings("ignore")
+    for name in LIBRARIES:
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,108 @@
+"""What is measured on one rank, and what is said; `tests/distributed/test_aux_loss.py` has the layouts."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_upcycle.online.receipt import ActingCoefficient
+from tests.models import build_chunks, small_architecture
+
+
+pytestmark = pytest.mark.usefixtures("megatron")
+#: What Megatron's routers can be asked for beside the plain one; the measurement must not depend on it.
+UNUSUAL: list[dict[str, Any]] = [
+    {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+    {"moe_router_num_groups": 2, "moe_router_group_topk": 1},
+    {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True},
+    {"moe_router_pre_softmax": True, "moe_router_topk_scaling_factor": 2.5},
+    {"moe_router_dtype": "fp64", "moe_input_jitter_eps": 0.1},
+]
+
+
+def _config(**changes: Any) -> Any:
+    return build_chunks(small_architecture(num_layers=1), **{"num_experts": 4, **changes})[0].config
+
+
+def _warnings(caplog: pytest.LogCaptureFixture) -> set[str]:
+    """Return what was warned of; pytest catches it twice, where the package's logger was there before the test."""
+    return {record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}
+
+
+@pytest.mark.parametrize("settings", UNUSUAL, ids=lambda value: next(iter(value)))
+def test_every_coefficient_acts_as_set_on_one_rank(settings: dict[str, Any]) -> None:
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    from nemo_upcycle.trainers.nemo.aux_loss import act_as_set
+
+    names, values = ["aux_loss", "seq_aux_loss", "global_aux_loss"], [0.012345678, 0.0, 0.03]
+    config = _config(
+        moe_router_load_balancing_type=names, moe_aux_loss_coeff=values, moe_z_loss_coeff=1e-3, **settings
+    )
+    before, scale = MoEAuxLossAutoScaler.set_loss_scale, MoEAuxLossAutoScaler.main_loss_backward_scale
+    random_state = torch.get_rng_state()
+    assert act_as_set(config) == [
+        ActingCoefficient("aux_loss", 0.012345678, 0.012345678, "as set"),
+        ActingCoefficient("global_aux_loss", 0.03, 0.03, "as set"),
+        ActingCoefficient("z_loss", 1e-3, 1e-3, "as set"),
+    ]
+    assert MoEAuxLossAutoScaler.set_loss_scale is before
+    assert MoEAuxLossAutoScaler.main_loss_backward_scale is scale
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert config.moe_aux_loss_coeff == values
+
+
+@pytest.mark.parametrize("changes", [{"num_experts": None}, {"moe_router_load_balancing_type": "none"}])
+def test_a_model_without_auxiliary_losses_reports_no_coefficient(changes: dict[str, Any]) -> None:
+    from nemo_upcycle.trainers.nemo.aux_loss import act_as_set
+
+    assert act_as_set(_config(**changes)) == []
+
+
+def test_a_coefficient_that_starts_at_zero_is_corrected_for_the_steps_that_raise_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    from nemo_upcycle.trainers.nemo.aux_loss import act_as_set
+
+    megatrons = MoEAuxLossAutoScaler.set_loss_scale
+    halving = staticmethod(lambda scale: megatrons(scale / 2))  # as on two ranks of a context-parallel group
+    monkeypatch.setattr(MoEAuxLossAutoScaler, "set_loss_scale", halving)
+    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
+    assert act_as_set(_config(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.0)) == []
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+    assert MoEAuxLossAutoScaler.main_loss_backward_scale == 1.0
+
+
+def test_a_megatron_without_the_needed_names_trains_with_a_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core.transformer.moe import moe_utils
+
+    from nemo_upcycle.trainers.nemo import upcycling
+    from nemo_upcycle.utils.progress import show_messages
+
+    config = _config(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.01)
+    monkeypatch.setattr(show_messages(), "propagate", True)
+    monkeypatch.delattr(moe_utils, "get_default_pg_collection")
+    monkeypatch.delitem(sys.modules, "nemo_upcycle.trainers.nemo.aux_loss", raising=False)
+    assert upcycling._act_as_set(config) == []
+    (warning,) = _warnings(caplog)
+    assert "cannot import name 'get_default_pg_collection'" in warning
+
+
+def test_a_job_warns_of_a_loss_that_does_not_act_as_set(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_upcycle.trainers.nemo.upcycling import _say
+    from nemo_upcycle.utils.progress import show_messages
+
+    monkeypatch.setattr(show_messages(), "propagate", True)
+    _say([ActingCoefficient("global_aux_loss", 0.01, 0.00125, "divided"), ActingCoefficient("z_loss", 1, 1, "as set")])
+    text = "a coefficient of 0.01 acts as 0.00125 (divided); a coefficient 8 times as large compensates"
+    assert _warnings(caplog) == {f"global_aux_loss: {text}"}

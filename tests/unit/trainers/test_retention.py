@@ -1,0 +1,73 @@
+"""Which checkpoints are removed when a newer one is whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.trainers.nemo.retention import RetainedCheckpoints
+from tests.unit.sources.test_checkpoints import write
+
+
+def _callback(keep_last: int, keep_every: int | None = None) -> RetainedCheckpoints:
+    return RetainedCheckpoints(
+        keep_last=keep_last, keep_every=keep_every, every_n_train_steps=5, monitor=None, save_last=True, save_top_k=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "removed"),
+    [
+        (2, None, [4, 9, 14]),
+        (3, None, [4, 9]),
+        (2, 10, [4, 14]),
+        (1, 10, [4, 14]),
+        (9, None, []),
+    ],
+)
+def test_removes_the_oldest_that_need_not_be_kept(
+    tmp_path: Path, keep_last: int, keep_every: int | None, removed: list[int]
+) -> None:
+    for step in (4, 9, 14, 19):
+        write(tmp_path, step, ending="")
+    write(tmp_path, 24)
+    found = _callback(keep_last, keep_every)._removable(tmp_path)
+    assert [path.name for path in found] == [f"model_name=0--step={step}" for step in removed]
+
+
+def test_an_incomplete_checkpoint_does_not_count(tmp_path: Path) -> None:
+    """Else the only whole one beside the last could be removed for it."""
+    write(tmp_path, 4, ending="")
+    (tmp_path / "model_name=0--step=9" / "weights").mkdir(parents=True)
+    write(tmp_path, 14)
+    assert _callback(2)._removable(tmp_path) == []
+
+
+def test_half_removed_checkpoint_is_removed_once_enough_newer_ones_are_whole(tmp_path: Path) -> None:
+    """619 GiB would stay for good: it still has its metadata, so that a new start leaves it, too."""
+    write(tmp_path, 4, ending="")
+    (tmp_path / "model_name=0--step=4" / "weights" / "__0_0.distcp").unlink()
+    write(tmp_path, 9)
+    assert _callback(2)._removable(tmp_path) == []
+    write(tmp_path, 9, ending="")
+    write(tmp_path, 14)
+    callback = _callback(2)
+    assert callback._removable(tmp_path) == [tmp_path / "model_name=0--step=4"]
+    callback._begun.add(str(tmp_path / "model_name=0--step=4"))  # a thread is at it
+    assert callback._removable(tmp_path) == []
+    assert _callback(3)._removable(tmp_path) == []
+    assert _callback(2, keep_every=5)._removable(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "message"),
+    [
+        (0, None, "log.ckpt.keep_last: got 0, expected 1 or more. Fix: set keep_last=1."),
+        (1, 7, r"log.ckpt.keep_every: got 7, expected a multiple of every_n_train_steps \(5\)"),
+    ],
+)
+def test_refuses_numbers_that_keep_nothing(keep_last: int, keep_every: int | None, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        _callback(keep_last, keep_every)

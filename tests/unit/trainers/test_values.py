@@ -1,0 +1,64 @@
+"""Values that make no sense are refused by the setting's path, in NeMo's words and in Bridge's."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.trainers.values import RULES, Rule, check_values, setting
+
+
+def _with(**values: Any) -> SimpleNamespace:
+    """Return a configuration with these settings; `__` stands for the dot."""
+    root = SimpleNamespace()
+    for path, value in values.items():
+        *owners, name = path.split("__")
+        at = root
+        for owner in owners:
+            vars(at).setdefault(owner, SimpleNamespace())
+            at = getattr(at, owner)
+        setattr(at, name, value)
+    return root
+
+
+@pytest.mark.parametrize("trainer", ["nemo", "bridge"])
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.nemo)
+def test_every_rule_refuses_by_the_settings_path(rule: Rule, trainer: str) -> None:
+    path = getattr(rule, trainer)
+    if not path:
+        pytest.skip("the trainer has no such setting")
+    value = True if rule.expected == "none" else -1
+    with pytest.raises(SpecError, match=f"pretrain.{path}: got {value}"):
+        check_values(_with(**{path.replace(".", "__"): value}), trainer, "pretrain.")
+    check_values(_with(**{path.replace(".", "__"): None}), trainer)
+
+
+@pytest.mark.parametrize("value", [-1, -1e-9, math.nan, math.inf, "high", True])
+def test_a_learning_rate_is_a_finite_number(value: Any) -> None:
+    with pytest.raises(SpecError, match=r"optim\.config\.lr"):
+        check_values(_with(optim__config__lr=value), "nemo")
+
+
+def test_a_learning_rate_of_zero_and_a_list_of_coefficients_are_allowed() -> None:
+    rates = {"optim__config__lr": 0.0, "optim__lr_scheduler__min_lr": 0.0}
+    check_values(_with(**rates, model__config__moe_aux_loss_coeff=[0.01, 0.0]), "nemo")
+    with pytest.raises(SpecError, match="moe_aux_loss_coeff"):
+        check_values(_with(model__config__moe_aux_loss_coeff=[0.01, -1]), "nemo")
+
+
+def test_a_rate_below_its_floor_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"optimizer.min_lr: got 1e-05, expected at most optimizer.lr \(1e-07\)"):
+        check_values(_with(optimizer__lr=1e-7, optimizer__min_lr=1e-5), "bridge")
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.nemo)
+def test_every_rule_of_nemo_is_about_a_setting_that_a_recipe_has(rule: Rule) -> None:
+    from nemo_upcycle.recipes import llama3_8b_e8t2
+
+    owner, _, name = rule.nemo.rpartition(".")
+    found = setting(llama3_8b_e8t2.pretrain_recipe(), owner)
+    assert name in {*found.__signature_info__.parameters, *found.__arguments__}
