@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from nemo_upcycle.errors import UpcycleError
@@ -32,5 +31,4 @@ def require_bridge() -> None:
         )
 
 
-if sys.argv[0] != "-m":  # `python -m nemo_upcycle.trainers.bridge` says it without a traceback
-    require_bridge()
+require_bridge()

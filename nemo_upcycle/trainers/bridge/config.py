@@ -82,7 +82,7 @@ def load_config(recipe: str, settings: Sequence[str], dense: Path) -> ConfigCont
             f"recipe {recipe}",
             got="one that starts from random weights",
             expected="upcycle_on_start in it",
-            fix="take one of nemo_upcycle.trainers.bridge.recipes, or call upcycle_on_start(config, dense, spec) in yours",
+            fix="take one of this package's, or call upcycle_on_start(config, dense, spec) in yours",
         )
     if isinstance(config.model, ModelConfig):
         raise UpcycleError(

@@ -1,6 +1,6 @@
 """Run a script of Megatron-Bridge's with this package's recipes and conversions known to it.
 
-torchrun ... -m nemo_upcycle.trainers.bridge Megatron-Bridge/scripts/training/run_recipe.py --recipe NAME KEY=VALUE ...
+torchrun ... -m nemo_upcycle.bridge Megatron-Bridge/scripts/training/run_recipe.py --recipe NAME KEY=VALUE ...
 """
 
 from __future__ import annotations
@@ -10,21 +10,19 @@ import sys
 from pathlib import Path
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.trainers.bridge import require_bridge
 
 
 def main() -> None:
     """Register what is ours, then run the script that is named, with its arguments."""
     if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
-        sys.stderr.write("usage: python -m nemo_upcycle.trainers.bridge SCRIPT [ARGUMENT ...]\n")
+        sys.stderr.write("usage: python -m nemo_upcycle.bridge SCRIPT [ARGUMENT ...]\n")
         raise SystemExit(UpcycleError.exit_status)
     try:
-        require_bridge()
-    except UpcycleError as error:
+        from nemo_upcycle.trainers.bridge.recipes import register
+    except UpcycleError as error:  # Megatron-Bridge is not installed
         sys.stderr.write(f"Error: {error}\n")
         raise SystemExit(error.exit_status) from None
     from nemo_upcycle.cpu.backend import use_cpu_backend
-    from nemo_upcycle.trainers.bridge.recipes import register
 
     use_cpu_backend()
     register()
