@@ -56,7 +56,7 @@ def check_non_expert_weights(which: str) -> None:
         SpecError: it is neither "first" nor "mean".
     """
     if which not in NON_EXPERT_WEIGHTS:
-        raise SpecError.unknown("non_expert_weights, --others", which, NON_EXPERT_WEIGHTS)
+        raise SpecError.unknown("non_expert_weights", which, NON_EXPERT_WEIGHTS)
 
 
 def _open_one(uri: str) -> DenseSource:
