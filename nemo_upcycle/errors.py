@@ -1,50 +1,96 @@
-"""The package's errors.
+"""The package's errors, as data: the thing, the value got, the value expected and the fix.
 
-Every message names the thing, the value got, the value expected and the fix. Commands turn an `UpcycleError` into one
-paragraph on stderr and exit status 2; nothing else is shown to the user.
+Commands turn an `UpcycleError` into one paragraph on stderr and exit status 2; nothing else is shown to the user.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+#: Another field in the words of an error: `<top_k>`.
+_FIELD = re.compile(r"<([^<>]+)>")
+
 
 class UpcycleError(Exception):
     """A mistake of the user's or of the input's: shown as it is, without a traceback.
 
     Args:
-        what: the thing that is wrong; without the other arguments, the whole message.
+        subject: the thing that is wrong; without the other arguments, the whole message.
         got: its value.
-        expected: the values that are right.
+        expected: the values that are right; a tuple, without a fix: all names that exist.
         fix: what to do.
+        field: in place of a subject, the setting that is wrong, as the layer that raises calls it. `expected` and
+            `fix` then name other settings as `<name>`, so that `renamed` finds them.
 
     Example:
-        >>> str(SpecError("top_k", got=9, expected="1 to num_experts (8)", fix="lower top_k"))
-        'top_k: got 9, expected 1 to num_experts (8). Fix: lower top_k.'
+        >>> error = SpecError(field="top_k", got=9, expected="1 to <num_experts> (8)", fix="set <top_k>=8")
+        >>> str(error)
+        'top_k: got 9, expected 1 to num_experts (8). Fix: set top_k=8.'
+        >>> str(error.renamed(lambda name: f"spec.{name}"))
+        'spec.top_k: got 9, expected 1 to spec.num_experts (8). Fix: set spec.top_k=8.'
     """
 
     #: Of a command that ends so: bad usage or bad input.
     exit_status = 2
 
-    def __init__(self, what: str, *, got: object = None, expected: object = None, fix: str = "") -> None:
-        super().__init__(f"{what}: got {got}, expected {expected}. Fix: {fix.rstrip('.')}." if fix else what)
+    def __init__(
+        self, subject: str = "", *, got: object = None, expected: object = None, fix: str = "", field: str = ""
+    ) -> None:
+        self.subject, self.got, self.expected, self.fix, self.field = subject or field, got, expected, fix, field
+        super().__init__(self.subject)
 
     @classmethod
-    def unknown(cls, what: str, name: str, valid: Iterable[str]) -> Self:
+    def unknown(cls, field: str, name: str, valid: Iterable[str]) -> Self:
         """Return the error for a name that does not exist, with the closest one that does.
 
         Example:
             >>> str(SpecError.unknown("method", "copi", ["copy", "noise"]))
             "method 'copi' does not exist. Did you mean 'copy'? Valid: copy, noise."
         """
-        names = sorted(valid)
-        return cls(f"{what} '{name}' does not exist.{did_you_mean(name, names)} Valid: {', '.join(names)}.")
+        return cls(field=field, got=name, expected=tuple(sorted(valid)))
+
+    def __str__(self) -> str:
+        return f"{self.problem}. Fix: {self._plain(self.fix).rstrip('.')}." if self.fix else self.problem
+
+    @property
+    def problem(self) -> str:
+        """The message without the fix."""
+        if self.fix:
+            return f"{self.subject}: got {self.got}, expected {self._plain(self.expected)}"
+        if isinstance(self.expected, tuple):
+            hint = did_you_mean(str(self.got), self.expected)
+            return f"{self.subject} '{self.got}' does not exist.{hint} Valid: {', '.join(self.expected)}."
+        return self.subject
+
+    def _plain(self, text: object) -> str:
+        return _FIELD.sub(r"\1", str(text)) if self.field else str(text)
+
+    def renamed(self, name: Callable[[str], str]) -> Self:
+        """Return this error with its fields called as the user knows them; one without a field is left as it is."""
+        if not self.field:
+            return self
+        error = copy.copy(self)
+        error.field = name(self.field)
+        if self.subject == self.field:
+            error.subject = error.field
+        error.fix = _FIELD.sub(lambda found: f"<{name(found[1])}>", self.fix)
+        if isinstance(self.expected, str):
+            error.expected = _FIELD.sub(lambda found: f"<{name(found[1])}>", self.expected)
+        return error
+
+    def within(self, where: str) -> Self:
+        """Return this error with the place of its subject in front."""
+        error = copy.copy(self)
+        error.subject = f"{where}: {self.subject}"
+        return error
 
 
 def did_you_mean(name: str, valid: Iterable[str], *, prefix: str = "", cutoff: float = 0.6) -> str:
@@ -83,10 +129,6 @@ class UnfinishedError(StageError):
     """A stage that was started did not finish: no mistake of the command's."""
 
     exit_status = 1
-
-
-class TrainingError(UpcycleError):
-    """A training broke down: going on from its state would spoil the run."""
 
 
 class StageStopped(Exception):

@@ -99,29 +99,30 @@ class UpcycleSpec:
         check_number("routed_scaling_factor", self.routed_scaling_factor, 0.0, 1000.0)
         if not self.routed_scaling_factor > 0:
             raise SpecError(
-                "routed_scaling_factor",
+                field="routed_scaling_factor",
                 got=self.routed_scaling_factor,
                 expected="more than 0",
                 fix="use 1 unless the model has one",
             )
         if self.num_experts % self.granularity:
-            expected = f"a multiple of granularity ({self.granularity}), the experts of each copy of the network"
+            expected = f"a multiple of <granularity> ({self.granularity}), the experts of each copy of the network"
             nearest = self.granularity * max(1, round(self.num_experts / self.granularity))
-            raise SpecError("num_experts", got=self.num_experts, expected=expected, fix=f"use {nearest}")
+            fix = f"set <num_experts>={nearest}"
+            raise SpecError(field="num_experts", got=self.num_experts, expected=expected, fix=fix)
         if self.router_score == "sigmoid" and self.router_order == "softmax_topk":
             raise SpecError(
-                "router_order",
+                field="router_order",
                 got="softmax_topk",
                 expected="no softmax with sigmoid",
-                fix="keep router_order=topk_softmax",
+                fix="keep <router_order>=topk_softmax",
             )
         if self.top_k == 1 and self.router_order == "topk_softmax" and self.router_score == "softmax":
-            expected = "2 or more with router_order=topk_softmax: a single weight is 1, whatever the router says"
+            expected = "2 or more with <router_order>=topk_softmax: a single weight is 1, whatever the router says"
             raise SpecError(
-                "top_k",
+                field="top_k",
                 got=1,
                 expected=f"{expected}, so that it never learns",
-                fix="set router_order to softmax_topk (exact with router_init=zero), or top_k to 2",
+                fix="set <router_order>=softmax_topk (exact with <router_init>=zero), or <top_k>=2",
             )
         object.__setattr__(self, "moe_layers", _layers(self.moe_layers))
 
@@ -227,7 +228,7 @@ class UpcycleSpec:
         if numbers:
             if numbers[-1] >= num_layers:
                 raise SpecError(
-                    "moe_layers",
+                    field="moe_layers",
                     got=numbers[-1],
                     expected=f"0 to {num_layers - 1} (the model has {num_layers} layers)",
                     fix="correct the list",
@@ -244,26 +245,16 @@ class UpcycleSpec:
             pattern = tuple(rules[kind](layer) for layer in range(num_layers))
         if not any(pattern):
             raise SpecError(
-                "moe_layers",
+                field="moe_layers",
                 got=self.moe_layers,
                 expected=f"at least one MoE layer in {num_layers} layers",
-                fix="use all",
+                fix="set <moe_layers>=all",
             )
         return pattern
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, for receipts."""
         return asdict(self)
-
-
-def option_of(field: str) -> str:
-    """Return what the command line calls a field of the spec.
-
-    Example:
-        >>> option_of("num_experts"), option_of("top_k")
-        ('--experts', '--top-k')
-    """
-    return "--" + field.removeprefix("num_").replace("_", "-")
 
 
 def _layers(value: str | Sequence[int]) -> str:
@@ -275,7 +266,7 @@ def _layers(value: str | Sequence[int]) -> str:
     numbers = [int(number) for number in value.split(",")] if isinstance(value, str) else value
     is_list = isinstance(numbers, Sequence) and all(type(number) is int and number >= 0 for number in numbers)
     if not is_list or not numbers:
-        raise SpecError("moe_layers", got=value, expected="layer numbers from 0", fix="write e.g. 0,2,4")
+        raise SpecError(field="moe_layers", got=value, expected="layer numbers from 0", fix="set <moe_layers>=0,2,4")
     return ",".join(str(number) for number in sorted(set(numbers)))
 
 
@@ -295,23 +286,23 @@ def check_capacity(factor: float | None, pad: bool, num_experts: int, top_k: int
     if factor is None:
         if pad:
             raise SpecError(
-                "padding to the capacity",
-                got="no capacity factor",
-                expected="one",
-                fix="give a capacity factor, or do not pad",
+                field="capacity_factor",
+                got=None,
+                expected="a number with padding",
+                fix="set <capacity_factor>=1, or do not pad",
             )
         return
     most = num_experts / top_k
     if not factor <= most:  # nor NaN
         raise SpecError(
-            "capacity factor",
+            field="capacity_factor",
             got=f"{factor:g}",
             expected=f"at most num_experts / top_k ({most:g}), which drops nothing",
-            fix=f"set it to {most:g}",
+            fix=f"set <capacity_factor>={most:g}",
         )
     if pad and factor == most:
         raise SpecError(
-            "capacity factor",
+            field="capacity_factor",
             got=f"{factor:g}",
             expected=f"less than {most:g} with padding: every expert would compute every token",
             fix="lower it, or do not pad",

@@ -11,12 +11,12 @@ from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.init.methods import METHODS
-from nemo_upcycle.spec import MOE_LAYERS, OUTPUT_SCALES, ROUTER_INITS, ROUTER_ORDERS, UpcycleSpec, option_of
+from nemo_upcycle.spec import MOE_LAYERS, OUTPUT_SCALES, ROUTER_INITS, ROUTER_ORDERS, UpcycleSpec
 from nemo_upcycle.utils.dtypes import DTYPES, dtype_of
 
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-#: field of the spec -> (type, placeholder, help); `option_of` names the option
+#: field of the spec -> (type, placeholder, help)
 _SPEC_FIELDS: dict[str, tuple[type, str, str]] = {
     "num_experts": (int, "N", "routed experts of an MoE layer"),
     "top_k": (int, "K", "experts that process a token"),
@@ -40,7 +40,7 @@ def add_spec_options(parser: argparse.ArgumentParser, title: str = "what to make
     for field, (kind, placeholder, text) in _SPEC_FIELDS.items():
         if defaults:
             text += f" (default: {UpcycleSpec.__dataclass_fields__[field].default})"
-        option = option_of(field)
+        option = "--" + field.removeprefix("num_").replace("_", "-")
         group.add_argument(option, dest=field, type=kind, metavar=placeholder, default=argparse.SUPPRESS, help=text)
 
 

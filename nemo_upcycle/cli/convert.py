@@ -18,7 +18,7 @@ from nemo_upcycle.cli.common import (
 )
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.init.methods import METHODS
-from nemo_upcycle.spec import UpcycleSpec, option_of
+from nemo_upcycle.spec import UpcycleSpec
 
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     for method in METHODS.values():
         if method.strength in given and method.strength != METHODS[spec.method].strength:
             raise SpecError(
-                option_of(method.strength),
+                field=method.strength,
                 got=given[method.strength],
                 expected=f"it with --method {method.name} only",
                 fix=f"add --method {method.name}, or omit this option",

@@ -15,9 +15,8 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from nemo_upcycle.cli.output import Output, take_output
-from nemo_upcycle.errors import SpecError, UpcycleError, did_you_mean
+from nemo_upcycle.errors import UpcycleError, did_you_mean
 from nemo_upcycle.package_info import __version__
-from nemo_upcycle.spec import UpcycleSpec, option_of
 
 
 #: name -> what it does; `nemo_upcycle/cli/NAME.py` has `HELP`, `add_arguments(parser)` and `run(args) -> exit status`
@@ -146,8 +145,9 @@ def _run(argv: list[str], output: Output) -> int:
     args = parser.parse_args(argv)
     try:
         status = int(args.command.run(args))
-    except SpecError as error:
-        raise SpecError(_as_typed(str(error), args.parser, args)) from None
+    except UpcycleError as error:
+        options = _options(args)
+        raise error.renamed(lambda name: options.get(name, name)) from None
     if problem := output.problem():
         done = f"; what the command made in {args.output} is whole" if "output" in args else ""
         fix = f"write the answer elsewhere{done}"
@@ -156,32 +156,15 @@ def _run(argv: list[str], output: Output) -> int:
     return status
 
 
-def _as_typed(text: str, parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
-    """Replace the names of fields in an error's text with the names of their options.
+def _options(args: argparse.Namespace) -> dict[str, str]:
+    """Return the option that sets each argument. An argument has the name of the field that it sets.
 
-    Example:
-        `top_k: got 9, expected 1 to num_experts (8). Fix: set global-batch=64` becomes `--top-k: got 9, expected 1 to
-        --experts (8). Fix: set --global-batch 64`.
+    Without an option for the spec, an error is about a file's spec: its fields are not called as options.
     """
-    actions = [action for action in parser._actions if action.option_strings]
+    actions = [action for action in args.parser._actions if action.option_strings]
     of_spec = {action.dest for action in actions if action.default is argparse.SUPPRESS}
-    if not of_spec & set(vars(args)):  # without an option for the spec, the error is about a file's spec
-        actions = [action for action in actions if action.dest not in of_spec]
-    options: dict[str, str] = {}
-    for action in actions:
-        option = action.option_strings[-1]
-        options |= dict.fromkeys((action.dest, option.removeprefix("--")), option)
-    # options of other commands are called as those of the spec, and its errors name its fields
-    options |= {
-        field: option for field in UpcycleSpec.__dataclass_fields__ if (option := option_of(field)) in options.values()
-    }
-    names = "|".join(sorted(map(re.escape, options), key=len, reverse=True))
-    text = re.sub(rf"(?<=\bset )({names})[= ](?=\S)", lambda found: f"{options[found[1]]} ", text)
-    if leading := re.match(rf"({names})(?=: | ')", text):
-        text = options[leading[1]] + text.removeprefix(leading[1])
-        fields = "|".join(name for name in options if "_" in name)
-        text = re.sub(rf"(?<![\w.-])({fields})(?![\w.-])", lambda found: options[found[1]], text) if fields else text
-    return text
+    hidden = of_spec if of_spec.isdisjoint(vars(args)) else set()
+    return {action.dest: action.option_strings[-1] for action in actions if action.dest not in hidden}
 
 
 def _check_options(parser: argparse.ArgumentParser, argv: list[str]) -> None:

@@ -19,7 +19,7 @@ from nemo_upcycle.planning import table
 from nemo_upcycle.planning.columns import named_columns, table_text
 from nemo_upcycle.planning.commands import BACKENDS, bridge_command, nemo_command, require_bridge
 from nemo_upcycle.planning.hardware import DEFAULT_SOFTWARE, SOFTWARE, gpu_names
-from nemo_upcycle.planning.layout import parse_layout
+from nemo_upcycle.planning.layout import SIZES, parse_layout
 from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.search import Plan, PlanRequest, evaluate_layout, find, nearest_gpus, search
 from nemo_upcycle.planning.workload import DISPATCHERS, PRECISIONS, RECOMPUTES, ROUTINGS
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "dense or MoE: a Hugging Face folder or its config.json, hf://ORG/NAME on the hub, asset://smollm2-135m"
     what.add_argument("--model", metavar="MODEL", help=text)
     model = parser.add_argument_group("model and step")
-    model.add_argument("--experts", type=int, metavar="N", help="upcycle a dense --model to N experts")
+    model.add_argument("--experts", dest="num_experts", type=int, metavar="N", help="upcycle --model to N experts")
     model.add_argument("--top-k", type=int, metavar="K", help="experts that a token passes through (default: 2)")
     model.add_argument("--granularity", type=int, metavar="G", help="parts of a dense network (default: 1)")
     model.add_argument("--seq-length", type=int, metavar="TOKENS", help="tokens of a sequence (default: 8192)")
@@ -109,13 +109,16 @@ def run(args: argparse.Namespace) -> int:
     if args.backend == "bridge" and subject.recipe:
         require_bridge(subject.recipe.name, args.precision)
     request = request_of(args, subject)
-    if args.layout is None:
-        plans = search(request, args.rows)
-    else:
-        plans = [evaluate_layout(request, parse_layout(args.layout, args.gpus, args.micro_batch))]
+    try:
+        if args.layout is None:
+            plans = search(request, args.rows)
+        else:
+            plans = [evaluate_layout(request, parse_layout(args.layout, args.gpus, args.micro_batch))]
+    except SpecError as error:
+        raise error.renamed(lambda name: _size_name(name, args.micro_batch)) from None
     ranks = _ranks(args.rank, plans[0]) if args.rank is not None else None
     if args.explain is not None and not 1 <= args.explain <= len(plans):
-        raise SpecError("explain", got=args.explain, expected=f"a row, 1 to {len(plans)}", fix="choose one")
+        raise SpecError("--explain", got=args.explain, expected=f"a row, 1 to {len(plans)}", fix="choose one")
     answer = _Answer(subject, request, plans, ranks, _check(subject, plans[0]) if args.check else None)
     if args.json:
         _print_json(args, answer)
@@ -124,11 +127,18 @@ def run(args: argparse.Namespace) -> int:
     return 1 if all(plan.verdict == "no" for plan in plans) else 0
 
 
+def _size_name(name: str, micro_batch: int | None) -> str:
+    """Return what the command line calls a size of a layout, or some of them; other names as they are."""
+    if name == "micro_batch":
+        return name if micro_batch else "--layout mbs"
+    return f"--layout {name}" if {*name.split(" x ")} <= SIZES else name
+
+
 def _ranks(text: str, plan: Plan) -> list[dict[str, int]]:
     layout = plan.layout
     parts = [str(rank) for rank in range(layout.gpus)] if text == "all" else text.split(",")
     if not all(part.strip().isdecimal() for part in parts):
-        raise SpecError("rank", got=text, expected="a number, 1,2,3 or all", fix="use --rank 0")
+        raise SpecError("--rank", got=text, expected="a number, 1,2,3 or all", fix="use --rank 0")
     ranks = [int(part) for part in parts]
     stages = [layout.group_ranks(rank).pp for rank in ranks]
     plans = {stage: StagePlan(plan.request.arch, layout, plan.work, stage) for stage in set(stages)}

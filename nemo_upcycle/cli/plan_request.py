@@ -64,7 +64,7 @@ def subject_of(args: argparse.Namespace) -> Subject:
         UpcycleError: it is none that this package trains.
     """
     if args.recipe is not None:
-        of_a_model = {"experts": args.experts, "top-k": args.top_k, "granularity": args.granularity}
+        of_a_model = {"--experts": args.num_experts, "--top-k": args.top_k, "--granularity": args.granularity}
         _refuse(of_a_model, "none beside --recipe", "use --model FOLDER --experts N --top-k K")
         known = known_recipe(args.recipe)
         return Subject(known.arch, known.dense, known.spec, known, _DEFAULTS | known.defaults)
@@ -73,19 +73,19 @@ def subject_of(args: argparse.Namespace) -> Subject:
     folder = configuration_folder(args.model)
     arch = read_architecture(folder)
     rope_kind(arch)  # training refuses another kind, too
-    if args.experts is None:
-        _refuse({"top-k": args.top_k, "granularity": args.granularity}, "--experts beside it", "add --experts 8")
+    if args.num_experts is None:
+        _refuse({"--top-k": args.top_k, "--granularity": args.granularity}, "--experts beside it", "add --experts 8")
         return Subject(arch, arch, None, recipe_for(arch, arch), _DEFAULTS, folder)
     if arch.num_experts:
         raise SpecError(
-            "experts",
-            got=args.experts,
+            "--experts",
+            got=args.num_experts,
             expected="a dense model",
             fix="omit --experts: an MoE model is planned as it is",
         )
     given = {name: getattr(args, name) for name in ("top_k", "granularity") if getattr(args, name) is not None}
     order = "softmax_topk" if args.top_k == 1 else "topk_softmax"  # the other would be refused, and costs the same
-    spec = UpcycleSpec(num_experts=args.experts, router_order=order, **given)
+    spec = UpcycleSpec(num_experts=args.num_experts, router_order=order, **given)
     moe_arch = arch.upcycled(spec)
     return Subject(moe_arch, arch, spec, recipe_for(arch, moe_arch), _DEFAULTS, folder)
 
@@ -102,13 +102,11 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
         return subject.defaults[name] if value is None else value
 
     if not 1 <= args.gpus <= MOST_GPUS:
-        raise SpecError("gpus", got=args.gpus, expected=f"1 to {MOST_GPUS:,}", fix="set --gpus 8")
+        raise SpecError("--gpus", got=args.gpus, expected=f"1 to {MOST_GPUS:,}", fix="set --gpus 8")
     if args.price_per_gpu_hour is not None and not 0 <= args.price_per_gpu_hour < 1e9:
-        raise SpecError(
-            "price-per-gpu-hour", got=args.price_per_gpu_hour, expected="0 or more", fix="set --price-per-gpu-hour 2.5"
-        )
+        raise SpecError("--price-per-gpu-hour", got=args.price_per_gpu_hour, expected="0 or more", fix="set it to 2.5")
     if args.rows < 1:
-        raise SpecError("rows", got=args.rows, expected="1 or more", fix="set --rows 10")
+        raise SpecError("--rows", got=args.rows, expected="1 or more", fix="set --rows 10")
     _require_taken(args, subject)
     capacity = given("capacity_factor") or None
     if subject.arch.num_experts:
@@ -126,11 +124,11 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
     )
     gpu = known_gpu(args.gpu)
     if work.numbers.fp8 and gpu.fp8_tflops is None:
-        raise SpecError("precision", got=args.precision, expected=f"bf16 on {gpu.name}", fix="use bf16")
+        raise SpecError("--precision", got=args.precision, expected=f"bf16 on {gpu.name}", fix="use bf16")
     micro = args.micro_batch
     if micro is not None and not 1 <= micro <= work.global_batch:
         raise SpecError(
-            "micro-batch",
+            "--micro-batch",
             got=micro,
             expected=f"1 to the global batch ({work.global_batch})",
             fix="set --micro-batch 1",
@@ -155,26 +153,26 @@ def _require_taken(args: argparse.Namespace, subject: Subject) -> None:
     """
     overlap = (args.overlap or "").split(",")
     of_experts = {
-        "capacity-factor": args.capacity_factor,
-        "pad-to-capacity": args.pad_to_capacity or None,
-        "dispatcher": None if args.dispatcher == "alltoall" else args.dispatcher,
-        "overlap": "ep" if "ep" in overlap else None,
-        "recompute": "moe_act" if args.recompute == "moe_act" else None,
+        "--capacity-factor": args.capacity_factor,
+        "--pad-to-capacity": args.pad_to_capacity or None,
+        "--dispatcher": None if args.dispatcher == "alltoall" else args.dispatcher,
+        "--overlap": "ep" if "ep" in overlap else None,
+        "--recompute": "moe_act" if args.recompute == "moe_act" else None,
     }
     if not subject.arch.num_experts:
         refused, why = of_experts, "none for a dense model"
     elif args.recipe is not None and args.overlap:
-        refused, why = {"overlap": args.overlap}, "none beside --recipe: no recipe has it"
+        refused, why = {"--overlap": args.overlap}, "none beside --recipe: no recipe has it"
     elif not _is_grouped(subject):
-        refused = {name: of_experts[name] for name in ("dispatcher", "recompute")}
+        refused = {name: of_experts[name] for name in ("--dispatcher", "--recompute")}
         why = "none for this recipe, which does not group the experts' products"
     else:
         return
-    _refuse(refused, why, "omit --{}, or use --model FOLDER")
+    _refuse(refused, why, "omit {}, or use --model FOLDER")
 
 
 def _refuse(options: dict[str, Any], expected: str, fix: str) -> None:
-    """Raise for the first option that was given; `{}` in the fix stands for its name."""
+    """Raise for the first option that was given; `{}` in the fix stands for it."""
     for name, value in options.items():
         if value is not None:
             raise SpecError(name, got="it" if value is True else value, expected=expected, fix=fix.format(name))

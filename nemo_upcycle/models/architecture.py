@@ -155,7 +155,7 @@ class Architecture:
         if self.ffn_size % spec.granularity:
             divisors = [number for number in range(1, 65) if self.ffn_size % number == 0]
             raise CheckpointError(
-                "granularity",
+                field="granularity",
                 got=spec.granularity,
                 expected=f"a divisor of the feed-forward size {self.ffn_size}",
                 fix="use one of " + ", ".join(str(number) for number in divisors),

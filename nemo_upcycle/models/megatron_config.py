@@ -215,22 +215,22 @@ def check_spec(config: Any, spec: UpcycleSpec) -> None:
     for name, value in (router_fields(spec) | NO_SPEC_HAS | random_routing).items():
         got = getattr(config, name, None)
         if got != value and not (not got and not value) and not (value is None and got == 1):
-            raise SpecError(
-                f"model.config.{name}", got=got, expected=f"{value} (from the UpcycleSpec)", fix="make them agree"
-            )
+            expected = f"{value} (from the UpcycleSpec)"
+            raise SpecError(field=f"model.config.{name}", got=got, expected=expected, fix="make them agree")
     for name, value in _POSITIONS.items():
         if (got := getattr(config, name, value)) not in (value, value or 1):
-            raise SpecError(
-                f"model.config.{name}", got=got, expected=f"{value}, as in every dense parent", fix="leave it at that"
-            )
+            expected = f"{value}, as in every dense parent"
+            raise SpecError(field=f"model.config.{name}", got=got, expected=expected, fix="leave it at that")
     _check_routing_type(config, spec)
     capacity = getattr(config, "moe_expert_capacity_factor", None)
     pad = bool(getattr(config, "moe_pad_expert_input_to_capacity", False))
-    # Megatron takes a negative factor for none.
-    check_capacity(None if capacity is None or capacity < 0 else capacity, pad, spec.num_experts, spec.top_k)
+    try:  # Megatron takes a negative factor for none
+        check_capacity(None if capacity is None or capacity < 0 else capacity, pad, spec.num_experts, spec.top_k)
+    except SpecError as error:
+        raise error.renamed(lambda name: f"model.config.moe_expert_{name}") from None
     if (routing := getattr(config, "moe_router_load_balancing_type", None)) == "sinkhorn":
         raise SpecError(
-            "model.config.moe_router_load_balancing_type",
+            field="model.config.moe_router_load_balancing_type",
             got=routing,
             expected="a type that leaves the router's scores alone",
             fix="use aux_loss or none",
@@ -239,7 +239,7 @@ def check_spec(config: Any, spec: UpcycleSpec) -> None:
     got_layers = layers if isinstance(frequency, int) else len(frequency)
     if (want := spec.moe_pattern(layers)) != layer_pattern(frequency, got_layers):
         raise SpecError(
-            "model.config.moe_layer_freq",
+            field="model.config.moe_layer_freq",
             got=frequency if isinstance(frequency, int) else list(frequency),
             expected=f"{[int(is_moe) for is_moe in want]} (moe_layers={spec.moe_layers})",
             fix="make them agree",
@@ -252,7 +252,7 @@ def _check_routing_type(config: Any, spec: UpcycleSpec) -> None:
     in_float32 = config.params_dtype is torch.float32 and not (config.bf16 or config.fp16 or is_recipe)
     if spec.needs_float32_routing and not in_float32 and (got := config.moe_router_dtype) not in ("fp32", "fp64"):
         raise SpecError(
-            "model.config.moe_router_dtype",
+            field="model.config.moe_router_dtype",
             got=got,
             expected=f"fp32 or fp64 with granularity={spec.granularity}: in 16 bits top-k mixes copies",
             fix="set it to fp32",

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.package_info import __version__
-from nemo_upcycle.spec import UpcycleSpec, option_of
+from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.files import read_json, write_json
 
 
@@ -131,9 +131,9 @@ def spec_of(
         got, expected = getattr(changed, name), getattr(spec, name)
         if got != expected:
             raise SpecError(
-                option_of(name),
+                field=name,
                 got=got,
                 expected=f"{expected} (spec.{name} in {path})",
-                fix=f"omit {option_of(name)}, or give the receipt of another run (--receipt FILE)",
+                fix=f"omit <{name}>, or give the receipt of another run (--receipt FILE)",
             )
     return spec

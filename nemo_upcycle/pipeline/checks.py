@@ -133,7 +133,7 @@ def check_folder(run_dir: Path) -> None:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UpcycleError(
             f"dir {run_dir}",
-            got=f"no right to write to {existing}",
-            expected="one",
+            got=f"{existing} is not writable",
+            expected="a writable folder",
             fix="choose another dir, or change who may write there",
         )

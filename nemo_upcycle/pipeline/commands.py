@@ -188,8 +188,8 @@ def render_jobs(jobs: Sequence[Job], cluster: Cluster | None, plan: Plan, folder
         raise UpcycleError(
             "--render",
             got="no cluster",
-            expected="one",
-            fix="name it with run.executor=slurm or run.executor=kubernetes",
+            expected="run.executor=slurm|kubernetes",
+            fix="add run.executor=slurm or run.executor=kubernetes",
         )
     cluster.check_settings(jobs)
     try:

@@ -73,8 +73,10 @@ class CheckedContext(run.cli.RunContext):
         try:
             with _silent():
                 config = LazyEntrypoint(fn, factory=self.factory).resolve(ctx=self)
+        except UpcycleError as cause:
+            return getattr(cause, "proxy_base_exception", cause)
         except Exception as cause:
-            return cause if isinstance(cause, UpcycleError) else self._explained_factory(fn, cause)
+            return self._explained_factory(fn, cause)
         try:
             overrides = LazyEntrypoint(fn, factory=self.factory, yaml=self.yaml, overwrites=args)._args_
         except Exception as cause:
@@ -157,8 +159,8 @@ def answered() -> Iterator[None]:
     try:
         yield
     except UpcycleError as error:
-        text = str(error).partition("\n\nFiddle context")[0]  # fiddle adds the configuration that it was building
-        sys.stderr.write(f"Error: {text}\n")
+        plain = getattr(error, "proxy_base_exception", error)  # fiddle's adds the configuration that it was building
+        sys.stderr.write(f"Error: {plain}\n")
         end_soon()
         raise SystemExit(error.exit_status) from None  # NeMo-Run turns every Exception into status 1
 
@@ -196,7 +198,7 @@ def pipeline_arguments(words: Sequence[str], options: Mapping[str, str] = OPTION
         given = value if equals else next(rest, "")
         if not given or given.startswith("-"):
             example = {"--render": "FOLDER", "--grid": "laptop"}.get(option, "data")
-            raise UpcycleError(option, got="no value", expected="one", fix=f"write {option} {example}")
+            raise UpcycleError(option, got="no value", expected="a value", fix=f"write {option} {example}")
         found.append(f"{options[option]}={given}")
     return found
 
@@ -266,7 +268,9 @@ def _override_error(config: Any, key: str, value: str, error: Exception, where: 
     expected = getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind).replace("typing.", "")
     if kind in (inspect.Parameter.empty, Any):
         return UpcycleError(f"{where} '{key}': {_first_line(error)}.")
-    return UpcycleError(f"{where} '{key}'", got=f"'{value}'", expected=expected, fix="give such a value")
+    now = getattr(at, name, None)
+    fix = f"write, for example, {key}={now}" if isinstance(now, int | float | str | None) else f"set {key}.NAME=VALUE"
+    return UpcycleError(f"{where} '{key}'", got=f"'{value}'", expected=expected, fix=fix)
 
 
 def _settings_of(value: Any) -> list[str]:

@@ -75,7 +75,7 @@ def require_outputs(stages: Sequence[Stage], run_dir: Path, plan: Plan) -> None:
             except UpcycleError as error:
                 raise UpcycleError(
                     f"outputs of stage '{read.name}' in {run_dir}",
-                    got=str(error).partition(". Fix: ")[0],
+                    got=error.problem,
                     expected=f"all that '{stage.name}' reads",
                     fix=f"put it back, or delete {read.folder(run_dir).path} and start with it: --from {read.name}",
                 ) from None

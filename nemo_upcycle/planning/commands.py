@@ -64,9 +64,10 @@ def require_bridge(recipe: str, precision: str) -> None:
     Raises:
         SpecError: there is none.
     """
-    for what, name, known in (("recipe", recipe, BRIDGE_RECIPES), ("precision", precision, BRIDGE_PRECISIONS)):
-        if name not in known:
-            raise SpecError(what, got=name, expected=f"for Bridge {' or '.join(known)}", fix="use --backend nemo")
+    for what, got, known in (("recipe", recipe, BRIDGE_RECIPES), ("precision", precision, BRIDGE_PRECISIONS)):
+        if got not in known:
+            expected = f"for Bridge {' or '.join(known)}"
+            raise SpecError(field=what, got=got, expected=expected, fix="use --backend nemo")
 
 
 def bridge_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> str:

@@ -120,7 +120,7 @@ class Layout:
             SpecError: there is no such rank.
         """
         if not 0 <= rank < self.gpus:
-            raise SpecError("rank", got=rank, expected=f"0 to {self.gpus - 1}", fix="choose one of them")
+            raise SpecError(field="rank", got=rank, expected=f"0 to {self.gpus - 1}", fix="choose one of them")
         tp, rest = rank % self.tp, rank // self.tp
         cp, rest = rest % self.cp, rest // self.cp
         dp, pp = rest % self.dp, rest // self.dp
@@ -163,6 +163,10 @@ class Layout:
         return -(-arch.vocab_size // multiple) * multiple
 
 
+#: The sizes that a text names; beside them `mbs`, the micro-batch, and `dp`.
+SIZES = {field.name for field in fields(Layout)} - {"gpus", "micro_batch"}
+
+
 def parse_layout(text: str, gpus: int, micro_batch: int | None = None) -> Layout:
     """Return the layout that a text such as `tp=2,pp=4,vp=8,cp=1,ep=8,etp=1` describes, with commas or blanks between.
 
@@ -176,25 +180,25 @@ def parse_layout(text: str, gpus: int, micro_batch: int | None = None) -> Layout
     Raises:
         SpecError: a name or a number is wrong, or given twice.
     """
-    names = {field.name for field in fields(Layout)} - {"gpus", "micro_batch"} | {"mbs"}
+    names = SIZES | {"mbs"}
     sizes: dict[str, int] = {}
     expected = "name=number, for example tp=2,pp=4,ep=8"
     parts = re.sub(r"\s*=\s*", "=", text).replace(",", " ").split()
     if not parts:
-        raise SpecError("layout", got="nothing", expected=expected, fix="name a size")
+        raise SpecError(field="layout", got="nothing", expected=expected, fix="name a size")
     for part in parts:
         name, _, number = part.partition("=")
         if name not in names and name != "dp":
             raise SpecError.unknown("layout key", name, names)
         if not number.isdecimal() or len(number) > 9:
-            raise SpecError("layout", got=repr(part), expected=expected, fix="write a whole number")
+            raise SpecError(field="layout", got=repr(part), expected=expected, fix="write a whole number")
         field = "micro_batch" if name == "mbs" else name
         if field in sizes:
-            raise SpecError("layout", got=f"{name} twice", expected="each size once", fix=f"keep one {name}")
+            raise SpecError(field="layout", got=f"{name} twice", expected="each size once", fix=f"keep one {name}")
         sizes[field] = int(number)
     if micro_batch is not None and sizes.setdefault("micro_batch", micro_batch) != micro_batch:
         raise SpecError(
-            "micro-batch",
+            field="micro_batch",
             got=f"{micro_batch} beside mbs={sizes['micro_batch']}",
             expected="the layout's own",
             fix="give one of them",
@@ -205,7 +209,7 @@ def parse_layout(text: str, gpus: int, micro_batch: int | None = None) -> Layout
     layout = Layout(gpus=gpus, **sizes)
     if dp is not None and layout.tp * layout.cp * layout.pp * dp != gpus:
         needed = layout.tp * layout.cp * layout.pp * dp
-        raise SpecError("gpus", got=gpus, expected=f"tp x cp x pp x dp ({needed})", fix="omit dp")
+        raise SpecError(field="gpus", got=gpus, expected=f"tp x cp x pp x dp ({needed})", fix="omit dp")
     return layout
 
 

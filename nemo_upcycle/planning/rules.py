@@ -43,7 +43,7 @@ def check_layout(layout: Layout, arch: Architecture, work: Workload) -> None:
     """
     if rule := broken(layout, arch, work):
         name, got, expected = rule
-        raise SpecError(_option_name(name), got=got, expected=expected, fix=_fix(name, layout, arch, work))
+        raise SpecError(field=name, got=got, expected=expected, fix=_fix(name, layout, arch, work))
 
 
 def neutral_work(layout: Layout) -> Workload:
@@ -92,20 +92,20 @@ def _model_rules(layout: Layout, arch: Architecture) -> Iterator[Broken]:
     if layout.ep == 1 and layout.etp != layout.tp:
         # Megatron-Core takes experts for dense parameters then, and sums their gradients over dp x cp.
         why = "else Megatron-Core sums gradients over the wrong ranks" if arch.num_experts else "there are no experts"
-        yield Broken("etp", layout.etp, f"tp ({layout.tp}) where ep is 1: {why}")
+        yield Broken("etp", layout.etp, f"<tp> ({layout.tp}) where <ep> is 1: {why}")
 
 
 def _stage_rules(layout: Layout, arch: Architecture) -> Iterator[Broken]:
     if layout.vp > 1 and layout.pp == 1:
-        yield Broken("vp", layout.vp, "1 without pipeline stages (pp=1)")
+        yield Broken("vp", layout.vp, "1 without pipeline stages (<pp>=1)")
     fixed = {name: count for name in ("first", "last") if (count := getattr(layout, name)) is not None}
     for name, count in fixed.items():
         if layout.pp == 1:
-            yield Broken(name, count, "none without pipeline stages (pp=1)")
+            yield Broken(name, count, "none without pipeline stages (<pp>=1)")
         if layout.embedding or layout.loss:
-            yield Broken(name, count, "none beside embedding=1 or loss=1 (Megatron-Core's rule)")
+            yield Broken(name, count, "none beside <embedding>=1 or <loss>=1 (Megatron-Core's rule)")
         if count % layout.vp:
-            yield Broken(name, count, f"a multiple of vp ({layout.vp})")
+            yield Broken(name, count, f"a multiple of <vp> ({layout.vp})")
     left = arch.num_layers - sum(fixed.values()) + layout.embedding + layout.loss
     stages = layout.pp - len(fixed)
     what = f"{left} layers" if fixed or layout.embedding or layout.loss else f"num_layers ({left})"
@@ -134,13 +134,13 @@ def _data_rules(layout: Layout, work: Workload) -> Iterator[Broken]:
     if batch % step:
         yield Broken("global_batch", batch, f"a multiple of dp x micro-batch ({layout.dp} x {layout.micro_batch})")
     if layout.vp > 1 and layout.micro_batches(batch) % layout.pp:
-        text = f"dp x micro-batch x pp ({step} x {layout.pp}), which interleaved stages (vp above 1) need"
+        text = f"dp x micro-batch x pp ({step} x {layout.pp}), which interleaved stages (<vp> above 1) need"
         yield Broken("global_batch", batch, f"a multiple of {text}")
 
 
 def _kernel_rules(layout: Layout, arch: Architecture, work: Workload) -> Iterator[Broken]:
     if arch.num_experts and work.dispatcher != "alltoall" and layout.etp * layout.ep == 1:
-        yield Broken("ep", 1, "experts spread over ranks: Megatron-Core's flex dispatcher needs etp x ep above 1")
+        yield Broken("ep", 1, "experts spread over ranks: Megatron-Core's flex dispatcher needs <etp> x <ep> above 1")
     rows = work.seq_length // layout.cp * layout.micro_batch
     if work.numbers.fp8 and rows % _FP8_ROWS:
         expected = f"a multiple of {_FP8_ROWS} tokens in each rank's part of a micro-batch (now {rows}), as FP8 needs"
@@ -155,11 +155,6 @@ def _divides(name: str, value: int, number: int, what: str) -> Iterator[Broken]:
 def _listed(numbers: Iterable[int]) -> str:
     shown = [str(number) for number in numbers]
     return ", ".join(shown[:12]) + (" ..." if len(shown) > 12 else "")
-
-
-def _option_name(name: str) -> str:
-    """Return the name of a setting on the command line."""
-    return {"micro_batch": "mbs", "global_batch": "global-batch", "seq_length": "seq-length"}.get(name, name)
 
 
 def _fix(name: str, layout: Layout, arch: Architecture, work: Workload) -> str:
@@ -184,7 +179,7 @@ def _fix(name: str, layout: Layout, arch: Architecture, work: Workload) -> str:
 def _changes(key: str, layout: Layout, arch: Architecture, work: Workload) -> Iterator[tuple[str, Broken | None]]:
     """Yield changes of a setting, the nearest first, and which rule is broken then."""
     for value in _candidates(key, layout, arch, work):
-        text = f"omit {key}" if value is None else f"set {_option_name(key)}={value}"
+        text = f"omit <{key}>" if value is None else f"set <{key}>={value}"
         changed = _changed(layout, work, key, value)
         yield text, broken(changed[0], arch, changed[1])
 

@@ -183,22 +183,22 @@ def search(request: PlanRequest, limit: int = 10) -> list[Plan]:
     for other in _batches(batch, request.gpus * (request.micro_batch or 1)):
         if _fits(replace(request, work=replace(request.work, global_batch=other))):
             raise SpecError(
-                "global-batch",
+                field="global_batch",
                 got=batch,
                 expected=f"one that a layout of {request.gpus} GPUs can use",
-                fix=f"set global-batch={other}",
+                fix=f"set <global_batch>={other}",
             )
     if gpus := nearest_gpus(request):
         raise SpecError(
-            "gpus",
+            field="gpus",
             got=request.gpus,
             expected=f"a number that holds the model and works on {batch} sequences a step",
-            fix=f"set gpus={gpus}",
+            fix=f"set <gpus>={gpus}",
         )
     # The plain layout breaks a rule: say which.
     check_layout(Layout(gpus=request.gpus, micro_batch=request.micro_batch or 1), request.arch, request.work)
     raise SpecError(
-        "gpus",
+        field="gpus",
         got=request.gpus,
         expected="a number that some layout can use",
         fix="evaluate a --layout to see which rules it breaks",

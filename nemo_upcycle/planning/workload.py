@@ -82,33 +82,30 @@ class Workload:
     overlap: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise SpecError.unknown("precision", self.precision, PRECISIONS)
-        if self.recompute not in RECOMPUTES:
-            raise SpecError.unknown("recompute", self.recompute, RECOMPUTES)
-        if self.dispatcher not in DISPATCHERS:
-            raise SpecError.unknown("dispatcher", self.dispatcher, DISPATCHERS)
-        if self.routing not in ROUTINGS:
-            raise SpecError.unknown("routing", self.routing, ROUTINGS)
+        names = {"precision": PRECISIONS, "recompute": RECOMPUTES, "dispatcher": DISPATCHERS, "routing": ROUTINGS}
+        for name, valid in names.items():
+            if getattr(self, name) not in valid:
+                raise SpecError.unknown(name, getattr(self, name), valid)
         if others := [name for name in self.overlap if name not in OVERLAPS]:
             raise SpecError.unknown("overlap", others[0], OVERLAPS)
         if self.pad and self.dispatcher != "alltoall":
             raise SpecError(
-                "dispatcher",
+                field="dispatcher",
                 got=f"{self.dispatcher} with padding",
                 expected="alltoall",
-                fix="plan without padding, or with alltoall",
+                fix="plan without padding, or set <dispatcher>=alltoall",
             )
         if self.recompute == "moe_act" and self.precision == "fp8-delayed":
             raise SpecError(
-                "recompute",
+                field="recompute",
                 got=f"moe_act with {self.precision}",
                 expected="another kind: Megatron-Core recomputes no activation under delayed scaling",
-                fix="use moe",
+                fix="set <recompute>=moe",
             )
         for name, low in (("seq_length", 1), ("global_batch", 1), ("capacity_factor", 0.01), ("imbalance", 1.0)):
             if (value := getattr(self, name)) is not None and not low <= value <= _MOST:
-                raise SpecError(name, got=value, expected=f"{low} to {_MOST:,}", fix=f"set {name} within the range")
+                fix = f"set <{name}> within the range"
+                raise SpecError(field=name, got=value, expected=f"{low} to {_MOST:,}", fix=fix)
 
     @property
     def numbers(self) -> Precision:

@@ -22,7 +22,7 @@ from nemo_upcycle.models.megatron_config import FIELDS, NO_SPEC_HAS, spec_fields
 from nemo_upcycle.models.rotary import rope_frequencies, same_frequencies
 from nemo_upcycle.sources.inert_pickle import Inert, read_saved
 from nemo_upcycle.sources.nemo_context import MODEL, family_of, hf_config_from, model_settings
-from nemo_upcycle.spec import UpcycleSpec, option_of
+from nemo_upcycle.spec import UpcycleSpec
 
 
 _KEEP = "keep the model in NeMo: it trains and evaluates there"
@@ -117,10 +117,10 @@ class CheckpointContext:
                 differs = got != expected
             if differs:
                 raise SpecError(
-                    f"{name} ({option_of(name)})",
+                    field=name,
                     got=got,
                     expected=f"{expected} ({setting} in {self.path})",
-                    fix=f"leave {option_of(name)} out, or give the spec or receipt that the model was upcycled by",
+                    fix=f"omit <{name}>, or give the spec or receipt that the model was upcycled by",
                 )
         return given
 

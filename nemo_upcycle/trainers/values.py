@@ -18,11 +18,11 @@ class Rule(NamedTuple):
     bridge: str
     allows: Callable[[Any], bool]
     expected: str
-    fix: str = "give such a value"
+    fix: str
 
 
-def _from(low: int) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: is_whole(value, low), f"a whole number from {low} on"
+def _from(low: int) -> tuple[Callable[[Any], bool], str, str]:
+    return lambda value: is_whole(value, low), f"a whole number from {low} on", "set it to, for example, 100"
 
 
 def _finite(value: Any) -> bool:
@@ -34,8 +34,8 @@ def _each_finite(value: Any) -> bool:
 
 
 #: A learning rate of 0 is allowed: it measures, and keeps every weight.
-_RATE = _finite, "a finite number, 0 or more"
-_SHARE = (lambda value: is_number(value, 0) and value < 1), "a number from 0 to below 1"
+_RATE = _finite, "a finite number, 0 or more", "set it to, for example, 1e-5"
+_SHARE = (lambda value: is_number(value, 0) and value < 1), "a number from 0 to below 1", "set it to, for example, 0.1"
 _NONE = operator.not_, "none"
 _FP8 = "set it to False: weights stay in 16 bits, products may be in FP8"
 _LR = Rule("optim.config.lr", "optimizer.lr", *_RATE)
@@ -56,7 +56,7 @@ RULES: tuple[Rule, ...] = (
     Rule("optim.config.adam_beta2", "optimizer.adam_beta2", *_SHARE),
     Rule("model.config.hidden_dropout", "model.hidden_dropout", *_SHARE),
     Rule("model.config.attention_dropout", "model.attention_dropout", *_SHARE),
-    Rule("model.config.moe_aux_loss_coeff", "model.moe_aux_loss_coeff", _each_finite, _RATE[1]),
+    Rule("model.config.moe_aux_loss_coeff", "model.moe_aux_loss_coeff", _each_finite, *_RATE[1:]),
     Rule("model.config.moe_z_loss_coeff", "model.moe_z_loss_coeff", *_RATE),
     Rule("log.ckpt.every_n_train_steps", "checkpoint.save_interval", *_from(1)),
     Rule("log.ckpt.keep_last", "", *_from(1)),
@@ -97,11 +97,12 @@ def check_values(recipe: Any, trainer: str, where: str = "") -> None:
         name = getattr(rule, trainer)
         value = setting(recipe, name)
         if value is not None and not rule.allows(value):
-            raise SpecError(f"{where}{name}", got=value, expected=rule.expected, fix=rule.fix)
+            raise SpecError(field=f"{where}{name}", got=value, expected=rule.expected, fix=rule.fix)
     highest, lowest = getattr(_LR, trainer), getattr(_MIN_LR, trainer)
     rate, floor = setting(recipe, highest), setting(recipe, lowest)
     if rate is not None and floor is not None and floor > rate:  # schedulers fail after the warm-up
-        raise SpecError(f"{where}{lowest}", got=floor, expected=f"at most {where}{highest} ({rate})", fix="set both")
+        expected = f"at most {where}{highest} ({rate})"
+        raise SpecError(field=f"{where}{lowest}", got=floor, expected=expected, fix="set both")
 
 
 def setting(recipe: Any, name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from nemo_upcycle.errors import SpecError, UpcycleError
+from nemo_upcycle.errors import SpecError
 
 
 def is_whole(value: object, low: int, high: float = math.inf) -> bool:
@@ -17,9 +17,7 @@ def is_number(value: object, low: float, high: float = math.inf) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
-def check_whole(
-    name: str, value: object, low: int, high: int, of: str = "", error: type[UpcycleError] = SpecError
-) -> None:
+def check_whole(name: str, value: object, low: int, high: float = math.inf, of: str = "") -> None:
     """Check that a setting is a whole number within a range.
 
     Args:
@@ -28,10 +26,9 @@ def check_whole(
         low: the smallest number allowed.
         high: the largest.
         of: the setting that the largest comes from, for the text of the error.
-        error: what to raise.
 
     Raises:
-        UpcycleError: it is not.
+        SpecError: it is not.
 
     Example:
         >>> check_whole("top_k", 9, 1, 8, "num_experts")
@@ -39,22 +36,24 @@ def check_whole(
         nemo_upcycle.errors.SpecError: top_k: got 9, expected a whole number, 1 to 8 (num_experts). Fix: ...
     """
     if not is_whole(value, low, high):
-        limit = f"a whole number, {low} to {high}" + (f" ({of})" if of else "")
-        raise error(name, got=value, expected=limit, fix=f"set {name} within the range")
+        limit = "or more" if high == math.inf else f"to {high}" + (f" (<{of}>)" if of else "")
+        fix = f"set <{name}> within the range"
+        raise SpecError(field=name, got=value, expected=f"a whole number, {low} {limit}", fix=fix)
 
 
-def check_number(name: str, value: object, low: float, high: float, error: type[UpcycleError] = SpecError) -> None:
-    """Check that a setting is a number within a range.
+def check_number(name: str, value: object, low: float, high: float = math.inf) -> None:
+    """Check that a setting is a finite number within a range.
 
     Args:
         name: the setting's.
         value: its value.
         low: the smallest number allowed.
         high: the largest.
-        error: what to raise.
 
     Raises:
-        UpcycleError: it is not.
+        SpecError: it is not.
     """
-    if not is_number(value, low, high):
-        raise error(name, got=value, expected=f"a number, {low:g} to {high:g}", fix=f"set {name} within the range")
+    if not is_number(value, low, high) or value == math.inf:
+        limit = "or more" if high == math.inf else f"to {high:g}"
+        fix = f"set <{name}> within the range"
+        raise SpecError(field=name, got=value, expected=f"a number, {low:g} {limit}", fix=fix)

@@ -82,7 +82,7 @@ def check_tolerance(tolerance: float) -> None:
         SpecError: it is no number, 0 or more.
     """
     if not 0 <= tolerance < math.inf:
-        raise SpecError("tolerance", got=tolerance, expected="a number, 0 or more", fix="use the default, 1e-4")
+        raise SpecError(field="tolerance", got=tolerance, expected="a number, 0 or more", fix="use the default, 1e-4")
 
 
 def verify(

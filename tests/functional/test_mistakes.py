@@ -49,9 +49,15 @@ MISTAKES = {
     f"{DEMO} pretrain.trainer.num_nodes=-1 --dryrun": "pretrain.trainer.num_nodes: got -1",
     f"{DEMO} pretrain.trainer.num_nodes=2": "pretrain.trainer.num_nodes: got 2, expected 1 on this machine",
     f"{DEMO} pretrain.trainer.devices=auto": "pretrain.trainer.devices: got auto",
-    f"{DEMO} pretrain.trainer.strategy.tensor_model_parallel_size=5": "tp: got 5",
-    f"{DEMO} pretrain.trainer.strategy.expert_model_parallel_size=3": "ep: got 3",
-    f"{DEMO} pretrain.resume.restore_config.spec.top_k=9": "top_k: got 9, expected a whole number, 1 to 8",
+    f"{DEMO} pretrain.trainer.strategy.tensor_model_parallel_size=5": (
+        "pretrain.trainer.strategy.tensor_model_parallel_size: got 5"
+    ),
+    f"{DEMO} pretrain.trainer.strategy.expert_model_parallel_size=3": (
+        "pretrain.trainer.strategy.expert_model_parallel_size: got 3"
+    ),
+    f"{DEMO} pretrain.resume.restore_config.spec.top_k=9": (
+        "pretrain.resume.restore_config.spec.top_k: got 9, expected a whole number, 1 to 8"
+    ),
     f"{DEMO} pretrain.resume.restore_config.spec.top_k=9 --dryrun": "top_k: got 9",
     f"{DEMO} pretrain.resume.restore_config.spec=None": "expected an UpcycleSpec",
     # values that make no sense
@@ -64,7 +70,9 @@ MISTAKES = {
     f"{DEMO} pretrain.data.global_batch_size=-2": "pretrain.data.global_batch_size: got -2",
     f"{DEMO} pretrain.optim.router_lr_mult=-1 --dryrun": "pretrain.optim.router_lr_mult: got -1",
     f"{DEMO} pretrain.optim.aux_loss_end=0.1": "pretrain.optim.aux_loss_steps: got 0",
-    f"{DEMO} pretrain.trainer.strategy.expert_model_parallel_size=0": "ep: got 0, expected 1 or more",
+    f"{DEMO} pretrain.trainer.strategy.expert_model_parallel_size=0": (
+        "pretrain.trainer.strategy.expert_model_parallel_size: got 0, expected 1 or more"
+    ),
     f"{DEMO} pretrain.model.config.mtp_num_layers=1": "pretrain.model.config.mtp_num_layers: got 1, expected none",
     f"{DEMO} dir=a dir=b --dryrun": "argument 'dir': got a and b, expected one value",
     f"{DEMO} --until data --until=report": "argument '--until': got data and report",
@@ -79,7 +87,7 @@ MISTAKES = {
         "got a path that the pods do not see, expected one below /nowhere"
     ),
     f"{DEMO} run.executor=slurm --render FILES/rendered": "run.executor.account: got nothing",
-    f"{DEMO} --render FILES/rendered": "--render: got no cluster",
+    f"{DEMO} --render FILES/rendered": "--render: got no cluster, expected run.executor=slurm|kubernetes",
     f"{DEMO} {SLURM} --render FILES/not.yaml": "--render FILES/not.yaml: got File exists, expected a folder",
     f"{DEMO} {SLURM} --render FILES/not.yaml/x": "--render FILES/not.yaml/x: got Not a directory",
     f"{DEMO} {SLURM} run.executor.gpus_per_node=eight": "run.executor.gpus_per_node: got 'eight' (command line)",
@@ -89,7 +97,10 @@ MISTAKES = {
     f"{DEMO} pretrain.trainer.strategy.tensor_parallel_size=2": "Did you mean 'pretrain.trainer",
     f"{DEMO} pretrian.trainer.max_steps=3": "Did you mean 'pretrain'?",
     f"{DEMO} daat=text": "Did you mean 'data'?",
-    f"{DEMO} pretrain.trainer.max_steps=many": "setting 'pretrain.trainer.max_steps': got 'many', expected int",
+    f"{DEMO} pretrain.trainer.max_steps=many": (
+        "setting 'pretrain.trainer.max_steps': got 'many', expected int. Fix: write, for example, "
+        "pretrain.trainer.max_steps="
+    ),
     f"{DEMO} pretrain.optim.config.lr=high": "setting 'pretrain.optim.config.lr': got 'high', expected ",
     f"{DEMO} dir=": "argument 'dir=': got no value",
     f"{DEMO} runs/mine": "argument 'runs/mine': got no value",
@@ -169,8 +180,10 @@ LLM_MISTAKES = {
     f"{DEMO} trainer.max_steps=0": "trainer.max_steps: got 0",
     f"{DEMO} trainer.max_step=3": "Did you mean 'trainer.max_steps'?",
     f"{DEMO} trainer.max_steps=many": "got 'many', expected int",
-    f"{DEMO} trainer.strategy.expert_model_parallel_size=3": "ep: got 3",
-    "--factory smollm2_135m_e8t2(expert_parallelism=0)": "ep: got 0, expected 1 or more",
+    f"{DEMO} trainer.strategy.expert_model_parallel_size=3": "trainer.strategy.expert_model_parallel_size: got 3",
+    "--factory smollm2_135m_e8t2(expert_parallelism=0)": (
+        "trainer.strategy.expert_model_parallel_size: got 0, expected 1 or more"
+    ),
     f"{DEMO} optim.config.lr=-1": "optim.config.lr: got -1",
     f"{DEMO} optim.router_lr_mult=-1 --dryrun": "optim.router_lr_mult: got -1",
     f"{DEMO} data.micro_batch_size=0": "data.micro_batch_size: got 0",
@@ -184,7 +197,7 @@ LLM_MISTAKES = {
     "--factory smollm2_135m_e8t2(data='FILES/blend')": "tokens of the longest validation file in FILES/blend: got ",
     f"{BLEND} trainer.max_steps=1000": "trainer.max_steps: got 1000, which read 2,000 sequences of 16 tokens",
     f"{BLEND} trainer.max_steps=2 data.dense=FILES/other": "tokenizer of FILES/blend: got sha256 ",
-    "--factory llama3_8b_e8t2(capacity_factor=9)": "capacity factor: got 9, expected at most num_experts / top_k (4)",
+    "--factory llama3_8b_e8t2(capacity_factor=9)": "capacity_factor: got 9, expected at most num_experts / top_k (4)",
 }
 #: One of ours that this machine cannot train, and one of NeMo's.
 NO_KERNELS, STOCK = "--factory llama3_8b_e8t2", "--factory llama3_8b trainer.max_step=3"

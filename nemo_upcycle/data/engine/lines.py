@@ -55,7 +55,7 @@ def open_input(url: str) -> IO[bytes]:
 
 
 def open_to_seek(url: str) -> IO[bytes]:
-    """Open a file that is not read in order: of a server that sends no size a copy, for want of another way."""
+    """Open a file that is not read in order: of a server that sends no size a copy."""
     handle = open_input(url)
     if handle.seekable():
         return handle
@@ -189,7 +189,7 @@ def _unreadable(url: str, error: BaseException) -> UpcycleError:
         url,
         got=(str(error) or type(error).__name__).splitlines()[0][:200],
         expected="a file that can be read",
-        fix="see to that, then run again to go on",
+        fix="make it readable, then rerun; the build resumes",
     )
 
 

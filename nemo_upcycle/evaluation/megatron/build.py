@@ -200,7 +200,7 @@ def _parameters(
         match = find_mapping(inner, in_layer=layer is not None)
         if match is None:
             raise CheckpointError(
-                f"parameter {name}", got="no such one in the mapping table", expected="a Llama's", fix="export it"
+                f"parameter {name}", got="not in the mapping table", expected="a Llama's", fix="export it"
             )
         mapping, expert = match
         shard = coords.expert if mapping.is_expert else coords.dense

@@ -84,7 +84,7 @@ def pipeline(
         raise UpcycleError(
             f"dense_ct.{context.settings['dense_ct'][0]}",
             got="no recipe of a dense baseline",
-            expected="one",
+            expected="dense_ct=NAME beside it",
             fix="give dense_ct=NAME, or omit the setting",
         )
     plan = RunPlan(
@@ -113,7 +113,7 @@ def _training(recipe: str, settings: Sequence[str], gpus: int | None, gpus_per_n
         )
     for name, number in (("gpus", ranks), ("gpus_per_node", gpus_per_node)):
         if number < 1:
-            raise UpcycleError(name, got=number, expected="1 or more", fix="give such a number")
+            raise UpcycleError(name, got=number, expected="1 or more", fix=f"give {name}=8")
     per_node = min(ranks, gpus_per_node)
     if ranks % per_node:
         raise UpcycleError(

@@ -51,6 +51,7 @@ _WORDS = {
     list: "a list, as [VALUE]",
     types.NoneType: "null",
 }
+_EXAMPLES = {bool: "true", int: "8", float: "0.5", dict: "{NAME: VALUE}", list: "[VALUE]"}
 
 
 def cluster_for(executor: Any) -> Cluster | None:
@@ -179,11 +180,12 @@ def _checked(
             checked[name] = _fitted(value, fields[name])
         except TypeError:
             kinds = [typing.get_origin(kind) or kind for kind in _kinds(fields[name].type)]
+            example = f"write, for example, {full}={_EXAMPLES.get(kinds[0], 'text')}"
             raise UpcycleError(
                 full,
                 got=f"{masked_text(repr(value)) if name == 'env_vars' else repr(value)} ({origin})",
                 expected=" or ".join(_WORDS.get(kind, kind.__name__) for kind in kinds),
-                fix="put it in quotes" if isinstance(value, bool) and str in kinds else "give such a value",
+                fix="put it in quotes" if isinstance(value, bool) and str in kinds else example,
             ) from None
     return checked
 

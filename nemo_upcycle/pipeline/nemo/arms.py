@@ -45,7 +45,7 @@ def build_arm(where: str, arm: Mapping[str, Any], defaults: Mapping[str, Any]) -
             parse_cli_args(recipe, overrides)  # what is set wins
         check_recipe(recipe)
     except UpcycleError as error:
-        raise UpcycleError(f"{where}: {error}") from None
+        raise error.within(where) from None
     except TypeError as error:  # a field that the spec does not have
         raise UpcycleError(f"{where}: spec", got=error, expected="fields of UpcycleSpec", fix="correct it") from None
     return recipe

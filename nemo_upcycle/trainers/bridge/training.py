@@ -279,4 +279,4 @@ def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> N
         check_layout(config.model, config.model, data, ranks, BRIDGE_SETTINGS)
         hook.check()
     except UpcycleError as error:
-        raise UpcycleError(f"{stage}: {error}") from None
+        raise error.renamed(lambda name: f"{stage}.{name}".replace(".config.", ".") if "." in name else name) from None

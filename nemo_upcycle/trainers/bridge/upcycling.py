@@ -122,7 +122,7 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None) -> None:
     transformer = getattr(model, "transformer", model)
     if isinstance(model, HybridModelConfig | HybridModelProvider):
         raise SpecError(
-            "config.model",
+            field="config.model",
             got=type(model).__name__,
             expected="a GPT model: layers of a HybridModel have other names",
             fix="make it with nemo_upcycle.trainers.bridge.models",
@@ -130,21 +130,21 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None) -> None:
     if spec:
         check_spec(transformer, spec)
     elif experts := transformer.num_moe_experts:
-        raise SpecError("config.model.num_moe_experts", got=experts, expected="none without a spec", fix="give a spec")
+        raise SpecError(field="config.model.num_moe_experts", got=experts, expected="none", fix="give a spec")
     if not checkpoint.save:
-        raise SpecError("config.checkpoint.save", got=None, expected="a folder, for the receipt too", fix="set it")
+        raise SpecError(field="config.checkpoint.save", got=None, expected="a folder, for the receipt", fix="set it")
     if not checkpoint.load or Path(checkpoint.load) != Path(checkpoint.save):
         raise SpecError(
-            "config.checkpoint.load",
+            field="config.checkpoint.load",
             got=checkpoint.load,
             expected=f"checkpoint.save, {checkpoint.save}: a restart would upcycle again",
             fix="set both",
         )
     if not is_whole(tensor := transformer.tensor_model_parallel_size, 1):
-        raise SpecError("config.model.tensor_model_parallel_size", got=tensor, expected="1 or more", fix="set it")
+        raise SpecError(field="config.model.tensor_model_parallel_size", got=tensor, expected="1 or more", fix="set 1")
     if rest := (model.vocab_size or 0) % tensor:
         raise SpecError(
-            "config.model.vocab_size",
+            field="config.model.vocab_size",
             got=model.vocab_size,
             expected=f"a multiple of TP: Bridge pads no vocabulary that is set ({rest} rows are over)",
             fix="give the model a vocab_size that TP divides: rows that only pad are filled with zeros",
@@ -161,7 +161,7 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None) -> None:
         ("model.init_model_with_meta_device", model.init_model_with_meta_device, "there is nothing to fill"),
     ):
         if got:
-            raise SpecError(f"config.{name}", got=got, expected=f"nothing: {why}", fix="unset it")
+            raise SpecError(field=f"config.{name}", got=got, expected=f"nothing: {why}", fix="unset it")
 
 
 def _goes_on(config: ConfigContainer, dense: Path, spec: UpcycleSpec | None) -> bool:

@@ -58,7 +58,7 @@ def check_recipe(recipe: run.Partial, where: str = "") -> None:
     try:
         check_layout(recipe.trainer.strategy, recipe.model.config, recipe.data, nodes * per_node)
     except SpecError as error:
-        raise _located(error, where) from None
+        raise error.renamed(lambda name: f"{where}{name}") from None
 
 
 def check_settings(recipe: run.Partial, where: str = "") -> None:
@@ -77,16 +77,13 @@ def check_settings(recipe: run.Partial, where: str = "") -> None:
     try:
         schedules_of(**{name: value for name in names if (value := setting(recipe, f"optim.{name}")) is not None})
     except SpecError as error:
-        raise SpecError(f"{where}optim.{error}") from None
+        raise error.renamed(lambda name: f"{where}optim.{name}") from None
     try:
         if setting(recipe, "resume.restore_config.spec"):
             check_spec(recipe.model.config, spec_of(recipe))
-    except SpecError as error:
-        raise _located(error, where) from None
-
-
-def _located(error: SpecError, where: str) -> SpecError:
-    return SpecError(f"{where[:-1]}: {error}" if where else str(error))
+    except SpecError as error:  # of a setting, by its path, or of a field of the spec
+        spec = "resume.restore_config.spec."
+        raise error.renamed(lambda name: f"{where}{name}" if "." in name else f"{where}{spec}{name}") from None
 
 
 def _check_names(strategy: Any, where: str) -> None:

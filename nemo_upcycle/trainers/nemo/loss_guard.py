@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from nemo.utils.app_state import AppState
 
-from nemo_upcycle.errors import TrainingError
+from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.utils.progress import show_messages
 
@@ -55,7 +55,7 @@ class LossGuard(Callback):
         """Look at the step's numbers on the first rank, and act alike on all.
 
         Raises:
-            TrainingError: a number is not finite, or the loss is a spike and the run shall end.
+            UpcycleError: a number is not finite, or the loss is a spike and the run shall end.
         """
         found = self._judge(trainer) if trainer.is_global_zero else None
         broken = torch.tensor(int(found is not None), device=torch.cuda.current_device())
@@ -67,7 +67,7 @@ class LossGuard(Callback):
         if hasattr(checkpoints, "maybe_finalize_save_checkpoint"):  # one that is still being written is a good one
             checkpoints.maybe_finalize_save_checkpoint(blocking=True)
         kept = newest_checkpoint(Path(AppState().log_dir) / "checkpoints")
-        raise TrainingError(
+        raise UpcycleError(
             f"{what} of step {trainer.global_step}",
             got=got,
             expected=f"{expected}; the last good checkpoint is {kept or 'the dense one'}",

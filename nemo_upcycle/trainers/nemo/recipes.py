@@ -51,8 +51,8 @@ def spec_of(recipe: run.Partial) -> Any:
     """Return the upcycling spec of a recipe, built (and so checked)."""
     try:
         return fdl.build(recipe.resume.restore_config.spec)
-    except SpecError as error:  # fiddle adds the whole configuration
-        raise SpecError(str(error).partition("\n")[0]) from None
+    except SpecError as error:  # fiddle's stand-in for it adds the whole configuration
+        raise getattr(error, "proxy_base_exception", error) from None
 
 
 def model_config(recipe: run.Partial, *, dense: bool) -> Any:

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.utils.validation import is_number, is_whole
+from nemo_upcycle.utils.validation import check_number, check_whole
 
 
 ROUTER, EXPERTS, REST = "router", "experts", "rest"
@@ -60,9 +60,9 @@ class LearningRateFactors:
     freezes: str = "experts"
 
     def __post_init__(self) -> None:
-        _check_number("router_lr_mult", self.router)
-        _check_number("expert_lr_mult", self.experts)
-        _check_steps("router_warmup_steps", self.warmup_steps)
+        check_number("router_lr_mult", self.router, 0.0)
+        check_number("expert_lr_mult", self.experts, 0.0)
+        check_whole("router_warmup_steps", self.warmup_steps, 0)
         if self.freezes not in FREEZES:
             raise SpecError.unknown("router_warmup_freezes", str(self.freezes), FREEZES)
 
@@ -104,17 +104,17 @@ class Anneal:
     shape: str = "cosine"
 
     def __post_init__(self) -> None:
-        _check_number("moe_aux_loss_coeff", self.start)
-        _check_number("aux_loss_end", self.end)
-        _check_steps("aux_loss_steps", self.steps)
+        check_number("moe_aux_loss_coeff", self.start, 0.0)
+        check_number("aux_loss_end", self.end, 0.0)
+        check_whole("aux_loss_steps", self.steps, 0)
         if self.shape not in SHAPES:
             raise SpecError.unknown("aux_loss_shape", str(self.shape), SHAPES)
         if self.end and not self.steps:
             raise SpecError(
-                "aux_loss_steps",
+                field="aux_loss_steps",
                 got=0,
                 expected=f"1 or more, to reach {self.end}",
-                fix="set optim.aux_loss_steps, or leave optim.aux_loss_end at 0",
+                fix="set <aux_loss_steps>=1000, or <aux_loss_end>=0",
             )
 
     def at(self, step: int) -> float:
@@ -147,13 +147,3 @@ def schedules_of(
         router=router_lr_mult, experts=expert_lr_mult, warmup_steps=router_warmup_steps, freezes=router_warmup_freezes
     )
     return factors, Anneal(start=0.0, end=aux_loss_end, steps=aux_loss_steps, shape=aux_loss_shape)
-
-
-def _check_number(name: str, value: float) -> None:
-    if not is_number(value, 0) or value == math.inf:
-        raise SpecError(name, got=value, expected="a number, 0 or more", fix=f"set {name} to such a number")
-
-
-def _check_steps(name: str, value: object) -> None:
-    if not is_whole(value, 0):
-        raise SpecError(name, got=value, expected="a whole number, 0 or more", fix=f"set {name} to a number of steps")

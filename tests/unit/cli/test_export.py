@@ -110,11 +110,11 @@ def test_options_and_receipt_must_agree_with_the_context(
     arguments |= {"group_query_attention": True, "num_query_groups": 2, "rotary_base": 100000, "norm_epsilon": 1e-5}
     arguments |= {"untie_embeddings_and_output_weights": True, "num_experts": 4, "moe_router_topk": 3}
     torch.save({"args": argparse.Namespace(**arguments)}, copy / "pretrain/ck/weights/common.pt")
-    said = "top_k (--top-k): got 2, expected 3 (moe_router_topk in "
+    said = "error: {}: got 2, expected 3 (moe_router_topk in "
     (tmp_path / "other").mkdir()
-    for words in (("--top-k", "2"), ("--receipt", _receipt(tmp_path / "other"))):
+    for field, words in (("--top-k", ("--top-k", "2")), ("top_k", ("--receipt", _receipt(tmp_path / "other")))):
         assert _export(copy, tmp_path / "hf", *words) == 2
-        assert said in capsys.readouterr().err
+        assert said.format(field) in capsys.readouterr().err
     assert _export(copy, tmp_path / "hf", "--experts", "4") == 0  # an option less is no other value
     assert json.loads((tmp_path / "hf/config.json").read_text())["num_experts_per_tok"] == 3
 

@@ -123,7 +123,15 @@ def test_it_starts_without_torch_and_nemo() -> None:
         (["convert", "a", "b", "--dtype", "bfloat"], "dtype 'bfloat' does not exist. Did you mean 'bfloat16'?"),
         (["convert", "a", "b", "--top-k", "9"], "error: --top-k: got 9, expected a whole number, 1 to 8"),
         (["convert", "a", "b", "--experts", "0"], "error: --experts: got 0"),
-        (["convert", "a", "b", "--granularity", "3"], "error: --experts: got 8, expected a multiple of"),
+        (
+            ["convert", "a", "b", "--granularity", "3"],
+            "error: --experts: got 8, expected a multiple of --granularity (3), the experts of each copy of the"
+            " network. Fix: set --experts=9.",
+        ),
+        (
+            ["convert", "a", "b", "--top-k", "1"],
+            "Fix: set --router-order=softmax_topk (exact with --router-init=zero)",
+        ),
         (["convert", "/absent", "b"], "model '/absent': got no such folder"),
         (["convert", "a", "b", "--non-expert-weights", "men"], "'men' does not exist. Did you mean 'mean'?"),
         (["convert", "a", "b", "--noise-std", "0.5"], "--noise-std: got 0.5, expected it with --method noise only"),

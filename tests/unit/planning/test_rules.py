@@ -41,21 +41,21 @@ def test_good_layouts(text: str) -> None:
         ("pp=4,ep=8", 48, 512, ["etp x ep x pp: got 32", "the GPUs (48)"]),
         ("cp=3", 64, 512, ["tp x cp x pp: got 3", "Fix: set cp=2"]),
         ("etp=16,ep=8", 64, 512, ["etp x ep x pp: got 128", "Fix: set etp=8"]),
-        ("tp=1", 64, 100, ["global-batch: got 100", "dp x micro-batch (64 x 1)", "Fix: set global-batch=128"]),
-        ("pp=8,vp=4", 64, 36, ["global-batch: got 36", "a multiple of dp x micro-batch", "Fix: set global-batch=64"]),
-        ("pp=8,vp=4", 64, 40, ["global-batch: got 40", "interleaved"]),
-        ("pp=4,vp=2,ep=8", 64, 100, ["global-batch: got 100", "Fix: set"]),
-        ("cp=3", 3, 3, ["seq-length: got 8192", "tp x 2 x cp (6)", "Fix: set seq-length=8190"]),
+        ("tp=1", 64, 100, ["global_batch: got 100", "dp x micro-batch (64 x 1)", "Fix: set global_batch=128"]),
+        ("pp=8,vp=4", 64, 36, ["global_batch: got 36", "a multiple of dp x micro-batch", "Fix: set global_batch=64"]),
+        ("pp=8,vp=4", 64, 40, ["global_batch: got 40", "interleaved"]),
+        ("pp=4,vp=2,ep=8", 64, 100, ["global_batch: got 100", "Fix: set"]),
+        ("cp=3", 3, 3, ["seq_length: got 8192", "tp x 2 x cp (6)", "Fix: set seq_length=8190"]),
         ("pp=4,first=6,last=5", 4, 512, ["pp: got 4", "21 layers, and 2 more"]),
         ("pp=2,first=20,last=20", 64, 512, ["pp: got 2", "share out -8 layers"]),
         ("pp=2,first=6,loss=1", 4, 512, ["first: got 6", "loss=1", "Fix: set loss=0"]),
         ("first=3", 8, 512, ["first: got 3", "none without pipeline stages"]),
         ("tp=2,etp=1", 8, 512, ["etp: got 1", "where ep is 1", "Fix: set etp=2"]),
         ("tp=0", 8, 512, ["tp: got 0", "1 or more", "Fix: set tp=1"]),
-        ("mbs=0", 8, 512, ["mbs: got 0", "1 or more", "Fix: set mbs=1"]),
+        ("mbs=0", 8, 512, ["micro_batch: got 0", "1 or more", "Fix: set micro_batch=1"]),
         ("pp=4,first=0", 4, 512, ["first: got 0", "1 or more", "Fix: set first=2"]),
         ("pp=4,embedding=2", 4, 512, ["embedding: got 2", "0 or 1", "Fix: set embedding=0"]),
-        ("mbs=3", 64, 512, ["global-batch: got 512", "dp x micro-batch (64 x 3)"]),
+        ("mbs=3", 64, 512, ["global_batch: got 512", "dp x micro-batch (64 x 3)"]),
     ],
 )
 def test_rules(text: str, gpus: int, batch: int, words: list[str]) -> None:
@@ -64,21 +64,21 @@ def test_rules(text: str, gpus: int, batch: int, words: list[str]) -> None:
         check_layout(layout, LLAMA, work)
     for word in words:
         assert word in str(caught.value)
-    _take(str(caught.value), layout, work)
+    _take(caught.value, layout, work)
 
 
-def _take(text: str, layout: object, work: Workload) -> None:
-    """Do what a message says, and find that the layout is a good one then (or at least no longer broken there)."""
-    found = re.search(r"Fix: (?:set ([\w-]+)=(\d+)|omit (\w+))", text)
-    assert found, text
-    name = (found[1] or found[3]).replace("-", "_").replace("mbs", "micro_batch")
+def _take(error: SpecError, layout: object, work: Workload) -> None:
+    """Do what an error says, and find that the layout is a good one then (or at least no longer broken there)."""
+    found = re.fullmatch(r"set <(\w+)>=(\d+)|omit <(\w+)>", error.fix)
+    assert found, error
+    name = found[1] or found[3]
     value = int(found[2]) if found[2] else None
     if hasattr(work, name):
         work = replace(work, **{name: value})
     else:
         layout = replace(layout, **{name: value}, **({"etp": value} if name == "tp" and layout.ep == 1 else {}))
     rule = broken(layout, LLAMA, work)
-    assert rule is None or rule.name not in text.partition(":")[0]
+    assert rule is None or rule.name not in error.field
 
 
 def test_dense_models_have_no_experts_to_spread() -> None:

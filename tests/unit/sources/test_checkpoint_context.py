@@ -130,11 +130,11 @@ def test_export_reads_every_structural_field_from_the_context(contexts: Path, de
     [
         (
             {"top_k": 4},
-            r"top_k \(--top-k\): got 4, expected 2 \(moe_router_topk in .*model\.yaml\).*leave --top",
+            r"top_k: got 4, expected 2 \(moe_router_topk in .*model\.yaml\)\. Fix: omit top_k",
         ),
         (
             {"router_order": "softmax_topk"},
-            r"router-order\): got softmax_topk, expected topk_softmax \(moe_router",
+            r"router_order: got softmax_topk, expected topk_softmax \(moe_router",
         ),
         ({"router_score": "sigmoid"}, r"got sigmoid, expected softmax \(moe_router_score_function"),
         ({"routed_scaling_factor": 2.5}, r"got 2\.5, expected 1\.0 \(moe_router_topk_scaling_factor"),
