@@ -95,9 +95,7 @@ def bridge_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) ->
         "mixed_precision": BRIDGE_PRECISIONS[work.precision],
     }
     per_node = layout.node_gpus(plan.request.gpu.per_node)
-    launcher = (
-        f"torchrun --nnodes {layout.gpus // per_node} --nproc-per-node {per_node} -m nemo_upcycle.trainers.bridge"
-    )
+    launcher = f"torchrun --nnodes {layout.gpus // per_node} --nproc-per-node {per_node} -m nemo_upcycle.bridge"
     parts = [
         *([f"NEMO_UPCYCLE_DENSE={shlex.quote(dense)}"] if dense else []),
         f"{launcher} Megatron-Bridge/scripts/training/run_recipe.py --recipe {BRIDGE_RECIPES[recipe.name]}",

@@ -48,6 +48,7 @@ MISTAKES = {
     f"{TINY} evaluation=dmo": "Did you mean 'demo'?",
     f"{TINY} --from evaluate": "expected done, before 'evaluate'",
 }
+DRYRUN = f"{TINY} dense_ct={DENSE_CT} --dryrun"
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +62,13 @@ def answers(files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """What the command answers to every mistake; the process imports Bridge once."""
     named = {"dense": files / "parent", "data": files / "blend", "evaluation": files / "evaluation.yaml"}
     commands = []
-    for typed in MISTAKES:
+    for typed in (*MISTAKES, DRYRUN):
         own = ["dense="] if "--factory" in typed else []
         given = [f"{name}={path}" for name, path in named.items() if f"{name}=" not in typed and f"{name}=" not in own]
         commands.append(["upcycle", "pipeline", *given, *typed.split(), "dir=run", "--yes"])
     folder = str(tmp_path_factory.mktemp("typed"))
     (found,) = run_ranks(type_commands, 1, commands, folder, str(files), process_group=False)
-    return dict(zip(MISTAKES, found, strict=True))
+    return dict(zip((*MISTAKES, DRYRUN), found, strict=True))
 
 
 @pytest.mark.parametrize("typed", MISTAKES)
@@ -78,3 +79,15 @@ def test_a_mistake_is_answered_with_one_message_and_status_2(typed: str, answers
     assert len(answer.text.partition("Error: ")[2].splitlines()) == 1
     assert "Traceback" not in answer.text
     assert [path for path in answer.written if "/run" in path] == []
+
+
+def test_a_dry_run_forecasts_both_trainings_and_writes_nothing(answers: dict[str, Answer]) -> None:
+    answer = answers[DRYRUN]
+    assert answer.status == 0, answer.text
+    words = " ".join(answer.text.split())
+    assert "Forecast of tests.bridge.recipes:tiny in " in words
+    assert f"recipe tests.bridge.recipes:tiny {DENSE_CT}" in words
+    assert "checkpoints of pretrain" in words
+    assert "checkpoints of dense_ct" in words
+    assert "pretrain.train.train_iters" not in words, "settings stand below the name of their stage"
+    assert answer.written == []

@@ -55,6 +55,44 @@ def test_a_profile_is_the_recipes(
     assert found.dispatcher != "none"
 
 
+def test_a_forecast_says_of_the_papers_run_what_it_says_in_nemo(
+    llama3_8b: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_upcycle.pipeline.bridge.pipeline import pipeline
+    from nemo_upcycle.pipeline.forecast import forecast, render_forecast
+    from nemo_upcycle.pipeline.forecast.planned import planned_of
+    from nemo_upcycle.pipeline.forecast.settings import Origins
+    from nemo_upcycle.pipeline.jobs import jobs_of
+    from nemo_upcycle.pipeline.stages import STAGES, RunPlan
+    from nemo_upcycle.trainers.bridge.training import BridgeTraining
+
+    monkeypatch.setenv(DENSE, "")  # which the training sets
+    (tmp_path / "tokenizer.json").write_text("{}")
+    name = "llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config"
+    training = BridgeTraining(name, ("checkpoint.save_interval=500",), nodes=64, ranks_per_node=8)
+    blend = "redpajama_v2_academic_7_3"
+    plan = RunPlan(name, str(tmp_path), blend, "paper", training.to_text(), None, trainer="bridge")
+    run_dir = tmp_path / "run"
+    jobs = {job.name: job for job in jobs_of(STAGES, run_dir, plan, "python")}
+    words = ["pretrain.checkpoint.save_interval=500"]
+    found = forecast(STAGES, run_dir, plan, None, jobs, Origins(words, pipeline))
+    facts = found.trainings["pretrain"].facts
+    assert (facts.arch.total_params, facts.arch.active_params) == (47_491_321_856, 13_668_454_400)
+    layout = facts.layout
+    sizes = (layout.gpus, layout.tp, layout.pp, layout.vp, layout.cp, layout.ep, layout.etp)
+    assert sizes == (512, 2, 4, 8, 1, 8, 1)
+    assert (facts.step_tokens, facts.steps, facts.capacity_factor) == (4_194_304, 23_842, 4.0)
+    assert (facts.save_every, facts.keeps) == (500, 2)
+    assert facts.checkpoint_bytes / 2**30 == pytest.approx(619.2, abs=0.1)
+    planned = planned_of(facts, "NVIDIA H100 80GB HBM3")
+    assert planned is not None
+    assert 0 < planned["memory_gib"] < 80
+    origins = {setting.name: (setting.value, setting.origin) for setting in found.settings}
+    assert origins["pretrain.checkpoint.save_interval"] == ("500", "command line")
+    assert origins["pretrain.train.train_iters"] == ("23842", f"recipe {name}")
+    assert "619.2 GiB every 500 steps, 3 at once" in " ".join(render_forecast(found).split())
+
+
 @pytest.mark.parametrize(
     ("name", "gpus", "fp8"),
     [
@@ -112,7 +150,7 @@ import sys
 import nemo_run as run
 
 if __name__ == "__main__":
-    train = run.Script("nemo_upcycle.trainers.bridge", args=sys.argv[1:], entrypoint="python", m=True)
+    train = run.Script("nemo_upcycle.bridge", args=sys.argv[1:], entrypoint="python", m=True)
     with run.Experiment("bridge", log_level="WARN") as experiment:
         experiment.add(train, executor=run.LocalExecutor(launcher="torchrun", ntasks_per_node=2), name="train")
         experiment.run(tail_logs=True)

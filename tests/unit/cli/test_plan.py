@@ -394,6 +394,6 @@ def test_bridges_command_is_for_the_recipes_that_bridge_has(capsys: pytest.Captu
     assert main(["plan", "--recipe", "qwen3_8b_e8t2", *sizes]) == 2
     assert "for Bridge llama3_8b_e8t2 or smollm2_135m_e8t2. Fix: use --backend nemo" in capsys.readouterr().err
     assert main(["plan", "--recipe", "llama3_8b_e8t2", *sizes]) == 0
-    assert "-m nemo_upcycle.trainers.bridge" in capsys.readouterr().out
+    assert "-m nemo_upcycle.bridge" in capsys.readouterr().out
     assert main(["plan", "--recipe", "llama3_8b_e8t2", "--gpus", "64", "--backend", "megatron"]) == 2
     assert "bridge" in capsys.readouterr().err
