@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +18,65 @@ from nemo_upcycle.suites.suite_config import read_suite_config
 from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.trainers.nemo.recipes import dump_recipe
 from nemo_upcycle.trainers.nemo.training import NeMoTraining
-from nemo_upcycle.utils.conf import read_conf, template
+from nemo_upcycle.utils.conf import as_dataclass, read_conf, template
 from nemo_upcycle.utils.nested import flat
-from nemo_upcycle.utils.validation import is_whole
 
 
-_KEYS = (
-    "about",
-    "dense",
-    "data",
-    "parent",
-    "evaluate",
-    "seeds",
-    "defaults",
-    "arms",
-    "references",
-    "margin",
-    "budgets",
-)
-_ARM_KEYS = ("about", "factory", "file", "spec", "set")
-_PARENT_KEYS = ("factory", "set", "vocabulary")
-_EVALUATE_KEYS = ("suite", "every_n_steps", "batch_size")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
+
+
+@dataclass
+class EvaluateConfig:
+    """What is scored on the live models, and how often; as in `Evaluations`."""
+
+    suite: str = "watch"
+    every_n_steps: int = 500
+    batch_size: int | None = None
+
+
+@dataclass
+class ParentConfig:
+    """The recipe that trains the parent, and the size of its tokenizer's vocabulary."""
+
+    factory: str
+    vocabulary: int
+    set: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ArmConfig:
+    """An arm: its recipe, or a file that names one, and what differs."""
+
+    factory: str | None = None
+    file: str | None = None
+    about: str | None = None
+    spec: dict[str, Any] | None = None
+    set: dict[str, Any] | None = None
+
+
+@dataclass
+class BudgetsConfig:
+    """Arms that are compared after several numbers of tokens."""
+
+    arms: list[str]
+    tokens: list[int]
+
+
+@dataclass
+class GridConfig:
+    """A grid; `conf/ablations/laptop.yaml` explains every key."""
+
+    arms: dict[str, ArmConfig]
+    about: str | None = None
+    dense: str | None = None
+    data: str = "sotu"
+    parent: ParentConfig | None = None
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    seeds: list[int] = field(default_factory=lambda: [1234])
+    defaults: dict[str, Any] | None = None
+    references: dict[str, str] | None = None
+    margin: float = MARGIN
+    budgets: BudgetsConfig | None = None
 
 
 def read_grid(name: str | Path, dense: str | None = None, data: str | None = None) -> GridPlan:
@@ -53,22 +91,16 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         UpcycleError: a key, arm, recipe or override is not valid; the text names the arm.
     """
     content, path, folder = read_conf("ablations", name, "grid")
-    content = _mapping(str(path), content, _KEYS)
-    arms = {
-        name: _read_arm(f"{path}: arms.{name}", values, path.parent)
-        for name, values in _mapping(f"{path}: arms", content.get("arms")).items()
-    }
-    if not arms:
-        raise UpcycleError(f"{path}: arms", got="none", expected="at least one", fix=f"see {template('ablations')}")
-    seeds = _seeds(f"{path}: seeds", content.get("seeds", [1234]))
-    watch = _mapping(f"{path}: evaluate", content.get("evaluate"), _EVALUATE_KEYS)
-    suite = _suite_of(f"{path}: evaluate.suite", str(watch.pop("suite", "watch")), folder)
-    evaluations = _evaluations(f"{path}: evaluate", watch)
-    defaults = _mapping(f"{path}: defaults", content.get("defaults"))
+    grid = as_dataclass(str(path), content, GridConfig, "ablations")
+    arms = {name: _with_file(f"{path}: arms.{name}", arm, path.parent) for name, arm in grid.arms.items()}
+    _check(str(path), grid)
+    suite = _suite_of(f"{path}: evaluate.suite", grid.evaluate.suite, folder)
+    every_n_steps = grid.evaluate.every_n_steps
+    evaluations = Evaluations(suite=SUITE, every_n_steps=every_n_steps, batch_size=grid.evaluate.batch_size)
     cells, described = {}, {}
-    for arm, values in arms.items():
-        recipe = build_arm(f"{path}: arms.{arm}", values, defaults)
-        for seed in seeds:
+    for arm, config in arms.items():
+        recipe = build_arm(f"{path}: arms.{arm}", str(config.factory), config.spec, (grid.defaults or {}) | config.set)
+        for seed in grid.seeds:
             cell = f"{arm}-seed{seed}"
             cells[cell] = cell_of(recipe, seed, cell, evaluations)
             facts = NeMoTraining(cells[cell]).facts("")
@@ -81,15 +113,15 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
                 "is_rate_constant": facts.is_rate_constant,
             }
     table = {
-        "about": content.get("about", ""),
-        "arms": {arm: str(values.get("about") or "") for arm, values in arms.items()},
+        "about": grid.about or "",
+        "arms": {arm: config.about or "" for arm, config in arms.items()},
         "cells": described,
-        "references": _references(f"{path}: references", content.get("references"), arms),
-        "margin": _margin(f"{path}: margin", content.get("margin", MARGIN)),
-        "budgets": _budgets(f"{path}: budgets", content.get("budgets"), described, evaluations.every_n_steps),
+        "references": _references(f"{path}: references", grid.references or {}, arms),
+        "margin": grid.margin,
+        "budgets": _budgets(f"{path}: budgets", grid.budgets, described, every_n_steps),
     }
-    parent, vocabulary = _parent(f"{path}: parent", content.get("parent")) if not dense else (None, None)
-    if not parent and not (dense or content.get("dense")):
+    parent, vocabulary = _parent(f"{path}: parent", grid.parent) if not dense else (None, None)
+    if not parent and not (dense or grid.dense):
         raise UpcycleError(
             f"{path}: dense", got="none", expected="a dense parent", fix="add dense=FOLDER, or a parent:"
         )
@@ -102,8 +134,8 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         )
     return GridPlan(
         path.stem,
-        "" if parent else str(dense or content["dense"]),
-        data or _from_here(str(content.get("data", "sotu")), folder),
+        "" if parent else str(dense or grid.dense),
+        data or _from_here(grid.data, folder),
         parent,
         vocabulary,
         suite,
@@ -112,15 +144,31 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
     )
 
 
-def _margin(where: str, value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 2 * ROUNDING <= value < math.inf:
-        raise UpcycleError(
-            where,
-            got=value,
-            expected=f"bits per byte, from {2 * ROUNDING:g} on: less is rounding",
-            fix=f"write margin: {MARGIN:g}",
-        )
-    return float(value)
+def _check(path: str, grid: GridConfig) -> None:
+    """Check the numbers of a grid, and the names of its arms."""
+    for name in grid.arms:
+        if not _NAME.fullmatch(name):
+            raise UpcycleError(
+                f"{path}: arms.{name}", got=name, expected="letters, digits and _", fix="rename the arm"
+            )
+    if not grid.arms:
+        raise UpcycleError(f"{path}: arms", got="none", expected="at least one", fix=f"see {template('ablations')}")
+    if not grid.seeds or min(grid.seeds) < 0:
+        got, expected = grid.seeds, "whole numbers from 0 on"
+        raise UpcycleError(f"{path}: seeds", got=got, expected=expected, fix="write seeds: [1, 2, 3]")
+    if not 2 * ROUNDING <= grid.margin < math.inf:
+        expected = f"bits per byte, from {2 * ROUNDING:g} on: less is rounding"
+        raise UpcycleError(f"{path}: margin", got=grid.margin, expected=expected, fix=f"write margin: {MARGIN:g}")
+    evaluate, vocabulary = grid.evaluate, grid.parent.vocabulary if grid.parent else None
+    lows = {
+        "evaluate.every_n_steps": (evaluate.every_n_steps, 1),
+        "evaluate.batch_size": (evaluate.batch_size, 1),
+        "parent.vocabulary": (vocabulary, 300),
+    }
+    for key, (value, low) in lows.items():
+        if value is not None and value < low:
+            expected = f"a whole number from {low} on"
+            raise UpcycleError(f"{path}: {key}", got=value, expected=expected, fix=f"write {max(low, 2048)}")
 
 
 def _from_here(name: str, folder: Path) -> str:
@@ -139,71 +187,46 @@ def _suite_of(where: str, name: str, folder: Path) -> str:
     return suite
 
 
-def _seeds(where: str, values: Any) -> list[int]:
-    if not isinstance(values, list) or not values or not all(is_whole(seed, 0) for seed in values):
-        raise UpcycleError(where, got=values, expected="a list of whole numbers", fix="write seeds: [1, 2, 3]")
-    return values
+def _with_file(where: str, arm: ArmConfig, folder: Path) -> ArmConfig:
+    """Return an arm with its recipe, and with what a file of a single arm says."""
+    arm = replace(arm, spec=arm.spec or {}, set=arm.set or {})
+    if arm.file:
+        content, *_ = read_conf("ablations", folder / arm.file, f"{where}: file")
+        run = content.pop("run", None)
+        factory = run.get("factory") if isinstance(run, dict) else None
+        arm = replace(arm, factory=factory, set=dict(flat(content, ".")) | arm.set)
+    if not isinstance(arm.factory, str):
+        expected = "a recipe, as --factory takes it"
+        raise UpcycleError(f"{where}: factory", got=arm.factory, expected=expected, fix="name one")
+    return arm
 
 
-def _read_arm(where: str, values: Any, folder: Path) -> dict[str, Any]:
-    """Return an arm's factory, spec and overrides; a file of a single arm gives both."""
-    if not _NAME.fullmatch(name := where.rpartition(".")[2]):
-        raise UpcycleError(where, got=name, expected="letters, digits and _", fix="rename the arm")
-    values = _mapping(where, values, _ARM_KEYS)
-    values |= {key: _mapping(f"{where}: {key}", values.get(key)) for key in ("spec", "set")}
-    if "file" in values:
-        content, path, _ = read_conf("ablations", folder / str(values["file"]), f"{where}: file")
-        factory = _mapping(f"{path}: run", content.pop("run", None)).get("factory")
-        values |= {"factory": factory, "set": dict(flat(content, ".")) | values["set"]}
-    if not isinstance(values.get("factory"), str):
-        raise UpcycleError(
-            f"{where}: factory", got=values.get("factory"), expected="a recipe, as --factory takes it", fix="name one"
-        )
-    return values
-
-
-def _evaluations(where: str, values: Mapping[str, Any]) -> Evaluations:
-    for key, value in values.items():
-        if not is_whole(value, 1):
-            raise UpcycleError(f"{where}.{key}", got=value, expected="a whole number from 1 on", fix="write one")
-    return Evaluations(suite=SUITE, **values)
-
-
-def _parent(where: str, values: Any) -> tuple[str | None, int | None]:
+def _parent(where: str, parent: ParentConfig | None) -> tuple[str | None, int | None]:
     """Return the serialised recipe that trains the parent, and the size of its vocabulary."""
-    if not values:
+    if parent is None:
         return None, None
-    values = _mapping(where, values, _PARENT_KEYS)
-    values |= {"spec": {}, "set": _mapping(f"{where}: set", values.get("set"))}
-    if not is_whole(values.get("vocabulary"), 300):
-        raise UpcycleError(
-            f"{where}.vocabulary",
-            got=values.get("vocabulary"),
-            expected="a whole number from 300 on",
-            fix="write 2048",
-        )
-    recipe = build_arm(where, values, {})
+    recipe = build_arm(where, parent.factory, {}, parent.set)
     if recipe.resume.restore_config.spec:
         raise UpcycleError(f"{where}.factory", got="an upcycled model", expected="a dense one", fix="name its parent")
-    return dump_recipe(recipe), values["vocabulary"]
+    return dump_recipe(recipe), parent.vocabulary
 
 
-def _references(where: str, values: Any, arms: Mapping[str, Any]) -> dict[str, str]:
-    found = {name: str(other) for name, other in _mapping(where, values).items()}
-    for name in (name for pair in found.items() for name in pair):
+def _references(where: str, references: dict[str, str], arms: Mapping[str, Any]) -> dict[str, str]:
+    for name in (name for pair in references.items() for name in pair):
         if name not in arms:
             raise UpcycleError.unknown(f"{where}: arm", name, arms)
-    return found
+    return references
 
 
-def _budgets(where: str, values: Any, cells: Mapping[str, Mapping[str, Any]], every_n_steps: int) -> dict[str, Any]:
+def _budgets(
+    where: str, budgets: BudgetsConfig | None, cells: Mapping[str, Mapping[str, Any]], every_n_steps: int
+) -> dict[str, Any]:
     """Return arms and tokens of the budgets; every one of these arms must be scored after each of them."""
-    found = _mapping(where, values, ("arms", "tokens"))
-    if not found:
+    if budgets is None:
         return {}
-    for key in ("arms", "tokens"):
-        value = found.get(key)
-        if not isinstance(value, list) or len(value) < 2:
+    found = asdict(budgets)
+    for key, value in found.items():
+        if len(value) < 2:
             raise UpcycleError(f"{where}.{key}", got=value, expected="a list of two or more", fix="see laptop.yaml")
     arms = {cell["arm"]: cell for cell in cells.values()}
     for name in found["arms"]:
@@ -218,15 +241,4 @@ def _budgets(where: str, values: Any, cells: Mapping[str, Mapping[str, Any]], ev
                 expected=f"tokens after which it is scored: {', '.join(map(str, sorted(scored)))}",
                 fix="take some of these, or change evaluate.every_n_steps",
             )
-    return found
-
-
-def _mapping(where: str, values: Any, known: tuple[str, ...] | None = None) -> dict[str, Any]:
-    """Return the keys of a part of the grid; those that are left blank have none."""
-    if not isinstance(values or {}, dict):
-        raise UpcycleError(where, got=values, expected="keys", fix=f"see {template('ablations')}")
-    found = {str(key): value for key, value in (values or {}).items()}
-    for key in found if known else ():
-        if key not in (known or ()):
-            raise UpcycleError.unknown(f"{where}: key", key, known or ())
     return found

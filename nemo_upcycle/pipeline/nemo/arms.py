@@ -21,27 +21,28 @@ from nemo_upcycle.trainers.nemo.recipes import dump_recipe, train_on
 from nemo_upcycle.trainers.nemo.upcycled import use_spec
 
 
-def build_arm(where: str, arm: Mapping[str, Any], defaults: Mapping[str, Any]) -> run.Partial:
+def build_arm(where: str, factory: str, fields: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> run.Partial:
     """Build the recipe of an arm as the command line would, and check it.
 
     Args:
         where: it stands, for the text of errors.
-        arm: its `factory`, `spec` and `set`.
-        defaults: overrides of all arms.
+        factory: of its recipe, as `--factory` takes it.
+        fields: of the spec, that differ from the recipe's.
+        settings: overrides, by name.
 
     Raises:
         UpcycleError: it is not valid; the text names it.
     """
-    overrides = [f"{name}={value}" for name, value in (dict(defaults) | arm["set"]).items()]
-    context = CheckedContext(name="pretrain", factory=arm["factory"], dryrun=True)
+    overrides = [f"{name}={value}" for name, value in settings.items()]
+    context = CheckedContext(name="pretrain", factory=factory, dryrun=True)
     context.executor = None
     try:
         recipe = context.parse_fn(pretrain, overrides)
         spec = getattr(getattr(recipe.resume, "restore_config", None), "spec", None)
-        if arm["spec"]:
+        if fields:
             if spec is None:
-                raise UpcycleError("spec", got=arm["spec"], expected="none of a dense recipe", fix="leave it out")
-            use_spec(recipe, UpcycleSpec(**(dict(spec.__arguments__) | arm["spec"])))
+                raise UpcycleError("spec", got=dict(fields), expected="none of a dense recipe", fix="leave it out")
+            use_spec(recipe, UpcycleSpec(**(dict(spec.__arguments__) | fields)))
             parse_cli_args(recipe, overrides)  # what is set wins
         check_recipe(recipe)
     except UpcycleError as error:

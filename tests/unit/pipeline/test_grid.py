@@ -82,7 +82,7 @@ def test_the_learning_rate_stays_so_that_a_curve_gives_every_budget(laptop: Grid
     [
         ("{arms: [dense, moes], tokens: [5120, 10240]}", "Did you mean 'moe'?"),
         ("{arms: [dense], tokens: [5120, 10240]}", "budgets.arms: got ['dense']"),
-        ("{arms: [dense, moe]}", "budgets.tokens: got None"),
+        ("{arms: [dense, moe]}", "budgets.tokens: got nothing"),
         ("{arm: [dense, moe]}", "Did you mean 'arms'?"),
         (
             "{arms: [dense, moe], tokens: [5120, 6144]}",
