@@ -16,9 +16,9 @@ COMMAND_DIR := runs/test-command
 
 help:
 	@echo "make demo    upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (about 8 minutes, no GPU)"
-	@echo "make check   the tests that import no NeMo (2 minutes)"
-	@echo "make test    those and the tests of every day with NeMo: a training, the chain, a kill, several ranks (6 minutes)"
-	@echo "make test-all  all tests that need no GPU (within an hour)"
+	@echo "make check   the tests that import no NeMo (meant for under 2 minutes)"
+	@echo "make test    those and the tests of every day with NeMo: a training, the chain, a kill, several ranks (meant for under 6 minutes)"
+	@echo "make test-all  all tests that need no GPU (meant for under an hour)"
 	@echo "make test-hostile  make test under variables that are in the way: a hub, proxy, Slurm, ranks, console of another"
 	@echo "make test-command  nemo llm pretrain with the real 135M model, then resumed (about 3 minutes, 12 GiB)"
 	@echo "make soak    kill 60 trainings and 60 pipeline stages at many moments; all must end bit-equal (13 minutes)"
