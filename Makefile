@@ -12,12 +12,13 @@ BIN := $(VENV)/bin
 RUN_DIR ?= runs/demo
 COMMAND_DIR := runs/test-command
 
-.PHONY: help demo check test test-hostile test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te bridge-env test-bridge test-k8s data-env test-data tf5-env test-tf5 test-servers vllm-env test-vllm sglang-env test-sglang
+.PHONY: help demo check test test-all test-hostile test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te bridge-env test-bridge test-k8s data-env test-data tf5-env test-tf5 test-servers vllm-env test-vllm sglang-env test-sglang
 
 help:
 	@echo "make demo    upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (about 8 minutes, no GPU)"
-	@echo "make check   the tests that need neither a GPU nor NeMo"
-	@echo "make test    all tests that need no GPU"
+	@echo "make check   the tests that import no NeMo (meant for under 2 minutes)"
+	@echo "make test    those and the tests of every day with NeMo: a training, the chain, a kill, several ranks (meant for under 6 minutes)"
+	@echo "make test-all  all tests that need no GPU (meant for under an hour)"
 	@echo "make test-hostile  make test under variables that are in the way: a hub, proxy, Slurm, ranks, console of another"
 	@echo "make test-command  nemo llm pretrain with the real 135M model, then resumed (about 3 minutes, 12 GiB)"
 	@echo "make soak    kill 60 trainings and 60 pipeline stages at many moments; all must end bit-equal (13 minutes)"
@@ -49,20 +50,25 @@ $(VENV)/.complete: pyproject.toml
 demo: venv
 	$(BIN)/nemo upcycle pipeline --factory smollm2_135m_e8t2 dir=$(RUN_DIR) --yes
 
-TESTS := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
-
-# Rooms whose tests import neither NeMo nor NeMo-Run.
-LIGHT := $(addprefix tests/unit/,evaluation monitoring planning reporting utils verify test_spec.py test_tensor_plan.py)
+# A worker imports NeMo once, as it collects, and once more for the ranks that it forks: two of them for two cores. Of
+# what is marked `full`, much waits for a killed or stopped process: three.
+PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
+CHECK := -n 2 -m "not full and not slow" --without-nemo tests/unit tests/loading
+TEST := -n 2 -m "not full"
+TEST_ALL := -n 3
 
 check: venv
-	$(TESTS) $(LIGHT)
+	$(PYTEST) $(CHECK)
 
 test: venv
-	$(TESTS)
+	$(PYTEST) $(TEST)
 
-# The same: no variable of the user's may change what a test finds.
+test-all: venv
+	$(PYTEST) $(TEST_ALL)
+
+# No variable of the user's may change what a test finds.
 test-hostile: venv
-	$(BIN)/python -m tests.environment $(TESTS)
+	$(BIN)/python -m tests.environment $(PYTEST) $(TEST)
 
 # As a user types it: default threads, the real model. What it is for is a hang, so it has a limit.
 test-command: venv

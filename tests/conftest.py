@@ -5,9 +5,22 @@ from __future__ import annotations
 import os
 import signal
 
+import pytest
+
 import nemo_upcycle  # noqa: F401 - before Megatron, which alone cannot be imported where there is nvcc and no card
 from tests.environment import clean
+from tests.without_nemo import WithoutNeMo, hide_nemo
 
 
 clean(os.environ)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts behind `&` ignore Ctrl-C
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--without-nemo", action="store_true", help="only tests that import no NeMo")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("without_nemo"):
+        hide_nemo()
+        config.pluginmanager.register(WithoutNeMo())

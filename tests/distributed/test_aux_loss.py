@@ -22,6 +22,7 @@ from nemo_upcycle import UpcycleSpec, upcycle_into
 from tests.distributed.ranks import run_ranks
 from tests.functional.tiny import prepare, shrink
 from tests.models import MemorySource, build_chunks, moe_settings, sample_tokens, small_architecture
+from tests.tiers import quick
 
 
 ARCH = small_architecture(num_layers=4)
@@ -37,6 +38,8 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "pp2 cp2": {"pp": 2, "cp": 2},
     "pp2 vp2 cp2": {"pp": 2, "vp": 2, "cp": 2},
 }
+#: The layout of a Megatron that scales by itself, and the one of `make test`.
+NEWER, QUICK = "cp2 dp2, ep4", "tp2 cp2"
 _EVERY_LOSS: dict[str, Any] = {
     "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"],
     "moe_aux_loss_coeff": [0.01, 0.03],
@@ -111,30 +114,27 @@ def _alone() -> dict[tuple[str, int], torch.Tensor]:
     return found
 
 
-def _together() -> dict[tuple[str, str, str], dict[str, Any]]:
-    """Return what one of four ranks finds for each layout and case: Megatron as it is, a newer one, and ours."""
+def _together(layout: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return what one of four ranks finds for each case: Megatron as it is, a newer one, and ours."""
     from megatron.core import parallel_state as ps
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     megatrons = MoEAuxLossAutoScaler.set_loss_scale
+    micro_batches = CELLS // _size(layout, "dp")
     found = {}
-    for layout in LAYOUTS:
-        if ps.model_parallel_is_initialized():
-            ps.destroy_model_parallel()
-        for case, settings in CASES.items():
-            MoEAuxLossAutoScaler.set_loss_scale = staticmethod(megatrons)
-            micro_batches = CELLS // _size(layout, "dp")
-            if case != "global":
-                found[layout, case, "Megatron's"] = _gradients(layout, settings, micro_batches, corrected=False)
-            found[layout, case, "ours"] = _gradients(layout, settings, micro_batches, corrected=True)
-        if layout == "cp2 dp2, ep4":
+    for case, settings in CASES.items():
+        MoEAuxLossAutoScaler.set_loss_scale = staticmethod(megatrons)
+        if case != "global":
+            found[case, "Megatron's"] = _gradients(layout, settings, micro_batches, corrected=False)
+        found[case, "ours"] = _gradients(layout, settings, micro_batches, corrected=True)
+    if layout == NEWER:
 
-            def newer(scale: torch.Tensor) -> None:
-                megatrons(scale * ps.get_context_parallel_world_size())
+        def newer(scale: torch.Tensor) -> None:
+            megatrons(scale * ps.get_context_parallel_world_size())
 
-            MoEAuxLossAutoScaler.set_loss_scale = staticmethod(newer)
-            found[layout, "every loss", "newer"] = _gradients(layout, _EVERY_LOSS, micro_batches, corrected=True)
-            found[layout, "every loss", "newer"]["kept"] = MoEAuxLossAutoScaler.set_loss_scale is newer
+        MoEAuxLossAutoScaler.set_loss_scale = staticmethod(newer)
+        found["every loss", "newer"] = _gradients(layout, _EVERY_LOSS, micro_batches, corrected=True)
+        found["every loss", "newer"]["kept"] = MoEAuxLossAutoScaler.set_loss_scale is newer
     return found
 
 
@@ -151,13 +151,19 @@ class Gradients:
 
     def __init__(self) -> None:
         (self.alone,) = run_ranks(_alone, 1)
-        self.ranks = run_ranks(_together, 4)
+        self._found: dict[str, list[Any]] = {}
+
+    def ranks(self, layout: str) -> list[dict[tuple[str, str], dict[str, Any]]]:
+        """Return what each of four ranks finds under a layout."""
+        if layout not in self._found:
+            self._found[layout] = run_ranks(_together, 4, layout)
+        return self._found[layout]
 
     def share(self, layout: str, case: str, version: str) -> float:
         """Return the gradients over those of one rank, which must point the same way."""
         whole: dict[int, torch.Tensor] = {}
-        for rank in self.ranks:
-            for layer, gradient in rank[layout, case, version]["layers"].items():
+        for rank in self.ranks(layout):
+            for layer, gradient in rank[case, version]["layers"].items():
                 torch.testing.assert_close(gradient, whole.setdefault(layer, gradient), rtol=1e-5, atol=1e-9)
         got = torch.stack([whole[layer] for layer in sorted(whole)])
         expected = self.alone[case, CELLS // _size(layout, "dp") if case == "global" else CELLS]
@@ -171,38 +177,39 @@ def gradients() -> Gradients:
     return Gradients()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", quick(LAYOUTS, QUICK))
 @pytest.mark.parametrize("case", ["every loss", "per token"])
 def test_coefficients_act_as_set_on_every_layout(gradients: Gradients, layout: str, case: str) -> None:
     assert gradients.share(layout, case, "ours") == pytest.approx(1.0, rel=1e-5)
-    for rank in gradients.ranks:
-        acting = {loss.name: (loss.coefficient, loss.acting) for loss in rank[layout, case, "ours"]["acting"]}
+    for rank in gradients.ranks(layout):
+        acting = {loss.name: (loss.coefficient, loss.acting) for loss in rank[case, "ours"]["acting"]}
         assert acting == {"aux_loss": (0.01, 0.01), "seq_aux_loss": (0.03, 0.03), "z_loss": (0.02, 0.02)}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", quick(LAYOUTS, QUICK))
 @pytest.mark.parametrize("case", ["every loss", "per token"])
 def test_megatron_015_divides_by_the_context_parallel_size(gradients: Gradients, layout: str, case: str) -> None:
     """The fault that is corrected, as long as it is there: with tokens counted, the tensor-parallel size as well."""
     divided_by = _size(layout, "cp") * (_size(layout, "tp") if case == "per token" else 1)
     assert gradients.share(layout, case, "Megatron's") == pytest.approx(1 / divided_by, rel=1e-5)
-    (first, *_) = gradients.ranks[0][layout, case, "ours"]["acting"]
+    (first, *_) = gradients.ranks(layout)[0][case, "ours"]["acting"]
     assert (f"divides it by {divided_by} " in first.why) == (divided_by > 1)
     assert (first.why == "as set") == (divided_by == 1)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", quick(LAYOUTS, QUICK))
 def test_global_aux_loss_acts_divided_by_the_data_parallel_size(gradients: Gradients, layout: str) -> None:
     replicas = _size(layout, "dp")
     assert gradients.share(layout, "global", "ours") == pytest.approx(1 / replicas, rel=1e-5)
-    (loss,) = gradients.ranks[0][layout, "global", "ours"]["acting"]
+    (loss,) = gradients.ranks(layout)[0]["global", "ours"]["acting"]
     assert (loss.name, loss.coefficient, loss.acting) == ("global_aux_loss", 0.01, pytest.approx(0.01 / replicas))
     assert (f"data-parallel size, {replicas}" in loss.why) == (replicas > 1)
 
 
+@pytest.mark.full
 def test_a_megatron_that_scales_by_context_parallel_size_is_not_changed(gradients: Gradients) -> None:
-    assert gradients.share("cp2 dp2, ep4", "every loss", "newer") == pytest.approx(1.0, rel=1e-5)
-    assert all(rank["cp2 dp2, ep4", "every loss", "newer"]["kept"] for rank in gradients.ranks)
+    assert gradients.share(NEWER, "every loss", "newer") == pytest.approx(1.0, rel=1e-5)
+    assert all(rank["every loss", "newer"]["kept"] for rank in gradients.ranks(NEWER))
 
 
 def _train(parent: str, data: str, folder: str, tensor_parallelism: int) -> None:
@@ -228,6 +235,7 @@ def _train(parent: str, data: str, folder: str, tensor_parallelism: int) -> None
     fdl.build(recipe)()
 
 
+@pytest.mark.full
 def test_a_recipe_on_two_ranks_trains_as_on_one_and_its_receipt_says_what_acts(tmp_path: Path) -> None:
     """With tokens counted, Megatron loses the tensor-parallel size; context parallelism has no attention here."""
     folders = [str(folder) for folder in prepare(tmp_path)]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.distributed.ranks import run_ranks
+from tests.tiers import quick
 
 
 CLIP = 0.5
@@ -164,7 +165,9 @@ def alone(folder: Path, start: str) -> list[tuple[float, float, float]]:
     return train(folder, 1, steps=2, restore=start)[0]
 
 
-@pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("world_size", "layout"), quick(LAYOUTS, (2, {"tp": 2}), (2, {"ep": 2})), ids=lambda value: str(value)
+)
 def test_every_layout_trains_as_one_rank(
     folder: Path, start: str, alone: list[tuple[float, float, float]], world_size: int, layout: dict[str, Any]
 ) -> None:
@@ -173,7 +176,7 @@ def test_every_layout_trains_as_one_rank(
         assert got[:2] == pytest.approx(expected[:2], rel=1e-5)
 
 
-@pytest.mark.parametrize(("world_size", "distributed"), [(1, False), (2, True)])
+@pytest.mark.parametrize(("world_size", "distributed"), quick([(1, False), (2, True)], (1, False)))
 def test_clipping_scales_the_gradients_to_the_limit(
     folder: Path, start: str, world_size: int, distributed: bool
 ) -> None:
@@ -182,6 +185,7 @@ def test_clipping_scales_the_gradients_to_the_limit(
     assert sum(row[2] ** 2 for row in rows) ** 0.5 == pytest.approx(CLIP, rel=1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_checkpoint_of_two_ranks_continues_on_one(folder: Path, tmp_path: Path, bf16: bool) -> None:
     straight = train(folder, 2, steps=4, distributed=True, bf16=bf16)[0]
@@ -192,6 +196,7 @@ def test_a_checkpoint_of_two_ranks_continues_on_one(folder: Path, tmp_path: Path
     assert not [path for path in (saved / "context").rglob("*") if b"nemo_upcycle" in path.read_bytes()]
 
 
+@pytest.mark.full
 def test_expert_parallel_optimizer_states_continue(folder: Path, tmp_path: Path) -> None:
     straight = train(folder, 2, steps=3, ep=2)[0]
     train(folder, 2, steps=2, ep=2, save=str(tmp_path))
@@ -199,6 +204,7 @@ def test_expert_parallel_optimizer_states_continue(folder: Path, tmp_path: Path)
     assert continued[0][:2] == pytest.approx(straight[2][:2], rel=1e-5)
 
 
+@pytest.mark.full
 def test_padding_to_capacity_changes_nothing(
     folder: Path, start: str, alone: list[tuple[float, float, float]]
 ) -> None:
@@ -209,6 +215,7 @@ def test_padding_to_capacity_changes_nothing(
     assert abs(dropped[0][0] - alone[0][0]) > 1e-4
 
 
+@pytest.mark.full
 def test_dropout_is_repeated_by_recomputation(
     folder: Path, start: str, alone: list[tuple[float, float, float]]
 ) -> None:

@@ -19,6 +19,7 @@ from nemo_upcycle.suites.suite_config import HeldoutConfig, SuiteConfig
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_mixed_checkpoint import save_upcycled
 from tests.models import write_llama, write_tokenizer
+from tests.tiers import quick
 from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS
 
 
@@ -61,7 +62,9 @@ def exported(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "layout"), [(1, {}), (2, {"tp": 2}), (2, {"pp": 2}), (4, {"tp": 2, "ep": 2})], ids=str
+    ("ranks", "layout"),
+    quick([(1, {}), (2, {"tp": 2}), (2, {"pp": 2}), (4, {"tp": 2, "ep": 2})], (2, {"pp": 2})),
+    ids=str,
 )
 def test_a_checkpoint_answers_as_its_exported_folder(
     folder: Path, exported: dict[str, Any], ranks: int, layout: dict[str, int]

@@ -14,6 +14,7 @@ from nemo_upcycle.convert.megatron_weights import LiveWeights
 from nemo_upcycle.cpu.one_rank import one_rank
 from tests.distributed.ranks import run_ranks
 from tests.models import build_chunks, hugging_face_logits, moe_settings, sample_tokens, write_llama
+from tests.tiers import quick
 
 
 SPEC = UpcycleSpec(
@@ -43,7 +44,9 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "layout"), [(2, {"pp": 2}), (4, {"tp": 2, "ep": 2})], ids=lambda value: str(value).replace("'", "")
+    ("ranks", "layout"),
+    quick([(2, {"pp": 2}), (4, {"tp": 2, "ep": 2})], (2, {"pp": 2})),
+    ids=lambda value: str(value).replace("'", ""),
 )
 def test_mixed_layers_are_exported_from_their_own_keys(
     dense: Path, tmp_path: Path, ranks: int, layout: dict[str, int]

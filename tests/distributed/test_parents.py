@@ -20,6 +20,7 @@ from nemo_upcycle.evaluation.megatron.score import score
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_mixed_checkpoint import save_upcycled
 from tests.models import hugging_face_logits, sample_tokens, write_mistral, write_qwen3
+from tests.tiers import quick
 
 
 SPEC = UpcycleSpec(num_experts=4, top_k=2)
@@ -53,7 +54,7 @@ def _asked(parent: str, layout: dict[str, int]) -> tuple[list[list[float]], list
     return [likelihoods for likelihoods, _ in scored], written
 
 
-@pytest.mark.parametrize(("ranks", "layout"), [(1, {}), (2, {"tp": 2}), (2, {"pp": 2})], ids=str)
+@pytest.mark.parametrize(("ranks", "layout"), quick([(1, {}), (2, {"tp": 2}), (2, {"pp": 2})], (1, {})), ids=str)
 def test_a_checkpoint_scores_and_continues_as_its_parent_does(
     parent: Path, ranks: int, layout: dict[str, int]
 ) -> None:

@@ -18,6 +18,7 @@ from nemo_upcycle.evaluation.megatron.score import score
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_mixed_checkpoint import save_upcycled
 from tests.models import hugging_face_logits, write_llama
+from tests.tiers import quick
 
 
 VOCAB = 250
@@ -102,8 +103,17 @@ def expected(folder: Path) -> dict[str, list[tuple[list[float], bool]]]:
     return found
 
 
-@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS, ids=str)
-@pytest.mark.parametrize("case", SPECS)
+@pytest.mark.parametrize(
+    ("case", "ranks", "layout"),
+    quick(
+        [(case, *layout) for case in SPECS for layout in LAYOUTS],
+        ("moe", 1, {}),
+        ("moe", 4, {"tp": 2, "ep": 2}),
+        ("softmax first", 2, {"pp": 2, "vp": 2}),
+        ("tied", 2, {"tp": 2}),
+    ),
+    ids=str,
+)
 def test_every_layout_gives_the_log_likelihoods_of_the_exported_folder(
     folder: Path, expected: dict[str, Any], case: str, ranks: int, layout: dict[str, int]
 ) -> None:
@@ -114,7 +124,7 @@ def test_every_layout_gives_the_log_likelihoods_of_the_exported_folder(
         assert likeliest == is_likeliest
 
 
-@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS, ids=str)
+@pytest.mark.parametrize(("ranks", "layout"), quick(LAYOUTS, (2, {"pp": 2})), ids=str)
 def test_every_layout_continues_prompts_as_the_exported_folder_does(
     folder: Path, ranks: int, layout: dict[str, int]
 ) -> None:

@@ -17,6 +17,7 @@ from nemo_upcycle.init.experts import BLOCK
 from tests.distributed.gather import GlobalShard, gather, global_shards
 from tests.distributed.ranks import run_ranks
 from tests.models import build_chunks, moe_settings, write_llama, write_qwen3
+from tests.tiers import quick
 
 
 SIZES = {
@@ -109,7 +110,11 @@ def reference(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     return {case: gather(_shards(ranks, case)) for case in CASES}
 
 
-@pytest.mark.parametrize(("ranks", "layout", "changes"), LAYOUTS, ids=lambda value: str(value).replace("'", ""))
+@pytest.mark.parametrize(
+    ("ranks", "layout", "changes"),
+    quick(LAYOUTS, (2, {"pp": 2, "vp": 2}, {}), (4, {"tp": 4, "ep": 2, "etp": 2}, {})),
+    ids=lambda value: str(value).replace("'", ""),
+)
 def test_gathered_bits_do_not_depend_on_the_layout(
     folder: Path,
     reference: dict[str, dict[str, torch.Tensor]],
@@ -167,7 +172,7 @@ def _upcycle_before_a_step(folder: str, distributed: bool) -> tuple[list[GlobalS
     return before, global_shards(chunks)
 
 
-@pytest.mark.parametrize("distributed", [False, True], ids=["plain optimizer", "distributed optimizer"])
+@pytest.mark.parametrize("distributed", quick([False, True], True), ids=["plain optimizer", "distributed optimizer"])
 def test_parameters_in_an_optimizers_buffers_are_filled(
     folder: Path, reference: dict[str, dict[str, torch.Tensor]], distributed: bool
 ) -> None:

@@ -70,6 +70,7 @@ def finished(folder: Path) -> Path:
     return folder / "run"
 
 
+@pytest.mark.full
 def test_every_cell_is_trained_once_and_scored_at_the_same_steps(finished: Path) -> None:
     for cell in CELLS:
         steps = sorted(path.stem for path in (finished / cell / "evaluation").glob("step=*.json"))
@@ -79,6 +80,7 @@ def test_every_cell_is_trained_once_and_scored_at_the_same_steps(finished: Path)
     assert "[dense-seed1] done before, from the same inputs" in console
 
 
+@pytest.mark.full
 def test_copies_start_where_the_dense_arm_does(finished: Path) -> None:
     values = json.loads((finished / "table/table.json").read_text())
     start_of = {arm: found["start"]["value"] for arm, found in values["arms"].items()}
@@ -86,6 +88,7 @@ def test_copies_start_where_the_dense_arm_does(finished: Path) -> None:
     assert values["differences"]["moe"]["start"]["verdict"] == "tie"
 
 
+@pytest.mark.full
 def test_seeds_change_the_order_of_the_data_and_the_router(finished: Path) -> None:
     def losses(cell: str) -> list[float]:
         lines = [json.loads(line) for line in (finished / cell / "metrics.jsonl").read_text().splitlines()]
@@ -96,6 +99,7 @@ def test_seeds_change_the_order_of_the_data_and_the_router(finished: Path) -> No
     assert [receipt["spec"]["seed"] for receipt in receipts] == [1, 2]
 
 
+@pytest.mark.full
 def test_the_table_names_arms_and_differences(finished: Path) -> None:
     text = (finished / "table/table.md").read_text()
     assert "| moe - dense |" in text
@@ -103,6 +107,7 @@ def test_the_table_names_arms_and_differences(finished: Path) -> None:
     assert (finished / "table/curves.png").stat().st_size > 10_000
 
 
+@pytest.mark.full
 def test_the_evidence_alone_gives_the_same_table(finished: Path, tmp_path: Path) -> None:
     (tmp_path / EVIDENCE).write_bytes((finished / "table" / EVIDENCE).read_bytes())
     assert write_grid(tmp_path).read_text() == (finished / "table/table.md").read_text()

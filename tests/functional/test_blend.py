@@ -172,6 +172,7 @@ def test_the_same_again_is_done_already_and_another_blend_is_refused(texts: Path
     assert _bytes(built) == before
 
 
+@pytest.mark.full
 def test_weights_may_change_afterwards(texts: Path, built: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(built, tmp_path / "data")
     status, _, errors = _answer(texts, copy, "sources.web.weight=0.1", "run_tokens=5000")
@@ -183,6 +184,7 @@ def test_weights_may_change_afterwards(texts: Path, built: Path, tmp_path: Path)
     assert tokens.items() <= _bytes(built).items()
 
 
+@pytest.mark.full
 def test_a_mistake_found_before_the_texts_are_read_can_be_corrected(texts: Path, tmp_path: Path) -> None:
     status, _, errors = _answer(texts, tmp_path / "data", "decontaminate=[fulls]")
     assert status == 2
@@ -215,6 +217,7 @@ def test_a_damaged_folder_is_not_called_done(texts: Path, built: Path, tmp_path:
     assert "delete it and run" in errors
 
 
+@pytest.mark.full
 def test_two_workers_and_kills_give_the_same_bytes(texts: Path, built: Path, tmp_path: Path) -> None:
     for wait_s in (1.5, 4.0, 6.0, 8.0):
         with _data(texts, tmp_path / "data", "--workers", "2") as process:
@@ -225,6 +228,7 @@ def test_two_workers_and_kills_give_the_same_bytes(texts: Path, built: Path, tmp
     assert _bytes(tmp_path / "data") == _bytes(built)
 
 
+@pytest.mark.full
 def test_ctrl_c_stops_and_says_how_to_go_on(texts: Path, tmp_path: Path) -> None:
     with _data(texts, tmp_path / "data") as process:
         wait_until((tmp_path / "data/build/plan.json").exists, process)
@@ -235,6 +239,7 @@ def test_ctrl_c_stops_and_says_how_to_go_on(texts: Path, tmp_path: Path) -> None
     assert not (tmp_path / "data/_SUCCESS.json").exists()
 
 
+@pytest.mark.full
 def test_strict_ends_at_the_first_broken_line(texts: Path, tmp_path: Path) -> None:
     status, _, errors = _answer(texts, tmp_path / "data", "--strict")
     assert status == 2

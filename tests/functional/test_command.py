@@ -19,7 +19,7 @@ from tests.functional.tiny import prepare
 from tests.waiting import HANG_S, wait_until
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 #: A matrix of 64 x 768 numbers; OpenMP shares out what has more than 32,768.
 FFN = 768
 

@@ -12,7 +12,7 @@ from tests.functional.runs import Runs
 from tests.functional.tiny import BATCH, SEQUENCE
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 RANKS = 2
 #: Together about as many tokens as ten sequences.
 SOURCES = {"talks": (0.7, {"train": [10], "validation": [12]}), "books": (0.3, {"train": [6], "validation": [8]})}

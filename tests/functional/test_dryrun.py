@@ -11,6 +11,7 @@ import yaml
 from tests.functional.command import NEMO, run
 
 
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 SECRET = "run.executor.env_vars={HF_TOKEN: hf_abc}"
 CHAIN = ("upcycle", "pipeline", "--factory", "llama3_8b_e8t2")
 SLURM = ("run.executor=slurm", "run.executor.account=me")

@@ -14,6 +14,7 @@ from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.evaluation.compare import compare_items
 from nemo_upcycle.evaluation.run import evaluate
 from tests.functional.runs import Runs
+from tests.tiers import quick
 
 
 pytestmark = pytest.mark.slow
@@ -42,7 +43,7 @@ def _evaluations(lines: list[dict[str, Any]]) -> dict[int, float]:
     return {step: values["heldout_perplexity/bits_per_byte"]["value"] for step, values in found.items()}
 
 
-@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS, ids=str)
+@pytest.mark.parametrize(("ranks", "layout"), quick(LAYOUTS, (2, {"ep": 2, "padded_capacity": 1.0})), ids=str)
 def test_the_numbers_are_those_of_the_exported_checkpoint(runs: Runs, ranks: int, layout: dict[str, Any]) -> None:
     name = f"run of {ranks} {layout}"
     watch = {"suite": str(runs.folder / "suite.yaml"), "every_n_steps": 2}
@@ -60,6 +61,7 @@ def test_the_numbers_are_those_of_the_exported_checkpoint(runs: Runs, ranks: int
     assert _evaluations(lines)[4] == live["metrics"]["heldout_perplexity/bits_per_byte"]["value"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [(2, {"ep": 2}), (2, {"ep": 2, "padded_capacity": 1.0}), (2, {"tp": 2}), (2, {"pp": 2})],
@@ -77,6 +79,7 @@ def test_a_training_has_the_same_bits_with_and_without_it(runs: Runs, ranks: int
     assert _weights(runs.checkpoint(f"watched {name}")) == _weights(runs.checkpoint(f"alone {name}"))
 
 
+@pytest.mark.full
 def test_a_step_that_a_stop_left_unscored_is_scored_by_the_next_start(runs: Runs) -> None:
     watch = {"suite": str(runs.folder / "suite.yaml"), "every_n_steps": 2}
     for step in (1, 3):  # before the first checkpoint, which forgets the line of step 0; and after it

@@ -14,6 +14,7 @@ from tests.distributed.ranks import run_ranks
 from tests.functional.tiny import SEQUENCE, SIZES, write_finished_inputs
 from tests.functional.typed import Answer, type_commands
 from tests.models import hugging_face_logits
+from tests.tiers import quick
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -45,7 +46,7 @@ def _upcycle(words: list[str], folder: str, is_alone: bool) -> Answer:
     return type_commands([words], folder, folder)[0]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", quick([1, 2], 1))
 def test_megatron_core_has_the_parents_loss(inputs: Path, ranks: int) -> None:
     words = [str(EXAMPLES / "megatron_core.py"), str(inputs / "parent"), "--expert-parallel", str(ranks)]
     answers = run_ranks(_upcycle, ranks, words, str(inputs), ranks == 1, process_group=False)

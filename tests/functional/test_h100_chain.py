@@ -18,7 +18,7 @@ from tests.functional.tiny import EVALUATION, write_texts
 from tests.models import write_qwen3, write_tokenizer
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 RANKS, LAYERS, WIDTH, SEQUENCE, BATCH, STEPS = 8, 8, 256, 64, 8, 4
 MODEL = {
     "num_layers": LAYERS,

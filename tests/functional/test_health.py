@@ -13,6 +13,7 @@ import torch
 
 from tests.distributed.ranks import run_ranks
 from tests.functional.tiny import BATCH, EXPERTS, LAYERS, SEQUENCE, prepare, shrink
+from tests.tiers import quick
 
 
 pytestmark = pytest.mark.slow
@@ -166,7 +167,9 @@ def test_counts_and_losses_match_what_the_routers_decide(alone: tuple[list[dict[
     assert all(0 < before < after < 1 for before, after in zip(first, last, strict=True))
 
 
-@pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("world_size", "layout"), quick(LAYOUTS, (2, {"ep": 2}), (2, {"pp": 2})), ids=lambda value: str(value)
+)
 def test_router_health_is_the_same_on_every_layout(
     jobs: Jobs, alone: tuple[list[dict[str, Any]], Any], world_size: int, layout: dict[str, int]
 ) -> None:
@@ -184,6 +187,7 @@ def test_router_health_is_the_same_on_every_layout(
         assert got["tokens_per_s_per_gpu"] == pytest.approx(got["tokens_per_s"] / world_size, rel=0.01)
 
 
+@pytest.mark.full
 def test_a_pipeline_stage_without_routers_blocks_no_rank(jobs: Jobs) -> None:
     """The second pipeline stage has dense layers only: it has nothing to say and takes part all the same."""
     lines, _ = jobs.train("dense-stage", 2, pp=2, moe_layers=[0, 1])
@@ -205,6 +209,7 @@ def test_recomputation_ends_in_time_and_counts_once(jobs: Jobs, alone: tuple[lis
         assert got["router"] == expected["router"]
 
 
+@pytest.mark.full
 def test_padding_does_not_count_as_load(jobs: Jobs, alone: tuple[list[dict[str, Any]], Any]) -> None:
     dropping, _ = jobs.train("dropping", capacity=0.5)
     padded, _ = jobs.train("padded", capacity=0.5, pad=True)

@@ -23,6 +23,7 @@ from tests.waiting import HANG_S, wait_until
 ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.full,
     pytest.mark.skipif(not IS_BUILT, reason="no API server here: `make test-k8s` builds it"),
     pytest.mark.filterwarnings("ignore::urllib3.exceptions.InsecureRequestWarning"),
     pytest.mark.filterwarnings("ignore:HTTPResponse.getheader:DeprecationWarning"),

@@ -17,7 +17,7 @@ from tests.unit.pipeline.test_local import processes_of
 from tests.waiting import HANG_S, wait_until
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 ROOT = Path(__file__).parents[2]
 
 

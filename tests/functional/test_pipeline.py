@@ -155,6 +155,7 @@ def test_a_second_run_skips_every_stage(finished: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.full
 def test_a_stage_done_again_reruns_what_depends_on_it(copy: Path) -> None:
     (copy / "export" / MARKER).unlink()
     texts = {name: run_in_own_process(name, copy).text for name in STAGES}
@@ -162,6 +163,7 @@ def test_a_stage_done_again_reruns_what_depends_on_it(copy: Path) -> None:
     assert done_again == ["export", "evaluate", "report"]
 
 
+@pytest.mark.full
 def test_the_evaluation_says_which_model_of_how_many(copy: Path) -> None:
     (copy / "evaluate" / MARKER).unlink()
     dense = read_json(copy / "import" / MARKER)["outputs"]["dense_folder"]
@@ -174,6 +176,7 @@ def test_the_evaluation_says_which_model_of_how_many(copy: Path) -> None:
     ]
 
 
+@pytest.mark.full
 def test_changed_evaluation_settings_rerun_only_evaluate_and_report(copy: Path, tmp_path: Path) -> None:
     items = len((copy / "suite/heldout_perplexity.jsonl").read_text().splitlines())
     changed = tmp_path / "evaluation.yaml"
@@ -216,6 +219,7 @@ def test_training_refuses_to_resume_from_changed_inputs(copy: Path) -> None:
     assert "[export] not started: stage 'dense_ct' has not finished" in answer.text
 
 
+@pytest.mark.full
 def test_a_finished_training_goes_on_for_more_steps_on_more_ranks(copy: Path) -> None:
     from nemo_upcycle.trainers.nemo.recipes import dump_recipe, load_recipe
 
@@ -238,6 +242,7 @@ def test_a_finished_training_goes_on_for_more_steps_on_more_ranks(copy: Path) ->
     assert run_in_own_process("upcycle", copy).text.endswith("done before, from the same inputs\n")
 
 
+@pytest.mark.full
 def test_later_stages_refuse_after_a_failed_one(plan: RunPlan, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     replace(plan, dense=str(tmp_path / "absent")).write(run_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from nemo_upcycle.errors import StageStopped
 from nemo_upcycle.pipeline.executors.ft import ft_command
 from nemo_upcycle.trainers.nemo.stopping import step_kept
 from tests.functional.runs import Runs
+from tests.tiers import quick
 from tests.waiting import HANG_S
 
 
@@ -43,8 +45,9 @@ def _names(runs: Runs, run: str) -> list[str]:
     return sorted(path.name for path in (runs.folder / run / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("ranks", [[1], [0, 1]], ids=["one rank", "both"])
+@pytest.mark.parametrize(
+    ("ranks", "asynchronous"), quick(itertools.product(([1], [0, 1]), (False, True)), ([1], True)), ids=str
+)
 def test_sigterm_saves_after_the_step_and_the_run_goes_on_bit_equal(
     runs: Runs, undisturbed: list[dict[str, Any]], ranks: list[int], asynchronous: bool
 ) -> None:
@@ -57,6 +60,7 @@ def test_sigterm_saves_after_the_step_and_the_run_goes_on_bit_equal(
     assert _trained(runs.metrics(name)) == undisturbed
 
 
+@pytest.mark.full
 def test_sigterm_before_the_first_step_ends_at_once(runs: Runs) -> None:
     options = {"steps": STEPS, "every": 2, "ep": 2, "resilient": {}}
     with pytest.raises(RuntimeError, match="died"):
@@ -64,12 +68,14 @@ def test_sigterm_before_the_first_step_ends_at_once(runs: Runs) -> None:
     assert not list((runs.folder / "early").glob("checkpoints/*/weights"))
 
 
+@pytest.mark.full
 def test_sigterm_in_the_last_step_leaves_a_finished_training(runs: Runs, undisturbed: list[dict[str, Any]]) -> None:
     options = {"steps": STEPS, "every": 4, "ep": 2, "resilient": {}}
     assert runs.endings("late", 2, send={"step": STEPS - 1, "ranks": [0]}, **options) == [(STOPPED, STEPS)] * 2
     assert _trained(runs.metrics("late")) == undisturbed
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_a_loss_that_is_not_a_number_ends_all_ranks_and_is_not_saved(runs: Runs, asynchronous: bool) -> None:
     name = f"poisoned-{asynchronous}"
@@ -82,6 +88,7 @@ def test_a_loss_that_is_not_a_number_ends_all_ranks_and_is_not_saved(runs: Runs,
     assert [line["step"] for line in runs.metrics(name)] == [1, 2, 3]
 
 
+@pytest.mark.full
 def test_two_checkpoints_are_kept_and_one_each_four_steps(runs: Runs) -> None:
     options = {"every": 1, "resilient": {"keep_every": 4}}
     runs.train("kept", 2, steps=STEPS, asynchronous=True, **options)
@@ -91,6 +98,7 @@ def test_two_checkpoints_are_kept_and_one_each_four_steps(runs: Runs) -> None:
     assert runs.checkpoint("kept") == Path(runs.folder / "kept/checkpoints/model_name=0--step=8-last")
 
 
+@pytest.mark.full
 def test_ft_launcher_restarts_a_hung_rank_and_the_run_ends_bit_equal(
     runs: Runs, undisturbed: list[dict[str, Any]]
 ) -> None:
@@ -109,6 +117,7 @@ def test_ft_launcher_restarts_a_hung_rank_and_the_run_ends_bit_equal(
     assert _weights(runs, "hung") == _weights(runs, "undisturbed")
 
 
+@pytest.mark.full
 def test_sigterm_to_ft_launcher_saves(runs: Runs, undisturbed: list[dict[str, Any]]) -> None:
     folder = runs.folder / "launcher-told"
     process = subprocess.Popen(

@@ -140,10 +140,11 @@ def _moved(states: list[dict[str, torch.Tensor]], step: int) -> dict[str, set[bo
     [
         (1, {"steps": 1}, PEAK / 3),  # the recipe warms up for two steps
         # NeMo's scheduler gives every group the rate of the first one when it has constant steps.
-        (1, {"steps": 3, "warmup_steps": 0, "constant_steps": 1}, PEAK),
-        (1, {"steps": 1, "scheduler": False}, PEAK),  # nothing writes a group's rate anew after the step
+        pytest.param(1, {"steps": 3, "warmup_steps": 0, "constant_steps": 1}, PEAK, marks=pytest.mark.full),
+        # nothing writes a group's rate anew after the step
+        pytest.param(1, {"steps": 1, "scheduler": False}, PEAK, marks=pytest.mark.full),
         (2, {"steps": 1, "ep": 2}, PEAK / 3),
-        (4, {"steps": 1, "tp": 2, "pp": 2}, PEAK / 3),
+        pytest.param(4, {"steps": 1, "tp": 2, "pp": 2}, PEAK / 3, marks=pytest.mark.full),
     ],
     ids=["alone", "constant-steps", "no-scheduler", "ep2", "tp2-pp2"],
 )
@@ -168,9 +169,9 @@ def test_multipliers_scale_the_first_update(
 @pytest.mark.parametrize(
     ("world_size", "freezes", "options"),
     [
-        (1, "experts", {}),
-        (1, "all", {}),
-        (2, "all", {"ep": 2, "precision": "bf16-mixed"}),
+        pytest.param(1, "experts", {}, marks=pytest.mark.full),
+        pytest.param(1, "all", {}, marks=pytest.mark.full),
+        pytest.param(2, "all", {"ep": 2, "precision": "bf16-mixed"}, marks=pytest.mark.full),
         (2, "experts", {"ep": 2, "precision": "bf16-mixed"}),
     ],
     ids=["experts", "all", "all-bf16-ep2", "experts-bf16-ep2"],
@@ -203,12 +204,14 @@ def test_the_router_uses_the_scheduled_coefficient(whole: Any) -> None:
         assert whole["shown"][step]["aux_loss_coeff"] == pytest.approx(ANNEAL.at(step))
 
 
+@pytest.mark.full
 def test_a_killed_run_resumes_with_the_same_values(jobs: Jobs, whole: Any) -> None:
     """Killed after step 3, with the checkpoint of step 2 behind it: in the middle of the warm-up and of the anneal."""
     (run,) = _kill_and_resume(jobs, "killed", 1)
     _assert_goes_on(run, whole, "weights")
 
 
+@pytest.mark.full
 def test_ranks_that_hold_no_router_resume_too(jobs: Jobs) -> None:
     """With two data-parallel ranks, one of them has no share of the routers' masters: its group is empty."""
     options = {"ep": 2, "precision": "bf16-mixed"}
@@ -236,6 +239,7 @@ def _assert_goes_on(run: Any, whole: Any, kind: str) -> None:
             torch.testing.assert_close(resumed[name], weight, rtol=1e-6, atol=1e-8, msg=name)
 
 
+@pytest.mark.full
 def test_settings_may_change_when_a_run_resumes(jobs: Jobs, whole: Any) -> None:
     settings = {"router_lr_mult": 0.0, "expert_lr_mult": 2.0}
     (run,) = jobs.train("whole", 1, settings, steps=7, every=2)
@@ -262,12 +266,18 @@ def test_a_checkpoint_records_nemos_own_optimizer(jobs: Jobs, whole: Any) -> Non
     ("settings", "options", "words"),
     [
         ({"router_warmup_steps": 2}, {"dense": True}, ["router of the model", "got none"]),
-        ({"aux_loss_steps": 2}, {"dense": True}, ["optim.aux_loss_steps", "'none' balancing"]),
+        pytest.param(
+            {"aux_loss_steps": 2},
+            {"dense": True},
+            ["optim.aux_loss_steps", "'none' balancing"],
+            marks=pytest.mark.full,
+        ),
         ({"aux_loss_steps": 2}, {"model": {"moe_router_load_balancing_type": "none"}}, ["'none' balancing"]),
-        (
+        pytest.param(
             {"aux_loss_steps": 2, "aux_loss_end": 0.01},
             {"model": {"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.0}},
             ["start above 0"],
+            marks=pytest.mark.full,
         ),
     ],
     ids=["dense-warmup", "dense-anneal", "no-loss", "global-from-zero"],

@@ -45,6 +45,7 @@ def has_test_cluster() -> bool:
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.full,
     pytest.mark.skipif(not has_test_cluster(), reason="no Slurm: scripts/slurm_cluster.sh start"),
 ]
 

@@ -25,6 +25,7 @@ from tests.waiting import wait_until
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.full,
     pytest.mark.skipif(not has_test_cluster(), reason="no Slurm: scripts/slurm_cluster.sh start"),
 ]
 

@@ -9,7 +9,7 @@ import pytest
 from tests.functional.soak import soak_training
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tests.functional.tiny import shrink, write_finished_inputs
 from tests.waiting import HANG_S
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 
 
 def _plan(folder: Path) -> RunPlan:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.functional.runs import Runs
 from tests.functional.tiny import BATCH, EXPERTS, LAYERS, PADDED_VOCAB, SEQUENCE
+from tests.tiers import quick
 from tests.waiting import HANG_S
 
 
@@ -75,6 +76,7 @@ def test_training_json_holds_the_settings_that_act(runs: Runs, alone: list[dict[
     assert max(line["lr"] for line in alone) == pytest.approx(settings["max_lr"])
 
 
+@pytest.mark.full
 def test_validation_begins_with_the_model_that_training_starts_from(runs: Runs, alone: list[dict[str, Any]]) -> None:
     """Step 0 is in the metrics once, after a start from scratch over a killed run too; training does not notice."""
     with pytest.raises(RuntimeError, match="rank 0 died"):
@@ -85,13 +87,14 @@ def test_validation_begins_with_the_model_that_training_starts_from(runs: Runs, 
     assert [line["loss"] for line in steps] == [line["loss"] for line in alone]
 
 
+@pytest.mark.full
 def test_every_validation_sees_the_same_tokens(runs: Runs) -> None:
     lines = runs.train("standing", 1, steps=4, validate_every=2, frozen=True)
     first, *later = [line["validation_loss"] for line in lines if "validation_loss" in line]
     assert later == [first, first]
 
 
-@pytest.mark.parametrize(("world_size", "layout"), LAYOUTS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("world_size", "layout"), quick(LAYOUTS, (2, {"tp": 2})), ids=lambda value: str(value))
 def test_every_layout_starts_at_the_same_loss(
     runs: Runs, alone: list[dict[str, Any]], world_size: int, layout: dict[str, int]
 ) -> None:
@@ -130,6 +133,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(runs: Runs, alone: list[d
         assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("world_size", "layout"), [(2, {"ep": 2}), (4, {"tp": 2, "pp": 2})], ids=lambda value: str(value)
 )
@@ -191,6 +195,7 @@ print("LOADED", sum(parameter.numel() for parameter in megatron.parameters()), f
 """
 
 
+@pytest.mark.full
 def test_a_checkpoint_opens_in_plain_nemo(runs: Runs, alone: list[dict[str, Any]]) -> None:
     from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
 

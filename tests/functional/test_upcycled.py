@@ -70,6 +70,7 @@ def train_qwen3(parent: str, data: str, folder: str, *, is_upcycled: bool) -> No
     fdl.build(recipe)()
 
 
+@pytest.mark.full
 def test_a_stock_qwen3_recipe_starts_at_its_parents_loss(inputs: Path) -> None:
     losses = {}
     for name in ("moe", "dense"):
@@ -106,6 +107,7 @@ def test_a_stock_llama_recipe_trains_by_nemos_own_command(inputs: Path) -> None:
     assert len(_losses(receipt.parent)) == 3
 
 
+@pytest.mark.full
 def test_a_stock_llama_recipe_goes_through_the_chain(inputs: Path) -> None:
     command = "upcycle pipeline --factory tests.functional.stock.chain(inputs='INPUTS') --yes --until pretrain"
     (answer,) = _type(inputs, command)

@@ -1,7 +1,11 @@
-"""What `nemo upcycle pipeline --dryrun` says of every recipe's chain, on every executor; free of what a machine is."""
+"""What `nemo upcycle pipeline --dryrun` says of every recipe's chain, on every executor; free of what a machine is.
+
+The files of `IN_FULL` hold the scripts that are submitted; the others a line for each, with its hash.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +31,8 @@ CLUSTERS: dict[str, Callable[[], Any]] = {
 }
 RECIPES = ("llama3_8b_e8t2", "llama31_8b_e8t2", "llama3_70b_e8t2", "qwen3_8b_e8t2", "smollm2_135m_e8t2")
 GOLDEN = [(recipe, cluster) for recipe in RECIPES for cluster in CLUSTERS]
+#: Here, nothing is submitted.
+IN_FULL = (("llama3_8b_e8t2", "slurm"), ("llama3_8b_e8t2", "kubernetes"))
 FREE_BYTES = 4 << 40
 
 
@@ -49,7 +55,19 @@ def forecast_text(recipe: str, cluster: str) -> str:
         chain = getattr(recipes, recipe).pipeline_recipe(dir=f"/runs/{recipe}")
         found = forecast_of(chain, Path(chain.dir), ["--factory", recipe], CLUSTERS[cluster]())
     disk = replace(found.disk, folder=Path("/runs"), free_bytes=FREE_BYTES)
-    return render_forecast(replace(found, disk=disk)) + "\n"
+    text = render_forecast(replace(found, disk=disk)) + "\n"
+    return text if (recipe, cluster) in IN_FULL else without_scripts(text)
+
+
+def without_scripts(text: str) -> str:
+    """Return the text of a forecast with a line in the place of each script."""
+    forecast, *scripts = text.rstrip("\n").split("\n\n--- ")
+    lines = [forecast, *([""] if scripts else [])]
+    for script in scripts:
+        path, _, body = script.partition("\n")
+        count, digest = len(body.split("\n")), hashlib.sha256(body.encode()).hexdigest()
+        lines.append(f"--- {path}: {count} lines, sha256 {digest[:16]}...")
+    return "\n".join(lines) + "\n"
 
 
 def forecast_of(

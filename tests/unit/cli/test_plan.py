@@ -17,6 +17,7 @@ from nemo_upcycle.cli import plan
 from nemo_upcycle.cli.main import main
 from nemo_upcycle.errors import UpcycleError
 from tests.models import LLAMA3_8B
+from tests.tiers import every_value
 from tests.waiting import HANG_S
 
 
@@ -141,8 +142,10 @@ def _advice(text: str) -> list[str]:
     return [found[1], found[2]]
 
 
-@pytest.mark.parametrize("gpus", ["1", "7", "96", "100", "5000"])
-@pytest.mark.parametrize("recipe", ["llama3_8b_e8t2", "llama3_70b_e8t2", "smollm2_135m_e8t2"])
+@pytest.mark.parametrize(
+    ("gpus", "recipe"),
+    every_value(("1", "7", "96", "100", "5000"), ("llama3_8b_e8t2", "llama3_70b_e8t2", "smollm2_135m_e8t2")),
+)
 def test_plan_advises_what_fits(gpus: str, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever number of GPUs is given, what is advised is done, and then something fits."""
     status = main(["plan", "--recipe", recipe, "--gpus", gpus, "--rows", "1"])
@@ -181,8 +184,13 @@ def test_plan_says_what_fits_in_place_of_a_layout(capsys: pytest.CaptureFixture[
     assert "This layout does not fit, nor does any other of 8 GPUs. With --gpus 16 " in text
 
 
-@pytest.mark.parametrize("columns", [60, 80, 120, 250])
-@pytest.mark.parametrize("layout", ["", "tp=2,pp=4,vp=8,cp=2,ep=8,etp=2,mbs=2", "tp=2,pp=17,ep=4,embedding=1,loss=1"])
+@pytest.mark.parametrize(
+    ("columns", "layout"),
+    every_value(
+        (60, 80, 120, 250),
+        ("", "tp=2,pp=4,vp=8,cp=2,ep=8,etp=2,mbs=2", "tp=2,pp=17,ep=4,embedding=1,loss=1"),
+    ),
+)
 def test_plan_stays_within_the_terminal(
     columns: int, layout: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -387,13 +395,3 @@ def test_it_plans_without_what_takes_time_to_import() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
-
-
-def test_bridges_command_is_for_the_recipes_that_bridge_has(capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--gpus", "64", "--backend", "bridge"]
-    assert main(["plan", "--recipe", "qwen3_8b_e8t2", *sizes]) == 2
-    assert "for Bridge llama3_8b_e8t2 or smollm2_135m_e8t2. Fix: use --backend nemo" in capsys.readouterr().err
-    assert main(["plan", "--recipe", "llama3_8b_e8t2", *sizes]) == 0
-    assert "-m nemo_upcycle.bridge" in capsys.readouterr().out
-    assert main(["plan", "--recipe", "llama3_8b_e8t2", "--gpus", "64", "--backend", "megatron"]) == 2
-    assert "bridge" in capsys.readouterr().err

@@ -1,9 +1,10 @@
-"""`nemo-upcycle plan`: what its speed assumes of the router, and what NeMo 2.7 does not have."""
+"""`nemo-upcycle plan`: what its speed assumes of the router, and what NeMo 2.7 and Bridge do not have."""
 
 from __future__ import annotations
 
 import pytest
 
+from nemo_upcycle.cli.main import main
 from tests.unit.cli.test_plan import _json, _run
 
 
@@ -27,3 +28,13 @@ def test_what_nemo_does_not_have_gets_no_command(capsys: pytest.CaptureFixture[s
     assert not _json(capsys, *options, "--dispatcher", "hybridep", "--software", "mcore-0.17")["rows"][0].get(
         "command"
     )
+
+
+def test_bridges_command_is_for_the_recipes_that_bridge_has(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--gpus", "64", "--backend", "bridge"]
+    assert main(["plan", "--recipe", "qwen3_8b_e8t2", *sizes]) == 2
+    assert "for Bridge llama3_8b_e8t2 or smollm2_135m_e8t2. Fix: use --backend nemo" in capsys.readouterr().err
+    assert main(["plan", "--recipe", "llama3_8b_e8t2", *sizes]) == 0
+    assert "-m nemo_upcycle.bridge" in capsys.readouterr().out
+    assert main(["plan", "--recipe", "llama3_8b_e8t2", "--gpus", "64", "--backend", "megatron"]) == 2
+    assert "bridge" in capsys.readouterr().err

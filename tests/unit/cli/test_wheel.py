@@ -62,6 +62,7 @@ def _metadata(wheel: Path) -> Message:
         return Parser().parsestr(archive.read(name).decode())
 
 
+@pytest.mark.full
 def test_doctor_runs_on_the_standard_library_alone(bare: Path) -> None:
     done = _run(bare, "doctor")
     assert (done.returncode, done.stderr) == (1, "")
@@ -75,6 +76,7 @@ def test_doctor_runs_on_the_standard_library_alone(bare: Path) -> None:
     assert not [fix for fix in found["fixes"] if "doctor" in fix]
 
 
+@pytest.mark.full
 def test_doctor_makes_the_data_environment_without_a_clone(bare: Path, wheel: Path) -> None:
     found = json.loads(_run(bare, "doctor", "--json").stdout)["fixes"][-1]
     venv, libraries, package = found.split(" && ")
@@ -86,6 +88,7 @@ def test_doctor_makes_the_data_environment_without_a_clone(bare: Path, wheel: Pa
     assert all(word in libraries for word in wanted)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself_from_a_wheel(bare: Path, name: str) -> None:
     done = _run(bare, name, "--help")
@@ -93,12 +96,14 @@ def test_every_command_explains_itself_from_a_wheel(bare: Path, name: str) -> No
         assert re.fullmatch(r"error: \w+ is not installed\. Fix: run `nemo-upcycle doctor`, .*\n", done.stderr)
 
 
+@pytest.mark.full
 def test_the_metadata_name_contributors_and_no_address_that_is_not_there(wheel: Path) -> None:
     metadata = _metadata(wheel)
     assert metadata["Author"] == "nemo-upcycle contributors"
     assert not metadata.get_all("Project-URL")
 
 
+@pytest.mark.full
 def test_every_relative_link_of_the_source_distribution_leads_somewhere(built: Path, tmp_path: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}

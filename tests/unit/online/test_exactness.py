@@ -15,6 +15,7 @@ from nemo_upcycle.errors import SpecError
 from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.trainers.equivalence import megatron_logits
 from tests.models import MemorySource, build_chunks, moe_settings, sample_tokens, small_architecture
+from tests.tiers import every_pair, every_value
 
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -47,6 +48,10 @@ def _error(network: dict[str, Any], spec: UpcycleSpec, **changes: Any) -> float:
     return float((megatron_logits(moe[0].eval(), tokens) - wanted).norm() / wanted.norm())
 
 
+def _name(value: Any) -> str:
+    return "biases" if value is BIASES else str(value)
+
+
 def _spec(copies: int = 4, chosen: int = 2, granularity: int = 1, **fields: Any) -> UpcycleSpec:
     """Return a spec of so many copies of the network, of which a token passes through so many."""
     fields = {"router_std": 1.0} | fields
@@ -54,9 +59,9 @@ def _spec(copies: int = 4, chosen: int = 2, granularity: int = 1, **fields: Any)
     return UpcycleSpec(**(counts | fields))
 
 
-@pytest.mark.parametrize("granularity", [1, 2, 4, 8])
-@pytest.mark.parametrize("biases", [{}, BIASES], ids=["plain", "biases"])
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(
+    ("network", "biases", "granularity"), every_pair(NETWORKS, ({}, BIASES), (1, 2, 4, 8)), ids=_name
+)
 def test_granularity_is_exact_for_every_activation(network: str, biases: dict, granularity: int) -> None:
     spec = _spec(granularity=granularity)
     assert spec.is_exact
@@ -68,17 +73,22 @@ def test_norms_of_query_and_key_stay_as_they_are(fields: dict) -> None:
     assert _error(QWEN3, _spec(**fields)) <= EXACT
 
 
-@pytest.mark.parametrize(("granularity", "shared"), [(1, 1), (2, 1), (2, 2), (4, 3), (8, 5), (8, 8)])
-@pytest.mark.parametrize("network", NETWORKS)
-def test_shared_experts_are_exact(network: str, granularity: int, shared: int) -> None:
+@pytest.mark.parametrize(
+    ("network", "counts"), every_value(NETWORKS, ((1, 1), (2, 1), (2, 2), (4, 3), (8, 5), (8, 8))), ids=str
+)
+def test_shared_experts_are_exact(network: str, counts: tuple[int, int]) -> None:
+    granularity, shared = counts
     spec = _spec(granularity=granularity, shared_experts=shared)
     assert spec.is_exact
     assert _error(NETWORKS[network], spec) <= EXACT
 
 
-@pytest.mark.parametrize("layers", ["every-2", "first-1-dense", "first-3-dense", (0, 3), (2,)], ids=str)
 @pytest.mark.parametrize(
-    "fields", [{}, {"granularity": 2, "shared_experts": 1}], ids=["copies", "granular with a shared expert"]
+    ("layers", "fields"),
+    every_value(
+        ("every-2", "first-1-dense", "first-3-dense", (0, 3), (2,)), ({}, {"granularity": 2, "shared_experts": 1})
+    ),
+    ids=str,
 )
 def test_dense_layers_between_are_exact(fields: dict, layers: Any) -> None:
     spec = _spec(moe_layers=layers, **fields)
@@ -86,34 +96,34 @@ def test_dense_layers_between_are_exact(fields: dict, layers: Any) -> None:
     assert _error({"num_layers": 4}, spec) <= EXACT
 
 
-@pytest.mark.parametrize(
-    ("chosen", "fields"),
-    [
-        (2, {"router_std": 0.02}),
-        (2, {"router_std": 5.0}),
-        (3, {"router_init": "uniform"}),
-        (1, {"granularity": 2}),
-        (3, {"granularity": 3}),
-        (2, {"routed_scaling_factor": 2.5}),
-        (2, {"router_init": "zero"}),
-        (4, {"router_init": "zero", "granularity": 2}),
-        # all experts chosen: softmax before or after top-k is the same
-        (4, {"router_order": "softmax_topk", "granularity": 2}),
-        (4, {"router_order": "softmax_topk", "routed_scaling_factor": 0.5, "output_scale": "exact"}),
-        # the router's weights must be zero, else the sum of the chosen experts' weights is not known
-        (1, {"router_order": "softmax_topk", "router_init": "zero"}),
-        (3, {"router_order": "softmax_topk", "router_init": "zero", "routed_scaling_factor": 2.5}),
-        (2, {"router_order": "softmax_topk", "router_std": 0.0}),
-        (2, {"router_score": "sigmoid"}),
-        (3, {"router_score": "sigmoid", "router_init": "uniform", "routed_scaling_factor": 2.5}),
-        (1, {"router_score": "sigmoid", "granularity": 4, "router_std": 0.02}),
-        (1, {"router_score": "sigmoid", "router_init": "zero"}),
-        (1, {"router_score": "sigmoid", "router_init": "zero", "routed_scaling_factor": 2.5}),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("biases", [{}, BIASES], ids=["plain", "biases"])
-def test_routers_are_exact_where_the_weights_sum_is_known(chosen: int, fields: dict, biases: dict) -> None:
+#: Of so many chosen copies, and what else the spec says.
+ROUTERS: list[tuple[int, dict[str, Any]]] = [
+    (2, {"router_std": 0.02}),
+    (2, {"router_std": 5.0}),
+    (3, {"router_init": "uniform"}),
+    (1, {"granularity": 2}),
+    (3, {"granularity": 3}),
+    (2, {"routed_scaling_factor": 2.5}),
+    (2, {"router_init": "zero"}),
+    (4, {"router_init": "zero", "granularity": 2}),
+    # all experts chosen: softmax before or after top-k is the same
+    (4, {"router_order": "softmax_topk", "granularity": 2}),
+    (4, {"router_order": "softmax_topk", "routed_scaling_factor": 0.5, "output_scale": "exact"}),
+    # the router's weights must be zero, else the sum of the chosen experts' weights is not known
+    (1, {"router_order": "softmax_topk", "router_init": "zero"}),
+    (3, {"router_order": "softmax_topk", "router_init": "zero", "routed_scaling_factor": 2.5}),
+    (2, {"router_order": "softmax_topk", "router_std": 0.0}),
+    (2, {"router_score": "sigmoid"}),
+    (3, {"router_score": "sigmoid", "router_init": "uniform", "routed_scaling_factor": 2.5}),
+    (1, {"router_score": "sigmoid", "granularity": 4, "router_std": 0.02}),
+    (1, {"router_score": "sigmoid", "router_init": "zero"}),
+    (1, {"router_score": "sigmoid", "router_init": "zero", "routed_scaling_factor": 2.5}),
+]
+
+
+@pytest.mark.parametrize(("router", "biases"), every_value(ROUTERS, ({}, BIASES)), ids=_name)
+def test_routers_are_exact_where_the_weights_sum_is_known(router: tuple[int, dict], biases: dict) -> None:
+    chosen, fields = router
     spec = _spec(chosen=chosen, **fields)
     assert spec.is_exact
     assert _error(biases, spec) <= EXACT

@@ -13,6 +13,7 @@ from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import read_architecture
 from nemo_upcycle.online import fill
 from tests.models import build_chunks, moe_settings, write_llama
+from tests.tiers import every_pair
 
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -25,24 +26,23 @@ def _filled(folder: Path, spec: UpcycleSpec, dtype: torch.dtype) -> dict[str, to
     return dict(chunks[0].named_parameters())
 
 
-@pytest.mark.parametrize("block_bytes", [1, 300, 4096])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+SPECS = {
+    "copy": UpcycleSpec(num_experts=4, top_k=2),
+    "granular and shared": UpcycleSpec(num_experts=8, top_k=4, granularity=2, shared_experts=1),
+    "noise": UpcycleSpec(num_experts=4, top_k=2, method="noise", noise_std=0.1),
+    "drop": UpcycleSpec(num_experts=4, top_k=2, method="drop", drop_ratio=0.5),
+}
+
+
 @pytest.mark.parametrize(
-    "spec",
-    [
-        UpcycleSpec(num_experts=4, top_k=2),
-        UpcycleSpec(num_experts=8, top_k=4, granularity=2, shared_experts=1),
-        UpcycleSpec(num_experts=4, top_k=2, method="noise", noise_std=0.1),
-        UpcycleSpec(num_experts=4, top_k=2, method="drop", drop_ratio=0.5),
-    ],
-    ids=["copy", "granular and shared", "noise", "drop"],
+    ("spec", "dtype", "block_bytes"), every_pair(SPECS, (torch.float32, torch.bfloat16), (1, 300, 4096)), ids=str
 )
 def test_blocks_of_any_size_give_the_same_bits(
-    dense: Path, spec: UpcycleSpec, dtype: torch.dtype, block_bytes: int, monkeypatch: pytest.MonkeyPatch
+    dense: Path, spec: str, dtype: torch.dtype, block_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = _filled(dense, spec, dtype)
+    whole = _filled(dense, SPECS[spec], dtype)
     monkeypatch.setattr(fill, "_BLOCK_BYTES", block_bytes)
-    for name, parameter in _filled(dense, spec, dtype).items():
+    for name, parameter in _filled(dense, SPECS[spec], dtype).items():
         assert torch.equal(parameter, whole[name]), name
 
 

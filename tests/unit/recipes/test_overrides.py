@@ -11,13 +11,13 @@ import pytest
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import SpecError
+from tests.tiers import every_value
 
 
 BIG = ("llama3_8b", "llama31_8b", "llama3_70b", "qwen3_8b")
 
 
-@pytest.mark.parametrize("base", BIG)
-@pytest.mark.parametrize("name", ["delayed", "tensorwise", "current", "blockwise"])
+@pytest.mark.parametrize(("base", "name"), every_value(BIG, ("delayed", "tensorwise", "current", "blockwise")))
 def test_fp8_run_names_its_recipe_everywhere(recipes: Any, base: str, name: str) -> None:
     recipe = getattr(recipes, f"{base}_e8t2").pretrain_recipe(fp8_recipe=name)
     config, precision = recipe.model.config, recipe.trainer.plugins
@@ -43,8 +43,7 @@ OVERRIDES = {
 }
 
 
-@pytest.mark.parametrize("base", BIG)
-@pytest.mark.parametrize("override", OVERRIDES)
+@pytest.mark.parametrize(("base", "override"), every_value(BIG, OVERRIDES))
 def test_override_changes_its_setting_in_plain_and_fast_run(recipes: Any, base: str, override: str) -> None:
     value, path, expected = OVERRIDES[override]
     fast = {"pad_to_capacity": False} if override == "dispatcher" else {}

@@ -12,6 +12,7 @@ import pytest
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.errors import SpecError
+from tests.tiers import quick
 
 
 SPEC = UpcycleSpec(num_experts=8, top_k=2)
@@ -53,6 +54,8 @@ UPCYCLED: dict[str, int | None] = {
     "qwen3_14b": None,
     "qwen3_32b": None,
 }
+#: Tensor parallelism is among them.
+OF_EACH_FAMILY = ("gemma_2b", "llama2_7b", "llama32_1b", "mistral_7b", "qwen2_72b", "qwen3_8b")
 _EXPERTS, _FAMILY = "model.config.num_moe_experts", "of another family"
 #: Module -> words of the refusal.
 REFUSED = {
@@ -87,7 +90,7 @@ def test_every_recipe_of_nemo_is_in_a_table(recipes: Any) -> None:
     assert found == {*UPCYCLED, *REFUSED, *NONE}
 
 
-@pytest.mark.parametrize("name", UPCYCLED)
+@pytest.mark.parametrize("name", quick(UPCYCLED, "llama31_405b", "llama3_70b", *OF_EACH_FAMILY))
 def test_a_dense_recipe_of_nemo_becomes_one_that_upcycles(recipes: Any, name: str) -> None:
     from nemo_upcycle.trainers.nemo.checks import check_recipe
     from nemo_upcycle.trainers.nemo.optimizer import UpcycleOptimizer
@@ -126,9 +129,9 @@ def _only_differs(recipe: Any, stock: Any, names: str) -> None:
     assert changed == []
 
 
-@pytest.mark.parametrize("name", ["gemma_2b", "llama2_7b", "llama32_1b", "mistral_7b", "qwen2_72b", "qwen3_8b"])
+@pytest.mark.parametrize("name", OF_EACH_FAMILY)
 def test_the_recipe_builds_without_gpu(recipes: Any, name: str) -> None:
-    """One of each family, tensor parallelism among them: Megatron accepts model, strategy and optimizer."""
+    """Megatron accepts model, strategy and optimizer."""
     from nemo_upcycle.cpu.backend import use_cpu_backend
 
     use_cpu_backend()
@@ -146,7 +149,7 @@ def test_the_recipe_builds_without_gpu(recipes: Any, name: str) -> None:
     fdl.build(recipe.optim)
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", quick(REFUSED, "deepseek_v3", "mixtral_8x7b", "qwen3_30b_a3b", "gemma2_2b", "t5_3b"))
 def test_what_cannot_be_upcycled_is_refused_with_the_reason(recipes: Any, name: str) -> None:
     recipe = _stock(name)
     before = copy.deepcopy(recipe)
