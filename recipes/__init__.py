@@ -26,4 +26,5 @@ if find_spec("nemo"):
     pretrain.cli_entrypoint.run_ctx_cls = PretrainContext
 elif find_spec("megatron"):
     importlib.import_module("nemo_upcycle.pipeline.bridge.chains")
+    importlib.import_module("nemo_upcycle.pipeline.ablations.launch")
     from nemo_upcycle.pipeline.bridge.pipeline import pipeline as pipeline

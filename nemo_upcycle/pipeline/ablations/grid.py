@@ -13,11 +13,9 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.arms import MARGIN, ROUNDING
 from nemo_upcycle.evaluation.heldout import TASK
 from nemo_upcycle.pipeline.ablations.stages import SUITE, GridPlan
-from nemo_upcycle.pipeline.nemo.arms import build_arm, cell_of
+from nemo_upcycle.pipeline.plan import open_training
 from nemo_upcycle.suites.suite_config import read_suite_config
 from nemo_upcycle.trainers.base import Evaluations
-from nemo_upcycle.trainers.nemo.recipes import dump_recipe
-from nemo_upcycle.trainers.nemo.training import NeMoTraining
 from nemo_upcycle.utils.conf import as_dataclass, read_conf, template
 from nemo_upcycle.utils.nested import flat
 
@@ -45,9 +43,11 @@ class ParentConfig:
 
 @dataclass
 class ArmConfig:
-    """An arm: its recipe, or a file that names one, and what differs."""
+    """An arm: its recipe in NeMo (`factory`, or a file that names one) or in Bridge, and what differs."""
 
     factory: str | None = None
+    recipe: str | None = None
+    gpus: int | None = None
     file: str | None = None
     about: str | None = None
     spec: dict[str, Any] | None = None
@@ -97,13 +97,16 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
     suite = _suite_of(f"{path}: evaluate.suite", grid.evaluate.suite, folder)
     every_n_steps = grid.evaluate.every_n_steps
     evaluations = Evaluations(suite=SUITE, every_n_steps=every_n_steps, batch_size=grid.evaluate.batch_size)
-    cells, described = {}, {}
+    cells, described, trainers = {}, {}, set[str]()
+    address = str(dense or grid.dense or "")
     for arm, config in arms.items():
-        recipe = build_arm(f"{path}: arms.{arm}", str(config.factory), config.spec, (grid.defaults or {}) | config.set)
+        built = _built(f"{path}: arms.{arm}", config, (grid.defaults or {}) | config.set, address)
+        trainers.add(built.trainer)
         for seed in grid.seeds:
             cell = f"{arm}-seed{seed}"
-            cells[cell] = cell_of(recipe, seed, cell, evaluations)
-            facts = NeMoTraining(cells[cell]).facts("")
+            cells[cell] = built.cell(seed, cell, evaluations)
+            facts = open_training(built.trainer, cells[cell]).facts(address)
+            assert facts is not None  # an arm of Bridge's is built with its parent
             described[cell] = {
                 "arm": arm,
                 "seed": seed,
@@ -112,6 +115,9 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
                 "schedule": facts.schedule,
                 "is_rate_constant": facts.is_rate_constant,
             }
+    if len(trainers) > 1:
+        got, expected = "recipes of NeMo and of Megatron-Bridge", "those of one"
+        raise UpcycleError(f"{path}: arms", got=got, expected=expected, fix="make two grids")
     table = {
         "about": grid.about or "",
         "arms": {arm: config.about or "" for arm, config in arms.items()},
@@ -121,7 +127,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         "budgets": _budgets(f"{path}: budgets", grid.budgets, described, every_n_steps),
     }
     parent, vocabulary = _parent(f"{path}: parent", grid.parent) if not dense else (None, None)
-    if not parent and not (dense or grid.dense):
+    if not parent and not address:
         raise UpcycleError(
             f"{path}: dense", got="none", expected="a dense parent", fix="add dense=FOLDER, or a parent:"
         )
@@ -134,13 +140,14 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         )
     return GridPlan(
         path.stem,
-        "" if parent else str(dense or grid.dense),
+        "" if parent else address,
         data or _from_here(grid.data, folder),
         parent,
         vocabulary,
         suite,
         cells,
         table,
+        trainers.pop(),
     )
 
 
@@ -195,20 +202,34 @@ def _with_file(where: str, arm: ArmConfig, folder: Path) -> ArmConfig:
         run = content.pop("run", None)
         factory = run.get("factory") if isinstance(run, dict) else None
         arm = replace(arm, factory=factory, set=dict(flat(content, ".")) | arm.set)
-    if not isinstance(arm.factory, str):
-        expected = "a recipe, as --factory takes it"
-        raise UpcycleError(f"{where}: factory", got=arm.factory, expected=expected, fix="name one")
+    if (arm.factory is None) == (arm.recipe is None):
+        expected = "a recipe: `factory`, as --factory takes it, or `recipe`, one by Megatron-Bridge's naming"
+        got = "both" if arm.factory else "none"
+        raise UpcycleError(f"{where}: factory", got=got, expected=expected, fix="name one")
     return arm
+
+
+def _built(where: str, arm: ArmConfig, settings: dict[str, Any], dense: str) -> Any:
+    """Return an arm with its recipe, in its trainer."""
+    if arm.recipe is None:
+        from nemo_upcycle.pipeline.nemo.arms import NeMoArm
+
+        return NeMoArm(where, str(arm.factory), arm.spec or {}, settings)
+    from nemo_upcycle.pipeline.bridge.arms import BridgeArm
+
+    if not dense:
+        fix = "add dense=FOLDER, or dense: to the grid"
+        raise UpcycleError(f"{where}: recipe", got="no dense parent", expected="one that is there", fix=fix)
+    return BridgeArm(where, arm.recipe, arm.spec or {}, settings, arm.gpus, dense)
 
 
 def _parent(where: str, parent: ParentConfig | None) -> tuple[str | None, int | None]:
     """Return the serialised recipe that trains the parent, and the size of its vocabulary."""
     if parent is None:
         return None, None
-    recipe = build_arm(where, parent.factory, {}, parent.set)
-    if recipe.resume.restore_config.spec:
-        raise UpcycleError(f"{where}.factory", got="an upcycled model", expected="a dense one", fix="name its parent")
-    return dump_recipe(recipe), parent.vocabulary
+    from nemo_upcycle.pipeline.nemo.arms import NeMoArm
+
+    return NeMoArm(where, parent.factory, {}, parent.set).parent(), parent.vocabulary
 
 
 def _references(where: str, references: dict[str, str], arms: Mapping[str, Any]) -> dict[str, str]:

@@ -30,6 +30,7 @@ class GridPlan(Plan):
         vocabulary: tokens of its tokenizer, which is trained on the blend.
         suite: a name in `conf/evaluation`, or a YAML file, of what all trainings are scored with.
         cells: name of each training -> its serialised recipe.
+        trainer: of all cells, `nemo` or `bridge`.
         described: what the table needs: of each cell its arm, seed, tokens of a step, steps and schedule of the
             learning rate; the references; the margin; what each arm is about.
     """
@@ -46,6 +47,7 @@ class GridPlan(Plan):
     suite: str
     cells: dict[str, str]
     described: dict[str, Any]
+    trainer: str = "nemo"
 
     @property
     def stages(self) -> tuple[Stage, ...]:

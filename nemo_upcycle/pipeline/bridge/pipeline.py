@@ -76,7 +76,7 @@ def pipeline(
     quiet_libraries()
     context: Any = ctx
     trainings = {
-        stage: _training(name, context.settings[stage], gpus, gpus_per_node)
+        stage: training_of(name, context.settings[stage], gpus, gpus_per_node)
         for stage, name in (("pretrain", recipe), ("dense_ct", dense_ct))
         if name
     }
@@ -100,8 +100,18 @@ def pipeline(
     launch_chain(ctx, run_dir, plan, pipeline, first=from_stage, last=until_stage, only=only_stage, render=render)
 
 
-def _training(recipe: str, settings: Sequence[str], gpus: int | None, gpus_per_node: int) -> BridgeTraining:
-    """Return the training of a recipe on its GPUs."""
+def training_of(recipe: str, settings: Sequence[str], gpus: int | None, gpus_per_node: int = 8) -> BridgeTraining:
+    """Return the training of a recipe on its GPUs.
+
+    Args:
+        recipe: its name.
+        settings: `KEY=VALUE`, as Bridge's command line takes them.
+        gpus: ranks; None takes those in the recipe's name.
+        gpus_per_node: how many of them a node has.
+
+    Raises:
+        UpcycleError: the ranks are not known, or no whole nodes.
+    """
     named = re.search(r"_(\d+)gpu_", recipe)
     ranks = int(named[1]) if gpus is None and named else gpus
     if ranks is None:

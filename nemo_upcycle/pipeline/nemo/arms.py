@@ -19,10 +19,11 @@ from nemo_upcycle.trainers.nemo.checks import check_recipe
 from nemo_upcycle.trainers.nemo.evaluating import EvaluateWhileTraining
 from nemo_upcycle.trainers.nemo.recipes import dump_recipe, train_on
 from nemo_upcycle.trainers.nemo.upcycled import use_spec
+from nemo_upcycle.trainers.values import setting
 
 
-def build_arm(where: str, factory: str, fields: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> run.Partial:
-    """Build the recipe of an arm as the command line would, and check it.
+class NeMoArm:
+    """An arm of a grid in NeMo, its recipe built as the command line would, and checked.
 
     Args:
         where: it stands, for the text of errors.
@@ -33,39 +34,51 @@ def build_arm(where: str, factory: str, fields: Mapping[str, Any] | None, settin
     Raises:
         UpcycleError: it is not valid; the text names it.
     """
-    overrides = [f"{name}={value}" for name, value in settings.items()]
-    context = CheckedContext(name="pretrain", factory=factory, dryrun=True)
-    context.executor = None
-    try:
-        recipe = context.parse_fn(pretrain, overrides)
-        spec = getattr(getattr(recipe.resume, "restore_config", None), "spec", None)
-        if fields:
-            if spec is None:
-                raise UpcycleError("spec", got=dict(fields), expected="none of a dense recipe", fix="leave it out")
-            use_spec(recipe, UpcycleSpec(**(dict(spec.__arguments__) | fields)))
-            parse_cli_args(recipe, overrides)  # what is set wins
-        check_recipe(recipe)
-    except UpcycleError as error:
-        raise error.within(where) from None
-    except TypeError as error:  # a field that the spec does not have
-        raise UpcycleError(f"{where}: spec", got=error, expected="fields of UpcycleSpec", fix="correct it") from None
-    return recipe
 
+    trainer = "nemo"
 
-def cell_of(recipe: run.Partial, seed: int, name: str, evaluations: Evaluations) -> str:
-    """Return the serialised recipe of an arm and a seed: of the router, the method's random numbers, the data's order.
+    def __init__(self, where: str, factory: str, fields: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        overrides = [f"{name}={value}" for name, value in settings.items()]
+        context = CheckedContext(name="pretrain", factory=factory, dryrun=True)
+        context.executor = None
+        try:
+            self.recipe = context.parse_fn(pretrain, overrides)
+            spec = setting(self.recipe, "resume.restore_config.spec")
+            if fields:
+                if spec is None:
+                    raise UpcycleError("spec", got=dict(fields), expected="none of a dense recipe", fix="leave it out")
+                use_spec(self.recipe, UpcycleSpec(**(dict(spec.__arguments__) | fields)))
+                parse_cli_args(self.recipe, overrides)  # what is set wins
+            check_recipe(self.recipe)
+        except UpcycleError as error:
+            raise error.within(where) from None
+        except TypeError as error:  # a field that the spec does not have
+            expected = "fields of UpcycleSpec"
+            raise UpcycleError(f"{where}: spec", got=error, expected=expected, fix="correct it") from None
 
-    Args:
-        recipe: of the arm.
-        seed: of the cell.
-        name: of the cell.
-        evaluations: what is scored on the way.
-    """
-    cell = copy.deepcopy(recipe)
-    given = {name: value for name, value in asdict(evaluations).items() if value is not None}
-    cell.trainer.callbacks.append(run.Config(EvaluateWhileTraining, **given))
-    train_on(cell, "data", "parent")  # both take their places when the training starts
-    cell.data.seed, cell.log.name = seed, name
-    if cell.resume.restore_config.spec:
-        cell.resume.restore_config.spec.seed = seed
-    return dump_recipe(cell)
+    def cell(self, seed: int, name: str, evaluations: Evaluations) -> str:
+        """Return the recipe of one seed: of the router, the method's random numbers and the data's order.
+
+        Args:
+            seed: of the cell.
+            name: of the cell.
+            evaluations: what is scored on the way.
+        """
+        cell = copy.deepcopy(self.recipe)
+        given = {key: value for key, value in asdict(evaluations).items() if value is not None}
+        cell.trainer.callbacks.append(run.Config(EvaluateWhileTraining, **given))
+        train_on(cell, "data", "parent")  # both take their places when the training starts
+        cell.data.seed, cell.log.name = seed, name
+        if cell.resume.restore_config.spec:
+            cell.resume.restore_config.spec.seed = seed
+        return dump_recipe(cell)
+
+    def parent(self) -> str:
+        """Return the recipe of a dense model as it is, which trains a grid's parent.
+
+        Raises:
+            UpcycleError: it upcycles.
+        """
+        if self.recipe.resume.restore_config.spec:
+            raise UpcycleError("factory", got="an upcycled model", expected="a dense one", fix="name its parent")
+        return dump_recipe(self.recipe)

@@ -8,7 +8,8 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.trainers.bridge.blend import BlendDataset
-from nemo_upcycle.trainers.bridge.recipes.common import DENSE
+from nemo_upcycle.trainers.bridge.recipes.common import DENSE, changed_spec
 from nemo_upcycle.trainers.bridge.upcycling import UpcycleHook, hook_of
 from nemo_upcycle.utils.children import shield_children
 
@@ -63,26 +65,38 @@ def find_recipe(name: str) -> Callable[[], ConfigContainer]:
     return found
 
 
-def load_config(recipe: str, settings: Sequence[str], dense: Path) -> ConfigContainer:
+def load_config(
+    recipe: str, settings: Sequence[str], dense: Path, changes: Mapping[str, Any] | None = None
+) -> ConfigContainer:
     """Return the configuration of a recipe that starts from a dense checkpoint.
 
     Args:
         recipe: see `find_recipe`.
         settings: `KEY=VALUE`, as Bridge's command line takes them.
         dense: the dense checkpoint, in the place of the recipe's own.
+        changes: fields of the recipe's spec that are to differ.
 
     Raises:
         UpcycleError: there is no such recipe, it upcycles nothing, or a setting does not exist or takes no such value.
     """
     make = find_recipe(recipe)
     os.environ[DENSE] = str(dense)  # Bridge's recipes have no arguments
-    config = make()
+    with changed_spec(changes or {}):
+        config = make()
     if hook_of(config) is None:
         raise UpcycleError(
             f"recipe {recipe}",
             got="one that starts from random weights",
             expected="upcycle_on_start in it",
             fix="take one of this package's, or call upcycle_on_start(config, dense, spec) in yours",
+        )
+    spec = required_hook(config).spec
+    if changes and (spec is None or replace(spec, **changes) != spec):
+        raise UpcycleError(
+            f"recipe {recipe}",
+            got=f"no spec that takes {dict(changes)}",
+            expected="one made by upcycled_pretraining",
+            fix="omit the changes, or make the recipe's configuration by that",
         )
     if isinstance(config.model, ModelConfig):
         raise UpcycleError(
@@ -156,12 +170,15 @@ def place_config(config: ConfigContainer, folder: Path, data_folder: Path) -> No
         config.train.exit_signal_handler = True
 
 
-def run_config(config: ConfigContainer, folder: Path, *, verbose: bool = False) -> bool:
+def run_config(
+    config: ConfigContainer, folder: Path, *, evaluations: Evaluations | None = None, verbose: bool = False
+) -> bool:
     """Train as a configuration says, on this rank, with this package's metrics.
 
     Args:
         config: placed.
         folder: of the stage.
+        evaluations: what is scored on the way; None: nothing.
         verbose: whether Bridge prints to the console, and not to `bridge.log`.
 
     Returns:
@@ -170,7 +187,7 @@ def run_config(config: ConfigContainer, folder: Path, *, verbose: bool = False) 
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.pretrain import pretrain
 
-    from nemo_upcycle.trainers.bridge.metrics import BridgeMetrics
+    from nemo_upcycle.trainers.bridge.metrics import BridgeEvaluations, BridgeMetrics
 
     folder.mkdir(parents=True, exist_ok=True)
     if config.train.exit_signal_handler:
@@ -179,7 +196,9 @@ def run_config(config: ConfigContainer, folder: Path, *, verbose: bool = False) 
         logging.getLogger(pretrain.__module__).disabled = True
     try:
         with contextlib.nullcontext() if verbose else _printed_to(folder / LOG):
-            pretrain(config, forward_step, callbacks=[BridgeMetrics(folder)])
+            metrics = BridgeMetrics(folder)
+            scores = [BridgeEvaluations(evaluations, folder, metrics)] if evaluations else []
+            pretrain(config, forward_step, callbacks=[metrics, *scores])
     except SystemExit:
         return False
     return True

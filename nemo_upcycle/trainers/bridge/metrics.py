@@ -16,7 +16,9 @@ from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.monitoring.router_health import RouterHealth
 from nemo_upcycle.monitoring.step_metrics import StepMetrics, TrainingFacts
+from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.trainers.bridge.blend import BlendDataset
+from nemo_upcycle.trainers.live_evaluation import LiveEvaluation
 
 
 class BridgeMetrics(Callback):
@@ -65,10 +67,49 @@ class BridgeMetrics(Callback):
         step = context.state.train_state.step + 1  # it counts the step after this
         self._metrics.step(step, _from_last_rank(context.loss_dict), context.grad_norm, self._lr)
 
+    def restart_clock(self) -> None:
+        """Leave out of the next step's time what another callback has done since the last one."""
+        if self._metrics is not None:
+            self._metrics.restart_clock()
+
     def on_eval_end(self, context: CallbackContext) -> None:
         """Write the validation loss."""
         if self._metrics is not None:
             self._metrics.validation(context.state.train_state.step, _from_last_rank(context.total_loss_dict))
+
+
+class BridgeEvaluations(Callback):
+    """Evaluates the model every few steps with a small suite; see `LiveEvaluation`.
+
+    Args:
+        evaluations: what is scored, and how often.
+        folder: of the training.
+        metrics: whose clock leaves the evaluations out; before this one in the list of callbacks.
+    """
+
+    def __init__(self, evaluations: Evaluations, folder: Path, metrics: BridgeMetrics) -> None:
+        self._evaluations, self._folder, self._metrics = evaluations, folder, metrics
+        self._live: LiveEvaluation | None = None
+
+    def on_train_start(self, context: CallbackContext) -> None:
+        """Build the suite, and evaluate what the training starts from."""
+        config = context.state.cfg
+        data = config.dataset
+        assert isinstance(data, BlendDataset)
+        self._live = LiveEvaluation(
+            self._evaluations,
+            self._folder,
+            open_blend(data.folder),
+            config.train.train_iters,
+            self._metrics.restart_clock,
+        )
+        step = context.state.train_state.step
+        self._live.start(context.model, config.model.vocab_size, data.seq_length, step)
+
+    def on_train_step_end(self, context: CallbackContext) -> None:
+        """Evaluate after every few steps, and after the last."""
+        assert self._live is not None
+        self._live.after(context.state.train_state.step + 1)  # it counts the step after this
 
 
 def _flat(model: Any) -> Any:

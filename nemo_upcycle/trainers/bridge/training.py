@@ -18,7 +18,7 @@ from nemo_upcycle.planning.commands import fp8_precision
 from nemo_upcycle.planning.parameters import WEIGHT_BYTES
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.trainers.base import Profile, Training, TrainingFacts, last_checkpoint
+from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
 from nemo_upcycle.trainers.layout import BRIDGE_SETTINGS, check_layout, layout_of
 from nemo_upcycle.trainers.values import check_values, setting
 from nemo_upcycle.utils.console import is_verbose
@@ -61,6 +61,8 @@ class BridgeTraining(Training):
         overrides: `KEY=VALUE`, as Bridge's command line takes them.
         nodes: that it runs on.
         ranks_per_node: GPUs of each.
+        evaluations: what is scored on the way; None: nothing.
+        changes: fields of the recipe's spec that differ, as JSON.
     """
 
     steps_setting = "train.train_iters"
@@ -74,18 +76,22 @@ class BridgeTraining(Training):
         "nodes",
         "ranks_per_node",
     )
-    step0_settings = ("recipe", "model.")
+    step0_settings = ("recipe", "model.", "spec.")
 
     recipe: str
     overrides: tuple[str, ...] = ()
     nodes: int = 1
     ranks_per_node: int = 1
+    evaluations: Evaluations | None = None
+    changes: str = "{}"
 
     @classmethod
     def from_text(cls, text: str) -> BridgeTraining:
         """Return the training of a text from `to_text`."""
         fields = json.loads(text)
-        return cls(**fields | {"overrides": tuple(fields["overrides"])})
+        evaluations = fields.pop("evaluations")
+        fields |= {"overrides": tuple(fields["overrides"])}
+        return cls(**fields, evaluations=Evaluations(**evaluations) if evaluations else None)
 
     def to_text(self) -> str:
         """Return the training as text. The same training gives the same text."""
@@ -99,6 +105,7 @@ class BridgeTraining(Training):
     def named_settings(self) -> dict[str, str]:
         """See `Training.named_settings`: those that were given; the recipe alone knows the others."""
         given = dict(word.partition("=")[::2] for word in self.overrides)
+        given |= {f"spec.{name}": str(value) for name, value in json.loads(self.changes).items()}
         return {"recipe": self.recipe, "nodes": str(self.nodes), "ranks_per_node": str(self.ranks_per_node)} | given
 
     def facts(self, dense: str) -> TrainingFacts | None:
@@ -133,6 +140,7 @@ class BridgeTraining(Training):
             weight_bytes=4 if precision == "32" else WEIGHT_BYTES,
             save_every=config.checkpoint.save_interval or steps,
             save_setting="checkpoint.save_interval",
+            evaluations=self.evaluations,
             keeps=config.checkpoint.most_recent_k if config.checkpoint.most_recent_k > -1 else None,
             schedule=f"lr={rate}, {style}(min_lr={lowest}, warmup_steps={warmup})",
             is_rate_constant=style == "constant" or lowest == rate,
@@ -196,7 +204,7 @@ class BridgeTraining(Training):
     def train(
         self, folder: Path, dense_folder: Path, data_folder: Path, *, suite: Path | None = None
     ) -> dict[str, Any]:
-        """See `Training.train`; the live model is not scored."""
+        """See `Training.train`."""
         from nemo_upcycle.cpu.backend import use_cpu_backend
         from nemo_upcycle.trainers.bridge.config import CHECKPOINTS, place_config, run_config
         from nemo_upcycle.trainers.bridge.upcycling import RECEIPT
@@ -204,7 +212,10 @@ class BridgeTraining(Training):
         use_cpu_backend()  # before the model's configuration is made: Megatron checks it at once
         config = self.config(dense_folder)
         place_config(config, folder, data_folder)
-        ended_itself = run_config(config, folder, verbose=is_verbose())
+        evaluations = self.evaluations
+        if evaluations and suite:
+            evaluations = replace(evaluations, suite=str(suite))
+        ended_itself = run_config(config, folder, evaluations=evaluations, verbose=is_verbose())
         if ended_itself and not is_first_rank():  # the first tells whether all is there
             return {}
         checkpoint, wanted = newest_checkpoint(folder / CHECKPOINTS), config.train.train_iters
@@ -235,11 +246,16 @@ def parent_configuration(dense: str) -> Path | None:
         return None
 
 
+def required_parent(dense: str) -> Path:
+    """Return a folder with a parent's configuration, fetched where it has to be."""
+    return parent_configuration(dense) or tokenizer_folder(dense)
+
+
 @lru_cache
 def _config(training: BridgeTraining, dense_folder: Path) -> Any:
     from nemo_upcycle.trainers.bridge.config import load_config
 
-    return load_config(training.recipe, training.overrides, dense_folder)
+    return load_config(training.recipe, training.overrides, dense_folder, json.loads(training.changes))
 
 
 def _precision(config: Any) -> str:

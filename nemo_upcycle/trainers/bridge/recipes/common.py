@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,19 @@ from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
 DENSE = "NEMO_UPCYCLE_DENSE"
 
 
+_CHANGES: ContextVar[Mapping[str, Any]] = ContextVar("changes of a spec")
+
+
+@contextmanager
+def changed_spec(changes: Mapping[str, Any]) -> Iterator[None]:
+    """Let recipes that are made while the block runs have a spec that differs in some fields."""
+    token = _CHANGES.set(changes)
+    try:
+        yield
+    finally:
+        _CHANGES.reset(token)
+
+
 def upcycled_pretraining(dense: str, spec: UpcycleSpec | None, *, seq_length: int, **settings: Any) -> ConfigContainer:
     """Return Bridge's pretraining of an upcycled model, or of its parent, with Bridge's own defaults and mock data.
 
@@ -30,7 +47,7 @@ def upcycled_pretraining(dense: str, spec: UpcycleSpec | None, *, seq_length: in
         seq_length: S.
         settings: of the model: layout and kernels.
     """
-    source = os.environ.get(DENSE, dense)
+    source, spec = os.environ.get(DENSE, dense), replace(spec, **_CHANGES.get({})) if spec else None
     folder = Path(source) if Path(source).is_dir() else ensure_dense(source)  # weights are checked when they are read
     config = _pretrain_common()
     config.model = upcycled_provider(folder, spec, seq_length=seq_length, **settings)

@@ -1,0 +1,144 @@
+"""Score held-out texts and questions on the live model while it trains, as its checkpoint would be scored later."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_upcycle.data.finished import TOKENIZER, FinishedBlend
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.evaluation.heldout import TASK, by_source, document_sums
+from nemo_upcycle.trainers.base import Evaluations
+from nemo_upcycle.utils.files import MARKER, read_json, write_json
+from nemo_upcycle.utils.progress import show_messages
+
+
+FOLDER = "evaluation"
+
+
+class LiveEvaluation:
+    """Evaluates a model every few steps with a small suite, on the ranks and in the layout that train it.
+
+    `evaluation/step=N.json` in the training's folder holds every item, as `nemo-upcycle evaluate` writes it: two steps
+    or two runs can be compared item by item. `metrics.jsonl` gets a line with `step`, `evaluation` (metric -> value,
+    stderr), `sources` (source of held-out text -> bits per byte, stderr) and `seconds`. The texts are what the run's
+    blend holds out; one longer than a sequence of the training is cut into such. No token is dropped, whatever the
+    capacity factor, nothing of the training's state is changed, and a run gives the same bits with it and without it.
+
+    Args:
+        evaluations: what is scored, and how often; there is one before the first step, and one after the last.
+        folder: of the training.
+        blend: what it trains on.
+        max_steps: of the training.
+        restart_clock: leaves what was scored out of the next step's time.
+    """
+
+    def __init__(
+        self,
+        evaluations: Evaluations,
+        folder: Path,
+        blend: FinishedBlend,
+        max_steps: int,
+        restart_clock: Callable[[], None],
+    ) -> None:
+        self._evaluations, self._folder, self._blend = evaluations, folder / FOLDER, blend
+        self._max_steps, self._restart_clock = max_steps, restart_clock
+        self._lm: Any = None
+
+    def start(self, chunks: Sequence[Any], vocab_size: int, seq_length: int, step: int) -> None:
+        """Build the suite, and evaluate what the training starts from; on every rank.
+
+        Args:
+            chunks: this rank's, wrapped or not.
+            vocab_size: V without padding.
+            seq_length: tokens of a sequence.
+            step: that the training starts from.
+        """
+        from nemo_upcycle.evaluation.megatron.lm import MegatronLM
+
+        self._lm = MegatronLM.live(chunks, self._blend.folder / TOKENIZER, vocab_size, seq_length)
+        due = self._prepare(step)
+        if due is None:
+            self._lm = None
+        elif due:
+            self._evaluate(step)
+
+    def after(self, step: int) -> None:
+        """Evaluate after every few steps, and after the last; on every rank."""
+        if self._lm is not None and self._is_due(step):
+            self._evaluate(step)
+
+    def _is_due(self, step: int) -> bool:
+        return step % self._evaluations.every_n_steps == 0 or step == self._max_steps
+
+    def _prepare(self, step: int) -> bool | None:
+        """Build the suite, and forget what an abandoned start has scored after this step, on the first rank.
+
+        Returns:
+            On all ranks whether the step that the training starts from is to be scored, which a stop after its
+            checkpoint may have left undone; None where no suite can be built: the training goes on without.
+        """
+        found: list[bool | None] = [None]
+        if torch.distributed.get_rank() == 0:
+            try:
+                self._build()
+                for path in self._folder.glob("step=*.json"):
+                    if int(path.stem.removeprefix("step=")) > step or step == 0:  # whose line of metrics is gone, too
+                        path.unlink()
+                found = [self._is_due(step) and not (self._folder / f"step={step}.json").is_file()]
+            except UpcycleError as error:
+                show_messages().warning("no evaluation while training: %s", error)
+        torch.distributed.broadcast_object_list(found)
+        return found[0]
+
+    def _build(self) -> None:
+        from nemo_upcycle.suites.suite import build_named_suite
+        from nemo_upcycle.suites.suite_config import read_suite_config
+
+        suite = self._evaluations.suite
+        if not (self._suite() / MARKER).is_file():
+            if not read_suite_config(suite).local:
+                raise UpcycleError(
+                    "suite", got=suite, expected="one of local tasks", fix="name watch, or score checkpoints"
+                )
+            build_named_suite(suite, self._blend.heldout(), self._suite())
+
+    def _suite(self) -> Path:
+        """Return the suite's folder: one that was built before, or the run's own."""
+        suite = Path(self._evaluations.suite)
+        return suite if (suite / MARKER).is_file() else self._folder / "suite"
+
+    def _evaluate(self, step: int) -> None:
+        """Ask on the first rank, serve on the others. What cannot be scored is said, and the training goes on."""
+        if torch.distributed.get_rank() > 0:
+            self._lm.serve()
+            return
+        from nemo_upcycle.evaluation.backends import AskedBackend
+        from nemo_upcycle.evaluation.run import ask
+
+        start_s = time.monotonic()
+        batch_size = self._evaluations.batch_size or read_json(self._suite() / MARKER)["config"]["batch_size"]
+        self._lm.batch_size_per_gpu = batch_size
+        model = AskedBackend("megatron", self._lm, {}, str(self._lm.device), batch_size)
+        try:
+            found = ask(model, self._suite(), samples=False, limit=self._evaluations.limit)
+        except UpcycleError as error:
+            show_messages().warning("step %d  not evaluated: %s", step, error)
+            return
+        finally:
+            self._lm.close()
+            self._restart_clock()
+        write_json(self._folder / f"step={step}.json", {"name": f"step {step}", **found})
+        values = {name: {"value": one["value"], "stderr": one["stderr"]} for name, one in found["metrics"].items()}
+        seconds = time.monotonic() - start_s
+        sources = by_source(document_sums(found)) if TASK in found["items"] else {}
+        line = {"step": step, "evaluation": values, "sources": sources, "seconds": round(seconds, 3)}
+        with (self._folder.parent / "metrics.jsonl").open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(line) + "\n")
+        said = "  ".join(f"{name} {one['value']:.4f}" for name, one in values.items())
+        show_messages().info("step %d/%d  %s  (%.1f s)", step, self._max_steps, said, seconds)
