@@ -52,7 +52,7 @@ demo: venv
 TESTS := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # Rooms whose tests import neither NeMo nor NeMo-Run.
-LIGHT := $(addprefix tests/unit/,evaluation monitoring planning reporting utils verify test_spec.py test_tensor_plan.py)
+LIGHT := tests/mutants $(addprefix tests/unit/,evaluation monitoring planning reporting utils verify test_spec.py test_tensor_plan.py)
 
 check: venv
 	$(TESTS) $(LIGHT)
