@@ -53,7 +53,7 @@ demo: venv
 # A worker imports NeMo once, as it collects, and once more for the ranks that it forks: two of them for two cores. Of
 # what is marked `full`, much waits for a killed or stopped process: three.
 PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
-CHECK := -n 2 -m "not full and not slow" --without-nemo tests/unit tests/loading
+CHECK := -n 2 -m "not full and not slow" --without-nemo tests/unit tests/loading tests/mutants
 TEST := -n 2 -m "not full"
 TEST_ALL := -n 3
 

@@ -127,6 +127,17 @@ def test_split_shorter_than_a_sequence_is_refused(tiny_dense: Path, tmp_path: Pa
         blend.paths(seq_length=64)
 
 
+@pytest.mark.parametrize("short", ["train", "validation"])
+def test_a_sequence_has_one_token_more_than_its_length(tiny_dense: Path, tmp_path: Path, short: str) -> None:
+    """The last one's target."""
+    sources = {"talks": (1.0, {"train": [90], "validation": [90], short: [1]})}
+    blend = open_blend(write_blend(tmp_path / "blend", tiny_dense, sources))
+    (tokens,) = blend.tokens[short]["talks"].values()
+    assert blend.paths(seq_length=tokens - 1)[short]
+    with pytest.raises(UpcycleError, match=rf"got {tokens}, expected more than one sequence \({tokens}\)"):
+        blend.paths(seq_length=tokens)
+
+
 def test_data_of_another_tokenizer_are_refused(folder: Path, tiny_dense: Path, tmp_path: Path) -> None:
     other = write_tokenizer(write_llama(tmp_path / "other", vocab_size=259))
     blend = open_blend(folder)

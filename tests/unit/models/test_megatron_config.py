@@ -69,6 +69,15 @@ def test_an_interpolation_of_one_changes_nothing() -> None:
     assert upcycle_into(chunks, MemorySource(small_architecture()), SPEC).exact
 
 
+@pytest.mark.parametrize(("factor", "exact"), [(None, True), (2.0, True), (1.5, False)])
+def test_a_capacity_below_every_token_is_told(factor: float | None, exact: bool) -> None:
+    """Each of four experts has room for all tokens at a factor of 4 / 2."""
+    chunks = build_chunks(small_architecture(), num_experts=4, moe_expert_capacity_factor=factor)
+    receipt = upcycle_into(chunks, MemorySource(small_architecture()), SPEC)
+    assert receipt.exact is exact
+    assert exact or receipt.inexact_because[0].startswith("moe_expert_capacity_factor=1.5 drops the tokens")
+
+
 def test_the_usual_softmax_scale_may_be_spelled_out() -> None:
     chunks = build_chunks(small_architecture(), num_experts=4, softmax_scale=0.25)
     assert upcycle_into(chunks, MemorySource(small_architecture()), SPEC).exact

@@ -39,6 +39,15 @@ def test_parameters_and_flops_match_table_1_of_the_paper(moe: Architecture, dens
     assert (dense.total_params + two_of_three) / 1e9 == pytest.approx(11.8, abs=0.05)
 
 
+def test_the_output_layer_counts_tied_or_not(moe: Architecture, dense: Architecture) -> None:
+    for arch in (moe, dense):
+        tied = replace(arch, tied_embeddings=True)
+        assert tied.total_params < arch.total_params
+        for causal in (False, True):
+            found = [flops_per_token(one, SEQUENCE, causal=causal) for one in (arch, tied)]
+            assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("tokens_per_s_per_gpu", "tflops", "mfu"), [(5045, 462.8, 0.468), (4224, 387.5, 0.392), (4271, 391.8, 0.396)]
 )

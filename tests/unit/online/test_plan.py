@@ -194,6 +194,17 @@ def test_every_rank_of_any_cluster_gets_what_belongs_there(
         assert bool(mask.all()), f"{int((~mask).sum())} elements of {name} are used by no rank"
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_rank_fills_experts_of_its_own(rank: int) -> None:
+    layout = {"tp": 1, "pp": 1, "vp": 1, "ep": 2, "etp": 1}
+    arch, spec = small_architecture(), UpcycleSpec(num_experts=4, top_k=2)
+    with _rank(rank, layout):
+        settings = {"use_cpu_initialization": False, "perform_initialization": False}
+        (chunk,) = build_chunks(arch, num_experts=4, layout=layout, **settings)
+        plans = param_plans(chunk, arch, arch.upcycled(spec), spec, RankCoords.here())
+    assert {expert for plan in plans for expert in plan.experts} == {2 * rank, 2 * rank + 1}
+
+
 def test_an_output_layer_that_the_model_lacks_is_missed() -> None:
     """A model that ties what the checkpoint does not would drop the checkpoint's output layer unseen."""
     with _rank(0, {"tp": 1, "pp": 1, "vp": 1, "ep": 1, "etp": 1}):

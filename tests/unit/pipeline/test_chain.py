@@ -197,6 +197,28 @@ def test_job_of_other_settings_is_watched_with_a_word(tmp_path: Path, capfd: pyt
     chain.cluster.cancel([a, b])
 
 
+def test_stage_is_not_done_while_one_that_it_needs_is_not(tmp_path: Path) -> None:
+    (tmp_path / "b").touch()
+    chain = chain_of(tmp_path, {"a": "true", "b": "true"}, {"b": ("a",)})
+    assert chain.done() == set()
+    (tmp_path / "a").touch()
+    assert chain.done() == {"a", "b"}
+
+
+@pytest.mark.parametrize("kept", [[-1, -1], [3, 3], [-1, 3, 3, 6, 6, 6]], ids=str)
+def test_training_goes_on_while_it_gets_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: list[int]
+) -> None:
+    """`kept` is the step of its newest checkpoint at each start and at each end."""
+    cluster, found = Processes(), iter(kept)
+    monkeypatch.setattr(chain_module, "_step_kept", lambda job: next(found))
+    jobs = [Job("pretrain", tmp_path, ("false",), is_training=True)]
+    chain = Chain(cluster, jobs, lambda name: False, tmp_path)
+    with StopSignals() as stop, pytest.raises(UnfinishedError, match="Stage 'pretrain' did not finish"):
+        chain.watch(stop)
+    assert len(cluster.processes) == len(kept) / 2
+
+
 class HoldsBack(Processes):
     """As Slurm: takes all jobs at once, and gives up what waits for one that it holds to have failed."""
 

@@ -284,6 +284,13 @@ def test_a_launcher_leaves_ranks_the_time_that_the_signal_gives(signal: str, sav
     assert f"--term-timeout={save_s}" in cluster.render(training())["pretrain.sh"].replace(".0", "")
 
 
+def test_a_signal_without_a_time_comes_a_minute_before_the_end() -> None:
+    cluster = cluster_for(built(*SITE, "stages.pretrain.signal=TERM"))
+    assert cluster is not None
+    (limit,) = cluster.save_limits(training())
+    assert limit.seconds == 60
+
+
 def test_a_job_without_a_signal_has_slurms_own_time_to_save() -> None:
     cluster = cluster_for(built(*SITE, "stages.pretrain.signal=null"))
     assert cluster is not None

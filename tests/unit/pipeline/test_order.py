@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.order import chosen_stages, require_earlier, require_outputs
+from nemo_upcycle.pipeline.order import before, chosen_stages, require_earlier, require_outputs
 from nemo_upcycle.pipeline.stages import STAGES, RunPlan
 from tests.blends import write_blend
 from tests.models import write_llama, write_tokenizer
@@ -76,6 +76,11 @@ def test_lost_outputs_are_refused_with_the_stage_to_run_again(
     damage(run_dir)
     with pytest.raises(UpcycleError, match=rf"outputs of stage '{lost}' .*--from {lost}"):
         require_earlier(only, run_dir, plan_of())
+
+
+def test_a_stage_needs_what_those_that_it_reads_need() -> None:
+    needed = [stage.name for stage in before(plan_of(), "export")]
+    assert needed == ["import", "data", "upcycle", "pretrain", "dense_ct"]
 
 
 def test_outputs_that_no_stage_reads_any_more_may_be_gone(run_dir: Path) -> None:

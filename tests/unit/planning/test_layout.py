@@ -53,7 +53,9 @@ def test_interleaved_stages_take_turns() -> None:
     assert [chunk.has_output for chunk in layout.chunks(LLAMA, 3)] == [False, False, False, True]
 
 
-@pytest.mark.parametrize("text", ["pp=4", "pp=8,vp=2", "pp=4,first=4,last=8,vp=2", "pp=2,embedding=1,loss=1"])
+@pytest.mark.parametrize(
+    "text", ["pp=4", "pp=8,vp=2", "pp=4,first=4,last=8,vp=2", "pp=2,embedding=1,loss=1", "pp=3,vp=11,embedding=1"]
+)
 def test_every_layer_is_somewhere_once(text: str) -> None:
     layout = parse_layout(text, 8)
     layers = [layer for stage in range(layout.pp) for chunk in layout.chunks(LLAMA, stage) for layer in chunk.layers]

@@ -77,6 +77,17 @@ def test_qwen3_models_become_the_experts_of_a_qwen3_moe(tmp_path: Path) -> None:
     assert torch.allclose(moe[norm], sum(each[norm] for each in tensors) / 3)
 
 
+def test_all_parts_of_one_network_come_from_one_model(folders: list[Path], tmp_path: Path) -> None:
+    spec = UpcycleSpec(num_experts=6, top_k=2, granularity=2)
+    with open_dense(folders) as dense:
+        convert(dense, tmp_path / "moe", spec, dtype=torch.float32, progress=False)
+    moe = load_file(tmp_path / "moe/model.safetensors")
+    up = [tensors["model.layers.1.mlp.up_proj.weight"].chunk(2) for tensors in _tensors(folders)]
+    for expert in range(6):
+        copy, part = divmod(expert, 2)
+        assert torch.equal(moe[f"model.layers.1.block_sparse_moe.experts.{expert}.w3.weight"], up[copy][part])
+
+
 def test_a_mean_is_taken_in_float32_and_cast_back(folders: list[Path]) -> None:
     for folder in folders:
         tensors = load_file(folder / "model.safetensors")

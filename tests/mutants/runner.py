@@ -1,0 +1,233 @@
+"""Makes wrong edits of the package, one at a time in a copy of the working tree, and demands that a test fails.
+
+    python -m tests.mutants                          all of mutants.yaml
+    python -m tests.mutants --sample 5 --seed 3      some, for one seed the same
+    python -m tests.mutants jackknife_of_one_seed    these
+
+A test file that no wrong edit fails protects nothing. Before all, the tests of the chosen mutants must pass in an
+unchanged copy. Ends with 1 where a mutant survives or cannot be tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from nemo_upcycle.errors import did_you_mean
+from nemo_upcycle.utils.progress import duration
+from tests.waiting import HANG_S
+
+
+ROOT = Path(__file__).parents[2]
+LIST = Path(__file__).with_name("mutants.yaml")
+#: pytest's statuses where all tests pass, and where one fails.
+PASSED, FAILED = 0, 1
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One wrong edit.
+
+    Args:
+        name: of the mutant.
+        file: the file that it changes, by its path in the repository.
+        old: the text that it replaces, which occurs there once.
+        new: the text in its place.
+        breaks: what goes wrong, in a sentence.
+        tests: the test files of which one must fail.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    breaks: str
+    tests: list[str]
+
+    def applied(self, text: str) -> str:
+        """Return the text of the file with the edit.
+
+        Raises:
+            ValueError: what is to be replaced does not occur once.
+        """
+        if (count := text.count(self.old)) != 1:
+            raise ValueError(f"the old text occurs {count} times in {self.file}, expected once")
+        return text.replace(self.old, self.new)
+
+
+def read_mutants() -> dict[str, Mutant]:
+    """Return the mutants of the list by name."""
+    content = yaml.safe_load(LIST.read_text(encoding="utf-8"))
+    return {name: Mutant(name, **fields) for name, fields in content.items()}
+
+
+@contextmanager
+def copied_tree() -> Iterator[Path]:
+    """Give a copy of the working tree without what git ignores.
+
+    Python finds the package of the copy before an installed one by PYTHONPATH, and `recipes` and `conf`, which an
+    installation puts into the package, by links there.
+    """
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        copy = Path(folder).resolve()
+        for name in filter(None, listed.split("\0")):
+            if (ROOT / name).is_file():  # a deleted file is listed until its deletion is committed
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, copy / name)
+        for name in ("recipes", "conf"):
+            (copy / "nemo_upcycle" / name).symlink_to(Path("..", name))
+        yield copy
+
+
+def run_tests(copy: Path, tests: Sequence[str]) -> tuple[int, str]:
+    """Run test files of a copy until a test fails; return pytest's status and what it printed.
+
+    Args:
+        copy: of the working tree.
+        tests: the files.
+
+    Raises:
+        TimeoutError: they hang.
+    """
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--color=no", *tests]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as printed:
+        process = subprocess.Popen(
+            command,
+            cwd=copy,
+            env=os.environ | {"PYTHONPATH": str(copy)},
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(HANG_S)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"the tests hang: {' '.join(tests)}") from None
+        finally:  # on Ctrl-C as well: no process that a test has started may go on in a folder that is removed
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        printed.seek(0)
+        return status, printed.read()
+
+
+def first_failure(printed: str) -> str:
+    """Return the first failing test that pytest has named; empty without one."""
+    lines = (line for line in printed.splitlines() if line.startswith(("FAILED ", "ERROR ")))
+    return next(lines, "").partition(" - ")[0].partition(" ")[2]
+
+
+def kill(mutant: Mutant) -> str:
+    """Try a mutant; return the test that notices it, empty if none does.
+
+    Raises:
+        ValueError: the edit does not fit the file, or pytest ends in another way than with a failed test.
+        TimeoutError: the tests hang.
+    """
+    with copied_tree() as copy:
+        path = copy / mutant.file
+        path.write_text(mutant.applied(path.read_text(encoding="utf-8")), encoding="utf-8")
+        status, printed = run_tests(copy, mutant.tests)
+    if status == PASSED:
+        return ""
+    if status != FAILED:
+        raise ValueError(f"pytest ended with status {status}, expected a failed test\n{printed[-2000:]}")
+    return first_failure(printed) or "a test that pytest does not name"
+
+
+def require_passing(mutants: Sequence[Mutant]) -> None:
+    """Check that the tests of mutants pass in an unchanged copy: what fails anyway notices nothing.
+
+    Raises:
+        ValueError: a file of them does not.
+        TimeoutError: the tests hang.
+    """
+    files = list(dict.fromkeys(file for mutant in mutants for file in mutant.tests))
+    with copied_tree() as copy:
+        for number, file in enumerate(files, 1):
+            start_s = time.monotonic()
+            status, printed = run_tests(copy, [file])
+            if status != PASSED:
+                raise ValueError(f"{file} fails without a mutant (status {status})\n{printed[-2000:]}")
+            _say(f"unchanged {number}/{len(files)} {file} {time.monotonic() - start_s:.0f} s  passed")
+
+
+def chosen(arguments: argparse.Namespace) -> list[Mutant]:
+    """Return the mutants that a command line names.
+
+    Raises:
+        ValueError: one is not in the list.
+    """
+    mutants = read_mutants()
+    if arguments.sample is not None:
+        count = min(arguments.sample, len(mutants))
+        return random.Random(arguments.seed).sample(list(mutants.values()), count)
+    for name in arguments.names:
+        if name not in mutants:
+            raise ValueError(f"no mutant {name} in {LIST.name}.{did_you_mean(name, mutants)}")
+    return [mutants[name] for name in arguments.names] or list(mutants.values())
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def _try_all(mutants: Sequence[Mutant]) -> int:
+    """Try mutants one after the other; return how many survive or cannot be tried."""
+    begun_s, left = time.monotonic(), []
+    for number, mutant in enumerate(mutants, 1):
+        start_s = time.monotonic()
+        try:
+            killer = kill(mutant)
+            outcome = f"killed by {killer}" if killer else f"SURVIVES: {mutant.breaks}"
+        except (ValueError, TimeoutError) as error:
+            killer, outcome = "", f"ERROR: {error}"
+        if not killer:
+            left.append(mutant.name)
+        now_s = time.monotonic()
+        eta_s = (now_s - begun_s) / number * (len(mutants) - number)
+        _say(f"{number}/{len(mutants)} {mutant.name} {now_s - start_s:.0f} s  {outcome}  ETA {duration(eta_s)}")
+    killed = len(mutants) - len(left)
+    _say(f"{killed} of {len(mutants)} mutants killed in {duration(time.monotonic() - begun_s)}")
+    if left:
+        _say(f"left: {', '.join(left)}")
+    return len(left)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Try the mutants that a command line chooses; return its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a mutant of mutants.yaml; all without one")
+    parser.add_argument("--sample", type=int, metavar="N", help="try N of them, chosen at random")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample (0)")
+    arguments = parser.parse_args(words)
+    if arguments.names and arguments.sample is not None:
+        parser.error("give names or --sample")
+    for signum in (signal.SIGINT, signal.SIGTERM):  # a shell lets what it starts behind `&` ignore Ctrl-C
+        signal.signal(signum, signal.default_int_handler)
+    try:
+        mutants = chosen(arguments)
+        require_passing(mutants)
+        return int(_try_all(mutants) > 0)
+    except (ValueError, TimeoutError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT

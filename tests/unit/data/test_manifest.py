@@ -1,0 +1,24 @@
+"""What a finished blend says of itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.data.blend import Blend, BlendConfig, SourceConfig
+from nemo_upcycle.data.finished import open_blend
+from nemo_upcycle.data.manifest import describe_anew
+from tests.blends import write_blend
+
+
+def test_new_weights_of_a_blend_reach_the_manifest_of_its_finished_folder(tiny_dense: Path, tmp_path: Path) -> None:
+    folder = write_blend(tmp_path / "blend", tiny_dense)
+    assert open_blend(folder).shares["talks"] == pytest.approx(0.7)
+    sources = {name: SourceConfig(train=["x"], weight=weight) for name, weight in (("talks", 1.0), ("books", 3.0))}
+    before = open_blend(folder).tokens
+    found = describe_anew(Blend("tiny", tmp_path, BlendConfig(sources, run_tokens=5e6)), folder)
+    assert open_blend(folder).manifest == found
+    assert open_blend(folder).shares == pytest.approx({"talks": 0.25, "books": 0.75})
+    assert (found["run_tokens"], found["blend"]) == (5e6, "tiny")
+    assert open_blend(folder).tokens == before

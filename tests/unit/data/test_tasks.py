@@ -1,0 +1,32 @@
+"""The plan that the data engine is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_upcycle.data.blend import Blend, BlendConfig, SourceConfig
+from nemo_upcycle.data.inputs import InputFile
+from nemo_upcycle.data.tasks import make_plan
+
+
+TOKENIZER = {"eos_id": 0, "vocab_size": 100}
+
+
+def _files(*names: str) -> list[InputFile]:
+    return [InputFile(f"/{name}", "text", 10) for name in names]
+
+
+def test_held_out_files_come_before_those_to_train_on(tmp_path: Path) -> None:
+    """Of equal texts the engine keeps the first: the other order would train on what is held out."""
+    sources = {"web": SourceConfig(train=["x"]), "books": SourceConfig(train=["x"])}
+    inputs = {
+        "web": {"train": _files("a"), "validation": [], "heldout": []},
+        "books": {"train": _files("b"), "validation": _files("c"), "heldout": _files("d")},
+    }
+    tasks = make_plan(Blend("mine", tmp_path, BlendConfig(sources)), inputs, tmp_path, TOKENIZER)["tasks"]
+    assert [(task["files"], task["split"]) for task in tasks] == [
+        (["/d"], "heldout"),
+        (["/c"], "validation"),
+        (["/a"], None),  # spread over the splits, as the source has none of its own
+        (["/b"], "train"),
+    ]
