@@ -5,19 +5,23 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.utils.validation import check_number, check_whole
 
 
+if TYPE_CHECKING:
+    import torch
+
 #: Init method -> why a model that it makes is not exact, "" if it is: `init/methods` hands in each.
 INIT_METHODS: dict[str, Callable[["UpcycleSpec"], str]] = {}
-ROUTER_INITS = ("normal", "uniform", "zero")
-ROUTER_ORDERS = ("topk_softmax", "softmax_topk")
-ROUTER_SCORES = ("softmax", "sigmoid")
-#: Up to here a logit of 17, whose sigmoid is 1 in float32, is rare: 5.3 sigma for a token of 16,384 numbers of RMS 1.
-_SAFE_STD = 0.025
+#: Score and order -> kind of router, and name -> initialisation of its weights: `init/routers` hands in each.
+ROUTER_KINDS: dict[tuple[str, str], "RouterKind"] = {}
+ROUTER_INITS: dict[str, "RouterInit"] = {}
+#: The scores and orders of the kinds.
+ROUTER_SCORES: list[str] = []
+ROUTER_ORDERS: list[str] = []
 OUTPUT_SCALES = ("exact", "none")
 MOE_LAYERS = ("all", "every-N", "first-K-dense", "a list of layer numbers")
 #: Four times the experts of the largest open models: beyond it, names and headers alone take minutes.
@@ -80,10 +84,10 @@ class UpcycleSpec:
 
     def __post_init__(self) -> None:
         for name, valid in (
-            ("method", INIT_METHODS),
-            ("router_init", ROUTER_INITS),
-            ("router_order", ROUTER_ORDERS),
-            ("router_score", ROUTER_SCORES),
+            ("method", tuple(INIT_METHODS)),  # a value that has no hash is none of them
+            ("router_init", tuple(ROUTER_INITS)),
+            ("router_order", tuple(ROUTER_ORDERS)),
+            ("router_score", tuple(ROUTER_SCORES)),
             ("output_scale", OUTPUT_SCALES),
         ):
             if getattr(self, name) not in valid:
@@ -109,21 +113,15 @@ class UpcycleSpec:
             nearest = self.granularity * max(1, round(self.num_experts / self.granularity))
             fix = f"set <num_experts>={nearest}"
             raise SpecError(field="num_experts", got=self.num_experts, expected=expected, fix=fix)
-        if self.router_score == "sigmoid" and self.router_order == "softmax_topk":
+        orders = [order for score, order in ROUTER_KINDS if score == self.router_score]
+        if self.router_order not in orders:
             raise SpecError(
                 field="router_order",
-                got="softmax_topk",
-                expected="no softmax with sigmoid",
-                fix="keep <router_order>=topk_softmax",
+                got=self.router_order,
+                expected=f"{' or '.join(orders)} with <router_score>={self.router_score}",
+                fix=f"keep <router_order>={orders[0]}",
             )
-        if self.top_k == 1 and self.router_order == "topk_softmax" and self.router_score == "softmax":
-            expected = "2 or more with <router_order>=topk_softmax: a single weight is 1, whatever the router says"
-            raise SpecError(
-                field="top_k",
-                got=1,
-                expected=f"{expected}, so that it never learns",
-                fix="set <router_order>=softmax_topk (exact with <router_init>=zero), or <top_k>=2",
-            )
+        self.router_kind.check(self)
         object.__setattr__(self, "moe_layers", _layers(self.moe_layers))
 
     @property
@@ -145,19 +143,19 @@ class UpcycleSpec:
         return self.granularity / self.weight_sum if self.output_scale == "exact" else 1.0
 
     @property
+    def router_kind(self) -> "RouterKind":
+        """The kind of its routers."""
+        return ROUTER_KINDS[self.router_score, self.router_order]
+
+    @property
     def weight_sum(self) -> float:
         """What the weights of the chosen experts sum to; where the router decides it, with a zero router."""
-        if self.router_score == "sigmoid":
-            return self.routed_scaling_factor * (1.0 if self.top_k > 1 else 0.5)
-        share = self.top_k / self.num_experts if self.router_order == "softmax_topk" else 1.0
-        return self.routed_scaling_factor * share
+        return self.routed_scaling_factor * self.router_kind.weight_sum(self)
 
     @property
     def sums_to_one(self) -> bool:
         """Whether the weights of the chosen experts are made to sum to one, before `routed_scaling_factor`."""
-        if self.router_score == "sigmoid":
-            return self.top_k > 1
-        return self.router_order == "topk_softmax" or self.top_k == self.num_experts
+        return self.router_kind.sums_to_one(self)
 
     @property
     def bias_scale(self) -> float:
@@ -176,14 +174,13 @@ class UpcycleSpec:
 
     @property
     def _has_zero_router(self) -> bool:
-        return self.router_init == "zero" or self.router_std == 0
+        return ROUTER_INITS[self.router_init].is_zero(self)
 
     @property
     def inexact_because(self) -> tuple[str, ...]:
         """Why the upcycled model does not compute the dense function at step 0; empty if it does, up to rounding."""
-        free_sum = self.router_order == "softmax_topk" and self.top_k < self.num_experts
-        free_sum = (free_sum or (self.router_score == "sigmoid" and self.top_k == 1)) and not self._has_zero_router
-        changed = INIT_METHODS[self.method](self)
+        free_sum = not self.sums_to_one and not self._has_zero_router
+        changed, mixed = INIT_METHODS[self.method](self), self.router_kind.inexact_because(self)
         torn, part = self.top_k % self.granularity, self.weight_sum / self.granularity
         tied = self._has_zero_router and self.granularity > 1 and self.top_k < self.num_experts
         reasons = (
@@ -193,11 +190,7 @@ class UpcycleSpec:
                 f"top_k={self.top_k} is no multiple of granularity={self.granularity}: tokens get parts of networks",
             ),
             (tied and not torn, "a zero router ties all experts: top-k then chooses parts of networks"),
-            (
-                self.router_score == "sigmoid" and self.needs_float32_routing and self.router_std > _SAFE_STD,
-                f"router_std={self.router_std:.3g} makes large logits, whose sigmoid scores are all 1 in float32:"
-                " top-k then mixes copies",
-            ),
+            (mixed, mixed),
             (free_sum, "only with a zero router is the sum of the chosen experts' weights known"),
             (self.output_scale == "none" and part != 1, f"output_scale=none leaves {part:.4g} of the dense output"),
         )
@@ -255,6 +248,56 @@ class UpcycleSpec:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, for receipts."""
         return asdict(self)
+
+
+class RouterKind:
+    """How routers turn logits into the weights of the chosen experts. One file a kind in `init/routers`."""
+
+    #: what `UpcycleSpec.router_score` and `.router_order` call it; `score` is Megatron's `moe_router_score_function`
+    score: ClassVar[str]
+    order: ClassVar[str]
+    #: Megatron's `moe_router_pre_softmax`
+    pre_softmax: ClassVar[bool]
+    #: whether Hugging Face classes with it compute its logits in float32, not in the model's type
+    in_float32: ClassVar[bool] = False
+
+    def weight_sum(self, spec: UpcycleSpec) -> float:
+        """Return what the chosen weights sum to, unscaled; where the router decides it, with a zero router."""
+        raise NotImplementedError
+
+    def scores(self, logits_TE: "torch.Tensor") -> "torch.Tensor":
+        """Return the scores by which top-k chooses, from the logits [T, E] in float32."""
+        raise NotImplementedError
+
+    def sums_to_one(self, spec: UpcycleSpec) -> bool:
+        """Return whether the chosen weights are made to sum to one, whatever the router."""
+        return self.weight_sum(spec) == 1
+
+    def check(self, spec: UpcycleSpec) -> None:
+        """Check that a model can be trained with such routers.
+
+        Raises:
+            SpecError: it cannot.
+        """
+
+    def inexact_because(self, spec: UpcycleSpec) -> str:
+        """Return why scores of this kind choose parts of copies; empty if they do not."""
+        return ""
+
+
+class RouterInit:
+    """What the routers' weights are at step 0. One file an initialisation in `init/routers`."""
+
+    #: what `UpcycleSpec.router_init` calls it
+    name: ClassVar[str]
+
+    def rows(self, spec: UpcycleSpec, hidden_size: int, generators: Sequence["torch.Generator"]) -> "torch.Tensor":
+        """Return the row of every copy, [C, D] in float64, each drawn from its own generator."""
+        raise NotImplementedError
+
+    def is_zero(self, spec: UpcycleSpec) -> bool:
+        """Return whether all weights are zero."""
+        return spec.router_std == 0
 
 
 def _layers(value: str | Sequence[int]) -> str:

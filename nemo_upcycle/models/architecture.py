@@ -15,7 +15,7 @@ from typing import Any
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.families import target_class
 from nemo_upcycle.models.hf_config import settings_of
-from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.spec import ROUTER_KINDS, RouterKind, UpcycleSpec
 from nemo_upcycle.utils.files import read_json
 
 
@@ -87,6 +87,11 @@ class Architecture:
     def router_order(self) -> str:
         """`topk_softmax` where the chosen experts' weights sum to one, else `softmax_topk`, as in `UpcycleSpec`."""
         return "softmax_topk" if self.router_score == "softmax" and not self.norm_topk else "topk_softmax"
+
+    @property
+    def router_kind(self) -> RouterKind:
+        """The kind of its routers."""
+        return ROUTER_KINDS[self.router_score, self.router_order]
 
     def is_moe_layer(self, layer: int) -> bool:
         """Return whether a layer has experts."""

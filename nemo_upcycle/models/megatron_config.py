@@ -153,8 +153,8 @@ def router_fields(model: Architecture | UpcycleSpec) -> dict[str, Any]:
     return {
         "num_moe_experts": model.num_experts,
         "moe_router_topk": model.top_k,
-        "moe_router_pre_softmax": model.router_order == "softmax_topk",
-        "moe_router_score_function": model.router_score,
+        "moe_router_pre_softmax": model.router_kind.pre_softmax,
+        "moe_router_score_function": model.router_kind.score,
         "moe_router_topk_scaling_factor": None if model.routed_scaling_factor == 1 else model.routed_scaling_factor,
     }
 

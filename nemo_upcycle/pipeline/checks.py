@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import nemo_run as run
-
 from nemo_upcycle.data.blend import read_blend
 from nemo_upcycle.data.build import check_files
 from nemo_upcycle.data.dense import check_address
@@ -17,6 +15,7 @@ from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.data.inputs import require_disjoint
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors.base import is_local
+from nemo_upcycle.pipeline.executors.settings import CLUSTERS, cluster_for
 from nemo_upcycle.pipeline.markers import StageFolder, setting_texts
 from nemo_upcycle.pipeline.plan import Plan, Stage
 from nemo_upcycle.pipeline.plans import kind_of
@@ -74,11 +73,12 @@ def check_detach(ctx: Any) -> None:
     Raises:
         UpcycleError: its executor needs the launcher.
     """
-    if ctx.detach and not isinstance(ctx.executor, run.SlurmExecutor):
+    cluster = cluster_for(ctx.executor)
+    if ctx.detach and not (cluster and cluster.can_detach):
         raise UpcycleError(
             "--detach",
             got="an executor that needs the launcher",
-            expected="Slurm",
+            expected=" or ".join(cluster.label for cluster in CLUSTERS if cluster.can_detach),
             fix="leave it out, and start the command inside tmux or with nohup",
         )
 

@@ -13,6 +13,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.chain import JOBS, Chain, recorded_jobs
 from nemo_upcycle.pipeline.executors.base import Cluster, Job
 from nemo_upcycle.pipeline.executors.local import StopSignals
+from nemo_upcycle.pipeline.executors.settings import KINDS
 from nemo_upcycle.pipeline.plan import KEPT, PLAN, Plan
 from nemo_upcycle.pipeline.plans import kind_of, read_plan
 from nemo_upcycle.pipeline.run_here import run_stages
@@ -188,8 +189,8 @@ def render_jobs(jobs: Sequence[Job], cluster: Cluster | None, plan: Plan, folder
         raise UpcycleError(
             "--render",
             got="no cluster",
-            expected="run.executor=slurm|kubernetes",
-            fix="add run.executor=slurm or run.executor=kubernetes",
+            expected=f"run.executor={'|'.join(KINDS)}",
+            fix=f"add {' or '.join(f'run.executor={name}' for name in KINDS)}",
         )
     cluster.check_settings(jobs)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,8 @@ import yaml
 
 from nemo_upcycle.data.finished import MANIFEST
 from nemo_upcycle.errors import StageError
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.pipeline.disk_use import DiskUse
 from nemo_upcycle.pipeline.markers import STEPS, StageFolder, setting_texts
 from nemo_upcycle.trainers.base import Training, TrainingSettings
 from nemo_upcycle.utils.conf import is_conf_file, read_conf
@@ -200,6 +202,9 @@ class Stage:
         reads: stages whose outputs it opens; None: those that it comes after.
         outputs: the function that opens what it left and raises an UpcycleError where something is gone; None: it left
             nothing that another stage opens.
+        disk: the function that lists what it writes into the run's folder, for the forecast; takes folder, plan, and
+            the architectures of the trainings by stage, each None before the parent is fetched. None: next to nothing,
+            or a training's checkpoints.
     """
 
     name: str
@@ -210,6 +215,7 @@ class Stage:
     resumable: bool = False
     reads: tuple[str, ...] | None = None
     outputs: Callable[[Path, Any], object] | None = None
+    disk: Callable[[Path, Any, Mapping[str, Architecture | None]], Sequence[DiskUse]] | None = None
 
     def folder(self, run_dir: Path) -> StageFolder:
         """Return its folder in a run."""

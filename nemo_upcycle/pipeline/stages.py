@@ -1,4 +1,4 @@
-"""The plan of a run, and its stages: import, data, upcycle, pretrain, dense_ct, export, evaluate, report.
+"""The plan of a run, and the table of its stages.
 
 Every stage can be run alone and again. Heavy libraries are imported by the stage that needs them.
 """
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from nemo_upcycle.errors import StageError, StageStopped
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.pipeline.disk_use import DiskUse, blend_use, model_use, parent_use
 from nemo_upcycle.pipeline.markers import STEPS, StageFolder
 from nemo_upcycle.pipeline.plan import PLAN, Plan, Stage, required_training
 from nemo_upcycle.sources.safetensors_folder import INDEX, SINGLE
@@ -301,7 +303,7 @@ def _planned(run_dir: Path, plan: RunPlan) -> dict[str, dict[str, float]]:
     from nemo_upcycle.pipeline.forecast.planned import planned_of
 
     planned = {}
-    for stage in ("pretrain", "dense_ct"):
+    for stage in (stage.name for stage in STAGES if stage.parallel):
         training, settings = plan.training(stage), run_dir / stage / "training.json"
         if not training or not settings.is_file() or not (card := read_json(settings).get("card")):
             continue
@@ -310,8 +312,31 @@ def _planned(run_dir: Path, plan: RunPlan) -> dict[str, dict[str, float]]:
     return planned
 
 
+def _import_disk(_: Path, plan: RunPlan, models: Mapping[str, Architecture | None]) -> list[DiskUse]:
+    is_made = plan.dense.startswith("asset://")  # others stay where they are
+    return [parent_use("import", models["pretrain"])] if is_made else []
+
+
+def _data_disk(run_dir: Path, plan: RunPlan, models: Mapping[str, Architecture | None]) -> list[DiskUse]:
+    return (
+        [blend_use("data", blend, models["pretrain"], data_folder_of(run_dir, plan))] if (blend := plan.blend) else []
+    )
+
+
+def _export_disk(_: Path, __: RunPlan, models: Mapping[str, Architecture | None]) -> list[DiskUse]:
+    return [model_use("export", f"exported model of {name}", arch) for name, arch in models.items()]
+
+
+#: All stages of the chain, each after those that it needs. No other list of them exists.
 STAGES = (
-    Stage("import", import_stage, (), ("dense",), outputs=lambda run, _: require_kept(dense_folder_of(run), run)),
+    Stage(
+        "import",
+        import_stage,
+        (),
+        ("dense",),
+        outputs=lambda run, _: require_kept(dense_folder_of(run), run),
+        disk=_import_disk,
+    ),
     Stage(
         "data",
         data_stage,
@@ -319,6 +344,7 @@ STAGES = (
         ("data",),
         resumable=True,
         outputs=lambda run, plan: require_blend(plan, data_folder_of(run, plan)),
+        disk=_data_disk,
     ),
     Stage(
         "upcycle",
@@ -326,6 +352,7 @@ STAGES = (
         ("import", "data"),
         ("step 0",),
         outputs=lambda run, _: require_kept(run / "upcycle" / "hf", run),
+        disk=lambda _, __, models: [model_use("upcycle", "model of step 0", models["pretrain"])],
     ),
     Stage(
         "pretrain",
@@ -353,6 +380,7 @@ STAGES = (
         (),
         reads=("import", "data", "pretrain", "dense_ct"),
         outputs=_exported,
+        disk=_export_disk,
     ),
     Stage("evaluate", evaluate_stage, ("import", "data", "upcycle", "export"), ("evaluation",)),
     Stage("report", report_stage, ("evaluate",), ()),

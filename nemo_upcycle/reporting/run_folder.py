@@ -21,8 +21,6 @@ MODELS = {
     "trained": "trained MoE",
     "dense_ct": "trained dense baseline",
 }
-#: The stages whose wall time is reported, in order.
-STAGES = ("import", "data", "upcycle", "pretrain", "dense_ct", "export", "evaluate", "report")
 #: The keys that the report prints, and so must find, in every file, and what they hold.
 _NUMBER = int | float
 _COUNTS = ("dense_params", "total_params", "active_params", "bytes_read", "bytes_needed", "bytes_written", "seconds")
@@ -64,7 +62,7 @@ class RunRecord:
         evaluations: by the names in `MODELS`, perhaps without `dense_ct`.
         command: the command line that was typed, if the run noted it.
         recipes: by stage, the file of its resolved recipe, relative to the folder.
-        stage_seconds: wall time of the stages that finished.
+        stage_seconds: wall time of the stages that finished, each after those that it needs.
         contamination: `contamination.json` of the data; None where there is none.
     """
 
@@ -89,7 +87,7 @@ def read_run(folder: Path) -> RunRecord:
     """
     if not folder.is_dir():
         raise UpcycleError(str(folder), got="no such folder", expected="that of a pipeline run", fix="check the path")
-    markers = {stage: _read(path, stage) for stage in STAGES if (path := folder / stage / MARKER).is_file()}
+    markers = _read_markers(folder)
     left_out = {"dense_ct"} if markers.get("dense_ct", {}).get("outputs", {}).get("left_out") else set()
     trained = [stage for stage in ("pretrain", "dense_ct") if stage not in left_out]
     data = Path(markers.get("data", {}).get("outputs", {}).get("folder", folder / "data/blend"))
@@ -120,6 +118,28 @@ def read_run(folder: Path) -> RunRecord:
         stage_seconds={stage: marker["seconds"] for stage, marker in markers.items() if "seconds" in marker},
         contamination=_read(found, "data", {"sets": dict, "report": dict}) if found.is_file() else None,
     )
+
+
+def _read_markers(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the markers of the stages that finished, each after those that it names as its inputs."""
+    found = {path.parent.name: _read(path, path.parent.name) for path in sorted(folder.glob(f"*/{MARKER}"))}
+    found = {name: marker for name, marker in found.items() if marker.get("stage") == name}  # a suite has one, too
+    needs = {
+        name: [key.removeprefix("stage ") for key in marker.get("inputs", {}) if key.startswith("stage ")]
+        for name, marker in found.items()
+    }
+    ordered: dict[str, dict[str, Any]] = {}
+
+    def add(name: str) -> None:
+        for before in needs.pop(name, ()):
+            add(before)
+        if name in found:
+            ordered[name] = found[name]
+
+    needed = {name for names in needs.values() for name in names}
+    for name in sorted(found, key=lambda name: name in needed):
+        add(name)
+    return ordered
 
 
 def read_curve(path: Path) -> Curve:

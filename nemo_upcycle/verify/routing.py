@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.mapping import mapping_of
+from nemo_upcycle.spec import RouterKind
 from nemo_upcycle.utils.dtypes import dtype_name
 
 
@@ -38,14 +39,14 @@ def router_logits(model: Any, moe_arch: Architecture) -> Iterator[list[torch.Ten
 
     Args:
         model: the model; what it computes inside the context is collected.
-        moe_arch: its architecture. Routers with sigmoid scores compute in float32, others in the model's type.
+        moe_arch: its architecture. Routers compute in float32 or in the model's type, as their kind says.
     """
     (weight,) = mapping_of("router", moe_arch).hf
     collected: list[torch.Tensor] = []
 
     def collect(module: Any, args: tuple[torch.Tensor, ...]) -> None:
         tokens_TD, weight_ED = args[0].flatten(0, -2), module.weight
-        if moe_arch.router_score == "sigmoid":
+        if moe_arch.router_kind.in_float32:
             tokens_TD, weight_ED = tokens_TD.float(), weight_ED.float()
         collected.append(linear(tokens_TD, weight_ED))
 
@@ -63,7 +64,7 @@ def router_logits(model: Any, moe_arch: Architecture) -> Iterator[list[torch.Ten
 
 
 def count_torn_tokens(
-    router_logits: Iterable[torch.Tensor], granularity: int, top_k: int, score: str, dtype: torch.dtype
+    router_logits: Iterable[torch.Tensor], granularity: int, top_k: int, kind: RouterKind, dtype: torch.dtype
 ) -> TornTokens:
     """Count the tokens for which top-k, as transformers does it, does not take whole copies in some layer.
 
@@ -71,13 +72,12 @@ def count_torn_tokens(
         router_logits: of every MoE layer, [T, E].
         granularity: G, the experts of one copy.
         top_k: experts that a token passes through.
-        score: what the logits go through, `softmax` or `sigmoid`.
+        kind: of the routers.
         dtype: the model's type, to be named.
     """
     torn_layers = []
     for logits_TE in router_logits:
-        scores_TE = logits_TE.float().softmax(-1) if score == "softmax" else logits_TE.float().sigmoid()
-        chosen_Tk = scores_TE.topk(top_k).indices
+        chosen_Tk = kind.scores(logits_TE.float()).topk(top_k).indices
         taken_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, chosen_Tk, True)
         copies_TCG = taken_TE.unflatten(1, (-1, granularity))
         torn_layers.append((copies_TCG.any(-1) != copies_TCG.all(-1)).any(-1))

@@ -202,7 +202,7 @@ def _count_torn(
         model = load_model(folder, dtype=dtype).eval()
     with router_logits(model, moe_arch) as logits:
         model(tokens_BS, use_cache=False)
-    return count_torn_tokens(logits, granularity, moe_arch.top_k or 1, moe_arch.router_score, dtype)
+    return count_torn_tokens(logits, granularity, moe_arch.top_k or 1, moe_arch.router_kind, dtype)
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", ["add_family", "add_init_method", "add_recipe"])
+@pytest.mark.parametrize("page", sorted(path.stem for path in (ROOT / "docs").glob("add_*.md")))
 def test_howto_works_as_written(page: str, tree: Path) -> None:
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```(python|diff|bash)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)

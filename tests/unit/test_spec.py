@@ -21,7 +21,12 @@ from nemo_upcycle.spec import check_capacity
         ({"num_experts": 8.0}, ["num_experts", "8.0"]),
         ({"method": "copi"}, ["copi", "Did you mean 'copy'?"]),
         ({"router_init": "norml"}, ["Did you mean 'normal'?"]),
+        ({"router_init": ["normal"]}, ["router_init", "Valid: normal, uniform, zero"]),
         ({"router_order": "softmax"}, ["softmax_topk"]),
+        (
+            {"router_score": "sigmoid", "router_order": "softmax_topk"},
+            ["router_order: got softmax_topk, expected topk_softmax with router_score=sigmoid"],
+        ),
         ({"router_std": -1.0}, ["router_std", "-1.0"]),
         ({"router_std": float("nan")}, ["router_std", "nan"]),
         ({"router_std": float("inf")}, ["router_std: got inf, expected a number, 0 to 1000"]),

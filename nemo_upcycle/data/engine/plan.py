@@ -10,11 +10,11 @@ from typing import Any
 from uuid import uuid4
 
 from nemo_upcycle.data.blend import ON_HIT, SPLITS
+from nemo_upcycle.data.readers import FORMATS
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json, sha256_file
 
 
-READERS = ("text", "jsonl", "parquet", "redpajama_v2")
 #: datatrove keeps the priority of a document, here that of its task, in 16 bits.
 MAX_TASKS = 65_535
 
@@ -25,7 +25,7 @@ class Task:
 
     Args:
         source: the name of the source.
-        reader: one of `READERS`.
+        reader: a key of `nemo_upcycle.data.readers.FORMATS`.
         files: paths or fsspec URLs.
         split: where its documents go; None spreads them over the splits, as `Plan.hold_out` says.
         options: of the reader: `text_key`, `id_key`, `bucket` (one name or several), `duplicates` (file -> its list).
@@ -135,7 +135,7 @@ def load_plan(path: Path) -> Plan:
 
 
 def _check_task(what: str, task: Task) -> None:
-    _known(f"{what}.reader", task.reader, READERS)
+    _known(f"{what}.reader", task.reader, FORMATS)
     _known(f"{what}.on_hit", task.on_hit, ON_HIT)
     if task.split is not None:
         _known(f"{what}.split", task.split, SPLITS)

@@ -16,10 +16,10 @@ from datatrove.pipeline.dedup.exact_dedup import ExactDedupFilter, ExactFindDedu
 
 from nemo_upcycle.data.engine.decontaminate import Decontaminate, Report
 from nemo_upcycle.data.engine.deduplicate import RequireSameDocuments, SignDocuments, deduplication
+from nemo_upcycle.data.engine.documents import ReadDocuments
 from nemo_upcycle.data.engine.filters import FilterDocuments, FilterListed
 from nemo_upcycle.data.engine.ledger import CountDocuments, Ledger, LedgerStep, RemovedWriter
 from nemo_upcycle.data.engine.plan import Plan
-from nemo_upcycle.data.engine.readers import ReadDocuments
 from nemo_upcycle.data.engine.tokenise import Tokenise
 from nemo_upcycle.utils.files import write_json
 

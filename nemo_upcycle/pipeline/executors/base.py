@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nemo_upcycle.errors import UpcycleError, did_you_mean
 from nemo_upcycle.pipeline.executors.performance import PerformanceSetting, settings_for
@@ -117,7 +117,7 @@ def is_local(executor: Any) -> bool:
 
 
 class Cluster(ABC):
-    """A scheduler that runs jobs; one subclass an executor, in one file.
+    """A scheduler that runs jobs; one subclass an executor, in one file, and a line in `settings.CLUSTERS`.
 
     Args:
         executor: the user's settings, common to all stages.
@@ -125,12 +125,22 @@ class Cluster(ABC):
 
     #: Its name, for people.
     label: str
+    #: What a YAML file calls it with `executor:`, and the dataclass of the other keys.
+    name: ClassVar[str]
+    settings_class: ClassVar[type]
     #: Seconds between two questions to the scheduler.
     poll_s: float = 15.0
     #: The part of the table of performance settings that is for this scheduler; empty: none.
     performance_part: str = ""
     #: Whether the scheduler holds a job back until those that it depends on have succeeded.
     holds_back: bool = False
+    #: Whether its jobs go on, each after those that it needs, without the launcher.
+    can_detach: bool = False
+
+    @classmethod
+    def takes(cls, executor: Any) -> bool:
+        """Return whether the jobs of an executor go to this scheduler."""
+        return isinstance(executor, cls.settings_class)
 
     def __init__(self, executor: Any) -> None:
         self.executor = executor

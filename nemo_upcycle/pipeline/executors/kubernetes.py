@@ -42,7 +42,7 @@ class KubernetesScheduler(Cluster):
         api: a connection; None makes one when it is needed.
     """
 
-    label = "Kubernetes"
+    name, label, settings_class = "kubernetes", "Kubernetes", KubernetesExecutor
     poll_s = 5.0
 
     def __init__(self, executor: KubernetesExecutor, api: KubernetesApi | None = None) -> None:

@@ -16,21 +16,19 @@ from nemo_upcycle.errors import UpcycleError, did_you_mean
 from nemo_upcycle.pipeline.executors import performance
 from nemo_upcycle.pipeline.executors.base import MISSING, Cluster
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
-from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
 from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
-from nemo_upcycle.pipeline.executors.slurm_settings import StagedSlurmExecutor
 from nemo_upcycle.pipeline.stages import BY_NAME
 from nemo_upcycle.utils.conf import packaged_names, read_conf
 from nemo_upcycle.utils.masking import MASK, is_secret, masked_text
 
 
-#: By the name that a YAML file gives with `executor:`.
-KINDS: dict[str, type] = {"slurm": StagedSlurmExecutor, "kubernetes": KubernetesExecutor}
-#: Which scheduler an executor's jobs go to.
-SCHEDULERS: dict[type, type[Cluster]] = {
-    run.SlurmExecutor: SlurmScheduler,
-    KubernetesExecutor: KubernetesScheduler,
-}
+#: The schedulers of this package.
+CLUSTERS: tuple[type[Cluster], ...] = (
+    SlurmScheduler,
+    KubernetesScheduler,
+)
+#: Their settings, by the name that a YAML file gives with `executor:`.
+KINDS: dict[str, type] = {cluster.name: cluster.settings_class for cluster in CLUSTERS}
 _STAGES = "stages."
 #: Fields that the chain sets itself: what to do instead of giving one.
 _OWN = {
@@ -56,7 +54,7 @@ _EXAMPLES = {bool: "true", int: "8", float: "0.5", dict: "{NAME: VALUE}", list: 
 
 def cluster_for(executor: Any) -> Cluster | None:
     """Return the scheduler of an executor; None for this machine and for the executors of others."""
-    return next((scheduler(executor) for kind, scheduler in SCHEDULERS.items() if isinstance(executor, kind)), None)
+    return next((cluster(executor) for cluster in CLUSTERS if cluster.takes(executor)), None)
 
 
 def executor_names() -> list[str]:

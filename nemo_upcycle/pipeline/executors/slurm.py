@@ -88,9 +88,14 @@ class SlurmScheduler(Cluster):
         True
     """
 
-    label = "Slurm"
-    holds_back = True
+    name, label, settings_class = "slurm", "Slurm", StagedSlurmExecutor
+    holds_back = can_detach = True
     performance_part = performance.SLURM
+
+    @classmethod
+    def takes(cls, executor: Any) -> bool:
+        """See `Cluster.takes`: also one of NeMo-Run's own."""
+        return isinstance(executor, run.SlurmExecutor)
 
     @functools.cached_property
     def identity(self) -> str:

@@ -1,0 +1,119 @@
+"""What a blend's sources are read with. One file a reader; every module in this folder is imported.
+
+A `Reader` turns the entries of a source into files: what a blend names with `reader:`. A `Format` gives the documents
+of such a file, inside the engine. A module imports at the top only what both environments have: inside functions what
+the engine's has alone (orjson, pyarrow), and what it lacks (lm-eval).
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeVar
+
+from nemo_upcycle.data.blend import Blend
+from nemo_upcycle.errors import UpcycleError
+
+
+#: What a format gives: the line or row from 1, its bytes, and the object there or what is wrong with it.
+Found = Iterator[tuple[int, int, "dict[str, Any] | str"]]
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file that the engine reads.
+
+    Attributes:
+        path: absolute, or an address that fsspec opens.
+        reader: a key of `FORMATS`.
+        size_bytes: on disk; None where only opening it would tell.
+        options: of the format.
+    """
+
+    path: str
+    reader: str
+    size_bytes: int | None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Reader:
+    """How the entries of a source become files."""
+
+    #: what a blend calls it, and the options that it takes there
+    name: ClassVar[str]
+    options: ClassVar[tuple[str, ...]] = ()
+    #: whether its files have to be fetched or rendered before they can be listed
+    renders: ClassVar[bool] = False
+
+    def list_files(self, entries: list[str], blend: Blend, options: dict[str, Any], work: Path) -> list[InputFile]:
+        """Return the files of one split.
+
+        Args:
+            entries: what the source names for the split; not empty.
+            blend: the blend; relative paths start from its folder.
+            options: what it gives of `self.options`.
+            work: where what has to be rendered is written.
+
+        Raises:
+            UpcycleError: an entry matches nothing, or an option is wrong.
+        """
+        raise NotImplementedError
+
+    def paths(self, entries: list[str], options: Mapping[str, Any]) -> list[str]:
+        """Return the paths, patterns and addresses that it reads; none of a reader that renders."""
+        return [] if self.renders else entries
+
+
+class Format:
+    """How the documents of a file are read; a file is one document, or each of its lines or rows is."""
+
+    name: ClassVar[str]
+    #: ends of the names of the files that the reader `files` has it read
+    suffixes: ClassVar[tuple[str, ...]] = ()
+    #: whether a file is one document
+    is_document: ClassVar[bool] = False
+    #: options where a task gives none; without these, `text_key` is "text" and `id_key` "id"
+    defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+
+    def read(self, file: str, options: Mapping[str, Any]) -> Found:
+        """Yield what is in a file; what is damaged costs only itself.
+
+        Args:
+            file: a path or fsspec URL.
+            options: of the task, over `defaults`.
+
+        Raises:
+            OSError: there is no such file.
+        """
+        raise NotImplementedError
+
+
+READERS: dict[str, Reader] = {}
+FORMATS: dict[str, Format] = {}
+
+_Kind = TypeVar("_Kind", bound="type[Reader] | type[Format]")
+
+
+def register(kind: _Kind) -> _Kind:
+    """Make a reader or a format known by its name: a decorator of its class.
+
+    Raises:
+        UpcycleError: the name is taken.
+    """
+    table: dict[str, Any] = FORMATS
+    if issubclass(kind, Reader):
+        table = READERS
+    if kind.name in table:
+        raise UpcycleError(
+            "reader", got=f"a second '{kind.name}'", expected="a name of its own", fix="choose another name"
+        )
+    table[kind.name] = kind()
+    return kind
+
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

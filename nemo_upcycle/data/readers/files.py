@@ -1,0 +1,76 @@
+"""Files of the user's own: paths, patterns and addresses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.data.blend import Blend
+from nemo_upcycle.data.readers import FORMATS, InputFile, Reader, register
+from nemo_upcycle.errors import UpcycleError
+
+
+#: What makes a path a pattern.
+GLOB = "*?["
+
+
+@register
+class Files(Reader):
+    """Files that patterns and addresses name, each read by the format that its name ends in."""
+
+    name, options = "files", ("text_key", "id_key")
+
+    def list_files(self, entries: list[str], blend: Blend, options: dict[str, Any], work: Path) -> list[InputFile]:
+        """See `Reader.list_files`."""
+        for name, value in options.items():
+            if not isinstance(value, str):
+                raise UpcycleError(
+                    f"options.{name}", got=value, expected="the name of a field", fix=f"write {name}: text"
+                )
+        formats = {end: format.name for format in FORMATS.values() for end in format.suffixes}
+        found: dict[str, InputFile] = {}
+        for entry in entries:
+            matches = sorted(_expand(entry, blend.folder))
+            if not matches:
+                raise UpcycleError(
+                    f"pattern {entry}",
+                    got="no file",
+                    expected="at least one",
+                    fix="check it; a relative pattern starts from the folder of the YAML file",
+                )
+            for path, size_bytes in matches:
+                ends = [end for end in formats if path.endswith(end)]
+                if not ends:
+                    expected = ", ".join(sorted(formats, key=len))
+                    raise UpcycleError(f"file {path}", got="another kind", expected=expected, fix="narrow the pattern")
+                found[path] = InputFile(path, formats[max(ends, key=len)], size_bytes, options)
+        return list(found.values())
+
+
+def _expand(pattern: str, folder: Path) -> list[tuple[str, int | None]]:
+    """Return path and size of the files that a pattern matches."""
+    import fsspec
+
+    is_address = "://" in pattern
+    try:
+        whole = pattern if is_address else str(folder.absolute() / Path(pattern).expanduser())
+        system, root = fsspec.core.url_to_fs(whole)
+        if not any(mark in whole for mark in GLOB):
+            return [(whole, system.info(root).get("size"))] if system.isfile(root) else []
+        matches = system.glob(root, detail=True)
+    except FileNotFoundError:
+        return []
+    except (ImportError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~nobody
+        raise UpcycleError(
+            f"address {pattern}",
+            got=f"{type(error).__name__}: {error}".splitlines()[0],
+            expected="files that this machine reaches",
+            fix="check the address and the network, or give a folder with a copy of the files",
+        ) from None
+    # A link is of another type than a file; its own size is not that of the file.
+    names = {
+        name: entry.get("size") if entry["type"] == "file" else system.size(name)
+        for name, entry in matches.items()
+        if entry["type"] == "file" or (entry["type"] != "directory" and system.isfile(name))
+    }
+    return [(system.unstrip_protocol(name) if is_address else name, size_bytes) for name, size_bytes in names.items()]

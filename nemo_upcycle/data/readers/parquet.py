@@ -1,0 +1,67 @@
+"""Parquet: a row is a document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_upcycle.data.engine.lines import open_to_seek
+from nemo_upcycle.data.readers import Format, Found, register
+
+
+@register
+class Parquet(Format):
+    """Columns of text, and of ids."""
+
+    name, suffixes = "parquet", (".parquet",)
+
+    def read(self, file: str, options: Mapping[str, Any]) -> Found:
+        """See `Format.read`."""
+        import pyarrow
+        import pyarrow.parquet
+
+        keys = [options.get("text_key", "text"), options.get("id_key", "id"), "bucket"]
+        row = 0
+        with open_to_seek(file) as handle:
+            try:
+                table = pyarrow.parquet.ParquetFile(handle)
+                there = [key for key in keys if key in table.schema_arrow.names]
+                if keys[0] not in there:
+                    yield 0, 0, f"no column {keys[0]}"
+                    return
+                if table.metadata.num_rows == 0:
+                    yield 0, 0, "empty file"
+                texts = [key for key in there if _is_text(table.schema_arrow.field(key).type)]
+                for batch in table.iter_batches(1000, columns=there, use_threads=False):
+                    for found in _as_bytes(batch).to_pylist():
+                        row += 1
+                        yield row, len(found[keys[0]] or b"") if keys[0] in texts else 0, _decoded(found, texts)
+            except (pyarrow.ArrowException, OSError, ValueError) as error:
+                yield row + 1, 0, f"damaged Parquet file ({type(error).__name__})"
+
+
+def _is_text(kind: Any) -> bool:
+    """Return whether a column of Parquet holds texts, or numbers of texts in a list of them."""
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
+def _as_bytes(batch: Any) -> Any:
+    """Return a batch with the bytes of its texts: Arrow decodes all of a column, or nothing."""
+    import pyarrow
+
+    for number, field in enumerate(batch.schema):
+        if _is_text(field.type):
+            column = batch.column(number)
+            column = column.dictionary_decode() if pyarrow.types.is_dictionary(field.type) else column
+            batch = batch.set_column(number, field.name, column.cast(pyarrow.large_binary()))
+    return batch
+
+
+def _decoded(found: dict[str, Any], texts: list[str]) -> dict[str, Any] | str:
+    try:
+        return found | {key: found[key].decode() for key in texts if found[key] is not None}
+    except UnicodeDecodeError:
+        return "not UTF-8"

@@ -1,0 +1,87 @@
+"""RedPajama-V2: a release on a server, or a copy of it, with the lists of its own duplicates."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+from nemo_upcycle.data.blend import Blend
+from nemo_upcycle.data.readers import InputFile, Reader, register
+from nemo_upcycle.data.readers.jsonl import JsonLines
+from nemo_upcycle.errors import UpcycleError
+
+
+_SHARDS, _LANGUAGES, _BUCKETS = 5000, ("en", "de", "fr", "es", "it"), ("head", "middle")
+
+
+@register
+class RedPajamaV2(Reader):
+    """All documents files of some snapshots, or a sample of them. An entry is the folder of the release.
+
+    Options: `snapshots` (list), `languages`, `buckets`, `shards` (most files to take, chosen with the seed) and
+    `duplicates` (whether to leave out its own lists' rows).
+    """
+
+    name = "redpajama_v2"
+    options = ("snapshots", "languages", "buckets", "shards", "duplicates")
+
+    def list_files(self, entries: list[str], blend: Blend, options: dict[str, Any], work: Path) -> list[InputFile]:
+        """See `Reader.list_files`."""
+        options = {"languages": ["en"], "buckets": ["head"], "duplicates": True} | options
+        for key in ("snapshots", "languages", "buckets"):
+            if not isinstance(options.get(key, []), list):
+                raise UpcycleError(f"options.{key}", got=options[key], expected="a list", fix=f"write {key}: [NAME]")
+        for key, valid in (("languages", _LANGUAGES), ("buckets", _BUCKETS)):
+            for name in options[key]:
+                if name not in valid:
+                    raise UpcycleError.unknown(f"options.{key}", str(name), valid)
+        if not options.get("snapshots"):
+            raise UpcycleError("options.snapshots", got="none", expected='a list like ["2023-14"]', fix="name some")
+        shards = options.get("shards")
+        if shards is not None and (not isinstance(shards, int) or shards < 1):
+            raise UpcycleError(
+                "options.shards", got=shards, expected="a whole number from 1 on", fix="omit it to take all"
+            )
+        names = [
+            f"{snapshot}/{shard:04d}/{language}_{bucket}"
+            for snapshot in options["snapshots"]
+            for shard in range(_SHARDS)
+            for language in options["languages"]
+            for bucket in options["buckets"]
+        ]
+        if shards:
+            names = random.Random(blend.config.seed).sample(names, min(shards, len(names)))
+        found = []
+        for base in (_base(entry, blend.folder) for entry in entries):
+            for name in names:
+                reader_options: dict[str, Any] = {"bucket": options["buckets"]}
+                if options["duplicates"]:
+                    reader_options["duplicates"] = f"{base}/duplicates/{name}.duplicates.parquet"
+                found.append(InputFile(f"{base}/documents/{name}.json.gz", "redpajama_v2", None, reader_options))
+        return found
+
+
+@register
+class RedPajamaV2Lines(JsonLines):
+    """JSON lines with its names of the fields."""
+
+    name, suffixes = "redpajama_v2", ()
+    defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({"text_key": "raw_content", "id_key": "id"})
+
+
+def _base(entry: str, folder: Path) -> str:
+    """Return the folder of a release as an absolute path or address."""
+    if "://" in entry:
+        return entry.rstrip("/")
+    path = folder.absolute() / Path(entry).expanduser()
+    if not (path / "documents").is_dir():
+        raise UpcycleError(
+            f"RedPajama-V2 in {path}",
+            got="no folder documents",
+            expected="a copy of the release",
+            fix="check the path",
+        )
+    return str(path)

@@ -1,0 +1,31 @@
+"""Plain text: a file is a document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_upcycle.data.engine.lines import Damage, open_input, read_lines
+from nemo_upcycle.data.readers import Format, Found, register
+
+
+@register
+class Text(Format):
+    """A line that is not UTF-8 is left out of the document."""
+
+    name, suffixes, is_document = "text", (".txt",), True
+
+    def read(self, file: str, options: Mapping[str, Any]) -> Found:
+        """See `Format.read`."""
+        kept, size_bytes = [], 0
+        with open_input(file) as handle:
+            for found in read_lines(file, handle):
+                if isinstance(found, Damage):
+                    yield found.line, found.size_bytes, found.reason
+                    continue
+                try:
+                    kept.append(found[1].decode())
+                    size_bytes += len(found[1])
+                except UnicodeDecodeError:
+                    yield found[0], len(found[1]), "not UTF-8"
+        yield 1, size_bytes, {options.get("text_key", "text"): "".join(kept)} if kept else "empty file"

@@ -1,0 +1,29 @@
+"""Softmax before top-k, as in Switch Transformers (arXiv 2101.03961): the chosen weights sum to less than one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nemo_upcycle.init.routers import RouterKind, register
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_upcycle.spec import UpcycleSpec
+
+
+@register
+class SoftmaxTopk(RouterKind):
+    """Exact with a zero router, or where every expert is chosen."""
+
+    score, order = "softmax", "softmax_topk"
+    pre_softmax = True
+
+    def weight_sum(self, spec: UpcycleSpec) -> float:
+        """Return the chosen experts' share of equal weights."""
+        return spec.top_k / spec.num_experts
+
+    def scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        """Return the softmax over all experts."""
+        return logits_TE.softmax(-1)

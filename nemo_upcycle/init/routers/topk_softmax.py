@@ -1,0 +1,41 @@
+"""Softmax after top-k, as in Mixtral and in the paper (arXiv 2412.09952): the chosen weights sum to one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.init.routers import RouterKind, register
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_upcycle.spec import UpcycleSpec
+
+
+@register
+class TopkSoftmax(RouterKind):
+    """Exact, whatever the router's weights are."""
+
+    score, order = "softmax", "topk_softmax"
+    pre_softmax = False
+
+    def weight_sum(self, spec: UpcycleSpec) -> float:
+        """Return 1."""
+        return 1.0
+
+    def scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        """Return the softmax over all experts."""
+        return logits_TE.softmax(-1)
+
+    def check(self, spec: UpcycleSpec) -> None:
+        """Refuse a top-1 router, which has no gradient."""
+        if spec.top_k == 1:
+            expected = "2 or more with <router_order>=topk_softmax: a single weight is 1, whatever the router says"
+            raise SpecError(
+                field="top_k",
+                got=1,
+                expected=f"{expected}, so that it never learns",
+                fix="set <router_order>=softmax_topk (exact with <router_init>=zero), or <top_k>=2",
+            )

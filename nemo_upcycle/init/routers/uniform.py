@@ -1,0 +1,29 @@
+"""Equally likely numbers around zero."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from nemo_upcycle.init.routers import RouterInit, register
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_upcycle.spec import UpcycleSpec
+
+
+@register
+class Uniform(RouterInit):
+    """Between -sqrt(3) router_std and +sqrt(3) router_std, whose standard deviation is router_std."""
+
+    name = "uniform"
+
+    def rows(self, spec: UpcycleSpec, hidden_size: int, generators: Sequence[torch.Generator]) -> torch.Tensor:
+        """See `RouterInit.rows`."""
+        from nemo_upcycle.init.rng import uniform
+
+        bound = math.sqrt(3.0) * spec.router_std
+        return (2.0 * uniform((hidden_size,), generators) - 1.0) * bound
