@@ -65,6 +65,7 @@ test: venv
 
 test-all: venv
 	$(PYTEST) $(TEST_ALL)
+	$(BIN)/python -m tests.mutants --sample 5
 
 # No variable of the user's may change what a test finds.
 test-hostile: venv
