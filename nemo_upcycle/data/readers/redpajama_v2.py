@@ -30,7 +30,8 @@ class RedPajamaV2(Reader):
 
     def list_files(self, entries: list[str], blend: Blend, options: dict[str, Any], work: Path) -> list[InputFile]:
         """See `Reader.list_files`."""
-        options = {"languages": ["en"], "buckets": ["head"], "duplicates": True} | options
+        defaults: dict[str, Any] = {"languages": ["en"], "buckets": ["head"], "duplicates": True}
+        options = defaults | options
         for key in ("snapshots", "languages", "buckets"):
             if not isinstance(options.get(key, []), list):
                 raise UpcycleError(f"options.{key}", got=options[key], expected="a list", fix=f"write {key}: [NAME]")

@@ -100,7 +100,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
     cells, described, trainers = {}, {}, set[str]()
     address = str(dense or grid.dense or "")
     for arm, config in arms.items():
-        built = _built(f"{path}: arms.{arm}", config, (grid.defaults or {}) | config.set, address)
+        built = _built(f"{path}: arms.{arm}", config, (grid.defaults or {}) | (config.set or {}), address)
         trainers.add(built.trainer)
         for seed in grid.seeds:
             cell = f"{arm}-seed{seed}"
@@ -196,12 +196,11 @@ def _suite_of(where: str, name: str, folder: Path) -> str:
 
 def _with_file(where: str, arm: ArmConfig, folder: Path) -> ArmConfig:
     """Return an arm with its recipe, and with what a file of a single arm says."""
-    arm = replace(arm, spec=arm.spec or {}, set=arm.set or {})
     if arm.file:
         content, *_ = read_conf("ablations", folder / arm.file, f"{where}: file")
         run = content.pop("run", None)
         factory = run.get("factory") if isinstance(run, dict) else None
-        arm = replace(arm, factory=factory, set=dict(flat(content, ".")) | arm.set)
+        arm = replace(arm, factory=factory, set=dict(flat(content, ".")) | (arm.set or {}))
     if (arm.factory is None) == (arm.recipe is None):
         expected = "a recipe: `factory`, as --factory takes it, or `recipe`, one by Megatron-Bridge's naming"
         got = "both" if arm.factory else "none"

@@ -47,7 +47,7 @@ class NeMoArm:
             if fields:
                 if spec is None:
                     raise UpcycleError("spec", got=dict(fields), expected="none of a dense recipe", fix="leave it out")
-                use_spec(self.recipe, UpcycleSpec(**(dict(spec.__arguments__) | fields)))
+                use_spec(self.recipe, UpcycleSpec(**(dict(spec.__arguments__) | dict(fields))))
                 parse_cli_args(self.recipe, overrides)  # what is set wins
             check_recipe(self.recipe)
         except UpcycleError as error:
