@@ -169,7 +169,7 @@ def open_training(trainer: str, text: str) -> Training:
         text: the recipe, as the trainer's subclass writes it.
     """
     if trainer == "bridge":
-        from nemo_upcycle.trainers.bridge.training import BridgeTraining
+        from nemo_upcycle.trainers.bridge_training import BridgeTraining
 
         return BridgeTraining.from_text(text)
     from nemo_upcycle.trainers.nemo.training import NeMoTraining

@@ -33,7 +33,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _plan(inputs: Path, *settings: str) -> RunPlan:
-    from nemo_upcycle.trainers.bridge.training import BridgeTraining
+    from nemo_upcycle.trainers.bridge_training import BridgeTraining
 
     moe = BridgeTraining(TINY, settings, nodes=1, ranks_per_node=2)
     dense_ct = BridgeTraining(DENSE_CT, settings, nodes=1, ranks_per_node=2)

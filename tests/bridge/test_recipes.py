@@ -44,7 +44,7 @@ def test_a_profile_is_the_recipes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from nemo_upcycle.trainers.bridge.training import BridgeTraining
+    from nemo_upcycle.trainers.bridge_training import BridgeTraining
 
     monkeypatch.setenv(DENSE, "")  # which the training sets
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -64,7 +64,7 @@ def test_a_forecast_says_of_the_papers_run_what_it_says_in_nemo(
     from nemo_upcycle.pipeline.forecast.settings import Origins
     from nemo_upcycle.pipeline.jobs import jobs_of
     from nemo_upcycle.pipeline.stages import STAGES, RunPlan
-    from nemo_upcycle.trainers.bridge.training import BridgeTraining
+    from nemo_upcycle.trainers.bridge_training import BridgeTraining
 
     monkeypatch.setenv(DENSE, "")  # which the training sets
     (tmp_path / "tokenizer.json").write_text("{}")

@@ -14,7 +14,7 @@ from nemo_upcycle.pipeline.commands import whole_path
 from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.launch import launch_chain
 from nemo_upcycle.pipeline.stages import RunPlan
-from nemo_upcycle.trainers.bridge.training import BridgeTraining
+from nemo_upcycle.trainers.bridge_training import BridgeTraining
 from nemo_upcycle.utils.console import quiet_libraries
 
 

@@ -167,7 +167,7 @@ class NeMoTraining(Training):
 
     def check_here(self, stage: str) -> None:
         """See `Training.check_here`: nodes, and kernels."""
-        if (nodes := self.ranks[0]) > 1:
+        if (nodes := ranks_of(self.recipe, f"{stage}.")[0]) > 1:
             raise SpecError(
                 f"{stage}.trainer.num_nodes",
                 got=nodes,

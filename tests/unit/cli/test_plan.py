@@ -137,7 +137,7 @@ def _refusal(capsys: pytest.CaptureFixture[str], *options: str) -> str:
 
 def _advice(text: str) -> list[str]:
     """Return the option that a text advises, with its value."""
-    found = re.search(r"(?:Fix: set|With) (--[a-z-]+) (\d+)", text)
+    found = re.search(r"(?:Fix: set|With) (--[a-z-]+)[ =](\d+)", text)
     assert found, text
     return [found[1], found[2]]
 

@@ -306,7 +306,7 @@ def _megatron(folder: Path, dense: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "spec", "words"),
     [
-        ({}, UpcycleSpec(num_experts=4, top_k=3), r"top_k .*got 3, expected 2 \(moe_router_topk in .*common\.pt\)"),
+        ({}, UpcycleSpec(num_experts=4, top_k=3), r"top_k: got 3, expected 2 \(moe_router_topk in .*common\.pt\)"),
         ({"moe_router_pre_softmax": True}, SPEC, "got topk_softmax, expected softmax_topk"),
         ({"rotary_base": 500000}, None, r"rope_theta of .*got 100000\.0, expected 500000\.0"),
         ({"use_rope_scaling": True}, None, r"rope_scaling of .*got None, expected .*'factor': 8\.0"),

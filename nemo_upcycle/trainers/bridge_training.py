@@ -1,4 +1,7 @@
-"""A training in Megatron-Bridge: a recipe by Bridge's naming, what it is changed by, and the ranks it takes."""
+"""A training in Megatron-Bridge: a recipe by Bridge's naming, what it is changed by, and the ranks it takes.
+
+It can be read where Bridge is not installed; what needs Bridge, in `bridge/`, is imported when it is asked for.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +92,7 @@ class BridgeTraining(Training):
     def from_text(cls, text: str) -> BridgeTraining:
         """Return the training of a text from `to_text`."""
         fields = json.loads(text)
-        evaluations = fields.pop("evaluations")
+        evaluations = fields.pop("evaluations", None)
         fields |= {"overrides": tuple(fields["overrides"])}
         return cls(**fields, evaluations=Evaluations(**evaluations) if evaluations else None)
 
