@@ -57,11 +57,11 @@ def whole_file(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON to `path`, atomically, and wait until it is on the disk."""
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Write `value` as JSON to `path`, atomically, and wait until it is on the disk; on one line without `indent`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as aside, aside.open("w", encoding="utf-8") as handle:
-        json.dump(value, handle, indent=2)
+        json.dump(value, handle, indent=indent)
         handle.write("\n")
         handle.flush()
         os.fsync(handle.fileno())
