@@ -94,7 +94,7 @@ def draw_table(folder: Path) -> str:
     evidence = read_evidence(folder / EVIDENCE)
     described = evidence["described"]
     values = {"grid": evidence["grid"], "about": described["about"], **compare_arms(arms_of(evidence), described)}
-    write_json(folder / "table.json", values, indent=None)  # thousands of numbers, a line each
+    write_json(folder / "table.json", values, indent=None)  # with a line for each number, three times as large
     figures = {"curves": curves_figure(values), "routers": routers_figure(values), "budgets": budgets_figure(values)}
     for title, figure in figures.items():
         if figure is not None:
