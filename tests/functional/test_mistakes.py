@@ -300,6 +300,7 @@ def test_ctrl_c_during_the_checks_ends_them_at_once(files: Path, tmp_path: Path)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.full
 def test_the_command_answers_as_a_process_of_its_own(tmp_path: Path) -> None:
     """Import of NeMo included; `python -m benchmarks.answers` measures how long that takes."""
     done = run([NEMO, "upcycle", "pipeline", *DEMO.split(), "dense=/nope", "--yes"], tmp_path)

@@ -37,6 +37,7 @@ def test_every_configuration_of_the_package_loads(name: str) -> None:
     assert config.local == (name not in ("paper", "wide"))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["paper", "wide"])
 def test_lm_eval_knows_every_task_of_the_hub_suites(name: str) -> None:
     from lm_eval.tasks import TaskManager

@@ -30,6 +30,7 @@ def _run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.full  # of Megatron itself: what the next test is for
 def test_megatron_alone_fails() -> None:
     done = _run(_BEFORE + _AFTER)
 
