@@ -163,7 +163,7 @@ def test_passing_error_costs_nothing(tmp_path: Path, server: Server, name: str) 
 def test_what_does_not_pass_is_no_missing_file(tmp_path: Path, server: Server, name: str) -> None:
     file = server.address(name)
     plan = write_plan(tmp_path, [{"files": [file], "reader": name.rpartition(".")[2]}])
-    with pytest.raises(UpcycleError, match=f"{file}: got (500|403).*run again to go on"):
+    with pytest.raises(UpcycleError, match=f"{file}: got (500|403).*the build resumes"):
         execute(plan)
 
 
@@ -179,7 +179,7 @@ def test_file_that_is_taken_away_while_it_is_read(tmp_path: Path, server: Server
     file.write_bytes(_jsonl(*MANY))
     with lines.open_input(server.address(file.name)) as handle:
         file.unlink()
-        with pytest.raises(UpcycleError, match=r"cut_unsized.jsonl: got .*run again"):
+        with pytest.raises(UpcycleError, match=r"cut_unsized.jsonl: got .*the build resumes"):
             shutil.copyfileobj(handle, BytesIO())
 
 
