@@ -159,10 +159,13 @@ class BridgeTraining(Training):
         return {name: value for name, value in values.items() if value is not None} | {"precision": _precision(config)}
 
     def check(self, stage: str) -> None:
-        """See `Training.check`: that there is such a recipe; all else of it is known with the parent."""
+        """See `Training.check`: that there is such a recipe, and a number of steps; all else is known with the parent."""
         from nemo_upcycle.trainers.bridge.config import find_recipe
 
         find_recipe(self.recipe)
+        steps = self.named_settings().get(self.steps_setting, "0")
+        if not steps.isdecimal():
+            raise UpcycleError(self.steps_setting, got=f"'{steps}'", expected="a number", fix="give one")
 
     def check_parent(self, stage: str, dense: str, *, remote: bool) -> None:
         """See `Training.check_parent`: with the parent's configuration a recipe is complete, and checked."""

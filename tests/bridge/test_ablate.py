@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.evaluation.compare import compare_items
@@ -70,7 +71,7 @@ def test_a_live_model_scores_what_its_export_does(folder: Path) -> None:
     cell = folder / "run/moe-seed1"
     checkpoint = newest_checkpoint(cell / "checkpoints")
     assert checkpoint is not None
-    export_checkpoint(checkpoint, folder / "parent", folder / "hf")
+    export_checkpoint(checkpoint, folder / "parent", folder / "hf", dtype=torch.float32)
     offline = evaluate(folder / "hf", folder / "run/suite/items", folder / "offline", name="trained", samples=False)
     live = read_json(cell / "evaluation/step=4.json")
     assert compare_items(offline, live)["max_relative_loglikelihood_difference"] < 2e-5
