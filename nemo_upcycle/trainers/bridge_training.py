@@ -159,7 +159,7 @@ class BridgeTraining(Training):
         return {name: value for name, value in values.items() if value is not None} | {"precision": _precision(config)}
 
     def check(self, stage: str) -> None:
-        """See `Training.check`: that there is such a recipe, and a number of steps; all else is known with the parent."""
+        """See `Training.check`: a recipe that exists, a number of steps; all else of it is known with the parent."""
         from nemo_upcycle.trainers.bridge.config import find_recipe
 
         find_recipe(self.recipe)
