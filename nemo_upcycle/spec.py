@@ -3,6 +3,7 @@
 # No postponed annotations: NeMo-Run reads those of the fields, for overrides on the command line.
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -250,7 +251,7 @@ class UpcycleSpec:
         return asdict(self)
 
 
-class RouterKind:
+class RouterKind(ABC):
     """How routers turn logits into the weights of the chosen experts. One file a kind in `init/routers`."""
 
     #: what `UpcycleSpec.router_score` and `.router_order` call it; `score` is Megatron's `moe_router_score_function`
@@ -261,19 +262,19 @@ class RouterKind:
     #: whether Hugging Face classes with it compute its logits in float32, not in the model's type
     in_float32: ClassVar[bool] = False
 
+    @abstractmethod
     def weight_sum(self, spec: UpcycleSpec) -> float:
         """Return what the chosen weights sum to, unscaled; where the router decides it, with a zero router."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scores(self, logits_TE: "torch.Tensor") -> "torch.Tensor":
         """Return the scores by which top-k chooses, from the logits [T, E] in float32."""
-        raise NotImplementedError
 
     def sums_to_one(self, spec: UpcycleSpec) -> bool:
         """Return whether the chosen weights are made to sum to one, whatever the router."""
         return self.weight_sum(spec) == 1
 
-    def check(self, spec: UpcycleSpec) -> None:
+    def check(self, spec: UpcycleSpec) -> None:  # noqa: B027 - most kinds refuse nothing
         """Check that a model can be trained with such routers.
 
         Raises:
@@ -285,15 +286,15 @@ class RouterKind:
         return ""
 
 
-class RouterInit:
+class RouterInit(ABC):
     """What the routers' weights are at step 0. One file an initialisation in `init/routers`."""
 
     #: what `UpcycleSpec.router_init` calls it
     name: ClassVar[str]
 
+    @abstractmethod
     def rows(self, spec: UpcycleSpec, hidden_size: int, generators: Sequence["torch.Generator"]) -> "torch.Tensor":
         """Return the row of every copy, [C, D] in float64, each drawn from its own generator."""
-        raise NotImplementedError
 
     def is_zero(self, spec: UpcycleSpec) -> bool:
         """Return whether all weights are zero."""

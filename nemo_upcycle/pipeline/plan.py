@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,11 @@ from nemo_upcycle.utils.files import read_json, sha256_file, write_json
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+#: Trainer -> module and class of its trainings; a trainer is imported when it is asked for.
+_TRAININGS = {
+    "nemo": ("nemo_upcycle.trainers.nemo.training", "NeMoTraining"),
+    "bridge": ("nemo_upcycle.trainers.bridge_training", "BridgeTraining"),
+}
 PLAN = "pipeline.json"
 #: The folder of a run that keeps the user's YAML files as they were when the run started.
 KEPT = "config"
@@ -168,13 +174,9 @@ def open_training(trainer: str, text: str) -> Training:
         trainer: `nemo` or `bridge`.
         text: the recipe, as the trainer's subclass writes it.
     """
-    if trainer == "bridge":
-        from nemo_upcycle.trainers.bridge_training import BridgeTraining
-
-        return BridgeTraining.from_text(text)
-    from nemo_upcycle.trainers.nemo.training import NeMoTraining
-
-    return NeMoTraining(text)
+    module, name = _TRAININGS[trainer]
+    training: Training = getattr(importlib.import_module(module), name).from_text(text)
+    return training
 
 
 def _digest(text: str) -> str:

@@ -238,6 +238,11 @@ class Training(ABC):
     free_settings: ClassVar[tuple[str, ...]]
     step0_settings: ClassVar[tuple[str, ...]]
 
+    @classmethod
+    @abstractmethod
+    def from_text(cls, text: str) -> Training:
+        """Return the training of a plan's text."""
+
     @property
     @abstractmethod
     def ranks(self) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,7 @@ class InputFile:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-class Reader:
+class Reader(ABC):
     """How the entries of a source become files."""
 
     #: what a blend calls it, and the options that it takes there
@@ -49,6 +50,7 @@ class Reader:
     #: whether its files have to be fetched or rendered before they can be listed
     renders: ClassVar[bool] = False
 
+    @abstractmethod
     def list_files(self, entries: list[str], blend: Blend, options: dict[str, Any], work: Path) -> list[InputFile]:
         """Return the files of one split.
 
@@ -61,14 +63,13 @@ class Reader:
         Raises:
             UpcycleError: an entry matches nothing, or an option is wrong.
         """
-        raise NotImplementedError
 
     def paths(self, entries: list[str], options: Mapping[str, Any]) -> list[str]:
         """Return the paths, patterns and addresses that it reads; none of a reader that renders."""
         return [] if self.renders else entries
 
 
-class Format:
+class Format(ABC):
     """How the documents of a file are read; a file is one document, or each of its lines or rows is."""
 
     name: ClassVar[str]
@@ -79,6 +80,7 @@ class Format:
     #: options where a task gives none; without these, `text_key` is "text" and `id_key` "id"
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
+    @abstractmethod
     def read(self, file: str, options: Mapping[str, Any]) -> Found:
         """Yield what is in a file; what is damaged costs only itself.
 
@@ -89,7 +91,6 @@ class Format:
         Raises:
             OSError: there is no such file.
         """
-        raise NotImplementedError
 
 
 READERS: dict[str, Reader] = {}

@@ -76,6 +76,11 @@ class NeMoTraining(Training):
 
     text: str
 
+    @classmethod
+    def from_text(cls, text: str) -> NeMoTraining:
+        """See `Training.from_text`."""
+        return cls(text)
+
     @cached_property
     def recipe(self) -> Any:
         """The recipe; the same object every time, so not to be changed."""
