@@ -20,7 +20,7 @@ help:
 	@echo "make test    those and the tests of every day with NeMo: a training, the chain, a kill, several ranks (meant for under 6 minutes)"
 	@echo "make test-all  all tests that need no GPU (meant for under an hour)"
 	@echo "make test-hostile  make test under variables that are in the way: a hub, proxy, Slurm, ranks, console of another"
-	@echo "make test-command  nemo llm pretrain with the real 135M model, then resumed (about 3 minutes, 12 GiB)"
+	@echo "make test-command  nemo llm pretrain with the real 135M model, then resumed (about 3 minutes, 14 GiB of memory, 11 of disk)"
 	@echo "make soak    kill 60 trainings and 60 pipeline stages at many moments; all must end bit-equal (13 minutes)"
 	@echo "make lint    format, style, spelling, types, import layers"
 	@echo "make docs    the pages of docs/ and the reference, into site/, in an environment of their own, $(DOCS_VENV)"
@@ -71,13 +71,13 @@ test-all: venv
 test-hostile: venv
 	$(BIN)/python -m tests.environment $(PYTEST) $(TEST)
 
-# As a user types it: default threads, the real model. What it is for is a hang, so it has a limit.
+# As a user types it: default threads, the real model. What it is for is a hang, so it has a limit. A checkpoint with the
+# optimizer has 9 GiB: one that nothing resumes from is written without it.
+PRETRAIN = timeout 900 $(BIN)/nemo llm pretrain --factory "smollm2_135m_e8t2(dir='$(COMMAND_DIR)')" --yes
 test-command: venv
 	rm -rf $(COMMAND_DIR)
-	for steps in 2 3; do \
-	    timeout 900 $(BIN)/nemo llm pretrain --factory "smollm2_135m_e8t2(dir='$(COMMAND_DIR)')" \
-	        trainer.max_steps=$$steps --yes || exit 1; \
-	done
+	$(PRETRAIN) trainer.max_steps=2
+	$(PRETRAIN) trainer.max_steps=3 log.ckpt.save_optim_on_train_end=False
 	test -f "$(COMMAND_DIR)/smollm2_135m_e8t2/checkpoints/model_name=0--step=2-last/weights/.metadata"
 	rm -rf $(COMMAND_DIR)
 
