@@ -56,6 +56,7 @@ def test_first_failing_test_is_read_from_what_pytest_prints() -> None:
     assert first_failure("1 passed") == ""
 
 
+@pytest.mark.full
 def test_known_mutant_is_killed_by_the_test_that_is_about_it() -> None:
     killer = kill(MUTANTS["secrets_in_small_letters_shown"])
     assert killer == "tests/unit/utils/test_masking.py::test_names_of_secrets[my_token]"

@@ -20,6 +20,7 @@ from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.cli.main import main
 from nemo_upcycle.convert.offline import convert
 from tests.models import write_llama, write_tokenizer
+from tests.tiers import every_value
 
 
 SPEC = ("--experts", "2", "--top-k", "2")
@@ -111,6 +112,7 @@ def _run(
     )
 
 
+@pytest.mark.full
 def test_convert_and_verify_download_what_the_hub_names(hub: tuple[Path, str], tmp_path: Path) -> None:
     made = _run(tmp_path, hub[1], "convert", "hf://acme/tiny", "moe", "--branch", "acme/tiny", *SPEC, "--json")
     assert made.returncode == 0, made.stderr
@@ -134,11 +136,13 @@ def test_a_name_that_the_hub_does_not_have_is_told(hub: tuple[Path, str], tmp_pa
     assert not (tmp_path / "moe").exists()
 
 
-@pytest.mark.parametrize("token", ["", "hf_" + "b" * 34], ids=["no token", "a token without access"])
 @pytest.mark.parametrize(
-    "words",
-    [("convert", "acme/gated", "moe", *SPEC), ("plan", "--model", "hf://acme/gated", "--gpus", "8")],
-    ids=lambda words: words[0],
+    ("token", "words"),
+    every_value(
+        ["", "hf_" + "b" * 34],
+        [("convert", "acme/gated", "moe", *SPEC), ("plan", "--model", "hf://acme/gated", "--gpus", "8")],
+    ),
+    ids=lambda value: value[0] if isinstance(value, tuple) else value[:3] or "no token",
 )
 def test_a_gated_model_says_how_to_give_a_token(
     hub: tuple[Path, str], tmp_path: Path, words: tuple[str, ...], token: str
@@ -151,6 +155,7 @@ def test_a_gated_model_says_how_to_give_a_token(
     assert "hf_" not in done.stdout + done.stderr
 
 
+@pytest.mark.full
 def test_a_gated_model_is_had_with_the_token_of_the_environment(hub: tuple[Path, str], tmp_path: Path) -> None:
     done = _run(tmp_path, hub[1], "convert", "acme/gated", "moe", *SPEC, token=TOKEN)
     assert done.returncode == 0, done.stderr
@@ -215,6 +220,7 @@ def _ensure(folder: Path, endpoint: str, **variables: str) -> Path:
     return Path(done.stdout.strip())
 
 
+@pytest.mark.full
 def test_the_ranks_of_a_node_ask_the_hub_once(hub: tuple[Path, str], tmp_path: Path) -> None:
     first = _ensure(tmp_path, hub[1], LOCAL_RANK="0")
     asked = len(_Hub.asked)
@@ -225,6 +231,7 @@ def test_the_ranks_of_a_node_ask_the_hub_once(hub: tuple[Path, str], tmp_path: P
     assert len(_Hub.asked) > asked
 
 
+@pytest.mark.full
 def test_a_rank_that_comes_before_the_first_of_its_node_fetches_the_model(
     hub: tuple[Path, str], tmp_path: Path
 ) -> None:

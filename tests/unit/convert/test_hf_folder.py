@@ -130,6 +130,7 @@ def _export(*words: object, check: bool = True) -> int:
     return subprocess.run(command, check=check, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
 
 
+@pytest.mark.full
 def test_a_killed_export_goes_on_with_the_first_file_that_is_missing(dense: Path, tmp_path: Path) -> None:
     checkpoint, output = write_checkpoint(tmp_path / "ck", dense, SPEC), tmp_path / "hf"
     assert _export(checkpoint, dense, output, 3, check=False) == -signal.SIGKILL

@@ -116,6 +116,7 @@ def test_unknown_suite_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.full
 def test_hub_tasks_without_a_network_are_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for constant in ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE"):
         monkeypatch.setattr(constant, True)

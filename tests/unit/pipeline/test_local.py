@@ -16,6 +16,7 @@ import pytest
 from nemo_upcycle.pipeline.executors import local
 from nemo_upcycle.pipeline.plan import PLAN
 from tests.fifo import held_by_reader
+from tests.tiers import quick
 from tests.waiting import wait_until
 
 
@@ -74,7 +75,7 @@ def test_a_mistake_that_every_rank_finds_is_shown_once(tmp_path: Path, capfd: py
     assert capfd.readouterr().err == "a mistake\n"
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", quick([signal.SIGINT, signal.SIGTERM], signal.SIGTERM))
 def test_a_signal_ends_ranks_that_ignore_it_and_what_they_started(tmp_path: Path, signum: signal.Signals) -> None:
     code = (
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"

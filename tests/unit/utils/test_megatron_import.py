@@ -37,6 +37,7 @@ def test_megatron_alone_fails() -> None:
     assert "IndexError" in done.stderr, "Megatron has fixed it: this package's part can go"
 
 
+@pytest.mark.full
 def test_with_this_package_it_is_imported() -> None:
     done = _run("import nemo_upcycle" + _BEFORE + _AFTER)
 

@@ -16,6 +16,7 @@ from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.verify.verification import Verification, verify
 from tests.models import write_llama, write_tokenizer
+from tests.tiers import quick
 
 
 COPY = {"num_experts": 4, "top_k": 2}
@@ -38,14 +39,18 @@ def _lines(found: Verification) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("fields", "down"),
-    [
+    quick(
+        [
+            ({}, "12 of 12 identical"),
+            (FINE, "0 of 24 identical; factors 2"),
+            (FINE | {"shared_experts": 1}, "12 of 24 identical; factors 1, 2"),
+            ({"router_order": "softmax_topk", "router_init": "zero"}, "0 of 12 identical; factors 2"),
+            ({"num_experts": 6, "top_k": 4, "router_order": "softmax_topk", "router_init": "zero"}, "factors 1.5"),
+            ({"moe_layers": "first-2-dense"}, "4 of 4 identical"),
+        ],
         ({}, "12 of 12 identical"),
-        (FINE, "0 of 24 identical; factors 2"),
         (FINE | {"shared_experts": 1}, "12 of 24 identical; factors 1, 2"),
-        ({"router_order": "softmax_topk", "router_init": "zero"}, "0 of 12 identical; factors 2"),
-        ({"num_experts": 6, "top_k": 4, "router_order": "softmax_topk", "router_init": "zero"}, "factors 1.5"),
-        ({"moe_layers": "first-2-dense"}, "4 of 4 identical"),
-    ],
+    ),
     ids=["copy", "granular", "shared", "before top-k", "odd", "mixed"],
 )
 def test_exact_models_are_equal_by_weights_and_by_logits(
