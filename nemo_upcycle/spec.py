@@ -286,6 +286,22 @@ class RouterKind(ABC):
         return ""
 
 
+def find_router_kind(score: str, *, pre_softmax: bool) -> RouterKind:
+    """Return the kind of routers with a score, the one with softmax before or after top-k where a score has both.
+
+    Args:
+        score: what the logits go through, as Megatron calls it.
+        pre_softmax: Megatron's `moe_router_pre_softmax`.
+
+    Raises:
+        SpecError: there is no such score.
+    """
+    kinds = [kind for kind in ROUTER_KINDS.values() if kind.score == score]
+    if not kinds:
+        raise SpecError.unknown("router_score", score, ROUTER_SCORES)
+    return next((kind for kind in kinds if kind.pre_softmax is pre_softmax), kinds[0])
+
+
 class RouterInit(ABC):
     """What the routers' weights are at step 0. One file an initialisation in `init/routers`."""
 

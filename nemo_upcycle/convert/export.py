@@ -25,9 +25,8 @@ from nemo_upcycle.convert.safetensors_writer import (
 )
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.constants import constant_tensors
 from nemo_upcycle.models.families import require_class, server_caveats
-from nemo_upcycle.models.mapping import as_written, hf_constants, mapping_of_hf, stored_as
+from nemo_upcycle.models.mapping import as_written, constant_tensors, hf_constants, mapping_of_hf, stored_as
 from nemo_upcycle.models.sharding import Shard, hf_shape, hf_shapes, shard_shape, source_slices
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.sources.checks import require_finite, rounded

@@ -16,8 +16,9 @@ from typing import Any
 import yaml
 
 from nemo_upcycle.errors import CheckpointError, SpecError
-from nemo_upcycle.models.architecture import Architecture, architecture_from_config
+from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import find_family, find_nemo_module
+from nemo_upcycle.models.hf_config import architecture_from_config
 from nemo_upcycle.models.megatron_config import FIELDS, NO_SPEC_HAS, spec_fields
 from nemo_upcycle.models.rotary import rope_frequencies, same_frequencies
 from nemo_upcycle.sources.inert_pickle import Inert, read_saved

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.models.architecture import read_architecture
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.sources.base import Index, OneModel
 from nemo_upcycle.sources.mapped_files import MappedFiles, Stored, TensorFiles, row_major
 from nemo_upcycle.utils.files import read_json

@@ -16,7 +16,7 @@ from nemo_upcycle.convert.export import export_checkpoint, export_weights, write
 from nemo_upcycle.convert.megatron_weights import CheckpointWeights, LiveWeights
 from nemo_upcycle.convert.safetensors_writer import SafetensorsWriter
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
-from nemo_upcycle.models.architecture import read_architecture
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.mapping import ParamMapping
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
 from nemo_upcycle.trainers.equivalence import megatron_logits, one_rank

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.models.architecture import read_architecture
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.online import fill
 from tests.models import build_chunks, moe_settings, write_llama
 from tests.tiers import every_pair
