@@ -343,27 +343,21 @@ def check_capacity(factor: float | None, pad: bool, num_experts: int, top_k: int
         SpecError: an expert would have more slots than there are tokens (Megatron-Core then fails in the first step),
             or padding would let every expert compute every token, or there is no capacity to pad to.
     """
-    if factor is None:
-        if pad:
-            raise SpecError(
-                field="capacity_factor",
-                got=None,
-                expected="a number with padding",
-                fix="set <capacity_factor>=1, or do not pad",
-            )
-        return
     most = num_experts / top_k
-    if not factor <= most:  # nor NaN
-        raise SpecError(
-            field="capacity_factor",
-            got=f"{factor:g}",
-            expected=f"at most num_experts / top_k ({most:g}), which drops nothing",
-            fix=f"set <capacity_factor>={most:g}",
-        )
-    if pad and factor == most:
-        raise SpecError(
-            field="capacity_factor",
-            got=f"{factor:g}",
-            expected=f"less than {most:g} with padding: every expert would compute every token",
-            fix="lower it, or do not pad",
-        )
+    problems = (
+        (factor is None and pad, "a number with padding", "set <capacity_factor>=1, or do not pad"),
+        (
+            factor is not None and not factor <= most,  # nor NaN
+            f"at most num_experts / top_k ({most:g}), which drops nothing",
+            f"set <capacity_factor>={most:g}",
+        ),
+        (
+            factor == most and pad,
+            f"less than {most:g} with padding: every expert would compute every token",
+            "lower it, or do not pad",
+        ),
+    )
+    got = None if factor is None else f"{factor:g}"
+    for holds, expected, fix in problems:
+        if holds:
+            raise SpecError(field="capacity_factor", got=got, expected=expected, fix=fix)

@@ -43,6 +43,7 @@ FIELDS = _BLOCK | {
 _BIASES = ("qkv_bias", "ffn_bias")
 #: Fields that a recipe has in common with the dense model that it starts from.
 SIZES = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "qk_norm")
+_BALANCING = "moe_router_load_balancing_type"
 #: Settings of Megatron's router that no spec and no Hugging Face class has.
 NO_SPEC_HAS: dict[str, Any] = {
     "moe_router_enable_expert_bias": False,
@@ -212,52 +213,40 @@ def check_spec(config: Any, spec: UpcycleSpec) -> None:
     Raises:
         SpecError: they disagree, or the configuration makes a router that no spec can be exact with.
     """
+    for name, got, expected, fix in _disagreements(config, spec):
+        raise SpecError(field=f"model.config.{name}", got=got, expected=expected, fix=fix)
+
+
+def _disagreements(config: Any, spec: UpcycleSpec) -> Iterator[tuple[str, Any, str, str]]:
+    """Yield what a configuration has otherwise than a spec asks for: setting, its value, the right one and the fix."""
     random_routing = {"moe_router_force_load_balancing": False}  # for benchmarks
     for name, value in (router_fields(spec) | NO_SPEC_HAS | random_routing).items():
         got = getattr(config, name, None)
         if got != value and not (not got and not value) and not (value is None and got == 1):
-            expected = f"{value} (from the UpcycleSpec)"
-            raise SpecError(field=f"model.config.{name}", got=got, expected=expected, fix="make them agree")
+            yield name, got, f"{value} (from the UpcycleSpec)", "make them agree"
     for name, value in _POSITIONS.items():
         if (got := getattr(config, name, value)) not in (value, value or 1):
-            expected = f"{value}, as in every dense parent"
-            raise SpecError(field=f"model.config.{name}", got=got, expected=expected, fix="leave it at that")
-    _check_routing_type(config, spec)
+            yield name, got, f"{value}, as in every dense parent", "leave it at that"
+    # The experts of one copy are to be chosen together: in 16 bits the logits of two copies can be equal.
+    is_recipe = hasattr(config, "__fn_or_cls__")  # then the type comes later, from the trainer's precision plugin
+    in_float32 = config.params_dtype is torch.float32 and not (config.bf16 or config.fp16 or is_recipe)
+    if spec.needs_float32_routing and not in_float32 and (got := config.moe_router_dtype) not in ("fp32", "fp64"):
+        expected = f"fp32 or fp64 with granularity={spec.granularity}: in 16 bits top-k mixes copies"
+        yield "moe_router_dtype", got, expected, "set it to fp32"
     capacity = getattr(config, "moe_expert_capacity_factor", None)
     pad = bool(getattr(config, "moe_pad_expert_input_to_capacity", False))
     try:  # Megatron takes a negative factor for none
         check_capacity(None if capacity is None or capacity < 0 else capacity, pad, spec.num_experts, spec.top_k)
     except SpecError as error:
         raise error.renamed(lambda name: f"model.config.moe_expert_{name}") from None
-    if (routing := getattr(config, "moe_router_load_balancing_type", None)) == "sinkhorn":
-        raise SpecError(
-            field="model.config.moe_router_load_balancing_type",
-            got=routing,
-            expected="a type that leaves the router's scores alone",
-            fix="use aux_loss or none",
-        )
+    if getattr(config, _BALANCING, None) == "sinkhorn":
+        yield _BALANCING, "sinkhorn", "a type that leaves the router's scores alone", "use aux_loss or none"
     frequency, layers = getattr(config, "moe_layer_freq", 1), config.num_layers
     got_layers = layers if isinstance(frequency, int) else len(frequency)
     if (want := spec.moe_pattern(layers)) != layer_pattern(frequency, got_layers):
-        raise SpecError(
-            field="model.config.moe_layer_freq",
-            got=frequency if isinstance(frequency, int) else list(frequency),
-            expected=f"{[int(is_moe) for is_moe in want]} (moe_layers={spec.moe_layers})",
-            fix="make them agree",
-        )
-
-
-def _check_routing_type(config: Any, spec: UpcycleSpec) -> None:
-    """Check that the experts of one copy are chosen together: in 16 bits the logits of two copies can be equal."""
-    is_recipe = hasattr(config, "__fn_or_cls__")  # then the type comes later, from the trainer's precision plugin
-    in_float32 = config.params_dtype is torch.float32 and not (config.bf16 or config.fp16 or is_recipe)
-    if spec.needs_float32_routing and not in_float32 and (got := config.moe_router_dtype) not in ("fp32", "fp64"):
-        raise SpecError(
-            field="model.config.moe_router_dtype",
-            got=got,
-            expected=f"fp32 or fp64 with granularity={spec.granularity}: in 16 bits top-k mixes copies",
-            fix="set it to fp32",
-        )
+        got = frequency if isinstance(frequency, int) else list(frequency)
+        expected = f"{[int(is_moe) for is_moe in want]} (moe_layers={spec.moe_layers})"
+        yield "moe_layer_freq", got, expected, "make them agree"
 
 
 def check_model(model: Any, moe_arch: Architecture) -> None:
