@@ -51,7 +51,7 @@ NO_SPEC_HAS: dict[str, Any] = {
     "moe_apply_probs_on_input": False,  # the network is not linear in its input
 }
 #: Settings of Megatron's that change the function and leave every shape as it is. No known parent has another value.
-_PLAIN: dict[str, Any] = {
+PLAIN: dict[str, Any] = {
     "normalization": "RMSNorm",
     "rotary_interleaved": False,
     "no_rope_freq": None,
@@ -63,7 +63,7 @@ _PLAIN: dict[str, Any] = {
     "multi_latent_attention": False,
 }
 #: How every known parent is told positions; NeMo has these settings in its config, Megatron in its model alone.
-_POSITIONS: dict[str, Any] = {
+POSITIONS: dict[str, Any] = {
     "position_embedding_type": "rope",
     "rotary_percent": 1.0,
     "seq_len_interpolation_factor": None,  # 1 is as good
@@ -97,7 +97,7 @@ def megatron_fields(arch: Architecture) -> dict[str, Any]:
     """
     require_buildable(arch)
     fields = {FIELDS[name]: getattr(arch, name) for name in (*_BLOCK, *_BIASES)} | router_fields(arch)
-    fields["normalization"] = _PLAIN["normalization"]
+    fields["normalization"] = PLAIN["normalization"]
     if arch.num_experts:
         fields[FIELDS["expert_ffn_size"]] = arch.expert_ffn_size
         fields[FIELDS["shared_ffn_size"]] = arch.shared_ffn_size or None
@@ -224,7 +224,7 @@ def _disagreements(config: Any, spec: UpcycleSpec) -> Iterator[tuple[str, Any, s
         got = getattr(config, name, None)
         if got != value and not (not got and not value) and not (value is None and got == 1):
             yield name, got, f"{value} (from the UpcycleSpec)", "make them agree"
-    for name, value in _POSITIONS.items():
+    for name, value in POSITIONS.items():
         if (got := getattr(config, name, value)) not in (value, value or 1):
             yield name, got, f"{value}, as in every dense parent", "leave it at that"
     # The experts of one copy are to be chosen together: in 16 bits the logits of two copies can be equal.
@@ -265,10 +265,10 @@ def check_model(model: Any, moe_arch: Architecture) -> None:
     settings, wanted = [FIELDS[field] for field in fields], megatron_fields(moe_arch)
     checks: list[tuple[str, Any, Any]] = [(name, getattr(config, name), wanted[name]) for name in settings]
     # Before all others: a model with other position embeddings may have no rotary ones.
-    for name, value in _POSITIONS.items():
+    for name, value in POSITIONS.items():
         got = getattr(model, name, getattr(rotary, name, value))
         checks.append((name, value if got == 1 else got, value))
-    checks += [(name, getattr(config, name, value) or value, value) for name, value in _PLAIN.items()]
+    checks += [(name, getattr(config, name, value) or value, value) for name, value in PLAIN.items()]
     if config.softmax_scale and not math.isclose(config.softmax_scale, moe_arch.head_dim**-0.5, rel_tol=1e-6):
         checks.append(("softmax_scale", config.softmax_scale, f"None or {moe_arch.head_dim**-0.5:.6g}"))
     # What follows changes the function unnoticed. NeMo scales the rotary frequencies outside of its config.

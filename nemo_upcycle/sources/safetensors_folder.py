@@ -17,7 +17,7 @@ import torch
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.hf_config import read_architecture
-from nemo_upcycle.sources.base import Index, OneModel
+from nemo_upcycle.sources.base import DenseSource, Index
 from nemo_upcycle.sources.mapped_files import MappedFiles, Stored, TensorFiles, row_major
 from nemo_upcycle.utils.files import read_json
 from nemo_upcycle.utils.streams import ByteRange
@@ -122,7 +122,7 @@ def _files_of(folder: Path) -> dict[str, set[str]]:
     )
 
 
-class SafetensorsFolder(TensorFiles[Stored], OneModel):
+class SafetensorsFolder(TensorFiles[Stored], DenseSource):
     """A dense checkpoint in Hugging Face's layout: `config.json` and one or many safetensors files.
 
     Opening it reads the headers only. They are checked as the format demands: the tensors fill the file from end to
