@@ -22,7 +22,7 @@ from nemo_upcycle.cpu.backend import use_cpu_backend
 from nemo_upcycle.cpu.configuration import configure_for_cpu
 from nemo_upcycle.data.dense import ensure_dense
 from nemo_upcycle.online.receipt import ActingCoefficient, UpcycleReceipt
-from nemo_upcycle.online.start import fill_chunks, merge_receipts
+from nemo_upcycle.online.upcycle import fill_chunks, merge_receipts
 from nemo_upcycle.sources.megatron_checkpoint import is_megatron
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.layout import layout_of

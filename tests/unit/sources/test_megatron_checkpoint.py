@@ -147,7 +147,7 @@ def test_upcycling_from_it_gives_the_same_bits(saved: Path, parent: Path) -> Non
 
 def _start(parent: str, path: str, branches: list[str]) -> tuple[list[str], list[str]]:
     """Fill a model as a training run does, and return what the receipt says of files and exactness."""
-    from nemo_upcycle.online.start import fill_chunks
+    from nemo_upcycle.online.upcycle import fill_chunks
     from nemo_upcycle.trainers.nemo.upcycling import UpcycleConfig
 
     spec = UpcycleSpec(num_experts=4, top_k=2)
