@@ -101,14 +101,7 @@ class UpcycleSpec:
         check_number("router_std", self.router_std, 0.0, 1000.0)
         check_number("noise_std", self.noise_std, 0.0, 1000.0)
         check_number("drop_ratio", self.drop_ratio, 0.0, 1.0)
-        check_number("routed_scaling_factor", self.routed_scaling_factor, 0.0, 1000.0)
-        if not self.routed_scaling_factor > 0:
-            raise SpecError(
-                field="routed_scaling_factor",
-                got=self.routed_scaling_factor,
-                expected="more than 0",
-                fix="use 1 unless the model has one",
-            )
+        check_number("routed_scaling_factor", self.routed_scaling_factor, 0.001, 1000.0)
         if self.num_experts % self.granularity:
             expected = f"a multiple of <granularity> ({self.granularity}), the experts of each copy of the network"
             nearest = self.granularity * max(1, round(self.num_experts / self.granularity))
