@@ -43,7 +43,6 @@ FIELDS = _BLOCK | {
 _BIASES = ("qkv_bias", "ffn_bias")
 #: Fields that a recipe has in common with the dense model that it starts from.
 SIZES = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "qk_norm")
-_BALANCING = "moe_router_load_balancing_type"
 #: Settings of Megatron's router that no spec and no Hugging Face class has.
 NO_SPEC_HAS: dict[str, Any] = {
     "moe_router_enable_expert_bias": False,
@@ -51,7 +50,7 @@ NO_SPEC_HAS: dict[str, Any] = {
     "moe_apply_probs_on_input": False,  # the network is not linear in its input
 }
 #: Settings of Megatron's that change the function and leave every shape as it is. No known parent has another value.
-PLAIN: dict[str, Any] = {
+_PLAIN: dict[str, Any] = {
     "normalization": "RMSNorm",
     "rotary_interleaved": False,
     "no_rope_freq": None,
@@ -63,7 +62,7 @@ PLAIN: dict[str, Any] = {
     "multi_latent_attention": False,
 }
 #: How every known parent is told positions; NeMo has these settings in its config, Megatron in its model alone.
-POSITIONS: dict[str, Any] = {
+_POSITIONS: dict[str, Any] = {
     "position_embedding_type": "rope",
     "rotary_percent": 1.0,
     "seq_len_interpolation_factor": None,  # 1 is as good
@@ -97,7 +96,7 @@ def megatron_fields(arch: Architecture) -> dict[str, Any]:
     """
     require_buildable(arch)
     fields = {FIELDS[name]: getattr(arch, name) for name in (*_BLOCK, *_BIASES)} | router_fields(arch)
-    fields["normalization"] = PLAIN["normalization"]
+    fields["normalization"] = _PLAIN["normalization"]
     if arch.num_experts:
         fields[FIELDS["expert_ffn_size"]] = arch.expert_ffn_size
         fields[FIELDS["shared_ffn_size"]] = arch.shared_ffn_size or None
@@ -213,40 +212,52 @@ def check_spec(config: Any, spec: UpcycleSpec) -> None:
     Raises:
         SpecError: they disagree, or the configuration makes a router that no spec can be exact with.
     """
-    for name, got, expected, fix in _disagreements(config, spec):
-        raise SpecError(field=f"model.config.{name}", got=got, expected=expected, fix=fix)
-
-
-def _disagreements(config: Any, spec: UpcycleSpec) -> Iterator[tuple[str, Any, str, str]]:
-    """Yield what a configuration has otherwise than a spec asks for: setting, its value, the right one and the fix."""
     random_routing = {"moe_router_force_load_balancing": False}  # for benchmarks
     for name, value in (router_fields(spec) | NO_SPEC_HAS | random_routing).items():
         got = getattr(config, name, None)
         if got != value and not (not got and not value) and not (value is None and got == 1):
-            yield name, got, f"{value} (from the UpcycleSpec)", "make them agree"
-    for name, value in POSITIONS.items():
+            expected = f"{value} (from the UpcycleSpec)"
+            raise SpecError(field=f"model.config.{name}", got=got, expected=expected, fix="make them agree")
+    for name, value in _POSITIONS.items():
         if (got := getattr(config, name, value)) not in (value, value or 1):
-            yield name, got, f"{value}, as in every dense parent", "leave it at that"
-    # The experts of one copy are to be chosen together: in 16 bits the logits of two copies can be equal.
-    is_recipe = hasattr(config, "__fn_or_cls__")  # then the type comes later, from the trainer's precision plugin
-    in_float32 = config.params_dtype is torch.float32 and not (config.bf16 or config.fp16 or is_recipe)
-    if spec.needs_float32_routing and not in_float32 and (got := config.moe_router_dtype) not in ("fp32", "fp64"):
-        expected = f"fp32 or fp64 with granularity={spec.granularity}: in 16 bits top-k mixes copies"
-        yield "moe_router_dtype", got, expected, "set it to fp32"
+            expected = f"{value}, as in every dense parent"
+            raise SpecError(field=f"model.config.{name}", got=got, expected=expected, fix="leave it at that")
+    _check_routing_type(config, spec)
     capacity = getattr(config, "moe_expert_capacity_factor", None)
     pad = bool(getattr(config, "moe_pad_expert_input_to_capacity", False))
     try:  # Megatron takes a negative factor for none
         check_capacity(None if capacity is None or capacity < 0 else capacity, pad, spec.num_experts, spec.top_k)
     except SpecError as error:
         raise error.renamed(lambda name: f"model.config.moe_expert_{name}") from None
-    if getattr(config, _BALANCING, None) == "sinkhorn":
-        yield _BALANCING, "sinkhorn", "a type that leaves the router's scores alone", "use aux_loss or none"
+    if (routing := getattr(config, "moe_router_load_balancing_type", None)) == "sinkhorn":
+        raise SpecError(
+            field="model.config.moe_router_load_balancing_type",
+            got=routing,
+            expected="a type that leaves the router's scores alone",
+            fix="use aux_loss or none",
+        )
     frequency, layers = getattr(config, "moe_layer_freq", 1), config.num_layers
     got_layers = layers if isinstance(frequency, int) else len(frequency)
     if (want := spec.moe_pattern(layers)) != layer_pattern(frequency, got_layers):
-        got = frequency if isinstance(frequency, int) else list(frequency)
-        expected = f"{[int(is_moe) for is_moe in want]} (moe_layers={spec.moe_layers})"
-        yield "moe_layer_freq", got, expected, "make them agree"
+        raise SpecError(
+            field="model.config.moe_layer_freq",
+            got=frequency if isinstance(frequency, int) else list(frequency),
+            expected=f"{[int(is_moe) for is_moe in want]} (moe_layers={spec.moe_layers})",
+            fix="make them agree",
+        )
+
+
+def _check_routing_type(config: Any, spec: UpcycleSpec) -> None:
+    """Check that the experts of one copy are chosen together: in 16 bits the logits of two copies can be equal."""
+    is_recipe = hasattr(config, "__fn_or_cls__")  # then the type comes later, from the trainer's precision plugin
+    in_float32 = config.params_dtype is torch.float32 and not (config.bf16 or config.fp16 or is_recipe)
+    if spec.needs_float32_routing and not in_float32 and (got := config.moe_router_dtype) not in ("fp32", "fp64"):
+        raise SpecError(
+            field="model.config.moe_router_dtype",
+            got=got,
+            expected=f"fp32 or fp64 with granularity={spec.granularity}: in 16 bits top-k mixes copies",
+            fix="set it to fp32",
+        )
 
 
 def check_model(model: Any, moe_arch: Architecture) -> None:
@@ -265,10 +276,10 @@ def check_model(model: Any, moe_arch: Architecture) -> None:
     settings, wanted = [FIELDS[field] for field in fields], megatron_fields(moe_arch)
     checks: list[tuple[str, Any, Any]] = [(name, getattr(config, name), wanted[name]) for name in settings]
     # Before all others: a model with other position embeddings may have no rotary ones.
-    for name, value in POSITIONS.items():
+    for name, value in _POSITIONS.items():
         got = getattr(model, name, getattr(rotary, name, value))
         checks.append((name, value if got == 1 else got, value))
-    checks += [(name, getattr(config, name, value) or value, value) for name, value in PLAIN.items()]
+    checks += [(name, getattr(config, name, value) or value, value) for name, value in _PLAIN.items()]
     if config.softmax_scale and not math.isclose(config.softmax_scale, moe_arch.head_dim**-0.5, rel_tol=1e-6):
         checks.append(("softmax_scale", config.softmax_scale, f"None or {moe_arch.head_dim**-0.5:.6g}"))
     # What follows changes the function unnoticed. NeMo scales the rotary frequencies outside of its config.

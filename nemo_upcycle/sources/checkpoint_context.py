@@ -20,7 +20,7 @@ from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import find_family, find_nemo_module, llama, parents, qwen3
 from nemo_upcycle.models.hf_config import architecture_from_config
-from nemo_upcycle.models.megatron_config import FIELDS, NO_SPEC_HAS, PLAIN, POSITIONS, spec_fields
+from nemo_upcycle.models.megatron_config import FIELDS, NO_SPEC_HAS, spec_fields
 from nemo_upcycle.models.rotary import rope_frequencies, same_frequencies
 from nemo_upcycle.sources.torch_pickles import Inert, read_saved
 from nemo_upcycle.spec import UpcycleSpec
@@ -31,7 +31,17 @@ _KEEP = "keep the model in NeMo: it trains and evaluates there"
 _GIVE_CONFIG = "put the Hugging Face config.json of the model beside the checkpoint's weights"
 _ACTIVATIONS = {"silu": "silu", "openai_gelu": "gelu_pytorch_tanh"}
 #: Settings that make another function of the same weights; one that is absent is as it must be.
-_REQUIRED: dict[str, Any] = PLAIN | POSITIONS | {"gated_linear_unit": True, "qk_l2_norm": False, "softmax_scale": None}
+_REQUIRED: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "position_embedding_type": "rope",
+    "gated_linear_unit": True,
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "seq_len_interpolation_factor": None,
+    "qk_l2_norm": False,
+    "softmax_scale": None,
+    "multi_latent_attention": False,
+}
 #: Fields of an architecture that make the function -> NeMo's setting; rotary embedding and window are checked apart.
 _FUNCTION = {
     name: FIELDS.get(name, "_target_")
@@ -120,7 +130,7 @@ class CheckpointContext:
         known = activation if activation in _ACTIVATIONS else " or ".join(_ACTIVATIONS)
         checks.append(("activation_func", activation, known))
         for name, got, expected in checks:
-            if got != expected and (got or expected):
+            if got != expected:
                 raise CheckpointError(f"{self.path}: {name}", got=got, expected=expected, fix=fix)
         hidden, heads = int(self.settings["hidden_size"]), int(self.settings["num_attention_heads"])
         window = get("window_size")  # (tokens back, tokens ahead), -1 for all
