@@ -259,9 +259,9 @@ class RouterKind(ABC):
     def weight_sum(self, spec: UpcycleSpec) -> float:
         """Return what the chosen weights sum to, unscaled; where the router decides it, with a zero router."""
 
-    @abstractmethod
     def scores(self, logits_TE: "torch.Tensor") -> "torch.Tensor":
-        """Return the scores by which top-k chooses, from the logits [T, E] in float32."""
+        """Return the scores by which top-k chooses, from the logits [T, E] in float32; by default their softmax."""
+        return logits_TE.softmax(-1)
 
     def sums_to_one(self, spec: UpcycleSpec) -> bool:
         """Return whether the chosen weights are made to sum to one, whatever the router."""

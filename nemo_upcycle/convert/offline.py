@@ -300,13 +300,9 @@ def _marker(output: Path) -> dict[str, Any]:
     Raises:
         UpcycleError: it is damaged.
     """
-    try:
-        marker = read_json(output / MODEL_MARKER)
-        tokenizer_files = marker.get("companions", []) if isinstance(marker, dict) else None
-        if isinstance(tokenizer_files, list) and all(isinstance(name, str) for name in tokenizer_files):
-            return {**marker, "companions": tokenizer_files}
-    except UpcycleError:
-        pass
+    marker = read_json(output / MODEL_MARKER)
+    if isinstance(marker, dict) and isinstance(marker.get("companions"), list):
+        return marker
     raise UpcycleError(
         str(output / MODEL_MARKER),
         got="a damaged file",
