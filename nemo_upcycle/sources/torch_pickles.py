@@ -1,12 +1,11 @@
 """What `torch.save` and torch_dist checkpoints pickle, read without the classes and functions that the pickles name.
 
-`.metadata` of a torch_dist checkpoint says which piece of which tensor lies where. It is opened with a list of the
-only classes that it may name, and gets stand-ins for them: nothing that it builds, calls or changes is torch's,
-Python's or this package's.
+What a pickle names is inert (`Inert`), but for a few types that nobody can change: nothing that it builds, calls or
+changes is torch's, Python's or this package's.
 
-A piece is one tensor as `torch.save` writes it, somewhere in a file: an uncompressed zip archive of a small pickle,
-which describes the tensor, and of the numbers as they are. The pickle may name nothing but what it takes to describe a
-tensor, and gets none of it: what it names is inert.
+`.metadata` of a torch_dist checkpoint says which piece of which tensor lies where. A piece is one tensor as
+`torch.save` writes it, somewhere in a file: an uncompressed zip archive of a small pickle, which describes the tensor,
+and of the numbers as they are.
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ DAMAGE = (
     ValueError,
 )
 _MAX_DESCRIPTION_BYTES = 1 << 16
-_DTYPE_NAMES = {dtype_name(dtype) for dtype in torch.storage._dtype_to_storage_type_map()}
 
 
 class Inert:
@@ -64,12 +62,41 @@ class Inert:
         """Ignore an item."""
 
 
+class _Metadata(Inert):
+    """Stand-in for torch's class and for Megatron's subclass of it."""
+
+    state_dict_metadata: dict[str, Any]
+    storage_data: dict[Any, Any]
+
+
+class _Properties(Inert):
+    """Stand-in for a tensor's properties, whose values torch saves in order."""
+
+    dtype: Any
+
+    def __setstate__(self, state: Any) -> None:
+        self.dtype = state[0]
+
+
+#: What stands in for what a pickle names; `Inert` for everything else. Python and torch do not let anyone change the
+#: types and values among them.
+_STANDS_IN: dict[str, Any] = {
+    "torch.distributed.checkpoint.metadata.Metadata": _Metadata,
+    "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata": _Metadata,
+    "torch.distributed.checkpoint.metadata.TensorProperties": _Properties,
+    "torch.Size": tuple,
+    "collections.OrderedDict": dict,
+    **{f"builtins.{kind.__name__}": kind for kind in (set, frozenset, slice)},
+    **{f"torch.{dtype_name(dtype)}": dtype for dtype in torch.storage._dtype_to_storage_type_map()},
+}
+
+
 class _InertUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        return Inert
+        return _STANDS_IN.get(f"{module}.{name}", Inert)
 
     def persistent_load(self, pid: Any) -> Any:
-        return None  # a tensor's numbers
+        return pid  # says where a tensor's numbers are
 
 
 def read_saved(path: Path) -> Any:
@@ -89,55 +116,6 @@ def read_saved(path: Path) -> Any:
         raise
     except Exception as error:  # whatever a damaged pickle leads to
         raise ValueError(f"damaged ({type(error).__name__})") from None
-
-
-class _Metadata(Inert):
-    """Stand-in for torch's class and for Megatron's subclass of it."""
-
-    state_dict_metadata: dict[str, Any]
-    storage_data: dict[Any, Any]
-
-
-class _Properties(Inert):
-    """Stand-in for a tensor's properties, whose values torch saves in order."""
-
-    dtype: Any
-
-    def __setstate__(self, state: Any) -> None:
-        self.dtype = state[0]
-
-
-#: What torch's and Megatron's own writers put into `.metadata`, and what stands in for it.
-_STANDS_IN: dict[str, dict[str, Any]] = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata": Inert,
-        "ChunkStorageMetadata": Inert,
-        "Metadata": _Metadata,
-        "MetadataIndex": Inert,
-        "StorageMeta": Inert,
-        "TensorProperties": _Properties,
-        "TensorStorageMetadata": Inert,
-        "_MEM_FORMAT_ENCODING": Inert,
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo": Inert},
-    "torch.serialization": {"_get_layout": Inert},
-    # Python and torch do not let anyone change these: neither builtins nor values.
-    "torch": {"Size": tuple, "device": Inert, "dtype": Inert} | {name: getattr(torch, name) for name in _DTYPE_NAMES},
-    "builtins": {"set": set, "frozenset": frozenset, "slice": slice},
-    "collections": {"OrderedDict": dict},
-    "pathlib": {"Path": Inert, "PosixPath": Inert, "PurePosixPath": Inert},
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "megatron.core.dist_checkpointing.strategies.torch":
-            return _Metadata if name == "MCoreMetadata" else Inert
-        if module == "torch.distributed.checkpoint.planner":
-            return Inert  # a save plan
-        if name not in _STANDS_IN.get(module, ()):
-            raise pickle.UnpicklingError(f"the class {module}.{name} is not allowed in checkpoint metadata")
-        return _STANDS_IN[module][name]
 
 
 @dataclass(frozen=True)
@@ -162,7 +140,7 @@ def read_metadata(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, tuple[i
         )
     try:
         raw = path.read_bytes()
-        metadata = _MetadataUnpickler(io.BytesIO(raw)).load()
+        metadata = _InertUnpickler(io.BytesIO(raw)).load()
         if not isinstance(metadata, _Metadata):
             raise pickle.UnpicklingError(f"a {type(metadata).__name__}")
         return _tensors_of(metadata), _spans_of(metadata), hashlib.sha256(raw).hexdigest()
@@ -198,22 +176,6 @@ def _spans_of(metadata: _Metadata) -> dict[tuple[str, tuple[int, ...]], FileSpan
 def _require(holds: bool, name: str) -> None:
     if not holds:
         raise ValueError(f"{name} is not described as torch does it")
-
-
-class _PieceUnpickler(pickle.Unpickler):
-    """Reads how a saved tensor lies in its storage: number of the first element, shape and strides."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter"):
-            return Inert
-        if module == "collections" and name == "OrderedDict":
-            return dict
-        if module == "torch" and (name.endswith("Storage") or name in _DTYPE_NAMES):
-            return str  # the type: the metadata says it too
-        raise pickle.UnpicklingError(f"the class {module}.{name} is not allowed in a tensor")
-
-    def persistent_load(self, pid: Any) -> Any:
-        return pid
 
 
 class Window(io.RawIOBase):
@@ -263,7 +225,7 @@ def open_piece(window: Window, sizes: tuple[int, ...], dtype: torch.dtype) -> St
         records = {member.filename.partition("/")[2]: member for member in archive.infolist()}
     start, stop = _record(window, records["data.pkl"])
     window.seek(start)
-    description = _PieceUnpickler(io.BytesIO(window.read(min(stop - start, _MAX_DESCRIPTION_BYTES)))).load()
+    description = _InertUnpickler(io.BytesIO(window.read(min(stop - start, _MAX_DESCRIPTION_BYTES)))).load()
     if isinstance(description.args[0], Inert):  # a parameter, of a tensor
         description = description.args[0]
     (_, _, key, _, count), offset, shape, stride = description.args[:4]
