@@ -179,19 +179,11 @@ def _require(holds: bool, name: str) -> None:
 
 
 class Window(io.RawIOBase):
-    """A part of a file, as a file."""
+    """A part of a file, as a file of which `zipfile` reads the directory."""
 
     def __init__(self, files: MappedFiles, file: str, offset: int, length: int) -> None:
         self.file, self.offset, self.length = file, offset, length
         self._files, self._at = files, 0
-
-    def seekable(self) -> bool:
-        """Return True."""
-        return True
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Go to a position inside the part, and return it."""
