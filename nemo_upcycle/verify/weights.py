@@ -133,8 +133,8 @@ def compare_weights(dense: DenseSource, moe: DenseSource) -> WeightComparison:
         scale, changed = _relation(_pairs(dense, moe, name, plan), plan.is_down, plan.factor)
         group.add(scale, changed)
         is_exact &= changed == 0.0 and scale == plan.factor
-    kind = moe_arch.router_kind
-    if not moe_arch.norm_topk and not kind.pre_softmax and kind.sums_to_one(spec):
+    router = moe_arch.router_kind
+    if not moe_arch.norm_topk and not router.pre_softmax and router.sums_to_one(spec):
         is_exact = False  # no spec makes it: scores of several experts that keep the sum they have
     is_exact &= routers.tied and _spec_of(arch, moe_arch, routers).is_exact
     rounded = [why for dtype in dtypes for why in rounded_because(dense, dtype, spec)]
