@@ -22,7 +22,7 @@ import torch
 
 from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.safetensors_writer import safetensors_header
-from nemo_upcycle.models.architecture import architecture_from_config
+from nemo_upcycle.models.hf_config import architecture_from_config
 from nemo_upcycle.models.sharding import hf_shapes
 from nemo_upcycle.online.plan import RankCoords, param_plans
 from nemo_upcycle.planning.check import build_rank, megatron_rank

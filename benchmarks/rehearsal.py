@@ -30,7 +30,7 @@ def write_parent(folder: Path, layers: int) -> None:
     """Write random weights, a file a layer."""
     from safetensors.torch import save_file
 
-    from nemo_upcycle.models.architecture import read_architecture
+    from nemo_upcycle.models.hf_config import read_architecture
     from nemo_upcycle.models.sharding import hf_shapes
 
     folder.mkdir()

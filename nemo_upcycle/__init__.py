@@ -14,6 +14,7 @@ if "".join(getattr(sys, "argv", ())[:1]).endswith("nemo-upcycle"):  # the comman
 from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.init import methods, routers  # noqa: F401 - they hand their names to the spec
+from nemo_upcycle.models import families  # noqa: F401 - they hand themselves to the architecture
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.utils.megatron_import import need_no_cuda_to_import
 

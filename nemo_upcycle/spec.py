@@ -101,14 +101,7 @@ class UpcycleSpec:
         check_number("router_std", self.router_std, 0.0, 1000.0)
         check_number("noise_std", self.noise_std, 0.0, 1000.0)
         check_number("drop_ratio", self.drop_ratio, 0.0, 1.0)
-        check_number("routed_scaling_factor", self.routed_scaling_factor, 0.0, 1000.0)
-        if not self.routed_scaling_factor > 0:
-            raise SpecError(
-                field="routed_scaling_factor",
-                got=self.routed_scaling_factor,
-                expected="more than 0",
-                fix="use 1 unless the model has one",
-            )
+        check_number("routed_scaling_factor", self.routed_scaling_factor, 0.001, 1000.0)
         if self.num_experts % self.granularity:
             expected = f"a multiple of <granularity> ({self.granularity}), the experts of each copy of the network"
             nearest = self.granularity * max(1, round(self.num_experts / self.granularity))
@@ -266,9 +259,9 @@ class RouterKind(ABC):
     def weight_sum(self, spec: UpcycleSpec) -> float:
         """Return what the chosen weights sum to, unscaled; where the router decides it, with a zero router."""
 
-    @abstractmethod
     def scores(self, logits_TE: "torch.Tensor") -> "torch.Tensor":
-        """Return the scores by which top-k chooses, from the logits [T, E] in float32."""
+        """Return the scores by which top-k chooses, from the logits [T, E] in float32; by default their softmax."""
+        return logits_TE.softmax(-1)
 
     def sums_to_one(self, spec: UpcycleSpec) -> bool:
         """Return whether the chosen weights are made to sum to one, whatever the router."""
@@ -284,6 +277,22 @@ class RouterKind(ABC):
     def inexact_because(self, spec: UpcycleSpec) -> str:
         """Return why scores of this kind choose parts of copies; empty if they do not."""
         return ""
+
+
+def find_router_kind(score: str, *, pre_softmax: bool) -> RouterKind:
+    """Return the kind of routers with a score, the one with softmax before or after top-k where a score has both.
+
+    Args:
+        score: what the logits go through, as Megatron calls it.
+        pre_softmax: Megatron's `moe_router_pre_softmax`.
+
+    Raises:
+        SpecError: there is no such score.
+    """
+    kinds = [kind for kind in ROUTER_KINDS.values() if kind.score == score]
+    if not kinds:
+        raise SpecError.unknown("router_score", score, ROUTER_SCORES)
+    return next((kind for kind in kinds if kind.pre_softmax is pre_softmax), kinds[0])
 
 
 class RouterInit(ABC):
@@ -327,27 +336,21 @@ def check_capacity(factor: float | None, pad: bool, num_experts: int, top_k: int
         SpecError: an expert would have more slots than there are tokens (Megatron-Core then fails in the first step),
             or padding would let every expert compute every token, or there is no capacity to pad to.
     """
-    if factor is None:
-        if pad:
-            raise SpecError(
-                field="capacity_factor",
-                got=None,
-                expected="a number with padding",
-                fix="set <capacity_factor>=1, or do not pad",
-            )
-        return
     most = num_experts / top_k
-    if not factor <= most:  # nor NaN
-        raise SpecError(
-            field="capacity_factor",
-            got=f"{factor:g}",
-            expected=f"at most num_experts / top_k ({most:g}), which drops nothing",
-            fix=f"set <capacity_factor>={most:g}",
-        )
-    if pad and factor == most:
-        raise SpecError(
-            field="capacity_factor",
-            got=f"{factor:g}",
-            expected=f"less than {most:g} with padding: every expert would compute every token",
-            fix="lower it, or do not pad",
-        )
+    problems = (
+        (factor is None and pad, "a number with padding", "set <capacity_factor>=1, or do not pad"),
+        (
+            factor is not None and not factor <= most,  # nor NaN
+            f"at most num_experts / top_k ({most:g}), which drops nothing",
+            f"set <capacity_factor>={most:g}",
+        ),
+        (
+            factor == most and pad,
+            f"less than {most:g} with padding: every expert would compute every token",
+            "lower it, or do not pad",
+        ),
+    )
+    got = None if factor is None else f"{factor:g}"
+    for holds, expected, fix in problems:
+        if holds:
+            raise SpecError(field="capacity_factor", got=got, expected=expected, fix=fix)

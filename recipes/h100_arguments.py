@@ -15,7 +15,7 @@ from nemo.collections.llm.recipes.precision import mixed_precision
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.spec import ROUTER_ORDERS, check_capacity
+from nemo_upcycle.spec import ROUTER_KINDS, check_capacity
 from nemo_upcycle.trainers.nemo.recompute import RecomputeFirstSteps
 
 
@@ -78,10 +78,12 @@ def adjust(
     if pad_to_capacity is not None:
         config.moe_pad_expert_input_to_capacity = pad_to_capacity
     if router_order is not None:
-        if router_order not in ROUTER_ORDERS:
-            raise SpecError.unknown("router_order", router_order, ROUTER_ORDERS)
-        recipe.resume.restore_config.spec.router_order = router_order
-        config.moe_router_pre_softmax = router_order == "softmax_topk"
+        spec = recipe.resume.restore_config.spec
+        kinds = {order: kind for (score, order), kind in ROUTER_KINDS.items() if score == spec.router_score}
+        if router_order not in kinds:
+            raise SpecError.unknown("router_order", router_order, kinds)
+        spec.router_order = router_order
+        config.moe_router_pre_softmax = kinds[router_order].pre_softmax
     if scale_output is not None:
         recipe.resume.restore_config.spec.output_scale = "exact" if scale_output else "none"
     if dispatcher is not None:

@@ -9,9 +9,8 @@ from typing import Any
 from nemo_upcycle.models import families
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import Family, MoeFamily, llama, qwen3
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, Settings
 from nemo_upcycle.models.families.routed import ROUTED_NAMES
-from nemo_upcycle.models.settings import Settings
 
 
 _QKV, _GATE_UP = llama.LAYER + "self_attn.qkv_proj.weight", llama.LAYER + "mlp.gate_up_proj.weight"
@@ -46,10 +45,9 @@ class _FlexOlmo(MoeFamily):
             "norm_topk": settings.flag("norm_topk_prob"),
         }
 
-    def unsupported(self, arch: Architecture) -> Iterator[str]:
-        yield from super().unsupported(arch)
-        if arch.shared_ffn_size or arch.moe_pattern or arch.qkv_bias or not arch.qk_norm:
-            yield "shared experts, dense layers, biases, or no norms of query and key"
+    def limits(self, arch: Architecture) -> dict[str, bool]:
+        others = bool(arch.shared_ffn_size or arch.moe_pattern or arch.qkv_bias)
+        return super().limits(arch) | {"shared experts, dense layers or biases": others, "no norms": not arch.qk_norm}
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
         return {

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from nemo_upcycle.models.activation import activation_function
-from nemo_upcycle.models.architecture import Architecture, read_architecture
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.mapping import hf_names, mapping_of_hf
 from nemo_upcycle.models.megatron_config import megatron_fields, moe_fields
 from nemo_upcycle.models.sharding import hf_shapes, tensor_shape
@@ -134,7 +135,7 @@ def write_random(folder: Path, config: dict[str, Any], deviation: float = 0.02) 
     """Write random bfloat16 weights for a `config.json` of any size, tensor by tensor; norms are ones."""
     from safetensors.torch import save_file
 
-    from nemo_upcycle.models.architecture import architecture_from_config
+    from nemo_upcycle.models.hf_config import architecture_from_config
 
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(7)

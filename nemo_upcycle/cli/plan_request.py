@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.models.architecture import Architecture, read_architecture
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.rotary import rope_kind
 from nemo_upcycle.planning.hardware import KnownRecipe, known_gpu, known_recipe, known_software, recipe_for
 from nemo_upcycle.planning.search import MOST_GPUS, PlanRequest

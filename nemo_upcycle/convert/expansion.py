@@ -16,9 +16,8 @@ import torch
 from nemo_upcycle.convert.safetensors_writer import as_bytes
 from nemo_upcycle.init.methods import METHODS
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.constants import constant_tensors
 from nemo_upcycle.models.families import require_class
-from nemo_upcycle.models.mapping import as_written
+from nemo_upcycle.models.mapping import as_written, constant_tensors
 from nemo_upcycle.models.sharding import hf_shapes
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import require_finite

@@ -25,9 +25,8 @@ from nemo_upcycle.convert.safetensors_writer import (
 )
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.constants import constant_tensors
 from nemo_upcycle.models.families import require_class, server_caveats
-from nemo_upcycle.models.mapping import as_written, hf_constants, mapping_of_hf, stored_as
+from nemo_upcycle.models.mapping import as_written, constant_tensors, hf_constants, mapping_of_hf, stored_as
 from nemo_upcycle.models.sharding import Shard, hf_shape, hf_shapes, shard_shape, source_slices
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.sources.checks import require_finite, rounded
@@ -66,63 +65,46 @@ class CardInfo:
     parent: str | None = None
 
 
-def hf_reader(weights: MegatronWeights, arch: Architecture, dtype: torch.dtype) -> Callable[[str], torch.Tensor]:
-    """Return a function that gives the tensors of the Hugging Face model by name.
-
-    Args:
-        weights: where the Megatron parameters come from.
-        arch: shapes of the Hugging Face model.
-        dtype: type that they are written in.
-    """
-
-    constants = constant_tensors(arch, dtype)
-
-    def read(hf_name: str) -> torch.Tensor:
-        if hf_name in constants:
-            return constants[hf_name].contiguous()
-        mapping, part, layer, expert = mapping_of_hf(hf_name, arch)
-        mapping = stored_as(mapping, arch)
-        whole = weights.read(mapping, layer, expert)
-        wanted = shard_shape(mapping, arch, Shard(), padded_vocab=max(whole.shape[0], arch.vocab_size))
-        if tuple(whole.shape) != wanted:
-            raise CheckpointError(
-                f"shape of {hf_name}",
-                got=list(whole.shape),
-                expected=list(wanted),
-                fix="the checkpoint belongs to another dense parent",
-            )
-        pieces = source_slices(mapping, arch, Shard(), wanted)
-        parts = [
-            piece.view(whole).reshape(hf_shape(mapping, piece.part, arch))
-            for piece in pieces
-            if piece.part in mapping.together(part)
-        ]
-        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return tensor if mapping.hf_factor == 1.0 else tensor * mapping.hf_factor
-
-    return read
-
-
-def write_each(read: Callable[[str], torch.Tensor], dtype: torch.dtype) -> WriteTensors:
+def _write_tensors(weights: MegatronWeights, arch: Architecture, dtype: torch.dtype) -> WriteTensors:
     """Return what writes the tensors of a file one by one, so that one of them is in memory at a time.
 
-    Args:
-        read: gives a tensor by its name.
-        dtype: type on disk.
-
     Raises:
-        CheckpointError: when it is called, a tensor contains NaN, infinity or a number too large for the type.
+        CheckpointError: when it is called, a tensor has another shape than the architecture says, or contains NaN,
+            infinity or a number too large for the type.
     """
+    constants = constant_tensors(arch, dtype)
 
     def write(file: StreamedFile, names: list[str], advance: Callable[[int], None]) -> None:
         for name in names:
-            tensor = read(name)
+            tensor = constants[name] if name in constants else _hf_tensor(weights, name, arch)
             cast = tensor.to(dtype)
             require_finite(tensor, name, made=cast)
             file.write(as_bytes(cast))
             advance(1)
 
     return write
+
+
+def _hf_tensor(weights: MegatronWeights, hf_name: str, arch: Architecture) -> torch.Tensor:
+    """Return a tensor of the Hugging Face model."""
+    mapping, part, layer, expert = mapping_of_hf(hf_name, arch)
+    mapping = stored_as(mapping, arch)
+    whole = weights.read(mapping, layer, expert)
+    wanted = shard_shape(mapping, arch, Shard(), padded_vocab=max(whole.shape[0], arch.vocab_size))
+    if tuple(whole.shape) != wanted:
+        raise CheckpointError(
+            f"shape of {hf_name}",
+            got=list(whole.shape),
+            expected=list(wanted),
+            fix="the checkpoint belongs to another dense parent",
+        )
+    parts = [
+        piece.view(whole).reshape(hf_shape(mapping, piece.part, arch))
+        for piece in source_slices(mapping, arch, Shard(), wanted)
+        if piece.part in mapping.together(part)
+    ]
+    tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return tensor if mapping.hf_factor == 1.0 else tensor * mapping.hf_factor
 
 
 def export_weights(
@@ -165,7 +147,7 @@ def export_weights(
         write_config(dense_folder, folder, arch, dtype, about.router_aux_loss)
         tokenizer_files = copy_tokenizer_files(dense_folder, folder)
         writer = SafetensorsWriter(shapes, dtype, MAX_SHARD_BYTES)
-        writer.write(folder, write_each(hf_reader(weights, arch, dtype), dtype), f"export {output.name}")
+        writer.write(folder, _write_tensors(weights, arch, dtype), f"export {output.name}")
         notes = [*about.notes, *server_caveats(arch)]
         write_card(
             folder,

@@ -91,7 +91,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: there is no complete checkpoint, or several runs have some.
     """
-    if _is_checkpoint(path):
+    if any((folder / ".metadata").is_file() for folder in (path, path / "weights")):
         if is_marked(path):
             raise CheckpointError(
                 str(path),
@@ -123,10 +123,6 @@ def find_checkpoint(path: Path) -> Path:
         expected="a finished checkpoint, a folder of them, or a run",
         fix="name the checkpoint",
     )
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return any((folder / ".metadata").is_file() for folder in (path, path / "weights"))
 
 
 def _nearest_receipt(checkpoint: Path) -> Path | None:

@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 
 from nemo_upcycle.errors import CheckpointError, SpecError
-from nemo_upcycle.models.architecture import Architecture, read_architecture
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.mapping import BY_ROLE, MODEL_MAPPINGS, ParamMapping, layer_mappings
 from nemo_upcycle.models.megatron_config import require_buildable
 from nemo_upcycle.sources.checkpoint_context import CheckpointContext, read_context

@@ -11,7 +11,8 @@ from filelock import FileLock
 
 from nemo_upcycle.data.parents import OF_TOKENIZER, find_parent, on_this_machine
 from nemo_upcycle.errors import CheckpointError, UpcycleError
-from nemo_upcycle.models.architecture import Architecture, read_architecture
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.sources.checks import check_source
 from nemo_upcycle.sources.megatron_checkpoint import is_megatron

@@ -18,6 +18,13 @@ _FUNCTIONS = {
     "quick_gelu": "quick_gelu",
     "squared_relu": "squared_relu",
 }
+#: Those of the known families, by an architecture's names.
+_KNOWN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,  # 5e-4 from the next one
+    "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
+    "squared_relu": lambda x: functional.relu(x).square(),
+}
 
 
 def activation_of(function: Callable[[torch.Tensor], torch.Tensor]) -> str:
@@ -31,15 +38,9 @@ def activation_of(function: Callable[[torch.Tensor], torch.Tensor]) -> str:
     if name in _FUNCTIONS and str(getattr(function, "__module__", "")).startswith(("megatron.", "nemo.")):
         return _FUNCTIONS[name]
     x = torch.linspace(-6, 6, 121, dtype=torch.float32, device="cpu")
-    known = {
-        "silu": functional.silu(x),
-        "gelu": functional.gelu(x),  # 5e-4 from the next one
-        "gelu_tanh": functional.gelu(x, approximate="tanh"),
-        "squared_relu": functional.relu(x).square(),
-    }
     with torch.no_grad():
         got = function(x)
-    return next((kind for kind, y in known.items() if torch.allclose(got, y, rtol=0, atol=1e-4)), name)
+    return next((kind for kind, known in _KNOWN.items() if torch.allclose(got, known(x), rtol=0, atol=1e-4)), name)
 
 
 def activation_function(activation: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -48,12 +49,6 @@ def activation_function(activation: str) -> Callable[[torch.Tensor], torch.Tenso
     Raises:
         CheckpointError: there is none.
     """
-    known: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "silu": functional.silu,
-        "gelu": functional.gelu,
-        "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
-        "squared_relu": lambda x: functional.relu(x).square(),
-    }
-    if activation not in known:
-        raise CheckpointError.unknown("activation", activation, known)
-    return known[activation]
+    if activation not in _KNOWN:
+        raise CheckpointError.unknown("activation", activation, _KNOWN)
+    return _KNOWN[activation]

@@ -1,4 +1,4 @@
-"""Shapes of dense and MoE models, read from a Hugging Face `config.json`; their parameter counts.
+"""Shapes of dense and MoE models, and their parameter counts.
 
 THE legend of letters, of formulas and of shape suffixes (`gate_FD`) in the whole package: B batch, S sequence,
 T tokens, V vocabulary, D hidden size, F feed-forward (FFN) size, L layers, H attention heads, R key-value groups,
@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.models.families import target_class
-from nemo_upcycle.models.hf_config import settings_of
-from nemo_upcycle.spec import ROUTER_KINDS, RouterKind, UpcycleSpec
-from nemo_upcycle.utils.files import read_json
+from nemo_upcycle.spec import RouterKind, UpcycleSpec, find_router_kind
+
+
+#: Hugging Face class -> its `Family`, which says what it can hold: `families` hands in each.
+FAMILIES: dict[str, Any] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Architecture:
         shared_ffn_size: F of all shared experts together; 0 without.
         moe_pattern: which layers are MoE layers; None: all, if there are experts.
         norm_topk: whether the weights of the chosen experts are made to sum to one.
-        router_score: what the router's logits go through: `softmax` or `sigmoid`.
+        router_score: what the router's logits go through, as in `UpcycleSpec`.
         routed_scaling_factor: on the weights of the chosen experts.
         qk_norm: whether query and key are normalised before the rotary embedding, head by head.
         wide_qk_norm: whether over all heads at once instead.
@@ -84,14 +84,9 @@ class Architecture:
         return self.sliding_window if self.sliding_window and self.sliding_window < self.max_positions else None
 
     @property
-    def router_order(self) -> str:
-        """`topk_softmax` where the chosen experts' weights sum to one, else `softmax_topk`, as in `UpcycleSpec`."""
-        return "softmax_topk" if self.router_score == "softmax" and not self.norm_topk else "topk_softmax"
-
-    @property
     def router_kind(self) -> RouterKind:
         """The kind of its routers."""
-        return ROUTER_KINDS[self.router_score, self.router_order]
+        return find_router_kind(self.router_score, pre_softmax=not self.norm_topk)
 
     def is_moe_layer(self, layer: int) -> bool:
         """Return whether a layer has experts."""
@@ -151,7 +146,7 @@ class Architecture:
     def upcycled(self, spec: UpcycleSpec) -> Architecture:
         """Return the MoE architecture that a spec makes of this dense one.
 
-        The Hugging Face class is the first target family's that can hold the model; "" if none can.
+        The Hugging Face class is the first that can hold the model; "" if none can.
 
         Raises:
             SpecError: the spec's layers do not fit.
@@ -179,77 +174,5 @@ class Architecture:
             router_score=spec.router_score,
             routed_scaling_factor=spec.routed_scaling_factor,
         )
-        return replace(moe_arch, hf_class=target_class(moe_arch))
-
-
-def architecture_from_config(config: dict[str, Any], where: str = "config.json") -> Architecture:
-    """Return the architecture that a Hugging Face configuration describes, read as transformers 4 and 5 write it.
-
-    Args:
-        config: the parsed `config.json`.
-        where: how messages call the file.
-
-    Raises:
-        CheckpointError: the class is not known, the weights are quantized, a size is missing, a value is of another
-            type, or values contradict each other.
-    """
-    family, settings = settings_of(config, where)
-    heads, hidden = (settings.whole(key) for key in ("num_attention_heads", "hidden_size"))
-    layers = settings.whole("num_hidden_layers", most=10_000)
-    if hidden % heads and "head_dim" not in settings.values:
-        raise settings.wrong("hidden_size", f"a multiple of num_attention_heads ({heads}), or head_dim beside it")
-    groups = settings.whole("num_key_value_heads", heads)
-    if heads % groups:
-        raise settings.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
-    bias = settings.flag("attention_bias")
-    if (norms := settings.flag("qk_norm")) and "query_norm" not in family.names:
-        raise settings.wrong(
-            "qk_norm", f"no norms of query and key in {family.hf_class}", "use a checkpoint of Qwen3's class"
-        )
-    architecture = Architecture(
-        hf_class=family.hf_class,
-        num_layers=layers,
-        hidden_size=hidden,
-        ffn_size=settings.whole("intermediate_size"),
-        num_heads=heads,
-        num_kv_heads=groups,
-        head_dim=settings.whole("head_dim", hidden // heads),
-        vocab_size=settings.whole("vocab_size"),
-        tied_embeddings=settings.flag("tie_word_embeddings"),
-        activation=family.activation(settings),
-        qkv_bias=bias or settings.flag("qkv_bias"),
-        attention_out_bias=bias,
-        ffn_bias=settings.flag("mlp_bias"),
-        qk_norm=norms,
-        wide_qk_norm=family.wide_qk_norm,
-        post_norm=family.post_norm,
-        zero_centered_norm=settings.flag("zero_centered_norm"),
-        scaled_embedding=settings.flag("scaled_embedding"),
-        norm_eps=settings.number("rms_norm_eps"),
-        rope_theta=settings.number("rope_theta"),
-        rope_scaling=settings.values["rope_scaling"],
-        max_positions=settings.whole("max_position_embeddings"),
-        sliding_window=settings.whole("sliding_window") if "sliding_window" in settings.values else None,
-    )
-    return replace(architecture, **family.experts(settings, layers))
-
-
-def read_architecture(folder: Path) -> Architecture:
-    """Return the architecture of a Hugging Face folder.
-
-    Raises:
-        CheckpointError: the folder or its `config.json` is missing, or describes no Llama-family model.
-
-    Example:
-        >>> read_architecture(Path("runs/demo/dense")).num_layers  # doctest: +SKIP
-        30
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(
-            str(folder),
-            got="no config.json" if folder.is_dir() else "no such folder",
-            expected="a Hugging Face folder with config.json and *.safetensors",
-            fix="check the path",
-        )
-    return architecture_from_config(read_json(path), str(path))
+        classes = (name for name, family in FAMILIES.items() if not any(family.unsupported(moe_arch)))
+        return replace(moe_arch, hf_class=next(classes, ""))

@@ -1,17 +1,16 @@
-"""A Hugging Face `config.json`: read with the defaults of its class and in one spelling, and written for an MoE."""
+"""A Hugging Face `config.json`: read as an architecture, with the defaults of its class; and written for an MoE."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import Family, find_family, parents, targets
-from nemo_upcycle.models.families.base import ACTIVATIONS, MoeFamily
-from nemo_upcycle.models.settings import Settings
-
-
-if TYPE_CHECKING:
-    from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.families.base import ACTIVATIONS, MoeFamily, Settings
+from nemo_upcycle.utils.files import read_json
 
 
 #: What transformers 5 keeps together with the scaling of rotary frequencies.
@@ -45,7 +44,80 @@ def _family_of(config: Any, where: str) -> Family:
     return family
 
 
-def settings_of(config: Any, where: str) -> tuple[Family, Settings]:
+def architecture_from_config(config: dict[str, Any], where: str = "config.json") -> Architecture:
+    """Return the architecture that a Hugging Face configuration describes, read as transformers 4 and 5 write it.
+
+    Args:
+        config: the parsed `config.json`.
+        where: how messages call the file.
+
+    Raises:
+        CheckpointError: the class is not known, the weights are quantized, a size is missing, a value is of another
+            type, or values contradict each other.
+    """
+    family, settings = _settings_of(config, where)
+    heads, hidden = (settings.whole(key) for key in ("num_attention_heads", "hidden_size"))
+    layers = settings.whole("num_hidden_layers", most=10_000)
+    if hidden % heads and "head_dim" not in settings.values:
+        raise settings.wrong("hidden_size", f"a multiple of num_attention_heads ({heads}), or head_dim beside it")
+    groups = settings.whole("num_key_value_heads", heads)
+    if heads % groups:
+        raise settings.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
+    bias = settings.flag("attention_bias")
+    if (norms := settings.flag("qk_norm")) and "query_norm" not in family.names:
+        raise settings.wrong(
+            "qk_norm", f"no norms of query and key in {family.hf_class}", "use a checkpoint of Qwen3's class"
+        )
+    architecture = Architecture(
+        hf_class=family.hf_class,
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_size=settings.whole("intermediate_size"),
+        num_heads=heads,
+        num_kv_heads=groups,
+        head_dim=settings.whole("head_dim", hidden // heads),
+        vocab_size=settings.whole("vocab_size"),
+        tied_embeddings=settings.flag("tie_word_embeddings"),
+        activation=family.activation(settings),
+        qkv_bias=bias or settings.flag("qkv_bias"),
+        attention_out_bias=bias,
+        ffn_bias=settings.flag("mlp_bias"),
+        qk_norm=norms,
+        wide_qk_norm=family.wide_qk_norm,
+        post_norm=family.post_norm,
+        zero_centered_norm=settings.flag("zero_centered_norm"),
+        scaled_embedding=settings.flag("scaled_embedding"),
+        norm_eps=settings.number("rms_norm_eps"),
+        rope_theta=settings.number("rope_theta"),
+        rope_scaling=settings.values["rope_scaling"],
+        max_positions=settings.whole("max_position_embeddings"),
+        sliding_window=settings.whole("sliding_window") if "sliding_window" in settings.values else None,
+    )
+    return replace(architecture, **family.experts(settings, layers))
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """Return the architecture of a Hugging Face folder.
+
+    Raises:
+        CheckpointError: the folder or its `config.json` is missing, or describes no Llama-family model.
+
+    Example:
+        >>> read_architecture(Path("runs/demo/dense")).num_layers  # doctest: +SKIP
+        30
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            str(folder),
+            got="no config.json" if folder.is_dir() else "no such folder",
+            expected="a Hugging Face folder with config.json and *.safetensors",
+            fix="check the path",
+        )
+    return architecture_from_config(read_json(path), str(path))
+
+
+def _settings_of(config: Any, where: str) -> tuple[Family, Settings]:
     """Return family and settings of a parsed `config.json`, as transformers 4 or 5 writes it, defaults included.
 
     Raises:

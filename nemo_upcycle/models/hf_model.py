@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.models.architecture import read_architecture
-from nemo_upcycle.models.hf_config import rope_settings
+from nemo_upcycle.models.hf_config import read_architecture, rope_settings
 from nemo_upcycle.models.mapping import hf_constants
 from nemo_upcycle.utils.files import read_json
 

@@ -17,10 +17,19 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import Family, find_family
+
+
+if TYPE_CHECKING:
+    import torch  # a second and a half, which the planner does without
+
+#: In the place of zero where a server divides by it: the sigmoid of a sum of such numbers is one half to the last bit.
+#: float16 does not have it, and takes its smallest number.
+_NEARLY_ZERO = 2.0**-100
 
 
 class Sharding(Enum):
@@ -215,6 +224,23 @@ def hf_constants(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Return name and shape of the tensors that the Hugging Face class wants and Megatron does not have."""
     family = find_family(arch.hf_class)
     return family.constants(arch) if family else {}
+
+
+def constant_tensors(arch: Architecture, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return the constants of a model's Hugging Face class by name, each one number seen as a whole tensor.
+
+    Args:
+        arch: the model.
+        dtype: type of its weights.
+    """
+    import torch
+
+    family, limits, zero = find_family(arch.hf_class), torch.finfo(dtype), torch.zeros((), dtype=dtype)
+    nearly_zero = torch.tensor(max(_NEARLY_ZERO, limits.smallest_normal * limits.eps), dtype=dtype)
+    return {
+        name: (nearly_zero if family and name.endswith(family.divided_by) else zero).expand(shape)
+        for name, shape in hf_constants(arch).items()
+    }
 
 
 def extra_params(arch: Architecture) -> int:

@@ -12,7 +12,7 @@ from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.activation import activation_of
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.rotary import same_frequencies
-from nemo_upcycle.spec import UpcycleSpec, check_capacity
+from nemo_upcycle.spec import UpcycleSpec, check_capacity, find_router_kind
 
 
 #: What every block has: field of an `Architecture` -> Megatron's and NeMo's setting.
@@ -188,15 +188,16 @@ def spec_fields(settings: Mapping[str, Any], ffn_size: int, num_layers: int) -> 
     pattern = layer_pattern(get("moe_layer_freq") or 1, num_layers)
     numbers = ",".join(str(layer) for layer, is_moe in enumerate(pattern) if is_moe)
     shared = (get("moe_shared_expert_intermediate_size") or 0) // width
-    order = "softmax_topk" if get("moe_router_pre_softmax") else "topk_softmax"
+    score = get("moe_router_score_function") or "softmax"
+    kind = find_router_kind(score, pre_softmax=bool(get("moe_router_pre_softmax")))
     return {
         "num_experts": ("num_moe_experts", get("num_moe_experts")),
         "top_k": ("moe_router_topk", get("moe_router_topk", 2)),
         "granularity": ("moe_ffn_hidden_size", ffn_size // width),
         "shared_experts": ("moe_shared_expert_intermediate_size", shared),
         "moe_layers": ("moe_layer_freq", "all" if all(pattern) else numbers),
-        "router_order": ("moe_router_pre_softmax", order),
-        "router_score": ("moe_router_score_function", get("moe_router_score_function") or "softmax"),
+        "router_order": ("moe_router_pre_softmax", kind.order),
+        "router_score": ("moe_router_score_function", kind.score),
         "routed_scaling_factor": ("moe_router_topk_scaling_factor", get("moe_router_topk_scaling_factor") or 1.0),
     }
 

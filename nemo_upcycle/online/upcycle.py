@@ -2,8 +2,9 @@
 
 Every rank reads only the dense slices that its own parameters are made of and expands them into its own expert shard
 (the idea of arXiv 2412.09952, section 2.3). No dense model is built, nothing is gathered or sent between ranks.
-The work is planned and checked as a whole first (`plan.py`); nothing is written until the plan is sound. Then
-`fill.py` moves the bytes.
+The work is planned and checked as a whole first (`plan.py`); nothing is written until the plan is sound. Then `fill`
+moves the bytes: a slice, mostly a view of a mapped file, goes through in blocks so small that what came from memory
+once is still in the processor's cache when it is checked and copied to the other experts.
 """
 
 from __future__ import annotations
@@ -12,27 +13,39 @@ import hashlib
 import math
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from nemo_upcycle.errors import SpecError
+from nemo_upcycle.init.experts import fill_copies
+from nemo_upcycle.models.mapping import Sharding
 from nemo_upcycle.models.megatron_config import changed_by, check_model, check_spec
-from nemo_upcycle.online.fill import Progress, fill
 from nemo_upcycle.online.plan import ParamPlan, RankCoords, param_plans
 from nemo_upcycle.online.receipt import ParameterRecord, UpcycleReceipt
-from nemo_upcycle.sources.base import DenseSource
+from nemo_upcycle.sources import DenseSource, open_dense
 from nemo_upcycle.sources.checks import check_source, rounded_because
 from nemo_upcycle.sources.several_parents import require_copies
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.tensor_plan import change_copies, expand_slice
+from nemo_upcycle.utils.progress import ProgressLine
+
+
+#: Called after every filled parameter with its name and the bytes written.
+Progress = Callable[[str, int], None]
+#: What is read, checked and copied to all experts before the next is read.
+_BLOCK_BYTES = 4 << 20
+#: What is fetched while something is filled: enough to read a cold file without a pause.
+_AHEAD_BYTES = 128 << 20
 
 
 def upcycle_into(
     chunks: Sequence[torch.nn.Module],
     dense: DenseSource,
-    spec: UpcycleSpec,
+    spec: UpcycleSpec | None,
     progress: Progress | None = None,
     *,
     hashes: bool = False,
@@ -45,7 +58,7 @@ def upcycle_into(
     Args:
         chunks: this rank's Megatron `GPTModel` chunks (wrapped or not), one per virtual pipeline stage.
         dense: the open dense checkpoint.
-        spec: what to make of it.
+        spec: what to make of it; None loads it into a dense model as it is.
         progress: called after every parameter.
         hashes: note the sha256 of every parameter in the receipt, which takes longer than the upcycling.
 
@@ -61,7 +74,14 @@ def upcycle_into(
         >>> with open_dense("hf:///models/Llama-3-8B") as dense:  # doctest: +SKIP
         ...     receipt = upcycle_into(model_chunks, dense, UpcycleSpec(num_experts=8, top_k=2))
     """
-    return _fill(chunks, dense, spec, progress, hashes)
+    plans = checked_plans(chunks, dense, spec)
+    start_s, bytes_before = time.monotonic(), dense.bytes_read
+    records = fill(plans, dense, spec, progress)
+    seconds, bytes_read = time.monotonic() - start_s, dense.bytes_read - bytes_before
+    if hashes:
+        pairs = zip(records, (tensor for plan in plans for tensor in plan.tensors), strict=True)
+        records = [replace(record, sha256=_sha256(tensor)) for record, tensor in pairs]
+    return make_receipt(chunks[0], dense, spec, plans, records, seconds=seconds, bytes_read=bytes_read)
 
 
 def load_dense_into(
@@ -71,7 +91,7 @@ def load_dense_into(
 
     Args, Returns and Raises as in `upcycle_into`.
     """
-    return _fill(chunks, dense, None, progress, False)
+    return upcycle_into(chunks, dense, None, progress)
 
 
 def _unwrap(chunk: Any) -> Any:
@@ -115,21 +135,66 @@ def checked_plans(chunks: Sequence[torch.nn.Module], dense: DenseSource, spec: U
     return plans
 
 
-def _fill(
-    chunks: Sequence[torch.nn.Module],
-    dense: DenseSource,
-    spec: UpcycleSpec | None,
-    progress: Progress | None,
-    hashes: bool,
-) -> UpcycleReceipt:
-    plans = checked_plans(chunks, dense, spec)
-    start_s, bytes_before = time.monotonic(), dense.bytes_read
-    records = fill(plans, dense, spec, progress)
-    seconds, bytes_read = time.monotonic() - start_s, dense.bytes_read - bytes_before
-    if hashes:
-        pairs = zip(records, (tensor for plan in plans for tensor in plan.tensors), strict=True)
-        records = [replace(record, sha256=_sha256(tensor)) for record, tensor in pairs]
-    return make_receipt(chunks[0], dense, spec, plans, records, seconds=seconds, bytes_read=bytes_read)
+def fill(
+    plans: list[ParamPlan], dense: DenseSource, spec: UpcycleSpec | None, progress: Progress | None
+) -> list[ParameterRecord]:
+    """Write every parameter.
+
+    Args:
+        plans: what to fill, and of what.
+        dense: where the slices come from.
+        spec: what becomes of them; None for a dense model.
+        progress: called after every plan, in their order.
+
+    Returns:
+        How each parameter was made, in the order of the plans and of their tensors.
+
+    Raises:
+        CheckpointError: a slice holds NaN, infinity or a number too large for the model's type, or cannot be read. The
+            model is then unfinished.
+    """
+    waiting, ahead_bytes = iter(plans), 0  # prefetched beyond `plan`
+    records = []
+    for plan in plans:
+        ahead_bytes -= plan.tensors[0].nbytes
+        while ahead_bytes < _AHEAD_BYTES and (later := next(waiting, None)):
+            ahead_bytes += later.tensors[0].nbytes
+            for slice_ in later.made_of.slices:
+                later.made_of.source(dense).prefetch(slice_.name, slice_.bounds)
+        _fill(plan, dense, spec)
+        records += plan.records(spec)
+        if progress:
+            progress(plan.names[0], sum(tensor.nbytes for tensor in plan.tensors))
+    return records
+
+
+def _fill(plan: ParamPlan, dense: DenseSource, spec: UpcycleSpec | None) -> None:
+    made_of, first = plan.made_of, plan.tensors[0]
+    if made_of.is_router:
+        assert spec is not None
+        first.copy_(made_of.drawn(spec, dense.architecture.hidden_size))
+        return
+    source = made_of.source(dense)
+    at_once = first.is_cuda or first.nbytes <= _BLOCK_BYTES  # the other experts are copies of the whole first one
+    for name, piece in made_of.slices:
+        slice_ = source.read(name, piece.source)
+        whole = (piece.seen(slice_), *(piece.view(tensor) for tensor in plan.tensors[: 1 if at_once else None]))
+        for part, *experts in [whole] if at_once else _blocks(whole):
+            expand_slice(made_of, name, part, source, first.dtype, out=experts[0])
+            fill_copies(experts)
+    if at_once:
+        fill_copies(plan.tensors)
+    if made_of.mapping.sharding is Sharding.VOCABULARY:  # padding
+        rows = sum(piece.rows[1] for _, piece in made_of.slices)
+        first[rows:].zero_()
+    if spec:
+        change_copies(made_of, spec, source, plan.experts, plan.tensors)
+
+
+def _blocks(tensors: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield the same rows of all tensors, block by block; the first tensor is the dense slice."""
+    count = max(1, -(-tensors[1].nbytes // _BLOCK_BYTES))
+    yield from zip(*(tensor.split(-(-tensor.shape[0] // count)) for tensor in tensors), strict=True)
 
 
 def make_receipt(
@@ -186,3 +251,49 @@ def make_receipt(
 
 def _sha256(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
+
+
+def fill_chunks(
+    chunks: Sequence[torch.nn.Module],
+    paths: Sequence[str | Path],
+    spec: UpcycleSpec | None,
+    non_expert_weights: str = "first",
+) -> UpcycleReceipt:
+    """Fill this rank's chunks from a dense checkpoint or several, with a progress line on the first rank.
+
+    Args:
+        chunks: as in `upcycle_into`.
+        paths: the dense checkpoint, and its branches.
+        spec: what to make of it; None loads it as it is.
+        non_expert_weights: as in `open_dense`.
+
+    Returns:
+        The receipt of this rank.
+
+    Raises:
+        SpecError: an MoE model without a spec, or a spec without an MoE model.
+        CheckpointError: model and checkpoint do not fit.
+    """
+    total = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
+    first = torch.distributed.get_rank() == 0
+    with (
+        open_dense(paths, non_expert_weights=non_expert_weights) as dense,
+        ProgressLine("upcycle", total, enabled=first) as line,
+    ):
+
+        def progress(name: str, written_bytes: int) -> None:
+            line.advance(written_bytes, note=name)
+
+        return upcycle_into(chunks, dense, spec, progress, hashes=spec is not None)
+
+
+def merge_receipts(receipt: UpcycleReceipt) -> UpcycleReceipt | None:
+    """Return the receipt of all ranks on the first of them, None on the others; a collective call.
+
+    Args:
+        receipt: of this rank.
+    """
+    first = torch.distributed.get_rank() == 0
+    receipts: list[Any] | None = [None] * torch.distributed.get_world_size() if first else None
+    torch.distributed.gather_object(receipt, receipts)
+    return receipt.merge(receipts) if receipts else None

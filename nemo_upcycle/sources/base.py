@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
@@ -13,14 +13,11 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.utils.streams import ByteRange
 
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 Index = Sequence[tuple[int, int]]
 
 
 class DenseSource(Protocol):
-    """A dense checkpoint, open for reading slices."""
+    """A dense checkpoint, open for reading slices. What has a body here is that of a source of one dense model."""
 
     path: Path
     architecture: Architecture
@@ -46,6 +43,7 @@ class DenseSource(Protocol):
 
     def byte_range(self, name: str, index: Index | None = None) -> ByteRange | None:
         """Return where a slice's bytes lie, if that is in one file, one after the other, as `read` gives them."""
+        return None
 
     def release(self) -> None:
         """Give back memory that earlier reads still take up."""
@@ -55,28 +53,14 @@ class DenseSource(Protocol):
 
     def branches(self) -> Sequence[DenseSource]:
         """Return the sources whose networks become experts, copy by copy in turn: one, unless several are mixed."""
+        return (self,)
 
     def inexact_because(self) -> tuple[str, ...]:
         """Return why an upcycled model cannot compute what this source's dense model computes; usually empty."""
+        return ()
 
     def __enter__(self) -> DenseSource: ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
-
-
-class OneModel:
-    """What a source of one dense model answers to the questions that several mixed ones raise."""
-
-    def branches(self) -> tuple[Self]:
-        """Return this one source."""
-        return (self,)
-
-    def byte_range(self, name: str, index: Index | None = None) -> ByteRange | None:
-        """Return nothing: most formats put a tensor together."""
-        return None
-
-    def inexact_because(self) -> tuple[str, ...]:
-        """Return nothing: it is the dense model itself."""
-        return ()

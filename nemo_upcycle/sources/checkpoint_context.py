@@ -1,7 +1,8 @@
 """What a checkpoint says of its own model beside the weights, and whether a dense parent and a spec agree with it.
 
-NeMo writes `context/model.yaml`, Bridge `run_config.yaml`, Megatron-LM its arguments into `common.pt`. All are
-read as plain values.
+NeMo writes `context/model.yaml`, Bridge `run_config.yaml`, Megatron-LM its arguments into `common.pt`. All are read as
+plain values: a class name is a text here, compared with known ones. (NeMo's `io.json` is to be rebuilt by importing
+the classes that it names, and is not read.)
 """
 
 from __future__ import annotations
@@ -15,17 +16,32 @@ from typing import Any
 
 import yaml
 
-from nemo_upcycle.errors import CheckpointError, SpecError
-from nemo_upcycle.models.architecture import Architecture, architecture_from_config
-from nemo_upcycle.models.families import find_family, find_nemo_module
+from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.families import find_family, find_nemo_module, llama, parents, qwen3
+from nemo_upcycle.models.hf_config import architecture_from_config
 from nemo_upcycle.models.megatron_config import FIELDS, NO_SPEC_HAS, spec_fields
 from nemo_upcycle.models.rotary import rope_frequencies, same_frequencies
-from nemo_upcycle.sources.inert_pickle import Inert, read_saved
-from nemo_upcycle.sources.nemo_context import MODEL, family_of, hf_config_from, model_settings
+from nemo_upcycle.sources.torch_pickles import Inert, read_saved
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.utils.files import read_json
 
 
 _KEEP = "keep the model in NeMo: it trains and evaluates there"
+_GIVE_CONFIG = "put the Hugging Face config.json of the model beside the checkpoint's weights"
+_ACTIVATIONS = {"silu": "silu", "openai_gelu": "gelu_pytorch_tanh"}
+#: Settings that make another function of the same weights; one that is absent is as it must be.
+_REQUIRED: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "position_embedding_type": "rope",
+    "gated_linear_unit": True,
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "seq_len_interpolation_factor": None,
+    "qk_l2_norm": False,
+    "softmax_scale": None,
+    "multi_latent_attention": False,
+}
 #: Fields of an architecture that make the function -> NeMo's setting; rotary embedding and window are checked apart.
 _FUNCTION = {
     name: FIELDS.get(name, "_target_")
@@ -59,11 +75,87 @@ class CheckpointContext:
     @cached_property
     def dense(self) -> Architecture:
         """The parent's architecture, as the checkpoint has it; its vocabulary is not known."""
-        config = self._read(lambda: hf_config_from(self.settings, 1, self.path, _KEEP))
+        return self._architecture(1, _KEEP)
+
+    def dense_model(self, padded_vocab: int) -> Architecture:
+        """Return the architecture of NeMo's dense model.
+
+        The vocabulary is the one that the model was built with; where that was left to the tokenizer, the tokenizer's,
+        if it lies in the context as `tokenizer.json`; else all rows of the embedding, padding included.
+
+        Args:
+            padded_vocab: rows of the embedding.
+
+        Raises:
+            CheckpointError: it is no dense model that the mapping table knows.
+        """
+        if experts := self.settings.get("num_moe_experts"):
+            fix = "give a dense parent"
+            raise CheckpointError(f"{self.path}: num_moe_experts", got=experts, expected=None, fix=fix)
+        known = [family.nemo_module for family in parents() if family.nemo_module]
+        if self.module not in known:
+            expected = " or ".join(known)
+            raise CheckpointError(f"{self.path}: _target_", got=self.module, expected=expected, fix=_GIVE_CONFIG)
+        vocabulary = self.settings.get("vocab_size") or _tokenizer_size(self.path.parent) or padded_vocab
+        return self._architecture(vocabulary, _GIVE_CONFIG)
+
+    @property
+    def module(self) -> str:
+        """NeMo's module of the model's configuration: `llama`."""
+        return str(self.settings["_target_"].split(".")[-2])
+
+    def _architecture(self, vocab_size: int, fix: str) -> Architecture:
+        config = self._read(lambda: self._hf_config(fix)) | {"vocab_size": vocab_size}
         family = find_family(*config["architectures"])
         if config["sliding_window"] and family and family.windowed_class:
             config["architectures"] = [family.windowed_class]
         return architecture_from_config(config, str(self.path))
+
+    def _hf_config(self, fix: str) -> dict[str, Any]:
+        """Return the settings in Hugging Face's terms, as those of a dense model: experts do not count.
+
+        Args:
+            fix: what to do where no model of the mapping table is like that.
+
+        Raises:
+            CheckpointError: a setting makes another function than that of the known families.
+        """
+        get, has_norms = self.settings.get, bool(self.settings.get("qk_layernorm"))
+        family = find_nemo_module(self.module)
+        if family not in parents():  # read as Llama, or Qwen3
+            family = qwen3.FAMILY if has_norms else llama.FAMILY
+        activation = self.settings["activation_func"]["_target_"].rpartition(".")[2]
+        checks = [(name, get(name, value), value) for name, value in _REQUIRED.items()]
+        checks.append(("qk_layernorm", has_norms, "query_norm" in family.names))
+        known = activation if activation in _ACTIVATIONS else " or ".join(_ACTIVATIONS)
+        checks.append(("activation_func", activation, known))
+        for name, got, expected in checks:
+            if got != expected:
+                raise CheckpointError(f"{self.path}: {name}", got=got, expected=expected, fix=fix)
+        hidden, heads = int(self.settings["hidden_size"]), int(self.settings["num_attention_heads"])
+        window = get("window_size")  # (tokens back, tokens ahead), -1 for all
+        return {
+            "architectures": [family.hf_class],
+            "num_hidden_layers": int(self.settings["num_layers"]),
+            "hidden_size": hidden,
+            "intermediate_size": int(self.settings["ffn_hidden_size"]),
+            "num_attention_heads": heads,
+            "num_key_value_heads": get("num_query_groups") or heads,
+            "head_dim": get("kv_channels") or hidden // heads,
+            "tie_word_embeddings": bool(get("share_embeddings_and_output_weights")),
+            "hidden_act": _ACTIVATIONS[activation],
+            "hidden_activation": _ACTIVATIONS[activation],
+            "attention_bias": bool(get("add_bias_linear")),
+            "mlp_bias": bool(get("add_bias_linear")),
+            "qkv_bias": bool(get("add_qkv_bias")),
+            "qk_norm": has_norms,
+            "zero_centered_norm": bool(get("layernorm_zero_centered_gamma")),
+            "rms_norm_eps": get("layernorm_epsilon", 1e-5),
+            "rope_theta": get("rotary_base", 10000),
+            "rope_scaling": _rope_scaling(self.settings),
+            "max_position_embeddings": get("seq_length", 4096),
+            "sliding_window": int(window[0]) + 1 if window and int(window[0]) >= 0 else None,
+        }
 
     @cached_property
     def spec_fields(self) -> dict[str, tuple[str, Any]]:
@@ -161,8 +253,7 @@ class CheckpointContext:
         factor = self.settings.get("moe_expert_capacity_factor")
         if self.spec_fields and factor is not None and factor >= 0:
             notes.append(f"moe_expert_capacity_factor={factor:g} dropped tokens in training; here none is dropped")
-        module = family_of(self.settings)
-        if module != "megatron" and find_nemo_module(module) is None:
+        if self.module != "megatron" and find_nemo_module(self.module) is None:
             notes.append(f"{self.settings['_target_']} is not known: it is taken for a Llama with these settings")
         return tuple(notes)
 
@@ -173,34 +264,45 @@ def read_context(checkpoint: Path) -> CheckpointContext | None:
     Raises:
         CheckpointError: there is a description, and it cannot be read.
     """
-    context = checkpoint / "context"
-    if (context / MODEL).is_file():
-        return CheckpointContext(context / MODEL, model_settings(context))
-    if (path := checkpoint / "run_config.yaml").is_file():
-        return CheckpointContext(path, _bridge_settings(path))
-    for path in (checkpoint / "common.pt", checkpoint / "weights/common.pt"):
-        if path.is_file() and (settings := _megatron_settings(path)):
+    readers = {
+        "context/model.yaml": _nemo_settings,
+        "run_config.yaml": _bridge_settings,
+        "common.pt": _megatron_settings,
+        "weights/common.pt": _megatron_settings,
+    }
+    for path, read in ((checkpoint / name, read) for name, read in readers.items()):
+        if not path.is_file():
+            continue
+        try:
+            settings = read(path)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+            raise CheckpointError(
+                str(path),
+                got=f"an unreadable description ({type(error).__name__})",
+                expected="that of a language model",
+                fix=f"copy the checkpoint again; to read a dense parent, {_GIVE_CONFIG}",
+            ) from None
+        if settings:
             return CheckpointContext(path, settings)
     return None
 
 
+def _nemo_settings(path: Path) -> dict[str, Any]:
+    """Return the settings of NeMo's model configuration, by name."""
+    settings = dict(yaml.safe_load(path.read_text(encoding="utf-8"))["config"])
+    settings["_target_"].split(".")[-2]  # a class in a module
+    return settings
+
+
 def _bridge_settings(path: Path) -> dict[str, Any]:
     """Return the settings of Bridge's model, by Megatron's names, which are NeMo's."""
-    try:
-        model = dict(yaml.safe_load(path.read_text(encoding="utf-8"))["model"])
-        settings = model | dict(model.get("transformer") or {})  # of a builder's configuration, beside the model's
-        if model["_target_"].rpartition(".")[2] in ("GPTModelProvider", "GPTModelConfig"):  # others compute otherwise
-            settings["_target_"] = "megatron.GPTModel"
-        # A builder's configuration is written without it: then it is that of nearly every parent.
-        activation = settings.setdefault("activation_func", {"_target_": "torch.nn.functional.silu"})["_target_"]
-        int(settings["num_layers"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise CheckpointError(
-            str(path),
-            got=f"an unreadable description ({type(error).__name__})",
-            expected="the run of a language model in Megatron-Bridge",
-            fix="copy the checkpoint again",
-        ) from None
+    model = dict(yaml.safe_load(path.read_text(encoding="utf-8"))["model"])
+    settings = model | dict(model.get("transformer") or {})  # of a builder's configuration, beside the model's
+    if model["_target_"].rpartition(".")[2] in ("GPTModelProvider", "GPTModelConfig"):  # others compute otherwise
+        settings["_target_"] = "megatron.GPTModel"
+    # A builder's configuration is written without it: then it is that of nearly every parent.
+    activation = settings.setdefault("activation_func", {"_target_": "torch.nn.functional.silu"})["_target_"]
+    int(settings["num_layers"])
     if activation.endswith(".gelu"):
         settings["activation_func"] = {"_target_": "openai_gelu"}
     if settings.get("rope_scaling"):
@@ -210,12 +312,7 @@ def _bridge_settings(path: Path) -> dict[str, Any]:
 
 def _megatron_settings(path: Path) -> dict[str, Any] | None:
     """Return the settings among a Megatron-LM run's arguments; None where there are none."""
-    try:
-        saved = read_saved(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            str(path), got=f"unreadable ({error})", expected="what torch.save wrote", fix="copy the checkpoint again"
-        ) from None
+    saved = read_saved(path)
     arguments = saved.get("args") if isinstance(saved, dict) else None
     if not isinstance(arguments, Inert) or "num_layers" not in (given := vars(arguments)):
         return None
@@ -234,3 +331,27 @@ def _megatron_settings(path: Path) -> dict[str, Any] | None:
 def _megatron_rope_scaling(factor: float) -> dict[str, Any]:
     """Return NeMo's settings of the scaling of rotary frequencies that Megatron has: Llama 3.1's, with any factor."""
     return {"scale_factor": factor, "old_context_len": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def _rope_scaling(config: dict[str, Any]) -> dict[str, Any] | None:
+    if "old_context_len" not in config:
+        return None
+    return {
+        "rope_type": "llama3",
+        "factor": float(config["scale_factor"]),
+        "low_freq_factor": float(config["low_freq_factor"]),
+        "high_freq_factor": float(config["high_freq_factor"]),
+        "original_max_position_embeddings": int(config["old_context_len"]),
+    }
+
+
+def _tokenizer_size(context: Path) -> int | None:
+    """Return the number of a tokenizer's tokens, or None without one that says it."""
+    for path in sorted(context.rglob("tokenizer.json")):
+        try:
+            tokenizer = read_json(path)
+            numbers = [*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"])]
+            return 1 + int(max(numbers))
+        except (UpcycleError, KeyError, TypeError, ValueError, AttributeError):
+            return None
+    return None

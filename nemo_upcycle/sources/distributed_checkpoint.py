@@ -1,7 +1,7 @@
 """A Megatron distributed checkpoint (torch_dist), read by slice, without Megatron and without building a model.
 
 Such a folder holds `.metadata`, a pickle that says which piece of which tensor lies where, and `*.distcp` files that
-the ranks wrote. Neither is unpickled as it is (`torch_metadata.py`, `torch_piece.py`). The pieces are read by slice,
+the ranks wrote. Neither is unpickled as it is (`torch_pickles.py`). The pieces are read by slice,
 as safetensors files are, and none is ever loaded whole.
 """
 
@@ -20,8 +20,7 @@ from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.mapping import BY_ROLE
 from nemo_upcycle.sources.base import Index
 from nemo_upcycle.sources.mapped_files import MappedFiles, Stored, TensorFiles, bounds_of
-from nemo_upcycle.sources.torch_metadata import read_metadata
-from nemo_upcycle.sources.torch_piece import DAMAGE, Window, open_piece
+from nemo_upcycle.sources.torch_pickles import DAMAGE, Window, open_piece, read_metadata
 
 
 Bounds = list[tuple[int, int]]

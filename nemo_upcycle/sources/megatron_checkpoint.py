@@ -14,14 +14,15 @@ from pathlib import Path
 import torch
 
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.models.architecture import Architecture, architecture_from_config, read_architecture
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.hf_config import architecture_from_config, read_architecture
 from nemo_upcycle.models.mapping import BY_ROLE, MAPPINGS, MOE_MAPPINGS, ParamMapping, Sharding, mapping_of
 from nemo_upcycle.models.megatron_config import require_buildable
 from nemo_upcycle.models.sharding import Shard, SourceSlice, shard_shape, source_slices, tensor_shape
-from nemo_upcycle.sources.base import Index, OneModel
+from nemo_upcycle.sources.base import DenseSource, Index
+from nemo_upcycle.sources.checkpoint_context import read_context
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint, model_prefix
 from nemo_upcycle.sources.mapped_files import TensorFiles, bounds_of
-from nemo_upcycle.sources.nemo_context import hf_config_of
 from nemo_upcycle.utils.files import read_json
 
 
@@ -68,7 +69,7 @@ def is_megatron(path: Path) -> bool:
     return any((folder / ".metadata").is_file() or any(folder.glob("*.distcp")) for folder in folders)
 
 
-class MegatronCheckpoint(TensorFiles[_Fused], OneModel):
+class MegatronCheckpoint(TensorFiles[_Fused], DenseSource):
     """A dense checkpoint of NeMo 2 (with `weights/` and `context/`) or of Megatron (with `.metadata`).
 
     A slice is a view of the mapped file where it lies in one piece that a rank saved, in one run of rows; else it is
@@ -103,17 +104,14 @@ class MegatronCheckpoint(TensorFiles[_Fused], OneModel):
             return architecture_from_config(read_json(config), str(config))
         if (self.path / "config.json").is_file():
             return read_architecture(self.path)
-        if not (self.path / "context").is_dir():
+        if (context := read_context(self.path)) is None:
             raise CheckpointError(
                 f"architecture of {self.path}",
-                got="neither context/ (NeMo's) nor config.json",
+                got="neither context/model.yaml (NeMo's) nor config.json",
                 expected="one of them",
                 fix="put the Hugging Face config.json of the model into the folder",
             )
-        rows = self._checkpoint.shape(self._prefix + BY_ROLE["embedding"].stored[0])[0]
-        return architecture_from_config(
-            hf_config_of(self.path / "context", rows), str(self.path / "context/model.yaml")
-        )
+        return context.dense_model(self._checkpoint.shape(self._prefix + BY_ROLE["embedding"].stored[0])[0])
 
     def _find_all(self) -> Iterator[tuple[str, _Fused]]:
         """Yield every Hugging Face tensor by name; refuses what the table does not know of a dense model."""

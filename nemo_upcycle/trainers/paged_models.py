@@ -14,9 +14,8 @@ from nemo_upcycle.convert.megatron_weights import LiveWeights
 from nemo_upcycle.cpu.configuration import configure_for_cpu
 from nemo_upcycle.models.hf_model import empty_model
 from nemo_upcycle.models.mapping import ParamMapping
-from nemo_upcycle.online.fill import fill
 from nemo_upcycle.online.plan import ParamPlan
-from nemo_upcycle.online.upcycle import checked_plans
+from nemo_upcycle.online.upcycle import checked_plans, fill
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.paging import PagedModel

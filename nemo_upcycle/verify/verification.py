@@ -2,17 +2,20 @@
 
 Twice: of the weights, matrix by matrix and streamed, which tells what was done to them; and of the logits on real
 text, in float32 with Hugging Face's own implementations, which tells whether the two compute the same function. Where
-granularity cut the networks, also of the routing in the MoE model's own type (`routing.py`).
+granularity cut the networks, also of the routing in the MoE model's own type: in 16 bits top-k may tear copies.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import linear
 
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
@@ -21,38 +24,34 @@ from nemo_upcycle.models.hf_model import errors_only, load_model, load_tokenizer
 from nemo_upcycle.models.mapping import extra_params, mapping_of
 from nemo_upcycle.sources import open_dense
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
+from nemo_upcycle.utils.dtypes import dtype_name
 from nemo_upcycle.utils.progress import ProgressLine
 from nemo_upcycle.verify.logits import LogitComparison, compare_logits
-from nemo_upcycle.verify.routing import TornTokens, count_torn_tokens, router_logits
 from nemo_upcycle.verify.weights import WeightGroup, compare_weights
 
 
 #: Largest difference of logits, over the largest logit, that rounding makes of two float32 implementations.
 TOLERANCE = 1e-4
 WINDOWS, WINDOW_TOKENS = 2, 256
-SAMPLE_TEXT = """\
-The lighthouse keeper wrote one line into the log every evening, whether anything had happened or not. Most evenings
-nothing had. The lamp was lit at dusk, the wind stood in the north-west, two fishing boats passed inside the reef. He
-had kept the habit for thirty-one years, and in that time the book had been replaced eleven times; the old volumes
-stood on a shelf above the stove, their spines bleached by salt and steam.
+#: A few paragraphs of several kinds, the package's own.
+_SAMPLE = Path(__file__).with_name("sample.txt")
 
-To cook lentils for four people, wash 300 g of them under cold water until it runs clear. Chop an onion, two carrots
-and a stick of celery, and fry them slowly in olive oil for ten minutes. Add the lentils, a bay leaf and 900 ml of
-stock, and let everything simmer for 25 minutes. Salt goes in at the end, because it keeps the skins hard.
 
-In 1854 a doctor in London drew the deaths of an epidemic on a map of Soho and saw that they lay around one pump. The
-handle was taken off, and the cases became fewer; how much of that was due to the handle is still argued about. What
-remains is the method: put each observation in its place, and look where they gather.
+@dataclass(frozen=True)
+class TornTokens:
+    """Tokens to which top-k gives parts of several copies in some layer, in a model of that type.
 
-def mean(values):
-    if not values:
-        raise ValueError("no values")
-    return sum(values) / len(values)
+    Args:
+        dtype: the type.
+        tokens: how many were routed.
+        torn: how many of them got parts.
+        share: torn over tokens.
+    """
 
-If a train leaves at 9:40 and needs 2 hours and 35 minutes, it arrives at 12:15. If it is eight minutes late, the
-connection at 12:20 is missed, and the next one leaves an hour later. "We will wait," she said, "there is a bench,
-there is a bakery, and nobody expects us before the evening." He put the suitcase down and counted their coins.
-"""
+    dtype: str
+    tokens: int
+    torn: int
+    share: float
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ def _require_memory(needed_bytes: int) -> None:
 def _tokens(dense: Path, text_file: Path | None) -> torch.Tensor:
     """Return token ids of the text, [B, S]."""
     try:
-        text = text_file.read_text(encoding="utf-8") if text_file else SAMPLE_TEXT
+        text = (text_file or _SAMPLE).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UpcycleError(
             str(text_file), got=getattr(error, "strerror", None) or error, expected="UTF-8 text", fix="check the file"
@@ -198,11 +197,20 @@ def _compare_logits(dense: Path, moe: Path, tokens_BS: torch.Tensor, layers: boo
 def _count_torn(
     folder: Path, moe_arch: Architecture, tokens_BS: torch.Tensor, dtype: torch.dtype, granularity: int
 ) -> TornTokens:
+    """Count the tokens for which top-k, as transformers does it, does not take whole copies in some layer."""
     with errors_only():
         model = load_model(folder, dtype=dtype).eval()
-    with router_logits(model, moe_arch) as logits:
+    with _router_logits(model, moe_arch) as router_logits:
         model(tokens_BS, use_cache=False)
-    return count_torn_tokens(logits, granularity, moe_arch.top_k or 1, moe_arch.router_kind, dtype)
+    torn_layers = []
+    for logits_TE in router_logits:
+        chosen_Tk = moe_arch.router_kind.scores(logits_TE.float()).topk(moe_arch.top_k or 1).indices
+        taken_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, chosen_Tk, True)
+        copies_TCG = taken_TE.unflatten(1, (-1, granularity))
+        torn_layers.append((copies_TCG.any(-1) != copies_TCG.all(-1)).any(-1))
+    torn_T = torch.stack(torn_layers).any(0)
+    torn = int(torn_T.sum())
+    return TornTokens(dtype_name(dtype), len(torn_T), torn, torn / len(torn_T))
 
 
 @torch.no_grad()
@@ -210,3 +218,33 @@ def _run(folder: Path, tokens_BS: torch.Tensor, dtype: torch.dtype, **outputs: b
     """Return a model's logits [B, S, V] and the other outputs asked for, with weights and activations of a type."""
     with errors_only():
         return load_model(folder, dtype=dtype).eval()(tokens_BS, use_cache=False, **outputs)
+
+
+@contextmanager
+def _router_logits(model: Any, moe_arch: Architecture) -> Iterator[list[torch.Tensor]]:
+    """Collect what the routers of a Hugging Face model give for each token, [T, E] for every MoE layer.
+
+    Args:
+        model: the model; what it computes inside the context is collected.
+        moe_arch: its architecture. Routers compute in float32 or in the model's type, as their kind says.
+    """
+    (weight,) = mapping_of("router", moe_arch).hf
+    collected: list[torch.Tensor] = []
+
+    def collect(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        tokens_TD, weight_ED = args[0].flatten(0, -2), module.weight
+        if moe_arch.router_kind.in_float32:
+            tokens_TD, weight_ED = tokens_TD.float(), weight_ED.float()
+        collected.append(linear(tokens_TD, weight_ED))
+
+    layers = [layer for layer in range(moe_arch.num_layers) if moe_arch.is_moe_layer(layer)]
+    named = dict(model.named_modules())
+    routers = [weight.format(layer=layer).removesuffix(".weight") for layer in layers]
+    if not named.keys() >= set(routers):  # transformers 5 has one name for the block of every class
+        routers = [name.replace(".block_sparse_moe.", ".mlp.") for name in routers]
+    hooks = [named[name].register_forward_pre_hook(collect) for name in routers]
+    try:
+        yield collected
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -14,8 +14,7 @@ import torch
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.constants import constant_tensors
-from nemo_upcycle.models.mapping import hf_constants, hf_names
+from nemo_upcycle.models.mapping import constant_tensors, hf_constants, hf_names
 from nemo_upcycle.sources.base import DenseSource
 from nemo_upcycle.sources.checks import check_source, require_finite, rounded_because
 from nemo_upcycle.spec import UpcycleSpec
@@ -134,7 +133,8 @@ def compare_weights(dense: DenseSource, moe: DenseSource) -> WeightComparison:
         scale, changed = _relation(_pairs(dense, moe, name, plan), plan.is_down, plan.factor)
         group.add(scale, changed)
         is_exact &= changed == 0.0 and scale == plan.factor
-    if moe_arch.router_score == "sigmoid" and moe_arch.norm_topk != (moe_arch.top_k != 1):
+    router = moe_arch.router_kind
+    if not moe_arch.norm_topk and not router.pre_softmax and router.sums_to_one(spec):
         is_exact = False  # no spec makes it: scores of several experts that keep the sum they have
     is_exact &= routers.tied and _spec_of(arch, moe_arch, routers).is_exact
     rounded = [why for dtype in dtypes for why in rounded_because(dense, dtype, spec)]
@@ -195,7 +195,7 @@ def _spec_of(arch: Architecture, moe_arch: Architecture, routers: _Routers | Non
         shared_experts=moe_arch.shared_ffn_size // width,
         router_init="zero" if routers and routers.zero else "normal",
         router_std=routers.std if routers else 0.02,
-        router_order=moe_arch.router_order,
+        router_order=moe_arch.router_kind.order,
         router_score=moe_arch.router_score,
         routed_scaling_factor=moe_arch.routed_scaling_factor,
     )

@@ -121,7 +121,7 @@ def recipe_for(sizes: Sizes, dense: Path, data: Path, folder: Path, precision: s
 
 def planned_gib(sizes: Sizes, precision: str) -> dict[str, float]:
     """Return what the planner says that the card's allocator holds; the driver's own memory is not the allocator's."""
-    from nemo_upcycle.models.architecture import architecture_from_config
+    from nemo_upcycle.models.hf_config import architecture_from_config
     from nemo_upcycle.planning.layout import Layout
     from nemo_upcycle.planning.memory import CONTEXT_BYTES, stage_memory
     from nemo_upcycle.planning.workload import Workload

@@ -11,7 +11,7 @@ import torch
 
 from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.offline import convert
-from nemo_upcycle.models.architecture import read_architecture
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.hf_model import errors_only, load_model
 from nemo_upcycle.models.mapping import as_written
 from tests.models import sample_tokens, write_llama, write_qwen2, write_qwen3

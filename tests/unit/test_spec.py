@@ -35,7 +35,7 @@ from nemo_upcycle.spec import check_capacity
         ({"drop_ratio": float("nan")}, ["drop_ratio: got nan, expected a number, 0 to 1"]),
         ({"routed_scaling_factor": float("inf")}, ["routed_scaling_factor: got inf"]),
         ({"routed_scaling_factor": float("nan")}, ["routed_scaling_factor: got nan"]),
-        ({"routed_scaling_factor": 0.0}, ["routed_scaling_factor: got 0.0, expected more than 0"]),
+        ({"routed_scaling_factor": 0.0}, ["routed_scaling_factor: got 0.0, expected a number, 0.001 to 1000"]),
         ({"router_std": "wide"}, ["router_std: got wide"]),
         ({"noise_std": 10**400}, ["noise_std: got 1000", "0 to 1000"]),
         ({"moe_layers": None}, ["moe_layers: got None, expected layer numbers"]),

@@ -8,8 +8,6 @@ from nemo_upcycle.init.routers import RouterKind, register
 
 
 if TYPE_CHECKING:
-    import torch
-
     from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -23,7 +21,3 @@ class SoftmaxTopk(RouterKind):
     def weight_sum(self, spec: UpcycleSpec) -> float:
         """Return the chosen experts' share of equal weights."""
         return spec.top_k / spec.num_experts
-
-    def scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
-        """Return the softmax over all experts."""
-        return logits_TE.softmax(-1)

@@ -9,8 +9,6 @@ from nemo_upcycle.init.routers import RouterKind, register
 
 
 if TYPE_CHECKING:
-    import torch
-
     from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -24,10 +22,6 @@ class TopkSoftmax(RouterKind):
     def weight_sum(self, spec: UpcycleSpec) -> float:
         """Return 1."""
         return 1.0
-
-    def scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
-        """Return the softmax over all experts."""
-        return logits_TE.softmax(-1)
 
     def check(self, spec: UpcycleSpec) -> None:
         """Refuse a top-1 router, which has no gradient."""

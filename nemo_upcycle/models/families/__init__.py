@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 from nemo_upcycle.errors import SpecError
+from nemo_upcycle.models.architecture import FAMILIES, Architecture
 from nemo_upcycle.models.families.base import Family, MoeFamily
+from nemo_upcycle.spec import find_router_kind
 
-
-if TYPE_CHECKING:
-    from nemo_upcycle.models.architecture import Architecture
 
 #: Modules of this package, each with its `FAMILY`. Of the targets that can hold a model, the first is taken.
 _MODULES = (
@@ -24,7 +22,7 @@ _MODULES = (
     "glm4_moe",
     "qwen2_moe",
 )
-_FAMILIES: dict[str, Family] = {}
+_FAMILIES: dict[str, Family] = FAMILIES
 __all__ = [
     "Family",
     "MoeFamily",
@@ -34,7 +32,6 @@ __all__ = [
     "register",
     "require_class",
     "server_caveats",
-    "target_class",
     "targets",
 ]
 
@@ -75,11 +72,6 @@ def targets() -> list[MoeFamily]:
     return [family for family in _FAMILIES.values() if isinstance(family, MoeFamily)]
 
 
-def target_class(moe_arch: Architecture) -> str:
-    """Return the first Hugging Face class that can hold an MoE model; "" if none can."""
-    return next((family.hf_class for family in targets() if not any(family.unsupported(moe_arch))), "")
-
-
 def require_class(moe_arch: Architecture) -> None:
     """Check that a Hugging Face class can hold a model.
 
@@ -94,8 +86,11 @@ def require_class(moe_arch: Architecture) -> None:
     fix = "keep the model in NeMo: it trains and evaluates there"
     if moe_arch.window:
         fix += ", or set sliding_window to null in config.json if training sequences were no longer"
-    if sigmoid := [family.title for family in targets() if list(family.unsupported(moe_arch)) == ["softmax scores"]]:
-        fix += f", or route by router_score='sigmoid' with router_order='topk_softmax', as {sigmoid[0]} does"
+    for family in targets():
+        if list(family.unsupported(moe_arch)) == [f"{moe_arch.router_score} scores"]:
+            kind = find_router_kind(family.router_score, pre_softmax=False)
+            route = f"router_score='{kind.score}' with router_order='{kind.order}'"
+            fix += f", or route by {route}, as {family.title} does"
     raise SpecError(
         "Hugging Face class for this MoE",
         got="; ".join(f"{reason} ({', '.join(names)})" for reason, names in titles.items()),

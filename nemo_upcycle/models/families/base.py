@@ -5,13 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nemo_upcycle.models.settings import Settings
-
-
-if TYPE_CHECKING:
-    from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.models.architecture import Architecture
 
 
 TANH_GELU = "gelu_pytorch_tanh"
@@ -28,6 +25,59 @@ COMMON_DEFAULTS: dict[str, Any] = {
     "rope_theta": 10000.0,
     "rms_norm_eps": 1e-6,
 }
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The values of a Hugging Face `config.json`, each checked when it is read.
+
+    Args:
+        values: by Llama's names, without nulls.
+        where: how messages call the file.
+        spelling: the file's own name of a setting -> Llama's, where they differ.
+    """
+
+    values: dict[str, Any]
+    where: str
+    spelling: Mapping[str, str] = field(default_factory=dict)
+
+    def wrong(self, key: str, expected: str, fix: str = "correct config.json") -> CheckpointError:
+        """Return the error that says what a value should be."""
+        value = self.values.get(key)
+        spelled = next((own for own, llama in self.spelling.items() if llama == key), key)
+        return CheckpointError(
+            f"{self.where}: {spelled}", got="nothing" if value is None else repr(value), expected=expected, fix=fix
+        )
+
+    def whole(self, key: str, default: int | None = None, least: int = 1, most: int = 10**9) -> int:
+        """Return a whole number; a size has no default."""
+        value = self.values.get(key, default)
+        if type(value) is int and value > most:
+            raise self.wrong(key, f"at most {most:,}")
+        if type(value) is not int or value < least:
+            raise self.wrong(key, "a positive whole number" if least else "a whole number, 0 or more")
+        return value
+
+    def number(self, key: str) -> float:
+        """Return a positive number."""
+        value = self.values.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
+            raise self.wrong(key, "a positive number")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        """Return a truth value; absent is false."""
+        value = self.values.get(key, False)
+        if not isinstance(value, bool):
+            raise self.wrong(key, "true or false")
+        return value
+
+    def choice(self, key: str, choices: Mapping[str, str], fix: str) -> str:
+        """Return what a name stands for."""
+        name = self.values.get(key)
+        if not isinstance(name, str) or name not in choices:
+            raise self.wrong(key, " or ".join(choices), fix)
+        return choices[name]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,6 +137,15 @@ class Family:
         """Return the fields of an `Architecture` that describe its experts; none for a dense model."""
         return {}
 
+    def unsupported(self, arch: Architecture) -> Iterator[str]:
+        """Yield what the class cannot hold of a model.
+
+        Args:
+            arch: the model's architecture, without a Hugging Face class.
+        """
+        if arch.num_experts:
+            yield "experts"
+
     def constants(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
         """Return name and shape of the tensors, (nearly) zeros, that the class wants and Megatron does not have."""
         return {}
@@ -105,7 +164,7 @@ class MoeFamily(Family, ABC):
     """A Hugging Face class of MoE models: what an upcycled model can be exported as.
 
     Args:
-        router_score: what the class sends the router's logits through: `softmax` or `sigmoid`.
+        router_score: what the class sends the router's logits through, as in `UpcycleSpec`.
         has_attention_bias: whether it reads `attention_bias`: of query, key, value and the output, all or none.
     """
 
@@ -113,26 +172,27 @@ class MoeFamily(Family, ABC):
     has_attention_bias: bool = False
 
     def unsupported(self, arch: Architecture) -> Iterator[str]:
-        """Yield what the class cannot hold of an MoE model; these are what no class so far can.
+        """Yield what the class cannot hold of an MoE model."""
+        yield from (reason for reason, holds in self.limits(arch).items() if holds)
+
+    def limits(self, arch: Architecture) -> dict[str, bool]:
+        """Return reasons why the class cannot hold a model, each with whether it holds; these are every class's.
 
         Args:
             arch: the model's architecture, without a Hugging Face class.
         """
-        reasons = {
+        place, width = "after" if arch.post_norm else "before", "over all heads" if arch.wide_qk_norm else "by head"
+        is_scaled = arch.routed_scaling_factor != 1
+        return {
             "a Gemma: norms around zero": arch.zero_centered_norm or arch.scaled_embedding,
             "a network without a gate": not arch.gated,
             "a bias of the attention's output": arch.attention_out_bias and not self.has_attention_bias,
             "biases of the feed-forward network": arch.ffn_bias,
             f"{arch.router_score} scores": arch.router_score != self.router_score,
-            "a routed_scaling_factor": arch.routed_scaling_factor != 1 and self.router_score == "softmax",
-            f"norms {'after' if arch.post_norm else 'before'} attention and network": (
-                arch.post_norm != self.post_norm
-            ),
-            f"norms of query and key {'over all heads' if arch.wide_qk_norm else 'by head'}": (
-                arch.qk_norm and arch.wide_qk_norm != self.wide_qk_norm
-            ),
+            "a routed_scaling_factor": is_scaled and "routed_scaling_factor" not in self.defaults,
+            f"norms {place} attention and network": arch.post_norm != self.post_norm,
+            f"norms of query and key {width}": arch.qk_norm and arch.wide_qk_norm != self.wide_qk_norm,
         }
-        yield from (reason for reason, holds in reasons.items() if holds)
 
     @staticmethod
     def in_moe_layers(shapes: Mapping[str, tuple[int, ...]], arch: Architecture) -> dict[str, tuple[int, ...]]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from nemo_upcycle.models.families import llama
-from nemo_upcycle.models.families.base import ACTIVATIONS, COMMON_DEFAULTS, TANH_GELU, Family
-from nemo_upcycle.models.settings import Settings
+from nemo_upcycle.models.families.base import ACTIVATIONS, COMMON_DEFAULTS, TANH_GELU, Family, Settings
 
 
 class _Gemma(Family):

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import llama, qwen3
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ZERO_FILLED, MoeFamily, zero_filled
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ZERO_FILLED, MoeFamily, Settings, zero_filled
 from nemo_upcycle.models.families.routed import ROUTED_NAMES
-from nemo_upcycle.models.settings import Settings
 
-
-if TYPE_CHECKING:
-    from nemo_upcycle.models.architecture import Architecture
 
 _MLP = llama.LAYER + "mlp."
 _SHARED = _MLP + "shared_experts."
@@ -37,19 +34,17 @@ class _Glm4Moe(MoeFamily):
             "shared_ffn_size": 0 if "shared_expert" in zero_filled(settings) else shared * width,
             "moe_pattern": tuple(layer >= dense_layers for layer in range(num_layers)) if dense_layers else None,
             "norm_topk": settings.flag("norm_topk_prob"),
-            "router_score": "sigmoid",
+            "router_score": self.router_score,
             "routed_scaling_factor": settings.number("routed_scaling_factor"),
         }
 
-    def unsupported(self, arch: Architecture) -> Iterator[str]:
-        yield from super().unsupported(arch)
+    def limits(self, arch: Architecture) -> dict[str, bool]:
         pattern = [arch.is_moe_layer(layer) for layer in range(arch.num_layers)]
-        reasons = {
+        return super().limits(arch) | {
             "dense layers behind an MoE layer": pattern != sorted(pattern),
             "a sliding window": arch.window is not None,
             "another activation than SiLU": arch.activation != "silu",
         }
-        yield from (reason for reason, holds in reasons.items() if holds)
 
     def caveats(self, arch: Architecture) -> Iterator[str]:
         yield from super().caveats(arch)

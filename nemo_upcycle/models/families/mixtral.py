@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import llama
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS, MoeFamily
-from nemo_upcycle.models.settings import Settings
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, MoeFamily, Settings
 
-
-if TYPE_CHECKING:
-    from nemo_upcycle.models.architecture import Architecture
 
 _MOE = llama.LAYER + "block_sparse_moe."
 _EXPERT = _MOE + "experts.{expert}."
@@ -26,16 +22,14 @@ class _Mixtral(MoeFamily):
             "expert_ffn_size": settings.whole("intermediate_size"),
         }
 
-    def unsupported(self, arch: Architecture) -> Iterator[str]:
-        yield from super().unsupported(arch)
-        reasons = {
+    def limits(self, arch: Architecture) -> dict[str, bool]:
+        return super().limits(arch) | {
             "biases of query, key and value": arch.qkv_bias,
             "norms of query and key": arch.qk_norm,
             "shared experts": arch.shared_ffn_size > 0,
             "dense layers": arch.moe_pattern is not None,
             "expert weights that do not sum to one": not arch.norm_topk,
         }
-        yield from (reason for reason, holds in reasons.items() if holds)
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
         return {

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import llama
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ZERO_FILLED, MoeFamily, zero_filled
-from nemo_upcycle.models.families.routed import (
-    ROUTED_NAMES,
-    dense_layers_in_servers,
-    routed_experts,
-    routed_settings,
-    unscaled_in_llama_cpp,
-)
-from nemo_upcycle.models.settings import Settings
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ZERO_FILLED, Settings, zero_filled
+from nemo_upcycle.models.families.routed import ROUTED_NAMES, RoutedFamily
 
-
-if TYPE_CHECKING:
-    from nemo_upcycle.models.architecture import Architecture
 
 _MLP = llama.LAYER + "mlp."
 _SHARED = _MLP + "shared_expert."
@@ -26,34 +17,30 @@ _SHARED = _MLP + "shared_expert."
 _SHARED_WIDTH = 64
 
 
-class _Qwen2Moe(MoeFamily):
+class _Qwen2Moe(RoutedFamily):
     def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
         shared = settings.whole("shared_expert_intermediate_size", 0, least=0)
         zeros = zero_filled(settings)
-        return routed_experts(settings, num_layers) | {
+        return super().experts(settings, num_layers) | {
             "shared_ffn_size": 0 if "shared_expert" in zeros else shared,
             "qkv_bias": settings.flag("qkv_bias") and "qkv_bias" not in zeros,
         }
 
-    def unsupported(self, arch: Architecture) -> Iterator[str]:
-        yield from super().unsupported(arch)
-        reasons = {
+    def limits(self, arch: Architecture) -> dict[str, bool]:
+        return super().limits(arch) | {
             "heads that do not make up the hidden size": arch.num_heads * arch.head_dim != arch.hidden_size,
             "a sliding window": arch.window is not None,
             "norms of query and key": arch.qk_norm,
         }
-        yield from (reason for reason, holds in reasons.items() if holds)
 
     def caveats(self, arch: Architecture) -> Iterator[str]:
         yield from super().caveats(arch)
-        yield from unscaled_in_llama_cpp(arch)
         if arch.norm_topk and arch.top_k != arch.num_experts:
             yield "llama.cpp: it does not divide the chosen experts' weights by their sum, so its tokens differ"
-        yield from dense_layers_in_servers(arch)
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
         zeros = {"qkv_bias": not arch.qkv_bias, "shared_expert": not arch.shared_ffn_size}
-        return routed_settings(arch) | {
+        return super().expert_settings(arch) | {
             "shared_expert_intermediate_size": arch.shared_ffn_size or _SHARED_WIDTH,
             "qkv_bias": True,
             ZERO_FILLED: [name for name, absent in zeros.items() if absent],

@@ -3,50 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import qwen3
-from nemo_upcycle.models.families.base import COMMON_DEFAULTS, MoeFamily
-from nemo_upcycle.models.families.routed import (
-    ROUTED_NAMES,
-    dense_layers_in_servers,
-    routed_experts,
-    routed_settings,
-    unscaled_in_llama_cpp,
-)
-from nemo_upcycle.models.settings import Settings
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS
+from nemo_upcycle.models.families.routed import ROUTED_NAMES, RoutedFamily
 
 
-if TYPE_CHECKING:
-    from nemo_upcycle.models.architecture import Architecture
-
-
-class _Qwen3Moe(MoeFamily):
-    def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        return routed_experts(settings, num_layers)
-
-    def unsupported(self, arch: Architecture) -> Iterator[str]:
-        yield from super().unsupported(arch)
-        reasons = {
+class _Qwen3Moe(RoutedFamily):
+    def limits(self, arch: Architecture) -> dict[str, bool]:
+        return super().limits(arch) | {
             "no norms of query and key": not arch.qk_norm,
             "biases of query, key and value alone": arch.qkv_bias and not arch.attention_out_bias,
             "shared experts": arch.shared_ffn_size > 0,
             "a sliding window": arch.window is not None,
         }
-        yield from (reason for reason, holds in reasons.items() if holds)
 
     def caveats(self, arch: Architecture) -> Iterator[str]:
         yield from super().caveats(arch)
-        yield from unscaled_in_llama_cpp(arch)
         if not arch.norm_topk:
             yield "llama.cpp: it divides the chosen experts' weights by their sum, so its tokens differ"
-        yield from dense_layers_in_servers(arch)
         if arch.attention_out_bias:  # by their sources: neither was run
             yield "vLLM: it drops the bias of the attention's output without a word, so its tokens differ"
             yield "llama.cpp: it knows no bias of the attention's output in this class"
 
     def expert_settings(self, arch: Architecture) -> dict[str, Any]:
-        return routed_settings(arch) | ({"attention_bias": True} if arch.attention_out_bias else {})
+        return super().expert_settings(arch) | ({"attention_bias": True} if arch.attention_out_bias else {})
 
 
 FAMILY = _Qwen3Moe(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import llama
-from nemo_upcycle.models.settings import Settings
+from nemo_upcycle.models.families.base import MoeFamily, Settings
 
-
-if TYPE_CHECKING:
-    from nemo_upcycle.models.architecture import Architecture
 
 _MLP = llama.LAYER + "mlp."
 _EXPERT = _MLP + "experts.{expert}."
@@ -24,43 +22,41 @@ ROUTED_NAMES = {
 }
 
 
-def routed_experts(settings: Settings, num_layers: int) -> dict[str, Any]:
-    """Return the fields of an `Architecture` that describe routed experts, as Qwen's classes spell them."""
-    step, dense = settings.whole("decoder_sparse_step", 1), settings.values.get("mlp_only_layers", [])
-    if not isinstance(dense, list) or not all(type(layer) is int and 0 <= layer < num_layers for layer in dense):
-        raise settings.wrong("mlp_only_layers", f"a list of layer numbers, 0 to {num_layers - 1}")
-    experts = settings.whole("num_experts")
-    pattern = tuple((layer + 1) % step == 0 and layer not in dense for layer in range(num_layers))
-    return {
-        "num_experts": experts,
-        "top_k": settings.whole("num_experts_per_tok", most=experts),
-        "expert_ffn_size": settings.whole("moe_intermediate_size"),
-        "moe_pattern": None if all(pattern) else pattern,
-        "norm_topk": settings.flag("norm_topk_prob"),
-    }
+class RoutedFamily(MoeFamily):
+    """Qwen's MoE classes: the same settings of routed experts, and the same servers that go wrong."""
 
+    def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+        """Return the fields of an `Architecture` that describe routed experts."""
+        step, dense = settings.whole("decoder_sparse_step", 1), settings.values.get("mlp_only_layers", [])
+        if not isinstance(dense, list) or not all(type(layer) is int and 0 <= layer < num_layers for layer in dense):
+            raise settings.wrong("mlp_only_layers", f"a list of layer numbers, 0 to {num_layers - 1}")
+        experts = settings.whole("num_experts")
+        pattern = tuple((layer + 1) % step == 0 and layer not in dense for layer in range(num_layers))
+        return {
+            "num_experts": experts,
+            "top_k": settings.whole("num_experts_per_tok", most=experts),
+            "expert_ffn_size": settings.whole("moe_intermediate_size"),
+            "moe_pattern": None if all(pattern) else pattern,
+            "norm_topk": settings.flag("norm_topk_prob"),
+        }
 
-def routed_settings(arch: Architecture) -> dict[str, Any]:
-    """Return what Qwen's classes say in `config.json` of routed experts."""
-    return {
-        "num_experts": arch.num_experts,
-        "intermediate_size": arch.ffn_size,
-        "moe_intermediate_size": arch.expert_ffn_size,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [layer for layer in range(arch.num_layers) if not arch.is_moe_layer(layer)],
-        "norm_topk_prob": arch.norm_topk,
-        "use_sliding_window": False,
-    }
+    def caveats(self, arch: Architecture) -> Iterator[str]:
+        """See `MoeFamily.caveats`."""
+        yield from super().caveats(arch)
+        if arch.rope_scaling is not None:
+            yield "llama.cpp: it does not scale the rotary frequencies of this class, so its tokens differ"
+        if arch.moe_pattern is not None:
+            yield "llama.cpp: it has no place for dense layers in this class"
+            yield "SGLang: it takes every layer of this class for one of experts, so its tokens differ"
 
-
-def unscaled_in_llama_cpp(arch: Architecture) -> Iterator[str]:
-    """Yield the caveat of classes whose rotary frequencies llama.cpp's converter does not scale."""
-    if arch.rope_scaling is not None:
-        yield "llama.cpp: it does not scale the rotary frequencies of this class, so its tokens differ"
-
-
-def dense_layers_in_servers(arch: Architecture) -> Iterator[str]:
-    """Yield the caveats of Qwen's classes with dense layers between those of experts."""
-    if arch.moe_pattern is not None:
-        yield "llama.cpp: it has no place for dense layers in this class"
-        yield "SGLang: it takes every layer of this class for one of experts, so its tokens differ"
+    def expert_settings(self, arch: Architecture) -> dict[str, Any]:
+        """See `MoeFamily.expert_settings`."""
+        return {
+            "num_experts": arch.num_experts,
+            "intermediate_size": arch.ffn_size,
+            "moe_intermediate_size": arch.expert_ffn_size,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [layer for layer in range(arch.num_layers) if not arch.is_moe_layer(layer)],
+            "norm_topk_prob": arch.norm_topk,
+            "use_sliding_window": False,
+        }

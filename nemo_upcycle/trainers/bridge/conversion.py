@@ -25,9 +25,9 @@ from megatron.bridge.models.conversion.param_mapping import (
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from nemo_upcycle.models.architecture import architecture_from_config
 from nemo_upcycle.models.families import Family, parents, targets
 from nemo_upcycle.models.families.base import ZERO_FILLED
+from nemo_upcycle.models.hf_config import architecture_from_config
 from nemo_upcycle.models.mapping import MAPPINGS, Sharding
 from nemo_upcycle.trainers.bridge.models import provider_of
 

@@ -14,7 +14,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.activation import activation_function
-from nemo_upcycle.models.architecture import Architecture, read_architecture
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.megatron_config import megatron_fields, router_fields
 from nemo_upcycle.spec import UpcycleSpec
 

@@ -23,7 +23,7 @@ from megatron.training.models.base import ModelConfig
 from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.models.megatron_config import check_spec
 from nemo_upcycle.online.receipt import read_receipt
-from nemo_upcycle.online.start import fill_chunks, merge_receipts
+from nemo_upcycle.online.upcycle import fill_chunks, merge_receipts
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.progress import show_messages
 from nemo_upcycle.utils.validation import is_whole

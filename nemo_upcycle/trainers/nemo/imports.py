@@ -1,13 +1,20 @@
-"""Import NeMo quietly: importing it warns of every optional part that is not there."""
+"""Keeps off the console what NeMo and Lightning say that is not so: of optional parts, one rank, accelerators."""
 
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from nemo_upcycle.utils.console import LIBRARIES, is_verbose, quiet_libraries
+
+
+#: Under whose name a trainer of Lightning speaks: that of the one which was imported last.
+_TRAINER = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
+_SUMMARY = "lightning.pytorch.callbacks.model_summary"
+_DEVICES = re.compile(r"(GPU|TPU|HPU) available: ")
 
 
 @contextmanager
@@ -30,3 +37,21 @@ def quiet_imports() -> Iterator[None]:
             nemo_logging.set_verbosity(verbosity)
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
+
+
+def quiet_lightning() -> None:
+    """Let Lightning leave out its table of parameters and its list of accelerators.
+
+    The table counts one rank's shard and calls it the total; `MetricsLogger` states the size of the whole model.
+    """
+    logging.getLogger(_SUMMARY).addFilter(_drop)
+    for name in _TRAINER:
+        logging.getLogger(f"{name}.utilities.rank_zero").addFilter(_is_of_the_run)
+
+
+def _drop(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.INFO
+
+
+def _is_of_the_run(record: logging.LogRecord) -> bool:
+    return not _DEVICES.match(record.getMessage())

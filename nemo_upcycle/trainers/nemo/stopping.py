@@ -46,9 +46,7 @@ class StopOnSignal(Callback):
 
         def stop(signum: int, frame: FrameType | None) -> None:
             if os.getpid() == owner:  # and no checkpoint writer that it forked
-                if trainer.is_global_zero:
-                    sys.stderr.write(_last_words(signum, trainer))
-                    sys.stderr.flush()
+                _say_last_words(signum, trainer)
                 for child in multiprocessing.active_children():
                     child.kill()
                     child.join(1)  # a job that has ended leaves nothing behind, not even for a moment
@@ -110,9 +108,7 @@ class SaveOnSignal(nl.pytorch.callbacks.PreemptionCallback):
         try:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         except SystemExit:
-            if trainer.is_global_zero:
-                sys.stderr.write(_last_words(self.sig, trainer))
-                sys.stderr.flush()
+            _say_last_words(self.sig, trainer)
             raise SystemExit(StageStopped.exit_status) from None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -149,10 +145,14 @@ def step_kept(folder: Path) -> int:
     return answer[0]
 
 
-def _last_words(signum: int, trainer: pl.Trainer) -> str:
+def _say_last_words(signum: int, trainer: pl.Trainer) -> None:
+    """Say on the first rank what a job keeps that ends now."""
+    if not trainer.is_global_zero:
+        return
     kept = newest_checkpoint(Path(AppState().log_dir) / "checkpoints")
     what = f"kept: {kept}" if kept else "no checkpoint is finished yet"
     go_on = "goes on from there" if kept else "starts again from the dense checkpoint"
     name = signal.Signals(signum).name
     step = f"after step {trainer.global_step} of {trainer.max_steps}"
-    return f"\nStopped by {name} {step}; {what}. The same command {go_on}.\n"
+    sys.stderr.write(f"\nStopped by {name} {step}; {what}. The same command {go_on}.\n")
+    sys.stderr.flush()

@@ -236,7 +236,8 @@ def _model_of(recipe: Any, dense: str) -> tuple[Architecture, bool]:
     """
     config = recipe.model.config
     plain = architecture_of(config, 0)
-    vocabulary = _vocabulary_of(dense) or getattr(config, "vocab_size", None)
+    parent = check_address(dense) if dense and Path(dense.removeprefix("hf://")).expanduser().is_dir() else None
+    vocabulary = (parent.vocab_size if parent else None) or getattr(config, "vocab_size", None)
     if not vocabulary:
         known = (shape for shape in read_data("recipes.yaml")["shapes"].values())
         vocabulary = next(
@@ -247,11 +248,6 @@ def _model_of(recipe: Any, dense: str) -> tuple[Architecture, bool]:
         size = setting(recipe, "data.tokenizer.vocab_size")
         vocabulary = size + 1 if isinstance(size, int) else None  # NullTokenizer's, which adds an end of document
     return (architecture_of(config, vocabulary), True) if vocabulary else (plain, False)
-
-
-def _vocabulary_of(dense: str) -> int | None:
-    parent = check_address(dense) if dense and Path(dense.removeprefix("hf://")).expanduser().is_dir() else None
-    return parent.vocab_size if parent else None
 
 
 def _precision_name(recipe: Any, precision: str) -> str:

@@ -22,11 +22,11 @@ from nemo_upcycle.cpu.backend import use_cpu_backend
 from nemo_upcycle.cpu.configuration import configure_for_cpu
 from nemo_upcycle.data.dense import ensure_dense
 from nemo_upcycle.online.receipt import ActingCoefficient, UpcycleReceipt
-from nemo_upcycle.online.start import fill_chunks, merge_receipts
+from nemo_upcycle.online.upcycle import fill_chunks, merge_receipts
 from nemo_upcycle.sources.megatron_checkpoint import is_megatron
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.layout import layout_of
-from nemo_upcycle.trainers.nemo.lightning_messages import quiet_lightning
+from nemo_upcycle.trainers.nemo.imports import quiet_lightning
 from nemo_upcycle.trainers.nemo.nemo_signatures import repair_signatures
 from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.progress import show_messages

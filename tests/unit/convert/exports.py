@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
-from nemo_upcycle.models.architecture import read_architecture
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.mapping import MODEL_MAPPINGS, layer_mappings
 from nemo_upcycle.models.sharding import Shard, shard_shape
 from nemo_upcycle.online.upcycle import load_dense_into

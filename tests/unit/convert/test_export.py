@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,16 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
-from nemo_upcycle.convert.export import export_checkpoint, export_weights, write_each
+from nemo_upcycle.convert.export import export_checkpoint, export_weights
 from nemo_upcycle.convert.megatron_weights import CheckpointWeights, LiveWeights
-from nemo_upcycle.convert.safetensors_writer import SafetensorsWriter
+from nemo_upcycle.convert.safetensors_writer import SafetensorsWriter, as_bytes
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
-from nemo_upcycle.models.architecture import read_architecture
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.mapping import ParamMapping
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint
 from nemo_upcycle.trainers.equivalence import megatron_logits, one_rank
 from nemo_upcycle.utils.files import MARKER, MODEL_MARKER, is_complete, read_json
+from nemo_upcycle.utils.streams import StreamedFile
 from tests.models import build_chunks, hugging_face_logits, sample_tokens, write_llama, write_tokenizer
 from tests.unit.convert import exports
 from tests.unit.convert.exports import EXPERTS, SPEC, TOP_K, _fill, _leaves_nothing, _Usage, write_checkpoint
@@ -104,7 +106,13 @@ def test_several_shards_have_the_right_index(saved: Path, dense: Path, tmp_path:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     limit_bytes = 100_000
     writer = SafetensorsWriter(shapes, torch.float32, limit_bytes)
-    writer.write(folder, write_each(tensors.__getitem__, torch.float32), "export")
+
+    def write_tensors(file: StreamedFile, names: list[str], advance: Callable[[int], None]) -> None:
+        for name in names:
+            file.write(as_bytes(tensors[name]))
+            advance(1)
+
+    writer.write(folder, write_tensors, "export")
     files = sorted(folder.glob("*.safetensors"))
     assert len(files) > 5
     assert [file.name for file in files] == [

@@ -90,7 +90,7 @@ class _Runs:
 
 
 @pytest.mark.parametrize("kind", ["system", "eval", "exec", "popen", "getattr"])
-def test_metadata_that_names_code_is_refused_and_not_run(spoiled: Path, dense: Path, kind: str) -> None:
+def test_code_that_metadata_names_is_not_run(spoiled: Path, dense: Path, kind: str) -> None:
     trace = spoiled / "trace"
     call = {
         "system": _Runs(os.system, f"touch {trace}"),
@@ -105,7 +105,7 @@ def test_metadata_that_names_code_is_refused_and_not_run(spoiled: Path, dense: P
     assert trace.exists() is (kind != "getattr")
     trace.unlink(missing_ok=True)
     (spoiled / "weights/.metadata").write_bytes(pickle.dumps({"state_dict_metadata": call}))
-    with pytest.raises(CheckpointError, match=r"the class \w+\.\w+ is not allowed in checkpoint metadata"):
+    with pytest.raises(CheckpointError, match=r"got unreadable metadata \(a dict\)"):
         export_checkpoint(spoiled, dense, spoiled.parent / "hf", spec=SPEC)
     assert not trace.exists()
 

@@ -16,7 +16,7 @@ from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.convert.hf_folder import ROUTER_AUX_LOSS, copy_tokenizer_files, tokenizer_file_names
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.models.architecture import read_architecture
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.utils.files import MODEL_MARKER, read_json
 from tests.models import write_llama, write_tokenizer
 from tests.unit.convert.exports import SPEC, write_checkpoint

@@ -16,7 +16,7 @@ from nemo_upcycle.convert.megatron_weights import LiveWeights
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.cpu.one_rank import one_rank
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
-from nemo_upcycle.models.architecture import read_architecture
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.utils.files import MODEL_MARKER, is_complete, read_json, write_json
 from tests.models import build_chunks, moe_settings, sample_tokens, write_llama, write_qwen3
 from tests.unit.convert import conversions

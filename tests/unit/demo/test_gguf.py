@@ -13,7 +13,7 @@ from nemo_upcycle.demo import gguf as gguf_module
 from nemo_upcycle.demo.assets import fetch_asset
 from nemo_upcycle.demo.gguf import convert_gguf
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.models.architecture import read_architecture
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.utils.files import is_complete
 from tests.unit.demo.tiny_gguf import HEAD_DIM, TOKENS, write_gguf
 

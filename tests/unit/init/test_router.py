@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from nemo_upcycle import UpcycleSpec
+from nemo_upcycle.errors import SpecError
 from nemo_upcycle.init.router import router_weight
+from nemo_upcycle.models.families import require_class
+from nemo_upcycle.models.hf_config import architecture_from_config
+from nemo_upcycle.models.megatron_config import moe_fields, spec_fields
+from nemo_upcycle.spec import ROUTER_KINDS, RouterKind
+from tests.models import LLAMA3_8B
 
 
 HIDDEN = 4096
@@ -95,3 +101,28 @@ def test_bits_are_what_they_were() -> None:
     routers_LED = torch.stack([router_weight(spec, layer, 64) for layer in range(4)])
     digest = hashlib.sha256(routers_LED.numpy().tobytes()).hexdigest()
     assert digest == "6940a7263657d1304efda3188e5608e71ec466eb458eb8f73f93d0d74660fdce"
+
+
+class _Cubed(RouterKind):
+    """A score that no kind of the package has."""
+
+    score, order, pre_softmax = "cubed", "topk_softmax", False
+
+    def weight_sum(self, spec: UpcycleSpec) -> float:
+        return 1.0
+
+
+def test_a_new_kind_is_found_from_spec_architecture_and_megatrons_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, dense = _Cubed(), architecture_from_config(LLAMA3_8B)
+    monkeypatch.setitem(ROUTER_KINDS, (kind.score, kind.order), kind)
+    monkeypatch.setattr("nemo_upcycle.spec.ROUTER_SCORES", [kind.score])
+    spec = UpcycleSpec(num_experts=4, router_score="cubed")
+    moe_arch = dense.upcycled(spec)
+    assert moe_arch.router_kind is spec.router_kind is kind
+    with pytest.raises(SpecError, match="cubed scores"):
+        require_class(moe_arch)
+    settings = moe_fields(spec, dense.ffn_size, dense.num_layers)
+    fields = spec_fields(settings, dense.ffn_size, dense.num_layers)
+    assert UpcycleSpec(**{name: value for name, (_, value) in fields.items()}) == spec
+    with pytest.raises(SpecError, match="'cubd' does not exist"):
+        spec_fields(settings | {"moe_router_score_function": "cubd"}, dense.ffn_size, dense.num_layers)

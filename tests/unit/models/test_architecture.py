@@ -13,8 +13,7 @@ import torch
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models import families
 from nemo_upcycle.models.activation import activation_of
-from nemo_upcycle.models.architecture import architecture_from_config, read_architecture
-from nemo_upcycle.models.hf_config import moe_config
+from nemo_upcycle.models.hf_config import architecture_from_config, moe_config, read_architecture
 from nemo_upcycle.spec import UpcycleSpec
 from tests.models import LLAMA3_8B
 

@@ -18,11 +18,12 @@ from nemo_upcycle.convert.megatron_weights import LiveWeights
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models import families
-from nemo_upcycle.models.architecture import Architecture, architecture_from_config, read_architecture
+from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import Family, MoeFamily, llama
+from nemo_upcycle.models.families.base import Settings
+from nemo_upcycle.models.hf_config import architecture_from_config, read_architecture
 from nemo_upcycle.models.mapping import MAPPINGS, hf_names, mapping_of_hf
 from nemo_upcycle.models.megatron_config import megatron_fields
-from nemo_upcycle.models.settings import Settings
 from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.sources.megatron_checkpoint import MegatronCheckpoint
 from nemo_upcycle.verify.verification import verify

@@ -16,7 +16,7 @@ from nemo_upcycle.convert.hf_folder import write_config
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.evaluation import model as evaluation
-from nemo_upcycle.models.architecture import read_architecture
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.hf_model import load_model, load_tokenizer
 from nemo_upcycle.verify.verification import verify
 from tests.models import as_transformers_5, hugging_face_logits, write_llama, write_tokenizer

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.models.architecture import read_architecture
-from nemo_upcycle.online import fill
+from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.online import upcycle
 from tests.models import build_chunks, moe_settings, write_llama
 from tests.tiers import every_pair
 
@@ -41,7 +41,7 @@ def test_blocks_of_any_size_give_the_same_bits(
     dense: Path, spec: str, dtype: torch.dtype, block_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = _filled(dense, SPECS[spec], dtype)
-    monkeypatch.setattr(fill, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(upcycle, "_BLOCK_BYTES", block_bytes)
     for name, parameter in _filled(dense, SPECS[spec], dtype).items():
         assert torch.equal(parameter, whole[name]), name
 
@@ -54,7 +54,7 @@ def test_blocks_of_any_size_give_the_same_bits(
 def test_one_infinity_anywhere_is_named(
     tmp_path: Path, name: str, block_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fill, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(upcycle, "_BLOCK_BYTES", block_bytes)
     folder = write_llama(tmp_path / "dense", layers=2)
     tensors = load_file(folder / "model.safetensors")
     tensors[name][-1, -1] = float("-inf")

@@ -55,7 +55,7 @@ def test_a_truncated_file_is_refused_before_anything_is_read(folder: Path) -> No
     file = sorted(folder.glob("*.safetensors"))[1]
     data = file.read_bytes()
     file.write_bytes(data[:-100])
-    with pytest.raises(CheckpointError, match=rf"{file.name}.*{len(data) - 100} bytes.*expected {len(data)} bytes"):
+    with pytest.raises(CheckpointError, match=rf"{file.name}: got a truncated or damaged file"):
         open_dense(folder)
 
 
@@ -81,7 +81,7 @@ def test_an_index_cannot_point_outside_the_folder(folder: Path) -> None:
     content = json.loads(index.read_text())
     content["weight_map"]["x"] = "../elsewhere.safetensors"
     index.write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match=r"elsewhere\.safetensors, outside of the folder"):
+    with pytest.raises(CheckpointError, match=r"elsewhere\.safetensors, which is not in the folder"):
         open_dense(folder)
 
 
@@ -95,32 +95,37 @@ def _entry(start: int, stop: int, **changes: object) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("header", "words"),
+    "header",
     [
-        ({"a": _entry(0, 16), "b": _entry(8, 24)}, r"b from byte 8 of the data, expected it from byte 16"),
-        ({"a": _entry(0, 8), "b": _entry(16, 24)}, r"b from byte 16 of the data, expected it from byte 8"),
-        ({"a": _entry(4, 24)}, r"a from byte 4 of the data, expected it from byte 0"),
-        ({"a": _entry(0, 24), "b": _entry(0, 24)}, r"b from byte 0 of the data"),
-        ({"a": _entry(0, 32)}, r"got \d+ bytes, expected \d+ bytes \(the file is truncated"),
-        ({"a": _entry(0, 16)}, r"got \d+ bytes, expected \d+ bytes \(the file is truncated"),
-        ({"a": _entry(0, 24, shape=[7])}, "a with 24 bytes, expected the bytes of a"),
-        ({"a": _entry(0, 24, dtype="F8_E4M3")}, "a of type F8_E4M3: quantized.*Fix: use the unquantized checkpoint"),
-        ({"a": _entry(0, 24, dtype="U8")}, "a of type U8: quantized.*Fix: use the unquantized checkpoint"),
-        ({"a": _entry(0, 24, dtype="C64")}, "a of type C64, expected one of.*Fix: download or copy"),
-        ({"a": _entry(0, 24, dtype=[])}, "an unreadable safetensors header"),
-        ({"a": _entry(0, 24, shape=[2**70])}, "an unreadable safetensors header"),
-        ({"a": _entry(0, 24, shape=[2**40, 2**40])}, "a with 24 bytes, expected the bytes of a"),
-        ({"a": _entry(0, 24, shape=[-2, -3])}, "an unreadable safetensors header"),
-        ({"a": _entry(0, 24, shape=[6.0])}, "an unreadable safetensors header"),
-        ({"a": _entry(0, 24, data_offsets=[24])}, "an unreadable safetensors header"),
-        ({"a": {"data_offsets": [0, 24], "shape": [6]}}, "an unreadable safetensors header"),
-        ({"a": 3}, "an unreadable safetensors header"),
+        {"a": _entry(0, 16), "b": _entry(8, 24)},
+        {"a": _entry(0, 8), "b": _entry(16, 24)},
+        {"a": _entry(4, 24)},
+        {"a": _entry(0, 24), "b": _entry(0, 24)},
+        {"a": _entry(0, 32)},
+        {"a": _entry(0, 16)},
+        {"a": _entry(0, 24, shape=[7])},
+        {"a": _entry(0, 24, dtype=[])},
+        {"a": _entry(0, 24, shape=[2**70])},
+        {"a": _entry(0, 24, shape=[2**40, 2**40])},
+        {"a": _entry(0, 24, shape=[-2, -3])},
+        {"a": _entry(0, 24, shape=[6.0])},
+        {"a": _entry(0, 24, data_offsets=[24])},
+        {"a": {"data_offsets": [0, 24], "shape": [6]}},
+        {"a": 3},
     ],
 )
-def test_a_header_that_does_not_fit_the_data_is_refused(tmp_path: Path, header: dict, words: str) -> None:
+def test_a_header_that_does_not_fit_the_data_is_refused(tmp_path: Path, header: dict) -> None:
     folder = write_llama(tmp_path / "dense")
     _write(folder / "model.safetensors", header, bytes(24))
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: got a truncated or damaged file"):
+        open_dense(folder)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("F8_E4M3", 24), ("U8", 24), ("I32", 6), ("C64", 3)])
+def test_types_that_weights_do_not_come_in_are_refused(tmp_path: Path, kind: str, size: int) -> None:
+    folder = write_llama(tmp_path / "dense")
+    _write(folder / "model.safetensors", {"a": _entry(0, 24, dtype=kind, shape=[size])}, bytes(24))
+    with pytest.raises(CheckpointError, match=f"a of type {kind}, .*Fix: use the unquantized checkpoint"):
         open_dense(folder)
 
 
@@ -128,7 +133,7 @@ def test_a_header_that_is_a_list_or_too_deep_is_refused(tmp_path: Path) -> None:
     folder = write_llama(tmp_path / "dense")
     for text in (b"[]", b"3 ", b"[" * 100_000):
         (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
-        with pytest.raises(CheckpointError, match="an unreadable safetensors header"):
+        with pytest.raises(CheckpointError, match="a truncated or damaged file"):
             open_dense(folder)
 
 
@@ -150,7 +155,7 @@ def test_the_index_and_the_shards_must_agree(folder: Path) -> None:
 @pytest.mark.parametrize("index", [[], {}, {"weight_map": []}, {"weight_map": {"a": 3}}, {"weight_map": {"a": None}}])
 def test_an_index_that_is_none_is_refused(folder: Path, index: object) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"no weight_map|which does not exist"):
+    with pytest.raises(CheckpointError, match=r"no weight_map|which is not in the folder"):
         open_dense(folder)
 
 
@@ -188,7 +193,7 @@ def test_integer_weights_are_refused(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"of type I8: quantized.*Fix: use the unquantized checkpoint"):
+    with pytest.raises(CheckpointError, match=r"of type I8, .*Fix: use the unquantized checkpoint"):
         open_dense(folder)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from nemo_upcycle.convert.export import export_weights
 from nemo_upcycle.convert.megatron_weights import LiveWeights
 from nemo_upcycle.cpu.one_rank import one_rank
-from nemo_upcycle.models.architecture import read_architecture
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.online.upcycle import load_dense_into, upcycle_into
 from nemo_upcycle.recipes import smollm2_135m_e8t2
 from nemo_upcycle.sources import open_dense

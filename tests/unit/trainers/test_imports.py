@@ -11,7 +11,7 @@ import sys
 import lightning.pytorch as pl
 import pytorch_lightning  # as NeMo's telemetry does: the last one's name is what all of them speak under
 from lightning.pytorch.demos.boring_classes import BoringModel
-from nemo_upcycle.trainers.nemo.lightning_messages import quiet_lightning
+from nemo_upcycle.trainers.nemo.imports import quiet_lightning
 
 settings = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 pl.Trainer(max_steps=1, limit_val_batches=0, **settings).fit(BoringModel())
