@@ -27,7 +27,7 @@ def import_dense(source: str, output: Path) -> Path:
 
     Args:
         source: `asset://NAME` (a model of `nemo_upcycle.demo`, converted into `output`), `hf://ORG/NAME` or
-            plain `ORG/NAME` (the Hugging Face hub, kept in the hub's own cache, where a broken download goes on), or
+            plain `ORG/NAME` (the Hugging Face hub, kept in the hub's own cache, which resumes downloads), or
             a local folder, plain or as `hf:///absolute/path` (used where it lies).
         output: where a converted model goes. Untouched when nothing is converted.
 
@@ -103,10 +103,7 @@ def tokenizer_folder(source: str) -> Path:
     Raises:
         UpcycleError: it cannot be reached, or has no tokenizer (CheckpointError).
     """
-    parent = find_parent(source)
-    if parent.kind == "asset":
-        return ensure_dense(source)
-    folder = on_this_machine(parent, OF_TOKENIZER)
+    folder = on_this_machine(find_parent(source), OF_TOKENIZER)
     require_tokenizer(folder)
     return folder
 
@@ -186,6 +183,4 @@ def local_model(source: str, *, nemo: bool = False) -> str:
         '/models/Llama-3-8B'
     """
     parent = find_parent(source, nemo=nemo)
-    if parent.kind == "asset":
-        return str(ensure_dense(source))
     return source if parent.kind == "nemo" else str(on_this_machine(parent))

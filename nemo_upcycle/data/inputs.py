@@ -53,15 +53,15 @@ def folders_of(blend: Blend) -> list[Path]:
         [PosixPath('/home/me'), PosixPath('/texts')]
     """
     here = blend.folder.absolute()
-    found = [here] if blend.folder.is_absolute() else []  # the package's own has no folder
+    folders = [here] if blend.folder.is_absolute() else []  # the package's own has no folder
     for source, config in blend.config.sources.items():
         entries = [entry for split in SPLITS for entry in getattr(config, split)]
         named = reader_of(blend, source).paths(entries, config.options)
         for path in (here / Path(entry).expanduser() for entry in named if "://" not in entry):
             fixed = list(itertools.takewhile(lambda part: not any(mark in part for mark in GLOB), path.parts))
             folder = Path(*fixed)
-            found.append(folder if len(fixed) < len(path.parts) or folder.is_dir() else folder.parent)
-    return list(dict.fromkeys(found))
+            folders.append(folder if len(fixed) < len(path.parts) or folder.is_dir() else folder.parent)
+    return list(dict.fromkeys(folders))
 
 
 def require_disjoint(inputs: dict[str, dict[str, list[InputFile]]]) -> None:

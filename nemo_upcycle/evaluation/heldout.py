@@ -30,12 +30,12 @@ def document_sums(evaluation: Mapping[str, Any], task: str = TASK) -> Sums:
     """
     if task not in evaluation["items"]:
         raise UpcycleError.unknown("task of the evaluation", task, evaluation["items"])
-    found: Sums = defaultdict(lambda: (0.0, 0.0))
+    sums: Sums = defaultdict(lambda: (0.0, 0.0))
     for item in evaluation["items"][task]:
         total, size_bytes = item["scores"][METRIC]
-        before = found[item["cluster"]]
-        found[item["cluster"]] = (before[0] + total, before[1] + size_bytes)
-    return dict(found)
+        before = sums[item["cluster"]]
+        sums[item["cluster"]] = (before[0] + total, before[1] + size_bytes)
+    return dict(sums)
 
 
 def bits_per_byte(sums: Sums) -> float:

@@ -34,8 +34,8 @@ def _continue(model: Any, tokenizer: Any, text: str) -> str:
     cache = None
     with torch.inference_mode():
         while len(written) < NEW_TOKENS:
-            found = model(input_ids=tokens_1S, past_key_values=cache, use_cache=True)
-            cache, tokens_1S = found.past_key_values, found.logits[:, -1:].argmax(dim=-1)
+            output = model(input_ids=tokens_1S, past_key_values=cache, use_cache=True)
+            cache, tokens_1S = output.past_key_values, output.logits[:, -1:].argmax(dim=-1)
             if tokens_1S.item() == tokenizer.eos_token_id:
                 break
             written.append(int(tokens_1S.item()))

@@ -25,7 +25,7 @@ class Decontaminate(LedgerStep):
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Yield clean documents; count what was taken out of them."""
         index = _index(Path(str(self.ledger.plan.ngram_index)))
-        found = self.ledger.contamination = Contamination(index)
+        counts = self.ledger.contamination = Contamination(index)
         for document in data:
             hits = index.find(document.text) if document.metadata["split"] == "train" else []
             if not hits:
@@ -34,7 +34,7 @@ class Decontaminate(LedgerStep):
             pieces = cut(document.text, hits) if self.ledger.task.on_hit == "cut" else []
             kept = [piece for piece in pieces if len(piece) >= SHORTEST_PIECE]
             spans = removed_spans(document.text, hits) if kept else [(0, len(document.text))]
-            found.add(document.id, document.metadata["where"], document.text, hits, spans)
+            counts.add(document.id, document.metadata["where"], document.text, hits, spans)
             self._record(document, hits, kept, index)
             for number, text in enumerate(kept, 1):
                 self.ledger.cut["pieces"] += 1

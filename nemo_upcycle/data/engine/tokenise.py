@@ -59,7 +59,7 @@ def load_encode(plan: Plan, library: str) -> Encode:
 
 
 def _tokenizer_json(plan: Plan) -> str:
-    """Return the tokenizer without a limit of length, and with an end-of-text that can be told from text."""
+    """Return the tokenizer without a limit of length, and with an end-of-text token that differs from text."""
     content = json.loads(Path(plan.tokenizer).read_text(encoding="utf-8"))
     content.update(truncation=None, padding=None)
     for token in content.get("added_tokens") or []:

@@ -21,7 +21,7 @@ from nemo_upcycle.errors import UpcycleError
 
 
 #: What a format gives: the line or row from 1, its bytes, and the object there or what is wrong with it.
-Found = Iterator[tuple[int, int, "dict[str, Any] | str"]]
+Records = Iterator[tuple[int, int, "dict[str, Any] | str"]]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Format(ABC):
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     @abstractmethod
-    def read(self, file: str, options: Mapping[str, Any]) -> Found:
+    def read(self, file: str, options: Mapping[str, Any]) -> Records:
         """Yield what is in a file; what is damaged costs only itself.
 
         Args:
