@@ -27,16 +27,16 @@ from nemo_upcycle.data.contamination import build_index, merge_contamination
 from nemo_upcycle.data.dense import ensure_dense, tokenizer_folder
 from nemo_upcycle.data.environment import data_python, engine_version, run_engine
 from nemo_upcycle.data.finished import BUILD, CONTAMINATION, FORMAT, HELDOUT, MANIFEST, TOKENIZER, TOKENS
-from nemo_upcycle.data.inputs import InputFile, list_inputs, reader_of, require_disjoint
-from nemo_upcycle.data.manifest import (
-    describe_anew,
-    make_manifest,
-    merge_heldout,
-    merge_tokens,
-    read_stats,
-    texts_of,
+from nemo_upcycle.data.inputs import (
+    NGRAMS,
+    REPORT_NGRAMS,
+    InputFile,
+    list_inputs,
+    make_plan,
+    reader_of,
+    require_disjoint,
 )
-from nemo_upcycle.data.tasks import NGRAMS, REPORT_NGRAMS, make_plan
+from nemo_upcycle.data.manifest import describe_anew, make_manifest, merge_heldout, merge_tokens, read_stats, texts_of
 from nemo_upcycle.data.tokenizers import save_tokenizer
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.suite_config import read_suite_config

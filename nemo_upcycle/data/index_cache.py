@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
-
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import MARKER, is_complete, read_json, sha256_file, take_lock, write_json
 
@@ -47,7 +45,7 @@ def whole_indices(cache: Path, manifest: Path) -> Iterator[None]:
         lock = take_lock(cache / _LOCK)
     except TimeoutError:
         logger.info("wait for another run, which builds the indices in %s", cache)
-        lock = FileLock(cache / _LOCK, fallback_to_soft=False).acquire()
+        lock = take_lock(cache / _LOCK, timeout_s=-1)
     except OSError as error:
         raise UpcycleError(
             f"index cache {cache}",

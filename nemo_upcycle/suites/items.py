@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.suites.choose import choose_questions, local_questions
 from nemo_upcycle.suites.lm_eval_tasks import load_tasks, question_of
+from nemo_upcycle.suites.suite import choose_questions, local_questions
 from nemo_upcycle.suites.suite_config import read_suite_config
 
 

@@ -119,7 +119,7 @@ def question_of(task: Any, document: Mapping[str, Any]) -> Question:
     prompt = task.doc_to_text(document)
     target = task.doc_to_target(document)
     choices = [str(choice) for choice in task.doc_to_choice(document)] if task.config.doc_to_choice else []
-    if isinstance(prompt, int):  # each choice is a beginning, and the target goes on
+    if isinstance(prompt, int):  # each choice begins a sentence that the target ends
         return Question(choices[prompt], choices[prompt], (), (str(target),))
     stem, options = _without_options(prompt, choices)
     answers = [_answer(one, choices, options) for one in (target if isinstance(target, list) else [target])]

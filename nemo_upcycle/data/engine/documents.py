@@ -1,4 +1,4 @@
-"""Read documents and count unreadable ones with their place; remove those too short, listed, or of another bucket."""
+"""The first step: read documents; count what is unreadable, with its place."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from hashlib import blake2b
 from typing import Any
 
 from datatrove.data import Document, DocumentsPipeline
-from datatrove.pipeline.filters.base_filter import BaseFilter
 from xxhash import xxh3_128
 
-from nemo_upcycle.data.engine.ledger import Ledger, LedgerStep, RemovedWriter
+from nemo_upcycle.data.engine.ledger import LedgerStep
 from nemo_upcycle.data.engine.lines import NOT_THERE, open_to_seek, size_of
 from nemo_upcycle.data.readers import FORMATS
 
@@ -94,38 +93,3 @@ class ReadDocuments(LedgerStep):
         except (OSError, KeyError, ValueError, AttributeError, pyarrow.ArrowException) as error:
             self._lost(url, "unreadable list of duplicates", error)
             return set()
-
-
-class FilterDocuments(BaseFilter):
-    """Keeps what is long enough and of the bucket that the task asks for."""
-
-    name = "length and bucket"
-
-    def __init__(self, ledger: Ledger) -> None:
-        super().__init__(RemovedWriter(ledger, "filter"))
-        self.ledger = ledger
-
-    def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        """Return whether to keep a document, or why not."""
-        length = len(doc.text.strip())
-        if length == 0:
-            return False, "empty"
-        if length < self.ledger.plan.min_characters:
-            return False, "too short"
-        wanted = self.ledger.task.options.get("bucket")
-        if wanted and doc.metadata["bucket"] not in ([wanted] if isinstance(wanted, str) else wanted):
-            return False, "other bucket"
-        return True
-
-
-class FilterListed(BaseFilter):
-    """Removes what the publisher's list of duplicates names."""
-
-    name = "listed duplicates"
-
-    def __init__(self, ledger: Ledger) -> None:
-        super().__init__(RemovedWriter(ledger, "deduplicate"))
-
-    def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        """Return whether to keep a document, or why not."""
-        return (False, "listed") if doc.metadata["listed"] else True

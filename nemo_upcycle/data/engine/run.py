@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -50,31 +49,19 @@ def run_plan(plan: Plan, run_on: RunOn) -> None:
         Stopped: by a signal.
     """
     die_with_parent()
-    with _only_engine(plan):
+    try:  # the workers of a killed engine hold the lock until they have ended
+        lock = take_lock(plan.folder / _LOCK, timeout_s=_PATIENCE_S)
+    except TimeoutError:
+        raise UpcycleError(
+            str(plan.folder), got="another engine at work", expected="none", fix="wait for it, or stop it"
+        ) from None
+    with lock:
         _require_same_plan(plan)
         _cancel_jobs(plan)
         _require_no_jobs(plan)
         clear_asides(plan)
         _run(plan, run_on)
         clear_asides(plan)
-
-
-@contextlib.contextmanager
-def _only_engine(plan: Plan) -> Iterator[None]:
-    give_up_s = time.monotonic() + _PATIENCE_S
-    while True:
-        try:
-            lock = take_lock(plan.folder / _LOCK)
-            break
-        except TimeoutError:
-            if time.monotonic() < give_up_s:  # the workers of a killed engine hold it until they are gone
-                time.sleep(_POLL_S)
-                continue
-            raise UpcycleError(
-                str(plan.folder), got="another engine at work", expected="none", fix="wait for it, or stop it"
-            ) from None
-    with lock:
-        yield
 
 
 def _require_same_plan(plan: Plan) -> None:

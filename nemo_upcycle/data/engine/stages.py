@@ -14,9 +14,8 @@ from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, Slurm
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup.exact_dedup import ExactDedupFilter, ExactFindDedups
 
-from nemo_upcycle.data.engine.decontaminate import Decontaminate, Report
-from nemo_upcycle.data.engine.deduplicate import RequireSameDocuments, SignDocuments, deduplication
-from nemo_upcycle.data.engine.documents import FilterDocuments, FilterListed, ReadDocuments
+from nemo_upcycle.data.engine import clean
+from nemo_upcycle.data.engine.documents import ReadDocuments
 from nemo_upcycle.data.engine.ledger import CountDocuments, Ledger, LedgerStep, RemovedWriter
 from nemo_upcycle.data.engine.plan import Plan
 from nemo_upcycle.data.engine.tokenise import Tokenise
@@ -85,14 +84,14 @@ def stages(plan: Plan, library: str) -> list[Stage]:
     pipelines: dict[str, list[Any]] = {}
     if plan.deduplicate:
         signing = Ledger(path, is_kept=False)
-        pipelines[SIGN] = [*_documents(signing), SignDocuments(signing, folder, plan.finders)]
+        pipelines[SIGN] = [*_documents(signing), clean.SignDocuments(signing, folder, plan.finders)]
         signatures, duplicates = str(folder / "signatures"), str(folder / "found")
-        find = ExactFindDedups(signatures, duplicates, deduplication(), lines_to_buffer=1024)
+        find = ExactFindDedups(signatures, duplicates, clean.deduplication(), lines_to_buffer=1024)
         pipelines[FIND] = [StartTask(signing), find]
-        keep = ExactDedupFilter(duplicates, deduplication(), RemovedWriter(ledger, "deduplicate", "duplicate"))
-        deduplicate = [RequireSameDocuments(ledger, folder), keep]
-    decontaminate: list[PipelineStep] = [Decontaminate(ledger)] if plan.ngram_index else []
-    decontaminate += [Report(ledger)] if plan.report_index else []
+        keep = ExactDedupFilter(duplicates, clean.deduplication(), RemovedWriter(ledger, "deduplicate", "duplicate"))
+        deduplicate = [clean.RequireSameDocuments(ledger, folder), keep]
+    decontaminate: list[PipelineStep] = [clean.Decontaminate(ledger)] if plan.ngram_index else []
+    decontaminate += [clean.Report(ledger)] if plan.report_index else []
     written = [*_documents(ledger), *deduplicate, CountDocuments(ledger, "deduplicate"), *decontaminate]
     pipelines[WRITE] = [*written, CountDocuments(ledger, "decontaminate"), Tokenise(ledger, library)]
     return [Stage(name, pipelines[name], tasks) for name, tasks in tasks_of_stages(plan).items()]
@@ -100,7 +99,7 @@ def stages(plan: Plan, library: str) -> list[Stage]:
 
 def _documents(ledger: Ledger) -> list[PipelineStep]:
     read = [StartTask(ledger), ReadDocuments(ledger), CountDocuments(ledger, "read")]
-    return [*read, FilterDocuments(ledger), CountDocuments(ledger, "filter"), FilterListed(ledger)]
+    return [*read, clean.FilterDocuments(ledger), CountDocuments(ledger, "filter"), clean.FilterListed(ledger)]
 
 
 class _Local(LocalPipelineExecutor):

@@ -177,11 +177,11 @@ class Tokenise(LedgerStep):
         self.ledger.finish()
 
     def _write(self, batch: list[Document], ids: NDArray[np.uint32], offsets: NDArray[np.int64]) -> bool:
-        """Write a batch; return whether the task goes on."""
-        start, goes_on = 0, True
+        """Write a batch; return whether the task continues."""
+        start, continues = 0, True
         limit = self._documents_wanted(batch, offsets)
         if limit < len(batch):
-            goes_on = False
+            continues = False
             for document in batch[limit:]:
                 self.ledger.removed_document("tokenise", "max_tokens", document)
             batch = batch[:limit]
@@ -191,7 +191,7 @@ class Tokenise(LedgerStep):
             self._write_run(split, batch[start:stop], ids[offsets[start] : offsets[stop]], offsets[start : stop + 1])
             start = stop
         wanted = self.ledger.task.max_tokens
-        return goes_on and (wanted is None or self.ledger.splits["train"]["tokens"] < wanted)
+        return continues and (wanted is None or self.ledger.splits["train"]["tokens"] < wanted)
 
     def _documents_wanted(self, batch: list[Document], offsets: NDArray[np.int64]) -> int:
         if (wanted := self.ledger.task.max_tokens) is None:

@@ -17,7 +17,6 @@ from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 from nemo_upcycle.data.blend import Blend
-from nemo_upcycle.errors import UpcycleError
 
 
 #: What a format gives: the line or row from 1, its bytes, and the object there or what is wrong with it.
@@ -100,18 +99,8 @@ _Kind = TypeVar("_Kind", bound="type[Reader] | type[Format]")
 
 
 def register(kind: _Kind) -> _Kind:
-    """Make a reader or a format known by its name: a decorator of its class.
-
-    Raises:
-        UpcycleError: the name is taken.
-    """
-    table: dict[str, Any] = FORMATS
-    if issubclass(kind, Reader):
-        table = READERS
-    if kind.name in table:
-        raise UpcycleError(
-            "reader", got=f"a second '{kind.name}'", expected="a name of its own", fix="choose another name"
-        )
+    """Make a reader or a format known by its name: a decorator of its class."""
+    table: dict[str, Any] = READERS if issubclass(kind, Reader) else FORMATS
     table[kind.name] = kind()
     return kind
 

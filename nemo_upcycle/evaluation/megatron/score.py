@@ -2,8 +2,8 @@
 
 All ranks of the job call together with the same sequences. Each replica takes its part of them; all get the answers of
 the last pipeline stage. Logits are never gathered: each rank reduces its part of the vocabulary to the largest logit
-and the sum of exponentials of a position, and the logit of a token. Sequences that differ in their last token alone, as
-the answers A to D do, go through the model once.
+and the sum of exponentials of a position, and the logit of a token. Sequences that differ in their last token alone,
+as the answers A to D do, go through the model once.
 
 Legend: N rows of a pass, S tokens of the longest, V vocabulary, P positions that predict a token to score, Q
 questions: a position and a token.

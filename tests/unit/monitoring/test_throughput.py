@@ -10,7 +10,7 @@ import pytest
 from nemo_upcycle.models.architecture import Architecture, architecture_from_config
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.models.megatron_config import architecture_of
-from nemo_upcycle.monitoring.throughput import Throughput, memory_gib, peaks_of
+from nemo_upcycle.monitoring.step_metrics import Throughput, memory_gib, peaks_of
 from nemo_upcycle.spec import UpcycleSpec
 from tests.models import LLAMA3_8B
 
