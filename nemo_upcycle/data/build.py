@@ -58,13 +58,6 @@ class CheckedBlend:
     tokenizer: Path
     engine: str
 
-    @property
-    def known_bytes(self) -> int:
-        """The bytes of all files whose size is known."""
-        return sum(
-            file.size_bytes or 0 for splits in self.inputs.values() for files in splits.values() for file in files
-        )
-
 
 def check_blend(blend: Blend, work: Path) -> CheckedBlend:
     """Check everything that can be checked before documents are read.
@@ -128,7 +121,8 @@ def build_blend(
         work = output / BUILD
         write_json(work / "made_from.json", made_from)
         checked = check_blend(blend, work)
-        require_disk(output, 2 * checked.known_bytes, f"blend {blend.name}")
+        inputs = [file for splits in checked.inputs.values() for files in splits.values() for file in files]
+        require_disk(output, 2 * sum(file.size_bytes or 0 for file in inputs), f"blend {blend.name}")
         tokenizer = save_tokenizer(checked.tokenizer, output / TOKENIZER)
         plan = make_plan(blend, checked.inputs, output, tokenizer) | {"strict": strict}
         items = _index(blend, work)

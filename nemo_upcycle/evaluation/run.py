@@ -6,7 +6,6 @@ import os
 import platform
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -109,7 +108,10 @@ def ask(model: Backend, suite: Path, *, samples: bool, limit: int | None = None)
     texts = model.continue_prompts(described["prompts"] if samples else [])
     sampled_s = time.monotonic()
     merged: dict[str, Any] = {"metrics": {}, "items": {}, "groups": {}}
-    runs = {0: list(described["tasks"])} if config["local"] else _by_shots(config["tasks"])
+    runs = {0: list(described["tasks"])}
+    if not config["local"]:
+        numbers = sorted({shots for numbers in config["tasks"].values() for shots in numbers})
+        runs = {shots: [task for task, wanted in config["tasks"].items() if shots in wanted] for shots in numbers}
     for shots, names in runs.items():
         results = _run(model.lm, names, suite if config["local"] else None, shots, limit)
         for part, values in _extract(results, f"_{shots}shot" if shots else "").items():
@@ -217,14 +219,6 @@ def _item(sample: dict[str, Any]) -> dict[str, Any]:
 def _leaves(task: str, children: Mapping[str, Sequence[str]]) -> list[str]:
     below = children.get(task)
     return [leaf for child in below for leaf in _leaves(child, children)] if below else [task]
-
-
-def _by_shots(tasks: Mapping[str, Sequence[int]]) -> dict[int, list[str]]:
-    grouped = defaultdict(list)
-    for task, numbers in tasks.items():
-        for shots in numbers:
-            grouped[shots].append(task)
-    return dict(sorted(grouped.items()))
 
 
 @contextmanager

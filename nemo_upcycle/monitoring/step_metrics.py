@@ -47,6 +47,7 @@ class TrainingFacts:
         seq_length: tokens of a sequence.
         global_batch_size: sequences of a step.
         max_steps: steps of the training.
+        gpu: the GPU that MFU is stated for, as in `peaks_of`; None asks the driver, and states none without it.
         expert_distance_every: steps between two looks at the experts' weights; the first and the last step have one.
     """
 
@@ -55,6 +56,7 @@ class TrainingFacts:
     seq_length: int
     global_batch_size: int
     max_steps: int
+    gpu: str | None = None
     expert_distance_every: int = 100
 
 
@@ -77,7 +79,7 @@ class StepMetrics:
         self, training: TrainingFacts, health: RouterHealth | None, first_step: int, settings: dict[str, Any]
     ) -> None:
         self._training, self._health, self._first_step = training, health, first_step
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        gpu = training.gpu or (torch.cuda.get_device_name() if torch.cuda.is_available() else "")
         ranks = torch.distributed.get_world_size()
         self._throughput = Throughput(training.architecture, training.seq_length, ranks, peaks_of(gpu))
         if torch.distributed.get_rank() == 0:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from nemo_upcycle.evaluation.samples import NEW_TOKENS
+from nemo_upcycle.evaluation.backends import NEW_TOKENS
 from nemo_upcycle.reporting.markdown import label, number, plain, section, signed, sources, table, with_error
 from nemo_upcycle.reporting.results import PAIRS
 from nemo_upcycle.reporting.run_folder import MODELS

@@ -98,7 +98,11 @@ def _run(plan: Plan, run_on: RunOn) -> None:
                     line.advance(new)
         error = _listen(receiver)
     finally:
-        _kill(plan, child)
+        if child.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.join()
+        _cancel_jobs(plan)
         for number, handler in old.items():
             signal.signal(number, handler)
     if error or child.exitcode:
@@ -120,14 +124,6 @@ def _listen(receiver: Any) -> str:
 
 def _stop(number: int, _: FrameType | None) -> NoReturn:
     raise Stopped(number)
-
-
-def _kill(plan: Plan, child: Any) -> None:
-    if child.is_alive():
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.join()
-    _cancel_jobs(plan)
 
 
 def _cancel_jobs(plan: Plan) -> None:
