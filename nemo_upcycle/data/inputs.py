@@ -105,7 +105,7 @@ def make_plan(
         blend: the blend.
         inputs: the files of every source and split.
         output: the folder of the blend.
-        tokenizer: what `save_tokenizer` said of the one in it.
+        tokenizer: what `save_tokenizer` returned.
     """
     config, tasks = blend.config, []
     for split in reversed(SPLITS):
