@@ -128,7 +128,7 @@ def _converted(tensor: Any, config: dict[str, Any]) -> tuple[str, torch.Tensor]:
     """Return a tensor's name and values, dequantised, with query and key rows in Hugging Face's order."""
     from gguf.quants import dequantize
 
-    layer, name = _TENSOR_NAME.fullmatch(tensor.name).groups()
+    ((layer, name),) = _TENSOR_NAME.findall(tensor.name)
     shape = [int(size) for size in reversed(tensor.shape)]
     array = dequantize(tensor.data, tensor.tensor_type)  # float32 tensors come as read-only views of the file
     values = torch.from_numpy(np.require(array, requirements="W")).reshape(shape)
@@ -137,7 +137,7 @@ def _converted(tensor: Any, config: dict[str, Any]) -> tuple[str, torch.Tensor]:
         # GGUF rotates neighbouring pairs of rows, Hugging Face the two halves of a head
         pairs = values.view(heads[name], config["head_dim"] // 2, 2, shape[1])
         values = pairs.transpose(1, 2).reshape(shape)
-    prefix = "" if layer is None else f"model.layers.{layer}."
+    prefix = f"model.layers.{layer}." if layer else ""
     return f"{prefix}{_NAMES[name]}.weight", values.to(_DTYPE)
 
 

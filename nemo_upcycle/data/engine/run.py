@@ -83,7 +83,7 @@ def _run(plan: Plan, run_on: RunOn) -> None:
     todo = sum(tasks_of_stages(plan).values()) - done
     (plan.folder / "logs").mkdir(exist_ok=True)
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.get_context("fork").Process(target=_child, args=(plan, run_on, sender))
+    child: Any = multiprocessing.get_context("fork").Process(target=_child, args=(plan, run_on, sender))
     old = {
         number: signal.signal(number, _stop) for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN
     }
