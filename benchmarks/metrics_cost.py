@@ -36,7 +36,7 @@ def _logger(folder: str, layers: int) -> tuple[Any, Any, Any]:
     from nemo.utils.app_state import AppState
 
     from nemo_upcycle.monitoring.router_health import RouterHealth
-    from nemo_upcycle.monitoring.throughput import Throughput, peaks_of
+    from nemo_upcycle.monitoring.step_metrics import Throughput, peaks_of
     from nemo_upcycle.planning.hardware import known_recipe
     from nemo_upcycle.trainers.nemo.metrics import MetricsLogger
 

@@ -11,12 +11,6 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
 
-def _return_freed_memory() -> None:
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
-
-
 class FusedCpuAdam(torch.optim.Optimizer):
     """Adam or AdamW whose step count is one number a parameter group, as in Apex and Transformer Engine.
 
@@ -52,7 +46,8 @@ class FusedCpuAdam(torch.optim.Optimizer):
         First return to the system what the backward pass has freed: the gaps between its tensors do not fit those of
         the next step, and a rank of the demo would grow by 0.3 GiB.
         """
-        _return_freed_memory()
+        if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # glibc's
+            trim(0)
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -43,9 +43,8 @@ def use_cpu_backend() -> bool:
     if torch.cuda.is_available():
         return False
     if not _installed:
-        from nemo_upcycle.cpu.bridge_patches import BRIDGE_PATCHES
-        from nemo_upcycle.cpu.nemo_patches import NEMO_PATCHES
         from nemo_upcycle.cpu.patches import PATCHES
+        from nemo_upcycle.cpu.trainer_patches import BRIDGE_PATCHES, NEMO_PATCHES
 
         trainers = (("nemo", NEMO_PATCHES), ("megatron.bridge", BRIDGE_PATCHES))
         for patch in (*PATCHES, *(patch for name, patches in trainers if find_spec(name) for patch in patches)):

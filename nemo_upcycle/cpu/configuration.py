@@ -48,14 +48,11 @@ def configure_for_cpu(config: Any) -> None:
     for name, value in _CPU_FIELDS.items():
         if name in names:
             setattr(config, name, value)
-    if "bias_activation_fusion" in names and not _is_swiglu(config):
+    is_silu = getattr(config, "activation_func", None) is torch.nn.functional.silu
+    if "bias_activation_fusion" in names and not (is_silu and getattr(config, "gated_linear_unit", False)):
         config.bias_activation_fusion = False  # Megatron has no weighted one for experts of other activations
     if "transformer_layer_spec" in names:
         config.transformer_layer_spec = _local_layer_spec(config.transformer_layer_spec)
-
-
-def _is_swiglu(config: Any) -> bool:
-    return bool(getattr(config, "gated_linear_unit", False)) and config.activation_func is torch.nn.functional.silu
 
 
 #: Where NeMo and Megatron-Bridge have their layer specs, under the same names.

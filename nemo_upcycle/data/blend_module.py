@@ -56,37 +56,21 @@ def blend_data(
     Example:
         >>> recipe.data = run.Config(blend_data, dense="/models/Llama-3-8B", folder="data/mine")  # doctest: +SKIP
     """
-    made = open_blend(folder if folder is not None else cached_blend(blend or "", dense))
-    made.require_tokenizer_of(dense)
-    return _module(
-        made,
-        seq_length,
-        run_tokens,
-        indices,
+    finished = open_blend(folder if folder is not None else cached_blend(blend or "", dense))
+    finished.require_tokenizer_of(dense)
+    return BlendDataModule(
+        paths=finished.paths(seq_length),
+        split=None,  # the three paths are the split; NeMo warns about any other value
+        # Not the dense folder: NeMo copies the tokenizer's whole folder into every checkpoint.
+        tokenizer=AutoTokenizer(pretrained_model_name=str(finished.folder / TOKENIZER)),
+        index_mapping_dir=str(index_folder(finished, indices)),
+        num_train_samples=finished.num_train_samples(seq_length, run_tokens),
+        seq_length=seq_length,
         micro_batch_size=micro_batch_size,
         global_batch_size=global_batch_size,
         num_workers=num_workers,
-        seed=made.manifest["seed"] if seed is None else seed,
+        seed=finished.manifest["seed"] if seed is None else seed,
         pin_memory=torch.cuda.is_available(),
-    )
-
-
-def _module(
-    blend: FinishedBlend,
-    seq_length: int,
-    run_tokens: Optional[int] = None,  # noqa: UP045
-    indices: Optional[str] = None,  # noqa: UP045
-    **arguments: Any,
-) -> "BlendDataModule":
-    return BlendDataModule(
-        paths=blend.paths(seq_length),
-        split=None,  # the three paths are the split; NeMo warns about any other value
-        # Not the dense folder: NeMo copies the tokenizer's whole folder into every checkpoint.
-        tokenizer=AutoTokenizer(pretrained_model_name=str(blend.folder / TOKENIZER)),
-        index_mapping_dir=str(index_folder(blend, indices)),
-        num_train_samples=blend.num_train_samples(seq_length, run_tokens),
-        seq_length=seq_length,
-        **arguments,
     )
 
 

@@ -1,4 +1,4 @@
-"""The samples that a run reads of a finished blend, whatever trains: enough of them, and how often each source."""
+"""The samples that a run of NeMo or Megatron-Bridge reads of a finished blend: enough, and how often each source."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def describe_blend(blend: FinishedBlend) -> str:
 
 
 def say_what_is_read(blend: FinishedBlend, steps: int, step_tokens: int) -> None:
-    """Say what a run reads, and warn where it reads a source more often than the blend's `max_epochs`."""
+    """Log what a run reads, and warn where it reads a source more often than the blend's `max_epochs`."""
     messages = show_messages()
     messages.info("%s", blend.describe(steps, step_tokens))
     limit = blend.manifest["max_epochs"]

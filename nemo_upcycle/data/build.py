@@ -27,10 +27,16 @@ from nemo_upcycle.data.contamination import build_index, merge_contamination
 from nemo_upcycle.data.dense import ensure_dense, tokenizer_folder
 from nemo_upcycle.data.environment import data_python, engine_version, run_engine
 from nemo_upcycle.data.finished import BUILD, CONTAMINATION, FORMAT, HELDOUT, MANIFEST, TOKENIZER, TOKENS
-from nemo_upcycle.data.inputs import InputFile, list_inputs, reader_of, require_disjoint
-from nemo_upcycle.data.manifest import describe_anew, make_manifest, texts_of
-from nemo_upcycle.data.merge import merge_heldout, merge_tokens, read_stats
-from nemo_upcycle.data.tasks import NGRAMS, REPORT_NGRAMS, make_plan
+from nemo_upcycle.data.inputs import (
+    NGRAMS,
+    REPORT_NGRAMS,
+    InputFile,
+    list_inputs,
+    make_plan,
+    reader_of,
+    require_disjoint,
+)
+from nemo_upcycle.data.manifest import describe_anew, make_manifest, merge_heldout, merge_tokens, read_stats, texts_of
 from nemo_upcycle.data.tokenizers import save_tokenizer
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.suite_config import read_suite_config
@@ -40,7 +46,7 @@ from nemo_upcycle.utils.files import MARKER, in_use, is_complete, read_json, req
 
 @dataclass(frozen=True)
 class CheckedBlend:
-    """What can be said of a blend before anything is read.
+    """A blend whose inputs, tokenizer and engine were checked; no document was read.
 
     Attributes:
         inputs: the files of every source and split.
@@ -51,13 +57,6 @@ class CheckedBlend:
     inputs: dict[str, dict[str, list[InputFile]]]
     tokenizer: Path
     engine: str
-
-    @property
-    def known_bytes(self) -> int:
-        """The bytes of all files whose size is known."""
-        return sum(
-            file.size_bytes or 0 for splits in self.inputs.values() for files in splits.values() for file in files
-        )
 
 
 def check_blend(blend: Blend, work: Path) -> CheckedBlend:
@@ -100,7 +99,7 @@ def build_blend(
         blend: what to build.
         output: the folder to make, on a disk that all workers share.
         engine_options: how the engine runs, as `("--workers", "8")`.
-        strict: whether broken input ends the build; otherwise it is counted and reported.
+        strict: whether damaged input ends the build; otherwise it is counted and reported.
 
     Returns:
         The manifest.
@@ -122,7 +121,8 @@ def build_blend(
         work = output / BUILD
         write_json(work / "made_from.json", made_from)
         checked = check_blend(blend, work)
-        require_disk(output, 2 * checked.known_bytes, f"blend {blend.name}")
+        inputs = [file for splits in checked.inputs.values() for files in splits.values() for file in files]
+        require_disk(output, 2 * sum(file.size_bytes or 0 for file in inputs), f"blend {blend.name}")
         tokenizer = save_tokenizer(checked.tokenizer, output / TOKENIZER)
         plan = make_plan(blend, checked.inputs, output, tokenizer) | {"strict": strict}
         items = _index(blend, work)
@@ -175,37 +175,32 @@ def _is_done(output: Path, made_from: dict[str, Any]) -> bool:
     """Return whether the folder is finished; refuse one that holds something else."""
     begun = output / BUILD / "made_from.json"
     if is_complete(output):
-        found = read_json(output / MARKER).get("made_from")
+        earlier = read_json(output / MARKER).get("made_from", {})
     elif begun.is_file():
-        found = read_json(begun)
-        if found != made_from and not (output / BUILD / "engine.json").is_file():  # nothing was read yet
+        earlier = read_json(begun)
+        if earlier != made_from and not (output / BUILD / "engine.json").is_file():  # nothing was read yet
             shutil.rmtree(output / BUILD)
             return False
     elif any(path.name != ".lock" for path in output.iterdir()):
-        found = "files that are not ours"
+        earlier = {}
     else:
         return False
-    if isinstance(found, dict) and found.get("format") != made_from["format"]:
+    if earlier and earlier["format"] != FORMAT:
         raise UpcycleError(
             f"format of {output}",
-            got=found.get("format"),
-            expected=made_from["format"],
+            got=earlier["format"],
+            expected=FORMAT,
             fix="an earlier version made it: remove it first, or choose another folder",
         )
-    if found != made_from:
-        differs = [key for key in made_from["blend"] if _field(found, key) != made_from["blend"][key]]
+    if earlier != made_from:
+        differs = [key for key, value in made_from["blend"].items() if earlier and earlier["blend"].get(key) != value]
         raise UpcycleError(
             str(output),
-            got=f"another blend's ({', '.join(differs) or 'strict'} differ)" if isinstance(found, dict) else found,
+            got=f"another blend's ({', '.join(differs) or 'strict'} differ)" if earlier else "files that are not ours",
             expected="an empty folder, or this blend's",
             fix="choose another folder, or remove it first",
         )
     return is_complete(output)
-
-
-def _field(found: Any, key: str) -> Any:
-    blend = found.get("blend") if isinstance(found, dict) else None
-    return blend.get(key) if isinstance(blend, dict) else None
 
 
 def _index(blend: Blend, work: Path) -> dict[str, Any] | None:
@@ -239,9 +234,9 @@ def _finish(
                 fix=f"see what was removed, and why, in {work / 'removed'}",
             )
     if items is not None:
-        found = merge_contamination((entry["contamination"] for entry in stats), items["sets"])
+        removed = merge_contamination((entry["contamination"] for entry in stats), items["sets"])
         left = merge_contamination((entry["report"] for entry in stats), items["report"]["sets"])
-        write_json(output / CONTAMINATION, items | {"sets": found, "report": items["report"] | {"sets": left}})
+        write_json(output / CONTAMINATION, items | {"sets": removed, "report": items["report"] | {"sets": left}})
     manifest = make_manifest(blend, output, stats, merged, heldout, tokenizer, engine, bool(items))
     write_json(output / MANIFEST, manifest)
     return manifest

@@ -56,7 +56,7 @@ class Contamination:
     A passage that items of two sets contain counts for both.
 
     Args:
-        index: with which the passages were found.
+        index: that finds the passages.
 
     Example:
         >>> counts = Contamination(index)  # doctest: +SKIP

@@ -23,14 +23,16 @@ from nemo_upcycle.utils.files import is_complete
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def import_dense(source: str, output: Path) -> Path:
+def import_dense(source: str, output: Path, *, sampled: bool = False, offline: bool = False) -> Path:
     """Return a local folder that holds the dense model `source`, making or downloading it where needed.
 
     Args:
         source: `asset://NAME` (a model of `nemo_upcycle.demo`, converted into `output`), `hf://ORG/NAME` or
-            plain `ORG/NAME` (the Hugging Face hub, kept in the hub's own cache, where a broken download goes on), or
+            plain `ORG/NAME` (the Hugging Face hub, kept in the hub's own cache, which resumes downloads), or
             a local folder, plain or as `hf:///absolute/path` (used where it lies).
         output: where a converted model goes. Untouched when nothing is converted.
+        sampled: as in `check_source`.
+        offline: whether to take what the hub's cache has, without asking whether that is all.
 
     Returns:
         A folder with `config.json`, safetensors and tokenizer files, checked to be a whole dense Llama-family model.
@@ -41,10 +43,6 @@ def import_dense(source: str, output: Path) -> Path:
     Example:
         >>> import_dense("asset://smollm2-135m", Path("runs/demo/dense"))  # doctest: +SKIP
     """
-    return _import(source, output, sampled=False)
-
-
-def _import(source: str, output: Path, *, sampled: bool, offline: bool = False) -> Path:
     parent = find_parent(source)
     if parent.kind == "asset":
         from nemo_upcycle.demo.assets import ASSETS, fetch_asset
@@ -104,10 +102,7 @@ def tokenizer_folder(source: str) -> Path:
     Raises:
         UpcycleError: it cannot be reached, or has no tokenizer (CheckpointError).
     """
-    parent = find_parent(source)
-    if parent.kind == "asset":
-        return ensure_dense(source)
-    folder = on_this_machine(parent, OF_TOKENIZER)
+    folder = on_this_machine(find_parent(source), OF_TOKENIZER)
     require_tokenizer(folder)
     return folder
 
@@ -154,15 +149,15 @@ def ensure_dense(source: str) -> Path:
     """
     kind, name = find_parent(source)
     if kind not in ("asset", "hub"):  # used where it lies
-        return _import(source, Path(), sampled=True)
+        return import_dense(source, Path(), sampled=True)
     output = cached_asset(name)
     with FileLock(f"{output}.lock"):
         if kind == "asset":
-            return output if is_complete(output) else _import(source, output, sampled=True)
+            return output if is_complete(output) else import_dense(source, output, sampled=True)
         if int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0):
             with suppress(UpcycleError):  # the first one has not come this far: then this one fetches it
-                return _import(source, Path(), sampled=True, offline=True)
-        return _import(source, Path(), sampled=True)
+                return import_dense(source, Path(), sampled=True, offline=True)
+        return import_dense(source, Path(), sampled=True)
 
 
 def cached_asset(name: str) -> Path:
@@ -187,6 +182,4 @@ def local_model(source: str, *, nemo: bool = False) -> str:
         '/models/Llama-3-8B'
     """
     parent = find_parent(source, nemo=nemo)
-    if parent.kind == "asset":
-        return str(ensure_dense(source))
     return source if parent.kind == "nemo" else str(on_this_machine(parent))

@@ -75,8 +75,8 @@ def run_engine(arguments: Sequence[str]) -> None:
     """
     command = [str(data_python()), "-m", ENGINE, *arguments]
     stop = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())  # first: the engine may start before this goes on
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # its summary is in the manifest, too
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())  # first: the engine may start before this continues
+    process = subprocess.Popen(command)
     try:
         while process.poll() is None and not stop.wait(_POLL_S):
             pass
@@ -96,5 +96,5 @@ def run_engine(arguments: Sequence[str]) -> None:
             "data engine",
             got=f"exit status {status}",
             expected="0",
-            fix="its message stands above; run again to go on",
+            fix="see its message above; then rerun, the build resumes",
         )

@@ -59,17 +59,17 @@ class FinishedBlend:
         if not (path := self.folder / CONTAMINATION).is_file():
             return ""
         content = read_json(path)
-        found = {name: counts for name, counts in content["sets"].items() if counts["items_hit"]}
+        hit_sets = {name: counts for name, counts in content["sets"].items() if counts["items_hit"]}
         words = (
             f"of {counts['items_hit']} items of {name} ({counts['documents']} documents, {counts['bytes']:,} bytes)"
-            for name, counts in found.items()
+            for name, counts in hit_sets.items()
         )
         left = (
             f"{counts['items_hit']} items of {name} ({counts['documents']} documents)"
             for name, counts in content["report"]["sets"].items()
             if counts["items_hit"]
         )
-        removed = f"; removed passages {', '.join(words)}" if found else "; no evaluation item was found in it"
+        removed = f"; removed passages {', '.join(words)}" if hit_sets else "; no evaluation item was found in it"
         shared = f"{content['report']['words']} words in a row with"
         return f"{removed}; what is left shares {shared} {', '.join(left) or 'none'}"
 
@@ -205,11 +205,11 @@ def open_blend(folder: str | Path) -> FinishedBlend:
     folder = resolved(Path(folder).expanduser())
     require_complete(folder, "data folder", "run `nemo-upcycle data BLEND DIR` with it as DIR")
     manifest = read_json(folder / MANIFEST)
-    found = manifest.get("format") if isinstance(manifest, dict) else "no JSON object"
-    if found != FORMAT:
+    version = manifest.get("format") if isinstance(manifest, dict) else "no JSON object"
+    if version != FORMAT:
         raise UpcycleError(
             f"format of {folder / MANIFEST}",
-            got=found,
+            got=version,
             expected=FORMAT,
             fix="make the folder with `nemo-upcycle data` of this version",
         )
@@ -255,11 +255,11 @@ def _tokens_of(prefix: Path) -> int:
 
 
 def _require_size(path: Path, size_bytes: int, *, at_least: bool = False) -> None:
-    found = path.stat().st_size if path.is_file() else None
-    if found is None or found < size_bytes or (found > size_bytes and not at_least):
+    actual_bytes = path.stat().st_size if path.is_file() else None
+    if actual_bytes is None or actual_bytes < size_bytes or (actual_bytes > size_bytes and not at_least):
         raise UpcycleError(
             str(path),
-            got="no such file" if found is None else f"{found} bytes",
+            got="no such file" if actual_bytes is None else f"{actual_bytes} bytes",
             expected=f"{size_bytes} bytes{' or more' if at_least else ''}",
             fix=_AGAIN,
         )

@@ -10,11 +10,8 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from filelock import FileLock
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import MARKER, is_complete, read_json, sha256_file, take_lock, write_json
@@ -45,7 +42,10 @@ def whole_indices(cache: Path, manifest: Path) -> Iterator[None]:
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        lock = _locked(cache / _LOCK)
+        lock = take_lock(cache / _LOCK)
+    except TimeoutError:
+        logger.info("wait for another run, which builds the indices in %s", cache)
+        lock = take_lock(cache / _LOCK, timeout_s=-1)
     except OSError as error:
         raise UpcycleError(
             f"index cache {cache}",
@@ -55,7 +55,8 @@ def whole_indices(cache: Path, manifest: Path) -> Iterator[None]:
         ) from None
     with lock:
         digest = sha256_file(manifest)
-        known = _known(cache, digest)
+        marker = read_json(cache / MARKER) if is_complete(cache) else {}
+        known = marker["files"] if marker.get("manifest") == digest else {}
         for path in _files(cache):
             if known.get(path.name) != path.stat().st_size:
                 path.unlink()
@@ -65,18 +66,5 @@ def whole_indices(cache: Path, manifest: Path) -> Iterator[None]:
             write_json(cache / MARKER, {"manifest": digest, "files": files})
 
 
-def _known(cache: Path, digest: str) -> dict[str, int]:
-    marker = read_json(cache / MARKER) if is_complete(cache) else {}
-    return marker["files"] if marker.get("manifest") == digest else {}
-
-
 def _files(cache: Path) -> list[Path]:
     return [path for path in cache.iterdir() if _INDEX.fullmatch(path.name)]
-
-
-def _locked(path: Path) -> AbstractContextManager[Any]:
-    try:
-        return take_lock(path)
-    except TimeoutError:
-        logger.info("wait for another run, which builds the indices in %s", path.parent)
-        return FileLock(path, fallback_to_soft=False).acquire()

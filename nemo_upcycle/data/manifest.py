@@ -1,17 +1,88 @@
-"""What a finished blend says of itself: weights, licences, tokens, what every step removed, files, versions."""
+"""Join what the tasks of the data engine wrote, and describe the blend in its manifest.
+
+The manifest has weights, licences, tokens, what every step removed, files and versions.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.blend import Blend, BlendConfig
 from nemo_upcycle.data.finished import FORMAT, MANIFEST, open_blend
-from nemo_upcycle.data.merge import sum_counts, sum_steps
+from nemo_upcycle.data.indexed_dataset import join_datasets
 from nemo_upcycle.package_info import __version__
-from nemo_upcycle.utils.files import write_json
+from nemo_upcycle.utils.files import aside_of, read_json, read_json_lines, whole_file, write_json
+from nemo_upcycle.utils.progress import ProgressLine
+
+
+#: Indexed datasets of one source and split; a sample never crosses from one into the next.
+MOST_PREFIXES, PREFIX_BYTES = 16, 64 << 30
+
+
+def read_stats(work: Path, tasks: int) -> list[dict[str, Any]]:
+    """Return what every task counted, in their order."""
+    return [read_json(work / "stats" / f"{task:05d}.json") for task in range(tasks)]
+
+
+def merge_tokens(work: Path, folder: Path, sources: Iterable[str], stats: list[dict[str, Any]]) -> dict[str, Any]:
+    """Join the tasks' indexed datasets.
+
+    Args:
+        work: the engine's folder.
+        folder: where `SOURCE_SPLIT_NN_text_document.{bin,idx}` go; an earlier try's files are replaced.
+        sources: their names.
+        stats: of every task.
+
+    Returns:
+        For each source and split (`train`, `validation`) the prefixes, relative to the parent of `folder`, and the
+        documents, tokens and bytes of text.
+    """
+    aside = aside_of(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    merged: dict[str, Any] = {}
+    with ProgressLine("merge", total=len(stats)) as line:
+        for source in sources:
+            merged[source] = {}
+            tasks = {number: entry["splits"] for number, entry in enumerate(stats) if entry["source"] == source}
+            for split in ("train", "validation"):
+                pieces = [work / "tokens" / f"{task:05d}.{split}" for task, splits in tasks.items() if split in splits]
+                if pieces:
+                    counts = _sum_counts(splits.get(split, {}) for splits in tasks.values())
+                    prefixes = _join(pieces, aside, f"{source}_{split}")
+                    merged[source][split] = {"prefixes": [f"{folder.name}/{name}" for name in prefixes], **counts}
+            line.advance(len(tasks))
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+    return merged
+
+
+def _join(pieces: list[Path], folder: Path, name: str) -> list[str]:
+    """Join indexed datasets into a few, in their order; return the names."""
+    total_bytes = sum(Path(f"{piece}.bin").stat().st_size for piece in pieces)
+    count = min(MOST_PREFIXES, len(pieces), 1 + total_bytes // PREFIX_BYTES)
+    names = []
+    for number in range(count):
+        names.append(f"{name}_{number:02d}_text_document")
+        join_datasets(pieces[number * len(pieces) // count : (number + 1) * len(pieces) // count], folder / names[-1])
+    return names
+
+
+def merge_heldout(work: Path, output: Path, stats: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write the held-out texts of all tasks into one JSON lines file; return their counts."""
+    with whole_file(output) as aside, aside.open("w", encoding="utf-8") as handle:
+        for task, entry in enumerate(stats):
+            if "heldout" in entry["splits"]:
+                for _, line in read_json_lines(work / "tokens" / f"{task:05d}.heldout.jsonl"):
+                    handle.write(json.dumps({"source": entry["source"], **line}, ensure_ascii=False) + "\n")
+    return {"file": output.name, **_sum_counts(entry["splits"].get("heldout", {}) for entry in stats)}
 
 
 def make_manifest(
@@ -47,15 +118,15 @@ def make_manifest(
             name: {
                 **_of_the_source(blend, name),
                 "splits": merged[name],
-                "steps": sum_steps(entry for entry in stats if entry["source"] == name),
-                "cut": sum_counts(entry["cut"] for entry in stats if entry["source"] == name),
+                "steps": _sum_steps(entry for entry in stats if entry["source"] == name),
+                "cut": _sum_counts(entry["cut"] for entry in stats if entry["source"] == name),
                 "files": _files_of(name, stats, output),
             }
             for name in config.sources
         },
         "splits": {
-            "train": sum_counts(entry["splits"].get("train", {}) for entry in stats),
-            "validation": sum_counts(entry["splits"].get("validation", {}) for entry in stats),
+            "train": _sum_counts(entry["splits"].get("train", {}) for entry in stats),
+            "validation": _sum_counts(entry["splits"].get("validation", {}) for entry in stats),
             "heldout": heldout,
         },
         "decontaminated_against": list(config.decontaminate) if decontaminated else None,
@@ -97,5 +168,25 @@ def _of_the_source(blend: Blend, name: str) -> dict[str, Any]:
 def _files_of(source: str, stats: list[dict[str, Any]], output: Path) -> dict[str, Any]:
     """Return the files that a source was read from; those rendered for this blend relative to its folder."""
     within = f"{output.absolute()}{os.sep}"
-    mine = [entry["files"] for entry in stats if entry["source"] == source]
-    return {path.removeprefix(within): file for files in mine for path, file in files.items()}
+    read = [entry["files"] for entry in stats if entry["source"] == source]
+    return {path.removeprefix(within): file for files in read for path, file in files.items()}
+
+
+def _sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Return counts by name, summed; documents, tokens and bytes of text are always among them."""
+    total: Counter[str] = Counter(documents=0, tokens=0, bytes=0)
+    for one in counts:
+        total.update(one)
+    return dict(total)
+
+
+def _sum_steps(stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Return, for each step, how many documents came in, were kept, and were removed for what reason."""
+    steps: dict[str, dict[str, Any]] = {}
+    for entry in stats:
+        for name, step in entry["steps"].items():
+            into = steps.setdefault(name, {"in": 0, "kept": 0, "removed": Counter()})
+            into["in"] += step["in"]
+            into["kept"] += step["kept"]
+            into["removed"].update(step["removed"])
+    return {name: step | {"removed": dict(sorted(step["removed"].items()))} for name, step in steps.items()}

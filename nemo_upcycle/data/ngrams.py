@@ -81,21 +81,11 @@ class NgramIndex:
             shortest: renderings of fewer words are not indexed.
             boilerplate: an n-gram that stands in more items of one set is ignored.
 
-        Raises:
-            UpcycleError: `words` or `shortest` is out of range.
-
         Example:
             >>> index = NgramIndex.build([Item("quiz", "1", ("Which of the two came first, and why?",))])
             >>> index.find("Asked which of the two came first and why, he smiled.")
             [Hit(start=6, stop=41, size=8, items=(0,))]
         """
-        if not 1 <= shortest <= words <= 64:
-            raise UpcycleError(
-                "words of an n-gram",
-                got=f"{words}, at least {shortest}",
-                expected="1 <= shortest <= words <= 64",
-                fix=f"use {WORDS} and {SHORTEST}",
-            )
         items = list(items)
         names = list(dict.fromkeys(item.name for item in items))
         items.sort(key=lambda item: names.index(item.name))  # stable
@@ -188,11 +178,11 @@ class NgramIndex:
             text: any text; its size is limited by memory only.
         """
         normalised = normalise(text)
-        found = sorted(self._find(normalised))
-        if not found:
+        matches = sorted(self._find(normalised))
+        if not matches:
             return []
         merged: list[tuple[int, int, int, int, set[int]]] = []
-        for first, last, start, stop, entry in found:
+        for first, last, start, stop, entry in matches:
             numbers = self.arrays["places"][self.arrays["bounds"][entry] : self.arrays["bounds"][entry + 1]].tolist()
             if merged and first < merged[-1][1]:
                 before = merged[-1]

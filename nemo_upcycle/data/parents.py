@@ -14,8 +14,8 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 WANTED = ["*.safetensors", "*.json", "tokenizer*", "merges.txt", "*.jinja"]
 WANTED += ["README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]  # for the card of what is made of the model
 OF_TOKENIZER = ["*.json", "tokenizer*", "merges.txt"]
-# subfolders hold other formats of the same weights (original/, onnx/), as does consolidated.safetensors; of theirs
-# only additional_chat_templates/*.jinja is wanted
+# subfolders hold other formats of the same weights (original/, onnx/), as does consolidated.safetensors; of the
+# subfolders' files only additional_chat_templates/*.jinja are wanted
 _UNWANTED = ["*/*.safetensors", "*/*.json", "tokenizer*/*", "consolidated*"]
 
 
@@ -84,16 +84,20 @@ def find_parent(source: str, *, nemo: bool = False) -> Parent:
 
 
 def on_this_machine(parent: Parent, wanted: Sequence[str] = WANTED, *, offline: bool = False) -> Path:
-    """Return the folder of a model that is no asset, downloaded if it is one of the hub.
+    """Return the folder of a model: of an asset in the cache, of one on the hub downloaded.
 
     Args:
         parent: the model.
-        wanted: patterns of the files to download.
+        wanted: patterns of the files to download from the hub.
         offline: whether to take what the hub's cache has, without asking whether that is all.
 
     Raises:
-        UpcycleError: it cannot be downloaded.
+        UpcycleError: it cannot be made or downloaded.
     """
+    if parent.kind == "asset":
+        from nemo_upcycle.data.dense import ensure_dense  # imports torch
+
+        return ensure_dense(f"asset://{parent.name}")
     return _download(parent.name, wanted, offline=offline) if parent.kind == "hub" else Path(parent.name)
 
 
@@ -147,9 +151,4 @@ def configuration_folder(source: str) -> Path:
     """
     if (path := Path(source).expanduser()).name == "config.json" and path.is_file():
         return path.parent
-    parent = find_parent(source)
-    if parent.kind == "asset":
-        from nemo_upcycle.data.dense import ensure_dense  # imports torch
-
-        return ensure_dense(source)
-    return on_this_machine(parent, ["config.json"])
+    return on_this_machine(find_parent(source), ["config.json"])

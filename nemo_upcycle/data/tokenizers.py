@@ -11,6 +11,7 @@ from typing import Any
 from nemo_upcycle.data.dense import require_tokenizer
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.hf_model import load_tokenizer, other_special_tokens
+from nemo_upcycle.utils.files import aside_of
 
 
 def open_tokenizer(folder: Path) -> Any:
@@ -82,12 +83,12 @@ def save_tokenizer(dense: Path, folder: Path) -> dict[str, Any]:
         CheckpointError: as in `open_tokenizer`.
     """
     tokenizer = open_tokenizer(dense)
-    found = {"vocab_size": len(tokenizer), "eos_id": tokenizer.eos_token_id, "sha256": tokenizer_sha256(tokenizer)}
+    facts = {"vocab_size": len(tokenizer), "eos_id": tokenizer.eos_token_id, "sha256": tokenizer_sha256(tokenizer)}
     special = [tokenizer.pad_token, tokenizer.bos_token, *other_special_tokens(tokenizer)]
     tokenizer.pad_token = next((token for token in special if token and token != tokenizer.eos_token), None)
-    aside = folder.with_name(f".{folder.name}.partial")
+    aside = aside_of(folder)
     shutil.rmtree(aside, ignore_errors=True)
     tokenizer.save_pretrained(aside)
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
-    return found | {"pad_id": tokenizer.pad_token_id}
+    return facts | {"pad_id": tokenizer.pad_token_id}

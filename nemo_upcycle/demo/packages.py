@@ -79,10 +79,10 @@ def _write(name: str, path: Path) -> None:
 def _run(name: str, command: list[str], folder: str) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = " ".join(done.stderr.split())[:300]
+        message = " ".join(done.stderr.split())[:300]
         raise UpcycleError(
             f"package {name}",
-            got=f"{command[0]}: {said}",
+            got=f"{command[0]}: {message}",
             expected="a package that apt knows",
             fix="correct the name, run `apt-get update`, or check the network; releases name packages differently",
         )

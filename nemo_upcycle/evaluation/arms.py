@@ -86,7 +86,7 @@ def difference_of_arms(
         "stderr_seeds": spread,
         "low": value - half_width,
         "high": value + half_width,
-        "seeds": [{"seed": seed, "difference": found} for seed, found in seeds.items()],
+        "seeds": [{"seed": seed, "difference": own} for seed, own in seeds.items()],
         "documents": len(names),
         "verdict": _verdict(value, half_width, margin),
     }
@@ -130,12 +130,12 @@ def better_from(along: Sequence[Mapping[str, Any]]) -> int | None:
         >>> better_from([{"tokens": 0, "verdict": "tie"}, {"tokens": 100, "verdict": "better"}])
         100
     """
-    found = None
+    tokens = None
     for point in reversed(along):
         if point["verdict"] != "better":
             break
-        found = point["tokens"]
-    return found
+        tokens = point["tokens"]
+    return tokens
 
 
 def rank_arms(arms: Mapping[str, Mapping[int, Sums]], margin: float = MARGIN) -> list[dict[str, Any]]:
@@ -157,7 +157,7 @@ def rank_arms(arms: Mapping[str, Mapping[int, Sums]], margin: float = MARGIN) ->
     ranked = sorted(reached, key=lambda name: statistics.fmean(reached[name]))
     best = {seed: arms[ranked[0]][seed] for seed in seeds}
     spread, free = _pooled(list(reached.values()))
-    found = []
+    ranking = []
     for name in ranked:
         entry: dict[str, Any] = {"arm": name, "value": statistics.fmean(reached[name]), "to_best": None}
         if name != ranked[0]:
@@ -170,8 +170,8 @@ def rank_arms(arms: Mapping[str, Mapping[int, Sums]], margin: float = MARGIN) ->
                 stderr = half_width = 0.0
             entry["to_best"] = {"difference": value, "stderr": stderr, "verdict": _verdict(value, half_width, margin)}
             entry["to_best"] |= {"low": value - half_width, "high": value + half_width}
-        found.append(entry)
-    return found
+        ranking.append(entry)
+    return ranking
 
 
 def _pooled(values: Sequence[Sequence[float]]) -> tuple[float | None, int]:
@@ -187,8 +187,8 @@ def _pooled(values: Sequence[Sequence[float]]) -> tuple[float | None, int]:
     of_seed = [statistics.fmean(column) for column in zip(*values, strict=True)]
     whole = statistics.fmean(of_arm)
     squares = sum(
-        (value - mine - common + whole) ** 2
-        for row, mine in zip(values, of_arm, strict=True)
+        (value - of_row - common + whole) ** 2
+        for row, of_row in zip(values, of_arm, strict=True)
         for value, common in zip(row, of_seed, strict=True)
     )
     free = (arms - 1) * (seeds - 1)
@@ -236,7 +236,7 @@ def sums_after(tokens: float, scores: Mapping[int, Mapping[int, Sums]]) -> dict[
         >>> sums_after(200, {100: {1: {"a": (-20.0, 8)}}, 400: {1: {"a": (-10.0, 8)}}})
         {1: {'a': (-15.0, 8)}}
     """
-    points = sorted(found for found in scores if found)
+    points = sorted(filter(None, scores))
     if tokens in points:
         return dict(scores[round(tokens)])
     before, after = next((few, more) for few, more in itertools.pairwise(points) if few < tokens < more)

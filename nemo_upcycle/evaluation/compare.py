@@ -71,10 +71,10 @@ def cluster_sums(metric: str, scores: Sequence[Score], keys: Sequence[Hashable])
         scores: as in `statistic`.
         keys: the cluster of each item.
     """
-    found: dict[Hashable, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
+    sums: dict[Hashable, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
     for key, (total, units) in zip(keys, parts_of(metric, scores), strict=True):
-        found[key] = (found[key][0] + total, found[key][1] + units)
-    return list(found.values())
+        sums[key] = (sums[key][0] + total, sums[key][1] + units)
+    return list(sums.values())
 
 
 def value_of(metric: str, total: float, units: float) -> float:

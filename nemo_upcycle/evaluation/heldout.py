@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.compare import jackknife_stderr, left_out, statistic
+from nemo_upcycle.evaluation.compare import cluster_sums, jackknife_stderr, left_out, statistic
 
 
 #: The task of a suite that scores held-out text, and its metric.
@@ -30,12 +30,10 @@ def document_sums(evaluation: Mapping[str, Any], task: str = TASK) -> Sums:
     """
     if task not in evaluation["items"]:
         raise UpcycleError.unknown("task of the evaluation", task, evaluation["items"])
-    found: Sums = defaultdict(lambda: (0.0, 0.0))
-    for item in evaluation["items"][task]:
-        total, size_bytes = item["scores"][METRIC]
-        before = found[item["cluster"]]
-        found[item["cluster"]] = (before[0] + total, before[1] + size_bytes)
-    return dict(found)
+    items = evaluation["items"][task]
+    documents = [item["cluster"] for item in items]
+    sums = cluster_sums(METRIC, [item["scores"][METRIC] for item in items], documents)
+    return dict(zip(dict.fromkeys(documents), sums, strict=True))
 
 
 def bits_per_byte(sums: Sums) -> float:

@@ -7,24 +7,15 @@ out or drawn again is therefore a whole cluster, all items of a document or of a
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.compare import (
-    cluster_sums,
-    item_pairs,
-    jackknife_stderr,
-    left_out,
-    statistic,
-    value_of,
-)
+from nemo_upcycle.evaluation.compare import cluster_sums, item_pairs, jackknife_stderr, left_out, statistic, value_of
 
 
 _CONFIDENCE = 0.95
-#: Degrees of freedom above which an expansion of Student's t is exact to nine digits.
-_LARGE = 60
 #: Bootstrap draws: enough for two digits of an interval's ends.
 _DRAWS = 2000
 #: Clusters that a bootstrap needs: of fewer it draws too often the same ones, and its intervals are too narrow.
@@ -113,6 +104,7 @@ def _bootstrap(metric: str, a: list[tuple[float, float]], b: list[tuple[float, f
     return float(low), float(high)
 
 
+@cache
 def t_quantile(degrees: int) -> float:
     """Return the half of a 95 % interval in standard errors, by Student's t, to nine digits.
 
@@ -123,15 +115,6 @@ def t_quantile(degrees: int) -> float:
         >>> round(t_quantile(9), 4)
         2.2622
     """
-    if degrees > _LARGE:  # Fisher's expansion around the normal distribution
-        z = statistics.NormalDist().inv_cdf((1 + _CONFIDENCE) / 2)
-        parts = (
-            (z**3 + z) / 4,
-            (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-            (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-            (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-        )
-        return z + sum(part / degrees**power for power, part in enumerate(parts, 1))
     low, high = 0.0, 20.0
     for _ in range(60):
         middle = (low + high) / 2

@@ -6,7 +6,6 @@ import os
 import platform
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -81,12 +80,12 @@ def evaluate(
         )
         loaded_s = time.monotonic() - start_s
         try:
-            found = ask(model, suite, samples=samples, limit=limit)
+            answers = ask(model, suite, samples=samples, limit=limit)
         finally:
             close_model(model)
-    result = {"name": name, "model": {"folder": str(model_folder), **model.facts}, **found}
-    result["settings"] = {**found["settings"], "dtype": config["dtype"], "limit": limit}
-    result["seconds"] = {"load": loaded_s, **found["seconds"], "total": time.monotonic() - start_s}
+    result = {"name": name, "model": {"folder": str(model_folder), **model.facts}, **answers}
+    result["settings"] = {**answers["settings"], "dtype": config["dtype"], "limit": limit}
+    result["seconds"] = {"load": loaded_s, **answers["seconds"], "total": time.monotonic() - start_s}
     write_json(output / f"{name}.json", result)
     return result
 
@@ -109,10 +108,13 @@ def ask(model: Backend, suite: Path, *, samples: bool, limit: int | None = None)
     texts = model.continue_prompts(described["prompts"] if samples else [])
     sampled_s = time.monotonic()
     merged: dict[str, Any] = {"metrics": {}, "items": {}, "groups": {}}
-    runs = {0: list(described["tasks"])} if config["local"] else _by_shots(config["tasks"])
+    runs = {0: list(described["tasks"])}
+    if not config["local"]:
+        numbers = sorted({shots for numbers in config["tasks"].values() for shots in numbers})
+        runs = {shots: [task for task, wanted in config["tasks"].items() if shots in wanted] for shots in numbers}
     for shots, names in runs.items():
-        found = _run(model.lm, names, suite if config["local"] else None, shots, limit)
-        for part, values in _extract(found, f"_{shots}shot" if shots else "").items():
+        results = _run(model.lm, names, suite if config["local"] else None, shots, limit)
+        for part, values in _extract(results, f"_{shots}shot" if shots else "").items():
             merged[part].update(values)
     return {
         "suite": described,
@@ -165,16 +167,16 @@ def _local_task(folder: Path, task: str) -> dict[str, Any]:
     return {**definition, "dataset_kwargs": data_files(folder, task)}
 
 
-def _extract(found: dict[str, Any], suffix: str) -> dict[str, dict[str, Any]]:
+def _extract(results: dict[str, Any], suffix: str) -> dict[str, dict[str, Any]]:
     """Turn lm-eval's results into `metrics`, `items` and `groups`; `suffix` ends every task's name."""
     # Where answers are read in several ways (gsm8k: strict and flexible), the first one counts, as in reports of them.
-    filters = {task: samples[0]["filter"] for task, samples in found["samples"].items()}
+    filters = {task: samples[0]["filter"] for task, samples in results["samples"].items()}
     items = {
         task: [_item(sample) for sample in samples if sample["filter"] == filters[task]]
-        for task, samples in found["samples"].items()
+        for task, samples in results["samples"].items()
     }
     metrics: dict[str, Any] = {}
-    for task, values in found["results"].items():
+    for task, values in results["results"].items():
         for key, value in values.items():
             metric, comma, name = key.partition(",")
             if not comma or metric.endswith("_stderr") or name != filters.setdefault(task, name):
@@ -187,9 +189,9 @@ def _extract(found: dict[str, Any], suffix: str) -> dict[str, dict[str, Any]]:
             metrics[f"{task}{suffix}/{metric}"] = {
                 "value": value,
                 "stderr": stderr if isinstance(stderr, float) else None,
-                "higher_is_better": found["higher_is_better"].get(task, {}).get(metric),
+                "higher_is_better": results["higher_is_better"].get(task, {}).get(metric),
             }
-    children = found.get("group_subtasks", {})
+    children = results.get("group_subtasks", {})
     groups = {task: _leaves(task, children) for task, below in children.items() if below}
     return {
         "metrics": metrics,
@@ -217,14 +219,6 @@ def _item(sample: dict[str, Any]) -> dict[str, Any]:
 def _leaves(task: str, children: Mapping[str, Sequence[str]]) -> list[str]:
     below = children.get(task)
     return [leaf for child in below for leaf in _leaves(child, children)] if below else [task]
-
-
-def _by_shots(tasks: Mapping[str, Sequence[int]]) -> dict[int, list[str]]:
-    grouped = defaultdict(list)
-    for task, numbers in tasks.items():
-        for shots in numbers:
-            grouped[shots].append(task)
-    return dict(sorted(grouped.items()))
 
 
 @contextmanager

@@ -117,17 +117,17 @@ class RouterHealth:
             shards = parallel_state.get_expert_tensor_parallel_world_size()
             width = config.moe_ffn_hidden_size // shards
             first = parallel_state.get_expert_tensor_parallel_rank() * width
-            mine = [index for index, neuron in enumerate(neurons) if first <= neuron < first + width]
-            local_rows = [neurons[index] - first for index in mine]
+            own = [index for index, neuron in enumerate(neurons) if first <= neuron < first + width]
+            local_rows = [neurons[index] - first for index in own]
             for module in self._layers:
                 for role, expert, weight in _expert_weights(module):
                     sample = samples[module.layer_number - 1, expert]
                     if role == "expert_fc2":
-                        sample[-1, mine] = weight[columns][:, local_rows].T.double()
+                        sample[-1, own] = weight[columns][:, local_rows].T.double()
                     elif role == "expert_fc1":  # gate and up projection, one below the other
                         for matrix in range(matrices - 1):
                             rows = [matrix * width + row for row in local_rows]
-                            sample[matrix, mine] = weight[rows][:, columns].double()
+                            sample[matrix, own] = weight[rows][:, columns].double()
         return samples.flatten(2)
 
     def describe(self, summed: dict[str, torch.Tensor]) -> dict[str, list[float | None]]:
@@ -143,9 +143,9 @@ class RouterHealth:
             losses without their coefficient (1 in perfect balance); `expert_distance`, where sampled: see there.
         """
         shares_LE, balanced = shares(summed["counts"]), 1 / self.config.num_moe_experts
-        is_moe = summed["slots"] > 0
+        is_moe = (summed["slots"] > 0).tolist()
         dropped_L = 1 - summed["counts"].sum(dim=1) / summed["slots"].clamp(min=1)
-        found = {
+        health = {
             "load_min": shares_LE.amin(dim=1),
             "load_max": shares_LE.amax(dim=1),
             "load_cv": shares_LE.std(dim=1, correction=0) / balanced,
@@ -155,8 +155,9 @@ class RouterHealth:
             **{name: summed[name] for name in _LOSSES.values() if name in summed},
         }
         if "experts" in summed:
-            found["expert_distance"] = self._distance(summed["experts"])
-        return {name: _listed(values_L, is_moe) for name, values_L in found.items()}
+            health["expert_distance"] = self._distance(summed["experts"])
+        rows = {name: zip(values_L.tolist(), is_moe, strict=True) for name, values_L in health.items()}
+        return {name: [round(value, 6) if moe else None for value, moe in row] for name, row in rows.items()}
 
     def _distance(self, experts_LEW: torch.Tensor) -> torch.Tensor:
         """Return how far the experts of each layer are from their common origin: norm of the difference over its norm.
@@ -208,8 +209,3 @@ def _expert_weights(module: Any) -> Iterator[tuple[str, int, torch.Tensor]]:
         mapping, number = find_mapping(f"mlp.experts.{name}", in_layer=True) or (None, None)
         if mapping is not None and number is not None:
             yield mapping.role, module.local_expert_indices[number], parameter.detach()
-
-
-def _listed(values_L: torch.Tensor, is_moe: torch.Tensor) -> list[float | None]:
-    pairs = zip(values_L.tolist(), is_moe.tolist(), strict=True)
-    return [round(value, 6) if moe else None for value, moe in pairs]

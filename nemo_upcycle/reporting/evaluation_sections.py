@@ -6,25 +6,19 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from nemo_upcycle.evaluation.samples import NEW_TOKENS
-from nemo_upcycle.reporting.markdown import label, number, plain, section, sources, table, with_error
+from nemo_upcycle.evaluation.backends import NEW_TOKENS
+from nemo_upcycle.reporting.markdown import label, number, plain, section, signed, sources, table, with_error
 from nemo_upcycle.reporting.results import PAIRS
 from nemo_upcycle.reporting.run_folder import MODELS
 
 
-def verdict(found: dict[str, Any], a: str, b: str) -> str:
+def verdict(paired: dict[str, Any], a: str, b: str) -> str:
     """Name the better model; only a difference whose 95 % interval leaves 0 out counts."""
-    if found["stderr"] is None or found["higher_is_better"] is None:
+    if paired["stderr"] is None or paired["higher_is_better"] is None:
         return "not judged"
-    if not found["significant"]:
+    if not paired["significant"]:
         return "no difference shown"
-    return f"{b if (found['difference'] > 0) == found['higher_is_better'] else a} is better"
-
-
-def signed(found: dict[str, Any]) -> str:
-    """Return a difference with its sign and its error."""
-    text = with_error(found["difference"], found["stderr"])
-    return f"+{text}" if found["difference"] > 0 else text
+    return f"{b if (paired['difference'] > 0) == paired['higher_is_better'] else a} is better"
 
 
 def evaluation(results: dict[str, Any]) -> str:
@@ -82,17 +76,17 @@ def _values(results: dict[str, Any]) -> str:
 
 def _sources(results: dict[str, Any], models: dict[str, str]) -> str:
     """Return the bits per byte of each source of held-out text; nothing where there is one alone."""
-    found = {name: results["sources"][name] for name in models if name in results["sources"]}
-    if len(next(iter(found.values()), {})) < 2:
+    by_model = {name: results["sources"][name] for name in models if name in results["sources"]}
+    if len(next(iter(by_model.values()), {})) < 2:
         return ""
     rows = [
         [
             f"{source} ({about['documents']} documents)",
-            *(with_error(its[source]["value"], its[source]["stderr"]) for its in found.values()),
+            *(with_error(its[source]["value"], its[source]["stderr"]) for its in by_model.values()),
         ]
-        for source, about in next(iter(found.values())).items()
+        for source, about in next(iter(by_model.values())).items()
     ]
-    return table(["bits per byte, by source", *(models[name] for name in found)], rows)
+    return table(["bits per byte, by source", *(models[name] for name in by_model)], rows)
 
 
 def _contamination(tasks: dict[str, Any]) -> str:
@@ -138,17 +132,17 @@ def _evaluation_files(names: Iterable[str]) -> str:
     return sources(*(f"evaluation/{name}.json" for name in names))
 
 
-def _judged(found: dict[str, Any], a: str, b: str) -> str:
-    return f"{signed(found)} ({verdict(found, MODELS[a], MODELS[b])})"
+def _judged(paired: dict[str, Any], a: str, b: str) -> str:
+    return f"{signed(paired['difference'], paired['stderr'])} ({verdict(paired, MODELS[a], MODELS[b])})"
 
 
 def samples(results: dict[str, Any]) -> str:
     """Return how each model continues some held-out texts; nothing where no model was asked to."""
     tables = []
-    for found in results["samples"]:
-        texts = {"prompt": found["prompt"], "the text itself": found["goes_on"]}
-        texts |= {MODELS[name]: text for name, text in found["continuations"].items()}
-        tables.append(table(["", found["document"]], [list(row) for row in texts.items()], words=1))
+    for sample in results["samples"]:
+        texts = {"prompt": sample["prompt"], "the text itself": sample["goes_on"]}
+        texts |= {MODELS[name]: text for name, text in sample["continuations"].items()}
+        tables.append(table(["", sample["document"]], [list(row) for row in texts.items()], words=1))
     if not tables:
         return ""
     about = (
@@ -160,29 +154,29 @@ def samples(results: dict[str, Any]) -> str:
 
 def step_zero(results: dict[str, Any]) -> str:
     """Return how equal the parent and the upcycled model are before training."""
-    found, logits = results["step0"], results["step0"]["logits"]
+    step0, receipt = results["step0"], results["receipt"]
     rows = [
-        ["answers that changed", f"{found['changed_answers']} of {found['questions']}"],
-        ["largest relative log-likelihood difference", number(found["max_relative_loglikelihood_difference"], 3)],
-        ["largest absolute one (nats)", number(found["max_absolute_loglikelihood_difference"], 3)],
-        ["log-likelihoods compared", str(found["loglikelihoods"])],
+        ["answers that changed", f"{step0['changed_answers']} of {step0['questions']}"],
+        ["largest relative log-likelihood difference", number(step0["max_relative_loglikelihood_difference"], 3)],
+        ["largest absolute one (nats)", number(step0["max_absolute_loglikelihood_difference"], 3)],
+        ["log-likelihoods compared", str(step0["loglikelihoods"])],
     ]
     parts = [table(["through export and lm-eval", "value"], rows), _evaluation_files(["dense", "step0"])]
-    if logits:
+    if "max_abs_logit_diff" in receipt:
         rows = [
-            ["parent in Hugging Face", *_logit_row(logits, "max_abs_logit_diff", "tolerance")],
-            ["parent in Megatron", *_logit_row(logits, "max_abs_logit_diff_same_stack", "tolerance_same_stack")],
+            ["parent in Hugging Face", *_logit_row(receipt, "max_abs_logit_diff", "tolerance")],
+            ["parent in Megatron", *_logit_row(receipt, "max_abs_logit_diff_same_stack", "tolerance_same_stack")],
         ]
         parts += [
             table(["MoE in Megatron against", "largest logit difference", "allowed"], rows),
             "The first row is in float32, the second in float64, where nothing but upcycling is left. In float32 it is"
-            f" {number(logits.get('max_abs_logit_diff_same_stack_float32'), 3)}; rounding alone costs the parent"
-            f" {number(logits.get('parent_float32_rounding'), 3)} (its float32 against its float64)."
-            f" Over {logits['tokens_compared']} tokens; the largest logit is {number(logits['max_abs_logit'])}, and"
-            f" the likeliest token is the same on {100 * logits['same_argmax']:.4g} % of them (`receipt.json`).",
+            f" {number(receipt.get('max_abs_logit_diff_same_stack_float32'), 3)}; rounding alone costs the parent"
+            f" {number(receipt.get('parent_float32_rounding'), 3)} (its float32 against its float64)."
+            f" Over {receipt['tokens_compared']} tokens; the largest logit is {number(receipt['max_abs_logit'])}, and"
+            f" the likeliest token is the same on {100 * receipt['same_argmax']:.4g} % of them (`receipt.json`).",
         ]
     return section("Step 0: MoE against parent", *parts)
 
 
-def _logit_row(logits: dict[str, Any], value: str, tolerance: str) -> list[str]:
-    return [number(logits[value], 3), number(logits[tolerance], 3)]
+def _logit_row(receipt: dict[str, Any], value: str, tolerance: str) -> list[str]:
+    return [number(receipt[value], 3), number(receipt[tolerance], 3)]

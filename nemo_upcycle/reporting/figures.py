@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+from nemo_upcycle.reporting import markdown
 from nemo_upcycle.reporting.results import busiest
-from nemo_upcycle.reporting.run_folder import Curve
+from nemo_upcycle.reporting.run_folder import MODELS, Curve
 
 
 if TYPE_CHECKING:
@@ -19,6 +21,24 @@ STYLES = {"pretrain": ("MoE", "#0072B2", "o"), "dense_ct": ("dense baseline", "#
 _COLUMNS = 200
 #: Figures and report of a run with fewer steps say that it only shows that the chain works.
 FEW_STEPS = 100
+#: What is drawn of the routers: the name in `metrics.jsonl` and the title.
+ROUTER_PANELS = {
+    "load_cv": "load of the experts: standard deviation over mean",
+    "load_entropy": "entropy of the load over that of perfect balance",
+    "dropped": "token slots dropped",
+    "expert_distance": "distance of the experts from their mean, relative",
+}
+_COLOURS = {
+    "dense": "#000000",
+    "step0": "#56B4E9",
+    "trained": STYLES["pretrain"][1],
+    "dense_ct": STYLES["dense_ct"][1],
+}
+#: Half of a 95 % interval in standard errors.
+_WIDTH = 1.96
+#: Characters of a metric's label.
+_LONGEST = 50
+_DPI = 150
 
 
 def chain_only(steps: int) -> str:
@@ -71,7 +91,7 @@ def _draw_losses(axes: Any, curves: Mapping[str, Curve], factors: Mapping[str, f
                 label=f"{name}, validation",
             )
         columns = averaged([(line["tokens"] * factors[stage], line["loss"]) for line in curve.steps])
-        label = f"{name}, training{said_averaged(columns, curve.steps)}"
+        label = f"{name}, training{averaging_note(columns, curve.steps)}"
         axes.plot(*columns.T, color=colour, alpha=0.35, linewidth=1, zorder=1, label=label)
     validated = {stage: curve.validation[0] for stage, curve in curves.items() if curve.validation}
     begins = {stage: loss for stage, (tokens, loss) in validated.items() if not tokens}
@@ -125,8 +145,8 @@ def averaged(values: Sequence[Any]) -> Any:
     return np.array([part.mean(axis=0) for part in parts])
 
 
-def said_averaged(columns: Any, steps: Sequence[Any]) -> str:
-    """Return what a label says of `averaged` columns."""
+def averaging_note(columns: Any, steps: Sequence[Any]) -> str:
+    """Return the end of a label of `averaged` columns; nothing where none was averaged."""
     return f", means of up to {math.ceil(len(steps) / len(columns))} steps" if len(columns) < len(steps) else ""
 
 
@@ -165,7 +185,7 @@ def _draw_busiest(figure: Any, steps: list[dict[str, Any]]) -> None:
     axes.yaxis.get_major_locator().set_params(integer=True)
     first, last = [float(busiest_of_layers[:, column].max()) for column in (0, -1)]
     worst = f"worst layer at first {first:.2f}, at last {last:.2f}"
-    figure.suptitle(f"Busiest expert of a layer{said_averaged(columns, steps)}\n{worst}", fontsize=11)
+    figure.suptitle(f"Busiest expert of a layer{averaging_note(columns, steps)}\n{worst}", fontsize=11)
     axes.set(xlabel="step", ylabel="layer")
     figure.colorbar(image, ax=axes, label="load over balanced load")
 
@@ -198,3 +218,144 @@ def _draw_load(axes: Axes, line: dict[str, Any], norm: Any) -> Any:
     axes.set_xticks(range(0, experts, max(1, experts // 16)))
     axes.set_yticks(range(0, layers, max(1, layers // 16)))
     return image
+
+
+def routers_figure(curve: Curve) -> Figure | None:
+    """Return the routers' health over tokens: the mean of the layers, and from the lowest to the highest of them.
+
+    Args:
+        curve: of a training stage.
+
+    Returns:
+        None when the stage has no routers.
+    """
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    known = [(line["tokens"], line["router"]) for line in curve.steps if line.get("router")]
+    names = [name for name in ROUTER_PANELS if any(name in router for _, router in known)]
+    if not names:
+        return None
+    figure = Figure(figsize=(11, 3.6 * -(-len(names) // 2)), layout="constrained")
+    for number, name in enumerate(names):
+        points = [
+            (tokens, [one for one in router[name] if one is not None]) for tokens, router in known if name in router
+        ]
+        columns = averaged(
+            [(tokens, np.mean(layers), min(layers), max(layers)) for tokens, layers in points if layers]
+        )
+        axes = figure.add_subplot(-(-len(names) // 2), 2, number + 1)
+        axes.plot(columns[:, 0], columns[:, 1], color=STYLES["pretrain"][1], marker="o" if len(columns) < 20 else None)
+        axes.fill_between(columns[:, 0], columns[:, 2], columns[:, 3], alpha=0.15, linewidth=0)
+        axes.set_title(ROUTER_PANELS[name], fontsize=10)
+        tokens_axis(axes, curve.steps[-1]["tokens"])
+    figure.suptitle("Routers: mean of the layers, and the range over them", fontsize=11)
+    return figure
+
+
+def speed_figure(curves: Mapping[str, Curve]) -> Figure:
+    """Return tokens per second at every step, and the most memory that any rank has held.
+
+    Args:
+        curves: by stage, `pretrain` and perhaps `dense_ct`.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for stage, curve in curves.items():
+        name, colour, marker = STYLES[stage]
+        for axes, key in ((left, "tokens_per_s"), (right, "memory_gib")):
+            if points := [(line["step"], line[key]) for line in curve.steps if line.get(key) is not None]:
+                columns = averaged(points)
+                axes.plot(*columns.T, color=colour, marker=marker if len(columns) < 20 else None, label=name)
+    left.set(xlabel="step", ylabel="tokens per second, all ranks")
+    right.set(xlabel="step", ylabel="peak memory of a rank, GiB")
+    for axes in (left, right):
+        tidy(axes)
+        axes.set_ylim(bottom=0)
+    left.yaxis.set_major_formatter(lambda value, _: short_numbers(value))
+    legend_below(figure, left, ncols=2)
+    return figure
+
+
+def scores_figure(results: Mapping[str, Any]) -> Figure:
+    """Return every metric of every model, with 95 % intervals: one panel for accuracies, one a metric of text.
+
+    Args:
+        results: what `collect_results` returned.
+    """
+    from matplotlib.figure import Figure
+
+    metrics = list(next(iter(results["paired"].values())))
+    panels: dict[str, list[str]] = {}
+    for metric in metrics:
+        kind = metric.rpartition("/")[2]
+        panels.setdefault("accuracy" if kind.startswith(("acc", "exact_match")) else kind, []).append(metric)
+    models = [name for name in MODELS if name in results["evaluation"]]
+    figure = Figure(figsize=(9, sum(0.8 + 0.45 * len(names) for names in panels.values()) + 0.5), layout="constrained")
+    axes_of = figure.subplots(
+        len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": [0.5 + len(names) for names in panels.values()]}
+    )[:, 0]
+    for axes, (title, names) in zip(axes_of, panels.items(), strict=True):
+        for place, model in enumerate(models):
+            scores = [results["evaluation"][model][name] for name in names]
+            axes.errorbar(
+                [one["value"] for one in scores],
+                [row + (place - (len(models) - 1) / 2) * 0.18 for row in range(len(names))],
+                xerr=[_WIDTH * (one["stderr"] or 0.0) for one in scores],
+                fmt="o",
+                markersize=4,
+                capsize=2,
+                color=_COLOURS[model],
+                label=MODELS[model],
+            )
+        axes.set_yticks(range(len(names)), [_tick(markdown.label(name)) for name in names])
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_xlabel(title.replace("_", " "))
+        axes.grid(alpha=0.3, axis="x")
+        axes.spines[["top", "right"]].set_visible(False)
+    axes_of[0].legend(fontsize=8, frameon=False, ncols=len(models), loc="lower left", bbox_to_anchor=(0, 1))
+    return figure
+
+
+def _tick(text: str) -> str:
+    """Return a label that leaves room for the figure, and is no formula, whatever its task is called."""
+    short = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+    return short.replace("$", r"\$")
+
+
+def heldout_figure(curves: Mapping[str, Curve]) -> Figure | None:
+    """Return bits per byte of held-out text over tokens, with 95 % intervals over documents; None of no score.
+
+    Args:
+        curves: by stage, `pretrain` and perhaps `dense_ct`.
+    """
+    from matplotlib.figure import Figure
+
+    scored = {stage: curve.scores for stage, curve in curves.items() if curve.scores}
+    if not scored:
+        return None
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for stage, scores in scored.items():
+        name, colour, marker = STYLES[stage]
+        tokens, values, errors = zip(*scores, strict=True)
+        axes.plot(tokens, values, color=colour, marker=marker, markersize=4, label=name)
+        low, high = (
+            [value + side * (error or 0.0) for value, error in zip(values, errors, strict=True)]
+            for side in (-_WIDTH, _WIDTH)
+        )
+        axes.fill_between(tokens, low, high, color=colour, alpha=0.15, linewidth=0)
+    tokens_axis(axes, max(curves[stage].steps[-1]["tokens"] for stage in scored))
+    axes.set_ylabel("bits per byte of held-out text")
+    axes.set_title("95 % intervals over documents", fontsize=10)
+    legend_below(figure, axes, ncols=2)
+    return figure
+
+
+def png_of(figure: Figure) -> bytes:
+    """Return a figure as a PNG."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=_DPI, format="png")
+    return drawn.getvalue()

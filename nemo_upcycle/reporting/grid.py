@@ -1,4 +1,4 @@
-"""What a grid of ablations has found: what each arm reaches, what it differs by, and how sure that is."""
+"""The results of a grid of ablations: what each arm reaches, what it differs by, and how sure that is."""
 
 from __future__ import annotations
 
@@ -98,9 +98,9 @@ def arms_of(evidence: Mapping[str, Any]) -> dict[str, ArmRecord]:
         first, left = described[names[0]], [evidence["cells"][name] for name in names]
         scores: dict[int, dict[int, Sums]] = defaultdict(dict)
         for name, cell in zip(names, left, strict=True):
-            for found in cell["scores"]:
-                sums = dict(zip(documents["names"], zip(found["nats"], documents["bytes"], strict=True), strict=True))
-                scores[found["step"] * first["tokens_per_step"]][described[name]["seed"]] = sums
+            for score in cell["scores"]:
+                sums = dict(zip(documents["names"], zip(score["nats"], documents["bytes"], strict=True), strict=True))
+                scores[score["step"] * first["tokens_per_step"]][described[name]["seed"]] = sums
         arms[arm] = ArmRecord(
             name=arm,
             **{key: first[key] for key in ("steps", "tokens_per_step", "schedule", "is_rate_constant")},
@@ -183,11 +183,11 @@ def compare_arms(arms: Mapping[str, ArmRecord], described: Mapping[str, Any]) ->
             "start": mean_of_seeds(arm.scores[0]),
             "curve": [{"tokens": tokens, **mean_of_seeds(seeds)} for tokens, seeds in arm.scores.items()],
             "sources": _sources(arm.final),
-            "routers": {key: [[tokens, one] for tokens, one in found.items()] for key, found in arm.routers.items()},
+            "routers": {key: [[tokens, one] for tokens, one in points.items()] for key, points in arm.routers.items()},
         }
     for name, other in described["references"].items():
-        found = _difference(arms[name], arms[other], values["margin"])
-        values["differences"][name] = {"reference": other, **found}
+        difference = _difference(arms[name], arms[other], values["margin"])
+        values["differences"][name] = {"reference": other, **difference}
     values["rankings"] = _rankings(arms, values["margin"])
     values["budgets"] = _budgets(described.get("budgets"), arms, values["margin"])
     return values
@@ -201,7 +201,7 @@ def _difference(arm: ArmRecord, reference: ArmRecord, margin: float) -> dict[str
         if arm.is_scored_with(reference, tokens)
     ]
     trained = [point for point in along if point["tokens"]]
-    found = {
+    difference = {
         "start": along[0] if along and not along[0]["tokens"] else None,
         "along": along,
         "end": trained[-1] if trained else None,
@@ -212,8 +212,8 @@ def _difference(arm: ArmRecord, reference: ArmRecord, margin: float) -> dict[str
     }
     if arm.flops_per_token != reference.flops_per_token:
         ratio = arm.flops_per_token / reference.flops_per_token
-        found["equal_flops"] = _with_equal_cost(arm, reference, ratio, margin)
-    return found
+        difference["equal_flops"] = _with_equal_cost(arm, reference, ratio, margin)
+    return difference
 
 
 def _with_equal_cost(arm: ArmRecord, reference: ArmRecord, ratio: float, margin: float) -> dict[str, Any] | None:
@@ -237,17 +237,17 @@ def _with_equal_cost(arm: ArmRecord, reference: ArmRecord, ratio: float, margin:
         if abs(its / reference.tokens - 1) < COSTS_APART:
             its = reference.tokens
         if first <= its <= max(reference.scores) and arm.is_comparable(tokens, reference, its):
-            theirs = sums_after(its, reference.scores)
-            if set(theirs) & set(arm.scores[tokens]):
-                found = difference_of_arms(arm.scores[tokens], theirs, margin)
-                return {"tokens": tokens, "reference_tokens": its, "cost_ratio": tokens * ratio / its, **found}
+            reference_sums = sums_after(its, reference.scores)
+            if set(reference_sums) & set(arm.scores[tokens]):
+                difference = difference_of_arms(arm.scores[tokens], reference_sums, margin)
+                return {"tokens": tokens, "reference_tokens": its, "cost_ratio": tokens * ratio / its, **difference}
     return None
 
 
 def _sources(seeds: Mapping[int, Sums]) -> dict[str, dict[str, Any]]:
     """Return by source what the last step reached, the mean over seeds and its interval."""
-    found = [by_source(sums) for sums in seeds.values()]
-    return {source: mean_of([one[source]["value"] for one in found]) for source in found[0]}
+    by_seed = [by_source(sums) for sums in seeds.values()]
+    return {source: mean_of([one[source]["value"] for one in by_seed]) for source in by_seed[0]}
 
 
 def _rankings(arms: Mapping[str, ArmRecord], margin: float) -> list[dict[str, Any]]:
@@ -270,7 +270,7 @@ def _budgets(
         return {}
     first, *others = (arms[name] for name in named["arms"])
     common = [tokens for tokens in named["tokens"] if all(arm.is_scored_with(first, tokens) for arm in others)]
-    found: dict[str, list[dict[str, Any]]] = {
+    spent: dict[str, list[dict[str, Any]]] = {
         arm.name: [
             {
                 "tokens": tokens,
@@ -283,7 +283,7 @@ def _budgets(
         for arm in (first, *others)
     }
     for other in others:
-        for entry in found[other.name]:
+        for entry in spent[other.name]:
             tokens = entry["tokens"]
             reached = {
                 its: mean_of_seeds(seeds)["value"]
@@ -298,4 +298,4 @@ def _budgets(
                 "time": needed * first.rank_seconds_per_token / 3600 / entry["rank_hours"],
             }
             entry["worth_more_than"] = max(reached) if entry["value"] < min(reached.values()) else None
-    return found
+    return spent

@@ -43,19 +43,17 @@ def collect_evidence(run_dir: Path, name: str, described: Mapping[str, Any]) -> 
     cells: dict[str, Any] = {}
     documents: dict[str, Any] = {}
     for cell in described["cells"]:
-        settings, steps = (
-            read_json(run_dir / cell / "training.json"),
-            read_curve(run_dir / cell / "metrics.jsonl").steps,
-        )
+        settings = read_json(run_dir / cell / "training.json")
+        steps = read_curve(run_dir / cell / "metrics.jsonl").steps
         scores = []
         for path in sorted((run_dir / cell / "evaluation").glob("step=*.json"), key=_step_of):
             sums = document_sums(read_json(path))
-            mine: dict[str, Any] = {"names": list(sums), "bytes": [size_bytes for _, size_bytes in sums.values()]}
-            documents = documents or mine
-            if mine != documents:
+            scored: dict[str, Any] = {"names": list(sums), "bytes": [size_bytes for _, size_bytes in sums.values()]}
+            documents = documents or scored
+            if scored != documents:
                 raise UpcycleError(
                     str(path),
-                    got=f"{len(mine['names'])} documents",
+                    got=f"{len(scored['names'])} documents",
                     expected=f"the {len(documents['names'])} of the other trainings",
                     fix="score all trainings of a grid with one suite",
                 )
@@ -95,9 +93,9 @@ def read_evidence(path: Path) -> dict[str, Any]:
         UpcycleError: the file is missing or damaged.
     """
     try:
-        found: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
+        evidence: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
     except (OSError, EOFError, ValueError) as error:
         raise UpcycleError(
             str(path), got=error, expected="the evidence of a grid", fix=f"copy table/{EVIDENCE} of its run again"
         ) from None
-    return found
+    return evidence

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nemo_upcycle.reporting.figures import legend_below, short_numbers, tokens_axis
-from nemo_upcycle.reporting.training_figures import ROUTER_PANELS
+from nemo_upcycle.reporting.figures import ROUTER_PANELS, legend_below, short_numbers, tokens_axis
 
 
 if TYPE_CHECKING:
@@ -44,25 +43,25 @@ def curves_figure(values: Mapping[str, Any]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    compared = {name: found for name, found in values["differences"].items() if found["end"]}
+    compared = {name: difference for name, difference in values["differences"].items() if difference["end"]}
     heights = [5.3, 1.1 + 0.3 * len(compared)][: 1 + bool(compared)]
     figure = Figure(figsize=(11, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     whole, near = parts[0].subplots(1, 2)
-    for position, (arm, found) in enumerate(values["arms"].items()):
+    for position, (arm, result) in enumerate(values["arms"].items()):
         style = _style(position)
-        tokens = [point["tokens"] for point in found["curve"]]
+        tokens = [point["tokens"] for point in result["curve"]]
         for axes in (whole, near):
-            axes.plot(tokens, [point["value"] for point in found["curve"]], label=arm, **style)
-        known = [point for point in found["curve"] if point["low"] is not None]
+            axes.plot(tokens, [point["value"] for point in result["curve"]], label=arm, **style)
+        known = [point for point in result["curve"] if point["low"] is not None]
         band = [[point[key] for point in known] for key in ("tokens", "low", "high")]
         near.fill_between(*band, color=style["color"], alpha=0.1, linewidth=0)
-    ends = [found["bits_per_byte"]["value"] for found in values["arms"].values()]
-    starts = min(found["start"]["value"] for found in values["arms"].values())
+    ends = [result["bits_per_byte"]["value"] for result in values["arms"].values()]
+    starts = min(result["start"]["value"] for result in values["arms"].values())
     room = 0.15 * (max(*ends, starts) - min(ends)) or 0.01
     near.set_ylim(min(ends) - room, max(*ends, starts) + room)
     for axes, title in ((whole, "mean over seeds"), (near, "enlarged, with 95 % intervals over seeds")):
-        tokens_axis(axes, max(found["tokens"] for found in values["arms"].values()))
+        tokens_axis(axes, max(result["tokens"] for result in values["arms"].values()))
         axes.set_title(title, fontsize=10)
     whole.set_ylabel("bits per byte of held-out text")
     legend_below(parts[0], whole, 5)
@@ -73,8 +72,8 @@ def curves_figure(values: Mapping[str, Any]) -> Figure:
 
 def _draw_differences(axes: Any, compared: Mapping[str, Any], margin: float) -> None:
     """Draw each arm's difference from its reference in the row that is labelled with both."""
-    for position, found in enumerate(compared.values()):
-        end = found["end"]
+    for position, difference in enumerate(compared.values()):
+        end = difference["end"]
         colour, marker, is_filled = _VERDICTS[end["verdict"]]
         axes.errorbar(
             end["difference"],
@@ -90,8 +89,8 @@ def _draw_differences(axes: Any, compared: Mapping[str, Any], margin: float) -> 
     axes.set_yticks(
         range(len(compared)),
         [
-            f"{name} - {found['reference']}, {short_numbers(found['end']['tokens'])} tokens"
-            for name, found in compared.items()
+            f"{name} - {difference['reference']}, {short_numbers(difference['end']['tokens'])} tokens"
+            for name, difference in compared.items()
         ],
     )
     axes.set_ylim(len(compared) - 0.5, -0.5)
@@ -113,16 +112,16 @@ def routers_figure(values: Mapping[str, Any]) -> Figure | None:
     from matplotlib.figure import Figure
 
     arms = values["arms"]
-    names = [name for name in ROUTER_PANELS if any(found["routers"].get(name) for found in arms.values())]
+    names = [name for name in ROUTER_PANELS if any(result["routers"].get(name) for result in arms.values())]
     if not names:
         return None
     rows = -(-len(names) // 2)
     figure = Figure(figsize=(11, 1 + 3.5 * rows), layout="constrained")
-    last = max(found["tokens"] for found in arms.values() if found["routers"])
+    last = max(result["tokens"] for result in arms.values() if result["routers"])
     for number, name in enumerate(names):
         axes = figure.add_subplot(rows, 2, number + 1)
-        for position, (arm, found) in enumerate(arms.items()):
-            if points := found["routers"].get(name):
+        for position, (arm, result) in enumerate(arms.items()):
+            if points := result["routers"].get(name):
                 tokens, means = zip(*points, strict=True)
                 axes.plot(tokens, means, label=arm, markevery=max(1, len(points) // 8), **_style(position))
         axes.set_title(ROUTER_PANELS[name], fontsize=10)

@@ -10,11 +10,10 @@ from typing import Any
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.reporting.grid import arms_of, compare_arms
 from nemo_upcycle.reporting.grid_evidence import EVIDENCE, PLAN, collect_evidence, read_evidence, write_evidence
-from nemo_upcycle.reporting.markdown import number, section, table, with_error
+from nemo_upcycle.reporting.markdown import number, section, signed, table, with_error
 from nemo_upcycle.utils.files import read_json, read_text, whole_file, write_json
 
 
-_DPI = 150
 #: What the table says of the routers.
 _ROUTERS = ("dropped", "load_cv", "expert_distance")
 #: Between these lines of a page stands what `write_grid` wrote.
@@ -89,6 +88,7 @@ def draw_table(folder: Path) -> str:
     Returns:
         The table as Markdown.
     """
+    from nemo_upcycle.reporting.figures import png_of
     from nemo_upcycle.reporting.grid_figures import budgets_figure, curves_figure, routers_figure
 
     evidence = read_evidence(folder / EVIDENCE)
@@ -99,7 +99,7 @@ def draw_table(folder: Path) -> str:
     for title, figure in figures.items():
         if figure is not None:
             with whole_file(folder / f"{title}.png") as aside:
-                figure.savefig(aside, dpi=_DPI, format="png")
+                aside.write_bytes(png_of(figure))
     return render_table(values)
 
 
@@ -110,8 +110,8 @@ def render_table(values: Mapping[str, Any]) -> str:
         values: what `compare_arms` returned, with the `grid` and what it is `about`.
     """
     arms = values["arms"]
-    seeds = max(len(found["seeds"]) for found in arms.values())
-    unscored = [f"{arm} of seed {seed}" for arm, found in arms.items() for seed in found["unscored_seeds"]]
+    seeds = max(len(result["seeds"]) for result in arms.values())
+    unscored = [f"{arm} of seed {seed}" for arm, result in arms.items() for seed in result["unscored_seeds"]]
     parts = (
         f"# Grid {values['grid']}",
         f"{values['about']}. {seeds} seeds an arm; lower is better. ± is half of a 95 % interval (t); of what an arm"
@@ -127,27 +127,27 @@ def render_table(values: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _value(found: Mapping[str, Any]) -> str:
+def _value(mean: Mapping[str, Any]) -> str:
     """Return a mean with half of its interval, where there is one."""
-    return with_error(found["value"], None if found["low"] is None else (found["high"] - found["low"]) / 2)
+    return with_error(mean["value"], None if mean["low"] is None else (mean["high"] - mean["low"]) / 2)
 
 
 def _arms(arms: Mapping[str, Any]) -> str:
     rows = [
         [
             arm,
-            f"{found['tokens']:,}",
-            number(found["flops"], 3),
-            _value(found["start"]),
-            _value(found["bits_per_byte"]),
-            number(60 * found["rank_hours"], 3),
-            *(number(found["routers"][key][-1][1], 3) if key in found["routers"] else "-" for key in _ROUTERS),
-            found["about"],
+            f"{result['tokens']:,}",
+            number(result["flops"], 3),
+            _value(result["start"]),
+            _value(result["bits_per_byte"]),
+            number(60 * result["rank_hours"], 3),
+            *(number(result["routers"][key][-1][1], 3) if key in result["routers"] else "-" for key in _ROUTERS),
+            result["about"],
         ]
-        for arm, found in arms.items()
+        for arm, result in arms.items()
     ]
     header = ["arm", "tokens", "FLOPs", "bits per byte at step 0", "at the end", "rank minutes"]
-    routers_md = "![routers](routers.png)" if any(found["routers"] for found in arms.values()) else ""
+    routers_md = "![routers](routers.png)" if any(result["routers"] for result in arms.values()) else ""
     return section(
         "Arms",
         table([*header, "dropped", "load CV", "expert distance", "what it is"], rows),
@@ -166,19 +166,19 @@ def _differences(differences: Mapping[str, Any], margin: float) -> str:
         return ""
     header = ["difference", "at step 0", "after equal tokens", "these tokens", "from documents", "from seeds"]
     rows = []
-    for arm, found in differences.items():
-        end = found["end"] or {}
+    for arm, difference in differences.items():
+        end = difference["end"] or {}
         rows.append(
             [
-                f"{arm} - {found['reference']}",
-                _with_verdict(found["start"]),
-                _with_verdict(found["end"]),
+                f"{arm} - {difference['reference']}",
+                _with_verdict(difference["start"]),
+                _with_verdict(difference["end"]),
                 f"{end['tokens']:,}" if end else "-",
                 number(end.get("stderr_documents"), 2),
                 number(end.get("stderr_seeds"), 2),
-                "-" if found["better_from"] is None else f"{found['better_from']:,} tokens",
-                _equal_cost(found.get("equal_flops"), "FLOPs"),
-                _equal_cost(found["equal_time"], "minutes"),
+                "-" if difference["better_from"] is None else f"{difference['better_from']:,} tokens",
+                _equal_cost(difference.get("equal_flops"), "FLOPs"),
+                _equal_cost(difference["equal_time"], "minutes"),
             ]
         )
     return section(
@@ -194,18 +194,17 @@ def _differences(differences: Mapping[str, Any], margin: float) -> str:
     )
 
 
-def _with_verdict(found: Mapping[str, Any] | None) -> str:
-    if found is None:
+def _with_verdict(point: Mapping[str, Any] | None) -> str:
+    if point is None:
         return "-"
-    sign = "+" if found["difference"] > 0 else ""
-    return f"{sign}{with_error(found['difference'], (found['high'] - found['low']) / 2)} ({found['verdict']})"
+    return f"{signed(point['difference'], (point['high'] - point['low']) / 2)} ({point['verdict']})"
 
 
-def _equal_cost(found: Mapping[str, Any] | None, unit: str) -> str:
-    if found is None:
+def _equal_cost(point: Mapping[str, Any] | None, unit: str) -> str:
+    if point is None:
         return "-"
-    times = "" if abs(found["cost_ratio"] - 1) < 5e-4 else f", {found['cost_ratio']:.3f} times the {unit}"
-    return f"{_with_verdict(found)}: {found['tokens']:,} tokens for {found['reference_tokens']:,.0f}{times}"
+    times = "" if abs(point["cost_ratio"] - 1) < 5e-4 else f", {point['cost_ratio']:.3f} times the {unit}"
+    return f"{_with_verdict(point)}: {point['tokens']:,} tokens for {point['reference_tokens']:,.0f}{times}"
 
 
 def _rankings(rankings: list[Mapping[str, Any]]) -> str:
@@ -271,5 +270,5 @@ def _sources(arms: Mapping[str, Any]) -> str:
     names = list(next(iter(arms.values()))["sources"])
     if len(names) < 2:
         return ""
-    rows = [[arm, *(_value(found["sources"][name]) for name in names)] for arm, found in arms.items()]
+    rows = [[arm, *(_value(result["sources"][name]) for name in names)] for arm, result in arms.items()]
     return section("By source", table(["bits per byte at the end", *names], rows))

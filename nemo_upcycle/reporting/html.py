@@ -7,53 +7,11 @@ import html
 import itertools
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-h1, h2 { line-height: 1.2; overflow-wrap: anywhere; }
-h1 + p { font-size: 1.25rem; line-height: 1.35; }
-h2 { margin-top: 2.5rem; border-bottom: 1px solid #8886; padding-bottom: .2rem; }
-p, li { overflow-wrap: break-word; }
-.table { margin: 1rem 0; overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #8884; vertical-align: top; }
-th { text-align: left; vertical-align: bottom; }
-th:first-child, td:first-child { padding-left: 0; min-width: 7rem; }
-.n { white-space: nowrap; }
-h1 + p + .table td:nth-child(2) { font-size: 1.2em; font-weight: 600; line-height: 1.25; }
-img { display: block; max-width: min(100%, 48rem); background: white; }
-code, pre { font: .9em ui-monospace, monospace; background: #8882; border-radius: 3px; }
-code { padding: .1em .3em; }
-pre { padding: .7rem 1rem; overflow-x: auto; }
-pre code { background: none; padding: 0; }
-nav { columns: 2; margin: 1rem 0 2rem; }
-nav a { display: block; }
-@media (max-width: 40rem) {
-  body { margin: 1rem auto; }
-  th, td { padding: .25rem .4rem; font-size: .9rem; }
-  h1 + p { font-size: 1.15rem; }
-  h1 + p + .table td:nth-child(2) { font-size: 1em; }
-  p:has(> img) { overflow-x: auto; }
-  img { min-width: 38rem; }
-  h1 + p + .table + p > img { min-width: 0; }
-}
-@media print {
-  :root { color-scheme: light; }
-  body { font-size: 10pt; max-width: none; margin: 0; padding: 0; }
-  nav { display: none; }
-  .table, pre { overflow: visible; }
-  pre { white-space: pre-wrap; }
-  table, tr, img, pre, li { break-inside: avoid; }
-  thead { display: table-header-group; }
-  th, td { padding: .15rem .4rem; }
-  h1, h2, h2 + p { break-after: avoid; }
-  p { orphans: 3; widows: 3; }
-  img { min-width: 0; max-height: 13cm; }
-}
-"""
+_STYLE = Path(__file__).with_name("report.css")
 #: A number with its sign, error and unit: no line breaks inside.
 _NUMBER = re.compile(r"[-+]?\d[\d.,:/]*(?:e[-+]?\d+)?(?: ± \d[\d.,]*(?:e[-+]?\d+)?)?(?: (?:%|[KMGT]iB|bytes)(?!\w))?")
 
@@ -92,7 +50,7 @@ def render_html(markdown: str, figures: Mapping[str, bytes]) -> str:
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n{first}<nav>{''.join(contents)}</nav>\n{second}{rest}"
+        f"<style>\n{_STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n{first}<nav>{''.join(contents)}</nav>\n{second}{rest}"
         "</body>\n</html>\n"
     )
 

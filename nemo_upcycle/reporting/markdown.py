@@ -137,6 +137,16 @@ def with_error(value: float | None, stderr: float | None) -> str:
     return f"{value:.{decimals}f} ± {stderr:.{decimals}f}"
 
 
+def signed(value: float, stderr: float | None) -> str:
+    """Return a difference with its sign, and its error as `with_error` writes it.
+
+    Example:
+        >>> signed(0.35, 0.011), signed(-0.35, None)
+        ('+0.350 ± 0.011', '-0.35')
+    """
+    return f"{'+' if value > 0 else ''}{with_error(value, stderr)}"
+
+
 def millions(count: float) -> str:
     """Return a count in millions or billions.
 

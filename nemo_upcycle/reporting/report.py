@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemo_upcycle.convert.model_card import add_scores
-from nemo_upcycle.reporting import evaluation_sections, sections, training_sections
+from nemo_upcycle.reporting import evaluation_sections, figures, sections
 from nemo_upcycle.reporting.environment import describe_environment
-from nemo_upcycle.reporting.figures import load_figure, loss_figure
 from nemo_upcycle.reporting.html import render_html
 from nemo_upcycle.reporting.markdown import plain
-from nemo_upcycle.reporting.opening import opening
 from nemo_upcycle.reporting.results import collect_results
-from nemo_upcycle.reporting.run_folder import RunRecord, read_run
-from nemo_upcycle.reporting.score_figures import heldout_figure, scores_figure
-from nemo_upcycle.reporting.training_figures import routers_figure, speed_figure
+from nemo_upcycle.reporting.run_folder import read_run
 from nemo_upcycle.utils.files import read_json, whole_file, write_json
-
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-_DPI = 150
 
 
 def write_report(run_dir: Path, planned: Mapping[str, dict[str, float]] | None = None) -> Path:
@@ -47,23 +36,24 @@ def write_report(run_dir: Path, planned: Mapping[str, dict[str, float]] | None =
     """
     run = read_run(run_dir)
     results = collect_results(run, describe_environment())
-    for stage, found in (_planned_before(run_dir) if planned is None else planned).items():
-        results["training"][stage]["planned"] = found
-    figures = {
-        "loss": loss_figure(run.curves, _flops_per_token(run)),
-        "heldout": heldout_figure(run.curves),
-        "scores": scores_figure(results),
-        "experts": load_figure(run.curves["pretrain"]),
-        "routers": routers_figure(run.curves["pretrain"]),
-        "speed": speed_figure(run.curves),
+    for stage, plan in (_planned_before(run_dir) if planned is None else planned).items():
+        results["training"][stage]["planned"] = plan
+    flops_per_token = {stage: settings["flops_per_token"]["full"] for stage, settings in run.settings.items()}
+    drawn = {
+        "loss": figures.loss_figure(run.curves, flops_per_token),
+        "heldout": figures.heldout_figure(run.curves),
+        "scores": figures.scores_figure(results),
+        "experts": figures.load_figure(run.curves["pretrain"]),
+        "routers": figures.routers_figure(run.curves["pretrain"]),
+        "speed": figures.speed_figure(run.curves),
     }
-    drawn = {f"{name}.png": _png(figure) for name, figure in figures.items() if figure is not None}
-    results["figures"] = [name for name, figure in figures.items() if figure is not None]
+    images = {f"{name}.png": figures.png_of(figure) for name, figure in drawn.items() if figure is not None}
+    results["figures"] = [name for name, figure in drawn.items() if figure is not None]
     write_json(run_dir / "results.json", results)
     text, target = compose(results, run_dir), run_dir / "report.md"
     # Half of a character of two is no text: it is replaced.
-    pages = {"report.html": render_html(text, drawn), target.name: text}
-    for name, content in (drawn | {name: page.encode(errors="replace") for name, page in pages.items()}).items():
+    pages = {"report.html": render_html(text, images), target.name: text}
+    for name, content in (images | {name: page.encode(errors="replace") for name, page in pages.items()}).items():
         with whole_file(run_dir / name) as aside:
             aside.write_bytes(content)
     for folder in (run_dir / "hf", run_dir / "dense_ct/hf"):  # exported before they were evaluated
@@ -71,25 +61,10 @@ def write_report(run_dir: Path, planned: Mapping[str, dict[str, float]] | None =
     return target
 
 
-def _png(figure: Figure) -> bytes:
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=_DPI, format="png")
-    return drawn.getvalue()
-
-
 def _planned_before(run_dir: Path) -> dict[str, dict[str, float]]:
     path = run_dir / "results.json"
     training = read_json(path)["training"] if path.is_file() else {}
     return {stage: done["planned"] for stage, done in training.items() if "planned" in done}
-
-
-def _flops_per_token(run: RunRecord) -> dict[str, float]:
-    """Return the FLOPs of a token by stage, where they are known."""
-    return {
-        stage: settings["flops_per_token"]["full"]
-        for stage, settings in run.settings.items()
-        if "flops_per_token" in settings
-    }
 
 
 def compose(results: dict[str, Any], run_dir: Path) -> str:
@@ -101,13 +76,13 @@ def compose(results: dict[str, Any], run_dir: Path) -> str:
     """
     parts = [
         f"# {plain(run_dir.resolve().name)}",
-        opening(results),
+        sections.opening(results),
         sections.command(results),
         evaluation_sections.evaluation(results),
         evaluation_sections.samples(results),
         evaluation_sections.step_zero(results),
-        training_sections.training(results),
-        training_sections.expert_load(results),
+        sections.training(results),
+        sections.expert_load(results),
         sections.receipt(results),
         sections.setting(results),
         sections.next_steps(results, run_dir),

@@ -16,19 +16,6 @@ from nemo_upcycle.suites.local_tasks import LOCAL_TASKS, is_text
 
 #: Which models are compared: the second against the first.
 PAIRS = (("dense_ct", "trained"), ("dense", "trained"), ("dense", "dense_ct"))
-_LOGIT_KEYS = (
-    "max_abs_logit_diff",
-    "max_abs_logit_diff_same_stack",
-    "max_abs_logit_diff_same_stack_float32",
-    "parent_float32_rounding",
-    "mean_abs_logit_diff",
-    "same_argmax",
-    "max_abs_logit",
-    "tokens_compared",
-    "tolerance",
-    "tolerance_same_stack",
-    "within_tolerance",
-)
 
 
 def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, Any]:
@@ -36,16 +23,16 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
 
     Args:
         run: what `read_run` read.
-        environment: what `describe_environment` found.
+        environment: what `describe_environment` returned.
 
     Returns:
-        `evaluation` (model -> metric -> value, stderr), `step0` (parent against step 0, item by item, and `logits`
-        from the receipt), `paired` (`B_minus_A` -> metric -> difference; groups of tasks stand for their tasks),
-        `sources` (model -> source of held-out text -> bits per byte), `published` (the suite's, or None),
-        `contamination` (task -> items, and how many of them were found), `samples` (held-out prompts with each
-        model's continuation), `training` (stage -> settings, first and last losses, tokens, rates, memory, expert
-        load, routers), `receipt` and `online_receipt` (without the list of parameters), `evaluation_settings`,
-        `stage_seconds`, `command`, `recipes` and `environment`.
+        `evaluation` (model -> metric -> value, stderr), `step0` (parent against step 0, item by item), `paired`
+        (`B_minus_A` -> metric -> difference; groups of tasks stand for their tasks), `sources` (model -> source of
+        held-out text -> bits per byte), `published` (the suite's, or None), `contamination` (task -> items, and how
+        many of them the texts contain), `samples` (held-out prompts with each model's continuation), `training` (stage
+        -> settings, first and last losses, tokens, rates, memory, expert load, routers), `receipt` and
+        `online_receipt` (without the list of parameters), `evaluation_settings`, `stage_seconds`, `command`,
+        `recipes` and `environment`.
 
     Raises:
         UpcycleError: two models were evaluated on different items.
@@ -59,10 +46,7 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
             }
             for name, evaluation in evaluations.items()
         },
-        "step0": {
-            **compare_items(evaluations["dense"], evaluations["step0"]),
-            "logits": {key: run.receipt[key] for key in _LOGIT_KEYS if key in run.receipt},
-        },
+        "step0": compare_items(evaluations["dense"], evaluations["step0"]),
         "paired": {
             f"{b}_minus_{a}": {
                 metric: paired_difference(evaluations[a], evaluations[b], metric)
@@ -81,7 +65,7 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
         "samples": _samples(evaluations),
         "training": {
             stage: summarise_curve(curve)
-            | ({"settings": run.settings[stage]} if stage in run.settings else {})
+            | {"settings": run.settings[stage]}
             | ({"changes": run.changes[stage]} if stage in run.changes else {})
             for stage, curve in run.curves.items()
         },
@@ -105,26 +89,26 @@ def _main_metrics(evaluation: dict[str, Any]) -> list[str]:
     return [metric for metric in evaluation["metrics"] if metric.rpartition("/")[0] not in grouped]
 
 
-def _contamination(found: dict[str, Any] | None, metrics: Iterable[str]) -> dict[str, Any]:
+def _contamination(contamination: dict[str, Any] | None, metrics: Iterable[str]) -> dict[str, Any]:
     """Return, of every task that was looked for, its `items`, those whose passages were `removed`, those `left`."""
-    if found is None:
+    if contamination is None:
         return {}
-    counted = {}
+    counted, report = {}, contamination["report"]
     for task in dict.fromkeys(metric.rpartition("/")[0] for metric in metrics):
         plain = re.sub(r"_\d+shot$", "", task)
         name = f"lm-eval/{plain}"
         if plain in LOCAL_TASKS:
             name = "" if is_text(plain) else "mmlu"
-        if name in found["sets"]:
-            items, hit = (found["sets"][name][key] for key in ("items", "items_hit"))
-            left = found["report"]["sets"].get(name, {}).get("items_hit", 0)
-            counted[task] = {"items": items, "removed": hit, "left": left, "left_words": found["report"]["words"]}
+        if name in contamination["sets"]:
+            items, hit = (contamination["sets"][name][key] for key in ("items", "items_hit"))
+            left = report["sets"].get(name, {}).get("items_hit", 0)
+            counted[task] = {"items": items, "removed": hit, "left": left, "left_words": report["words"]}
     return counted
 
 
 def _samples(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the prompts, each with the continuations of the models that have some."""
-    asked = {name: found for name, evaluation in evaluations.items() if (found := evaluation.get("samples"))}
+    asked = {name: samples for name, evaluation in evaluations.items() if (samples := evaluation.get("samples"))}
     return [
         {
             **{key: texts[0][key] for key in ("document", "prompt", "goes_on")},

@@ -26,10 +26,13 @@ _NUMBER = int | float
 _COUNTS = ("dense_params", "total_params", "active_params", "bytes_read", "bytes_needed", "bytes_written", "seconds")
 _RECEIPT = {"spec": dict, "exact": bool, **dict.fromkeys((*_COUNTS, "ranks"), _NUMBER), "layout": dict}
 _EVALUATION = dict.fromkeys(("metrics", "items", "groups", "settings", "versions", "seconds", "model"), dict)
+_CONTAMINATION = {"sets": dict, "report": dict}
 _STEP = ("step", "tokens", "seconds")
 _SETTINGS = {
-    **{"max_lr": _NUMBER, "schedule": dict, "precision": str, "optimizer": str, "weight_decay": _NUMBER},
+    **dict.fromkeys(("precision", "optimizer", "data"), str),
+    **dict.fromkeys(("schedule", "flops_per_token"), dict),
     **dict.fromkeys(("max_steps", "global_batch_size", "micro_batch_size", "seq_length", "ranks"), _NUMBER),
+    **dict.fromkeys(("max_lr", "weight_decay"), _NUMBER),
 }
 
 
@@ -53,11 +56,11 @@ class RunRecord:
     """The inputs of a report.
 
     Attributes:
-        recipe: name of the recipe, from `pipeline.json`; `RECIPE` for a folder made otherwise.
+        recipe: name of the recipe, from `pipeline.json`.
         receipt: of the check of step 0 on one rank, with its comparison of logits.
         online_receipt: of the upcycling inside the training job; None without one.
         curves: of `pretrain` and, unless it was skipped, `dense_ct`.
-        settings: `training.json` by stage, without the stages that wrote none.
+        settings: `training.json` by stage.
         changes: by stage, the settings that were changed after it had started.
         evaluations: by the names in `MODELS`, perhaps without `dense_ct`.
         command: the command line that was typed, if the run noted it.
@@ -91,18 +94,14 @@ def read_run(folder: Path) -> RunRecord:
     left_out = {"dense_ct"} if markers.get("dense_ct", {}).get("outputs", {}).get("left_out") else set()
     trained = [stage for stage in ("pretrain", "dense_ct") if stage not in left_out]
     data = Path(markers.get("data", {}).get("outputs", {}).get("folder", folder / "data/blend"))
-    found = data / CONTAMINATION
-    plan, online, command = folder / "pipeline.json", folder / "pretrain/receipt.json", folder / "command.txt"
+    contamination = data / CONTAMINATION
+    online, command = folder / "pretrain/receipt.json", folder / "command.txt"
     return RunRecord(
-        recipe=_read(plan, "import", {"recipe": str})["recipe"] if plan.is_file() else "RECIPE",
+        recipe=_read(folder / "pipeline.json", "import", {"recipe": str})["recipe"],
         receipt=_read(folder / "receipt.json", "upcycle", _RECEIPT),
         online_receipt=_read(online, "pretrain", _RECEIPT) if online.is_file() else None,
         curves={stage: read_curve(_made_by(stage, folder / stage / "metrics.jsonl")) for stage in trained},
-        settings={
-            stage: _read(path, stage, _SETTINGS)
-            for stage in trained
-            if (path := folder / stage / "training.json").is_file()
-        },
+        settings={stage: _read(folder / stage / "training.json", stage, _SETTINGS) for stage in trained},
         changes={
             stage: [change for _, change in read_json_lines(path)]
             for stage in trained
@@ -116,28 +115,28 @@ def read_run(folder: Path) -> RunRecord:
         command=read_text(command).strip() if command.is_file() else None,
         recipes={stage: recipe for stage in trained if (folder / (recipe := f"recipes/{stage}.yaml")).is_file()},
         stage_seconds={stage: marker["seconds"] for stage, marker in markers.items() if "seconds" in marker},
-        contamination=_read(found, "data", {"sets": dict, "report": dict}) if found.is_file() else None,
+        contamination=_read(contamination, "data", _CONTAMINATION) if contamination.is_file() else None,
     )
 
 
 def _read_markers(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the markers of the stages that finished, each after those that it names as its inputs."""
-    found = {path.parent.name: _read(path, path.parent.name) for path in sorted(folder.glob(f"*/{MARKER}"))}
-    found = {name: marker for name, marker in found.items() if marker.get("stage") == name}  # a suite has one, too
+    markers = {path.parent.name: _read(path, path.parent.name) for path in sorted(folder.glob(f"*/{MARKER}"))}
+    markers = {name: marker for name, marker in markers.items() if marker.get("stage") == name}  # a suite has one, too
     needs = {
         name: [key.removeprefix("stage ") for key in marker.get("inputs", {}) if key.startswith("stage ")]
-        for name, marker in found.items()
+        for name, marker in markers.items()
     }
     ordered: dict[str, dict[str, Any]] = {}
 
     def add(name: str) -> None:
         for before in needs.pop(name, ()):
             add(before)
-        if name in found:
-            ordered[name] = found[name]
+        if name in markers:
+            ordered[name] = markers[name]
 
     needed = {name for names in needs.values() for name in names}
-    for name in sorted(found, key=lambda name: name in needed):
+    for name in sorted(markers, key=lambda name: name in needed):
         add(name)
     return ordered
 
@@ -172,8 +171,8 @@ def read_curve(path: Path) -> Curve:
         for line in lines
         if line.get("validation_loss") is not None
     ]
-    found = [(line["step"] * step_tokens, line["evaluation"].get(BITS)) for line in lines if "evaluation" in line]
-    scores = [(tokens, score["value"], score["stderr"]) for tokens, score in found if score]
+    scored = [(line["step"] * step_tokens, line["evaluation"].get(BITS)) for line in lines if "evaluation" in line]
+    scores = [(tokens, score["value"], score["stderr"]) for tokens, score in scored if score]
     return Curve(steps, validation, scores)
 
 
@@ -184,10 +183,10 @@ def _read(path: Path, stage: str, keys: Mapping[str, Any] = MappingProxyType({})
         keys, value = {"JSON object": dict}, {}
     wrong = [key for key, kind in keys.items() if not isinstance(value.get(key), kind)]
     if wrong:
-        found = value.get(wrong[0])
+        actual = value.get(wrong[0])
         raise UpcycleError(
             str(path),
-            got=f"no {wrong[0]}" if found is None else f"{wrong[0]}: {str(found)[:80]!r}",
+            got=f"no {wrong[0]}" if actual is None else f"{wrong[0]}: {str(actual)[:80]!r}",
             expected=f"what stage '{stage}' writes",
             fix=f"run stage '{stage}' again: delete {path} and its marker, then run the pipeline with the same dir",
         )
@@ -200,6 +199,6 @@ def _made_by(stage: str, path: Path) -> Path:
             str(path),
             got="no such file",
             expected=f"what stage '{stage}' writes",
-            fix=f"run the pipeline again with the same dir: it goes on with stage '{stage}'",
+            fix=f"run the pipeline again with the same dir: it resumes with stage '{stage}'",
         )
     return path

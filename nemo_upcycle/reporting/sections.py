@@ -1,4 +1,7 @@
-"""The sections of report.md, each a function of the results that names the files of its numbers."""
+"""The sections of report.md, each a function of the results that names the files of its numbers.
+
+Those about what the models answer are in `evaluation_sections`.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,135 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.reporting.markdown import code, fenced, millions, number, plain, section, sources, table
+from nemo_upcycle.evaluation.heldout import BITS
+from nemo_upcycle.reporting.evaluation_sections import verdict
+from nemo_upcycle.reporting.figures import chain_only
+from nemo_upcycle.reporting.markdown import (
+    code,
+    fenced,
+    label,
+    millions,
+    number,
+    plain,
+    section,
+    signed,
+    sources,
+    table,
+)
+from nemo_upcycle.reporting.run_folder import MODELS
 from nemo_upcycle.utils.files import size_text
 from nemo_upcycle.utils.progress import duration
+
+
+#: With how many numbers a report opens.
+_NUMBERS = 4
+#: The models of the training stages.
+_TRAINED = {"pretrain": "trained", "dense_ct": "dense_ct"}
+#: The router metrics of the report: the name in `metrics.jsonl` and the title.
+_ROUTER_ROWS = {
+    "load_entropy": "entropy of the load over that of perfect balance",
+    "dead_experts": "dead experts, all layers (less than 1 % of a balanced share)",
+    "dropped": "dropped, as a part of the wanted slots",
+    "load_balancing_loss": "load-balancing loss without its coefficient (1: balanced)",
+    "expert_distance": "distance of the experts from their mean, relative (0: copies)",
+}
+
+
+def opening(results: dict[str, Any]) -> str:
+    """Return what a reader wants to know first; its first paragraph, the headline, is also printed after a run."""
+    parts = (
+        _headline(results),
+        table(["", "measured", "verdict"], _numbers(results)[:_NUMBERS], words=1),
+        "![loss over tokens](loss.png)",
+        _made(results),
+    )
+    return "\n\n".join(parts)
+
+
+def _headline(results: dict[str, Any]) -> str:
+    spec, done, metric = results["receipt"]["spec"], results["training"]["pretrain"], _metric(results)
+    others = {"dense": "its dense parent", "dense_ct": "the dense baseline"}
+    compared = [
+        f"{_compared(results['paired'][pair][metric])} {title}"
+        for name, title in others.items()
+        if (pair := f"trained_minus_{name}") in results["paired"]
+    ]
+    few = chain_only(done["steps"])
+    return plain(
+        f"After {done['steps']:,} steps on {done['tokens']:,} tokens the MoE of {spec['num_experts']} experts, top-"
+        f"{spec['top_k']}, is {' and '.join(compared)}, by {_name(metric)}.{f' {few}.' if few else ''}"
+    )
+
+
+def _compared(difference: dict[str, Any]) -> str:
+    words = {
+        "the MoE is better": "better than",
+        "the other is better": "worse than",
+        "not judged": "not judged against",
+    }
+    return words.get(verdict(difference, "the other", "the MoE"), "not distinguishable from")
+
+
+def _metric(results: dict[str, Any]) -> str:
+    metrics = results["evaluation"]["dense"]
+    return BITS if BITS in metrics else next(iter(metrics))  # the most sensitive one of the local suites
+
+
+def _name(metric: str) -> str:
+    return "bits per byte of held-out text" if metric == BITS else label(metric)
+
+
+def _numbers(results: dict[str, Any]) -> list[list[str]]:
+    """Return rows of a question, what was measured and a verdict, the most important first."""
+    metric, training = _metric(results), results["training"]
+    rows = [_step_zero(results)]
+    for name, title in (("dense", "the dense parent"), ("dense_ct", "the dense baseline")):
+        if paired := results["paired"].get(f"trained_minus_{name}", {}).get(metric):
+            difference = signed(paired["difference"], paired["stderr"])
+            rows.append([f"trained MoE - {title}: {_name(metric)}", difference, verdict(paired, title, "the MoE")])
+    done = training["pretrain"]
+    share = f"{100 * done['memory_share']:.0f} % of its GPU" if "memory_share" in done else "on a CPU"
+    return [*rows, _speed(training), ["peak memory of a rank", f"{done['memory_gib']:.2f} GiB", share]]
+
+
+def _step_zero(results: dict[str, Any]) -> list[str]:
+    receipt, step0 = results["receipt"], results["step0"]
+    measured, allowed = receipt.get("max_abs_logit_diff"), receipt.get("tolerance")
+    if not receipt["exact"]:
+        text = "this specification cannot be exact"
+    elif measured is None:
+        text = "logits were not compared"
+    else:
+        equal = "equal up to rounding" if receipt.get("within_tolerance") else "not equal"
+        text = f"{equal} (allowed: {number(allowed, 3)})"
+    changed = f"; {step0['changed_answers']} of {step0['questions']} answers changed" if step0["questions"] else ""
+    return ["MoE at step 0 - the dense parent: largest logit difference", number(measured, 3), text + changed]
+
+
+def _speed(training: dict[str, Any]) -> list[str]:
+    """Compare the speed with the plan's, else with that of the dense baseline."""
+    speed = training["pretrain"]["tokens_per_s"]
+    planned = (training["pretrain"].get("planned") or {}).get("tokens_per_s")
+    others = {"the plan's": planned, "the dense baseline's": training.get("dense_ct", {}).get("tokens_per_s")}
+    ratios = [
+        f"{speed / other:.2f} times {title} {number(other)}" for title, other in others.items() if speed and other
+    ]
+    return ["tokens per second in training", number(speed), ratios[0] if ratios else "nothing to compare with"]
+
+
+def _made(results: dict[str, Any]) -> str:
+    """Return what was made of what, and how the MoE's compute compares with the baseline's."""
+    receipt, training = results["receipt"], results["training"]
+    text = (
+        f"A dense model of {millions(receipt['dense_params'])} parameters became an MoE of"
+        f" {millions(receipt['total_params'])}, {millions(receipt['active_params'])} of them active for a token."
+    )
+    if "dense_ct" in training:
+        tokens = [training[stage]["tokens"] for stage in ("pretrain", "dense_ct")]
+        same = "equally many tokens" if tokens[0] == tokens[1] else f"{tokens[0]:,} and {tokens[1]:,} tokens"
+        share = receipt["active_params"] / receipt["dense_params"]
+        text += f" MoE and baseline saw {same}; for each, the MoE computes with {share:.2f} times the parameters."
+    return f"{text} Differences are ± their paired standard error. Every number is repeated below, with its file."
 
 
 def command(results: dict[str, Any]) -> str:
@@ -19,33 +148,163 @@ def command(results: dict[str, Any]) -> str:
     return section("Command", typed, settings) if typed or settings else ""
 
 
+def training(results: dict[str, Any]) -> str:
+    """Return the training settings, first and last losses, and speed of the models."""
+    stages = results["training"]
+    columns = [_settings(done) | _outcome(done) for done in stages.values()]
+    rows = [
+        [title, *(column.get(title, "-") for column in columns)]
+        for title in dict.fromkeys(title for column in columns for title in column)
+    ]
+    files = [f"{stage}/{file}" for stage in stages for file in ("metrics.jsonl", "training.json")]
+    return section(
+        "Training",
+        _data(stages),
+        table(["", *(MODELS[_TRAINED[stage]] for stage in stages)], rows),
+        _changes(stages),
+        "![tokens per second and memory](speed.png)",
+        sources(*files),
+    )
+
+
+def _changes(stages: dict[str, Any]) -> str:
+    """Return the settings that were changed after a training had started; nothing where none was."""
+    rows = [
+        [str(change.get(key, "-")) for key in ("setting", "before", "after", "time")]
+        for done in stages.values()
+        for change in done.get("changes", ())
+    ]
+    if not rows:
+        return ""
+    header = ["changed after the start, without effect on the result but for more steps", "before", "after", "when"]
+    return table(header, rows, words=3)
+
+
+def _data(stages: dict[str, Any]) -> str:
+    """Return what the models were trained on, once where it is the same."""
+    data = {f" of the {MODELS[_TRAINED[stage]]}": done["settings"]["data"] for stage, done in stages.items()}
+    if len(set(data.values())) == 1:
+        data = {"": next(iter(data.values()))}
+    return "\n\n".join(f"Data{whose}: {plain(text)}." for whose, text in data.items())
+
+
+def _settings(done: dict[str, Any]) -> dict[str, str]:
+    """Return a stage's training settings."""
+    settings = done["settings"]
+    schedule = settings["schedule"]
+    end = f" to {number(schedule['min_lr'], 6)}" if schedule.get("min_lr") is not None else ""
+    warmup = f", {schedule['warmup_steps']} of them warm-up" if schedule.get("warmup_steps") else ""
+    steps = f"{schedule['name']}{end} over {settings['max_steps']} steps{warmup}"
+    rows = {
+        "learning rate, peak": f"{number(settings['max_lr'], 6)}, {steps}",
+        "batch, sequences a step": f"{settings['global_batch_size']} (micro batch {settings['micro_batch_size']})",
+        "sequence length, tokens": str(settings["seq_length"]),
+        "precision": settings["precision"],
+        "optimizer": f"{settings['optimizer']}, weight decay {number(settings['weight_decay'], 6)}",
+        "ranks of the training job": str(settings["ranks"]),
+    }
+    factors = settings.get("lr_factors", {})
+    if factors.get("warmup_steps") or any(factors.get(part, 1) != 1 for part in ("router", "experts")):
+        steps = factors["warmup_steps"]
+        frozen = f", {factors['freezes']} frozen for {steps} steps" if steps else ""
+        rows["factors on the learning rate"] = (
+            f"router {number(factors['router'], 6)}, experts {number(factors['experts'], 6)}{frozen}"
+        )
+    return rows
+
+
+def _outcome(done: dict[str, Any]) -> dict[str, str]:
+    """Return the losses of a training stage, its speed and its memory."""
+    rows = {
+        "steps": str(done["steps"]),
+        "tokens": f"{done['tokens']:,}",
+        "training loss, first step": number(done["first_loss"]),
+        "training loss, last step": number(done["last_loss"]),
+        "validation loss, first": number(done["first_validation_loss"]),
+        "validation loss, last": number(done["last_validation_loss"]),
+        "time in steps": duration(done["seconds"]),
+        "ranks times hours in steps": number(done["seconds"] / 3600 * done["settings"]["ranks"], 3),
+        "tokens per second": number(done["tokens_per_s"]),
+    }
+    planned = done.get("planned") or {}
+    if planned:
+        rows["tokens per second, planned"] = number(planned["tokens_per_s"])
+    conventions = "full attention / causal half"
+    if rate := done.get("tflops_per_gpu"):
+        rows[f"TFLOP/s of a rank ({conventions})"] = f"{number(rate['full'], 3)} / {number(rate['causal'], 3)}"
+    for name, mfu in done.get("mfu", {}).items():
+        rows[f"MFU, {name.upper()} peak ({conventions})"] = f"{100 * mfu['full']:.1f} % / {100 * mfu['causal']:.1f} %"
+    share = f" ({100 * done['memory_share']:.0f} % of its GPU)" if "memory_share" in done else ""
+    rows["peak memory of a rank"] = f"{done['memory_gib']:.2f} GiB{share}"
+    if planned:
+        rows["memory of the fullest rank, planned"] = f"{planned['memory_gib']:.2f} GiB"
+    return rows
+
+
+def expert_load(results: dict[str, Any]) -> str:
+    """Return how evenly the experts were used; nothing without counts."""
+    load = results["training"]["pretrain"].get("expert_load")
+    if not load:
+        return ""
+    rows = [
+        [name, *(f"{100 * load[step][key]:.2f} %" for step in ("first", "last"))]
+        for name, key in (("least used expert of any layer", "min"), ("most used expert of any layer", "max"))
+    ]
+    rows.append(["coefficient of variation, mean of the layers", *(f"{load[s]['cv']:.3f}" for s in ("first", "last"))])
+    router = results["training"]["pretrain"].get("router", {"first": {}, "last": {}})
+    rows += [
+        [title, *(f"{router[step][key]:.4g}" if key in router[step] else "-" for step in ("first", "last"))]
+        for key, title in _ROUTER_ROWS.items()
+        if key in router["first"] | router["last"]
+    ]
+    return section(
+        "Expert load",
+        "![expert load per layer over the steps](experts.png)",
+        _worst(load["worst"]),
+        table(["share of a layer's token slots", "first step", "last step"], rows),
+        "![routers over tokens](routers.png)" if "routers" in results["figures"] else "",
+        f"Perfect balance is 1/E = {100 * load['first']['balanced']:.4g} % and a coefficient of 0."
+        " Source: `pretrain/metrics.jsonl`.",
+    )
+
+
+def _worst(worst: dict[str, Any]) -> str:
+    text = (
+        f"Max violation over the whole run (load of the busiest expert over the balanced load, minus 1):"
+        f" {worst['max_violation']:.3f}, in layer {worst['layer']} at step {worst['step']}."
+    )
+    if "dead_experts" in worst:
+        text += f" Most dead experts in a step, all layers together: {worst['dead_experts']:.0f}."
+    return text
+
+
 def receipt(results: dict[str, Any]) -> str:
     """Return what was made from what: in the check of step 0, and inside the training job."""
     columns = {"check of step 0": (results["receipt"], "receipt.json")}
     if results["online_receipt"]:
         columns["training job"] = (results["online_receipt"], "pretrain/receipt.json")
-    found = [receipt for receipt, _ in columns.values()]
+    receipts = [receipt for receipt, _ in columns.values()]
     rows = [
-        ["parameters, dense", *(millions(entry["dense_params"]) for entry in found)],
-        ["parameters, MoE", *(millions(entry["total_params"]) for entry in found)],
-        ["of these active for a token", *(millions(entry["active_params"]) for entry in found)],
-        ["bytes read", *(size_text(entry["bytes_read"]) for entry in found)],
-        ["bytes the slices needed", *(size_text(entry["bytes_needed"]) for entry in found)],
-        ["bytes written", *(size_text(entry["bytes_written"]) for entry in found)],
-        ["seconds, slowest rank", *(number(entry["seconds"], 3) for entry in found)],
-        ["ranks", *(str(entry["ranks"]) for entry in found)],
-        ["layout", *(_layout(entry["layout"]) for entry in found)],
-        ["type of the parameters", *(", ".join(entry["parameter_dtypes"]) or "-" for entry in found)],
+        ["parameters, dense", *(millions(entry["dense_params"]) for entry in receipts)],
+        ["parameters, MoE", *(millions(entry["total_params"]) for entry in receipts)],
+        ["of these active for a token", *(millions(entry["active_params"]) for entry in receipts)],
+        ["bytes read", *(size_text(entry["bytes_read"]) for entry in receipts)],
+        ["bytes the slices needed", *(size_text(entry["bytes_needed"]) for entry in receipts)],
+        ["bytes written", *(size_text(entry["bytes_written"]) for entry in receipts)],
+        ["seconds, slowest rank", *(number(entry["seconds"], 3) for entry in receipts)],
+        ["ranks", *(str(entry["ranks"]) for entry in receipts)],
+        ["layout", *(_layout(entry["layout"]) for entry in receipts)],
+        ["type of the parameters", *(", ".join(entry["parameter_dtypes"]) or "-" for entry in receipts)],
     ]
-    spec = ", ".join(code(f"{key}={value}") for key, value in found[0]["spec"].items())
-    made = "\n".join(f"- {plain(made_by)}: {count}" for made_by, count in found[0]["parameters_made_by"].items())
+    spec = ", ".join(code(f"{key}={value}") for key, value in receipts[0]["spec"].items())
+    made = "\n".join(f"- {plain(made_by)}: {count}" for made_by, count in receipts[0]["parameters_made_by"].items())
     return section(
         "Receipt",
         table(["", *columns], rows),
         f"Specification: {spec}.",
-        _exactness(found[0]),
+        _exactness(receipts[0]),
         f"Tensors by what made them:\n\n{made}" if made else "",
-        f"Dense source: {code(found[0]['source'])}. {sources(*(file for _, file in columns.values()))}",
+        f"Dense source: {code(receipts[0]['source'])}. {sources(*(file for _, file in columns.values()))}",
     )
 
 
@@ -99,7 +358,7 @@ def setting(results: dict[str, Any]) -> str:
 
 
 def next_steps(results: dict[str, Any], run_dir: Path) -> str:
-    """Return the commands to go on with."""
+    """Return the commands for a longer training and more tasks."""
     model = Path(results["evaluation_settings"]["trained"]["model"]["folder"])
     baseline = " dense_ct.trainer.max_steps=200" if "dense_ct" in results["evaluation"] else ""
     commands = f"""# train for longer, into a new folder

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.suites.choose import choose_questions, local_questions
 from nemo_upcycle.suites.lm_eval_tasks import load_tasks, question_of
+from nemo_upcycle.suites.suite import choose_questions, local_questions
 from nemo_upcycle.suites.suite_config import read_suite_config
 
 
@@ -67,12 +67,12 @@ def lm_eval_items(names: Sequence[str], include_path: Path | None = None) -> Ite
 
 
 def _forms(task: Any, document: Mapping[str, Any]) -> tuple[str, ...]:
-    found = question_of(task, document)
-    stems = [found.stem]
+    question = question_of(task, document)
+    stems = [question.stem]
     if isinstance(document.get("question"), str):  # where the prompt puts a passage or examples before it
         stems.append(document["question"])
-    prompts = (f"{found.prompt} {answer}" for answer in found.answers or ("",))
-    return (*(form for stem in stems for form in renderings(stem, found.options, found.answers)), *prompts)
+    prompts = (f"{question.prompt} {answer}" for answer in question.answers or ("",))
+    return (*(form for stem in stems for form in renderings(stem, question.options, question.answers)), *prompts)
 
 
 def renderings(question: str, options: Sequence[str], answers: Sequence[str]) -> tuple[str, ...]:

@@ -119,7 +119,7 @@ def question_of(task: Any, document: Mapping[str, Any]) -> Question:
     prompt = task.doc_to_text(document)
     target = task.doc_to_target(document)
     choices = [str(choice) for choice in task.doc_to_choice(document)] if task.config.doc_to_choice else []
-    if isinstance(prompt, int):  # each choice is a beginning, and the target goes on
+    if isinstance(prompt, int):  # each choice begins a sentence that the target ends
         return Question(choices[prompt], choices[prompt], (), (str(target),))
     stem, options = _without_options(prompt, choices)
     answers = [_answer(one, choices, options) for one in (target if isinstance(target, list) else [target])]
@@ -132,8 +132,8 @@ def _without_options(prompt: str, choices: list[str]) -> tuple[str, list[str]]:
     """Return the prompt up to the options that it lists by letters, and the options."""
     are_letters = bool(choices) and all(len(choice.strip()) == 1 for choice in choices)
     letters = [choice.strip() for choice in choices] if are_letters else string.ascii_uppercase[: len(choices)]
-    found = [re.search(rf"^[ \t]*\(?{re.escape(letter)}[.):](.*)$", prompt, re.MULTILINE) for letter in letters]
-    lines = [match for match in found if match]
+    matches = [re.search(rf"^[ \t]*\(?{re.escape(letter)}[.):](.*)$", prompt, re.MULTILINE) for letter in letters]
+    lines = [match for match in matches if match]
     if not lines or len(lines) < len(choices):
         return prompt, [] if are_letters else choices
     return prompt[: lines[0].start()], [line.group(1).strip() for line in lines] if are_letters else choices

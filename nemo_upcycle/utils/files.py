@@ -194,10 +194,14 @@ def forget_work(folder: Path, *names: str) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def take_lock(path: Path) -> AbstractContextManager[Any]:
+def take_lock(path: Path, timeout_s: float = 0) -> AbstractContextManager[Any]:
     """Lock a file for this process, until the returned context or the process ends, even by `kill -9`.
 
     Some network file systems have no locks: avoiding two writers is then the user's responsibility.
+
+    Args:
+        path: the file, which is created.
+        timeout_s: how long to wait for another process that holds the lock; -1 waits for its end.
 
     Raises:
         TimeoutError: another process holds the lock.
@@ -205,7 +209,7 @@ def take_lock(path: Path) -> AbstractContextManager[Any]:
     from filelock import FileLock
 
     try:
-        return FileLock(path, timeout=0, fallback_to_soft=False).acquire()
+        return FileLock(path, timeout=timeout_s, fallback_to_soft=False).acquire()
     except NotImplementedError:  # of a filelock before 4, as images have
         return nullcontext()
     except OSError as error:  # filelock's TimeoutError is one, too, without a number

@@ -67,9 +67,6 @@ def test_workers_do_not_change_a_byte(tmp_path: Path) -> None:
     assert [count["steps"]["read"]["removed"] for count in counts] == [{"broken JSON": 1}] * 6
     assert [count["steps"]["filter"]["removed"] for count in counts] == [{"empty": 1}] * 6
     assert {split for count in counts for split in count["splits"]} == {"train", "validation", "heldout"}
-    assert "in all" not in done.stdout
-    assert "train: " in done.stdout
-    assert "deduplicate: 150 duplicate" in done.stdout
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or (os.cpu_count() or 1) < 2, reason="no cores to leave out")
@@ -213,22 +210,6 @@ def test_input_changed_between_the_passes_is_an_error(tmp_path: Path) -> None:
     assert f"Fix: delete {tmp_path} and start again" in refused.stderr
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"reader": "jsonlines"}, "Did you mean 'jsonl'"),
-        ({"split": "test"}, "tasks[0].split 'test' does not exist"),
-        ({"files": []}, "tasks[0].files"),
-        ({"max_token": 3}, "Did you mean 'max_tokens'"),
-        ({"max_tokens": 0}, "tasks[0].max_tokens"),
-    ],
-)
-def test_mistakes_in_the_plan(tmp_path: Path, change: dict[str, object], message: str) -> None:
-    refused = run(write_plan(tmp_path, [{"files": ["a"], **change}]))
-    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-    assert message in refused.stderr
-
-
 def test_missing_plan_and_version(tmp_path: Path) -> None:
     refused = run(tmp_path / "plan.json")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
@@ -247,7 +228,8 @@ def test_more_tasks_than_open_files(tmp_path: Path) -> None:
     plan = write_plan(tmp_path, [{"files": [file]} for file in files])
     done = _limited(plan, "-Sn 64")
     assert done.returncode == 0, done.stderr
-    assert "deduplicate: 89 duplicate" in done.stdout
+    duplicates = [stats(plan.parent, rank)["steps"]["deduplicate"]["removed"] for rank in range(90)]
+    assert duplicates == [{}, *[{"duplicate": 1}] * 89]
 
 
 def test_no_room(tmp_path: Path) -> None:
@@ -268,5 +250,5 @@ def test_folder_with_a_pattern_in_its_name_is_refused(tmp_path: Path) -> None:
 def test_too_many_tasks_are_counted_not_listed(tmp_path: Path) -> None:
     refused = run(write_plan(tmp_path, [{"files": ["a"]}] * 65_536))
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-    assert "tasks: got 65536, expected 1 to 65535 tasks" in refused.stderr
+    assert "tasks: got 65536, expected at most 65535" in refused.stderr
     assert len(refused.stderr) < 200

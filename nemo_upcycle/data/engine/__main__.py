@@ -3,7 +3,7 @@
     --slurm PARTITION [--time T] [--qos Q]   the tasks as jobs of Slurm, N at a time; from a login node
     --ray                                    on a running Ray cluster
 
-Run again, it goes on where it was stopped or killed; the output is the same, byte for byte.
+Rerun, it resumes where it was stopped or killed; the output is the same, byte for byte.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from nemo_upcycle.package_info import __version__
 
 
 _PACKAGES = ("datatrove", "fastokens", "tokenizers", "pyarrow", "numpy")
-BAD_INPUT = 2
+_BAD_INPUT = 2
+_STOPPED = "\nstopped; run again to go on\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,11 +40,10 @@ def main(argv: list[str] | None = None) -> int:
         run_on = RunOn(arguments.workers, arguments.slurm, arguments.time, arguments.qos, arguments.ray)
         _check(run_on)
         try:
-            total = run_plan(load_plan(arguments.plan.resolve()), run_on)
+            run_plan(load_plan(arguments.plan.resolve()), run_on)
         except Stopped as stopped:
-            sys.stderr.write("\nstopped; run again to go on\n")
+            sys.stderr.write(_STOPPED)
             return 128 + int(stopped.args[0])
-        sys.stdout.write(_report(total) + "\n")
         return 0
     except UpcycleError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -56,9 +56,9 @@ def main(argv: list[str] | None = None) -> int:
             f"error: {error.filename or 'file system'}: {error.strerror or error}. Fix: access and room.\n"
         )
     except KeyboardInterrupt:
-        sys.stderr.write("\nstopped; run again to go on\n")
+        sys.stderr.write(_STOPPED)
         return 128 + signal.SIGINT
-    return BAD_INPUT
+    return _BAD_INPUT
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -70,8 +70,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    found = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
-    parser.add_argument("--version", action="version", version=f"nemo-upcycle {__version__}, {found}")
+    versions = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
+    parser.add_argument("--version", action="version", version=f"nemo-upcycle {__version__}, {versions}")
     parser.add_argument("plan", type=Path, help="DIR/build/plan.json")
     parser.add_argument("--workers", type=int, default=_cores(), help="tasks at a time (all cores it may use)")
     runs = parser.add_mutually_exclusive_group()
@@ -103,20 +103,6 @@ def _check(run_on: Any) -> None:
         raise UpcycleError("--slurm", got="no sbatch", expected="a login node of a cluster", fix="use --workers")
     if run_on.ray and not find_spec("ray"):
         raise UpcycleError("--ray", got="no ray", expected="the package", fix=f"{sys.executable} -m pip install ray")
-
-
-def _report(total: dict[str, Any]) -> str:
-    """Return what came of it, in a line or two."""
-    splits = [
-        f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens"
-        for split, counts in sorted(total["splits"].items())
-    ]
-    removed = [
-        f"{step}: {number:,} {reason}"
-        for step, counts in total["steps"].items()
-        for reason, number in sorted(counts["removed"].items())
-    ]
-    return "; ".join(splits or ["no documents"]) + ("\nremoved: " + "; ".join(removed) if removed else "")
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ class ReadDocuments(LedgerStep):
             try:
                 self.ledger.files[file] = {"bytes": size_of(file), "whole": False}
                 texts = self.ledger.texts[file] = xxh3_128()
-                for line, size_bytes, found in format.read(file, options):
-                    self.ledger.things_in += 1
+                for line, size_bytes, record in format.read(file, options):
+                    self.ledger.records_in += 1
                     self.ledger.bytes_in += size_bytes
-                    document = self._document(file, line, found, options)
+                    document = self._document(file, line, record, options)
                     if isinstance(document, str):
                         self.ledger.removed("read", document, self._identity(file, line), f"{file}:{line}", size_bytes)
                         continue
@@ -44,7 +44,7 @@ class ReadDocuments(LedgerStep):
                 self._lost(file, f"{reason} file", error.__cause__ or error)
 
     def _lost(self, file: str, reason: str, error: BaseException) -> None:
-        self.ledger.things_in += 1
+        self.ledger.records_in += 1
         self.ledger.removed("read", reason, self._identity(file, 0), f"{file}:0", 0, message=str(error)[:200])
 
     def _identity(self, file: str, line: int) -> str:
@@ -52,19 +52,19 @@ class ReadDocuments(LedgerStep):
         name = self.ledger.plan.names.get((task.source, file), file)
         return name if FORMATS[task.reader].is_document else f"{name}:{line}"
 
-    def _document(self, file: str, line: int, found: dict[str, Any] | str, options: dict[str, Any]) -> Document | str:
+    def _document(self, file: str, line: int, record: dict[str, Any] | str, options: dict[str, Any]) -> Document | str:
         """Return the document, or what is wrong with it."""
-        if isinstance(found, str):
-            return found
+        if isinstance(record, str):
+            return record
         key = options.get("text_key", "text")
-        text = found.get(key)
+        text = record.get(key)
         if not isinstance(text, str):
             return f"no {key}" if text is None else f"{key} is no text"
-        own = found.get(options.get("id_key", "id"))
+        own = record.get(options.get("id_key", "id"))
         identity = self._identity(file, line)
         if own is not None:  # two documents may have the same
             identity = f"{own}@{identity}"
-        where = {"where": f"{file}:{line}", "bucket": found.get("bucket")}
+        where = {"where": f"{file}:{line}", "bucket": record.get("bucket")}
         return Document(text=text, id=identity, metadata={**where, "split": self._split(identity)})
 
     def _split(self, identity: str) -> str:

@@ -53,7 +53,7 @@ class Ledger:
         self.upstream_s: dict[str, float] = {}  # CPU seconds of a step and all before it
         self.files: dict[str, dict[str, int | bool | None]] = {}
         self.texts: dict[str, xxh3_128] = {}  # of a file: all the texts that were read from it
-        self.bytes_in = self.things_in = 0
+        self.bytes_in = self.records_in = 0
         self.splits: dict[str, Counter[str]] = defaultdict(Counter)
         self.contamination: Any = None  # of the decontamination, where there is one
         self.report: Any = None  # of shorter n-grams in what it leaves
@@ -100,7 +100,7 @@ class Ledger:
 
     def summary(self) -> dict[str, Any]:
         """Return the counts: at every step `in` is `kept` and all that was removed."""
-        steps, seconds, comes_in, before_s = {}, {}, self.things_in, 0.0
+        steps, seconds, comes_in, before_s = {}, {}, self.records_in, 0.0
         self.upstream_s["tokenise"] = time.process_time() - self._start_s
         self.passed["tokenise"] = self.passed["decontaminate"] - sum(self.removed_by["tokenise"].values())
         for step in STEPS:

@@ -37,10 +37,10 @@ class _DamagedError(Exception):
 
 @dataclass(frozen=True)
 class Damage:
-    """Something that could not be read, at a place, with its size where it is known."""
+    """A line that could not be read, with its size where it is known."""
 
     reason: str
-    line: int
+    number: int
     size_bytes: int = 0
 
 
@@ -103,11 +103,11 @@ class _Input(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         try:
-            found = _patiently(self._url, lambda: self._tried(size))
+            data = _patiently(self._url, lambda: self._tried(size))
         except (*NOT_THERE, ValueError) as error:  # it was there; its server does not read from a place
             raise _unreadable(self._url, error) from error
-        self._place += len(found)
-        return found
+        self._place += len(data)
+        return data
 
     def _tried(self, size: int) -> bytes:
         try:
@@ -146,11 +146,12 @@ class _Input(io.RawIOBase):
 
 
 def _patiently(url: str, action: Callable[[], T]) -> T:
-    """Do something with a file, and again after a while if its server, or the way there, failed.
+    """Do something with a file, and try again after a while if its server or the network failed.
 
-    What fails for long is an error: taken for a mistake in the file it would be lost, and found again by a later pass.
+    What fails for long is an error: counted as a damaged file, its texts would be missing without notice.
     """
-    waits_s = () if _is_local(url) else _WAITS_S
+    is_local = "://" not in url or url.startswith(("file://", "local://"))
+    waits_s = () if is_local else _WAITS_S
     for wait_s in (*waits_s, None):
         try:
             return action()
@@ -166,22 +167,15 @@ def _patiently(url: str, action: Callable[[], T]) -> T:
     raise AssertionError("unreachable")
 
 
-def _is_local(url: str) -> bool:
-    return "://" not in url or url.startswith(("file://", "local://"))
-
-
 def _cause_of(error: Exception) -> BaseException:
     """Return what went wrong: fsspec takes every error of a web server for a missing file."""
-    cause = error.__cause__
-    status = getattr(cause, "status", None) or getattr(getattr(cause, "response", None), "status_code", None)
-    is_other = isinstance(cause, _web_errors()) and status not in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE)
-    return cause if is_other and cause else error
-
-
-def _web_errors() -> tuple[type[Exception], ...]:
     import aiohttp
 
-    return OSError, asyncio.TimeoutError, aiohttp.ClientError
+    cause = error.__cause__
+    status = getattr(cause, "status", None) or getattr(getattr(cause, "response", None), "status_code", None)
+    is_web_error = isinstance(cause, (OSError, asyncio.TimeoutError, aiohttp.ClientError))
+    is_other = is_web_error and status not in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE)
+    return cause if is_other and cause else error
 
 
 def _unreadable(url: str, error: BaseException) -> UpcycleError:
@@ -209,7 +203,7 @@ def read_lines(url: str, handle: IO[bytes]) -> Iterator[tuple[int, bytes] | Dama
     size_bytes = _COMPRESSED_BYTES if is_compressed else _CHUNK_BYTES
     chunks: Iterable[bytes] = iter(lambda: handle.read(size_bytes), b"")
     if is_compressed:
-        chunks = _inflated(chunks, _gzip if url.endswith(".gz") else _zstd)
+        chunks = _decompressed(chunks, is_gzip=url.endswith(".gz"))
     rest: list[bytes] = []
     number, rest_bytes, damage = 1, 0, ""
     is_first = True
@@ -238,24 +232,16 @@ def read_lines(url: str, handle: IO[bytes]) -> Iterator[tuple[int, bytes] | Dama
         yield Damage(damage, number, rest_bytes)
 
 
-def _gzip() -> Any:
-    return zlib.decompressobj(wbits=31)
-
-
-def _zstd() -> Any:
-    import zstandard
-
-    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-
-
-def _inflated(chunks: Iterable[bytes], new: Any) -> Iterator[bytes]:
+def _decompressed(chunks: Iterable[bytes], *, is_gzip: bool) -> Iterator[bytes]:
     """Decompress one stream after the other."""
     import zstandard
 
-    stream = None
+    zstd = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    stream: Any = None
     for chunk in chunks:
         while chunk:
-            stream = stream or new()
+            if stream is None:
+                stream = zlib.decompressobj(wbits=31) if is_gzip else zstd.decompressobj()
             try:
                 yield stream.decompress(chunk)
             except (zlib.error, zstandard.ZstdError):

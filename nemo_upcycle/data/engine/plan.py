@@ -1,16 +1,15 @@
-"""What the engine is told to do: the plan, checked, and the names of what it writes."""
+"""The engine's plan, and the names of the files that it writes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from nemo_upcycle.data.blend import ON_HIT, SPLITS
-from nemo_upcycle.data.readers import FORMATS
+from nemo_upcycle.data.blend import SPLITS
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json, sha256_file
 
@@ -53,7 +52,7 @@ class Plan:
         vocab_size: number of token ids; above 65,536 a token takes 4 bytes.
         tasks: in the order in which the earlier of two equal documents wins.
         ngram_index: the n-grams of the evaluation items, as `NgramIndex` reads them; None decontaminates nothing.
-        report_index: shorter n-grams of theirs, which are counted in what is left.
+        report_index: their shorter n-grams, which are counted in the remaining text.
         seed: of the spreading over the splits.
         strict: whether bad input is an error.
         deduplicate: whether of equal documents only the first is kept.
@@ -92,7 +91,7 @@ class Plan:
         return names
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what an earlier run must have had in common for its work to be continued."""
+        """Return what must be the same for the work of an earlier run to be continued."""
         inputs = [Path(path) for path in (self.tokenizer, self.ngram_index, self.report_index) if path]
         return {
             "plan": read_json(self.folder / "plan.json"),
@@ -102,73 +101,23 @@ class Plan:
 
 @lru_cache(maxsize=1)
 def load_plan(path: Path) -> Plan:
-    """Read and check a plan.
+    """Read the plan that `nemo-upcycle data` wrote.
 
     Raises:
-        UpcycleError: it is missing or unreadable, or something in it is.
+        UpcycleError: it is missing, has too many tasks, or datatrove would read its folder's name as a pattern.
     """
     content = read_json(path)
-    _require(path.name == "plan.json", "plan", path.name, "plan.json")
-    _require(
-        not set("*?[") & set(str(path)), "folder", path.parent, "a name without * ? [, which datatrove interprets"
-    )
-    _require(isinstance(content, dict), str(path), type(content).__name__, "an object")
-    tasks = content.get("tasks")
-    _require(isinstance(tasks, list), "tasks", type(tasks).__name__, "a list")
-    _require(0 < len(tasks) <= MAX_TASKS, "tasks", len(tasks), f"1 to {MAX_TASKS} tasks")
-    made = [_made(Task, f"tasks[{number}]", task) for number, task in enumerate(tasks)]
-    plan: Plan = _made(Plan, str(path), {**content, "folder": path.resolve().parent, "tasks": tuple(made)})
-    for number, task in enumerate(plan.tasks):
-        _check_task(f"tasks[{number}]", task)
-    for what in ("tokenizer", "ngram_index", "report_index"):
-        value = getattr(plan, what)
-        _require(value is None or Path(value).is_file(), what, value, "a file")
-    for name, least in (("eos_id", 0), ("vocab_size", 1), ("finders", 1), ("min_characters", 0), ("seed", 0)):
-        value = getattr(plan, name)
-        _require(isinstance(value, int) and value >= least, name, value, f"a whole number, {least} or more")
-    _require(plan.eos_id < plan.vocab_size, "eos_id", plan.eos_id, f"less than vocab_size ({plan.vocab_size})")
-    shares = list(plan.hold_out.values())
-    _require(all(0 <= share < 1 for share in shares) and sum(shares) < 1, "hold_out", shares, "shares below 1")
-    for name in plan.hold_out:
-        _known("hold_out", name, SPLITS[1:])
-    return plan
-
-
-def _check_task(what: str, task: Task) -> None:
-    _known(f"{what}.reader", task.reader, FORMATS)
-    _known(f"{what}.on_hit", task.on_hit, ON_HIT)
-    if task.split is not None:
-        _known(f"{what}.split", task.split, SPLITS)
-    _require(
-        bool(task.files) and all(isinstance(file, str) for file in task.files), f"{what}.files", task.files, "paths"
-    )
-    limit = task.max_tokens
-    _require(
-        limit is None or (isinstance(limit, int) and limit > 0), f"{what}.max_tokens", limit, "null, or 1 or more"
-    )
-
-
-def _made(kind: type, what: str, content: dict[str, Any]) -> Any:
-    known = [field.name for field in fields(kind)]
-    for name in content:
-        _known(what, name, known)
-    try:
-        return kind(**content)
-    except TypeError as error:  # an argument without default is missing
-        raise UpcycleError(what, got=error, expected="every key of the plan", fix=_FIX) from None
-
-
-_FIX = "make the plan with nemo-upcycle data"
-
-
-def _known(what: str, name: str, valid: Any) -> None:
-    if name not in valid:
-        raise UpcycleError.unknown(what, name, valid)
-
-
-def _require(is_right: bool, what: str, got: Any, expected: str) -> None:
-    if not is_right:
-        raise UpcycleError(what, got=got, expected=expected, fix=_FIX)
+    if set("*?[") & set(str(path)):
+        raise UpcycleError(
+            "folder",
+            got=path.parent,
+            expected="a name without * ? [, which datatrove interprets",
+            fix="choose another folder",
+        )
+    if (count := len(content["tasks"])) > MAX_TASKS:
+        raise UpcycleError("tasks", got=count, expected=f"at most {MAX_TASKS}", fix="divide the blend into several")
+    tasks = tuple(Task(**task) for task in content["tasks"])
+    return Plan(**{**content, "folder": path.resolve().parent, "tasks": tasks})
 
 
 def outputs(plan: Plan, rank: int) -> Iterator[Path]:

@@ -1,4 +1,4 @@
-"""No process of the engine outlives the one that started it: datatrove's workers would go on writing."""
+"""No process of the engine outlives the one that started it: datatrove's workers would continue to write."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _started_by = [0]
 
 
 def stop_with_parent() -> None:
-    """Let this process be told to stop when `nemo-upcycle data`, which started it, ends, even by `kill -9`.
+    """Send this process SIGTERM when `nemo-upcycle data`, which started it, ends, even by `kill -9`.
 
-    A shell is another matter: what was started in one under nohup goes on without it.
+    Not when a shell ends: what was started in one under nohup continues.
     """
     parent = os.getppid()
     if not sys.platform.startswith("linux") or not _is_python(parent):

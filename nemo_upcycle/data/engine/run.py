@@ -1,9 +1,8 @@
-"""Run the stages in a child process: this one shows progress, and ends everything at once when it is told to."""
+"""Run the stages in a child process: this one shows progress, and ends everything at once on a signal."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import signal
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -27,59 +25,43 @@ from nemo_upcycle.utils.files import read_json, take_lock, write_json
 from nemo_upcycle.utils.progress import ProgressLine
 
 
-_KILLED = "a worker was killed; is there memory enough? Fix: use fewer --workers; run again to go on."
+_KILLED = "a worker was killed, perhaps for lack of memory. Fix: use fewer --workers, then rerun."
 _FINGERPRINT, _LOCK = "engine.json", ".engine.lock"
-_UNKNOWN_JOB = "Invalid job id"  # what Slurm says of one that ended a while ago
+_UNKNOWN_JOB = "Invalid job id"  # Slurm's answer for one that ended a while ago
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # each stops the engine, but for one that nohup ignores
 _POLL_S, _SLURM_POLL_S = 0.2, 5.0
 _PATIENCE_S = 10.0  # for the workers of a killed engine to end, and for a shared disk to show what was written
 
 
 class Stopped(Exception):
-    """The engine was told to stop; holds the signal's number."""
+    """The engine was stopped by a signal; holds its number."""
 
 
-def run_plan(plan: Plan, run_on: RunOn) -> dict[str, Any]:
-    """Do what is left to do of a plan.
+def run_plan(plan: Plan, run_on: RunOn) -> None:
+    """Run the tasks of a plan that are not complete.
 
     Args:
         plan: the plan.
-        run_on: what runs it.
-
-    Returns:
-        The counts of all tasks together.
+        run_on: where the tasks run.
 
     Raises:
-        UpcycleError: another engine works there, work of another plan lies there, or the work failed.
-        Stopped: a signal said so.
+        UpcycleError: another engine runs there, the folder holds work of another plan, or a task failed.
+        Stopped: by a signal.
     """
     die_with_parent()
-    with _only_engine(plan):
+    try:  # the workers of a killed engine hold the lock until they have ended
+        lock = take_lock(plan.folder / _LOCK, timeout_s=_PATIENCE_S)
+    except TimeoutError:
+        raise UpcycleError(
+            str(plan.folder), got="another engine at work", expected="none", fix="wait for it, or stop it"
+        ) from None
+    with lock:
         _require_same_plan(plan)
         _cancel_jobs(plan)
         _require_no_jobs(plan)
         clear_asides(plan)
         _run(plan, run_on)
         clear_asides(plan)
-    return summary(plan)
-
-
-@contextlib.contextmanager
-def _only_engine(plan: Plan) -> Iterator[None]:
-    give_up_s = time.monotonic() + _PATIENCE_S
-    while True:
-        try:
-            lock = take_lock(plan.folder / _LOCK)
-            break
-        except TimeoutError:
-            if time.monotonic() < give_up_s:  # the workers of a killed engine hold it until they are gone
-                time.sleep(_POLL_S)
-                continue
-            raise UpcycleError(
-                str(plan.folder), got="another engine at work", expected="none", fix="wait for it, or stop it"
-            ) from None
-    with lock:
-        yield
 
 
 def _require_same_plan(plan: Plan) -> None:
@@ -100,35 +82,39 @@ def _run(plan: Plan, run_on: RunOn) -> None:
     done = completed(plan)
     todo = sum(tasks_of_stages(plan).values()) - done
     (plan.folder / "logs").mkdir(exist_ok=True)
-    heard, said = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.get_context("fork").Process(target=_child, args=(plan, run_on, said))
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    child: Any = multiprocessing.get_context("fork").Process(target=_child, args=(plan, run_on, sender))
     old = {
         number: signal.signal(number, _stop) for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN
     }
     try:
         child.start()
-        said.close()
+        sender.close()
         with ProgressLine("data", total=todo) as line:
             while child.is_alive():
                 child.join(_POLL_S)
                 if new := completed(plan) - done:
                     done += new
                     line.advance(new)
-        error = _listen(heard)
+        error = _listen(receiver)
     finally:
-        _kill(plan, child)
+        if child.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.join()
+        _cancel_jobs(plan)
         for number, handler in old.items():
             signal.signal(number, handler)
     if error or child.exitcode:
         raise UpcycleError(error or _KILLED)
 
 
-def _listen(heard: Any) -> str:
-    """Show what the child said, and return its error."""
+def _listen(receiver: Any) -> str:
+    """Show the child's messages, and return its error."""
     error = ""
     with contextlib.suppress(EOFError):
         while True:
-            is_error, text = heard.recv()
+            is_error, text = receiver.recv()
             if is_error:
                 error = text
             else:
@@ -140,18 +126,10 @@ def _stop(number: int, _: FrameType | None) -> NoReturn:
     raise Stopped(number)
 
 
-def _kill(plan: Plan, child: Any) -> None:
-    if child.is_alive():
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.join()
-    _cancel_jobs(plan)
-
-
 def _cancel_jobs(plan: Plan) -> None:
-    """Take the jobs of this engine, or of one that was killed, out of Slurm's queue.
+    """Cancel the jobs of this engine, or of one that was killed.
 
-    Where that fails they stay written down, for the next run to try again.
+    Where that fails their numbers are kept, for the next run to try again.
     """
     jobs = slurm_jobs(plan)
     if jobs.is_file() and _ask_slurm("scancel", *read_json(jobs)) is not None:
@@ -164,7 +142,7 @@ def _require_no_jobs(plan: Plan) -> None:
             "jobs of an earlier run",
             got=f"no answer of scancel for {', '.join(read_json(jobs))}",
             expected="that Slurm cancels them",
-            fix=f"run again on a login node, once Slurm answers; or, if they are gone, delete {jobs}",
+            fix=f"rerun on a login node once Slurm answers; or, if they are gone, delete {jobs}",
         )
 
 
@@ -177,8 +155,8 @@ def _ask_slurm(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 or _UNKNOWN_JOB in done.stderr else None
 
 
-def _child(plan: Plan, run_on: RunOn, said: Any) -> NoReturn:
-    """Run the stages, one after the other, with datatrove's words in a file."""
+def _child(plan: Plan, run_on: RunOn, sender: Any) -> NoReturn:
+    """Run the stages one after the other, with datatrove's output in a file."""
     os.setsid()  # Ctrl-C goes to the parent alone
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -190,11 +168,11 @@ def _child(plan: Plan, run_on: RunOn, said: Any) -> NoReturn:
     try:
         library, reason = _library(plan)
         if reason:
-            said.send((False, f"{reason}; using {library}, which is slower and gives the same ids"))
+            sender.send((False, f"{reason}; using {library}, which is slower and gives the same ids"))
         _run_stages(plan, run_on, library)
     except BaseException as error:
         status = 1
-        said.send((True, _error_text(error, log.name)))
+        sender.send((True, _error_text(error, log.name)))
         with contextlib.suppress(OSError):  # the disk may be full
             traceback.print_exc(file=log)
             log.flush()
@@ -226,7 +204,7 @@ def _run_stages(plan: Plan, run_on: RunOn, library: str) -> None:
                 f"tasks of {stage.name}",
                 got=f"{len(missing)} of {stage.tasks} not complete, the first one {missing[0]}",
                 expected="all complete",
-                fix=f"read the logs in {plan.folder / 'logs' / stage.name}, then run again",
+                fix=f"read the logs in {plan.folder / 'logs' / stage.name}, then rerun",
             )
 
 
@@ -250,24 +228,7 @@ def _error_text(error: BaseException, log: str) -> str:
         return _KILLED
     if isinstance(error, OSError) and error.errno:
         file = str(error.filename or "file system")
-        fix = f"correct that and run again; details in {log}"
+        fix = f"correct that and rerun; details in {log}"
         return str(UpcycleError(file, got=error.strerror, expected="access and room", fix=fix))
     text = f"{type(error).__name__}: {error}".splitlines()[0]
-    return f"the engine failed: {text[:300]}. Fix: the whole story is in {log}; run again to go on."
-
-
-def summary(plan: Plan) -> dict[str, Any]:
-    """Return the counts of all tasks together."""
-    total: dict[str, Any] = {}
-    for rank in range(len(plan.tasks)):
-        stats = json.loads(plan.path("stats", rank, "json").read_text(encoding="utf-8"))
-        _add(total, {key: stats[key] for key in ("bytes_in", "steps", "splits", "seconds")})
-    return total
-
-
-def _add(total: dict[str, Any], counts: dict[str, Any]) -> None:
-    for key, value in counts.items():
-        if isinstance(value, dict):
-            _add(total.setdefault(key, {}), value)
-        else:
-            total[key] = total.get(key, 0) + value
+    return f"the engine failed: {text[:300]}. Fix: read the details in {log}, then rerun."

@@ -14,10 +14,8 @@ from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, Slurm
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup.exact_dedup import ExactDedupFilter, ExactFindDedups
 
-from nemo_upcycle.data.engine.decontaminate import Decontaminate, Report
-from nemo_upcycle.data.engine.deduplicate import RequireSameDocuments, SignDocuments, deduplication
+from nemo_upcycle.data.engine import clean
 from nemo_upcycle.data.engine.documents import ReadDocuments
-from nemo_upcycle.data.engine.filters import FilterDocuments, FilterListed
 from nemo_upcycle.data.engine.ledger import CountDocuments, Ledger, LedgerStep, RemovedWriter
 from nemo_upcycle.data.engine.plan import Plan
 from nemo_upcycle.data.engine.tokenise import Tokenise
@@ -35,14 +33,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class RunOn:
-    """What runs the tasks: this machine, or a partition of Slurm, or a Ray cluster.
+    """Where the tasks run: on this machine, in a partition of Slurm, or on a Ray cluster.
 
     Args:
         workers: tasks at a time.
         slurm: the partition.
         time_limit: of a Slurm job, as sbatch takes it.
         qos: of the Slurm jobs.
-        ray: whether Ray does.
+        ray: whether they run on the Ray cluster.
     """
 
     workers: int = 1
@@ -79,24 +77,21 @@ def tasks_of_stages(plan: Plan) -> dict[str, int]:
 
 
 def stages(plan: Plan, library: str) -> list[Stage]:
-    """Return what is to be done, in this order."""
+    """Return the stages in their order."""
     path, folder = plan.folder / "plan.json", plan.folder / "duplicates"
     ledger = Ledger(path, is_kept=True)
     deduplicate: list[PipelineStep] = []
     pipelines: dict[str, list[Any]] = {}
     if plan.deduplicate:
         signing = Ledger(path, is_kept=False)
-        pipelines[SIGN] = [*_documents(signing), SignDocuments(signing, folder, plan.finders)]
-        found = ExactFindDedups(
-            str(folder / "signatures"), str(folder / "found"), deduplication(), lines_to_buffer=1024
-        )
-        pipelines[FIND] = [StartTask(signing), found]
-        keep = ExactDedupFilter(
-            str(folder / "found"), deduplication(), RemovedWriter(ledger, "deduplicate", "duplicate")
-        )
-        deduplicate = [RequireSameDocuments(ledger, folder), keep]
-    decontaminate: list[PipelineStep] = [Decontaminate(ledger)] if plan.ngram_index else []
-    decontaminate += [Report(ledger)] if plan.report_index else []
+        pipelines[SIGN] = [*_documents(signing), clean.SignDocuments(signing, folder, plan.finders)]
+        signatures, duplicates = str(folder / "signatures"), str(folder / "found")
+        find = ExactFindDedups(signatures, duplicates, clean.deduplication(), lines_to_buffer=1024)
+        pipelines[FIND] = [StartTask(signing), find]
+        keep = ExactDedupFilter(duplicates, clean.deduplication(), RemovedWriter(ledger, "deduplicate", "duplicate"))
+        deduplicate = [clean.RequireSameDocuments(ledger, folder), keep]
+    decontaminate: list[PipelineStep] = [clean.Decontaminate(ledger)] if plan.ngram_index else []
+    decontaminate += [clean.Report(ledger)] if plan.report_index else []
     written = [*_documents(ledger), *deduplicate, CountDocuments(ledger, "deduplicate"), *decontaminate]
     pipelines[WRITE] = [*written, CountDocuments(ledger, "decontaminate"), Tokenise(ledger, library)]
     return [Stage(name, pipelines[name], tasks) for name, tasks in tasks_of_stages(plan).items()]
@@ -104,7 +99,7 @@ def stages(plan: Plan, library: str) -> list[Stage]:
 
 def _documents(ledger: Ledger) -> list[PipelineStep]:
     read = [StartTask(ledger), ReadDocuments(ledger), CountDocuments(ledger, "read")]
-    return [*read, FilterDocuments(ledger), CountDocuments(ledger, "filter"), FilterListed(ledger)]
+    return [*read, clean.FilterDocuments(ledger), CountDocuments(ledger, "filter"), clean.FilterListed(ledger)]
 
 
 class _Local(LocalPipelineExecutor):
@@ -128,7 +123,7 @@ class _Local(LocalPipelineExecutor):
 
 
 class _Slurm(SlurmPipelineExecutor):
-    """Writes down each of its jobs at once: a stage of more than a thousand tasks has several."""
+    """Records each of its jobs at once: a stage of more than a thousand tasks has several."""
 
     def __init__(self, path: Path, **options: Any) -> None:
         super().__init__(**options)
@@ -136,8 +131,8 @@ class _Slurm(SlurmPipelineExecutor):
         self.jobs: list[str] = []
         self.job_id_retriever = self._remember
 
-    def _remember(self, said: str) -> str:
-        self.jobs.append(said.split()[-1])
+    def _remember(self, answer: str) -> str:
+        self.jobs.append(answer.split()[-1])
         write_json(Path(self.path), self.jobs)
         return self.jobs[-1]
 
@@ -151,7 +146,7 @@ def executor(plan: Plan, stage: Stage, run_on: RunOn, environment: Path) -> Any:
     Args:
         plan: the plan.
         stage: what to run.
-        run_on: on what.
+        run_on: where.
         environment: the folder of the data environment, which Slurm's nodes must see, too.
     """
     shared = {"pipeline": stage.pipeline, "tasks": stage.tasks, "logging_dir": str(plan.folder / "logs" / stage.name)}
@@ -172,7 +167,7 @@ def executor(plan: Plan, stage: Stage, run_on: RunOn, environment: Path) -> Any:
 
 
 def slurm_jobs(plan: Plan) -> Path:
-    """Return where the numbers of Slurm's jobs stand until their stage is complete."""
+    """Return the path of the file with the numbers of Slurm's jobs, until their stage is complete."""
     return plan.folder / "logs" / "slurm_jobs.json"
 
 

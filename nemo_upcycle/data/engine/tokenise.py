@@ -59,7 +59,7 @@ def load_encode(plan: Plan, library: str) -> Encode:
 
 
 def _tokenizer_json(plan: Plan) -> str:
-    """Return the tokenizer without a limit of length, and with an end-of-text that can be told from text."""
+    """Return the tokenizer without a limit of length, and with an end-of-text token that differs from text."""
     content = json.loads(Path(plan.tokenizer).read_text(encoding="utf-8"))
     content.update(truncation=None, padding=None)
     for token in content.get("added_tokens") or []:
@@ -106,7 +106,7 @@ class TokensFile(MegatronTokenizedFile):
         self.sequence_lengths = array("i")
         self.document_indices = array("q", [0])
 
-    def write_batch(self, ids: NDArray[np.uint32], offsets: NDArray[np.int64]) -> int:
+    def write_batch(self, _: Sequence[Document], ids: NDArray[np.uint32], offsets: NDArray[np.int64]) -> int:
         """Write documents, each with its end-of-text token, and return the number of tokens."""
         closed = np.insert(ids, offsets[1:] - offsets[0], self.eos_id).astype(self.token_dtype)
         self.bin_file.write(closed.tobytes())
@@ -130,20 +130,21 @@ class TextsFile:
     """Held-out documents as JSON lines."""
 
     def __init__(self, plan: Plan, rank: int, split: str) -> None:
-        self.final = plan.path("tokens", rank, f"{split}.jsonl")
-        self.aside = aside(self.final)
+        self.final = {"jsonl": plan.path("tokens", rank, f"{split}.jsonl")}
+        self.aside = aside(self.final["jsonl"])
         self.handle: IO[str] = self.aside.open("w", encoding="utf-8")
 
-    def write(self, documents: Sequence[Document]) -> None:
-        """Write documents."""
+    def write_batch(self, documents: Sequence[Document], ids: NDArray[np.uint32], _: NDArray[np.int64]) -> int:
+        """Write documents, and return the number of tokens that they would have with their end-of-text tokens."""
         for document in documents:
             line = json.dumps({"id": document.id, "text": document.text}, ensure_ascii=False)
             self.handle.write(line + "\n")
+        return len(ids) + len(documents)
 
     def close(self) -> None:
         """Complete the file, and give it its name."""
         self.handle.close()
-        self.aside.replace(self.final)
+        self.aside.replace(self.final["jsonl"])
 
 
 class Tokenise(LedgerStep):
@@ -169,19 +170,18 @@ class Tokenise(LedgerStep):
                 break
         for file in self.files.values():
             file.close()
-        finals = ([file.final] if isinstance(file, TextsFile) else file.final.values() for file in self.files.values())
-        written = {path for paths in finals for path in paths}
+        written = {path for file in self.files.values() for path in file.final.values()}
         for path in outputs(plan, rank):  # of an interrupted run whose input was another
             if path not in written:
                 path.unlink(missing_ok=True)
         self.ledger.finish()
 
     def _write(self, batch: list[Document], ids: NDArray[np.uint32], offsets: NDArray[np.int64]) -> bool:
-        """Write a batch; return whether the task goes on."""
-        start, goes_on = 0, True
+        """Write a batch; return whether the task continues."""
+        start, continues = 0, True
         limit = self._documents_wanted(batch, offsets)
         if limit < len(batch):
-            goes_on = False
+            continues = False
             for document in batch[limit:]:
                 self.ledger.removed_document("tokenise", "max_tokens", document)
             batch = batch[:limit]
@@ -191,7 +191,7 @@ class Tokenise(LedgerStep):
             self._write_run(split, batch[start:stop], ids[offsets[start] : offsets[stop]], offsets[start : stop + 1])
             start = stop
         wanted = self.ledger.task.max_tokens
-        return goes_on and (wanted is None or self.ledger.splits["train"]["tokens"] < wanted)
+        return continues and (wanted is None or self.ledger.splits["train"]["tokens"] < wanted)
 
     def _documents_wanted(self, batch: list[Document], offsets: NDArray[np.int64]) -> int:
         if (wanted := self.ledger.task.max_tokens) is None:
@@ -210,12 +210,7 @@ class Tokenise(LedgerStep):
         if split not in self.files:
             kind = TextsFile if split == "heldout" else TokensFile
             self.files[split] = kind(self.ledger.plan, self.ledger.rank, split)
-        file = self.files[split]
-        if isinstance(file, TextsFile):
-            file.write(documents)
-            tokens = len(ids) + len(documents)
-        else:
-            tokens = file.write_batch(ids, offsets)
+        tokens = self.files[split].write_batch(documents, ids, offsets)
         size_bytes = sum(len(document.text.encode()) for document in documents)
         self.ledger.splits[split].update(documents=len(documents), tokens=tokens, bytes=size_bytes)
 

@@ -17,11 +17,10 @@ from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 from nemo_upcycle.data.blend import Blend
-from nemo_upcycle.errors import UpcycleError
 
 
 #: What a format gives: the line or row from 1, its bytes, and the object there or what is wrong with it.
-Found = Iterator[tuple[int, int, "dict[str, Any] | str"]]
+Records = Iterator[tuple[int, int, "dict[str, Any] | str"]]
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Format(ABC):
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     @abstractmethod
-    def read(self, file: str, options: Mapping[str, Any]) -> Found:
+    def read(self, file: str, options: Mapping[str, Any]) -> Records:
         """Yield what is in a file; what is damaged costs only itself.
 
         Args:
@@ -100,18 +99,8 @@ _Kind = TypeVar("_Kind", bound="type[Reader] | type[Format]")
 
 
 def register(kind: _Kind) -> _Kind:
-    """Make a reader or a format known by its name: a decorator of its class.
-
-    Raises:
-        UpcycleError: the name is taken.
-    """
-    table: dict[str, Any] = FORMATS
-    if issubclass(kind, Reader):
-        table = READERS
-    if kind.name in table:
-        raise UpcycleError(
-            "reader", got=f"a second '{kind.name}'", expected="a name of its own", fix="choose another name"
-        )
+    """Make a reader or a format known by its name: a decorator of its class."""
+    table: dict[str, Any] = READERS if issubclass(kind, Reader) else FORMATS
     table[kind.name] = kind()
     return kind
 

@@ -28,7 +28,7 @@ class Files(Reader):
                     f"options.{name}", got=value, expected="the name of a field", fix=f"write {name}: text"
                 )
         formats = {end: format.name for format in FORMATS.values() for end in format.suffixes}
-        found: dict[str, InputFile] = {}
+        files: dict[str, InputFile] = {}
         for entry in entries:
             matches = sorted(_expand(entry, blend.folder))
             if not matches:
@@ -43,8 +43,8 @@ class Files(Reader):
                 if not ends:
                     expected = ", ".join(sorted(formats, key=len))
                     raise UpcycleError(f"file {path}", got="another kind", expected=expected, fix="narrow the pattern")
-                found[path] = InputFile(path, formats[max(ends, key=len)], size_bytes, options)
-        return list(found.values())
+                files[path] = InputFile(path, formats[max(ends, key=len)], size_bytes, options)
+        return list(files.values())
 
 
 def _expand(pattern: str, folder: Path) -> list[tuple[str, int | None]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from nemo_upcycle.data.engine.lines import Damage, open_input, read_lines
-from nemo_upcycle.data.readers import Format, Found, register
+from nemo_upcycle.data.readers import Format, Records, register
 
 
 @register
@@ -17,18 +17,18 @@ class JsonLines(Format):
     name = "jsonl"
     suffixes: ClassVar[tuple[str, ...]] = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 
-    def read(self, file: str, options: Mapping[str, Any]) -> Found:
+    def read(self, file: str, options: Mapping[str, Any]) -> Records:
         """See `Format.read`."""
-        is_empty, last = True, 0
+        is_empty = True
         with open_input(file) as handle:
-            for found in read_lines(file, handle):
+            for line in read_lines(file, handle):
                 is_empty = False
-                if isinstance(found, Damage):
-                    yield found.line, found.size_bytes, found.reason
+                if isinstance(line, Damage):
+                    yield line.number, line.size_bytes, line.reason
                     continue
-                last, line = found
-                if line.strip():
-                    yield last, len(line), _parsed(line)
+                number, content = line
+                if content.strip():
+                    yield number, len(content), _parsed(content)
         if is_empty:
             yield 0, 0, "empty file"
 

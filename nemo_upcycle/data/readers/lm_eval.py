@@ -1,13 +1,21 @@
-"""The training splits of lm-eval's tasks, rendered in its own words."""
+"""The training splits of lm-eval's tasks, written as texts in lm-eval's own words."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.blend import Blend
 from nemo_upcycle.data.readers import InputFile, Reader, register
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.suites.lm_eval_tasks import load_tasks
+from nemo_upcycle.utils.files import whole_file
+
+
+_EVALUATION_SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
 
 
 @register
@@ -18,8 +26,6 @@ class LmEval(Reader):
 
     def list_files(self, entries: list[str], blend: Blend, options: dict[str, Any], work: Path) -> list[InputFile]:
         """See `Reader.list_files`."""
-        from nemo_upcycle.data.academic import write_training_splits
-
         paths = [work / f"{task}.jsonl" for task in entries]
         if not all(path.is_file() for path in paths):
             own = options.get("include_path")
@@ -29,3 +35,81 @@ class LmEval(Reader):
     def paths(self, entries: list[str], options: Mapping[str, Any]) -> list[str]:
         """See `Reader.paths`: the user's own tasks."""
         return [f"{own}/*"] if (own := options.get("include_path")) else []
+
+
+def write_training_splits(
+    names: Sequence[str], folder: Path, include_path: Path | None = None
+) -> dict[str, dict[str, int]]:
+    """Write the training documents of tasks of lm-eval to `folder/NAME.jsonl`, in the order of their data sets.
+
+    A line is `{"id": "TASK/train/NUMBER", "text": "..."}`; the text is what lm-eval shows as a worked example: the
+    task's prompt, its delimiter and the right answer. The other splits are never read out.
+
+    Args:
+        names: tasks or groups of lm-eval.
+        folder: created if missing; a file of an earlier call is replaced.
+        include_path: a folder with task files of the user's own, or None.
+
+    Returns:
+        For each name, `documents` written, `unanswered` ones that were left out, and `bytes` of text in UTF-8.
+
+    Raises:
+        UpcycleError: an unknown task, one without a training split or with one that it evaluates, or data that cannot
+            be fetched. Nothing is written then.
+
+    Example:
+        >>> write_training_splits(["sciq"], Path("runs/data"))["sciq"]["documents"]  # doctest: +SKIP
+        11679
+    """
+    loaded = load_tasks(names, include_path)
+    for tasks in loaded.values():
+        for task in tasks:
+            _require_training_split(task)
+    folder.mkdir(parents=True, exist_ok=True)
+    return {name: _write(tasks, folder / f"{name}.jsonl") for name, tasks in loaded.items()}
+
+
+def _require_training_split(task: Any) -> None:
+    split = task.config.training_split
+    if not task.has_training_docs():
+        got = "none"
+    elif split and re.split(r"[\[+]", split)[0] in _EVALUATION_SPLITS:
+        got = split
+    elif split and split in (task.config.validation_split, task.config.test_split):
+        got = f"{split}, which it evaluates"
+    else:
+        return
+    raise UpcycleError(
+        f"training split of lm-eval's task {task.task_name}",
+        got=got,
+        expected="documents that no evaluation asks",
+        fix="remove the task from the blend",
+    )
+
+
+def _write(tasks: list[Any], path: Path) -> dict[str, int]:
+    counts = {"documents": 0, "unanswered": 0, "bytes": 0}
+    with whole_file(path) as aside, aside.open("w", encoding="utf-8") as handle:
+        for task in tasks:
+            for number, document in enumerate(task.training_docs()):
+                if (text := _worked_example(task, document)) is None:
+                    counts["unanswered"] += 1
+                    continue
+                line = {"id": f"{task.task_name}/train/{number}", "text": text}
+                handle.write(json.dumps(line, ensure_ascii=False) + "\n")
+                counts["documents"] += 1
+                counts["bytes"] += len(text.encode())
+    return counts
+
+
+def _worked_example(task: Any, document: Mapping[str, Any]) -> str | None:
+    """Return prompt, delimiter and answer; None where the data do not say the answer."""
+    prompt, answer = task.doc_to_text(document), task.doc_to_target(document)
+    choices = task.doc_to_choice(document) if task.config.doc_to_choice else []
+    if isinstance(answer, list):
+        answer = answer[0] if answer else ""
+    if isinstance(prompt, int):  # each choice begins a sentence that the target ends
+        prompt = choices[prompt]
+    elif isinstance(answer, int) and choices:
+        answer = choices[answer] if 0 <= answer < len(choices) else ""
+    return f"{prompt}{task.config.target_delimiter}{answer}" if str(answer).strip() else None

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_upcycle.data.engine.lines import open_to_seek
-from nemo_upcycle.data.readers import Format, Found, register
+from nemo_upcycle.data.readers import Format, Records, register
 
 
 @register
@@ -15,7 +15,7 @@ class Parquet(Format):
 
     name, suffixes = "parquet", (".parquet",)
 
-    def read(self, file: str, options: Mapping[str, Any]) -> Found:
+    def read(self, file: str, options: Mapping[str, Any]) -> Records:
         """See `Format.read`."""
         import pyarrow
         import pyarrow.parquet
@@ -33,9 +33,9 @@ class Parquet(Format):
                     yield 0, 0, "empty file"
                 texts = [key for key in there if _is_text(table.schema_arrow.field(key).type)]
                 for batch in table.iter_batches(1000, columns=there, use_threads=False):
-                    for found in _as_bytes(batch).to_pylist():
+                    for record in _as_bytes(batch).to_pylist():
                         row += 1
-                        yield row, len(found[keys[0]] or b"") if keys[0] in texts else 0, _decoded(found, texts)
+                        yield row, len(record[keys[0]] or b"") if keys[0] in texts else 0, _decoded(record, texts)
             except (pyarrow.ArrowException, OSError, ValueError) as error:
                 yield row + 1, 0, f"damaged Parquet file ({type(error).__name__})"
 
@@ -60,8 +60,8 @@ def _as_bytes(batch: Any) -> Any:
     return batch
 
 
-def _decoded(found: dict[str, Any], texts: list[str]) -> dict[str, Any] | str:
+def _decoded(record: dict[str, Any], texts: list[str]) -> dict[str, Any] | str:
     try:
-        return found | {key: found[key].decode() for key in texts if found[key] is not None}
+        return record | {key: record[key].decode() for key in texts if record[key] is not None}
     except UnicodeDecodeError:
         return "not UTF-8"

@@ -55,14 +55,14 @@ class RedPajamaV2(Reader):
         ]
         if shards:
             names = random.Random(blend.config.seed).sample(names, min(shards, len(names)))
-        found = []
+        files = []
         for base in (_base(entry, blend.folder) for entry in entries):
             for name in names:
                 reader_options: dict[str, Any] = {"bucket": options["buckets"]}
                 if options["duplicates"]:
                     reader_options["duplicates"] = f"{base}/duplicates/{name}.duplicates.parquet"
-                found.append(InputFile(f"{base}/documents/{name}.json.gz", "redpajama_v2", None, reader_options))
-        return found
+                files.append(InputFile(f"{base}/documents/{name}.json.gz", "redpajama_v2", None, reader_options))
+        return files
 
 
 @register

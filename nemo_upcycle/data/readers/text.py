@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_upcycle.data.engine.lines import Damage, open_input, read_lines
-from nemo_upcycle.data.readers import Format, Found, register
+from nemo_upcycle.data.readers import Format, Records, register
 
 
 @register
@@ -15,17 +15,18 @@ class Text(Format):
 
     name, suffixes, is_document = "text", (".txt",), True
 
-    def read(self, file: str, options: Mapping[str, Any]) -> Found:
+    def read(self, file: str, options: Mapping[str, Any]) -> Records:
         """See `Format.read`."""
         kept, size_bytes = [], 0
         with open_input(file) as handle:
-            for found in read_lines(file, handle):
-                if isinstance(found, Damage):
-                    yield found.line, found.size_bytes, found.reason
+            for line in read_lines(file, handle):
+                if isinstance(line, Damage):
+                    yield line.number, line.size_bytes, line.reason
                     continue
+                number, content = line
                 try:
-                    kept.append(found[1].decode())
-                    size_bytes += len(found[1])
+                    kept.append(content.decode())
+                    size_bytes += len(content)
                 except UnicodeDecodeError:
-                    yield found[0], len(found[1]), "not UTF-8"
+                    yield number, len(content), "not UTF-8"
         yield 1, size_bytes, {options.get("text_key", "text"): "".join(kept)} if kept else "empty file"

@@ -181,11 +181,10 @@ def load_weights(chunks: Sequence[Any], weights: CheckpointWeights, arch: Archit
         CheckpointError: the model has a parameter that the mapping table does not know, or the shapes disagree.
     """
     coords = RankCoords.here()
-    found = [entry for chunk in chunks for entry in _parameters(chunk, arch, coords)]
-    with ProgressLine("load weights", len(found), enabled=torch.distributed.get_rank() == 0) as line:
-        for parameter, mapping, layer, expert, shard in found:
-            whole = weights.read(mapping, layer, expert)
-            _fill(parameter, whole, mapping, arch, shard)
+    parameters = [entry for chunk in chunks for entry in _parameters(chunk, arch, coords)]
+    with ProgressLine("load weights", len(parameters), enabled=torch.distributed.get_rank() == 0) as line:
+        for parameter, mapping, layer, expert, shard in parameters:
+            _fill(parameter, weights.read(mapping, layer, expert), mapping, arch, shard)
             line.advance()
 
 
@@ -204,13 +203,8 @@ def _parameters(
             )
         mapping, expert = match
         shard = coords.expert if mapping.is_expert else coords.dense
-        yield (
-            parameter,
-            stored_as(mapping_of(mapping.role, arch), arch),
-            layer or 0,
-            first_expert + (expert or 0),
-            shard,
-        )
+        stored = stored_as(mapping_of(mapping.role, arch), arch)
+        yield parameter, stored, layer or 0, first_expert + (expert or 0), shard
 
 
 def _fill(parameter: torch.nn.Parameter, whole: torch.Tensor, mapping: ParamMapping, arch: Any, shard: Shard) -> None:

@@ -113,6 +113,13 @@ def _at_positions(
             hook.remove()
 
 
+def gathered(part: dict[int, Any]) -> dict[int, Any]:
+    """Return the entries of all ranks together."""
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, part)
+    return {number: value for part in parts for number, value in part.items()}
+
+
 def padded_length(length: int, chunk: Any) -> int:
     """Return the length to pad rows to: what sequence and context parallelism can cut, and FP8's kernels multiply."""
     config = chunk.config

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nemo_upcycle.evaluation.megatron.forward import evaluating, forward
+from nemo_upcycle.evaluation.megatron.forward import evaluating, forward, gathered
 
 
 @dataclass
@@ -52,22 +52,20 @@ def generate(
     """
     from megatron.core import parallel_state
 
-    replicas, mine = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
-    found: dict[int, list[int]] = {}
+    continuations: dict[int, list[int]] = {}
     with evaluating(chunks):
         for start in range(0, len(order), batch_size * replicas):
             together = order[start : start + batch_size * replicas]
             # A replica without prompts repeats the first one: the ranks that share experts wait for each other.
-            rows = [_Row(number, prompts[number]) for number in together[mine::replicas] or together[:1]]
+            rows = [_Row(number, prompts[number]) for number in together[replica::replicas] or together[:1]]
             lengths = [len(prompts[number]) for number in together]
             _continue(chunks, rows, min(lengths), max(lengths), most, ends, vocab_size)
-            parts: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(parts, {row.number: row.written for row in rows})
-            found |= {number: written for part in parts for number, written in part.items()}
+            continuations |= gathered({row.number: row.written for row in rows})
             if progress:
                 progress(len(together))
-    return [found[number] for number in range(len(prompts))]
+    return [continuations[number] for number in range(len(prompts))]
 
 
 def _continue(
@@ -100,7 +98,9 @@ def _continue(
                 row.written.append(token)
                 row.ended = len(row.written) == most or ends(row.number, row.written)
             nexts.append(row.prompt[position] if in_prompt else token)
-        if _all_ended(rows, device):
+        left = torch.tensor([sum(not row.ended for row in rows)], device=device)
+        torch.distributed.all_reduce(left)
+        if not left.item():
             return
         tokens_NS = torch.tensor(nexts, device=device)[:, None]
 
@@ -109,15 +109,9 @@ def _likeliest(chunks: Sequence[Any], passes: Sequence[torch.Tensor], context: A
     """Return the likeliest next token of every row, on all stages of this pipeline."""
     from megatron.core import parallel_state
 
-    found = forward(chunks, passes, lambda logits_NSV, _: logits_NSV[:, -1, :vocab_size].argmax(dim=-1), context)
-    token_N = torch.cat(found or [tokens_NS.new_empty(len(tokens_NS)) for tokens_NS in passes])
+    likeliest = forward(chunks, passes, lambda logits_NSV, _: logits_NSV[:, -1, :vocab_size].argmax(dim=-1), context)
+    token_N = torch.cat(likeliest or [tokens_NS.new_empty(len(tokens_NS)) for tokens_NS in passes])
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         torch.distributed.broadcast(token_N, last, group=parallel_state.get_pipeline_model_parallel_group())
     return [int(token) for token in token_N]
-
-
-def _all_ended(rows: Sequence[_Row], device: str) -> bool:
-    left = torch.tensor([sum(not row.ended for row in rows)], device=device)
-    torch.distributed.all_reduce(left)
-    return not left.item()

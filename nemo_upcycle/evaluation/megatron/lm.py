@@ -22,8 +22,7 @@ from nemo_upcycle.convert.found import find_model
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.megatron.build import layout_here, load_chunks
 from nemo_upcycle.evaluation.megatron.generate import generate
-from nemo_upcycle.evaluation.megatron.passes import Scored
-from nemo_upcycle.evaluation.megatron.score import score
+from nemo_upcycle.evaluation.megatron.score import Scored, score
 from nemo_upcycle.models.hf_model import load_tokenizer
 from nemo_upcycle.utils.dtypes import dtype_of
 from nemo_upcycle.utils.progress import ProgressLine
@@ -83,15 +82,15 @@ class MegatronLM(HFLM):
             raise UpcycleError(
                 "checkpoint", got="none", expected="a checkpoint, or a run", fix="write checkpoint=FOLDER"
             )
-        found = find_model(Path(checkpoint), Path(dense) if dense else None, given=others)
-        self.tokenizer = _tokenizer_of(found.dense)
+        model = find_model(Path(checkpoint), Path(dense) if dense else None, given=others)
+        self.tokenizer = _tokenizer_of(model.dense)
         layout = layout_here(tp=int(tp), pp=int(pp), vp=int(vp), ep=int(ep))
-        self.chunks, self.arch = load_chunks(found.checkpoint, found.dense, found.spec, layout, dtype_of(dtype))
-        self.checkpoint, self.dense, self.vocab_size = found.checkpoint, found.dense, self.arch.vocab_size
+        self.chunks, self.arch = load_chunks(model.checkpoint, model.dense, model.spec, layout, dtype_of(dtype))
+        self.checkpoint, self.dense, self.vocab_size = model.checkpoint, model.dense, self.arch.vocab_size
         self._info = {
             "model_num_parameters": self.arch.total_params,
             "model_dtype": dtype,
-            "checkpoint": str(found.checkpoint),
+            "checkpoint": str(model.checkpoint),
         }
         self._prepare(batch_size, max_length or self.arch.max_positions, add_bos_token, label)
         if torch.distributed.get_rank() > 0:
@@ -208,8 +207,8 @@ class MegatronLM(HFLM):
                 fix="raise max_length, if the model was trained for more, or leave the task out",
             )
         sequences = [(tokens[-limit:], predicted) for tokens, predicted in sequences]
-        found = self._ask("_score", sequences, self.batch_size)
-        answers = [(sum(likelihoods), likeliest) for likelihoods, likeliest in found]
+        scored = self._ask("_score", sequences, self.batch_size)
+        answers = [(sum(likelihoods), likeliest) for likelihoods, likeliest in scored]
         for (text, *_), answer in zip(requests, answers, strict=True):
             if text is not None:
                 self.cache_hook.add_partial("loglikelihood", text, answer)
@@ -221,8 +220,8 @@ class MegatronLM(HFLM):
         counts = []
         for request in requests:
             tokens = self.tokenizer.encode(request.args[0], add_special_tokens=False)
-            found = get_rolling_token_windows(tokens, self.prefix_token_id, self._max_length, 1)
-            windows += [(None, *make_disjoint_window(window)) for window in found]
+            rolling = get_rolling_token_windows(tokens, self.prefix_token_id, self._max_length, 1)
+            windows += [(None, *make_disjoint_window(window)) for window in rolling]
             counts.append(len(windows))
         answers = [likelihood for likelihood, _ in self._loglikelihood_tokens(windows)]
         starts = [0, *counts[:-1]]

@@ -1,24 +1,34 @@
 """Log-likelihoods of token sequences from a Megatron model of any layout, whether built here or in training.
 
-All ranks of the job call together with the same sequences. Each replica takes its part of them; what the last pipeline
-stage finds is given to all. Logits are never gathered: each rank reduces its part of the vocabulary to the largest
-logit and the sum of exponentials of a position, and the logit of a token. Sequences that differ in their last token
-alone, as the answers A to D do, go through the model once.
+All ranks of the job call together with the same sequences. Each replica takes its part of them; all get the answers of
+the last pipeline stage. Logits are never gathered: each rank reduces its part of the vocabulary to the largest logit
+and the sum of exponentials of a position, and the logit of a token. Sequences that differ in their last token alone,
+as the answers A to D do, go through the model once.
+
+Legend: N rows of a pass, S tokens of the longest, V vocabulary, P positions that predict a token to score, Q
+questions: a position and a token.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.evaluation.megatron.forward import evaluating, forward, padded_length
-from nemo_upcycle.evaluation.megatron.passes import Pass, Scored, batches_of, rows_of
+from nemo_upcycle.evaluation.megatron.forward import evaluating, forward, gathered, padded_length
 
 
+#: A sequence to score: its token ids, and how many of the last of them are predicted. The first never is.
+Scored = tuple[Sequence[int], int]
+#: A row: its inputs, and the numbers of the sequences that it answers.
+Row = tuple[tuple[int, ...], list[int]]
+#: Tokens of one pass with `batch_size="auto"`: the logits of 8,192 tokens are 4 GiB of a vocabulary of 128,256.
+AUTO_TOKENS = 8192
+#: Positions whose logits are turned to float32 at a time: half a GiB of such a vocabulary.
+SLICE = 1024
 _Answer = tuple[list[float], bool]
 #: Passes in a row of a pipeline, as a multiple of its stages: 4 keep three quarters of them busy and more.
 _PASSES_PER_STAGE = 4
@@ -38,7 +48,7 @@ def score(
         chunks: this rank's, from `build_chunks` or of a training job, wrapped or not.
         sequences: token ids and how many of the last are predicted; the same list on every rank.
         vocab_size: V without padding: rows that only pad the embedding are no tokens.
-        batch_size: sequences in one pass, or `auto`: `AUTO_TOKENS` of `passes.py`.
+        batch_size: sequences in one pass, or `auto`: `AUTO_TOKENS`.
         progress: called after some passes with the number of sequences that are done.
 
     Returns:
@@ -54,49 +64,42 @@ def score(
     from megatron.core import parallel_state
 
     _check_tokens(sequences, vocab_size)
-    replicas, mine = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    rows = list(rows_of(sequences).items())
-    batches = list(batches_of([len(inputs) for inputs, _ in rows], batch_size))
+    rows = list(_rows_of(sequences).items())
+    batches = list(_batches_of([len(inputs) for inputs, _ in rows], batch_size))
     in_a_row = 1 if stages == 1 else _PASSES_PER_STAGE * stages
-    found: dict[int, _Answer] = {}
+    # Every replica makes as many passes: the ranks that share experts wait for each other in each of them. An
+    # interleaved schedule takes whole groups of them.
+    multiple = replicas * (chunks[0].config.microbatch_group_size_per_vp_stage if len(chunks) > 1 else 1)
+    answers: dict[int, _Answer] = {}
     with evaluating(chunks):
         for start in range(0, len(batches), in_a_row * replicas):
             together = [[rows[row] for row in batch] for batch in batches[start : start + in_a_row * replicas]]
-            # Every replica makes as many passes: the ranks that share experts wait for each other in each of them. An
-            # interleaved schedule takes whole groups of them. Batches of similar length run at the same time.
-            count = _rounded(len(together), replicas, _unit(chunks))
-            passes = [together[number] if number < len(together) else [] for number in range(mine, count, replicas)]
+            count = -(-len(together) // multiple) * multiple
+            # Batches of similar length run at the same time.
+            batches_here = [
+                together[number] if number < len(together) else [] for number in range(replica, count, replicas)
+            ]
             size = max(map(len, together))
             length = padded_length(max(len(inputs) for batch in together for inputs, _ in batch), chunks[0])
-            found |= _run(chunks, [Pass(sequences, batch, size, length) for batch in passes], vocab_size)
+            answers |= _run(chunks, [_Pass(sequences, batch, size, length) for batch in batches_here], vocab_size)
             if progress:
                 progress(sum(len(numbers) for batch in together for _, numbers in batch))
-    found = _gathered(found)
-    _check_finite(found)
-    return [found[number] for number in range(len(sequences))]
+    answers = gathered(answers)
+    _check_finite(answers)
+    return [answers[number] for number in range(len(sequences))]
 
 
-def _check_finite(found: dict[int, _Answer]) -> None:
-    wrong = [number for number, (likelihoods, _) in found.items() if not all(map(math.isfinite, likelihoods))]
+def _check_finite(answers: dict[int, _Answer]) -> None:
+    wrong = [number for number, (likelihoods, _) in answers.items() if not all(map(math.isfinite, likelihoods))]
     if wrong:
         raise UpcycleError(
-            f"log-likelihoods of {len(wrong)} of {len(found)} texts",
+            f"log-likelihoods of {len(wrong)} of {len(answers)} texts",
             got="NaN or infinity",
             expected="numbers",
             fix="a diverged run has no score: nemo-upcycle export names the tensor with NaN, if weights have it",
         )
-
-
-def _unit(chunks: Sequence[Any]) -> int:
-    """Return the number of passes that an interleaved schedule takes multiples of."""
-    return int(chunks[0].config.microbatch_group_size_per_vp_stage) if len(chunks) > 1 else 1
-
-
-def _rounded(batches: int, replicas: int, multiple: int) -> int:
-    """Return a number of batches, at least as many, that gives every replica the same multiple of passes."""
-    unit = replicas * multiple
-    return -(-batches // unit) * unit
 
 
 def _check_tokens(sequences: Sequence[Scored], vocab_size: int) -> None:
@@ -110,7 +113,7 @@ def _check_tokens(sequences: Sequence[Scored], vocab_size: int) -> None:
         )
 
 
-def _run(chunks: Sequence[Any], passes: Sequence[Pass], vocab_size: int) -> dict[int, _Answer]:
+def _run(chunks: Sequence[Any], passes: Sequence[_Pass], vocab_size: int) -> dict[int, _Answer]:
     """Run this replica's passes through the pipeline; return answers by sequence number, on the last stage alone."""
     config = chunks[0].config
     asked_only = not config.sequence_parallel and config.context_parallel_size == 1
@@ -120,18 +123,109 @@ def _run(chunks: Sequence[Any], passes: Sequence[Pass], vocab_size: int) -> dict
         lambda logits, number: passes[number].answers(logits, vocab_size, asked_only=asked_only),
         positions=[(one.rows_P, one.places_P) for one in passes] if asked_only else None,
     )
-    found = {}
+    answers = {}
     for one, output_2Q in zip(passes, outputs, strict=False):
         sizes = [predicted for _, predicted in one.asked]
         for (number, _), (likelihoods, likeliest) in zip(one.asked, output_2Q.split(sizes, dim=1), strict=True):
-            found[number] = (likelihoods.tolist(), bool(likeliest.all()))
-    return found
+            answers[number] = (likelihoods.tolist(), bool(likeliest.all()))
+    return answers
 
 
-def _gathered(mine: dict[int, _Answer]) -> dict[int, _Answer]:
-    """Return what all ranks found."""
-    if torch.distributed.get_world_size() == 1:
-        return mine
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, mine)
-    return {number: value for part in parts for number, value in part.items()}
+def _rows_of(sequences: Sequence[Scored]) -> dict[tuple[int, ...], list[int]]:
+    """Return the numbers of the sequences by all of their tokens but the last."""
+    rows: dict[tuple[int, ...], list[int]] = {}
+    for number, (tokens, _) in enumerate(sequences):
+        rows.setdefault(tuple(tokens[:-1]), []).append(number)
+    return rows
+
+
+def _batches_of(lengths: Sequence[int], batch_size: int | str) -> Iterator[list[int]]:
+    """Yield the numbers of rows that go through the model together, the longest first."""
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    start = 0
+    while start < len(order):
+        size = max(1, AUTO_TOKENS // lengths[order[start]]) if batch_size == "auto" else int(batch_size)
+        yield order[start : start + size]
+        start += size
+
+
+class _Pass:
+    """Rows that go through the model together, and what is asked of them.
+
+    Args:
+        sequences: all of them.
+        batch: of each row the inputs, and the numbers of the sequences that it answers.
+        size: N, at least as many as rows in the batch.
+        length: S, to which rows are padded with zeros behind: no token sees what comes after it.
+    """
+
+    def __init__(self, sequences: Sequence[Scored], batch: Sequence[Row], size: int, length: int) -> None:
+        self.length = length
+        tokens_NS = torch.zeros(size, length, dtype=torch.long)
+        self.asked: list[tuple[int, int]] = []  # number of the sequence, tokens predicted
+        positions: dict[tuple[int, int], int] = {}
+        questions = []
+        for row, (inputs, numbers) in enumerate(batch):
+            tokens_NS[row, : len(inputs)] = torch.tensor(inputs)
+            for number in numbers:
+                tokens, predicted = sequences[number]
+                self.asked.append((number, predicted))
+                for place in range(len(inputs) - predicted, len(inputs)):
+                    position = positions.setdefault((row, place), len(positions))
+                    questions.append((position, tokens[place + 1]))
+        self.rows_P, self.places_P = torch.tensor(list(positions), dtype=torch.long).view(-1, 2).T
+        self.position_Q, self.token_Q = torch.tensor(questions, dtype=torch.long).view(-1, 2).T
+        here_S = _places_here(length)
+        self.tokens_NS = tokens_NS[:, here_S].to("cuda" if torch.cuda.is_available() else "cpu")
+        # Where each place is in this rank's part of the sequences; -1: on another rank.
+        self.local_S = torch.full((length,), -1).scatter(0, here_S, torch.arange(len(here_S)))
+
+    def answers(self, logits_NSV: torch.Tensor, vocab_size: int, *, asked_only: bool) -> torch.Tensor:
+        """Return the tokens' log-likelihoods and whether each is the likeliest, [2, Q], from this rank's part of V.
+
+        Args:
+            logits_NSV: of all positions, or [1, P, V].
+            vocab_size: V without padding.
+            asked_only: whether they are of the positions alone that predict something asked for.
+        """
+        from megatron.core import parallel_state
+
+        group, device = parallel_state.get_tensor_model_parallel_group(), logits_NSV.device
+        first = parallel_state.get_tensor_model_parallel_rank() * logits_NSV.shape[-1]
+        real = max(0, min(logits_NSV.shape[-1], vocab_size - first))  # the rows behind only pad the vocabulary
+        rows_P, place_P = self.rows_P, self.local_S[self.places_P]
+        if asked_only:
+            rows_P, place_P = torch.zeros_like(rows_P), torch.arange(len(rows_P))
+        position_Q, token_Q = self.position_Q, self.token_Q - first
+        largest_P, sum_P = (torch.full((len(place_P),), start, device=device) for start in (-torch.inf, 0.0))
+        own_Q = torch.zeros(len(token_Q), device=device)
+        for start in range(0, len(place_P), SLICE):  # never all positions in float32
+            stop = min(start + SLICE, len(place_P))
+            rows, places = rows_P[start:stop].to(device), place_P[start:stop].clamp(min=0).to(device)
+            logits_PV = logits_NSV[rows, places, :real].float()
+            largest = logits_PV.amax(dim=1) if real else largest_P[start:stop]
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
+            largest_P[start:stop] = largest
+            asked = (position_Q >= start) & (position_Q < stop) & (token_Q >= 0) & (token_Q < real)
+            own_Q[asked.to(device)] = logits_PV[(position_Q[asked] - start).to(device), token_Q[asked].to(device)]
+            sum_P[start:stop] = logits_PV.sub_(largest[:, None]).exp_().sum(dim=1)
+        for part in (sum_P, own_Q):
+            torch.distributed.all_reduce(part, group=group)
+        position_Q = position_Q.to(device)
+        largest_Q = largest_P[position_Q]
+        answers_2Q = torch.stack([own_Q - largest_Q - sum_P[position_Q].log(), (own_Q >= largest_Q).float()])
+        if parallel_state.get_context_parallel_world_size() > 1:
+            answers_2Q *= (place_P >= 0).to(device)[position_Q]
+            torch.distributed.all_reduce(answers_2Q, group=parallel_state.get_context_parallel_group())
+        return answers_2Q.cpu()
+
+
+def _places_here(length: int) -> torch.Tensor:
+    """Return the places of a sequence that this rank holds: with context parallelism a part of each half."""
+    from megatron.core import parallel_state
+
+    parts, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    if parts == 1:
+        return torch.arange(length)
+    pieces = torch.arange(length).view(2 * parts, -1)
+    return torch.cat([pieces[rank], pieces[2 * parts - 1 - rank]])

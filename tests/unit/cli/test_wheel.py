@@ -97,6 +97,12 @@ def test_every_command_explains_itself_from_a_wheel(bare: Path, name: str) -> No
 
 
 @pytest.mark.full
+def test_the_wheel_holds_the_files_that_are_no_python(wheel: Path) -> None:
+    with ZipFile(wheel) as archive:
+        assert {"nemo_upcycle/reporting/report.css", "nemo_upcycle/conf/data/text.yaml"} <= set(archive.namelist())
+
+
+@pytest.mark.full
 def test_the_metadata_name_contributors_and_no_address_that_is_not_there(wheel: Path) -> None:
     metadata = _metadata(wheel)
     assert metadata["Author"] == "nemo-upcycle contributors"

@@ -16,8 +16,8 @@ from tests.distributed.ranks import run_ranks
 
 
 def test_every_patch_says_what_breaks_without_it() -> None:
-    from nemo_upcycle.cpu.nemo_patches import NEMO_PATCHES
     from nemo_upcycle.cpu.patches import PATCHES
+    from nemo_upcycle.cpu.trainer_patches import NEMO_PATCHES
 
     assert [patch.__name__ for patch in (*PATCHES, *NEMO_PATCHES) if "Without it" not in (patch.__doc__ or "")] == []
 

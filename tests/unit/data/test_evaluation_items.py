@@ -13,8 +13,8 @@ from nemo_upcycle.data.inputs import list_inputs
 from nemo_upcycle.data.ngrams import NgramIndex, cut, removed_spans
 from nemo_upcycle.demo.assets import fetch_asset
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.suites.choose import choose_questions
 from nemo_upcycle.suites.items import suite_items
+from nemo_upcycle.suites.suite import choose_questions
 from nemo_upcycle.suites.suite_config import read_suite_config
 from tests.planted import CHANGED, VERBATIM, plant, questions
 

@@ -188,12 +188,6 @@ def test_what_is_no_index_is_refused(tmp_path: Path, how: str) -> None:
         NgramIndex.load(path)
 
 
-@pytest.mark.parametrize(("words", "shortest"), [(5, 6), (13, 0), (65, 6)])
-def test_impossible_sizes_are_refused(words: int, shortest: int) -> None:
-    with pytest.raises(UpcycleError, match="words of an n-gram: got"):
-        NgramIndex.build([], words, shortest)
-
-
 def test_cut_keeps_what_lies_further_than_the_margin() -> None:
     before, after = "b" * 30 + " word" * 100, "word " * 100 + "a" * 30
     text = f"{before} {QUESTION} {after}"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_upcycle.data.blend import Blend, BlendConfig, SourceConfig
-from nemo_upcycle.data.inputs import InputFile
-from nemo_upcycle.data.tasks import make_plan
+from nemo_upcycle.data.inputs import InputFile, make_plan
 
 
 TOKENIZER = {"eos_id": 0, "vocab_size": 100}

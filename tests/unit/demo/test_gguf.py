@@ -9,10 +9,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from nemo_upcycle.demo import gguf as gguf_module
 from nemo_upcycle.demo.assets import fetch_asset
 from nemo_upcycle.demo.gguf import convert_gguf
-from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.utils.files import is_complete
 from tests.unit.demo.tiny_gguf import HEAD_DIM, TOKENS, write_gguf
@@ -85,17 +83,6 @@ def test_config_says_what_the_file_says(tiny_dense):
     assert is_complete(tiny_dense)
 
 
-def test_large_models_are_written_in_shards(tiny_gguf, tiny_dense, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_module, "_SHARD_BYTES", 40_000)
-    folder = convert_gguf(tiny_gguf, tmp_path / "hf")
-    files = sorted(folder.glob("*.safetensors"))
-    assert len(files) > 2
-    assert all(file.stat().st_size < 45_000 for file in files)
-    assert not (folder / "model.safetensors").exists()
-    ours, whole = _load(folder).state_dict(), _load(tiny_dense).state_dict()
-    assert all(torch.equal(ours[name], value) for name, value in whole.items())
-
-
 def test_the_card_keeps_what_the_file_says_of_its_licence(tiny_gguf, tmp_path):
     folder = convert_gguf(tiny_gguf, tmp_path / "hf", base_model="us/small")
     front = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
@@ -126,35 +113,6 @@ def test_the_tokenizer_splits_digits_and_keeps_its_special_tokens(tiny_dense):
     assert (tokenizer.bos_token, tokenizer.unk_token) == ("<|im_start|>", "<|endoftext|>")
     assert tokenizer.apply_chat_template([{"content": "hello"}], tokenize=False) == "hello"
     assert set(tokenizer("the")) == {"input_ids", "attention_mask"}  # generate() refuses token_type_ids
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"architecture": "qwen2"}, "architecture of m.gguf: got qwen2"),
-        ({"pre": "llama-bpe"}, "pre-tokenizer llama-bpe, expected model gpt2, pre-tokenizer smollm"),
-        ({"extra": "rope_freqs.weight"}, "tensor of the GGUF file: got rope_freqs.weight"),
-    ],
-)
-def test_refuses_what_it_does_not_know(tmp_path, changed, message):
-    with pytest.raises(CheckpointError, match=message):
-        convert_gguf(write_gguf(tmp_path / "m.gguf", **changed), tmp_path / "hf")
-    assert not (tmp_path / "hf").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model" * 10])
-def test_refuses_what_is_no_gguf(tmp_path, content):
-    path = tmp_path / "m.gguf"
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="expected a GGUF file"):
-        convert_gguf(path, tmp_path / "hf")
-
-
-def test_refuses_a_file_cut_short(tiny_gguf, tmp_path):
-    path = tmp_path / "m.gguf"
-    path.write_bytes(tiny_gguf.read_bytes()[:-5000])
-    with pytest.raises(CheckpointError, match="expected a GGUF file"):
-        convert_gguf(path, tmp_path / "hf")
 
 
 @pytest.mark.slow

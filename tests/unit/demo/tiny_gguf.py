@@ -15,12 +15,10 @@ TOKENS = [*SPECIAL, *sorted(ByteLevel.alphabet()), *(merge.replace(" ", "") for 
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM = 2, 64, 96, 4, 2, 16
 
 
-def write_gguf(
-    path: Path, *, tied: bool = True, architecture: str = "llama", pre: str = "smollm", extra: str = ""
-) -> Path:
-    """Write a two-layer Llama whose FFN is quantised; `extra` adds a tensor of that name."""
+def write_gguf(path: Path, *, tied: bool = True) -> Path:
+    """Write a two-layer Llama whose FFN is quantised."""
     rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, "llama")
     for add, value in (
         (writer.add_license, "apache-2.0"),
         (writer.add_languages, ["en"]),
@@ -35,7 +33,7 @@ def write_gguf(
         (writer.add_rope_dimension_count, HEAD_DIM),
         (writer.add_layer_norm_rms_eps, 1e-5),
         (writer.add_tokenizer_model, "gpt2"),
-        (writer.add_tokenizer_pre, pre),
+        (writer.add_tokenizer_pre, "smollm"),
         (writer.add_token_list, TOKENS),
         (writer.add_token_types, [3] * len(SPECIAL) + [1] * (len(TOKENS) - len(SPECIAL))),
         (writer.add_token_merges, MERGES),
@@ -71,8 +69,6 @@ def write_gguf(
     add_tensor("output_norm.weight", HIDDEN)
     if not tied:
         add_tensor("output.weight", len(TOKENS), HIDDEN)
-    if extra:
-        add_tensor(extra, HEAD_DIM // 2)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -13,8 +13,7 @@ import pytest
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation import backends
-from nemo_upcycle.evaluation.backends import CPU_BATCH, choose_backend, open_model
-from nemo_upcycle.evaluation.model import load_model, wrap_model
+from nemo_upcycle.evaluation.backends import CPU_BATCH, choose_backend, load_model, open_model, wrap_model
 from nemo_upcycle.evaluation.run import evaluate
 from nemo_upcycle.suites.suite import build_suite
 from nemo_upcycle.suites.suite_config import HeldoutConfig, SuiteConfig, read_suite_config

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.evaluation.backends import load_model
 from nemo_upcycle.evaluation.compare import compare_items
 from nemo_upcycle.evaluation.heldout import by_source, document_sums
-from nemo_upcycle.evaluation.model import load_model
 from nemo_upcycle.evaluation.run import _extract, evaluate
 from nemo_upcycle.suites.suite import build_suite
 from nemo_upcycle.suites.suite_config import HeldoutConfig, QuestionsConfig, SuiteConfig

@@ -15,7 +15,7 @@ from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.hf_folder import write_config
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.evaluation import model as evaluation
+from nemo_upcycle.evaluation import backends as evaluation
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.hf_model import load_model, load_tokenizer
 from nemo_upcycle.verify.verification import verify

@@ -11,7 +11,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.models.hf_config import architecture_from_config
 from nemo_upcycle.models.megatron_config import architecture_of
-from nemo_upcycle.monitoring.throughput import Throughput, memory_gib, peaks_of
+from nemo_upcycle.monitoring.step_metrics import Throughput, memory_gib, peaks_of
 from nemo_upcycle.spec import UpcycleSpec
 from tests.models import LLAMA3_8B
 

@@ -39,6 +39,23 @@ RECEIPT = {
 }
 
 
+SETTINGS = {
+    "data": "NeMo's mock data (random tokens)",
+    "max_steps": 3,
+    "ranks": 2,
+    "micro_batch_size": 1,
+    "global_batch_size": 4,
+    "seq_length": 250,
+    "precision": "bf16-mixed",
+    "optimizer": "adam",
+    "weight_decay": 0.1,
+    "max_lr": 3e-5,
+    "schedule": {"name": "CosineAnnealing", "warmup_steps": 1, "constant_steps": 0, "min_lr": 3e-7},
+    "flops_per_token": {"full": 3e9, "causal": 2.5e9},
+    "lr_factors": {"router": 4.0, "experts": 1.0, "warmup_steps": 100, "freezes": "experts"},
+}
+
+
 def evaluation(name: str, likelihoods: list[float], accuracies: list[float]) -> dict[str, Any]:
     """An evaluation of windows of 100 bytes, and of questions; the values are what the report has to print."""
     windows = [
@@ -85,7 +102,7 @@ def metrics(stage: str) -> list[dict[str, Any]]:
     for step in (1, 2, 3):
         line = {"step": step, "loss": 3.5 - step / 4 + offset, "lr": 1e-4, "grad_norm": 1.0, "tokens": 1000 * step}
         load = {"expert_load": loads[step - 1]} if stage == "pretrain" else {}
-        lines.append({**line, "seconds": 2.0, "tokens_per_s": 500.0, **load})
+        lines.append({**line, "seconds": 2.0, "tokens_per_s": 500.0, "memory_gib": 2.5, **load})
         lines.append({"step": step, "validation_loss": 3.625 - step / 8 + offset})
     return lines
 
@@ -95,11 +112,13 @@ def run_dir(tmp_path: Path) -> Path:
     folder = tmp_path / "demo"
     (folder / "evaluation").mkdir(parents=True)
     (folder / "receipt.json").write_text(json.dumps(RECEIPT))
+    (folder / "pipeline.json").write_text(json.dumps({"recipe": "smollm2_135m_e8t2"}))
     for name, value in EVALUATIONS.items():
         (folder / "evaluation" / f"{name}.json").write_text(json.dumps(value))
     for stage, seconds in (("pretrain", 61.0), ("dense_ct", 30.0)):
         (folder / stage).mkdir()
         (folder / stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics(stage)))
+        (folder / stage / "training.json").write_text(json.dumps(SETTINGS))
         marker = {"stage": stage, "seconds": seconds, "outputs": {}}
         (folder / stage / "_SUCCESS.json").write_text(json.dumps(marker))
     return folder

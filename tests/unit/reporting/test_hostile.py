@@ -12,9 +12,8 @@ from markdown_it import MarkdownIt
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.reporting.report import write_report
-from tests.unit.reporting.conftest import RECEIPT
+from tests.unit.reporting.conftest import RECEIPT, SETTINGS
 from tests.unit.reporting.test_html import Page
-from tests.unit.reporting.test_report import SETTINGS
 
 
 FOLDER = "rep![q](x)<b>"
@@ -55,9 +54,7 @@ def hostile(run_dir: Path, secret: Path) -> Path:
     """A run's folder in which every text is `TYPED`."""
     folder = run_dir.rename(run_dir.with_name(FOLDER))
     typed = TYPED.replace("SECRET", str(secret))
-    (folder / "pipeline.json").write_text(json.dumps({"recipe": ""}))
     (folder / "pretrain/receipt.json").write_text(json.dumps(RECEIPT))
-    (folder / "pretrain/training.json").write_text(json.dumps(SETTINGS))
     for path in folder.rglob("*.json"):
         _change(path, typed)
     (folder / "command.txt").write_text(f"{typed}\n```\n{typed}\n")
@@ -134,7 +131,6 @@ def test_only_figures_that_the_report_drew_are_embedded(run_dir: Path, secret: P
     [("receipt.json", "dense_params"), ("receipt.json", "ranks"), ("pretrain/training.json", "max_lr")],
 )
 def test_text_in_the_place_of_a_number_is_refused_by_name(run_dir: Path, file: str, key: str) -> None:
-    (run_dir / "pretrain/training.json").write_text(json.dumps(SETTINGS))
     path = run_dir / file
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: "<b>"}))
     with pytest.raises(UpcycleError, match=rf"{path.name}: got {key}: '<b>'"):

@@ -13,7 +13,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.paired import paired_difference
 from nemo_upcycle.pipeline.markers import StageFolder, setting_texts
 from nemo_upcycle.reporting.report import write_report
-from tests.unit.reporting.conftest import EVALUATIONS, RECEIPT
+from tests.unit.reporting.conftest import EVALUATIONS, RECEIPT, SETTINGS
 
 
 def rows(report: Path) -> dict[str, list[str]]:
@@ -35,7 +35,7 @@ def test_the_results_hold_the_inputs(results: dict[str, Any]) -> None:
     assert results["step0"]["max_relative_loglikelihood_difference"] == pytest.approx(0.001)  # -130 to -130.13
     assert results["step0"]["changed_answers"] == 1
     assert results["step0"]["items"] == 7
-    assert results["step0"]["logits"]["max_abs_logit_diff"] == 6.25e-5
+    assert results["receipt"]["max_abs_logit_diff"] == 6.25e-5
     metric = "heldout_perplexity/bits_per_byte"
     assert results["paired"]["trained_minus_dense_ct"][metric] == paired_difference(
         EVALUATIONS["dense_ct"], EVALUATIONS["trained"], metric
@@ -63,6 +63,8 @@ def test_the_training_summary(results: dict[str, Any]) -> None:
         "last_validation_loss": 3.25,
         "highest_lr": 1e-4,
         "last_lr": 1e-4,
+        "memory_gib": 2.5,
+        "settings": SETTINGS,
     }
     assert load["last"] == pytest.approx({"balanced": 0.25, "min": 0.2, "max": 0.3, "cv": 0.2})  # 0.05 / 0.25
     assert load["first"]["cv"] == pytest.approx((3 * 0.15**2 + 0.45**2) ** 0.5 / 2 / 0.25)
@@ -105,22 +107,6 @@ def test_the_report_prints_these_numbers(run_dir: Path) -> None:
     assert "`seed=4321`" in text
 
 
-SETTINGS = {
-    "data": "NeMo's mock data (random tokens)",
-    "max_steps": 3,
-    "ranks": 2,
-    "micro_batch_size": 1,
-    "global_batch_size": 4,
-    "seq_length": 250,
-    "precision": "bf16-mixed",
-    "optimizer": "adam",
-    "weight_decay": 0.1,
-    "max_lr": 3e-5,
-    "schedule": {"name": "CosineAnnealing", "warmup_steps": 1, "constant_steps": 0, "min_lr": 3e-7},
-    "lr_factors": {"router": 4.0, "experts": 1.0, "warmup_steps": 100, "freezes": "experts"},
-}
-
-
 def test_the_command_and_the_resolved_recipes_are_named(run_dir: Path) -> None:
     assert "## Command" not in write_report(run_dir).read_text()  # a folder from before they were kept
     (run_dir / "command.txt").write_text("nemo upcycle pipeline --factory smollm2_135m_e8t2 dir=demo --yes\n")
@@ -136,7 +122,8 @@ def test_the_command_and_the_resolved_recipes_are_named(run_dir: Path) -> None:
 
 
 def test_the_report_says_how_and_how_fast_it_was_trained(run_dir: Path) -> None:
-    (run_dir / "pretrain/training.json").write_text(json.dumps(SETTINGS))
+    other = SETTINGS | {"data": "blend tiny (blend)", "ranks": 1, "lr_factors": {}}
+    (run_dir / "dense_ct/training.json").write_text(json.dumps(other))
     path = run_dir / "pretrain/metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines:
@@ -149,28 +136,29 @@ def test_the_report_says_how_and_how_fast_it_was_trained(run_dir: Path) -> None:
     assert found["memory of the fullest rank, planned"] == ["66.25 GiB", "-"]
     assert found["tokens per second, planned"] == ["480", "-"]
     assert rows(write_report(run_dir)) == found  # another report keeps them
-    assert found["ranks times hours in steps"] == ["0.00333", "-"]  # 6 s on 2 ranks
-    assert found["learning rate, peak"] == [
-        "3e-05, CosineAnnealing to 3e-07 over 3 steps, 1 of them warm-up",
-        "0.0001",
-    ]
+    assert found["ranks times hours in steps"] == ["0.00333", "0.00167"]  # 6 s on 2 ranks, and on one
+    rate = "3e-05, CosineAnnealing to 3e-07 over 3 steps, 1 of them warm-up"
+    assert found["learning rate, peak"] == [rate, rate]
     assert found["factors on the learning rate"] == ["router 4, experts 1, experts frozen for 100 steps", "-"]
-    assert found["batch, sequences a step"] == ["4 (micro batch 1)", "-"]
-    assert found["sequence length, tokens"] == ["250", "-"]
-    assert found["precision"] == ["bf16-mixed", "-"]
-    assert found["optimizer"] == ["adam, weight decay 0.1", "-"]
-    assert "Data of the trained MoE: NeMo's mock data (random tokens)." in (run_dir / "report.md").read_text()
-    assert found["ranks of the training job"] == ["2", "-"]
+    assert found["batch, sequences a step"] == ["4 (micro batch 1)"] * 2
+    assert found["sequence length, tokens"] == ["250", "250"]
+    assert found["precision"] == ["bf16-mixed"] * 2
+    assert found["optimizer"] == ["adam, weight decay 0.1"] * 2
+    text = (run_dir / "report.md").read_text()
+    assert "Data of the trained MoE: NeMo's mock data (random tokens)." in text
+    assert "Data of the trained dense baseline: blend tiny (blend)." in text
+    assert found["ranks of the training job"] == ["2", "1"]
     assert found["TFLOP/s of a rank (full attention / causal half)"] == ["200 / 180", "-"]
     assert found["MFU, BF16 peak (full attention / causal half)"] == ["20.0 % / 18.0 %", "-"]
-    assert found["peak memory of a rank"] == ["69.50 GiB (88 % of its card)", "-"]
+    assert found["peak memory of a rank"] == ["69.50 GiB (88 % of its GPU)", "2.50 GiB"]
     assert json.loads((run_dir / "results.json").read_text())["training"]["pretrain"]["settings"] == SETTINGS
 
 
 def test_settings_that_lack_an_entry_are_named(run_dir: Path) -> None:
     (run_dir / "pretrain/training.json").write_text(json.dumps({**SETTINGS, "schedule": None}))
-    with pytest.raises(UpcycleError, match=r"training\.json: got no schedule, expected what stage 'pretrain' writes"):
+    with pytest.raises(UpcycleError) as caught:
         write_report(run_dir)
+    assert (caught.value.subject, caught.value.got) == (str(run_dir / "pretrain/training.json"), "no schedule")
 
 
 def test_a_few_steps_say_what_they_show(run_dir: Path) -> None:
@@ -278,6 +266,7 @@ def test_the_figures_are_drawn(run_dir: Path) -> None:
     [
         ("receipt.json", "upcycle"),
         ("pretrain/metrics.jsonl", "pretrain"),
+        ("pretrain/training.json", "pretrain"),
         ("dense_ct/metrics.jsonl", "dense_ct"),
         ("evaluation/step0.json", "evaluate"),
         ("evaluation/dense_ct.json", "evaluate"),

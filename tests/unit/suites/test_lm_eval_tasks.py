@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from nemo_upcycle.data.academic import write_training_splits
 from nemo_upcycle.data.ngrams import NgramIndex
+from nemo_upcycle.data.readers.lm_eval import write_training_splits
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.items import lm_eval_items
 from nemo_upcycle.suites.lm_eval_tasks import check_task_names, load_tasks, question_of

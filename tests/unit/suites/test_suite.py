@@ -10,10 +10,9 @@ import pytest
 import yaml
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.suites.choose import choose_examples, choose_questions, choose_windows, cut_windows
 from nemo_upcycle.suites.lm_eval_tasks import check_task_names
 from nemo_upcycle.suites.local_tasks import task_name
-from nemo_upcycle.suites.suite import build_suite
+from nemo_upcycle.suites.suite import build_suite, choose_examples, choose_questions, choose_windows, cut_windows
 from nemo_upcycle.suites.suite_config import HeldoutConfig, QuestionsConfig, SuiteConfig, read_suite_config
 from nemo_upcycle.utils.files import MARKER
 from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS

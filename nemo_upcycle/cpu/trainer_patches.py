@@ -1,4 +1,4 @@
-"""Supply on a CPU what Megatron-Bridge takes for granted of CUDA, as `patches` does for Megatron-Core."""
+"""Supply on a CPU what NeMo 2.7 and Megatron-Bridge take for granted of CUDA, as `patches` does for Megatron-Core."""
 
 from __future__ import annotations
 
@@ -8,6 +8,45 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+
+
+def seed_random_states() -> None:
+    """Seed Megatron's named random states, too.
+
+    Without it they are never seeded: NeMo does so only when it counts a CUDA device.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import random
+    from nemo.lightning import megatron_init
+
+    seed_host = megatron_init._set_random_seed
+
+    def seed_all(seed: int) -> None:
+        seed_host(seed)
+        random.model_parallel_cuda_manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+
+    megatron_init._set_random_seed = seed_all
+
+
+def leave_loaded_tensors() -> None:
+    """Skip the check that a loaded checkpoint lies on the right GPU.
+
+    Without it loading any NeMo checkpoint ends with an AssertionError on `torch.cuda.is_initialized()`.
+    """
+    from nemo.lightning.io import pl
+
+    pl._fix_tensors_device = lambda checkpoint: checkpoint
+
+
+def print_progress_alone() -> None:
+    """Keep NeMo's `ProgressPrinter` from asking Megatron's timers for a report.
+
+    Without it a run of several ranks hangs at the next collective call: the report is an all-gather, and only the
+    first rank prints.
+    """
+    from nemo.lightning.pytorch.callbacks.progress_printer import ProgressPrinter
+
+    ProgressPrinter.log_megatron_timers = lambda self, timers: None
 
 
 def start_without_cuda() -> None:
@@ -54,4 +93,5 @@ def keep_random_states() -> None:
     torch.cuda.set_rng_state = lambda new_state, device="cuda": torch.set_rng_state(new_state)
 
 
+NEMO_PATCHES: tuple[Callable[[], None], ...] = (seed_random_states, leave_loaded_tensors, print_progress_alone)
 BRIDGE_PATCHES: tuple[Callable[[], None], ...] = (start_without_cuda, use_compiled_helpers, keep_random_states)

@@ -1,0 +1,189 @@
+"""The steps that remove documents: filters, datatrove's exact deduplication in two passes, decontamination.
+
+Of equal documents that of the first task stays (`make_plan`). What evaluation items say is taken out of the documents
+of training; looser matches in what is left are reported.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig, ExactDedupSignature, get_sig_dtype
+from datatrove.pipeline.filters.base_filter import BaseFilter
+from xxhash import xxh64, xxh64_intdigest
+
+from nemo_upcycle.data.contamination import Contamination
+from nemo_upcycle.data.engine.ledger import Ledger, LedgerStep, RemovedWriter
+from nemo_upcycle.data.engine.plan import MAX_TASKS
+from nemo_upcycle.data.ngrams import Hit, NgramIndex, cut, removed_spans
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.files import read_json, write_json
+
+
+#: What a cut leaves of a document is a document of its own if it has this many characters.
+SHORTEST_PIECE = 200
+
+
+class FilterDocuments(BaseFilter):
+    """Keeps what is long enough and of the bucket that the task asks for."""
+
+    name = "length and bucket"
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__(RemovedWriter(ledger, "filter"))
+        self.ledger = ledger
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        """Return whether to keep a document, or why not."""
+        length = len(doc.text.strip())
+        if length == 0:
+            return False, "empty"
+        if length < self.ledger.plan.min_characters:
+            return False, "too short"
+        wanted = self.ledger.task.options.get("bucket")
+        if wanted and doc.metadata["bucket"] not in ([wanted] if isinstance(wanted, str) else wanted):
+            return False, "other bucket"
+        return True
+
+
+class FilterListed(BaseFilter):
+    """Removes what the publisher's list of duplicates names."""
+
+    name = "listed duplicates"
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__(RemovedWriter(ledger, "deduplicate"))
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        """Return whether to keep a document, or why not."""
+        return (False, "listed") if doc.metadata["listed"] else True
+
+
+def stripped_text(document: Document) -> str:
+    """Return what is compared."""
+    return document.text.strip()
+
+
+def deduplication() -> ExactDedupConfig:
+    """Return the configuration that all of datatrove's steps share."""
+    return ExactDedupConfig(content_getter=stripped_text)
+
+
+class SignDocuments(ExactDedupSignature):
+    """Writes the hash of every document, 14 bytes each, and a digest of them all.
+
+    datatrove breaks ties by the number of the document in its task, and then by chance. So every task has a priority
+    of its own: the earlier one wins.
+    """
+
+    def __init__(self, ledger: Ledger, folder: Path, finders: int) -> None:
+        super().__init__(str(folder / "signatures"), deduplication(), finder_workers=finders)
+        self.ledger, self.folder = ledger, folder
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
+        """Read the documents of a task and write their signatures."""
+        hashes = array("Q", (self.hash_fc(stripped_text(document)) for document in data))
+        signatures = np.zeros(len(hashes), dtype=get_sig_dtype(self.config.hash_config))
+        signatures["hash"] = np.frombuffer(hashes, dtype=np.uint64) if hashes else []
+        signatures["priority"] = MAX_TASKS - rank
+        signatures["doc"] = np.arange(len(hashes))
+        self.save_hashes(rank, signatures)
+        write_json(_digest_path(self.folder, rank), xxh64(hashes.tobytes()).hexdigest())
+
+
+class RequireSameDocuments(LedgerStep):
+    """Checks that the second pass reads what the first one read: duplicates are known by their numbers."""
+
+    type, name = "check", "the documents of the first pass"
+
+    def __init__(self, ledger: Ledger, folder: Path) -> None:
+        super().__init__(ledger)
+        self.folder = folder
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        """Pass documents on.
+
+        Raises:
+            UpcycleError: the documents are others.
+        """
+        digest = xxh64()
+        for document in data:
+            digest.update(xxh64_intdigest(stripped_text(document).encode()).to_bytes(8, sys.byteorder))
+            yield document
+        if digest.hexdigest() != read_json(_digest_path(self.folder, rank)):
+            raise UpcycleError(
+                f"input of {self.ledger.task.source} (task {rank})",
+                got="other documents than in the first pass over it",
+                expected="files that nobody changes",
+                fix=f"delete {self.folder.parents[1]} and start again",
+            )
+
+
+def _digest_path(folder: Path, rank: int) -> Path:
+    return folder / "digests" / f"{rank:05d}.json"
+
+
+class Decontaminate(LedgerStep):
+    """Drops a training document that shares n-grams with an evaluation item, or cuts the passage out of it."""
+
+    type, name = "filter", "n-grams of the evaluation items"
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        """Yield clean documents; count what was taken out of them."""
+        index = _index(Path(str(self.ledger.plan.ngram_index)))
+        counts = self.ledger.contamination = Contamination(index)
+        for document in data:
+            hits = index.find(document.text) if document.metadata["split"] == "train" else []
+            if not hits:
+                yield document
+                continue
+            pieces = cut(document.text, hits) if self.ledger.task.on_hit == "cut" else []
+            kept = [piece for piece in pieces if len(piece) >= SHORTEST_PIECE]
+            spans = removed_spans(document.text, hits) if kept else [(0, len(document.text))]
+            counts.add(document.id, document.metadata["where"], document.text, hits, spans)
+            self._record(document, hits, kept, index)
+            for number, text in enumerate(kept, 1):
+                self.ledger.cut["pieces"] += 1
+                yield Document(text=text, id=f"{document.id}#{number}", metadata=document.metadata)
+
+    def _record(self, document: Document, hits: list[Hit], kept: list[str], index: NgramIndex) -> None:
+        names = sorted({index.item(number)[0] for hit in hits for number in hit.items})
+        more: dict[str, Any] = {"sets": names, "passages": [[hit.start, hit.stop] for hit in hits]}
+        if not kept:
+            reason = "dropped" if self.ledger.task.on_hit == "drop" else "nothing left"
+            self.ledger.removed_document("decontaminate", reason, document, **more)
+            return
+        lost_bytes = len(document.text.encode()) - sum(len(text.encode()) for text in kept)
+        self.ledger.cut.update(documents=1, bytes=lost_bytes)
+        self.ledger.note(
+            "decontaminate", "cut", document.id, document.metadata["where"], lost_bytes, pieces=len(kept), **more
+        )
+
+
+class Report(LedgerStep):
+    """Counts the shorter n-grams of evaluation items in the documents of training, and removes nothing.
+
+    What the last step omits, beyond a source's `tokens`, is counted as well.
+    """
+
+    type, name = "report", "shorter n-grams of the evaluation items"
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        """Pass documents on."""
+        index = _index(Path(str(self.ledger.plan.report_index)))
+        report = self.ledger.report = Contamination(index)
+        for document in data:
+            if document.metadata["split"] == "train":
+                report.add(document.id, document.metadata["where"], document.text, index.find(document.text))
+            yield document
+
+
+@lru_cache(maxsize=2)
+def _index(path: Path) -> NgramIndex:
+    return NgramIndex.load(path)
