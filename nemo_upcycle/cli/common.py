@@ -90,11 +90,6 @@ def file_size(text: str) -> int:
     return size_bytes
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """Add the option for an answer in JSON."""
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-
-
 def show(args: argparse.Namespace, answer: dict[str, Any], text: str) -> None:
     """Write a command's answer to stdout, for people or as JSON."""
     as_json = json.dumps(answer, indent=2, default=str, allow_nan=False)

@@ -18,15 +18,14 @@ from importlib.metadata import PackageNotFoundError, distribution, metadata, ver
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.cli.common import add_json, show
+from nemo_upcycle.cli.common import show
 from nemo_upcycle.data.environment import data_python, engine_version
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.utils.requirements import Requirement, requirement
 
 
-HELP = "what is installed, which versions fit, what is missing and the command that adds it"
-_EXAMPLES = """example:
+EPILOG = """example:
   nemo-upcycle doctor
 
 exit status: 0 what is installed fits; 1 something does not, or a library that everything needs is missing."""
@@ -51,13 +50,11 @@ _OK, _MISSING, _WRONG = "ok", "missing", "does not fit"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.epilog = _EXAMPLES
     parser.add_argument(
         "--data-requirements",
         action="store_true",
         help="print what pip installs for nemo-upcycle data, in an environment of its own, and stop",
     )
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:

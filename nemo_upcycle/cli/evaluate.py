@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.cli.common import add_json, folder_to_make, show
+from nemo_upcycle.cli.common import folder_to_make, show
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.conf import packaged, packaged_names
 
 
-HELP = "NeMo or Megatron checkpoint, or Hugging Face folder -> scores of lm-eval's tasks and held-out texts"
-_EXAMPLES = """examples:
+EPILOG = f"""examples:
   nemo-upcycle evaluate runs/demo demo results --data runs/demo/data/blend
   nemo-upcycle evaluate runs/demo/dense runs/demo/suite results --name dense
   torchrun --nproc-per-node 8 -m nemo_upcycle.cli evaluate runs/8b paper results --ep 8
@@ -22,14 +21,13 @@ _EXAMPLES = """examples:
 A suite is a name, a YAML file, or a folder that was built before. The result is
 DIR/NAME.json, with every item's log-likelihoods. A checkpoint needs no export; it computes under any layout, also
 another one than it was trained under, without dropping tokens.
-exit status: 0 done; 2 a value or a file is wrong."""
+exit status: 0 done; 2 a value or a file is wrong.
+
+The package's own suites are in {packaged("evaluation")}; demo.yaml explains every key."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.epilog = (
-        f"{_EXAMPLES}\n\nThe package's own suites are in {packaged('evaluation')}; demo.yaml explains every key."
-    )
     parser.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint, a run, or a Hugging Face folder")
     parser.add_argument(
         "suite", metavar="SUITE", help=f"{', '.join(packaged_names('evaluation'))}, a YAML file, or a folder"
@@ -47,7 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--vp", type=int, default=1, metavar="N", help="pieces of a pipeline rank's layers (default: 1)"
     )
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:

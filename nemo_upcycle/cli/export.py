@@ -8,7 +8,6 @@ from typing import Any
 
 from nemo_upcycle.cli.common import (
     add_dtype,
-    add_json,
     add_spec_options,
     folder_to_make,
     given_spec,
@@ -18,8 +17,7 @@ from nemo_upcycle.online.receipt import spec_of
 from nemo_upcycle.utils.files import MODEL_MARKER, read_json
 
 
-HELP = "NeMo or Megatron checkpoint, saved under any layout -> Hugging Face folder"
-_EXAMPLES = """examples:
+EPILOG = """examples:
   nemo-upcycle export runs/demo hf-demo
   nemo-upcycle export runs/demo/pretrain/checkpoints/last hf-last
   nemo-upcycle export checkpoints/step=1000 hf --dense models/Llama-3-8B
@@ -32,7 +30,6 @@ exit status: 0 done; 2 a value or a file is wrong."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.epilog = _EXAMPLES
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", type=Path, help="folder with weights/ or .metadata, or a folder above it"
     )
@@ -43,7 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_spec_options(parser, "how the model was upcycled (default: from receipt and checkpoint)", defaults=False)
     add_dtype(parser, "bfloat16")
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import re
 import shutil
-import sys
 import textwrap
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
+from nemo_upcycle.cli.common import show
 from nemo_upcycle.cli.plan_request import Subject, number_of_tokens, request_of, subject_of
 from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning import table
-from nemo_upcycle.planning.columns import named_columns, table_text
 from nemo_upcycle.planning.commands import BACKENDS, bridge_command, nemo_command, require_bridge
 from nemo_upcycle.planning.hardware import DEFAULT_SOFTWARE, SOFTWARE, gpu_names
 from nemo_upcycle.planning.layout import SIZES, parse_layout
@@ -25,7 +23,6 @@ from nemo_upcycle.planning.search import Plan, PlanRequest, evaluate_layout, fin
 from nemo_upcycle.planning.workload import DISPATCHERS, PRECISIONS, RECOMPUTES, ROUTINGS
 
 
-HELP = "what fits where, how fast, how long, how much: layouts for a cluster, without a GPU"
 EPILOG = """examples:
   nemo-upcycle plan --recipe llama3_8b_e8t2 --gpus 128
   nemo-upcycle plan --model /models/Llama-3-8B --experts 8 --top-k 2 --gpus 64 --tokens 27B --price-per-gpu-hour 2.5
@@ -39,19 +36,8 @@ exit status: 0 a layout fits (or is tight); 1 none does; 2 a value is wrong.
 TFLOP/s and MFU count full attention, as arXiv 2412.09952 does; --json has the causal half beside it."""
 
 
-class _Answer(NamedTuple):
-    """What is printed, as text or as JSON."""
-
-    subject: Subject
-    request: PlanRequest
-    plans: list[Plan]
-    ranks: list[dict[str, int]] | None
-    checked: dict[str, Any] | None
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.epilog = EPILOG
     what = parser.add_argument_group("what to train").add_mutually_exclusive_group(required=True)
     what.add_argument("--recipe", metavar="NAME", help="a recipe of this package, with its batch, sequence and tokens")
     text = "dense or MoE: a Hugging Face folder or its config.json, hf://ORG/NAME on the hub, asset://smollm2-135m"
@@ -84,16 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layout.add_argument("--micro-batch", type=int, metavar="N", help="sequences of a micro-batch (default: searched)")
     layout.add_argument("--recompute", metavar="KIND", help=f"{', '.join(RECOMPUTES)} (default: the least that fits)")
     layout.add_argument("--rows", type=int, default=10, metavar="N", help="layouts to show (default: 10)")
-    show = parser.add_argument_group("output")
-    show.add_argument("--explain", type=int, metavar="ROW", help="show the arithmetic of a row")
-    show.add_argument("--rank", metavar="R", help="parameters of rank R (a number, 1,2,3 or all) in the first row")
-    show.add_argument("--check", action="store_true", help="compare the first row with Megatron's own modules")
-    show.add_argument("--columns", metavar="GiB,MFU,...", help="columns of the table (default: what has room)")
-    show.add_argument("--wide", action="store_true", help="all columns, however wide the terminal")
-    show.add_argument(
+    output = parser.add_argument_group("output")
+    output.add_argument("--explain", type=int, metavar="ROW", help="show the arithmetic of a row")
+    output.add_argument("--rank", metavar="R", help="parameters of rank R (a number, 1,2,3 or all) in the first row")
+    output.add_argument("--check", action="store_true", help="compare the first row with Megatron's own modules")
+    output.add_argument("--columns", metavar="GiB,MFU,...", help="columns of the table (default: what has room)")
+    output.add_argument("--wide", action="store_true", help="all columns, however wide the terminal")
+    output.add_argument(
         "--backend", default="nemo", metavar="NAME", help="whose command: nemo or bridge (default: nemo)"
     )
-    show.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -102,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UpcycleError: a value is wrong.
     """
-    names = named_columns(args.columns) if args.columns is not None else None
+    names = table.named_columns(args.columns) if args.columns is not None else None
     if args.backend not in BACKENDS:
         raise SpecError.unknown("backend", args.backend, BACKENDS)
     subject = subject_of(args)
@@ -119,11 +104,11 @@ def run(args: argparse.Namespace) -> int:
     ranks = _ranks(args.rank, plans[0]) if args.rank is not None else None
     if args.explain is not None and not 1 <= args.explain <= len(plans):
         raise SpecError("--explain", got=args.explain, expected=f"a row, 1 to {len(plans)}", fix="choose one")
-    answer = _Answer(subject, request, plans, ranks, _check(subject, plans[0]) if args.check else None)
-    if args.json:
-        _print_json(args, answer)
-    else:
-        _print_text(args, answer, names)
+    rows = [table.row_values(plan, _command(args, subject, plan)) for plan in plans]
+    answer = _model_values(request) | {"rows": rows, "warnings": _warnings(subject, request)}
+    answer |= {"ranks": ranks} if ranks is not None else {}
+    answer |= {"check": _check(subject, plans[0])} if args.check else {}
+    show(args, answer, "" if args.json else _text(args, subject, plans, answer, names))
     return 1 if all(plan.verdict == "no" for plan in plans) else 0
 
 
@@ -162,68 +147,56 @@ def _check(subject: Subject, plan: Plan) -> dict[str, Any]:
     return asdict(check_layout_against_megatron(subject.arch, plan.layout, plan.work, dense, subject.spec))
 
 
-def _print_json(args: argparse.Namespace, answer: _Answer) -> None:
-    subject, request = answer.subject, answer.request
+def _model_values(request: PlanRequest) -> dict[str, Any]:
     arch, length = request.arch, request.work.seq_length
-    values: dict[str, Any] = {
-        "model": {
-            "total_params": arch.total_params,
-            "active_params": arch.active_params,
-            "flops_per_token": {
-                "full": flops_per_token(arch, length, causal=False),
-                "causal": flops_per_token(arch, length, causal=True),
-            },
-        },
-        "rows": [
-            table.row_values(plan, _command(args, subject, plan), args.price_per_gpu_hour) for plan in answer.plans
-        ],
-    }
-    values["warnings"] = _warnings(subject, request)
-    values |= {"ranks": answer.ranks} if answer.ranks is not None else {}
-    values |= {"check": answer.checked} if answer.checked is not None else {}
-    sys.stdout.write(json.dumps(values, indent=2) + "\n")
+    flops = {name: flops_per_token(arch, length, causal=name == "causal") for name in ("full", "causal")}
+    sizes = {"total_params": arch.total_params, "active_params": arch.active_params}
+    return {"model": {**sizes, "flops_per_token": flops}}
 
 
-def _print_text(args: argparse.Namespace, answer: _Answer, names: list[str] | None) -> None:
-    subject, request, plans, checked = answer.subject, answer.request, answer.plans, answer.checked
+def _text(
+    args: argparse.Namespace, subject: Subject, plans: list[Plan], answer: dict[str, Any], names: list[str] | None
+) -> str:
     width = shutil.get_terminal_size().columns  # 80 without a terminal
 
-    def say(text: str) -> None:
-        for line in text.split("\n"):
-            folded = textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-            sys.stdout.write(folded + "\n")
+    def folded(text: str) -> str:
+        options: dict[str, Any] = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+        return "\n".join(textwrap.fill(line, width, **options) for line in text.split("\n"))
 
-    shown, left_out = table_text(plans, args.price_per_gpu_hour, names, None if args.wide else width)
-    chosen = plans[(args.explain or 1) - 1]
-    say(table.model_line(request.arch, request.work.seq_length))
-    say(
-        f"{request.gpus} x {request.gpu.name}, {request.work.precision}, {request.tokens:.3g} tokens;"
-        f" GiB of the fullest rank, tok/s of one GPU, MFU of {chosen.peak_tflops:g} TFLOP/s ({chosen.peak_of})"
-    )
-    for warning in _warnings(subject, request):
-        say(f"warning: {warning}")
-    sys.stdout.write(f"\n{shown}\n\n")
+    shown, left_out = table.table_text(plans, names, None if args.wide else width)
+    row = args.explain or 1
+    chosen, request = plans[row - 1], plans[0].request
+    lines = [
+        folded(table.model_line(request.arch, request.work.seq_length)),
+        folded(
+            f"{request.gpus} x {request.gpu.name}, {request.work.precision}, {request.tokens:.3g} tokens;"
+            f" GiB of the fullest rank, tok/s of one GPU, MFU of {chosen.peak_tflops:g} TFLOP/s ({chosen.peak_of})"
+        ),
+        *(folded(f"warning: {warning}") for warning in answer["warnings"]),
+        f"\n{shown}\n",
+    ]
     if left_out and names is None:
-        say(f"No room for {', '.join(left_out)}: --wide shows all, --columns GiB,MFU those you name.")
+        lines.append(folded(f"No room for {', '.join(left_out)}: --wide shows all, --columns GiB,MFU those you name."))
     if all(plan.verdict == "no" for plan in plans):
-        say(_way_out(args, request))
+        lines.append(folded(_way_out(args, request)))
     if routing := table.routing_line(chosen):
-        say(routing)
-    say(f"A full checkpoint takes {plans[0].checkpoint_gib:.0f} GiB.")
+        lines.append(folded(routing))
+    lines.append(folded(f"A full checkpoint takes {plans[0].checkpoint_gib:.0f} GiB."))
     if args.explain is not None:
-        say(table.explanation(chosen))
-    if command := _command(args, subject, chosen):
-        words = re.findall(r'(?:[^\s"]|"[^"]*")+', command)
-        sys.stdout.write(f"row {args.explain or 1}:\n" + _continued(words, width) + "\n")
+        lines.append(folded(table.explanation(chosen)))
+    if command := answer["rows"][row - 1]["command"]:
+        lines.append(f"row {row}:\n" + _continued(re.findall(r'(?:[^\s"]|"[^"]*")+', command), width))
     elif subject.recipe is None:
-        say("No recipe of this package trains this model, so there is no command.")
-    for entry in answer.ranks or []:
-        say(f"rank {entry['rank']}: {entry['params']:,} parameters, {entry['expert_params']:,} of them of experts")
-    if checked:
-        say(f"checked with Megatron's own modules: {checked['ranks']} ranks of {checked['kinds']} kinds, all equal")
-        say(f"built as: {', '.join(checked['specs'])}")
+        lines.append(folded("No recipe of this package trains this model, so there is no command."))
+    for rank in answer.get("ranks", []):
+        counts = f"{rank['params']:,} parameters, {rank['expert_params']:,} of them of experts"
+        lines.append(folded(f"rank {rank['rank']}: {counts}"))
+    if checked := answer.get("check"):
+        text = f"checked with Megatron's own modules: {checked['ranks']} ranks of {checked['kinds']} kinds, all equal"
+        lines += [folded(text), folded(f"built as: {', '.join(checked['specs'])}")]
         if checked["tensors"]:
-            say(f"and the read plan fills each of their {checked['tensors']} tensors once")
+            lines.append(folded(f"and the read plan fills each of their {checked['tensors']} tensors once"))
+    return "\n".join(lines)
 
 
 def _continued(words: list[str], width: int) -> str:

@@ -133,10 +133,17 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
             expected=f"1 to the global batch ({work.global_batch})",
             fix="set --micro-batch 1",
         )
-    grouped = _is_grouped(subject)
-    machine = known_software(args.software)
     return PlanRequest(
-        subject.arch, gpu, args.gpus, work, given("tokens"), machine, grouped, micro, args.recompute or None
+        arch=subject.arch,
+        gpu=gpu,
+        gpus=args.gpus,
+        work=work,
+        tokens=given("tokens"),
+        machine=known_software(args.software),
+        grouped=_is_grouped(subject),
+        micro_batch=micro,
+        recompute=args.recompute or None,
+        price_per_gpu_hour=args.price_per_gpu_hour,
     )
 
 

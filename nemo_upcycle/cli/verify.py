@@ -7,15 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_upcycle.cli.common import add_json, show
+from nemo_upcycle.cli.common import show
 from nemo_upcycle.errors import UpcycleError
 
 
 if TYPE_CHECKING:
     from nemo_upcycle.verify.verification import TornTokens, Verification
 
-HELP = "dense folder against MoE folder: what was done to the weights, and do both compute the same function?"
-_EXAMPLES = """examples:
+EPILOG = """examples:
   nemo-upcycle verify models/Llama-3-8B models/Llama-3-8B-E8T2 --weights-only
   nemo-upcycle verify runs/demo/dense runs/demo/upcycle/hf --text README.md --layers
 
@@ -27,7 +26,6 @@ exit status: 0 equal within the tolerance; 1 not; 2 a folder is damaged or a val
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.epilog = _EXAMPLES
     where = "Hugging Face folder, or hf://ORG/NAME on the hub (downloaded)"
     parser.add_argument("dense", metavar="DENSE", help=f"the parent: {where}, or asset://smollm2-135m")
     parser.add_argument("moe", metavar="MOE", help=f"the MoE model: {where}")
@@ -45,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1e-4,
         help="largest difference of logits over the largest logit (default: 1e-4)",
     )
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,8 +17,8 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors.base import is_local
 from nemo_upcycle.pipeline.executors.settings import CLUSTERS, cluster_for
 from nemo_upcycle.pipeline.markers import StageFolder, setting_texts
+from nemo_upcycle.pipeline.order import kind_of
 from nemo_upcycle.pipeline.plan import Plan, Stage
-from nemo_upcycle.pipeline.plans import kind_of
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.suites.suite_config import read_suite_config
 from nemo_upcycle.utils.files import resolved

@@ -136,7 +136,7 @@ class PipelineContext(CheckedContext):
             self.executor = fdl.build(read_executor(self._described, self._overrides))
         return rest
 
-    def may_go_on(self) -> bool:
+    def confirm(self) -> bool:
         """Ask whether to start, unless `--yes` was given."""
         return bool(self._should_continue(self.skip_confirmation))
 

@@ -300,7 +300,7 @@ def report_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 def _planned(run_dir: Path, plan: RunPlan) -> dict[str, dict[str, float]]:
     """Return memory and speed by the planner, of the trainings that ran on cards that it knows."""
-    from nemo_upcycle.pipeline.forecast.planned import planned_of
+    from nemo_upcycle.pipeline.forecast.recipe_to_plan import planned_of
 
     planned = {}
     for stage in (stage.name for stage in STAGES if stage.parallel):

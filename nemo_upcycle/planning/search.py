@@ -15,12 +15,12 @@ from nemo_upcycle.planning.hardware import Gpu, Machine
 from nemo_upcycle.planning.layout import Layout, divisors
 from nemo_upcycle.planning.memory import GIB, Memory, activation_bytes, worst_memory
 from nemo_upcycle.planning.parameters import GRADIENT_BYTES, OPTIMIZER_BYTES, WEIGHT_BYTES
-from nemo_upcycle.planning.rules import broken, check_layout
+from nemo_upcycle.planning.rules import check_layout, first_violation
 from nemo_upcycle.planning.throughput import StepTime, ThroughputModel
 from nemo_upcycle.planning.workload import RECOMPUTES, Workload
 
 
-#: Up to this part of the card a layout fits; up to the next it is tight: it may run, and may fall to fragmentation.
+#: Up to this share of a GPU's memory a layout fits; up to the next it is tight: fragmentation may end the run.
 FITS, TIGHT = 0.90, 0.97
 _MICRO_BATCHES = (1, 2, 4)
 _CONTEXTS = (1, 2, 4, 8, 16)
@@ -34,14 +34,15 @@ class PlanRequest:
 
     Args:
         arch: of the model that is trained.
-        gpu: the cards.
+        gpu: their kind.
         gpus: their number.
         work: what a step works on.
         tokens: of the whole run.
-        machine: what is reached of the card's peaks.
+        machine: what is reached of the GPU's peaks.
         grouped: whether the experts' products are grouped; else Megatron-Core cannot recompute their activation alone.
         micro_batch: the only micro-batch to search, in sequences; None searches several.
         recompute: the only kind of recomputation to use; None chooses the least that fits.
+        price_per_gpu_hour: in any currency; None: not known.
     """
 
     arch: Architecture
@@ -53,10 +54,11 @@ class PlanRequest:
     grouped: bool = True
     micro_batch: int | None = None
     recompute: str | None = None
+    price_per_gpu_hour: float | None = None
 
     @cached_property
     def model(self) -> ThroughputModel:
-        """The throughput model of the architecture on these cards."""
+        """The throughput model of the architecture on these GPUs."""
         return ThroughputModel(self.arch, self.gpu, self.machine)
 
     @property
@@ -139,6 +141,12 @@ class Plan:
     def gpu_hours(self) -> float:
         """Hours times GPUs."""
         return self.hours * self.request.gpus
+
+    @property
+    def cost(self) -> float | None:
+        """GPU-hours times their price, where that is known."""
+        price = self.request.price_per_gpu_hour
+        return None if price is None else self.gpu_hours * price
 
     @property
     def checkpoint_gib(self) -> float:
@@ -278,7 +286,7 @@ def layouts(request: PlanRequest) -> Iterator[Layout]:
             micros = micro_batches[:1] if cp > 1 else micro_batches
             for vp, micro in itertools.product(divisors(arch.num_layers // pp) if pp > 1 else [1], micros):
                 layout = Layout(gpus=request.gpus, tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, etp=etp, micro_batch=micro)
-                if broken(layout, request.arch, request.work) is None:
+                if first_violation(layout, request.arch, request.work) is None:
                     yield layout
 
 

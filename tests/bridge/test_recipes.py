@@ -60,7 +60,7 @@ def test_a_forecast_says_of_the_papers_run_what_it_says_in_nemo(
 ) -> None:
     from nemo_upcycle.pipeline.bridge.pipeline import pipeline
     from nemo_upcycle.pipeline.forecast import forecast, render_forecast
-    from nemo_upcycle.pipeline.forecast.planned import planned_of
+    from nemo_upcycle.pipeline.forecast.recipe_to_plan import planned_of
     from nemo_upcycle.pipeline.forecast.settings import Origins
     from nemo_upcycle.pipeline.jobs import jobs_of
     from nemo_upcycle.pipeline.stages import STAGES, RunPlan

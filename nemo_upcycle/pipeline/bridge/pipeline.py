@@ -10,9 +10,8 @@ from typing import Any, Optional
 import nemo_run as run
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.commands import whole_path
 from nemo_upcycle.pipeline.context import PipelineContext
-from nemo_upcycle.pipeline.launch import launch_chain
+from nemo_upcycle.pipeline.launch import absolute_argument, launch_chain
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.trainers.bridge_training import BridgeTraining
 from nemo_upcycle.utils.console import quiet_libraries
@@ -89,9 +88,9 @@ def pipeline(
         )
     plan = RunPlan(
         recipe,
-        whole_path(dense, folder=True),
-        whole_path(data, folder=True),
-        whole_path(evaluation),
+        absolute_argument(dense, folder=True),
+        absolute_argument(data, folder=True),
+        absolute_argument(evaluation),
         trainings["pretrain"].to_text(),
         trainings["dense_ct"].to_text() if dense_ct else None,
         trainer="bridge",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from nemo_upcycle.pipeline.executors.performance import TABLE, lines_of
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast
-from nemo_upcycle.pipeline.forecast.evaluating import EvaluationForecast
 from nemo_upcycle.pipeline.forecast.run import Forecast
 from nemo_upcycle.pipeline.forecast.settings import Setting
 from nemo_upcycle.pipeline.forecast.stages import StageForecast
@@ -74,70 +73,79 @@ def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
-#: What is said of a training, in the order of the table.
-_ROWS: dict[str, Callable[[TrainingForecast], str]] = {
-    "recipe": lambda it: it.facts.recipe,
-    "parameters": lambda it: f"{_params(it.facts.arch.total_params)}, {_params(it.facts.arch.active_params)} active",
-    "ranks": lambda it: f"{it.stage.nodes} x {it.stage.ranks_per_node} = {it.facts.layout.gpus}",
-    "layout": lambda it: _layout(it),
-    "precision": lambda it: it.facts.profile.precision,
-    "batch": lambda it: f"{it.facts.global_batch} x {it.facts.seq_length} = {it.facts.step_tokens:,} tokens a step",
-    "micro-batch": lambda it: str(it.facts.layout.micro_batch),
-    "steps": lambda it: (
-        f"{it.facts.steps:,}" + (f", {it.steps_left:,} of them left" if it.steps_left != it.facts.steps else "")
-    ),
-    "tokens": lambda it: f"{it.tokens:,}",
-    "card": lambda it: f"{it.card.gpu.name}, {it.card.why}" if it.card.gpu else it.card.why,
-    "memory a GPU": lambda it: _memory(it),
-    "step": lambda it: (
-        f"{it.step_s:.2f} s"
-        + (f" ({it.first.time.total:.2f} s in the first {it.facts.first_steps})" if it.facts.first_steps else "")
-        if it.step_s and it.first
-        else ""
-    ),
-    "speed": lambda it: (
-        f"{it.later.tflops_per_gpu(causal=False):.0f} TFLOP/s a GPU, MFU {100 * it.later.mfu:.1f} %"
-        if it.later
-        else ""
-    ),
-    "time": lambda it: (
-        f"{it.seconds_left / 3600:,.1f} h, {it.gpu_hours_left:,.0f} GPU-hours"
-        if it.seconds_left is not None and it.gpu_hours_left is not None
-        else f"no estimate of the speed: {it.no_plan}"
-    ),
-    "cost": lambda it: (
-        f"{it.cost_left:,.0f} at {it.price:g} a GPU-hour"
-        if it.cost_left is not None
-        else "no price of a GPU-hour is known"
-        if it.later
-        else ""
-    ),
-    "jobs": lambda it: (
-        f"{it.jobs_left:,} of {it.limit_s / 3600:g} h" if it.jobs_left is not None and it.limit_s else ""
-    ),
-    "checkpoint": lambda it: (
-        f"{size_text(it.facts.checkpoint_bytes)} every {it.facts.save_every:,} steps, {it.checkpoints_at_once} at once"
-    ),
-    "save in time": lambda it: ", ".join(
-        f"{it.save_gib_s(limit):.3g} GiB/s ({limit.what})" for limit in it.stage.save_limits
-    ),
-    "lost by a kill": lambda it: _loss(it),
-    "evaluation": lambda it: _evaluation(it.evaluation) if it.evaluation else "",
-}
+#: Rows of the table of trainings, in their order.
+_ROWS = (
+    *("recipe", "parameters", "ranks", "layout", "precision", "batch", "micro-batch", "steps", "tokens", "GPU"),
+    *("memory a GPU", "step", "speed", "time", "cost", "jobs", "checkpoint", "save in time", "lost by a kill"),
+    "evaluation",
+)
+
+
+def _training_cells(training: TrainingForecast) -> dict[str, str]:
+    """Return the text of each row of the table for a training; empty where there is nothing to say."""
+    facts, layout, arch, stage = training.facts, training.facts.layout, training.facts.arch, training.stage
+    sizes = {"TP": layout.tp, "PP": layout.pp, "VPP": layout.vp, "CP": layout.cp}
+    sizes |= {"EP": layout.ep, "ETP": layout.etp} if arch.num_experts else {}
+    lost = min(facts.save_every, facts.steps)
+    cells = dict.fromkeys(_ROWS, "") | {
+        "recipe": facts.recipe,
+        "parameters": f"{_params(arch.total_params)}, {_params(arch.active_params)} active",
+        "ranks": f"{stage.nodes} x {stage.ranks_per_node} = {layout.gpus}",
+        "layout": " ".join(f"{name}{size}" for name, size in (sizes | {"DP": layout.dp}).items()),
+        "precision": facts.profile.precision,
+        "batch": f"{facts.global_batch} x {facts.seq_length} = {facts.step_tokens:,} tokens a step",
+        "micro-batch": str(layout.micro_batch),
+        "steps": f"{facts.steps:,}",
+        "tokens": f"{training.tokens:,}",
+        "GPU": f"{training.gpu.name}, {training.gpu_origin}" if training.gpu else training.gpu_origin,
+        "time": f"no estimate of the speed: {training.no_plan}",
+        "checkpoint": (
+            f"{size_text(facts.checkpoint_bytes)} every {facts.save_every:,} steps,"
+            f" {training.checkpoints_at_once} at once"
+        ),
+        "save in time": ", ".join(
+            f"{training.save_gib_s(limit):.3g} GiB/s ({limit.what})" for limit in stage.save_limits
+        ),
+        "lost by a kill": f"at most {_count(lost, 'step')}",
+    }
+    if training.steps_left != facts.steps:
+        cells["steps"] += f", {training.steps_left:,} of them left"
+    if training.first and training.later and training.fullest:
+        gib = training.fullest.request.gpu.memory_gib
+        verdict = {"no": "does not fit"}.get(training.fullest.verdict, training.fullest.verdict)
+        cells["memory a GPU"] = f"{training.memory_gib:.1f} of {gib} GiB: {verdict}"
+        cells["step"] = f"{training.later.time.total:.2f} s"
+        if facts.first_steps:
+            cells["step"] += f" ({training.first.time.total:.2f} s in the first {facts.first_steps})"
+        tflops = training.later.tflops_per_gpu(causal=False)
+        cells["speed"] = f"{tflops:.0f} TFLOP/s a GPU, MFU {100 * training.later.mfu:.1f} %"
+        cells["cost"] = "no price of a GPU-hour is known"
+    if training.seconds_left is not None:
+        cells["time"] = f"{training.seconds_left / 3600:,.1f} h, {training.gpu_hours_left:,.0f} GPU-hours"
+    if training.cost_left is not None:
+        cells["cost"] = f"{training.cost_left:,.0f} at {training.price:g} a GPU-hour"
+    if training.jobs_left is not None and training.limit_s:
+        cells["jobs"] = f"{training.jobs_left:,} of {training.limit_s / 3600:g} h"
+    if (loss_s := training.longest_loss_s) is not None:
+        cells["lost by a kill"] += f": {loss_s / 60:.1f} min, {loss_s / 3600 * layout.gpus:,.0f} GPU-hours"
+    if evaluation := training.evaluation:
+        texts = "all texts" if evaluation.texts is None else f"{evaluation.texts:,} texts"
+        cells["evaluation"] = f"{texts} of {evaluation.suite} every {evaluation.every_n_steps:,} steps"
+        if evaluation.seconds is not None and evaluation.share is not None:
+            share = f"{100 * evaluation.share:.2g} % of the time"
+            cells["evaluation"] += f": at most {evaluation.seconds:.1f} s, {share}"
+    return cells
 
 
 def _training_lines(trainings: Sequence[TrainingForecast]) -> list[str]:
-    ones = [training for training in trainings if training.stage.runs]
-    if not ones:
+    cells = {training.stage.name: _training_cells(training) for training in trainings if training.stage.runs}
+    if not cells:
         return []
-    rows = [["", *(training.stage.name for training in ones)]]
-    for name, cell in _ROWS.items():
-        cells = [cell(training) for training in ones]
-        if any(cells):
-            rows.append([name, *cells])
+    rows = [["", *cells], *([name, *(column[name] for column in cells.values())] for name in _ROWS)]
+    rows = [row for row in rows if any(row[1:])]
     first = max(len(row[0]) for row in rows)
-    each = (WIDTH - len(_INDENT) - first) // len(ones) - len("  ")
-    return _table([part for row in rows for part in _over_lines(row, (first, *[each] * len(ones)))])
+    each = (WIDTH - len(_INDENT) - first) // len(cells) - len("  ")
+    return _table([part for row in rows for part in _over_lines(row, (first, *[each] * len(cells)))])
 
 
 def _over_lines(row: Sequence[str], widths: Sequence[int]) -> list[list[str]]:
@@ -151,39 +159,6 @@ def _over_lines(row: Sequence[str], widths: Sequence[int]) -> list[list[str]]:
 
 def _params(count: int) -> str:
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
-
-
-def _layout(training: TrainingForecast) -> str:
-    sizes = training.facts.layout
-    names = {"TP": "tp", "PP": "pp", "VPP": "vp", "CP": "cp", "EP": "ep", "ETP": "etp", "DP": "dp"}
-    if not training.facts.arch.num_experts:
-        names = {name: field for name, field in names.items() if name not in ("EP", "ETP")}
-    return " ".join(f"{name}{getattr(sizes, field)}" for name, field in names.items())
-
-
-def _memory(training: TrainingForecast) -> str:
-    plan = training.fullest
-    if plan is None:
-        return ""
-    words = {"fits": "fits", "tight": "tight", "no": "does not fit"}
-    return f"{training.memory_gib:.1f} of {plan.request.gpu.memory_gib} GiB: {words[plan.verdict]}"
-
-
-def _loss(training: TrainingForecast) -> str:
-    lost = min(training.facts.save_every, training.facts.steps)
-    if training.longest_loss_s is None:
-        return f"at most {_count(lost, 'step')}"
-    seconds = training.longest_loss_s
-    gpu_hours = seconds / 3600 * training.facts.layout.gpus
-    return f"at most {_count(lost, 'step')}: {seconds / 60:.1f} min, {gpu_hours:,.0f} GPU-hours"
-
-
-def _evaluation(found: EvaluationForecast) -> str:
-    texts = "all texts" if found.texts is None else f"{found.texts:,} texts"
-    text = f"{texts} of {found.suite} every {found.every_n_steps:,} steps"
-    if found.seconds is None or found.share is None:
-        return text
-    return f"{text}: at most {found.seconds:.1f} s, {100 * found.share:.2g} % of the time"
 
 
 def _disk_lines(disk: DiskForecast) -> list[str]:

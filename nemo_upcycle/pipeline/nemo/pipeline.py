@@ -7,9 +7,8 @@ from typing import Optional
 
 import nemo_run as run
 
-from nemo_upcycle.pipeline.commands import whole_path
 from nemo_upcycle.pipeline.context import PipelineContext
-from nemo_upcycle.pipeline.launch import launch_chain
+from nemo_upcycle.pipeline.launch import absolute_argument, launch_chain
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.trainers.nemo.recipes import dump_recipe
 
@@ -51,9 +50,9 @@ def pipeline(
     """
     plan = RunPlan(
         pretrain.log.name,
-        whole_path(dense, folder=True),
-        whole_path(data, folder=True),
-        whole_path(evaluation),
+        absolute_argument(dense, folder=True),
+        absolute_argument(data, folder=True),
+        absolute_argument(evaluation),
         dump_recipe(pretrain),
         dump_recipe(dense_ct) if dense_ct else None,
     )

@@ -27,6 +27,7 @@ PAPER = ["--recipe", "llama3_8b_e8t2", "--gpus", "512", "--layout", "tp=2,pp=4,v
 def _run(*options: str) -> int:
     parser = argparse.ArgumentParser()
     plan.add_arguments(parser)
+    parser.add_argument("--json", action="store_true")
     return plan.run(parser.parse_args(options))
 
 
@@ -111,7 +112,7 @@ def test_the_command_starts_as_many_ranks_as_were_planned(capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("name", ["smollm2_135m_e8t2", "smollm2_135m_dense_ct"])
-def test_small_recipes_fit_one_card(name: str) -> None:
+def test_small_recipes_fit_one_gpu(name: str) -> None:
     assert _run("--recipe", name, "--gpus", "1") == 0
 
 
@@ -387,10 +388,9 @@ def test_a_zero_is_a_value(tmp_path: Path, options: list[str], words: str) -> No
 
 def test_it_plans_without_what_takes_time_to_import() -> None:
     code = (
-        "import argparse, sys\n"
-        "from nemo_upcycle.cli import plan\n"
-        "parser = argparse.ArgumentParser(); plan.add_arguments(parser)\n"
-        "plan.run(parser.parse_args(['--recipe', 'llama3_8b_e8t2', '--gpus', '128', '--json']))\n"
+        "import sys\n"
+        "from nemo_upcycle.cli.main import main\n"
+        "assert main(['plan', '--recipe', 'llama3_8b_e8t2', '--gpus', '128', '--json']) == 0\n"
         "assert not {'torch', 'megatron', 'nemo', 'nemo_run', 'filelock'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S)
