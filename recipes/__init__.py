@@ -25,6 +25,5 @@ if find_spec("nemo"):
     # `nemo llm pretrain` is NeMo's own: with a recipe of ours it checks the arguments first, with others nothing.
     pretrain.cli_entrypoint.run_ctx_cls = PretrainContext
 elif find_spec("megatron"):
-    importlib.import_module("nemo_upcycle.pipeline.bridge.chains")
     importlib.import_module("nemo_upcycle.pipeline.ablations.launch")
     from nemo_upcycle.pipeline.bridge.pipeline import pipeline as pipeline

@@ -31,7 +31,7 @@ from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
 
 from nemo_upcycle.pipeline.nemo.pipeline import pipeline
 from nemo_upcycle.recipes.common import start_from
-from nemo_upcycle.recipes.h100_arguments import adjust
+from nemo_upcycle.recipes.h100_arguments import adjust, with_overrides
 from nemo_upcycle.recipes.resilience import resilient
 from nemo_upcycle.spec import UpcycleSpec
 
@@ -140,31 +140,77 @@ def paper_training(recipe: run.Partial) -> run.Partial:
     return recipe
 
 
-def paper_recipe(
-    recipe: run.Partial,
-    model: run.Config[pl.LightningModule],
+def upcycled_recipe(
+    name: str,
+    nemo_recipe: ModuleType,
+    model: Callable[[], run.Config[pl.LightningModule]],
     trainer: Callable[..., run.Config[nl.Trainer]],
     dense: str,
     spec: UpcycleSpec,
-    data: Optional[str] = None,
-) -> run.Partial:
-    """Turn NeMo's recipe of a dense model into the paper's training of the upcycled one, in place.
+    fast: Callable[[run.Partial], run.Partial],
+) -> Callable[..., run.Partial]:
+    """Register and return the `pretrain_recipe` of an upcycled model: the paper's training, on H100s.
 
     Args:
-        recipe: of the dense model.
-        model: the upcycled model, which replaces its model.
-        trainer: of the upcycled model; makes the trainer for the recipe's nodes and callbacks.
-        dense: the dense checkpoint to start from: a folder or `hf://ORG/NAME`.
+        name: of the recipe.
+        nemo_recipe: NeMo's recipe module of the dense model.
+        model: makes the upcycled model.
+        trainer: makes its trainer, for the recipe's nodes and callbacks.
+        dense: the checkpoint to start from, by default.
         spec: how to upcycle.
-        data: a finished folder of `nemo-upcycle data`; None trains on NeMo's mock data.
+        fast: turns the recipe into its fast run.
     """
-    recipe.model = model
-    recipe = paper_training(recipe)
-    old = recipe.trainer
-    recipe.trainer = trainer(num_nodes=old.num_nodes, num_gpus_per_node=old.devices, callbacks=old.callbacks)
-    return adjust(
-        resilient(start_from(recipe, dense, spec, data)), recompute_moe_steps=RECOMPUTE_MOE_STEPS, comm_overlap=True
-    )
+
+    @run.cli.factory(target=pretrain, name=name)
+    @with_overrides
+    def pretrain_recipe(
+        dir: Optional[str] = None,
+        name: str = name,
+        num_nodes: int = 64,
+        num_gpus_per_node: int = 8,
+        performance_mode: bool = False,
+        dense: str = dense,
+        data: Optional[str] = None,
+        fn: Callable = pretrain,
+    ) -> run.Partial:
+        """Create a recipe that upcycles a dense model and trains on as arXiv 2412.09952 does.
+
+        BF16, capacity factor 4, 100B tokens, learning rate 3e-5 -> 3e-7. Every argument below `data` changes one
+        setting of the run; None keeps it. Each is an override, too.
+
+        Args:
+            dir (str | None): Directory for saving logs and checkpoints.
+            name (str): Name of the run.
+            num_nodes (int): Number of compute nodes to use.
+            num_gpus_per_node (int): Number of GPUs per node.
+            performance_mode (bool): The fast run, see `pretrain_performance_optimizations`.
+            dense (str): The dense checkpoint to start from: a folder or `hf://ORG/NAME`.
+            data (str | None): A finished folder of `nemo-upcycle data`; None: NeMo's mock data, random tokens.
+            fn (Callable): The pretraining function to use.
+
+        Returns:
+            run.Partial: Partial configuration for pretraining.
+
+        Examples:
+            CLI usage:
+                $ nemo llm pretrain --factory NAME --dryrun
+                $ nemo llm pretrain --factory "NAME(dense='/models/dense', data='data/mine', num_nodes=16)" --yes
+                $ nemo llm pretrain --factory "NAME(performance_mode=True, fp8_recipe='blockwise')" --yes
+                $ nemo llm pretrain --factory NAME model.config.moe_expert_capacity_factor=2.0 --yes
+
+            Python API usage:
+                >>> recipe = pretrain_recipe(num_nodes=16)
+        """
+        recipe = nemo_recipe.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, fn=fn)
+        recipe.model = model()
+        recipe = paper_training(recipe)
+        callbacks = recipe.trainer.callbacks
+        recipe.trainer = trainer(num_nodes=num_nodes, num_gpus_per_node=num_gpus_per_node, callbacks=callbacks)
+        recipe = resilient(start_from(recipe, dense, spec, data))
+        recipe = adjust(recipe, recompute_moe_steps=RECOMPUTE_MOE_STEPS, comm_overlap=True)
+        return fast(recipe) if performance_mode else recipe
+
+    return pretrain_recipe
 
 
 def fast_run(recipe: run.Partial, tensor_parallelism: int, context_parallelism: int) -> run.Partial:

@@ -9,6 +9,7 @@ from nemo.collections.llm.api import pretrain
 from nemo.collections.llm.recipes import qwen3_600m
 
 from nemo_upcycle.recipes import smollm2_135m_dense_ct as smollm2
+from nemo_upcycle.recipes.common import change_model
 from nemo_upcycle.recipes.smollm2_135m_dense_ct import trainer
 
 
@@ -25,10 +26,8 @@ def model() -> run.Config[pl.LightningModule]:
     Returns:
         run.Config[pl.LightningModule]: NeMo's own configuration.
     """
-    config = qwen3_600m.model()
-    config.config.seq_length = 512
-    config.config.recompute_granularity = "selective"  # attention scores: a third of the activations, unfused
-    return config
+    # Attention scores are recomputed: a third of the activations, unfused.
+    return change_model(qwen3_600m.model(), seq_length=512, recompute_granularity="selective")
 
 
 @run.cli.factory(target=pretrain, name=NAME)

@@ -9,7 +9,7 @@ from nemo.collections.llm.api import pretrain
 
 from nemo_upcycle.pipeline.nemo.pipeline import pipeline
 from nemo_upcycle.recipes import qwen3_600m_dense_ct as dense_ct
-from nemo_upcycle.recipes.common import moe_settings, start_from
+from nemo_upcycle.recipes.common import change_model, moe_settings, start_from
 from nemo_upcycle.recipes.smollm2_135m_e8t2 import SPEC, trainer
 
 
@@ -25,10 +25,7 @@ def model() -> run.Config[pl.LightningModule]:
     Returns:
         run.Config[pl.LightningModule]: the dense model's own configuration with its MoE fields switched on.
     """
-    config = dense_ct.model()
-    for name, value in moe_settings(SPEC).items():
-        setattr(config.config, name, value)
-    return config
+    return change_model(dense_ct.model(), **moe_settings(SPEC))
 
 
 @run.cli.factory(target=pretrain, name=NAME)

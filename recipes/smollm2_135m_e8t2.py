@@ -12,7 +12,7 @@ from nemo.collections.llm.api import pretrain
 
 from nemo_upcycle.pipeline.nemo.pipeline import pipeline
 from nemo_upcycle.recipes import smollm2_135m_dense_ct as dense_ct
-from nemo_upcycle.recipes.common import moe_settings, start_from
+from nemo_upcycle.recipes.common import change_model, moe_settings, start_from
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -34,10 +34,7 @@ def model() -> run.Config[pl.LightningModule]:
         Python API usage:
             >>> model_config = model()
     """
-    config = dense_ct.model()
-    for name, value in moe_settings(SPEC).items():
-        setattr(config.config, name, value)
-    return config
+    return change_model(dense_ct.model(), **moe_settings(SPEC))
 
 
 def trainer(

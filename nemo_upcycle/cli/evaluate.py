@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default="trained", metavar="NAME", help="of the model (default: trained)")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="blend whose held-out documents are scored")
     parser.add_argument("--backend", metavar="hf|vllm|megatron|auto", help="what computes (default: the suite's)")
-    parser.add_argument("--batch-size", metavar="N|auto", help="sequences in one pass (default: the suite's)")
+    parser.add_argument(
+        "--batch-size", type=_batch_size, metavar="N|auto", help="sequences in one pass (default: the suite's)"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="take the first N items of each task")
     group = parser.add_argument_group("a checkpoint")
     group.add_argument("--dense", type=Path, metavar="FOLDER", help="the dense parent (default: from the receipt)")
@@ -60,7 +62,6 @@ def run(args: argparse.Namespace) -> int:
 
     if args.backend is not None and args.backend not in BACKENDS:
         raise UpcycleError.unknown("--backend", args.backend, BACKENDS)
-    batch_size = _batch_size(args.batch_size)
     suite, is_built = Path(args.suite), (Path(args.suite) / MARKER).is_file()
     config = read_json(suite / MARKER)["config"] if is_built else vars(read_suite_config(args.suite))
     megatron: dict[str, Any] = {name: getattr(args, name) for name in ("tp", "pp", "vp", "ep")}
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
                 args.model,
                 backend=backend,
                 dtype=config["dtype"],
-                batch_size=batch_size or config["batch_size"],
+                batch_size=args.batch_size or config["batch_size"],
                 label=args.name,
                 megatron=megatron,
             )
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         suite,
         args.output,
         name=args.name,
-        batch_size=batch_size,
+        batch_size=args.batch_size,
         limit=args.limit,
         backend=backend,
         megatron=megatron,
@@ -127,8 +128,8 @@ def _build(args: argparse.Namespace, config: Mapping[str, Any]) -> Path:
     return build_named_suite(args.suite, documents, args.output / "suite")
 
 
-def _batch_size(text: str | None) -> int | str | None:
-    if text is None or text == "auto":
+def _batch_size(text: str) -> int | str:
+    if text == "auto":
         return text
     if not text.isdecimal() or int(text) < 1:
         raise UpcycleError("--batch-size", got=text, expected="a whole number from 1 on, or auto", fix="write auto")

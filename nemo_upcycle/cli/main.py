@@ -94,26 +94,20 @@ class _ForgivingFile(io.RawIOBase):
         return len(data)
 
 
-class _Output:
-    """The standard output of a command.
+def _output_problem(raw: _ForgivingFile | None) -> str | None:
+    """Return why not all could be written; None if it could, and for a reader that wants no more (`| head`)."""
+    sys.stdout.flush()
+    error = raw.error if raw else None
+    return error.strerror if error and error.errno != errno.EPIPE else None
 
-    Args:
-        raw: its file; None where another program has taken the output.
+
+def _take_output() -> _ForgivingFile | None:
+    """Prepare the streams: closed ones, readers that go, full disks, and characters that the terminal lacks.
+
+    Returns:
+        The file of the standard output; None where another program has taken that.
     """
-
-    def __init__(self, raw: _ForgivingFile | None = None) -> None:
-        self._raw = raw
-
-    def problem(self) -> str | None:
-        """Return why not all could be written; None if it could, and for a reader that wants no more (`| head`)."""
-        sys.stdout.flush()
-        error = self._raw.error if self._raw else None
-        return error.strerror if error and error.errno != errno.EPIPE else None
-
-
-def _take_output() -> _Output:
-    """Prepare the streams: closed ones, readers that go, full disks, and characters that the terminal lacks."""
-    output = _Output()
+    output = None
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -124,7 +118,7 @@ def _take_output() -> _Output:
             line = stream.line_buffering or stream.write_through
             text = io.TextIOWrapper(buffer, stream.encoding, errors="backslashreplace", line_buffering=line)
             setattr(sys, name, text)
-            output = _Output(raw) if name == "stdout" else output
+            output = raw if name == "stdout" else output
     return output
 
 
@@ -144,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         fix = "run `nemo-upcycle doctor`, which prints the command that adds it"
         sys.stderr.write(f"error: {error.name} is not installed. Fix: {fix}.\n")
     except KeyboardInterrupt as stop:
-        sys.stderr.write("\nstopped; run again to continue\n")
+        sys.stderr.write("\nstopped; run again to resume\n")
         return TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED
     return BAD_INPUT
 
@@ -189,7 +183,7 @@ def _format_os_error(error: OSError) -> UpcycleError:
     )
 
 
-def _run(argv: list[str], output: _Output) -> int:
+def _run(argv: list[str], output: _ForgivingFile | None) -> int:
     description = "Turn a dense Llama into a Mixture-of-Experts model. Training runs through `nemo` itself."
     parser = _Parser(prog="nemo-upcycle", description=description, epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=f"nemo-upcycle {__version__}")
@@ -209,7 +203,7 @@ def _run(argv: list[str], output: _Output) -> int:
     except UpcycleError as error:
         options = _options(args)
         raise error.renamed(lambda name: options.get(name, name)) from None
-    if problem := output.problem():
+    if problem := _output_problem(output):
         done = f"; what the command made in {args.output} is whole" if "output" in args else ""
         fix = f"write the answer elsewhere{done}"
         sys.stderr.write(f"error: {UpcycleError('standard output', got=problem, expected='room', fix=fix)}\n")

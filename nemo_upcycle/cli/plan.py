@@ -21,6 +21,7 @@ from nemo_upcycle.planning.layout import SIZES, parse_layout
 from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.search import Plan, PlanRequest, evaluate_layout, find, nearest_gpus, search
 from nemo_upcycle.planning.workload import DISPATCHERS, PRECISIONS, RECOMPUTES, ROUTINGS
+from nemo_upcycle.utils.validation import check_whole
 
 
 EPILOG = """examples:
@@ -102,8 +103,8 @@ def run(args: argparse.Namespace) -> int:
     except SpecError as error:
         raise error.renamed(lambda name: _size_name(name, args.micro_batch)) from None
     ranks = _ranks(args.rank, plans[0]) if args.rank is not None else None
-    if args.explain is not None and not 1 <= args.explain <= len(plans):
-        raise SpecError("--explain", got=args.explain, expected=f"a row, 1 to {len(plans)}", fix="choose one")
+    if args.explain is not None:
+        check_whole("explain", args.explain, 1, len(plans), "rows")
     rows = [table.row_values(plan, _command(args, subject, plan)) for plan in plans]
     answer = _model_values(request) | {"rows": rows, "warnings": _warnings(subject, request)}
     answer |= {"ranks": ranks} if ranks is not None else {}
@@ -178,7 +179,7 @@ def _text(
     if left_out and names is None:
         lines.append(folded(f"No room for {', '.join(left_out)}: --wide shows all, --columns GiB,MFU those you name."))
     if all(plan.verdict == "no" for plan in plans):
-        lines.append(folded(_way_out(args, request)))
+        lines.append(folded(_what_fits_instead(args, request)))
     if routing := table.routing_line(chosen):
         lines.append(folded(routing))
     lines.append(folded(f"A full checkpoint takes {plans[0].checkpoint_gib:.0f} GiB."))
@@ -220,7 +221,7 @@ def _warnings(subject: Subject, request: PlanRequest) -> list[str]:
     ]
 
 
-def _way_out(args: argparse.Namespace, request: PlanRequest) -> str:
+def _what_fits_instead(args: argparse.Namespace, request: PlanRequest) -> str:
     """Return what to say where nothing fits: something that does."""
     gpus = f"{request.gpus} GPU" + "s" * (request.gpus > 1)
     if args.layout is None:

@@ -15,6 +15,7 @@ from nemo_upcycle.planning.hardware import KnownRecipe, known_gpu, known_recipe,
 from nemo_upcycle.planning.search import MOST_GPUS, PlanRequest
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec, check_capacity
+from nemo_upcycle.utils.validation import check_number, check_whole
 
 
 _DEFAULTS = {"seq_length": 8192, "global_batch": 512, "capacity_factor": None, "tokens": 100e9}
@@ -101,12 +102,10 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
         value = getattr(args, name)
         return subject.defaults[name] if value is None else value
 
-    if not 1 <= args.gpus <= MOST_GPUS:
-        raise SpecError("--gpus", got=args.gpus, expected=f"1 to {MOST_GPUS:,}", fix="set --gpus 8")
-    if args.price_per_gpu_hour is not None and not 0 <= args.price_per_gpu_hour < 1e9:
-        raise SpecError("--price-per-gpu-hour", got=args.price_per_gpu_hour, expected="0 or more", fix="set it to 2.5")
-    if args.rows < 1:
-        raise SpecError("--rows", got=args.rows, expected="1 or more", fix="set --rows 10")
+    check_whole("gpus", args.gpus, 1, MOST_GPUS)
+    check_whole("rows", args.rows, 1)
+    if args.price_per_gpu_hour is not None:
+        check_number("price_per_gpu_hour", args.price_per_gpu_hour, 0)
     _require_taken(args, subject)
     capacity = given("capacity_factor") or None
     if subject.arch.num_experts:
@@ -122,26 +121,17 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
         routing=args.routing,
         overlap=tuple(args.overlap.split(",")) if args.overlap else (),
     )
-    gpu = known_gpu(args.gpu)
-    if work.numbers.fp8 and gpu.fp8_tflops is None:
-        raise SpecError("--precision", got=args.precision, expected=f"bf16 on {gpu.name}", fix="use bf16")
-    micro = args.micro_batch
-    if micro is not None and not 1 <= micro <= work.global_batch:
-        raise SpecError(
-            "--micro-batch",
-            got=micro,
-            expected=f"1 to the global batch ({work.global_batch})",
-            fix="set --micro-batch 1",
-        )
+    if args.micro_batch is not None:
+        check_whole("micro_batch", args.micro_batch, 1, work.global_batch, "global_batch")
     return PlanRequest(
         arch=subject.arch,
-        gpu=gpu,
+        gpu=known_gpu(args.gpu),
         gpus=args.gpus,
         work=work,
         tokens=given("tokens"),
         machine=known_software(args.software),
         grouped=_is_grouped(subject),
-        micro_batch=micro,
+        micro_batch=args.micro_batch,
         recompute=args.recompute or None,
         price_per_gpu_hour=args.price_per_gpu_hour,
     )

@@ -126,14 +126,7 @@ def check_blend(data: str, *, remote: bool) -> None:
 def check_folder(run_dir: Path) -> None:
     """Check that a run can be written there."""
     existing = next(path for path in (resolved(run_dir), *resolved(run_dir).parents) if path.exists())
-    if not existing.is_dir():
-        raise UpcycleError(
-            f"dir {run_dir}", got=f"{existing} is a file", expected="a folder", fix="choose another dir"
-        )
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UpcycleError(
-            f"dir {run_dir}",
-            got=f"{existing} is not writable",
-            expected="a writable folder",
-            fix="choose another dir, or change who may write there",
-        )
+    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+        return
+    got = f"{existing} {'is not writable' if existing.is_dir() else 'is a file'}"
+    raise UpcycleError(f"dir {run_dir}", got=got, expected="a writable folder", fix="choose another dir")

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_upcycle.data.blend import read_blend
+from nemo_upcycle.data.inputs import folders_of
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.chain import JOBS, Chain, recorded_jobs
 from nemo_upcycle.pipeline.checks import check_here, check_run
@@ -16,11 +18,11 @@ from nemo_upcycle.pipeline.executors.local import StopSignals, ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import KINDS, cluster_for
 from nemo_upcycle.pipeline.forecast import Forecast, check_space, check_stages, forecast, render_forecast
 from nemo_upcycle.pipeline.forecast.settings import Origins
-from nemo_upcycle.pipeline.jobs import jobs_of
 from nemo_upcycle.pipeline.order import chosen_stages, kind_of, read_plan, require_earlier
 from nemo_upcycle.pipeline.plan import KEPT, PLAN, Plan, Stage
 from nemo_upcycle.pipeline.run_here import run_stages
 from nemo_upcycle.pipeline.stages import STAGES, RunPlan
+from nemo_upcycle.utils.conf import is_conf_file
 from nemo_upcycle.utils.console import command_line, end_soon
 from nemo_upcycle.utils.files import in_use
 from nemo_upcycle.utils.masking import write_private
@@ -37,6 +39,35 @@ def absolute_argument(name: str, *, folder: bool = False) -> str:
     path = Path(name).expanduser()
     is_path = path.suffix in (".yaml", ".yml") or (folder and path.is_dir())
     return str(path.absolute()) if is_path else name
+
+
+def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: Plan, python: str = sys.executable) -> list[Job]:
+    """Return the jobs of stages, in their order.
+
+    Args:
+        stages: what to run.
+        run_dir: the run's folder.
+        plan: of the run.
+        python: the interpreter where the stages run.
+    """
+    trainings = {stage.name: training for stage in plan.stages if (training := plan.training(stage.name))}
+    # What was started, if a recipe refers to something defined in it.
+    scripts = list(dict.fromkeys(script for training in trainings.values() if (script := training.script)))
+    inputs = [text for text in plan.inputs() if not is_conf_file(text)]  # of YAML files the run's folder keeps copies
+    named = [Path(text.removeprefix("hf://")) for text in (*inputs, *scripts)]
+    dense, *_ = plan.inputs()
+    texts = folders_of(read_blend(plan.blend)) if plan.blend else []
+    reads = tuple(dict.fromkeys(path for path in (*texts, *named) if path.is_absolute()))
+    jobs = []
+    for stage in stages:
+        training = trainings.get(stage.name) if stage.parallel else None
+        nodes, ranks = training.ranks if training else (1, 1)
+        facts = training.facts(dense) if training else None
+        profile = facts.profile if facts else None
+        command = (python, "-m", "nemo_upcycle.pipeline", stage.name, str(run_dir), *scripts)
+        kind = {"is_training": stage.parallel, "is_resumable": stage.resumable}
+        jobs.append(Job(stage.name, run_dir, command, stage.after, nodes, ranks, **kind, reads=reads, profile=profile))
+    return jobs
 
 
 def launch_chain(

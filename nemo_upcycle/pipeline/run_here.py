@@ -26,6 +26,7 @@ from nemo_upcycle.pipeline.runner import DONE_BEFORE, run_stage
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.utils.console import command_line, end_soon
 from nemo_upcycle.utils.progress import duration
+from nemo_upcycle.utils.validation import check_whole
 
 
 _AGAIN = "Run the same command again: it goes on from there. Folder:"
@@ -38,8 +39,7 @@ def check_at_once(at_once: int, *, is_here: bool) -> None:
     Raises:
         UpcycleError: more than one where they cannot.
     """
-    if at_once < 1:
-        raise UpcycleError("at_once", got=at_once, expected="a whole number from 1 on", fix="write 1")
+    check_whole("at_once", at_once, 1)
     if at_once > 1 and not is_here:
         fix = "omit it: a scheduler starts what there is room for"
         raise UpcycleError("at_once", got=f"{at_once} with an executor", expected="1", fix=fix)

@@ -43,6 +43,9 @@ class PlanRequest:
         micro_batch: the only micro-batch to search, in sequences; None searches several.
         recompute: the only kind of recomputation to use; None chooses the least that fits.
         price_per_gpu_hour: in any currency; None: not known.
+
+    Raises:
+        SpecError: the GPU has not the precision.
     """
 
     arch: Architecture
@@ -55,6 +58,11 @@ class PlanRequest:
     micro_batch: int | None = None
     recompute: str | None = None
     price_per_gpu_hour: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.work.numbers.fp8 and self.gpu.fp8_tflops is None:
+            expected = f"bf16 on {self.gpu.name}"
+            raise SpecError(field="precision", got=self.work.precision, expected=expected, fix="use bf16")
 
     @cached_property
     def model(self) -> ThroughputModel:
@@ -203,14 +211,9 @@ def search(request: PlanRequest, limit: int = 10) -> list[Plan]:
             expected=f"a number that holds the model and works on {batch} sequences a step",
             fix=f"set <gpus>={gpus}",
         )
-    # The plain layout breaks a rule: say which.
+    # The plain layout breaks a rule, or it would be among the plans: the error says which.
     check_layout(Layout(gpus=request.gpus, micro_batch=request.micro_batch or 1), request.arch, request.work)
-    raise SpecError(
-        field="gpus",
-        got=request.gpus,
-        expected="a number that some layout can use",
-        fix="evaluate a --layout to see which rules it breaks",
-    )
+    return plans
 
 
 def nearest_gpus(request: PlanRequest) -> int | None:
@@ -248,22 +251,22 @@ def find(request: PlanRequest, limit: int) -> list[Plan]:
     room_gib = request.gpu.memory_gib * TIGHT
     able = [layout for layout in every if _least_gib(request, layout) <= room_gib]
     kinds = [[Plan(request, layout, work) for work in works] for layout in able]
-    found: list[Plan] = []
+    chosen: list[Plan] = []
     # Fastest first. Of a layout, the kinds of recomputation are slower one by one: the next waits for the one before.
     queue = [(*_speed(plans[0]), number, 0) for number, plans in enumerate(kinds)]
     heapq.heapify(queue)
-    while queue and len(found) < limit:
+    while queue and len(chosen) < limit:
         *_, number, kind = heapq.heappop(queue)
         plans = kinds[number]
         plan = plans[kind]
         able_to_run = _could_fit(plan) and plan.verdict != "no"
         # A tight one gives way to a slower one of the same layout that fits.
         if able_to_run and (plan.verdict == "fits" or not any(other.verdict == "fits" for other in plans)):
-            found.append(plan)
+            chosen.append(plan)
         elif kind + 1 < len(plans):
             heapq.heappush(queue, (*_speed(plans[kind + 1]), number, kind + 1))
-    if found:
-        return found
+    if chosen:
+        return chosen
     nearest = (Plan(request, layout, works[-1]) for layout in _smallest(request, every, 50))
     return sorted(nearest, key=lambda plan: plan.memory.total)[:limit]
 

@@ -117,7 +117,7 @@ def test_other_executors_start_nothing_after_a_failed_stage(
 
     from nemo_upcycle.errors import StageError
     from nemo_upcycle.pipeline import run_here
-    from nemo_upcycle.pipeline.jobs import jobs_of
+    from nemo_upcycle.pipeline.launch import jobs_of
     from nemo_upcycle.pipeline.stages import STAGES, RunPlan
     from nemo_upcycle.recipes import smollm2_135m_e8t2
     from nemo_upcycle.trainers.nemo.recipes import dump_recipe

@@ -8,21 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.executors.base import Cluster, Job
+from nemo_upcycle.pipeline.executors.base import Cluster, Job, is_local
 from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
-from nemo_upcycle.pipeline.executors.performance import PerformanceSetting
+from nemo_upcycle.pipeline.executors.performance import PerformanceSetting, settings_here
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast, forecast_disk
-from nemo_upcycle.pipeline.forecast.settings import (
-    Origins,
-    Setting,
-    executor_settings,
-    run_settings,
-    training_settings,
-)
+from nemo_upcycle.pipeline.forecast.settings import Origins, Setting, executor_settings, run_settings
 from nemo_upcycle.pipeline.forecast.stages import StageForecast, State, forecast_stages
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast, forecast_training
-from nemo_upcycle.pipeline.jobs import performance_of
-from nemo_upcycle.pipeline.plan import Stage, required_training
+from nemo_upcycle.pipeline.plan import Stage
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.utils.files import size_text
 
@@ -80,25 +73,25 @@ def forecast(
         >>> print(render_forecast(forecast(stages, run_dir, plan, None, jobs, origins)))  # doctest: +SKIP
     """
     executor = cluster.executor if cluster else executor
-    found = forecast_stages(stages, run_dir, plan, cluster, jobs, executor)
+    stage_forecasts = forecast_stages(stages, run_dir, plan, cluster, jobs, executor)
     facts = {
         stage.name: training.facts(plan.dense) for stage in plan.stages if (training := plan.training(stage.name))
     }
+    trained = [stage for stage in stage_forecasts if stage.name in facts]
     trainings = {
-        stage.name: forecast_training(known, stage, executor) for stage in found if (known := facts.get(stage.name))
+        stage.name: forecast_training(known, stage, executor) for stage in trained if (known := facts[stage.name])
     }
-    settings = list(run_settings(plan, origins))
-    for name in (stage.name for stage in found if stage.name in facts):
-        training, known = required_training(plan, name), facts[name]
-        recipe = known.recipe if known else plan.recipe
-        settings += training_settings(name, training.shown_settings(plan.dense), recipe, origins)
-    if cluster is not None:
+    recipes = {stage.name: known.recipe if (known := facts[stage.name]) else plan.recipe for stage in trained}
+    settings = list(run_settings(plan, recipes, origins))
+    if cluster:
         settings += executor_settings(executor, origins, [stage.name for stage in stages])
-    holds_back = cluster is not None and cluster.holds_back  # then nothing but its inputs holds a training
     models = {name: known.arch if known else None for name, known in facts.items()}
-    disk = forecast_disk(run_dir, plan, found, models, trainings, is_parallel=holds_back)
-    fast = performance_of((jobs[stage.name] for stage in found if stage.name in facts), cluster, executor)
-    return Forecast(run_dir, plan.recipe, found, trainings, disk, tuple(settings), fast)
+    holds_back = cluster is not None and cluster.holds_back  # then nothing but its inputs holds a training
+    disk = forecast_disk(run_dir, plan, stage_forecasts, models, trainings, is_parallel=holds_back)
+    here = settings_here if is_local(executor) else lambda _: []
+    performance_of = cluster.performance if cluster else here
+    performance = {stage.name: performance_of(jobs[stage.name]) for stage in trained}
+    return Forecast(run_dir, plan.recipe, stage_forecasts, trainings, disk, tuple(settings), performance)
 
 
 def check_stages(forecast: Forecast) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_run.cli.cli_parser import parse_factory
 
+from nemo_upcycle.pipeline.plan import required_training
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.trainers.values import setting
 
@@ -44,7 +45,7 @@ class Origins:
     """
 
     def __init__(self, words: Sequence[str], target: Any) -> None:
-        self.typed = {_INDEX.sub("", found["key"]) for word in words if (found := _OVERRIDE.match(word))}
+        self.typed = {_INDEX.sub("", match["key"]) for word in words if (match := _OVERRIDE.match(word))}
         self.factory = _option(words, "--factory", "-f")
         self.recipe = self.factory.partition("(")[0].strip()
         self.executor = next((word.partition("=")[2] for word in words if word.startswith("run.executor=")), "")
@@ -52,9 +53,7 @@ class Origins:
         #: The recipe without the arguments that were typed; a value that differs from it comes from them.
         self._usual = None
         if has_arguments:
-            with contextlib.suppress(
-                Exception
-            ):  # a factory of the user's may have arguments that it cannot do without
+            with contextlib.suppress(Exception):  # a user's factory may need its arguments
                 self._usual = parse_factory(target, "", target, self.recipe)
 
     def of(self, name: str, value: Any, otherwise: str) -> str:
@@ -83,26 +82,21 @@ def _option(words: Sequence[str], *names: str) -> str:
     return ""
 
 
-def training_settings(stage: str, values: Mapping[str, Any], recipe: str, origins: Origins) -> Iterator[Setting]:
-    """Yield the settings of a training that people look at.
+def run_settings(plan: RunPlan, recipes: Mapping[str, str], origins: Origins) -> Iterator[Setting]:
+    """Yield the settings of a run, and those of its trainings that people look at.
 
     Args:
-        stage: `pretrain` or `dense_ct`.
-        values: by the names of their overrides.
-        recipe: name of its recipe.
+        plan: what the stages are given.
+        recipes: names of the recipes, by the stage of a training.
         origins: of the command.
     """
-    for path, value in values.items():
-        name = f"{stage}.{path}"
-        yield Setting(name, str(value), origins.of(name, value, f"recipe {recipe}"))
-
-
-def run_settings(plan: RunPlan, origins: Origins) -> Iterator[Setting]:
-    """Yield the settings of the whole run."""
-    recipe = f"recipe {origins.recipe or plan.recipe}"
     for name in ("dense", "data", "evaluation"):
         value = getattr(plan, name)
-        yield Setting(name, value, origins.of(name, value, recipe))
+        yield Setting(name, value, origins.of(name, value, f"recipe {origins.recipe or plan.recipe}"))
+    for stage, recipe in recipes.items():
+        for path, value in required_training(plan, stage).shown_settings(plan.dense).items():
+            name = f"{stage}.{path}"
+            yield Setting(name, str(value), origins.of(name, value, f"recipe {recipe}"))
 
 
 def executor_settings(executor: Any, origins: Origins, stages: Sequence[str]) -> Iterator[Setting]:
@@ -111,7 +105,7 @@ def executor_settings(executor: Any, origins: Origins, stages: Sequence[str]) ->
     Args:
         executor: may have `origins`, by setting where it comes from, and `stages`, by stage what differs there.
         origins: of the command.
-        stages: names of those of the forecast; a setting that every one of them sets itself is said of these alone.
+        stages: names of those of the forecast; a setting that every one of them sets itself is shown for these alone.
     """
     if not dataclasses.is_dataclass(executor):
         return

@@ -171,38 +171,36 @@ def _disk_lines(disk: DiskForecast) -> list[str]:
     return [*(_table(rows, right=(2, 3)) if disk.uses else []), total]
 
 
-#: The prefix of a group of settings -> what its heading adds.
+#: The prefix of a group of settings -> its heading.
 _GROUPS = {
-    "pretrain.": "",
-    "dense_ct.": "what is not named here is as in pretrain., from its own recipe",
-    "run.executor.": "",
+    "": "",
+    "pretrain.": "pretrain.",
+    "dense_ct.": "dense_ct.  what is not named here is as in pretrain., from its own recipe",
+    "run.executor.": "run.executor.",
 }
 
 
 def _setting_lines(settings: Sequence[Setting]) -> list[str]:
     """Return a line a setting, in groups; of the dense baseline only what is not as in the upcycled model."""
     usual = {setting.name: setting for setting in settings}
-    rows: list[tuple[str, str, str]] = []
-    headings: dict[int, str] = {}
-    group = ""
+    groups: dict[str, list[tuple[str, str, str]]] = {prefix: [] for prefix in _GROUPS}
     for setting in settings:
-        prefix = next((name for name in _GROUPS if setting.name.startswith(name)), "")
+        prefix = next(name for name in reversed(_GROUPS) if setting.name.startswith(name))
         name = setting.name.removeprefix(prefix)
-        if prefix != group:
-            headings[len(rows)], group = f"{prefix}  {_GROUPS[prefix]}".rstrip(), prefix
         other = usual.get(f"pretrain.{name}") if prefix == "dense_ct." else None
         if other is None or (other.value, _kind(other)) != (setting.value, _kind(setting)):
-            rows.append((_INDENT + name if prefix else name, setting.value, setting.origin))
-    widths = [max(len(row[number]) for row in rows) for number in range(3)]
+            groups[prefix].append((_INDENT + name if prefix else name, setting.value, setting.origin))
+    widths = [max(map(len, column)) for column in zip(*(row for rows in groups.values() for row in rows), strict=True)]
     room = WIDTH - len(_INDENT) - widths[0] - 2 * len("  ")
     widths[1] = max(20, min(widths[1], room - widths[2]))
     lines: list[str] = []
-    for number, row in enumerate(rows):
-        lines += [headings[number]] if number in headings else []
-        value_width = max(widths[1], min(len(row[1]), room - len(row[2])))  # an address stays whole where it can
-        sizes = [widths[0], value_width, widths[2]]
-        parts = _over_lines(row, sizes)
-        lines += ["  ".join(cell.ljust(size) for cell, size in zip(part, sizes, strict=True)) for part in parts]
+    for prefix, rows in groups.items():
+        lines += [_GROUPS[prefix]] if prefix and rows else []
+        for row in rows:
+            value_width = max(widths[1], min(len(row[1]), room - len(row[2])))  # an address stays whole where it can
+            sizes = [widths[0], value_width, widths[2]]
+            parts = _over_lines(row, sizes)
+            lines += ["  ".join(cell.ljust(size) for cell, size in zip(part, sizes, strict=True)) for part in parts]
     return lines
 
 
