@@ -15,7 +15,7 @@ if find_spec("nemo"):
         from nemo.collections.llm.api import pretrain
 
         importlib.import_module("nemo_upcycle.pipeline.ablations.launch")
-        from nemo_upcycle.pipeline.nemo.context import PretrainContext
+        from nemo_upcycle.pipeline.nemo.pipeline import PretrainContext
         from nemo_upcycle.pipeline.nemo.pipeline import pipeline as pipeline
 
         for _module in pkgutil.iter_modules(__path__):

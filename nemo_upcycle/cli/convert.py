@@ -7,14 +7,7 @@ import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from nemo_upcycle.cli.common import (
-    add_dtype,
-    add_spec_options,
-    file_size,
-    folder_to_make,
-    given_spec,
-    show,
-)
+from nemo_upcycle.cli.common import add_dtype, add_spec_options, file_size, folder_to_make, given_spec, show
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.init.methods import METHODS
 from nemo_upcycle.spec import UpcycleSpec

@@ -6,13 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.cli.common import (
-    add_dtype,
-    add_spec_options,
-    folder_to_make,
-    given_spec,
-    show,
-)
+from nemo_upcycle.cli.common import add_dtype, add_spec_options, folder_to_make, given_spec, show
 from nemo_upcycle.online.receipt import spec_of
 from nemo_upcycle.utils.files import MODEL_MARKER, read_json
 

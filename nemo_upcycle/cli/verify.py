@@ -64,14 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_tolerance(args.tolerance)
     dense, moe = (Path(local_model(source)) for source in (args.dense, args.moe))
-    found = verify(
-        dense,
-        moe,
-        args.text,
-        layers=args.layers,
-        logits=not args.weights_only,
-        tolerance=args.tolerance,
-    )
+    found = verify(dense, moe, args.text, layers=args.layers, logits=not args.weights_only, tolerance=args.tolerance)
     show(args, asdict(found), _text(found))
     return 0 if found.equal else 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,7 @@ from nemo_upcycle.pipeline.checks import check_here, check_run
 from nemo_upcycle.pipeline.executors.base import Cluster, Job, is_local, masked_executor
 from nemo_upcycle.pipeline.executors.local import StopSignals, ended_by_ctrl_c
 from nemo_upcycle.pipeline.executors.settings import KINDS, cluster_for
-from nemo_upcycle.pipeline.forecast import Forecast, check_space, check_stages, forecast, render_forecast
-from nemo_upcycle.pipeline.forecast.settings import Origins
+from nemo_upcycle.pipeline.forecast import Forecast, Origins, check_space, check_stages, forecast, render_forecast
 from nemo_upcycle.pipeline.order import chosen_stages, kind_of, read_plan, require_earlier
 from nemo_upcycle.pipeline.plan import KEPT, PLAN, Plan, Stage
 from nemo_upcycle.pipeline.run_here import run_stages
@@ -72,7 +72,7 @@ def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: Plan, python: str = sy
 
 def launch_chain(
     ctx: Any,
-    run_dir: Path,
+    dir: str,
     plan: RunPlan,
     command: Callable[..., None],
     *,
@@ -85,8 +85,8 @@ def launch_chain(
 
     Args:
         ctx: NeMo-Run's context of the command.
-        run_dir: the run's folder.
-        plan: what the stages are given.
+        dir: the run's folder, as it was typed.
+        plan: what the stages are given, with paths as they were typed.
         command: the entry point, whose arguments were typed.
         first: name of the stage to start with, or None.
         last: that of the one to end after.
@@ -96,6 +96,9 @@ def launch_chain(
     Raises:
         UpcycleError: an argument is not valid, or a stage did not finish.
     """
+    run_dir = Path(dir).expanduser().absolute()
+    folders = {name: absolute_argument(getattr(plan, name), folder=True) for name in ("dense", "data")}
+    plan = replace(plan, **folders, evaluation=absolute_argument(plan.evaluation))
     stages = chosen_stages(first, last, only)
     cluster = cluster_for(ctx.executor)
     with ended_by_ctrl_c():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 from nemo_upcycle.errors import SpecError
@@ -53,18 +54,12 @@ def neutral_work(layout: Layout) -> Workload:
 
 
 def first_violation(layout: Layout, arch: Architecture, work: Workload) -> RuleViolation | None:
-    """Return the first rule that a layout breaks; None if it is allowed."""
-    return next(_rules(layout, arch, work), None)
+    """Return the first rule that a layout breaks; None if it is allowed.
 
-
-def _rules(layout: Layout, arch: Architecture, work: Workload) -> Iterator[RuleViolation]:
-    """Yield violations, one by one: a later rule is worth checking only if the earlier ones hold."""
-    yield from _value_rules(layout)
-    yield from _model_rules(layout, arch)
-    yield from _stage_rules(layout, arch)
-    yield from _rank_rules(layout)
-    yield from _data_rules(layout, work)
-    yield from _kernel_rules(layout, arch, work)
+    Rules are checked one by one: a later one makes sense only if the earlier ones hold.
+    """
+    layout_rules = _value_rules(layout), _model_rules(layout, arch), _stage_rules(layout, arch), _rank_rules(layout)
+    return next(chain(*layout_rules, _data_rules(layout, work), _kernel_rules(layout, arch, work)), None)
 
 
 def _value_rules(layout: Layout) -> Iterator[RuleViolation]:
@@ -199,7 +194,8 @@ def _candidates(key: str, layout: Layout, arch: Architecture, work: Workload) ->
     elif key in _SIZES:
         values = {*range(1, 129), *(size for size in divisors(arch.num_layers) if size > 128)}
     else:
-        values = {multiple for of in _multiples_of(key, layout) for multiple in _around(now, of)}
+        steps = [max(1, step) for step in _multiples_of(key, layout)]
+        values = {step * count for step in steps for count in (now // step, now // step + 1) if count}
     return sorted(
         values - {now}, key=lambda value: (math.inf, 0) if value is None else (abs(value - (now or 0)), value)
     )
@@ -213,11 +209,6 @@ def _multiples_of(key: str, layout: Layout) -> tuple[int, ...]:
         return of, math.lcm(of, _FP8_ROWS * layout.cp)
     step = max(1, layout.gpus // max(1, layout.tp * layout.cp * layout.pp)) * layout.micro_batch
     return step, step * layout.pp
-
-
-def _around(value: int, of: int) -> set[int]:
-    of = max(1, of)
-    return {of * count for count in (value // of, value // of + 1) if count}
 
 
 def _changed(layout: Layout, work: Workload, key: str, value: int | None) -> tuple[Layout, Workload]:

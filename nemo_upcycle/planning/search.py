@@ -120,9 +120,8 @@ class Plan:
 
     def tflops_per_gpu(self, *, causal: bool) -> float:
         """Return the model's FLOPs (recomputation does not count) over the time, in either convention."""
-        return (
-            self.tokens_per_s_per_gpu * flops_per_token(self.request.arch, self.work.seq_length, causal=causal) / 1e12
-        )
+        flops = flops_per_token(self.request.arch, self.work.seq_length, causal=causal)
+        return self.tokens_per_s_per_gpu * flops / 1e12
 
     @property
     def peak_tflops(self) -> float:

@@ -67,7 +67,7 @@ def test_sigint_stops_the_stage_and_prints_how_to_continue(inputs: Path) -> None
     )
     assert "step=1" in last[0]
     head, _, command = last[1].partition(": ")
-    assert head == "Go on with the same command"
+    assert head == "Resume with the same command"
     assert shlex.split(command) == ["python", *launcher.command[1:], "--yes"]
     assert (inputs / "run/command.txt").read_text() == command + "\n"
     recipe = (inputs / "run/recipes/pretrain.yaml").read_text()

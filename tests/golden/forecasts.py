@@ -88,8 +88,7 @@ def forecast_of(
         stages: a part of the chain.
         executor: the user's, where it is no cluster's.
     """
-    from nemo_upcycle.pipeline.forecast import forecast
-    from nemo_upcycle.pipeline.forecast.settings import Origins
+    from nemo_upcycle.pipeline.forecast import Origins, forecast
     from nemo_upcycle.pipeline.nemo.pipeline import pipeline
     from nemo_upcycle.pipeline.stages import STAGES
 

@@ -4,14 +4,13 @@
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Optional
 
 import nemo_run as run
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.context import PipelineContext
-from nemo_upcycle.pipeline.launch import absolute_argument, launch_chain
+from nemo_upcycle.pipeline.launch import launch_chain
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.trainers.bridge_training import BridgeTraining
 from nemo_upcycle.utils.console import quiet_libraries
@@ -87,17 +86,9 @@ def pipeline(
             expected="dense_ct=NAME beside it",
             fix="give dense_ct=NAME, or omit the setting",
         )
-    plan = RunPlan(
-        recipe,
-        absolute_argument(dense, folder=True),
-        absolute_argument(data, folder=True),
-        absolute_argument(evaluation),
-        trainings["pretrain"].to_text(),
-        trainings["dense_ct"].to_text() if dense_ct else None,
-        trainer="bridge",
-    )
-    run_dir = Path(dir).expanduser().absolute()
-    launch_chain(ctx, run_dir, plan, pipeline, first=from_stage, last=until_stage, only=only_stage, render=render)
+    baseline = trainings["dense_ct"].to_text() if dense_ct else None
+    plan = RunPlan(recipe, dense, data, evaluation, trainings["pretrain"].to_text(), baseline, trainer="bridge")
+    launch_chain(ctx, dir, plan, pipeline, first=from_stage, last=until_stage, only=only_stage, render=render)
 
 
 def training_of(recipe: str, settings: Sequence[str], gpus: int | None, gpus_per_node: int = 8) -> BridgeTraining:

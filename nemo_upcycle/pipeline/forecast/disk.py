@@ -91,10 +91,4 @@ def _checkpoints_use(stage: str, training: TrainingForecast | None) -> DiskUse:
     newest = training.stage.finding.checkpoint
     present = len(complete_checkpoints(newest.parent)) if newest else 0
     at_once = max(training.checkpoints_at_once, present + (training.steps_left > 0))  # a new one, then old ones go
-    return DiskUse(
-        stage,
-        what,
-        training.checkpoints_kept * size_bytes,
-        at_once * size_bytes,
-        present * size_bytes,
-    )
+    return DiskUse(stage, what, training.checkpoints_kept * size_bytes, at_once * size_bytes, present * size_bytes)

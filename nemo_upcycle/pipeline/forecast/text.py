@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from nemo_upcycle.pipeline.executors.performance import TABLE, lines_of
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast
-from nemo_upcycle.pipeline.forecast.run import Forecast
-from nemo_upcycle.pipeline.forecast.settings import Setting
+from nemo_upcycle.pipeline.forecast.run import Forecast, Setting
 from nemo_upcycle.pipeline.forecast.stages import StageForecast
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast
 from nemo_upcycle.utils.files import size_text
