@@ -231,7 +231,7 @@ def upcycled_recipe(
         Examples:
             CLI usage:
                 $ nemo llm pretrain --factory NAME --dryrun
-                $ nemo llm pretrain --factory "NAME(dense='/models/dense', data='data/mine', num_nodes=16)" --yes
+                $ nemo llm pretrain --factory "NAME(dense='/models/dense', data='data/blend', num_nodes=16)" --yes
                 $ nemo llm pretrain --factory "NAME(performance_mode=True, fp8_recipe='blockwise')" --yes
                 $ nemo llm pretrain --factory NAME model.config.moe_expert_capacity_factor=2.0 --yes
 
@@ -313,8 +313,8 @@ def chain(
 
         Examples:
             CLI usage:
-                $ nemo upcycle pipeline --factory NAME dense=/models/dense data=/data/mine dir=runs/mine --until data
-                $ python cluster.py --factory NAME dir=runs/mine run.executor=my_cluster --yes
+                $ nemo upcycle pipeline --factory NAME dense=/models/dense data=/data/blend dir=runs/first --until data
+                $ python cluster.py --factory NAME dir=runs/first run.executor=my_cluster --yes
         """
         sizes = {"num_nodes": num_nodes, "num_gpus_per_node": num_gpus_per_node, "performance_mode": performance_mode}
         return run.Partial(
@@ -371,7 +371,7 @@ def dense_baseline(
         Examples:
             CLI usage:
                 $ nemo llm pretrain --factory NAME --dryrun
-                $ nemo llm pretrain --factory "NAME(dense='/models/dense', data='data/mine')" --yes
+                $ nemo llm pretrain --factory "NAME(dense='/models/dense', data='data/blend')" --yes
         """
         recipe = nemo_recipe.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, fn=fn)
         if performance_mode:  # not an argument of all of NeMo's recipes

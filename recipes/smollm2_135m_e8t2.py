@@ -99,10 +99,10 @@ def upcycled_recipe(name: str, baseline: Callable[..., run.Partial], dense: str)
         Examples:
             CLI usage:
                 $ nemo llm pretrain --factory smollm2_135m_e8t2 trainer.max_steps=4 --yes
-                $ nemo llm pretrain --factory "smollm2_135m_e8t2(dir='runs/mine')" optim.config.lr=1e-4 --yes
+                $ nemo llm pretrain --factory "smollm2_135m_e8t2(dir='runs/first')" optim.config.lr=1e-4 --yes
 
             Python API usage:
-                >>> recipe = pretrain_recipe(dir="runs/mine")
+                >>> recipe = pretrain_recipe(dir="runs/first")
         """
         recipe = baseline(dir, name, num_nodes, num_gpus_per_node, dense, data, fn)
         recipe.trainer = trainer(expert_parallelism, num_nodes, num_gpus_per_node)

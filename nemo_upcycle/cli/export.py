@@ -45,22 +45,22 @@ def run(args: argparse.Namespace) -> int:
     from nemo_upcycle.convert.export import CardInfo, export_checkpoint
     from nemo_upcycle.convert.found import find_model
 
-    found = find_model(args.checkpoint, args.dense, args.receipt, given_spec(args))
-    about = CardInfo(facts=_facts(found.receipt, found.receipt_path, found.checkpoint))
+    model = find_model(args.checkpoint, args.dense, args.receipt, given_spec(args))
+    about = CardInfo(facts=_facts(model.receipt, model.receipt_path, model.checkpoint))
     folder = export_checkpoint(
-        found.checkpoint, found.dense, args.output, spec=found.spec, dtype=args.dtype, about=about
+        model.checkpoint, model.dense, args.output, spec=model.spec, dtype=args.dtype, about=about
     )
     marker = read_json(folder / MODEL_MARKER)
     config = read_json(folder / "config.json")
     answer = {
         "output": folder,
         "hf_class": config["architectures"][0],
-        "dense": found.dense,
-        "checkpoint_folder": found.checkpoint,
+        "dense": model.dense,
+        "checkpoint_folder": model.checkpoint,
         **marker,
     }
     lines = [f"{folder}: {answer['hf_class']}, {marker['tensors']} tensors, {marker['bytes'] / 1e9:.4g} GB"]
-    lines += [f"from {found.checkpoint}", *marker["rounded"], *marker["notes"]]
+    lines += [f"from {model.checkpoint}", *marker["rounded"], *marker["notes"]]
     show(args, answer, "\n".join(lines))
     return 0
 

@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
         raise error.renamed(lambda name: _size_name(name, args.micro_batch)) from None
     ranks = _ranks(args.rank, plans[0]) if args.rank is not None else None
     if args.explain is not None:
-        check_whole("explain", args.explain, 1, len(plans), "rows")
+        check_whole("explain", args.explain, 1, len(plans))
     rows = [table.row_values(plan, _command(args, subject, plan)) for plan in plans]
     answer = _model_values(request) | {"rows": rows, "warnings": _warnings(subject, request)}
     answer |= {"ranks": ranks} if ranks is not None else {}

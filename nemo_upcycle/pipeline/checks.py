@@ -79,7 +79,7 @@ def check_detach(ctx: Any) -> None:
             "--detach",
             got="an executor that needs the launcher",
             expected=" or ".join(cluster.label for cluster in CLUSTERS if cluster.can_detach),
-            fix="leave it out, and start the command inside tmux or with nohup",
+            fix="omit it, and start the command inside tmux or with nohup",
         )
 
 

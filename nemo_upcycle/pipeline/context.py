@@ -89,8 +89,8 @@ class CheckedContext(run.cli.RunContext):
         if name not in known:
             return UpcycleError.unknown(f"factory of {fn.__name__}", name, known)
         overrides = [tuple(map(str.strip, word.partition("="))) for word in arguments.rstrip(")").split(",")]
-        found = _first_bad_override(run.Partial(known[name]), overrides, where=f"argument of {name}")
-        return found or UpcycleError(f"factory {self.factory}: {_first_line(error)}.")
+        bad_override = _first_bad_override(run.Partial(known[name]), overrides, where=f"argument of {name}")
+        return bad_override or UpcycleError(f"factory {self.factory}: {_first_line(error)}.")
 
 
 class PipelineContext(CheckedContext):
@@ -174,8 +174,8 @@ def pipeline_arguments(words: Sequence[str], options: Mapping[str, str] = OPTION
         UpcycleError: an option has no value.
 
     Example:
-        >>> pipeline_arguments(["dir=runs/mine", "--until", "data"])
-        ['dir=runs/mine', 'until_stage=data']
+        >>> pipeline_arguments(["dir=runs/first", "--until", "data"])
+        ['dir=runs/first', 'until_stage=data']
     """
     arguments, rest = [], iter(words)
     for word in rest:
@@ -205,7 +205,7 @@ def _check_words(words: Sequence[str], own: Sequence[str]) -> None:
                 f"argument '{word}'",
                 got="no value",
                 expected="NAME=VALUE",
-                fix="write NAME=VALUE without blanks, as in dir=runs/mine",
+                fix="write NAME=VALUE without blanks, as in dir=runs/first",
             )
         if name in given:
             option = next((option for option, argument in OPTIONS.items() if argument == name), name)

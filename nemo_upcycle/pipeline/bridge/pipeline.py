@@ -134,7 +134,7 @@ def smollm2_135m_e8t2(dir: str = "runs/smollm2_135m_e8t2") -> run.Partial:
 
     Examples:
         CLI usage:
-            $ nemo upcycle pipeline --factory smollm2_135m_e8t2 dir=runs/mine pretrain.train.train_iters=4 --yes
+            $ nemo upcycle pipeline --factory smollm2_135m_e8t2 dir=runs/first pretrain.train.train_iters=4 --yes
     """
     return run.Partial(
         pipeline,
@@ -157,7 +157,7 @@ def llama3_8b_e8t2(dir: str = "runs/llama3_8b_e8t2") -> run.Partial:
 
     Examples:
         CLI usage:
-            $ nemo upcycle pipeline --factory llama3_8b_e8t2 run.executor=slurm dir=/shared/runs/mine --yes
+            $ nemo upcycle pipeline --factory llama3_8b_e8t2 run.executor=slurm dir=/shared/runs/first --yes
     """
     return run.Partial(
         pipeline,

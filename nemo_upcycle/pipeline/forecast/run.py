@@ -278,7 +278,7 @@ def _training_warnings(name: str, training: TrainingForecast) -> Iterator[str]:
             f"nemo-upcycle plan --recipe {recipe} --gpus {training.facts.layout.gpus}"
         )
     if not training.facts.knows_vocabulary:
-        yield f"{name}: the vocabulary is not known before the parent is fetched; sizes leave out the embeddings"
+        yield f"{name}: the vocabulary is not known before the parent is fetched; sizes omit the embeddings"
     for limit in training.stage.save_limits:
         if training.save_gib_s(limit) > USUAL_GIB_S:
             size = size_text(training.facts.checkpoint_bytes)

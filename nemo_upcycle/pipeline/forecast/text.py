@@ -30,8 +30,8 @@ def render_forecast(forecast: Forecast) -> str:
         ("Warnings", (line for text in forecast.warnings for line in _wrapped(f"- {text}", _INDENT))),
     )
     for title, body in sections:
-        if found := list(body):
-            lines += ["", title, *(f"{_INDENT}{line}".rstrip() for line in found)]
+        if body_lines := list(body):
+            lines += ["", title, *(f"{_INDENT}{line}".rstrip() for line in body_lines)]
     for stage in forecast.stages:
         for path, text in stage.files.items():
             lines += ["", f"--- {path}", *text.rstrip("\n").split("\n")]
