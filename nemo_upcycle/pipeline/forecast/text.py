@@ -72,21 +72,13 @@ def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
-#: Rows of the table of trainings, in their order.
-_ROWS = (
-    *("recipe", "parameters", "ranks", "layout", "precision", "batch", "micro-batch", "steps", "tokens", "GPU"),
-    *("memory a GPU", "step", "speed", "time", "cost", "jobs", "checkpoint", "save in time", "lost by a kill"),
-    "evaluation",
-)
-
-
 def _training_cells(training: TrainingForecast) -> dict[str, str]:
-    """Return the text of each row of the table for a training; empty where there is nothing to say."""
+    """Return the rows of the table for a training, in their order, and their texts; empty where none is needed."""
     facts, layout, arch, stage = training.facts, training.facts.layout, training.facts.arch, training.stage
     sizes = {"TP": layout.tp, "PP": layout.pp, "VPP": layout.vp, "CP": layout.cp}
     sizes |= {"EP": layout.ep, "ETP": layout.etp} if arch.num_experts else {}
     lost = min(facts.save_every, facts.steps)
-    cells = dict.fromkeys(_ROWS, "") | {
+    cells = {
         "recipe": facts.recipe,
         "parameters": f"{_params(arch.total_params)}, {_params(arch.active_params)} active",
         "ranks": f"{stage.nodes} x {stage.ranks_per_node} = {layout.gpus}",
@@ -97,7 +89,9 @@ def _training_cells(training: TrainingForecast) -> dict[str, str]:
         "steps": f"{facts.steps:,}",
         "tokens": f"{training.tokens:,}",
         "GPU": f"{training.gpu.name}, {training.gpu_origin}" if training.gpu else training.gpu_origin,
+        **dict.fromkeys(("memory a GPU", "step", "speed"), ""),
         "time": f"no estimate of the speed: {training.no_plan}",
+        **dict.fromkeys(("cost", "jobs"), ""),
         "checkpoint": (
             f"{size_text(facts.checkpoint_bytes)} every {facts.save_every:,} steps,"
             f" {training.checkpoints_at_once} at once"
@@ -106,6 +100,7 @@ def _training_cells(training: TrainingForecast) -> dict[str, str]:
             f"{training.save_gib_s(limit):.3g} GiB/s ({limit.what})" for limit in stage.save_limits
         ),
         "lost by a kill": f"at most {_count(lost, 'step')}",
+        "evaluation": "",
     }
     if training.steps_left != facts.steps:
         cells["steps"] += f", {training.steps_left:,} of them left"
@@ -140,7 +135,8 @@ def _training_lines(trainings: Sequence[TrainingForecast]) -> list[str]:
     cells = {training.stage.name: _training_cells(training) for training in trainings if training.stage.runs}
     if not cells:
         return []
-    rows = [["", *cells], *([name, *(column[name] for column in cells.values())] for name in _ROWS)]
+    names = next(iter(cells.values()))
+    rows = [["", *cells], *([name, *(column[name] for column in cells.values())] for name in names)]
     rows = [row for row in rows if any(row[1:])]
     first = max(len(row[0]) for row in rows)
     each = (WIDTH - len(_INDENT) - first) // len(cells) - len("  ")
