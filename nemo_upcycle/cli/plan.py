@@ -129,7 +129,10 @@ def run(args: argparse.Namespace) -> int:
     if args.explain is not None:
         check_whole("explain", args.explain, 1, len(plans))
     rows = [table.row_values(plan, _command(args, subject, plan)) for plan in plans]
-    answer = _model_values(request) | {"rows": rows, "warnings": _warnings(subject, request)}
+    arch, length = request.arch, request.work.seq_length
+    flops = {name: flops_per_token(arch, length, causal=name == "causal") for name in ("full", "causal")}
+    model = {"total_params": arch.total_params, "active_params": arch.active_params, "flops_per_token": flops}
+    answer: dict[str, Any] = {"model": model, "rows": rows, "warnings": _warnings(subject, request)}
     answer |= {"ranks": ranks} if ranks is not None else {}
     answer |= {"check": _check(subject, plans[0])} if args.check else {}
     show(args, answer, "" if args.json else _text(args, subject, plans, answer, names))
@@ -300,13 +303,6 @@ def _check(subject: Subject, plan: Plan) -> dict[str, Any]:
 
     dense = subject.dense if subject.folder is None or subject.spec else None
     return asdict(check_layout_against_megatron(subject.arch, plan.layout, plan.work, dense, subject.spec))
-
-
-def _model_values(request: PlanRequest) -> dict[str, Any]:
-    arch, length = request.arch, request.work.seq_length
-    flops = {name: flops_per_token(arch, length, causal=name == "causal") for name in ("full", "causal")}
-    sizes = {"total_params": arch.total_params, "active_params": arch.active_params}
-    return {"model": {**sizes, "flops_per_token": flops}}
 
 
 def _text(

@@ -246,7 +246,8 @@ def _override_error(config: Any, key: str, value: str, error: Exception, where: 
     parts = key.split(".")
     for part in parts:
         name, *indices = re.findall(r"[^\[\]]+", part) or [part]
-        names = _settings_of(at)
+        is_config = isinstance(at, fdl.Buildable)
+        names = [one for one in dir(at) if not one.startswith("_")] if is_config else []
         if name not in names:
             owner = getattr(getattr(at, "__fn_or_cls__", type(at)), "__name__", "")
             hint = did_you_mean(name, names, prefix=so_far)
@@ -270,7 +271,3 @@ def _override_error(config: Any, key: str, value: str, error: Exception, where: 
     now = getattr(at, name, None)
     fix = f"write, for example, {key}={now}" if isinstance(now, int | float | str | None) else f"set {key}.NAME=VALUE"
     return UpcycleError(f"{where} '{key}'", got=f"'{value}'", expected=expected, fix=fix)
-
-
-def _settings_of(value: Any) -> list[str]:
-    return [name for name in dir(value) if not name.startswith("_")] if isinstance(value, fdl.Buildable) else []

@@ -43,11 +43,6 @@ class DiskForecast:
         return max(most, kept)
 
     @property
-    def unknown(self) -> tuple[str, ...]:
-        """What has no known size."""
-        return tuple(use.unknown for use in self.uses if use.unknown)
-
-    @property
     def fits(self) -> bool:
         """Whether what is known fits."""
         return self.needed_bytes <= self.free_bytes

@@ -264,8 +264,8 @@ def _warnings(forecast: Forecast) -> Iterator[str]:
     disk = forecast.disk
     if not disk.fits:
         yield f"the disk is too small: {size_text(disk.needed_bytes)} needed, {size_text(disk.free_bytes)} free"
-    if disk.unknown:
-        yield f"the disk needed does not count what has no known size: {'; '.join(disk.unknown)}"
+    if unknown := [use.unknown for use in disk.uses if use.unknown]:
+        yield f"the disk needed does not count what has no known size: {'; '.join(unknown)}"
 
 
 def _training_warnings(name: str, training: TrainingForecast) -> Iterator[str]:
