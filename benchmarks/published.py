@@ -48,7 +48,8 @@ class Published:
             machine: of the first software, which others differ from.
         """
         model = ThroughputModel(self.arch, known_gpu("h100"), known_software(self.software, machine))
-        return model.tokens_per_s_per_gpu(self.layout, self.work)
+        step_tokens = self.work.global_batch * self.work.seq_length
+        return step_tokens / model.step(self.layout, self.work).total / self.layout.gpus
 
 
 def published_rows() -> list[Published]:

@@ -15,7 +15,7 @@ if find_spec("nemo"):
         from nemo.collections.llm.api import pretrain
 
         importlib.import_module("nemo_upcycle.pipeline.ablations.launch")
-        from nemo_upcycle.pipeline.nemo.context import PretrainContext
+        from nemo_upcycle.pipeline.nemo.pipeline import PretrainContext
         from nemo_upcycle.pipeline.nemo.pipeline import pipeline as pipeline
 
         for _module in pkgutil.iter_modules(__path__):
@@ -25,6 +25,5 @@ if find_spec("nemo"):
     # `nemo llm pretrain` is NeMo's own: with a recipe of ours it checks the arguments first, with others nothing.
     pretrain.cli_entrypoint.run_ctx_cls = PretrainContext
 elif find_spec("megatron"):
-    importlib.import_module("nemo_upcycle.pipeline.bridge.chains")
     importlib.import_module("nemo_upcycle.pipeline.ablations.launch")
     from nemo_upcycle.pipeline.bridge.pipeline import pipeline as pipeline

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import nemo_run as run
 from nemo import lightning as nl
 
@@ -9,7 +11,14 @@ from nemo_upcycle.trainers.nemo.retention import RetainedCheckpoints
 from nemo_upcycle.trainers.nemo.upcycled import moe_settings, start_from, upcycled, use_spec
 
 
-__all__ = ["checkpoints", "moe_settings", "start_from", "upcycled", "use_spec"]
+__all__ = ["change_model", "checkpoints", "moe_settings", "start_from", "upcycled", "use_spec"]
+
+
+def change_model(model: run.Config, **fields: Any) -> run.Config:
+    """Set fields of a model's configuration, in place, and return the model."""
+    for name, value in fields.items():
+        setattr(model.config, name, value)
+    return model
 
 
 def checkpoints(every_n_steps: int, keep_last: int = 1) -> run.Config[nl.ModelCheckpoint]:

@@ -12,7 +12,7 @@ How they differ from `performance_mode` of NeMo's own recipes, and why:
 - What is the same: capacity factor 1 with padding (`MegatronTokenDropCallback`'s values, set in the model's
   configuration, where an override finds them), manual garbage collection, overlap of pipeline and data-parallel
   communication.
-- What is added so that a long run survives: `recipes/resilience.py`.
+- What is added so that a long run survives: `resilient`.
 """
 
 import inspect
@@ -30,10 +30,12 @@ from nemo.collections.llm.api import pretrain
 from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
 
 from nemo_upcycle.pipeline.nemo.pipeline import pipeline
-from nemo_upcycle.recipes.common import start_from
-from nemo_upcycle.recipes.h100_arguments import adjust
-from nemo_upcycle.recipes.resilience import resilient
+from nemo_upcycle.recipes.common import checkpoints, start_from
+from nemo_upcycle.recipes.h100_arguments import adjust, with_overrides
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.nemo.loss_guard import LossGuard
+from nemo_upcycle.trainers.nemo.stopping import SaveOnSignal, StopOnSignal
+from nemo_upcycle.trainers.nemo.watchers import hang_detection, straggler_report
 
 
 #: The paper gives tokens, not steps: 100B, at 512 sequences of 8192 a step (NeMo's batch for Llama 3).
@@ -44,6 +46,12 @@ VOCABULARY = 128_256
 DATA = "redpajama_v2_academic_7_3"
 #: How long the fresh routers are given to find balance before activations of the MoE layers are kept.
 RECOMPUTE_MOE_STEPS = 500
+#: Checkpoints kept: the last one, and the one before it. A loss that went wrong is often seen only after the next
+#: save, and a file that storage lost must not cost the run. More are a matter of room: one of an upcycled 8B model
+#: takes 619 GiB, and while one is written there is one more. `log.ckpt.keep_every=5000` keeps some for good.
+KEEP_LAST = 2
+#: Steps between two checkpoints: about half an hour of Llama 3 8B E8T2 on 512 H100 (derived).
+CHECKPOINT_STEPS = 1000
 
 
 def moe_kernels(capacity_factor: Optional[float]) -> dict[str, Any]:
@@ -140,31 +148,106 @@ def paper_training(recipe: run.Partial) -> run.Partial:
     return recipe
 
 
-def paper_recipe(
-    recipe: run.Partial,
-    model: run.Config[pl.LightningModule],
+def resilient(recipe: run.Partial) -> run.Partial:
+    """Add what keeps a run on hundreds of GPUs going to a recipe, in place.
+
+    - `LossGuard`: a loss that is not a number ends the run before it is saved; on all ranks at once, with a message.
+    - `ddp.check_for_nan_in_grad` off: Megatron's check ends one rank alone; the others wait until NCCL gives up.
+    - `hang_detection`: under `ft_launcher`, a rank that is silent too long has all ranks restarted; else nothing.
+    - `straggler_report`: one slow GPU slows all; the run is not ended, because a person has to judge.
+    - `SaveOnSignal`: a job that is taken away saves after its present step, and loses none.
+    - `RetainedCheckpoints`: see `KEEP_LAST`.
+
+    Asynchronous checkpoints are on in NeMo's recipes already (`strategy.ckpt_async_save`): training waits only for the
+    copy to host memory.
+
+    Args:
+        recipe: returned by `start_from`.
+
+    Returns:
+        The recipe.
+    """
+    recipe.log.ckpt = checkpoints(CHECKPOINT_STEPS, keep_last=KEEP_LAST)
+    recipe.trainer.strategy.ddp.check_for_nan_in_grad = False
+    # The guard comes before what writes a step's metrics or a checkpoint. Saving on a signal comes after the step's
+    # metrics; the callback that ends at once follows, because it restores the handlers that both replace.
+    added = [run.Config(hang_detection), run.Config(straggler_report), run.Config(SaveOnSignal)]
+    others = [item for item in recipe.trainer.callbacks if item.__fn_or_cls__ is not StopOnSignal]
+    recipe.trainer.callbacks = [run.Config(LossGuard), *others, *added, run.Config(StopOnSignal)]
+    return recipe
+
+
+def upcycled_recipe(
+    name: str,
+    nemo_recipe: ModuleType,
+    model: Callable[[], run.Config[pl.LightningModule]],
     trainer: Callable[..., run.Config[nl.Trainer]],
     dense: str,
     spec: UpcycleSpec,
-    data: Optional[str] = None,
-) -> run.Partial:
-    """Turn NeMo's recipe of a dense model into the paper's training of the upcycled one, in place.
+    fast: Callable[[run.Partial], run.Partial],
+) -> Callable[..., run.Partial]:
+    """Register and return the `pretrain_recipe` of an upcycled model: the paper's training, on H100s.
 
     Args:
-        recipe: of the dense model.
-        model: the upcycled model, which replaces its model.
-        trainer: of the upcycled model; makes the trainer for the recipe's nodes and callbacks.
-        dense: the dense checkpoint to start from: a folder or `hf://ORG/NAME`.
+        name: of the recipe.
+        nemo_recipe: NeMo's recipe module of the dense model.
+        model: makes the upcycled model.
+        trainer: makes its trainer, for the recipe's nodes and callbacks.
+        dense: the checkpoint to start from, by default.
         spec: how to upcycle.
-        data: a finished folder of `nemo-upcycle data`; None trains on NeMo's mock data.
+        fast: turns the recipe into its fast run.
     """
-    recipe.model = model
-    recipe = paper_training(recipe)
-    old = recipe.trainer
-    recipe.trainer = trainer(num_nodes=old.num_nodes, num_gpus_per_node=old.devices, callbacks=old.callbacks)
-    return adjust(
-        resilient(start_from(recipe, dense, spec, data)), recompute_moe_steps=RECOMPUTE_MOE_STEPS, comm_overlap=True
-    )
+
+    @run.cli.factory(target=pretrain, name=name)
+    @with_overrides
+    def pretrain_recipe(
+        dir: Optional[str] = None,
+        name: str = name,
+        num_nodes: int = 64,
+        num_gpus_per_node: int = 8,
+        performance_mode: bool = False,
+        dense: str = dense,
+        data: Optional[str] = None,
+        fn: Callable = pretrain,
+    ) -> run.Partial:
+        """Create a recipe that upcycles a dense model and trains on as arXiv 2412.09952 does.
+
+        BF16, capacity factor 4, 100B tokens, learning rate 3e-5 -> 3e-7. Every argument below `data` changes one
+        setting of the run; None keeps it. Each is an override, too.
+
+        Args:
+            dir (str | None): Directory for saving logs and checkpoints.
+            name (str): Name of the run.
+            num_nodes (int): Number of compute nodes to use.
+            num_gpus_per_node (int): Number of GPUs per node.
+            performance_mode (bool): The fast run, see `pretrain_performance_optimizations`.
+            dense (str): The dense checkpoint to start from: a folder or `hf://ORG/NAME`.
+            data (str | None): A finished folder of `nemo-upcycle data`; None: NeMo's mock data, random tokens.
+            fn (Callable): The pretraining function to use.
+
+        Returns:
+            run.Partial: Partial configuration for pretraining.
+
+        Examples:
+            CLI usage:
+                $ nemo llm pretrain --factory NAME --dryrun
+                $ nemo llm pretrain --factory "NAME(dense='/models/dense', data='data/blend', num_nodes=16)" --yes
+                $ nemo llm pretrain --factory "NAME(performance_mode=True, fp8_recipe='blockwise')" --yes
+                $ nemo llm pretrain --factory NAME model.config.moe_expert_capacity_factor=2.0 --yes
+
+            Python API usage:
+                >>> recipe = pretrain_recipe(num_nodes=16)
+        """
+        recipe = nemo_recipe.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, fn=fn)
+        recipe.model = model()
+        recipe = paper_training(recipe)
+        callbacks = recipe.trainer.callbacks
+        recipe.trainer = trainer(num_nodes=num_nodes, num_gpus_per_node=num_gpus_per_node, callbacks=callbacks)
+        recipe = resilient(start_from(recipe, dense, spec, data))
+        recipe = adjust(recipe, recompute_moe_steps=RECOMPUTE_MOE_STEPS, comm_overlap=True)
+        return fast(recipe) if performance_mode else recipe
+
+    return pretrain_recipe
 
 
 def fast_run(recipe: run.Partial, tensor_parallelism: int, context_parallelism: int) -> run.Partial:
@@ -230,8 +313,8 @@ def chain(
 
         Examples:
             CLI usage:
-                $ nemo upcycle pipeline --factory NAME dense=/models/dense data=/data/mine dir=runs/mine --until data
-                $ python cluster.py --factory NAME dir=runs/mine run.executor=my_cluster --yes
+                $ nemo upcycle pipeline --factory NAME dense=/models/dense data=/data/blend dir=runs/first --until data
+                $ python cluster.py --factory NAME dir=runs/first run.executor=my_cluster --yes
         """
         sizes = {"num_nodes": num_nodes, "num_gpus_per_node": num_gpus_per_node, "performance_mode": performance_mode}
         return run.Partial(
@@ -288,7 +371,7 @@ def dense_baseline(
         Examples:
             CLI usage:
                 $ nemo llm pretrain --factory NAME --dryrun
-                $ nemo llm pretrain --factory "NAME(dense='/models/dense', data='data/mine')" --yes
+                $ nemo llm pretrain --factory "NAME(dense='/models/dense', data='data/blend')" --yes
         """
         recipe = nemo_recipe.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, fn=fn)
         if performance_mode:  # not an argument of all of NeMo's recipes

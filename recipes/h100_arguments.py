@@ -89,7 +89,10 @@ def adjust(
     if dispatcher is not None:
         _dispatch(config, dispatcher)
     if recompute_moe_steps is not None:
-        _recompute(recipe, recompute_moe_steps)
+        granularity, modules = ("selective", ["moe"]) if recompute_moe_steps else (None, None)
+        config.recompute_granularity, config.recompute_modules = granularity, modules
+        callback = run.Config(RecomputeFirstSteps, steps=recompute_moe_steps) if recompute_moe_steps else None
+        _replace_callback(recipe, RecomputeFirstSteps, callback)
     if comm_overlap is not None:
         overlap = run.Config(MegatronCommOverlapCallback, tp_comm_overlap=False) if comm_overlap else None
         _replace_callback(recipe, MegatronCommOverlapCallback, overlap)
@@ -159,13 +162,6 @@ def _dispatch(config: run.Config, dispatcher: str) -> None:
     config.moe_enable_deepep = is_deepep
     if is_deepep:
         config.moe_router_dtype = "fp32"  # DeepEP sends weights in float32 only
-
-
-def _recompute(recipe: run.Partial, steps: int) -> None:
-    config = recipe.model.config
-    config.recompute_granularity, config.recompute_modules = ("selective", ["moe"]) if steps else (None, None)
-    callback = run.Config(RecomputeFirstSteps, steps=steps) if steps else None
-    _replace_callback(recipe, RecomputeFirstSteps, callback)
 
 
 def _replace_callback(recipe: run.Partial, kind: type, callback: Optional[run.Config]) -> None:

@@ -1,18 +1,25 @@
-"""Llama 3 8B upcycled to 8 experts, top-2: the main run of arXiv 2412.09952, and the fast run of its Table 2."""
+"""Llama 3 8B upcycled to 8 experts, top-2: the main run of arXiv 2412.09952, and the fast run of its Table 2.
 
-from collections.abc import Callable
-from typing import Optional
+Stated by the paper: 512 H100, TP2 EP8 PP4 VPP8, capacity factor 4, Mixtral-type router, experts as plain copies,
+tokens, learning rate and its schedule. Not stated, and chosen here:
+
+- sequences of 8192: its FLOPs fit no other length; 512 of them a step, Adam and clipping: `paper_training`;
+- no context parallelism: the list of the main run's parallelism names none (Table 2, on 128 GPUs, has CP2);
+- load-balancing loss 0.01, no z-loss: NeMo's Mixtral, and what He et al. found best; router std 0.02;
+- MoE layers recomputed in the first 500 steps: routers start unbalanced, and the paper advises it;
+- communication overlapped: eight virtual stages in place of one make eight times the messages.
+
+A checkpoint with optimizer states takes about 665 GB: the last two are kept, and one more is written.
+"""
 
 import lightning.pytorch as pl
 import nemo_run as run
-from nemo.collections.llm.api import pretrain
 from nemo.collections.llm.gpt.model.llama import Llama3Config8B, LlamaModel
 from nemo.collections.llm.recipes import llama3_8b
 
 from nemo_upcycle.recipes import llama3_8b_dense_ct
 from nemo_upcycle.recipes.common import moe_settings
-from nemo_upcycle.recipes.h100 import chain, fast_run, moe_kernels, moe_trainer, paper_recipe
-from nemo_upcycle.recipes.h100_arguments import with_overrides
+from nemo_upcycle.recipes.h100 import chain, fast_run, moe_kernels, moe_trainer, upcycled_recipe
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -41,65 +48,6 @@ def model() -> run.Config[pl.LightningModule]:
     return run.Config(LlamaModel, config=config)
 
 
-@run.cli.factory(target=pretrain, name=NAME)
-@with_overrides
-def pretrain_recipe(
-    dir: Optional[str] = None,
-    name: str = NAME,
-    num_nodes: int = 64,
-    num_gpus_per_node: int = 8,
-    performance_mode: bool = False,
-    dense: str = "hf://meta-llama/Meta-Llama-3-8B",
-    data: Optional[str] = None,
-    fn: Callable = pretrain,
-) -> run.Partial:
-    """Create a recipe of the paper's main run: BF16, capacity factor 4, 100B tokens, learning rate 3e-5 -> 3e-7.
-
-    Stated by the paper: 512 H100, TP2 EP8 PP4 VPP8, capacity factor 4, Mixtral-type router, experts as plain copies,
-    tokens, learning rate and its schedule. Not stated, and chosen here:
-
-    - sequences of 8192: its FLOPs fit no other length; 512 of them a step, Adam and clipping: `paper_training`;
-    - no context parallelism: the list of the main run's parallelism names none (Table 2, on 128 GPUs, has CP2);
-    - load-balancing loss 0.01, no z-loss: NeMo's Mixtral, and what He et al. found best; router std 0.02;
-    - MoE layers recomputed in the first 500 steps: routers start unbalanced, and the paper advises it;
-    - communication overlapped: eight virtual stages in place of one make eight times the messages.
-
-    Every argument below `data` changes one setting of the run; None keeps it. Each is an override, too.
-
-    Args:
-        dir (str | None): Directory for saving logs and checkpoints.
-        name (str): Name of the run.
-        num_nodes (int): Number of compute nodes to use.
-        num_gpus_per_node (int): Number of GPUs per node.
-        performance_mode (bool): The fast run, see `pretrain_performance_optimizations`.
-        dense (str): The dense checkpoint to start from: a folder or `hf://ORG/NAME`.
-        data (str | None): A finished folder of `nemo-upcycle data`; None: NeMo's mock data, random tokens.
-        fn (Callable): The pretraining function to use.
-
-    Returns:
-        run.Partial: Partial configuration for pretraining.
-
-    Examples:
-        CLI usage:
-            $ nemo llm pretrain --factory llama3_8b_e8t2 --dryrun
-            $ nemo llm pretrain --factory "llama3_8b_e8t2(data='data/redpajama', num_nodes=16)" --yes
-            $ nemo llm pretrain --factory "llama3_8b_e8t2(performance_mode=True, fp8_recipe='blockwise')" --yes
-            $ nemo llm pretrain --factory llama3_8b_e8t2 model.config.moe_expert_capacity_factor=2.0 --yes
-
-        Python API usage:
-            >>> recipe = pretrain_recipe(num_nodes=16)
-
-    Note:
-        A checkpoint with optimizer states takes about 665 GB: the last two are kept, and one more is written.
-    """
-    nemo_recipe = llama3_8b.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, fn=fn)
-    recipe = paper_recipe(nemo_recipe, model(), trainer, dense, SPEC, data)
-    return pretrain_performance_optimizations(recipe) if performance_mode else recipe
-
-
-pipeline_recipe = chain(NAME, pretrain_recipe, llama3_8b_dense_ct.pretrain_recipe)
-
-
 def pretrain_performance_optimizations(recipe: run.Partial) -> run.Partial:
     """Create the fast run: the paper's 46.8 % MFU row, TP1 CP2 ETP1 EP8 PP4 VPP8 at capacity factor 1 with padding.
 
@@ -114,3 +62,9 @@ def pretrain_performance_optimizations(recipe: run.Partial) -> run.Partial:
         run.Partial: Partial configuration for performance-optimized pretraining.
     """
     return fast_run(recipe, tensor_parallelism=1, context_parallelism=2)
+
+
+pretrain_recipe = upcycled_recipe(
+    NAME, llama3_8b, model, trainer, "hf://meta-llama/Meta-Llama-3-8B", SPEC, pretrain_performance_optimizations
+)
+pipeline_recipe = chain(NAME, pretrain_recipe, llama3_8b_dense_ct.pretrain_recipe)

@@ -8,7 +8,7 @@ import nemo_run as run
 from nemo.collections.llm.api import pretrain
 
 from nemo_upcycle.recipes import llama_1m_dense_ct as dense_ct
-from nemo_upcycle.recipes.common import moe_settings, start_from
+from nemo_upcycle.recipes.common import change_model, moe_settings, start_from
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -23,10 +23,7 @@ def model() -> run.Config[pl.LightningModule]:
     Returns:
         run.Config[pl.LightningModule]: the dense model's own configuration with its MoE fields switched on.
     """
-    config = dense_ct.model()
-    for name, value in moe_settings(SPEC).items():
-        setattr(config.config, name, value)
-    return config
+    return change_model(dense_ct.model(), **moe_settings(SPEC))
 
 
 @run.cli.factory(target=pretrain, name=NAME)

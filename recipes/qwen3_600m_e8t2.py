@@ -1,16 +1,15 @@
-"""Qwen3-0.6B upcycled to 8 experts, top-2: a Qwen3 for one GPU of 80 GB."""
+"""Qwen3-0.6B upcycled to 8 experts, top-2: a Qwen3 for one GPU of 80 GB.
 
-from collections.abc import Callable
-from typing import Optional
+The few steps, the data and the schedule are those of `smollm2_135m_e8t2`.
+"""
 
 import lightning.pytorch as pl
 import nemo_run as run
-from nemo.collections.llm.api import pretrain
 
 from nemo_upcycle.pipeline.nemo.pipeline import pipeline
 from nemo_upcycle.recipes import qwen3_600m_dense_ct as dense_ct
-from nemo_upcycle.recipes.common import moe_settings, start_from
-from nemo_upcycle.recipes.smollm2_135m_e8t2 import SPEC, trainer
+from nemo_upcycle.recipes.common import change_model, moe_settings
+from nemo_upcycle.recipes.smollm2_135m_e8t2 import SPEC, trainer, upcycled_recipe
 
 
 __all__ = ["NAME", "SPEC", "model", "pipeline_recipe", "pretrain_recipe", "trainer"]
@@ -25,45 +24,10 @@ def model() -> run.Config[pl.LightningModule]:
     Returns:
         run.Config[pl.LightningModule]: the dense model's own configuration with its MoE fields switched on.
     """
-    config = dense_ct.model()
-    for name, value in moe_settings(SPEC).items():
-        setattr(config.config, name, value)
-    return config
+    return change_model(dense_ct.model(), **moe_settings(SPEC))
 
 
-@run.cli.factory(target=pretrain, name=NAME)
-def pretrain_recipe(
-    dir: Optional[str] = None,
-    name: str = NAME,
-    num_nodes: int = 1,
-    num_gpus_per_node: int = 1,
-    expert_parallelism: int = 1,
-    dense: str = dense_ct.DENSE,
-    data: Optional[str] = None,
-    fn: Callable = pretrain,
-) -> run.Partial:
-    """Create the recipe of `smollm2_135m_e8t2` for Qwen3-0.6B: the same few steps, data and schedule.
-
-    Args:
-        dir (str | None): Directory for saving logs and checkpoints.
-        name (str): Name of the run.
-        num_nodes (int): Number of compute nodes to use.
-        num_gpus_per_node (int): Number of GPUs (without CUDA: processes) per node.
-        expert_parallelism (int): Degree of expert parallelism.
-        dense (str): The dense checkpoint to start from: a folder or `hf://ORG/NAME`.
-        data (str | None): A finished folder of `nemo-upcycle data`; None: the blend `sotu`, built on first use.
-        fn (Callable): The pretraining function to use.
-
-    Returns:
-        run.Partial: Partial configuration for pretraining.
-
-    Examples:
-        CLI usage:
-            $ nemo llm pretrain --factory qwen3_600m_e8t2 trainer.max_steps=1000 data.global_batch_size=64 --yes
-    """
-    recipe = dense_ct.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, dense, data, fn)
-    recipe.trainer = trainer(expert_parallelism, num_nodes, num_gpus_per_node)
-    return start_from(recipe, dense, SPEC)
+pretrain_recipe = upcycled_recipe(NAME, dense_ct.pretrain_recipe, dense_ct.DENSE)
 
 
 @run.cli.factory(target=pipeline, name=NAME)

@@ -9,6 +9,7 @@ import nemo_run as run
 from nemo.collections.llm.recipes import llama3_8b, qwen3_8b
 from nemo.collections.llm.recipes.llama3_8b import pretrain_performance_optimizations, trainer
 
+from nemo_upcycle.recipes.common import change_model
 from nemo_upcycle.recipes.h100 import dense_baseline
 
 
@@ -28,10 +29,7 @@ def model() -> run.Config[pl.LightningModule]:
     Returns:
         run.Config[pl.LightningModule]: Configuration of the dense model, 8.19B parameters.
     """
-    config = qwen3_8b.model()
-    for name, value in {"seq_length": 8192, **FUSIONS}.items():
-        setattr(config.config, name, value)
-    return config
+    return change_model(qwen3_8b.model(), seq_length=8192, **FUSIONS)
 
 
 pretrain_recipe = dense_baseline(NAME, llama3_8b, dense="hf://Qwen/Qwen3-8B-Base", model=model)

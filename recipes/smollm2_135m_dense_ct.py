@@ -86,51 +86,70 @@ def trainer(
     return config
 
 
-@run.cli.factory(target=pretrain, name=NAME)
-def pretrain_recipe(
-    dir: Optional[str] = None,
-    name: str = NAME,
-    num_nodes: int = 1,
-    num_gpus_per_node: int = 1,
-    dense: str = DENSE,
-    data: Optional[str] = None,
-    fn: Callable = pretrain,
-) -> run.Partial:
-    """Create a recipe that continues the pretraining of SmolLM2-135M.
+def baseline_recipe(
+    name: str, dense: str, model: Callable[[], run.Config[pl.LightningModule]]
+) -> Callable[..., run.Partial]:
+    """Register and return the `pretrain_recipe` of a small dense model, which trains on for a few steps.
 
     Args:
-        dir (str | None): Directory for saving logs and checkpoints.
-        name (str): Name of the run.
-        num_nodes (int): Number of compute nodes to use.
-        num_gpus_per_node (int): Number of GPUs (without CUDA: processes) per node.
-        dense (str): The dense checkpoint to start from.
-        data (str | None): A finished folder of `nemo-upcycle data`; None: the blend `sotu`, built on first use.
-        fn (Callable): The pretraining function to use.
-
-    Returns:
-        run.Partial: Partial configuration for pretraining.
-
-    Examples:
-        CLI usage:
-            $ nemo llm pretrain --factory smollm2_135m_dense_ct trainer.max_steps=4 --yes
+        name: of the recipe.
+        dense: the checkpoint to start from, by default.
+        model: makes the dense model.
     """
-    recipe = run.Partial(
-        fn,
-        model=model(),
-        trainer=trainer(num_nodes, num_gpus_per_node),
-        data=run.Config(
-            blend_data,
-            dense=dense,
-            blend="sotu",
-            seq_length=512,
-            global_batch_size=2,
-            micro_batch_size=1,
-            num_workers=0,
-        ),
-        log=default_log(dir=dir, name=name),
-        # The peak of the upcycling run in the paper is 3e-5 on 8B parameters; small models tolerate more.
-        optim=distributed_fused_adam_with_cosine_annealing(warmup_steps=2, constant_steps=0, max_lr=1e-4, min_lr=1e-5),
-        resume=default_resume(),
-    )
-    recipe.log.ckpt = checkpoints(every_n_steps=10)
-    return start_from(recipe, dense, None, data)
+
+    @run.cli.factory(target=pretrain, name=name)
+    def pretrain_recipe(
+        dir: Optional[str] = None,
+        name: str = name,
+        num_nodes: int = 1,
+        num_gpus_per_node: int = 1,
+        dense: str = dense,
+        data: Optional[str] = None,
+        fn: Callable = pretrain,
+    ) -> run.Partial:
+        """Create a recipe that continues the pretraining of a small dense model.
+
+        Args:
+            dir (str | None): Directory for saving logs and checkpoints.
+            name (str): Name of the run.
+            num_nodes (int): Number of compute nodes to use.
+            num_gpus_per_node (int): Number of GPUs (without CUDA: processes) per node.
+            dense (str): The dense checkpoint to start from: a folder or `hf://ORG/NAME`.
+            data (str | None): A finished folder of `nemo-upcycle data`; None: the blend `sotu`, built on first use.
+            fn (Callable): The pretraining function to use.
+
+        Returns:
+            run.Partial: Partial configuration for pretraining.
+
+        Examples:
+            CLI usage:
+                $ nemo llm pretrain --factory smollm2_135m_dense_ct trainer.max_steps=4 --yes
+                $ nemo llm pretrain --factory "qwen3_600m_dense_ct(dense='/models/Qwen3-0.6B')" --yes
+        """
+        recipe = run.Partial(
+            fn,
+            model=model(),
+            trainer=trainer(num_nodes, num_gpus_per_node),
+            data=run.Config(
+                blend_data,
+                dense=dense,
+                blend="sotu",
+                seq_length=512,
+                global_batch_size=2,
+                micro_batch_size=1,
+                num_workers=0,
+            ),
+            log=default_log(dir=dir, name=name),
+            # The peak of the upcycling run in the paper is 3e-5 on 8B parameters; small models tolerate more.
+            optim=distributed_fused_adam_with_cosine_annealing(
+                warmup_steps=2, constant_steps=0, max_lr=1e-4, min_lr=1e-5
+            ),
+            resume=default_resume(),
+        )
+        recipe.log.ckpt = checkpoints(every_n_steps=10)
+        return start_from(recipe, dense, None, data)
+
+    return pretrain_recipe
+
+
+pretrain_recipe = baseline_recipe(NAME, DENSE, model)

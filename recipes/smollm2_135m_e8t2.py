@@ -12,7 +12,7 @@ from nemo.collections.llm.api import pretrain
 
 from nemo_upcycle.pipeline.nemo.pipeline import pipeline
 from nemo_upcycle.recipes import smollm2_135m_dense_ct as dense_ct
-from nemo_upcycle.recipes.common import moe_settings, start_from
+from nemo_upcycle.recipes.common import change_model, moe_settings, start_from
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -34,10 +34,7 @@ def model() -> run.Config[pl.LightningModule]:
         Python API usage:
             >>> model_config = model()
     """
-    config = dense_ct.model()
-    for name, value in moe_settings(SPEC).items():
-        setattr(config.config, name, value)
-    return config
+    return change_model(dense_ct.model(), **moe_settings(SPEC))
 
 
 def trainer(
@@ -64,43 +61,57 @@ def trainer(
     return config
 
 
-@run.cli.factory(target=pretrain, name=NAME)
-def pretrain_recipe(
-    dir: Optional[str] = None,
-    name: str = NAME,
-    num_nodes: int = 1,
-    num_gpus_per_node: int = 1,
-    expert_parallelism: int = 1,
-    dense: str = dense_ct.DENSE,
-    data: Optional[str] = None,
-    fn: Callable = pretrain,
-) -> run.Partial:
-    """Create a recipe that upcycles SmolLM2-135M online and continues its pretraining.
+def upcycled_recipe(name: str, baseline: Callable[..., run.Partial], dense: str) -> Callable[..., run.Partial]:
+    """Register and return the `pretrain_recipe` of a small upcycled model, which trains for a few steps.
 
     Args:
-        dir (str | None): Directory for saving logs and checkpoints.
-        name (str): Name of the run.
-        num_nodes (int): Number of compute nodes to use.
-        num_gpus_per_node (int): Number of GPUs (without CUDA: processes) per node.
-        expert_parallelism (int): Degree of expert parallelism.
-        dense (str): The dense checkpoint to start from.
-        data (str | None): A finished folder of `nemo-upcycle data`; None: the blend `sotu`, built on first use.
-        fn (Callable): The pretraining function to use.
-
-    Returns:
-        run.Partial: Partial configuration for pretraining.
-
-    Examples:
-        CLI usage:
-            $ nemo llm pretrain --factory smollm2_135m_e8t2 trainer.max_steps=4 --yes
-            $ nemo llm pretrain --factory "smollm2_135m_e8t2(dir='runs/mine')" optim.config.lr=1e-4 --yes
-
-        Python API usage:
-            >>> recipe = pretrain_recipe(dir="runs/mine")
+        name: of the recipe.
+        baseline: `pretrain_recipe` of the dense model.
+        dense: the checkpoint to start from, by default.
     """
-    recipe = dense_ct.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, dense, data, fn)
-    recipe.trainer = trainer(expert_parallelism, num_nodes, num_gpus_per_node)
-    return start_from(recipe, dense, SPEC)
+
+    @run.cli.factory(target=pretrain, name=name)
+    def pretrain_recipe(
+        dir: Optional[str] = None,
+        name: str = name,
+        num_nodes: int = 1,
+        num_gpus_per_node: int = 1,
+        expert_parallelism: int = 1,
+        dense: str = dense,
+        data: Optional[str] = None,
+        fn: Callable = pretrain,
+    ) -> run.Partial:
+        """Create a recipe that upcycles a small dense model online and continues its pretraining.
+
+        Args:
+            dir (str | None): Directory for saving logs and checkpoints.
+            name (str): Name of the run.
+            num_nodes (int): Number of compute nodes to use.
+            num_gpus_per_node (int): Number of GPUs (without CUDA: processes) per node.
+            expert_parallelism (int): Degree of expert parallelism.
+            dense (str): The dense checkpoint to start from: a folder or `hf://ORG/NAME`.
+            data (str | None): A finished folder of `nemo-upcycle data`; None: the blend `sotu`, built on first use.
+            fn (Callable): The pretraining function to use.
+
+        Returns:
+            run.Partial: Partial configuration for pretraining.
+
+        Examples:
+            CLI usage:
+                $ nemo llm pretrain --factory smollm2_135m_e8t2 trainer.max_steps=4 --yes
+                $ nemo llm pretrain --factory "smollm2_135m_e8t2(dir='runs/first')" optim.config.lr=1e-4 --yes
+
+            Python API usage:
+                >>> recipe = pretrain_recipe(dir="runs/first")
+        """
+        recipe = baseline(dir, name, num_nodes, num_gpus_per_node, dense, data, fn)
+        recipe.trainer = trainer(expert_parallelism, num_nodes, num_gpus_per_node)
+        return start_from(recipe, dense, SPEC)
+
+    return pretrain_recipe
+
+
+pretrain_recipe = upcycled_recipe(NAME, dense_ct.pretrain_recipe, dense_ct.DENSE)
 
 
 @run.cli.factory(target=pipeline, name=NAME)

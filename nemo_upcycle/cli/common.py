@@ -78,8 +78,8 @@ def file_size(text: str) -> int:
         >>> file_size("5GB"), file_size("1.5 GiB")
         (5000000000, 1610612736)
     """
-    found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)\s*([KMGT]i?B)", text.strip(), re.IGNORECASE)
-    size_bytes = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)\s*([KMGT]i?B)", text.strip(), re.IGNORECASE)
+    size_bytes = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
     if not size_bytes:
         raise UpcycleError(
             "size of a file",
@@ -88,11 +88,6 @@ def file_size(text: str) -> int:
             fix="write e.g. 5GB",
         )
     return size_bytes
-
-
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """Add the option for an answer in JSON."""
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
 def show(args: argparse.Namespace, answer: dict[str, Any], text: str) -> None:

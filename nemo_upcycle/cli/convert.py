@@ -7,15 +7,7 @@ import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from nemo_upcycle.cli.common import (
-    add_dtype,
-    add_json,
-    add_spec_options,
-    file_size,
-    folder_to_make,
-    given_spec,
-    show,
-)
+from nemo_upcycle.cli.common import add_dtype, add_spec_options, file_size, folder_to_make, given_spec, show
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.init.methods import METHODS
 from nemo_upcycle.spec import UpcycleSpec
@@ -24,8 +16,7 @@ from nemo_upcycle.spec import UpcycleSpec
 if TYPE_CHECKING:
     from nemo_upcycle.convert.offline import Conversion
 
-HELP = "dense checkpoint -> MoE Hugging Face folder: Mixtral, or the class that can hold the model"
-_EXAMPLES = """examples:
+EPILOG = """examples:
   nemo-upcycle convert models/Llama-3-8B models/Llama-3-8B-E8T2 --experts 8 --top-k 2
   nemo-upcycle convert models/Llama-3-8B models/fine --experts 16 --top-k 4 --granularity 2 --shared-experts 1
   nemo-upcycle convert models/base models/mixed --branch models/code --branch models/law --non-expert-weights mean
@@ -37,7 +28,6 @@ exit status: 0 done; 2 a value or a file is wrong."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.epilog = _EXAMPLES
     text = "dense checkpoint: Hugging Face folder, hf://ORG/NAME on the hub (downloaded), or asset://smollm2-135m"
     parser.add_argument("source", metavar="SRC", help=text)
     parser.add_argument("output", metavar="DST", type=folder_to_make, help="folder to make")
@@ -60,7 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="largest safetensors file, e.g. 500MB; a stopped run keeps whole files (default: 5GB)",
     )
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_upcycle.cli.common import add_json, folder_to_make, show
+from nemo_upcycle.cli.common import folder_to_make, show
 from nemo_upcycle.data.blend import Blend, read_blend
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.conf import packaged, packaged_names
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
     from nemo_upcycle.data.finished import FinishedBlend
 
 
-HELP = "texts -> clean, decontaminated, tokenised training data (Megatron indexed datasets)"
-_EXAMPLES = """examples:
+EPILOG = f"""examples:
   nemo-upcycle data sotu runs/data tokenizer=asset://smollm2-135m
-  nemo-upcycle data mine.yaml /data/mine tokenizer=/models/Llama-3-8B seq_length=4096 --workers 16
+  nemo-upcycle data blend.yaml /data/blend tokenizer=/models/Llama-3-8B seq_length=4096 --workers 16
   nemo-upcycle data fineweb_edu_academic_7_3 /data/web --slurm cpu --time 24:00:00
-  nemo-upcycle data mine.yaml /data/mine --check
+  nemo-upcycle data blend.yaml /data/blend --check
 
 Run it again to continue a stopped build. Train on the result with nemo llm pretrain --factory "RECIPE(data='DIR')".
-exit status: 0 done; 2 a value or a file is wrong."""
+exit status: 0 done; 2 a value or a file is wrong.
+
+The package's own blends are in {packaged("data")}; text.yaml explains every key."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.epilog = f"{_EXAMPLES}\n\nThe package's own blends are in {packaged('data')}; text.yaml explains every key."
     parser.add_argument("blend", metavar="BLEND", help=f"{', '.join(packaged_names('data'))}, or a YAML file")
     parser.add_argument("output", metavar="DIR", type=folder_to_make, help="folder to make, which all workers share")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="other values of the blend's keys")
@@ -41,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--ray", action="store_true", help="run the tasks on the Ray cluster of RAY_ADDRESS")
     how.add_argument("--strict", action="store_true", help="end at the first broken input (default: count and go on)")
     how.add_argument("--check", action="store_true", help="check the blend, count its files and stop")
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
 
     manifest = build_blend(blend, args.output, options, strict=args.strict)
     run_tokens = manifest["run_tokens"]
-    made = open_blend(args.output)
-    show(args, manifest, _text(manifest, made, made.epochs(run_tokens) if run_tokens else {}))
+    blend_folder = open_blend(args.output)
+    show(args, manifest, _text(manifest, blend_folder, blend_folder.epochs(run_tokens) if run_tokens else {}))
     return 0
 
 
@@ -113,10 +112,10 @@ def _check(args: argparse.Namespace, blend: Blend) -> int:
     return 0
 
 
-def _text(manifest: dict[str, Any], made: FinishedBlend, epochs: dict[str, float]) -> str:
+def _text(manifest: dict[str, Any], blend_folder: FinishedBlend, epochs: dict[str, float]) -> str:
     splits = manifest["splits"]
     counts = ", ".join(f"{name} {splits[name]['tokens']:,}" for name in splits)
-    lines = [f"{made.folder}: {counts} tokens"]
+    lines = [f"{blend_folder.folder}: {counts} tokens"]
     for name, source in manifest["sources"].items():
         train = source["splits"]["train"]
         removed = {f"{step} {why}": n for step, one in source["steps"].items() for why, n in one["removed"].items()}
@@ -131,5 +130,7 @@ def _text(manifest: dict[str, Any], made: FinishedBlend, epochs: dict[str, float
                 f", above max_epochs ({manifest['max_epochs']:g})" if epochs[name] > manifest["max_epochs"] else ""
             )
             lines.append(f"    {epochs[name]:.2f} epochs in a run of {manifest['run_tokens']:,.0f} tokens{warning}")
-    lines += [f"  evaluation items: {made.contamination.removeprefix('; ')}"] if made.contamination else []
+    lines += (
+        [f"  evaluation items: {blend_folder.contamination.removeprefix('; ')}"] if blend_folder.contamination else []
+    )
     return "\n".join(lines)

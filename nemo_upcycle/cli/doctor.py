@@ -10,23 +10,22 @@ import importlib.util
 import json
 import os
 import platform
+import runpy
 import shlex
-import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, distribution, metadata, version
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.cli.common import add_json, show
+from nemo_upcycle.cli.common import show
 from nemo_upcycle.data.environment import data_python, engine_version
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.package_info import __version__
 from nemo_upcycle.utils.requirements import Requirement, requirement
 
 
-HELP = "what is installed, which versions fit, what is missing and the command that adds it"
-_EXAMPLES = """example:
+EPILOG = """example:
   nemo-upcycle doctor
 
 exit status: 0 what is installed fits; 1 something does not, or a library that everything needs is missing."""
@@ -51,13 +50,11 @@ _OK, _MISSING, _WRONG = "ok", "missing", "does not fit"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.epilog = _EXAMPLES
     parser.add_argument(
         "--data-requirements",
         action="store_true",
         help="print what pip installs for nemo-upcycle data, in an environment of its own, and stop",
     )
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,19 +79,19 @@ def run(args: argparse.Namespace) -> int:
         "data_engine": engine,
         "fixes": list(fixes),
     }
-    broken = [one for one in libraries if one["state"] == _WRONG or (one["state"] == _MISSING and not one["extra"])]
-    show(args, answer | {"fits": not broken}, _text(answer, fixes))
-    return 1 if broken else 0
+    unfit = [one for one in libraries if one["state"] == _WRONG or (one["state"] == _MISSING and not one["extra"])]
+    show(args, answer | {"fits": not unfit}, _text(answer, fixes))
+    return 1 if unfit else 0
 
 
 def _libraries() -> list[dict[str, Any]]:
     """Return every library that the package's metadata names, with its version and whether that fits."""
-    requirements, found = _requirements(), []
+    requirements, libraries = _requirements(), []
     for extra in _extras():
-        found += [_described(one) for one in requirements if one.extra == extra and one.name != _PACKAGE]
+        libraries += [_described(one) for one in requirements if one.extra == extra and one.name != _PACKAGE]
         if extra in _ALONE:
-            found.append(_described(requirement(_ALONE[extra])._replace(extra=extra)))
-    return found
+            libraries.append(_described(requirement(_ALONE[extra])._replace(extra=extra)))
+    return libraries
 
 
 def _requirements() -> list[Requirement]:
@@ -114,8 +111,8 @@ def _extras() -> dict[str, str]:
 
 def _installed(package: str) -> str | None:
     # Of Megatron-Core what Python would import: in NVIDIA's container it is a folder of sources, which some replace.
-    if package == "megatron-core" and (of_sources := _value_in("megatron", "core/package_info.py", "__version__")):
-        return of_sources
+    if package == "megatron-core" and (sources := _value_in("megatron", "core/package_info.py", "__version__")):
+        return str(sources)
     try:
         return version(package)
     except PackageNotFoundError:
@@ -151,7 +148,7 @@ def _activation() -> dict[str, str]:
 def _fixes(libraries: list[dict[str, Any]], has_gpus: bool) -> dict[str, str]:
     """Return one command for each extra that lacks something, and its purpose."""
     clone, pip = None if _in_container() else _clone(), f"{shlex.quote(sys.executable)} -m pip install"
-    found = {}
+    fixes = {}
     for extra, purpose in _extras().items():
         bad = [one for one in libraries if one["extra"] == extra and one["state"] != _OK]
         if _in_container():
@@ -162,8 +159,8 @@ def _fixes(libraries: list[dict[str, Any]], has_gpus: bool) -> dict[str, str]:
             what = "-e " + shlex.quote(f"{clone}[{extra}]" if extra else str(clone))
         else:
             what = shlex.join(one["install"] for one in bad)
-        found[f"{pip} {what}"] = purpose
-    return found
+        fixes[f"{pip} {what}"] = purpose
+    return fixes
 
 
 def _overlay(libraries: list[dict[str, Any]]) -> dict[str, str]:
@@ -196,8 +193,10 @@ def _data_command() -> str:
 
 def _where_from() -> str:
     """Return what pip installed this package from: a wheel, a folder; its name, where pip kept no address."""
-    said = json.loads(distribution(_PACKAGE).read_text("direct_url.json") or "{}")
-    return f"{_PACKAGE}=={__version__}" if "vcs_info" in said or not said else str(said["url"]).removeprefix("file://")
+    source = json.loads(distribution(_PACKAGE).read_text("direct_url.json") or "{}")
+    if not source or "vcs_info" in source:
+        return f"{_PACKAGE}=={__version__}"
+    return str(source["url"]).removeprefix("file://")
 
 
 def _clone() -> Path | None:
@@ -207,8 +206,6 @@ def _clone() -> Path | None:
 
 
 def _gpus() -> list[str]:
-    if not shutil.which("nvidia-smi"):
-        return []
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
@@ -226,15 +223,11 @@ def _data_engine() -> str | None:
 
 
 def _value_in(package: str, file: str, name: str) -> Any:
-    """Return what a plain file of a package says, without the slow import of the package; None without that file."""
+    """Return a value of a plain file of a package, without the slow import of the package; None without that file."""
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (path := Path(folder, file)).is_file():
-            source = importlib.util.spec_from_file_location("_said", path)
-            if source and source.loader:
-                module = importlib.util.module_from_spec(source)
-                source.loader.exec_module(module)
-                return getattr(module, name, None)
+            return runpy.run_path(str(path)).get(name)
     return None
 
 

@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.cli.common import add_json, folder_to_make, show
+from nemo_upcycle.cli.common import folder_to_make, show
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.conf import packaged, packaged_names
 
 
-HELP = "NeMo or Megatron checkpoint, or Hugging Face folder -> scores of lm-eval's tasks and held-out texts"
-_EXAMPLES = """examples:
+EPILOG = f"""examples:
   nemo-upcycle evaluate runs/demo demo results --data runs/demo/data/blend
   nemo-upcycle evaluate runs/demo/dense runs/demo/suite results --name dense
   torchrun --nproc-per-node 8 -m nemo_upcycle.cli evaluate runs/8b paper results --ep 8
@@ -22,14 +21,13 @@ _EXAMPLES = """examples:
 A suite is a name, a YAML file, or a folder that was built before. The result is
 DIR/NAME.json, with every item's log-likelihoods. A checkpoint needs no export; it computes under any layout, also
 another one than it was trained under, without dropping tokens.
-exit status: 0 done; 2 a value or a file is wrong."""
+exit status: 0 done; 2 a value or a file is wrong.
+
+The package's own suites are in {packaged("evaluation")}; demo.yaml explains every key."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.epilog = (
-        f"{_EXAMPLES}\n\nThe package's own suites are in {packaged('evaluation')}; demo.yaml explains every key."
-    )
     parser.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint, a run, or a Hugging Face folder")
     parser.add_argument(
         "suite", metavar="SUITE", help=f"{', '.join(packaged_names('evaluation'))}, a YAML file, or a folder"
@@ -38,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default="trained", metavar="NAME", help="of the model (default: trained)")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="blend whose held-out documents are scored")
     parser.add_argument("--backend", metavar="hf|vllm|megatron|auto", help="what computes (default: the suite's)")
-    parser.add_argument("--batch-size", metavar="N|auto", help="sequences in one pass (default: the suite's)")
+    parser.add_argument(
+        "--batch-size", type=_batch_size, metavar="N|auto", help="sequences in one pass (default: the suite's)"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="take the first N items of each task")
     group = parser.add_argument_group("a checkpoint")
     group.add_argument("--dense", type=Path, metavar="FOLDER", help="the dense parent (default: from the receipt)")
@@ -47,7 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--vp", type=int, default=1, metavar="N", help="pieces of a pipeline rank's layers (default: 1)"
     )
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,7 +62,6 @@ def run(args: argparse.Namespace) -> int:
 
     if args.backend is not None and args.backend not in BACKENDS:
         raise UpcycleError.unknown("--backend", args.backend, BACKENDS)
-    batch_size = _batch_size(args.batch_size)
     suite, is_built = Path(args.suite), (Path(args.suite) / MARKER).is_file()
     config = read_json(suite / MARKER)["config"] if is_built else vars(read_suite_config(args.suite))
     megatron: dict[str, Any] = {name: getattr(args, name) for name in ("tp", "pp", "vp", "ep")}
@@ -83,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
                 args.model,
                 backend=backend,
                 dtype=config["dtype"],
-                batch_size=batch_size or config["batch_size"],
+                batch_size=args.batch_size or config["batch_size"],
                 label=args.name,
                 megatron=megatron,
             )
@@ -97,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         suite,
         args.output,
         name=args.name,
-        batch_size=batch_size,
+        batch_size=args.batch_size,
         limit=args.limit,
         backend=backend,
         megatron=megatron,
@@ -130,8 +128,8 @@ def _build(args: argparse.Namespace, config: Mapping[str, Any]) -> Path:
     return build_named_suite(args.suite, documents, args.output / "suite")
 
 
-def _batch_size(text: str | None) -> int | str | None:
-    if text is None or text == "auto":
+def _batch_size(text: str) -> int | str:
+    if text == "auto":
         return text
     if not text.isdecimal() or int(text) < 1:
         raise UpcycleError("--batch-size", got=text, expected="a whole number from 1 on, or auto", fix="write auto")

@@ -6,20 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.cli.common import (
-    add_dtype,
-    add_json,
-    add_spec_options,
-    folder_to_make,
-    given_spec,
-    show,
-)
+from nemo_upcycle.cli.common import add_dtype, add_spec_options, folder_to_make, given_spec, show
 from nemo_upcycle.online.receipt import spec_of
 from nemo_upcycle.utils.files import MODEL_MARKER, read_json
 
 
-HELP = "NeMo or Megatron checkpoint, saved under any layout -> Hugging Face folder"
-_EXAMPLES = """examples:
+EPILOG = """examples:
   nemo-upcycle export runs/demo hf-demo
   nemo-upcycle export runs/demo/pretrain/checkpoints/last hf-last
   nemo-upcycle export checkpoints/step=1000 hf --dense models/Llama-3-8B
@@ -32,7 +24,6 @@ exit status: 0 done; 2 a value or a file is wrong."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.epilog = _EXAMPLES
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", type=Path, help="folder with weights/ or .metadata, or a folder above it"
     )
@@ -43,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_spec_options(parser, "how the model was upcycled (default: from receipt and checkpoint)", defaults=False)
     add_dtype(parser, "bfloat16")
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,22 +45,22 @@ def run(args: argparse.Namespace) -> int:
     from nemo_upcycle.convert.export import CardInfo, export_checkpoint
     from nemo_upcycle.convert.found import find_model
 
-    found = find_model(args.checkpoint, args.dense, args.receipt, given_spec(args))
-    about = CardInfo(facts=_facts(found.receipt, found.receipt_path, found.checkpoint))
+    model = find_model(args.checkpoint, args.dense, args.receipt, given_spec(args))
+    about = CardInfo(facts=_facts(model.receipt, model.receipt_path, model.checkpoint))
     folder = export_checkpoint(
-        found.checkpoint, found.dense, args.output, spec=found.spec, dtype=args.dtype, about=about
+        model.checkpoint, model.dense, args.output, spec=model.spec, dtype=args.dtype, about=about
     )
     marker = read_json(folder / MODEL_MARKER)
     config = read_json(folder / "config.json")
     answer = {
         "output": folder,
         "hf_class": config["architectures"][0],
-        "dense": found.dense,
-        "checkpoint_folder": found.checkpoint,
+        "dense": model.dense,
+        "checkpoint_folder": model.checkpoint,
         **marker,
     }
     lines = [f"{folder}: {answer['hf_class']}, {marker['tensors']} tensors, {marker['bytes'] / 1e9:.4g} GB"]
-    lines += [f"from {found.checkpoint}", *marker["rounded"], *marker["notes"]]
+    lines += [f"from {model.checkpoint}", *marker["rounded"], *marker["notes"]]
     show(args, answer, "\n".join(lines))
     return 0
 

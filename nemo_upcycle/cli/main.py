@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import io
 import os
 import re
 import signal
@@ -14,21 +15,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from nemo_upcycle.cli.output import Output, take_output
 from nemo_upcycle.errors import UpcycleError, did_you_mean
 from nemo_upcycle.package_info import __version__
 
 
-#: name -> what it does; `nemo_upcycle/cli/NAME.py` has `HELP`, `add_arguments(parser)` and `run(args) -> exit status`
+#: name -> what it does; `nemo_upcycle/cli/NAME.py` has `EPILOG` (with examples), `add_arguments(parser)` and
+#: `run(args) -> exit status`
 COMMANDS = {
-    "plan": "what fits where, how fast, how long, how much",
-    "data": "texts -> clean, tokenised training data",
-    "convert": "dense checkpoint -> MoE Hugging Face folder",
-    "verify": "dense folder against MoE folder: how equal are they",
-    "export": "NeMo checkpoint -> Hugging Face folder",
-    "evaluate": "checkpoint or Hugging Face folder -> scores",
-    "report": "run folder -> report.md and plots",
-    "doctor": "what is installed, what fits, what is missing",
+    "plan": "what fits where, how fast, how long, how much: layouts for a cluster, without a GPU",
+    "data": "texts -> clean, decontaminated, tokenised training data (Megatron indexed datasets)",
+    "convert": "dense checkpoint -> MoE Hugging Face folder: Mixtral, or the class that can hold the model",
+    "verify": "dense folder against MoE folder: what was done to the weights, and do both compute the same function?",
+    "export": "NeMo or Megatron checkpoint, saved under any layout -> Hugging Face folder",
+    "evaluate": "NeMo or Megatron checkpoint, or Hugging Face folder -> scores of lm-eval's tasks and held-out texts",
+    "report": "run folder -> report.md, report.html, results.json and plots",
+    "doctor": "what is installed, which versions fit, what is missing and the command that adds it",
 }
 _EPILOG = """example:
   nemo-upcycle convert models/Llama-3-8B models/Llama-3-8B-E8T2 --experts 8 --top-k 2
@@ -48,17 +49,18 @@ class _Parser(argparse.ArgumentParser):
         if not (command := self.prog.partition(" ")[2]):
             return super().parse_known_args(args, namespace)
         module = importlib.import_module(f"nemo_upcycle.cli.{command}")
-        self.description = module.HELP
+        self.description, self.epilog = COMMANDS[command], module.EPILOG
         module.add_arguments(self)
+        self.add_argument("--json", action="store_true", help="one JSON object on stdout")
         self.set_defaults(command=module, parser=self)
         _check_options(self, args)
-        found, unknown = super().parse_known_args(args, namespace)
-        if "overrides" in found:  # argparse takes them in one place only
-            found.overrides += [word for word in unknown if not word.startswith("-")]
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if "overrides" in namespace:  # argparse takes them in one place only
+            namespace.overrides += [word for word in unknown if not word.startswith("-")]
             unknown = [word for word in unknown if word.startswith("-") and word != "--"]
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
-        return found, unknown
+        return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
         if wrong := re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message, re.DOTALL):
@@ -67,23 +69,76 @@ class _Parser(argparse.ArgumentParser):
         raise UpcycleError(f"{message}. Fix: type, for example, `{examples[0]}`; options: {self.prog} --help.")
 
 
+class _ForgivingFile(io.RawIOBase):
+    """A file that keeps its first error in place of raising it, and drops what comes after."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                return os.write(self._descriptor, data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+
+def _output_problem(raw: _ForgivingFile | None) -> str | None:
+    """Return why not all could be written; None if it could, and for a reader that wants no more (`| head`)."""
+    sys.stdout.flush()
+    error = raw.error if raw else None
+    return error.strerror if error and error.errno != errno.EPIPE else None
+
+
+def _take_output() -> _ForgivingFile | None:
+    """Prepare the streams: closed ones, readers that go, full disks, and characters that the terminal lacks.
+
+    Returns:
+        The file of the standard output; None where another program has taken that.
+    """
+    output = None
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif stream is getattr(sys, f"__{name}__"):
+            raw = _ForgivingFile(stream.fileno())
+            buffer: Any = io.BufferedWriter(raw)
+            line = stream.line_buffering or stream.write_through
+            text = io.TextIOWrapper(buffer, stream.encoding, errors="backslashreplace", line_buffering=line)
+            setattr(sys, name, text)
+            output = raw if name == "stdout" else output
+    return output
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status: 0, 1 (the answer is no), 2 (bad usage or input), 130 or 143 (stopped)."""
-    output = take_output()
+    output = _take_output()
     try:
         with _signals():
             return _run(list(sys.argv[1:] if argv is None else argv), output)
     except UpcycleError as error:
         sys.stderr.write(f"error: {error}\n")
     except OSError as error:
-        sys.stderr.write(f"error: {_said(error)}\n")
+        sys.stderr.write(f"error: {_format_os_error(error)}\n")
     except ModuleNotFoundError as error:
         if (error.name or "nemo_upcycle").startswith("nemo_upcycle"):
             raise
         fix = "run `nemo-upcycle doctor`, which prints the command that adds it"
         sys.stderr.write(f"error: {error.name} is not installed. Fix: {fix}.\n")
     except KeyboardInterrupt as stop:
-        sys.stderr.write("\nstopped; run again to go on\n")
+        sys.stderr.write("\nstopped; run again to resume\n")
         return TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED
     return BAD_INPUT
 
@@ -120,7 +175,7 @@ _FIXES = {
 }
 
 
-def _said(error: OSError) -> UpcycleError:
+def _format_os_error(error: OSError) -> UpcycleError:
     """Return an error of the operating system with a fix."""
     fix = _FIXES.get(error.errno or 0, "check the path and who may read and write there")
     return UpcycleError(
@@ -128,7 +183,7 @@ def _said(error: OSError) -> UpcycleError:
     )
 
 
-def _run(argv: list[str], output: Output) -> int:
+def _run(argv: list[str], output: _ForgivingFile | None) -> int:
     description = "Turn a dense Llama into a Mixture-of-Experts model. Training runs through `nemo` itself."
     parser = _Parser(prog="nemo-upcycle", description=description, epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=f"nemo-upcycle {__version__}")
@@ -148,7 +203,7 @@ def _run(argv: list[str], output: Output) -> int:
     except UpcycleError as error:
         options = _options(args)
         raise error.renamed(lambda name: options.get(name, name)) from None
-    if problem := output.problem():
+    if problem := _output_problem(output):
         done = f"; what the command made in {args.output} is whole" if "output" in args else ""
         fix = f"write the answer elsewhere{done}"
         sys.stderr.write(f"error: {UpcycleError('standard output', got=problem, expected='room', fix=fix)}\n")

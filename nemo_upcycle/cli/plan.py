@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
 import re
 import shutil
-import sys
 import textwrap
-from dataclasses import asdict
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
-from nemo_upcycle.cli.plan_request import Subject, number_of_tokens, request_of, subject_of
-from nemo_upcycle.errors import SpecError, UpcycleError
+from nemo_upcycle.cli.common import show
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.flops import flops_per_token
-from nemo_upcycle.planning import table
-from nemo_upcycle.planning.columns import named_columns, table_text
+from nemo_upcycle.models.rotary import rope_kind
+from nemo_upcycle.planning import hardware, table
 from nemo_upcycle.planning.commands import BACKENDS, bridge_command, nemo_command, require_bridge
-from nemo_upcycle.planning.hardware import DEFAULT_SOFTWARE, SOFTWARE, gpu_names
 from nemo_upcycle.planning.layout import SIZES, parse_layout
 from nemo_upcycle.planning.parameters import StagePlan
-from nemo_upcycle.planning.search import Plan, PlanRequest, evaluate_layout, find, nearest_gpus, search
-from nemo_upcycle.planning.workload import DISPATCHERS, PRECISIONS, RECOMPUTES, ROUTINGS
+from nemo_upcycle.planning.search import MOST_GPUS, Plan, PlanRequest, evaluate_layout, find, nearest_gpus, search
+from nemo_upcycle.planning.workload import DISPATCHERS, PRECISIONS, RECOMPUTES, ROUTINGS, Workload
+from nemo_upcycle.spec import UpcycleSpec, check_capacity
+from nemo_upcycle.utils.validation import check_number, check_whole
 
 
-HELP = "what fits where, how fast, how long, how much: layouts for a cluster, without a GPU"
 EPILOG = """examples:
   nemo-upcycle plan --recipe llama3_8b_e8t2 --gpus 128
   nemo-upcycle plan --model /models/Llama-3-8B --experts 8 --top-k 2 --gpus 64 --tokens 27B --price-per-gpu-hour 2.5
@@ -37,21 +37,27 @@ keys of --layout (what is omitted is 1): tp tensor, cp context, ep expert, etp e
 
 exit status: 0 a layout fits (or is tight); 1 none does; 2 a value is wrong.
 TFLOP/s and MFU count full attention, as arXiv 2412.09952 does; --json has the causal half beside it."""
+_DEFAULTS = {"seq_length": 8192, "global_batch": 512, "capacity_factor": None, "tokens": 100e9}
+_UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
-class _Answer(NamedTuple):
-    """What is printed, as text or as JSON."""
+@dataclass(frozen=True)
+class Subject:
+    """The model to plan for, its dense parent, and the recipe that trains it, if any.
 
-    subject: Subject
-    request: PlanRequest
-    plans: list[Plan]
-    ranks: list[dict[str, int]] | None
-    checked: dict[str, Any] | None
+    With `folder`, the model is that folder's, and the recipe was found by its shapes.
+    """
+
+    arch: Architecture
+    dense: Architecture
+    spec: UpcycleSpec | None
+    recipe: hardware.KnownRecipe | None
+    defaults: dict[str, Any]
+    folder: Path | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.epilog = EPILOG
     what = parser.add_argument_group("what to train").add_mutually_exclusive_group(required=True)
     what.add_argument("--recipe", metavar="NAME", help="a recipe of this package, with its batch, sequence and tokens")
     text = "dense or MoE: a Hugging Face folder or its config.json, hf://ORG/NAME on the hub, asset://smollm2-135m"
@@ -74,9 +80,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     cluster = parser.add_argument_group("cluster")
     cluster.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs")
-    cluster.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(gpu_names())} (default: h100)")
     cluster.add_argument(
-        "--software", default=DEFAULT_SOFTWARE, metavar="NAME", help=f"{', '.join(SOFTWARE)} (NeMo 2.7's)"
+        "--gpu", default="h100", metavar="NAME", help=f"{', '.join(hardware.gpu_names())} (default: h100)"
+    )
+    cluster.add_argument(
+        "--software",
+        default=hardware.DEFAULT_SOFTWARE,
+        metavar="NAME",
+        help=f"{', '.join(hardware.SOFTWARE)} (NeMo 2.7's)",
     )
     cluster.add_argument("--price-per-gpu-hour", type=float, metavar="PRICE", help="in your currency")
     layout = parser.add_argument_group("layout")
@@ -84,16 +95,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layout.add_argument("--micro-batch", type=int, metavar="N", help="sequences of a micro-batch (default: searched)")
     layout.add_argument("--recompute", metavar="KIND", help=f"{', '.join(RECOMPUTES)} (default: the least that fits)")
     layout.add_argument("--rows", type=int, default=10, metavar="N", help="layouts to show (default: 10)")
-    show = parser.add_argument_group("output")
-    show.add_argument("--explain", type=int, metavar="ROW", help="show the arithmetic of a row")
-    show.add_argument("--rank", metavar="R", help="parameters of rank R (a number, 1,2,3 or all) in the first row")
-    show.add_argument("--check", action="store_true", help="compare the first row with Megatron's own modules")
-    show.add_argument("--columns", metavar="GiB,MFU,...", help="columns of the table (default: what has room)")
-    show.add_argument("--wide", action="store_true", help="all columns, however wide the terminal")
-    show.add_argument(
+    output = parser.add_argument_group("output")
+    output.add_argument("--explain", type=int, metavar="ROW", help="show the arithmetic of a row")
+    output.add_argument("--rank", metavar="R", help="parameters of rank R (a number, 1,2,3 or all) in the first row")
+    output.add_argument("--check", action="store_true", help="compare the first row with Megatron's own modules")
+    output.add_argument("--columns", metavar="GiB,MFU,...", help="columns of the table (default: what has room)")
+    output.add_argument("--wide", action="store_true", help="all columns, however wide the terminal")
+    output.add_argument(
         "--backend", default="nemo", metavar="NAME", help="whose command: nemo or bridge (default: nemo)"
     )
-    show.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -102,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UpcycleError: a value is wrong.
     """
-    names = named_columns(args.columns) if args.columns is not None else None
+    names = table.named_columns(args.columns) if args.columns is not None else None
     if args.backend not in BACKENDS:
         raise SpecError.unknown("backend", args.backend, BACKENDS)
     subject = subject_of(args)
@@ -117,14 +127,155 @@ def run(args: argparse.Namespace) -> int:
     except SpecError as error:
         raise error.renamed(lambda name: _size_name(name, args.micro_batch)) from None
     ranks = _ranks(args.rank, plans[0]) if args.rank is not None else None
-    if args.explain is not None and not 1 <= args.explain <= len(plans):
-        raise SpecError("--explain", got=args.explain, expected=f"a row, 1 to {len(plans)}", fix="choose one")
-    answer = _Answer(subject, request, plans, ranks, _check(subject, plans[0]) if args.check else None)
-    if args.json:
-        _print_json(args, answer)
-    else:
-        _print_text(args, answer, names)
+    if args.explain is not None:
+        check_whole("explain", args.explain, 1, len(plans))
+    rows = [table.row_values(plan, _command(args, subject, plan)) for plan in plans]
+    arch, length = request.arch, request.work.seq_length
+    flops = {name: flops_per_token(arch, length, causal=name == "causal") for name in ("full", "causal")}
+    model = {"total_params": arch.total_params, "active_params": arch.active_params, "flops_per_token": flops}
+    answer: dict[str, Any] = {"model": model, "rows": rows, "warnings": _warnings(subject, request)}
+    answer |= {"ranks": ranks} if ranks is not None else {}
+    answer |= {"check": _check(subject, plans[0])} if args.check else {}
+    show(args, answer, "" if args.json else _text(args, subject, plans, answer, names))
     return 1 if all(plan.verdict == "no" for plan in plans) else 0
+
+
+def number_of_tokens(text: str) -> float:
+    """Return the number that a text such as `100B`, `1.5T`, `27e9` or `27,000,000,000` stands for.
+
+    Raises:
+        SpecError: it stands for none.
+    """
+    unit = _UNITS.get(text[-1:].upper())
+    number = text[:-1] if unit else text
+    if re.fullmatch(r"\d{1,3}(,\d{3})+", number):
+        number = number.replace(",", "")
+    try:
+        value = float(number) * (unit or 1)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise SpecError(
+            "--tokens", got=repr(text), expected="a number: 100B, 1.5T, 500M or 1e11", fix="set --tokens 100B"
+        )
+    return value
+
+
+def subject_of(args: argparse.Namespace) -> Subject:
+    """Return the model that the command line names.
+
+    Raises:
+        UpcycleError: it is none that this package trains.
+    """
+    if args.recipe is not None:
+        of_a_model = {"--experts": args.num_experts, "--top-k": args.top_k, "--granularity": args.granularity}
+        _refuse(of_a_model, "none beside --recipe", "use --model FOLDER --experts N --top-k K")
+        known = hardware.known_recipe(args.recipe)
+        return Subject(known.arch, known.dense, known.spec, known, _DEFAULTS | known.defaults)
+    from nemo_upcycle.data.parents import configuration_folder
+
+    folder = configuration_folder(args.model)
+    arch = read_architecture(folder)
+    rope_kind(arch)  # training refuses another kind, too
+    if args.num_experts is None:
+        _refuse({"--top-k": args.top_k, "--granularity": args.granularity}, "--experts beside it", "add --experts 8")
+        return Subject(arch, arch, None, hardware.recipe_for(arch, arch), _DEFAULTS, folder)
+    if arch.num_experts:
+        raise SpecError(
+            "--experts",
+            got=args.num_experts,
+            expected="a dense model",
+            fix="omit --experts: an MoE model is planned as it is",
+        )
+    given = {name: getattr(args, name) for name in ("top_k", "granularity") if getattr(args, name) is not None}
+    order = "softmax_topk" if args.top_k == 1 else "topk_softmax"  # the other would be refused, and costs the same
+    spec = UpcycleSpec(num_experts=args.num_experts, router_order=order, **given)
+    moe_arch = arch.upcycled(spec)
+    return Subject(moe_arch, arch, spec, hardware.recipe_for(arch, moe_arch), _DEFAULTS, folder)
+
+
+def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
+    """Return what is to be planned for.
+
+    Raises:
+        SpecError: a value is wrong.
+    """
+
+    def given(name: str) -> Any:
+        value = getattr(args, name)
+        return subject.defaults[name] if value is None else value
+
+    check_whole("gpus", args.gpus, 1, MOST_GPUS)
+    check_whole("rows", args.rows, 1)
+    if args.price_per_gpu_hour is not None:
+        check_number("price_per_gpu_hour", args.price_per_gpu_hour, 0)
+    _require_taken(args, subject)
+    capacity = given("capacity_factor") or None
+    if subject.arch.num_experts:
+        check_capacity(capacity, args.pad_to_capacity, subject.arch.num_experts, subject.arch.top_k or 1)
+    work = Workload(
+        seq_length=given("seq_length"),
+        global_batch=given("global_batch"),
+        capacity_factor=capacity if subject.arch.num_experts else None,
+        pad=args.pad_to_capacity,
+        imbalance=args.imbalance,
+        precision=args.precision,
+        dispatcher=args.dispatcher,
+        routing=args.routing,
+        overlap=tuple(args.overlap.split(",")) if args.overlap else (),
+    )
+    if args.micro_batch is not None:
+        check_whole("micro_batch", args.micro_batch, 1, work.global_batch, "global_batch")
+    return PlanRequest(
+        arch=subject.arch,
+        gpu=hardware.known_gpu(args.gpu),
+        gpus=args.gpus,
+        work=work,
+        tokens=given("tokens"),
+        machine=hardware.known_software(args.software),
+        grouped=_is_grouped(subject),
+        micro_batch=args.micro_batch,
+        recompute=args.recompute or None,
+        price_per_gpu_hour=args.price_per_gpu_hour,
+    )
+
+
+def _is_grouped(subject: Subject) -> bool:
+    """Return whether the experts' products are grouped: in all recipes but those for a laptop."""
+    return subject.recipe is None or subject.recipe.h100
+
+
+def _require_taken(args: argparse.Namespace, subject: Subject) -> None:
+    """Refuse options that would have no effect.
+
+    Raises:
+        SpecError: one is.
+    """
+    overlap = (args.overlap or "").split(",")
+    of_experts = {
+        "--capacity-factor": args.capacity_factor,
+        "--pad-to-capacity": args.pad_to_capacity or None,
+        "--dispatcher": None if args.dispatcher == "alltoall" else args.dispatcher,
+        "--overlap": "ep" if "ep" in overlap else None,
+        "--recompute": "moe_act" if args.recompute == "moe_act" else None,
+    }
+    if not subject.arch.num_experts:
+        refused, why = of_experts, "none for a dense model"
+    elif args.recipe is not None and args.overlap:
+        refused, why = {"--overlap": args.overlap}, "none beside --recipe: no recipe has it"
+    elif not _is_grouped(subject):
+        refused = {name: of_experts[name] for name in ("--dispatcher", "--recompute")}
+        why = "none for this recipe, which does not group the experts' products"
+    else:
+        return
+    _refuse(refused, why, "omit {}, or use --model FOLDER")
+
+
+def _refuse(options: dict[str, Any], expected: str, fix: str) -> None:
+    """Raise for the first option that was given; `{}` in the fix stands for it."""
+    for name, value in options.items():
+        if value is not None:
+            raise SpecError(name, got="it" if value is True else value, expected=expected, fix=fix.format(name))
 
 
 def _size_name(name: str, micro_batch: int | None) -> str:
@@ -149,81 +300,55 @@ def _ranks(text: str, plan: Plan) -> list[dict[str, int]]:
 
 
 def _check(subject: Subject, plan: Plan) -> dict[str, Any]:
-    if importlib.util.find_spec("megatron") is None:
-        raise UpcycleError(
-            "--check",
-            got="no megatron-core",
-            expected="megatron-core",
-            fix="run `nemo-upcycle doctor`, which prints the command that adds it",
-        )
     from nemo_upcycle.planning.check import check_layout_against_megatron
 
     dense = subject.dense if subject.folder is None or subject.spec else None
     return asdict(check_layout_against_megatron(subject.arch, plan.layout, plan.work, dense, subject.spec))
 
 
-def _print_json(args: argparse.Namespace, answer: _Answer) -> None:
-    subject, request = answer.subject, answer.request
-    arch, length = request.arch, request.work.seq_length
-    values: dict[str, Any] = {
-        "model": {
-            "total_params": arch.total_params,
-            "active_params": arch.active_params,
-            "flops_per_token": {
-                "full": flops_per_token(arch, length, causal=False),
-                "causal": flops_per_token(arch, length, causal=True),
-            },
-        },
-        "rows": [
-            table.row_values(plan, _command(args, subject, plan), args.price_per_gpu_hour) for plan in answer.plans
-        ],
-    }
-    values["warnings"] = _warnings(subject, request)
-    values |= {"ranks": answer.ranks} if answer.ranks is not None else {}
-    values |= {"check": answer.checked} if answer.checked is not None else {}
-    sys.stdout.write(json.dumps(values, indent=2) + "\n")
-
-
-def _print_text(args: argparse.Namespace, answer: _Answer, names: list[str] | None) -> None:
-    subject, request, plans, checked = answer.subject, answer.request, answer.plans, answer.checked
+def _text(
+    args: argparse.Namespace, subject: Subject, plans: list[Plan], answer: dict[str, Any], names: list[str] | None
+) -> str:
     width = shutil.get_terminal_size().columns  # 80 without a terminal
 
-    def say(text: str) -> None:
-        for line in text.split("\n"):
-            folded = textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-            sys.stdout.write(folded + "\n")
+    def folded(text: str) -> str:
+        options: dict[str, Any] = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+        return "\n".join(textwrap.fill(line, width, **options) for line in text.split("\n"))
 
-    shown, left_out = table_text(plans, args.price_per_gpu_hour, names, None if args.wide else width)
-    chosen = plans[(args.explain or 1) - 1]
-    say(table.model_line(request.arch, request.work.seq_length))
-    say(
-        f"{request.gpus} x {request.gpu.name}, {request.work.precision}, {request.tokens:.3g} tokens;"
-        f" GiB of the fullest rank, tok/s of one GPU, MFU of {chosen.peak_tflops:g} TFLOP/s ({chosen.peak_of})"
-    )
-    for warning in _warnings(subject, request):
-        say(f"warning: {warning}")
-    sys.stdout.write(f"\n{shown}\n\n")
+    shown, left_out = table.table_text(plans, names, None if args.wide else width)
+    row = args.explain or 1
+    chosen, request = plans[row - 1], plans[0].request
+    lines = [
+        folded(table.model_line(request.arch, request.work.seq_length)),
+        folded(
+            f"{request.gpus} x {request.gpu.name}, {request.work.precision}, {request.tokens:.3g} tokens;"
+            f" GiB of the fullest rank, tok/s of one GPU, MFU of {chosen.peak_tflops:g} TFLOP/s ({chosen.peak_of})"
+        ),
+        *(folded(f"warning: {warning}") for warning in answer["warnings"]),
+        f"\n{shown}\n",
+    ]
     if left_out and names is None:
-        say(f"No room for {', '.join(left_out)}: --wide shows all, --columns GiB,MFU those you name.")
+        lines.append(folded(f"No room for {', '.join(left_out)}: --wide shows all, --columns GiB,MFU those you name."))
     if all(plan.verdict == "no" for plan in plans):
-        say(_way_out(args, request))
+        lines.append(folded(_what_fits_instead(args, request)))
     if routing := table.routing_line(chosen):
-        say(routing)
-    say(f"A full checkpoint takes {plans[0].checkpoint_gib:.0f} GiB.")
+        lines.append(folded(routing))
+    lines.append(folded(f"A full checkpoint takes {plans[0].checkpoint_gib:.0f} GiB."))
     if args.explain is not None:
-        say(table.explanation(chosen))
-    if command := _command(args, subject, chosen):
-        words = re.findall(r'(?:[^\s"]|"[^"]*")+', command)
-        sys.stdout.write(f"row {args.explain or 1}:\n" + _continued(words, width) + "\n")
+        lines.append(folded(table.explanation(chosen)))
+    if command := answer["rows"][row - 1]["command"]:
+        lines.append(f"row {row}:\n" + _continued(re.findall(r'(?:[^\s"]|"[^"]*")+', command), width))
     elif subject.recipe is None:
-        say("No recipe of this package trains this model, so there is no command.")
-    for entry in answer.ranks or []:
-        say(f"rank {entry['rank']}: {entry['params']:,} parameters, {entry['expert_params']:,} of them of experts")
-    if checked:
-        say(f"checked with Megatron's own modules: {checked['ranks']} ranks of {checked['kinds']} kinds, all equal")
-        say(f"built as: {', '.join(checked['specs'])}")
+        lines.append(folded("No recipe of this package trains this model, so there is no command."))
+    for rank in answer.get("ranks", []):
+        counts = f"{rank['params']:,} parameters, {rank['expert_params']:,} of them of experts"
+        lines.append(folded(f"rank {rank['rank']}: {counts}"))
+    if checked := answer.get("check"):
+        text = f"checked with Megatron's own modules: {checked['ranks']} ranks of {checked['kinds']} kinds, all equal"
+        lines += [folded(text), folded(f"built as: {', '.join(checked['specs'])}")]
         if checked["tensors"]:
-            say(f"and the read plan fills each of their {checked['tensors']} tensors once")
+            lines.append(folded(f"and the read plan fills each of their {checked['tensors']} tensors once"))
+    return "\n".join(lines)
 
 
 def _continued(words: list[str], width: int) -> str:
@@ -247,7 +372,7 @@ def _warnings(subject: Subject, request: PlanRequest) -> list[str]:
     ]
 
 
-def _way_out(args: argparse.Namespace, request: PlanRequest) -> str:
+def _what_fits_instead(args: argparse.Namespace, request: PlanRequest) -> str:
     """Return what to say where nothing fits: something that does."""
     gpus = f"{request.gpus} GPU" + "s" * (request.gpus > 1)
     if args.layout is None:

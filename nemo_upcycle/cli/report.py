@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nemo_upcycle.cli.common import add_json, show
+from nemo_upcycle.cli.common import show
 
 
-HELP = "run folder -> report.md, report.html, results.json and plots"
-_EXAMPLES = """examples:
+EPILOG = """examples:
   nemo-upcycle report runs/demo
   nemo-upcycle report runs/laptop             a grid: its table and figures again
   nemo-upcycle report results/laptop          from a grid's evidence.json.gz, and into the page laptop.md beside it
@@ -19,11 +18,9 @@ exit status: 0 done; 2 the folder lacks a stage's results."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.epilog = _EXAMPLES
     parser.add_argument(
         "run", metavar="RUN", type=Path, help="folder of a pipeline run, of a grid, or of its evidence"
     )
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,15 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_upcycle.cli.common import add_json, show
+from nemo_upcycle.cli.common import show
 from nemo_upcycle.errors import UpcycleError
 
 
 if TYPE_CHECKING:
-    from nemo_upcycle.verify.verification import TornTokens, Verification
+    from nemo_upcycle.verify.verification import Verification
 
-HELP = "dense folder against MoE folder: what was done to the weights, and do both compute the same function?"
-_EXAMPLES = """examples:
+EPILOG = """examples:
   nemo-upcycle verify models/Llama-3-8B models/Llama-3-8B-E8T2 --weights-only
   nemo-upcycle verify runs/demo/dense runs/demo/upcycle/hf --text README.md --layers
 
@@ -27,7 +26,6 @@ exit status: 0 equal within the tolerance; 1 not; 2 a folder is damaged or a val
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.epilog = _EXAMPLES
     where = "Hugging Face folder, or hf://ORG/NAME on the hub (downloaded)"
     parser.add_argument("dense", metavar="DENSE", help=f"the parent: {where}, or asset://smollm2-135m")
     parser.add_argument("moe", metavar="MOE", help=f"the MoE model: {where}")
@@ -45,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1e-4,
         help="largest difference of logits over the largest logit (default: 1e-4)",
     )
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,40 +64,34 @@ def run(args: argparse.Namespace) -> int:
 
     check_tolerance(args.tolerance)
     dense, moe = (Path(local_model(source)) for source in (args.dense, args.moe))
-    found = verify(
-        dense,
-        moe,
-        args.text,
-        layers=args.layers,
-        logits=not args.weights_only,
-        tolerance=args.tolerance,
-    )
-    show(args, asdict(found), _text(found))
-    return 0 if found.equal else 1
+    result = verify(dense, moe, args.text, layers=args.layers, logits=not args.weights_only, tolerance=args.tolerance)
+    show(args, asdict(result), _text(result))
+    return 0 if result.equal else 1
 
 
-def _text(found: Verification) -> str:
-    lines = [f"{found.moe}: {found.hf_class}, of {found.dense}", "weights", *map(str, found.weights)]
-    verdict = "as copies, exact" if found.weights_exact else "not those of an exact upcycling"
-    lines.append("; ".join([f"  {verdict}", *found.weights_rounded]))
-    if logits := found.logits:
+def _text(result: Verification) -> str:
+    lines = [f"{result.moe}: {result.hf_class}, of {result.dense}", "weights", *map(str, result.weights)]
+    verdict = "as copies, exact" if result.weights_exact else "not those of an exact upcycling"
+    lines.append("; ".join([f"  {verdict}", *result.weights_rounded]))
+    if logits := result.logits:
         lines += [
             f"logits of {logits.tokens} tokens, float32",
             f"  largest difference {logits.max_abs:.3g}, mean {logits.mean_abs:.3g},"
-            f" relative {logits.relative:.3g} (tolerance {found.tolerance:g})",
+            f" relative {logits.relative:.3g} (tolerance {result.tolerance:g})",
             f"  same likeliest token: {100 * logits.same_argmax:.4g} %",
         ]
         if logits.layer_relative:
             names = ["embedding", *(f"layer {number}" for number in range(len(logits.layer_relative) - 1))]
             lines.append("difference after")
             lines += [f"  {name:<10}{value:.3g}" for name, value in zip(names, logits.layer_relative, strict=True)]
-    if found.granularity > 1:
-        lines.append(f"routing: {_routing(found.torn)}")
-    lines.append("equal: " + ("yes" if found.equal else "no"))
+    if result.granularity > 1:
+        lines.append(f"routing: {_routing(result)}")
+    lines.append("equal: " + ("yes" if result.equal else "no"))
     return "\n".join(lines)
 
 
-def _routing(torn: TornTokens | None) -> str:
+def _routing(result: Verification) -> str:
+    torn = result.torn
     if torn is None:
         return "top-k picks whole copies only where router logits are float32: omit --weights-only to count"
     if not torn.torn:

@@ -54,18 +54,18 @@ class Chain:
         self.ids = dict(recorded["jobs"]) if recorded and recorded["cluster"] == self._identity else {}
         self._tails: dict[Path, int] = {}
         self._steps: dict[str, int] = {}
-        self._said: dict[str, str] = {}
+        self._shown: dict[str, str] = {}
         self._ended_s: dict[str, float] = {}
         self._asked_s = -math.inf
 
     def done(self) -> set[str]:
         """Return the stages that are done; one whose predecessor is not is not."""
-        found: set[str] = set()
-        mine = {job.name for job in self.jobs}
+        done: set[str] = set()
+        names = {job.name for job in self.jobs}
         for job in self.jobs:
-            if all(name in found or name not in mine for name in job.after) and self._is_done(job.name):
-                found.add(job.name)
-        return found
+            if all(name in done or name not in names for name in job.after) and self._is_done(job.name):
+                done.add(job.name)
+        return done
 
     def check(self) -> None:
         """Check that the scheduler would take the jobs that are not done."""
@@ -78,7 +78,7 @@ class Chain:
         return {name: identity for name, identity in self.ids.items() if states[identity].phase is not Phase.ENDED}
 
     def adopt(self) -> None:
-        """Go on with the jobs of an earlier start that still wait or run; forget those that have ended."""
+        """Take over the jobs of an earlier start that still wait or run; forget those that have ended."""
         self.ids = self.alive()
         for job in self.jobs:
             self._steps[job.name] = _step_kept(job)
@@ -146,7 +146,10 @@ class Chain:
             UnfinishedError: a job ended and its stage is not done; the text has the scheduler's reason.
         """
         while not stop.signum:
-            self._submit_or_say()
+            try:
+                self.submit()
+            except UnreachableError as error:  # hours of work must not end with a connection or a login
+                self._say_once("scheduler", f"{error} Trying again.")
             done = self.done()
             for job in self.jobs:
                 if job.name in self.ids:
@@ -160,13 +163,6 @@ class Chain:
                 self._look([job for job in self.jobs if job.name not in done and job.name in self.ids])
             time.sleep(POLL_S)
         return False
-
-    def _submit_or_say(self) -> None:
-        """Submit what can start; hours of work must not end with a connection or a login, so that is tried again."""
-        try:
-            self.submit()
-        except UnreachableError as error:
-            self._say_once("scheduler", f"{error} Trying again.")
 
     def _look(self, jobs: Sequence[Job]) -> None:
         """Ask the scheduler how far jobs are that are not done.
@@ -192,8 +188,8 @@ class Chain:
                 break  # those behind it end because of it
 
     def _say_once(self, topic: str, text: str) -> None:
-        if self._said.get(topic) != text:
-            self._said[topic] = text
+        if self._shown.get(topic) != text:
+            self._shown[topic] = text
             sys.stderr.write(f"{text}\n")
 
     def _submit_again(self, job: Job, state: JobState) -> None:
@@ -220,19 +216,19 @@ class Chain:
         if self.cluster.holds_back or failed or step <= self._steps.get(job.name, -1):
             raise UnfinishedError(self._failed(job, state))
         sys.stderr.write(
-            f"[{job.name}] stopped{f': {state.reason}' if state.reason else ''}; goes on after step {step}\n"
+            f"[{job.name}] stopped{f': {state.reason}' if state.reason else ''}; resumes after step {step}\n"
         )
         del self.ids[job.name]
 
     def _failed(self, job: Job, state: JobState) -> str:
         why = f" ({state.reason})" if state.reason else ""
         others = [f"{name} ({identity})" for name, identity in self.alive().items() if name != job.name]
-        go_on = f" Still in the queue: {', '.join(others)}." if others else ""
+        waiting = f" Still in the queue: {', '.join(others)}." if others else ""
         how = "cannot start" if state.is_abandoned else "ended"
         last = "".join(f"\n  {path.name}: {line}" for path, line in self._last_lines(job))
         return (
             f"Stage '{job.name}' did not finish: job {self.ids[job.name]} {how}{why} and left no marker in "
-            f"{self.run_dir / job.name}. Logs: {job.folder}.{go_on} Run the same command again: it goes on from there."
+            f"{self.run_dir / job.name}. Logs: {job.folder}.{waiting} Run the same command again to resume."
             f"{last and f' The last lines of its logs:{last}'}"
         )
 
@@ -243,8 +239,8 @@ class Chain:
             with path.open("rb") as file:
                 file.seek(max(0, path.stat().st_size - 4096))
                 lines = file.read().decode(errors="replace").splitlines()
-            said = [line.strip()[:LINE_LENGTH] for line in lines if line.strip()]
-            yield from ((path, line) for line in said[-LINES_SHOWN:])
+            written = [line.strip()[:LINE_LENGTH] for line in lines if line.strip()]
+            yield from ((path, line) for line in written[-LINES_SHOWN:])
 
     def _show_log(self, job: Job) -> None:
         """Print what a job has printed since the last look."""

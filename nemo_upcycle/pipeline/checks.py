@@ -17,8 +17,8 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors.base import is_local
 from nemo_upcycle.pipeline.executors.settings import CLUSTERS, cluster_for
 from nemo_upcycle.pipeline.markers import StageFolder, setting_texts
+from nemo_upcycle.pipeline.order import kind_of
 from nemo_upcycle.pipeline.plan import Plan, Stage
-from nemo_upcycle.pipeline.plans import kind_of
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.suites.suite_config import read_suite_config
 from nemo_upcycle.utils.files import resolved
@@ -79,7 +79,7 @@ def check_detach(ctx: Any) -> None:
             "--detach",
             got="an executor that needs the launcher",
             expected=" or ".join(cluster.label for cluster in CLUSTERS if cluster.can_detach),
-            fix="leave it out, and start the command inside tmux or with nohup",
+            fix="omit it, and start the command inside tmux or with nohup",
         )
 
 
@@ -126,14 +126,7 @@ def check_blend(data: str, *, remote: bool) -> None:
 def check_folder(run_dir: Path) -> None:
     """Check that a run can be written there."""
     existing = next(path for path in (resolved(run_dir), *resolved(run_dir).parents) if path.exists())
-    if not existing.is_dir():
-        raise UpcycleError(
-            f"dir {run_dir}", got=f"{existing} is a file", expected="a folder", fix="choose another dir"
-        )
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UpcycleError(
-            f"dir {run_dir}",
-            got=f"{existing} is not writable",
-            expected="a writable folder",
-            fix="choose another dir, or change who may write there",
-        )
+    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+        return
+    got = f"{existing} {'is not writable' if existing.is_dir() else 'is a file'}"
+    raise UpcycleError(f"dir {run_dir}", got=got, expected="a writable folder", fix="choose another dir")

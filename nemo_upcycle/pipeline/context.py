@@ -81,28 +81,16 @@ class CheckedContext(run.cli.RunContext):
             overrides = LazyEntrypoint(fn, factory=self.factory, yaml=self.yaml, overwrites=args)._args_
         except Exception as cause:
             return UpcycleError(f"{_first_line(cause)}.")
-        for key, operator, value in overrides:
-            try:
-                with _silent():
-                    parse_cli_args(config, [f"{key}{operator}{value}"])
-            except Exception as cause:
-                return _override_error(config, str(key), str(value), cause)
-        return UpcycleError(f"{_first_line(error)}.")
+        return _first_bad_override(config, overrides) or UpcycleError(f"{_first_line(error)}.")
 
     def _explained_factory(self, fn: Any, error: Exception) -> UpcycleError:
         name, _, arguments = str(self.factory).partition("(")
         known = factories(fn)
         if name not in known:
             return UpcycleError.unknown(f"factory of {fn.__name__}", name, known)
-        for word in arguments.rstrip(")").split(","):
-            key, _, value = map(str.strip, word.partition("="))
-            config = run.Partial(known[name])
-            try:
-                with _silent():
-                    parse_cli_args(config, [f"{key}={value}"])
-            except Exception as cause:
-                return _override_error(config, key, value, cause, where=f"argument of {name}")
-        return UpcycleError(f"factory {self.factory}: {_first_line(error)}.")
+        overrides = [tuple(map(str.strip, word.partition("="))) for word in arguments.rstrip(")").split(",")]
+        bad_override = _first_bad_override(run.Partial(known[name]), overrides, where=f"argument of {name}")
+        return bad_override or UpcycleError(f"factory {self.factory}: {_first_line(error)}.")
 
 
 class PipelineContext(CheckedContext):
@@ -124,10 +112,10 @@ class PipelineContext(CheckedContext):
         self._overrides: list[str] = []
         if not self._described:
             return words
-        mine = [word for word in words if re.match(r"run\.executor[.=]", word)]
-        _check_words(mine, ())
-        self._overrides = [word.removeprefix("run.executor.") for word in mine if word.startswith("run.executor.")]
-        return [word for word in words if word not in mine]
+        own = [word for word in words if re.match(r"run\.executor[.=]", word)]
+        _check_words(own, ())
+        self._overrides = [word.removeprefix("run.executor.") for word in own if word.startswith("run.executor.")]
+        return [word for word in words if word not in own]
 
     def parse_args(self, args: list[str], lazy: bool = False) -> Any:
         """Parse the arguments of the executor, or build the one that was described."""
@@ -136,7 +124,7 @@ class PipelineContext(CheckedContext):
             self.executor = fdl.build(read_executor(self._described, self._overrides))
         return rest
 
-    def may_go_on(self) -> bool:
+    def confirm(self) -> bool:
         """Ask whether to start, unless `--yes` was given."""
         return bool(self._should_continue(self.skip_confirmation))
 
@@ -146,7 +134,7 @@ class PipelineContext(CheckedContext):
                 "--to-yaml, --to-toml, --to-json",
                 got="one",
                 expected="none",
-                fix="leave it out; a run keeps its recipes in DIR/recipes",
+                fix="omit it; a run keeps its recipes in DIR/recipes",
             )
         task = self.parse_fn(fn, experiment_args)
         _check_complete(fn, task)
@@ -186,21 +174,21 @@ def pipeline_arguments(words: Sequence[str], options: Mapping[str, str] = OPTION
         UpcycleError: an option has no value.
 
     Example:
-        >>> pipeline_arguments(["dir=runs/mine", "--until", "data"])
-        ['dir=runs/mine', 'until_stage=data']
+        >>> pipeline_arguments(["dir=runs/first", "--until", "data"])
+        ['dir=runs/first', 'until_stage=data']
     """
-    found, rest = [], iter(words)
+    arguments, rest = [], iter(words)
     for word in rest:
         option, equals, value = word.partition("=")
         if option not in options:
-            found.append(word)
+            arguments.append(word)
             continue
         given = value if equals else next(rest, "")
         if not given or given.startswith("-"):
             example = {"--render": "FOLDER", "--grid": "laptop"}.get(option, "data")
             raise UpcycleError(option, got="no value", expected="a value", fix=f"write {option} {example}")
-        found.append(f"{options[option]}={given}")
-    return found
+        arguments.append(f"{options[option]}={given}")
+    return arguments
 
 
 def _check_words(words: Sequence[str], own: Sequence[str]) -> None:
@@ -217,7 +205,7 @@ def _check_words(words: Sequence[str], own: Sequence[str]) -> None:
                 f"argument '{word}'",
                 got="no value",
                 expected="NAME=VALUE",
-                fix="write NAME=VALUE without blanks, as in dir=runs/mine",
+                fix="write NAME=VALUE without blanks, as in dir=runs/first",
             )
         if name in given:
             option = next((option for option, argument in OPTIONS.items() if argument == name), name)
@@ -241,13 +229,25 @@ def _check_complete(fn: Any, task: Any) -> None:
         )
 
 
-def _override_error(config: Any, key: str, value: str, error: Exception, where: str = "setting") -> UpcycleError:
+def _first_bad_override(config: Any, overrides: Any, where: str = "setting") -> UpcycleError | None:
+    """Return the error of the first override, a key, an operator and a value, that NeMo-Run cannot apply."""
+    for key, operator, value in overrides:
+        try:
+            with _silent():
+                parse_cli_args(config, [f"{key}{operator}{value}"])
+        except Exception as cause:
+            return _override_error(config, str(key), str(value), cause, where)
+    return None
+
+
+def _override_error(config: Any, key: str, value: str, error: Exception, where: str) -> UpcycleError:
     """Return the error of an override: the first name that does not exist, or the value."""
     at, so_far = config, ""
     parts = key.split(".")
     for part in parts:
         name, *indices = re.findall(r"[^\[\]]+", part) or [part]
-        names = _settings_of(at)
+        is_config = isinstance(at, fdl.Buildable)
+        names = [one for one in dir(at) if not one.startswith("_")] if is_config else []
         if name not in names:
             owner = getattr(getattr(at, "__fn_or_cls__", type(at)), "__name__", "")
             hint = did_you_mean(name, names, prefix=so_far)
@@ -271,7 +271,3 @@ def _override_error(config: Any, key: str, value: str, error: Exception, where: 
     now = getattr(at, name, None)
     fix = f"write, for example, {key}={now}" if isinstance(now, int | float | str | None) else f"set {key}.NAME=VALUE"
     return UpcycleError(f"{where} '{key}'", got=f"'{value}'", expected=expected, fix=fix)
-
-
-def _settings_of(value: Any) -> list[str]:
-    return [name for name in dir(value) if not name.startswith("_")] if isinstance(value, fdl.Buildable) else []

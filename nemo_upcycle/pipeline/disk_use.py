@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_upcycle.data.blend import read_blend
@@ -46,13 +46,6 @@ class DiskUse:
     def new_peak_bytes(self) -> int:
         """Bytes that lie there while it is written and are not there yet."""
         return max(0, self.peak_bytes - self.present_bytes)
-
-
-def parent_use(stage: str, moe: Architecture | None) -> DiskUse:
-    """Return the use of the dense parent of a model; None: not known before the parent is fetched."""
-    return model_use(
-        stage, "dense parent", moe and replace(moe, num_experts=None, moe_pattern=None, shared_ffn_size=0)
-    )
 
 
 def model_use(stage: str, what: str, arch: Architecture | None) -> DiskUse:

@@ -1,36 +1,78 @@
-"""Start a run: check it, say what it will do, and submit or run its stages; the same for every trainer and command."""
+"""Start a run: check it, show its forecast, and submit or run its stages; the same for every trainer and command."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nemo_upcycle.data.blend import read_blend
+from nemo_upcycle.data.inputs import folders_of
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.chain import JOBS, Chain, recorded_jobs
 from nemo_upcycle.pipeline.checks import check_here, check_run
-from nemo_upcycle.pipeline.commands import (
-    chain_of,
-    check_chain,
-    render_jobs,
-    run_jobs,
-    say_what_is_missing,
-    show_result,
-    started,
-)
-from nemo_upcycle.pipeline.executors.base import is_local, masked_executor
-from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
-from nemo_upcycle.pipeline.executors.settings import cluster_for
-from nemo_upcycle.pipeline.forecast import Forecast, check_space, check_stages, forecast, render_forecast
-from nemo_upcycle.pipeline.forecast.settings import Origins
-from nemo_upcycle.pipeline.jobs import jobs_of
-from nemo_upcycle.pipeline.order import chosen_stages, require_earlier
-from nemo_upcycle.pipeline.plan import Plan, Stage
+from nemo_upcycle.pipeline.executors.base import Cluster, Job, is_local, masked_executor
+from nemo_upcycle.pipeline.executors.local import StopSignals, ended_by_ctrl_c
+from nemo_upcycle.pipeline.executors.settings import KINDS, cluster_for
+from nemo_upcycle.pipeline.forecast import Forecast, Origins, check_space, check_stages, forecast, render_forecast
+from nemo_upcycle.pipeline.order import chosen_stages, kind_of, read_plan, require_earlier
+from nemo_upcycle.pipeline.plan import KEPT, PLAN, Plan, Stage
+from nemo_upcycle.pipeline.run_here import run_stages
 from nemo_upcycle.pipeline.stages import STAGES, RunPlan
+from nemo_upcycle.utils.conf import is_conf_file
+from nemo_upcycle.utils.console import command_line, end_soon
+from nemo_upcycle.utils.files import in_use
+from nemo_upcycle.utils.masking import write_private
+
+
+#: What was typed, in the run's folder.
+COMMAND = "command.txt"
+#: Where this package lies, if it was not copied into an environment.
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def absolute_argument(name: str, *, folder: bool = False) -> str:
+    """Return the absolute path of an argument that names a folder or a YAML file: a job may run in another folder."""
+    path = Path(name).expanduser()
+    is_path = path.suffix in (".yaml", ".yml") or (folder and path.is_dir())
+    return str(path.absolute()) if is_path else name
+
+
+def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: Plan, python: str = sys.executable) -> list[Job]:
+    """Return the jobs of stages, in their order.
+
+    Args:
+        stages: what to run.
+        run_dir: the run's folder.
+        plan: of the run.
+        python: the interpreter where the stages run.
+    """
+    trainings = {stage.name: training for stage in plan.stages if (training := plan.training(stage.name))}
+    # What was started, if a recipe refers to something defined in it.
+    scripts = list(dict.fromkeys(script for training in trainings.values() if (script := training.script)))
+    inputs = [text for text in plan.inputs() if not is_conf_file(text)]  # of YAML files the run's folder keeps copies
+    named = [Path(text.removeprefix("hf://")) for text in (*inputs, *scripts)]
+    dense, *_ = plan.inputs()
+    texts = folders_of(read_blend(plan.blend)) if plan.blend else []
+    reads = tuple(dict.fromkeys(path for path in (*texts, *named) if path.is_absolute()))
+    jobs = []
+    for stage in stages:
+        training = trainings.get(stage.name) if stage.parallel else None
+        nodes, ranks = training.ranks if training else (1, 1)
+        facts = training.facts(dense) if training else None
+        profile = facts.profile if facts else None
+        command = (python, "-m", "nemo_upcycle.pipeline", stage.name, str(run_dir), *scripts)
+        kind = {"is_training": stage.parallel, "is_resumable": stage.resumable}
+        jobs.append(Job(stage.name, run_dir, command, stage.after, nodes, ranks, **kind, reads=reads, profile=profile))
+    return jobs
 
 
 def launch_chain(
     ctx: Any,
-    run_dir: Path,
+    dir: str,
     plan: RunPlan,
     command: Callable[..., None],
     *,
@@ -39,12 +81,12 @@ def launch_chain(
     only: str | None = None,
     render: str | None = None,
 ) -> None:
-    """Check a run of the chain, say what it will do, and submit or run its stages.
+    """Check a run of the chain, show its forecast, and submit or run its stages.
 
     Args:
         ctx: NeMo-Run's context of the command.
-        run_dir: the run's folder.
-        plan: what the stages are given.
+        dir: the run's folder, as it was typed.
+        plan: what the stages are given, with paths as they were typed.
         command: the entry point, whose arguments were typed.
         first: name of the stage to start with, or None.
         last: that of the one to end after.
@@ -54,6 +96,9 @@ def launch_chain(
     Raises:
         UpcycleError: an argument is not valid, or a stage did not finish.
     """
+    run_dir = Path(dir).expanduser().absolute()
+    folders = {name: absolute_argument(getattr(plan, name), folder=True) for name in ("dense", "data")}
+    plan = replace(plan, **folders, evaluation=absolute_argument(plan.evaluation))
     stages = chosen_stages(first, last, only)
     cluster = cluster_for(ctx.executor)
     with ended_by_ctrl_c():
@@ -65,18 +110,23 @@ def launch_chain(
         return
     by_name, origins = {job.name: job for job in jobs}, Origins(sys.argv[1:], command)
     shown = cluster and cluster.masked()
-    found = forecast(stages, run_dir, plan, shown, by_name, origins, masked_executor(ctx.executor))
+    expected = forecast(stages, run_dir, plan, shown, by_name, origins, masked_executor(ctx.executor))
     if ctx.dryrun or not ctx.skip_confirmation:
-        sys.stdout.write(render_forecast(found) + "\n")
+        sys.stdout.write(render_forecast(expected) + "\n")
     if ctx.dryrun:
-        if cluster:
-            say_what_is_missing("be submitted", lambda: cluster.check_settings(jobs))
-        elif is_local(ctx.executor):
-            say_what_is_missing("run here", lambda: check_here(plan, stages))
+        try:
+            if cluster:
+                cluster.check_settings(jobs)
+            elif is_local(ctx.executor):
+                check_here(plan, stages)
+        except UpcycleError as error:
+            sys.stdout.write(f"\nBefore it can {'be submitted' if cluster else 'run here'}: {error}\n")
         return
-    check_stages(found)
-    if launch(ctx, run_dir, plan, stages, forecast=found) and stages[-1] is STAGES[-1] and not ctx.detach:
-        show_result(run_dir)
+    check_stages(expected)
+    if launch(ctx, run_dir, plan, stages, forecast=expected) and stages[-1] is STAGES[-1] and not ctx.detach:
+        report = run_dir / "report.md"
+        headline = report.read_text(encoding="utf-8").split("\n\n")[1]
+        sys.stdout.write(f"\n{headline}\n\nReport: {report}\n")
 
 
 def launch(
@@ -99,21 +149,142 @@ def launch(
         at_once: how many may run at the same time on this machine.
 
     Returns:
-        Whether the user said yes; the stages are then done, or submitted.
+        Whether the user confirmed; the stages are then done, or submitted.
 
     Raises:
         UpcycleError: it cannot start, or a stage did not finish.
     """
-    cluster, jobs = cluster_for(ctx.executor), jobs_of(stages, run_dir, plan)
+    cluster, jobs, chain = cluster_for(ctx.executor), jobs_of(stages, run_dir, plan), None
     if cluster:
         cluster.check_settings(jobs)  # before the scheduler is asked anything
-    chain = chain_of(cluster, jobs, run_dir, plan)
-    if chain:
-        check_chain(chain)
+        chain = Chain(cluster, jobs, lambda name: plan.stage(name).is_done(run_dir, plan), run_dir)
+        chain.check()
+        if _runs_code_of(cluster, [job.name for job in jobs], CHECKOUT):
+            _warn_of_uncommitted_code(CHECKOUT)
     if forecast:
         check_space(forecast, chain.alive() if chain else ())
-    if not ctx.may_go_on():
+    if not ctx.confirm():
         return False
-    with started(run_dir, plan, chain):
-        run_jobs(jobs, run_dir, plan, chain, ctx, at_once)
+    with in_use(run_dir):  # its stages read the plan, so no other run may change it
+        own_plan, copies = plan.with_copies(run_dir)
+        _require_no_other_jobs(chain, run_dir, own_plan)
+        _write_plan(run_dir, own_plan, copies)
+        (run_dir / COMMAND).write_text(command_line() + "\n", encoding="utf-8")
+        _write_recipes(run_dir, own_plan)
+        if chain:
+            _run_chain(chain, detach=ctx.detach)
+        else:
+            run_stages(jobs, run_dir, plan, ctx.executor, at_once)
     return True
+
+
+def _runs_code_of(cluster: Cluster, stages: Sequence[str], folder: Path) -> bool:
+    """Return whether jobs run the code of a folder of this machine: with this interpreter, or where they mount it."""
+    mounts = [mount.partition(":")[0] for mount in getattr(cluster.executor, "container_mounts", ())]
+    mounts += getattr(cluster.executor, "mounts", {}).values()
+    uses_this_python = any(cluster.python_of(stage) == sys.executable for stage in stages)
+    return uses_this_python or any(folder.is_relative_to(mount) for mount in mounts)
+
+
+def _warn_of_uncommitted_code(root: Path) -> None:
+    """Warn if the package lies in a repository with changes that no commit holds: the jobs run what lies there."""
+    command = ["git", "-C", str(root), "status", "--porcelain", "--", "nemo_upcycle", "recipes", "conf"]
+    try:
+        changed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    except FileNotFoundError:  # no git here
+        return
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        sys.stderr.write(
+            f"Warning: {root} has uncommitted changes ({changed[0][3:]}{more}); "
+            "the jobs run the code as it is when each of them starts.\n"
+        )
+
+
+def _write_recipes(run_dir: Path, plan: Plan) -> None:
+    """Write the settings of each training as `recipes/STAGE.yaml`, for people: one a line, named like its override."""
+    folder = run_dir / "recipes"
+    folder.mkdir(exist_ok=True)
+    for stage in plan.stages:
+        if training := plan.training(stage.name):
+            lines = [f"{name}: {value}\n" for name, value in training.named_settings().items()]
+            (folder / f"{stage.name}.yaml").write_text("".join(lines), encoding="utf-8")
+
+
+def _write_plan(folder: Path, plan: Plan, copies: Mapping[Path, str]) -> None:
+    """Write a plan and the copies of the user's files that it names."""
+    for place, text in copies.items():
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).write_text(text, encoding="utf-8")
+    plan.write(folder)
+
+
+def _require_no_other_jobs(chain: Chain | None, run_dir: Path, plan: Plan) -> None:
+    """Check that no job that still waits or runs would read another plan than it was submitted with."""
+    recorded = recorded_jobs(run_dir)
+    if not recorded:
+        return
+    if chain is None or recorded["cluster"] != chain.cluster.identity:
+        raise UpcycleError(
+            f"dir {run_dir}",
+            got=f"jobs submitted to {recorded['cluster']} ({_listed(recorded['jobs'])})",
+            expected="none of another scheduler",
+            fix=f"make sure that none of them is left there, and delete {run_dir / JOBS}",
+        )
+    if kind_of(run_dir) and read_plan(run_dir) != plan and (alive := chain.alive()):
+        raise UpcycleError(
+            f"dir {run_dir}",
+            got=f"jobs in the queue, submitted with other arguments ({_listed(alive)})",
+            expected="none",
+            fix="give the same arguments to watch them, cancel them, or choose another dir",
+        )
+
+
+def _listed(jobs: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {identity}" for name, identity in jobs.items())
+
+
+def _run_chain(chain: Chain, *, detach: bool) -> None:
+    """Submit the jobs of a chain, and watch them unless `detach`."""
+    end_soon()
+    with StopSignals() as stop:
+        chain.adopt()
+        chain.submit()
+        ids = " ".join(chain.ids.values())
+        if detach:
+            sys.stderr.write(f"Submitted to the queue: {ids}. The same command without --detach watches them.\n")
+            return
+        if not chain.watch(stop):
+            ids = " ".join(chain.alive().values())
+            sys.stderr.write(
+                f"\nStopped watching; the jobs continue: {ids} ({chain.run_dir / JOBS}).\n"
+                f"Watch them again with the same command: {command_line()}\n"
+            )
+            raise SystemExit(128 + (stop.signum or 0))
+
+
+def render_jobs(jobs: Sequence[Job], cluster: Cluster | None, plan: Plan, folder: Path) -> None:
+    """Write what would be submitted, and the plan that the stages read.
+
+    Raises:
+        UpcycleError: no cluster is named, its settings are not complete, or the folder cannot be written.
+    """
+    if cluster is None:
+        expected, fix = f"run.executor={'|'.join(KINDS)}", f"add run.executor={next(iter(KINDS))}"
+        raise UpcycleError("--render", got="no cluster", expected=expected, fix=fix)
+    cluster.check_settings(jobs)
+    try:
+        names = [path.name for job in jobs for path in cluster.write(job, folder)]
+        for name, text in cluster.render_chain(jobs).items():
+            write_private(folder / name, text, private=text != cluster.masked().render_chain(jobs)[name])
+            names.append(name)
+        plan, copies = plan.with_copies(jobs[0].run_dir)
+        _write_plan(folder, plan, copies)
+    except OSError as error:
+        raise UpcycleError(
+            f"--render {folder}", got=error.strerror, expected="a writable folder", fix="name another one"
+        ) from None
+    sys.stdout.write(
+        f"Written to {folder}: {', '.join(names)}. The jobs read {jobs[0].run_dir / PLAN}: copy {folder / PLAN}"
+        f"{f' and {folder / KEPT}' if copies else ''} there before you submit them.\n"
+    )

@@ -3,7 +3,7 @@
 A stage's marker, `<run>/<stage>/_SUCCESS.json`, holds everything the stage depends on: its settings, and the hashes of
 the markers of the stages before it. A change upstream changes these hashes, and the stage runs again. What does not
 change a result (how often a training logs or saves, on how many nodes it runs) is no part of it: a run that has
-started goes on with other values, and notes the change.
+started resumes with other values, and notes the change.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from nemo_upcycle.utils.nested import flat
 
 
 _STARTED = "_STARTED.json"
-#: How a stage that is not done ended, in one word, for the shell of a batch job: it stopped and can go on, or it
+#: How a stage that is not done ended, in one word, for the shell of a batch job: it stopped and can resume, or it
 #: failed for a reason that a new start would meet again. A stage that was killed writes neither.
 ENDED = "_ENDED"
 STOPPED, FAILED = "stopped", "failed"
 _DELETE_MARKER = "delete it: the stage then runs again"
 #: The name of a setting that holds how many steps a training takes ends so: in a started run it may grow.
 STEPS = " steps"
-#: A longer text of a setting is kept as its hash; of more changes the first ones are said.
+#: A longer text of a setting is kept as its hash; of more changes the first ones are named.
 _SHORT, _LISTED = 200, 5
 
 
@@ -59,7 +59,7 @@ def changed_inputs(before: Mapping[str, str], inputs: Mapping[str, str]) -> list
 
 
 def refused_changes(before: Mapping[str, str], inputs: Mapping[str, str]) -> list[str]:
-    """Return the names of the changed inputs with which started work may not go on: all but more steps."""
+    """Return the names of the changed inputs with which started work may not resume: all but more steps."""
     return [
         name
         for name in changed_inputs(before, inputs)
@@ -67,19 +67,19 @@ def refused_changes(before: Mapping[str, str], inputs: Mapping[str, str]) -> lis
     ]
 
 
-def said_changes(names: Sequence[str], before: Mapping[str, str], inputs: Mapping[str, str]) -> str:
-    """Return which inputs changed, for people: what was set with both its values, what was made by name.
+def describe_changes(names: Sequence[str], before: Mapping[str, str], inputs: Mapping[str, str]) -> str:
+    """Return which inputs changed, for people: settings with both values, stages by name.
 
     Example:
-        >>> said_changes(["setting dense", "stage data"], {"setting dense": "a"}, {"setting dense": "c"})
+        >>> describe_changes(["setting dense", "stage data"], {"setting dense": "a"}, {"setting dense": "c"})
         'dense was a, is c; stage data ran again'
     """
-    said = []
+    changes = []
     for name in names[:_LISTED]:
         kind, _, plain = name.partition(" ")
         was, now = before.get(name, "not set"), inputs.get(name, "not set")
-        said.append(f"{plain} was {was}, is {now}" if kind == "setting" else f"{name} ran again")
-    return "; ".join(said) + (f"; and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+        changes.append(f"{plain} was {was}, is {now}" if kind == "setting" else f"{name} ran again")
+    return "; ".join(changes) + (f"; and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,7 @@ class StageFolder:
 
     def started_from(self) -> dict[str, str] | None:
         """Return the inputs that the stage was last started from; None where it was not."""
-        started = self._started()
-        return None if started is None else started["inputs"]
+        return (self._started() or {}).get("inputs")
 
     def _started(self) -> dict[str, Any] | None:
         fix = f"delete it if the settings are those the work was started from, else {self.path}, to lose that work"
@@ -151,7 +150,7 @@ class StageFolder:
         if changed := refused_changes(before, inputs):
             raise StageError(
                 f"{self.path}",
-                got=f"work started from other inputs ({said_changes(changed, before, inputs)})",
+                got=f"work started from other inputs ({describe_changes(changed, before, inputs)})",
                 expected="the inputs it was started from, since its result depends on them",
                 fix=f"set them back, choose another dir, or delete {self.path} to lose that work",
             )
@@ -170,14 +169,14 @@ class StageFolder:
         Raises:
             StageError: a resumable stage was started from other inputs.
         """
-        said = []
+        changes = []
         if resumable:
             self.require_same(inputs)
-            said = self._note_changes(inputs, free or {})
+            changes = self._note_changes(inputs, free or {})
         self.marker.unlink(missing_ok=True)
         (self.path / ENDED).unlink(missing_ok=True)
         write_json(self.path / _STARTED, {"inputs": inputs, "free": free or {}})
-        return said
+        return changes
 
     def _note_changes(self, inputs: Mapping[str, str], free: Mapping[str, str]) -> list[str]:
         """Write what changed since the last start to `CHANGES`; return it for people."""
@@ -191,7 +190,7 @@ class StageFolder:
                 when = datetime.now().astimezone().isoformat(timespec="seconds")
                 change = {"time": when, "setting": name.removeprefix("setting ")}
                 file.write(json.dumps(change | {"before": before.get(name), "after": now.get(name)}) + "\n")
-        return [said_changes([name], before, now) for name in names]
+        return [describe_changes([name], before, now) for name in names]
 
     def finish(self, inputs: dict[str, str], seconds: float, outputs: dict[str, Any]) -> None:
         """Write the success marker."""

@@ -1,4 +1,4 @@
-"""Which stages a part of the chain has, and which must be done before it."""
+"""Read the plan of a run; tell which stages a part of it has, and which must be done before."""
 
 from __future__ import annotations
 
@@ -6,8 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.ablations.stages import GridPlan
 from nemo_upcycle.pipeline.plan import Plan, Stage
-from nemo_upcycle.pipeline.stages import BY_NAME, STAGES
+from nemo_upcycle.pipeline.stages import BY_NAME, STAGES, RunPlan
+
+
+def kind_of(run_dir: Path) -> type[Plan] | None:
+    """Return the kind of the plan that a run's folder holds; None without one."""
+    kinds: tuple[type[Plan], ...] = (RunPlan, GridPlan)
+    return next((kind for kind in kinds if (run_dir / kind.file).is_file()), None)
+
+
+def read_plan(run_dir: Path) -> Plan:
+    """Read the plan of a run."""
+    return (kind_of(run_dir) or RunPlan).read(run_dir)
 
 
 def before(plan: Plan, *names: str) -> tuple[Stage, ...]:

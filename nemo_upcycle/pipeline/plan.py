@@ -161,10 +161,10 @@ class Plan(ABC):
         Raises:
             StageError: the plan has none of that name.
         """
-        found = {stage.name: stage for stage in self.stages}
-        if name not in found:
-            raise StageError.unknown("stage", name, found)
-        return found[name]
+        stages = {stage.name: stage for stage in self.stages}
+        if name not in stages:
+            raise StageError.unknown("stage", name, stages)
+        return stages[name]
 
 
 def open_training(trainer: str, text: str) -> Training:

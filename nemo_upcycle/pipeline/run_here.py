@@ -26,9 +26,10 @@ from nemo_upcycle.pipeline.runner import DONE_BEFORE, run_stage
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.utils.console import command_line, end_soon
 from nemo_upcycle.utils.progress import duration
+from nemo_upcycle.utils.validation import check_whole
 
 
-_AGAIN = "Run the same command again: it goes on from there. Folder:"
+_AGAIN = "Run the same command again to resume. Folder:"
 _POLL_S = 0.2
 
 
@@ -38,8 +39,7 @@ def check_at_once(at_once: int, *, is_here: bool) -> None:
     Raises:
         UpcycleError: more than one where they cannot.
     """
-    if at_once < 1:
-        raise UpcycleError("at_once", got=at_once, expected="a whole number from 1 on", fix="write 1")
+    check_whole("at_once", at_once, 1)
     if at_once > 1 and not is_here:
         fix = "omit it: a scheduler starts what there is room for"
         raise UpcycleError("at_once", got=f"{at_once} with an executor", expected="1", fix=fix)
@@ -51,7 +51,7 @@ def check_at_once(at_once: int, *, is_here: bool) -> None:
 def run_stages(jobs: Sequence[Job], run_dir: Path, plan: Plan, executor: Any = None, at_once: int = 1) -> None:
     """Run stages as soon as those that they need are done; start nothing else after one that did not finish.
 
-    Where several run at once, what they print goes to `logs/STAGE-rank0.log`, and the console says which started, and
+    Where several run at once, what they print goes to `logs/STAGE-rank0.log`, and the console shows which started, and
     how many are left.
 
     Args:
@@ -62,8 +62,8 @@ def run_stages(jobs: Sequence[Job], run_dir: Path, plan: Plan, executor: Any = N
         at_once: how many may run.
 
     Raises:
-        SystemExit: with 2 after a mistake of the user's, 75 when a stage stopped and can go on, 1 after another
-            failure, 130 or 143 when stopped. The last words are the stage's own.
+        SystemExit: with 2 after a mistake of the user's, 75 when a stage stopped and can resume, 1 after another
+            failure, 130 or 143 when stopped. The last message is the stage's own.
         UnfinishedError: a stage ended well, and has left no marker.
     """
     end_soon()  # however it ends; nothing is imported after this
@@ -74,8 +74,8 @@ def run_stages(jobs: Sequence[Job], run_dir: Path, plan: Plan, executor: Any = N
     with local.StopSignals() as stop, ThreadPoolExecutor(at_once) as pool, _ended_by_error(stop):
         while running or (waiting and failed is None and not stop.signum):
             while failed is None and not stop.signum and len(running) < at_once:
-                job = _next(waiting, run_dir, plan)
-                if job is None:
+                ready = (job for job in waiting if unfinished(before(plan, job.name), run_dir, plan) is None)
+                if (job := next(ready, None)) is None:
                     break
                 waiting.remove(job)
                 if plan.stage(job.name).is_done(run_dir, plan):
@@ -103,7 +103,7 @@ def run_stages(jobs: Sequence[Job], run_dir: Path, plan: Plan, executor: Any = N
                 else:
                     failed = failed or (stage, future.result())
                     if at_once > 1:
-                        _say(f"[{job.name}] did not finish. Run the same command again: it goes on from {run_dir}")
+                        _say(f"[{job.name}] did not finish. Run the same command again to resume in {run_dir}")
     if stop.signum:
         sys.stderr.write(stopped(stop.signum, stopped_stages, run_dir, plan))
         raise SystemExit(128 + stop.signum)
@@ -123,17 +123,12 @@ def _ended_by_error(stop: local.StopSignals) -> Iterator[None]:
         raise
 
 
-def _next(waiting: Sequence[Job], run_dir: Path, plan: Plan) -> Job | None:
-    """Return the first stage that needs nothing more."""
-    return next((job for job in waiting if unfinished(before(plan, job.name), run_dir, plan) is None), None)
-
-
 def _say(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 
 def _exit_status(name: str, status: int, run_dir: Path) -> int:
-    """Return the launcher's exit status for that of a stage that failed, and say what a killed one could not."""
+    """Return the launcher's exit status for that of a stage that failed, and report a killed one, which could not."""
     if status < 0:
         signal_name = signal.Signals(-status).name
         hint = " (out of memory?)" if signal_name == "SIGKILL" else ""
@@ -169,16 +164,16 @@ def variables_for(ranks: int, executor: Any) -> dict[str, str]:
 
 def sized(executor: run.Executor, nodes: int, per_node: int) -> run.Executor:
     """Return a copy of an executor with this many nodes and ranks per node, in the fields that its class has."""
-    mine = copy.copy(executor)  # deep enough, as an experiment clones it; and a client of a cloud has no deep copy
+    changed = copy.copy(executor)  # deep enough, as an experiment clones it; and a cloud's client has no deep copy
     for names, value in ((("nodes", "num_nodes"), nodes), (("ntasks_per_node", "nprocs_per_node"), per_node)):
         for name in names:
-            if hasattr(mine, name):
-                setattr(mine, name, value)
-    return mine
+            if hasattr(changed, name):
+                setattr(changed, name, value)
+    return changed
 
 
 def stopped(signum: int, stages: Sequence[Stage], run_dir: Path, plan: Plan) -> str:
-    """Return the last words of a stopped run: what was kept, and how to continue."""
+    """Return the last message of a stopped run: what was kept, and how to resume."""
     kept = f"finished stages: {', '.join(finished(run_dir, plan)) or 'none'}"
     for stage in (stage for stage in stages if stage.resumable):
         last = newest_checkpoint(run_dir / stage.name / "checkpoints")
@@ -186,5 +181,5 @@ def stopped(signum: int, stages: Sequence[Stage], run_dir: Path, plan: Plan) -> 
     names = " and ".join(f"'{stage.name}'" for stage in stages)
     return (
         f"\nStopped by {signal.Signals(signum).name} in stage {names}. Kept in {run_dir}: {kept}.\n"
-        f"Go on with the same command: {command_line()}\n"
+        f"Resume with the same command: {command_line()}\n"
     )

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from nemo_upcycle.errors import StageError, StageStopped, UpcycleError
 from nemo_upcycle.pipeline.markers import ENDED, FAILED, STOPPED, StageFolder
-from nemo_upcycle.pipeline.order import before, unfinished
+from nemo_upcycle.pipeline.order import before, read_plan, unfinished
 from nemo_upcycle.pipeline.plan import Plan, Stage
-from nemo_upcycle.pipeline.plans import read_plan
 from nemo_upcycle.utils.console import is_verbose, quiet_libraries
 from nemo_upcycle.utils.files import in_use
 from nemo_upcycle.utils.progress import duration, show_messages

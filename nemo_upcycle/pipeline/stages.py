@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from nemo_upcycle.errors import StageError, StageStopped
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.pipeline.disk_use import DiskUse, blend_use, model_use, parent_use
+from nemo_upcycle.pipeline.disk_use import DiskUse, blend_use, model_use
 from nemo_upcycle.pipeline.markers import STEPS, StageFolder
 from nemo_upcycle.pipeline.plan import PLAN, Plan, Stage, required_training
 from nemo_upcycle.sources.safetensors_folder import INDEX, SINGLE
@@ -96,9 +96,8 @@ def data_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     else:
         build_data(plan.data, str(dense_folder), folder)
     blend = open_blend(folder)
-    blend.paths(
-        required_training(plan, "pretrain").seq_length(dense_folder)
-    )  # before hours of other work: is there text enough?
+    seq_length = required_training(plan, "pretrain").seq_length(dense_folder)
+    blend.paths(seq_length)  # before hours of other work: is there text enough?
     if not blend.heldout():
         raise StageError(
             f"held-out documents of {folder}",
@@ -111,10 +110,10 @@ def data_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 
 def build_data(blend: str, dense: str, folder: Path) -> None:
-    """Build a blend with the tokenizer of a dense model, or go on with a stopped build.
+    """Build a blend with the tokenizer of a dense model, or resume a stopped build.
 
     Raises:
-        StageStopped: it was told to stop, and can go on.
+        StageStopped: it was told to stop, and can resume.
     """
     from nemo_upcycle.data.blend import read_blend
     from nemo_upcycle.data.build import build_blend
@@ -122,7 +121,7 @@ def build_data(blend: str, dense: str, folder: Path) -> None:
     try:
         build_blend(read_blend(blend, [f"tokenizer={dense}"]), folder)
     except KeyboardInterrupt:  # the engine was told to stop
-        text = "stage 'data' stopped early: its finished tasks are kept, and the same command goes on from there"
+        text = "stage 'data' stopped early: its finished tasks are kept, and the same command resumes from there"
         raise StageStopped(text) from None
 
 
@@ -142,21 +141,17 @@ def upcycle_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
         run_dir / "upcycle" / "hf",
     )
     receipt.write(run_dir / "receipt.json")
-    found = receipt.equivalence
-    if receipt.exact and not found["within_tolerance"]:
+    result = receipt.equivalence
+    if receipt.exact and not result["within_tolerance"]:
+        differences = enumerate(result["layer_relative_diff"])
+        first = next((f"at layer {number}" for number, value in differences if value > 1e-5), "after the last layer")
         raise StageError(
             "step-0 equivalence of the upcycled model",
-            got=f"{found['max_abs_logit_diff']:.3g} ({found['max_abs_logit_diff_same_stack']:.3g} same stack)",
-            expected=f"at most {found['tolerance']:.3g} ({found['tolerance_same_stack']:.3g})",
-            fix=f"{_where_it_breaks(found)}; compare the model's configuration with the parent's",
+            got=f"{result['max_abs_logit_diff']:.3g} ({result['max_abs_logit_diff_same_stack']:.3g} same stack)",
+            expected=f"at most {result['tolerance']:.3g} ({result['tolerance_same_stack']:.3g})",
+            fix=f"look {first}, where they first differ; compare the model's configuration with the parent's",
         )
-    return found
-
-
-def _where_it_breaks(found: dict[str, Any]) -> str:
-    layers = found["layer_relative_diff"]
-    first = next((number for number, difference in enumerate(layers) if difference > 1e-5), None)
-    return "look behind the last layer" if first is None else f"look at layer {first}, the first to differ"
+    return result
 
 
 def _sample_tokens(run_dir: Path, plan: RunPlan) -> Any:
@@ -166,13 +161,13 @@ def _sample_tokens(run_dir: Path, plan: RunPlan) -> Any:
     from nemo_upcycle.data.finished import open_blend
 
     blend = open_blend(data_folder_of(run_dir, plan))
-    wanted, found = SAMPLE_WINDOWS * SAMPLE_WINDOW_TOKENS, [torch.zeros(0, dtype=torch.int64)]
+    wanted, parts = SAMPLE_WINDOWS * SAMPLE_WINDOW_TOKENS, [torch.zeros(0, dtype=torch.int64)]
     for prefix in (prefix for prefixes in blend.tokens["validation"].values() for prefix in prefixes):
         dataset = IndexedDataset(str(blend.folder / prefix))
         for number in range(len(dataset)):
-            if sum(map(len, found)) < wanted:
-                found.append(torch.from_numpy(dataset[number].astype("int64")))
-    if len(tokens := torch.cat(found)) < wanted:
+            if sum(map(len, parts)) < wanted:
+                parts.append(torch.from_numpy(dataset[number].astype("int64")))
+    if len(tokens := torch.cat(parts)) < wanted:
         raise StageError(
             "tokens of the validation split",
             got=len(tokens),
@@ -299,22 +294,25 @@ def report_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
 
 def _planned(run_dir: Path, plan: RunPlan) -> dict[str, dict[str, float]]:
-    """Return memory and speed by the planner, of the trainings that ran on cards that it knows."""
-    from nemo_upcycle.pipeline.forecast.planned import planned_of
+    """Return memory and speed by the planner, of the trainings that ran on GPUs that it knows."""
+    from nemo_upcycle.pipeline.forecast.recipe_to_plan import planned_of
 
     planned = {}
     for stage in (stage.name for stage in STAGES if stage.parallel):
         training, settings = plan.training(stage), run_dir / stage / "training.json"
-        if not training or not settings.is_file() or not (card := read_json(settings).get("card")):
+        if not training or not settings.is_file() or not (device := read_json(settings).get("card")):
             continue
-        if found := planned_of(training.facts(plan.dense), card):
-            planned[stage] = found
+        if values := planned_of(training.facts(plan.dense), device):
+            planned[stage] = values
     return planned
 
 
 def _import_disk(_: Path, plan: RunPlan, models: Mapping[str, Architecture | None]) -> list[DiskUse]:
-    is_made = plan.dense.startswith("asset://")  # others stay where they are
-    return [parent_use("import", models["pretrain"])] if is_made else []
+    if not plan.dense.startswith("asset://"):
+        return []  # it stays where it is
+    moe = models["pretrain"]
+    dense = moe and replace(moe, num_experts=None, moe_pattern=None, shared_ffn_size=0)
+    return [model_use("import", "dense parent", dense)]
 
 
 def _data_disk(run_dir: Path, plan: RunPlan, models: Mapping[str, Architecture | None]) -> list[DiskUse]:

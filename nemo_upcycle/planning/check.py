@@ -18,7 +18,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.megatron_config import megatron_fields
 from nemo_upcycle.models.sharding import Shard
 from nemo_upcycle.online.plan import ParamPlan, RankCoords, param_plans
-from nemo_upcycle.planning.layout import GroupRanks, Layout
+from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec
@@ -49,44 +49,6 @@ class CheckResult:
     specs: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Checker:
-    """Compares one rank at a time."""
-
-    arch: Architecture
-    layout: Layout
-    dense: Architecture | None
-    spec: UpcycleSpec | None
-
-    def rank(self, rank: int, plan: StagePlan, engine: str | None) -> tuple[int, int]:
-        """Build a rank; return its elements and the tensors that the read plan fills."""
-        ranks = self.layout.group_ranks(rank)
-        elements = tensors = 0
-        with megatron_rank(self.layout, rank) as got:
-            _compare(rank, "tp, ep, etp, pp rank", got, (ranks.tp, ranks.ep, ranks.etp, ranks.pp))
-            for number, chunk in enumerate(build_rank(self.arch, self.layout, engine)):
-                wanted = sum(param.numel for param in plan.chunks[number])
-                found = sum(parameter.numel() for parameter in chunk.parameters())
-                _compare(rank, f"parameters of chunk {number} ({engine or 'local'})", found, wanted)
-                elements += found
-                if self.dense is not None:
-                    tensors += self._count_filled(chunk, ranks, rank, self.dense)
-        return elements, tensors
-
-    def _count_filled(self, chunk: Any, ranks: GroupRanks, rank: int, dense: Architecture) -> int:
-        """Return the number of a chunk's parameters, after checking that the read plan fills each row of each once."""
-        coords = RankCoords(
-            Shard(ranks.tp, self.layout.tp), Shard(ranks.etp, self.layout.etp), Shard(ranks.ep, self.layout.ep)
-        )
-        plans = param_plans(chunk, dense, self.arch, self.spec, coords)
-        names = sorted(name for plan in plans for name in plan.names)
-        _compare(rank, "parameters in the read plan", names, sorted(name for name, _ in chunk.named_parameters()))
-        for plan in plans:
-            if not plan.made_of.is_router:
-                _compare(rank, f"rows filled of {plan.names[0]}", *_rows(plan, self.arch))
-        return len(names)
-
-
 def check_layout_against_megatron(
     arch: Architecture,
     layout: Layout,
@@ -113,31 +75,47 @@ def check_layout_against_megatron(
     for rank in range(layout.gpus):
         ranks = layout.group_ranks(rank)
         kinds.setdefault((ranks.pp, ranks.tp, ranks.ep, ranks.etp), rank)
-    engines = TRANSFORMER_ENGINE if _has_transformer_engine() else ()
+    has_engine = importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available()
+    engines = TRANSFORMER_ENGINE if has_engine else ()
     stages = [stage * (layout.gpus // layout.pp) for stage in range(layout.pp)]
     jobs: list[tuple[int, str | None]] = [(rank, None) for rank in kinds.values()]
     jobs += [(rank, engine) for engine in engines for rank in stages]
     plans: dict[int, StagePlan] = {}
-    checker, elements, tensors = _Checker(arch, layout, dense, spec), 0, 0
+    elements = tensors = 0
     for rank, engine in track(jobs, "check", total=len(jobs)):
-        stage = layout.group_ranks(rank).pp
-        if stage not in plans:
-            plans[stage] = StagePlan(arch, layout, work, stage)
-        found = checker.rank(rank, plans[stage], engine)
-        elements, tensors = elements + found[0], tensors + found[1]
+        ranks = layout.group_ranks(rank)
+        coords = RankCoords(Shard(ranks.tp, layout.tp), Shard(ranks.etp, layout.etp), Shard(ranks.ep, layout.ep))
+        if ranks.pp not in plans:
+            plans[ranks.pp] = StagePlan(arch, layout, work, ranks.pp)
+        with megatron_rank(layout, rank) as built_ranks:
+            _compare(rank, "tp, ep, etp, pp rank", built_ranks, (ranks.tp, ranks.ep, ranks.etp, ranks.pp))
+            for number, chunk in enumerate(build_rank(arch, layout, engine)):
+                planned = sum(param.numel for param in plans[ranks.pp].chunks[number])
+                built = sum(parameter.numel() for parameter in chunk.parameters())
+                _compare(rank, f"parameters of chunk {number} ({engine or 'local'})", built, planned)
+                elements += built
+                if dense is not None:
+                    read_plan = param_plans(chunk, dense, arch, spec, coords)
+                    tensors += _compare_rows(rank, read_plan, chunk, arch)
     return CheckResult(layout.gpus, len(kinds), elements, tensors, ("local", *engines))
 
 
-def _has_transformer_engine() -> bool:
-    return importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available()
+def _compare_rows(rank: int, plans: list[ParamPlan], chunk: Any, arch: Architecture) -> int:
+    """Check that a read plan fills each row of each of a chunk's parameters once; return their number."""
+    names = sorted(name for plan in plans for name in plan.names)
+    _compare(rank, "parameters in the read plan", names, sorted(name for name, _ in chunk.named_parameters()))
+    for plan in plans:
+        if not plan.made_of.is_router:
+            _compare(rank, f"rows filled of {plan.names[0]}", *_rows(plan, arch))
+    return len(names)
 
 
-def _compare(rank: int, what: str, found: object, wanted: object) -> None:
-    if found != wanted:
+def _compare(rank: int, what: str, built: object, planned: object) -> None:
+    if built != planned:
         raise UpcycleError(
             f"rank {rank}: {what}",
-            got=f"{found} (Megatron)",
-            expected=f"{wanted} (plan)",
+            got=f"{built} (Megatron)",
+            expected=f"{planned} (plan)",
             fix="report it: the plan and Megatron-Core disagree",
         )
 

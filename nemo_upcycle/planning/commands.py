@@ -114,45 +114,45 @@ def nemo_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> s
         dense: the dense parent's folder; the recipe's own when None.
     """
     layout, work, defaults, upcycled = plan.layout, plan.work, recipe.defaults, recipe.spec is not None
-    per_node = layout.node_gpus(plan.request.gpu.per_node)
-    nodes = layout.gpus // per_node
-    settings = [f"trainer.strategy.{name}={value}" for name, value in _parallelism(layout, upcycled).items()]
+    per_node, steps = layout.node_gpus(plan.request.gpu.per_node), _steps(plan)
+    settings = {f"trainer.strategy.{name}": value for name, value in _parallelism(layout, upcycled).items()}
     if work.seq_length != defaults["seq_length"]:
-        settings += [f"{where}.seq_length={work.seq_length}" for where in ("model.config", "data")]
+        settings |= {f"{where}.seq_length": work.seq_length for where in ("model.config", "data")}
     if work.global_batch != defaults["global_batch"]:
-        settings.append(f"data.global_batch_size={work.global_batch}")
+        settings["data.global_batch_size"] = work.global_batch
     if layout.micro_batch != 1:
-        settings.append(f"data.micro_batch_size={layout.micro_batch}")
-    steps = _steps(plan)
-    settings.append(f"trainer.max_steps={steps}")
-    arguments = f"dense='{dense}', " if dense else ""
-    arguments += f"num_nodes={nodes}, num_gpus_per_node={per_node}"
-    if upcycled and recipe.h100:
-        arguments += f", capacity_factor={work.capacity_factor or 0}, pad_to_capacity={work.pad}"
-        arguments += f", recompute_moe_steps={steps if work.recompute == 'moe' else 0}"
-        arguments += f", dispatcher='{work.dispatcher}'" if work.dispatcher != "alltoall" else ""
+        settings["data.micro_batch_size"] = layout.micro_batch
+    settings["trainer.max_steps"] = steps
+    arguments: dict[str, Any] = {"dense": dense} if dense else {}
+    arguments |= {"num_nodes": layout.gpus // per_node, "num_gpus_per_node": per_node}
+    takes_arguments = upcycled and recipe.h100
+    if takes_arguments:
+        arguments |= {"capacity_factor": work.capacity_factor or 0, "pad_to_capacity": work.pad}
+        arguments["recompute_moe_steps"] = steps if work.recompute == "moe" else 0
+        arguments |= {"dispatcher": work.dispatcher} if work.dispatcher != "alltoall" else {}
+        arguments |= {"fp8_recipe": FP8_RECIPES[work.precision]} if work.precision in FP8_RECIPES else {}
     elif work.capacity_factor is not None:
-        settings.append(f"model.config.moe_expert_capacity_factor={work.capacity_factor}")
-        settings += ["model.config.moe_pad_expert_input_to_capacity=True"] if work.pad else []
-    if work.precision in FP8_RECIPES and "capacity_factor" in arguments:
-        arguments += f", fp8_recipe='{FP8_RECIPES[work.precision]}'"
-    elif work.precision in FP8_RECIPES:
-        settings += [f"trainer.plugins.{part}" for part in _fp8_settings(work)]
+        settings["model.config.moe_expert_capacity_factor"] = work.capacity_factor
+        settings |= {"model.config.moe_pad_expert_input_to_capacity": True} if work.pad else {}
+    if work.precision in FP8_RECIPES and not takes_arguments:
+        settings |= {f"trainer.plugins.{name}": value for name, value in _fp8_settings(work).items()}
     if work.recompute == "full":
-        settings += [
-            f"model.config.recompute_{part}" for part in ("granularity=full", "method=uniform", "num_layers=1")
-        ]
-    if work.recompute == "moe_act" or (work.recompute == "moe" and "recompute_moe" not in arguments):
-        part = work.recompute if upcycled else "mlp"
-        settings += ["model.config.recompute_granularity=selective", f"\"model.config.recompute_modules=['{part}']\""]
-    return f'nemo llm pretrain --factory "{recipe.name}({arguments})" {" ".join(settings)}'
+        full = {"granularity": "full", "method": "uniform", "num_layers": 1}
+        settings |= {f"model.config.recompute_{name}": value for name, value in full.items()}
+    elif work.recompute == "moe_act" or (work.recompute == "moe" and not takes_arguments):
+        settings["model.config.recompute_granularity"] = "selective"
+        settings["model.config.recompute_modules"] = [work.recompute if upcycled else "mlp"]
+    call = f"{recipe.name}({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
+    words = [f"{name}={value}" for name, value in settings.items()]
+    return f'nemo llm pretrain --factory "{call}" ' + " ".join(f'"{word}"' if "[" in word else word for word in words)
 
 
-def _fp8_settings(work: Workload) -> list[str]:
+def _fp8_settings(work: Workload) -> dict[str, Any]:
     """Return everything that NeMo's precision sets, for recipes without an own argument for it."""
-    found = ["fp8=hybrid", f"fp8_recipe={FP8_RECIPES[work.precision]}", "fp8_param_gather=False"]
+    settings = {"fp8": "hybrid", "fp8_recipe": FP8_RECIPES[work.precision], "fp8_param_gather": False}
     if work.precision == "fp8-delayed":
-        found += ["fp8_amax_history_len=1024", "fp8_amax_compute_algo=max"]
+        settings |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
     if ends := work.numbers.bf16_ends:
-        found += ["first_last_layers_bf16=True", *(f"num_layers_at_{end}_in_bf16={ends}" for end in ("start", "end"))]
-    return found
+        settings |= {"first_last_layers_bf16": True}
+        settings |= {f"num_layers_at_{end}_in_bf16": ends for end in ("start", "end")}
+    return settings

@@ -1,4 +1,4 @@
-"""What a card and its machine reach; cards, recipes and their parents by name, read from `conf/planning`."""
+"""What a GPU and its machine reach; GPUs, recipes and their parents by name, read from `conf/planning`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_upcycle.spec import UpcycleSpec
 
 @dataclass(frozen=True)
 class Gpu:
-    """A card in its machine; `conf/planning/gpus.yaml` explains the fields."""
+    """A GPU in its machine; `conf/planning/gpus.yaml` explains the fields."""
 
     name: str
     memory_gib: float
@@ -85,7 +85,7 @@ DEFAULT_SOFTWARE = "mcore-0.15"
 
 
 def known_software(name: str, machine: Machine | None = None) -> Machine:
-    """Return what a generation of software reaches of a card's peaks.
+    """Return what a generation of software reaches of a GPU's peaks.
 
     Args:
         name: one of `SOFTWARE`.
@@ -133,12 +133,12 @@ def read_data(name: str) -> Any:
 
 
 def gpu_names() -> list[str]:
-    """Return the names of the known cards."""
+    """Return the names of the known GPUs."""
     return list(read_data("gpus.yaml"))
 
 
 def known_gpu(name: str) -> Gpu:
-    """Return a card.
+    """Return a GPU.
 
     Raises:
         SpecError: it is not known.
@@ -150,9 +150,9 @@ def known_gpu(name: str) -> Gpu:
 
 
 def gpu_of_device(device: str) -> Gpu | None:
-    """Return a card by the driver's name of it; None for one that is not known, or not in SXM form.
+    """Return a GPU by its driver's name; None for one that is not known, or not in SXM form.
 
-    PCIe and NVL cards have lower peaks than those of `gpus.yaml`.
+    PCIe and NVL GPUs have lower peaks than those of `gpus.yaml`.
 
     Args:
         device: for example `NVIDIA H100 80GB HBM3`, or a name of `gpus.yaml`.

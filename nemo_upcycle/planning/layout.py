@@ -130,15 +130,15 @@ class Layout:
 
     def chunks(self, arch: Architecture, stage: int) -> list[Chunk]:
         """Return what a pipeline stage holds, a chunk for every virtual stage."""
-        found, begin = [], 0
+        chunks, begin = [], 0
         for virtual in range(self.vp):
             for other in range(self.pp):
                 end = begin + self._chunk_layers(arch.num_layers, other, virtual)
                 if other == stage:
                     first, last = stage == 0 and virtual == 0, stage == self.pp - 1 and virtual == self.vp - 1
-                    found.append(Chunk(range(begin, end), first, last))
+                    chunks.append(Chunk(range(begin, end), first, last))
                 begin = end
-        return found
+        return chunks
 
     def stage_layers(self, layers: int) -> list[int]:
         """Return how many layers each pipeline stage holds."""

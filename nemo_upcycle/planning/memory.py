@@ -146,6 +146,8 @@ def stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int)
     """Return what the ranks of a pipeline stage hold; where they differ (by padding only), the fullest."""
     states = StagePlan(arch, layout, work, stage)
     plain, routed, working = activation_bytes(arch, layout, work, stage)
+    tokens = work.seq_length // layout.cp * layout.micro_batch
+    group_sizes = (layout.tp, layout.pp, layout.cp, layout.ep, layout.etp, layout.dense_shards, layout.expert_dp)
     return Memory(
         weights=states.weights_bytes,
         gradients=states.gradients_bytes,
@@ -153,26 +155,14 @@ def stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int)
         fp8_copies=states.fp8_bytes,
         activations=round(plain),
         routed=round(routed),
-        logits=_logits(arch, layout, work, stage),
-        workspace=CONTEXT_BYTES + GROUP_BYTES * _groups(layout) + round(working),
+        logits=tokens * layout.padded_vocab(arch) // layout.tp * LOGIT_BYTES if stage == layout.pp - 1 else 0,
+        workspace=CONTEXT_BYTES + GROUP_BYTES * sum(size > 1 for size in group_sizes) + round(working),
     )
-
-
-def _logits(arch: Architecture, layout: Layout, work: Workload, stage: int) -> int:
-    if stage != layout.pp - 1:
-        return 0
-    tokens = work.seq_length // layout.cp * layout.micro_batch
-    return tokens * layout.padded_vocab(arch) // layout.tp * LOGIT_BYTES
-
-
-def _groups(layout: Layout) -> int:
-    sizes = (layout.tp, layout.pp, layout.cp, layout.ep, layout.etp, layout.dense_shards, layout.expert_dp)
-    return sum(size > 1 for size in sizes)
 
 
 def worst_memory(arch: Architecture, layout: Layout, work: Workload) -> tuple[int, Memory]:
     """Return the pipeline stage whose ranks hold most, and what they hold."""
     # Of equal stages the first keeps most micro-batches and the last the logits.
     stages = range(layout.pp) if layout.first or layout.last or arch.moe_pattern else {0, 1, layout.pp - 1}
-    found = [(stage, stage_memory(arch, layout, work, stage)) for stage in stages if stage < layout.pp]
-    return max(found, key=lambda pair: pair[1].total)
+    memories = [(stage, stage_memory(arch, layout, work, stage)) for stage in stages if stage < layout.pp]
+    return max(memories, key=lambda pair: pair[1].total)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 from nemo_upcycle.errors import SpecError
@@ -22,8 +23,8 @@ _SIZES = ("tp", "pp", "vp", "cp", "ep", "etp", "micro_batch")
 _SWITCHES = ("embedding", "loss")
 
 
-class Broken(NamedTuple):
-    """A broken rule: the setting, its value, the expected value."""
+class RuleViolation(NamedTuple):
+    """A rule that a layout breaks: the setting, its value, the expected value."""
 
     name: str
     got: object
@@ -39,44 +40,38 @@ def check_layout(layout: Layout, arch: Architecture, work: Workload) -> None:
         work: what a step works on.
 
     Raises:
-        SpecError: one is broken; the text names it and the nearest change that makes the layout a good one.
+        SpecError: the layout breaks one; the text names it and the nearest change that makes the layout valid.
     """
-    if rule := broken(layout, arch, work):
+    if rule := first_violation(layout, arch, work):
         name, got, expected = rule
         raise SpecError(field=name, got=got, expected=expected, fix=_fix(name, layout, arch, work))
 
 
 def neutral_work(layout: Layout) -> Workload:
-    """Return a step that ranks of any layout can share out, for where there is no data: no rule speaks of it."""
+    """Return a step that every layout can divide among its ranks, for uses without data: no rule of data fails."""
     sizes = max(1, layout.gpus) * max(1, layout.micro_batch) * max(1, layout.pp)
     return Workload(seq_length=16 * max(1, layout.tp) * max(1, layout.cp), global_batch=sizes)
 
 
-def broken(layout: Layout, arch: Architecture, work: Workload) -> Broken | None:
-    """Return the first rule that a layout breaks; None if it is allowed."""
-    return next(_rules(layout, arch, work), None)
+def first_violation(layout: Layout, arch: Architecture, work: Workload) -> RuleViolation | None:
+    """Return the first rule that a layout breaks; None if it is allowed.
+
+    Rules are checked one by one: a later one makes sense only if the earlier ones hold.
+    """
+    layout_rules = _value_rules(layout), _model_rules(layout, arch), _stage_rules(layout, arch), _rank_rules(layout)
+    return next(chain(*layout_rules, _data_rules(layout, work), _kernel_rules(layout, arch, work)), None)
 
 
-def _rules(layout: Layout, arch: Architecture, work: Workload) -> Iterator[Broken]:
-    """Yield broken rules, one by one: a later one is worth asking for only if the earlier ones hold."""
-    yield from _value_rules(layout)
-    yield from _model_rules(layout, arch)
-    yield from _stage_rules(layout, arch)
-    yield from _rank_rules(layout)
-    yield from _data_rules(layout, work)
-    yield from _kernel_rules(layout, arch, work)
-
-
-def _value_rules(layout: Layout) -> Iterator[Broken]:
+def _value_rules(layout: Layout) -> Iterator[RuleViolation]:
     for name in ("gpus", *_SIZES, "first", "last"):
         if (value := getattr(layout, name)) is not None and value < 1:
-            yield Broken(name, value, "1 or more")
+            yield RuleViolation(name, value, "1 or more")
     for name in _SWITCHES:
         if (value := getattr(layout, name)) not in (0, 1):
-            yield Broken(name, value, "0 or 1")
+            yield RuleViolation(name, value, "0 or 1")
 
 
-def _model_rules(layout: Layout, arch: Architecture) -> Iterator[Broken]:
+def _model_rules(layout: Layout, arch: Architecture) -> Iterator[RuleViolation]:
     tensor = {"the key-value heads": arch.num_kv_heads}  # which divide the heads
     if arch.moe_layer_count < arch.num_layers:
         tensor["the feed-forward size"] = arch.ffn_size
@@ -88,24 +83,24 @@ def _model_rules(layout: Layout, arch: Architecture) -> Iterator[Broken]:
         yield from _divides("ep", layout.ep, arch.num_experts, "num_experts")
         yield from _divides("etp", layout.etp, arch.expert_ffn_size or 1, "an expert's feed-forward size")
     elif layout.ep > 1:
-        yield Broken("ep", layout.ep, "1 for a dense model")
+        yield RuleViolation("ep", layout.ep, "1 for a dense model")
     if layout.ep == 1 and layout.etp != layout.tp:
         # Megatron-Core takes experts for dense parameters then, and sums their gradients over dp x cp.
         why = "else Megatron-Core sums gradients over the wrong ranks" if arch.num_experts else "there are no experts"
-        yield Broken("etp", layout.etp, f"<tp> ({layout.tp}) where <ep> is 1: {why}")
+        yield RuleViolation("etp", layout.etp, f"<tp> ({layout.tp}) where <ep> is 1: {why}")
 
 
-def _stage_rules(layout: Layout, arch: Architecture) -> Iterator[Broken]:
+def _stage_rules(layout: Layout, arch: Architecture) -> Iterator[RuleViolation]:
     if layout.vp > 1 and layout.pp == 1:
-        yield Broken("vp", layout.vp, "1 without pipeline stages (<pp>=1)")
+        yield RuleViolation("vp", layout.vp, "1 without pipeline stages (<pp>=1)")
     fixed = {name: count for name in ("first", "last") if (count := getattr(layout, name)) is not None}
     for name, count in fixed.items():
         if layout.pp == 1:
-            yield Broken(name, count, "none without pipeline stages (<pp>=1)")
+            yield RuleViolation(name, count, "none without pipeline stages (<pp>=1)")
         if layout.embedding or layout.loss:
-            yield Broken(name, count, "none beside <embedding>=1 or <loss>=1 (Megatron-Core's rule)")
+            yield RuleViolation(name, count, "none beside <embedding>=1 or <loss>=1 (Megatron-Core's rule)")
         if count % layout.vp:
-            yield Broken(name, count, f"a multiple of <vp> ({layout.vp})")
+            yield RuleViolation(name, count, f"a multiple of <vp> ({layout.vp})")
     left = arch.num_layers - sum(fixed.values()) + layout.embedding + layout.loss
     stages = layout.pp - len(fixed)
     what = f"{left} layers" if fixed or layout.embedding or layout.loss else f"num_layers ({left})"
@@ -114,42 +109,44 @@ def _stage_rules(layout: Layout, arch: Architecture) -> Iterator[Broken]:
         listed = _listed(size + len(fixed) for size in good)
         more = f", and {len(fixed)} more" if fixed else ""
         expected = f"a divisor of {what}{more}: {listed}" if good else f"stages that share out {what}"
-        yield Broken("pp", layout.pp, expected)
+        yield RuleViolation("pp", layout.pp, expected)
     if stages:
         yield from _divides("vp", layout.vp, left // stages, "the layers of a pipeline stage")
 
 
-def _rank_rules(layout: Layout) -> Iterator[Broken]:
+def _rank_rules(layout: Layout) -> Iterator[RuleViolation]:
     for names in (("tp", "cp", "pp"), ("etp", "ep", "pp")):
         if layout.gpus % (product := math.prod(getattr(layout, name) for name in names)):
-            yield Broken(" x ".join(names), product, f"a divisor of the GPUs ({layout.gpus})")
+            yield RuleViolation(" x ".join(names), product, f"a divisor of the GPUs ({layout.gpus})")
 
 
-def _data_rules(layout: Layout, work: Workload) -> Iterator[Broken]:
+def _data_rules(layout: Layout, work: Workload) -> Iterator[RuleViolation]:
     multiple = (2 * layout.cp if layout.cp > 1 else 1) * layout.tp
     if work.seq_length % multiple:
         text = f"tp{' x 2 x cp' if layout.cp > 1 else ''} ({multiple})"
-        yield Broken("seq_length", work.seq_length, f"a multiple of {text}")
+        yield RuleViolation("seq_length", work.seq_length, f"a multiple of {text}")
     step, batch = layout.dp * layout.micro_batch, work.global_batch
     if batch % step:
-        yield Broken("global_batch", batch, f"a multiple of dp x micro-batch ({layout.dp} x {layout.micro_batch})")
+        text = f"dp x micro-batch ({layout.dp} x {layout.micro_batch})"
+        yield RuleViolation("global_batch", batch, f"a multiple of {text}")
     if layout.vp > 1 and layout.micro_batches(batch) % layout.pp:
         text = f"dp x micro-batch x pp ({step} x {layout.pp}), which interleaved stages (<vp> above 1) need"
-        yield Broken("global_batch", batch, f"a multiple of {text}")
+        yield RuleViolation("global_batch", batch, f"a multiple of {text}")
 
 
-def _kernel_rules(layout: Layout, arch: Architecture, work: Workload) -> Iterator[Broken]:
+def _kernel_rules(layout: Layout, arch: Architecture, work: Workload) -> Iterator[RuleViolation]:
     if arch.num_experts and work.dispatcher != "alltoall" and layout.etp * layout.ep == 1:
-        yield Broken("ep", 1, "experts spread over ranks: Megatron-Core's flex dispatcher needs <etp> x <ep> above 1")
+        text = "experts spread over ranks: Megatron-Core's flex dispatcher needs <etp> x <ep> above 1"
+        yield RuleViolation("ep", 1, text)
     rows = work.seq_length // layout.cp * layout.micro_batch
     if work.numbers.fp8 and rows % _FP8_ROWS:
         expected = f"a multiple of {_FP8_ROWS} tokens in each rank's part of a micro-batch (now {rows}), as FP8 needs"
-        yield Broken("seq_length", work.seq_length, expected)
+        yield RuleViolation("seq_length", work.seq_length, expected)
 
 
-def _divides(name: str, value: int, number: int, what: str) -> Iterator[Broken]:
+def _divides(name: str, value: int, number: int, what: str) -> Iterator[RuleViolation]:
     if number % value:
-        yield Broken(name, value, f"a divisor of {what} ({number}): {_listed(divisors(number))}")
+        yield RuleViolation(name, value, f"a divisor of {what} ({number}): {_listed(divisors(number))}")
 
 
 def _listed(numbers: Iterable[int]) -> str:
@@ -158,9 +155,9 @@ def _listed(numbers: Iterable[int]) -> str:
 
 
 def _fix(name: str, layout: Layout, arch: Architecture, work: Workload) -> str:
-    """Return the nearest change of one setting that makes the layout a good one.
+    """Return the nearest change of one setting that makes the layout valid.
 
-    The setting that the rule is about is tried first, then sizes that were chosen, then the rest.
+    The setting that the rule names is tried first, then sizes that were chosen, then the rest.
     """
     chosen = [field.name for field in fields(layout) if getattr(layout, field.name) != field.default]
     chosen = [key for key in chosen if key != "gpus"]
@@ -176,12 +173,14 @@ def _fix(name: str, layout: Layout, arch: Architecture, work: Workload) -> str:
     return "change several sizes: nemo-upcycle plan without --layout finds good ones"
 
 
-def _changes(key: str, layout: Layout, arch: Architecture, work: Workload) -> Iterator[tuple[str, Broken | None]]:
-    """Yield changes of a setting, the nearest first, and which rule is broken then."""
+def _changes(
+    key: str, layout: Layout, arch: Architecture, work: Workload
+) -> Iterator[tuple[str, RuleViolation | None]]:
+    """Yield changes of a setting, the nearest first, and the rule that each still breaks."""
     for value in _candidates(key, layout, arch, work):
         text = f"omit <{key}>" if value is None else f"set <{key}>={value}"
         changed = _changed(layout, work, key, value)
-        yield text, broken(changed[0], arch, changed[1])
+        yield text, first_violation(changed[0], arch, changed[1])
 
 
 def _candidates(key: str, layout: Layout, arch: Architecture, work: Workload) -> list[int | None]:
@@ -195,7 +194,8 @@ def _candidates(key: str, layout: Layout, arch: Architecture, work: Workload) ->
     elif key in _SIZES:
         values = {*range(1, 129), *(size for size in divisors(arch.num_layers) if size > 128)}
     else:
-        values = {multiple for of in _multiples_of(key, layout) for multiple in _around(now, of)}
+        steps = [max(1, step) for step in _multiples_of(key, layout)]
+        values = {step * count for step in steps for count in (now // step, now // step + 1) if count}
     return sorted(
         values - {now}, key=lambda value: (math.inf, 0) if value is None else (abs(value - (now or 0)), value)
     )
@@ -209,11 +209,6 @@ def _multiples_of(key: str, layout: Layout) -> tuple[int, ...]:
         return of, math.lcm(of, _FP8_ROWS * layout.cp)
     step = max(1, layout.gpus // max(1, layout.tp * layout.cp * layout.pp)) * layout.micro_batch
     return step, step * layout.pp
-
-
-def _around(value: int, of: int) -> set[int]:
-    of = max(1, of)
-    return {of * count for count in (value // of, value // of + 1) if count}
 
 
 def _changed(layout: Layout, work: Workload, key: str, value: int | None) -> tuple[Layout, Workload]:

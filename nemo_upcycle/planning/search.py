@@ -15,12 +15,12 @@ from nemo_upcycle.planning.hardware import Gpu, Machine
 from nemo_upcycle.planning.layout import Layout, divisors
 from nemo_upcycle.planning.memory import GIB, Memory, activation_bytes, worst_memory
 from nemo_upcycle.planning.parameters import GRADIENT_BYTES, OPTIMIZER_BYTES, WEIGHT_BYTES
-from nemo_upcycle.planning.rules import broken, check_layout
+from nemo_upcycle.planning.rules import check_layout, first_violation
 from nemo_upcycle.planning.throughput import StepTime, ThroughputModel
 from nemo_upcycle.planning.workload import RECOMPUTES, Workload
 
 
-#: Up to this part of the card a layout fits; up to the next it is tight: it may run, and may fall to fragmentation.
+#: Up to this share of a GPU's memory a layout fits; up to the next it is tight: fragmentation may end the run.
 FITS, TIGHT = 0.90, 0.97
 _MICRO_BATCHES = (1, 2, 4)
 _CONTEXTS = (1, 2, 4, 8, 16)
@@ -34,14 +34,18 @@ class PlanRequest:
 
     Args:
         arch: of the model that is trained.
-        gpu: the cards.
+        gpu: their kind.
         gpus: their number.
         work: what a step works on.
         tokens: of the whole run.
-        machine: what is reached of the card's peaks.
+        machine: what is reached of the GPU's peaks.
         grouped: whether the experts' products are grouped; else Megatron-Core cannot recompute their activation alone.
         micro_batch: the only micro-batch to search, in sequences; None searches several.
         recompute: the only kind of recomputation to use; None chooses the least that fits.
+        price_per_gpu_hour: in any currency; None: not known.
+
+    Raises:
+        SpecError: the GPU has not the precision.
     """
 
     arch: Architecture
@@ -53,10 +57,16 @@ class PlanRequest:
     grouped: bool = True
     micro_batch: int | None = None
     recompute: str | None = None
+    price_per_gpu_hour: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.work.numbers.fp8 and self.gpu.fp8_tflops is None:
+            expected = f"bf16 on {self.gpu.name}"
+            raise SpecError(field="precision", got=self.work.precision, expected=expected, fix="use bf16")
 
     @cached_property
     def model(self) -> ThroughputModel:
-        """The throughput model of the architecture on these cards."""
+        """The throughput model of the architecture on these GPUs."""
         return ThroughputModel(self.arch, self.gpu, self.machine)
 
     @property
@@ -110,9 +120,8 @@ class Plan:
 
     def tflops_per_gpu(self, *, causal: bool) -> float:
         """Return the model's FLOPs (recomputation does not count) over the time, in either convention."""
-        return (
-            self.tokens_per_s_per_gpu * flops_per_token(self.request.arch, self.work.seq_length, causal=causal) / 1e12
-        )
+        flops = flops_per_token(self.request.arch, self.work.seq_length, causal=causal)
+        return self.tokens_per_s_per_gpu * flops / 1e12
 
     @property
     def peak_tflops(self) -> float:
@@ -139,6 +148,12 @@ class Plan:
     def gpu_hours(self) -> float:
         """Hours times GPUs."""
         return self.hours * self.request.gpus
+
+    @property
+    def cost(self) -> float | None:
+        """GPU-hours times their price, where that is known."""
+        price = self.request.price_per_gpu_hour
+        return None if price is None else self.gpu_hours * price
 
     @property
     def checkpoint_gib(self) -> float:
@@ -195,14 +210,9 @@ def search(request: PlanRequest, limit: int = 10) -> list[Plan]:
             expected=f"a number that holds the model and works on {batch} sequences a step",
             fix=f"set <gpus>={gpus}",
         )
-    # The plain layout breaks a rule: say which.
+    # The plain layout breaks a rule, or it would be among the plans: the error says which.
     check_layout(Layout(gpus=request.gpus, micro_batch=request.micro_batch or 1), request.arch, request.work)
-    raise SpecError(
-        field="gpus",
-        got=request.gpus,
-        expected="a number that some layout can use",
-        fix="evaluate a --layout to see which rules it breaks",
-    )
+    return plans
 
 
 def nearest_gpus(request: PlanRequest) -> int | None:
@@ -240,22 +250,22 @@ def find(request: PlanRequest, limit: int) -> list[Plan]:
     room_gib = request.gpu.memory_gib * TIGHT
     able = [layout for layout in every if _least_gib(request, layout) <= room_gib]
     kinds = [[Plan(request, layout, work) for work in works] for layout in able]
-    found: list[Plan] = []
+    chosen: list[Plan] = []
     # Fastest first. Of a layout, the kinds of recomputation are slower one by one: the next waits for the one before.
     queue = [(*_speed(plans[0]), number, 0) for number, plans in enumerate(kinds)]
     heapq.heapify(queue)
-    while queue and len(found) < limit:
+    while queue and len(chosen) < limit:
         *_, number, kind = heapq.heappop(queue)
         plans = kinds[number]
         plan = plans[kind]
         able_to_run = _could_fit(plan) and plan.verdict != "no"
         # A tight one gives way to a slower one of the same layout that fits.
         if able_to_run and (plan.verdict == "fits" or not any(other.verdict == "fits" for other in plans)):
-            found.append(plan)
+            chosen.append(plan)
         elif kind + 1 < len(plans):
             heapq.heappush(queue, (*_speed(plans[kind + 1]), number, kind + 1))
-    if found:
-        return found
+    if chosen:
+        return chosen
     nearest = (Plan(request, layout, works[-1]) for layout in _smallest(request, every, 50))
     return sorted(nearest, key=lambda plan: plan.memory.total)[:limit]
 
@@ -278,7 +288,7 @@ def layouts(request: PlanRequest) -> Iterator[Layout]:
             micros = micro_batches[:1] if cp > 1 else micro_batches
             for vp, micro in itertools.product(divisors(arch.num_layers // pp) if pp > 1 else [1], micros):
                 layout = Layout(gpus=request.gpus, tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, etp=etp, micro_batch=micro)
-                if broken(layout, request.arch, request.work) is None:
+                if first_violation(layout, request.arch, request.work) is None:
                     yield layout
 
 

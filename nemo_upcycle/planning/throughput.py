@@ -80,7 +80,7 @@ class ThroughputModel:
 
     Args:
         arch: of the model that is trained.
-        gpu: the card.
+        gpu: their kind.
         machine: what is reached of its peaks.
     """
 
@@ -115,10 +115,6 @@ class ThroughputModel:
         step.memory += self._optimizer_s(layout)
         step.network += self._data_parallel_s(layout, stage.total * 2 / 3)
         return step
-
-    def tokens_per_s_per_gpu(self, layout: Layout, work: Workload) -> float:
-        """Return the predicted throughput."""
-        return work.global_batch * work.seq_length / self.step(layout, work).total / layout.gpus
 
     def _parts(self, layout: Layout, work: Workload) -> tuple[StepTime, StepTime]:
         """Return the times of an average layer and of the output layer, for one micro-batch."""
@@ -169,16 +165,16 @@ class ThroughputModel:
         slots = tokens / layout.tp * self._slots_per_token(layout, work)
         uneven_us = machine.uneven_fp8_expert_us if fp8 else machine.uneven_expert_us
         expert_us = machine.expert_us if work.pad else uneven_us
-        found = StepTime(launch=(machine.moe_us + expert_us * (local - 1)) * 1e-6)
+        times = StepTime(launch=(machine.moe_us + expert_us * (local - 1)) * 1e-6)
         neurons = (arch.expert_ffn_size or 0) / layout.etp
         # A rank's experts get slots of its whole group: as many as its own tokens, etp times.
-        self._network(found, slots * layout.etp / local, neurons, fp8, local)
+        self._network(times, slots * layout.etp / local, neurons, fp8, local)
         # Permute, sort by expert, sort back, unpermute: read and written, forward and backward.
-        self._moved(found, slots * 16 * arch.hidden_size, fp8)
+        self._moved(times, slots * 16 * arch.hidden_size, fp8)
         if arch.shared_ffn_size:
-            self._network(found, tokens, arch.shared_ffn_size / layout.tp, fp8)
-            self._tensor_traffic(found, tokens, layout, work)
-        return found
+            self._network(times, tokens, arch.shared_ffn_size / layout.tp, fp8)
+            self._tensor_traffic(times, tokens, layout, work)
+        return times
 
     def _slots_per_token(self, layout: Layout, work: Workload) -> float:
         """Return the token slots for each token of the expert rank that the others wait for."""
@@ -187,7 +183,7 @@ class ThroughputModel:
         waits = 1.0 if work.pad or layout.ep == 1 else max(1.0, min(busiest, room))
         return work.slots_per_token(self.arch) * waits
 
-    def _dispatch(self, found: StepTime, layout: Layout, work: Workload, tokens: float, hidden: float) -> None:
+    def _dispatch(self, times: StepTime, layout: Layout, work: Workload, tokens: float, hidden: float) -> None:
         """Add what sends tokens to their experts and back, forward and backward, beyond what hides it."""
         copies = self._slots_per_token(layout, work)
         span = layout.etp * layout.ep
@@ -197,22 +193,22 @@ class ThroughputModel:
             places = layout.ep if span <= per_node else span // per_node
             copies *= self._expected_places(places) / (self.arch.top_k or 1)
         bytes_of_copy = 4 * 2 * tokens / layout.tp * self.arch.hidden_size
-        self._link(found, layout, bytes_of_copy * copies * (layout.ep - 1) / layout.ep, span, layout.ep, hidden)
+        self._link(times, layout, bytes_of_copy * copies * (layout.ep - 1) / layout.ep, span, layout.ep, hidden)
         slots = tokens / layout.tp * self._slots_per_token(layout, work)
-        self._link(found, layout, 4 * 2 * slots * self.arch.hidden_size * (layout.etp - 1), layout.etp, layout.etp)
+        self._link(times, layout, 4 * 2 * slots * self.arch.hidden_size * (layout.etp - 1), layout.etp, layout.etp)
 
     def _expected_places(self, places: int) -> float:
         """Return the expected number of distinct ranks or nodes holding a token's experts, under uniform routing."""
         experts, top_k = self.arch.num_experts or 1, self.arch.top_k or 1
         return places * (1 - math.comb(experts - experts // places, top_k) / math.comb(experts, top_k))
 
-    def _network(self, found: StepTime, rows: float, neurons: float, fp8: bool, count: int = 1) -> None:
+    def _network(self, times: StepTime, rows: float, neurons: float, fp8: bool, count: int = 1) -> None:
         gates = 2 if self.arch.gated else 1
-        self._matrix(found, rows, self.arch.hidden_size, gates * neurons, count, fp8)
-        self._matrix(found, rows, neurons, self.arch.hidden_size, count, fp8)
-        self._moved(found, count * rows * 8 * neurons, fp8)
+        self._matrix(times, rows, self.arch.hidden_size, gates * neurons, count, fp8)
+        self._matrix(times, rows, neurons, self.arch.hidden_size, count, fp8)
+        self._moved(times, count * rows * 8 * neurons, fp8)
 
-    def _matrix(self, found: StepTime, rows: float, inner: float, columns: float, count: int, fp8: bool) -> None:
+    def _matrix(self, times: StepTime, rows: float, inner: float, columns: float, count: int, fp8: bool) -> None:
         """Add a product and its two gradients: [rows, inner] x [inner, columns], `count` of them."""
         peak = (self.gpu.fp8_tflops or self.gpu.bf16_tflops) if fp8 else self.gpu.bf16_tflops
         reached = self.machine.gemm_fp8 if fp8 else self.machine.gemm
@@ -223,21 +219,21 @@ class ThroughputModel:
         moved += 8 * inner * columns
         memory_s = count * moved / (self.machine.memory * self.gpu.hbm_gb_s * 1e9)
         # A roofline: of the two the shorter is hidden behind the longer.
-        found.gemm += compute_s
-        found.memory += max(0.0, memory_s - compute_s)
+        times.gemm += compute_s
+        times.memory += max(0.0, memory_s - compute_s)
 
-    def _moved(self, found: StepTime, elements: float, fp8: bool) -> None:
+    def _moved(self, times: StepTime, elements: float, fp8: bool) -> None:
         """Add 16-bit elements read or written by what is no matrix product; a quarter more for casts to FP8."""
-        found.memory += 2.0 * elements * (1.25 if fp8 else 1.0) / (self.machine.memory * self.gpu.hbm_gb_s * 1e9)
+        times.memory += 2.0 * elements * (1.25 if fp8 else 1.0) / (self.machine.memory * self.gpu.hbm_gb_s * 1e9)
 
-    def _tensor_traffic(self, found: StepTime, tokens: float, layout: Layout, work: Workload) -> None:
+    def _tensor_traffic(self, times: StepTime, tokens: float, layout: Layout, work: Workload) -> None:
         """Add sequence parallelism's gathers and scatters: two forward, three backward, of the rank's tokens."""
         volume = 5 * 2 * tokens * self.arch.hidden_size * (layout.tp - 1) / layout.tp
         if "tp" in work.overlap:
             volume *= 1 - self.machine.tp_hidden
-        self._link(found, layout, volume, layout.tp, layout.tp)
+        self._link(times, layout, volume, layout.tp, layout.tp)
 
-    def _link(self, found: StepTime, layout: Layout, volume: float, span: int, size: int, hidden: float = 0.0) -> None:
+    def _link(self, times: StepTime, layout: Layout, volume: float, span: int, size: int, hidden: float = 0.0) -> None:
         """Add traffic of a group that lies within `span` neighbouring ranks, beyond seconds of work that hide it."""
         if volume <= 0 or size <= 1:
             return
@@ -249,26 +245,26 @@ class ThroughputModel:
         time_s = volume * max(away, 0.0) / (self.machine.link * bandwidth * 1e9)
         time_s = max(0.0, time_s - hidden)
         if inside:
-            found.nvlink += time_s
+            times.nvlink += time_s
         else:
-            found.network += time_s
+            times.network += time_s
 
     def _output(self, layout: Layout, work: Workload) -> StepTime:
         """Return the output layer and the loss: the last stage's work, for which all others wait."""
-        found = StepTime()
+        times = StepTime()
         tokens = work.seq_length / layout.cp * layout.micro_batch
         vocabulary = layout.padded_vocab(self.arch) / layout.tp
-        self._matrix(found, tokens, self.arch.hidden_size, vocabulary, 1, False)
-        self._moved(found, tokens * vocabulary * 12, False)
-        return found
+        self._matrix(times, tokens, self.arch.hidden_size, vocabulary, 1, False)
+        self._moved(times, tokens * vocabulary * 12, False)
+        return times
 
     def _send(self, layout: Layout, work: Workload) -> StepTime:
         """Return the cost of passing activations between stages: hidden with interleaving, exposed without."""
-        found = StepTime()
+        times = StepTime()
         if layout.pp > 1 and layout.vp == 1:
             tokens = work.seq_length / layout.cp * layout.micro_batch
-            self._link(found, layout, 4 * tokens * self.arch.hidden_size / layout.tp, layout.gpus, layout.gpus)
-        return found
+            self._link(times, layout, 4 * tokens * self.arch.hidden_size / layout.tp, layout.gpus, layout.gpus)
+        return times
 
     def _optimizer_s(self, layout: Layout) -> float:
         dense, expert = self.rank_params(layout)

@@ -15,14 +15,7 @@ from nemo_upcycle.utils.masking import masked_text
 
 
 #: Loggers of the libraries that trainers use.
-LIBRARIES = (
-    "megatron",
-    "lightning.pytorch",
-    "lightning.fabric",
-    "nv_one_logger",
-    "NeMo",
-    "torch.utils.cpp_extension",
-)
+LIBRARIES = ("megatron", "lightning.pytorch", "lightning.fabric", "nv_one_logger", "NeMo", "torch.utils.cpp_extension")
 
 
 def is_verbose() -> bool:

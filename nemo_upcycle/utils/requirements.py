@@ -50,25 +50,25 @@ def requirement(line: str) -> Requirement:
         >>> requirement('nemo-toolkit[lightning]<3,>=2.7; extra == "nemo"').argument
         'nemo-toolkit[lightning]<3,>=2.7'
     """
-    if not (found := _LINE.fullmatch(line)):
+    if not (match := _LINE.fullmatch(line)):
         raise ValueError(f"requirement {line!r}: not understood")
-    return Requirement(*(found[number] or "" for number in (1, 2, 3, 4)))
+    return Requirement(*(match[number] or "" for number in (1, 2, 3, 4)))
 
 
 def _holds(version: str, operator: str, bound: str) -> bool:
-    mine, other = _key(version), _key(bound)
+    own, limit = _key(version), _key(bound)
     if operator == ">=":
-        return mine >= other
+        return own >= limit
     # by PEP 440, a pre-release of 0.16 is not below 0.16
-    return mine == other if operator == "==" else mine < other and mine[0] != other[0]
+    return own == limit if operator == "==" else own < limit and own[0] != limit[0]
 
 
 def _key(version: str) -> tuple[tuple[int, ...], tuple[str, int], bool]:
     """Return what orders versions."""
-    found = _VERSION.match(version)
-    if not found:
+    match = _VERSION.match(version)
+    if not match:
         return (), ("", 0), False  # before every other
-    numbers = tuple(map(int, re.sub(r"(\.0+)+$", "", found[1]).split(".")))
+    numbers = tuple(map(int, re.sub(r"(\.0+)+$", "", match[1]).split(".")))
     # a development release comes before the pre-releases, and these before the release itself
-    stage = found[2] or ("" if found[4] else "z")
-    return numbers, (stage, int(found[3] or 0)), not found[4]
+    stage = match[2] or ("" if match[4] else "z")
+    return numbers, (stage, int(match[3] or 0)), not match[4]

@@ -36,7 +36,7 @@ MISTAKES = {
     f"{TINY} pretrain.++checkpoint.load=/elsewhere": "checkpoint.load: got ++checkpoint.load=/elsewhere",
     f"{TINY} pretrain.++train.train_iters=few": "train.train_iters: got 'few'",
     f"{TINY} pretrain.model.tensor_model_parallel_size=0": "model.tensor_model_parallel_size",
-    f"{TINY} gpus_per_node=0": "gpus_per_node: got 0, expected 1 or more",
+    f"{TINY} gpus_per_node=0": "gpus_per_node: got 0, expected a whole number, 1 or more",
     f"{TINY} --detach": "--detach: got an executor that needs the launcher",
     f"{TINY} --render out": "--render: got no cluster",
     f"{TINY} recip=x": "'recip'",

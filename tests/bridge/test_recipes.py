@@ -59,10 +59,9 @@ def test_a_forecast_says_of_the_papers_run_what_it_says_in_nemo(
     llama3_8b: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nemo_upcycle.pipeline.bridge.pipeline import pipeline
-    from nemo_upcycle.pipeline.forecast import forecast, render_forecast
-    from nemo_upcycle.pipeline.forecast.planned import planned_of
-    from nemo_upcycle.pipeline.forecast.settings import Origins
-    from nemo_upcycle.pipeline.jobs import jobs_of
+    from nemo_upcycle.pipeline.forecast import Origins, forecast, render_forecast
+    from nemo_upcycle.pipeline.forecast.recipe_to_plan import planned_of
+    from nemo_upcycle.pipeline.launch import jobs_of
     from nemo_upcycle.pipeline.stages import STAGES, RunPlan
     from nemo_upcycle.trainers.bridge_training import BridgeTraining
 

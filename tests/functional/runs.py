@@ -121,7 +121,7 @@ def tiny_recipe(parent: str, data: str, folder: str, options: dict[str, Any]) ->
     if "record" in options:
         recipe.trainer.callbacks.append(run.Config(Record, path=options["record"]))
     if "resilient" in options:
-        from nemo_upcycle.recipes.resilience import resilient
+        from nemo_upcycle.recipes.h100 import resilient
 
         every = recipe.log.ckpt.every_n_train_steps
         resilient(recipe).log.ckpt.every_n_train_steps = every

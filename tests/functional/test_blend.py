@@ -235,7 +235,7 @@ def test_ctrl_c_stops_and_says_how_to_go_on(texts: Path, tmp_path: Path) -> None
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=HANG_S)
     assert process.returncode == 130
-    assert "run again to go on" in errors
+    assert "run again to resume" in errors
     assert not (tmp_path / "data/_SUCCESS.json").exists()
 
 

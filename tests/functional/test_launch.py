@@ -67,7 +67,7 @@ def test_sigint_stops_the_stage_and_prints_how_to_continue(inputs: Path) -> None
     )
     assert "step=1" in last[0]
     head, _, command = last[1].partition(": ")
-    assert head == "Go on with the same command"
+    assert head == "Resume with the same command"
     assert shlex.split(command) == ["python", *launcher.command[1:], "--yes"]
     assert (inputs / "run/command.txt").read_text() == command + "\n"
     recipe = (inputs / "run/recipes/pretrain.yaml").read_text()
@@ -117,7 +117,7 @@ def test_other_executors_start_nothing_after_a_failed_stage(
 
     from nemo_upcycle.errors import StageError
     from nemo_upcycle.pipeline import run_here
-    from nemo_upcycle.pipeline.jobs import jobs_of
+    from nemo_upcycle.pipeline.launch import jobs_of
     from nemo_upcycle.pipeline.stages import STAGES, RunPlan
     from nemo_upcycle.recipes import smollm2_135m_e8t2
     from nemo_upcycle.trainers.nemo.recipes import dump_recipe

@@ -40,7 +40,7 @@ MISTAKES = {
     f"{DEMO} data=FILES/globs.yaml": "pattern texts/*.txt: got no file",
     f"{DEMO} evaluation=dmeo": "Did you mean 'demo'?",
     f"{DEMO} evaluation=FILES/key.yaml": "FILES/key.yaml",
-    f"{DEMO} dir=/dev/null/x": "/dev/null is a file, expected a folder",
+    f"{DEMO} dir=/dev/null/x": "/dev/null is a file, expected a writable folder",
     f"{DEMO} dir=FILES/not.yaml": "FILES/not.yaml is a file",
     # numbers
     f"{DEMO} pretrain.trainer.max_steps=0": "pretrain.trainer.max_steps: got 0, expected a whole number from 1 on",
@@ -88,7 +88,7 @@ MISTAKES = {
     ),
     f"{DEMO} run.executor=slurm --render FILES/rendered": "run.executor.account: got nothing",
     f"{DEMO} --render FILES/rendered": "--render: got no cluster, expected run.executor=slurm|kubernetes",
-    f"{DEMO} {SLURM} --render FILES/not.yaml": "--render FILES/not.yaml: got File exists, expected a folder",
+    f"{DEMO} {SLURM} --render FILES/not.yaml": "--render FILES/not.yaml: got File exists, expected a writable folder",
     f"{DEMO} {SLURM} --render FILES/not.yaml/x": "--render FILES/not.yaml/x: got Not a directory",
     f"{DEMO} {SLURM} run.executor.gpus_per_node=eight": "run.executor.gpus_per_node: got 'eight' (command line)",
     # names and values of settings

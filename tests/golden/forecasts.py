@@ -88,8 +88,7 @@ def forecast_of(
         stages: a part of the chain.
         executor: the user's, where it is no cluster's.
     """
-    from nemo_upcycle.pipeline.forecast import forecast
-    from nemo_upcycle.pipeline.forecast.settings import Origins
+    from nemo_upcycle.pipeline.forecast import Origins, forecast
     from nemo_upcycle.pipeline.nemo.pipeline import pipeline
     from nemo_upcycle.pipeline.stages import STAGES
 
@@ -100,7 +99,7 @@ def forecast_of(
 
 def jobs_of_chain(chain: Any, run_dir: Path) -> list[Any]:
     """Return the jobs of all stages of a chain, as the pipeline makes them for a container."""
-    from nemo_upcycle.pipeline.jobs import jobs_of
+    from nemo_upcycle.pipeline.launch import jobs_of
     from nemo_upcycle.pipeline.stages import STAGES
 
     return jobs_of(STAGES, run_dir, plan_of(chain), "python")

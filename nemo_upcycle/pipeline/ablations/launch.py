@@ -11,11 +11,10 @@ import nemo_run as run
 from nemo_upcycle.pipeline.ablations.grid import read_grid
 from nemo_upcycle.pipeline.ablations.stages import GridPlan
 from nemo_upcycle.pipeline.checks import check_started
-from nemo_upcycle.pipeline.commands import whole_path
 from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.executors.base import is_local
 from nemo_upcycle.pipeline.executors.local import ended_by_ctrl_c
-from nemo_upcycle.pipeline.launch import launch
+from nemo_upcycle.pipeline.launch import absolute_argument, launch
 from nemo_upcycle.pipeline.order import require_outputs
 from nemo_upcycle.pipeline.run_here import check_at_once
 from nemo_upcycle.utils.files import MARKER
@@ -55,9 +54,9 @@ def ablate(
     run_dir = Path(dir).expanduser().absolute()
     with ended_by_ctrl_c():
         plan = read_grid(
-            whole_path(grid),
-            whole_path(dense, folder=True) if dense else None,
-            whole_path(data, folder=True) if data else None,
+            absolute_argument(grid),
+            absolute_argument(dense, folder=True) if dense else None,
+            absolute_argument(data, folder=True) if data else None,
         )
         check_started(run_dir, plan)
         require_outputs(plan.stages, run_dir, plan)

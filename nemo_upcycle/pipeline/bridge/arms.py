@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
@@ -43,7 +44,7 @@ class BridgeArm:
         self._fields, self._settings = dict(fields), dict(settings)
         try:
             self._folder = required_parent(dense)
-            training = self._training({}, None)
+            training = self._training({}, {})
             self._is_upcycled = required_hook(training.config(self._folder)).spec is not None
             training.check_parent("pretrain" if self._is_upcycled else "dense_ct", dense, remote=False)
         except UpcycleError as error:
@@ -52,13 +53,10 @@ class BridgeArm:
             expected = "fields of UpcycleSpec"
             raise UpcycleError(f"{where}: spec", got=error, expected=expected, fix="correct it") from None
 
-    def _training(self, changes: Mapping[str, Any], evaluations: Evaluations | None) -> BridgeTraining:
-        overrides = [f"{name}={value}" for name, value in (self._settings | changes.get("set", {})).items()]
-        fields = self._fields | changes.get("spec", {})
-        made = training_of(self._recipe, overrides, self._gpus)
-        return BridgeTraining(
-            made.recipe, made.overrides, made.nodes, made.ranks_per_node, evaluations, json.dumps(fields)
-        )
+    def _training(self, settings: dict[str, Any], fields: dict[str, Any]) -> BridgeTraining:
+        overrides = [f"{name}={value}" for name, value in (self._settings | settings).items()]
+        training = training_of(self._recipe, overrides, self._gpus)
+        return replace(training, changes=json.dumps(self._fields | fields))
 
     def cell(self, seed: int, name: str, evaluations: Evaluations) -> str:
         """Return the training of one seed: of the router, the method's random numbers and the data's order.
@@ -68,5 +66,5 @@ class BridgeArm:
             name: of the cell.
             evaluations: what is scored on the way.
         """
-        changes = {"set": {"dataset.seed": seed}, "spec": {"seed": seed} if self._is_upcycled else {}}
-        return self._training(changes, evaluations).to_text()
+        training = self._training({"dataset.seed": seed}, {"seed": seed} if self._is_upcycled else {})
+        return replace(training, evaluations=evaluations).to_text()

@@ -4,18 +4,17 @@
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Optional
 
 import nemo_run as run
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.commands import whole_path
 from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.launch import launch_chain
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.trainers.bridge_training import BridgeTraining
 from nemo_upcycle.utils.console import quiet_libraries
+from nemo_upcycle.utils.validation import check_whole
 
 
 class BridgeContext(PipelineContext):
@@ -87,17 +86,9 @@ def pipeline(
             expected="dense_ct=NAME beside it",
             fix="give dense_ct=NAME, or omit the setting",
         )
-    plan = RunPlan(
-        recipe,
-        whole_path(dense, folder=True),
-        whole_path(data, folder=True),
-        whole_path(evaluation),
-        trainings["pretrain"].to_text(),
-        trainings["dense_ct"].to_text() if dense_ct else None,
-        trainer="bridge",
-    )
-    run_dir = Path(dir).expanduser().absolute()
-    launch_chain(ctx, run_dir, plan, pipeline, first=from_stage, last=until_stage, only=only_stage, render=render)
+    baseline = trainings["dense_ct"].to_text() if dense_ct else None
+    plan = RunPlan(recipe, dense, data, evaluation, trainings["pretrain"].to_text(), baseline, trainer="bridge")
+    launch_chain(ctx, dir, plan, pipeline, first=from_stage, last=until_stage, only=only_stage, render=render)
 
 
 def training_of(recipe: str, settings: Sequence[str], gpus: int | None, gpus_per_node: int = 8) -> BridgeTraining:
@@ -121,12 +112,59 @@ def training_of(recipe: str, settings: Sequence[str], gpus: int | None, gpus_per
             expected="how many ranks train: the name of the recipe does not say it",
             fix="give gpus=N",
         )
-    for name, number in (("gpus", ranks), ("gpus_per_node", gpus_per_node)):
-        if number < 1:
-            raise UpcycleError(name, got=number, expected="1 or more", fix=f"give {name}=8")
+    check_whole("gpus", ranks, 1)
+    check_whole("gpus_per_node", gpus_per_node, 1)
     per_node = min(ranks, gpus_per_node)
     if ranks % per_node:
         raise UpcycleError(
             "gpus", got=ranks, expected=f"a multiple of gpus_per_node ({gpus_per_node})", fix="change one of them"
         )
     return BridgeTraining(recipe, tuple(settings), ranks // per_node, per_node)
+
+
+@run.cli.factory(target=pipeline, name="smollm2_135m_e8t2")
+def smollm2_135m_e8t2(dir: str = "runs/smollm2_135m_e8t2") -> run.Partial:
+    """Create the chain of SmolLM2-135M, which needs one GPU, or none.
+
+    Args:
+        dir (str): Folder of the run.
+
+    Returns:
+        run.Partial: Partial configuration of the pipeline.
+
+    Examples:
+        CLI usage:
+            $ nemo upcycle pipeline --factory smollm2_135m_e8t2 dir=runs/first pretrain.train.train_iters=4 --yes
+    """
+    return run.Partial(
+        pipeline,
+        dir=dir,
+        dense="asset://smollm2-135m",
+        recipe="smollm2_135m_e8t2_pretrain_1gpu_h100_bf16_config",
+        dense_ct="smollm2_135m_dense_ct_pretrain_1gpu_h100_bf16_config",
+    )
+
+
+@run.cli.factory(target=pipeline, name="llama3_8b_e8t2")
+def llama3_8b_e8t2(dir: str = "runs/llama3_8b_e8t2") -> run.Partial:
+    """Create the paper's chain: Llama 3 8B on 512 H100, its dense baseline, the paper's blend and tasks.
+
+    Args:
+        dir (str): Folder of the run, which all nodes share.
+
+    Returns:
+        run.Partial: Partial configuration of the pipeline.
+
+    Examples:
+        CLI usage:
+            $ nemo upcycle pipeline --factory llama3_8b_e8t2 run.executor=slurm dir=/shared/runs/first --yes
+    """
+    return run.Partial(
+        pipeline,
+        dir=dir,
+        dense="hf://meta-llama/Meta-Llama-3-8B",
+        recipe="llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config",
+        dense_ct="llama3_8b_dense_ct_pretrain_512gpu_h100_bf16_config",
+        data="redpajama_v2_academic_7_3",
+        evaluation="paper",
+    )

@@ -43,11 +43,6 @@ class DiskForecast:
         return max(most, kept)
 
     @property
-    def unknown(self) -> tuple[str, ...]:
-        """What has no known size."""
-        return tuple(use.unknown for use in self.uses if use.unknown)
-
-    @property
     def fits(self) -> bool:
         """Whether what is known fits."""
         return self.needed_bytes <= self.free_bytes
@@ -91,10 +86,4 @@ def _checkpoints_use(stage: str, training: TrainingForecast | None) -> DiskUse:
     newest = training.stage.finding.checkpoint
     present = len(complete_checkpoints(newest.parent)) if newest else 0
     at_once = max(training.checkpoints_at_once, present + (training.steps_left > 0))  # a new one, then old ones go
-    return DiskUse(
-        stage,
-        what,
-        training.checkpoints_kept * size_bytes,
-        at_once * size_bytes,
-        present * size_bytes,
-    )
+    return DiskUse(stage, what, training.checkpoints_kept * size_bytes, at_once * size_bytes, present * size_bytes)

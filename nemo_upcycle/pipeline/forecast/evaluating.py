@@ -54,20 +54,20 @@ def forecast_evaluation(evaluations: Evaluations | None, plan: Plan | None) -> E
     parts = _parts(config, evaluations.limit) if config.local else None
     texts = None if parts is None else sum(count for count, _ in parts)
     batch, every_n_steps = evaluations.batch_size or config.batch_size, evaluations.every_n_steps
-    if plan is None or parts is None or isinstance(batch, str):
-        return EvaluationForecast(evaluations.suite, every_n_steps, texts, None, None)
-    layout, sequence = plan.layout, plan.work.seq_length
-    micro_batches = plan.work.global_batch / layout.dp / layout.micro_batch
-    stage_s = plan.time.total / (micro_batches + (layout.pp - 1) / layout.vp) / 3  # forward, of forward and backward
-    token_s = layout.pp * stage_s / (layout.micro_batch * sequence)
-    seconds = 0.0
-    for count, tokens in parts:
-        pieces = math.ceil(tokens / sequence)  # a longer text is cut
-        passes = math.ceil(count * pieces / (batch * layout.dp))
-        seconds += passes * batch * min(sequence, tokens) * token_s
-    return EvaluationForecast(
-        evaluations.suite, every_n_steps, texts, seconds, seconds / (every_n_steps * plan.time.total)
-    )
+    seconds = share = None
+    if plan and parts is not None and not isinstance(batch, str):
+        layout, sequence = plan.layout, plan.work.seq_length
+        micro_batches = plan.work.global_batch / layout.dp / layout.micro_batch
+        # Forward alone is a third of forward and backward.
+        stage_s = plan.time.total / (micro_batches + (layout.pp - 1) / layout.vp) / 3
+        token_s = layout.pp * stage_s / (layout.micro_batch * sequence)
+        seconds = 0.0
+        for count, tokens in parts:
+            pieces = math.ceil(tokens / sequence)  # a longer text is cut
+            passes = math.ceil(count * pieces / (batch * layout.dp))
+            seconds += passes * batch * min(sequence, tokens) * token_s
+        share = seconds / (every_n_steps * plan.time.total)
+    return EvaluationForecast(evaluations.suite, every_n_steps, texts, seconds, share)
 
 
 def _parts(config: SuiteConfig, limit: int | None) -> list[tuple[int, int]] | None:

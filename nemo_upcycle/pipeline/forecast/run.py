@@ -1,30 +1,94 @@
-"""The forecast of a run: plain values, made before anything is submitted or written."""
+"""The forecast of a run, made before anything is submitted or written: values, and where its settings come from."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_run.cli.cli_parser import parse_factory
+
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.executors.base import Cluster, Job
+from nemo_upcycle.pipeline.executors.base import Cluster, Job, is_local
 from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
-from nemo_upcycle.pipeline.executors.performance import PerformanceSetting
+from nemo_upcycle.pipeline.executors.performance import PerformanceSetting, settings_here
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast, forecast_disk
-from nemo_upcycle.pipeline.forecast.settings import (
-    Origins,
-    Setting,
-    executor_settings,
-    run_settings,
-    training_settings,
-)
 from nemo_upcycle.pipeline.forecast.stages import StageForecast, State, forecast_stages
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast, forecast_training
-from nemo_upcycle.pipeline.jobs import performance_of
 from nemo_upcycle.pipeline.plan import Stage, required_training
 from nemo_upcycle.pipeline.stages import RunPlan
+from nemo_upcycle.trainers.values import setting
 from nemo_upcycle.utils.files import size_text
+
+
+TYPED = "command line"
+_OVERRIDE = re.compile(r"(?P<key>[\w.\[\]]+)\s*[-+*/|&]?=")
+_INDEX = re.compile(r"\[.*")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting.
+
+    Args:
+        name: as an override on the command line names it.
+        value: as text.
+        origin: where it comes from.
+    """
+
+    name: str
+    value: str
+    origin: str
+
+
+class Origins:
+    """Tells where settings come from.
+
+    Args:
+        words: of the command line, as they were typed.
+        target: the function whose recipe `--factory` names.
+    """
+
+    def __init__(self, words: Sequence[str], target: Any) -> None:
+        self.typed = {_INDEX.sub("", match["key"]) for word in words if (match := _OVERRIDE.match(word))}
+        self.factory = _option(words, "--factory", "-f")
+        self.recipe = self.factory.partition("(")[0].strip()
+        self.executor = next((word.partition("=")[2] for word in words if word.startswith("run.executor=")), "")
+        has_arguments = bool(self.recipe) and self.factory.rstrip() != self.recipe
+        #: The recipe without the arguments that were typed; a value that differs from it comes from them.
+        self._usual = None
+        if has_arguments:
+            with contextlib.suppress(Exception):  # a user's factory may need its arguments
+                self._usual = parse_factory(target, "", target, self.recipe)
+
+    def of(self, name: str, value: Any, otherwise: str) -> str:
+        """Return where a setting comes from.
+
+        Args:
+            name: its override.
+            value: its value.
+            otherwise: where it is from if nobody typed it.
+        """
+        parts = name.split(".")
+        if any(".".join(parts[:number]) in self.typed for number in range(1, len(parts) + 1)):
+            return TYPED
+        # What a trainer's own parser takes is no argument of the command, so that no factory can set it.
+        if self._usual is not None and hasattr(self._usual, parts[0]) and setting(self._usual, name) != value:
+            return f"{TYPED} (--factory)"
+        return otherwise
+
+
+def _option(words: Sequence[str], *names: str) -> str:
+    """Return the value of an option, `--factory NAME` or `--factory=NAME`; empty without one."""
+    for number, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option in names:
+            return value if equals else next(iter(words[number + 1 :]), "")
+    return ""
 
 
 @dataclass(frozen=True)
@@ -80,25 +144,71 @@ def forecast(
         >>> print(render_forecast(forecast(stages, run_dir, plan, None, jobs, origins)))  # doctest: +SKIP
     """
     executor = cluster.executor if cluster else executor
-    found = forecast_stages(stages, run_dir, plan, cluster, jobs, executor)
+    stage_forecasts = forecast_stages(stages, run_dir, plan, cluster, jobs, executor)
     facts = {
         stage.name: training.facts(plan.dense) for stage in plan.stages if (training := plan.training(stage.name))
     }
+    trained = [stage for stage in stage_forecasts if stage.name in facts]
     trainings = {
-        stage.name: forecast_training(known, stage, executor) for stage in found if (known := facts.get(stage.name))
+        stage.name: forecast_training(known, stage, executor) for stage in trained if (known := facts[stage.name])
     }
-    settings = list(run_settings(plan, origins))
-    for name in (stage.name for stage in found if stage.name in facts):
-        training, known = required_training(plan, name), facts[name]
-        recipe = known.recipe if known else plan.recipe
-        settings += training_settings(name, training.shown_settings(plan.dense), recipe, origins)
-    if cluster is not None:
-        settings += executor_settings(executor, origins, [stage.name for stage in stages])
-    holds_back = cluster is not None and cluster.holds_back  # then nothing but its inputs holds a training
+    recipes = {stage.name: known.recipe if (known := facts[stage.name]) else plan.recipe for stage in trained}
+    settings = list(_run_settings(plan, recipes, origins))
+    if cluster:
+        settings += _executor_settings(executor, origins, [stage.name for stage in stages])
     models = {name: known.arch if known else None for name, known in facts.items()}
-    disk = forecast_disk(run_dir, plan, found, models, trainings, is_parallel=holds_back)
-    fast = performance_of((jobs[stage.name] for stage in found if stage.name in facts), cluster, executor)
-    return Forecast(run_dir, plan.recipe, found, trainings, disk, tuple(settings), fast)
+    holds_back = cluster is not None and cluster.holds_back  # then nothing but its inputs holds a training
+    disk = forecast_disk(run_dir, plan, stage_forecasts, models, trainings, is_parallel=holds_back)
+    here = settings_here if is_local(executor) else lambda _: []
+    performance_of = cluster.performance if cluster else here
+    performance = {stage.name: performance_of(jobs[stage.name]) for stage in trained}
+    return Forecast(run_dir, plan.recipe, stage_forecasts, trainings, disk, tuple(settings), performance)
+
+
+def _run_settings(plan: RunPlan, recipes: Mapping[str, str], origins: Origins) -> Iterator[Setting]:
+    """Yield the settings of a run, and those of its trainings that people look at.
+
+    Args:
+        plan: what the stages are given.
+        recipes: names of the recipes, by the stage of a training.
+        origins: of the command.
+    """
+    for name in ("dense", "data", "evaluation"):
+        value = getattr(plan, name)
+        yield Setting(name, value, origins.of(name, value, f"recipe {origins.recipe or plan.recipe}"))
+    for stage, recipe in recipes.items():
+        for path, value in required_training(plan, stage).shown_settings(plan.dense).items():
+            name = f"{stage}.{path}"
+            yield Setting(name, str(value), origins.of(name, value, f"recipe {recipe}"))
+
+
+def _executor_settings(executor: Any, origins: Origins, stages: Sequence[str]) -> Iterator[Setting]:
+    """Yield the plain settings of an executor that are not their defaults, and those that its stages set.
+
+    Args:
+        executor: may have `origins`, by setting where it comes from, and `stages`, by stage what differs there.
+        origins: of the command.
+        stages: names of those of the forecast; a setting that every one of them sets itself is shown for these alone.
+    """
+    if not dataclasses.is_dataclass(executor):
+        return
+    named: Mapping[str, str] = getattr(executor, "origins", {})
+    otherwise = f"executor {origins.executor or type(executor).__name__}"
+    table: Mapping[str, Mapping[str, Any]] = getattr(executor, "stages", {})
+    own = {stage: table.get(stage, {}) for stage in stages}
+    common = {
+        field.name: value
+        for field in dataclasses.fields(executor)
+        if (value := getattr(executor, field.name, None)) != field.default
+        and not all(field.name in settings for settings in own.values())
+    }
+    differing = {
+        f"stages.{stage}.{name}": value for stage, settings in own.items() for name, value in settings.items()
+    }
+    for name, value in (common | differing).items():
+        if isinstance(value, (str, int, float, bool)) and value != "":
+            typed = f"run.executor.{name}"
+            yield Setting(typed, str(value), TYPED if typed in origins.typed else named.get(name, otherwise))
 
 
 def check_stages(forecast: Forecast) -> None:
@@ -154,8 +264,8 @@ def _warnings(forecast: Forecast) -> Iterator[str]:
     disk = forecast.disk
     if not disk.fits:
         yield f"the disk is too small: {size_text(disk.needed_bytes)} needed, {size_text(disk.free_bytes)} free"
-    if disk.unknown:
-        yield f"the disk needed does not count what has no known size: {'; '.join(disk.unknown)}"
+    if unknown := [use.unknown for use in disk.uses if use.unknown]:
+        yield f"the disk needed does not count what has no known size: {'; '.join(unknown)}"
 
 
 def _training_warnings(name: str, training: TrainingForecast) -> Iterator[str]:
@@ -168,7 +278,7 @@ def _training_warnings(name: str, training: TrainingForecast) -> Iterator[str]:
             f"nemo-upcycle plan --recipe {recipe} --gpus {training.facts.layout.gpus}"
         )
     if not training.facts.knows_vocabulary:
-        yield f"{name}: the vocabulary is not known before the parent is fetched; sizes leave out the embeddings"
+        yield f"{name}: the vocabulary is not known before the parent is fetched; sizes omit the embeddings"
     for limit in training.stage.save_limits:
         if training.save_gib_s(limit) > USUAL_GIB_S:
             size = size_text(training.facts.checkpoint_bytes)

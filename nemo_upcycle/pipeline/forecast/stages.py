@@ -1,9 +1,9 @@
-"""Which stages of a run are done, go on or start, and why; and what each asks its executor for."""
+"""Which stages of a run are done, resume or start, and why; and what each asks its executor for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,12 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found in a stage's folder.
+    """What follows from the contents of a stage's folder.
 
     Args:
-        state: what follows from it.
+        state: what happens to the stage.
         why: the reason, for people.
-        checkpoint: the newest complete one, where the stage goes on from one.
+        checkpoint: the newest complete one, where the stage resumes from one.
     """
 
     state: State
@@ -101,15 +101,15 @@ def forecast_stages(
     findings: dict[str, Finding] = {}
     for stage in stages:
         findings[stage.name] = find(stage, run_dir, plan, findings)
-    return tuple(_asked(findings[stage.name], jobs[stage.name], cluster, executor) for stage in stages)
+    return tuple(_stage_forecast(findings[stage.name], jobs[stage.name], cluster, executor) for stage in stages)
 
 
-def _asked(finding: Finding, job: Job, cluster: Cluster | None, executor: Any) -> StageForecast:
+def _stage_forecast(finding: Finding, job: Job, cluster: Cluster | None, executor: Any) -> StageForecast:
     if cluster is None:
         here = THIS_MACHINE if job.nodes == 1 else NO_EXECUTOR
         name = here if is_local(executor) else type(executor).__name__
-        asked = {_GPUS: str(gpus)} if (gpus := getattr(executor, _GPUS, None)) else {}
-        return StageForecast(job.name, finding, name, job.nodes, job.ranks_per_node, asked)
+        resources = {_GPUS: str(gpus)} if (gpus := getattr(executor, _GPUS, None)) else {}
+        return StageForecast(job.name, finding, name, job.nodes, job.ranks_per_node, resources)
     is_done = finding.state is State.DONE
     return StageForecast(
         name=job.name,
@@ -134,52 +134,33 @@ def find(stage: Stage, run_dir: Path, plan: RunPlan, before: Mapping[str, Findin
     """
     folder = stage.folder(run_dir)
     started, done = folder.started_from(), folder.done_from()
+    refusal = f"and {folder.path} holds work from before: set it back, or delete that folder"
     # Their markers will be new, so whatever was made from the earlier ones does not count.
     if again := [name for name in stage.after if name in before and before[name].state is not State.DONE]:
-        return _find_after(again, folder.path, stage, started, done)
+        those = f"{_listed(again)} {'runs' if len(again) == 1 else 'run'}"
+        if stage.resumable and started is not None:
+            return Finding(State.REFUSED, f"{those} again, {refusal}")
+        if started is not None or done is not None:
+            return Finding(State.RUN, f"{those} again, so its earlier result does not count")
+        return Finding(State.RUN, f"not run yet; {those} first")
     inputs = folder.inputs(stage.settings_of(plan))
     if done == inputs:
         return Finding(State.DONE, "finished before, from the same inputs")
     if stage.resumable and started is not None:
         if changed := refused_changes(started, inputs):
-            return _refused(folder.path, f"{_listed(changed)} changed")
-        return _resume(stage, folder.path)
+            return Finding(State.REFUSED, f"{_listed(changed)} changed, {refusal}")
+        if not stage.parallel:
+            return Finding(State.RESUME, "stopped before it finished; continues with what it left")
+        checkpoint = newest_checkpoint(folder.path / "checkpoints")
+        if checkpoint is None:
+            return Finding(State.RUN, "started before, but no checkpoint is complete; starts anew")
+        return Finding(State.RESUME, f"checkpoint after step {steps_in(checkpoint):,}, {checkpoint.name}", checkpoint)
     if done is not None:
         changed = changed_inputs(done, inputs) or ["the list of inputs"]
         return Finding(State.RUN, f"finished before, but {_listed(changed)} changed")
     if started is not None:
         return Finding(State.RUN, "started before and not finished; starts anew")
     return Finding(State.RUN, "not run yet")
-
-
-def _find_after(
-    again: Sequence[str],
-    folder: Path,
-    stage: Stage,
-    started: Mapping[str, str] | None,
-    done: Mapping[str, str] | None,
-) -> Finding:
-    """Return what happens to a stage behind others that run."""
-    those = f"{_listed(again)} {'runs' if len(again) == 1 else 'run'}"
-    if stage.resumable and started is not None:
-        return _refused(folder, f"{those} again")
-    if started is not None or done is not None:
-        return Finding(State.RUN, f"{those} again, so its earlier result does not count")
-    return Finding(State.RUN, f"not run yet; {those} first")
-
-
-def _resume(stage: Stage, folder: Path) -> Finding:
-    if not stage.parallel:
-        return Finding(State.RESUME, "stopped before it finished; goes on with what it left")
-    checkpoint = newest_checkpoint(folder / "checkpoints")
-    if checkpoint is None:
-        return Finding(State.RUN, "started before, but no checkpoint is complete; starts anew")
-    found = Finding(State.RESUME, "", checkpoint)
-    return replace(found, why=f"checkpoint after step {found.steps_done:,} found, {checkpoint.name}")
-
-
-def _refused(folder: Path, why: str) -> Finding:
-    return Finding(State.REFUSED, f"{why}, and {folder} holds work from before: set it back, or delete that folder")
 
 
 def _listed(names: Sequence[str]) -> str:

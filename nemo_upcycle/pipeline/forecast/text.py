@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from nemo_upcycle.pipeline.executors.performance import TABLE, lines_of
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast
-from nemo_upcycle.pipeline.forecast.evaluating import EvaluationForecast
-from nemo_upcycle.pipeline.forecast.run import Forecast
-from nemo_upcycle.pipeline.forecast.settings import Setting
+from nemo_upcycle.pipeline.forecast.run import Forecast, Setting
 from nemo_upcycle.pipeline.forecast.stages import StageForecast
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast
 from nemo_upcycle.utils.files import size_text
@@ -32,8 +30,8 @@ def render_forecast(forecast: Forecast) -> str:
         ("Warnings", (line for text in forecast.warnings for line in _wrapped(f"- {text}", _INDENT))),
     )
     for title, body in sections:
-        if found := list(body):
-            lines += ["", title, *(f"{_INDENT}{line}".rstrip() for line in found)]
+        if body_lines := list(body):
+            lines += ["", title, *(f"{_INDENT}{line}".rstrip() for line in body_lines)]
     for stage in forecast.stages:
         for path, text in stage.files.items():
             lines += ["", f"--- {path}", *text.rstrip("\n").split("\n")]
@@ -74,70 +72,75 @@ def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
-#: What is said of a training, in the order of the table.
-_ROWS: dict[str, Callable[[TrainingForecast], str]] = {
-    "recipe": lambda it: it.facts.recipe,
-    "parameters": lambda it: f"{_params(it.facts.arch.total_params)}, {_params(it.facts.arch.active_params)} active",
-    "ranks": lambda it: f"{it.stage.nodes} x {it.stage.ranks_per_node} = {it.facts.layout.gpus}",
-    "layout": lambda it: _layout(it),
-    "precision": lambda it: it.facts.profile.precision,
-    "batch": lambda it: f"{it.facts.global_batch} x {it.facts.seq_length} = {it.facts.step_tokens:,} tokens a step",
-    "micro-batch": lambda it: str(it.facts.layout.micro_batch),
-    "steps": lambda it: (
-        f"{it.facts.steps:,}" + (f", {it.steps_left:,} of them left" if it.steps_left != it.facts.steps else "")
-    ),
-    "tokens": lambda it: f"{it.tokens:,}",
-    "card": lambda it: f"{it.card.gpu.name}, {it.card.why}" if it.card.gpu else it.card.why,
-    "memory a GPU": lambda it: _memory(it),
-    "step": lambda it: (
-        f"{it.step_s:.2f} s"
-        + (f" ({it.first.time.total:.2f} s in the first {it.facts.first_steps})" if it.facts.first_steps else "")
-        if it.step_s and it.first
-        else ""
-    ),
-    "speed": lambda it: (
-        f"{it.later.tflops_per_gpu(causal=False):.0f} TFLOP/s a GPU, MFU {100 * it.later.mfu:.1f} %"
-        if it.later
-        else ""
-    ),
-    "time": lambda it: (
-        f"{it.seconds_left / 3600:,.1f} h, {it.gpu_hours_left:,.0f} GPU-hours"
-        if it.seconds_left is not None and it.gpu_hours_left is not None
-        else f"no estimate of the speed: {it.no_plan}"
-    ),
-    "cost": lambda it: (
-        f"{it.cost_left:,.0f} at {it.price:g} a GPU-hour"
-        if it.cost_left is not None
-        else "no price of a GPU-hour is known"
-        if it.later
-        else ""
-    ),
-    "jobs": lambda it: (
-        f"{it.jobs_left:,} of {it.limit_s / 3600:g} h" if it.jobs_left is not None and it.limit_s else ""
-    ),
-    "checkpoint": lambda it: (
-        f"{size_text(it.facts.checkpoint_bytes)} every {it.facts.save_every:,} steps, {it.checkpoints_at_once} at once"
-    ),
-    "save in time": lambda it: ", ".join(
-        f"{it.save_gib_s(limit):.3g} GiB/s ({limit.what})" for limit in it.stage.save_limits
-    ),
-    "lost by a kill": lambda it: _loss(it),
-    "evaluation": lambda it: _evaluation(it.evaluation) if it.evaluation else "",
-}
+def _training_cells(training: TrainingForecast) -> dict[str, str]:
+    """Return the rows of the table for a training, in their order, and their texts; empty where none is needed."""
+    facts, layout, arch, stage = training.facts, training.facts.layout, training.facts.arch, training.stage
+    sizes = {"TP": layout.tp, "PP": layout.pp, "VPP": layout.vp, "CP": layout.cp}
+    sizes |= {"EP": layout.ep, "ETP": layout.etp} if arch.num_experts else {}
+    lost = min(facts.save_every, facts.steps)
+    cells = {
+        "recipe": facts.recipe,
+        "parameters": f"{_params(arch.total_params)}, {_params(arch.active_params)} active",
+        "ranks": f"{stage.nodes} x {stage.ranks_per_node} = {layout.gpus}",
+        "layout": " ".join(f"{name}{size}" for name, size in (sizes | {"DP": layout.dp}).items()),
+        "precision": facts.profile.precision,
+        "batch": f"{facts.global_batch} x {facts.seq_length} = {facts.step_tokens:,} tokens a step",
+        "micro-batch": str(layout.micro_batch),
+        "steps": f"{facts.steps:,}",
+        "tokens": f"{training.tokens:,}",
+        "GPU": f"{training.gpu.name}, {training.gpu_origin}" if training.gpu else training.gpu_origin,
+        **dict.fromkeys(("memory a GPU", "step", "speed"), ""),
+        "time": f"no estimate of the speed: {training.no_plan}",
+        **dict.fromkeys(("cost", "jobs"), ""),
+        "checkpoint": (
+            f"{size_text(facts.checkpoint_bytes)} every {facts.save_every:,} steps,"
+            f" {training.checkpoints_at_once} at once"
+        ),
+        "save in time": ", ".join(
+            f"{training.save_gib_s(limit):.3g} GiB/s ({limit.what})" for limit in stage.save_limits
+        ),
+        "lost by a kill": f"at most {_count(lost, 'step')}",
+        "evaluation": "",
+    }
+    if training.steps_left != facts.steps:
+        cells["steps"] += f", {training.steps_left:,} of them left"
+    if training.first and training.later and training.fullest:
+        gib = training.fullest.request.gpu.memory_gib
+        verdict = {"no": "does not fit"}.get(training.fullest.verdict, training.fullest.verdict)
+        cells["memory a GPU"] = f"{training.memory_gib:.1f} of {gib} GiB: {verdict}"
+        cells["step"] = f"{training.later.time.total:.2f} s"
+        if facts.first_steps:
+            cells["step"] += f" ({training.first.time.total:.2f} s in the first {facts.first_steps})"
+        tflops = training.later.tflops_per_gpu(causal=False)
+        cells["speed"] = f"{tflops:.0f} TFLOP/s a GPU, MFU {100 * training.later.mfu:.1f} %"
+        cells["cost"] = "no price of a GPU-hour is known"
+    if training.seconds_left is not None:
+        cells["time"] = f"{training.seconds_left / 3600:,.1f} h, {training.gpu_hours_left:,.0f} GPU-hours"
+    if training.cost_left is not None:
+        cells["cost"] = f"{training.cost_left:,.0f} at {training.price:g} a GPU-hour"
+    if training.jobs_left is not None and training.limit_s:
+        cells["jobs"] = f"{training.jobs_left:,} of {training.limit_s / 3600:g} h"
+    if (loss_s := training.longest_loss_s) is not None:
+        cells["lost by a kill"] += f": {loss_s / 60:.1f} min, {loss_s / 3600 * layout.gpus:,.0f} GPU-hours"
+    if evaluation := training.evaluation:
+        texts = "all texts" if evaluation.texts is None else f"{evaluation.texts:,} texts"
+        cells["evaluation"] = f"{texts} of {evaluation.suite} every {evaluation.every_n_steps:,} steps"
+        if evaluation.seconds is not None and evaluation.share is not None:
+            share = f"{100 * evaluation.share:.2g} % of the time"
+            cells["evaluation"] += f": at most {evaluation.seconds:.1f} s, {share}"
+    return cells
 
 
 def _training_lines(trainings: Sequence[TrainingForecast]) -> list[str]:
-    ones = [training for training in trainings if training.stage.runs]
-    if not ones:
+    cells = {training.stage.name: _training_cells(training) for training in trainings if training.stage.runs}
+    if not cells:
         return []
-    rows = [["", *(training.stage.name for training in ones)]]
-    for name, cell in _ROWS.items():
-        cells = [cell(training) for training in ones]
-        if any(cells):
-            rows.append([name, *cells])
+    names = next(iter(cells.values()))
+    rows = [["", *cells], *([name, *(column[name] for column in cells.values())] for name in names)]
+    rows = [row for row in rows if any(row[1:])]
     first = max(len(row[0]) for row in rows)
-    each = (WIDTH - len(_INDENT) - first) // len(ones) - len("  ")
-    return _table([part for row in rows for part in _over_lines(row, (first, *[each] * len(ones)))])
+    each = (WIDTH - len(_INDENT) - first) // len(cells) - len("  ")
+    return _table([part for row in rows for part in _over_lines(row, (first, *[each] * len(cells)))])
 
 
 def _over_lines(row: Sequence[str], widths: Sequence[int]) -> list[list[str]]:
@@ -153,39 +156,6 @@ def _params(count: int) -> str:
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 
-def _layout(training: TrainingForecast) -> str:
-    sizes = training.facts.layout
-    names = {"TP": "tp", "PP": "pp", "VPP": "vp", "CP": "cp", "EP": "ep", "ETP": "etp", "DP": "dp"}
-    if not training.facts.arch.num_experts:
-        names = {name: field for name, field in names.items() if name not in ("EP", "ETP")}
-    return " ".join(f"{name}{getattr(sizes, field)}" for name, field in names.items())
-
-
-def _memory(training: TrainingForecast) -> str:
-    plan = training.fullest
-    if plan is None:
-        return ""
-    words = {"fits": "fits", "tight": "tight", "no": "does not fit"}
-    return f"{training.memory_gib:.1f} of {plan.request.gpu.memory_gib} GiB: {words[plan.verdict]}"
-
-
-def _loss(training: TrainingForecast) -> str:
-    lost = min(training.facts.save_every, training.facts.steps)
-    if training.longest_loss_s is None:
-        return f"at most {_count(lost, 'step')}"
-    seconds = training.longest_loss_s
-    gpu_hours = seconds / 3600 * training.facts.layout.gpus
-    return f"at most {_count(lost, 'step')}: {seconds / 60:.1f} min, {gpu_hours:,.0f} GPU-hours"
-
-
-def _evaluation(found: EvaluationForecast) -> str:
-    texts = "all texts" if found.texts is None else f"{found.texts:,} texts"
-    text = f"{texts} of {found.suite} every {found.every_n_steps:,} steps"
-    if found.seconds is None or found.share is None:
-        return text
-    return f"{text}: at most {found.seconds:.1f} s, {100 * found.share:.2g} % of the time"
-
-
 def _disk_lines(disk: DiskForecast) -> list[str]:
     rows = [["stage", "what", "while it is written", "stays"]]
     for use in disk.uses:
@@ -196,38 +166,36 @@ def _disk_lines(disk: DiskForecast) -> list[str]:
     return [*(_table(rows, right=(2, 3)) if disk.uses else []), total]
 
 
-#: The prefix of a group of settings -> what its heading adds.
+#: The prefix of a group of settings -> its heading.
 _GROUPS = {
-    "pretrain.": "",
-    "dense_ct.": "what is not named here is as in pretrain., from its own recipe",
-    "run.executor.": "",
+    "": "",
+    "pretrain.": "pretrain.",
+    "dense_ct.": "dense_ct.  what is not named here is as in pretrain., from its own recipe",
+    "run.executor.": "run.executor.",
 }
 
 
 def _setting_lines(settings: Sequence[Setting]) -> list[str]:
     """Return a line a setting, in groups; of the dense baseline only what is not as in the upcycled model."""
     usual = {setting.name: setting for setting in settings}
-    rows: list[tuple[str, str, str]] = []
-    headings: dict[int, str] = {}
-    group = ""
+    groups: dict[str, list[tuple[str, str, str]]] = {prefix: [] for prefix in _GROUPS}
     for setting in settings:
-        prefix = next((name for name in _GROUPS if setting.name.startswith(name)), "")
+        prefix = next(name for name in reversed(_GROUPS) if setting.name.startswith(name))
         name = setting.name.removeprefix(prefix)
-        if prefix != group:
-            headings[len(rows)], group = f"{prefix}  {_GROUPS[prefix]}".rstrip(), prefix
         other = usual.get(f"pretrain.{name}") if prefix == "dense_ct." else None
         if other is None or (other.value, _kind(other)) != (setting.value, _kind(setting)):
-            rows.append((_INDENT + name if prefix else name, setting.value, setting.origin))
-    widths = [max(len(row[number]) for row in rows) for number in range(3)]
+            groups[prefix].append((_INDENT + name if prefix else name, setting.value, setting.origin))
+    widths = [max(map(len, column)) for column in zip(*(row for rows in groups.values() for row in rows), strict=True)]
     room = WIDTH - len(_INDENT) - widths[0] - 2 * len("  ")
     widths[1] = max(20, min(widths[1], room - widths[2]))
     lines: list[str] = []
-    for number, row in enumerate(rows):
-        lines += [headings[number]] if number in headings else []
-        value_width = max(widths[1], min(len(row[1]), room - len(row[2])))  # an address stays whole where it can
-        sizes = [widths[0], value_width, widths[2]]
-        parts = _over_lines(row, sizes)
-        lines += ["  ".join(cell.ljust(size) for cell, size in zip(part, sizes, strict=True)) for part in parts]
+    for prefix, rows in groups.items():
+        lines += [_GROUPS[prefix]] if prefix and rows else []
+        for row in rows:
+            value_width = max(widths[1], min(len(row[1]), room - len(row[2])))  # an address stays whole where it can
+            sizes = [widths[0], value_width, widths[2]]
+            parts = _over_lines(row, sizes)
+            lines += ["  ".join(cell.ljust(size) for cell, size in zip(part, sizes, strict=True)) for part in parts]
     return lines
 
 

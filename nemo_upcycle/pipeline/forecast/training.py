@@ -11,8 +11,9 @@ from nemo_upcycle.errors import SpecError
 from nemo_upcycle.pipeline.executors.base import SaveLimit
 from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
 from nemo_upcycle.pipeline.forecast.evaluating import EvaluationForecast, forecast_evaluation
-from nemo_upcycle.pipeline.forecast.planned import Card, card_of, plans_of
+from nemo_upcycle.pipeline.forecast.recipe_to_plan import gpu_of_training, plans_of
 from nemo_upcycle.pipeline.forecast.stages import StageForecast, State
+from nemo_upcycle.planning.hardware import Gpu
 from nemo_upcycle.planning.memory import GIB
 from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.trainers.base import TrainingFacts
@@ -30,8 +31,9 @@ class TrainingForecast:
     Args:
         stage: where it runs, and how far it is.
         facts: of the training.
-        card: the cards.
-        first, later: plans of the first steps and of the others; None without an estimate.
+        gpu: what the planner knows of its GPUs; None without one, or of one that it does not know.
+        gpu_origin: how their kind was told, or why there is none.
+        first, later: plans of the first steps and of the others; both None without an estimate.
         no_plan: why there is no estimate of memory and speed.
         price: of a GPU-hour, in the currency of who gave it; None: not known.
         limit_s: seconds that a job may take; None: not known.
@@ -40,7 +42,8 @@ class TrainingForecast:
 
     stage: StageForecast
     facts: TrainingFacts
-    card: Card
+    gpu: Gpu | None
+    gpu_origin: str
     first: Plan | None
     later: Plan | None
     no_plan: str
@@ -56,9 +59,8 @@ class TrainingForecast:
     @property
     def steps_left(self) -> int:
         """Steps still to do."""
-        return (
-            0 if self.stage.finding.state is State.DONE else max(0, self.facts.steps - self.stage.finding.steps_done)
-        )
+        finding = self.stage.finding
+        return 0 if finding.state is State.DONE else max(0, self.facts.steps - finding.steps_done)
 
     @property
     def fullest(self) -> Plan | None:
@@ -70,18 +72,17 @@ class TrainingForecast:
         """GiB of the fullest GPU; 0 without an estimate."""
         return self.fullest.memory.total / GIB if self.fullest else 0.0
 
-    @property
-    def step_s(self) -> float | None:
-        """Seconds of a step, but for the first ones; None without an estimate."""
-        return self.later.time.total if self.later else None
+    def _time_s(self, steps: int, first_steps: int) -> float | None:
+        """Return the seconds of steps, some of them first ones, without evaluation, checkpoints and failures."""
+        if self.first is None or self.later is None:
+            return None
+        return first_steps * self.first.time.total + (steps - first_steps) * self.later.time.total
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds of the steps still to do, without evaluation, checkpoints and failures."""
-        if self.first is None or self.later is None:
-            return None
-        slow = min(self.steps_left, max(0, self.facts.first_steps - self.stage.finding.steps_done))
-        return slow * self.first.time.total + (self.steps_left - slow) * self.later.time.total
+        """Seconds of the steps still to do; None without an estimate."""
+        first_steps = max(0, self.facts.first_steps - self.stage.finding.steps_done)
+        return self._time_s(self.steps_left, min(self.steps_left, first_steps))
 
     @property
     def gpu_hours_left(self) -> float | None:
@@ -101,16 +102,15 @@ class TrainingForecast:
         return math.ceil(self.seconds_left / self.limit_s)
 
     @property
-    def checkpoints_at_once(self) -> int:
-        """Checkpoints on the disk while the last of them is written."""
-        saves = math.ceil(self.facts.steps / self.facts.save_every)
-        return saves if self.facts.keeps is None else min(saves, self.facts.keeps + 1)
-
-    @property
     def checkpoints_kept(self) -> int:
         """Checkpoints that stay when the training has ended."""
         saves = math.ceil(self.facts.steps / self.facts.save_every)
         return saves if self.facts.keeps is None else min(saves, self.facts.keeps)
+
+    @property
+    def checkpoints_at_once(self) -> int:
+        """Checkpoints on the disk while the last of them is written."""
+        return min(math.ceil(self.facts.steps / self.facts.save_every), self.checkpoints_kept + 1)
 
     @property
     def slowest_step_s(self) -> float:
@@ -129,12 +129,10 @@ class TrainingForecast:
 
     @property
     def longest_loss_s(self) -> float | None:
-        """Seconds of work lost by a kill just before a checkpoint is written."""
-        if self.first is None or self.later is None:
-            return None
+        """Seconds of work lost by a kill just before a checkpoint is written; None without an estimate."""
         lost = min(self.facts.save_every, self.facts.steps)
-        slow = min(lost, self.facts.first_steps)
-        return max(lost * self.later.time.total, slow * self.first.time.total + (lost - slow) * self.later.time.total)
+        losses = [self._time_s(lost, count) for count in (0, min(lost, self.facts.first_steps))]
+        return max((loss for loss in losses if loss is not None), default=None)
 
 
 def forecast_training(facts: TrainingFacts, stage: StageForecast, executor: Any = None) -> TrainingForecast:
@@ -145,18 +143,19 @@ def forecast_training(facts: TrainingFacts, stage: StageForecast, executor: Any 
         stage: where it runs.
         executor: where it runs; may have a `price_per_gpu_hour` and name its `card`. None: this machine.
     """
-    card = card_of(facts.profile.accelerator, executor, stage.resources)
+    gpu, gpu_origin = gpu_of_training(facts.profile.accelerator, executor, stage.resources)
     plans: tuple[Plan | None, Plan | None] = None, None
-    no_plan = "" if card.gpu else card.why
-    if card.gpu:
+    no_plan = "" if gpu else gpu_origin
+    if gpu:
         try:
-            plans = plans_of(facts, card.gpu)
+            plans = plans_of(facts, gpu)
         except SpecError as error:
             no_plan = f"the planner refuses: {error}"
     return TrainingForecast(
         stage=stage,
         facts=facts,
-        card=card,
+        gpu=gpu,
+        gpu_origin=gpu_origin,
         first=plans[0],
         later=plans[1],
         no_plan=no_plan,
@@ -175,15 +174,15 @@ def time_limit_s(text: str) -> float | None:
     """
     if re.fullmatch(r"\d+ ?s", text):
         return float(text.rstrip(" s"))
-    found = _TIME_LIMIT.fullmatch(text)
-    if not found:
+    match = _TIME_LIMIT.fullmatch(text)
+    if not match:
         return None
-    numbers = [int(part) for part in found["parts"].split(":")]
+    numbers = [int(part) for part in match["parts"].split(":")]
     # After days: hours, minutes, seconds. Without: minutes, minutes and seconds, or all three.
-    if found["days"] is not None:
+    if match["days"] is not None:
         hours, minutes, seconds = (*numbers, 0, 0)[:3]
     elif len(numbers) == 3:
         hours, minutes, seconds = numbers
     else:
         hours, minutes, seconds = (0, *(*numbers, 0)[:2])
-    return float(((int(found["days"] or 0) * 24 + hours) * 60 + minutes) * 60 + seconds)
+    return float(((int(match["days"] or 0) * 24 + hours) * 60 + minutes) * 60 + seconds)

@@ -46,7 +46,7 @@ class NeMoArm:
             spec = setting(self.recipe, "resume.restore_config.spec")
             if fields:
                 if spec is None:
-                    raise UpcycleError("spec", got=dict(fields), expected="none of a dense recipe", fix="leave it out")
+                    raise UpcycleError("spec", got=dict(fields), expected="none of a dense recipe", fix="omit it")
                 use_spec(self.recipe, UpcycleSpec(**(dict(spec.__arguments__) | dict(fields))))
                 parse_cli_args(self.recipe, overrides)  # what is set wins
             check_recipe(self.recipe)

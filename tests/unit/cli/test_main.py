@@ -242,7 +242,7 @@ def test_a_signal_ends_it_with_a_word(tmp_path: Path, sent: str, status: int) ->
         "sys.exit(main.main(['convert', 'a', 'b']))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr.strip()) == (status, "stopped; run again to go on")
+    assert (done.returncode, done.stderr.strip()) == (status, "stopped; run again to resume")
 
 
 def test_ctrl_c_as_the_command_starts_prints_no_traceback(tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_interrupted_it_says_how_to_go_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "fsync", stop)
-    assert "run again to go on" in _fails(capsys, "convert", str(dense), str(tmp_path / "moe"), status=130)
+    assert "run again to resume" in _fails(capsys, "convert", str(dense), str(tmp_path / "moe"), status=130)
 
 
 def _save(folder: str, output: str) -> None:

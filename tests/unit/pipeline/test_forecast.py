@@ -14,7 +14,7 @@ import pytest
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors.base import Cluster, Job, JobState
 from nemo_upcycle.pipeline.forecast import check_space, render_forecast
-from nemo_upcycle.pipeline.forecast.planned import planned_of
+from nemo_upcycle.pipeline.forecast.recipe_to_plan import planned_of
 from nemo_upcycle.pipeline.forecast.text import WIDTH
 from nemo_upcycle.pipeline.forecast.training import time_limit_s
 from nemo_upcycle.pipeline.stages import STAGES
@@ -95,9 +95,9 @@ def test_a_report_gets_what_the_forecast_said(llama: Any, tmp_path: Path) -> Non
     planned = planned_of(facts, "NVIDIA H100 80GB HBM3")
     assert planned is not None
     assert planned["memory_gib"] == pytest.approx(pretrain.memory_gib)
-    assert pretrain.step_s is not None
-    assert planned["tokens_per_s"] == pytest.approx(pretrain.facts.step_tokens / pretrain.step_s)
-    assert planned_of(facts, "another card") is None
+    assert pretrain.later is not None
+    assert planned["tokens_per_s"] == pytest.approx(pretrain.facts.step_tokens / pretrain.later.time.total)
+    assert planned_of(facts, "another GPU") is None
 
 
 def test_first_steps_recompute_and_count_as_slower(llama: Any, tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_an_executor_of_others_is_no_machine_of_ours(demo: Any, tmp_path: Path) 
     sky = type("SkypilotExecutor", (SiteExecutor,), {"gpus_per_node": 8})()
     found = forecast_of(demo, tmp_path, executor=sky)
     assert "SkypilotExecutor: 1 node x 2 ranks; gpus_per_node 8" in render_forecast(found)
-    assert found.trainings["pretrain"].card.why == "assumed"
+    assert found.trainings["pretrain"].gpu_origin == "assumed"
     assert "this machine: 1 node" in render_forecast(forecast_of(demo, tmp_path, executor=run.LocalExecutor()))
 
 
@@ -350,11 +350,11 @@ def test_a_profile_is_the_recipes() -> None:
     assert (found.precision, found.dispatcher) == ("fp8-current", "deepep")
 
 
-def test_a_card_that_the_planner_does_not_know_has_settings_and_no_speed(llama: Any, tmp_path: Path) -> None:
+def test_a_gpu_that_the_planner_does_not_know_has_settings_and_no_speed(llama: Any, tmp_path: Path) -> None:
     cluster = forecasts.CLUSTERS["slurm"]()
     cluster.executor.card = "gb200"
     found = forecast_of(llama, tmp_path, cluster=cluster)
-    assert found.trainings["pretrain"].card.gpu is None
+    assert found.trainings["pretrain"].gpu is None
     assert ("CUDA_DEVICE_MAX_CONNECTIONS", "32") in {(one.name, one.value) for one in found.performance["pretrain"]}
 
 

@@ -49,7 +49,7 @@ def test_stages_are_done_resumed_or_run(demo: Any, tmp_path: Path) -> None:
     assert _states(found) == dict(zip(names, ["done"] * 3 + ["resume"] + ["run"] * 4, strict=True))
     why = {stage.name: stage.finding.why for stage in found.stages}
     assert why["import"] == "finished before, from the same inputs"
-    assert why["pretrain"] == "checkpoint after step 4 found, model_name=0--step=3-last"
+    assert why["pretrain"] == "checkpoint after step 4, model_name=0--step=3-last"
     assert "no checkpoint is complete" in why["dense_ct"]
     assert why["export"] == "not run yet; pretrain and dense_ct run first"
     assert found.trainings["pretrain"].steps_left == 2

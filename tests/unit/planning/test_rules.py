@@ -10,7 +10,7 @@ import pytest
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.planning.hardware import known_recipe
 from nemo_upcycle.planning.layout import parse_layout
-from nemo_upcycle.planning.rules import broken, check_layout
+from nemo_upcycle.planning.rules import check_layout, first_violation
 from nemo_upcycle.planning.workload import Workload
 
 
@@ -68,7 +68,7 @@ def test_rules(text: str, gpus: int, batch: int, words: list[str]) -> None:
 
 
 def _take(error: SpecError, layout: object, work: Workload) -> None:
-    """Do what an error says, and find that the layout is a good one then (or at least no longer broken there)."""
+    """Do what an error says, and find that the layout is a good one then (or at least that the same rule holds)."""
     found = re.fullmatch(r"set <(\w+)>=(\d+)|omit <(\w+)>", error.fix)
     assert found, error
     name = found[1] or found[3]
@@ -77,7 +77,7 @@ def _take(error: SpecError, layout: object, work: Workload) -> None:
         work = replace(work, **{name: value})
     else:
         layout = replace(layout, **{name: value}, **({"etp": value} if name == "tp" and layout.ep == 1 else {}))
-    rule = broken(layout, LLAMA, work)
+    rule = first_violation(layout, LLAMA, work)
     assert rule is None or rule.name not in error.field
 
 
@@ -90,7 +90,7 @@ def test_dense_models_have_no_experts_to_spread() -> None:
 
 def test_deepep_needs_ranks_to_send_to() -> None:
     work = replace(WORK, dispatcher="deepep")
-    assert broken(parse_layout("ep=8,pp=8", 64), LLAMA, work) is None
+    assert first_violation(parse_layout("ep=8,pp=8", 64), LLAMA, work) is None
     with pytest.raises(SpecError, match=r"flex dispatcher needs etp x ep above 1\. Fix: set ep=2"):
         check_layout(parse_layout("pp=32", 64), LLAMA, work)
 
@@ -99,4 +99,4 @@ def test_fp8_needs_tokens_in_multiples_of_eight() -> None:
     work = replace(WORK, seq_length=8190, precision="fp8-delayed")
     with pytest.raises(SpecError, match="a multiple of 8 tokens"):
         check_layout(parse_layout("tp=2", 8), DENSE, work)
-    assert broken(parse_layout("tp=2", 8), DENSE, replace(work, precision="bf16")) is None
+    assert first_violation(parse_layout("tp=2", 8), DENSE, replace(work, precision="bf16")) is None

@@ -175,7 +175,7 @@ def test_recomputation_costs_time() -> None:
     assert times[2] / times[0] == pytest.approx(4 / 3, abs=0.05)
 
 
-def test_fp8_and_faster_cards_are_faster() -> None:
+def test_fp8_and_faster_gpus_are_faster() -> None:
     layout = parse_layout("pp=4,vp=8,ep=8", 128)
     h100 = _step("pp=4,vp=8,ep=8").total
     assert _step("pp=4,vp=8,ep=8", precision="fp8-delayed").total < h100

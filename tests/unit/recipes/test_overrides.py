@@ -74,18 +74,13 @@ def test_recipe_shows_every_override_in_signature_and_docstring(recipes: Any, ba
 
 #: What someone writes for another model: NeMo's recipe of it, the spec, the layout.
 NEW_RECIPE = """
-from collections.abc import Callable
-from typing import Optional
-
 import lightning.pytorch as pl
 import nemo_run as run
-from nemo.collections.llm.api import pretrain
 from nemo.collections.llm.gpt.model.llama import Llama32Config1B, LlamaModel
 from nemo.collections.llm.recipes import llama32_1b
 
 from nemo_upcycle.recipes.common import moe_settings
-from nemo_upcycle.recipes.h100 import dense_baseline, moe_kernels, moe_trainer, paper_recipe
-from nemo_upcycle.recipes.h100_arguments import with_overrides
+from nemo_upcycle.recipes.h100 import dense_baseline, fast_run, moe_kernels, moe_trainer, upcycled_recipe
 from nemo_upcycle.spec import UpcycleSpec
 
 NAME = "llama32_1b_e16t4"
@@ -103,29 +98,22 @@ def model() -> run.Config[pl.LightningModule]:
     return run.Config(LlamaModel, config=config)
 
 
-@run.cli.factory(target=pretrain, name=NAME)
-@with_overrides
-def pretrain_recipe(
-    dir: Optional[str] = None,
-    name: str = NAME,
-    num_nodes: int = 1,
-    num_gpus_per_node: int = 8,
-    dense: str = DENSE,
-    fn: Callable = pretrain,
-) -> run.Partial:
-    nemo_recipe = llama32_1b.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, fn=fn)
-    return paper_recipe(nemo_recipe, model(), trainer, dense, SPEC)
+def fast(recipe: run.Partial) -> run.Partial:
+    return fast_run(recipe, tensor_parallelism=1, context_parallelism=1)
+
+
+pretrain_recipe = upcycled_recipe(NAME, llama32_1b, model, trainer, DENSE, SPEC, fast)
 """
 
 
-def test_new_recipe_takes_under_40_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipes: Any) -> None:
+def test_new_recipe_takes_under_30_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipes: Any) -> None:
     from nemo.collections.llm.api import pretrain
     from nemo_run.cli.lazy import LazyEntrypoint
 
     from nemo_upcycle.trainers.nemo.checks import check_recipe, ranks_of
     from nemo_upcycle.trainers.nemo.recipes import dump_recipe, load_recipe, spec_of
 
-    assert sum(bool(line.strip()) for line in NEW_RECIPE.splitlines()) < 40
+    assert sum(bool(line.strip()) for line in NEW_RECIPE.splitlines()) < 30
     (tmp_path / "made_up_recipe.py").write_text(NEW_RECIPE)
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module("made_up_recipe")

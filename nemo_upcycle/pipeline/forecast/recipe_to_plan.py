@@ -1,9 +1,9 @@
-"""A training as the planner takes it: on its cards, in its first steps and in all others."""
+"""A recipe's training as a plan of the planner: on its GPUs, in its first steps and in all others."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,44 +18,32 @@ from nemo_upcycle.planning.workload import DISPATCHERS, Workload
 from nemo_upcycle.trainers.base import TrainingFacts
 
 
-@dataclass(frozen=True)
-class Card:
-    """The cards of a training.
-
-    Args:
-        gpu: what the planner knows of one; None without a GPU, or of one that it does not know.
-        why: where `gpu` is from, or why there is none.
-    """
-
-    gpu: Gpu | None
-    why: str
-
-
-def card_of(accelerator: str, executor: Any, resources: Mapping[str, str]) -> Card:
-    """Return the cards that a training will run on.
+def gpu_of_training(accelerator: str, executor: Any, resources: Mapping[str, str]) -> tuple[Gpu | None, str]:
+    """Return the kind of GPU that a training will run on.
 
     Args:
         accelerator: what its recipe asks for.
         executor: where it runs; may name its `card`, as in `nemo-upcycle plan`. None: this machine.
         resources: what the training asks of it.
+
+    Returns:
+        What the planner knows of it, None without a GPU or of one that it does not know; and how the kind was told,
+        or why there is none.
     """
     if accelerator == "cpu":
-        return Card(None, "the recipe trains on the CPU")
+        return None, "the recipe trains on the CPU"
     if is_local(executor) and torch.cuda.is_available():
-        return _card_here(torch.cuda.get_device_name(0))
+        device = torch.cuda.get_device_name(0)
+        gpu = gpu_of_device(device)
+        return gpu, "of this machine" if gpu else f"the planner does not know {device}"
     if is_local(executor) and accelerator == "auto":
-        return Card(None, "no GPU here")
+        return None, "no GPU here"
     if accelerator == "auto" and not asks_for_gpus(resources):
-        return Card(None, "no GPU is asked for")
+        return None, "no GPU is asked for"
     name = getattr(executor, "card", None)
     if name in performance.table()["cards"] and name not in gpu_names():
-        return Card(None, f"the planner does not know {name}")
-    return Card(known_gpu(name or USUAL_CARD), "as the executor says" if name else "assumed")
-
-
-def _card_here(device: str) -> Card:
-    gpu = gpu_of_device(device)
-    return Card(gpu, "of this machine") if gpu else Card(None, f"the planner does not know {device}")
+        return None, f"the planner does not know {name}"
+    return known_gpu(name or USUAL_CARD), "as the executor says" if name else "assumed"
 
 
 def plans_of(facts: TrainingFacts, gpu: Gpu) -> tuple[Plan, Plan]:
@@ -63,16 +51,11 @@ def plans_of(facts: TrainingFacts, gpu: Gpu) -> tuple[Plan, Plan]:
 
     Args:
         facts: of the training.
-        gpu: the card.
+        gpu: the kind of GPU.
 
     Raises:
-        SpecError: the planner does not know a setting, or a rule is broken.
+        SpecError: the planner does not know a setting, or the layout breaks a rule.
     """
-    later = "none" if facts.recompute == "moe" and facts.first_steps else facts.recompute
-    return _plan(facts, gpu, facts.recompute), _plan(facts, gpu, later)
-
-
-def _plan(facts: TrainingFacts, gpu: Gpu, recompute: str) -> Plan:
     dispatcher = facts.profile.dispatcher
     work = Workload(
         seq_length=facts.seq_length,
@@ -80,25 +63,25 @@ def _plan(facts: TrainingFacts, gpu: Gpu, recompute: str) -> Plan:
         capacity_factor=facts.capacity_factor,
         pad=facts.pad,
         precision=facts.profile.precision,
-        recompute=recompute,
+        recompute=facts.recompute,
         dispatcher=dispatcher if dispatcher in DISPATCHERS else "alltoall",
         overlap=facts.overlap,
     )
-    if work.numbers.fp8 and gpu.fp8_tflops is None:
-        raise SpecError("precision", got=work.precision, expected=f"bf16 on {gpu.name}", fix="use bf16")
-    tokens, layout = float(facts.steps) * facts.step_tokens, facts.layout
     request = PlanRequest(
-        facts.arch,
-        gpu,
-        layout.gpus,
-        work,
-        tokens,
-        Machine(),
-        facts.grouped,
-        layout.micro_batch,
-        recompute=recompute,
+        arch=facts.arch,
+        gpu=gpu,
+        gpus=facts.layout.gpus,
+        work=work,
+        tokens=float(facts.steps) * facts.step_tokens,
+        machine=Machine(),
+        grouped=facts.grouped,
+        micro_batch=facts.layout.micro_batch,
+        recompute=facts.recompute,
     )
-    return evaluate_layout(request, layout)
+    first = evaluate_layout(request, facts.layout)
+    if facts.recompute != "moe" or not facts.first_steps:
+        return first, first
+    return first, evaluate_layout(replace(request, recompute="none"), facts.layout)
 
 
 def planned_of(facts: TrainingFacts | None, device: str) -> dict[str, float] | None:
@@ -106,10 +89,10 @@ def planned_of(facts: TrainingFacts | None, device: str) -> dict[str, float] | N
 
     Args:
         facts: of the training; None: not known.
-        device: name of its cards; none without GPUs.
+        device: the driver's name of its GPUs; empty without GPUs.
 
     Returns:
-        `memory_gib` of the fullest GPU and `tokens_per_s` of all; None where the planner does not know card or recipe.
+        `memory_gib` of the fullest GPU and `tokens_per_s` of all; None where the planner does not know GPU or recipe.
     """
     gpu = gpu_of_device(device)
     if gpu is None or facts is None:
