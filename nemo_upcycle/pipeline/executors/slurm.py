@@ -4,18 +4,18 @@ NeMo-Run's `Experiment` is not used: it takes a training that was preempted and 
 cluster without `sacct` for a failure, and its retries do not ask whether a job got any further.
 """
 
-# No postponed annotations: NeMo-Run parses the executor's fields by them.
+# No postponed annotations, and Optional[...]: NeMo-Run parses the executor's fields by them.
 
 import dataclasses
 import functools
 import shlex
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import nemo_run as run
 from nemo_run.core.execution.slurm import SlurmBatchRequest
@@ -23,6 +23,7 @@ from nemo_run.core.execution.slurm import SlurmBatchRequest
 from nemo_upcycle.errors import UpcycleError, did_you_mean
 from nemo_upcycle.pipeline.executors import performance
 from nemo_upcycle.pipeline.executors.base import (
+    MISSING,
     Cluster,
     Job,
     JobState,
@@ -32,11 +33,12 @@ from nemo_upcycle.pipeline.executors.base import (
     hub_variables,
     require_settings,
 )
-from nemo_upcycle.pipeline.executors.ft import SAVE_S, ft_command
+from nemo_upcycle.pipeline.executors.ft import SAVE_S, SILENCE_S, ft_command
 from nemo_upcycle.pipeline.executors.slurm_answers import (
     NO_ANSWER,
     OF_CONTROLLER,
     ORPHANED,
+    ask,
     cluster_name,
     ending,
     environment,
@@ -45,15 +47,15 @@ from nemo_upcycle.pipeline.executors.slurm_answers import (
     refusal_hint,
     waiting,
 )
-from nemo_upcycle.pipeline.executors.slurm_script import PROLOGUE, SUBMIT, in_vain, setup_lines
-from nemo_upcycle.pipeline.executors.slurm_settings import (
-    REQUIRED,
-    StagedSlurmExecutor,
+from nemo_upcycle.pipeline.executors.slurm_script import (
+    PROLOGUE,
+    SUBMIT,
     escaped,
+    in_vain,
     missing_mounts,
     require_plain,
     require_supported,
-    signal_s,
+    setup_lines,
 )
 from nemo_upcycle.utils.conf import template
 from nemo_upcycle.utils.files import resolved
@@ -69,14 +71,53 @@ _KILL_WAIT_S = 30
 _WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 
 
-def _sbatch(*words: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    command = ["sbatch", *words]
-    return subprocess.run(command, input=text, env=environment(), capture_output=True, text=True, check=False)
+@dataclass(kw_only=True)
+class StagedSlurmExecutor(run.SlurmExecutor):
+    """NeMo-Run's `SlurmExecutor`, with what each stage asks for; a file of conf/executors describes one.
+
+    Attributes:
+        stages: by stage, the fields that differ from this executor's; nodes and ranks of trainings are their recipes'.
+        hang_detection: whether trainings run under NVIDIA's `ft_launcher`, one a node, which restarts hung ranks.
+        silence_s: seconds between two signs of life of a rank; saving a checkpoint before an early end is silent, too.
+        card: of a GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun and for the performance settings.
+        performance: by name, what differs from `conf/performance.yaml`; None removes a setting.
+        price_per_gpu_hour: for --dryrun; None: not known.
+        shared_dir: whether nodes see `dir`, `dense` and `data` although their file system looks like one machine's.
+        python: the interpreter of the stages; None: `python` of the container, or this one without a container.
+        packager: what is sent along: nothing, the package is installed on the nodes.
+        origins: by field, where its value was set, for people.
+    """
+
+    account: str = MISSING
+    env_vars: dict[str, Optional[str]] = field(default_factory=dict)  # noqa: UP045 - NeMo-Run cannot parse `str | None`
+    packager: run.Packager = field(default_factory=run.Packager)
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    hang_detection: bool = False
+    silence_s: float = SILENCE_S
+    card: str = "h100"
+    performance: dict[str, Any] = field(default_factory=dict)
+    price_per_gpu_hour: Optional[float] = None  # noqa: UP045
+    shared_dir: bool = False
+    python: Optional[str] = None  # noqa: UP045
+    origins: dict[str, str] = field(default_factory=dict)
 
 
-def _ended(identity: str) -> JobState:
-    how = ending(identity)
-    return JobState(Phase.ENDED, how, is_orphaned=ORPHANED in how)
+#: What a site has to fill in, where its file has "???".
+REQUIRED = {
+    "account": "the account that jobs are charged to",
+    "partition": "a partition of GPU nodes; `sinfo` lists them",
+    "container_image": "an image with NeMo, or null without containers",
+}
+
+
+def signal_s(signal: Optional[str]) -> int:  # noqa: UP045 - as the executor's fields
+    """Return the seconds between a signal that a job asks for and the end of its time; 0 without one.
+
+    Example:
+        >>> signal_s("B:TERM@600"), signal_s("TERM"), signal_s(None)
+        (600, 60, 0)
+    """
+    return int(signal.partition("@")[2] or 60) if signal else 0
 
 
 class SlurmScheduler(Cluster):
@@ -119,23 +160,15 @@ class SlurmScheduler(Cluster):
     def check(self, jobs: Sequence[Job]) -> None:
         """See `Cluster.check`: with `sbatch --test-only` every job, and that the nodes see what it reads."""
         self.check_settings(jobs)
-        if not isinstance(self.executor.tunnel, run.LocalTunnel):
-            raise UpcycleError(
-                "run.executor.tunnel",
-                got=type(self.executor.tunnel).__name__,
-                expected="LocalTunnel: the run's folder is written and read here",
-                fix="start the command on the cluster's login node",
-            )
+        tunnel, fix = self.executor.tunnel, "start the command on the cluster's login node"
+        if not isinstance(tunnel, run.LocalTunnel):
+            expected = "LocalTunnel: the run's folder is written and read here"
+            raise UpcycleError("run.executor.tunnel", got=type(tunnel).__name__, expected=expected, fix=fix)
         if shutil.which("sbatch") is None:
-            raise UpcycleError(
-                "sbatch",
-                got="not on the PATH",
-                expected="Slurm's commands",
-                fix="start the command on the cluster's login node, or write the scripts with --render DIR",
-            )
+            fix += ", or write the scripts with --render DIR"
+            raise UpcycleError("sbatch", got="not on the PATH", expected="Slurm's commands", fix=fix)
         for job in jobs:
-            script = self.render(job)[f"{job.name}.sh"]
-            tried = _sbatch("--test-only", text=script)
+            tried = ask("sbatch", "--test-only", input=self.render(job)[f"{job.name}.sh"], env=environment())
             if tried.returncode:
                 raise self._refused(job, tried.stderr)
             for path in (job.run_dir, *job.reads):
@@ -180,6 +213,7 @@ class SlurmScheduler(Cluster):
             container_env=list(dict.fromkeys([*(mine.container_env or []), *variables])),
             job_dir=str(job.folder),
             srun_args=[*performance.srun_options(fast), *(mine.srun_args or [])],
+            exclusive=mine.exclusive or None,  # NeMo-Run would write --exclusive=False, which Slurm refuses
             segment=performance.segment(fast, job.nodes) or mine.segment,
             job_details=dataclasses.replace(mine.job_details),  # rendering writes the job's name and folder into it
             tunnel=run.LocalTunnel(job_dir=str(job.folder.parent)),
@@ -236,7 +270,7 @@ class SlurmScheduler(Cluster):
         (path,) = self.write(job, job.folder)
         in_vain(job).unlink(missing_ok=True)  # of an earlier job, whose cause may be gone
         dependency = [f"--dependency=afterok:{':'.join(after)}"] if after else []
-        done = _sbatch("--requeue", "--parsable", *dependency, str(path))
+        done = ask("sbatch", "--requeue", "--parsable", *dependency, str(path), env=environment())
         identity = job_id(done.stdout)
         if done.returncode or not identity:
             raise self._refused(job, done.stderr or done.stdout)
@@ -244,26 +278,22 @@ class SlurmScheduler(Cluster):
 
     def states(self, ids: Sequence[str]) -> Mapping[str, JobState]:
         """Return what `squeue` says, and for ended jobs the controller's or the accounting's last word."""
-        asked = subprocess.run(
-            ["squeue", "--noheader", f"--jobs={','.join(ids)}", "--format=%i|%T|%r|%P|%N"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        asked = ask("squeue", "--noheader", f"--jobs={','.join(ids)}", "--format=%i|%T|%r|%P|%N")
         if asked.returncode and "Invalid job id" not in asked.stderr:  # the controller does not answer: nothing ended
             return {identity: JobState(Phase.WAITING, last_line(asked.stderr)) for identity in ids}
         found = {}
         for line in asked.stdout.splitlines():
             identity, state, reason, partition, nodes = line.split("|")
-            is_waiting = state in _WAITING
-            found[identity] = (
-                waiting(identity, reason, partition) if is_waiting else JobState(Phase.RUNNING, f"on {nodes}")
-            )
-        return {identity: found.get(identity) or _ended(identity) for identity in ids}
+            running = JobState(Phase.RUNNING, f"on {nodes}")
+            found[identity] = waiting(identity, reason, partition) if state in _WAITING else running
+        for identity in set(ids) - found.keys():
+            how = ending(identity)
+            found[identity] = JobState(Phase.ENDED, how, is_orphaned=ORPHANED in how)
+        return {identity: found[identity] for identity in ids}
 
     def cancel(self, ids: Sequence[str]) -> None:
         """Cancel jobs with `scancel`."""
-        subprocess.run(["scancel", *ids], capture_output=True, check=False)
+        ask("scancel", *ids)
 
     def save_limits(self, job: Job) -> Sequence[SaveLimit]:
         """See `Cluster.save_limits`: before the end of its time, and before hang detection takes it for hung."""
@@ -271,21 +301,13 @@ class SlurmScheduler(Cluster):
         what = (
             f"signal {mine.signal}" if mine.signal else f"KillWait, {_KILL_WAIT_S} s by default, and no signal before"
         )
-        ends = SaveLimit(
-            signal_s(mine.signal) or _KILL_WAIT_S,
-            what,
-            "the work since the checkpoint before is lost",
-            f"{setting}.signal=TERM@{{seconds}}",
-        )
-        if not self._detects_hangs(job):
-            return [ends]
-        silence = SaveLimit(
-            mine.silence_s,
-            f"silence_s {mine.silence_s:g} of hang detection",
-            "the ranks are taken for hung and started again",
-            f"{setting}.silence_s={{seconds}}",
-        )
-        return [ends, silence]
+        lost, fix = "the work since the checkpoint before is lost", f"{setting}.signal=TERM@{{seconds}}"
+        limits = [SaveLimit(signal_s(mine.signal) or _KILL_WAIT_S, what, lost, fix)]
+        if self._detects_hangs(job):
+            what = f"silence_s {mine.silence_s:g} of hang detection"
+            lost, fix = "the ranks are taken for hung and started again", f"{setting}.silence_s={{seconds}}"
+            limits.append(SaveLimit(mine.silence_s, what, lost, fix))
+        return limits
 
     def cancel_command(self, identity: str) -> str:
         """See `Cluster.cancel_command`."""
@@ -306,10 +328,7 @@ class SlurmScheduler(Cluster):
         """Return the error of a job that Slurm does not take, with what is wrong in the settings if Slurm says it."""
         partition, hint = self.settings_for(job.name).partition, refusal_hint(text)
         if partition and "invalid partition" in text.lower():
-            listed = subprocess.run(
-                ["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True, check=False
-            )
-            partitions = sorted(set(listed.stdout.split()))
+            partitions = sorted(set(ask("sinfo", "--noheader", "--format=%R").stdout.split()))
             hint = f"{did_you_mean(partition, partitions)} Partitions: {', '.join(partitions)}."
         kind = UnreachableError if any(words in text for words in NO_ANSWER) else UpcycleError
         return kind(f"Slurm does not take stage '{job.name}': {last_line(text).rstrip('.')}.{hint}")
@@ -320,8 +339,8 @@ class SlurmScheduler(Cluster):
         if kind not in _OF_ONE_MACHINE or getattr(self.executor, "shared_dir", False):
             return
         wanted = self.settings_for(job.name).partition
-        command = ["sinfo", "--noheader", "--Node", "--format=%n"] + ([f"--partition={wanted}"] if wanted else [])
-        names = set(subprocess.run(command, capture_output=True, text=True, check=False).stdout.split())
+        partition = [f"--partition={wanted}"] if wanted else []
+        names = set(ask("sinfo", "--noheader", "--Node", "--format=%n", *partition).stdout.split())
         here = socket.gethostname().partition(".")[0]
         if others := sorted(name for name in names if name.partition(".")[0] != here):
             raise UpcycleError(

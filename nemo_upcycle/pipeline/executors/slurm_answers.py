@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from typing import Any
 
 from nemo_upcycle.pipeline.executors.base import JobState, Phase, UnreachableError
 
@@ -53,6 +54,11 @@ _NEVER_STARTS = {
 }
 
 
+def ask(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command of Slurm's, and return what it printed."""
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
 def cluster_name() -> str:
     """Return the name of the cluster whose controller answers here; empty without Slurm's commands.
 
@@ -61,7 +67,7 @@ def cluster_name() -> str:
     """
     if shutil.which("scontrol") is None:
         return ""
-    asked = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=False)
+    asked = ask("scontrol", "show", "config")
     found = re.search(r"^ClusterName\s*=\s*(\S+)", asked.stdout, re.MULTILINE)
     if not found:
         raise UnreachableError(f"Slurm does not say which cluster this is: {last_line(asked.stderr)}")
@@ -105,30 +111,19 @@ def refusal_hint(text: str) -> str:
     if "Invalid account" in text:
         return " `sacctmgr show associations user=$USER` lists what run.executor.account may be, and its partitions."
     if "policy" in text or "SubmitJob" in text:
-        limits = "`sacctmgr show qos` and `sacctmgr show associations user=$USER` have the limits"
-        return (
-            f" {limits}. Fix: if it is that of the jobs in the queue, submit fewer stages at once with --until STAGE."
-        )
+        limits = " `sacctmgr show qos` and `sacctmgr show associations user=$USER` have the limits."
+        return f"{limits} Fix: if it is that of the jobs in the queue, submit fewer stages at once with --until STAGE."
     return ""
 
 
 def ending(identity: str) -> str:
     """Return how a job ended; the controller knows for some minutes, the accounting, where there is one, for good."""
-    asked = subprocess.run(
-        ["scontrol", "--oneliner", "show", "job", identity], capture_output=True, text=True, check=False
-    )
+    asked = ask("scontrol", "--oneliner", "show", "job", identity)
     found = dict(word.partition("=")[::2] for word in asked.stdout.split())
     if not found.get("JobState"):
-        command = [
-            "sacct",
-            "--noheader",
-            "--parsable2",
-            "--allocations",
-            "--format=State,ExitCode",
-            f"--jobs={identity}",
-        ]
+        options = ("--noheader", "--parsable2", "--allocations", "--format=State,ExitCode")
         try:
-            asked = subprocess.run(command, capture_output=True, text=True, check=False)
+            asked = ask("sacct", *options, f"--jobs={identity}")
         except FileNotFoundError:
             return ""
         state, _, code = asked.stdout.strip().partition("|")
