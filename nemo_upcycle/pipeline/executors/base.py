@@ -311,7 +311,7 @@ def require_settings(executor: Any, where: str, why: Mapping[str, str]) -> None:
         if getattr(executor, name) == MISSING:
             fix = f"give run.executor.{name}=..., or {where}"
             raise UpcycleError(f"run.executor.{name}", got="nothing", expected=what, fix=fix)
-    fields = {field.name for field in dataclasses.fields(executor)} - {"stages"}
+    fields = {field.name for field in dataclasses.fields(executor) if field.init} - {"stages"}
     for stage, settings in executor.stages.items():
         for name in settings:
             if name not in fields:

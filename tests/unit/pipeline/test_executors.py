@@ -89,7 +89,7 @@ def test_what_a_site_must_fill_in_is_named(missing: str) -> None:
         ("env_vars: {A: }", 'env_vars.A: got null, expected text. Fix: put it in quotes: "".'),
         ("env_vars: {A: true}", 'env_vars.A: got true, expected text or null. Fix: put it in quotes: "true".'),
         ("env_vars: {HF_TOKEN: [hf_abc]}", "env_vars.HF_TOKEN: got ***, expected text"),
-        ("env_vars: HF_TOKEN=hf_abc", "env_vars: got 'HF_TOKEN=***, expected keys"),
+        ("env_vars: HF_TOKEN=hf_abc", "env_vars: got 'HF_TOKEN=***', expected keys"),
         (
             "executor: kubernetes\nstages: {pretrain: {cpus: 1.5}}",
             "stages.pretrain.cpus: got 1.5, expected a whole",
