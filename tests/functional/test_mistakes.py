@@ -79,7 +79,7 @@ MISTAKES = {
     # clusters
     f"{DEMO} run.executor=slrum": "Did you mean 'slurm'?",
     f"{DEMO} run.executor=slurm": "run.executor.account: got nothing, expected the account that jobs are charged to",
-    f"{DEMO} run.executor=slurm run.executor.accounts=me": "run.executor: key 'accounts' does not exist. Did you mean 'account'?",
+    f"{DEMO} run.executor=slurm run.executor.accounts=me": "run.executor: key 'accounts' does not exist.",
     f"{DEMO} run.executor=slurm run.executor.stages.pretrian.time=1": "Did you mean 'pretrain'?",
     f"{DEMO} run.executor=FILES/absent.yaml": "got No such file or directory, expected a YAML file",
     f"{DEMO} run.executor=kubernetes": "run.executor.image: got nothing",
