@@ -80,9 +80,10 @@ class KubernetesScheduler(Cluster):
             },
         )
         for stage, settings in self.executor.stages.items():
-            for name in (name for name in _COMMON if name in settings):
-                setting, expected = f"run.executor.stages.{stage}.{name}", "nothing: it is the same for all stages"
-                raise UpcycleError(setting, got=settings[name], expected=expected, fix=f"set run.executor.{name}")
+            for name, value in settings.items():
+                if name in _COMMON:
+                    setting, expected = f"run.executor.stages.{stage}.{name}", "nothing: it is the same for all stages"
+                    raise UpcycleError(setting, got=value, expected=expected, fix=f"set run.executor.{name}")
         if (silence_s := self.executor.report_within_s) < _LEAST_REPORT_S:
             expected = f"{_LEAST_REPORT_S} or more: an operator that starts again is silent so long"
             raise UpcycleError("run.executor.report_within_s", got=silence_s, expected=expected, fix="raise it")
@@ -204,9 +205,11 @@ class KubernetesScheduler(Cluster):
         document = self._manifest(job, f"{manifests.base_name(job)}-{_next_number(job)}")
         with contextlib.suppress(TakenError):  # `submit` chooses another name
             api.create(manifests.resource_of(settings), document, dry_run=True)
-        for claim in (claim for claim in settings.mounts if api.lacks_claim(settings.namespace, claim)):
-            expected, fix = f"a PersistentVolumeClaim of namespace {settings.namespace}", "name one: kubectl get pvc"
-            raise UpcycleError("run.executor.claim or volumes", got=claim, expected=expected, fix=fix)
+        for claim in settings.mounts:
+            if api.lacks_claim(settings.namespace, claim):
+                expected = f"a PersistentVolumeClaim of namespace {settings.namespace}"
+                fix = "name one: kubectl get pvc"
+                raise UpcycleError("run.executor.claim or volumes", got=claim, expected=expected, fix=fix)
         if settings.queue and api.lacks_queue(settings.namespace, settings.queue):
             expected, fix = f"a LocalQueue of namespace {settings.namespace}", "name one: kubectl get localqueues"
             raise UpcycleError("run.executor.queue", got=settings.queue, expected=expected, fix=fix)
@@ -280,11 +283,12 @@ def _require_sound(job: Job, settings: KubernetesExecutor) -> None:
         expected = f"less than memory_gib ({settings.memory_gib}), of which /dev/shm is a part"
         got, fix = settings.shared_memory_gib, "lower it, or raise memory_gib"
         raise UpcycleError(f"{of_stage}.shared_memory_gib", got=got, expected=expected, fix=fix)
-    for name, value in (entry for toleration in settings.tolerations for entry in toleration.items()):
-        if name not in _TOLERATION:
-            raise UpcycleError.unknown("run.executor.tolerations", name, _TOLERATION)
-        if _TOLERATION[name] and value not in _TOLERATION[name]:
-            raise UpcycleError.unknown(f"run.executor.tolerations.{name}", value, _TOLERATION[name])
+    for toleration in settings.tolerations:
+        for name, value in toleration.items():
+            if name not in _TOLERATION:
+                raise UpcycleError.unknown("run.executor.tolerations", name, _TOLERATION)
+            if _TOLERATION[name] and value not in _TOLERATION[name]:
+                raise UpcycleError.unknown(f"run.executor.tolerations.{name}", value, _TOLERATION[name])
     require_variables((*settings.env_vars, *settings.secret_env_vars))
     for name, source in settings.secret_env_vars.items():
         secret, slash, key = source.partition("/")
