@@ -69,9 +69,9 @@ def read_executor(name: str, overrides: Sequence[str] = ()) -> run.Executor:
         '08:00:00'
     """
     content, path, _ = read_conf("executors", name, "executor")
-    kind = content.pop("executor", "")
+    kind = str(content.pop("executor", ""))
     if kind not in KINDS:
-        raise UpcycleError.unknown(f"{path}: executor", str(kind), KINDS)
+        raise UpcycleError.unknown(f"{path}: executor", kind, KINDS)
     schema, own = KINDS[kind], executor_names()
     shown = f"conf/executors/{name}.yaml" if name in own else str(path)
     explained = packaged("executors") / f"{kind if kind in own else 'slurm'}.yaml"

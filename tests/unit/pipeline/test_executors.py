@@ -72,6 +72,7 @@ def test_what_a_site_must_fill_in_is_named(missing: str) -> None:
     ("text", "message"),
     [
         ("executor: slrum", "executor 'slrum' does not exist. Did you mean 'slurm'?"),
+        ("executor: [slurm]", "executor '['slurm']' does not exist."),
         ("time: 24:00:00", "time: got 86400: YAML reads 24:00:00 as a number, expected text. Fix: put it in quotes"),
         ("time: 10", "time: got 10: YAML reads 24:00:00 as a number, expected text. Fix: put it in quotes"),
         ("partion: a", "key 'partion' does not exist. Did you mean 'partition'?"),
