@@ -13,8 +13,8 @@ from typing import Any
 from nemo_upcycle.cli.common import show
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.flops import flops_per_token
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.rotary import rope_kind
 from nemo_upcycle.planning import hardware, table
 from nemo_upcycle.planning.commands import BACKENDS, bridge_command, nemo_command, require_bridge

@@ -121,7 +121,7 @@ class PipelineContext(CheckedContext):
         """Parse the arguments of the executor, or build the one that was described."""
         rest = super().parse_args(args, lazy)
         if self._described:
-            self.executor = fdl.build(read_executor(self._described, self._overrides))
+            self.executor = read_executor(self._described, self._overrides)
         return rest
 
     def confirm(self) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.masking import MASK, is_secret, masked_text
 
 
 _T = TypeVar("_T")
@@ -105,7 +106,7 @@ def is_conf_file(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
 
 
-def as_dataclass(where: str, values: Any, schema: type[_T], kind: str) -> _T:
+def as_dataclass(where: str, values: dict[str, Any], schema: type[_T], kind: str) -> _T:
     """Return what YAML says as an instance of a dataclass.
 
     Args:
@@ -121,55 +122,84 @@ def as_dataclass(where: str, values: Any, schema: type[_T], kind: str) -> _T:
         >>> as_dataclass("mine.yaml", {"validation": 0.01}, HoldOut, "data")  # doctest: +SKIP
         HoldOut(validation=0.01, heldout=0.001)
     """
-    return typing.cast("_T", _as(values, schema, f"{where}: ", "", kind))
+    return typing.cast("_T", _made(f"{where}: ", values, schema, template(kind)))
 
 
-def _as(value: Any, wanted: Any, where: str, key: str, kind: str) -> Any:
-    """Return a value as a type takes it; `key` is where it stands in the file."""
-    is_union = typing.get_origin(wanted) in (typing.Union, types.UnionType)
-    members = typing.get_args(wanted) if is_union else (wanted,)
-    for member in members:
+def field_values(prefix: str, values: dict[Any, Any], schema: type, explained: Path) -> dict[str, Any]:
+    """Return what YAML says of fields of a dataclass, as their types take it; what is left blank is the default.
+
+    Args:
+        prefix: what names stand behind in errors: `mine.yaml: `, or `run.executor.`.
+        values: by field; not all of them need be there.
+        schema: the dataclass.
+        explained: the file that explains the fields.
+
+    Raises:
+        UpcycleError: as `as_dataclass`.
+    """
+    kinds = typing.get_type_hints(schema)
+    defaults = {field.name: _default(field) for field in dataclasses.fields(schema) if field.init}
+    found = {}
+    for name, value in values.items():
+        if name not in defaults:
+            raise UpcycleError.unknown(f"{prefix.rstrip('.: ')}: key", str(name), defaults)
+        has_default = defaults[name] is not dataclasses.MISSING
+        is_blank = value is None and has_default and type(None) not in members(kinds[name])
+        found[name] = defaults[name] if is_blank else _as(prefix + name, value, kinds[name], explained)
+    return found
+
+
+def members(kind: Any) -> tuple[Any, ...]:
+    """Return the types that a union allows, or the one type.
+
+    Example:
+        >>> members(int | None), members(list[str])
+        ((<class 'int'>, <class 'NoneType'>), (list[str],))
+    """
+    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _made(prefix: str, values: dict[Any, Any], schema: Any, explained: Path) -> Any:
+    found = field_values(prefix, values, schema, explained)
+    for field in dataclasses.fields(schema):
+        if field.name not in found and _default(field) is dataclasses.MISSING:
+            expected = _described(typing.get_type_hints(schema)[field.name])
+            raise UpcycleError(prefix + field.name, got="nothing", expected=expected, fix=f"see {explained}")
+    return schema(**found)
+
+
+def _as(name: str, value: Any, wanted: Any, explained: Path) -> Any:
+    """Return a value as a type takes it; `name` is where it stands, for errors."""
+    for member in members(wanted):
         origin, inner = typing.get_origin(member) or member, typing.get_args(member)
         if dataclasses.is_dataclass(member) and isinstance(value, dict):
-            return _fields(value, member, where, key, kind)
+            return _made(f"{name}.", value, member, explained)
         if origin is list and isinstance(value, list):
-            return [_as(one, inner[0], where, f"{key}[{number}]", kind) for number, one in enumerate(value)]
+            return [_as(f"{name}[{number}]", one, inner[0], explained) for number, one in enumerate(value)]
         if origin is dict and isinstance(value, dict):
-            return {str(name): _as(one, inner[1], where, _below(key, name), kind) for name, one in value.items()}
+            return {str(key): _as(f"{name}.{key}", one, inner[1], explained) for key, one in value.items()}
         if member is Any:
             return value
         if type(value) in _TAKEN.get(member, ()):
             return value if value is None else member(value)
-    expected = " or ".join(_described(member) for member in members)
-    takes_one = any(typing.get_origin(member) is list for member in members)
-    fix = f"write [{value!r}]" if takes_one and type(value) in _TAKEN[str] else f"see {template(kind)}"
-    raise UpcycleError(f"{where}{key}", got=_shown(value), expected=expected, fix=fix)
-
-
-def _fields(values: dict[Any, Any], schema: Any, where: str, key: str, kind: str) -> Any:
-    types_of, fields = typing.get_type_hints(schema), {field.name: field for field in dataclasses.fields(schema)}
-    for name in values:
-        if name not in fields:
-            raise UpcycleError.unknown(f"{where}{key + ': ' if key else ''}key", str(name), fields)
-    for name, field in fields.items():
-        if name not in values and field.default is field.default_factory is dataclasses.MISSING:
-            full, expected = f"{where}{_below(key, name)}", _described(types_of[name])
-            raise UpcycleError(full, got="nothing", expected=expected, fix=f"see {template(kind)}")
-    return schema(
-        **{name: _as(value, types_of[name], where, _below(key, name), kind) for name, value in values.items()}
-    )
-
-
-def _below(key: str, name: object) -> str:
-    return f"{key}.{name}" if key else str(name)
+    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    fix = f"see {explained}"
+    if str in members(wanted) and isinstance(value, bool | None):
+        fix = f'put it in quotes: "{shown if value is not None else ""}"'
+    elif typing.get_origin(members(wanted)[0]) is list and type(value) in _TAKEN[str]:
+        fix = f"write [{shown}]"
+    if str in members(wanted) and is_secret(name.rpartition(".")[2]):
+        shown = MASK
+    raise UpcycleError(name, got=masked_text(shown), expected=_described(wanted), fix=fix)
 
 
 def _described(wanted: Any) -> str:
-    origin, inner = typing.get_origin(wanted) or wanted, typing.get_args(wanted)
-    if origin is list:
-        return f"a list, each {_described(inner[0])}"
-    return _WORDS.get(origin, "keys")
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    if len(kinds := members(wanted)) > 1:
+        return " or ".join(map(_described, kinds))
+    if typing.get_origin(wanted) is list:
+        return f"a list, each {_described(typing.get_args(wanted)[0])}"
+    return _WORDS.get(wanted, "keys")

@@ -79,7 +79,7 @@ MISTAKES = {
     # clusters
     f"{DEMO} run.executor=slrum": "Did you mean 'slurm'?",
     f"{DEMO} run.executor=slurm": "run.executor.account: got nothing, expected the account that jobs are charged to",
-    f"{DEMO} run.executor=slurm run.executor.accounts=me": "Did you mean 'run.executor.account'?",
+    f"{DEMO} run.executor=slurm run.executor.accounts=me": "run.executor: key 'accounts' does not exist.",
     f"{DEMO} run.executor=slurm run.executor.stages.pretrian.time=1": "Did you mean 'pretrain'?",
     f"{DEMO} run.executor=FILES/absent.yaml": "got No such file or directory, expected a YAML file",
     f"{DEMO} run.executor=kubernetes": "run.executor.image: got nothing",
@@ -90,7 +90,7 @@ MISTAKES = {
     f"{DEMO} --render FILES/rendered": "--render: got no cluster, expected run.executor=slurm|kubernetes",
     f"{DEMO} {SLURM} --render FILES/not.yaml": "--render FILES/not.yaml: got File exists, expected a writable folder",
     f"{DEMO} {SLURM} --render FILES/not.yaml/x": "--render FILES/not.yaml/x: got Not a directory",
-    f"{DEMO} {SLURM} run.executor.gpus_per_node=eight": "run.executor.gpus_per_node: got 'eight' (command line)",
+    f"{DEMO} {SLURM} run.executor.gpus_per_node=eight": "run.executor.gpus_per_node: got 'eight', expected",
     # names and values of settings
     f"{DEMO} pretrain.trainer.max_step=3": "Did you mean 'pretrain.trainer.max_steps'?",
     f"{DEMO} pretrain.trainr.max_steps=3": "Did you mean 'pretrain.trainer'?",

@@ -16,8 +16,7 @@ from nemo_upcycle.pipeline import chain as chain_module
 from nemo_upcycle.pipeline.chain import Chain
 from nemo_upcycle.pipeline.executors.base import Job
 from nemo_upcycle.pipeline.executors.local import StopSignals
-from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
-from nemo_upcycle.pipeline.executors.slurm_settings import StagedSlurmExecutor
+from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler, StagedSlurmExecutor
 from nemo_upcycle.utils.files import MARKER
 from tests.functional.test_slurm import has_test_cluster
 from tests.waiting import wait_until

@@ -16,11 +16,9 @@ from tests.golden import FOLDER
 
 
 def _cluster(name: str, *site: str) -> Any:
-    import fiddle as fdl
-
     from nemo_upcycle.pipeline.executors.settings import cluster_for, read_executor
 
-    return cluster_for(fdl.build(read_executor(name, site)))
+    return cluster_for(read_executor(name, site))
 
 
 #: Executor -> what makes its cluster; None: this machine.

@@ -49,9 +49,9 @@ class ArmConfig:
     recipe: str | None = None
     gpus: int | None = None
     file: str | None = None
-    about: str | None = None
-    spec: dict[str, Any] | None = None
-    set: dict[str, Any] | None = None
+    about: str = ""
+    spec: dict[str, Any] = field(default_factory=dict)
+    set: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -67,14 +67,14 @@ class GridConfig:
     """A grid; `conf/ablations/laptop.yaml` explains every key."""
 
     arms: dict[str, ArmConfig]
-    about: str | None = None
-    dense: str | None = None
+    about: str = ""
+    dense: str = ""
     data: str = "sotu"
     parent: ParentConfig | None = None
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     seeds: list[int] = field(default_factory=lambda: [1234])
-    defaults: dict[str, Any] | None = None
-    references: dict[str, str] | None = None
+    defaults: dict[str, Any] = field(default_factory=dict)
+    references: dict[str, str] = field(default_factory=dict)
     margin: float = MARGIN
     budgets: BudgetsConfig | None = None
 
@@ -94,21 +94,25 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
     grid = as_dataclass(str(path), content, GridConfig, "ablations")
     arms = {name: _with_file(f"{path}: arms.{name}", arm, path.parent) for name, arm in grid.arms.items()}
     _check(str(path), grid)
-    suite = _suite_of(f"{path}: evaluate.suite", grid.evaluate.suite, folder)
+    suite = _from_here(grid.evaluate.suite, folder)
+    config = read_suite_config(suite)
+    if not config.local or TASK not in config.tasks:
+        expected, fix = f"a local suite with {TASK}", "name laptop, watch or your own"
+        raise UpcycleError(f"{path}: evaluate.suite", got=suite, expected=expected, fix=fix)
     every_n_steps = grid.evaluate.every_n_steps
     evaluations = Evaluations(suite=SUITE, every_n_steps=every_n_steps, batch_size=grid.evaluate.batch_size)
     cells, described, trainers = {}, {}, set[str]()
-    address = str(dense or grid.dense or "")
-    for arm, config in arms.items():
-        built = _built(f"{path}: arms.{arm}", config, (grid.defaults or {}) | (config.set or {}), address)
+    address = str(dense or grid.dense)
+    for name, arm in arms.items():
+        built = _built(f"{path}: arms.{name}", arm, grid.defaults | arm.set, address)
         trainers.add(built.trainer)
         for seed in grid.seeds:
-            cell = f"{arm}-seed{seed}"
+            cell = f"{name}-seed{seed}"
             cells[cell] = built.cell(seed, cell, evaluations)
             facts = open_training(built.trainer, cells[cell]).facts(address)
             assert facts is not None  # an arm of Bridge's is built with its parent
             described[cell] = {
-                "arm": arm,
+                "arm": name,
                 "seed": seed,
                 "steps": facts.steps,
                 "tokens_per_step": facts.step_tokens,
@@ -119,31 +123,31 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         got, expected = "recipes of NeMo and of Megatron-Bridge", "those of one"
         raise UpcycleError(f"{path}: arms", got=got, expected=expected, fix="make two grids")
     table = {
-        "about": grid.about or "",
-        "arms": {arm: config.about or "" for arm, config in arms.items()},
+        "about": grid.about,
+        "arms": {name: arm.about for name, arm in arms.items()},
         "cells": described,
-        "references": _references(f"{path}: references", grid.references or {}, arms),
+        "references": grid.references,
         "margin": grid.margin,
         "budgets": _budgets(f"{path}: budgets", grid.budgets, described, every_n_steps),
     }
-    parent, vocabulary = _parent(f"{path}: parent", grid.parent) if not dense else (None, None)
+    parent: str | None = None
+    if grid.parent and not dense:
+        from nemo_upcycle.pipeline.nemo.arms import NeMoArm
+
+        parent = NeMoArm(f"{path}: parent", grid.parent.factory, {}, grid.parent.set).parent()
     if not parent and not address:
-        raise UpcycleError(
-            f"{path}: dense", got="none", expected="a dense parent", fix="add dense=FOLDER, or a parent:"
-        )
+        fix = "add dense=FOLDER, or a parent:"
+        raise UpcycleError(f"{path}: dense", got="none", expected="a dense parent", fix=fix)
     if parent and data and Path(data).is_dir():
-        raise UpcycleError(
-            f"data {data}",
-            got="a finished folder",
-            expected="a blend: the grid trains its parent, and a tokenizer for it",
-            fix="give the dense model of the folder's tokenizer as well (dense=FOLDER)",
-        )
+        expected = "a blend: the grid trains its parent, and a tokenizer for it"
+        fix = "give the dense model of the folder's tokenizer as well (dense=FOLDER)"
+        raise UpcycleError(f"data {data}", got="a finished folder", expected=expected, fix=fix)
     return GridPlan(
         path.stem,
         "" if parent else address,
         data or _from_here(grid.data, folder),
         parent,
-        vocabulary,
+        grid.parent.vocabulary if grid.parent and parent else None,
         suite,
         cells,
         table,
@@ -153,45 +157,34 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
 
 def _check(path: str, grid: GridConfig) -> None:
     """Check the numbers of a grid, and the names of its arms."""
+
+    def require(holds: bool, key: str, got: object, expected: str, fix: str) -> None:
+        if not holds:
+            raise UpcycleError(f"{path}: {key}", got=got, expected=expected, fix=fix)
+
     for name in grid.arms:
-        if not _NAME.fullmatch(name):
-            raise UpcycleError(
-                f"{path}: arms.{name}", got=name, expected="letters, digits and _", fix="rename the arm"
-            )
-    if not grid.arms:
-        raise UpcycleError(f"{path}: arms", got="none", expected="at least one", fix=f"see {template('ablations')}")
-    if not grid.seeds or min(grid.seeds) < 0:
-        got, expected = grid.seeds, "whole numbers from 0 on"
-        raise UpcycleError(f"{path}: seeds", got=got, expected=expected, fix="write seeds: [1, 2, 3]")
-    if not 2 * ROUNDING <= grid.margin < math.inf:
-        expected = f"bits per byte, from {2 * ROUNDING:g} on: less is rounding"
-        raise UpcycleError(f"{path}: margin", got=grid.margin, expected=expected, fix=f"write margin: {MARGIN:g}")
-    evaluate, vocabulary = grid.evaluate, grid.parent.vocabulary if grid.parent else None
+        require(bool(_NAME.fullmatch(name)), f"arms.{name}", name, "letters, digits and _", "rename the arm")
+    for name in (name for pair in grid.references.items() for name in pair):
+        if name not in grid.arms:
+            raise UpcycleError.unknown(f"{path}: references: arm", name, grid.arms)
+    require(bool(grid.arms), "arms", "none", "at least one", f"see {template('ablations')}")
+    from_zero = bool(grid.seeds) and min(grid.seeds) >= 0
+    require(from_zero, "seeds", grid.seeds, "whole numbers from 0 on", "write seeds: [1, 2, 3]")
+    least, fix = 2 * ROUNDING, f"write margin: {MARGIN:g}"
+    expected = f"bits per byte, from {least:g} on: less is rounding"
+    require(least <= grid.margin < math.inf, "margin", grid.margin, expected, fix)
     lows = {
-        "evaluate.every_n_steps": (evaluate.every_n_steps, 1),
-        "evaluate.batch_size": (evaluate.batch_size, 1),
-        "parent.vocabulary": (vocabulary, 300),
+        "evaluate.every_n_steps": (grid.evaluate.every_n_steps, 1),
+        "evaluate.batch_size": (grid.evaluate.batch_size, 1),
+        "parent.vocabulary": (grid.parent and grid.parent.vocabulary, 300),
     }
     for key, (value, low) in lows.items():
-        if value is not None and value < low:
-            expected = f"a whole number from {low} on"
-            raise UpcycleError(f"{path}: {key}", got=value, expected=expected, fix=f"write {max(low, 2048)}")
+        require(value is None or value >= low, key, value, f"a whole number from {low} on", f"write {max(low, 2048)}")
 
 
 def _from_here(name: str, folder: Path) -> str:
     """Return the absolute path of a YAML file that a grid names, or the name of one of the package's own."""
     return str((folder / Path(name).expanduser()).absolute()) if name.endswith((".yaml", ".yml")) else name
-
-
-def _suite_of(where: str, name: str, folder: Path) -> str:
-    """Return a suite's name or absolute path, checked."""
-    suite = _from_here(name, folder)
-    config = read_suite_config(suite)
-    if not config.local or TASK not in config.tasks:
-        raise UpcycleError(
-            where, got=suite, expected=f"a local suite with {TASK}", fix="name laptop, watch or your own"
-        )
-    return suite
 
 
 def _with_file(where: str, arm: ArmConfig, folder: Path) -> ArmConfig:
@@ -200,7 +193,7 @@ def _with_file(where: str, arm: ArmConfig, folder: Path) -> ArmConfig:
         content, *_ = read_conf("ablations", folder / arm.file, f"{where}: file")
         run = content.pop("run", None)
         factory = run.get("factory") if isinstance(run, dict) else None
-        arm = replace(arm, factory=factory, set=dict(flat(content, ".")) | (arm.set or {}))
+        arm = replace(arm, factory=factory, set=dict(flat(content, ".")) | arm.set)
     if (arm.factory is None) == (arm.recipe is None):
         expected = "a recipe: `factory`, as --factory takes it, or `recipe`, one by Megatron-Bridge's naming"
         got = "both" if arm.factory else "none"
@@ -213,29 +206,13 @@ def _built(where: str, arm: ArmConfig, settings: dict[str, Any], dense: str) -> 
     if arm.recipe is None:
         from nemo_upcycle.pipeline.nemo.arms import NeMoArm
 
-        return NeMoArm(where, str(arm.factory), arm.spec or {}, settings)
+        return NeMoArm(where, str(arm.factory), arm.spec, settings)
     from nemo_upcycle.pipeline.bridge.arms import BridgeArm
 
     if not dense:
         fix = "add dense=FOLDER, or dense: to the grid"
         raise UpcycleError(f"{where}: recipe", got="no dense parent", expected="one that is there", fix=fix)
-    return BridgeArm(where, arm.recipe, arm.spec or {}, settings, arm.gpus, dense)
-
-
-def _parent(where: str, parent: ParentConfig | None) -> tuple[str | None, int | None]:
-    """Return the serialised recipe that trains the parent, and the size of its vocabulary."""
-    if parent is None:
-        return None, None
-    from nemo_upcycle.pipeline.nemo.arms import NeMoArm
-
-    return NeMoArm(where, parent.factory, {}, parent.set).parent(), parent.vocabulary
-
-
-def _references(where: str, references: dict[str, str], arms: Mapping[str, Any]) -> dict[str, str]:
-    for name in (name for pair in references.items() for name in pair):
-        if name not in arms:
-            raise UpcycleError.unknown(f"{where}: arm", name, arms)
-    return references
+    return BridgeArm(where, arm.recipe, arm.spec, settings, arm.gpus, dense)
 
 
 def _budgets(

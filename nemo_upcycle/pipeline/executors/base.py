@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nemo_upcycle.errors import UpcycleError, did_you_mean
+from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors.performance import PerformanceSetting, settings_for
 from nemo_upcycle.trainers.base import Profile
 from nemo_upcycle.utils.masking import masked, masked_text, write_private
@@ -308,12 +309,36 @@ def require_settings(executor: Any, where: str, why: Mapping[str, str]) -> None:
     """
     for name, what in why.items():
         if getattr(executor, name) == MISSING:
-            raise UpcycleError(
-                f"run.executor.{name}", got="nothing", expected=what, fix=f"give run.executor.{name}=..., or {where}"
-            )
-    fields = {field.name for field in dataclasses.fields(executor)} - {"stages"}
+            fix = f"give run.executor.{name}=..., or {where}"
+            raise UpcycleError(f"run.executor.{name}", got="nothing", expected=what, fix=fix)
+    fields = {field.name for field in dataclasses.fields(executor) if field.init} - {"stages"}
     for stage, settings in executor.stages.items():
         for name in settings:
             if name not in fields:
-                known = did_you_mean(name, fields, prefix=f"stages.{stage}.")
-                raise UpcycleError(f"setting 'stages.{stage}.{name}' of the executor does not exist.{known}")
+                raise UpcycleError.unknown(f"run.executor.stages.{stage}: key", name, fields)
+
+
+def require_variables(names: Iterable[str]) -> None:
+    """Check that bash exports variables of these names.
+
+    Raises:
+        UpcycleError: one it does not.
+    """
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+            fix = f"rename it, as {re.sub('[^A-Za-z0-9_]', '_', name)}"
+            expected = "a name of letters, digits and _, no digit first"
+            raise UpcycleError("run.executor.env_vars", got=f"'{name}'", expected=expected, fix=fix)
+
+
+def require_gpus(job: Job, per_node: int) -> None:
+    """Check that a node has a GPU for each rank of a job.
+
+    Raises:
+        UpcycleError: it has fewer.
+    """
+    if per_node < job.ranks_per_node:
+        setting = f"run.executor.stages.{job.name}.gpus_per_node"
+        expected = f"at least {job.ranks_per_node}, the ranks per node"
+        fix = f"raise it, or set {job.name}.trainer.devices={per_node} and more trainer.num_nodes"
+        raise UpcycleError(setting, got=per_node, expected=expected, fix=fix)

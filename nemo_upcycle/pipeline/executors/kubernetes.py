@@ -1,6 +1,6 @@
 """Kubernetes: one job of Kubeflow a stage, submitted when those before it are done."""
 
-# No postponed annotations here: NeMo-Run parses the values of overrides by them.
+from __future__ import annotations
 
 import contextlib
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.executors import argo, manifests, performance
+from nemo_upcycle.pipeline.executors import manifests, performance
 from nemo_upcycle.pipeline.executors.base import (
     Cluster,
     Job,
@@ -18,11 +18,12 @@ from nemo_upcycle.pipeline.executors.base import (
     Phase,
     SaveLimit,
     UnreachableError,
+    require_gpus,
     require_settings,
+    require_variables,
 )
 from nemo_upcycle.pipeline.executors.kubernetes_api import KubernetesApi, TakenError, reported_state
-from nemo_upcycle.pipeline.executors.kubernetes_checks import require_patience, require_sound
-from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
+from nemo_upcycle.pipeline.executors.manifests import KubernetesExecutor
 from nemo_upcycle.utils.conf import packaged
 from nemo_upcycle.utils.masking import is_secret, write_private
 
@@ -32,6 +33,16 @@ _COMMON = ("namespace", "kind", "kubeconfig", "context", "report_within_s")
 _NAMES_TRIED = 20
 #: Seconds between SIGTERM and SIGKILL of a pod that does not say it.
 _POD_GRACE_S = 30
+#: An operator that starts again has to be scheduled, to start and to get its lease, 15 s after the last holder's end.
+_LEAST_REPORT_S = 60
+#: The fields of a toleration, with the values of those that have few.
+_TOLERATION: dict[str, tuple[str, ...]] = {
+    "key": (),
+    "operator": ("Exists", "Equal"),
+    "value": (),
+    "effect": ("NoSchedule", "PreferNoSchedule", "NoExecute"),
+    "tolerationSeconds": (),
+}
 
 
 class KubernetesScheduler(Cluster):
@@ -68,11 +79,17 @@ class KubernetesScheduler(Cluster):
                 "mount_path": "where the claim is mounted, here and in the pods",
             },
         )
-        self._require_common()
-        require_patience(self.executor)
+        for stage, settings in self.executor.stages.items():
+            for name, value in settings.items():
+                if name in _COMMON:
+                    setting, expected = f"run.executor.stages.{stage}.{name}", "nothing: it is the same for all stages"
+                    raise UpcycleError(setting, got=value, expected=expected, fix=f"set run.executor.{name}")
+        if (silence_s := self.executor.report_within_s) < _LEAST_REPORT_S:
+            expected = f"{_LEAST_REPORT_S} or more: an operator that starts again is silent so long"
+            raise UpcycleError("run.executor.report_within_s", got=silence_s, expected=expected, fix="raise it")
         for job in jobs:
-            require_sound(job, self.settings_for(job.name))
-            self.performance(job)  # its names are looked at
+            _require_sound(job, self.settings_for(job.name))
+            self.render(job)  # the kind of job and the names of performance settings are looked at
 
     def check(self, jobs: Sequence[Job]) -> None:
         """See `Cluster.check`: the claims, and a dry run of every job with all checks of the server."""
@@ -115,12 +132,9 @@ class KubernetesScheduler(Cluster):
                 self._api = None  # read the credentials anew
                 raise
             return name
-        raise UpcycleError(
-            f"name of stage '{job.name}' in the cluster",
-            got=f"{_NAMES_TRIED} jobs called {manifests.base_name(job)}-NUMBER",
-            expected="a free name",
-            fix=f"delete those of earlier runs, in namespace {settings.namespace}",
-        )
+        got = f"{_NAMES_TRIED} jobs called {manifests.base_name(job)}-NUMBER"
+        fix = f"delete those of earlier runs, in namespace {settings.namespace}"
+        raise UpcycleError(f"name of stage '{job.name}' in the cluster", got=got, expected="a free name", fix=fix)
 
     def _exists_and_goes_on(self, name: str) -> bool:
         found = self._connected().get(manifests.resource_of(self.executor), self.executor.namespace, name)
@@ -129,8 +143,8 @@ class KubernetesScheduler(Cluster):
 
     def render_chain(self, jobs: Sequence[Job]) -> dict[str, str]:
         """See `Cluster.render_chain`: a Workflow of Argo."""
-        documents = {job: self._manifest(job, argo.name_of(job)) for job in jobs}
-        return {"workflow.yaml": argo.workflow(self.executor.namespace, documents)}
+        documents = {job: self._manifest(job, manifests.argo_name(job)) for job in jobs}
+        return {"workflow.yaml": manifests.workflow(self.executor.namespace, documents)}
 
     def states(self, ids: Sequence[str]) -> Mapping[str, JobState]:
         """See `Cluster.states`. While the server does not answer, the last state stands, with that as its reason."""
@@ -184,17 +198,6 @@ class KubernetesScheduler(Cluster):
         }
         return {name: str(value) for name, value in found.items() if value}
 
-    def _require_common(self) -> None:
-        for stage, settings in self.executor.stages.items():
-            for name in _COMMON:
-                if name in settings:
-                    raise UpcycleError(
-                        f"stages.{stage}.{name} of the executor",
-                        got=settings[name],
-                        expected="nothing: it is the same for all stages",
-                        fix=f"set run.executor.{name}",
-                    )
-
     def _require_accepted(self, job: Job, settings: KubernetesExecutor) -> None:
         """Ask the server."""
         api = self._connected()
@@ -204,19 +207,12 @@ class KubernetesScheduler(Cluster):
             api.create(manifests.resource_of(settings), document, dry_run=True)
         for claim in settings.mounts:
             if api.lacks_claim(settings.namespace, claim):
-                raise UpcycleError(
-                    "run.executor.claim or volumes",
-                    got=claim,
-                    expected=f"a PersistentVolumeClaim of namespace {settings.namespace}",
-                    fix="name one: kubectl get pvc",
-                )
+                expected = f"a PersistentVolumeClaim of namespace {settings.namespace}"
+                fix = "name one: kubectl get pvc"
+                raise UpcycleError("run.executor.claim or volumes", got=claim, expected=expected, fix=fix)
         if settings.queue and api.lacks_queue(settings.namespace, settings.queue):
-            raise UpcycleError(
-                "run.executor.queue",
-                got=settings.queue,
-                expected=f"a LocalQueue of namespace {settings.namespace}",
-                fix="name one: kubectl get localqueues",
-            )
+            expected, fix = f"a LocalQueue of namespace {settings.namespace}", "name one: kubectl get localqueues"
+            raise UpcycleError("run.executor.queue", got=settings.queue, expected=expected, fix=fix)
 
     def _connected(self) -> KubernetesApi:
         if self._api is None:
@@ -233,13 +229,12 @@ class KubernetesScheduler(Cluster):
             return JobState(last.phase, f"not known: {error}")
         if found is None:
             return JobState(Phase.ENDED, "deleted")
-        reported = reported_state(found)
-        if reported is None:
+        state = reported_state(found)
+        if state is None:
             state = self._silence(identity)
         else:
             self._silent_since_s.pop(identity, None)
-            state = reported
-        if reported == JobState(Phase.WAITING):  # the job does not say why
+        if state == JobState(Phase.WAITING):  # the job does not say why
             why = self._connected().why_pods_wait(namespace, f"{resource.pods}={identity}")
             state = JobState(Phase.WAITING, why or "its pods are not ready yet")
         self._last[identity] = state
@@ -261,3 +256,43 @@ def _next_number(job: Job) -> int:
     pattern = re.compile(rf"{re.escape(manifests.base_name(job))}-(\d+)\.yaml")
     found = (pattern.fullmatch(path.name) for path in job.folder.glob("*.yaml"))
     return max((int(match[1]) for match in found if match), default=0) + 1
+
+
+def _require_sound(job: Job, settings: KubernetesExecutor) -> None:
+    """Check the settings of a stage, as far as no server has to be asked.
+
+    Raises:
+        UpcycleError: one cannot work.
+    """
+    for path in (job.run_dir, *job.reads):
+        if not any(manifests.pod_path(path).is_relative_to(mount) for mount in settings.mounts.values()):
+            raise UpcycleError(
+                f"dir {path}" if path == job.run_dir else str(path),
+                got="a path that the pods do not see",
+                expected=f"one below {' or '.join(settings.mounts.values())}",
+                fix="put it there, or set run.executor.claim, mount_path and volumes",
+            )
+    of_stage = f"run.executor.stages.{job.name}"
+    has_slices = any("gpu" in name or "/mig-" in name for name in settings.extra_resources)
+    if settings.gpus_per_node:
+        require_gpus(job, settings.gpus_per_node)
+    elif job.profile and job.profile.accelerator == "gpu" and not has_slices:
+        expected = f"{job.ranks_per_node}, one a rank: the recipe trains on GPUs"
+        raise UpcycleError(f"{of_stage}.gpus_per_node", got=0, expected=expected, fix="set it")
+    if settings.memory_gib and settings.shared_memory_gib >= settings.memory_gib:
+        expected = f"less than memory_gib ({settings.memory_gib}), of which /dev/shm is a part"
+        got, fix = settings.shared_memory_gib, "lower it, or raise memory_gib"
+        raise UpcycleError(f"{of_stage}.shared_memory_gib", got=got, expected=expected, fix=fix)
+    for toleration in settings.tolerations:
+        for name, value in toleration.items():
+            if name not in _TOLERATION:
+                raise UpcycleError.unknown("run.executor.tolerations", name, _TOLERATION)
+            if _TOLERATION[name] and value not in _TOLERATION[name]:
+                raise UpcycleError.unknown(f"run.executor.tolerations.{name}", value, _TOLERATION[name])
+    require_variables((*settings.env_vars, *settings.secret_env_vars))
+    for name, source in settings.secret_env_vars.items():
+        secret, slash, key = source.partition("/")
+        if not secret or (slash and not key):
+            expected = "SECRET/KEY, or the name of a secret that has the variable's name as a key"
+            fix = "name a secret of the namespace: kubectl get secrets"
+            raise UpcycleError(f"run.executor.secret_env_vars.{name}", got=f"'{source}'", expected=expected, fix=fix)

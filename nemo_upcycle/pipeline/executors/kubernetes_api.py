@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors.base import JobState, Phase, UnreachableError
-from nemo_upcycle.pipeline.executors.manifests import Resource
+from nemo_upcycle.pipeline.executors.manifests import RESOURCES, Resource
 
 
 _TIMEOUT_S = 30
@@ -43,12 +43,8 @@ class KubernetesApi:
         try:
             from kubernetes import client, config
         except ImportError:
-            raise UpcycleError(
-                "package 'kubernetes'",
-                got="not installed",
-                expected="it, to talk to the cluster",
-                fix="pip install 'kubernetes>=29,<37'",
-            ) from None
+            expected, fix = "it, to talk to the cluster", "pip install 'kubernetes>=29,<37'"
+            raise UpcycleError("package 'kubernetes'", got="not installed", expected=expected, fix=fix) from None
         self._client: Any = client
         configuration = client.Configuration()
         try:
@@ -83,53 +79,32 @@ class KubernetesApi:
             TakenError: there is a job of this name.
             UnreachableError: the server does not answer.
         """
-        options: dict[str, Any] = {"dry_run": "All"} if dry_run else {}
-        address = (resource.group, resource.version, manifest["metadata"]["namespace"], resource.plural)
-        self._ask(
-            lambda: self._objects.create_namespaced_custom_object(
-                *address, manifest, field_validation="Strict", _request_timeout=_TIMEOUT_S, **options
-            ),
-            resource,
-            manifest["metadata"]["namespace"],
-        )
+        create, namespace = self._objects.create_namespaced_custom_object, manifest["metadata"]["namespace"]
+        options = {"dry_run": "All"} if dry_run else {}
+        self._ask(create, resource, namespace, manifest, field_validation="Strict", **options)
 
     def get(self, resource: Resource, namespace: str, name: str) -> dict[str, Any] | None:
         """Return a job, or None if there is none of this name."""
-        address = (resource.group, resource.version, namespace, resource.plural, name)
         try:
-            found: dict[str, Any] = self._ask(
-                lambda: self._objects.get_namespaced_custom_object(*address, _request_timeout=_TIMEOUT_S),
-                resource,
-                namespace,
-            )
+            found: dict[str, Any] = self._ask(self._objects.get_namespaced_custom_object, resource, namespace, name)
         except _AbsentError:
             return None
         return found
 
     def delete(self, resource: Resource, namespace: str, name: str) -> None:
         """Delete a job and its pods; one that does not exist is deleted already."""
-        address = (resource.group, resource.version, namespace, resource.plural, name)
+        delete = self._objects.delete_namespaced_custom_object
         with contextlib.suppress(_AbsentError):
-            self._ask(
-                lambda: self._objects.delete_namespaced_custom_object(
-                    *address, propagation_policy="Background", _request_timeout=_TIMEOUT_S
-                ),
-                resource,
-                namespace,
-            )
+            self._ask(delete, resource, namespace, name, propagation_policy="Background")
 
     def lacks_claim(self, namespace: str, name: str) -> bool:
         """Return whether the server says that there is no such PersistentVolumeClaim; no right to look is no."""
-        return self._is_absent(
-            lambda: self._core.read_namespaced_persistent_volume_claim(name, namespace, _request_timeout=_TIMEOUT_S)
-        )
+        return self._is_absent(self._core.read_namespaced_persistent_volume_claim, name, namespace)
 
     def lacks_queue(self, namespace: str, name: str) -> bool:
         """Return whether the server says that there is no such LocalQueue of Kueue; no right to look is no."""
         address = ("kueue.x-k8s.io", "v1beta1", namespace, "localqueues", name)
-        return self._is_absent(
-            lambda: self._objects.get_namespaced_custom_object(*address, _request_timeout=_TIMEOUT_S)
-        )
+        return self._is_absent(self._objects.get_namespaced_custom_object, *address)
 
     def why_pods_wait(self, namespace: str, selector: str) -> str:
         """Return why a pod waits, as that no node is free or its image cannot be pulled; or an empty text."""
@@ -146,19 +121,24 @@ class KubernetesApi:
                     return f"{condition.reason}: {condition.message or ''}".rstrip(": ")
         return ""
 
-    def _ask(self, request: Callable[[], Any], resource: Resource, namespace: str) -> Any:
+    def _ask(
+        self, request: Callable[..., Any], resource: Resource, namespace: str, what: object, **options: str
+    ) -> Any:
+        """Return the answer to a request about jobs of a kind; `what` is a name, or a manifest."""
+        address = (resource.group, resource.version, namespace, resource.plural, what)
         try:
-            return request()
+            return request(*address, _request_timeout=_TIMEOUT_S, **options)
         except self._client.ApiException as error:
             raise _meaning(error, resource, namespace) from None
         except Exception as error:  # urllib3's many, and those of plugins that fetch credentials
-            raise _unreachable(f"none from {self._host} ({_last_line(error)})") from None
+            *_, reason = type(error).__name__, *str(error).strip().splitlines()
+            raise _unreachable(f"none from {self._host} ({reason})") from None
 
-    def _is_absent(self, request: Callable[[], Any]) -> bool:
+    def _is_absent(self, request: Callable[..., Any], *address: str) -> bool:
         try:
-            request()
+            request(*address, _request_timeout=_TIMEOUT_S)
         except self._client.ApiException as error:
-            return error.status == 404 and bool(_details(error).get("name"))
+            return error.status == 404 and bool(_answer(error)[1].get("name"))
         except Exception:
             return False
         return False
@@ -194,72 +174,42 @@ class _AbsentError(Exception):
 
 def _meaning(error: Any, resource: Resource, namespace: str) -> Exception:
     """Return what an answer of the server means for the user."""
-    message, details = _message(error), _details(error)
+    message, details = _answer(error)
+    jobs = f"{resource.plural} in namespace {namespace}"
+    if error.status == 404 and details.get("kind") == "namespaces":
+        expected = "a namespace of the cluster"
+        return UpcycleError("run.executor.namespace", got=namespace, expected=expected, fix="name another")
+    if error.status == 404 and details.get("name"):
+        return _AbsentError()
     if error.status == 404:
-        if details.get("kind") == "namespaces":
-            return UpcycleError(
-                "run.executor.namespace", got=namespace, expected="a namespace of the cluster", fix="name another"
-            )
-        if details.get("name"):
-            return _AbsentError()
-        return UpcycleError(
-            f"run.executor.kind: {resource.crd}",
-            got="not known to the cluster",
-            expected=f"{resource.operator} or newer",
-            fix="install it, or choose another kind: trainjob, trainjob-2.1 or pytorchjob",
-        )
+        got, expected = "not known to the cluster", f"{resource.operator} or newer"
+        fix = f"install it, or choose another kind: {', '.join(RESOURCES)}"
+        return UpcycleError(f"run.executor.kind: {resource.crd}", got=got, expected=expected, fix=fix)
     if error.status == 409:
         return TakenError()
     if error.status == 401:
-        return UnreachableError(
-            f"login to the cluster, for {resource.plural} in namespace {namespace}",
-            got=message,
-            expected="a valid one",
-            fix="log in again",
-        )
+        what = f"login to the cluster, for {jobs}"
+        return UnreachableError(what, got=message, expected="a valid one", fix="log in again")
     if error.status == 403 and "denied the request" not in message:
-        return UpcycleError(
-            f"rights to {resource.plural} in namespace {namespace}",
-            got=message,
-            expected="to create, get and delete them",
-            fix="log in again, choose another run.executor.namespace or context, or ask the cluster's administrator",
-        )
+        fix = "log in again, choose another run.executor.namespace or context, or ask the cluster's administrator"
+        return UpcycleError(f"rights to {jobs}", got=message, expected="to create, get and delete them", fix=fix)
     if error.status in (400, 403, 422):
-        return UpcycleError(
-            f"{resource.kind} in namespace {namespace}",
-            got=f"refused: {message}",
-            expected="accepted by the API server",
-            fix=next(
-                (fix for words, fix in _FIXES.items() if words in message), "change what run.executor says of it"
-            ),
-        )
+        fix = next((fix for words, fix in _FIXES.items() if words in message), "change what run.executor says of it")
+        return UpcycleError(jobs, got=f"refused: {message}", expected="accepted by the API server", fix=fix)
     return _unreachable(f"{error.status} {error.reason}: {message}")
 
 
 def _unreachable(got: str) -> UnreachableError:
-    return UnreachableError(
-        "Kubernetes API server",
-        got=got,
-        expected="an answer",
-        fix="check the network, and run.executor.kubeconfig and run.executor.context",
-    )
+    fix = "check the network, and run.executor.kubeconfig and run.executor.context"
+    return UnreachableError("Kubernetes API server", got=got, expected="an answer", fix=fix)
 
 
-def _status(error: Any) -> dict[str, Any]:
+def _answer(error: Any) -> tuple[str, dict[str, Any]]:
+    """Return the message of a refusal, and what it is about."""
     try:
         status = json.loads(error.body)
-    except (TypeError, ValueError):
-        return {}
-    return status if isinstance(status, dict) else {}
-
-
-def _message(error: Any) -> str:
-    return str(_status(error).get("message") or error.reason or "no reason given")
-
-
-def _details(error: Any) -> dict[str, Any]:
-    return _status(error).get("details") or {}
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    except (TypeError, ValueError):  # of a proxy
+        status = {}
+    if not isinstance(status, dict):
+        status = {}
+    return str(status.get("message") or error.reason or "no reason given"), status.get("details") or {}

@@ -1,26 +1,24 @@
-"""What Kubernetes is asked for: a stage as a TrainJob or a PyTorchJob of Kubeflow, as plain values.
+"""What Kubernetes is asked for: a stage as a TrainJob or a PyTorchJob of Kubeflow, or all in a Workflow of Argo.
 
-Pure: settings and a job in, dictionaries out. Needs neither a cluster nor a client.
+Pure: settings and jobs in, plain values out. Needs neither a cluster nor a client.
 """
 
-from __future__ import annotations
+# No postponed annotations, and Optional[...]: NeMo-Run parses the executor's fields by them.
 
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Optional, Union
 
+import nemo_run as run
 import yaml
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.executors.base import Job, hub_variables
+from nemo_upcycle.pipeline.executors.base import MISSING, Job, hub_variables
 
-
-if TYPE_CHECKING:
-    from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
 
 #: Who wrote a patch of a runtime; has to look like a label with a domain.
 MANAGER = "nemo-upcycle/launcher"
@@ -47,6 +45,121 @@ exit $status
 """
 _TERM_TO_RANKS = _WRAPPER % "$(cat /proc/$child/task/$child/children)"
 _TERM_TO_CHILD = _WRAPPER % "$child"
+#: What Argo puts in, so that every start of the workflow has jobs of its own: seconds since 1970.
+_STARTED = "{{workflow.creationTimestamp.s}}"
+#: A job's conditions are a list, in which Argo finds one by its number only.
+_MOST_CONDITIONS = 8
+_SUCCEEDED = {
+    "TrainJob": "status.jobsStatus.0.succeeded > 0",
+    "PyTorchJob": "status.replicaStatuses.Master.succeeded > 0",
+}
+
+
+@dataclass(kw_only=True)
+class KubernetesExecutor(run.Executor):
+    """Where and how stages run on Kubernetes.
+
+    NeMo-Run's own `KubeflowExecutor` is not used: it needs a kubeconfig to be constructed, so also to show what it
+    would do; it writes `podTemplateOverrides`, which Trainer 2.2 and later drop silently, and with it volumes,
+    tolerations and pull secrets; it starts the next stage after a failed one; and it never stops waiting for a job
+    that was deleted. Nothing is copied into the pods either: the plan of a run lies in its folder, on a claim that the
+    pods mount.
+
+    Numbers of 0 and empty texts leave a field out, so that the cluster or the runtime decides.
+
+    Args:
+        namespace: of the jobs.
+        image: of the containers; holds this package, torch, bash and tee.
+        claim: the PersistentVolumeClaim (ReadWriteMany) that runs lie on.
+        mount_path: where it is mounted, in the pods and on the machine that launches.
+        volumes: further claims, and where they are mounted.
+        kind: of the jobs: `trainjob` (Trainer 2.2 and later), `trainjob-2.1`, `pytorchjob` (training operator 1.9).
+        runtime: the ClusterTrainingRuntime of a TrainJob; `TrainingRuntime/NAME` for one of the namespace.
+        queue: LocalQueue of Kueue.
+        cpus: per node.
+        memory_gib: per node.
+        gpus_per_node: number of GPUs.
+        gpu_resource: what the cluster calls them.
+        extra_resources: others, as `{"rdma/ib": 8}`, per node.
+        shared_memory_gib: size of /dev/shm, which counts as memory; training needs it.
+        tolerations: of the pods.
+        node_selector: of the pods.
+        affinity: of the pods.
+        labels: of the jobs and their pods.
+        annotations: of the jobs and their pods.
+        priority_class: of the pods (PyTorchJob; with Kueue set the label `kueue.x-k8s.io/priority-class`).
+        security_context: of the container, as `{capabilities: {add: [IPC_LOCK]}}` for InfiniBand (not in Trainer 2.1).
+        overrides: what else a pod's spec has, merged into it last: mappings key by key, lists of named entries by
+            name, other lists as a whole; None removes. A TrainJob takes a part of a pod's fields only.
+        pull_secrets: names of the secrets to pull the image with.
+        image_pull_policy: `Always`, `IfNotPresent` or `Never` (PyTorchJob).
+        service_account: of the pods.
+        secret_env_vars: variables, and where their values are: `{"HF_TOKEN": "SECRET/KEY"}`.
+        termination_grace_s: time that ranks have to save a checkpoint when they are evicted (Trainer 2.3 and later,
+            PyTorchJob).
+        active_deadline_s: time after which a job is ended (not in Trainer 2.1).
+        restarts: how often a training starts again, from its last checkpoint, before it has failed (PyTorchJob; a
+            TrainJob's runtime says so itself).
+        python: the image's Python.
+        kubeconfig: the file; empty for $KUBECONFIG, ~/.kube/config or the pod's service account.
+        context: of that file; empty for its current one.
+        report_within_s: a job of which no controller says anything for so long has ended; an operator whose node is
+            lost is started elsewhere after 5 minutes.
+        card: of a GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun and for the performance settings.
+        performance: by name, what differs from `conf/performance.yaml`; None removes a setting.
+        price_per_gpu_hour: for --dryrun; None: not known.
+        stages: per stage, the fields that differ there.
+        origins: by field, where its value was set, for people.
+
+    Example:
+        >>> KubernetesExecutor(image="nvcr.io/nvidia/nemo:26.02", claim="runs", mount_path="/runs").kind
+        'trainjob'
+    """
+
+    env_vars: dict[str, Optional[str]] = field(default_factory=dict)  # noqa: UP045 - NeMo-Run cannot parse `str | None`
+    namespace: str = "default"
+    image: str = MISSING
+    claim: str = MISSING
+    mount_path: str = MISSING
+    volumes: dict[str, str] = field(default_factory=dict)
+    kind: str = "trainjob"
+    runtime: str = "torch-distributed"
+    queue: str = ""
+    cpus: int = 0
+    memory_gib: int = 0
+    gpus_per_node: int = 0
+    gpu_resource: str = "nvidia.com/gpu"
+    extra_resources: dict[str, int] = field(default_factory=dict)
+    shared_memory_gib: int = 0
+    tolerations: list[dict[str, Any]] = field(default_factory=list)
+    node_selector: dict[str, str] = field(default_factory=dict)
+    affinity: dict[str, Any] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    annotations: dict[str, str] = field(default_factory=dict)
+    priority_class: str = ""
+    security_context: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
+    pull_secrets: list[str] = field(default_factory=list)
+    image_pull_policy: str = ""
+    service_account: str = ""
+    secret_env_vars: dict[str, str] = field(default_factory=dict)
+    termination_grace_s: int = 0
+    active_deadline_s: int = 0
+    restarts: int = 0
+    python: str = "python"
+    kubeconfig: str = ""
+    context: str = ""
+    report_within_s: int = 600
+    card: str = "h100"
+    performance: dict[str, Any] = field(default_factory=dict)
+    price_per_gpu_hour: Optional[Union[int, float]] = None  # noqa: UP007, UP045 - shown as it was typed
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def mounts(self) -> dict[str, str]:
+        """All claims, and where they are mounted."""
+        return {self.claim: self.mount_path, **self.volumes}
 
 
 @dataclass(frozen=True)
@@ -114,22 +227,6 @@ def resource_of(settings: KubernetesExecutor) -> Resource:
     return RESOURCES[settings.kind]
 
 
-def require_fields(settings: KubernetesExecutor) -> None:
-    """Check that the kind of job has a field for every setting.
-
-    Raises:
-        UpcycleError: it lacks one.
-    """
-    for name, instead in resource_of(settings).lacks.items():
-        if value := getattr(settings, name):
-            raise UpcycleError(
-                f"run.executor.{name}",
-                got=value,
-                expected=f"nothing: a job of kind {settings.kind} has no field for it",
-                fix=f"omit it, and set {instead}",
-            )
-
-
 def pod_path(path: Path) -> Path:
     """Return the absolute path of a folder, by the name that it was given: pods do not have this machine's links."""
     return Path(os.path.abspath(path))
@@ -173,18 +270,21 @@ def manifest(
     Raises:
         UpcycleError: the settings do not fit the kind of job.
     """
-    require_fields(settings)
     resource = resource_of(settings)
+    for lacking, instead in resource.lacks.items():
+        if value := getattr(settings, lacking):
+            expected = f"nothing: a job of kind {settings.kind} has no field for it"
+            fix = f"omit it, and set {instead}"
+            raise UpcycleError(f"run.executor.{lacking}", got=value, expected=expected, fix=fix)
     labels = {"app.kubernetes.io/name": "nemo-upcycle", "nemo-upcycle/stage": job.name}
     labels |= {QUEUE_LABEL: settings.queue} if settings.queue else {}
     metadata = {"labels": labels | settings.labels, **_given(annotations=settings.annotations)}
-    render: Callable[[KubernetesExecutor, Job, str, list[dict[str, Any]]], dict[str, Any]]
     render = _pytorchjob_spec if resource.kind == "PyTorchJob" else _trainjob_spec
     return {
         "apiVersion": f"{resource.group}/{resource.version}",
         "kind": resource.kind,
         "metadata": {"name": name, "namespace": settings.namespace, **metadata},
-        "spec": render(settings, job, name, _environment(settings, job, variables or {})),
+        "spec": render(settings, job, name, variables or {}),
     }
 
 
@@ -193,9 +293,7 @@ def as_yaml(document: dict[str, Any]) -> str:
     return yaml.safe_dump(document, sort_keys=False, default_flow_style=False, width=119)
 
 
-def _trainjob_spec(
-    settings: KubernetesExecutor, job: Job, name: str, environment: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _trainjob_spec(settings: KubernetesExecutor, job: Job, name: str, fast: Mapping[str, str]) -> dict[str, Any]:
     kind, _, runtime = settings.runtime.rpartition("/")
     pod = _pod(settings, {"name": _NODE})
     if settings.kind == "trainjob":
@@ -209,7 +307,7 @@ def _trainjob_spec(
         "trainer": {
             "image": settings.image,
             "command": _command(settings, job, name),
-            "env": environment,
+            "env": _environment(settings, job, fast),
             "numNodes": job.nodes,
             "numProcPerNode": job.ranks_per_node,
             "resourcesPerNode": _resources(settings),
@@ -219,14 +317,12 @@ def _trainjob_spec(
     }
 
 
-def _pytorchjob_spec(
-    settings: KubernetesExecutor, job: Job, name: str, environment: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _pytorchjob_spec(settings: KubernetesExecutor, job: Job, name: str, fast: Mapping[str, str]) -> dict[str, Any]:
     container = {
         "name": "pytorch",
         "image": settings.image,
         "command": _command(settings, job, name),
-        "env": environment,
+        "env": _environment(settings, job, fast),
         "resources": _resources(settings),
         **_given(imagePullPolicy=settings.image_pull_policy),
     }
@@ -331,3 +427,40 @@ def _resources(settings: KubernetesExecutor) -> dict[str, Any]:
 def _given(**fields: Any) -> dict[str, Any]:
     """Return the fields that are set: neither 0 nor empty."""
     return {name: value for name, value in fields.items() if value}
+
+
+def argo_name(job: Job) -> str:
+    """Return the name of a stage's job, with what Argo fills in."""
+    return f"{base_name(job)}-{_STARTED}"
+
+
+def workflow(namespace: str, documents: Mapping[Job, dict[str, Any]]) -> str:
+    """Return stages as a Workflow: `argo submit FILE` runs each when those before it have succeeded.
+
+    Its service account needs rights to create and watch the jobs. A TrainJob's runtime must have one replicated job.
+
+    Args:
+        namespace: of the workflow.
+        documents: the stages with their manifests; what they come after counts as far as it is among them.
+    """
+    names = {job.name: label_of(job.name) for job in documents}
+    failed = ", ".join(f"status.conditions.{number}.type == Failed" for number in range(_MOST_CONDITIONS))
+    tasks, stages = [], []
+    for job, document in documents.items():
+        name, before = names[job.name], [names[one] for one in job.after if one in names]
+        tasks.append({"name": name, "template": name, "dependencies": before})
+        resource = {
+            "action": "create",
+            "successCondition": _SUCCEEDED[document["kind"]],
+            "failureCondition": failed,
+            "manifest": as_yaml(document),
+        }
+        stages.append({"name": name, "resource": resource})
+    run_dir = next(iter(documents)).run_dir
+    chain = {
+        "apiVersion": "argoproj.io/v1alpha1",
+        "kind": "Workflow",
+        "metadata": {"generateName": f"{label_of(run_dir.name)}-", "namespace": namespace},
+        "spec": {"entrypoint": "stages", "templates": [{"name": "stages", "dag": {"tasks": tasks}}, *stages]},
+    }
+    return as_yaml(chain)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -106,18 +106,10 @@ def _origin(row: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
 def _facts(job: Job, card: str, *, container: bool) -> dict[str, Any]:
     """Return what conditions ask for, by name; without what is not known."""
     facts: dict[str, Any] = {"card": card, "container": container, "gpus_per_node": job.ranks_per_node}
-    if job.profile:
-        profile = job.profile
-        facts |= {
-            "split": profile.tp > 1 or profile.cp > 1,
-            "pipelined": profile.pp > 1,
-            "experts_split": profile.ep > 1,
-            "precision": profile.precision,
-            "dispatcher": profile.dispatcher,
-            "overlaps_experts": profile.overlaps_experts,
-            "cuda_graphs": profile.cuda_graphs,
-            "user_buffers": profile.user_buffers,
-        }
+    if profile := job.profile:
+        facts |= asdict(profile)
+        facts["split"] = profile.tp > 1 or profile.cp > 1
+        facts["pipelined"], facts["experts_split"] = profile.pp > 1, profile.ep > 1
     return facts
 
 

@@ -4,18 +4,21 @@ NeMo-Run's `Experiment` is not used: it takes a training that was preempted and 
 cluster without `sacct` for a failure, and its retries do not ask whether a job got any further.
 """
 
-# No postponed annotations: NeMo-Run parses the executor's fields by them.
+# No postponed annotations, and Optional[...]: NeMo-Run parses the executor's fields by them.
 
 import dataclasses
 import functools
+import os
+import re
 import shlex
 import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional, Union
 
 import nemo_run as run
 from nemo_run.core.execution.slurm import SlurmBatchRequest
@@ -23,6 +26,7 @@ from nemo_run.core.execution.slurm import SlurmBatchRequest
 from nemo_upcycle.errors import UpcycleError, did_you_mean
 from nemo_upcycle.pipeline.executors import performance
 from nemo_upcycle.pipeline.executors.base import (
+    MISSING,
     Cluster,
     Job,
     JobState,
@@ -32,28 +36,16 @@ from nemo_upcycle.pipeline.executors.base import (
     hub_variables,
     require_settings,
 )
-from nemo_upcycle.pipeline.executors.ft import SAVE_S, ft_command
-from nemo_upcycle.pipeline.executors.slurm_answers import (
-    NO_ANSWER,
-    OF_CONTROLLER,
-    ORPHANED,
-    cluster_name,
-    ending,
-    environment,
-    job_id,
-    last_line,
-    refusal_hint,
-    waiting,
-)
-from nemo_upcycle.pipeline.executors.slurm_script import PROLOGUE, SUBMIT, in_vain, setup_lines
-from nemo_upcycle.pipeline.executors.slurm_settings import (
-    REQUIRED,
-    StagedSlurmExecutor,
+from nemo_upcycle.pipeline.executors.ft import SAVE_S, SILENCE_S, ft_command
+from nemo_upcycle.pipeline.executors.slurm_script import (
+    PROLOGUE,
+    SUBMIT,
     escaped,
+    in_vain,
     missing_mounts,
     require_plain,
     require_supported,
-    signal_s,
+    setup_lines,
 )
 from nemo_upcycle.utils.conf import template
 from nemo_upcycle.utils.files import resolved
@@ -66,17 +58,97 @@ _ENDPOINT = '"$head_node_ip:$((15000 + SLURM_JOB_ID % 10000))"'
 _JOB_ID = '"$SLURM_JOB_ID"'
 #: Seconds between SIGTERM and SIGKILL at the end of a job's time, where slurm.conf does not say otherwise.
 _KILL_WAIT_S = 30
+#: In what a command says when the controller did not answer it.
+NO_ANSWER = ("Unable to contact", "timed out")
+#: Variables of Slurm's that say which controller to ask; all others describe an allocation.
+OF_CONTROLLER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
+#: Why a job will never start that waits for one which Slurm holds to have failed.
+ORPHANED = "DependencyNeverSatisfied"
+#: Reasons, as patterns of the whole of Slurm's text, and what to do; the first that fits. What passes when other jobs
+#: end, as Priority, Resources and the limits of a group, is not here.
+_PERSONS_END_IT = {
+    "JobHeldUser": "let it go with `scontrol release {job}`",
+    "JobHeldAdmin": "an administrator holds it: ask them for `scontrol release {job}`",
+    "JobHoldMaxRequeue|JobLaunchFailure|.*launch failed.*|.*requeued held.*": (
+        "`scontrol show job {job}` and the job's folder say why it could not start; then `scontrol release {job}`"
+    ),
+    "PartitionDown|PartitionInactive|PartitionConfig": (
+        "wait until the administrators open it, or stop watching, `scancel {job}` and set another `partition`"
+    ),
+    "ReqNodeNotAvail.*|Nodes required for job are DOWN.*": (
+        "`sinfo -R` and `scontrol show reservation` say which nodes are down, drained or reserved, and until when"
+    ),
+    "(Assoc|QOS)Max(Jobs|SubmitJob|.*PerUser).*|Max.*Per(Account|User)": (
+        "it starts when other jobs of yours, or of the account, have ended"
+    ),
+}
+#: The same of a job that asks for what it cannot get.
+_NEVER_STARTS = {
+    "PartitionTimeLimit|.*MaxWallDuration.*|(Association|QOS)TimeLimit": (
+        "lower `time`: `sinfo --format='%P %l'` and `sacctmgr show qos` have the limits; or set another `partition`"
+    ),
+    "PartitionNodeLimit": "ask for fewer nodes (`sinfo --format='%P %D'`), or set another `partition`",
+    "(Assoc|QOS)Max.*Per(Job|Node)(Limit)?|(Association|QOS)ResourceLimit|MaxMemPerLimit": (
+        "ask for less in one job, or set another `qos`: `sacctmgr show qos` and `... associations` have the limits"
+    ),
+    "QOSMin.*": "ask for more, or set another `qos`: `sacctmgr show qos` has the limits",
+    "BadConstraints": "no node has what it asks for: change `constraint`, `gres`, `mem` or `cpus_per_task`",
+    "AccountNotAllowed|InvalidAccount|QOSNotAllowed|InvalidQOS": (
+        "set another `account` or `qos`: `sacctmgr show associations user=$USER` lists yours"
+    ),
+    "ReservationDeleted|ReservationInvalid": "name another reservation, or none",
+    "DeadLine": "ask for a later deadline, or a shorter `time`",
+}
 _WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 
 
-def _sbatch(*words: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    command = ["sbatch", *words]
-    return subprocess.run(command, input=text, env=environment(), capture_output=True, text=True, check=False)
+@dataclass(kw_only=True)
+class StagedSlurmExecutor(run.SlurmExecutor):
+    """NeMo-Run's `SlurmExecutor`, with what each stage asks for; a file of conf/executors describes one.
+
+    Attributes:
+        stages: by stage, the fields that differ from this executor's; nodes and ranks of trainings are their recipes'.
+        hang_detection: whether trainings run under NVIDIA's `ft_launcher`, one a node, which restarts hung ranks.
+        silence_s: seconds between two signs of life of a rank; saving a checkpoint before an early end is silent, too.
+        card: of a GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun and for the performance settings.
+        performance: by name, what differs from `conf/performance.yaml`; None removes a setting.
+        price_per_gpu_hour: for --dryrun; None: not known.
+        shared_dir: whether nodes see `dir`, `dense` and `data` although their file system looks like one machine's.
+        python: the interpreter of the stages; None: `python` of the container, or this one without a container.
+        packager: what is sent along: nothing, the package is installed on the nodes.
+        origins: by field, where its value was set, for people.
+    """
+
+    account: str = MISSING
+    env_vars: dict[str, Optional[str]] = field(default_factory=dict)  # noqa: UP045 - NeMo-Run cannot parse `str | None`
+    packager: run.Packager = field(default_factory=run.Packager)
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    hang_detection: bool = False
+    silence_s: float = SILENCE_S
+    card: str = "h100"
+    performance: dict[str, Any] = field(default_factory=dict)
+    price_per_gpu_hour: Optional[Union[int, float]] = None  # noqa: UP007, UP045 - shown as it was typed
+    shared_dir: bool = False
+    python: Optional[str] = None  # noqa: UP045
+    origins: dict[str, str] = field(default_factory=dict)
 
 
-def _ended(identity: str) -> JobState:
-    how = ending(identity)
-    return JobState(Phase.ENDED, how, is_orphaned=ORPHANED in how)
+#: What a site has to fill in, where its file has "???".
+REQUIRED = {
+    "account": "the account that jobs are charged to",
+    "partition": "a partition of GPU nodes; `sinfo` lists them",
+    "container_image": "an image with NeMo, or null without containers",
+}
+
+
+def signal_s(signal: Optional[str]) -> int:  # noqa: UP045 - as the executor's fields
+    """Return the seconds between a signal that a job asks for and the end of its time; 0 without one.
+
+    Example:
+        >>> signal_s("B:TERM@600"), signal_s("TERM"), signal_s(None)
+        (600, 60, 0)
+    """
+    return int(signal.partition("@")[2] or 60) if signal else 0
 
 
 class SlurmScheduler(Cluster):
@@ -99,9 +171,14 @@ class SlurmScheduler(Cluster):
 
     @functools.cached_property
     def identity(self) -> str:
-        """See `Cluster.identity`: job ids are those of one controller."""
-        name = cluster_name()
-        return f"{self.label}, cluster {name}" if name else self.label
+        """See `Cluster.identity`: job ids are those of one controller, which must answer where Slurm is installed."""
+        if shutil.which("scontrol") is None:
+            return self.label
+        asked = ask("scontrol", "show", "config")
+        found = re.search(r"^ClusterName\s*=\s*(\S+)", asked.stdout, re.MULTILINE)
+        if not found:
+            raise UnreachableError(f"Slurm does not say which cluster this is: {last_line(asked.stderr)}")
+        return f"{self.label}, cluster {found[1]}"
 
     def python_of(self, stage: str) -> str:
         """See `Cluster.python_of`: the container's, or this one, which the nodes find under the same path."""
@@ -119,23 +196,15 @@ class SlurmScheduler(Cluster):
     def check(self, jobs: Sequence[Job]) -> None:
         """See `Cluster.check`: with `sbatch --test-only` every job, and that the nodes see what it reads."""
         self.check_settings(jobs)
-        if not isinstance(self.executor.tunnel, run.LocalTunnel):
-            raise UpcycleError(
-                "run.executor.tunnel",
-                got=type(self.executor.tunnel).__name__,
-                expected="LocalTunnel: the run's folder is written and read here",
-                fix="start the command on the cluster's login node",
-            )
+        tunnel, fix = self.executor.tunnel, "start the command on the cluster's login node"
+        if not isinstance(tunnel, run.LocalTunnel):
+            expected = "LocalTunnel: the run's folder is written and read here"
+            raise UpcycleError("run.executor.tunnel", got=type(tunnel).__name__, expected=expected, fix=fix)
         if shutil.which("sbatch") is None:
-            raise UpcycleError(
-                "sbatch",
-                got="not on the PATH",
-                expected="Slurm's commands",
-                fix="start the command on the cluster's login node, or write the scripts with --render DIR",
-            )
+            fix += ", or write the scripts with --render DIR"
+            raise UpcycleError("sbatch", got="not on the PATH", expected="Slurm's commands", fix=fix)
         for job in jobs:
-            script = self.render(job)[f"{job.name}.sh"]
-            tried = _sbatch("--test-only", text=script)
+            tried = ask("sbatch", "--test-only", input=self.render(job)[f"{job.name}.sh"], env=environment())
             if tried.returncode:
                 raise self._refused(job, tried.stderr)
             for path in (job.run_dir, *job.reads):
@@ -180,6 +249,7 @@ class SlurmScheduler(Cluster):
             container_env=list(dict.fromkeys([*(mine.container_env or []), *variables])),
             job_dir=str(job.folder),
             srun_args=[*performance.srun_options(fast), *(mine.srun_args or [])],
+            exclusive=mine.exclusive or None,  # NeMo-Run would write --exclusive=False, which Slurm refuses
             segment=performance.segment(fast, job.nodes) or mine.segment,
             job_details=dataclasses.replace(mine.job_details),  # rendering writes the job's name and folder into it
             tunnel=run.LocalTunnel(job_dir=str(job.folder.parent)),
@@ -236,7 +306,7 @@ class SlurmScheduler(Cluster):
         (path,) = self.write(job, job.folder)
         in_vain(job).unlink(missing_ok=True)  # of an earlier job, whose cause may be gone
         dependency = [f"--dependency=afterok:{':'.join(after)}"] if after else []
-        done = _sbatch("--requeue", "--parsable", *dependency, str(path))
+        done = ask("sbatch", "--requeue", "--parsable", *dependency, str(path), env=environment())
         identity = job_id(done.stdout)
         if done.returncode or not identity:
             raise self._refused(job, done.stderr or done.stdout)
@@ -244,26 +314,22 @@ class SlurmScheduler(Cluster):
 
     def states(self, ids: Sequence[str]) -> Mapping[str, JobState]:
         """Return what `squeue` says, and for ended jobs the controller's or the accounting's last word."""
-        asked = subprocess.run(
-            ["squeue", "--noheader", f"--jobs={','.join(ids)}", "--format=%i|%T|%r|%P|%N"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        asked = ask("squeue", "--noheader", f"--jobs={','.join(ids)}", "--format=%i|%T|%r|%P|%N")
         if asked.returncode and "Invalid job id" not in asked.stderr:  # the controller does not answer: nothing ended
             return {identity: JobState(Phase.WAITING, last_line(asked.stderr)) for identity in ids}
         found = {}
         for line in asked.stdout.splitlines():
             identity, state, reason, partition, nodes = line.split("|")
-            is_waiting = state in _WAITING
-            found[identity] = (
-                waiting(identity, reason, partition) if is_waiting else JobState(Phase.RUNNING, f"on {nodes}")
-            )
-        return {identity: found.get(identity) or _ended(identity) for identity in ids}
+            running = JobState(Phase.RUNNING, f"on {nodes}")
+            found[identity] = waiting(identity, reason, partition) if state in _WAITING else running
+        for identity in set(ids) - found.keys():
+            how = ending(identity)
+            found[identity] = JobState(Phase.ENDED, how, is_orphaned=ORPHANED in how)
+        return {identity: found[identity] for identity in ids}
 
     def cancel(self, ids: Sequence[str]) -> None:
         """Cancel jobs with `scancel`."""
-        subprocess.run(["scancel", *ids], capture_output=True, check=False)
+        ask("scancel", *ids)
 
     def save_limits(self, job: Job) -> Sequence[SaveLimit]:
         """See `Cluster.save_limits`: before the end of its time, and before hang detection takes it for hung."""
@@ -271,21 +337,13 @@ class SlurmScheduler(Cluster):
         what = (
             f"signal {mine.signal}" if mine.signal else f"KillWait, {_KILL_WAIT_S} s by default, and no signal before"
         )
-        ends = SaveLimit(
-            signal_s(mine.signal) or _KILL_WAIT_S,
-            what,
-            "the work since the checkpoint before is lost",
-            f"{setting}.signal=TERM@{{seconds}}",
-        )
-        if not self._detects_hangs(job):
-            return [ends]
-        silence = SaveLimit(
-            mine.silence_s,
-            f"silence_s {mine.silence_s:g} of hang detection",
-            "the ranks are taken for hung and started again",
-            f"{setting}.silence_s={{seconds}}",
-        )
-        return [ends, silence]
+        lost, fix = "the work since the checkpoint before is lost", f"{setting}.signal=TERM@{{seconds}}"
+        limits = [SaveLimit(signal_s(mine.signal) or _KILL_WAIT_S, what, lost, fix)]
+        if self._detects_hangs(job):
+            what = f"silence_s {mine.silence_s:g} of hang detection"
+            lost, fix = "the ranks are taken for hung and started again", f"{setting}.silence_s={{seconds}}"
+            limits.append(SaveLimit(mine.silence_s, what, lost, fix))
+        return limits
 
     def cancel_command(self, identity: str) -> str:
         """See `Cluster.cancel_command`."""
@@ -306,10 +364,7 @@ class SlurmScheduler(Cluster):
         """Return the error of a job that Slurm does not take, with what is wrong in the settings if Slurm says it."""
         partition, hint = self.settings_for(job.name).partition, refusal_hint(text)
         if partition and "invalid partition" in text.lower():
-            listed = subprocess.run(
-                ["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True, check=False
-            )
-            partitions = sorted(set(listed.stdout.split()))
+            partitions = sorted(set(ask("sinfo", "--noheader", "--format=%R").stdout.split()))
             hint = f"{did_you_mean(partition, partitions)} Partitions: {', '.join(partitions)}."
         kind = UnreachableError if any(words in text for words in NO_ANSWER) else UpcycleError
         return kind(f"Slurm does not take stage '{job.name}': {last_line(text).rstrip('.')}.{hint}")
@@ -320,8 +375,8 @@ class SlurmScheduler(Cluster):
         if kind not in _OF_ONE_MACHINE or getattr(self.executor, "shared_dir", False):
             return
         wanted = self.settings_for(job.name).partition
-        command = ["sinfo", "--noheader", "--Node", "--format=%n"] + ([f"--partition={wanted}"] if wanted else [])
-        names = set(subprocess.run(command, capture_output=True, text=True, check=False).stdout.split())
+        partition = [f"--partition={wanted}"] if wanted else []
+        names = set(ask("sinfo", "--noheader", "--Node", "--format=%n", *partition).stdout.split())
         here = socket.gethostname().partition(".")[0]
         if others := sorted(name for name in names if name.partition(".")[0] != here):
             raise UpcycleError(
@@ -346,3 +401,88 @@ def filesystem_type(path: Path) -> str | None:
     target = resolved(path)
     found = [(len(point), kind) for _, point, kind, *_ in map(str.split, mounts) if target.is_relative_to(point)]
     return max(found)[1] if found else None
+
+
+def ask(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command of Slurm's, and return what it printed."""
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def last_line(text: str) -> str:
+    """Return the line of an error that has the reason."""
+    lines = text.strip().splitlines() or ["no reason given"]
+    return lines[-1].removeprefix("sbatch: error: ").removeprefix("allocation failure: ")
+
+
+def environment() -> dict[str, str]:
+    """Return this process's variables without those of an allocation that it runs in."""
+    is_inside = "SLURM_JOB_ID" in os.environ
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not is_inside or not name.startswith("SLURM_") or name in OF_CONTROLLER
+    }
+
+
+def job_id(text: str) -> str | None:
+    """Return the id of a submitted job from what `sbatch --parsable` printed; a site's own words may stand around it.
+
+    Example:
+        >>> job_id("4711;alps")  # on federated clusters the cluster's name follows
+        '4711'
+    """
+    found = re.findall(r"^(\d+)(?:;.*)?$", text.strip(), re.MULTILINE)
+    return found[-1] if found else None
+
+
+def refusal_hint(text: str) -> str:
+    """Return a sentence on what to change, where it is no single setting that `sbatch` names.
+
+    Example:
+        >>> refusal_hint("Invalid account or account/partition combination specified")
+        ' `sacctmgr show associations user=$USER` lists what run.executor.account may be, and its partitions.'
+    """
+    if "Invalid account" in text:
+        return " `sacctmgr show associations user=$USER` lists what run.executor.account may be, and its partitions."
+    if "policy" in text or "SubmitJob" in text:
+        limits = " `sacctmgr show qos` and `sacctmgr show associations user=$USER` have the limits."
+        return f"{limits} Fix: if it is that of the jobs in the queue, submit fewer stages at once with --until STAGE."
+    return ""
+
+
+def ending(identity: str) -> str:
+    """Return how a job ended; the controller knows for some minutes, the accounting, where there is one, for good."""
+    asked = ask("scontrol", "--oneliner", "show", "job", identity)
+    found = dict(word.partition("=")[::2] for word in asked.stdout.split())
+    if not found.get("JobState"):
+        options = ("--noheader", "--parsable2", "--allocations", "--format=State,ExitCode")
+        try:
+            asked = ask("sacct", *options, f"--jobs={identity}")
+        except FileNotFoundError:
+            return ""
+        state, _, code = asked.stdout.strip().partition("|")
+        found = {"JobState": state, "ExitCode": code}
+    text = [found.get("JobState", ""), found.get("Reason", "None"), f"exit status {found.get('ExitCode', '')}"]
+    return ", ".join(word for word in text if word not in ("", "None", "exit status "))
+
+
+def waiting(job: str, reason: str, partition: str = "") -> JobState:
+    """Return the state of a job that waits, with what to do where the reason does not pass by itself.
+
+    Args:
+        job: its id.
+        reason: Slurm's.
+        partition: which it waits in; of several, the reason may be that of one alone.
+
+    Example:
+        >>> waiting("7", "JobHeldUser").reason
+        'JobHeldUser: let it go with `scontrol release 7`'
+    """
+    if reason == ORPHANED:
+        return JobState(Phase.ENDED, reason, is_abandoned=True, is_orphaned=True)
+    for fixes, is_abandoned in ((_PERSONS_END_IT, False), (_NEVER_STARTS, "," not in partition)):
+        for pattern, fix in fixes.items():
+            if re.fullmatch(pattern, reason):
+                phase = Phase.ENDED if is_abandoned else Phase.WAITING
+                return JobState(phase, f"{reason}: {fix.format(job=job)}", is_abandoned=is_abandoned)
+    return JobState(Phase.WAITING, reason.replace("None", ""))

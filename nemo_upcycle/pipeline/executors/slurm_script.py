@@ -1,15 +1,23 @@
-"""What a batch script does around a stage: see how far it got, and requeue it while it gets further."""
+"""What a batch script does around a stage (see how far it got, requeue it while it gets further), and can hold."""
 
 from __future__ import annotations
 
+import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_upcycle.pipeline.executors.base import Job
+import nemo_run as run
+from nemo_run.config import RUNDIR_NAME
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.executors.base import Job, require_gpus, require_variables
 from nemo_upcycle.pipeline.markers import ENDED, FAILED
 from nemo_upcycle.utils.files import MARKER
 
 
+#: What NeMo-Run puts into its script without quotes, and the folder whose name it replaces in it.
+_PLAIN_PATH, _REPLACED = re.compile(r"[\w./+=@%~-]+"), f"/{RUNDIR_NAME}"
 #: How far a training is: the step of its newest checkpoint, of Megatron-Bridge's or of NeMo's.
 _STEP = r"""{ awk 1 "$stage"/checkpoints/latest_checkpointed_iteration.txt 2>/dev/null
         for saved in "$stage"/checkpoints/*step=*/weights/.metadata; do
@@ -124,3 +132,61 @@ def setup_lines(job: Job) -> list[str]:
     before, again = (text.format(**names) if job.is_resumable else "" for text in (_BEFORE, _AGAIN))
     code = shlex.quote(str(job.folder / "code"))  # where NeMo-Run lets the ranks start
     return [f"mkdir -p {code}", _DECIDE.format(**names, before=before, again=again).strip()]
+
+
+def escaped(value: str) -> str:
+    """Return a value as it stands between double quotes in bash; variables in it are expanded."""
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\`")
+
+
+def require_plain(path: Path, *, in_container: bool) -> None:
+    """Check that NeMo-Run's batch script can hold a path."""
+    fix = "rename the folder, or make a link to it with a plain name"
+    if not _PLAIN_PATH.fullmatch(str(path)):
+        got = "a character that NeMo-Run's batch script does not quote"
+        raise UpcycleError(f"path '{path}'", got=got, expected="letters, digits and . _ / + = @ % ~ -", fix=fix)
+    if _REPLACED in str(path) and not in_container:
+        got = f"'{_REPLACED}' in it, which NeMo-Run replaces in its batch scripts"
+        raise UpcycleError(f"path '{path}'", got=got, expected="another name", fix=fix)
+
+
+#: Fields of NeMo-Run's executor that one job a stage, of one process a rank, cannot have: what to do instead.
+_UNSUPPORTED = {
+    "array": "omit it: a stage is one job",
+    "heterogeneous": "omit it: all nodes of a stage are alike; set what differs between stages in `stages`",
+    "launcher": "omit it: srun starts every rank; hang_detection=true starts them under ft_launcher",
+}
+
+
+def require_supported(mine: run.SlurmExecutor, job: Job) -> None:
+    """Check what a stage's settings ask for against what its batch script can do.
+
+    Args:
+        mine: the executor with the settings of the stage.
+        job: of the stage.
+
+    Raises:
+        UpcycleError: a setting would be ignored, or would fail on the nodes.
+    """
+    for name, fix in _UNSUPPORTED.items():
+        if value := getattr(mine, name, None):
+            raise UpcycleError(f"run.executor.{name}", got=value, expected="nothing", fix=fix)
+    require_variables(mine.env_vars)
+    if job.is_training and mine.gpus_per_node is not None:
+        require_gpus(job, mine.gpus_per_node)
+
+
+def missing_mounts(job: Job, mounts: Sequence[str]) -> list[str]:
+    """Return mounts, under their own path, of what a stage reads and writes and no mount of the user's holds."""
+    missing: list[str] = []
+    for path in (job.run_dir, *job.reads):
+        if not any(_holds(mount, path) for mount in [*mounts, *missing]):
+            missing.append(f"{path}:{path}")
+    return missing
+
+
+def _holds(mount: str, path: Path) -> bool:
+    """Return whether a mount, `HOST:CONTAINER`, shows in the container under a path what lies there on the host."""
+    host, _, rest = mount.partition(":")
+    inside = Path(rest.partition(":")[0] or host)
+    return path.is_relative_to(inside) and (Path(host) / path.relative_to(inside)).resolve() == path.resolve()

@@ -20,7 +20,7 @@ from nemo_upcycle.pipeline.executors import kubernetes, manifests
 from nemo_upcycle.pipeline.executors.base import Job, JobState, Phase, UnreachableError
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 from nemo_upcycle.pipeline.executors.kubernetes_api import TakenError, reported_state
-from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
+from nemo_upcycle.pipeline.executors.manifests import KubernetesExecutor
 from nemo_upcycle.trainers.base import Profile
 from tests.crds import KINDS, RECIPES, closed_schema, executor, jobs_of
 
@@ -191,7 +191,10 @@ def test_a_rerun_takes_another_name_also_where_the_folder_forgot_the_first(tmp_p
         ({"kind": "trainjobs"}, "Did you mean 'trainjob'?"),
         ({"restarts": 3}, "failurePolicy.maxRestarts"),
         ({"kind": "trainjob-2.1", "security_context": {}}, "terminationGracePeriodSeconds"),
-        ({"stages": {"pretrain": {"gpu_per_node": 8}}}, "Did you mean 'stages.pretrain.gpus_per_node'?"),
+        (
+            {"stages": {"pretrain": {"gpu_per_node": 8}}},
+            "stages.pretrain: key 'gpu_per_node' does not exist. Did you mean 'gpus",
+        ),
         ({"stages": {"pretrain": {"namespace": "other"}}}, "the same for all stages"),
         ({"gpus_per_node": 4}, "at least 8, the ranks per node"),
         ({"gpus_per_node": 0}, "run.executor.stages.pretrain.gpus_per_node: got 0, expected 8"),

@@ -32,10 +32,8 @@ def _job(profile: Profile | None = MOE, name: str = "pretrain", **kwargs: Any) -
 
 
 def _script(*overrides: str, job: Job | None = None) -> str:
-    import fiddle as fdl
-
     job = job or _job()
-    cluster = cluster_for(fdl.build(read_executor("slurm", [*SITE, *overrides])))
+    cluster = cluster_for(read_executor("slurm", [*SITE, *overrides]))
     assert cluster is not None
     cluster.check_settings([job])
     return cluster.render(job)[f"{job.name}.sh"]

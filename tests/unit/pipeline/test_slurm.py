@@ -13,8 +13,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors import slurm
 from nemo_upcycle.pipeline.executors.base import Job, Phase, UnreachableError
 from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
-from nemo_upcycle.pipeline.executors.slurm_script import in_vain
-from nemo_upcycle.pipeline.executors.slurm_settings import missing_mounts
+from nemo_upcycle.pipeline.executors.slurm_script import in_vain, missing_mounts
 from nemo_upcycle.pipeline.launch import jobs_of, render_jobs
 from nemo_upcycle.pipeline.stages import BY_NAME, RunPlan
 from tests.unit.pipeline.test_executors import SITE, built, data, training, write_commands

@@ -70,13 +70,31 @@ def test_values_become_those_of_the_dataclass() -> None:
     assert isinstance(made.parts["x"].share, float)
 
 
+def test_what_is_left_blank_is_the_default() -> None:
+    content = {"names": [], "parts": {"x": {"share": None}}, "count": None, "size": None, "more": None}
+    assert as_dataclass("mine.yaml", content, Outer, "data") == Outer([], {"x": Inner()})
+
+
+def test_a_secret_in_a_mistake_is_not_shown() -> None:
+    @dataclass
+    class Site:
+        variables: dict[str, str]
+
+    for given in ({"HF_TOKEN": ["hf_abc"]}, "HF_TOKEN=hf_abc"):
+        with pytest.raises(UpcycleError) as caught:
+            as_dataclass("mine.yaml", {"variables": given}, Site, "data")
+        assert "***" in str(caught.value)
+        assert "hf_abc" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("content", "where", "got", "expected"),
     [
         ({"names": "a.txt"}, "names", "'a.txt'", "a list, each text. Fix: write ['a.txt']"),
         ({"names": None}, "names", "null", "a list"),
         ({"names": [["a"]]}, "names[0]", "['a']", "text"),
-        ({"names": [True]}, "names[0]", "true", "text"),
+        ({"names": [True]}, "names[0]", "true", 'text. Fix: put it in quotes: "true"'),
+        ({"names": [None]}, "names[0]", "null", 'text. Fix: put it in quotes: ""'),
         ({}, "names", "nothing", "a list"),
         ({"names": [], "parts": [1]}, "parts", "[1]", "keys"),
         ({"names": [], "parts": {"x": 3}}, "parts.x", "3", "keys"),
