@@ -17,8 +17,9 @@ import yaml
 
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.architecture import Architecture, architecture_from_config
+from nemo_upcycle.models.config_fields import refusals
 from nemo_upcycle.models.families import find_family, find_nemo_module
-from nemo_upcycle.models.megatron_config import FIELDS, NO_SPEC_HAS, spec_fields
+from nemo_upcycle.models.megatron_config import FIELDS, spec_fields
 from nemo_upcycle.models.rotary import rope_frequencies, same_frequencies
 from nemo_upcycle.sources.inert_pickle import Inert, read_saved
 from nemo_upcycle.sources.nemo_context import MODEL, family_of, hf_config_from, model_settings
@@ -83,10 +84,7 @@ class CheckpointContext:
 
     def _spec_fields(self) -> dict[str, tuple[str, Any]]:
         get = self.settings.get
-        wrong = [(name, value, get(name)) for name, value in NO_SPEC_HAS.items() if (get(name) or value) != value]
-        if get("moe_router_load_balancing_type") == "sinkhorn":
-            wrong.append(("moe_router_load_balancing_type", "aux_loss or none", "sinkhorn"))
-        for name, expected, got in wrong:
+        for name, got, expected, _ in refusals(get, experts=True, parameters=False):
             raise CheckpointError(f"{self.path}: {name}", got=got, expected=expected, fix=_KEEP)
         return spec_fields(self.settings, self.dense.ffn_size, self.dense.num_layers)
 

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from nemo_upcycle.errors import CheckpointError, UpcycleError
+from nemo_upcycle.models.config_fields import refusals
 from nemo_upcycle.models.families import find_nemo_module, llama, parents, qwen3
 from nemo_upcycle.utils.files import read_json
 
@@ -21,18 +22,6 @@ _ACTIVATIONS = {"silu": "silu", "openai_gelu": "gelu_pytorch_tanh"}
 MODEL = "model.yaml"
 _FIX = "put the Hugging Face config.json of the model beside the checkpoint's weights"
 _UNREADABLE = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, yaml.YAMLError)
-#: Settings that make another function of the same weights; one that is absent is as it must be.
-_REQUIRED: dict[str, Any] = {
-    "normalization": "RMSNorm",
-    "position_embedding_type": "rope",
-    "gated_linear_unit": True,
-    "rotary_percent": 1.0,
-    "rotary_interleaved": False,
-    "seq_len_interpolation_factor": None,
-    "qk_l2_norm": False,
-    "softmax_scale": None,
-    "multi_latent_attention": False,
-}
 
 
 def hf_config_of(context: Path, padded_vocab: int) -> dict[str, Any]:
@@ -101,7 +90,9 @@ def hf_config_from(settings: dict[str, Any], vocab_size: int, path: Path, fix: s
         )
     except _UNREADABLE as error:
         raise _unreadable(path, error) from None
-    checks = [(name, settings.get(name, value), value) for name, value in _REQUIRED.items()]
+    checks = [(name, got, taken) for name, got, taken, _ in refusals(settings.get, experts=False, parameters=False)]
+    checks.append(("gated_linear_unit", settings.get("gated_linear_unit", True), True))
+    checks.append(("softmax_scale", settings.get("softmax_scale"), None))
     checks.append(("qk_layernorm", has_norms, "query_norm" in family.names))
     checks += [
         ("activation_func", activation, activation if activation in _ACTIVATIONS else " or ".join(_ACTIVATIONS))
