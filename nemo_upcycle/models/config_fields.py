@@ -24,10 +24,10 @@ _TABLED = (
 )
 #: The kind of refused fields that change the function; the others change parameters alone.
 _FUNCTION = "changes the function"
-#: What interleaves the rows of gate and up -> what the modules that read them so need.
+#: Beginning of a role -> what interleaves its rows of gate and up, and what the modules that read them so need.
 _INTERLEAVED = {
-    "moe_mlp_glu_interleave_size": "moe_grouped_gemm",
-    "moe_shared_expert_glu_interleave_size": "use_grouped_gemm_for_shared_expert",
+    "expert_": ("moe_mlp_glu_interleave_size", "moe_grouped_gemm"),
+    "shared_": ("moe_shared_expert_glu_interleave_size", "use_grouped_gemm_for_shared_expert"),
 }
 
 
@@ -100,7 +100,7 @@ def check_fields(config: Any, *parts: Any) -> None:
     for name, got, default in unknown_fields(config):
         expected = f"{default}: this release of nemo-upcycle does not know what it changes"
         raise SpecError(field=f"model.config.{name}", got=got, expected=expected, fix="leave it at that")
-    for name, needed in _INTERLEAVED.items():
+    for name, needed in _INTERLEAVED.values():
         if (size := get(name)) and not get(needed):
             expected = f"none without <model.config.{needed}>: other modules read gate above up"
             raise SpecError(field=f"model.config.{name}", got=size, expected=expected, fix="set both, or neither")
@@ -121,10 +121,8 @@ def glu_interleave_size(config: Any, mapping: ParamMapping, name: str, rows: int
     Raises:
         SpecError: the module does not read it so, or the blocks do not fit.
     """
-    setting = {"expert_": "moe_mlp_glu_interleave_size", "shared_": "moe_shared_expert_glu_interleave_size"}.get(
-        mapping.role.removesuffix(mapping.dense_role)
-    )
-    size = getattr(config, setting, None) if setting and mapping.sharding is Sharding.GATED else None
+    setting, _ = _INTERLEAVED.get(mapping.role.removesuffix(mapping.dense_role), ("", ""))
+    size = getattr(config, setting, None) if mapping.sharding is Sharding.GATED else None
     if not size:
         return None
     if ".local_experts." in name or rows % (2 * size):
