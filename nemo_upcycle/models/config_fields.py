@@ -75,8 +75,8 @@ def unknown_fields(config: Any) -> Iterator[tuple[str, Any, Any]]:
     classes = [base for base in kind.__mro__ if base.__module__.startswith(_TABLED) and dataclasses.is_dataclass(base)]
     names = {field.name for base in classes for field in dataclasses.fields(base)} - meanings().keys()
     for field in dataclasses.fields(kind) if names else ():
-        made = field.default_factory is not dataclasses.MISSING
-        default = field.default_factory() if made else field.default  # type: ignore[misc]
+        make = field.default_factory
+        default = field.default if make is dataclasses.MISSING else make()
         if field.name in names and (got := getattr(config, field.name, default)) != default:
             yield field.name, got, default
 
