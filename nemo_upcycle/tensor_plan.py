@@ -122,6 +122,7 @@ def plan_tensor(
     shard: Shard = _WHOLE,
     shape: tuple[int, ...] | None = None,
     hf_part: int | None = None,
+    interleaved: int | None = None,
 ) -> TensorPlan:
     """Decide what a tensor is made of.
 
@@ -140,6 +141,7 @@ def plan_tensor(
         shape: the shard's shape, where a vocabulary may be padded.
         hf_part: of a fused Megatron parameter, a part in the Hugging Face tensor that is meant; None: the parameter
             itself.
+        interleaved: as in `source_slices`.
     """
     if mapping.role in _ROUTER_ROLES:
         return TensorPlan(mapping, layer, shard=shard)
@@ -152,7 +154,7 @@ def plan_tensor(
     shape = shape or shard_shape(mapping, moe, shard)
     slices = tuple(
         DenseSlice(source.hf[piece.part].format(layer=layer), piece.in_tensor(source, dense))
-        for piece in source_slices(source, dense, shard, shape, first_neuron)
+        for piece in source_slices(source, dense, shard, shape, first_neuron, interleaved)
         if hf_part is None or piece.part in mapping.together(hf_part)
     )
     branch = copy % parents if mapping.is_expert else None
@@ -236,12 +238,21 @@ def change_copies(
         return
     assert plan.layer is not None
     for expert, tensor in zip(experts, tensors, strict=True):
-        views = [tensor.T] if plan.is_down else tensor.chunk(len(plan.parts))
+        views = [tensor.T] if plan.is_down else _matrices(plan, tensor)
         for part, dense_slice, view_FD in zip(plan.parts, plan.slices, views, strict=True):
             whole_FD = functools.cache(functools.partial(_whole_matrix, plan, dense_slice, source, view_FD))
             first = plan.shard.rank * view_FD.shape[0]
             plan.method.change(spec, ExpertMatrix(plan.layer, expert, part, first, view_FD, whole_FD))
             require_fits(view_FD, dense_slice.name, source)
+            if dense_slice.piece.blocks > 1:
+                dense_slice.piece.view(tensor).copy_(dense_slice.piece.seen(view_FD))
+
+
+def _matrices(plan: TensorPlan, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return the matrices [F, D] that lie in a tensor one below the other, as views; copies where they interleave."""
+    if plan.slices[0].piece.blocks == 1:
+        return tensor.chunk(len(plan.parts))
+    return [piece.view(tensor).flatten(0, 1) for _, piece in plan.slices]
 
 
 def _whole_matrix(

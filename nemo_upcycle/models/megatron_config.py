@@ -11,6 +11,7 @@ import torch
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.activation import activation_of
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.config_fields import check_fields
 from nemo_upcycle.models.rotary import same_frequencies
 from nemo_upcycle.spec import UpcycleSpec, check_capacity, find_router_kind
 
@@ -43,30 +44,6 @@ FIELDS = _BLOCK | {
 _BIASES = ("qkv_bias", "ffn_bias")
 #: Fields that a recipe has in common with the dense model that it starts from.
 SIZES = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "qk_norm")
-#: Settings of Megatron's router that no spec and no Hugging Face class has.
-NO_SPEC_HAS: dict[str, Any] = {
-    "moe_router_enable_expert_bias": False,
-    "moe_router_num_groups": None,  # choosing among groups of experts would tear copies apart
-    "moe_apply_probs_on_input": False,  # the network is not linear in its input
-}
-#: Settings of Megatron's that change the function and leave every shape as it is. No known parent has another value.
-_PLAIN: dict[str, Any] = {
-    "normalization": "RMSNorm",
-    "rotary_interleaved": False,
-    "no_rope_freq": None,
-    "mrope_section": None,
-    "softmax_type": "vanilla",
-    "glu_linear_offset": 0.0,
-    "activation_func_clamp_value": None,
-    "apply_residual_connection_post_layernorm": False,
-    "multi_latent_attention": False,
-}
-#: How every known parent is told positions; NeMo has these settings in its config, Megatron in its model alone.
-_POSITIONS: dict[str, Any] = {
-    "position_embedding_type": "rope",
-    "rotary_percent": 1.0,
-    "seq_len_interpolation_factor": None,  # 1 is as good
-}
 
 
 def require_buildable(arch: Architecture) -> None:
@@ -96,7 +73,7 @@ def megatron_fields(arch: Architecture) -> dict[str, Any]:
     """
     require_buildable(arch)
     fields = {FIELDS[name]: getattr(arch, name) for name in (*_BLOCK, *_BIASES)} | router_fields(arch)
-    fields["normalization"] = _PLAIN["normalization"]
+    fields["normalization"] = "RMSNorm"
     if arch.num_experts:
         fields[FIELDS["expert_ffn_size"]] = arch.expert_ffn_size
         fields[FIELDS["shared_ffn_size"]] = arch.shared_ffn_size or None
@@ -202,26 +179,25 @@ def spec_fields(settings: Mapping[str, Any], ffn_size: int, num_layers: int) -> 
     }
 
 
-def check_spec(config: Any, spec: UpcycleSpec) -> None:
-    """Check that a model's configuration is what a spec asks for.
+def check_spec(config: Any, spec: UpcycleSpec | None) -> None:
+    """Check that a model's configuration can be filled, and is what a spec asks for.
 
     Args:
         config: Megatron's or NeMo's, built or as a `run.Config`.
-        spec: what the model is to be made by.
+        spec: what the model is to be made by; None for a dense model.
 
     Raises:
-        SpecError: they disagree, or the configuration makes a router that no spec can be exact with.
+        SpecError: they disagree, or the model would not compute its parent's function.
     """
-    random_routing = {"moe_router_force_load_balancing": False}  # for benchmarks
-    for name, value in (router_fields(spec) | NO_SPEC_HAS | random_routing).items():
+    wanted = router_fields(spec) if spec else {"num_moe_experts": None}
+    for name, value in wanted.items():
         got = getattr(config, name, None)
         if got != value and not (not got and not value) and not (value is None and got == 1):
-            expected = f"{value} (from the UpcycleSpec)"
+            expected = f"{value} (from the UpcycleSpec)" if spec else "none without an UpcycleSpec"
             raise SpecError(field=f"model.config.{name}", got=got, expected=expected, fix="make them agree")
-    for name, value in _POSITIONS.items():
-        if (got := getattr(config, name, value)) not in (value, value or 1):
-            expected = f"{value}, as in every dense parent"
-            raise SpecError(field=f"model.config.{name}", got=got, expected=expected, fix="leave it at that")
+    check_fields(config)
+    if spec is None:
+        return
     _check_routing_type(config, spec)
     capacity = getattr(config, "moe_expert_capacity_factor", None)
     pad = bool(getattr(config, "moe_pad_expert_input_to_capacity", False))
@@ -229,13 +205,6 @@ def check_spec(config: Any, spec: UpcycleSpec) -> None:
         check_capacity(None if capacity is None or capacity < 0 else capacity, pad, spec.num_experts, spec.top_k)
     except SpecError as error:
         raise error.renamed(lambda name: f"model.config.moe_expert_{name}") from None
-    if (routing := getattr(config, "moe_router_load_balancing_type", None)) == "sinkhorn":
-        raise SpecError(
-            field="model.config.moe_router_load_balancing_type",
-            got=routing,
-            expected="a type that leaves the router's scores alone",
-            fix="use aux_loss or none",
-        )
     frequency, layers = getattr(config, "moe_layer_freq", 1), config.num_layers
     got_layers = layers if isinstance(frequency, int) else len(frequency)
     if (want := spec.moe_pattern(layers)) != layer_pattern(frequency, got_layers):
@@ -268,18 +237,15 @@ def check_model(model: Any, moe_arch: Architecture) -> None:
         moe_arch: the architecture that it is to have: the MoE model's, or the dense model's where no experts are made.
 
     Raises:
+        SpecError: a field of its configuration is refused or not known.
         CheckpointError: it is of other shapes, or would compute another function with the same weights.
     """
     config, rotary = model.config, getattr(model, "rotary_pos_emb", None)
+    check_fields(config, model, rotary)
     frequencies = getattr(rotary, "inv_freq", None)
     fields = (*_BLOCK, *(("expert_ffn_size", "shared_ffn_size") if moe_arch.num_experts else ()))
     settings, wanted = [FIELDS[field] for field in fields], megatron_fields(moe_arch)
     checks: list[tuple[str, Any, Any]] = [(name, getattr(config, name), wanted[name]) for name in settings]
-    # Before all others: a model with other position embeddings may have no rotary ones.
-    for name, value in _POSITIONS.items():
-        got = getattr(model, name, getattr(rotary, name, value))
-        checks.append((name, value if got == 1 else got, value))
-    checks += [(name, getattr(config, name, value) or value, value) for name, value in _PLAIN.items()]
     if config.softmax_scale and not math.isclose(config.softmax_scale, moe_arch.head_dim**-0.5, rel_tol=1e-6):
         checks.append(("softmax_scale", config.softmax_scale, f"None or {moe_arch.head_dim**-0.5:.6g}"))
     # What follows changes the function unnoticed. NeMo scales the rotary frequencies outside of its config.
@@ -304,6 +270,9 @@ def changed_by(model: Any, dense: Architecture, spec: UpcycleSpec | None) -> Ite
     factor = config.moe_expert_capacity_factor
     if spec and factor is not None and factor >= 0 and factor * spec.top_k < spec.num_experts:
         yield f"moe_expert_capacity_factor={factor} drops the tokens of experts that overflow"
+    factor = getattr(config, "moe_expert_rank_capacity_factor", None)
+    if spec and factor is not None and factor < config.expert_model_parallel_size:
+        yield f"moe_expert_rank_capacity_factor={factor} drops the tokens of ranks that overflow"
     # Megatron counts the tokens before the current one (NeMo's import forgets that), Hugging Face that one, too.
     tokens, window = min(dense.max_positions, model.max_sequence_length), config.window_size
     seen = window[0] + 1 if window and window[0] >= 0 else tokens

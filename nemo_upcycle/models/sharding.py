@@ -128,7 +128,12 @@ def shard_shape(
 
 @functools.cache
 def source_slices(
-    mapping: ParamMapping, arch: Architecture, shard: Shard, local_shape: tuple[int, ...], first_neuron: int = 0
+    mapping: ParamMapping,
+    arch: Architecture,
+    shard: Shard,
+    local_shape: tuple[int, ...],
+    first_neuron: int = 0,
+    interleaved: int | None = None,
 ) -> tuple[SourceSlice, ...]:
     """Return the slices that make up a rank's shard of a parameter.
 
@@ -138,6 +143,7 @@ def source_slices(
         shard: the rank's place in the group that cuts this parameter.
         local_shape: the shard's shape.
         first_neuron: where in the Hugging Face network the (unsharded) parameter begins, for a part of a network.
+        interleaved: rows of a block where blocks of gate and up take turns; None where gate is above up.
 
     Returns:
         Slices whose rows do not overlap. They cover the shard, but for padding rows at the end of a vocabulary.
@@ -160,8 +166,11 @@ def source_slices(
     if mapping.sharding in (Sharding.GATED, Sharding.NEURON_ROWS):
         neurons = local_shape[0] // len(mapping.parts)
         start = first_neuron + shard.rank * neurons
+        rows = interleaved or neurons
         return tuple(
-            SourceSlice(part, ((start, start + neurons), *rest[part]), 1, (part * neurons, (part + 1) * neurons))
+            SourceSlice(
+                part, ((start, start + neurons), *rest[part]), neurons // rows, (part * rows, (part + 1) * rows)
+            )
             for part in range(len(mapping.parts))
         )
     groups = arch.num_kv_heads // shard.size

@@ -13,6 +13,7 @@ import torch
 
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.config_fields import glu_interleave_size
 from nemo_upcycle.models.mapping import ParamMapping, Sharding, find_mapping, layer_mappings, mapping_of
 from nemo_upcycle.models.sharding import Shard, hf_shape, shard_shape
 from nemo_upcycle.online.receipt import ParameterRecord
@@ -114,7 +115,13 @@ def param_plans(
         expert = 0 if local_expert is None else first_expert + local_expert
         tensor = _plain(name, parameter)
         shape = _checked_shape(name, tensor, mapping, moe_arch, shard)
-        made_of = plan_tensor(mapping, layer, expert, dense, moe_arch, spec, parents=parents, shard=shard, shape=shape)
+        made_of = plan_tensor(
+            *(mapping, layer, expert, dense, moe_arch, spec),
+            parents=parents,
+            shard=shard,
+            shape=shape,
+            interleaved=glu_interleave_size(model.config, mapping, name, shape[0]),
+        )
         grouped.setdefault(made_of, []).append((expert, name, tensor))
     plans = []
     for made_of, members in grouped.items():

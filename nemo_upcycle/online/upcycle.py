@@ -120,11 +120,7 @@ def checked_plans(chunks: Sequence[torch.nn.Module], dense: DenseSource, spec: U
     moe_arch = arch.upcycled(spec) if spec else arch
     models = [_unwrap(chunk) for chunk in chunks]
     for model in models:
-        if spec:
-            check_spec(model.config, spec)
-        elif experts := model.config.num_moe_experts:
-            fix = "use upcycle_into (in a recipe: give a spec)"
-            raise SpecError("num_moe_experts", got=experts, expected="none", fix=fix)
+        check_spec(model.config, spec)
     check_source(dense, sampled=True)
     for model in models:
         check_model(model, moe_arch)

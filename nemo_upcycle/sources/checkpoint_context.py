@@ -18,9 +18,10 @@ import yaml
 
 from nemo_upcycle.errors import CheckpointError, SpecError, UpcycleError
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.config_fields import refusals
 from nemo_upcycle.models.families import find_family, find_nemo_module, llama, parents, qwen3
 from nemo_upcycle.models.hf_config import architecture_from_config
-from nemo_upcycle.models.megatron_config import FIELDS, NO_SPEC_HAS, spec_fields
+from nemo_upcycle.models.megatron_config import FIELDS, spec_fields
 from nemo_upcycle.models.rotary import rope_frequencies, same_frequencies
 from nemo_upcycle.sources.torch_pickles import Inert, read_saved
 from nemo_upcycle.spec import UpcycleSpec
@@ -30,18 +31,6 @@ from nemo_upcycle.utils.files import read_json
 _KEEP = "keep the model in NeMo: it trains and evaluates there"
 _GIVE_CONFIG = "put the Hugging Face config.json of the model beside the checkpoint's weights"
 _ACTIVATIONS = {"silu": "silu", "openai_gelu": "gelu_pytorch_tanh"}
-#: Settings that make another function of the same weights; one that is absent is as it must be.
-_REQUIRED: dict[str, Any] = {
-    "normalization": "RMSNorm",
-    "position_embedding_type": "rope",
-    "gated_linear_unit": True,
-    "rotary_percent": 1.0,
-    "rotary_interleaved": False,
-    "seq_len_interpolation_factor": None,
-    "qk_l2_norm": False,
-    "softmax_scale": None,
-    "multi_latent_attention": False,
-}
 #: Fields of an architecture that make the function -> NeMo's setting; rotary embedding and window are checked apart.
 _FUNCTION = {
     name: FIELDS.get(name, "_target_")
@@ -125,7 +114,9 @@ class CheckpointContext:
         if family not in parents():  # read as Llama, or Qwen3
             family = qwen3.FAMILY if has_norms else llama.FAMILY
         activation = self.settings["activation_func"]["_target_"].rpartition(".")[2]
-        checks = [(name, get(name, value), value) for name, value in _REQUIRED.items()]
+        checks = [(name, got, taken) for name, got, taken, _ in refusals(get, experts=False, parameters=False)]
+        checks.append(("gated_linear_unit", get("gated_linear_unit", True), True))
+        checks.append(("softmax_scale", get("softmax_scale"), None))
         checks.append(("qk_layernorm", has_norms, "query_norm" in family.names))
         known = activation if activation in _ACTIVATIONS else " or ".join(_ACTIVATIONS)
         checks.append(("activation_func", activation, known))
@@ -175,10 +166,7 @@ class CheckpointContext:
 
     def _spec_fields(self) -> dict[str, tuple[str, Any]]:
         get = self.settings.get
-        wrong = [(name, value, get(name)) for name, value in NO_SPEC_HAS.items() if (get(name) or value) != value]
-        if get("moe_router_load_balancing_type") == "sinkhorn":
-            wrong.append(("moe_router_load_balancing_type", "aux_loss or none", "sinkhorn"))
-        for name, expected, got in wrong:
+        for name, got, expected, _ in refusals(get, experts=True, parameters=False):
             raise CheckpointError(f"{self.path}: {name}", got=got, expected=expected, fix=_KEEP)
         return spec_fields(self.settings, self.dense.ffn_size, self.dense.num_layers)
 

@@ -60,10 +60,7 @@ RULES: tuple[Rule, ...] = (
     Rule("model.config.moe_z_loss_coeff", "model.moe_z_loss_coeff", *_RATE),
     Rule("log.ckpt.every_n_train_steps", "checkpoint.save_interval", *_from(1)),
     Rule("log.ckpt.keep_last", "", *_from(1)),
-    # What a model that is filled from a dense checkpoint cannot have.
-    Rule(
-        "model.config.mtp_num_layers", "model.mtp_num_layers", *_NONE, "leave it out: no dense checkpoint holds them"
-    ),
+    # What a run that is filled from a dense checkpoint cannot have beside `models/config_fields.yaml`.
     Rule("trainer.plugins.fp8_param_gather", "mixed_precision.fp8_param_gather", *_NONE, _FP8),
     Rule("trainer.plugins.fp8_params", "", *_NONE, _FP8),
     Rule("trainer.strategy.fsdp", "", *_NONE, "leave it out: ranks fill plain tensors"),

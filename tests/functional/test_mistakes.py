@@ -73,7 +73,7 @@ MISTAKES = {
     f"{DEMO} pretrain.trainer.strategy.expert_model_parallel_size=0": (
         "pretrain.trainer.strategy.expert_model_parallel_size: got 0, expected 1 or more"
     ),
-    f"{DEMO} pretrain.model.config.mtp_num_layers=1": "pretrain.model.config.mtp_num_layers: got 1, expected none",
+    f"{DEMO} pretrain.model.config.mtp_num_layers=1": "pretrain.model.config.mtp_num_layers: got 1, expected None",
     f"{DEMO} dir=a dir=b --dryrun": "argument 'dir': got a and b, expected one value",
     f"{DEMO} --until data --until=report": "argument '--until': got data and report",
     # clusters

@@ -50,3 +50,16 @@ def _cuda_seems_to_be_there() -> Iterator[None]:
                 patch.setattr(torch.cuda, name, stand_in)
             patch.setattr(torch.Tensor, "cuda", lambda self, *_, **__: self)  # tied embeddings, before they are summed
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _local_norms(_cuda_seems_to_be_there: None) -> Iterator[None]:
+    """Let the local spec be built under sequence parallelism, which torch's norm refuses."""
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    from nemo_upcycle.cpu.patches import mark_norms_sequence_parallel
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WrappedTorchNorm, "__new__", WrappedTorchNorm.__new__)  # to be put back
+        mark_norms_sequence_parallel()
+        yield

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,6 @@ import pytest
 import torch
 
 from nemo_upcycle import UpcycleSpec, upcycle_into
-from nemo_upcycle.cpu.patches import mark_norms_sequence_parallel
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.mapping import MAPPINGS, find_mapping
@@ -69,17 +67,6 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 RECIPES = {"delayed": "DelayedScaling", "tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScaling"}
 GROUPED = pytest.mark.parametrize("grouped", [True, False], ids=["TEGroupedMLP", "SequentialMLP"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _local_norms(_cuda_seems_to_be_there: None) -> Iterator[None]:
-    """Let the local spec be built under sequence parallelism, which torch's norm refuses."""
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(WrappedTorchNorm, "__new__", WrappedTorchNorm.__new__)  # to be put back
-        mark_norms_sequence_parallel()
-        yield
 
 
 def _local(arch: Architecture, spec: UpcycleSpec | None, layout: Layout) -> list[Any]:

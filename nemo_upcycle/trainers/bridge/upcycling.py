@@ -25,6 +25,7 @@ from nemo_upcycle.models.megatron_config import check_spec
 from nemo_upcycle.online.receipt import read_receipt
 from nemo_upcycle.online.upcycle import fill_chunks, merge_receipts
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.bridge.interleaving import store_contiguous
 from nemo_upcycle.utils.progress import show_messages
 from nemo_upcycle.utils.validation import is_whole
 
@@ -101,6 +102,7 @@ class UpcycleHook:
     def __call__(self, chunks: list[Any]) -> list[Any]:
         """Fill a rank's chunks, and write the receipt on the first rank."""
         self.check()  # again: settings from the command line come later than the recipe's
+        store_contiguous()
         if not _goes_on(self.config, self.paths[0], self.spec):
             merged = merge_receipts(fill_chunks(chunks, list(self.paths), self.spec, self.non_expert_weights))
             if merged:
@@ -127,10 +129,7 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None) -> None:
             expected="a GPT model: layers of a HybridModel have other names",
             fix="make it with nemo_upcycle.trainers.bridge.models",
         )
-    if spec:
-        check_spec(transformer, spec)
-    elif experts := transformer.num_moe_experts:
-        raise SpecError(field="config.model.num_moe_experts", got=experts, expected="none", fix="give a spec")
+    check_spec(transformer, spec)
     if not checkpoint.save:
         raise SpecError(field="config.checkpoint.save", got=None, expected="a folder, for the receipt", fix="set it")
     if not checkpoint.load or Path(checkpoint.load) != Path(checkpoint.save):
@@ -149,16 +148,18 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None) -> None:
             expected=f"a multiple of TP: Bridge pads no vocabulary that is set ({rest} rows are over)",
             fix="give the model a vocab_size that TP divides: rows that only pad are filled with zeros",
         )
+    is_interleaved = getattr(transformer, "moe_mlp_glu_interleave_size", None)
+    saves_hf = is_interleaved and checkpoint.also_save_hf_checkpoint
     is_local = checkpoint.non_persistent_ckpt_type == "local"
     for name, got, why in (
         ("checkpoint.pretrained_checkpoint", checkpoint.pretrained_checkpoint, "it would overwrite"),
         ("checkpoint.load", is_hf_checkpoint_dir(checkpoint.load) and checkpoint.load, "it would overwrite"),
         ("checkpoint.non_persistent_ckpt_type", is_local and "local", "no rank sees the others' checkpoints"),
+        ("checkpoint.also_save_hf_checkpoint", saves_hf, "Bridge exports interleaved rows of experts as they lie"),
         ("peft", config.peft, "all weights are trained"),
         ("dist.use_megatron_fsdp", config.dist.use_megatron_fsdp or config.ddp.use_megatron_fsdp, "it cuts shards"),
         ("dist.use_torch_fsdp2", config.dist.use_torch_fsdp2, "it cuts shards"),
         ("dist.use_decentralized_pg", config.dist.use_decentralized_pg, "it has no parallel_state"),
-        ("model.init_model_with_meta_device", model.init_model_with_meta_device, "there is nothing to fill"),
     ):
         if got:
             raise SpecError(field=f"config.{name}", got=got, expected=f"nothing: {why}", fix="unset it")

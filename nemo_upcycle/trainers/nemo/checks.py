@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nemo_upcycle.data.dense import local_parent, read_parent
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import SpecError, UpcycleError, did_you_mean
+from nemo_upcycle.models.config_fields import check_fields
 from nemo_upcycle.models.megatron_config import FIELDS, SIZES, architecture_of, check_spec, require_buildable
 from nemo_upcycle.trainers.layout import check_layout
 from nemo_upcycle.trainers.nemo.recipes import spec_of
@@ -79,8 +80,11 @@ def check_settings(recipe: run.Partial, where: str = "") -> None:
     except SpecError as error:
         raise error.renamed(lambda name: f"{where}optim.{name}") from None
     try:
-        if setting(recipe, "resume.restore_config.spec"):
+        restore = setting(recipe, "resume.restore_config")
+        if setting(restore, "spec"):
             check_spec(recipe.model.config, spec_of(recipe))
+        elif hasattr(restore, "spec"):
+            check_fields(recipe.model.config)
     except SpecError as error:  # of a setting, by its path, or of a field of the spec
         spec = "resume.restore_config.spec."
         raise error.renamed(lambda name: f"{where}{name}" if "." in name else f"{where}{spec}{name}") from None

@@ -240,7 +240,7 @@ def test_dense_and_moe_models_are_not_confused(dense: Path) -> None:
     with open_dense(dense) as source:
         with _refuses(dense_chunks, SpecError, "model.config.num_moe_experts: got None, expected 4"):
             upcycle_into(dense_chunks, source, SPEC)
-        with _refuses(moe_chunks, SpecError, "num_moe_experts: got 4, expected none", "use upcycle_into"):
+        with _refuses(moe_chunks, SpecError, "num_moe_experts: got 4, expected none without an UpcycleSpec"):
             load_dense_into(moe_chunks, source)
 
 

@@ -217,7 +217,7 @@ def test_export_refuses_a_parent_without_the_scaling_that_the_context_has(
     ("changes", "words"),
     [
         ({"moe_router_num_groups": 2}, "moe_router_num_groups: got 2, expected None"),
-        ({"moe_router_load_balancing_type": "sinkhorn"}, "got sinkhorn, expected aux_loss or none"),
+        ({"moe_router_load_balancing_type": "sinkhorn"}, "got sinkhorn, expected aux_loss or seq_aux_loss"),
         ({"seq_len_interpolation_factor": 4.0}, r"seq_len_interpolation_factor: got 4\.0, expected None"),
         ({"position_embedding_type": "none"}, "position_embedding_type: got none, expected rope"),
     ],

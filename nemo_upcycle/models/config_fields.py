@@ -1,0 +1,135 @@
+"""What the fields of a model's configuration mean for a fill: one table, `config_fields.yaml`, for every trainer.
+
+A field is `free` (changes nothing that is filled), `handled` (changes how, and this package sees to it), `inexact`
+(the filled model differs from its parent, and the receipt says so) or `refused`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.models.mapping import ParamMapping, Sharding
+
+
+#: Modules of the classes whose fields the table has, beginnings of their names.
+_TABLED = (
+    *("megatron.core.", "megatron.training.models.", "megatron.bridge.models.hybrid."),
+    *("megatron.bridge.models.gpt_provider", "megatron.bridge.models.transformer_config"),
+    "nemo.collections.llm.gpt.model.base",
+)
+#: The kind of refused fields that change the function; the others change parameters alone.
+_FUNCTION = "changes the function"
+#: Beginning of a role -> what interleaves its rows of gate and up, and what the modules that read them so need.
+_INTERLEAVED = {
+    "expert_": ("moe_mlp_glu_interleave_size", "moe_grouped_gemm"),
+    "shared_": ("moe_shared_expert_glu_interleave_size", "use_grouped_gemm_for_shared_expert"),
+}
+
+
+@functools.cache
+def table() -> dict[str, dict[str, Any]]:
+    """Return the table: meaning -> where, why or which kind -> fields."""
+    import yaml
+
+    return dict(yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")))
+
+
+@functools.cache
+def meanings() -> dict[str, str]:
+    """Return the meaning of every field in the table."""
+    return {name: meaning for meaning, kinds in table().items() for names in kinds.values() for name in names}
+
+
+def refusals(
+    get: Callable[[str], Any], *, experts: bool, parameters: bool = True
+) -> Iterator[tuple[str, Any, str, str]]:
+    """Yield the fields that have a refused value: name, value, what is taken instead, and why.
+
+    Args:
+        get: returns the value of a field; None where there is no such field.
+        experts: whether the model has any; of a dense model, fields of experts do nothing.
+        parameters: whether to look at those, too, that leave the function as it is.
+    """
+    for kind, fields in table()["refused"].items():
+        for name, (*taken, because) in fields.items():
+            if not (parameters or kind == _FUNCTION) or (name.startswith("moe_") and not experts):
+                continue
+            got = get(name)
+            each = got if isinstance(got, list | tuple) else [got]
+            if any(value not in (None, False, *taken) for value in each):
+                yield name, got, " or ".join(map(str, taken)), because
+
+
+def unknown_fields(config: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the fields that the table does not have and that are not at their default: name, value and default.
+
+    Args:
+        config: a configuration, or a `run.Config` of one.
+    """
+    kind = getattr(config, "__fn_or_cls__", type(config))
+    classes = [base for base in kind.__mro__ if base.__module__.startswith(_TABLED) and dataclasses.is_dataclass(base)]
+    names = {field.name for base in classes for field in dataclasses.fields(base)} - meanings().keys()
+    for field in dataclasses.fields(kind) if names else ():
+        make = field.default_factory
+        default = field.default if make is dataclasses.MISSING else make()
+        if field.name in names and (got := getattr(config, field.name, default)) != default:
+            yield field.name, got, default
+
+
+def check_fields(config: Any, *parts: Any) -> None:
+    """Check that a model of this configuration can be filled, and then computes its parent's function.
+
+    Args:
+        config: Megatron's, NeMo's or Bridge's, built or as a `run.Config`.
+        parts: of the built model; a value that they have goes before that of the configuration.
+
+    Raises:
+        SpecError: a field is refused, is not known, or needs another.
+    """
+
+    def get(name: str) -> Any:
+        return next((getattr(holder, name) for holder in (*parts, config) if hasattr(holder, name)), None)
+
+    for name, got, taken, because in refusals(get, experts=bool(get("num_moe_experts"))):
+        raise SpecError(field=f"model.config.{name}", got=got, expected=f"{taken}: {because}", fix="leave it at that")
+    for name, got, default in unknown_fields(config):
+        expected = f"{default}: this release of nemo-upcycle does not know what it changes"
+        raise SpecError(field=f"model.config.{name}", got=got, expected=expected, fix="leave it at that")
+    for name, needed in _INTERLEAVED.values():
+        if (size := get(name)) and not get(needed):
+            expected = f"none without <model.config.{needed}>: other modules read gate above up"
+            raise SpecError(field=f"model.config.{name}", got=size, expected=expected, fix="set both, or neither")
+
+
+def glu_interleave_size(config: Any, mapping: ParamMapping, name: str, rows: int) -> int | None:
+    """Return the size of the blocks in which gate and up take turns in a parameter; None where gate is above up.
+
+    Megatron-Core from 0.16 on has it for kernels that fuse the activation. The rows of each rank take turns on their
+    own; Megatron-Bridge undoes it in checkpoints.
+
+    Args:
+        config: the model's.
+        mapping: of the parameter.
+        name: of the parameter.
+        rows: of this rank's shard.
+
+    Raises:
+        SpecError: the module does not read it so, or the blocks do not fit.
+    """
+    setting, _ = _INTERLEAVED.get(mapping.role.removesuffix(mapping.dense_role), ("", ""))
+    size = getattr(config, setting, None) if mapping.sharding is Sharding.GATED else None
+    if not size:
+        return None
+    if ".local_experts." in name or rows % (2 * size):
+        raise SpecError(
+            field=f"model.config.{setting}",
+            got=size,
+            expected=f"a divisor of {rows // 2} neurons, in a TEGroupedMLP ({name})",
+            fix="omit it",
+        )
+    return int(size)

@@ -1,0 +1,30 @@
+"""Checkpoints of models whose experts have gate and up rows interleaved (`moe_mlp_glu_interleave_size`)."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+
+def store_contiguous() -> None:
+    """Let Bridge store gate above up, as it says that it does, in this process.
+
+    Bridge 0.6.2 interleaves what it loads and undoes that in what it saves, but for a `ShardedTensorFactory`, and that
+    is what fc1 of every model is in a `torch_dist` checkpoint: it saves the rows as they lie, and a resumed run reads
+    them interleaved twice. A Bridge that does it itself is left as it is.
+    """
+    from megatron.bridge.training import checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+    process = checkpointing._process_state_dict_for_glu_interleaving
+    if hasattr(process, "__wrapped__"):
+        return
+
+    @functools.wraps(process)
+    def process_factories(state: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        factories = {key: value for key, value in state.items() if isinstance(value, ShardedTensorFactory)}
+        done = process(state | {key: factory.data for key, factory in factories.items()}, *args, **kwargs)
+        return done | {key: replace(factory, data=done[key]) for key, factory in factories.items()}
+
+    checkpointing._process_state_dict_for_glu_interleaving = process_factories

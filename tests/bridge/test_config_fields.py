@@ -1,0 +1,72 @@
+"""The table of fields has all of Megatron-Core 0.19's and of Bridge's configurations."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle import UpcycleSpec
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.models import config_fields
+from nemo_upcycle.models.config_fields import meanings
+from tests.bridge.runs import VOCABULARY, run_config
+from tests.models import write_llama
+
+
+pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
+SPEC = UpcycleSpec(num_experts=4, top_k=2)
+
+
+def test_every_field_is_in_the_table() -> None:
+    from megatron.bridge.models.gpt.gpt_builder import GPTModelConfig
+    from megatron.bridge.models.gpt_provider import GPTModelProvider
+    from megatron.bridge.models.hybrid.hybrid_builder import HybridModelConfig
+    from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    kinds = (MLATransformerConfig, GPTModelProvider, GPTModelConfig, HybridModelProvider, HybridModelConfig)
+    names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    assert not names - meanings().keys()
+
+
+@pytest.mark.parametrize("style", ["provider", "builder"])
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("mtp_num_layers", 1, "no dense checkpoint has multi-token prediction"),
+        ("moe_single_grouped_weight", True, "one parameter"),
+        ("fp8_param", True, "weights stay in 16 bits"),
+        ("moe_router_force_biased", 3.0, "for benchmarks"),
+        ("attention_output_gate", True, "no known parent has one"),
+        ("qk_clip", True, "does not know what it changes"),
+        ("moe_mlp_glu_interleave_size", 32, "none without model.config.moe_grouped_gemm"),
+    ],
+)
+def test_a_run_refuses_a_field_before_it_starts(
+    tmp_path: Path, style: str, field: str, value: object, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+
+    known = {name: meaning for name, meaning in meanings().items() if name != "qk_clip"}
+    monkeypatch.setattr(config_fields, "meanings", lambda: known)
+    dense = write_llama(tmp_path / "dense", tied=True, vocab_size=VOCABULARY)
+    config = run_config(dense, tmp_path / "run", SPEC, style=style)
+    upcycle_on_start(config, dense, SPEC)
+    config.model.moe_grouped_gemm = False
+    setattr(getattr(config.model, "transformer", config.model), field, value)
+    with pytest.raises(SpecError, match=rf"model\.config\.{field}: got {value}, expected .*{words}"):
+        upcycle_on_start(config, dense, SPEC)
+
+
+def test_an_interleaved_model_is_not_saved_as_hugging_face_by_bridge(tmp_path: Path) -> None:
+    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+
+    dense = write_llama(tmp_path / "dense", tied=True, vocab_size=VOCABULARY)
+    config = run_config(dense, tmp_path / "run", SPEC)
+    config.model.moe_mlp_glu_interleave_size, config.model.moe_grouped_gemm = 32, True
+    upcycle_on_start(config, dense, SPEC)
+    config.checkpoint.also_save_hf_checkpoint = True
+    with pytest.raises(SpecError, match=r"checkpoint\.also_save_hf_checkpoint"):
+        upcycle_on_start(config, dense, SPEC)

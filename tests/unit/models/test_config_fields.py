@@ -1,0 +1,92 @@
+"""Every field of a model's configuration is in one table, and what it refuses or does not have is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.models import config_fields
+from nemo_upcycle.models.config_fields import check_fields, meanings, table
+from tests.models import MemorySource, build_chunks, small_architecture
+
+
+pytestmark = pytest.mark.usefixtures("megatron")
+REFUSED = [name for fields in table()["refused"].values() for name in fields]
+
+
+def _config(**changes: Any) -> Any:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(num_layers=2, hidden_size=8, num_attention_heads=2, normalization="RMSNorm")
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def test_every_field_of_megatron_and_nemo_is_in_the_table() -> None:
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+    from nemo.collections.llm.gpt.model.base import GPTConfig
+
+    names = {field.name for kind in (MLATransformerConfig, GPTConfig) for field in dataclasses.fields(kind)}
+    assert not names - meanings().keys()
+
+
+def test_a_field_is_in_the_table_once() -> None:
+    counted = Counter(name for kinds in table().values() for names in kinds.values() for name in names)
+    assert not [name for name, times in counted.items() if times > 1]
+
+
+@pytest.mark.parametrize("place", [*table()["handled"], *table()["inexact"]])
+def test_what_handles_a_field_exists(place: str) -> None:
+    module, _, name = place.rpartition(".")
+    assert callable(getattr(importlib.import_module(f"nemo_upcycle.{module}"), name))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_field_is_named_with_the_reason(name: str) -> None:
+    with pytest.raises(SpecError, match=rf"model\.config\.{name}: got other, expected .+: .+ Fix: "):
+        check_fields(_config(**{"num_moe_experts": 4, name: "other"}))
+
+
+def test_fields_of_experts_do_nothing_in_a_dense_model() -> None:
+    check_fields(_config(moe_router_load_balancing_type="sinkhorn"))
+    with pytest.raises(SpecError, match="got sinkhorn"):
+        check_fields(_config(moe_router_load_balancing_type="sinkhorn", num_moe_experts=4))
+
+
+def test_a_list_is_looked_at_value_by_value() -> None:
+    check_fields(_config(num_moe_experts=4, moe_router_load_balancing_type=["aux_loss", "global_aux_loss"]))
+    check_fields(_config(no_rope_freq=[0, 0]))
+    with pytest.raises(SpecError, match=r"no_rope_freq: got \[0, 1\]"):
+        check_fields(_config(no_rope_freq=[0, 1]))
+
+
+def test_a_field_that_only_a_newer_megatron_has_is_refused_unless_it_is_at_its_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from nemo_run import Config
+
+    known = {name: meaning for name, meaning in meanings().items() if name not in ("test_mode", "flash_decode")}
+    monkeypatch.setattr(config_fields, "meanings", lambda: known)
+    check_fields(_config())
+    recipe = Config(type(_config()), num_layers=2, normalization="RMSNorm", test_mode=True)
+    for config in (_config(test_mode=True), recipe):
+        with pytest.raises(SpecError, match=r"model\.config\.test_mode: got True, expected False: .*does not know"):
+            check_fields(config)
+
+
+def test_a_rank_budget_that_can_overflow_is_told() -> None:
+    from nemo_upcycle import UpcycleSpec, upcycle_into
+
+    (chunk,) = build_chunks(small_architecture(), num_experts=4)
+    source, spec = MemorySource(small_architecture()), UpcycleSpec(num_experts=4, top_k=2)
+    chunk.config.moe_expert_rank_capacity_factor = 1.0
+    assert upcycle_into([chunk], source, spec).exact
+    chunk.config.moe_expert_rank_capacity_factor = 0.5
+    (reason,) = upcycle_into([chunk], source, spec).inexact_because
+    assert reason == "moe_expert_rank_capacity_factor=0.5 drops the tokens of ranks that overflow"
