@@ -55,7 +55,8 @@ def upcycled_provider(dense: str | Path | Architecture, spec: UpcycleSpec | None
         >>> upcycled_provider("/models/Llama-3-8B", UpcycleSpec(), expert_model_parallel_size=8)  # doctest: +SKIP
     """
     arch = _architecture(dense)
-    return provider_of(arch.upcycled(spec) if spec else arch, **(_routing(spec) | changes))
+    fields = provider_fields(arch.upcycled(spec) if spec else arch)
+    return GPTModelProvider(**(fields | _routing(spec) | changes))
 
 
 def upcycled_config(dense: str | Path | Architecture, spec: UpcycleSpec | None, **changes: Any) -> GPTModelConfig:
@@ -78,20 +79,19 @@ def upcycled_config(dense: str | Path | Architecture, spec: UpcycleSpec | None, 
     return config
 
 
-def provider_of(arch: Architecture, **changes: Any) -> GPTModelProvider:
-    """Return Bridge's provider of a model as its architecture stands, with experts or without.
+def provider_fields(arch: Architecture) -> dict[str, Any]:
+    """Return the fields of Bridge's provider of a model as its architecture stands, with experts or without.
 
     Args:
         arch: the architecture.
-        changes: fields of the provider that are to differ.
 
     Raises:
         SpecError: Bridge's GPT model cannot be it.
     """
-    layers = {}
+    fields = _transformer(arch) | _model(arch)
     if arch.moe_pattern is not None:  # Bridge's own choice makes all layers alike
-        layers["transformer_layer_spec"] = partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
-    return GPTModelProvider(**(_transformer(arch) | _model(arch) | layers | changes))
+        fields["transformer_layer_spec"] = partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
+    return fields
 
 
 def _architecture(dense: str | Path | Architecture) -> Architecture:
