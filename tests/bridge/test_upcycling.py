@@ -91,13 +91,14 @@ def test_a_granular_qwen3_computes_its_parents_function(tmp_path: Path) -> None:
     assert float((got - wanted).norm() / wanted.norm()) <= 2e-6
 
 
-def test_a_run_that_goes_on_is_not_upcycled_again(dense: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("style", ["provider", "builder"])
+def test_a_run_that_goes_on_is_not_upcycled_again(dense: Path, tmp_path: Path, style: str) -> None:
     """The dense checkpoint is gone by then, so that nothing could be read of it."""
     parent = write_llama(tmp_path / "parent", tied=True, vocab_size=VOCABULARY)
-    run_ranks(_train, 1, parent, tmp_path / "run", SPEC, {}, process_group=False)
+    run_ranks(_train, 1, parent, tmp_path / "run", SPEC, {"style": style}, process_group=False)
     before = (tmp_path / "run/receipt.json").stat().st_mtime_ns
     (parent / "model.safetensors").unlink()
-    run_ranks(_train, 1, parent, tmp_path / "run", SPEC, {"steps": 2}, process_group=False)
+    run_ranks(_train, 1, parent, tmp_path / "run", SPEC, {"style": style, "steps": 2}, process_group=False)
     assert (tmp_path / "run/receipt.json").stat().st_mtime_ns == before
     assert _same_bits(_export(dense, tmp_path / "run", tmp_path / "hf"), _offline(dense, tmp_path / "offline", SPEC))
 
@@ -173,6 +174,21 @@ def test_a_configuration_that_contradicts_is_refused_by_name(
     with pytest.raises(SpecError, match=message):
         upcycle_on_start(config, dense, spec)
     assert config.model.pre_wrap_hook is None
+
+
+@pytest.mark.parametrize("source", [None, "dense"])
+def test_bridges_own_export_wants_a_folder_of_the_models_class(
+    dense: Path, tmp_path: Path, source: str | None
+) -> None:
+    """From the parent's it would write a model without experts, and say nothing."""
+    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+
+    config = run_config(dense, tmp_path, UpcycleSpec(**SPEC))
+    config.checkpoint.also_save_hf_checkpoint = True
+    config.checkpoint.hf_source_path = str(dense) if source else None
+    config.tokenizer.tokenizer_model = str(dense)
+    with pytest.raises(SpecError, match=r"hf_source_path: got .* expected a folder with 4 experts"):
+        upcycle_on_start(config, dense, UpcycleSpec(**SPEC))
 
 
 def test_a_provider_that_loads_weights_itself_is_refused(dense: Path, tmp_path: Path) -> None:

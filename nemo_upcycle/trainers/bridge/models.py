@@ -74,9 +74,20 @@ def upcycled_config(dense: str | Path | Architecture, spec: UpcycleSpec | None, 
     arch = arch.upcycled(spec) if spec else arch
     outer = {name: value for name, value in changes.items() if name in GPTModelConfig.__dataclass_fields__}
     inner = _routing(spec) | {name: value for name, value in changes.items() if name not in outer}
-    config = GPTModelConfig(transformer=TransformerConfig(**(_transformer(arch) | inner)), **(_model(arch) | outer))
+    transformer = TransformerConfig(**(_transformer(arch) | inner))
+    config = UpcycledModelConfig(transformer=transformer, **(_model(arch) | outer))
     config.transformer.seq_length = config.seq_length  # where the warm-up of Bridge 0.6 looks for it
     return config
+
+
+class UpcycledModelConfig(GPTModelConfig):
+    """Bridge's configuration, saved with TP and PP where Bridge 0.6 looks for them when it loads a checkpoint."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint's `run_config.yaml` says of the model, which is there of Bridge's own class."""
+        saved = super().as_dict() | {"_target_": f"{GPTModelConfig.__module__}.{GPTModelConfig.__qualname__}"}
+        sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+        return saved | {name: getattr(self.transformer, name) for name in sizes}
 
 
 def provider_fields(arch: Architecture) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from megatron.bridge.training.utils.checkpoint_utils import checkpoint_exists, i
 from megatron.training.models.base import ModelConfig
 
 from nemo_upcycle.errors import SpecError, UpcycleError
+from nemo_upcycle.models.architecture import read_architecture
 from nemo_upcycle.models.megatron_config import check_spec
 from nemo_upcycle.online.start import fill_chunks, merge_receipts
 from nemo_upcycle.sources import open_dense
@@ -237,6 +238,22 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None) -> None:
             got=f"a provider that loads a Hugging Face model itself ({_BRIDGES_LOADING})",
             expected="one that loads nothing: it would overwrite, or find no such weights",
             fix="make it with upcycled_provider, or by to_megatron_provider(load_weights=False)",
+        )
+    if spec and checkpoint.also_save_hf_checkpoint:
+        _check_template(checkpoint.hf_source_path, spec)
+
+
+def _check_template(source: str | None, spec: UpcycleSpec) -> None:
+    """Check that Bridge's own exports have a folder of the upcycled model's class, and register what they need."""
+    import nemo_upcycle.trainers.bridge.conversion  # noqa: F401
+
+    experts = read_architecture(Path(source)).num_experts if source and Path(source).is_dir() else spec.num_experts
+    if not source or experts != spec.num_experts:
+        raise SpecError(
+            field="config.checkpoint.hf_source_path",
+            got=f"{source}, of a model with {experts or 'no'} experts" if source else None,
+            expected=f"a folder with {spec.num_experts} experts, for names and configuration: the parent's has none",
+            fix="make one with nemo-upcycle convert",
         )
 
 

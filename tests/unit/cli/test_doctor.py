@@ -137,6 +137,7 @@ def _in_container(monkeypatch: pytest.MonkeyPatch, **own: str) -> None:
     """Let this be NVIDIA's NeMo container, with releases of its own."""
     monkeypatch.setenv("NVIDIA_PYTORCH_VERSION", "25.11")
     monkeypatch.setattr(doctor, "_gpus", lambda: ["NVIDIA H100 80GB HBM3, 81559 MiB"])
+    monkeypatch.setattr(doctor, "_has_torch_binding", lambda: True)
     _without(monkeypatch, "gguf")
     installed, releases = doctor.version, {"transformer-engine": "2.12"} | own
     monkeypatch.setattr(doctor, "version", lambda name: releases.get(name) or installed(name))
