@@ -19,6 +19,7 @@ from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
+from nemo_upcycle.utils.progress import show_messages
 from tests.bridge.runs import SEQUENCE, VOCABULARY, run_config, train
 from tests.distributed.ranks import run_ranks
 from tests.loading.cases import logits
@@ -293,7 +294,7 @@ def _messages_of_a_run(dense: Path, run: Path, vocab_size: int) -> list[str]:
         def emit(self, record: logging.LogRecord) -> None:
             said.append(record.getMessage())
 
-    logging.getLogger("nemo_upcycle").addHandler(Keep())
+    show_messages().addHandler(Keep())
     train(dense, run, SPEC, vocab_size=vocab_size)
     return said
 
