@@ -177,6 +177,14 @@ def test_a_configuration_that_contradicts_is_refused_by_name(
     assert config.model.pre_wrap_hook is None
 
 
+def test_a_parent_that_is_no_folder_is_refused(dense: Path, tmp_path: Path) -> None:
+    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+
+    config = run_config(dense, tmp_path, UpcycleSpec(**SPEC))
+    with pytest.raises(SpecError, match="dense: got hf://ORG/NAME, expected a folder"):
+        upcycle_on_start(config, "hf://ORG/NAME", UpcycleSpec(**SPEC))
+
+
 @pytest.mark.parametrize("source", [None, "dense"])
 def test_bridges_own_export_wants_a_folder_of_the_models_class(
     dense: Path, tmp_path: Path, source: str | None

@@ -87,30 +87,31 @@ class UpcycledExport(MegatronModelBridge):
         models = megatron_model if isinstance(megatron_model, list) else [megatron_model]
         if conversion_tasks is None:
             conversion_tasks = self.build_conversion_tasks(hf_pretrained, unwrap_model(models), weight_dtype)
+            weight_dtype = None  # the tasks have it
+        weights = super().stream_weights_megatron_to_hf(
+            models, hf_pretrained, cpu, show_progress, conversion_tasks, merge_adapter_weights, weight_dtype
+        )
         try:
             arch = architecture_from_config(getattr(hf_pretrained, "config", hf_pretrained).to_dict())
         except CheckpointError:  # of Bridge's own class, with what no upcycled model has
-            yield from super().stream_weights_megatron_to_hf(
-                models, hf_pretrained, cpu, show_progress, conversion_tasks, merge_adapter_weights
-            )
+            yield from weights
             return
         made = {name for task in conversion_tasks if task for name in _hf_names(task.mapping)}
         absent = [name for name in hf_constants(arch) if name not in made]
         factors = _factors(self.family, arch) if self._lacks_gate(absent) else {}
         constants: dict[str, torch.Tensor] = {}
-        output, embedding = self.family.names["output"][0], None
-        for name, weight in super().stream_weights_megatron_to_hf(
-            models, hf_pretrained, cpu, show_progress, conversion_tasks, merge_adapter_weights
-        ):
+        embedding = None
+        for name, weight in weights:
             constants = constants or constant_tensors(arch, weight.dtype)
+            made.add(name)
             if name in self.family.names["embedding"]:
                 embedding = weight
-            made.add(name)
             yield HFWeightTuple(name, weight * factors[name] if name in factors else weight)
             layer = _LAYER.match(name)
             for other in [other for other in absent if layer and other.startswith(layer[0])]:
                 absent.remove(other)
                 yield HFWeightTuple(other, constants[other].to(weight.device).contiguous())
+        (output,) = self.family.names["output"]
         if output not in made and embedding is not None and not arch.tied_embeddings:
             yield HFWeightTuple(output, embedding.clone())  # tied in Megatron, in a builder's model
 

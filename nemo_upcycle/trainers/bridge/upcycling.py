@@ -65,15 +65,15 @@ def upcycle_on_start(
         >>> upcycle_on_start(config, "/models/Llama-3-8B", spec)
         >>> pretrain(config, forward_step)
     """
+    for path in (dense, *branches):
+        if "://" in str(path):
+            fix = "copy it there (nemo_upcycle.data.dense.ensure_dense fetches hf://ORG/NAME)"
+            raise SpecError(field="dense", got=path, expected="a folder that every rank sees", fix=fix)
     config.tokenizer.use_tokenizer_vocab_size = False  # the dense checkpoint's vocabulary counts, not the tokenizer's
     _check(config, spec)
     model = config.model
     transformer = getattr(model, "transformer", model)
     transformer.perform_initialization = False  # it would be overwritten
-    for path in (dense, *branches):
-        if "://" in str(path):
-            fix = "copy it there (nemo_upcycle.data.dense.ensure_dense fetches hf://ORG/NAME)"
-            raise SpecError(field="dense", got=path, expected="a folder that every rank sees", fix=fix)
     paths = tuple(Path(path).absolute() for path in (dense, *branches))
     hook = UpcycleHook(config, spec, paths, non_expert_weights).fill
     if isinstance(model, ModelConfig):
