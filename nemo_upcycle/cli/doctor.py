@@ -113,10 +113,22 @@ def _installed(package: str) -> str | None:
     # Of Megatron-Core what Python would import: in NVIDIA's container it is a folder of sources, which some replace.
     if package == "megatron-core" and (sources := _value_in("megatron", "core/package_info.py", "__version__")):
         return str(sources)
+    if package == "transformer-engine" and not _has_torch_binding():
+        return None
     try:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _has_torch_binding() -> bool:
+    """Return whether Transformer Engine has what binds it to torch, which pip installs only when asked to.
+
+    Without it neither NeMo nor Megatron-Bridge can be imported where the package itself is there.
+    """
+    spec, binding = importlib.util.find_spec("transformer_engine"), "transformer_engine_torch*.so"
+    folders = map(Path, (spec.submodule_search_locations or []) if spec else [])
+    return any([*folder.rglob(binding), *folder.parent.glob(binding)] for folder in folders)
 
 
 def _described(one: Requirement) -> dict[str, Any]:

@@ -213,7 +213,7 @@ class BridgeTraining(Training):
         """See `Training.train`."""
         from nemo_upcycle.cpu.backend import use_cpu_backend
         from nemo_upcycle.trainers.bridge.config import CHECKPOINTS, place_config, run_config
-        from nemo_upcycle.trainers.bridge.upcycling import RECEIPT
+        from nemo_upcycle.trainers.bridge.run_folder import RECEIPT
 
         use_cpu_backend()  # before the model's configuration is made: Megatron checks it at once
         config = self.config(dense_folder)

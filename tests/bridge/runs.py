@@ -22,7 +22,14 @@ SIZES = {
 
 
 def run_config(
-    dense: Path, folder: Path, spec: UpcycleSpec | None, *, style: str = "provider", steps: int = 1, **layout: int
+    dense: Path,
+    folder: Path | str,
+    spec: UpcycleSpec | None,
+    *,
+    style: str = "provider",
+    steps: int = 1,
+    vocab_size: int = VOCABULARY,
+    **layout: int,
 ) -> Any:
     """Return a run of Bridge's that learns nothing: its learning rate is zero, its checkpoints are those of step 0.
 
@@ -32,6 +39,7 @@ def run_config(
         spec: of the model.
         style: `provider`, or `builder` for the configuration that is to replace it.
         steps: to train.
+        vocab_size: of the model; rows that the parent does not have only pad.
         layout: sizes that are not 1.
     """
     from megatron.bridge.recipes.common import _pretrain_common
@@ -45,6 +53,7 @@ def run_config(
         "pipeline_dtype": torch.float32,
         "sequence_parallel": layout.get("tp", 1) > 1,
         "seq_length": SEQUENCE,
+        "vocab_size": vocab_size,
     }
     if style == "builder":  # of a provider the CPU backend chooses it
         settings["transformer_layer_spec"] = _local_layers
@@ -73,11 +82,15 @@ def _local_layers(config: Any, vp_stage: int | None = None) -> Any:
 
 def train(
     dense: Path,
-    folder: Path,
+    folder: Path | str,
     fields: dict[str, Any] | None,
     *,
+    load: str | None = None,
+    async_save: bool = False,
     save_later: Path | None = None,
     starts: int = 1,
+    hf_source: Path | None = None,
+    live: Path | None = None,
     **options: Any,
 ) -> None:
     """Train on this rank, upcycled on start.
@@ -86,8 +99,12 @@ def train(
         dense: the dense checkpoint.
         folder: for the checkpoints.
         fields: of the spec; None for the dense model.
+        load: another name of the folder, to go on from.
+        async_save: whether checkpoints are written in the background.
         save_later: another folder, set when all is configured, as from a command line.
         starts: how often, each for a step more; before the second, the dense weights are deleted.
+        hf_source: a folder of the upcycled model's class: every checkpoint gets one like it.
+        live: with it, where the trained model is exported to at the end.
         options: of `run_config`.
     """
     from nemo_upcycle.cpu.backend import use_cpu_backend
@@ -100,6 +117,12 @@ def train(
 
     spec = None if fields is None else UpcycleSpec(**fields)
     config = run_config(dense, folder, spec, **options)
+    config.checkpoint.load = load or config.checkpoint.save
+    config.checkpoint.async_save = async_save
+    callbacks: list[Any] = []
+    if hf_source is not None:
+        config.checkpoint.also_save_hf_checkpoint, config.checkpoint.hf_source_path = True, str(hf_source)
+        callbacks.append(_export_at_the_end(hf_source, live))
     upcycle_on_start(config, dense, spec)
     if save_later is not None:
         config.checkpoint.save = str(save_later)
@@ -107,4 +130,18 @@ def train(
         if start:
             config.train.train_iters += 1
             (dense / "model.safetensors").unlink(missing_ok=True)
-        pretrain(config, forward_step)
+        pretrain(config, forward_step, callbacks=callbacks)
+
+
+def _export_at_the_end(hf_source: Path, output: Path | None) -> Any:
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.training.callbacks import Callback
+
+    import nemo_upcycle.trainers.bridge.conversion  # noqa: F401
+
+    class Export(Callback):
+        def on_train_end(self, context: Any) -> None:
+            bridge = AutoBridge.from_hf_pretrained(str(hf_source))
+            bridge.save_hf_pretrained(context.model, output, show_progress=False, strict=True)
+
+    return Export()

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import json
+import logging
+import os
+import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +17,9 @@ import torch
 
 from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.convert.offline import convert
-from nemo_upcycle.errors import SpecError
+from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
+from nemo_upcycle.utils.progress import show_messages
 from tests.bridge.runs import SEQUENCE, VOCABULARY, run_config, train
 from tests.distributed.ranks import run_ranks
 from tests.loading.cases import logits
@@ -84,13 +92,14 @@ def test_a_granular_qwen3_computes_its_parents_function(tmp_path: Path) -> None:
     assert float((got - wanted).norm() / wanted.norm()) <= 2e-6
 
 
-def test_a_run_that_goes_on_is_not_upcycled_again(dense: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("style", ["provider", "builder"])
+def test_a_run_that_goes_on_is_not_upcycled_again(dense: Path, tmp_path: Path, style: str) -> None:
     """The dense checkpoint is gone by then, so that nothing could be read of it."""
     parent = write_llama(tmp_path / "parent", tied=True, vocab_size=VOCABULARY)
-    run_ranks(_train, 1, parent, tmp_path / "run", SPEC, {}, process_group=False)
+    run_ranks(_train, 1, parent, tmp_path / "run", SPEC, {"style": style}, process_group=False)
     before = (tmp_path / "run/receipt.json").stat().st_mtime_ns
     (parent / "model.safetensors").unlink()
-    run_ranks(_train, 1, parent, tmp_path / "run", SPEC, {"steps": 2}, process_group=False)
+    run_ranks(_train, 1, parent, tmp_path / "run", SPEC, {"style": style, "steps": 2}, process_group=False)
     assert (tmp_path / "run/receipt.json").stat().st_mtime_ns == before
     assert _same_bits(_export(dense, tmp_path / "run", tmp_path / "hf"), _offline(dense, tmp_path / "offline", SPEC))
 
@@ -141,22 +150,167 @@ def test_the_dense_baseline_starts_from_the_same_checkpoint(dense: Path, tmp_pat
         ({"checkpoint.non_persistent_ckpt_type": "local"}, "non_persistent_ckpt_type"),
         ({"model.tensor_model_parallel_size": 3}, "vocab_size: got 256, expected a multiple of TP"),
         ({"model.init_model_with_meta_device": True}, "init_model_with_meta_device"),
+        ({"model.mtp_num_layers": 1}, "mtp_num_layers"),
+        ({"model.moe_single_grouped_weight": True}, "moe_single_grouped_weight"),
+        ({"model.fp8_param": True}, "fp8_param"),
+        ({"mixed_precision.fp8_param_gather": True}, "fp8_param_gather"),
+        ({"checkpoint.save": "msc://mine/run", "checkpoint.load": "msc://mine/run"}, "MultiStorageClient is on"),
+        ({"checkpoint.save": "s3://mine/run", "checkpoint.load": "s3://mine/run"}, "MultiStorageClient is on"),
     ],
     ids=str,
 )
 def test_a_configuration_that_contradicts_is_refused_by_name(
     dense: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
+    from megatron.bridge.training.mixed_precision import bf16_mixed
+
     from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
 
     spec = UpcycleSpec(**SPEC)
     config = run_config(dense, tmp_path, spec)
+    config.mixed_precision = bf16_mixed() if "mixed_precision" in str(change) else None
     for name, value in change.items():
         part, field = name.split(".")
         setattr(getattr(config, part), field, value)
     with pytest.raises(SpecError, match=message):
         upcycle_on_start(config, dense, spec)
     assert config.model.pre_wrap_hook is None
+
+
+def test_a_parent_that_is_no_folder_is_refused(dense: Path, tmp_path: Path) -> None:
+    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+
+    config = run_config(dense, tmp_path, UpcycleSpec(**SPEC))
+    with pytest.raises(SpecError, match="dense: got hf://ORG/NAME, expected a folder"):
+        upcycle_on_start(config, "hf://ORG/NAME", UpcycleSpec(**SPEC))
+
+
+@pytest.mark.parametrize("source", [None, "dense"])
+def test_bridges_own_export_wants_a_folder_of_the_models_class(
+    dense: Path, tmp_path: Path, source: str | None
+) -> None:
+    """From the parent's it would write a model without experts, and say nothing."""
+    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+
+    config = run_config(dense, tmp_path, UpcycleSpec(**SPEC))
+    config.checkpoint.also_save_hf_checkpoint = True
+    config.checkpoint.hf_source_path = str(dense) if source else None
+    config.tokenizer.tokenizer_model = str(dense)
+    with pytest.raises(SpecError, match=r"hf_source_path: got .* expected a folder with 4 experts"):
+        upcycle_on_start(config, dense, UpcycleSpec(**SPEC))
+
+
+def test_a_provider_that_loads_weights_itself_is_refused(dense: Path, tmp_path: Path) -> None:
+    from megatron.bridge import AutoBridge
+
+    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+
+    config = run_config(dense, tmp_path, None)
+    config.model = AutoBridge.from_hf_pretrained(str(dense)).to_megatron_provider()
+    with pytest.raises(SpecError, match=r"expected one that loads nothing"):
+        upcycle_on_start(config, dense, None)
+
+
+def test_the_hook_belongs_to_a_copy_in_a_copy_of_its_run(dense: Path, tmp_path: Path) -> None:
+    from nemo_upcycle.trainers.bridge.upcycling import hook_of, upcycle_on_start
+
+    spec = UpcycleSpec(**SPEC)
+    config = run_config(dense, tmp_path, spec)
+    upcycle_on_start(config, dense, spec)
+    copied = copy.deepcopy(config)
+    config.checkpoint.save = "/elsewhere"
+    hook = hook_of(copied)
+    assert hook is not None
+    assert hook.config is copied
+    assert hook.config.checkpoint.save == str(tmp_path)
+
+
+@pytest.mark.parametrize("style", ["provider", "builder"])
+def test_the_hook_is_pickled_without_its_run(dense: Path, tmp_path: Path, style: str) -> None:
+    from nemo_upcycle.trainers.bridge.upcycling import hook_of, upcycle_on_start
+
+    spec = UpcycleSpec(**SPEC)
+    config = run_config(dense, tmp_path, spec, style=style)
+    upcycle_on_start(config, dense, spec)
+    hook = hook_of(config)
+    assert hook is not None
+    read = pickle.loads(pickle.dumps(hook.fill)).__self__
+    assert (read.spec, read.paths, read.non_expert_weights) == (spec, (dense,), "first")
+    with pytest.raises(UpcycleError, match="call upcycle_on_start"):
+        read.check()
+    del config
+    gc.collect()
+    with pytest.raises(UpcycleError, match="a model of another configuration"):
+        hook.check()
+
+
+def test_paths_are_compared_resolved(dense: Path, tmp_path: Path) -> None:
+    """A run goes on where its parent is named through a link, and its folder from the present one."""
+    link = tmp_path / "link"
+    link.symlink_to(dense)
+    run_ranks(_train, 1, link, tmp_path / "run", SPEC, {}, process_group=False)
+    options = {"steps": 2, "load": os.path.relpath(tmp_path / "run")}
+    run_ranks(_train, 1, dense, tmp_path / "run", SPEC, options, process_group=False)
+    assert (tmp_path / "run/iter_0000002").is_dir()
+
+
+def test_a_parent_that_has_changed_since_is_refused(tmp_path: Path) -> None:
+    parent = write_llama(tmp_path / "parent", tied=True, vocab_size=VOCABULARY)
+    run_ranks(_train, 1, parent, tmp_path / "run", SPEC, {}, process_group=False)
+    shutil.rmtree(parent)
+    write_llama(parent, tied=False, vocab_size=VOCABULARY)
+    with pytest.raises(RuntimeError, match="source_files: got"):
+        run_ranks(_train, 1, parent, tmp_path / "run", SPEC, {"steps": 2}, process_group=False)
+
+
+def test_a_run_in_an_object_store_has_its_receipt_there_and_goes_on(dense: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    profile = {"storage_provider": {"type": "file", "options": {"base_path": str(store)}}}
+    (tmp_path / "msc.json").write_text(json.dumps({"profiles": {"mine": profile}}))
+    for steps in (1, 2):
+        folder = tmp_path / f"from_{steps}"
+        folder.mkdir()
+        run_ranks(_train_in_store, 1, dense, tmp_path / "msc.json", folder, steps, process_group=False)
+        assert list(folder.iterdir()) == []
+    assert json.loads((store / "run/receipt.json").read_text())["spec"]["num_experts"] == 4
+    assert (store / "run/iter_0000002").is_dir()
+
+
+def _train_in_store(dense: Path, profiles: Path, folder: Path, steps: int) -> None:
+    os.environ["MSC_CONFIG"] = str(profiles)
+    os.chdir(folder)
+    from megatron.core.msc_utils import MultiStorageClientFeature
+
+    MultiStorageClientFeature.enable()
+    train(dense, "msc://mine/run", SPEC, steps=steps)
+
+
+def test_a_padded_vocabulary_is_said_not_to_be_exact(dense: Path, tmp_path: Path) -> None:
+    """Megatron's loss counts the rows that only pad."""
+    (said,) = run_ranks(_messages_of_a_run, 1, dense, tmp_path / "run", 2 * VOCABULARY, process_group=False)
+    receipt = json.loads((tmp_path / "run/receipt.json").read_text())
+    (reason,) = receipt["inexact_because"]
+    assert receipt["exact"] is False
+    assert "256 rows that only pad the vocabulary" in reason
+    assert f"not the parent's function: {reason}" in said
+
+
+def _messages_of_a_run(dense: Path, run: Path, vocab_size: int) -> list[str]:
+    said: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    show_messages().addHandler(Keep())
+    train(dense, run, SPEC, vocab_size=vocab_size)
+    return said
+
+
+def test_asynchronous_saving_is_refused_without_a_gpu(dense: Path, tmp_path: Path) -> None:
+    """Bridge ends with a ZeroDivisionError on one rank, and the others wait."""
+    with pytest.raises(RuntimeError, match=r"async_save: got True, expected False without a GPU"):
+        run_ranks(_train, 1, dense, tmp_path / "run", SPEC, {"async_save": True}, process_group=False)
 
 
 @pytest.mark.parametrize("style", ["provider", "builder"])

@@ -25,7 +25,8 @@ from nemo_upcycle.pipeline.executors.local import held_port
 from tests.waiting import HANG_S
 
 
-_PRELOAD = ["nemo_upcycle", "torch", "nemo.collections.llm"]  # the first makes the others importable without CUDA
+#: The first makes the others importable without CUDA. Of the last two an environment has one.
+_PRELOAD = ["nemo_upcycle", "torch", "nemo.collections.llm", "megatron.bridge.training.pretrain"]
 
 
 def run_ranks(

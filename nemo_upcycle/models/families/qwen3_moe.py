@@ -37,6 +37,7 @@ FAMILY = _Qwen3Moe(
     hf_class="Qwen3MoeForCausalLM",
     model_type="qwen3_moe",
     names=qwen3.NAMES | ROUTED_NAMES,
+    spelling={"num_local_experts": "num_experts"},  # as transformers 5 saves it
     has_attention_bias=True,
     defaults=COMMON_DEFAULTS | {"num_key_value_heads": 4, "max_position_embeddings": 32768, "qk_norm": True},
 )

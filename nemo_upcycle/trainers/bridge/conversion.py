@@ -1,11 +1,13 @@
 """Bridges of the families whose classes Megatron-Bridge lacks, generated from them and from the mapping table.
 
 Import this module, then `AutoBridge` imports and exports `MixtralForCausalLM`, `Qwen2MoeForCausalLM` and the class of
-every other family that was registered before and that Bridge does not know itself.
+every other family that was registered before and that Bridge does not know itself. Bridge's own bridges of MoE classes
+then export upcycled models, too: with the tensors that the class has and such a model has not.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 import transformers
 from megatron.bridge import AutoBridge
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
-from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
+from megatron.bridge.models.conversion.model_bridge import HFWeightTuple, MegatronModelBridge, get_model_bridge
 from megatron.bridge.models.conversion.param_mapping import (
     AutoMapping,
     ConcatenatedQKVMapping,
@@ -22,14 +24,18 @@ from megatron.bridge.models.conversion.param_mapping import (
     QKVMapping,
     ReplicatedMapping,
 )
+from megatron.bridge.models.conversion.utils import unwrap_model
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from nemo_upcycle.models.families import Family, parents, targets
+from nemo_upcycle.errors import CheckpointError
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.constants import constant_tensors
+from nemo_upcycle.models.families import Family, MoeFamily, parents, targets
 from nemo_upcycle.models.families.base import ZERO_FILLED
 from nemo_upcycle.models.hf_config import architecture_from_config
-from nemo_upcycle.models.mapping import MAPPINGS, Sharding
-from nemo_upcycle.trainers.bridge.models import provider_of
+from nemo_upcycle.models.mapping import MAPPINGS, Sharding, hf_constants
+from nemo_upcycle.trainers.bridge.models import provider_fields
 
 
 class FusedGatedMapping(MegatronParamMapping[torch.Tensor]):
@@ -55,7 +61,82 @@ _KINDS = {Sharding.QKV: QKVMapping, Sharding.GATED: GatedMLPMapping, Sharding.RE
 _FUSED = {Sharding.QKV: ConcatenatedQKVMapping, Sharding.GATED: FusedGatedMapping}
 
 
-class FamilyBridge(MegatronModelBridge):
+#: Up to the number of the layer, of a tensor in one.
+_LAYER = re.compile(r".*?layers\.\d+\.")
+
+
+class UpcycledExport(MegatronModelBridge):
+    """Exports upcycled models of a family with what its class has and they do not; see `MoeFamily.constants`."""
+
+    family: Family
+
+    def mapping_registry(self) -> MegatronMappingRegistry:
+        """Return Bridge's mappings of the class, and the table's for modules that those leave out."""
+        return MegatronMappingRegistry(*super().mapping_registry(), *_mappings(self.family))
+
+    def stream_weights_megatron_to_hf(
+        self,
+        megatron_model: Any,
+        hf_pretrained: Any,
+        cpu: bool = True,
+        show_progress: bool = True,
+        conversion_tasks: list[Any] | None = None,
+        merge_adapter_weights: bool = True,
+        weight_dtype: torch.dtype | None = None,
+    ) -> Iterator[HFWeightTuple]:
+        """Yield the tensors of a Hugging Face folder, the class's constants among those of their layers."""
+        models = megatron_model if isinstance(megatron_model, list) else [megatron_model]
+        if conversion_tasks is None:
+            conversion_tasks = self.build_conversion_tasks(hf_pretrained, unwrap_model(models), weight_dtype)
+            weight_dtype = None  # the tasks have it
+        weights = super().stream_weights_megatron_to_hf(
+            models, hf_pretrained, cpu, show_progress, conversion_tasks, merge_adapter_weights, weight_dtype
+        )
+        try:
+            arch = architecture_from_config(getattr(hf_pretrained, "config", hf_pretrained).to_dict())
+        except CheckpointError:  # of Bridge's own class, with what no upcycled model has
+            yield from weights
+            return
+        made = {name for task in conversion_tasks if task for name in _hf_names(task.mapping)}
+        absent = [name for name in hf_constants(arch) if name not in made]
+        factors = _factors(self.family, arch) if self._lacks_gate(absent) else {}
+        constants: dict[str, torch.Tensor] = {}
+        embedding = None
+        for name, weight in weights:
+            constants = constants or constant_tensors(arch, weight.dtype)
+            made.add(name)
+            if name in self.family.names["embedding"]:
+                embedding = weight
+            yield HFWeightTuple(name, weight * factors[name] if name in factors else weight)
+            layer = _LAYER.match(name)
+            for other in [other for other in absent if layer and other.startswith(layer[0])]:
+                absent.remove(other)
+                yield HFWeightTuple(other, constants[other].to(weight.device).contiguous())
+        (output,) = self.family.names["output"]
+        if output not in made and embedding is not None and not arch.tied_embeddings:
+            yield HFWeightTuple(output, embedding.clone())  # tied in Megatron, in a builder's model
+
+    def _lacks_gate(self, absent: list[str]) -> bool:
+        """Return whether a factor makes up for a gate: always, where the class has none."""
+        gates = self.family.names.get("shared_gate", ())
+        return not gates or any(name.endswith(gate.rpartition("}")[2]) for name in absent for gate in gates)
+
+
+def _hf_names(mapping: Any) -> list[str]:
+    return [mapping.hf_param] if isinstance(mapping.hf_param, str) else list(mapping.hf_param.values())
+
+
+def _factors(family: Family, arch: Architecture) -> dict[str, float]:
+    """Return the factor on the Megatron parameter in each Hugging Face tensor where it is not 1."""
+    return {
+        name.format(layer=layer): factor
+        for role, factor in family.hf_factors.items()
+        for name in family.names[role]
+        for layer in range(arch.num_layers)
+    }
+
+
+class FamilyBridge(UpcycledExport):
     """Bridge of a family, as `AutoBridge` finds it.
 
     What the class always has, the Megatron model has, too: the folder's zeros where the upcycled model has none.
@@ -64,14 +145,16 @@ class FamilyBridge(MegatronModelBridge):
         >>> AutoBridge.from_hf_pretrained("runs/demo/hf").to_megatron_provider()  # doctest: +SKIP
     """
 
-    family: Family
-
     def provider_bridge(self, hf_pretrained: Any) -> GPTModelProvider:
         """Return the provider of a model of the family."""
+        provider: GPTModelProvider = super().provider_bridge(hf_pretrained)
         config = hf_pretrained.config.to_dict()
         config.pop(ZERO_FILLED, None)
-        gate = {"moe_shared_expert_gate": True} if "shared_gate" in self.family.names else {}
-        return provider_of(architecture_from_config(config), **gate)
+        fields = provider_fields(architecture_from_config(config))
+        fields["moe_shared_expert_gate"] = "shared_gate" in self.family.names
+        for name, value in fields.items():
+            setattr(provider, name, value)
+        return provider
 
     def mapping_registry(self) -> MegatronMappingRegistry:
         """Return which tensor is made of which, with Transformer Engine's modules and with the local ones."""
@@ -88,14 +171,16 @@ def _mappings(family: Family) -> Iterator[Any]:
 
 
 def _register(family: Family) -> None:
-    register = MegatronModelBridge.register_bridge(
-        source=getattr(transformers, family.hf_class, family.hf_class), target=GPTModel, model_type=family.model_type
-    )
-    register(type(f"{family.hf_class}Bridge", (FamilyBridge,), {"family": family}))
+    source = getattr(transformers, family.hf_class, family.hf_class)
+    register = MegatronModelBridge.register_bridge(source=source, target=GPTModel, model_type=family.model_type)
+    known = family.hf_class in AutoBridge.list_supported_models()
+    bases = (UpcycledExport, type(get_model_bridge(source))) if known else (FamilyBridge,)
+    register(type(f"{family.hf_class}Bridge", bases, {"family": family}))
 
 
 for _family in (*parents(), *targets()):
     # Bridge's mappings know no factor. Qwen2-MoE's makes up for the gate, which Bridge's model has itself.
     _loses_factor = _family.hf_factors and "shared_gate" not in _family.names
-    if _family.hf_class not in AutoBridge.list_supported_models() and not _loses_factor:
+    _is_known = _family.hf_class in AutoBridge.list_supported_models()
+    if isinstance(_family, MoeFamily) if _is_known else not _loses_factor:
         _register(_family)

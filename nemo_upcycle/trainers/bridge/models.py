@@ -56,7 +56,8 @@ def upcycled_provider(dense: str | Path | Architecture, spec: UpcycleSpec | None
         >>> upcycled_provider("/models/Llama-3-8B", UpcycleSpec(), expert_model_parallel_size=8)  # doctest: +SKIP
     """
     arch = _architecture(dense)
-    return provider_of(arch.upcycled(spec) if spec else arch, **(_routing(spec) | changes))
+    fields = provider_fields(arch.upcycled(spec) if spec else arch)
+    return GPTModelProvider(**(fields | _routing(spec) | changes))
 
 
 def upcycled_config(dense: str | Path | Architecture, spec: UpcycleSpec | None, **changes: Any) -> GPTModelConfig:
@@ -74,25 +75,35 @@ def upcycled_config(dense: str | Path | Architecture, spec: UpcycleSpec | None, 
     arch = arch.upcycled(spec) if spec else arch
     outer = {name: value for name, value in changes.items() if name in GPTModelConfig.__dataclass_fields__}
     inner = _routing(spec) | {name: value for name, value in changes.items() if name not in outer}
-    config = GPTModelConfig(transformer=TransformerConfig(**(_transformer(arch) | inner)), **(_model(arch) | outer))
+    transformer = TransformerConfig(**(_transformer(arch) | inner))
+    config = UpcycledModelConfig(transformer=transformer, **(_model(arch) | outer))
     config.transformer.seq_length = config.seq_length  # where the warm-up of Bridge 0.6 looks for it
     return config
 
 
-def provider_of(arch: Architecture, **changes: Any) -> GPTModelProvider:
-    """Return Bridge's provider of a model as its architecture stands, with experts or without.
+class UpcycledModelConfig(GPTModelConfig):
+    """Bridge's configuration, saved with TP and PP where Bridge 0.6 looks for them when it loads a checkpoint."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint's `run_config.yaml` says of the model, which is there of Bridge's own class."""
+        saved = super().as_dict() | {"_target_": f"{GPTModelConfig.__module__}.{GPTModelConfig.__qualname__}"}
+        sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+        return saved | {name: getattr(self.transformer, name) for name in sizes}
+
+
+def provider_fields(arch: Architecture) -> dict[str, Any]:
+    """Return the fields of Bridge's provider of a model as its architecture stands, with experts or without.
 
     Args:
         arch: the architecture.
-        changes: fields of the provider that are to differ.
 
     Raises:
         SpecError: Bridge's GPT model cannot be it.
     """
-    layers = {}
+    fields = _transformer(arch) | _model(arch)
     if arch.moe_pattern is not None:  # Bridge's own choice makes all layers alike
-        layers["transformer_layer_spec"] = partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
-    return GPTModelProvider(**(_transformer(arch) | _model(arch) | layers | changes))
+        fields["transformer_layer_spec"] = partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
+    return fields
 
 
 def _architecture(dense: str | Path | Architecture) -> Architecture:

@@ -6,9 +6,9 @@ optimizer: master weights are made of what it filled in. Bridge loads Hugging Fa
 
 from __future__ import annotations
 
+import weakref
 from collections import UserList
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,24 @@ from megatron.bridge.models.hybrid.hybrid_builder import HybridModelConfig
 from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
 from megatron.bridge.training.checkpointing import _has_global_non_persistent_checkpoint
 from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 from megatron.bridge.training.utils.checkpoint_utils import checkpoint_exists, is_hf_checkpoint_dir
 from megatron.training.models.base import ModelConfig
 
 from nemo_upcycle.errors import SpecError, UpcycleError
+from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.megatron_config import check_spec
-from nemo_upcycle.online.receipt import read_receipt
 from nemo_upcycle.online.upcycle import fill_chunks, merge_receipts
+from nemo_upcycle.sources import open_dense
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.bridge.interleaving import store_contiguous
+from nemo_upcycle.trainers.bridge.run_folder import RECEIPT, check_folder, load_receipt, same_folder, save_receipt
 from nemo_upcycle.utils.progress import show_messages
 from nemo_upcycle.utils.validation import is_whole
 
 
-RECEIPT = "receipt.json"
+#: The hook of a provider of `AutoBridge` that loads weights.
+_BRIDGES_LOADING = "load_weights_hf_to_megatron"
 
 
 def upcycle_on_start(
@@ -62,12 +66,17 @@ def upcycle_on_start(
         >>> upcycle_on_start(config, "/models/Llama-3-8B", spec)
         >>> pretrain(config, forward_step)
     """
+    for path in (dense, *branches):
+        if "://" in str(path):
+            fix = "copy it there (nemo_upcycle.data.dense.ensure_dense fetches hf://ORG/NAME)"
+            raise SpecError(field="dense", got=path, expected="a folder that every rank sees", fix=fix)
     config.tokenizer.use_tokenizer_vocab_size = False  # the dense checkpoint's vocabulary counts, not the tokenizer's
     _check(config, spec)
     model = config.model
     transformer = getattr(model, "transformer", model)
     transformer.perform_initialization = False  # it would be overwritten
-    hook = UpcycleHook(config, spec, (Path(dense), *map(Path, branches)), non_expert_weights)
+    paths = tuple(Path(path).absolute() for path in (dense, *branches))
+    hook = UpcycleHook(config, spec, paths, non_expert_weights).fill
     if isinstance(model, ModelConfig):
         # No list: Bridge empties lists of functions when a command line changes settings, and leaves other sequences.
         model.pre_wrap_hooks = UserList([*model.pre_wrap_hooks, hook])
@@ -75,9 +84,11 @@ def upcycle_on_start(
         model.register_pre_wrap_hook(hook)
 
 
-@dataclass(frozen=True)
 class UpcycleHook:
-    """Fills the chunks of a run that has no checkpoint of its own; what Bridge calls.
+    """Fills the chunks of a run that has no checkpoint of its own: its method `fill` is what Bridge calls.
+
+    It refers to the run without holding it, so that it can be pickled, as Bridge pickles a model's settings; what is
+    read back belongs to no run. In a copy of the run, it belongs to that.
 
     Args:
         config: the run.
@@ -86,10 +97,35 @@ class UpcycleHook:
         non_expert_weights: see there.
     """
 
-    config: ConfigContainer
-    spec: UpcycleSpec | None
-    paths: tuple[Path, ...]
-    non_expert_weights: str
+    def __init__(
+        self, config: ConfigContainer, spec: UpcycleSpec | None, paths: tuple[Path, ...], non_expert_weights: str
+    ) -> None:
+        self.spec, self.paths, self.non_expert_weights = spec, paths, non_expert_weights
+        self._config = weakref.ref(config)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_config": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> UpcycleHook:
+        config = self.config
+        return UpcycleHook(memo.get(id(config), config), self.spec, self.paths, self.non_expert_weights)
+
+    @property
+    def config(self) -> ConfigContainer:
+        """The run.
+
+        Raises:
+            UpcycleError: it is gone.
+        """
+        config = self._config() if self._config else None
+        if config is None:
+            raise UpcycleError(
+                "upcycling",
+                got="a model of another configuration, or one that was read back",
+                expected="the configuration that upcycle_on_start was called with",
+                fix="call upcycle_on_start(config, dense, spec) last of all",
+            )
+        return config
 
     def check(self) -> None:
         """Check that the run can be filled and keeps what it was filled with.
@@ -99,23 +135,44 @@ class UpcycleHook:
         """
         _check(self.config, self.spec)
 
-    def __call__(self, chunks: list[Any]) -> list[Any]:
+    def fill(self, chunks: list[Any]) -> list[Any]:
         """Fill a rank's chunks, and write the receipt on the first rank."""
+        config = self.config
         self.check()  # again: settings from the command line come later than the recipe's
         store_contiguous()
-        if not _goes_on(self.config, self.paths[0], self.spec):
-            merged = merge_receipts(fill_chunks(chunks, list(self.paths), self.spec, self.non_expert_weights))
-            if merged:
-                merged.write(Path(self.config.checkpoint.save) / RECEIPT)
+        if config.checkpoint.async_save and not torch.cuda.is_available():
+            expected = "False without a GPU: Bridge divides by the number of GPUs"
+            raise SpecError(field="config.checkpoint.async_save", got=True, expected=expected, fix="set it to False")
+        if not _goes_on(config, self.paths, self.spec):
+            if config._checkpoint_load_required:
+                raise SpecError(
+                    field="config.checkpoint.load",
+                    got="no checkpoint, in Bridge's finetune",
+                    expected="one: finetune starts from a checkpoint, upcycling makes the first",
+                    fix="call pretrain(config, forward_step), on any data; finetune_from(config, run) follows it",
+                )
+            receipt = fill_chunks(chunks, list(self.paths), self.spec, self.non_expert_weights)
+            with open_dense(self.paths[0]) as dense:
+                padding = chunks[0].vocab_size - dense.architecture.vocab_size
+            if padding:
+                receipt.exact = False
+                receipt.inexact_because.append(f"{padding} rows that only pad the vocabulary take part in the loss")
+            if merged := merge_receipts(receipt):
+                save_receipt(merged, config.checkpoint.save)
+                if merged.inexact_because:  # no warning: Bridge drops those
+                    show_messages().info("not the parent's function: %s", "; ".join(merged.inexact_because))
             torch.distributed.barrier()
         return chunks
 
 
 def hook_of(config: ConfigContainer) -> UpcycleHook | None:
     """Return what `upcycle_on_start` has registered in a run; None without it."""
-    model = config.model
-    hooks = model.pre_wrap_hooks if isinstance(model, ModelConfig) else getattr(model, "_pre_wrap_hooks", [])
-    return next((hook for hook in hooks if isinstance(hook, UpcycleHook)), None)
+    owners = (getattr(hook, "__self__", None) for hook in _hooks(config.model))
+    return next((owner for owner in owners if isinstance(owner, UpcycleHook)), None)
+
+
+def _hooks(model: Any) -> Sequence[Any]:
+    return model.pre_wrap_hooks if isinstance(model, ModelConfig) else getattr(model, "_pre_wrap_hooks", [])
 
 
 def _check(config: ConfigContainer, spec: UpcycleSpec | None) -> None:
@@ -132,7 +189,8 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None) -> None:
     check_spec(transformer, spec)
     if not checkpoint.save:
         raise SpecError(field="config.checkpoint.save", got=None, expected="a folder, for the receipt", fix="set it")
-    if not checkpoint.load or Path(checkpoint.load) != Path(checkpoint.save):
+    check_folder(checkpoint.save)
+    if not checkpoint.load or not same_folder(checkpoint.load, checkpoint.save):
         raise SpecError(
             field="config.checkpoint.load",
             got=checkpoint.load,
@@ -151,6 +209,10 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None) -> None:
     is_interleaved = getattr(transformer, "moe_mlp_glu_interleave_size", None)
     saves_hf = is_interleaved and checkpoint.also_save_hf_checkpoint
     is_local = checkpoint.non_persistent_ckpt_type == "local"
+    precision = config.mixed_precision
+    if isinstance(precision, str):
+        precision = get_mixed_precision_config(precision)
+    loads = [hook for hook in _hooks(model) if _name_of(hook) == _BRIDGES_LOADING]
     for name, got, why in (
         ("checkpoint.pretrained_checkpoint", checkpoint.pretrained_checkpoint, "it would overwrite"),
         ("checkpoint.load", is_hf_checkpoint_dir(checkpoint.load) and checkpoint.load, "it would overwrite"),
@@ -160,12 +222,45 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None) -> None:
         ("dist.use_megatron_fsdp", config.dist.use_megatron_fsdp or config.ddp.use_megatron_fsdp, "it cuts shards"),
         ("dist.use_torch_fsdp2", config.dist.use_torch_fsdp2, "it cuts shards"),
         ("dist.use_decentralized_pg", config.dist.use_decentralized_pg, "it has no parallel_state"),
+        (
+            "mixed_precision.fp8_param_gather",
+            precision and precision.fp8_param_gather,
+            "parameters in FP8 cannot be filled; products may be in FP8",
+        ),
     ):
         if got:
             raise SpecError(field=f"config.{name}", got=got, expected=f"nothing: {why}", fix="unset it")
+    if loads:
+        raise SpecError(
+            field="config.model",
+            got=f"a provider that loads a Hugging Face model itself ({_BRIDGES_LOADING})",
+            expected="one that loads nothing: it would overwrite, or find no such weights",
+            fix="make it with upcycled_provider, or by to_megatron_provider(load_weights=False)",
+        )
+    if spec and checkpoint.also_save_hf_checkpoint:
+        _check_template(checkpoint.hf_source_path, spec)
 
 
-def _goes_on(config: ConfigContainer, dense: Path, spec: UpcycleSpec | None) -> bool:
+def _check_template(source: str | None, spec: UpcycleSpec) -> None:
+    """Check that Bridge's own exports have a folder of the upcycled model's class, and register what they need."""
+    import nemo_upcycle.trainers.bridge.conversion  # noqa: F401
+
+    experts = read_architecture(Path(source)).num_experts if source and Path(source).is_dir() else spec.num_experts
+    if not source or experts != spec.num_experts:
+        raise SpecError(
+            field="config.checkpoint.hf_source_path",
+            got=f"{source}, of a model with {experts or 'no'} experts" if source else None,
+            expected=f"a folder with {spec.num_experts} experts, for names and configuration: the parent's has none",
+            fix="make one with nemo-upcycle convert",
+        )
+
+
+def _name_of(hook: Any) -> str:
+    """Return the name of a function, a method, or one with some of its arguments."""
+    return getattr(getattr(hook, "func", hook), "__name__", "")
+
+
+def _goes_on(config: ConfigContainer, paths: Sequence[Path], spec: UpcycleSpec | None) -> bool:
     """Return whether the run has a checkpoint that Bridge is going to load; the first rank looks for all.
 
     Raises:
@@ -177,7 +272,7 @@ def _goes_on(config: ConfigContainer, dense: Path, spec: UpcycleSpec | None) -> 
             folder = config.checkpoint.load
             verdict[0] = checkpoint_exists(folder) or _has_global_non_persistent_checkpoint(folder, config.checkpoint)
             if verdict[0]:
-                _check_receipt(Path(config.checkpoint.save) / RECEIPT, dense, spec)
+                _check_receipt(config.checkpoint.save, paths, spec)
                 show_messages().info("%s: the run goes on from its checkpoint, nothing is upcycled", folder)
         except UpcycleError as error:
             verdict[0] = error
@@ -187,19 +282,38 @@ def _goes_on(config: ConfigContainer, dense: Path, spec: UpcycleSpec | None) -> 
     return bool(verdict[0])
 
 
-def _check_receipt(path: Path, dense: Path, spec: UpcycleSpec | None) -> None:
+def _check_receipt(folder: str, paths: Sequence[Path], spec: UpcycleSpec | None) -> None:
     """Check that the run that goes on was made of this checkpoint, by this spec."""
-    if not path.is_file():
+    made = load_receipt(folder)
+    if made is None:
         raise UpcycleError(
-            str(path.parent),
-            got="checkpoints without a receipt.json: they were not made by upcycling",
+            folder,
+            got=f"checkpoints without a {RECEIPT}: they were not made by upcycling",
             expected="a new folder, or one of an upcycled run",
             fix="give config.checkpoint.save and .load another folder",
         )
-    made = read_receipt(path)
     wanted = spec.to_dict() if spec else None
-    for name, got, expected in (("spec", made.get("spec"), wanted), ("source", made.get("source"), str(dense))):
-        if got != expected:
+    dense = paths[0].resolve()
+    same = dense == Path(made.get("source", "")).resolve()
+    found = _source_files(dense) if same and len(paths) == 1 else None
+    for name, got, expected, differs in (
+        ("spec", made.get("spec"), wanted, made.get("spec") != wanted),
+        ("source", made.get("source"), str(dense), not same),
+        ("source_files", made.get("source_files"), found, found not in (None, made.get("source_files"))),
+    ):
+        if differs:
             raise UpcycleError(
-                f"{path}: {name}", got=got, expected=expected, fix=f"go on with the same {name}, or in a new folder"
+                f"{folder}/{RECEIPT}: {name}",
+                got=got,
+                expected=expected,
+                fix=f"go on with the same {name}, or in a new folder",
             )
+
+
+def _source_files(dense: Path) -> dict[str, str] | None:
+    """Return what identifies the files of the dense checkpoint; None where it is no longer there."""
+    try:
+        with open_dense(dense) as source:
+            return source.fingerprint()
+    except UpcycleError:
+        return None

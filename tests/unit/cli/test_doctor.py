@@ -94,6 +94,19 @@ def test_doctor_advises_transformer_engine_only_where_there_is_a_gpu(
     assert _found(capsys)["fixes"] == [f"{sys.executable} -m pip install -e '{ROOT}[gpu]'"]
 
 
+@pytest.mark.parametrize("binding", [None, "transformer_engine/wheel_lib", "."])
+def test_doctor_wants_transformer_engine_with_its_torch_binding(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, binding: str | None
+) -> None:
+    (tmp_path / "transformer_engine/wheel_lib").mkdir(parents=True)
+    if binding:
+        (tmp_path / binding / "transformer_engine_torch.cpython-312-x86_64-linux-gnu.so").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(doctor, "version", lambda name: "2.16.1" if name == "transformer-engine" else version(name))
+    (engine,) = (one for one in _found(capsys)["libraries"] if one["name"] == "transformer-engine")
+    assert engine["state"] == ("ok" if binding else "missing")
+
+
 def test_doctor_makes_the_environment_for_data(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,6 +137,7 @@ def _in_container(monkeypatch: pytest.MonkeyPatch, **own: str) -> None:
     """Let this be NVIDIA's NeMo container, with releases of its own."""
     monkeypatch.setenv("NVIDIA_PYTORCH_VERSION", "25.11")
     monkeypatch.setattr(doctor, "_gpus", lambda: ["NVIDIA H100 80GB HBM3, 81559 MiB"])
+    monkeypatch.setattr(doctor, "_has_torch_binding", lambda: True)
     _without(monkeypatch, "gguf")
     installed, releases = doctor.version, {"transformer-engine": "2.12"} | own
     monkeypatch.setattr(doctor, "version", lambda name: releases.get(name) or installed(name))

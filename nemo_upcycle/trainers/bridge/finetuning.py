@@ -1,0 +1,47 @@
+"""Fine-tuning what was upcycled in Bridge: by Bridge's own `finetune`, with all weights or with LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.training.utils.checkpoint_utils import checkpoint_exists
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.bridge.models import upcycled_provider
+from nemo_upcycle.trainers.bridge.run_folder import RECEIPT, load_receipt
+
+
+def finetune_from(config: ConfigContainer, run: str | Path, **changes: Any) -> None:
+    """Let a fine-tuning start from the newest checkpoint of an upcycled run, or of its dense baseline.
+
+    Sets the model of the run's spec, with the parent's vocabulary: Bridge's recipes take the tokenizer's, padded, and
+    the run's checkpoint has no such rows. The parent's `config.json` must still be where it was.
+
+    Args:
+        config: the fine-tuning; changed in place. Its data set says how long sequences are.
+        run: the folder of the run's checkpoints, with its `receipt.json`.
+        changes: fields of the model's provider that are to differ: layout, precision, kernels.
+
+    Raises:
+        UpcycleError: the run was not upcycled, or has no checkpoint.
+
+    Example:
+        >>> finetune_from(config, "/runs/mine", expert_model_parallel_size=8)  # doctest: +SKIP
+        >>> finetune(config, forward_step)  # doctest: +SKIP
+    """
+    receipt, has_checkpoint = load_receipt(str(run)), checkpoint_exists(str(run))
+    if receipt is None or not has_checkpoint:
+        raise UpcycleError(
+            str(run),
+            got="no checkpoint" if receipt else f"no {RECEIPT}",
+            expected="the folder that config.checkpoint.save of an upcycled run names",
+            fix="check the path",
+        )
+    spec = UpcycleSpec(**receipt["spec"]) if receipt["spec"] else None
+    changes = {"seq_length": config.dataset.seq_length, "perform_initialization": False} | changes
+    config.model = upcycled_provider(receipt["source"], spec, **changes)
+    config.tokenizer.use_tokenizer_vocab_size = False
+    config.checkpoint.pretrained_checkpoint = str(run)

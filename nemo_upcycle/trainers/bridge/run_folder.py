@@ -1,0 +1,70 @@
+"""The folder of a run's checkpoints and its receipt, on a disk or in an object store that Bridge writes to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from megatron.bridge.training.utils.checkpoint_utils import file_exists, join_paths
+from megatron.core.msc_utils import MultiStorageClientFeature
+
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.online.receipt import UpcycleReceipt, read_receipt
+
+
+RECEIPT = "receipt.json"
+
+
+def check_folder(folder: str) -> None:
+    """Check that Bridge can write to a folder: to one of an object store by its MultiStorageClient alone.
+
+    Raises:
+        SpecError: it cannot.
+    """
+    if _is_in_store(folder) and not (folder.startswith("msc://") and MultiStorageClientFeature.is_enabled()):
+        raise SpecError(
+            field="config.checkpoint.save",
+            got=folder,
+            expected="a folder, or msc://PROFILE/PATH where Megatron's MultiStorageClient is on",
+            fix="give a folder, or call megatron.core.msc_utils.MultiStorageClientFeature.enable() first",
+        )
+
+
+def same_folder(one: str, other: str) -> bool:
+    """Return whether two names are those of one folder."""
+    if _is_in_store(one) or _is_in_store(other):
+        return one.rstrip("/") == other.rstrip("/")
+    return Path(one).resolve() == Path(other).resolve()
+
+
+def save_receipt(receipt: UpcycleReceipt, folder: str) -> None:
+    """Write the receipt beside the checkpoints, before the first of them."""
+    if not _is_in_store(folder):
+        receipt.write(Path(folder) / RECEIPT)
+        return
+    with MultiStorageClientFeature.import_package().open(join_paths(folder, RECEIPT), "w") as file:
+        json.dump(receipt.to_dict(), file, indent=2)
+
+
+def load_receipt(folder: str) -> dict[str, Any] | None:
+    """Return the receipt beside a run's checkpoints; None if there is none.
+
+    Raises:
+        UpcycleError: the file is no receipt.
+    """
+    path = join_paths(folder, RECEIPT)
+    if not file_exists(path):
+        return None
+    if not _is_in_store(folder):
+        return read_receipt(Path(path))
+    with TemporaryDirectory() as temporary:
+        copy = Path(temporary) / RECEIPT
+        with MultiStorageClientFeature.import_package().open(path, "r") as file:
+            copy.write_text(file.read(), encoding="utf-8")
+        return read_receipt(copy)
+
+
+def _is_in_store(folder: str) -> bool:
+    return "://" in folder
