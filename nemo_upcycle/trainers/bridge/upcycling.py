@@ -25,6 +25,7 @@ from nemo_upcycle.models.megatron_config import check_spec
 from nemo_upcycle.online.receipt import read_receipt
 from nemo_upcycle.online.start import fill_chunks, merge_receipts
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.bridge.settings import require_callbacks
 from nemo_upcycle.utils.progress import show_messages
 from nemo_upcycle.utils.validation import is_whole
 
@@ -101,6 +102,7 @@ class UpcycleHook:
     def __call__(self, chunks: list[Any]) -> list[Any]:
         """Fill a rank's chunks, and write the receipt on the first rank."""
         self.check()  # again: settings from the command line come later than the recipe's
+        require_callbacks(self.config)
         if not _goes_on(self.config, self.paths[0], self.spec):
             merged = merge_receipts(fill_chunks(chunks, list(self.paths), self.spec, self.non_expert_weights))
             if merged:
