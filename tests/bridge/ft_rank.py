@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import sys
 import threading
 import time
@@ -25,7 +26,5 @@ if __name__ == "__main__":
     run_dir, once = Path(sys.argv[1]), sys.argv[2] and Path(sys.argv[2])
     if once and not once.exists() and os.environ["RANK"] == "1":
         threading.Thread(target=hang_after_third_step, args=(run_dir, once), daemon=True).start()
-    from nemo_upcycle.pipeline.__main__ import main
-
     sys.argv = ["stage", "pretrain", str(run_dir)]
-    raise SystemExit(main())
+    runpy.run_module("nemo_upcycle.pipeline", run_name="__main__")

@@ -63,7 +63,7 @@ class UpcycleSettings:
         """Return what is scored on the way."""
         if not self.evaluate_every:
             return None
-        return Evaluations(self.evaluate_suite, self.evaluate_every, self.evaluate_limit)
+        return Evaluations(suite=self.evaluate_suite, every_n_steps=self.evaluate_every, limit=self.evaluate_limit)
 
     def check(self) -> None:
         """Check the values.
@@ -92,7 +92,7 @@ class UpcyclingConfig(ConfigContainer):
     @classmethod
     def of(cls, config: ConfigContainer) -> UpcyclingConfig:
         """Return a configuration with the settings, which shares all else with one that has none."""
-        return cls(**{one.name: getattr(config, one.name) for one in fields(config)})
+        return cls(**{one.name: getattr(config, one.name) for one in fields(config) if one.init})
 
 
 def settings_of(config: Any) -> UpcycleSettings:

@@ -15,6 +15,12 @@ from nemo_upcycle.trainers.loss_spikes import LEAST
 from nemo_upcycle.trainers.nemo.loss_guard import LossGuard
 
 
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(AppState(), "log_dir", tmp_path)
+    return tmp_path
+
+
 def _judge(guard: LossGuard, loss: float, step: int = 1, norm: float = 1.0) -> Any:
     numbers = {"reduced_train_loss": torch.tensor(loss), "grad_norm": torch.tensor(norm)}
     return guard._judge(SimpleNamespace(callback_metrics=numbers, global_step=step))  # type: ignore[arg-type]
@@ -29,12 +35,9 @@ def test_a_loss_or_norm_that_is_not_finite_ends_the_run(value: float) -> None:
 
 
 @pytest.mark.parametrize("stops", [False, True])
-def test_a_spike_ends_the_run_where_that_is_asked_for(
-    stops: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(AppState(), "log_dir", tmp_path)
+def test_a_spike_ends_the_run_where_that_is_asked_for(stops: bool, folder: Path) -> None:
     guard = LossGuard(stop_on_spike=stops)
     for step in range(LEAST):
         _judge(guard, 2.0, step)
     assert _judge(guard, 2.5, LEAST) == (("loss", 2.5, "at most 2.1600") if stops else None)
-    assert (tmp_path / "metrics.jsonl").exists()
+    assert (folder / "metrics.jsonl").exists()
