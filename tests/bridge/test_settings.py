@@ -41,7 +41,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_finished_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def _train(dense: Path, folder: Path, settings: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def _train(
+    dense: Path, folder: Path, settings: dict[str, Any], options: dict[str, Any], rate: float
+) -> dict[str, Any]:
     """Train on this rank; return weights after each step, and the coefficients that its routers had."""
     from nemo_upcycle.cpu.backend import use_cpu_backend
 
@@ -57,7 +59,7 @@ def _train(dense: Path, folder: Path, settings: dict[str, Any], options: dict[st
 
     spec = UpcycleSpec(num_experts=4, top_k=2)
     config = UpcyclingConfig.of(run_config(dense, folder, spec, **options))
-    config.optimizer.lr = config.optimizer.min_lr = 1e-3
+    config.optimizer.lr = config.optimizer.min_lr = rate
     config.checkpoint.save_interval = 2
     for name, value in settings.items():
         setattr(config.upcycle, name, value)
@@ -82,8 +84,10 @@ def _train(dense: Path, folder: Path, settings: dict[str, Any], options: dict[st
     return seen
 
 
-def _trained(dense: Path, folder: Path, settings: dict[str, Any], ranks: int = 1, **options: Any) -> list[Any]:
-    return run_ranks(_train, ranks, dense, folder, settings, options, process_group=False)
+def _trained(
+    dense: Path, folder: Path, settings: dict[str, Any], ranks: int = 1, rate: float = 1e-3, **options: Any
+) -> list[Any]:
+    return run_ranks(_train, ranks, dense, folder, settings, options, rate, process_group=False)
 
 
 def _moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], part: str) -> torch.Tensor:
@@ -132,7 +136,7 @@ def test_routers_have_the_coefficient_of_the_step(dense: Path, tmp_path: Path) -
 def test_a_spike_ends_the_run_on_all_ranks_where_that_is_asked_for(dense: Path, tmp_path: Path) -> None:
     settings = {"spike_threshold": 0.0, "stop_on_spike": True}
     with pytest.raises(RuntimeError, match=r"loss of step \d+: got [\d.]+, expected at most"):
-        _trained(dense, tmp_path / "run", settings, ranks=2, steps=60, pp=2)
+        _trained(dense, tmp_path / "run", settings, ranks=2, rate=0.0, steps=60, pp=2)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     (spike,) = [line for line in lines if "loss_spike" in line]
     assert spike["loss_spike"] > spike["limit"]
