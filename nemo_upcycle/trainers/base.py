@@ -18,6 +18,8 @@ from nemo_upcycle.spec import UpcycleSpec
 
 #: Megatron's modules that are recomputed -> the planner's kind.
 _RECOMPUTES = {"moe": "moe", "mlp": "moe", "moe_act": "moe_act"}
+#: Set by NVIDIA's `ft_launcher` for the ranks that it watches: the socket of the process that does.
+FT_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"
 
 
 @dataclass(frozen=True)

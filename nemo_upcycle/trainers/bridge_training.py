@@ -64,7 +64,7 @@ class BridgeTraining(Training):
         overrides: `KEY=VALUE`, as Bridge's command line takes them.
         nodes: that it runs on.
         ranks_per_node: GPUs of each.
-        evaluations: what is scored on the way; None: nothing.
+        evaluations: what is scored on the way; None: what the recipe says.
         changes: fields of the recipe's spec that differ, as JSON.
     """
 
@@ -76,6 +76,9 @@ class BridgeTraining(Training):
         "checkpoint.save_retain_interval",
         "checkpoint.async_save",
         "dataset.num_workers",
+        "upcycle.spike_",
+        "upcycle.stop_on_spike",
+        "upcycle.evaluate_",
         "nodes",
         "ranks_per_node",
     )
@@ -116,6 +119,8 @@ class BridgeTraining(Training):
         folder = parent_configuration(dense)
         if folder is None:
             return None
+        from nemo_upcycle.trainers.bridge.settings import settings_of
+
         config = self.config(folder)
         model, steps, overlap = config.model, config.train.train_iters, config.comm_overlap
         layout = layout_of(model, self.nodes * self.ranks_per_node, config.train.micro_batch_size)
@@ -143,7 +148,7 @@ class BridgeTraining(Training):
             weight_bytes=4 if precision == "32" else WEIGHT_BYTES,
             save_every=config.checkpoint.save_interval or steps,
             save_setting="checkpoint.save_interval",
-            evaluations=self.evaluations,
+            evaluations=self.evaluations or settings_of(config).evaluations(),
             keeps=config.checkpoint.most_recent_k if config.checkpoint.most_recent_k > -1 else None,
             schedule=f"lr={rate}, {style}(min_lr={lowest}, warmup_steps={warmup})",
             is_rate_constant=style == "constant" or lowest == rate,
@@ -276,6 +281,7 @@ def _precision(config: Any) -> str:
 
 def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> None:
     from nemo_upcycle.trainers.bridge.config import required_hook
+    from nemo_upcycle.trainers.bridge.settings import settings_of
 
     config = training.config(dense_folder)
     check_values(config, "bridge", f"{stage}.")
@@ -297,6 +303,10 @@ def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> N
         micro_batch_size=config.train.micro_batch_size,
     )
     ranks = training.nodes * training.ranks_per_node
+    try:
+        settings_of(config).check()
+    except UpcycleError as error:
+        raise error.renamed(lambda name: f"{stage}.upcycle.{name}") from None
     try:
         check_layout(config.model, config.model, data, ranks, BRIDGE_SETTINGS)
         hook.check()

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from nemo_upcycle.trainers.nemo.schedules import Anneal, part_of
+from nemo_upcycle.trainers.schedules import Anneal, part_of
 from tests.distributed.ranks import run_ranks
 from tests.functional.runs import tiny_recipe
 from tests.functional.tiny import BATCH, LAYERS, prepare

@@ -173,12 +173,12 @@ def place_config(config: ConfigContainer, folder: Path, data_folder: Path) -> No
 def run_config(
     config: ConfigContainer, folder: Path, *, evaluations: Evaluations | None = None, verbose: bool = False
 ) -> bool:
-    """Train as a configuration says, on this rank, with this package's metrics.
+    """Train as a configuration says, on this rank, with this package's callbacks.
 
     Args:
         config: placed.
         folder: of the stage.
-        evaluations: what is scored on the way; None: nothing.
+        evaluations: what is scored on the way; None: what the configuration says.
         verbose: whether Bridge prints to the console, and not to `bridge.log`.
 
     Returns:
@@ -187,7 +187,7 @@ def run_config(
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.pretrain import pretrain
 
-    from nemo_upcycle.trainers.bridge.metrics import BridgeEvaluations, BridgeMetrics
+    from nemo_upcycle.trainers.bridge.callbacks import upcycle_callbacks
 
     folder.mkdir(parents=True, exist_ok=True)
     if config.train.exit_signal_handler:
@@ -196,9 +196,7 @@ def run_config(
         logging.getLogger(pretrain.__module__).disabled = True
     try:
         with contextlib.nullcontext() if verbose else _printed_to(folder / LOG):
-            metrics = BridgeMetrics(folder)
-            scores = [BridgeEvaluations(evaluations, folder, metrics)] if evaluations else []
-            pretrain(config, forward_step, callbacks=[metrics, *scores])
+            pretrain(config, forward_step, callbacks=upcycle_callbacks(config, folder, evaluations))
     except SystemExit:
         return False
     return True

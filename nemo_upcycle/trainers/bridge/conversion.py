@@ -30,11 +30,10 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.constants import constant_tensors
 from nemo_upcycle.models.families import Family, MoeFamily, parents, targets
 from nemo_upcycle.models.families.base import ZERO_FILLED
 from nemo_upcycle.models.hf_config import architecture_from_config
-from nemo_upcycle.models.mapping import MAPPINGS, Sharding, hf_constants
+from nemo_upcycle.models.mapping import MAPPINGS, Sharding, constant_tensors, hf_constants
 from nemo_upcycle.trainers.bridge.models import provider_fields
 
 

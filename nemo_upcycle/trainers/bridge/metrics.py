@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from nemo_upcycle.monitoring.router_health import RouterHealth
 from nemo_upcycle.monitoring.step_metrics import StepMetrics, TrainingFacts
 from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.trainers.bridge.blend import BlendDataset
+from nemo_upcycle.trainers.bridge.settings import settings_of
 from nemo_upcycle.trainers.live_evaluation import LiveEvaluation
 
 
@@ -65,7 +67,7 @@ class BridgeMetrics(Callback):
         """Write the step's line."""
         assert self._metrics is not None
         step = context.state.train_state.step + 1  # it counts the step after this
-        self._metrics.step(step, _from_last_rank(context.loss_dict), context.grad_norm, self._lr)
+        self._metrics.step(step, loss_on_last_rank(context.loss_dict), context.grad_norm, self._lr)
 
     def restart_clock(self) -> None:
         """Leave out of the next step's time what another callback has done since the last one."""
@@ -75,7 +77,7 @@ class BridgeMetrics(Callback):
     def on_eval_end(self, context: CallbackContext) -> None:
         """Write the validation loss."""
         if self._metrics is not None:
-            self._metrics.validation(context.state.train_state.step, _from_last_rank(context.total_loss_dict))
+            self._metrics.validation(context.state.train_state.step, loss_on_last_rank(context.total_loss_dict))
 
 
 class BridgeEvaluations(Callback):
@@ -118,8 +120,8 @@ def _flat(model: Any) -> Any:
     return SimpleNamespace(**(vars(model) | vars(transformer))) if transformer else model
 
 
-def _from_last_rank(losses: dict[str, torch.Tensor] | None) -> torch.Tensor | None:
-    """Return the loss on one rank: those of the last pipeline stage have it, and the last rank is one of them."""
+def loss_on_last_rank(losses: dict[str, torch.Tensor] | None) -> torch.Tensor | None:
+    """Return a step's loss on one rank: those of the last pipeline stage have it, and the last rank is one of them."""
     is_last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
     return losses.get("lm loss") if losses and is_last else None
 
@@ -127,6 +129,7 @@ def _from_last_rank(losses: dict[str, torch.Tensor] | None) -> torch.Tensor | No
 def _settings(config: ConfigContainer) -> dict[str, Any]:
     """Return what a run is trained on and with: data, batch, sequence length, precision, learning rate."""
     data, scheduler, optimizer = config.dataset, config.scheduler, config.optimizer
+    factors, _ = settings_of(config).schedules()
     precision = get_mixed_precision_config(config.mixed_precision) if config.mixed_precision else None
     name = "bf16" if precision and precision.bf16 else "fp16" if precision and precision.fp16 else "32"
     return {
@@ -145,4 +148,5 @@ def _settings(config: ConfigContainer) -> dict[str, Any]:
             "warmup_steps": scheduler.lr_warmup_iters,
             "min_lr": optimizer.min_lr,
         },
+        "lr_factors": asdict(factors),
     }

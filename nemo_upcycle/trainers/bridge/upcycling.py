@@ -29,6 +29,7 @@ from nemo_upcycle.sources import open_dense
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.bridge.interleaving import store_contiguous
 from nemo_upcycle.trainers.bridge.run_folder import RECEIPT, check_folder, load_receipt, same_folder, save_receipt
+from nemo_upcycle.trainers.bridge.settings import require_callbacks
 from nemo_upcycle.utils.progress import show_messages
 from nemo_upcycle.utils.validation import is_whole
 
@@ -139,6 +140,7 @@ class UpcycleHook:
         """Fill a rank's chunks, and write the receipt on the first rank."""
         config = self.config
         self.check()  # again: settings from the command line come later than the recipe's
+        require_callbacks(config)
         store_contiguous()
         if config.checkpoint.async_save and not torch.cuda.is_available():
             expected = "False without a GPU: Bridge divides by the number of GPUs"

@@ -16,7 +16,7 @@ from nemo_upcycle.models.config_fields import check_fields
 from nemo_upcycle.models.megatron_config import FIELDS, SIZES, architecture_of, check_spec, require_buildable
 from nemo_upcycle.trainers.layout import check_layout
 from nemo_upcycle.trainers.nemo.recipes import spec_of
-from nemo_upcycle.trainers.nemo.schedules import schedules_of
+from nemo_upcycle.trainers.schedules import schedules_of
 from nemo_upcycle.trainers.values import check_values, setting
 from nemo_upcycle.utils.validation import is_whole
 

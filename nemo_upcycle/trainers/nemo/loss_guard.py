@@ -2,10 +2,7 @@
 
 # No postponed annotations: NeMo-Run parses `trainer.callbacks[0].stop_on_spike=true` by them.
 
-import json
 import math
-import statistics
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +13,7 @@ from nemo.utils.app_state import AppState
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
-from nemo_upcycle.utils.progress import show_messages
-
-
-#: Losses needed before one can be called a spike.
-LEAST = 20
+from nemo_upcycle.trainers.loss_spikes import LossSpikes
 
 
 class LossGuard(Callback):
@@ -30,13 +23,11 @@ class LossGuard(Callback):
     that finds something ends alone while the others wait for it. Here the first rank looks at two numbers that are
     sums over all ranks, and all end together. Switch Megatron's on to learn which rank computes the value first.
 
-    A spike is a loss above `median + threshold * spread` of the last losses, where the spread is their median distance
-    from the median in units of a standard deviation, and at least 1 % of it. Each is a warning and a line in
-    `metrics.jsonl` with `step`, `loss_spike` (the loss) and `limit`. A resumed run starts with an empty window.
+    A spike, see `LossSpikes`, is a warning and a line in `metrics.jsonl`.
 
     Args:
         window: how many losses are looked back at.
-        threshold: see above.
+        threshold: spreads above their median that make a spike.
         stop_on_spike: end the run as after a loss that is not finite. To go on by itself is the default, because most
             spikes pass.
 
@@ -45,9 +36,8 @@ class LossGuard(Callback):
     """
 
     def __init__(self, window: int = 128, threshold: float = 8.0, stop_on_spike: bool = False) -> None:
-        self.threshold = threshold
         self.stop_on_spike = stop_on_spike
-        self._losses: deque[float] = deque(maxlen=window)
+        self._spikes = LossSpikes(window, threshold)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -85,21 +75,6 @@ class LossGuard(Callback):
         logged = trainer.callback_metrics.get("reduced_train_loss")
         if logged is None:
             return None
-        loss, limit = float(logged), self.limit()
-        if limit is None or loss <= limit:
-            self._losses.append(loss)
-            return None
-        self._losses.append(limit)  # a lasting rise moves the window, a single spike does not
-        show_messages().warning("step %d: loss spike: %.4f, above %.4f", trainer.global_step, loss, limit)
-        line = {"step": trainer.global_step, "loss_spike": round(loss, 6), "limit": round(limit, 6)}
-        with (Path(AppState().log_dir) / "metrics.jsonl").open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(line) + "\n")
-        return ("loss", loss, f"at most {limit:.4f}") if self.stop_on_spike else None
-
-    def limit(self) -> float | None:
-        """Return the loss above which the next one is a spike; None while too few are known."""
-        if len(self._losses) < LEAST:
-            return None
-        middle = statistics.median(self._losses)
-        deviation = 1.4826 * statistics.median(abs(loss - middle) for loss in self._losses)
-        return middle + self.threshold * max(deviation, 0.01 * middle)
+        loss = float(logged)
+        limit = self._spikes.add(trainer.global_step, loss, Path(AppState().log_dir))
+        return ("loss", loss, f"at most {limit:.4f}") if limit and self.stop_on_spike else None

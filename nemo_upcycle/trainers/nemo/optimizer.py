@@ -17,20 +17,21 @@ import lightning.pytorch as pl
 import torch
 from megatron.core import optimizer as megatron
 from megatron.core.optimizer import OptimizerConfig
-from megatron.core.transformer.moe.router import TopKRouter
 from nemo import lightning as nl
 from nemo.lightning.pytorch.optim import LRSchedulerModule
 
-from nemo_upcycle.errors import SpecError
-from nemo_upcycle.trainers.nemo.schedules import EXPERTS, REST, ROUTER, part_of, schedules_of
+from nemo_upcycle.trainers.schedules import (
+    EXPERTS,
+    MARKS,
+    ROUTER,
+    annealed_configs,
+    describe,
+    part_of,
+    scale_within_step,
+    schedules_of,
+)
 from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.progress import show_messages
-
-
-#: `lr_mult` in the parameter groups of each part. Megatron identifies a checkpoint's groups by this value, so it names
-#: the part and is no factor: the factors may change when a run resumes.
-_MARKS = {REST: 1.0, ROUTER: -1.0, EXPERTS: -2.0}
-_PARTS = {mark: part for part, mark in _MARKS.items()}
 
 
 class UpcycleOptimizer(nl.MegatronOptimizerModule):
@@ -103,22 +104,19 @@ class UpcycleOptimizer(nl.MegatronOptimizerModule):
             (optimizer,) = super().optimizers(model)
         for group in optimizer.param_groups:
             group["lr"] = group["pre_mult_lr"]  # NeMo has multiplied it by the mark
-        parts = {_PARTS[group["pre_lr_mult"]] for group in optimizer.param_groups}
-        if ROUTER not in parts and not self.factors.is_neutral:
-            raise SpecError(
-                "router of the model",
-                got="none",
-                expected="one, for these settings",
-                fix="leave optim.router_* and optim.expert_lr_mult alone, or train an MoE model",
+        if not self.factors.is_neutral:
+            scale_within_step(
+                optimizer.mcore_optimizer,
+                "pre_lr_mult",
+                lambda part: self.factors.of(part, model.trainer.global_step),
             )
-        _scale_within_step(optimizer.mcore_optimizer, lambda part: self.factors.of(part, model.trainer.global_step))
         self._start_anneal(model)
         return [optimizer]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report what differs from a plain run."""
         if torch.distributed.get_rank() == 0:
-            for line in self._settings():
+            for line in describe(self.factors, self.aux_loss):
                 show_messages().info("%s", line)
 
     def on_train_batch_start(
@@ -144,26 +142,12 @@ class UpcycleOptimizer(nl.MegatronOptimizerModule):
         if not self.aux_loss.steps:
             return
         config = model.trainer.lightning_module.config
-        _check_anneal(config)
+        self._router_configs = annealed_configs(config, [model], "optim.aux_loss_steps")
         self.aux_loss = replace(self.aux_loss, start=config.moe_aux_loss_coeff)
-        self._router_configs = [module.config for module in model.modules() if isinstance(module, TopKRouter)]
 
     def _set_aux_loss(self, coefficient: float) -> None:
         for config in self._router_configs:  # the router asks its configuration at every forward pass
             config.moe_aux_loss_coeff = coefficient
-
-    def _settings(self) -> Iterator[str]:
-        factors, anneal = self.factors, self.aux_loss
-        if factors.router != 1 or factors.experts != 1:
-            yield f"learning rate: router x {factors.router:g}, experts x {factors.experts:g}"
-        if factors.warmup_steps:
-            frozen = "the experts are" if factors.freezes == "experts" else "everything but the router is"
-            yield f"router warm-up: {frozen} frozen in the first {factors.warmup_steps} steps"
-        if anneal.steps:
-            yield (
-                f"load-balancing coefficient: {anneal.start:g} to {anneal.end:g} "
-                f"in the first {anneal.steps} steps ({anneal.shape})"
-            )
 
 
 def _build_groups_by_part(
@@ -176,7 +160,7 @@ def _build_groups_by_part(
     """
     return [
         {**group, "lr_mult": mark}
-        for part, mark in _MARKS.items()
+        for part, mark in MARKS.items()
         for group in build([_OnePart(chunk, part) for chunk in chunks], *args, **kwargs)
     ]
 
@@ -190,47 +174,3 @@ class _OnePart:
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Yield names and parameters of the part."""
         return ((name, param) for name, param in self._chunk.named_parameters() if part_of(name) == self._part)
-
-
-def _scale_within_step(optimizer: Any, factor: Callable[[str], float]) -> None:
-    """Let a Megatron optimizer step with learning rates times their part's factor; outside they are plain."""
-    step = optimizer.step
-
-    @functools.wraps(step)
-    def scaled_step() -> Any:
-        scheduled = [(group, group["lr"]) for group in optimizer.param_groups]
-        for group, rate in scheduled:
-            group["lr"] = rate * factor(_PARTS[group["pre_lr_mult"]])
-        try:
-            return step()
-        finally:
-            for group, rate in scheduled:
-                group["lr"] = rate
-
-    optimizer.step = scaled_step
-
-
-def _check_anneal(config: Any) -> None:
-    """Refuse a schedule that would not act.
-
-    Raises:
-        SpecError: the model has no load-balancing loss, several, or one that is frozen into a CUDA graph.
-    """
-    what, fix = "optim.aux_loss_steps", "set model.config.moe_router_load_balancing_type, or leave aux_loss_steps at 0"
-    kind = config.moe_router_load_balancing_type if config.num_moe_experts else "none"
-    if kind not in ("aux_loss", "seq_aux_loss", "global_aux_loss"):
-        raise SpecError(what, got=f"'{kind}' balancing", expected="a model with one auxiliary loss", fix=fix)
-    if kind == "global_aux_loss" and not config.moe_aux_loss_coeff:  # Megatron makes no counters for it
-        raise SpecError(
-            what,
-            got="a global loss from 0",
-            expected="a start above 0",
-            fix="start with a small model.config.moe_aux_loss_coeff",
-        )
-    if config.cuda_graph_impl != "none" and config.cuda_graph_scope != "attn":
-        raise SpecError(
-            what,
-            got="routers in a CUDA graph",
-            expected="none: a graph keeps numbers",
-            fix="set model.config.cuda_graph_scope='attn' (or no CUDA graph)",
-        )

@@ -8,11 +8,8 @@ import os
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from nemo_upcycle.trainers.base import FT_SOCKET
 from nemo_upcycle.utils.progress import show_messages
-
-
-#: Set by `ft_launcher` for its ranks: the socket of the process that watches them.
-FT_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"
 
 
 def hang_detection() -> Callback:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.trainers.nemo.schedules import Anneal, LearningRateFactors, part_of
+from nemo_upcycle.trainers.schedules import Anneal, LearningRateFactors, part_of
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from typing import Any
 
 from megatron.bridge.recipes.common import _pretrain_common
 from megatron.bridge.recipes.utils.environment_utils import COMMON_RECIPE_ENV_VARS
-from megatron.bridge.training.config import ConfigContainer
 
 from nemo_upcycle.data.dense import ensure_dense
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.bridge.models import upcycled_provider
+from nemo_upcycle.trainers.bridge.settings import UpcyclingConfig
 from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
 
 
@@ -37,7 +37,7 @@ def changed_spec(changes: Mapping[str, Any]) -> Iterator[None]:
         _CHANGES.reset(token)
 
 
-def upcycled_pretraining(dense: str, spec: UpcycleSpec | None, *, seq_length: int, **settings: Any) -> ConfigContainer:
+def upcycled_pretraining(dense: str, spec: UpcycleSpec | None, *, seq_length: int, **settings: Any) -> UpcyclingConfig:
     """Return Bridge's pretraining of an upcycled model, or of its parent, with Bridge's own defaults and mock data.
 
     Args:
@@ -49,7 +49,7 @@ def upcycled_pretraining(dense: str, spec: UpcycleSpec | None, *, seq_length: in
     """
     source, spec = os.environ.get(DENSE, dense), replace(spec, **_CHANGES.get({})) if spec else None
     folder = Path(source) if Path(source).is_dir() else ensure_dense(source)  # weights are checked when they are read
-    config = _pretrain_common()
+    config = UpcyclingConfig.of(_pretrain_common())
     config.model = upcycled_provider(folder, spec, seq_length=seq_length, **settings)
     config.tokenizer.tokenizer_type = "NullTokenizer"
     config.tokenizer.tokenizer_model = None

@@ -1,13 +1,19 @@
 """Learning-rate factors of router and experts and the load-balancing coefficient, as functions of the global step.
 
-They have no state: a resumed run has the values of a run that was never stopped.
+They have no state: a resumed run has the values of a run that was never stopped. The factors act within a Megatron
+optimizer's step only: schedulers see plain learning rates, and no checkpoint holds them.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.utils.validation import check_number, check_whole
@@ -16,6 +22,10 @@ from nemo_upcycle.utils.validation import check_number, check_whole
 ROUTER, EXPERTS, REST = "router", "experts", "rest"
 SHAPES = ("cosine", "linear")
 FREEZES = ("experts", "all")
+#: `lr_mult` in the parameter groups of each part. Megatron identifies a checkpoint's groups by this value, so it names
+#: the part and is no factor: the factors may change when a run resumes.
+MARKS = {REST: 1.0, ROUTER: -1.0, EXPERTS: -2.0}
+_PARTS = {mark: part for part, mark in MARKS.items()}
 
 
 def part_of(name: str) -> str:
@@ -147,3 +157,83 @@ def schedules_of(
         router=router_lr_mult, experts=expert_lr_mult, warmup_steps=router_warmup_steps, freezes=router_warmup_freezes
     )
     return factors, Anneal(start=0.0, end=aux_loss_end, steps=aux_loss_steps, shape=aux_loss_shape)
+
+
+def describe(factors: LearningRateFactors, anneal: Anneal) -> Iterator[str]:
+    """Yield a line for each thing that differs from a plain training."""
+    if factors.router != 1 or factors.experts != 1:
+        yield f"learning rate: router x {factors.router:g}, experts x {factors.experts:g}"
+    if factors.warmup_steps:
+        frozen = "the experts are" if factors.freezes == "experts" else "everything but the router is"
+        yield f"router warm-up: {frozen} frozen in the first {factors.warmup_steps} steps"
+    if anneal.steps:
+        yield (
+            f"load-balancing coefficient: {anneal.start:g} to {anneal.end:g} "
+            f"in the first {anneal.steps} steps ({anneal.shape})"
+        )
+
+
+def scale_within_step(optimizer: Any, mark: str, factor: Callable[[str], float]) -> None:
+    """Let a Megatron optimizer step with learning rates times their part's factor; outside they are plain.
+
+    Args:
+        optimizer: changed in place.
+        mark: the key of a parameter group that holds its mark of `MARKS`.
+        factor: of a part, now.
+
+    Raises:
+        SpecError: its parameters have no router.
+    """
+    if MARKS[ROUTER] not in {group[mark] for group in optimizer.param_groups}:
+        raise SpecError(
+            "router of the model",
+            got="none",
+            expected="one, for learning rates by part",
+            fix="leave router_* and expert_lr_mult alone, or train an MoE model",
+        )
+    step = optimizer.step
+
+    @functools.wraps(step)
+    def scaled_step() -> Any:
+        scheduled = [(group, group["lr"]) for group in optimizer.param_groups]
+        for group, rate in scheduled:
+            group["lr"] = rate * factor(_PARTS[group[mark]])
+        try:
+            return step()
+        finally:
+            for group, rate in scheduled:
+                group["lr"] = rate
+
+    optimizer.step = scaled_step
+
+
+def annealed_configs(config: Any, chunks: Iterable[torch.nn.Module], setting: str) -> list[Any]:
+    """Return the configurations that the routers of this rank ask for their coefficient at every forward pass.
+
+    Args:
+        config: of the transformer.
+        chunks: of the model on this rank.
+        setting: name of the anneal's steps, for the text of errors.
+
+    Raises:
+        SpecError: an anneal would not act: there is no auxiliary loss, several, or one frozen into a CUDA graph.
+    """
+    kind = config.moe_router_load_balancing_type if config.num_moe_experts else "none"
+    if kind not in ("aux_loss", "seq_aux_loss", "global_aux_loss"):
+        fix = f"set moe_router_load_balancing_type of the model, or {setting}=0"
+        raise SpecError(setting, got=f"'{kind}' balancing", expected="a model with one auxiliary loss", fix=fix)
+    if kind == "global_aux_loss" and not config.moe_aux_loss_coeff:  # Megatron makes no counters for it
+        fix = "start with a small moe_aux_loss_coeff of the model"
+        raise SpecError(setting, got="a global loss from 0", expected="a start above 0", fix=fix)
+    if config.cuda_graph_impl != "none" and not _graphs_attention_alone(config.cuda_graph_scope):
+        fix = "set cuda_graph_scope of the model to attn (or no CUDA graph)"
+        raise SpecError(setting, got="routers in a CUDA graph", expected="none: a graph keeps numbers", fix=fix)
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    return [module.config for chunk in chunks for module in chunk.modules() if isinstance(module, TopKRouter)]
+
+
+def _graphs_attention_alone(scope: Any) -> bool:
+    """Return whether CUDA graphs hold attention only; from Megatron-Core 0.16 on a scope is a list of enumerated."""
+    scopes = scope if isinstance(scope, list | tuple) else [scope]
+    return {getattr(one, "name", one) for one in scopes} == {"attn"}

@@ -1,0 +1,116 @@
+"""What this package adds to a training in Bridge, as `config.upcycle`: neutral by default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from megatron.bridge.training.config import ConfigContainer
+
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.trainers.base import Evaluations
+from nemo_upcycle.trainers.schedules import Anneal, LearningRateFactors, schedules_of
+from nemo_upcycle.utils.validation import check_number, check_whole
+
+
+@dataclass(kw_only=True)
+class UpcycleSettings:
+    """Settings of a training of an upcycled model that act through `upcycle_callbacks`.
+
+    Args:
+        router_lr_mult: factor on the router's learning rate, at every step.
+        expert_lr_mult: factor on the routed experts' learning rate, at every step.
+        router_warmup_steps: number of first optimizer steps in which the router trains and the experts are frozen.
+        router_warmup_freezes: `experts`, or `all` to freeze everything but the router in these steps.
+        aux_loss_end: coefficient of the load-balancing loss after `aux_loss_steps`; it starts at the model's.
+        aux_loss_steps: optimizer steps until then; 0 keeps the model's coefficient.
+        aux_loss_shape: `cosine` or `linear`.
+        spike_window: losses that are looked back at; see `LossSpikes`.
+        spike_threshold: spreads above their median that make a spike.
+        stop_on_spike: end the run at a spike; else it is a warning and a line in `metrics.jsonl`.
+        evaluate_every: steps between two evaluations of the live model; 0 for none.
+        evaluate_suite: what they score: a name in `conf/evaluation`, a YAML file, or the folder of a suite.
+        evaluate_limit: take only the first items of each task.
+
+    Example:
+        >>> config.upcycle.router_lr_mult = 4.0  # doctest: +SKIP
+    """
+
+    router_lr_mult: float = 1.0
+    expert_lr_mult: float = 1.0
+    router_warmup_steps: int = 0
+    router_warmup_freezes: str = "experts"
+    aux_loss_end: float = 0.0
+    aux_loss_steps: int = 0
+    aux_loss_shape: str = "cosine"
+    spike_window: int = 128
+    spike_threshold: float = 8.0
+    stop_on_spike: bool = False
+    evaluate_every: int = 0
+    evaluate_suite: str = "watch"
+    evaluate_limit: int | None = None
+
+    def schedules(self) -> tuple[LearningRateFactors, Anneal]:
+        """Return the factors on learning rates and the anneal; the model says where the latter starts.
+
+        Raises:
+            SpecError: a value is out of range or unknown.
+        """
+        names = [one.name for one in fields(self) if one.name.startswith(("router_", "expert_", "aux_loss_"))]
+        return schedules_of(**{name: getattr(self, name) for name in names})
+
+    def evaluations(self) -> Evaluations | None:
+        """Return what is scored on the way."""
+        if not self.evaluate_every:
+            return None
+        return Evaluations(suite=self.evaluate_suite, every_n_steps=self.evaluate_every, limit=self.evaluate_limit)
+
+    def check(self) -> None:
+        """Check the values.
+
+        Raises:
+            SpecError: one is out of range or unknown.
+        """
+        self.schedules()
+        check_whole("spike_window", self.spike_window, 1)
+        check_number("spike_threshold", self.spike_threshold, 0.0)
+        check_whole("evaluate_every", self.evaluate_every, 0)
+        if self.evaluate_limit is not None:
+            check_whole("evaluate_limit", self.evaluate_limit, 1)
+
+
+@dataclass(kw_only=True)
+class UpcyclingConfig(ConfigContainer):
+    """Bridge's configuration of a run with the settings of this package.
+
+    Args:
+        upcycle: see `UpcycleSettings`.
+    """
+
+    upcycle: UpcycleSettings = field(default_factory=UpcycleSettings)
+
+    @classmethod
+    def of(cls, config: ConfigContainer) -> UpcyclingConfig:
+        """Return a configuration with the settings, which shares all else with one that has none."""
+        return cls(**{one.name: getattr(config, one.name) for one in fields(config) if one.init})
+
+
+def settings_of(config: Any) -> UpcycleSettings:
+    """Return the settings of a configuration, neutral ones of Bridge's own class."""
+    return getattr(config, "upcycle", None) or UpcycleSettings()
+
+
+def require_callbacks(config: Any) -> None:
+    """Check that a run is not given settings which nothing would carry out.
+
+    Raises:
+        SpecError: it is: it has settings and no `upcycle_callbacks`.
+    """
+    settings = settings_of(config)
+    if settings != UpcycleSettings() and not hasattr(settings, "callbacks"):
+        raise SpecError(
+            "config.upcycle",
+            got="settings, and a run without the callbacks that carry them out",
+            expected="both",
+            fix="call pretrain(config, forward_step, callbacks=upcycle_callbacks(config, folder))",
+        )

@@ -1,0 +1,61 @@
+"""What a spike of the loss is, and where it is written."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import deque
+from pathlib import Path
+
+from nemo_upcycle.utils.progress import show_messages
+
+
+#: Losses needed before one can be called a spike.
+LEAST = 20
+
+
+class LossSpikes:
+    """The last losses of a training, and what is a spike after them.
+
+    A spike is a loss above `median + threshold * spread` of the last losses, where the spread is their median distance
+    from the median in units of a standard deviation, and at least 1 % of it. A resumed run has an empty window.
+
+    Args:
+        window: how many losses are looked back at.
+        threshold: see above.
+    """
+
+    def __init__(self, window: int = 128, threshold: float = 8.0) -> None:
+        self._threshold = threshold
+        self._losses: deque[float] = deque(maxlen=window)
+
+    def add(self, step: int, loss: float, folder: Path | None) -> float | None:
+        """Add a step's loss; warn of a spike, and write a line `step`, `loss_spike`, `limit` into `metrics.jsonl`.
+
+        Args:
+            step: its number.
+            loss: a finite number.
+            folder: of the training; None where another rank warns and writes.
+
+        Returns:
+            The limit, where the loss is a spike.
+        """
+        limit = self.limit()
+        if limit is None or loss <= limit:
+            self._losses.append(loss)
+            return None
+        self._losses.append(limit)  # a lasting rise moves the window, a single spike does not
+        if folder:
+            show_messages().warning("step %d: loss spike: %.4f, above %.4f", step, loss, limit)
+            line = {"step": step, "loss_spike": round(loss, 6), "limit": round(limit, 6)}
+            with (folder / "metrics.jsonl").open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(line) + "\n")
+        return limit
+
+    def limit(self) -> float | None:
+        """Return the loss above which the next one is a spike; None while too few are known."""
+        if len(self._losses) < LEAST:
+            return None
+        middle = statistics.median(self._losses)
+        deviation = 1.4826 * statistics.median(abs(loss - middle) for loss in self._losses)
+        return middle + self._threshold * max(deviation, 0.01 * middle)
