@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from nemo_upcycle.errors import SpecError
+from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.megatron_config import changed_by, check_model, check_spec
 from nemo_upcycle.online.fill import Progress, fill
 from nemo_upcycle.online.plan import ParamPlan, RankCoords, param_plans
@@ -43,7 +44,7 @@ def upcycle_into(
     that keep master weights must reload them afterwards.
 
     Args:
-        chunks: this rank's Megatron `GPTModel` chunks (wrapped or not), one per virtual pipeline stage.
+        chunks: this rank's chunks of Megatron's `GPTModel` or `HybridModel` (wrapped or not), one per virtual stage.
         dense: the open dense checkpoint.
         spec: what to make of it.
         progress: called after every parameter.
@@ -79,7 +80,10 @@ def _unwrap(chunk: Any) -> Any:
     while "decoder" not in chunk._modules:
         if "module" not in chunk._modules:
             raise SpecError(
-                "model chunk", got=type(chunk).__name__, expected="a Megatron GPTModel", fix="pass the chunks"
+                "model chunk",
+                got=type(chunk).__name__,
+                expected="Megatron's GPTModel or HybridModel",
+                fix="pass the chunks",
             )
         chunk = chunk.module
     return chunk
@@ -101,7 +105,7 @@ def checked_plans(chunks: Sequence[torch.nn.Module], dense: DenseSource, spec: U
     models = [_unwrap(chunk) for chunk in chunks]
     for model in models:
         if spec:
-            check_spec(model.config, spec)
+            check_spec(model.config, spec, hybrid_of(model))
         elif experts := model.config.num_moe_experts:
             fix = "use upcycle_into (in a recipe: give a spec)"
             raise SpecError("num_moe_experts", got=experts, expected="none", fix=fix)

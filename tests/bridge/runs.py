@@ -22,7 +22,14 @@ SIZES = {
 
 
 def run_config(
-    dense: Path, folder: Path, spec: UpcycleSpec | None, *, style: str = "provider", steps: int = 1, **layout: int
+    dense: Path,
+    folder: Path,
+    spec: UpcycleSpec | None,
+    *,
+    style: str = "provider",
+    steps: int = 1,
+    pattern: str | None = None,
+    **layout: int,
 ) -> Any:
     """Return a run of Bridge's that learns nothing: its learning rate is zero, its checkpoints are those of step 0.
 
@@ -32,10 +39,12 @@ def run_config(
         spec: of the model.
         style: `provider`, or `builder` for the configuration that is to replace it.
         steps: to train.
+        pattern: the layers of a HybridModel; None: a GPTModel.
         layout: sizes that are not 1.
     """
     from megatron.bridge.recipes.common import _pretrain_common
 
+    from nemo_upcycle.cpu.configuration import local_hybrid_stack
     from nemo_upcycle.trainers.bridge.models import upcycled_config, upcycled_provider
 
     sizes = {SIZES[name]: size for name, size in layout.items()}
@@ -46,8 +55,12 @@ def run_config(
         "sequence_parallel": layout.get("tp", 1) > 1,
         "seq_length": SEQUENCE,
     }
+    if pattern:
+        settings["hybrid_layer_pattern"] = pattern
     if style == "builder":  # of a provider the CPU backend chooses it
-        settings["transformer_layer_spec"] = _local_layers
+        settings |= (
+            {"hybrid_stack_spec": local_hybrid_stack()} if pattern else {"transformer_layer_spec": _local_layers}
+        )
     config = _pretrain_common()
     config.model = (upcycled_provider if style == "provider" else upcycled_config)(dense, spec, **settings, **sizes)
     config.mixed_precision = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,13 @@ from typing import Any
 import torch
 from megatron.bridge.models.gpt.gpt_builder import GPTModelConfig
 from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.models.hybrid.hybrid_builder import HybridModelConfig
+from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
 from megatron.bridge.models.transformer_config import TransformerConfig
+from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.activation import activation_function
@@ -40,8 +46,12 @@ _MOE_KERNELS: dict[str, Any] = {
 }
 
 
-def upcycled_provider(dense: str | Path | Architecture, spec: UpcycleSpec | None, **changes: Any) -> GPTModelProvider:
+def upcycled_provider(
+    dense: str | Path | Architecture, spec: UpcycleSpec | None, **changes: Any
+) -> GPTModelProvider | HybridModelProvider:
     """Return Bridge's provider of the model that a spec makes of a dense checkpoint.
+
+    With a `hybrid_layer_pattern` among the changes it is a HybridModel's, else a GPTModel's.
 
     Args:
         dense: the dense checkpoint's folder, or its architecture.
@@ -49,16 +59,20 @@ def upcycled_provider(dense: str | Path | Architecture, spec: UpcycleSpec | None
         changes: fields of the provider that are to differ: layout, precision, kernels.
 
     Raises:
-        SpecError: Bridge's GPT model cannot be it.
+        SpecError: Bridge's model class cannot be it.
 
     Example:
         >>> upcycled_provider("/models/Llama-3-8B", UpcycleSpec(), expert_model_parallel_size=8)  # doctest: +SKIP
+        >>> pattern = hybrid_pattern([True] * 32, segments=4)  # of nemo_upcycle.models.hybrid
+        >>> upcycled_provider("/models/Llama-3-8B", UpcycleSpec(), hybrid_layer_pattern=pattern)  # doctest: +SKIP
     """
     arch = _architecture(dense)
     return provider_of(arch.upcycled(spec) if spec else arch, **(_routing(spec) | changes))
 
 
-def upcycled_config(dense: str | Path | Architecture, spec: UpcycleSpec | None, **changes: Any) -> GPTModelConfig:
+def upcycled_config(
+    dense: str | Path | Architecture, spec: UpcycleSpec | None, **changes: Any
+) -> GPTModelConfig | HybridModelConfig:
     """Return the same as a configuration of Bridge's builders, which are to replace its providers.
 
     Args:
@@ -67,18 +81,23 @@ def upcycled_config(dense: str | Path | Architecture, spec: UpcycleSpec | None, 
         changes: fields of the configuration or of its `TransformerConfig` that are to differ.
 
     Raises:
-        SpecError: Bridge's GPT model cannot be it.
+        SpecError: Bridge's model class cannot be it.
     """
     arch = _architecture(dense)
-    arch = arch.upcycled(spec) if spec else arch
-    outer = {name: value for name, value in changes.items() if name in GPTModelConfig.__dataclass_fields__}
+    arch, hybrid = arch.upcycled(spec) if spec else arch, "hybrid_layer_pattern" in changes
+    model_class = HybridModelConfig if hybrid else GPTModelConfig
+    outer = {name: value for name, value in changes.items() if name in model_class.__dataclass_fields__}
     inner = _routing(spec) | {name: value for name, value in changes.items() if name not in outer}
-    config = GPTModelConfig(transformer=TransformerConfig(**(_transformer(arch) | inner)), **(_model(arch) | outer))
+    settings = _hybrid_model(arch) if hybrid else _model(arch)
+    if hybrid and arch.qk_norm:
+        settings["hybrid_stack_spec"] = hybrid_stack_with_qk_norm()
+    transformer = TransformerConfig(**(_transformer(arch, hybrid=hybrid) | inner))
+    config = model_class(transformer=transformer, **(settings | outer))
     config.transformer.seq_length = config.seq_length  # where the warm-up of Bridge 0.6 looks for it
     return config
 
 
-def provider_of(arch: Architecture, **changes: Any) -> GPTModelProvider:
+def provider_of(arch: Architecture, **changes: Any) -> GPTModelProvider | HybridModelProvider:
     """Return Bridge's provider of a model as its architecture stands, with experts or without.
 
     Args:
@@ -86,12 +105,24 @@ def provider_of(arch: Architecture, **changes: Any) -> GPTModelProvider:
         changes: fields of the provider that are to differ.
 
     Raises:
-        SpecError: Bridge's GPT model cannot be it.
+        SpecError: Bridge's model class cannot be it.
     """
-    layers = {}
+    layers: dict[str, Any] = {}
+    if "hybrid_layer_pattern" in changes:
+        if arch.qk_norm:
+            layers["hybrid_stack_spec"] = hybrid_stack_with_qk_norm
+        return HybridModelProvider(**(_transformer(arch, hybrid=True) | _hybrid_model(arch) | layers | changes))
     if arch.moe_pattern is not None:  # Bridge's own choice makes all layers alike
         layers["transformer_layer_spec"] = partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
     return GPTModelProvider(**(_transformer(arch) | _model(arch) | layers | changes))
+
+
+def hybrid_stack_with_qk_norm() -> ModuleSpec:
+    """Return Megatron's layers of a HybridModel with norms of query and key, which its own have not."""
+    spec = copy.deepcopy(hybrid_stack_spec)
+    attention = spec.submodules.attention_layer.submodules.self_attention.submodules
+    attention.q_layernorm = attention.k_layernorm = TENorm
+    return spec
 
 
 def _architecture(dense: str | Path | Architecture) -> Architecture:
@@ -112,11 +143,11 @@ def _routing(spec: UpcycleSpec | None) -> dict[str, Any]:
     return router_fields(spec) | ({"moe_router_dtype": "fp32"} if spec.needs_float32_routing else {})
 
 
-def _transformer(arch: Architecture) -> dict[str, Any]:
+def _transformer(arch: Architecture, *, hybrid: bool = False) -> dict[str, Any]:
     """Return the settings of Megatron's `TransformerConfig`."""
     window = {"window_size": (arch.sliding_window - 1, 0)} if arch.sliding_window else {}
     return {
-        **megatron_fields(arch),
+        **megatron_fields(arch, hybrid=hybrid),
         **_KERNELS,
         **(_MOE_KERNELS if arch.num_experts else {}),
         **window,
@@ -145,3 +176,17 @@ def _model(arch: Architecture) -> dict[str, Any]:
         "rope_scaling": bool(scaling),
         "rope_scaling_factor": float(scaling["factor"]) if scaling else 1.0,
     }
+
+
+def _hybrid_model(arch: Architecture) -> dict[str, Any]:
+    """Return the same for a HybridModel."""
+    settings = _model(arch)
+    if settings.pop("rope_scaling"):
+        raise SpecError(
+            "rope_scaling of the dense checkpoint",
+            got=arch.rope_scaling,
+            expected="none: Megatron's HybridModel scales no rotary frequencies",
+            fix="omit hybrid_layer_pattern: a GPTModel scales them",
+        )
+    del settings["rope_scaling_factor"]
+    return settings

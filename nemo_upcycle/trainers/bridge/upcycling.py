@@ -21,6 +21,7 @@ from megatron.bridge.training.utils.checkpoint_utils import checkpoint_exists, i
 from megatron.training.models.base import ModelConfig
 
 from nemo_upcycle.errors import SpecError, UpcycleError
+from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.megatron_config import check_spec
 from nemo_upcycle.online.receipt import read_receipt
 from nemo_upcycle.online.start import fill_chunks, merge_receipts
@@ -120,15 +121,16 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None) -> None:
     """Check that the run can be filled and keeps what it was filled with."""
     model, checkpoint = config.model, config.checkpoint
     transformer = getattr(model, "transformer", model)
-    if isinstance(model, HybridModelConfig | HybridModelProvider):
+    hybrid = hybrid_of(model)
+    if hybrid is None and isinstance(model, HybridModelConfig | HybridModelProvider):
         raise SpecError(
-            field="config.model",
-            got=type(model).__name__,
-            expected="a GPT model: layers of a HybridModel have other names",
-            fix="make it with nemo_upcycle.trainers.bridge.models",
+            field="config.model.hybrid_layer_pattern",
+            got=None,
+            expected="which layers the model has",
+            fix="set it; hybrid_override_pattern and the ratios are older forms of it",
         )
     if spec:
-        check_spec(transformer, spec)
+        check_spec(transformer, spec, hybrid)
     elif experts := transformer.num_moe_experts:
         raise SpecError(field="config.model.num_moe_experts", got=experts, expected="none", fix="give a spec")
     if not checkpoint.save:
