@@ -86,7 +86,8 @@ def _built(config: Any) -> Any:
     if hasattr(config, "configure_model"):
         return config.configure_model(tokenizer=None)
     config.finalize()
-    return config.provide(pre_process=True, post_process=True)
+    with torch.device("meta"):  # a HybridModelProvider asks no setting
+        return config.provide(pre_process=True, post_process=True)
 
 
 def _on_one_rank(config: Any, vocab_size: int) -> Any:

@@ -29,9 +29,10 @@ def run_config(
     style: str = "provider",
     steps: int = 1,
     pattern: str | None = None,
+    lr: float = 0.0,
     **layout: int,
 ) -> Any:
-    """Return a run of Bridge's that learns nothing: its learning rate is zero, its checkpoints are those of step 0.
+    """Return a run of Bridge's that learns nothing, unless it is told to: its checkpoints are those of step 0.
 
     Args:
         dense: the dense checkpoint.
@@ -40,6 +41,7 @@ def run_config(
         style: `provider`, or `builder` for the configuration that is to replace it.
         steps: to train.
         pattern: the layers of a HybridModel; None: a GPTModel.
+        lr: the learning rate.
         layout: sizes that are not 1.
     """
     from megatron.bridge.recipes.common import _pretrain_common
@@ -68,7 +70,7 @@ def run_config(
     config.dataset.seq_length, config.dataset.num_workers = SEQUENCE, 0
     config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = steps, 4, 1
     config.validation.eval_iters = 0
-    config.optimizer.lr = config.optimizer.min_lr = 0.0
+    config.optimizer.lr = config.optimizer.min_lr = lr
     config.scheduler.lr_warmup_iters = 0
     config.ddp.overlap_grad_reduce = config.ddp.overlap_param_gather = False
     config.checkpoint.save = config.checkpoint.load = str(folder)
