@@ -89,6 +89,24 @@ class HybridLayers:
         found += [(index, LayerPart(layer, False)) for layer, index in enumerate(self.networks)]
         return tuple(part for _, part in sorted(found))
 
+    def require_stages(self, stages: int) -> None:
+        """Check that the pattern's borders are those of the pipeline: Megatron-Core omits what is beyond its stages.
+
+        Args:
+            stages: pipeline stages, times virtual stages.
+
+        Raises:
+            SpecError: they are not. A pattern without borders is cut by Megatron-Core itself.
+        """
+        segments = self.pattern.split(_BORDER)
+        if len(segments) not in (1, stages):
+            raise SpecError(
+                field="hybrid_layer_pattern",
+                got=f"{len(segments)} stages ({self.pattern})",
+                expected=f"{stages}: pipeline_model_parallel_size times virtual_pipeline_model_parallel_size",
+                fix="set | between the layers of different stages, and nowhere else",
+            )
+
     def index(self, part: LayerPart) -> int:
         """Return where a part is: the number of the model's layer, from 0."""
         return (self.attentions if part.in_attention else self.networks)[part.layer]

@@ -104,8 +104,11 @@ def checked_plans(chunks: Sequence[torch.nn.Module], dense: DenseSource, spec: U
     moe_arch = arch.upcycled(spec) if spec else arch
     models = [_unwrap(chunk) for chunk in chunks]
     for model in models:
+        hybrid = hybrid_of(model)
+        if hybrid:
+            hybrid.require_stages(len(models) * model.pg_collection.pp.size())
         if spec:
-            check_spec(model.config, spec, hybrid_of(model))
+            check_spec(model.config, spec, hybrid)
         elif experts := model.config.num_moe_experts:
             fix = "use upcycle_into (in a recipe: give a spec)"
             raise SpecError("num_moe_experts", got=experts, expected="none", fix=fix)

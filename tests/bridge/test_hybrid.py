@@ -174,6 +174,30 @@ def test_other_layers_than_the_specs_are_refused_by_name(
         upcycle_on_start(config, dense, spec)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "changes", "message"),
+    [
+        ("*E*E|*E*E", {}, "hybrid_layer_pattern: got 2 stages .* expected 1"),
+        ("*E|*E|*E|*E", {"pp": 2}, "hybrid_layer_pattern: got 4 stages .* expected 2"),
+        (
+            "*E|*E|*E|*E",
+            {"pp": 2, "vp": 2},
+            "virtual_pipeline_model_parallel_size: got 2, expected nothing",
+        ),
+    ],
+    ids=str,
+)
+def test_borders_that_are_not_the_pipelines_are_refused(
+    dense: Path, tmp_path: Path, pattern: str, changes: dict[str, int], message: str
+) -> None:
+    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+
+    spec = UpcycleSpec(**SPEC)
+    config = run_config(dense, tmp_path, spec, pattern=pattern, **changes)
+    with pytest.raises(SpecError, match=message):
+        upcycle_on_start(config, dense, spec)
+
+
 def test_scaled_rotary_frequencies_are_refused(tmp_path: Path) -> None:
     """Megatron's HybridModel takes no scaling; Llama 3.1 has one."""
     scaling = {

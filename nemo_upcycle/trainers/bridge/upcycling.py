@@ -129,6 +129,9 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None) -> None:
             expected="which layers the model has",
             fix="set it; hybrid_override_pattern and the ratios are older forms of it",
         )
+    virtual = transformer.virtual_pipeline_model_parallel_size
+    if hybrid:
+        hybrid.require_stages(transformer.pipeline_model_parallel_size * (virtual or 1))
     if spec:
         check_spec(transformer, spec, hybrid)
     elif experts := transformer.num_moe_experts:
@@ -156,6 +159,11 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None) -> None:
         ("checkpoint.pretrained_checkpoint", checkpoint.pretrained_checkpoint, "it would overwrite"),
         ("checkpoint.load", is_hf_checkpoint_dir(checkpoint.load) and checkpoint.load, "it would overwrite"),
         ("checkpoint.non_persistent_ckpt_type", is_local and "local", "no rank sees the others' checkpoints"),
+        (
+            "model.virtual_pipeline_model_parallel_size",
+            isinstance(model, HybridModelProvider) and virtual,
+            "Bridge's provider of a HybridModel has none; upcycled_config makes a builder's, which has",
+        ),
         ("peft", config.peft, "all weights are trained"),
         ("dist.use_megatron_fsdp", config.dist.use_megatron_fsdp or config.ddp.use_megatron_fsdp, "it cuts shards"),
         ("dist.use_torch_fsdp2", config.dist.use_torch_fsdp2, "it cuts shards"),

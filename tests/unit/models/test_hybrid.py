@@ -35,6 +35,17 @@ def test_layers_that_compute_otherwise_are_refused(pattern: str) -> None:
         HybridLayers(pattern)
 
 
+@pytest.mark.parametrize(("pattern", "stages"), [("*-*E", 4), ("*-|*E", 2), ("*|-|*|E", 4)])
+def test_borders_of_the_pipeline_are_accepted(pattern: str, stages: int) -> None:
+    HybridLayers(pattern).require_stages(stages)
+
+
+@pytest.mark.parametrize(("pattern", "stages"), [("*-|*E", 1), ("*|-|*|E", 2), ("*-|*E", 4)])
+def test_borders_that_megatron_would_lose_layers_with_are_refused(pattern: str, stages: int) -> None:
+    with pytest.raises(SpecError, match=f"hybrid_layer_pattern: got . stages .*, expected {stages}"):
+        HybridLayers(pattern).require_stages(stages)
+
+
 @pytest.mark.parametrize(
     ("segments", "pattern"), [(1, "*E*-*E*-*E"), (2, "*E*-*E|*-*E"), (3, "*E*-|*E*-|*E"), (5, "*E|*-|*E|*-|*E")]
 )
