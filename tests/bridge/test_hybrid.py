@@ -198,6 +198,16 @@ def test_borders_that_are_not_the_pipelines_are_refused(
         upcycle_on_start(config, dense, spec)
 
 
+def test_an_export_with_other_layers_numbers_is_refused(dense: Path, tmp_path: Path) -> None:
+    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+
+    spec = UpcycleSpec(**SPEC)
+    config = run_config(dense, tmp_path, spec, pattern="*E*E*E*E")
+    config.checkpoint.also_save_hf_checkpoint = True
+    with pytest.raises(SpecError, match=r"also_save_hf_checkpoint: got .* nemo-upcycle export"):
+        upcycle_on_start(config, dense, spec)
+
+
 def test_scaled_rotary_frequencies_are_refused(tmp_path: Path) -> None:
     """Megatron's HybridModel takes no scaling; Llama 3.1 has one."""
     scaling = {

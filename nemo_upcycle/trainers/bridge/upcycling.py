@@ -164,6 +164,11 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None) -> None:
             isinstance(model, HybridModelProvider) and virtual,
             "Bridge's provider of a HybridModel has none; upcycled_config makes a builder's, which has",
         ),
+        (
+            "checkpoint.also_save_hf_checkpoint",
+            hybrid and checkpoint.also_save_hf_checkpoint,
+            "Bridge numbers a HybridModel's layers as they are; nemo-upcycle export writes the parent's class",
+        ),
         ("peft", config.peft, "all weights are trained"),
         ("dist.use_megatron_fsdp", config.dist.use_megatron_fsdp or config.ddp.use_megatron_fsdp, "it cuts shards"),
         ("dist.use_torch_fsdp2", config.dist.use_torch_fsdp2, "it cuts shards"),
