@@ -89,21 +89,22 @@ class HybridLayers:
         found += [(index, LayerPart(layer, False)) for layer, index in enumerate(self.networks)]
         return tuple(part for _, part in sorted(found))
 
-    def require_stages(self, stages: int) -> None:
-        """Check that the pattern's borders are those of the pipeline: Megatron-Core omits what is beyond its stages.
+    def require_stages(self, stages: int, virtual: int = 1) -> None:
+        """Check that the borders are those of the pipeline: Megatron-Core omits the layers beyond its last stage.
 
         Args:
-            stages: pipeline stages, times virtual stages.
+            stages: pipeline stages.
+            virtual: chunks of each.
 
         Raises:
-            SpecError: they are not. A pattern without borders is cut by Megatron-Core itself.
+            SpecError: they are not, or there are none, and Megatron-Core does not cut into chunks by itself.
         """
-        segments = self.pattern.split(_BORDER)
-        if len(segments) not in (1, stages):
+        segments = self.pattern.count(_BORDER) + 1
+        if segments != stages * virtual and (segments > 1 or virtual > 1):
             raise SpecError(
                 field="hybrid_layer_pattern",
-                got=f"{len(segments)} stages ({self.pattern})",
-                expected=f"{stages}: pipeline_model_parallel_size times virtual_pipeline_model_parallel_size",
+                got=f"{segments} segments ({self.pattern})",
+                expected=f"{stages * virtual}: pipeline stages times virtual stages of each",
                 fix="set | between the layers of different stages, and nowhere else",
             )
 

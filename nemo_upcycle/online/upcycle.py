@@ -106,7 +106,7 @@ def checked_plans(chunks: Sequence[torch.nn.Module], dense: DenseSource, spec: U
     for model in models:
         hybrid = hybrid_of(model)
         if hybrid:
-            hybrid.require_stages(len(models) * model.pg_collection.pp.size())
+            hybrid.require_stages(model.pg_collection.pp.size(), len(models))
         if spec:
             check_spec(model.config, spec, hybrid)
         elif experts := model.config.num_moe_experts:

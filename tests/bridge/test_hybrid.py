@@ -59,6 +59,7 @@ def _same_bits(left: Path, right: Path) -> bool:
         ("*E*-*E*-", MIXED, {}),
         ("*E*E*E*E", SHARED, {"tp": 2}),
         ("*E*E|*E*E", SPEC, {"pp": 2}),
+        ("*E*E*E*E", SPEC, {"pp": 2}),
         ("*E*E*E|*E", SPEC, {"pp": 2}),
         ("*E*-*|E*-", MIXED, {"pp": 2}),
         ("*E*E*E*E", SPEC, {"ep": 4}),
@@ -177,8 +178,8 @@ def test_other_layers_than_the_specs_are_refused_by_name(
 @pytest.mark.parametrize(
     ("pattern", "changes", "message"),
     [
-        ("*E*E|*E*E", {}, "hybrid_layer_pattern: got 2 stages .* expected 1"),
-        ("*E|*E|*E|*E", {"pp": 2}, "hybrid_layer_pattern: got 4 stages .* expected 2"),
+        ("*E*E|*E*E", {}, "hybrid_layer_pattern: got 2 segments .* expected 1"),
+        ("*E|*E|*E|*E", {"pp": 2}, "hybrid_layer_pattern: got 4 segments .* expected 2"),
         (
             "*E|*E|*E|*E",
             {"pp": 2, "vp": 2},

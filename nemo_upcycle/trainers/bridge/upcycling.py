@@ -131,7 +131,7 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None) -> None:
         )
     virtual = transformer.virtual_pipeline_model_parallel_size
     if hybrid:
-        hybrid.require_stages(transformer.pipeline_model_parallel_size * (virtual or 1))
+        hybrid.require_stages(transformer.pipeline_model_parallel_size, virtual or 1)
     if spec:
         check_spec(transformer, spec, hybrid)
     elif experts := transformer.num_moe_experts:

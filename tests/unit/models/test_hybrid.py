@@ -35,15 +35,17 @@ def test_layers_that_compute_otherwise_are_refused(pattern: str) -> None:
         HybridLayers(pattern)
 
 
-@pytest.mark.parametrize(("pattern", "stages"), [("*-*E", 4), ("*-|*E", 2), ("*|-|*|E", 4)])
-def test_borders_of_the_pipeline_are_accepted(pattern: str, stages: int) -> None:
-    HybridLayers(pattern).require_stages(stages)
+@pytest.mark.parametrize(("pattern", "sizes"), [("*-*E", (4,)), ("*-|*E", (2,)), ("*|-|*|E", (2, 2))])
+def test_borders_of_the_pipeline_are_accepted(pattern: str, sizes: tuple[int, ...]) -> None:
+    HybridLayers(pattern).require_stages(*sizes)
 
 
-@pytest.mark.parametrize(("pattern", "stages"), [("*-|*E", 1), ("*|-|*|E", 2), ("*-|*E", 4)])
-def test_borders_that_megatron_would_lose_layers_with_are_refused(pattern: str, stages: int) -> None:
-    with pytest.raises(SpecError, match=f"hybrid_layer_pattern: got . stages .*, expected {stages}"):
-        HybridLayers(pattern).require_stages(stages)
+@pytest.mark.parametrize(
+    ("pattern", "sizes"), [("*-|*E", (1, 1)), ("*|-|*|E", (2, 1)), ("*-|*E", (4, 1)), ("*-*E", (2, 2))]
+)
+def test_borders_that_megatron_would_lose_layers_with_are_refused(pattern: str, sizes: tuple[int, int]) -> None:
+    with pytest.raises(SpecError, match=f"hybrid_layer_pattern: got . segments .*, expected {sizes[0] * sizes[1]}"):
+        HybridLayers(pattern).require_stages(*sizes)
 
 
 @pytest.mark.parametrize(
