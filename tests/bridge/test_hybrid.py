@@ -159,7 +159,7 @@ def _check_step0(dense: Path, output: Path) -> dict[str, Any]:
         ("*E*E*E*-", r"expected \*E\*E\*E\*E"),
         ("**EE*E*E", r"attention .* and network .* in turn"),
         ("*EM*E*E*E", r"attention .* and network .* in turn"),
-        (None, r"config\.model\.hybrid_layer_pattern: got none"),
+        (None, r"config\.model\.hybrid_layer_pattern: got None"),
     ],
     ids=str,
 )

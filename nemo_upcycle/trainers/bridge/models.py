@@ -16,6 +16,7 @@ from megatron.bridge.models.transformer_config import TransformerConfig
 from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from nemo_upcycle.errors import SpecError
@@ -109,6 +110,7 @@ def provider_of(arch: Architecture, **changes: Any) -> GPTModelProvider | Hybrid
     """
     layers: dict[str, Any] = {}
     if "hybrid_layer_pattern" in changes:
+        layers["attention_backend"] = AttnBackend.auto  # a GPTModel's: a process keeps to one
         if arch.qk_norm:
             layers["hybrid_stack_spec"] = hybrid_stack_with_qk_norm
         return HybridModelProvider(**(_transformer(arch, hybrid=True) | _hybrid_model(arch) | layers | changes))
