@@ -82,7 +82,7 @@ def _unwrap(chunk: Any) -> Any:
             raise SpecError(
                 "model chunk",
                 got=type(chunk).__name__,
-                expected="Megatron's GPTModel or HybridModel",
+                expected="a Megatron GPTModel or HybridModel",
                 fix="pass the chunks",
             )
         chunk = chunk.module
