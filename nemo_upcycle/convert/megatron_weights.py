@@ -11,7 +11,8 @@ import torch
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import read_architecture
-from nemo_upcycle.models.mapping import BY_ROLE, MODEL_MAPPINGS, ParamMapping, layer_mappings
+from nemo_upcycle.models.hybrid import LayerPart, hybrid_of
+from nemo_upcycle.models.mapping import BY_ROLE, MODEL_MAPPINGS, ParamMapping, layer_mappings, stored_hybrid
 from nemo_upcycle.models.megatron_config import require_buildable
 from nemo_upcycle.sources.checkpoint_context import CheckpointContext, read_context
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint, model_prefix
@@ -44,6 +45,8 @@ class CheckpointWeights:
         weights = folder / "weights"
         self.checkpoint = DistributedCheckpoint(weights if weights.is_dir() else folder)
         self._prefix = model_prefix(self.checkpoint)
+        own = [name.removeprefix(self._prefix) for name in model_tensors(self.checkpoint, self._prefix)]
+        self._hybrid = stored_hybrid(own)
         self._released_at_bytes = 0
 
     def _key(self, mapping: ParamMapping, layer: int) -> tuple[str, bool]:
@@ -52,7 +55,8 @@ class CheckpointWeights:
             stacked = f"{self._prefix}decoder.layers.{stored}" if mapping.in_layer else self._prefix + stored
             if stacked in self.checkpoint.names():
                 return stacked, mapping.in_layer
-            single = f"{self._prefix}decoder.layers.{layer}.{stored}"
+            number = self._hybrid.index(LayerPart(layer, mapping.in_attention)) if self._hybrid else layer
+            single = f"{self._prefix}decoder.layers.{number}.{stored}"
             if mapping.in_layer and single in self.checkpoint.names():
                 return single, False
         raise CheckpointError(
@@ -71,7 +75,9 @@ class CheckpointWeights:
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model."""
+        """Layers of the model; of a HybridModel, those that a GPTModel would have."""
+        if self._hybrid:
+            return self._hybrid.num_layers
         inside = self._prefix + "decoder.layers."
         for stored in BY_ROLE["attention_norm"].stored:
             if inside + stored in self.checkpoint.names():
@@ -176,7 +182,7 @@ class LiveWeights:
     """Parameters of a live Megatron model that is whole on this rank (one chunk, no tensor or expert parallelism)."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._model = model
+        self._model, self._hybrid = model, hybrid_of(model)
         self._names = {name for name, _ in model.named_parameters()}
 
     def dtype(self, mapping: ParamMapping, layer: int, expert: int) -> torch.dtype:
@@ -189,7 +195,8 @@ class LiveWeights:
 
     def name(self, mapping: ParamMapping, layer: int, expert: int) -> str:
         """Return a parameter's name in the model."""
-        prefix = f"decoder.layers.{layer}." if mapping.in_layer else ""
+        number = self._hybrid.index(LayerPart(layer, mapping.in_attention)) if self._hybrid else layer
+        prefix = f"decoder.layers.{number}." if mapping.in_layer else ""
         for template in mapping.megatron:
             if (name := prefix + template.format(expert=expert)) in self._names:
                 return name

@@ -53,6 +53,8 @@ def configure_for_cpu(config: Any) -> None:
         config.bias_activation_fusion = False  # Megatron has no weighted one for experts of other activations
     if "transformer_layer_spec" in names:
         config.transformer_layer_spec = _local_layer_spec(config.transformer_layer_spec)
+    if "hybrid_stack_spec" in names:
+        config.hybrid_stack_spec = local_hybrid_stack_with_qk_norm if config.qk_layernorm else local_hybrid_stack
 
 
 #: Where NeMo and Megatron-Bridge have their layer specs, under the same names.
@@ -71,4 +73,26 @@ def _local_layer_spec(spec: Any) -> Any:
         return sys.modules[module].local_layer_spec
     if isinstance(spec, functools.partial) and "use_transformer_engine" in spec.keywords:
         return functools.partial(spec, use_transformer_engine=False)  # mixed dense and MoE layers come this way
+    return spec
+
+
+def local_hybrid_stack() -> Any:
+    """Return the layers of Megatron's HybridModel without Transformer Engine."""
+    from megatron.core.post_training.modelopt.hybrid.model_specs import get_hybrid_stack_modelopt_spec
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    spec = get_hybrid_stack_modelopt_spec(local_core_attention=True, remap_te_layernorm=True)
+    spec.submodules.attention_layer.submodules.input_layernorm = WrappedTorchNorm
+    for layer in (spec.submodules.mlp_layer, spec.submodules.moe_layer):
+        layer.submodules.pre_mlp_layernorm = WrappedTorchNorm
+    return spec
+
+
+def local_hybrid_stack_with_qk_norm() -> Any:
+    """Return the same with norms of query and key."""
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    spec = local_hybrid_stack()
+    attention = spec.submodules.attention_layer.submodules.self_attention.submodules
+    attention.q_layernorm = attention.k_layernorm = WrappedTorchNorm
     return spec

@@ -12,6 +12,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -149,6 +150,10 @@ def compute_without_transformer_engine() -> None:
 
     moe_utils.te_general_gemm = None
     transformer_block.LayerNormImpl = torch_norm.WrappedTorchNorm
+    if find_spec("megatron.core.models.hybrid"):  # of later releases
+        from megatron.core.models.hybrid import hybrid_block
+
+        hybrid_block.TENorm = torch_norm.WrappedTorchNorm
     for module in (clip_grads, optimizer):
         module.multi_tensor_applier = utils.local_multi_tensor_applier
         module.multi_tensor_scale_impl = utils.local_multi_tensor_scale

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import Family, find_family
+from nemo_upcycle.models.hybrid import HybridLayers, LayerPart
 
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class ParamMapping:
     Args:
         role: what it is. An expert's role is the dense role behind `expert_` or `shared_`.
         megatron: parameter names, inside the layer for what every layer has, else inside the model. More than one
-            where layer specs differ: first Transformer Engine's, then the local spec's.
+            where layer specs differ: first Transformer Engine's, then the local spec's; or where model classes do.
         sharding: how tensor parallelism cuts it.
         parts: the tensors that Megatron fuses into it, in their order.
         checkpoint: names in a Megatron distributed checkpoint, where they differ (experts are stacked there; the local
@@ -89,6 +90,11 @@ class ParamMapping:
         return self.role.startswith("shared_")
 
     @property
+    def in_attention(self) -> bool:
+        """Whether it belongs to a layer's attention, which is a layer of its own in a HybridModel."""
+        return self.megatron[0].startswith("self_attention.")
+
+    @property
     def dense_role(self) -> str:
         """The dense network's parameter that an expert's is made from."""
         return self.role.removeprefix("expert_").removeprefix("shared_")
@@ -108,7 +114,12 @@ _GATE_UP = ("gate", "up")
 #: Outside the layers.
 MODEL_MAPPINGS = (
     ParamMapping("embedding", ("embedding.word_embeddings.weight",), Sharding.VOCABULARY, in_layer=False),
-    ParamMapping("final_norm", ("decoder.final_layernorm.weight",), Sharding.REPLICATED, in_layer=False),
+    ParamMapping(
+        "final_norm",
+        ("decoder.final_layernorm.weight", "decoder.final_norm.weight"),  # GPTModel, HybridModel
+        Sharding.REPLICATED,
+        in_layer=False,
+    ),
     ParamMapping("output", ("output_layer.weight",), Sharding.VOCABULARY, in_layer=False),
 )
 
@@ -160,6 +171,62 @@ MAPPINGS = (*MODEL_MAPPINGS, *ATTENTION_MAPPINGS, *DENSE_MAPPINGS, *MOE_MAPPINGS
 BY_ROLE = {mapping.role: mapping for mapping in MAPPINGS}
 
 
+_LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
+
+
+def split_stored(name: str) -> tuple[str | None, str]:
+    """Return the layer's number in a name of a distributed checkpoint, and the name inside the layer.
+
+    Args:
+        name: of the model's tensor, without the checkpoint's prefix.
+
+    Returns:
+        The number as text: "" where layers are stacked, None outside them.
+    """
+    match = _LAYER.fullmatch(name)
+    return (match.group(1) or "", match.group(2)) if match else (None, name)
+
+
+def find_stored(name: str, *, in_layer: bool) -> ParamMapping | None:
+    """Return the table's mapping of a tensor of a distributed checkpoint; None if it has none.
+
+    Args:
+        name: the tensor's name inside its layer, or inside the model.
+        in_layer: which of the two.
+    """
+    return next((each for each in MAPPINGS if name in each.stored and each.in_layer is in_layer), None)
+
+
+def stored_hybrid(names: Collection[str]) -> HybridLayers | None:
+    """Return the layers of a HybridModel, as its distributed checkpoint has them; None for a GPTModel's.
+
+    Args:
+        names: of the model's tensors, without the checkpoint's prefix.
+
+    Raises:
+        CheckpointError: a layer is neither attention nor network.
+    """
+    if BY_ROLE["final_norm"].stored[1] not in names:
+        return None
+    symbols: dict[int, str] = {}
+    for name in names:
+        number, inner = split_stored(name)
+        if number is None:
+            continue
+        mapping = find_stored(inner, in_layer=True)
+        if mapping is None or not number:
+            raise CheckpointError(
+                "layers of a HybridModel",
+                got=name,
+                expected="layers of attention, and of networks, dense or with experts",
+                fix="give a model that has no other ones",
+            )
+        symbol = "*" if mapping.in_attention else "E" if mapping in MOE_MAPPINGS else "-"
+        if symbols.get(int(number)) != "E":  # its norm is that of a dense network, too
+            symbols[int(number)] = symbol
+    return HybridLayers("".join(symbols.get(number, "?") for number in range(1 + max(symbols, default=0))))
+
+
 def mapping_of(role: str, arch: Architecture) -> ParamMapping:
     """Return a parameter's mapping as it is in this architecture: with its family's names; without a gate, up alone.
 
@@ -182,6 +249,12 @@ def layer_mappings(arch: Architecture, layer: int) -> tuple[ParamMapping, ...]:
     """Return the mappings of one layer of `arch`."""
     mappings = ATTENTION_MAPPINGS + (MOE_MAPPINGS if arch.is_moe_layer(layer) else DENSE_MAPPINGS)
     return tuple(mapping_of(mapping.role, arch) for mapping in mappings if _has(mapping, arch))
+
+
+def part_mappings(arch: Architecture, part: LayerPart) -> tuple[ParamMapping, ...]:
+    """Return the mappings of a layer of `arch`, or of its attention or its network alone."""
+    mappings = layer_mappings(arch, part.layer)
+    return tuple(each for each in mappings if part.in_attention in (None, each.in_attention))
 
 
 def _has(mapping: ParamMapping, arch: Architecture) -> bool:

@@ -12,6 +12,7 @@ from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.activation import activation_of
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.config_fields import check_fields
+from nemo_upcycle.models.hybrid import HybridLayers, hybrid_of, hybrid_pattern
 from nemo_upcycle.models.rotary import same_frequencies
 from nemo_upcycle.spec import UpcycleSpec, check_capacity, find_router_kind
 
@@ -62,8 +63,12 @@ def require_buildable(arch: Architecture) -> None:
         )
 
 
-def megatron_fields(arch: Architecture) -> dict[str, Any]:
+def megatron_fields(arch: Architecture, *, hybrid: bool = False) -> dict[str, Any]:
     """Return the settings of Megatron's `TransformerConfig` that make a model of an architecture, but its activation.
+
+    Args:
+        arch: the architecture.
+        hybrid: whether it is a HybridModel's, in which attention and network are layers of their own.
 
     Raises:
         CheckpointError: as in `require_buildable`.
@@ -77,8 +82,16 @@ def megatron_fields(arch: Architecture) -> dict[str, Any]:
     if arch.num_experts:
         fields[FIELDS["expert_ffn_size"]] = arch.expert_ffn_size
         fields[FIELDS["shared_ffn_size"]] = arch.shared_ffn_size or None
-        fields[FIELDS["moe_pattern"]] = _layer_freq([arch.is_moe_layer(layer) for layer in range(arch.num_layers)])
+        fields[FIELDS["moe_pattern"]] = _layer_freq(_moe_pattern(arch))
+    if hybrid:
+        fields["num_layers"] = 2 * arch.num_layers
+        if arch.num_experts:  # Megatron divides the logged losses by their number
+            fields[FIELDS["moe_pattern"]] = [int(is_moe) for moe in _moe_pattern(arch) for is_moe in (False, moe)]
     return fields
+
+
+def _moe_pattern(arch: Architecture) -> list[bool]:
+    return [arch.is_moe_layer(layer) for layer in range(arch.num_layers)]
 
 
 def _layer_freq(pattern: Sequence[bool]) -> int | list[int]:
@@ -105,11 +118,13 @@ def architecture_of(config: Any, vocab_size: int) -> Architecture:
     """
     names = (*SIZES, "gated", *_BIASES, "tied_embeddings", "num_experts")
     fields = {name: getattr(config, FIELDS[name]) for name in names}
+    hybrid = hybrid_of(config)
+    fields["num_layers"] = hybrid.num_layers if hybrid else fields["num_layers"]
     fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
     fields["head_dim"] = fields["head_dim"] or fields["hidden_size"] // fields["num_heads"]
     fields["qkv_bias"] = fields["qkv_bias"] or fields["ffn_bias"]  # Megatron has one setting for all other biases
     if fields["num_experts"]:
-        pattern = layer_pattern(config.moe_layer_freq, config.num_layers)
+        pattern = hybrid.moe_pattern if hybrid else layer_pattern(config.moe_layer_freq, config.num_layers)
         fields |= {
             "top_k": config.moe_router_topk,
             "expert_ffn_size": config.moe_ffn_hidden_size or config.ffn_hidden_size,
@@ -179,12 +194,13 @@ def spec_fields(settings: Mapping[str, Any], ffn_size: int, num_layers: int) -> 
     }
 
 
-def check_spec(config: Any, spec: UpcycleSpec | None) -> None:
+def check_spec(config: Any, spec: UpcycleSpec | None, hybrid: HybridLayers | None = None) -> None:
     """Check that a model's configuration can be filled, and is what a spec asks for.
 
     Args:
         config: Megatron's or NeMo's, built or as a `run.Config`.
         spec: what the model is to be made by; None for a dense model.
+        hybrid: of a HybridModel: its layers.
 
     Raises:
         SpecError: they disagree, or the model would not compute its parent's function.
@@ -205,6 +221,9 @@ def check_spec(config: Any, spec: UpcycleSpec | None) -> None:
         check_capacity(None if capacity is None or capacity < 0 else capacity, pad, spec.num_experts, spec.top_k)
     except SpecError as error:
         raise error.renamed(lambda name: f"model.config.moe_expert_{name}") from None
+    if hybrid:
+        _check_pattern(hybrid, spec.moe_pattern(hybrid.num_layers), f"moe_layers={spec.moe_layers}")
+        return
     frequency, layers = getattr(config, "moe_layer_freq", 1), config.num_layers
     got_layers = layers if isinstance(frequency, int) else len(frequency)
     if (want := spec.moe_pattern(layers)) != layer_pattern(frequency, got_layers):
@@ -213,6 +232,17 @@ def check_spec(config: Any, spec: UpcycleSpec | None) -> None:
             got=frequency if isinstance(frequency, int) else list(frequency),
             expected=f"{[int(is_moe) for is_moe in want]} (moe_layers={spec.moe_layers})",
             fix="make them agree",
+        )
+
+
+def _check_pattern(hybrid: HybridLayers, moe_pattern: Sequence[bool], why: str) -> None:
+    """Check that a HybridModel computes attention and network in turn, and has experts where they should be."""
+    if hybrid.symbols != (expected := hybrid_pattern(moe_pattern)):
+        raise SpecError(
+            field="hybrid_layer_pattern",
+            got=hybrid.pattern,
+            expected=f"{expected} ({why}), with | between any two layers",
+            fix="set it, or let nemo_upcycle.models.hybrid.hybrid_pattern make it",
         )
 
 
@@ -233,7 +263,7 @@ def check_model(model: Any, moe_arch: Architecture) -> None:
     """Check that a built model has the settings that a checkpoint's architecture asks for.
 
     Args:
-        model: a Megatron `GPTModel`.
+        model: a Megatron `GPTModel` or `HybridModel`.
         moe_arch: the architecture that it is to have: the MoE model's, or the dense model's where no experts are made.
 
     Raises:
@@ -244,7 +274,10 @@ def check_model(model: Any, moe_arch: Architecture) -> None:
     check_fields(config, model, rotary)
     frequencies = getattr(rotary, "inv_freq", None)
     fields = (*_BLOCK, *(("expert_ffn_size", "shared_ffn_size") if moe_arch.num_experts else ()))
-    settings, wanted = [FIELDS[field] for field in fields], megatron_fields(moe_arch)
+    hybrid = hybrid_of(model)
+    if hybrid:
+        _check_pattern(hybrid, _moe_pattern(moe_arch), "as in the dense checkpoint")
+    settings, wanted = [FIELDS[field] for field in fields], megatron_fields(moe_arch, hybrid=hybrid is not None)
     checks: list[tuple[str, Any, Any]] = [(name, getattr(config, name), wanted[name]) for name in settings]
     if config.softmax_scale and not math.isclose(config.softmax_scale, moe_arch.head_dim**-0.5, rel_tol=1e-6):
         checks.append(("softmax_scale", config.softmax_scale, f"None or {moe_arch.head_dim**-0.5:.6g}"))

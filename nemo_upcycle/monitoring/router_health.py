@@ -9,7 +9,7 @@ reduction for each name that a rank happens to know.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ class RouterHealth:
         config: the model's configuration.
         clears_losses: whether to clear the auxiliary losses that Megatron collects; else the trainer does it at the
             end of every step.
+        layers: those of the model's layers that are described, in order; by default all. In a HybridModel experts have
+            layers of their own.
 
     Example:
         >>> health = RouterHealth(chunks, config)  # doctest: +SKIP
@@ -49,8 +51,16 @@ class RouterHealth:
         >>> health.describe(summed)["load_cv"]  # one number a layer
     """
 
-    def __init__(self, chunks: list[torch.nn.Module], config: Any, *, clears_losses: bool = True) -> None:
+    def __init__(
+        self,
+        chunks: list[torch.nn.Module],
+        config: Any,
+        *,
+        clears_losses: bool = True,
+        layers: Sequence[int] | None = None,
+    ) -> None:
         self.config, self._clears_losses = config, clears_losses
+        self._described = list(range(config.num_layers) if layers is None else layers)
         self._layers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, MoELayer)]
         kinds = config.moe_router_load_balancing_type
         self._kinds = [kind for kind in ([kinds] if isinstance(kinds, str) else kinds) if kind in _LOSSES]
@@ -143,7 +153,7 @@ class RouterHealth:
             losses without their coefficient (1 in perfect balance); `expert_distance`, where sampled: see there.
         """
         shares_LE, balanced = shares(summed["counts"]), 1 / self.config.num_moe_experts
-        is_moe = (summed["slots"] > 0).tolist()
+        is_moe_L = summed["slots"] > 0
         dropped_L = 1 - summed["counts"].sum(dim=1) / summed["slots"].clamp(min=1)
         health = {
             "load_min": shares_LE.amin(dim=1),
@@ -156,8 +166,9 @@ class RouterHealth:
         }
         if "experts" in summed:
             health["expert_distance"] = self._distance(summed["experts"])
-        rows = {name: zip(values_L.tolist(), is_moe, strict=True) for name, values_L in health.items()}
-        return {name: [round(value, 6) if moe else None for value, moe in row] for name, row in rows.items()}
+        rows, described = self._described, is_moe_L[self._described].tolist()
+        pairs = {name: zip(values_L[rows].tolist(), described, strict=True) for name, values_L in health.items()}
+        return {name: [round(value, 6) if is_moe else None for value, is_moe in row] for name, row in pairs.items()}
 
     def _distance(self, experts_LEW: torch.Tensor) -> torch.Tensor:
         """Return how far the experts of each layer are from their common origin: norm of the difference over its norm.

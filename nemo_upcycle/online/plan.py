@@ -14,7 +14,8 @@ import torch
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.config_fields import glu_interleave_size
-from nemo_upcycle.models.mapping import ParamMapping, Sharding, find_mapping, layer_mappings, mapping_of
+from nemo_upcycle.models.hybrid import LayerPart, layer_parts
+from nemo_upcycle.models.mapping import ParamMapping, Sharding, find_mapping, mapping_of, part_mappings
 from nemo_upcycle.models.sharding import Shard, hf_shape, shard_shape
 from nemo_upcycle.online.receipt import ParameterRecord
 from nemo_upcycle.spec import UpcycleSpec
@@ -78,7 +79,7 @@ def param_plans(
     """Return what is to be filled in one model chunk, every parameter exactly once.
 
     Args:
-        model: Megatron's `GPTModel`, also on the meta device.
+        model: Megatron's `GPTModel` or `HybridModel`, also on the meta device.
         dense: the dense checkpoint's architecture.
         moe_arch: the model's own.
         spec: how one becomes the other; None for a dense model.
@@ -89,7 +90,8 @@ def param_plans(
         CheckpointError: a parameter has no source, one is missing, or a shape is wrong.
         SpecError: a parameter cannot be filled through views.
     """
-    layers = [layer.layer_number - 1 for layer in model.decoder.layers]
+    parts = layer_parts(model)
+    layers = [part.layer for part in parts]
     grouped: dict[TensorPlan, list[tuple[int, str, torch.Tensor]]] = {}
     found: dict[int | None, dict[str, str]] = {}
     mapped, unknown_names = [], []
@@ -100,7 +102,7 @@ def param_plans(
             mapped.append((name, parameter, layer, *match))
         else:
             unknown_names.append(name)
-    _check_roles(unknown_names, found, moe_arch, layers)
+    _check_roles(unknown_names, found, moe_arch, parts)
     if model.post_process and not dense.tied_embeddings and "output" not in found.get(None, {}):
         raise CheckpointError(
             "output layer of the model",
@@ -177,12 +179,18 @@ def split_name(name: str, layers: list[int]) -> tuple[int | None, str]:
 
 
 def _check_roles(
-    unknown_names: list[str], found: dict[int | None, dict[str, str]], moe_arch: Architecture, layers: Iterable[int]
+    unknown_names: list[str],
+    found: dict[int | None, dict[str, str]],
+    moe_arch: Architecture,
+    parts: Iterable[LayerPart],
 ) -> None:
     """Check that the layers have the parameters that the upcycled model has: none without a source, none missing."""
     surplus, missing = list(unknown_names), []
-    for layer in layers:
-        wanted = {mapping.role for mapping in layer_mappings(moe_arch, layer)}
+    wanted_roles: dict[int, set[str]] = {}  # a stage may end between a layer's attention and its network
+    for part in parts:
+        roles = {mapping.role for mapping in part_mappings(moe_arch, part)}
+        wanted_roles[part.layer] = wanted_roles.get(part.layer, set()) | roles
+    for layer, wanted in wanted_roles.items():
         got = found.get(layer, {})
         surplus += [name for role, name in got.items() if role not in wanted]
         missing += [f"{role} in layer {layer}" for role in sorted(wanted - got.keys())]

@@ -22,6 +22,7 @@ import torch
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.init.experts import fill_copies
+from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.mapping import Sharding
 from nemo_upcycle.models.megatron_config import changed_by, check_model, check_spec
 from nemo_upcycle.online.plan import ParamPlan, RankCoords, param_plans
@@ -56,7 +57,7 @@ def upcycle_into(
     that keep master weights must reload them afterwards.
 
     Args:
-        chunks: this rank's Megatron `GPTModel` chunks (wrapped or not), one per virtual pipeline stage.
+        chunks: this rank's chunks of Megatron's `GPTModel` or `HybridModel` (wrapped or not), one per virtual stage.
         dense: the open dense checkpoint.
         spec: what to make of it; None loads it into a dense model as it is.
         progress: called after every parameter.
@@ -99,7 +100,10 @@ def _unwrap(chunk: Any) -> Any:
     while "decoder" not in chunk._modules:
         if "module" not in chunk._modules:
             raise SpecError(
-                "model chunk", got=type(chunk).__name__, expected="a Megatron GPTModel", fix="pass the chunks"
+                "model chunk",
+                got=type(chunk).__name__,
+                expected="a Megatron GPTModel or HybridModel",
+                fix="pass the chunks",
             )
         chunk = chunk.module
     return chunk
@@ -120,7 +124,10 @@ def checked_plans(chunks: Sequence[torch.nn.Module], dense: DenseSource, spec: U
     moe_arch = arch.upcycled(spec) if spec else arch
     models = [_unwrap(chunk) for chunk in chunks]
     for model in models:
-        check_spec(model.config, spec)
+        hybrid = hybrid_of(model)
+        if hybrid:
+            hybrid.require_stages(model.pg_collection.pp.size(), len(models))
+        check_spec(model.config, spec, hybrid)
     check_source(dense, sampled=True)
     for model in models:
         check_model(model, moe_arch)

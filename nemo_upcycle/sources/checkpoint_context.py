@@ -21,6 +21,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.config_fields import refusals
 from nemo_upcycle.models.families import find_family, find_nemo_module, llama, parents, qwen3
 from nemo_upcycle.models.hf_config import architecture_from_config
+from nemo_upcycle.models.hybrid import HybridLayers
 from nemo_upcycle.models.megatron_config import FIELDS, spec_fields
 from nemo_upcycle.models.rotary import rope_frequencies, same_frequencies
 from nemo_upcycle.sources.torch_pickles import Inert, read_saved
@@ -39,6 +40,8 @@ _FUNCTION = {
         *("activation", "qkv_bias", "ffn_bias", "qk_norm", "zero_centered_norm", "norm_eps", "scaled_embedding"),
     )
 }
+#: Bridge's configurations of the models that are known here.
+_BRIDGE_MODELS = ("GPTModelProvider", "GPTModelConfig", "HybridModelProvider", "HybridModelConfig")
 #: Megatron-LM's argument -> NeMo's setting, where the names differ.
 _ARGUMENTS = {
     "norm_epsilon": "layernorm_epsilon",
@@ -286,11 +289,12 @@ def _bridge_settings(path: Path) -> dict[str, Any]:
     """Return the settings of Bridge's model, by Megatron's names, which are NeMo's."""
     model = dict(yaml.safe_load(path.read_text(encoding="utf-8"))["model"])
     settings = model | dict(model.get("transformer") or {})  # of a builder's configuration, beside the model's
-    if model["_target_"].rpartition(".")[2] in ("GPTModelProvider", "GPTModelConfig"):  # others compute otherwise
+    if model["_target_"].rpartition(".")[2] in _BRIDGE_MODELS:  # others compute otherwise
         settings["_target_"] = "megatron.GPTModel"
     # A builder's configuration is written without it: then it is that of nearly every parent.
     activation = settings.setdefault("activation_func", {"_target_": "torch.nn.functional.silu"})["_target_"]
     int(settings["num_layers"])
+    settings |= _dense_layers(settings)
     if activation.endswith(".gelu"):
         settings["activation_func"] = {"_target_": "openai_gelu"}
     if settings.get("rope_scaling"):
@@ -311,9 +315,18 @@ def _megatron_settings(path: Path) -> dict[str, Any] | None:
         "share_embeddings_and_output_weights": not given.get("untie_embeddings_and_output_weights"),
         "num_query_groups": given.get("num_query_groups") if given.get("group_query_attention") else None,
     }
+    settings |= _dense_layers(settings)
     if given.get("use_rope_scaling"):
         settings |= _megatron_rope_scaling(given.get("rope_scaling_factor", 8.0))
     return settings
+
+
+def _dense_layers(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of layers that a GPTModel has which computes the same as a HybridModel; none for others."""
+    hybrid = HybridLayers(pattern) if (pattern := settings.get("hybrid_layer_pattern")) else None
+    if hybrid is None:
+        return {}
+    return {"num_layers": hybrid.num_layers, "moe_layer_freq": [int(is_moe) for is_moe in hybrid.moe_pattern]}
 
 
 def _megatron_rope_scaling(factor: float) -> dict[str, Any]:

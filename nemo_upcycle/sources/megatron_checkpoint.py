@@ -16,7 +16,16 @@ import torch
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import architecture_from_config, read_architecture
-from nemo_upcycle.models.mapping import BY_ROLE, MAPPINGS, MOE_MAPPINGS, ParamMapping, Sharding, mapping_of
+from nemo_upcycle.models.mapping import (
+    BY_ROLE,
+    MOE_MAPPINGS,
+    ParamMapping,
+    Sharding,
+    find_stored,
+    mapping_of,
+    split_stored,
+    stored_hybrid,
+)
 from nemo_upcycle.models.megatron_config import require_buildable
 from nemo_upcycle.models.sharding import Shard, SourceSlice, shard_shape, source_slices, tensor_shape
 from nemo_upcycle.sources.base import DenseSource, Index
@@ -28,7 +37,6 @@ from nemo_upcycle.utils.files import read_json
 
 #: With several optimizers, as MoE has them, their states are numbered.
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
-_LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -115,10 +123,13 @@ class MegatronCheckpoint(TensorFiles[_Fused], DenseSource):
 
     def _find_all(self) -> Iterator[tuple[str, _Fused]]:
         """Yield every Hugging Face tensor by name; refuses what the table does not know of a dense model."""
-        for key in model_tensors(self._checkpoint, self._prefix):
-            layer, name = _split(key.removeprefix(self._prefix))
-            in_layer = layer is not None
-            mapping = next((each for each in MAPPINGS if name in each.stored and each.in_layer is in_layer), None)
+        keys = list(model_tensors(self._checkpoint, self._prefix))
+        hybrid = stored_hybrid([key.removeprefix(self._prefix) for key in keys])
+        for key in keys:
+            layer, name = split_stored(key.removeprefix(self._prefix))
+            mapping = find_stored(name, in_layer=layer is not None)
+            if hybrid and layer:
+                layer = str(hybrid.parts[int(layer)].layer)
             is_moe, tied = mapping in MOE_MAPPINGS, self.architecture.tied_embeddings
             if mapping is None or is_moe or (mapping.role == "output" and tied):
                 raise CheckpointError(
@@ -206,9 +217,3 @@ class MegatronCheckpoint(TensorFiles[_Fused], DenseSource):
     def fingerprint(self) -> dict[str, str]:
         """Return the size of every file, and the sha256 of the metadata."""
         return self._checkpoint.fingerprint()
-
-
-def _split(name: str) -> tuple[str | None, str]:
-    """Return the layer's number ("" where layers are stacked, None outside them) and the name inside it."""
-    match = _LAYER.fullmatch(name)
-    return (match.group(1) or "", match.group(2)) if match else (None, name)

@@ -24,6 +24,7 @@ import torch
 
 from nemo_upcycle.convert.export import export_weights
 from nemo_upcycle.cpu.one_rank import one_rank
+from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.online.receipt import UpcycleReceipt
 from nemo_upcycle.online.upcycle import make_receipt
 from nemo_upcycle.sources import open_dense
@@ -64,9 +65,11 @@ def megatron_logits(
 
 @contextmanager
 def _layer_outputs(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collect what every layer hands on, in order."""
+    """Collect what every layer of the dense model hands on, in order."""
     outputs: list[torch.Tensor] = []
-    layers = cast("Any", model).decoder.layers
+    layers, hybrid = list(cast("Any", model).decoder.layers), hybrid_of(model)
+    if hybrid:
+        layers = [layers[index] for index in hybrid.networks]
     hooks = [layer.register_forward_hook(lambda *call: outputs.append(call[-1][0].detach())) for layer in layers]
     try:
         yield outputs

@@ -13,6 +13,7 @@ import torch
 from nemo_upcycle.convert.megatron_weights import LiveWeights
 from nemo_upcycle.cpu.configuration import configure_for_cpu
 from nemo_upcycle.models.hf_model import empty_model
+from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.mapping import ParamMapping
 from nemo_upcycle.online.plan import ParamPlan
 from nemo_upcycle.online.upcycle import checked_plans, fill
@@ -56,7 +57,7 @@ def paged_megatron(config: Any, dense: DenseSource, spec: UpcycleSpec | None) ->
     """Return a Megatron model on one rank, whose parts are filled when they compute, and of what.
 
     Args:
-        config: a NeMo `GPTConfig`, or a `GPTModelProvider` of Megatron-Bridge, of any layout; it is not changed.
+        config: a NeMo `GPTConfig`, or a provider of Megatron-Bridge, of any layout; it is not changed.
         dense: the open dense checkpoint.
         spec: what to make of it; None for a dense model.
 
@@ -72,8 +73,9 @@ def paged_megatron(config: Any, dense: DenseSource, spec: UpcycleSpec | None) ->
         fill([replace(plan, tensors=tuple(tensors[name] for name in plan.names)) for plan in mine], dense, spec, None)
         dense.release()
 
-    layers = [f"decoder.layers.{number}" for number in range(arch.num_layers)]
-    ends = ["decoder.final_layernorm", *([] if arch.tied_embeddings else ["output_layer"])]
+    layers = [f"decoder.layers.{number}" for number in range(len(model.decoder.layers))]
+    norm = "decoder.final_norm" if hybrid_of(model) else "decoder.final_layernorm"
+    ends = [norm, *([] if arch.tied_embeddings else ["output_layer"])]
     stay = ["embedding"] if arch.tied_embeddings else []
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return PagedModel(model, ["embedding", *layers, *ends], fill_part, stay=stay, device=device), plans
@@ -83,7 +85,8 @@ def _built(config: Any) -> Any:
     if hasattr(config, "configure_model"):
         return config.configure_model(tokenizer=None)
     config.finalize()
-    return config.provide(pre_process=True, post_process=True)
+    with torch.device("meta"):  # a HybridModelProvider asks no setting
+        return config.provide(pre_process=True, post_process=True)
 
 
 def _on_one_rank(config: Any, vocab_size: int) -> Any:
@@ -92,6 +95,8 @@ def _on_one_rank(config: Any, vocab_size: int) -> Any:
     for name, value in _ONE_RANK.items():
         if hasattr(config, name):  # of another release
             setattr(config, name, value)
+    if hybrid := hybrid_of(config):
+        config.hybrid_layer_pattern = hybrid.symbols
     config.vocab_size, config.should_pad_vocab = vocab_size, False
     configure_for_cpu(config)  # on a GPU too: Transformer Engine knows no float64
     return config

@@ -17,6 +17,12 @@ def tiny() -> Any:
     return _tiny(UpcycleSpec(num_experts=4, top_k=2), expert_model_parallel_size=2)
 
 
+def tiny_hybrid() -> Any:
+    """The same as a HybridModel."""
+    spec = UpcycleSpec(num_experts=4, top_k=2)
+    return _tiny(spec, expert_model_parallel_size=2, hybrid_layer_pattern="*E*E*E*E")
+
+
 def tiny_dense_ct() -> Any:
     """Its dense baseline, in two pipeline stages: the first rank has no loss of its own."""
     return _tiny(None, pipeline_model_parallel_size=2)

@@ -29,9 +29,11 @@ def run_config(
     style: str = "provider",
     steps: int = 1,
     vocab_size: int = VOCABULARY,
+    pattern: str | None = None,
+    lr: float = 0.0,
     **layout: int,
 ) -> Any:
-    """Return a run of Bridge's that learns nothing: its learning rate is zero, its checkpoints are those of step 0.
+    """Return a run of Bridge's that learns nothing, unless it is told to: its checkpoints are those of step 0.
 
     Args:
         dense: the dense checkpoint.
@@ -40,10 +42,13 @@ def run_config(
         style: `provider`, or `builder` for the configuration that is to replace it.
         steps: to train.
         vocab_size: of the model; rows that the parent does not have only pad.
+        pattern: the layers of a HybridModel; None: a GPTModel.
+        lr: the learning rate.
         layout: sizes that are not 1.
     """
     from megatron.bridge.recipes.common import _pretrain_common
 
+    from nemo_upcycle.cpu.configuration import local_hybrid_stack
     from nemo_upcycle.trainers.bridge.models import upcycled_config, upcycled_provider
 
     sizes = {SIZES[name]: size for name, size in layout.items()}
@@ -55,8 +60,12 @@ def run_config(
         "seq_length": SEQUENCE,
         "vocab_size": vocab_size,
     }
+    if pattern:
+        settings["hybrid_layer_pattern"] = pattern
     if style == "builder":  # of a provider the CPU backend chooses it
-        settings["transformer_layer_spec"] = _local_layers
+        settings |= (
+            {"hybrid_stack_spec": local_hybrid_stack()} if pattern else {"transformer_layer_spec": _local_layers}
+        )
     config = _pretrain_common()
     config.model = (upcycled_provider if style == "provider" else upcycled_config)(dense, spec, **settings, **sizes)
     config.mixed_precision = None
@@ -64,7 +73,7 @@ def run_config(
     config.dataset.seq_length, config.dataset.num_workers = SEQUENCE, 0
     config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = steps, 4, 1
     config.validation.eval_iters = 0
-    config.optimizer.lr = config.optimizer.min_lr = 0.0
+    config.optimizer.lr = config.optimizer.min_lr = lr
     config.scheduler.lr_warmup_iters = 0
     config.ddp.overlap_grad_reduce = config.ddp.overlap_param_gather = False
     config.checkpoint.save = config.checkpoint.load = str(folder)

@@ -32,13 +32,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_finished_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def _plan(inputs: Path, *settings: str) -> RunPlan:
+def _plan(inputs: Path, *settings: str, recipe: str = TINY) -> RunPlan:
     from nemo_upcycle.trainers.bridge_training import BridgeTraining
 
-    moe = BridgeTraining(TINY, settings, nodes=1, ranks_per_node=2)
+    moe = BridgeTraining(recipe, settings, nodes=1, ranks_per_node=2)
     dense_ct = BridgeTraining(DENSE_CT, settings, nodes=1, ranks_per_node=2)
     named = [str(inputs / name) for name in ("parent", "blend", "evaluation.yaml")]
-    return RunPlan(TINY, *named, moe.to_text(), dense_ct.to_text(), trainer="bridge")
+    return RunPlan(recipe, *named, moe.to_text(), dense_ct.to_text(), trainer="bridge")
 
 
 def _ranks(stage: str) -> int:
@@ -110,6 +110,25 @@ def test_a_resumed_training_has_the_bits_of_one_that_was_not_stopped(
         assert answer.status == 0, answer.text
     assert _same_bits(run_dir / "hf", finished / "hf")
     assert _same_bits(run_dir / "dense_ct/hf", finished / "dense_ct/hf")
+
+
+def test_a_hybrid_model_goes_through_the_chain_as_a_gpt_model_does(
+    finished: Path, inputs: Path, tmp_path: Path
+) -> None:
+    from tests.bridge.test_upcycling import _same_bits
+
+    run_dir = tmp_path / "run"
+    _plan(inputs, recipe="tests.bridge.recipes:tiny_hybrid").write(run_dir)
+    for name in ("import", "data", "upcycle", "pretrain"):
+        answer = run_in_own_process(name, run_dir, ranks=_ranks(name))
+        assert answer.status == 0, answer.text
+    assert read_json(run_dir / "receipt.json")["within_tolerance"] is True
+    own, other = (
+        [line for line in _lines(run / "pretrain/metrics.jsonl") if "loss" in line] for run in (run_dir, finished)
+    )
+    assert [line["loss"] for line in own] == pytest.approx([line["loss"] for line in other], rel=1e-5)
+    assert all(len(line["router"]["load_cv"]) == 4 for line in own)
+    assert _same_bits(run_dir / "upcycle/hf", finished / "upcycle/hf")
 
 
 @pytest.mark.parametrize(

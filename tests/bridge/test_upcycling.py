@@ -327,20 +327,6 @@ def test_settings_of_a_command_line_leave_the_hook(dense: Path, tmp_path: Path, 
     assert hook_of(changed) is hook_of(config) is not None
 
 
-def test_a_hybrid_model_is_refused_by_name(dense: Path, tmp_path: Path) -> None:
-    from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
-
-    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
-
-    config = run_config(dense, tmp_path, None)
-    sizes = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4}
-    config.model = HybridModelProvider(
-        hybrid_layer_pattern="*-*-", vocab_size=VOCABULARY, seq_length=SEQUENCE, **sizes
-    )
-    with pytest.raises(SpecError, match=r"config\.model: got HybridModelProvider, expected a GPT model"):
-        upcycle_on_start(config, dense, UpcycleSpec(**SPEC))
-
-
 def test_a_setting_that_comes_later_than_the_recipe_is_refused_too(dense: Path, tmp_path: Path) -> None:
     """`--save_dir` alone, say: Bridge reads the command line when the recipe has been made."""
     with pytest.raises(RuntimeError, match=r"checkpoint\.load: got .*run, expected checkpoint\.save"):

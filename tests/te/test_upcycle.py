@@ -17,7 +17,9 @@ import torch
 from nemo_upcycle import UpcycleSpec, upcycle_into
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.hybrid import hybrid_pattern, layer_parts
 from nemo_upcycle.models.mapping import MAPPINGS, find_mapping
+from nemo_upcycle.models.megatron_config import megatron_fields
 from nemo_upcycle.online.plan import RankCoords, param_plans
 from nemo_upcycle.online.upcycle import load_dense_into
 from nemo_upcycle.planning.check import megatron_rank, transformer_config
@@ -113,7 +115,7 @@ def _filled(chunks: list[Any], source: MemorySource, spec: UpcycleSpec | None) -
         for name, parameter in chunk.named_parameters():
             layer, inner = None, name
             if match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name):
-                layer, inner = chunk.decoder.layers[int(match[1])].layer_number, match[2]
+                layer, inner = layer_parts(chunk)[int(match[1])].layer + 1, match[2]
             mapping_and_expert = find_mapping(inner, in_layer=layer is not None)
             assert mapping_and_expert, name
             assert not parameter.isnan().any(), f"{name} was not filled"
@@ -184,6 +186,61 @@ def test_every_kind_of_model(model: str, layout: Layout, grouped: bool) -> None:
         pytest.skip("Megatron-Core has biases of experts only without expert-tensor parallelism")
     spec = UpcycleSpec(**({"num_experts": 4, "top_k": 2} | fields))
     _check_same(small_architecture(num_layers=4, **shapes), spec, layout, grouped)
+
+
+def _as_hybrid(chunks: list[Any], arch: Architecture, spec: UpcycleSpec | None, layout: Layout) -> list[Any]:
+    """Build the same chunks as parts of a HybridModel with Transformer Engine's modules."""
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    from nemo_upcycle.trainers.bridge.models import hybrid_stack_with_qk_norm
+
+    moe = arch.upcycled(spec) if spec else arch
+    pattern = hybrid_pattern([moe.is_moe_layer(layer) for layer in range(arch.num_layers)], layout.pp * layout.vp)
+    fields = megatron_fields(moe, hybrid=True)
+    sizes = {name: fields[name] for name in ("num_layers", "moe_layer_freq") if name in fields}
+    return [
+        HybridModel(
+            replace(chunk.config, moe_grouped_gemm=spec is not None, **sizes),
+            hybrid_stack_with_qk_norm() if arch.qk_norm else hybrid_stack_spec,
+            chunk.vocab_size,
+            chunk.max_sequence_length,
+            hybrid_layer_pattern=pattern,
+            pre_process=chunk.pre_process,
+            post_process=chunk.post_process,
+            share_embeddings_and_output_weights=chunk.share_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_base=chunk.rotary_base,
+            vp_stage=chunk.vp_stage,
+        )
+        for chunk in chunks
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        *(("granular", layout) for layout in LAYOUTS),
+        *(
+            (model, Layout(gpus=4, tp=2, pp=2, ep=2))
+            for model in ("qk_norm", "mixed", "mixed_shared", "biases", "gelu")
+        ),
+    ],
+    ids=str,
+)
+def test_a_hybrid_model_has_the_bits_of_a_gpt_model(model: str, layout: Layout) -> None:
+    pytest.importorskip("megatron.bridge", reason="Megatron-Core 0.15 has no HybridModel")
+    shapes, fields = MODELS[model]
+    arch, spec = small_architecture(num_layers=4, **shapes), UpcycleSpec(**({"num_experts": 4, "top_k": 2} | fields))
+    source = MemorySource(arch)
+    for rank in range(layout.gpus):
+        with megatron_rank(layout, rank):
+            local = _local(arch, spec, layout)
+            chunks = _as_hybrid(local, arch, spec, layout)
+            wanted, got = _filled(local, source, spec), _filled(chunks, source, spec)
+        assert got.keys() == wanted.keys()
+        for key, parameter in got.items():
+            assert torch.equal(parameter, wanted[key]), f"rank {rank}: {key}"
 
 
 @GROUPED

@@ -14,6 +14,7 @@ from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 
 from nemo_upcycle.data.blend_samples import describe_blend
 from nemo_upcycle.data.finished import open_blend
+from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.monitoring.router_health import RouterHealth
 from nemo_upcycle.monitoring.step_metrics import StepMetrics, TrainingFacts
@@ -48,7 +49,9 @@ class BridgeMetrics(Callback):
         health = None
         if transformer.num_moe_experts:  # Bridge logs Megatron's auxiliary losses after us, and clears them then
             logs = not config.logger.skip_train_metrics_log
-            health = RouterHealth(context.model, transformer, clears_losses=not logs)
+            hybrid = hybrid_of(model)
+            layers = hybrid.networks if hybrid else None
+            health = RouterHealth(context.model, transformer, clears_losses=not logs, layers=layers)
         facts = TrainingFacts(
             self.folder / "metrics.jsonl",
             architecture_of(_flat(model), model.vocab_size),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,13 @@ from typing import Any
 import torch
 from megatron.bridge.models.gpt.gpt_builder import GPTModelConfig
 from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.models.hybrid.hybrid_builder import HybridModelConfig
+from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
 from megatron.bridge.models.transformer_config import TransformerConfig
+from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.activation import activation_function
@@ -41,8 +47,12 @@ _MOE_KERNELS: dict[str, Any] = {
 }
 
 
-def upcycled_provider(dense: str | Path | Architecture, spec: UpcycleSpec | None, **changes: Any) -> GPTModelProvider:
+def upcycled_provider(
+    dense: str | Path | Architecture, spec: UpcycleSpec | None, **changes: Any
+) -> GPTModelProvider | HybridModelProvider:
     """Return Bridge's provider of the model that a spec makes of a dense checkpoint.
+
+    With a `hybrid_layer_pattern` among the changes it is a HybridModel's, else a GPTModel's.
 
     Args:
         dense: the dense checkpoint's folder, or its architecture.
@@ -50,17 +60,27 @@ def upcycled_provider(dense: str | Path | Architecture, spec: UpcycleSpec | None
         changes: fields of the provider that are to differ: layout, precision, kernels.
 
     Raises:
-        SpecError: Bridge's GPT model cannot be it.
+        SpecError: Bridge's model class cannot be it.
 
     Example:
         >>> upcycled_provider("/models/Llama-3-8B", UpcycleSpec(), expert_model_parallel_size=8)  # doctest: +SKIP
+        >>> pattern = hybrid_pattern([True] * 32, segments=4)  # of nemo_upcycle.models.hybrid
+        >>> upcycled_provider("/models/Llama-3-8B", UpcycleSpec(), hybrid_layer_pattern=pattern)  # doctest: +SKIP
     """
     arch = _architecture(dense)
-    fields = provider_fields(arch.upcycled(spec) if spec else arch)
-    return GPTModelProvider(**(fields | _routing(spec) | changes))
+    arch = arch.upcycled(spec) if spec else arch
+    if "hybrid_layer_pattern" not in changes:
+        return GPTModelProvider(**(provider_fields(arch) | _routing(spec) | changes))
+    fields = _transformer(arch, hybrid=True) | _hybrid_model(arch)
+    fields["attention_backend"] = AttnBackend.auto  # a GPTModel's: a process keeps to one
+    if arch.qk_norm:
+        fields["hybrid_stack_spec"] = hybrid_stack_with_qk_norm
+    return HybridModelProvider(**(fields | _routing(spec) | changes))
 
 
-def upcycled_config(dense: str | Path | Architecture, spec: UpcycleSpec | None, **changes: Any) -> GPTModelConfig:
+def upcycled_config(
+    dense: str | Path | Architecture, spec: UpcycleSpec | None, **changes: Any
+) -> GPTModelConfig | HybridModelConfig:
     """Return the same as a configuration of Bridge's builders, which are to replace its providers.
 
     Args:
@@ -69,26 +89,39 @@ def upcycled_config(dense: str | Path | Architecture, spec: UpcycleSpec | None, 
         changes: fields of the configuration or of its `TransformerConfig` that are to differ.
 
     Raises:
-        SpecError: Bridge's GPT model cannot be it.
+        SpecError: Bridge's model class cannot be it.
     """
     arch = _architecture(dense)
-    arch = arch.upcycled(spec) if spec else arch
-    outer = {name: value for name, value in changes.items() if name in GPTModelConfig.__dataclass_fields__}
+    arch, hybrid = arch.upcycled(spec) if spec else arch, "hybrid_layer_pattern" in changes
+    model_class = UpcycledHybridConfig if hybrid else UpcycledModelConfig
+    outer = {name: value for name, value in changes.items() if name in model_class.__dataclass_fields__}
     inner = _routing(spec) | {name: value for name, value in changes.items() if name not in outer}
-    transformer = TransformerConfig(**(_transformer(arch) | inner))
-    config = UpcycledModelConfig(transformer=transformer, **(_model(arch) | outer))
+    settings = _hybrid_model(arch) if hybrid else _model(arch)
+    if hybrid and arch.qk_norm:
+        settings["hybrid_stack_spec"] = hybrid_stack_with_qk_norm()
+    transformer = TransformerConfig(**(_transformer(arch, hybrid=hybrid) | inner))
+    config = model_class(transformer=transformer, **(settings | outer))
     config.transformer.seq_length = config.seq_length  # where the warm-up of Bridge 0.6 looks for it
     return config
 
 
-class UpcycledModelConfig(GPTModelConfig):
-    """Bridge's configuration, saved with TP and PP where Bridge 0.6 looks for them when it loads a checkpoint."""
+class _SavedWithSizes:
+    """A builder's configuration that is saved with TP and PP where Bridge 0.6 looks for them in a checkpoint."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return what a checkpoint's `run_config.yaml` says of the model, which is there of Bridge's own class."""
-        saved = super().as_dict() | {"_target_": f"{GPTModelConfig.__module__}.{GPTModelConfig.__qualname__}"}
+        bridges: Any = type(self).__bases__[1]
+        saved = bridges.as_dict(self) | {"_target_": f"{bridges.__module__}.{bridges.__qualname__}"}
         sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-        return saved | {name: getattr(self.transformer, name) for name in sizes}
+        return saved | {name: getattr(self.transformer, name) for name in sizes}  # type: ignore[attr-defined]
+
+
+class UpcycledModelConfig(_SavedWithSizes, GPTModelConfig):
+    """Bridge's configuration of a GPTModel."""
+
+
+class UpcycledHybridConfig(_SavedWithSizes, HybridModelConfig):
+    """Bridge's configuration of a HybridModel."""
 
 
 def provider_fields(arch: Architecture) -> dict[str, Any]:
@@ -98,12 +131,20 @@ def provider_fields(arch: Architecture) -> dict[str, Any]:
         arch: the architecture.
 
     Raises:
-        SpecError: Bridge's GPT model cannot be it.
+        SpecError: Bridge's model class cannot be it.
     """
     fields = _transformer(arch) | _model(arch)
     if arch.moe_pattern is not None:  # Bridge's own choice makes all layers alike
         fields["transformer_layer_spec"] = partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
     return fields
+
+
+def hybrid_stack_with_qk_norm() -> ModuleSpec:
+    """Return Megatron's layers of a HybridModel with norms of query and key, which its own have not."""
+    spec = copy.deepcopy(hybrid_stack_spec)
+    attention = spec.submodules.attention_layer.submodules.self_attention.submodules
+    attention.q_layernorm = attention.k_layernorm = TENorm
+    return spec
 
 
 def _architecture(dense: str | Path | Architecture) -> Architecture:
@@ -124,11 +165,11 @@ def _routing(spec: UpcycleSpec | None) -> dict[str, Any]:
     return router_fields(spec) | ({"moe_router_dtype": "fp32"} if spec.needs_float32_routing else {})
 
 
-def _transformer(arch: Architecture) -> dict[str, Any]:
+def _transformer(arch: Architecture, *, hybrid: bool = False) -> dict[str, Any]:
     """Return the settings of Megatron's `TransformerConfig`."""
     window = {"window_size": (arch.sliding_window - 1, 0)} if arch.sliding_window else {}
     return {
-        **megatron_fields(arch),
+        **megatron_fields(arch, hybrid=hybrid),
         **_KERNELS,
         **(_MOE_KERNELS if arch.num_experts else {}),
         **window,
@@ -157,3 +198,17 @@ def _model(arch: Architecture) -> dict[str, Any]:
         "rope_scaling": bool(scaling),
         "rope_scaling_factor": float(scaling["factor"]) if scaling else 1.0,
     }
+
+
+def _hybrid_model(arch: Architecture) -> dict[str, Any]:
+    """Return the same for a HybridModel."""
+    settings = _model(arch)
+    if settings.pop("rope_scaling"):
+        raise SpecError(
+            "rope_scaling of the dense checkpoint",
+            got=arch.rope_scaling,
+            expected="none: Megatron's HybridModel scales no rotary frequencies",
+            fix="omit hybrid_layer_pattern: a GPTModel scales them",
+        )
+    del settings["rope_scaling_factor"]
+    return settings

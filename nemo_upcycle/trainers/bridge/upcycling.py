@@ -23,6 +23,7 @@ from megatron.training.models.base import ModelConfig
 
 from nemo_upcycle.errors import SpecError, UpcycleError
 from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.megatron_config import check_spec
 from nemo_upcycle.online.upcycle import fill_chunks, merge_receipts
 from nemo_upcycle.sources import open_dense
@@ -181,14 +182,18 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None) -> None:
     """Check that the run can be filled and keeps what it was filled with."""
     model, checkpoint = config.model, config.checkpoint
     transformer = getattr(model, "transformer", model)
-    if isinstance(model, HybridModelConfig | HybridModelProvider):
+    hybrid = hybrid_of(model)
+    if hybrid is None and isinstance(model, HybridModelConfig | HybridModelProvider):
         raise SpecError(
-            field="config.model",
-            got=type(model).__name__,
-            expected="a GPT model: layers of a HybridModel have other names",
-            fix="make it with nemo_upcycle.trainers.bridge.models",
+            field="config.model.hybrid_layer_pattern",
+            got=None,
+            expected="which layers the model has",
+            fix="set it; hybrid_override_pattern and the ratios are older forms of it",
         )
-    check_spec(transformer, spec)
+    virtual = transformer.virtual_pipeline_model_parallel_size
+    if hybrid:
+        hybrid.require_stages(transformer.pipeline_model_parallel_size, virtual or 1)
+    check_spec(transformer, spec, hybrid)
     if not checkpoint.save:
         raise SpecError(field="config.checkpoint.save", got=None, expected="a folder, for the receipt", fix="set it")
     check_folder(checkpoint.save)
@@ -220,6 +225,16 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None) -> None:
         ("checkpoint.load", is_hf_checkpoint_dir(checkpoint.load) and checkpoint.load, "it would overwrite"),
         ("checkpoint.non_persistent_ckpt_type", is_local and "local", "no rank sees the others' checkpoints"),
         ("checkpoint.also_save_hf_checkpoint", saves_hf, "Bridge exports interleaved rows of experts as they lie"),
+        (
+            "model.virtual_pipeline_model_parallel_size",
+            isinstance(model, HybridModelProvider) and virtual,
+            "Bridge's provider of a HybridModel has none; upcycled_config makes a builder's, which has",
+        ),
+        (
+            "checkpoint.also_save_hf_checkpoint",
+            hybrid and checkpoint.also_save_hf_checkpoint,
+            "Bridge numbers a HybridModel's layers as they are; nemo-upcycle export writes the parent's class",
+        ),
         ("peft", config.peft, "all weights are trained"),
         ("dist.use_megatron_fsdp", config.dist.use_megatron_fsdp or config.ddp.use_megatron_fsdp, "it cuts shards"),
         ("dist.use_torch_fsdp2", config.dist.use_torch_fsdp2, "it cuts shards"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from nemo_upcycle.monitoring.router_health import RouterHealth, shares
 
 
-def _health(**changes: Any) -> RouterHealth:
+def _health(layers: Sequence[int] | None = None, **changes: Any) -> RouterHealth:
     config = {
         "num_layers": 3,
         "num_moe_experts": 4,
@@ -20,7 +21,7 @@ def _health(**changes: Any) -> RouterHealth:
         "ffn_hidden_size": 64,
         "moe_ffn_hidden_size": 64,
     }
-    return RouterHealth([], SimpleNamespace(**(config | changes)))
+    return RouterHealth([], SimpleNamespace(**(config | changes)), layers=layers)
 
 
 #: A balanced layer, one that used a single expert and dropped half of its slots, and one without experts.
@@ -43,6 +44,11 @@ def test_every_layer_is_described() -> None:
         "dropped": [0.0, 0.5, None],
         "load_balancing_loss": [1.0, 4.0, None],
     }
+
+
+def test_layers_that_hold_no_network_are_left_out() -> None:
+    found = _health(layers=[0, 2]).describe(SUMMED)
+    assert (found["load_min"], found["dead_experts"]) == ([0.25, None], [0, None])
 
 
 def test_an_expert_below_one_percent_of_its_share_counts_as_dead() -> None:

@@ -312,6 +312,9 @@ def _megatron(folder: Path, dense: Path, **changes: Any) -> Path:
         ({"use_rope_scaling": True}, None, r"rope_scaling of .*got None, expected .*'factor': 8\.0"),
         ({"norm_epsilon": 1e-6}, None, "norm_eps of .*expected 1e-06"),
         ({"rotary_seq_len_interpolation_factor": 2}, None, "seq_len_interpolation_factor: got 2"),
+        ({"hybrid_layer_pattern": "*E|*-", "num_layers": 4}, SPEC, "moe_layers: got all, expected 0"),
+        ({"hybrid_layer_pattern": "*E*E*E", "num_layers": 6}, None, "num_layers of .*got 2, expected 3"),
+        ({"hybrid_layer_pattern": "M*E", "num_layers": 3}, None, r"hybrid_layer_pattern: got M\*E"),
     ],
 )
 def test_export_obeys_the_arguments_of_megatron(
@@ -322,8 +325,11 @@ def test_export_obeys_the_arguments_of_megatron(
         export_checkpoint(checkpoint, dense, tmp_path / "hf", spec=spec)
 
 
-def test_export_needs_no_spec_beside_the_arguments_of_megatron(dense: Path, tmp_path: Path) -> None:
-    export_checkpoint(_megatron(tmp_path / "ck", dense), dense, tmp_path / "hf")
+@pytest.mark.parametrize("changes", [{}, {"hybrid_layer_pattern": "*E|*E", "num_layers": 4}], ids=["gpt", "hybrid"])
+def test_export_needs_no_spec_beside_the_arguments_of_megatron(
+    dense: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    export_checkpoint(_megatron(tmp_path / "ck", dense, **changes), dense, tmp_path / "hf")
     config = read_json(tmp_path / "hf/config.json")
     assert (config["num_experts_per_tok"], config["router_aux_loss_coef"]) == (2, 0.03)
 

@@ -1,0 +1,147 @@
+"""Layers of Megatron's HybridModel, each of which is the attention or the network of a dense layer: the index map.
+
+Megatron-Core's rule (`dist_checkpointing/gpt_checkpoint_interop.py` of 0.19.2): the i-th `*` of a pattern is the
+attention of layer i, the i-th `-` (dense) or `E` (experts) is its network. `|` are borders of pipeline stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from nemo_upcycle.errors import SpecError
+
+
+_ATTENTION, _DENSE, _MOE, _BORDER = "*-E|"
+
+
+class LayerPart(NamedTuple):
+    """What a layer of a model is: all of a dense layer (GPTModel), or its attention or its network alone.
+
+    Args:
+        layer: number of the dense layer, from 0.
+        in_attention: whether it is the attention; None for a whole layer.
+    """
+
+    layer: int
+    in_attention: bool | None = None
+
+
+@dataclass(frozen=True)
+class HybridLayers:
+    """The layers of a HybridModel.
+
+    Args:
+        pattern: Megatron's `hybrid_layer_pattern`, with borders or without.
+
+    Raises:
+        SpecError: it has other layers than those of a dense model, or has them in another order.
+
+    Example:
+        >>> HybridLayers("*-|*E").parts[2]
+        LayerPart(layer=1, in_attention=True)
+    """
+
+    pattern: str
+
+    def __post_init__(self) -> None:
+        """Check the pattern."""
+        if not self.symbols or self.symbols != hybrid_pattern(self.moe_pattern):
+            raise SpecError(
+                field="hybrid_layer_pattern",
+                got=self.pattern,
+                expected="attention (*) and network (- or E) in turn, as in a dense model, and nothing else",
+                fix='give one like "*E*E", with | between any two layers',
+            )
+
+    @property
+    def symbols(self) -> str:
+        """The pattern without borders, a character a layer."""
+        return self.pattern.replace(_BORDER, "")
+
+    @cached_property
+    def attentions(self) -> tuple[int, ...]:
+        """Where the attention of each dense layer is."""
+        return tuple(index for index, symbol in enumerate(self.symbols) if symbol == _ATTENTION)
+
+    @cached_property
+    def networks(self) -> tuple[int, ...]:
+        """Where the network of each dense layer is."""
+        return tuple(index for index, symbol in enumerate(self.symbols) if symbol != _ATTENTION)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of the dense model's layers."""
+        return len(self.networks)
+
+    @property
+    def moe_pattern(self) -> tuple[bool, ...]:
+        """Which of the dense model's layers have experts."""
+        return tuple(self.symbols[index] == _MOE for index in self.networks)
+
+    @cached_property
+    def parts(self) -> tuple[LayerPart, ...]:
+        """What each layer is."""
+        found = [(index, LayerPart(layer, True)) for layer, index in enumerate(self.attentions)]
+        found += [(index, LayerPart(layer, False)) for layer, index in enumerate(self.networks)]
+        return tuple(part for _, part in sorted(found))
+
+    def require_stages(self, stages: int, virtual: int = 1) -> None:
+        """Check that the borders are those of the pipeline: Megatron-Core omits the layers beyond its last stage.
+
+        Args:
+            stages: pipeline stages.
+            virtual: chunks of each.
+
+        Raises:
+            SpecError: they are not, or there are none, and Megatron-Core does not cut into chunks by itself.
+        """
+        segments = self.pattern.count(_BORDER) + 1
+        if segments != stages * virtual and (segments > 1 or virtual > 1):
+            raise SpecError(
+                field="hybrid_layer_pattern",
+                got=f"{segments} segments ({self.pattern})",
+                expected=f"{stages * virtual}: pipeline stages times virtual stages of each",
+                fix="set | between the layers of different stages, and nowhere else",
+            )
+
+    def index(self, part: LayerPart) -> int:
+        """Return where a part is: the number of the model's layer, from 0."""
+        return (self.attentions if part.in_attention else self.networks)[part.layer]
+
+
+def hybrid_pattern(moe_pattern: Sequence[bool], segments: int = 1) -> str:
+    """Return the pattern of a HybridModel that computes what a GPTModel computes: attention, network, layer by layer.
+
+    Args:
+        moe_pattern: which layers have experts, as `UpcycleSpec.moe_pattern` says.
+        segments: pipeline stages, times virtual stages; the first ones get a layer more where they are uneven.
+
+    Example:
+        >>> hybrid_pattern([True, False, True], segments=2)
+        '*E*-|*E'
+    """
+    layers = [_ATTENTION + (_MOE if is_moe else _DENSE) for is_moe in moe_pattern]
+    size, more = divmod(len(layers), segments)
+    ends = [size * number + min(number, more) for number in range(segments + 1)]
+    return _BORDER.join("".join(layers[start:end]) for start, end in pairwise(ends))
+
+
+def hybrid_of(model: Any) -> HybridLayers | None:
+    """Return the layers of a HybridModel, or of a configuration of one; None for a GPTModel.
+
+    Raises:
+        SpecError: as in `HybridLayers`.
+    """
+    pattern = getattr(model, "hybrid_layer_pattern", None)
+    return HybridLayers(pattern) if pattern else None
+
+
+def layer_parts(model: Any) -> list[LayerPart]:
+    """Return what each layer of a Megatron chunk is."""
+    hybrid = hybrid_of(model)
+    numbers = [layer.layer_number - 1 for layer in model.decoder.layers]
+    return [hybrid.parts[number] if hybrid else LayerPart(number) for number in numbers]

@@ -1,0 +1,223 @@
+"""A HybridModel is upcycled as a GPTModel is: the same bits in every layout, the same export, resumed alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_upcycle import UpcycleSpec, open_dense
+from nemo_upcycle.convert.offline import convert
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
+from tests.bridge.runs import SEQUENCE, VOCABULARY, run_config, train
+from tests.distributed.ranks import run_ranks
+from tests.models import sample_tokens, write_llama, write_qwen3
+
+
+pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
+SPEC: dict[str, Any] = {"num_experts": 4, "top_k": 2}
+MIXED = SPEC | {"moe_layers": "every-2"}
+SHARED: dict[str, Any] = {"num_experts": 8, "top_k": 4, "granularity": 2, "shared_experts": 1, "method": "noise"}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small tied Llama of four layers."""
+    return write_llama(tmp_path_factory.mktemp("llama") / "dense", tied=True, vocab_size=VOCABULARY)
+
+
+def _train(dense: Path, run: Path, fields: dict[str, Any] | None, options: dict[str, Any]) -> None:
+    train(dense, run, fields, **options)
+
+
+def _export(dense: Path, run: Path, output: Path) -> Path:
+    from nemo_upcycle.cli.main import main
+
+    assert main(["export", str(run), str(output), "--dense", str(dense), "--dtype", "float32"]) == 0
+    return output
+
+
+def _offline(dense: Path, output: Path, fields: dict[str, Any]) -> Path:
+    with open_dense(dense) as source:
+        convert(source, output, UpcycleSpec(**fields), dtype=torch.float32, progress=False)
+    return output
+
+
+def _same_bits(left: Path, right: Path) -> bool:
+    with SafetensorsFolder(left) as one, SafetensorsFolder(right) as other:
+        assert set(one.names()) == set(other.names())
+        return all(torch.equal(one.read(name), other.read(name)) for name in one.names())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fields", "layout"),
+    [
+        ("*E*E*E*E", SPEC, {}),
+        ("*E*-*E*-", MIXED, {}),
+        ("*E*E*E*E", SHARED, {"tp": 2}),
+        ("*E*E|*E*E", SPEC, {"pp": 2}),
+        ("*E*E*E*E", SPEC, {"pp": 2}),
+        ("*E*E*E|*E", SPEC, {"pp": 2}),
+        ("*E*-*|E*-", MIXED, {"pp": 2}),
+        ("*E*E*E*E", SPEC, {"ep": 4}),
+        ("*E*E*E*E", SHARED, {"tp": 2, "ep": 2, "etp": 1}),
+        ("*E*E|*E*E", SPEC, {"tp": 2, "pp": 2, "ep": 2}),
+        ("*E*E*E*E", SPEC, {"style": "builder", "ep": 2}),
+        ("*E|*E|*E|*E", SPEC, {"style": "builder", "pp": 2, "vp": 2}),
+        ("*|E*-*|E|*-", MIXED, {"style": "builder", "pp": 2, "vp": 2}),
+    ],
+    ids=str,
+)
+def test_the_checkpoint_has_the_bits_of_an_offline_conversion(
+    dense: Path, tmp_path: Path, pattern: str, fields: dict[str, Any], layout: dict[str, Any]
+) -> None:
+    ranks = max(layout.get("tp", 1) * layout.get("pp", 1), layout.get("ep", 1))
+    run_ranks(_train, ranks, dense, tmp_path / "run", fields, {"pattern": pattern, **layout}, process_group=False)
+
+    exported = _export(dense, tmp_path / "run", tmp_path / "hf")
+    assert _same_bits(exported, _offline(dense, tmp_path / "offline", fields))
+
+
+def test_the_dense_baseline_becomes_its_own_class_again(dense: Path, tmp_path: Path) -> None:
+    options = {"pattern": "*-*-|*-*-", "pp": 2}
+    run_ranks(_train, 2, dense, tmp_path / "run", None, options, process_group=False)
+    assert _same_bits(_export(dense, tmp_path / "run", tmp_path / "hf"), dense)
+
+
+def test_norms_of_query_and_key_are_filled(tmp_path: Path) -> None:
+    """Megatron's own layers of a HybridModel have none."""
+    parent = write_qwen3(tmp_path / "dense", vocab_size=VOCABULARY)
+    options = {"pattern": "*E*E*E*E", "tp": 2}
+    run_ranks(_train, 2, parent, tmp_path / "run", SPEC, options, process_group=False)
+    exported = _export(parent, tmp_path / "run", tmp_path / "hf")
+    assert _same_bits(exported, _offline(parent, tmp_path / "offline", SPEC))
+
+
+def test_trained_weights_are_those_of_a_gpt_model(dense: Path, tmp_path: Path) -> None:
+    """Both classes see the same data, and compute the same function: what they learn differs by rounding at most."""
+    learnt = []
+    for pattern in (None, "*E*E*E*E"):
+        run = tmp_path / f"run-{pattern is None}"
+        run_ranks(_train, 1, dense, run, SPEC, {"pattern": pattern, "steps": 3, "lr": 1e-2}, process_group=False)
+        learnt.append(_export(dense, run, tmp_path / f"hf-{pattern is None}"))
+    with SafetensorsFolder(learnt[0]) as gpt, SafetensorsFolder(learnt[1]) as hybrid, SafetensorsFolder(dense) as old:
+        for name in gpt.names():
+            torch.testing.assert_close(hybrid.read(name), gpt.read(name), rtol=1e-4, atol=1e-5)
+        moved = "model.layers.3.self_attn.q_proj.weight"
+        assert not torch.equal(gpt.read(moved), old.read(moved))
+
+
+def test_a_run_that_goes_on_is_not_upcycled_again(dense: Path, tmp_path: Path) -> None:
+    parent = write_llama(tmp_path / "parent", tied=True, vocab_size=VOCABULARY)
+    options = {"pattern": "*E*E*E*E", "starts": 2}
+    run_ranks(_train, 1, parent, tmp_path / "run", SPEC, options, process_group=False)
+    assert (tmp_path / "run/iter_0000002").is_dir()
+    assert _same_bits(_export(dense, tmp_path / "run", tmp_path / "hf"), _offline(dense, tmp_path / "offline", SPEC))
+
+
+@pytest.mark.parametrize("fields", [SPEC, MIXED], ids=["all layers", "every second"])
+def test_a_dense_hybrid_checkpoint_is_a_parent(dense: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    """From `*-` to `*E`, which Megatron-Core's own loader refuses."""
+    options = {"pattern": "*-*-*-*-", "tp": 2}
+    run_ranks(_train, 2, dense, tmp_path / "dense", None, options, process_group=False)
+    parent = tmp_path / "dense/iter_0000001"
+    (parent / "config.json").write_bytes((dense / "config.json").read_bytes())
+
+    options = {"pattern": "*E*E*E*E" if fields is SPEC else "*E*-*E*-", "ep": 2}
+    run_ranks(_train, 2, parent, tmp_path / "run", fields, options, process_group=False)
+    exported = _export(dense, tmp_path / "run", tmp_path / "hf")
+    assert _same_bits(exported, _offline(dense, tmp_path / "offline", fields))
+
+
+def test_step_0_is_checked_against_a_dense_gpt_model(dense: Path, tmp_path: Path) -> None:
+    (found,) = run_ranks(_check_step0, 1, dense, tmp_path / "hf", process_group=False)
+    assert found["within_tolerance"]
+    assert len(found["layer_relative_diff"]) == 4
+    assert _same_bits(tmp_path / "hf", _offline(dense, tmp_path / "offline", SPEC))
+
+
+def _check_step0(dense: Path, output: Path) -> dict[str, Any]:
+    from nemo_upcycle.cpu.backend import use_cpu_backend
+
+    use_cpu_backend()
+    from nemo_upcycle.trainers.bridge.models import upcycled_provider
+    from nemo_upcycle.trainers.equivalence import check_step0
+
+    spec = UpcycleSpec(**SPEC)
+    moe = upcycled_provider(dense, spec, seq_length=SEQUENCE, hybrid_layer_pattern="*E*E|*E*E")
+    parent = upcycled_provider(dense, None, seq_length=SEQUENCE)
+    return check_step0(moe, parent, dense, spec, sample_tokens(VOCABULARY), output).equivalence
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("*-*-*-*-", r"hybrid_layer_pattern: got \*-\*-\*-\*-, expected \*E\*E\*E\*E"),
+        ("*E*E*E*-", r"expected \*E\*E\*E\*E"),
+        ("**EE*E*E", r"attention .* and network .* in turn"),
+        ("*EM*E*E*E", r"attention .* and network .* in turn"),
+        (None, r"config\.model\.hybrid_layer_pattern: got None"),
+    ],
+    ids=str,
+)
+def test_other_layers_than_the_specs_are_refused_by_name(
+    dense: Path, tmp_path: Path, pattern: str | None, message: str
+) -> None:
+    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+
+    spec = UpcycleSpec(**SPEC)
+    config = run_config(dense, tmp_path, spec, pattern="*E*E*E*E")
+    config.model.hybrid_layer_pattern = pattern
+    with pytest.raises(SpecError, match=message):
+        upcycle_on_start(config, dense, spec)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "changes", "message"),
+    [
+        ("*E*E|*E*E", {}, "hybrid_layer_pattern: got 2 segments .* expected 1"),
+        ("*E|*E|*E|*E", {"pp": 2}, "hybrid_layer_pattern: got 4 segments .* expected 2"),
+        (
+            "*E|*E|*E|*E",
+            {"pp": 2, "vp": 2},
+            "virtual_pipeline_model_parallel_size: got 2, expected nothing",
+        ),
+    ],
+    ids=str,
+)
+def test_borders_that_are_not_the_pipelines_are_refused(
+    dense: Path, tmp_path: Path, pattern: str, changes: dict[str, int], message: str
+) -> None:
+    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+
+    spec = UpcycleSpec(**SPEC)
+    config = run_config(dense, tmp_path, spec, pattern=pattern, **changes)
+    with pytest.raises(SpecError, match=message):
+        upcycle_on_start(config, dense, spec)
+
+
+def test_an_export_with_other_layers_numbers_is_refused(dense: Path, tmp_path: Path) -> None:
+    from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
+
+    spec = UpcycleSpec(**SPEC)
+    config = run_config(dense, tmp_path, spec, pattern="*E*E*E*E")
+    config.checkpoint.also_save_hf_checkpoint = True
+    with pytest.raises(SpecError, match=r"also_save_hf_checkpoint: got .* nemo-upcycle export"):
+        upcycle_on_start(config, dense, spec)
+
+
+def test_scaled_rotary_frequencies_are_refused(tmp_path: Path) -> None:
+    """Megatron's HybridModel takes no scaling; Llama 3.1 has one."""
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    parent = write_llama(tmp_path / "dense", vocab_size=VOCABULARY, rope_scaling=scaling)
+    with pytest.raises(SpecError, match="HybridModel scales no rotary frequencies"):
+        run_config(parent, tmp_path, UpcycleSpec(**SPEC), pattern="*E*E*E*E")

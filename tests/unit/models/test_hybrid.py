@@ -1,0 +1,85 @@
+"""Which layer of a HybridModel is which part of which dense layer."""
+
+from __future__ import annotations
+
+import pytest
+
+from nemo_upcycle.errors import CheckpointError, SpecError
+from nemo_upcycle.models.hybrid import HybridLayers, LayerPart, hybrid_pattern
+from nemo_upcycle.models.mapping import MAPPINGS, MOE_MAPPINGS, stored_hybrid
+
+
+NAMES = [
+    "embedding.word_embeddings.weight",
+    "decoder.layers.0.self_attention.linear_qkv.weight",
+    "decoder.layers.1.mlp.linear_fc1.layer_norm_weight",
+    "decoder.layers.1.mlp.linear_fc1.weight",
+    "decoder.layers.2.self_attention.linear_proj.weight",
+    "decoder.layers.3.mlp.experts.experts.linear_fc1.weight",
+    "decoder.layers.3.pre_mlp_layernorm.weight",
+    "decoder.final_norm.weight",
+]
+
+
+@pytest.mark.parametrize("pattern", ["*-*E", "*-|*E", "*|-*|E", "|*-*E"])
+def test_borders_leave_the_map(pattern: str) -> None:
+    layers = HybridLayers(pattern)
+    assert layers.parts == (LayerPart(0, True), LayerPart(0, False), LayerPart(1, True), LayerPart(1, False))
+    assert [layers.index(part) for part in layers.parts] == [0, 1, 2, 3]
+    assert layers.moe_pattern == (False, True)
+
+
+@pytest.mark.parametrize("pattern", ["", "|", "-*", "**--", "*-*", "M*-", "*-/*-", "G-", "*E+E"])
+def test_layers_that_compute_otherwise_are_refused(pattern: str) -> None:
+    with pytest.raises(SpecError, match=r"attention .* and network .* in turn"):
+        HybridLayers(pattern)
+
+
+@pytest.mark.parametrize(("pattern", "sizes"), [("*-*E", (4,)), ("*-|*E", (2,)), ("*|-|*|E", (2, 2))])
+def test_borders_of_the_pipeline_are_accepted(pattern: str, sizes: tuple[int, ...]) -> None:
+    HybridLayers(pattern).require_stages(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sizes"), [("*-|*E", (1, 1)), ("*|-|*|E", (2, 1)), ("*-|*E", (4, 1)), ("*-*E", (2, 2))]
+)
+def test_borders_that_megatron_would_lose_layers_with_are_refused(pattern: str, sizes: tuple[int, int]) -> None:
+    with pytest.raises(SpecError, match=f"hybrid_layer_pattern: got . segments .*, expected {sizes[0] * sizes[1]}"):
+        HybridLayers(pattern).require_stages(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("segments", "pattern"), [(1, "*E*-*E*-*E"), (2, "*E*-*E|*-*E"), (3, "*E*-|*E*-|*E"), (5, "*E|*-|*E|*-|*E")]
+)
+def test_a_pattern_is_made_of_the_layers_with_experts(segments: int, pattern: str) -> None:
+    assert hybrid_pattern([True, False] * 2 + [True], segments) == pattern
+
+
+@pytest.mark.parametrize("names", [NAMES, NAMES[::-1]])
+def test_the_layers_of_a_checkpoint_are_read_from_its_names(names: list[str]) -> None:
+    assert stored_hybrid(names) == HybridLayers("*-*E")
+
+
+def test_a_gpt_models_checkpoint_has_no_such_layers() -> None:
+    assert (
+        stored_hybrid(["decoder.layers.0.self_attention.linear_qkv.weight", "decoder.final_layernorm.weight"]) is None
+    )
+
+
+@pytest.mark.parametrize("name", ["decoder.layers.1.mixer.in_proj.weight", "decoder.layers.mlp.router.weight"])
+def test_a_checkpoint_with_other_layers_is_refused(name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"layers of a HybridModel: got {name}"):
+        stored_hybrid([*NAMES, name])
+
+
+def test_a_checkpoint_that_lacks_a_layer_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"got \*\?\*E"):
+        stored_hybrid([name for name in NAMES if ".layers.1." not in name])
+
+
+def test_every_parameter_of_a_layer_is_attentions_or_the_networks() -> None:
+    in_attention = {mapping.role for mapping in MAPPINGS if mapping.in_attention}
+    assert in_attention == {
+        *("attention_norm", "qkv", "qkv_bias", "attention_out", "attention_out_bias", "query_norm", "key_norm")
+    }
+    assert not any(mapping.in_attention for mapping in MOE_MAPPINGS)
