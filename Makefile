@@ -105,7 +105,7 @@ $(BRIDGE_VENV)/.complete: scripts/te_env.sh
 # Layer 2 and Transformer Engine's modules on Megatron-Core 0.19, then Bridge itself.
 test-bridge: bridge-env
 	$(BRIDGE_VENV)/bin/python -m pytest tests/te
-	$(BRIDGE_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/bridge $(addprefix tests/unit/,init online convert verify monitoring planning)
+	$(BRIDGE_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/bridge $(addprefix tests/unit/,init online convert verify monitoring planning pipeline/test_ft.py)
 
 test-k8s: venv
 	scripts/k8s_apiserver.sh

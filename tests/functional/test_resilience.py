@@ -144,14 +144,13 @@ def test_sigterm_to_ft_launcher_saves(runs: Runs, undisturbed: list[dict[str, An
 def _under_ft_launcher(runs: Runs, folder: Path, options: dict[str, Any]) -> tuple[str, ...]:
     inputs = (str(runs.parent), str(runs.data), str(folder), json.dumps(options))
     command = (sys.executable, "-m", "tests.functional.ft_rank", *inputs)
-    return ft_command(
-        command, 1, 2, python=sys.executable, ordered_by_slurm=False, silence_s=20.0, save_s=60.0, restarts=2
-    )
+    return ft_command(command, 1, 2, python=sys.executable, silence_s=20.0, save_s=60.0, restarts=2)
 
 
 def _plain() -> dict[str, str]:
-    """Return the variables of this process, without what a launcher sets."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_SIZE"))}
+    """Return the variables of a node outside Slurm: of this process, without what a launcher sets."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_SIZE"))}
+    return plain | {"GROUP_RANK": "0"}
 
 
 def _weights(runs: Runs, run: str) -> dict[str, bytes]:

@@ -27,7 +27,6 @@ def ft_command(
     python: str = "python",
     endpoint: str = "$MASTER_ADDR:$MASTER_PORT",
     job: str = "upcycle",
-    ordered_by_slurm: bool = True,
     start_s: float = START_S,
     silence_s: float = SILENCE_S,
     save_s: float = SAVE_S,
@@ -35,7 +34,8 @@ def ft_command(
 ) -> tuple[str, ...]:
     """Return the command for each node that runs `command` on the node's ranks and restarts all when one fails.
 
-    Start it once a node, not once a rank; it sets the variables of torchrun. Only a recipe with `hang_detection` among
+    Start it once a node, not once a rank; it sets the variables of torchrun. The launcher numbers the nodes by
+    `SLURM_PROCID`, outside Slurm by `GROUP_RANK`. Only a recipe with `hang_detection` among
     its callbacks tells the launcher that it is alive, and it has to resume from its own checkpoints.
 
     Args:
@@ -45,14 +45,13 @@ def ft_command(
         python: the interpreter that has nvidia-resiliency-ext.
         endpoint: host and port of the first node, for the launchers to meet; the default is for a shell to expand.
         job: an id that the launchers of one job share, and no other.
-        ordered_by_slurm: number the nodes as `SLURM_PROCID` does; False outside Slurm, where the launchers agree.
         start_s: seconds until a rank's first sign of life.
         silence_s: seconds between two.
         save_s: seconds to save a checkpoint after SIGTERM to the launcher; a scheduler must wait as long.
         restarts: how often to restart.
 
     Example:
-        >>> ft_command(("python", "train.py"), 1, 8, ordered_by_slurm=False)[:3]
+        >>> ft_command(("python", "train.py"), 1, 8)[:3]
         ('python', '-m', 'nvidia_resiliency_ext.fault_tolerance.launcher')
     """
     meeting = endpoint if nodes > 1 else "localhost:0"  # one launcher meets itself at any free port
@@ -67,7 +66,6 @@ def ft_command(
         "workers-stop-timeout": RESTART_S,
         "ft-initial-rank-heartbeat-timeout": start_s,
         "ft-rank-heartbeat-timeout": silence_s,
-        "ft-use-infra-group-rank": str(ordered_by_slurm).lower(),
     }
     launcher = (python, "-m", "nvidia_resiliency_ext.fault_tolerance.launcher", "--no-python")
     return (*launcher, *(f"--{name}={value}" for name, value in options.items()), *command)

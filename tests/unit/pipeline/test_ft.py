@@ -26,13 +26,11 @@ def test_the_launcher_understands_every_option() -> None:
     assert config.term_timeout == SAVE_S
     timeouts = config.fault_tol_cfg
     assert (timeouts.initial_rank_heartbeat_timeout, timeouts.rank_heartbeat_timeout) == (START_S, SILENCE_S)
-    assert timeouts.use_infra_group_rank is True
 
 
-def test_one_node_needs_no_address_and_no_slurm() -> None:
-    config, *_ = _parsed(COMMAND, 1, 2, ordered_by_slurm=False, silence_s=4.0)
+def test_one_node_needs_no_address() -> None:
+    config, *_ = _parsed(COMMAND, 1, 2, silence_s=4.0)
     assert config.rdzv_endpoint == "localhost:0"
-    assert config.fault_tol_cfg.use_infra_group_rank is False
     assert config.fault_tol_cfg.rank_heartbeat_timeout == 4.0
 
 
