@@ -176,7 +176,7 @@ def _check(path: str, grid: GridConfig) -> None:
     lows = {
         "evaluate.every_n_steps": (grid.evaluate.every_n_steps, 1),
         "evaluate.batch_size": (grid.evaluate.batch_size, 1),
-        "parent.vocabulary": (grid.parent and grid.parent.vocabulary, 300),
+        "parent.vocabulary": (grid.parent.vocabulary if grid.parent else None, 300),
     }
     for key, (value, low) in lows.items():
         require(value is None or value >= low, key, value, f"a whole number from {low} on", f"write {max(low, 2048)}")
