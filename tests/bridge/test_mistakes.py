@@ -19,7 +19,7 @@ MISTAKES = {
     f"recipe={SMALL[:-6]}cfg": f"Did you mean '{SMALL}'?",
     "recipe=tests.bridge.recipes:tini gpus=2": "recipe: got tests.bridge.recipes:tini, expected a function",
     "recipe=tests.bridge.recipes:_tiny gpus=2": "missing a required argument: 'spec'",
-    "recipe=tests.bridge.recipes:builder gpus=1": "got GPTModelConfig, expected a provider",
+    "recipe=tests.bridge.recipes:builder gpus=1": "got UpcycledModelConfig, expected a provider",
     "recipe=tests.bridge.recipes:random gpus=2": "expected upcycle_on_start in it",
     f"recipe={DENSE_CT} gpus=2": f"recipe: got {DENSE_CT}, expected an upcycled model's",
     f"{TINY} dense_ct=tests.bridge.recipes:tiny": "dense_ct: got tests.bridge.recipes:tiny, expected a dense model's",
