@@ -115,7 +115,7 @@ def test_every_package_is_installed() -> None:
 
 
 def test_the_lock_is_of_these_dependencies() -> None:
-    """`uv lock --check` says the same, but asks the package index."""
+    """As `uv lock --check` says, without uv."""
     tomllib = pytest.importorskip("tomllib", reason="of Python 3.11")
     stated = tomllib.loads(PYPROJECT)
     packages = tomllib.loads((ROOT / "uv.lock").read_text(encoding="utf-8"))["package"]
