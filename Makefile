@@ -40,12 +40,14 @@ help:
 
 venv: $(VENV)/.complete $(DATA_VENV)/.complete
 
-$(VENV)/.complete: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --progress-bar off --upgrade pip
-	$(BIN)/pip install --progress-bar off -e ".[dev]"
-	$(BIN)/pip check
-	touch $@
+# The script says what each holds. Where uv is on PATH, the versions are those of uv.lock; `make UV=` takes pip.
+$(VENV)/.complete: CONTENTS = dev
+$(DATA_VENV)/.complete: CONTENTS = data
+$(DOCS_VENV)/.complete: CONTENTS = docs
+$(TF5_VENV)/.complete: CONTENTS = tf5
+$(VLLM_VENV)/.complete: CONTENTS = vllm
+$(addsuffix /.complete,$(VENV) $(DATA_VENV) $(DOCS_VENV) $(TF5_VENV) $(VLLM_VENV)): scripts/env.sh pyproject.toml uv.lock
+	PYTHON=$(PYTHON) scripts/env.sh $(@D) $(CONTENTS)
 
 demo: venv
 	$(BIN)/nemo upcycle pipeline --factory smollm2_135m_e8t2 dir=$(RUN_DIR) --yes
@@ -113,25 +115,11 @@ test-k8s: venv
 
 data-env: $(DATA_VENV)/.complete
 
-$(DATA_VENV)/.complete: pyproject.toml
-	$(PYTHON) -m venv $(DATA_VENV)
-	$(DATA_VENV)/bin/pip install --progress-bar off --upgrade pip
-	$(DATA_VENV)/bin/pip install --progress-bar off --no-deps -e .
-	$(DATA_VENV)/bin/pip install --progress-bar off $$($(DATA_VENV)/bin/nemo-upcycle doctor --data-requirements) "pytest>=8,<10"
-	touch $@
-
 test-data: data-env
 	$(DATA_VENV)/bin/python -m pytest tests/data_engine
 
 # The loading tests under the newest transformers: CASES is how many random models are converted.
 tf5-env: $(TF5_VENV)/.complete
-
-$(TF5_VENV)/.complete: pyproject.toml
-	$(PYTHON) -m venv $(TF5_VENV)
-	$(TF5_VENV)/bin/pip install --progress-bar off --upgrade pip
-	$(TF5_VENV)/bin/pip install --progress-bar off --group tf5
-	$(TF5_VENV)/bin/pip install --progress-bar off --no-deps -e .
-	touch $@
 
 test-tf5: tf5-env
 	$(TF5_VENV)/bin/python -m pytest tests/loading tests/unit/verify
@@ -141,15 +129,6 @@ test-servers: venv
 	$(BIN)/python -m pytest tests/servers/test_llama_cpp.py
 
 vllm-env: $(VLLM_VENV)/.complete
-
-# What vLLM needs for speech and pictures is taken out: it need not fit the build of torch, and is imported when there.
-$(VLLM_VENV)/.complete: pyproject.toml
-	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/pip install --progress-bar off --upgrade pip
-	$(VLLM_VENV)/bin/pip install --progress-bar off --group vllm
-	$(VLLM_VENV)/bin/pip uninstall --yes torchaudio torchvision torchcodec
-	$(VLLM_VENV)/bin/pip install --progress-bar off --no-deps -e .
-	touch $@
 
 test-vllm: vllm-env
 	$(VLLM_VENV)/bin/python -m pytest tests/servers/test_engines.py
@@ -183,12 +162,6 @@ layers: venv tree
 
 docs: tree $(DOCS_VENV)/.complete
 	$(DOCS_VENV)/bin/sphinx-build --fail-on-warning --keep-going --quiet --jobs auto -c docs . site
-
-$(DOCS_VENV)/.complete: pyproject.toml
-	$(PYTHON) -m venv $(DOCS_VENV)
-	$(DOCS_VENV)/bin/pip install --progress-bar off --upgrade pip
-	$(DOCS_VENV)/bin/pip install --progress-bar off --group docs
-	touch $@
 
 format: venv
 	$(BIN)/ruff format .

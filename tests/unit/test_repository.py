@@ -7,9 +7,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from tests.environment import HOSTILE, SET, clean
 
@@ -109,6 +112,47 @@ def test_every_package_is_installed() -> None:
     folders = {path.parent.relative_to(ROOT) for path in _tracked("nemo_upcycle/**/__init__.py")}
     missing = {name for folder in folders if f'"{(name := str(folder).replace("/", "."))}"' not in PYPROJECT}
     assert not missing
+
+
+def test_the_lock_is_of_these_dependencies() -> None:
+    """As `uv lock --check` says, without uv."""
+    tomllib = pytest.importorskip("tomllib", reason="of Python 3.11")
+    stated = tomllib.loads(PYPROJECT)
+    packages = tomllib.loads((ROOT / "uv.lock").read_text(encoding="utf-8"))["package"]
+    locked = next(package["metadata"] for package in packages if package["name"] == "nemo-upcycle")
+
+    extras = stated["project"]["optional-dependencies"]
+    assert set(locked["provides-extras"]) == set(extras)
+    needs = {f"extra == '{extra}'": needs for extra, needs in extras.items()}
+    needs[""] = stated["project"]["dependencies"]
+    for marker, lines in needs.items():
+        entries = [entry for entry in locked["requires-dist"] if entry.get("marker", "") == marker]
+        assert _locked(entries) == _stated(lines), f"{marker}: run `uv lock`"
+
+    groups = stated["dependency-groups"]
+    assert set(locked["requires-dev"]) == set(groups)
+    for group, entries in locked["requires-dev"].items():
+        assert _locked(entries) == _stated(_lines_of(group, groups)), f"{group}: run `uv lock`"
+
+
+def _locked(entries: list[dict[str, Any]]) -> set[tuple[str, SpecifierSet]]:
+    return {(entry["name"], SpecifierSet(entry.get("specifier", ""))) for entry in entries}
+
+
+def _stated(lines: list[str]) -> set[tuple[str, SpecifierSet]]:
+    return {(need.name, need.specifier) for need in map(Requirement, lines)}
+
+
+def _lines_of(group: str, groups: dict[str, list[Any]]) -> list[str]:
+    lines = []
+    for entry in groups[group]:
+        lines += [entry] if isinstance(entry, str) else _lines_of(entry["include-group"], groups)
+    return lines
+
+
+def test_the_lock_names_the_public_index_alone() -> None:
+    text = (ROOT / "uv.lock").read_text(encoding="utf-8")
+    assert set(re.findall(r"https?://[^/\"]+", text)) == {"https://pypi.org", "https://files.pythonhosted.org"}
 
 
 def test_a_lower_layer_must_not_import_a_recipe(tmp_path: Path) -> None:
