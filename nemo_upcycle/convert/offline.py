@@ -300,9 +300,13 @@ def _marker(output: Path) -> dict[str, Any]:
     Raises:
         UpcycleError: it is damaged.
     """
-    marker = read_json(output / MODEL_MARKER)
-    if isinstance(marker, dict) and isinstance(marker.get("companions"), list):
-        return marker
+    try:
+        marker = read_json(output / MODEL_MARKER)
+    except UpcycleError:
+        marker = None
+    names = marker.get("companions", []) if isinstance(marker, dict) else None
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        return {**marker, "companions": names}
     raise UpcycleError(
         str(output / MODEL_MARKER),
         got="a damaged file",

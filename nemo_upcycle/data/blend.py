@@ -131,7 +131,7 @@ def read_blend(name: str | Path, overrides: Sequence[str] = ()) -> Blend:
             raise UpcycleError.unknown(f"{conf.path}: source", named[1], known)
     try:
         merged = OmegaConf.merge(conf.content, *(OmegaConf.from_dotlist([override]) for override in overrides))
-        content = OmegaConf.to_container(merged, resolve=True)
+        content: Any = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError, AttributeError, TypeError, ValueError):
         raise UpcycleError(
             f"overrides of {conf.path}",

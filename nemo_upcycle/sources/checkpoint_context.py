@@ -117,7 +117,8 @@ class CheckpointContext:
         if family not in parents():  # read as Llama, or Qwen3
             family = qwen3.FAMILY if has_norms else llama.FAMILY
         activation = self.settings["activation_func"]["_target_"].rpartition(".")[2]
-        checks = [(name, got, taken) for name, got, taken, _ in refusals(get, experts=False, parameters=False)]
+        refused = refusals(get, experts=False, parameters=False)
+        checks: list[tuple[str, Any, Any]] = [(name, got, taken) for name, got, taken, _ in refused]
         checks.append(("gated_linear_unit", get("gated_linear_unit", True), True))
         checks.append(("softmax_scale", get("softmax_scale"), None))
         checks.append(("qk_layernorm", has_norms, "query_norm" in family.names))
