@@ -239,6 +239,7 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None) -> None:
         ("dist.use_megatron_fsdp", config.dist.use_megatron_fsdp or config.ddp.use_megatron_fsdp, "it cuts shards"),
         ("dist.use_torch_fsdp2", config.dist.use_torch_fsdp2, "it cuts shards"),
         ("dist.use_decentralized_pg", config.dist.use_decentralized_pg, "it has no parallel_state"),
+        ("model.init_model_with_meta_device", model.init_model_with_meta_device, "there is nothing to fill"),
         (
             "mixed_precision.fp8_param_gather",
             precision and precision.fp8_param_gather,
