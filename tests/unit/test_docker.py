@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def _dockerfile(trainer: str) -> str:
 
 def test_table_of_containers_has_those_that_doctor_knows() -> None:
     rows = re.findall(r"^\| (\d\d\.\d\d) \|(.*)\|$", (DOCKER / "README.md").read_text("utf-8"), flags=re.MULTILINE)
-    bridges = {release: cells.split("|")[-6].strip() for release, cells in rows}
+    bridges = {release: cells.split("|")[-5].strip() for release, cells in rows}
     known = {release: bridge for bridge, (release, _) in doctor._CONTAINERS.items()}
     assert {release: ".".join(bridge.split(".")[:2]) for release, bridge in bridges.items()} == known
 
@@ -31,14 +32,23 @@ def test_image_builds_on_the_container_that_doctor_names(trainer: str) -> None:
     assert f"\nARG BASE=nvcr.io/nvidia/nemo:{doctor._BASES[trainer]}\nFROM $BASE\n" in _dockerfile(trainer)
 
 
-@pytest.mark.parametrize("trainer", sorted(doctor._BASES))
-def test_image_lays_over_what_doctor_does_by_the_packages_own_pins(trainer: str) -> None:
-    line = re.search(r"--ignore-installed --no-deps ([^\n]*(?:\\\n[^\n]*)*)", _dockerfile(trainer))
-    assert line
-    pins = {one.replace('"', "") for one in line[1].replace("\\\n", " ").split()}
-    assert pins == {
+def _laid_over(trainer: str) -> set[str]:
+    """Return the package's own pins of what is laid over a container."""
+    return {
         one.argument for one in doctor._requirements() if one.name in doctor._LAID_OVER and one.extra in ("", trainer)
     }
+
+
+@pytest.mark.parametrize("trainer", sorted(doctor._BASES))
+def test_image_lays_over_what_doctor_does_by_the_packages_own_pins(trainer: str) -> None:
+    arguments = _dockerfile(trainer).replace("\\\n", " ").split("--ignore-installed --no-deps ")[1].splitlines()[0]
+    assert set(shlex.split(arguments)) == _laid_over(trainer)
+
+
+def test_page_of_installing_lays_over_the_same() -> None:
+    page = (ROOT / "docs/install.md").read_text(encoding="utf-8")
+    arguments = page.replace("\\\n", " ").split("/shared/me/nemo-upcycle ")[1].splitlines()[0]
+    assert set(shlex.split(arguments)) == _laid_over("nemo")
 
 
 def test_pages_and_code_name_no_other_container() -> None:
