@@ -2,7 +2,14 @@
 
 project = "nemo-upcycle"
 root_doc = "docs/index"
-include_patterns = ["docs/*.md", "docs/results/*.md", "docs/reference/**", "*.md", "benchmarks/results/*.md"]
+include_patterns = [
+    "docs/*.md",
+    "docs/results/*.md",
+    "docs/reference/**",
+    "*.md",
+    "docker/*.md",
+    "benchmarks/results/*.md",
+]
 extensions = ["myst_parser", "sphinx.ext.napoleon", "autoapi.extension"]
 html_theme = "furo"
 default_role = "code"  # docstrings write `code` with single backticks

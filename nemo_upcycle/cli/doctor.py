@@ -42,10 +42,23 @@ _EXTRAS = {
 }
 #: Libraries without an extra: NeMo installs them. 4.56 is the first whose `from_pretrained` takes `dtype`.
 _ALONE = {"verify": "transformers>=4.56"}
-#: What NeMo 2.7 needs in other releases than NVIDIA's container 26.02 has. Python finds what lies in a folder of
-#: PYTHONPATH first, so nothing of the container is changed.
-_LAID_OVER = ("megatron-core", "nvidia-modelopt")
-_OK, _MISSING, _WRONG = "ok", "missing", "does not fit"
+#: What has to be of other releases than in NVIDIA's containers. Python finds what lies in a folder of PYTHONPATH
+#: first, so nothing of the container is changed.
+_LAID_OVER = ("megatron-core", "nvidia-modelopt", "filelock")
+#: Libraries that nothing imports: the package names them for their bound alone.
+_ONLY_BOUNDED = ("grpcio-tools", "ml-dtypes")
+_OK, _OWN, _MISSING, _WRONG = "ok", "the container's", "missing", "does not fit"
+#: Release of Megatron-Bridge -> NVIDIA's container nvcr.io/nvidia/nemo that has it, and what trains there;
+#: docker/README.md has all that is in each.
+_CONTAINERS = {
+    "0.2": ("25.11", "nemo"),
+    "0.3": ("26.02", "nemo"),
+    "0.4": ("26.04", "bridge"),
+    "0.5": ("26.06", "bridge"),
+    "0.6": ("26.08", "bridge"),
+}
+#: the containers that docker/Dockerfile.nemo and docker/Dockerfile.bridge build on
+_BASES = {"nemo": "26.02", "bridge": "26.08"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data-requirements",
         action="store_true",
         help="print what pip installs for nemo-upcycle data, in an environment of its own, and stop",
+    )
+    parser.add_argument(
+        "--missing", action="store_true", help="print what pip would have to add for the whole chain, and stop"
     )
 
 
@@ -66,14 +82,20 @@ def run(args: argparse.Namespace) -> int:
     if args.data_requirements:
         show(args, {"requirements": _data_requirements()}, "\n".join(_data_requirements()))
         return 0
-    libraries, gpus, engine = _libraries(), _gpus(), _data_engine()
-    fixes = _activation() | _fixes(libraries, bool(gpus)) | _overlay(libraries)
+    libraries = _libraries()
+    if args.missing:
+        missing = [one["install"] for one in _missing(libraries)]
+        show(args, {"requirements": missing}, "\n".join(missing))
+        return 0
+    gpus, engine, (container, _) = _gpus(), _data_engine(), _container()
+    fixes = _activation() | (_container_fixes(libraries) if _in_container() else _fixes(libraries, bool(gpus)))
     if not engine:
         fixes[_data_command()] = "preparing training data (nemo-upcycle data)"
     answer = {
         "nemo_upcycle": __version__,
         "python": {"version": platform.python_version(), "needs": metadata(_PACKAGE)["Requires-Python"]},
         "libraries": libraries,
+        "container": container,
         "gpus": gpus,
         "torch_for_cuda": _value_in("torch", "version.py", "cuda"),
         "data_engine": engine,
@@ -106,12 +128,14 @@ def _requirements() -> list[Requirement]:
 def _extras() -> dict[str, str]:
     """Return the extras of this environment: NeMo and Megatron-Bridge need different releases of Megatron-Core."""
     has_bridge = _installed("megatron-bridge") is not None and _installed("nemo_toolkit") is None
-    return {name: purpose for name, purpose in _EXTRAS.items() if name != ("nemo" if has_bridge else "bridge")}
+    trainer = _container()[1] or ("bridge" if has_bridge else "nemo")
+    return {name: purpose for name, purpose in _EXTRAS.items() if name not in {"nemo", "bridge"} - {trainer}}
 
 
 def _installed(package: str) -> str | None:
-    # Of Megatron-Core what Python would import: in NVIDIA's container it is a folder of sources, which some replace.
-    if package == "megatron-core" and (sources := _value_in("megatron", "core/package_info.py", "__version__")):
+    # Of these what Python would import: in NVIDIA's containers they are folders of sources, which some replace.
+    folder = {"megatron-core": "core", "megatron-bridge": "bridge"}.get(package)
+    if folder and (sources := _value_in("megatron", f"{folder}/package_info.py", "__version__")):
         return str(sources)
     if package == "transformer-engine" and not _has_torch_binding():
         return None
@@ -134,6 +158,8 @@ def _has_torch_binding() -> bool:
 def _described(one: Requirement) -> dict[str, Any]:
     installed = _installed(one.name)
     state = _MISSING if installed is None else _OK if one.allows(installed) else _WRONG
+    if state == _WRONG and _container()[0] in _BASES.values() and one.name not in _LAID_OVER:
+        state = _OWN
     return {
         "extra": one.extra,
         "name": one.name,
@@ -149,6 +175,12 @@ def _in_container() -> bool:
     return "NVIDIA_PYTORCH_VERSION" in os.environ
 
 
+def _container() -> tuple[str | None, str | None]:
+    """Return which of NVIDIA's NeMo containers this is and what trains in it; None for what is not known."""
+    bridge = _installed("megatron-bridge") if _in_container() else None
+    return _CONTAINERS.get(".".join((bridge or "").split(".")[:2]), (None, None))
+
+
 def _activation() -> dict[str, str]:
     """Return the command that puts this environment on the PATH, if it is not there, and its purpose."""
     folder = Path(sys.prefix) / "bin"
@@ -157,14 +189,21 @@ def _activation() -> dict[str, str]:
     return {f"source {shlex.quote(str(folder / 'activate'))}": "finds nemo and nemo-upcycle"}
 
 
+def _missing(libraries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the libraries that are not installed; Transformer Engine, which needs a compiler, is not asked for."""
+    return [
+        one
+        for one in libraries
+        if one["state"] == _MISSING and one["extra"] != "gpu" and one["name"] not in _ONLY_BOUNDED
+    ]
+
+
 def _fixes(libraries: list[dict[str, Any]], has_gpus: bool) -> dict[str, str]:
     """Return one command for each extra that lacks something, and its purpose."""
-    clone, pip = None if _in_container() else _clone(), f"{shlex.quote(sys.executable)} -m pip install"
+    clone, pip = _clone(), f"{shlex.quote(sys.executable)} -m pip install"
     fixes = {}
     for extra, purpose in _extras().items():
         bad = [one for one in libraries if one["extra"] == extra and one["state"] != _OK]
-        if _in_container():
-            bad = [one for one in bad if one["state"] == _MISSING]
         if not bad or (extra == "gpu" and not has_gpus):
             continue
         if clone and extra not in _ALONE:
@@ -175,15 +214,21 @@ def _fixes(libraries: list[dict[str, Any]], has_gpus: bool) -> dict[str, str]:
     return fixes
 
 
-def _overlay(libraries: list[dict[str, Any]]) -> dict[str, str]:
-    """Return the command that puts NeMo 2.7's releases before those of a container, if it has others; its purpose."""
+def _container_fixes(libraries: list[dict[str, Any]]) -> dict[str, str]:
+    """Return the commands that put what a container lacks into a folder before its own, and their purposes."""
+    python = shlex.quote(sys.executable)
+    pip = f"PIP_CONSTRAINT= {python} -m pip install --prefix in-container"
     wrong = [one["install"] for one in libraries if one["name"] in _LAID_OVER and one["state"] == _WRONG]
-    has_nemo = any(one["name"] == "nemo-toolkit" and one["state"] == _OK for one in libraries)
-    if not wrong or not has_nemo or not _in_container():
-        return {}
-    pip = f"PIP_CONSTRAINT= {shlex.quote(sys.executable)} -m pip install --no-deps --target in-container"
-    path = 'export PYTHONPATH="$PWD/in-container${PYTHONPATH:+:$PYTHONPATH}"'
-    return {f"{pip} {shlex.join(wrong)} && {path}": "NeMo 2.7's releases, before the container's; nothing is replaced"}
+    fixes = {}
+    if wrong and _container()[0] in _BASES.values():
+        fixes[f"{pip} --ignore-installed --no-deps {shlex.join(wrong)}"] = "other releases than the container's"
+    if missing := [one["install"] for one in _missing(libraries)]:
+        fixes[f"{pip} -c <({python} -m pip list --format=freeze) {shlex.join(missing)}"] = "the rest of the chain"
+    if fixes:
+        site = f"$PWD/in-container/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
+        path = f'export PYTHONPATH="{site}${{PYTHONPATH:+:$PYTHONPATH}}"'
+        fixes[path] = "finds these before the container's, of which nothing is replaced"
+    return fixes
 
 
 def _data_requirements() -> list[str]:
@@ -258,11 +303,22 @@ def _text(answer: dict[str, Any], fixes: dict[str, str]) -> str:
         "torch: " + (f"built for CUDA {cuda}" if cuda else "built without CUDA" if has_torch else "not installed")
     )
     lines.append("data: " + (answer["data_engine"] or "no environment for nemo-upcycle data"))
-    own = [one for one in answer["libraries"] if one["state"] == _WRONG] if _in_container() else []
+    if _in_container():
+        lines.append("container: " + _advice())
     lines += [
         f"{one['name']} {one['installed']} is the container's own, and {one['needs']} is what was tested: it stays"
-        for one in own
-        if one["name"] not in _LAID_OVER
+        for one in answer["libraries"]
+        if one["state"] == _OWN
     ]
     lines += ["to fix or to add:", *(f"  {fix}  # {purpose}" for fix, purpose in fixes.items())] if fixes else []
-    return "\n".join(lines if fixes or own else [*lines, "all fits"])
+    fits = all(one["state"] in (_OK, _MISSING) for one in answer["libraries"])
+    return "\n".join([*lines, "all fits"] if fits and not fixes else lines)
+
+
+def _advice() -> str:
+    """Return which container this is, and which Dockerfile adds what it lacks, or which container to take instead."""
+    release, trainer = _container()
+    name = f"nvcr.io/nvidia/nemo:{release}" if release else "one of NVIDIA's, but none that is known"
+    if release in _BASES.values():
+        return f"{name}; docker/Dockerfile.{trainer} adds what it lacks"
+    return f"{name}; take {_BASES['nemo']} for NeMo 2.7, {_BASES['bridge']} for Megatron-Bridge (docker/README.md)"

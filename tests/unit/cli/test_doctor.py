@@ -47,7 +47,7 @@ def _has_core(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
     """Let the sources of Megatron-Core say that they are of a release."""
     said = doctor._value_in
     monkeypatch.setattr(
-        doctor, "_value_in", lambda package, *rest: release if package == "megatron" else said(package, *rest)
+        doctor, "_value_in", lambda *place: release if place[1] == "core/package_info.py" else said(*place)
     )
 
 
@@ -133,13 +133,13 @@ def test_doctor_names_the_libraries_where_there_is_no_clone(
     ]
 
 
-def _in_container(monkeypatch: pytest.MonkeyPatch, **own: str) -> None:
-    """Let this be NVIDIA's NeMo container, with releases of its own."""
+def _in_container(monkeypatch: pytest.MonkeyPatch, bridge: str, **own: str) -> None:
+    """Let this be NVIDIA's NeMo container with a Megatron-Bridge, with releases of its own."""
     monkeypatch.setenv("NVIDIA_PYTORCH_VERSION", "25.11")
     monkeypatch.setattr(doctor, "_gpus", lambda: ["NVIDIA H100 80GB HBM3, 81559 MiB"])
     monkeypatch.setattr(doctor, "_has_torch_binding", lambda: True)
-    _without(monkeypatch, "gguf")
-    installed, releases = doctor.version, {"transformer-engine": "2.12"} | own
+    _without(monkeypatch, "gguf", "grpcio-tools")
+    installed, releases = doctor.version, {"transformer-engine": "2.12", "megatron-bridge": bridge} | own
     monkeypatch.setattr(doctor, "version", lambda name: releases.get(name) or installed(name))
 
 
@@ -147,37 +147,85 @@ def test_doctor_puts_nemos_own_releases_before_those_of_the_container_26_02(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """NeMo 2.7.0 beside Megatron-Core 0.16.0 and ModelOpt 0.41.0: nothing is replaced, PYTHONPATH comes first."""
-    _in_container(monkeypatch, **{"nemo-toolkit": "2.7.0", "nvidia-modelopt": "0.41.0", "scipy": "1.99"})
+    own = {"nemo-toolkit": "2.7.0", "nvidia-modelopt": "0.41.0", "filelock": "3.24.3", "scipy": "1.99"}
+    _in_container(monkeypatch, "0.3.0", **own)
     _has_core(monkeypatch, "0.16.0")
-    add, lay_over = _found(capsys, status=1)["fixes"]
-    assert add == f"{sys.executable} -m pip install 'gguf<1,>=0.17'"
-    install, export = lay_over.split(" && ")
-    assert install.endswith("--no-deps --target in-container 'megatron-core<0.16,>=0.15.3' nvidia-modelopt==0.37.0")
+    lay_over, add, export = _found(capsys, status=1)["fixes"]
+    pip = f"PIP_CONSTRAINT= {sys.executable} -m pip install --prefix in-container"
+    laid_over = "'filelock<5,>=4' 'megatron-core<0.16,>=0.15.3' nvidia-modelopt==0.37.0"
+    assert lay_over == f"{pip} --ignore-installed --no-deps {laid_over}"
+    assert add == f"{pip} -c <({sys.executable} -m pip list --format=freeze) 'gguf<1,>=0.17'"
     shown = f'cd {tmp_path} && PYTHONPATH=/old && {export} && printf %s "$PYTHONPATH"'
     done = subprocess.run(["bash", "-c", shown], capture_output=True, text=True, check=True)
-    assert done.stdout == f"{tmp_path}/in-container:/old"
+    site = f"in-container/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
+    assert done.stdout == f"{tmp_path}/{site}:/old"
     assert main(["doctor"]) == 1
     text = capsys.readouterr().out
+    assert "container: nvcr.io/nvidia/nemo:26.02; docker/Dockerfile.nemo adds what it lacks" in text
     assert "scipy 1.99 is the container's own" in text
     assert "megatron-core 0.16.0 is the container's own" not in text
 
 
-def test_doctor_lays_nothing_over_a_container_of_another_nemo(
+def test_doctor_is_content_with_a_container_that_has_what_it_asks_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """25.11 has NeMo 2.6.0: with another Megatron-Core it would not fit either."""
-    _in_container(monkeypatch, **{"nemo-toolkit": "2.6.0"})
+    """In the image of docker/Dockerfile.nemo, what NVIDIA has in releases of its own stays."""
+    _in_container(monkeypatch, "0.3.1", **{"nemo-toolkit": "2.7.0", "scipy": "1.99", "gguf": "0.17.1"})
+    assert main(["doctor", "--missing"]) == 0
+    assert capsys.readouterr().out == "\n"
+    found = _found(capsys)
+    assert (found["container"], found["fits"], found["fixes"]) == ("26.02", True, [])
+
+
+def test_doctor_prints_what_pip_would_have_to_add(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _in_container(monkeypatch, "0.3.0", **{"nemo-toolkit": "2.7.0"})
+    assert main(["doctor", "--missing"]) == 0
+    assert capsys.readouterr().out == "gguf<1,>=0.17\n"
+
+
+@pytest.mark.parametrize(
+    ("bridge", "own", "release"),
+    [("0.2.0", {"nemo-toolkit": "2.6.0"}, "25.11"), ("0.4.1", {"nemo-toolkit": "2.8.0"}, "26.04")],
+)
+def test_doctor_names_the_container_to_take_where_nothing_can_be_laid_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], bridge: str, own: dict[str, str], release: str
+) -> None:
+    _in_container(monkeypatch, bridge, **own)
     _has_core(monkeypatch, "0.15.0")
-    assert not [fix for fix in _found(capsys, status=1)["fixes"] if "--target" in fix]
+    assert not [fix for fix in _found(capsys, status=1)["fixes"] if "--no-deps" in fix]
     assert main(["doctor"]) == 1
-    assert "nemo-toolkit 2.6.0 is the container's own" in capsys.readouterr().out
+    assert (
+        f"container: nvcr.io/nvidia/nemo:{release}; take 26.02 for NeMo 2.7, 26.08 for Megatron-Bridge"
+        in capsys.readouterr().out
+    )
+
+
+def test_doctor_asks_for_what_megatron_bridge_needs_in_its_container(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _in_container(monkeypatch, "0.6.0+b558c98", **{"transformers": "5.12.1"})
+    found = _found(capsys)
+    assert found["container"] == "26.08"
+    states = {one["name"]: one["state"] for one in found["libraries"]}
+    assert states["megatron-bridge"] == "the container's"
+    assert "nemo-toolkit" not in states
+
+
+def test_doctor_says_so_in_a_container_that_it_does_not_know(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _in_container(monkeypatch, "0.9.0")
+    main(["doctor"])
+    assert "container: one of NVIDIA's, but none that is known; take 26.02" in capsys.readouterr().out
 
 
 def test_doctor_believes_the_sources_of_megatron_before_the_metadata(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Where 0.15.3 was copied over the container's 0.16, pip still says 0.16."""
-    _in_container(monkeypatch, **{"nemo-toolkit": "2.7.0", "megatron-core": "0.16.1"})
+    _in_container(monkeypatch, "0.3.0", **{"nemo-toolkit": "2.7.0", "megatron-core": "0.16.1"})
     assert _value_of_core(_found(capsys)) == ("0.15.3", "ok")
 
 

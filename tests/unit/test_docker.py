@@ -1,0 +1,63 @@
+"""The images of docker/ and the pages name the containers and releases that `nemo-upcycle doctor` knows."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.cli import doctor
+
+
+ROOT = Path(__file__).parents[2]
+DOCKER = ROOT / "docker"
+
+
+def _dockerfile(trainer: str) -> str:
+    return (DOCKER / f"Dockerfile.{trainer}").read_text(encoding="utf-8")
+
+
+def test_table_of_containers_has_those_that_doctor_knows() -> None:
+    rows = re.findall(r"^\| (\d\d\.\d\d) \|(.*)\|$", (DOCKER / "README.md").read_text("utf-8"), flags=re.MULTILINE)
+    bridges = {release: cells.split("|")[-5].strip() for release, cells in rows}
+    known = {release: bridge for bridge, (release, _) in doctor._CONTAINERS.items()}
+    assert {release: ".".join(bridge.split(".")[:2]) for release, bridge in bridges.items()} == known
+
+
+@pytest.mark.parametrize("trainer", sorted(doctor._BASES))
+def test_image_builds_on_the_container_that_doctor_names(trainer: str) -> None:
+    assert f"\nARG BASE=nvcr.io/nvidia/nemo:{doctor._BASES[trainer]}\nFROM $BASE\n" in _dockerfile(trainer)
+
+
+def _laid_over(trainer: str) -> set[str]:
+    """Return the package's own pins of what is laid over a container."""
+    return {
+        one.argument for one in doctor._requirements() if one.name in doctor._LAID_OVER and one.extra in ("", trainer)
+    }
+
+
+@pytest.mark.parametrize("trainer", sorted(doctor._BASES))
+def test_image_lays_over_what_doctor_does_by_the_packages_own_pins(trainer: str) -> None:
+    arguments = _dockerfile(trainer).replace("\\\n", " ").split("--ignore-installed --no-deps ")[1].splitlines()[0]
+    assert set(shlex.split(arguments)) == _laid_over(trainer)
+
+
+def test_page_of_installing_lays_over_the_same() -> None:
+    page = (ROOT / "docs/install.md").read_text(encoding="utf-8")
+    arguments = page.replace("\\\n", " ").split("/shared/me/nemo-upcycle ")[1].splitlines()[0]
+    assert set(shlex.split(arguments)) == _laid_over("nemo")
+
+
+def test_pages_and_code_name_no_other_container() -> None:
+    names = subprocess.run(
+        ["git", "grep", "-hoE", r"(nvcr\.io/nvidia/nemo:|nemo-)[0-9]{2}\.[0-9]{2}", "--", ":!tests", ":!CHANGELOG.md"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert names
+    assert {name[-5:] for name in names} <= set(doctor._BASES.values())
