@@ -326,20 +326,17 @@ def test_another_spec_changes_every_field_that_follows_from_it(recipes: Any) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "words"),
-    [
-        ("seq_len_interpolation_factor", 2.0, "got 2.0, expected None"),
-        ("position_embedding_type", "none", "got none, expected rope"),
-        ("rotary_percent", 0.5, "got 0.5, expected 1.0"),
-    ],
+    ("name", "value"),
+    [("seq_len_interpolation_factor", 2.0), ("position_embedding_type", "none"), ("rotary_percent", 0.5)],
 )
-def test_refuses_recipe_with_other_position_embeddings(recipes: Any, name: str, value: Any, words: str) -> None:
+def test_refuses_recipe_with_other_position_embeddings(recipes: Any, name: str, value: Any) -> None:
     from nemo_upcycle.trainers.nemo.checks import check_recipe
 
     recipe = recipes.smollm2_135m_e8t2.pretrain_recipe()
     setattr(recipe.model.config, name, value)
-    with pytest.raises(SpecError, match=rf"model\.config\.{name}: {words}, as in every dense parent\. Fix: "):
+    with pytest.raises(SpecError) as caught:
         check_recipe(recipe)
+    assert (caught.value.field, caught.value.got) == (f"model.config.{name}", value)
 
 
 @pytest.mark.parametrize("name", [f"{base}_{kind}" for base in BIG for kind in ("e8t2", "dense_ct")])
