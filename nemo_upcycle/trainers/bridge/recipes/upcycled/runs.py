@@ -40,7 +40,7 @@ def upcycled_run(dense: str, **settings: Any) -> UpcyclingConfig:
 
 
 def hybridep_run(dense: str, **layout: int) -> UpcyclingConfig:
-    """Return `upcycled_run` without a capacity, its tokens sent by HybridEP: the dispatcher of Bridge's Qwen3-MoE on H100.
+    """Return `upcycled_run` with HybridEP and no capacity, as Bridge's own recipes of Qwen3-MoE on H100 have it.
 
     Args:
         dense: the dense checkpoint.

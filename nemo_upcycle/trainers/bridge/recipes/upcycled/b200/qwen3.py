@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+from nemo_upcycle.trainers.bridge.recipes.upcycled.h100.qwen3 import QWEN3_8B
 from nemo_upcycle.trainers.bridge.recipes.upcycled.runs import dense_run, upcycled_run
 from nemo_upcycle.trainers.bridge.settings import UpcyclingConfig
 
 
-_QWEN3_8B = "hf://Qwen/Qwen3-8B-Base"
-
-
 def qwen3_8b_e8t2_pretrain_64gpu_b200_bf16_config() -> UpcyclingConfig:
     """Return the training of Qwen3 8B: EP8 alone."""
-    return upcycled_run(_QWEN3_8B)
+    return upcycled_run(QWEN3_8B)
 
 
 def qwen3_8b_dense_ct_pretrain_64gpu_b200_bf16_config() -> UpcyclingConfig:
     """Return the dense baseline of Qwen3 8B, by data parallelism alone."""
-    return dense_run(_QWEN3_8B)
+    return dense_run(QWEN3_8B)

@@ -6,15 +6,15 @@ from nemo_upcycle.trainers.bridge.recipes.upcycled.runs import dense_run, fast_r
 from nemo_upcycle.trainers.bridge.settings import UpcyclingConfig
 
 
-_LLAMA3_8B = "hf://meta-llama/Meta-Llama-3-8B"
-_LLAMA31_8B = "hf://meta-llama/Llama-3.1-8B"
-_LLAMA3_70B = "hf://meta-llama/Meta-Llama-3-70B"
+LLAMA3_8B = "hf://meta-llama/Meta-Llama-3-8B"
+LLAMA31_8B = "hf://meta-llama/Llama-3.1-8B"
+LLAMA3_70B = "hf://meta-llama/Meta-Llama-3-70B"
 _CURRENT, _BLOCKWISE = "bf16_with_fp8_current_scaling_mixed", "bf16_with_fp8_subchannel_scaling_mixed"
 
 
 def llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config() -> UpcyclingConfig:
     """Return the paper's training of Llama 3 8B: TP2 PP4 VPP8 EP8."""
-    return upcycled_run(_LLAMA3_8B, tp=2, pp=4, vp=8)
+    return upcycled_run(LLAMA3_8B, tp=2, pp=4, vp=8)
 
 
 def llama3_8b_e8t2_pretrain_128gpu_h100_fp8cs_config() -> UpcyclingConfig:
@@ -22,39 +22,39 @@ def llama3_8b_e8t2_pretrain_128gpu_h100_fp8cs_config() -> UpcyclingConfig:
 
     The paper reports 462.8 TFLOP/s a GPU for this layout in BF16, in NeMo.
     """
-    return fast_run(_LLAMA3_8B, _CURRENT, cp=2, pp=4, vp=8)
+    return fast_run(LLAMA3_8B, _CURRENT, cp=2, pp=4, vp=8)
 
 
 def llama3_8b_dense_ct_pretrain_512gpu_h100_bf16_config() -> UpcyclingConfig:
     """Return the dense baseline of Llama 3 8B: CP2, as NeMo's and Bridge's own recipes of the model."""
-    return dense_run(_LLAMA3_8B, cp=2)
+    return dense_run(LLAMA3_8B, cp=2)
 
 
 def llama31_8b_e8t2_pretrain_512gpu_h100_bf16_config() -> UpcyclingConfig:
     """Return the training of Llama 3.1 8B, whose RoPE scaling is kept: TP2 PP4 VPP8 EP8."""
-    return upcycled_run(_LLAMA31_8B, tp=2, pp=4, vp=8)
+    return upcycled_run(LLAMA31_8B, tp=2, pp=4, vp=8)
 
 
 def llama31_8b_e8t2_pretrain_128gpu_h100_fp8cs_config() -> UpcyclingConfig:
     """Return the fast run of Llama 3.1 8B in FP8 with current scaling: CP2 PP4 VPP8 EP8."""
-    return fast_run(_LLAMA31_8B, _CURRENT, cp=2, pp=4, vp=8)
+    return fast_run(LLAMA31_8B, _CURRENT, cp=2, pp=4, vp=8)
 
 
 def llama31_8b_dense_ct_pretrain_512gpu_h100_bf16_config() -> UpcyclingConfig:
     """Return the dense baseline of Llama 3.1 8B: CP2."""
-    return dense_run(_LLAMA31_8B, cp=2)
+    return dense_run(LLAMA31_8B, cp=2)
 
 
 def llama3_70b_e8t2_pretrain_512gpu_h100_bf16_config() -> UpcyclingConfig:
     """Return the training of Llama 3 70B: TP8 CP2 PP16 VPP5 EP8, after Parallel Folding (arXiv 2504.14960)."""
-    return upcycled_run(_LLAMA3_70B, tp=8, cp=2, pp=16, vp=5)
+    return upcycled_run(LLAMA3_70B, tp=8, cp=2, pp=16, vp=5)
 
 
 def llama3_70b_e8t2_pretrain_512gpu_h100_fp8sc_config() -> UpcyclingConfig:
     """Return the fast run of Llama 3 70B in FP8 with blockwise (subchannel) scaling, on the same layout."""
-    return fast_run(_LLAMA3_70B, _BLOCKWISE, tp=8, cp=2, pp=16, vp=5)
+    return fast_run(LLAMA3_70B, _BLOCKWISE, tp=8, cp=2, pp=16, vp=5)
 
 
 def llama3_70b_dense_ct_pretrain_512gpu_h100_bf16_config() -> UpcyclingConfig:
     """Return the dense baseline of Llama 3 70B: TP4 CP2 PP4 VPP5, as NeMo's and Bridge's own recipes of the model."""
-    return dense_run(_LLAMA3_70B, tp=4, cp=2, pp=4, vp=5)
+    return dense_run(LLAMA3_70B, tp=4, cp=2, pp=4, vp=5)
