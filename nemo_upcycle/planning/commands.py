@@ -16,11 +16,16 @@ from nemo_upcycle.planning.workload import Workload
 FP8_RECIPES = {"fp8-delayed": "delayed", "fp8-current": "tensorwise", "fp8-blockwise": "blockwise"}
 #: Of Bridge's mixed precisions, those that keep parameters in BF16: FP8 ones cannot be filled.
 BRIDGE_PRECISIONS = {"bf16": "bf16_mixed", "fp8-blockwise": "bf16_with_fp8_subchannel_scaling_mixed"}
-#: Recipe of this package -> the one by Bridge's naming that a plan changes.
-BRIDGE_RECIPES = {
-    "llama3_8b_e8t2": "llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config",
-    "smollm2_135m_e8t2": "smollm2_135m_e8t2_pretrain_1gpu_h100_bf16_config",
+#: Recipe of this package -> GPUs of the one by Bridge's naming, which a plan changes.
+_BRIDGE_GPUS = {
+    "llama3_8b_e8t2": 512,
+    "llama31_8b_e8t2": 512,
+    "llama3_70b_e8t2": 512,
+    "qwen3_8b_e8t2": 512,
+    "qwen3_600m_e8t2": 1,
+    "smollm2_135m_e8t2": 1,
 }
+BRIDGE_RECIPES = {name: f"{name}_pretrain_{gpus}gpu_h100_bf16_config" for name, gpus in _BRIDGE_GPUS.items()}
 BACKENDS = ("nemo", "bridge")
 
 

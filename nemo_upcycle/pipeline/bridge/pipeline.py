@@ -3,7 +3,7 @@
 # No postponed annotations here, and Optional[...]: NeMo-Run parses values by them.
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import nemo_run as run
@@ -12,6 +12,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.launch import launch_chain
 from nemo_upcycle.pipeline.stages import RunPlan
+from nemo_upcycle.planning.commands import BRIDGE_RECIPES
 from nemo_upcycle.trainers.bridge_training import BridgeTraining
 from nemo_upcycle.utils.console import quiet_libraries
 from nemo_upcycle.utils.validation import check_whole
@@ -122,49 +123,42 @@ def training_of(recipe: str, settings: Sequence[str], gpus: int | None, gpus_per
     return BridgeTraining(recipe, tuple(settings), ranks // per_node, per_node)
 
 
-@run.cli.factory(target=pipeline, name="smollm2_135m_e8t2")
-def smollm2_135m_e8t2(dir: str = "runs/smollm2_135m_e8t2") -> run.Partial:
-    """Create the chain of SmolLM2-135M, which needs one GPU, or none.
+def chain(name: str, dense: str, **inputs: str) -> Callable[..., run.Partial]:
+    """Register and return the chain of an upcycled model and its dense baseline, under the name that it has in NeMo.
 
     Args:
-        dir (str): Folder of the run.
-
-    Returns:
-        run.Partial: Partial configuration of the pipeline.
-
-    Examples:
-        CLI usage:
-            $ nemo upcycle pipeline --factory smollm2_135m_e8t2 dir=runs/first pretrain.train.train_iters=4 --yes
+        name: of the recipe, one of `BRIDGE_RECIPES`.
+        dense: the dense parent, by default.
+        inputs: arguments of `pipeline` that are not the defaults.
     """
-    return run.Partial(
-        pipeline,
-        dir=dir,
-        dense="asset://smollm2-135m",
-        recipe="smollm2_135m_e8t2_pretrain_1gpu_h100_bf16_config",
-        dense_ct="smollm2_135m_dense_ct_pretrain_1gpu_h100_bf16_config",
-    )
+    recipe = BRIDGE_RECIPES[name]
+
+    @run.cli.factory(target=pipeline, name=name)
+    def pipeline_recipe(dir: str = f"runs/{name}", dense: str = dense) -> run.Partial:
+        """Create the whole chain: import, data, upcycle, pretrain, dense baseline, export, evaluate, report.
+
+        Args:
+            dir (str): Folder of the run, which all nodes share.
+            dense (str): The dense checkpoint to start from: a folder or `hf://ORG/NAME`.
+
+        Returns:
+            run.Partial: Partial configuration of the pipeline.
+
+        Examples:
+            CLI usage:
+                $ nemo upcycle pipeline --factory NAME dir=runs/first pretrain.train.train_iters=4 --yes
+                $ nemo upcycle pipeline --factory NAME run.executor=slurm dir=/shared/runs/first --yes
+        """
+        baseline = recipe.replace("_e8t2_", "_dense_ct_")
+        return run.Partial(pipeline, dir=dir, dense=dense, recipe=recipe, dense_ct=baseline, **inputs)
+
+    return pipeline_recipe
 
 
-@run.cli.factory(target=pipeline, name="llama3_8b_e8t2")
-def llama3_8b_e8t2(dir: str = "runs/llama3_8b_e8t2") -> run.Partial:
-    """Create the paper's chain: Llama 3 8B on 512 H100, its dense baseline, the paper's blend and tasks.
-
-    Args:
-        dir (str): Folder of the run, which all nodes share.
-
-    Returns:
-        run.Partial: Partial configuration of the pipeline.
-
-    Examples:
-        CLI usage:
-            $ nemo upcycle pipeline --factory llama3_8b_e8t2 run.executor=slurm dir=/shared/runs/first --yes
-    """
-    return run.Partial(
-        pipeline,
-        dir=dir,
-        dense="hf://meta-llama/Meta-Llama-3-8B",
-        recipe="llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config",
-        dense_ct="llama3_8b_dense_ct_pretrain_512gpu_h100_bf16_config",
-        data="redpajama_v2_academic_7_3",
-        evaluation="paper",
-    )
+_PAPER = {"data": "redpajama_v2_academic_7_3", "evaluation": "paper"}
+chain("smollm2_135m_e8t2", "asset://smollm2-135m")
+chain("qwen3_600m_e8t2", "hf://Qwen/Qwen3-0.6B-Base")
+chain("llama3_8b_e8t2", "hf://meta-llama/Meta-Llama-3-8B", **_PAPER)
+chain("llama31_8b_e8t2", "hf://meta-llama/Llama-3.1-8B", **_PAPER)
+chain("llama3_70b_e8t2", "hf://meta-llama/Meta-Llama-3-70B", **_PAPER)
+chain("qwen3_8b_e8t2", "hf://Qwen/Qwen3-8B-Base", **_PAPER)

@@ -32,9 +32,11 @@ def test_what_nemo_does_not_have_gets_no_command(capsys: pytest.CaptureFixture[s
 
 def test_bridges_command_is_for_the_recipes_that_bridge_has(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--gpus", "64", "--backend", "bridge"]
-    assert main(["plan", "--recipe", "qwen3_8b_e8t2", *sizes]) == 2
-    assert "for Bridge llama3_8b_e8t2 or smollm2_135m_e8t2. Fix: use --backend nemo" in capsys.readouterr().err
-    assert main(["plan", "--recipe", "llama3_8b_e8t2", *sizes]) == 0
+    assert main(["plan", "--recipe", "qwen3_8b_dense_ct", *sizes]) == 2
+    answer = capsys.readouterr().err
+    assert "for Bridge llama3_8b_e8t2 or llama31_8b_e8t2 or " in answer
+    assert "Fix: use --backend nemo" in answer
+    assert main(["plan", "--recipe", "qwen3_8b_e8t2", *sizes]) == 0
     assert "-m nemo_upcycle.bridge" in capsys.readouterr().out
     assert main(["plan", "--recipe", "llama3_8b_e8t2", "--gpus", "64", "--backend", "megatron"]) == 2
     assert "bridge" in capsys.readouterr().err

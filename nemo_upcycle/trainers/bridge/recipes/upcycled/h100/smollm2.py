@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from megatron.bridge.training.config import ConfigContainer
-
-from nemo_upcycle.spec import UpcycleSpec
-from nemo_upcycle.trainers.bridge.recipes.common import upcycled_pretraining
+from nemo_upcycle.trainers.bridge.recipes.upcycled.runs import E8T2, small_run
+from nemo_upcycle.trainers.bridge.settings import UpcyclingConfig
 
 
-def smollm2_135m_e8t2_pretrain_1gpu_h100_bf16_config() -> ConfigContainer:
-    """Return a training of the upcycled SmolLM2-135M, whose weights come with this package's assets."""
-    return _small(UpcycleSpec(num_experts=8, top_k=2))
+_SMOLLM2_135M = "asset://smollm2-135m"
 
 
-def smollm2_135m_dense_ct_pretrain_1gpu_h100_bf16_config() -> ConfigContainer:
-    """Return a training of SmolLM2-135M as it is: the baseline that the upcycled model has to beat."""
-    return _small(None)
+def smollm2_135m_e8t2_pretrain_1gpu_h100_bf16_config() -> UpcyclingConfig:
+    """Return a short training of the upcycled SmolLM2-135M, whose weights come with this package's assets."""
+    return small_run(_SMOLLM2_135M, E8T2)
 
 
-def _small(spec: UpcycleSpec | None) -> ConfigContainer:
-    config = upcycled_pretraining("asset://smollm2-135m", spec, seq_length=512)
-    config.train.global_batch_size, config.train.micro_batch_size = 8, 1
-    config.train.train_iters = 100
-    config.validation.eval_interval, config.validation.eval_iters = 50, 4
-    config.checkpoint.save_interval = 50
-    config.optimizer.lr, config.optimizer.min_lr = 1e-4, 1e-5
-    config.scheduler.lr_warmup_iters = 5
-    return config
+def smollm2_135m_dense_ct_pretrain_1gpu_h100_bf16_config() -> UpcyclingConfig:
+    """Return a short training of SmolLM2-135M as it is: the baseline that the upcycled model has to beat."""
+    return small_run(_SMOLLM2_135M, None)

@@ -1,0 +1,134 @@
+"""The trainings that the recipes of this folder are, with the numbers of NeMo's recipes; a model adds its layout.
+
+`recipes/h100.py` and `recipes/llama3_8b_e8t2.py` give the reasons: what arXiv 2412.09952 states, what it does not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.bridge.training.comm_overlap import CommOverlapConfig
+from megatron.bridge.training.mixed_precision import get_mixed_precision_config
+
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.bridge.recipes.common import upcycled_pretraining
+from nemo_upcycle.trainers.bridge.settings import UpcyclingConfig
+
+
+E8T2 = UpcycleSpec(num_experts=8, top_k=2)
+#: Where HybridEP finds the NVLink domain of a machine with 8 GPUs: the values of Bridge's own recipes for H100.
+_HYBRIDEP_VARIABLES = {
+    "NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN": 8,
+    "NUM_OF_TOKENS_PER_CHUNK_COMBINE_API": 128,
+    "NVLINK_DOMAIN_SIZE": 8,
+    "USE_MNNVL": 0,
+}
+
+
+def upcycled_run(dense: str, **settings: Any) -> UpcyclingConfig:
+    """Return the paper's training: EP8, capacity factor 4, which drops nothing with 8 experts and top-2.
+
+    MoE layers are recomputed throughout, for routers start unbalanced; NeMo's recipes do so in the first 500 steps.
+
+    Args:
+        dense: the dense checkpoint, see `upcycled_pretraining`.
+        settings: the layout, see `_paper_run`, and what else differs in the model.
+    """
+    own = {"recompute_granularity": "selective", "recompute_modules": ["moe"], "moe_expert_capacity_factor": 4.0}
+    return _paper_run(dense, E8T2, **(own | settings))
+
+
+def hybridep_run(dense: str, **layout: int) -> UpcyclingConfig:
+    """Return `upcycled_run` with HybridEP and no capacity, as Bridge's own recipes of Qwen3-MoE on H100 have it.
+
+    Args:
+        dense: the dense checkpoint.
+        layout: see `_paper_run`.
+    """
+    flex = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep", "moe_router_dtype": "fp32"}
+    config = upcycled_run(dense, moe_expert_capacity_factor=None, **flex, **layout)
+    config.env_vars |= _HYBRIDEP_VARIABLES
+    return config
+
+
+def fast_run(dense: str, precision: str, **layout: int) -> UpcyclingConfig:
+    """Return the fast run in FP8: capacity factor 1 with padding, nothing recomputed. FP8 has not been run.
+
+    Parameters stay in BF16: FP8 ones (`fp8_param_gather`) cannot be filled.
+
+    Args:
+        dense: the dense checkpoint.
+        precision: the name of Bridge's mixed precision.
+        layout: see `_paper_run`.
+    """
+    config = _paper_run(dense, E8T2, moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=True, **layout)
+    config.mixed_precision = get_mixed_precision_config(precision)
+    config.mixed_precision.fp8_param_gather = False
+    return config
+
+
+def dense_run(dense: str, **layout: int) -> UpcyclingConfig:
+    """Return the training of the dense baseline, by the same data, batches and learning rates.
+
+    Args:
+        dense: the dense checkpoint.
+        layout: see `_paper_run`.
+    """
+    return _paper_run(dense, None, **layout)
+
+
+def small_run(dense: str, spec: UpcycleSpec | None) -> UpcyclingConfig:
+    """Return a training of a few steps, on one GPU, or on none.
+
+    Args:
+        dense: the dense checkpoint.
+        spec: how to upcycle it; None for the dense baseline.
+    """
+    config = _with_rates(upcycled_pretraining(dense, spec, seq_length=512), 1e-4, 1e-5, warmup=2)
+    config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = 6, 2, 1
+    config.validation.eval_interval, config.validation.eval_iters = 3, 1
+    config.checkpoint.save_interval, config.checkpoint.most_recent_k = 10, 1
+    return config
+
+
+def _paper_run(
+    dense: str, spec: UpcycleSpec | None, *, tp: int = 1, pp: int = 1, vp: int | None = None, cp: int = 1, **model: Any
+) -> UpcyclingConfig:
+    """Return 100B tokens at 512 sequences of 8192 a step, with the paper's learning rates.
+
+    Args:
+        dense: the dense checkpoint.
+        spec: how to upcycle it; None for the dense baseline.
+        tp: tensor parallelism of the attention; above 1 with sequence parallelism.
+        pp: pipeline stages.
+        vp: chunks of each stage.
+        cp: ranks that share a sequence.
+        model: further settings of the model.
+    """
+    model |= {
+        "tensor_model_parallel_size": tp,
+        "sequence_parallel": tp > 1,
+        "pipeline_model_parallel_size": pp,
+        "virtual_pipeline_model_parallel_size": vp,
+        "pipeline_dtype": torch.bfloat16,
+        "context_parallel_size": cp,
+    }
+    if spec is not None:
+        model |= {"expert_model_parallel_size": 8, "expert_tensor_parallel_size": 1}
+    config = _with_rates(upcycled_pretraining(dense, spec, seq_length=8192, **model), 3e-5, 3e-7, warmup=100)
+    config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = 23_842, 512, 1
+    config.validation.eval_interval = 2000
+    config.checkpoint.save_interval = 1000
+    config.comm_overlap = CommOverlapConfig(tp_comm_overlap=False)  # virtual stages send many times as often
+    return config
+
+
+def _with_rates(config: UpcyclingConfig, highest: float, lowest: float, warmup: int) -> UpcyclingConfig:
+    """Set the learning rates, and the numbers of Adam in which Bridge's defaults differ from NeMo's."""
+    config.optimizer.lr, config.optimizer.min_lr = highest, lowest
+    config.scheduler.lr_warmup_iters = warmup
+    config.optimizer.adam_eps = 1e-5
+    # Bridge's scheduler has 0.033, which takes the place of the optimizer's 0.1.
+    config.scheduler.start_weight_decay = config.scheduler.end_weight_decay = config.optimizer.weight_decay
+    return config

@@ -1,0 +1,244 @@
+"""Recipes by Bridge's naming have the numbers of NeMo's, and fit the GPUs that they name by the planner."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nemo_upcycle.planning.commands import BRIDGE_RECIPES
+from nemo_upcycle.planning.hardware import known_gpu, known_recipe
+from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.values import setting
+from tests.golden import GOLDEN, golden_path
+from tests.models import LLAMA3_8B
+
+
+pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
+DENSE, SPEC = "NEMO_UPCYCLE_DENSE", "resume.restore_config.spec."
+PRECISIONS = {"bf16": "bf16", "fp8cs": "fp8-current", "fp8sc": "fp8-blockwise"}
+_LLAMA31_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_QWEN3_8B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+#: The parents' `config.json`, as far as it decides anything.
+PARENTS: dict[str, dict[str, Any]] = {
+    "llama3_8b": LLAMA3_8B,
+    "llama31_8b": LLAMA3_8B | {"max_position_embeddings": 131072, "rope_scaling": _LLAMA31_SCALING},
+    "llama3_70b": LLAMA3_8B
+    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    "qwen3_8b": _QWEN3_8B,
+    "qwen3_600m": _QWEN3_8B
+    | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
+    | {"tie_word_embeddings": True},
+    "smollm2_135m": LLAMA3_8B
+    | {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    | {"num_key_value_heads": 3, "vocab_size": 49152, "rope_theta": 100000.0, "tie_word_embeddings": True},
+}
+#: NeMo has no such dispatcher; the training is that of its recipe.
+HYBRIDEP = "qwen3_8b_e8t2_pretrain_512gpu_h100_bf16_hybridep_config"
+#: Recipe by Bridge's naming -> NeMo's, as `tests/golden` has it.
+PAIRS = {
+    "llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config": "llama3_8b_e8t2",
+    "llama3_8b_e8t2_pretrain_128gpu_h100_fp8cs_config": "llama3_8b_e8t2-fast",
+    "llama3_8b_dense_ct_pretrain_512gpu_h100_bf16_config": "llama3_8b_dense_ct",
+    "llama31_8b_e8t2_pretrain_512gpu_h100_bf16_config": "llama31_8b_e8t2",
+    "llama31_8b_e8t2_pretrain_128gpu_h100_fp8cs_config": "llama31_8b_e8t2-fp8",
+    "llama31_8b_dense_ct_pretrain_512gpu_h100_bf16_config": "llama31_8b_dense_ct",
+    "llama3_70b_e8t2_pretrain_512gpu_h100_bf16_config": "llama3_70b_e8t2",
+    "llama3_70b_e8t2_pretrain_512gpu_h100_fp8sc_config": "llama3_70b_e8t2-fp8",
+    "llama3_70b_dense_ct_pretrain_512gpu_h100_bf16_config": "llama3_70b_dense_ct",
+    "qwen3_8b_e8t2_pretrain_512gpu_h100_bf16_config": "qwen3_8b_e8t2",
+    HYBRIDEP: "qwen3_8b_e8t2",
+    "qwen3_8b_e8t2_pretrain_128gpu_h100_fp8sc_config": "qwen3_8b_e8t2-fp8",
+    "qwen3_8b_dense_ct_pretrain_512gpu_h100_bf16_config": "qwen3_8b_dense_ct",
+    "qwen3_600m_e8t2_pretrain_1gpu_h100_bf16_config": "qwen3_600m_e8t2",
+    "qwen3_600m_dense_ct_pretrain_1gpu_h100_bf16_config": "qwen3_600m_dense_ct",
+    "smollm2_135m_e8t2_pretrain_1gpu_h100_bf16_config": "smollm2_135m_e8t2",
+    "smollm2_135m_dense_ct_pretrain_1gpu_h100_bf16_config": "smollm2_135m_dense_ct",
+}
+#: On a GPU that NeMo's recipes are not for: their trainings, in layouts of the planner's.
+B200 = {
+    "llama3_8b_e8t2_pretrain_64gpu_b200_bf16_config": "llama3_8b_e8t2",
+    "llama3_8b_dense_ct_pretrain_64gpu_b200_bf16_config": "llama3_8b_dense_ct",
+    "llama31_8b_e8t2_pretrain_64gpu_b200_bf16_config": "llama31_8b_e8t2",
+    "llama31_8b_dense_ct_pretrain_64gpu_b200_bf16_config": "llama31_8b_dense_ct",
+    "llama3_70b_e8t2_pretrain_256gpu_b200_bf16_config": "llama3_70b_e8t2",
+    "llama3_70b_dense_ct_pretrain_256gpu_b200_bf16_config": "llama3_70b_dense_ct",
+    "qwen3_8b_e8t2_pretrain_64gpu_b200_bf16_config": "qwen3_8b_e8t2",
+    "qwen3_8b_dense_ct_pretrain_64gpu_b200_bf16_config": "qwen3_8b_dense_ct",
+}
+#: Bridge's setting -> NeMo's.
+LAYOUT = {
+    f"model.{name}": f"trainer.strategy.{name}"
+    for name in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+        "context_parallel_size",
+        "sequence_parallel",
+    )
+}
+EXPERTS = {
+    "model.expert_tensor_parallel_size": "trainer.strategy.expert_tensor_parallel_size",
+    "model.expert_model_parallel_size": "trainer.strategy.expert_model_parallel_size",
+    "model.moe_expert_capacity_factor": "model.config.moe_expert_capacity_factor",
+    "model.moe_pad_expert_input_to_capacity": "model.config.moe_pad_expert_input_to_capacity",
+    "model.recompute_modules": "model.config.recompute_modules",
+    "model.moe_aux_loss_coeff": "model.config.moe_aux_loss_coeff",
+    "model.moe_router_pre_softmax": "model.config.moe_router_pre_softmax",
+}
+TRAINING = {
+    "dataset.seq_length": "data.seq_length",
+    "model.seq_length": "data.seq_length",
+    "train.global_batch_size": "data.global_batch_size",
+    "train.micro_batch_size": "data.micro_batch_size",
+    "train.train_iters": "trainer.max_steps",
+    "validation.eval_interval": "trainer.val_check_interval",
+    "validation.eval_iters": "trainer.limit_val_batches",
+    "optimizer.lr": "optim.config.lr",
+    "optimizer.min_lr": "optim.lr_scheduler.min_lr",
+    "scheduler.lr_warmup_iters": "optim.lr_scheduler.warmup_steps",
+    "optimizer.weight_decay": "optim.config.weight_decay",
+    "scheduler.start_weight_decay": "optim.config.weight_decay",
+    "scheduler.end_weight_decay": "optim.config.weight_decay",
+    "optimizer.adam_beta1": "optim.config.adam_beta1",
+    "optimizer.adam_beta2": "optim.config.adam_beta2",
+    "optimizer.adam_eps": "optim.config.adam_eps",
+    "optimizer.clip_grad": "optim.config.clip_grad",
+    "ddp.grad_reduce_in_fp32": "trainer.strategy.ddp.grad_reduce_in_fp32",
+    "checkpoint.save_interval": "log.ckpt.every_n_train_steps",
+    "checkpoint.most_recent_k": "log.ckpt.keep_last",
+}
+
+
+@pytest.fixture
+def parent(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a recipe's parent with its configuration: nothing is read of the weights before the start."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | PARENTS[_model(name)]))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setenv(DENSE, "")  # which a training sets
+    monkeypatch.delenv(DENSE)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", [*PAIRS, *B200])
+def test_a_recipe_has_the_numbers_of_nemos(name: str, parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_upcycle.trainers.bridge.upcycling import hook_of
+
+    addresses: list[str] = []
+
+    def fetch(address: str) -> Path:
+        addresses.append(address)
+        return parent
+
+    monkeypatch.setattr("nemo_upcycle.trainers.bridge.recipes.common.ensure_dense", fetch)
+    nemo = _golden((PAIRS | B200)[name])
+    config = getattr(importlib.import_module(_module(name)), name)()
+    same = TRAINING | EXPERTS if name in B200 else TRAINING | EXPERTS | LAYOUT
+    expected = {ours: nemo.get(theirs) or None for ours, theirs in same.items()}
+    if name == HYBRIDEP:
+        assert expected.pop("model.moe_expert_capacity_factor") == 4.0  # 8 experts, top-2: it drops nothing
+        assert config.model.moe_expert_capacity_factor is None
+    assert {ours: setting(config, ours) or None for ours in expected} == expected
+    hook = hook_of(config)
+    assert hook is not None
+    spec = {key.removeprefix(SPEC): value for key, value in nemo.items() if key.startswith(SPEC)}
+    spec.pop("is", None)
+    assert hook.spec == (UpcycleSpec(**spec) if spec else None)
+    assert addresses == [nemo["resume.restore_config.path"]]
+    if name in PAIRS and "_bf16_" in name:
+        assert _gpus(name) == nemo["trainer.num_nodes"] * nemo["trainer.devices"]
+
+
+@pytest.mark.parametrize("name", [*PAIRS, *B200])
+def test_a_recipe_fits_its_gpus_by_the_planner(name: str, parent: Path) -> None:
+    from nemo_upcycle.pipeline.bridge.pipeline import training_of
+    from nemo_upcycle.pipeline.forecast.recipe_to_plan import plans_of
+
+    training = training_of(name if name in PAIRS else f"{_module(name)}:{name}", [], None)
+    training.check_parent("dense_ct" if "_dense_ct_" in name else "pretrain", str(parent), remote=False)
+    facts = training.facts(str(parent))
+    assert facts is not None
+    assert facts.layout.gpus == _gpus(name)
+    known = known_recipe(name.partition("_pretrain_")[0])
+    assert (facts.arch.total_params, facts.arch.active_params) == (known.arch.total_params, known.arch.active_params)
+    assert facts.profile.precision == next(kind for text, kind in PRECISIONS.items() if f"_{text}_" in name)
+    assert (facts.profile.dispatcher == "hybridep") == (name == HYBRIDEP)
+    first, later = plans_of(facts, known_gpu("b200" if name in B200 else "h100"))
+    assert (first.verdict, later.verdict) == ("fits", "fits")
+
+
+def test_every_recipe_of_nemos_has_its_pair_and_every_pair_is_listed() -> None:
+    from nemo_upcycle.trainers.bridge.recipes.upcycled import b200, h100
+
+    assert {recipe for recipe, _ in GOLDEN.values()} == {GOLDEN[golden][0] for golden in PAIRS.values()}
+    assert (set(h100.__all__), set(b200.__all__)) == (set(PAIRS), set(B200))
+
+
+@pytest.mark.parametrize("name", [HYBRIDEP])
+def test_hybridep_is_told_the_nvlink_domain(name: str, parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DENSE, str(parent))
+    config = getattr(importlib.import_module(_module(name)), name)()
+    assert (config.model.moe_token_dispatcher_type, config.model.moe_router_dtype) == ("flex", "fp32")
+    assert config.env_vars["NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN"] == config.model.expert_model_parallel_size
+
+
+def test_every_upcycled_model_has_a_chain_with_its_baseline() -> None:
+    from nemo_run.cli.api import list_factories
+
+    from nemo_upcycle.pipeline.bridge.pipeline import pipeline
+
+    chains = [factory() for factory in list_factories(pipeline)]
+    assert {one.recipe for one in chains} == set(BRIDGE_RECIPES.values())
+    for one in chains:
+        assert {one.recipe, one.dense_ct} <= set(PAIRS)
+        assert PAIRS[one.dense_ct] == PAIRS[one.recipe].replace("_e8t2", "_dense_ct")
+        assert one.dense == _golden(PAIRS[one.recipe])["resume.restore_config.path"]
+
+
+def _model(name: str) -> str:
+    return re.split("_e8t2_|_dense_ct_", name)[0]
+
+
+def _module(name: str) -> str:
+    return f"nemo_upcycle.trainers.bridge.recipes.upcycled.{'b200' if name in B200 else 'h100'}"
+
+
+def _gpus(name: str) -> int:
+    found = re.search(r"_(\d+)gpu_", name)
+    assert found
+    return int(found[1])
+
+
+def _golden(name: str) -> dict[str, Any]:
+    """Return NeMo's settings; YAML takes a number without a point, as `3e-05`, for text."""
+    values = yaml.safe_load(golden_path(name).read_text(encoding="utf-8"))
+    return {key: float(value) if _is_exponent(value) else value for key, value in values.items()}
+
+
+def _is_exponent(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"\de-\d+", value) is not None
