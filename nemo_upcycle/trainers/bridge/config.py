@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import inspect
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.trainers.bridge.blend import BlendDataset
-from nemo_upcycle.trainers.bridge.recipes.common import DENSE, changed_spec
+from nemo_upcycle.trainers.bridge.recipes.common import made_for
 from nemo_upcycle.trainers.bridge.upcycling import UpcycleHook, hook_of
 from nemo_upcycle.utils.children import shield_children
 
@@ -80,8 +79,7 @@ def load_config(
         UpcycleError: there is no such recipe, it upcycles nothing, or a setting does not exist or takes no such value.
     """
     make = find_recipe(recipe)
-    os.environ[DENSE] = str(dense)  # Bridge's recipes have no arguments
-    with changed_spec(changes or {}):
+    with made_for(dense, changes or {}):  # Bridge's recipes have no arguments
         config = make()
     if hook_of(config) is None:
         raise UpcycleError(

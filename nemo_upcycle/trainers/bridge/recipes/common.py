@@ -28,13 +28,17 @@ _CHANGES: ContextVar[Mapping[str, Any]] = ContextVar("changes of a spec")
 
 
 @contextmanager
-def changed_spec(changes: Mapping[str, Any]) -> Iterator[None]:
-    """Let recipes that are made while the block runs have a spec that differs in some fields."""
-    token = _CHANGES.set(changes)
+def made_for(dense: Path, changes: Mapping[str, Any]) -> Iterator[None]:
+    """Let recipes that are made while the block runs start from a checkpoint, by specs that differ in some fields."""
+    before, token = os.environ.get(DENSE), _CHANGES.set(changes)
+    os.environ[DENSE] = str(dense)
     try:
         yield
     finally:
         _CHANGES.reset(token)
+        del os.environ[DENSE]
+        if before is not None:
+            os.environ[DENSE] = before
 
 
 def upcycled_pretraining(dense: str, spec: UpcycleSpec | None, *, seq_length: int, **settings: Any) -> UpcyclingConfig:
