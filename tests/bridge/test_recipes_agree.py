@@ -91,6 +91,8 @@ B200 = {
     "qwen3_8b_e8t2_pretrain_64gpu_b200_bf16_config": "qwen3_8b_e8t2",
     "qwen3_8b_dense_ct_pretrain_64gpu_b200_bf16_config": "qwen3_8b_dense_ct",
 }
+#: 73.1 of 79.1 GiB, in NeMo's layout.
+TIGHT = {"qwen3_8b_dense_ct_pretrain_512gpu_h100_bf16_config"}
 #: Bridge's setting -> NeMo's.
 LAYOUT = {
     f"model.{name}": f"trainer.strategy.{name}"
@@ -189,7 +191,8 @@ def test_a_recipe_fits_its_gpus_by_the_planner(name: str, parent: Path) -> None:
     assert facts.profile.precision == next(kind for text, kind in PRECISIONS.items() if f"_{text}_" in name)
     assert (facts.profile.dispatcher == "hybridep") == (name == HYBRIDEP)
     first, later = plans_of(facts, known_gpu("b200" if name in B200 else "h100"))
-    assert (first.verdict, later.verdict) == ("fits", "fits")
+    expected = "tight" if name in TIGHT else "fits"
+    assert (first.verdict, later.verdict) == (expected, expected)
 
 
 def test_every_recipe_of_nemos_has_its_pair_and_every_pair_is_listed() -> None:

@@ -35,7 +35,11 @@ def upcycled_run(dense: str, **settings: Any) -> UpcyclingConfig:
         dense: the dense checkpoint, see `upcycled_pretraining`.
         settings: the layout, see `_paper_run`, and what else differs in the model.
     """
-    own = {"recompute_granularity": "selective", "recompute_modules": ["moe"], "moe_expert_capacity_factor": 4.0}
+    own: dict[str, Any] = {
+        "recompute_granularity": "selective",
+        "recompute_modules": ["moe"],
+        "moe_expert_capacity_factor": 4.0,
+    }
     return _paper_run(dense, E8T2, **(own | settings))
 
 
