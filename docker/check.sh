@@ -14,6 +14,7 @@ for trainer in nemo bridge; do
     build -f "docker/Dockerfile.$trainer" --build-arg "BASE=$name:standin" -t "$name:$trainer" .
     build -f - -t "$name:checked" docker <<END
 FROM $name:$trainer
-RUN sha256sum --quiet -c /root/own.sha256 && nemo-upcycle doctor && ls /opt/overlay/lib/python3.12/site-packages
+RUN sha256sum --quiet -c /root/own.sha256 && nemo-upcycle doctor \\
+    && python -c "from megatron.core import package_info as core; print('Megatron-Core', core.__version__)"
 END
 done

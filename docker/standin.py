@@ -15,11 +15,22 @@ from pathlib import Path
 
 VENV = Path("/opt/venv/lib/python3.12/site-packages")
 SYSTEM = Path("/usr/local/lib/python3.12/dist-packages")
-#: what is installed as it is: package -> the folder of its sources
+#: what is installed from a folder of sources: package -> the folder, and the one in it that holds `megatron`
 EDITABLE = {
-    "megatron-bridge": "/opt/Megatron-Bridge/src",
-    "megatron-core": "/opt/Megatron-Bridge/3rdparty/Megatron-LM",
+    "megatron-bridge": ("/opt/Megatron-Bridge", "src"),
+    "megatron-core": ("/opt/Megatron-Bridge/3rdparty/Megatron-LM", ""),
 }
+PROJECT = """
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+[project]
+name = "{name}"
+version = "{release}"
+[tool.setuptools]
+{package_dir}
+packages.find = {{ where = ["{where}"], include = ["{package}", "{package}.*"] }}
+"""
 #: container -> what the PyTorch container below it has, outside of the environment
 BELOW = {
     "nemo": "torch==2.10.0a0+b558c986e8.nv25.11 nvidia-modelopt==0.37.0 packaging==25.0 protobuf==6.33.5",
@@ -66,15 +77,22 @@ def main(container: str) -> None:
 
 
 def install(site: Path, name: str, release: str) -> None:
-    """Write a package's metadata and, where it has any, its sources."""
+    """Write a package's metadata, or its sources, and install them."""
+    if name in EDITABLE:
+        folder, inner = EDITABLE[name]
+        package = Path(folder, inner, name.replace("-", "/"))
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "package_info.py").write_text(f'__version__ = "{release}"\n')
+        fields = {"name": name, "release": release, "where": inner or ".", "package": name.replace("-", ".")}
+        package_dir = f'package-dir = {{ "" = "{inner}" }}' if inner else ""
+        Path(folder, "pyproject.toml").write_text(PROJECT.format(**fields, package_dir=package_dir))
+        pip = ["/opt/venv/bin/python", "-m", "pip", "install", "--no-deps", "-e", folder]
+        subprocess.run(pip, check=True)
+        return
     metadata = site / f"{name.replace('-', '_')}-{release}.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {release}\n")
-    if sources := EDITABLE.get(name):
-        package = Path(sources, "megatron", name.removeprefix("megatron-"))
-        package.mkdir(parents=True)
-        (package / "package_info.py").write_text(f'__version__ = "{release}"\n')
-        (site / f"__editable__.{name}.pth").write_text(f"{sources}\n")
 
 
 if __name__ == "__main__":

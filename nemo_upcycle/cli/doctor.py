@@ -134,9 +134,10 @@ def _extras() -> dict[str, str]:
 
 def _installed(package: str) -> str | None:
     # Of these what Python would import: in NVIDIA's containers they are folders of sources, which some replace.
-    folder = {"megatron-core": "core", "megatron-bridge": "bridge"}.get(package)
-    if folder and (sources := _value_in("megatron", f"{folder}/package_info.py", "__version__")):
-        return str(sources)
+    if package in ("megatron-core", "megatron-bridge"):
+        sources = _value_in(package.replace("-", "."), "package_info.py", "__version__")
+        if sources:
+            return str(sources)
     if package == "transformer-engine" and not _has_torch_binding():
         return None
     try:
@@ -281,7 +282,10 @@ def _data_engine() -> str | None:
 
 def _value_in(package: str, file: str, name: str) -> Any:
     """Return a value of a plain file of a package, without the slow import of the package; None without that file."""
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except ModuleNotFoundError:  # without the package that this one is in
+        return None
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (path := Path(folder, file)).is_file():
             return runpy.run_path(str(path)).get(name)

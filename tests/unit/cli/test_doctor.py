@@ -47,7 +47,7 @@ def _has_core(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
     """Let the sources of Megatron-Core say that they are of a release."""
     said = doctor._value_in
     monkeypatch.setattr(
-        doctor, "_value_in", lambda *place: release if place[1] == "core/package_info.py" else said(*place)
+        doctor, "_value_in", lambda package, *rest: release if package == "megatron.core" else said(package, *rest)
     )
 
 
