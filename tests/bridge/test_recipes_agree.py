@@ -240,7 +240,8 @@ def _gpus(name: str) -> int:
 def _golden(name: str) -> dict[str, Any]:
     """Return NeMo's settings; YAML takes a number without a point, as `3e-05`, for text."""
     values = yaml.safe_load(golden_path(name).read_text(encoding="utf-8"))
-    return {key: float(value) if _is_exponent(value) else value for key, value in values.items()}
+    default = {"trainer.strategy.expert_model_parallel_size": 1}  # which dense recipes do not set
+    return default | {key: float(value) if _is_exponent(value) else value for key, value in values.items()}
 
 
 def _is_exponent(value: Any) -> bool:
