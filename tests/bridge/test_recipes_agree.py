@@ -215,7 +215,7 @@ def test_every_upcycled_model_has_a_chain_with_its_baseline() -> None:
 
     from nemo_upcycle.pipeline.bridge.pipeline import pipeline
 
-    chains = [factory() for factory in list_factories(pipeline)]
+    chains = [factory() for factory in list_factories(f"{pipeline.__module__}.{pipeline.__name__}")]
     assert {one.recipe for one in chains} == set(BRIDGE_RECIPES.values())
     for one in chains:
         assert {one.recipe, one.dense_ct} <= set(PAIRS)
