@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import nemo_run as run
 import yaml
@@ -152,7 +152,7 @@ class KubernetesExecutor(run.Executor):
     report_within_s: int = 600
     card: str = "h100"
     performance: dict[str, Any] = field(default_factory=dict)
-    price_per_gpu_hour: Optional[Union[int, float]] = None  # noqa: UP007, UP045 - shown as it was typed
+    price_per_gpu_hour: Optional[float] = None  # noqa: UP045
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
 

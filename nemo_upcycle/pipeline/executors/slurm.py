@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import nemo_run as run
 from nemo_run.core.execution.slurm import SlurmBatchRequest
@@ -127,7 +127,7 @@ class StagedSlurmExecutor(run.SlurmExecutor):
     silence_s: float = SILENCE_S
     card: str = "h100"
     performance: dict[str, Any] = field(default_factory=dict)
-    price_per_gpu_hour: Optional[Union[int, float]] = None  # noqa: UP007, UP045 - shown as it was typed
+    price_per_gpu_hour: Optional[float] = None  # noqa: UP045
     shared_dir: bool = False
     python: Optional[str] = None  # noqa: UP045
     origins: dict[str, str] = field(default_factory=dict)
