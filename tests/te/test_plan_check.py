@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
+import pytest
+import torch
+
+from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.planning import check
 from nemo_upcycle.planning.hardware import known_recipe
 from nemo_upcycle.planning.layout import parse_layout
@@ -19,12 +23,17 @@ def test_transformer_engine_in_every_precision() -> None:
 
 
 def test_a_difference_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemo_upcycle.errors import UpcycleError
-    from nemo_upcycle.planning.parameters import StagePlan
+    build = check.build_rank
 
+    def build_one_more(arch: Any, layout: Any, engine: str | None) -> list[Any]:
+        chunks = build(arch, layout, engine)
+        if engine == "blockwise":
+            chunks[0].register_parameter("more", torch.nn.Parameter(torch.empty(1)))
+        return chunks
+
+    monkeypatch.setattr(check, "build_rank", build_one_more)
     recipe = known_recipe("llama3_8b_e8t2")
-    layout = parse_layout("ep=8", 8)
-    plan = StagePlan(recipe.arch, layout, Workload(seq_length=8192, global_batch=512), 0)
-    monkeypatch.setattr(plan, "chunks", [plan.chunks[0][1:]])
-    with pytest.raises(UpcycleError, match=r"parameters of chunk 0 \(blockwise\)"):
-        check._Checker(recipe.arch, layout, None, None).rank(0, plan, "blockwise")
+    work = Workload(seq_length=8192, global_batch=512)
+    with pytest.raises(UpcycleError) as caught:
+        check.check_layout_against_megatron(recipe.arch, parse_layout("ep=8", 8), work)
+    assert caught.value.subject == "rank 0: parameters of chunk 0 (blockwise)"
