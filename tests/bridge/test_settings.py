@@ -209,7 +209,7 @@ def test_a_wrong_setting_is_told_in_the_words_of_the_command(inputs: Path) -> No
 
 @pytest.mark.full
 def test_a_hung_rank_is_restarted_and_the_run_ends_with_the_same_weights(inputs: Path, tmp_path: Path) -> None:
-    from tests.bridge.test_upcycling import _same_bits
+    from tests.bridge.test_upcycling import _export, _same_bits
 
     training, variables = _training(), environment() | {"GROUP_RANK": "0"}
     for folder, hangs in (("whole", False), ("hung", True)):
@@ -232,7 +232,7 @@ def test_a_hung_rank_is_restarted_and_the_run_ends_with_the_same_weights(inputs:
             command, cwd=root, capture_output=True, text=True, timeout=HANG_S, env=variables, check=False
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        assert run_in_own_process("export", run_dir).status == 0
+        _export(inputs / "parent", run_dir / "pretrain/checkpoints", run_dir / "hf")
     assert (tmp_path / "once").exists()
     assert _same_bits(tmp_path / "whole/hf", tmp_path / "hung/hf")
 
