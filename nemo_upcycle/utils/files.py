@@ -210,8 +210,6 @@ def take_lock(path: Path, timeout_s: float = 0) -> AbstractContextManager[Any]:
 
     try:
         return FileLock(path, timeout=timeout_s, fallback_to_soft=False).acquire()
-    except NotImplementedError:  # of a filelock before 4, as images have
-        return nullcontext()
     except OSError as error:  # filelock's TimeoutError is one, too, without a number
         if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             return nullcontext()

@@ -44,7 +44,7 @@ class Processes(Cluster):
         return {f"{job.name}.sh": " ".join(job.command)}
 
     def submit(self, job: Job, after: Sequence[str]) -> str:
-        assert len(self.processes) < 20, "a job is submitted for ever"
+        assert len(self.processes) < 20, "a job is submitted again and again"
         if job.name in self.answers:
             raise self.answers.pop(job.name)
         job.folder.mkdir(parents=True, exist_ok=True)
