@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.pipeline.executors.base import Job
-from nemo_upcycle.pipeline.executors.manifests import KubernetesExecutor
+from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
 from tests.golden.forecasts import jobs_of_chain
 
 

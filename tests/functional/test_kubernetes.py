@@ -18,6 +18,7 @@ from nemo_upcycle.pipeline.executors import manifests
 from nemo_upcycle.pipeline.executors.base import Job, JobState, Phase
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 from nemo_upcycle.pipeline.executors.kubernetes_api import KubernetesApi
+from nemo_upcycle.pipeline.executors.kubernetes_settings import Resource, resource_of
 from tests.crds import KINDS, RECIPES, executor, jobs_of
 from tests.functional.kubernetes_server import IS_BUILT, define, server, wait_for
 
@@ -65,7 +66,7 @@ def test_the_server_refuses_a_misspelt_field(scheduler: KubernetesScheduler, kub
     wrong = copy.deepcopy(right)
     wrong["spec"]["runPolicies"] = {}
     with pytest.raises(UpcycleError, match=r'unknown field "spec\.runPolicies"'):
-        api.create(manifests.resource_of(settings), wrong, dry_run=True)
+        api.create(resource_of(settings), wrong, dry_run=True)
     settings.tolerations = [{"key": "a", "operator": "Exists", "effects": "NoSchedule"}]
     with pytest.raises(UpcycleError, match=r"effects"):
         scheduler.check([_job(tmp_path)])
@@ -83,7 +84,7 @@ def _report(scheduler: KubernetesScheduler, identity: str, *conditions: str) -> 
     """Say of a job what a controller would."""
     from kubernetes import client, config
 
-    resource = manifests.resource_of(scheduler.executor)
+    resource = resource_of(scheduler.executor)
     entries = [
         {
             "type": name,
@@ -160,8 +161,8 @@ def test_another_release_of_trainer_is_refused_with_the_fix(
 
 def test_a_cluster_without_the_operator_is_refused(kubeconfig: Path, tmp_path: Path) -> None:
     settings = executor("pytorchjob-1.9", tmp_path, kubeconfig=str(kubeconfig))
-    resource = manifests.resource_of(settings)
-    unknown = manifests.Resource("nowhere.org", *(resource.version, resource.plural, resource.kind, "", "It", {}))
+    resource = resource_of(settings)
+    unknown = Resource("nowhere.org", *(resource.version, resource.plural, resource.kind, "", "It", {}))
     with pytest.raises(UpcycleError, match=r"pytorchjobs\.nowhere\.org: got not known to the cluster"):
         KubernetesApi(str(kubeconfig), "").create(unknown, manifests.manifest(settings, _job(tmp_path), "a"))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import shutil
 import subprocess
@@ -19,7 +18,6 @@ from tests.environment import HOSTILE, SET, clean
 
 
 ROOT = Path(__file__).parents[2]
-_DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
@@ -171,19 +169,8 @@ def test_a_lower_layer_must_not_import_a_recipe(tmp_path: Path) -> None:
 
 
 def test_files_can_be_read_in_one_sitting() -> None:
-    long = {path.name: lines for path in _tracked("*.py") if (lines := _lines_of_code(path)) > 400}
+    long = {p.name: n for p in _tracked("*.py") if (n := len(p.read_text(encoding="utf-8").splitlines())) > 400}
     assert not long
-
-
-def _lines_of_code(path: Path) -> int:
-    """Return how many lines of a file are neither blank, comment nor docstring."""
-    text = path.read_text(encoding="utf-8")
-    docstrings: set[int] = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, _DOCUMENTED) and ast.get_docstring(node):
-            docstrings.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
-    lines = {number for number, line in enumerate(text.splitlines(), 1) if line.strip() and line.strip()[0] != "#"}
-    return len(lines - docstrings)
 
 
 def test_modules_import_without_cuda_and_without_nemo() -> None:

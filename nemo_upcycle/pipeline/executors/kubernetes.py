@@ -23,7 +23,7 @@ from nemo_upcycle.pipeline.executors.base import (
     require_variables,
 )
 from nemo_upcycle.pipeline.executors.kubernetes_api import KubernetesApi, TakenError, reported_state
-from nemo_upcycle.pipeline.executors.manifests import KubernetesExecutor
+from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor, resource_of
 from nemo_upcycle.utils.conf import packaged
 from nemo_upcycle.utils.masking import is_secret, write_private
 
@@ -125,7 +125,7 @@ class KubernetesScheduler(Cluster):
             holds_secret = any(map(is_secret, settings.env_vars))
             write_private(job.folder / f"{name}.yaml", manifests.as_yaml(document), private=holds_secret)
             try:
-                self._connected().create(manifests.resource_of(settings), document)
+                self._connected().create(resource_of(settings), document)
             except TakenError:  # by an earlier run in a folder of the same name
                 continue
             except UnreachableError:
@@ -137,7 +137,7 @@ class KubernetesScheduler(Cluster):
         raise UpcycleError(f"name of stage '{job.name}' in the cluster", got=got, expected="a free name", fix=fix)
 
     def _exists_and_goes_on(self, name: str) -> bool:
-        found = self._connected().get(manifests.resource_of(self.executor), self.executor.namespace, name)
+        found = self._connected().get(resource_of(self.executor), self.executor.namespace, name)
         state = reported_state(found) if found else JobState(Phase.ENDED)
         return state is None or state.phase is not Phase.ENDED
 
@@ -153,7 +153,7 @@ class KubernetesScheduler(Cluster):
     def cancel(self, ids: Sequence[str]) -> None:
         """See `Cluster.cancel`: deletes the jobs; their pods get SIGTERM."""
         for identity in ids:
-            self._connected().delete(manifests.resource_of(self.executor), self.executor.namespace, identity)
+            self._connected().delete(resource_of(self.executor), self.executor.namespace, identity)
 
     def sets_itself(self, settings: KubernetesExecutor, name: str) -> bool:
         """See `Cluster.sets_itself`: also from a secret."""
@@ -164,7 +164,7 @@ class KubernetesScheduler(Cluster):
         mine = self.settings_for(job.name)
         grace_s, setting = mine.termination_grace_s, f"run.executor.stages.{job.name}.termination_grace_s={{seconds}}"
         setting += " (from Trainer 2.3 on)" if mine.kind == "trainjob" else ""
-        instead = manifests.resource_of(mine).lacks.get("termination_grace_s")
+        instead = resource_of(mine).lacks.get("termination_grace_s")
         return [
             SaveLimit(
                 grace_s or _POD_GRACE_S,
@@ -176,7 +176,7 @@ class KubernetesScheduler(Cluster):
 
     def cancel_command(self, identity: str) -> str:
         """See `Cluster.cancel_command`."""
-        mine, kind = self.executor, manifests.resource_of(self.executor).crd
+        mine, kind = self.executor, resource_of(self.executor).crd
         context = f" --context {mine.context}" if mine.context else ""
         return f"kubectl delete {kind} {identity} --namespace {mine.namespace}{context}"
 
@@ -201,10 +201,10 @@ class KubernetesScheduler(Cluster):
     def _require_accepted(self, job: Job, settings: KubernetesExecutor) -> None:
         """Ask the server."""
         api = self._connected()
-        api.get(manifests.resource_of(settings), settings.namespace, manifests.base_name(job))  # the right to look
+        api.get(resource_of(settings), settings.namespace, manifests.base_name(job))  # the right to look
         document = self._manifest(job, f"{manifests.base_name(job)}-{_next_number(job)}")
         with contextlib.suppress(TakenError):  # `submit` chooses another name
-            api.create(manifests.resource_of(settings), document, dry_run=True)
+            api.create(resource_of(settings), document, dry_run=True)
         for claim in settings.mounts:
             if api.lacks_claim(settings.namespace, claim):
                 expected = f"a PersistentVolumeClaim of namespace {settings.namespace}"
@@ -220,7 +220,7 @@ class KubernetesScheduler(Cluster):
         return self._api
 
     def _state(self, identity: str) -> JobState:
-        resource, namespace = manifests.resource_of(self.executor), self.executor.namespace
+        resource, namespace = resource_of(self.executor), self.executor.namespace
         try:
             found = self._connected().get(resource, namespace, identity)
         except UpcycleError as error:  # hours of work must not end with a token or a connection
@@ -245,7 +245,7 @@ class KubernetesScheduler(Cluster):
         silent_s = time.monotonic() - self._silent_since_s.setdefault(identity, time.monotonic())
         if silent_s < self.executor.report_within_s:
             return JobState(Phase.WAITING, "no controller has reported on it yet")
-        resource = manifests.resource_of(self.executor)
+        resource = resource_of(self.executor)
         runtime = f", with the runtime '{self.executor.runtime}'" if resource.kind == "TrainJob" else ""
         why = f"no controller has reported on it for {silent_s:.0f} s: does {resource.operator} or newer run{runtime}?"
         return JobState(Phase.ENDED, why, is_abandoned=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors.base import JobState, Phase, UnreachableError
-from nemo_upcycle.pipeline.executors.manifests import RESOURCES, Resource
+from nemo_upcycle.pipeline.executors.kubernetes_settings import RESOURCES, Resource
 
 
 _TIMEOUT_S = 30

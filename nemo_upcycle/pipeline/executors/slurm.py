@@ -8,12 +8,10 @@ cluster without `sacct` for a failure, and its retries do not ask whether a job 
 
 import dataclasses
 import functools
-import os
 import re
 import shlex
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +35,19 @@ from nemo_upcycle.pipeline.executors.base import (
     require_settings,
 )
 from nemo_upcycle.pipeline.executors.ft import SAVE_S, SILENCE_S, ft_command
+from nemo_upcycle.pipeline.executors.slurm_answers import (
+    NO_ANSWER,
+    OF_CONTROLLER,
+    ORPHANED,
+    WAITING_STATES,
+    ask,
+    ending,
+    environment,
+    job_id,
+    last_line,
+    refusal_hint,
+    waiting,
+)
 from nemo_upcycle.pipeline.executors.slurm_script import (
     PROLOGUE,
     SUBMIT,
@@ -58,48 +69,6 @@ _ENDPOINT = '"$head_node_ip:$((15000 + SLURM_JOB_ID % 10000))"'
 _JOB_ID = '"$SLURM_JOB_ID"'
 #: Seconds between SIGTERM and SIGKILL at the end of a job's time, where slurm.conf does not say otherwise.
 _KILL_WAIT_S = 30
-#: In what a command says when the controller did not answer it.
-NO_ANSWER = ("Unable to contact", "timed out")
-#: Variables of Slurm's that say which controller to ask; all others describe an allocation.
-OF_CONTROLLER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
-#: Why a job will never start that waits for one which Slurm holds to have failed.
-ORPHANED = "DependencyNeverSatisfied"
-#: Reasons, as patterns of the whole of Slurm's text, and what to do; the first that fits. What passes when other jobs
-#: end, as Priority, Resources and the limits of a group, is not here.
-_PERSONS_END_IT = {
-    "JobHeldUser": "let it go with `scontrol release {job}`",
-    "JobHeldAdmin": "an administrator holds it: ask them for `scontrol release {job}`",
-    "JobHoldMaxRequeue|JobLaunchFailure|.*launch failed.*|.*requeued held.*": (
-        "`scontrol show job {job}` and the job's folder say why it could not start; then `scontrol release {job}`"
-    ),
-    "PartitionDown|PartitionInactive|PartitionConfig": (
-        "wait until the administrators open it, or stop watching, `scancel {job}` and set another `partition`"
-    ),
-    "ReqNodeNotAvail.*|Nodes required for job are DOWN.*": (
-        "`sinfo -R` and `scontrol show reservation` say which nodes are down, drained or reserved, and until when"
-    ),
-    "(Assoc|QOS)Max(Jobs|SubmitJob|.*PerUser).*|Max.*Per(Account|User)": (
-        "it starts when other jobs of yours, or of the account, have ended"
-    ),
-}
-#: The same of a job that asks for what it cannot get.
-_NEVER_STARTS = {
-    "PartitionTimeLimit|.*MaxWallDuration.*|(Association|QOS)TimeLimit": (
-        "lower `time`: `sinfo --format='%P %l'` and `sacctmgr show qos` have the limits; or set another `partition`"
-    ),
-    "PartitionNodeLimit": "ask for fewer nodes (`sinfo --format='%P %D'`), or set another `partition`",
-    "(Assoc|QOS)Max.*Per(Job|Node)(Limit)?|(Association|QOS)ResourceLimit|MaxMemPerLimit": (
-        "ask for less in one job, or set another `qos`: `sacctmgr show qos` and `... associations` have the limits"
-    ),
-    "QOSMin.*": "ask for more, or set another `qos`: `sacctmgr show qos` has the limits",
-    "BadConstraints": "no node has what it asks for: change `constraint`, `gres`, `mem` or `cpus_per_task`",
-    "AccountNotAllowed|InvalidAccount|QOSNotAllowed|InvalidQOS": (
-        "set another `account` or `qos`: `sacctmgr show associations user=$USER` lists yours"
-    ),
-    "ReservationDeleted|ReservationInvalid": "name another reservation, or none",
-    "DeadLine": "ask for a later deadline, or a shorter `time`",
-}
-_WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 
 
 @dataclass(kw_only=True)
@@ -321,7 +290,7 @@ class SlurmScheduler(Cluster):
         for line in asked.stdout.splitlines():
             identity, state, reason, partition, nodes = line.split("|")
             running = JobState(Phase.RUNNING, f"on {nodes}")
-            found[identity] = waiting(identity, reason, partition) if state in _WAITING else running
+            found[identity] = waiting(identity, reason, partition) if state in WAITING_STATES else running
         for identity in set(ids) - found.keys():
             how = ending(identity)
             found[identity] = JobState(Phase.ENDED, how, is_orphaned=ORPHANED in how)
@@ -401,88 +370,3 @@ def filesystem_type(path: Path) -> str | None:
     target = resolved(path)
     found = [(len(point), kind) for _, point, kind, *_ in map(str.split, mounts) if target.is_relative_to(point)]
     return max(found)[1] if found else None
-
-
-def ask(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command of Slurm's, and return what it printed."""
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
-
-
-def last_line(text: str) -> str:
-    """Return the line of an error that has the reason."""
-    lines = text.strip().splitlines() or ["no reason given"]
-    return lines[-1].removeprefix("sbatch: error: ").removeprefix("allocation failure: ")
-
-
-def environment() -> dict[str, str]:
-    """Return this process's variables without those of an allocation that it runs in."""
-    is_inside = "SLURM_JOB_ID" in os.environ
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if not is_inside or not name.startswith("SLURM_") or name in OF_CONTROLLER
-    }
-
-
-def job_id(text: str) -> str | None:
-    """Return the id of a submitted job from what `sbatch --parsable` printed; a site's own words may stand around it.
-
-    Example:
-        >>> job_id("4711;alps")  # on federated clusters the cluster's name follows
-        '4711'
-    """
-    found = re.findall(r"^(\d+)(?:;.*)?$", text.strip(), re.MULTILINE)
-    return found[-1] if found else None
-
-
-def refusal_hint(text: str) -> str:
-    """Return a sentence on what to change, where it is no single setting that `sbatch` names.
-
-    Example:
-        >>> refusal_hint("Invalid account or account/partition combination specified")
-        ' `sacctmgr show associations user=$USER` lists what run.executor.account may be, and its partitions.'
-    """
-    if "Invalid account" in text:
-        return " `sacctmgr show associations user=$USER` lists what run.executor.account may be, and its partitions."
-    if "policy" in text or "SubmitJob" in text:
-        limits = " `sacctmgr show qos` and `sacctmgr show associations user=$USER` have the limits."
-        return f"{limits} Fix: if it is that of the jobs in the queue, submit fewer stages at once with --until STAGE."
-    return ""
-
-
-def ending(identity: str) -> str:
-    """Return how a job ended; the controller knows for some minutes, the accounting, where there is one, for good."""
-    asked = ask("scontrol", "--oneliner", "show", "job", identity)
-    found = dict(word.partition("=")[::2] for word in asked.stdout.split())
-    if not found.get("JobState"):
-        options = ("--noheader", "--parsable2", "--allocations", "--format=State,ExitCode")
-        try:
-            asked = ask("sacct", *options, f"--jobs={identity}")
-        except FileNotFoundError:
-            return ""
-        state, _, code = asked.stdout.strip().partition("|")
-        found = {"JobState": state, "ExitCode": code}
-    text = [found.get("JobState", ""), found.get("Reason", "None"), f"exit status {found.get('ExitCode', '')}"]
-    return ", ".join(word for word in text if word not in ("", "None", "exit status "))
-
-
-def waiting(job: str, reason: str, partition: str = "") -> JobState:
-    """Return the state of a job that waits, with what to do where the reason does not pass by itself.
-
-    Args:
-        job: its id.
-        reason: Slurm's.
-        partition: which it waits in; of several, the reason may be that of one alone.
-
-    Example:
-        >>> waiting("7", "JobHeldUser").reason
-        'JobHeldUser: let it go with `scontrol release 7`'
-    """
-    if reason == ORPHANED:
-        return JobState(Phase.ENDED, reason, is_abandoned=True, is_orphaned=True)
-    for fixes, is_abandoned in ((_PERSONS_END_IT, False), (_NEVER_STARTS, "," not in partition)):
-        for pattern, fix in fixes.items():
-            if re.fullmatch(pattern, reason):
-                phase = Phase.ENDED if is_abandoned else Phase.WAITING
-                return JobState(phase, f"{reason}: {fix.format(job=job)}", is_abandoned=is_abandoned)
-    return JobState(Phase.WAITING, reason.replace("None", ""))

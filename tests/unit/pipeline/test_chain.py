@@ -19,8 +19,8 @@ from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.executors import kubernetes
 from nemo_upcycle.pipeline.executors.base import Cluster, Job, JobState, Phase, UnreachableError
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
+from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
 from nemo_upcycle.pipeline.executors.local import StopSignals
-from nemo_upcycle.pipeline.executors.manifests import KubernetesExecutor
 from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler
 from tests.unit.pipeline.test_kubernetes import FakeApi
 

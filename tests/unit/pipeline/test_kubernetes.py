@@ -20,7 +20,7 @@ from nemo_upcycle.pipeline.executors import kubernetes, manifests
 from nemo_upcycle.pipeline.executors.base import Job, JobState, Phase, UnreachableError
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
 from nemo_upcycle.pipeline.executors.kubernetes_api import TakenError, reported_state
-from nemo_upcycle.pipeline.executors.manifests import KubernetesExecutor
+from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
 from nemo_upcycle.trainers.base import Profile
 from tests.crds import KINDS, RECIPES, closed_schema, executor, jobs_of
 

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.pipeline.executors import manifests
 from nemo_upcycle.pipeline.executors.kubernetes_api import KubernetesApi
+from nemo_upcycle.pipeline.executors.kubernetes_settings import RESOURCES
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_refusals_say_what_to_change(
 
     monkeypatch.setattr(api._objects, "create_namespaced_custom_object", refuse)
     with pytest.raises(UpcycleError, match=words):
-        api.create(manifests.RESOURCES["trainjob"], {"metadata": {"namespace": "team"}})
+        api.create(RESOURCES["trainjob"], {"metadata": {"namespace": "team"}})
 
 
 def test_a_claim_is_missing_only_if_the_server_says_so(api: KubernetesApi, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from nemo_upcycle.pipeline.executors.base import Cluster
 from nemo_upcycle.pipeline.executors.kubernetes import KubernetesScheduler
-from nemo_upcycle.pipeline.executors.manifests import KubernetesExecutor
+from nemo_upcycle.pipeline.executors.kubernetes_settings import KubernetesExecutor
 from nemo_upcycle.pipeline.executors.slurm import SlurmScheduler, StagedSlurmExecutor
 from nemo_upcycle.pipeline.launch import _runs_code_of
 from nemo_upcycle.pipeline.order import chosen_stages

@@ -1,0 +1,183 @@
+"""Where and how stages run on Kubernetes, and the kinds of jobs that there are."""
+
+# No postponed annotations, and Optional[...]: NeMo-Run parses the executor's fields by them.
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import nemo_run as run
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.executors.base import MISSING
+
+
+@dataclass(kw_only=True)
+class KubernetesExecutor(run.Executor):
+    """Where and how stages run on Kubernetes.
+
+    NeMo-Run's own `KubeflowExecutor` is not used: it needs a kubeconfig to be constructed, so also to show what it
+    would do; it writes `podTemplateOverrides`, which Trainer 2.2 and later drop silently, and with it volumes,
+    tolerations and pull secrets; it starts the next stage after a failed one; and it never stops waiting for a job
+    that was deleted. Nothing is copied into the pods either: the plan of a run lies in its folder, on a claim that the
+    pods mount.
+
+    Numbers of 0 and empty texts leave a field out, so that the cluster or the runtime decides.
+
+    Args:
+        namespace: of the jobs.
+        image: of the containers; holds this package, torch, bash and tee.
+        claim: the PersistentVolumeClaim (ReadWriteMany) that runs lie on.
+        mount_path: where it is mounted, in the pods and on the machine that launches.
+        volumes: further claims, and where they are mounted.
+        kind: of the jobs: `trainjob` (Trainer 2.2 and later), `trainjob-2.1`, `pytorchjob` (training operator 1.9).
+        runtime: the ClusterTrainingRuntime of a TrainJob; `TrainingRuntime/NAME` for one of the namespace.
+        queue: LocalQueue of Kueue.
+        cpus: per node.
+        memory_gib: per node.
+        gpus_per_node: number of GPUs.
+        gpu_resource: what the cluster calls them.
+        extra_resources: others, as `{"rdma/ib": 8}`, per node.
+        shared_memory_gib: size of /dev/shm, which counts as memory; training needs it.
+        tolerations: of the pods.
+        node_selector: of the pods.
+        affinity: of the pods.
+        labels: of the jobs and their pods.
+        annotations: of the jobs and their pods.
+        priority_class: of the pods (PyTorchJob; with Kueue set the label `kueue.x-k8s.io/priority-class`).
+        security_context: of the container, as `{capabilities: {add: [IPC_LOCK]}}` for InfiniBand (not in Trainer 2.1).
+        overrides: what else a pod's spec has, merged into it last: mappings key by key, lists of named entries by
+            name, other lists as a whole; None removes. A TrainJob takes a part of a pod's fields only.
+        pull_secrets: names of the secrets to pull the image with.
+        image_pull_policy: `Always`, `IfNotPresent` or `Never` (PyTorchJob).
+        service_account: of the pods.
+        secret_env_vars: variables, and where their values are: `{"HF_TOKEN": "SECRET/KEY"}`.
+        termination_grace_s: time that ranks have to save a checkpoint when they are evicted (Trainer 2.3 and later,
+            PyTorchJob).
+        active_deadline_s: time after which a job is ended (not in Trainer 2.1).
+        restarts: how often a training starts again, from its last checkpoint, before it has failed (PyTorchJob; a
+            TrainJob's runtime says so itself).
+        python: the image's Python.
+        kubeconfig: the file; empty for $KUBECONFIG, ~/.kube/config or the pod's service account.
+        context: of that file; empty for its current one.
+        report_within_s: a job of which no controller says anything for so long has ended; an operator whose node is
+            lost is started elsewhere after 5 minutes.
+        card: of a GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun and for the performance settings.
+        performance: by name, what differs from `conf/performance.yaml`; None removes a setting.
+        price_per_gpu_hour: for --dryrun; None: not known.
+        stages: per stage, the fields that differ there.
+        origins: by field, where its value was set, for people.
+
+    Example:
+        >>> KubernetesExecutor(image="nvcr.io/nvidia/nemo:26.02", claim="runs", mount_path="/runs").kind
+        'trainjob'
+    """
+
+    env_vars: dict[str, Optional[str]] = field(default_factory=dict)  # noqa: UP045 - NeMo-Run cannot parse `str | None`
+    namespace: str = "default"
+    image: str = MISSING
+    claim: str = MISSING
+    mount_path: str = MISSING
+    volumes: dict[str, str] = field(default_factory=dict)
+    kind: str = "trainjob"
+    runtime: str = "torch-distributed"
+    queue: str = ""
+    cpus: int = 0
+    memory_gib: int = 0
+    gpus_per_node: int = 0
+    gpu_resource: str = "nvidia.com/gpu"
+    extra_resources: dict[str, int] = field(default_factory=dict)
+    shared_memory_gib: int = 0
+    tolerations: list[dict[str, Any]] = field(default_factory=list)
+    node_selector: dict[str, str] = field(default_factory=dict)
+    affinity: dict[str, Any] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    annotations: dict[str, str] = field(default_factory=dict)
+    priority_class: str = ""
+    security_context: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
+    pull_secrets: list[str] = field(default_factory=list)
+    image_pull_policy: str = ""
+    service_account: str = ""
+    secret_env_vars: dict[str, str] = field(default_factory=dict)
+    termination_grace_s: int = 0
+    active_deadline_s: int = 0
+    restarts: int = 0
+    python: str = "python"
+    kubeconfig: str = ""
+    context: str = ""
+    report_within_s: int = 600
+    card: str = "h100"
+    performance: dict[str, Any] = field(default_factory=dict)
+    price_per_gpu_hour: Optional[float] = None  # noqa: UP045
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def mounts(self) -> dict[str, str]:
+        """All claims, and where they are mounted."""
+        return {self.claim: self.mount_path, **self.volumes}
+
+
+@dataclass(frozen=True)
+class Resource:
+    """A kind of job, as the API server addresses it.
+
+    Args:
+        group: of the API.
+        version: of the API.
+        plural: the resource's name in addresses.
+        kind: its name in manifests.
+        pods: the label of a job's pods that holds its name.
+        operator: what has to run in the cluster, and the least release.
+        lacks: settings that it has no field for, and where that is set instead.
+    """
+
+    group: str
+    version: str
+    plural: str
+    kind: str
+    pods: str
+    operator: str
+    lacks: dict[str, str]
+
+    @property
+    def crd(self) -> str:
+        """The name of its definition."""
+        return f"{self.plural}.{self.group}"
+
+
+_TRAINJOB = ("trainer.kubeflow.org", "v1alpha1", "trainjobs", "TrainJob", "jobset.sigs.k8s.io/jobset-name")
+_OF_RUNTIME = {
+    "restarts": "failurePolicy.maxRestarts of the runtime's JobSet",
+    "image_pull_policy": "imagePullPolicy of the runtime's container",
+    "priority_class": "priorityClassName of the runtime's pods, or with Kueue labels of kueue.x-k8s.io/priority-class",
+}
+RESOURCES = {
+    "trainjob": Resource(*_TRAINJOB, "Kubeflow Trainer 2.2", _OF_RUNTIME),
+    "trainjob-2.1": Resource(
+        *_TRAINJOB,
+        "Kubeflow Trainer 2.1",
+        {
+            **_OF_RUNTIME,
+            "security_context": "securityContext of the runtime's container",
+            "termination_grace_s": "terminationGracePeriodSeconds of the runtime's pods",
+            "active_deadline_s": "activeDeadlineSeconds of the runtime's Job",
+        },
+    ),
+    "pytorchjob": Resource(
+        *("kubeflow.org", "v1", "pytorchjobs", "PyTorchJob", "training.kubeflow.org/job-name"),
+        "Kubeflow's training operator 1.9",
+        {},
+    ),
+}
+
+
+def resource_of(settings: KubernetesExecutor) -> Resource:
+    """Return the kind of job that the settings name.
+
+    Raises:
+        UpcycleError: there is no such kind.
+    """
+    if settings.kind not in RESOURCES:
+        raise UpcycleError.unknown("run.executor.kind", settings.kind, RESOURCES)
+    return RESOURCES[settings.kind]
