@@ -42,11 +42,9 @@ def test_a_profile_is_the_recipes(
     sizes: tuple[int, ...],
     precision: str,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from nemo_upcycle.trainers.bridge_training import BridgeTraining
 
-    monkeypatch.setenv(DENSE, "")  # which the training sets
     (tmp_path / "tokenizer.json").write_text("{}")
     facts = BridgeTraining(name, nodes=16, ranks_per_node=8).facts(str(tmp_path))
     assert facts is not None
@@ -55,9 +53,7 @@ def test_a_profile_is_the_recipes(
     assert found.dispatcher != "none"
 
 
-def test_a_forecast_says_of_the_papers_run_what_it_says_in_nemo(
-    llama3_8b: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forecast_says_of_the_papers_run_what_it_says_in_nemo(llama3_8b: None, tmp_path: Path) -> None:
     from nemo_upcycle.pipeline.bridge.pipeline import pipeline
     from nemo_upcycle.pipeline.forecast import Origins, forecast, render_forecast
     from nemo_upcycle.pipeline.forecast.recipe_to_plan import planned_of
@@ -65,7 +61,6 @@ def test_a_forecast_says_of_the_papers_run_what_it_says_in_nemo(
     from nemo_upcycle.pipeline.stages import STAGES, RunPlan
     from nemo_upcycle.trainers.bridge_training import BridgeTraining
 
-    monkeypatch.setenv(DENSE, "")  # which the training sets
     (tmp_path / "tokenizer.json").write_text("{}")
     name = "llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config"
     training = BridgeTraining(name, ("checkpoint.save_interval=500",), nodes=64, ranks_per_node=8)

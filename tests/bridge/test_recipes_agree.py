@@ -138,12 +138,10 @@ TRAINING = {
 
 
 @pytest.fixture
-def parent(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def parent(name: str, tmp_path: Path) -> Path:
     """The folder of a recipe's parent with its configuration: nothing is read of the weights before the start."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | PARENTS[_model(name)]))
     (tmp_path / "tokenizer.json").write_text("{}")
-    monkeypatch.setenv(DENSE, "")  # which a training sets
-    monkeypatch.delenv(DENSE)
     return tmp_path
 
 
@@ -181,7 +179,7 @@ def test_a_recipe_fits_its_gpus_by_the_planner(name: str, parent: Path) -> None:
     from nemo_upcycle.pipeline.bridge.pipeline import training_of
     from nemo_upcycle.pipeline.forecast.recipe_to_plan import plans_of
 
-    training = training_of(name if name in PAIRS else f"{_module(name)}:{name}", [], None)
+    training = training_of(name, [], None)
     training.check_parent("dense_ct" if "_dense_ct_" in name else "pretrain", str(parent), remote=False)
     facts = training.facts(str(parent))
     assert facts is not None

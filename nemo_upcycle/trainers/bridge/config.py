@@ -43,11 +43,12 @@ def find_recipe(name: str) -> Callable[[], ConfigContainer]:
         UpcycleError: there is none; the text has the closest match of this package's. Or it takes arguments.
     """
     if ":" not in name:
-        from nemo_upcycle.trainers.bridge.recipes.upcycled import h100
+        from nemo_upcycle.trainers.bridge.recipes.upcycled import b200, h100
 
-        if name not in h100.__all__:
-            raise UpcycleError.unknown("recipe", name, h100.__all__)
-        return getattr(h100, name)
+        recipes = {one: getattr(gpu, one) for gpu in (h100, b200) for one in gpu.__all__}
+        if name not in recipes:
+            raise UpcycleError.unknown("recipe", name, recipes)
+        return recipes[name]
     module, _, function = name.partition(":")
     if (here := str(Path.cwd())) not in sys.path:  # a console script does not look there
         sys.path.insert(0, here)
