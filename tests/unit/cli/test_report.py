@@ -26,6 +26,7 @@ def test_a_metrics_line_without_tokens_is_told(run_dir: Path, capsys: pytest.Cap
     assert "expected one JSON object with step, tokens, seconds. Fix: delete the line" in error
 
 
+@pytest.mark.full
 def test_the_evidence_of_a_grid_becomes_its_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page, folder = tmp_path / "laptop.md", tmp_path / "laptop"
     write_evidence(folder / EVIDENCE, laptop_evidence())

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from nemo_upcycle.reporting.report import write_report
+
 
 RECEIPT = {
     "max_abs_logit_diff": 6.25e-5,
@@ -109,7 +111,20 @@ def metrics(stage: str) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    folder = tmp_path / "demo"
+    """The folder of a run without its report, to be changed."""
+    return write_run(tmp_path / "demo")
+
+
+@pytest.fixture(scope="session")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with its report, to be read alone."""
+    folder = write_run(tmp_path_factory.mktemp("reported") / "demo")
+    write_report(folder)
+    return folder
+
+
+def write_run(folder: Path) -> Path:
+    """Write what the stages of a run leave, and return its folder."""
     (folder / "evaluation").mkdir(parents=True)
     (folder / "receipt.json").write_text(json.dumps(RECEIPT))
     (folder / "pipeline.json").write_text(json.dumps({"recipe": "smollm2_135m_e8t2"}))

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.reporting.html import render_html
-from nemo_upcycle.reporting.report import write_report
 
 
 class Page(HTMLParser):
@@ -33,22 +32,21 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def page(run_dir: Path) -> Page:
-    write_report(run_dir)
-    return Page((run_dir / "report.html").read_text())
+def page(reported: Path) -> Page:
+    return Page((reported / "report.html").read_text())
 
 
-def test_the_page_has_the_tables_of_the_report(page: Page, run_dir: Path) -> None:
-    markdown = (run_dir / "report.md").read_text()
+def test_the_page_has_the_tables_of_the_report(page: Page, reported: Path) -> None:
+    markdown = (reported / "report.md").read_text()
     assert len(page.all("table")) == len(re.findall(r"^\|---", markdown, re.MULTILINE))
     assert "trained dense baseline" in page.text
 
 
-def test_figures_are_inside(page: Page, run_dir: Path) -> None:
+def test_figures_are_inside(page: Page, reported: Path) -> None:
     figures = [str(attributes["src"]) for attributes in page.all("img")]
-    assert len(figures) == len(list(run_dir.glob("*.png")))
+    assert len(figures) == len(list(reported.glob("*.png")))
     first = base64.b64decode(figures[0].removeprefix("data:image/png;base64,"))
-    assert first == (run_dir / "loss.png").read_bytes()  # of the opening
+    assert first == (reported / "loss.png").read_bytes()  # of the opening
 
 
 def test_nothing_is_loaded(page: Page) -> None:
@@ -88,9 +86,8 @@ def test_a_page_opens_with_a_headline_four_numbers_and_one_figure(page: Page) ->
     assert places == sorted(places)
 
 
-def test_no_line_breaks_inside_a_number_and_tables_scroll_in_a_box_of_their_own(run_dir: Path) -> None:
-    write_report(run_dir)
-    text = (run_dir / "report.html").read_text()
+def test_no_line_breaks_inside_a_number_and_tables_scroll_in_a_box_of_their_own(reported: Path) -> None:
+    text = (reported / "report.html").read_text()
     assert text.count("<table>") == text.count('<div class="table">\n<table>') > 5
     for found in ("1.597 ± 0.032", "+0.0289 ± 0.0042", "256.0 MiB", "70.00 %", "6.25e-05", "3,000"):
         assert f'<span class="n">{found}</span>' in text

@@ -23,9 +23,8 @@ def rows(report: Path) -> dict[str, list[str]]:
 
 
 @pytest.fixture
-def results(run_dir: Path) -> dict[str, Any]:
-    write_report(run_dir)
-    return json.loads((run_dir / "results.json").read_text())
+def results(reported: Path) -> dict[str, Any]:
+    return json.loads((reported / "results.json").read_text())
 
 
 def test_the_results_hold_the_inputs(results: dict[str, Any]) -> None:
@@ -80,8 +79,8 @@ def test_the_environment_is_this_machine(results: dict[str, Any]) -> None:
     assert environment["commit"] is None or re.fullmatch(r"[0-9a-f]{12}(-dirty)?", environment["commit"])
 
 
-def test_the_report_prints_these_numbers(run_dir: Path) -> None:
-    found = rows(write_report(run_dir))
+def test_the_report_prints_these_numbers(reported: Path) -> None:
+    found = rows(reported / "report.md")
     # differences of 1.5, 2 and 2.5 nats in windows of 100 bytes: mean 2, standard error 0.5 / sqrt(3); in bits, a byte
     against_baseline, _, _ = found["bits per byte (heldout_perplexity)"]  # of the second table
     assert against_baseline == "+0.0289 ± 0.0042 (trained dense baseline is better)"
@@ -95,7 +94,7 @@ def test_the_report_prints_these_numbers(run_dir: Path) -> None:
     assert found["bytes read"] == ["256.0 MiB"]
     assert found["bytes written"] == ["1.50 GiB"]
     assert found["pretrain"] == ["1:01", "`pretrain/_SUCCESS.json`"]
-    text = (run_dir / "report.md").read_text()
+    text = (reported / "report.md").read_text()
     assert (
         "| bits per byte (heldout_perplexity) | 1.731 ± 0.032 | 1.732 ± 0.032 | 1.597 ± 0.032 | 1.568 ± 0.032 |"
         in text
@@ -161,13 +160,13 @@ def test_settings_that_lack_an_entry_are_named(run_dir: Path) -> None:
     assert (caught.value.subject, caught.value.got) == (str(run_dir / "pretrain/training.json"), "no schedule")
 
 
-def test_a_few_steps_say_what_they_show(run_dir: Path) -> None:
-    text = write_report(run_dir).read_text()
+def test_a_few_steps_say_what_they_show(reported: Path) -> None:
+    text = (reported / "report.md").read_text()
     assert "3 steps show that the chain works, not what training brings." in text
 
 
-def test_the_most_uneven_step_is_named(run_dir: Path) -> None:
-    text = write_report(run_dir).read_text()
+def test_the_most_uneven_step_is_named(reported: Path) -> None:
+    text = (reported / "report.md").read_text()
     assert "minus 1): 1.800, in layer 0 at step 1." in text  # 0.7 of a layer with four experts
 
 
@@ -190,15 +189,15 @@ def test_samples_stand_beside_each_other(run_dir: Path) -> None:
     assert found["continuations"]["dense_ct"] == "a|b\n*dense_ct*"
 
 
-def test_the_report_says_so_when_the_dense_baseline_wins(run_dir: Path) -> None:
-    text = write_report(run_dir).read_text()
+def test_the_report_says_so_when_the_dense_baseline_wins(reported: Path) -> None:
+    text = (reported / "report.md").read_text()
     headline, opening = text.split("\n\n")[1:3]
     assert (
         "top-2, is better than its dense parent and worse than the dense baseline, by bits per byte of held-out text."
         in headline
     )
     assert "+0.0289 ± 0.0042 | the dense baseline is better |" in opening
-    found = rows(run_dir / "report.md")
+    found = rows(reported / "report.md")
     assert found["acc (quiz)"][0].startswith("+0.25 ± 0.25 (no difference shown)")
 
 
@@ -217,8 +216,8 @@ def test_the_cards_of_the_exported_models_get_the_scores(run_dir: Path) -> None:
         assert card.endswith("## Licence\n\nmit\n")
 
 
-def test_the_sections_stand_in_order(run_dir: Path) -> None:
-    headings = re.findall(r"^## (.+)$", write_report(run_dir).read_text(), flags=re.MULTILINE)
+def test_the_sections_stand_in_order(reported: Path) -> None:
+    headings = re.findall(r"^## (.+)$", (reported / "report.md").read_text(), flags=re.MULTILINE)
     assert headings == [
         "Evaluation",
         "Step 0: MoE against parent",
@@ -254,11 +253,10 @@ def test_the_command_needs_neither_torch_nor_scipy(run_dir: Path) -> None:
     assert "+0.0289 ± 0.0042 (trained dense baseline is better)" in (run_dir / "report.md").read_text()
 
 
-def test_the_figures_are_drawn(run_dir: Path) -> None:
-    write_report(run_dir)
+def test_the_figures_are_drawn(reported: Path) -> None:
     for name in ("loss.png", "experts.png"):
-        assert (run_dir / name).read_bytes().startswith(b"\x89PNG")
-    assert not [path for path in run_dir.iterdir() if path.name.startswith(".")]
+        assert (reported / name).read_bytes().startswith(b"\x89PNG")
+    assert not [path for path in reported.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize(
