@@ -136,6 +136,7 @@ def test_a_name_that_the_hub_does_not_have_is_told(hub: tuple[Path, str], tmp_pa
     assert not (tmp_path / "moe").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("token", "words"),
     every_value(
@@ -171,6 +172,7 @@ def test_plan_reads_the_configuration_of_the_hub_alone(hub: tuple[Path, str], tm
     assert files == {"config.json"}
 
 
+@pytest.mark.slow
 def test_without_a_network_it_says_what_to_do(tmp_path: Path) -> None:
     done = _run(tmp_path, "http://127.0.0.1:9", "verify", "meta-llama/Meta-Llama-3-8B", "moe")
     assert done.returncode == 2
@@ -179,6 +181,7 @@ def test_without_a_network_it_says_what_to_do(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_hubs_cache_that_cannot_be_written_is_named(hub: tuple[Path, str], tmp_path: Path) -> None:
     (tmp_path / "hf").write_text("mine")
     done = _run(tmp_path, hub[1], "convert", "acme/tiny", "moe", *SPEC)

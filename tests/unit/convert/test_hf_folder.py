@@ -147,6 +147,7 @@ def test_a_killed_export_goes_on_with_the_first_file_that_is_missing(dense: Path
             assert (output / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_export_of_other_weights_is_not_gone_on_with(dense: Path, tmp_path: Path) -> None:
     checkpoint, output = write_checkpoint(tmp_path / "ck", dense, SPEC), tmp_path / "hf"
     assert _export(checkpoint, dense, output, 3, check=False) == -signal.SIGKILL

@@ -125,6 +125,7 @@ def test_files_made_from_something_else_are_not_kept(
     _same_bits(tmp_path / "moe", tmp_path / "afresh")
 
 
+@pytest.mark.slow
 def test_killed_for_real_it_leaves_no_result_and_goes_on(dense: Path, tmp_path: Path) -> None:
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom nemo_upcycle import UpcycleSpec, open_dense\n"

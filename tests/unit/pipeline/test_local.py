@@ -75,6 +75,7 @@ def test_a_mistake_that_every_rank_finds_is_shown_once(tmp_path: Path, capfd: py
     assert capfd.readouterr().err == "a mistake\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", quick([signal.SIGINT, signal.SIGTERM], signal.SIGTERM))
 def test_a_signal_ends_ranks_that_ignore_it_and_what_they_started(tmp_path: Path, signum: signal.Signals) -> None:
     code = (
@@ -97,6 +98,7 @@ def test_a_signal_ends_ranks_that_ignore_it_and_what_they_started(tmp_path: Path
     assert not list(tmp_path.glob("outlived*"))
 
 
+@pytest.mark.slow
 def test_ranks_do_not_outlive_a_launcher_that_was_killed(tmp_path: Path) -> None:
     """The ranks' own command; the plan is a pipe that says nothing, so the stage never ends."""
     os.mkfifo(tmp_path / PLAN)

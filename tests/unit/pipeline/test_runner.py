@@ -50,6 +50,7 @@ def run_data_stage(run_dir: Path, engine: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_data_stage_told_to_stop_says_so_and_can_go_on(run_dir: Path) -> None:
     done = run_data_stage(run_dir, ENGINE)
     assert done.returncode == StageStopped.exit_status, done.stderr

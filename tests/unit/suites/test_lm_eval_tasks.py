@@ -212,6 +212,7 @@ def test_what_is_evaluated_is_never_written(tasks_folder: Path, tmp_path: Path, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_unknown_task_is_refused_with_the_closest(tasks_folder: Path) -> None:
     with pytest.raises(UpcycleError, match=r"task: got own_pasage, expected .*own_passage"):
         load_tasks(["own_pasage"], tasks_folder)
