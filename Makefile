@@ -12,10 +12,11 @@ BIN := $(VENV)/bin
 RUN_DIR ?= runs/demo
 COMMAND_DIR := runs/test-command
 
-.PHONY: help demo check test test-all test-hostile test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te bridge-env test-bridge test-k8s data-env test-data tf5-env test-tf5 test-servers vllm-env test-vllm sglang-env test-sglang
+.PHONY: help demo demo-bridge check test test-all test-hostile test-command test-slurm test-pythons soak lint layers tree docs format clean clean-runs venv te-env test-te bridge-env test-bridge test-k8s data-env test-data tf5-env test-tf5 test-servers vllm-env test-vllm sglang-env test-sglang
 
 help:
 	@echo "make demo    upcycle a real 135M Llama to 8 experts, train, export, evaluate, report (about 8 minutes, no GPU)"
+	@echo "make demo-bridge  the same on Megatron-Bridge (PYTHON=python3.12; its environment is built first, about 13 minutes)"
 	@echo "make check   the tests that import no NeMo (meant for under 2 minutes)"
 	@echo "make test    those and the tests of every day with NeMo: a training, the chain, a kill, several ranks (meant for under 6 minutes)"
 	@echo "make test-all  all tests that need no GPU (meant for under an hour)"
@@ -51,6 +52,9 @@ $(addsuffix /.complete,$(VENV) $(DATA_VENV) $(DOCS_VENV) $(TF5_VENV) $(VLLM_VENV
 
 demo: venv
 	$(BIN)/nemo upcycle pipeline --factory smollm2_135m_e8t2 dir=$(RUN_DIR) --yes
+
+demo-bridge: bridge-env $(DATA_VENV)/.complete
+	$(BRIDGE_VENV)/bin/nemo upcycle pipeline --factory smollm2_135m_e8t2 dir=$(RUN_DIR)-bridge --yes
 
 # A worker imports NeMo once, as it collects, and once more for the ranks that it forks: two of them for two cores. Of
 # what is marked `full`, much waits for a killed or stopped process: three.
@@ -104,10 +108,11 @@ bridge-env: $(BRIDGE_VENV)/.complete
 $(BRIDGE_VENV)/.complete: scripts/te_env.sh
 	PYTHON=$(PYTHON) scripts/te_env.sh $(BRIDGE_VENV) bridge
 
-# Layer 2 and Transformer Engine's modules on Megatron-Core 0.19, then Bridge itself.
+# Layer 2 and Transformer Engine's modules on Megatron-Core 0.19, then Bridge itself. `python -m
+# benchmarks.verification_cards` reads the reports.
 test-bridge: bridge-env
-	$(BRIDGE_VENV)/bin/python -m pytest tests/te
-	$(BRIDGE_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/bridge $(addprefix tests/unit/,init online convert verify monitoring planning pipeline/test_ft.py)
+	$(BRIDGE_VENV)/bin/python -m pytest --junitxml runs/test-bridge/te.xml tests/te
+	$(BRIDGE_VENV)/bin/python -m pytest --junitxml runs/test-bridge/bridge.xml -n 2 --dist loadfile tests/bridge $(addprefix tests/unit/,init online convert verify monitoring planning pipeline/test_ft.py)
 
 test-k8s: venv
 	scripts/k8s_apiserver.sh

@@ -1,7 +1,6 @@
 """Cards in the form of Megatron-Bridge's model verification cards, from what the tests of Bridge's side really ran.
 
-    make test-bridge BRIDGE_REPORTS=runs/reports    # or any pytest of tests/bridge and tests/te with --junitxml
-    python -m benchmarks.verification_cards runs/reports/*.xml
+    make test-bridge && python -m benchmarks.verification_cards runs/test-bridge/*.xml
 
 An item is `verified` in NVIDIA's sense only when its command ran on the model itself, on the named hardware. These
 tests run small models of the same architecture without a GPU, so every item says `unverified`, which tests stand
