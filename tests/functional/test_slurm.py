@@ -198,7 +198,7 @@ def _daemon_of_n2_killed() -> Iterator[None]:
         yield
     finally:
         subprocess.run(["slurmd", "-N", "n2"], check=True)
-        subprocess.run(["scontrol", "update", "NodeName=n2", "State=RESUME"], check=True)
+        subprocess.run(["scontrol", "update", "NodeName=n2", "State=RESUME"], check=False)  # or it is back by itself
 
 
 @pytest.mark.parametrize(
