@@ -139,7 +139,7 @@ def test_a_parent_that_says_less_or_in_other_words_is_converted(tmp_path: Path, 
     dense = write_llama(tmp_path / "dense", vocab_size=259, layers=2)
     _convert(dense, tmp_path / "wanted", UpcycleSpec(**COPY))
     config = read_json(dense / "config.json") | change
-    left = {key: value for key, value in config.items() if value is not None}
+    left = {key: value for key, value in config.items() if value is not None or key not in change}
     (dense / "config.json").write_text(json.dumps(left), encoding="utf-8")
     _convert(dense, tmp_path / "moe", UpcycleSpec(**COPY))
     _same_bits(tmp_path / "wanted", tmp_path / "moe")
