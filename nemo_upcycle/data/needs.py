@@ -77,7 +77,7 @@ def asset_need(name: str) -> Need:
 
 def task_need(name: str) -> Need:
     """Return the need for the data of one of lm-eval's tasks, which only lm-eval finds in the cache of the hub."""
-    what = f"data of lm-eval's {name}"
+    what = f"lm-eval's {name}"
 
     def fetch() -> None:
         from nemo_upcycle.suites.lm_eval_tasks import load_tasks

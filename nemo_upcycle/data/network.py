@@ -75,7 +75,7 @@ def _blend_needs(blend: Blend) -> Iterator[Need]:
             more = f" and {len(addresses) - 1} more" if addresses[1:] else ""
             scheme, _, rest = addresses[0].partition("://")
             yield Need(
-                f"source {name} of {blend.name}, {addresses[0]}{more}",
+                f"source {name} ({addresses[0]}{more})",
                 HUB if scheme == "hf" else f"{scheme}://{rest.partition('/')[0]}",
                 partial(_copy_source, blend, name),
                 partial(_has_source, blend, name),
