@@ -17,7 +17,7 @@ from nemo_upcycle.data.blend import SPLITS, Blend, SourceConfig
 from nemo_upcycle.data.engine.lines import NOT_THERE, open_input
 from nemo_upcycle.data.readers import InputFile
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.utils.files import read_json, whole_file, write_json
+from nemo_upcycle.utils.files import read_json, require_disk, whole_file, write_json
 from nemo_upcycle.utils.progress import track
 
 
@@ -69,13 +69,14 @@ def copy_files(blend: Blend, source: str, files: Mapping[str, list[InputFile]], 
             fix="state it in the blend, or copy the files yourself and name the copies there",
         )
     path = _list_of(blend, source, cache)
-    names = {name for split in files.values() for file in split for name in _names(file)}
-    addresses = sorted(filter(is_address, names))
+    listed = [file for split in files.values() for file in split]
+    new = [file for file in listed if not (path.parent / _place(file.path)).is_file()]
+    require_disk(cache, sum(file.size_bytes or 0 for file in new), f"source {source}")
+    addresses = sorted({name for file in listed for name in _names(file) if is_address(name)})
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for _ in track(pool.map(partial(_copy, path.parent), addresses), f"copy {source}", len(addresses)):
             pass
-    moved = {split: [asdict(_moved(file, _place)) for file in listed] for split, listed in files.items()}
-    write_json(path, moved)
+    write_json(path, {split: [asdict(_moved(file, _place)) for file in files[split]] for split in files})
 
 
 def _names(file: InputFile) -> Iterator[str]:

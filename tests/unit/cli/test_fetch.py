@@ -93,7 +93,7 @@ def test_parent_and_texts_are_listed_with_hashes_and_a_damaged_file_is_fetched_a
     checked = site.fetch("--check")
     assert checked.returncode == 1
     damaged = [line.split(": ")[1].split(";")[0] for line in checked.stdout.splitlines() if "damaged: " in line]
-    assert damaged == [f"{fetched / weights} is changed", f"{fetched / text} is missing"]
+    assert damaged == [f"{fetched / text} is missing", f"{fetched / weights} is changed"]
 
     again = site.fetch(*_inputs(site), "--json")
     assert again.returncode == 0, again.stderr
@@ -103,6 +103,7 @@ def test_parent_and_texts_are_listed_with_hashes_and_a_damaged_file_is_fetched_a
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_stopped_fetch_continues(site: Site) -> None:
     words, fetched = _inputs(site), site.folder / "fetched"
     first, *_, last = sorted(path.name for path in (site.root / "acme/tiny").glob("*.safetensors"))
@@ -130,6 +131,7 @@ def test_a_stopped_fetch_continues(site: Site) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_what_may_not_or_cannot_be_had_is_named_and_the_rest_is_fetched(site: Site) -> None:
     dense, *others = _inputs(site, "weight: 1.0")
     done = site.fetch(dense.replace("tiny", "gated"), *others)
