@@ -112,8 +112,14 @@ def _download(name: str, wanted: Sequence[str], offline: bool, cache: Path | Non
             "package huggingface-hub", got="not installed", expected="any", fix="pip install huggingface_hub"
         ) from None
     try:
-        patterns = {"allow_patterns": list(wanted), "ignore_patterns": _UNWANTED}
-        return Path(snapshot_download(name, **patterns, local_files_only=offline, cache_dir=cache))
+        folder = snapshot_download(
+            name,
+            allow_patterns=list(wanted),
+            ignore_patterns=_UNWANTED,
+            local_files_only=offline,
+            cache_dir=cache,
+        )
+        return Path(folder)
     except Exception as error:  # huggingface_hub hands on those of its HTTP client
         if isinstance(error, OSError) and error.filename:
             raise UpcycleError(
