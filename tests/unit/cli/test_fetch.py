@@ -160,6 +160,38 @@ def test_the_inputs_of_a_run_are_those_of_its_folder(site: Site) -> None:
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.full
+def test_data_of_tasks_and_data_sets_of_the_hub_are_read_without_a_network(tmp_path: Path) -> None:
+    hub = pytest.importorskip("tests.hub", reason="the stand-in for the hub's data sets is not there")
+    pytest.importorskip("lm_eval")
+    blend, flan = tmp_path / "mine.yaml", "hf://datasets/allenai/dolmino-mix-1124/data/flan/*.json*"
+    blend.write_text(f"sources:\n  flan:\n    train: ['{flan}']\n    license: ODC-BY\n")
+    (tmp_path / "suite.yaml").write_text("tasks: {piqa: [0], gsm8k: [5]}\nlocal: false\n")
+    with hub.serving(hub.repositories()) as server:
+        site = Site(tmp_path, server.endpoint, tmp_path)
+        done = site.fetch(f"data={blend}", f"evaluation={tmp_path / 'suite.yaml'}", "--json")
+        assert done.returncode == 0, done.stdout + done.stderr
+    code = (
+        "import sys; from pathlib import Path; from nemo_upcycle.data.blend import read_blend\n"
+        "from nemo_upcycle.data.inputs import list_inputs; from nemo_upcycle.suites.lm_eval_tasks import load_tasks\n"
+        "files = list_inputs(read_blend(sys.argv[1]), 'flan', Path())['train']\n"
+        "tasks = load_tasks(['piqa', 'gsm8k'])\n"
+        "print(len(files), all(Path(file.path).stat().st_size == file.size_bytes for file in files))\n"
+        "print([len(list(tasks[name][0].eval_docs)) for name in tasks])\n"
+    )
+    there = (tmp_path / "fetched").rename(tmp_path / "there")
+    variables = {"NEMO_UPCYCLE_CACHE": str(there), "HF_HOME": str(there / "hf"), "HF_HUB_OFFLINE": "1"}
+    read = subprocess.run(
+        [sys.executable, "-c", code, str(blend)],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert read.stdout.splitlines() == ["2 True", f"[{hub.ROWS}, {hub.ROWS}]"], read.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
