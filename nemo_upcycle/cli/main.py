@@ -24,6 +24,7 @@ from nemo_upcycle.package_info import __version__
 COMMANDS = {
     "plan": "what fits where, how fast, how long, how much: layouts for a cluster, without a GPU",
     "data": "texts -> clean, decontaminated, tokenised training data (Megatron indexed datasets)",
+    "fetch": "what a run takes from networks -> one folder, for machines without a network",
     "convert": "dense checkpoint -> MoE Hugging Face folder: Mixtral, or the class that can hold the model",
     "verify": "dense folder against MoE folder: what was done to the weights, and do both compute the same function?",
     "export": "NeMo or Megatron checkpoint, saved under any layout -> Hugging Face folder",

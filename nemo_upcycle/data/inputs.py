@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.blend import SPLITS, Blend
+from nemo_upcycle.data.copies import copied_files
 from nemo_upcycle.data.finished import BUILD, TOKENIZER
 from nemo_upcycle.data.readers import READERS, InputFile, Reader
 from nemo_upcycle.data.readers.files import GLOB
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.cache import cache_folder
 
 
 #: The n-grams of evaluation items in the folder of what a blend is built from.
@@ -24,7 +26,22 @@ TASKS_A_FINDER = 64
 
 
 def list_inputs(blend: Blend, source: str, work: Path) -> dict[str, list[InputFile]]:
-    """Return the files of every split of a source; a split that nothing is named for has none.
+    """Return the files of every split of a source, or the copies that the cache has of them.
+
+    Args:
+        blend: the blend.
+        source: name of the source.
+        work: where what has to be rendered first is written.
+
+    Raises:
+        UpcycleError: there is no such reader or option, or an entry matches nothing.
+    """
+    copied = copied_files(blend, source, cache_folder())
+    return list_named(blend, source, work) if copied is None else copied
+
+
+def list_named(blend: Blend, source: str, work: Path) -> dict[str, list[InputFile]]:
+    """Return the files of every split of a source, where it names them; a split that nothing is named for has none.
 
     Args:
         blend: the blend.

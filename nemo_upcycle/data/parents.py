@@ -83,13 +83,16 @@ def find_parent(source: str, *, nemo: bool = False) -> Parent:
     return Parent("hub", rest)
 
 
-def on_this_machine(parent: Parent, wanted: Sequence[str] = WANTED, *, offline: bool = False) -> Path:
+def on_this_machine(
+    parent: Parent, wanted: Sequence[str] = WANTED, *, offline: bool = False, cache: Path | None = None
+) -> Path:
     """Return the folder of a model: of an asset in the cache, of one on the hub downloaded.
 
     Args:
         parent: the model.
         wanted: patterns of the files to download from the hub.
         offline: whether to take what the hub's cache has, without asking whether that is all.
+        cache: the hub's cache; None: that of the environment.
 
     Raises:
         UpcycleError: it cannot be made or downloaded.
@@ -98,10 +101,10 @@ def on_this_machine(parent: Parent, wanted: Sequence[str] = WANTED, *, offline: 
         from nemo_upcycle.data.dense import ensure_dense  # imports torch
 
         return ensure_dense(f"asset://{parent.name}")
-    return _download(parent.name, wanted, offline=offline) if parent.kind == "hub" else Path(parent.name)
+    return _download(parent.name, wanted, offline, cache) if parent.kind == "hub" else Path(parent.name)
 
 
-def _download(name: str, wanted: Sequence[str], *, offline: bool) -> Path:
+def _download(name: str, wanted: Sequence[str], offline: bool, cache: Path | None) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -109,9 +112,14 @@ def _download(name: str, wanted: Sequence[str], *, offline: bool) -> Path:
             "package huggingface-hub", got="not installed", expected="any", fix="pip install huggingface_hub"
         ) from None
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=list(wanted), ignore_patterns=_UNWANTED, local_files_only=offline)
+        folder = snapshot_download(
+            name,
+            allow_patterns=list(wanted),
+            ignore_patterns=_UNWANTED,
+            local_files_only=offline,
+            cache_dir=cache,
         )
+        return Path(folder)
     except Exception as error:  # huggingface_hub hands on those of its HTTP client
         if isinstance(error, OSError) and error.filename:
             raise UpcycleError(

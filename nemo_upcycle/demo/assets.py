@@ -91,6 +91,11 @@ ASSETS = {
 }
 
 
+def asset_folder(name: str, cache: Path) -> Path:
+    """Return where a cache keeps an asset, fetched or not."""
+    return cache / "assets" / f"{name}-{ASSETS[name].version}"
+
+
 def fetch_asset(name: str) -> Path:
     """Return the path of an asset, downloaded if it is not in the cache.
 
@@ -108,7 +113,7 @@ def fetch_asset(name: str) -> Path:
         'mmlu.jsonl'
     """
     asset = ASSETS[name]
-    folder = cache_folder() / "assets" / f"{name}-{asset.version}"
+    folder = asset_folder(name, cache_folder())
     result = folder / PurePosixPath(asset.member).name
     if is_complete(folder):
         return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib import resources
 from typing import Any
@@ -109,6 +109,7 @@ class KnownRecipe:
         spec: how it is upcycled; None for continued dense training.
         defaults: what a step works on, by the names of the command's options.
         h100: whether it takes the arguments of the H100 recipes, which group the experts' products.
+        inputs: `dense`, `data` and `evaluation` of its pipeline; of a dense recipe, which has none, `dense` alone.
     """
 
     name: str
@@ -116,6 +117,7 @@ class KnownRecipe:
     spec: UpcycleSpec | None
     defaults: dict[str, Any]
     h100: bool = True
+    inputs: dict[str, str] = field(default_factory=dict)
 
     @property
     def arch(self) -> Architecture:
@@ -178,7 +180,7 @@ def known_recipe(name: str) -> KnownRecipe:
         raise SpecError.unknown("recipe", name, known)
     entry = known[name]
     spec = UpcycleSpec(**entry["spec"]) if entry["spec"] else None
-    return KnownRecipe(name, known_shape(entry["dense"]), spec, entry["defaults"], entry["h100"])
+    return KnownRecipe(name, known_shape(entry["dense"]), spec, entry["defaults"], entry["h100"], entry["inputs"])
 
 
 def recipe_for(dense: Architecture, arch: Architecture) -> KnownRecipe | None:

@@ -84,9 +84,14 @@ def build_suite(
     return output
 
 
+def asks_mmlu(config: SuiteConfig) -> bool:
+    """Return whether a suite has local tasks that ask MMLU's questions."""
+    return config.local and any(task.startswith("mmlu") for task in config.tasks)
+
+
 def local_questions(config: SuiteConfig) -> list[dict[str, Any]]:
     """Return MMLU's questions, fetched on first use, for a suite whose local tasks ask them; none for another one."""
-    if not config.local or not any(task.startswith("mmlu") for task in config.tasks):
+    if not asks_mmlu(config):
         return []
     from nemo_upcycle.demo.assets import fetch_asset
     from nemo_upcycle.demo.questions import mmlu_questions

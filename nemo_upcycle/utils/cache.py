@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
 
@@ -12,9 +14,13 @@ from nemo_upcycle.errors import UpcycleError
 CACHE_VARIABLE = "NEMO_UPCYCLE_CACHE"
 
 
-def cache_folder() -> Path:
-    """Return the folder of what is fetched or made once: `$NEMO_UPCYCLE_CACHE`, or `~/.cache/nemo-upcycle`."""
-    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/nemo-upcycle").expanduser()
+def cache_folder(variables: Mapping[str, Any] = os.environ) -> Path:
+    """Return the folder of what is fetched or made once: `$NEMO_UPCYCLE_CACHE`, or `~/.cache/nemo-upcycle`.
+
+    Args:
+        variables: the environment in which it is looked for.
+    """
+    return Path(variables.get(CACHE_VARIABLE) or "~/.cache/nemo-upcycle").expanduser()
 
 
 def writable_cache(kind: str) -> Path:

@@ -77,7 +77,8 @@ def planner_text() -> str:
 
     shapes, entries = {}, {}
     for name in sorted({recipe for recipe, _ in GOLDEN.values()}):
-        factory = getattr(recipes, name).pretrain_recipe
+        module = getattr(recipes, name)
+        factory = module.pretrain_recipe
         recipe = factory()
         config = recipe.model.config
         spec = spec_of(recipe) if recipe.resume.restore_config.spec else None
@@ -93,7 +94,12 @@ def planner_text() -> str:
             shapes[dense] = _changed(asdict(_dense_architecture(config)), Architecture)
         h100 = "performance_mode" in inspect.signature(factory).parameters
         upcycling = _changed(spec.to_dict(), UpcycleSpec, "num_experts", "top_k") if spec else None
-        entries[name] = {"dense": dense, "spec": upcycling, "h100": h100, "defaults": defaults}
+        inputs = {"dense": inspect.signature(factory).parameters["dense"].default}
+        if spec:
+            chain = module.pipeline_recipe()
+            inputs = {key: getattr(chain, key) for key in ("dense", "data", "evaluation")}
+        known = {"dense": dense, "spec": upcycling, "h100": h100, "defaults": defaults}
+        entries[name] = known | {"inputs": inputs}
     lines = [
         "# What the planner knows of the recipes; made by `python -m tests.golden`. The keys are explained in",
         "# nemo_upcycle/planning/hardware.py and nemo_upcycle/models/architecture.py.",

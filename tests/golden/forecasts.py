@@ -45,8 +45,9 @@ def forecast_text(recipe: str, cluster: str) -> str:
     from nemo_upcycle.pipeline.forecast import render_forecast
     from nemo_upcycle.recipes import smollm2_135m_dense_ct
 
-    # The demo's recipes ask the machine for a GPU and for fast BF16.
+    # The demo's recipes ask the machine for a GPU and for fast BF16; a forecast looks into its caches.
     with (
+        mock.patch.dict("os.environ", {"NEMO_UPCYCLE_CACHE": "/nowhere", "HF_HOME": "/nowhere"}),
         mock.patch("torch.cuda.is_available", return_value=False),
         mock.patch.object(smollm2_135m_dense_ct, "cpu_has_fast_bf16", return_value=True),
     ):

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 from nemo_upcycle.data.blend import Blend
+from nemo_upcycle.data.needs import Need
 
 
 #: What a format gives: the line or row from 1, its bytes, and the object there or what is wrong with it.
@@ -66,6 +67,10 @@ class Reader(ABC):
     def paths(self, entries: list[str], options: Mapping[str, Any]) -> list[str]:
         """Return the paths, patterns and addresses that it reads; none of a reader that renders."""
         return [] if self.renders else entries
+
+    def needs(self, entries: list[str], options: Mapping[str, Any]) -> list[Need]:
+        """Return what it takes from a network, beside the addresses among `paths`."""
+        return []
 
 
 class Format(ABC):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.blend import Blend
+from nemo_upcycle.data.needs import Need, task_need
 from nemo_upcycle.data.readers import InputFile, Reader, register
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.lm_eval_tasks import load_tasks
@@ -35,6 +36,10 @@ class LmEval(Reader):
     def paths(self, entries: list[str], options: Mapping[str, Any]) -> list[str]:
         """See `Reader.paths`: the user's own tasks."""
         return [f"{own}/*"] if (own := options.get("include_path")) else []
+
+    def needs(self, entries: list[str], options: Mapping[str, Any]) -> list[Need]:
+        """See `Reader.needs`; what tasks of the user's own read is not known."""
+        return [] if options.get("include_path") else [task_need(name) for name in entries]
 
 
 def write_training_splits(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.blend import Blend
+from nemo_upcycle.data.needs import Caches, Need
 from nemo_upcycle.data.readers import InputFile, Reader, register
 
 
@@ -21,3 +24,16 @@ class Packages(Reader):
 
         paths = [package_texts(name) for name in dict.fromkeys(entries)]
         return [InputFile(str(path), "jsonl", path.stat().st_size) for path in paths]
+
+    def needs(self, entries: list[str], options: Mapping[str, Any]) -> list[Need]:
+        """See `Reader.needs`."""
+        from nemo_upcycle.demo.packages import package_texts
+
+        return [
+            Need(f"package {name}", "Debian's servers", partial(package_texts, name), partial(_has_texts, name))
+            for name in entries
+        ]
+
+
+def _has_texts(name: str, caches: Caches) -> bool:
+    return (caches.folder / "packages" / f"{name}.jsonl").is_file()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.blend import Blend
+from nemo_upcycle.data.needs import Need, asset_need
 from nemo_upcycle.data.readers import InputFile, Reader, register
 
 
@@ -20,3 +22,7 @@ class Sotu(Reader):
         from nemo_upcycle.demo.sotu import address_files
 
         return [InputFile(str(path), "text", path.stat().st_size) for path in address_files(entries)]
+
+    def needs(self, entries: list[str], options: Mapping[str, Any]) -> list[Need]:
+        """See `Reader.needs`."""
+        return [asset_need("sotu")]

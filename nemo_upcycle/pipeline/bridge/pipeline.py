@@ -13,6 +13,7 @@ from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.launch import launch_chain
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.planning.commands import BRIDGE_RECIPES
+from nemo_upcycle.planning.hardware import known_recipe
 from nemo_upcycle.trainers.bridge_training import BridgeTraining
 from nemo_upcycle.utils.console import quiet_libraries
 from nemo_upcycle.utils.validation import check_whole
@@ -123,18 +124,16 @@ def training_of(recipe: str, settings: Sequence[str], gpus: int | None, gpus_per
     return BridgeTraining(recipe, tuple(settings), ranks // per_node, per_node)
 
 
-def chain(name: str, dense: str, **inputs: str) -> Callable[..., run.Partial]:
-    """Register and return the chain of an upcycled model and its dense baseline, under the name that it has in NeMo.
+def chain(name: str) -> Callable[..., run.Partial]:
+    """Register and return the chain of an upcycled model and its dense baseline: name and inputs are those in NeMo.
 
     Args:
         name: of the recipe, one of `BRIDGE_RECIPES`.
-        dense: the dense parent, by default.
-        inputs: arguments of `pipeline` that are not the defaults.
     """
-    recipe = BRIDGE_RECIPES[name]
+    recipe, inputs = BRIDGE_RECIPES[name], known_recipe(name).inputs
 
     @run.cli.factory(target=pipeline, name=name)
-    def pipeline_recipe(dir: str = f"runs/{name}", dense: str = dense) -> run.Partial:
+    def pipeline_recipe(dir: str = f"runs/{name}", dense: str = inputs["dense"]) -> run.Partial:
         """Create the whole chain: import, data, upcycle, pretrain, dense baseline, export, evaluate, report.
 
         Args:
@@ -150,15 +149,10 @@ def chain(name: str, dense: str, **inputs: str) -> Callable[..., run.Partial]:
                 $ nemo upcycle pipeline --factory NAME run.executor=slurm dir=/shared/runs/first --yes
         """
         baseline = recipe.replace("_e8t2_", "_dense_ct_")
-        return run.Partial(pipeline, dir=dir, dense=dense, recipe=recipe, dense_ct=baseline, **inputs)
+        return run.Partial(pipeline, dir=dir, recipe=recipe, dense_ct=baseline, **(inputs | {"dense": dense}))
 
     return pipeline_recipe
 
 
-_PAPER = {"data": "redpajama_v2_academic_7_3", "evaluation": "paper"}
-chain("smollm2_135m_e8t2", "asset://smollm2-135m")
-chain("qwen3_600m_e8t2", "hf://Qwen/Qwen3-0.6B-Base")
-chain("llama3_8b_e8t2", "hf://meta-llama/Meta-Llama-3-8B", **_PAPER)
-chain("llama31_8b_e8t2", "hf://meta-llama/Llama-3.1-8B", **_PAPER)
-chain("llama3_70b_e8t2", "hf://meta-llama/Meta-Llama-3-70B", **_PAPER)
-chain("qwen3_8b_e8t2", "hf://Qwen/Qwen3-8B-Base", **_PAPER)
+for name in BRIDGE_RECIPES:
+    chain(name)

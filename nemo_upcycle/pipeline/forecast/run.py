@@ -17,6 +17,7 @@ from nemo_upcycle.pipeline.executors.base import Cluster, Job, is_local
 from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
 from nemo_upcycle.pipeline.executors.performance import PerformanceSetting, settings_here
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast, forecast_disk
+from nemo_upcycle.pipeline.forecast.network import NetworkForecast, forecast_network
 from nemo_upcycle.pipeline.forecast.stages import StageForecast, State, forecast_stages
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast, forecast_training
 from nemo_upcycle.pipeline.plan import Stage, required_training
@@ -101,6 +102,7 @@ class Forecast:
         stages: a part of the chain, in its order.
         trainings: those of the stages that train, by name.
         disk: of the folder.
+        network: of the stages that need one.
         settings: those that matter, with their origins.
         performance: NVIDIA's settings of the trainings, by stage.
     """
@@ -110,6 +112,7 @@ class Forecast:
     stages: tuple[StageForecast, ...]
     trainings: Mapping[str, TrainingForecast]
     disk: DiskForecast
+    network: NetworkForecast
     settings: tuple[Setting, ...]
     performance: Mapping[str, Sequence[PerformanceSetting]]
 
@@ -162,7 +165,9 @@ def forecast(
     here = settings_here if is_local(executor) else lambda _: []
     performance_of = cluster.performance if cluster else here
     performance = {stage.name: performance_of(jobs[stage.name]) for stage in trained}
-    return Forecast(run_dir, plan.recipe, stage_forecasts, trainings, disk, tuple(settings), performance)
+    running = [stage for stage, found in zip(stages, stage_forecasts, strict=True) if found.runs]
+    network = forecast_network(running, plan, cluster, jobs)
+    return Forecast(run_dir, plan.recipe, stage_forecasts, trainings, disk, network, tuple(settings), performance)
 
 
 def _run_settings(plan: RunPlan, recipes: Mapping[str, str], origins: Origins) -> Iterator[Setting]:

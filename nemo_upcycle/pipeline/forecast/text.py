@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from nemo_upcycle.pipeline.executors.performance import TABLE, lines_of
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast
+from nemo_upcycle.pipeline.forecast.network import NetworkForecast
 from nemo_upcycle.pipeline.forecast.run import Forecast, Setting
 from nemo_upcycle.pipeline.forecast.stages import StageForecast
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast
@@ -25,6 +26,7 @@ def render_forecast(forecast: Forecast) -> str:
         ("Stages", _stage_lines(forecast.stages)),
         ("Trainings", _training_lines(list(forecast.trainings.values()))),
         (f"Disk of {forecast.disk.folder}", _disk_lines(forecast.disk)),
+        ("Network", _network_lines(forecast.network)),
         ("Settings, and where each comes from", _setting_lines(forecast.settings)),
         (f"Performance settings by {TABLE}, and why each", lines_of(forecast.performance)),
         ("Warnings", (line for text in forecast.warnings for line in _wrapped(f"- {text}", _INDENT))),
@@ -197,6 +199,16 @@ def _setting_lines(settings: Sequence[Setting]) -> list[str]:
             parts = _over_lines(row, sizes)
             lines += ["  ".join(cell.ljust(size) for cell, size in zip(part, sizes, strict=True)) for part in parts]
     return lines
+
+
+def _network_lines(network: NetworkForecast) -> Iterator[str]:
+    if not network.stages:
+        return
+    width = max(map(len, network.stages))
+    for stage, places in network.stages.items():
+        for place, names in places.items():
+            yield from _wrapped(f"{stage:<{width}}  {place}: {', '.join(names)}", " " * (width + 4))
+    yield from _wrapped(f"for a run without one, first: {network.command}", _INDENT)
 
 
 def _kind(setting: Setting) -> str:

@@ -7,80 +7,20 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 
 from nemo_upcycle import UpcycleSpec, open_dense
 from nemo_upcycle.cli.main import main
 from nemo_upcycle.convert.offline import convert
+from tests.model_hub import TOKEN, ModelHub, serving
 from tests.models import write_llama, write_tokenizer
 from tests.tiers import every_value
 
 
 SPEC = ("--experts", "2", "--top-k", "2")
-COMMIT = "c" * 40
-TOKEN = "hf_" + "a" * 34
-
-
-class _Hub(BaseHTTPRequestHandler):
-    """Serves the folders of a folder, ORG/NAME, as the hub serves repositories."""
-
-    def __init__(self, root: Path, *given: object) -> None:
-        self.root = root
-        super().__init__(*given)
-
-    #: What was asked for.
-    asked: ClassVar[list[str]] = []
-
-    def do_HEAD(self) -> None:
-        self.asked.append(self.path)
-        name, _, file = self.path.lstrip("/").partition(f"/resolve/{COMMIT}/")
-        if self._is_refused():
-            return
-        path = self.root / name / file
-        if self.path.startswith("/api/models/") or not file or not path.is_file():
-            self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
-        else:
-            self._answer(200, path.read_bytes(), {"ETag": f'"{path.stat().st_size:040x}"', "X-Repo-Commit": COMMIT})
-
-    def do_GET(self) -> None:
-        self.asked.append(self.path)
-        if not self.path.startswith("/api/models/"):
-            self.do_HEAD()
-            return
-        if self._is_refused():
-            return
-        name = self.path.removeprefix("/api/models/").partition("/revision/")[0]
-        if not (self.root / name).is_dir():
-            self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-            return
-        files = [path.relative_to(self.root / name).as_posix() for path in (self.root / name).rglob("*.*")]
-        info = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
-        self._answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
-
-    def _is_refused(self) -> bool:
-        """Refuse a gated model to who has no token, or one without access."""
-        token = self.headers.get("Authorization")
-        if "acme/gated" not in self.path or token == f"Bearer {TOKEN}":
-            return False
-        self._answer(403 if token else 401, b"", {"X-Error-Code": "GatedRepo"})
-        return True
-
-    def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for key, value in (headers | {"Content-Length": str(len(body))}).items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +32,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     with open_dense(dense) as source:
         convert(source, root / "acme/tiny-moe", UpcycleSpec(num_experts=2, top_k=2))
     shutil.copytree(dense, root / "acme/gated")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Hub, root))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield root, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(root) as endpoint:
+        yield root, endpoint
 
 
 def _run(
@@ -226,12 +163,12 @@ def _ensure(folder: Path, endpoint: str, **variables: str) -> Path:
 @pytest.mark.full
 def test_the_ranks_of_a_node_ask_the_hub_once(hub: tuple[Path, str], tmp_path: Path) -> None:
     first = _ensure(tmp_path, hub[1], LOCAL_RANK="0")
-    asked = len(_Hub.asked)
+    asked = len(ModelHub.asked)
     assert _ensure(tmp_path, hub[1], LOCAL_RANK="1") == first
     assert _ensure(tmp_path, hub[1], SLURM_LOCALID="3") == first
-    assert len(_Hub.asked) == asked
+    assert len(ModelHub.asked) == asked
     assert _ensure(tmp_path, hub[1], LOCAL_RANK="0") == first
-    assert len(_Hub.asked) > asked
+    assert len(ModelHub.asked) > asked
 
 
 @pytest.mark.full

@@ -81,7 +81,7 @@ def test_it_starts_without_torch_and_nemo() -> None:
     """What makes a start slow is never imported for a help text."""
     code = (
         "import sys\nfrom nemo_upcycle.cli.main import main\n"
-        "for name in ('data', 'convert', 'verify', 'export', 'report', 'doctor'):\n"
+        "for name in ('data', 'fetch', 'convert', 'verify', 'export', 'report', 'doctor'):\n"
         "    try: main([name, '--help'])\n    except SystemExit: pass\n"
         "heavy = {'torch', 'megatron', 'nemo', 'nemo_run', 'lightning', 'transformers'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

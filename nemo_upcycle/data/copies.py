@@ -1,0 +1,116 @@
+"""Copies of the files that a source names by address, in the cache: read in their place wherever they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.data.blend import SPLITS, Blend, SourceConfig
+from nemo_upcycle.data.engine.lines import NOT_THERE, open_input
+from nemo_upcycle.data.readers import InputFile
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.files import read_json, require_disk, whole_file, write_json
+from nemo_upcycle.utils.progress import track
+
+
+logger = logging.getLogger(__name__)
+_AT_ONCE = 8
+
+
+def is_address(text: str) -> bool:
+    """Return whether a file is not one of this machine's."""
+    return "://" in text and not text.startswith(("file://", "local://"))
+
+
+def _list_of(blend: Blend, source: str, cache: Path) -> Path:
+    """Return where the list of a source's files lies; another path for other entries, options or another seed."""
+    config = blend.config.sources[source]
+    entries = [getattr(config, split) for split in SPLITS]
+    named: list[Any] = [config.reader, entries, config.options, blend.config.seed]
+    return cache / "texts" / f"{hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]}.json"
+
+
+def copied_files(blend: Blend, source: str, cache: Path) -> dict[str, list[InputFile]] | None:
+    """Return the files of every split of a source that was copied as it is named now; None of any other."""
+    path = _list_of(blend, source, cache)
+    if not path.is_file():
+        return None
+    return {
+        split: [_moved(InputFile(**file), lambda name: str(path.parent / name)) for file in files]
+        for split, files in read_json(path).items()
+    }
+
+
+def copy_files(blend: Blend, source: str, files: Mapping[str, list[InputFile]], cache: Path) -> None:
+    """Copy the files of a source into the cache, those that are not there yet, and list them.
+
+    Args:
+        blend: the blend.
+        source: name of the source.
+        files: of every split, as its reader lists them.
+        cache: the cache's folder.
+
+    Raises:
+        UpcycleError: the source states no licence, or a file cannot be read.
+    """
+    if (stated := blend.config.sources[source].license) == SourceConfig.license:
+        raise UpcycleError(
+            f"sources.{source}.license of blend {blend.name}",
+            got=stated,
+            expected="a licence under which the texts may be copied",
+            fix="state it in the blend, or copy the files yourself and name the copies there",
+        )
+    path = _list_of(blend, source, cache)
+    listed = [file for split in files.values() for file in split]
+    new = [file for file in listed if not (path.parent / _place(file.path)).is_file()]
+    require_disk(cache, sum(file.size_bytes or 0 for file in new), f"source {source}")
+    addresses = sorted({name for file in listed for name in _names(file) if is_address(name)})
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for _ in track(pool.map(partial(_copy, path.parent), addresses), f"copy {source}", len(addresses)):
+            pass
+    write_json(path, {split: [asdict(_moved(file, _place)) for file in files[split]] for split in files})
+
+
+def _names(file: InputFile) -> Iterator[str]:
+    """Yield what is read for a file: itself, and RedPajama's list of its duplicates."""
+    yield file.path
+    if "duplicates" in file.options:
+        yield file.options["duplicates"]
+
+
+def _moved(file: InputFile, place: Callable[[str], str]) -> InputFile:
+    """Return a file at another place."""
+    options = {name: place(value) if name == "duplicates" else value for name, value in file.options.items()}
+    return replace(file, path=place(file.path), options=options)
+
+
+def _place(name: str) -> str:
+    """Return where an address is copied to, below the folder of copies; a path stays.
+
+    Example:
+        >>> _place("https://example.org/a/b.jsonl")
+        'https/example.org/a/b.jsonl'
+    """
+    if not is_address(name):
+        return name
+    return "/".join(part for part in name.replace(":", "", 1).split("/") if part not in ("", ".", ".."))
+
+
+def _copy(folder: Path, address: str) -> None:
+    path = folder / _place(address)
+    if path.is_file():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open_input(address) as handle, whole_file(path) as aside, aside.open("wb") as copy:
+            shutil.copyfileobj(handle, copy, 1 << 22)
+    except NOT_THERE:
+        logger.warning("%s is not there: the build counts it as missing", address)

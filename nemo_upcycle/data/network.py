@@ -1,0 +1,101 @@
+"""What a run takes from networks: its parent, its blend and the questions of its suites."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from nemo_upcycle.data.blend import SPLITS, Blend, read_blend
+from nemo_upcycle.data.copies import copied_files, copy_files, is_address
+from nemo_upcycle.data.inputs import list_named, reader_of
+from nemo_upcycle.data.needs import HUB, Caches, Need, asset_need, task_need
+from nemo_upcycle.data.parents import Parent, find_parent, on_this_machine
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.suites.suite import asks_mmlu
+from nemo_upcycle.suites.suite_config import read_suite_config
+from nemo_upcycle.utils.cache import cache_folder
+
+
+def run_needs(dense: str, data: str, evaluation: str) -> list[Need]:
+    """Return what a run takes from networks, each once.
+
+    Args:
+        dense: address of the dense parent; empty: none.
+        data: a blend (a name in conf/data, or a YAML file), or a finished folder, which needs nothing; empty: none.
+        evaluation: a name in conf/evaluation, or a YAML file; empty: none.
+
+    Raises:
+        UpcycleError: one is not valid.
+    """
+    of = {
+        "dense": _parent_needs(dense) if dense else (),
+        "data": _blend_needs(read_blend(data)) if data and not Path(data).is_dir() else (),
+        "evaluation": _suite_needs(evaluation) if evaluation else (),
+    }
+    found: dict[str, Need] = {}
+    for name, needs in of.items():
+        for need in needs:
+            earlier = found.get(need.what, need)
+            found[need.what] = replace(earlier, inputs=tuple(dict.fromkeys((*earlier.inputs, name))))
+    return list(found.values())
+
+
+def _parent_needs(dense: str) -> Iterator[Need]:
+    parent = find_parent(dense)
+    if parent.kind == "asset":
+        yield asset_need(parent.name)
+    elif parent.kind == "hub":
+        fetch, is_in = partial(_fetch_model, dense), partial(_has_model, parent)
+        yield Need(f"model {parent.name}", HUB, fetch, is_in, "see its card")
+
+
+def _fetch_model(dense: str) -> None:
+    from nemo_upcycle.data.dense import import_dense  # imports torch
+
+    import_dense(dense, Path(), sampled=True)
+
+
+def _has_model(parent: Parent, caches: Caches) -> bool:
+    from nemo_upcycle.sources import open_dense  # imports torch
+
+    with suppress(UpcycleError), open_dense(on_this_machine(parent, offline=True, cache=caches.hub)):
+        return True
+    return False
+
+
+def _blend_needs(blend: Blend) -> Iterator[Need]:
+    for name, source in blend.config.sources.items():
+        reader = reader_of(blend, name)
+        entries = [entry for split in SPLITS for entry in getattr(source, split)]
+        yield from reader.needs(entries, source.options)
+        if addresses := [entry for entry in reader.paths(entries, source.options) if is_address(entry)]:
+            more = f" and {len(addresses) - 1} more" if addresses[1:] else ""
+            scheme, _, rest = addresses[0].partition("://")
+            yield Need(
+                f"source {name} ({addresses[0]}{more})",
+                HUB if scheme == "hf" else f"{scheme}://{rest.partition('/')[0]}",
+                partial(_copy_source, blend, name),
+                partial(_has_source, blend, name),
+                source.license,
+            )
+    for suite in blend.config.decontaminate:
+        yield from _suite_needs(suite)
+
+
+def _copy_source(blend: Blend, source: str) -> None:
+    copy_files(blend, source, list_named(blend, source, Path()), cache_folder())
+
+
+def _has_source(blend: Blend, source: str, caches: Caches) -> bool:
+    return copied_files(blend, source, caches.folder) is not None
+
+
+def _suite_needs(suite: str) -> Iterator[Need]:
+    config = read_suite_config(suite)
+    if asks_mmlu(config):
+        yield asset_need("mmlu")
+    elif not config.local:
+        yield from map(task_need, config.tasks)

@@ -1,0 +1,218 @@
+"""`nemo-upcycle fetch`: what a run takes from networks comes into one folder, whole, and with hashes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from nemo_upcycle.cli.main import main
+from nemo_upcycle.pipeline.stages import RunPlan
+from tests.model_hub import COMMIT, TOKEN, ModelHub, serving
+from tests.models import write_llama, write_tokenizer
+from tests.waiting import wait_until
+
+
+SUITE = "tasks: {heldout_perplexity: [0]}\nlocal: true\n"
+
+
+class Site(NamedTuple):
+    """A hub with a model and texts, and a folder of a user's own."""
+
+    root: Path
+    endpoint: str
+    folder: Path
+
+    def blend(self, license: str = "license: CC0") -> Path:
+        """Write a blend of the hub's texts, and a suite beside it."""
+        entries = [f"{self.endpoint}/acme/texts/resolve/{COMMIT}/{name}.jsonl" for name in ("first", "second")]
+        path = self.folder / "mine.yaml"
+        path.write_text(f"sources:\n  web:\n    train: {json.dumps(entries)}\n    {license}\n")
+        (self.folder / "suite.yaml").write_text(SUITE)
+        return path
+
+    def command(self, *words: str) -> list[str]:
+        """Return the command that fetches into `fetched`."""
+        return [sys.executable, "-m", "nemo_upcycle.cli", "fetch", str(self.folder / "fetched"), *words]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables of a user whose caches are elsewhere."""
+        own = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(self.folder / "home"), "HF_HUB_CACHE": "/nowhere"}
+        return os.environ | own | {"NO_PROXY": "127.0.0.1"}
+
+    def fetch(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run the command."""
+        return subprocess.run(
+            self.command(*words), env=self.environment, cwd=self.folder, capture_output=True, text=True, check=False
+        )
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    root = tmp_path_factory.mktemp("hub")
+    for name in ("tiny", "gated"):
+        write_tokenizer(write_llama(root / f"acme/{name}", vocab_size=259, layers=1, shards=2))
+    (root / "acme/texts").mkdir()
+    for name in ("first", "second"):
+        (root / f"acme/texts/{name}.jsonl").write_text(json.dumps({"text": name * 100}) + "\n")
+    with serving(root) as endpoint:
+        yield root, endpoint
+
+
+@pytest.fixture
+def site(hub: tuple[Path, str], tmp_path: Path) -> Site:
+    return Site(*hub, tmp_path)
+
+
+def _inputs(site: Site, *license: str) -> tuple[str, ...]:
+    return "dense=hf://acme/tiny", f"data={site.blend(*license)}", f"evaluation={site.folder / 'suite.yaml'}"
+
+
+@pytest.mark.slow
+def test_parent_and_texts_are_listed_with_hashes_and_a_damaged_file_is_fetched_again(site: Site) -> None:
+    done = site.fetch(*_inputs(site), "--json")
+    assert done.returncode == 0, done.stderr
+    answer, fetched = json.loads(done.stdout), site.folder / "fetched"
+    assert {one["license"] for one in answer["fetched"].values()} == {"see its card", "CC0"}
+    weights = next(name for name in answer["files"] if name.endswith(".safetensors"))
+    (text,) = (name for name in answer["files"] if name.endswith("first.jsonl"))
+    assert weights.startswith("hf/hub/models--acme--tiny/snapshots/")
+    assert (fetched / text).read_bytes() == (site.root / "acme/texts/first.jsonl").read_bytes()
+    assert not (site.folder / "home").exists()
+
+    with (fetched / weights).resolve().open("r+b") as handle:
+        handle.write(b"other")
+    (fetched / text).unlink()
+    checked = site.fetch("--check")
+    assert checked.returncode == 1
+    damaged = [line.split(": ")[1].split(";")[0] for line in checked.stdout.splitlines() if "damaged: " in line]
+    assert damaged == [f"{fetched / text} is missing", f"{fetched / weights} is changed"]
+
+    again = site.fetch(*_inputs(site), "--json")
+    assert again.returncode == 0, again.stderr
+    assert f"{fetched / weights}: changed, fetched again" in again.stderr
+    assert json.loads(again.stdout)["files"] == answer["files"]
+    assert site.fetch("--check").returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.full
+def test_a_stopped_fetch_continues(site: Site) -> None:
+    words, fetched = _inputs(site), site.folder / "fetched"
+    first, *_, last = sorted(path.name for path in (site.root / "acme/tiny").glob("*.safetensors"))
+    ModelHub.held.add(last)
+    try:
+        process = subprocess.Popen(site.command(*words), env=site.environment, stderr=subprocess.DEVNULL)
+        wait_until(lambda: list(fetched.rglob(first)), process)
+        process.kill()
+        process.wait()
+    finally:
+        ModelHub.held.clear()
+    assert not list(fetched.rglob(last)) + list(fetched.rglob("fetched.json"))
+    kept = {path: path.stat().st_mtime_ns for path in fetched.rglob(first)}
+    assert site.fetch(*words).returncode == 0
+    assert list(fetched.rglob(last))
+
+    kept |= {path: path.stat().st_mtime_ns for path in fetched.rglob("first.jsonl")}
+    (second,) = fetched.rglob("second.jsonl")
+    second.unlink()
+    (fetched / "fetched.json").unlink()
+    assert site.fetch(*words).returncode == 0
+    assert second.is_file()
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert site.fetch("--check").returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.full
+def test_what_may_not_or_cannot_be_had_is_named_and_the_rest_is_fetched(site: Site) -> None:
+    dense, *others = _inputs(site, "weight: 1.0")
+    done = site.fetch(dense.replace("tiny", "gated"), *others)
+    assert done.returncode == 1, done.stderr
+    assert "not fetched: model acme/gated: download of acme/gated" in done.stdout
+    assert "sources.web.license of blend mine: got not stated, expected a licence" in done.stdout
+    assert not (site.folder / "fetched/texts").exists()
+    (site.folder / "home").mkdir()
+    (site.folder / "home/token").write_text(TOKEN)
+    done = site.fetch(dense.replace("tiny", "gated"), "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = json.loads(done.stdout)["files"]
+    assert any(name.endswith("tokenizer.json") for name in files)
+    assert not any(TOKEN in path.read_text(errors="ignore") for path in map((site.folder / "fetched").joinpath, files))
+
+
+@pytest.mark.slow
+def test_the_inputs_of_a_run_are_those_of_its_folder(site: Site) -> None:
+    dense, data, evaluation = (word.partition("=")[2] for word in _inputs(site))
+    RunPlan("tiny", dense, data, evaluation, "", None).write(site.folder / "run")
+    done = site.fetch("--for", "run", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [what.partition(" (")[0] for what in json.loads(done.stdout)["fetched"]] == [
+        "model acme/tiny",
+        "source web",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.full
+def test_data_of_tasks_and_data_sets_of_the_hub_are_read_without_a_network(tmp_path: Path) -> None:
+    hub = pytest.importorskip("tests.hub", reason="the stand-in for the hub's data sets is not there")
+    pytest.importorskip("lm_eval")
+    blend, flan = tmp_path / "mine.yaml", "hf://datasets/allenai/dolmino-mix-1124/data/flan/*.json*"
+    blend.write_text(f"sources:\n  flan:\n    train: ['{flan}']\n    license: ODC-BY\n")
+    (tmp_path / "suite.yaml").write_text("tasks: {piqa: [0], gsm8k: [5]}\nlocal: false\n")
+    with hub.serving(hub.repositories()) as server:
+        site = Site(tmp_path, server.endpoint, tmp_path)
+        done = site.fetch(f"data={blend}", f"evaluation={tmp_path / 'suite.yaml'}", "--json")
+        assert done.returncode == 0, done.stdout + done.stderr
+    code = (
+        "import sys; from pathlib import Path; from nemo_upcycle.data.blend import read_blend\n"
+        "from nemo_upcycle.data.inputs import list_inputs; from nemo_upcycle.suites.lm_eval_tasks import load_tasks\n"
+        "files = list_inputs(read_blend(sys.argv[1]), 'flan', Path())['train']\n"
+        "tasks = load_tasks(['piqa', 'gsm8k'])\n"
+        "print(len(files), all(Path(file.path).stat().st_size == file.size_bytes for file in files))\n"
+        "print([len(list(tasks[name][0].eval_docs)) for name in tasks])\n"
+    )
+    there = (tmp_path / "fetched").rename(tmp_path / "there")
+    variables = {"NEMO_UPCYCLE_CACHE": str(there), "HF_HOME": str(there / "hf"), "HF_HUB_OFFLINE": "1"}
+    read = subprocess.run(
+        [sys.executable, "-c", code, str(blend)],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert read.stdout.splitlines() == ["2 True", f"[{hub.ROWS}, {hub.ROWS}]"], read.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--for", "llama3_8b_e8t3"], "recipe 'llama3_8b_e8t3' does not exist. Did you mean"),
+        (["--for", "DIR"], "--for: got DIR, no run's folder, expected a run's folder or a recipe"),
+        (["dens=a/b"], "argument 'dens' does not exist. Did you mean 'dense'?"),
+        (["dense"], "argument 'dense': got no =, expected KEY=VALUE"),
+        ([], "what to fetch: got nothing, expected a recipe, a run or its inputs. Fix: add --for RECIPE"),
+        (["--check"], "got no fetched.json, expected one"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_told_before_anything_is_fetched(
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    words = [word.replace("DIR", str(tmp_path)) for word in words]
+    assert main(["fetch", str(tmp_path / "new"), *words]) == 2
+    assert said.replace("DIR", str(tmp_path)) in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
