@@ -17,6 +17,7 @@ from nemo_upcycle.utils.files import MARKER
 from nemo_upcycle.utils.progress import show_messages
 from tests.blends import ORDER, set_manifest, write_blend
 from tests.distributed.ranks import run_ranks
+from tests.models import write_llama, write_tokenizer
 
 
 SEQUENCE, BATCH = 16, 2
@@ -70,9 +71,9 @@ def test_nemo_alone_reshuffles_a_longer_run(folder: Path, tiny_dense: Path) -> N
     assert sum(one == other for one, other in zip(short[:first], long[:first], strict=True)) < first // 2
 
 
-def test_order_is_that_of_bridge(folder: Path, tiny_dense: Path) -> None:
-    """A change of it is a change of what a seed means: say so in the changelog."""
-    read = _read(folder, tiny_dense, 600)["train"]
+def test_order_is_that_of_bridge(tmp_path: Path) -> None:
+    dense = write_tokenizer(write_llama(tmp_path / "dense", vocab_size=259))
+    read = _read(write_blend(tmp_path / "blend", dense), dense, 600)["train"]
     assert hashlib.sha256("".join(read[:1200]).encode()).hexdigest() == ORDER
 
 
