@@ -99,7 +99,7 @@ class FinishedBlend:
         for source, prefixes in self.tokens["train"].items():
             self._require_sequence(f"tokens of source {source} to train on", sum(prefixes.values()), seq_length)
         longest = max((sum(prefixes.values()) for prefixes in self.tokens["validation"].values()), default=0)
-        self._require_sequence("tokens of the longest source to validate on", longest, seq_length)
+        self._require_sequence("tokens of the longest validation source", longest, seq_length)
         train = self._weighted("train", 0)
         validation = self._weighted("validation", seq_length)
         return {"train": train, "validation": validation, "test": list(validation)}

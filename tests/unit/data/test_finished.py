@@ -103,8 +103,8 @@ def test_damaged_folder_is_refused(folder: Path, words: str) -> None:
     ("sources", "words"),
     [
         ({**SOURCES, "notes": (0.1, {"train": [1]})}, "tokens of source notes to train on"),
-        ({"talks": (1.0, {"train": [90], "validation": [1]})}, "tokens of the longest source to validate on"),
-        ({"talks": (1.0, {"train": [90]})}, "tokens of the longest source to validate on in .*: got 0"),
+        ({"talks": (1.0, {"train": [90], "validation": [1]})}, "tokens of the longest validation source"),
+        ({"talks": (1.0, {"train": [90]})}, "tokens of the longest validation source in .*: got 0"),
     ],
 )
 def test_split_shorter_than_a_sequence_is_refused(tiny_dense: Path, tmp_path: Path, sources: Any, words: str) -> None:
