@@ -60,9 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from nemo_upcycle.data.finished import open_blend
 
     manifest = build_blend(blend, args.output, options, strict=args.strict)
-    run_tokens = manifest["run_tokens"]
-    blend_folder = open_blend(args.output)
-    show(args, manifest, _text(manifest, blend_folder, blend_folder.epochs(run_tokens) if run_tokens else {}))
+    show(args, manifest, _text(manifest, open_blend(args.output)))
     return 0
 
 
@@ -112,10 +110,11 @@ def _check(args: argparse.Namespace, blend: Blend) -> int:
     return 0
 
 
-def _text(manifest: dict[str, Any], blend_folder: FinishedBlend, epochs: dict[str, float]) -> str:
+def _text(manifest: dict[str, Any], blend_folder: FinishedBlend) -> str:
     splits = manifest["splits"]
     counts = ", ".join(f"{name} {splits[name]['tokens']:,}" for name in splits)
     lines = [f"{blend_folder.folder}: {counts} tokens"]
+    epochs, most = blend_folder.epochs(1e9), manifest["max_epochs"]
     for name, source in manifest["sources"].items():
         train = source["splits"]["train"]
         removed = {f"{step} {why}": n for step, one in source["steps"].items() for why, n in one["removed"].items()}
@@ -126,10 +125,8 @@ def _text(manifest: dict[str, Any], blend_folder: FinishedBlend, epochs: dict[st
                 f"    passages of evaluation items cut out of {cut:,} documents, {source['cut']['bytes']:,} bytes"
             )
         if name in epochs:
-            warning = (
-                f", above max_epochs ({manifest['max_epochs']:g})" if epochs[name] > manifest["max_epochs"] else ""
-            )
-            lines.append(f"    {epochs[name]:.2f} epochs in a run of {manifest['run_tokens']:,.0f} tokens{warning}")
+            once = 1e9 / epochs[name]
+            lines.append(f"    1 epoch in a run of {once:,.0f} tokens, {most:g} in one of {most * once:,.0f}")
     lines += (
         [f"  evaluation items: {blend_folder.contamination.removeprefix('; ')}"] if blend_folder.contamination else []
     )

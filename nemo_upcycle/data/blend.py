@@ -65,7 +65,6 @@ class BlendConfig:
         sources: by name, in the order in which they are read; of equal texts the first one stays.
         tokenizer: the dense model whose tokenizer is used, by address.
         seq_length: tokens of a training sequence.
-        run_tokens: tokens of the training run that the blend is for; epochs are counted against it.
         max_epochs: above this a source is warned about.
         hold_out: what is held back of sources without splits of their own.
         decontaminate: suites of `conf/evaluation` whose items must not be trained on.
@@ -77,7 +76,6 @@ class BlendConfig:
     sources: dict[str, SourceConfig]
     tokenizer: str | None = None
     seq_length: int = 8192
-    run_tokens: float | None = None
     max_epochs: float = 4.0
     hold_out: HoldOut = field(default_factory=HoldOut)
     decontaminate: list[str] = field(default_factory=list)
@@ -167,7 +165,5 @@ def _check(conf: Conf, config: BlendConfig) -> None:
         require(0 <= share < 0.5, f"hold_out.{split}", share, "0 to 0.5", "set a share like 0.001")
     require(config.seq_length >= 2, "seq_length", config.seq_length, "2 or more", "set seq_length=8192")
     require(config.max_epochs > 0, "max_epochs", config.max_epochs, "more than 0", "set max_epochs=4")
-    length = config.run_tokens
-    require(length is None or 1 <= length < math.inf, "run_tokens", length, "1 or more", "set run_tokens=100e9")
     require(config.seed >= 0, "seed", config.seed, "0 or more", "set seed=1234")
     require(config.min_characters >= 0, "min_characters", config.min_characters, "0 or more", "set min_characters=1")

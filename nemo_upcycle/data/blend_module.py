@@ -1,4 +1,4 @@
-"""Train on a finished folder of `nemo-upcycle data`: NeMo's own data module, checked, and with its order pinned."""
+"""Train on a finished folder of `nemo-upcycle data`: NeMo's own data module, checked, and read epoch by epoch."""
 
 # No postponed annotations, and Optional: NeMo-Run parses `data.seq_length=1024` by them.
 
@@ -11,9 +11,10 @@ from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTo
 from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
 from nemo.collections.llm.gpt.data import MockDataModule, PreTrainingDataModule
 
-from nemo_upcycle.data.blend_samples import describe_blend, index_folder, require_samples, say_what_is_read
+from nemo_upcycle.data.blend_samples import describe_blend, index_folder, say_what_is_read
 from nemo_upcycle.data.build import cached_blend
 from nemo_upcycle.data.dense import read_parent
+from nemo_upcycle.data.epoch_dataset import EpochDataset
 from nemo_upcycle.data.finished import MANIFEST, TOKENIZER, FinishedBlend, open_blend
 from nemo_upcycle.data.index_cache import whole_indices
 
@@ -27,13 +28,13 @@ def blend_data(
     global_batch_size: int = 512,
     num_workers: int = 8,
     seed: Optional[int] = None,  # noqa: UP045
-    run_tokens: Optional[int] = None,  # noqa: UP045
     indices: Optional[str] = None,  # noqa: UP045
 ) -> "BlendDataModule":
     """Return NeMo's pretraining data module over a finished folder of `nemo-upcycle data`.
 
-    The order of the samples depends on the folder, `seq_length`, `seed` and `run_tokens`, and on neither batch sizes
-    nor `trainer.max_steps`: a longer run, and the dense baseline, see the same first samples.
+    The order of the samples depends on the folder, `seq_length` and `seed`, and on neither batch sizes nor
+    `trainer.max_steps`: a longer run, and the dense baseline, see the same first samples. A source is read epoch by
+    epoch; see `EpochDataset`.
 
     Args:
         dense: the dense model that training starts from, whose tokenizer the data must have.
@@ -44,8 +45,6 @@ def blend_data(
         global_batch_size: sequences of a step, over all ranks.
         num_workers: processes that load data, per rank.
         seed: of the order of the sequences; None takes the manifest's.
-        run_tokens: tokens of the longest run that shall have this order; None takes the manifest's, or each token of
-            the data once.
         indices: where the first rank writes the order of the samples, a folder that all nodes share and other data may
             share, too; None: `indices` in the data folder.
 
@@ -64,7 +63,6 @@ def blend_data(
         # Not the dense folder: NeMo copies the tokenizer's whole folder into every checkpoint.
         tokenizer=AutoTokenizer(pretrained_model_name=str(finished.folder / TOKENIZER)),
         index_mapping_dir=str(index_folder(finished, indices)),
-        num_train_samples=finished.num_train_samples(seq_length, run_tokens),
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
         global_batch_size=global_batch_size,
@@ -75,7 +73,7 @@ def blend_data(
 
 
 class BlendDataModule(PreTrainingDataModule):
-    """NeMo's data module, made by `blend_data`: it checks the length of the run and keeps the index cache whole."""
+    """NeMo's data module, made by `blend_data`: it reads epoch by epoch and keeps the index cache whole."""
 
     @property
     def blend(self) -> FinishedBlend:
@@ -94,22 +92,23 @@ class BlendDataModule(PreTrainingDataModule):
 
         Every validation begins anew, so validation data are laid out for one of them: as many sequences as
         `limit_val_batches` takes, whatever the length of the run; or, with a fraction of 1, each token once.
-
-        Raises:
-            UpcycleError: the run is longer than its order of samples.
         """
         blend = self.blend
-        require_samples(trainer_max_steps, self.global_batch_size, self.seq_length, self.num_train_samples)
+        step_tokens = self.global_batch_size * self.seq_length
+        steps = trainer_max_steps + 1  # a run that is finished may start again, and finds samples
+        if isinstance(trainer_val_check_interval, int):  # Lightning refuses one above the length of the data
+            once = blend.manifest["splits"]["train"]["tokens"] // step_tokens
+            steps = max(steps, min(trainer_val_check_interval, once))
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         if first:
-            say_what_is_read(blend, trainer_max_steps, self.global_batch_size * self.seq_length)
+            say_what_is_read(blend, trainer_max_steps, step_tokens)
         if isinstance(trainer_limit_val_batches, float):
             prefixes, _ = self.build_kwargs["blend_per_split"][1]
             self.build_kwargs["blend_per_split"][1] = (prefixes, None)  # Megatron blends whole epochs by length only
         cache = whole_indices(Path(self.index_mapping_dir), blend.folder / MANIFEST) if first else nullcontext()
         with cache:
-            once = self.num_train_samples + 1  # steps between two validations, above those of any run
-            super().build(trainer_max_steps, once, trainer_limit_val_batches, trainer_limit_test_batches)
+            self.dataset_cls = EpochDataset
+            super().build(steps, steps + 1, trainer_limit_val_batches, trainer_limit_test_batches)  # one validation
 
 
 def mock_tokenizer(dense: str) -> NullTokenizer:

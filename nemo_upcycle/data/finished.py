@@ -86,19 +86,20 @@ class FinishedBlend:
     def paths(self, seq_length: int) -> dict[str, list[str]]:
         """Return `paths` of NeMo's `PreTrainingDataModule`: by split, weights and prefixes in turn, sorted by prefix.
 
-        A source's weight is spread over its prefixes by their tokens. The order of the prefixes is part of the order
-        of the samples. In validation, prefixes of less than a sequence are omitted: they would be repeated to fill it.
+        A source stands there with its first prefix, as `EpochDataset` takes it. The order of the prefixes is part of
+        the order of the samples. In validation, sources of less than a sequence are omitted: they would be repeated to
+        fill it.
 
         Args:
             seq_length: tokens of a sequence.
 
         Raises:
-            UpcycleError: a source has not one sequence to train on, or no prefix has one to validate on.
+            UpcycleError: a source has not one sequence to train on, or none has one to validate on.
         """
         for source, prefixes in self.tokens["train"].items():
             self._require_sequence(f"tokens of source {source} to train on", sum(prefixes.values()), seq_length)
-        longest = max((max(prefixes.values()) for prefixes in self.tokens["validation"].values()), default=0)
-        self._require_sequence("tokens of the longest validation file", longest, seq_length)
+        longest = max((sum(prefixes.values()) for prefixes in self.tokens["validation"].values()), default=0)
+        self._require_sequence("tokens of the longest validation source", longest, seq_length)
         train = self._weighted("train", 0)
         validation = self._weighted("validation", seq_length)
         return {"train": train, "validation": validation, "test": list(validation)}
@@ -114,26 +115,11 @@ class FinishedBlend:
 
     def _weighted(self, split: str, longer_than: int) -> list[str]:
         weights = {
-            prefix: self.manifest["sources"][source]["weight"] * tokens / sum(prefixes.values())
+            min(prefixes): float(self.manifest["sources"][source]["weight"])
             for source, prefixes in self.tokens[split].items()
-            for prefix, tokens in prefixes.items()
-            if tokens > longer_than
+            if sum(prefixes.values()) > longer_than
         }
         return [word for prefix in sorted(weights) for word in (repr(weights[prefix]), str(self.folder / prefix))]
-
-    def num_train_samples(self, seq_length: int, run_tokens: int | None = None) -> int:
-        """Return for how many samples Megatron shall lay out the training data, whatever the length of the run.
-
-        Megatron shuffles all epochs that a number of samples takes: another number is another order. So the number
-        is that of the longest run: `run_tokens`, or those of the manifest, or each token of the data once; and a
-        hundredth more, for the last step of a run is whole.
-
-        Args:
-            seq_length: tokens of a sequence.
-            run_tokens: tokens of the longest run, in place of the manifest's.
-        """
-        tokens = run_tokens or self.manifest["run_tokens"] or self.manifest["splits"]["train"]["tokens"]
-        return -(-101 * int(tokens) // (100 * seq_length))
 
     def epochs(self, tokens: float) -> dict[str, float]:
         """Return how often each source is read in a run of that many tokens."""
@@ -225,7 +211,7 @@ def open_blend(folder: str | Path) -> FinishedBlend:
 
 
 def _measured(folder: Path, what: str, split: dict[str, Any]) -> dict[str, int]:
-    tokens = {prefix: _tokens_of(folder / prefix) for prefix in split["prefixes"]}
+    tokens = {prefix: tokens_of(folder / prefix) for prefix in split["prefixes"]}
     if sum(tokens.values()) != split["tokens"]:
         raise UpcycleError(
             f"tokens of {what} in {folder}", got=sum(tokens.values()), expected=split["tokens"], fix=_AGAIN
@@ -233,8 +219,12 @@ def _measured(folder: Path, what: str, split: dict[str, Any]) -> dict[str, int]:
     return {prefix: count for prefix, count in tokens.items() if count}
 
 
-def _tokens_of(prefix: Path) -> int:
-    """Return the tokens of an indexed dataset, whose two files must have the sizes that they state."""
+def tokens_of(prefix: Path) -> int:
+    """Return the tokens of an indexed dataset, by its path without suffix.
+
+    Raises:
+        UpcycleError: one of its two files has not the size that it states.
+    """
     index, data = (prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".bin"))
     _require_size(index, HEADER.size, at_least=True)
     with index.open("rb") as handle:

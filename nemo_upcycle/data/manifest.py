@@ -22,7 +22,7 @@ from nemo_upcycle.utils.files import aside_of, read_json, read_json_lines, whole
 from nemo_upcycle.utils.progress import ProgressLine
 
 
-#: Indexed datasets of one source and split; a sample never crosses from one into the next.
+#: Indexed datasets of one source and split.
 MOST_PREFIXES, PREFIX_BYTES = 16, 64 << 30
 
 
@@ -138,7 +138,7 @@ def make_manifest(
 def texts_of(config: BlendConfig) -> dict[str, Any]:
     """Return what decides the tokens; weights and what a run makes of them may change afterwards."""
     values = dataclasses.asdict(config)
-    for key in ("seq_length", "run_tokens", "max_epochs"):
+    for key in ("seq_length", "max_epochs"):
         del values[key]
     for source in values["sources"].values():
         for key in ("weight", "license", "trains"):
@@ -157,7 +157,7 @@ def describe_anew(blend: Blend, output: Path) -> dict[str, Any]:
 
 
 def _of_the_run(blend: Blend) -> dict[str, Any]:
-    return {key: getattr(blend.config, key) for key in ("seq_length", "run_tokens", "max_epochs")}
+    return {key: getattr(blend.config, key) for key in ("seq_length", "max_epochs")}
 
 
 def _of_the_source(blend: Blend, name: str) -> dict[str, Any]:

@@ -44,7 +44,6 @@ sources:
   questions: {reader: lm_eval, train: [capitals], weight: 0.1, options: {include_path: tasks}, trains: [capitals]}
 hold_out: {validation: 0.05, heldout: 0.05}
 seq_length: 16
-run_tokens: 100000
 decontaminate: [full]
 tokenizer: parent
 """
@@ -175,11 +174,11 @@ def test_the_same_again_is_done_already_and_another_blend_is_refused(texts: Path
 @pytest.mark.full
 def test_weights_may_change_afterwards(texts: Path, built: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(built, tmp_path / "data")
-    status, _, errors = _answer(texts, copy, "sources.web.weight=0.1", "run_tokens=5000")
+    status, _, errors = _answer(texts, copy, "sources.web.weight=0.1", "max_epochs=2")
     assert status == 0, errors
     blend = open_blend(copy)
     assert blend.shares == pytest.approx({"mine": 0.6, "questions": 0.2, "web": 0.2})
-    assert blend.manifest["run_tokens"] == 5000
+    assert blend.manifest["max_epochs"] == 2
     tokens = {name: digest for name, digest in _bytes(copy).items() if name != "manifest.json"}
     assert tokens.items() <= _bytes(built).items()
 

@@ -92,10 +92,10 @@ def test_edited_files_and_another_interval_of_checkpoints_do_not_end_a_started_r
 def test_a_blend_that_says_something_else_is_refused_by_its_key(inputs: Path) -> None:
     launcher = Launcher(inputs)
     assert launcher.wait() == 2  # nothing is left in sources
-    write_blend_file(inputs / "texts", "run_tokens: 200000")
+    write_blend_file(inputs / "texts", "max_epochs: 8")
     launcher = Launcher(inputs)
     assert launcher.wait() == 2
-    assert "data.run_tokens was 100000, is 200000" in launcher.text()
+    assert "data.max_epochs was not set, is 8" in launcher.text()
     write_blend_file(inputs / "texts")
 
 

@@ -26,7 +26,7 @@ def _plan(folder: Path) -> RunPlan:
     from nemo_upcycle.trainers.nemo.recipes import dump_recipe
     from nemo_upcycle.trainers.nemo.stopping import SaveOnSignal
 
-    write_finished_inputs(folder, run_tokens=1_000_000)
+    write_finished_inputs(folder)
     recipe = shrink(smollm2_135m_e8t2.pretrain_recipe(), max_steps=2000, checkpoint_every=1000)
     recipe.data.num_workers = 2
     recipe.trainer.callbacks.insert(0, run.Config(SaveOnSignal))

@@ -31,7 +31,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     qwen3 = write_qwen3(folder / "qwen3", rope_theta=1e6, rms_norm_eps=1e-6, **both)
     for parent in (llama, qwen3):
         write_tokenizer(parent)
-    write_blend(folder / "blend", llama, texts=texts(), run_tokens=100_000)
+    write_blend(folder / "blend", llama, texts=texts())
     (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
     return folder
 

@@ -73,7 +73,7 @@ def write_blend_file(folder: Path, *lines: str) -> Path:
     """Write the YAML file of the blend of texts that lie in a folder, with further lines; return it."""
     splits = [f'    {split}: ["{folder / split}/*.txt"]' for split in texts()]
     config = folder / "blend.yaml"
-    config.write_text("\n".join(["sources:", "  words:", *splits, *(lines or ["run_tokens: 100000"])]) + "\n")
+    config.write_text("\n".join(["sources:", "  words:", *splits, *lines]) + "\n")
     return config
 
 
@@ -90,9 +90,9 @@ def write_inputs(folder: Path) -> Path:
     return folder
 
 
-def write_finished_inputs(folder: Path, run_tokens: int = 100_000, **changes: Any) -> Path:
+def write_finished_inputs(folder: Path, **changes: Any) -> Path:
     """Write a parent, its tokenised texts (`blend`), which need no engine, and an evaluation; return the folder."""
-    write_blend(folder / "blend", write_parent(folder / "parent", **changes), texts=texts(), run_tokens=run_tokens)
+    write_blend(folder / "blend", write_parent(folder / "parent", **changes), texts=texts())
     (folder / "evaluation.yaml").write_text(EVALUATION.replace("WINDOWS", "4"))
     return folder
 
@@ -100,9 +100,7 @@ def write_finished_inputs(folder: Path, run_tokens: int = 100_000, **changes: An
 def prepare(folder: Path, **changes: Any) -> tuple[Path, Path]:
     """Write parent and tokenised texts; return their folders."""
     dense = write_parent(folder / "dense", **changes)
-    return dense, write_blend(
-        folder / "data", dense, texts=texts(), run_tokens=30_000_000
-    )  # a test trains until it is stopped
+    return dense, write_blend(folder / "data", dense, texts=texts())
 
 
 def shrink(recipe: Any, *, max_steps: int, checkpoint_every: int | None, precision: str = "32") -> Any:

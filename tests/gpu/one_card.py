@@ -63,9 +63,7 @@ def prepare(folder: Path, sizes: Sizes) -> tuple[Path, Path]:
     """Write a random parent and texts of its tokens; return their folders."""
     dense = write_tokenizer(write_random(folder / "dense", sizes.hf_config()))
     split = {name: documents for name, documents in texts(2 * sizes.sequence).items() if name != "heldout"}
-    return dense, write_blend(
-        folder / "data", dense, texts=split, run_tokens=sizes.steps * sizes.batch * sizes.sequence
-    )
+    return dense, write_blend(folder / "data", dense, texts=split)
 
 
 def cut_down(config: Any, sizes: Sizes) -> None:

@@ -1,4 +1,4 @@
-"""Train in Megatron-Bridge on a finished folder of `nemo-upcycle data`, with its order pinned."""
+"""Train in Megatron-Bridge on a finished folder of `nemo-upcycle data`, epoch by epoch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from megatron.bridge.data.base import DatasetBuildContext, DatasetProvider
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 
-from nemo_upcycle.data.blend_samples import index_folder, require_samples, say_what_is_read
+from nemo_upcycle.data.blend_samples import index_folder, say_what_is_read
+from nemo_upcycle.data.epoch_dataset import EpochDataset
 from nemo_upcycle.data.finished import MANIFEST, open_blend
 from nemo_upcycle.data.index_cache import whole_indices
 
@@ -22,16 +23,14 @@ from nemo_upcycle.data.index_cache import whole_indices
 class BlendDataset(DatasetProvider):
     """What a run reads: `config.dataset` of Bridge's.
 
-    The order of the samples depends on the folder, `seq_length`, `seed` and `run_tokens`, and on neither batch sizes
-    nor the number of steps: a longer run, and the dense baseline, see the same first samples, as in NeMo. Every
-    validation reads the same sequences.
+    The order of the samples depends on the folder, `seq_length` and `seed`, and on neither batch sizes nor the number
+    of steps: a longer run, and the dense baseline, see the same first samples, as in NeMo. A source is read epoch by
+    epoch; see `EpochDataset`. Every validation reads the same sequences.
 
     Args:
         folder: the folder; all nodes must share it.
         seq_length: tokens of a sequence.
         seed: of the order of the sequences; None takes the manifest's.
-        run_tokens: tokens of the longest run that shall have this order; None takes the manifest's, or each token of
-            the data once.
         indices: where the first rank writes the order of the samples, a folder that all nodes share; None: `indices`
             in the data folder.
 
@@ -42,7 +41,6 @@ class BlendDataset(DatasetProvider):
     folder: str
     seq_length: int
     seed: int | None = None
-    run_tokens: int | None = None
     indices: str | None = None
     dataloader_type: Any = "single"
 
@@ -50,17 +48,11 @@ class BlendDataset(DatasetProvider):
         """Return the sequences to train and, if any are wanted, to validate on; the first rank says what is read.
 
         Raises:
-            UpcycleError: the folder is not finished or damaged, a split is shorter than one sequence, or the run is
-                longer than its order of samples.
+            UpcycleError: the folder is not finished or damaged, or a split is shorter than one sequence.
         """
         blend = open_blend(self.folder)
         paths = blend.paths(self.seq_length)
-        samples = blend.num_train_samples(self.seq_length, self.run_tokens)
         batch = get_current_global_batch_size()
-        steps = context.train_samples // batch
-        require_samples(
-            steps, batch, self.seq_length, samples, steps="train.train_iters", run_tokens="dataset.run_tokens"
-        )
         once = context.test_samples  # of one validation, as of one test
         cache = index_folder(blend, self.indices)
         config = GPTDatasetConfig(
@@ -78,11 +70,12 @@ class BlendDataset(DatasetProvider):
             eod_mask_loss=False,
             create_attention_mask=False,  # attention is causal
         )
-        wanted = [samples, once or None, None]
-        builder = BlendedMegatronDatasetBuilder(GPTDataset, wanted, lambda: True, config)
+        # A step more than the run has: one that is finished may start again, and finds samples.
+        wanted = [context.train_samples + batch, once or None, None]
+        builder = BlendedMegatronDatasetBuilder(EpochDataset, wanted, lambda: True, config)
         first = torch.distributed.get_rank() == 0
         if first:
-            say_what_is_read(blend, steps, batch * self.seq_length)
+            say_what_is_read(blend, context.train_samples // batch, batch * self.seq_length)
         with whole_indices(cache, blend.folder / MANIFEST) if first else nullcontext():
             train, validation, _ = builder.build()
         repeated = _Repeated(validation, once, max(once, context.valid_samples)) if once else None

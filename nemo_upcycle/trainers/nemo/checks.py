@@ -163,22 +163,19 @@ def check_kernels(recipe: run.Partial, where: str = "") -> None:
 
 
 def check_data(recipe: run.Partial) -> None:
-    """Check the data folder of a recipe, where it trains on one: its files, its tokenizer, the length of the run.
+    """Check the data folder of a recipe, where it trains on one: its files, its tokenizer, the length of its sources.
 
     The tokenizer of a dense model that is still to be fetched is compared when the run starts.
 
     Raises:
-        UpcycleError: the folder is not finished, damaged or of another tokenizer, or has too little text for the run.
+        UpcycleError: the folder is not finished, damaged or of another tokenizer, or a source has no sequence.
     """
     from nemo_upcycle.data.blend_module import blend_data
-    from nemo_upcycle.data.blend_samples import require_samples
 
     data = recipe.data
     if data.__fn_or_cls__ is not blend_data or data.folder is None:
         return
     blend = open_blend(data.folder)
     blend.paths(data.seq_length)
-    samples = blend.num_train_samples(data.seq_length, data.run_tokens)
     if Path(data.dense.removeprefix("nemo://")).is_dir():
         blend.require_tokenizer_of(data.dense)
-    require_samples(recipe.trainer.max_steps, data.global_batch_size, data.seq_length, samples)

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.data.blend_module import blend_data, describe_data
-from nemo_upcycle.data.blend_samples import require_samples
+from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import MARKER
 from nemo_upcycle.utils.progress import show_messages
-from tests.blends import set_manifest, write_blend
+from tests.blends import ORDER, set_manifest, write_blend
 from tests.distributed.ranks import run_ranks
+from tests.models import write_llama, write_tokenizer
 
 
 SEQUENCE, BATCH = 16, 2
@@ -43,13 +44,9 @@ def _samples(folder: Path, dense: Path, steps: int, options: dict[str, Any]) -> 
     from nemo.collections.llm.gpt.data import PreTrainingDataModule
 
     every, batches = options.pop("validation", VALIDATION)
-    is_pinned = options.pop("is_pinned", True)
+    is_stock = options.pop("is_stock", False)
     module = _module(folder, dense, **options)
-    if is_pinned:
-        module.build(steps, every, batches, 0)
-    else:
-        module.num_train_samples = None
-        PreTrainingDataModule.build(module, steps, every, batches, 0)
+    (PreTrainingDataModule if is_stock else type(module)).build(module, steps, every, batches, 0)
     return {"train": _hashes(module._train_ds), "validation": _hashes(module._validation_ds)}
 
 
@@ -60,27 +57,56 @@ def _read(folder: Path, dense: Path, steps: int, ranks: int = 1, **options: Any)
 
 
 def test_longer_run_sees_the_same_first_samples(folder: Path, tiny_dense: Path) -> None:
-    short, long = (_read(folder, tiny_dense, steps) for steps in (2, 60))
-    assert long["train"] == short["train"]
+    """The longest one reads its data three times."""
+    short, long, longest = (_read(folder, tiny_dense, steps) for steps in (2, 60, 600))
+    for read in (short, long):
+        assert longest["train"][: len(read["train"])] == read["train"]
+        assert longest["validation"] == read["validation"]
     assert len(set(long["train"][: 60 * BATCH])) == 60 * BATCH
-    assert long["validation"] == short["validation"]
 
 
 def test_nemo_alone_reshuffles_a_longer_run(folder: Path, tiny_dense: Path) -> None:
-    """What the number of samples is pinned for."""
     first = 40
-    short, long = (_read(folder, tiny_dense, steps, is_pinned=False)["train"] for steps in (first, 400))
+    short, long = (_read(folder, tiny_dense, steps, is_stock=True)["train"] for steps in (first, 400))
     assert sum(one == other for one, other in zip(short[:first], long[:first], strict=True)) < first // 2
 
 
+def test_order_is_that_of_bridge(tmp_path: Path) -> None:
+    dense = write_tokenizer(write_llama(tmp_path / "dense", vocab_size=259))
+    read = _read(write_blend(tmp_path / "blend", dense), dense, 600)["train"]
+    assert hashlib.sha256("".join(read[:1200]).encode()).hexdigest() == ORDER
+
+
+@pytest.mark.parametrize("steps", [10, 150], ids=["within the first epoch", "in the second epoch"])
+def test_resumed_run_goes_on_with_the_next_sample(folder: Path, tiny_dense: Path, steps: int) -> None:
+    """Also where the first part was laid out for itself alone."""
+    whole = _read(folder, tiny_dense, 300)["train"]
+    ((first, rest),) = run_ranks(_in_two_parts, 1, folder, tiny_dense, steps, 300)
+    assert first == whole[: steps * BATCH]
+    assert rest == whole[steps * BATCH :]
+
+
+def _in_two_parts(folder: Path, dense: Path, stopped: int, steps: int) -> list[list[str]]:
+    """Return what NeMo's sampler reads until a step, and of a longer run after it."""
+    from nemo.lightning.data import MegatronPretrainingSampler
+
+    parts = []
+    for until, consumed in ((stopped, 0), (steps, stopped * BATCH)):
+        module = _module(folder, dense)
+        module.build(until, *VALIDATION, 0)
+        sampler = MegatronPretrainingSampler(len(module._train_ds), consumed, 1, 0, 1, global_batch_size=BATCH)
+        hashes = _hashes(module._train_ds)
+        parts.append([hashes[number] for batch in sampler for number in batch])
+    return [parts[0][: stopped * BATCH], parts[1]]
+
+
 def test_batch_sizes_do_not_change_the_order(folder: Path, tiny_dense: Path) -> None:
-    one, other = (_read(folder, tiny_dense, 2, global_batch_size=size)["train"] for size in (2, 6))
-    assert one == other
+    small, large = (_read(folder, tiny_dense, 2, global_batch_size=size)["train"] for size in (2, 6))
+    assert large[: len(small)] == small
 
 
-@pytest.mark.parametrize("change", [{"seed": 7}, {"run_tokens": 100_000}])
-def test_seed_and_longest_run_change_the_order(folder: Path, tiny_dense: Path, change: dict[str, int]) -> None:
-    usual, other = _read(folder, tiny_dense, 2)["train"], _read(folder, tiny_dense, 2, **change)["train"]
+def test_seed_changes_the_order(folder: Path, tiny_dense: Path) -> None:
+    usual, other = _read(folder, tiny_dense, 60)["train"], _read(folder, tiny_dense, 60, seed=7)["train"]
     assert other[:100] != usual[:100]
 
 
@@ -90,9 +116,34 @@ def test_sources_are_mixed_by_their_weights(folder: Path, tiny_dense: Path) -> N
     assert sources[:40].count("talks") == pytest.approx(28, abs=2)
 
 
+def test_tiny_source_keeps_its_share_for_many_epochs(tiny_dense: Path, tmp_path: Path) -> None:
+    """Notes, of 2 documents, are read hundreds of times, and each time in whole."""
+    sources = {"talks": (0.7, {"train": [90], "validation": [12]}), "notes": (0.3, {"train": [2]})}
+    folder = write_blend(tmp_path / "blend", tiny_dense, sources)
+    ((read, numbers, share),) = run_ranks(_notes, 1, folder, tiny_dense)
+    assert share == pytest.approx(600, abs=1)
+    assert numbers == list(range(len(numbers)))
+    (tokens,) = open_blend(folder).tokens["train"]["notes"].values()
+    epochs = len(read) // tokens
+    assert epochs > 100
+    assert len({tuple(sorted(read[n * tokens : (n + 1) * tokens])) for n in range(epochs)}) == 1
+
+
+def _notes(folder: Path, dense: Path) -> Any:
+    """Return the tokens of the notes as they are read, the numbers of their samples, and their part of 2,000."""
+    module = _module(folder, dense)
+    module.build(1000, *VALIDATION, 0)
+    blended = module._train_ds
+    (notes,) = [n for n, dataset in enumerate(blended.datasets) if "notes" in dataset.dataset_path]
+    of_notes = blended.dataset_index == notes
+    samples = [blended[int(number)]["tokens"].tolist() for number in of_notes.nonzero()[0]]
+    numbers = blended.dataset_sample_index[of_notes].tolist()
+    return [token for sample in samples for token in sample], numbers, int(of_notes[:2000].sum())
+
+
 def _sources(folder: Path, dense: Path) -> list[str]:
     module = _module(folder, dense)
-    module.build(2, *VALIDATION, 0)
+    module.build(300, *VALIDATION, 0)
     blended = module._train_ds
     names = [Path(dataset.dataset_path).name.split("_")[0] for dataset in blended.datasets]
     return [names[number] for number in blended.dataset_index]
@@ -113,11 +164,14 @@ def test_whole_validation_split_is_read_once(folder: Path, tiny_dense: Path) -> 
 
 def test_two_ranks_build_the_cache_once(tiny_dense: Path, tmp_path: Path) -> None:
     folder = write_blend(tmp_path / "blend", tiny_dense)
-    found = _read(folder, tiny_dense, 2, ranks=2)
+    found = _read(folder, tiny_dense, 60, ranks=2)
     built = _stats(folder)
     assert (folder / "indices" / MARKER).is_file()
     assert _read(folder, tiny_dense, 60, ranks=2) == found
     assert _stats(folder) == built
+    _read(folder, tiny_dense, 2, ranks=2)
+    added = _stats(folder).keys() - built.keys()
+    assert {name.split("-")[1] for name in added} == {"BlendedDataset"}  # how sources alternate, of another length
 
 
 def _stats(folder: Path) -> dict[str, int]:
@@ -155,7 +209,7 @@ def test_more_epochs_than_the_blend_allows_are_warned_of(
     folder: Path, tiny_dense: Path, steps: int, *, warned: bool
 ) -> None:
     """Talks, 3,630 tokens, are 70 % of 32 tokens a step: 4 epochs end with step 648."""
-    (said,) = run_ranks(_said, 1, folder, tiny_dense, steps, {"run_tokens": 100_000})
+    (said,) = run_ranks(_said, 1, folder, tiny_dense, steps, {})
     assert ("data: source talks is read 4.1 times, more often than max_epochs (4)" in said) is warned
     assert "source books" not in said
 
@@ -168,15 +222,12 @@ def _said(folder: Path, dense: Path, steps: int, options: dict[str, Any]) -> str
     return text.getvalue()
 
 
-def test_run_longer_than_its_order_is_refused_with_the_setting(folder: Path, tiny_dense: Path) -> None:
-    module = _module(folder, tiny_dense)
-    longest = module.num_train_samples // BATCH
-    require_samples(longest, BATCH, SEQUENCE, module.num_train_samples)
-    with pytest.raises(UpcycleError, match=rf"trainer\.max_steps: got {longest + 1}, .*at most {longest}") as error:
-        module.build(longest + 1, *VALIDATION, 0)
-    tokens = int(str(error.value).partition("data.run_tokens=")[2].partition(",")[0])
-    longer = _module(folder, tiny_dense, run_tokens=tokens)
-    require_samples(longest + 1, BATCH, SEQUENCE, longer.num_train_samples)
+@pytest.mark.parametrize(("every", "steps"), [(50, 50), (10**9, 191), (1.0, 5)])
+def test_interval_of_validations_may_be_longer_than_a_run(
+    folder: Path, tiny_dense: Path, every: float, steps: int
+) -> None:
+    """Lightning refuses one above the length of the data, so of what is there once these are laid out as long."""
+    assert len(_read(folder, tiny_dense, 4, validation=(every, 3))["train"]) // BATCH == steps
 
 
 def test_data_are_checked_before_they_are_trained_on(tiny_dense: Path, tmp_path: Path) -> None:
@@ -204,4 +255,3 @@ def test_checkpoint_keeps_what_makes_the_module_again(folder: Path, tiny_dense: 
 
     again = reinit(_module(folder, tiny_dense))
     assert again.blend.folder == folder.resolve()
-    assert again.num_train_samples == _module(folder, tiny_dense).num_train_samples

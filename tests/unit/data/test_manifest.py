@@ -17,8 +17,8 @@ def test_new_weights_of_a_blend_reach_the_manifest_of_its_finished_folder(tiny_d
     assert open_blend(folder).shares["talks"] == pytest.approx(0.7)
     sources = {name: SourceConfig(train=["x"], weight=weight) for name, weight in (("talks", 1.0), ("books", 3.0))}
     before = open_blend(folder).tokens
-    found = describe_anew(Blend("tiny", tmp_path, BlendConfig(sources, run_tokens=5e6)), folder)
+    found = describe_anew(Blend("tiny", tmp_path, BlendConfig(sources, max_epochs=5)), folder)
     assert open_blend(folder).manifest == found
     assert open_blend(folder).shares == pytest.approx({"talks": 0.25, "books": 0.75})
-    assert (found["run_tokens"], found["blend"]) == (5e6, "tiny")
+    assert (found["max_epochs"], found["blend"]) == (5, "tiny")
     assert open_blend(folder).tokens == before

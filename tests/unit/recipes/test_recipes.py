@@ -294,7 +294,7 @@ def test_refuses_spec_that_does_not_fit_the_model_before_launch(recipes: Any) ->
 
 @pytest.mark.full
 def test_nemo_shows_the_recipe_without_running_it(tmp_path: Path) -> None:
-    blend = write_blend(tmp_path / "blend", write_parent(tmp_path / "parent"), texts=texts(), run_tokens=30_000_000)
+    blend = write_blend(tmp_path / "blend", write_parent(tmp_path / "parent"), texts=texts())
     factory, short = f"llama3_8b_e8t2(data='{blend.name}')", ("data.seq_length=16", "trainer.max_steps=2")
     shown = _nemo("llm", "pretrain", "--factory", factory, *short, "--dryrun", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr

@@ -41,11 +41,11 @@ def test_value_of_a_secret_is_in_no_text(text: str) -> None:
 
 def test_command_line_is_kept_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["run.executor.env_vars={HF_TOKEN: hf_abc, A: b}", "run.executor.stages.data.env_vars={MY_KEY: x y}"]
-    monkeypatch.setattr("sys.argv", ["nemo", "upcycle", "tokenizer=/t", "pretrain.run_tokens=5", *words])
+    monkeypatch.setattr("sys.argv", ["nemo", "upcycle", "tokenizer=/t", "sources.web.tokens=5", *words])
     line = command_line()
     assert "hf_abc" not in line
     assert "x y" not in line
-    for kept in ("tokenizer=/t", "run_tokens=5", "A: b"):
+    for kept in ("tokenizer=/t", "web.tokens=5", "A: b"):
         assert kept in line
 
 

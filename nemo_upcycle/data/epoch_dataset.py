@@ -1,0 +1,110 @@
+"""Megatron's `GPTDataset`, read epoch by epoch: for NeMo and Megatron-Bridge."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from nemo_upcycle.data.finished import tokens_of
+
+
+class EpochDataset(GPTDataset):
+    """The samples of one source; every token is read once before any is read again.
+
+    `GPTDataset` shuffles all epochs that a run needs together: documents and samples of the fifth may come before
+    those of the first, and a longer run has another order. Here each epoch's documents, and its samples, are shuffled
+    among themselves. As in `GPTDataset`, the epochs are one stream of tokens that is cut into samples, so the last
+    tokens of an epoch and the first of the next one share a sample; it is the last one of its epoch. No token is
+    dropped, more epochs only append to the order, and the first one is in the order of `GPTDataset`.
+
+    Args:
+        dataset: of `build_low_level_dataset`.
+        dataset_path: the prefix of the source's first file.
+        indexed_indices: the numbers of its documents.
+        num_samples: how many are needed at least; None: those of one epoch.
+        index_split: what the samples are for.
+        config: Megatron's.
+
+    Example:
+        >>> BlendedMegatronDatasetBuilder(EpochDataset, [1000, 8, None], lambda: True, config)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        dataset_path: str,
+        indexed_indices: numpy.ndarray,
+        num_samples: int | None,
+        index_split: Any,
+        config: Any,
+    ) -> None:
+        self._tokens = sum(tokens_of(file) for file in _files_of(dataset_path))
+        self._epochs = -(-((num_samples or 0) * config.sequence_length + 1) // self._tokens)
+        # Megatron names the files of the indices by their number of samples: runs of as many epochs share them.
+        whole_epochs = (self._epochs * self._tokens - 1) // config.sequence_length
+        super().__init__(dataset, dataset_path, indexed_indices, whole_epochs, index_split, config)
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: Any) -> Any:
+        """Return the documents of all files of a source."""
+        datasets = [IndexedDataset(str(file), mmap=config.mmap_bin_files) for file in _files_of(dataset_path)]
+        return datasets[0] if len(datasets) == 1 else _JoinedDatasets(datasets)
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+        """Return the indices of `GPTDataset`, memory-mapped; the first rank builds those that are not there."""
+        base = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
+        names = ("document_index", "sample_index", "shuffle_index")
+        files = [Path(self.config.path_to_cache, f"{base}-{name}.npy") for name in names]
+        first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        if first and not all(file.is_file() for file in files):
+            files[0].parent.mkdir(parents=True, exist_ok=True)
+            for file, index in zip(files, self._order(), strict=True):
+                numpy.save(file, index)
+        documents, samples, shuffled = (numpy.load(file, mmap_mode="r") for file in files)
+        return documents, samples, shuffled
+
+    def _order(self) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+        from megatron.core.datasets.helpers import build_sample_idx  # compiled; of finished indices nobody needs it
+
+        length = self.config.sequence_length
+        random = numpy.random.RandomState(self.config.random_seed)
+        documents = numpy.tile(self.indices, (self._epochs, 1))
+        shuffled = numpy.arange(self.num_samples, dtype=numpy.uint32 if self.num_samples < 1 << 32 else numpy.int64)
+        start = 0
+        for epoch in range(self._epochs):
+            crossing = ((epoch + 1) * self._tokens - 1) // length  # into the next epoch
+            random.shuffle(documents[epoch])
+            random.shuffle(shuffled[start:crossing])
+            start = crossing + 1
+        order = documents.reshape(-1)
+        samples = build_sample_idx(
+            numpy.array(self.dataset.sequence_lengths), order, length, self._epochs, self._tokens
+        )
+        return order, samples, shuffled
+
+
+class _JoinedDatasets:
+    """The documents of several indexed datasets, one after the other: what `GPTDataset` reads of one."""
+
+    def __init__(self, datasets: list[Any]) -> None:
+        self._datasets = datasets
+        self._ends = numpy.cumsum([len(dataset) for dataset in datasets])
+        self.sequence_lengths = numpy.concatenate([dataset.sequence_lengths for dataset in datasets])
+
+    def get(self, idx: int, offset: int = 0, length: int | None = None) -> numpy.ndarray:
+        number = int(numpy.searchsorted(self._ends, idx, side="right"))
+        within = int(idx) - (int(self._ends[number - 1]) if number else 0)
+        return self._datasets[number].get(within, offset=offset, length=length)
+
+
+def _files_of(first: str) -> list[Path]:
+    """Return the prefixes of a source's files, those that hold tokens, by that of the first."""
+    path = Path(first)
+    pattern = re.sub(r"_\d\d_text_document$", "_[0-9][0-9]_text_document.idx", path.name)
+    return [file.with_suffix("") for file in sorted(path.parent.glob(pattern)) if tokens_of(file.with_suffix(""))]
