@@ -130,6 +130,7 @@ def make_manifest(
             "heldout": heldout,
         },
         "decontaminated_against": list(config.decontaminate) if decontaminated else None,
+        "decontaminated_without": list(config.decontaminate_without),
         "tasks": len(stats),
         "made_by": {"nemo_upcycle": __version__, "engine": engine},
     }
@@ -138,6 +139,8 @@ def make_manifest(
 def texts_of(config: BlendConfig) -> dict[str, Any]:
     """Return what decides the tokens; weights and what a run makes of them may change afterwards."""
     values = dataclasses.asdict(config)
+    if not config.decontaminate_without:  # blends of before the key are the same
+        del values["decontaminate_without"]
     for key in ("seq_length", "run_tokens", "max_epochs"):
         del values[key]
     for source in values["sources"].values():

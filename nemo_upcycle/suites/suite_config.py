@@ -44,6 +44,8 @@ class SuiteConfig:
 
     tasks: dict[str, list[int]]
     local: bool = True
+    include_path: str | None = None
+    strict: bool = False
     seed: int = 1234
     questions: QuestionsConfig = field(default_factory=QuestionsConfig)
     heldout: HeldoutConfig = field(default_factory=HeldoutConfig)
@@ -72,8 +74,17 @@ def read_suite_config(name: str | Path) -> SuiteConfig:
         >>> read_suite_config("demo").heldout.window_bytes
         1024
     """
-    content, path, _ = read_conf("evaluation", name, "evaluation suite")
+    content, path, folder = read_conf("evaluation", name, "evaluation suite")
     config = as_dataclass(str(path), content, SuiteConfig, "evaluation")
+    if config.include_path is not None:
+        config.include_path = str(folder.absolute() / Path(config.include_path).expanduser())
+        if config.local or not Path(config.include_path).is_dir():
+            raise UpcycleError(
+                f"{path}: include_path",
+                got="local: true" if config.local else f"{config.include_path}, no such folder",
+                expected="a folder with task files of lm-eval's kind, relative to this file, and local: false",
+                fix="set local: false" if config.local else "check the path",
+            )
     if config.dtype not in DTYPES:
         raise UpcycleError.unknown(f"{path}: dtype", config.dtype, DTYPES)
     if config.backend not in BACKENDS:
