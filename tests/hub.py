@@ -210,7 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
         if seconds := self.server.slow.get(name):
             time.sleep(seconds)
         if status := self.server.broken.get(name):
-            self._send(status, b"the hub is ill")
+            self._send(status, b"{}", {"X-Error-Code": "GatedRepo"} if status < 500 else {})
         elif parts[0] != "datasets" or name not in self.server.repositories:
             self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         elif not is_api:

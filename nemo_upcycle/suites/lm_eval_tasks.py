@@ -162,8 +162,13 @@ def _reason(error: Exception) -> tuple[str, str]:
         return got, "define the task over files without a script, in a folder that `include_path` names"
     if isinstance(error, KeyError):
         return f"data without {text}, a split or column that it names", "update lm-eval, or define the task anew"
-    if "gated" in text:
-        return text, "accept its terms on the hub, then `hf auth login`, or set HF_TOKEN"
+    if "is a gated dataset" in text:
+        return text.rstrip("."), "accept its terms on the hub, then `hf auth login`, or set HF_TOKEN"
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(response := getattr(cause, "response", None), "status_code", 0) >= 500:
+            return f"status {response.status_code} of the Hugging Face hub", "run again: what was fetched is kept"
+        cause = cause.__cause__ or cause.__context__
     got = f"{type(error).__name__}: {text}"[:_MOST_CHARACTERS]
     return got, _REACH_HUB
 
