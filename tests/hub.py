@@ -130,8 +130,8 @@ TEXTS = {
         for name in ("data_provenance_initiative", "libretexts", "pressbooks", "oercommons", "arxiv_abstracts")
     },
 }
-#: Rows of each split: enough for five examples.
-ROWS = 6
+#: Rows of a split to train on, from which up to 25 examples are drawn, and of another one.
+TRAINED, ROWS = 26, 6
 
 
 def repositories() -> Repositories:
@@ -153,7 +153,7 @@ def repositories() -> Repositories:
 
 def rows(kind: str, split: str) -> list[dict[str, Any]]:
     """Return the rows of a split of a kind of data set."""
-    return [_row(kind, split, number) for number in range(ROWS)]
+    return [_row(kind, split, number) for number in range(TRAINED if split.endswith("train") else ROWS)]
 
 
 def _repository(

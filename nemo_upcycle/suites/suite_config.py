@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.local_tasks import LOCAL_TASKS, is_text
-from nemo_upcycle.utils.conf import as_dataclass, read_conf
+from nemo_upcycle.utils.conf import as_dataclass, is_conf_file, read_conf
 from nemo_upcycle.utils.validation import is_whole
 
 
@@ -108,3 +108,14 @@ def read_suite_config(name: str | Path) -> SuiteConfig:
                 fix="write [0]" if is_text(task) else "keep that many of each subject: questions.examples",
             )
     return config
+
+
+def folders_of_suite(name: str | Path) -> list[Path]:
+    """Return the folders of this machine that a suite reads from: its YAML file's, and that of the user's own tasks.
+
+    Raises:
+        UpcycleError: as in `read_suite_config`.
+    """
+    own = read_suite_config(name).include_path
+    here = [Path(name).absolute().parent] if is_conf_file(str(name)) else []
+    return [*here, *([Path(own)] if own else [])]
