@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from nemo_upcycle.cli.main import main
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.evaluation.backends import load_model
 from nemo_upcycle.evaluation.compare import compare_items
@@ -173,6 +174,19 @@ def test_what_cannot_be_asked_is_known_before_the_model_is_loaded(own_suite: Pat
         with pytest.raises(UpcycleError, match=r"data of .*lost: got .*nowhere\.jsonl"):
             evaluate(tmp_path / "no_model", suite, tmp_path / "out", name="none")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_says_what_is_not_scored_and_ends_there_if_it_shall(
+    own_suite: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["evaluate", str(tiny_llama), str(own_suite / "mine.yaml"), str(tmp_path / "out")]
+    assert main(words) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("lost: not scored, its data cannot be had: ")
+    assert main([*words, "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["missing"]) == ["lost"]
+    assert main([*words, "--strict"]) == 2
+    assert "error: data of lm-eval's task lost: got " in capsys.readouterr().err
 
 
 def test_of_several_ways_to_read_an_answer_the_first_counts() -> None:

@@ -121,13 +121,14 @@ def test_interpreter_is_that_of_the_stages_own_container(
 def test_container_sees_what_a_blend_and_a_suite_name(tmp_path: Path) -> None:
     mine, suite = tmp_path / "home/mine.yaml", tmp_path / "asked/suite.yaml"
     mine.parent.mkdir()
-    (tmp_path / "asked/tasks").mkdir(parents=True)
-    suite.write_text("{tasks: {own: [0]}, local: false, include_path: tasks}")
+    suite.parent.mkdir()
+    (tmp_path / "own").mkdir()
+    suite.write_text(f"{{tasks: {{own: [0]}}, local: false, include_path: {tmp_path}/own}}")
     mine.write_text(f"sources: {{web: {{train: [{tmp_path}/texts/*.txt]}}}}")
     plan = RunPlan("tiny", "hf:///models/8b", str(mine), str(suite), "", None)
     (job,) = jobs_of([BY_NAME["data"]], Path("/runs/a"), plan)
     script = SlurmScheduler(built(*SITE[:2], "container_image=nemo")).render(job)["data.sh"]
-    seen = ["/runs/a", mine.parent, tmp_path / "texts", suite.parent, suite.parent / "tasks", "/models/8b"]
+    seen = ["/runs/a", mine.parent, tmp_path / "texts", suite.parent, tmp_path / "own", "/models/8b"]
     mounts = ",".join(f"{path}:{path}" for path in seen)
     assert f"--container-mounts {mounts},/runs/a/jobs/data:/nemo_run " in script
 

@@ -69,8 +69,8 @@ def test_every_published_value_is_of_a_column_of_its_suite() -> None:
         ("tasks: {mmlu_letter: [0]}\nseed: some", "seed: got 'some', expected a whole number"),
         ("tasks: {mmlu_letter: [0]}\ninclude_path: .", "include_path: got local: true, expected a folder"),
         (
-            "tasks: {piqa: [0]}\nlocal: false\ninclude_path: no",
-            "no, no such folder, expected a folder with task files",
+            "tasks: {piqa: [0]}\nlocal: false\ninclude_path: nowhere",
+            "nowhere, no such folder, expected a folder with task files",
         ),
         ("tasks: [", "expected valid YAML"),
         ("seed: 1", "tasks"),
