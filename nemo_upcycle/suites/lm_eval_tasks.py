@@ -166,8 +166,9 @@ def _reason(error: Exception) -> tuple[str, str]:
         return text.rstrip("."), "accept its terms on the hub, then `hf auth login`, or set HF_TOKEN"
     cause: BaseException | None = error
     while cause is not None:
-        if getattr(response := getattr(cause, "response", None), "status_code", 0) >= 500:
-            return f"status {response.status_code} of the Hugging Face hub", "run again: what was fetched is kept"
+        status = getattr(getattr(cause, "response", None), "status_code", 0)
+        if status >= 500:
+            return f"status {status} of the Hugging Face hub", "run again: what was fetched is kept"
         cause = cause.__cause__ or cause.__context__
     got = f"{type(error).__name__}: {text}"[:_MOST_CHARACTERS]
     return got, _REACH_HUB
