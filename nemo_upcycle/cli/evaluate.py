@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=_batch_size, metavar="N|auto", help="sequences in one pass (default: the suite's)"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="take the first N items of each task")
+    parser.add_argument("--strict", action="store_true", help="end where the data of a task cannot be had")
     group = parser.add_argument_group("a checkpoint")
     group.add_argument("--dense", type=Path, metavar="FOLDER", help="the dense parent (default: from the receipt)")
     for option, text in (("tp", "share every matrix"), ("pp", "share the layers"), ("ep", "share the experts")):
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from nemo_upcycle.evaluation.backends import choose_backend, open_model
     from nemo_upcycle.evaluation.run import evaluate
+    from nemo_upcycle.suites.suite import load_suite_tasks
     from nemo_upcycle.suites.suite_config import BACKENDS, read_suite_config
     from nemo_upcycle.utils.files import MARKER, read_json
 
@@ -90,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not is_built:
         suite = _build(args, config)
+    tasks = load_suite_tasks(suite, strict=args.strict)
     result = evaluate(
         args.model,
         suite,
@@ -99,12 +102,14 @@ def run(args: argparse.Namespace) -> int:
         limit=args.limit,
         backend=backend,
         megatron=megatron,
+        tasks=tasks,
     )
     rows = [(name, f"{one['value']:.4f}", one["stderr"]) for name, one in sorted(result["metrics"].items())]
     width = max(len(name) for name, *_ in rows)
     lines = [f"{name:{width}}  {value}" + (f" +- {stderr:.4f}" if stderr else "") for name, value, stderr in rows]
+    lines += [f"{name}: not scored, its data cannot be had: {reason}" for name, reason in result["missing"].items()]
     path = args.output / f"{args.name}.json"
-    answer = {"output": path, "metrics": result["metrics"], "model": result["model"], "seconds": result["seconds"]}
+    answer = {"output": path, **{key: result[key] for key in ("metrics", "missing", "model", "seconds")}}
     show(args, answer, "\n".join([f"{path}: {result['model']['class']}, {result['settings']['dtype']}", *lines]))
     return 0
 

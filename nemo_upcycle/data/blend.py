@@ -68,6 +68,7 @@ class BlendConfig:
         max_epochs: above this a source is warned about.
         hold_out: what is held back of sources without splits of their own.
         decontaminate: suites of `conf/evaluation` whose items must not be trained on.
+        decontaminate_without: tasks of those suites that are not looked for.
         deduplicate: whether equal texts are kept once.
         min_characters: shorter documents are removed.
         seed: of what is held back, sampled and shuffled.
@@ -79,6 +80,7 @@ class BlendConfig:
     max_epochs: float = 4.0
     hold_out: HoldOut = field(default_factory=HoldOut)
     decontaminate: list[str] = field(default_factory=list)
+    decontaminate_without: list[str] = field(default_factory=list)
     deduplicate: bool = True
     min_characters: int = 1
     seed: int = 1234

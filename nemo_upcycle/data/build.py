@@ -209,7 +209,7 @@ def _index(blend: Blend, work: Path) -> dict[str, Any] | None:
         return None
     paths, summary = (work / NGRAMS, work / REPORT_NGRAMS), work / "ngrams.json"
     if not all(path.is_file() for path in (*paths, summary)):
-        write_json(summary, build_index(blend.config.decontaminate, *paths))
+        write_json(summary, build_index(blend.config.decontaminate, *paths, blend.config.decontaminate_without))
     return dict(read_json(summary))
 
 

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.ngrams import BOILERPLATE, SHORTEST, WORDS, Hit, NgramIndex
-from nemo_upcycle.suites.items import Item, suite_items
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.suites.items import Item, set_name, suite_items
+from nemo_upcycle.suites.lm_eval_tasks import TaskDataError
+from nemo_upcycle.suites.suite_config import read_suite_config
 
 
 #: Words of an n-gram of the report, which is looser.
@@ -18,7 +21,9 @@ EXAMPLES = 20
 _EXAMPLE_CHARACTERS = 200
 
 
-def build_index(suites: Sequence[str | Path], path: Path, report: Path | None = None) -> dict[str, Any]:
+def build_index(
+    suites: Sequence[str | Path], path: Path, report: Path | None = None, without: Sequence[str] = ()
+) -> dict[str, Any]:
     """Write the index of the n-grams of all items of some suites.
 
     Args:
@@ -26,20 +31,31 @@ def build_index(suites: Sequence[str | Path], path: Path, report: Path | None = 
             hub, or its cache.
         path: the file to write, of n-grams of 13 words: what it finds is removed.
         report: the file of n-grams of 8 words, or None: what it finds is reported.
+        without: tasks of these suites that are not looked for.
 
     Returns:
-        `suites`; `words`, `shortest` and `boilerplate`: how items are looked for; `ngrams`: how many; `sets`: for each
-        evaluation set, what `NgramIndex.summary` says; and the same of the other file as `report`.
+        `suites`; `without`: the sets that are not looked for; `words`, `shortest` and `boilerplate`: how items are
+        looked for; `ngrams`: how many; `sets`: for each evaluation set, what `NgramIndex.summary` says; and the same
+        of the other file as `report`.
 
     Raises:
-        UpcycleError: an unknown suite or task, or data that cannot be fetched.
+        UpcycleError: an unknown suite or task, or data that cannot be fetched: no set is left out in silence.
 
     Example:
         >>> build_index(["demo"], Path("ngrams.npz"))["sets"]["mmlu"]["items"]  # doctest: +SKIP
         24
     """
-    items = {(item.name, item.id): item for suite in suites for item in suite_items(suite)}
-    written = {"suites": [str(suite) for suite in suites], **_write_index(items.values(), path, WORDS)}
+    asked = [task for suite in suites if not (config := read_suite_config(suite)).local for task in config.tasks]
+    for name in without:
+        if name not in asked:
+            raise UpcycleError.unknown("decontaminate_without: task", name, asked)
+    try:
+        items = {(item.name, item.id): item for suite in suites for item in suite_items(suite, without)}
+    except TaskDataError as error:
+        error.fix += "; or name the task in decontaminate_without, to train without looking for its questions"
+        raise
+    written: dict[str, Any] = {"suites": [str(suite) for suite in suites], "without": [*map(set_name, without)]}
+    written |= _write_index(items.values(), path, WORDS)
     return written | ({"report": _write_index(items.values(), report, REPORT_WORDS)} if report else {})
 
 

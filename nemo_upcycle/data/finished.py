@@ -71,7 +71,8 @@ class FinishedBlend:
         )
         removed = f"; removed passages {', '.join(words)}" if hit_sets else "; no evaluation item was found in it"
         shared = f"{content['report']['words']} words in a row with"
-        return f"{removed}; what is left shares {shared} {', '.join(left) or 'none'}"
+        without = f"; not looked for: {', '.join(names)}" if (names := content.get("without")) else ""
+        return f"{removed}; what is left shares {shared} {', '.join(left) or 'none'}{without}"
 
     @property
     def card(self) -> str:

@@ -14,6 +14,7 @@ from nemo_upcycle.data.finished import BUILD, TOKENIZER
 from nemo_upcycle.data.readers import READERS, InputFile, Reader
 from nemo_upcycle.data.readers.files import GLOB
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.suites.suite_config import folders_of_suite
 from nemo_upcycle.utils.cache import cache_folder
 
 
@@ -75,7 +76,7 @@ def reader_of(blend: Blend, source: str) -> Reader:
 
 
 def folders_of(blend: Blend) -> list[Path]:
-    """Return the folders of this machine that a blend reads from: its YAML file's, and those of its patterns.
+    """Return the folders of this machine that a blend reads from: its YAML file's, its patterns' and its suites'.
 
     Example:
         >>> folders_of(read_blend("/home/me/mine.yaml"))  # of `train: [/texts/*/a.txt]`  # doctest: +SKIP
@@ -90,6 +91,7 @@ def folders_of(blend: Blend) -> list[Path]:
             fixed = list(itertools.takewhile(lambda part: not any(mark in part for mark in GLOB), path.parts))
             folder = Path(*fixed)
             folders.append(folder if len(fixed) < len(path.parts) or folder.is_dir() else folder.parent)
+    folders += [folder for suite in blend.config.decontaminate for folder in folders_of_suite(suite)]
     return list(dict.fromkeys(folders))
 
 

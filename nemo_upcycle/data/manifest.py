@@ -130,6 +130,7 @@ def make_manifest(
             "heldout": heldout,
         },
         "decontaminated_against": list(config.decontaminate) if decontaminated else None,
+        "decontaminated_without": list(config.decontaminate_without),
         "tasks": len(stats),
         "made_by": {"nemo_upcycle": __version__, "engine": engine},
     }

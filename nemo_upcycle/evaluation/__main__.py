@@ -5,6 +5,7 @@ lm-eval finds the model by itself (entry point `lm_eval.models`) from the releas
 
 from __future__ import annotations
 
+import lm_eval.models  # noqa: F401 - its own models: it imports them by itself only while none is known
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import model_registry
 

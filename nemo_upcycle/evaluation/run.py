@@ -12,12 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.backends import Backend, close_model, open_model
 from nemo_upcycle.evaluation.compare import RATIOS, cluster_sums, jackknife_stderr, left_out
 from nemo_upcycle.package_info import __version__
-from nemo_upcycle.suites.lm_eval_tasks import check_task_names, quiet
+from nemo_upcycle.suites.lm_eval_tasks import LoadedTask, quiet
 from nemo_upcycle.suites.local_tasks import data_files
+from nemo_upcycle.suites.suite import SuiteTasks, load_suite_tasks
 from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.files import MARKER, read_json, require_complete, write_json
 
@@ -37,13 +37,14 @@ def evaluate(
     samples: bool = True,
     backend: str | None = None,
     megatron: Mapping[str, Any] | None = None,
+    tasks: SuiteTasks | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model, in the type that the suite names, and write `<output>/<name>.json`.
 
     Args:
         model_folder: a Hugging Face folder with safetensors weights and a tokenizer, or a NeMo or Megatron checkpoint.
         suite: the folder that `build_suite` wrote. A local suite fetches nothing; lm-eval's own tasks come from the
-            hub.
+            hub, before the model is loaded. One whose data cannot be had is left out, unless the suite is `strict`.
         output: folder for the result.
         name: the model's name in the report, for example `dense`.
         batch_size: sequences in one forward pass, or `auto`; the suite's own when None.
@@ -51,16 +52,17 @@ def evaluate(
         samples: also let the model continue the suite's prompts.
         backend: what computes, as in `open_model`; the suite's own when None.
         megatron: how to open a checkpoint, as in `open_model`.
+        tasks: what `load_suite_tasks` returned, to ask several models the same; None to load them.
 
     Returns:
         What was written: `metrics` (`task/metric` -> `value`, `stderr`, `higher_is_better`), `items` (task -> an entry
         for each item: `id`, `hash`, `loglikelihoods` in nats, `scores`, and `answer` for a question), `groups` (task
-        groups -> their tasks), `samples` (the suite's prompts, each with its `continuation`), and what it was measured
-        with.
+        groups -> their tasks), `missing` (task -> why its data cannot be had), `samples` (the suite's prompts, each
+        with its `continuation`), and what it was measured with.
 
     Raises:
         CheckpointError: the folder is not a model, or its weights do not fit it exactly.
-        UpcycleError: the suite is incomplete, lm-eval does not know a task, its data cannot be fetched, or the suite
+        UpcycleError: the suite is incomplete, lm-eval does not know a task, no task's data can be had, or the suite
             asks for vLLM where it is not.
 
     Example:
@@ -70,6 +72,7 @@ def evaluate(
     require_complete(suite, "suite", "build the suite")
     config = read_json(suite / MARKER)["config"]
     with _offline(config["local"]):
+        tasks = tasks or load_suite_tasks(suite)
         model = open_model(
             model_folder,
             backend=backend or config.get("backend", "hf"),
@@ -80,7 +83,7 @@ def evaluate(
         )
         loaded_s = time.monotonic() - start_s
         try:
-            answers = ask(model, suite, samples=samples, limit=limit)
+            answers = ask(model, suite, samples=samples, limit=limit, tasks=tasks)
         finally:
             close_model(model)
     result = {"name": name, "model": {"folder": str(model_folder), **model.facts}, **answers}
@@ -90,7 +93,9 @@ def evaluate(
     return result
 
 
-def ask(model: Backend, suite: Path, *, samples: bool, limit: int | None = None) -> dict[str, Any]:
+def ask(
+    model: Backend, suite: Path, *, samples: bool, limit: int | None = None, tasks: SuiteTasks | None = None
+) -> dict[str, Any]:
     """Ask a model that is open everything in a suite.
 
     Args:
@@ -98,6 +103,7 @@ def ask(model: Backend, suite: Path, *, samples: bool, limit: int | None = None)
         suite: as in `evaluate`.
         samples: as in `evaluate`.
         limit: as in `evaluate`.
+        tasks: as in `evaluate`.
 
     Returns:
         What `evaluate` returns, without the model's name and folder.
@@ -108,63 +114,65 @@ def ask(model: Backend, suite: Path, *, samples: bool, limit: int | None = None)
     texts = model.continue_prompts(described["prompts"] if samples else [])
     sampled_s = time.monotonic()
     merged: dict[str, Any] = {"metrics": {}, "items": {}, "groups": {}}
-    runs = {0: list(described["tasks"])}
-    if not config["local"]:
+    tasks = tasks or load_suite_tasks(suite)
+    if config["local"]:
+        runs: dict[int | None, list[LoadedTask]] = {None: [_local_task(suite, task) for task in described["tasks"]]}
+    else:
         numbers = sorted({shots for numbers in config["tasks"].values() for shots in numbers})
-        runs = {shots: [task for task, wanted in config["tasks"].items() if shots in wanted] for shots in numbers}
-    for shots, names in runs.items():
-        results = _run(model.lm, names, suite if config["local"] else None, shots, limit)
-        for part, values in _extract(results, f"_{shots}shot" if shots else "").items():
-            merged[part].update(values)
+        runs = {
+            shots: [task for name, task in tasks.loaded.items() if shots in config["tasks"][name]] for shots in numbers
+        }
+    for shots, asked in runs.items():
+        if asked:
+            results = _run(model.lm, asked, shots, limit)
+            for part, values in _extract(results, f"_{shots}shot" if shots else "").items():
+                merged[part].update(values)
     return {
         "suite": described,
         "settings": {"backend": model.name, "device": model.device, "batch_size": model.batch_size},
         "versions": _versions(),
         "seconds": {"samples": sampled_s - start_s, "total": time.monotonic() - start_s},
         "samples": texts,
+        "missing": tasks.missing,
         **merged,
     }
 
 
-def _run(lm: Any, tasks: list[str], folder: Path | None, shots: int, limit: int | None) -> dict[str, Any]:
-    """Run lm-eval on some tasks with one number of few-shot examples."""
+def _run(lm: Any, tasks: list[LoadedTask], shots: int | None, limit: int | None) -> dict[str, Any]:
+    """Run lm-eval on some tasks with one number of few-shot examples; None is the task's own."""
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
-    # Indexing lm-eval's own thousands of task files takes long; a local suite needs none of them.
-    manager = TaskManager(include_defaults=folder is None)
-    if folder is None:
-        check_task_names(tasks, manager.all_tasks)
+    own = [(one, one.config.num_fewshot) for task in tasks for one in task.tasks]
     try:
         # Its description of the machine takes seconds, and a training may wait; `versions` says what is needed.
         with quiet(), temporarily_set(evaluator, "add_env_info", lambda results: None):
             return evaluator.simple_evaluate(
                 model=lm,
-                tasks=tasks if folder is None else [_local_task(folder, task) for task in tasks],
-                num_fewshot=shots if folder is None else None,  # 0 is none, also where a task's own number is 5
+                tasks=[one for task in tasks for one in ([task.group] if task.group else task.tasks)],
+                num_fewshot=shots,  # 0 is none, also where a task's own number is 5
                 limit=limit,
                 bootstrap_iters=_BOOTSTRAP_DRAWS,
                 random_seed=None,  # those of the process: it may be training
                 numpy_random_seed=None,
                 torch_random_seed=None,
-                task_manager=manager,
+                task_manager=TaskManager(include_defaults=False),  # it is asked for no name
                 log_samples=True,
             )
-    except ConnectionError as error:
-        raise UpcycleError(
-            f"tasks {', '.join(tasks)}",
-            got=error,
-            expected="the data of the tasks from the Hugging Face hub",
-            fix="evaluate where the hub can be reached",
-        ) from error
+    finally:
+        for one, number in own:  # lm-eval leaves its number there, and a 0 would stay
+            one.set_config("num_fewshot", number)
 
 
-def _local_task(folder: Path, task: str) -> dict[str, Any]:
-    """Return the definition of a suite's task, with its data where the folder lies now."""
+def _local_task(folder: Path, name: str) -> LoadedTask:
+    """Return a task of a suite, with its data where the folder lies now."""
     import yaml
+    from lm_eval.tasks import TaskManager
 
-    definition = yaml.safe_load((folder / f"{task}.yaml").read_text(encoding="utf-8"))
-    return {**definition, "dataset_kwargs": data_files(folder, task)}
+    definition = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
+    definition |= {"dataset_kwargs": data_files(folder, name)}
+    with quiet():
+        return LoadedTask(list(TaskManager(include_defaults=False).load([definition])["tasks"].values()))
 
 
 def _extract(results: dict[str, Any], suffix: str) -> dict[str, dict[str, Any]]:

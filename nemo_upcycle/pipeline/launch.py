@@ -22,6 +22,7 @@ from nemo_upcycle.pipeline.order import chosen_stages, kind_of, read_plan, requi
 from nemo_upcycle.pipeline.plan import KEPT, PLAN, Plan, Stage
 from nemo_upcycle.pipeline.run_here import run_stages
 from nemo_upcycle.pipeline.stages import STAGES, RunPlan
+from nemo_upcycle.suites.suite_config import folders_of_suite
 from nemo_upcycle.utils.conf import is_conf_file
 from nemo_upcycle.utils.console import command_line, end_soon
 from nemo_upcycle.utils.files import in_use
@@ -57,7 +58,9 @@ def jobs_of(stages: Sequence[Stage], run_dir: Path, plan: Plan, python: str = sy
     named = [Path(text.removeprefix("hf://")) for text in (*inputs, *scripts)]
     dense, *_ = plan.inputs()
     texts = folders_of(read_blend(plan.blend)) if plan.blend else []
-    reads = tuple(dict.fromkeys(path for path in (*texts, *named) if path.is_absolute()))
+    suites = [getattr(plan, name) for name, kind in plan.files.items() if kind == "evaluation"]
+    tasks = [folder for suite in suites for folder in folders_of_suite(suite)]
+    reads = tuple(dict.fromkeys(path for path in (*texts, *tasks, *named) if path.is_absolute()))
     jobs = []
     for stage in stages:
         training = trainings.get(stage.name) if stage.parallel else None

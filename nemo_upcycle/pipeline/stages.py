@@ -263,10 +263,12 @@ def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     from nemo_upcycle.data.finished import open_blend
     from nemo_upcycle.evaluation.run import evaluate
     from nemo_upcycle.reporting.run_folder import MODELS
-    from nemo_upcycle.suites.suite import build_named_suite
+    from nemo_upcycle.suites.suite import build_named_suite, load_suite_tasks
     from nemo_upcycle.suites.suite_config import read_suite_config
 
-    build_named_suite(plan.evaluation, open_blend(data_folder_of(run_dir, plan)).heldout(), run_dir / "suite")
+    suite = run_dir / "suite"
+    build_named_suite(plan.evaluation, open_blend(data_folder_of(run_dir, plan)).heldout(), suite)
+    tasks = load_suite_tasks(suite)  # once: every model is asked the same
     dense_folder = dense_folder_of(run_dir)
     models = {
         "dense": dense_folder,
@@ -281,8 +283,8 @@ def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     for number, (name, folder) in enumerate(models.items(), 1):
         logger.info("[evaluate] model %d of %d: %s (%s), %s", number, len(models), name, MODELS[name], folder)
         samples = name != "step0"  # it writes what its parent writes
-        megatron = {"dense": str(dense_folder)}
-        evaluate(folder, run_dir / "suite", run_dir / "evaluation", name=name, samples=samples, megatron=megatron)
+        options = {"name": name, "samples": samples, "megatron": {"dense": str(dense_folder)}, "tasks": tasks}
+        evaluate(folder, suite, run_dir / "evaluation", **options)
     return {name: str(folder) for name, folder in models.items()}
 
 

@@ -32,6 +32,7 @@ def evaluation(results: dict[str, Any]) -> str:
     return section(
         "Evaluation",
         _values(results),
+        _missing(results["missing"]),
         "![scores](scores.png)",
         _sources(results, models),
         "![held-out text over tokens](heldout.png)" if "heldout" in results["figures"] else "",
@@ -89,12 +90,24 @@ def _sources(results: dict[str, Any], models: dict[str, str]) -> str:
     return table(["bits per byte, by source", *(models[name] for name in by_model)], rows)
 
 
+def _missing(tasks: dict[str, str]) -> str:
+    """Return which tasks of the suite have no column, and why."""
+    return "\n\n".join(
+        f"Not scored: {plain(task)}. Its data cannot be had: {plain(why)}." for task, why in tasks.items()
+    )
+
+
 def _contamination(tasks: dict[str, Any]) -> str:
     """Return how many items of each task the training texts were found to hold; nothing where none were sought."""
     if not tasks:
         return ""
     words = next(iter(tasks.values()))["left_words"]
-    rows = [[task, f"{its['items']:,}", f"{its['removed']:,}", f"{its['left']:,}"] for task, its in tasks.items()]
+    rows = [
+        [task, "not looked for", "-", "-"]
+        if its["items"] is None
+        else [task, f"{its['items']:,}", f"{its['removed']:,}", f"{its['left']:,}"]
+        for task, its in tasks.items()
+    ]
     header = ["items in the training texts", "looked for", "found and cut out", f"left: {words} words in a row shared"]
     return table(header, rows) + "\n\nSource: `contamination.json` of the data."
 

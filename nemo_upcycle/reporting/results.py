@@ -28,11 +28,11 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
     Returns:
         `evaluation` (model -> metric -> value, stderr), `step0` (parent against step 0, item by item), `paired`
         (`B_minus_A` -> metric -> difference; groups of tasks stand for their tasks), `sources` (model -> source of
-        held-out text -> bits per byte), `published` (the suite's, or None), `contamination` (task -> items, and how
-        many of them the texts contain), `samples` (held-out prompts with each model's continuation), `training` (stage
-        -> settings, first and last losses, tokens, rates, memory, expert load, routers), `receipt` and
-        `online_receipt` (without the list of parameters), `evaluation_settings`, `stage_seconds`, `command`,
-        `recipes` and `environment`.
+        held-out text -> bits per byte), `missing` (task -> why it is not scored), `published` (the suite's, or None),
+        `contamination` (task -> items, and how many of them the texts contain; None of one that was not looked for),
+        `samples` (held-out prompts with each model's continuation), `training` (stage -> settings, first and last
+        losses, tokens, rates, memory, expert load, routers), `receipt` and `online_receipt` (without the list of
+        parameters), `evaluation_settings`, `stage_seconds`, `command`, `recipes` and `environment`.
 
     Raises:
         UpcycleError: two models were evaluated on different items.
@@ -60,6 +60,7 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
             for name, evaluation in evaluations.items()
             if all("cluster" in item for item in evaluation["items"].get(TASK, [{}]))
         },
+        "missing": evaluations["dense"].get("missing", {}),
         "published": next(iter(evaluations.values()))["suite"]["config"].get("published"),
         "contamination": _contamination(run.contamination, evaluations["dense"]["metrics"]),
         "samples": _samples(evaluations),
@@ -99,7 +100,9 @@ def _contamination(contamination: dict[str, Any] | None, metrics: Iterable[str])
         name = f"lm-eval/{plain}"
         if plain in LOCAL_TASKS:
             name = "" if is_text(plain) else "mmlu"
-        if name in contamination["sets"]:
+        if name in contamination.get("without", []):
+            counted[task] = {"items": None, "removed": None, "left": None, "left_words": report["words"]}
+        elif name in contamination["sets"]:
             items, hit = (contamination["sets"][name][key] for key in ("items", "items_hit"))
             left = report["sets"].get(name, {}).get("items_hit", 0)
             counted[task] = {"items": items, "removed": hit, "left": left, "left_words": report["words"]}

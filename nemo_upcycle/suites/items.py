@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ class Item:
     renderings: tuple[str, ...]
 
 
-def suite_items(suite: str | Path) -> Iterator[Item]:
+def suite_items(suite: str | Path, without: Collection[str] = ()) -> Iterator[Item]:
     """Yield the items that a suite asks, in a fixed order.
 
     The held-out documents of a suite are no items: they come from the blend itself, which keeps them out of training.
@@ -36,13 +36,14 @@ def suite_items(suite: str | Path) -> Iterator[Item]:
     Args:
         suite: a name of `conf/evaluation` or the path of a YAML file. One of lm-eval's own tasks needs the Hugging
             Face hub, or its cache.
+        without: names of lm-eval's tasks to leave out.
 
     Raises:
         UpcycleError: an unknown suite or task, or data that cannot be fetched.
     """
     config = read_suite_config(suite)
     if not config.local:
-        yield from lm_eval_items(list(config.tasks))
+        yield from lm_eval_items([name for name in config.tasks if name not in without], config.include_path)
     else:
         numbered = [{**row, "number": number} for number, row in enumerate(local_questions(config))]
         for row in choose_questions(numbered, config.questions, config.seed):
@@ -50,7 +51,7 @@ def suite_items(suite: str | Path) -> Iterator[Item]:
             yield Item("mmlu", f"{row['subject']}/{row['number']}", forms)
 
 
-def lm_eval_items(names: Sequence[str], include_path: Path | None = None) -> Iterator[Item]:
+def lm_eval_items(names: Sequence[str], include_path: str | Path | None = None) -> Iterator[Item]:
     """Yield the documents that tasks of lm-eval evaluate: those of the test split, else of the validation split.
 
     Args:
@@ -63,7 +64,17 @@ def lm_eval_items(names: Sequence[str], include_path: Path | None = None) -> Ite
     for name, tasks in load_tasks(names, include_path).items():
         for task in tasks:
             for number, document in enumerate(task.eval_docs):
-                yield Item(f"lm-eval/{name}", f"{task.task_name}/{number}", _forms(task, document))
+                yield Item(set_name(name), f"{task.task_name}/{number}", _forms(task, document))
+
+
+def set_name(task: str) -> str:
+    """Return how the evaluation set of one of lm-eval's tasks is called.
+
+    Example:
+        >>> set_name("piqa")
+        'lm-eval/piqa'
+    """
+    return f"lm-eval/{task}"
 
 
 def _forms(task: Any, document: Mapping[str, Any]) -> tuple[str, ...]:

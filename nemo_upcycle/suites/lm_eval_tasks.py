@@ -14,8 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.conf import packaged
+from nemo_upcycle.utils.progress import show_messages
 
 
+#: Of what a library says of a data set that it cannot load.
+_MOST_CHARACTERS = 300
+_REACH_HUB = "run where the Hugging Face hub can be reached, once: the data stay in its cache"
 _LABEL_BEFORE = re.compile(r"^\s*(?:question|q|problem|passage|context)\s*:\s*", re.IGNORECASE)
 _LABEL_WITHIN = re.compile(r"\n\s*(?:question|q|choices|options)\s*:[ \t]*", re.IGNORECASE)
 _LABEL_AFTER = re.compile(r"\s*\b(?:answer|a)\s*:\s*$", re.IGNORECASE)
@@ -38,43 +43,135 @@ class Question:
     answers: tuple[str, ...]
 
 
-def load_tasks(names: Sequence[str], include_path: Path | None = None) -> dict[str, list[Any]]:
-    """Load tasks of lm-eval with their data.
+class TaskDataError(UpcycleError):
+    """The data of a task cannot be had: no network, a data set that is a script, a split that is not there, ..."""
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """What a name of lm-eval stands for, with its data.
+
+    Attributes:
+        tasks: by their names; one, or those of a group or tag.
+        group: lm-eval's object for a group, which weighs its tasks; None of a task or tag.
+    """
+
+    tasks: list[Any]
+    group: Any = None
+
+
+def load_task(name: str, include_path: str | Path | None = None) -> LoadedTask:
+    """Load a task, group or tag of lm-eval with its data, which are in the cache of the Hugging Face hub then.
 
     Args:
-        names: tasks, groups or tags of lm-eval.
-        include_path: a folder with task files of the user's own, which need none of lm-eval's, or None.
+        name: of lm-eval's, or of the user's own or the package's task files, which come first.
+        include_path: a folder with task files of the user's own, or None.
+
+    Raises:
+        TaskDataError: the data cannot be had.
+        UpcycleError: lm-eval does not know the name.
+
+    Example:
+        >>> load_task("mmlu").tasks[0].task_name  # doctest: +SKIP
+        'mmlu_abstract_algebra'
+    """
+    return _load(name, _managers([name], include_path))
+
+
+def load_tasks(names: Sequence[str], include_path: str | Path | None = None) -> dict[str, list[Any]]:
+    """Load tasks, groups or tags with their data, all of them, as `load_task` does.
 
     Returns:
         For each name, its tasks, by their names.
 
     Raises:
-        UpcycleError: lm-eval does not know a name, or the data of one cannot be fetched.
-
-    Example:
-        >>> load_tasks(["mmlu"])["mmlu"][0].task_name  # doctest: +SKIP
-        'mmlu_abstract_algebra'
+        UpcycleError: as `load_task`, for the first that cannot be loaded.
     """
+    managers = _managers(names, include_path)
+    return {name: _load(name, managers).tasks for name in names}
+
+
+def load_available_tasks(
+    names: Sequence[str], include_path: str | Path | None = None, *, strict: bool = False
+) -> tuple[dict[str, LoadedTask], dict[str, str]]:
+    """Load what can be had of tasks, groups or tags; say at once what cannot.
+
+    Args:
+        names: as in `load_task`.
+        include_path: as in `load_task`.
+        strict: whether the first that cannot be had ends it.
+
+    Returns:
+        What was loaded, by name; and why the others cannot be had, by name.
+
+    Raises:
+        TaskDataError: `strict`, or none can be had.
+        UpcycleError: lm-eval does not know a name.
+    """
+    managers = _managers(names, include_path)
+    loaded: dict[str, LoadedTask] = {}
+    missing: dict[str, str] = {}
+    for name in names:
+        try:
+            loaded[name] = _load(name, managers)
+        except TaskDataError as error:
+            if strict:
+                raise
+            missing[name] = str(error.got)
+            show_messages().warning("%s is not scored, its data cannot be had: %s", name, error.got)
+    if not loaded:
+        raise TaskDataError(
+            f"data of {', '.join(names)}",
+            got=f"none of them; of the first: {next(iter(missing.values()), 'no task is named')}",
+            expected="those of one task at least",
+            fix=_REACH_HUB,
+        )
+    return loaded, missing
+
+
+def _managers(names: Sequence[str], include_path: str | Path | None) -> list[Any]:
+    """Return those of lm-eval's managers that know the names: that of our own files and the user's, and its own."""
     from lm_eval.tasks import TaskManager
 
-    own = TaskManager(include_path=include_path, include_defaults=False)
+    folders = [packaged("evaluation") / "tasks", *([Path(include_path)] if include_path else [])]
+    with quiet():
+        own = TaskManager(include_path=folders, include_defaults=False)
     managers = [own] if set(names) <= set(own.all_tasks) else [own, _lm_evals_own()]
     check_task_names(names, [name for manager in managers for name in manager.all_tasks])
-    loaded = {}
-    for name in names:
-        manager = next(manager for manager in managers if name in manager.all_tasks)
-        try:
-            with quiet():
-                tasks = manager.load([name])["tasks"]
-        except Exception as error:  # lm-eval passes on what its libraries raise, of a dozen kinds
-            raise UpcycleError(
-                f"data of lm-eval's task {name}",
-                got=" ".join(str(error).split()),
-                expected="a data set that the task can read",
-                fix="run where the Hugging Face hub can be reached, once: the data stay in its cache",
-            ) from error
-        loaded[name] = [tasks[key] for key in sorted(tasks)]
-    return loaded
+    return managers
+
+
+def _load(name: str, managers: Sequence[Any]) -> LoadedTask:
+    manager = next(manager for manager in managers if name in manager.all_tasks)
+    try:
+        with quiet():
+            loaded = manager.load([name])
+    except Exception as error:  # lm-eval passes on what its libraries raise, of a dozen kinds
+        got, fix = _reason(error)
+        raise TaskDataError(
+            f"data of lm-eval's task {name}", got=got, expected="a data set that the task can read", fix=fix
+        ) from error
+    return LoadedTask([loaded["tasks"][key] for key in sorted(loaded["tasks"])], loaded["groups"].get(name))
+
+
+def _reason(error: Exception) -> tuple[str, str]:
+    """Return why a task's data cannot be had, in one line, and what to do."""
+    text = " ".join(str(error).split())
+    if "scripts are no longer supported" in text:
+        got = f"a data set that is a script, {text.rpartition(' ')[2]}, which `datasets` runs no more from 4.0 on"
+        return got, "define the task over files without a script, in a folder that `include_path` names"
+    if isinstance(error, KeyError):
+        return f"data without {text}, a split or column that it names", "update lm-eval, or define the task anew"
+    if "is a gated dataset" in text:
+        return text.rstrip("."), "accept its terms on the hub, then `hf auth login`, or set HF_TOKEN"
+    cause: BaseException | None = error
+    while cause is not None:
+        status = getattr(getattr(cause, "response", None), "status_code", 0)
+        if status >= 500:
+            return f"status {status} of the Hugging Face hub", "run again: what was fetched is kept"
+        cause = cause.__cause__ or cause.__context__
+    got = f"{type(error).__name__}: {text}"[:_MOST_CHARACTERS]
+    return got, _REACH_HUB
 
 
 @cache

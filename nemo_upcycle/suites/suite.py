@@ -12,13 +12,15 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from nemo_upcycle.suites.lm_eval_tasks import LoadedTask, load_available_tasks
 from nemo_upcycle.suites.local_tasks import is_text, task_name, write_task
 from nemo_upcycle.suites.suite_config import HeldoutConfig, QuestionsConfig, SuiteConfig, read_suite_config
-from nemo_upcycle.utils.files import MARKER, output_folder, sha256_file, write_json
+from nemo_upcycle.utils.files import MARKER, output_folder, read_json, require_complete, sha256_file, write_json
 
 
 #: Number of held-out texts that every model continues, and bytes of each prompt: about 40 tokens.
@@ -87,6 +89,37 @@ def build_suite(
 def asks_mmlu(config: SuiteConfig) -> bool:
     """Return whether a suite has local tasks that ask MMLU's questions."""
     return config.local and any(task.startswith("mmlu") for task in config.tasks)
+
+
+@dataclass(frozen=True)
+class SuiteTasks:
+    """lm-eval's own tasks of a suite, with their data; none of a local suite, whose data lie in its folder.
+
+    Attributes:
+        loaded: by name.
+        missing: why the data of the others cannot be had, by name.
+    """
+
+    loaded: dict[str, LoadedTask]
+    missing: dict[str, str]
+
+
+def load_suite_tasks(suite: Path, *, strict: bool = False) -> SuiteTasks:
+    """Load the tasks that a suite's folder names: before any model, so that what is missing is known first.
+
+    Args:
+        suite: the folder that `build_suite` wrote.
+        strict: whether a task whose data cannot be had ends it, also where the suite does not say so.
+
+    Raises:
+        UpcycleError: the suite is incomplete, lm-eval does not know a task, or no task's data can be had.
+    """
+    require_complete(suite, "suite", "build the suite")
+    config = read_json(suite / MARKER)["config"]
+    if config["local"]:
+        return SuiteTasks({}, {})
+    strict = strict or config.get("strict", False)
+    return SuiteTasks(*load_available_tasks(list(config["tasks"]), config.get("include_path"), strict=strict))
 
 
 def local_questions(config: SuiteConfig) -> list[dict[str, Any]]:

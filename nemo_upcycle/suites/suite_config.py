@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.local_tasks import LOCAL_TASKS, is_text
-from nemo_upcycle.utils.conf import as_dataclass, read_conf
+from nemo_upcycle.utils.conf import as_dataclass, is_conf_file, read_conf
 from nemo_upcycle.utils.validation import is_whole
 
 
@@ -44,6 +44,8 @@ class SuiteConfig:
 
     tasks: dict[str, list[int]]
     local: bool = True
+    include_path: str | None = None
+    strict: bool = False
     seed: int = 1234
     questions: QuestionsConfig = field(default_factory=QuestionsConfig)
     heldout: HeldoutConfig = field(default_factory=HeldoutConfig)
@@ -72,8 +74,17 @@ def read_suite_config(name: str | Path) -> SuiteConfig:
         >>> read_suite_config("demo").heldout.window_bytes
         1024
     """
-    content, path, _ = read_conf("evaluation", name, "evaluation suite")
+    content, path, folder = read_conf("evaluation", name, "evaluation suite")
     config = as_dataclass(str(path), content, SuiteConfig, "evaluation")
+    if config.include_path is not None:
+        config.include_path = str(folder.absolute() / Path(config.include_path).expanduser())
+        if config.local or not Path(config.include_path).is_dir():
+            raise UpcycleError(
+                f"{path}: include_path",
+                got="local: true" if config.local else f"{config.include_path}, no such folder",
+                expected="a folder with task files of lm-eval's kind, relative to this file, and local: false",
+                fix="set local: false" if config.local else "check the path",
+            )
     if config.dtype not in DTYPES:
         raise UpcycleError.unknown(f"{path}: dtype", config.dtype, DTYPES)
     if config.backend not in BACKENDS:
@@ -97,3 +108,14 @@ def read_suite_config(name: str | Path) -> SuiteConfig:
                 fix="write [0]" if is_text(task) else "keep that many of each subject: questions.examples",
             )
     return config
+
+
+def folders_of_suite(name: str | Path) -> list[Path]:
+    """Return the folders of this machine that a suite reads from: its YAML file's, and that of the user's own tasks.
+
+    Raises:
+        UpcycleError: as in `read_suite_config`.
+    """
+    own = read_suite_config(name).include_path
+    here = [Path(name).absolute().parent] if is_conf_file(str(name)) else []
+    return [*here, *([Path(own)] if own else [])]

@@ -78,6 +78,12 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"question": f"What is the capital of {word}?", "answer": f"{word} city"} for word in _WORDS[:50]]
     (folder / "capitals.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "tasks/capitals.yaml").write_text(TASK.replace("FOLDER", str(folder)))
+    (folder / "rivers.jsonl").write_text(
+        json.dumps({"question": " ".join(_text(9002).split()[:20]), "answer": "none"})
+    )
+    for task in ("rivers", "lost"):  # the file of the other is not there
+        (folder / f"tasks/{task}.yaml").write_text(TASK.replace("FOLDER", str(folder)).replace("capitals", task))
+    (folder / "suite.yaml").write_text("{tasks: {rivers: [0], lost: [0]}, local: false, include_path: tasks}")
     (folder / "mine.yaml").write_text(BLEND.replace("tokenizer: parent", f"tokenizer: {folder / 'parent'}"))
     return folder
 
@@ -158,6 +164,23 @@ def test_the_planted_question_is_reported(built: Path) -> None:
     said = open_blend(built).contamination
     removed = f"; removed passages of {found['items_hit']} items of mmlu (1 documents, {found['bytes']:,} bytes)"
     assert said.startswith(f"{removed}; what is left shares 8 words in a row with ")
+
+
+def test_own_tasks_are_looked_for_and_one_without_data_ends_the_build_unless_it_is_named(
+    texts: Path, tmp_path: Path
+) -> None:
+    words = [f"decontaminate=[{texts / 'suite.yaml'}]"]
+    status, _, errors = _answer(texts, tmp_path / "data", *words)
+    assert status == 2
+    assert "data of lm-eval's task lost: got " in errors
+    assert "or name the task in decontaminate_without, to train without looking for its questions" in errors
+    status, _, errors = _answer(texts, tmp_path / "data", *words, "decontaminate_without=[lost]")
+    assert status == 0, errors
+    manifest = _manifest(tmp_path / "data")
+    assert manifest["decontaminated_without"] == ["lost"]
+    assert manifest["sources"]["mine"]["steps"]["decontaminate"]["removed"] == {"dropped": 1}
+    assert read_json(tmp_path / "data/contamination.json")["without"] == ["lm-eval/lost"]
+    assert open_blend(tmp_path / "data").contamination.endswith("; not looked for: lm-eval/lost")
 
 
 def test_the_same_again_is_done_already_and_another_blend_is_refused(texts: Path, built: Path) -> None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 
-from nemo_upcycle.data.contamination import EXAMPLES, Contamination, merge_contamination
+from nemo_upcycle.data.contamination import EXAMPLES, Contamination, build_index, merge_contamination
 from nemo_upcycle.data.ngrams import Hit, NgramIndex, removed_spans
+from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.items import Item
 
 
@@ -91,3 +94,36 @@ def test_merged_counts_are_sums_and_items_are_counted_once(index: NgramIndex) ->
         "bytes": 0,
         "examples": [],
     }
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    """A suite of the user's own tasks; the file of one is not there."""
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "quiz.jsonl").write_text(json.dumps({"question": "Which of these rivers is the longest of all?"}))
+    for name in ("quiz", "lost"):
+        task = {"task": name, "dataset_path": "json", "output_type": "generate_until", "test_split": "test"}
+        task |= {"dataset_kwargs": {"data_files": {"test": str(tmp_path / f"{name}.jsonl")}}}
+        task |= {"doc_to_text": "{{question}}", "doc_to_target": "none"}
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    path = tmp_path / "mine.yaml"
+    path.write_text("{tasks: {quiz: [0], lost: [0]}, local: false, include_path: tasks}", encoding="utf-8")
+    return path
+
+
+def test_no_set_is_left_out_in_silence(suite: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UpcycleError, match=r"task lost: got .*lost\.jsonl.* or name the task in decontaminate_without"
+    ):
+        build_index([suite], tmp_path / "index.npz")
+    with pytest.raises(UpcycleError, match=r"decontaminate_without: task 'last' does not exist\. Did you mean 'lost'"):
+        build_index([suite], tmp_path / "index.npz", without=["last"])
+    assert not (tmp_path / "index.npz").exists()
+
+
+def test_own_tasks_are_looked_for_without_those_that_are_named(suite: Path, tmp_path: Path) -> None:
+    summary = build_index([suite], tmp_path / "index.npz", without=["lost"])
+    assert summary["without"] == ["lm-eval/lost"]
+    assert {name: counts["items"] for name, counts in summary["sets"].items()} == {"lm-eval/quiz": 1}
+    found = NgramIndex.load(tmp_path / "index.npz").find("He asked which of these rivers is the longest of all, once.")
+    assert [hit.size for hit in found] == [9]

@@ -47,6 +47,11 @@ def test_folders_of_a_blend_hold_its_files_and_no_addresses(tmp_path: Path) -> N
         home / "own",
     ]
     assert folders_of(read_blend("sotu")) == []
+    _write(tmp_path, "asked/tasks/own.yaml")
+    (tmp_path / "asked/suite.yaml").write_text("{tasks: {own: [0]}, local: false, include_path: tasks}")
+    blend = _blend(home, train=["here/*.txt"])
+    blend.config.decontaminate = ["full", str(tmp_path / "asked/suite.yaml")]
+    assert folders_of(blend) == [home, home / "here", tmp_path / "asked", tmp_path / "asked/tasks"]
 
 
 def test_links_are_files(tmp_path: Path) -> None:

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from nemo_upcycle.cli.main import main
 from nemo_upcycle.errors import CheckpointError, UpcycleError
 from nemo_upcycle.evaluation.backends import load_model
 from nemo_upcycle.evaluation.compare import compare_items
 from nemo_upcycle.evaluation.heldout import by_source, document_sums
 from nemo_upcycle.evaluation.run import _extract, evaluate
-from nemo_upcycle.suites.suite import build_suite
+from nemo_upcycle.suites.suite import build_named_suite, build_suite, load_suite_tasks
 from nemo_upcycle.suites.suite_config import HeldoutConfig, QuestionsConfig, SuiteConfig
 from nemo_upcycle.utils.files import MARKER
 from tests.unit.evaluation.conftest import DOCUMENTS, QUESTIONS, write_tokenizer
@@ -114,6 +116,77 @@ def test_examples_of_the_same_subject_stand_above_the_question(tiny_llama: Path,
     )
     expected = [loglikelihood(tiny_llama, prompt, f" {answer}") for answer in row["choices"]]
     assert found["items"]["mmlu_answer_1shot"][0]["loglikelihoods"] == pytest.approx(expected, rel=1e-5)
+
+
+OWN = {
+    "dataset_path": "json",
+    "output_type": "multiple_choice",
+    "training_split": "train",
+    "test_split": "test",
+    "doc_to_text": "Question: {{question}}\nAnswer:",
+    "doc_to_choice": "choices",
+    "doc_to_target": "answer",
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}
+
+
+@pytest.fixture(scope="module")
+def own_suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A suite of a user's own tasks, in a folder beside it; the data of one are not there."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "tasks").mkdir()
+    more = [{**QUESTIONS[0], "question": f"What is {number} + {number}?", "answer": number} for number in (1, 2)]
+    for split, rows in (("train", more), ("test", QUESTIONS)):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for task, split in (("quiz", "test"), ("lost", "nowhere")):
+        files = {"train": str(folder / "train.jsonl"), "test": str(folder / f"{split}.jsonl")}
+        definition = {"task": task, "dataset_kwargs": {"data_files": files}, **OWN}
+        (folder / "tasks" / f"{task}.yaml").write_text(yaml.safe_dump(definition), encoding="utf-8")
+    text = "tasks: {lost: [0], quiz: [0, 1]}\nlocal: false\ninclude_path: tasks\n"
+    (folder / "mine.yaml").write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_own_tasks_are_scored_with_each_number_of_examples_and_what_is_missing_is_said(
+    own_suite: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    suite = build_named_suite(own_suite / "mine.yaml", [], tmp_path / "suite")
+    tasks = load_suite_tasks(suite)
+    found = evaluate(tiny_llama, suite, tmp_path / "out", name="tiny", tasks=tasks)
+    assert list(found["metrics"]) == ["quiz/acc", "quiz_1shot/acc"]
+    assert "nowhere.jsonl" in found["missing"]["lost"]
+    assert json.loads((tmp_path / "out/tiny.json").read_text())["missing"] == found["missing"]
+    question = "Question: What is 1 + 1?\nAnswer:"
+    expected = [loglikelihood(tiny_llama, question, f" {answer}") for answer in QUESTIONS[0]["choices"]]
+    assert found["items"]["quiz"][0]["loglikelihoods"] == pytest.approx(expected, rel=1e-5)
+    assert found["items"]["quiz_1shot"][0]["loglikelihoods"] != pytest.approx(expected, rel=1e-3)
+    again = evaluate(tiny_llama, suite, tmp_path / "out", name="again", tasks=tasks)  # of the same objects
+    alone = build_suite([], [], tmp_path / "alone", SuiteConfig({"quiz": [1]}, False, str(own_suite / "tasks")))
+    fresh = evaluate(tiny_llama, alone, tmp_path / "out", name="fresh")
+    assert again["items"] == found["items"]
+    assert fresh["items"]["quiz_1shot"] == found["items"]["quiz_1shot"]
+
+
+def test_what_cannot_be_asked_is_known_before_the_model_is_loaded(own_suite: Path, tmp_path: Path) -> None:
+    for name, tasks, strict in (("all", {"lost": [0]}, False), ("one", {"quiz": [0], "lost": [0]}, True)):
+        config = SuiteConfig(tasks, False, str(own_suite / "tasks"), strict)
+        suite = build_suite([], [], tmp_path / name, config)
+        with pytest.raises(UpcycleError, match=r"data of .*lost: got .*nowhere\.jsonl"):
+            evaluate(tmp_path / "no_model", suite, tmp_path / "out", name="none")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_says_what_is_not_scored_and_ends_there_if_it_shall(
+    own_suite: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["evaluate", str(tiny_llama), str(own_suite / "mine.yaml"), str(tmp_path / "out")]
+    assert main(words) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("lost: not scored, its data cannot be had: ")
+    assert main([*words, "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["missing"]) == ["lost"]
+    assert main([*words, "--strict"]) == 2
+    assert "error: data of lm-eval's task lost: got " in capsys.readouterr().err
 
 
 def test_of_several_ways_to_read_an_answer_the_first_counts() -> None:

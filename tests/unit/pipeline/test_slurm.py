@@ -118,14 +118,17 @@ def test_interpreter_is_that_of_the_stages_own_container(
             assert f" {python} -m nemo_upcycle.pipeline {job.name} " in script
 
 
-def test_container_sees_what_a_blend_names(tmp_path: Path) -> None:
-    mine = tmp_path / "home/mine.yaml"
+def test_container_sees_what_a_blend_and_a_suite_name(tmp_path: Path) -> None:
+    mine, suite = tmp_path / "home/mine.yaml", tmp_path / "asked/suite.yaml"
     mine.parent.mkdir()
+    suite.parent.mkdir()
+    (tmp_path / "own").mkdir()
+    suite.write_text(f"{{tasks: {{own: [0]}}, local: false, include_path: {tmp_path}/own}}")
     mine.write_text(f"sources: {{web: {{train: [{tmp_path}/texts/*.txt]}}}}")
-    plan = RunPlan("tiny", "hf:///models/8b", str(mine), "demo", "", None)
+    plan = RunPlan("tiny", "hf:///models/8b", str(mine), str(suite), "", None)
     (job,) = jobs_of([BY_NAME["data"]], Path("/runs/a"), plan)
     script = SlurmScheduler(built(*SITE[:2], "container_image=nemo")).render(job)["data.sh"]
-    seen = ["/runs/a", mine.parent, tmp_path / "texts", "/models/8b"]
+    seen = ["/runs/a", mine.parent, tmp_path / "texts", suite.parent, tmp_path / "own", "/models/8b"]
     mounts = ",".join(f"{path}:{path}" for path in seen)
     assert f"--container-mounts {mounts},/runs/a/jobs/data:/nemo_run " in script
 

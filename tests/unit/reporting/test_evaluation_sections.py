@@ -56,6 +56,18 @@ def test_a_task_with_examples_is_that_without(run_dir: Path) -> None:
     assert "\n| heldout_perplexity |" not in report.read_text()  # its documents are no items
 
 
+def test_a_task_without_data_and_one_that_was_not_looked_for_are_named_with_the_reason(run_dir: Path) -> None:
+    change(run_dir, lambda evaluation: evaluation.update(missing={"piqa": "ConnectionError: no <b>hub</b>"}))
+    (run_dir / "data/blend").mkdir(parents=True)
+    content = {"sets": {}, "without": ["lm-eval/quiz"], "report": {"words": 8, "sets": {}}}
+    (run_dir / "data/blend/contamination.json").write_text(json.dumps(content))
+    report = write_report(run_dir)
+    assert "Not scored: piqa. Its data cannot be had: ConnectionError: no \\<b\\>hub\\</b\\>." in report.read_text()
+    assert rows(report)["quiz"] == ["not looked for", "-", "-"]
+    results = json.loads((run_dir / "results.json").read_text())
+    assert results["missing"] == {"piqa": "ConnectionError: no <b>hub</b>"}
+
+
 def test_published_values_stand_beside_ours(run_dir: Path) -> None:
     columns = {"quiz/acc": [65.2, 64.0], "other/acc": [1.0, 2.0]}
     published = {"source": "a table", "models": ["Parent", "MoE"], "columns": columns}

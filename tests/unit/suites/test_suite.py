@@ -67,6 +67,11 @@ def test_every_published_value_is_of_a_column_of_its_suite() -> None:
         ("tasks: {mmlu_letter: [0]}\nsede: 1", "key 'sede' does not exist. Did you mean 'seed'?"),
         ("tasks: {mmlu_letter: [0]}\nheldout: {window: 1}", "heldout: key 'window' does not exist"),
         ("tasks: {mmlu_letter: [0]}\nseed: some", "seed: got 'some', expected a whole number"),
+        ("tasks: {mmlu_letter: [0]}\ninclude_path: .", "include_path: got local: true, expected a folder"),
+        (
+            "tasks: {piqa: [0]}\nlocal: false\ninclude_path: nowhere",
+            "nowhere, no such folder, expected a folder with task files",
+        ),
         ("tasks: [", "expected valid YAML"),
         ("seed: 1", "tasks"),
         ("[1, 2]", "got list, expected keys"),

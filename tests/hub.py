@@ -1,0 +1,332 @@
+"""A stand-in for the Hugging Face hub: serves data sets of a few rows over HTTP, or the faults of real ones.
+
+It speaks as much of the hub's protocol as `datasets` and fsspec's `hf://` use. `SETS` has the data set of every task
+that the package's suites and blends name, with the columns that lm-eval's task reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote
+
+
+#: Files of a data set by path; of its Parquet conversion under `NAME@refs/convert/parquet`.
+Repositories = dict[str, dict[str, bytes]]
+_WORDS = ("amber", "brook", "cedar", "delta", "ember", "flint", "grove", "haven", "inlet", "jetty", "knoll", "larch")
+
+
+def _sentence(*seed: object, words: int = 14) -> str:
+    """Return words that another seed does not give: no two questions share an n-gram."""
+    digest = hashlib.sha256(repr(seed).encode()).digest()
+    return " ".join(f"{_WORDS[byte % len(_WORDS)]}{byte}" for byte in digest[:words])
+
+
+def _row(kind: str, split: str, number: int) -> dict[str, Any]:
+    """Return a row with the columns of a kind of data set."""
+    text = _sentence(kind, split, number)
+    four = [f"answer {letter} of {number}" for letter in "abcd"]
+    listed = {"text": four, "label": ["A", "B", "C", "D"]}
+    return {
+        "mmlu": {"question": text, "subject": "some", "choices": four, "answer": number % 4},
+        "mmlu_pro": {"question": text, "options": four, "answer": "A", "cot_content": "A: Let's think step by step."},
+        "truthfulqa": {
+            "question": text,
+            **{f"mc{n}_targets": {"choices": four, "labels": [1, 0, 0, 0]} for n in (1, 2)},
+        },
+        "piqa": {"goal": text, "sol1": four[0], "sol2": four[1], "label": number % 2},
+        "sciq": {
+            "question": text,
+            "support": _sentence("support", split, number),
+            "correct_answer": four[0],
+            **{f"distractor{n}": four[n] for n in (1, 2, 3)},
+        },
+        "logiqa": {"context": text, "query": f"What follows from {number}?", "options": four, "correct_option": 2},
+        "boolq": {"passage": text, "question": f"is it {number}", "idx": number, "label": number % 2},
+        "openbookqa": {"question_stem": text, "choices": listed, "answerKey": "B"},
+        "triviaqa": {"question": text, "answer": {"aliases": four, "value": four[0]}},
+        "nq_open": {"question": text, "answer": four[:1]},
+        "arc": {"question": text, "choices": listed, "answerKey": "C"},
+        "hellaswag": {"ctx_a": text, "ctx_b": "she", "activity_label": "Rowing", "endings": four, "label": "1"},
+        "winogrande": {"sentence": f"{text} because _ was late.", "option1": "Ann", "option2": "Bob", "answer": "2"},
+        "commonsense_qa": {
+            "question": text,
+            "choices": {"label": list("ABCDE"), "text": [*four, "none"]},
+            "answerKey": "D",
+        },
+        "siqa": {
+            "context": text,
+            "question": "Why?",
+            **dict(zip(("answerA", "answerB", "answerC"), four, strict=False)),
+            "label": "1",
+        },
+        "gsm8k": {"question": text, "answer": f"It is so. #### {number}"},
+        "wikitext": {"page": f"{text} {_sentence('more', split, number)}"},
+        "lambada": {"text": text},
+        "drop": {
+            "query_id": f"{split}-{number}",
+            "passage": text,
+            "question": "How many?",
+            "answer": {"number": str(number), "date": {"day": "", "month": "", "year": ""}, "spans": ["x"]},
+            "validated_answers": {
+                "number": ["2"],
+                "date": [{"day": "", "month": "", "year": ""}],
+                "spans": [["x"]],
+            },
+        },
+        "medmcqa": {"question": text, **dict(zip(("opa", "opb", "opc", "opd"), four, strict=True)), "cop": number % 4},
+        "text": {"id": f"{split}/{number}", "text": " ".join(_sentence(split, number, n) for n in range(12))},
+    }[kind]
+
+
+_ALL, _NO_TEST = ("train", "validation", "test"), ("train", "validation")
+
+
+def _subjects(folder: str, prefix: str) -> tuple[str, ...]:
+    """Return the subjects that lm-eval has task files for."""
+    spec = importlib.util.find_spec("lm_eval")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    files = (Path(spec.submodule_search_locations[0]) / "tasks" / folder).glob(f"{prefix}*.yaml")
+    return tuple(sorted(file.stem.removeprefix(prefix) for file in files))
+
+
+#: The data sets of the package's suites and blends: kind of row, configurations (none: no name), splits.
+SETS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "cais/mmlu": ("mmlu", _subjects("mmlu/default", "mmlu_"), ("dev", "validation", "test")),
+    "TIGER-Lab/MMLU-Pro": ("mmlu_pro", (), ("validation", "test")),
+    "truthfulqa/truthful_qa": ("truthfulqa", ("multiple_choice",), ("validation",)),
+    "baber/piqa": ("piqa", (), _NO_TEST),
+    "allenai/sciq": ("sciq", (), _ALL),
+    "aps/super_glue": ("boolq", ("boolq",), _NO_TEST),
+    "allenai/openbookqa": ("openbookqa", ("main",), _ALL),
+    "mandarjoshi/trivia_qa": ("triviaqa", ("rc.nocontext",), _NO_TEST),
+    "google-research-datasets/nq_open": ("nq_open", (), _NO_TEST),
+    "allenai/ai2_arc": ("arc", ("ARC-Easy", "ARC-Challenge"), _ALL),
+    "Rowan/hellaswag": ("hellaswag", (), _NO_TEST),
+    "allenai/winogrande": ("winogrande", ("winogrande_xl",), _NO_TEST),
+    "tau/commonsense_qa": ("commonsense_qa", (), _NO_TEST),
+    "lighteval/siqa": ("siqa", (), _NO_TEST),
+    "openai/gsm8k": ("gsm8k", ("main",), ("train", "test")),
+    "EleutherAI/wikitext_document_level": ("wikitext", ("wikitext-2-raw-v1",), _ALL),
+    "EleutherAI/lambada_openai": ("lambada", ("default",), ("test",)),
+    "EleutherAI/drop": ("drop", (), _NO_TEST),
+    "openlifescienceai/medmcqa": ("medmcqa", (), _NO_TEST),
+}
+#: The files of the blends' other sources: repository -> folder of its JSON lines.
+TEXTS = {
+    "allenai/dolmino-mix-1124": "data/flan/",
+    **{
+        f"common-pile/{name}_filtered": ""
+        for name in ("data_provenance_initiative", "libretexts", "pressbooks", "oercommons", "arxiv_abstracts")
+    },
+}
+#: Rows of a split to train on, from which up to 25 examples are drawn, and of another one.
+TRAINED, ROWS = 26, 6
+
+
+def repositories() -> Repositories:
+    """Return a hub's data sets: those of `SETS` and `TEXTS`, LogiQA as a script and as its Parquet conversion."""
+    made = {name: _repository(*described) for name, described in SETS.items()}
+    made["TIGER-Lab/MMLU-Pro"] = _repository(
+        "mmlu_pro", (), ("validation", "test"), category=_subjects("mmlu_pro", "mmlu_pro_")
+    )
+    for name, folder in TEXTS.items():
+        made[name] = {f"{folder}part{n}.jsonl": _lines("text", f"{name}{n}") for n in range(2)}
+    made["HuggingFaceFW/fineweb-edu"] = {"sample/100BT/000_00000.parquet": parquet("text", "fineweb")}
+    made["EleutherAI/logiqa"] = {"README.md": b"---\nlicense: other\n---\n", "logiqa.py": b"raise SystemExit(1)\n"}
+    made["lucasmccabe/logiqa"] = {"README.md": b"---\nlanguage: en\n---\n", "logiqa.py": b"raise SystemExit(1)\n"}
+    made["lucasmccabe/logiqa@refs/convert/parquet"] = {
+        f"default/{split}/0000.parquet": parquet("logiqa", split) for split in _ALL
+    }
+    return made
+
+
+def rows(kind: str, split: str) -> list[dict[str, Any]]:
+    """Return the rows of a split of a kind of data set."""
+    return [_row(kind, split, number) for number in range(TRAINED if split.endswith("train") else ROWS)]
+
+
+def _repository(
+    kind: str, configs: tuple[str, ...], splits: tuple[str, ...], category: tuple[str, ...] = ()
+) -> dict[str, bytes]:
+    """Return the files of a data set: JSON lines, and a card that names them by configuration and split."""
+    files, card = {}, []
+    for config in configs or ("default",):
+        named = []
+        for split in splits:
+            path = f"{config}/{split}.jsonl"
+            files[path] = _lines(kind, f"{config}.{split}" if configs else split, category)
+            named.append({"split": split, "path": path})
+        card.append({"config_name": config, "data_files": named})
+    return files | {"README.md": f"---\n{json.dumps({'configs': card})}\n---\n".encode()}
+
+
+def _lines(kind: str, split: str, category: tuple[str, ...] = ()) -> bytes:
+    more = [{"category": name.replace("_", " ")} for name in category] or [{}]
+    return "".join(json.dumps(row | own) + "\n" for own in more for row in rows(kind, split)).encode()
+
+
+def parquet(kind: str, split: str) -> bytes:
+    """Return a Parquet file of rows."""
+    import pyarrow
+    import pyarrow.parquet
+
+    handle = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows(kind, split)), handle)
+    return handle.getvalue()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: StandIn
+
+    def do_HEAD(self) -> None:
+        self._answer_path()
+
+    def do_GET(self) -> None:
+        self._answer_path()
+
+    def do_POST(self) -> None:
+        self._answer_path()
+
+    def _answer_path(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path, _, query = self.path.partition("?")
+        self.server.asked.append(f"{self.command} {unquote(path)}")
+        parts = [unquote(part) for part in path.lstrip("/").split("/")]
+        is_api = parts[0] == "api"
+        parts = parts[1:] if is_api else parts
+        name = "/".join(parts[1:3])
+        if seconds := self.server.slow.get(name):
+            time.sleep(seconds)
+        if status := self.server.broken.get(name):
+            self._send(status, b"{}", {"X-Error-Code": "GatedRepo"} if status < 500 else {})
+        elif parts[0] != "datasets" or name not in self.server.repositories:
+            self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        elif not is_api:
+            self._send_file(name, parts[4], "/".join(parts[5:]))
+        else:
+            self._send_api(name, parts[3:], parse_qs(query), body)
+
+    def _files(self, name: str, revision: str) -> dict[str, bytes] | None:
+        for key, files in self.server.repositories.items():
+            repository, _, branch = key.partition("@")
+            if repository == name and revision in (branch or "main", commit(key)):
+                return files
+        return None
+
+    def _commit(self, name: str, revision: str) -> str:
+        return revision if len(revision) == 40 else commit(name if revision == "main" else f"{name}@{revision}")
+
+    def _send_file(self, name: str, revision: str, path: str) -> None:
+        files = self._files(name, revision)
+        if files is None:
+            self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        elif path not in files:
+            self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self._commit(name, revision)})
+        else:
+            etag = hashlib.sha1(files[path]).hexdigest()
+            self._send(200, files[path], {"ETag": f'"{etag}"', "X-Repo-Commit": self._commit(name, revision)})
+
+    def _send_api(self, name: str, parts: list[str], query: dict[str, list[str]], body: bytes) -> None:
+        kind, revision, *below = parts or ["revision", "main"]
+        files = self._files(name, revision)
+        if files is None:
+            self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        elif kind == "revision":
+            siblings = [{"rfilename": path} for path in files]
+            self._send_json({"id": name, "sha": self._commit(name, revision), "siblings": siblings, "tags": []})
+        elif kind == "tree":
+            self._send_json(_tree(files, "/".join(below), recursive=query.get("recursive", [""])[0].lower() == "true"))
+        elif kind == "paths-info":
+            is_json = "json" in self.headers.get("Content-Type", "")
+            wanted = json.loads(body)["paths"] if is_json else parse_qs(body.decode()).get("paths", [])
+            every = {entry["path"]: entry for entry in _tree(files, "", recursive=True)}
+            self._send_json([every[path] for path in wanted if path in every])
+        else:
+            self._send(404, b"{}")
+
+    def _send_json(self, value: object) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _send(self, status: int, body: bytes, headers: Mapping[str, str] = {}) -> None:
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def _tree(files: Mapping[str, bytes], folder: str, *, recursive: bool) -> list[dict[str, Any]]:
+    """Return the entries of a folder as the hub lists them."""
+    entries: dict[str, dict[str, Any]] = {}
+    for path, content in files.items():
+        if folder and not path.startswith(f"{folder}/"):
+            continue
+        below = path.removeprefix(f"{folder}/" if folder else "").split("/")
+        steps = range(1, len(below) + 1) if recursive else (1,)
+        for depth in steps:
+            name = "/".join(([folder] if folder else []) + below[:depth])
+            is_file = name == path
+            oid = hashlib.sha1(content if is_file else name.encode()).hexdigest()
+            entries[name] = {"type": "file" if is_file else "directory", "path": name, "oid": oid}
+            entries[name]["size"] = len(content) if is_file else 0
+    return list(entries.values())
+
+
+def commit(key: str) -> str:
+    """Return the commit of a repository's branch."""
+    return hashlib.sha1(key.encode()).hexdigest()
+
+
+class StandIn(ThreadingHTTPServer):
+    """A hub.
+
+    Args:
+        content: its data sets.
+
+    Attributes:
+        repositories: that it serves.
+        broken: status of every answer about a data set.
+        slow: seconds before each of them.
+        asked: the requests.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, content: Repositories) -> None:
+        self.repositories = content
+        self.broken: dict[str, int] = {}
+        self.slow: dict[str, float] = {}
+        self.asked: list[str] = []
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    @property
+    def endpoint(self) -> str:
+        """What HF_ENDPOINT is set to."""
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+@contextmanager
+def serving(content: Repositories) -> Iterator[StandIn]:
+    """Serve data sets while the block runs."""
+    server = StandIn(content)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,219 @@
+"""lm-eval's tasks with a stand-in for the hub: what can be had is asked, what cannot is left out, and said."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.hub import StandIn, repositories, serving
+
+
+TASK = {
+    "output_type": "multiple_choice",
+    "test_split": "test",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": "{{choices.text}}",
+    "doc_to_target": 2,
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}
+LOAD = """
+import json, sys
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.suites.lm_eval_tasks import load_available_tasks
+
+try:
+    loaded, missing = load_available_tasks(sys.argv[2:], sys.argv[1], strict="script" in sys.argv[-1:])
+    print(json.dumps([sorted(loaded), missing]))
+except UpcycleError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[StandIn]:
+    content = repositories()
+    arc = content["allenai/ai2_arc"]
+    card = [{"config_name": "default", "data_files": [{"split": "test", "path": "ARC-Easy/test.jsonl"}]}]
+    good = {"README.md": f"---\n{json.dumps({'configs': card})}\n---\n".encode()}
+    good["ARC-Easy/test.jsonl"] = arc["ARC-Easy/test.jsonl"]
+    content |= {f"acme/{name}": good for name in ("good", "ill", "slow", "closed")}
+    content["acme/splitless"] = {path: file.replace(b'"test"', b'"train"') for path, file in good.items()}
+    content["acme/script"] = {"README.md": b"---\nlicense: other\n---\n", "script.py": b"raise SystemExit(1)\n"}
+    content["acme/empty"] = {"README.md": b"---\nlicense: other\n---\n"}
+    with serving(content) as server:
+        server.broken = {"acme/ill": 503, "acme/closed": 401}
+        server.slow = {"acme/slow": 3.0}
+        yield server
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What whole suites and blends fetch: the 57 data sets of MMLU take half a minute."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tasks of the user's own over data sets of the hub, each with a fault."""
+    folder = tmp_path_factory.mktemp("own")
+    for name in ("good", "ill", "slow", "closed", "script", "splitless", "empty", "nowhere"):
+        task = {"task": name, "dataset_path": f"acme/{name}", **TASK}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    return folder
+
+
+def run(hub: StandIn, folder: Path, code: str, *words: object, **variables: str) -> Any:
+    """Run a program that knows this hub and an empty cache; return the JSON that it prints last."""
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    quick = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    environment = mine | quick | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "hf")} | variables
+    command = [sys.executable, "-c", code, *map(str, words)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_a_task_without_data_is_left_out_with_its_reason(hub: StandIn, own: Path, tmp_path: Path) -> None:
+    names = ("splitless", "good", "script", "empty", "closed", "nowhere", "logiqa")
+    loaded, missing = run(hub, tmp_path, LOAD, own, *names)
+    assert loaded == ["good", "logiqa"]
+    assert list(missing) == ["splitless", "script", "empty", "closed", "nowhere"]
+    assert missing["script"] == "a data set that is a script, script.py, which `datasets` runs no more from 4.0 on"
+    assert missing["splitless"] == "data without 'test', a split or column that it names"
+    assert "acme/empty" in missing["empty"]
+    assert "gated dataset" in missing["closed"]
+    assert "'acme/nowhere' doesn't exist on the Hub" in missing["nowhere"]
+
+
+@pytest.mark.slow
+def test_strict_ends_at_the_first_task_without_data(hub: StandIn, own: Path, tmp_path: Path) -> None:
+    said = run(hub, tmp_path, LOAD, own, "good", "script")
+    assert said.startswith("data of lm-eval's task script: got a data set that is a script, script.py")
+    assert "Fix: define the task over files without a script, in a folder that `include_path` names" in said
+
+
+@pytest.mark.slow
+def test_no_task_at_all_is_an_error(hub: StandIn, own: Path, tmp_path: Path) -> None:
+    said = run(hub, tmp_path, LOAD, own, "splitless", "nowhere")
+    assert said.startswith("data of splitless, nowhere: got none of them; of the first: data without 'test'")
+
+
+@pytest.mark.full
+def test_a_hub_that_is_ill_or_slow_costs_only_its_own_tasks(hub: StandIn, own: Path, tmp_path: Path) -> None:
+    loaded, missing = run(hub, tmp_path, LOAD, own, "ill", "slow", "good")
+    assert loaded == ["good"]
+    assert missing["ill"] == "status 503 of the Hugging Face hub"
+    assert "Couldn't reach 'acme/slow' on the Hub" in missing["slow"]
+
+
+LOGIQA = """
+import importlib.util, json
+from pathlib import Path
+import lm_eval
+from nemo_upcycle.suites.lm_eval_tasks import load_task
+
+(task,) = load_task("logiqa").tasks
+path = Path(lm_eval.__file__).parent / "tasks/logiqa/utils_logiqa.py"
+spec = importlib.util.spec_from_file_location("theirs", path)
+theirs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(theirs)
+pairs = []
+for row in task.eval_docs:
+    as_theirs = {**row, "question": row["query"], "label": "abcd"[row["correct_option"]]}
+    pairs.append([task.doc_to_text(row), theirs.doc_to_text(as_theirs)])
+    pairs.append([task.doc_to_target(row), theirs.doc_to_target(as_theirs)])
+    pairs.append([task.doc_to_choice(row), row["options"]])
+print(json.dumps([pairs, len(task.training_docs()), len(task.validation_docs())]))
+"""
+
+
+@pytest.mark.slow
+def test_logiqa_is_asked_as_lm_eval_asks_it_from_files_without_a_script(hub: StandIn, tmp_path: Path) -> None:
+    pairs, *others = run(hub, tmp_path, LOGIQA)
+    assert len(pairs) == 18
+    assert all(ours == theirs for ours, theirs in pairs)
+    assert others == [26, 6]
+
+
+SUITE = """
+import json, sys
+from pathlib import Path
+from lm_eval.models.dummy import DummyLM
+from nemo_upcycle.evaluation.backends import Backend
+from nemo_upcycle.evaluation.run import ask
+from nemo_upcycle.suites.suite import build_named_suite
+from nemo_upcycle.suites.suite_config import read_suite_config
+
+suite = build_named_suite(sys.argv[1], [], Path(sys.argv[2]))
+found = ask(Backend(DummyLM(), {}, "none", 1), suite, samples=False, limit=2)
+config = read_suite_config(sys.argv[1])
+asked = [f"{task}_{shots}shot" if shots else task for task, numbers in config.tasks.items() for shots in numbers]
+published = list(config.published.columns) if config.published else []
+print(json.dumps([asked, sorted(found["metrics"]), found["missing"], published]))
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("suite", ["paper", "wide"])
+def test_every_task_of_the_hub_suites_is_scored(hub: StandIn, cache: Path, tmp_path: Path, suite: str) -> None:
+    asked, metrics, missing, published = run(hub, cache, SUITE, suite, tmp_path / "suite")
+    assert missing == {}
+    assert set(asked) <= {metric.partition("/")[0] for metric in metrics}
+    assert set(published) <= set(metrics)
+
+
+@pytest.mark.slow
+def test_a_suite_with_tasks_of_the_users_own_goes_on_without_one(hub: StandIn, own: Path, tmp_path: Path) -> None:
+    suite = {"tasks": {"good": [0, 2], "script": [0], "logiqa": [0]}, "local": False, "include_path": "own"}
+    (tmp_path / "own").symlink_to(own)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(suite), encoding="utf-8")
+    _, metrics, missing, _ = run(hub, tmp_path, SUITE, tmp_path / "mine.yaml", tmp_path / "suite")
+    assert metrics == ["good/acc", "good_2shot/acc", "logiqa/acc", "logiqa/acc_norm"]
+    assert list(missing) == ["script"]
+
+
+BLEND = """
+import json, sys
+from pathlib import Path
+from nemo_upcycle.data.blend import read_blend
+from nemo_upcycle.data.contamination import build_index
+from nemo_upcycle.data.inputs import list_inputs
+
+work = Path(sys.argv[2])
+blend = read_blend(sys.argv[1])
+files = {
+    name: [file.path for file in list_inputs(blend, name, work)["train"]]
+    for name, source in blend.config.sources.items()
+    if source.reader != "redpajama_v2"  # on another server
+}
+summary = build_index(["paper"], work / "index.npz")
+lines = {Path(path).stem: len(Path(path).read_text().splitlines()) for path in files["questions"]}
+print(json.dumps([{name: len(paths) for name, paths in files.items()}, lines, summary["sets"]]))
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("blend", ["fineweb_edu_academic_7_3", "redpajama_v2_academic_7_3"])
+def test_every_source_and_question_of_the_hub_blends_is_had(
+    hub: StandIn, cache: Path, tmp_path: Path, blend: str
+) -> None:
+    files, lines, sets = run(hub, cache, BLEND, blend, tmp_path)
+    assert files["questions"] == len(lines) == 10
+    assert set(lines.values()) == {26}
+    assert {name: files[name] for name in ("flan", "data_provenance", "textbooks", "arxiv_abstracts")} == {
+        **{"flan": 2, "data_provenance": 2, "textbooks": 6, "arxiv_abstracts": 2}
+    }
+    assert files.get("fineweb_edu", 1) == 1
+    names = ("boolq", "logiqa", "mmlu", "openbookqa", "piqa", "sciq", "truthfulqa_mc2")
+    assert {name: entry["items"] for name, entry in sets.items()} == {
+        f"lm-eval/{name}": 57 * 6 if name == "mmlu" else 6 for name in names
+    }
