@@ -75,14 +75,14 @@ def asset_need(name: str) -> Need:
     )
 
 
-def task_need(name: str) -> Need:
+def task_need(name: str, include_path: str | None = None) -> Need:
     """Return the need for the data of one of lm-eval's tasks, which only lm-eval finds in the cache of the hub."""
     what = f"lm-eval's {name}"
 
     def fetch() -> None:
-        from nemo_upcycle.suites.lm_eval_tasks import load_tasks
+        from nemo_upcycle.suites.lm_eval_tasks import load_task
 
-        load_tasks([name])
+        load_task(name, include_path)
 
     def is_in(caches: Caches) -> bool:
         path = caches.folder / FETCHED
