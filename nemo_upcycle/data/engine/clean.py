@@ -7,6 +7,7 @@ of training; looser matches in what is left are reported.
 from __future__ import annotations
 
 import sys
+import unicodedata
 from array import array
 from functools import lru_cache
 from pathlib import Path
@@ -65,18 +66,22 @@ class FilterListed(BaseFilter):
         return (False, "listed") if doc.metadata["listed"] else True
 
 
-def stripped_text(document: Document) -> str:
-    """Return what is compared."""
-    return document.text.strip()
+def compared_text(document: Document) -> str:
+    """Return what is compared: composed characters, and one blank for every run of blanks and line ends."""
+    return " ".join(unicodedata.normalize("NFC", document.text).split())
 
 
 def deduplication() -> ExactDedupConfig:
     """Return the configuration that all of datatrove's steps share."""
-    return ExactDedupConfig(content_getter=stripped_text)
+    return ExactDedupConfig(content_getter=compared_text)
+
+
+def _add(digest: xxh64, document: Document) -> None:
+    digest.update(xxh64_intdigest(document.text.encode()).to_bytes(8, sys.byteorder))
 
 
 class SignDocuments(ExactDedupSignature):
-    """Writes the hash of every document, 14 bytes each, and a digest of them all.
+    """Writes the hash of what is compared of every document, 14 bytes each, and a digest of the documents.
 
     datatrove breaks ties by the number of the document in its task, and then by chance. So every task has a priority
     of its own: the earlier one wins.
@@ -88,13 +93,16 @@ class SignDocuments(ExactDedupSignature):
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
         """Read the documents of a task and write their signatures."""
-        hashes = array("Q", (self.hash_fc(stripped_text(document)) for document in data))
+        hashes, digest = array("Q"), xxh64()
+        for document in data:
+            hashes.append(self.hash_fc(compared_text(document)))
+            _add(digest, document)
         signatures = np.zeros(len(hashes), dtype=get_sig_dtype(self.config.hash_config))
         signatures["hash"] = np.frombuffer(hashes, dtype=np.uint64) if hashes else []
         signatures["priority"] = MAX_TASKS - rank
         signatures["doc"] = np.arange(len(hashes))
         self.save_hashes(rank, signatures)
-        write_json(_digest_path(self.folder, rank), xxh64(hashes.tobytes()).hexdigest())
+        write_json(_digest_path(self.folder, rank), digest.hexdigest())
 
 
 class RequireSameDocuments(LedgerStep):
@@ -114,7 +122,7 @@ class RequireSameDocuments(LedgerStep):
         """
         digest = xxh64()
         for document in data:
-            digest.update(xxh64_intdigest(stripped_text(document).encode()).to_bytes(8, sys.byteorder))
+            _add(digest, document)
             yield document
         if digest.hexdigest() != read_json(_digest_path(self.folder, rank)):
             raise UpcycleError(
