@@ -130,6 +130,7 @@ def _text(manifest: dict[str, Any], blend_folder: FinishedBlend, epochs: dict[st
                 f", above max_epochs ({manifest['max_epochs']:g})" if epochs[name] > manifest["max_epochs"] else ""
             )
             lines.append(f"    {epochs[name]:.2f} epochs in a run of {manifest['run_tokens']:,.0f} tokens{warning}")
+    lines += [f"  {line}" for line in blend_folder.overlap]
     lines += (
         [f"  evaluation items: {blend_folder.contamination.removeprefix('; ')}"] if blend_folder.contamination else []
     )

@@ -68,6 +68,8 @@ class BlendConfig:
         run_tokens: tokens of the training run that the blend is for; epochs are counted against it.
         max_epochs: above this a source is warned about.
         hold_out: what is held back of sources without splits of their own.
+        heldout_overlap: the largest part of its 13-grams that a held-out document may share with the training
+            documents, or one of these with the held-out documents; 1 removes none, None does not look.
         decontaminate: suites of `conf/evaluation` whose items must not be trained on.
         deduplicate: whether equal texts are kept once.
         min_characters: shorter documents are removed.
@@ -80,6 +82,7 @@ class BlendConfig:
     run_tokens: float | None = None
     max_epochs: float = 4.0
     hold_out: HoldOut = field(default_factory=HoldOut)
+    heldout_overlap: float | None = 0.5
     decontaminate: list[str] = field(default_factory=list)
     deduplicate: bool = True
     min_characters: int = 1
@@ -165,6 +168,8 @@ def _check(conf: Conf, config: BlendConfig) -> None:
     held = config.hold_out
     for split, share in dataclasses.asdict(held).items():
         require(0 <= share < 0.5, f"hold_out.{split}", share, "0 to 0.5", "set a share like 0.001")
+    part = config.heldout_overlap
+    require(part is None or 0 <= part <= 1, "heldout_overlap", part, "0 to 1", "set heldout_overlap=0.5")
     require(config.seq_length >= 2, "seq_length", config.seq_length, "2 or more", "set seq_length=8192")
     require(config.max_epochs > 0, "max_epochs", config.max_epochs, "more than 0", "set max_epochs=4")
     length = config.run_tokens

@@ -29,10 +29,10 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
         `evaluation` (model -> metric -> value, stderr), `step0` (parent against step 0, item by item), `paired`
         (`B_minus_A` -> metric -> difference; groups of tasks stand for their tasks), `sources` (model -> source of
         held-out text -> bits per byte), `published` (the suite's, or None), `contamination` (task -> items, and how
-        many of them the texts contain), `samples` (held-out prompts with each model's continuation), `training` (stage
-        -> settings, first and last losses, tokens, rates, memory, expert load, routers), `receipt` and
-        `online_receipt` (without the list of parameters), `evaluation_settings`, `stage_seconds`, `command`,
-        `recipes` and `environment`.
+        many of them the texts contain), `heldout_overlap` (of the data's manifest, or None), `samples` (held-out
+        prompts with each model's continuation), `training` (stage -> settings, first and last losses, tokens, rates,
+        memory, expert load, routers), `receipt` and `online_receipt` (without the list of parameters),
+        `evaluation_settings`, `stage_seconds`, `command`, `recipes` and `environment`.
 
     Raises:
         UpcycleError: two models were evaluated on different items.
@@ -62,6 +62,7 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
         },
         "published": next(iter(evaluations.values()))["suite"]["config"].get("published"),
         "contamination": _contamination(run.contamination, evaluations["dense"]["metrics"]),
+        "heldout_overlap": run.heldout_overlap,
         "samples": _samples(evaluations),
         "training": {
             stage: summarise_curve(curve)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from nemo_upcycle.data.blend import Blend, BlendConfig, SourceConfig
+from nemo_upcycle.data.blend import Blend, BlendConfig, HoldOut, SourceConfig
 from nemo_upcycle.data.inputs import InputFile, make_plan
 
 
@@ -29,3 +30,17 @@ def test_held_out_files_come_before_those_to_train_on(tmp_path: Path) -> None:
         (["/a"], None),  # spread over the splits, as the source has none of its own
         (["/b"], "train"),
     ]
+
+
+def test_held_out_text_is_looked_for_where_some_is_held_out(tmp_path: Path) -> None:
+    """Looking for it reads everything once more."""
+    inputs = {"web": {"train": _files("a"), "validation": [], "heldout": []}}
+
+    def plan(**shares: float) -> dict[str, Any]:
+        config = BlendConfig({"web": SourceConfig(train=["x"])}, hold_out=HoldOut(**shares))
+        return make_plan(Blend("mine", tmp_path, config), inputs, tmp_path, TOKENIZER)
+
+    assert plan()["heldout_overlap"] == 0.5
+    assert plan(validation=0, heldout=0)["heldout_overlap"] is None
+    inputs["web"]["heldout"] = _files("b")
+    assert plan(validation=0, heldout=0)["heldout_overlap"] == 0.5
