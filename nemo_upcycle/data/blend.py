@@ -58,6 +58,24 @@ class HoldOut:
 
 
 @dataclass
+class NearDuplicates:
+    """MinHash: documents that have all hashes of one band in common are near duplicates.
+
+    Two documents that share a part s of their n-grams of words (of all that either has) are found with a probability
+    of 1 - (1 - s^hashes_per_band)^bands: with these values 0.5 at s = 0.69, 0.92 at 0.8, 0.05 at 0.5.
+
+    Attributes:
+        bands: tasks that look for pairs, too.
+        hashes_per_band: more hashes find fewer pairs.
+        n_grams: words of an n-gram.
+    """
+
+    bands: int = 14
+    hashes_per_band: int = 8
+    n_grams: int = 5
+
+
+@dataclass
 class BlendConfig:
     """A blend; `conf/data/text.yaml` explains every key.
 
@@ -72,6 +90,7 @@ class BlendConfig:
             documents, or one of these with the held-out documents; 1 removes none, None does not look.
         decontaminate: suites of `conf/evaluation` whose items must not be trained on.
         deduplicate: whether equal texts are kept once.
+        near_duplicates: how nearly equal texts are found, of which the first stays; None keeps them.
         min_characters: shorter documents are removed.
         seed: of what is held back, sampled and shuffled.
     """
@@ -85,6 +104,7 @@ class BlendConfig:
     heldout_overlap: float | None = 0.5
     decontaminate: list[str] = field(default_factory=list)
     deduplicate: bool = True
+    near_duplicates: NearDuplicates | None = None
     min_characters: int = 1
     seed: int = 1234
 
@@ -168,6 +188,11 @@ def _check(conf: Conf, config: BlendConfig) -> None:
     held = config.hold_out
     for split, share in dataclasses.asdict(held).items():
         require(0 <= share < 0.5, f"hold_out.{split}", share, "0 to 0.5", "set a share like 0.001")
+    near = config.near_duplicates
+    for name, count in (dataclasses.asdict(near) if near else {}).items():
+        require(1 <= count <= 100, f"near_duplicates.{name}", count, "1 to 100", "omit it for the default")
+    fix = "set deduplicate=true, or near_duplicates=null"
+    require(config.deduplicate or not near, "near_duplicates", "deduplicate: false", "deduplicate: true", fix)
     part = config.heldout_overlap
     require(part is None or 0 <= part <= 1, "heldout_overlap", part, "0 to 1", "set heldout_overlap=0.5")
     require(config.seq_length >= 2, "seq_length", config.seq_length, "2 or more", "set seq_length=8192")

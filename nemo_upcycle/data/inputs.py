@@ -139,6 +139,7 @@ def make_plan(
         "report_index": str((output / BUILD / REPORT_NGRAMS).absolute()) if config.decontaminate else None,
         "seed": config.seed,
         "deduplicate": config.deduplicate,
+        "near_duplicates": config.near_duplicates and dataclasses.asdict(config.near_duplicates),
         "finders": 1 + len(tasks) // TASKS_A_FINDER,
         "min_characters": config.min_characters,
         "hold_out": shares,

@@ -30,7 +30,10 @@ from nemo_upcycle.utils.files import read_json, write_json
 #: What a cut leaves of a document is a document of its own if it has this many characters.
 SHORTEST_PIECE = 200
 #: Files of the numbers of the documents that are duplicates, in the folder of the plan, by reason.
-DUPLICATES = {"duplicate": "duplicates/found/*/{rank:05d}.c4_dup"}
+DUPLICATES = {
+    "duplicate": "duplicates/found/*/{rank:05d}.c4_dup",
+    "near duplicate": "duplicates/near/{rank:05d}.remove",
+}
 
 
 class FilterDocuments(BaseFilter):

@@ -14,7 +14,7 @@ from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, Slurm
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup.exact_dedup import ExactFindDedups
 
-from nemo_upcycle.data.engine import clean, heldout
+from nemo_upcycle.data.engine import clean, heldout, near
 from nemo_upcycle.data.engine.documents import ReadDocuments
 from nemo_upcycle.data.engine.ledger import CountDocuments, Ledger, LedgerStep
 from nemo_upcycle.data.engine.plan import Plan
@@ -67,17 +67,20 @@ class StartTask(LedgerStep):
         self.ledger.begin(rank)
 
 
-SIGN, FIND, INDEX, COMPARE, JUDGE, WRITE = "1_sign", "2_find", "2_index", "2_compare", "2_judge", "3_write"
+SIGN, WRITE = "1_sign", "3_write"
+FIND, FIND_NEAR, JOIN, COMPARE, JUDGE = "2_find", "2_find_near", "2_join", "2_compare", "2_judge"
 
 
 def tasks_of_stages(plan: Plan) -> dict[str, int]:
     """Return the names of the stages, in their order, and their numbers of tasks."""
     tasks = len(plan.tasks)
-    looks_back = plan.deduplicate or plan.heldout_overlap is not None
+    overlaps, near = plan.heldout_overlap is not None, plan.near_duplicates
     return {
-        **({SIGN: tasks} if looks_back else {}),
+        **({SIGN: tasks} if plan.deduplicate or overlaps else {}),
         **({FIND: plan.finders} if plan.deduplicate else {}),
-        **({INDEX: 1, COMPARE: tasks, JUDGE: 1} if plan.heldout_overlap is not None else {}),
+        **({FIND_NEAR: near["bands"]} if near else {}),
+        **({JOIN: 1} if near or overlaps else {}),
+        **({COMPARE: tasks, JUDGE: 1} if overlaps else {}),
         WRITE: tasks,
     }
 
@@ -87,27 +90,34 @@ def stages(plan: Plan, library: str) -> list[Stage]:
     path, folder = plan.folder / "plan.json", plan.folder / "duplicates"
     ledger, looking = Ledger(path, is_kept=True), Ledger(path, is_kept=False)
     signatures, found = str(folder / "signatures"), str(folder / "found")
-    sign = [*_documents(looking), clean.SignDocuments(looking, folder, plan.finders)]
     find = ExactFindDedups(signatures, found, clean.deduplication(), lines_to_buffer=1024)
-    overlap = [] if plan.heldout_overlap is None else [clean.RemoveNumbered(ledger, "overlap", heldout.REMOVED)]
+    sign: list[PipelineStep] = [*_documents(looking), clean.SignDocuments(looking, folder, plan.finders)]
+    join: list[PipelineStep] = [StartTask(looking)]
+    pipelines: dict[str, list[Any]] = {SIGN: sign, FIND: [StartTask(looking), find], JOIN: join}
+    overlap: list[PipelineStep] = []
+    if plan.heldout_overlap is not None:
+        sign.append(heldout.WriteHeldout(looking))
+    if plan.near_duplicates:
+        config = near.near_config(plan.near_duplicates)
+        sign.append(near.SignNear(folder, config))
+        pipelines[FIND_NEAR] = [StartTask(looking), near.find_near(folder, config)]
+        join.append(near.KeepFirst(looking, folder))
+    if plan.heldout_overlap is not None:
+        join.append(heldout.IndexHeldout(looking))
+        pipelines[COMPARE] = [*_different(looking, plan), heldout.CompareTraining(looking)]
+        pipelines[JUDGE] = [StartTask(looking), heldout.JudgeHeldout(looking)]
+        overlap.append(clean.RemoveNumbered(ledger, "overlap", heldout.REMOVED))
     decontaminate: list[PipelineStep] = [clean.Decontaminate(ledger)] if plan.ngram_index else []
     decontaminate += [clean.Report(ledger)] if plan.report_index else []
-    pipelines: dict[str, list[Any]] = {
-        SIGN: [*sign, heldout.WriteHeldout(looking)] if plan.heldout_overlap is not None else sign,
-        FIND: [StartTask(looking), find],
-        INDEX: [StartTask(looking), heldout.IndexHeldout(looking)],
-        COMPARE: [*_different(looking, plan), heldout.CompareTraining(looking)],
-        JUDGE: [StartTask(looking), heldout.JudgeHeldout(looking)],
-        WRITE: [
-            *_different(ledger, plan),
-            CountDocuments(ledger, "deduplicate"),
-            *overlap,
-            CountDocuments(ledger, "overlap"),
-            *decontaminate,
-            CountDocuments(ledger, "decontaminate"),
-            Tokenise(ledger, library),
-        ],
-    }
+    pipelines[WRITE] = [
+        *_different(ledger, plan),
+        CountDocuments(ledger, "deduplicate"),
+        *overlap,
+        CountDocuments(ledger, "overlap"),
+        *decontaminate,
+        CountDocuments(ledger, "decontaminate"),
+        Tokenise(ledger, library),
+    ]
     return [Stage(name, pipelines[name], tasks) for name, tasks in tasks_of_stages(plan).items()]
 
 

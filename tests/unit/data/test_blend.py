@@ -49,6 +49,8 @@ def test_overrides_change_weights_length_and_tokenizer() -> None:
         ("sources.speeches.train=[]", "train: got nothing, expected at least one entry"),
         ("seqlength=3", "key 'seqlength' does not exist. Did you mean 'seq_length'?"),
         ("hold_out.validation=0.9", "hold_out.validation: got 0.9, expected 0 to 0.5"),
+        ("near_duplicates.bands=0", "near_duplicates.bands: got 0, expected 1 to 100"),
+        ("near_duplicates.ngrams=5", "key 'ngrams' does not exist. Did you mean 'n_grams'?"),
         ("heldout_overlap=1.5", "heldout_overlap: got 1.5, expected 0 to 1"),
         ("hold_out.test=0.1", "key 'test' does not exist"),
         ("sources.speeches.weight=.inf", "weight: got inf, expected more than 0"),
