@@ -127,6 +127,7 @@ def _text(manifest: dict[str, Any], blend_folder: FinishedBlend) -> str:
         if name in epochs:
             once = 1e9 / epochs[name]
             lines.append(f"    1 epoch in a run of {once:,.0f} tokens, {most:g} in one of {most * once:,.0f}")
+    lines += [f"  {line}" for line in blend_folder.overlap]
     lines += (
         [f"  evaluation items: {blend_folder.contamination.removeprefix('; ')}"] if blend_folder.contamination else []
     )

@@ -58,6 +58,24 @@ class HoldOut:
 
 
 @dataclass
+class NearDuplicates:
+    """MinHash: documents that have all hashes of one band in common are near duplicates.
+
+    Two documents that share a part s of their n-grams of words (of all that either has) are found with a probability
+    of 1 - (1 - s^hashes_per_band)^bands: with these values 0.5 at s = 0.69, 0.92 at 0.8, 0.05 at 0.5.
+
+    Attributes:
+        bands: tasks that look for pairs, too.
+        hashes_per_band: more hashes find fewer pairs.
+        n_grams: words of an n-gram.
+    """
+
+    bands: int = 14
+    hashes_per_band: int = 8
+    n_grams: int = 5
+
+
+@dataclass
 class BlendConfig:
     """A blend; `conf/data/text.yaml` explains every key.
 
@@ -67,9 +85,12 @@ class BlendConfig:
         seq_length: tokens of a training sequence.
         max_epochs: above this a source is warned about.
         hold_out: what is held back of sources without splits of their own.
+        heldout_overlap: the largest part of its 13-grams that a held-out document may share with the training
+            documents, or one of these with the held-out documents; 1 removes none, None does not look.
         decontaminate: suites of `conf/evaluation` whose items must not be trained on.
         decontaminate_without: tasks of those suites that are not looked for.
         deduplicate: whether equal texts are kept once.
+        near_duplicates: how nearly equal texts are found, of which the first stays; None keeps them.
         min_characters: shorter documents are removed.
         seed: of what is held back, sampled and shuffled.
     """
@@ -79,9 +100,11 @@ class BlendConfig:
     seq_length: int = 8192
     max_epochs: float = 4.0
     hold_out: HoldOut = field(default_factory=HoldOut)
+    heldout_overlap: float | None = 0.5
     decontaminate: list[str] = field(default_factory=list)
     decontaminate_without: list[str] = field(default_factory=list)
     deduplicate: bool = True
+    near_duplicates: NearDuplicates | None = None
     min_characters: int = 1
     seed: int = 1234
 
@@ -165,6 +188,13 @@ def _check(conf: Conf, config: BlendConfig) -> None:
     held = config.hold_out
     for split, share in dataclasses.asdict(held).items():
         require(0 <= share < 0.5, f"hold_out.{split}", share, "0 to 0.5", "set a share like 0.001")
+    near = config.near_duplicates
+    for name, count in (dataclasses.asdict(near) if near else {}).items():
+        require(1 <= count <= 100, f"near_duplicates.{name}", count, "1 to 100", "omit it for the default")
+    fix = "set deduplicate=true, or near_duplicates=null"
+    require(config.deduplicate or not near, "near_duplicates", "deduplicate: false", "deduplicate: true", fix)
+    part = config.heldout_overlap
+    require(part is None or 0 <= part <= 1, "heldout_overlap", part, "0 to 1", "set heldout_overlap=0.5")
     require(config.seq_length >= 2, "seq_length", config.seq_length, "2 or more", "set seq_length=8192")
     require(config.max_epochs > 0, "max_epochs", config.max_epochs, "more than 0", "set max_epochs=4")
     require(config.seed >= 0, "seed", config.seed, "0 or more", "set seed=1234")

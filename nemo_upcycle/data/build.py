@@ -26,7 +26,16 @@ from nemo_upcycle.data.blend import Blend, read_blend
 from nemo_upcycle.data.contamination import build_index, merge_contamination
 from nemo_upcycle.data.dense import ensure_dense, tokenizer_folder
 from nemo_upcycle.data.environment import data_python, engine_version, run_engine
-from nemo_upcycle.data.finished import BUILD, CONTAMINATION, FORMAT, HELDOUT, MANIFEST, TOKENIZER, TOKENS
+from nemo_upcycle.data.finished import (
+    BUILD,
+    CONTAMINATION,
+    FORMAT,
+    HELDOUT,
+    HELDOUT_OVERLAP,
+    MANIFEST,
+    TOKENIZER,
+    TOKENS,
+)
 from nemo_upcycle.data.inputs import (
     NGRAMS,
     REPORT_NGRAMS,
@@ -130,7 +139,7 @@ def build_blend(
         run_engine([str(work / "plan.json"), *engine_options])
         manifest = _finish(blend, output, read_stats(work, len(plan["tasks"])), tokenizer, checked.engine, items)
         write_json(output / MARKER, {"made_from": made_from, "tokens": manifest["splits"]["train"]["tokens"]})
-        for name in ("tokens", "duplicates"):
+        for name in ("tokens", "duplicates", "overlap"):
             shutil.rmtree(work / name, ignore_errors=True)
         return manifest
 
@@ -237,6 +246,7 @@ def _finish(
         removed = merge_contamination((entry["contamination"] for entry in stats), items["sets"])
         left = merge_contamination((entry["report"] for entry in stats), items["report"]["sets"])
         write_json(output / CONTAMINATION, items | {"sets": removed, "report": items["report"] | {"sets": left}})
-    manifest = make_manifest(blend, output, stats, merged, heldout, tokenizer, engine, bool(items))
+    overlap = read_json(work / HELDOUT_OVERLAP) if (work / HELDOUT_OVERLAP).is_file() else None
+    manifest = make_manifest(blend, output, stats, merged, heldout, overlap, tokenizer, engine, bool(items))
     write_json(output / MANIFEST, manifest)
     return manifest

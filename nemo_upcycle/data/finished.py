@@ -25,6 +25,8 @@ MANIFEST, CONTAMINATION, HELDOUT, TOKENIZER, TOKENS = (
     "tokenizer",
     "tokens",
 )
+#: What `nemo_upcycle.data.engine.heldout` counts, in the folder `build`, until the build is finished.
+HELDOUT_OVERLAP = "overlap/summary.json"
 _AGAIN = "copy the folder again, or delete it and run `nemo-upcycle data BLEND DIR` again"
 
 
@@ -73,6 +75,18 @@ class FinishedBlend:
         shared = f"{content['report']['words']} words in a row with"
         without = f"; not looked for: {', '.join(names)}" if (names := content.get("without")) else ""
         return f"{removed}; what is left shares {shared} {', '.join(left) or 'none'}{without}"
+
+    @property
+    def overlap(self) -> list[str]:
+        """Say how much of its held-out text stands in training text, a line for each source and split."""
+        found = self.manifest.get("heldout_overlap") or {"rows": []}
+        return [
+            f"{row['source']}, {row['split']}: {percent(row['shared'], row['ngrams'])} of the {found['words']}-grams"
+            f" of {row['documents']:,} documents stood in training text ({row['above']:,} had above"
+            f" {100 * found['most']:g} %); {row['removed']:,} removed,"
+            f" {percent(row['shared_after'], row['ngrams_after'])} left"
+            for row in found["rows"]
+        ]
 
     @property
     def card(self) -> str:
@@ -173,6 +187,16 @@ class FinishedBlend:
                 expected=f"that of the dense model {dense}, {expected[:16]}...",
                 fix="run `nemo-upcycle data` with the tokenizer of the model, or start from the model of the data",
             )
+
+
+def percent(part: int, whole: int) -> str:
+    """Return a share for reading.
+
+    Example:
+        >>> percent(1, 8), percent(0, 0)
+        ('12.5 %', '0.0 %')
+    """
+    return f"{100 * part / max(whole, 1):.1f} %"
 
 
 def open_blend(folder: str | Path) -> FinishedBlend:

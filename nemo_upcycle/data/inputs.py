@@ -148,6 +148,8 @@ def make_plan(
                         "on_hit": source.on_hit,
                     }
                 )
+    shares = dataclasses.asdict(config.hold_out)
+    holds_out = any(task["split"] in SPLITS[1:] or (task["split"] is None and any(shares.values())) for task in tasks)
     return {
         "tokenizer": str((output / TOKENIZER / "tokenizer.json").absolute()),
         "eos_id": tokenizer["eos_id"],
@@ -156,9 +158,11 @@ def make_plan(
         "report_index": str((output / BUILD / REPORT_NGRAMS).absolute()) if config.decontaminate else None,
         "seed": config.seed,
         "deduplicate": config.deduplicate,
+        "near_duplicates": config.near_duplicates and dataclasses.asdict(config.near_duplicates),
         "finders": 1 + len(tasks) // TASKS_A_FINDER,
         "min_characters": config.min_characters,
-        "hold_out": dataclasses.asdict(config.hold_out),
+        "hold_out": shares,
+        "heldout_overlap": config.heldout_overlap if holds_out else None,
         "tasks": tasks,
     }
 

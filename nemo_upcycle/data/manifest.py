@@ -91,6 +91,7 @@ def make_manifest(
     stats: list[dict[str, Any]],
     merged: dict[str, Any],
     heldout: dict[str, Any],
+    overlap: dict[str, Any] | None,
     tokenizer: dict[str, Any],
     engine: str,
     decontaminated: bool,
@@ -103,6 +104,7 @@ def make_manifest(
         stats: what every task of the engine counted.
         merged: what `merge_tokens` returned.
         heldout: what `merge_heldout` returned.
+        overlap: what the engine counted of held-out text in training text; None where it did not look.
         tokenizer: what `save_tokenizer` returned.
         engine: versions of the data engine.
         decontaminated: whether evaluation items were looked for.
@@ -129,6 +131,7 @@ def make_manifest(
             "validation": _sum_counts(entry["splits"].get("validation", {}) for entry in stats),
             "heldout": heldout,
         },
+        "heldout_overlap": overlap and {"most": config.heldout_overlap, **overlap},
         "decontaminated_against": list(config.decontaminate) if decontaminated else None,
         "decontaminated_without": list(config.decontaminate_without),
         "tasks": len(stats),

@@ -30,9 +30,10 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
         (`B_minus_A` -> metric -> difference; groups of tasks stand for their tasks), `sources` (model -> source of
         held-out text -> bits per byte), `missing` (task -> why it is not scored), `published` (the suite's, or None),
         `contamination` (task -> items, and how many of them the texts contain; None of one that was not looked for),
-        `samples` (held-out prompts with each model's continuation), `training` (stage -> settings, first and last
-        losses, tokens, rates, memory, expert load, routers), `receipt` and `online_receipt` (without the list of
-        parameters), `evaluation_settings`, `stage_seconds`, `command`, `recipes` and `environment`.
+        `heldout_overlap` (of the data's manifest, or None), `samples` (held-out prompts with each model's
+        continuation), `training` (stage -> settings, first and last losses, tokens, rates, memory, expert load,
+        routers), `receipt` and `online_receipt` (without the list of parameters), `evaluation_settings`,
+        `stage_seconds`, `command`, `recipes` and `environment`.
 
     Raises:
         UpcycleError: two models were evaluated on different items.
@@ -63,6 +64,7 @@ def collect_results(run: RunRecord, environment: dict[str, Any]) -> dict[str, An
         "missing": evaluations["dense"].get("missing", {}),
         "published": next(iter(evaluations.values()))["suite"]["config"].get("published"),
         "contamination": _contamination(run.contamination, evaluations["dense"]["metrics"]),
+        "heldout_overlap": run.heldout_overlap,
         "samples": _samples(evaluations),
         "training": {
             stage: summarise_curve(curve)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from nemo_upcycle.data.finished import CONTAMINATION
+from nemo_upcycle.data.finished import CONTAMINATION, MANIFEST
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.heldout import BITS
 from nemo_upcycle.utils.files import CHANGES, MARKER, read_json, read_json_lines, read_text
@@ -67,6 +67,7 @@ class RunRecord:
         recipes: by stage, the file of its resolved recipe, relative to the folder.
         stage_seconds: wall time of the stages that finished, each after those that it needs.
         contamination: `contamination.json` of the data; None where there is none.
+        heldout_overlap: of the data's `manifest.json`: held-out text in training text; None where none was looked for.
     """
 
     recipe: str
@@ -80,6 +81,7 @@ class RunRecord:
     recipes: dict[str, str]
     stage_seconds: dict[str, float]
     contamination: dict[str, Any] | None = None
+    heldout_overlap: dict[str, Any] | None = None
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -94,7 +96,7 @@ def read_run(folder: Path) -> RunRecord:
     left_out = {"dense_ct"} if markers.get("dense_ct", {}).get("outputs", {}).get("left_out") else set()
     trained = [stage for stage in ("pretrain", "dense_ct") if stage not in left_out]
     data = Path(markers.get("data", {}).get("outputs", {}).get("folder", folder / "data/blend"))
-    contamination = data / CONTAMINATION
+    contamination, manifest = data / CONTAMINATION, data / MANIFEST
     online, command = folder / "pretrain/receipt.json", folder / "command.txt"
     return RunRecord(
         recipe=_read(folder / "pipeline.json", "import", {"recipe": str})["recipe"],
@@ -116,6 +118,7 @@ def read_run(folder: Path) -> RunRecord:
         recipes={stage: recipe for stage in trained if (folder / (recipe := f"recipes/{stage}.yaml")).is_file()},
         stage_seconds={stage: marker["seconds"] for stage, marker in markers.items() if "seconds" in marker},
         contamination=_read(contamination, "data", _CONTAMINATION) if contamination.is_file() else None,
+        heldout_overlap=_read(manifest, "data").get("heldout_overlap") if manifest.is_file() else None,
     )
 
 

@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from nemo_upcycle.data.finished import percent
 from nemo_upcycle.evaluation.heldout import BITS
 from nemo_upcycle.reporting.evaluation_sections import verdict
 from nemo_upcycle.reporting.figures import chain_only
@@ -160,6 +161,7 @@ def training(results: dict[str, Any]) -> str:
     return section(
         "Training",
         _data(stages),
+        _overlap(results["heldout_overlap"]),
         table(["", *(MODELS[_TRAINED[stage]] for stage in stages)], rows),
         _changes(stages),
         "![tokens per second and memory](speed.png)",
@@ -186,6 +188,24 @@ def _data(stages: dict[str, Any]) -> str:
     if len(set(data.values())) == 1:
         data = {"": next(iter(data.values()))}
     return "\n\n".join(f"Data{whose}: {plain(text)}." for whose, text in data.items())
+
+
+def _overlap(found: dict[str, Any] | None) -> str:
+    """Return how much held-out text the models were trained on; nothing where it was not looked for."""
+    if not found or not found["rows"]:
+        return ""
+    rows = [
+        [
+            f"{row['source']}, {row['split']}",
+            *(f"{row[key]:,}" for key in ("documents", "above", "removed")),
+            percent(row["shared"], row["ngrams"]),
+            percent(row["shared_after"], row["ngrams_after"]),
+        ]
+        for row in found["rows"]
+    ]
+    above = f"with more than {100 * found['most']:g} % in training text"
+    header = ["held-out text", "documents", above, "removed", f"share of {found['words']}-grams before", "after"]
+    return table(header, rows) + "\n\nSource: `manifest.json` of the data."
 
 
 def _settings(done: dict[str, Any]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,24 @@ def test_earlier_task_wins_over_lower_number(tmp_path: Path, finders: int) -> No
         "where": f"{second}:1",
         "bytes": len(shared[0].encode()) + 2,
     }
+
+
+def test_texts_that_differ_in_unicode_form_blanks_or_line_ends_are_equal(tmp_path: Path) -> None:
+    first = [f"{sentence(n)} Café.\n\nA second paragraph, no. {n}." for n in range(6)]
+    again = [
+        first[0].replace("\n", "\r\n"),
+        unicodedata.normalize("NFD", first[1]),
+        first[2].replace(" ", "  "),
+        first[3].replace("\n\n", "\n\n\n\n"),
+        first[4].replace(" ", "\u00a0").replace("\n", "\u2028"),
+        f"\t{first[5]} \n",
+    ]
+    others = [first[0].replace("Café", "Cafe"), first[1].replace("paragraph", "para graph"), first[2].upper()]
+    files = [write_jsonl(tmp_path / name, *many) for name, many in (("1.jsonl", first), ("2.jsonl", again + others))]
+    work = execute(write_plan(tmp_path, [{"files": [file]} for file in files]))
+    assert (texts(work, 0), texts(work, 1)) == (first, others)
+    assert [line["where"] for line in removed(work, 1)] == [f"{files[1]}:{n}" for n in range(1, 7)]
+    assert stats(work, 1)["steps"]["deduplicate"]["removed"] == {"duplicate": 6}
 
 
 @pytest.mark.parametrize("seed", ["1", "2", "3", "4"])

@@ -1,4 +1,4 @@
-"""The steps that remove documents: filters, datatrove's exact deduplication in two passes, decontamination.
+"""The steps that remove documents: filters, datatrove's exact deduplication, decontamination.
 
 Of equal documents that of the first task stays (`make_plan`). What evaluation items say is taken out of the documents
 of training; looser matches in what is left are reported.
@@ -7,6 +7,7 @@ of training; looser matches in what is left are reported.
 from __future__ import annotations
 
 import sys
+import unicodedata
 from array import array
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from xxhash import xxh64, xxh64_intdigest
 
 from nemo_upcycle.data.contamination import Contamination
 from nemo_upcycle.data.engine.ledger import Ledger, LedgerStep, RemovedWriter
-from nemo_upcycle.data.engine.plan import MAX_TASKS
+from nemo_upcycle.data.engine.plan import MAX_TASKS, Plan
 from nemo_upcycle.data.ngrams import Hit, NgramIndex, cut, removed_spans
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json, write_json
@@ -28,6 +29,11 @@ from nemo_upcycle.utils.files import read_json, write_json
 
 #: What a cut leaves of a document is a document of its own if it has this many characters.
 SHORTEST_PIECE = 200
+#: Files of the numbers of the documents that are duplicates, in the folder of the plan, by reason.
+DUPLICATES = {
+    "duplicate": "duplicates/found/*/{rank:05d}.c4_dup",
+    "near duplicate": "duplicates/near/{rank:05d}.remove",
+}
 
 
 class FilterDocuments(BaseFilter):
@@ -65,18 +71,22 @@ class FilterListed(BaseFilter):
         return (False, "listed") if doc.metadata["listed"] else True
 
 
-def stripped_text(document: Document) -> str:
-    """Return what is compared."""
-    return document.text.strip()
+def compared_text(document: Document) -> str:
+    """Return what is compared: composed characters, and one blank for every run of blanks and line ends."""
+    return " ".join(unicodedata.normalize("NFC", document.text).split())
 
 
 def deduplication() -> ExactDedupConfig:
     """Return the configuration that all of datatrove's steps share."""
-    return ExactDedupConfig(content_getter=stripped_text)
+    return ExactDedupConfig(content_getter=compared_text)
+
+
+def _add(digest: xxh64, document: Document) -> None:
+    digest.update(xxh64_intdigest(document.text.encode()).to_bytes(8, sys.byteorder))
 
 
 class SignDocuments(ExactDedupSignature):
-    """Writes the hash of every document, 14 bytes each, and a digest of them all.
+    """Numbers documents; writes the hash of what is compared of each, 14 bytes, and a digest of them all.
 
     datatrove breaks ties by the number of the document in its task, and then by chance. So every task has a priority
     of its own: the earlier one wins.
@@ -86,19 +96,24 @@ class SignDocuments(ExactDedupSignature):
         super().__init__(str(folder / "signatures"), deduplication(), finder_workers=finders)
         self.ledger, self.folder = ledger, folder
 
-    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
-        """Read the documents of a task and write their signatures."""
-        hashes = array("Q", (self.hash_fc(stripped_text(document)) for document in data))
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        """Pass documents on."""
+        hashes, digest = array("Q"), xxh64()
+        for document in data:
+            document.metadata["number"] = len(hashes)
+            hashes.append(self.hash_fc(compared_text(document)))
+            _add(digest, document)
+            yield document
         signatures = np.zeros(len(hashes), dtype=get_sig_dtype(self.config.hash_config))
         signatures["hash"] = np.frombuffer(hashes, dtype=np.uint64) if hashes else []
         signatures["priority"] = MAX_TASKS - rank
         signatures["doc"] = np.arange(len(hashes))
         self.save_hashes(rank, signatures)
-        write_json(_digest_path(self.folder, rank), xxh64(hashes.tobytes()).hexdigest())
+        write_json(_digest_path(self.folder, rank), digest.hexdigest())
 
 
 class RequireSameDocuments(LedgerStep):
-    """Checks that the second pass reads what the first one read: duplicates are known by their numbers."""
+    """Numbers documents, and checks that a pass reads what the first one read: what goes is known by its number."""
 
     type, name = "check", "the documents of the first pass"
 
@@ -113,8 +128,9 @@ class RequireSameDocuments(LedgerStep):
             UpcycleError: the documents are others.
         """
         digest = xxh64()
-        for document in data:
-            digest.update(xxh64_intdigest(stripped_text(document).encode()).to_bytes(8, sys.byteorder))
+        for number, document in enumerate(data):
+            document.metadata["number"] = number
+            _add(digest, document)
             yield document
         if digest.hexdigest() != read_json(_digest_path(self.folder, rank)):
             raise UpcycleError(
@@ -123,6 +139,41 @@ class RequireSameDocuments(LedgerStep):
                 expected="files that nobody changes",
                 fix=f"delete {self.folder.parents[1]} and start again",
             )
+
+
+class RemoveNumbered(LedgerStep):
+    """Removes the documents whose numbers an earlier stage wrote down.
+
+    Args:
+        ledger: the record of the task.
+        step: of the record.
+        files: by reason, the files of numbers in the folder of the plan.
+    """
+
+    type, name = "filter", "documents that an earlier stage found"
+
+    def __init__(self, ledger: Ledger, step: str, files: dict[str, str]) -> None:
+        super().__init__(ledger)
+        self.step, self.files = step, files
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        """Yield the other documents."""
+        reasons = numbered(self.ledger.plan, rank, self.files)
+        for document in data:
+            if reason := reasons.get(document.metadata["number"]):
+                self.ledger.removed_document(self.step, reason, document)
+            else:
+                yield document
+
+
+def numbered(plan: Plan, rank: int, files: dict[str, str]) -> dict[int, str]:
+    """Return the numbers that are written down of a task, each with the first reason."""
+    reasons: dict[int, str] = {}
+    for reason, pattern in files.items():
+        for path in plan.folder.glob(pattern.format(rank=rank)):
+            for number in np.fromfile(path, "<u4").tolist():
+                reasons.setdefault(number, reason)
+    return reasons
 
 
 def _digest_path(folder: Path, rank: int) -> Path:

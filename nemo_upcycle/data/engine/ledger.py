@@ -17,7 +17,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import write_json
 
 
-STEPS = ("read", "filter", "deduplicate", "decontaminate", "tokenise")
+STEPS = ("read", "filter", "deduplicate", "overlap", "decontaminate", "tokenise")
 
 
 class Ledger:

@@ -59,6 +59,9 @@ class Plan:
         finders: number of tasks that look for duplicates.
         min_characters: the shortest document to keep.
         hold_out: the shares of `validation` and `heldout`, for tasks without a split.
+        near_duplicates: `bands`, `hashes_per_band` and `n_grams` of MinHash, where near duplicates are removed, too.
+        heldout_overlap: the largest part of its n-grams that a held-out document may share with training documents,
+            or one of these with held-out documents; None looks for none.
     """
 
     folder: Path
@@ -74,6 +77,8 @@ class Plan:
     finders: int = 1
     min_characters: int = 1
     hold_out: dict[str, float] = field(default_factory=dict)
+    near_duplicates: dict[str, int] | None = None
+    heldout_overlap: float | None = None
 
     def path(self, kind: str, rank: int, suffix: str) -> Path:
         """Return where a task's output of a kind lies, for example `tokens/00003.train.bin`."""

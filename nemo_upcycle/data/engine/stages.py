@@ -1,4 +1,4 @@
-"""The engine's three stages as pipelines of datatrove, and the executors that run them."""
+"""The engine's stages as pipelines of datatrove, and the executors that run them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.dedup.exact_dedup import ExactDedupFilter, ExactFindDedups
+from datatrove.pipeline.dedup.exact_dedup import ExactFindDedups
 
-from nemo_upcycle.data.engine import clean
+from nemo_upcycle.data.engine import clean, heldout, near
 from nemo_upcycle.data.engine.documents import ReadDocuments
-from nemo_upcycle.data.engine.ledger import CountDocuments, Ledger, LedgerStep, RemovedWriter
+from nemo_upcycle.data.engine.ledger import CountDocuments, Ledger, LedgerStep
 from nemo_upcycle.data.engine.plan import Plan
 from nemo_upcycle.data.engine.tokenise import Tokenise
 from nemo_upcycle.utils.files import write_json
@@ -67,34 +67,66 @@ class StartTask(LedgerStep):
         self.ledger.begin(rank)
 
 
-SIGN, FIND, WRITE = "1_sign", "2_find", "3_write"
+SIGN, WRITE = "1_sign", "3_write"
+FIND, FIND_NEAR, JOIN, COMPARE, JUDGE = "2_find", "2_find_near", "2_join", "2_compare", "2_judge"
 
 
 def tasks_of_stages(plan: Plan) -> dict[str, int]:
-    """Return the names of the stages and their numbers of tasks."""
-    deduplicate = {SIGN: len(plan.tasks), FIND: plan.finders} if plan.deduplicate else {}
-    return {**deduplicate, WRITE: len(plan.tasks)}
+    """Return the names of the stages, in their order, and their numbers of tasks."""
+    tasks = len(plan.tasks)
+    overlaps, near = plan.heldout_overlap is not None, plan.near_duplicates
+    return {
+        **({SIGN: tasks} if plan.deduplicate or overlaps else {}),
+        **({FIND: plan.finders} if plan.deduplicate else {}),
+        **({FIND_NEAR: near["bands"]} if near else {}),
+        **({JOIN: 1} if near or overlaps else {}),
+        **({COMPARE: tasks, JUDGE: 1} if overlaps else {}),
+        WRITE: tasks,
+    }
 
 
 def stages(plan: Plan, library: str) -> list[Stage]:
     """Return the stages in their order."""
     path, folder = plan.folder / "plan.json", plan.folder / "duplicates"
-    ledger = Ledger(path, is_kept=True)
-    deduplicate: list[PipelineStep] = []
-    pipelines: dict[str, list[Any]] = {}
-    if plan.deduplicate:
-        signing = Ledger(path, is_kept=False)
-        pipelines[SIGN] = [*_documents(signing), clean.SignDocuments(signing, folder, plan.finders)]
-        signatures, duplicates = str(folder / "signatures"), str(folder / "found")
-        find = ExactFindDedups(signatures, duplicates, clean.deduplication(), lines_to_buffer=1024)
-        pipelines[FIND] = [StartTask(signing), find]
-        keep = ExactDedupFilter(duplicates, clean.deduplication(), RemovedWriter(ledger, "deduplicate", "duplicate"))
-        deduplicate = [clean.RequireSameDocuments(ledger, folder), keep]
+    ledger, looking = Ledger(path, is_kept=True), Ledger(path, is_kept=False)
+    signatures, found = str(folder / "signatures"), str(folder / "found")
+    find = ExactFindDedups(signatures, found, clean.deduplication(), lines_to_buffer=1024)
+    sign: list[PipelineStep] = [*_documents(looking), clean.SignDocuments(looking, folder, plan.finders)]
+    join: list[PipelineStep] = [StartTask(looking)]
+    pipelines: dict[str, list[Any]] = {SIGN: sign, FIND: [StartTask(looking), find], JOIN: join}
+    overlap: list[PipelineStep] = []
+    if plan.heldout_overlap is not None:
+        sign.append(heldout.WriteHeldout(looking))
+    if plan.near_duplicates:
+        config = near.near_config(plan.near_duplicates)
+        sign.append(near.SignNear(folder, config))
+        pipelines[FIND_NEAR] = [StartTask(looking), near.find_near(folder, config)]
+        join.append(near.KeepFirst(looking, folder))
+    if plan.heldout_overlap is not None:
+        join.append(heldout.IndexHeldout(looking))
+        pipelines[COMPARE] = [*_different(looking, plan), heldout.CompareTraining(looking)]
+        pipelines[JUDGE] = [StartTask(looking), heldout.JudgeHeldout(looking)]
+        overlap.append(clean.RemoveNumbered(ledger, "overlap", heldout.REMOVED))
     decontaminate: list[PipelineStep] = [clean.Decontaminate(ledger)] if plan.ngram_index else []
     decontaminate += [clean.Report(ledger)] if plan.report_index else []
-    written = [*_documents(ledger), *deduplicate, CountDocuments(ledger, "deduplicate"), *decontaminate]
-    pipelines[WRITE] = [*written, CountDocuments(ledger, "decontaminate"), Tokenise(ledger, library)]
+    pipelines[WRITE] = [
+        *_different(ledger, plan),
+        CountDocuments(ledger, "deduplicate"),
+        *overlap,
+        CountDocuments(ledger, "overlap"),
+        *decontaminate,
+        CountDocuments(ledger, "decontaminate"),
+        Tokenise(ledger, library),
+    ]
     return [Stage(name, pipelines[name], tasks) for name, tasks in tasks_of_stages(plan).items()]
+
+
+def _different(ledger: Ledger, plan: Plan) -> list[PipelineStep]:
+    """Return the steps up to the documents that are no duplicates."""
+    if SIGN not in tasks_of_stages(plan):
+        return _documents(ledger)
+    check = clean.RequireSameDocuments(ledger, plan.folder / "duplicates")
+    return [*_documents(ledger), check, clean.RemoveNumbered(ledger, "deduplicate", clean.DUPLICATES)]
 
 
 def _documents(ledger: Ledger) -> list[PipelineStep]:

@@ -42,6 +42,18 @@ def test_items_found_in_the_training_texts_stand_below_the_scores(run_dir: Path)
     assert "left: 8 words in a row shared" in report.read_text()
 
 
+def test_share_of_held_out_text_in_training_text_stands_beside_the_data(run_dir: Path) -> None:
+    counts = {"documents": 14, "above": 2, "removed": 1, "ngrams": 1000, "shared": 123}
+    row = {"source": "law", "split": "heldout", **counts, "ngrams_after": 900, "shared_after": 9}
+    (run_dir / "data/blend").mkdir(parents=True)
+    overlap = {"most": 0.5, "words": 13, "every": 1, "rows": [row]}
+    (run_dir / "data/blend/manifest.json").write_text(json.dumps({"heldout_overlap": overlap}))
+    report = write_report(run_dir)
+    assert rows(report)["law, heldout"] == ["14", "2", "1", "12.3 %", "1.0 %"]
+    assert "with more than 50 % in training text" in report.read_text()
+    assert json.loads((run_dir / "results.json").read_text())["heldout_overlap"] == overlap
+
+
 def test_a_task_with_examples_is_that_without(run_dir: Path) -> None:
     def rename(evaluation: dict[str, Any]) -> None:
         for part in ("metrics", "items"):

@@ -1,0 +1,96 @@
+"""Near duplicates, by datatrove's MinHash over the words that decontamination sees.
+
+Words are folded, so letter case, accents and punctuation decide nothing. Of a group the first document stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets, MinhashDedupSignature
+from datatrove.utils.word_tokenizers import WhitespaceTokenizer
+
+from nemo_upcycle.data.engine.ledger import LedgerStep
+from nemo_upcycle.data.word_hashes import normalise, word_blocks
+
+
+_ROWS = 4096  # n-grams whose hashes are computed at a time: 3.7 MB for 112 of them
+
+
+def near_config(settings: dict[str, int]) -> MinhashConfig:
+    """Return the configuration that all of datatrove's steps share.
+
+    Args:
+        settings: `n_grams`, `bands`, `hashes_per_band`.
+    """
+    return MinhashConfig(settings["n_grams"], settings["bands"], settings["hashes_per_band"])
+
+
+class SignNear(MinhashDedupSignature):
+    """Writes the signatures of documents; one of fewer words than an n-gram has none."""
+
+    def __init__(self, folder: Path, config: MinhashConfig) -> None:
+        # The language's own word tokenizer would ask for spaCy.
+        super().__init__(str(folder / "near_signatures"), config, WhitespaceTokenizer())
+
+    def get_shingles(self, text: str) -> np.ndarray:
+        """Return the hashes of the n-grams of a text, a row each."""
+        size = self.config.n_grams
+        grams = [block.grams(size) for block in word_blocks(normalise(text), size - 1)]
+        return np.unique(np.concatenate([np.empty(0, np.uint64), *grams])).reshape(-1, 1)
+
+    def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
+        """Return the hashes of each band; in pieces, for memory."""
+        pieces = np.array_split(shingles, -(-len(shingles) // _ROWS))
+        return np.min(list(map(super().get_signature, pieces)), axis=0).tolist()
+
+
+def find_near(folder: Path, config: MinhashConfig) -> MinhashDedupBuckets:
+    """Return the step that finds documents of one signature, in one task for each band."""
+    return MinhashDedupBuckets(
+        str(folder / "near_signatures"), str(folder / "near_pairs"), config=config, lines_to_buffer=1024
+    )
+
+
+class KeepFirst(LedgerStep):
+    """Writes which documents are near duplicates of an earlier one, directly or through others.
+
+    datatrove's own step keeps the document of most pairs, which may be one to train on where another is held out.
+    """
+
+    type, name = "dedup", "all but the first of near duplicates"
+
+    def __init__(self, ledger: Any, folder: Path) -> None:
+        super().__init__(ledger)
+        self.folder = folder
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
+        """Join the pairs of all bands."""
+        earlier: dict[int, int] = {}  # of each document that is not the first of its group
+
+        def first(document: int) -> int:
+            while (before := earlier.get(document, document)) != document:
+                earlier[document] = earlier.get(before, before)
+                document = before
+            return document
+
+        for pair in self._pairs():
+            one, other = sorted(map(first, pair))
+            if one != other:
+                earlier[other] = one
+        documents = np.array(sorted(earlier), np.uint64)
+        tasks = documents >> np.uint64(32)
+        (self.folder / "near").mkdir(exist_ok=True)
+        for task in np.unique(tasks).tolist():
+            documents[tasks == task].astype("<u4").tofile(self.folder / "near" / f"{task:05d}.remove")
+
+    def _pairs(self) -> Iterator[list[int]]:
+        """Yield pairs of documents; a document is its task and, in the low 32 bits, its number."""
+        for path in sorted((self.folder / "near_pairs").glob("*.dups")):
+            quadruples = np.fromfile(path, "<u4").reshape(-1, 4).astype(np.uint64)
+            pairs = (quadruples[:, ::2] << np.uint64(32)) | quadruples[:, 1::2]
+            for at in range(0, len(pairs), _ROWS):
+                yield from pairs[at : at + _ROWS].tolist()

@@ -1,0 +1,155 @@
+"""Held-out text that stands in training text: one of the two documents goes, and the shares are counted."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+pytest.importorskip("datatrove")
+
+from nemo_upcycle.data.engine import heldout
+from nemo_upcycle.data.finished import HELDOUT_OVERLAP
+from tests.data_engine.blend import command, everything, execute, removed, run, stats, texts, write_plan
+from tests.data_engine.test_engine import clear, write_jsonl
+from tests.waiting import wait_until
+
+
+def words(seed: int, count: int = 300) -> str:
+    """Text of a seed's own words."""
+    return " ".join(random.Random(seed).choices([f"{seed}w{n}" for n in range(80)], k=count))
+
+
+HELD = [words(n) for n in range(4)]
+SHORT = f"{words(10, 20)} {HELD[0]}"  # most of it is held out: it goes
+LONG = f"{words(11, 900)} {HELD[1]}"  # most of it is its own: the held-out document goes
+QUOTE = f"{words(12, 900)} {' '.join(HELD[2].split()[:100])}"  # under half of either: both stay
+OTHER = words(13)
+
+
+def _run(folder: Path, train: list[str], held: list[str], **plan: Any) -> Path:
+    files = [write_jsonl(folder / name, *many) for name, many in (("held.jsonl", held), ("train.jsonl", train))]
+    tasks = [{"files": files[:1], "split": "heldout"}, {"files": files[1:]}]
+    return execute(write_plan(folder, tasks, **{"heldout_overlap": 0.5, **plan}))
+
+
+def _held(work: Path, rank: int = 0) -> list[str]:
+    path = work / "tokens" / f"{rank:05d}.heldout.jsonl"
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _summary(work: Path) -> dict[str, Any]:
+    return json.loads((work / HELDOUT_OVERLAP).read_text())
+
+
+def test_copy_leaves_training_and_text_inside_a_longer_document_leaves_the_held_out(tmp_path: Path) -> None:
+    work = _run(tmp_path, [SHORT, LONG, QUOTE, OTHER], HELD)
+    assert texts(work, 1) == [LONG, QUOTE, OTHER]
+    assert _held(work) == [HELD[0], HELD[2], HELD[3]]
+    assert stats(work, 0)["steps"]["overlap"] == {"in": 4, "kept": 3, "removed": {"mostly in training text": 1}}
+    assert stats(work, 1)["steps"]["overlap"] == {"in": 4, "kept": 3, "removed": {"mostly in held-out text": 1}}
+    (line,) = removed(work, 0)
+    assert (line["step"], line["reason"]) == ("overlap", "mostly in training text")
+    assert line["where"].endswith("held.jsonl:2")
+    assert removed(work, 1)[0]["where"].endswith("train.jsonl:1")
+    assert _summary(work)["rows"] == [
+        {
+            "source": "source",
+            "split": "heldout",
+            "documents": 4,
+            "above": 2,
+            "removed": 1,
+            "ngrams": 4 * 288,
+            "shared": 288 + 288 + 88,
+            "ngrams_after": 3 * 288,
+            "shared_after": 88,
+        }
+    ]
+
+
+def test_one_that_is_in_many_pieces_all_over_training_leaves_the_held_out(tmp_path: Path) -> None:
+    pieces = [f"{words(20 + n, 90)} {' '.join(HELD[0].split()[60 * n : 60 * n + 60])}" for n in range(5)]
+    work = _run(tmp_path, pieces, HELD[:2])
+    assert texts(work, 1) == pieces
+    assert _held(work) == HELD[1:2]
+
+
+def test_bytes_without_overlap_are_those_without_the_step(tmp_path: Path) -> None:
+    with_it, without = (
+        _run(tmp_path / str(part), [OTHER, QUOTE], HELD[:3], heldout_overlap=part) for part in (0.5, None)
+    )
+    written = [{path.name: path.read_bytes() for path in work.glob("tokens/*")} for work in (with_it, without)]
+    assert written[0] == written[1]
+    assert not (without / HELDOUT_OVERLAP).exists()
+
+
+def test_one_removes_nothing_and_counts(tmp_path: Path) -> None:
+    work = _run(tmp_path, [SHORT, LONG], HELD, heldout_overlap=1.0)
+    assert (texts(work, 1), _held(work)) == ([SHORT, LONG], HELD)
+    (row,) = _summary(work)["rows"]
+    assert (row["shared"], row["shared_after"], row["removed"]) == (2 * 288, 2 * 288, 0)
+
+
+def test_duplicate_of_a_training_document_goes_alone(tmp_path: Path) -> None:
+    """The training document comes first here, so it must stay: what deduplication removes is not compared."""
+    first = write_jsonl(tmp_path / "1.jsonl", HELD[0], OTHER)
+    second = write_jsonl(tmp_path / "2.jsonl", HELD[0].replace(" ", "  "), HELD[3])
+    tasks = [{"files": [first]}, {"files": [second], "split": "heldout"}]
+    work = execute(write_plan(tmp_path, tasks, heldout_overlap=0.5))
+    assert (texts(work, 0), _held(work, 1)) == ([HELD[0], OTHER], [HELD[3]])
+    assert stats(work, 1)["steps"]["deduplicate"]["removed"] == {"duplicate": 1}
+
+
+def test_without_deduplication(tmp_path: Path) -> None:
+    work = _run(tmp_path, [SHORT, OTHER, OTHER], HELD, deduplicate=False)
+    assert texts(work, 1) == [OTHER, OTHER]
+
+
+def test_documents_of_fewer_words_than_an_ngram_stay(tmp_path: Path) -> None:
+    few = words(7, 12)
+    work = _run(tmp_path, [f"{few} {OTHER}", few + " end"], [few, HELD[0]])
+    assert _held(work) == [few, HELD[0]]
+    assert len(texts(work, 1)) == 2
+
+
+def test_many_ngrams_are_sampled_by_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heldout, "MOST_NGRAMS", 300)
+    heldout._searched.cache_clear()
+    work = _run(tmp_path, [SHORT, LONG, QUOTE, OTHER], HELD)
+    assert _summary(work)["every"] == 4
+    assert _summary(work)["rows"][0]["ngrams"] == pytest.approx(288, rel=0.2)
+    assert (texts(work, 1), _held(work)) == ([LONG, QUOTE, OTHER], [HELD[0], HELD[2], HELD[3]])
+
+
+def _overlapping(folder: Path) -> Path:
+    """Write a plan of tasks that share passages, of documents that are held out by the hash of their id."""
+    tasks = []
+    for task in range(4):
+        numbers = range(20 * task, 20 * task + 40)
+        many = [f"{words(n % 60)} {words(1000 + n + task, 900 if task % 2 else 100)}" for n in numbers]
+        tasks.append({"files": [write_jsonl(folder / "input" / f"{task}.jsonl", *many)], "split": None})
+    shares = {"validation": 0.1, "heldout": 0.1}
+    return write_plan(folder, tasks, hold_out=shares, heldout_overlap=0.5, finders=2)
+
+
+def test_workers_and_kills_do_not_change_a_byte(tmp_path: Path) -> None:
+    plan = _overlapping(tmp_path)
+    found = []
+    for workers in ("1", "3"):
+        done = run(plan, "--workers", workers)
+        assert (done.returncode, done.stderr) == (0, "")
+        found.append(everything(plan.parent))
+        counts = [stats(plan.parent, rank)["steps"]["overlap"]["removed"] for rank in range(4)]
+        clear(plan)
+    assert {reason for count in counts for reason in count} == set(heldout.REMOVED)
+    for stage in ("1_sign", "2_join", "2_compare", "2_judge"):
+        with subprocess.Popen(command(plan, "--workers", "2"), stderr=subprocess.DEVNULL) as process:
+            wait_until(lambda stage=stage: list(plan.parent.glob(f"logs/{stage}/logs/*.log")), process, poll_s=0.01)
+            process.kill()
+    assert run(plan).returncode == 0
+    assert found[0] == found[1] == everything(plan.parent)

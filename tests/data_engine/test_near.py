@@ -1,0 +1,112 @@
+"""Near duplicates: pairs of many kinds are found, the first one stays, and what is merely alike stays."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+pytest.importorskip("datatrove")
+
+from tests.data_engine.blend import everything, execute, removed, run, stats, texts, write_plan
+from tests.data_engine.test_engine import clear, write_jsonl
+from tests.near import EQUAL, NEAR
+
+
+SETTINGS = {"bands": 14, "hashes_per_band": 8, "n_grams": 5}
+
+
+def document(seed: int, paragraphs: int = 5) -> str:
+    """Paragraphs of words that other seeds have, too."""
+    chance = random.Random(seed)
+    words = [f"wört{n}" for n in range(300)]
+    return "\n\n".join(f"{' '.join(chance.choices(words, k=80)).capitalize()}." for _ in range(paragraphs))
+
+
+ORIGINALS = [document(n) for n in range(4)]
+
+
+def _run(folder: Path, *tasks: list[str], **plan: Any) -> Path:
+    files = [write_jsonl(folder / f"{number}.jsonl", *many) for number, many in enumerate(tasks)]
+    return execute(write_plan(folder, [{"files": [file]} for file in files], near_duplicates=SETTINGS, **plan))
+
+
+@pytest.mark.parametrize("kind", [*EQUAL, *NEAR])
+def test_first_of_a_pair_stays(tmp_path: Path, kind: str) -> None:
+    change = {**EQUAL, **NEAR}[kind]
+    changed = [change(text, random.Random(number)) for number, text in enumerate(ORIGINALS)]
+    assert not set(changed) & set(ORIGINALS)
+    work = _run(tmp_path, ORIGINALS, [document(10), *changed, document(11)])
+    assert texts(work, 0) == ORIGINALS
+    assert texts(work, 1) == [document(10), document(11)]
+    reason = "duplicate" if kind in EQUAL else "near duplicate"
+    assert stats(work, 1)["steps"]["deduplicate"]["removed"] == {reason: 4}
+    lines = removed(work, 1)
+    assert [(line["step"], line["reason"]) for line in lines] == [("deduplicate", reason)] * 4
+    assert [line["where"].rpartition(":")[2] for line in lines] == ["2", "3", "4", "5"]
+
+
+def test_first_of_a_chain_stays_though_others_have_more_pairs(tmp_path: Path) -> None:
+    """Each has lost a tenth of the one before it: the last ones are near to the first through the others alone."""
+    chain = [document(1, paragraphs=10)]
+    while len(chain) < 6:
+        chain.append("\n\n".join([*chain[-1].split("\n\n")[1:], document(100 + len(chain), paragraphs=1)]))
+    work = _run(tmp_path, chain[:1], chain[1:])
+    assert (texts(work, 0), texts(work, 1)) == (chain[:1], [])
+    assert texts(_run(tmp_path / "two", [chain[0], chain[5]])) == [chain[0], chain[5]]
+
+
+def test_documents_that_share_some_passages_stay(tmp_path: Path) -> None:
+    alike = [f"{document(1, 2)}\n\n{document(n, 5)}" for n in range(20, 40)]
+    assert texts(_run(tmp_path, alike)) == alike
+
+
+def test_documents_of_fewer_words_than_an_ngram_stay(tmp_path: Path) -> None:
+    few = ["four words of it", "four words of its"]
+    assert texts(_run(tmp_path, few)) == few
+
+
+def test_long_documents_are_signed_in_pieces(tmp_path: Path) -> None:
+    long = document(1, paragraphs=200)
+    work = _run(tmp_path, [long], [NEAR["one word changed"](long, random.Random(1)), document(2, paragraphs=200)])
+    assert texts(work, 1) == [document(2, paragraphs=200)]
+
+
+def test_near_duplicate_of_a_held_out_document_is_no_overlap(tmp_path: Path) -> None:
+    files = [
+        write_jsonl(tmp_path / "1.jsonl", ORIGINALS[0]),
+        write_jsonl(tmp_path / "2.jsonl", NEAR["a sentence added"](ORIGINALS[0], random.Random(1)), ORIGINALS[1]),
+    ]
+    tasks = [{"files": files[:1], "split": "heldout"}, {"files": files[1:]}]
+    work = execute(write_plan(tmp_path, tasks, near_duplicates=SETTINGS, heldout_overlap=0.5))
+    assert texts(work, 1) == [ORIGINALS[1]]
+    assert stats(work, 1)["steps"]["deduplicate"]["removed"] == {"near duplicate": 1}
+    assert stats(work, 0)["splits"]["heldout"]["documents"] == 1
+
+
+def test_workers_do_not_change_a_byte(tmp_path: Path) -> None:
+    kinds = list(NEAR.values())
+    many = [
+        [
+            kinds[(number + task) % 6](document(number), random.Random(number))
+            for number in range(task * 5, task * 5 + 15)
+        ]
+        for task in range(4)
+    ]
+    files = [write_jsonl(tmp_path / "input" / f"{number}.jsonl", *some) for number, some in enumerate(many)]
+    tasks = [{"files": [file], "split": None} for file in files]
+    more = {"hold_out": {"validation": 0.1, "heldout": 0.1}, "finders": 2}
+    plan = write_plan(tmp_path, tasks, near_duplicates=SETTINGS, heldout_overlap=0.5, **more)
+    found = []
+    for workers in ("1", "3"):
+        done = run(plan, "--workers", workers)
+        assert (done.returncode, done.stderr) == (0, "")
+        found.append(everything(plan.parent))
+        counts = [stats(plan.parent, rank)["steps"]["deduplicate"]["removed"] for rank in range(4)]
+        clear(plan)
+    assert found[0] == found[1]
+    assert counts[0] == {}
+    assert all(9 <= count["near duplicate"] <= 10 for count in counts[1:])  # two changes at once are found less often
