@@ -8,28 +8,26 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.data.ngrams import BOILERPLATE, SHORTEST, WORDS, Hit, NgramIndex
-from nemo_upcycle.suites.items import Item, suite_items
+from nemo_upcycle.data.ngrams import BOILERPLATE, SHORT_WORDS, SHORTEST, WORDS, Hit, NgramIndex
+from nemo_upcycle.suites.items import suite_items
 
 
-#: Words of an n-gram of the report, which is looser.
-REPORT_WORDS = 8
 EXAMPLES = 20
 _EXAMPLE_CHARACTERS = 200
 
 
-def build_index(suites: Sequence[str | Path], path: Path, report: Path | None = None) -> dict[str, Any]:
+def build_index(suites: Sequence[str | Path], path: Path) -> dict[str, Any]:
     """Write the index of the n-grams of all items of some suites.
 
     Args:
         suites: names of `conf/evaluation` or paths of YAML files. Those of lm-eval's own tasks need the Hugging Face
             hub, or its cache.
-        path: the file to write, of n-grams of 13 words: what it finds is removed.
-        report: the file of n-grams of 8 words, or None: what it finds is reported.
+        path: the file to write.
 
     Returns:
         `suites`; `words`, `shortest` and `boilerplate`: how items are looked for; `ngrams`: how many; `sets`: for each
-        evaluation set, what `NgramIndex.summary` says; and the same of the other file as `report`.
+        evaluation set, what `NgramIndex.summary` says; and the same of the short n-grams as `report`: what they find
+        in the remaining text is reported.
 
     Raises:
         UpcycleError: an unknown suite or task, or data that cannot be fetched.
@@ -39,15 +37,15 @@ def build_index(suites: Sequence[str | Path], path: Path, report: Path | None = 
         24
     """
     items = {(item.name, item.id): item for suite in suites for item in suite_items(suite)}
-    written = {"suites": [str(suite) for suite in suites], **_write_index(items.values(), path, WORDS)}
-    return written | ({"report": _write_index(items.values(), report, REPORT_WORDS)} if report else {})
-
-
-def _write_index(items: Iterable[Item], path: Path, words: int) -> dict[str, Any]:
-    index = NgramIndex.build(items, words)
+    index = NgramIndex.build(items.values(), short_words=SHORT_WORDS)
     index.save(path)
-    settings = {"words": words, "shortest": SHORTEST, "boilerplate": BOILERPLATE}
-    return {**settings, "ngrams": len(index.arrays["hashes"]), "sets": index.summary}
+    settings = {"shortest": SHORTEST, "boilerplate": BOILERPLATE}
+    long, short = (len(index.arrays[f"{name}_hashes"]) for name in ("long", "short"))
+    return {
+        "suites": [str(suite) for suite in suites],
+        **{"words": WORDS, **settings, "ngrams": long, "sets": index.summary},
+        "report": {"words": SHORT_WORDS, **settings, "ngrams": short, "sets": index.short_summary},
+    }
 
 
 class Contamination:

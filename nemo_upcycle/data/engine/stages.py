@@ -91,7 +91,6 @@ def stages(plan: Plan, library: str) -> list[Stage]:
         keep = ExactDedupFilter(duplicates, clean.deduplication(), RemovedWriter(ledger, "deduplicate", "duplicate"))
         deduplicate = [clean.RequireSameDocuments(ledger, folder), keep]
     decontaminate: list[PipelineStep] = [clean.Decontaminate(ledger)] if plan.ngram_index else []
-    decontaminate += [clean.Report(ledger)] if plan.report_index else []
     written = [*_documents(ledger), *deduplicate, CountDocuments(ledger, "deduplicate"), *decontaminate]
     pipelines[WRITE] = [*written, CountDocuments(ledger, "decontaminate"), Tokenise(ledger, library)]
     return [Stage(name, pipelines[name], tasks) for name, tasks in tasks_of_stages(plan).items()]
