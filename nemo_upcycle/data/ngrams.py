@@ -3,7 +3,7 @@
 Needs numpy and the standard library only: the engine of the data stage runs in an environment without torch.
 
 Two kinds of n-grams are looked for in one pass. A long one is a hit by itself. A short one is none, but several of one
-item close together are: `SHARE` and `ENOUGH` say how many. Where each character is a word, both kinds have
+item close together are: `ENOUGH` and the shares say how many. Where each character is a word, both kinds have
 more of them: `STRETCH`.
 """
 
@@ -40,9 +40,10 @@ SHORT_WORDS = 8
 SHORTEST = 6
 BOILERPLATE = 10
 #: Short n-grams of an item, no further apart than it is long, are a hit if together they cover at least one word more
-#: than one of them does, and this share of its longest rendering or so many words (`benchmarks/decontaminate.py`).
-SHARE = 0.2
+#: than one of them does, and so many words or a share of its longest rendering: this one where they are one passage,
+#: and that one where they are several (`benchmarks/decontaminate.py`).
 ENOUGH = 20
+SHARE_OF_ONE, SHARE_OF_SEVERAL = 0.3, 0.2
 #: Characters that stand for a word of English: of Han, kana and Hangul; of Thai, Lao, Tibetan, Burmese and Khmer.
 STRETCH = {SYLLABLES: 2, LETTERS: 3}
 #: Words with letters that a short n-gram has: rows of digits are no sign of an item.
@@ -282,24 +283,25 @@ class NgramIndex:
             cluster: list[_Match] = []
             for match in [*found, None]:
                 if cluster and (match is None or match.first - cluster[-1].last > length):
-                    size = cluster[0].last - cluster[0].first
-                    needed = max(size + size // SHORT_WORDS, min(SHARE * length, ENOUGH * size / SHORT_WORDS))
-                    if _words_covered(cluster) >= needed:
+                    if _is_enough(cluster, length):
                         yield from ((member, [number]) for member in cluster)
                     cluster = []
                 cluster += [match] if match else []
 
 
-def _words_covered(cluster: list[_Match]) -> int:
-    """Return the words that stand in n-grams of a cluster; of a repeated n-gram only its first place counts."""
-    covered = last = 0
+def _is_enough(cluster: list[_Match], length: int) -> bool:
+    """Return whether short n-grams of an item of so many words are a hit; of equal ones only the first counts."""
+    covered = passages = last = 0
     seen: set[int] = set()
     for match in cluster:
         if match.entry not in seen:
             seen.add(match.entry)
+            passages += match.first >= last
             covered += match.last - max(match.first, last)
             last = match.last
-    return covered
+    stretch = (cluster[0].last - cluster[0].first) // SHORT_WORDS
+    share = SHARE_OF_ONE if passages == 1 else SHARE_OF_SEVERAL
+    return covered >= max((SHORT_WORDS + 1) * stretch, min(share * length, ENOUGH * stretch))
 
 
 def _merged(passages: list[tuple[_Match, list[int]]], places: np.ndarray) -> list[Hit]:
