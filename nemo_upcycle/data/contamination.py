@@ -8,35 +8,30 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.data.ngrams import BOILERPLATE, SHORTEST, WORDS, Hit, NgramIndex
+from nemo_upcycle.data.ngrams import BOILERPLATE, SHORT_WORDS, SHORTEST, WORDS, Hit, NgramIndex
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.suites.items import Item, set_name, suite_items
+from nemo_upcycle.suites.items import set_name, suite_items
 from nemo_upcycle.suites.lm_eval_tasks import TaskDataError
 from nemo_upcycle.suites.suite_config import read_suite_config
 
 
-#: Words of an n-gram of the report, which is looser.
-REPORT_WORDS = 8
 EXAMPLES = 20
 _EXAMPLE_CHARACTERS = 200
 
 
-def build_index(
-    suites: Sequence[str | Path], path: Path, report: Path | None = None, without: Sequence[str] = ()
-) -> dict[str, Any]:
+def build_index(suites: Sequence[str | Path], path: Path, without: Sequence[str] = ()) -> dict[str, Any]:
     """Write the index of the n-grams of all items of some suites.
 
     Args:
         suites: names of `conf/evaluation` or paths of YAML files. Those of lm-eval's own tasks need the Hugging Face
             hub, or its cache.
-        path: the file to write, of n-grams of 13 words: what it finds is removed.
-        report: the file of n-grams of 8 words, or None: what it finds is reported.
+        path: the file to write.
         without: tasks of these suites that are not looked for.
 
     Returns:
         `suites`; `without`: the sets that are not looked for; `words`, `shortest` and `boilerplate`: how items are
         looked for; `ngrams`: how many; `sets`: for each evaluation set, what `NgramIndex.summary` says; and the same
-        of the other file as `report`.
+        of the short n-grams as `report`: what they find in the remaining text is reported.
 
     Raises:
         UpcycleError: an unknown suite or task, or data that cannot be fetched: no set is left out in silence.
@@ -54,16 +49,16 @@ def build_index(
     except TaskDataError as error:
         error.fix += "; or name the task in decontaminate_without, to train without looking for its questions"
         raise
-    written: dict[str, Any] = {"suites": [str(suite) for suite in suites], "without": [*map(set_name, without)]}
-    written |= _write_index(items.values(), path, WORDS)
-    return written | ({"report": _write_index(items.values(), report, REPORT_WORDS)} if report else {})
-
-
-def _write_index(items: Iterable[Item], path: Path, words: int) -> dict[str, Any]:
-    index = NgramIndex.build(items, words)
+    index = NgramIndex.build(items.values(), short_words=SHORT_WORDS)
     index.save(path)
-    settings = {"words": words, "shortest": SHORTEST, "boilerplate": BOILERPLATE}
-    return {**settings, "ngrams": len(index.arrays["hashes"]), "sets": index.summary}
+    settings = {"shortest": SHORTEST, "boilerplate": BOILERPLATE}
+    long, short = (len(index.arrays[f"{name}_hashes"]) for name in ("long", "short"))
+    return {
+        "suites": [str(suite) for suite in suites],
+        "without": [set_name(name) for name in without],
+        **{"words": WORDS, **settings, "ngrams": long, "sets": index.summary},
+        "report": {"words": SHORT_WORDS, **settings, "ngrams": short, "sets": index.short_summary},
+    }
 
 
 class Contamination:

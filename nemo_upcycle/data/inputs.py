@@ -19,7 +19,7 @@ from nemo_upcycle.utils.cache import cache_folder
 
 
 #: The n-grams of evaluation items in the folder of what a blend is built from.
-NGRAMS, REPORT_NGRAMS = "ngrams.npz", "report_ngrams.npz"
+NGRAMS = "ngrams.npz"
 #: Files are put together into tasks of this size; what a killed run loses is the tasks that were running.
 TASK_BYTES = 256 << 20
 #: Tasks of the engine for each of the steps that find equal texts.
@@ -155,7 +155,6 @@ def make_plan(
         "eos_id": tokenizer["eos_id"],
         "vocab_size": tokenizer["vocab_size"],
         "ngram_index": str((output / BUILD / NGRAMS).absolute()) if config.decontaminate else None,
-        "report_index": str((output / BUILD / REPORT_NGRAMS).absolute()) if config.decontaminate else None,
         "seed": config.seed,
         "deduplicate": config.deduplicate,
         "near_duplicates": config.near_duplicates and dataclasses.asdict(config.near_duplicates),

@@ -1,6 +1,10 @@
 """Find passages of evaluation items in text, by the hashes of n-grams of words.
 
 Needs numpy and the standard library only: the engine of the data stage runs in an environment without torch.
+
+Two kinds of n-grams are looked for in one pass. A long one is a hit by itself. A short one is none, but several of one
+item close together are: `ENOUGH` and the shares say how many. Where each character is a word, both kinds have
+more of them: `STRETCH`.
 """
 
 from __future__ import annotations
@@ -10,11 +14,20 @@ import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from nemo_upcycle.data.word_hashes import HashFilter, look_up, normalise, origin, word_blocks
+from nemo_upcycle.data.word_hashes import (
+    LETTERS,
+    SYLLABLES,
+    HashFilter,
+    WordBlock,
+    look_up,
+    normalise,
+    origin,
+    word_blocks,
+)
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import whole_file
 
@@ -23,12 +36,22 @@ if TYPE_CHECKING:
     from nemo_upcycle.suites.items import Item
 
 WORDS = 13
+SHORT_WORDS = 8
 SHORTEST = 6
 BOILERPLATE = 10
+#: Short n-grams of an item, no further apart than it is long, are a hit if together they cover at least one word more
+#: than one of them does, and so many words or a share of its longest rendering: this one where they are one passage,
+#: and that one where they are several (`benchmarks/decontaminate.py`).
+ENOUGH = 20
+SHARE_OF_ONE, SHARE_OF_SEVERAL = 0.3, 0.2
+#: Characters that stand for a word of English: of Han, kana and Hangul; of Thai, Lao, Tibetan, Burmese and Khmer.
+STRETCH = {SYLLABLES: 2, LETTERS: 3}
+#: Words with letters that a short n-gram has: rows of digits are no sign of an item.
+_LETTERED = 2
 #: Characters removed on both sides of a passage.
 MARGIN = 200
 
-_FORMAT = 1
+_FORMAT = 2
 _LAST_BLANK = re.compile(r"\s\S*\Z")
 _FIRST_BLANK = re.compile(r"\s")
 _MORE = 50
@@ -51,35 +74,64 @@ class Hit:
     items: tuple[int, ...]
 
 
-@dataclass
+class _Match(NamedTuple):
+    """An n-gram in a text: its first word, one past its last, the bytes it stands in, its place in a table."""
+
+    first: int
+    last: int
+    start: int
+    stop: int
+    entry: int
+    is_long: bool
+
+
+class _Table(NamedTuple):
+    """Sorted hashes of n-grams; `places[bounds[i]:bounds[i + 1]]` number the items that contain n-gram i."""
+
+    hashes: np.ndarray
+    bounds: np.ndarray
+    places: np.ndarray
+
+    def items(self, entry: int) -> list[int]:
+        """Return the numbers of the items that contain an n-gram."""
+        return list(self.places[self.bounds[entry] : self.bounds[entry + 1]].tolist())
+
+
 class NgramIndex:
     """The n-grams of evaluation items, and where each stands.
 
     Attributes:
-        arrays: what `save` writes. `hashes` are sorted; `places[bounds[i]:bounds[i + 1]]` are the numbers of the items
-            that contain n-gram i.
+        arrays: what `save` writes.
     """
 
-    arrays: dict[str, np.ndarray]
-
-    def __post_init__(self) -> None:
-        self._words, self._shortest = (int(value) for value in self.arrays["settings"][1:3])
-        self._hashes, self._sizes = self.arrays["hashes"], self.arrays["sizes"]
-        self._lengths = [int(size) for size in np.unique(self._sizes) if size < self._words]
-        self._long = HashFilter(self._hashes[self._sizes == self._words])
-        self._short = HashFilter(self.arrays["beginnings"])
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        self.arrays = arrays
+        self._prefix = int(arrays["settings"][4])
+        self._tables = {
+            is_long: _Table(*(arrays[f"{name}_{field}"] for field in _Table._fields))
+            for is_long, name in ((True, "long"), (False, "short"))
+            if len(arrays[f"{name}_hashes"])
+        }
+        self._longest = int(np.bitwise_or.reduce(arrays["prefix_sizes"], initial=2)).bit_length() - 1
+        self._begins = HashFilter(arrays["prefixes"])
 
     @classmethod
     def build(
-        cls, items: Iterable[Item], words: int = WORDS, shortest: int = SHORTEST, boilerplate: int = BOILERPLATE
+        cls,
+        items: Iterable[Item],
+        words: int = WORDS,
+        shortest: int = SHORTEST,
+        boilerplate: int = BOILERPLATE,
+        short_words: int = 0,
     ) -> NgramIndex:
         """Index the n-grams of items; a rendering of fewer words is one n-gram of its own length.
 
         Args:
             items: items, numbered set by set, in the order given.
-            words: words of an n-gram.
+            words: words of an n-gram, up to 21.
             shortest: renderings of fewer words are not indexed.
-            boilerplate: an n-gram that stands in more items of one set is ignored.
+            boilerplate: an n-gram that stands in more items of one set is ignored, as is one of digits alone.
+            short_words: words of the short n-grams, of which only several are a hit; 0 for none.
 
         Example:
             >>> index = NgramIndex.build([Item("quiz", "1", ("Which of the two came first, and why?",))])
@@ -89,42 +141,46 @@ class NgramIndex:
         items = list(items)
         names = list(dict.fromkeys(item.name for item in items))
         items.sort(key=lambda item: names.index(item.name))  # stable
-        hashes, owners, sizes, beginnings = _grams_of(items, words, shortest)
         name_of = np.array([names.index(item.name) for item in items], np.int32)
+        texts = [(number, text) for number, item in enumerate(items) for text in map(normalise, item.renderings)]
+        measured = [(number, text, *_measure(text)) for number, text in dict.fromkeys(texts)]
+        lengths = np.zeros(len(items), np.int64)
+        for number, _, length, _ in measured:
+            lengths[number] = max(lengths[number], length)
+        long: dict[int, list[tuple[int, bytes]]] = {}
+        short: dict[int, list[tuple[int, bytes]]] = {}
+        for number, text, length, stretch in measured:
+            if length >= shortest * stretch:
+                long.setdefault(min(length, words * stretch), []).append((number, text))
+            if short_words and length > short_words * stretch:
+                short.setdefault(short_words * stretch, []).append((number, text))
 
-        order = np.lexsort((owners, hashes))
-        hashes, owners, sizes = hashes[order], owners[order], sizes[order]
-        once = _changes(hashes, owners)
-        hashes, owners, sizes = hashes[once], owners[once], sizes[once]
-        runs = np.flatnonzero(_changes(hashes, name_of[owners]))  # an n-gram in the items of one set
-        lengths = np.diff(np.append(runs, len(hashes)))
-        ignored = np.isin(hashes, hashes[runs[lengths > boilerplate]])
-
-        def per_set(numbers: np.ndarray) -> np.ndarray:
-            return np.bincount(name_of[numbers], minlength=len(names))
-
-        every = np.arange(len(items))
-        counts = [
-            per_set(every),
-            per_set(owners[runs[~ignored[runs]]]),
-            per_set(owners[runs[ignored[runs]]]),
-            per_set(np.setdiff1d(every, owners)),
-            per_set(np.setdiff1d(owners, owners[~ignored])),
-        ]
-        hashes, owners, sizes = hashes[~ignored], owners[~ignored], sizes[~ignored]
-        first = np.flatnonzero(_changes(hashes))
+        prefix = min(words, shortest, short_words or words)
+        arrays: dict[str, np.ndarray] = {}
+        begins = []
+        for name, groups, lettered in (("long", long, 0), ("short", short, _LETTERED)):
+            grams = _grams_of(groups, prefix, lettered)
+            kept, arrays[f"{name}_counts"] = _without_boilerplate(grams, name_of, len(names), boilerplate)
+            first = np.flatnonzero(_changes(kept["hash"]))
+            arrays[f"{name}_hashes"] = kept["hash"][first]
+            arrays[f"{name}_bounds"] = np.append(first, len(kept)).astype(np.int64)
+            arrays[f"{name}_places"] = kept["owner"]
+            begins.append(kept[first])
+        prefixes = np.concatenate([kept["prefix"] for kept in begins])
+        sizes = np.uint64(1) << np.concatenate([kept["size"] for kept in begins]).astype(np.uint64)
+        order = np.argsort(prefixes, kind="stable")
+        prefixes, sizes = prefixes[order], sizes[order]
+        first = np.flatnonzero(_changes(prefixes))
         return cls(
             {
-                "settings": np.array([_FORMAT, words, shortest, boilerplate], np.int64),
-                "hashes": hashes[first],
-                "sizes": sizes[first],
-                "bounds": np.append(first, len(hashes)).astype(np.int64),
-                "places": owners,
-                "beginnings": np.unique(beginnings),
+                "settings": np.array([_FORMAT, words, shortest, boilerplate, prefix], np.int64),
                 "names": np.array(names, np.str_),
                 "name_of": name_of,
                 "ids": np.array([item.id for item in items], np.str_),
-                "counts": np.stack(counts, axis=1).astype(np.int64),
+                "lengths": lengths,
+                "prefixes": prefixes[first],
+                "prefix_sizes": np.bitwise_or.reduceat(sizes, first) if len(first) else sizes,
+                **arrays,
             }
         )
 
@@ -164,55 +220,103 @@ class NgramIndex:
         `only_boilerplate`: items whose n-grams are all ignored.
         """
         columns = ("items", "ngrams", "ignored", "too_short", "only_boilerplate")
-        names, counts = self.arrays["names"].tolist(), self.arrays["counts"].tolist()
+        names, counts = self.arrays["names"].tolist(), self.arrays["long_counts"].tolist()
         return {name: dict(zip(columns, row, strict=True)) for name, row in zip(names, counts, strict=True)}
+
+    @property
+    def short_summary(self) -> dict[str, dict[str, int]]:
+        """The same, with the `ngrams` and `ignored` of the short n-grams."""
+        rows = zip(self.summary.items(), self.arrays["short_counts"].tolist(), strict=True)
+        return {name: counts | {"ngrams": row[1], "ignored": row[2]} for (name, counts), row in rows}
 
     def item(self, number: int) -> tuple[str, str]:
         """Return the evaluation set and the id of an item."""
         return str(self.arrays["names"][self.arrays["name_of"][number]]), str(self.arrays["ids"][number])
 
     def find(self, text: str) -> list[Hit]:
-        """Return the passages that share n-grams with items, in order; n-grams that share words are one passage.
+        """Return the passages that contain items, in order; those that share words are one passage.
 
         Args:
             text: any text; its size is limited by memory only.
         """
-        normalised = normalise(text)
-        matches = sorted(self._find(normalised))
-        if not matches:
-            return []
-        merged: list[tuple[int, int, int, int, set[int]]] = []
-        for first, last, start, stop, entry in matches:
-            numbers = self.arrays["places"][self.arrays["bounds"][entry] : self.arrays["bounds"][entry + 1]].tolist()
-            if merged and first < merged[-1][1]:
-                before = merged[-1]
-                last, stop = max(last, before[1]), max(stop, before[3])
-                merged[-1] = (before[0], last, before[2], stop, before[4].union(numbers))
-            else:
-                merged.append((first, last, start, stop, set(numbers)))
-        places = origin(text)
-        return [
-            Hit(int(places[start]), int(places[stop - 1]) + 1, last - first, tuple(sorted(numbers)))
-            for first, last, start, stop, numbers in merged
-        ]
+        return self.search(text)[0]
 
-    def _find(self, normalised: bytes) -> Iterator[tuple[int, int, int, int, int]]:
-        """Yield each n-gram: its first word, one past its last, the bytes it stands in, and its place in `hashes`."""
-        for block in word_blocks(normalised, self._words - 1):
-            long = self._long.may_hold(block.grams(self._words))
-            short = long[:0]
-            if self._lengths:
-                hashes = block.grams(self._shortest)
-                short = self._short.may_hold(hashes)
-                short = short[look_up(self.arrays["beginnings"], hashes[short])[1]]
-            for size in (self._words, *self._lengths):
-                at = long if size == self._words else short
-                if not len(at) or not len(at := at[at + size < len(block.sums)]):
-                    continue
-                entries, same = look_up(self._hashes, block.grams(size, at))
-                for word, entry in zip(at[same].tolist(), entries[same].tolist(), strict=True):
-                    start, stop = int(block.starts[word]), int(block.stops[word + size - 1])
-                    yield block.first + word, block.first + word + size, start, stop, entry
+    def search(self, text: str) -> tuple[list[Hit], list[Hit]]:
+        """Return what `find` does, and all passages that share n-grams with items, short ones too."""
+        matches = sorted(set(self._matches(normalise(text))))
+        if not matches:
+            return [], []
+        places = origin(text)
+        passages = [(match, self._tables[match.is_long].items(match.entry)) for match in matches]
+        hits = [(match, numbers) for match, numbers in passages if match.is_long]
+        hits += self._clusters([(match, numbers) for match, numbers in passages if not match.is_long])
+        return _merged(sorted(hits), places), _merged(passages, places)
+
+    def _matches(self, normalised: bytes) -> Iterator[_Match]:
+        for block in word_blocks(normalised, self._longest - 1):
+            hashes = block.grams(self._prefix)
+            at = self._begins.may_hold(hashes)
+            entries, same = look_up(self.arrays["prefixes"], hashes[at])
+            at, sizes = at[same], self.arrays["prefix_sizes"][entries[same]]
+            wanted = int(np.bitwise_or.reduce(sizes, initial=0))
+            for size in range(wanted.bit_length()):
+                if wanted >> size & 1:
+                    words = at[(sizes >> np.uint64(size) & np.uint64(1)).astype(bool)]
+                    yield from self._of_size(block, size, words[words + size < len(block.sums)])
+
+    def _of_size(self, block: WordBlock, size: int, words: np.ndarray) -> Iterator[_Match]:
+        hashes = block.grams(size, words)
+        for is_long, table in self._tables.items():
+            entries, same = look_up(table.hashes, hashes)
+            for word, entry in zip(words[same].tolist(), entries[same].tolist(), strict=True):
+                start, stop = int(block.starts[word]), int(block.stops[word + size - 1])
+                yield _Match(block.first + word, block.first + word + size, start, stop, entry, is_long)
+
+    def _clusters(self, matches: list[tuple[_Match, list[int]]]) -> Iterator[tuple[_Match, list[int]]]:
+        """Yield the short n-grams of which there are enough of one item, no further apart than it is long."""
+        by_item: dict[int, list[_Match]] = {}
+        for match, numbers in matches:
+            for number in numbers:
+                by_item.setdefault(number, []).append(match)
+        for number, found in by_item.items():
+            length = int(self.arrays["lengths"][number])
+            cluster: list[_Match] = []
+            for match in [*found, None]:
+                if cluster and (match is None or match.first - cluster[-1].last > length):
+                    if _is_enough(cluster, length):
+                        yield from ((member, [number]) for member in cluster)
+                    cluster = []
+                cluster += [match] if match else []
+
+
+def _is_enough(cluster: list[_Match], length: int) -> bool:
+    """Return whether short n-grams of an item of so many words are a hit; of equal ones only the first counts."""
+    covered = passages = last = 0
+    seen: set[int] = set()
+    for match in cluster:
+        if match.entry not in seen:
+            seen.add(match.entry)
+            passages += match.first >= last
+            covered += match.last - max(match.first, last)
+            last = match.last
+    stretch = (cluster[0].last - cluster[0].first) // SHORT_WORDS
+    share = SHARE_OF_ONE if passages == 1 else SHARE_OF_SEVERAL
+    return covered >= max((SHORT_WORDS + 1) * stretch, min(share * length, ENOUGH * stretch))
+
+
+def _merged(passages: list[tuple[_Match, list[int]]], places: np.ndarray) -> list[Hit]:
+    """Return n-grams in order, those that share words as one."""
+    merged: list[tuple[int, int, int, int, set[int]]] = []
+    for match, numbers in passages:
+        if merged and match.first < merged[-1][1]:
+            first, last, start, stop, before = merged[-1]
+            merged[-1] = (first, max(match.last, last), start, max(match.stop, stop), before.union(numbers))
+        else:
+            merged.append((match.first, match.last, match.start, match.stop, set(numbers)))
+    return [
+        Hit(int(places[start]), int(places[stop - 1]) + 1, last - first, tuple(sorted(numbers)))
+        for first, last, start, stop, numbers in merged
+    ]
 
 
 def cut(text: str, hits: Sequence[Hit], margin: int = MARGIN) -> list[str]:
@@ -254,25 +358,66 @@ def _changes(*columns: np.ndarray) -> np.ndarray:
     return changed
 
 
-def _grams_of(items: list[Item], words: int, shortest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the hash, the item and the size of every n-gram, and the hashes of how those of short items begin."""
-    groups: dict[int, list[tuple[int, bytes]]] = {}
-    for number, item in enumerate(items):
-        for text in dict.fromkeys(map(normalise, item.renderings)):
-            size = min(len(text.replace(b"\0", b" ").split()), words)
-            if size >= shortest:
-                groups.setdefault(size, []).append((number, text))
-    hashes, owners, sizes, beginnings = ([np.empty(0, kind)] for kind in (np.uint64, np.int32, np.uint8, np.uint64))
+def _measure(text: bytes) -> tuple[int, int]:
+    """Return the words of a normalised text, and how many of them stand for one of English."""
+    length = len(text.replace(b"\0", b" ").split())
+    decoded = "" if text.isascii() else text.decode()
+    counts = {stretch: len(re.findall(f"[{script}]", decoded)) for script, stretch in STRETCH.items()}
+    stretch = max(counts, key=lambda stretch: counts[stretch])
+    return length, stretch if 2 * counts[stretch] > length else 1
+
+
+def _grams_of(groups: dict[int, list[tuple[int, bytes]]], prefix: int, lettered: int) -> np.ndarray:
+    """Return the n-grams of texts, with the hash of how each begins.
+
+    Args:
+        groups: by their size, the numbers of items and texts.
+        prefix: words that an n-gram is looked for by.
+        lettered: words with two or more letters that an n-gram has; 0 for any that is not of digits alone.
+    """
+    kind = np.dtype([("hash", np.uint64), ("owner", np.int32), ("size", np.int32), ("prefix", np.uint64)])
+    grams = [np.empty(0, kind)]
     for size, members in sorted(groups.items()):
         joined = b"\0".join(text for _, text in members)
         ends = np.cumsum([len(text) + 1 for _, text in members])
         numbers = np.array([number for number, _ in members], np.int32)
         for block in word_blocks(joined, size - 1):
             begin = np.searchsorted(ends, block.starts, side="right")
-            whole = np.flatnonzero(begin[: len(begin) + 1 - size] == begin[size - 1 :])
-            hashes.append(block.grams(size, whole))
-            owners.append(numbers[begin[whole]])
-            sizes.append(np.full(len(whole), size, np.uint8))
-            if size < words:
-                beginnings.append(block.grams(shortest, whole))
-    return np.concatenate(hashes), np.concatenate(owners), np.concatenate(sizes), np.concatenate(beginnings)
+            at = np.arange(max(len(begin) + 1 - size, 0))
+            at = at[begin[at] == begin[at + size - 1]]
+            telling = np.append(0, np.cumsum(_letters_of(joined, block) >= (2 if lettered else 1)))
+            at = at[telling[at + size] - telling[at] >= max(lettered, 1)]
+            found = np.empty(len(at), kind)
+            found["hash"], found["prefix"] = block.grams(size, at), block.grams(prefix, at)
+            found["owner"], found["size"] = numbers[begin[at]], size
+            grams.append(found)
+    return np.concatenate(grams)
+
+
+def _letters_of(normalised: bytes, block: WordBlock) -> np.ndarray:
+    """Return the bytes of each word that are no digits."""
+    start, stop = int(block.starts[:1].sum()), int(block.stops[-1:].sum())
+    letters = np.append(0, np.cumsum(np.frombuffer(normalised, np.uint8)[start:stop] > ord("9")))
+    return np.asarray(letters[block.stops - start] - letters[block.starts - start])
+
+
+def _without_boilerplate(
+    grams: np.ndarray, name_of: np.ndarray, names: int, boilerplate: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the n-grams, sorted, that do not stand in too many items of a set, and the counts of `summary`."""
+    order = np.lexsort((grams["owner"], grams["hash"]))
+    once = _changes(grams["hash"][order], grams["owner"][order])
+    grams = grams[order[once]]
+    hashes, owners = np.ascontiguousarray(grams["hash"]), np.ascontiguousarray(grams["owner"])
+    runs = np.flatnonzero(_changes(hashes, name_of[owners]))  # an n-gram in the items of one set
+    sizes = np.diff(np.append(runs, len(grams)))
+    ignored = np.isin(hashes, hashes[runs[sizes > boilerplate]])
+    numbers = (
+        every := np.arange(len(name_of)),
+        owners[runs[~ignored[runs]]],
+        owners[runs[ignored[runs]]],
+        np.setdiff1d(every, owners),
+        np.setdiff1d(owners, owners[~ignored]),
+    )
+    counts = [np.bincount(name_of[column], minlength=names) for column in numbers]
+    return grams[~ignored], np.stack(counts, axis=1).astype(np.int64)

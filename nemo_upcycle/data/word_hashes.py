@@ -2,11 +2,12 @@
 
 Needs numpy and the standard library only: the engine of the data stage runs in an environment without torch.
 
-Words are runs of letters and digits, case-folded, without accents. Apostrophes are deleted, and every other character,
-dashes included, separates words; typography and line breaks thus decide nothing. Each character is translated on its
-own, so positions can be mapped back. The hash of a word is a polynomial of its UTF-8 bytes, that of an n-gram a
-polynomial of its words' hashes, both modulo 2**64 and from differences of running sums: a few numpy operations for a
-whole block.
+Words are runs of letters and digits, case-folded, without accents; in scripts without blanks each character is a word.
+Letters of other scripts that look like Latin ones are taken for them. Apostrophes are deleted, and every other
+character, dashes included, separates words, as do tags and entities of HTML; typography and line breaks thus decide
+nothing. Each character is translated on its own, so positions can be mapped back. The hash of a word is a polynomial
+of its UTF-8 bytes, that of an n-gram a polynomial of its words' hashes, both modulo 2**64 and from differences of
+running sums: a few numpy operations for a whole block.
 """
 
 from __future__ import annotations
@@ -25,7 +26,26 @@ _DELETED = b"'`"  # those of ASCII
 _ASCII = bytes(code if code > 127 or chr(code).isalnum() else 0 for code in range(256)).lower()
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 _BLOCK = 1 << 15  # bytes hashed at a time: what fits into the processor's cache
-_SLOTS = 32  # bits of the filter for each hash
+_SLOTS = 8  # of each table of the filter, for each hash
+#: Cyrillic, Greek and phonetic letters that look like Latin ones, in lower case: of capitals that look like another
+#: letter than their lower case the latter counts, so that case decides nothing.
+_LOOK_ALIKES = str.maketrans(
+    "\u0430\u0432\u0435\u043a\u043c\u043d\u043e\u0440\u0441\u0442\u0443\u0445\u0455\u0456\u0458\u04af\u04bb\u04cf\u0501\u051b\u051d"
+    "\u03b1\u03b2\u03b3\u03b5\u03b7\u03b9\u03ba\u03bc\u03bd\u03bf\u03c1\u03c4\u03c5\u03c7\u03c9\u0131\u0251\u0261",
+    "abekmhopctyxsijyhldqwabyenikuvoptuxwiag",
+)
+_HANGUL = "\u1100-\u115f"  # the consonants that begin a syllable; after decomposition there are no others
+#: Han, kana and Hangul; Thai, Lao, Tibetan, Burmese and Khmer.
+SYLLABLES = f"{_HANGUL}\u3040-\u30ff\u3105-\u312f\u31f0-\u31ff\u3400-\u9fff\U00020000-\U0003ffff"
+LETTERS = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff"
+_ALONE = re.compile(f"[{SYLLABLES}{LETTERS}]")
+_BEGINS_SYLLABLE = re.compile(f"[{_HANGUL}]")
+_TAG = re.compile(
+    r"</?(?:a|abbr|b|big|blockquote|br|center|cite|code|dd|del|div|dl|dt|em|font|h[1-6]|hr|i|ins|kbd|li|mark|ol|p|pre|q|s"
+    r"|small|span|strike|strong|sub|sup|t[drh]|table|tbody|tt|u|ul|var)(?:\s[^<>=]{1,20}=[^<>]{0,200})?\s?/?>",
+    re.IGNORECASE,
+)
+_ENTITY = re.compile("&(?:nbsp|amp|quot|lt|gt|[lr]dquo|[mn]dash|hellip|(#0?39|#x27|#821[67]|apos|[lr]squo));")
 
 
 def _powers(base: int) -> np.ndarray:
@@ -40,7 +60,7 @@ _MIX = np.uint64(0xBF58476D1CE4E5B9)
 
 
 class _Fold(dict):
-    """Code point -> its letters and digits, or a separator, or nothing; for `str.translate`."""
+    """Code point -> its letters and digits, or separators, or nothing; for `str.translate`."""
 
     def __missing__(self, code: int) -> str:
         char = chr(code)
@@ -48,9 +68,13 @@ class _Fold(dict):
         for part in unicodedata.normalize("NFKD", char).casefold() if char not in _APOSTROPHES else "":
             category = unicodedata.category(part)
             if part.isalnum() or category == "Mc":
-                kept += "" if part in _APOSTROPHES else part
+                kept += "" if part in _APOSTROPHES else part.translate(_LOOK_ALIKES)
             elif category not in ("Mn", "Me", "Cf"):
                 kept += _SEPARATOR
+        if _BEGINS_SYLLABLE.match(kept):  # the rest of a decomposed one follows
+            kept = _SEPARATOR + kept
+        elif _ALONE.match(kept):
+            kept = _SEPARATOR + kept + _SEPARATOR
         self[code] = kept
         return kept
 
@@ -65,13 +89,24 @@ def normalise(text: str) -> bytes:
         >>> normalise("Don’t STOP—now").split(b"\\0")
         [b'dont', b'stop', b'now']
     """
+    text = _without_markup(text)
     if not text.isascii():
         text = _NOT_ASCII.sub(lambda run: run.group().translate(_FOLD), text)
     return text.encode("utf-8").translate(_ASCII, _DELETED)
 
 
+def _without_markup(text: str) -> str:
+    """Return a text of the same length, without tags, and with apostrophes for the entities that stand for one."""
+    if "<" in text:
+        text = _TAG.sub(lambda tag: " " * len(tag.group()), text)
+    if "&" in text:
+        text = _ENTITY.sub(lambda entity: ("'" if entity[1] else " ") * len(entity.group()), text)
+    return text
+
+
 def origin(text: str) -> np.ndarray:
     """Return, for each byte of the normalised text, the character that it comes from."""
+    text = _without_markup(text)
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
     widths = np.zeros(int(codes.max(initial=0)) + 1, np.uint8)
     for char in set(text):
@@ -134,20 +169,19 @@ def word_blocks(normalised: bytes, overlap: int) -> Iterator[WordBlock]:
 
 
 class HashFilter:
-    """Bits that say of most hashes that they are not in a set."""
+    """Two tables, by the first and the last bits of a hash, that say of most hashes that they are not in a set."""
 
     def __init__(self, hashes: np.ndarray) -> None:
-        width = max((_SLOTS * len(hashes)).bit_length(), 20)
-        self._shift = np.uint64(64 - width)
-        slots = np.unique(hashes >> self._shift)
-        self._bits = np.zeros(1 << (width - 3), np.uint8)
-        np.bitwise_or.at(self._bits, slots >> np.uint64(3), np.uint8(1) << (slots & np.uint64(7)).astype(np.uint8))
+        width = max((_SLOTS * len(hashes)).bit_length(), 16)
+        self._shift, self._mask = np.uint64(64 - width), np.uint64((1 << width) - 1)
+        self._first, self._last = (np.zeros(1 << width, bool) for _ in range(2))
+        self._first[(hashes >> self._shift).view(np.int64)] = True
+        self._last[(hashes & self._mask).view(np.int64)] = True
 
     def may_hold(self, hashes: np.ndarray) -> np.ndarray:
         """Return the positions of the hashes that may be in the set."""
-        slots = hashes >> self._shift
-        bits = self._bits[(slots >> np.uint64(3)).astype(np.int64)]
-        return np.flatnonzero((bits >> (slots & np.uint64(7)).astype(np.uint8)) & np.uint8(1))
+        at = np.flatnonzero(self._first[(hashes >> self._shift).view(np.int64)])
+        return at[self._last[(hashes[at] & self._mask).view(np.int64)]]
 
 
 def look_up(members: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

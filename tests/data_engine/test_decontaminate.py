@@ -28,6 +28,7 @@ def index(tmp_path: Path) -> str:
 
 
 def _run(folder: Path, index: str, *many: str, **task: object) -> Path:
+    folder.mkdir(exist_ok=True)
     file = folder / "some.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in many), encoding="utf-8")
     return execute(write_plan(folder, [{"files": [str(file)], **task}], ngram_index=index))
@@ -76,18 +77,25 @@ def test_other_splits_are_left_as_they_are(tmp_path: Path, index: str, split: st
     assert removed(work) == []
 
 
-def test_shorter_ngrams_are_reported_in_what_is_left(tmp_path: Path, index: str) -> None:
-    quote = " ".join(QUESTION.split()[:9])
+def test_short_ngrams_are_reported_in_what_is_left(tmp_path: Path) -> None:
+    quote = " ".join(QUESTION.split()[:8])
     quoted = f"{AROUND[0]} {quote} {AROUND[1]} {QUESTION} {AROUND[1]} {quote} {AROUND[0]}"
-    report = tmp_path / "report.npz"
-    NgramIndex.build([Item("rivers", "17", (QUESTION,))], words=8).save(report)
-    file = tmp_path / "some.jsonl"
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in (FULL, quoted, sentence(1))))
-    tasks = [{"files": [str(file)], "on_hit": "cut"}]
-    work = execute(write_plan(tmp_path / "work", tasks, ngram_index=index, report_index=str(report)))
+    index = tmp_path / "ngrams.npz"
+    NgramIndex.build([Item("rivers", "17", (QUESTION,))], short_words=8).save(index)
+    work = _run(tmp_path / "work", str(index), FULL, quoted, sentence(1), on_hit="cut")
     counts = stats(work)
     assert sum(quote in text for text in texts(work)) == 2  # before and behind the passage that is cut out
     assert counts["contamination"]["rivers"]["documents"] == 2
     left = counts["report"]["rivers"]
     assert (left["documents"], left["passages"], left["items"], left["bytes"]) == (1, 2, ["17"], 0)
-    assert left["examples"][0]["where"] == f"{file}:2"
+    assert left["examples"][0]["where"] == f"{tmp_path / 'work' / 'some.jsonl'}:2"
+
+
+def test_question_with_some_words_changed_is_cut(tmp_path: Path) -> None:
+    index = tmp_path / "ngrams.npz"
+    NgramIndex.build([Item("rivers", "17", (QUESTION,))], short_words=8).save(index)
+    changed = QUESTION.replace("more water", "less water")
+    work = _run(tmp_path, str(index), f"{AROUND[0]} {changed} {AROUND[1]}", sentence(1), on_hit="cut")
+    assert len(texts(work)) == 3
+    assert not any("the others" in text for text in texts(work))
+    assert stats(work)["report"] == {}

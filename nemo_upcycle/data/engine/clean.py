@@ -181,7 +181,11 @@ def _digest_path(folder: Path, rank: int) -> Path:
 
 
 class Decontaminate(LedgerStep):
-    """Drops a training document that shares n-grams with an evaluation item, or cuts the passage out of it."""
+    """Drops a training document that contains an evaluation item, or cuts the passage out of it.
+
+    Short n-grams of items in what is left are counted, and stay. What the last step omits, beyond a source's `tokens`,
+    is counted as well.
+    """
 
     type, name = "filter", "n-grams of the evaluation items"
 
@@ -189,9 +193,11 @@ class Decontaminate(LedgerStep):
         """Yield clean documents; count what was taken out of them."""
         index = _index(Path(str(self.ledger.plan.ngram_index)))
         counts = self.ledger.contamination = Contamination(index)
+        report = self.ledger.report = Contamination(index)
         for document in data:
-            hits = index.find(document.text) if document.metadata["split"] == "train" else []
+            hits, passages = index.search(document.text) if document.metadata["split"] == "train" else ([], [])
             if not hits:
+                report.add(document.id, document.metadata["where"], document.text, passages)
                 yield document
                 continue
             pieces = cut(document.text, hits) if self.ledger.task.on_hit == "cut" else []
@@ -201,7 +207,9 @@ class Decontaminate(LedgerStep):
             self._record(document, hits, kept, index)
             for number, text in enumerate(kept, 1):
                 self.ledger.cut["pieces"] += 1
-                yield Document(text=text, id=f"{document.id}#{number}", metadata=document.metadata)
+                identity = f"{document.id}#{number}"
+                report.add(identity, document.metadata["where"], text, index.search(text)[1])
+                yield Document(text=text, id=identity, metadata=document.metadata)
 
     def _record(self, document: Document, hits: list[Hit], kept: list[str], index: NgramIndex) -> None:
         names = sorted({index.item(number)[0] for hit in hits for number in hit.items})
@@ -217,24 +225,6 @@ class Decontaminate(LedgerStep):
         )
 
 
-class Report(LedgerStep):
-    """Counts the shorter n-grams of evaluation items in the documents of training, and removes nothing.
-
-    What the last step omits, beyond a source's `tokens`, is counted as well.
-    """
-
-    type, name = "report", "shorter n-grams of the evaluation items"
-
-    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        """Pass documents on."""
-        index = _index(Path(str(self.ledger.plan.report_index)))
-        report = self.ledger.report = Contamination(index)
-        for document in data:
-            if document.metadata["split"] == "train":
-                report.add(document.id, document.metadata["where"], document.text, index.find(document.text))
-            yield document
-
-
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def _index(path: Path) -> NgramIndex:
     return NgramIndex.load(path)

@@ -56,7 +56,7 @@ class Ledger:
         self.bytes_in = self.records_in = 0
         self.splits: dict[str, Counter[str]] = defaultdict(Counter)
         self.contamination: Any = None  # of the decontamination, where there is one
-        self.report: Any = None  # of shorter n-grams in what it leaves
+        self.report: Any = None  # of the short n-grams in what it leaves
         self.cut: Counter[str] = Counter()  # documents that went on as pieces
         self.tokenizer = ""
         self._start_s = time.process_time()

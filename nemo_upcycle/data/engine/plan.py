@@ -52,7 +52,6 @@ class Plan:
         vocab_size: number of token ids; above 65,536 a token takes 4 bytes.
         tasks: in the order in which the earlier of two equal documents wins.
         ngram_index: the n-grams of the evaluation items, as `NgramIndex` reads them; None decontaminates nothing.
-        report_index: their shorter n-grams, which are counted in the remaining text.
         seed: of the spreading over the splits.
         strict: whether bad input is an error.
         deduplicate: whether of equal documents only the first is kept.
@@ -70,7 +69,6 @@ class Plan:
     vocab_size: int
     tasks: tuple[Task, ...]
     ngram_index: str | None = None
-    report_index: str | None = None
     seed: int = 1234
     strict: bool = False
     deduplicate: bool = True
@@ -97,7 +95,7 @@ class Plan:
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what must be the same for the work of an earlier run to be continued."""
-        inputs = [Path(path) for path in (self.tokenizer, self.ngram_index, self.report_index) if path]
+        inputs = [Path(path) for path in (self.tokenizer, self.ngram_index) if path]
         return {
             "plan": read_json(self.folder / "plan.json"),
             "sha256": {path.name: sha256_file(path) for path in inputs},

@@ -108,7 +108,6 @@ def stages(plan: Plan, library: str) -> list[Stage]:
         pipelines[JUDGE] = [StartTask(looking), heldout.JudgeHeldout(looking)]
         overlap.append(clean.RemoveNumbered(ledger, "overlap", heldout.REMOVED))
     decontaminate: list[PipelineStep] = [clean.Decontaminate(ledger)] if plan.ngram_index else []
-    decontaminate += [clean.Report(ledger)] if plan.report_index else []
     pipelines[WRITE] = [
         *_different(ledger, plan),
         CountDocuments(ledger, "deduplicate"),

@@ -31,7 +31,7 @@ def test_summary_counts_every_question_once(built: tuple[dict[str, Any], NgramIn
     assert summary["sets"] == index.summary
     assert summary["sets"]["mmlu"] == {
         "items": 14042,
-        "ngrams": 1_153_967,
+        "ngrams": 1_153_666,
         "ignored": 101,
         "too_short": 0,
         "only_boilerplate": 0,
@@ -75,7 +75,8 @@ def test_planted_items_are_found_in_every_verbatim_form(built: tuple[dict[str, A
     assert total == dict.fromkeys((*VERBATIM, *CHANGED), 200)
     assert [found[form] for form in VERBATIM] == [190, *[200] * 6]  # ten questions have less than six words
     assert min(whole.values()) >= 180
-    assert [found[form] for form in CHANGED] == [15, 0]  # 13 words in a row are rare in them: missed by design
+    assert found[CHANGED[0]] >= 194  # 290 of 300
+    assert found[CHANGED[1]] <= 5  # eight words in a row are rare in them: missed by design
 
 
 def test_speeches_that_quote_what_mmlu_quotes_are_found(built: tuple[dict[str, Any], NgramIndex]) -> None:
@@ -98,13 +99,14 @@ def test_speeches_that_quote_what_mmlu_quotes_are_found(built: tuple[dict[str, A
     assert not any(index.find(piece) for piece in pieces)
 
 
-def test_eight_words_only_report(tmp_path: Path) -> None:
-    build_index(["full"], tmp_path / "thirteen.npz", tmp_path / "eight.npz")
-    index = NgramIndex.load(tmp_path / "eight.npz")
+def test_eight_words_in_a_row_are_reported(built: tuple[dict[str, Any], NgramIndex]) -> None:
+    summary, index = built
+    assert summary["report"]["sets"] == index.short_summary
+    assert summary["report"]["words"] == 8
     report = Contamination(index)
     changed = [planted for planted in plant(50, seed=random.Random(1).randrange(100)) if planted.form == CHANGED[0]]
     for number, planted in enumerate(changed):
-        report.add(str(number), f"memory:{number}", planted.text, index.find(planted.text))
+        report.add(str(number), f"memory:{number}", planted.text, index.search(planted.text)[1])
     counts = report.to_dict()["mmlu"]
     assert counts["documents"] >= 48  # of 50 with one word in ten changed
     assert counts["bytes"] == 0

@@ -1,0 +1,26 @@
+"""Write the tokens of a plan in the data environment: `python writing_step.py FOLDER`, with its `plan.json`.
+
+Prints JSON: CPU seconds of each step.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from nemo_upcycle.data.engine.plan import load_plan
+from nemo_upcycle.data.engine.stages import RunOn, executor, stages
+from nemo_upcycle.data.engine.tokenise import FASTOKENS
+
+
+def main() -> None:
+    """Run the step, print."""
+    folder = Path(sys.argv[1])
+    plan = load_plan(folder / "plan.json")
+    (stage,) = stages(plan, FASTOKENS)
+    executor(plan, stage, RunOn(), Path(sys.prefix)).run()
+    (record,) = (folder / "stats").glob("*.json")
+    print(json.dumps(json.loads(record.read_text())["seconds"]))
+
+
+if __name__ == "__main__":
+    main()
