@@ -24,11 +24,12 @@ def add_sentence(text: str, chance: random.Random) -> str:
 
 
 def shuffle_paragraphs(text: str, chance: random.Random) -> str:
-    """Put the paragraphs, or where there is one alone the lines, into another order."""
-    separator = "\n\n" if "\n\n" in text.strip() else "\n"
-    paragraphs = text.strip().split(separator)
+    """Put the paragraphs into another order."""
+    paragraphs = text.strip().split("\n\n")
+    if len(paragraphs) < 2:
+        return text
     chance.shuffle(paragraphs)
-    return separator.join(paragraphs)
+    return "\n\n".join(paragraphs)
 
 
 Change = Callable[[str, random.Random], str]

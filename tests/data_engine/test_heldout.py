@@ -147,7 +147,7 @@ def test_workers_and_kills_do_not_change_a_byte(tmp_path: Path) -> None:
         counts = [stats(plan.parent, rank)["steps"]["overlap"]["removed"] for rank in range(4)]
         clear(plan)
     assert {reason for count in counts for reason in count} == set(heldout.REMOVED)
-    for stage in ("1_sign", "2_index", "2_compare", "2_judge"):
+    for stage in ("1_sign", "2_join", "2_compare", "2_judge"):
         with subprocess.Popen(command(plan, "--workers", "2"), stderr=subprocess.DEVNULL) as process:
             wait_until(lambda stage=stage: list(plan.parent.glob(f"logs/{stage}/logs/*.log")), process, poll_s=0.01)
             process.kill()
