@@ -88,6 +88,7 @@ def _check(args: argparse.Namespace, blend: Blend) -> int:
     import tempfile
 
     from nemo_upcycle.data.build import check_blend
+    from nemo_upcycle.data.sizes import expected_draw
 
     with tempfile.TemporaryDirectory() as work:
         checked = check_blend(blend, Path(work))
@@ -108,6 +109,10 @@ def _check(args: argparse.Namespace, blend: Blend) -> int:
         lines.append(
             f"  {name}: {row['weight']:.1%}, files {files}, {row['bytes'] / 1e6:,.1f} MB; {row['license']}{trains}"
         )
+    train_bytes = {
+        name: sum(file.size_bytes or 0 for file in files["train"]) for name, files in checked.inputs.items()
+    }
+    lines += expected_draw(blend, train_bytes)
     show(args, {"blend": blend.name, "sources": rows, "engine": checked.engine}, "\n".join(lines))
     return 0
 
@@ -125,6 +130,8 @@ def _text(manifest: dict[str, Any], blend_folder: FinishedBlend, epochs: dict[st
             lines.append(
                 f"    passages of evaluation items cut out of {cut:,} documents, {source['cut']['bytes']:,} bytes"
             )
+        if pii := source["pii"]:
+            lines.append(f"    replaced: {', '.join(f'{count:,} {kind}' for kind, count in pii.items())}")
         if name in epochs:
             warning = (
                 f", above max_epochs ({manifest['max_epochs']:g})" if epochs[name] > manifest["max_epochs"] else ""

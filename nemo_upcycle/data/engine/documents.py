@@ -83,8 +83,8 @@ class ReadDocuments(LedgerStep):
                 text, content = text.replace("\0", ""), content.replace(b"\0", b"")
         texts.update(content)
         texts.update(b"\0")
-        where = {"where": place, "bucket": record.get("bucket")}
-        return Document(text=text, id=identity, metadata={**where, "split": self._split(identity)})
+        about = {"where": place, "bucket": record.get("bucket"), "bytes": len(content)}
+        return Document(text=text, id=identity, metadata={**about, "split": self._split(identity)})
 
     def _split(self, identity: str) -> str:
         plan = self.ledger.plan

@@ -53,6 +53,12 @@ def utf16(head: bytes) -> str | None:
     return name if 0 in high and 2 * len(high) <= len(low) else None
 
 
+def is_plain(head: bytes) -> bool:
+    """Return whether what begins so is text in ASCII, UTF-8 or Latin-1, whose lines end where a byte 10 is."""
+    is_stored = head.startswith((PARQUET, *ZIP)) or decompressor(head)
+    return not (is_stored or utf16(head) or is_binary(head))
+
+
 def is_binary(head: bytes) -> bool:
     """Return whether what begins so is no text in any encoding."""
     if _count_control(head) <= _MOST_CONTROL * len(head):

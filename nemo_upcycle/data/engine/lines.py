@@ -8,7 +8,7 @@ import io
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -197,23 +197,27 @@ def _unreadable(url: str, error: BaseException) -> UpcycleError:
     )
 
 
-def read_lines(url: str) -> Iterator[tuple[int, bytes] | Damage]:
+def read_lines(url: str, part: Sequence[int] | None = None) -> Iterator[tuple[int, bytes] | Damage]:
     """Yield the number, from 1, and the bytes of every line, with its end; and what was damaged.
 
     Its bytes tell how it is compressed, and whether it is UTF-16, whose lines become UTF-8. A compressed file that
     ends too early, or is damaged, gives the lines before that.
 
     Args:
-        url: a path or fsspec URL, or a part of a zip file as `zip_members` names it.
+        url: a path or fsspec URL, or a file in a zip file as `zip_members` names it.
+        part: of a file of plain text: its first byte, the one behind its last, and the number of its first line.
 
     Raises:
         OSError: one of `NOT_THERE`.
         OtherFormatError: it has no lines.
         UpcycleError: reading it fails.
     """
-    chunks = _text(_of_member(url) if url.startswith(MEMBER) else _of_file(url))
+    if part:
+        chunks = _text(_of_part(url, part[0], part[1]))
+    else:
+        chunks = _text(_of_member(url) if url.startswith(MEMBER) else _of_file(url))
     rest: list[bytes] = []
-    number, rest_bytes, damage = 1, 0, ""
+    number, rest_bytes, damage = part[2] if part else 1, 0, ""
     try:
         for chunk in chunks:
             start = 0
@@ -261,6 +265,15 @@ def _of_member(url: str) -> Iterator[bytes]:
         raise
     except Exception:  # each way to compress has its own; some files need a password
         raise _DamagedError("damaged zip file") from None
+
+
+def _of_part(url: str, start: int, stop: int) -> Iterator[bytes]:
+    with open_input(url) as handle:
+        handle.seek(start)
+        left = stop - start
+        while left and (chunk := handle.read(min(left, _CHUNK_BYTES))):
+            left -= len(chunk)
+            yield chunk
 
 
 def _of_file(url: str) -> Iterator[bytes]:

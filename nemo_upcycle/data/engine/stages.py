@@ -16,7 +16,8 @@ from datatrove.pipeline.dedup.exact_dedup import ExactDedupFilter, ExactFindDedu
 
 from nemo_upcycle.data.engine import clean
 from nemo_upcycle.data.engine.documents import ReadDocuments
-from nemo_upcycle.data.engine.ledger import CountDocuments, Ledger, LedgerStep, RemovedWriter
+from nemo_upcycle.data.engine.ledger import CountDocuments, CountText, Ledger, LedgerStep, RemovedWriter
+from nemo_upcycle.data.engine.pii import ReplacePII
 from nemo_upcycle.data.engine.plan import Plan
 from nemo_upcycle.data.engine.tokenise import Tokenise
 from nemo_upcycle.utils.files import write_json
@@ -67,13 +68,15 @@ class StartTask(LedgerStep):
         self.ledger.begin(rank)
 
 
-SIGN, FIND, WRITE = "1_sign", "2_find", "3_write"
+READ, SIGN, FIND, WRITE = "0_read", "1_sign", "2_find", "3_write"
 
 
 def tasks_of_stages(plan: Plan) -> dict[str, int]:
     """Return the names of the stages and their numbers of tasks."""
-    deduplicate = {SIGN: len(plan.tasks), FIND: plan.finders} if plan.deduplicate else {}
-    return {**deduplicate, WRITE: len(plan.tasks)}
+    first = {SIGN: len(plan.tasks), FIND: plan.finders} if plan.deduplicate else {}
+    if not plan.deduplicate and any(task.max_tokens for task in plan.tasks):  # whose sample needs the bytes of all
+        first = {READ: len(plan.tasks)}
+    return {**first, WRITE: len(plan.tasks)}
 
 
 def stages(plan: Plan, library: str) -> list[Stage]:
@@ -82,8 +85,9 @@ def stages(plan: Plan, library: str) -> list[Stage]:
     ledger = Ledger(path, is_kept=True)
     deduplicate: list[PipelineStep] = []
     pipelines: dict[str, list[Any]] = {}
+    signing = Ledger(path, is_kept=False)
+    pipelines[READ] = _documents(signing)
     if plan.deduplicate:
-        signing = Ledger(path, is_kept=False)
         pipelines[SIGN] = [*_documents(signing), clean.SignDocuments(signing, folder, plan.finders)]
         signatures, duplicates = str(folder / "signatures"), str(folder / "found")
         find = ExactFindDedups(signatures, duplicates, clean.deduplication(), lines_to_buffer=1024)
@@ -93,13 +97,16 @@ def stages(plan: Plan, library: str) -> list[Stage]:
     decontaminate: list[PipelineStep] = [clean.Decontaminate(ledger)] if plan.ngram_index else []
     decontaminate += [clean.Report(ledger)] if plan.report_index else []
     written = [*_documents(ledger), *deduplicate, CountDocuments(ledger, "deduplicate"), *decontaminate]
+    if any(task.pii for task in plan.tasks):
+        written.append(ReplacePII(ledger))
     pipelines[WRITE] = [*written, CountDocuments(ledger, "decontaminate"), Tokenise(ledger, library)]
     return [Stage(name, pipelines[name], tasks) for name, tasks in tasks_of_stages(plan).items()]
 
 
 def _documents(ledger: Ledger) -> list[PipelineStep]:
     read = [StartTask(ledger), ReadDocuments(ledger), CountDocuments(ledger, "read")]
-    return [*read, clean.FilterDocuments(ledger), CountDocuments(ledger, "filter"), clean.FilterListed(ledger)]
+    filters = [clean.FilterDocuments(ledger), CountDocuments(ledger, "filter"), clean.FilterListed(ledger)]
+    return [*read, *filters, CountText(ledger)]
 
 
 class _Local(LocalPipelineExecutor):

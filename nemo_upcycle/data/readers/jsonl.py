@@ -24,7 +24,7 @@ class JsonLines(Format):
     def read(self, file: str, options: Mapping[str, Any]) -> Records:
         """See `Format.read`."""
         is_empty = True
-        for line in read_lines(file):
+        for line in read_lines(file, options.get("part")):
             is_empty = False
             if isinstance(line, Damage):
                 yield line.number, line.size_bytes, line.reason
