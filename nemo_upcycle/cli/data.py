@@ -86,6 +86,7 @@ def _check(args: argparse.Namespace, blend: Blend) -> int:
     import tempfile
 
     from nemo_upcycle.data.build import check_blend
+    from nemo_upcycle.data.sizes import expected_draw
 
     with tempfile.TemporaryDirectory() as work:
         checked = check_blend(blend, Path(work))
@@ -106,6 +107,10 @@ def _check(args: argparse.Namespace, blend: Blend) -> int:
         lines.append(
             f"  {name}: {row['weight']:.1%}, files {files}, {row['bytes'] / 1e6:,.1f} MB; {row['license']}{trains}"
         )
+    train_bytes = {
+        name: sum(file.size_bytes or 0 for file in files["train"]) for name, files in checked.inputs.items()
+    }
+    lines += expected_draw(blend, train_bytes)
     show(args, {"blend": blend.name, "sources": rows, "engine": checked.engine}, "\n".join(lines))
     return 0
 
@@ -124,6 +129,8 @@ def _text(manifest: dict[str, Any], blend_folder: FinishedBlend) -> str:
             lines.append(
                 f"    passages of evaluation items cut out of {cut:,} documents, {source['cut']['bytes']:,} bytes"
             )
+        if pii := source["pii"]:
+            lines.append(f"    replaced: {', '.join(f'{count:,} {kind}' for kind, count in pii.items())}")
         if name in epochs:
             once = 1e9 / epochs[name]
             lines.append(f"    1 epoch in a run of {once:,.0f} tokens, {most:g} in one of {most * once:,.0f}")

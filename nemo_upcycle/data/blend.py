@@ -17,6 +17,8 @@ from nemo_upcycle.utils.conf import Conf, as_dataclass, read_conf, template
 #: The splits of a blend: trained on, watched during training, and measured afterwards.
 SPLITS = ("train", "validation", "heldout")
 ON_HIT = ("cut", "drop")
+#: What can be replaced in texts: e-mail and IP addresses, numbers of cards and of the USA's social security.
+PII = ("email", "ip", "card", "ssn")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
 
 
@@ -35,6 +37,7 @@ class SourceConfig:
         trains: columns of an evaluation whose training split, or kin of it, is in here.
         on_hit: what happens to a document that holds an evaluation item: its passage is cut out, or all is dropped.
         options: what else the reader takes.
+        pii: what is replaced in its texts, of `PII`; None leaves it to the blend.
     """
 
     train: list[str]
@@ -47,6 +50,7 @@ class SourceConfig:
     trains: list[str] = field(default_factory=list)
     on_hit: str = "cut"
     options: dict[str, Any] = field(default_factory=dict)
+    pii: list[str] | None = None
 
 
 @dataclass
@@ -93,6 +97,7 @@ class BlendConfig:
         near_duplicates: how nearly equal texts are found, of which the first stays; None keeps them.
         min_characters: shorter documents are removed.
         seed: of what is held back, sampled and shuffled.
+        pii: what is replaced in the texts of sources that do not say so themselves.
     """
 
     sources: dict[str, SourceConfig]
@@ -107,6 +112,7 @@ class BlendConfig:
     near_duplicates: NearDuplicates | None = None
     min_characters: int = 1
     seed: int = 1234
+    pii: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -185,6 +191,8 @@ def _check(conf: Conf, config: BlendConfig) -> None:
         require(most is None or 1 <= most < math.inf, f"{key}.tokens", most, "1 or more", "omit it to take all")
         if source.on_hit not in ON_HIT:
             raise UpcycleError.unknown(f"{conf.path}: {key}.on_hit", source.on_hit, ON_HIT)
+    for kind in {kind for one in (config, *config.sources.values()) for kind in one.pii or []} - {*PII}:
+        raise UpcycleError.unknown(f"{conf.path}: pii", kind, PII)
     held = config.hold_out
     for split, share in dataclasses.asdict(held).items():
         require(0 <= share < 0.5, f"hold_out.{split}", share, "0 to 0.5", "set a share like 0.001")

@@ -45,6 +45,7 @@ from nemo_upcycle.data.inputs import (
     require_disjoint,
 )
 from nemo_upcycle.data.manifest import describe_anew, make_manifest, merge_heldout, merge_tokens, read_stats, texts_of
+from nemo_upcycle.data.sizes import ENGINE_PLAN, size_check
 from nemo_upcycle.data.tokenizers import save_tokenizer
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.suite_config import read_suite_config
@@ -133,9 +134,10 @@ def build_blend(
         require_disk(output, 2 * sum(file.size_bytes or 0 for file in inputs), f"blend {blend.name}")
         tokenizer = save_tokenizer(checked.tokenizer, output / TOKENIZER)
         plan = make_plan(blend, checked.inputs, output, tokenizer) | {"strict": strict}
+        plan = _as_begun(work / "plan.json", plan)
         items = _index(blend, work)
         write_json(work / "plan.json", plan)
-        run_engine([str(work / "plan.json"), *engine_options])
+        run_engine([str(work / "plan.json"), *engine_options], size_check(blend, work, plan))
         manifest = _finish(blend, output, read_stats(work, len(plan["tasks"])), tokenizer, checked.engine, items)
         write_json(output / MARKER, {"made_from": made_from, "tokens": manifest["splits"]["train"]["tokens"]})
         for name in ("tokens", "duplicates", "overlap"):
@@ -186,13 +188,15 @@ def _is_done(output: Path, made_from: dict[str, Any]) -> bool:
         earlier = read_json(output / MARKER).get("made_from", {})
     elif begun.is_file():
         earlier = read_json(begun)
-        if earlier != made_from and not (output / BUILD / "engine.json").is_file():  # nothing was read yet
+        if earlier != made_from and not (output / BUILD / ENGINE_PLAN).is_file():  # nothing was read yet
             shutil.rmtree(output / BUILD)
             return False
-    elif any(path.name != ".lock" for path in output.iterdir()):
-        earlier = {}
-    else:
+        if _with_sources_of(earlier, made_from) == made_from:
+            return False
+    elif all(path.name == ".lock" or _is_begun(path) for path in output.iterdir()):
         return False
+    else:
+        earlier = {}
     if earlier and earlier["format"] != FORMAT:
         raise UpcycleError(
             f"format of {output}",
@@ -209,6 +213,30 @@ def _is_done(output: Path, made_from: dict[str, Any]) -> bool:
             fix="choose another folder, or remove it first",
         )
     return is_complete(output)
+
+
+def _with_sources_of(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Return what a build was made from, without the sources that were taken out since."""
+    named = now["blend"]["sources"]
+    kept = {name: source for name, source in earlier["blend"]["sources"].items() if name in named}
+    return {**earlier, "blend": {**earlier["blend"], "sources": kept}}
+
+
+def _as_begun(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """Return a plan with the task numbers of an earlier one, in which sources that were taken out read nothing."""
+    if not path.is_file():
+        return plan
+    begun = read_json(path)
+    names = {task["source"] for task in plan["tasks"]}
+    if [task for task in begun["tasks"] if task["source"] in names] != plan["tasks"]:
+        return plan
+    tasks = [task if task["source"] in names else task | {"files": [], "options": {}} for task in begun["tasks"]]
+    return plan | {"tasks": tasks, "finders": begun["finders"]}
+
+
+def _is_begun(path: Path) -> bool:
+    """Return whether a folder is all that a build made before its first file, for which there was no room."""
+    return path.name == BUILD and path.is_dir() and not any(path.iterdir())
 
 
 def _index(blend: Blend, work: Path) -> dict[str, Any] | None:
@@ -233,14 +261,6 @@ def _finish(
     config, work = blend.config, output / BUILD
     merged = merge_tokens(work, output / TOKENS, config.sources, stats)
     heldout = merge_heldout(work, output / HELDOUT, stats)
-    for name in config.sources:
-        if "train" not in merged[name]:
-            raise UpcycleError(
-                f"source {name}",
-                got="no document left to train on",
-                expected="at least one",
-                fix=f"see what was removed, and why, in {work / 'removed'}",
-            )
     if items is not None:
         removed = merge_contamination((entry["contamination"] for entry in stats), items["sets"])
         left = merge_contamination((entry["report"] for entry in stats), items["report"]["sets"])

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nemo_upcycle.errors import StageError, UpcycleError
@@ -63,11 +63,12 @@ def engine_version(python: Path) -> str:
     return done.stdout.strip()
 
 
-def run_engine(arguments: Sequence[str]) -> None:
+def run_engine(arguments: Sequence[str], check: Callable[[], None] = lambda: None) -> None:
     """Run the data engine to its end; it shows its progress and its errors itself.
 
     Args:
         arguments: of its command line.
+        check: called again and again while it runs, and at its end; what it raises ends the engine.
 
     Raises:
         StageError: it failed.
@@ -79,7 +80,7 @@ def run_engine(arguments: Sequence[str]) -> None:
     process = subprocess.Popen(command)
     try:
         while process.poll() is None and not stop.wait(_POLL_S):
-            pass
+            check()
         if stop.is_set():
             process.terminate()
         status = process.wait()
@@ -98,3 +99,4 @@ def run_engine(arguments: Sequence[str]) -> None:
             expected="0",
             fix="see its message above; then rerun, the build resumes",
         )
+    check()

@@ -10,6 +10,8 @@ from typing import Any
 
 from nemo_upcycle.data.blend import SPLITS, Blend
 from nemo_upcycle.data.copies import copied_files
+from nemo_upcycle.data.engine.encodings import is_plain
+from nemo_upcycle.data.engine.plan import MAX_TASKS
 from nemo_upcycle.data.finished import BUILD, TOKENIZER
 from nemo_upcycle.data.readers import READERS, InputFile, Reader
 from nemo_upcycle.data.readers.files import GLOB
@@ -20,8 +22,9 @@ from nemo_upcycle.utils.cache import cache_folder
 
 #: The n-grams of evaluation items in the folder of what a blend is built from.
 NGRAMS = "ngrams.npz"
-#: Files are put together into tasks of this size; what a killed run loses is the tasks that were running.
-TASK_BYTES = 256 << 20
+#: Files are put together into tasks of this size, or cut; what a killed run loses is the tasks that were running.
+TASK_BYTES = 64 << 20
+_CHUNK_BYTES = 1 << 20
 #: Tasks of the engine for each of the steps that find equal texts.
 TASKS_A_FINDER = 64
 
@@ -127,14 +130,14 @@ def make_plan(
         tokenizer: what `save_tokenizer` returned.
     """
     config, tasks = blend.config, []
+    files = [file for splits in inputs.values() for one in splits.values() for file in one]
+    task_bytes = max(TASK_BYTES, 2 * sum(map(_size_of, files)) // MAX_TASKS)
     for split in reversed(SPLITS):
         for name, source in config.sources.items():
             splits = inputs[name]
             has_own = bool(splits["validation"] or splits["heldout"])
-            groups, trained = _groups(splits[split]), split == "train"
-            sizes = [
-                sum(TASK_BYTES if file.size_bytes is None else file.size_bytes for file in group) for group in groups
-            ]
+            groups, trained = _groups(splits[split], task_bytes), split == "train"
+            sizes = [sum(map(_size_of, group)) for group in groups]
             for group, size_bytes in zip(groups, sizes, strict=True):
                 share = size_bytes / max(1, sum(sizes))
                 tasks.append(
@@ -146,6 +149,7 @@ def make_plan(
                         "options": _joined_options(group),
                         "max_tokens": math.ceil(source.tokens * share) if trained and source.tokens else None,
                         "on_hit": source.on_hit,
+                        "pii": config.pii if source.pii is None else source.pii,
                     }
                 )
     shares = dataclasses.asdict(config.hold_out)
@@ -166,18 +170,58 @@ def make_plan(
     }
 
 
-def _groups(files: list[InputFile]) -> list[list[InputFile]]:
-    """Put neighbouring files of one kind together until they reach the size of a task."""
+def _size_of(file: InputFile) -> int:
+    return TASK_BYTES if file.size_bytes is None else file.size_bytes
+
+
+def _groups(files: list[InputFile], task_bytes: int) -> list[list[InputFile]]:
+    """Put neighbouring files of one kind together until they reach the size of a task; cut those that exceed it."""
     groups: list[list[InputFile]] = []
     room = 0
     for file in files:
-        size_bytes = TASK_BYTES if file.size_bytes is None else file.size_bytes
-        if not groups or size_bytes > room or groups[-1][0].reader != file.reader:
+        if len(parts := cut_between_lines(file, task_bytes)) > 1:
+            groups += [[part] for part in parts]
+            room = 0
+            continue
+        if not groups or _size_of(file) > room or groups[-1][0].reader != file.reader:
             groups.append([])
-            room = TASK_BYTES
+            room = task_bytes
         groups[-1].append(file)
-        room -= size_bytes
+        room -= _size_of(file)
     return groups
+
+
+def cut_between_lines(file: InputFile, most_bytes: int) -> list[InputFile]:
+    """Cut a plain file of JSON lines on this machine into even parts, for several workers; others stay whole.
+
+    It is read once to count its lines: a document's id has the number of its line.
+
+    Args:
+        file: the file.
+        most_bytes: of a part, but for the rest of its last line.
+    """
+    size_bytes, path = file.size_bytes or 0, Path(file.path)
+    if file.reader != "jsonl" or size_bytes <= most_bytes or not path.is_file():
+        return [file]
+    part_bytes = -(-size_bytes // -(-size_bytes // most_bytes))
+    parts: list[InputFile] = []
+    start, line = 0, 1
+    with path.open("rb") as handle:
+        if not is_plain(handle.read(_CHUNK_BYTES)):
+            return [file]
+        while start < size_bytes:
+            handle.seek(start)
+            left, lines = part_bytes, 0
+            while left and (chunk := handle.read(min(left, _CHUNK_BYTES))):
+                left -= len(chunk)
+                lines += chunk.count(b"\n")
+            while (rest := handle.readline(_CHUNK_BYTES)) and not rest.endswith(b"\n"):
+                pass
+            stop = handle.tell()
+            options = file.options | {"part": [start, stop, line]}
+            parts.append(dataclasses.replace(file, size_bytes=stop - start, options=options))
+            start, line = stop, line + lines + bool(rest)
+    return parts
 
 
 def _joined_options(group: list[InputFile]) -> dict[str, Any]:

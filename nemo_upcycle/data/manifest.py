@@ -122,6 +122,7 @@ def make_manifest(
                 "splits": merged[name],
                 "steps": _sum_steps(entry for entry in stats if entry["source"] == name),
                 "cut": _sum_counts(entry["cut"] for entry in stats if entry["source"] == name),
+                "pii": dict(sum((Counter(entry["pii"]) for entry in stats if entry["source"] == name), Counter())),
                 "files": _files_of(name, stats, output),
             }
             for name in config.sources
@@ -145,8 +146,10 @@ def texts_of(config: BlendConfig) -> dict[str, Any]:
     for key in ("seq_length", "max_epochs"):
         del values[key]
     for source in values["sources"].values():
-        for key in ("weight", "license", "trains"):
+        for key in ("weight", "license", "trains", *(["pii"] if source["pii"] is None else [])):
             del source[key]
+    if not values["pii"]:  # unset, as in folders of versions that did not know it
+        del values["pii"]
     return values
 
 
@@ -172,8 +175,15 @@ def _of_the_source(blend: Blend, name: str) -> dict[str, Any]:
 def _files_of(source: str, stats: list[dict[str, Any]], output: Path) -> dict[str, Any]:
     """Return the files that a source was read from; those rendered for this blend relative to its folder."""
     within = f"{output.absolute()}{os.sep}"
-    read = [entry["files"] for entry in stats if entry["source"] == source]
-    return {path.removeprefix(within): file for files in read for path, file in files.items()}
+    files: dict[str, Any] = {}
+    for entry in stats:
+        for path, file in entry["files"].items() if entry["source"] == source else ():
+            name = path.removeprefix(within)
+            if name in files:  # read in parts
+                digests = f"{files[name]['texts_xxh3_128']}-{file['texts_xxh3_128']}"
+                file = file | {"whole": files[name]["whole"] and file["whole"], "texts_xxh3_128": digests}
+            files[name] = file
+    return files
 
 
 def _sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

@@ -41,7 +41,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunPlan]:
             path = folder / f"hub/acme/texts/{split}.jsonl"
             path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
             lines.append(f"    {split}: [{endpoint}/acme/texts/resolve/{COMMIT}/{split}.jsonl]")
-        (folder / "blend.yaml").write_text("\n".join([*lines, "run_tokens: 100000"]) + "\n")
+        (folder / "blend.yaml").write_text("\n".join(lines) + "\n")
         yield replace(local, dense="hf://acme/tiny", data=str(folder / "blend.yaml"))
 
 

@@ -220,6 +220,42 @@ def test_a_mistake_found_before_the_texts_are_read_can_be_corrected(texts: Path,
     assert status == 0 or "decontaminate differ" in errors  # the engine may have begun
 
 
+@pytest.mark.full
+def test_a_disk_that_is_full_at_the_first_write_refuses_no_later_start(texts: Path, tmp_path: Path) -> None:
+    output, command = tmp_path / "data", [sys.executable, "-m", "nemo_upcycle.cli", "data", str(texts / "mine.yaml")]
+    full = ["bash", "-c", 'ulimit -f 1; trap "" XFSZ; exec "$@"', "bash", *command, str(output)]
+    refused = subprocess.run(full, capture_output=True, text=True, timeout=HANG_S)
+    assert refused.returncode == 2
+    assert "File too large" in refused.stderr
+    status, said, errors = _answer(texts, output)
+    assert status == 0, errors
+    assert "web:" in said
+
+
+@pytest.mark.full
+def test_an_empty_source_is_refused_early_and_can_be_taken_out(texts: Path, built: Path, tmp_path: Path) -> None:
+    blend = tmp_path / "mine.yaml"
+    (tmp_path / "tiny.txt").write_text("few words")
+    content = (texts / "mine.yaml").read_text().replace('["', f'["{texts}/').replace("[watched", f"[{texts}/watched")
+    content = content.replace("[held.txt", f"[{texts}/held.txt").replace("path: tasks", f"path: {texts}/tasks")
+    blend.write_text(content.replace("hold_out:", f"  tiny: {{train: [{tmp_path}/tiny.txt]}}\nhold_out:"))
+    output = tmp_path / "data"
+    command = [sys.executable, "-m", "nemo_upcycle.cli", "data", str(blend), str(output), "--workers", "1"]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
+    assert refused.returncode == 2
+    assert "source tiny: got at most 11 tokens to train on, in 1 documents, expected more than a sequence (16)" in (
+        refused.stderr
+    )
+    assert not list(output.glob("build/stats/*"))  # nothing was tokenised
+    signed = {path: path.stat().st_mtime_ns for path in output.glob("build/logs/1_sign/completions/*")}
+    blend.write_text(content)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in signed if path.name != "00005"}.items() <= signed.items()
+    same = {name: digest for name, digest in _bytes(output).items() if name.startswith(("tokens/", "heldout"))}
+    assert same.items() <= _bytes(built).items()
+
+
 def test_a_folder_of_an_earlier_version_is_named(texts: Path, built: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(built, tmp_path / "data")
     marker = read_json(copy / "_SUCCESS.json")
@@ -273,5 +309,6 @@ def test_check_reads_and_writes_nothing(texts: Path, tmp_path: Path) -> None:
     status, said, errors = _answer(texts, tmp_path / "data", "--check")
     assert status == 0, errors
     assert "web: 60.0%, files 3 train" in said
+    assert "web: 60.0% of a run, about " in said
     assert "trains capitals" in said
     assert not (tmp_path / "data").exists()

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from hashlib import blake2b
 from typing import Any
 
 from datatrove.data import Document, DocumentsPipeline
 from xxhash import xxh3_128
 
+from nemo_upcycle.data.engine.encodings import MOST_BAD, count_bad
 from nemo_upcycle.data.engine.ledger import LedgerStep
-from nemo_upcycle.data.engine.lines import NOT_THERE, open_to_seek, size_of
-from nemo_upcycle.data.readers import FORMATS
+from nemo_upcycle.data.engine.lines import (
+    MEMBER,
+    NOT_TEXT,
+    NOT_THERE,
+    ZIP,
+    OtherFormatError,
+    open_to_seek,
+    size_of,
+    zip_members,
+)
+from nemo_upcycle.data.readers import FORMATS, format_of
 
 
 class ReadDocuments(LedgerStep):
@@ -21,22 +32,21 @@ class ReadDocuments(LedgerStep):
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Yield the documents of every file of the task."""
         task = self.ledger.task
-        format = FORMATS[task.reader]
-        options = {**format.defaults, **task.options}
+        options = {**FORMATS[task.reader].defaults, **task.options}
         for file in task.files:
+            name = self._name(file)
             listed = self._listed_duplicates(options.get("duplicates", {}).get(file))
             try:
                 self.ledger.files[file] = {"bytes": size_of(file), "whole": False}
                 texts = self.ledger.texts[file] = xxh3_128()
-                for line, size_bytes, record in format.read(file, options):
+                for place, identity, size_bytes, record in _records(file, name, task.reader, options):
                     self.ledger.records_in += 1
                     self.ledger.bytes_in += size_bytes
-                    document = self._document(file, line, record, options)
+                    document = self._document(place, identity, record, options, texts)
                     if isinstance(document, str):
-                        self.ledger.removed("read", document, self._identity(file, line), f"{file}:{line}", size_bytes)
+                        self.ledger.removed("read", document, identity, place, size_bytes)
                         continue
-                    texts.update(document.text.encode() + b"\0")
-                    document.metadata["listed"] = line - 1 in listed
+                    document.metadata["listed"] = bool(listed) and int(place.rpartition(":")[2]) - 1 in listed
                     yield document
                 self.ledger.files[file]["whole"] = True  # unless max_tokens ended the task before
             except NOT_THERE as error:
@@ -45,15 +55,16 @@ class ReadDocuments(LedgerStep):
 
     def _lost(self, file: str, reason: str, error: BaseException) -> None:
         self.ledger.records_in += 1
-        self.ledger.removed("read", reason, self._identity(file, 0), f"{file}:0", 0, message=str(error)[:200])
+        identity = _identity(self._name(file), 0, self.ledger.task.reader)
+        self.ledger.removed("read", reason, identity, f"{file}:0", 0, message=str(error)[:200])
 
-    def _identity(self, file: str, line: int) -> str:
-        task = self.ledger.task
-        name = self.ledger.plan.names.get((task.source, file), file)
-        return name if FORMATS[task.reader].is_document else f"{name}:{line}"
+    def _name(self, file: str) -> str:
+        return self.ledger.plan.names.get((self.ledger.task.source, file), file)
 
-    def _document(self, file: str, line: int, record: dict[str, Any] | str, options: dict[str, Any]) -> Document | str:
-        """Return the document, or what is wrong with it."""
+    def _document(
+        self, place: str, identity: str, record: dict[str, Any] | str, options: dict[str, Any], texts: xxh3_128
+    ) -> Document | str:
+        """Return the document, whose text is added to `texts`, or what is wrong with it."""
         if isinstance(record, str):
             return record
         key = options.get("text_key", "text")
@@ -61,11 +72,19 @@ class ReadDocuments(LedgerStep):
         if not isinstance(text, str):
             return f"no {key}" if text is None else f"{key} is no text"
         own = record.get(options.get("id_key", "id"))
-        identity = self._identity(file, line)
         if own is not None:  # two documents may have the same
             identity = f"{own}@{identity}"
-        where = {"where": f"{file}:{line}", "bucket": record.get("bucket")}
-        return Document(text=text, id=identity, metadata={**where, "split": self._split(identity)})
+        content = text.encode()
+        if bad := count_bad(text, content):
+            if bad > MOST_BAD * len(text):
+                return NOT_TEXT
+            if nuls := content.count(0):
+                self.ledger.note("read", "NULs", identity, place, nuls)
+                text, content = text.replace("\0", ""), content.replace(b"\0", b"")
+        texts.update(content)
+        texts.update(b"\0")
+        about = {"where": place, "bucket": record.get("bucket"), "bytes": len(content)}
+        return Document(text=text, id=identity, metadata={**about, "split": self._split(identity)})
 
     def _split(self, identity: str) -> str:
         plan = self.ledger.plan
@@ -93,3 +112,37 @@ class ReadDocuments(LedgerStep):
         except (OSError, KeyError, ValueError, AttributeError, pyarrow.ArrowException) as error:
             self._lost(url, "unreadable list of duplicates", error)
             return set()
+
+
+def _records(
+    file: str, name: str, format: str, options: dict[str, Any]
+) -> Iterator[tuple[str, str, int, dict[str, Any] | str]]:
+    """Yield the place of every record of a file, its id, its bytes, and the object there or what is wrong with it.
+
+    Args:
+        file: a path or fsspec URL.
+        name: of the file inside its source.
+        format: what its name says; the bytes may say another.
+        options: of the format.
+    """
+    try:
+        for line, size_bytes, record in FORMATS[format].read(file, options):
+            yield f"{file}:{line}", _identity(name, line, format), size_bytes, record
+    except OtherFormatError as other:
+        if str(other) != ZIP:
+            yield from _records(file, name, str(other), options)
+            return
+        members = zip_members(file)
+        if not members:
+            yield f"{file}:0", _identity(name, 0, format), 0, "damaged or empty zip file"
+        for member in members:
+            inner = member.removeprefix(MEMBER).partition("::")[0]
+            kind = format_of(inner) or (format if len(members) == 1 else None)
+            if kind is None:
+                yield f"{member}:0", f"{name}/{inner}", 0, "another kind of file"
+            else:
+                yield from _records(member, f"{name}/{inner}", kind, options)
+
+
+def _identity(name: str, line: int, format: str) -> str:
+    return name if FORMATS[format].is_document else f"{name}:{line}"

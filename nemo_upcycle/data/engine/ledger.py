@@ -54,10 +54,12 @@ class Ledger:
         self.files: dict[str, dict[str, int | bool | None]] = {}
         self.texts: dict[str, xxh3_128] = {}  # of a file: all the texts that were read from it
         self.bytes_in = self.records_in = 0
+        self.text = {"documents": 0, "bytes": 0}  # of training, that was read so far
         self.splits: dict[str, Counter[str]] = defaultdict(Counter)
         self.contamination: Any = None  # of the decontamination, where there is one
         self.report: Any = None  # of the short n-grams in what it leaves
         self.cut: Counter[str] = Counter()  # documents that went on as pieces
+        self.pii: Counter[str] = Counter()  # what was replaced, by its kind
         self.tokenizer = ""
         self._start_s = time.process_time()
         if self.is_kept:
@@ -121,6 +123,7 @@ class Ledger:
             "contamination": self.contamination.to_dict() if self.contamination else {},
             "report": self.report.to_dict() if self.report else {},
             "cut": {key: self.cut[key] for key in ("documents", "pieces", "bytes")},
+            "pii": dict(self.pii),
             "files": {
                 file: known | {"texts_xxh3_128": self.texts[file].hexdigest()} for file, known in self.files.items()
             },
@@ -159,6 +162,23 @@ class CountDocuments(LedgerStep):
             yield document
             start_s = clock()
         upstream_s[step] += clock() - start_s
+
+
+class CountText(LedgerStep):
+    """Counts the documents of training and their bytes; a first pass writes them, before anything is tokenised."""
+
+    type, name = "count", "text to train on"
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        """Pass documents on."""
+        counts = self.ledger.text
+        for document in data:
+            if document.metadata["split"] == "train":
+                counts["documents"] += 1
+                counts["bytes"] += document.metadata["bytes"]
+            yield document
+        if not self.ledger.is_kept:
+            write_json(self.ledger.plan.path("read", rank, "json"), counts)
 
 
 class RemovedWriter:

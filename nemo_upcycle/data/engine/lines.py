@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import io
 import os
 import shutil
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from http import HTTPStatus
+from itertools import chain
 from tempfile import TemporaryFile
 from typing import IO, Any, TypeVar, cast
+from zipfile import BadZipFile, ZipFile
 
 import fsspec
 
+from nemo_upcycle.data.engine import encodings
 from nemo_upcycle.errors import UpcycleError
 
 
@@ -24,6 +28,8 @@ T = TypeVar("T")
 #: What opening a file raises that is a mistake in the blend; whatever else it raises may pass.
 NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
+NOT_TEXT, ZIP = "not text", "zip"
+MEMBER = "zip://"  # of a zip file, with which the URL of a file in it begins
 _CHUNK_BYTES = 1 << 16
 _COMPRESSED_BYTES = 1 << 12  # what damage costs, at most
 #: A file without line ends, given by mistake, must not fill the memory.
@@ -32,7 +38,11 @@ _WAITS_S = (0.5, 1.0, 2.0, 4.0)  # between trials to read a file from a server
 
 
 class _DamagedError(Exception):
-    """What is wrong with a compressed file."""
+    """What is wrong with a file, or with the rest of it."""
+
+
+class OtherFormatError(Exception):
+    """The bytes of a file are of another format than its name says; holds that format's name, or `ZIP`."""
 
 
 @dataclass(frozen=True)
@@ -187,30 +197,29 @@ def _unreadable(url: str, error: BaseException) -> UpcycleError:
     )
 
 
-def read_lines(url: str, handle: IO[bytes]) -> Iterator[tuple[int, bytes] | Damage]:
+def read_lines(url: str, part: Sequence[int] | None = None) -> Iterator[tuple[int, bytes] | Damage]:
     """Yield the number, from 1, and the bytes of every line, with its end; and what was damaged.
 
-    A compressed file that ends too early, or is damaged, gives the lines before that.
+    Its bytes tell how it is compressed, and whether it is UTF-16, whose lines become UTF-8. A compressed file that
+    ends too early, or is damaged, gives the lines before that.
 
     Args:
-        url: the name of the file, which says how it is compressed.
-        handle: the file.
+        url: a path or fsspec URL, or a file in a zip file as `zip_members` names it.
+        part: of a file of plain text: its first byte, the one behind its last, and the number of its first line.
 
     Raises:
+        OSError: one of `NOT_THERE`.
+        OtherFormatError: it has no lines.
         UpcycleError: reading it fails.
     """
-    is_compressed = url.endswith((".gz", ".zst", ".zstd"))
-    size_bytes = _COMPRESSED_BYTES if is_compressed else _CHUNK_BYTES
-    chunks: Iterable[bytes] = iter(lambda: handle.read(size_bytes), b"")
-    if is_compressed:
-        chunks = _decompressed(chunks, is_gzip=url.endswith(".gz"))
+    if part:
+        chunks = _text(_of_part(url, part[0], part[1]))
+    else:
+        chunks = _text(_of_member(url) if url.startswith(MEMBER) else _of_file(url))
     rest: list[bytes] = []
-    number, rest_bytes, damage = 1, 0, ""
-    is_first = True
+    number, rest_bytes, damage = part[2] if part else 1, 0, ""
     try:
         for chunk in chunks:
-            if is_first:
-                chunk, is_first = chunk.removeprefix(b"\xef\xbb\xbf"), False
             start = 0
             while end := chunk.find(b"\n", start) + 1:
                 if rest_bytes > LONGEST_LINE_BYTES:
@@ -232,21 +241,83 @@ def read_lines(url: str, handle: IO[bytes]) -> Iterator[tuple[int, bytes] | Dama
         yield Damage(damage, number, rest_bytes)
 
 
-def _decompressed(chunks: Iterable[bytes], *, is_gzip: bool) -> Iterator[bytes]:
-    """Decompress one stream after the other."""
-    import zstandard
+def zip_members(url: str) -> list[str]:
+    """Return the URLs of the files in a zip file, which `read_lines` takes; one that is damaged has none."""
+    _archive.cache_clear()
+    try:
+        names = [member.filename for member in _archive(url).infolist() if not member.is_dir()]
+    except BadZipFile:
+        return []
+    return [f"{MEMBER}{name}::{url}" for name in names]
 
-    zstd = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+
+@lru_cache(maxsize=1)
+def _archive(url: str) -> ZipFile:
+    return ZipFile(open_to_seek(url))
+
+
+def _of_member(url: str) -> Iterator[bytes]:
+    name, _, archive = url.removeprefix(MEMBER).partition("::")
+    try:
+        with _archive(archive).open(name) as handle:
+            yield from iter(lambda: handle.read(_CHUNK_BYTES), b"")
+    except UpcycleError:
+        raise
+    except Exception:  # each way to compress has its own; some files need a password
+        raise _DamagedError("damaged zip file") from None
+
+
+def _of_part(url: str, start: int, stop: int) -> Iterator[bytes]:
+    with open_input(url) as handle:
+        handle.seek(start)
+        left = stop - start
+        while left and (chunk := handle.read(min(left, _CHUNK_BYTES))):
+            left -= len(chunk)
+            yield chunk
+
+
+def _of_file(url: str) -> Iterator[bytes]:
+    with open_input(url) as handle:
+        head = b""
+        while len(head) < _COMPRESSED_BYTES and (chunk := handle.read(_COMPRESSED_BYTES)):
+            head += chunk
+        if head.startswith(encodings.PARQUET):
+            raise OtherFormatError("parquet")
+        if head.startswith(encodings.ZIP):
+            raise OtherFormatError(ZIP)
+        new_stream = encodings.decompressor(head)
+        size_bytes = _COMPRESSED_BYTES if new_stream else _CHUNK_BYTES
+        chunks = chain([head], iter(lambda: handle.read(size_bytes), b""))
+        yield from _decompressed(chunks, new_stream) if new_stream else chunks
+
+
+def _decompressed(chunks: Iterable[bytes], new_stream: Callable[[], Any]) -> Iterator[bytes]:
+    """Decompress one stream after the other; NULs between them fill a block."""
     stream: Any = None
     for chunk in chunks:
-        while chunk:
-            if stream is None:
-                stream = zlib.decompressobj(wbits=31) if is_gzip else zstd.decompressobj()
+        while chunk := chunk if stream else chunk.lstrip(b"\0"):
+            stream = stream or new_stream()
             try:
-                yield stream.decompress(chunk)
-            except (zlib.error, zstandard.ZstdError):
+                content = stream.decompress(chunk)
+            except Exception:  # each library has its own
                 raise _DamagedError("damaged compressed file") from None
+            yield content
             chunk = stream.unused_data if stream.eof else b""
             stream = None if stream.eof else stream
     if stream:
         raise _DamagedError("truncated compressed file")
+
+
+def _text(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the bytes of a text, without its byte order mark, and UTF-16 as UTF-8."""
+    head = next((chunk for chunk in chunks if chunk), b"")
+    if encoding := encodings.utf16(head):
+        decoder = codecs.getincrementaldecoder(encoding)("replace")
+        yield decoder.decode(head).removeprefix("\ufeff").encode()
+        yield from (decoder.decode(chunk).encode() for chunk in chunks)
+        yield decoder.decode(b"", final=True).encode()
+    elif encodings.is_binary(head):
+        raise _DamagedError(NOT_TEXT)
+    else:
+        yield head.removeprefix(codecs.BOM_UTF8)
+        yield from chunks

@@ -27,9 +27,11 @@ class Task:
         reader: a key of `nemo_upcycle.data.readers.FORMATS`.
         files: paths or fsspec URLs.
         split: where its documents go; None spreads them over the splits, as `Plan.hold_out` says.
-        options: of the reader: `text_key`, `id_key`, `bucket` (one name or several), `duplicates` (file -> its list).
+        options: of the reader: `text_key`, `id_key`, `bucket` (one name or several), `duplicates` (file -> its list),
+            `part` (of its one file, as `read_lines` takes it).
         max_tokens: the task stops once it has written so many tokens of training.
         on_hit: what becomes of a training document that shares a passage with an evaluation item.
+        pii: what is replaced in its documents, of `nemo_upcycle.data.blend.PII`.
     """
 
     source: str
@@ -39,6 +41,7 @@ class Task:
     options: dict[str, Any] = field(default_factory=dict)
     max_tokens: int | None = None
     on_hit: str = "cut"
+    pii: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ class Plan:
         names: dict[tuple[str, str], str] = {}
         for source in {task.source for task in self.tasks}:
             parts = [file.split("/") for task in self.tasks if task.source == source for file in task.files]
+            if not parts:  # a source that was taken out of a stopped build
+                continue
             shortest = min(len(file) for file in parts) - 1
             shared = next((n for n in range(shortest) if len({file[n] for file in parts}) > 1), shortest)
             names |= {(source, "/".join(file)): "/".join(file[shared:]) for file in parts}

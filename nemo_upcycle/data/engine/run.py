@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,17 @@ from typing import Any, NoReturn
 
 from nemo_upcycle.data.engine.plan import Plan, clear_asides
 from nemo_upcycle.data.engine.processes import die_with_parent
-from nemo_upcycle.data.engine.stages import RunOn, completed, executor, slurm_jobs, stages, tasks_of_stages
+from nemo_upcycle.data.engine.stages import (
+    FIND,
+    SIGN,
+    WRITE,
+    RunOn,
+    completed,
+    executor,
+    slurm_jobs,
+    stages,
+    tasks_of_stages,
+)
 from nemo_upcycle.data.engine.tokenise import choose_library
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json, take_lock, write_json
@@ -69,6 +80,10 @@ def _require_same_plan(plan: Plan) -> None:
     if not path.is_file():
         write_json(path, now)
     elif (before := read_json(path)) != now:
+        if out := _taken_out(before, now):
+            _forget(plan, out)
+            write_json(path, now)
+            return
         changed = [key for key in now["plan"] if now["plan"].get(key) != before["plan"].get(key)]
         raise UpcycleError(
             str(plan.folder),
@@ -76,6 +91,33 @@ def _require_same_plan(plan: Plan) -> None:
             expected="work of this plan, or none",
             fix="choose another folder, or delete this one",
         )
+
+
+def _taken_out(before: dict[str, Any], now: dict[str, Any]) -> list[int]:
+    """Return the tasks that have no files any more, if that is all that changed since an earlier run."""
+    were, are = before["plan"]["tasks"], now["plan"]["tasks"]
+    if len(were) != len(are) or {**before, "plan": before["plan"] | {"tasks": are}} != now:
+        return []
+    changed = [rank for rank, (was, task) in enumerate(zip(were, are, strict=True)) if was != task]
+    return [] if any(are[rank]["files"] for rank in changed) else changed
+
+
+def _forget(plan: Plan, out: list[int]) -> None:
+    """Forget what was made of tasks, and of those that lost documents to others: they may have lost them to these.
+
+    Run again after a kill, it ends the same.
+    """
+    folder = plan.folder / "duplicates"
+    lost = [int(path.name.partition(".")[0]) for path in (folder / "found").glob("*/*")]
+    for stage, ranks in ((WRITE, {*out, *lost}), (FIND, range(plan.finders)), (SIGN, out)):
+        for rank in ranks:
+            (plan.folder / "logs" / stage / "completions" / f"{rank:05d}").unlink(missing_ok=True)
+            if stage == WRITE:
+                plan.path("stats", rank, "json").unlink(missing_ok=True)
+    for rank in out:
+        for path in (folder / "signatures").glob(f"*/{rank:05d}.*"):
+            path.unlink()
+    shutil.rmtree(folder / "found", ignore_errors=True)
 
 
 def _run(plan: Plan, run_on: RunOn) -> None:

@@ -16,7 +16,8 @@ from datatrove.pipeline.dedup.exact_dedup import ExactFindDedups
 
 from nemo_upcycle.data.engine import clean, heldout, near
 from nemo_upcycle.data.engine.documents import ReadDocuments
-from nemo_upcycle.data.engine.ledger import CountDocuments, Ledger, LedgerStep
+from nemo_upcycle.data.engine.ledger import CountDocuments, CountText, Ledger, LedgerStep
+from nemo_upcycle.data.engine.pii import ReplacePII
 from nemo_upcycle.data.engine.plan import Plan
 from nemo_upcycle.data.engine.tokenise import Tokenise
 from nemo_upcycle.utils.files import write_json
@@ -67,7 +68,7 @@ class StartTask(LedgerStep):
         self.ledger.begin(rank)
 
 
-SIGN, WRITE = "1_sign", "3_write"
+READ, SIGN, WRITE = "0_read", "1_sign", "3_write"
 FIND, FIND_NEAR, JOIN, COMPARE, JUDGE = "2_find", "2_find_near", "2_join", "2_compare", "2_judge"
 
 
@@ -75,8 +76,11 @@ def tasks_of_stages(plan: Plan) -> dict[str, int]:
     """Return the names of the stages, in their order, and their numbers of tasks."""
     tasks = len(plan.tasks)
     overlaps, near = plan.heldout_overlap is not None, plan.near_duplicates
+    looks_back = plan.deduplicate or overlaps
+    samples = any(task.max_tokens for task in plan.tasks)  # for which the bytes of all texts are counted first
     return {
-        **({SIGN: tasks} if plan.deduplicate or overlaps else {}),
+        **({READ: tasks} if samples and not looks_back else {}),
+        **({SIGN: tasks} if looks_back else {}),
         **({FIND: plan.finders} if plan.deduplicate else {}),
         **({FIND_NEAR: near["bands"]} if near else {}),
         **({JOIN: 1} if near or overlaps else {}),
@@ -93,7 +97,12 @@ def stages(plan: Plan, library: str) -> list[Stage]:
     find = ExactFindDedups(signatures, found, clean.deduplication(), lines_to_buffer=1024)
     sign: list[PipelineStep] = [*_documents(looking), clean.SignDocuments(looking, folder, plan.finders)]
     join: list[PipelineStep] = [StartTask(looking)]
-    pipelines: dict[str, list[Any]] = {SIGN: sign, FIND: [StartTask(looking), find], JOIN: join}
+    pipelines: dict[str, list[Any]] = {
+        READ: _documents(looking),
+        SIGN: sign,
+        FIND: [StartTask(looking), find],
+        JOIN: join,
+    }
     overlap: list[PipelineStep] = []
     if plan.heldout_overlap is not None:
         sign.append(heldout.WriteHeldout(looking))
@@ -108,6 +117,8 @@ def stages(plan: Plan, library: str) -> list[Stage]:
         pipelines[JUDGE] = [StartTask(looking), heldout.JudgeHeldout(looking)]
         overlap.append(clean.RemoveNumbered(ledger, "overlap", heldout.REMOVED))
     decontaminate: list[PipelineStep] = [clean.Decontaminate(ledger)] if plan.ngram_index else []
+    if any(task.pii for task in plan.tasks):
+        decontaminate.append(ReplacePII(ledger))
     pipelines[WRITE] = [
         *_different(ledger, plan),
         CountDocuments(ledger, "deduplicate"),
@@ -130,7 +141,8 @@ def _different(ledger: Ledger, plan: Plan) -> list[PipelineStep]:
 
 def _documents(ledger: Ledger) -> list[PipelineStep]:
     read = [StartTask(ledger), ReadDocuments(ledger), CountDocuments(ledger, "read")]
-    return [*read, clean.FilterDocuments(ledger), CountDocuments(ledger, "filter"), clean.FilterListed(ledger)]
+    filters = [clean.FilterDocuments(ledger), CountDocuments(ledger, "filter"), clean.FilterListed(ledger)]
+    return [*read, *filters, CountText(ledger)]
 
 
 class _Local(LocalPipelineExecutor):

@@ -94,6 +94,7 @@ class Format(ABC):
 
         Raises:
             OSError: there is no such file.
+            OtherFormatError: its bytes are of another format.
         """
 
 
@@ -108,6 +109,12 @@ def register(kind: _Kind) -> _Kind:
     table: dict[str, Any] = READERS if issubclass(kind, Reader) else FORMATS
     table[kind.name] = kind()
     return kind
+
+
+def format_of(path: str) -> str | None:
+    """Return the name of the format that the name of a file ends in; None if it ends in none."""
+    ends = {end: format.name for format in FORMATS.values() for end in format.suffixes if path.endswith(end)}
+    return ends[max(ends, key=len)] if ends else None
 
 
 for _module in pkgutil.iter_modules(__path__):

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.blend import Blend
-from nemo_upcycle.data.readers import FORMATS, InputFile, Reader, register
+from nemo_upcycle.data.engine.encodings import COMPRESSED
+from nemo_upcycle.data.readers import FORMATS, InputFile, Reader, format_of, register
 from nemo_upcycle.errors import UpcycleError
 
 
@@ -27,7 +28,6 @@ class Files(Reader):
                 raise UpcycleError(
                     f"options.{name}", got=value, expected="the name of a field", fix=f"write {name}: text"
                 )
-        formats = {end: format.name for format in FORMATS.values() for end in format.suffixes}
         files: dict[str, InputFile] = {}
         for entry in entries:
             matches = sorted(_expand(entry, blend.folder))
@@ -39,11 +39,16 @@ class Files(Reader):
                     fix="check it; a relative pattern starts from the folder of the YAML file",
                 )
             for path, size_bytes in matches:
-                ends = [end for end in formats if path.endswith(end)]
-                if not ends:
-                    expected = ", ".join(sorted(formats, key=len))
-                    raise UpcycleError(f"file {path}", got="another kind", expected=expected, fix="narrow the pattern")
-                files[path] = InputFile(path, formats[max(ends, key=len)], size_bytes, options)
+                if (format := format_of(path)) is None:
+                    ends = {end for format in FORMATS.values() for end in format.suffixes}
+                    plain = sorted((end for end in ends if not end.endswith(COMPRESSED)), key=len)
+                    raise UpcycleError(
+                        f"file {path}",
+                        got="another kind",
+                        expected=f"{', '.join(plain)}, compressed or not",
+                        fix="narrow the pattern",
+                    )
+                files[path] = InputFile(path, format, size_bytes, options)
         return list(files.values())
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_upcycle.data.engine.lines import open_to_seek
+from nemo_upcycle.data.engine.encodings import PARQUET, decode
+from nemo_upcycle.data.engine.lines import OtherFormatError, open_to_seek
 from nemo_upcycle.data.readers import Format, Records, register
 
 
@@ -23,6 +24,8 @@ class Parquet(Format):
         keys = [options.get("text_key", "text"), options.get("id_key", "id"), "bucket"]
         row = 0
         with open_to_seek(file) as handle:
+            if handle.read(len(PARQUET)) != PARQUET:
+                raise OtherFormatError("jsonl")
             try:
                 table = pyarrow.parquet.ParquetFile(handle)
                 there = [key for key in keys if key in table.schema_arrow.names]
@@ -62,6 +65,6 @@ def _as_bytes(batch: Any) -> Any:
 
 def _decoded(record: dict[str, Any], texts: list[str]) -> dict[str, Any] | str:
     try:
-        return record | {key: record[key].decode() for key in texts if record[key] is not None}
+        return record | {key: decode(record[key]) for key in texts if record[key] is not None}
     except UnicodeDecodeError:
         return "not UTF-8"

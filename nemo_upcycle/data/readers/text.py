@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-from nemo_upcycle.data.engine.lines import Damage, open_input, read_lines
+from nemo_upcycle.data.engine.encodings import COMPRESSED, decode
+from nemo_upcycle.data.engine.lines import Damage, read_lines
 from nemo_upcycle.data.readers import Format, Records, register
 
 
 @register
 class Text(Format):
-    """A line that is not UTF-8 is left out of the document."""
+    """Lines that are neither UTF-8 nor Latin-1 are left out of the document."""
 
-    name, suffixes, is_document = "text", (".txt",), True
+    name, is_document = "text", True
+    suffixes: ClassVar[tuple[str, ...]] = (".txt", ".zip", *(f".txt{end}" for end in COMPRESSED))
 
     def read(self, file: str, options: Mapping[str, Any]) -> Records:
         """See `Format.read`."""
-        kept, size_bytes = [], 0
-        with open_input(file) as handle:
-            for line in read_lines(file, handle):
-                if isinstance(line, Damage):
-                    yield line.number, line.size_bytes, line.reason
-                    continue
-                number, content = line
-                try:
-                    kept.append(content.decode())
-                    size_bytes += len(content)
-                except UnicodeDecodeError:
-                    yield number, len(content), "not UTF-8"
-        yield 1, size_bytes, {options.get("text_key", "text"): "".join(kept)} if kept else "empty file"
+        kept: dict[int, str] = {}  # by the number of the line
+        other: dict[int, bytes] = {}
+        size_bytes, is_empty = 0, True
+        for line in read_lines(file):
+            is_empty = False
+            if isinstance(line, Damage):
+                yield line.number, line.size_bytes, line.reason
+                continue
+            number, content = line
+            size_bytes += len(content)
+            try:
+                kept[number] = content.decode()
+            except UnicodeDecodeError:
+                kept[number], other[number] = "", content
+        try:
+            decode(b"".join(other.values()))  # together: a line alone may look like another encoding
+            kept |= {number: decode(content) for number, content in other.items()}
+        except UnicodeDecodeError:
+            for number, content in other.items():
+                size_bytes -= len(content)
+                del kept[number]
+                yield number, len(content), "not UTF-8"
+        if kept:
+            yield 1, size_bytes, {options.get("text_key", "text"): "".join(kept.values())}
+        elif is_empty:
+            yield 1, 0, "empty file"

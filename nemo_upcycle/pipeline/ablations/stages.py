@@ -164,7 +164,8 @@ def data_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
     tokenizer = StageFolder(run_dir, first).outputs()["folder"]
     folder = data_folder(run_dir, plan)
     if plan.blend:
-        build_data(plan.blend, tokenizer, folder)
+        trainings = [training for stage in plan.stages if (training := plan.training(stage.name))]
+        build_data(plan.blend, tokenizer, folder, max(one.seq_length(Path(tokenizer)) for one in trainings))
     open_blend(folder).require_tokenizer_of(tokenizer)
     splits = open_blend(folder).manifest["splits"]
     return {"tokens": {name: split["tokens"] for name, split in splits.items()}}

@@ -8,7 +8,7 @@ import pytest
 
 from nemo_upcycle.data.blend import Blend, BlendConfig, SourceConfig
 from nemo_upcycle.data.finished import open_blend
-from nemo_upcycle.data.manifest import describe_anew
+from nemo_upcycle.data.manifest import _files_of, describe_anew
 from tests.blends import write_blend
 
 
@@ -22,3 +22,12 @@ def test_new_weights_of_a_blend_reach_the_manifest_of_its_finished_folder(tiny_d
     assert open_blend(folder).shares == pytest.approx({"talks": 0.25, "books": 0.75})
     assert (found["max_epochs"], found["blend"]) == (5, "tiny")
     assert open_blend(folder).tokens == before
+
+
+def test_a_file_that_was_read_in_parts_is_one_entry(tmp_path: Path) -> None:
+    def entry(whole: bool, digest: str, source: str = "web") -> dict[str, object]:
+        return {"source": source, "files": {"a.jsonl": {"bytes": 9, "whole": whole, "texts_xxh3_128": digest}}}
+
+    stats = [entry(True, "11"), entry(False, "22"), entry(True, "33", "other"), entry(True, "44")]
+    assert _files_of("web", stats, tmp_path) == {"a.jsonl": {"bytes": 9, "whole": False, "texts_xxh3_128": "11-22-44"}}
+    assert _files_of("other", stats, tmp_path)["a.jsonl"]["texts_xxh3_128"] == "33"

@@ -1,0 +1,102 @@
+"""What bytes are, told by the bytes: compressed or not, UTF-8, UTF-16, Latin-1, or no text."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import lzma
+import re
+import zlib
+from typing import Any
+
+
+PARQUET, ZIP = b"PAR1", (b"PK\x03\x04", b"PK\x05\x06")
+#: Ends of the names of compressed files.
+COMPRESSED = (".gz", ".zst", ".zstd", ".bz2", ".xz", ".zip")
+#: A document is no text when a greater share of its characters is bad.
+MOST_BAD = 0.02
+#: Neither is a file of an unknown encoding with more of these at its beginning: bytes by chance have 11 %.
+_MOST_CONTROL = 0.05
+
+_GZIP, _BZIP2, _XZ = rb"\x1f\x8b\x08", rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", rb"\xfd7zXZ\0"
+_ZSTANDARD = rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"  # the second: a frame to skip, with which pzstd begins
+_CONTROL = bytes({*range(0x20), 0x7F} - {*b"\t\n\v\f\r\b\x1b"})  # a terminal writes \b and \x1b
+_C1 = re.compile(rb"\xc2[\x80-\x9f]")
+_RUNS = re.compile(rb"[\x80-\xff]{3,}")
+_ASCII = bytes(range(0x80))
+
+
+def decompressor(head: bytes) -> Any:
+    """Return what makes the decompressor of a stream that begins so; None if it is not compressed."""
+    if re.match(_GZIP, head):
+        return lambda: zlib.decompressobj(wbits=31)
+    if re.match(_ZSTANDARD, head):
+        import zstandard
+
+        return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+    if re.match(_BZIP2, head):
+        return bz2.BZ2Decompressor
+    return lzma.LZMADecompressor if re.match(_XZ, head) else None
+
+
+def utf16(head: bytes) -> str | None:
+    """Return which UTF-16 a text is that begins so, or None.
+
+    Without a mark, by its units: one half of them, which holds the NULs of blanks and line ends, has fewer values.
+    """
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16-le" if head.startswith(codecs.BOM_UTF16_LE) else "utf-16-be"
+    if 0 not in head:
+        return None
+    even, odd = set(head[::2]), set(head[1::2])
+    name, high, low = ("utf-16-le", odd, even) if len(odd) < len(even) else ("utf-16-be", even, odd)
+    return name if 0 in high and 2 * len(high) <= len(low) else None
+
+
+def is_plain(head: bytes) -> bool:
+    """Return whether what begins so is text in ASCII, UTF-8 or Latin-1, whose lines end where a byte 10 is."""
+    is_stored = head.startswith((PARQUET, *ZIP)) or decompressor(head)
+    return not (is_stored or utf16(head) or is_binary(head))
+
+
+def is_binary(head: bytes) -> bool:
+    """Return whether what begins so is no text in any encoding."""
+    if _count_control(head) <= _MOST_CONTROL * len(head):
+        return False
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return True
+    return False
+
+
+def decode(content: bytes) -> str:
+    """Decode UTF-8, or Latin-1 as Windows writes it.
+
+    Raises:
+        UnicodeDecodeError: it is neither. Bytes beyond ASCII that stand in rows are of another script; parts of UTF-8
+            are a damaged one.
+    """
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        beyond = len(content.translate(None, _ASCII))
+        in_rows = sum(map(len, _RUNS.findall(content)))
+        if in_rows * 4 > beyond or not content.decode(errors="ignore").isascii() or _count_control(content):
+            raise
+        return content.decode("cp1252")
+
+
+def count_bad(text: str, content: bytes) -> int:
+    """Return how many characters are such as no text has: controls, or U+FFFD, which stands for lost ones.
+
+    Args:
+        text: a text.
+        content: the same in UTF-8.
+    """
+    bad = _count_control(content)
+    return bad if text.isascii() else bad + text.count("\ufffd") + len(_C1.findall(content))
+
+
+def _count_control(content: bytes) -> int:
+    return len(content) - len(content.translate(None, _CONTROL))

@@ -1,0 +1,90 @@
+"""What a run would draw of each source, and sources that are too small for it, said before all is tokenised."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.data.blend import Blend
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.files import read_json
+
+
+#: Of English text and most tokenizers, by which tokens are estimated.
+_BYTES_PER_TOKEN = 4
+#: What the engine writes of each task: what it read, in a pass before the last one; and what it made of it.
+_READ, _STATS = "read", "stats"
+ENGINE_PLAN = "engine.json"
+
+
+def size_check(blend: Blend, work: Path, plan: Mapping[str, Any]) -> Callable[[], None]:
+    """Return a check of what the engine has written so far, to be called again and again.
+
+    Once all tasks of a source have been read, and again once they are tokenised, it refuses a source that has no
+    sequence to train on; once those of all sources have been read, it shows what a run would draw.
+
+    Args:
+        blend: the blend.
+        work: the engine's folder.
+        plan: what the engine is given; what it has from another one does not count.
+    """
+    tasks = list(enumerate(plan["tasks"]))
+    ranks = {name: [rank for rank, task in tasks if task["source"] == name] for name in blend.config.sources}
+    waiting = {(kind, name): list(numbers) for kind in (_READ, _STATS) for name, numbers in ranks.items()}
+    text_bytes: dict[str, int] = {}
+    begun = work / ENGINE_PLAN
+
+    def check() -> None:
+        if waiting and not (begun.is_file() and read_json(begun)["plan"] == plan):
+            return
+        for (kind, name), numbers in list(waiting.items()):
+            while numbers and (work / kind / f"{numbers[-1]:05d}.json").is_file():
+                numbers.pop()
+            if numbers:
+                continue
+            del waiting[kind, name]
+            counts = [read_json(work / kind / f"{rank:05d}.json") for rank in ranks[name]]
+            train: Counter[str] = Counter()
+            for one in counts:
+                train.update(one if kind == _READ else one["splits"].get("train", {}))
+            _require_sequence(blend, name, train, work)
+            if kind == _READ:
+                text_bytes[name] = train["bytes"]
+                if len(text_bytes) == len(ranks):
+                    sys.stderr.write("\n".join(expected_draw(blend, text_bytes)) + "\n")
+
+    return check
+
+
+def _require_sequence(blend: Blend, source: str, train: Mapping[str, int], work: Path) -> None:
+    """Check what a source has to train on: `documents`, `bytes` and, if they are known, `tokens`."""
+    most = train.get("tokens", train["bytes"] + 2 * train["documents"])  # a token has a byte, an end has none
+    if most > blend.config.seq_length:
+        return
+    bound = "" if "tokens" in train else "at most "
+    raise UpcycleError(
+        f"source {source}",
+        got=f"{bound}{most:,} tokens to train on, in {train['documents']:,} documents"
+        if train["documents"]
+        else "no document left to train on",
+        expected=f"more than a sequence ({blend.config.seq_length:,}), for {blend.share(source):.1%} of a run",
+        fix=f"remove the source and run the same command, which continues, or give it more text, in another folder; "
+        f"{work / 'removed'} says what was removed",
+    )
+
+
+def expected_draw(blend: Blend, text_bytes: Mapping[str, int]) -> list[str]:
+    """Return what a run would draw of each source, a line for each, from the bytes of their texts or files."""
+    lines = [f"{blend.name}, estimated at {_BYTES_PER_TOKEN} bytes a token:"]
+    for name, source in blend.config.sources.items():
+        tokens = text_bytes[name] / _BYTES_PER_TOKEN
+        tokens = min(tokens, source.tokens or tokens)
+        once, most = tokens / blend.share(name) / 1e6, blend.config.max_epochs
+        lines.append(
+            f"  {name}: {blend.share(name):.1%} of a run, about {tokens / 1e6:,.3g}M tokens: 1 epoch in a run of about"
+            f" {once:,.3g}M tokens, {most:g} in one of {most * once:,.3g}M"
+        )
+    return lines

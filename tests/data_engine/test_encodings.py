@@ -1,0 +1,199 @@
+"""What a file holds is told by its bytes, whatever its name says."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import random
+import zipfile
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+
+
+pytest.importorskip("datatrove")
+import pyarrow
+import pyarrow.parquet
+import zstandard
+
+from nemo_upcycle.data.engine.encodings import count_bad, decode, utf16
+from tests.data_engine.blend import execute, removed, stats, texts, write_plan
+
+
+GOOD = [
+    "Der Müller fährt über die Brücke.",
+    "L\u2019été à Nîmes: « déjà » passé — 20 €",
+    "plain words",
+    "naïve façade",
+]
+LONG = [f"{number}: {text}" for number in range(400) for text in GOOD]
+_SIGNS = random.Random(7).choices([chr(n) for n in range(0x4E00, 0x9FA6)], k=1200)
+CHINESE = "".join(sign + ("。\n" if n % 40 == 39 else "") for n, sign in enumerate(_SIGNS))
+RUSSIAN = "Однажды утром старик вышел к реке и сел на камень.\n" * 40
+
+
+def _lines(many: list[str]) -> str:
+    return "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in many)
+
+
+def _zip(content: bytes, name: str = "some.jsonl") -> bytes:
+    stored = BytesIO()
+    with zipfile.ZipFile(stored, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, content)
+    return stored.getvalue()
+
+
+def _parquet(content: bytes) -> bytes:
+    stored = BytesIO()
+    rows = [json.loads(line)["text"] for line in content.splitlines()]
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), stored)
+    return stored.getvalue()
+
+
+def _skippable(content: bytes) -> bytes:
+    """As pzstd writes it: a frame to skip, then two that hold the content."""
+    frames = [zstandard.compress(part) for part in (content[:999], content[999:])]
+    return b"\x50\x2a\x4d\x18\x04\0\0\0size" + b"".join(frames)
+
+
+STORED: dict[str, Callable[[bytes], bytes]] = {
+    "plain": bytes,
+    "gzip": gzip.compress,
+    "zstandard": zstandard.compress,
+    "pzstd": _skippable,
+    "bzip2": lambda content: bz2.compress(content[:999]) + bz2.compress(content[999:]),
+    "xz": lambda content: lzma.compress(content[:999]) + b"\0" * 8 + lzma.compress(content[999:]),
+    "zip": _zip,
+    "parquet": _parquet,
+}
+
+
+def _read(folder: Path, name: str, content: bytes, reader: str) -> tuple[list[str], list[str]]:
+    """Return the texts of a file, and what was lost of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content)
+    work = execute(write_plan(folder, [{"files": [str(folder / name)], "reader": reader}]))
+    stats(work)
+    return texts(work), [f"{line['reason']} {line['where'].removeprefix(f'{folder}/')}" for line in removed(work)]
+
+
+@pytest.mark.parametrize("name", ["some.jsonl", "some.jsonl.gz", "some.parquet"])
+@pytest.mark.parametrize("kind", STORED)
+def test_compression_is_told_by_the_bytes(tmp_path: Path, kind: str, name: str) -> None:
+    reader = "parquet" if name.endswith("parquet") else "jsonl"
+    assert _read(tmp_path, name, STORED[kind](_lines(LONG).encode()), reader) == (LONG, [])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in STORED if kind != "parquet"])
+def test_text_file_is_one_document_however_it_is_stored(tmp_path: Path, kind: str) -> None:
+    text = "\n".join(LONG)
+    stored = _zip(text.encode(), "a.txt") if kind == "zip" else STORED[kind](text.encode())
+    assert _read(tmp_path, "some.txt", stored, "text") == ([text], [])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "cp1252"])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_encoding_is_told_by_the_bytes(tmp_path: Path, encoding: str, compress: Callable[[bytes], bytes]) -> None:
+    stored = compress(_lines(LONG).encode(encoding))
+    assert _read(tmp_path / "lines", "some.jsonl", stored, "jsonl") == (LONG, [])
+    text = "\r\n".join(LONG)
+    assert _read(tmp_path / "text", "some.txt", compress(text.encode(encoding)), "text") == ([text], [])
+
+
+@pytest.mark.parametrize("text", [CHINESE, RUSSIAN, "ok\n"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_without_a_mark_is_told_from_other_bytes(text: str, encoding: str) -> None:
+    assert utf16(text.encode(encoding)) == encoding
+    for other in ("utf-8", "gb18030"):
+        assert utf16(text.encode(other)) is None
+        assert utf16(text.encode(other) + b"\0" * 5000) is None
+        assert utf16(text.encode(other).replace(b"a", b"\0")) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        (RUSSIAN, "cp1251"),
+        (RUSSIAN, "koi8-r"),
+        (CHINESE, "gb18030"),
+        (CHINESE, "big5"),
+        ("さくらの花が、咲いた。", "sjis"),
+    ],
+)
+def test_other_encodings_are_not_taken_for_latin1(text: str, encoding: str) -> None:
+    with pytest.raises(UnicodeDecodeError):
+        decode(text.encode(encoding, errors="replace"))
+
+
+def test_what_is_no_text_is_one_line_of_the_list(tmp_path: Path) -> None:
+    noise = random.Random(5).randbytes(100_000)
+    assert _read(tmp_path / "noise", "some.jsonl", noise, "jsonl") == ([], ["not text some.jsonl:1"])
+    assert _read(tmp_path / "packed", "some.jsonl", gzip.compress(noise), "jsonl") == ([], ["not text some.jsonl:1"])
+    assert _read(tmp_path / "text", "some.txt", noise, "text") == ([], ["not text some.txt:1"])
+
+
+def test_few_nuls_are_taken_out_and_many_end_the_document(tmp_path: Path) -> None:
+    many = ["word " * 100 + "\0end", "word " * 1000 + "\0" * 5000, "kept"]
+    kept, lost = _read(tmp_path, "some.jsonl", _lines(many).encode(), "jsonl")
+    assert kept == ["word " * 100 + "end", "kept"]
+    assert lost == ["NULs some.jsonl:1", "not text some.jsonl:2"]
+    counts = stats(tmp_path / "work")["steps"]["read"]
+    assert counts == {"in": 3, "kept": 2, "removed": {"not text": 1}}
+
+
+@pytest.mark.parametrize(
+    ("text", "bad"),
+    [
+        ("\x1b[1mNAME\x1b[0m\n\tN\bNA\bAM\bME\bE - a page\f", 0),  # of a terminal
+        ("caf\ufffd, th\ufffd", 2),
+        ("don\xe2\x80\x99t", 2),  # UTF-8 read as Latin-1
+        ("a\0b\x7f\x01", 3),
+    ],
+)
+def test_bad_characters_are_counted(text: str, bad: int) -> None:
+    assert count_bad(text, text.encode()) == bad
+
+
+def test_files_in_a_zip_have_their_own_formats_and_places(tmp_path: Path) -> None:
+    stored = BytesIO()
+    with zipfile.ZipFile(stored, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("books/one.txt", "the first\nbook")
+        archive.writestr("books/two.txt", "der Zweite, für später".encode("utf-16"))
+        archive.writestr("rows.jsonl", _lines(["a row"]) + "{broken\n")
+        archive.writestr("picture.png", b"\x89PNG")
+        archive.writestr("bad.txt", "damaged words " * 100)
+    content = stored.getvalue()
+    place = content.index(b"bad.txt") + len("bad.txt") + 4
+    content = content[:place] + b"\xff\xff" + content[place + 2 :]
+    kept, lost = _read(tmp_path, "all.zip", content, "text")
+    assert kept == ["the first\nbook", "der Zweite, für später", "a row"]
+    archive_name = f"::{tmp_path}/all.zip"
+    assert lost == [
+        f"broken JSON zip://rows.jsonl{archive_name}:2",
+        f"another kind of file zip://picture.png{archive_name}:0",
+        f"damaged zip file zip://bad.txt{archive_name}:1",
+    ]
+    ids = [line["id"] for line in removed(tmp_path / "work")]
+    assert ids == ["all.zip/rows.jsonl:2", "all.zip/picture.png", "all.zip/bad.txt"]
+    assert _read(tmp_path / "cut", "all.zip", content[:-50], "text") == ([], ["damaged or empty zip file all.zip:0"])
+
+
+def test_big_file_is_not_held_in_memory(tmp_path: Path) -> None:
+    import tracemalloc
+
+    from nemo_upcycle.data.engine.lines import read_lines
+
+    many = [f"{GOOD[0]} {random.Random(n).randbytes(300).hex()}" for n in range(30_000)]
+    for encoding, store in (("utf-8", bytes), ("utf-16", bytes), ("utf-8", bz2.compress), ("utf-8", _zip)):
+        file = tmp_path / "big"
+        file.write_bytes(store(_lines(many).encode(encoding)))
+        tracemalloc.start()
+        count = sum(1 for _ in read_lines(f"zip://some.jsonl::{file}" if store is _zip else str(file)))
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert count == len(many)
+        assert peak_bytes < 5e6, store  # of 19 MB, and twice that in UTF-16

@@ -1,0 +1,83 @@
+"""A big file of JSON lines is cut between lines, for several workers, and gives what it gives in one piece."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+
+pytest.importorskip("datatrove")
+
+from nemo_upcycle.data.inputs import cut_between_lines
+from nemo_upcycle.data.readers import InputFile
+from tests.data_engine.blend import everything, removed, run, sentence, stats, texts, tokens, write_plan
+
+
+def _write(path: Path, end: str = "\n") -> InputFile:
+    """A file with long, short, empty, broken and Latin-1 lines, and none at its end."""
+    lines = [json.dumps({"text": sentence(number, 5 + number % 40)}) for number in range(300)]
+    lines[5:5] = ["", "{broken", json.dumps({"text": "long " * 2000})]
+    content = end.join(lines).encode() + end.encode() + '{"text": "café"}'.encode("latin-1")
+    path.write_bytes(content)
+    return InputFile(str(path), "jsonl", len(content))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("most_bytes", [40, 1000, 9999, 30_000])
+def test_parts_give_the_documents_of_the_whole(tmp_path: Path, most_bytes: int, end: str) -> None:
+    file = _write(tmp_path / "some.jsonl", end)
+    parts = cut_between_lines(file, most_bytes)
+    assert len(parts) > 1
+    assert sum(part.size_bytes or 0 for part in parts) == file.size_bytes
+    held = {"validation": 0.1, "heldout": 0.1}
+    task = {"files": [file.path], "split": None, "options": {}}
+    whole = write_plan(tmp_path / "whole", [task], hold_out=held)
+    cut = write_plan(tmp_path / "cut", [task | {"options": part.options} for part in parts[:60]], hold_out=held)
+    found = {}
+    for name, plan, tasks in (("whole", whole, 1), ("cut", cut, len(parts[:60]))):
+        done = run(plan, "--workers", "2")
+        assert done.returncode == 0, done.stderr
+        work = plan.parent
+        for rank in range(tasks):
+            stats(work, rank)
+        found[name] = {
+            split: [text for rank in range(tasks) for text in texts(work, rank, split)]
+            for split in ("train", "validation")
+        }
+        held_out = [path.read_text() for path in sorted(work.glob("tokens/*.heldout.jsonl"))]
+        found[name] |= {
+            "heldout": "".join(held_out),
+            "lost": [line for rank in range(tasks) for line in removed(work, rank)],
+        }
+    if len(parts) <= 60:
+        assert found["cut"] == found["whole"]
+    else:
+        assert found["whole"]["train"][: len(found["cut"]["train"])] == found["cut"]["train"]
+
+
+def test_only_plain_lines_are_cut(tmp_path: Path) -> None:
+    file = _write(tmp_path / "some.jsonl")
+    content = Path(file.path).read_bytes()
+    assert len(cut_between_lines(file, 1000)) > 1
+    assert cut_between_lines(file, len(content)) == [file]
+    for stored in (gzip.compress(content * 9), content.decode("latin-1").encode("utf-16"), b"PAR1" + content):
+        Path(file.path).write_bytes(stored)
+        other = InputFile(file.path, "jsonl", len(stored))
+        assert cut_between_lines(other, 1000) == [other]
+    text = InputFile(file.path, "text", len(content))
+    assert cut_between_lines(text, 1000) == [text]
+
+
+def test_workers_that_share_a_file_do_not_change_a_byte(tmp_path: Path) -> None:
+    parts = cut_between_lines(_write(tmp_path / "some.jsonl"), 8000)
+    tasks = [{"files": [part.path], "options": part.options} for part in parts]
+    found = []
+    for workers in ("1", "3"):
+        plan = write_plan(tmp_path / workers, tasks)
+        assert run(plan, "--workers", workers).returncode == 0
+        found.append(everything(plan.parent))
+    assert found[0] == found[1]
+    assert all(tokens(tmp_path / "1/work", rank) for rank in range(len(parts)))

@@ -1,0 +1,74 @@
+"""Too small a source is refused when its tasks say so, with its numbers; and what a run would draw is shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.data.blend import Blend, BlendConfig, SourceConfig
+from nemo_upcycle.data.sizes import size_check
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.files import write_json
+
+
+PLAN = {"tasks": [{"source": "web"}, {"source": "tiny"}, {"source": "web"}]}
+
+
+def _blend(**more: object) -> Blend:
+    sources = {"web": SourceConfig(train=["x"], weight=3.0), "tiny": SourceConfig(train=["y"])}
+    return Blend("mine", Path(), BlendConfig(sources, seq_length=64, **more))  # type: ignore[arg-type]
+
+
+def _write(work: Path, kind: str, rank: int, documents: int, size: int) -> None:
+    train = {"documents": documents, "bytes": size}
+    counts = train if kind == "read" else {"splits": {"train": train | {"tokens": size // 4}}}
+    write_json(work / kind / f"{rank:05d}.json", counts)
+
+
+def test_source_without_a_sequence_is_refused_once_it_is_read(tmp_path: Path) -> None:
+    check = size_check(_blend(), tmp_path, PLAN)
+    _write(tmp_path, "read", 1, 2, 50)
+    check()  # of an earlier plan, as far as it knows
+    write_json(tmp_path / "engine.json", {"plan": PLAN})
+    with pytest.raises(UpcycleError) as caught:
+        check()
+    assert str(caught.value).startswith(
+        "source tiny: got at most 54 tokens to train on, in 2 documents, expected more than a sequence (64), for 25"
+    )
+
+
+def test_source_without_a_sequence_is_refused_once_it_is_tokenised(tmp_path: Path) -> None:
+    write_json(tmp_path / "engine.json", {"plan": PLAN})
+    check = size_check(_blend(), tmp_path, PLAN)
+    _write(tmp_path, "read", 1, 2, 240)
+    check()
+    _write(tmp_path, "stats", 0, 10, 4000)
+    check()
+    _write(tmp_path, "stats", 1, 2, 240)
+    with pytest.raises(UpcycleError, match="source tiny: got 60 tokens to train on, in 2 documents"):
+        check()
+
+
+def test_source_of_which_nothing_is_left_is_named(tmp_path: Path) -> None:
+    write_json(tmp_path / "engine.json", {"plan": PLAN})
+    write_json(tmp_path / "stats/00001.json", {"splits": {}})
+    with pytest.raises(UpcycleError, match="source tiny: got no document left to train on"):
+        size_check(_blend(), tmp_path, PLAN)()
+
+
+def test_shares_and_epochs_are_shown_once_all_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json(tmp_path / "engine.json", {"plan": PLAN})
+    check = size_check(_blend(), tmp_path, PLAN)
+    _write(tmp_path, "read", 0, 100, 30_000_000)
+    _write(tmp_path, "read", 1, 100, 4_000_000)
+    check()
+    assert capsys.readouterr().err == ""
+    _write(tmp_path, "read", 2, 100, 10_000_000)
+    check()
+    check()
+    assert capsys.readouterr().err.splitlines() == [
+        "mine, estimated at 4 bytes a token:",
+        "  web: 75.0% of a run, about 10M tokens: 1 epoch in a run of about 13.3M tokens, 4 in one of 53.3M",
+        "  tiny: 25.0% of a run, about 1M tokens: 1 epoch in a run of about 4M tokens, 4 in one of 16M",
+    ]
