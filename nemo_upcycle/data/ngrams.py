@@ -280,13 +280,15 @@ class NgramIndex:
                 by_item.setdefault(number, []).append(match)
         for number, found in by_item.items():
             length = int(self.arrays["lengths"][number])
-            cluster: list[_Match] = []
-            for match in [*found, None]:
-                if cluster and (match is None or match.first - cluster[-1].last > length):
-                    if _is_enough(cluster, length):
-                        yield from ((member, [number]) for member in cluster)
-                    cluster = []
-                cluster += [match] if match else []
+            clusters: list[list[_Match]] = []
+            for match in found:
+                if clusters and match.first - clusters[-1][-1].last <= length:
+                    clusters[-1].append(match)
+                else:
+                    clusters.append([match])
+            for cluster in clusters:
+                if _is_enough(cluster, length):
+                    yield from ((match, [number]) for match in cluster)
 
 
 def _is_enough(cluster: list[_Match], length: int) -> bool:
