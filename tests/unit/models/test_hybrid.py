@@ -29,7 +29,7 @@ def test_borders_leave_the_map(pattern: str) -> None:
     assert layers.moe_pattern == (False, True)
 
 
-@pytest.mark.parametrize("pattern", ["", "|", "-*", "**--", "*-*", "M*-", "*-/*-", "G-", "*E+E"])
+@pytest.mark.parametrize("pattern", ["", "|", "-*", "**--", "*-*", "MG-", "M-/M", "*-/*-", "G-", "*E+E"])
 def test_layers_that_compute_otherwise_are_refused(pattern: str) -> None:
     with pytest.raises(SpecError, match=r"attention .* and network .* in turn"):
         HybridLayers(pattern)
