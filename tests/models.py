@@ -82,7 +82,7 @@ def write_nemotron_h(folder: Path, pattern: str = "M-M*-M-*-", **changes: Any) -
     model = NemotronHForCausalLM(config).float()
     weights = {}
     for name, parameter in model.named_parameters():
-        weights[name.replace("model.", "backbone.", 1)] = parameter.data.normal_(float(name.endswith("norm")), 0.1)
+        weights[name.replace("model.", "backbone.", 1)] = parameter.data.normal_(float("norm" in name), 0.1)
     folder.mkdir(parents=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     settings = config.to_dict() | {"architectures": ["NemotronHForCausalLM"], "hybrid_override_pattern": pattern}

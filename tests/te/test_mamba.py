@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,7 +61,8 @@ def _random_numbers_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_nemotron_h(tmp_path_factory.mktemp("nemotron") / "dense", PATTERN)
+    folder = tmp_path_factory.mktemp("nemotron") / "dense"
+    return write_nemotron_h(folder, PATTERN, use_mamba_kernels=False)
 
 
 def _chunk(parent: Path, spec: UpcycleSpec | None, layout: Layout, **changes: Any) -> Any:
@@ -244,6 +246,66 @@ def test_granular_experts_are_slices_of_the_parents_networks(parent: Path) -> No
             assert torch.equal(whole[inside + f"experts.linear_fc2.weight{expert}"], scaled)
 
 
+@pytest.mark.parametrize("kind", ["copies", "granular"])
+def test_transformers_computes_the_parents_function_with_what_is_filled(parent: Path, kind: str) -> None:
+    """Its class computes Mamba's layers on a processor, and routes by sigmoid scores."""
+    from transformers import AutoModelForCausalLM, NemotronHConfig
+
+    spec = replace(SPECS[kind], router_score="sigmoid")
+    filled = _gathered(parent, spec, Layout(gpus=4, tp=2, ep=2, etp=2))
+    dense = AutoModelForCausalLM.from_pretrained(parent).eval()
+    settings = dense.config.to_dict() | {
+        "hybrid_override_pattern": PATTERN.replace("-", "E"),
+        "layers_block_type": None,
+    }
+    width = dense.config.intermediate_size // spec.granularity
+    settings |= {
+        "n_routed_experts": spec.num_experts,
+        "num_experts_per_tok": spec.top_k,
+        "moe_intermediate_size": width,
+    }
+    moe = type(dense)(NemotronHConfig(**settings | {"moe_shared_expert_intermediate_size": width})).eval()
+    moe.load_state_dict(_as_transformers(filled, moe.state_dict()))
+    tokens_BS = torch.arange(48).reshape(2, 24)
+    with torch.no_grad():
+        wanted_BSV, got_BSV = dense(tokens_BS).logits, moe(tokens_BS).logits
+    torch.testing.assert_close(got_BSV, wanted_BSV, rtol=1e-4, atol=1e-5 * wanted_BSV.abs().max().item())
+    assert wanted_BSV.std() > 0.1
+
+
+def _as_transformers(filled: Filled, moe: Filled) -> Filled:
+    """Return Megatron's parameters by the names of transformers' class; a shared expert that is not there is zeros."""
+    found = {name: torch.zeros_like(tensor) for name, tensor in moe.items()}
+    found |= {"model.embeddings.weight": filled["embedding.word_embeddings.weight"]}
+    found |= {
+        "model.norm_f.weight": filled["decoder.final_norm.weight"],
+        "lm_head.weight": filled["output_layer.weight"],
+    }
+    for name, tensor in filled.items():
+        layer, _, inner = name.removeprefix("decoder.layers.").partition(".")
+        ours = f"model.layers.{layer}."
+        if inner.endswith(("layer_norm_weight", "pre_mlp_layernorm.weight")):
+            found[ours + "norm.weight"] = tensor
+        elif inner.startswith("mixer."):
+            found[ours + inner.replace("conv1d_", "conv1d.")] = tensor
+        elif inner == "self_attention.linear_proj.weight":
+            found[ours + "mixer.o_proj.weight"] = tensor
+        elif inner == "self_attention.linear_qkv.weight":
+            groups = [group.split([32, 16, 16]) for group in tensor.chunk(2)]
+            for part, rows in zip("qkv", zip(*groups, strict=True), strict=True):
+                found[ours + f"mixer.{part}_proj.weight"] = torch.cat(rows)
+        elif inner == "mlp.router.weight":
+            found[ours + "mixer.gate.weight"] = tensor
+        elif inner.startswith("mlp.shared_experts."):
+            part = "up" if "fc1" in inner else "down"
+            found[ours + f"mixer.shared_experts.{part}_proj.weight"] = tensor
+        elif match := re.fullmatch(r"mlp\.experts\.linear_fc(\d)\.weight(\d+)", inner):
+            part = "up" if match[1] == "1" else "down"
+            found[ours + f"mixer.experts.{part}_proj"][int(match[2])] = tensor
+    assert found.keys() == moe.keys()
+    return found
+
+
 def test_bridges_own_loader_fills_the_same_bits(parent: Path) -> None:
     from megatron.bridge import AutoBridge
 
@@ -270,6 +332,16 @@ def test_the_provider_has_bridges_own_settings_of_the_function(parent: Path) -> 
         *("normalization", "vocab_size", "share_embeddings_and_output_weights"),
     ):
         assert getattr(ours, name) == getattr(theirs, name), name
+
+
+def test_the_builders_configuration_is_the_same(parent: Path) -> None:
+    from nemo_upcycle.trainers.bridge.models import upcycled_config, upcycled_provider
+
+    provider, config = upcycled_provider(parent, SPEC), upcycled_config(parent, SPEC)
+    assert provider.hybrid_layer_pattern == config.hybrid_layer_pattern == "MEM*EME*E"
+    assert config.position_embedding_type == "none"
+    for name in ("num_layers", "mamba_num_heads", "mamba_num_groups", "activation_func", "moe_layer_freq"):
+        assert getattr(config.transformer, name) == getattr(provider, name), name
 
 
 def test_the_receipt_counts_mambas_parameters(parent: Path) -> None:

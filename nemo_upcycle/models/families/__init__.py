@@ -85,9 +85,7 @@ def require_class(moe_arch: Architecture) -> None:
     for family in targets():
         titles.setdefault(next(family.unsupported(moe_arch)), []).append(family.title)
     fix = "keep the model in NeMo: it trains and evaluates there"
-    if (
-        moe_arch.mamba
-    ):  # Nemotron-H's own class routes by sigmoid scores with a bias and has a shared expert everywhere
+    if moe_arch.mamba:
         fix = "keep the model in Megatron-Bridge (docs/bridge.md)"
     if moe_arch.window:
         fix += ", or set sliding_window to null in config.json if training sequences were no longer"

@@ -66,7 +66,10 @@ def test_a_gpt_models_checkpoint_has_no_such_layers() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["decoder.layers.1.mixer.in_proj.weight", "decoder.layers.mlp.router.weight"])
+@pytest.mark.parametrize(
+    "name",
+    ["decoder.layers.1.mixer.in_proj.weight.z", "decoder.layers.1.mixer.A_log", "decoder.layers.mlp.router.weight"],
+)
 def test_a_checkpoint_with_other_layers_is_refused(name: str) -> None:
     with pytest.raises(CheckpointError, match=f"layers of a HybridModel: got {name}"):
         stored_hybrid([*NAMES, name])
