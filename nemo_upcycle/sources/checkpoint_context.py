@@ -332,7 +332,7 @@ def _dense_layers(settings: dict[str, Any]) -> dict[str, Any]:
             field="hybrid_layer_pattern",
             got=pattern,
             expected="no Mamba layers (M): Megatron checkpoints with them are not read",
-            fix="export it with Megatron-Bridge's own bridge of its class",
+            fix="keep the model in Megatron-Bridge, and upcycle from a Hugging Face folder",
         )
     return {"num_layers": hybrid.num_layers, "moe_layer_freq": [int(is_moe) for is_moe in hybrid.moe_pattern]}
 
