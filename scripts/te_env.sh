@@ -56,6 +56,11 @@ NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE \
 if [ "${2:-nemo}" = bridge ]; then
     # This Transformer Engine calls a cuBLAS newer than the one that torch 2.12 asks for; torch runs with it.
     install --no-deps "megatron-bridge==0.6.2" "nvidia-cublas==13.10.0.20"
+    # mamba-ssm as Python code: Megatron's Mamba layers can then be built, not run, and the module with their CUDA
+    # kernels is an empty one. Not cached: pip would take it for the whole package elsewhere.
+    MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
+        install --no-deps --no-build-isolation --no-cache-dir "mamba-ssm==2.3.2.post1"
+    touch "$(dirname "$nvidia")/selective_scan_cuda.py"
     install --no-deps --no-build-isolation -e "$root"
 else
     install --no-build-isolation -e "$root"

@@ -70,6 +70,27 @@ def write_olmo2(folder: Path, *, layers: int = 2, **changes: Any) -> Path:
     return _write_parent(folder, Olmo2ForCausalLM, Olmo2Config, False, layers, 1, changes)
 
 
+def write_nemotron_h(folder: Path, pattern: str = "M-M*-M-*-", **changes: Any) -> Path:
+    """Write a random Nemotron-H by the names of NVIDIA's checkpoints; weights of std 0.1 keep activations small."""
+    from safetensors.torch import save_file
+    from transformers import NemotronHConfig, NemotronHForCausalLM
+
+    torch.manual_seed(7)
+    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
+    sizes |= {"num_key_value_heads": 2, "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 8}
+    config = NemotronHConfig(**sizes, hybrid_override_pattern=pattern, **changes)
+    model = NemotronHForCausalLM(config).float()
+    weights = {}
+    for name, parameter in model.named_parameters():
+        weights[name.replace("model.", "backbone.", 1)] = parameter.data.normal_(float("norm" in name), 0.1)
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = config.to_dict() | {"architectures": ["NemotronHForCausalLM"], "hybrid_override_pattern": pattern}
+    del settings["layers_block_type"], settings["time_step_limit"]
+    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
 def write_mistral(folder: Path, window: int, *, layers: int = 4, **changes: Any) -> Path:
     """Write a random Mistral, whose attention sees `window` tokens, as `write_llama` writes a Llama."""
     from transformers import MistralConfig, MistralForCausalLM

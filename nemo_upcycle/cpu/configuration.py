@@ -83,6 +83,7 @@ def local_hybrid_stack() -> Any:
 
     spec = get_hybrid_stack_modelopt_spec(local_core_attention=True, remap_te_layernorm=True)
     spec.submodules.attention_layer.submodules.input_layernorm = WrappedTorchNorm
+    spec.submodules.mamba_layer.submodules.norm = WrappedTorchNorm
     for layer in (spec.submodules.mlp_layer, spec.submodules.moe_layer):
         layer.submodules.pre_mlp_layernorm = WrappedTorchNorm
     return spec

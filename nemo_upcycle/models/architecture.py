@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.spec import RouterKind, UpcycleSpec, find_router_kind
@@ -17,6 +17,39 @@ from nemo_upcycle.spec import RouterKind, UpcycleSpec, find_router_kind
 
 #: Hugging Face class -> its `Family`, which says what it can hold: `families` hands in each.
 FAMILIES: dict[str, Any] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaLayers:
+    """The Mamba-2 layers of a model in which attention and networks are layers of their own, too, as in Nemotron-H.
+
+    Args:
+        pattern: what each layer of the dense model is: `M` (Mamba-2), `*` (attention) or `-` (network).
+        num_heads: of a Mamba layer.
+        head_dim: of these heads.
+        num_groups: of heads that share B and C.
+        state_size: of a head.
+    """
+
+    #: Tokens that the convolution before the scan sees; Megatron-Core can have no others.
+    conv_size: ClassVar[int] = 4
+
+    pattern: str
+    num_heads: int
+    head_dim: int
+    num_groups: int
+    state_size: int
+
+    def rows(self, part: str) -> int:
+        """Return the rows of a part of a Mamba layer's tensors: `z`, `x`, `B`, `C`, or `dt` and all else of a head."""
+        states = self.num_groups * self.state_size
+        sizes = dict.fromkeys("zx", self.num_heads * self.head_dim) | dict.fromkeys("BC", states)
+        return sizes.get(part, self.num_heads)
+
+    def params(self, hidden_size: int) -> int:
+        """Return the parameters of one Mamba layer, but its norm of D: projections, convolution, norm, A, D, dt."""
+        z, x, b, c, dt = (self.rows(part) for part in ("z", "x", "B", "C", "dt"))
+        return (z + 2 * x + b + c + dt) * hidden_size + (x + b + c) * (self.conv_size + 1) + x + 3 * dt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +71,8 @@ class Architecture:
         zero_centered_norm: whether norms store their distance from one.
         scaled_embedding: whether the embedding is multiplied by the root of D.
         sliding_window: tokens that attention sees, the current one included; None: all before it.
+        mamba: the Mamba layers of a model that has any: each layer is then one of them, an attention or a network,
+            with one norm, and attention has no rotary embedding.
     """
 
     hf_class: str
@@ -72,6 +107,7 @@ class Architecture:
     norm_topk: bool = True
     router_score: str = "softmax"
     routed_scaling_factor: float = 1.0
+    mamba: MambaLayers | None = None
 
     @property
     def heads_per_group(self) -> int:
@@ -91,6 +127,12 @@ class Architecture:
     def is_moe_layer(self, layer: int) -> bool:
         """Return whether a layer has experts."""
         return bool(self.num_experts) and (self.moe_pattern is None or self.moe_pattern[layer])
+
+    def layers_with(self, kind: str) -> tuple[int, ...]:
+        """Return layers that have an attention (`*`) or a network, dense or of experts (`-`), or are Mamba's (`M`)."""
+        if self.mamba is None:
+            return () if kind == "M" else tuple(range(self.num_layers))
+        return tuple(layer for layer, symbol in enumerate(self.mamba.pattern) if symbol == kind)
 
     @cached_property
     def moe_layer_count(self) -> int:
@@ -119,14 +161,16 @@ class Architecture:
     def _params(self, experts: int) -> int:
         """Return all parameters, with `experts` routed experts counted per MoE layer; tied embeddings count once."""
         embeddings = self.embedding_params * (1 if self.tied_embeddings else 2)
-        every = self.attention_params + 2 * self.hidden_size
+        attentions, networks, mamba = (len(self.layers_with(kind)) for kind in "*-M")
         dense = self.ffn_params(self.ffn_size)
         router = (self.num_experts or 0) * (self.hidden_size + (1 if self.ffn_bias else 0))
         shared = self.ffn_params(self.shared_ffn_size) if self.shared_ffn_size else 0
         moe = experts * self.ffn_params(self.expert_ffn_size or 0) + router + shared
         moe_layers = self.moe_layer_count
-        layers = self.num_layers * every + (self.num_layers - moe_layers) * dense + moe_layers * moe
-        return layers + embeddings + self.hidden_size
+        layers = attentions * self.attention_params + (networks - moe_layers) * dense + moe_layers * moe
+        layers += mamba * self.mamba.params(self.hidden_size) if self.mamba else 0
+        norms = (attentions + networks + mamba + 1) * self.hidden_size
+        return layers + embeddings + norms
 
     @property
     def total_params(self) -> int:
@@ -161,7 +205,9 @@ class Architecture:
                 fix="use one of " + ", ".join(str(number) for number in divisors),
             )
         width = self.ffn_size // spec.granularity
-        pattern = spec.moe_pattern(self.num_layers)
+        networks = self.layers_with("-")
+        has_experts = dict(zip(networks, spec.moe_pattern(len(networks)), strict=True))
+        pattern = tuple(has_experts.get(layer, False) for layer in range(self.num_layers))
         moe_arch = replace(
             self,
             hf_class="",

@@ -95,7 +95,13 @@ def check_fields(config: Any, *parts: Any) -> None:
     def get(name: str) -> Any:
         return next((getattr(holder, name) for holder in (*parts, config) if hasattr(holder, name)), None)
 
+    has_mamba = "M" in (get("hybrid_layer_pattern") or "")
+    if has_mamba and (got := get("position_embedding_type")) != "none":
+        expected = "none: the attention of a parent with Mamba layers (M in hybrid_layer_pattern) has none"
+        raise SpecError(field="model.config.position_embedding_type", got=got, expected=expected, fix="set it to none")
     for name, got, taken, because in refusals(get, experts=bool(get("num_moe_experts"))):
+        if name == "position_embedding_type" and has_mamba:
+            continue
         raise SpecError(field=f"model.config.{name}", got=got, expected=f"{taken}: {because}", fix="leave it at that")
     for name, got, default in unknown_fields(config):
         expected = f"{default}: this release of nemo-upcycle does not know what it changes"

@@ -12,7 +12,8 @@ def flops_per_token(arch: Architecture, seq_length: int, *, causal: bool) -> flo
         scores (`causal=False`: as arXiv 2412.09952, Table 1, and Megatron-Core to 0.10 count) or 6 L H K s over
         its lower half (`causal=True`: as Megatron-Bridge counts).
 
-    The output layer counts, tied or not; norms and biases are counted with the parameters.
+    The output layer counts, tied or not; norms and biases are counted with the parameters. L are the layers that
+    have an attention; the scan of Mamba layers is not counted.
 
     Args:
         arch: the model's architecture.
@@ -23,5 +24,5 @@ def flops_per_token(arch: Architecture, seq_length: int, *, causal: bool) -> flo
         Llama 3 8B, s = 8192, full: 4.744e14 FLOPs a sequence; its E8T2 7.515e14 (the paper: 4.7e14 and 7.5e14).
     """
     embeddings = 0 if arch.tied_embeddings else arch.embedding_params
-    scores = (6 if causal else 12) * arch.num_layers * arch.num_heads * arch.head_dim * seq_length
+    scores = (6 if causal else 12) * len(arch.layers_with("*")) * arch.num_heads * arch.head_dim * seq_length
     return 6.0 * (arch.active_params - embeddings) + scores

@@ -57,7 +57,10 @@ def architecture_from_config(config: dict[str, Any], where: str = "config.json")
     """
     family, settings = _settings_of(config, where)
     heads, hidden = (settings.whole(key) for key in ("num_attention_heads", "hidden_size"))
-    layers = settings.whole("num_hidden_layers", most=10_000)
+    mamba = family.mamba(settings)
+    layers = settings.whole("num_hidden_layers", len(mamba.pattern) if mamba else None, most=10_000)
+    if mamba and len(mamba.pattern) != layers:
+        raise settings.wrong("num_hidden_layers", f"{len(mamba.pattern)}, as the pattern {mamba.pattern} has layers")
     if hidden % heads and "head_dim" not in settings.values:
         raise settings.wrong("hidden_size", f"a multiple of num_attention_heads ({heads}), or head_dim beside it")
     groups = settings.whole("num_key_value_heads", heads)
@@ -79,6 +82,7 @@ def architecture_from_config(config: dict[str, Any], where: str = "config.json")
         vocab_size=settings.whole("vocab_size"),
         tied_embeddings=settings.flag("tie_word_embeddings"),
         activation=family.activation(settings),
+        gated=family.gated,
         qkv_bias=bias or settings.flag("qkv_bias"),
         attention_out_bias=bias,
         ffn_bias=settings.flag("mlp_bias"),
@@ -92,6 +96,7 @@ def architecture_from_config(config: dict[str, Any], where: str = "config.json")
         rope_scaling=settings.values["rope_scaling"],
         max_positions=settings.whole("max_position_embeddings"),
         sliding_window=settings.whole("sliding_window") if "sliding_window" in settings.values else None,
+        mamba=mamba,
     )
     return replace(architecture, **family.experts(settings, layers))
 

@@ -2,6 +2,7 @@
 
 Megatron-Core's rule (`dist_checkpointing/gpt_checkpoint_interop.py` of 0.19.2): the i-th `*` of a pattern is the
 attention of layer i, the i-th `-` (dense) or `E` (experts) is its network. `|` are borders of pipeline stages.
+With Mamba layers (`M`) among them, each layer is one of the dense model's own.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from typing import Any, NamedTuple
 from nemo_upcycle.errors import SpecError
 
 
-_ATTENTION, _DENSE, _MOE, _BORDER = "*-E|"
+_ATTENTION, _DENSE, _MOE, _MAMBA, _BORDER = "*-EM|"
 
 
 class LayerPart(NamedTuple):
-    """What a layer of a model is: all of a dense layer (GPTModel), or its attention or its network alone.
+    """What a layer of a model is: all of a dense layer, or its attention or its network alone.
 
     Args:
         layer: number of the dense layer, from 0.
@@ -49,18 +50,27 @@ class HybridLayers:
 
     def __post_init__(self) -> None:
         """Check the pattern."""
-        if not self.symbols or self.symbols != hybrid_pattern(self.moe_pattern):
+        if self.has_mamba:
+            known = set(self.symbols) <= {_ATTENTION, _DENSE, _MOE, _MAMBA}
+        else:
+            known = bool(self.symbols) and self.symbols == hybrid_pattern(self.moe_pattern)
+        if not known:
             raise SpecError(
                 field="hybrid_layer_pattern",
                 got=self.pattern,
-                expected="attention (*) and network (- or E) in turn, as in a dense model, and nothing else",
-                fix='give one like "*E*E", with | between any two layers',
+                expected="attention (*) and network (- or E) in turn, or with Mamba layers (M) as in the dense model",
+                fix='give one like "*E*E" or "ME*E", with | between any two layers',
             )
 
     @property
     def symbols(self) -> str:
         """The pattern without borders, a character a layer."""
         return self.pattern.replace(_BORDER, "")
+
+    @property
+    def has_mamba(self) -> bool:
+        """Whether there are Mamba layers, so that each layer is one of the dense model's own."""
+        return _MAMBA in self.symbols
 
     @cached_property
     def attentions(self) -> tuple[int, ...]:
@@ -70,21 +80,24 @@ class HybridLayers:
     @cached_property
     def networks(self) -> tuple[int, ...]:
         """Where the network of each dense layer is."""
-        return tuple(index for index, symbol in enumerate(self.symbols) if symbol != _ATTENTION)
+        return tuple(index for index, symbol in enumerate(self.symbols) if symbol in (_DENSE, _MOE))
 
     @property
     def num_layers(self) -> int:
         """Number of the dense model's layers."""
-        return len(self.networks)
+        return len(self.moe_pattern)
 
     @property
     def moe_pattern(self) -> tuple[bool, ...]:
         """Which of the dense model's layers have experts."""
-        return tuple(self.symbols[index] == _MOE for index in self.networks)
+        layers = range(len(self.symbols)) if self.has_mamba else self.networks
+        return tuple(self.symbols[index] == _MOE for index in layers)
 
     @cached_property
     def parts(self) -> tuple[LayerPart, ...]:
         """What each layer is."""
+        if self.has_mamba:
+            return tuple(LayerPart(layer) for layer in range(self.num_layers))
         found = [(index, LayerPart(layer, True)) for layer, index in enumerate(self.attentions)]
         found += [(index, LayerPart(layer, False)) for layer, index in enumerate(self.networks)]
         return tuple(part for _, part in sorted(found))
@@ -110,7 +123,16 @@ class HybridLayers:
 
     def index(self, part: LayerPart) -> int:
         """Return where a part is: the number of the model's layer, from 0."""
+        if self.has_mamba:
+            return part.layer
         return (self.attentions if part.in_attention else self.networks)[part.layer]
+
+    def with_experts(self, moe_pattern: Sequence[bool]) -> str:
+        """Return the symbols with experts in these networks, in their order, and in no others."""
+        symbols = list(self.symbols)
+        for index, is_moe in zip(self.networks, moe_pattern, strict=True):
+            symbols[index] = _MOE if is_moe else _DENSE
+        return "".join(symbols)
 
 
 def hybrid_pattern(moe_pattern: Sequence[bool], segments: int = 1) -> str:

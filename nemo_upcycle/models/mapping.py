@@ -6,7 +6,8 @@ shard of the parameter is made of.
 
 Shapes (legend in `architecture.py`): qkv [(H + 2 R) K, D], per key-value group its query heads, then key, then value;
 linear_fc1 [2 F, D], gate rows above up rows, each half cut by tensor parallelism on its own; linear_fc2 [D, F].
-Biases have the first of these axes.
+Biases have the first of these axes. A Mamba layer's in_proj has the rows of z, x, B, C and dt, its convolution those
+of x, B and C, one below the other on both sides, each cut on its own.
 """
 
 from __future__ import annotations
@@ -48,8 +49,10 @@ class Sharding(Enum):
     GATED = "gated"
     #: columns, by neuron
     NEURON_COLUMNS = "neuron columns"
-    #: columns, by attention head
+    #: columns, by head
     COLUMNS = "columns"
+    #: rows of each part on its own, by head or group of heads
+    PARTS = "parts"
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,20 @@ MOE_MAPPINGS = (
     ParamMapping("shared_gate", ("mlp.shared_experts.gate_weight",), Sharding.REPLICATED),
 )
 
-MAPPINGS = (*MODEL_MAPPINGS, *ATTENTION_MAPPINGS, *DENSE_MAPPINGS, *MOE_MAPPINGS)
+#: In a Mamba layer.
+MAMBA_MAPPINGS = (
+    ParamMapping("mamba_norm", ("mixer.in_proj.layer_norm_weight", "norm.weight"), Sharding.REPLICATED),
+    ParamMapping("mamba_in", ("mixer.in_proj.weight",), Sharding.PARTS, ("z", "x", "B", "C", "dt")),
+    ParamMapping("mamba_conv", ("mixer.conv1d_weight",), Sharding.PARTS, ("x", "B", "C")),
+    ParamMapping("mamba_conv_bias", ("mixer.conv1d_bias",), Sharding.PARTS, ("x", "B", "C")),
+    ParamMapping("mamba_a", ("mixer.A_log",), Sharding.PARTS, ("heads",)),
+    ParamMapping("mamba_d", ("mixer.D",), Sharding.PARTS, ("heads",)),
+    ParamMapping("mamba_dt_bias", ("mixer.dt_bias",), Sharding.PARTS, ("heads",)),
+    ParamMapping("mamba_gated_norm", ("mixer.norm.weight",), Sharding.PARTS, ("x",)),
+    ParamMapping("mamba_out", ("mixer.out_proj.weight",), Sharding.COLUMNS),
+)
+
+MAPPINGS = (*MODEL_MAPPINGS, *ATTENTION_MAPPINGS, *DENSE_MAPPINGS, *MOE_MAPPINGS, *MAMBA_MAPPINGS)
 BY_ROLE = {mapping.role: mapping for mapping in MAPPINGS}
 
 
@@ -214,7 +230,7 @@ def stored_hybrid(names: Collection[str]) -> HybridLayers | None:
         if number is None:
             continue
         mapping = find_stored(inner, in_layer=True)
-        if mapping is None or not number:
+        if mapping is None or mapping in MAMBA_MAPPINGS or not number:
             raise CheckpointError(
                 "layers of a HybridModel",
                 got=name,
@@ -248,6 +264,10 @@ def _mapping_of(role: str, family: Family | None, gated: bool) -> ParamMapping:
 def layer_mappings(arch: Architecture, layer: int) -> tuple[ParamMapping, ...]:
     """Return the mappings of one layer of `arch`."""
     mappings = ATTENTION_MAPPINGS + (MOE_MAPPINGS if arch.is_moe_layer(layer) else DENSE_MAPPINGS)
+    if arch.mamba:
+        kind = arch.mamba.pattern[layer]
+        parts = tuple(mapping for mapping in mappings if mapping.in_attention is (kind == "*"))
+        mappings = MAMBA_MAPPINGS if kind == "M" else parts
     return tuple(mapping_of(mapping.role, arch) for mapping in mappings if _has(mapping, arch))
 
 
@@ -263,6 +283,7 @@ def _has(mapping: ParamMapping, arch: Architecture) -> bool:
         return arch.shared_ffn_size > 0 and mapping.role != "shared_gate"
     some = {"qkv_bias": arch.qkv_bias, "attention_out_bias": arch.attention_out_bias}
     some |= dict.fromkeys(("query_norm", "key_norm"), arch.qk_norm)
+    some |= dict.fromkeys(("mamba_conv_bias", "mamba_dt_bias"), True)
     return some.get(mapping.role, arch.ffn_bias if mapping.role.endswith("_bias") else True)
 
 

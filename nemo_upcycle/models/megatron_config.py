@@ -10,7 +10,7 @@ import torch
 
 from nemo_upcycle.errors import CheckpointError, SpecError
 from nemo_upcycle.models.activation import activation_of
-from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.architecture import Architecture, MambaLayers
 from nemo_upcycle.models.config_fields import check_fields
 from nemo_upcycle.models.hybrid import HybridLayers, hybrid_of, hybrid_pattern
 from nemo_upcycle.models.rotary import same_frequencies
@@ -43,16 +43,30 @@ FIELDS = _BLOCK | {
     "moe_pattern": "moe_layer_freq",
 }
 _BIASES = ("qkv_bias", "ffn_bias")
+#: Field of its `MambaLayers` -> Megatron's setting.
+_MAMBA = {
+    "num_heads": "mamba_num_heads",
+    "head_dim": "mamba_head_dim",
+    "num_groups": "mamba_num_groups",
+    "state_size": "mamba_state_dim",
+}
 #: Fields that a recipe has in common with the dense model that it starts from.
 SIZES = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "qk_norm")
 
 
-def require_buildable(arch: Architecture) -> None:
-    """Check that the layers of Megatron-Core's GPT model can be those of an architecture.
+def require_buildable(arch: Architecture, *, hybrid: bool = False) -> None:
+    """Check that the layers of Megatron-Core's GPT model, or of its HybridModel, can be those of an architecture.
 
     Raises:
-        CheckpointError: its norms stand where no layer of 0.15 to 0.19 has any.
+        CheckpointError: its norms stand where no layer of 0.15 to 0.19 has any, or a GPT model has no such layers.
     """
+    if arch.mamba and not hybrid:
+        raise CheckpointError(
+            f"layers of {arch.hf_class or 'the model'}",
+            got="Mamba layers (M)",
+            expected="attention and a network in each, in a GPTModel and in Megatron checkpoints that are read",
+            fix="upcycle its Hugging Face folder into a HybridModel in Megatron-Bridge (docs/bridge.md)",
+        )
     norms = {"after attention and network": arch.post_norm, "of query and key over all heads": arch.wide_qk_norm}
     if got := [place for place, holds in norms.items() if holds]:
         raise CheckpointError(
@@ -76,13 +90,15 @@ def megatron_fields(arch: Architecture, *, hybrid: bool = False) -> dict[str, An
     Example:
         >>> TransformerConfig(**megatron_fields(arch), activation_func=silu)  # doctest: +SKIP
     """
-    require_buildable(arch)
+    require_buildable(arch, hybrid=hybrid)
     fields = {FIELDS[name]: getattr(arch, name) for name in (*_BLOCK, *_BIASES)} | router_fields(arch)
     fields["normalization"] = "RMSNorm"
     if arch.num_experts:
         fields[FIELDS["expert_ffn_size"]] = arch.expert_ffn_size
         fields[FIELDS["shared_ffn_size"]] = arch.shared_ffn_size or None
         fields[FIELDS["moe_pattern"]] = _layer_freq(_moe_pattern(arch))
+    if arch.mamba:
+        return fields | {setting: getattr(arch.mamba, name) for name, setting in _MAMBA.items()}
     if hybrid:
         fields["num_layers"] = 2 * arch.num_layers
         if arch.num_experts:  # Megatron divides the logged losses by their number
@@ -92,6 +108,13 @@ def megatron_fields(arch: Architecture, *, hybrid: bool = False) -> dict[str, An
 
 def _moe_pattern(arch: Architecture) -> list[bool]:
     return [arch.is_moe_layer(layer) for layer in range(arch.num_layers)]
+
+
+def hybrid_symbols(arch: Architecture) -> str:
+    """Return the pattern, without borders, of a HybridModel that computes what an architecture does."""
+    if arch.mamba is None:
+        return hybrid_pattern(_moe_pattern(arch))
+    return "".join("E" if moe else symbol for symbol, moe in zip(arch.mamba.pattern, _moe_pattern(arch), strict=True))
 
 
 def _layer_freq(pattern: Sequence[bool]) -> int | list[int]:
@@ -120,6 +143,9 @@ def architecture_of(config: Any, vocab_size: int) -> Architecture:
     fields = {name: getattr(config, FIELDS[name]) for name in names}
     hybrid = hybrid_of(config)
     fields["num_layers"] = hybrid.num_layers if hybrid else fields["num_layers"]
+    if hybrid and hybrid.has_mamba:
+        sizes = {name: getattr(config, setting) for name, setting in _MAMBA.items()}
+        fields["mamba"] = MambaLayers(pattern=hybrid.with_experts([False] * len(hybrid.networks)), **sizes)
     fields["num_kv_heads"] = fields["num_kv_heads"] or fields["num_heads"]
     fields["head_dim"] = fields["head_dim"] or fields["hidden_size"] // fields["num_heads"]
     fields["qkv_bias"] = fields["qkv_bias"] or fields["ffn_bias"]  # Megatron has one setting for all other biases
@@ -222,7 +248,8 @@ def check_spec(config: Any, spec: UpcycleSpec | None, hybrid: HybridLayers | Non
     except SpecError as error:
         raise error.renamed(lambda name: f"model.config.moe_expert_{name}") from None
     if hybrid:
-        _check_pattern(hybrid, spec.moe_pattern(hybrid.num_layers), f"moe_layers={spec.moe_layers}")
+        expected = hybrid.with_experts(spec.moe_pattern(len(hybrid.networks)))
+        _check_pattern(hybrid, expected, f"moe_layers={spec.moe_layers}")
         return
     frequency, layers = getattr(config, "moe_layer_freq", 1), config.num_layers
     got_layers = layers if isinstance(frequency, int) else len(frequency)
@@ -235,14 +262,14 @@ def check_spec(config: Any, spec: UpcycleSpec | None, hybrid: HybridLayers | Non
         )
 
 
-def _check_pattern(hybrid: HybridLayers, moe_pattern: Sequence[bool], why: str) -> None:
-    """Check that a HybridModel computes attention and network in turn, and has experts where they should be."""
-    if hybrid.symbols != (expected := hybrid_pattern(moe_pattern)):
+def _check_pattern(hybrid: HybridLayers, expected: str, why: str) -> None:
+    """Check that a HybridModel has the layers that it should have, and experts where they should be."""
+    if hybrid.symbols != expected:
         raise SpecError(
             field="hybrid_layer_pattern",
             got=hybrid.pattern,
             expected=f"{expected} ({why}), with | between any two layers",
-            fix="set it, or let nemo_upcycle.models.hybrid.hybrid_pattern make it",
+            fix="set it to that",
         )
 
 
@@ -276,8 +303,9 @@ def check_model(model: Any, moe_arch: Architecture) -> None:
     fields = (*_BLOCK, *(("expert_ffn_size", "shared_ffn_size") if moe_arch.num_experts else ()))
     hybrid = hybrid_of(model)
     if hybrid:
-        _check_pattern(hybrid, _moe_pattern(moe_arch), "as in the dense checkpoint")
+        _check_pattern(hybrid, hybrid_symbols(moe_arch), "as in the dense checkpoint")
     settings, wanted = [FIELDS[field] for field in fields], megatron_fields(moe_arch, hybrid=hybrid is not None)
+    settings += _MAMBA.values() if moe_arch.mamba else ()
     checks: list[tuple[str, Any, Any]] = [(name, getattr(config, name), wanted[name]) for name in settings]
     if config.softmax_scale and not math.isclose(config.softmax_scale, moe_arch.head_dim**-0.5, rel_tol=1e-6):
         checks.append(("softmax_scale", config.softmax_scale, f"None or {moe_arch.head_dim**-0.5:.6g}"))

@@ -70,6 +70,9 @@ def hf_shape(mapping: ParamMapping, part: int, arch: Architecture) -> tuple[int,
     """Return the shape of one of a mapping's parts, as Hugging Face has it."""
     attention, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     neurons = ffn_size(mapping, arch)
+    if arch.mamba and mapping.sharding is Sharding.PARTS:
+        inner = {"mamba_in": (arch.hidden_size,), "mamba_conv": (1, arch.mamba.conv_size)}
+        return (arch.mamba.rows(mapping.parts[part]), *inner.get(mapping.role, ()))
     shapes: dict[str, tuple[int, ...]] = {
         "embedding": (arch.vocab_size, arch.hidden_size),
         "output": (arch.vocab_size, arch.hidden_size),
@@ -78,6 +81,7 @@ def hf_shape(mapping: ParamMapping, part: int, arch: Architecture) -> tuple[int,
         "attention_out": (arch.hidden_size, attention),
         "query_norm": (attention if arch.wide_qk_norm else arch.head_dim,),
         "key_norm": (groups if arch.wide_qk_norm else arch.head_dim,),
+        "mamba_out": (arch.hidden_size, arch.mamba.rows("x") if arch.mamba else 0),
         "fc1": (neurons, arch.hidden_size),
         "fc1_bias": (neurons,),
         "fc2": (arch.hidden_size, neurons),
@@ -123,6 +127,9 @@ def shard_shape(
         return (len(mapping.parts) * first[0] // shard.size, *first[1:])
     if mapping.sharding in (Sharding.COLUMNS, Sharding.NEURON_COLUMNS):
         return (first[0], first[1] // shard.size)
+    if mapping.sharding is Sharding.PARTS:
+        rows = sum(hf_shape(mapping, part, arch)[0] for part in range(len(mapping.parts)))
+        return (rows // shard.size, *first[1:])
     return first
 
 
@@ -173,8 +180,15 @@ def source_slices(
             )
             for part in range(len(mapping.parts))
         )
-    groups = arch.num_kv_heads // shard.size
     found, row_start = [], 0
+    if mapping.sharding is Sharding.PARTS:
+        for part, shape in enumerate(shapes):
+            rows = shape[0] // shard.size
+            source = ((shard.rank * rows, (shard.rank + 1) * rows), *rest[part])
+            found.append(SourceSlice(part, source, 1, (row_start, row_start + rows)))
+            row_start += rows
+        return tuple(found)
+    groups = arch.num_kv_heads // shard.size
     for part, heads in enumerate((arch.heads_per_group, 1, 1)):
         rows = heads * arch.head_dim
         source = ((shard.rank * groups * rows, (shard.rank + 1) * groups * rows), *rest[part])

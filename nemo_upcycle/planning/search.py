@@ -45,7 +45,7 @@ class PlanRequest:
         price_per_gpu_hour: in any currency; None: not known.
 
     Raises:
-        SpecError: the GPU has not the precision.
+        SpecError: the GPU has not the precision, or layers are of a kind that is not planned.
     """
 
     arch: Architecture
@@ -60,6 +60,13 @@ class PlanRequest:
     price_per_gpu_hour: float | None = None
 
     def __post_init__(self) -> None:
+        if self.arch.mamba:
+            raise SpecError(
+                f"layers of {self.arch.hf_class or 'the model'}",
+                got="Mamba layers",
+                expected="attention and a network in each: the planner knows no others",
+                fix="set the layout by hand (docs/bridge.md)",
+            )
         if self.work.numbers.fp8 and self.gpu.fp8_tflops is None:
             expected = f"bf16 on {self.gpu.name}"
             raise SpecError(field="precision", got=self.work.precision, expected=expected, fix="use bf16")

@@ -327,6 +327,13 @@ def _dense_layers(settings: dict[str, Any]) -> dict[str, Any]:
     hybrid = HybridLayers(pattern) if (pattern := settings.get("hybrid_layer_pattern")) else None
     if hybrid is None:
         return {}
+    if hybrid.has_mamba:
+        raise SpecError(
+            field="hybrid_layer_pattern",
+            got=pattern,
+            expected="no Mamba layers (M): Megatron checkpoints with them are not read",
+            fix="keep the model in Megatron-Bridge, and upcycle from a Hugging Face folder",
+        )
     return {"num_layers": hybrid.num_layers, "moe_layer_freq": [int(is_moe) for is_moe in hybrid.moe_pattern]}
 
 

@@ -25,6 +25,7 @@ import torch
 from nemo_upcycle.convert.export import export_weights
 from nemo_upcycle.cpu.one_rank import one_rank
 from nemo_upcycle.models.hybrid import hybrid_of
+from nemo_upcycle.models.megatron_config import require_buildable
 from nemo_upcycle.online.receipt import UpcycleReceipt
 from nemo_upcycle.online.upcycle import make_receipt
 from nemo_upcycle.sources import open_dense
@@ -105,6 +106,7 @@ def check_step0(
     """
     visits = (_VISITS + bool(step0_folder)) * dense_config.num_layers
     with one_rank(), open_dense(dense_folder) as dense, ProgressLine("check step 0", visits) as line:
+        require_buildable(dense.architecture)  # Mamba layers compute on GPUs alone, and in other types
 
         def followed(paged: PagedModel, note: str) -> PagedModel:
             paged.progress = lambda part: line.advance(note=note) if "layers." in part else None

@@ -17,6 +17,7 @@ _MODULES = (
     "qwen2",
     "qwen3",
     "gemma",
+    "nemotron_h",
     "mixtral",
     "qwen3_moe",
     "glm4_moe",
@@ -84,6 +85,8 @@ def require_class(moe_arch: Architecture) -> None:
     for family in targets():
         titles.setdefault(next(family.unsupported(moe_arch)), []).append(family.title)
     fix = "keep the model in NeMo: it trains and evaluates there"
+    if moe_arch.mamba:
+        fix = "keep the model in Megatron-Bridge (docs/bridge.md)"
     if moe_arch.window:
         fix += ", or set sliding_window to null in config.json if training sequences were no longer"
     for family in targets():

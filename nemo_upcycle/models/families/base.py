@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_upcycle.errors import CheckpointError
-from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.architecture import Architecture, MambaLayers
 
 
 TANH_GELU = "gelu_pytorch_tanh"
@@ -99,6 +99,7 @@ class Family:
         spelling: its own name of a setting -> Llama's, where they differ.
         post_norm: whether norms stand after attention and network (`attention_norm` and `ffn_norm` name those).
         wide_qk_norm: whether query and key are normalised over all heads at once.
+        gated: whether networks have a gate; without one, the last name of `fc1` counts.
         has_window: whether the class reads `sliding_window`.
         windowed_class: the class that is the same model with a sliding window, if there is one.
         nemo_module: NeMo's module with the configuration of such models.
@@ -119,6 +120,7 @@ class Family:
     spelling: Mapping[str, str] = field(default_factory=dict)
     post_norm: bool = False
     wide_qk_norm: bool = False
+    gated: bool = True
     has_window: bool = False
     windowed_class: str = ""
     nemo_module: str = ""
@@ -132,6 +134,14 @@ class Family:
             CheckpointError: the package does not know it.
         """
         return settings.choice("hidden_act", ACTIVATIONS, "use a SwiGLU or GEGLU checkpoint")
+
+    def mamba(self, settings: Settings) -> MambaLayers | None:
+        """Return the Mamba layers and where they are; None for a class that has none.
+
+        Raises:
+            CheckpointError: no layer of Megatron-Core computes what the settings say.
+        """
+        return None
 
     def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
         """Return the fields of an `Architecture` that describe its experts; none for a dense model."""
@@ -184,6 +194,7 @@ class MoeFamily(Family, ABC):
         place, width = "after" if arch.post_norm else "before", "over all heads" if arch.wide_qk_norm else "by head"
         is_scaled = arch.routed_scaling_factor != 1
         return {
+            "Mamba layers": arch.mamba is not None,
             "a Gemma: norms around zero": arch.zero_centered_norm or arch.scaled_embedding,
             "a network without a gate": not arch.gated,
             "a bias of the attention's output": arch.attention_out_bias and not self.has_attention_bias,

@@ -13,6 +13,7 @@ from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.models.hybrid.hybrid_builder import HybridModelConfig
 from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
 from megatron.bridge.models.transformer_config import TransformerConfig
+from megatron.core.activations import squared_relu
 from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
@@ -23,7 +24,7 @@ from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.activation import activation_function
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.hf_config import read_architecture
-from nemo_upcycle.models.megatron_config import megatron_fields, router_fields
+from nemo_upcycle.models.megatron_config import hybrid_symbols, megatron_fields, router_fields
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -53,7 +54,8 @@ def upcycled_provider(
 ) -> GPTModelProvider | HybridModelProvider:
     """Return Bridge's provider of the model that a spec makes of a dense checkpoint.
 
-    With a `hybrid_layer_pattern` among the changes it is a HybridModel's, else a GPTModel's.
+    With a `hybrid_layer_pattern` among the changes it is a HybridModel's, else a GPTModel's; of a parent with Mamba
+    layers it always is, by default with the parent's pattern, without borders.
 
     Args:
         dense: the dense checkpoint's folder, or its architecture.
@@ -70,7 +72,7 @@ def upcycled_provider(
     """
     arch = _architecture(dense)
     arch = arch.upcycled(spec) if spec else arch
-    if "hybrid_layer_pattern" not in changes:
+    if not (arch.mamba or "hybrid_layer_pattern" in changes):
         return GPTModelProvider(**(provider_fields(arch) | _routing(spec) | changes))
     fields = _transformer(arch, hybrid=True) | _hybrid_model(arch)
     fields["attention_backend"] = AttnBackend.auto  # a GPTModel's: a process keeps to one
@@ -93,7 +95,7 @@ def upcycled_config(
         SpecError: Bridge's model class cannot be it.
     """
     arch = _architecture(dense)
-    arch, hybrid = arch.upcycled(spec) if spec else arch, "hybrid_layer_pattern" in changes
+    arch, hybrid = arch.upcycled(spec) if spec else arch, bool(arch.mamba or "hybrid_layer_pattern" in changes)
     model_class = UpcycledHybridConfig if hybrid else UpcycledModelConfig
     outer = {name: value for name, value in changes.items() if name in model_class.__dataclass_fields__}
     inner = _routing(spec) | {name: value for name, value in changes.items() if name not in outer}
@@ -174,7 +176,8 @@ def _transformer(arch: Architecture, *, hybrid: bool = False) -> dict[str, Any]:
         **_KERNELS,
         **(_MOE_KERNELS if arch.num_experts else {}),
         **window,
-        "activation_func": activation_function(arch.activation),
+        # Megatron's own has a name to be saved by.
+        "activation_func": squared_relu if arch.activation == "squared_relu" else activation_function(arch.activation),
         # Megatron's fused activation knows SwiGLU alone where experts weigh their tokens.
         "bias_activation_fusion": arch.gated and arch.activation == "silu",
     }
@@ -212,4 +215,6 @@ def _hybrid_model(arch: Architecture) -> dict[str, Any]:
             fix="omit hybrid_layer_pattern: a GPTModel scales them",
         )
     del settings["rope_scaling_factor"]
+    if arch.mamba:
+        settings |= {"hybrid_layer_pattern": hybrid_symbols(arch), "position_embedding_type": "none"}
     return settings

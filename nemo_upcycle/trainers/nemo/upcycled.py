@@ -39,7 +39,7 @@ _OURS = {
 }
 #: In NeMo's recipes of Mistral and Qwen; no class of its takes it, so it does nothing.
 _LEFT_OVER = "ckpt_include_optimizer"
-_FAMILIES = ", ".join(family.title for family in parents())
+_FAMILIES = ", ".join(family.title for family in parents() if family.nemo_module)
 
 
 def upcycled(recipe: run.Partial, dense: str, spec: UpcycleSpec, data: str | None = None) -> run.Partial:

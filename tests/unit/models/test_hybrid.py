@@ -29,7 +29,7 @@ def test_borders_leave_the_map(pattern: str) -> None:
     assert layers.moe_pattern == (False, True)
 
 
-@pytest.mark.parametrize("pattern", ["", "|", "-*", "**--", "*-*", "M*-", "*-/*-", "G-", "*E+E"])
+@pytest.mark.parametrize("pattern", ["", "|", "-*", "**--", "*-*", "MG-", "M-/M", "*-/*-", "G-", "*E+E"])
 def test_layers_that_compute_otherwise_are_refused(pattern: str) -> None:
     with pytest.raises(SpecError, match=r"attention .* and network .* in turn"):
         HybridLayers(pattern)
@@ -66,7 +66,10 @@ def test_a_gpt_models_checkpoint_has_no_such_layers() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["decoder.layers.1.mixer.in_proj.weight", "decoder.layers.mlp.router.weight"])
+@pytest.mark.parametrize(
+    "name",
+    ["decoder.layers.1.mixer.in_proj.weight.z", "decoder.layers.1.mixer.A_log", "decoder.layers.mlp.router.weight"],
+)
 def test_a_checkpoint_with_other_layers_is_refused(name: str) -> None:
     with pytest.raises(CheckpointError, match=f"layers of a HybridModel: got {name}"):
         stored_hybrid([*NAMES, name])

@@ -1,0 +1,84 @@
+"""Nemotron-H: Mamba-2 layers, attention without positions and networks without a gate, each a layer of its own."""
+
+from __future__ import annotations
+
+from nemo_upcycle.models.architecture import MambaLayers
+from nemo_upcycle.models.families.base import COMMON_DEFAULTS, Family, Settings
+
+
+_LAYER = "backbone.layers.{layer}."
+_MIXER = _LAYER + "mixer."
+_KINDS = {"mamba": "M", "attention": "*", "mlp": "-", "moe": "E"}
+#: The defaults of transformers' configuration class that no layer of Megatron-Core can differ from.
+_FIXED = {
+    "conv_kernel": MambaLayers.conv_size,
+    "rms_norm_eps": 1e-5,  # of the norm in a Mamba layer
+    "mamba_hidden_act": "silu",
+    "use_conv_bias": True,
+    "num_nextn_predict_layers": 0,
+    **dict.fromkeys(("use_bias", "mamba_proj_bias", "mlp_bias", "attention_bias"), False),
+}
+
+
+class _NemotronH(Family):
+    def activation(self, settings: Settings) -> str:
+        return settings.choice("hidden_act", {"relu2": "squared_relu"}, "use a checkpoint with squared ReLU")
+
+    def mamba(self, settings: Settings) -> MambaLayers:
+        pattern, kinds = settings.values.get("hybrid_override_pattern"), settings.values.get("layers_block_type")
+        if pattern is None and isinstance(kinds, list):  # as transformers 5 writes it
+            pattern = "".join(_KINDS.get(kind, "?") for kind in kinds)
+        if not isinstance(pattern, str) or "M" not in pattern or not set(pattern) <= {*"M*-"}:
+            raise settings.wrong(
+                "hybrid_override_pattern" if kinds is None else "layers_block_type",
+                "Mamba-2 layers (M), attention (*) and dense networks (-)",
+                "use a dense parent of this class, without experts (E)",
+            )
+        limit = settings.values.get("time_step_limit", [])
+        if isinstance(limit, list) and any(isinstance(step, float) and 0 < step < 1e300 for step in limit):
+            raise settings.wrong("time_step_limit", "none: Megatron-Core has none", "use another checkpoint")
+        for key, value in _FIXED.items():
+            if settings.values.get(key, value) != value:
+                raise settings.wrong(key, f"{value}, as Megatron-Core's layers have it", "use another checkpoint")
+        sizes = ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size")
+        heads, head_dim, groups, state_size = (settings.whole(name) for name in sizes)
+        if heads % groups:
+            raise settings.wrong("n_groups", f"a divisor of mamba_num_heads ({heads})")
+        return MambaLayers(
+            pattern=pattern, num_heads=heads, head_dim=head_dim, num_groups=groups, state_size=state_size
+        )
+
+
+FAMILY = _NemotronH(
+    title="Nemotron-H",
+    hf_class="NemotronHForCausalLM",
+    model_type="nemotron_h",
+    names={
+        "embedding": ("backbone.embeddings.weight",),
+        "final_norm": ("backbone.norm_f.weight",),
+        "output": ("lm_head.weight",),
+        **dict.fromkeys(("attention_norm", "ffn_norm", "mamba_norm"), (_LAYER + "norm.weight",)),
+        "qkv": tuple(_MIXER + f"{part}_proj.weight" for part in "qkv"),
+        "attention_out": (_MIXER + "o_proj.weight",),
+        "fc1": (_MIXER + "up_proj.weight",) * 2,
+        "fc2": (_MIXER + "down_proj.weight",),
+        "mamba_in": (_MIXER + "in_proj.weight",) * 5,
+        "mamba_conv": (_MIXER + "conv1d.weight",) * 3,
+        "mamba_conv_bias": (_MIXER + "conv1d.bias",) * 3,
+        "mamba_a": (_MIXER + "A_log",),
+        "mamba_d": (_MIXER + "D",),
+        "mamba_dt_bias": (_MIXER + "dt_bias",),
+        "mamba_gated_norm": (_MIXER + "norm.weight",),
+        "mamba_out": (_MIXER + "out_proj.weight",),
+    },
+    defaults=COMMON_DEFAULTS
+    | {"hidden_act": "relu2", "rms_norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 128}
+    | {"max_position_embeddings": 4096, "mamba_num_heads": 128, "mamba_head_dim": 64, "n_groups": 8}
+    | {"ssm_state_size": 128},
+    spelling={
+        "mlp_hidden_act": "hidden_act",
+        "layer_norm_epsilon": "rms_norm_eps",
+        "attention_head_dim": "head_dim",
+    },
+    gated=False,
+)

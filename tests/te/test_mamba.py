@@ -1,0 +1,383 @@
+"""A Nemotron-H, with Mamba layers, is upcycled into Megatron's HybridModel, parameter by parameter, in every layout.
+
+Mamba's kernels compute on GPUs alone: modules are built and filled here, and nothing is computed. Every rank of a
+layout is built under a fake process group, for filling needs no communication.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_upcycle import UpcycleSpec, open_dense, upcycle_into
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.online.receipt import UpcycleReceipt
+from nemo_upcycle.online.upcycle import load_dense_into
+from nemo_upcycle.planning.check import megatron_rank
+from nemo_upcycle.planning.layout import Layout
+from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
+from tests.models import build_chunks, write_nemotron_h
+
+
+if importlib.util.find_spec("mamba_ssm") is None:
+    pytest.skip("mamba-ssm is not in this environment: `make test-bridge` has one with it", allow_module_level=True)
+#: Of the parent, and where its stages end.
+PATTERN, STAGES = "M-M*-M-*-", "M-M*|-M-*-"
+SPEC = UpcycleSpec(num_experts=4, top_k=2)
+ONE_RANK = Layout(gpus=1)
+LAYOUTS = [
+    ONE_RANK,
+    Layout(gpus=2, tp=2),
+    Layout(gpus=2, ep=2),
+    Layout(gpus=2, pp=2),
+    Layout(gpus=4, tp=2, pp=2),
+    Layout(gpus=4, tp=2, ep=2, etp=2),
+]
+#: Parts of Mamba's tensors, in rows: 8 heads of 16, 2 groups with 8 states.
+IN_PROJ, CONV = [128, 128, 16, 16, 8], [128, 16, 16]
+SPECS = {
+    "copies": SPEC,
+    "granular": UpcycleSpec(num_experts=8, top_k=4, granularity=2, shared_experts=1),
+    "mixed": UpcycleSpec(num_experts=4, top_k=2, moe_layers="every-2"),
+    "noise": UpcycleSpec(num_experts=4, top_k=2, method="noise", noise_std=0.1),
+}
+
+
+@pytest.fixture(autouse=True)
+def _random_numbers_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Mamba's layers draw the numbers that are overwritten without CUDA's generators."""
+    from megatron.core.ssm import mamba_mixer
+
+    monkeypatch.setattr(mamba_mixer, "get_cuda_rng_tracker", lambda: SimpleNamespace(fork=nullcontext))
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("nemotron") / "dense"
+    return write_nemotron_h(folder, PATTERN, use_mamba_kernels=False)
+
+
+def _chunk(parent: Path, spec: UpcycleSpec | None, layout: Layout, **changes: Any) -> Any:
+    """Build this rank's HybridModel of Transformer Engine's modules, as Bridge's provider does."""
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+
+    from nemo_upcycle.trainers.bridge.models import upcycled_provider
+
+    pattern = STAGES if layout.pp > 1 else PATTERN
+    for layer in _moe_layers(spec):
+        at = layer + ("|" in pattern[: layer + 1]) if layout.pp > 1 else layer
+        pattern = pattern[:at] + "E" + pattern[at + 1 :]
+    provider = upcycled_provider(
+        parent,
+        spec,
+        **{
+            "tensor_model_parallel_size": layout.tp,
+            "pipeline_model_parallel_size": layout.pp,
+            "expert_model_parallel_size": layout.ep,
+            "expert_tensor_parallel_size": layout.etp,
+            "sequence_parallel": layout.tp > 1,
+            "hybrid_layer_pattern": pattern,
+            "bf16": False,
+            "params_dtype": torch.float32,
+            "pipeline_dtype": torch.float32,
+            "use_cpu_initialization": True,
+            "gradient_accumulation_fusion": False,
+            "moe_token_dispatcher_type": "allgather",  # the other makes a tensor on the GPU
+        }
+        | changes,
+    )
+    provider.finalize()
+    provider.hybrid_stack_spec, provider.moe_grouped_gemm = hybrid_stack_spec, spec is not None
+    provider._pg_collection = _groups()
+    model = provider.provide()
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    return model
+
+
+def _groups() -> Any:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def _moe_layers(spec: UpcycleSpec | None) -> list[int]:
+    networks = [layer for layer, kind in enumerate(PATTERN) if kind == "-"]
+    pattern = spec.moe_pattern(len(networks)) if spec else []
+    return [layer for layer, is_moe in zip(networks, pattern, strict=False) if is_moe]
+
+
+Filled = dict[str, torch.Tensor]
+
+
+def _filled(parent: Path, spec: UpcycleSpec | None, layout: Layout, rank: int) -> tuple[Filled, UpcycleReceipt]:
+    """Return a rank's parameters by their names in the whole model, and the receipt."""
+    with megatron_rank(layout, rank) as (_, expert_rank, _, _):
+        model = _chunk(parent, spec, layout)
+        with open_dense(parent) as dense:
+            receipt = upcycle_into([model], dense, spec) if spec else load_dense_into([model], dense)
+        first = expert_rank * (spec.num_experts if spec else 0) // layout.ep
+        offset = model.decoder.layers[0].layer_number - 1
+        return {_whole(name, offset, first): p.detach() for name, p in model.named_parameters()}, receipt
+
+
+def _whole(name: str, offset: int, first_expert: int) -> str:
+    name = re.sub(r"(?<=decoder\.layers\.)\d+", lambda match: str(int(match[0]) + offset), name)
+    return re.sub(r"(?<=\.weight)\d+$", lambda match: str(int(match[0]) + first_expert), name)
+
+
+def _gathered(parent: Path, spec: UpcycleSpec | None, layout: Layout) -> Filled:
+    """Return the parameters of all ranks, put together as Megatron cuts them."""
+    shards: dict[str, dict[int, torch.Tensor]] = {}
+    for rank in range(layout.gpus):
+        coords = layout.group_ranks(rank)
+        for name, tensor in _filled(parent, spec, layout, rank)[0].items():
+            assert not tensor.isnan().any(), f"{name} was not filled"
+            position = coords.etp if ".experts.linear" in name else coords.tp
+            known = shards.setdefault(name, {}).setdefault(position, tensor)
+            assert torch.equal(known, tensor), f"ranks differ in {name}"
+    return {name: _joined(name, [parts[rank] for rank in sorted(parts)]) for name, parts in shards.items()}
+
+
+def _joined(name: str, shards: list[torch.Tensor]) -> torch.Tensor:
+    if len(shards) == 1 or re.search(r"layer_norm_weight|layernorm\.weight|final_norm|router", name):
+        assert all(torch.equal(shard, shards[0]) for shard in shards)
+        return shards[0]
+    if re.search(r"linear_proj|out_proj|linear_fc2", name):
+        return torch.cat(shards, 1)
+    sizes = IN_PROJ if "in_proj" in name else CONV if "conv1d" in name else None
+    if sizes is None:
+        return torch.cat(shards)
+    parts = [shard.split([size // len(shards) for size in sizes]) for shard in shards]
+    return torch.cat([torch.cat(part) for part in zip(*parts, strict=True)])
+
+
+def _expected(parent: Path, pattern: str) -> Filled:
+    """Return what Megatron's parameters of the dense model are, from the folder's tensors alone."""
+    with SafetensorsFolder(parent) as folder:
+        hf = {name: folder.read(name).clone() for name in folder.names()}
+    found = {
+        "embedding.word_embeddings.weight": hf["backbone.embeddings.weight"],
+        "decoder.final_norm.weight": hf["backbone.norm_f.weight"],
+        "output_layer.weight": hf["lm_head.weight"],
+    }
+    for number, kind in enumerate(pattern):
+        ours, theirs = f"decoder.layers.{number}.", f"backbone.layers.{number}."
+        norm, mixer = hf[theirs + "norm.weight"], theirs + "mixer."
+        if kind == "M":
+            found[ours + "mixer.in_proj.layer_norm_weight"] = norm
+            for name in ("in_proj.weight", "out_proj.weight", "norm.weight", "A_log", "D", "dt_bias"):
+                found[ours + "mixer." + name] = hf[mixer + name]
+            for name in ("weight", "bias"):
+                found[ours + f"mixer.conv1d_{name}"] = hf[mixer + f"conv1d.{name}"]
+        elif kind == "*":
+            query, key, value = (hf[mixer + f"{part}_proj.weight"] for part in "qkv")
+            groups = [q for pair in zip(query.chunk(2), key.chunk(2), value.chunk(2), strict=True) for q in pair]
+            found[ours + "self_attention.linear_qkv.weight"] = torch.cat(groups)
+            found[ours + "self_attention.linear_qkv.layer_norm_weight"] = norm
+            found[ours + "self_attention.linear_proj.weight"] = hf[mixer + "o_proj.weight"]
+        else:
+            found[ours + "mlp.linear_fc1.layer_norm_weight"] = norm
+            found[ours + "mlp.linear_fc1.weight"] = hf[mixer + "up_proj.weight"]
+            found[ours + "mlp.linear_fc2.weight"] = hf[mixer + "down_proj.weight"]
+    return found
+
+
+def _as_experts(dense: Filled, layers: list[int], experts: int) -> Filled:
+    """Return what copies of the networks of some layers are called."""
+    found = dict(dense)
+    for layer in layers:
+        inside = f"decoder.layers.{layer}."
+        found[inside + "pre_mlp_layernorm.weight"] = found.pop(inside + "mlp.linear_fc1.layer_norm_weight")
+        for name in ("linear_fc1.weight", "linear_fc2.weight"):
+            weight = found.pop(inside + "mlp." + name)
+            found |= {inside + f"mlp.experts.{name}{expert}": weight for expert in range(experts)}
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_layout_has_the_parents_tensors_and_copies_of_its_networks(parent: Path, layout: Layout) -> None:
+    filled = _gathered(parent, SPEC, layout)
+    expected = _as_experts(_expected(parent, PATTERN), _moe_layers(SPEC), SPEC.num_experts)
+    routers = {name for name in filled if name.endswith("mlp.router.weight")}
+    assert len(routers) == PATTERN.count("-")
+    assert filled.keys() - routers == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(filled[name], tensor), name
+
+
+@pytest.mark.parametrize("layout", [ONE_RANK, Layout(gpus=4, tp=2, pp=2)], ids=str)
+def test_the_dense_baseline_has_the_parents_tensors(parent: Path, layout: Layout) -> None:
+    filled, expected = _gathered(parent, None, layout), _expected(parent, PATTERN)
+    assert filled.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(filled[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_every_kind_of_upcycling_has_the_same_bits_in_two_layouts(parent: Path, kind: str) -> None:
+    spec = SPECS[kind]
+    whole = _gathered(parent, spec, ONE_RANK)
+    cut = _gathered(parent, spec, Layout(gpus=4, tp=2, ep=2, etp=2))
+    assert whole.keys() == cut.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(cut[name], tensor), name
+    moe_layers = {int(re.findall(r"\d+", name)[0]) for name in whole if "router" in name}
+    assert moe_layers == set(_moe_layers(spec))
+
+
+def test_granular_experts_are_slices_of_the_parents_networks(parent: Path) -> None:
+    spec = SPECS["granular"]
+    whole, dense = _gathered(parent, spec, ONE_RANK), _expected(parent, PATTERN)
+    for layer in _moe_layers(spec):
+        inside = f"decoder.layers.{layer}.mlp."
+        ups, downs = dense[inside + "linear_fc1.weight"].chunk(2), dense[inside + "linear_fc2.weight"].chunk(2, 1)
+        for expert in range(spec.num_experts):
+            assert torch.equal(whole[inside + f"experts.linear_fc1.weight{expert}"], ups[expert % 2])
+            scaled = downs[expert % 2] * spec.expert_scale(expert)
+            assert torch.equal(whole[inside + f"experts.linear_fc2.weight{expert}"], scaled)
+
+
+@pytest.mark.parametrize("kind", ["copies", "granular"])
+def test_transformers_computes_the_parents_function_with_what_is_filled(parent: Path, kind: str) -> None:
+    """Its class computes Mamba's layers on a processor, and routes by sigmoid scores."""
+    from transformers import AutoModelForCausalLM, NemotronHConfig
+
+    spec = replace(SPECS[kind], router_score="sigmoid")
+    filled = _gathered(parent, spec, Layout(gpus=4, tp=2, ep=2, etp=2))
+    dense = AutoModelForCausalLM.from_pretrained(parent).eval()
+    settings = dense.config.to_dict() | {
+        "hybrid_override_pattern": PATTERN.replace("-", "E"),
+        "layers_block_type": None,
+    }
+    width = dense.config.intermediate_size // spec.granularity
+    settings |= {
+        "n_routed_experts": spec.num_experts,
+        "num_experts_per_tok": spec.top_k,
+        "moe_intermediate_size": width,
+    }
+    moe = type(dense)(NemotronHConfig(**settings | {"moe_shared_expert_intermediate_size": width})).eval()
+    moe.load_state_dict(_as_transformers(filled, moe.state_dict()))
+    tokens_BS = torch.arange(48).reshape(2, 24)
+    with torch.no_grad():
+        wanted_BSV, got_BSV = dense(tokens_BS).logits, moe(tokens_BS).logits
+    torch.testing.assert_close(got_BSV, wanted_BSV, rtol=1e-4, atol=1e-5 * wanted_BSV.abs().max().item())
+    assert wanted_BSV.std() > 0.1
+
+
+def _as_transformers(filled: Filled, moe: Filled) -> Filled:
+    """Return Megatron's parameters by the names of transformers' class; a shared expert that is not there is zeros."""
+    found = {name: torch.zeros_like(tensor) for name, tensor in moe.items()}
+    found |= {"model.embeddings.weight": filled["embedding.word_embeddings.weight"]}
+    found |= {
+        "model.norm_f.weight": filled["decoder.final_norm.weight"],
+        "lm_head.weight": filled["output_layer.weight"],
+    }
+    for name, tensor in filled.items():
+        layer, _, inner = name.removeprefix("decoder.layers.").partition(".")
+        ours = f"model.layers.{layer}."
+        if inner.endswith(("layer_norm_weight", "pre_mlp_layernorm.weight")):
+            found[ours + "norm.weight"] = tensor
+        elif inner.startswith("mixer."):
+            found[ours + inner.replace("conv1d_", "conv1d.")] = tensor
+        elif inner == "self_attention.linear_proj.weight":
+            found[ours + "mixer.o_proj.weight"] = tensor
+        elif inner == "self_attention.linear_qkv.weight":
+            groups = [group.split([32, 16, 16]) for group in tensor.chunk(2)]
+            for part, rows in zip("qkv", zip(*groups, strict=True), strict=True):
+                found[ours + f"mixer.{part}_proj.weight"] = torch.cat(rows)
+        elif inner == "mlp.router.weight":
+            found[ours + "mixer.gate.weight"] = tensor
+        elif inner.startswith("mlp.shared_experts."):
+            part = "up" if "fc1" in inner else "down"
+            found[ours + f"mixer.shared_experts.{part}_proj.weight"] = tensor
+        elif match := re.fullmatch(r"mlp\.experts\.linear_fc(\d)\.weight(\d+)", inner):
+            part = "up" if match[1] == "1" else "down"
+            found[ours + f"mixer.experts.{part}_proj"][int(match[2])] = tensor
+    assert found.keys() == moe.keys()
+    return found
+
+
+def test_bridges_own_loader_fills_the_same_bits(parent: Path) -> None:
+    from megatron.bridge import AutoBridge
+
+    ours, _ = _filled(parent, None, ONE_RANK, 0)
+    with megatron_rank(ONE_RANK, 0):
+        model = _chunk(parent, None, ONE_RANK)
+        AutoBridge.from_hf_pretrained(str(parent)).load_hf_weights([model])
+    theirs = dict(model.named_parameters())
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(tensor, ours[name]), name
+
+
+def test_the_provider_has_bridges_own_settings_of_the_function(parent: Path) -> None:
+    from megatron.bridge import AutoBridge
+
+    from nemo_upcycle.trainers.bridge.models import upcycled_provider
+
+    theirs, ours = AutoBridge.from_hf_pretrained(str(parent)).to_megatron_provider(), upcycled_provider(parent, None)
+    for name in (
+        *("hybrid_layer_pattern", "position_embedding_type", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
+        *("num_query_groups", "kv_channels", "mamba_num_heads", "mamba_head_dim", "mamba_num_groups"),
+        *("mamba_state_dim", "gated_linear_unit", "activation_func", "add_bias_linear", "layernorm_epsilon"),
+        *("normalization", "vocab_size", "share_embeddings_and_output_weights"),
+    ):
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
+def test_the_builders_configuration_is_the_same(parent: Path) -> None:
+    from nemo_upcycle.trainers.bridge.models import upcycled_config, upcycled_provider
+
+    provider, config = upcycled_provider(parent, SPEC), upcycled_config(parent, SPEC)
+    assert provider.hybrid_layer_pattern == config.hybrid_layer_pattern == "MEM*EME*E"
+    assert config.position_embedding_type == "none"
+    for name in ("num_layers", "mamba_num_heads", "mamba_num_groups", "activation_func", "moe_layer_freq"):
+        assert getattr(config.transformer, name) == getattr(provider, name), name
+
+
+def test_the_receipt_counts_mambas_parameters(parent: Path) -> None:
+    filled, receipt = _filled(parent, SPEC, ONE_RANK, 0)
+    assert receipt.total_params == sum(tensor.numel() for tensor in filled.values())
+    with SafetensorsFolder(parent) as folder:
+        assert receipt.dense_params == sum(folder.read(name).numel() for name in folder.names())
+    assert receipt.exact
+    assert receipt.bytes_read == receipt.bytes_needed
+    (record,) = (one for one in receipt.parameters if one.name == "decoder.layers.0.mixer.conv1d_weight")
+    assert [source.partition("[")[2] for source in record.sources] == [
+        *("0:128, 0:1, 0:4]", "128:144, 0:1, 0:4]", "144:160, 0:1, 0:4]")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hybrid_layer_pattern": "ME*EM-ME*"}, "hybrid_layer_pattern: got ME.EM-ME., expected ME.EMEME."),
+        ({"hybrid_layer_pattern": "MEM*EME*M"}, r"expected MEM.EME.E \(as in the dense checkpoint"),
+        ({"position_embedding_type": "rope"}, "position_embedding_type: got rope, expected none"),
+        ({"mamba_num_groups": 1, "mamba_state_dim": 16}, "mamba_num_groups: got 1, expected 2"),
+    ],
+    ids=["dense layer", "other layers", "positions", "groups"],
+)
+def test_a_model_that_computes_otherwise_is_refused_by_name(parent: Path, changes: dict, message: str) -> None:
+    with megatron_rank(ONE_RANK, 0):
+        changes.setdefault("hybrid_layer_pattern", "MEM*EME*E")
+        model = _chunk(parent, SPEC, ONE_RANK, **changes)
+        with open_dense(parent) as dense, pytest.raises(UpcycleError, match=message):
+            upcycle_into([model], dense, SPEC)
+    assert all(parameter.isnan().all() for parameter in model.parameters())
+
+
+def test_a_gpt_model_is_refused_by_name(parent: Path) -> None:
+    with megatron_rank(ONE_RANK, 0), open_dense(parent) as dense:
+        with pytest.raises(UpcycleError, match=r"layers of NemotronHForCausalLM: got Mamba layers \(M\)"):
+            build_chunks(parent, num_experts=4)
+        assert dense.architecture.mamba

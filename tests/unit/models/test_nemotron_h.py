@@ -1,0 +1,165 @@
+"""A Nemotron-H's configuration: a pattern of layers, of which each is Mamba's, an attention or a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_upcycle import UpcycleSpec, open_dense
+from nemo_upcycle.convert.offline import convert
+from nemo_upcycle.errors import CheckpointError, SpecError
+from nemo_upcycle.models.flops import flops_per_token
+from nemo_upcycle.models.hf_config import architecture_from_config
+from nemo_upcycle.models.hybrid import HybridLayers, LayerPart
+from nemo_upcycle.models.mapping import layer_mappings
+from nemo_upcycle.models.megatron_config import hybrid_symbols, megatron_fields
+from nemo_upcycle.models.sharding import Shard, hf_shapes, source_slices
+from nemo_upcycle.planning.hardware import Machine, known_gpu
+from nemo_upcycle.planning.search import PlanRequest
+from nemo_upcycle.planning.workload import Workload
+from tests.models import write_random
+
+
+#: Sizes of NVIDIA's Nemotron-H 8B (arXiv 2504.03624, table 1), with 4 of its 52 layers.
+CONFIG: dict[str, Any] = {
+    "architectures": ["NemotronHForCausalLM"],
+    "model_type": "nemotron_h",
+    "hybrid_override_pattern": "M-M*-",
+    "num_hidden_layers": 5,
+    "hidden_size": 4096,
+    "intermediate_size": 21504,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "attention_head_dim": 128,
+    "mamba_num_heads": 128,
+    "mamba_head_dim": 64,
+    "n_groups": 8,
+    "ssm_state_size": 128,
+    "vocab_size": 131072,
+    "mlp_hidden_act": "relu2",
+    "layer_norm_epsilon": 1e-5,
+    "time_step_limit": [0.0, float("inf")],
+}
+TINY = CONFIG | {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "attention_head_dim": 8}
+TINY |= {"num_key_value_heads": 2, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 4}
+TINY |= {"vocab_size": 64}
+SPEC = UpcycleSpec(num_experts=4, top_k=2)
+
+
+def test_the_layers_are_those_of_the_pattern() -> None:
+    arch = architecture_from_config(CONFIG)
+    assert (arch.num_layers, arch.gated, arch.activation, arch.norm_eps) == (5, False, "squared_relu", 1e-5)
+    roles = [{mapping.role for mapping in layer_mappings(arch, layer)} for layer in range(5)]
+    assert roles[0] == roles[2] > {"mamba_norm", "mamba_in", "mamba_out"}
+    assert roles[1] == roles[4] == {"ffn_norm", "fc1", "fc2"}
+    assert roles[3] == {"attention_norm", "qkv", "attention_out"}
+
+
+def test_shapes_are_those_of_the_checkpoint() -> None:
+    shapes = hf_shapes(architecture_from_config(CONFIG))
+    inside = "backbone.layers.0.mixer."
+    inner, states = 128 * 64, 8 * 128
+    assert shapes[inside + "in_proj.weight"] == (2 * inner + 2 * states + 128, 4096)
+    assert shapes[inside + "conv1d.weight"] == (inner + 2 * states, 1, 4)
+    assert shapes[inside + "conv1d.bias"] == (inner + 2 * states,)
+    assert shapes[inside + "A_log"] == shapes[inside + "D"] == shapes[inside + "dt_bias"] == (128,)
+    assert shapes[inside + "norm.weight"] == (inner,)
+    assert shapes[inside + "out_proj.weight"] == (4096, inner)
+    assert shapes["backbone.layers.1.mixer.up_proj.weight"] == (21504, 4096)
+    assert not any("gate" in name for name in shapes)
+
+
+@pytest.mark.parametrize("config", [CONFIG, TINY], ids=["8B", "tiny"])
+def test_parameters_are_counted(config: dict[str, Any]) -> None:
+    arch = architecture_from_config(config)
+    sizes = hf_shapes(arch).values()
+    total = 0
+    for shape in sizes:
+        count = 1
+        for size in shape:
+            count *= size
+        total += count
+    assert arch.total_params == total
+    moe = arch.upcycled(SPEC)
+    assert moe.total_params - total == 2 * (3 * arch.ffn_params(arch.ffn_size) + 4 * arch.hidden_size)
+
+
+def test_a_list_of_kinds_is_a_pattern() -> None:
+    config = {name: value for name, value in CONFIG.items() if name != "hybrid_override_pattern"}
+    del config["num_hidden_layers"]
+    config["layers_block_type"] = ["mamba", "mlp", "mamba", "attention", "mlp"]
+    config["time_step_limit"] = [0.0, {"__float__": "Infinity"}]  # as transformers 5.12 writes it
+    assert architecture_from_config(config) == architecture_from_config(CONFIG)
+
+
+def test_networks_become_experts_and_moe_layers_counts_networks() -> None:
+    arch = architecture_from_config(CONFIG)
+    assert hybrid_symbols(arch) == "M-M*-"
+    assert hybrid_symbols(arch.upcycled(SPEC)) == "MEM*E"
+    second = arch.upcycled(UpcycleSpec(num_experts=4, top_k=2, moe_layers=(1,)))
+    assert hybrid_symbols(second) == "M-M*E"
+    assert megatron_fields(second, hybrid=True)["moe_layer_freq"] == [0, 0, 0, 0, 1]
+    with pytest.raises(SpecError, match="the model has 2 layers"):
+        arch.upcycled(UpcycleSpec(num_experts=4, top_k=2, moe_layers=(2,)))
+
+
+def test_every_layer_is_the_parents_own() -> None:
+    layers = HybridLayers("ME|M*-")
+    assert layers.parts == tuple(LayerPart(layer) for layer in range(5))
+    assert [layers.index(LayerPart(layer, in_attention=False)) for layer in range(5)] == [0, 1, 2, 3, 4]
+    assert (layers.num_layers, layers.networks) == (5, (1, 4))
+    assert layers.moe_pattern == (False, True, False, False, False)
+    assert layers.with_experts([False, True]) == "M-M*E"
+
+
+def test_every_part_of_a_projection_is_cut_on_its_own() -> None:
+    arch = architecture_from_config(TINY)
+    mapping = next(each for each in layer_mappings(arch, 0) if each.role == "mamba_in")
+    slices = source_slices(mapping, arch, Shard(1, 2), (46, 32))
+    assert [slice_.in_tensor(mapping, arch).source[0] for slice_ in slices] == [
+        *((16, 32), (48, 64), (68, 72), (76, 80), (82, 84))
+    ]
+    assert [slice_.rows for slice_ in slices] == [(0, 16), (16, 32), (32, 36), (36, 40), (40, 42)]
+
+
+def test_flops_count_attention_where_it_is() -> None:
+    arch = architecture_from_config(CONFIG)
+    scores = flops_per_token(arch, 2048, causal=True) - flops_per_token(arch, 1024, causal=True)
+    assert scores == 6 * 32 * 128 * 1024
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hybrid_override_pattern": "MEM*E"}, "hybrid_override_pattern: got 'MEM.E', expected Mamba-2 layers"),
+        ({"hybrid_override_pattern": "*-*-"}, "hybrid_override_pattern"),
+        ({"hybrid_override_pattern": None, "layers_block_type": ["mamba", "moe"]}, "layers_block_type"),
+        ({"num_hidden_layers": 52}, "num_hidden_layers: got 52, expected 5"),
+        ({"mlp_hidden_act": "silu"}, "mlp_hidden_act: got 'silu', expected relu2"),
+        ({"conv_kernel": 3}, "conv_kernel: got 3, expected 4"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon: got 1e-06, expected 1e-05"),
+        ({"use_conv_bias": False}, "use_conv_bias: got False"),
+        ({"mlp_bias": True}, "mlp_bias: got True"),
+        ({"time_step_limit": [0.0, 0.1]}, "time_step_limit"),
+        ({"n_groups": 3}, "n_groups: got 3, expected a divisor of mamba_num_heads .128."),
+        ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers: got 1, expected 0"),
+    ],
+    ids=str,
+)
+def test_what_no_layer_of_megatron_computes_is_refused_by_name(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        architecture_from_config(CONFIG | changes)
+
+
+def test_what_has_no_mamba_layers_refuses_it_by_name(tmp_path: Path) -> None:
+    parent = write_random(tmp_path / "dense", TINY)
+    arch = architecture_from_config(TINY)
+    with open_dense(parent) as dense, pytest.raises(SpecError, match=r"Mamba layers \(Mixtral, .*Megatron-Bridge"):
+        convert(dense, tmp_path / "moe", SPEC, progress=False)
+    with pytest.raises(CheckpointError, match=r"layers of NemotronHForCausalLM: got Mamba layers \(M\)"):
+        megatron_fields(arch)
+    work = Workload(seq_length=1024, global_batch=1)
+    with pytest.raises(SpecError, match=r"got Mamba layers, .*the planner knows no others"):
+        PlanRequest(arch, known_gpu("h100"), 1, work, 1e9, Machine())
