@@ -25,7 +25,7 @@ _CELLS: dict[str, Callable[[Plan], str]] = {
     "activ": lambda plan: _gib(plan.memory.activations),
     "routed": lambda plan: _gib(plan.memory.routed),
     "logits": lambda plan: _gib(plan.memory.logits),
-    "other": lambda plan: _gib(plan.memory.workspace),
+    "other": lambda plan: _gib(plan.memory.workspace + plan.memory.context),
     "GiB": lambda plan: _gib(plan.memory.total),
     "mem%": lambda plan: f"{100 * plan.memory.total / GIB / plan.request.gpu.memory_gib:.0f}%",
     "fits": lambda plan: plan.verdict,
