@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.hardware import Gpu, Machine
 from nemo_upcycle.planning.layout import Layout
-from nemo_upcycle.planning.workload import PRECISIONS, Precision, Workload
+from nemo_upcycle.planning.workload import Workload
 
 
 #: Matrix products work on tiles of so many rows and columns.
@@ -127,14 +127,13 @@ class ThroughputModel:
         sizes = (layout.tp, layout.cp, layout.ep, layout.etp, layout.micro_batch)
         key = (*sizes, layout.node_gpus(self.gpu.nvlink_gpus), work)
         if key not in self._known:
-            layer = StepTime()
+            layer, in_bf16 = StepTime(), replace(work, precision="bf16")
             for (moe, fp8), count in layer_kinds(self.arch, work).items():
-                numbers = work.numbers if fp8 else PRECISIONS["bf16"]
-                layer.add(self._layer(layout, work, moe, numbers), count / self.arch.num_layers)
-            self._known[key] = layer, self._output(layout, work)
+                layer.add(self._layer(layout, work if fp8 else in_bf16, moe), count / self.arch.num_layers)
+            self._known[key] = layer, self._output(layout, in_bf16)
         return self._known[key]
 
-    def _layer(self, layout: Layout, work: Workload, moe: bool, numbers: Precision) -> StepTime:
+    def _layer(self, layout: Layout, work: Workload, moe: bool) -> StepTime:
         arch = self.arch
         tokens = work.seq_length / layout.cp * layout.micro_batch
         heads, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
@@ -142,21 +141,21 @@ class ThroughputModel:
         # Attention is called once for each step of context parallelism's ring.
         layer = StepTime(launch=self.machine.layer_us * 1e-6 * (1 + (layout.cp - 1) / 4))
         for rows, columns in ((width, heads + 2 * groups), (heads, width)):
-            self._matrix(layer, tokens, rows, columns / layout.tp, 1, work, numbers)
+            self._matrix(layer, tokens, rows, columns / layout.tp, 1, work)
         scores = 2.0 * tokens * work.seq_length * heads / layout.tp  # forward, two products, the causal half
         layer.attention += 3.5 * scores / (self.machine.attention * self.gpu.bf16_tflops * 1e12)
         # Two norms and residuals; rotary embedding and what attention reads and writes.
-        self._moved(layer, tokens / layout.tp * (24 * width + 8 * (heads + groups)), numbers)
+        self._moved(layer, tokens / layout.tp * (24 * width + 8 * (heads + groups)), work)
         self._tensor_traffic(layer, tokens, layout, work)
         # Keys and values go round the ring once forward, and with their gradients backward; attention hides it.
         ring = 3 * 2 * 2 * groups / layout.tp * tokens * (layout.cp - 1)
         self._link(layer, layout, ring, layout.tp * layout.cp, layout.cp, hidden=layer.attention)
-        network = self._moe(layout, work, tokens, numbers) if moe else StepTime()
+        network = self._moe(layout, work, tokens) if moe else StepTime()
         if moe:
             hidden = layer.total + network.total if "ep" in work.overlap else 0.0
             self._dispatch(network, layout, work, tokens, hidden)
         else:
-            self._network(network, tokens, arch.ffn_size / layout.tp, work, numbers)
+            self._network(network, tokens, arch.ffn_size / layout.tp, work)
             self._tensor_traffic(network, tokens, layout, work)
         if work.recomputes("core_attn"):
             layer.attention *= 1 + 1 / 3.5
@@ -166,23 +165,23 @@ class ThroughputModel:
         if moe and work.recomputes("moe_act"):
             # Read gate and up, write their product once more; what the busiest rank does.
             slots = tokens / layout.tp * self._slots_per_token(layout, work)
-            self._moved(layer, slots * 3 * (self.arch.expert_ffn_size or 0), numbers)
+            self._moved(layer, slots * 3 * (self.arch.expert_ffn_size or 0), work)
         if moe and work.recomputes("layernorm"):
-            self._moved(layer, tokens / layout.tp * 2 * width, numbers)
+            self._moved(layer, tokens / layout.tp * 2 * width, work)
         return layer
 
-    def _moe(self, layout: Layout, work: Workload, tokens: float, numbers: Precision) -> StepTime:
+    def _moe(self, layout: Layout, work: Workload, tokens: float) -> StepTime:
         arch, machine, local = self.arch, self.machine, (self.arch.num_experts or 1) // layout.ep
         slots = tokens / layout.tp * self._slots_per_token(layout, work)
-        expert_us = machine.expert_us if work.pad else machine.uneven_us(numbers)
+        expert_us = machine.expert_us if work.pad else machine.uneven_us(work.numbers)
         times = StepTime(launch=(machine.moe_us + expert_us * (local - 1)) * 1e-6)
         neurons = (arch.expert_ffn_size or 0) / layout.etp
         # A rank's experts get slots of its whole group: as many as its own tokens, etp times.
-        self._network(times, slots * layout.etp / local, neurons, work, numbers, local)
+        self._network(times, slots * layout.etp / local, neurons, work, local)
         # Permute, sort by expert, sort back, unpermute: read and written, forward and backward.
-        self._moved(times, slots * 16 * arch.hidden_size, numbers)
+        self._moved(times, slots * 16 * arch.hidden_size, work)
         if arch.shared_ffn_size:
-            self._network(times, tokens, arch.shared_ffn_size / layout.tp, work, numbers)
+            self._network(times, tokens, arch.shared_ffn_size / layout.tp, work)
             self._tensor_traffic(times, tokens, layout, work)
         return times
 
@@ -213,29 +212,20 @@ class ThroughputModel:
         experts, top_k = self.arch.num_experts or 1, self.arch.top_k or 1
         return places * (1 - math.comb(experts - experts // places, top_k) / math.comb(experts, top_k))
 
-    def _network(
-        self, times: StepTime, rows: float, neurons: float, work: Workload, numbers: Precision, count: int = 1
-    ) -> None:
+    def _network(self, times: StepTime, rows: float, neurons: float, work: Workload, count: int = 1) -> None:
         gates = 2 if self.arch.gated else 1
-        self._matrix(times, rows, self.arch.hidden_size, gates * neurons, count, work, numbers)
-        self._matrix(times, rows, neurons, self.arch.hidden_size, count, work, numbers)
-        self._moved(times, count * rows * 8 * neurons, numbers)
+        self._matrix(times, rows, self.arch.hidden_size, gates * neurons, count, work)
+        self._matrix(times, rows, neurons, self.arch.hidden_size, count, work)
+        self._moved(times, count * rows * 8 * neurons, work)
 
-    def _matrix(
-        self,
-        times: StepTime,
-        rows: float,
-        inner: float,
-        columns: float,
-        count: int,
-        work: Workload,
-        numbers: Precision,
-    ) -> None:
+    def _matrix(self, times: StepTime, rows: float, inner: float, columns: float, count: int, work: Workload) -> None:
         """Add a product and its two gradients: [rows, inner] x [inner, columns], `count` of them."""
-        bandwidth = self.machine.memory * self.gpu.hbm_gb_s * 1e9
-        is_ragged = bool(inner % _TILE or columns % _TILE)
-        rate = self._reached_tflops(numbers) * 1e12 * (self.machine.ragged if is_ragged else 1.0)
-        compute_s = 6.0 * count * rows * inner * columns / rate
+        machine, numbers = self.machine, work.numbers
+        bandwidth = machine.memory * self.gpu.hbm_gb_s * 1e9
+        reached = {16: machine.gemm, 8: machine.gemm_fp8, 4: machine.gemm_fp4}[numbers.bits]
+        if inner % _TILE or columns % _TILE:
+            reached *= machine.ragged
+        compute_s = 6.0 * count * rows * inner * columns / (reached * self.gpu.peak_tflops(numbers) * 1e12)
         size = numbers.bits / 8
         # Each operand is read twice and each result written once; a weight's gradient is added to.
         moved = size * 2 * (rows * inner + rows * columns + inner * columns) + 2 * (rows * inner + rows * columns)
@@ -247,13 +237,9 @@ class ThroughputModel:
         # The input and the gradient of the output are cast; the weight is once a step.
         times.memory += count * numbers.cast_bytes * rows * (inner + columns) / bandwidth
 
-    def _reached_tflops(self, numbers: Precision) -> float:
-        reached = {16: self.machine.gemm, 8: self.machine.gemm_fp8, 4: self.machine.gemm_fp4}
-        return reached[numbers.bits] * self.gpu.peak_tflops(numbers)
-
-    def _moved(self, times: StepTime, elements: float, numbers: Precision) -> None:
+    def _moved(self, times: StepTime, elements: float, work: Workload) -> None:
         """Add 16-bit elements read or written by what is no matrix product; a quarter more for uncounted casts."""
-        casts = 1.25 if numbers.fp8 and not numbers.cast_bytes else 1.0
+        casts = 1.25 if work.numbers.fp8 and not work.numbers.cast_bytes else 1.0
         times.memory += 2.0 * elements * casts / (self.machine.memory * self.gpu.hbm_gb_s * 1e9)
 
     def _tensor_traffic(self, times: StepTime, tokens: float, layout: Layout, work: Workload) -> None:
@@ -303,8 +289,8 @@ class ThroughputModel:
         times = StepTime()
         tokens = work.seq_length / layout.cp * layout.micro_batch
         vocabulary = layout.padded_vocab(self.arch) / layout.tp
-        self._matrix(times, tokens, self.arch.hidden_size, vocabulary, 1, work, PRECISIONS["bf16"])
-        self._moved(times, tokens * vocabulary * 12, PRECISIONS["bf16"])
+        self._matrix(times, tokens, self.arch.hidden_size, vocabulary, 1, work)
+        self._moved(times, tokens * vocabulary * 12, work)
         return times
 
     def _send(self, layout: Layout, work: Workload) -> StepTime:
