@@ -93,8 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="busiest over mean expert rank (1.5; 1.11 with --routing balanced)",
     )
     model.add_argument("--precision", default="bf16", metavar="NAME", help=f"{', '.join(PRECISIONS)} (default: bf16)")
-    text = "keep parameters in FP8 or FP4, as NVIDIA's recipes do; upcycling cannot"
-    model.add_argument("--low-precision-params", dest="low_params", action="store_true", help=text)
+    text = "keep parameters in FP8 or FP4 (default: as NVIDIA's recipes, but where a recipe trains or upcycling fills)"
+    switch = argparse.BooleanOptionalAction
+    model.add_argument("--low-precision-params", dest="low_params", action=switch, help=text)
     text = f"{', '.join(GRADIENTS)}: what gradients are summed in (default: the recipe's; bf16 for --model)"
     model.add_argument("--grad-dtype", dest="gradients", metavar="NAME", help=text)
     text = "(default: the recipe's alltoall; hybridep for --model on Blackwell)"
@@ -238,6 +239,9 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
     if subject.arch.num_experts:
         check_capacity(capacity, args.pad_to_capacity, subject.arch.num_experts, subject.arch.top_k or 1)
     imbalance = FORCED_IMBALANCE if args.routing == "balanced" else USUAL_IMBALANCE
+    low_params = args.low_params
+    if low_params is None:  # an upcycled model's cannot be filled, and this package's recipes keep BF16
+        low_params = args.precision != "bf16" and subject.recipe is None and subject.spec is None
     work = Workload(
         seq_length=given("seq_length"),
         global_batch=given("global_batch"),
@@ -245,7 +249,7 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
         pad=args.pad_to_capacity,
         imbalance=args.imbalance if args.imbalance is not None else imbalance,
         precision=args.precision,
-        low_params=args.low_params,
+        low_params=low_params,
         gradients=given("gradients"),
         dispatcher=args.dispatcher or "alltoall",
         routing=args.routing or "balanced",
@@ -361,6 +365,7 @@ def _text(
             f"{request.gpus} x {request.gpu.name}, {request.work.precision}, {request.tokens:.3g} tokens;"
             f" GiB of the fullest rank, tok/s of one GPU, MFU of {chosen.peak_tflops:g} TFLOP/s ({chosen.peak_of})"
         ),
+        folded(_settings_line(chosen, answer["rows"][row - 1]["command"])),
         *(folded(f"warning: {warning}") for warning in answer["warnings"]),
         f"\n{shown}\n",
     ]
@@ -389,6 +394,16 @@ def _text(
         if checked["tensors"]:
             lines.append(folded(f"and the read plan fills each of their {checked['tensors']} tensors once"))
     return "\n".join(lines)
+
+
+def _settings_line(plan: Plan, command: str | None) -> str:
+    """Return the settings that a row's memory and speed count on."""
+    work = plan.work
+    names = {"gradients": work.gradients, "overlap": "+".join(work.overlap) or "none"}
+    names |= {"dispatcher": work.dispatcher} if plan.request.arch.num_experts else {}
+    names |= {"parameters": work.precision} if work.low_params else {}
+    line = ", ".join(f"{name} {value}" for name, value in names.items()) + f", {plan.request.software}"
+    return f"{line} (the recipe of the command overlaps nothing)" if command and work.overlap else line
 
 
 def _continued(words: list[str], width: int) -> str:

@@ -99,8 +99,10 @@ def row_values(plan: Plan, command: str | None) -> dict[str, Any]:
     """Return a plan for machines."""
     layout = plan.layout
     sizes = {name: getattr(layout, name) for name in ("tp", "pp", "vp", "cp", "ep", "etp", "dp", "expert_dp")}
+    work = plan.work
+    settings = {"recompute": work.recompute, "dispatcher": work.dispatcher, "overlap": list(work.overlap)}
     return {
-        "layout": sizes | {"micro_batch": layout.micro_batch, "recompute": plan.work.recompute},
+        "layout": sizes | {"micro_batch": layout.micro_batch} | settings,
         "memory_gib": plan.memory.gib(),
         "fits": plan.verdict,
         "tokens_per_s_per_gpu": round(plan.tokens_per_s_per_gpu, 1),

@@ -419,6 +419,9 @@ def test_plan_takes_nvidias_settings_for_a_model(tmp_path: Path, capsys: pytest.
         for options in ((), ("--overlap", "tp"), ("--overlap", ""))
     ]
     assert speeds[0] == speeds[1] > speeds[2]
+    _run(*model)
+    assert "gradients bf16, overlap tp, mcore-0.15" in " ".join(capsys.readouterr().out.split())
+    assert _json(capsys, *model)["rows"][0]["layout"]["overlap"] == ["tp"]
 
 
 @pytest.mark.parametrize("name", ["mcore-0.17", "26.04", "26.04.01"])
@@ -428,22 +431,19 @@ def test_plan_takes_software_by_its_generation_or_container(name: str, capsys: p
     assert later["tokens_per_s_per_gpu"] > now["tokens_per_s_per_gpu"]
 
 
-def test_plan_holds_low_precision_parameters_without_bf16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = (
-        "--model",
-        str(_config(tmp_path)),
-        "--gpus",
-        "64",
-        "--gpu",
-        "b200",
-        "--precision",
-        "mxfp8",
-        "--layout",
-        "tp=1",
-    )
-    plain, low = (_json(capsys, *model, *more)["rows"][0]["memory_gib"] for more in ((), ("--low-precision-params",)))
+def test_low_precision_parameters_are_as_the_run_has_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a model that no recipe of this package trains they are FP8, as NVIDIA's recipes keep them."""
+    options = ("--gpus", "64", "--gpu", "b200", "--precision", "mxfp8", "--layout", "tp=1")
+
+    def memory(*more: str, **changes: Any) -> dict[str, float]:
+        folder = str(_config(tmp_path, **changes))
+        return _json(capsys, "--model", folder, *options, *more)["rows"][0]["memory_gib"]
+
+    plain, low = memory(), memory("--low-precision-params")
     assert low["weights"] < 0.2 * plain["weights"]
     assert low["fp8_copies"] == plain["fp8_copies"]
+    assert memory(rope_theta=1e6) == low
+    assert memory("--no-low-precision-params", rope_theta=1e6) == plain
 
 
 def test_it_plans_without_what_takes_time_to_import() -> None:
