@@ -46,7 +46,9 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What is reached of the peaks. Fitted are `gemm`, `gemm_fp8`, `moe_us` and `imbalance`; the rest is set.
+    """What is reached of the peaks, of an H100; `Gpu.reached` has what is else with a GPU.
+
+    Fitted are `gemm`, `gemm_fp8`, `moe_us` and `imbalance`; the rest is set.
 
     Args:
         gemm: part of the peak that large matrix products reach, at the clock they run at.
