@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -78,10 +77,16 @@ def main() -> None:
         path = DOCS / "planning.md"
         page = path.read_text(encoding="utf-8")
         for name, text in texts.items():
-            begin, end = f"<!-- {name} -->", "<!-- end of table -->"
-            page = re.sub(f"{begin}.*?{end}", lambda _, to=f"{begin}\n{text}\n{end}": to, page, flags=re.DOTALL)
+            page = placed(page, name, text)
         path.write_text(page, encoding="utf-8")
         plot(rows, DOCS / "planning.png")
+
+
+def placed(page: str, name: str, text: str) -> str:
+    """Return a page with a text between the marks of a table."""
+    begin, end = f"<!-- {name} -->", "<!-- end of table -->"
+    head, _, rest = page.partition(begin)
+    return f"{head}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
 
 
 def table(rows: Sequence[Published], left_out: dict[str, float]) -> str:

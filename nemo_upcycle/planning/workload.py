@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from nemo_upcycle.errors import SpecError
@@ -110,7 +111,12 @@ class Workload:
     overlap: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        names = {"precision": PRECISIONS, "gradients": GRADIENTS, "dispatcher": DISPATCHERS, "routing": ROUTINGS}
+        names: dict[str, Collection[str]] = {
+            "precision": PRECISIONS,
+            "gradients": GRADIENTS,
+            "dispatcher": DISPATCHERS,
+            "routing": ROUTINGS,
+        }
         for name, valid in names.items():
             if getattr(self, name) not in valid:
                 raise SpecError.unknown(name, getattr(self, name), valid)
