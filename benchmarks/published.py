@@ -1,8 +1,11 @@
-"""Published throughput of H100s, in a form that predictions can be compared with: `published.yaml`."""
+"""Published throughput and memory, in a form that predictions can be compared with.
+
+`published.yaml` has throughput, `conf/planning/memory.yaml` memory.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,13 @@ import yaml
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.flops import flops_per_token
-from nemo_upcycle.planning.hardware import DEFAULT_SOFTWARE, Machine, known_gpu, known_shape, known_software
+from nemo_upcycle.planning.hardware import DEFAULT_SOFTWARE, Gpu, known_gpu, known_machine, known_shape, read_data
 from nemo_upcycle.planning.layout import Layout, parse_layout
+from nemo_upcycle.planning.memory import GIB, worst_memory
 from nemo_upcycle.planning.rules import check_layout
+from nemo_upcycle.planning.search import PlanRequest, evaluate_layout
 from nemo_upcycle.planning.throughput import ThroughputModel
-from nemo_upcycle.planning.workload import Workload
+from nemo_upcycle.planning.workload import FORCED_IMBALANCE, USUAL_IMBALANCE, Workload
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -31,6 +36,7 @@ class Published:
     """
 
     name: str
+    gpu: Gpu
     arch: Architecture
     layout: Layout
     work: Workload
@@ -38,23 +44,62 @@ class Published:
     source: str
     assumed: str
     fitted: bool
-    sets: str = ""
-    software: str = DEFAULT_SOFTWARE
+    sets: str
+    software: str
 
-    def predicted(self, machine: Machine) -> float:
-        """Return the predicted tokens/s/GPU.
+    @property
+    def card(self) -> str:
+        """The first word of its GPU's name."""
+        return self.gpu.name.partition(" ")[0]
+
+    @property
+    def is_unseen(self) -> bool:
+        """Whether no constant was fitted or chosen on it."""
+        return not self.fitted and not self.sets
+
+    def predicted(self, reached: dict[str, float] | None = None) -> float:
+        """Return the predicted tokens/s/GPU, of a run with the settings of its source.
 
         Args:
-            machine: of the first software, which others differ from.
+            reached: constants in place of the GPU's.
         """
-        model = ThroughputModel(self.arch, known_gpu("h100"), known_software(self.software, machine))
+        gpu = replace(self.gpu, reached=self.gpu.reached | (reached or {}))
+        model = ThroughputModel(self.arch, gpu, known_machine(gpu, self.software))
         step_tokens = self.work.global_batch * self.work.seq_length
         return step_tokens / model.step(self.layout, self.work).total / self.layout.gpus
 
+    def predicted_as_asked(self) -> float:
+        """Return the predicted tokens/s/GPU where model, layout, batch, precision and software alone are told."""
+        work = replace(self.work, recompute="none", gradients="bf16", low_params=self.work.numbers.fp8)
+        request = PlanRequest(
+            self.arch, self.gpu, self.layout.gpus, work, 1e9, self.software, usual=("dispatcher", "overlap")
+        )
+        return evaluate_layout(request, self.layout).tokens_per_s_per_gpu
+
+
+@dataclass(frozen=True)
+class Peak:
+    """One row of `conf/planning/memory.yaml`: a run, and its memory in GiB; None where it is not published."""
+
+    row: Published
+    allocated_gib: float | None
+    peak_gib: float
+
+    def predicted(self) -> tuple[float, float]:
+        """Return the predicted GiB between steps and at the peak, as PyTorch counts."""
+        memory = worst_memory(self.row.arch, self.row.layout, self.row.work)[1]
+        return memory.states / GIB, memory.peak / GIB
+
 
 def published_rows() -> list[Published]:
-    """Return every row, in the order of the file."""
+    """Return every row of throughput, in the order of the file."""
     return [_row(values) for values in _data()["rows"]]
+
+
+def published_peaks() -> list[Peak]:
+    """Return every row of memory, in the order of the file."""
+    rows = read_data("memory.yaml")["rows"]
+    return [Peak(_row(values), values.get("allocated_gib"), values["peak_gib"]) for values in rows]
 
 
 def shape(name: str) -> Architecture:
@@ -68,26 +113,40 @@ def _data() -> Any:
 
 
 def _row(values: dict[str, Any]) -> Published:
-    arch = shape(values["model"])
+    arch, gpu = shape(values["model"]), known_gpu(values.get("gpu", "h100"))
     if "experts" in values:
         arch = arch.upcycled(UpcycleSpec(num_experts=values["experts"], top_k=2))
+    routing = values.get("routing", "balanced")
     work = Workload(
         seq_length=values["seq"],
         global_batch=values["batch"],
         capacity_factor=values.get("cf"),
         pad=values.get("pad", False),
+        imbalance=FORCED_IMBALANCE if routing == "balanced" else USUAL_IMBALANCE,
         precision=values.get("precision", "bf16"),
+        low_params=values.get("low_params", False),
+        gradients="bf16",
         recompute=values.get("recompute", "none"),
         dispatcher=values.get("dispatcher", "alltoall"),
-        routing=values.get("routing", "balanced"),
+        routing=routing,
         overlap=tuple(values.get("overlap", ())),
     )
     layout = parse_layout(values["layout"], values["gpus"])
     check_layout(layout, arch, work)
-    measured = values.get("tokens")
-    if measured is None:
-        tflops = values.get("tflops") or values["mfu"] / 100 * known_gpu("h100").bf16_tflops
+    measured = values.get("tokens", 0.0)
+    if "tflops" in values or "mfu" in values:
+        tflops = values.get("tflops") or values["mfu"] / 100 * gpu.bf16_tflops
         measured = tflops * 1e12 / flops_per_token(arch, work.seq_length, causal=values.get("causal", False))
-    assumed, fitted = values.get("assumed", ""), values.get("fit", True)
-    sets, software = values.get("sets", ""), values.get("software", DEFAULT_SOFTWARE)
-    return Published(values["name"], arch, layout, work, measured, values["source"], assumed, fitted, sets, software)
+    return Published(
+        name=values["name"],
+        gpu=gpu,
+        arch=arch,
+        layout=layout,
+        work=work,
+        tokens_per_s_per_gpu=measured,
+        source=values["source"],
+        assumed=values.get("assumed", ""),
+        fitted=values.get("fit", True),
+        sets=values.get("sets", ""),
+        software=values.get("software", DEFAULT_SOFTWARE),
+    )

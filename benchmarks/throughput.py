@@ -1,8 +1,8 @@
-"""Fit the planner's throughput model on published H100 rows, and write table and plot of docs/planning.md.
+"""Fit the planner's throughput model on published rows, and write tables and plot of docs/planning.md.
 
     python -m benchmarks.throughput            predictions with the constants of the package, leave-one-out errors
     python -m benchmarks.throughput --fit      fit the constants anew and print them
-    python -m benchmarks.throughput --write    put table and plot into docs/
+    python -m benchmarks.throughput --write    put tables and plot into docs/
 
 Least squares on the logarithm of predicted over published tokens/s, with a weak pull towards the starting values.
 """
@@ -11,43 +11,51 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import statistics
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.published import Published, published_rows
-from nemo_upcycle.planning.hardware import Machine
+from benchmarks.published import Peak, Published, published_peaks, published_rows
 
 
-#: What is fitted, with where it starts. All other constants of `Machine` stay as they are.
-START = {"gemm": 0.6, "gemm_fp8": 0.55, "moe_us": 600.0, "imbalance": 1.1}
+#: What is fitted, with where it starts: of the H100, and of all Blackwell cards together. Other constants stay.
+HOPPER = {"gemm": 0.6, "gemm_fp8": 0.55, "moe_us": 600.0, "imbalance": 1.1}
+BLACKWELL = {
+    "gemm": 0.65,
+    "gemm_fp8": 0.55,
+    "gemm_fp4": 0.45,
+    "ragged": 0.8,
+    "attention": 0.5,
+    "uneven_mx_expert_us": 400.0,
+}
 #: Weight of the pull: a constant that leaves its start by a factor e costs as much as an error of 14 %.
 PULL = 0.02
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
-def fit(rows: Sequence[Published]) -> Machine:
-    """Return the machine whose predictions come nearest to the rows."""
+def fit(rows: Sequence[Published], start: dict[str, float]) -> dict[str, float]:
+    """Return the constants whose predictions come nearest to the rows."""
     from scipy.optimize import minimize
 
-    def machine(logs: Sequence[float]) -> Machine:
-        values = {name: start * math.exp(log) for (name, start), log in zip(START.items(), logs, strict=True)}
-        return replace(Machine(), **values)
+    def values(logs: Sequence[float]) -> dict[str, float]:
+        return {name: first * math.exp(log) for (name, first), log in zip(start.items(), logs, strict=True)}
 
     def cost(logs: Sequence[float]) -> float:
-        candidate = machine(logs)
-        misses = [math.log(row.predicted(candidate) / row.tokens_per_s_per_gpu) for row in rows]
+        misses = [math.log(row.predicted(values(logs)) / row.tokens_per_s_per_gpu) for row in rows]
         return sum(miss * miss for miss in misses) + PULL * sum(log * log for log in logs)
 
-    options = {"xatol": 1e-3, "fatol": 1e-7, "maxiter": 2000}
-    return machine(minimize(cost, [0.0] * len(START), method="Nelder-Mead", options=options).x)
+    options = {"xtol": 1e-3, "ftol": 1e-7, "maxiter": 2000}
+    return values(minimize(cost, [0.0] * len(start), method="Powell", options=options).x)
 
 
-def error(row: Published, machine: Machine) -> float:
+def error(row: Published, reached: dict[str, float] | None = None) -> float:
     """Return predicted over published, less one."""
-    return row.predicted(machine) / row.tokens_per_s_per_gpu - 1
+    return row.predicted(reached) / row.tokens_per_s_per_gpu - 1
+
+
+def error_as_asked(row: Published) -> float:
+    """Return predicted over published, less one, of a row whose source's settings are not told."""
+    return row.predicted_as_asked() / row.tokens_per_s_per_gpu - 1
 
 
 def main() -> None:
@@ -57,50 +65,93 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     rows = published_rows()
-    fitted = [row for row in rows if row.fitted]
-    machine = fit(fitted) if args.fit else Machine()
+    hopper = [row for row in rows if row.fitted and not row.gpu.is_blackwell]
     if args.fit:
-        print({name: float(f"{getattr(machine, name):.3g}") for name in START})
-    left_out = {row.name: error(row, fit([other for other in fitted if other is not row])) for row in fitted}
-    text = table(rows, machine, left_out)
-    print(text)
+        blackwell = [row for row in rows if row.fitted and row.gpu.is_blackwell]
+        for name, fitted, start in (("h100", hopper, HOPPER), ("blackwell", blackwell, BLACKWELL)):
+            print(name, {key: float(f"{value:.3g}") for key, value in fit(fitted, start).items()})
+    left_out = {row.name: error(row, fit([one for one in hopper if one is not row], HOPPER)) for row in hopper}
+    texts = {"throughput table": table(rows, left_out), "memory table": memory_table(published_peaks())}
+    print("\n\n".join(texts.values()))
     if args.write:
         path = DOCS / "planning.md"
-        begin, end = "<!-- throughput table -->", "<!-- end of table -->"
         page = path.read_text(encoding="utf-8")
-        page = re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{text}\n{end}", page, flags=re.DOTALL)
+        for name, text in texts.items():
+            page = placed(page, name, text)
         path.write_text(page, encoding="utf-8")
-        plot(rows, machine, DOCS / "planning.png")
+        plot(rows, DOCS / "planning.png")
 
 
-def table(rows: Sequence[Published], machine: Machine, left_out: dict[str, float]) -> str:
+def placed(page: str, name: str, text: str) -> str:
+    """Return a page with a text between the marks of a table."""
+    begin, end = f"<!-- {name} -->", "<!-- end of table -->"
+    head, _, rest = page.partition(begin)
+    return f"{head}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+
+
+def table(rows: Sequence[Published], left_out: dict[str, float]) -> str:
     """Return predicted against published as Markdown."""
     lines = [
-        "| row | GPUs | layout | published tok/s/GPU | predicted | error | error when left out | source | assumed |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| row | card | GPUs | layout | published tok/s/GPU | as told | as asked | left out | source | assumed |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        unfitted = f"sets {row.sets}" if row.sets else "never fitted"
-        left = f"{100 * left_out[row.name]:+.1f} %" if row.fitted else unfitted
-        measured, predicted = row.tokens_per_s_per_gpu, row.predicted(machine)
+        role = f"sets {row.sets}" if row.sets else "fitted" if row.fitted else "never fitted"
+        role = f"{100 * left_out[row.name]:+.1f} %" if row.name in left_out else role
+        errors = f"{100 * error(row):+.1f} % | {100 * error_as_asked(row):+.1f} %"
         lines.append(
-            f"| {row.name} | {row.layout.gpus} | {row.layout} | {measured:.0f} | {predicted:.0f} |"
-            f" {100 * (predicted / measured - 1):+.1f} % | {left} | {row.source} | {row.assumed} |"
+            f"| {row.name} | {row.card} | {row.layout.gpus} | {row.layout} | {row.tokens_per_s_per_gpu:.0f} |"
+            f" {errors} | {role} | {row.source} | {row.assumed} |"
         )
-    groups = (
-        ("Fitted rows", [abs(error(row, machine)) for row in rows if row.fitted]),
-        ("Each fitted row left out of its own fit", [abs(miss) for miss in left_out.values()]),
-        ("Rows never fitted", [abs(error(row, machine)) for row in rows if not row.fitted and not row.sets]),
+    lines += ["", "| rows | number | | median error | worst | too high |", "|---|---|---|---|---|---|"]
+    kinds = {
+        "fitted": [row for row in rows if row.fitted],
+        "never fitted, setting nothing": [row for row in rows if row.is_unseen],
+    }
+    for card in dict.fromkeys(row.card for row in rows):
+        for kind, every in kinds.items():
+            chosen = [row for row in every if row.card == card]
+            if not chosen:
+                continue
+            for told, misses in (
+                ("as told", [error(row) for row in chosen]),
+                ("as asked", [error_as_asked(row) for row in chosen]),
+            ):
+                lines.append(f"| {card}, {kind} | {len(chosen)} | {told} | {_summary(misses)} |")
+    lines.append(
+        f"| H100, each fitted row left out of its own fit | {len(left_out)} | | {_summary(left_out.values())} |"
     )
-    lines.append("")
-    for name, misses in groups:
-        lines.append(
-            f"{name}: median error {100 * statistics.median(misses):.1f} %, worst {100 * max(misses):.1f} %.  "
-        )
     return "\n".join(lines)
 
 
-def plot(rows: Sequence[Published], machine: Machine, path: Path) -> None:
+def _summary(misses: Iterable[float]) -> str:
+    values = list(misses)
+    sizes = [100 * abs(miss) for miss in values]
+    high = sum(miss > 0 for miss in values)
+    return f"{statistics.median(sizes):.1f} % | {max(sizes):.1f} % | {high} of {len(values)}"
+
+
+def memory_table(peaks: Sequence[Peak]) -> str:
+    """Return predicted memory beside measured as Markdown."""
+    lines = [
+        "| run | GPUs | layout | | measured GiB | predicted | error | source | assumed |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for peak in peaks:
+        row, (states, highest) = peak.row, peak.predicted()
+        for kind, measured, predicted in (
+            ("allocated", peak.allocated_gib, states),
+            ("peak", peak.peak_gib, highest),
+        ):
+            if measured is not None:
+                lines.append(
+                    f"| {row.name} | {row.layout.gpus} | {row.layout} | {kind} | {measured:.2f} | {predicted:.2f} |"
+                    f" {100 * (predicted / measured - 1):+.1f} % | {row.source} | {row.assumed} |"
+                )
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[Published], path: Path) -> None:
     """Draw predicted over published tokens/s."""
     import matplotlib
 
@@ -108,13 +159,13 @@ def plot(rows: Sequence[Published], machine: Machine, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 5.2))
-    span = [200, 20000]
+    span = [200, 50000]
     axes.plot(span, span, color="grey", linewidth=1)
     axes.fill_between(span, [0.75 * x for x in span], [1.25 * x for x in span], color="grey", alpha=0.15, label="25 %")
     for fitted, marker in ((True, "o"), (False, "x")):
         chosen = [row for row in rows if row.fitted is fitted]
         x = [row.tokens_per_s_per_gpu for row in chosen]
-        y = [row.predicted(machine) for row in chosen]
+        y = [row.predicted() for row in chosen]
         axes.scatter(x, y, marker=marker, label="fitted" if fitted else "never fitted")
     axes.set(xscale="log", yscale="log", xlim=span, ylim=span, xlabel="published tokens/s/GPU", ylabel="predicted")
     axes.legend()

@@ -5,9 +5,9 @@ How they differ from `performance_mode` of NeMo's own recipes, and why:
 - NeMo's Mixtral sets EP1 TP8; experts cut by eight leave small matrices and an all-reduce in every layer. Here experts
   are spread (EP8) and never cut (expert-tensor parallelism 1): the paper's fastest row, and NeMo's own tuned row for
   Mixtral 8x7B on H100 in `scripts/performance`.
-- NeMo's reduces gradients in bfloat16. Here they stay in float32: a run that starts from a trained model makes small
-  steps (3e-5), and a sum over 512 sequences in 8 bits of mantissa loses them. There is room: the fast layout of
-  Llama 3 8B holds about 21 GiB of model states on 64 GPUs (derived).
+- Gradients are reduced in bfloat16 under `performance_mode` alone, as in NeMo's and Megatron-Bridge's. Else they stay
+  in float32: a run that starts from a trained model makes small steps (3e-5), and a sum over 512 sequences in 8 bits
+  of mantissa may lose them (derived, not measured). The plain layouts have room for it.
 - Overlap of tensor-parallel communication stays off: experimental, and its tuned buffers are for other shapes.
 - What is the same: capacity factor 1 with padding (`MegatronTokenDropCallback`'s values, set in the model's
   configuration, where an override finds them), manual garbage collection, overlap of pipeline and data-parallel
@@ -255,7 +255,7 @@ def fast_run(recipe: run.Partial, tensor_parallelism: int, context_parallelism: 
 
     Every expert computes exactly its capacity, so shapes are static, memory does not depend on the router, and
     nothing needs recomputation. Tokens beyond the capacity are dropped, so the model of step 0 is not quite the dense
-    one.
+    one. Gradients are reduced in bfloat16.
 
     Args:
         recipe: of an upcycled model.
@@ -266,6 +266,7 @@ def fast_run(recipe: run.Partial, tensor_parallelism: int, context_parallelism: 
         *(recipe.trainer.callbacks or []),
         run.Config(GarbageCollectionCallback, gc_interval_train=100, gc_interval_val=100),
     ]
+    recipe.trainer.plugins.grad_reduce_in_fp32 = recipe.trainer.strategy.ddp.grad_reduce_in_fp32 = False
     return adjust(
         recipe,
         capacity_factor=1.0,
@@ -374,10 +375,11 @@ def dense_baseline(
                 $ nemo llm pretrain --factory "NAME(dense='/models/dense', data='data/blend')" --yes
         """
         recipe = nemo_recipe.pretrain_recipe(dir, name, num_nodes, num_gpus_per_node, fn=fn)
-        if performance_mode:  # not an argument of all of NeMo's recipes
-            recipe = nemo_recipe.pretrain_performance_optimizations(recipe)
         if model is not None:
             recipe.model = model()
-        return resilient(start_from(paper_training(recipe), dense, None, data))
+        recipe = paper_training(recipe)
+        if performance_mode:  # not an argument of all of NeMo's recipes
+            recipe = nemo_recipe.pretrain_performance_optimizations(recipe)
+        return resilient(start_from(recipe, dense, None, data))
 
     return pretrain_recipe

@@ -179,8 +179,9 @@ def _compute_in_fp8(recipe: run.Partial, name: str) -> None:
     name = {"current": "tensorwise"}.get(name, name)
     if name not in FP8_RECIPES:
         raise SpecError.unknown("fp8_recipe", name, [*FP8_RECIPES, "current"])
+    in_fp32 = recipe.trainer.plugins.grad_reduce_in_fp32
     recipe.trainer.plugins = FP8_RECIPES[name]()
-    recipe.trainer.plugins.fp8_param_gather = False
+    recipe.trainer.plugins.fp8_param_gather, recipe.trainer.plugins.grad_reduce_in_fp32 = False, in_fp32
     config = recipe.model.config
     # The precision sets these, too, but after the model's configuration has checked itself.
     config.fp8, config.fp8_recipe = "hybrid", name

@@ -21,7 +21,16 @@ from nemo_upcycle.planning.commands import BACKENDS, bridge_command, nemo_comman
 from nemo_upcycle.planning.layout import SIZES, parse_layout
 from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.search import MOST_GPUS, Plan, PlanRequest, evaluate_layout, find, nearest_gpus, search
-from nemo_upcycle.planning.workload import DISPATCHERS, PRECISIONS, RECOMPUTES, ROUTINGS, Workload
+from nemo_upcycle.planning.workload import (
+    DISPATCHERS,
+    FORCED_IMBALANCE,
+    GRADIENTS,
+    PRECISIONS,
+    RECOMPUTES,
+    ROUTINGS,
+    USUAL_IMBALANCE,
+    Workload,
+)
 from nemo_upcycle.spec import UpcycleSpec, check_capacity
 from nemo_upcycle.utils.validation import check_number, check_whole
 
@@ -37,7 +46,14 @@ keys of --layout (what is omitted is 1): tp tensor, cp context, ep expert, etp e
 
 exit status: 0 a layout fits (or is tight); 1 none does; 2 a value is wrong.
 TFLOP/s and MFU count full attention, as arXiv 2412.09952 does; --json has the causal half beside it."""
-_DEFAULTS = {"seq_length": 8192, "global_batch": 512, "capacity_factor": None, "tokens": 100e9}
+#: Of a model without a recipe. Gradients are those of NVIDIA's recipes.
+_DEFAULTS = {
+    "seq_length": 8192,
+    "global_batch": 512,
+    "capacity_factor": None,
+    "tokens": 100e9,
+    "gradients": "bf16",
+}
 _UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
@@ -70,11 +86,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--global-batch", type=int, metavar="SEQUENCES", help="sequences of a step (default: 512)")
     model.add_argument("--capacity-factor", type=float, metavar="CF", help="of the experts; 0 drops nothing")
     model.add_argument("--pad-to-capacity", action="store_true", help="pad every expert up to its capacity")
-    model.add_argument("--imbalance", type=float, default=1.5, metavar="X", help="busiest over mean expert rank (1.5)")
+    model.add_argument(
+        "--imbalance",
+        type=float,
+        metavar="X",
+        help="busiest over mean expert rank (1.5; 1.11 with --routing balanced)",
+    )
     model.add_argument("--precision", default="bf16", metavar="NAME", help=f"{', '.join(PRECISIONS)} (default: bf16)")
-    model.add_argument("--dispatcher", default="alltoall", metavar="NAME", help=f"{', '.join(DISPATCHERS)} (alltoall)")
-    model.add_argument("--routing", default="balanced", metavar="NAME", help=f"{', '.join(ROUTINGS)} (balanced)")
-    model.add_argument("--overlap", metavar="tp,ep", help="traffic beside computation; the recipes have none")
+    text = "keep parameters in FP8 or FP4 (default: as NVIDIA's recipes, but where a recipe trains or upcycling fills)"
+    switch = argparse.BooleanOptionalAction
+    model.add_argument("--low-precision-params", dest="low_params", action=switch, help=text)
+    text = f"{', '.join(GRADIENTS)}: what gradients are summed in (default: the recipe's; bf16 for --model)"
+    model.add_argument("--grad-dtype", dest="gradients", metavar="NAME", help=text)
+    text = "(default: the recipe's alltoall; hybridep for --model on Blackwell)"
+    model.add_argument("--dispatcher", metavar="NAME", help=f"{', '.join(DISPATCHERS)} {text}")
+    model.add_argument("--routing", metavar="NAME", help=f"{', '.join(ROUTINGS)} (balanced)")
+    text = "what runs beside computation; the recipes have none, --model what NVIDIA's recipes have for the layout"
+    model.add_argument("--overlap", metavar="tp,ep,launch", help=text)
     model.add_argument(
         "--tokens", type=number_of_tokens, metavar="N", help="tokens of the run: 100B, 27e9 (default: 100B)"
     )
@@ -83,17 +111,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cluster.add_argument(
         "--gpu", default="h100", metavar="NAME", help=f"{', '.join(hardware.gpu_names())} (default: h100)"
     )
-    cluster.add_argument(
-        "--software",
-        default=hardware.DEFAULT_SOFTWARE,
-        metavar="NAME",
-        help=f"{', '.join(hardware.SOFTWARE)} (NeMo 2.7's)",
-    )
+    text = f"{', '.join(hardware.SOFTWARE)}, or NVIDIA's container, 26.02 (default: the back end's)"
+    cluster.add_argument("--software", metavar="NAME", help=text)
     cluster.add_argument("--price-per-gpu-hour", type=float, metavar="PRICE", help="in your currency")
     layout = parser.add_argument_group("layout")
     layout.add_argument("--layout", metavar="tp=2,pp=4,...", help="evaluate this one; its keys are listed below")
     layout.add_argument("--micro-batch", type=int, metavar="N", help="sequences of a micro-batch (default: searched)")
-    layout.add_argument("--recompute", metavar="KIND", help=f"{', '.join(RECOMPUTES)} (default: the least that fits)")
+    text = f"{', '.join(RECOMPUTES)}, or several modules: layernorm,moe_act"
+    layout.add_argument("--recompute", metavar="KIND", help=f"{text} (default: the fastest that fits)")
     layout.add_argument("--rows", type=int, default=10, metavar="N", help="layouts to show (default: 10)")
     output = parser.add_argument_group("output")
     output.add_argument("--explain", type=int, metavar="ROW", help="show the arithmetic of a row")
@@ -116,9 +141,9 @@ def run(args: argparse.Namespace) -> int:
     if args.backend not in BACKENDS:
         raise SpecError.unknown("backend", args.backend, BACKENDS)
     subject = subject_of(args)
-    if args.backend == "bridge" and subject.recipe:
-        require_bridge(subject.recipe.name, args.precision)
     request = request_of(args, subject)
+    if args.backend == "bridge" and subject.recipe:
+        require_bridge(subject.recipe.name, request.work)
     try:
         if args.layout is None:
             plans = search(request, args.rows)
@@ -213,15 +238,21 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
     capacity = given("capacity_factor") or None
     if subject.arch.num_experts:
         check_capacity(capacity, args.pad_to_capacity, subject.arch.num_experts, subject.arch.top_k or 1)
+    imbalance = FORCED_IMBALANCE if args.routing == "balanced" else USUAL_IMBALANCE
+    low_params = args.low_params
+    if low_params is None:  # an upcycled model's cannot be filled, and this package's recipes keep BF16
+        low_params = args.precision != "bf16" and subject.recipe is None and subject.spec is None
     work = Workload(
         seq_length=given("seq_length"),
         global_batch=given("global_batch"),
         capacity_factor=capacity if subject.arch.num_experts else None,
         pad=args.pad_to_capacity,
-        imbalance=args.imbalance,
+        imbalance=args.imbalance if args.imbalance is not None else imbalance,
         precision=args.precision,
-        dispatcher=args.dispatcher,
-        routing=args.routing,
+        low_params=low_params,
+        gradients=given("gradients"),
+        dispatcher=args.dispatcher or "alltoall",
+        routing=args.routing or "balanced",
         overlap=tuple(args.overlap.split(",")) if args.overlap else (),
     )
     if args.micro_batch is not None:
@@ -232,12 +263,21 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
         gpus=args.gpus,
         work=work,
         tokens=given("tokens"),
-        machine=hardware.known_software(args.software),
+        software=_software(args),
+        usual=tuple(name for name in ("dispatcher", "overlap") if not args.recipe and getattr(args, name) is None),
         grouped=_is_grouped(subject),
         micro_batch=args.micro_batch,
         recompute=args.recompute or None,
         price_per_gpu_hour=args.price_per_gpu_hour,
     )
+
+
+def _software(args: argparse.Namespace) -> str:
+    """Return the generation of Megatron-Core: the named one, else that of the back end; Blackwell has Bridge's."""
+    if args.software is not None:
+        return hardware.known_software(args.software)
+    is_new = args.backend == "bridge" or (args.recipe is None and hardware.known_gpu(args.gpu).is_blackwell)
+    return hardware.BRIDGE_SOFTWARE if is_new else hardware.DEFAULT_SOFTWARE
 
 
 def _is_grouped(subject: Subject) -> bool:
@@ -251,20 +291,21 @@ def _require_taken(args: argparse.Namespace, subject: Subject) -> None:
     Raises:
         SpecError: one is.
     """
-    overlap = (args.overlap or "").split(",")
+    overlap, recompute = ((text or "").split(",") for text in (args.overlap, args.recompute))
     of_experts = {
         "--capacity-factor": args.capacity_factor,
         "--pad-to-capacity": args.pad_to_capacity or None,
         "--dispatcher": None if args.dispatcher == "alltoall" else args.dispatcher,
         "--overlap": "ep" if "ep" in overlap else None,
-        "--recompute": "moe_act" if args.recompute == "moe_act" else None,
+        "--recompute": args.recompute if {"layernorm", "moe_act", "moe"} & {*recompute} else None,
     }
     if not subject.arch.num_experts:
         refused, why = of_experts, "none for a dense model"
     elif args.recipe is not None and args.overlap:
         refused, why = {"--overlap": args.overlap}, "none beside --recipe: no recipe has it"
     elif not _is_grouped(subject):
-        refused = {name: of_experts[name] for name in ("--dispatcher", "--recompute")}
+        refused = {"--dispatcher": of_experts["--dispatcher"]}
+        refused["--recompute"] = args.recompute if "moe_act" in recompute else None
         why = "none for this recipe, which does not group the experts' products"
     else:
         return
@@ -324,6 +365,7 @@ def _text(
             f"{request.gpus} x {request.gpu.name}, {request.work.precision}, {request.tokens:.3g} tokens;"
             f" GiB of the fullest rank, tok/s of one GPU, MFU of {chosen.peak_tflops:g} TFLOP/s ({chosen.peak_of})"
         ),
+        folded(_settings_line(chosen, answer["rows"][row - 1]["command"])),
         *(folded(f"warning: {warning}") for warning in answer["warnings"]),
         f"\n{shown}\n",
     ]
@@ -340,15 +382,28 @@ def _text(
         lines.append(f"row {row}:\n" + _continued(re.findall(r'(?:[^\s"]|"[^"]*")+', command), width))
     elif subject.recipe is None:
         lines.append(folded("No recipe of this package trains this model, so there is no command."))
+    elif chosen.verdict != "no":
+        lines.append(folded("No recipe of this package has these settings, so there is no command."))
     for rank in answer.get("ranks", []):
         counts = f"{rank['params']:,} parameters, {rank['expert_params']:,} of them of experts"
         lines.append(folded(f"rank {rank['rank']}: {counts}"))
     if checked := answer.get("check"):
-        text = f"checked with Megatron's own modules: {checked['ranks']} ranks of {checked['kinds']} kinds, all equal"
+        equal = "all equal in parameters, buffers of weights and gradients, and optimizer states"
+        text = f"checked with Megatron's own modules: {checked['ranks']} ranks of {checked['kinds']} kinds, {equal}"
         lines += [folded(text), folded(f"built as: {', '.join(checked['specs'])}")]
         if checked["tensors"]:
             lines.append(folded(f"and the read plan fills each of their {checked['tensors']} tensors once"))
     return "\n".join(lines)
+
+
+def _settings_line(plan: Plan, command: str | None) -> str:
+    """Return the settings that a row's memory and speed count on."""
+    work = plan.work
+    names = {"gradients": work.gradients, "overlap": "+".join(work.overlap) or "none"}
+    names |= {"dispatcher": work.dispatcher} if plan.request.arch.num_experts else {}
+    names |= {"parameters": work.precision} if work.low_params else {}
+    line = ", ".join(f"{name} {value}" for name, value in names.items()) + f", {plan.request.software}"
+    return f"{line} (the recipe of the command overlaps nothing)" if command and work.overlap else line
 
 
 def _continued(words: list[str], width: int) -> str:
@@ -387,9 +442,14 @@ def _what_fits_instead(args: argparse.Namespace, request: PlanRequest) -> str:
     return text + (f" With --gpus {number}{without} something fits." if number else "")
 
 
+def _is_later(work: Workload) -> bool:
+    """Return whether a plan needs what the recipes for NeMo 2.7 do not have."""
+    return work.dispatcher == "hybridep" or work.numbers.blackwell or work.low_params
+
+
 def _command(args: argparse.Namespace, subject: Subject, plan: Plan) -> str | None:
     is_nemo = args.backend == "nemo"
-    if subject.recipe is None or plan.verdict == "no" or (is_nemo and plan.work.dispatcher == "hybridep"):
-        return None  # NeMo 2.7 has no HybridEP
+    if subject.recipe is None or plan.verdict == "no" or (is_nemo and _is_later(plan.work)):
+        return None
     dense = str(subject.folder.absolute()) if subject.folder else None
     return (nemo_command if is_nemo else bridge_command)(subject.recipe, plan, dense)

@@ -19,7 +19,7 @@ from nemo_upcycle.models.megatron_config import megatron_fields
 from nemo_upcycle.models.sharding import Shard
 from nemo_upcycle.online.plan import ParamPlan, RankCoords, param_plans
 from nemo_upcycle.planning.layout import Layout
-from nemo_upcycle.planning.parameters import StagePlan
+from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES, StagePlan
 from nemo_upcycle.planning.workload import Workload
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.attributes import temporarily_set
@@ -56,7 +56,9 @@ def check_layout_against_megatron(
     dense: Architecture | None = None,
     spec: UpcycleSpec | None = None,
 ) -> CheckResult:
-    """Build every kind of rank of a layout, and compare its parameters with the plan and with the read plan.
+    """Build every kind of rank of a layout, and compare it with the plan and with the read plan.
+
+    Compared are its parameters, and the bytes of its buffers of weights, gradients and optimizer states.
 
     With Transformer Engine and CUDA, a rank of every stage is also built of its modules, in BF16 and with each FP8
     recipe.
@@ -64,7 +66,7 @@ def check_layout_against_megatron(
     Args:
         arch: of the model that is trained.
         layout: the cluster's.
-        work: precision decides the buffers.
+        work: its precision and gradients decide the buffers.
         dense: the architecture it is upcycled from; without one only the parameters are compared.
         spec: how.
 
@@ -89,7 +91,8 @@ def check_layout_against_megatron(
             plans[ranks.pp] = StagePlan(arch, layout, work, ranks.pp)
         with megatron_rank(layout, rank) as built_ranks:
             _compare(rank, "tp, ep, etp, pp rank", built_ranks, (ranks.tp, ranks.ep, ranks.etp, ranks.pp))
-            for number, chunk in enumerate(build_rank(arch, layout, engine)):
+            chunks = build_rank(arch, layout, engine)
+            for number, chunk in enumerate(chunks):
                 planned = sum(param.numel for param in plans[ranks.pp].chunks[number])
                 built = sum(parameter.numel() for parameter in chunk.parameters())
                 _compare(rank, f"parameters of chunk {number} ({engine or 'local'})", built, planned)
@@ -97,7 +100,42 @@ def check_layout_against_megatron(
                 if dense is not None:
                     read_plan = param_plans(chunk, dense, arch, spec, coords)
                     tensors += _compare_rows(rank, read_plan, chunk, arch)
+            if engine is None:
+                states = replace(work, low_params=False)  # the local modules have none
+                plan = StagePlan(arch, layout, states, ranks.pp)
+                dense_shard = ranks.dp * layout.cp + ranks.cp
+                owned = plan.optimizer_bytes(dense_shard, ranks.expert_dp)
+                planned_bytes = plan.weights_bytes, plan.gradients_bytes, owned
+                what = "bytes of weights, gradients, optimizer"
+                _compare(rank, what, allocated_bytes(chunks, work.gradients), planned_bytes)
     return CheckResult(layout.gpus, len(kinds), elements, tensors, ("local", *engines))
+
+
+def allocated_bytes(chunks: list[Any], gradients: str) -> tuple[int, int, int]:
+    """Return the bytes of weights, gradients and optimizer states that Megatron-Core's wrapper gives a rank.
+
+    Args:
+        chunks: of the rank, from `build_rank`; they become BF16.
+        gradients: what they are summed in, one of `workload.GRADIENTS`.
+    """
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=gradients == "fp32", overlap_grad_reduce=True, use_distributed_optimizer=True
+    )
+    weights = summed = owned = 0
+    with temporarily_set(torch.cuda, "current_device", lambda: torch.device("meta")):
+        for number, chunk in enumerate(chunks):
+            wrapped: Any = DistributedDataParallel(
+                chunk.config, settings, chunk.bfloat16(), disable_bucketing=number > 0
+            )
+            for buffer in [*wrapped.buffers, *wrapped.expert_parallel_buffers]:
+                weights += buffer.param_data.nbytes
+                summed += buffer.grad_data.nbytes
+                for shards in DistributedOptimizer._build_gbuf_range_map(buffer).values():
+                    owned += sum(part["param"].size for shard in shards for part in shard["param_map"].values())
+    return weights, summed, OPTIMIZER_BYTES * owned
 
 
 def _compare_rows(rank: int, plans: list[ParamPlan], chunk: Any, arch: Architecture) -> int:

@@ -9,7 +9,7 @@ from nemo_upcycle.errors import SpecError
 from nemo_upcycle.planning.hardware import KnownRecipe
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.search import Plan
-from nemo_upcycle.planning.workload import Workload
+from nemo_upcycle.planning.workload import PRECISIONS, Workload
 
 
 #: What the recipes, as Megatron, call what the planner calls a precision.
@@ -34,9 +34,11 @@ def fp8_precision(recipe: str | None) -> str:
 
     Example:
         >>> fp8_precision("tensorwise"), fp8_precision("mxfp8")
-        ('fp8-current', 'fp8-mxfp8')
+        ('fp8-current', 'mxfp8')
     """
     name = recipe or "delayed"
+    if name in PRECISIONS:
+        return name
     return {theirs: ours for ours, theirs in FP8_RECIPES.items()}.get(name, f"fp8-{name}")
 
 
@@ -63,13 +65,17 @@ def _steps(plan: Plan) -> int:
     return max(1, round(plan.request.tokens / plan.work.seq_length / plan.work.global_batch))
 
 
-def require_bridge(recipe: str, precision: str) -> None:
+def require_bridge(recipe: str, work: Workload) -> None:
     """Check that there is a recipe by Bridge's naming, and a precision of Bridge's, to make a command of.
 
     Raises:
         SpecError: there is none.
     """
-    for what, got, known in (("recipe", recipe, BRIDGE_RECIPES), ("precision", precision, BRIDGE_PRECISIONS)):
+    for what, got, known in (
+        ("recipe", recipe, BRIDGE_RECIPES),
+        ("precision", work.precision, BRIDGE_PRECISIONS),
+        ("gradients", work.gradients, ("fp32",)),  # those precisions set it
+    ):
         if got not in known:
             expected = f"for Bridge {' or '.join(known)}"
             raise SpecError(field=what, got=got, expected=expected, fix="use --backend nemo")
@@ -130,10 +136,12 @@ def nemo_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> s
     settings["trainer.max_steps"] = steps
     arguments: dict[str, Any] = {"dense": dense} if dense else {}
     arguments |= {"num_nodes": layout.gpus // per_node, "num_gpus_per_node": per_node}
+    if work.gradients != defaults["gradients"]:
+        settings["trainer.plugins.grad_reduce_in_fp32"] = work.gradients == "fp32"
     takes_arguments = upcycled and recipe.h100
     if takes_arguments:
         arguments |= {"capacity_factor": work.capacity_factor or 0, "pad_to_capacity": work.pad}
-        arguments["recompute_moe_steps"] = steps if work.recompute == "moe" else 0
+        arguments["recompute_moe_steps"] = steps if work.recomputes("moe") else 0
         arguments |= {"dispatcher": work.dispatcher} if work.dispatcher != "alltoall" else {}
         arguments |= {"fp8_recipe": FP8_RECIPES[work.precision]} if work.precision in FP8_RECIPES else {}
     elif work.capacity_factor is not None:
@@ -144,9 +152,9 @@ def nemo_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> s
     if work.recompute == "full":
         full = {"granularity": "full", "method": "uniform", "num_layers": 1}
         settings |= {f"model.config.recompute_{name}": value for name, value in full.items()}
-    elif work.recompute == "moe_act" or (work.recompute == "moe" and not takes_arguments):
+    elif work.recompute not in ("none", "moe") or (work.recompute == "moe" and not takes_arguments):
         settings["model.config.recompute_granularity"] = "selective"
-        settings["model.config.recompute_modules"] = [work.recompute if upcycled else "mlp"]
+        settings["model.config.recompute_modules"] = work.recompute.split(",")
     call = f"{recipe.name}({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
     words = [f"{name}={value}" for name, value in settings.items()]
     return f'nemo llm pretrain --factory "{call}" ' + " ".join(f'"{word}"' if "[" in word else word for word in words)

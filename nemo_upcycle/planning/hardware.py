@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.planning.workload import Precision
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -25,43 +26,75 @@ class Gpu:
     nvlink_gb_s: float
     network_gb_s: float
     per_node: int
+    nvlink_gpus: int
+    fp4_tflops: float | None = None
+    reached: dict[str, float] = field(default_factory=dict, hash=False)
+
+    def peak_tflops(self, numbers: Precision) -> float:
+        """Return the peak of products in a precision; that of BF16 where the GPU has no other."""
+        return {8: self.fp8_tflops, 4: self.fp4_tflops}.get(numbers.bits) or self.bf16_tflops
+
+    @property
+    def is_blackwell(self) -> bool:
+        """Whether it multiplies in MXFP8 and FP4."""
+        return self.fp4_tflops is not None
+
+    def has(self, numbers: Precision) -> bool:
+        """Return whether the GPU multiplies in a precision."""
+        return self.is_blackwell if numbers.blackwell else not numbers.fp8 or self.fp8_tflops is not None
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What is reached of the peaks. Fitted are `gemm`, `gemm_fp8`, `moe_us` and `imbalance`; the rest is set.
+    """What is reached of the peaks, of an H100; `Gpu.reached` has what is else with a GPU.
+
+    Fitted are `gemm`, `gemm_fp8`, `moe_us` and `imbalance`; the rest is set.
 
     Args:
         gemm: part of the peak that large matrix products reach, at the clock they run at.
-        gemm_fp8: the same for FP8, scaling and transposing included.
+        gemm_fp8: the same for FP8, scaling and transposing included; of MXFP8 without the casts, which are counted.
+        gemm_fp4: the same for NVFP4, without the casts.
+        ragged: part of that for a matrix whose sides are no multiples of 128.
         attention: part of the BF16 peak that flash attention reaches over forward and backward.
         memory: part of the HBM's bandwidth.
         link: part of the bandwidth of NVLink and of the network.
         tp_hidden: part of tensor parallelism's traffic that products hide where it is overlapped.
+        ep_hidden: part of the experts' traffic that another micro-batch's computation hides where it is overlapped.
         layer_us: kernel launches and host work of one layer and micro-batch.
         moe_us: the same for its router and dispatcher, which wait for the number of tokens of each expert.
         expert_us: the same for every further expert of the rank: grouped products are launched expert by expert.
         uneven_expert_us: the same without padding: the host has waited for the numbers of tokens, and nothing that it
             launched before hides what it does then.
         uneven_fp8_expert_us: the same in FP8, where each expert's tensors are measured, cast and transposed.
+        uneven_mx_expert_us: the same in MXFP8 and NVFP4, whose scales need no second pass.
         imbalance: token slots of the busiest expert rank, for which the others wait, over the mean, when experts are
             not padded to a capacity and routing is balanced, as benchmarks force it.
         uneven: what natural routing adds to that for each doubling of the experts beyond four.
     """
 
-    gemm: float = 0.59
-    gemm_fp8: float = 0.55
+    gemm: float = 0.58
+    gemm_fp8: float = 0.54
+    gemm_fp4: float = 0.4
+    ragged: float = 1.0
     attention: float = 0.5
     memory: float = 0.85
     link: float = 0.7
     tp_hidden: float = 0.5
+    ep_hidden: float = 0.7
     layer_us: float = 200.0
-    moe_us: float = 600.0
+    moe_us: float = 620.0
     expert_us: float = 50.0
     uneven_expert_us: float = 250.0
-    uneven_fp8_expert_us: float = 900.0
-    imbalance: float = 1.12
+    uneven_fp8_expert_us: float = 1200.0
+    uneven_mx_expert_us: float = 400.0
+    imbalance: float = 1.11
     uneven: float = 0.12
+
+    def uneven_us(self, numbers: Precision) -> float:
+        """Return the microseconds of launches of an expert that is not padded."""
+        if numbers.blackwell:
+            return self.uneven_mx_expert_us
+        return self.uneven_fp8_expert_us if numbers.fp8 else self.uneven_expert_us
 
     def waits_for(self, experts: int, *, natural: bool) -> float:
         """Return token slots of the busiest expert rank over the mean.
@@ -74,29 +107,46 @@ class Machine:
         return self.imbalance * (1 + added)
 
 
-#: Software -> what is else with it. The first is NeMo 2.7's, and that of NVIDIA's releases up to 26.02; from 26.04 on
-#: (Megatron-Core 0.17) the host neither waits for the numbers of tokens nor works expert by expert.
+#: Generation of Megatron-Core -> what is else with it. From 0.17 on the host neither waits for the numbers of tokens
+#: nor works expert by expert.
 SOFTWARE: dict[str, dict[str, float]] = {
     "mcore-0.15": {},
-    "mcore-0.17": {"moe_us": 300.0, "uneven_expert_us": 50.0, "uneven_fp8_expert_us": 390.0},
+    "mcore-0.16": {"uneven_fp8_expert_us": 650.0, "uneven_mx_expert_us": 200.0},
+    "mcore-0.17": {
+        "moe_us": 300.0,
+        "uneven_expert_us": 50.0,
+        "uneven_fp8_expert_us": 390.0,
+        "uneven_mx_expert_us": 200.0,
+    },
 }
-#: NeMo 2.7's.
-DEFAULT_SOFTWARE = "mcore-0.15"
+SOFTWARE["mcore-0.18"] = SOFTWARE["mcore-0.17"]
+#: NVIDIA's container, by year and month -> its generation.
+CONTAINERS = {"25.09": "mcore-0.15", "25.11": "mcore-0.15", "26.02": "mcore-0.16", "26.04": "mcore-0.17"}
+CONTAINERS |= {"26.06": "mcore-0.18", "26.08": "mcore-0.18"}
+#: NeMo 2.7's, and the last one, which Megatron-Bridge is taken to have.
+DEFAULT_SOFTWARE, BRIDGE_SOFTWARE = "mcore-0.15", "mcore-0.18"
 
 
-def known_software(name: str, machine: Machine | None = None) -> Machine:
-    """Return what a generation of software reaches of a GPU's peaks.
-
-    Args:
-        name: one of `SOFTWARE`.
-        machine: what the first of them reaches; None: `Machine()`.
+def known_software(name: str) -> str:
+    """Return a generation of Megatron-Core by its name or that of a container, `26.02` or `26.02.01`.
 
     Raises:
         SpecError: it is not known.
     """
+    name = CONTAINERS.get(".".join(name.split(".")[:2]), name)
     if name not in SOFTWARE:
-        raise SpecError.unknown("software", name, SOFTWARE)
-    return replace(machine or Machine(), **SOFTWARE[name])
+        raise SpecError.unknown("software", name, [*SOFTWARE, *CONTAINERS])
+    return name
+
+
+def known_machine(gpu: Gpu, software: str) -> Machine:
+    """Return what a generation of software reaches of a GPU's peaks.
+
+    Args:
+        gpu: the GPU.
+        software: one of `SOFTWARE`.
+    """
+    return replace(Machine(**gpu.reached), **SOFTWARE[software])
 
 
 @dataclass(frozen=True)
@@ -160,7 +210,7 @@ def gpu_of_device(device: str) -> Gpu | None:
         device: for example `NVIDIA H100 80GB HBM3`, or a name of `gpus.yaml`.
     """
     name = device.lower()
-    known = next((key for key in gpu_names() if key in name), None)
+    known = max((key for key in gpu_names() if key in name), key=len, default=None)  # gb200 before b200
     return None if known is None or "pcie" in name or "nvl" in name else known_gpu(known)
 
 

@@ -25,10 +25,11 @@ GROUP_BYTES = int(0.25 * GIB)
 LOGIT_BYTES = 10
 
 ASSUMPTIONS = (
-    "weights, gradients, optimizer: exactly Megatron-Core's buffers (bf16, float32 masters and moments)",
+    "weights, gradients, optimizer: exactly Megatron-Core's buffers (bf16; --grad-dtype; float32 masters and moments)",
     "activations: saved tensors of a layer x micro-batches in flight (arXiv 2205.05198), flash attention, no dropout",
     "routed: token slots at the capacity factor, else at --imbalance times the mean, at most every token once",
-    "workspace: 1.5 GiB for CUDA, cuBLAS and allocator slack, 0.25 GiB for every NCCL group, one layer's gradients",
+    "workspace: what is recomputed of one layer, and its gradients",
+    "context: 1.5 GiB for CUDA, cuBLAS and allocator slack, 0.25 GiB for every NCCL group",
 )
 
 
@@ -44,11 +45,22 @@ class Memory:
     routed: int
     logits: int
     workspace: int
+    context: int
 
     @property
     def total(self) -> int:
         """Their sum."""
         return sum(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def states(self) -> int:
+        """What stays from step to step: PyTorch's `memory_allocated` after a step."""
+        return self.weights + self.gradients + self.optimizer + self.fp8_copies
+
+    @property
+    def peak(self) -> int:
+        """PyTorch's `max_memory_allocated`, which knows neither CUDA's context nor NCCL's buffers."""
+        return self.total - self.context
 
     def gib(self) -> dict[str, float]:
         """Return the components and their sum in GiB."""
@@ -83,33 +95,36 @@ def layer_bytes(arch: Architecture, layout: Layout, work: Workload, moe: bool, f
     saved = work.numbers.saved_bytes if fp8 else 2
     heads, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     width, gates = arch.hidden_size, 2 if arch.gated else 1
-    attention = tokens * (2 * width + saved * width + 2 * (heads + 2 * groups) + 2 * heads + 4 * arch.num_heads)
+    attention = tokens * (2 * width + saved * width + 2 * (heads + 2 * groups) + 2 * heads)
+    statistics = tokens * 4 * arch.num_heads  # of attention's softmax
     if arch.qk_norm:
         attention += tokens * 2 * (heads + groups)  # norms keep their input
     if work.precision == "fp8-delayed" and fp8:
         attention += tokens * heads  # the output layer keeps its input in FP8; else attention's own output serves both
     norm = tokens * (2 * width + (2 if moe else saved) * width)  # the router keeps its input in BF16
-    routed = kept_routed = 0.0
+    routed = act = 0.0
     if moe:
         # As many slots as the rank's own tokens have, from all over its group; etp ranks gather theirs.
         slots = tokens / layout.tp * work.buffer_slots_per_token(arch, layout.ep) * layout.etp
         neurons = (arch.expert_ffn_size or 0) / layout.etp
         act = slots * saved * neurons
         routed = slots * (saved * width + 2 * gates * neurons) + act
-        kept_routed = {"none": routed, "moe_act": routed - act}.get(work.recompute, 0.0)
         network = tokens * (gates * 2 + saved) * arch.shared_ffn_size + tokens * 16 * (arch.num_experts or 0)
     else:
         network = tokens * (gates * 2 + saved) * arch.ffn_size
-    every = (attention + norm + network) / layout.tp
-    kept = every
-    if work.recompute == "moe" and (moe or not arch.num_experts):  # in a dense model, the feed-forward networks
-        kept = (attention + norm) / layout.tp
+    every = attention + statistics + norm + network
+    freed = statistics if work.recomputes("core_attn") else 0.0  # flash attention keeps no scores
+    if moe and work.recomputes("layernorm"):  # Transformer Engine's other norms are one with a linear layer
+        freed += tokens * 2 * width
+    freed_routed = act if work.recomputes("moe_act") else 0.0
+    if work.recomputes("moe" if moe else "mlp"):
+        freed, freed_routed = freed + network, routed
     if work.recompute == "full":
-        kept = tokens * 2 * width / layout.tp
-    recomputed = every + routed - kept - kept_routed
+        freed, freed_routed = every - tokens * 2 * width, routed
     # Gradients of a layer's largest tensors live beside them: of its network, and of attention, never both.
-    gradients = max(attention / layout.tp, routed + network / layout.tp)
-    return LayerBytes(kept, kept_routed, recomputed + gradients)
+    gradients = max((attention + statistics) / layout.tp, routed + network / layout.tp)
+    working = freed / layout.tp + freed_routed + gradients
+    return LayerBytes((every - freed) / layout.tp, routed - freed_routed, working)
 
 
 def in_flight(layout: Layout, work: Workload, stage: int) -> list[int]:
@@ -156,7 +171,8 @@ def stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int)
         activations=round(plain),
         routed=round(routed),
         logits=tokens * layout.padded_vocab(arch) // layout.tp * LOGIT_BYTES if stage == layout.pp - 1 else 0,
-        workspace=CONTEXT_BYTES + GROUP_BYTES * sum(size > 1 for size in group_sizes) + round(working),
+        workspace=round(working),
+        context=CONTEXT_BYTES + GROUP_BYTES * sum(size > 1 for size in group_sizes),
     )
 
 

@@ -20,8 +20,8 @@ from nemo_upcycle.planning.workload import Workload
 
 #: Megatron's Adam keeps a float32 master and two float32 moments of every parameter.
 OPTIMIZER_BYTES = 12
-#: Parameters are BF16, gradients float32 (`grad_reduce_in_fp32`).
-WEIGHT_BYTES, GRADIENT_BYTES = 2, 4
+#: Parameters are BF16.
+WEIGHT_BYTES = 2
 #: Megatron's default; larger with very many data-parallel ranks.
 _BUCKET = 40_000_000
 _BUCKET_PER_RANK = 1_000_000
@@ -161,7 +161,7 @@ class StagePlan:
     Args:
         arch: of the model.
         layout: the cluster's.
-        work: decides the precision.
+        work: decides the precision of weights and gradients.
         stage: the pipeline stage.
     """
 
@@ -171,7 +171,7 @@ class StagePlan:
         self.params = sum(param.numel for param in params)
         self.expert_params = sum(param.numel for param in params if param.mapping.is_expert)
         in_fp8 = [p.numel for p in params if p.is_linear and work.is_fp8_layer(arch, p.layer or 0)]
-        self.fp8_bytes = sum(in_fp8) * work.numbers.copy_bytes
+        self.fp8_bytes = round(sum(in_fp8) * work.numbers.copy_bytes)
         self.buffers: list[tuple[Buffer, bool]] = []
         least = max(_BUCKET, _BUCKET_PER_RANK * layout.dp)
         apart = ("embedding", "output") if arch.tied_embeddings and layout.pp > 1 else ()
@@ -187,7 +187,8 @@ class StagePlan:
                 shards = layout.expert_dp if expert else layout.dense_shards
                 self.buffers.append((lay_out(members, shards, bucket), expert))
         numel = sum(buffer.numel for buffer, _ in self.buffers)
-        self.weights_bytes, self.gradients_bytes = numel * WEIGHT_BYTES, numel * GRADIENT_BYTES
+        self.weights_bytes = (numel - (sum(in_fp8) if work.low_params else 0)) * WEIGHT_BYTES
+        self.gradients_bytes = numel * work.gradient_bytes
 
     def optimizer_bytes(self, dense_shard: int = 0, expert_shard: int = 0) -> int:
         """Return the bytes of a rank's optimizer states; the defaults are the fullest rank's.

@@ -17,8 +17,6 @@ from nemo_upcycle.planning.layout import Layout, divisors
 from nemo_upcycle.planning.workload import Workload
 
 
-#: FP8 products in Transformer Engine need a multiple of this many rows.
-_FP8_ROWS = 8
 _SIZES = ("tp", "pp", "vp", "cp", "ep", "etp", "micro_batch")
 _SWITCHES = ("embedding", "loss")
 
@@ -139,8 +137,9 @@ def _kernel_rules(layout: Layout, arch: Architecture, work: Workload) -> Iterato
         text = "experts spread over ranks: Megatron-Core's flex dispatcher needs <etp> x <ep> above 1"
         yield RuleViolation("ep", 1, text)
     rows = work.seq_length // layout.cp * layout.micro_batch
-    if work.numbers.fp8 and rows % _FP8_ROWS:
-        expected = f"a multiple of {_FP8_ROWS} tokens in each rank's part of a micro-batch (now {rows}), as FP8 needs"
+    if work.numbers.fp8 and rows % (multiple := work.numbers.rows):
+        needed = f"as {work.precision} needs"
+        expected = f"a multiple of {multiple} tokens in each rank's part of a micro-batch (now {rows}), {needed}"
         yield RuleViolation("seq_length", work.seq_length, expected)
 
 
@@ -194,19 +193,19 @@ def _candidates(key: str, layout: Layout, arch: Architecture, work: Workload) ->
     elif key in _SIZES:
         values = {*range(1, 129), *(size for size in divisors(arch.num_layers) if size > 128)}
     else:
-        steps = [max(1, step) for step in _multiples_of(key, layout)]
+        steps = [max(1, step) for step in _multiples_of(key, layout, work)]
         values = {step * count for step in steps for count in (now // step, now // step + 1) if count}
     return sorted(
         values - {now}, key=lambda value: (math.inf, 0) if value is None else (abs(value - (now or 0)), value)
     )
 
 
-def _multiples_of(key: str, layout: Layout) -> tuple[int, ...]:
+def _multiples_of(key: str, layout: Layout, work: Workload) -> tuple[int, ...]:
     if key == "gpus":
         return (math.lcm(layout.tp * layout.cp * layout.pp, layout.etp * layout.ep * layout.pp),)
     if key == "seq_length":
         of = layout.tp * (2 * layout.cp if layout.cp > 1 else 1)
-        return of, math.lcm(of, _FP8_ROWS * layout.cp)
+        return of, math.lcm(of, work.numbers.rows * layout.cp)
     step = max(1, layout.gpus // max(1, layout.tp * layout.cp * layout.pp)) * layout.micro_batch
     return step, step * layout.pp
 

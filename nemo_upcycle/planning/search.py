@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.flops import flops_per_token
-from nemo_upcycle.planning.hardware import Gpu, Machine
+from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE, DEFAULT_SOFTWARE, Gpu, known_machine
 from nemo_upcycle.planning.layout import Layout, divisors
 from nemo_upcycle.planning.memory import GIB, Memory, activation_bytes, worst_memory
-from nemo_upcycle.planning.parameters import GRADIENT_BYTES, OPTIMIZER_BYTES, WEIGHT_BYTES
+from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES, WEIGHT_BYTES
 from nemo_upcycle.planning.rules import check_layout, first_violation
 from nemo_upcycle.planning.throughput import StepTime, ThroughputModel
-from nemo_upcycle.planning.workload import RECOMPUTES, Workload
+from nemo_upcycle.planning.workload import PRECISIONS, Workload
 
 
 #: Up to this share of a GPU's memory a layout fits; up to the next it is tight: fragmentation may end the run.
 FITS, TIGHT = 0.90, 0.97
 _MICRO_BATCHES = (1, 2, 4)
 _CONTEXTS = (1, 2, 4, 8, 16)
+#: Above this, matrices are small.
+_MOST_TP = 8
 #: Larger numbers of GPUs are mistakes.
 MOST_GPUS = 1_000_000
 
@@ -38,10 +42,11 @@ class PlanRequest:
         gpus: their number.
         work: what a step works on.
         tokens: of the whole run.
-        machine: what is reached of the GPU's peaks.
+        software: one of `hardware.SOFTWARE`.
+        usual: the settings, of `dispatcher` and `overlap`, that are not `work`'s but those of NVIDIA's recipes.
         grouped: whether the experts' products are grouped; else Megatron-Core cannot recompute their activation alone.
         micro_batch: the only micro-batch to search, in sequences; None searches several.
-        recompute: the only kind of recomputation to use; None chooses the least that fits.
+        recompute: the only kind of recomputation to use; None chooses the fastest that fits.
         price_per_gpu_hour: in any currency; None: not known.
 
     Raises:
@@ -53,7 +58,8 @@ class PlanRequest:
     gpus: int
     work: Workload
     tokens: float
-    machine: Machine
+    software: str = DEFAULT_SOFTWARE
+    usual: tuple[str, ...] = ()
     grouped: bool = True
     micro_batch: int | None = None
     recompute: str | None = None
@@ -67,22 +73,38 @@ class PlanRequest:
                 expected="attention and a network in each: the planner knows no others",
                 fix="set the layout by hand (docs/bridge.md)",
             )
-        if self.work.numbers.fp8 and self.gpu.fp8_tflops is None:
-            expected = f"bf16 on {self.gpu.name}"
-            raise SpecError(field="precision", got=self.work.precision, expected=expected, fix="use bf16")
+        if not self.gpu.has(self.work.numbers):
+            able = [name for name, numbers in PRECISIONS.items() if self.gpu.has(numbers)]
+            expected = f"{', '.join(able)} on {self.gpu.name}"
+            raise SpecError(field="precision", got=self.work.precision, expected=expected, fix=f"use {able[-1]}")
 
     @cached_property
     def model(self) -> ThroughputModel:
         """The throughput model of the architecture on these GPUs."""
-        return ThroughputModel(self.arch, self.gpu, self.machine)
+        return ThroughputModel(self.arch, self.gpu, known_machine(self.gpu, self.software))
+
+    def plans(self, layout: Layout) -> list[Plan]:
+        """Return a layout's plan with each kind of recomputation to choose from."""
+        return [Plan(self, layout, self._work(layout, kind)) for kind in self.recomputes]
+
+    def _work(self, layout: Layout, recompute: str) -> Workload:
+        usual = {
+            "dispatcher": usual_dispatcher(self.arch, self.gpu, layout, self.work),
+            "overlap": usual_overlap(self.arch, self.gpu, layout, self.work, recompute, self.software),
+        }
+        return _changed(self.work, recompute, *(usual[name] if name in self.usual else None for name in usual))
 
     @property
     def recomputes(self) -> tuple[str, ...]:
-        """The kinds of recomputation to choose from, the least first."""
+        """The kinds of recomputation to choose from, nothing first, and last what keeps least."""
         if self.recompute:
             return (self.recompute,)
-        has_moe_act = self.arch.num_experts and self.grouped and self.work.precision != "fp8-delayed"
-        return tuple(kind for kind in RECOMPUTES if kind != "moe_act" or has_moe_act)
+        if not self.arch.num_experts:
+            return ("none", "core_attn", "mlp", "full")
+        delayed, dense = self.work.precision == "fp8-delayed", ("mlp",) if self.arch.moe_pattern else ()
+        light = () if delayed else ("layernorm", *(("moe_act", "layernorm,moe_act") if self.grouped else ()))
+        heavy = ("moe",) if delayed else ("moe", "layernorm,moe")
+        return ("none", "core_attn", *light, *dense, *heavy, "full")
 
 
 @dataclass(frozen=True)
@@ -132,14 +154,13 @@ class Plan:
 
     @property
     def peak_tflops(self) -> float:
-        """The peak that MFU is measured against, FP8's for FP8."""
-        gpu = self.request.gpu
-        return (gpu.fp8_tflops or gpu.bf16_tflops) if self.work.numbers.fp8 else gpu.bf16_tflops
+        """The peak that MFU is measured against, of the numbers that are multiplied."""
+        return self.request.gpu.peak_tflops(self.work.numbers)
 
     @property
     def peak_of(self) -> str:
         """The numbers whose peak that is."""
-        return "FP8" if self.work.numbers.fp8 else "BF16"
+        return {8: "FP8", 4: "FP4"}.get(self.work.numbers.bits, "BF16")
 
     @property
     def mfu(self) -> float:
@@ -168,8 +189,42 @@ class Plan:
         return (WEIGHT_BYTES + OPTIMIZER_BYTES) * self.request.arch.total_params / GIB
 
 
+@functools.lru_cache(maxsize=256)
+def _changed(work: Workload, recompute: str, dispatcher: str | None, overlap: tuple[str, ...] | None) -> Workload:
+    """Return a workload with other settings, the same object for the same ones; None keeps one."""
+    given = {"dispatcher": dispatcher, "overlap": overlap}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return replace(work, recompute=recompute, **changes)
+
+
+def usual_dispatcher(arch: Architecture, gpu: Gpu, layout: Layout, work: Workload) -> str:
+    """Return the dispatcher of NVIDIA's recipes: HybridEP on Blackwell."""
+    spread = arch.num_experts and layout.ep * layout.etp > 1 and not work.pad
+    return "hybridep" if spread and gpu.is_blackwell else "alltoall"
+
+
+def usual_overlap(
+    arch: Architecture, gpu: Gpu, layout: Layout, work: Workload, recompute: str, software: str
+) -> tuple[str, ...]:
+    """Return what NVIDIA's recipes overlap (`perf_recipes` of Megatron-Bridge 0.6.2, NeMo's `performance_mode`).
+
+    Tensor parallelism's traffic in dense models, but in FP4; the experts' between nodes, where Megatron-Core can: with
+    interleaved stages or none, and without recomputing whole layers; in MXFP8 and NVFP4 of the last software, in racks
+    and on single machines, the experts' anyway, and launches, by one CUDA graph of a step.
+    """
+    if not arch.num_experts:
+        return ("tp",) if layout.tp > 1 and work.numbers.bits > 4 else ()
+    able = layout.ep > 1 and (layout.pp == 1 or layout.vp > 1) and not work.pad
+    if not able or recompute == "full" or "moe" in recompute.split(","):
+        return ()
+    within = gpu.nvlink_gpus > gpu.per_node or layout.gpus <= gpu.nvlink_gpus
+    if within and work.numbers.blackwell and software == BRIDGE_SOFTWARE:
+        return ("ep", "launch")
+    return ("ep",) if layout.ep * layout.etp > gpu.nvlink_gpus else ()
+
+
 def evaluate_layout(request: PlanRequest, layout: Layout) -> Plan:
-    """Return a layout's plan, with the least recomputation that fits; if none does, the least that is tight.
+    """Return a layout's plan, with the fastest recomputation that fits; if none does, the fastest that is tight.
 
     Args:
         request: what it is for.
@@ -179,12 +234,12 @@ def evaluate_layout(request: PlanRequest, layout: Layout) -> Plan:
         SpecError: the layout breaks a rule.
     """
     check_layout(layout, request.arch, request.work)
-    plans = [Plan(request, layout, replace(request.work, recompute=kind)) for kind in request.recomputes]
+    plans = sorted(request.plans(layout), key=_speed)
     for verdict in ("fits", "tight"):
         for plan in plans:
             if plan.verdict == verdict:
                 return plan
-    return plans[-1]
+    return min(plans, key=lambda plan: plan.memory.total)
 
 
 def search(request: PlanRequest, limit: int = 10) -> list[Plan]:
@@ -242,8 +297,8 @@ def _batches(batch: int, step: int) -> list[int]:
 
 def _fits(request: PlanRequest) -> bool:
     """Return whether some layout fits; looks only at those that need least memory."""
-    work = replace(request.work, recompute=request.recompute or RECOMPUTES[-1])
-    return any(Plan(request, layout, work).verdict != "no" for layout in _smallest(request, layouts(request), 20))
+    smallest = _smallest(request, layouts(request), 20)
+    return any(request.plans(layout)[-1].verdict != "no" for layout in smallest)
 
 
 def _smallest(request: PlanRequest, every: Iterable[Layout], count: int) -> list[Layout]:
@@ -253,27 +308,27 @@ def _smallest(request: PlanRequest, every: Iterable[Layout], count: int) -> list
 def find(request: PlanRequest, limit: int) -> list[Plan]:
     """Return what `search` returns, or an empty list where `search` raises."""
     every = list(layouts(request))
-    works = [replace(request.work, recompute=kind) for kind in request.recomputes]
     room_gib = request.gpu.memory_gib * TIGHT
     able = [layout for layout in every if _least_gib(request, layout) <= room_gib]
-    kinds = [[Plan(request, layout, work) for work in works] for layout in able]
-    chosen: list[Plan] = []
-    # Fastest first. Of a layout, the kinds of recomputation are slower one by one: the next waits for the one before.
+    kinds = [request.plans(layout) for layout in able]
+    chosen: dict[int, Plan] = {}
+    # Fastest first: of a layout that which recomputes nothing, and where it does not fit all others.
     queue = [(*_speed(plans[0]), number, 0) for number, plans in enumerate(kinds)]
     heapq.heapify(queue)
     while queue and len(chosen) < limit:
         *_, number, kind = heapq.heappop(queue)
         plans = kinds[number]
         plan = plans[kind]
-        able_to_run = _could_fit(plan) and plan.verdict != "no"
+        able_to_run = number not in chosen and _could_fit(plan) and plan.verdict != "no"
         # A tight one gives way to a slower one of the same layout that fits.
         if able_to_run and (plan.verdict == "fits" or not any(other.verdict == "fits" for other in plans)):
-            chosen.append(plan)
-        elif kind + 1 < len(plans):
-            heapq.heappush(queue, (*_speed(plans[kind + 1]), number, kind + 1))
+            chosen[number] = plan
+        elif kind == 0:
+            for other in range(1, len(plans)):
+                heapq.heappush(queue, (*_speed(plans[other]), number, other))
     if chosen:
-        return chosen
-    nearest = (Plan(request, layout, works[-1]) for layout in _smallest(request, every, 50))
+        return list(chosen.values())
+    nearest = (request.plans(layout)[-1] for layout in _smallest(request, every, 50))
     return sorted(nearest, key=lambda plan: plan.memory.total)[:limit]
 
 
@@ -283,8 +338,8 @@ def _speed(plan: Plan) -> tuple[float, int]:
 
 
 def layouts(request: PlanRequest) -> Iterator[Layout]:
-    """Yield every layout of even stages that obeys the rules; tensor parallelism stays inside a node."""
-    arch, node = request.arch, request.gpu.per_node
+    """Yield every layout of even stages that obeys the rules; tensor parallelism stays within NVLink."""
+    arch, node = request.arch, min(_MOST_TP, request.gpu.nvlink_gpus)
     micro_batches = _MICRO_BATCHES if request.micro_batch is None else (request.micro_batch,)
     experts = divisors(arch.num_experts) if arch.num_experts else [1]
     for tp, cp, pp, ep in itertools.product(divisors(node), _CONTEXTS, divisors(arch.num_layers), experts):
@@ -302,7 +357,8 @@ def layouts(request: PlanRequest) -> Iterator[Layout]:
 def _least_gib(request: PlanRequest, layout: Layout) -> float:
     """Return a lower bound of what the worst rank holds: the states of its share of the parameters."""
     dense, expert = request.model.rank_params(layout)
-    state = WEIGHT_BYTES + GRADIENT_BYTES
+    weight = min(WEIGHT_BYTES, request.work.numbers.copy_bytes) if request.work.low_params else WEIGHT_BYTES
+    state = weight + request.work.gradient_bytes
     owned = dense / layout.dense_shards + expert / layout.expert_dp
     return ((dense + expert) * state + owned * OPTIMIZER_BYTES) / GIB
 

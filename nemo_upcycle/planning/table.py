@@ -25,7 +25,7 @@ _CELLS: dict[str, Callable[[Plan], str]] = {
     "activ": lambda plan: _gib(plan.memory.activations),
     "routed": lambda plan: _gib(plan.memory.routed),
     "logits": lambda plan: _gib(plan.memory.logits),
-    "other": lambda plan: _gib(plan.memory.workspace),
+    "other": lambda plan: _gib(plan.memory.workspace + plan.memory.context),
     "GiB": lambda plan: _gib(plan.memory.total),
     "mem%": lambda plan: f"{100 * plan.memory.total / GIB / plan.request.gpu.memory_gib:.0f}%",
     "fits": lambda plan: plan.verdict,
@@ -99,8 +99,10 @@ def row_values(plan: Plan, command: str | None) -> dict[str, Any]:
     """Return a plan for machines."""
     layout = plan.layout
     sizes = {name: getattr(layout, name) for name in ("tp", "pp", "vp", "cp", "ep", "etp", "dp", "expert_dp")}
+    work = plan.work
+    settings = {"recompute": work.recompute, "dispatcher": work.dispatcher, "overlap": list(work.overlap)}
     return {
-        "layout": sizes | {"micro_batch": layout.micro_batch, "recompute": plan.work.recompute},
+        "layout": sizes | {"micro_batch": layout.micro_batch} | settings,
         "memory_gib": plan.memory.gib(),
         "fits": plan.verdict,
         "tokens_per_s_per_gpu": round(plan.tokens_per_s_per_gpu, 1),

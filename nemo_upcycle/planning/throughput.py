@@ -1,8 +1,8 @@
 """How long a step takes: work and traffic of every part of a layer, divided by what the machine can do.
 
 A sum of times, each with a physical meaning. Work and traffic are counts; how much of a peak a kernel reaches is what
-`Machine` holds, fitted on published measurements of H100s (`benchmarks/throughput.py`; table and errors in
-docs/planning.md). All times are of one GPU and of forward and backward together.
+`Machine` holds, fitted on published measurements (`benchmarks/throughput.py`; table and errors in docs/planning.md).
+All times are of one GPU and of forward and backward together.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.hardware import Gpu, Machine
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.workload import Workload
+
+
+#: Matrix products work on tiles of so many rows and columns.
+_TILE = 128
 
 
 @dataclass
@@ -110,24 +114,26 @@ class ThroughputModel:
             fullest.add(layer, max(counts))
             stage = max(stage, fullest, key=lambda times: times.total)
         stage.add(self._send(layout, work))
+        if "launch" in work.overlap:
+            stage.launch = 0.0
         step = StepTime(bubble=stage.total * (layout.pp - 1) / layout.vp)
         step.add(stage, count)
-        step.memory += self._optimizer_s(layout)
-        step.network += self._data_parallel_s(layout, stage.total * 2 / 3)
+        step.memory += self._optimizer_s(layout, work)
+        step.network += self._data_parallel_s(layout, work, stage.total * 2 / 3)
         return step
 
     def _parts(self, layout: Layout, work: Workload) -> tuple[StepTime, StepTime]:
         """Return the times of an average layer and of the output layer, for one micro-batch."""
         sizes = (layout.tp, layout.cp, layout.ep, layout.etp, layout.micro_batch)
-        key = (*sizes, layout.node_gpus(self.gpu.per_node), work)
+        key = (*sizes, layout.node_gpus(self.gpu.nvlink_gpus), work)
         if key not in self._known:
-            layer = StepTime()
+            layer, in_bf16 = StepTime(), replace(work, precision="bf16")
             for (moe, fp8), count in layer_kinds(self.arch, work).items():
-                layer.add(self._layer(layout, work, moe, fp8), count / self.arch.num_layers)
-            self._known[key] = layer, self._output(layout, work)
+                layer.add(self._layer(layout, work if fp8 else in_bf16, moe), count / self.arch.num_layers)
+            self._known[key] = layer, self._output(layout, in_bf16)
         return self._known[key]
 
-    def _layer(self, layout: Layout, work: Workload, moe: bool, fp8: bool) -> StepTime:
+    def _layer(self, layout: Layout, work: Workload, moe: bool) -> StepTime:
         arch = self.arch
         tokens = work.seq_length / layout.cp * layout.micro_batch
         heads, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
@@ -135,44 +141,47 @@ class ThroughputModel:
         # Attention is called once for each step of context parallelism's ring.
         layer = StepTime(launch=self.machine.layer_us * 1e-6 * (1 + (layout.cp - 1) / 4))
         for rows, columns in ((width, heads + 2 * groups), (heads, width)):
-            self._matrix(layer, tokens, rows, columns / layout.tp, 1, fp8)
+            self._matrix(layer, tokens, rows, columns / layout.tp, 1, work)
         scores = 2.0 * tokens * work.seq_length * heads / layout.tp  # forward, two products, the causal half
         layer.attention += 3.5 * scores / (self.machine.attention * self.gpu.bf16_tflops * 1e12)
         # Two norms and residuals; rotary embedding and what attention reads and writes.
-        self._moved(layer, tokens / layout.tp * (24 * width + 8 * (heads + groups)), fp8)
+        self._moved(layer, tokens / layout.tp * (24 * width + 8 * (heads + groups)), work)
         self._tensor_traffic(layer, tokens, layout, work)
         # Keys and values go round the ring once forward, and with their gradients backward; attention hides it.
         ring = 3 * 2 * 2 * groups / layout.tp * tokens * (layout.cp - 1)
         self._link(layer, layout, ring, layout.tp * layout.cp, layout.cp, hidden=layer.attention)
-        network = self._moe(layout, work, tokens, fp8) if moe else StepTime()
+        network = self._moe(layout, work, tokens) if moe else StepTime()
         if moe:
             hidden = layer.total + network.total if "ep" in work.overlap else 0.0
             self._dispatch(network, layout, work, tokens, hidden)
         else:
-            self._network(network, tokens, arch.ffn_size / layout.tp, fp8)
+            self._network(network, tokens, arch.ffn_size / layout.tp, work)
             self._tensor_traffic(network, tokens, layout, work)
+        if work.recomputes("core_attn"):
+            layer.attention *= 1 + 1 / 3.5
         layer.add(layer, 1 / 3 if work.recompute == "full" else 0.0)
-        network_again = work.recompute == "full" or (work.recompute == "moe" and (moe or not arch.num_experts))
+        network_again = work.recompute == "full" or work.recomputes("moe" if moe else "mlp")
         layer.add(network, 1 + (1 / 3 if network_again else 0.0))
-        if moe and work.recompute == "moe_act":
+        if moe and work.recomputes("moe_act"):
             # Read gate and up, write their product once more; what the busiest rank does.
             slots = tokens / layout.tp * self._slots_per_token(layout, work)
-            self._moved(layer, slots * 3 * (self.arch.expert_ffn_size or 0), fp8)
+            self._moved(layer, slots * 3 * (self.arch.expert_ffn_size or 0), work)
+        if moe and work.recomputes("layernorm"):
+            self._moved(layer, tokens / layout.tp * 2 * width, work)
         return layer
 
-    def _moe(self, layout: Layout, work: Workload, tokens: float, fp8: bool) -> StepTime:
+    def _moe(self, layout: Layout, work: Workload, tokens: float) -> StepTime:
         arch, machine, local = self.arch, self.machine, (self.arch.num_experts or 1) // layout.ep
         slots = tokens / layout.tp * self._slots_per_token(layout, work)
-        uneven_us = machine.uneven_fp8_expert_us if fp8 else machine.uneven_expert_us
-        expert_us = machine.expert_us if work.pad else uneven_us
+        expert_us = machine.expert_us if work.pad else machine.uneven_us(work.numbers)
         times = StepTime(launch=(machine.moe_us + expert_us * (local - 1)) * 1e-6)
         neurons = (arch.expert_ffn_size or 0) / layout.etp
         # A rank's experts get slots of its whole group: as many as its own tokens, etp times.
-        self._network(times, slots * layout.etp / local, neurons, fp8, local)
+        self._network(times, slots * layout.etp / local, neurons, work, local)
         # Permute, sort by expert, sort back, unpermute: read and written, forward and backward.
-        self._moved(times, slots * 16 * arch.hidden_size, fp8)
+        self._moved(times, slots * 16 * arch.hidden_size, work)
         if arch.shared_ffn_size:
-            self._network(times, tokens, arch.shared_ffn_size / layout.tp, fp8)
+            self._network(times, tokens, arch.shared_ffn_size / layout.tp, work)
             self._tensor_traffic(times, tokens, layout, work)
         return times
 
@@ -189,11 +198,12 @@ class ThroughputModel:
         span = layout.etp * layout.ep
         if work.dispatcher != "alltoall":
             # A token is sent once to each rank of its node, or once to each other node, that has experts of it.
-            per_node = layout.node_gpus(self.gpu.per_node)
+            per_node = layout.node_gpus(self.gpu.nvlink_gpus)
             places = layout.ep if span <= per_node else span // per_node
             copies *= self._expected_places(places) / (self.arch.top_k or 1)
         bytes_of_copy = 4 * 2 * tokens / layout.tp * self.arch.hidden_size
-        self._link(times, layout, bytes_of_copy * copies * (layout.ep - 1) / layout.ep, span, layout.ep, hidden)
+        volume = bytes_of_copy * copies * (layout.ep - 1) / layout.ep
+        self._link(times, layout, volume, span, layout.ep, hidden, self.machine.ep_hidden)
         slots = tokens / layout.tp * self._slots_per_token(layout, work)
         self._link(times, layout, 4 * 2 * slots * self.arch.hidden_size * (layout.etp - 1), layout.etp, layout.etp)
 
@@ -202,29 +212,35 @@ class ThroughputModel:
         experts, top_k = self.arch.num_experts or 1, self.arch.top_k or 1
         return places * (1 - math.comb(experts - experts // places, top_k) / math.comb(experts, top_k))
 
-    def _network(self, times: StepTime, rows: float, neurons: float, fp8: bool, count: int = 1) -> None:
+    def _network(self, times: StepTime, rows: float, neurons: float, work: Workload, count: int = 1) -> None:
         gates = 2 if self.arch.gated else 1
-        self._matrix(times, rows, self.arch.hidden_size, gates * neurons, count, fp8)
-        self._matrix(times, rows, neurons, self.arch.hidden_size, count, fp8)
-        self._moved(times, count * rows * 8 * neurons, fp8)
+        self._matrix(times, rows, self.arch.hidden_size, gates * neurons, count, work)
+        self._matrix(times, rows, neurons, self.arch.hidden_size, count, work)
+        self._moved(times, count * rows * 8 * neurons, work)
 
-    def _matrix(self, times: StepTime, rows: float, inner: float, columns: float, count: int, fp8: bool) -> None:
+    def _matrix(self, times: StepTime, rows: float, inner: float, columns: float, count: int, work: Workload) -> None:
         """Add a product and its two gradients: [rows, inner] x [inner, columns], `count` of them."""
-        peak = (self.gpu.fp8_tflops or self.gpu.bf16_tflops) if fp8 else self.gpu.bf16_tflops
-        reached = self.machine.gemm_fp8 if fp8 else self.machine.gemm
-        compute_s = 6.0 * count * rows * inner * columns / (reached * peak * 1e12)
-        size = 1 if fp8 else 2
-        # Each operand is read twice and each result written once; a weight's gradient is added to in float32.
+        machine, numbers = self.machine, work.numbers
+        bandwidth = machine.memory * self.gpu.hbm_gb_s * 1e9
+        reached = {16: machine.gemm, 8: machine.gemm_fp8, 4: machine.gemm_fp4}[numbers.bits]
+        if inner % _TILE or columns % _TILE:
+            reached *= machine.ragged
+        compute_s = 6.0 * count * rows * inner * columns / (reached * self.gpu.peak_tflops(numbers) * 1e12)
+        size = numbers.bits / 8
+        # Each operand is read twice and each result written once; a weight's gradient is added to.
         moved = size * 2 * (rows * inner + rows * columns + inner * columns) + 2 * (rows * inner + rows * columns)
-        moved += 8 * inner * columns
-        memory_s = count * moved / (self.machine.memory * self.gpu.hbm_gb_s * 1e9)
+        moved += 2 * work.gradient_bytes * inner * columns
+        memory_s = count * moved / bandwidth
         # A roofline: of the two the shorter is hidden behind the longer.
         times.gemm += compute_s
         times.memory += max(0.0, memory_s - compute_s)
+        # The input and the gradient of the output are cast; the weight is once a step.
+        times.memory += count * numbers.cast_bytes * rows * (inner + columns) / bandwidth
 
-    def _moved(self, times: StepTime, elements: float, fp8: bool) -> None:
-        """Add 16-bit elements read or written by what is no matrix product; a quarter more for casts to FP8."""
-        times.memory += 2.0 * elements * (1.25 if fp8 else 1.0) / (self.machine.memory * self.gpu.hbm_gb_s * 1e9)
+    def _moved(self, times: StepTime, elements: float, work: Workload) -> None:
+        """Add 16-bit elements read or written by what is no matrix product; a quarter more for uncounted casts."""
+        casts = 1.25 if work.numbers.fp8 and not work.numbers.cast_bytes else 1.0
+        times.memory += 2.0 * elements * casts / (self.machine.memory * self.gpu.hbm_gb_s * 1e9)
 
     def _tensor_traffic(self, times: StepTime, tokens: float, layout: Layout, work: Workload) -> None:
         """Add sequence parallelism's gathers and scatters: two forward, three backward, of the rank's tokens."""
@@ -233,17 +249,36 @@ class ThroughputModel:
             volume *= 1 - self.machine.tp_hidden
         self._link(times, layout, volume, layout.tp, layout.tp)
 
-    def _link(self, times: StepTime, layout: Layout, volume: float, span: int, size: int, hidden: float = 0.0) -> None:
-        """Add traffic of a group that lies within `span` neighbouring ranks, beyond seconds of work that hide it."""
+    def _link(
+        self,
+        times: StepTime,
+        layout: Layout,
+        volume: float,
+        span: int,
+        size: int,
+        hidden: float = 0.0,
+        share: float = 1.0,
+    ) -> None:
+        """Add traffic of a group that lies within `span` neighbouring ranks.
+
+        Args:
+            times: to add to.
+            layout: the cluster's.
+            volume: bytes.
+            span: neighbouring ranks that the group lies within.
+            size: ranks of the group.
+            hidden: seconds of work that hide it.
+            share: of it that can be hidden.
+        """
         if volume <= 0 or size <= 1:
             return
-        per_node = layout.node_gpus(self.gpu.per_node)
+        per_node = layout.node_gpus(self.gpu.nvlink_gpus)
         inside = span <= per_node
         bandwidth = self.gpu.nvlink_gb_s if inside else self.gpu.network_gb_s
         # Of a group over several nodes, the members of the own node are reached over NVLink.
         away = 1.0 if inside else 1 - (per_node * size / span - 1) / max(size - 1, 1)
         time_s = volume * max(away, 0.0) / (self.machine.link * bandwidth * 1e9)
-        time_s = max(0.0, time_s - hidden)
+        time_s -= min(hidden, share * time_s)
         if inside:
             times.nvlink += time_s
         else:
@@ -254,8 +289,8 @@ class ThroughputModel:
         times = StepTime()
         tokens = work.seq_length / layout.cp * layout.micro_batch
         vocabulary = layout.padded_vocab(self.arch) / layout.tp
-        self._matrix(times, tokens, self.arch.hidden_size, vocabulary, 1, False)
-        self._moved(times, tokens * vocabulary * 12, False)
+        self._matrix(times, tokens, self.arch.hidden_size, vocabulary, 1, work)
+        self._moved(times, tokens * vocabulary * 12, work)
         return times
 
     def _send(self, layout: Layout, work: Workload) -> StepTime:
@@ -266,29 +301,30 @@ class ThroughputModel:
             self._link(times, layout, 4 * tokens * self.arch.hidden_size / layout.tp, layout.gpus, layout.gpus)
         return times
 
-    def _optimizer_s(self, layout: Layout) -> float:
+    def _optimizer_s(self, layout: Layout, work: Workload) -> float:
         dense, expert = self.rank_params(layout)
         owned = dense / layout.dense_shards + expert / layout.expert_dp
         # Adam reads gradient, master and moments, and writes them and the weight; clearing the gradients writes them.
-        moved = owned * 34 + (dense + expert) * 8
+        moved = owned * (30 + work.gradient_bytes) + (dense + expert) * 2 * work.gradient_bytes
         return moved / (self.machine.memory * self.gpu.hbm_gb_s * 1e9)
 
-    def _data_parallel_s(self, layout: Layout, backward_s: float) -> float:
+    def _data_parallel_s(self, layout: Layout, work: Workload, backward_s: float) -> float:
         """Return the exposed time of reducing gradients and gathering weights: at least a layer's share.
 
         A ring over nodes uses the network cards of all its members in a node at once.
         """
         dense, expert = self.rank_params(layout)
+        sent = work.gradient_bytes + (work.numbers.gather_bytes if work.low_params else 2)
         time_s = 0.0
         for params, ranks, stride in (
             (dense, layout.dense_shards, layout.tp),
             (expert, layout.expert_dp, layout.ep * layout.etp),
         ):
-            members = max(1, layout.node_gpus(self.gpu.per_node) // stride)
+            members = max(1, layout.node_gpus(self.gpu.nvlink_gpus) // stride)
             bandwidth = self.gpu.nvlink_gb_s
             if ranks > members:
                 bandwidth = min(bandwidth, self.gpu.network_gb_s * members)
-            time_s += 6 * params * (1 - 1 / ranks) / (self.machine.link * bandwidth * 1e9)
+            time_s += sent * params * (1 - 1 / ranks) / (self.machine.link * bandwidth * 1e9)
         return max(time_s / max(1, self.arch.num_layers // layout.pp), time_s - backward_s)
 
     def rank_params(self, layout: Layout) -> tuple[float, float]:

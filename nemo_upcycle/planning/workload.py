@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from nemo_upcycle.errors import SpecError
@@ -10,32 +11,52 @@ from nemo_upcycle.models.architecture import Architecture
 
 @dataclass(frozen=True)
 class Precision:
-    """How numbers are kept; parameters always in BF16.
+    """How numbers are kept; parameters in BF16, unless `Workload.low_params`.
 
     Args:
-        fp8: whether the linear layers inside the transformer layers multiply in FP8.
-        copy_bytes: bytes of the FP8 copies that Transformer Engine holds beside each of their weights.
+        bits: of the numbers that the linear layers inside the transformer layers multiply: 16, 8 or 4.
+        copy_bytes: bytes of the copies that Transformer Engine holds of each of their weights, in rows and in columns,
+            scales included.
         saved_bytes: of one element of an input that such a layer keeps for its backward pass.
+        cast_bytes: read and written to cast an element of an input, or of a gradient, into rows and columns, where
+            that is counted; delayed, current and blockwise scaling have it in `Machine.gemm_fp8`.
+        gather_bytes: of a low-precision parameter, where data parallelism gathers it.
         bf16_ends: layers at either end of the model that stay in BF16.
+        rows: a product needs a multiple of this many.
+        blackwell: whether only Blackwell has it.
     """
 
-    fp8: bool = False
-    copy_bytes: int = 0
-    saved_bytes: int = 2
+    bits: int = 16
+    copy_bytes: float = 0
+    saved_bytes: float = 2
+    cast_bytes: float = 0
+    gather_bytes: float = 2
     bf16_ends: int = 0
+    rows: int = 8
+    blackwell: bool = False
+
+    @property
+    def fp8(self) -> bool:
+        """Whether linear layers multiply in less than 16 bits."""
+        return self.bits < 16
 
 
-#: As the recipes set them: NeMo's mixed-precision factories, but with parameters in BF16 (a run that starts by
-#: upcycling cannot have `fp8_param_gather`). Current scaling leaves the first and the last layer in BF16.
+#: As the recipes set them: NeMo's mixed-precision factories. Current scaling leaves the first and the last layer in
+#: BF16. MXFP8 has a scale of one byte for every 32 numbers of a row and of a column, NVFP4 for every 16.
 PRECISIONS = {
     "bf16": Precision(),
-    "fp8-delayed": Precision(fp8=True, copy_bytes=2, saved_bytes=1),
-    "fp8-current": Precision(fp8=True, copy_bytes=2, saved_bytes=1, bf16_ends=1),
-    "fp8-blockwise": Precision(fp8=True, copy_bytes=2, saved_bytes=1),
+    "fp8-delayed": Precision(8, copy_bytes=2, saved_bytes=1, gather_bytes=1),
+    "fp8-current": Precision(8, copy_bytes=2, saved_bytes=1, gather_bytes=1, bf16_ends=1),
+    "fp8-blockwise": Precision(8, copy_bytes=2, saved_bytes=1, gather_bytes=1),
+    "mxfp8": Precision(8, 2 * 33 / 32, 33 / 32, cast_bytes=2 + 2 * 33 / 32, rows=32, blackwell=True),
+    "nvfp4": Precision(4, 2 * 9 / 16, 9 / 16, cast_bytes=2 + 2 * 9 / 16, rows=16, blackwell=True),
 }
-#: From keeping everything to keeping the input of each layer only: nothing, the experts' activation function,
-#: the whole MoE layer (or feed-forward network), the whole layer.
-RECOMPUTES = ("none", "moe_act", "moe", "full")
+#: What data parallelism sums gradients in (`grad_reduce_in_fp32`) -> bytes of one.
+GRADIENTS = {"fp32": 4, "bf16": 2}
+#: What is recomputed in the backward pass: modules by Megatron-Core's names (the norm before the experts, the core of
+#: attention, the experts' activation function, the network of a dense or of an MoE layer), or whole layers.
+MODULES = ("layernorm", "core_attn", "moe_act", "mlp", "moe")
+RECOMPUTES = ("none", *MODULES, "full")
 #: Larger numbers are taken for mistakes.
 _MOST = 10**9
 #: What sends tokens to their experts: a message for each expert of a token, or for each place that has experts of it.
@@ -44,9 +65,12 @@ DISPATCHERS = ("alltoall", "deepep", "hybridep")
 #: Who chooses the experts: benchmarks make the router balance them (`moe_router_force_load_balancing`), training does
 #: not.
 ROUTINGS = ("balanced", "natural")
-#: Tensor parallelism's traffic beside the products it belongs to (`tp_comm_overlap`), and the experts' beside another
-#: micro-batch (Megatron-Core's `overlap_moe_expert_parallel_comm`, not in NeMo 2.7). The recipes have neither.
-OVERLAPS = ("tp", "ep")
+#: Token slots of the busiest rank over the mean, for memory: where routing is made to balance, and elsewhere.
+FORCED_IMBALANCE, USUAL_IMBALANCE = 1.11, 1.5
+#: What runs beside computation: tensor parallelism's traffic beside its products (`tp_comm_overlap`), that of experts
+#: beside another micro-batch (`overlap_moe_expert_parallel_comm`, not in NeMo 2.7), and the host's launches, where one
+#: CUDA graph has a whole step (`cuda_graph_impl=full_iteration`). The recipes of this package have none.
+OVERLAPS = ("tp", "ep", "launch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +85,13 @@ class Workload:
         pad: whether every expert is padded up to its capacity (`moe_pad_expert_input_to_capacity`).
         imbalance: token slots of the busiest rank over the mean, for the memory of experts that drop nothing.
         precision: one of `PRECISIONS`.
-        recompute: one of `RECOMPUTES`.
+        low_params: whether parameters of layers that multiply in FP8 or FP4 are kept so (`fp8_param_gather`), without
+            a copy in BF16.
+        gradients: one of `GRADIENTS`.
+        recompute: one of `RECOMPUTES`, or several of `MODULES` with commas between.
         dispatcher: one of `DISPATCHERS`.
         routing: one of `ROUTINGS`, for the time.
-        overlap: whose traffic runs beside computation, of `OVERLAPS`.
+        overlap: what runs beside computation, of `OVERLAPS`.
 
     Raises:
         SpecError: a value is out of range or unknown.
@@ -74,18 +101,29 @@ class Workload:
     global_batch: int
     capacity_factor: float | None = None
     pad: bool = False
-    imbalance: float = 1.5
+    imbalance: float = USUAL_IMBALANCE
     precision: str = "bf16"
+    low_params: bool = False
+    gradients: str = "fp32"
     recompute: str = "none"
     dispatcher: str = "alltoall"
     routing: str = "balanced"
     overlap: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        names = {"precision": PRECISIONS, "recompute": RECOMPUTES, "dispatcher": DISPATCHERS, "routing": ROUTINGS}
+        names: dict[str, Collection[str]] = {
+            "precision": PRECISIONS,
+            "gradients": GRADIENTS,
+            "dispatcher": DISPATCHERS,
+            "routing": ROUTINGS,
+        }
         for name, valid in names.items():
             if getattr(self, name) not in valid:
                 raise SpecError.unknown(name, getattr(self, name), valid)
+        modules = self.recompute.split(",")
+        for module in modules:
+            if module not in (RECOMPUTES if len(modules) == 1 else MODULES):
+                raise SpecError.unknown("recompute", module, RECOMPUTES)
         if others := [name for name in self.overlap if name not in OVERLAPS]:
             raise SpecError.unknown("overlap", others[0], OVERLAPS)
         if self.pad and self.dispatcher != "alltoall":
@@ -95,11 +133,11 @@ class Workload:
                 expected="alltoall",
                 fix="plan without padding, or set <dispatcher>=alltoall",
             )
-        if self.recompute == "moe_act" and self.precision == "fp8-delayed":
+        if self.precision == "fp8-delayed" and (refused := {"moe_act", "layernorm"} & {*modules}):
             raise SpecError(
                 field="recompute",
-                got=f"moe_act with {self.precision}",
-                expected="another kind: Megatron-Core recomputes no activation under delayed scaling",
+                got=f"{min(refused)} with {self.precision}",
+                expected="another kind: Megatron-Core recomputes neither moe_act nor layernorm under delayed scaling",
                 fix="set <recompute>=moe",
             )
         for name, low in (("seq_length", 1), ("global_batch", 1), ("capacity_factor", 0.01), ("imbalance", 1.0)):
@@ -111,6 +149,15 @@ class Workload:
     def numbers(self) -> Precision:
         """How numbers are kept."""
         return PRECISIONS[self.precision]
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of a gradient in the buffers that data parallelism sums."""
+        return GRADIENTS[self.gradients]
+
+    def recomputes(self, module: str) -> bool:
+        """Return whether a module of `MODULES` is recomputed by itself."""
+        return module in self.recompute.split(",")
 
     def is_fp8_layer(self, arch: Architecture, layer: int) -> bool:
         """Return whether the linear layers of a transformer layer multiply in FP8."""

@@ -12,12 +12,11 @@ from nemo_upcycle.errors import StageError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES
+from nemo_upcycle.planning.workload import MODULES
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.spec import UpcycleSpec
 
 
-#: Megatron's modules that are recomputed -> the planner's kind.
-_RECOMPUTES = {"moe": "moe", "mlp": "moe", "moe_act": "moe_act"}
 #: Set by NVIDIA's `ft_launcher` for the ranks that it watches: the socket of the process that does.
 FT_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"
 
@@ -161,7 +160,9 @@ class TrainingFacts:
         grouped: whether the experts multiply as one grouped product.
         recompute: the planner's kind, as the training begins.
         first_steps: after how many steps it ceases to recompute MoE layers; 0: it goes on as it begins.
-        overlap: whose traffic runs beside computation, in the planner's words.
+        overlap: what runs beside computation, in the planner's words.
+        gradients: what data parallelism sums them in, in the planner's words.
+        software: the generation of Megatron-Core that trains, in the planner's words.
         weight_bytes: of a parameter in a checkpoint.
         save_every: steps between two checkpoints.
         save_setting: the override that sets it.
@@ -185,6 +186,8 @@ class TrainingFacts:
     recompute: str
     first_steps: int = 0
     overlap: tuple[str, ...] = ()
+    gradients: str
+    software: str
     weight_bytes: int
     save_every: int
     save_setting: str
@@ -215,7 +218,7 @@ class TrainingFacts:
         """
         granularity = config.recompute_granularity
         modules = (config.recompute_modules or []) if granularity == "selective" else []
-        chosen = next((_RECOMPUTES[name] for name in modules if name in _RECOMPUTES), "none")
+        chosen = ",".join(name for name in MODULES if name in modules) or "none"
         return {
             "arch": arch,
             "layout": layout,

@@ -18,6 +18,7 @@ from nemo_upcycle.data.dense import cached_asset, tokenizer_folder
 from nemo_upcycle.errors import StageStopped, UpcycleError
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.planning.commands import fp8_precision
+from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE
 from nemo_upcycle.planning.parameters import WEIGHT_BYTES
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 from nemo_upcycle.spec import UpcycleSpec
@@ -135,6 +136,7 @@ class BridgeTraining(Training):
         overlaps_experts = profile.overlaps_experts or bool(getattr(overlap, "overlap_moe_expert_parallel_comm", None))
         profile = replace(profile, overlaps_experts=overlaps_experts)
         shares = {"tp": getattr(overlap, "tp_comm_overlap", False), "ep": overlaps_experts}
+        shares["launch"] = getattr(model, "cuda_graph_impl", None) == "full_iteration"
         rate, lowest, style = config.optimizer.lr, config.optimizer.min_lr, config.scheduler.lr_decay_style
         warmup = config.scheduler.lr_warmup_iters
         return TrainingFacts(
@@ -145,6 +147,8 @@ class BridgeTraining(Training):
             global_batch=config.train.global_batch_size,
             steps=steps,
             overlap=tuple(name for name, is_on in shares.items() if is_on),
+            gradients="fp32" if _reduces_in_fp32(config) else "bf16",
+            software=BRIDGE_SOFTWARE,
             weight_bytes=4 if precision == "32" else WEIGHT_BYTES,
             save_every=config.checkpoint.save_interval or steps,
             save_setting="checkpoint.save_interval",
@@ -276,7 +280,17 @@ def _precision(config: Any) -> str:
     if config.mixed_precision is None:
         return "bf16" if config.model.bf16 else "32"
     precision = get_mixed_precision_config(config.mixed_precision)
+    if precision.fp4:
+        return fp8_precision(precision.fp4_recipe)
     return fp8_precision(precision.fp8_recipe) if precision.fp8 else "bf16"
+
+
+def _reduces_in_fp32(config: Any) -> bool:
+    """Return whether gradients are summed in float32: a precision's setting replaces that of data parallelism."""
+    from megatron.bridge.training.mixed_precision import get_mixed_precision_config
+
+    chosen = get_mixed_precision_config(config.mixed_precision) if config.mixed_precision else config.ddp
+    return bool(chosen.grad_reduce_in_fp32)
 
 
 def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> None:

@@ -88,6 +88,7 @@ def planner_text() -> str:
             "global_batch": batch,
             "capacity_factor": config.moe_expert_capacity_factor,
             "tokens": float(f"{recipe.trainer.max_steps * batch * length:.4g}"),
+            "gradients": "fp32" if recipe.trainer.strategy.ddp.grad_reduce_in_fp32 else "bf16",
         }
         dense = re.sub(r"_(e\d+t\d+|dense_ct)$", "", name)
         if spec is None:

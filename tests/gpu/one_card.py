@@ -121,7 +121,7 @@ def planned_gib(sizes: Sizes, precision: str) -> dict[str, float]:
     """Return what the planner says that the card's allocator holds; the driver's own memory is not the allocator's."""
     from nemo_upcycle.models.hf_config import architecture_from_config
     from nemo_upcycle.planning.layout import Layout
-    from nemo_upcycle.planning.memory import CONTEXT_BYTES, stage_memory
+    from nemo_upcycle.planning.memory import stage_memory
     from nemo_upcycle.planning.workload import Workload
     from nemo_upcycle.recipes.llama3_8b_e8t2 import SPEC
 
@@ -133,8 +133,7 @@ def planned_gib(sizes: Sizes, precision: str) -> dict[str, float]:
         capacity_factor=CAPACITY_FACTOR,
         precision=precision,
     )
-    memory = stage_memory(arch, Layout(gpus=1), work, 0)
-    return replace(memory, workspace=memory.workspace - CONTEXT_BYTES).gib()
+    return replace(stage_memory(arch, Layout(gpus=1), work, 0), context=0).gib()
 
 
 def train(sizes: Sizes, dense: Path, data: Path, folder: Path, precision: str) -> list[dict[str, Any]]:

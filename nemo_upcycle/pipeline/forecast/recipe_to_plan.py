@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.pipeline.executors import performance
 from nemo_upcycle.pipeline.executors.base import USUAL_CARD, asks_for_gpus, is_local
-from nemo_upcycle.planning.hardware import Gpu, Machine, gpu_names, gpu_of_device, known_gpu
+from nemo_upcycle.planning.hardware import Gpu, gpu_of_device, known_gpu
 from nemo_upcycle.planning.memory import GIB
 from nemo_upcycle.planning.search import Plan, PlanRequest, evaluate_layout
 from nemo_upcycle.planning.workload import DISPATCHERS, Workload
@@ -41,8 +40,6 @@ def gpu_of_training(accelerator: str, executor: Any, resources: Mapping[str, str
     if accelerator == "auto" and not asks_for_gpus(resources):
         return None, "no GPU is asked for"
     name = getattr(executor, "card", None)
-    if name in performance.table()["cards"] and name not in gpu_names():
-        return None, f"the planner does not know {name}"
     return known_gpu(name or USUAL_CARD), "as the executor says" if name else "assumed"
 
 
@@ -63,6 +60,7 @@ def plans_of(facts: TrainingFacts, gpu: Gpu) -> tuple[Plan, Plan]:
         capacity_factor=facts.capacity_factor,
         pad=facts.pad,
         precision=facts.profile.precision,
+        gradients=facts.gradients,
         recompute=facts.recompute,
         dispatcher=dispatcher if dispatcher in DISPATCHERS else "alltoall",
         overlap=facts.overlap,
@@ -73,7 +71,7 @@ def plans_of(facts: TrainingFacts, gpu: Gpu) -> tuple[Plan, Plan]:
         gpus=facts.layout.gpus,
         work=work,
         tokens=float(facts.steps) * facts.step_tokens,
-        machine=Machine(),
+        software=facts.software,
         grouped=facts.grouped,
         micro_batch=facts.layout.micro_batch,
         recompute=facts.recompute,

@@ -17,7 +17,7 @@ from nemo_upcycle.errors import SpecError, StageStopped
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.planning.commands import fp8_precision
-from nemo_upcycle.planning.hardware import read_data
+from nemo_upcycle.planning.hardware import DEFAULT_SOFTWARE, read_data
 from nemo_upcycle.planning.parameters import WEIGHT_BYTES
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
@@ -130,6 +130,8 @@ class NeMoTraining(Training):
             steps=steps,
             first_steps=first_steps,
             overlap=("tp",) if overlaps else (),
+            gradients=_gradients(recipe),
+            software=DEFAULT_SOFTWARE,
             weight_bytes=4 if precision.startswith("32") else WEIGHT_BYTES,
             save_every=getattr(recipe.log.ckpt, "every_n_train_steps", None) or steps,
             save_setting="log.ckpt.every_n_train_steps",
@@ -256,6 +258,13 @@ def _precision_name(recipe: Any, precision: str) -> str:
     if not (getattr(plugins, "fp8", None) or getattr(config, "fp8", None)):
         return "bf16" if precision.startswith("bf16") else precision
     return fp8_precision(getattr(plugins, "fp8_recipe", None) or getattr(config, "fp8_recipe", None))
+
+
+def _gradients(recipe: Any) -> str:
+    """Return the planner's name of what gradients are summed in: a precision's setting replaces the strategy's."""
+    names = ("trainer.plugins.grad_reduce_in_fp32", "trainer.strategy.ddp.grad_reduce_in_fp32")
+    values = [value for name in names if (value := setting(recipe, name)) is not None]
+    return "bf16" if values and not values[0] else "fp32"
 
 
 def _kept(checkpoint: Any, steps: int) -> int | None:

@@ -386,6 +386,66 @@ def test_a_zero_is_a_value(tmp_path: Path, options: list[str], words: str) -> No
         _run("--model", str(_config(tmp_path)), "--gpus", "64", *options)
 
 
+def test_plan_answers_for_a_rack_in_mxfp8(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--gpu", "gb200", "--precision", "mxfp8", "--recipe", "llama3_8b_e8t2", "--gpus", "64")
+    assert _run(*options) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "MFU of 5000 TFLOP/s (FP8)" in text
+    assert "No recipe of this package has these settings, so there is no command." in text
+    in_bf16 = _json(capsys, *options[:2], *options[4:], "--rows", "1")["rows"][0]
+    assert "num_nodes=16, num_gpus_per_node=4" in in_bf16["command"]
+
+
+def test_plan_has_the_gradients_of_the_recipe_or_those_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fp32, bf16 = (_json(capsys, *PAPER, "--grad-dtype", name)["rows"][0] for name in ("fp32", "bf16"))
+    assert _json(capsys, *PAPER)["rows"][0] == fp32
+    assert fp32["memory_gib"]["gradients"] == pytest.approx(2 * bf16["memory_gib"]["gradients"], rel=1e-3)
+    assert "trainer.plugins.grad_reduce_in_fp32=False" in bf16["command"]
+    assert "grad_reduce_in_fp32" not in fp32["command"]
+    assert "--grad-dtype: got bf16, expected for Bridge fp32" in _refusal(
+        capsys, *PAPER, "--grad-dtype", "bf16", "--backend", "bridge"
+    )
+    model = ("--model", str(_config(tmp_path)), "--gpus", "64", "--layout", "cp=2")
+    memory = _json(capsys, *model)["rows"][0]["memory_gib"]
+    assert memory["gradients"] == memory["weights"]
+
+
+def test_plan_takes_nvidias_settings_for_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ("--model", str(_config(tmp_path)), "--gpus", "64", "--layout", "tp=4,pp=4")
+    speeds = [
+        _json(capsys, *model, *options)["rows"][0]["tokens_per_s_per_gpu"]
+        for options in ((), ("--overlap", "tp"), ("--overlap", ""))
+    ]
+    assert speeds[0] == speeds[1] > speeds[2]
+    _run(*model)
+    assert "gradients bf16, overlap tp, mcore-0.15" in " ".join(capsys.readouterr().out.split())
+    assert _json(capsys, *model)["rows"][0]["layout"]["overlap"] == ["tp"]
+
+
+@pytest.mark.parametrize("name", ["mcore-0.17", "26.04", "26.04.01"])
+def test_plan_takes_software_by_its_generation_or_container(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = (*PAPER, "--capacity-factor", "0", "--software")
+    now, later = (_json(capsys, *options, given)["rows"][0] for given in ("mcore-0.15", name))
+    assert later["tokens_per_s_per_gpu"] > now["tokens_per_s_per_gpu"]
+
+
+def test_low_precision_parameters_are_as_the_run_has_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a model that no recipe of this package trains they are FP8, as NVIDIA's recipes keep them."""
+    options = ("--gpus", "64", "--gpu", "b200", "--precision", "mxfp8", "--layout", "tp=1")
+
+    def memory(*more: str, **changes: Any) -> dict[str, float]:
+        folder = str(_config(tmp_path, **changes))
+        return _json(capsys, "--model", folder, *options, *more)["rows"][0]["memory_gib"]
+
+    plain, low = memory(), memory("--low-precision-params")
+    assert low["weights"] < 0.2 * plain["weights"]
+    assert low["fp8_copies"] == plain["fp8_copies"]
+    assert memory(rope_theta=1e6) == low
+    assert memory("--no-low-precision-params", rope_theta=1e6) == plain
+
+
 def test_it_plans_without_what_takes_time_to_import() -> None:
     code = (
         "import sys\n"

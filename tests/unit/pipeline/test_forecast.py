@@ -12,12 +12,14 @@ import nemo_run as run
 import pytest
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.pipeline.executors import performance
 from nemo_upcycle.pipeline.executors.base import Cluster, Job, JobState
 from nemo_upcycle.pipeline.forecast import check_space, render_forecast
 from nemo_upcycle.pipeline.forecast.recipe_to_plan import planned_of
 from nemo_upcycle.pipeline.forecast.text import WIDTH
 from nemo_upcycle.pipeline.forecast.training import time_limit_s
 from nemo_upcycle.pipeline.stages import STAGES
+from nemo_upcycle.planning.hardware import gpu_names
 from nemo_upcycle.trainers.nemo.recipes import dump_recipe
 from nemo_upcycle.trainers.nemo.training import NeMoTraining
 from tests.golden import forecasts
@@ -118,6 +120,10 @@ def test_forecast_plans_the_recipe_as_it_was_changed(llama: Any, tmp_path: Path)
     chain.pretrain = llama3_8b_e8t2.pretrain_recipe(performance_mode=True, fp8_recipe="tensorwise")
     chain.pretrain.trainer.strategy.pipeline_model_parallel_size = 1
     chain.pretrain.trainer.strategy.virtual_pipeline_model_parallel_size = None
+    in_bf16 = forecast_of(chain, tmp_path).trainings["pretrain"].fullest
+    assert in_bf16 is not None
+    assert (in_bf16.work.gradients, in_bf16.verdict) == ("bf16", "tight")
+    chain.pretrain.trainer.plugins.grad_reduce_in_fp32 = True
     found = forecast_of(chain, tmp_path)
     plan = found.trainings["pretrain"].fullest
     assert plan is not None
@@ -350,11 +356,14 @@ def test_a_profile_is_the_recipes() -> None:
     assert (found.precision, found.dispatcher) == ("fp8-current", "deepep")
 
 
-def test_a_gpu_that_the_planner_does_not_know_has_settings_and_no_speed(llama: Any, tmp_path: Path) -> None:
+def test_every_card_with_settings_has_a_speed(llama: Any, tmp_path: Path) -> None:
+    assert set(performance.table()["cards"]) == set(gpu_names())
     cluster = forecasts.CLUSTERS["slurm"]()
     cluster.executor.card = "gb200"
     found = forecast_of(llama, tmp_path, cluster=cluster)
-    assert found.trainings["pretrain"].gpu is None
+    gpu = found.trainings["pretrain"].gpu
+    assert gpu is not None
+    assert gpu.name.startswith("GB200")
     assert ("CUDA_DEVICE_MAX_CONNECTIONS", "32") in {(one.name, one.value) for one in found.performance["pretrain"]}
 
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
-import torch
 
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.planning.check import build_rank, check_layout_against_megatron, megatron_rank
+from nemo_upcycle.planning.check import allocated_bytes, build_rank, check_layout_against_megatron, megatron_rank
 from nemo_upcycle.planning.hardware import known_shape
 from nemo_upcycle.planning.layout import Layout, parse_layout
 from nemo_upcycle.planning.parameters import StagePlan
@@ -55,11 +53,6 @@ CASES = [
 WORK = Workload(seq_length=512, global_batch=840)
 
 
-@pytest.fixture(autouse=True)
-def buffers_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
-
-
 def _ranks(layout: Layout) -> Iterator[int]:
     """Yield every rank of a small cluster; of a larger one the first, a middle and the last rank of every stage."""
     per_stage = layout.gpus // layout.pp
@@ -70,27 +63,12 @@ def _ranks(layout: Layout) -> Iterator[int]:
         yield from sorted({stage * per_stage, stage * per_stage + per_stage // 2, (stage + 1) * per_stage - 1})
 
 
-def _allocated(arch: Architecture, layout: Layout) -> tuple[int, int, int, int, int]:
+def _allocated(arch: Architecture, layout: Layout, gradients: str) -> tuple[int, int, int, int, int]:
     """Return Megatron's bytes of weights, gradients and optimizer, and its parameters and those of experts."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=True, use_distributed_optimizer=True
-    )
-    weights = gradients = owned = params = experts = 0
-    for number, chunk in enumerate(build_rank(arch, layout)):
-        chunk.bfloat16()
-        wrapped: Any = DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=number > 0)
-        for buffer in [*wrapped.buffers, *wrapped.expert_parallel_buffers]:
-            weights += buffer.param_data.nbytes
-            gradients += buffer.grad_data.nbytes
-            for shards in DistributedOptimizer._build_gbuf_range_map(buffer).values():
-                owned += sum(part["param"].size for shard in shards for part in shard["param_map"].values())
-        params += sum(parameter.numel() for parameter in chunk.parameters())
-        experts += sum(p.numel() for name, p in chunk.named_parameters() if ".experts." in name)
-    # A float32 master and two moments of every element that this rank owns.
-    return weights, gradients, 12 * owned, params, experts
+    chunks = build_rank(arch, layout)
+    named = [pair for chunk in chunks for pair in chunk.named_parameters()]
+    experts = sum(parameter.numel() for name, parameter in named if ".experts." in name)
+    return *allocated_bytes(chunks, gradients), sum(parameter.numel() for _, parameter in named), experts
 
 
 def _optimizer_bytes(plan: StagePlan, layout: Layout, rank: int) -> int:
@@ -102,14 +80,17 @@ def test_there_are_enough_layouts() -> None:
     assert len(CASES) >= 30
 
 
-@pytest.mark.parametrize(("arch", "text", "gpus"), CASES)
-def test_states_equal_megatrons(arch: Architecture, text: str, gpus: int) -> None:
+@pytest.mark.parametrize(
+    ("arch", "text", "gpus", "gradients"),
+    [*((*case, "fp32") for case in CASES), *((*case, "bf16") for case in CASES[::8])],
+)
+def test_states_equal_megatrons(arch: Architecture, text: str, gpus: int, gradients: str) -> None:
     layout = parse_layout(text, gpus)
     check_layout(layout, arch, replace(WORK, global_batch=layout.dp * layout.pp))
     for rank in _ranks(layout):
         with megatron_rank(layout, rank) as ranks:
-            got = _allocated(arch, layout)
-        plan = StagePlan(arch, layout, WORK, layout.group_ranks(rank).pp)
+            got = _allocated(arch, layout, gradients)
+        plan = StagePlan(arch, layout, replace(WORK, gradients=gradients), layout.group_ranks(rank).pp)
         optimizer = _optimizer_bytes(plan, layout, rank)
         planned = (plan.weights_bytes, plan.gradients_bytes, optimizer, plan.params, plan.expert_params)
         assert got == planned, (rank, ranks)
@@ -141,3 +122,14 @@ def test_check_finds_a_plan_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(parameters, "layer_mappings", lambda *args: right(*args)[:-1])
     with pytest.raises(UpcycleError, match=r"rank 0: parameters of chunk 0.*Megatron.*plan"):
         check_layout_against_megatron(E8T2, parse_layout("ep=2", 2), WORK)
+
+
+def test_check_compares_the_gradients_that_the_run_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_upcycle.errors import UpcycleError
+    from nemo_upcycle.planning import workload
+
+    layout, in_bf16 = parse_layout("tp=2,ep=2", 4), replace(WORK, gradients="bf16")
+    assert check_layout_against_megatron(E8T2, layout, in_bf16).ranks == 4
+    monkeypatch.setitem(workload.GRADIENTS, "bf16", 4)
+    with pytest.raises(UpcycleError, match=r"rank 0: bytes of weights, gradients, optimizer"):
+        check_layout_against_megatron(E8T2, layout, in_bf16)

@@ -6,17 +6,26 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.published import shape
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.planning.hardware import Machine, known_gpu, known_recipe
+from nemo_upcycle.planning.hardware import known_gpu, known_recipe
 from nemo_upcycle.planning.layout import parse_layout
 from nemo_upcycle.planning.rules import check_layout
-from nemo_upcycle.planning.search import MOST_GPUS, Plan, PlanRequest, evaluate_layout, nearest_gpus, search
+from nemo_upcycle.planning.search import (
+    MOST_GPUS,
+    Plan,
+    PlanRequest,
+    evaluate_layout,
+    nearest_gpus,
+    search,
+    usual_overlap,
+)
 from nemo_upcycle.planning.workload import Workload
 
 
 def _request(gpus: int, recipe: str = "llama3_8b_e8t2", gpu: str = "h100", batch: int = 512) -> PlanRequest:
     work = Workload(seq_length=8192, global_batch=batch, capacity_factor=1.0, pad=True)
-    return PlanRequest(known_recipe(recipe).arch, known_gpu(gpu), gpus, work, 100e9, Machine())
+    return PlanRequest(known_recipe(recipe).arch, known_gpu(gpu), gpus, work, 100e9)
 
 
 def test_rows_fit_and_the_fastest_comes_first() -> None:
@@ -102,3 +111,57 @@ def test_nearest_gpus_finds_none_where_one_sequence_is_too_long() -> None:
 def test_a_batch_that_fits_no_layout_is_refused() -> None:
     with pytest.raises(SpecError, match=r"gpus: got 7, .* works on 1 sequences a step\. Fix: set gpus=16"):
         search(_request(7, batch=1), 3)
+
+
+def test_recomputation_is_weighed_and_not_the_least() -> None:
+    """Norms alone make room for this layout; the experts' activation would, too, and takes longer."""
+    request = _request(512)
+    request = replace(request, work=replace(request.work, capacity_factor=4.0, pad=False))
+    layout = parse_layout("pp=2,vp=16,cp=2,ep=8", 512)
+    chosen = evaluate_layout(request, layout)
+    fitting = [plan for plan in request.plans(layout) if plan.verdict == "fits"]
+    assert len(fitting) > 1
+    assert chosen.time.total == min(plan.time.total for plan in fitting)
+    assert chosen.work.recompute == "layernorm"
+
+
+QWEN = shape("qwen3_235b_a22b")
+DROPLESS = Workload(seq_length=4096, global_batch=1024)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "text", "changes", "software", "recompute", "expected"),
+    [
+        ("h100", "tp=2,pp=8,vp=4,ep=32,embedding=1,loss=1", {}, "mcore-0.16", "none", ("ep",)),
+        ("h100", "tp=2,pp=8,vp=4,ep=32,embedding=1,loss=1", {}, "mcore-0.16", "layernorm,moe", ()),
+        ("h100", "tp=2,pp=8,ep=32,embedding=1,loss=1", {}, "mcore-0.16", "none", ()),  # no interleaved stages
+        ("h100", "ep=8", {}, "mcore-0.16", "none", ()),
+        ("gb200", "ep=32", {"precision": "mxfp8"}, "mcore-0.17", "none", ()),
+        ("gb200", "ep=32", {"precision": "mxfp8"}, "mcore-0.18", "none", ("ep", "launch")),
+        ("b200", "ep=8", {"precision": "mxfp8"}, "mcore-0.18", "none", ()),  # of 256 cards, without racks
+    ],
+)
+def test_experts_overlap_where_nvidias_recipes_do(
+    gpu: str, text: str, changes: dict[str, str], software: str, recompute: str, expected: tuple[str, ...]
+) -> None:
+    work = replace(DROPLESS, **changes)
+    assert usual_overlap(QWEN, known_gpu(gpu), parse_layout(text, 256), work, recompute, software) == expected
+
+
+def test_a_request_takes_nvidias_settings_for_each_layout() -> None:
+    dense = _request(64, "llama3_70b_dense_ct", "gb200")
+    dense = replace(dense, usual=("dispatcher", "overlap"))
+    assert [evaluate_layout(dense, parse_layout(f"tp={tp},pp=4,vp=5", 64)).work.overlap for tp in (1, 2)] == [
+        *((), ("tp",))
+    ]
+    moe = replace(_request(64, gpu="gb200"), usual=("dispatcher", "overlap"))
+    moe = replace(moe, work=replace(moe.work, pad=False))
+    assert evaluate_layout(moe, parse_layout("ep=8", 64)).work.dispatcher == "hybridep"
+    assert evaluate_layout(replace(moe, usual=()), parse_layout("ep=8", 64)).work.dispatcher == "alltoall"
+
+
+@pytest.mark.parametrize("precision", ["mxfp8", "nvfp4"])
+def test_blackwells_precisions_are_refused_elsewhere(precision: str) -> None:
+    request = _request(64)
+    with pytest.raises(SpecError, match=rf"precision: got {precision}, expected bf16, .* on H100"):
+        replace(request, work=replace(request.work, precision=precision))

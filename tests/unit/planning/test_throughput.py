@@ -11,13 +11,21 @@ import pytest
 from benchmarks.published import published_rows, shape
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.flops import flops_per_token
-from nemo_upcycle.planning.hardware import SOFTWARE, Machine, known_gpu, known_recipe, known_software
+from nemo_upcycle.planning.hardware import (
+    Machine,
+    gpu_of_device,
+    known_gpu,
+    known_machine,
+    known_recipe,
+    known_software,
+)
 from nemo_upcycle.planning.layout import parse_layout
 from nemo_upcycle.planning.throughput import StepTime, ThroughputModel
 from nemo_upcycle.planning.workload import Workload
 
 
 LLAMA = known_recipe("llama3_8b_e8t2").arch
+H100 = known_gpu("h100")
 MODEL = ThroughputModel(LLAMA, known_gpu("h100"), Machine())
 WORK = Workload(seq_length=8192, global_batch=512, capacity_factor=1.0, pad=True)
 
@@ -26,28 +34,38 @@ def _step(text: str, gpus: int = 128, **changes: object) -> StepTime:
     return MODEL.step(parse_layout(text, gpus), replace(WORK, **changes))
 
 
-def test_published_rows_are_predicted() -> None:
-    misses = {
-        row.name: row.predicted(Machine()) / row.tokens_per_s_per_gpu - 1 for row in published_rows() if row.fitted
-    }
-    assert len(misses) >= 13
-    assert statistics.median(abs(miss) for miss in misses.values()) <= 0.10, misses
-    assert max(abs(miss) for miss in misses.values()) <= 0.25, misses
+def _misses(kind: str, *, of_blackwell: bool) -> list[float]:
+    rows = [row for row in published_rows() if row.gpu.is_blackwell is of_blackwell]
+    chosen = [row for row in rows if (row.fitted if kind == "fitted" else row.is_unseen)]
+    return [abs(row.predicted() / row.tokens_per_s_per_gpu - 1) for row in chosen]
 
 
-def test_rows_that_set_no_constant_are_predicted_as_well() -> None:
-    misses = {
-        row.name: row.predicted(Machine()) / row.tokens_per_s_per_gpu - 1
-        for row in published_rows()
-        if not row.fitted and not row.sets
-    }
-    assert len(misses) >= 15
-    assert statistics.median(abs(miss) for miss in misses.values()) <= 0.10, misses
-    assert max(abs(miss) for miss in misses.values()) <= 0.25, misses
+@pytest.mark.parametrize(("kind", "least"), [("fitted", 13), ("unseen", 40)])
+def test_published_rows_of_the_h100_are_predicted(kind: str, least: int) -> None:
+    misses = _misses(kind, of_blackwell=False)
+    assert len(misses) >= least
+    assert statistics.median(misses) <= 0.08
+    assert max(misses) <= 0.25
+
+
+@pytest.mark.parametrize("kind", ["fitted", "unseen"])
+def test_published_rows_of_blackwell_are_predicted(kind: str) -> None:
+    """Of those left out one is not: B300 with NVIDIA's container 26.02, slower than its B200 (docs/planning.md)."""
+    misses = sorted(_misses(kind, of_blackwell=True))
+    assert len(misses) >= 12
+    assert statistics.median(misses) <= 0.10
+    assert (misses[-1] if kind == "fitted" else misses[-2]) <= 0.25
+
+
+def test_published_rows_are_predicted_as_they_are_asked() -> None:
+    rows = [row for row in published_rows() if row.is_unseen and not row.gpu.is_blackwell]
+    misses = [abs(row.predicted_as_asked() / row.tokens_per_s_per_gpu - 1) for row in rows]
+    assert statistics.median(misses) <= 0.10
+    assert max(misses) <= 0.35
 
 
 def test_the_paper_s_order_is_kept() -> None:
-    rows = {row.name: row.predicted(Machine()) for row in published_rows()}
+    rows = {row.name: row.predicted() for row in published_rows()}
     assert rows["Llama 3 8B, continued"] > rows["Llama 3 E8T2, CF 1"] > rows["Llama 3 E8T2, CF 2"]
     assert rows["Mixtral 8x22B, folding"] > 0.8 * rows["Mixtral 8x22B G8T8, folding"]
 
@@ -120,12 +138,16 @@ def test_natural_routing_waits_for_a_busier_rank_the_more_experts_there_are() ->
 def test_later_software_launches_less() -> None:
     layout, work = parse_layout("tp=2,ep=32", 256), replace(_DROPLESS, precision="fp8-current")
     earlier, later = (
-        ThroughputModel(_QWEN.arch, known_gpu("h100"), known_software(name)).step(layout, work) for name in SOFTWARE
+        ThroughputModel(_QWEN.arch, H100, known_machine(H100, name)).step(layout, work)
+        for name in ("mcore-0.15", "mcore-0.17")
     )
     assert later.launch < earlier.launch
     assert (later.gemm, later.network) == (earlier.gemm, earlier.network)
     with pytest.raises(SpecError, match=r"Did you mean 'mcore-0\.17'"):
-        known_software("mcore-0.18")
+        known_software("mcore-0.27")
+    assert [known_software(name) for name in ("mcore-0.15", "25.11", "26.02.01", "26.06")] == [
+        *("mcore-0.15", "mcore-0.15", "mcore-0.16", "mcore-0.18")
+    ]
 
 
 def test_deepep_sends_no_less_where_each_rank_has_one_expert() -> None:
@@ -137,7 +159,14 @@ def test_overlapped_traffic_of_experts_costs_what_computation_does_not_hide() ->
     plain, hidden = _qwen("tp=2,pp=2,ep=32"), _qwen("tp=2,pp=2,ep=32", overlap=("ep",))
     assert 0 < hidden.network < plain.network
     assert hidden.total >= plain.network, "no step is shorter than its traffic"
-    assert _qwen("ep=8", overlap=("ep",)).nvlink == 0, "NVLink is hidden altogether"
+    plain, hidden = _qwen("ep=8"), _qwen("ep=8", overlap=("ep",))
+    assert hidden.nvlink == pytest.approx((1 - Machine().ep_hidden) * plain.nvlink)
+
+
+def test_one_graph_of_a_step_launches_nothing() -> None:
+    plain, captured = _qwen("ep=8"), _qwen("ep=8", overlap=("launch",))
+    assert captured.launch == 0 < plain.launch
+    assert (captured.gemm, captured.memory) == (plain.gemm, plain.memory)
 
 
 def test_overlapped_products_hide_a_part_of_tensor_parallelism() -> None:
@@ -170,9 +199,36 @@ def test_the_host_waits_for_every_expert_that_is_not_padded() -> None:
 
 
 def test_recomputation_costs_time() -> None:
-    times = [_step("pp=4,vp=8,ep=8", recompute=kind).total for kind in ("none", "moe", "full")]
+    kinds = ("none", "layernorm", "moe_act", "layernorm,moe_act", "core_attn", "moe", "full")
+    times = [_step("pp=4,vp=8,ep=8", recompute=kind).total for kind in kinds]
     assert times == sorted(times)
-    assert times[2] / times[0] == pytest.approx(4 / 3, abs=0.05)
+    assert times[-1] / times[0] == pytest.approx(4 / 3, abs=0.05)
+
+
+def test_gradients_of_two_bytes_are_summed_faster() -> None:
+    steps = [_step("ep=8", gpus=64, gradients=name, global_batch=64) for name in ("fp32", "bf16")]
+    assert steps[1].network < steps[0].network
+    assert steps[1].memory < steps[0].memory
+
+
+GB200 = known_gpu("gb200")
+
+
+def _on_gb200(text: str, gpus: int = 64, **changes: object) -> StepTime:
+    model = ThroughputModel(LLAMA, GB200, known_machine(GB200, "mcore-0.18"))
+    return model.step(parse_layout(text, gpus), replace(_DROPLESS, **changes))
+
+
+def test_experts_within_a_rack_go_over_nvlink() -> None:
+    """Eight of 64 ranks lie on two machines of four cards, which NVLink joins."""
+    assert _on_gb200("ep=8", dispatcher="hybridep").nvlink > 0
+    assert _on_gb200("ep=8", 64, global_batch=8192).network < 0.01 * _on_gb200("ep=8", 64, global_batch=8192).total
+
+
+def test_fewer_bits_multiply_faster_but_cost_casts() -> None:
+    bf16, mxfp8, nvfp4 = (_on_gb200("ep=8", precision=name) for name in ("bf16", "mxfp8", "nvfp4"))
+    assert bf16.gemm > mxfp8.gemm > nvfp4.gemm
+    assert min(mxfp8.memory, nvfp4.memory) > bf16.memory
 
 
 def test_fp8_and_faster_gpus_are_faster() -> None:
@@ -188,3 +244,20 @@ def test_a_shorter_last_stage_makes_up_for_the_output_layer() -> None:
     even, shorter = _step("pp=4,ep=8"), _step("pp=4,ep=8,last=5")
     assert shorter.total < even.total
     assert _step("pp=4,ep=8,last=2").total > shorter.total
+
+
+def test_matrices_that_are_no_whole_tiles_are_slower_on_blackwell() -> None:
+    oss, work = shape("gpt_oss_120b"), replace(_DROPLESS, global_batch=1024)
+    model = ThroughputModel(oss, GB200, known_machine(GB200, "mcore-0.18"))
+    even = ThroughputModel(replace(oss, hidden_size=3072, expert_ffn_size=3072), GB200, model.machine)
+    layout = parse_layout("ep=64", 64)
+    assert model.step(layout, work).gemm > even.step(layout, work).gemm
+
+
+@pytest.mark.parametrize(
+    ("device", "name"), [("NVIDIA GB200", "GB200"), ("NVIDIA B200", "B200"), ("NVIDIA GB300", "GB300")]
+)
+def test_a_device_is_known_by_its_whole_name(device: str, name: str) -> None:
+    gpu = gpu_of_device(device)
+    assert gpu is not None
+    assert gpu.name.split()[0] == name

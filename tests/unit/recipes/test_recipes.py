@@ -101,7 +101,11 @@ def test_the_fast_run_has_the_layout_of_the_papers_fastest_row(recipes: Any) -> 
     assert strategy.sequence_parallel is False
     assert (config.moe_expert_capacity_factor, config.moe_pad_expert_input_to_capacity) == (1.0, True)
     assert config.recompute_granularity is None
-    assert recipe.trainer.plugins.grad_reduce_in_fp32 is True
+    assert recipe.trainer.plugins.grad_reduce_in_fp32 is False
+    in_fp8 = recipes.llama3_8b_e8t2.pretrain_recipe(performance_mode=True, fp8_recipe="blockwise")
+    assert in_fp8.trainer.plugins.grad_reduce_in_fp32 is False
+    dense = recipes.llama3_8b_dense_ct.pretrain_recipe(performance_mode=True)
+    assert dense.trainer.plugins.grad_reduce_in_fp32 is False
     assert [item for item in recipe.trainer.callbacks if item.__fn_or_cls__ is MegatronCommOverlapCallback]
 
 

@@ -59,7 +59,8 @@ def hybridep_run(dense: str, **layout: int) -> UpcyclingConfig:
 def fast_run(dense: str, precision: str, **layout: int) -> UpcyclingConfig:
     """Return the fast run in FP8: capacity factor 1 with padding, nothing recomputed. FP8 has not been run.
 
-    Parameters stay in BF16: FP8 ones (`fp8_param_gather`) cannot be filled.
+    Parameters stay in BF16: FP8 ones (`fp8_param_gather`) cannot be filled. Gradients are reduced in BF16, as in
+    Bridge's `perf_recipes`.
 
     Args:
         dense: the dense checkpoint.
@@ -69,6 +70,7 @@ def fast_run(dense: str, precision: str, **layout: int) -> UpcyclingConfig:
     config = _paper_run(dense, E8T2, moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=True, **layout)
     config.mixed_precision = get_mixed_precision_config(precision)
     config.mixed_precision.fp8_param_gather = False
+    config.mixed_precision.grad_reduce_in_fp32 = config.ddp.grad_reduce_in_fp32 = False
     return config
 
 
