@@ -34,7 +34,6 @@ PLANTED = 200
 LEAST_CHARACTERS = 500
 #: Ends of the classes of what two texts have in common.
 CLASSES = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.01)
-LISTED = 10
 
 
 def write_texts(folder: Path) -> tuple[list[str], Counter[str]]:
@@ -109,7 +108,7 @@ def planted_lines(copies: Counter[str], removed: dict[str, set[str]]) -> list[st
 
 
 def corpus_lines(texts: list[str], removed: dict[str, set[str]]) -> list[str]:
-    """Return how much the removed texts of the corpus have in common with others, and the least of them."""
+    """Return how much the removed texts of the corpus have in common with others."""
     numbers = sorted(int(name.split("/")[1]) for name in removed["near duplicate"] if name.startswith("corpus/"))
     found = dict(zip(numbers, nearest(texts, numbers), strict=True))
     classes, _ = np.histogram([part for part, _ in found.values()], CLASSES)
@@ -120,18 +119,7 @@ def corpus_lines(texts: list[str], removed: dict[str, set[str]]) -> list[str]:
         "| in common with the nearest text | removed |",
         "|---|---:|",
         *(f"| {CLASSES[n]:.1f} to {min(CLASSES[n + 1], 1):.1f} | {count:,} |" for n, count in enumerate(classes)),
-        "",
-        "The least:",
-        "",
-        "| in common | removed text begins | nearest text begins |",
-        "|---:|---|---|",
     ]
-
-    def shown(number: int) -> str:
-        return " ".join(texts[number].split())[:70].replace("|", "\\|")
-
-    for number, (part, other) in sorted(found.items(), key=lambda item: item[1])[:LISTED]:
-        lines.append(f"| {part:.2f} | {shown(number)} | {shown(other)} |")
     return lines
 
 

@@ -191,7 +191,8 @@ def _check(conf: Conf, config: BlendConfig) -> None:
         require(most is None or 1 <= most < math.inf, f"{key}.tokens", most, "1 or more", "omit it to take all")
         if source.on_hit not in ON_HIT:
             raise UpcycleError.unknown(f"{conf.path}: {key}.on_hit", source.on_hit, ON_HIT)
-    for kind in {kind for one in (config, *config.sources.values()) for kind in one.pii or []} - {*PII}:
+    kinds = [*config.pii, *(kind for source in config.sources.values() for kind in source.pii or [])]
+    for kind in {*kinds} - {*PII}:
         raise UpcycleError.unknown(f"{conf.path}: pii", kind, PII)
     held = config.hold_out
     for split, share in dataclasses.asdict(held).items():

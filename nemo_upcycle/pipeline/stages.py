@@ -283,8 +283,8 @@ def evaluate_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     for number, (name, folder) in enumerate(models.items(), 1):
         logger.info("[evaluate] model %d of %d: %s (%s), %s", number, len(models), name, MODELS[name], folder)
         samples = name != "step0"  # it writes what its parent writes
-        options = {"name": name, "samples": samples, "megatron": {"dense": str(dense_folder)}, "tasks": tasks}
-        evaluate(folder, suite, run_dir / "evaluation", **options)
+        parent = {"dense": str(dense_folder)}
+        evaluate(folder, suite, run_dir / "evaluation", name=name, samples=samples, megatron=parent, tasks=tasks)
     return {name: str(folder) for name, folder in models.items()}
 
 

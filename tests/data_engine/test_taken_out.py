@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,20 +35,27 @@ def _texts(work: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("deduplicate", [True, False])
-def test_source_taken_out_gives_what_a_build_without_it_gives(tmp_path: Path, deduplicate: bool) -> None:
-    wanted = _plan(tmp_path / "fresh", with_first=False, deduplicate=deduplicate)
+NEAR = {"heldout_overlap": 0.5, "near_duplicates": {"bands": 14, "hashes_per_band": 8, "n_grams": 5}}
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [{"deduplicate": True}, {"deduplicate": False}, {"deduplicate": True} | NEAR],
+    ids=["equal texts", "all texts", "near and held-out texts"],
+)
+def test_source_taken_out_gives_what_a_build_without_it_gives(tmp_path: Path, steps: dict[str, Any]) -> None:
+    wanted = _plan(tmp_path / "fresh", with_first=False, **steps)
     assert run(wanted, "--workers", "1").returncode == 0
-    plan = _plan(tmp_path / "one", with_first=True, deduplicate=deduplicate)
+    plan = _plan(tmp_path / "one", with_first=True, **steps)
     assert run(plan, "--workers", "1").returncode == 0
     before = _texts(plan.parent)
     kept = {path: path.stat().st_mtime_ns for path in plan.parent.glob("stats/*")}
-    _plan(tmp_path / "one", with_first=False, deduplicate=deduplicate)
+    _plan(tmp_path / "one", with_first=False, **steps)
     done = run(plan, "--workers", "1")
     assert done.returncode == 0, done.stderr
     assert _texts(plan.parent) == _texts(wanted.parent) != before
     written = {path.name for path in kept if path.stat().st_mtime_ns != kept[path]}
-    again = {"00002.json", "00003.json", "00004.json", "00005.json"} if deduplicate else set()
+    again = {"00002.json", "00003.json", "00004.json", "00005.json"} if steps["deduplicate"] else set()
     assert written == {"00000.json", "00001.json"} | again  # the others lost no text to the first
 
 

@@ -24,7 +24,7 @@ TEXTS = [
     "if x:\n        y    = 1",
     "日本語 👩\u200d👧 \x1b",
     "é",
-    "e\u0301",
+    "e\u0301 decomposed",
 ]
 
 

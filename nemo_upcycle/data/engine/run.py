@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -20,7 +21,8 @@ from typing import Any, NoReturn
 from nemo_upcycle.data.engine.plan import Plan, clear_asides
 from nemo_upcycle.data.engine.processes import die_with_parent
 from nemo_upcycle.data.engine.stages import (
-    FIND,
+    JOIN,
+    READ,
     SIGN,
     WRITE,
     RunOn,
@@ -107,17 +109,20 @@ def _forget(plan: Plan, out: list[int]) -> None:
 
     Run again after a kill, it ends the same.
     """
-    folder = plan.folder / "duplicates"
-    lost = [int(path.name.partition(".")[0]) for path in (folder / "found").glob("*/*")]
-    for stage, ranks in ((WRITE, {*out, *lost}), (FIND, range(plan.finders)), (SIGN, out)):
-        for rank in ranks:
+    folder, counts = plan.folder / "duplicates", tasks_of_stages(plan)
+    ranks: dict[str, Iterable[int]] = {READ: out, SIGN: out, WRITE: range(len(plan.tasks))}
+    if JOIN not in counts:  # only of equal texts it is known which task lost them
+        ranks[WRITE] = {*out, *(int(path.name.partition(".")[0]) for path in (folder / "found").glob("*/*"))}
+    for stage, tasks in counts.items():
+        for rank in ranks.get(stage, range(tasks)):
             (plan.folder / "logs" / stage / "completions" / f"{rank:05d}").unlink(missing_ok=True)
             if stage == WRITE:
                 plan.path("stats", rank, "json").unlink(missing_ok=True)
     for rank in out:
-        for path in (folder / "signatures").glob(f"*/{rank:05d}.*"):
+        for path in folder.glob(f"*signatures/*/{rank:05d}.*"):
             path.unlink()
-    shutil.rmtree(folder / "found", ignore_errors=True)
+    for found in (folder / "found", folder / "near_pairs", folder / "near"):
+        shutil.rmtree(found, ignore_errors=True)
 
 
 def _run(plan: Plan, run_on: RunOn) -> None:
