@@ -29,7 +29,8 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory, gettempdir
 
-from nemo_upcycle.data.ngrams import SHORT_WORDS, Hit, NgramIndex
+from nemo_upcycle.data.ngrams import SHORT_WORDS, NgramIndex
+from nemo_upcycle.data.passages import Hit
 from nemo_upcycle.data.word_hashes import normalise
 from nemo_upcycle.demo.assets import fetch_asset
 from nemo_upcycle.suites.items import Item, suite_items

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.data.ngrams import BOILERPLATE, SHORT_WORDS, SHORTEST, WORDS, Hit, NgramIndex
+from nemo_upcycle.data.ngrams import BOILERPLATE, SHORT_WORDS, SHORTEST, WORDS, NgramIndex
+from nemo_upcycle.data.passages import Hit
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.items import set_name, suite_items
 from nemo_upcycle.suites.lm_eval_tasks import TaskDataError

@@ -65,7 +65,7 @@ def require_buildable(arch: Architecture, *, hybrid: bool = False) -> None:
             f"layers of {arch.hf_class or 'the model'}",
             got="Mamba layers (M)",
             expected="attention and a network in each, in a GPTModel and in Megatron checkpoints that are read",
-            fix="upcycle its Hugging Face folder into a HybridModel in Megatron-Bridge (docs/bridge.md)",
+            fix="upcycle its Hugging Face folder into a HybridModel in Megatron-Bridge",
         )
     norms = {"after attention and network": arch.post_norm, "of query and key over all heads": arch.wide_qk_norm}
     if got := [place for place, holds in norms.items() if holds]:

@@ -91,13 +91,14 @@ def data_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
 
     dense_folder = dense_folder_of(run_dir)
     folder = data_folder_of(run_dir, plan)
-    seq_length = required_training(plan, "pretrain").seq_length(dense_folder)
+    training = plan.training("pretrain")
+    seq_length = training.seq_length(dense_folder) if training else None
     if Path(plan.data).is_dir():
         open_blend(folder).require_tokenizer_of(str(dense_folder))
     else:
         build_data(plan.data, str(dense_folder), folder, seq_length)
     blend = open_blend(folder)
-    blend.paths(seq_length)  # before hours of other work: is there text enough?
+    blend.paths(seq_length or blend.manifest["seq_length"])  # before hours of other work: is there text enough?
     if not blend.heldout():
         raise StageError(
             f"held-out documents of {folder}",
@@ -109,8 +110,14 @@ def data_stage(run_dir: Path, plan: RunPlan) -> dict[str, Any]:
     return {"folder": str(folder), "tokens": {name: split["tokens"] for name, split in splits.items()}}
 
 
-def build_data(blend: str, dense: str, folder: Path, seq_length: int) -> None:
-    """Build a blend with the tokenizer of a dense model, for sequences of a length, or resume a stopped build.
+def build_data(blend: str, dense: str, folder: Path, seq_length: int | None) -> None:
+    """Build a blend, or resume a stopped build.
+
+    Args:
+        blend: name or path of the blend.
+        dense: the dense model whose tokenizer is used.
+        folder: where to.
+        seq_length: tokens of a sequence; None: the blend's own.
 
     Raises:
         StageStopped: it was told to stop, and can resume.
@@ -119,7 +126,8 @@ def build_data(blend: str, dense: str, folder: Path, seq_length: int) -> None:
     from nemo_upcycle.data.build import build_blend
 
     try:
-        build_blend(read_blend(blend, [f"tokenizer={dense}", f"seq_length={seq_length}"]), folder)
+        length = [f"seq_length={seq_length}"] if seq_length else []
+        build_blend(read_blend(blend, [f"tokenizer={dense}", *length]), folder)
     except KeyboardInterrupt:  # the engine was told to stop
         text = "stage 'data' stopped early: its finished tasks are kept, and the same command resumes from there"
         raise StageStopped(text) from None

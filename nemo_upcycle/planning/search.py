@@ -71,7 +71,7 @@ class PlanRequest:
                 f"layers of {self.arch.hf_class or 'the model'}",
                 got="Mamba layers",
                 expected="attention and a network in each: the planner knows no others",
-                fix="set the layout by hand (docs/bridge.md)",
+                fix="set the layout by hand",
             )
         if not self.gpu.has(self.work.numbers):
             able = [name for name, numbers in PRECISIONS.items() if self.gpu.has(numbers)]

@@ -22,7 +22,8 @@ from xxhash import xxh64, xxh64_intdigest
 from nemo_upcycle.data.contamination import Contamination
 from nemo_upcycle.data.engine.ledger import Ledger, LedgerStep, RemovedWriter
 from nemo_upcycle.data.engine.plan import MAX_TASKS, Plan
-from nemo_upcycle.data.ngrams import Hit, NgramIndex, cut, removed_spans
+from nemo_upcycle.data.ngrams import NgramIndex
+from nemo_upcycle.data.passages import Hit, cut, removed_spans
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json, write_json
 
