@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_upcycle.data.contamination import EXAMPLES, Contamination, build_index, merge_contamination
+from nemo_upcycle.data.contamination import EXAMPLES, Contamination, build_index, check_suites, merge_contamination
 from nemo_upcycle.data.ngrams import Hit, NgramIndex, removed_spans
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.items import Item
@@ -116,9 +116,15 @@ def test_no_set_is_left_out_in_silence(suite: Path, tmp_path: Path) -> None:
         UpcycleError, match=r"task lost: got .*lost\.jsonl.* or name the task in decontaminate_without"
     ):
         build_index([suite], tmp_path / "index.npz")
-    with pytest.raises(UpcycleError, match=r"decontaminate_without: task 'last' does not exist\. Did you mean 'lost'"):
-        build_index([suite], tmp_path / "index.npz", without=["last"])
     assert not (tmp_path / "index.npz").exists()
+
+
+def test_only_tasks_that_are_asked_can_be_left_out(suite: Path) -> None:
+    with pytest.raises(UpcycleError, match=r"decontaminate_without: task 'last' does not exist\. Did you mean 'lost'"):
+        check_suites([suite], ["last"])
+    for suites in ([], ["full"]):
+        with pytest.raises(UpcycleError, match=r"decontaminate_without: got lost, expected \[\], because no suite"):
+            check_suites(suites, ["lost"])
 
 
 def test_own_tasks_are_looked_for_without_those_that_are_named(suite: Path, tmp_path: Path) -> None:
