@@ -133,3 +133,16 @@ def test_own_tasks_are_looked_for_without_those_that_are_named(suite: Path, tmp_
     assert {name: counts["items"] for name, counts in summary["sets"].items()} == {"lm-eval/quiz": 1}
     found = NgramIndex.load(tmp_path / "index.npz").find("He asked which of these rivers is the longest of all, once.")
     assert [hit.size for hit in found] == [9]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("task: [lost\n", r"task: got lost, .* or define it in a file of valid YAML in .*tasks"),
+        ("task: lost\ndataset_path: json\noutput_type: generate\n", r"output_type 'generate'.*; or correct the file"),
+    ],
+)
+def test_a_mistake_in_a_task_of_ones_own_is_told(suite: Path, content: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "tasks/lost.yaml").write_text(content)
+    with pytest.raises(UpcycleError, match=said):
+        build_index([suite], tmp_path / "index.npz")
