@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("blend", metavar="BLEND", help=f"{', '.join(packaged_names('data'))}, or a YAML file")
     parser.add_argument("output", metavar="DIR", type=folder_to_make, help="folder to make, which all workers share")
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="other values of the blend's keys")
+    parser.add_argument(
+        "overrides", metavar="KEY=VALUE", nargs="*", default=[], help="other values of the blend's keys"
+    )
     how = parser.add_argument_group("how to run")
     how.add_argument("--workers", type=int, metavar="N", help="tasks at a time (default: the cores of this machine)")
     how.add_argument("--slurm", metavar="PARTITION", help="run the tasks as jobs of this partition")

@@ -32,7 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("output", metavar="DIR", type=folder_to_make, help="folder to fill")
     parser.add_argument(
-        "overrides", metavar="KEY=VALUE", nargs="*", help=f"{', '.join(_INPUTS)}: as the pipeline takes them"
+        "overrides",
+        metavar="KEY=VALUE",
+        nargs="*",
+        default=[],
+        help=f"{', '.join(_INPUTS)}: as the pipeline takes them",
     )
     parser.add_argument("--for", dest="run", metavar="RECIPE|RUN", help="whose inputs: a recipe, or a run's folder")
     parser.add_argument("--check", action="store_true", help="compare the files with their hashes, fetch nothing")
@@ -50,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
     show_messages()
     folder = args.output.absolute()
     if args.check:
+        if args.run is not None or args.overrides:
+            expected = "DIR alone, all of which is checked"
+            raise UpcycleError("--check", got="with what to fetch", expected=expected, fix="omit one of the two")
         if not (folder / FETCHED).is_file():
             fix = "name a folder that this command has filled"
             raise UpcycleError(str(folder), got=f"no {FETCHED}", expected="one", fix=fix)
@@ -67,7 +74,7 @@ def _inputs(args: argparse.Namespace) -> list[str]:
         if name not in _INPUTS:
             raise UpcycleError.unknown("argument", name, _INPUTS)
     known: dict[str, str] = {}
-    if args.run and Path(args.run).is_dir():
+    if args.run and ("/" in args.run or Path(args.run).is_dir()):
         from nemo_upcycle.pipeline.order import kind_of, read_plan
 
         if kind_of(folder := Path(args.run)) is None:
@@ -79,7 +86,8 @@ def _inputs(args: argparse.Namespace) -> list[str]:
         from nemo_upcycle.planning.hardware import known_recipe
 
         known = known_recipe(args.run).inputs
-    if not (inputs := known | given):
+    inputs = known | given
+    if not any(inputs.values()):
         raise UpcycleError(
             "what to fetch", got="nothing", expected="a recipe, a run or its inputs", fix="add --for RECIPE"
         )

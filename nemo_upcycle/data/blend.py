@@ -191,9 +191,10 @@ def _check(conf: Conf, config: BlendConfig) -> None:
         require(most is None or 1 <= most < math.inf, f"{key}.tokens", most, "1 or more", "omit it to take all")
         if source.on_hit not in ON_HIT:
             raise UpcycleError.unknown(f"{conf.path}: {key}.on_hit", source.on_hit, ON_HIT)
-    kinds = [*config.pii, *(kind for source in config.sources.values() for kind in source.pii or [])]
-    for kind in {*kinds} - {*PII}:
-        raise UpcycleError.unknown(f"{conf.path}: pii", kind, PII)
+    of_sources = {f"sources.{name}.pii": source.pii or [] for name, source in config.sources.items()}
+    for key, kinds in {"pii": config.pii, **of_sources}.items():
+        for kind in {*kinds} - {*PII}:
+            raise UpcycleError.unknown(f"{conf.path}: {key}", kind, PII)
     held = config.hold_out
     for split, share in dataclasses.asdict(held).items():
         require(0 <= share < 0.5, f"hold_out.{split}", share, "0 to 0.5", "set a share like 0.001")

@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock
 
 from nemo_upcycle.data.blend import Blend, read_blend
-from nemo_upcycle.data.contamination import build_index, merge_contamination
+from nemo_upcycle.data.contamination import build_index, check_suites, merge_contamination
 from nemo_upcycle.data.dense import ensure_dense, tokenizer_folder
 from nemo_upcycle.data.environment import data_python, engine_version, run_engine
 from nemo_upcycle.data.finished import (
@@ -48,7 +48,6 @@ from nemo_upcycle.data.manifest import describe_anew, make_manifest, merge_heldo
 from nemo_upcycle.data.sizes import ENGINE_PLAN, size_check
 from nemo_upcycle.data.tokenizers import save_tokenizer
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.suites.suite_config import read_suite_config
 from nemo_upcycle.utils.cache import writable_cache
 from nemo_upcycle.utils.files import MARKER, in_use, is_complete, read_json, require_disk, write_json
 
@@ -79,8 +78,7 @@ def check_blend(blend: Blend, work: Path) -> CheckedBlend:
         UpcycleError: a pattern matches nothing, the tokenizer or the data environment is missing, ...
     """
     named = _named_tokenizer(blend)
-    for suite in blend.config.decontaminate:
-        read_suite_config(suite)
+    check_suites(blend.config.decontaminate, blend.config.decontaminate_without)
     engine = engine_version(data_python())
     tokenizer = tokenizer_folder(named)
     inputs = {source: list_inputs(blend, source, work) for source in blend.config.sources}

@@ -20,6 +20,21 @@ EXAMPLES = 20
 _EXAMPLE_CHARACTERS = 200
 
 
+def check_suites(suites: Sequence[str | Path], without: Sequence[str] = ()) -> None:
+    """Check the arguments of `build_index`, without the data of any task.
+
+    Raises:
+        UpcycleError: an unknown suite, or a task that none of them asks of lm-eval.
+    """
+    asked = [task for suite in suites if not (config := read_suite_config(suite)).local for task in config.tasks]
+    for name in without:
+        if not asked:
+            expected, fix = "[], because no suite of decontaminate asks a task of lm-eval", "omit it"
+            raise UpcycleError("decontaminate_without", got=name, expected=expected, fix=fix)
+        if name not in asked:
+            raise UpcycleError.unknown("decontaminate_without: task", name, asked)
+
+
 def build_index(suites: Sequence[str | Path], path: Path, without: Sequence[str] = ()) -> dict[str, Any]:
     """Write the index of the n-grams of all items of some suites.
 
@@ -41,10 +56,6 @@ def build_index(suites: Sequence[str | Path], path: Path, without: Sequence[str]
         >>> build_index(["demo"], Path("ngrams.npz"))["sets"]["mmlu"]["items"]  # doctest: +SKIP
         24
     """
-    asked = [task for suite in suites if not (config := read_suite_config(suite)).local for task in config.tasks]
-    for name in without:
-        if name not in asked:
-            raise UpcycleError.unknown("decontaminate_without: task", name, asked)
     try:
         items = {(item.name, item.id): item for suite in suites for item in suite_items(suite, without)}
     except TaskDataError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 
@@ -42,8 +42,20 @@ def variables_of(folder: Path) -> dict[str, str]:
 
 
 def read_fetched(folder: Path) -> Fetched:
-    """Return what a folder was filled with; nothing of a new one."""
-    return Fetched(**read_json(folder / FETCHED)) if (folder / FETCHED).is_file() else Fetched()
+    """Return what a folder was filled with; nothing of a new one.
+
+    Raises:
+        UpcycleError: the list is damaged.
+    """
+    path = folder / FETCHED
+    if not path.is_file():
+        return Fetched()
+    try:
+        content = read_json(path)
+        return Fetched(*({**content[part.name]} for part in fields(Fetched)))
+    except (UpcycleError, KeyError, TypeError):
+        fix = "remove it and fetch again: files that are there stay"
+        raise UpcycleError(str(path), got="damaged", expected="as this command wrote it", fix=fix) from None
 
 
 def find_damaged(folder: Path, files: dict[str, str]) -> dict[str, str]:
@@ -69,7 +81,7 @@ def fill(folder: Path, needs: Sequence[Need]) -> Fetched:
         What the folder holds now.
 
     Raises:
-        UpcycleError: another process fills it.
+        UpcycleError: another process fills it, or its list is damaged.
     """
     with in_use(folder):
         earlier = read_fetched(folder)

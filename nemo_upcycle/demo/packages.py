@@ -6,7 +6,6 @@ import gzip
 import json
 import re
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from shutil import which
@@ -15,7 +14,7 @@ from filelock import FileLock
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.cache import writable_cache
-from nemo_upcycle.utils.files import whole_file
+from nemo_upcycle.utils.files import scratch_folder, whole_file
 
 
 #: Articles of a dictionary are joined to documents of this length.
@@ -55,9 +54,9 @@ def _write(name: str, path: Path) -> None:
             raise UpcycleError(
                 f"package {name}", got=f"no {tool}", expected="Debian or Ubuntu", fix="use a blend of your own files"
             )
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
+    with scratch_folder(path) as folder:
         _run(name, ["apt-get", "-qq", "download", name], folder)
-        packages = list(Path(folder).glob(f"{name}_*.deb"))
+        packages = list(folder.glob(f"{name}_*.deb"))
         if len(packages) != 1:  # apt takes a name with a dot for a pattern where no package has it
             raise UpcycleError(
                 f"package {name}", got=f"{len(packages)} of that name", expected="one", fix="correct the name"
@@ -66,7 +65,7 @@ def _write(name: str, path: Path) -> None:
         _run(name, ["dpkg-deb", "-x", package.name, "files"], folder)
         documents = 0
         with whole_file(path) as aside, aside.open("w", encoding="utf-8") as handle:
-            for identity, text in _documents(Path(folder) / "files"):
+            for identity, text in _documents(folder / "files"):
                 documents += 1
                 line = {"id": f"{package.stem}/{identity}", "text": text}
                 handle.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -76,7 +75,7 @@ def _write(name: str, path: Path) -> None:
                 )
 
 
-def _run(name: str, command: list[str], folder: str) -> None:
+def _run(name: str, command: list[str], folder: Path) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         message = " ".join(done.stderr.split())[:300]

@@ -137,7 +137,12 @@ def _managers(names: Sequence[str], include_path: str | Path | None) -> list[Any
     with quiet():
         own = TaskManager(include_path=folders, include_defaults=False)
     managers = [own] if set(names) <= set(own.all_tasks) else [own, _lm_evals_own()]
-    check_task_names(names, [name for manager in managers for name in manager.all_tasks])
+    try:
+        check_task_names(names, [name for manager in managers for name in manager.all_tasks])
+    except UpcycleError as error:
+        if include_path:  # lm-eval passes over files that are no YAML
+            error.fix += f", or define it in a file of valid YAML in {include_path}"
+        raise
     return managers
 
 
@@ -171,7 +176,7 @@ def _reason(error: Exception) -> tuple[str, str]:
             return f"status {status} of the Hugging Face hub", "run again: what was fetched is kept"
         cause = cause.__cause__ or cause.__context__
     got = f"{type(error).__name__}: {text}"[:_MOST_CHARACTERS]
-    return got, _REACH_HUB
+    return got, f"{_REACH_HUB}; or correct the file that defines the task"
 
 
 @cache

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -235,6 +236,19 @@ def in_use(folder: Path) -> Iterator[None]:
         ) from None
     with lock:
         yield
+
+
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """Give a hidden folder beside `target`, which is removed in the end, and with it what killed runs left.
+
+    The caller keeps others from making `target` at the same time.
+    """
+    prefix = f".download-{target.name}_"
+    for left in target.parent.glob(f"{prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix) as folder:
+        yield Path(folder)
 
 
 def clear(aside: Path) -> None:

@@ -158,7 +158,7 @@ def test_stops_at_once_with_one_line(tmp_path: Path, number: signal.Signals) -> 
     os.kill(process.pid, number)
     _, said = process.communicate(timeout=HANG_S)
     assert process.returncode == 128 + number
-    assert said.strip() == "stopped; run again to go on"
+    assert said.strip() == "stopped; what is finished is kept"
     assert not _alive(family)
 
 

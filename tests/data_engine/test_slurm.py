@@ -47,7 +47,7 @@ def test_stopping_cancels_the_jobs(tmp_path: Path) -> None:
     numbers = json.loads(jobs.read_text(encoding="utf-8"))
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=HANG_S)
-    assert (process.returncode, said.strip()) == (128 + signal.SIGTERM, "stopped; run again to go on")
+    assert (process.returncode, said.strip()) == (128 + signal.SIGTERM, "stopped; what is finished is kept")
     assert numbers
 
     def none_is_queued() -> bool:

@@ -26,7 +26,7 @@ from nemo_upcycle.package_info import __version__
 
 _PACKAGES = ("datatrove", "fastokens", "tokenizers", "pyarrow", "numpy")
 _BAD_INPUT = 2
-_STOPPED = "\nstopped; run again to go on\n"
+_STOPPED = "\nstopped; what is finished is kept\n"
 
 
 def main(argv: list[str] | None = None) -> int:

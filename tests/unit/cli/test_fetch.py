@@ -197,9 +197,12 @@ def test_data_of_tasks_and_data_sets_of_the_hub_are_read_without_a_network(tmp_p
     [
         (["--for", "llama3_8b_e8t3"], "recipe 'llama3_8b_e8t3' does not exist. Did you mean"),
         (["--for", "DIR"], "--for: got DIR, no run's folder, expected a run's folder or a recipe"),
+        (["--for", "runs/first"], "--for: got runs/first, no run's folder, expected a run's folder or a recipe"),
         (["dens=a/b"], "argument 'dens' does not exist. Did you mean 'dense'?"),
         (["dense"], "argument 'dense': got no =, expected KEY=VALUE"),
         ([], "what to fetch: got nothing, expected a recipe, a run or its inputs. Fix: add --for RECIPE"),
+        (["dense="], "what to fetch: got nothing, expected a recipe, a run or its inputs. Fix: add --for RECIPE"),
+        (["--check", "--for", "llama3_8b_e8t2"], "--check: got with what to fetch, expected"),
         (["--check"], "got no fetched.json, expected one"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -216,3 +219,14 @@ def test_a_mistake_is_told_before_anything_is_fetched(
     assert main(["fetch", str(tmp_path / "new"), *words]) == 2
     assert said.replace("DIR", str(tmp_path)) in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"fetched": {}, "files": 3, "failed": {}}'])
+def test_a_damaged_list_is_told_with_what_to_do(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "fetched.json").write_text(content)
+    assert main(["fetch", str(tmp_path), "--check"]) == 2
+    assert f"{tmp_path / 'fetched.json'}: got damaged, expected as this command wrote it. Fix: remove it" in (
+        capsys.readouterr().err
+    )

@@ -59,7 +59,7 @@ def test_overrides_change_weights_length_and_tokenizer() -> None:
         ("seed=-1", "seed: got -1, expected 0 or more"),
         ("max_epochs=0", "max_epochs: got 0.0, expected more than 0"),
         ("pii=[mail]", "pii 'mail' does not exist. Did you mean 'email'?"),
-        ("sources.speeches.pii=[iban]", "pii 'iban' does not exist"),
+        ("sources.speeches.pii=[iban]", "sources.speeches.pii 'iban' does not exist"),
     ],
 )
 def test_mistakes_are_named(override: str, words: str) -> None:

