@@ -52,7 +52,7 @@ def test_json_has_exactly_what_is_promised(capsys: pytest.CaptureFixture[str]) -
     row = values["rows"][0]
     assert set(row) == {
         *("layout", "memory_gib", "fits", "tokens_per_s_per_gpu", "tflops_per_gpu", "mfu", "bound_by", "hours"),
-        *("peak_tflops", "cost", "checkpoint_gib", "command"),
+        *("peak_tflops", "cost", "checkpoint_gib", "command", "no_command"),
     }
     assert row["layout"]["dp"] == 64
     assert row["memory_gib"]["total"] == pytest.approx(
@@ -364,6 +364,11 @@ def test_a_recipe_without_the_argument_gets_every_setting_of_nemos_precision(
         ([*PAPER, "--pad-to-capacity"], "less than 4 with padding"),
         ([*PAPER, "--capacity-factor", "0", "--pad-to-capacity"], "capacity_factor: got None"),
         ([*PAPER, "--precision", "fp8-delayed", "--recompute", "moe_act"], "moe_act with fp8-delayed"),
+        (
+            [*PAPER, "--recompute", "none,moe"],
+            "recompute 'none' does not exist. Valid: core_attn, layernorm, mlp, moe, m",
+        ),
+        ([*PAPER, "--low-precision-params"], "low-precision-params: got it, expected --precision in FP8 or FP4"),
     ],
 )
 def test_mistakes_are_named(options: list[str], words: str) -> None:
@@ -391,7 +396,11 @@ def test_plan_answers_for_a_rack_in_mxfp8(capsys: pytest.CaptureFixture[str]) ->
     assert _run(*options) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "MFU of 5000 TFLOP/s (FP8)" in text
-    assert "No recipe of this package has these settings, so there is no command." in text
+    only = "bf16, fp8-delayed, fp8-current, fp8-blockwise"
+    assert f"No recipe for NeMo trains in mxfp8, only in {only}, so there is no command." in text
+    assert _run(*options, "--backend", "bridge") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "No recipe for Bridge trains in mxfp8, only in bf16, fp8-blockwise, so there is no command." in text
     in_bf16 = _json(capsys, *options[:2], *options[4:], "--rows", "1")["rows"][0]
     assert "num_nodes=16, num_gpus_per_node=4" in in_bf16["command"]
 
@@ -404,9 +413,6 @@ def test_plan_has_the_gradients_of_the_recipe_or_those_asked_for(
     assert fp32["memory_gib"]["gradients"] == pytest.approx(2 * bf16["memory_gib"]["gradients"], rel=1e-3)
     assert "trainer.plugins.grad_reduce_in_fp32=False" in bf16["command"]
     assert "grad_reduce_in_fp32" not in fp32["command"]
-    assert "--grad-dtype: got bf16, expected for Bridge fp32" in _refusal(
-        capsys, *PAPER, "--grad-dtype", "bf16", "--backend", "bridge"
-    )
     model = ("--model", str(_config(tmp_path)), "--gpus", "64", "--layout", "cp=2")
     memory = _json(capsys, *model)["rows"][0]["memory_gib"]
     assert memory["gradients"] == memory["weights"]
