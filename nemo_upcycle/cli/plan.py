@@ -20,7 +20,16 @@ from nemo_upcycle.planning import hardware, table
 from nemo_upcycle.planning.commands import BACKENDS, bridge_command, nemo_command, why_no_command
 from nemo_upcycle.planning.layout import SIZES, parse_layout
 from nemo_upcycle.planning.parameters import StagePlan
-from nemo_upcycle.planning.search import MOST_GPUS, Plan, PlanRequest, evaluate_layout, find, nearest_gpus, search
+from nemo_upcycle.planning.search import (
+    MOST_GPUS,
+    Plan,
+    PlanRequest,
+    evaluate_layout,
+    find,
+    nearest_gpus,
+    search,
+    single_changes,
+)
 from nemo_upcycle.planning.workload import (
     DISPATCHERS,
     FORCED_IMBALANCE,
@@ -54,6 +63,8 @@ _DEFAULTS = {
     "tokens": 100e9,
     "gradients": "bf16",
 }
+#: Of speed; differences below it are within the error of the predictions (docs/planning.md).
+_LEAST_PERCENT = 5
 _UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
@@ -160,6 +171,7 @@ def run(args: argparse.Namespace) -> int:
     flops = {name: flops_per_token(arch, length, causal=name == "causal") for name in ("full", "causal")}
     model = {"total_params": arch.total_params, "active_params": arch.active_params, "flops_per_token": flops}
     answer: dict[str, Any] = {"model": model, "rows": rows, "warnings": _warnings(subject, request)}
+    answer["faster_by_one_change"] = _faster(args, subject, plans[(args.explain or 1) - 1])
     answer |= {"ranks": ranks} if ranks is not None else {}
     answer |= {"check": _check(subject, plans[0])} if args.check else {}
     show(args, answer, "" if args.json else _text(args, subject, plans, answer, names))
@@ -382,6 +394,9 @@ def _text(
     if routing := table.routing_line(chosen):
         lines.append(folded(routing))
     lines.append(folded(f"A full checkpoint takes {plans[0].checkpoint_gib:.0f} GiB."))
+    if faster := answer["faster_by_one_change"]:
+        parts = [f"{percent:.0f} % with {change}" for change, percent in faster.items()]
+        lines.append(folded(f"Faster by one change of row {row}: {', '.join(parts)}."))
     if args.explain is not None:
         lines.append(folded(table.explanation(chosen)))
     command, why_none = (answer["rows"][row - 1][name] for name in ("command", "no_command"))
@@ -430,6 +445,21 @@ def _warnings(subject: Subject, request: PlanRequest) -> list[str]:
         f"sequences of {length:,} tokens, but the parent has {positions:,} positions (max_position_embeddings): it was"
         " not trained on longer ones, and what it computes of them is poor at first"
     ]
+
+
+def _faster(args: argparse.Namespace, subject: Subject, plan: Plan) -> dict[str, float]:
+    """Return the best single change of a plan's layout and of its precision, with the percent of speed they add.
+
+    Left out is what adds less than the model is usually wrong by, and what has no command where the plan has one.
+    """
+    best: dict[bool, tuple[float, str]] = {}
+    why = why_no_command(args.backend, subject.recipe, plan.work)
+    for change, other in single_changes(plan) if plan.verdict != "no" else ():
+        gain = round(100 * (other.tokens_per_s_per_gpu / plan.tokens_per_s_per_gpu - 1), 1)
+        if gain >= _LEAST_PERCENT and why_no_command(args.backend, subject.recipe, other.work) in ("", why):
+            kind = change.startswith("--precision")
+            best[kind] = max(best.get(kind, (gain, change)), (gain, change))
+    return {change: gain for gain, change in sorted(best.values(), reverse=True)}
 
 
 def _what_fits_instead(args: argparse.Namespace, request: PlanRequest) -> str:
