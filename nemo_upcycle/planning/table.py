@@ -106,8 +106,8 @@ def row_values(plan: Plan, command: str | None, why_none: str) -> dict[str, Any]
     layout = plan.layout
     sizes = {name: getattr(layout, name) for name in ("tp", "pp", "vp", "cp", "ep", "etp", "dp", "expert_dp")}
     work = plan.work
-    settings = {"recompute": work.recompute, "dispatcher": work.dispatcher, "overlap": list(work.overlap)}
-    settings |= {"gradients": work.gradients, "low_params": work.low_params, "software": plan.request.software}
+    settings = {name: getattr(work, name) for name in ("recompute", "dispatcher", "gradients", "low_params")}
+    settings |= {"overlap": list(work.overlap), "software": plan.request.software}
     return {
         "layout": sizes | {"micro_batch": layout.micro_batch} | settings,
         "memory_gib": plan.memory.gib(),
