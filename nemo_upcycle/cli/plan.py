@@ -17,10 +17,19 @@ from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.rotary import rope_kind
 from nemo_upcycle.planning import hardware, table
-from nemo_upcycle.planning.commands import BACKENDS, bridge_command, nemo_command, require_bridge
+from nemo_upcycle.planning.commands import BACKENDS, bridge_command, nemo_command, why_no_command
 from nemo_upcycle.planning.layout import SIZES, parse_layout
 from nemo_upcycle.planning.parameters import StagePlan
-from nemo_upcycle.planning.search import MOST_GPUS, Plan, PlanRequest, evaluate_layout, find, nearest_gpus, search
+from nemo_upcycle.planning.search import (
+    MOST_GPUS,
+    Plan,
+    PlanRequest,
+    evaluate_layout,
+    find,
+    nearest_gpus,
+    search,
+    single_changes,
+)
 from nemo_upcycle.planning.workload import (
     DISPATCHERS,
     FORCED_IMBALANCE,
@@ -54,6 +63,8 @@ _DEFAULTS = {
     "tokens": 100e9,
     "gradients": "bf16",
 }
+#: Of speed; differences below it are within the error of the predictions (docs/planning.md).
+_LEAST_PERCENT = 5
 _UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
@@ -92,11 +103,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="busiest over mean expert rank (1.5; 1.11 with --routing balanced)",
     )
-    model.add_argument("--precision", default="bf16", metavar="NAME", help=f"{', '.join(PRECISIONS)} (default: bf16)")
-    text = "keep parameters in FP8 or FP4 (default: as NVIDIA's recipes, but where a recipe trains or upcycling fills)"
+    text = f"{', '.join(PRECISIONS)}; the last two on Blackwell (default: bf16)"
+    model.add_argument("--precision", default="bf16", metavar="NAME", help=text)
+    text = (
+        "keep parameters in FP8 or FP4 (default: for --model without --experts that no recipe trains, as NVIDIA does)"
+    )
     switch = argparse.BooleanOptionalAction
     model.add_argument("--low-precision-params", dest="low_params", action=switch, help=text)
-    text = f"{', '.join(GRADIENTS)}: what gradients are summed in (default: the recipe's; bf16 for --model)"
+    text = f"{', '.join(GRADIENTS)}: what gradients are summed in (default: the recipe's; for --model bf16)"
     model.add_argument("--grad-dtype", dest="gradients", metavar="NAME", help=text)
     text = "(default: the recipe's alltoall; hybridep for --model on Blackwell)"
     model.add_argument("--dispatcher", metavar="NAME", help=f"{', '.join(DISPATCHERS)} {text}")
@@ -142,8 +156,6 @@ def run(args: argparse.Namespace) -> int:
         raise SpecError.unknown("backend", args.backend, BACKENDS)
     subject = subject_of(args)
     request = request_of(args, subject)
-    if args.backend == "bridge" and subject.recipe:
-        require_bridge(subject.recipe.name, request.work)
     try:
         if args.layout is None:
             plans = search(request, args.rows)
@@ -154,11 +166,12 @@ def run(args: argparse.Namespace) -> int:
     ranks = _ranks(args.rank, plans[0]) if args.rank is not None else None
     if args.explain is not None:
         check_whole("explain", args.explain, 1, len(plans))
-    rows = [table.row_values(plan, _command(args, subject, plan)) for plan in plans]
+    rows = [table.row_values(plan, *_command(args, subject, plan)) for plan in plans]
     arch, length = request.arch, request.work.seq_length
     flops = {name: flops_per_token(arch, length, causal=name == "causal") for name in ("full", "causal")}
     model = {"total_params": arch.total_params, "active_params": arch.active_params, "flops_per_token": flops}
     answer: dict[str, Any] = {"model": model, "rows": rows, "warnings": _warnings(subject, request)}
+    answer["faster_by_one_change"] = _faster(args, subject, plans[(args.explain or 1) - 1])
     answer |= {"ranks": ranks} if ranks is not None else {}
     answer |= {"check": _check(subject, plans[0])} if args.check else {}
     show(args, answer, "" if args.json else _text(args, subject, plans, answer, names))
@@ -242,6 +255,9 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
     low_params = args.low_params
     if low_params is None:  # an upcycled model's cannot be filled, and this package's recipes keep BF16
         low_params = args.precision != "bf16" and subject.recipe is None and subject.spec is None
+    gradients = given("gradients")
+    if args.gradients is None and args.backend == "bridge" and subject.recipe is not None:
+        gradients = "fp32"  # what the command has
     work = Workload(
         seq_length=given("seq_length"),
         global_batch=given("global_batch"),
@@ -250,7 +266,7 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
         imbalance=args.imbalance if args.imbalance is not None else imbalance,
         precision=args.precision,
         low_params=low_params,
-        gradients=given("gradients"),
+        gradients=gradients,
         dispatcher=args.dispatcher or "alltoall",
         routing=args.routing or "balanced",
         overlap=tuple(args.overlap.split(",")) if args.overlap else (),
@@ -299,6 +315,8 @@ def _require_taken(args: argparse.Namespace, subject: Subject) -> None:
         "--overlap": "ep" if "ep" in overlap else None,
         "--recompute": args.recompute if {"layernorm", "moe_act", "moe"} & {*recompute} else None,
     }
+    if args.low_params and args.precision == "bf16":
+        _refuse({"--low-precision-params": True}, "--precision in FP8 or FP4 beside it", "add --precision fp8-current")
     if not subject.arch.num_experts:
         refused, why = of_experts, "none for a dense model"
     elif args.recipe is not None and args.overlap:
@@ -376,14 +394,16 @@ def _text(
     if routing := table.routing_line(chosen):
         lines.append(folded(routing))
     lines.append(folded(f"A full checkpoint takes {plans[0].checkpoint_gib:.0f} GiB."))
+    if faster := answer["faster_by_one_change"]:
+        parts = [f"{percent:.0f} % with {change}" for change, percent in faster.items()]
+        lines.append(folded(f"Faster by one change of row {row}: {', '.join(parts)}."))
     if args.explain is not None:
         lines.append(folded(table.explanation(chosen)))
-    if command := answer["rows"][row - 1]["command"]:
+    command, why_none = (answer["rows"][row - 1][name] for name in ("command", "no_command"))
+    if command:
         lines.append(f"row {row}:\n" + _continued(re.findall(r'(?:[^\s"]|"[^"]*")+', command), width))
-    elif subject.recipe is None:
-        lines.append(folded("No recipe of this package trains this model, so there is no command."))
-    elif chosen.verdict != "no":
-        lines.append(folded("No recipe of this package has these settings, so there is no command."))
+    elif why_none:
+        lines.append(folded(f"{why_none}, so there is no command."))
     for rank in answer.get("ranks", []):
         counts = f"{rank['params']:,} parameters, {rank['expert_params']:,} of them of experts"
         lines.append(folded(f"rank {rank['rank']}: {counts}"))
@@ -427,6 +447,21 @@ def _warnings(subject: Subject, request: PlanRequest) -> list[str]:
     ]
 
 
+def _faster(args: argparse.Namespace, subject: Subject, plan: Plan) -> dict[str, float]:
+    """Return the best single change of a plan's layout and of its precision, with the percent of speed they add.
+
+    Left out is what adds less than the model is usually wrong by, and what has no command where the plan has one.
+    """
+    best: dict[bool, tuple[float, str]] = {}
+    why = why_no_command(args.backend, subject.recipe, plan.work)
+    for change, other in single_changes(plan) if plan.verdict != "no" else ():
+        gain = round(100 * (other.tokens_per_s_per_gpu / plan.tokens_per_s_per_gpu - 1), 1)
+        if gain >= _LEAST_PERCENT and why_no_command(args.backend, subject.recipe, other.work) in ("", why):
+            kind = change.startswith("--precision")
+            best[kind] = max(best.get(kind, (gain, change)), (gain, change))
+    return {change: gain for gain, change in sorted(best.values(), reverse=True)}
+
+
 def _what_fits_instead(args: argparse.Namespace, request: PlanRequest) -> str:
     """Return what to say where nothing fits: something that does."""
     gpus = f"{request.gpus} GPU" + "s" * (request.gpus > 1)
@@ -442,14 +477,10 @@ def _what_fits_instead(args: argparse.Namespace, request: PlanRequest) -> str:
     return text + (f" With --gpus {number}{without} something fits." if number else "")
 
 
-def _is_later(work: Workload) -> bool:
-    """Return whether a plan needs what the recipes for NeMo 2.7 do not have."""
-    return work.dispatcher == "hybridep" or work.numbers.blackwell or work.low_params
-
-
-def _command(args: argparse.Namespace, subject: Subject, plan: Plan) -> str | None:
-    is_nemo = args.backend == "nemo"
-    if subject.recipe is None or plan.verdict == "no" or (is_nemo and _is_later(plan.work)):
-        return None
+def _command(args: argparse.Namespace, subject: Subject, plan: Plan) -> tuple[str | None, str]:
+    """Return the command of a plan, or None and why the recipes have none."""
+    why = why_no_command(args.backend, subject.recipe, plan.work)
+    if why or subject.recipe is None or plan.verdict == "no":
+        return None, why
     dense = str(subject.folder.absolute()) if subject.folder else None
-    return (nemo_command if is_nemo else bridge_command)(subject.recipe, plan, dense)
+    return (nemo_command if args.backend == "nemo" else bridge_command)(subject.recipe, plan, dense), ""

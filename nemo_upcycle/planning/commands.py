@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from nemo_upcycle.errors import SpecError
 from nemo_upcycle.planning.hardware import KnownRecipe
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.search import Plan
@@ -65,20 +64,28 @@ def _steps(plan: Plan) -> int:
     return max(1, round(plan.request.tokens / plan.work.seq_length / plan.work.global_batch))
 
 
-def require_bridge(recipe: str, work: Workload) -> None:
-    """Check that there is a recipe by Bridge's naming, and a precision of Bridge's, to make a command of.
+def why_no_command(backend: str, recipe: KnownRecipe | None, work: Workload) -> str:
+    """Return why no recipe for a back end has a plan's settings; "" where one has.
 
-    Raises:
-        SpecError: there is none.
+    Args:
+        backend: one of `BACKENDS`.
+        recipe: that trains the model; None: there is none.
+        work: the settings.
     """
-    for what, got, known in (
-        ("recipe", recipe, BRIDGE_RECIPES),
-        ("precision", work.precision, BRIDGE_PRECISIONS),
-        ("gradients", work.gradients, ("fp32",)),  # those precisions set it
-    ):
-        if got not in known:
-            expected = f"for Bridge {' or '.join(known)}"
-            raise SpecError(field=what, got=got, expected=expected, fix="use --backend nemo")
+    name, precisions = {"nemo": ("NeMo", ("bf16", *FP8_RECIPES)), "bridge": ("Bridge", (*BRIDGE_PRECISIONS,))}[backend]
+    if recipe is None:
+        return "No recipe of this package trains this model"
+    if backend == "bridge" and recipe.name not in BRIDGE_RECIPES:
+        return f"No recipe for Bridge is {recipe.name} (--backend nemo has it)"
+    if work.precision not in precisions:
+        return f"No recipe for {name} trains in {work.precision}, only in {', '.join(precisions)}"
+    if work.low_params:
+        return "No recipe keeps parameters in FP8, because upcycling cannot fill them"
+    if backend == "nemo" and work.dispatcher == "hybridep":
+        return "NeMo 2.7 has no HybridEP (--backend bridge has it)"
+    if backend == "bridge" and work.gradients != "fp32":  # its precisions set them
+        return f"No recipe for Bridge sums gradients in {work.gradients}, only in fp32"
+    return ""
 
 
 def bridge_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> str:

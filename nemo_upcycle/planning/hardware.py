@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.planning.workload import Precision
+from nemo_upcycle.planning.workload import FORCED_IMBALANCE, Precision
 from nemo_upcycle.spec import UpcycleSpec
 
 
@@ -87,7 +87,7 @@ class Machine:
     uneven_expert_us: float = 250.0
     uneven_fp8_expert_us: float = 1200.0
     uneven_mx_expert_us: float = 400.0
-    imbalance: float = 1.11
+    imbalance: float = FORCED_IMBALANCE
     uneven: float = 0.12
 
     def uneven_us(self, numbers: Precision) -> float:

@@ -178,7 +178,7 @@ def _changes(
     """Yield changes of a setting, the nearest first, and the rule that each still breaks."""
     for value in _candidates(key, layout, arch, work):
         text = f"omit <{key}>" if value is None else f"set <{key}>={value}"
-        changed = _changed(layout, work, key, value)
+        changed = with_size(layout, work, key, value)
         yield text, first_violation(changed[0], arch, changed[1])
 
 
@@ -210,7 +210,8 @@ def _multiples_of(key: str, layout: Layout, work: Workload) -> tuple[int, ...]:
     return step, step * layout.pp
 
 
-def _changed(layout: Layout, work: Workload, key: str, value: int | None) -> tuple[Layout, Workload]:
+def with_size(layout: Layout, work: Workload, key: str, value: int | None) -> tuple[Layout, Workload]:
+    """Return a layout and a step of which one size is another, by its name in either."""
     sizes: dict[str, Any] = {key: value}
     if not hasattr(layout, key):
         return layout, replace(work, **sizes)

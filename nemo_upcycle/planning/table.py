@@ -95,12 +95,19 @@ def _gib(size: int) -> str:
     return f"{size / GIB:.1f}"
 
 
-def row_values(plan: Plan, command: str | None) -> dict[str, Any]:
-    """Return a plan for machines."""
+def row_values(plan: Plan, command: str | None, why_none: str) -> dict[str, Any]:
+    """Return a plan for machines.
+
+    Args:
+        plan: the plan.
+        command: that runs it; None: there is none.
+        why_none: why no recipe has its settings; "" where one has.
+    """
     layout = plan.layout
     sizes = {name: getattr(layout, name) for name in ("tp", "pp", "vp", "cp", "ep", "etp", "dp", "expert_dp")}
     work = plan.work
-    settings = {"recompute": work.recompute, "dispatcher": work.dispatcher, "overlap": list(work.overlap)}
+    settings = {name: getattr(work, name) for name in ("recompute", "dispatcher", "gradients", "low_params")}
+    settings |= {"overlap": list(work.overlap), "software": plan.request.software}
     return {
         "layout": sizes | {"micro_batch": layout.micro_batch} | settings,
         "memory_gib": plan.memory.gib(),
@@ -117,6 +124,7 @@ def row_values(plan: Plan, command: str | None) -> dict[str, Any]:
         "cost": None if plan.cost is None else round(plan.cost, 2),
         "checkpoint_gib": round(plan.checkpoint_gib, 1),
         "command": command,
+        "no_command": why_none,
     }
 
 

@@ -121,9 +121,10 @@ class Workload:
             if getattr(self, name) not in valid:
                 raise SpecError.unknown(name, getattr(self, name), valid)
         modules = self.recompute.split(",")
+        kinds = RECOMPUTES if len(modules) == 1 else MODULES
         for module in modules:
-            if module not in (RECOMPUTES if len(modules) == 1 else MODULES):
-                raise SpecError.unknown("recompute", module, RECOMPUTES)
+            if module not in kinds:
+                raise SpecError.unknown("recompute", module, kinds)
         if others := [name for name in self.overlap if name not in OVERLAPS]:
             raise SpecError.unknown("overlap", others[0], OVERLAPS)
         if self.pad and self.dispatcher != "alltoall":

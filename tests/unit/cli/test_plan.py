@@ -43,7 +43,7 @@ def _config(folder: Path, **changes: Any) -> Path:
 
 def test_json_has_exactly_what_is_promised(capsys: pytest.CaptureFixture[str]) -> None:
     values = _json(capsys, *PAPER, "--rank", "37")
-    assert set(values) == {"model", "rows", "ranks", "warnings"}
+    assert set(values) == {"model", "rows", "ranks", "warnings", "faster_by_one_change"}
     assert values["model"] == {
         "total_params": 47_491_321_856,
         "active_params": 13_668_454_400,
@@ -52,7 +52,7 @@ def test_json_has_exactly_what_is_promised(capsys: pytest.CaptureFixture[str]) -
     row = values["rows"][0]
     assert set(row) == {
         *("layout", "memory_gib", "fits", "tokens_per_s_per_gpu", "tflops_per_gpu", "mfu", "bound_by", "hours"),
-        *("peak_tflops", "cost", "checkpoint_gib", "command"),
+        *("peak_tflops", "cost", "checkpoint_gib", "command", "no_command"),
     }
     assert row["layout"]["dp"] == 64
     assert row["memory_gib"]["total"] == pytest.approx(
@@ -364,6 +364,11 @@ def test_a_recipe_without_the_argument_gets_every_setting_of_nemos_precision(
         ([*PAPER, "--pad-to-capacity"], "less than 4 with padding"),
         ([*PAPER, "--capacity-factor", "0", "--pad-to-capacity"], "capacity_factor: got None"),
         ([*PAPER, "--precision", "fp8-delayed", "--recompute", "moe_act"], "moe_act with fp8-delayed"),
+        (
+            [*PAPER, "--recompute", "none,moe"],
+            "recompute 'none' does not exist. Valid: core_attn, layernorm, mlp, moe, m",
+        ),
+        ([*PAPER, "--low-precision-params"], "low-precision-params: got it, expected --precision in FP8 or FP4"),
     ],
 )
 def test_mistakes_are_named(options: list[str], words: str) -> None:
@@ -391,7 +396,11 @@ def test_plan_answers_for_a_rack_in_mxfp8(capsys: pytest.CaptureFixture[str]) ->
     assert _run(*options) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "MFU of 5000 TFLOP/s (FP8)" in text
-    assert "No recipe of this package has these settings, so there is no command." in text
+    only = "bf16, fp8-delayed, fp8-current, fp8-blockwise"
+    assert f"No recipe for NeMo trains in mxfp8, only in {only}, so there is no command." in text
+    assert _run(*options, "--backend", "bridge") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "No recipe for Bridge trains in mxfp8, only in bf16, fp8-blockwise, so there is no command." in text
     in_bf16 = _json(capsys, *options[:2], *options[4:], "--rows", "1")["rows"][0]
     assert "num_nodes=16, num_gpus_per_node=4" in in_bf16["command"]
 
@@ -404,12 +413,37 @@ def test_plan_has_the_gradients_of_the_recipe_or_those_asked_for(
     assert fp32["memory_gib"]["gradients"] == pytest.approx(2 * bf16["memory_gib"]["gradients"], rel=1e-3)
     assert "trainer.plugins.grad_reduce_in_fp32=False" in bf16["command"]
     assert "grad_reduce_in_fp32" not in fp32["command"]
-    assert "--grad-dtype: got bf16, expected for Bridge fp32" in _refusal(
-        capsys, *PAPER, "--grad-dtype", "bf16", "--backend", "bridge"
-    )
     model = ("--model", str(_config(tmp_path)), "--gpus", "64", "--layout", "cp=2")
     memory = _json(capsys, *model)["rows"][0]["memory_gib"]
     assert memory["gradients"] == memory["weights"]
+
+
+def test_plan_names_the_single_change_that_adds_most_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--recipe", "llama3_8b_dense_ct", "--gpus", "64")
+    slow = _json(capsys, *options, "--layout", "tp=8")
+    best = {
+        "tp=4": ("--layout", "tp=4"),
+        "--precision fp8-delayed": ("--layout", "tp=8", "--precision", "fp8-delayed"),
+    }
+    assert list(slow["faster_by_one_change"]) == list(best)
+    for change, changed in best.items():
+        fast, now = (answer["rows"][0]["tokens_per_s_per_gpu"] for answer in (_json(capsys, *options, *changed), slow))
+        assert slow["faster_by_one_change"][change] == pytest.approx(100 * (fast / now - 1), abs=0.1)
+    _run(*options, "--layout", "tp=8")
+    shown = ", ".join(f"{percent:.0f} % with {change}" for change, percent in slow["faster_by_one_change"].items())
+    assert f"Faster by one change of row 1: {shown}." in " ".join(capsys.readouterr().out.split())
+    assert (
+        _json(capsys, *options, "--layout", "tp=8", "--recompute", "full")["faster_by_one_change"]["no --recompute"]
+        > 5
+    )
+
+
+def test_no_change_is_named_that_has_no_command_or_of_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    on_b200 = _json(capsys, *PAPER, "--gpu", "b200")["faster_by_one_change"]
+    assert on_b200
+    assert not {"--precision mxfp8", "--precision nvfp4"} & {*on_b200}
+    options = ("--recipe", "llama3_8b_e8t2", "--gpus", "8", "--layout", "ep=8")
+    assert _json(capsys, *options)["faster_by_one_change"] == {}
 
 
 def test_plan_takes_nvidias_settings_for_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,18 +25,47 @@ def test_the_speed_says_which_routing_it_assumes(capsys: pytest.CaptureFixture[s
 def test_what_nemo_does_not_have_gets_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--recipe", "llama3_8b_e8t2", "--gpus", "128", "--capacity-factor", "0", "--layout", "pp=4,vp=8,ep=8")
     assert _json(capsys, *options)["rows"][0]["command"]
-    assert not _json(capsys, *options, "--dispatcher", "hybridep", "--software", "mcore-0.17")["rows"][0].get(
-        "command"
-    )
+    row = _json(capsys, *options, "--dispatcher", "hybridep", "--software", "mcore-0.17")["rows"][0]
+    assert row["command"] is None
+    assert row["no_command"] == "NeMo 2.7 has no HybridEP (--backend bridge has it)"
 
 
 def test_bridges_command_is_for_the_recipes_that_bridge_has(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--gpus", "64", "--backend", "bridge"]
-    assert main(["plan", "--recipe", "qwen3_8b_dense_ct", *sizes]) == 2
-    answer = capsys.readouterr().err
-    assert "for Bridge llama3_8b_e8t2 or llama31_8b_e8t2 or " in answer
-    assert "Fix: use --backend nemo" in answer
     assert main(["plan", "--recipe", "qwen3_8b_e8t2", *sizes]) == 0
     assert "-m nemo_upcycle.bridge" in capsys.readouterr().out
     assert main(["plan", "--recipe", "llama3_8b_e8t2", "--gpus", "64", "--backend", "megatron"]) == 2
     assert "bridge" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--recipe", "qwen3_8b_dense_ct"], "No recipe for Bridge is qwen3_8b_dense_ct (--backend nemo has it)"),
+        (
+            ["--recipe", "qwen3_8b_e8t2", "--precision", "fp8-current"],
+            "trains in fp8-current, only in bf16, fp8-block",
+        ),
+        (["--recipe", "qwen3_8b_e8t2", "--grad-dtype", "bf16"], "sums gradients in bf16, only in fp32"),
+        (
+            ["--recipe", "qwen3_8b_e8t2", "--precision", "fp8-blockwise", "--low-precision-params"],
+            "No recipe keeps parameters in FP8, because upcycling cannot fill them",
+        ),
+    ],
+)
+def test_bridges_command_is_for_the_settings_that_its_recipes_have(
+    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *options, "--gpus", "64", "--backend", "bridge"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert words in text
+    assert "so there is no command." in text
+    assert "nemo_upcycle.bridge" not in text
+
+
+def test_bridges_command_of_a_model_has_the_gradients_that_are_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    row = _json(capsys, *("--model", "asset://smollm2-135m", "--experts", "8", "--gpus", "8", "--backend", "bridge"))[
+        "rows"
+    ][0]
+    assert row["layout"]["gradients"] == "fp32"
+    assert "mixed_precision=bf16_mixed" in row["command"]

@@ -57,6 +57,12 @@ def test_published_rows_of_blackwell_are_predicted(kind: str) -> None:
     assert (misses[-1] if kind == "fitted" else misses[-2]) <= 0.25
 
 
+@pytest.mark.parametrize("card", ["B200", "GB200", "B300", "GB300"])
+def test_every_second_row_of_a_blackwell_card_stays_out_of_the_fit(card: str) -> None:
+    fitted = [row.fitted for row in published_rows() if row.card == card]
+    assert fitted == [number % 2 == 0 for number in range(len(fitted))]
+
+
 def test_published_rows_are_predicted_as_they_are_asked() -> None:
     rows = [row for row in published_rows() if row.is_unseen and not row.gpu.is_blackwell]
     misses = [abs(row.predicted_as_asked() / row.tokens_per_s_per_gpu - 1) for row in rows]
