@@ -1,0 +1,204 @@
+"""What the options of `nemo-upcycle plan` ask: the model, its workload, the GPUs."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.errors import SpecError
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.hf_config import read_architecture
+from nemo_upcycle.models.rotary import rope_kind
+from nemo_upcycle.planning import hardware
+from nemo_upcycle.planning.search import MOST_GPUS, PlanRequest
+from nemo_upcycle.planning.workload import FORCED_IMBALANCE, USUAL_IMBALANCE, Workload
+from nemo_upcycle.spec import UpcycleSpec, check_capacity
+from nemo_upcycle.utils.validation import check_number, check_whole
+
+
+#: Of a model without a recipe. Gradients are those of NVIDIA's recipes.
+_DEFAULTS = {
+    "seq_length": 8192,
+    "global_batch": 512,
+    "capacity_factor": None,
+    "tokens": 100e9,
+    "gradients": "bf16",
+}
+_UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model to plan for, its dense parent, and the recipe that trains it, if any.
+
+    With `folder`, the model is that folder's, and the recipe was found by its shapes.
+    """
+
+    arch: Architecture
+    dense: Architecture
+    spec: UpcycleSpec | None
+    recipe: hardware.KnownRecipe | None
+    defaults: dict[str, Any]
+    folder: Path | None = None
+
+
+def number_of_tokens(text: str) -> float:
+    """Return the number that a text such as `100B`, `1.5T`, `27e9` or `27,000,000,000` stands for.
+
+    Raises:
+        SpecError: it stands for none.
+    """
+    unit = _UNITS.get(text[-1:].upper())
+    number = text[:-1] if unit else text
+    if re.fullmatch(r"\d{1,3}(,\d{3})+", number):
+        number = number.replace(",", "")
+    try:
+        value = float(number) * (unit or 1)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise SpecError(
+            "--tokens", got=repr(text), expected="a number: 100B, 1.5T, 500M or 1e11", fix="set --tokens 100B"
+        )
+    return value
+
+
+def subject_of(args: argparse.Namespace) -> Subject:
+    """Return the model that the command line names.
+
+    Raises:
+        UpcycleError: it is none that this package trains.
+    """
+    if args.recipe is not None:
+        of_a_model = {"--experts": args.num_experts, "--top-k": args.top_k, "--granularity": args.granularity}
+        _refuse(of_a_model, "none beside --recipe", "use --model FOLDER --experts N --top-k K")
+        known = hardware.known_recipe(args.recipe)
+        return Subject(known.arch, known.dense, known.spec, known, _DEFAULTS | known.defaults)
+    from nemo_upcycle.data.parents import configuration_folder
+
+    folder = configuration_folder(args.model)
+    arch = read_architecture(folder)
+    rope_kind(arch)  # training refuses another kind, too
+    if args.num_experts is None:
+        _refuse({"--top-k": args.top_k, "--granularity": args.granularity}, "--experts beside it", "add --experts 8")
+        return Subject(arch, arch, None, hardware.recipe_for(arch, arch), _DEFAULTS, folder)
+    if arch.num_experts:
+        raise SpecError(
+            "--experts",
+            got=args.num_experts,
+            expected="a dense model",
+            fix="omit --experts: an MoE model is planned as it is",
+        )
+    given = {name: getattr(args, name) for name in ("top_k", "granularity") if getattr(args, name) is not None}
+    order = "softmax_topk" if args.top_k == 1 else "topk_softmax"  # the other would be refused, and costs the same
+    spec = UpcycleSpec(num_experts=args.num_experts, router_order=order, **given)
+    moe_arch = arch.upcycled(spec)
+    return Subject(moe_arch, arch, spec, hardware.recipe_for(arch, moe_arch), _DEFAULTS, folder)
+
+
+def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
+    """Return what is to be planned for.
+
+    Raises:
+        SpecError: a value is wrong.
+    """
+
+    def given(name: str) -> Any:
+        value = getattr(args, name)
+        return subject.defaults[name] if value is None else value
+
+    check_whole("gpus", args.gpus, 1, MOST_GPUS)
+    check_whole("rows", args.rows, 1)
+    if args.price_per_gpu_hour is not None:
+        check_number("price_per_gpu_hour", args.price_per_gpu_hour, 0)
+    _require_taken(args, subject)
+    capacity = given("capacity_factor") or None
+    if subject.arch.num_experts:
+        check_capacity(capacity, args.pad_to_capacity, subject.arch.num_experts, subject.arch.top_k or 1)
+    imbalance = FORCED_IMBALANCE if args.routing == "balanced" else USUAL_IMBALANCE
+    low_params = args.low_params
+    if low_params is None:  # an upcycled model's cannot be filled, and this package's recipes keep BF16
+        low_params = args.precision != "bf16" and subject.recipe is None and subject.spec is None
+    gradients = given("gradients")
+    if args.gradients is None and args.backend == "bridge" and subject.recipe is not None:
+        gradients = "fp32"  # what the command has
+    work = Workload(
+        seq_length=given("seq_length"),
+        global_batch=given("global_batch"),
+        capacity_factor=capacity if subject.arch.num_experts else None,
+        pad=args.pad_to_capacity,
+        imbalance=args.imbalance if args.imbalance is not None else imbalance,
+        precision=args.precision,
+        low_params=low_params,
+        gradients=gradients,
+        dispatcher=args.dispatcher or "alltoall",
+        routing=args.routing or "balanced",
+        overlap=tuple(args.overlap.split(",")) if args.overlap else (),
+    )
+    if args.micro_batch is not None:
+        check_whole("micro_batch", args.micro_batch, 1, work.global_batch, "global_batch")
+    return PlanRequest(
+        arch=subject.arch,
+        gpu=hardware.known_gpu(args.gpu),
+        gpus=args.gpus,
+        work=work,
+        tokens=given("tokens"),
+        software=_software(args),
+        usual=tuple(name for name in ("dispatcher", "overlap") if not args.recipe and getattr(args, name) is None),
+        grouped=_is_grouped(subject),
+        micro_batch=args.micro_batch,
+        recompute=args.recompute or None,
+        price_per_gpu_hour=args.price_per_gpu_hour,
+    )
+
+
+def _software(args: argparse.Namespace) -> str:
+    """Return the generation of Megatron-Core: the named one, else that of the back end; Blackwell has Bridge's."""
+    if args.software is not None:
+        return hardware.known_software(args.software)
+    is_new = args.backend == "bridge" or (args.recipe is None and hardware.known_gpu(args.gpu).is_blackwell)
+    return hardware.BRIDGE_SOFTWARE if is_new else hardware.DEFAULT_SOFTWARE
+
+
+def _is_grouped(subject: Subject) -> bool:
+    """Return whether the experts' products are grouped: in all recipes but those for a laptop."""
+    return subject.recipe is None or subject.recipe.h100
+
+
+def _require_taken(args: argparse.Namespace, subject: Subject) -> None:
+    """Refuse options that would have no effect.
+
+    Raises:
+        SpecError: one is.
+    """
+    overlap, recompute = ((text or "").split(",") for text in (args.overlap, args.recompute))
+    of_experts = {
+        "--capacity-factor": args.capacity_factor,
+        "--pad-to-capacity": args.pad_to_capacity or None,
+        "--dispatcher": None if args.dispatcher == "alltoall" else args.dispatcher,
+        "--overlap": "ep" if "ep" in overlap else None,
+        "--recompute": args.recompute if {"layernorm", "moe_act", "moe"} & {*recompute} else None,
+    }
+    if args.low_params and args.precision == "bf16":
+        _refuse({"--low-precision-params": True}, "--precision in FP8 or FP4 beside it", "add --precision fp8-current")
+    if not subject.arch.num_experts:
+        refused, why = of_experts, "none for a dense model"
+    elif args.recipe is not None and args.overlap:
+        refused, why = {"--overlap": args.overlap}, "none beside --recipe: no recipe has it"
+    elif not _is_grouped(subject):
+        refused = {"--dispatcher": of_experts["--dispatcher"]}
+        refused["--recompute"] = args.recompute if "moe_act" in recompute else None
+        why = "none for this recipe, which does not group the experts' products"
+    else:
+        return
+    _refuse(refused, why, "omit {}, or use --model FOLDER")
+
+
+def _refuse(options: dict[str, Any], expected: str, fix: str) -> None:
+    """Raise for the first option that was given; `{}` in the fix stands for it."""
+    for name, value in options.items():
+        if value is not None:
+            raise SpecError(name, got="it" if value is True else value, expected=expected, fix=fix.format(name))

@@ -1,0 +1,108 @@
+"""`nemo-upcycle plan`: what it refuses, and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.errors import UpcycleError
+from tests.unit.cli.test_plan import PAPER, _config, _refusal, _run
+
+
+@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic", "longrope"])
+def test_plan_refuses_a_parent_that_training_refuses(kind: str, tmp_path: Path) -> None:
+    folder = str(_config(tmp_path, rope_scaling={"rope_type": kind, "factor": 4.0}))
+    with pytest.raises(UpcycleError, match=f"rope_scaling: got {kind}, expected default or llama3"):
+        _run("--model", folder, "--gpus", "64")
+
+
+@pytest.mark.parametrize("text", ["27G", "B", "many", "nan", "1,5B"])
+def test_plan_says_how_tokens_are_written(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"--tokens: got '{text}', expected a number: 100B, 1.5T, 500M or 1e11" in _refusal(
+        capsys, *PAPER, "--tokens", text
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gpus", "0"], "error: --gpus: got 0"),
+        (["--seq-length", "0"], "error: --seq-length: got 0, expected 1 to"),
+        (["--capacity-factor", "-1"], "error: --capacity-factor: got -1.0"),
+        (["--imbalance", "0"], "error: --imbalance: got 0.0"),
+        (["--precision", "fp8"], "error: --precision 'fp8' does not exist."),
+        (["--layout", "pp=4,cp=3"], "the GPUs (512). Fix: set --layout cp=2"),
+        (["--layout", "tp=2", "--global-batch", "100"], "Fix: set --global-batch=256."),
+        (["--layout", "tp=3"], "error: --layout tp: got 3, expected a divisor of the key-value heads (8): 1, 2, 4"),
+        (["--layout", "vp=2"], "expected 1 without pipeline stages (--layout pp=1). Fix: set --layout vp=1."),
+        (["--layout", "mbs=0"], "error: --layout mbs: got 0"),
+        (["--layout", "tp=2", "--seq-length", "8191"], "error: --seq-length: got 8191"),
+        (["--layout", ""], "error: --layout: got nothing, expected name=number"),
+        (["--layout", "tp=2 pp4"], "error: layout key 'pp4' does not exist."),
+        (["--layout", "tp=2 pp=four"], "error: --layout: got 'pp=four'"),
+        (["--price-per-gpu-hour", "-3"], "error: --price-per-gpu-hour: got -3"),
+        (["--top-k", "2"], "error: --top-k: got 2, expected none beside --recipe"),
+    ],
+)
+def test_plan_names_the_option_that_was_typed(
+    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in _refusal(capsys, "--recipe", "llama3_8b_e8t2", "--gpus", "512", *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--recipe", "llama3_8b_e8t", "--gpus", "8"], "Did you mean 'llama3_8b_e8t2'"),
+        (["--recipe", "llama3_8b_e8t2", "--gpus", "8", "--gpu", "h10"], "Did you mean 'h100'"),
+        (["--recipe", "llama3_8b_e8t2", "--gpus", "8", "--gpu", "a100", "--precision", "fp8-delayed"], "bf16 on A100"),
+        (["--recipe", "llama3_8b_e8t2", "--gpus", "8", "--experts", "4"], "none beside --recipe"),
+        ([*PAPER, "--explain", "2"], "explain: got 2"),
+        ([*PAPER, "--rank", "512"], "rank: got 512"),
+        ([*PAPER, "--rank", "x"], "rank: got x"),
+        (["--model", "no/such/folder", "--gpus", "8"], "no such folder"),
+        (["--recipe", "llama3_8b_e8t2", "--gpus", "12", "--layout", "ep=6"], "Fix: set --layout ep=4"),
+        ([*PAPER, "--granularity", "2"], "granularity: got 2, expected none beside --recipe"),
+        ([*PAPER, "--tokens", "inf"], "tokens: got 'inf'"),
+        (["--recipe", "", "--gpus", "8"], "recipe '' does not exist"),
+        ([*PAPER, "--price-per-gpu-hour", "nan"], "price_per_gpu_hour: got nan"),
+        ([*PAPER, "--rows", "0"], "rows: got 0"),
+        ([*PAPER, "--micro-batch", "0"], "micro_batch: got 0, expected a whole number, 1 to 512"),
+        ([*PAPER[:-1], PAPER[-1] + ", mbs = 2", "--micro-batch", "1"], "micro_batch: got 1 beside mbs=2"),
+        (["--recipe", "llama3_8b_e8t2", "--gpus", "64", "--micro-batch", "3"], "Fix: set global_batch="),
+        (["--recipe", "smollm2_135m_e8t2", "--gpus", "2", "--recompute", "moe_act"], "recompute: got moe_act"),
+        (["--recipe", "smollm2_135m_e8t2", "--gpus", "2", "--dispatcher", "deepep"], "dispatcher: got deepep"),
+        (["--recipe", "llama3_8b_dense_ct", "--gpus", "8", "--capacity-factor", "2"], "none for a dense model"),
+        (["--recipe", "llama3_8b_dense_ct", "--gpus", "8", "--recompute", "moe_act"], "none for a dense model"),
+        ([*PAPER, "--overlap", "tp"], "overlap: got tp, expected none beside --recipe"),
+        ([*PAPER, "--seq-length", "8" * 400], "seq_length: got 888"),
+        ([*PAPER, "--capacity-factor", "5"], r"capacity_factor: got 5, expected at most num_experts / top_k \(4\)"),
+        ([*PAPER, "--pad-to-capacity"], "less than 4 with padding"),
+        ([*PAPER, "--capacity-factor", "0", "--pad-to-capacity"], "capacity_factor: got None"),
+        ([*PAPER, "--precision", "fp8-delayed", "--recompute", "moe_act"], "moe_act with fp8-delayed"),
+        (
+            [*PAPER, "--recompute", "none,moe"],
+            "recompute 'none' does not exist. Valid: core_attn, layernorm, mlp, moe, m",
+        ),
+        ([*PAPER, "--low-precision-params"], "low-precision-params: got it, expected --precision in FP8 or FP4"),
+    ],
+)
+def test_mistakes_are_named(options: list[str], words: str) -> None:
+    with pytest.raises(UpcycleError, match=words):
+        _run(*options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--experts", "8", "--top-k", "0"], "top_k: got 0"),
+        (["--experts", "8", "--granularity", "0"], "granularity: got 0"),
+        (["--experts", "0"], "num_experts: got 0"),
+        (["--top-k", "0"], "top-k: got 0, expected --experts beside it"),
+        (["--granularity", "2"], "granularity: got 2, expected --experts beside it"),
+    ],
+)
+def test_a_zero_is_a_value(tmp_path: Path, options: list[str], words: str) -> None:
+    with pytest.raises(UpcycleError, match=words):
+        _run("--model", str(_config(tmp_path)), "--gpus", "64", *options)
