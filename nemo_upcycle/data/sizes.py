@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.blend import Blend
+from nemo_upcycle.data.engine.plan import BEGUN
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json
 
@@ -17,7 +18,6 @@ from nemo_upcycle.utils.files import read_json
 _BYTES_PER_TOKEN = 4
 #: What the engine writes of each task: what it read, in a pass before the last one; and what it made of it.
 _READ, _STATS = "read", "stats"
-ENGINE_PLAN = "engine.json"
 
 
 def size_check(blend: Blend, work: Path, plan: Mapping[str, Any]) -> Callable[[], None]:
@@ -35,10 +35,13 @@ def size_check(blend: Blend, work: Path, plan: Mapping[str, Any]) -> Callable[[]
     ranks = {name: [rank for rank, task in tasks if task["source"] == name] for name in blend.config.sources}
     waiting = {(kind, name): list(numbers) for kind in (_READ, _STATS) for name, numbers in ranks.items()}
     text_bytes: dict[str, int] = {}
-    begun = work / ENGINE_PLAN
+    has_begun = False
 
     def check() -> None:
-        if waiting and not (begun.is_file() and read_json(begun)["plan"] == plan):
+        nonlocal has_begun
+        begun = work / BEGUN
+        has_begun = has_begun or (begun.is_file() and read_json(begun)["plan"] == plan)
+        if not has_begun:
             return
         for (kind, name), numbers in list(waiting.items()):
             while numbers and (work / kind / f"{numbers[-1]:05d}.json").is_file():
