@@ -132,7 +132,10 @@ def read_overlap(folder: Path, markers: Mapping[str, Any] | None = None) -> dict
         UpcycleError: the manifest of its data is damaged.
     """
     manifest = _data_of(folder, _read_markers(folder) if markers is None else markers) / MANIFEST
-    return _read(manifest, "data").get("heldout_overlap") if manifest.is_file() else None
+    if not manifest.is_file():
+        return None
+    found: dict[str, Any] | None = _read(manifest, "data").get("heldout_overlap")
+    return found
 
 
 def _data_of(folder: Path, markers: Mapping[str, Any]) -> Path:
