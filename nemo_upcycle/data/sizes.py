@@ -85,9 +85,22 @@ def expected_draw(blend: Blend, text_bytes: Mapping[str, int]) -> list[str]:
     for name, source in blend.config.sources.items():
         tokens = text_bytes[name] / _BYTES_PER_TOKEN
         tokens = min(tokens, source.tokens or tokens)
-        once, most = tokens / blend.share(name) / 1e6, blend.config.max_epochs
-        lines.append(
-            f"  {name}: {blend.share(name):.1%} of a run, about {tokens / 1e6:,.3g}M tokens: 1 epoch in a run of about"
-            f" {once:,.3g}M tokens, {most:g} in one of {most * once:,.3g}M"
-        )
+        epochs = epochs_text(tokens, blend.share(name), blend.config.max_epochs)
+        lines.append(f"  {name}: {blend.share(name):.1%} of a run, about {tokens:,.0f} tokens: {epochs}")
     return lines
+
+
+def epochs_text(tokens: float, share: float, max_epochs: float) -> str:
+    """Say in how long a run a source is read once, and as often as it may be.
+
+    Args:
+        tokens: of the source.
+        share: of the run's tokens that it has, 0 to 1.
+        max_epochs: of the blend.
+
+    Example:
+        >>> epochs_text(3_000_000, 0.75, 4)
+        '1 epoch in a run of 4,000,000 tokens, 4 in one of 16,000,000'
+    """
+    once = tokens / share
+    return f"1 epoch in a run of {once:,.0f} tokens, {max_epochs:g} in one of {max_epochs * once:,.0f}"
