@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -48,13 +48,8 @@ SHARE_OF_ONE, SHARE_OF_SEVERAL = 0.3, 0.2
 STRETCH = {SYLLABLES: 2, LETTERS: 3}
 #: Words with letters that a short n-gram has: rows of digits are no sign of an item.
 _LETTERED = 2
-#: Characters removed on both sides of a passage.
-MARGIN = 200
 
 _FORMAT = 2
-_LAST_BLANK = re.compile(r"\s\S*\Z")
-_FIRST_BLANK = re.compile(r"\s")
-_MORE = 50
 
 
 @dataclass(frozen=True)
@@ -319,36 +314,6 @@ def _merged(passages: list[tuple[_Match, list[int]]], places: np.ndarray) -> lis
         Hit(int(places[start]), int(places[stop - 1]) + 1, last - first, tuple(sorted(numbers)))
         for first, last, start, stop, numbers in merged
     ]
-
-
-def cut(text: str, hits: Sequence[Hit], margin: int = MARGIN) -> list[str]:
-    """Return what is left of a text without the passages and `margin` characters on both sides of them.
-
-    Example:
-        >>> cut("one two three four five six", [Hit(8, 13, 1, (0,))], margin=2)
-        ['one', 'five six']
-    """
-    ends = [0, *(end for span in removed_spans(text, hits, margin) for end in span), len(text)]
-    pieces = [text[start:stop] for start, stop in zip(ends[::2], ends[1::2], strict=True)]
-    return [piece for piece in pieces if piece.strip()]
-
-
-def removed_spans(text: str, hits: Sequence[Hit], margin: int = MARGIN) -> list[tuple[int, int]]:
-    """Return what `cut` removes, in order: first character, one past the last.
-
-    A span ends between two words where that takes at most 50 characters more.
-    """
-    spans: list[tuple[int, int]] = []
-    for hit in sorted(hits, key=lambda hit: hit.start):
-        start, stop = max(hit.start - margin, 0), min(hit.stop + margin, len(text))
-        before = _LAST_BLANK.search(text, max(start - _MORE, 0), start)
-        after = _FIRST_BLANK.search(text, stop, stop + _MORE)
-        start = before.start() if before else start if start > _MORE else 0
-        stop = after.end() if after else stop if stop + _MORE < len(text) else len(text)
-        if spans and start <= spans[-1][1]:
-            start, stop = spans[-1][0], max(stop, spans.pop()[1])
-        spans.append((start, stop))
-    return spans
 
 
 def _changes(*columns: np.ndarray) -> np.ndarray:

@@ -20,9 +20,10 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from xxhash import xxh64, xxh64_intdigest
 
 from nemo_upcycle.data.contamination import Contamination
+from nemo_upcycle.data.cuts import cut, removed_spans
 from nemo_upcycle.data.engine.ledger import Ledger, LedgerStep, RemovedWriter
 from nemo_upcycle.data.engine.plan import MAX_TASKS, Plan
-from nemo_upcycle.data.ngrams import Hit, NgramIndex, cut, removed_spans
+from nemo_upcycle.data.ngrams import Hit, NgramIndex
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json, whole_file, write_json
 

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from nemo_upcycle.data.contamination import EXAMPLES, Contamination, build_index, merge_contamination
-from nemo_upcycle.data.ngrams import Hit, NgramIndex, removed_spans
+from nemo_upcycle.data.cuts import removed_spans
+from nemo_upcycle.data.ngrams import Hit, NgramIndex
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.items import Item
 

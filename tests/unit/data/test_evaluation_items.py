@@ -9,8 +9,9 @@ import pytest
 
 from nemo_upcycle.data.blend import read_blend
 from nemo_upcycle.data.contamination import Contamination, build_index
+from nemo_upcycle.data.cuts import cut, removed_spans
 from nemo_upcycle.data.inputs import list_inputs
-from nemo_upcycle.data.ngrams import NgramIndex, cut, removed_spans
+from nemo_upcycle.data.ngrams import NgramIndex
 from nemo_upcycle.demo.assets import fetch_asset
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.items import suite_items

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemo_upcycle.data.ngrams import Hit, NgramIndex, cut, removed_spans
+from nemo_upcycle.data.cuts import cut, removed_spans
+from nemo_upcycle.data.ngrams import Hit, NgramIndex
 from nemo_upcycle.data.word_hashes import normalise
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.suites.items import Item
