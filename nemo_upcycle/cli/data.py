@@ -118,10 +118,11 @@ def _check(args: argparse.Namespace, blend: Blend) -> int:
 
 
 def _text(manifest: dict[str, Any], blend_folder: FinishedBlend) -> str:
+    from nemo_upcycle.data.sizes import epochs_text
+
     splits = manifest["splits"]
     counts = ", ".join(f"{name} {splits[name]['tokens']:,}" for name in splits)
     lines = [f"{blend_folder.folder}: {counts} tokens"]
-    epochs, most = blend_folder.epochs(1e9), manifest["max_epochs"]
     for name, source in manifest["sources"].items():
         train = source["splits"]["train"]
         removed = {f"{step} {why}": n for step, one in source["steps"].items() for why, n in one["removed"].items()}
@@ -133,11 +134,9 @@ def _text(manifest: dict[str, Any], blend_folder: FinishedBlend) -> str:
             )
         if pii := source["pii"]:
             lines.append(f"    replaced: {', '.join(f'{count:,} {kind}' for kind, count in pii.items())}")
-        if name in epochs:
-            once = 1e9 / epochs[name]
-            lines.append(f"    1 epoch in a run of {once:,.0f} tokens, {most:g} in one of {most * once:,.0f}")
+        if share := blend_folder.shares.get(name):
+            lines.append(f"    {epochs_text(train['tokens'], share, manifest['max_epochs'])}")
     lines += [f"  {line}" for line in blend_folder.overlap]
-    lines += (
-        [f"  evaluation items: {blend_folder.contamination.removeprefix('; ')}"] if blend_folder.contamination else []
-    )
+    if found := blend_folder.contamination:
+        lines.append(f"  evaluation items: {found.removeprefix('; ')}")
     return "\n".join(lines)

@@ -25,6 +25,7 @@ from filelock import FileLock
 from nemo_upcycle.data.blend import Blend, read_blend
 from nemo_upcycle.data.contamination import build_index, check_suites, merge_contamination
 from nemo_upcycle.data.dense import ensure_dense, tokenizer_folder
+from nemo_upcycle.data.engine.plan import BEGUN
 from nemo_upcycle.data.environment import data_python, engine_version, run_engine
 from nemo_upcycle.data.finished import (
     BUILD,
@@ -36,16 +37,9 @@ from nemo_upcycle.data.finished import (
     TOKENIZER,
     TOKENS,
 )
-from nemo_upcycle.data.inputs import (
-    NGRAMS,
-    InputFile,
-    list_inputs,
-    make_plan,
-    reader_of,
-    require_disjoint,
-)
+from nemo_upcycle.data.inputs import NGRAMS, InputFile, list_inputs, make_plan, reader_of, require_disjoint
 from nemo_upcycle.data.manifest import describe_anew, make_manifest, merge_heldout, merge_tokens, read_stats, texts_of
-from nemo_upcycle.data.sizes import ENGINE_PLAN, size_check
+from nemo_upcycle.data.sizes import size_check
 from nemo_upcycle.data.tokenizers import save_tokenizer
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.cache import writable_cache
@@ -186,7 +180,7 @@ def _is_done(output: Path, made_from: dict[str, Any]) -> bool:
         earlier = read_json(output / MARKER).get("made_from", {})
     elif begun.is_file():
         earlier = read_json(begun)
-        if earlier != made_from and not (output / BUILD / ENGINE_PLAN).is_file():  # nothing was read yet
+        if earlier != made_from and not (output / BUILD / BEGUN).is_file():  # nothing was read yet
             shutil.rmtree(output / BUILD)
             return False
         if _with_sources_of(earlier, made_from) == made_from:
@@ -229,7 +223,7 @@ def _as_begun(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
     if [task for task in begun["tasks"] if task["source"] in names] != plan["tasks"]:
         return plan
     tasks = [task if task["source"] in names else task | {"files": [], "options": {}} for task in begun["tasks"]]
-    return plan | {"tasks": tasks, "finders": begun["finders"]}
+    return plan | {"tasks": tasks} | {key: begun[key] for key in ("finders", "heldout_overlap")}
 
 
 def _is_begun(path: Path) -> bool:

@@ -146,10 +146,8 @@ def texts_of(config: BlendConfig) -> dict[str, Any]:
     for key in ("seq_length", "max_epochs"):
         del values[key]
     for source in values["sources"].values():
-        for key in ("weight", "license", "trains", *(["pii"] if source["pii"] is None else [])):
+        for key in ("weight", "license", "trains"):
             del source[key]
-    if not values["pii"]:  # unset, as in folders of versions that did not know it
-        del values["pii"]
     return values
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.blend import Blend
+from nemo_upcycle.data.engine.plan import BEGUN
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import read_json
 
@@ -17,7 +18,6 @@ from nemo_upcycle.utils.files import read_json
 _BYTES_PER_TOKEN = 4
 #: What the engine writes of each task: what it read, in a pass before the last one; and what it made of it.
 _READ, _STATS = "read", "stats"
-ENGINE_PLAN = "engine.json"
 
 
 def size_check(blend: Blend, work: Path, plan: Mapping[str, Any]) -> Callable[[], None]:
@@ -35,10 +35,13 @@ def size_check(blend: Blend, work: Path, plan: Mapping[str, Any]) -> Callable[[]
     ranks = {name: [rank for rank, task in tasks if task["source"] == name] for name in blend.config.sources}
     waiting = {(kind, name): list(numbers) for kind in (_READ, _STATS) for name, numbers in ranks.items()}
     text_bytes: dict[str, int] = {}
-    begun = work / ENGINE_PLAN
+    has_begun = False
 
     def check() -> None:
-        if waiting and not (begun.is_file() and read_json(begun)["plan"] == plan):
+        nonlocal has_begun
+        begun = work / BEGUN
+        has_begun = has_begun or (begun.is_file() and read_json(begun)["plan"] == plan)
+        if not has_begun:
             return
         for (kind, name), numbers in list(waiting.items()):
             while numbers and (work / kind / f"{numbers[-1]:05d}.json").is_file():
@@ -82,9 +85,22 @@ def expected_draw(blend: Blend, text_bytes: Mapping[str, int]) -> list[str]:
     for name, source in blend.config.sources.items():
         tokens = text_bytes[name] / _BYTES_PER_TOKEN
         tokens = min(tokens, source.tokens or tokens)
-        once, most = tokens / blend.share(name) / 1e6, blend.config.max_epochs
-        lines.append(
-            f"  {name}: {blend.share(name):.1%} of a run, about {tokens / 1e6:,.3g}M tokens: 1 epoch in a run of about"
-            f" {once:,.3g}M tokens, {most:g} in one of {most * once:,.3g}M"
-        )
+        epochs = epochs_text(tokens, blend.share(name), blend.config.max_epochs)
+        lines.append(f"  {name}: {blend.share(name):.1%} of a run, about {tokens:,.0f} tokens: {epochs}")
     return lines
+
+
+def epochs_text(tokens: float, share: float, max_epochs: float) -> str:
+    """Say in how long a run a source is read once, and as often as it may be.
+
+    Args:
+        tokens: of the source.
+        share: of the run's tokens that it has, 0 to 1.
+        max_epochs: of the blend.
+
+    Example:
+        >>> epochs_text(3_000_000, 0.75, 4)
+        '1 epoch in a run of 4,000,000 tokens, 4 in one of 16,000,000'
+    """
+    once = tokens / share
+    return f"1 epoch in a run of {once:,.0f} tokens, {max_epochs:g} in one of {max_epochs * once:,.0f}"

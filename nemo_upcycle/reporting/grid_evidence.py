@@ -14,7 +14,7 @@ from typing import Any
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.heldout import document_sums
 from nemo_upcycle.reporting.results import summarise_router
-from nemo_upcycle.reporting.run_folder import read_curve
+from nemo_upcycle.reporting.run_folder import read_curve, read_overlap
 from nemo_upcycle.utils.files import read_json, whole_file
 
 
@@ -35,7 +35,8 @@ def collect_evidence(run_dir: Path, name: str, described: Mapping[str, Any]) -> 
     Returns:
         `grid`, `described`, `documents` (`names` and `bytes` of the held-out texts) and `cells`: of each training
         `flops_per_token`, `ranks`, `scores` (`step` of each evaluation, and the log-likelihood in `nats` of every
-        document, exact) and of all steps `tokens`, `seconds` and `routers` (means over the layers, six digits).
+        document, exact) and of all steps `tokens`, `seconds` and `routers` (means over the layers, six digits); and
+        `heldout_overlap` of the data's manifest, or None.
 
     Raises:
         UpcycleError: a file is missing or damaged, or two evaluations are of different documents.
@@ -71,7 +72,8 @@ def collect_evidence(run_dir: Path, name: str, described: Mapping[str, Any]) -> 
                 if any(key in one for one in routers)
             },
         }
-    return {"grid": name, "described": described, "documents": documents, "cells": cells}
+    overlap = read_overlap(run_dir)
+    return {"grid": name, "described": described, "documents": documents, "cells": cells, "heldout_overlap": overlap}
 
 
 def _step_of(path: Path) -> int:

@@ -11,6 +11,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.reporting.grid import arms_of, compare_arms
 from nemo_upcycle.reporting.grid_evidence import EVIDENCE, PLAN, collect_evidence, read_evidence, write_evidence
 from nemo_upcycle.reporting.markdown import number, section, signed, table, with_error
+from nemo_upcycle.reporting.sections import overlap
 from nemo_upcycle.utils.files import read_json, read_text, whole_file, write_json
 
 
@@ -94,6 +95,8 @@ def draw_table(folder: Path) -> str:
     evidence = read_evidence(folder / EVIDENCE)
     described = evidence["described"]
     values = {"grid": evidence["grid"], "about": described["about"], **compare_arms(arms_of(evidence), described)}
+    if found := evidence.get("heldout_overlap"):  # not in older evidence
+        values["heldout_overlap"] = found
     write_json(folder / "table.json", values, indent=None)  # with a line for each number, three times as large
     figures = {"curves": curves_figure(values), "routers": routers_figure(values), "budgets": budgets_figure(values)}
     for title, figure in figures.items():
@@ -107,7 +110,7 @@ def render_table(values: Mapping[str, Any]) -> str:
     """Return the table as Markdown.
 
     Args:
-        values: what `compare_arms` returned, with the `grid` and what it is `about`.
+        values: what `compare_arms` returned, with the `grid`, what it is `about` and, if known, `heldout_overlap`.
     """
     arms = values["arms"]
     seeds = max(len(result["seeds"]) for result in arms.values())
@@ -122,6 +125,7 @@ def render_table(values: Mapping[str, Any]) -> str:
         _rankings(values["rankings"]),
         _budgets(values["budgets"]),
         _sources(arms),
+        section("Held-out text", text) if (text := overlap(values.get("heldout_overlap"))) else "",
         f"Every number: `table.json`, made from `{EVIDENCE}`.\n",
     )
     return "\n\n".join(part for part in parts if part)

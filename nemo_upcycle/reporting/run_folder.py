@@ -95,8 +95,7 @@ def read_run(folder: Path) -> RunRecord:
     markers = _read_markers(folder)
     left_out = {"dense_ct"} if markers.get("dense_ct", {}).get("outputs", {}).get("left_out") else set()
     trained = [stage for stage in ("pretrain", "dense_ct") if stage not in left_out]
-    data = Path(markers.get("data", {}).get("outputs", {}).get("folder", folder / "data/blend"))
-    contamination, manifest = data / CONTAMINATION, data / MANIFEST
+    contamination = _data_of(folder, markers) / CONTAMINATION
     online, command = folder / "pretrain/receipt.json", folder / "command.txt"
     return RunRecord(
         recipe=_read(folder / "pipeline.json", "import", {"recipe": str})["recipe"],
@@ -118,8 +117,29 @@ def read_run(folder: Path) -> RunRecord:
         recipes={stage: recipe for stage in trained if (folder / (recipe := f"recipes/{stage}.yaml")).is_file()},
         stage_seconds={stage: marker["seconds"] for stage, marker in markers.items() if "seconds" in marker},
         contamination=_read(contamination, "data", _CONTAMINATION) if contamination.is_file() else None,
-        heldout_overlap=_read(manifest, "data").get("heldout_overlap") if manifest.is_file() else None,
+        heldout_overlap=read_overlap(folder, markers),
     )
+
+
+def read_overlap(folder: Path, markers: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """Return how much held-out text stands in the training text of a run or a grid; None where it was not looked for.
+
+    Args:
+        folder: of the run or grid.
+        markers: of its finished stages; None to read them.
+
+    Raises:
+        UpcycleError: the manifest of its data is damaged.
+    """
+    manifest = _data_of(folder, _read_markers(folder) if markers is None else markers) / MANIFEST
+    if not manifest.is_file():
+        return None
+    found: dict[str, Any] | None = _read(manifest, "data").get("heldout_overlap")
+    return found
+
+
+def _data_of(folder: Path, markers: Mapping[str, Any]) -> Path:
+    return Path(markers.get("data", {}).get("outputs", {}).get("folder", folder / "data/blend"))
 
 
 def _read_markers(folder: Path) -> dict[str, dict[str, Any]]:

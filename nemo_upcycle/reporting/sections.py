@@ -161,7 +161,7 @@ def training(results: dict[str, Any]) -> str:
     return section(
         "Training",
         _data(stages),
-        _overlap(results["heldout_overlap"]),
+        overlap(results["heldout_overlap"]),
         table(["", *(MODELS[_TRAINED[stage]] for stage in stages)], rows),
         _changes(stages),
         "![tokens per second and memory](speed.png)",
@@ -190,8 +190,12 @@ def _data(stages: dict[str, Any]) -> str:
     return "\n\n".join(f"Data{whose}: {plain(text)}." for whose, text in data.items())
 
 
-def _overlap(found: dict[str, Any] | None) -> str:
-    """Return how much held-out text the models were trained on; nothing where it was not looked for."""
+def overlap(found: dict[str, Any] | None) -> str:
+    """Return how much held-out text the models were trained on; nothing where it was not looked for.
+
+    Args:
+        found: `heldout_overlap` of the data's manifest.
+    """
     if not found or not found["rows"]:
         return ""
     rows = [

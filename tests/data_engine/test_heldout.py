@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 pytest.importorskip("datatrove")
 
 from nemo_upcycle.data.engine import heldout
+from nemo_upcycle.data.engine.clean import write_numbers
 from nemo_upcycle.data.finished import HELDOUT_OVERLAP
 from tests.data_engine.blend import command, everything, execute, removed, run, stats, texts, write_plan
 from tests.data_engine.test_engine import clear, write_jsonl
@@ -153,3 +155,14 @@ def test_workers_and_kills_do_not_change_a_byte(tmp_path: Path) -> None:
             process.kill()
     assert run(plan).returncode == 0
     assert found[0] == found[1] == everything(plan.parent)
+
+
+def test_numbers_for_which_there_is_no_room_are_an_error(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_numbers(tmp_path / "train/00000.remove", range(10))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / "train").iterdir())

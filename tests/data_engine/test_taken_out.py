@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("datatrove")
 
+from nemo_upcycle.data.engine.plan import BEGUN
 from tests.data_engine.blend import run, sentence, tokens, write_plan
 from tests.data_engine.test_engine import write_jsonl
 
@@ -50,6 +51,7 @@ def test_source_taken_out_gives_what_a_build_without_it_gives(tmp_path: Path, st
     assert run(plan, "--workers", "1").returncode == 0
     before = _texts(plan.parent)
     kept = {path: path.stat().st_mtime_ns for path in plan.parent.glob("stats/*")}
+    begun = (plan.parent / BEGUN).read_text()
     _plan(tmp_path / "one", with_first=False, **steps)
     done = run(plan, "--workers", "1")
     assert done.returncode == 0, done.stderr
@@ -57,6 +59,9 @@ def test_source_taken_out_gives_what_a_build_without_it_gives(tmp_path: Path, st
     written = {path.name for path in kept if path.stat().st_mtime_ns != kept[path]}
     again = {"00002.json", "00003.json", "00004.json", "00005.json"} if steps["deduplicate"] else set()
     assert written == {"00000.json", "00001.json"} | again  # the others lost no text to the first
+    (plan.parent / BEGUN).write_text(begun)  # as a kill leaves it after the rest was forgotten
+    assert run(plan, "--workers", "1").returncode == 0
+    assert _texts(plan.parent) == _texts(wanted.parent)
 
 
 def test_other_changes_are_refused_as_before(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from nemo_upcycle.data.engine.plan import MAX_TASKS, Plan
 from nemo_upcycle.data.ngrams import NgramIndex
 from nemo_upcycle.data.passages import Hit, cut, removed_spans
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.utils.files import read_json, write_json
+from nemo_upcycle.utils.files import read_json, whole_file, write_json
 
 
 #: What a cut leaves of a document is a document of its own if it has this many characters.
@@ -175,6 +175,13 @@ def numbered(plan: Plan, rank: int, files: dict[str, str]) -> dict[int, str]:
             for number in np.fromfile(path, "<u4").tolist():
                 reasons.setdefault(number, reason)
     return reasons
+
+
+def write_numbers(path: Path, numbers: Any) -> None:
+    """Write numbers of documents, as `numbered` reads them; of a full disk numpy's own `tofile` says nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as aside:
+        aside.write_bytes(np.array(numbers, "<u4").tobytes())
 
 
 def _digest_path(folder: Path, rank: int) -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from datatrove.data import DocumentsPipeline
 
-from nemo_upcycle.data.engine.clean import DUPLICATES, numbered
+from nemo_upcycle.data.engine.clean import DUPLICATES, numbered, write_numbers
 from nemo_upcycle.data.engine.ledger import LedgerStep
 from nemo_upcycle.data.engine.plan import Plan
 from nemo_upcycle.data.finished import HELDOUT_OVERLAP
@@ -163,19 +163,12 @@ class CompareTraining(LedgerStep):
                 removed.append(document.metadata["number"])
             else:
                 after[shared] = True
-        _save_removed(plan, "mostly in held-out text", rank, removed)
+        write_numbers(plan.folder / REMOVED["mostly in held-out text"].format(rank=rank), removed)
         _save(plan.path("overlap/found", rank, "npz"), before=np.packbits(before), after=np.packbits(after))
 
 
 def _most(plan: Plan) -> float:
     return float(plan.heldout_overlap or 0)
-
-
-def _save_removed(plan: Plan, reason: str, rank: int, numbers: Any) -> None:
-    path = plan.folder / REMOVED[reason].format(rank=rank)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as aside:
-        np.array(numbers, "<u4").tofile(aside)
 
 
 class JudgeHeldout(LedgerStep):
@@ -197,7 +190,8 @@ class JudgeHeldout(LedgerStep):
                 documents.sums(of_grams) for of_grams in (chosen, *(chosen & bits[places] for bits in found.values()))
             )
             is_removed = after > _most(plan) * ngrams
-            _save_removed(plan, "mostly in training text", number, documents.numbers[is_removed])
+            path = plan.folder / REMOVED["mostly in training text"].format(rank=number)
+            write_numbers(path, documents.numbers[is_removed])
             counts = {
                 "documents": np.ones_like(ngrams),
                 "above": before > _most(plan) * ngrams,

@@ -25,7 +25,7 @@ class Ledger:
 
     Args:
         plan_path: of the plan.
-        is_kept: whether to write it: the pass that only signs documents does not.
+        is_kept: whether to write it, as the last pass over the documents does.
     """
 
     def __init__(self, plan_path: Path, *, is_kept: bool) -> None:
@@ -184,8 +184,8 @@ class CountText(LedgerStep):
 class RemovedWriter:
     """Takes the documents that a filter of datatrove excludes, as its `exclusion_writer`."""
 
-    def __init__(self, ledger: Ledger, step: str, reason: str = "") -> None:
-        self.ledger, self.step, self.reason = ledger, step, reason
+    def __init__(self, ledger: Ledger, step: str) -> None:
+        self.ledger, self.step = ledger, step
 
     def __enter__(self) -> RemovedWriter:
         return self
@@ -195,4 +195,4 @@ class RemovedWriter:
 
     def write(self, document: Document, rank: int = 0) -> None:
         """Record one document."""
-        self.ledger.removed_document(self.step, self.reason or document.metadata["filter_reason"], document)
+        self.ledger.removed_document(self.step, document.metadata["filter_reason"], document)

@@ -13,6 +13,7 @@ import numpy as np
 from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets, MinhashDedupSignature
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
+from nemo_upcycle.data.engine.clean import write_numbers
 from nemo_upcycle.data.engine.ledger import LedgerStep
 from nemo_upcycle.data.word_hashes import normalise, word_blocks
 
@@ -83,9 +84,9 @@ class KeepFirst(LedgerStep):
                 earlier[other] = one
         documents = np.array(sorted(earlier), np.uint64)
         tasks = documents >> np.uint64(32)
-        (self.folder / "near").mkdir(exist_ok=True)
         for task in np.unique(tasks).tolist():
-            documents[tasks == task].astype("<u4").tofile(self.folder / "near" / f"{task:05d}.remove")
+            numbers = documents[tasks == task] & np.uint64(0xFFFFFFFF)
+            write_numbers(self.folder / "near" / f"{task:05d}.remove", numbers)
 
     def _pairs(self) -> Iterator[list[int]]:
         """Yield pairs of documents; a document is its task and, in the low 32 bits, its number."""

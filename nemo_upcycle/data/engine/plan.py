@@ -16,6 +16,8 @@ from nemo_upcycle.utils.files import read_json, sha256_file
 
 #: datatrove keeps the priority of a document, here that of its task, in 16 bits.
 MAX_TASKS = 65_535
+#: In the folder of the plan: what the engine began to work on, as `Plan.fingerprint` says it.
+BEGUN = "engine.json"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from nemo_upcycle.data.engine.plan import Plan, clear_asides
+from nemo_upcycle.data.engine.plan import BEGUN, Plan, clear_asides
 from nemo_upcycle.data.engine.processes import die_with_parent
 from nemo_upcycle.data.engine.stages import (
     JOIN,
@@ -39,7 +39,7 @@ from nemo_upcycle.utils.progress import ProgressLine
 
 
 _KILLED = "a worker was killed, perhaps for lack of memory. Fix: use fewer --workers, then rerun."
-_FINGERPRINT, _LOCK = "engine.json", ".engine.lock"
+_LOCK = ".engine.lock"
 _UNKNOWN_JOB = "Invalid job id"  # Slurm's answer for one that ended a while ago
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # each stops the engine, but for one that nohup ignores
 _POLL_S, _SLURM_POLL_S = 0.2, 5.0
@@ -78,7 +78,7 @@ def run_plan(plan: Plan, run_on: RunOn) -> None:
 
 
 def _require_same_plan(plan: Plan) -> None:
-    path, now = plan.folder / _FINGERPRINT, plan.fingerprint()
+    path, now = plan.folder / BEGUN, plan.fingerprint()
     if not path.is_file():
         write_json(path, now)
     elif (before := read_json(path)) != now:
@@ -112,7 +112,7 @@ def _forget(plan: Plan, out: list[int]) -> None:
     folder, counts = plan.folder / "duplicates", tasks_of_stages(plan)
     ranks: dict[str, Iterable[int]] = {READ: out, SIGN: out, WRITE: range(len(plan.tasks))}
     if JOIN not in counts:  # only of equal texts it is known which task lost them
-        ranks[WRITE] = {*out, *(int(path.name.partition(".")[0]) for path in (folder / "found").glob("*/*"))}
+        ranks[WRITE] = {*out, *(int(path.name.partition(".")[0]) for path in (folder / "found").glob("*/*.c4_dup"))}
     for stage, tasks in counts.items():
         for rank in ranks.get(stage, range(tasks)):
             (plan.folder / "logs" / stage / "completions" / f"{rank:05d}").unlink(missing_ok=True)

@@ -92,35 +92,35 @@ def tasks_of_stages(plan: Plan) -> dict[str, int]:
 def stages(plan: Plan, library: str) -> list[Stage]:
     """Return the stages in their order."""
     path, folder = plan.folder / "plan.json", plan.folder / "duplicates"
-    ledger, looking = Ledger(path, is_kept=True), Ledger(path, is_kept=False)
+    ledger, unwritten = Ledger(path, is_kept=True), Ledger(path, is_kept=False)
     signatures, found = str(folder / "signatures"), str(folder / "found")
     find = ExactFindDedups(signatures, found, clean.deduplication(), lines_to_buffer=1024)
-    sign: list[PipelineStep] = [*_documents(looking), clean.SignDocuments(looking, folder, plan.finders)]
-    join: list[PipelineStep] = [StartTask(looking)]
+    sign: list[PipelineStep] = [*_documents(unwritten), clean.SignDocuments(unwritten, folder, plan.finders)]
+    join: list[PipelineStep] = [StartTask(unwritten)]
     pipelines: dict[str, list[Any]] = {
-        READ: _documents(looking),
+        READ: _documents(unwritten),
         SIGN: sign,
-        FIND: [StartTask(looking), find],
+        FIND: [StartTask(unwritten), find],
         JOIN: join,
     }
     overlap: list[PipelineStep] = []
     if plan.heldout_overlap is not None:
-        sign.append(heldout.WriteHeldout(looking))
+        sign.append(heldout.WriteHeldout(unwritten))
     if plan.near_duplicates:
         config = near.near_config(plan.near_duplicates)
         sign.append(near.SignNear(folder, config))
-        pipelines[FIND_NEAR] = [StartTask(looking), near.find_near(folder, config)]
-        join.append(near.KeepFirst(looking, folder))
+        pipelines[FIND_NEAR] = [StartTask(unwritten), near.find_near(folder, config)]
+        join.append(near.KeepFirst(unwritten, folder))
     if plan.heldout_overlap is not None:
-        join.append(heldout.IndexHeldout(looking))
-        pipelines[COMPARE] = [*_different(looking, plan), heldout.CompareTraining(looking)]
-        pipelines[JUDGE] = [StartTask(looking), heldout.JudgeHeldout(looking)]
+        join.append(heldout.IndexHeldout(unwritten))
+        pipelines[COMPARE] = [*_deduplicated(unwritten, plan), heldout.CompareTraining(unwritten)]
+        pipelines[JUDGE] = [StartTask(unwritten), heldout.JudgeHeldout(unwritten)]
         overlap.append(clean.RemoveNumbered(ledger, "overlap", heldout.REMOVED))
     decontaminate: list[PipelineStep] = [clean.Decontaminate(ledger)] if plan.ngram_index else []
     if any(task.pii for task in plan.tasks):
         decontaminate.append(ReplacePII(ledger))
     pipelines[WRITE] = [
-        *_different(ledger, plan),
+        *_deduplicated(ledger, plan),
         CountDocuments(ledger, "deduplicate"),
         *overlap,
         CountDocuments(ledger, "overlap"),
@@ -131,7 +131,7 @@ def stages(plan: Plan, library: str) -> list[Stage]:
     return [Stage(name, pipelines[name], tasks) for name, tasks in tasks_of_stages(plan).items()]
 
 
-def _different(ledger: Ledger, plan: Plan) -> list[PipelineStep]:
+def _deduplicated(ledger: Ledger, plan: Plan) -> list[PipelineStep]:
     """Return the steps up to the documents that are no duplicates."""
     if SIGN not in tasks_of_stages(plan):
         return _documents(ledger)

@@ -168,7 +168,7 @@ def data_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
         build_data(plan.blend, tokenizer, folder, max(one.seq_length(Path(tokenizer)) for one in trainings))
     open_blend(folder).require_tokenizer_of(tokenizer)
     splits = open_blend(folder).manifest["splits"]
-    return {"tokens": {name: split["tokens"] for name, split in splits.items()}}
+    return {"folder": str(folder), "tokens": {name: split["tokens"] for name, split in splits.items()}}
 
 
 def suite_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemo_upcycle.data.blend import Blend, BlendConfig, SourceConfig
+from nemo_upcycle.data.build import _as_begun
 from nemo_upcycle.data.sizes import size_check
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.files import write_json
@@ -69,6 +70,16 @@ def test_shares_and_epochs_are_shown_once_all_is_read(tmp_path: Path, capsys: py
     check()
     assert capsys.readouterr().err.splitlines() == [
         "mine, estimated at 4 bytes a token:",
-        "  web: 75.0% of a run, about 10M tokens: 1 epoch in a run of about 13.3M tokens, 4 in one of 53.3M",
-        "  tiny: 25.0% of a run, about 1M tokens: 1 epoch in a run of about 4M tokens, 4 in one of 16M",
+        "  web: 75.0% of a run, about 10,000,000 tokens:"
+        " 1 epoch in a run of 13,333,333 tokens, 4 in one of 53,333,333",
+        "  tiny: 25.0% of a run, about 1,000,000 tokens: 1 epoch in a run of 4,000,000 tokens, 4 in one of 16,000,000",
     ]
+
+
+def test_a_source_taken_out_leaves_whether_held_out_text_is_compared(tmp_path: Path) -> None:
+    held = {"source": "held", "split": "heldout", "files": ["a"], "options": {}}
+    kept = {"source": "web", "split": "train", "files": ["b"], "options": {}}
+    begun = {"tasks": [held, kept], "finders": 2, "heldout_overlap": 0.5}
+    write_json(tmp_path / "plan.json", begun)
+    now = _as_begun(tmp_path / "plan.json", {"tasks": [kept], "finders": 1, "heldout_overlap": None})
+    assert now == begun | {"tasks": [held | {"files": []}, kept]}

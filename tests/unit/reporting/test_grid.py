@@ -275,6 +275,22 @@ def test_evidence_alone_gives_the_same_table_and_page(run_dir: Path, tmp_path: P
     assert write_grid(folder).read_text() == text
 
 
+def test_share_of_held_out_text_in_the_training_text_of_a_grid_is_in_its_table(run_dir: Path) -> None:
+    assert "Held-out text" not in write_table(run_dir, "mine", described()).read_text()
+    counts = {"documents": 14, "above": 2, "removed": 1, "ngrams": 1000, "shared": 123}
+    row = {"source": "law", "split": "heldout", **counts, "ngrams_after": 900, "shared_after": 9}
+    own = run_dir / "own"
+    own.mkdir()
+    overlap = {"most": 0.5, "words": 13, "every": 1, "rows": [row]}
+    (own / "manifest.json").write_text(json.dumps({"heldout_overlap": overlap}))
+    (run_dir / "data").mkdir()
+    marker = {"stage": "data", "outputs": {"folder": str(own)}}
+    (run_dir / "data/_SUCCESS.json").write_text(json.dumps(marker))
+    text = write_table(run_dir, "mine", described()).read_text()
+    assert "| law, heldout | 14 | 2 | 1 | 12.3 % | 1.0 % |" in text
+    assert json.loads((run_dir / "table/table.json").read_text())["heldout_overlap"] == overlap
+
+
 def test_the_folder_of_a_grid_gets_its_table_again(run_dir: Path) -> None:
     (run_dir / "grid.json").write_text(json.dumps({"name": "mine", "described": described()}))
     path = write_grid(run_dir)
