@@ -52,7 +52,7 @@ def test_a_dry_run_without_an_executor_forecasts_and_says_what_to_name(tmp_path:
     text = _run(tmp_path, f"dir={tmp_path}/run", "--dryrun")
     for words in (
         "60.0 of 79.1 GiB: fits",
-        "12.9 h, 6,584 GPU-hours",
+        "12.9 h, 6,630 GPU-hours",
         "no executor named: 64 nodes x 8 ranks",
         "Before it can run here: ",
         "run.executor=NAME",
