@@ -136,6 +136,7 @@ def test_own_tasks_are_looked_for_without_those_that_are_named(suite: Path, tmp_
     assert [hit.size for hit in found] == [9]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "said"),
     [
