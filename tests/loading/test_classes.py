@@ -17,6 +17,9 @@ from tests.loading.cases import Case, has_class, outcome, random_case
 from tests.tiers import quick
 
 
+pytestmark = pytest.mark.slow
+
+
 CASES = int(os.environ.get("CASES", "12"))
 TOLERANCE = 2e-6
 FINE = {"num_experts": 8, "top_k": 4, "granularity": 2}

@@ -20,6 +20,9 @@ from nemo_upcycle.suites.suite_config import read_suite_config
 from tests.planted import CHANGED, VERBATIM, plant, questions
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], NgramIndex]:
     path = tmp_path_factory.mktemp("index") / "ngrams.npz"

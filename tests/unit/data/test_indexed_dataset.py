@@ -18,6 +18,7 @@ def _write(prefix: Path, documents: list[list[int]], vocabulary: int) -> Path:
     return prefix
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocabulary", [49152, 128256], ids=["uint16", "int32"])
 def test_joined_datasets_have_the_bytes_of_megatrons_builder(tmp_path: Path, vocabulary: int) -> None:
     texts = [[[1, 2, 3], [4]], [[5, 6]], [[7], [8, 9, 10, 11], [vocabulary - 1]]]

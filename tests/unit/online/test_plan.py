@@ -161,6 +161,7 @@ def _check_filled_once(model: Any, plans: list[ParamPlan], used: dict[str, torch
             assert bool((filled == 1).all()), plan.names
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(cluster=_clusters())
 def test_every_rank_of_any_cluster_gets_what_belongs_there(

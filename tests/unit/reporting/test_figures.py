@@ -97,6 +97,7 @@ def test_routers_are_drawn_with_the_range_of_their_layers() -> None:
     assert routers_figure(Curve(DENSE, [])) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [6, 2400])
 def test_every_figure_is_whole_and_its_tokens_end_with_the_run(steps: int) -> None:
     layers = {"load_cv": [None, 0.1, 0.3], "load_entropy": [None, 0.9, 0.95], "dropped": [None, 0.0, 0.1]}

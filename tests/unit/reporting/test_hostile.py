@@ -16,6 +16,9 @@ from tests.unit.reporting.conftest import RECEIPT, SETTINGS
 from tests.unit.reporting.test_html import Page
 
 
+pytestmark = pytest.mark.slow
+
+
 FOLDER = "rep![q](x)<b>"
 TYPED = "![z](SECRET) <script>alert(1)</script> `a` ```b``` | c [x](javascript:alert(2)) _d_ *e* $f^$ &lt; ~~g~~ \\h"
 #: What the code itself compares, and must find as it is.
