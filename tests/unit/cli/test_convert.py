@@ -93,6 +93,7 @@ def test_a_closed_output_or_a_poor_terminal_stops_nothing(dense: Path, tmp_path:
     assert (tmp_path / "m\u00f6e/config.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_file_larger_than_the_system_takes(dense: Path, tmp_path: Path) -> None:
     command = shlex.join(
         [sys.executable, "-m", "nemo_upcycle.cli", "convert", str(dense), str(tmp_path / "moe"), *SPEC]

@@ -64,6 +64,7 @@ def test_convert_and_verify_download_what_the_hub_names(hub: tuple[Path, str], t
     assert cached.returncode == 0, cached.stderr
 
 
+@pytest.mark.slow
 def test_a_name_that_the_hub_does_not_have_is_told(hub: tuple[Path, str], tmp_path: Path) -> None:
     done = _run(tmp_path, hub[1], "convert", "acme/huge", "moe", *SPEC)
     assert done.returncode == 2

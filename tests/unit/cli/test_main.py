@@ -193,6 +193,7 @@ def _command(*words: str, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, text=True, **streams)
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_does_not_fail_the_work(dense: Path, tmp_path: Path) -> None:
     reads, writes = os.pipe()
     os.close(reads)
@@ -208,6 +209,7 @@ def test_a_reader_that_goes_does_not_fail_the_work(dense: Path, tmp_path: Path) 
     assert main(["verify", str(dense), str(tmp_path / "moe"), "--weights-only"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_an_output_without_room_is_told_and_the_model_is_whole(dense: Path, tmp_path: Path) -> None:
     with (

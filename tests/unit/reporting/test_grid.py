@@ -255,6 +255,7 @@ def test_an_arm_without_a_score_at_its_start_is_named(run_dir: Path) -> None:
         rendered(run_dir)
 
 
+@pytest.mark.slow
 def test_evidence_alone_gives_the_same_table_and_page(run_dir: Path, tmp_path: Path) -> None:
     table = write_table(run_dir, "mine", described())
     page, folder = tmp_path / "docs/mine.md", tmp_path / "docs/mine"

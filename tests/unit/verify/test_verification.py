@@ -98,6 +98,7 @@ def test_a_type_with_less_precision_is_compared_in_that_type(dense: Path, tmp_pa
     assert _lines(found)["everything else"].endswith("identical")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(version("transformers")[0] > "4", reason="its grouped products take no rows of 24 bytes")
 @pytest.mark.parametrize("shared", [0, 1], ids=["mixtral", "qwen2_moe"])
 def test_tokens_that_16_bits_tear_are_counted_in_the_models_own_type(dense: Path, tmp_path: Path, shared: int) -> None:
@@ -120,6 +121,7 @@ def test_a_granular_model_with_sigmoid_scores_is_verified(dense: Path, tmp_path:
     assert torn.torn > 0
 
 
+@pytest.mark.slow
 def test_float32_and_whole_networks_tear_nothing(dense: Path, tmp_path: Path) -> None:
     single = verify(dense, _made(dense, tmp_path / "single", **FINE))
     assert single.equal
