@@ -55,6 +55,13 @@ def add_dtype(parser: argparse.ArgumentParser, default: str | None = None) -> No
     parser.add_argument("--dtype", type=dtype_of, default=default, metavar="|".join(DTYPES), help=text)
 
 
+def require_overrides(args: argparse.Namespace) -> None:
+    """End with the command's usage where one of its overrides is no KEY=VALUE."""
+    for word in args.overrides:
+        if "=" not in word:
+            args.parser.error(f"argument {word!r}: got no =, expected KEY=VALUE")
+
+
 def folder_to_make(text: str) -> Path:
     """Return the path of the folder to make, as an argument names it.
 

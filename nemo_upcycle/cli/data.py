@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_upcycle.cli.common import folder_to_make, show
+from nemo_upcycle.cli.common import folder_to_make, require_overrides, show
 from nemo_upcycle.data.blend import Blend, read_blend
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.utils.conf import packaged, packaged_names
@@ -51,9 +51,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UpcycleError: a value or a file is wrong.
     """
-    for word in args.overrides:
-        if "=" not in word:
-            args.parser.error(f"argument {word!r}: got no =, expected KEY=VALUE")
+    require_overrides(args)
     options = _engine_options(args)
     blend = read_blend(args.blend, args.overrides)
     if args.check:

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from nemo_upcycle.cli.common import folder_to_make, show
+from nemo_upcycle.cli.common import folder_to_make, require_overrides, show
 from nemo_upcycle.data.fetched import Fetched, fill, find_damaged, read_fetched, variables_of
 from nemo_upcycle.data.needs import FETCHED
 from nemo_upcycle.errors import UpcycleError
@@ -48,9 +48,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UpcycleError: a value or a file is wrong.
     """
-    for word in args.overrides:
-        if "=" not in word:
-            args.parser.error(f"argument {word!r}: got no =, expected KEY=VALUE")
+    require_overrides(args)
     show_messages()
     folder = args.output.absolute()
     if args.check:

@@ -45,16 +45,7 @@ def list_inputs(blend: Blend, source: str, work: Path) -> dict[str, list[InputFi
 
 
 def list_named(blend: Blend, source: str, work: Path) -> dict[str, list[InputFile]]:
-    """Return the files of every split of a source, where it names them; a split that nothing is named for has none.
-
-    Args:
-        blend: the blend.
-        source: name of the source.
-        work: where what has to be rendered first is written.
-
-    Raises:
-        UpcycleError: there is no such reader or option, or an entry matches nothing.
-    """
+    """Return the files of every split of a source, where it names them; see `list_inputs`."""
     config, reader = blend.config.sources[source], reader_of(blend, source)
     for name in config.options:
         if name not in reader.options:
