@@ -115,7 +115,7 @@ def test_the_tokenizer_splits_digits_and_keeps_its_special_tokens(tiny_dense):
     assert set(tokenizer("the")) == {"input_ids", "attention_mask"}  # generate() refuses token_type_ids
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_smollm2_equals_transformers_own_loader_and_knows_the_capital_of_france(tmp_path):
     from transformers import AutoTokenizer
 
