@@ -166,9 +166,11 @@ def _run(lm: Any, tasks: list[LoadedTask], shots: int | None, limit: int | None)
 
 def _local_task(folder: Path, name: str) -> LoadedTask:
     """Return a task of a suite, with its data where the folder lies now."""
+    import datasets
     import yaml
     from lm_eval.tasks import TaskManager
 
+    datasets.disable_progress_bars()  # the suite's own files: there is nothing to wait for
     definition = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
     definition |= {"dataset_kwargs": data_files(folder, name)}
     with quiet():

@@ -6,7 +6,7 @@ import difflib
 import logging
 import re
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.conf import packaged
 from nemo_upcycle.utils.progress import show_messages
 
@@ -206,14 +207,22 @@ def check_task_names(tasks: Sequence[str], known: Sequence[str]) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Show only the errors of lm-eval's logger, because its advice does not apply here."""
+    """Show only the errors of lm-eval's logger, because its advice does not apply here, and no bars of it."""
+    from lm_eval.api import model, task
+
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with temporarily_set(model, "tqdm", _without_bar), temporarily_set(task, "tqdm", _without_bar):
+            yield
     finally:
         logger.setLevel(level)
+
+
+def _without_bar(items: Iterable[Any], **settings: Any) -> Iterable[Any]:
+    """Stand in for tqdm: `ProgressLine` shows how far an evaluation is."""
+    return items
 
 
 def question_of(task: Any, document: Mapping[str, Any]) -> Question:
