@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -72,6 +73,12 @@ class CheckpointWeights:
         router = BY_ROLE["router"].stored[0]
         names = [name for name in model_tensors(self.checkpoint, self._prefix) if name.endswith(router)]
         return self.checkpoint.shape(names[0])[-2] if names else None
+
+    @property
+    def balancing_bias(self) -> bool:
+        """Whether its training balanced the experts by biases."""
+        bias = BY_ROLE["balancing_bias"].stored[0]
+        return any(name.endswith(bias) for name in model_tensors(self.checkpoint, self._prefix))
 
     @property
     def num_layers(self) -> int:
@@ -170,7 +177,7 @@ def open_checkpoint(
                 expected=f"num_experts={experts}, as in {checkpoint}",
                 fix="give the spec that the model was upcycled by",
             )
-        arch = arch.upcycled(spec)
+        arch = replace(arch.upcycled(spec), balancing_bias=weights.balancing_bias)
     elif spec is not None:
         raise SpecError(
             "spec", got=spec, expected=f"none: {checkpoint} is a dense model", fix="omit the spec's options"

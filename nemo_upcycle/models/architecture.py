@@ -65,6 +65,8 @@ class Architecture:
         norm_topk: whether the weights of the chosen experts are made to sum to one.
         router_score: what the router's logits go through, as in `UpcycleSpec`.
         routed_scaling_factor: on the weights of the chosen experts.
+        balancing_bias: whether every routed expert has a bias that counts when experts are chosen, and that a training
+            moves to balance them (arXiv 2408.15664). It is no parameter.
         qk_norm: whether query and key are normalised before the rotary embedding, head by head.
         wide_qk_norm: whether over all heads at once instead.
         post_norm: whether a layer's norms stand after attention and feed-forward network, not before them.
@@ -107,6 +109,7 @@ class Architecture:
     norm_topk: bool = True
     router_score: str = "softmax"
     routed_scaling_factor: float = 1.0
+    balancing_bias: bool = False
     mamba: MambaLayers | None = None
 
     @property

@@ -161,6 +161,7 @@ def _expert(role: str, name: str, sharding: Sharding, parts: tuple[str, ...]) ->
 MOE_MAPPINGS = (
     ParamMapping("router", ("mlp.router.weight",), Sharding.REPLICATED),
     ParamMapping("router_bias", ("mlp.router.bias",), Sharding.REPLICATED),
+    ParamMapping("balancing_bias", ("mlp.router.expert_bias",), Sharding.REPLICATED),  # a buffer, zero at first
     _expert("expert_fc1", "linear_fc1.weight", Sharding.GATED, _GATE_UP),
     _expert("expert_fc1_bias", "linear_fc1.bias", Sharding.GATED, _GATE_UP),
     _expert("expert_fc2", "linear_fc2.weight", Sharding.NEURON_COLUMNS, ("down",)),
@@ -283,6 +284,7 @@ def _has(mapping: ParamMapping, arch: Architecture) -> bool:
         return arch.shared_ffn_size > 0 and mapping.role != "shared_gate"
     some = {"qkv_bias": arch.qkv_bias, "attention_out_bias": arch.attention_out_bias}
     some |= dict.fromkeys(("query_norm", "key_norm"), arch.qk_norm)
+    some["balancing_bias"] = arch.balancing_bias
     some |= dict.fromkeys(("mamba_conv_bias", "mamba_dt_bias"), True)
     return some.get(mapping.role, arch.ffn_bias if mapping.role.endswith("_bias") else True)
 

@@ -87,6 +87,7 @@ def hf_shape(mapping: ParamMapping, part: int, arch: Architecture) -> tuple[int,
         "fc2": (arch.hidden_size, neurons),
         "router": (arch.num_experts or 0, arch.hidden_size),
         "router_bias": (arch.num_experts or 0,),
+        "balancing_bias": (arch.num_experts or 0,),
     }
     return shapes.get(mapping.dense_role, (arch.hidden_size,))
 

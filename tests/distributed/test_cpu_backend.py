@@ -26,6 +26,12 @@ LAYOUTS = [
     (8, {"tp": 2, "pp": 2, "ep": 2, "distributed": True}),  # uneven numbers of tokens on the tensor-parallel ranks
 ]
 
+BIASES = {
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_load_balancing_type": "none",
+}
+
 
 class _Tokenizer:
     vocab_size, eod, eos_id = 256, 0, 0
@@ -160,6 +166,13 @@ def start(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
+def balanced(folder: Path) -> str:
+    """A checkpoint of a model whose experts are balanced by biases."""
+    train(folder, 1, steps=1, save=str(folder / "balanced"), **BIASES)
+    return str(folder / "balanced/run/checkpoints/model")
+
+
+@pytest.fixture(scope="module")
 def alone(folder: Path, start: str) -> list[tuple[float, float, float]]:
     """What one rank does in two steps from the checkpoint at which all layouts start."""
     return train(folder, 1, steps=2, restore=start)[0]
@@ -172,6 +185,26 @@ def test_every_layout_trains_as_one_rank(
     folder: Path, start: str, alone: list[tuple[float, float, float]], world_size: int, layout: dict[str, Any]
 ) -> None:
     last_stage = train(folder, world_size, steps=2, restore=start, **layout)[-1]
+    for got, expected in zip(last_stage, alone, strict=True):
+        assert got[:2] == pytest.approx(expected[:2], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    quick([(2, {"tp": 2}), (2, {"ep": 2}), (2, {"distributed": True})], (2, {"ep": 2})),
+    ids=str,
+)
+def test_biases_that_balance_experts_move_alike_on_every_layout(
+    folder: Path, balanced: str, world_size: int, layout: dict[str, Any]
+) -> None:
+    alone, fixed = (
+        train(folder, 1, steps=3, restore=balanced, **BIASES, moe_router_bias_update_rate=rate)[0] for rate in (0.1, 0)
+    )
+    assert alone[0] == fixed[0]
+    assert abs(alone[2][0] - fixed[2][0]) > 1e-4
+    last_stage = train(
+        folder, world_size, steps=3, restore=balanced, **BIASES, moe_router_bias_update_rate=0.1, **layout
+    )[-1]
     for got, expected in zip(last_stage, alone, strict=True):
         assert got[:2] == pytest.approx(expected[:2], rel=1e-5)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,17 +23,24 @@ SPEC = UpcycleSpec(
 )
 
 
-def _upcycled(folder: Path, spec: UpcycleSpec, layout: dict[str, int]) -> list[torch.nn.Module]:
+def _upcycled(folder: Path, spec: UpcycleSpec, layout: dict[str, int], **fields: Any) -> list[torch.nn.Module]:
     with open_dense(folder) as dense:
-        chunks = build_chunks(dense.architecture, layout=layout, **moe_settings(dense.architecture, spec))
+        chunks = build_chunks(dense.architecture, layout=layout, **moe_settings(dense.architecture, spec), **fields)
         upcycle_into(chunks, dense, spec)
     return chunks
 
 
-def save_upcycled(folder: str, output: str, spec: UpcycleSpec, layout: dict[str, int]) -> None:
+def save_upcycled(
+    folder: str, output: str, spec: UpcycleSpec, layout: dict[str, int], fields: dict[str, Any] | None = None
+) -> None:
+    """Save a model that was not trained; biases that balance experts, where it has any, are different numbers."""
     from megatron.core import dist_checkpointing
 
-    (chunk,) = _upcycled(Path(folder), spec, layout)
+    (chunk,) = _upcycled(Path(folder), spec, layout, **(fields or {}))
+    for name, bias in chunk.named_buffers():
+        if name.endswith("expert_bias"):
+            assert not bias.any()
+            bias.copy_(torch.linspace(-0.3, 0.4, bias.numel()).roll(int(name.split(".")[2])))
     Path(output).mkdir(parents=True, exist_ok=True)
     torch.distributed.barrier()
     dist_checkpointing.save(chunk.sharded_state_dict(prefix="module."), output)

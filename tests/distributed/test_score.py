@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.convert.export import export_checkpoint
@@ -29,7 +31,10 @@ SPECS = {
         num_experts=4, top_k=2, method="noise", router_std=1.0, router_order="softmax_topk", output_scale="none"
     ),
     "tied": UpcycleSpec(num_experts=4, top_k=2, method="noise", router_std=1.0),
+    "balanced": UpcycleSpec(num_experts=4, top_k=2, method="noise", router_std=0.3, router_score="sigmoid"),
 }
+#: Their trainings balance experts by biases, not by a loss.
+BALANCED = {"moe_router_enable_expert_bias": True, "moe_router_load_balancing_type": "none"}
 LAYOUTS: list[tuple[int, dict[str, int]]] = [
     (1, {}),
     (2, {}),
@@ -82,7 +87,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, tied in (("dense", False), ("tied dense", True)):
         write_llama(folder / name, tied=tied)
     for case, spec in SPECS.items():
-        run_ranks(save_upcycled, 2, str(_parent(folder, case)), str(folder / case / "saved/weights"), spec, {"ep": 2})
+        saved, fields = str(folder / case / "saved/weights"), BALANCED if case == "balanced" else {}
+        run_ranks(save_upcycled, 2, str(_parent(folder, case)), saved, spec, {"ep": 2}, fields)
         export_checkpoint(
             folder / case / "saved", _parent(folder, case), folder / case / "hf", spec=spec, dtype=torch.float32
         )
@@ -111,6 +117,7 @@ def expected(folder: Path) -> dict[str, list[tuple[list[float], bool]]]:
         ("moe", 4, {"tp": 2, "ep": 2}),
         ("softmax first", 2, {"pp": 2, "vp": 2}),
         ("tied", 2, {"tp": 2}),
+        ("balanced", 2, {"ep": 2}),
     ),
     ids=str,
 )
@@ -135,6 +142,24 @@ def test_every_layout_continues_prompts_as_the_exported_folder_does(
             follows.append(int(hugging_face_logits(folder / "moe/hf", torch.tensor([follows]))[0, -1].argmax()))
         assert written == follows[len(tokens) :]
     assert all(answer == answers[0] for answer in answers)
+
+
+def test_biases_that_balance_experts_are_exported_and_change_who_is_chosen(
+    folder: Path, expected: dict[str, list[tuple[list[float], bool]]], tmp_path: Path
+) -> None:
+    biases = {}
+    for file in (folder / "balanced/hf").glob("*.safetensors"):
+        biases |= {name: one for name, one in load_file(file).items() if name.endswith("e_score_correction_bias")}
+    assert len(biases) == 4
+    for layer, name in enumerate(sorted(biases)):
+        assert torch.equal(biases[name], torch.linspace(-0.3, 0.4, 4).roll(layer))
+    shutil.copytree(folder / "balanced/hf", tmp_path / "without")
+    for file in (tmp_path / "without").glob("*.safetensors"):
+        save_file({name: one * (name not in biases) for name, one in load_file(file).items()}, file, {"format": "pt"})
+    tokens, predicted = _sequences()[0]
+    logits = hugging_face_logits(tmp_path / "without", torch.tensor([tokens]))[0, -predicted - 1 : -1]
+    without = logits.log_softmax(dim=-1).gather(1, torch.tensor(tokens[-predicted:])[:, None])[:, 0]
+    assert float((without - torch.tensor(expected["balanced"][0][0])).abs().max()) > 1e-3
 
 
 def test_batches_do_not_change_what_is_found(folder: Path) -> None:

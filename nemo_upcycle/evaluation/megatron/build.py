@@ -14,7 +14,7 @@ from nemo_upcycle.cpu.backend import use_cpu_backend
 from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.activation import activation_function
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.mapping import ParamMapping, find_mapping, mapping_of, stored_as
+from nemo_upcycle.models.mapping import BY_ROLE, ParamMapping, find_mapping, mapping_of, stored_as
 from nemo_upcycle.models.megatron_config import check_model, megatron_fields
 from nemo_upcycle.models.rotary import rope_frequencies
 from nemo_upcycle.models.sharding import Shard, hf_shape, source_slices
@@ -23,6 +23,9 @@ from nemo_upcycle.planning import rules
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.progress import ProgressLine
+
+
+(_BALANCING_BIAS,) = BY_ROLE["balancing_bias"].megatron
 
 
 def layout_here(*, tp: int = 1, pp: int = 1, vp: int = 1, ep: int = 1) -> Layout:
@@ -139,6 +142,7 @@ def build_chunks(arch: Architecture, layout: Layout, dtype: torch.dtype) -> list
         use_cpu_initialization=not on_gpu,
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=on_gpu and bool(arch.num_experts),
+        moe_router_enable_expert_bias=arch.balancing_bias,
         moe_router_load_balancing_type="none",  # a loss that nobody asks for
         moe_router_dtype="fp32",  # in 16 bits the logits of two copies can be equal
         **_sizes(layout),
@@ -190,11 +194,17 @@ def load_weights(chunks: Sequence[Any], weights: CheckpointWeights, arch: Archit
 
 def _parameters(
     chunk: Any, arch: Architecture, coords: RankCoords
-) -> Iterator[tuple[torch.nn.Parameter, ParamMapping, int, int, Shard]]:
-    """Yield a chunk's parameters: mapping, layer, expert, and this rank's place in the group that cuts it."""
+) -> Iterator[tuple[torch.Tensor, ParamMapping, int, int, Shard]]:
+    """Yield a chunk's parameters: mapping, layer, expert, and this rank's place in the group that cuts it.
+
+    The biases that balance experts are buffers, and are read like parameters.
+    """
     layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
     first_expert = coords.experts.rank * (arch.num_experts or 0) // coords.experts.size
-    for name, parameter in chunk.named_parameters():
+    biases = [(name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(_BALANCING_BIAS)]
+    for _, bias in biases:
+        bias.data = bias.data.float()  # of the model's type they would be rounded
+    for name, parameter in (*chunk.named_parameters(), *biases):
         layer, inner = split_name(name, layers)
         match = find_mapping(inner, in_layer=layer is not None)
         if match is None:
@@ -207,7 +217,7 @@ def _parameters(
         yield parameter, stored, layer or 0, first_expert + (expert or 0), shard
 
 
-def _fill(parameter: torch.nn.Parameter, whole: torch.Tensor, mapping: ParamMapping, arch: Any, shard: Shard) -> None:
+def _fill(parameter: torch.Tensor, whole: torch.Tensor, mapping: ParamMapping, arch: Any, shard: Shard) -> None:
     """Copy a rank's shard of a parameter, part by part: gate and up, or query, key and value, are cut each alone."""
     if mapping.role in ("embedding", "output"):
         parameter.zero_()  # rows that only pad the vocabulary

@@ -74,8 +74,10 @@ class _Glm4Moe(MoeFamily):
         }
 
     def constants(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
-        """Return the bias that balances the experts, and a shared expert where the model has none."""
-        shapes: dict[str, tuple[int, ...]] = {_MLP + "gate.e_score_correction_bias": (arch.num_experts or 0,)}
+        """Return the bias that balances the experts and a shared expert, where the model has none."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        if not arch.balancing_bias:
+            shapes |= dict.fromkeys(self.names["balancing_bias"], (arch.num_experts or 0,))
         if not arch.shared_ffn_size:
             width = arch.expert_ffn_size or 0
             shapes |= dict.fromkeys(self.names["shared_fc1"], (width, arch.hidden_size))
@@ -90,6 +92,7 @@ FAMILY = _Glm4Moe(
     names=qwen3.NAMES
     | ROUTED_NAMES
     | {
+        "balancing_bias": (_MLP + "gate.e_score_correction_bias",),
         "shared_fc1": tuple(_SHARED + f"{part}_proj.weight" for part in ("gate", "up")),
         "shared_fc2": (_SHARED + "down_proj.weight",),
     },
