@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nemo_upcycle import UpcycleSpec, open_dense
+from nemo_upcycle.convert.export import export_checkpoint
 from nemo_upcycle.convert.offline import convert
 from nemo_upcycle.sources.safetensors_folder import SafetensorsFolder
 from nemo_upcycle.utils.files import read_json
@@ -52,6 +53,22 @@ def test_bridge_exports_of_a_run_have_the_bits_of_convert(
         exports.append(tmp_path / "after")
     for exported in exports:
         assert _differences(exported, offline) == [], exported.name
+
+
+def test_biases_that_balance_experts_are_exported_alike(tmp_path: Path) -> None:
+    fields = CLASSES["Glm4MoeForCausalLM"][1]
+    dense = write_tokenizer(write_llama(tmp_path / "dense", layers=2, vocab_size=VOCABULARY))
+    with open_dense(dense) as source:
+        convert(source, offline := tmp_path / "offline", UpcycleSpec(**fields), dtype=torch.float32, progress=False)
+    options = {"biases": True, "hf_source": offline, "live": tmp_path / "live", "ep": 2}
+    run_ranks(_train, 2, dense, tmp_path / "run", fields, options, process_group=False)
+    (saved,) = (tmp_path / "run").glob("iter_*/hf*")
+    own = export_checkpoint(saved.parent, dense, tmp_path / "own", spec=UpcycleSpec(**fields), dtype=torch.float32)
+    assert _differences(saved, own) == _differences(tmp_path / "live", own) == []
+    biases = [name for name in SafetensorsFolder(own).names() if name.endswith("e_score_correction_bias")]
+    assert _differences(own, offline) == biases
+    for name in biases:  # after one step, of 0.001
+        assert set(SafetensorsFolder(own).read(name).mul(1000).round().tolist()) <= {-1.0, 0.0, 1.0}
 
 
 def _train(dense: Path, run: Path, fields: dict[str, Any], options: dict[str, Any]) -> None:
