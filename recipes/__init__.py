@@ -8,6 +8,7 @@ import pkgutil
 from importlib.util import find_spec
 
 from nemo_upcycle.trainers.nemo.imports import quiet_imports
+from nemo_upcycle.utils.console import collector_paused
 
 
 if find_spec("nemo"):
@@ -25,5 +26,8 @@ if find_spec("nemo"):
     # `nemo llm pretrain` is NeMo's own: with a recipe of ours it checks the arguments first, with others nothing.
     pretrain.cli_entrypoint.run_ctx_cls = PretrainContext
 elif find_spec("megatron"):
+    if find_spec("megatron.bridge"):
+        with collector_paused():
+            importlib.import_module("megatron.bridge")  # which NeMo-Run imports next, as an entry point of its own
     importlib.import_module("nemo_upcycle.pipeline.ablations.launch")
     from nemo_upcycle.pipeline.bridge.pipeline import pipeline as pipeline

@@ -9,6 +9,8 @@ import re
 import shlex
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_upcycle.utils.masking import masked_text
@@ -38,6 +40,20 @@ def end_soon() -> None:
     """
     if "triton._C.libtriton" not in sys.modules:
         gc.freeze()
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Import large libraries without the garbage collector, which looks for seconds through all that they make."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.unfreeze()  # as old objects, which are not looked through at once
+        if was_on:
+            gc.enable()
 
 
 def quiet_libraries() -> None:

@@ -5,6 +5,7 @@ A Phi-3, whose matrices are fused, is a family that this test alone has.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,11 @@ def _folder(name: str, folder: Path) -> Path:
 
 
 MOES = ["Mixtral", "Mixtral, tied", "Qwen2-MoE, shared experts", "Qwen2-MoE, dense layers"]
+#: Class -> its bridge in the form that Megatron-Bridge asks for.
+CONTRIBUTION = {
+    "MixtralForCausalLM": "examples.bridge_contribution.mixtral.mixtral_bridge.MixtralBridge",
+    "Qwen2MoeForCausalLM": "examples.bridge_contribution.qwen.qwen2_moe_bridge.Qwen2MoEBridge",
+}
 CASES = [*itertools.product(MOES, [{}, {"ep": 2}, {"tp": 2, "ep": 2}]), ("Phi-3", {}), ("Phi-3", {"tp": 2})]
 
 
@@ -77,3 +83,50 @@ def _round_trip(folder: Path, layout: dict[str, int]) -> dict[str, torch.Tensor]
     provider.initialize_model_parallel(seed=0)
     model = provider.provide_distributed_model(wrap_with_ddp=False)
     return {name: tensor.clone() for name, tensor in bridge.export_hf_weights(model, cpu=True, show_progress=False)}
+
+
+def test_bridges_in_the_form_of_a_contribution_make_the_same_models(tmp_path: Path) -> None:
+    folders = {name: _folder(name, tmp_path / str(number)) for number, name in enumerate(MOES)}
+    (found,) = run_ranks(_by_contribution, 1, list(folders.values()))
+    for (name, folder), (classes, ours, theirs, exported) in zip(folders.items(), found, strict=True):
+        hf_class = "MixtralForCausalLM" if name.startswith("Mixtral") else "Qwen2MoeForCausalLM"
+        assert classes == (f"{hf_class}Bridge", CONTRIBUTION[hf_class].rpartition(".")[2])
+        assert set(ours) == set(theirs)
+        assert [tensor for tensor in ours if not torch.equal(ours[tensor], theirs[tensor])] == [], name
+        with SafetensorsFolder(folder) as moe:
+            assert set(exported) == set(moe.names())
+            assert [tensor for tensor in moe.names() if not torch.equal(exported[tensor], moe.read(tensor))] == []
+
+
+def _by_contribution(folders: list[Path]) -> list[Any]:
+    """Return of each folder the classes of the bridges, the models that both make, and what the second exports."""
+    from nemo_upcycle.cpu.backend import use_cpu_backend
+
+    use_cpu_backend()
+    from megatron.bridge import AutoBridge
+    from megatron.core import parallel_state
+
+    import nemo_upcycle.trainers.bridge.conversion  # noqa: F401
+
+    def load(folder: Path) -> tuple[str, Any, Any]:
+        bridge = AutoBridge.from_hf_pretrained(str(folder))
+        provider = bridge.to_megatron_provider(load_weights=True)
+        provider.params_dtype, provider.bf16 = torch.float32, False
+        provider.finalize()
+        if not parallel_state.is_initialized():
+            provider.initialize_model_parallel(seed=0)
+        return type(bridge._model_bridge).__name__, bridge, provider.provide_distributed_model(wrap_with_ddp=False)
+
+    ours = [load(folder) for folder in folders]
+    for name in CONTRIBUTION.values():
+        importlib.import_module(name.rpartition(".")[0])  # which registers its bridge in the place of ours
+    theirs = [load(folder) for folder in folders]
+    return [
+        (
+            (kind, other),
+            dict(model[0].named_parameters()),
+            dict(same[0].named_parameters()),
+            dict(bridge.export_hf_weights(same, cpu=True, show_progress=False)),
+        )
+        for (kind, _, model), (other, bridge, same) in zip(ours, theirs, strict=True)
+    ]

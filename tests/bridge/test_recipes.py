@@ -92,6 +92,8 @@ def test_a_forecast_says_of_the_papers_run_what_it_says_in_nemo(llama3_8b: None,
     [
         ("llama3_8b_e8t2_pretrain_512gpu_h100_bf16_config", 512, None),
         ("llama3_8b_e8t2_pretrain_128gpu_h100_fp8cs_config", 128, "hybrid"),
+        ("llama3_8b_e8t2_pretrain_64gpu_b200_bf16_config", 64, None),
+        ("llama3_8b_e8t2_pretrain_64gpu_gb200_fp8mx_config", 64, "e4m3"),
     ],
 )
 def test_a_recipe_is_found_under_bridges_own_and_fits_its_gpus(
@@ -102,7 +104,7 @@ def test_a_recipe_is_found_under_bridges_own_and_fits_its_gpus(
     from nemo_upcycle.trainers.bridge.recipes import register
 
     register()
-    config = getattr(importlib.import_module("megatron.bridge.recipes.upcycled.h100"), name)()
+    config = getattr(importlib.import_module("megatron.bridge.recipes"), name)()  # where its run_recipe.py looks
     model = config.model
     ranks = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
     assert gpus % ranks == 0

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from tests.models import LLAMA3_8B
 
 pytest.importorskip("megatron.bridge", reason="`make test-bridge` has an environment with it")
 DENSE, SPEC = "NEMO_UPCYCLE_DENSE", "resume.restore_config.spec."
-PRECISIONS = {"bf16": "bf16", "fp8cs": "fp8-current", "fp8sc": "fp8-blockwise"}
+PRECISIONS = {"bf16": "bf16", "fp8cs": "fp8-current", "fp8sc": "fp8-blockwise", "fp8mx": "mxfp8"}
 _LLAMA31_SCALING = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -91,6 +92,41 @@ B200 = {
     "qwen3_8b_e8t2_pretrain_64gpu_b200_bf16_config": "qwen3_8b_e8t2",
     "qwen3_8b_dense_ct_pretrain_64gpu_b200_bf16_config": "qwen3_8b_dense_ct",
 }
+#: The same on racks of GB200: with HybridEP, which drops nothing without a capacity, fast runs in MXFP8.
+GB200 = {
+    **{name.replace("_b200_", "_gb200_"): nemos for name, nemos in B200.items()},
+    "llama3_8b_e8t2_pretrain_64gpu_gb200_fp8mx_config": "llama3_8b_e8t2-fast",
+    "llama31_8b_e8t2_pretrain_64gpu_gb200_fp8mx_config": "llama31_8b_e8t2-fp8",
+    "llama3_70b_e8t2_pretrain_256gpu_gb200_fp8mx_config": "llama3_70b_e8t2-fp8",
+    "qwen3_8b_e8t2_pretrain_64gpu_gb200_fp8mx_config": "qwen3_8b_e8t2-fp8",
+}
+ALL = PAIRS | B200 | GB200
+FAST = [name for name in GB200 if "_fp8mx_" in name]
+WITH_HYBRIDEP = [HYBRIDEP, *(name for name in GB200 if "_e8t2_" in name)]
+#: What Bridge's own recipe for GB200 sets, and ours too.
+OF_BRIDGES = (
+    "model.moe_token_dispatcher_type",
+    "model.moe_flex_dispatcher_backend",
+    "model.moe_hybridep_num_sms",
+    "model.moe_hybridep_num_sms_preprocessing",
+    "model.high_priority_a2a_comm_stream",
+    "model.use_transformer_engine_op_fuser",
+    "model.moe_mlp_glu_interleave_size",
+    "model.moe_pad_expert_input_to_capacity",
+    "model.moe_expert_capacity_factor",
+    "model.recompute_granularity",
+    "model.cuda_graph_impl",
+    "model.cuda_graph_scope",
+    "model.use_te_rng_tracker",
+    "rng.te_rng_tracker",
+    "comm_overlap.overlap_moe_expert_parallel_comm",
+    "comm_overlap.delay_wgrad_compute",
+    "ddp.grad_reduce_in_fp32",
+    "mixed_precision.fp8",
+    "mixed_precision.fp8_recipe",
+    "mixed_precision.fp8_dot_product_attention",
+    "mixed_precision.grad_reduce_in_fp32",
+)
 #: 73.1 of 79.1 GiB, in NeMo's layout.
 TIGHT = {"qwen3_8b_dense_ct_pretrain_512gpu_h100_bf16_config"}
 #: Bridge's setting -> NeMo's.
@@ -145,7 +181,7 @@ def parent(name: str, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", [*PAIRS, *B200])
+@pytest.mark.parametrize("name", ALL)
 def test_a_recipe_has_the_numbers_of_nemos(name: str, parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nemo_upcycle.trainers.bridge.upcycling import hook_of
 
@@ -156,13 +192,16 @@ def test_a_recipe_has_the_numbers_of_nemos(name: str, parent: Path, monkeypatch:
         return parent
 
     monkeypatch.setattr("nemo_upcycle.trainers.bridge.recipes.common.ensure_dense", fetch)
-    nemo = _golden((PAIRS | B200)[name])
-    config = getattr(importlib.import_module(_module(name)), name)()
-    same = TRAINING | EXPERTS if name in B200 else TRAINING | EXPERTS | LAYOUT
+    nemo = _golden(ALL[name])
+    config = _recipe(name)()
+    same = TRAINING | EXPERTS | (LAYOUT if name in PAIRS else {})
     expected = {ours: nemo.get(theirs) or None for ours, theirs in same.items()}
-    if name == HYBRIDEP:
-        assert expected.pop("model.moe_expert_capacity_factor") == 4.0  # 8 experts, top-2: it drops nothing
+    if name in WITH_HYBRIDEP:  # 8 experts, top-2: a factor of 4 drops nothing
+        assert expected.pop("model.moe_expert_capacity_factor") == (1.0 if name in FAST else 4.0)
         assert config.model.moe_expert_capacity_factor is None
+    if name in FAST:
+        assert expected.pop("model.moe_pad_expert_input_to_capacity") is True
+        assert not config.model.moe_pad_expert_input_to_capacity
     assert {ours: setting(config, ours) or None for ours in expected} == expected
     hook = hook_of(config)
     assert hook is not None
@@ -174,7 +213,7 @@ def test_a_recipe_has_the_numbers_of_nemos(name: str, parent: Path, monkeypatch:
         assert _gpus(name) == nemo["trainer.num_nodes"] * nemo["trainer.devices"]
 
 
-@pytest.mark.parametrize("name", [*PAIRS, *B200])
+@pytest.mark.parametrize("name", ALL)
 def test_a_recipe_fits_its_gpus_by_the_planner(name: str, parent: Path) -> None:
     from nemo_upcycle.pipeline.bridge.pipeline import training_of
     from nemo_upcycle.pipeline.forecast.recipe_to_plan import plans_of
@@ -187,25 +226,68 @@ def test_a_recipe_fits_its_gpus_by_the_planner(name: str, parent: Path) -> None:
     known = known_recipe(name.partition("_pretrain_")[0])
     assert (facts.arch.total_params, facts.arch.active_params) == (known.arch.total_params, known.arch.active_params)
     assert facts.profile.precision == next(kind for text, kind in PRECISIONS.items() if f"_{text}_" in name)
-    assert (facts.profile.dispatcher == "hybridep") == (name == HYBRIDEP)
-    first, later = plans_of(facts, known_gpu("b200" if name in B200 else "h100"))
+    assert (facts.profile.dispatcher == "hybridep") == (name in WITH_HYBRIDEP)
+    assert training.ranks_per_node == min(_gpus(name), known_gpu(_gpu(name)).per_node)
+    first, later = plans_of(facts, known_gpu(_gpu(name)))
     expected = "tight" if name in TIGHT else "fits"
     assert (first.verdict, later.verdict) == (expected, expected)
 
 
 def test_every_recipe_of_nemos_has_its_pair_and_every_pair_is_listed() -> None:
-    from nemo_upcycle.trainers.bridge.recipes.upcycled import b200, h100
+    from nemo_upcycle.trainers.bridge.recipes import named_recipes
 
     assert {recipe for recipe, _ in GOLDEN.values()} == {GOLDEN[golden][0] for golden in PAIRS.values()}
-    assert (set(h100.__all__), set(b200.__all__)) == (set(PAIRS), set(B200))
+    assert set(named_recipes()) == set(ALL)
 
 
-@pytest.mark.parametrize("name", [HYBRIDEP])
+@pytest.mark.parametrize("name", WITH_HYBRIDEP)
 def test_hybridep_is_told_the_nvlink_domain(name: str, parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DENSE, str(parent))
-    config = getattr(importlib.import_module(_module(name)), name)()
+    config = _recipe(name)()
     assert (config.model.moe_token_dispatcher_type, config.model.moe_router_dtype) == ("flex", "fp32")
     assert config.env_vars["NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN"] == config.model.expert_model_parallel_size
+    domain = known_gpu(_gpu(name)).nvlink_gpus
+    assert (config.env_vars["NVLINK_DOMAIN_SIZE"], config.env_vars["USE_MNNVL"]) == (domain, domain > 8)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_fast_run_on_gb200_has_what_bridges_own_has(
+    name: str, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.recipes.qwen.gb200 import qwen3_moe
+    from transformers import Qwen3MoeConfig
+
+    model = AutoBridge.from_hf_config(Qwen3MoeConfig(architectures=["Qwen3MoeForCausalLM"]))
+    monkeypatch.setattr(AutoBridge, "from_hf_pretrained", lambda *_, **__: model)  # which would ask the hub
+    monkeypatch.setenv(DENSE, str(parent))
+    ours, theirs = _recipe(name)(), qwen3_moe.qwen3_30b_a3b_pretrain_8gpu_gb200_fp8mx_functional_config()
+    assert {one: setting(ours, one) for one in OF_BRIDGES} == {one: setting(theirs, one) for one in OF_BRIDGES}
+    assert ours.env_vars == theirs.env_vars
+    assert theirs.mixed_precision.fp8_param_gather
+    assert not ours.mixed_precision.fp8_param_gather, "such parameters cannot be filled"
+    assert not ours.mixed_precision.reuse_grad_buf_for_mxfp8_param_ag, "it needs them"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_bridge_and_megatron_accept_what_is_set_on_such_gpus(
+    name: str, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that they check before the start, on the first of as many ranks; the GPU is not there, and is described."""
+    from megatron.bridge.training.config import runtime_config_update
+
+    monkeypatch.setenv(DENSE, str(parent))
+    for variable, value in (("WORLD_SIZE", _gpus(name)), ("RANK", 0)):
+        monkeypatch.setenv(variable, str(value))
+    gpu = SimpleNamespace(name=f"NVIDIA {_gpu(name).upper()}", major=9 if name in PAIRS else 10, minor=0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda *_: gpu)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (gpu.major, gpu.minor))
+    config = _recipe(name)()
+    config.env_vars = {}  # they would go into this process
+    runtime_config_update(config)
+    assert config.data_parallel_size * config.model.tensor_model_parallel_size <= _gpus(name)
+    assert config.model.delay_wgrad_compute == (name in FAST)
+    assert bool(config.model.fp8) == ("_fp8" in name)
 
 
 def test_every_upcycled_model_has_a_chain_with_its_baseline() -> None:
@@ -225,8 +307,14 @@ def _model(name: str) -> str:
     return re.split("_e8t2_|_dense_ct_", name)[0]
 
 
-def _module(name: str) -> str:
-    return f"nemo_upcycle.trainers.bridge.recipes.upcycled.{'b200' if name in B200 else 'h100'}"
+def _recipe(name: str) -> Callable[[], Any]:
+    from nemo_upcycle.trainers.bridge.recipes import named_recipes
+
+    return named_recipes()[name]
+
+
+def _gpu(name: str) -> str:
+    return re.split(r"\dgpu_", name)[1].split("_")[0]
 
 
 def _gpus(name: str) -> int:

@@ -108,6 +108,17 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+def test_every_feature_in_the_table_of_bridge_names_tests_that_exist() -> None:
+    page = (ROOT / "docs/bridge.md").read_text(encoding="utf-8")
+    table = page[page.index("| | NeMo 2.7 |") :].partition("\n\n")[0].splitlines()
+    assert len(table) > 15
+    for row in table[2:]:
+        named = re.findall(r"`([\w/]+)`", row.split("|")[-2])
+        assert named, row
+        for name in named:
+            assert (ROOT / f"{name if '/' in name else f'tests/bridge/{name}'}.py").is_file(), name
+
+
 def test_every_package_is_installed() -> None:
     folders = {path.parent.relative_to(ROOT) for path in _tracked("nemo_upcycle/**/__init__.py")}
     missing = {name for folder in folders if f'"{(name := str(folder).replace("/", "."))}"' not in PYPROJECT}

@@ -13,7 +13,7 @@ from nemo_upcycle.pipeline.context import PipelineContext
 from nemo_upcycle.pipeline.launch import launch_chain
 from nemo_upcycle.pipeline.stages import RunPlan
 from nemo_upcycle.planning.commands import BRIDGE_RECIPES
-from nemo_upcycle.planning.hardware import known_recipe
+from nemo_upcycle.planning.hardware import gpu_names, known_gpu, known_recipe
 from nemo_upcycle.trainers.bridge_training import BridgeTraining
 from nemo_upcycle.utils.console import quiet_libraries
 from nemo_upcycle.utils.validation import check_whole
@@ -45,7 +45,7 @@ def pipeline(
     data: str = "sotu",
     evaluation: str = "demo",
     gpus: Optional[int] = None,
-    gpus_per_node: int = 8,
+    gpus_per_node: Optional[int] = None,
     from_stage: Optional[str] = None,
     until_stage: Optional[str] = None,
     only_stage: Optional[str] = None,
@@ -65,7 +65,7 @@ def pipeline(
         data: what to train on: a blend (a name in conf/data, or a YAML file), or a finished folder of `nemo-upcycle`.
         evaluation: what to evaluate: a name in conf/evaluation, or a YAML file.
         gpus: ranks of both trainings; None takes the recipe's, from its name.
-        gpus_per_node: how many of them a node has.
+        gpus_per_node: how many of them a node has; None: as many as one with the GPU in the recipe's name, else 8.
         from_stage: `--from STAGE`: start with this one; those before it must be finished.
         until_stage: `--until STAGE`: end after this one.
         only_stage: `--only STAGE`: this one alone.
@@ -93,19 +93,21 @@ def pipeline(
     launch_chain(ctx, dir, plan, pipeline, first=from_stage, last=until_stage, only=only_stage, render=render)
 
 
-def training_of(recipe: str, settings: Sequence[str], gpus: int | None, gpus_per_node: int = 8) -> BridgeTraining:
+def training_of(
+    recipe: str, settings: Sequence[str], gpus: int | None, gpus_per_node: int | None = None
+) -> BridgeTraining:
     """Return the training of a recipe on its GPUs.
 
     Args:
         recipe: its name.
         settings: `KEY=VALUE`, as Bridge's command line takes them.
         gpus: ranks; None takes those in the recipe's name.
-        gpus_per_node: how many of them a node has.
+        gpus_per_node: how many of them a node has; None: as many as one with the GPU in the recipe's name, else 8.
 
     Raises:
         UpcycleError: the ranks are not known, or no whole nodes.
     """
-    named = re.search(r"_(\d+)gpu_", recipe)
+    named = re.search(r"_(\d+)gpu_([a-z0-9]*)", recipe)
     ranks = int(named[1]) if gpus is None and named else gpus
     if ranks is None:
         raise UpcycleError(
@@ -115,6 +117,8 @@ def training_of(recipe: str, settings: Sequence[str], gpus: int | None, gpus_per
             fix="give gpus=N",
         )
     check_whole("gpus", ranks, 1)
+    if gpus_per_node is None:
+        gpus_per_node = known_gpu(named[2]).per_node if named and named[2] in gpu_names() else 8
     check_whole("gpus_per_node", gpus_per_node, 1)
     per_node = min(ranks, gpus_per_node)
     if ranks % per_node:

@@ -21,6 +21,7 @@ from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.trainers.bridge.blend import BlendDataset
+from nemo_upcycle.trainers.bridge.recipes import named_recipes
 from nemo_upcycle.trainers.bridge.recipes.common import made_for
 from nemo_upcycle.trainers.bridge.upcycling import UpcycleHook, hook_of
 from nemo_upcycle.utils.children import shield_children
@@ -43,9 +44,7 @@ def find_recipe(name: str) -> Callable[[], ConfigContainer]:
         UpcycleError: there is none; the text has the closest match of this package's. Or it takes arguments.
     """
     if ":" not in name:
-        from nemo_upcycle.trainers.bridge.recipes.upcycled import b200, h100
-
-        recipes = {one: getattr(gpu, one) for gpu in (h100, b200) for one in gpu.__all__}
+        recipes = named_recipes()
         if name not in recipes:
             raise UpcycleError.unknown("recipe", name, recipes)
         return recipes[name]

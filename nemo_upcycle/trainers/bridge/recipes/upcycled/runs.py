@@ -17,13 +17,8 @@ from nemo_upcycle.trainers.bridge.settings import UpcyclingConfig
 
 
 E8T2 = UpcycleSpec(num_experts=8, top_k=2)
-#: Where HybridEP finds the NVLink domain of a machine with 8 GPUs: the values of Bridge's own recipes for H100.
-_HYBRIDEP_VARIABLES = {
-    "NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN": 8,
-    "NUM_OF_TOKENS_PER_CHUNK_COMBINE_API": 128,
-    "NVLINK_DOMAIN_SIZE": 8,
-    "USE_MNNVL": 0,
-}
+#: GPUs that NVLink joins in a rack of GB200.
+NVL72 = 72
 
 
 def upcycled_run(dense: str, **settings: Any) -> UpcyclingConfig:
@@ -43,16 +38,63 @@ def upcycled_run(dense: str, **settings: Any) -> UpcyclingConfig:
     return _paper_run(dense, E8T2, **(own | settings))
 
 
-def hybridep_run(dense: str, **layout: int) -> UpcyclingConfig:
-    """Return `upcycled_run` with HybridEP and no capacity, as Bridge's own recipes of Qwen3-MoE on H100 have it.
+def hybridep_run(dense: str, *, nvlink_gpus: int = 8, **settings: Any) -> UpcyclingConfig:
+    """Return `upcycled_run` with HybridEP and no capacity, as Bridge's own recipes of Qwen3-MoE have it.
+
+    Args:
+        dense: the dense checkpoint.
+        nvlink_gpus: those that NVLink joins: of a machine with 8, or `NVL72`.
+        settings: see `upcycled_run`.
+    """
+    flex = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep", "moe_router_dtype": "fp32"}
+    config = upcycled_run(dense, moe_expert_capacity_factor=None, **flex, **settings)
+    config.env_vars |= {
+        "NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN": config.model.expert_model_parallel_size,
+        "NUM_OF_TOKENS_PER_CHUNK_COMBINE_API": 128,
+        "NVLINK_DOMAIN_SIZE": nvlink_gpus,
+        "USE_MNNVL": int(nvlink_gpus > 8),
+    }
+    return config
+
+
+def mxfp8_run(dense: str, **layout: int) -> UpcyclingConfig:
+    """Return the fast run in MXFP8 on racks of GB200: HybridEP, no capacity, nothing recomputed. It has not been run.
+
+    What it sets beside the layout is what Bridge's own recipe of Qwen3-MoE for GB200 sets (`recipes/qwen/gb200`), but
+    for the MXFP8 parameters, which cannot be filled.
 
     Args:
         dense: the dense checkpoint.
         layout: see `_paper_run`.
     """
-    flex = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep", "moe_router_dtype": "fp32"}
-    config = upcycled_run(dense, moe_expert_capacity_factor=None, **flex, **layout)
-    config.env_vars |= _HYBRIDEP_VARIABLES
+    settings: dict[str, Any] = {
+        "recompute_granularity": None,
+        "recompute_modules": None,
+        "moe_hybridep_num_sms": 32,
+        "moe_hybridep_num_sms_preprocessing": 32,
+        "high_priority_a2a_comm_stream": True,
+        "use_transformer_engine_op_fuser": True,
+        "moe_mlp_glu_interleave_size": 32,
+        "cuda_graph_impl": "transformer_engine",
+        "cuda_graph_scope": ["moe_router", "moe_preprocess"],
+        "use_te_rng_tracker": True,
+    }
+    config = hybridep_run(dense, nvlink_gpus=NVL72, **settings, **layout)
+    config.rng.te_rng_tracker = True
+    config.mixed_precision = get_mixed_precision_config("bf16_with_mxfp8_mixed")
+    config.mixed_precision.fp8_param_gather = config.mixed_precision.reuse_grad_buf_for_mxfp8_param_ag = False
+    config.mixed_precision.fp8_dot_product_attention = True
+    config.mixed_precision.grad_reduce_in_fp32 = config.ddp.grad_reduce_in_fp32 = False
+    config.comm_overlap = CommOverlapConfig(
+        tp_comm_overlap=False, overlap_moe_expert_parallel_comm=True, delay_wgrad_compute=True
+    )
+    config.env_vars |= {
+        "CUDA_DEVICE_MAX_CONNECTIONS": 32,
+        "CUDNNFE_CLUSTER_OVERLAP_MARGIN": 8,
+        "NVTE_BWD_LAYERNORM_SM_MARGIN": 20,
+        "NVTE_CUTEDSL_FUSED_GROUPED_MLP": 1,
+        "NVTE_FWD_LAYERNORM_SM_MARGIN": 20,
+    }
     return config
 
 

@@ -1,0 +1,29 @@
+"""Imports of large libraries go without Python's garbage collector, and leave it as it was."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from nemo_upcycle.utils.console import collector_paused
+
+
+def test_the_collector_is_on_again_and_does_not_look_through_what_was_made() -> None:
+    assert gc.isenabled()
+    with collector_paused():
+        assert not gc.isenabled()
+        made = [[number] for number in range(100_000)]
+    assert gc.isenabled()
+    assert gc.get_count()[0] < len(made)
+    assert gc.get_freeze_count() == 0
+
+
+def test_a_collector_that_was_off_stays_off() -> None:
+    gc.disable()
+    try:
+        with pytest.raises(ImportError), collector_paused():
+            raise ImportError
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
