@@ -168,10 +168,13 @@ def _ranks(text: str, plan: Plan) -> list[dict[str, int]]:
 
 
 def _check(subject: Subject, plan: Plan) -> dict[str, Any]:
+    from nemo_upcycle.planning.activations import check_activations
     from nemo_upcycle.planning.check import check_layout_against_megatron
 
     dense = subject.dense if subject.folder is None or subject.spec else None
-    return asdict(check_layout_against_megatron(subject.arch, plan.layout, plan.work, dense, subject.spec))
+    checked = check_layout_against_megatron(subject.arch, plan.layout, plan.work, dense, subject.spec)
+    terms = check_activations(subject.arch, plan.layout, plan.work)
+    return asdict(checked) | {"activations": [asdict(term) for term in terms]}
 
 
 def _text(
@@ -222,6 +225,7 @@ def _text(
         lines += [folded(text), folded(f"built as: {', '.join(checked['specs'])}")]
         if checked["tensors"]:
             lines.append(folded(f"and the read plan fills each of their {checked['tensors']} tensors once"))
+        lines += [folded(line) for line in table.activations_lines(checked["activations"])]
     return "\n".join(lines)
 
 

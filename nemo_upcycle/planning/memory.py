@@ -68,19 +68,31 @@ class Memory:
         return {name: round(value / GIB, 3) for name, value in parts.items()}
 
 
+#: A layer's terms that are of the token slots of routed experts.
+ROUTED = ("expert input", "expert fc1 output", "expert fc2 input")
+
+
 @dataclass(frozen=True)
 class LayerBytes:
     """What one layer keeps of one micro-batch for its backward pass.
 
     Args:
-        plain: bytes of everything but the token slots of routed experts.
-        routed: bytes of those.
+        kept: bytes by term: what it is of, or whose input.
         working: bytes that exist only while the layer runs: its recomputed tensors and their gradients.
     """
 
-    plain: float
-    routed: float
+    kept: dict[str, float]
     working: float
+
+    @property
+    def plain(self) -> float:
+        """Bytes of everything but the token slots of routed experts."""
+        return sum(value for term, value in self.kept.items() if term not in ROUTED)
+
+    @property
+    def routed(self) -> float:
+        """Bytes of those."""
+        return sum(value for term, value in self.kept.items() if term in ROUTED)
 
 
 def layer_bytes(arch: Architecture, layout: Layout, work: Workload, moe: bool, fp8: bool) -> LayerBytes:
@@ -89,42 +101,52 @@ def layer_bytes(arch: Architecture, layout: Layout, work: Workload, moe: bool, f
     Elements for each token of a rank's part of the sequence (s / cp): inputs and outputs of two norms, 4 D; query,
     key, value and the attention's output, (2 H + 2 R) K; all of it over tp. A dense network adds (2 F + F) / tp, an
     MoE layer (2 F + F) / etp for every token slot, the experts' input, D a slot, and 16 bytes for each of the router's
-    logits. In FP8 the inputs of linear layers take one byte, all others two.
+    logits, half of them for the order of the slots. In FP8 the inputs of linear layers take one byte, all others two.
     """
-    tokens = work.seq_length // layout.cp * layout.micro_batch
+    tokens = work.seq_length // layout.cp * layout.micro_batch / layout.tp
     saved = work.numbers.saved_bytes if fp8 else 2
     heads, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     width, gates = arch.hidden_size, 2 if arch.gated else 1
-    attention = tokens * (2 * width + saved * width + 2 * (heads + 2 * groups) + 2 * heads)
-    statistics = tokens * 4 * arch.num_heads  # of attention's softmax
+    attention = {
+        "attention norm": tokens * 2 * width,
+        "qkv input": tokens * saved * width,
+        "attention": tokens * (2 * (heads + 2 * groups) + 2 * heads),
+        "softmax statistics": tokens * 4 * arch.num_heads,
+    }
     if arch.qk_norm:
-        attention += tokens * 2 * (heads + groups)  # norms keep their input
+        attention["query and key norms"] = tokens * 2 * (heads + groups)  # they keep their input
     if work.precision == "fp8-delayed" and fp8:
-        attention += tokens * heads  # the output layer keeps its input in FP8; else attention's own output serves both
-    norm = tokens * (2 * width + (2 if moe else saved) * width)  # the router keeps its input in BF16
-    routed = act = 0.0
+        attention["projection input"] = tokens * heads  # else attention's own output serves both
+    if work.recomputes("core_attn"):  # keeps the value, which is a view of what the linear layer makes of all three
+        attention["attention"] += tokens * 2 * (heads + groups)
+    norm = {"network norm": tokens * 2 * width, "network input": tokens * (2 if moe else saved) * width}
+    neurons = arch.shared_ffn_size if moe else arch.ffn_size
+    # Experts have fused kernels of two gates. Without one, both factors are kept again, and the product unweighted.
+    unfused = 2 if arch.num_experts and not (arch.gated and arch.activation in ("silu", "quick_gelu")) else 0
+    before_fc2 = 2 * gates + (2 * unfused if arch.gated else 0)
+    network = {"fc1 output": tokens * before_fc2 * neurons, "fc2 input": tokens * saved * neurons}
     if moe:
+        network |= dict.fromkeys(("router", "dispatch"), tokens * 8 * (arch.num_experts or 0))
         # As many slots as the rank's own tokens have, from all over its group; etp ranks gather theirs.
-        slots = tokens / layout.tp * work.buffer_slots_per_token(arch, layout.ep) * layout.etp
-        neurons = (arch.expert_ffn_size or 0) / layout.etp
-        act = slots * saved * neurons
-        routed = slots * (saved * width + 2 * gates * neurons) + act
-        network = tokens * (gates * 2 + saved) * arch.shared_ffn_size + tokens * 16 * (arch.num_experts or 0)
-    else:
-        network = tokens * (gates * 2 + saved) * arch.ffn_size
-    every = attention + statistics + norm + network
-    freed = statistics if work.recomputes("core_attn") else 0.0  # flash attention keeps no scores
+        slots = tokens * work.buffer_slots_per_token(arch, layout.ep) * layout.etp
+        cut = (arch.expert_ffn_size or 0) / layout.etp
+        sizes = (slots * saved * width, slots * (before_fc2 + unfused) * cut, slots * saved * cut)
+        network |= dict(zip(ROUTED, sizes, strict=True))
+    terms = attention | norm | network
+    freed: set[str] = set()
+    if work.recomputes("core_attn"):
+        freed.add("softmax statistics")  # flash attention keeps no scores
     if moe and work.recomputes("layernorm"):  # Transformer Engine's other norms are one with a linear layer
-        freed += tokens * 2 * width
-    freed_routed = act if work.recomputes("moe_act") else 0.0
+        freed.add("network input")
+    if moe and work.recomputes("moe_act"):
+        freed.add("expert fc2 input")
     if work.recomputes("moe" if moe else "mlp"):
-        freed, freed_routed = freed + network, routed
+        freed |= set(network)
     if work.recompute == "full":
-        freed, freed_routed = every - tokens * 2 * width, routed
+        freed = set(terms) - {"attention norm"}
     # Gradients of a layer's largest tensors live beside them: of its network, and of attention, never both.
-    gradients = max((attention + statistics) / layout.tp, routed + network / layout.tp)
-    working = freed / layout.tp + freed_routed + gradients
-    return LayerBytes((every - freed) / layout.tp, routed - freed_routed, working)
+    working = sum(terms[term] for term in freed) + max(sum(attention.values()), sum(network.values()))
+    return LayerBytes({term: value for term, value in terms.items() if term not in freed}, working)
 
 
 def in_flight(layout: Layout, work: Workload, stage: int) -> list[int]:
@@ -143,12 +165,18 @@ def in_flight(layout: Layout, work: Workload, stage: int) -> list[int]:
     return held
 
 
-def activation_bytes(arch: Architecture, layout: Layout, work: Workload, stage: int) -> tuple[float, float, float]:
-    """Return what a stage's ranks keep at the peak, in bytes: plain, of routed experts, of the layer that runs."""
+def layers_in_flight(arch: Architecture, layout: Layout, work: Workload, stage: int) -> Counter[tuple[bool, bool]]:
+    """Return how many layers' activations a stage keeps at the peak, by whether they have experts and are in FP8."""
     counts: Counter[tuple[bool, bool]] = Counter()
     for chunk, count in zip(layout.chunks(arch, stage), in_flight(layout, work, stage), strict=True):
         for layer in chunk.layers:
             counts[arch.is_moe_layer(layer), work.is_fp8_layer(arch, layer)] += count
+    return counts
+
+
+def activation_bytes(arch: Architecture, layout: Layout, work: Workload, stage: int) -> tuple[float, float, float]:
+    """Return what a stage's ranks keep at the peak, in bytes: plain, of routed experts, of the layer that runs."""
+    counts = layers_in_flight(arch, layout, work, stage)
     held = {kind: layer_bytes(arch, layout, work, *kind) for kind in counts}
     return (
         sum(count * held[kind].plain for kind, count in counts.items()),

@@ -97,15 +97,18 @@ class PlanRequest:
 
     @property
     def recomputes(self) -> tuple[str, ...]:
-        """The kinds of recomputation to choose from, nothing first, and last what keeps least."""
+        """The kinds of recomputation to choose from, nothing first, and last what keeps least.
+
+        The core of attention is none of them: with flash attention, to recompute it keeps more than not to.
+        """
         if self.recompute:
             return (self.recompute,)
         if not self.arch.num_experts:
-            return ("none", "core_attn", "mlp", "full")
+            return ("none", "mlp", "full")
         delayed, dense = self.work.precision == "fp8-delayed", ("mlp",) if self.arch.moe_pattern else ()
         light = () if delayed else ("layernorm", *(("moe_act", "layernorm,moe_act") if self.grouped else ()))
         heavy = ("moe",) if delayed else ("moe", "layernorm,moe")
-        return ("none", "core_attn", *light, *dense, *heavy, "full")
+        return ("none", *light, *dense, *heavy, "full")
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,15 @@ from contextlib import contextmanager
 from typing import Any
 
 
+_MISSING = object()
+
+
 @contextmanager
 def temporarily_set(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Set an attribute while the block runs, and restore it afterwards.
 
     Args:
-        owner: a module or another object that has the attribute.
+        owner: a module or another object; an attribute that it does not have is deleted afterwards.
         name: of the attribute.
         value: what it is inside the block.
 
@@ -20,9 +23,12 @@ def temporarily_set(owner: Any, name: str, value: Any) -> Iterator[None]:
         >>> with temporarily_set(logging.getLogger("nemo_run"), "disabled", True):  # doctest: +SKIP
         ...     parse()
     """
-    before = getattr(owner, name)
+    before = getattr(owner, name, _MISSING)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, before)
+        if before is _MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)

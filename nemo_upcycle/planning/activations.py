@@ -1,0 +1,349 @@
+"""The planner's activations against Megatron's own layers, run forward on the meta device.
+
+A layer of each kind runs under a rank's groups. What its graph then holds for the backward pass is counted, each
+storage once, without parameters. Nothing is computed or allocated.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.planning.check import megatron_rank, transformer_config
+from nemo_upcycle.planning.layout import Layout
+from nemo_upcycle.planning.memory import GIB, layer_bytes, layers_in_flight, worst_memory
+from nemo_upcycle.planning.workload import Workload
+from nemo_upcycle.utils.attributes import temporarily_set
+
+
+#: What a term may differ by without a reason, as a part of all terms together.
+TOLERANCE = 0.01
+#: Megatron's modules, as regular expressions of their names in a layer -> the term of what they keep.
+_TERMS = {
+    r"input_layernorm": "attention norm",
+    r"self_attention\.linear_qkv": "qkv input",
+    r"self_attention\.[qk]_layernorm": "query and key norms",
+    r"self_attention.*": "attention",
+    r"|pre_mlp_layernorm": "network norm",
+    r"mlp\.router": "router",
+    r"mlp\.experts.*\.linear_fc1": "expert input",
+    r"mlp\.experts.*\.linear_fc2": "expert fc2 input",
+    r"mlp\.experts.*": "expert fc1 output",
+    r"mlp.*\.linear_fc2": "fc2 input",
+    r"mlp.*": "fc1 output",
+}
+_FLASH = "PyTorch's flash attention stands in for Megatron's local one, which keeps scores of s x s"
+_NORM = "a norm that keeps its input, as fused ones, stands in for PyTorch's, which off the GPU keeps float32 copies"
+_STAND_INS = {"attention": _FLASH, "softmax statistics": _FLASH}
+_STAND_INS |= dict.fromkeys(("attention norm", "query and key norms", "network norm"), _NORM)
+#: Terms that the local modules cannot show, and why.
+_NOT_LOCAL = {
+    "rotary": "the fused kernel of the rotary embedding keeps neither cosines nor sines",
+    "dispatch": "Transformer Engine's permutation keeps a map of 8 bytes for each token and expert, the local one"
+    " 16 for each slot",
+}
+_NO_MOE_ACT = "only Transformer Engine's grouped experts recompute their activation alone"
+
+
+@dataclass(frozen=True)
+class ActivationTerm:
+    """One term of what the layers of the fullest rank keep.
+
+    Args:
+        term: what it is of, or whose input.
+        planner_gib: by the planner's formula.
+        modules_gib: by Megatron's modules, with stand-ins for two kernels.
+        difference_gib: of the two.
+        local_gib: by Megatron's local modules as they are.
+        why: they differ, or a stand-in was needed; "" where nothing has to be said.
+        explained: whether `why` says where the difference comes from.
+    """
+
+    term: str
+    planner_gib: float
+    modules_gib: float
+    difference_gib: float
+    local_gib: float
+    why: str
+    explained: bool
+
+
+def compare_activations(arch: Architecture, layout: Layout, work: Workload) -> list[ActivationTerm]:
+    """Return the activations of a plan's fullest rank by the planner and by Megatron's layers, term by term.
+
+    Both are of BF16: in FP8 linear layers keep smaller inputs, which only Transformer Engine's modules do, on a GPU.
+
+    Args:
+        arch: of the model.
+        layout: the cluster's.
+        work: what a step works on.
+    """
+    stage, _ = worst_memory(arch, layout, work)
+    work = replace(work, precision="bf16", low_params=False)
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    for (moe, fp8), count in layers_in_flight(arch, layout, work, stage).items():
+        planner = layer_bytes(arch, layout, work, moe, fp8).kept
+        modules, local = (kept_by_layer(arch, layout, work, moe, stand_ins) for stand_ins in (True, False))
+        for number, layer in enumerate((planner, modules, local)):
+            for term, size in layer.items():
+                sums[term][number] += count * size
+    return [_compared(term, work, *sizes) for term, sizes in sums.items() if any(sizes)]
+
+
+def _compared(term: str, work: Workload, planner: float, modules: float, local: float) -> ActivationTerm:
+    why = _NOT_LOCAL.get(term, "")
+    if term == "expert fc2 input" and work.recomputes("moe_act"):
+        why = _NO_MOE_ACT
+    explained = bool(why)
+    if local != modules:
+        why = _STAND_INS.get(term, why)
+    return ActivationTerm(
+        term,
+        planner_gib=round(planner / GIB, 4),
+        modules_gib=round(modules / GIB, 4),
+        difference_gib=round((modules - planner) / GIB, 4),
+        local_gib=round(local / GIB, 4),
+        why=why,
+        explained=explained,
+    )
+
+
+def check_activations(arch: Architecture, layout: Layout, work: Workload) -> list[ActivationTerm]:
+    """Return what `compare_activations` does.
+
+    Raises:
+        UpcycleError: a term differs by more than `TOLERANCE` of all of them, and does not say why.
+    """
+    terms = compare_activations(arch, layout, work)
+    most = TOLERANCE * sum(term.planner_gib for term in terms)
+    for term in terms:
+        if abs(term.difference_gib) > most and not term.explained:
+            raise UpcycleError(
+                f"activations: {term.term}",
+                got=f"{term.modules_gib} GiB (Megatron)",
+                expected=f"{term.planner_gib} GiB (plan), or nearer than {100 * TOLERANCE:g} % of all activations",
+                fix="report it: the plan and Megatron-Core disagree",
+            )
+    return terms
+
+
+def kept_by_layer(
+    arch: Architecture, layout: Layout, work: Workload, moe: bool, stand_ins: bool = True
+) -> dict[str, float]:
+    """Run a layer of Megatron's forward for one micro-batch, and return the bytes that it keeps on a rank, by term.
+
+    Args:
+        arch: of the model.
+        layout: the cluster's.
+        work: sequence, slots of the experts, recomputation; in BF16.
+        moe: whether the layer has experts.
+        stand_ins: use flash attention and fused norms, not those of the local modules.
+    """
+    from megatron.core import tensor_parallel
+
+    # A layer is the same on all stages of the pipeline.
+    layout = replace(layout, gpus=layout.gpus // layout.pp, pp=1, vp=1, first=None, last=None, embedding=0, loss=0)
+    one_layer = replace(arch, num_layers=1, moe_pattern=None if moe or not arch.num_experts else (False,))
+    length = work.seq_length // layout.cp
+    shape = (length // layout.tp, layout.micro_batch, arch.hidden_size)
+    hidden = torch.empty(shape, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    angles = torch.empty(length, 1, 1, arch.head_dim, device="meta")
+    mask = None if stand_ins else torch.empty(1, 1, length, length, device="meta", dtype=torch.bool)
+    with megatron_rank(layout, 0), _without_cuda():
+        layer = _layer(one_layer, layout, work, moe, stand_ins)
+        with _what_is_kept(layer, moe) as kept:
+
+            def forward(hidden: torch.Tensor) -> Any:
+                return layer(hidden, attention_mask=mask, rotary_pos_emb=angles)[0]
+
+            output = (
+                tensor_parallel.checkpoint(forward, False, hidden) if work.recompute == "full" else forward(hidden)
+            )
+        terms = kept()
+        del output  # and with it the graph
+    return terms
+
+
+def _layer(arch: Architecture, layout: Layout, work: Workload, moe: bool, stand_ins: bool) -> Any:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.transformer.spec_utils import build_module
+
+    config = transformer_config(arch, layout)
+    settings: dict[str, Any] = {
+        "sequence_parallel": layout.tp > 1,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "masked_softmax_fusion": False,  # kernels of Megatron's own
+        "bias_activation_fusion": arch.gated and (arch.activation == "silu" or not arch.num_experts),
+    }
+    if arch.num_experts:
+        # Slots that do not depend on what the router says; the loss of the recipes.
+        settings |= {
+            "moe_token_dispatcher_type": "alltoall",
+            "moe_expert_capacity_factor": work.buffer_slots_per_token(arch, layout.ep) / (arch.top_k or 1),
+            "moe_pad_expert_input_to_capacity": True,
+            "moe_aux_loss_coeff": 0.01,
+        }
+    if work.recompute not in ("none", "full"):
+        settings |= {"recompute_granularity": "selective", "recompute_modules": work.recompute.split(",")}
+    for name, value in settings.items():
+        setattr(config, name, value)
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm").layer_specs[0]
+    norm = _FusedNorm if stand_ins else _LocalNorm
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+    attention = spec.submodules.self_attention.submodules
+    if arch.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = norm
+    if stand_ins:
+        attention.core_attention = _FlashAttention
+    with torch.device("meta"):
+        layer: Any = build_module(spec, config=config, layer_number=1).bfloat16()
+    # Transformer Engine's other norms are one with a linear layer.
+    layer.recompute_input_layernorm = False
+    layer.recompute_pre_mlp_layernorm = moe and work.recomputes("layernorm")
+    if moe:
+        layer.mlp.router.layer_number = None  # its loss is not logged
+    return layer
+
+
+@contextmanager
+def _without_cuda() -> Iterator[None]:
+    """Let Megatron's modules run on meta: nothing asks for CUDA or is compiled.
+
+    Without Transformer Engine, Megatron-Core 0.15 asks for some of its names that it never defined.
+    """
+    from megatron.core import tensor_parallel
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    changes: list[tuple[Any, str, Any]] = [
+        (torch.cuda, "current_device", lambda: "meta"),
+        (MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", object()),
+        (moe_utils, "te_general_gemm", None),
+        (random, "_get_all_rng_states", lambda: ()),
+        (random, "FP8GlobalStateManager", SimpleNamespace(is_fp8_enabled=lambda: False)),
+        (random, "activation_recompute_forward", lambda **_: nullcontext()),
+        (tensor_parallel, "get_cuda_rng_tracker", lambda: SimpleNamespace(fork=nullcontext)),
+    ]
+    with ExitStack() as stack:
+        for owner, name, value in changes:
+            stack.enter_context(temporarily_set(owner, name, value))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+class _Kept:
+    """A tensor that a graph keeps, and the module that ran; it lives as long as the graph needs it."""
+
+    def __init__(self, tensor: torch.Tensor, module: str) -> None:
+        self.tensor, self.module = tensor, module
+
+
+@contextmanager
+def _what_is_kept(layer: Any, moe: bool) -> Iterator[Callable[[], dict[str, float]]]:
+    """Watch a layer run.
+
+    Yields:
+        What returns the bytes that its graph keeps, by term; it is to be called while the output lives.
+    """
+    running: list[str] = []
+    inputs: dict[int, str] = {}  # storages that have a term of their own
+    packed: list[weakref.ref[_Kept]] = []
+
+    def watch(name: str, module: torch.nn.Module) -> None:
+        def before(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            running.append(name)
+            if name == "mlp":
+                inputs[_storage(args[0])] = "network input"
+
+        def after(*_: Any) -> None:
+            running.pop()
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+
+    def pack(tensor: torch.Tensor) -> _Kept:
+        kept = _Kept(tensor, running[-1] if running else "input_layernorm")  # a whole layer's checkpoint
+        packed.append(weakref.ref(kept))
+        return kept
+
+    def by_term() -> dict[str, float]:
+        seen = {_storage(parameter) for parameter in layer.parameters()}
+        terms: dict[str, float] = defaultdict(float)
+        for kept in [kept for reference in packed if (kept := reference()) is not None]:
+            storage = _storage(kept.tensor)
+            if storage not in seen:
+                seen.add(storage)
+                terms[inputs.get(storage) or _term(kept, moe)] += kept.tensor.untyped_storage().nbytes()
+        return dict(terms)
+
+    for name, module in layer.named_modules():
+        watch(name, module)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        yield by_term
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _term(kept: _Kept, moe: bool) -> str:
+    """Return the term of a tensor, by the module that keeps it."""
+    if kept.module == "self_attention" and kept.tensor.shape[1:3] == (1, 1):
+        return "rotary"
+    if kept.module == "self_attention.core_attention" and kept.tensor.dtype == torch.float32:
+        return "softmax statistics"
+    if kept.module == "mlp" and moe:
+        return "dispatch"
+    return next(term for pattern, term in _TERMS.items() if re.fullmatch(pattern, kept.module))
+
+
+class _LocalNorm(torch.nn.RMSNorm):
+    """PyTorch's norm, which Megatron's local modules have; their own wrapper refuses sequence parallelism."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps=eps)
+
+
+class _FusedNorm(_LocalNorm):
+    """A norm that keeps what those of Transformer Engine, and PyTorch's on a GPU, keep."""
+
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the input's shape."""
+        normed: torch.Tensor = _KeepsInput.apply(tensor, self.weight)
+        return normed
+
+
+class _KeepsInput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Keep the input, whole, and one number in float32 for each of its rows."""
+        tensor = tensor.contiguous()
+        ctx.save_for_backward(tensor, weight, tensor.new_empty(tensor.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(tensor)
+
+
+class _FlashAttention(torch.nn.Module):
+    """PyTorch's flash attention, in the place of Megatron's core of attention."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """Return [S, B, H x K] of [S, B, H, K], each tensor contiguous, as Transformer Engine makes them."""
+        parts = (part.contiguous().flatten(1, 2)[None] for part in (query, key, value))
+        length = query.shape[0]
+        flash = torch.ops.aten._flash_attention_forward
+        output: torch.Tensor = flash(*parts, None, None, length, length, 0.0, True, False)[0]
+        return output.view(*query.shape[:2], -1)
