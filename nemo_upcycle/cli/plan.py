@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
+import shlex
 import shutil
 import textwrap
 from dataclasses import asdict
@@ -14,7 +16,14 @@ from nemo_upcycle.cli.plan_request import Subject, number_of_tokens, request_of,
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning import hardware, table
-from nemo_upcycle.planning.commands import BACKENDS, bridge_command, nemo_command, why_no_command
+from nemo_upcycle.planning.changes import Change, best_changes
+from nemo_upcycle.planning.commands import (
+    BACKENDS,
+    bridge_command,
+    changed_settings,
+    nemo_command,
+    why_no_command,
+)
 from nemo_upcycle.planning.layout import SIZES, parse_layout
 from nemo_upcycle.planning.parameters import StagePlan
 from nemo_upcycle.planning.search import (
@@ -24,7 +33,6 @@ from nemo_upcycle.planning.search import (
     find,
     nearest_gpus,
     search,
-    single_changes,
 )
 from nemo_upcycle.planning.workload import (
     DISPATCHERS,
@@ -47,8 +55,6 @@ keys of --layout (what is omitted is 1): tp tensor, cp context, ep expert, etp e
 
 exit status: 0 a layout fits (or is tight); 1 none does; 2 a value is wrong.
 TFLOP/s and MFU count full attention, as arXiv 2412.09952 does; --json has the causal half beside it."""
-#: Of speed; differences below it are within the error of the predictions (docs/planning.md).
-_LEAST_PERCENT = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,7 +145,10 @@ def run(args: argparse.Namespace) -> int:
     flops = {name: flops_per_token(arch, length, causal=name == "causal") for name in ("full", "causal")}
     model = {"total_params": arch.total_params, "active_params": arch.active_params, "flops_per_token": flops}
     answer: dict[str, Any] = {"model": model, "rows": rows, "warnings": _warnings(subject, request)}
-    answer["faster_by_one_change"] = _faster(args, subject, plans[(args.explain or 1) - 1])
+    chosen = plans[(args.explain or 1) - 1]
+    faster = _faster(args, subject, chosen)
+    answer["faster_by_one_change"] = {change.text: change.percent for change in faster}
+    answer["overrides_of_changes"] = {change.text: _overrides(args, chosen, change) for change in faster}
     answer |= {"ranks": ranks} if ranks is not None else {}
     answer |= {"check": _check(subject, plans[0])} if args.check else {}
     show(args, answer, "" if args.json else _text(args, subject, plans, answer, names))
@@ -209,6 +218,9 @@ def _text(
     if faster := answer["faster_by_one_change"]:
         parts = [f"{percent:.0f} % with {change}" for change, percent in faster.items()]
         lines.append(folded(f"Faster by one change of row {row}: {', '.join(parts)}."))
+        best = next(iter(faster))
+        if words := answer["overrides_of_changes"][best]:
+            lines.append(folded(f"{best} in a run: {shlex.join(words)}"))
     if args.explain is not None:
         lines.append(folded(table.explanation(chosen)))
     command, why_none = (answer["rows"][row - 1][name] for name in ("command", "no_command"))
@@ -260,19 +272,17 @@ def _warnings(subject: Subject, request: PlanRequest) -> list[str]:
     ]
 
 
-def _faster(args: argparse.Namespace, subject: Subject, plan: Plan) -> dict[str, float]:
-    """Return the best single change of a plan's layout and of its precision, with the percent of speed they add.
-
-    Left out is what adds less than the model is usually wrong by, and what has no command where the plan has one.
-    """
-    best: dict[bool, tuple[float, str]] = {}
+def _faster(args: argparse.Namespace, subject: Subject, plan: Plan) -> list[Change]:
+    """Return single changes that make a plan faster; where it has a command, they have one, too."""
     why = why_no_command(args.backend, subject.recipe, plan.work)
-    for change, other in single_changes(plan) if plan.verdict != "no" else ():
-        gain = round(100 * (other.tokens_per_s_per_gpu / plan.tokens_per_s_per_gpu - 1), 1)
-        if gain >= _LEAST_PERCENT and why_no_command(args.backend, subject.recipe, other.work) in ("", why):
-            kind = change.startswith("--precision")
-            best[kind] = max(best.get(kind, (gain, change)), (gain, change))
-    return {change: gain for gain, change in sorted(best.values(), reverse=True)}
+    return best_changes(plan, lambda other: why_no_command(args.backend, subject.recipe, other.work) in ("", why))
+
+
+def _overrides(args: argparse.Namespace, plan: Plan, change: Change) -> list[str]:
+    """Return the overrides of a change, as the back end's recipes take them; none where they lack the precision."""
+    with contextlib.suppress(SpecError):
+        return changed_settings(args.backend, plan, change.plan)
+    return []
 
 
 def _what_fits_instead(args: argparse.Namespace, request: PlanRequest) -> str:

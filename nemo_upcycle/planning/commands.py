@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
+from nemo_upcycle.errors import SpecError
 from nemo_upcycle.planning.hardware import KnownRecipe
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.search import Plan
@@ -26,6 +27,8 @@ _BRIDGE_GPUS = {
 }
 BRIDGE_RECIPES = {name: f"{name}_pretrain_{gpus}gpu_h100_bf16_config" for name, gpus in _BRIDGE_GPUS.items()}
 BACKENDS = ("nemo", "bridge")
+#: Back end -> its name, and the precisions that it has a setting for.
+_PRECISIONS = {"nemo": ("NeMo", ("bf16", *FP8_RECIPES)), "bridge": ("Bridge", (*BRIDGE_PRECISIONS,))}
 
 
 def fp8_precision(recipe: str | None) -> str:
@@ -60,6 +63,57 @@ def _parallelism(layout: Layout, upcycled: bool) -> dict[str, Any]:
     return settings
 
 
+def _recomputation(work: Workload) -> dict[str, Any]:
+    """Return Megatron's settings of what is recomputed; None where one has no value."""
+    names = ("granularity", "modules", "method", "num_layers")
+    values: tuple[Any, ...] = ("selective", work.recompute.split(","), None, None)
+    if work.recompute in ("none", "full"):
+        values = ("full", None, "uniform", 1) if work.recompute == "full" else (None,) * len(names)
+    return {f"recompute_{name}": value for name, value in zip(names, values, strict=True)}
+
+
+def changed_settings(backend: str, before: Plan, after: Plan) -> list[str]:
+    """Return the overrides that change a run from one plan to another: layout, precision and recomputation.
+
+    Args:
+        backend: one of `BACKENDS`.
+        before: what runs.
+        after: what is to run; of the same model.
+
+    Raises:
+        SpecError: the back end has no setting for the precision.
+    """
+    (title, precisions), precision = _PRECISIONS[backend], after.work.precision
+    if precision not in (*precisions, before.work.precision):
+        fix = f"use {precisions[-1]}"
+        raise SpecError(field="precision", got=precision, expected=f"one of {title}'s recipes", fix=fix)
+    now, then = (_settings_of(backend, plan) for plan in (before, after))
+    write = str if backend == "nemo" else _yaml
+    return [f"{name}={write(value)}" for name, value in then.items() if name not in now or now[name] != value]
+
+
+def _settings_of(backend: str, plan: Plan) -> dict[str, Any]:
+    layout, work, upcycled = plan.layout, plan.work, bool(plan.request.arch.num_experts)
+    sizes, recomputation = _parallelism(layout, upcycled), _recomputation(work)
+    if backend == "bridge":
+        settings = {f"model.{name}": value for name, value in (sizes | recomputation).items()}
+        settings["train.micro_batch_size"] = layout.micro_batch
+        return settings | {"mixed_precision": BRIDGE_PRECISIONS.get(work.precision)}
+    settings = {f"trainer.strategy.{name}": value for name, value in sizes.items()}
+    settings |= {f"model.config.{name}": value for name, value in recomputation.items()}
+    settings["data.micro_batch_size"] = layout.micro_batch
+    precision = {"fp8": None, "first_last_layers_bf16": False} | (_fp8_settings(work) if work.numbers.fp8 else {})
+    settings |= {f"trainer.plugins.{name}": value for name, value in precision.items()}
+    if upcycled and plan.request.grouped:  # whose products take tokens in groups of 16
+        settings["model.config.moe_router_padding_for_fp8"] = work.numbers.fp8 and not work.pad
+    return settings
+
+
+def _yaml(value: object) -> str:
+    """Return a value as Bridge's command line takes it."""
+    return "null" if value is None else str(value).replace("'", "").replace(" ", "")
+
+
 def _steps(plan: Plan) -> int:
     return max(1, round(plan.request.tokens / plan.work.seq_length / plan.work.global_batch))
 
@@ -72,7 +126,7 @@ def why_no_command(backend: str, recipe: KnownRecipe | None, work: Workload) -> 
         recipe: that trains the model; None: there is none.
         work: the settings.
     """
-    name, precisions = {"nemo": ("NeMo", ("bf16", *FP8_RECIPES)), "bridge": ("Bridge", (*BRIDGE_PRECISIONS,))}[backend]
+    name, precisions = _PRECISIONS[backend]
     if recipe is None:
         return "No recipe of this package trains this model"
     if backend == "bridge" and recipe.name not in BRIDGE_RECIPES:
@@ -81,8 +135,8 @@ def why_no_command(backend: str, recipe: KnownRecipe | None, work: Workload) -> 
         return f"No recipe for {name} trains in {work.precision}, only in {', '.join(precisions)}"
     if work.low_params:
         return "No recipe keeps parameters in FP8, because upcycling cannot fill them"
-    if backend == "nemo" and work.dispatcher == "hybridep":
-        return "NeMo 2.7 has no HybridEP (--backend bridge has it)"
+    if backend == "nemo" and (title := {"hybridep": "HybridEP", "ncclep": "NCCL EP"}.get(work.dispatcher)):
+        return f"NeMo 2.7 has no {title} (--backend bridge has it)"
     if backend == "bridge" and work.gradients != "fp32":  # its precisions set them
         return f"No recipe for Bridge sums gradients in {work.gradients}, only in fp32"
     return ""
@@ -101,11 +155,10 @@ def bridge_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) ->
     model["moe_pad_expert_input_to_capacity"] = work.pad
     if work.dispatcher != "alltoall":
         model |= {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": work.dispatcher}
-    if work.recompute == "full":
-        model |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    elif work.recompute != "none":
-        model |= {"recompute_granularity": "selective", "recompute_modules": f"[{work.recompute}]"}
-    settings = {f"model.{name}": "null" if value is None else value for name, value in model.items()} | {
+    if work.dispatcher == "ncclep":
+        model["moe_expert_rank_capacity_factor"] = work.imbalance
+    model |= {name: value for name, value in _recomputation(work).items() if value is not None}
+    settings = {f"model.{name}": _yaml(value) for name, value in model.items()} | {
         "dataset.seq_length": work.seq_length,
         "train.global_batch_size": work.global_batch,
         "train.micro_batch_size": layout.micro_batch,
@@ -156,12 +209,9 @@ def nemo_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> s
         settings |= {"model.config.moe_pad_expert_input_to_capacity": True} if work.pad else {}
     if work.precision in FP8_RECIPES and not takes_arguments:
         settings |= {f"trainer.plugins.{name}": value for name, value in _fp8_settings(work).items()}
-    if work.recompute == "full":
-        full = {"granularity": "full", "method": "uniform", "num_layers": 1}
-        settings |= {f"model.config.recompute_{name}": value for name, value in full.items()}
-    elif work.recompute not in ("none", "moe") or (work.recompute == "moe" and not takes_arguments):
-        settings["model.config.recompute_granularity"] = "selective"
-        settings["model.config.recompute_modules"] = work.recompute.split(",")
+    if work.recompute != "moe" or not takes_arguments:
+        again = {f"model.config.{name}": value for name, value in _recomputation(work).items()}
+        settings |= {name: value for name, value in again.items() if value is not None}
     call = f"{recipe.name}({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
     words = [f"{name}={value}" for name, value in settings.items()]
     return f'nemo llm pretrain --factory "{call}" ' + " ".join(f'"{word}"' if "[" in word else word for word in words)
@@ -169,7 +219,8 @@ def nemo_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> s
 
 def _fp8_settings(work: Workload) -> dict[str, Any]:
     """Return everything that NeMo's precision sets, for recipes without an own argument for it."""
-    settings = {"fp8": "hybrid", "fp8_recipe": FP8_RECIPES[work.precision], "fp8_param_gather": False}
+    recipe = FP8_RECIPES.get(work.precision)
+    settings: dict[str, Any] = {"fp8": "hybrid", "fp8_recipe": recipe, "fp8_param_gather": False}
     if work.precision == "fp8-delayed":
         settings |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
     if ends := work.numbers.bf16_ends:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import heapq
 import itertools
@@ -18,7 +17,7 @@ from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE, DEFAULT_SOFTWARE, Gp
 from nemo_upcycle.planning.layout import Layout, divisors
 from nemo_upcycle.planning.memory import GIB, Memory, activation_bytes, worst_memory
 from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES, WEIGHT_BYTES
-from nemo_upcycle.planning.rules import check_layout, first_violation, with_size
+from nemo_upcycle.planning.rules import check_layout, first_violation
 from nemo_upcycle.planning.throughput import StepTime, ThroughputModel
 from nemo_upcycle.planning.workload import PRECISIONS, Workload
 
@@ -244,29 +243,6 @@ def evaluate_layout(request: PlanRequest, layout: Layout) -> Plan:
             if plan.verdict == verdict:
                 return plan
     return min(plans, key=lambda plan: plan.memory.total)
-
-
-def single_changes(plan: Plan) -> Iterator[tuple[str, Plan]]:
-    """Yield what fits and differs from a plan in at most one setting, with that setting.
-
-    A size of the layout is doubled or halved, the precision is another, or the recomputation is left to the planner.
-    """
-    request, layout = plan.request, plan.layout
-    changes: list[tuple[str, PlanRequest, Layout]] = []
-    for name, key in (*((key, key) for key in ("tp", "pp", "vp", "cp", "ep", "etp")), ("mbs", "micro_batch")):
-        now = getattr(layout, key)
-        for value in (2 * now, max(1, now // 2)):
-            changes.append((f"{name}={value}", request, with_size(layout, request.work, key, value)[0]))
-    for precision in (name for name, numbers in PRECISIONS.items() if request.gpu.has(numbers)):
-        work = replace(request.work, precision=precision)
-        changes.append((f"--precision {precision}", replace(request, work=work), layout))
-    changes.append(("no --recompute", replace(request, recompute=None), layout))
-    for text, changed, other in changes:
-        # Not every precision has every recomputation.
-        with contextlib.suppress(SpecError):
-            allowed = first_violation(other, changed.arch, changed.work) is None
-            if allowed and (found := evaluate_layout(changed, other)).verdict == "fits":
-                yield text, found
 
 
 def search(request: PlanRequest, limit: int = 10) -> list[Plan]:

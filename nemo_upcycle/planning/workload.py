@@ -60,8 +60,8 @@ RECOMPUTES = ("none", *MODULES, "full")
 #: Larger numbers are taken for mistakes.
 _MOST = 10**9
 #: What sends tokens to their experts: a message for each expert of a token, or for each place that has experts of it.
-#: HybridEP is in Megatron-Core from 0.16 on, so not in NeMo 2.7.
-DISPATCHERS = ("alltoall", "deepep", "hybridep")
+#: HybridEP is in Megatron-Core from 0.16 on, NCCL EP from 0.19, so not in NeMo 2.7.
+DISPATCHERS = ("alltoall", "deepep", "hybridep", "ncclep")
 #: Who chooses the experts: benchmarks make the router balance them (`moe_router_force_load_balancing`), training does
 #: not.
 ROUTINGS = ("balanced", "natural")

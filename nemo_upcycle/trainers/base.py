@@ -12,11 +12,19 @@ from nemo_upcycle.errors import StageError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES
+from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.planning.workload import MODULES
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.spec import UpcycleSpec
 
 
+#: Communication that may run beside computation -> Megatron's setting: sums of gradients and gathering of weights over
+#: data parallelism, and what pipeline stages send one another.
+COMMUNICATION = {
+    "gradients": "overlap_grad_reduce",
+    "weights": "overlap_param_gather",
+    "stages": "overlap_p2p_comm",
+}
 #: Set by NVIDIA's `ft_launcher` for the ranks that it watches: the socket of the process that does.
 FT_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"
 
@@ -73,7 +81,8 @@ class Profile:
         pp: pipeline stages.
         ep: expert parallelism.
         precision: the planner's name of it: `bf16`, `fp8-current`.
-        dispatcher: of tokens to experts: `allgather`, `alltoall`, `deepep`, `hybridep`; `none` in a dense model.
+        dispatcher: of tokens to experts: `allgather`, `alltoall`, `deepep`, `hybridep`, `ncclep`; `none` in a dense
+            model.
         overlaps_experts: whether other work hides the experts' communication (`overlap_moe_expert_parallel_comm`).
         cuda_graphs: whether parts of a step are captured.
         user_buffers: whether NCCL gets registered buffers (`nccl_ub`).
@@ -161,13 +170,17 @@ class TrainingFacts:
         recompute: the planner's kind, as the training begins.
         first_steps: after how many steps it ceases to recompute MoE layers; 0: it goes on as it begins.
         overlap: what runs beside computation, in the planner's words.
+        communication: what else does, of `COMMUNICATION`.
         gradients: what data parallelism sums them in, in the planner's words.
+        low_params: whether parameters are kept and gathered in FP8 or FP4.
+        rank_capacity: token slots that a rank's experts have room for, over those of perfect balance; None: any.
         software: the generation of Megatron-Core that trains, in the planner's words.
         weight_bytes: of a parameter in a checkpoint.
         save_every: steps between two checkpoints.
         save_setting: the override that sets it.
         keeps: checkpoints that stay at its end; None: all.
         evaluations: what it scores on its way; None: nothing.
+        uses_wandb: whether it sends its metrics to Weights & Biases.
         schedule: what tells schedules of the learning rate apart.
         is_rate_constant: whether the learning rate stays what it is.
     """
@@ -186,13 +199,17 @@ class TrainingFacts:
     recompute: str
     first_steps: int = 0
     overlap: tuple[str, ...] = ()
+    communication: tuple[str, ...] = ()
     gradients: str
+    low_params: bool = False
+    rank_capacity: float | None = None
     software: str
     weight_bytes: int
     save_every: int
     save_setting: str
     keeps: int | None
     evaluations: Evaluations | None = None
+    uses_wandb: bool = False
     schedule: str
     is_rate_constant: bool
 
@@ -207,7 +224,9 @@ class TrainingFacts:
         return (self.weight_bytes + OPTIMIZER_BYTES) * self.arch.total_params
 
     @staticmethod
-    def of_model(config: Any, arch: Architecture, layout: Layout, profile: Profile) -> dict[str, Any]:
+    def of_model(
+        config: Any, arch: Architecture, layout: Layout, profile: Profile, ddp: Any, overlaps: Any
+    ) -> dict[str, Any]:
         """Return the facts that follow from Megatron's configuration of a model, of either trainer.
 
         Args:
@@ -215,10 +234,19 @@ class TrainingFacts:
             arch: of the model.
             layout: parallel sizes.
             profile: how it uses its GPUs.
+            ddp: a `DistributedDataParallelConfig`, or anything without its fields.
+            overlaps: the trainer's own settings of them, which replace those of the others and choose by the layout
+                where they are None; None: the trainer is given none.
         """
+        chosen = {"gradients": layout.dp > 1, "weights": layout.dp > 1, "stages": layout.vp > 1}
+        given = {name: getattr(overlaps, setting, None) for name, setting in COMMUNICATION.items()}
+        if overlaps is None:
+            given = {name: getattr(ddp, setting, None) for name, setting in COMMUNICATION.items()}
+            given["stages"] = getattr(config, COMMUNICATION["stages"], None)
+            chosen = dict.fromkeys(chosen, False)
         granularity = config.recompute_granularity
         modules = (config.recompute_modules or []) if granularity == "selective" else []
-        chosen = ",".join(name for name in MODULES if name in modules) or "none"
+        recomputed = ",".join(name for name in MODULES if name in modules) or "none"
         return {
             "arch": arch,
             "layout": layout,
@@ -226,7 +254,11 @@ class TrainingFacts:
             "capacity_factor": config.moe_expert_capacity_factor if arch.num_experts else None,
             "pad": bool(arch.num_experts and config.moe_pad_expert_input_to_capacity),
             "grouped": bool(getattr(config, "moe_grouped_gemm", False)),
-            "recompute": "full" if granularity == "full" else chosen,
+            "recompute": "full" if granularity == "full" else recomputed,
+            "communication": tuple(
+                name for name, value in given.items() if (chosen[name] if value is None else value)
+            ),
+            "rank_capacity": getattr(config, "moe_expert_rank_capacity_factor", None),
         }
 
 
@@ -274,6 +306,14 @@ class Training(ABC):
 
         Args:
             dense: the parent's address.
+        """
+
+    @abstractmethod
+    def changed_settings(self, before: Plan, after: Plan) -> list[str]:
+        """Return the overrides that change it from one plan to another, of which the first is its own.
+
+        Raises:
+            SpecError: it has no setting for something.
         """
 
     @abstractmethod

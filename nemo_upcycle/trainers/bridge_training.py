@@ -17,9 +17,10 @@ from typing import Any
 from nemo_upcycle.data.dense import cached_asset, tokenizer_folder
 from nemo_upcycle.errors import StageStopped, UpcycleError
 from nemo_upcycle.models.megatron_config import architecture_of
-from nemo_upcycle.planning.commands import fp8_precision
+from nemo_upcycle.planning.commands import changed_settings, fp8_precision
 from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE
 from nemo_upcycle.planning.parameters import WEIGHT_BYTES
+from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.sources.checkpoints import newest_checkpoint, steps_in
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
@@ -140,7 +141,9 @@ class BridgeTraining(Training):
         rate, lowest, style = config.optimizer.lr, config.optimizer.min_lr, config.scheduler.lr_decay_style
         warmup = config.scheduler.lr_warmup_iters
         return TrainingFacts(
-            **TrainingFacts.of_model(model, architecture_of(model, model.vocab_size), layout, profile),
+            **TrainingFacts.of_model(
+                model, architecture_of(model, model.vocab_size), layout, profile, config.ddp, overlap
+            ),
             recipe=self.recipe,
             knows_vocabulary=True,
             seq_length=config.dataset.seq_length,
@@ -148,15 +151,21 @@ class BridgeTraining(Training):
             steps=steps,
             overlap=tuple(name for name, is_on in shares.items() if is_on),
             gradients="fp32" if _reduces_in_fp32(config) else "bf16",
+            low_params=_keeps_low_params(config),
             software=BRIDGE_SOFTWARE,
             weight_bytes=4 if precision == "32" else WEIGHT_BYTES,
             save_every=config.checkpoint.save_interval or steps,
             save_setting="checkpoint.save_interval",
             evaluations=self.evaluations or settings_of(config).evaluations(),
+            uses_wandb=bool(config.logger.wandb_project),
             keeps=config.checkpoint.most_recent_k if config.checkpoint.most_recent_k > -1 else None,
             schedule=f"lr={rate}, {style}(min_lr={lowest}, warmup_steps={warmup})",
             is_rate_constant=style == "constant" or lowest == rate,
         )
+
+    def changed_settings(self, before: Plan, after: Plan) -> list[str]:
+        """See `Training.changed_settings`."""
+        return changed_settings("bridge", before, after)
 
     def shown_settings(self, dense: str) -> dict[str, Any]:
         """See `Training.shown_settings`: those that were given, where the parent is not within reach."""
@@ -273,13 +282,18 @@ def _config(training: BridgeTraining, dense_folder: Path) -> Any:
     return load_config(training.recipe, training.overrides, dense_folder, json.loads(training.changes))
 
 
-def _precision(config: Any) -> str:
-    """Return the planner's name of a configuration's precision."""
+def _mixed_precision(config: Any) -> Any:
+    """Return Bridge's settings of a precision; None without any."""
     from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 
-    if config.mixed_precision is None:
+    return get_mixed_precision_config(config.mixed_precision) if config.mixed_precision else None
+
+
+def _precision(config: Any) -> str:
+    """Return the planner's name of a configuration's precision."""
+    precision = _mixed_precision(config)
+    if precision is None:
         return "bf16" if config.model.bf16 else "32"
-    precision = get_mixed_precision_config(config.mixed_precision)
     if precision.fp4:
         return fp8_precision(precision.fp4_recipe)
     return fp8_precision(precision.fp8_recipe) if precision.fp8 else "bf16"
@@ -287,10 +301,13 @@ def _precision(config: Any) -> str:
 
 def _reduces_in_fp32(config: Any) -> bool:
     """Return whether gradients are summed in float32: a precision's setting replaces that of data parallelism."""
-    from megatron.bridge.training.mixed_precision import get_mixed_precision_config
+    return bool((_mixed_precision(config) or config.ddp).grad_reduce_in_fp32)
 
-    chosen = get_mixed_precision_config(config.mixed_precision) if config.mixed_precision else config.ddp
-    return bool(chosen.grad_reduce_in_fp32)
+
+def _keeps_low_params(config: Any) -> bool:
+    """Return whether parameters are kept and gathered in FP8 or FP4."""
+    precision = _mixed_precision(config)
+    return any(getattr(precision, name, False) for name in ("fp8_param_gather", "fp4_param_gather"))
 
 
 def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> None:

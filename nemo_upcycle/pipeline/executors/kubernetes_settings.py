@@ -9,6 +9,7 @@ import nemo_run as run
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors.base import MISSING
+from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
 
 
 @dataclass(kw_only=True)
@@ -64,6 +65,7 @@ class KubernetesExecutor(run.Executor):
         card: of a GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun and for the performance settings.
         performance: by name, what differs from `conf/performance.yaml`; None removes a setting.
         price_per_gpu_hour: for --dryrun; None: not known.
+        write_gib_s: what the file system of `dir` writes in GiB a second, from all pods, for --dryrun.
         stages: per stage, the fields that differ there.
         origins: by field, where its value was set, for people.
 
@@ -109,6 +111,7 @@ class KubernetesExecutor(run.Executor):
     card: str = "h100"
     performance: dict[str, Any] = field(default_factory=dict)
     price_per_gpu_hour: Optional[float] = None  # noqa: UP045
+    write_gib_s: float = USUAL_GIB_S
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
 

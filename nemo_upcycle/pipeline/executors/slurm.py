@@ -34,7 +34,7 @@ from nemo_upcycle.pipeline.executors.base import (
     hub_variables,
     require_settings,
 )
-from nemo_upcycle.pipeline.executors.ft import SAVE_S, SILENCE_S, ft_command
+from nemo_upcycle.pipeline.executors.ft import SAVE_S, SILENCE_S, USUAL_GIB_S, ft_command
 from nemo_upcycle.pipeline.executors.slurm_answers import (
     NO_ANSWER,
     OF_CONTROLLER,
@@ -82,6 +82,7 @@ class StagedSlurmExecutor(run.SlurmExecutor):
         card: of a GPU, as `nemo-upcycle plan --gpu` names it, for --dryrun and for the performance settings.
         performance: by name, what differs from `conf/performance.yaml`; None removes a setting.
         price_per_gpu_hour: for --dryrun; None: not known.
+        write_gib_s: what the file system of `dir` writes in GiB a second, from all nodes, for --dryrun.
         shared_dir: whether nodes see `dir`, `dense` and `data` although their file system looks like one machine's.
         python: the interpreter of the stages; None: `python` of the container, or this one without a container.
         packager: what is sent along: nothing, the package is installed on the nodes.
@@ -97,6 +98,7 @@ class StagedSlurmExecutor(run.SlurmExecutor):
     card: str = "h100"
     performance: dict[str, Any] = field(default_factory=dict)
     price_per_gpu_hour: Optional[float] = None  # noqa: UP045
+    write_gib_s: float = USUAL_GIB_S
     shared_dir: bool = False
     python: Optional[str] = None  # noqa: UP045
     origins: dict[str, str] = field(default_factory=dict)

@@ -51,7 +51,7 @@ def forecast_evaluation(evaluations: Evaluations | None, plan: Plan | None) -> E
     if evaluations is None or (Path(evaluations.suite) / MARKER).is_file():
         return None
     config = read_suite_config(evaluations.suite)
-    parts = _parts(config, evaluations.limit) if config.local else None
+    parts = list_texts(config, evaluations.limit)
     texts = None if parts is None else sum(count for count, _ in parts)
     batch, every_n_steps = evaluations.batch_size or config.batch_size, evaluations.every_n_steps
     seconds = share = None
@@ -70,8 +70,10 @@ def forecast_evaluation(evaluations: Evaluations | None, plan: Plan | None) -> E
     return EvaluationForecast(evaluations.suite, every_n_steps, texts, seconds, share)
 
 
-def _parts(config: SuiteConfig, limit: int | None) -> list[tuple[int, int]] | None:
+def list_texts(config: SuiteConfig, limit: int | None) -> list[tuple[int, int]] | None:
     """Return number and tokens, at most, of the texts of each task; None without a bound of their number."""
+    if not config.local:
+        return None
     parts = []
     for task, shots in ((task, shots) for task, numbers in config.tasks.items() for shots in numbers):
         most = config.heldout.windows if is_text(task) else config.questions.total

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.needs import Caches
@@ -13,7 +14,9 @@ from nemo_upcycle.data.network import run_needs
 from nemo_upcycle.pipeline.executors.base import Cluster, Job, hub_variables
 from nemo_upcycle.pipeline.plan import Stage
 from nemo_upcycle.pipeline.stages import RunPlan
+from nemo_upcycle.trainers.base import TrainingFacts
 from nemo_upcycle.utils.cache import CACHE_VARIABLE
+from nemo_upcycle.utils.files import MARKER
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class NetworkForecast:
 
     Attributes:
         stages: by name, in their order: from which place, and what; none that needs no network.
-        command: that fetches all of it beforehand.
+        command: that fetches all of it beforehand; several with && between.
     """
 
     stages: Mapping[str, Mapping[str, Sequence[str]]]
@@ -30,7 +33,11 @@ class NetworkForecast:
 
 
 def forecast_network(
-    stages: Sequence[Stage], plan: RunPlan, cluster: Cluster | None, jobs: Mapping[str, Job]
+    stages: Sequence[Stage],
+    plan: RunPlan,
+    cluster: Cluster | None,
+    jobs: Mapping[str, Job],
+    facts: Mapping[str, TrainingFacts | None] | None = None,
 ) -> NetworkForecast:
     """Return what stages that run take from networks; asks none, and looks for caches where this machine sees them.
 
@@ -39,22 +46,38 @@ def forecast_network(
         plan: what they are given.
         cluster: where they run; None: on this machine.
         jobs: by stage, what is asked of it.
+        facts: of the trainings, by stage, as far as they are known.
     """
     needs, found = run_needs(*plan.inputs()), {}
+    fetched, commands = {need.what for need in needs}, [_fetch(plan, "dense", "data", "evaluation")]
     for stage in stages:
-        caches = Caches.of(_variables(cluster, jobs[stage.name]) if cluster else os.environ)
+        variables, known = (
+            _variables(cluster, jobs[stage.name]) if cluster else os.environ,
+            (facts or {}).get(stage.name),
+        )
+        caches = Caches.of(variables)
+        own = [need for need in needs if set(need.inputs) & set(stage.settings)]
+        suite = known.evaluations.suite if known and known.evaluations else ""
+        asked = run_needs("", "", suite) if suite and not (Path(suite) / MARKER).is_file() else []
+        if {need.what for need in asked} - fetched:
+            commands.append(_fetch(replace(plan, evaluation=suite), "evaluation"))
         places: dict[str, list[str]] = {}
-        for need in needs:
-            if set(need.inputs) & set(stage.settings) and not need.is_in(caches):
+        for need in (*own, *asked):
+            if not need.is_in(caches):
                 places.setdefault(need.place, []).append(need.what)
+        if known and known.uses_wandb and variables.get("WANDB_MODE", "online") == "online":
+            places["Weights & Biases"] = ["metrics (the variable WANDB_MODE=offline keeps them in files)"]
         if places:
             found[stage.name] = places
-    inputs = [f"{name}={getattr(plan, name)}" for name in ("dense", "data", "evaluation")]
-    return NetworkForecast(found, shlex.join(["nemo-upcycle", "fetch", "DIR", *inputs]))
+    return NetworkForecast(found, " && ".join(dict.fromkeys(commands)))
+
+
+def _fetch(plan: RunPlan, *inputs: str) -> str:
+    return shlex.join(["nemo-upcycle", "fetch", "DIR", *(f"{name}={getattr(plan, name)}" for name in inputs)])
 
 
 def _variables(cluster: Cluster, job: Job) -> dict[str, Any]:
-    """Return the environment of a job, as far as it names caches; a container's own holds nothing."""
+    """Return the environment of a job, as far as it is known; of caches, a container's own holds nothing."""
     settings = cluster.settings_for(job.name)
     given = {name: value for name, value in (getattr(settings, "env_vars", None) or {}).items() if value is not None}
     if cluster.has_container(settings):

@@ -13,7 +13,7 @@ from nemo_upcycle.pipeline.executors.base import USUAL_CARD, asks_for_gpus, is_l
 from nemo_upcycle.planning.hardware import Gpu, gpu_of_device, known_gpu
 from nemo_upcycle.planning.memory import GIB
 from nemo_upcycle.planning.search import Plan, PlanRequest, evaluate_layout
-from nemo_upcycle.planning.workload import DISPATCHERS, Workload
+from nemo_upcycle.planning.workload import USUAL_IMBALANCE, Workload
 from nemo_upcycle.trainers.base import TrainingFacts
 
 
@@ -53,16 +53,17 @@ def plans_of(facts: TrainingFacts, gpu: Gpu) -> tuple[Plan, Plan]:
     Raises:
         SpecError: the planner does not know a setting, or the layout breaks a rule.
     """
-    dispatcher = facts.profile.dispatcher
     work = Workload(
         seq_length=facts.seq_length,
         global_batch=facts.global_batch,
         capacity_factor=facts.capacity_factor,
         pad=facts.pad,
+        imbalance=facts.rank_capacity or USUAL_IMBALANCE,
         precision=facts.profile.precision,
+        low_params=facts.low_params,
         gradients=facts.gradients,
         recompute=facts.recompute,
-        dispatcher=dispatcher if dispatcher in DISPATCHERS else "alltoall",
+        dispatcher=_dispatcher(facts),
         overlap=facts.overlap,
     )
     request = PlanRequest(
@@ -80,6 +81,25 @@ def plans_of(facts: TrainingFacts, gpu: Gpu) -> tuple[Plan, Plan]:
     if facts.recompute != "moe" or not facts.first_steps:
         return first, first
     return first, evaluate_layout(replace(request, recompute="none"), facts.layout)
+
+
+def _dispatcher(facts: TrainingFacts) -> str:
+    """Return what sends tokens to their experts; where all are on every rank, nothing is sent.
+
+    Raises:
+        SpecError: NCCL EP's receive buffers have no size.
+    """
+    layout, name = facts.layout, facts.profile.dispatcher
+    if layout.ep * layout.etp == 1 or not facts.arch.num_experts:
+        return "alltoall"
+    if name == "ncclep" and facts.rank_capacity is None:
+        raise SpecError(
+            field="moe_expert_rank_capacity_factor",
+            got=None,
+            expected="the size of ncclep's receive buffers, which Megatron-Core asks for",
+            fix="set it to 1.5: more tokens than that end the training",
+        )
+    return name
 
 
 def planned_of(facts: TrainingFacts | None, device: str) -> dict[str, float] | None:

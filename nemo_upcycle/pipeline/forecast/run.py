@@ -14,10 +14,10 @@ from nemo_run.cli.cli_parser import parse_factory
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.pipeline.executors.base import Cluster, Job, is_local
-from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
 from nemo_upcycle.pipeline.executors.performance import PerformanceSetting, settings_here
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast, forecast_disk
 from nemo_upcycle.pipeline.forecast.network import NetworkForecast, forecast_network
+from nemo_upcycle.pipeline.forecast.scores import ScoreForecast, forecast_scores
 from nemo_upcycle.pipeline.forecast.stages import StageForecast, State, forecast_stages
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast, forecast_training
 from nemo_upcycle.pipeline.plan import Stage, required_training
@@ -101,6 +101,7 @@ class Forecast:
         recipe: its name.
         stages: a part of the chain, in its order.
         trainings: those of the stages that train, by name.
+        scores: when they are there; None: no stage gives any.
         disk: of the folder.
         network: of the stages that need one.
         settings: those that matter, with their origins.
@@ -111,6 +112,7 @@ class Forecast:
     recipe: str
     stages: tuple[StageForecast, ...]
     trainings: Mapping[str, TrainingForecast]
+    scores: ScoreForecast | None
     disk: DiskForecast
     network: NetworkForecast
     settings: tuple[Setting, ...]
@@ -148,12 +150,13 @@ def forecast(
     """
     executor = cluster.executor if cluster else executor
     stage_forecasts = forecast_stages(stages, run_dir, plan, cluster, jobs, executor)
-    facts = {
-        stage.name: training.facts(plan.dense) for stage in plan.stages if (training := plan.training(stage.name))
-    }
+    known_trainings = {stage.name: found for stage in plan.stages if (found := plan.training(stage.name))}
+    facts = {name: training.facts(plan.dense) for name, training in known_trainings.items()}
     trained = [stage for stage in stage_forecasts if stage.name in facts]
     trainings = {
-        stage.name: forecast_training(known, stage, executor) for stage in trained if (known := facts[stage.name])
+        stage.name: forecast_training(known_trainings[stage.name], known, stage, executor)
+        for stage in trained
+        if (known := facts[stage.name])
     }
     recipes = {stage.name: known.recipe if (known := facts[stage.name]) else plan.recipe for stage in trained}
     settings = list(_run_settings(plan, recipes, origins))
@@ -162,12 +165,15 @@ def forecast(
     models = {name: known.arch if known else None for name, known in facts.items()}
     holds_back = cluster is not None and cluster.holds_back  # then nothing but its inputs holds a training
     disk = forecast_disk(run_dir, plan, stage_forecasts, models, trainings, is_parallel=holds_back)
+    scores = forecast_scores(plan.evaluation, stage_forecasts, trainings, is_parallel=holds_back)
     here = settings_here if is_local(executor) else lambda _: []
     performance_of = cluster.performance if cluster else here
     performance = {stage.name: performance_of(jobs[stage.name]) for stage in trained}
     running = [stage for stage, found in zip(stages, stage_forecasts, strict=True) if found.runs]
-    network = forecast_network(running, plan, cluster, jobs)
-    return Forecast(run_dir, plan.recipe, stage_forecasts, trainings, disk, network, tuple(settings), performance)
+    network = forecast_network(running, plan, cluster, jobs, facts)
+    return Forecast(
+        run_dir, plan.recipe, stage_forecasts, trainings, scores, disk, network, tuple(settings), performance
+    )
 
 
 def _run_settings(plan: RunPlan, recipes: Mapping[str, str], origins: Origins) -> Iterator[Setting]:
@@ -285,12 +291,12 @@ def _training_warnings(name: str, training: TrainingForecast) -> Iterator[str]:
     if not training.facts.knows_vocabulary:
         yield f"{name}: the vocabulary is not known before the parent is fetched; sizes omit the embeddings"
     for limit in training.stage.save_limits:
-        if training.save_gib_s(limit) > USUAL_GIB_S:
+        if training.save_gib_s(limit) > training.write_gib_s:
             size = size_text(training.facts.checkpoint_bytes)
             yield (
                 f"{name}: a checkpoint of {size} is saved within {limit.seconds:g} s"
                 f" ({limit.what}) at {training.save_gib_s(limit):.3g} GiB/s or more; else {limit.otherwise};"
-                f" at {USUAL_GIB_S:g} GiB/s it takes {limit.fix.format(seconds=training.usual_save_s)}"
+                f" at {training.write_gib_s:g} GiB/s it takes {limit.fix.format(seconds=training.early_save_s)}"
             )
     loss_s, limit_s = training.longest_loss_s, training.limit_s
     is_cut = limit_s is not None and training.seconds_left is not None and training.seconds_left > limit_s

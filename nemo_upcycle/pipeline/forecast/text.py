@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
 from nemo_upcycle.pipeline.executors.performance import TABLE, lines_of
 from nemo_upcycle.pipeline.forecast.disk import DiskForecast
 from nemo_upcycle.pipeline.forecast.network import NetworkForecast
+from nemo_upcycle.pipeline.forecast.performance import performance_settings
 from nemo_upcycle.pipeline.forecast.run import Forecast, Setting
 from nemo_upcycle.pipeline.forecast.stages import StageForecast
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast
@@ -21,10 +24,13 @@ _INDENT = "  "
 def render_forecast(forecast: Forecast) -> str:
     """Return a forecast as text, without a newline at its end."""
     heading = f"Forecast of {forecast.recipe} in {forecast.run_dir}. Nothing has been submitted or written yet."
-    lines = _wrapped(heading, "")
+    lines, trainings = _wrapped(heading, ""), list(forecast.trainings.values())
     sections: tuple[tuple[str, Iterable[str]], ...] = (
         ("Stages", _stage_lines(forecast.stages)),
-        ("Trainings", _training_lines(list(forecast.trainings.values()))),
+        ("Trainings", _training_lines(trainings, _training_cells)),
+        ("Performance settings in force", _training_lines(trainings, performance_settings)),
+        ("Faster by one change, and what to type", _faster_lines(trainings)),
+        ("Scores", _score_lines(forecast)),
         (f"Disk of {forecast.disk.folder}", _disk_lines(forecast.disk)),
         ("Network", _network_lines(forecast.network)),
         ("Settings, and where each comes from", _setting_lines(forecast.settings)),
@@ -98,6 +104,10 @@ def _training_cells(training: TrainingForecast) -> dict[str, str]:
             f"{size_text(facts.checkpoint_bytes)} every {facts.save_every:,} steps,"
             f" {training.checkpoints_at_once} at once"
         ),
+        "save": (
+            f"{size_text(facts.checkpoint_bytes // layout.gpus)} a rank, {training.save_s:,.0f} s"
+            f" at {training.write_gib_s:g} GiB/s{', assumed' * (training.write_gib_s == USUAL_GIB_S)}"
+        ),
         "save in time": ", ".join(
             f"{training.save_gib_s(limit):.3g} GiB/s ({limit.what})" for limit in stage.save_limits
         ),
@@ -133,8 +143,11 @@ def _training_cells(training: TrainingForecast) -> dict[str, str]:
     return cells
 
 
-def _training_lines(trainings: Sequence[TrainingForecast]) -> list[str]:
-    cells = {training.stage.name: _training_cells(training) for training in trainings if training.stage.runs}
+def _training_lines(
+    trainings: Sequence[TrainingForecast], cells_of: Callable[[TrainingForecast], dict[str, str]]
+) -> list[str]:
+    """Return a table with a column for each training that runs."""
+    cells = {training.stage.name: cells_of(training) for training in trainings if training.stage.runs}
     if not cells:
         return []
     names = next(iter(cells.values()))
@@ -143,6 +156,35 @@ def _training_lines(trainings: Sequence[TrainingForecast]) -> list[str]:
     first = max(len(row[0]) for row in rows)
     each = (WIDTH - len(_INDENT) - first) // len(cells) - len("  ")
     return _table([part for row in rows for part in _over_lines(row, (first, *[each] * len(cells)))])
+
+
+def _faster_lines(trainings: Sequence[TrainingForecast]) -> Iterator[str]:
+    for training in trainings:
+        for change in training.faster if training.stage.runs else ():
+            name = training.stage.name
+            words = " ".join(shlex.quote(f"{name}.{word}") for word in change.overrides)
+            yield from _wrapped(f"{name}  {change.percent:.0f} %, {change.kind}: {words}", " " * (len(name) + 2))
+
+
+def _score_lines(forecast: Forecast) -> Iterator[str]:
+    for name, training in forecast.trainings.items():
+        if training.evaluation and training.first_score and training.stage.runs:
+            step, seconds = training.first_score
+            yield f"first of {name}: {_duration(seconds)}, {training.evaluation.suite} after step {step:,}"
+    scores = forecast.scores
+    if scores is None or scores.trainings_s is None:
+        return
+    if scores.evaluation_s is None:
+        evaluation = f"evaluation not counted: {scores.suite} sets no bound of its texts"
+    else:
+        evaluation = f"evaluation {_duration(scores.evaluation_s)}, at a GPU's speed in training"
+    seconds = scores.trainings_s + (scores.evaluation_s or 0.0)
+    parts = f"trainings {_duration(scores.trainings_s)}, {evaluation}"
+    yield from _wrapped(f"last: {_duration(seconds)} ({parts}), without queues and other stages", _INDENT)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 
 
 def _over_lines(row: Sequence[str], widths: Sequence[int]) -> list[list[str]]:

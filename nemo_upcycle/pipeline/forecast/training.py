@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.pipeline.executors.base import SaveLimit
@@ -13,15 +14,31 @@ from nemo_upcycle.pipeline.executors.ft import USUAL_GIB_S
 from nemo_upcycle.pipeline.forecast.evaluating import EvaluationForecast, forecast_evaluation
 from nemo_upcycle.pipeline.forecast.recipe_to_plan import gpu_of_training, plans_of
 from nemo_upcycle.pipeline.forecast.stages import StageForecast, State
+from nemo_upcycle.planning.changes import best_changes
 from nemo_upcycle.planning.hardware import Gpu
 from nemo_upcycle.planning.memory import GIB
 from nemo_upcycle.planning.search import Plan
-from nemo_upcycle.trainers.base import TrainingFacts
+from nemo_upcycle.trainers.base import Training, TrainingFacts
+from nemo_upcycle.utils.validation import check_number
 
 
 #: What a cluster's table of resources calls the time limit of a job.
 TIME = "time"
 _TIME_LIMIT = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
+
+
+class FasterChange(NamedTuple):
+    """A single change that makes a training faster.
+
+    Args:
+        kind: what is changed: parallel sizes, stages, micro-batch, precision or recomputation.
+        percent: of speed that it adds.
+        overrides: that make it, as the training takes them.
+    """
+
+    kind: str
+    percent: float
+    overrides: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -38,6 +55,8 @@ class TrainingForecast:
         price: of a GPU-hour, in the currency of who gave it; None: not known.
         limit_s: seconds that a job may take; None: not known.
         evaluation: what is evaluated on the way; None: nothing.
+        write_gib_s: GiB that the file system of the run's folder writes a second.
+        faster: single changes that make its usual steps faster, by at least 5 %, the best first.
     """
 
     stage: StageForecast
@@ -50,6 +69,8 @@ class TrainingForecast:
     price: float | None
     limit_s: float | None
     evaluation: EvaluationForecast | None
+    write_gib_s: float
+    faster: Sequence[FasterChange]
 
     @property
     def tokens(self) -> int:
@@ -123,9 +144,39 @@ class TrainingForecast:
         return self.facts.checkpoint_bytes / GIB / rest_s if rest_s > 0 else math.inf
 
     @property
-    def usual_save_s(self) -> int:
-        """Seconds of a step and a save at the usual speed of a file system, in whole minutes."""
-        return math.ceil((self.slowest_step_s + self.facts.checkpoint_bytes / GIB / USUAL_GIB_S) / 60) * 60
+    def save_s(self) -> float:
+        """Seconds of a save."""
+        return self.facts.checkpoint_bytes / GIB / self.write_gib_s
+
+    @property
+    def early_save_s(self) -> int:
+        """Seconds of a step and a save, in whole minutes."""
+        return math.ceil((self.slowest_step_s + self.save_s) / 60) * 60
+
+    @property
+    def scored_s(self) -> float | None:
+        """Seconds of the steps still to do, with the evaluations between them; None without an estimate."""
+        if self.seconds_left is None or self.evaluation is None:
+            return self.seconds_left
+        return self.seconds_left + self._evaluations_s(self.facts.steps)
+
+    @property
+    def first_score(self) -> tuple[int, float] | None:
+        """The step of the first evaluation to come, and the seconds until its score; None without either."""
+        if self.evaluation is None or not self.steps_left:
+            return None
+        every_n_steps, done = self.evaluation.every_n_steps, self.stage.finding.steps_done
+        step = min(self.facts.steps, (done // every_n_steps + 1) * every_n_steps)
+        training_s = self._time_s(step - done, max(0, min(step, self.facts.first_steps) - done))
+        return None if training_s is None else (step, training_s + self._evaluations_s(step))
+
+    def _evaluations_s(self, step: int) -> float:
+        """Return the seconds of the evaluations until after a step; one comes before the first."""
+        if self.evaluation is None or self.evaluation.seconds is None:
+            return 0.0
+        every_n_steps, done = self.evaluation.every_n_steps, self.stage.finding.steps_done
+        count = step // every_n_steps - done // every_n_steps + (step % every_n_steps > 0) + (done == 0)
+        return count * self.evaluation.seconds
 
     @property
     def longest_loss_s(self) -> float | None:
@@ -135,14 +186,23 @@ class TrainingForecast:
         return max((loss for loss in losses if loss is not None), default=None)
 
 
-def forecast_training(facts: TrainingFacts, stage: StageForecast, executor: Any = None) -> TrainingForecast:
+def forecast_training(
+    training: Training, facts: TrainingFacts, stage: StageForecast, executor: Any = None
+) -> TrainingForecast:
     """Return what is known of a training.
 
     Args:
+        training: it.
         facts: of the training.
         stage: where it runs.
-        executor: where it runs; may have a `price_per_gpu_hour` and name its `card`. None: this machine.
+        executor: where it runs; may have a `price_per_gpu_hour` and a `write_gib_s`, and name its `card`. None: this
+            machine.
+
+    Raises:
+        SpecError: `write_gib_s` is no speed.
     """
+    write_gib_s = getattr(executor, "write_gib_s", USUAL_GIB_S)
+    check_number("run.executor.write_gib_s", write_gib_s, 0.001)
     gpu, gpu_origin = gpu_of_training(facts.profile.accelerator, executor, stage.resources)
     plans: tuple[Plan | None, Plan | None] = None, None
     no_plan = "" if gpu else gpu_origin
@@ -162,7 +222,20 @@ def forecast_training(facts: TrainingFacts, stage: StageForecast, executor: Any 
         price=getattr(executor, "price_per_gpu_hour", None),
         limit_s=time_limit_s(stage.resources.get(TIME, "")),
         evaluation=forecast_evaluation(facts.evaluations, plans[1]),
+        write_gib_s=write_gib_s,
+        faster=_faster_changes(training, plans[1]) if plans[1] else (),
     )
+
+
+def _faster_changes(training: Training, plan: Plan) -> list[FasterChange]:
+    def overrides(other: Plan) -> list[str]:
+        try:
+            return training.changed_settings(plan, other)
+        except SpecError:
+            return []
+
+    found = best_changes(plan, lambda other: bool(overrides(other)))
+    return [FasterChange(change.kind, change.percent, overrides(change.plan)) for change in found]
 
 
 def time_limit_s(text: str) -> float | None:

@@ -16,9 +16,10 @@ from nemo_upcycle.data.dense import check_address
 from nemo_upcycle.errors import SpecError, StageStopped
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.megatron_config import architecture_of
-from nemo_upcycle.planning.commands import fp8_precision
+from nemo_upcycle.planning.commands import changed_settings, fp8_precision
 from nemo_upcycle.planning.hardware import DEFAULT_SOFTWARE, read_data
 from nemo_upcycle.planning.parameters import WEIGHT_BYTES
+from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
 from nemo_upcycle.trainers.layout import layout_of
@@ -110,36 +111,43 @@ class NeMoTraining(Training):
         trainer, config, data, nodes_and_ranks = recipe.trainer, recipe.model.config, recipe.data, self.ranks
         callbacks = getattr(trainer, "callbacks", None) or []
         first_steps = next((item.steps for item in callbacks if _is(item, "RecomputeFirstSteps")), 0)
-        overlaps = any(getattr(callback, "tp_comm_overlap", False) for callback in callbacks)
+        overlaps = next((item for item in callbacks if hasattr(item, "tp_comm_overlap")), None)
         precision = str(setting(recipe, "trainer.plugins.precision") or "bf16")
         steps = trainer.max_steps
         layout = layout_of(trainer.strategy, nodes_and_ranks[0] * nodes_and_ranks[1], data.micro_batch_size)
+        ddp = getattr(trainer.strategy, "ddp", None)
         profile = Profile.of(
             trainer.strategy,
             config,
-            getattr(trainer.strategy, "ddp", None),
+            ddp,
             accelerator=getattr(trainer, "accelerator", "auto"),
             precision=_precision_name(recipe, precision),
         )
         return TrainingFacts(
-            **TrainingFacts.of_model(config, arch, layout, profile),
+            **TrainingFacts.of_model(config, arch, layout, profile, ddp, overlaps),
             recipe=recipe.log.name,
             knows_vocabulary=knows_vocabulary,
             seq_length=data.seq_length,
             global_batch=data.global_batch_size,
             steps=steps,
             first_steps=first_steps,
-            overlap=("tp",) if overlaps else (),
+            overlap=("tp",) if getattr(overlaps, "tp_comm_overlap", False) else (),
             gradients=_gradients(recipe),
+            low_params=any(setting(recipe, f"trainer.plugins.{name}") for name in ("fp8_param_gather", "fp8_params")),
             software=DEFAULT_SOFTWARE,
             weight_bytes=4 if precision.startswith("32") else WEIGHT_BYTES,
             save_every=getattr(recipe.log.ckpt, "every_n_train_steps", None) or steps,
             save_setting="log.ckpt.every_n_train_steps",
             keeps=_kept(recipe.log.ckpt, steps),
             evaluations=next(_evaluations(callbacks), None),
+            uses_wandb=bool(setting(recipe, "log.wandb")) and not setting(recipe, "log.wandb.offline"),
             schedule=_schedule(recipe),
             is_rate_constant=_is_rate_constant(recipe),
         )
+
+    def changed_settings(self, before: Plan, after: Plan) -> list[str]:
+        """See `Training.changed_settings`."""
+        return changed_settings("nemo", before, after)
 
     def shown_settings(self, dense: str) -> dict[str, Any]:
         """See `Training.shown_settings`."""

@@ -43,7 +43,7 @@ def _config(folder: Path, **changes: Any) -> Path:
 
 def test_json_has_exactly_what_is_promised(capsys: pytest.CaptureFixture[str]) -> None:
     values = _json(capsys, *PAPER, "--rank", "37")
-    assert set(values) == {"model", "rows", "ranks", "warnings", "faster_by_one_change"}
+    assert set(values) == {"model", "rows", "ranks", "warnings", "faster_by_one_change", "overrides_of_changes"}
     assert values["model"] == {
         "total_params": 47_491_321_856,
         "active_params": 13_668_454_400,
@@ -331,9 +331,12 @@ def test_plan_names_the_single_change_that_adds_most_speed(capsys: pytest.Captur
     for change, changed in best.items():
         fast, now = (answer["rows"][0]["tokens_per_s_per_gpu"] for answer in (_json(capsys, *options, *changed), slow))
         assert slow["faster_by_one_change"][change] == pytest.approx(100 * (fast / now - 1), abs=0.1)
+    assert slow["overrides_of_changes"]["tp=4"] == ["trainer.strategy.tensor_model_parallel_size=4"]
+    assert "trainer.plugins.fp8_recipe=delayed" in slow["overrides_of_changes"]["--precision fp8-delayed"]
     _run(*options, "--layout", "tp=8")
     shown = ", ".join(f"{percent:.0f} % with {change}" for change, percent in slow["faster_by_one_change"].items())
-    assert f"Faster by one change of row 1: {shown}." in " ".join(capsys.readouterr().out.split())
+    text = f"Faster by one change of row 1: {shown}. tp=4 in a run: trainer.strategy.tensor_model_parallel_size=4"
+    assert text in " ".join(capsys.readouterr().out.split())
     assert (
         _json(capsys, *options, "--layout", "tp=8", "--recompute", "full")["faster_by_one_change"]["no --recompute"]
         > 5
@@ -341,8 +344,10 @@ def test_plan_names_the_single_change_that_adds_most_speed(capsys: pytest.Captur
 
 
 def test_no_change_is_named_that_has_no_command_or_of_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    on_b200 = _json(capsys, *PAPER, "--gpu", "b200")["faster_by_one_change"]
+    answer = _json(capsys, *PAPER, "--gpu", "b200")
+    on_b200 = answer["faster_by_one_change"]
     assert on_b200
+    assert all(answer["overrides_of_changes"][change] for change in on_b200)
     assert not {"--precision mxfp8", "--precision nvfp4"} & {*on_b200}
     options = ("--recipe", "llama3_8b_e8t2", "--gpus", "8", "--layout", "ep=8")
     assert _json(capsys, *options)["faster_by_one_change"] == {}

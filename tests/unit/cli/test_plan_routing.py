@@ -22,12 +22,19 @@ def test_the_speed_says_which_routing_it_assumes(capsys: pytest.CaptureFixture[s
     assert rows[0]["tokens_per_s_per_gpu"] > rows[1]["tokens_per_s_per_gpu"]
 
 
-def test_what_nemo_does_not_have_gets_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("dispatcher", "title"), [("hybridep", "HybridEP"), ("ncclep", "NCCL EP")])
+def test_what_nemo_does_not_have_gets_no_command(
+    capsys: pytest.CaptureFixture[str], dispatcher: str, title: str
+) -> None:
     options = ("--recipe", "llama3_8b_e8t2", "--gpus", "128", "--capacity-factor", "0", "--layout", "pp=4,vp=8,ep=8")
     assert _json(capsys, *options)["rows"][0]["command"]
-    row = _json(capsys, *options, "--dispatcher", "hybridep", "--software", "mcore-0.17")["rows"][0]
+    options = (*options, "--dispatcher", dispatcher)
+    row = _json(capsys, *options, "--software", "mcore-0.17")["rows"][0]
     assert row["command"] is None
-    assert row["no_command"] == "NeMo 2.7 has no HybridEP (--backend bridge has it)"
+    assert row["no_command"] == f"NeMo 2.7 has no {title} (--backend bridge has it)"
+    command = _json(capsys, *options, "--backend", "bridge", "--imbalance", "1.6")["rows"][0]["command"]
+    assert f"model.moe_flex_dispatcher_backend={dispatcher}" in command
+    assert ("model.moe_expert_rank_capacity_factor=1.6" in command) == (dispatcher == "ncclep")
 
 
 def test_bridges_command_is_for_the_recipes_that_bridge_has(capsys: pytest.CaptureFixture[str]) -> None:

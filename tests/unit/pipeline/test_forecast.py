@@ -342,7 +342,7 @@ def test_performance_settings_stand_with_their_reasons(llama: Any, tmp_path: Pat
     rows = {words[0]: words[1:] for line in table.splitlines() if (words := line.split())}
     assert rows["CUDA_DEVICE_MAX_CONNECTIONS"] == ["1", "card", "h100,", "split,", "no", "overlaps_experts"]
     assert rows["NCCL_P2P_NET_CHUNKSIZE"][-2:] == ["pretrain", "only"]
-    assert "Performance settings" not in render_forecast(forecast_of(llama, tmp_path))
+    assert "Performance settings by" not in render_forecast(forecast_of(llama, tmp_path))
 
 
 def test_a_profile_is_the_recipes() -> None:

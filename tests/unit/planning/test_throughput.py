@@ -126,8 +126,9 @@ def test_deepep_sends_a_token_once_to_each_node() -> None:
     assert deepep / all_to_all == pytest.approx(places / 8)
 
 
-def test_hybridep_sends_what_deepep_sends() -> None:
-    assert _qwen("ep=32", dispatcher="hybridep") == _qwen("ep=32", dispatcher="deepep")
+@pytest.mark.parametrize("name", ["hybridep", "ncclep"])
+def test_hybridep_and_nccl_ep_send_what_deepep_sends(name: str) -> None:
+    assert _qwen("ep=32", dispatcher=name) == _qwen("ep=32", dispatcher="deepep")
 
 
 def test_natural_routing_waits_for_a_busier_rank_the_more_experts_there_are() -> None:
