@@ -37,7 +37,7 @@ def _on_slurm(chain: Any, folder: Path, **fields: Any) -> Any:
 def test_a_save_is_said_a_rank_and_in_seconds_at_the_speed_of_the_site(llama: Any, tmp_path: Path) -> None:
     usual = _on_slurm(llama, tmp_path).trainings["pretrain"]
     assert usual.save_s == pytest.approx(usual.facts.checkpoint_bytes / 2**31)
-    assert "1.21 GiB a rank, 310 s at 2 GiB/s, assumed" in render_forecast(_on_slurm(llama, tmp_path))
+    assert "310 s at 2 GiB/s (assumed), 1.21 GiB a rank" in render_forecast(_on_slurm(llama, tmp_path))
     slow = _on_slurm(llama, tmp_path, write_gib_s=0.5)
     (warning,) = [text for text in slow.warnings if text.startswith("pretrain: a checkpoint of 619.22 GiB")]
     assert "at 0.5 GiB/s it takes run.executor.stages.pretrain.signal=TERM@1260" in warning
