@@ -24,6 +24,7 @@ from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import Family, find_family
 from nemo_upcycle.models.hybrid import HybridLayers, LayerPart
+from nemo_upcycle.models.planned_parameters import PLANNED, planned_shapes
 
 
 if TYPE_CHECKING:
@@ -183,8 +184,11 @@ MAMBA_MAPPINGS = (
     ParamMapping("mamba_out", ("mixer.out_proj.weight",), Sharding.COLUMNS),
 )
 
+#: In layers of models that are planned only.
+PLANNED_MAPPINGS = tuple(ParamMapping(role, (name,), Sharding(kind)) for role, (name, kind) in PLANNED.items())
+
 MAPPINGS = (*MODEL_MAPPINGS, *ATTENTION_MAPPINGS, *DENSE_MAPPINGS, *MOE_MAPPINGS, *MAMBA_MAPPINGS)
-BY_ROLE = {mapping.role: mapping for mapping in MAPPINGS}
+BY_ROLE = {mapping.role: mapping for mapping in (*MAPPINGS, *PLANNED_MAPPINGS)}
 
 
 _LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
@@ -263,9 +267,11 @@ def _mapping_of(role: str, family: Family | None, gated: bool) -> ParamMapping:
 
 def layer_mappings(arch: Architecture, layer: int) -> tuple[ParamMapping, ...]:
     """Return the mappings of one layer of `arch`."""
-    mappings = ATTENTION_MAPPINGS + (MOE_MAPPINGS if arch.is_moe_layer(layer) else DENSE_MAPPINGS)
+    moe = arch.is_moe_layer(layer)
+    mappings = ATTENTION_MAPPINGS + (MOE_MAPPINGS if moe else DENSE_MAPPINGS)
+    mappings += tuple(mapping for mapping in PLANNED_MAPPINGS if moe or mapping.in_attention)
     if arch.mamba:
-        kind = arch.mamba.pattern[layer]
+        kind = arch.parts(layer)
         parts = tuple(mapping for mapping in mappings if mapping.in_attention is (kind == "*"))
         mappings = MAMBA_MAPPINGS if kind == "M" else parts
     return tuple(mapping_of(mapping.role, arch) for mapping in mappings if _has(mapping, arch))
@@ -281,9 +287,9 @@ def _has(mapping: ParamMapping, arch: Architecture) -> bool:
     """Return whether the architecture has this parameter where a layer of that kind could have it."""
     if mapping.is_shared:  # none that is upcycled has a gate; the folder's is a constant of its class
         return arch.shared_ffn_size > 0 and mapping.role != "shared_gate"
-    some = {"qkv_bias": arch.qkv_bias, "attention_out_bias": arch.attention_out_bias}
-    some |= dict.fromkeys(("query_norm", "key_norm"), arch.qk_norm)
-    some |= dict.fromkeys(("mamba_conv_bias", "mamba_dt_bias"), True)
+    some = {"qkv": arch.latent is None, "qkv_bias": arch.qkv_bias, "attention_out_bias": arch.attention_out_bias}
+    some |= {"query_norm": arch.qk_norm, "key_norm": arch.qk_norm, "mamba_conv_bias": True, "mamba_dt_bias": True}
+    some |= dict.fromkeys(PLANNED, False) | dict.fromkeys(planned_shapes(arch), True)
     return some.get(mapping.role, arch.ffn_bias if mapping.role.endswith("_bias") else True)
 
 

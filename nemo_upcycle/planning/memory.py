@@ -8,11 +8,12 @@ and no dropout, and with the token slots that a rank's experts are given in plac
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.layout import Layout
-from nemo_upcycle.planning.parameters import StagePlan
+from nemo_upcycle.planning.parameters import stage_plan
 from nemo_upcycle.planning.workload import Workload
 
 
@@ -83,34 +84,48 @@ class LayerBytes:
     working: float
 
 
-def layer_bytes(arch: Architecture, layout: Layout, work: Workload, moe: bool, fp8: bool) -> LayerBytes:
+def layer_bytes(
+    arch: Architecture, layout: Layout, work: Workload, moe: bool, fp8: bool, parts: str = "*-"
+) -> LayerBytes:
     """Return what one layer keeps of one micro-batch.
 
     Elements for each token of a rank's part of the sequence (s / cp): inputs and outputs of two norms, 4 D; query,
-    key, value and the attention's output, (2 H + 2 R) K; all of it over tp. A dense network adds (2 F + F) / tp, an
-    MoE layer (2 F + F) / etp for every token slot, the experts' input, D a slot, and 16 bytes for each of the router's
+    key, value and the attention's output, (2 H + 2 R) K; all of it over tp. Latent attention keeps its narrow tensors
+    besides, twice; a Mamba mixer its inputs and outputs. A dense network adds (2 F + F) / tp, an MoE layer
+    (2 F + F) / etp for every token slot, the experts' input, D a slot, and 16 bytes for each of the router's
     logits. In FP8 the inputs of linear layers take one byte, all others two.
+
+    Args:
+        arch: the model's architecture.
+        layout: the cluster's.
+        work: what a step works on.
+        moe: whether the layer has experts.
+        fp8: whether its linear layers multiply in FP8.
+        parts: what it consists of, as `Architecture.parts` says.
     """
     tokens = work.seq_length // layout.cp * layout.micro_batch
     saved = work.numbers.saved_bytes if fp8 else 2
-    heads, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     width, gates = arch.hidden_size, 2 if arch.gated else 1
-    attention = tokens * (2 * width + saved * width + 2 * (heads + 2 * groups) + 2 * heads)
-    statistics = tokens * 4 * arch.num_heads  # of attention's softmax
-    if arch.qk_norm:
-        attention += tokens * 2 * (heads + groups)  # norms keep their input
-    if work.precision == "fp8-delayed" and fp8:
-        attention += tokens * heads  # the output layer keeps its input in FP8; else attention's own output serves both
-    norm = tokens * (2 * width + (2 if moe else saved) * width)  # the router keeps its input in BF16
-    routed = act = 0.0
+    attention = statistics = norm = network = routed = act = 0.0
+    if "*" in parts:
+        attention = tokens * (2 * width + _attention_bytes(arch, work, saved, fp8))
+        statistics = tokens * 4 * arch.num_heads  # of attention's softmax
+    if "M" in parts and arch.mamba:
+        # The norm; what the input projection, the convolution with the scan, the inner norm and the output keep.
+        inner = arch.mamba.rows("x")
+        rows = 2 * inner + sum(arch.mamba.rows(part) for part in ("B", "C", "dt"))
+        attention = tokens * (2 * width + saved * width + 2 * rows + 4 * inner + saved * inner)
+    if "-" in parts:
+        norm = tokens * (2 * width + (2 if moe else saved) * width)  # the router keeps its input in BF16
     if moe:
         # As many slots as the rank's own tokens have, from all over its group; etp ranks gather theirs.
         slots = tokens / layout.tp * work.buffer_slots_per_token(arch, layout.ep) * layout.etp
         neurons = (arch.expert_ffn_size or 0) / layout.etp
         act = slots * saved * neurons
-        routed = slots * (saved * width + 2 * gates * neurons) + act
-        network = tokens * (gates * 2 + saved) * arch.shared_ffn_size + tokens * 16 * (arch.num_experts or 0)
-    else:
+        routed = slots * (saved * arch.expert_width + 2 * gates * neurons) + act
+        network = tokens * saved * (arch.expert_input_size or 0)
+        network += tokens * (gates * 2 + saved) * arch.shared_ffn_size + tokens * 16 * (arch.num_experts or 0)
+    elif "-" in parts:
         network = tokens * (gates * 2 + saved) * arch.ffn_size
     every = attention + statistics + norm + network
     freed = statistics if work.recomputes("core_attn") else 0.0  # flash attention keeps no scores
@@ -125,6 +140,20 @@ def layer_bytes(arch: Architecture, layout: Layout, work: Workload, moe: bool, f
     gradients = max((attention + statistics) / layout.tp, routed + network / layout.tp)
     working = freed / layout.tp + freed_routed + gradients
     return LayerBytes((every - freed) / layout.tp, routed - freed_routed, working)
+
+
+def _attention_bytes(arch: Architecture, work: Workload, saved: float, fp8: bool) -> float:
+    """Return the bytes that attention keeps of a token, without its norm's input and its softmax."""
+    heads, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    values, out = arch.num_kv_heads * arch.value_dim, arch.num_heads * arch.value_dim
+    count = saved * arch.hidden_size + 2 * (heads + groups + values) + 2 * out
+    if arch.latent:
+        count += (2 + saved) * ((arch.latent.query_rank or 0) + arch.latent.kv_rank)
+    if arch.qk_norm:
+        count += 2 * (heads + groups)  # norms keep their input
+    if work.precision == "fp8-delayed" and fp8:
+        count += out  # the output layer keeps its input in FP8; else attention's own output serves both
+    return count
 
 
 def in_flight(layout: Layout, work: Workload, stage: int) -> list[int]:
@@ -145,10 +174,13 @@ def in_flight(layout: Layout, work: Workload, stage: int) -> list[int]:
 
 def activation_bytes(arch: Architecture, layout: Layout, work: Workload, stage: int) -> tuple[float, float, float]:
     """Return what a stage's ranks keep at the peak, in bytes: plain, of routed experts, of the layer that runs."""
-    counts: Counter[tuple[bool, bool]] = Counter()
+    counts: Counter[tuple[bool, bool, str]] = Counter()
     for chunk, count in zip(layout.chunks(arch, stage), in_flight(layout, work, stage), strict=True):
         for layer in chunk.layers:
-            counts[arch.is_moe_layer(layer), work.is_fp8_layer(arch, layer)] += count
+            counts[arch.is_moe_layer(layer), work.is_fp8_layer(arch, layer), arch.parts(layer)] += count
+        if arch.mtp_layers and chunk.has_output:
+            fp8 = work.is_fp8_layer(arch, arch.num_layers - 1)
+            counts[bool(arch.num_experts), fp8, "*-"] += arch.mtp_layers * count
     held = {kind: layer_bytes(arch, layout, work, *kind) for kind in counts}
     return (
         sum(count * held[kind].plain for kind, count in counts.items()),
@@ -159,9 +191,10 @@ def activation_bytes(arch: Architecture, layout: Layout, work: Workload, stage: 
 
 def stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int) -> Memory:
     """Return what the ranks of a pipeline stage hold; where they differ (by padding only), the fullest."""
-    states = StagePlan(arch, layout, work, stage)
+    states = stage_plan(arch, layout, replace(work, recompute="none", overlap=()), stage)  # neither changes a state
     plain, routed, working = activation_bytes(arch, layout, work, stage)
     tokens = work.seq_length // layout.cp * layout.micro_batch
+    logits = tokens * layout.padded_vocab(arch) // layout.tp * LOGIT_BYTES
     group_sizes = (layout.tp, layout.pp, layout.cp, layout.ep, layout.etp, layout.dense_shards, layout.expert_dp)
     return Memory(
         weights=states.weights_bytes,
@@ -170,7 +203,7 @@ def stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int)
         fp8_copies=states.fp8_bytes,
         activations=round(plain),
         routed=round(routed),
-        logits=tokens * layout.padded_vocab(arch) // layout.tp * LOGIT_BYTES if stage == layout.pp - 1 else 0,
+        logits=logits * (1 + arch.mtp_layers) if stage == layout.pp - 1 else 0,
         workspace=round(working),
         context=CONTEXT_BYTES + GROUP_BYTES * sum(size > 1 for size in group_sizes),
     )
@@ -179,6 +212,21 @@ def stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int)
 def worst_memory(arch: Architecture, layout: Layout, work: Workload) -> tuple[int, Memory]:
     """Return the pipeline stage whose ranks hold most, and what they hold."""
     # Of equal stages the first keeps most micro-batches and the last the logits.
-    stages = range(layout.pp) if layout.first or layout.last or arch.moe_pattern else {0, 1, layout.pp - 1}
+    stages: Iterable[int] = {0, 1, layout.pp - 1}
+    if layout.first or layout.last or arch.moe_pattern or arch.mamba:
+        firsts = {_contents(arch, layout, work, stage): stage for stage in reversed(range(layout.pp))}
+        stages = firsts.values()
     memories = [(stage, stage_memory(arch, layout, work, stage)) for stage in stages if stage < layout.pp]
     return max(memories, key=lambda pair: pair[1].total)
+
+
+def _contents(arch: Architecture, layout: Layout, work: Workload, stage: int) -> tuple[object, ...]:
+    """Return what stages have in common whose ranks hold the same states."""
+    return tuple(
+        (
+            chunk.has_embedding,
+            chunk.has_output,
+            *((arch.is_moe_layer(n), work.is_fp8_layer(arch, n), arch.parts(n)) for n in chunk.layers),
+        )
+        for chunk in layout.chunks(arch, stage)
+    )
