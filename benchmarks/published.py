@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -107,7 +108,7 @@ def published_peaks() -> list[Peak]:
 
 def public_config(name: str) -> dict[str, Any]:
     """Return the `config.json` of a public model that no recipe has, as far as the planner reads it."""
-    return dict(_data()["configs"][name])
+    return dict(deepcopy(_data()["configs"][name]))
 
 
 def shape(name: str) -> Architecture:

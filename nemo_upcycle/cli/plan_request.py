@@ -196,6 +196,8 @@ def _require_taken(args: argparse.Namespace, subject: Subject) -> None:
         "--overlap": "ep" if "ep" in overlap else None,
         "--recompute": args.recompute if {"layernorm", "moe_act", "moe"} & {*recompute} else None,
     }
+    if "mla_up_proj" in recompute and not subject.arch.latent:
+        _refuse({"--recompute": args.recompute}, "another kind: only latent attention has mla_up_proj", "omit {}")
     if args.low_params and args.precision == "bf16":
         _refuse({"--low-precision-params": True}, "--precision in FP8 or FP4 beside it", "add --precision fp8-current")
     if not subject.arch.num_experts:

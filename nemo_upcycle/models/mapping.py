@@ -83,7 +83,7 @@ class ParamMapping:
     hf: tuple[str, ...] = ()
     hf_factor: float = 1.0
 
-    @property
+    @functools.cached_property
     def is_expert(self) -> bool:
         """Whether every routed expert has this parameter, cut by expert-tensor parallelism."""
         return self.role.startswith("expert_")

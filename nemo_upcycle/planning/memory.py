@@ -129,6 +129,8 @@ def layer_bytes(
         network = tokens * (gates * 2 + saved) * arch.ffn_size
     every = attention + statistics + norm + network
     freed = statistics if work.recomputes("core_attn") else 0.0  # flash attention keeps no scores
+    if arch.latent and "*" in parts and work.recomputes("mla_up_proj"):  # query, key and value
+        freed += tokens * 2 * arch.num_heads * (2 * arch.head_dim + arch.value_dim)
     if moe and work.recomputes("layernorm"):  # Transformer Engine's other norms are one with a linear layer
         freed += tokens * 2 * width
     freed_routed = act if work.recomputes("moe_act") else 0.0

@@ -191,7 +191,8 @@ class StagePlan:
         params = [param for chunk in self.chunks for param in chunk]
         self.params = sum(param.numel for param in params)
         self.expert_params = sum(param.numel for param in params if param.mapping.is_expert)
-        in_fp8 = [p.numel for p in params if p.is_linear and work.is_fp8_layer(arch, p.layer or 0)]
+        linear = (param for param in params if param.is_linear) if work.numbers.fp8 else ()
+        in_fp8 = [param.numel for param in linear if work.is_fp8_layer(arch, param.layer or 0)]
         self.fp8_bytes = round(sum(in_fp8) * work.numbers.copy_bytes)
         self.buffers: list[tuple[Buffer, bool]] = []
         least = max(_BUCKET, _BUCKET_PER_RANK * layout.dp)

@@ -98,6 +98,7 @@ class PlanRequest:
             return ("none", "core_attn", "mlp", "full")
         delayed, dense = self.work.precision == "fp8-delayed", ("mlp",) if self.arch.moe_pattern else ()
         light = () if delayed else ("layernorm", *(("moe_act", "layernorm,moe_act") if self.grouped else ()))
+        light = (*light, "mla_up_proj", *(f"{kind},mla_up_proj" for kind in light[-1:])) if self.arch.latent else light
         heavy = ("moe",) if delayed else ("moe", "layernorm,moe")
         return ("none", "core_attn", *light, *dense, *heavy, "full")
 
@@ -316,9 +317,8 @@ def _batches(batch: int, step: int) -> list[int]:
 
 def _fits(request: PlanRequest) -> bool:
     """Return whether some layout fits; looks only at those that need least memory."""
-    room_gib = request.gpu.memory_gib * TIGHT
     smallest = _smallest(request, layouts(request), 20)
-    able = (layout for layout in smallest if _least_gib(request, layout) <= room_gib)
+    able = (layout for layout in smallest if _least_gib(request, layout) <= request.gpu.memory_gib * TIGHT)
     return any(request.plans(layout)[-1].verdict != "no" for layout in able)
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.architecture import Architecture, MambaLayers
 from nemo_upcycle.models.flops import mean_context
 from nemo_upcycle.planning.hardware import Gpu, Machine
 from nemo_upcycle.planning.layout import Layout
@@ -118,8 +118,7 @@ class ThroughputModel:
         """
         count = layout.micro_batches(work.global_batch)
         layer, output = self._parts(layout, work)
-        # The slowest stage sets the pace: the last one with the output layer and what it predicts besides, or a fuller
-        # one.
+        # The slowest stage sets the pace: the last one with the output layer, or a fuller one.
         counts = layout.stage_layers(self.arch.num_layers)
         stage = StepTime()
         stage.add(layer, counts[-1])
@@ -165,8 +164,8 @@ class ThroughputModel:
         self._moved(layer, tokens / layout.tp * 12 * width * len(kind.parts), work)
         if "*" in kind.parts:
             self._attention(layer, tokens, layout, work, kind.window)
-        if "M" in kind.parts:
-            self._mamba(layer, tokens, layout, work)
+        if "M" in kind.parts and self.arch.mamba:
+            self._mamba(layer, self.arch.mamba, tokens, layout, work)
         network = self._moe(layout, work, tokens) if moe else StepTime()
         if moe:
             hidden = layer.total + network.total if "ep" in work.overlap else 0.0
@@ -198,6 +197,12 @@ class ThroughputModel:
             # A matrix that is not cut works on the rank's part of the sequence.
             rows, columns = (tokens, outputs / layout.tp) if is_cut else (tokens / layout.tp, outputs)
             self._matrix(layer, rows, inputs, columns, 1, work)
+        if arch.latent and work.recomputes("mla_up_proj"):
+            again = StepTime()
+            for role, (inputs, outputs, _) in arch.latent.projections(arch.hidden_size, arch.num_heads).items():
+                if role in ("query_up", "kv_up"):
+                    self._matrix(again, tokens, inputs, outputs / layout.tp, 1, work)
+            layer.add(again, 1 / 3)
         # Forward, two products of the causal half; 2.5 times as much backward.
         scores = 2.0 * tokens * mean_context(work.seq_length, window) * (queries + out) / layout.tp
         layer.attention += 3.5 * scores / (self.machine.attention * self.gpu.bf16_tflops * 1e12)
@@ -208,10 +213,8 @@ class ThroughputModel:
         ring = 3 * 2 * (keys + values) / layout.tp * tokens * (layout.cp - 1)
         self._link(layer, layout, ring, layout.tp * layout.cp, layout.cp, hidden=layer.attention)
 
-    def _mamba(self, layer: StepTime, tokens: float, layout: Layout, work: Workload) -> None:
+    def _mamba(self, layer: StepTime, mamba: MambaLayers, tokens: float, layout: Layout, work: Workload) -> None:
         """Add a Mamba-2 mixer: two projections, and the scan over chunks (arXiv 2405.21060, section 6)."""
-        mamba = self.arch.mamba
-        assert mamba is not None
         inner, states = mamba.rows("x"), mamba.rows("B")
         rows = 2 * (inner + states) + mamba.rows("dt")
         self._matrix(layer, tokens, self.arch.hidden_size, rows / layout.tp, 1, work)

@@ -193,3 +193,16 @@ def test_what_is_not_modelled_is_refused_by_name(name: str, changes: dict[str, o
 def test_nothing_but_a_plan_takes_them(name: str, reason: str) -> None:
     with pytest.raises(CheckpointError, match=rf"architectures: got {reason}.*, which nemo-upcycle plan alone knows"):
         architecture_from_config(public_config(name))
+
+
+def test_the_wide_tensors_of_latent_attention_are_recomputed_for_little_time() -> None:
+    arch, layout = shape("deepseek_v3"), parse_layout("ep=8", 8)
+    work, again = (replace(WORK, seq_length=4096, global_batch=8, recompute=kind) for kind in ("none", "mla_up_proj"))
+    plain, freed = (layer_bytes(arch, layout, each, moe=False, fp8=False).plain for each in (work, again))
+    assert plain - freed == 4096 * 2 * 128 * (192 + 192 + 128)
+    request = PlanRequest(arch, known_gpu("h100"), 8, WORK, 1e9)
+    assert "mla_up_proj" in request.recomputes
+    assert "mla_up_proj" not in replace(request, arch=shape("gpt_oss_20b")).recomputes
+    times = [request.model.step(layout, each) for each in (work, again)]
+    up = 2 * 4096 * (1536 * 128 * 192 + 512 * 128 * 256) / (0.58 * 989e12)
+    assert times[1].gemm - times[0].gemm == pytest.approx(62 * up, rel=0.01)
