@@ -86,6 +86,7 @@ def test_the_parameters_of_multi_token_prediction_are_told(tmp_path: Path, capsy
     [
         (["--experts", "8"], "--experts: got 8, expected a dense model"),
         (["--check", "--layout", "ep=8"], "--check: got NemotronHForCausalLM, expected a GPTModel that this package"),
+        (["--recompute", "mla_up_proj"], "expected another kind: only latent attention has mla_up_proj"),
         (["--layout", "tp=4"], "--layout tp: got 4, expected a divisor of the key-value heads (2)"),
     ],
 )
@@ -130,11 +131,44 @@ def test_a_checkpoint_is_planned_as_its_own_configuration_says(
             assert counts == (expected.total_params, expected.active_params)
 
 
+@pytest.mark.parametrize(
+    ("changes", "total"),
+    [
+        # Two layers of latent attention and of networks, three matrices each: one of a shared expert, one of eight.
+        (
+            {"multi_latent_attention": True, "q_lora_rank": None, "kv_lora_rank": 32, "qk_head_dim": 16}
+            | {"qk_pos_emb_head_dim": 8, "v_head_dim": 16, "mtp_num_layers": None},
+            2 * (4 * 24 * 64 + 40 * 64 + 32 * 4 * 32 + 32 + 64 * 64 + 9 * 3 * 48 * 64 + 8 * 64 + 2 * 64),
+        ),
+        # A Mamba layer, an attention and a layer of experts without gates.
+        (
+            {"hybrid_layer_pattern": "M*|E", "num_layers": 3, "gated_linear_unit": False, "mamba_num_heads": 4}
+            | {"mamba_head_dim": 8, "mamba_num_groups": 2, "mamba_state_dim": 4},
+            (2 * 32 + 2 * 8 + 4) * 64 + 48 * 5 + 32 + 3 * 4 + 32 * 64
+            + 2 * (64 + 32) * 64 + 9 * 2 * 48 * 64 + 8 * 64 + 3 * 64,
+        ),
+        # Windows in every second layer, and a sink a head.
+        (
+            {"softmax_type": "learnable", "window_size": [15, 0], "window_attn_skip_freq": 2, "add_bias_linear": True},
+            2 * (2 * (64 + 32) * 64 + 128 + 64 + 4 + 8 * (3 * 48 * 64 + 96 + 64) + 8 * 65 + 2 * 64),
+        ),
+    ],
+    ids=["latent attention", "mamba", "windows"],
+)  # fmt: skip
+def test_a_checkpoint_of_a_model_that_is_planned_only_is_planned(
+    changes: dict[str, Any], total: int, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = _bridge(tmp_path / "bridge", dense, **changes)
+    found = _json(capsys, "--model", str(folder), "--gpus", "1", "--seq-length", "128", "--global-batch", "8")
+    assert found["model"]["total_params"] == total + 64 + 2 * 250 * 64
+    assert "is planned only" in found["warnings"][0]
+
+
 def test_a_checkpoint_of_what_is_not_modelled_is_refused_by_name(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = _bridge(tmp_path / "bridge", dense, multi_latent_attention=True)
-    assert "multi_latent_attention: got True, expected False" in _refusal(
+    folder = _bridge(tmp_path / "bridge", dense, experimental_attention_variant="gated_delta_net")
+    assert "experimental_attention_variant: got gated_delta_net, expected None" in _refusal(
         capsys, "--model", str(folder), "--gpus", "1"
     )
     (folder / "run_config.yaml").unlink()
