@@ -40,7 +40,7 @@ def planned_config(settings: Mapping[str, Any]) -> dict[str, Any] | None:
     Args:
         settings: of the model, by Megatron's names, as plain values.
     """
-    get = settings.get
+    get: Any = settings.get
     pattern = (get("hybrid_layer_pattern") or get("hybrid_override_pattern") or "").partition("/")[0].replace("|", "")
     width, experts = get("moe_ffn_hidden_size") or get("ffn_hidden_size"), get("num_moe_experts")
     shared = get("moe_shared_expert_intermediate_size") or 0
