@@ -52,6 +52,7 @@ EPILOG = """examples:
 keys of --layout (what is omitted is 1): tp tensor, cp context, ep expert, etp expert tensor parallelism; pp pipeline
   stages, vp virtual stages of each; mbs sequences of a micro-batch; dp data parallelism, which follows from the rest;
   first, last: layers of the first and the last stage; embedding=1, loss=1: count as a layer when layers are dealt out
+  (of models that are planned only, loss may be more)
 
 exit status: 0 a layout fits (or is tight); 1 none does; 2 a value is wrong.
 TFLOP/s and MFU count full attention, as arXiv 2412.09952 does; --json has the causal half beside it."""
@@ -61,7 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     what = parser.add_argument_group("what to train").add_mutually_exclusive_group(required=True)
     what.add_argument("--recipe", metavar="NAME", help="a recipe of this package, with its batch, sequence and tokens")
-    text = "dense or MoE: a Hugging Face folder or its config.json, hf://ORG/NAME on the hub, asset://smollm2-135m"
+    text = (
+        "dense or MoE: a Hugging Face folder or its config.json, a NeMo or Megatron checkpoint, ORG/NAME or"
+        " hf://ORG/NAME on the hub, asset://smollm2-135m"
+    )
     what.add_argument("--model", metavar="MODEL", help=text)
     model = parser.add_argument_group("model and step")
     model.add_argument("--experts", dest="num_experts", type=int, metavar="N", help="upcycle --model to N experts")
@@ -177,6 +181,9 @@ def _ranks(text: str, plan: Plan) -> list[dict[str, int]]:
 
 
 def _check(subject: Subject, plan: Plan) -> dict[str, Any]:
+    if subject.arch.planned_only or subject.arch.mamba:
+        got = subject.arch.hf_class or "Mamba layers"
+        raise SpecError("--check", got=got, expected="a GPTModel that this package trains", fix="omit --check")
     from nemo_upcycle.planning.activations import check_activations
     from nemo_upcycle.planning.check import check_layout_against_megatron
 
@@ -264,12 +271,15 @@ def _continued(words: list[str], width: int) -> str:
 
 def _warnings(subject: Subject, request: PlanRequest) -> list[str]:
     length, positions = request.work.seq_length, subject.dense.max_positions
-    if length <= positions:
-        return []
-    return [
-        f"sequences of {length:,} tokens, but the parent has {positions:,} positions (max_position_embeddings): it was"
-        " not trained on longer ones, and what it computes of them is poor at first"
-    ]
+    found = []
+    if subject.arch.planned_only:
+        found.append(f"{subject.arch.hf_class} is planned only: this package neither upcycles, converts nor trains it")
+    if length > positions:
+        found.append(
+            f"sequences of {length:,} tokens, but the parent has {positions:,} positions (max_position_embeddings): it"
+            " was not trained on longer ones, and what it computes of them is poor at first"
+        )
+    return found
 
 
 def _faster(args: argparse.Namespace, subject: Subject, plan: Plan) -> list[Change]:

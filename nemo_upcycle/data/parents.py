@@ -148,15 +148,16 @@ def _download(name: str, wanted: Sequence[str], offline: bool, cache: Path | Non
         ) from None
 
 
-def configuration_folder(source: str) -> Path:
-    """Return a folder with a model's `config.json`, without the weights of one on the hub.
+def configuration_folder(source: str, *, nemo: bool = False) -> Path:
+    """Return a folder with a model's `config.json`, without the weights of one on the hub; or a checkpoint's.
 
     Args:
         source: as in `find_parent`; the path of a `config.json` too.
+        nemo: whether a NeMo or Megatron checkpoint will do.
 
     Raises:
         UpcycleError: it cannot be reached, or names nothing.
     """
     if (path := Path(source).expanduser()).name == "config.json" and path.is_file():
         return path.parent
-    return on_this_machine(find_parent(source), ["config.json"])
+    return on_this_machine(find_parent(source, nemo=nemo), ["config.json"])

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from nemo_upcycle.models.architecture import Architecture
+
+
+def mean_context(seq_length: int, window: int | None = None) -> float:
+    """Return how many tokens a token of a sequence attends to in the mean, itself included, under a causal mask.
+
+    Args:
+        seq_length: s, tokens in a sequence.
+        window: tokens that attention sees; None for all.
+    """
+    seen = min(window or seq_length, seq_length)
+    return seen - seen**2 / (2 * seq_length)
 
 
 def flops_per_token(arch: Architecture, seq_length: int, *, causal: bool) -> float:
@@ -12,8 +25,9 @@ def flops_per_token(arch: Architecture, seq_length: int, *, causal: bool) -> flo
         scores (`causal=False`: as arXiv 2412.09952, Table 1, and Megatron-Core to 0.10 count) or 6 L H K s over
         its lower half (`causal=True`: as Megatron-Bridge counts).
 
-    The output layer counts, tied or not; norms and biases are counted with the parameters. L are the layers that
-    have an attention; the scan of Mamba layers is not counted.
+    Where a window hides tokens, s is what is left of it; with latent attention, 2 K is a head's key and value. The
+    output layer counts, tied or not, and once more for each layer of multi-token prediction; norms and biases are
+    counted with the parameters. L are the layers that have an attention; the scan of Mamba layers is not counted.
 
     Args:
         arch: the model's architecture.
@@ -23,6 +37,9 @@ def flops_per_token(arch: Architecture, seq_length: int, *, causal: bool) -> flo
     Example:
         Llama 3 8B, s = 8192, full: 4.744e14 FLOPs a sequence; its E8T2 7.515e14 (the paper: 4.7e14 and 7.5e14).
     """
-    embeddings = 0 if arch.tied_embeddings else arch.embedding_params
-    scores = (6 if causal else 12) * len(arch.layers_with("*")) * arch.num_heads * arch.head_dim * seq_length
-    return 6.0 * (arch.active_params - embeddings) + scores
+    params = arch.active_params - (0 if arch.tied_embeddings else arch.embedding_params)
+    params += arch.mtp_params(active=True) + arch.mtp_layers * arch.embedding_params
+    windows = [arch.window_of(layer) for layer in arch.layers_with("*")]
+    windows += windows[-1:] * arch.mtp_layers
+    seen = sum(count * mean_context(seq_length, window) for window, count in Counter(windows).items())
+    return 6.0 * params + (6 if causal else 12) * seen * arch.num_heads * (arch.head_dim + arch.value_dim)

@@ -24,6 +24,7 @@ from nemo_upcycle.errors import CheckpointError
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import Family, find_family
 from nemo_upcycle.models.hybrid import HybridLayers, LayerPart
+from nemo_upcycle.models.planned_parameters import PLANNED, planned_shapes
 
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class ParamMapping:
     hf: tuple[str, ...] = ()
     hf_factor: float = 1.0
 
-    @property
+    @functools.cached_property
     def is_expert(self) -> bool:
         """Whether every routed expert has this parameter, cut by expert-tensor parallelism."""
         return self.role.startswith("expert_")
@@ -184,8 +185,9 @@ MAMBA_MAPPINGS = (
     ParamMapping("mamba_out", ("mixer.out_proj.weight",), Sharding.COLUMNS),
 )
 
+PLANNED_MAPPINGS = tuple(ParamMapping(role, (name,), Sharding(kind)) for role, (name, kind) in PLANNED.items())
 MAPPINGS = (*MODEL_MAPPINGS, *ATTENTION_MAPPINGS, *DENSE_MAPPINGS, *MOE_MAPPINGS, *MAMBA_MAPPINGS)
-BY_ROLE = {mapping.role: mapping for mapping in MAPPINGS}
+BY_ROLE = {mapping.role: mapping for mapping in (*MAPPINGS, *PLANNED_MAPPINGS)}
 
 
 _LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")
@@ -264,9 +266,11 @@ def _mapping_of(role: str, family: Family | None, gated: bool) -> ParamMapping:
 
 def layer_mappings(arch: Architecture, layer: int) -> tuple[ParamMapping, ...]:
     """Return the mappings of one layer of `arch`."""
-    mappings = ATTENTION_MAPPINGS + (MOE_MAPPINGS if arch.is_moe_layer(layer) else DENSE_MAPPINGS)
+    moe = arch.is_moe_layer(layer)
+    mappings = ATTENTION_MAPPINGS + (MOE_MAPPINGS if moe else DENSE_MAPPINGS)
+    mappings += tuple(mapping for mapping in PLANNED_MAPPINGS if moe or mapping.in_attention)
     if arch.mamba:
-        kind = arch.mamba.pattern[layer]
+        kind = arch.parts(layer)
         parts = tuple(mapping for mapping in mappings if mapping.in_attention is (kind == "*"))
         mappings = MAMBA_MAPPINGS if kind == "M" else parts
     return tuple(mapping_of(mapping.role, arch) for mapping in mappings if _has(mapping, arch))
@@ -282,10 +286,10 @@ def _has(mapping: ParamMapping, arch: Architecture) -> bool:
     """Return whether the architecture has this parameter where a layer of that kind could have it."""
     if mapping.is_shared:  # none that is upcycled has a gate; the folder's is a constant of its class
         return arch.shared_ffn_size > 0 and mapping.role != "shared_gate"
-    some = {"qkv_bias": arch.qkv_bias, "attention_out_bias": arch.attention_out_bias}
-    some |= dict.fromkeys(("query_norm", "key_norm"), arch.qk_norm)
-    some["balancing_bias"] = arch.balancing_bias
-    some |= dict.fromkeys(("mamba_conv_bias", "mamba_dt_bias"), True)
+    some = {"qkv": arch.latent is None, "qkv_bias": arch.qkv_bias, "attention_out_bias": arch.attention_out_bias}
+    some |= {"query_norm": arch.qk_norm, "key_norm": arch.qk_norm, "balancing_bias": arch.balancing_bias}
+    some |= dict.fromkeys(PLANNED, False)
+    some |= dict.fromkeys(("mamba_conv_bias", "mamba_dt_bias", *planned_shapes(arch)), True)
     return some.get(mapping.role, arch.ffn_bias if mapping.role.endswith("_bias") else True)
 
 
@@ -305,8 +309,8 @@ def hf_names(arch: Architecture) -> Iterator[str]:
 def as_written(arch: Architecture) -> Architecture:
     """Return the architecture that the Hugging Face folder of a model has.
 
-    An MoE model always gets an output matrix of its own: without one SGLang reads no MoE class (and says nothing: its
-    matrix stays random), vLLM not Glm4-MoE, llama.cpp not Qwen2-MoE.
+    An MoE model always gets an output matrix of its own, without which SGLang reads no MoE class, vLLM not Glm4-MoE
+    and llama.cpp not Qwen2-MoE. SGLang does not say so.
     """
     return replace(arch, tied_embeddings=arch.tied_embeddings and arch.num_experts is None)
 

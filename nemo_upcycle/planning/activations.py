@@ -91,7 +91,7 @@ def compare_activations(arch: Architecture, layout: Layout, work: Workload) -> l
     stage, _ = worst_memory(arch, layout, work)
     work = replace(work, precision="bf16", low_params=False)
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
-    for (moe, fp8), count in layers_in_flight(arch, layout, work, stage).items():
+    for (moe, fp8, _), count in layers_in_flight(arch, layout, work, stage).items():
         planner = layer_bytes(arch, layout, work, moe, fp8).kept
         modules, local = (kept_by_layer(arch, layout, work, moe, stand_ins) for stand_ins in (True, False))
         for number, layer in enumerate((planner, modules, local)):

@@ -8,11 +8,12 @@ and no dropout, and with the token slots that a rank's experts are given in plac
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
 
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.planning.layout import Layout
-from nemo_upcycle.planning.parameters import StagePlan
+from nemo_upcycle.planning.parameters import stage_plan
 from nemo_upcycle.planning.workload import Workload
 
 
@@ -95,47 +96,60 @@ class LayerBytes:
         return sum(value for term, value in self.kept.items() if term in ROUTED)
 
 
-def layer_bytes(arch: Architecture, layout: Layout, work: Workload, moe: bool, fp8: bool) -> LayerBytes:
+def layer_bytes(
+    arch: Architecture, layout: Layout, work: Workload, moe: bool, fp8: bool, parts: str = "*-"
+) -> LayerBytes:
     """Return what one layer keeps of one micro-batch.
 
     Elements for each token of a rank's part of the sequence (s / cp): inputs and outputs of two norms, 4 D; query,
-    key, value and the attention's output, (2 H + 2 R) K; all of it over tp. A dense network adds (2 F + F) / tp, an
-    MoE layer (2 F + F) / etp for every token slot, the experts' input, D a slot, and 16 bytes for each of the router's
-    logits, half of them for the order of the slots. In FP8 the inputs of linear layers take one byte, all others two.
+    key, value and the attention's output, (2 H + 2 R) K; all of it over tp. Latent attention keeps its narrow tensors
+    besides, twice; a Mamba mixer its inputs and outputs. A dense network adds (2 F + F) / tp, an MoE layer
+    (2 F + F) / etp for every token slot, the experts' input, D a slot, and 16 bytes for each of the router's logits,
+    half of them for the order of the slots. In FP8 the inputs of linear layers take one byte, all others two.
+
+    Args:
+        arch: the model's architecture.
+        layout: the cluster's.
+        work: what a step works on.
+        moe: whether the layer has experts.
+        fp8: whether its linear layers multiply in FP8.
+        parts: what it consists of, as `Architecture.parts` says.
     """
     tokens = work.seq_length // layout.cp * layout.micro_batch / layout.tp
     saved = work.numbers.saved_bytes if fp8 else 2
-    heads, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     width, gates = arch.hidden_size, 2 if arch.gated else 1
-    attention = {
-        "attention norm": tokens * 2 * width,
-        "qkv input": tokens * saved * width,
-        "attention": tokens * (2 * (heads + 2 * groups) + 2 * heads),
-        "softmax statistics": tokens * 4 * arch.num_heads,
-    }
-    if arch.qk_norm:
-        attention["query and key norms"] = tokens * 2 * (heads + groups)  # they keep their input
-    if work.precision == "fp8-delayed" and fp8:
-        attention["projection input"] = tokens * heads  # else attention's own output serves both
-    if work.recomputes("core_attn"):  # keeps the value, which is a view of what the linear layer makes of all three
-        attention["attention"] += tokens * 2 * (heads + groups)
-    norm = {"network norm": tokens * 2 * width, "network input": tokens * (2 if moe else saved) * width}
-    neurons = arch.shared_ffn_size if moe else arch.ffn_size
+    attention, norm, network = {}, {}, {}
+    if "*" in parts:
+        attention = {term: tokens * size for term, size in _attention_bytes(arch, work, saved, fp8).items()}
+    if "M" in parts and arch.mamba:
+        # What the input projection, the convolution with the scan, the inner norm and the output projection keep.
+        inner = arch.mamba.rows("x")
+        rows = 2 * inner + sum(arch.mamba.rows(part) for part in ("B", "C", "dt"))
+        attention = {
+            "attention norm": tokens * 2 * width,
+            "mamba": tokens * (saved * width + 2 * rows + 4 * inner + saved * inner),
+        }
     # Experts have fused kernels of two gates. Without one, both factors are kept again, and the product unweighted.
     unfused = 2 if arch.num_experts and not (arch.gated and arch.activation in ("silu", "quick_gelu")) else 0
     before_fc2 = 2 * gates + (2 * unfused if arch.gated else 0)
-    network = {"fc1 output": tokens * before_fc2 * neurons, "fc2 input": tokens * saved * neurons}
+    if "-" in parts:
+        norm = {"network norm": tokens * 2 * width, "network input": tokens * (2 if moe else saved) * width}
+        neurons = arch.shared_ffn_size if moe else arch.ffn_size
+        network = {"fc1 output": tokens * before_fc2 * neurons, "fc2 input": tokens * saved * neurons}
     if moe:
         network |= dict.fromkeys(("router", "dispatch"), tokens * 8 * (arch.num_experts or 0))
+        network["latent input"] = tokens * saved * (arch.expert_input_size or 0)
         # As many slots as the rank's own tokens have, from all over its group; etp ranks gather theirs.
         slots = tokens * work.buffer_slots_per_token(arch, layout.ep) * layout.etp
         cut = (arch.expert_ffn_size or 0) / layout.etp
-        sizes = (slots * saved * width, slots * (before_fc2 + unfused) * cut, slots * saved * cut)
+        sizes = (slots * saved * arch.expert_width, slots * (before_fc2 + unfused) * cut, slots * saved * cut)
         network |= dict(zip(ROUTED, sizes, strict=True))
     terms = attention | norm | network
     freed: set[str] = set()
     if work.recomputes("core_attn"):
         freed.add("softmax statistics")  # flash attention keeps no scores
+    if work.recomputes("mla_up_proj"):
+        freed.add("latent attention")
     if moe and work.recomputes("layernorm"):  # Transformer Engine's other norms are one with a linear layer
         freed.add("network input")
     if moe and work.recomputes("moe_act"):
@@ -143,10 +157,34 @@ def layer_bytes(arch: Architecture, layout: Layout, work: Workload, moe: bool, f
     if work.recomputes("moe" if moe else "mlp"):
         freed |= set(network)
     if work.recompute == "full":
-        freed = set(terms) - {"attention norm"}
+        freed = set(terms) - {next(iter(terms))}  # the input of its first norm
+    freed &= set(terms)
     # Gradients of a layer's largest tensors live beside them: of its network, and of attention, never both.
     working = sum(terms[term] for term in freed) + max(sum(attention.values()), sum(network.values()))
     return LayerBytes({term: value for term, value in terms.items() if term not in freed}, working)
+
+
+def _attention_bytes(arch: Architecture, work: Workload, saved: float, fp8: bool) -> dict[str, float]:
+    """Return the bytes that attention and its norm keep of a token, by term."""
+    heads, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    values, out = arch.num_kv_heads * arch.value_dim, arch.num_heads * arch.value_dim
+    terms = {
+        "attention norm": 2 * arch.hidden_size,
+        "qkv input": saved * arch.hidden_size,
+        "attention": 2 * (heads + groups + values) + 2 * out,
+        "softmax statistics": 4 * arch.num_heads,
+    }
+    if arch.latent:
+        terms["attention"] = 2 * out
+        terms["latent attention"] = 2 * (heads + groups + values)  # query, key and value
+        terms["latent tensors"] = (2 + saved) * ((arch.latent.query_rank or 0) + arch.latent.kv_rank)
+    elif work.recomputes("core_attn"):  # keeps the value, which is a view of what the linear layer makes of all three
+        terms["attention"] += 2 * (heads + groups)
+    if arch.qk_norm:
+        terms["query and key norms"] = 2 * (heads + groups)  # they keep their input
+    if work.precision == "fp8-delayed" and fp8:
+        terms["projection input"] = out  # else attention's own output serves both
+    return terms
 
 
 def in_flight(layout: Layout, work: Workload, stage: int) -> list[int]:
@@ -165,12 +203,17 @@ def in_flight(layout: Layout, work: Workload, stage: int) -> list[int]:
     return held
 
 
-def layers_in_flight(arch: Architecture, layout: Layout, work: Workload, stage: int) -> Counter[tuple[bool, bool]]:
-    """Return how many layers' activations a stage keeps at the peak, by whether they have experts and are in FP8."""
-    counts: Counter[tuple[bool, bool]] = Counter()
+def layers_in_flight(
+    arch: Architecture, layout: Layout, work: Workload, stage: int
+) -> Counter[tuple[bool, bool, str]]:
+    """Return how many layers' activations a stage keeps at the peak, by whether they have experts, FP8, and parts."""
+    counts: Counter[tuple[bool, bool, str]] = Counter()
     for chunk, count in zip(layout.chunks(arch, stage), in_flight(layout, work, stage), strict=True):
         for layer in chunk.layers:
-            counts[arch.is_moe_layer(layer), work.is_fp8_layer(arch, layer)] += count
+            counts[arch.is_moe_layer(layer), work.is_fp8_layer(arch, layer), arch.parts(layer)] += count
+        if arch.mtp_layers and chunk.has_output:
+            fp8 = work.is_fp8_layer(arch, arch.num_layers - 1)
+            counts[bool(arch.num_experts), fp8, "*-"] += arch.mtp_layers * count
     return counts
 
 
@@ -187,9 +230,10 @@ def activation_bytes(arch: Architecture, layout: Layout, work: Workload, stage: 
 
 def stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int) -> Memory:
     """Return what the ranks of a pipeline stage hold; where they differ (by padding only), the fullest."""
-    states = StagePlan(arch, layout, work, stage)
+    states = stage_plan(arch, layout, replace(work, recompute="none", overlap=()), stage)  # neither changes a state
     plain, routed, working = activation_bytes(arch, layout, work, stage)
     tokens = work.seq_length // layout.cp * layout.micro_batch
+    logits = tokens * layout.padded_vocab(arch) // layout.tp * LOGIT_BYTES
     group_sizes = (layout.tp, layout.pp, layout.cp, layout.ep, layout.etp, layout.dense_shards, layout.expert_dp)
     return Memory(
         weights=states.weights_bytes,
@@ -198,7 +242,7 @@ def stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int)
         fp8_copies=states.fp8_bytes,
         activations=round(plain),
         routed=round(routed),
-        logits=tokens * layout.padded_vocab(arch) // layout.tp * LOGIT_BYTES if stage == layout.pp - 1 else 0,
+        logits=logits * (1 + arch.mtp_layers) if stage == layout.pp - 1 else 0,
         workspace=round(working),
         context=CONTEXT_BYTES + GROUP_BYTES * sum(size > 1 for size in group_sizes),
     )
@@ -207,6 +251,21 @@ def stage_memory(arch: Architecture, layout: Layout, work: Workload, stage: int)
 def worst_memory(arch: Architecture, layout: Layout, work: Workload) -> tuple[int, Memory]:
     """Return the pipeline stage whose ranks hold most, and what they hold."""
     # Of equal stages the first keeps most micro-batches and the last the logits.
-    stages = range(layout.pp) if layout.first or layout.last or arch.moe_pattern else {0, 1, layout.pp - 1}
+    stages: Iterable[int] = {0, 1, layout.pp - 1}
+    if layout.first or layout.last or arch.moe_pattern or arch.mamba:
+        firsts = {_contents(arch, layout, work, stage): stage for stage in reversed(range(layout.pp))}
+        stages = firsts.values()
     memories = [(stage, stage_memory(arch, layout, work, stage)) for stage in stages if stage < layout.pp]
     return max(memories, key=lambda pair: pair[1].total)
+
+
+def _contents(arch: Architecture, layout: Layout, work: Workload, stage: int) -> tuple[object, ...]:
+    """Return what stages have in common whose ranks hold the same states."""
+    return tuple(
+        (
+            chunk.has_embedding,
+            chunk.has_output,
+            *((arch.is_moe_layer(n), work.is_fp8_layer(arch, n), arch.parts(n)) for n in chunk.layers),
+        )
+        for chunk in layout.chunks(arch, stage)
+    )

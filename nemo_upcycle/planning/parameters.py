@@ -6,13 +6,14 @@ Exact: the counts equal those of Megatron's own modules (`--check` builds them),
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from nemo_upcycle.models.architecture import Architecture
-from nemo_upcycle.models.mapping import ParamMapping, layer_mappings, mapping_of
+from nemo_upcycle.models.mapping import ParamMapping, Sharding, layer_mappings, mapping_of
 from nemo_upcycle.models.sharding import Shard, shard_shape
 from nemo_upcycle.planning.layout import Chunk, Layout
 from nemo_upcycle.planning.workload import Workload
@@ -54,8 +55,12 @@ class Param(NamedTuple):
 
 
 def chunk_params(arch: Architecture, layout: Layout, chunk: Chunk) -> list[Param]:
-    """Return the parameters of one chunk on any rank that holds it, in the order of Megatron's modules."""
-    first = ["embedding"] if chunk.has_embedding else []
+    """Return the parameters of one chunk on any rank that holds it, in the order of Megatron's modules.
+
+    The last chunk has the layers of multi-token prediction, with what they embed tokens by.
+    """
+    mtp = arch.mtp_layers if chunk.has_output else 0
+    first = ["embedding"] if chunk.has_embedding or mtp else []
     last = ["final_norm"] if chunk.has_output else []
     last += ["output"] if chunk.has_output and not (arch.tied_embeddings and chunk.has_embedding) else []
     vocab, shard = layout.padded_vocab(arch), Shard(0, layout.tp)
@@ -64,25 +69,41 @@ def chunk_params(arch: Architecture, layout: Layout, chunk: Chunk) -> list[Param
         mappings = [mapping_of(role, arch) for role in roles]
         return [Param(mapping, None, shard_shape(mapping, arch, shard, vocab)) for mapping in mappings]
 
-    kinds = {arch.is_moe_layer(layer): layer for layer in chunk.layers}
-    shapes = {moe: _layer_shapes(arch, layout, layer) for moe, layer in kinds.items()}
-    layers = [Param(mapping, n, shape) for n in chunk.layers for mapping, shape in shapes[arch.is_moe_layer(n)]]
-    return outside(first) + layers + outside(last)
+    sizes = (layout.tp, layout.etp, layout.ep)
+    kinds = [(n, _kind(arch, n)) for n in chunk.layers]
+    kinds += [(arch.num_layers - 1, (bool(arch.num_experts), "*-"))] * mtp
+    shapes = {kind: _layer_shapes(arch, *kind, *sizes) for kind in {kind for _, kind in kinds}}
+    layers = [Param(mapping, n, shape) for n, kind in kinds for mapping, shape in shapes[kind]]
+    norm, width = mapping_of("final_norm", arch), arch.hidden_size
+    projection = ParamMapping("mtp_projection", ("mtp.layers.{layer}.eh_proj.weight",), Sharding.PARTS)
+    joined = [Param(projection, arch.num_layers - 1, (width // layout.tp, 2 * width))]
+    joined += [Param(norm, None, (width,))] * 3  # of both of its inputs, and of the output
+    return outside(first) + layers + joined * mtp + outside(last)
 
 
 #: Megatron registers attention's modules in this order; the mapping table has Hugging Face's.
 _ATTENTION = (
-    *("attention_norm", "attention_out", "attention_out_bias", "qkv", "qkv_bias", "query_norm", "key_norm"),
-    "ffn_norm",
+    *("attention_norm", "sinks", "attention_out", "attention_out_bias", "qkv", "qkv_bias", "query_norm", "key_norm"),
+    *("query", "query_down", "query_up_norm", "query_up", "kv_down", "kv_up_norm", "kv_up", "ffn_norm"),
 )
 _ORDER = {role: number for number, role in enumerate(_ATTENTION)}
 
 
-def _layer_shapes(arch: Architecture, layout: Layout, layer: int) -> list[tuple[ParamMapping, tuple[int, ...]]]:
-    """Return mapping and shard shape of every parameter of a layer; a rank's experts follow one another."""
+def _kind(arch: Architecture, layer: int) -> tuple[bool, str]:
+    return arch.is_moe_layer(layer), arch.parts(layer)
+
+
+@functools.lru_cache(maxsize=1024)
+def _layer_shapes(
+    arch: Architecture, moe: bool, parts: str, tp: int, etp: int, ep: int
+) -> list[tuple[ParamMapping, tuple[int, ...]]]:
+    """Return mapping and shard shape of every parameter of a kind of layer; a rank's experts follow one another."""
+    if arch.mamba and len(parts) > 1:  # of multi-token prediction
+        return _layer_shapes(arch, False, "*", tp, etp, ep) + _layer_shapes(arch, moe, "-", tp, etp, ep)
+    layer = next(n for n in range(arch.num_layers) if _kind(arch, n) == (moe, parts))
     mappings = sorted(layer_mappings(arch, layer), key=lambda mapping: _ORDER.get(mapping.role, len(_ORDER)))
-    table = [(m, shard_shape(m, arch, Shard(0, layout.etp if m.is_expert else layout.tp))) for m in mappings]
-    experts = [item for item in table if item[0].is_expert] * ((arch.num_experts or 0) // layout.ep)
+    table = [(m, shard_shape(m, arch, Shard(0, etp if m.is_expert else tp))) for m in mappings]
+    experts = [item for item in table if item[0].is_expert] * ((arch.num_experts or 0) // ep)
     shared = [item for item in table if item[0].is_shared]
     return [item for item in table if not (item[0].is_expert or item[0].is_shared)] + experts + shared
 
@@ -170,7 +191,8 @@ class StagePlan:
         params = [param for chunk in self.chunks for param in chunk]
         self.params = sum(param.numel for param in params)
         self.expert_params = sum(param.numel for param in params if param.mapping.is_expert)
-        in_fp8 = [p.numel for p in params if p.is_linear and work.is_fp8_layer(arch, p.layer or 0)]
+        linear = (param for param in params if param.is_linear) if work.numbers.fp8 else ()
+        in_fp8 = [param.numel for param in linear if work.is_fp8_layer(arch, param.layer or 0)]
         self.fp8_bytes = round(sum(in_fp8) * work.numbers.copy_bytes)
         self.buffers: list[tuple[Buffer, bool]] = []
         least = max(_BUCKET, _BUCKET_PER_RANK * layout.dp)
@@ -199,3 +221,9 @@ class StagePlan:
         """
         owned = sum(buffer.owned(expert_shard if expert else dense_shard) for buffer, expert in self.buffers)
         return owned * OPTIMIZER_BYTES
+
+
+@functools.lru_cache(maxsize=256)
+def stage_plan(arch: Architecture, layout: Layout, work: Workload, stage: int) -> StagePlan:
+    """Return the `StagePlan` of these, which a search asks for more than once."""
+    return StagePlan(arch, layout, work, stage)

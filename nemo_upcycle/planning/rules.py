@@ -19,6 +19,8 @@ from nemo_upcycle.planning.workload import Workload
 
 _SIZES = ("tp", "pp", "vp", "cp", "ep", "etp", "micro_batch")
 _SWITCHES = ("embedding", "loss")
+#: What the output layer may count as where layers are dealt out by hand, as NVIDIA does for DeepSeek-V3.
+_MOST_LOSS = 16
 
 
 class RuleViolation(NamedTuple):
@@ -56,22 +58,30 @@ def first_violation(layout: Layout, arch: Architecture, work: Workload) -> RuleV
 
     Rules are checked one by one: a later one makes sense only if the earlier ones hold.
     """
-    layout_rules = _value_rules(layout), _model_rules(layout, arch), _stage_rules(layout, arch), _rank_rules(layout)
+    layout_rules = (
+        _value_rules(layout, arch),
+        _model_rules(layout, arch),
+        _stage_rules(layout, arch),
+        _rank_rules(layout),
+    )
     return next(chain(*layout_rules, _data_rules(layout, work), _kernel_rules(layout, arch, work)), None)
 
 
-def _value_rules(layout: Layout) -> Iterator[RuleViolation]:
+def _value_rules(layout: Layout, arch: Architecture) -> Iterator[RuleViolation]:
     for name in ("gpus", *_SIZES, "first", "last"):
         if (value := getattr(layout, name)) is not None and value < 1:
             yield RuleViolation(name, value, "1 or more")
     for name in _SWITCHES:
-        if (value := getattr(layout, name)) not in (0, 1):
-            yield RuleViolation(name, value, "0 or 1")
+        most = _MOST_LOSS if name == "loss" and arch.planned_only else 1
+        if not 0 <= (value := getattr(layout, name)) <= most:
+            yield RuleViolation(name, value, "0 or 1" if most == 1 else f"0 to {most}")
 
 
 def _model_rules(layout: Layout, arch: Architecture) -> Iterator[RuleViolation]:
     tensor = {"the key-value heads": arch.num_kv_heads}  # which divide the heads
-    if arch.moe_layer_count < arch.num_layers:
+    if arch.mamba:
+        tensor["the Mamba layers' groups"] = arch.mamba.num_groups  # which divide their heads
+    if arch.moe_layer_count < len(arch.layers_with("-")):
         tensor["the feed-forward size"] = arch.ffn_size
     if arch.shared_ffn_size:
         tensor["the shared experts' feed-forward size"] = arch.shared_ffn_size
@@ -110,6 +120,8 @@ def _stage_rules(layout: Layout, arch: Architecture) -> Iterator[RuleViolation]:
         yield RuleViolation("pp", layout.pp, expected)
     if stages:
         yield from _divides("vp", layout.vp, left // stages, "the layers of a pipeline stage")
+        if layout.loss > (each := left // stages // layout.vp):
+            yield RuleViolation("loss", layout.loss, f"at most the layers of a chunk ({each})")
 
 
 def _rank_rules(layout: Layout) -> Iterator[RuleViolation]:

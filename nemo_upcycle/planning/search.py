@@ -15,7 +15,7 @@ from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.flops import flops_per_token
 from nemo_upcycle.planning.hardware import BRIDGE_SOFTWARE, DEFAULT_SOFTWARE, Gpu, known_machine
 from nemo_upcycle.planning.layout import Layout, divisors
-from nemo_upcycle.planning.memory import GIB, Memory, activation_bytes, worst_memory
+from nemo_upcycle.planning.memory import GIB, Memory, activation_bytes, stage_memory, worst_memory
 from nemo_upcycle.planning.parameters import OPTIMIZER_BYTES, WEIGHT_BYTES
 from nemo_upcycle.planning.rules import check_layout, first_violation
 from nemo_upcycle.planning.throughput import StepTime, ThroughputModel
@@ -26,6 +26,7 @@ from nemo_upcycle.planning.workload import PRECISIONS, Workload
 FITS, TIGHT = 0.90, 0.97
 _MICRO_BATCHES = (1, 2, 4)
 _CONTEXTS = (1, 2, 4, 8, 16)
+_UNEVEN_STAGES = (2, 4, 8, 16, 32)
 #: Above this, matrices are small.
 _MOST_TP = 8
 #: Larger numbers of GPUs are mistakes.
@@ -50,7 +51,7 @@ class PlanRequest:
         price_per_gpu_hour: in any currency; None: not known.
 
     Raises:
-        SpecError: the GPU has not the precision, or layers are of a kind that is not planned.
+        SpecError: the GPU has not the precision.
     """
 
     arch: Architecture
@@ -66,13 +67,6 @@ class PlanRequest:
     price_per_gpu_hour: float | None = None
 
     def __post_init__(self) -> None:
-        if self.arch.mamba:
-            raise SpecError(
-                f"layers of {self.arch.hf_class or 'the model'}",
-                got="Mamba layers",
-                expected="attention and a network in each: the planner knows no others",
-                fix="set the layout by hand",
-            )
         if not self.gpu.has(self.work.numbers):
             able = [name for name, numbers in PRECISIONS.items() if self.gpu.has(numbers)]
             expected = f"{', '.join(able)} on {self.gpu.name}"
@@ -106,6 +100,7 @@ class PlanRequest:
             return ("none", "mlp", "full")
         delayed, dense = self.work.precision == "fp8-delayed", ("mlp",) if self.arch.moe_pattern else ()
         light = () if delayed else ("layernorm", *(("moe_act", "layernorm,moe_act") if self.grouped else ()))
+        light = (*light, "mla_up_proj", *(f"{kind},mla_up_proj" for kind in light[-1:])) if self.arch.latent else light
         heavy = ("moe",) if delayed else ("moe", "layernorm,moe")
         return ("none", *light, *dense, *heavy, "full")
 
@@ -189,7 +184,8 @@ class Plan:
     @property
     def checkpoint_gib(self) -> float:
         """Size of a checkpoint with optimizer states."""
-        return (WEIGHT_BYTES + OPTIMIZER_BYTES) * self.request.arch.total_params / GIB
+        params = self.request.arch.total_params + self.request.arch.mtp_params()
+        return (WEIGHT_BYTES + OPTIMIZER_BYTES) * params / GIB
 
 
 @functools.lru_cache(maxsize=256)
@@ -212,12 +208,12 @@ def usual_overlap(
     """Return what NVIDIA's recipes overlap (`perf_recipes` of Megatron-Bridge 0.6.2, NeMo's `performance_mode`).
 
     Tensor parallelism's traffic in dense models, but in FP4; the experts' between nodes, where Megatron-Core can: with
-    interleaved stages or none, and without recomputing whole layers; in MXFP8 and NVFP4 of the last software, in racks
-    and on single machines, the experts' anyway, and launches, by one CUDA graph of a step.
+    interleaved stages or none, without Mamba layers, and without recomputing whole layers; in MXFP8 and NVFP4 of the
+    last software, in racks and on single machines, the experts' anyway, and launches, by one CUDA graph of a step.
     """
     if not arch.num_experts:
         return ("tp",) if layout.tp > 1 and work.numbers.bits > 4 else ()
-    able = layout.ep > 1 and (layout.pp == 1 or layout.vp > 1) and not work.pad
+    able = layout.ep > 1 and not arch.mamba and (layout.pp == 1 or layout.vp > 1) and not work.pad
     if not able or recompute == "full" or "moe" in recompute.split(","):
         return ()
     within = gpu.nvlink_gpus > gpu.per_node or layout.gpus <= gpu.nvlink_gpus
@@ -301,7 +297,8 @@ def _batches(batch: int, step: int) -> list[int]:
 def _fits(request: PlanRequest) -> bool:
     """Return whether some layout fits; looks only at those that need least memory."""
     smallest = _smallest(request, layouts(request), 20)
-    return any(request.plans(layout)[-1].verdict != "no" for layout in smallest)
+    able = (layout for layout in smallest if _least_gib(request, layout) <= request.gpu.memory_gib * TIGHT)
+    return any(request.plans(layout)[-1].verdict != "no" for layout in able)
 
 
 def _smallest(request: PlanRequest, every: Iterable[Layout], count: int) -> list[Layout]:
@@ -341,18 +338,25 @@ def _speed(plan: Plan) -> tuple[float, int]:
 
 
 def layouts(request: PlanRequest) -> Iterator[Layout]:
-    """Yield every layout of even stages that obeys the rules; tensor parallelism stays within NVLink."""
+    """Yield every layout of even stages that obeys the rules; tensor parallelism stays within NVLink.
+
+    Of models that are planned only, the last stage may have fewer layers.
+    """
     arch, node = request.arch, min(_MOST_TP, request.gpu.nvlink_gpus)
     micro_batches = _MICRO_BATCHES if request.micro_batch is None else (request.micro_batch,)
     experts = divisors(arch.num_experts) if arch.num_experts else [1]
-    for tp, cp, pp, ep in itertools.product(divisors(node), _CONTEXTS, divisors(arch.num_layers), experts):
+    stages = sorted({*divisors(arch.num_layers), *(_UNEVEN_STAGES if arch.planned_only else ())})
+    for tp, cp, pp, ep in itertools.product(divisors(node), _CONTEXTS, stages, experts):
         if request.gpus % (tp * cp * pp) or request.gpus % (ep * pp) or arch.num_kv_heads % tp:
             continue
         for etp in {1, tp} if ep > 1 else {tp}:
             # Context parallelism cuts what a larger micro-batch adds: together they gain nothing.
             micros = micro_batches[:1] if cp > 1 else micro_batches
-            for vp, micro in itertools.product(divisors(arch.num_layers // pp) if pp > 1 else [1], micros):
-                layout = Layout(gpus=request.gpus, tp=tp, pp=pp, vp=vp, cp=cp, ep=ep, etp=etp, micro_batch=micro)
+            chunks = [1, *_UNEVEN_STAGES] if arch.num_layers % pp else divisors(arch.num_layers // pp)
+            for vp, micro in itertools.product(chunks if pp > 1 else [1], micros):
+                loss = -arch.num_layers % (pp * vp)
+                sizes = {"tp": tp, "pp": pp, "vp": vp, "cp": cp, "ep": ep, "etp": etp, "loss": loss}
+                layout = Layout(gpus=request.gpus, micro_batch=micro, **sizes)
                 if first_violation(layout, request.arch, request.work) is None:
                     yield layout
 
@@ -368,7 +372,8 @@ def _least_gib(request: PlanRequest, layout: Layout) -> float:
 
 def _could_fit(plan: Plan) -> bool:
     """Return whether the first stage has room for states and activations; cheap, and true for every plan that fits."""
-    if plan.request.arch.moe_pattern:
-        return True  # the first stage may hold less than its share
-    request, activations = plan.request, activation_bytes(plan.request.arch, plan.layout, plan.work, 0)
-    return _least_gib(request, plan.layout) + sum(activations) / GIB <= request.gpu.memory_gib * TIGHT
+    request, room_gib = plan.request, plan.request.gpu.memory_gib * TIGHT
+    if request.arch.moe_pattern or request.arch.mamba:  # the first stage may hold less than its share
+        return stage_memory(request.arch, plan.layout, plan.work, 0).total / GIB <= room_gib
+    activations = activation_bytes(request.arch, plan.layout, plan.work, 0)
+    return _least_gib(request, plan.layout) + sum(activations) / GIB <= room_gib

@@ -11,8 +11,10 @@ import functools
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.models.architecture import Architecture, MambaLayers
+from nemo_upcycle.models.flops import mean_context
 from nemo_upcycle.planning.hardware import Gpu, Machine
 from nemo_upcycle.planning.layout import Layout
 from nemo_upcycle.planning.workload import Workload
@@ -20,6 +22,8 @@ from nemo_upcycle.planning.workload import Workload
 
 #: Matrix products work on tiles of so many rows and columns.
 _TILE = 128
+#: Tokens of a chunk of Mamba-2's scan, as Megatron-Core has them (`mamba_chunk_size`).
+_CHUNK = 128
 
 
 @dataclass
@@ -73,10 +77,22 @@ class StepTime:
         return self.__dict__ | {"total": self.total}
 
 
+class LayerKind(NamedTuple):
+    """What the time of a layer depends on: experts, FP8, its parts (`Architecture.parts`), attention's window."""
+
+    moe: bool
+    fp8: bool
+    parts: str
+    window: int | None
+
+
 @functools.lru_cache(maxsize=64)
-def layer_kinds(arch: Architecture, work: Workload) -> Counter[tuple[bool, bool]]:
-    """Return the number of layers of each kind (MoE, in FP8); layers of one kind have the same shapes."""
-    return Counter((arch.is_moe_layer(layer), work.is_fp8_layer(arch, layer)) for layer in range(arch.num_layers))
+def layer_kinds(arch: Architecture, work: Workload) -> Counter[LayerKind]:
+    """Return the number of layers of each kind."""
+    layers = range(arch.num_layers)
+    return Counter(
+        LayerKind(arch.is_moe_layer(n), work.is_fp8_layer(arch, n), arch.parts(n), arch.window_of(n)) for n in layers
+    )
 
 
 class ThroughputModel:
@@ -91,9 +107,7 @@ class ThroughputModel:
     def __init__(self, arch: Architecture, gpu: Gpu, machine: Machine) -> None:
         self.arch, self.gpu, self.machine = arch, gpu, machine
         self._known: dict[tuple[object, ...], tuple[StepTime, StepTime]] = {}
-        self._routed = float(
-            arch.moe_layer_count * (arch.num_experts or 0) * arch.ffn_params(arch.expert_ffn_size or 0)
-        )
+        self._routed = float(arch.moe_layer_count * (arch.num_experts or 0) * arch.expert_params)
         self._rest = arch.total_params - self._routed
 
     def step(self, layout: Layout, work: Workload) -> StepTime:
@@ -128,36 +142,38 @@ class ThroughputModel:
         key = (*sizes, layout.node_gpus(self.gpu.nvlink_gpus), work)
         if key not in self._known:
             layer, in_bf16 = StepTime(), replace(work, precision="bf16")
-            for (moe, fp8), count in layer_kinds(self.arch, work).items():
-                layer.add(self._layer(layout, work if fp8 else in_bf16, moe), count / self.arch.num_layers)
-            self._known[key] = layer, self._output(layout, in_bf16)
+            kinds = layer_kinds(self.arch, work)
+            for kind, count in kinds.items():
+                layer.add(self._layer(layout, work if kind.fp8 else in_bf16, kind), count / self.arch.num_layers)
+            output = self._output(layout, in_bf16)
+            if self.arch.mtp_layers:
+                more = self._output(layout, in_bf16)
+                last = next(reversed(kinds))
+                more.add(self._layer(layout, work, last._replace(moe=bool(self.arch.num_experts), parts="*-")))
+                tokens, width = work.seq_length / layout.cp * layout.micro_batch, self.arch.hidden_size
+                self._matrix(more, tokens, 2 * width, width / layout.tp, 1, work)
+                output.add(more, self.arch.mtp_layers)
+            self._known[key] = layer, output
         return self._known[key]
 
-    def _layer(self, layout: Layout, work: Workload, moe: bool) -> StepTime:
-        arch = self.arch
+    def _layer(self, layout: Layout, work: Workload, kind: LayerKind) -> StepTime:
+        moe, width = kind.moe, self.arch.hidden_size
         tokens = work.seq_length / layout.cp * layout.micro_batch
-        heads, groups = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-        width = arch.hidden_size
-        # Attention is called once for each step of context parallelism's ring.
-        layer = StepTime(launch=self.machine.layer_us * 1e-6 * (1 + (layout.cp - 1) / 4))
-        for rows, columns in ((width, heads + 2 * groups), (heads, width)):
-            self._matrix(layer, tokens, rows, columns / layout.tp, 1, work)
-        scores = 2.0 * tokens * work.seq_length * heads / layout.tp  # forward, two products, the causal half
-        layer.attention += 3.5 * scores / (self.machine.attention * self.gpu.bf16_tflops * 1e12)
-        # Two norms and residuals; rotary embedding and what attention reads and writes.
-        self._moved(layer, tokens / layout.tp * (24 * width + 8 * (heads + groups)), work)
-        self._tensor_traffic(layer, tokens, layout, work)
-        # Keys and values go round the ring once forward, and with their gradients backward; attention hides it.
-        ring = 3 * 2 * 2 * groups / layout.tp * tokens * (layout.cp - 1)
-        self._link(layer, layout, ring, layout.tp * layout.cp, layout.cp, hidden=layer.attention)
+        layer = StepTime(launch=self.machine.layer_us * 1e-6 * len(kind.parts) / 2)
+        # Norms and residuals.
+        self._moved(layer, tokens / layout.tp * 12 * width * len(kind.parts), work)
+        if "*" in kind.parts:
+            self._attention(layer, tokens, layout, work, kind.window)
+        if "M" in kind.parts and self.arch.mamba:
+            self._mamba(layer, self.arch.mamba, tokens, layout, work)
         network = self._moe(layout, work, tokens) if moe else StepTime()
         if moe:
             hidden = layer.total + network.total if "ep" in work.overlap else 0.0
             self._dispatch(network, layout, work, tokens, hidden)
-        else:
-            self._network(network, tokens, arch.ffn_size / layout.tp, work)
+        elif "-" in kind.parts:
+            self._network(network, tokens, self.arch.ffn_size / layout.tp, work)
             self._tensor_traffic(network, tokens, layout, work)
-        if work.recomputes("core_attn"):
+        if work.recomputes("core_attn") and "*" in kind.parts:
             layer.attention *= 1 + 1 / 3.5
         layer.add(layer, 1 / 3 if work.recompute == "full" else 0.0)
         network_again = work.recompute == "full" or work.recomputes("moe" if moe else "mlp")
@@ -170,6 +186,52 @@ class ThroughputModel:
             self._moved(layer, tokens / layout.tp * 2 * width, work)
         return layer
 
+    def _attention(self, layer: StepTime, tokens: float, layout: Layout, work: Workload, window: int | None) -> None:
+        """Add attention: its projections, its core, and what its parallelism sends."""
+        arch = self.arch
+        queries, keys = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+        values, out = arch.num_kv_heads * arch.value_dim, arch.num_heads * arch.value_dim
+        # The core is called once for each step of context parallelism's ring.
+        layer.launch += self.machine.layer_us * 1e-6 * (layout.cp - 1) / 4
+        for inputs, outputs, is_cut in arch.projections:
+            # A matrix that is not cut works on the rank's part of the sequence.
+            rows, columns = (tokens, outputs / layout.tp) if is_cut else (tokens / layout.tp, outputs)
+            self._matrix(layer, rows, inputs, columns, 1, work)
+        if arch.latent and work.recomputes("mla_up_proj"):
+            again = StepTime()
+            for role, (inputs, outputs, _) in arch.latent.projections(arch.hidden_size, arch.num_heads).items():
+                if role in ("query_up", "kv_up"):
+                    self._matrix(again, tokens, inputs, outputs / layout.tp, 1, work)
+            layer.add(again, 1 / 3)
+        # Forward, two products of the causal half; 2.5 times as much backward.
+        scores = 2.0 * tokens * mean_context(work.seq_length, window) * (queries + out) / layout.tp
+        layer.attention += 3.5 * scores / (self.machine.attention * self.gpu.bf16_tflops * 1e12)
+        # Rotary embedding and what the core reads and writes.
+        self._moved(layer, tokens / layout.tp * 4 * (queries + keys + values + out), work)
+        self._tensor_traffic(layer, tokens, layout, work)
+        # Keys and values go round the ring once forward, and with their gradients backward; attention hides it.
+        ring = 3 * 2 * (keys + values) / layout.tp * tokens * (layout.cp - 1)
+        self._link(layer, layout, ring, layout.tp * layout.cp, layout.cp, hidden=layer.attention)
+
+    def _mamba(self, layer: StepTime, mamba: MambaLayers, tokens: float, layout: Layout, work: Workload) -> None:
+        """Add a Mamba-2 mixer: two projections, and the scan over chunks (arXiv 2405.21060, section 6)."""
+        inner, states = mamba.rows("x"), mamba.rows("B")
+        rows = 2 * (inner + states) + mamba.rows("dt")
+        self._matrix(layer, tokens, self.arch.hidden_size, rows / layout.tp, 1, work)
+        self._matrix(layer, tokens, inner / layout.tp, self.arch.hidden_size, 1, work)
+        # Within a chunk C B and its product with x, of the causal half; states are made, and read, by two products.
+        chunk = _CHUNK / 2 * (states + inner) + 2 * inner * mamba.state_size
+        layer.attention += (
+            3.5 * 2 * tokens * chunk / layout.tp / (self.machine.attention * self.gpu.bf16_tflops * 1e12)
+        )
+        # Convolution, scan, gate and norm read and write them, and their gradients; states are float32, one a chunk.
+        kept = 2 * 2 * inner * mamba.state_size / _CHUNK
+        self._moved(layer, tokens / layout.tp * 3 * (2 * rows + 4 * inner + kept), work)
+        self._tensor_traffic(layer, tokens, layout, work)
+        # Context parallelism gathers the sequence of some heads, and scatters it back.
+        volume = 2 * 2 * tokens * (rows + inner) / layout.tp * (layout.cp - 1) / layout.cp
+        self._link(layer, layout, volume, layout.tp * layout.cp, layout.cp)
+
     def _moe(self, layout: Layout, work: Workload, tokens: float) -> StepTime:
         arch, machine, local = self.arch, self.machine, (self.arch.num_experts or 1) // layout.ep
         slots = tokens / layout.tp * self._slots_per_token(layout, work)
@@ -177,9 +239,12 @@ class ThroughputModel:
         times = StepTime(launch=(machine.moe_us + expert_us * (local - 1)) * 1e-6)
         neurons = (arch.expert_ffn_size or 0) / layout.etp
         # A rank's experts get slots of its whole group: as many as its own tokens, etp times.
-        self._network(times, slots * layout.etp / local, neurons, work, local)
+        self._network(times, slots * layout.etp / local, neurons, work, local, arch.expert_width)
+        if arch.expert_input_size:
+            for sides in ((arch.hidden_size, arch.expert_width), (arch.expert_width, arch.hidden_size)):
+                self._matrix(times, tokens / layout.tp, *sides, 1, work)
         # Permute, sort by expert, sort back, unpermute: read and written, forward and backward.
-        self._moved(times, slots * 16 * arch.hidden_size, work)
+        self._moved(times, slots * 16 * arch.expert_width, work)
         if arch.shared_ffn_size:
             self._network(times, tokens, arch.shared_ffn_size / layout.tp, work)
             self._tensor_traffic(times, tokens, layout, work)
@@ -201,21 +266,23 @@ class ThroughputModel:
             per_node = layout.node_gpus(self.gpu.nvlink_gpus)
             places = layout.ep if span <= per_node else span // per_node
             copies *= self._expected_places(places) / (self.arch.top_k or 1)
-        bytes_of_copy = 4 * 2 * tokens / layout.tp * self.arch.hidden_size
+        bytes_of_copy = 4 * 2 * tokens / layout.tp * self.arch.expert_width
         volume = bytes_of_copy * copies * (layout.ep - 1) / layout.ep
         self._link(times, layout, volume, span, layout.ep, hidden, self.machine.ep_hidden)
         slots = tokens / layout.tp * self._slots_per_token(layout, work)
-        self._link(times, layout, 4 * 2 * slots * self.arch.hidden_size * (layout.etp - 1), layout.etp, layout.etp)
+        self._link(times, layout, 4 * 2 * slots * self.arch.expert_width * (layout.etp - 1), layout.etp, layout.etp)
 
     def _expected_places(self, places: int) -> float:
         """Return the expected number of distinct ranks or nodes holding a token's experts, under uniform routing."""
         experts, top_k = self.arch.num_experts or 1, self.arch.top_k or 1
         return places * (1 - math.comb(experts - experts // places, top_k) / math.comb(experts, top_k))
 
-    def _network(self, times: StepTime, rows: float, neurons: float, work: Workload, count: int = 1) -> None:
-        gates = 2 if self.arch.gated else 1
-        self._matrix(times, rows, self.arch.hidden_size, gates * neurons, count, work)
-        self._matrix(times, rows, neurons, self.arch.hidden_size, count, work)
+    def _network(
+        self, times: StepTime, rows: float, neurons: float, work: Workload, count: int = 1, width: int | None = None
+    ) -> None:
+        gates, width = 2 if self.arch.gated else 1, width or self.arch.hidden_size
+        self._matrix(times, rows, width, gates * neurons, count, work)
+        self._matrix(times, rows, neurons, width, count, work)
         self._moved(times, count * rows * 8 * neurons, work)
 
     def _matrix(self, times: StepTime, rows: float, inner: float, columns: float, count: int, work: Workload) -> None:

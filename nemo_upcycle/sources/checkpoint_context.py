@@ -22,8 +22,9 @@ from nemo_upcycle.models.config_fields import refusals
 from nemo_upcycle.models.families import find_family, find_nemo_module, llama, parents, qwen3
 from nemo_upcycle.models.hf_config import architecture_from_config
 from nemo_upcycle.models.hybrid import HybridLayers
-from nemo_upcycle.models.megatron_config import FIELDS, spec_fields
+from nemo_upcycle.models.megatron_config import FIELDS, layer_pattern, spec_fields
 from nemo_upcycle.models.rotary import rope_frequencies, same_frequencies
+from nemo_upcycle.sources.planned_checkpoints import planned_config
 from nemo_upcycle.sources.torch_pickles import Inert, read_saved
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.utils.files import read_json
@@ -88,8 +89,38 @@ class CheckpointContext:
         if self.module not in known:
             expected = " or ".join(known)
             raise CheckpointError(f"{self.path}: _target_", got=self.module, expected=expected, fix=_GIVE_CONFIG)
-        vocabulary = self.settings.get("vocab_size") or _tokenizer_size(self.path.parent) or padded_vocab
-        return self._architecture(vocabulary, _GIVE_CONFIG)
+        return self._architecture(self._vocab_size(padded_vocab), _GIVE_CONFIG)
+
+    def model(self, padded_vocab: int) -> Architecture:
+        """Return the architecture of the model, dense or with experts.
+
+        Args:
+            padded_vocab: rows of the embedding.
+
+        Raises:
+            CheckpointError: it is no model that the planner knows.
+        """
+        vocabulary = self._vocab_size(padded_vocab)
+        if config := self._read(lambda: planned_config(self.settings) or {}):
+            return architecture_from_config(config | {"vocab_size": vocabulary}, str(self.path), to_plan=True)
+        arch = self._architecture(vocabulary, _GIVE_CONFIG)
+        if not self.spec_fields:
+            return arch
+        kept = ("num_experts", "top_k", "router_score", "routed_scaling_factor")
+        fields = {name: self.spec_fields[name][1] for name in kept}
+        pattern = layer_pattern(self.settings.get("moe_layer_freq") or 1, arch.num_layers)
+        return replace(
+            arch,
+            hf_class="",
+            expert_ffn_size=self.settings.get("moe_ffn_hidden_size") or arch.ffn_size,
+            shared_ffn_size=self.settings.get("moe_shared_expert_intermediate_size") or 0,
+            moe_pattern=None if all(pattern) else pattern,
+            norm_topk=not self.settings.get("moe_router_pre_softmax"),
+            **fields,
+        )
+
+    def _vocab_size(self, padded: int) -> int:
+        return self.settings.get("vocab_size") or _tokenizer_size(self.path.parent) or padded
 
     @property
     def module(self) -> str:
@@ -113,6 +144,13 @@ class CheckpointContext:
             CheckpointError: a setting makes another function than that of the known families.
         """
         get, has_norms = self.settings.get, bool(self.settings.get("qk_layernorm"))
+        if "M" in (pattern := get("hybrid_layer_pattern") or ""):
+            raise SpecError(
+                field="hybrid_layer_pattern",
+                got=pattern,
+                expected="no Mamba layers (M): Megatron checkpoints with them are planned, but not read",
+                fix="keep the model in Megatron-Bridge, and upcycle from a Hugging Face folder",
+            )
         family = find_nemo_module(self.module)
         if family not in parents():  # read as Llama, or Qwen3
             family = qwen3.FAMILY if has_norms else llama.FAMILY
@@ -324,16 +362,10 @@ def _megatron_settings(path: Path) -> dict[str, Any] | None:
 
 def _dense_layers(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of layers that a GPTModel has which computes the same as a HybridModel; none for others."""
-    hybrid = HybridLayers(pattern) if (pattern := settings.get("hybrid_layer_pattern")) else None
-    if hybrid is None:
+    pattern = settings.get("hybrid_layer_pattern") or ""
+    if not pattern or "M" in pattern:
         return {}
-    if hybrid.has_mamba:
-        raise SpecError(
-            field="hybrid_layer_pattern",
-            got=pattern,
-            expected="no Mamba layers (M): Megatron checkpoints with them are not read",
-            fix="keep the model in Megatron-Bridge, and upcycle from a Hugging Face folder",
-        )
+    hybrid = HybridLayers(pattern)
     return {"num_layers": hybrid.num_layers, "moe_layer_freq": [int(is_moe) for is_moe in hybrid.moe_pattern]}
 
 

@@ -29,7 +29,7 @@ from nemo_upcycle.models.mapping import (
 from nemo_upcycle.models.megatron_config import require_buildable
 from nemo_upcycle.models.sharding import Shard, SourceSlice, shard_shape, source_slices, tensor_shape
 from nemo_upcycle.sources.base import DenseSource, Index
-from nemo_upcycle.sources.checkpoint_context import read_context
+from nemo_upcycle.sources.checkpoint_context import CheckpointContext, read_context
 from nemo_upcycle.sources.distributed_checkpoint import DistributedCheckpoint, model_prefix
 from nemo_upcycle.sources.mapped_files import TensorFiles, bounds_of
 from nemo_upcycle.utils.files import read_json
@@ -77,6 +77,35 @@ def is_megatron(path: Path) -> bool:
     return any((folder / ".metadata").is_file() or any(folder.glob("*.distcp")) for folder in folders)
 
 
+def read_megatron_architecture(path: Path) -> Architecture:
+    """Return the architecture of the model, dense or with experts, of a NeMo or Megatron checkpoint; for plans.
+
+    Args:
+        path: the folder, without a Hugging Face `config.json`.
+
+    Raises:
+        CheckpointError: the checkpoint is unfinished or damaged, or says nothing of a model that is known.
+    """
+    weights = path / "weights"
+    with DistributedCheckpoint(weights if weights.is_dir() else path) as checkpoint:
+        return _saved_context(path).model(_embedding_rows(checkpoint, model_prefix(checkpoint)))
+
+
+def _saved_context(path: Path) -> CheckpointContext:
+    if context := read_context(path):
+        return context
+    raise CheckpointError(
+        f"architecture of {path}",
+        got="neither context/model.yaml (NeMo's), run_config.yaml (Bridge's) nor config.json",
+        expected="one of them",
+        fix="put the Hugging Face config.json of the model into the folder",
+    )
+
+
+def _embedding_rows(checkpoint: DistributedCheckpoint, prefix: str) -> int:
+    return checkpoint.shape(prefix + BY_ROLE["embedding"].stored[0])[0]
+
+
 class MegatronCheckpoint(TensorFiles[_Fused], DenseSource):
     """A dense checkpoint of NeMo 2 (with `weights/` and `context/`) or of Megatron (with `.metadata`).
 
@@ -112,14 +141,7 @@ class MegatronCheckpoint(TensorFiles[_Fused], DenseSource):
             return architecture_from_config(read_json(config), str(config))
         if (self.path / "config.json").is_file():
             return read_architecture(self.path)
-        if (context := read_context(self.path)) is None:
-            raise CheckpointError(
-                f"architecture of {self.path}",
-                got="neither context/model.yaml (NeMo's) nor config.json",
-                expected="one of them",
-                fix="put the Hugging Face config.json of the model into the folder",
-            )
-        return context.dense_model(self._checkpoint.shape(self._prefix + BY_ROLE["embedding"].stored[0])[0])
+        return _saved_context(self.path).dense_model(_embedding_rows(self._checkpoint, self._prefix))
 
     def _find_all(self) -> Iterator[tuple[str, _Fused]]:
         """Yield every Hugging Face tensor by name; refuses what the table does not know of a dense model."""

@@ -22,6 +22,9 @@ _MODULES = (
     "qwen3_moe",
     "glm4_moe",
     "qwen2_moe",
+    "gpt_oss",
+    "deepseek_v3",
+    "grok",
 )
 _FAMILIES: dict[str, Family] = FAMILIES
 __all__ = [
@@ -30,6 +33,7 @@ __all__ = [
     "find_family",
     "find_nemo_module",
     "parents",
+    "planned",
     "register",
     "require_class",
     "server_caveats",
@@ -64,8 +68,14 @@ def find_nemo_module(name: str) -> Family | None:
 
 
 def parents() -> list[Family]:
-    """Return the families of dense models."""
-    return [family for family in _FAMILIES.values() if not isinstance(family, MoeFamily)]
+    """Return the families of dense models that can be upcycled."""
+    others = (family for family in _FAMILIES.values() if not isinstance(family, MoeFamily))
+    return [family for family in others if not family.planned_only({})]
+
+
+def planned() -> list[Family]:
+    """Return the families that are planned only."""
+    return [family for family in _FAMILIES.values() if family.planned_only({})]
 
 
 def targets() -> list[MoeFamily]:

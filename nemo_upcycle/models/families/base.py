@@ -135,6 +135,34 @@ class Family:
         """
         return settings.choice("hidden_act", ACTIVATIONS, "use a SwiGLU or GEGLU checkpoint")
 
+    def planned_only(self, config: Mapping[str, Any]) -> str:
+        """Return what the planner alone knows of a model: nothing here converts, fills or trains it; "" for nothing.
+
+        Args:
+            config: the parsed `config.json`.
+        """
+        return ""
+
+    def attention(self, settings: Settings, num_layers: int) -> dict[str, Any]:
+        """Return the fields of an `Architecture` in which attention is not Llama's.
+
+        Raises:
+            CheckpointError: layers attend in a way that is not known.
+        """
+        self._layer_types(settings, num_layers, ("full_attention",))
+        return {}
+
+    @staticmethod
+    def _layer_types(settings: Settings, num_layers: int, known: tuple[str, ...]) -> list[str] | None:
+        """Return how each layer attends; None where the file does not say it."""
+        kinds = settings.values.get("layer_types", [])
+        if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
+            fix = "use a checkpoint whose layers all attend " + ("so" if len(known) > 1 else "to every token")
+            raise settings.wrong("layer_types", f"{' or '.join(known)} alone", fix)
+        if kinds and len(kinds) != num_layers:
+            raise settings.wrong("layer_types", f"{num_layers}, one a layer")
+        return kinds or None
+
     def mamba(self, settings: Settings) -> MambaLayers | None:
         """Return the Mamba layers and where they are; None for a class that has none.
 

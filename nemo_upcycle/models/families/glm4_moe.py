@@ -8,7 +8,7 @@ from typing import Any
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import llama, qwen3
 from nemo_upcycle.models.families.base import COMMON_DEFAULTS, ZERO_FILLED, MoeFamily, Settings, zero_filled
-from nemo_upcycle.models.families.routed import ROUTED_NAMES
+from nemo_upcycle.models.families.routed import ROUTED_NAMES, experts_after_dense
 
 
 _MLP = llama.LAYER + "mlp."
@@ -23,20 +23,8 @@ class _Glm4Moe(MoeFamily):
         ):
             if settings.values.get(key, default) != 1:
                 raise settings.wrong(key, "1", fix)
-        experts = settings.whole("n_routed_experts")
-        width = settings.whole("moe_intermediate_size")
-        dense_layers = settings.whole("first_k_dense_replace", 1, least=0)
-        shared = settings.whole("n_shared_experts", 1, least=0)
-        return {
-            "num_experts": experts,
-            "top_k": settings.whole("num_experts_per_tok", most=experts),
-            "expert_ffn_size": width,
-            "shared_ffn_size": 0 if "shared_expert" in zero_filled(settings) else shared * width,
-            "moe_pattern": tuple(layer >= dense_layers for layer in range(num_layers)) if dense_layers else None,
-            "norm_topk": settings.flag("norm_topk_prob"),
-            "router_score": self.router_score,
-            "routed_scaling_factor": settings.number("routed_scaling_factor"),
-        }
+        fields = experts_after_dense(settings, num_layers)
+        return fields | ({"shared_ffn_size": 0} if "shared_expert" in zero_filled(settings) else {})
 
     def limits(self, arch: Architecture) -> dict[str, bool]:
         pattern = [arch.is_moe_layer(layer) for layer in range(arch.num_layers)]

@@ -106,8 +106,8 @@ def _training_cells(training: TrainingForecast) -> dict[str, str]:
         ),
         "save": (
             f"{training.save_s:,.0f} s at {training.write_gib_s:g} GiB/s"
-            f"{' (assumed)' * (training.write_gib_s == USUAL_GIB_S)}, {size_text(facts.checkpoint_bytes // layout.gpus)}"
-            " a rank"
+            f"{' (assumed)' * (training.write_gib_s == USUAL_GIB_S)},"
+            f" {size_text(facts.checkpoint_bytes // layout.gpus)} a rank"
         ),
         "save in time": ", ".join(
             f"{training.save_gib_s(limit):.3g} GiB/s ({limit.what})" for limit in stage.save_limits

@@ -16,9 +16,6 @@ from nemo_upcycle.models.hybrid import HybridLayers, LayerPart
 from nemo_upcycle.models.mapping import layer_mappings
 from nemo_upcycle.models.megatron_config import hybrid_symbols, megatron_fields
 from nemo_upcycle.models.sharding import Shard, hf_shapes, source_slices
-from nemo_upcycle.planning.hardware import Machine, known_gpu
-from nemo_upcycle.planning.search import PlanRequest
-from nemo_upcycle.planning.workload import Workload
 from tests.models import write_random
 
 
@@ -133,9 +130,11 @@ def test_flops_count_attention_where_it_is() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"hybrid_override_pattern": "MEM*E"}, "hybrid_override_pattern: got 'MEM.E', expected Mamba-2 layers"),
+        ({"hybrid_override_pattern": "MEM*E"}, "got NemotronHForCausalLM with experts, which nemo-upcycle plan alone"),
+        ({"hybrid_override_pattern": "MGM*-"}, "hybrid_override_pattern: got 'MGM.-', expected Mamba-2 layers"),
         ({"hybrid_override_pattern": "*-*-"}, "hybrid_override_pattern"),
-        ({"hybrid_override_pattern": None, "layers_block_type": ["mamba", "moe"]}, "layers_block_type"),
+        ({"hybrid_override_pattern": None, "layers_block_type": ["mamba", "moe"]}, "with experts"),
+        ({"hybrid_override_pattern": None, "layers_block_type": ["mamba", "gated"]}, "layers_block_type: got"),
         ({"num_hidden_layers": 52}, "num_hidden_layers: got 52, expected 5"),
         ({"mlp_hidden_act": "silu"}, "mlp_hidden_act: got 'silu', expected relu2"),
         ({"conv_kernel": 3}, "conv_kernel: got 3, expected 4"),
@@ -160,6 +159,3 @@ def test_what_has_no_mamba_layers_refuses_it_by_name(tmp_path: Path) -> None:
         convert(dense, tmp_path / "moe", SPEC, progress=False)
     with pytest.raises(CheckpointError, match=r"layers of NemotronHForCausalLM: got Mamba layers \(M\)"):
         megatron_fields(arch)
-    work = Workload(seq_length=1024, global_batch=1)
-    with pytest.raises(SpecError, match=r"got Mamba layers, .*the planner knows no others"):
-        PlanRequest(arch, known_gpu("h100"), 1, work, 1e9, Machine())

@@ -118,8 +118,8 @@ def test_check_finds_a_plan_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> No
     from nemo_upcycle.errors import UpcycleError
     from nemo_upcycle.planning import parameters
 
-    right = parameters.layer_mappings
-    monkeypatch.setattr(parameters, "layer_mappings", lambda *args: right(*args)[:-1])
+    right = parameters._layer_shapes
+    monkeypatch.setattr(parameters, "_layer_shapes", lambda *args: right(*args)[:-1])
     with pytest.raises(UpcycleError, match=r"rank 0: parameters of chunk 0.*Megatron.*plan"):
         check_layout_against_megatron(E8T2, parse_layout("ep=2", 2), WORK)
 
