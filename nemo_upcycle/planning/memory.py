@@ -129,8 +129,10 @@ def layer_bytes(
             "attention norm": tokens * 2 * width,
             "mamba": tokens * (saved * width + 2 * rows + 4 * inner + saved * inner),
         }
-    # Experts have fused kernels of two gates. Without one, both factors are kept again, and the product unweighted.
-    unfused = 2 if arch.num_experts and not (arch.gated and arch.activation in ("silu", "quick_gelu")) else 0
+    # Experts have fused kernels of two gates, and of the squared ReLU in NVIDIA's recipes of models with Mamba layers.
+    # Without one, both factors are kept again, and the product unweighted.
+    is_fused = arch.mamba or (arch.gated and arch.activation in ("silu", "quick_gelu"))
+    unfused = 2 if arch.num_experts and not is_fused else 0
     before_fc2 = 2 * gates + (2 * unfused if arch.gated else 0)
     if "-" in parts:
         norm = {"network norm": tokens * 2 * width, "network input": tokens * (2 if moe else saved) * width}
