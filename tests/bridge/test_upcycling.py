@@ -152,8 +152,6 @@ def test_the_dense_baseline_starts_from_the_same_checkpoint(dense: Path, tmp_pat
         ({"model.init_model_with_meta_device": True}, "init_model_with_meta_device"),
         ({"model.mtp_num_layers": 1}, "mtp_num_layers"),
         ({"model.moe_single_grouped_weight": True}, "moe_single_grouped_weight"),
-        ({"model.fp8_param": True}, "fp8_param"),
-        ({"mixed_precision.fp8_param_gather": True}, "fp8_param_gather"),
         ({"checkpoint.save": "msc://mine/run", "checkpoint.load": "msc://mine/run"}, "MultiStorageClient is on"),
         ({"checkpoint.save": "s3://mine/run", "checkpoint.load": "s3://mine/run"}, "MultiStorageClient is on"),
     ],

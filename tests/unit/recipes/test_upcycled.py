@@ -172,7 +172,6 @@ def _with(name: str, value: Any) -> Any:
     ("name", "value"),
     [
         ("model.config.mtp_num_layers", 1),
-        ("trainer.plugins.fp8_param_gather", True),
         ("trainer.strategy.fsdp", "megatron"),
         ("trainer.strategy.tensor_parallel_size", 2),
         ("trainer.strategy", "auto"),
