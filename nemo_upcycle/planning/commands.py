@@ -13,8 +13,16 @@ from nemo_upcycle.planning.workload import PRECISIONS, Workload
 
 #: What the recipes, as Megatron, call what the planner calls a precision.
 FP8_RECIPES = {"fp8-delayed": "delayed", "fp8-current": "tensorwise", "fp8-blockwise": "blockwise"}
-#: Of Bridge's mixed precisions, those that keep parameters in BF16: FP8 ones cannot be filled.
-BRIDGE_PRECISIONS = {"bf16": "bf16_mixed", "fp8-blockwise": "bf16_with_fp8_subchannel_scaling_mixed"}
+#: Whether parameters are kept in FP8 or FP4 -> those of Bridge's mixed precisions, which decide it.
+BRIDGE_PRECISIONS = {
+    False: {"bf16": "bf16_mixed", "fp8-blockwise": "bf16_with_fp8_subchannel_scaling_mixed"},
+    True: {
+        "fp8-delayed": "bf16_with_fp8_delayed_scaling_mixed",
+        "fp8-current": "bf16_with_fp8_current_scaling_mixed",
+        "mxfp8": "bf16_with_mxfp8_mixed",
+        "nvfp4": "bf16_with_nvfp4_mixed",
+    },
+}
 #: Recipe of this package -> GPUs of the one by Bridge's naming, which a plan changes.
 _BRIDGE_GPUS = {
     "llama3_8b_e8t2": 512,
@@ -72,15 +80,15 @@ def why_no_command(backend: str, recipe: KnownRecipe | None, work: Workload) -> 
         recipe: that trains the model; None: there is none.
         work: the settings.
     """
-    name, precisions = {"nemo": ("NeMo", ("bf16", *FP8_RECIPES)), "bridge": ("Bridge", (*BRIDGE_PRECISIONS,))}[backend]
+    name = {"nemo": "NeMo", "bridge": "Bridge"}[backend]
+    precisions = (*BRIDGE_PRECISIONS[work.low_params],) if backend == "bridge" else ("bf16", *FP8_RECIPES)
     if recipe is None:
         return "No recipe of this package trains this model"
     if backend == "bridge" and recipe.name not in BRIDGE_RECIPES:
         return f"No recipe for Bridge is {recipe.name} (--backend nemo has it)"
     if work.precision not in precisions:
-        return f"No recipe for {name} trains in {work.precision}, only in {', '.join(precisions)}"
-    if work.low_params:
-        return "No recipe keeps parameters in FP8, because upcycling cannot fill them"
+        kept = ", parameters too" if work.low_params else ""
+        return f"No recipe for {name} trains in {work.precision}{kept}, only in {', '.join(precisions)}"
     if backend == "nemo" and work.dispatcher == "hybridep":
         return "NeMo 2.7 has no HybridEP (--backend bridge has it)"
     if backend == "bridge" and work.gradients != "fp32":  # its precisions set them
@@ -110,7 +118,7 @@ def bridge_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) ->
         "train.global_batch_size": work.global_batch,
         "train.micro_batch_size": layout.micro_batch,
         "train.train_iters": _steps(plan),
-        "mixed_precision": BRIDGE_PRECISIONS[work.precision],
+        "mixed_precision": BRIDGE_PRECISIONS[work.low_params][work.precision],
     }
     per_node = layout.node_gpus(plan.request.gpu.per_node)
     launcher = f"torchrun --nnodes {layout.gpus // per_node} --nproc-per-node {per_node} -m nemo_upcycle.bridge"
@@ -151,6 +159,7 @@ def nemo_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> s
         arguments["recompute_moe_steps"] = steps if work.recomputes("moe") else 0
         arguments |= {"dispatcher": work.dispatcher} if work.dispatcher != "alltoall" else {}
         arguments |= {"fp8_recipe": FP8_RECIPES[work.precision]} if work.precision in FP8_RECIPES else {}
+        settings |= {"trainer.plugins.fp8_param_gather": True} if work.low_params else {}
     elif work.capacity_factor is not None:
         settings["model.config.moe_expert_capacity_factor"] = work.capacity_factor
         settings |= {"model.config.moe_pad_expert_input_to_capacity": True} if work.pad else {}
@@ -169,7 +178,7 @@ def nemo_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> s
 
 def _fp8_settings(work: Workload) -> dict[str, Any]:
     """Return everything that NeMo's precision sets, for recipes without an own argument for it."""
-    settings = {"fp8": "hybrid", "fp8_recipe": FP8_RECIPES[work.precision], "fp8_param_gather": False}
+    settings = {"fp8": "hybrid", "fp8_recipe": FP8_RECIPES[work.precision], "fp8_param_gather": work.low_params}
     if work.precision == "fp8-delayed":
         settings |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
     if ends := work.numbers.bf16_ends:

@@ -184,6 +184,13 @@ def test_a_setting_that_upcycling_cannot_have_is_named(recipes: Any, name: str, 
         recipes.upcycled(_with(name, value), dense=DENSE, spec=SPEC)
 
 
+def test_a_recipe_may_keep_its_parameters_in_fp8(recipes: Any) -> None:
+    from nemo.collections.llm.recipes.precision.mixed_precision import bf16_with_fp8_mixed
+
+    recipe = recipes.upcycled(_with("trainer.plugins", bf16_with_fp8_mixed()), dense=DENSE, spec=SPEC)
+    assert recipe.trainer.plugins.fp8_param_gather
+
+
 def test_a_finetuning_a_module_and_a_recipe_that_upcycles_are_refused(recipes: Any) -> None:
     from nemo.collections.llm.recipes import llama32_1b
 

@@ -59,8 +59,8 @@ def hybridep_run(dense: str, **layout: int) -> UpcyclingConfig:
 def fast_run(dense: str, precision: str, **layout: int) -> UpcyclingConfig:
     """Return the fast run in FP8: capacity factor 1 with padding, nothing recomputed. FP8 has not been run.
 
-    Parameters stay in BF16: FP8 ones (`fp8_param_gather`) cannot be filled. Gradients are reduced in BF16, as in
-    Bridge's `perf_recipes`.
+    Parameters stay in BF16 until FP8 ones (`fp8_param_gather`) have been filled on a GPU. Gradients are reduced in
+    BF16, as in Bridge's `perf_recipes`.
 
     Args:
         dense: the dense checkpoint.
