@@ -48,7 +48,7 @@ def quantize(tensor: torch.Tensor, quantizer: Any, output: Any = None, noop: Any
     if kind == "Float8Quantizer":
         quantizer.amax.copy_(torch.maximum(quantizer.amax, largest))
         scale = quantizer.scale.item()
-    elif kind == "Float8CurrentScalingQuantizer" and largest > 0:
+    elif kind == "Float8CurrentScalingQuantizer" and 0 < largest < torch.inf:
         scale = (MOST / largest).item()
     buffer = buffer_of(output)
     buffer.view(-1).copy_(cast(tensor.detach(), scale)[: buffer.numel()])  # of FP4, two values share a byte

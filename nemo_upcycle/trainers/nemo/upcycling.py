@@ -21,6 +21,7 @@ from nemo.utils.app_state import AppState
 from nemo_upcycle.cpu.backend import use_cpu_backend
 from nemo_upcycle.cpu.configuration import configure_for_cpu
 from nemo_upcycle.data.dense import ensure_dense
+from nemo_upcycle.errors import SpecError
 from nemo_upcycle.online.receipt import ActingCoefficient, UpcycleReceipt
 from nemo_upcycle.online.upcycle import fill_chunks, merge_receipts
 from nemo_upcycle.sources.megatron_checkpoint import is_megatron
@@ -107,6 +108,7 @@ class UpcycleStrategy(nl.MegatronStrategy):
             return
         precision, optimizer = setting(self.precision_plugin, "dtype_config"), setting(self.model, "optim.config")
         check_masters(precision, optimizer, "optim.config.use_precision_aware_optimizer")
+        _check_gather(self.ddp_config)
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # NeMo lets Megatron's wrapper copy weights on a stream of its own
         chunks, paths = list(self.megatron_parallel), [restore.path, *(restore.branches or [])]
@@ -131,6 +133,21 @@ class UpcycleStrategy(nl.MegatronStrategy):
         }
         _report(receipt)
         self.barrier("UpcycleStrategy.selective_restore")
+
+
+def _check_gather(ddp: Any) -> None:
+    """Refuse to gather parameters in MXFP8 while others compute: in NeMo 2.7 all would be zero.
+
+    They are gathered through the buffer of gradients, and Megatron-Core 0.15 leaves it to the training loop to copy
+    master weights there (`MixedPrecisionOptimizer.step_with_ready_grads`); NeMo's does not.
+    """
+    if setting(ddp, "reuse_grad_buf_for_mxfp8_param_ag") and setting(ddp, "overlap_param_gather"):
+        raise SpecError(
+            field="trainer.strategy.ddp.overlap_param_gather",
+            got=True,
+            expected="False with parameters in MXFP8, which NeMo 2.7 would gather before they are there",
+            fix="set it to False, also in MegatronCommOverlapCallback",
+        )
 
 
 def _act_as_set(config: Any) -> list[ActingCoefficient]:

@@ -1,4 +1,4 @@
-"""`nemo-upcycle plan`: what its speed assumes of the router, and which commands NeMo 2.7 and Bridge have for a plan."""
+"""`nemo-upcycle plan`: what its speed assumes of the router, and for which settings NeMo and Bridge have a command."""
 
 from __future__ import annotations
 
