@@ -54,9 +54,9 @@ def upcycle_into(
 ) -> UpcycleReceipt:
     """Make the local chunks of an MoE model from a dense checkpoint, in place.
 
-    Works under any `parallel_state`. For one seed the gathered model is bit-identical whatever the layout. Optimizers
-    that keep master weights must be made afterwards, or reload them: not with parameters in FP8 or FP4, of which they
-    would get the quantized values. Scales of those follow the layout; the values before do not.
+    Works under any `parallel_state`. For one seed the gathered model is bit-identical whatever the layout; of
+    parameters in FP8 or FP4, what they are quantized from. Optimizers that keep master weights must be made
+    afterwards, or reload them; with such parameters only the former gives exact ones (`exact_masters` in the receipt).
 
     Args:
         chunks: this rank's chunks of Megatron's `GPTModel` or `HybridModel` (wrapped or not), one per virtual stage.

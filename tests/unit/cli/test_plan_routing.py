@@ -63,11 +63,11 @@ def test_bridges_command_is_for_the_settings_that_its_recipes_have(
     assert "nemo_upcycle.bridge" not in text
 
 
-@pytest.mark.parametrize("recipe", ["llama3_8b_e8t2", "llama3_8b_dense_ct"])
+@pytest.mark.parametrize(("recipe", "layout"), [("llama3_8b_e8t2", "ep=8"), ("llama3_8b_dense_ct", "cp=2")])
 def test_a_command_keeps_parameters_in_fp8_where_the_plan_does(
-    recipe: str, capsys: pytest.CaptureFixture[str]
+    recipe: str, layout: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("--gpus", "64", "--precision", "fp8-current", "--layout", "cp=2", "--recipe", recipe)
+    options = ("--gpus", "64", "--precision", "fp8-current", "--layout", layout, "--recipe", recipe)
     low = _json(capsys, *options, "--low-precision-params")["rows"][0]["command"]
     assert "trainer.plugins.fp8_param_gather=True" in low
     assert "fp8_param_gather=True" not in _json(capsys, *options)["rows"][0]["command"]
