@@ -63,7 +63,7 @@ def test_bridges_command_is_for_the_settings_that_its_recipes_have(
     assert "nemo_upcycle.bridge" not in text
 
 
-@pytest.mark.parametrize(("recipe", "layout"), [("llama3_8b_e8t2", "ep=8"), ("llama3_8b_dense_ct", "cp=2")])
+@pytest.mark.parametrize(("recipe", "layout"), [("llama3_8b_e8t2", "pp=4,vp=8,ep=8"), ("llama3_8b_dense_ct", "cp=2")])
 def test_a_command_keeps_parameters_in_fp8_where_the_plan_does(
     recipe: str, layout: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
