@@ -7,6 +7,8 @@ are filled, and Transformer Engine's own quantizer makes the parameter of them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -35,14 +37,14 @@ def values_to_fill(parameter: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def quantize(parameter: torch.Tensor, values: torch.Tensor) -> None:
+def quantize(parameter: Any, values: torch.Tensor) -> None:
     """Write values into a quantized parameter, in place.
 
     Delayed scaling takes its scale from earlier steps. Before the first it is 1, with which weights of 0.02 lose most
     of their bits, and the largest value so far is that of the memory that the parameter was made of: both are set.
 
     Args:
-        parameter: one that `is_quantized`.
+        parameter: a tensor that `is_quantized`.
         values: of its shape.
     """
     from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer
