@@ -172,9 +172,8 @@ def _replace_callback(recipe: run.Partial, kind: type, callback: Optional[run.Co
 def _compute_in_fp8(recipe: run.Partial, name: str) -> None:
     """Let Transformer Engine multiply in FP8; weights stay in bfloat16.
 
-    Weights kept in FP8 (`fp8_param_gather`, on in two of NeMo's three precisions) do not suit a run that starts by
-    upcycling: it fills parameters through views, which such tensors lack, and the float32 masters would be copies of
-    the FP8 weights, with 8 bits of the dense checkpoint.
+    `trainer.plugins.fp8_param_gather=True`, which two of NeMo's three precisions have, keeps them in FP8: they are
+    filled, too, but no GPU has done it yet.
     """
     name = {"current": "tensorwise"}.get(name, name)
     if name not in FP8_RECIPES:

@@ -134,7 +134,7 @@ def request_of(args: argparse.Namespace, subject: Subject) -> PlanRequest:
         check_capacity(capacity, args.pad_to_capacity, subject.arch.num_experts, subject.arch.top_k or 1)
     imbalance = FORCED_IMBALANCE if args.routing == "balanced" else USUAL_IMBALANCE
     low_params = args.low_params
-    if low_params is None:  # an upcycled model's cannot be filled, and this package's recipes keep BF16
+    if low_params is None:  # this package's recipes keep BF16
         low_params = args.precision != "bf16" and subject.recipe is None and subject.spec is None
     gradients = given("gradients")
     if args.gradients is None and args.backend == "bridge" and subject.recipe is not None:

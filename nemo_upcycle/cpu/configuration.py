@@ -16,6 +16,9 @@ _CPU_FIELDS: dict[str, Any] = {
     "bias_dropout_fusion": False,
     "cross_entropy_loss_fusion": False,
     "fp8": None,
+    "fp8_param": False,
+    "fp4": None,
+    "fp4_param": False,
     "gradient_accumulation_fusion": False,
     "masked_softmax_fusion": False,
     "moe_grouped_gemm": False,  # SequentialMLP: the same parameters, and the same names in a checkpoint

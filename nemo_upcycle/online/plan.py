@@ -17,6 +17,7 @@ from nemo_upcycle.models.config_fields import glu_interleave_size
 from nemo_upcycle.models.hybrid import LayerPart, layer_parts
 from nemo_upcycle.models.mapping import ParamMapping, Sharding, find_mapping, mapping_of, part_mappings
 from nemo_upcycle.models.sharding import Shard, hf_shape, shard_shape
+from nemo_upcycle.online.quantized import is_quantized, values_to_fill
 from nemo_upcycle.online.receipt import ParameterRecord
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.tensor_plan import TensorPlan, plan_tensor
@@ -49,21 +50,24 @@ class ParamPlan:
 
     Args:
         names: of the parameters.
-        tensors: their data.
+        tensors: their data; of a quantized parameter, the values to quantize.
         experts: numbers of the experts over all ranks; empty for what is not a routed expert's.
         made_of: what each of the tensors is made of.
+        quantized: the parameters that the tensors are quantized into; empty where they are their data.
     """
 
     names: tuple[str, ...]
     tensors: tuple[torch.Tensor, ...]
     experts: tuple[int, ...]
     made_of: TensorPlan
+    quantized: tuple[torch.Tensor, ...] = ()
 
     def records(self, spec: UpcycleSpec | None) -> list[ParameterRecord]:
         """Return how each of the parameters is made."""
         branch = f"{self.made_of.branch}:" if self.made_of.branch else ""
         sources = tuple(f"{branch}{slice_}" for slice_ in self.made_of.slices)
-        shape, dtype = tuple(self.tensors[0].shape), dtype_name(self.tensors[0].dtype)
+        shape = tuple(self.tensors[0].shape)
+        dtype = type(self.quantized[0]).__name__ if self.quantized else dtype_name(self.tensors[0].dtype)
         made_by = self.made_of.made_by(spec)
         return [ParameterRecord(name, shape, dtype, made_by, sources) for name in self.names]
 
@@ -92,7 +96,7 @@ def param_plans(
     """
     parts = layer_parts(model)
     layers = [part.layer for part in parts]
-    grouped: dict[TensorPlan, list[tuple[int, str, torch.Tensor]]] = {}
+    grouped: dict[TensorPlan, list[tuple[int, str, torch.nn.Parameter, torch.Tensor]]] = {}
     found: dict[int | None, dict[str, str]] = {}
     mapped, unknown_names = [], []
     for name, parameter in model.named_parameters():
@@ -115,7 +119,7 @@ def param_plans(
         mapping = mapping_of(megatron_mapping.role, moe_arch)
         shard = coords.expert if mapping.is_expert else coords.dense
         expert = 0 if local_expert is None else first_expert + local_expert
-        tensor = _plain(name, parameter)
+        tensor = _tensor_to_fill(name, parameter)
         shape = _checked_shape(name, tensor, mapping, moe_arch, shard)
         made_of = plan_tensor(
             *(mapping, layer, expert, dense, moe_arch, spec),
@@ -124,11 +128,12 @@ def param_plans(
             shape=shape,
             interleaved=glu_interleave_size(model.config, mapping, name, shape[0]),
         )
-        grouped.setdefault(made_of, []).append((expert, name, tensor))
+        grouped.setdefault(made_of, []).append((expert, name, parameter, tensor))
     plans = []
     for made_of, members in grouped.items():
-        experts, names, tensors = zip(*sorted(members, key=lambda member: member[0]), strict=True)
-        plans.append(ParamPlan(names, tensors, experts if made_of.mapping.is_expert else (), made_of))
+        experts, names, parameters, tensors = zip(*sorted(members, key=lambda member: member[0]), strict=True)
+        quantized = tuple(filter(is_quantized, parameters))
+        plans.append(ParamPlan(names, tensors, experts if made_of.mapping.is_expert else (), made_of, quantized))
     return plans
 
 
@@ -153,18 +158,20 @@ def _checked_shape(
     return shape
 
 
-def _plain(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Return what a parameter holds, which must be memory that can be filled through views.
+def _tensor_to_fill(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Return what a parameter holds, which must be memory that can be filled through views, or what is quantized.
 
     Raises:
-        SpecError: it is Transformer Engine's FP8 (`fp8_param_gather`), a `DTensor` of FSDP, or the like.
+        SpecError: it is a `DTensor` of FSDP, or the like.
     """
+    if is_quantized(parameter):
+        return values_to_fill(parameter)
     if type(parameter) is not torch.nn.Parameter:
         raise SpecError(
             f"parameter {name}",
             got=type(parameter).__name__,
-            expected="torch.nn.Parameter",
-            fix="use fp8_param_gather=False (products may be in FP8 all the same), and no FSDP",
+            expected="torch.nn.Parameter, or one in FP8 or FP4 of Transformer Engine's",
+            fix="use no FSDP, and one parameter for each expert",
         )
     return parameter.data
 

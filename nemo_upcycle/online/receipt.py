@@ -14,7 +14,10 @@ from nemo_upcycle.utils.files import read_json, write_json
 
 @dataclass(frozen=True)
 class ParameterRecord:
-    """How one parameter of a rank was made; `sha256` is of its bytes, if hashes were asked for."""
+    """How one parameter of a rank was made; `sha256` is of its bytes, if hashes were asked for.
+
+    Of a parameter in FP8 or FP4, `dtype` is Transformer Engine's class and `sha256` is of what was quantized.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -40,7 +43,9 @@ class UpcycleReceipt:
     """What `upcycle_into` did on one rank; `merge` makes it that of all ranks.
 
     `*_params` count the whole model. Bytes are this rank's until merged, then the sum over ranks; seconds and
-    `peak_rss_gib` (of the process's whole life) then those of the slowest and the largest rank.
+    `peak_rss_gib` (of the process's whole life) then those of the slowest and the largest rank. `exact_masters` says
+    whether master weights that are made from now on equal what was filled in: not where a parameter is in FP8 or FP4
+    and the values before are not kept, or no longer because an optimizer has taken them.
     """
 
     source: str
@@ -57,6 +62,7 @@ class UpcycleReceipt:
     bytes_written: int
     seconds: float
     peak_rss_gib: float
+    exact_masters: bool = True
     ranks: int = 1
     layout: dict[str, int] = field(default_factory=dict)
     auxiliary_losses: list[ActingCoefficient] = field(default_factory=list)
@@ -65,7 +71,7 @@ class UpcycleReceipt:
 
     def merge(self, others: list[UpcycleReceipt]) -> UpcycleReceipt:
         """Return this receipt with the numbers of all ranks (this one among `others`) added up."""
-        merged = replace(self, ranks=len(others))
+        merged = replace(self, ranks=len(others), exact_masters=all(other.exact_masters for other in others))
         for name in ("bytes_read", "bytes_needed", "bytes_written"):
             setattr(merged, name, sum(getattr(other, name) for other in others))
         for name in ("seconds", "peak_rss_gib"):

@@ -26,6 +26,7 @@ from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.mapping import Sharding
 from nemo_upcycle.models.megatron_config import changed_by, check_model, check_spec
 from nemo_upcycle.online.plan import ParamPlan, RankCoords, param_plans
+from nemo_upcycle.online.quantized import kept_values, quantize
 from nemo_upcycle.online.receipt import ParameterRecord, UpcycleReceipt
 from nemo_upcycle.sources import DenseSource, open_dense
 from nemo_upcycle.sources.checks import check_source, rounded_because
@@ -53,8 +54,9 @@ def upcycle_into(
 ) -> UpcycleReceipt:
     """Make the local chunks of an MoE model from a dense checkpoint, in place.
 
-    Works under any `parallel_state`. For one seed the gathered model is bit-identical whatever the layout. Optimizers
-    that keep master weights must reload them afterwards.
+    Works under any `parallel_state`. For one seed the gathered model is bit-identical whatever the layout; of
+    parameters in FP8 or FP4, what they are quantized from. Optimizers that keep master weights must be made
+    afterwards, or reload them; with such parameters only the former gives exact ones (`exact_masters` in the receipt).
 
     Args:
         chunks: this rank's chunks of Megatron's `GPTModel` or `HybridModel` (wrapped or not), one per virtual stage.
@@ -165,6 +167,9 @@ def fill(
             for slice_ in later.made_of.slices:
                 later.made_of.source(dense).prefetch(slice_.name, slice_.bounds)
         _fill(plan, dense, spec)
+        if plan.quantized:
+            for parameter, values in zip(plan.quantized, plan.tensors, strict=True):
+                quantize(parameter, values)
         records += plan.records(spec)
         if progress:
             progress(plan.names[0], sum(tensor.nbytes for tensor in plan.tensors))
@@ -249,6 +254,7 @@ def make_receipt(
         bytes_written=sum(tensor.nbytes for plan in plans for tensor in plan.tensors),
         seconds=round(seconds, 3),
         peak_rss_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+        exact_masters=all(kept_values(parameter) is not None for plan in plans for parameter in plan.quantized),
     )
 
 

@@ -14,8 +14,16 @@ from nemo_upcycle.planning.workload import PRECISIONS, Workload
 
 #: What the recipes, as Megatron, call what the planner calls a precision.
 FP8_RECIPES = {"fp8-delayed": "delayed", "fp8-current": "tensorwise", "fp8-blockwise": "blockwise"}
-#: Of Bridge's mixed precisions, those that keep parameters in BF16: FP8 ones cannot be filled.
-BRIDGE_PRECISIONS = {"bf16": "bf16_mixed", "fp8-blockwise": "bf16_with_fp8_subchannel_scaling_mixed"}
+#: Whether parameters are kept in FP8 or FP4 -> those of Bridge's mixed precisions, which decide it.
+BRIDGE_PRECISIONS = {
+    False: {"bf16": "bf16_mixed", "fp8-blockwise": "bf16_with_fp8_subchannel_scaling_mixed"},
+    True: {
+        "fp8-delayed": "bf16_with_fp8_delayed_scaling_mixed",
+        "fp8-current": "bf16_with_fp8_current_scaling_mixed",
+        "mxfp8": "bf16_with_mxfp8_mixed",
+        "nvfp4": "bf16_with_nvfp4_mixed",
+    },
+}
 #: Recipe of this package -> GPUs of the one by Bridge's naming, which a plan changes.
 _BRIDGE_GPUS = {
     "llama3_8b_e8t2": 512,
@@ -27,8 +35,12 @@ _BRIDGE_GPUS = {
 }
 BRIDGE_RECIPES = {name: f"{name}_pretrain_{gpus}gpu_h100_bf16_config" for name, gpus in _BRIDGE_GPUS.items()}
 BACKENDS = ("nemo", "bridge")
-#: Back end -> its name, and the precisions that it has a setting for.
-_PRECISIONS = {"nemo": ("NeMo", ("bf16", *FP8_RECIPES)), "bridge": ("Bridge", (*BRIDGE_PRECISIONS,))}
+_TITLES = {"nemo": "NeMo", "bridge": "Bridge"}
+
+
+def _precisions(backend: str, work: Workload) -> tuple[str, ...]:
+    """Return the precisions that a back end has a setting for, with parameters kept as the work has them."""
+    return tuple(BRIDGE_PRECISIONS[work.low_params]) if backend == "bridge" else ("bf16", *FP8_RECIPES)
 
 
 def fp8_precision(recipe: str | None) -> str:
@@ -83,10 +95,10 @@ def changed_settings(backend: str, before: Plan, after: Plan) -> list[str]:
     Raises:
         SpecError: the back end has no setting for the precision.
     """
-    (title, precisions), precision = _PRECISIONS[backend], after.work.precision
+    precisions, precision = _precisions(backend, after.work), after.work.precision
     if precision not in (*precisions, before.work.precision):
-        fix = f"use {precisions[-1]}"
-        raise SpecError(field="precision", got=precision, expected=f"one of {title}'s recipes", fix=fix)
+        expected = f"one of {_TITLES[backend]}'s recipes"
+        raise SpecError(field="precision", got=precision, expected=expected, fix=f"use {precisions[-1]}")
     now, then = (_settings_of(backend, plan) for plan in (before, after))
     write = str if backend == "nemo" else _yaml
     return [f"{name}={write(value)}" for name, value in then.items() if name not in now or now[name] != value]
@@ -98,7 +110,7 @@ def _settings_of(backend: str, plan: Plan) -> dict[str, Any]:
     if backend == "bridge":
         settings = {f"model.{name}": value for name, value in (sizes | recomputation).items()}
         settings["train.micro_batch_size"] = layout.micro_batch
-        return settings | {"mixed_precision": BRIDGE_PRECISIONS.get(work.precision)}
+        return settings | {"mixed_precision": BRIDGE_PRECISIONS[work.low_params].get(work.precision)}
     settings = {f"trainer.strategy.{name}": value for name, value in sizes.items()}
     settings |= {f"model.config.{name}": value for name, value in recomputation.items()}
     settings["data.micro_batch_size"] = layout.micro_batch
@@ -126,15 +138,14 @@ def why_no_command(backend: str, recipe: KnownRecipe | None, work: Workload) -> 
         recipe: that trains the model; None: there is none.
         work: the settings.
     """
-    name, precisions = _PRECISIONS[backend]
+    name, precisions = _TITLES[backend], _precisions(backend, work)
     if recipe is None:
         return "No recipe of this package trains this model"
     if backend == "bridge" and recipe.name not in BRIDGE_RECIPES:
         return f"No recipe for Bridge is {recipe.name} (--backend nemo has it)"
     if work.precision not in precisions:
-        return f"No recipe for {name} trains in {work.precision}, only in {', '.join(precisions)}"
-    if work.low_params:
-        return "No recipe keeps parameters in FP8, because upcycling cannot fill them"
+        kept = ", parameters too" if work.low_params else ""
+        return f"No recipe for {name} trains in {work.precision}{kept}, only in {', '.join(precisions)}"
     if backend == "nemo" and (title := {"hybridep": "HybridEP", "ncclep": "NCCL EP"}.get(work.dispatcher)):
         return f"NeMo 2.7 has no {title} (--backend bridge has it)"
     if backend == "bridge" and work.gradients != "fp32":  # its precisions set them
@@ -163,7 +174,7 @@ def bridge_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) ->
         "train.global_batch_size": work.global_batch,
         "train.micro_batch_size": layout.micro_batch,
         "train.train_iters": _steps(plan),
-        "mixed_precision": BRIDGE_PRECISIONS[work.precision],
+        "mixed_precision": BRIDGE_PRECISIONS[work.low_params][work.precision],
     }
     per_node = layout.node_gpus(plan.request.gpu.per_node)
     launcher = f"torchrun --nnodes {layout.gpus // per_node} --nproc-per-node {per_node} -m nemo_upcycle.bridge"
@@ -204,6 +215,7 @@ def nemo_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> s
         arguments["recompute_moe_steps"] = steps if work.recomputes("moe") else 0
         arguments |= {"dispatcher": work.dispatcher} if work.dispatcher != "alltoall" else {}
         arguments |= {"fp8_recipe": FP8_RECIPES[work.precision]} if work.precision in FP8_RECIPES else {}
+        settings |= {"trainer.plugins.fp8_param_gather": True} if work.low_params else {}
     elif work.capacity_factor is not None:
         settings["model.config.moe_expert_capacity_factor"] = work.capacity_factor
         settings |= {"model.config.moe_pad_expert_input_to_capacity": True} if work.pad else {}
@@ -220,7 +232,7 @@ def nemo_command(recipe: KnownRecipe, plan: Plan, dense: str | None = None) -> s
 def _fp8_settings(work: Workload) -> dict[str, Any]:
     """Return everything that NeMo's precision sets, for recipes without an own argument for it."""
     recipe = FP8_RECIPES.get(work.precision)
-    settings: dict[str, Any] = {"fp8": "hybrid", "fp8_recipe": recipe, "fp8_param_gather": False}
+    settings: dict[str, Any] = {"fp8": "hybrid", "fp8_recipe": recipe, "fp8_param_gather": work.low_params}
     if work.precision == "fp8-delayed":
         settings |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
     if ends := work.numbers.bf16_ends:

@@ -37,7 +37,6 @@ def _each_finite(value: Any) -> bool:
 _RATE = _finite, "a finite number, 0 or more", "set it to, for example, 1e-5"
 _SHARE = (lambda value: is_number(value, 0) and value < 1), "a number from 0 to below 1", "set it to, for example, 0.1"
 _NONE = operator.not_, "none"
-_FP8 = "set it to False: weights stay in 16 bits, products may be in FP8"
 _LR = Rule("optim.config.lr", "optimizer.lr", *_RATE)
 _MIN_LR = Rule("optim.lr_scheduler.min_lr", "optimizer.min_lr", *_RATE)
 RULES: tuple[Rule, ...] = (
@@ -61,8 +60,6 @@ RULES: tuple[Rule, ...] = (
     Rule("log.ckpt.every_n_train_steps", "checkpoint.save_interval", *_from(1)),
     Rule("log.ckpt.keep_last", "", *_from(1)),
     # What a run that is filled from a dense checkpoint cannot have beside `models/config_fields.yaml`.
-    Rule("trainer.plugins.fp8_param_gather", "mixed_precision.fp8_param_gather", *_NONE, _FP8),
-    Rule("trainer.plugins.fp8_params", "", *_NONE, _FP8),
     Rule("trainer.strategy.fsdp", "", *_NONE, "leave it out: ranks fill plain tensors"),
     Rule(
         "trainer.strategy.ddp.use_megatron_fsdp",
@@ -100,6 +97,29 @@ def check_values(recipe: Any, trainer: str, where: str = "") -> None:
     if rate is not None and floor is not None and floor > rate:  # schedulers fail after the warm-up
         expected = f"at most {where}{highest} ({rate})"
         raise SpecError(field=f"{where}{lowest}", got=floor, expected=expected, fix="set both")
+
+
+def check_masters(precision: Any, optimizer: Any, field: str) -> None:
+    """Check that master weights are made of what is filled in, not of parameters in FP8.
+
+    With delayed scaling, Transformer Engine's `FusedAdam` makes its own of the parameters.
+
+    Args:
+        precision: of NeMo's plugin, or Bridge's; None: there is none.
+        optimizer: Megatron's `OptimizerConfig`.
+        field: that of `use_precision_aware_optimizer`, for the text of the error.
+
+    Raises:
+        SpecError: they are made of parameters in FP8.
+    """
+    keeps_fp8 = setting(precision, "fp8_param_gather") and setting(precision, "fp8_recipe") == "delayed"
+    if keeps_fp8 and setting(optimizer, "use_precision_aware_optimizer"):
+        raise SpecError(
+            field=field,
+            got=True,
+            expected="False with fp8_param_gather under delayed scaling: its master weights would be of 8 bits",
+            fix="set it to False, or use another fp8_recipe",
+        )
 
 
 def setting(recipe: Any, name: str) -> Any:

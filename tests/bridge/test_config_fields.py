@@ -37,7 +37,6 @@ def test_every_field_is_in_the_table() -> None:
     [
         ("mtp_num_layers", 1, "no dense checkpoint has multi-token prediction"),
         ("moe_single_grouped_weight", True, "one parameter"),
-        ("fp8_param", True, "weights stay in 16 bits"),
         ("moe_router_force_biased", 3.0, "for benchmarks"),
         ("attention_output_gate", True, "no known parent has one"),
         ("qk_clip", True, "does not know what it changes"),

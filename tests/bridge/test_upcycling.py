@@ -152,8 +152,14 @@ def test_the_dense_baseline_starts_from_the_same_checkpoint(dense: Path, tmp_pat
         ({"model.init_model_with_meta_device": True}, "init_model_with_meta_device"),
         ({"model.mtp_num_layers": 1}, "mtp_num_layers"),
         ({"model.moe_single_grouped_weight": True}, "moe_single_grouped_weight"),
-        ({"model.fp8_param": True}, "fp8_param"),
-        ({"mixed_precision.fp8_param_gather": True}, "fp8_param_gather"),
+        (
+            {
+                "mixed_precision.fp8_param_gather": True,
+                "mixed_precision.fp8_recipe": "delayed",
+                "optimizer.use_precision_aware_optimizer": True,
+            },
+            "use_precision_aware_optimizer: got True, expected False with fp8_param_gather",
+        ),
         ({"checkpoint.save": "msc://mine/run", "checkpoint.load": "msc://mine/run"}, "MultiStorageClient is on"),
         ({"checkpoint.save": "s3://mine/run", "checkpoint.load": "s3://mine/run"}, "MultiStorageClient is on"),
     ],
@@ -175,6 +181,32 @@ def test_a_configuration_that_contradicts_is_refused_by_name(
     with pytest.raises(SpecError, match=message):
         upcycle_on_start(config, dense, spec)
     assert config.model.pre_wrap_hook is None
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        "bf16_with_fp8_delayed_scaling_mixed",
+        "bf16_with_fp8_current_scaling_mixed",
+        "bf16_with_mxfp8_mixed",
+        "bf16_with_fp8_subchannel_scaling_mixed",
+        "bf16_with_nvfp4_mixed",
+    ],
+)
+def test_a_run_may_keep_its_parameters_in_fp8_or_fp4(dense: Path, tmp_path: Path, precision: str) -> None:
+    from megatron.bridge.training.mixed_precision import get_mixed_precision_config
+
+    from nemo_upcycle.trainers.bridge.upcycling import hook_of, upcycle_on_start
+
+    spec = UpcycleSpec(**SPEC)
+    config = run_config(dense, tmp_path, spec)
+    upcycle_on_start(config, dense, spec)
+    config.mixed_precision = get_mixed_precision_config(precision)
+    kind = "fp4" if "nvfp4" in precision else "fp8"
+    setattr(config.mixed_precision, f"{kind}_param_gather", True)
+    config.mixed_precision.setup(config.model, config.optimizer, config.ddp)
+    assert getattr(config.model, f"{kind}_param")
+    hook_of(config).check()
 
 
 def test_a_parent_that_is_no_folder_is_refused(dense: Path, tmp_path: Path) -> None:

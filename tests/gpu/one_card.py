@@ -83,7 +83,10 @@ def cut_down(config: Any, sizes: Sizes) -> None:
 
 
 def recipe_for(sizes: Sizes, dense: Path, data: Path, folder: Path, precision: str) -> Any:
-    """Return the recipe of Llama 3 8B, cut down to one card: the same kernels, data and optimizer settings."""
+    """Return the recipe of Llama 3 8B, cut down to one card: the same kernels, data and optimizer settings.
+
+    A precision that ends with "+params" keeps its parameters in FP8, too.
+    """
     import nemo_run as run
 
     from nemo_upcycle.data.blend_module import blend_data
@@ -93,7 +96,7 @@ def recipe_for(sizes: Sizes, dense: Path, data: Path, folder: Path, precision: s
     recipe = llama3_8b_e8t2.pretrain_recipe(
         num_nodes=1,
         num_gpus_per_node=1,
-        fp8_recipe=PRECISIONS[precision],
+        fp8_recipe=PRECISIONS[precision.removesuffix("+params")],
         capacity_factor=CAPACITY_FACTOR,
         recompute_moe_steps=0,
         comm_overlap=False,
@@ -102,6 +105,8 @@ def recipe_for(sizes: Sizes, dense: Path, data: Path, folder: Path, precision: s
         virtual_pipeline_parallelism=1,
         expert_parallelism=1,
     )
+    if precision.endswith("+params"):
+        recipe.trainer.plugins.fp8_param_gather = True
     cut_down(recipe.model.config, sizes)
     recipe.data = run.Config(
         blend_data, dense=str(dense), seq_length=sizes.sequence, global_batch_size=sizes.batch, micro_batch_size=1

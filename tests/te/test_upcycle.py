@@ -336,21 +336,14 @@ def test_llama_3_8b_on_a_rank_of_512(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parameters == 1_840_054_272
 
 
-def test_parameters_in_fp8_are_refused() -> None:
-    import transformer_engine_torch as tex
-    from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
+def test_parameters_of_another_class_are_refused() -> None:
+    class Sharded(torch.nn.Parameter):
+        pass
 
     arch = small_architecture()
     with megatron_rank(ONE_RANK, 0):
         chunks = _with_te(_local(arch, SPEC, ONE_RANK))
         linear = chunks[0].decoder.layers[0].self_attention.linear_qkv
-        quantized = Float8Tensor(
-            shape=linear.weight.shape,
-            dtype=torch.bfloat16,
-            data=torch.zeros(linear.weight.shape, dtype=torch.uint8),
-            fp8_scale_inv=torch.ones(1),
-            fp8_dtype=tex.DType.kFloat8E4M3,
-        )
-        linear.weight = torch.nn.Parameter(quantized)
-        with pytest.raises(SpecError, match=r"linear_qkv\.weight.*Float8Tensor.*fp8_param_gather=False"):
+        linear.weight = Sharded(linear.weight.data)
+        with pytest.raises(SpecError, match=r"linear_qkv\.weight.*Sharded.*FSDP"):
             upcycle_into(chunks, MemorySource(arch), SPEC)

@@ -31,6 +31,7 @@ from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.bridge.interleaving import store_contiguous
 from nemo_upcycle.trainers.bridge.run_folder import RECEIPT, check_folder, load_receipt, same_folder, save_receipt
 from nemo_upcycle.trainers.bridge.settings import require_callbacks
+from nemo_upcycle.trainers.values import check_masters
 from nemo_upcycle.utils.progress import show_messages
 from nemo_upcycle.utils.validation import is_whole
 
@@ -240,14 +241,10 @@ def _check(config: ConfigContainer, spec: UpcycleSpec | None) -> None:
         ("dist.use_torch_fsdp2", config.dist.use_torch_fsdp2, "it cuts shards"),
         ("dist.use_decentralized_pg", config.dist.use_decentralized_pg, "it has no parallel_state"),
         ("model.init_model_with_meta_device", model.init_model_with_meta_device, "there is nothing to fill"),
-        (
-            "mixed_precision.fp8_param_gather",
-            precision and precision.fp8_param_gather,
-            "parameters in FP8 cannot be filled; products may be in FP8",
-        ),
     ):
         if got:
             raise SpecError(field=f"config.{name}", got=got, expected=f"nothing: {why}", fix="unset it")
+    check_masters(precision, config.optimizer, "config.optimizer.use_precision_aware_optimizer")
     if loads:
         raise SpecError(
             field="config.model",

@@ -21,6 +21,7 @@ from nemo.utils.app_state import AppState
 from nemo_upcycle.cpu.backend import use_cpu_backend
 from nemo_upcycle.cpu.configuration import configure_for_cpu
 from nemo_upcycle.data.dense import ensure_dense
+from nemo_upcycle.errors import SpecError
 from nemo_upcycle.online.receipt import ActingCoefficient, UpcycleReceipt
 from nemo_upcycle.online.upcycle import fill_chunks, merge_receipts
 from nemo_upcycle.sources.megatron_checkpoint import is_megatron
@@ -28,6 +29,7 @@ from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.layout import layout_of
 from nemo_upcycle.trainers.nemo.imports import quiet_lightning
 from nemo_upcycle.trainers.nemo.nemo_signatures import repair_signatures
+from nemo_upcycle.trainers.values import check_masters, setting
 from nemo_upcycle.utils.attributes import temporarily_set
 from nemo_upcycle.utils.progress import show_messages
 
@@ -89,7 +91,7 @@ class UpcycleStrategy(nl.MegatronStrategy):
         super().connect(model)
 
     def setup_megatron_parallel(self, trainer: pl.Trainer) -> None:
-        """Build the chunks, without a random initialisation that would be overwritten at once."""
+        """Build and fill the chunks, without a random initialisation that would be overwritten at once."""
         model = self.model
         overwritten = isinstance(self.restore_config, UpcycleConfig) or bool(trainer.ckpt_path)
         with temporarily_set(model.config, "perform_initialization", False) if overwritten else nullcontext():
@@ -98,17 +100,26 @@ class UpcycleStrategy(nl.MegatronStrategy):
         if torch.distributed.get_rank() == 0:
             _say(self._auxiliary_losses)
 
-    def selective_restore(self) -> None:
-        """Fill the chunks from the dense checkpoint, then reload the optimizers' master weights from them."""
+    def init_model_parallel(self) -> None:
+        """Wrap the chunks, then fill them from the dense checkpoint, before optimizers make master weights of them."""
+        super().init_model_parallel()
         restore = self.restore_config
-        if not isinstance(restore, UpcycleConfig):
+        if not isinstance(restore, UpcycleConfig) or self.trainer.ckpt_path:
+            return
+        precision, optimizer = setting(self.precision_plugin, "dtype_config"), setting(self.model, "optim.config")
+        check_masters(precision, optimizer, "optim.config.use_precision_aware_optimizer")
+        _check_gather(self.ddp_config)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # NeMo lets Megatron's wrapper copy weights on a stream of its own
+        chunks, paths = list(self.megatron_parallel), [restore.path, *(restore.branches or [])]
+        self._receipt = fill_chunks(chunks, paths, restore.spec, restore.non_expert_weights)
+
+    def selective_restore(self) -> None:
+        """Write the receipt of what was filled."""
+        if not isinstance(self.restore_config, UpcycleConfig):
             super().selective_restore()
             return
-        paths = [restore.path, *(restore.branches or [])]
-        receipt = fill_chunks(list(self.megatron_parallel), paths, restore.spec, restore.non_expert_weights)
-        for optimizer in self.optimizers:
-            # Without this the float32 masters keep what they were built from and the first step writes it back.
-            optimizer.reload_model_params()
+        receipt = self._receipt
         receipt.auxiliary_losses = self._auxiliary_losses
         layout = layout_of(self, torch.distributed.get_world_size())
         receipt.layout = {
@@ -122,6 +133,21 @@ class UpcycleStrategy(nl.MegatronStrategy):
         }
         _report(receipt)
         self.barrier("UpcycleStrategy.selective_restore")
+
+
+def _check_gather(ddp: Any) -> None:
+    """Refuse to gather parameters in MXFP8 while others compute: in NeMo 2.7 all would be zero.
+
+    They are gathered through the buffer of gradients, and Megatron-Core 0.15 leaves it to the training loop to copy
+    master weights there (`MixedPrecisionOptimizer.step_with_ready_grads`); NeMo's does not.
+    """
+    if setting(ddp, "reuse_grad_buf_for_mxfp8_param_ag") and setting(ddp, "overlap_param_gather"):
+        raise SpecError(
+            field="trainer.strategy.ddp.overlap_param_gather",
+            got=True,
+            expected="False with parameters in MXFP8, which NeMo 2.7 would gather before they are there",
+            fix="set it to False, also in MegatronCommOverlapCallback",
+        )
 
 
 def _act_as_set(config: Any) -> list[ActingCoefficient]:

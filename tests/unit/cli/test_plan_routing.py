@@ -1,4 +1,4 @@
-"""`nemo-upcycle plan`: what its speed assumes of the router, and what NeMo 2.7 and Bridge do not have."""
+"""`nemo-upcycle plan`: what its speed assumes of the router, and for which settings NeMo and Bridge have a command."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_bridges_command_is_for_the_recipes_that_bridge_has(capsys: pytest.Captu
         (["--recipe", "qwen3_8b_e8t2", "--grad-dtype", "bf16"], "sums gradients in bf16, only in fp32"),
         (
             ["--recipe", "qwen3_8b_e8t2", "--precision", "fp8-blockwise", "--low-precision-params"],
-            "No recipe keeps parameters in FP8, because upcycling cannot fill them",
+            "trains in fp8-blockwise, parameters too, only in fp8-delayed, fp8-current, mxfp8, nvfp4",
         ),
     ],
 )
@@ -68,6 +68,22 @@ def test_bridges_command_is_for_the_settings_that_its_recipes_have(
     assert words in text
     assert "so there is no command." in text
     assert "nemo_upcycle.bridge" not in text
+
+
+@pytest.mark.parametrize(("recipe", "layout"), [("llama3_8b_e8t2", "pp=4,vp=8,ep=8"), ("llama3_8b_dense_ct", "cp=2")])
+def test_a_command_keeps_parameters_in_fp8_where_the_plan_does(
+    recipe: str, layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--gpus", "64", "--precision", "fp8-current", "--layout", layout, "--recipe", recipe)
+    low = _json(capsys, *options, "--low-precision-params")["rows"][0]["command"]
+    assert "trainer.plugins.fp8_param_gather=True" in low
+    assert "fp8_param_gather=True" not in _json(capsys, *options)["rows"][0]["command"]
+
+
+def test_bridges_precision_keeps_parameters_in_fp8_where_the_plan_does(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--recipe", "llama3_8b_e8t2", "--gpus", "64", "--precision", "fp8-current", "--layout", "ep=8")
+    row = _json(capsys, *options, "--low-precision-params", "--backend", "bridge")["rows"][0]
+    assert "mixed_precision=bf16_with_fp8_current_scaling_mixed" in row["command"]
 
 
 def test_bridges_command_of_a_model_has_the_gradients_that_are_planned(capsys: pytest.CaptureFixture[str]) -> None:

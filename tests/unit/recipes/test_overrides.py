@@ -23,7 +23,7 @@ def test_fp8_run_names_its_recipe_everywhere(recipes: Any, base: str, name: str)
     config, precision = recipe.model.config, recipe.trainer.plugins
     assert precision.fp8_recipe == config.fp8_recipe == {"current": "tensorwise"}.get(name, name)
     assert precision.fp8 == config.fp8 == "hybrid"
-    assert precision.fp8_param_gather is False  # upcycling fills weights in bfloat16
+    assert precision.fp8_param_gather is False
     assert config.moe_router_padding_for_fp8 is True
     assert precision.grad_reduce_in_fp32 is True
 

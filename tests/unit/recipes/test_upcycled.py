@@ -172,7 +172,6 @@ def _with(name: str, value: Any) -> Any:
     ("name", "value"),
     [
         ("model.config.mtp_num_layers", 1),
-        ("trainer.plugins.fp8_param_gather", True),
         ("trainer.strategy.fsdp", "megatron"),
         ("trainer.strategy.tensor_parallel_size", 2),
         ("trainer.strategy", "auto"),
@@ -183,6 +182,13 @@ def _with(name: str, value: Any) -> Any:
 def test_a_setting_that_upcycling_cannot_have_is_named(recipes: Any, name: str, value: Any) -> None:
     with pytest.raises(SpecError, match=name.replace(".", r"\.")):
         recipes.upcycled(_with(name, value), dense=DENSE, spec=SPEC)
+
+
+def test_a_recipe_may_keep_its_parameters_in_fp8(recipes: Any) -> None:
+    from nemo.collections.llm.recipes.precision.mixed_precision import bf16_with_fp8_mixed
+
+    recipe = recipes.upcycled(_with("trainer.plugins", bf16_with_fp8_mixed()), dense=DENSE, spec=SPEC)
+    assert recipe.trainer.plugins.fp8_param_gather
 
 
 def test_a_finetuning_a_module_and_a_recipe_that_upcycles_are_refused(recipes: Any) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nemo_upcycle.errors import SpecError
-from nemo_upcycle.trainers.values import RULES, Rule, check_values, setting
+from nemo_upcycle.trainers.values import RULES, Rule, check_masters, check_values, setting
 
 
 def _with(**values: Any) -> SimpleNamespace:
@@ -53,6 +54,24 @@ def test_a_learning_rate_of_zero_and_a_list_of_coefficients_are_allowed() -> Non
 def test_a_rate_below_its_floor_is_refused() -> None:
     with pytest.raises(SpecError, match=r"optimizer.min_lr: got 1e-05, expected at most optimizer.lr \(1e-07\)"):
         check_values(_with(optimizer__lr=1e-7, optimizer__min_lr=1e-5), "bridge")
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({}, True),
+        ({"fp8_recipe": "tensorwise"}, False),
+        ({"fp8_param_gather": False}, False),
+        ({"use_precision_aware_optimizer": False}, False),
+    ],
+    ids=str,
+)
+def test_master_weights_may_not_be_made_of_parameters_in_fp8(changes: dict[str, Any], refused: bool) -> None:
+    values = {"fp8_param_gather": True, "fp8_recipe": "delayed", "use_precision_aware_optimizer": True} | changes
+    both = SimpleNamespace(**values)
+    with pytest.raises(SpecError, match=r"optim\.precise: got True") if refused else nullcontext():
+        check_masters(both, both, "optim.precise")
+    check_masters(None, both, "optim.precise")
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.nemo)

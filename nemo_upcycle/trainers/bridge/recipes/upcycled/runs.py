@@ -61,7 +61,7 @@ def mxfp8_run(dense: str, **layout: int) -> UpcyclingConfig:
     """Return the fast run in MXFP8 on racks of GB200: HybridEP, no capacity, nothing recomputed. It has not been run.
 
     What it sets beside the layout is what Bridge's own recipe of Qwen3-MoE for GB200 sets (`recipes/qwen/gb200`), but
-    for the MXFP8 parameters, which cannot be filled.
+    that parameters stay in BF16 until MXFP8 ones have been filled on a GPU.
 
     Args:
         dense: the dense checkpoint.
@@ -101,8 +101,8 @@ def mxfp8_run(dense: str, **layout: int) -> UpcyclingConfig:
 def fast_run(dense: str, precision: str, **layout: int) -> UpcyclingConfig:
     """Return the fast run in FP8: capacity factor 1 with padding, nothing recomputed. FP8 has not been run.
 
-    Parameters stay in BF16: FP8 ones (`fp8_param_gather`) cannot be filled. Gradients are reduced in BF16, as in
-    Bridge's `perf_recipes`.
+    Parameters stay in BF16 until FP8 ones (`fp8_param_gather`) have been filled on a GPU. Gradients are reduced in
+    BF16, as in Bridge's `perf_recipes`.
 
     Args:
         dense: the dense checkpoint.
