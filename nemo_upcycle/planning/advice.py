@@ -192,10 +192,10 @@ def expectation_values(found: Expectation | None) -> dict[str, Any] | None:
     if found is None:
         return None
     band = found.difference
-    has_band = band is not None and band.low is not None and band.high is not None
+    limits = [limit for limit in (band.low, band.high) if limit is not None] if band else []
     return {
         "loss_difference": None if band is None else round(band.value, 5),
-        "band_90": [round(band.low, 5), round(band.high, 5)] if has_band else None,
+        "band_90": [round(limit, 5) for limit in limits] or None,
         "near": found.is_near,
         "beyond": {what: round(ratio, 3) for what, ratio in found.beyond.items()},
         "above_parent": found.above_parent,

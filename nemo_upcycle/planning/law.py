@@ -28,9 +28,14 @@ class Form:
     """
 
     exponents: tuple[str, ...]
-    terms: Callable[[Sequence[float], Any, Any], list[Any]]
+    terms: Callable[[Any, Any, Any], list[Any]]
     amplitudes: tuple[str, ...]
     text: str
+
+    @property
+    def coefficients(self) -> tuple[str, ...]:
+        """Names of all coefficients, in the order of a law's draws."""
+        return (*self.amplitudes, *self.exponents, "E")
 
 
 #: ln D1 is the logarithm of the parent's tokens, ln D2 that of the tokens after it.
@@ -72,7 +77,7 @@ class OptionLaw:
             `size_exponent`: size * N^-size_exponent, N the parent's parameters.
         parent_tokens, tokens, parameters: lowest and highest that it is fitted to (parameters: all of the parent);
             (0, 0) for the parent's tokens of an option without one.
-        draws: coefficients of the bootstrap's draws, in the order of `names`; none of a published law.
+        draws: coefficients of the bootstrap's draws, in the order of `Form.coefficients`; none of a published law.
         error: half of the 90 % interval of held-out differences to `dense`, in nats a token; of `dense`, of its loss.
         held_out: root of the mean squared error of each form on parents that were left out, in nats a token.
         intervals: 90 % interval of each coefficient.
@@ -88,12 +93,6 @@ class OptionLaw:
     held_out: Mapping[str, float] | None = None
     intervals: Mapping[str, Sequence[float]] | None = None
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the coefficients, in the order of the draws."""
-        form = FORMS[self.form]
-        return [*form.amplitudes, *form.exponents, "E"]
-
     def loss(self, parent_tokens: float, tokens: float, parameters: float, draw: int | None = None) -> float:
         """Return the loss in nats a token.
 
@@ -103,10 +102,9 @@ class OptionLaw:
             parameters: of the dense parent.
             draw: number of a draw of the bootstrap; None: the fitted coefficients.
         """
-        values = dict(self.coefficients)
+        form, values = FORMS[self.form], dict(self.coefficients)
         if draw is not None:
-            values |= dict(zip(self.names, self.draws[draw], strict=True))
-        form = FORMS[self.form]
+            values |= dict(zip(form.coefficients, self.draws[draw], strict=True))
         exponents = [values[name] for name in form.exponents]
         terms = form.terms(exponents, math.log(max(parent_tokens, 1.0)), math.log(tokens))
         loss = sum(values[name] * term for name, term in zip(form.amplitudes, terms, strict=True)) + values["E"]

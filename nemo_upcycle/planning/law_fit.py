@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import least_squares, nnls
 from scipy.stats import t as student_t
 
@@ -20,6 +21,7 @@ from nemo_upcycle.planning.upcycling_points import Point
 
 #: Parent's tokens and tokens after it -> mean loss over the seeds.
 Cells = dict[tuple[float, float], float]
+Array = NDArray[np.float64]
 DRAWS = 100
 #: Where the search for exponents begins; the logarithm of w begins at 0.
 _STARTS = (0.1, 0.4)
@@ -29,13 +31,13 @@ _LIMIT = 10.0
 @dataclass(frozen=True)
 class _Fit:
     form: str
-    exponents: np.ndarray
-    amplitudes: np.ndarray
+    exponents: Array
+    amplitudes: Array
     squares: float
 
     @property
     def coefficients(self) -> list[float]:
-        """In the order of `OptionLaw.names`: amplitudes, exponents, E."""
+        """In the order of `Form.coefficients`."""
         return [float(value) for value in (*self.amplitudes[:-1], *self.exponents, self.amplitudes[-1])]
 
     def loss(self, parent_tokens: float, tokens: float) -> float:
@@ -43,13 +45,14 @@ class _Fit:
         return float(self.amplitudes @ [*terms, 1.0])
 
 
-def fit_law(points: Sequence[Point], about: str, source: str) -> Law:
+def fit_law(points: Sequence[Point], about: str, source: str, draws: int = DRAWS) -> Law:
     """Return the law that is fitted to a grid's trainings, each option by itself.
 
     Args:
         points: of one grid: one parent architecture, one held-out set.
         about: what was trained.
         source: where the points are.
+        draws: of the bootstrap.
 
     Raises:
         UpcycleError: an option has too few points for a fit, or `dense` or `moe` is missing.
@@ -60,31 +63,26 @@ def fit_law(points: Sequence[Point], about: str, source: str) -> Law:
     parameters = min(point.parameters for point in points)  # the dense model is the smallest
     chosen, held_out = {}, {}
     for option, rows in sorted(by_option.items()):
-        cells = mean_cells(rows)
-        chosen[option], held_out[option] = _best_form(source, option, cells)
+        chosen[option], held_out[option] = _best_form(source, option, mean_cells(rows))
     laws = {}
-    drawn = [_drawn(by_option, number) for number in range(DRAWS)]
+    drawn = [_drawn(by_option, number) for number in range(draws)]
     for option, rows in by_option.items():
-        form, cells = chosen[option], mean_cells(rows)
-        fitted = _fit(form, cells)
-        draws = [_fit(form, draw[option], start=fitted.exponents).coefficients for draw in drawn]
+        cells = mean_cells(rows)
+        fitted = _fit(chosen[option], cells)
+        refitted = [_fit(fitted.form, draw[option], start=fitted.exponents).coefficients for draw in drawn]
         parents, tokens = zip(*cells, strict=True)
-        law = OptionLaw(
-            form,
-            {},
-            (min(parents), max(parents)),
-            (min(tokens), max(tokens)),
-            (parameters, parameters),
-            [[float(f"{value:.7g}") for value in draw] for draw in draws],
-            _error(option, held_out),
-            {form: _root_mean_square(errors.values()) for form, errors in held_out[option].items()},
+        names = FORMS[fitted.form].coefficients
+        laws[option] = OptionLaw(
+            form=fitted.form,
+            coefficients=dict(zip(names, fitted.coefficients, strict=True)),
+            parent_tokens=(min(parents), max(parents)),
+            tokens=(min(tokens), max(tokens)),
+            parameters=(parameters, parameters),
+            draws=[[float(f"{value:.7g}") for value in values] for values in refitted],
+            error=_error(option, held_out),
+            held_out={form: _root_mean_square(errors.values()) for form, errors in held_out[option].items()},
+            intervals={name: _interval([values[place] for values in refitted]) for place, name in enumerate(names)},
         )
-        names = law.names
-        values = {
-            "coefficients": dict(zip(names, fitted.coefficients, strict=True)),
-            "intervals": {name: _interval([draw[place] for draw in draws]) for place, name in enumerate(names)},
-        }
-        laws[option] = OptionLaw(**{**vars(law), **values})
     law = Law(about, source, laws)
     require_options(law)
     return law
@@ -98,12 +96,12 @@ def mean_cells(points: Sequence[Point]) -> Cells:
     return {key: statistics.fmean(values) for key, values in losses.items()}
 
 
-def _fit(form: str, cells: Cells, start: np.ndarray | None = None) -> _Fit:
+def _fit(form: str, cells: Cells, start: Array | None = None) -> _Fit:
     """Return the least squares: over exponents by search, over amplitudes and E, which are not negative, exactly."""
     keys, loss = np.array(list(cells)), np.array(list(cells.values()))
     ln1, ln2 = np.log(np.maximum(keys[:, 0], 1)), np.log(keys[:, 1])
 
-    def solved(exponents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def solved(exponents: Array) -> tuple[Array, Array]:
         terms = FORMS[form].terms(exponents, ln1, ln2)
         sizes = np.array([max(float(np.max(term)), 1e-300) for term in terms] + [1.0])
         basis = np.stack([*terms, np.ones_like(loss)], axis=1) / sizes
@@ -122,7 +120,7 @@ def _fit(form: str, cells: Cells, start: np.ndarray | None = None) -> _Fit:
     return best
 
 
-def _starts(form: str, cells: Cells) -> list[np.ndarray]:
+def _starts(form: str, cells: Cells) -> list[Array]:
     if form == "interaction":
         return [np.array([*_fit("product", cells).exponents, 0.0])]
     fixed = [0.0] if form == "sum" else []
@@ -222,11 +220,12 @@ class HeldOut:
         return (self.predicted.value > 0) == (self.measured > 0) if self.predicted.is_resolved else None
 
 
-def held_out_differences(points: Sequence[Point]) -> list[HeldOut]:
+def held_out_differences(points: Sequence[Point], draws: int = DRAWS) -> list[HeldOut]:
     """Return what the laws of all parents but one say of that one, for each in turn."""
     answers = []
     for left_out in sorted({point.parent_tokens for point in points} - {0.0}):
-        law = fit_law([point for point in points if point.parent_tokens != left_out], "", "the other parents")
+        others = [point for point in points if point.parent_tokens != left_out]
+        law = fit_law(others, "", "the other parents", draws)
         rows = [point for point in points if point.parent_tokens == left_out]
         losses = {option: mean_cells([row for row in rows if row.option == option]) for option in law.options}
         parameters = law.options["dense"].parameters[0]
