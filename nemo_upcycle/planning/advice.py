@@ -154,17 +154,21 @@ class Question:
             return Verdict(None, None, why)
         differences = {name: found.difference.value for name, (_, found) in expected.items() if found.difference}
         best = min(differences, key=lambda name: differences[name]) if differences else None
-        ratio, what = max((ratio, what) for _, found in expected.values() for what, ratio in found.beyond.items())
+        main = [found for option, found in expected.values() if "from_nothing" not in option.key]
+        ratio, what = max((ratio, what) for found in main for what, ratio in found.beyond.items())
         if best is None or ratio > MOST_BEYOND:
             limit = f"it decides up to {MOST_BEYOND:g} times"
             return Verdict(None, best, f"the {what} are {ratio:,.3g} times beyond its range; {limit}")
-        for name in expected.keys() - {best}:
-            band = self._between(law, expected[best][0], expected[name][0])
+        near = {name: option for name, (option, found) in expected.items() if found.is_near}
+        best = min(near, key=lambda name: differences[name])
+        for name in [name for name in near if name != best]:
+            band = self._between(law, near[best], near[name])
             if band.low is None:
                 return Verdict(None, best, "it has no intervals")
             if not band.is_resolved:
                 return Verdict(None, best, f"the bands of '{best}' and '{name}' overlap")
-        return Verdict(best, best, f"the band of '{best}' is apart from all others")
+        left_out = "".join(f"; '{name}' lies too far out to count" for name in expected if name not in near)
+        return Verdict(best, best, f"the band of '{best}' is apart from all others{left_out}")
 
     def _between(self, law: Law, one: Option, other: Option) -> Band:
         return law.difference(one.key, one.tokens, other.key, other.tokens, self.parent_tokens, self.parameters)

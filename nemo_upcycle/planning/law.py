@@ -61,10 +61,13 @@ FORMS = {
         ("A",),
         "A * (D2 + e^w D1)^-a + E",
     ),
+    "difference": Form((), lambda t, ln1, ln2: [ln1, ln2], ("P", "Q"), "loss of dense + P ln D1 + Q ln D2 + E"),
     "power": Form(("a",), lambda t, ln1, ln2: [math.e ** (-t[0] * ln2)], ("A",), "A * D2^-a + E"),
 }
 #: Forms of an option that has a parent, and of one that begins from nothing.
 WITH_PARENT, FROM_NOTHING = ("interaction", "product", "additive", "sum"), ("power",)
+#: The form of an upcycled model beside its parent trained on: its terms may have either sign.
+RELATIVE = "difference"
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ class OptionLaw:
             (0, 0) for the parent's tokens of an option without one.
         draws: coefficients of the bootstrap's draws, in the order of `Form.coefficients`; none of a published law.
         error: half of the 90 % interval of held-out differences to `dense`, in nats a token; of `dense`, of its loss.
-        held_out: root of the mean squared error of each form on parents that were left out, in nats a token.
+        held_out: root of the mean squared error of each form on parents that were left out, in nats a token; of an
+            upcycled model, of its difference to `dense`.
         intervals: 90 % interval of each coefficient.
     """
 
@@ -94,7 +98,7 @@ class OptionLaw:
     intervals: Mapping[str, Sequence[float]] | None = None
 
     def loss(self, parent_tokens: float, tokens: float, parameters: float, draw: int | None = None) -> float:
-        """Return the loss in nats a token.
+        """Return the loss in nats a token; of the form `difference` only what is added to that of dense.
 
         Args:
             parent_tokens: that the parent was trained on; unused of an option without a parent.
@@ -160,7 +164,10 @@ class Law:
         """
         if option == "dense" and option not in self.options:
             return self.options["dense_from_nothing"].loss(0, parent_tokens + tokens, parameters, draw)
-        return self.options[option].loss(parent_tokens, tokens, parameters, draw)
+        loss = self.options[option].loss(parent_tokens, tokens, parameters, draw)
+        if self.options[option].form == RELATIVE:
+            loss += self.loss("dense", parent_tokens, tokens, parameters, draw)
+        return loss
 
     @property
     def has_size(self) -> bool:

@@ -7,7 +7,6 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +14,17 @@ from scipy.optimize import least_squares, nnls
 from scipy.stats import t as student_t
 
 from nemo_upcycle.errors import UpcycleError
-from nemo_upcycle.planning.law import FORMS, FROM_NOTHING, WITH_PARENT, Band, Law, OptionLaw, quantile, require_options
+from nemo_upcycle.planning.law import (
+    FORMS,
+    FROM_NOTHING,
+    RELATIVE,
+    WITH_PARENT,
+    Band,
+    Law,
+    OptionLaw,
+    quantile,
+    require_options,
+)
 from nemo_upcycle.planning.upcycling_points import Point
 
 
@@ -61,26 +70,28 @@ def fit_law(points: Sequence[Point], about: str, source: str, draws: int = DRAWS
     for point in points:
         by_option[point.option].append(point)
     parameters = min(point.parameters for point in points)  # the dense model is the smallest
-    chosen, held_out = {}, {}
-    for option, rows in sorted(by_option.items()):
-        chosen[option], held_out[option] = _best_form(source, option, mean_cells(rows))
+    means = {option: mean_cells(rows) for option, rows in by_option.items()}
+    errors: dict[str, dict[str, Cells]] = {}
+    for option in sorted(by_option):  # dense first: the others are compared with it
+        errors[option] = _held_out_errors(source, option, means, errors)
+    best = {option: min(of, key=lambda form: _root_mean_square(of[form])) for option, of in errors.items()}
     laws = {}
     drawn = [_drawn(by_option, number) for number in range(draws)]
-    for option, rows in by_option.items():
-        cells = mean_cells(rows)
-        fitted = _fit(chosen[option], cells)
-        refitted = [_fit(fitted.form, draw[option], start=fitted.exponents).coefficients for draw in drawn]
+    for option, form in best.items():
+        cells = means[option]
+        fitted = _fit(form, _fitted_to(form, option, means))
+        refitted = [_fit(form, _fitted_to(form, option, draw), fitted.exponents).coefficients for draw in drawn]
         parents, tokens = zip(*cells, strict=True)
-        names = FORMS[fitted.form].coefficients
+        names = FORMS[form].coefficients
         laws[option] = OptionLaw(
-            form=fitted.form,
+            form=form,
             coefficients=dict(zip(names, fitted.coefficients, strict=True)),
             parent_tokens=(min(parents), max(parents)),
             tokens=(min(tokens), max(tokens)),
             parameters=(parameters, parameters),
             draws=[[float(f"{value:.7g}") for value in values] for values in refitted],
-            error=_error(option, held_out),
-            held_out={form: _root_mean_square(errors.values()) for form, errors in held_out[option].items()},
+            error=_error(option, {name: errors[name][best[name]] for name in {option, *({"dense"} & best.keys())}}),
+            held_out={name: _root_mean_square(of_form) for name, of_form in errors[option].items()},
             intervals={name: _interval([values[place] for values in refitted]) for place, name in enumerate(names)},
         )
     law = Law(about, source, laws)
@@ -96,6 +107,16 @@ def mean_cells(points: Sequence[Point]) -> Cells:
     return {key: statistics.fmean(values) for key, values in losses.items()}
 
 
+def _fitted_to(form: str, option: str, means: Mapping[str, Cells]) -> Cells:
+    """Return what a form of an option is fitted to: its mean losses, or what they differ from dense by."""
+    return _both(means[option], means["dense"]) if form == RELATIVE else means[option]
+
+
+def _both(cells: Cells, dense: Cells) -> Cells:
+    """Return differences to dense, where both are."""
+    return {key: loss - dense[key] for key, loss in cells.items() if key in dense}
+
+
 def _fit(form: str, cells: Cells, start: Array | None = None) -> _Fit:
     """Return the least squares: over exponents by search, over amplitudes and E, which are not negative, exactly."""
     keys, loss = np.array(list(cells)), np.array(list(cells.values()))
@@ -106,14 +127,16 @@ def _fit(form: str, cells: Cells, start: Array | None = None) -> _Fit:
         sizes = np.array([max(float(np.max(term)), 1e-300) for term in terms] + [1.0])
         basis = np.stack([*terms, np.ones_like(loss)], axis=1) / sizes
         amplitudes, *_ = np.linalg.lstsq(basis, loss, rcond=None)
-        if amplitudes.min() < 0:
+        if form != RELATIVE and amplitudes.min() < 0:
             amplitudes, _ = nnls(basis, loss)
         return amplitudes / sizes, basis @ amplitudes - loss
 
+    if not FORMS[form].exponents:
+        return _Fit(form, np.zeros(0), solved(np.zeros(0))[0], 0.0)
     best = None
     for first in _starts(form, cells) if start is None else [start]:
-        low = np.clip(first, -_LIMIT, _LIMIT)
-        found = least_squares(lambda values: solved(values)[1], low, bounds=(-_LIMIT, _LIMIT), x_scale="jac")
+        inside = np.clip(first, -_LIMIT, _LIMIT)
+        found = least_squares(lambda values: solved(values)[1], inside, bounds=(-_LIMIT, _LIMIT), x_scale="jac")
         if best is None or found.cost < best.squares:
             best = _Fit(form, found.x, solved(found.x)[0], float(found.cost))
     assert best is not None
@@ -128,15 +151,17 @@ def _starts(form: str, cells: Cells) -> list[Array]:
     return [np.array([value] * free + fixed) for value in _STARTS]
 
 
-def _best_form(source: str, option: str, cells: Cells) -> tuple[str, dict[str, dict[tuple[float, float], float]]]:
-    """Return the form whose predictions for left out parents are best, and each form's errors.
+def _held_out_errors(
+    source: str, option: str, means: Mapping[str, Cells], others: Mapping[str, Mapping[str, Cells]]
+) -> dict[str, Cells]:
+    """Return each form's errors on parents that are left out, one after the other, by cell.
 
-    Of an option without a parent, each number of tokens is left out in turn.
+    Of an upcycled model they are errors of its difference to `dense`: a parent that was trained luckily moves both. Of
+    an option without a parent, each number of tokens is left out.
     """
+    cells = means[option]
     place = 0 if any(parent for parent, _ in cells) else 1
-    groups = sorted({key[place] for key in cells})
-    forms = WITH_PARENT if place == 0 else FROM_NOTHING
-    tokens = {key[1] for key in cells}
+    groups, tokens = sorted({key[place] for key in cells}), {key[1] for key in cells}
     if len(groups) < 3 or (place == 0 and len(tokens) < 2):
         raise UpcycleError(
             f"{source}: {option}",
@@ -144,35 +169,43 @@ def _best_form(source: str, option: str, cells: Cells) -> tuple[str, dict[str, d
             expected="at least 3 parents x 2 numbers of tokens; from nothing, 3 numbers of tokens",
             fix="train more of them, or remove the option's rows",
         )
-    errors: dict[str, dict[tuple[float, float], float]] = {form: {} for form in forms}
-    for group in groups:
-        kept = {key: value for key, value in cells.items() if key[place] != group}
-        left = {key: value for key, value in cells.items() if key[place] == group}
-        for form in forms:
-            fitted = _fit(form, kept)
-            errors[form] |= {key: fitted.loss(*key) - value for key, value in left.items()}
-    return min(forms, key=lambda form: _root_mean_square(errors[form].values())), errors
+    differences = _both(cells, means["dense"]) if option.startswith("upcycled") and "dense" in means else None
+    if differences is not None and len({parent for parent, _ in differences}) < 3:
+        raise UpcycleError(
+            f"{source}: {option}",
+            got=f"{len(differences)} trainings of a parent and a number of tokens that dense has too",
+            expected="those of at least 3 parents",
+            fix="train dense on as many tokens after the same parents",
+        )
+    errors: dict[str, Cells] = {}
+    for form in WITH_PARENT if place == 0 else FROM_NOTHING:
+        errors[form] = _left_out(form, cells, place)
+    if differences is not None:
+        dense = min(others["dense"].values(), key=_root_mean_square)
+        errors = {form: {key: error[key] - dense[key] for key in differences} for form, error in errors.items()}
+        errors[RELATIVE] = _left_out(RELATIVE, differences, place)
+    return errors
 
 
-def _root_mean_square(values: Any) -> float:
-    return math.sqrt(statistics.fmean(value**2 for value in values))
+def _left_out(form: str, cells: Cells, place: int) -> Cells:
+    """Return a form's errors where all cells of a parent (place 0), or a number of tokens (1), are left out."""
+    errors: Cells = {}
+    for group in {key[place] for key in cells}:
+        fitted = _fit(form, {key: value for key, value in cells.items() if key[place] != group})
+        errors |= {key: fitted.loss(*key) - value for key, value in cells.items() if key[place] == group}
+    return errors
 
 
-def _error(option: str, held_out: Mapping[str, Mapping[str, Mapping[tuple[float, float], float]]]) -> float:
-    """Return half of the 90 % interval of an option's held-out errors, of differences to `dense` where both are.
+def _root_mean_square(errors: Cells) -> float:
+    return math.sqrt(statistics.fmean(value**2 for value in errors.values()))
 
-    A parent that was trained luckily moves all that follows it: that cancels in a difference.
-    """
 
-    def errors(name: str) -> Mapping[tuple[float, float], float]:
-        return min(held_out[name].values(), key=lambda of_form: _root_mean_square(of_form.values()))
-
-    own = errors(option)
-    dense = errors("dense") if option != "dense" and "dense" in held_out else {}
-    both = [own[key] - dense[key] for key in own if key in dense]
-    size = _root_mean_square(both) if both else math.hypot(*(_root_mean_square(e.values()) for e in (own, dense) if e))
+def _error(option: str, errors: Mapping[str, Cells]) -> float:
+    """Return half of the 90 % interval of an option's held-out differences to `dense`; of dense, of its losses."""
+    parts = [option] if option == "dense" or option.startswith("upcycled") else list(errors)
+    own = errors[option]
     groups = len({key[0] for key in own} if any(key[0] for key in own) else own)
-    return float(student_t.ppf(0.95, groups - 1)) * size
+    return float(student_t.ppf(0.95, groups - 1)) * math.hypot(*(_root_mean_square(errors[part]) for part in parts))
 
 
 def _drawn(by_option: Mapping[str, Sequence[Point]], number: int) -> dict[str, Cells]:

@@ -67,6 +67,15 @@ def test_it_decides_up_to_a_distance_from_the_points(options: list[Option], rati
         assert verdict.why == "the parent's tokens are 4.1 times beyond its range; it decides up to 4 times"
 
 
+def test_an_option_from_nothing_that_lies_too_far_out_does_not_keep_it_from_deciding(options: list[Option]) -> None:
+    law = _law(2.9)
+    draws = [[0.0, 0.1, 2.0]] * 2
+    far = OptionLaw("power", {"A": 0.0, "a": 0.1, "E": 2.0}, (0, 0), (1e12, 2e12), (PARAMETERS, PARAMETERS), draws)
+    verdict = _question().decide(Law("", "", {**law.options, "moe_from_nothing_e8t2": far}), options)
+    assert verdict.best == "upcycle e8t2"
+    assert verdict.why.endswith("; 'new e8t2' lies too far out to count")
+
+
 def test_a_law_of_another_size_says_nothing_of_this_one(options: list[Option]) -> None:
     law = _law(2.9, parameters=PARAMETERS / 10)
     found = _question().expect(law, options[1], options[0])
