@@ -14,7 +14,7 @@ from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.rotary import rope_kind
 from nemo_upcycle.planning import hardware
-from nemo_upcycle.planning.advice import Option, Question, Verdict, expectation_values, option_values
+from nemo_upcycle.planning.advice import Option, Question, Verdict, expectation_values, option_values, ratio_text
 from nemo_upcycle.planning.law import Law, fitted_law, published_checks, published_law, published_outcomes
 from nemo_upcycle.planning.search import MOST_GPUS, PlanRequest
 from nemo_upcycle.planning.workload import PRECISIONS, Workload
@@ -210,7 +210,8 @@ def _text(
     for name, law in laws.items():
         verdict = verdicts[name]
         lean = f" It leans to '{verdict.leans_to}'." if verdict.leans_to and not verdict.best else ""
-        lines.append(folded(f"{name}: {law.source} ({law.about}): {verdict.why}.{lean}"))
+        far = _beyond(name, answer["options"])
+        lines.append(folded(f"{name}: {law.source} ({law.about}): {verdict.why}.{lean}{far}"))
     for check in answer["checks"]:
         text = f"{check['measured']:+.3f} was measured ({check['source']}, {check['what']})"
         lines.append(folded(f"Where {text}, the published law says {check['predicted']:+.3f}."))
@@ -273,12 +274,9 @@ def _cost_table(options: Sequence[Option], values: dict[str, Any]) -> str:
 
 
 def _loss_table(options: Sequence[Option], laws: dict[str, Law], values: dict[str, Any]) -> str:
-    rows = [["option", *laws, "beyond the fitted range"]]
-    for option in options[1:]:
-        found = {name: values[option.name][name] for name in laws}
-        beyond = [f"{name}: {_beyond(one)}" for name, one in found.items() if one]
-        rows.append([option.name, *map(_difference, found.values()), "; ".join(beyond) or "-"])
-    return _aligned(rows, left=(0, len(laws) + 1))
+    rows = [["option", *laws]]
+    rows += [[option.name, *(_difference(values[option.name][name]) for name in laws)] for option in options[1:]]
+    return _aligned(rows)
 
 
 def _difference(found: dict[str, Any] | None) -> str:
@@ -291,17 +289,22 @@ def _difference(found: dict[str, Any] | None) -> str:
     return f"{found['loss_difference']:+.3f} ({shown if found['near'] else 'too far out'})"
 
 
-def _beyond(found: dict[str, Any]) -> str:
-    far = [f"{what} {ratio:,.3g}x" for what, ratio in found["beyond"].items() if ratio > 1]
-    return ", ".join(far) or "inside"
+def _beyond(name: str, values: dict[str, Any]) -> str:
+    """Return how far the options lie outside of a law's range."""
+    ratios: dict[str, float] = {}
+    for option in values.values():
+        for what, ratio in (option[name] or {"beyond": {}})["beyond"].items():
+            ratios[what] = max(ratio, ratios.get(what, 1))
+    far = [f"{what} {ratio_text(ratio)}x" for what, ratio in ratios.items() if ratio > 1]
+    return f" Beyond its range: {', '.join(far)}." if far else ""
 
 
-def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = [
-            cell.ljust(width) if place in left else cell.rjust(width)
+            cell.rjust(width) if place else cell.ljust(width)
             for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())

@@ -158,7 +158,7 @@ class Question:
         ratio, what = max((ratio, what) for found in main for what, ratio in found.beyond.items())
         if best is None or ratio > MOST_BEYOND:
             limit = f"it decides up to {MOST_BEYOND:g} times"
-            return Verdict(None, best, f"the {what} are {ratio:,.3g} times beyond its range; {limit}")
+            return Verdict(None, best, f"the {what} are {ratio_text(ratio)} times beyond its range; {limit}")
         near = {name: option for name, (option, found) in expected.items() if found.is_near}
         best = min(near, key=lambda name: differences[name])
         for name in [name for name in near if name != best]:
@@ -172,6 +172,11 @@ class Question:
 
     def _between(self, law: Law, one: Option, other: Option) -> Band:
         return law.difference(one.key, one.tokens, other.key, other.tokens, self.parent_tokens, self.parameters)
+
+
+def ratio_text(ratio: float) -> str:
+    """Return a ratio for people: 8.0, or 40,761."""
+    return f"{ratio:,.1f}" if ratio < 100 else f"{ratio:,.0f}"
 
 
 def option_values(option: Option) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def test_at_the_papers_8b_it_shows_both_readings_and_does_not_decide(
     assert "It paid: - Llama 3 8B after 15T tokens: MMLU 62.1 -> 64.1" in text
     assert "What it brings fades: - up to 1B: what new tokens bring shrinks" in text
     assert "+0.127 (too far out)" in text
-    assert "parent's tokens 40.8x, parameters 8.03x" in text
+    assert "Beyond its range: tokens 41.0x, parameters 8.0x, parent's tokens 40.8x." in text
     assert "it has 'upcycle e8t2' above the parent that its training begins from" in text
     assert "Verdict: not resolved. Run this grid first" in text
     assert "nemo upcycle ablate --grid budget" in text

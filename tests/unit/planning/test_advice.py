@@ -83,7 +83,7 @@ def test_a_law_of_another_size_says_nothing_of_this_one(options: list[Option]) -
     assert found.difference is None
     verdict = _question().decide(law, options)
     assert (verdict.best, verdict.leans_to) == (None, None)
-    assert verdict.why.startswith("the parameters are 10 times beyond its range")
+    assert verdict.why.startswith("the parameters are 10.0 times beyond its range")
 
 
 def test_the_published_law_leans_and_never_decides(options: list[Option]) -> None:
