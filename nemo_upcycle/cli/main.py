@@ -23,6 +23,7 @@ from nemo_upcycle.package_info import __version__
 #: `run(args) -> exit status`
 COMMANDS = {
     "plan": "what fits where, how fast, how long, how much: layouts for a cluster, without a GPU",
+    "advise": "go on dense, upcycle, or an MoE from nothing: costs, expected losses, and whether that decides",
     "data": "texts -> clean, decontaminated, tokenised training data (Megatron indexed datasets)",
     "fetch": "what a run takes from networks -> one folder, for machines without a network",
     "convert": "dense checkpoint -> MoE Hugging Face folder: Mixtral, or the class that can hold the model",

@@ -45,8 +45,12 @@ class Subject:
     folder: Path | None = None
 
 
-def number_of_tokens(text: str) -> float:
+def number_of_tokens(text: str, option: str = "--tokens") -> float:
     """Return the number that a text such as `100B`, `1.5T`, `27e9` or `27,000,000,000` stands for.
+
+    Args:
+        text: the option's value.
+        option: its name.
 
     Raises:
         SpecError: it stands for none.
@@ -60,9 +64,8 @@ def number_of_tokens(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise SpecError(
-            "--tokens", got=repr(text), expected="a number: 100B, 1.5T, 500M or 1e11", fix="set --tokens 100B"
-        )
+        expected = "a number: 100B, 1.5T, 500M or 1e11"
+        raise SpecError(option, got=repr(text), expected=expected, fix=f"set {option} 100B")
     return value
 
 

@@ -1,0 +1,274 @@
+"""Fit the law of what pays to a grid: the form by parents that were left out, intervals by bootstrap over seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares, nnls
+from scipy.stats import t as student_t
+
+from nemo_upcycle.errors import UpcycleError
+from nemo_upcycle.planning.law import (
+    FORMS,
+    FROM_NOTHING,
+    RELATIVE,
+    WITH_PARENT,
+    Band,
+    Law,
+    OptionLaw,
+    quantile,
+    require_options,
+)
+from nemo_upcycle.planning.upcycling_points import Point
+
+
+#: Parent's tokens and tokens after it -> mean loss over the seeds.
+Cells = dict[tuple[float, float], float]
+Array = NDArray[np.float64]
+DRAWS = 100
+#: Where the search for exponents begins; the logarithm of w begins at 0.
+_STARTS = (0.1, 0.4)
+_LIMIT = 10.0
+
+
+@dataclass(frozen=True)
+class _Fit:
+    form: str
+    exponents: Array
+    amplitudes: Array
+    squares: float
+
+    @property
+    def coefficients(self) -> list[float]:
+        """In the order of `Form.coefficients`."""
+        return [float(value) for value in (*self.amplitudes[:-1], *self.exponents, self.amplitudes[-1])]
+
+    def loss(self, parent_tokens: float, tokens: float) -> float:
+        terms = FORMS[self.form].terms(self.exponents, math.log(max(parent_tokens, 1)), math.log(tokens))
+        return float(self.amplitudes @ [*terms, 1.0])
+
+
+def fit_law(points: Sequence[Point], about: str, source: str, draws: int = DRAWS) -> Law:
+    """Return the law that is fitted to a grid's trainings, each option by itself.
+
+    Args:
+        points: of one grid: one parent architecture, one held-out set.
+        about: what was trained.
+        source: where the points are.
+        draws: of the bootstrap.
+
+    Raises:
+        UpcycleError: an option has too few points for a fit, or `dense` or `moe` is missing.
+    """
+    by_option: dict[str, list[Point]] = defaultdict(list)
+    for point in points:
+        by_option[point.option].append(point)
+    parameters = min(point.parameters for point in points)  # the dense model is the smallest
+    means = {option: mean_cells(rows) for option, rows in by_option.items()}
+    errors: dict[str, dict[str, Cells]] = {}
+    for option in sorted(by_option):  # dense first: the others are compared with it
+        errors[option] = _held_out_errors(source, option, means, errors)
+    best = {option: min(of, key=lambda form: _root_mean_square(of[form])) for option, of in errors.items()}
+    laws = {}
+    drawn = [_drawn(by_option, number) for number in range(draws)]
+    for option, form in best.items():
+        cells = means[option]
+        fitted = _fit(form, _fitted_to(form, option, means))
+        refitted = [_fit(form, _fitted_to(form, option, draw), fitted.exponents).coefficients for draw in drawn]
+        parents, tokens = zip(*cells, strict=True)
+        names = FORMS[form].coefficients
+        laws[option] = OptionLaw(
+            form=form,
+            coefficients=dict(zip(names, fitted.coefficients, strict=True)),
+            parent_tokens=(min(parents), max(parents)),
+            tokens=(min(tokens), max(tokens)),
+            parameters=(parameters, parameters),
+            draws=[[float(f"{value:.7g}") for value in values] for values in refitted],
+            error=_error(option, {name: errors[name][best[name]] for name in {option, *({"dense"} & best.keys())}}),
+            held_out={name: _root_mean_square(of_form) for name, of_form in errors[option].items()},
+            intervals={name: _interval([values[place] for values in refitted]) for place, name in enumerate(names)},
+        )
+    law = Law(about, source, laws)
+    require_options(law)
+    return law
+
+
+def mean_cells(points: Sequence[Point]) -> Cells:
+    """Return the mean loss over the seeds of each pair of parent's tokens and tokens."""
+    losses: dict[tuple[float, float], list[float]] = defaultdict(list)
+    for point in points:
+        losses[point.parent_tokens, point.tokens].append(point.loss)
+    return {key: statistics.fmean(values) for key, values in losses.items()}
+
+
+def _fitted_to(form: str, option: str, means: Mapping[str, Cells]) -> Cells:
+    """Return what a form of an option is fitted to: its mean losses, or what they differ from dense by."""
+    return _both(means[option], means["dense"]) if form == RELATIVE else means[option]
+
+
+def _both(cells: Cells, dense: Cells) -> Cells:
+    """Return differences to dense, where both are."""
+    return {key: loss - dense[key] for key, loss in cells.items() if key in dense}
+
+
+def _fit(form: str, cells: Cells, start: Array | None = None) -> _Fit:
+    """Return the least squares: over exponents by search, over amplitudes and E, which are not negative, exactly."""
+    keys, loss = np.array(list(cells)), np.array(list(cells.values()))
+    ln1, ln2 = np.log(np.maximum(keys[:, 0], 1)), np.log(keys[:, 1])
+
+    def solved(exponents: Array) -> tuple[Array, Array]:
+        terms = FORMS[form].terms(exponents, ln1, ln2)
+        sizes = np.array([max(float(np.max(term)), 1e-300) for term in terms] + [1.0])
+        basis = np.stack([*terms, np.ones_like(loss)], axis=1) / sizes
+        amplitudes, *_ = np.linalg.lstsq(basis, loss, rcond=None)
+        if form != RELATIVE and amplitudes.min() < 0:
+            amplitudes, _ = nnls(basis, loss)
+        return amplitudes / sizes, basis @ amplitudes - loss
+
+    if not FORMS[form].exponents:
+        return _Fit(form, np.zeros(0), solved(np.zeros(0))[0], 0.0)
+    best = None
+    for first in _starts(form, cells) if start is None else [start]:
+        inside = np.clip(first, -_LIMIT, _LIMIT)
+        found = least_squares(lambda values: solved(values)[1], inside, bounds=(-_LIMIT, _LIMIT), x_scale="jac")
+        if best is None or found.cost < best.squares:
+            best = _Fit(form, found.x, solved(found.x)[0], float(found.cost))
+    assert best is not None
+    return best
+
+
+def _starts(form: str, cells: Cells) -> list[Array]:
+    if form == "interaction":
+        return [np.array([*_fit("product", cells).exponents, 0.0])]
+    fixed = [0.0] if form == "sum" else []
+    free = len(FORMS[form].exponents) - len(fixed)
+    return [np.array([value] * free + fixed) for value in _STARTS]
+
+
+def _held_out_errors(
+    source: str, option: str, means: Mapping[str, Cells], others: Mapping[str, Mapping[str, Cells]]
+) -> dict[str, Cells]:
+    """Return each form's errors on parents that are left out, one after the other, by cell.
+
+    Of an upcycled model they are errors of its difference to `dense`: a parent that was trained luckily moves both. Of
+    an option without a parent, each number of tokens is left out.
+    """
+    cells = means[option]
+    place = 0 if any(parent for parent, _ in cells) else 1
+    groups, tokens = sorted({key[place] for key in cells}), {key[1] for key in cells}
+    if len(groups) < 3 or (place == 0 and len(tokens) < 2):
+        raise UpcycleError(
+            f"{source}: {option}",
+            got=f"{len({key[0] for key in cells})} parents x {len(tokens)} numbers of tokens",
+            expected="at least 3 parents x 2 numbers of tokens; from nothing, 3 numbers of tokens",
+            fix="train more of them, or remove the option's rows",
+        )
+    differences = _both(cells, means["dense"]) if option.startswith("upcycled") and "dense" in means else None
+    if differences is not None and len({parent for parent, _ in differences}) < 3:
+        raise UpcycleError(
+            f"{source}: {option}",
+            got=f"{len(differences)} trainings of a parent and a number of tokens that dense has too",
+            expected="those of at least 3 parents",
+            fix="train dense on as many tokens after the same parents",
+        )
+    errors: dict[str, Cells] = {}
+    for form in WITH_PARENT if place == 0 else FROM_NOTHING:
+        errors[form] = _left_out(form, cells, place)
+    if differences is not None:
+        dense = min(others["dense"].values(), key=_root_mean_square)
+        errors = {form: {key: error[key] - dense[key] for key in differences} for form, error in errors.items()}
+        errors[RELATIVE] = _left_out(RELATIVE, differences, place)
+    return errors
+
+
+def _left_out(form: str, cells: Cells, place: int) -> Cells:
+    """Return a form's errors where all cells of a parent (place 0), or a number of tokens (1), are left out."""
+    errors: Cells = {}
+    for group in {key[place] for key in cells}:
+        fitted = _fit(form, {key: value for key, value in cells.items() if key[place] != group})
+        errors |= {key: fitted.loss(*key) - value for key, value in cells.items() if key[place] == group}
+    return errors
+
+
+def _root_mean_square(errors: Cells) -> float:
+    return math.sqrt(statistics.fmean(value**2 for value in errors.values()))
+
+
+def _error(option: str, errors: Mapping[str, Cells]) -> float:
+    """Return half of the 90 % interval of an option's held-out differences to `dense`; of dense, of its losses."""
+    parts = [option] if option == "dense" or option.startswith("upcycled") else list(errors)
+    own = errors[option]
+    groups = len({key[0] for key in own} if any(key[0] for key in own) else own)
+    return float(student_t.ppf(0.95, groups - 1)) * math.hypot(*(_root_mean_square(errors[part]) for part in parts))
+
+
+def _drawn(by_option: Mapping[str, Sequence[Point]], number: int) -> dict[str, Cells]:
+    """Return means over seeds drawn with replacement: in each cell the same seeds for all options.
+
+    Deviations from the mean are enlarged, for n seeds, by sqrt(n / (n - 1)): drawn from few they are too small.
+    """
+    random = np.random.default_rng(number)
+    losses: dict[tuple[float, float], dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for option, points in by_option.items():
+        for point in points:
+            losses[point.parent_tokens, point.tokens][option][point.seed] = point.loss
+    drawn: dict[str, Cells] = defaultdict(dict)
+    for key in sorted(losses):
+        uniform = random.random(size=max(len(seeds) for seeds in losses[key].values()))
+        for option, by_seed in losses[key].items():
+            values = [by_seed[seed] for seed in sorted(by_seed)]
+            count = len(values)
+            picked = statistics.fmean(values[int(place * count)] for place in uniform[:count])
+            mean = statistics.fmean(values)
+            drawn[option][key] = mean + math.sqrt(count / max(count - 1, 1)) * (picked - mean)
+    return drawn
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A difference to `dense` that a law predicts for a parent which its fit did not see.
+
+    Args:
+        option: whose loss.
+        parent_tokens, tokens: of the trainings.
+        predicted: the difference, with its band.
+        measured: the difference.
+    """
+
+    option: str
+    parent_tokens: float
+    tokens: float
+    predicted: Band
+    measured: float
+
+    @property
+    def is_right(self) -> bool | None:
+        """Whether the predicted sign is the measured one; None where the band holds zero."""
+        return (self.predicted.value > 0) == (self.measured > 0) if self.predicted.is_resolved else None
+
+
+def held_out_differences(points: Sequence[Point], draws: int = DRAWS) -> list[HeldOut]:
+    """Return what the laws of all parents but one say of that one, for each in turn."""
+    answers = []
+    for left_out in sorted({point.parent_tokens for point in points} - {0.0}):
+        others = [point for point in points if point.parent_tokens != left_out]
+        law = fit_law(others, "", "the other parents", draws)
+        rows = [point for point in points if point.parent_tokens == left_out]
+        losses = {option: mean_cells([row for row in rows if row.option == option]) for option in law.options}
+        parameters = law.options["dense"].parameters[0]
+        for option in sorted(losses.keys() - {"dense"}):
+            for key in sorted(losses[option].keys() & losses["dense"].keys()):
+                predicted = law.difference(option, key[1], "dense", key[1], left_out, parameters)
+                answers.append(HeldOut(option, *key, predicted, losses[option][key] - losses["dense"][key]))
+    return answers
+
+
+def _interval(values: Sequence[float]) -> list[float]:
+    ordered = sorted(values)
+    return [quantile(ordered, 0.05), quantile(ordered, 0.95)]

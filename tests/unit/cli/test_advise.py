@@ -1,0 +1,165 @@
+"""`nemo-upcycle advise`: its table, its JSON, what it refuses, and that it needs neither torch nor scipy."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_upcycle.cli.main import main
+from tests.models import LLAMA3_8B
+from tests.waiting import HANG_S
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> str:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA3_8B))
+    return str(tmp_path)
+
+
+def _paper(llama: str, *options: str) -> list[str]:
+    return ["advise", "--model", llama, "--trained-on", "15T", "--gpus", "128", *options]
+
+
+def _json(capsys: pytest.CaptureFixture[str], words: list[str], status: int = 1) -> dict[str, Any]:
+    assert main([*words, "--json"]) == status
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_has_exactly_what_is_promised(capsys: pytest.CaptureFixture[str], llama: str) -> None:
+    values = _json(capsys, _paper(llama, "--hours", "48", "--price-per-gpu-hour", "2.5"))
+    assert set(values) == {"model", "options", "laws", "best", "grid_command", "checks", "outcomes"}
+    assert values["model"] == {"parameters": 8_030_261_248, "trained_on": 15e12}
+    assert list(values["options"]) == ["dense", "upcycle e8t2", "new e8t2"]
+    option = values["options"]["upcycle e8t2"]
+    assert set(option) >= {
+        *("fits", "layout", "tokens", "hours", "gpu_hours", "cost", "memory_gib", "active_parameters"),
+        *("total_parameters", "served_bytes", "published"),
+    }
+    assert (option["hours"], option["gpu_hours"], option["cost"]) == (48, 6144, 15_360)
+    assert (option["total_parameters"], option["served_bytes"]) == (47_491_321_856, 94_982_643_712)
+    assert set(option["published"]) == {"loss_difference", "band_90", "near", "beyond", "above_parent"}
+
+
+def test_at_the_papers_8b_it_shows_both_readings_and_does_not_decide(
+    capsys: pytest.CaptureFixture[str], llama: str
+) -> None:
+    assert main(_paper(llama, "--tokens", "100B")) == 1
+    text = " ".join(capsys.readouterr().out.split())
+    assert "It paid: - Llama 3 8B after 15T tokens: MMLU 62.1 -> 64.1" in text
+    assert "What it brings fades: - up to 1B: what new tokens bring shrinks" in text
+    assert "+0.127 (too far out)" in text
+    assert "Beyond its range: tokens 41.0x, parameters 8.0x, parent's tokens 40.8x." in text
+    assert "it has 'upcycle e8t2' above the parent that its training begins from" in text
+    assert "Verdict: not resolved. Run this grid first" in text
+    assert "nemo upcycle ablate --grid budget" in text
+
+
+def test_equal_tokens_cost_an_moe_more_hours(capsys: pytest.CaptureFixture[str], llama: str) -> None:
+    options = _json(capsys, _paper(llama, "--tokens", "100B"))["options"]
+    assert {option["tokens"] for option in options.values()} == {1e11}
+    assert options["upcycle e8t2"]["hours"] > 1.5 * options["dense"]["hours"]
+    assert options["new e8t2"]["hours"] == options["upcycle e8t2"]["hours"]
+
+
+def test_several_shapes_are_options_and_unknown_ones_have_no_loss(
+    capsys: pytest.CaptureFixture[str], llama: str
+) -> None:
+    several = ("--tokens", "1B", "--experts", "8,16", "--top-k", "2,4", "--granularity", "1,2")
+    options = _json(capsys, _paper(llama, *several))["options"]
+    assert list(options) == ["dense", "upcycle e8t2", "upcycle e16t4g2", "new e8t2", "new e16t4g2"]
+    assert options["upcycle e16t4g2"]["published"] is None
+
+
+def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str], llama: str) -> None:
+    words = ["advise", "--model", llama, "--trained-on", "15T", "--gpus", "8", "--hours", "1"]
+    assert main(words) == 1
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("upcycle e8t2"))
+    assert "no fit" in line
+
+
+def _grid(folder: Path, gain: float) -> Path:
+    """Write a grid on the 8B itself: its upcycled models are better by `gain` for each e-fold of tokens, +-0.002."""
+    rows = ["option,parent_tokens,tokens,experts,topk,granularity,total_parameters,seed,loss"]
+    for parent in (5e12, 1e13, 2e13):
+        for tokens in (5e10, 1e11, 2e11):
+            for seed in (1, 2):
+                dense = 0.6 + 30 * (parent + tokens) ** -0.12 + 1e-4 * seed
+                moe = dense - gain * math.log(tokens / 1e10) + 0.002 * (-1) ** seed
+                rows.append(f"dense,{parent},{tokens},1,1,1,8030261248,{seed},{dense}")
+                rows.append(f"moe,{parent},{tokens},8,2,1,47491321856,{seed},{moe}")
+    (folder / "points.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_users_grid_decides_where_it_can(capsys: pytest.CaptureFixture[str], llama: str, tmp_path: Path) -> None:
+    folder = tmp_path / "grid"
+    folder.mkdir()
+    words = _paper(llama, "--tokens", "100B", "--grid", str(_grid(folder, 0.02)))
+    values = _json(capsys, words, status=0)
+    assert values["best"] == "upcycle e8t2"
+    assert values["laws"]["fitted"]["source"] == str(folder / "points.csv")
+    band = values["options"]["upcycle e8t2"]["fitted"]["band_90"]
+    assert band[0] < -0.02 * math.log(10) < band[1] < 0
+    assert values["options"]["new e8t2"]["fitted"] is None
+    assert main(words) == 0
+    assert "Verdict: upcycle e8t2." in capsys.readouterr().out
+    values = _json(capsys, _paper(llama, "--tokens", "100B", "--grid", str(_grid(folder, 0.0))))
+    assert values["best"] is None
+    assert main(_paper(llama, "--tokens", "100B", "--grid", str(folder))) == 1
+    assert "not resolved by this grid" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--trained-on", "many", "--tokens", "1B"], "--trained-on: got 'many', expected a number: 100B"),
+        (["--tokens", "1B", "--hours", "2"], "not allowed with argument"),
+        ([], "one of the arguments --hours --tokens is required"),
+        (["--hours", "-1"], "--hours: got -1.0, expected a number, 0.001 or more"),
+        (["--tokens", "1B", "--experts", "8,16", "--top-k", "1,2,4"], "got 2, 3, 1 numbers, expected as many of each"),
+        (["--tokens", "1B", "--experts", "eight"], "--experts: got 'eight', expected whole numbers: 8 or 8,16"),
+        (["--tokens", "1B", "--top-k", "9"], "--top-k: got 9, expected a whole number, 1 to 8 (--experts)"),
+        (["--tokens", "1B", "--gpu", "h10"], "--gpu 'h10' does not exist. Did you mean 'h100'?"),
+        (["--tokens", "1B", "--grid", "nowhere"], "grid nowhere: got no points.csv"),
+    ],
+)
+def test_mistakes_are_said_in_the_users_words(
+    capsys: pytest.CaptureFixture[str], llama: str, options: list[str], said: str
+) -> None:
+    words = _paper(llama, *options)
+    if "--trained-on" in options:
+        del words[3:5]
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in " ".join(err.split())
+
+
+def test_an_moe_is_no_parent(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    moe = LLAMA3_8B | {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(moe))
+    assert main(_paper(str(tmp_path), "--tokens", "1B")) == 2
+    assert "--model: got 8 experts, expected a dense model" in capsys.readouterr().err
+
+
+def test_it_advises_without_what_takes_time_to_import(llama: str) -> None:
+    code = (
+        "import sys\n"
+        "from nemo_upcycle.cli.main import main\n"
+        f"assert main({_paper(llama, '--hours', '48', '--json')!r}) == 1\n"
+        "assert not {'torch', 'numpy', 'scipy', 'megatron', 'nemo', 'filelock'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S)
+    assert done.returncode == 0, done.stderr
