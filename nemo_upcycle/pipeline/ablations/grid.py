@@ -117,7 +117,15 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
             arm, cell = arms[name], f"{training}-seed{seed}"
             if seed not in (arm.seeds or grid.seeds):
                 continue
-            cells[cell] = one.cell(seed, cell, evaluations)
+            start: dict[str, Any] | None = None
+            if arm.parent:
+                parents[cell] = arm.parent if arm.parent == UNTRAINED else f"{arm.parent}-seed{seed}"
+                start = described.get(parents[cell])
+                if start is None and arm.parent != UNTRAINED:
+                    names = [UNTRAINED, *(other.removesuffix(f"-seed{seed}") for other in cells)]
+                    raise UpcycleError.unknown(f"{path}: arms.{name}.parent of seed {seed}", arm.parent, names)
+            read = start["parent_tokens"] + start["steps"] * start["tokens_per_step"] if start else 0
+            cells[cell] = one.cell(seed, cell, evaluations, read)
             facts = open_training(one.trainer, cells[cell]).facts(address)
             assert facts is not None  # an arm of Bridge's is built with its parent
             described[cell] = {
@@ -129,12 +137,8 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
                 "is_rate_constant": facts.is_rate_constant,
             }
             if arm.parent:
-                parents[cell] = arm.parent if arm.parent == UNTRAINED else f"{arm.parent}-seed{seed}"
-                before = described.get(parents[cell])
-                if before is None and arm.parent != UNTRAINED:
-                    names = [UNTRAINED, *(one.removesuffix(f"-seed{seed}") for one in cells if one != cell)]
-                    raise UpcycleError.unknown(f"{path}: arms.{name}.parent of seed {seed}", arm.parent, names)
-                described[cell] |= _origin(arm, facts.arch, grid, before)
+                described[cell] |= _origin(arm, facts.arch, grid) | {"parent_tokens": read}
+    short_first = sorted(cells, key=lambda name: _place(described[name]))
     if len(trainers) > 1:
         got, expected = "recipes of NeMo and of Megatron-Bridge", "those of one"
         raise UpcycleError(f"{path}: arms", got=got, expected=expected, fix="make two grids")
@@ -169,7 +173,7 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         parent,
         grid.parent.vocabulary if grid.parent and parent else None,
         suite,
-        cells,
+        {name: cells[name] for name in short_first},
         table,
         trainers.pop(),
         parents,
@@ -189,21 +193,22 @@ def _trainings(path: str, arms: Mapping[str, ArmConfig], grid: GridConfig, dense
     return built
 
 
-def _origin(arm: ArmConfig, arch: Architecture, grid: GridConfig, before: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what the table needs to know of an arm with a parent of the grid's own.
+def _place(cell: Mapping[str, Any]) -> tuple[int, int]:
+    """Return what the trainings of a grid are sorted by: short ones of a seed first, and parents before their own."""
+    return cell["seed"], cell.get("parent_tokens", 0) + cell["steps"] * cell["tokens_per_step"]
+
+
+def _origin(arm: ArmConfig, arch: Architecture, grid: GridConfig) -> dict[str, Any]:
+    """Return what the table needs to know of an arm with a parent of the grid's own, but the parent's tokens.
 
     Args:
         arm: the arm.
-        arch: of its model; what does not know the vocabulary counts no embedding.
+        arch: of its model; it does not know the vocabulary.
         grid: of the arm.
-        before: what the table knows of the parent; None where it is untrained.
     """
-    assert grid.parent is not None
-    arch = replace(arch, vocab_size=grid.parent.vocabulary)
-    trained = before["parent_tokens"] + before["steps"] * before["tokens_per_step"] if before else 0
+    arch = replace(arch, vocab_size=grid.parent.vocabulary if grid.parent else 0)
     return {
         "parent": arm.parent,
-        "parent_tokens": trained,
         "is_length": bool(arm.lengths),
         "experts": arch.num_experts or 1,
         "topk": arch.top_k or 1,

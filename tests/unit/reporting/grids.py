@@ -94,13 +94,19 @@ def parents_evidence() -> dict[str, Any]:
     names, sizes = [f"law/{number}" for number in range(20)], [200 + 10 * number for number in range(20)]
     cells, described = {}, {}
 
+    def nats_of(bits: float, seed: int) -> list[float]:
+        return [-size * math.log(2) * (bits + 0.002 * seed + 0.001 * (n % 3 - 1)) for n, size in enumerate(sizes)]
+
+    def parent_bits(steps: int) -> float:
+        return 3.0 - 0.1 * math.log2(steps / 305)
+
     def train(arm: str, steps: int, seed: int, before: int, bits: float) -> None:
         is_moe, cell = arm.startswith("moe"), f"{arm}-{steps}-seed{seed}"
-        nats = [-size * math.log(2) * (bits + 0.002 * seed + 0.001 * (n % 3 - 1)) for n, size in enumerate(sizes)]
+        starts, ends = nats_of(parent_bits(before) if before else 4.0, seed), nats_of(bits, seed)
         cells[cell] = {
             "flops_per_token": 2.0e6 if is_moe else 1.0e6,
             "ranks": 1,
-            "scores": [{"step": 0, "nats": [5 * value for value in nats]}, {"step": steps, "nats": nats}],
+            "scores": [{"step": 0, "nats": starts}, {"step": steps, "nats": ends}],
             "tokens": [STEP_TOKENS * step for step in range(1, 41)],
             "seconds": [(3.0 if is_moe else 1.0) * (1 + step % 10) for step in range(1, 41)],
             "routers": {},
@@ -124,10 +130,10 @@ def parents_evidence() -> dict[str, Any]:
 
     for seed in (1, 2):
         for steps in PARENTS:
-            train("dense_from_nothing", steps, seed, 0, 3.0 - 0.1 * math.log2(steps / 305))
+            train("dense_from_nothing", steps, seed, 0, parent_bits(steps))
             train("moe_from_nothing", steps, seed, 0, 2.95 - 0.12 * math.log2(steps / 305))
             for after in AFTER:
-                dense = 3.0 - 0.1 * math.log2((steps + after) / 305)
+                dense = parent_bits(steps + after)
                 train(f"dense_{steps}", after, seed, steps, dense)
                 train(f"moe_{steps}", after, seed, steps, dense - 0.08 * 305 / steps)
     arms = list(dict.fromkeys(cell["arm"] for cell in described.values()))
