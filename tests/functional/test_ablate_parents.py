@@ -66,8 +66,7 @@ def finished(folder: Path) -> Path:
 
 def test_what_is_finished_of_a_stopped_grid_is_reported(finished: Path) -> None:
     text = (finished.parent / "stopped.md").read_text()
-    assert "Not finished, and left out: " in text
-    assert "`moe_from_nothing-4-seed1`" in text
+    assert "Not finished, and left out: `moe-3-seed1`." in text
     console = (finished.parent / "console.txt").read_text()
     assert console.count("[dense_from_nothing-4-seed1] done in") == 1
     assert "[dense_from_nothing-4-seed1] done before, from the same inputs" in console

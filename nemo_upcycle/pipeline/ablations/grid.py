@@ -72,7 +72,7 @@ class BudgetsConfig:
 
 @dataclass
 class GridConfig:
-    """A grid; `conf/ablations/laptop.yaml` explains every key."""
+    """A grid; `laptop.yaml` and `budget.yaml` of `conf/ablations` explain every key."""
 
     arms: dict[str, ArmConfig]
     about: str = ""
@@ -102,6 +102,10 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
     grid = as_dataclass(str(path), content, GridConfig, "ablations")
     arms = {name: _with_file(f"{path}: arms.{name}", arm, path.parent) for name, arm in grid.arms.items()}
     _check(str(path), grid)
+    if any(arm.parent for arm in arms.values()) and (dense or not grid.parent):
+        fix = "omit dense=" if dense else "add parent:, as laptop.yaml has it"
+        expected = "sizes and vocabulary of what the grid trains from nothing"
+        raise UpcycleError(f"{path}: parent", got="a finished one" if dense else "none", expected=expected, fix=fix)
     suite = _from_here(grid.evaluate.suite, folder)
     config = read_suite_config(suite)
     if not config.local or TASK not in config.tasks:
@@ -121,8 +125,9 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
             if arm.parent:
                 parents[cell] = arm.parent if arm.parent == UNTRAINED else f"{arm.parent}-seed{seed}"
                 start = described.get(parents[cell])
-                if start is None and arm.parent != UNTRAINED:
-                    names = [UNTRAINED, *(other.removesuffix(f"-seed{seed}") for other in cells)]
+                if arm.parent != UNTRAINED and "parent_tokens" not in (start or {}):
+                    earlier = (other.rsplit("-seed", 1) for other in parents if other != cell)
+                    names = [UNTRAINED, *(other for other, own in earlier if own == str(seed))]
                     raise UpcycleError.unknown(f"{path}: arms.{name}.parent of seed {seed}", arm.parent, names)
             read = start["parent_tokens"] + start["steps"] * start["tokens_per_step"] if start else 0
             cells[cell] = one.cell(seed, cell, evaluations, read)
@@ -151,10 +156,6 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         "budgets": _budgets(f"{path}: budgets", grid.budgets, described, every_n_steps),
     }
     parent: str | None = None
-    if parents and (dense or not grid.parent):
-        fix = "omit dense=" if dense else "add parent:, as laptop.yaml has it"
-        expected = "sizes and vocabulary of what the grid trains from nothing"
-        raise UpcycleError(f"{path}: parent", got="a finished one" if dense else "none", expected=expected, fix=fix)
     if grid.parent and not dense:
         from nemo_upcycle.pipeline.nemo.arms import NeMoArm
 
