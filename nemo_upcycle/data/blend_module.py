@@ -82,6 +82,7 @@ class BlendDataModule(PreTrainingDataModule):
     """NeMo's data module, made by `blend_data`: it reads epoch by epoch and keeps the index cache whole."""
 
     skip_samples = 0
+    _train_ds: Any  # NeMo's
 
     @property
     def blend(self) -> FinishedBlend:

@@ -115,7 +115,8 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
     evaluations = Evaluations(suite=SUITE, every_n_steps=every_n_steps, batch_size=grid.evaluate.batch_size)
     address = str(dense or grid.dense)
     built = _trainings(str(path), arms, grid, address)
-    cells, described, parents, trainers = {}, {}, dict[str, str](), {one.trainer for _, one in built.values()}
+    cells, parents, trainers = dict[str, str](), dict[str, str](), {one.trainer for _, one in built.values()}
+    described: dict[str, dict[str, Any]] = {}
     for seed in dict.fromkeys((*grid.seeds, *(seed for arm in arms.values() for seed in arm.seeds))):
         for training, (name, one) in built.items():
             arm, cell = arms[name], f"{training}-seed{seed}"
