@@ -10,6 +10,7 @@ import torch
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer
 from nemo.collections.llm.gpt.data import MockDataModule, PreTrainingDataModule
+from torch.utils.data import Subset
 
 from nemo_upcycle.data.blend_samples import describe_blend, index_folder, say_what_is_read
 from nemo_upcycle.data.build import cached_blend
@@ -29,6 +30,7 @@ def blend_data(
     num_workers: int = 8,
     seed: Optional[int] = None,  # noqa: UP045
     indices: Optional[str] = None,  # noqa: UP045
+    skip_samples: Optional[int] = None,  # noqa: UP045
 ) -> "BlendDataModule":
     """Return NeMo's pretraining data module over a finished folder of `nemo-upcycle data`.
 
@@ -47,6 +49,8 @@ def blend_data(
         seed: of the order of the sequences; None takes the manifest's.
         indices: where the first rank writes the order of the samples, a folder that all nodes share and other data may
             share, too; None: `indices` in the data folder.
+        skip_samples: sequences at the beginning of the order that are left out: those that a training with the same
+            seed, whose model this one starts from, has read.
 
     Raises:
         UpcycleError: the folder is not finished, damaged or made with another tokenizer, or a split is shorter than
@@ -57,7 +61,7 @@ def blend_data(
     """
     finished = open_blend(folder if folder is not None else cached_blend(blend or "", dense))
     finished.require_tokenizer_of(dense)
-    return BlendDataModule(
+    module = BlendDataModule(
         paths=finished.paths(seq_length),
         split=None,  # the three paths are the split; NeMo warns about any other value
         # Not the dense folder: NeMo copies the tokenizer's whole folder into every checkpoint.
@@ -70,10 +74,15 @@ def blend_data(
         seed=finished.manifest["seed"] if seed is None else seed,
         pin_memory=torch.cuda.is_available(),
     )
+    module.skip_samples = skip_samples or 0
+    return module
 
 
 class BlendDataModule(PreTrainingDataModule):
     """NeMo's data module, made by `blend_data`: it reads epoch by epoch and keeps the index cache whole."""
+
+    skip_samples = 0
+    _train_ds: Any  # NeMo's
 
     @property
     def blend(self) -> FinishedBlend:
@@ -105,10 +114,13 @@ class BlendDataModule(PreTrainingDataModule):
         if isinstance(trainer_limit_val_batches, float):
             prefixes, _ = self.build_kwargs["blend_per_split"][1]
             self.build_kwargs["blend_per_split"][1] = (prefixes, None)  # Megatron blends whole epochs by length only
+        steps += -(-self.skip_samples // self.global_batch_size)
         cache = whole_indices(Path(self.index_mapping_dir), blend.folder / MANIFEST) if first else nullcontext()
         with cache:
             self.dataset_cls = EpochDataset
             super().build(steps, steps + 1, trainer_limit_val_batches, trainer_limit_test_batches)  # one validation
+        if self.skip_samples:
+            self._train_ds = Subset(self._train_ds, range(self.skip_samples, len(self._train_ds)))
 
 
 def mock_tokenizer(dense: str) -> NullTokenizer:

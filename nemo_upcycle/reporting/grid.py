@@ -6,6 +6,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from nemo_upcycle.errors import UpcycleError
@@ -34,12 +35,14 @@ class ArmRecord:
         steps: of a whole training.
         tokens_per_step: of a step.
         schedule: the learning rate's.
-        is_rate_constant: whether the learning rate does not fall.
+        is_rate_constant: whether every point is what a whole training of that length reaches: the learning rate does
+            not fall, or each point is the end of a training of its own.
         trained_seeds: those that were trained.
         scores: by tokens and seed, the sums of the held-out documents. What was no number is not there.
         routers: by metric and tokens, the mean over layers and seeds; nothing of a dense arm.
         flops_per_token: of training, full attention.
         rank_seconds_per_token: the steps' seconds times ranks, of each the fastest seed, without the first step.
+        parent: what it starts from, of a grid whose arms have parents of their own.
     """
 
     name: str
@@ -52,6 +55,7 @@ class ArmRecord:
     routers: dict[str, dict[int, float]]
     flops_per_token: float
     rank_seconds_per_token: float
+    parent: str = ""
 
     @property
     def tokens(self) -> int:
@@ -95,22 +99,45 @@ def arms_of(evidence: Mapping[str, Any]) -> dict[str, ArmRecord]:
         cells[about["arm"]].append(cell)
     arms = {}
     for arm, names in cells.items():
-        first, left = described[names[0]], [evidence["cells"][name] for name in names]
+        first = max((described[name] for name in names), key=itemgetter("steps"))
+        is_curve = first.get("is_length", False)
+        longest = [name for name in names if described[name]["steps"] == first["steps"]]
+        left = [evidence["cells"][name] for name in longest]
         scores: dict[int, dict[int, Sums]] = defaultdict(dict)
-        for name, cell in zip(names, left, strict=True):
-            for score in cell["scores"]:
+        for name in names:
+            for score in evidence["cells"][name]["scores"]:
+                if is_curve and score["step"] not in (0, described[name]["steps"]):
+                    continue
                 sums = dict(zip(documents["names"], zip(score["nats"], documents["bytes"], strict=True), strict=True))
                 scores[score["step"] * first["tokens_per_step"]][described[name]["seed"]] = sums
+        flops = left[0]["flops_per_token"]
+        has_siblings = "parent" in first  # trainings of the same model, one after the other
         arms[arm] = ArmRecord(
             name=arm,
-            **{key: first[key] for key in ("steps", "tokens_per_step", "schedule", "is_rate_constant")},
-            trained_seeds=[described[name]["seed"] for name in names],
+            **{key: first[key] for key in ("steps", "tokens_per_step", "schedule")},
+            is_rate_constant=first["is_rate_constant"] or is_curve,
+            trained_seeds=[described[name]["seed"] for name in longest],
             scores=dict(sorted(scores.items())),
             routers=_routers(left),
-            flops_per_token=left[0]["flops_per_token"],
-            rank_seconds_per_token=_rank_seconds_per_token(left),
+            flops_per_token=flops,
+            rank_seconds_per_token=_pace(evidence["cells"], flops) if has_siblings else _rank_seconds_per_token(left),
+            parent=first.get("parent", ""),
         )
     return arms
+
+
+def _pace(cells: Mapping[str, Mapping[str, Any]], flops_per_token: float) -> float:
+    """Return what a token takes: of all steps whose tokens cost so many FLOPs, the fastest twentieth.
+
+    Trainings that run one after the other for hours meet other work at different times: no seed is the fastest.
+    """
+    rates = [
+        seconds * cell["ranks"] / (tokens - before)
+        for cell in cells.values()
+        if cell["flops_per_token"] == flops_per_token
+        for seconds, tokens, before in zip(cell["seconds"], cell["tokens"], (0, *cell["tokens"]), strict=False)
+    ]
+    return sorted(rates)[len(rates) // 20]
 
 
 def _rank_seconds_per_token(cells: list[Mapping[str, Any]]) -> float:
@@ -251,14 +278,16 @@ def _sources(seeds: Mapping[int, Sums]) -> dict[str, dict[str, Any]]:
 
 
 def _rankings(arms: Mapping[str, ArmRecord], margin: float) -> list[dict[str, Any]]:
-    """Rank the arms after the tokens of each whole training, the longest list first."""
+    """Rank the arms of a parent after the tokens of each whole training, the longest list first."""
     rankings = []
-    for tokens in dict.fromkeys(arm.tokens for arm in arms.values()):
-        ended = next(arm for arm in arms.values() if arm.tokens == tokens)
-        reached = {name: arm.scores[tokens] for name, arm in arms.items() if arm.is_scored_with(ended, tokens)}
+    for parent, tokens in dict.fromkeys((arm.parent, arm.tokens) for arm in arms.values()):
+        siblings = {name: arm for name, arm in arms.items() if arm.parent == parent}
+        ended = next(arm for arm in siblings.values() if arm.tokens == tokens)
+        reached = {name: arm.scores[tokens] for name, arm in siblings.items() if arm.is_scored_with(ended, tokens)}
         seeds = set.intersection(*(set(scores) for scores in reached.values()))
         if len(reached) > 1 and seeds:
-            rankings.append({"tokens": tokens, "arms": rank_arms(reached, margin)})
+            ranking = {"tokens": tokens, "arms": rank_arms(reached, margin)}
+            rankings.append(ranking | ({"parent": parent} if parent else {}))
     return sorted(rankings, key=lambda ranking: -len(ranking["arms"]))
 
 

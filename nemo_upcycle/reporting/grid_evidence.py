@@ -14,7 +14,7 @@ from typing import Any
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.heldout import document_sums
 from nemo_upcycle.reporting.results import summarise_router
-from nemo_upcycle.reporting.run_folder import read_curve, read_overlap
+from nemo_upcycle.reporting.run_folder import read_curve, read_manifest
 from nemo_upcycle.utils.files import read_json, whole_file
 
 
@@ -36,7 +36,7 @@ def collect_evidence(run_dir: Path, name: str, described: Mapping[str, Any]) -> 
         `grid`, `described`, `documents` (`names` and `bytes` of the held-out texts) and `cells`: of each training
         `flops_per_token`, `ranks`, `scores` (`step` of each evaluation, and the log-likelihood in `nats` of every
         document, exact) and of all steps `tokens`, `seconds` and `routers` (means over the layers, six digits); and
-        `heldout_overlap` of the data's manifest, or None.
+        of the data's manifest `heldout_overlap` and the `tokens` and `bytes` of `heldout` texts, or None.
 
     Raises:
         UpcycleError: a file is missing or damaged, or two evaluations are of different documents.
@@ -72,8 +72,16 @@ def collect_evidence(run_dir: Path, name: str, described: Mapping[str, Any]) -> 
                 if any(key in one for one in routers)
             },
         }
-    overlap = read_overlap(run_dir)
-    return {"grid": name, "described": described, "documents": documents, "cells": cells, "heldout_overlap": overlap}
+    manifest = read_manifest(run_dir)
+    counts = manifest.get("splits", {}).get("heldout")
+    return {
+        "grid": name,
+        "described": described,
+        "documents": documents,
+        "cells": cells,
+        "heldout_overlap": manifest.get("heldout_overlap"),
+        "heldout": counts and {key: counts[key] for key in ("tokens", "bytes")},
+    }
 
 
 def _step_of(path: Path) -> int:

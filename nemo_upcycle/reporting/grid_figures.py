@@ -25,7 +25,8 @@ _VERDICTS = {
 }
 
 
-def _style(position: int) -> dict[str, Any]:
+def arm_style(position: int) -> dict[str, Any]:
+    """Return how the line of an arm is drawn, by its position among the arms."""
     return {
         "color": _COLOURS[position % len(_COLOURS)],
         "linestyle": _LINES[position // len(_COLOURS) % len(_LINES)],
@@ -49,7 +50,7 @@ def curves_figure(values: Mapping[str, Any]) -> Figure:
     parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     whole, near = parts[0].subplots(1, 2)
     for position, (arm, result) in enumerate(values["arms"].items()):
-        style = _style(position)
+        style = arm_style(position)
         tokens = [point["tokens"] for point in result["curve"]]
         for axes in (whole, near):
             axes.plot(tokens, [point["value"] for point in result["curve"]], label=arm, **style)
@@ -123,7 +124,7 @@ def routers_figure(values: Mapping[str, Any]) -> Figure | None:
         for position, (arm, result) in enumerate(arms.items()):
             if points := result["routers"].get(name):
                 tokens, means = zip(*points, strict=True)
-                axes.plot(tokens, means, label=arm, markevery=max(1, len(points) // 8), **_style(position))
+                axes.plot(tokens, means, label=arm, markevery=max(1, len(points) // 8), **arm_style(position))
         axes.set_title(ROUTER_PANELS[name], fontsize=10)
         tokens_axis(axes, last)
     legend_below(figure, figure.axes[0], 5, "means over layers and seeds")
@@ -148,7 +149,7 @@ def budgets_figure(values: Mapping[str, Any]) -> Figure | None:
             half = [0.0 if entry["low"] is None else (entry["high"] - entry["low"]) / 2 for entry in entries]
             cost = [factor * entry[unit] for entry in entries]
             means = [entry["value"] for entry in entries]
-            axes.errorbar(cost, means, yerr=half, capsize=3, label=arm, **_style(position))
+            axes.errorbar(cost, means, yerr=half, capsize=3, label=arm, **arm_style(position))
         costs = [factor * entry[unit] for entries in values["budgets"].values() for entry in entries]
         tokens_axis(axes, max(costs), title)
         axes.set_xscale("log")

@@ -10,9 +10,10 @@ from typing import Any
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.reporting.grid import arms_of, compare_arms
 from nemo_upcycle.reporting.grid_evidence import EVIDENCE, PLAN, collect_evidence, read_evidence, write_evidence
-from nemo_upcycle.reporting.markdown import number, section, signed, table, with_error
+from nemo_upcycle.reporting.grid_parents import compare_parents, parents_figure, parents_section, points_csv
+from nemo_upcycle.reporting.markdown import mean_with_interval, number, section, table, with_verdict
 from nemo_upcycle.reporting.sections import overlap
-from nemo_upcycle.utils.files import read_json, read_text, whole_file, write_json
+from nemo_upcycle.utils.files import MARKER, read_json, read_text, whole_file, write_json
 
 
 #: What the table says of the routers.
@@ -30,8 +31,8 @@ def write_grid(folder: Path) -> Path:
     """Write the table of a grid again.
 
     Args:
-        folder: of a grid whose trainings are finished, whose `table/` is written; or of its evidence alone: the
-            table is written beside it, or between the two markers of the page `FOLDER.md`, if there is one.
+        folder: of a grid, whose `table/` is written from the trainings that are finished; or of its evidence alone:
+            the table is written beside it, or between the two markers of the page `FOLDER.md`, if there is one.
 
     Returns:
         The path of the table, or of the page.
@@ -45,7 +46,7 @@ def write_grid(folder: Path) -> Path:
     """
     if (folder / PLAN).is_file():
         plan = read_json(folder / PLAN)
-        return write_table(folder, plan["name"], plan["described"])
+        return write_table(folder, plan["name"], _finished(folder, plan["described"]))
     page = folder.resolve().with_suffix(".md")
     if not page.is_file():
         return _write(folder / "table.md", draw_table(folder))
@@ -56,6 +57,31 @@ def write_grid(folder: Path) -> Path:
     table = draw_table(folder).partition("\n\n")[2]
     sections = re.sub(r"(!\[\w+\]\()(\w+\.png\))", rf"\1{page.stem}/\2", table)
     return _write(page, f"{before}{BEGIN}\n\n{sections}\n{END}{after}")
+
+
+def _finished(run_dir: Path, described: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a grid's plan says of the trainings that are finished, with the names of the others as `missing`.
+
+    Raises:
+        UpcycleError: none is.
+    """
+    cells = {name: cell for name, cell in described["cells"].items() if (run_dir / name / MARKER).is_file()}
+    if not cells:
+        fix = "run nemo upcycle ablate with this folder as dir"
+        raise UpcycleError(str(run_dir), got="no finished training", expected="one or more", fix=fix)
+    missing = [name for name in described["cells"] if name not in cells]
+    if not missing:
+        return dict(described)
+    arms = {cell["arm"] for cell in cells.values()}
+    budgets = described.get("budgets") or {}
+    return {
+        **described,
+        "cells": cells,
+        "arms": {name: about for name, about in described["arms"].items() if name in arms},
+        "references": {one: other for one, other in described["references"].items() if {one, other} <= arms},
+        "budgets": budgets if arms.issuperset(budgets.get("arms", ())) else {},
+        "missing": missing,
+    }
 
 
 def _write(path: Path, text: str) -> Path:
@@ -81,7 +107,7 @@ def write_table(run_dir: Path, name: str, described: Mapping[str, Any]) -> Path:
 
 
 def draw_table(folder: Path) -> str:
-    """Write `table.json` and figures, `curves`, `routers` and `budgets`, where there are any; return the table.
+    """Write `table.json`, figures, and `points.csv` of a grid with budgets of parents; return the table.
 
     Args:
         folder: with the evidence of a grid, which is all that is read.
@@ -93,12 +119,17 @@ def draw_table(folder: Path) -> str:
     from nemo_upcycle.reporting.grid_figures import budgets_figure, curves_figure, routers_figure
 
     evidence = read_evidence(folder / EVIDENCE)
-    described = evidence["described"]
-    values = {"grid": evidence["grid"], "about": described["about"], **compare_arms(arms_of(evidence), described)}
+    described, arms = evidence["described"], arms_of(evidence)
+    values = {"grid": evidence["grid"], "about": described["about"], **compare_arms(arms, described)}
+    values |= {"parents": rows} if (rows := compare_parents(arms, described)) else {}
+    values |= {"missing": described["missing"]} if described.get("missing") else {}
     if found := evidence.get("heldout_overlap"):  # not in older evidence
         values["heldout_overlap"] = found
     write_json(folder / "table.json", values, indent=None)  # with a line for each number, three times as large
     figures = {"curves": curves_figure(values), "routers": routers_figure(values), "budgets": budgets_figure(values)}
+    figures["parents"] = parents_figure(rows, arms, described)
+    if points := points_csv(evidence, arms):
+        _write(folder / "points.csv", points)
     for title, figure in figures.items():
         if figure is not None:
             with whole_file(folder / f"{title}.png") as aside:
@@ -120,6 +151,8 @@ def render_table(values: Mapping[str, Any]) -> str:
         f"{values['about']}. {seeds} seeds an arm; lower is better. ± is half of a 95 % interval (t); of what an arm"
         " reaches, over seeds.",
         f"Not scored at the end, and left out: {', '.join(unscored)}." if unscored else "",
+        _missing(values.get("missing", [])),
+        parents_section(values.get("parents", [])),
         _arms(arms),
         _differences(values["differences"], values["margin"]),
         _rankings(values["rankings"]),
@@ -131,9 +164,8 @@ def render_table(values: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _value(mean: Mapping[str, Any]) -> str:
-    """Return a mean with half of its interval, where there is one."""
-    return with_error(mean["value"], None if mean["low"] is None else (mean["high"] - mean["low"]) / 2)
+def _missing(names: list[str]) -> str:
+    return f"Not finished, and left out: {', '.join(f'`{name}`' for name in names)}." if names else ""
 
 
 def _arms(arms: Mapping[str, Any]) -> str:
@@ -142,8 +174,8 @@ def _arms(arms: Mapping[str, Any]) -> str:
             arm,
             f"{result['tokens']:,}",
             number(result["flops"], 3),
-            _value(result["start"]),
-            _value(result["bits_per_byte"]),
+            mean_with_interval(result["start"]),
+            mean_with_interval(result["bits_per_byte"]),
             number(60 * result["rank_hours"], 3),
             *(number(result["routers"][key][-1][1], 3) if key in result["routers"] else "-" for key in _ROUTERS),
             result["about"],
@@ -175,8 +207,8 @@ def _differences(differences: Mapping[str, Any], margin: float) -> str:
         rows.append(
             [
                 f"{arm} - {difference['reference']}",
-                _with_verdict(difference["start"]),
-                _with_verdict(difference["end"]),
+                with_verdict(difference["start"]),
+                with_verdict(difference["end"]),
                 f"{end['tokens']:,}" if end else "-",
                 number(end.get("stderr_documents"), 2),
                 number(end.get("stderr_seeds"), 2),
@@ -198,27 +230,24 @@ def _differences(differences: Mapping[str, Any], margin: float) -> str:
     )
 
 
-def _with_verdict(point: Mapping[str, Any] | None) -> str:
-    if point is None:
-        return "-"
-    return f"{signed(point['difference'], (point['high'] - point['low']) / 2)} ({point['verdict']})"
-
-
 def _equal_cost(point: Mapping[str, Any] | None, unit: str) -> str:
     if point is None:
         return "-"
     times = "" if abs(point["cost_ratio"] - 1) < 5e-4 else f", {point['cost_ratio']:.3f} times the {unit}"
-    return f"{_with_verdict(point)}: {point['tokens']:,} tokens for {point['reference_tokens']:,.0f}{times}"
+    return f"{with_verdict(point)}: {point['tokens']:,} tokens for {point['reference_tokens']:,.0f}{times}"
 
 
 def _rankings(rankings: list[Mapping[str, Any]]) -> str:
     tables = []
     for ranking in rankings:
         rows = [
-            [entry["arm"], f"{entry['value']:.4f}", _with_verdict(entry["to_best"]) if entry["to_best"] else "best"]
+            [entry["arm"], f"{entry['value']:.4f}", with_verdict(entry["to_best"]) if entry["to_best"] else "best"]
             for entry in ranking["arms"]
         ]
-        tables.append(table([f"after {ranking['tokens']:,} tokens", "bits per byte", "to the best"], rows))
+        title = f"after {ranking['tokens']:,} tokens" + (
+            f" from {parent}" if (parent := ranking.get("parent")) else ""
+        )
+        tables.append(table([title, "bits per byte", "to the best"], rows))
     if not tables:
         return ""
     about = (
@@ -239,9 +268,9 @@ def _budgets(budgets: Mapping[str, Any]) -> str:
         rows = [
             [
                 f"{entry['tokens']:,}",
-                _value(its),
-                _value(entry),
-                _with_verdict(entry["gain"]),
+                mean_with_interval(its),
+                mean_with_interval(entry),
+                with_verdict(entry["gain"]),
                 *_worth(entry),
             ]
             for entry, its in zip(budgets[arm], budgets[first], strict=True)
@@ -274,5 +303,5 @@ def _sources(arms: Mapping[str, Any]) -> str:
     names = list(next(iter(arms.values()))["sources"])
     if len(names) < 2:
         return ""
-    rows = [[arm, *(_value(result["sources"][name]) for name in names)] for arm, result in arms.items()]
+    rows = [[arm, *(mean_with_interval(result["sources"][name]) for name in names)] for arm, result in arms.items()]
     return section("By source", table(["bits per byte at the end", *names], rows))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
-from typing import TypeGuard
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeGuard
 
 
 #: What Markdown obeys, also inside a table; an underscore inside a word is one of its letters.
@@ -145,6 +145,18 @@ def signed(value: float, stderr: float | None) -> str:
         ('+0.350 ± 0.011', '-0.35')
     """
     return f"{'+' if value > 0 else ''}{with_error(value, stderr)}"
+
+
+def mean_with_interval(mean: Mapping[str, Any]) -> str:
+    """Return what `mean_of` returned, with half of its interval, where there is one."""
+    return with_error(mean["value"], None if mean["low"] is None else (mean["high"] - mean["low"]) / 2)
+
+
+def with_verdict(point: Mapping[str, Any] | None) -> str:
+    """Return what `difference_of_arms` returned, with half of its interval and the verdict; None as a dash."""
+    if point is None:
+        return "-"
+    return f"{signed(point['difference'], (point['high'] - point['low']) / 2)} ({point['verdict']})"
 
 
 def millions(count: float) -> str:

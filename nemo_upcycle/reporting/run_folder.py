@@ -131,11 +131,22 @@ def read_overlap(folder: Path, markers: Mapping[str, Any] | None = None) -> dict
     Raises:
         UpcycleError: the manifest of its data is damaged.
     """
-    manifest = _data_of(folder, _read_markers(folder) if markers is None else markers) / MANIFEST
-    if not manifest.is_file():
-        return None
-    found: dict[str, Any] | None = _read(manifest, "data").get("heldout_overlap")
+    found: dict[str, Any] | None = read_manifest(folder, markers).get("heldout_overlap")
     return found
+
+
+def read_manifest(folder: Path, markers: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the manifest of the data of a run or a grid; empty where there is none.
+
+    Args:
+        folder: of the run or grid.
+        markers: of its finished stages; None to read them.
+
+    Raises:
+        UpcycleError: it is damaged.
+    """
+    manifest = _data_of(folder, _read_markers(folder) if markers is None else markers) / MANIFEST
+    return dict(_read(manifest, "data")) if manifest.is_file() else {}
 
 
 def _data_of(folder: Path, markers: Mapping[str, Any]) -> Path:

@@ -12,7 +12,8 @@ from typing import Any
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.evaluation.arms import MARGIN, ROUNDING
 from nemo_upcycle.evaluation.heldout import TASK
-from nemo_upcycle.pipeline.ablations.stages import SUITE, GridPlan
+from nemo_upcycle.models.architecture import Architecture
+from nemo_upcycle.pipeline.ablations.stages import SUITE, UNTRAINED, GridPlan
 from nemo_upcycle.pipeline.plan import open_training
 from nemo_upcycle.suites.suite_config import read_suite_config
 from nemo_upcycle.trainers.base import Evaluations
@@ -43,7 +44,11 @@ class ParentConfig:
 
 @dataclass
 class ArmConfig:
-    """An arm: its recipe in NeMo (`factory`, or a file that names one) or in Bridge, and what differs."""
+    """An arm: its recipe in NeMo (`factory`, or a file that names one) or in Bridge, and what differs.
+
+    `parent` is UNTRAINED or another training of the grid without its seed, ARM or ARM-STEPS; None is the grid's own.
+    `lengths` are the steps of a whole training each; `seeds` replace the grid's.
+    """
 
     factory: str | None = None
     recipe: str | None = None
@@ -52,6 +57,9 @@ class ArmConfig:
     about: str = ""
     spec: dict[str, Any] = field(default_factory=dict)
     set: dict[str, Any] = field(default_factory=dict)
+    parent: str | None = None
+    lengths: list[int] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -64,7 +72,7 @@ class BudgetsConfig:
 
 @dataclass
 class GridConfig:
-    """A grid; `conf/ablations/laptop.yaml` explains every key."""
+    """A grid; `laptop.yaml` and `budget.yaml` of `conf/ablations` explain every key."""
 
     arms: dict[str, ArmConfig]
     about: str = ""
@@ -94,6 +102,10 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
     grid = as_dataclass(str(path), content, GridConfig, "ablations")
     arms = {name: _with_file(f"{path}: arms.{name}", arm, path.parent) for name, arm in grid.arms.items()}
     _check(str(path), grid)
+    if any(arm.parent for arm in arms.values()) and (dense or not grid.parent):
+        fix = "omit dense=" if dense else "add parent:, as laptop.yaml has it"
+        expected = "sizes and vocabulary of what the grid trains from nothing"
+        raise UpcycleError(f"{path}: parent", got="a finished one" if dense else "none", expected=expected, fix=fix)
     suite = _from_here(grid.evaluate.suite, folder)
     config = read_suite_config(suite)
     if not config.local or TASK not in config.tasks:
@@ -101,15 +113,26 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         raise UpcycleError(f"{path}: evaluate.suite", got=suite, expected=expected, fix=fix)
     every_n_steps = grid.evaluate.every_n_steps
     evaluations = Evaluations(suite=SUITE, every_n_steps=every_n_steps, batch_size=grid.evaluate.batch_size)
-    cells, described, trainers = {}, {}, set[str]()
     address = str(dense or grid.dense)
-    for name, arm in arms.items():
-        built = _built(f"{path}: arms.{name}", arm, grid.defaults | arm.set, address)
-        trainers.add(built.trainer)
-        for seed in grid.seeds:
-            cell = f"{name}-seed{seed}"
-            cells[cell] = built.cell(seed, cell, evaluations)
-            facts = open_training(built.trainer, cells[cell]).facts(address)
+    built = _trainings(str(path), arms, grid, address)
+    cells, parents, trainers = dict[str, str](), dict[str, str](), {one.trainer for _, one in built.values()}
+    described: dict[str, dict[str, Any]] = {}
+    for seed in dict.fromkeys((*grid.seeds, *(seed for arm in arms.values() for seed in arm.seeds))):
+        for training, (name, one) in built.items():
+            arm, cell = arms[name], f"{training}-seed{seed}"
+            if seed not in (arm.seeds or grid.seeds):
+                continue
+            start: dict[str, Any] | None = None
+            if arm.parent:
+                parents[cell] = arm.parent if arm.parent == UNTRAINED else f"{arm.parent}-seed{seed}"
+                start = described.get(parents[cell])
+                if arm.parent != UNTRAINED and "parent_tokens" not in (start or {}):
+                    earlier = (other.rsplit("-seed", 1) for other in parents if other != cell)
+                    names = [UNTRAINED, *(other for other, own in earlier if own == str(seed))]
+                    raise UpcycleError.unknown(f"{path}: arms.{name}.parent of seed {seed}", arm.parent, names)
+            read = start["parent_tokens"] + start["steps"] * start["tokens_per_step"] if start else 0
+            cells[cell] = one.cell(seed, cell, evaluations, read)
+            facts = open_training(one.trainer, cells[cell]).facts(address)
             assert facts is not None  # an arm of Bridge's is built with its parent
             described[cell] = {
                 "arm": name,
@@ -119,6 +142,9 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
                 "schedule": facts.schedule,
                 "is_rate_constant": facts.is_rate_constant,
             }
+            if arm.parent:
+                described[cell] |= _origin(arm, facts.arch, grid) | {"parent_tokens": read}
+    short_first = sorted(cells, key=lambda name: _place(described[name]))
     if len(trainers) > 1:
         got, expected = "recipes of NeMo and of Megatron-Bridge", "those of one"
         raise UpcycleError(f"{path}: arms", got=got, expected=expected, fix="make two grids")
@@ -149,10 +175,49 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
         parent,
         grid.parent.vocabulary if grid.parent and parent else None,
         suite,
-        cells,
+        {name: cells[name] for name in short_first},
         table,
         trainers.pop(),
+        parents,
     )
+
+
+def _trainings(path: str, arms: Mapping[str, ArmConfig], grid: GridConfig, dense: str) -> dict[str, tuple[str, Any]]:
+    """Return every training of one seed, by its name: the name of its arm, and its recipe in its trainer."""
+    built = {}
+    for name, arm in arms.items():
+        settings = grid.defaults | arm.set
+        if not arm.lengths:
+            built[name] = name, _built(f"{path}: arms.{name}", arm, settings, dense)
+        for steps in arm.lengths:
+            own = settings | {"train.train_iters" if arm.recipe else "trainer.max_steps": steps}
+            built[f"{name}-{steps}"] = name, _built(f"{path}: arms.{name}", arm, own, dense)
+    return built
+
+
+def _place(cell: Mapping[str, Any]) -> tuple[int, int]:
+    """Return what the trainings of a grid are sorted by: short ones of a seed first, and parents before their own."""
+    return cell["seed"], cell.get("parent_tokens", 0) + cell["steps"] * cell["tokens_per_step"]
+
+
+def _origin(arm: ArmConfig, arch: Architecture, grid: GridConfig) -> dict[str, Any]:
+    """Return what the table needs to know of an arm with a parent of the grid's own, but the parent's tokens.
+
+    Args:
+        arm: the arm.
+        arch: of its model; it does not know the vocabulary.
+        grid: of the arm.
+    """
+    arch = replace(arch, vocab_size=grid.parent.vocabulary if grid.parent else 0)
+    return {
+        "parent": arm.parent,
+        "is_length": bool(arm.lengths),
+        "experts": arch.num_experts or 1,
+        "topk": arch.top_k or 1,
+        "granularity": arch.ffn_size // (arch.expert_ffn_size or arch.ffn_size),
+        "active_parameters": arch.active_params,
+        "total_parameters": arch.total_params,
+    }
 
 
 def _check(path: str, grid: GridConfig) -> None:
@@ -167,6 +232,12 @@ def _check(path: str, grid: GridConfig) -> None:
     for name in (name for pair in grid.references.items() for name in pair):
         if name not in grid.arms:
             raise UpcycleError.unknown(f"{path}: references: arm", name, grid.arms)
+    for name, arm in grid.arms.items():
+        lengths = arm.lengths == sorted(set(arm.lengths)) and min(arm.lengths, default=1) > 0
+        expected = "numbers of steps, each more than the one before"
+        require(lengths, f"arms.{name}.lengths", arm.lengths, expected, "write lengths: [150, 300]")
+        expected = "whole numbers from 0 on"
+        require(min(arm.seeds, default=0) >= 0, f"arms.{name}.seeds", arm.seeds, expected, "write seeds: [1]")
     require(bool(grid.arms), "arms", "none", "at least one", f"see {template('ablations')}")
     from_zero = bool(grid.seeds) and min(grid.seeds) >= 0
     require(from_zero, "seeds", grid.seeds, "whole numbers from 0 on", "write seeds: [1, 2, 3]")

@@ -75,6 +75,7 @@ def _summary(plan: GridPlan, run_dir: Path) -> str:
     lines = [f"grid {plan.name}: {len(plan.cells)} trainings, {len(done)} finished before"]
     for arm, about in plan.described["arms"].items():
         mine = [one for one in cells.values() if one["arm"] == arm]
-        tokens = mine[0]["steps"] * mine[0]["tokens_per_step"]
-        lines.append(f"  {arm}: {len(mine)} seeds x {tokens:,} tokens  {about}".rstrip())
+        sizes = sorted({one["steps"] * one["tokens_per_step"] for one in mine})
+        counts = f"{len(mine)} trainings of {' or '.join(f'{size:,}' for size in sizes)} tokens"
+        lines.append(f"  {arm}: {counts}  {about}".rstrip())
     return "\n".join(lines) + "\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +14,8 @@ from nemo_upcycle.reporting.grid_evidence import PLAN as GRID
 from nemo_upcycle.trainers.base import last_checkpoint
 
 
+#: The stage that draws random weights, and so the parent of what is trained from nothing.
+UNTRAINED = "untrained"
 #: The folder of the suite that all trainings are scored with, in the grid's folder.
 SUITE = "suite/items"
 
@@ -26,13 +28,16 @@ class GridPlan(Plan):
         name: of the grid.
         dense: address of the dense parent; "" where the grid trains its own.
         data: a blend, or a finished folder.
-        parent: the serialised recipe that trains the parent from random weights; None with `dense`.
+        parent: the serialised recipe that trains the parent from random weights; None with `dense`. Where no training
+            starts from it, its sizes alone count.
         vocabulary: tokens of its tokenizer, which is trained on the blend.
         suite: a name in `conf/evaluation`, or a YAML file, of what all trainings are scored with.
         cells: name of each training -> its serialised recipe.
-        trainer: of all cells, `nemo` or `bridge`.
         described: what the table needs: of each cell its arm, seed, tokens of a step, steps and schedule of the
-            learning rate; the references; the margin; what each arm is about.
+            learning rate, and of one with a parent of its own what `read_grid` says; the references; the margin; what
+            each arm is about.
+        trainer: of all cells, `nemo` or `bridge`.
+        parents: name of a training -> UNTRAINED, or the training that leaves its parent; others have the grid's.
     """
 
     file: ClassVar[str] = GRID
@@ -48,6 +53,7 @@ class GridPlan(Plan):
     cells: dict[str, str]
     described: dict[str, Any]
     trainer: str = "nemo"
+    parents: dict[str, str] = field(default_factory=dict)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -70,31 +76,39 @@ class GridPlan(Plan):
 
 def stages_of(plan: GridPlan) -> tuple[Stage, ...]:
     """Return the stages of a grid, each after those that it needs."""
+    trains_parent = plan.parent and len(plan.parents) < len(plan.cells)
     first: tuple[Stage, ...]
     if plan.parent:
         first = (
-            Stage("untrained", untrained_stage, (), ("parent", "vocabulary", "data"), outputs=_untrained),
-            Stage("data", data_stage, ("untrained",), ("data",), resumable=True, outputs=_blend),
-            Stage(
-                "parent",
-                parent_stage,
-                ("untrained", "data"),
-                ("parent", "parent" + STEPS),
-                parallel=True,
-                resumable=True,
-                outputs=lambda run, _: last_checkpoint(run / "parent"),
-            ),
-            Stage("dense", export_stage, ("parent",), (), reads=("untrained", "parent"), outputs=_dense),
+            Stage(UNTRAINED, untrained_stage, (), ("parent", "vocabulary", "data"), outputs=_untrained),
+            Stage("data", data_stage, (UNTRAINED,), ("data",), resumable=True, outputs=_blend),
         )
     else:
         first = (
             Stage("dense", import_stage, (), ("dense",), outputs=_dense),
             Stage("data", data_stage, ("dense",), ("data",), resumable=True, outputs=_blend),
         )
-    needs = ("dense", "data", "suite")
-    cells = [
-        Stage(name, _training(name), needs, (name, name + STEPS), parallel=True, resumable=True) for name in plan.cells
-    ]
+    if trains_parent:
+        first += (
+            Stage(
+                "parent",
+                parent_stage,
+                (UNTRAINED, "data"),
+                ("parent", "parent" + STEPS),
+                parallel=True,
+                resumable=True,
+                outputs=lambda run, _: last_checkpoint(run / "parent"),
+            ),
+            _export("dense", "parent"),
+        )
+    cells: list[Stage] = []
+    for name in plan.cells:
+        needs = (_start_of(plan, name), "data", "suite")
+        settings, is_parent = (name, name + STEPS), name in plan.parents.values()
+        outputs = _checkpoint(name) if is_parent else None
+        cells.append(Stage(name, _training(name), needs, settings, parallel=True, resumable=True, outputs=outputs))
+        if is_parent:
+            cells.append(_export(_exported(name), name))
     return (
         *first,
         Stage("suite", suite_stage, ("data",), ("suite",)),
@@ -103,8 +117,43 @@ def stages_of(plan: GridPlan) -> tuple[Stage, ...]:
     )
 
 
+def _start_of(plan: GridPlan, cell: str) -> str:
+    """Return the stage that leaves the dense model which a training starts from."""
+    parent = plan.parents.get(cell)
+    return "dense" if parent is None else parent if parent == UNTRAINED else _exported(parent)
+
+
+def _exported(cell: str) -> str:
+    """Return the stage that exports a training which is the parent of others."""
+    return f"{cell}-hf"
+
+
+def _export(name: str, trained: str) -> Stage:
+    """Return the stage that exports a dense model which the grid trains."""
+
+    def work(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
+        """Export a parent."""
+        import torch
+
+        from nemo_upcycle.convert.export import export_checkpoint
+
+        folder = run_dir / name / "hf"
+        checkpoint = last_checkpoint(run_dir / trained)
+        export_checkpoint(checkpoint, run_dir / UNTRAINED / "hf", folder, dtype=torch.float32)
+        return {"folder": str(folder)}
+
+    def outputs(run_dir: Path, _: GridPlan) -> None:
+        require_kept(parent_folder(run_dir, name), run_dir)
+
+    return Stage(name, work, (trained,), (), reads=(UNTRAINED, trained), outputs=outputs)
+
+
+def _checkpoint(cell: str) -> Callable[[Path, GridPlan], object]:
+    return lambda run_dir, _: last_checkpoint(run_dir / cell)
+
+
 def _dense(run_dir: Path, _: GridPlan) -> None:
-    require_kept(dense_folder(run_dir), run_dir)
+    require_kept(parent_folder(run_dir, "dense"), run_dir)
 
 
 def _untrained(run_dir: Path, _: GridPlan) -> None:
@@ -118,15 +167,15 @@ def _blend(run_dir: Path, plan: GridPlan) -> None:
 def _training(name: str) -> Callable[[Path, GridPlan], dict[str, Any]]:
     def work(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
         """Train one arm with one seed."""
-        folders = dense_folder(run_dir), data_folder(run_dir, plan)
+        folders = parent_folder(run_dir, _start_of(plan, name)), data_folder(run_dir, plan)
         return required_training(plan, name).train(run_dir / name, *folders, suite=run_dir / SUITE)
 
     return work
 
 
-def dense_folder(run_dir: Path) -> Path:
-    """Return the parent's folder, as its stage left it."""
-    return Path(StageFolder(run_dir, "dense").outputs()["folder"])
+def parent_folder(run_dir: Path, stage: str) -> Path:
+    """Return a parent's folder, as its stage left it."""
+    return Path(StageFolder(run_dir, stage).outputs()["folder"])
 
 
 def data_folder(run_dir: Path, plan: GridPlan) -> Path:
@@ -160,7 +209,7 @@ def data_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
     from nemo_upcycle.data.finished import open_blend
     from nemo_upcycle.pipeline.stages import build_data
 
-    first = "untrained" if plan.parent else "dense"
+    first = UNTRAINED if plan.parent else "dense"
     tokenizer = StageFolder(run_dir, first).outputs()["folder"]
     folder = data_folder(run_dir, plan)
     if plan.blend:
@@ -184,18 +233,6 @@ def parent_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
     """Train the parent from random weights."""
     training = required_training(plan, "parent")
     return training.train(run_dir / "parent", run_dir / "untrained" / "hf", data_folder(run_dir, plan))
-
-
-def export_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
-    """Export the parent."""
-    import torch
-
-    from nemo_upcycle.convert.export import export_checkpoint
-
-    folder = run_dir / "dense" / "hf"
-    checkpoint = last_checkpoint(run_dir / "parent")
-    export_checkpoint(checkpoint, run_dir / "untrained" / "hf", folder, dtype=torch.float32)
-    return {"folder": str(folder)}
 
 
 def table_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:

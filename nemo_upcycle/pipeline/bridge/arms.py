@@ -58,13 +58,14 @@ class BridgeArm:
         training = training_of(self._recipe, overrides, self._gpus)
         return replace(training, changes=json.dumps(self._fields | fields))
 
-    def cell(self, seed: int, name: str, evaluations: Evaluations) -> str:
+    def cell(self, seed: int, name: str, evaluations: Evaluations, tokens_read: int = 0) -> str:
         """Return the training of one seed: of the router, the method's random numbers and the data's order.
 
         Args:
             seed: of the cell.
             name: of the cell.
             evaluations: what is scored on the way.
+            tokens_read: 0; a grid in Bridge trains no parent.
         """
         training = self._training({"dataset.seed": seed}, {"seed": seed} if self._is_upcycled else {})
         return replace(training, evaluations=evaluations).to_text()

@@ -56,19 +56,22 @@ class NeMoArm:
             expected = "fields of UpcycleSpec"
             raise UpcycleError(f"{where}: spec", got=error, expected=expected, fix="correct it") from None
 
-    def cell(self, seed: int, name: str, evaluations: Evaluations) -> str:
+    def cell(self, seed: int, name: str, evaluations: Evaluations, tokens_read: int = 0) -> str:
         """Return the recipe of one seed: of the router, the method's random numbers and the data's order.
 
         Args:
             seed: of the cell.
             name: of the cell.
             evaluations: what is scored on the way.
+            tokens_read: by the training of the same seed that leaves the parent; this one goes on behind them.
         """
         cell = copy.deepcopy(self.recipe)
         given = {key: value for key, value in asdict(evaluations).items() if value is not None}
         cell.trainer.callbacks.append(run.Config(EvaluateWhileTraining, **given))
         train_on(cell, "data", "parent")  # both take their places when the training starts
         cell.data.seed, cell.log.name = seed, name
+        if tokens_read:
+            cell.data.skip_samples = tokens_read // cell.data.seq_length
         if cell.resume.restore_config.spec:
             cell.resume.restore_config.spec.seed = seed
         return dump_recipe(cell)

@@ -88,7 +88,7 @@ def train_on(recipe: run.Partial, data_folder: str | Path, dense: str) -> None:
     """
     from nemo_upcycle.data.blend_module import blend_data
 
-    kept = ("seq_length", "micro_batch_size", "global_batch_size", "num_workers", "seed", "indices")
+    kept = ("seq_length", "micro_batch_size", "global_batch_size", "num_workers", "seed", "indices", "skip_samples")
     given = {name: value for name in kept if (value := getattr(recipe.data, name, None)) is not None}
     if recipe.data.__fn_or_cls__ is not blend_data:  # the seed of NeMo's mock data says nothing
         given.pop("seed", None)

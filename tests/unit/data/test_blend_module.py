@@ -100,6 +100,13 @@ def _in_two_parts(folder: Path, dense: Path, stopped: int, steps: int) -> list[l
     return [parts[0][: stopped * BATCH], parts[1]]
 
 
+def test_a_training_of_what_another_has_trained_reads_on_behind_it(folder: Path, tiny_dense: Path) -> None:
+    whole = _read(folder, tiny_dense, 60)
+    behind = _read(folder, tiny_dense, 20, skip_samples=31)
+    assert behind["train"][: 20 * BATCH] == whole["train"][31 : 31 + 20 * BATCH]
+    assert behind["validation"] == whole["validation"]
+
+
 def test_batch_sizes_do_not_change_the_order(folder: Path, tiny_dense: Path) -> None:
     small, large = (_read(folder, tiny_dense, 2, global_batch_size=size)["train"] for size in (2, 6))
     assert large[: len(small)] == small

@@ -122,6 +122,114 @@ def test_every_training_needs_the_parent_and_the_data_alone(laptop: GridPlan) ->
     assert len(before(laptop, "table")) == len(laptop.stages) - 1
 
 
+@pytest.fixture(scope="module")
+def budget() -> GridPlan:
+    return read_grid("budget")
+
+
+def test_the_budget_grid_has_every_budget_of_the_parent_with_every_budget_after_it(budget: GridPlan) -> None:
+    points = [cell for cell in budget.described["cells"].values() if cell["is_length"]]
+    found = {(cell["parent_tokens"], cell["steps"] * cell["tokens_per_step"], cell["experts"]) for cell in points}
+    parents, after = (2498560, 4997120, 10002432, 19996672), (1253376, 2498560, 4997120)
+    kinds = (1, 8)
+    expected = {(parent, tokens, kind) for parent in parents for tokens in after for kind in kinds}
+    assert found == expected | {(0, tokens, kind) for tokens in parents for kind in kinds}
+    assert len(points) == 2 * len(found)  # seeds
+
+
+def test_the_budget_grid_is_forecast_to_take_at_most_four_hours_on_two_cores(budget: GridPlan) -> None:
+    """Measured on one core of an AMD EPYC (AVX512-BF16): tokens a second, and the seconds around the steps."""
+    tokens_per_s, around_s = {1: 28_000, 8: 15_200}, 40
+    cells = budget.described["cells"].values()
+    busy_s = sum(cell["steps"] * cell["tokens_per_step"] / tokens_per_s[cell["experts"]] + around_s for cell in cells)
+    assert len(cells) == 75
+    assert 2.4 < busy_s / 2 / 3600 < 4
+
+
+def test_what_starts_from_a_training_of_the_grid_comes_after_its_export(budget: GridPlan) -> None:
+    names = [stage.name for stage in budget.stages]
+    assert "parent" not in names  # no arm starts from it
+    needed = [stage.name for stage in before(budget, "moe_5m-153-seed2")]
+    parent = "dense_from_nothing-610-seed2"
+    assert needed == ["untrained", "data", "suite", parent, f"{parent}-hf"]
+    assert [stage.name for stage in before(budget, "moe_from_nothing-305-seed1")] == ["untrained", "data", "suite"]
+
+
+def test_every_point_has_a_schedule_of_its_own(budget: GridPlan) -> None:
+    for steps in (153, 305, 610):
+        recipe = load_recipe(budget.cells[f"moe_5m-{steps}-seed1"])
+        assert recipe.trainer.max_steps == steps
+        assert recipe.optim.lr_scheduler.min_lr == pytest.approx(recipe.optim.config.lr / 10)
+        assert recipe.optim.lr_scheduler.constant_steps == 0
+
+
+def test_what_a_parent_has_read_is_left_out_after_it(budget: GridPlan) -> None:
+    for parent, steps in (("2m", 305), ("20m", 2441)):
+        for arm in ("dense", "moe"):
+            assert load_recipe(budget.cells[f"{arm}_{parent}-153-seed2"]).data.skip_samples == steps * 32
+    assert load_recipe(budget.cells["dense_from_nothing-305-seed1"]).data.skip_samples is None
+
+
+def test_an_moe_from_nothing_has_experts_of_its_own(budget: GridPlan) -> None:
+    spec = load_recipe(budget.cells["moe_from_nothing-305-seed1"]).resume.restore_config.spec
+    assert (spec.method, spec.drop_ratio) == ("drop", 1.0)
+
+
+def test_a_seed_is_trained_before_the_next_one_begins_and_short_ones_first(budget: GridPlan) -> None:
+    cells = [budget.described["cells"][name] for name in budget.cells]
+    assert [cell["seed"] for cell in cells] == sorted(cell["seed"] for cell in cells)
+    tokens = [cell["parent_tokens"] + cell["steps"] * cell["tokens_per_step"] for cell in cells if cell["seed"] == 1]
+    assert tokens == sorted(tokens)
+
+
+@pytest.fixture
+def own_parents(tmp_path: Path) -> Path:
+    """A grid with a parent of its own, at one of two lengths."""
+    text = (CONF / "ablations/mini.yaml").read_text()
+    arms = """arms:
+  dense: {factory: "llama_1m_dense_ct(dense='parent')", lengths: [5, 10], parent: untrained}
+  moe: {factory: "llama_1m_e8t2(dense='parent')", parent: dense-10, seeds: [2]}
+"""
+    path = tmp_path / "mine.yaml"
+    path.write_text(text[: text.index("arms:")] + arms)
+    return path
+
+
+def test_an_arm_starts_from_the_training_that_it_names(own_parents: Path) -> None:
+    plan = read_grid(own_parents)
+    assert list(plan.cells) == ["dense-5-seed1", "dense-10-seed1", "dense-5-seed2", "dense-10-seed2", "moe-seed2"]
+    assert plan.parents["moe-seed2"] == "dense-10-seed2"
+    assert plan.described["cells"]["moe-seed2"]["parent_tokens"] == 10 * 4 * 256
+    assert plan.described["cells"]["moe-seed2"]["is_length"] is False
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("untrained}", "moe}", "arms.dense.parent of seed 1"),  # what comes later
+        (
+            "dense-10,",
+            "dense-11,",
+            "arms.moe.parent of seed 2 'dense-11' does not exist. Did you mean 'dense-10'? Valid: dense-10, dense-5,",
+        ),
+        ("[5, 10]", "[10, 5]", "arms.dense.lengths: got [10, 5]"),
+        ("seeds: [2]", "seeds: [-1]", "arms.moe.seeds: got [-1]"),
+        ("seeds: [2]", "seeds: [3]", "arms.moe.parent of seed 3"),  # no parent has it
+    ],
+)
+def test_parents_lengths_and_seeds_are_checked(own_parents: Path, old: str, new: str, message: str) -> None:
+    text = own_parents.read_text()
+    assert old in text
+    own_parents.write_text(text.replace(old, new))
+    with pytest.raises(UpcycleError, match=re.escape(message)):
+        read_grid(own_parents)
+
+
+def test_a_grid_that_trains_its_parents_takes_no_other(tmp_path: Path) -> None:
+    with pytest.raises(UpcycleError, match="Fix: omit dense="):
+        read_grid("budget", dense=str(tmp_path))
+
+
 def test_the_papers_grid_takes_any_parent_and_data(tmp_path: Path) -> None:
     plan = read_grid("paper", dense="/models/Llama-3-8B", data="fineweb_edu_academic_7_3")
     assert (plan.dense, plan.parent) == ("/models/Llama-3-8B", None)

@@ -83,3 +83,71 @@ def laptop_evidence() -> dict[str, Any]:
             "margin": 0.002,
         },
     }
+
+
+#: Tokens of the parents, and of what is trained after them; steps of 8,192.
+PARENTS, AFTER = (305, 610, 1221, 2441), (153, 305, 610)
+
+
+def parents_evidence() -> dict[str, Any]:
+    """Return evidence of parents with four budgets: what upcycling gains halves when a parent's tokens double."""
+    names, sizes = [f"law/{number}" for number in range(20)], [200 + 10 * number for number in range(20)]
+    cells, described = {}, {}
+
+    def nats_of(bits: float, seed: int) -> list[float]:
+        return [-size * math.log(2) * (bits + 0.002 * seed + 0.001 * (n % 3 - 1)) for n, size in enumerate(sizes)]
+
+    def parent_bits(steps: int) -> float:
+        return 3.0 - 0.1 * math.log2(steps / 305)
+
+    def train(arm: str, steps: int, seed: int, before: int, bits: float) -> None:
+        is_moe, cell = arm.startswith("moe"), f"{arm}-{steps}-seed{seed}"
+        starts, ends = nats_of(parent_bits(before) if before else 4.0, seed), nats_of(bits, seed)
+        cells[cell] = {
+            "flops_per_token": 2.0e6 if is_moe else 1.0e6,
+            "ranks": 1,
+            "scores": [{"step": 0, "nats": starts}, {"step": steps, "nats": ends}],
+            "tokens": [STEP_TOKENS * step for step in range(1, 41)],
+            "seconds": [(3.0 if is_moe else 1.0) * (1 + step % 10) for step in range(1, 41)],
+            "routers": {},
+        }
+        described[cell] = {
+            "arm": arm,
+            "seed": seed,
+            "steps": steps,
+            "tokens_per_step": STEP_TOKENS,
+            "schedule": "lr=0.006, cosine",
+            "is_rate_constant": False,
+            "parent": f"dense_from_nothing-{before}" if before else "untrained",
+            "parent_tokens": before * STEP_TOKENS,
+            "is_length": True,
+            "experts": 8 if is_moe else 1,
+            "topk": 2 if is_moe else 1,
+            "granularity": 1,
+            "active_parameters": 300 if is_moe else 200,
+            "total_parameters": 800 if is_moe else 200,
+        }
+
+    for seed in (1, 2):
+        for steps in PARENTS:
+            train("dense_from_nothing", steps, seed, 0, parent_bits(steps))
+            train("moe_from_nothing", steps, seed, 0, 2.95 - 0.12 * math.log2(steps / 305))
+            for after in AFTER:
+                dense = parent_bits(steps + after)
+                train(f"dense_{steps}", after, seed, steps, dense)
+                train(f"moe_{steps}", after, seed, steps, dense - 0.08 * 305 / steps)
+    arms = list(dict.fromkeys(cell["arm"] for cell in described.values()))
+    return {
+        "grid": "budget",
+        "documents": {"names": names, "bytes": sizes},
+        "heldout": {"tokens": 1000, "bytes": 2500},
+        "cells": cells,
+        "described": {
+            "about": "parents",
+            "arms": dict.fromkeys(arms, "an arm"),
+            "cells": described,
+            "references": {f"moe_{steps}": f"dense_{steps}" for steps in PARENTS},
+            "budgets": {},
+            "margin": 0.002,
+        },
+    }

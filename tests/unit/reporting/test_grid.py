@@ -13,6 +13,7 @@ from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.reporting.grid import arms_of, compare_arms
 from nemo_upcycle.reporting.grid_evidence import EVIDENCE, collect_evidence, write_evidence
 from nemo_upcycle.reporting.grid_table import BEGIN, END, render_table, write_grid, write_table
+from nemo_upcycle.utils.files import MARKER
 
 
 #: Arm -> bits a byte of its three documents after the first step, of the first seed; 0.1 less when steps double.
@@ -79,6 +80,7 @@ def run_dir(tmp_path: Path) -> Path:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         settings = {"flops_per_token": {"full": 1e6 * (1 if about["arm"] == "dense" else 2)}, "ranks": 2}
         (folder / "training.json").write_text(json.dumps(settings))
+        (folder / MARKER).write_text(json.dumps({"stage": cell, "inputs": {}, "outputs": {}}))
     return tmp_path
 
 
@@ -297,6 +299,20 @@ def test_the_folder_of_a_grid_gets_its_table_again(run_dir: Path) -> None:
     path = write_grid(run_dir)
     assert path == run_dir / "table/table.md"
     assert path.read_text() == rendered(run_dir)
+
+
+def test_a_grid_that_was_stopped_gets_the_table_of_what_is_finished(run_dir: Path) -> None:
+    (run_dir / "grid.json").write_text(json.dumps({"name": "mine", "described": described()}))
+    for cell in ("st-seed1", "st-seed2", "moe-seed2"):
+        (run_dir / cell / MARKER).unlink()
+    text = write_grid(run_dir).read_text()
+    assert "Not finished, and left out: `moe-seed2`, `st-seed1`, `st-seed2`." in text
+    assert "| moe - dense |" in text
+    assert "st - moe" not in text
+    for marker in run_dir.glob(f"*/{MARKER}"):
+        marker.unlink()
+    with pytest.raises(UpcycleError, match="got no finished training"):
+        write_grid(run_dir)
 
 
 def test_no_number_of_the_table_changes_in_json(run_dir: Path) -> None:
