@@ -70,8 +70,9 @@ class _Fp8Product(torch.autograd.Function):
         state: DelayedScales | None,
         is_first: bool,
     ) -> torch.Tensor:
-        x_TI, x_by_token = recipe.quantize(x.reshape(-1, x.shape[-1]), INPUT, scales[INPUT])
-        weight_OI, weight_by_output = recipe.quantize(weight, WEIGHT, scales[WEIGHT])
+        twice = any(ctx.needs_input_grad)
+        x_TI, x_by_token = recipe.quantize(x.reshape(-1, x.shape[-1]), INPUT, scales[INPUT], twice=twice)
+        weight_OI, weight_by_output = recipe.quantize(weight, WEIGHT, scales[WEIGHT], twice=twice)
         y_TO = x_TI.values() @ weight_OI.values().T
         if bias is not None:
             y_TO += bias

@@ -75,7 +75,7 @@ class Fp8Recipe:
         return self.gradient if role == GRADIENT else E4M3
 
     def quantize(
-        self, x_RC: torch.Tensor, role: int, scale: torch.Tensor | None = None
+        self, x_RC: torch.Tensor, role: int, scale: torch.Tensor | None = None, *, twice: bool = True
     ) -> tuple[Quantized, Quantized]:
         """Return a matrix as products over its columns need it, and as those over its rows do; both from its numbers.
 
@@ -83,6 +83,7 @@ class Fp8Recipe:
             x_RC: an input [tokens, in], a weight [out, in] or an output's gradient [tokens, out].
             role: which of them.
             scale: of delayed scaling.
+            twice: False where only products over its columns follow; then both are the first.
         """
         along_columns, along_rows = self._blocks(role, x_RC.shape)
         options: dict[str, Any] = {"scale": scale}
@@ -93,8 +94,9 @@ class Fp8Recipe:
         elif self.name == "mxfp8":
             options["e8m0"] = True
         first = quantize(x_RC, self.dtype(role), along_columns, **options)
-        same = along_columns == along_rows
-        return first, first if same else quantize(x_RC, self.dtype(role), along_rows, **options)
+        if along_columns == along_rows or not twice:
+            return first, first
+        return first, quantize(x_RC, self.dtype(role), along_rows, **options)
 
     def _blocks(self, role: int, shape: torch.Size) -> tuple[tuple[int, int], tuple[int, int]]:
         if self.name == "mxfp8":
