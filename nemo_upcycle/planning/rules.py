@@ -158,8 +158,8 @@ def _kernel_rules(layout: Layout, arch: Architecture, work: Workload) -> Iterato
 def _row_multiple(layout: Layout, work: Workload) -> int:
     """Return what the tokens of a rank's micro-batch are a multiple of.
 
-    By Transformer Engine 2.16: 16 (MXFP8: 32) where a weight's gradient sums over them (`cublaslt_gemm.cu`), and 8 in
-    what sequence parallelism leaves each rank (`assert_dim_for_fp8_exec`).
+    By Transformer Engine's sources at d0067d0d: 16 (MXFP8: 32) where a weight's gradient sums over them
+    (`cublaslt_gemm.cu`), and 8 in what sequence parallelism leaves each rank (`assert_dim_for_fp8_exec`).
     """
     return math.lcm(work.numbers.rows, 8 * layout.tp) if work.numbers.fp8 else 1
 

@@ -46,12 +46,12 @@ def _recorded(recipe: str | None, **changes: Any) -> dict[str, list[str]]:
     """Return the linear layers and their output layer by what their products were, in one pass."""
     from megatron.core.tensor_parallel import layers
 
-    from nemo_upcycle.cpu.fp8 import linear
+    from nemo_upcycle.cpu import fp8_linear
 
     model = _model(recipe, **changes)
     names = {id(module): name for name, module in model.named_modules()}
     found: dict[str, list[str]] = {"fp8": [], "plain": []}
-    forward, product = linear._forward, layers.linear_with_grad_accumulation_and_async_allreduce
+    forward, product = fp8_linear._forward, layers.linear_with_grad_accumulation_and_async_allreduce
 
     def in_fp8(module: Any, *args: Any) -> Any:
         found["fp8"].append(names[id(module)])
@@ -63,7 +63,7 @@ def _recorded(recipe: str | None, **changes: Any) -> dict[str, list[str]]:
         found["plain"].append(owner.removesuffix(".weight"))
         return product(x, weight, *args, **kwargs)
 
-    linear._forward, layers.linear_with_grad_accumulation_and_async_allreduce = in_fp8, plain
+    fp8_linear._forward, layers.linear_with_grad_accumulation_and_async_allreduce = in_fp8, plain
     _loss(model)
     return found
 
@@ -84,8 +84,8 @@ def test_first_and_last_layers_stay_out_where_the_recipe_says_so() -> None:
 
 def _products(recipe: str) -> dict[str, float]:
     """Compare a layer's three products with those of its quantised operands in float64."""
-    from nemo_upcycle.cpu.fp8.linear import computing
-    from nemo_upcycle.cpu.fp8.recipe import GRADIENT, INPUT, WEIGHT, Fp8Recipe
+    from nemo_upcycle.cpu.fp8_linear import computing
+    from nemo_upcycle.cpu.fp8_recipe import GRADIENT, INPUT, WEIGHT, Fp8Recipe
 
     layer = _model(recipe).decoder.layers[0].mlp.experts.local_experts[0].linear_fc1
     one = torch.ones(()) if recipe == "delayed" else None

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_upcycle.cpu.fp8.linear import _Fp8Product
-from nemo_upcycle.cpu.fp8.quantize import Quantized
-from nemo_upcycle.cpu.fp8.recipe import GRADIENT, INPUT, RECIPES, WEIGHT, Fp8Recipe
+from nemo_upcycle.cpu.fp8_linear import _Fp8Product
+from nemo_upcycle.cpu.fp8_quantize import Quantized
+from nemo_upcycle.cpu.fp8_recipe import GRADIENT, INPUT, RECIPES, WEIGHT, Fp8Recipe
 
 
 pytestmark = [

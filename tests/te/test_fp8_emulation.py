@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_upcycle.cpu.fp8.quantize import E4M3, E5M2
-from nemo_upcycle.cpu.fp8.recipe import GRADIENT, INPUT, WEIGHT, DelayedScales, Fp8Recipe
+from nemo_upcycle.cpu.fp8_quantize import E4M3, E5M2
+from nemo_upcycle.cpu.fp8_recipe import GRADIENT, INPUT, WEIGHT, DelayedScales, Fp8Recipe
 
 
 SHAPES = [(1, 16), (48, 64), (257, 129)]

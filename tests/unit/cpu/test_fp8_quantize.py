@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_upcycle.cpu.fp8.quantize import E4M3, E5M2, quantize
-from nemo_upcycle.cpu.fp8.recipe import GRADIENT, INPUT, RECIPES, WEIGHT, DelayedScales, Fp8Recipe
+from nemo_upcycle.cpu.fp8_quantize import E4M3, E5M2, quantize
+from nemo_upcycle.cpu.fp8_recipe import GRADIENT, INPUT, RECIPES, WEIGHT, DelayedScales, Fp8Recipe
 
 
 ONE = torch.ones(())

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from nemo_upcycle.cpu.fp8.quantize import Quantized
-from nemo_upcycle.cpu.fp8.recipe import GRADIENT, INPUT, WEIGHT, DelayedScales, Fp8Recipe, update_scales
+from nemo_upcycle.cpu.fp8_quantize import Quantized
+from nemo_upcycle.cpu.fp8_recipe import GRADIENT, INPUT, WEIGHT, DelayedScales, Fp8Recipe, update_scales
 from nemo_upcycle.utils.attributes import temporarily_set
 
 

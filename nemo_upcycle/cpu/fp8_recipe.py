@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nemo_upcycle.cpu.fp8.quantize import E4M3, E5M2, Quantized, quantize
+from nemo_upcycle.cpu.fp8_quantize import E4M3, E5M2, Quantized, quantize
 from nemo_upcycle.errors import UpcycleError
 
 

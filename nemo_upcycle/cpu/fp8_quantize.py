@@ -1,6 +1,6 @@
 """FP8 numbers and the scales of their blocks, to the bit as Transformer Engine's kernels make them.
 
-By Transformer Engine 2.16's sources: `common/recipe/recipe_common.cuh` for the scale of a tensor or of a block,
+By Transformer Engine's sources at d0067d0d: `common/recipe/recipe_common.cuh` for the scale of a tensor or of a block,
 `common/util/ptx_arch_spec.cuh` for the exponents of MXFP8, and the saturating conversions of CUDA, which round to the
 nearest and ties to even.
 """
