@@ -60,7 +60,7 @@ class _Fp8Product(torch.autograd.Function):
     """x W^T + b, with a gradient for each, from quantised operands."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: torch.Tensor,
         weight: torch.Tensor,
@@ -83,7 +83,7 @@ class _Fp8Product(torch.autograd.Function):
         return y_TO.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         recipe, state = ctx.recipe, ctx.state
         x_data, x_scales, weight_data, weight_scales = ctx.saved_tensors
         grad_TO = grad.reshape(-1, grad.shape[-1])
@@ -115,7 +115,8 @@ def _forward(module: Any, recipe: Fp8Recipe, call: dict[str, Any]) -> torch.Tens
         x = mappings.gather_from_sequence_parallel_region(x, group=call["tp_group"])
     elif call["allreduce_dgrad"]:
         x = mappings.copy_to_tensor_model_parallel_region(x, group=call["tp_group"])
-    state, scales = None, (None, None)
+    state: DelayedScales | None = None
+    scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     if recipe.name == "delayed":
         state = _state_of(module, recipe)
         scales = _delayed_scales(module, state, x, weight)
