@@ -15,7 +15,6 @@ _CPU_FIELDS: dict[str, Any] = {
     "batch_p2p_comm": False,  # two messages between the same two stages would be swapped: two stages, interleaved
     "bias_dropout_fusion": False,
     "cross_entropy_loss_fusion": False,
-    "fp8": None,
     "fp8_param": False,
     "fp4": None,
     "fp4_param": False,
@@ -24,7 +23,6 @@ _CPU_FIELDS: dict[str, Any] = {
     "moe_grouped_gemm": False,  # SequentialMLP: the same parameters, and the same names in a checkpoint
     "moe_permute_fusion": False,
     "moe_router_fusion": False,
-    "moe_router_padding_for_fp8": False,
     "persist_layer_norm": False,
     "tp_comm_overlap": False,
     "use_transformer_engine_full_layer_spec": False,

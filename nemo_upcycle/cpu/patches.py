@@ -20,6 +20,7 @@ import torch
 from nemo_upcycle.cpu.checkpoints import copy_views_as_they_are_written, write_checkpoints_without_threads
 from nemo_upcycle.cpu.configuration import configure_for_cpu
 from nemo_upcycle.cpu.device import place_tensors_on_cpu, with_cuda_type_names
+from nemo_upcycle.cpu.fp8_linear import emulate_fp8
 
 
 def adapt_every_config() -> None:
@@ -271,4 +272,5 @@ PATCHES: tuple[Callable[[], None], ...] = (
     communicate_in_place,
     write_checkpoints_without_threads,
     copy_views_as_they_are_written,
+    emulate_fp8,
 )

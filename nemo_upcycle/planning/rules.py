@@ -6,7 +6,7 @@ The error for a layout that breaks a rule names the rule and the nearest change 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from itertools import chain
 from typing import Any, NamedTuple
@@ -148,11 +148,32 @@ def _kernel_rules(layout: Layout, arch: Architecture, work: Workload) -> Iterato
     if arch.num_experts and work.dispatcher != "alltoall" and layout.etp * layout.ep == 1:
         text = "experts spread over ranks: Megatron-Core's flex dispatcher needs <etp> x <ep> above 1"
         yield RuleViolation("ep", 1, text)
-    rows = work.seq_length // layout.cp * layout.micro_batch
-    if work.numbers.fp8 and rows % (multiple := work.numbers.rows):
-        needed = f"as {work.precision} needs"
+    if not work.numbers.fp8:
+        return
+    rows, needed = work.seq_length // layout.cp * layout.micro_batch, f"as {work.precision} needs"
+    if rows % (multiple := _row_multiple(layout, work)):
         expected = f"a multiple of {multiple} tokens in each rank's part of a micro-batch (now {rows}), {needed}"
         yield RuleViolation("seq_length", work.seq_length, expected)
+    heads = arch.num_heads * arch.head_dim, (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
+    dense = arch.ffn_size if arch.moe_layer_count < arch.num_layers else 0
+    sizes = (
+        ("precision", work.precision, 1, (arch.hidden_size,)),
+        ("tp", layout.tp, layout.tp, (*heads, dense, arch.shared_ffn_size or 0)),
+        ("etp", layout.etp, layout.etp, (arch.expert_ffn_size or 0,)),
+    )
+    for name, got, parts, widths in sizes:
+        if wrong := [width // parts for width in widths if width // parts % work.numbers.rows]:
+            expected = f"matrices of a multiple of {work.numbers.rows} rows and columns (now {wrong[0]}), {needed}"
+            yield RuleViolation(name, got, expected)
+
+
+def _row_multiple(layout: Layout, work: Workload) -> int:
+    """Return what the tokens of a rank's micro-batch are a multiple of.
+
+    By Transformer Engine's sources at d0067d0d: 16 (MXFP8: 32) where a weight's gradient sums over them
+    (`cublaslt_gemm.cu`), and 8 in what sequence parallelism leaves each rank (`assert_dim_for_fp8_exec`).
+    """
+    return math.lcm(work.numbers.rows, 8 * layout.tp) if work.numbers.fp8 else 1
 
 
 def _divides(name: str, value: int, number: int, what: str) -> Iterator[RuleViolation]:
@@ -190,16 +211,19 @@ def _changes(
     """Yield changes of a setting, the nearest first, and the rule that each still breaks."""
     for value in _candidates(key, layout, arch, work):
         text = f"omit <{key}>" if value is None else f"set <{key}>={value}"
+        text = f"train in {value}" if key == "precision" else text
         changed = with_size(layout, work, key, value)
         yield text, first_violation(changed[0], arch, changed[1])
 
 
-def _candidates(key: str, layout: Layout, arch: Architecture, work: Workload) -> list[int | None]:
+def _candidates(key: str, layout: Layout, arch: Architecture, work: Workload) -> Sequence[int | str | None]:
     """Return values to try, the nearest first."""
     now = getattr(layout if hasattr(layout, key) else work, key)
     values: set[int | None]
     if key in _SWITCHES:
         return [0, 1]
+    if key == "precision":
+        return ["bf16"]
     if key in ("first", "last"):
         values = {None, *range(1, arch.num_layers)}
     elif key in _SIZES:
@@ -217,12 +241,12 @@ def _multiples_of(key: str, layout: Layout, work: Workload) -> tuple[int, ...]:
         return (math.lcm(layout.tp * layout.cp * layout.pp, layout.etp * layout.ep * layout.pp),)
     if key == "seq_length":
         of = layout.tp * (2 * layout.cp if layout.cp > 1 else 1)
-        return of, math.lcm(of, work.numbers.rows * layout.cp)
+        return of, math.lcm(of, _row_multiple(layout, work) * layout.cp)
     step = max(1, layout.gpus // max(1, layout.tp * layout.cp * layout.pp)) * layout.micro_batch
     return step, step * layout.pp
 
 
-def with_size(layout: Layout, work: Workload, key: str, value: int | None) -> tuple[Layout, Workload]:
+def with_size(layout: Layout, work: Workload, key: str, value: int | str | None) -> tuple[Layout, Workload]:
     """Return a layout and a step of which one size is another, by its name in either."""
     sizes: dict[str, Any] = {key: value}
     if not hasattr(layout, key):

@@ -22,7 +22,7 @@ class Precision:
             that is counted; delayed, current and blockwise scaling have it in `Machine.gemm_fp8`.
         gather_bytes: of a low-precision parameter, where data parallelism gathers it.
         bf16_ends: layers at either end of the model that stay in BF16.
-        rows: a product needs a multiple of this many.
+        rows: a product needs a multiple of this many, and of columns.
         blackwell: whether only Blackwell has it.
     """
 
@@ -32,7 +32,7 @@ class Precision:
     cast_bytes: float = 0
     gather_bytes: float = 2
     bf16_ends: int = 0
-    rows: int = 8
+    rows: int = 16
     blackwell: bool = False
 
     @property
@@ -49,7 +49,7 @@ PRECISIONS = {
     "fp8-current": Precision(8, copy_bytes=2, saved_bytes=1, gather_bytes=1, bf16_ends=1),
     "fp8-blockwise": Precision(8, copy_bytes=2, saved_bytes=1, gather_bytes=1),
     "mxfp8": Precision(8, 2 * 33 / 32, 33 / 32, cast_bytes=2 + 2 * 33 / 32, rows=32, blackwell=True),
-    "nvfp4": Precision(4, 2 * 9 / 16, 9 / 16, cast_bytes=2 + 2 * 9 / 16, rows=16, blackwell=True),
+    "nvfp4": Precision(4, 2 * 9 / 16, 9 / 16, cast_bytes=2 + 2 * 9 / 16, blackwell=True),
 }
 #: What data parallelism sums gradients in (`grad_reduce_in_fp32`) -> bytes of one.
 GRADIENTS = {"fp32": 4, "bf16": 2}

@@ -339,7 +339,7 @@ def _check_config(training: BridgeTraining, stage: str, dense_folder: Path) -> N
     except UpcycleError as error:
         raise error.renamed(lambda name: f"{stage}.upcycle.{name}") from None
     try:
-        check_layout(config.model, config.model, data, ranks, BRIDGE_SETTINGS)
+        check_layout(config.model, config.model, data, ranks, BRIDGE_SETTINGS, _precision(config))
         hook.check()
     except UpcycleError as error:
         raise error.renamed(lambda name: f"{stage}.{name}".replace(".config.", ".") if "." in name else name) from None

@@ -9,7 +9,7 @@ from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.planning import rules
 from nemo_upcycle.planning.layout import Layout
-from nemo_upcycle.planning.workload import Workload
+from nemo_upcycle.planning.workload import PRECISIONS, Workload
 
 
 #: The planner's name of a size -> that of Megatron's setting.
@@ -38,13 +38,18 @@ NEMO_SETTINGS = {name: f"trainer.strategy.{setting}" for name, setting in _STRAT
     "micro_batch": "data.micro_batch_size",
     "global_batch": "data.global_batch_size",
     "top_k": "model.config.moe_router_topk",
+    "router_padding": "model.config.moe_router_padding_for_fp8",
+    "precision": "trainer.plugins.fp8_recipe",
 }
 BRIDGE_SETTINGS = {name: f"model.{setting}" for name, setting in _STRATEGY.items()} | {
     "seq_length": "dataset.seq_length",
     "micro_batch": "train.micro_batch_size",
     "global_batch": "train.global_batch_size",
     "top_k": "model.moe_router_topk",
+    "router_padding": "model.moe_router_padding_for_quantization",
+    "precision": "mixed_precision",
 }
+_PADDINGS = ("moe_router_padding_for_fp8", "moe_router_padding_for_quantization")
 
 
 def layout_of(strategy: Any, ranks: int, micro_batch: int = 1) -> Layout:
@@ -55,9 +60,14 @@ def layout_of(strategy: Any, ranks: int, micro_batch: int = 1) -> Layout:
 
 
 def check_layout(
-    strategy: Any, config: Any, data: Any, ranks: int, settings: Mapping[str, str] = NEMO_SETTINGS
+    strategy: Any,
+    config: Any,
+    data: Any,
+    ranks: int,
+    settings: Mapping[str, str] = NEMO_SETTINGS,
+    precision: str = "bf16",
 ) -> None:
-    """Check the parallel sizes of a Megatron strategy against the model's config, the ranks and the data.
+    """Check the parallel sizes of a Megatron strategy against the model's config, the ranks, the data, the precision.
 
     Works on built objects and on their NeMo-Run configurations alike.
 
@@ -67,6 +77,7 @@ def check_layout(
         data: has `seq_length`, `global_batch_size`, `micro_batch_size`; what it does not have is not checked.
         ranks: nodes times devices.
         settings: where the recipe sets each size, for errors.
+        precision: the planner's name; of one that it does not know nothing is checked.
 
     Raises:
         SpecError: a rule is broken; it names the setting and the nearest good value.
@@ -77,7 +88,7 @@ def check_layout(
         if arch.num_experts and not 1 <= (arch.top_k or 0) <= arch.num_experts:
             expected = f"1 to num_moe_experts ({arch.num_experts})"
             raise SpecError(field="top_k", got=arch.top_k, expected=expected, fix="set <top_k>=2")
-        rules.check_layout(layout, arch, _work(config, data, layout))
+        rules.check_layout(layout, arch, _work(config, data, layout, precision))
         if arch.num_experts and layout.tp > 1 and not getattr(strategy, "sequence_parallel", False):
             raise SpecError(
                 field="sequence_parallel",
@@ -85,15 +96,24 @@ def check_layout(
                 expected=f"True with <tp>={layout.tp}: Megatron-Core trains experts in no other way",
                 fix="set <sequence_parallel>=True, or <tp>=1",
             )
+        pads = any(getattr(config, name, False) for name in _PADDINGS)
+        if pads and getattr(config, "moe_pad_expert_input_to_capacity", False):
+            raise SpecError(
+                field="router_padding",
+                got=True,
+                expected="False where experts are padded to their capacity: those tokens are not the router's to pad",
+                fix="set <router_padding>=False",
+            )
     except SpecError as error:
         raise error.renamed(lambda name: settings.get(name, name)) from None
 
 
-def _work(config: Any, data: Any, layout: Layout) -> Workload:
+def _work(config: Any, data: Any, layout: Layout, precision: str) -> Workload:
     """Build the Workload, with neutral values for settings the data lacks."""
     work = rules.neutral_work(layout)
     return Workload(
         seq_length=getattr(data, "seq_length", None) or work.seq_length,
         global_batch=getattr(data, "global_batch_size", None) or work.global_batch,
         dispatcher="deepep" if getattr(config, "moe_enable_deepep", False) else "alltoall",
+        precision=precision if precision in PRECISIONS else "bf16",
     )

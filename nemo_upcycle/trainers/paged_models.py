@@ -46,6 +46,8 @@ _ONE_RANK: dict[str, Any] = {
     "bf16": False,
     "fp16": False,
     "fp8": None,
+    "moe_router_padding_for_fp8": False,
+    "moe_router_padding_for_quantization": False,
     "params_dtype": torch.float32,
     "autocast_dtype": torch.float32,
     "pipeline_dtype": torch.float32,

@@ -31,7 +31,7 @@ def run_config(
     vocab_size: int = VOCABULARY,
     pattern: str | None = None,
     lr: float = 0.0,
-    biases: bool = False,
+    model: dict[str, Any] | None = None,
     **layout: int,
 ) -> Any:
     """Return a run of Bridge's that learns nothing, unless it is told to: its checkpoints are those of step 0.
@@ -45,7 +45,7 @@ def run_config(
         vocab_size: of the model; rows that the parent does not have only pad.
         pattern: the layers of a HybridModel; None: a GPTModel.
         lr: the learning rate.
-        biases: whether biases balance the experts, and no loss does.
+        model: further settings of the model.
         layout: sizes that are not 1.
     """
     from megatron.bridge.recipes.common import _pretrain_common
@@ -62,8 +62,7 @@ def run_config(
         "seq_length": SEQUENCE,
         "vocab_size": vocab_size,
     }
-    if biases:
-        settings |= {"moe_router_enable_expert_bias": True, "moe_router_load_balancing_type": "none"}
+    settings |= model or {}
     if pattern:
         settings["hybrid_layer_pattern"] = pattern
     if style == "builder":  # of a provider the CPU backend chooses it

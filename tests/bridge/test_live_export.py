@@ -60,14 +60,15 @@ def test_biases_that_balance_experts_are_exported_alike(tmp_path: Path) -> None:
     dense = write_tokenizer(write_llama(tmp_path / "dense", layers=2, vocab_size=VOCABULARY))
     with open_dense(dense) as source:
         convert(source, offline := tmp_path / "offline", UpcycleSpec(**fields), dtype=torch.float32, progress=False)
-    options = {"biases": True, "hf_source": offline, "live": tmp_path / "live", "ep": 2}
+    biases = {"moe_router_enable_expert_bias": True, "moe_router_load_balancing_type": "none"}
+    options = {"model": biases, "hf_source": offline, "live": tmp_path / "live", "ep": 2}
     run_ranks(_train, 2, dense, tmp_path / "run", fields, options, process_group=False)
     (saved,) = (tmp_path / "run").glob("iter_*/hf*")
     own = export_checkpoint(saved.parent, dense, tmp_path / "own", spec=UpcycleSpec(**fields), dtype=torch.float32)
     assert _differences(saved, own) == _differences(tmp_path / "live", own) == []
-    biases = [name for name in SafetensorsFolder(own).names() if name.endswith("e_score_correction_bias")]
-    assert _differences(own, offline) == biases
-    for name in biases:  # after one step, of 0.001
+    names = [name for name in SafetensorsFolder(own).names() if name.endswith("e_score_correction_bias")]
+    assert _differences(own, offline) == names
+    for name in names:  # after one step, of 0.001
         assert set(SafetensorsFolder(own).read(name).mul(1000).round().tolist()) <= {-1.0, 0.0, 1.0}
 
 

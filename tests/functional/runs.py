@@ -113,6 +113,9 @@ def tiny_recipe(parent: str, data: str, folder: str, options: dict[str, Any]) ->
     )
     precision = options.get("precision", "32")
     shrink(recipe, max_steps=options["steps"], checkpoint_every=options.get("every"), precision=precision)
+    if "fp8" in options:
+        plugins = recipe.trainer.plugins
+        plugins.fp8, plugins.fp8_recipe, plugins.fp8_amax_history_len = "hybrid", options["fp8"], 16
     strategy = recipe.trainer.strategy
     strategy.tensor_model_parallel_size = options.get("tp", 1)
     strategy.sequence_parallel = options.get("tp", 1) > 1

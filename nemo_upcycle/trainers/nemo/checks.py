@@ -14,6 +14,7 @@ from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.errors import SpecError, UpcycleError, did_you_mean
 from nemo_upcycle.models.config_fields import check_fields
 from nemo_upcycle.models.megatron_config import FIELDS, SIZES, architecture_of, check_spec, require_buildable
+from nemo_upcycle.planning.commands import fp8_precision
 from nemo_upcycle.trainers.layout import check_layout
 from nemo_upcycle.trainers.nemo.recipes import spec_of
 from nemo_upcycle.trainers.schedules import schedules_of
@@ -44,6 +45,19 @@ def _whole(recipe: run.Partial, name: str, default: int | None, where: str) -> i
     return value
 
 
+def precision_name(recipe: Any, precision: str) -> str:
+    """Return the planner's name of a recipe's precision, or that of NeMo's where the planner knows none.
+
+    Args:
+        recipe: of a training job.
+        precision: of its plugin, in Lightning's words; FP8 is told by the recipe's settings.
+    """
+    plugins, config = getattr(recipe.trainer, "plugins", None), recipe.model.config
+    if not (getattr(plugins, "fp8", None) or getattr(config, "fp8", None)):
+        return "bf16" if precision.startswith("bf16") else precision
+    return fp8_precision(getattr(plugins, "fp8_recipe", None) or getattr(config, "fp8_recipe", None))
+
+
 def check_recipe(recipe: run.Partial, where: str = "") -> None:
     """Check a recipe before it is launched.
 
@@ -57,7 +71,8 @@ def check_recipe(recipe: run.Partial, where: str = "") -> None:
     nodes, per_node = ranks_of(recipe, where)
     check_settings(recipe, where)
     try:
-        check_layout(recipe.trainer.strategy, recipe.model.config, recipe.data, nodes * per_node)
+        precision = precision_name(recipe, "bf16")
+        check_layout(recipe.trainer.strategy, recipe.model.config, recipe.data, nodes * per_node, precision=precision)
     except SpecError as error:
         raise error.renamed(lambda name: f"{where}{name}") from None
 

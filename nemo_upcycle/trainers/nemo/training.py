@@ -16,14 +16,14 @@ from nemo_upcycle.data.dense import check_address
 from nemo_upcycle.errors import SpecError, StageStopped
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.megatron_config import architecture_of
-from nemo_upcycle.planning.commands import changed_settings, fp8_precision
+from nemo_upcycle.planning.commands import changed_settings
 from nemo_upcycle.planning.hardware import DEFAULT_SOFTWARE, read_data
 from nemo_upcycle.planning.parameters import WEIGHT_BYTES
 from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.spec import UpcycleSpec
 from nemo_upcycle.trainers.base import Evaluations, Profile, Training, TrainingFacts, last_checkpoint
 from nemo_upcycle.trainers.layout import layout_of
-from nemo_upcycle.trainers.nemo.checks import check_kernels, check_parent, check_recipe, ranks_of
+from nemo_upcycle.trainers.nemo.checks import check_kernels, check_parent, check_recipe, precision_name, ranks_of
 from nemo_upcycle.trainers.nemo.recipes import load_recipe, model_config, place_recipe, settings, spec_of, train_on
 from nemo_upcycle.trainers.values import setting
 from nemo_upcycle.utils.console import is_verbose
@@ -121,7 +121,7 @@ class NeMoTraining(Training):
             config,
             ddp,
             accelerator=getattr(trainer, "accelerator", "auto"),
-            precision=_precision_name(recipe, precision),
+            precision=precision_name(recipe, precision),
         )
         return TrainingFacts(
             **TrainingFacts.of_model(config, arch, layout, profile, ddp, overlaps),
@@ -258,14 +258,6 @@ def _model_of(recipe: Any, dense: str) -> tuple[Architecture, bool]:
         size = setting(recipe, "data.tokenizer.vocab_size")
         vocabulary = size + 1 if isinstance(size, int) else None  # NullTokenizer's, which adds an end of document
     return (architecture_of(config, vocabulary), True) if vocabulary else (plain, False)
-
-
-def _precision_name(recipe: Any, precision: str) -> str:
-    """Return the planner's name of a recipe's precision, or that of NeMo's where the planner knows none."""
-    plugins, config = getattr(recipe.trainer, "plugins", None), recipe.model.config
-    if not (getattr(plugins, "fp8", None) or getattr(config, "fp8", None)):
-        return "bf16" if precision.startswith("bf16") else precision
-    return fp8_precision(getattr(plugins, "fp8_recipe", None) or getattr(config, "fp8_recipe", None))
 
 
 def _gradients(recipe: Any) -> str:

@@ -95,8 +95,30 @@ def test_deepep_needs_ranks_to_send_to() -> None:
         check_layout(parse_layout("pp=32", 64), LLAMA, work)
 
 
-def test_fp8_needs_tokens_in_multiples_of_eight() -> None:
-    work = replace(WORK, seq_length=8190, precision="fp8-delayed")
-    with pytest.raises(SpecError, match="a multiple of 8 tokens"):
+def test_fp8_needs_tokens_in_multiples_of_sixteen() -> None:
+    work = replace(WORK, seq_length=8184, precision="fp8-delayed")
+    with pytest.raises(SpecError, match=r"a multiple of 16 tokens.*Fix: set seq_length=8176"):
         check_layout(parse_layout("tp=2", 8), DENSE, work)
     assert first_violation(parse_layout("tp=2", 8), DENSE, replace(work, precision="bf16")) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "layout", "precision", "words"),
+    [
+        ({"hidden_size": 4104}, "tp=1", "fp8-current", r"16 rows and columns \(now 4104\).*Fix: train in bf16"),
+        ({"expert_ffn_size": 14336 // 512}, "ep=8", "fp8-blockwise", r"etp: got 1.*\(now 28\)"),
+        ({"expert_ffn_size": 48}, "ep=8", "mxfp8", r"32 rows and columns \(now 48\)"),
+        ({"num_kv_heads": 8, "head_dim": 8}, "tp=8,ep=8", "fp8-delayed", r"tp: got 8.*\(now 8\)"),
+    ],
+    ids=["hidden", "experts", "mxfp8", "heads"],
+)
+def test_fp8_needs_matrices_that_its_kernels_multiply(
+    changes: dict[str, int], layout: str, precision: str, words: str
+) -> None:
+    arch, work = replace(LLAMA, **changes), replace(WORK, precision=precision)
+    if changes.get("head_dim"):
+        arch = replace(arch, num_heads=8)
+    parsed = parse_layout(layout, 64)
+    assert first_violation(parsed, arch, replace(work, precision="bf16")) is None
+    with pytest.raises(SpecError, match=words):
+        check_layout(parsed, arch, work)

@@ -77,3 +77,20 @@ def test_a_layout_that_does_not_fit_is_refused_by_name(
         _check(changes, ranks)
     assert caught.value.field == field
     assert words in str(caught.value)
+
+
+def test_what_fp8_cannot_multiply_is_refused() -> None:
+    """Tokens of a rank that are no multiple of 16, or of an expert's capacity that the router is to pad."""
+    from nemo_upcycle.recipes import llama3_8b_e8t2
+    from nemo_upcycle.trainers.nemo.checks import check_recipe
+
+    recipe = llama3_8b_e8t2.pretrain_recipe(fp8_recipe="current")
+    check_recipe(recipe)
+    recipe.data.seq_length = recipe.model.config.seq_length = 8184
+    with pytest.raises(SpecError, match=r"data\.seq_length: got 8184, expected a multiple of 16 tokens"):
+        check_recipe(recipe)
+    recipe = llama3_8b_e8t2.pretrain_recipe(fp8_recipe="current", performance_mode=True)
+    check_recipe(recipe)
+    recipe.model.config.moe_router_padding_for_fp8 = True
+    with pytest.raises(SpecError, match=r"model\.config\.moe_router_padding_for_fp8: got True, expected False"):
+        check_recipe(recipe)

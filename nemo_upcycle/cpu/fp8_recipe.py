@@ -1,0 +1,190 @@
+"""What each of Megatron's FP8 recipes quantises, in which blocks, and what delayed scaling remembers."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nemo_upcycle.cpu.fp8_quantize import E4M3, E5M2, Quantized, quantize
+from nemo_upcycle.errors import UpcycleError
+
+
+#: Of a linear layer, in the order of a state's columns.
+INPUT, WEIGHT, GRADIENT = range(3)
+RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+#: What Transformer Engine would compute in FP8 beside linear layers, or leave out of it.
+_ELSEWHERE = ("fp8_dot_product_attention", "fp8_multi_head_attention", "fp8_output_proj")
+
+
+@dataclass(frozen=True)
+class Fp8Recipe:
+    """One FP8 recipe.
+
+    Attributes:
+        name: Megatron's, of `RECIPES`.
+        gradient: type of output gradients; inputs and weights are E4M3.
+        margin, history, algorithm: of delayed scaling, as Megatron's `fp8_margin`, `fp8_amax_history_len` and
+            `fp8_amax_compute_algo`.
+        group: the ranks that share their largest numbers under delayed scaling; None: this one alone.
+    """
+
+    name: str
+    gradient: torch.dtype = E5M2
+    margin: int = 0
+    history: int = 1024
+    algorithm: str = "max"
+    group: Any = None
+
+    @classmethod
+    def of(cls, config: Any) -> Fp8Recipe:
+        """Return the recipe of a Megatron `TransformerConfig` whose `fp8` is set.
+
+        Raises:
+            UpcycleError: it asks for what is not emulated.
+        """
+        from megatron.core import parallel_state
+
+        name = getattr(config.fp8_recipe, "value", config.fp8_recipe)
+        elsewhere = [field for field in _ELSEWHERE if getattr(config, field, False)]
+        if name not in RECIPES or elsewhere or not config.fp8_wgrad:
+            got = name if name not in RECIPES else elsewhere[0] if elsewhere else "fp8_wgrad=False"
+            expected = f"{', '.join(RECIPES)} on a CPU, in linear layers alone"
+            raise UpcycleError("fp8_recipe", got=got, expected=expected, fix="train so on a GPU, or choose another")
+        group = None
+        if name == "delayed" and parallel_state.model_parallel_is_initialized():
+            group = parallel_state.get_amax_reduction_group(
+                with_context_parallel=True, tp_only_amax_red=config.tp_only_amax_red
+            )
+        return cls(
+            name=name,
+            gradient=E5M2 if config.fp8 == "hybrid" else E4M3,
+            margin=config.fp8_margin,
+            history=config.fp8_amax_history_len,
+            algorithm=config.fp8_amax_compute_algo,
+            group=group,
+        )
+
+    def dtype(self, role: int) -> torch.dtype:
+        """Return the FP8 type of an operand."""
+        return self.gradient if role == GRADIENT else E4M3
+
+    def quantize(
+        self, x_RC: torch.Tensor, role: int, scale: torch.Tensor | None = None, *, twice: bool = True
+    ) -> tuple[Quantized, Quantized]:
+        """Return a matrix as products over its columns need it, and as those over its rows do; both from its numbers.
+
+        Args:
+            x_RC: an input [tokens, in], a weight [out, in] or an output's gradient [tokens, out].
+            role: which of them.
+            scale: of delayed scaling.
+            twice: False where only products over its columns follow; then both are the first.
+        """
+        along_columns, along_rows = self._blocks(role, x_RC.shape)
+        options: dict[str, Any] = {"scale": scale}
+        if self.name == "tensorwise":
+            options["power_of_two"] = os.environ.get("NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES", "0") == "1"
+        elif self.name == "blockwise":
+            options["power_of_two"] = os.environ.get("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "0") != "1"
+        elif self.name == "mxfp8":
+            options["e8m0"] = True
+        first = quantize(x_RC, self.dtype(role), along_columns, **options)
+        if along_columns == along_rows or not twice:
+            return first, first
+        return first, quantize(x_RC, self.dtype(role), along_rows, **options)
+
+    def _blocks(self, role: int, shape: torch.Size) -> tuple[tuple[int, int], tuple[int, int]]:
+        if self.name == "mxfp8":
+            return (1, 32), (32, 1)
+        if self.name == "blockwise":
+            return ((128, 128), (128, 128)) if role == WEIGHT else ((1, 128), (128, 1))
+        whole = max(1, shape[0]), max(1, shape[1])
+        return whole, whole
+
+
+#: What a layer's state begins with in a checkpoint: a pickled None. Transformer Engine reads that, and no further: a
+#: run that goes on from a CPU's checkpoint on a GPU starts without a history, as from a checkpoint in BF16.
+_NOTHING = pickle.dumps(None, protocol=4)
+
+
+class DelayedScales:
+    """What delayed scaling remembers of one linear layer, as Transformer Engine does.
+
+    Args:
+        length: of the history.
+
+    Attributes:
+        scale: float32 [3], by role.
+        history: largest numbers, float32 [length, 3]. The first row takes up those of the present pass.
+        weight_scale: what the weight is quantised with throughout a step.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.scale = torch.ones(3)
+        self.history = torch.zeros(length, 3)
+        self.weight_scale = self.scale[WEIGHT]
+        _STATES[next(_NUMBERS)] = self
+
+    def record(self, role: int, x: torch.Tensor) -> None:
+        """Take up the largest number of an operand."""
+        if x.numel():
+            torch.maximum(self.history[0, role], x.detach().abs().amax().float(), out=self.history[0, role])
+
+    def update(self, roles: slice, amax: torch.Tensor, recipe: Fp8Recipe) -> None:
+        """Compute the next scales. An operand that was not seen, or was all zero, keeps its scale and its history."""
+        history = self.history[:, roles]
+        history[0] = amax
+        peak = history.amax(0) if recipe.algorithm == "max" else amax
+        seen = amax != 0
+        rolled = history.roll(-1, 0)
+        rolled[0] = 0
+        history[:, seen] = rolled[:, seen]
+        largest = torch.tensor([torch.finfo(recipe.dtype(role)).max for role in range(3)])[roles]
+        scale = largest / 2.0**recipe.margin / peak
+        scale = torch.where(scale.isinf(), torch.finfo(torch.float32).max, scale)
+        self.scale[roles] = torch.where(seen & peak.isfinite() & (peak > 0), scale, self.scale[roles])
+
+    def to_bytes(self) -> torch.Tensor:
+        """Return it for a checkpoint, uint8."""
+        numbers = torch.cat([self.scale[None], self.history])
+        return torch.frombuffer(bytearray(_NOTHING + numbers.numpy().tobytes()), dtype=torch.uint8)
+
+    @classmethod
+    def from_bytes(cls, state: Any) -> DelayedScales | None:
+        """Return what `to_bytes` gave; None for anything else, such as Transformer Engine's."""
+        if not isinstance(state, torch.Tensor) or state.dtype != torch.uint8:
+            return None
+        data = state.numpy().tobytes()
+        if not data.startswith(_NOTHING) or len(data) == len(_NOTHING):
+            return None
+        numbers = torch.frombuffer(bytearray(data[len(_NOTHING) :]), dtype=torch.float32).view(-1, 3)
+        scales = cls(len(numbers) - 1)
+        scales.scale, scales.history = numbers[0].clone(), numbers[1:].clone()
+        return scales
+
+    def resized(self, length: int) -> DelayedScales:
+        """Return it with a history of that length: older rows are dropped, missing ones zero."""
+        if length != len(self.history):
+            self.history = torch.nn.functional.pad(self.history, (0, 0, 0, length - len(self.history)))
+        return self
+
+
+_NUMBERS = itertools.count()
+#: Of every layer that has computed in FP8, in the order of their first passes.
+_STATES: weakref.WeakValueDictionary[int, DelayedScales] = weakref.WeakValueDictionary()
+
+
+def update_scales(recipe: Fp8Recipe, roles: slice) -> None:
+    """Compute the next scales of all layers, from the largest numbers of all ranks that share them."""
+    if not (states := list(_STATES.values())):
+        return
+    amax = torch.stack([state.history[0, roles] for state in states])
+    if recipe.group is not None and recipe.group.size() > 1:
+        torch.distributed.all_reduce(amax, op=torch.distributed.ReduceOp.MAX, group=recipe.group)
+    for state, largest in zip(states, amax, strict=True):
+        state.update(roles, largest, recipe)

@@ -1,0 +1,234 @@
+"""Megatron's layers in FP8: what computes in it, with which numbers, when scales move, on one rank and several."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.ranks import run_ranks
+from tests.models import build_chunks, small_architecture
+
+
+RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+
+def _model(recipe: str | None, *, layout: dict[str, int] | None = None, **changes: Any) -> Any:
+    fp8 = {"fp8": "hybrid", "fp8_recipe": recipe, "fp8_amax_history_len": 4, "fp8_amax_compute_algo": "max"}
+    torch.manual_seed(0)
+    arch = small_architecture(num_layers=3)
+    (model,) = build_chunks(arch, num_experts=4, layout=layout, **((fp8 if recipe else {}) | changes))
+    return model
+
+
+def _loss(model: Any, seed: int = 0) -> torch.Tensor:
+    """Return the loss of 2 x 32 tokens; rows are the same on every rank."""
+    numbers = torch.Generator().manual_seed(seed)
+    tokens_BS = torch.randint(0, 250, (2, 32), generator=numbers)
+    mask = torch.ones(1, 1, 32, 32, dtype=torch.bool).triu(1)
+    losses = model(tokens_BS, torch.arange(32).expand(2, -1), mask, labels=tokens_BS.roll(-1, 1))
+    return losses.float().mean()
+
+
+def _step(model: Any, seed: int = 0, first: bool = True) -> float:
+    if first:
+        model.zero_grad()
+        model.set_is_first_microbatch()
+    loss = _loss(model, seed)
+    loss.backward()
+    return loss.item()
+
+
+def _recorded(recipe: str | None, **changes: Any) -> dict[str, list[str]]:
+    """Return the linear layers and their output layer by what their products were, in one pass."""
+    from megatron.core.tensor_parallel import layers
+
+    from nemo_upcycle.cpu import fp8_linear
+
+    model = _model(recipe, **changes)
+    names = {id(module): name for name, module in model.named_modules()}
+    found: dict[str, list[str]] = {"fp8": [], "plain": []}
+    forward, product = fp8_linear._forward, layers.linear_with_grad_accumulation_and_async_allreduce
+
+    def in_fp8(module: Any, *args: Any) -> Any:
+        found["fp8"].append(names[id(module)])
+        return forward(module, *args)
+
+    @functools.wraps(product)
+    def plain(x: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+        owner = next(name for name, parameter in model.named_parameters() if parameter is weight)
+        found["plain"].append(owner.removesuffix(".weight"))
+        return product(x, weight, *args, **kwargs)
+
+    fp8_linear._forward, layers.linear_with_grad_accumulation_and_async_allreduce = in_fp8, plain
+    _loss(model)
+    return found
+
+
+def test_linear_layers_compute_in_fp8_and_nothing_else_does() -> None:
+    (found,) = run_ranks(functools.partial(_recorded, "delayed"), 1)
+    assert {name.rpartition(".")[2] for name in found["fp8"]} == set(LINEAR)
+    assert len(found["fp8"]) == 3 * (2 + 4 * 2)
+    assert found["plain"] == ["output_layer"]
+
+
+def test_first_and_last_layers_stay_out_where_the_recipe_says_so() -> None:
+    ends = {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 1}
+    (found,) = run_ranks(functools.partial(_recorded, "tensorwise", **ends), 1)
+    assert {name.split(".")[2] for name in found["fp8"]} == {"1"}
+    assert {name.split(".")[2] for name in found["plain"] if name != "output_layer"} == {"0", "2"}
+
+
+def _products(recipe: str) -> dict[str, float]:
+    """Compare a layer's three products with those of its quantised operands in float64."""
+    from nemo_upcycle.cpu.fp8_linear import computing
+    from nemo_upcycle.cpu.fp8_recipe import GRADIENT, INPUT, WEIGHT, Fp8Recipe
+
+    layer = _model(recipe).decoder.layers[0].mlp.experts.local_experts[0].linear_fc1
+    one = torch.ones(()) if recipe == "delayed" else None
+    numbers = Fp8Recipe(recipe)
+    x = torch.randn(40, 1, 64, requires_grad=True)
+    grad = torch.randn(40, 1, layer.weight.shape[0])
+    with computing(numbers):
+        y, _ = layer(x)
+    y.backward(grad)
+    pairs = (x[:, 0], INPUT), (layer.weight, WEIGHT), (grad[:, 0], GRADIENT)
+    (x_1, x_2), (w_1, w_2), (g_1, g_2) = (
+        [made.values().double() for made in numbers.quantize(tensor.detach(), role, one)] for tensor, role in pairs
+    )
+    return {
+        "y": (y[:, 0] - x_1 @ w_1.T).abs().max().item(),
+        "x": (x.grad[:, 0] - g_1 @ w_2).abs().max().item(),
+        "weight": (layer.weight.grad - g_2.T @ x_2).abs().max().item(),
+        "rounded": (y[:, 0] - x[:, 0] @ layer.weight.T).abs().max().item(),
+    }
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_products_are_those_of_the_quantised_operands(recipe: str) -> None:
+    (off,) = run_ranks(functools.partial(_products, recipe), 1)
+    assert max(off["y"], off["x"], off["weight"]) < 1e-4
+    assert off["rounded"] > 1e-3
+
+
+def _delayed(**changes: Any) -> dict[str, Any]:
+    """Return what delayed scaling does in two steps of two micro-batches each."""
+    model = _model("delayed", **changes)
+    layer = model.decoder.layers[0].self_attention.linear_qkv
+    losses, scales = [], []
+    for step in range(2):
+        for micro_batch in range(2):
+            losses.append(_step(model, 2 * step + micro_batch, first=micro_batch == 0))
+            scales.append([*layer.fp8_scales.scale.tolist(), layer.fp8_scales.weight_scale.item()])
+    grads = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    return {"losses": losses, "scales": scales, "grads": grads, "weight": layer.weight.abs().max().item()}
+
+
+def test_scales_move_after_each_pass_and_a_weight_keeps_its_own_for_a_step() -> None:
+    (found,) = run_ranks(_delayed, 1)
+    inputs, weights, gradients, used = zip(*found["scales"], strict=True)
+    assert 1 not in (*inputs, *weights, *gradients)
+    assert weights == (pytest.approx(448 / found["weight"]),) * 4
+    assert used == (1, 1, *weights[:2])
+    assert inputs[0] >= inputs[1] >= inputs[2]  # the largest of the history
+    assert gradients[0] > 1e3  # a step at scale 1 would have lost most of them
+
+
+def test_recomputed_layers_take_the_scales_of_the_first_time() -> None:
+    """With the same gradients, to the bit, and each number taken up once."""
+    whole = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    part = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    (plain,), (full,), (moe,) = (run_ranks(functools.partial(_delayed, **kind), 1) for kind in ({}, whole, part))
+    for other in (full, moe):
+        assert other["losses"] == plain["losses"]
+        assert other["scales"] == plain["scales"]
+        assert torch.equal(other["grads"], plain["grads"])
+
+
+def _trained(recipe: str | None, layout: dict[str, int], steps: int) -> list[float]:
+    """Train one rank's part of a model that all ranks fill alike, on the same tokens everywhere."""
+    from megatron.core import parallel_state
+
+    model = _model(recipe, layout=layout)
+    for name, parameter in sorted(model.named_parameters()):
+        _fill(name, parameter, parallel_state.get_expert_model_parallel_rank())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    losses = []
+    for _ in range(steps):
+        losses.append(_step(model))
+        optimizer.step()
+    return losses
+
+
+def _fill(name: str, parameter: torch.Tensor, rank: int) -> None:
+    """Fill a parameter by its name; an expert by its number in the whole model."""
+    before, found, after = name.partition("local_experts.")
+    if found:
+        number, _, rest = after.partition(".")
+        name = f"{before}{int(number) + 2 * rank}.{rest}"
+    numbers = torch.Generator().manual_seed(sum(map(ord, name)))
+    if parameter.dim() > 1:
+        parameter.data.copy_(torch.randn(parameter.shape, generator=numbers) * 0.05)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_model_learns(recipe: str) -> None:
+    ((plain,), (losses,)) = (run_ranks(functools.partial(_trained, name, {}, 8), 1) for name in (None, recipe))
+    assert losses != plain
+    assert losses[0] == pytest.approx(plain[0], rel=0.02)
+    assert losses[-1] < losses[0] - 0.5
+    assert losses[-1] == pytest.approx(plain[-1], rel=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_ranks_that_share_the_experts_compute_as_one(recipe: str) -> None:
+    """Step 0, before scales of experts on other ranks are shared: the same loss."""
+    (alone,) = run_ranks(functools.partial(_trained, recipe, {}, 1), 1)
+    for losses in run_ranks(functools.partial(_trained, recipe, {"ep": 2}, 1), 2):
+        assert losses[0] == pytest.approx(alone[0], rel=1e-5)
+
+
+def _shared_scales() -> list[list[float]]:
+    model = _model("delayed", layout={"ep": 2})
+    for _ in range(2):
+        _step(model, torch.distributed.get_rank())
+    return [module.fp8_scales.scale.tolist() for module in model.modules() if getattr(module, "fp8_scales", None)]
+
+
+@pytest.mark.slow
+def test_ranks_share_the_scales_of_delayed_scaling() -> None:
+    """As Transformer Engine does: an expert's with those of the experts in its place on other ranks."""
+    first, second = run_ranks(_shared_scales, 2)
+    assert len(first) == 3 * (2 + 2 * 2)
+    assert first == second
+
+
+def _saved_and_loaded() -> tuple[list[float], list[float]]:
+    model = _model("delayed")
+    _step(model)
+    saved = {name: value.clone() for name, value in model.state_dict().items() if value is not None}
+    again = _model("delayed")
+    again.load_state_dict(saved, strict=False)
+    return [_step(model, 1), _step(model, 2)], [_step(again, 1), _step(again, 2)]
+
+
+def test_a_model_goes_on_with_the_scales_it_was_saved_with() -> None:
+    ((kept, loaded),) = run_ranks(_saved_and_loaded, 1)
+    assert kept == loaded
+
+
+def _refused() -> str:
+    try:
+        _loss(_model("tensorwise", fp8_dot_product_attention=True))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_what_is_not_emulated_is_refused() -> None:
+    (said,) = run_ranks(_refused, 1)
+    assert "fp8_recipe: got fp8_dot_product_attention, expected delayed, tensorwise" in said
