@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from nemo_upcycle.planning.law import FORMS, Law
-from nemo_upcycle.planning.law_fit import DRAWS, HeldOut, fit_law, held_out_differences
+from nemo_upcycle.planning.law_fit import DRAWS, LEAST_PARENTS, HeldOut, fit_law, held_out_differences
 from nemo_upcycle.planning.upcycling_points import points_file, read_points
 
 
@@ -39,7 +39,8 @@ def main() -> None:
     points = read_points(args.grid)
     law = fit_law(points, args.about, str(points_file(args.grid)))
     print(table(law))
-    print(held_out_table(held_out_differences(points)))
+    if len({point.parent_tokens for point in points if point.parent_tokens}) > LEAST_PARENTS:
+        print(held_out_table(held_out_differences(points)))
     if args.write:
         LAW.write_text(law_yaml(law, args.grid), encoding="utf-8")
 

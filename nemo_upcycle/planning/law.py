@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.planning.hardware import read_data
 
 
@@ -271,19 +270,3 @@ def shape_name(num_experts: int, top_k: int, granularity: int) -> str:
         ('e8t2', 'e16t4g2')
     """
     return f"e{num_experts}t{top_k}" + (f"g{granularity}" if granularity > 1 else "")
-
-
-def require_options(law: Law) -> None:
-    """Check that a grid can say whether upcycling pays.
-
-    Raises:
-        UpcycleError: it has no continued dense training, or no upcycled model.
-    """
-    has_moe = any(name.startswith("upcycled") for name in law.options)
-    if "dense" not in law.options or not has_moe:
-        raise UpcycleError(
-            f"grid {law.source}",
-            got=f"the options {', '.join(law.options) or 'none'}",
-            expected="dense and moe, each with at least 3 parents and 2 numbers of tokens",
-            fix="add these trainings, or omit --grid",
-        )

@@ -23,7 +23,6 @@ from nemo_upcycle.planning.law import (
     Law,
     OptionLaw,
     quantile,
-    require_options,
 )
 from nemo_upcycle.planning.upcycling_points import Point
 
@@ -32,6 +31,7 @@ from nemo_upcycle.planning.upcycling_points import Point
 Cells = dict[tuple[float, float], float]
 Array = NDArray[np.float64]
 DRAWS = 100
+LEAST_PARENTS = 3  # of a fit; from nothing as many numbers of tokens
 #: Where the search for exponents begins; the logarithm of w begins at 0.
 _STARTS = (0.1, 0.4)
 _LIMIT = 10.0
@@ -64,12 +64,22 @@ def fit_law(points: Sequence[Point], about: str, source: str, draws: int = DRAWS
         draws: of the bootstrap.
 
     Raises:
-        UpcycleError: an option has too few points for a fit, or `dense` or `moe` is missing.
+        UpcycleError: an option has too few points for a fit, `dense` or `moe` is missing, or sizes of dense differ.
     """
     by_option: dict[str, list[Point]] = defaultdict(list)
     for point in points:
         by_option[point.option].append(point)
-    parameters = min(point.parameters for point in points)  # the dense model is the smallest
+    if "dense" not in by_option or not any(option.startswith("upcycled") for option in by_option):
+        raise UpcycleError(
+            f"grid {source}",
+            got=f"the options {', '.join(by_option)}",
+            expected=f"dense and moe, each with at least {LEAST_PARENTS} parents and 2 numbers of tokens",
+            fix="add these trainings, or omit --grid",
+        )
+    parameters, *others = sorted({point.parameters for point in by_option["dense"]})
+    if others:
+        got = f"dense models of {parameters:,.0f} and {others[0]:,.0f} parameters"
+        raise UpcycleError(f"grid {source}", got=got, expected="those of one size", fix="make a file of each")
     means = {option: mean_cells(rows) for option, rows in by_option.items()}
     errors: dict[str, dict[str, Cells]] = {}
     for option in sorted(by_option):  # dense first: the others are compared with it
@@ -90,13 +100,11 @@ def fit_law(points: Sequence[Point], about: str, source: str, draws: int = DRAWS
             tokens=(min(tokens), max(tokens)),
             parameters=(parameters, parameters),
             draws=[[float(f"{value:.7g}") for value in values] for values in refitted],
-            error=_error(option, {name: errors[name][best[name]] for name in {option, *({"dense"} & best.keys())}}),
+            error=_error(option, {name: errors[name][best[name]] for name in {option, "dense"}}),
             held_out={name: _root_mean_square(of_form) for name, of_form in errors[option].items()},
             intervals={name: _interval([values[place] for values in refitted]) for place, name in enumerate(names)},
         )
-    law = Law(about, source, laws)
-    require_options(law)
-    return law
+    return Law(about, source, laws)
 
 
 def mean_cells(points: Sequence[Point]) -> Cells:
@@ -162,15 +170,15 @@ def _held_out_errors(
     cells = means[option]
     place = 0 if any(parent for parent, _ in cells) else 1
     groups, tokens = sorted({key[place] for key in cells}), {key[1] for key in cells}
-    if len(groups) < 3 or (place == 0 and len(tokens) < 2):
+    if len(groups) < LEAST_PARENTS or (place == 0 and len(tokens) < 2):
         raise UpcycleError(
             f"{source}: {option}",
             got=f"{len({key[0] for key in cells})} parents x {len(tokens)} numbers of tokens",
             expected="at least 3 parents x 2 numbers of tokens; from nothing, 3 numbers of tokens",
             fix="train more of them, or remove the option's rows",
         )
-    differences = _both(cells, means["dense"]) if option.startswith("upcycled") and "dense" in means else None
-    if differences is not None and len({parent for parent, _ in differences}) < 3:
+    differences = _both(cells, means["dense"]) if option.startswith("upcycled") else None
+    if differences is not None and len({parent for parent, _ in differences}) < LEAST_PARENTS:
         raise UpcycleError(
             f"{source}: {option}",
             got=f"{len(differences)} trainings of a parent and a number of tokens that dense has too",
@@ -254,7 +262,11 @@ class HeldOut:
 
 
 def held_out_differences(points: Sequence[Point], draws: int = DRAWS) -> list[HeldOut]:
-    """Return what the laws of all parents but one say of that one, for each in turn."""
+    """Return what the laws of all parents but one say of that one, for each in turn.
+
+    Raises:
+        UpcycleError: there are no more than `LEAST_PARENTS`.
+    """
     answers = []
     for left_out in sorted({point.parent_tokens for point in points} - {0.0}):
         others = [point for point in points if point.parent_tokens != left_out]

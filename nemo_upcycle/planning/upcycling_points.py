@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import csv
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_upcycle.errors import UpcycleError
 from nemo_upcycle.planning.law import shape_name
+from nemo_upcycle.utils.files import read_text
 
 
 #: Of the column `option`.
 OPTIONS = ("dense", "moe", "moe_from_nothing", "dense_from_nothing")
 _NUMBERS = ("parent_tokens", "tokens", "experts", "topk", "granularity", "total_parameters", "seed", "loss")
 FILE = "points.csv"
+_MOST = 1e18  # larger numbers are mistakes
 
 
 @dataclass(frozen=True)
@@ -62,19 +65,24 @@ def read_points(path: str | Path) -> list[Point]:
             `parent_tokens`, `tokens`, `experts`, `topk`, `granularity`, `total_parameters`, `seed` and `loss`.
 
     Raises:
-        UpcycleError: there is no such file, a column is missing, or a value is none.
+        UpcycleError: there is no such file, a column is missing, a value is none, or a training has two rows.
     """
     file = points_file(path)
-    with file.open(encoding="utf-8", newline="") as lines:
-        reader = csv.DictReader(lines)
-        missing = [name for name in ("option", *_NUMBERS) if name not in (reader.fieldnames or ())]
-        if missing:
-            got = f"no column {', '.join(missing)}"
-            fix = "let the grid write it, or add the column"
-            raise UpcycleError(str(file), got=got, expected="one row a training, with these columns", fix=fix)
-        points = [_point(f"{file}, line {reader.line_num}", row) for row in reader]
+    reader = csv.DictReader(read_text(file).splitlines())
+    missing = [name for name in ("option", *_NUMBERS) if name not in (reader.fieldnames or ())]
+    if missing:
+        got = f"no column {', '.join(missing)}"
+        fix = "let the grid write it, or add the column"
+        raise UpcycleError(str(file), got=got, expected="one row a training, with these columns", fix=fix)
+    points = [_point(f"{file}, line {reader.line_num}", row) for row in reader]
     if not points:
         raise UpcycleError(str(file), got="no rows", expected="one row a training", fix="run the grid first")
+    trainings = Counter((one.option, one.parent_tokens, one.tokens, one.seed) for one in points)
+    (option, parent, tokens, seed), count = trainings.most_common(1)[0]
+    if count > 1:
+        which = f"{file}: {option}, {parent:,.0f} + {tokens:,.0f} tokens, seed {seed}"
+        fix = "keep one: a trial with other settings is no seed"
+        raise UpcycleError(which, got=f"{count} rows", expected="one row a training", fix=fix)
     return points
 
 
@@ -83,6 +91,11 @@ def _point(where: str, row: Mapping[str, str]) -> Point:
     if option not in OPTIONS:
         raise UpcycleError.unknown("option", option, OPTIONS).within(where)
     values = {name: _number(where, name, row[name]) for name in _NUMBERS}
+    if (values["parent_tokens"] > 0) == option.endswith("from_nothing"):
+        expected = "0 of an option from nothing, else above 0"
+        raise UpcycleError(
+            f"{where}: parent_tokens of {option}", got=row["parent_tokens"], expected=expected, fix="correct the cell"
+        )
     if option.startswith("moe"):
         shape = shape_name(*(int(values[name]) for name in ("experts", "topk", "granularity")))
         option = f"upcycled_{shape}" if option == "moe" else f"{option}_{shape}"
@@ -91,13 +104,13 @@ def _point(where: str, row: Mapping[str, str]) -> Point:
 
 
 def _number(where: str, name: str, text: str | None) -> float:
-    """Return a cell's number: above 0, but of `parent_tokens` and `seed` also 0."""
+    """Return a cell's number: above 0, but of `parent_tokens` and `seed` also 0; whole, but of `loss`."""
     try:
         value = float(text or "")
     except ValueError:
         value = math.nan
-    may_be_zero = name in ("parent_tokens", "seed")
-    if (value > 0 or (value == 0 and may_be_zero)) and value < math.inf:
+    may_be_zero, is_loss = name in ("parent_tokens", "seed"), name == "loss"
+    if (value > 0 or (value == 0 and may_be_zero)) and value <= _MOST and (is_loss or value.is_integer()):
         return value
-    expected = "a number above 0; without a parent, parent_tokens is 0"
+    expected = f"a {'' if is_loss else 'whole '}number{', 0 or more' if may_be_zero else ' above 0'}"
     raise UpcycleError(f"{where}: {name}", got=repr(text), expected=expected, fix="correct the cell")

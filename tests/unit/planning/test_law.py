@@ -118,6 +118,9 @@ def test_a_grid_without_enough_parents_or_without_dense_is_refused() -> None:
     upcycled = [point for point in _points(_interaction) if point.option != "dense"]
     with pytest.raises(UpcycleError, match=r"grid here: got the options upcycled_e8t2, expected dense and moe"):
         fit_law(upcycled, "synthetic", "here")
+    larger = Point("dense", 4e7, 5e5, 9e5, 1, 2.5)
+    with pytest.raises(UpcycleError, match=r"grid here: got dense models of 850,000 and 900,000 parameters"):
+        fit_law([*_points(_interaction), larger], "synthetic", "here")
 
 
 def test_the_published_law_says_what_its_papers_say() -> None:
@@ -166,8 +169,13 @@ def test_points_are_read_from_a_grids_folder(tmp_path: Path) -> None:
         (HEADER + "moes,1,1,8,2,1,1,1,1\n", "line 2: option 'moes' does not exist. Did you mean 'moe'?"),
         (HEADER + "moe,1,1,8,2,1,1,1,x\n", "line 2: loss: got 'x', expected a number above 0"),
         (HEADER + "moe,1,1,8,2,1,1,1,nan\n", "loss: got 'nan'"),
+        (HEADER + "moe,1,1,8,2,1,1,1,1e300\n", "loss: got '1e300'"),
         (HEADER + "moe,1,0,8,2,1,1,1,3\n", "tokens: got '0'"),
         (HEADER + "moe,1,1,8\n", "topk: got None"),
+        (HEADER + "moe,1,1,8,2.5,1,1,1,3\n", "topk: got '2.5', expected a whole number above 0"),
+        (HEADER + "dense,0,1,1,1,1,1,1,3\n", "parent_tokens of dense: got 0, expected 0 of an option from nothing"),
+        (HEADER + "moe_from_nothing,5,1,8,2,1,1,1,3\n", "parent_tokens of moe_from_nothing: got 5"),
+        (HEADER + "moe,1,1,8,2,1,1,1,3\n" * 2, "upcycled_e8t2, 1 + 1 tokens, seed 1: got 2 rows"),
     ],
 )
 def test_points_that_are_none_are_refused(tmp_path: Path, text: str, said: str) -> None:
@@ -176,6 +184,12 @@ def test_points_that_are_none_are_refused(tmp_path: Path, text: str, said: str) 
     with pytest.raises(UpcycleError) as error:
         read_points(file)
     assert said in str(error.value)
+
+
+def test_points_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "points.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UpcycleError, match=r"expected readable UTF-8 text"):
+        read_points(tmp_path)
 
 
 def test_a_folder_without_points_is_refused(tmp_path: Path) -> None:
