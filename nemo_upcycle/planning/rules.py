@@ -155,7 +155,7 @@ def _kernel_rules(layout: Layout, arch: Architecture, work: Workload) -> Iterato
         expected = f"a multiple of {multiple} tokens in each rank's part of a micro-batch (now {rows}), {needed}"
         yield RuleViolation("seq_length", work.seq_length, expected)
     heads = arch.num_heads * arch.head_dim, (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
-    dense = arch.ffn_size if arch.moe_layer_count < arch.num_layers else 0
+    dense = arch.ffn_size if arch.moe_layer_count < len(arch.layers_with("-")) else 0
     sizes = (
         ("precision", work.precision, 1, (arch.hidden_size,)),
         ("tp", layout.tp, layout.tp, (*heads, dense, arch.shared_ffn_size or 0)),

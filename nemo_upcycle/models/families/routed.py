@@ -30,7 +30,7 @@ def experts_after_dense(settings: Settings, num_layers: int) -> dict[str, Any]:
         num_layers: L.
     """
     experts, width = settings.whole("n_routed_experts"), settings.whole("moe_intermediate_size")
-    dense_layers = settings.whole("first_k_dense_replace", 1, least=0)
+    dense_layers = settings.whole("first_k_dense_replace", 1, least=0, most=num_layers - 1)
     return {
         "num_experts": experts,
         "top_k": settings.whole("num_experts_per_tok", most=experts),

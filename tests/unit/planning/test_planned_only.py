@@ -166,6 +166,7 @@ def test_nvidias_recipes_of_mamba_layers_overlap_no_experts() -> None:
         ("deepseek_v3", {"layer_types": ["linear_attention"] * 61}, "layer_types: .*expected full_attention alone"),
         ("deepseek_v3", {"architectures": ["DeepseekV32ForCausalLM"]}, "DeepseekV32.*GptOssForCausalLM, DeepseekV3F"),
         ("deepseek_v3", {"architectures": None, "model_type": "kimi_linear"}, "got model_type kimi_linear"),
+        ("deepseek_v3", {"first_k_dense_replace": 61}, "first_k_dense_replace: got 61, expected at most 60"),
         ("deepseek_v3", {"kv_lora_rank": 0}, "kv_lora_rank: got 0, expected a positive whole number"),
         ("nemotron_3_super", {"mtp_hybrid_override_pattern": "*-"}, "mtp_hybrid_override_pattern: got '.-', expected"),
         ("nemotron_3_super", {"moe_latent_size": -1}, "moe_latent_size: got -1, expected a whole number"),
