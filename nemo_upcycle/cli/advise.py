@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nemo_upcycle.cli.common import show
-from nemo_upcycle.cli.plan_request import number_of_tokens
+from nemo_upcycle.cli.plan_request import number_of_tokens, router_order
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.models.rotary import rope_kind
@@ -19,6 +19,7 @@ from nemo_upcycle.planning.law import Law, fitted_law, published_checks, publish
 from nemo_upcycle.planning.search import MOST_GPUS, PlanRequest
 from nemo_upcycle.planning.workload import PRECISIONS, Workload
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.utils.console import in_columns
 from nemo_upcycle.utils.validation import check_number, check_whole
 
 
@@ -127,11 +128,11 @@ def _question(args: argparse.Namespace) -> Question:
         fix = "name the dense model; of an MoE, `nemo-upcycle plan` says what training it costs"
         raise SpecError("--model", got=f"{arch.num_experts} experts", expected="a dense model", fix=fix)
     check_whole("gpus", args.gpus, 1, MOST_GPUS)
-    for name in ("hours", "price_per_gpu_hour"):
+    for name, least, most in (("hours", 0.001, 1e6), ("price_per_gpu_hour", 0, 1e6)):
         if getattr(args, name) is not None:
-            check_number(name, getattr(args, name), 0.001 if name == "hours" else 0)
+            check_number(name, getattr(args, name), least, most)
     work = Workload(
-        seq_length=args.seq_length or min(8192, arch.max_positions),
+        seq_length=min(8192, arch.max_positions) if args.seq_length is None else args.seq_length,
         global_batch=args.global_batch,
         precision=args.precision,
         gradients="bf16",
@@ -163,14 +164,9 @@ def _specs(args: argparse.Namespace) -> list[UpcycleSpec]:
         )
     columns = [numbers * count if len(numbers) == 1 else numbers for numbers in lists]
     return [
-        UpcycleSpec(num_experts=experts, top_k=top_k, granularity=parts, router_order=_order(top_k))
+        UpcycleSpec(num_experts=experts, top_k=top_k, granularity=parts, router_order=router_order(top_k))
         for experts, top_k, parts in zip(*columns, strict=True)
     ]
-
-
-def _order(top_k: int) -> str:
-    """Return the router's order, which does not change what training costs: the other is refused with one expert."""
-    return "softmax_topk" if top_k == 1 else "topk_softmax"
 
 
 def _grid_law(path: str) -> Law:
@@ -201,10 +197,10 @@ def _text(
             f" {question.request.gpu.name}, {args.precision}, natural routing."
         ),
         "",
-        _cost_table(options, answer["options"]),
+        *_cost_table(options, answer["options"]),
         "",
         "Loss less that of `dense`, nats a token (90 % band):",
-        _loss_table(options, laws, answer["options"]),
+        *_loss_table(options, laws, answer["options"]),
         "",
     ]
     for name, law in laws.items():
@@ -234,7 +230,8 @@ def _verdict(args: argparse.Namespace, best: str | None) -> list[str]:
             " run it again."
         ]
     return [
-        "Verdict: not resolved. Run this grid first, with your data and a small model of your architecture:",
+        "Verdict: not resolved. Run this grid first, with your data and, in a copy of conf/ablations/budget.yaml, a"
+        " model and tokens near yours:",
         f"  {_GRID}",
         "then ask again with --grid runs/budget.",
     ]
@@ -245,21 +242,10 @@ def _parent(outcome: dict[str, Any]) -> str:
     return str(outcome["parent"]) + (f" after {_short(tokens)} tokens" if tokens else "")
 
 
-def _cost_table(options: Sequence[Option], values: dict[str, Any]) -> str:
+def _cost_table(options: Sequence[Option], values: dict[str, Any]) -> list[str]:
     has_price = values[options[0].name]["cost"] is not None
-    rows = [
-        [
-            "option",
-            "tokens",
-            "hours",
-            "GPU-hours",
-            *(["cost"] if has_price else []),
-            "GiB",
-            "active",
-            "total",
-            "served",
-        ]
-    ]
+    costs = ["tokens", "hours", "GPU-hours", *(["cost"] if has_price else [])]
+    rows = [["option", *costs, "GiB", "active", "total", "served"]]
     for option in options:
         value = values[option.name]
         cost = [f"{value['cost']:,.0f}"] if has_price else []
@@ -270,13 +256,13 @@ def _cost_table(options: Sequence[Option], values: dict[str, Any]) -> str:
         rows.append(
             [option.name, *cells, f"{value['memory_gib']:.1f}", *sizes, f"{value['served_bytes'] / 1e9:,.3g} GB"]
         )
-    return _aligned(rows)
+    return in_columns(rows, right=range(1, len(rows[0])))
 
 
-def _loss_table(options: Sequence[Option], laws: dict[str, Law], values: dict[str, Any]) -> str:
+def _loss_table(options: Sequence[Option], laws: dict[str, Law], values: dict[str, Any]) -> list[str]:
     rows = [["option", *laws]]
     rows += [[option.name, *(_difference(values[option.name][name]) for name in laws)] for option in options[1:]]
-    return _aligned(rows)
+    return in_columns(rows, right=range(1, len(rows[0])))
 
 
 def _difference(found: dict[str, Any] | None) -> str:
@@ -297,18 +283,6 @@ def _beyond(name: str, values: dict[str, Any]) -> str:
             ratios[what] = max(ratio, ratios.get(what, 1))
     far = [f"{what} {ratio_text(ratio)}x" for what, ratio in ratios.items() if ratio > 1]
     return f" Beyond its range: {', '.join(far)}." if far else ""
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def _short(number: float) -> str:

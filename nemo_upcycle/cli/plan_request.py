@@ -27,6 +27,8 @@ _DEFAULTS = {
     "tokens": 100e9,
     "gradients": "bf16",
 }
+#: Larger numbers of tokens are mistakes.
+_MOST_TOKENS = 1e18
 _UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
@@ -63,10 +65,15 @@ def number_of_tokens(text: str, option: str = "--tokens") -> float:
         value = float(number) * (unit or 1)
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf"):
-        expected = "a number: 100B, 1.5T, 500M or 1e11"
+    if not 1 <= value <= _MOST_TOKENS:
+        expected = f"a number: 100B, 1.5T, 500M or 1e11, at most {_MOST_TOKENS:g}"
         raise SpecError(option, got=repr(text), expected=expected, fix=f"set {option} 100B")
     return value
+
+
+def router_order(top_k: int | None) -> str:
+    """Return the router's order, which does not change what training costs: with one expert the other is refused."""
+    return "softmax_topk" if top_k == 1 else "topk_softmax"
 
 
 def subject_of(args: argparse.Namespace) -> Subject:
@@ -94,8 +101,7 @@ def subject_of(args: argparse.Namespace) -> Subject:
             fix="omit --experts: an MoE model is planned as it is",
         )
     given = {name: getattr(args, name) for name in ("top_k", "granularity") if getattr(args, name) is not None}
-    order = "softmax_topk" if args.top_k == 1 else "topk_softmax"  # the other would be refused, and costs the same
-    spec = UpcycleSpec(num_experts=args.num_experts, router_order=order, **given)
+    spec = UpcycleSpec(num_experts=args.num_experts, router_order=router_order(args.top_k), **given)
     moe_arch = arch.upcycled(spec)
     return Subject(moe_arch, arch, spec, hardware.recipe_for(arch, moe_arch), _DEFAULTS, folder)
 

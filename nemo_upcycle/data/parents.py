@@ -46,7 +46,7 @@ def find_parent(source: str, *, nemo: bool = False) -> Parent:
         >>> find_parent("hf://meta-llama/Meta-Llama-3-8B")
         Parent(kind='hub', name='meta-llama/Meta-Llama-3-8B')
     """
-    if not source:
+    if source in ("", "hf://", "nemo://"):
         raise UpcycleError("model", got="an empty name", expected="a folder or hf://ORG/NAME", fix="name one")
     scheme, separator, rest = source.partition("://")
     if not separator:

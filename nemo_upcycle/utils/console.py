@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +31,18 @@ def command_line() -> str:
     words = [masked_text(word) if re.search(r"\benv_vars\b", word) else word for word in words]
     typed = [Path(program).name] if os.access(program, os.X_OK) else ["python", program]
     return shlex.join([*typed, *words])
+
+
+def in_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Return rows in columns two blanks apart; those in `right` are flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if number in right else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def end_soon() -> None:

@@ -14,6 +14,7 @@ from nemo_upcycle.pipeline.forecast.performance import performance_settings
 from nemo_upcycle.pipeline.forecast.run import Forecast, Setting
 from nemo_upcycle.pipeline.forecast.stages import StageForecast
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast
+from nemo_upcycle.utils.console import in_columns
 from nemo_upcycle.utils.files import size_text
 
 
@@ -48,18 +49,6 @@ def render_forecast(forecast: Forecast) -> str:
 
 def _wrapped(text: str, hanging: str, room: int = WIDTH - len(_INDENT)) -> list[str]:
     return textwrap.wrap(text, room, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False)
-
-
-def _table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Return rows in columns two blanks apart; those in `right` are flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if number in right else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def _stage_lines(stages: Sequence[StageForecast]) -> Iterator[str]:
@@ -156,7 +145,7 @@ def _training_lines(
     rows = [row for row in rows if any(row[1:])]
     first = max(len(row[0]) for row in rows)
     each = (WIDTH - len(_INDENT) - first) // len(cells) - len("  ")
-    return _table([part for row in rows for part in _over_lines(row, (first, *[each] * len(cells)))])
+    return in_columns([part for row in rows for part in _over_lines(row, (first, *[each] * len(cells)))])
 
 
 def _faster_lines(trainings: Sequence[TrainingForecast]) -> Iterator[str]:
@@ -208,7 +197,7 @@ def _disk_lines(disk: DiskForecast) -> list[str]:
         rows.append([use.stage, use.what, *(known if use.kept_bytes else ["not known"] * 2)])
     verdict = "fits" if disk.fits else "DOES NOT FIT"
     total = f"{size_text(disk.needed_bytes)} at one moment at most, {size_text(disk.free_bytes)} free: {verdict}"
-    return [*(_table(rows, right=(2, 3)) if disk.uses else []), total]
+    return [*(in_columns(rows, right=(2, 3)) if disk.uses else []), total]
 
 
 #: The prefix of a group of settings -> its heading.
