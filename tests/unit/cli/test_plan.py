@@ -116,21 +116,6 @@ def test_small_recipes_fit_one_gpu(name: str) -> None:
     assert _run("--recipe", name, "--gpus", "1") == 0
 
 
-def test_a_model_folder_dense_upcycled_or_moe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = str(_config(tmp_path))
-    dense = _json(capsys, "--model", folder, "--gpus", "64")
-    assert dense["model"]["total_params"] == 8_030_261_248
-    assert f"llama3_8b_dense_ct(dense='{folder}', num_nodes=8, num_gpus_per_node=8)" in dense["rows"][0]["command"]
-    moe = _json(capsys, "--model", folder, "--experts", "8", "--top-k", "2", "--gpus", "64")
-    assert moe["model"]["total_params"] == 47_491_321_856
-    assert f"llama3_8b_e8t2(dense='{folder}', num_nodes=8," in moe["rows"][0]["command"]
-    mixtral = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2}
-    _config(tmp_path, vocab_size=32000, **mixtral)
-    assert _json(capsys, "--model", folder, "--gpus", "64")["model"]["total_params"] == 46_702_792_704
-    assert _run("--model", folder, "--gpus", "64", "--rows", "1") == 0
-    assert "No recipe of this package trains this model" in capsys.readouterr().out
-
-
 def _refusal(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     assert main(["plan", *options]) == 2
     return capsys.readouterr().err

@@ -16,7 +16,7 @@ from nemo_upcycle import UpcycleSpec
 from nemo_upcycle.models.hf_config import read_architecture
 from nemo_upcycle.planning.parameters import stage_plan
 from tests.models import write_llama
-from tests.unit.cli.test_plan import _json, _refusal, _run
+from tests.unit.cli.test_plan import _config, _json, _refusal, _run
 from tests.unit.convert.exports import write_checkpoint
 from tests.unit.sources.test_checkpoint_context import _megatron
 from tests.waiting import HANG_S
@@ -175,3 +175,18 @@ def test_a_checkpoint_of_what_is_not_modelled_is_refused_by_name(
     assert "got neither context/model.yaml (NeMo's), run_config.yaml (Bridge's) nor config.json" in _refusal(
         capsys, "--model", str(folder), "--gpus", "1"
     )
+
+
+def test_a_model_folder_dense_upcycled_or_moe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(_config(tmp_path))
+    dense = _json(capsys, "--model", folder, "--gpus", "64")
+    assert dense["model"]["total_params"] == 8_030_261_248
+    assert f"llama3_8b_dense_ct(dense='{folder}', num_nodes=8, num_gpus_per_node=8)" in dense["rows"][0]["command"]
+    moe = _json(capsys, "--model", folder, "--experts", "8", "--top-k", "2", "--gpus", "64")
+    assert moe["model"]["total_params"] == 47_491_321_856
+    assert f"llama3_8b_e8t2(dense='{folder}', num_nodes=8," in moe["rows"][0]["command"]
+    mixtral = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2}
+    _config(tmp_path, vocab_size=32000, **mixtral)
+    assert _json(capsys, "--model", folder, "--gpus", "64")["model"]["total_params"] == 46_702_792_704
+    assert _run("--model", folder, "--gpus", "64", "--rows", "1") == 0
+    assert "No recipe of this package trains this model" in capsys.readouterr().out
