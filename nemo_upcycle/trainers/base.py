@@ -244,9 +244,9 @@ class TrainingFacts:
             given = {name: getattr(ddp, setting, None) for name, setting in COMMUNICATION.items()}
             given["stages"] = getattr(config, COMMUNICATION["stages"], None)
             chosen = dict.fromkeys(chosen, False)
-        granularity = config.recompute_granularity
-        modules = (config.recompute_modules or []) if granularity == "selective" else []
-        recomputed = ",".join(name for name in MODULES if name in modules) or "none"
+        granularity, named = config.recompute_granularity, config.recompute_modules
+        modules = ["core_attn"] if named is None else named  # Megatron's own
+        recomputed = ",".join(name for name in MODULES if granularity == "selective" and name in modules) or "none"
         return {
             "arch": arch,
             "layout": layout,
