@@ -8,6 +8,7 @@ and norms are no linear layers of Megatron's. Products are summed up in float32 
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from nemo_upcycle.cpu.fp8_quantize import Quantized
 from nemo_upcycle.cpu.fp8_recipe import GRADIENT, INPUT, WEIGHT, DelayedScales, Fp8Recipe, update_scales
 from nemo_upcycle.utils.attributes import temporarily_set
 
+
+logger = logging.getLogger(__name__)
 
 _FORWARD, _BACKWARD = slice(INPUT, GRADIENT), slice(GRADIENT, GRADIENT + 1)
 
@@ -68,11 +71,11 @@ class _Fp8Product(torch.autograd.Function):
         recipe: Fp8Recipe,
         scales: tuple[torch.Tensor | None, torch.Tensor | None],
         state: DelayedScales | None,
+        learns: bool,
         is_first: bool,
     ) -> torch.Tensor:
-        twice = any(ctx.needs_input_grad)
-        x_TI, x_by_token = recipe.quantize(x.reshape(-1, x.shape[-1]), INPUT, scales[INPUT], twice=twice)
-        weight_OI, weight_by_output = recipe.quantize(weight, WEIGHT, scales[WEIGHT], twice=twice)
+        x_TI, x_by_token = recipe.quantize(x.reshape(-1, x.shape[-1]), INPUT, scales[INPUT], twice=learns)
+        weight_OI, weight_by_output = recipe.quantize(weight, WEIGHT, scales[WEIGHT], twice=learns)
         y_TO = x_TI.values() @ weight_OI.values().T
         if bias is not None:
             y_TO += bias
@@ -103,7 +106,7 @@ class _Fp8Product(torch.autograd.Function):
             bias_grad = grad_TO.float().sum(0).to(ctx.types[1])
         if state is not None and ctx.is_first:  # the last to come back
             update_scales(recipe, _BACKWARD)
-        return x_grad, weight_grad, bias_grad, None, None, None, None
+        return x_grad, weight_grad, bias_grad, None, None, None, None, None
 
 
 def _forward(module: Any, recipe: Fp8Recipe, call: dict[str, Any]) -> torch.Tensor:
@@ -120,9 +123,10 @@ def _forward(module: Any, recipe: Fp8Recipe, call: dict[str, Any]) -> torch.Tens
     if recipe.name == "delayed":
         state = _state_of(module, recipe)
         scales = _delayed_scales(module, state, x, weight)
-    is_first = _now.first and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    is_first = _now.first and learns
     _now.first = _now.first and not is_first
-    y: torch.Tensor = _Fp8Product.apply(x, weight, bias, recipe, scales, state, is_first)
+    y: torch.Tensor = _Fp8Product.apply(x, weight, bias, recipe, scales, state, learns, is_first)
     return y
 
 
@@ -159,7 +163,15 @@ def _context(config: Any, layer_no: int = -1, is_init: bool = False) -> Abstract
 
     if is_init or not config.fp8 or is_first_last_bf16_layer(config, layer_no):
         return nullcontext()
-    return computing(Fp8Recipe.of(config))
+    recipe = Fp8Recipe.of(config)
+    _say_once(recipe.name)
+    return computing(recipe)
+
+
+@functools.cache
+def _say_once(recipe: str) -> None:
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        logger.warning("FP8 (%s) is emulated on this CPU: passes take several times as long as in BF16", recipe)
 
 
 def _checkpoint(

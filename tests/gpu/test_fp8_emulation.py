@@ -15,7 +15,7 @@ import torch
 
 from nemo_upcycle.cpu.fp8_linear import _Fp8Product
 from nemo_upcycle.cpu.fp8_quantize import Quantized
-from nemo_upcycle.cpu.fp8_recipe import GRADIENT, INPUT, RECIPES, WEIGHT, Fp8Recipe
+from nemo_upcycle.cpu.fp8_recipe import GRADIENT, INPUT, RECIPES, WEIGHT, DelayedScales, Fp8Recipe
 
 
 pytestmark = [
@@ -101,13 +101,14 @@ def test_a_linear_layer_gives_what_the_cards_gives(recipe: str) -> None:
         y = layer(on_card)
     y.backward(grad.cuda())
     found["card"] = [tensor.detach().cpu() for tensor in (y, on_card.grad, layer.weight.grad)]
-    one = torch.ones(()) if recipe == "delayed" else None
+    state = DelayedScales(1024) if recipe == "delayed" else None
+    scales = (state.scale[INPUT], state.scale[WEIGHT]) if state else (None, None)
     for name in ("emulated", "bf16"):
         ours, weight = x.clone().requires_grad_(), layer.weight.detach().cpu().requires_grad_()
         if name == "bf16":
             y = ours @ weight.T
         else:
-            y = _Fp8Product.apply(ours, weight, None, Fp8Recipe(recipe), (one, one), None, False)
+            y = _Fp8Product.apply(ours, weight, None, Fp8Recipe(recipe), scales, state, True, False)
         y.backward(grad)
         found[name] = [tensor.detach() for tensor in (y, ours.grad, weight.grad)]
     for card, emulated, plain in zip(found["card"], found["emulated"], found["bf16"], strict=True):

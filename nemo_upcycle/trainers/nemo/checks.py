@@ -18,7 +18,7 @@ from nemo_upcycle.planning.commands import fp8_precision
 from nemo_upcycle.trainers.layout import check_layout
 from nemo_upcycle.trainers.nemo.recipes import spec_of
 from nemo_upcycle.trainers.schedules import schedules_of
-from nemo_upcycle.trainers.values import check_values, setting
+from nemo_upcycle.trainers.values import check_masters, check_values, setting
 from nemo_upcycle.utils.validation import is_whole
 
 
@@ -96,6 +96,9 @@ def check_settings(recipe: run.Partial, where: str = "") -> None:
         raise error.renamed(lambda name: f"{where}optim.{name}") from None
     try:
         restore = setting(recipe, "resume.restore_config")
+        if hasattr(restore, "spec"):
+            precision, optimizer = setting(recipe, "trainer.plugins"), setting(recipe, "optim.config")
+            check_masters(precision, optimizer, "optim.config.use_precision_aware_optimizer")
         if setting(restore, "spec"):
             check_spec(recipe.model.config, spec_of(recipe))
         elif hasattr(restore, "spec"):
