@@ -238,7 +238,7 @@ class TrainingFacts:
             overlaps: the trainer's own settings of them, which replace those of the others and choose by the layout
                 where they are None; None: the trainer is given none.
         """
-        chosen = {"gradients": layout.dp > 1, "weights": layout.dp > 1, "stages": layout.vp > 1}
+        chosen = usual_communication(layout)
         given = {name: getattr(overlaps, setting, None) for name, setting in COMMUNICATION.items()}
         if overlaps is None:
             given = {name: getattr(ddp, setting, None) for name, setting in COMMUNICATION.items()}
@@ -383,6 +383,11 @@ class Training(ABC):
             StageStopped: it was told to stop, and can go on.
             StageError: it left no checkpoint.
         """
+
+
+def usual_communication(layout: Layout) -> dict[str, bool]:
+    """Return which of `COMMUNICATION` runs beside computation where a trainer chooses by the layout."""
+    return {"gradients": layout.dp > 1, "weights": layout.dp > 1, "stages": layout.vp > 1}
 
 
 def last_checkpoint(folder: Path) -> Path:
