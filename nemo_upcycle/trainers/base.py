@@ -16,6 +16,7 @@ from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.planning.workload import MODULES
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.layout import usual_communication
 
 
 #: Communication that may run beside computation -> Megatron's setting: sums of gradients and gathering of weights over
@@ -383,11 +384,6 @@ class Training(ABC):
             StageStopped: it was told to stop, and can go on.
             StageError: it left no checkpoint.
         """
-
-
-def usual_communication(layout: Layout) -> dict[str, bool]:
-    """Return which of `COMMUNICATION` runs beside computation where a trainer chooses by the layout."""
-    return {"gradients": layout.dp > 1, "weights": layout.dp > 1, "stages": layout.vp > 1}
 
 
 def last_checkpoint(folder: Path) -> Path:

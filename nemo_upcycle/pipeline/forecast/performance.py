@@ -5,7 +5,8 @@ from __future__ import annotations
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast
 from nemo_upcycle.planning.commands import BRIDGE_PRECISIONS
 from nemo_upcycle.planning.search import Plan, usual_dispatcher, usual_overlap
-from nemo_upcycle.trainers.base import TrainingFacts, usual_communication
+from nemo_upcycle.trainers.base import TrainingFacts
+from nemo_upcycle.trainers.layout import usual_communication
 
 
 #: Overlaps of the planner, as people read them.
