@@ -14,7 +14,7 @@ from nemo_upcycle.spec import UpcycleSpec
 
 #: Up to this ratio beyond the fitted range, of tokens or of parameters, a law decides. A choice: parents that are left
 #: out of a fit lie up to a factor 2 beyond the others, and a fit to one model has no term for its size.
-MOST_BEYOND = 4.0
+MOST_BEYOND = 2.0
 BYTES_SERVED = 2  # of a parameter, in BF16
 
 

@@ -110,6 +110,9 @@ def _settings_of(backend: str, plan: Plan) -> dict[str, Any]:
     if backend == "bridge":
         settings = {f"model.{name}": value for name, value in (sizes | recomputation).items()}
         settings["train.micro_batch_size"] = layout.micro_batch
+        if work.dispatcher == "hybridep":
+            nearby = min(layout.ep, plan.request.gpu.nvlink_gpus)
+            settings["++env_vars.NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN"] = nearby  # not all recipes have it
         return settings | {"mixed_precision": BRIDGE_PRECISIONS[work.low_params].get(work.precision)}
     settings = {f"trainer.strategy.{name}": value for name, value in sizes.items()}
     settings |= {f"model.config.{name}": value for name, value in recomputation.items()}

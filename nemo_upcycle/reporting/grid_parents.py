@@ -26,6 +26,8 @@ COLUMNS = (
     *("training_flops", "seconds", "seed", "loss", "loss_stderr", "bits_per_byte", "start_loss", "steps", "arm"),
     "schedule",
 )
+#: What tells MoEs of a grid apart.
+_MODEL = ("experts", "topk", "granularity")
 
 
 def option_of(cell: Mapping[str, Any]) -> str:
@@ -78,29 +80,32 @@ def compare_parents(arms: Mapping[str, ArmRecord], described: Mapping[str, Any])
         described: of the grid's plan.
 
     Returns:
-        For each budget of a parent and each of the new `tokens`: `parent_tokens`, the means `dense` and `moe`; the
+        For each `arm` that upcycles, and each of its `tokens`: `parent_tokens`, the means `dense` and `moe`; the
         differences of the MoE from the parent trained on, with `equal_tokens`, `equal_flops` and `equal_time`, and
         from the MoE `from_nothing` that has as many tokens as parent and MoE together, None where a curve ends before;
         and `overtaken`, the tokens with which the MoE from nothing reaches as much, None where no curve tells.
     """
-    curves = {(cell["parent_tokens"], option_of(cell)): arms[cell["arm"]] for cell in _curves(described)}
-    anew = curves.get((0, "moe_from_nothing"))
-    points = anew.scores.items() if anew else ()
-    reached = {tokens: mean_of_seeds(scores)["value"] for tokens, scores in points if tokens}
+    curves = {cell["arm"]: cell for cell in _curves(described)}
+
+    def arm_like(cell: Mapping[str, Any], option: str, *keys: str) -> ArmRecord | None:
+        same = ((name, other) for name, other in curves.items() if all(other[key] == cell[key] for key in keys))
+        return next((arms[name] for name, other in same if option_of(other) == option), None)
+
     rows = []
-    for (parent_tokens, option), moe in sorted(curves.items(), key=lambda item: item[0]):
-        dense = curves.get((parent_tokens, "dense"))
-        if option != "moe" or dense is None:
+    for name, cell in sorted(curves.items(), key=lambda item: item[1]["parent_tokens"]):
+        moe, parent_tokens, dense = arms[name], cell["parent_tokens"], arm_like(cell, "dense", "parent")
+        if option_of(cell) != "moe" or dense is None:
             continue
+        anew = arm_like(cell, "moe_from_nothing", *_MODEL)
+        points = anew.scores.items() if anew else ()
+        reached = {tokens: mean_of_seeds(scores)["value"] for tokens, scores in points if tokens}
         for tokens in filter(None, moe.scores):
             seeds, margin = moe.scores[tokens], described["margin"]
             paid = tokens * moe.flops_per_token / dense.flops_per_token
             took = tokens * moe.rank_seconds_per_token / dense.rank_seconds_per_token
-            reached = {
-                its: mean_of_seeds(scores)["value"] for its, scores in (anew.scores if anew else {}).items() if its
-            }
             rows.append(
                 {
+                    "arm": name,
                     "parent_tokens": parent_tokens,
                     "tokens": tokens,
                     "dense": mean_of_seeds(dense.scores[tokens]) if dense.scores.get(tokens) else None,
@@ -134,11 +139,12 @@ def parents_section(rows: list[dict[str, Any]]) -> str:
     """Return the table of what `compare_parents` returned."""
     if not rows:
         return ""
-    header = ["parent's tokens", "new tokens", "dense", "MoE", "equal tokens", "equal FLOPs", "equal minutes"]
+    header = ["parent's tokens", "new tokens", "arm", "dense", "MoE", "equal tokens", "equal FLOPs", "equal minutes"]
     cells = [
         [
             short_numbers(row["parent_tokens"]),
             short_numbers(row["tokens"]),
+            row["arm"],
             mean_with_interval(row["dense"]) if row["dense"] else "-",
             mean_with_interval(row["moe"]),
             *(with_verdict(row[key]) for key in ("equal_tokens", "equal_flops", "equal_time", "from_nothing")),
@@ -168,6 +174,8 @@ def parents_figure(
 ) -> Figure | None:
     """Return two panels: curves over all tokens, from nothing and after each parent, and the gains by the parent.
 
+    Of several MoEs from one parent the first one's gains are drawn; the table has all.
+
     Args:
         rows: what `compare_parents` returned; no figure without any.
         arms: from `arms_of`.
@@ -191,7 +199,8 @@ def parents_figure(
         means = [mean_of_seeds(scores)["value"] for scores in points.values()]
         curves_axes.plot(list(points), means, label=label, **style)
     for position, tokens in enumerate(sorted({row["tokens"] for row in rows})):
-        known = [row for row in rows if row["tokens"] == tokens and row["equal_tokens"]]
+        here = [row for row in rows if row["tokens"] == tokens and row["equal_tokens"]]
+        known = list({row["parent_tokens"]: row for row in reversed(here)}.values())[::-1]
         gains = [-row["equal_tokens"]["difference"] for row in known]
         half = [(row["equal_tokens"]["high"] - row["equal_tokens"]["low"]) / 2 for row in known]
         where = [row["parent_tokens"] * 1.03 ** (position - 1) for row in known]

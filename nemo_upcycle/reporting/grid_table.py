@@ -144,7 +144,8 @@ def render_table(values: Mapping[str, Any]) -> str:
         values: what `compare_arms` returned, with the `grid`, what it is `about` and, if known, `heldout_overlap`.
     """
     arms = values["arms"]
-    seeds = max(len(result["seeds"]) for result in arms.values())
+    counts = sorted({len(result["seeds"]) for result in arms.values()})
+    seeds = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
     unscored = [f"{arm} of seed {seed}" for arm, result in arms.items() for seed in result["unscored_seeds"]]
     parts = (
         f"# Grid {values['grid']}",

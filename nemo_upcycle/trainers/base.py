@@ -16,6 +16,7 @@ from nemo_upcycle.planning.search import Plan
 from nemo_upcycle.planning.workload import MODULES
 from nemo_upcycle.sources.checkpoints import newest_checkpoint
 from nemo_upcycle.spec import UpcycleSpec
+from nemo_upcycle.trainers.layout import usual_communication
 
 
 #: Communication that may run beside computation -> Megatron's setting: sums of gradients and gathering of weights over
@@ -238,7 +239,7 @@ class TrainingFacts:
             overlaps: the trainer's own settings of them, which replace those of the others and choose by the layout
                 where they are None; None: the trainer is given none.
         """
-        chosen = {"gradients": layout.dp > 1, "weights": layout.dp > 1, "stages": layout.vp > 1}
+        chosen = usual_communication(layout)
         given = {name: getattr(overlaps, setting, None) for name, setting in COMMUNICATION.items()}
         if overlaps is None:
             given = {name: getattr(ddp, setting, None) for name, setting in COMMUNICATION.items()}

@@ -46,7 +46,7 @@ class ParentConfig:
 class ArmConfig:
     """An arm: its recipe in NeMo (`factory`, or a file that names one) or in Bridge, and what differs.
 
-    `parent` is UNTRAINED or another training of the grid without its seed, ARM or ARM-STEPS; None is the grid's own.
+    `parent` is UNTRAINED or a dense training of an arm above, ARM or ARM-STEPS, of the same seed; None: the grid's.
     `lengths` are the steps of a whole training each; `seeds` replace the grid's.
     """
 
@@ -126,9 +126,11 @@ def read_grid(name: str | Path, dense: str | None = None, data: str | None = Non
             if arm.parent:
                 parents[cell] = arm.parent if arm.parent == UNTRAINED else f"{arm.parent}-seed{seed}"
                 start = described.get(parents[cell])
-                if arm.parent != UNTRAINED and "parent_tokens" not in (start or {}):
-                    earlier = (other.rsplit("-seed", 1) for other in parents if other != cell)
-                    names = [UNTRAINED, *(other for other, own in earlier if own == str(seed))]
+                if arm.parent != UNTRAINED and (start or {}).get("experts") != 1:
+                    dense_ones = (
+                        other.rsplit("-seed", 1) for other in described if described[other].get("experts") == 1
+                    )
+                    names = [UNTRAINED, *(other for other, own in dense_ones if own == str(seed))]
                     raise UpcycleError.unknown(f"{path}: arms.{name}.parent of seed {seed}", arm.parent, names)
             read = start["parent_tokens"] + start["steps"] * start["tokens_per_step"] if start else 0
             cells[cell] = one.cell(seed, cell, evaluations, read)

@@ -157,7 +157,7 @@ def _dense(run_dir: Path, _: GridPlan) -> None:
 
 
 def _untrained(run_dir: Path, _: GridPlan) -> None:
-    require_kept(run_dir / "untrained" / "hf", run_dir)
+    require_kept(run_dir / UNTRAINED / "hf", run_dir)
 
 
 def _blend(run_dir: Path, plan: GridPlan) -> None:
@@ -198,9 +198,9 @@ def untrained_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
 
     assert plan.parent is not None
     assert plan.vocabulary is not None
-    folder = run_dir / "untrained" / "hf"
+    folder = run_dir / UNTRAINED / "hf"
     config = load_recipe(plan.parent).model.config
-    write_untrained(folder, config, read_blend(plan.data), plan.vocabulary, run_dir / "untrained")
+    write_untrained(folder, config, read_blend(plan.data), plan.vocabulary, run_dir / UNTRAINED)
     return {"folder": str(folder)}
 
 
@@ -232,7 +232,7 @@ def suite_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
 def parent_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:
     """Train the parent from random weights."""
     training = required_training(plan, "parent")
-    return training.train(run_dir / "parent", run_dir / "untrained" / "hf", data_folder(run_dir, plan))
+    return training.train(run_dir / "parent", run_dir / UNTRAINED / "hf", data_folder(run_dir, plan))
 
 
 def table_stage(run_dir: Path, plan: GridPlan) -> dict[str, Any]:

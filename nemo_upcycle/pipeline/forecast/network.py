@@ -51,10 +51,8 @@ def forecast_network(
     needs, found = run_needs(*plan.inputs()), {}
     fetched, commands = {need.what for need in needs}, [_fetch(plan, "dense", "data", "evaluation")]
     for stage in stages:
-        variables, known = (
-            _variables(cluster, jobs[stage.name]) if cluster else os.environ,
-            (facts or {}).get(stage.name),
-        )
+        variables = _variables(cluster, jobs[stage.name]) if cluster else os.environ
+        known = (facts or {}).get(stage.name)
         caches = Caches.of(variables)
         own = [need for need in needs if set(need.inputs) & set(stage.settings)]
         suite = known.evaluations.suite if known and known.evaluations else ""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from nemo_upcycle.pipeline.forecast.training import TrainingForecast
+from nemo_upcycle.planning.commands import BRIDGE_PRECISIONS
 from nemo_upcycle.planning.search import Plan, usual_dispatcher, usual_overlap
 from nemo_upcycle.trainers.base import TrainingFacts
+from nemo_upcycle.trainers.layout import usual_communication
 
 
 #: Overlaps of the planner, as people read them.
@@ -44,11 +46,11 @@ def _nvidia(facts: TrainingFacts, plan: Plan) -> dict[str, str]:
     arch, layout, work, gpu = facts.arch, plan.layout, plan.work, plan.request.gpu
     overlap = usual_overlap(arch, gpu, layout, work, work.recompute, facts.software)
     dispatcher = usual_dispatcher(arch, gpu, layout, work)
-    shown = {"gradients": layout.dp > 1, "weights": layout.dp > 1, "stages": layout.vp > 1}
+    communication = tuple(name for name, is_on in usual_communication(layout).items() if is_on)
     settings = {
-        "weights gathered": work.precision,
+        "weights gathered": work.precision if work.precision in BRIDGE_PRECISIONS[True] else "bf16",
         "gradients": "bf16",
-        "overlap": _overlaps(tuple(name for name, is_on in shown.items() if is_on), overlap),
+        "overlap": _overlaps(communication, overlap),
     }
     if arch.num_experts and layout.ep * layout.etp > 1:
         settings["dispatcher"] = dispatcher

@@ -117,13 +117,13 @@ def _training_cells(training: TrainingForecast) -> dict[str, str]:
         cells["speed"] = f"{tflops:.0f} TFLOP/s a GPU, MFU {100 * training.later.mfu:.1f} %"
         cells["cost"] = "no price of a GPU-hour is known"
     if training.seconds_left is not None:
-        cells["time"] = f"{training.seconds_left / 3600:,.1f} h, {training.gpu_hours_left:,.0f} GPU-hours"
+        cells["time"] = f"{_duration(training.seconds_left)}, {training.gpu_hours_left:,.0f} GPU-hours"
     if training.cost_left is not None:
         cells["cost"] = f"{training.cost_left:,.0f} at {training.price:g} a GPU-hour"
     if training.jobs_left is not None and training.limit_s:
         cells["jobs"] = f"{training.jobs_left:,} of {training.limit_s / 3600:g} h"
     if (loss_s := training.longest_loss_s) is not None:
-        cells["lost by a kill"] += f": {loss_s / 60:.1f} min, {loss_s / 3600 * layout.gpus:,.0f} GPU-hours"
+        cells["lost by a kill"] += f": {_duration(loss_s)}, {loss_s / 3600 * layout.gpus:,.0f} GPU-hours"
     if evaluation := training.evaluation:
         texts = "all texts" if evaluation.texts is None else f"{evaluation.texts:,} texts"
         cells["evaluation"] = f"{texts} of {evaluation.suite} every {evaluation.every_n_steps:,} steps"
@@ -174,6 +174,8 @@ def _score_lines(forecast: Forecast) -> Iterator[str]:
 
 
 def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
     return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 
 

@@ -100,10 +100,13 @@ def _in_two_parts(folder: Path, dense: Path, stopped: int, steps: int) -> list[l
     return [parts[0][: stopped * BATCH], parts[1]]
 
 
-def test_a_training_of_what_another_has_trained_reads_on_behind_it(folder: Path, tiny_dense: Path) -> None:
-    whole = _read(folder, tiny_dense, 60)
-    behind = _read(folder, tiny_dense, 20, skip_samples=31)
-    assert behind["train"][: 20 * BATCH] == whole["train"][31 : 31 + 20 * BATCH]
+@pytest.mark.parametrize("read_before", [31, 350], ids=["in the first epoch", "into the second epoch"])
+def test_a_training_of_what_another_has_trained_reads_on_behind_it(
+    folder: Path, tiny_dense: Path, read_before: int
+) -> None:
+    whole = _read(folder, tiny_dense, 300)
+    behind = _read(folder, tiny_dense, 20, ranks=2, skip_samples=read_before)
+    assert behind["train"][: 20 * BATCH] == whole["train"][read_before : read_before + 20 * BATCH]
     assert behind["validation"] == whole["validation"]
 
 

@@ -41,7 +41,7 @@ def test_a_save_is_said_a_rank_and_in_seconds_at_the_speed_of_the_site(llama: An
     slow = _on_slurm(llama, tmp_path, write_gib_s=0.5)
     (warning,) = [text for text in slow.warnings if text.startswith("pretrain: a checkpoint of 619.22 GiB")]
     assert "at 0.5 GiB/s it takes run.executor.stages.pretrain.signal=TERM@1260" in warning
-    assert "1,238 s at 0.5 GiB/s " in render_forecast(slow)
+    assert "1,238 s at 0.5 GiB/s, " in render_forecast(slow)
     with pytest.raises(SpecError, match=r"run\.executor\.write_gib_s: got 0, expected a number"):
         _on_slurm(llama, tmp_path, write_gib_s=0)
 
@@ -108,6 +108,9 @@ def test_the_settings_in_force_stand_beside_nvidias_where_they_differ(llama: Any
     assert (
         "precision fp8-current weights gathered bf16; NVIDIA: fp8-current gradients bf16 overlap none; NVIDIA:" in fast
     )
+    chain.pretrain = llama3_8b_e8t2.pretrain_recipe(performance_mode=True, fp8_recipe="blockwise")
+    as_nvidia = _section(_on_slurm(chain, tmp_path), title)  # whose precision of that name keeps them in BF16
+    assert "precision fp8-blockwise weights gathered bf16 gradients bf16 overlap" in as_nvidia
 
 
 def test_hours_to_scores_count_trainings_evaluations_on_the_way_and_the_stage_at_the_end(

@@ -212,6 +212,11 @@ def test_an_arm_starts_from_the_training_that_it_names(own_parents: Path) -> Non
             "dense-11,",
             "arms.moe.parent of seed 2 'dense-11' does not exist. Did you mean 'dense-10'? Valid: dense-10, dense-5,",
         ),
+        (
+            "parent: dense-10, seeds: [2]",
+            "parent: untrained}\n  more: {factory: \"llama_1m_dense_ct(dense='parent')\", parent: moe",
+            "arms.more.parent of seed 1 'moe'",
+        ),
         ("[5, 10]", "[10, 5]", "arms.dense.lengths: got [10, 5]"),
         ("seeds: [2]", "seeds: [-1]", "arms.moe.seeds: got [-1]"),
         ("seeds: [2]", "seeds: [3]", "arms.moe.parent of seed 3"),  # no parent has it

@@ -64,7 +64,7 @@ def test_it_decides_up_to_a_distance_from_the_points(options: list[Option], rati
     assert verdict.leans_to == "upcycle e8t2"
     assert (verdict.best is not None) is decides
     if not decides:
-        assert verdict.why == "the parent's tokens are 4.1 times beyond its range; it decides up to 4 times"
+        assert verdict.why == "the parent's tokens are 2.1 times beyond its range; it decides up to 2 times"
 
 
 def test_an_option_from_nothing_that_lies_too_far_out_does_not_keep_it_from_deciding(options: list[Option]) -> None:

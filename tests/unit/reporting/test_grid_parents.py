@@ -32,6 +32,25 @@ def test_every_upcycled_point_has_a_row(rows: list[dict[str, Any]]) -> None:
     assert pairs == [(before * STEP_TOKENS, after * STEP_TOKENS) for before in PARENTS for after in AFTER]
 
 
+def test_two_moes_of_one_parent_have_rows_each_and_the_one_from_nothing_of_their_sizes(
+    evidence: dict[str, Any], rows: list[dict[str, Any]]
+) -> None:
+    """The second is a copy of the first, but that it has four experts, and nothing from nothing has."""
+    old, new = "moe_610-", "moe4_610-"
+    described = dict(evidence["described"]["cells"])
+    others = {name: cell | {"arm": "moe4_610", "experts": 4} for name, cell in described.items() if old in name}
+    described |= {name.replace(old, new): cell for name, cell in others.items()}
+    cells = {name: evidence["cells"][name.replace(new, old)] for name in described}
+    both = evidence | {"cells": cells, "described": evidence["described"] | {"cells": described}}
+    found = compare_parents(arms_of(both), both["described"])
+    assert [row for row in found if row["arm"] != "moe4_610"] == rows
+    second = [row for row in found if row["arm"] == "moe4_610"]
+    first = [row for row in rows if row["arm"] == "moe_610"]
+    assert [row["equal_tokens"] for row in second] == [row["equal_tokens"] for row in first]
+    assert [row["from_nothing"] for row in second] == [None] * 3
+    assert parents_figure(found, arms_of(both), both["described"]) is not None
+
+
 def test_gains_are_those_of_the_ends_of_whole_trainings(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         assert row["equal_tokens"]["difference"] == pytest.approx(-0.08 * 305 * STEP_TOKENS / row["parent_tokens"])

@@ -49,7 +49,7 @@ def hybridep_run(dense: str, *, nvlink_gpus: int = 8, **settings: Any) -> Upcycl
     flex = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep", "moe_router_dtype": "fp32"}
     config = upcycled_run(dense, moe_expert_capacity_factor=None, **flex, **settings)
     config.env_vars |= {
-        "NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN": config.model.expert_model_parallel_size,
+        "NUM_OF_HYBRID_EP_RANKS_PER_NVLINK_DOMAIN": min(config.model.expert_model_parallel_size, nvlink_gpus),
         "NUM_OF_TOKENS_PER_CHUNK_COMBINE_API": 128,
         "NVLINK_DOMAIN_SIZE": nvlink_gpus,
         "USE_MNNVL": int(nvlink_gpus > 8),
