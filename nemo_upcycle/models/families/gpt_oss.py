@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_upcycle.models.families.base import COMMON_DEFAULTS, Family, Settings
+from nemo_upcycle.models.families.routed import experts_everywhere
 
 
 _WINDOW, _FULL = "sliding_attention", "full_attention"
@@ -20,12 +21,7 @@ class _GptOss(Family):
         return {"attention_sinks": True, "window_pattern": tuple(kind == _WINDOW for kind in kinds[:num_layers])}
 
     def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        experts = settings.whole("num_local_experts")
-        return {
-            "num_experts": experts,
-            "top_k": settings.whole("num_experts_per_tok", most=experts),
-            "expert_ffn_size": settings.whole("intermediate_size"),
-        }
+        return experts_everywhere(settings, "num_local_experts")
 
 
 FAMILY = _GptOss(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_upcycle.models.families.base import COMMON_DEFAULTS, TANH_GELU, Family, Settings
+from nemo_upcycle.models.families.routed import experts_everywhere
 
 
 class _Grok(Family):
@@ -13,13 +14,7 @@ class _Grok(Family):
         return "capped scores and norms on both sides"
 
     def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        experts = settings.whole("num_experts")
-        return {
-            "num_experts": experts,
-            "top_k": settings.whole("num_experts_per_tok", most=experts),
-            "expert_ffn_size": settings.whole("intermediate_size"),
-            "norm_topk": False,
-        }
+        return experts_everywhere(settings, "num_experts") | {"norm_topk": False}
 
 
 FAMILY = _Grok(

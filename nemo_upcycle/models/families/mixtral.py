@@ -7,6 +7,7 @@ from typing import Any
 from nemo_upcycle.models.architecture import Architecture
 from nemo_upcycle.models.families import llama
 from nemo_upcycle.models.families.base import COMMON_DEFAULTS, MoeFamily, Settings
+from nemo_upcycle.models.families.routed import experts_everywhere
 
 
 _MOE = llama.LAYER + "block_sparse_moe."
@@ -15,12 +16,7 @@ _EXPERT = _MOE + "experts.{expert}."
 
 class _Mixtral(MoeFamily):
     def experts(self, settings: Settings, num_layers: int) -> dict[str, Any]:
-        experts = settings.whole("num_local_experts")
-        return {
-            "num_experts": experts,
-            "top_k": settings.whole("num_experts_per_tok", most=experts),
-            "expert_ffn_size": settings.whole("intermediate_size"),
-        }
+        return experts_everywhere(settings, "num_local_experts")
 
     def limits(self, arch: Architecture) -> dict[str, bool]:
         return super().limits(arch) | {

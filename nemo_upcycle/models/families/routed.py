@@ -22,6 +22,21 @@ ROUTED_NAMES = {
 }
 
 
+def experts_everywhere(settings: Settings, count: str) -> dict[str, Any]:
+    """Return the fields of an `Architecture` of classes like Mixtral: experts in every layer, of dense width.
+
+    Args:
+        settings: of the class.
+        count: what it calls the number of experts.
+    """
+    experts = settings.whole(count)
+    return {
+        "num_experts": experts,
+        "top_k": settings.whole("num_experts_per_tok", most=experts),
+        "expert_ffn_size": settings.whole("intermediate_size"),
+    }
+
+
 def experts_after_dense(settings: Settings, num_layers: int) -> dict[str, Any]:
     """Return the fields of an `Architecture` of classes like DeepSeek's: dense layers first, then shared experts, too.
 
