@@ -189,11 +189,10 @@ def _trainings(path: str, arms: Mapping[str, ArmConfig], grid: GridConfig, dense
     built = {}
     for name, arm in arms.items():
         settings = grid.defaults | arm.set
-        if not arm.lengths:
-            built[name] = name, _built(f"{path}: arms.{name}", arm, settings, dense)
-        for steps in arm.lengths:
-            own = settings | {"train.train_iters" if arm.recipe else "trainer.max_steps": steps}
-            built[f"{name}-{steps}"] = name, _built(f"{path}: arms.{name}", arm, own, dense)
+        lengths: list[int | None] = [*arm.lengths] or [None]
+        for steps in lengths:
+            training = name if steps is None else f"{name}-{steps}"
+            built[training] = name, _built(f"{path}: arms.{name}", arm, settings, dense, steps)
     return built
 
 
@@ -274,17 +273,19 @@ def _with_file(where: str, arm: ArmConfig, folder: Path) -> ArmConfig:
     return arm
 
 
-def _built(where: str, arm: ArmConfig, settings: dict[str, Any], dense: str) -> Any:
-    """Return an arm with its recipe, in its trainer."""
+def _built(where: str, arm: ArmConfig, settings: dict[str, Any], dense: str, steps: int | None) -> Any:
+    """Return an arm with its recipe, in its trainer, and of so many steps if any are given."""
     if arm.recipe is None:
         from nemo_upcycle.pipeline.nemo.arms import NeMoArm
 
+        settings = settings | ({NeMoArm.steps: steps} if steps else {})
         return NeMoArm(where, str(arm.factory), arm.spec, settings)
     from nemo_upcycle.pipeline.bridge.arms import BridgeArm
 
     if not dense:
         fix = "add dense=FOLDER, or dense: to the grid"
         raise UpcycleError(f"{where}: recipe", got="no dense parent", expected="one that is there", fix=fix)
+    settings = settings | ({BridgeArm.steps: steps} if steps else {})
     return BridgeArm(where, arm.recipe, arm.spec, settings, arm.gpus, dense)
 
 

@@ -30,6 +30,8 @@ class BridgeArm:
     """
 
     trainer = "bridge"
+    #: The setting of a training's length.
+    steps = "train.train_iters"
 
     def __init__(
         self,

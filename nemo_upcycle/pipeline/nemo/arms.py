@@ -36,6 +36,8 @@ class NeMoArm:
     """
 
     trainer = "nemo"
+    #: The setting of a training's length.
+    steps = "trainer.max_steps"
 
     def __init__(self, where: str, factory: str, fields: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         overrides = [f"{name}={value}" for name, value in settings.items()]
