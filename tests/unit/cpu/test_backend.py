@@ -125,3 +125,42 @@ def test_only_cuda_is_read_as_cpu() -> None:
     (seen,) = run_ranks(_devices, 1)
     assert seen[:4] == ["cpu torch.FloatTensor"] * 4
     assert [device.split()[0] for device in seen[4:]] == ["meta", "meta"]
+
+
+def _padded_expert() -> tuple[list[int], float]:
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.mlp import MLP
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    assert use_cpu_backend()
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(0)
+    sizes = {"num_layers": 1, "hidden_size": 16, "ffn_hidden_size": 32, "num_attention_heads": 2}
+    activation = {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu, "add_bias_linear": False}
+    modules = get_mlp_module_spec(use_te=False).submodules
+    expert = MLP(TransformerConfig(**sizes, **activation), modules, is_expert=True, ffn_hidden_size=32)
+    computed: list[int] = []
+    expert.linear_fc1.register_forward_pre_hook(lambda _, inputs: computed.append(len(inputs[0])))
+    worst = 0.0
+    for tokens in (0, 1, 15, 17, 100, 1000, 1025):
+        hidden, weights = torch.randn(tokens, 16), torch.rand(tokens)
+        results = []
+        for compute in (MLP.forward, MLP.forward.__wrapped__):
+            expert.zero_grad()
+            rows = hidden.clone().requires_grad_()
+            output, _ = compute(expert, rows, weights)
+            (1000 * output).sum().backward()
+            results.append([output, rows.grad, *(param.grad for param in expert.parameters())])
+        for mine, theirs in zip(*results, strict=True):
+            assert mine.shape == theirs.shape
+            assert not tokens or theirs.abs().max() > 0
+            worst = max([worst, *((mine - theirs).abs() / (theirs.abs() + 1e-3)).flatten().tolist()])
+    return computed[::2], worst
+
+
+def test_an_expert_computes_few_numbers_of_tokens_and_the_same_outputs_and_gradients() -> None:
+    ((computed, worst),) = run_ranks(_padded_expert, 1)
+    assert computed == [0, 1, 15, 18, 104, 1024, 1152]
+    assert worst < 1e-3

@@ -130,20 +130,19 @@ def budget() -> GridPlan:
 def test_the_budget_grid_has_every_budget_of_the_parent_with_every_budget_after_it(budget: GridPlan) -> None:
     points = [cell for cell in budget.described["cells"].values() if cell["is_length"]]
     found = {(cell["parent_tokens"], cell["steps"] * cell["tokens_per_step"], cell["experts"]) for cell in points}
-    parents, after = (2498560, 4997120, 10002432, 19996672), (1253376, 2498560, 4997120)
-    kinds = (1, 8)
-    expected = {(parent, tokens, kind) for parent in parents for tokens in after for kind in kinds}
-    assert found == expected | {(0, tokens, kind) for tokens in parents for kind in kinds}
+    parents, after = (2498560, 4997120, 10002432, 19996672), (1253376, 4997120)
+    expected = {(parent, tokens, kind) for parent in parents for tokens in after for kind in (1, 8)}
+    assert found == expected | {(0, tokens, 1) for tokens in parents} | {(0, tokens, 8) for tokens in parents[:3]}
     assert len(points) == 2 * len(found)  # seeds
 
 
 def test_the_budget_grid_is_forecast_to_take_at_most_four_hours_on_two_cores(budget: GridPlan) -> None:
-    """Measured on one core of an AMD EPYC (AVX512-BF16): tokens a second, and the seconds around the steps."""
-    tokens_per_s, around_s = {1: 28_000, 8: 15_200}, 40
+    """Measured on one core of an Intel Xeon (AMX): tokens a second, and the seconds around the steps."""
+    tokens_per_s, around_s = {1: 34_000, 8: 21_000}, 30
     cells = budget.described["cells"].values()
     busy_s = sum(cell["steps"] * cell["tokens_per_step"] / tokens_per_s[cell["experts"]] + around_s for cell in cells)
-    assert len(cells) == 75
-    assert 2.4 < busy_s / 2 / 3600 < 4
+    assert len(cells) == 56
+    assert 1 < busy_s / 2 / 3600 < 4
 
 
 def test_what_starts_from_a_training_of_the_grid_comes_after_its_export(budget: GridPlan) -> None:
@@ -156,7 +155,7 @@ def test_what_starts_from_a_training_of_the_grid_comes_after_its_export(budget: 
 
 
 def test_every_point_has_a_schedule_of_its_own(budget: GridPlan) -> None:
-    for steps in (153, 305, 610):
+    for steps in (153, 610):
         recipe = load_recipe(budget.cells[f"moe_5m-{steps}-seed1"])
         assert recipe.trainer.max_steps == steps
         assert recipe.optim.lr_scheduler.min_lr == pytest.approx(recipe.optim.config.lr / 10)
