@@ -57,7 +57,7 @@ def _train(
     from nemo_upcycle.trainers.bridge.settings import UpcyclingConfig
     from nemo_upcycle.trainers.bridge.upcycling import upcycle_on_start
 
-    spec = UpcycleSpec(num_experts=4, top_k=2)
+    spec = UpcycleSpec(num_experts=4, top_k=2, method=options.pop("method", "copy"))
     config = UpcyclingConfig.of(run_config(dense, folder, spec, **options))
     config.optimizer.lr = config.optimizer.min_lr = rate
     config.checkpoint.save_interval = 2
@@ -133,6 +133,21 @@ def test_routers_have_the_coefficient_of_the_step(dense: Path, tmp_path: Path) -
     assert [one.pop() for one in seen["coefficients"][1:]] == [anneal.at(step) for step in (1, 2, 3)]
 
 
+@pytest.mark.parametrize("layout", [{}, {"ep": 2}, {"tp": 2}], ids=["dp2", "ep2", "tp2"])
+def test_a_dense_router_gradient_moves_the_routers_otherwise_and_keeps_the_first_loss(
+    dense: Path, tmp_path: Path, layout: dict[str, int]
+) -> None:
+    moves, losses = [], []
+    for value in (False, True):
+        folder, options = tmp_path / str(value), {"method": "drop"} | layout  # copies give a router no gradient
+        (seen, _) = _trained(dense, folder, {"dense_router_gradient": value}, ranks=2, **options)
+        moves.append(_moved(*seen["weights"], "router"))
+        losses.append(json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"])
+        assert ("dense_router_gradient" in read_json(folder / "training.json")) == value
+    assert losses[0] == losses[1]
+    assert (moves[0].sign() != moves[1].sign()).double().mean() > 0.05
+
+
 def test_a_spike_ends_the_run_on_all_ranks_where_that_is_asked_for(dense: Path, tmp_path: Path) -> None:
     settings = {"spike_threshold": 0.0, "stop_on_spike": True}
     with pytest.raises(RuntimeError, match=r"loss of step \d+: got [\d.]+, expected at most"):
@@ -205,6 +220,17 @@ def test_a_wrong_setting_is_told_in_the_words_of_the_command(inputs: Path) -> No
     with pytest.raises(UpcycleError) as caught:
         training.check_parent("pretrain", str(inputs / "parent"), remote=False)
     assert caught.value.field == "pretrain.upcycle.router_lr_mult"
+
+
+def test_a_dense_router_gradient_is_planned_and_refused_before_anything_is_written(inputs: Path) -> None:
+    words, dense = ("upcycle.dense_router_gradient=true",), str(inputs / "parent")
+    facts = _training(*words).facts(dense)
+    assert facts is not None
+    assert facts.dense_router_gradient
+    training = _training(*words, "model.moe_token_dispatcher_type=allgather")
+    with pytest.raises(UpcycleError) as caught:
+        training.check_parent("pretrain", dense, remote=False)
+    assert caught.value.field == "pretrain.model.moe_token_dispatcher_type"
 
 
 @pytest.mark.full

@@ -22,6 +22,7 @@ from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.trainers.bridge.blend import BlendDataset
 from nemo_upcycle.trainers.bridge.settings import settings_of
 from nemo_upcycle.trainers.live_evaluation import LiveEvaluation
+from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT
 
 
 class BridgeMetrics(Callback):
@@ -152,4 +153,5 @@ def _settings(config: ConfigContainer) -> dict[str, Any]:
             "min_lr": optimizer.min_lr,
         },
         "lr_factors": asdict(factors),
+        **({DENSE_GRADIENT: True} if settings_of(config).dense_router_gradient else {}),
     }

@@ -15,6 +15,7 @@ from nemo_upcycle.data.blend_module import describe_data
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.monitoring.router_health import RouterHealth
 from nemo_upcycle.monitoring.step_metrics import StepMetrics, TrainingFacts
+from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT
 from nemo_upcycle.utils.nested import flat
 
 
@@ -133,7 +134,8 @@ def _settings(trainer: Any, pl_module: Any) -> dict[str, Any]:
         "schedule": schedule | {name: getattr(scheduler, name) for name in parts if hasattr(scheduler, name)},
     }
     factors = getattr(optim, "factors", None)  # of `UpcycleOptimizer`
-    return settings | ({"lr_factors": asdict(factors)} if factors else {})
+    settings |= {"lr_factors": asdict(factors)} if factors else {}
+    return settings | ({DENSE_GRADIENT: True} if getattr(optim, DENSE_GRADIENT, False) else {})
 
 
 def _move_logs_only() -> None:
