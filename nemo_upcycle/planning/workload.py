@@ -140,12 +140,12 @@ class Workload:
                 expected="alltoall",
                 fix="plan without padding, or set <dispatcher>=alltoall",
             )
-        others = (
+        limits = (
             ("dispatcher", self.dispatcher, self.dispatcher != "alltoall"),
             ("overlap", "ep", "ep" in self.overlap),
             ("low_params", True, self.low_params),
         )
-        for name, got, is_refused in others if self.dense_router_gradient else ():
+        for name, got, is_refused in limits if self.dense_router_gradient else ():
             if is_refused:  # by `trainers.router_gradient`, which says why
                 expected = "alltoall, no overlap of experts and parameters in BF16 with <dense_router_gradient>"
                 raise SpecError(field=name, got=got, expected=expected, fix=f"plan without <{name}>")

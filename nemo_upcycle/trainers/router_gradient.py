@@ -70,13 +70,17 @@ def _rules(config: Any) -> Iterator[tuple[str, bool, str]]:
     overlap = "overlap_moe_expert_parallel_comm"
     yield overlap, bool(value(overlap)), "False: its schedule cuts a layer into parts whose gradients do not meet"
     for name in ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph"):
-        graphs = value(name) not in (None, False, "none") and not graphs_attention_alone(value("cuda_graph_scope"))
+        parts = value("cuda_graph_modules") or value("cuda_graph_scope")
+        graphs = value(name) not in (None, False, "none") and not graphs_attention_alone(parts)
         yield name, graphs, "no CUDA graph of the experts: their tokens are counted anew each time"
     score = value("moe_router_score_function", "softmax")
-    text = "softmax with top-1: a single sigmoid is no share of all experts"
-    yield "moe_router_score_function", score == "sigmoid" and chosen == 1, text
+    text = "softmax with top-1: another single score is no share of all experts"
+    yield "moe_router_score_function", score != "softmax" and chosen == 1, text
     balancing = "moe_router_load_balancing_type"
     yield balancing, value(balancing) == "sinkhorn", "a loss or a bias: sinkhorn's weights are not those of the scores"
+    text = "None with quantiles: what they chose of the tokens that are dropped is not known"
+    dropping = value("moe_expert_capacity_factor") is not None and value(balancing) == "quantile_balancing"
+    yield "moe_expert_capacity_factor", dropping, text
     text = "False: an expert's output is then no multiple of its weight"
     yield "moe_apply_probs_on_input", bool(value("moe_apply_probs_on_input")), text
     yield "moe_latent_size", bool(value("moe_latent_size")), "None: experts of narrowed tokens are not tried"
@@ -125,11 +129,13 @@ class _AllExperts:
 
     def __init__(self, layer: Any) -> None:
         self._layer, self._config = layer, layer.config
-        self._routing, self._combine = layer.router.routing, layer.combine
+        last = "postprocess" if hasattr(layer, "postprocess") else "combine"  # the latter in Megatron-Core 0.15
+        self._routing, self._last = layer.router.routing, getattr(layer, last)
         self._hidden: torch.Tensor | None = None
         self._routed: tuple[torch.Tensor, torch.Tensor] | None = None
         layer.router.register_forward_pre_hook(self._keep)
-        layer.router.routing, layer.combine = self._route, self._combined
+        layer.router.routing = self._route
+        setattr(layer, last, self._combined)
 
     def _keep(self, router: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         self._hidden = inputs[0]
@@ -139,13 +145,13 @@ class _AllExperts:
         probs_TE, chosen_TE = self._routing(logits, *args, **kwargs)
         if not self._layer.training or not torch.is_grad_enabled():
             return probs_TE, chosen_TE
-        weights_TE = _weights_of_all(self._layer.router, logits.reshape(-1, logits.shape[-1]))
+        weights_TE = _weights_of_all(self._layer.router, logits.reshape(-1, logits.shape[-1]), chosen_TE)
         self._routed = weights_TE, chosen_TE
         return _Chosen.apply(probs_TE, weights_TE, chosen_TE), chosen_TE
 
     def _combined(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the layer's output, through which the others' part of that gradient comes."""
-        output = self._combine(*args, **kwargs)
+        output = self._last(*args, **kwargs)
         routed, hidden, self._routed, self._hidden = self._routed, self._hidden, None, None
         if routed is None or hidden is None:
             return output
@@ -191,7 +197,7 @@ class _AllExperts:
         return made
 
 
-def _weights_of_all(router: Any, logits_TE: torch.Tensor) -> torch.Tensor:
+def _weights_of_all(router: Any, logits_TE: torch.Tensor, chosen_TE: torch.Tensor) -> torch.Tensor:
     """Return the weights of a router that chooses all experts, scaled to equal the chosen ones' where it chooses."""
     from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 
@@ -203,9 +209,12 @@ def _weights_of_all(router: Any, logits_TE: torch.Tensor) -> torch.Tensor:
         score_function=config.moe_router_score_function,
     )
     weights_TE, _ = route(logits_TE, config.num_moe_experts)
+    if config.moe_router_pre_softmax and config.moe_router_score_function == "softmax":
+        return weights_TE  # the chosen ones are not made to sum to one
     with torch.no_grad():
-        probs_TE, chosen_TE = route(logits_TE, config.moe_router_topk, expert_bias=router.expert_bias)
-        scale_T1 = probs_TE.sum(-1, keepdim=True) / (weights_TE * chosen_TE).sum(-1, keepdim=True)
+        if config.moe_expert_capacity_factor is not None:  # before tokens were dropped
+            _, chosen_TE = route(logits_TE, config.moe_router_topk, expert_bias=router.expert_bias)
+        scale_T1 = weights_TE.sum(-1, keepdim=True) / (weights_TE * chosen_TE).sum(-1, keepdim=True)
     return weights_TE * scale_T1
 
 

@@ -404,6 +404,6 @@ def test_plan_has_the_cost_of_a_router_gradient_of_all_experts(capsys: pytest.Ca
     assert "dense_router_gradient" not in plain["command"]
     _run(*options, "--dense-router-gradient", "--explain", "1")
     text = " ".join(capsys.readouterr().out.split())
-    assert "router gradient of all experts: 6.764e+10 FLOPs of a token more, 74 %, none of MFU" in text
+    assert "router gradient of all experts: 6.765e+10 FLOPs of a token more, 74 %, none of MFU" in text
     with pytest.raises(UpcycleError, match="none for a dense model"):
         _run("--recipe", "llama3_8b_dense_ct", "--gpus", "128", "--dense-router-gradient")

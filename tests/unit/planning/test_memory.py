@@ -173,4 +173,4 @@ def test_a_router_gradient_of_all_experts_keeps_eight_bytes_an_expert_and_no_out
     )
     assert dense.plain - plain.plain == 1024 * 8 * 8
     assert dense.routed == plain.routed
-    assert dense.working < 1.1 * plain.working
+    assert plain.working < dense.working < 1.3 * plain.working  # copies that are sent
