@@ -12,6 +12,7 @@ from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.mixed_precision import get_mixed_precision_config
 
+from nemo_upcycle.cpu.fp8_losses import watch_fp8
 from nemo_upcycle.data.blend_samples import describe_blend
 from nemo_upcycle.data.finished import open_blend
 from nemo_upcycle.models.hybrid import hybrid_of
@@ -60,7 +61,8 @@ class BridgeMetrics(Callback):
             config.train.global_batch_size,
             config.train.train_iters,
         )
-        self._metrics = StepMetrics(facts, health, context.state.train_state.step, _settings(config))
+        step = context.state.train_state.step
+        self._metrics = StepMetrics(facts, health, step, _settings(config), watch_fp8(transformer))
 
     def on_train_step_start(self, context: CallbackContext) -> None:
         """Note the learning rate of the step: after it, the next one's is set."""

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from nemo.utils.app_state import AppState
 
+from nemo_upcycle.cpu.fp8_losses import watch_fp8
 from nemo_upcycle.data.blend_module import describe_data
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.monitoring.router_health import RouterHealth
@@ -67,7 +68,8 @@ class MetricsLogger(Callback):
             self.gpu,
             self.expert_distance_every,
         )
-        self._metrics = StepMetrics(training, health, trainer.global_step, _settings(trainer, pl_module))
+        settings = _settings(trainer, pl_module)
+        self._metrics = StepMetrics(training, health, trainer.global_step, settings, watch_fp8(config))
         if trainer.num_sanity_val_steps and trainer.global_step == 0:
             self._metrics.validation(0, self._loss_before)
 
@@ -97,7 +99,9 @@ class MetricsLogger(Callback):
 
     def _log(self, trainer: pl.Trainer, line: dict[str, Any]) -> None:
         """Pass the line to TensorBoard and other loggers, without what NeMo logs there itself."""
-        rates = {name: line[name] for name in line if name.startswith(("tokens_per_s", "tflops", "mfu", "memory"))}
+        rates = {
+            name: line[name] for name in line if name.startswith(("tokens_per_s", "tflops", "mfu", "memory", "fp8"))
+        }
         scalars = dict(flat(rates, "/"))
         every_layer = line["step"] % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         for name, values in line.get("router", {}).items():
