@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -75,7 +75,7 @@ class CheckpointWeights:
         return self.checkpoint.shape(names[0])[-2] if names else None
 
     @property
-    def balancing_biases(self) -> dict[str, bool]:
+    def balancing_biases(self) -> dict[str, Any]:
         """Whether its training balanced the experts by biases, by their role."""
         names = list(model_tensors(self.checkpoint, self._prefix))
         return {role: any(name.endswith(BY_ROLE[role].stored) for name in names) for role in BALANCING_BIASES}

@@ -231,7 +231,8 @@ def sum_over_ranks(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | 
 
 def _ranks_of_a_layer() -> int:
     """Return how many ranks hold the same router."""
-    return torch.distributed.get_world_size() // parallel_state.get_pipeline_model_parallel_world_size()
+    stages: int = parallel_state.get_pipeline_model_parallel_world_size()
+    return torch.distributed.get_world_size() // stages
 
 
 def _spread(size: int) -> list[int]:
