@@ -22,6 +22,7 @@ import torch
 
 from nemo_upcycle.errors import SpecError
 from nemo_upcycle.init.experts import fill_copies
+from nemo_upcycle.models.balancing import balancing_bias
 from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.mapping import Sharding
 from nemo_upcycle.models.megatron_config import changed_by, check_model, check_spec
@@ -254,6 +255,7 @@ def make_receipt(
         bytes_written=sum(tensor.nbytes for plan in plans for tensor in plan.tensors),
         seconds=round(seconds, 3),
         peak_rss_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+        balancing_bias=balancing_bias(_unwrap(chunk).config),
         exact_masters=all(kept_values(parameter) is not None for plan in plans for parameter in plan.quantized),
     )
 

@@ -44,7 +44,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _train(
     dense: Path, folder: Path, settings: dict[str, Any], options: dict[str, Any], rate: float
 ) -> dict[str, Any]:
-    """Train on this rank; return weights after each step, and the coefficients that its routers had."""
+    """Train on this rank; return weights and biases after each step, and the coefficients that its routers had."""
     from nemo_upcycle.cpu.backend import use_cpu_backend
 
     use_cpu_backend()
@@ -64,12 +64,14 @@ def _train(
     for name, value in settings.items():
         setattr(config.upcycle, name, value)
     upcycle_on_start(config, dense, spec)
-    seen: dict[str, Any] = {"weights": [], "coefficients": []}
+    seen: dict[str, Any] = {"weights": [], "coefficients": [], "biases": []}
 
     class Watch(Callback):
         def _note(self, context: CallbackContext) -> None:
             named = [pair for chunk in context.model for pair in chunk.named_parameters()]
             seen["weights"].append({name: weight.detach().clone() for name, weight in named})
+            buffers = [pair for chunk in context.model for pair in chunk.named_buffers()]
+            seen["biases"].append({name: bias.clone() for name, bias in buffers if name.endswith("qb_beta")})
 
         def on_train_start(self, context: CallbackContext) -> None:
             self._note(context)
@@ -126,11 +128,15 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(dense: Path, tmp
         assert torch.equal(weight, resumed["weights"][-1][name]), name
 
 
-def test_routers_have_the_coefficient_of_the_step(dense: Path, tmp_path: Path) -> None:
-    (seen,) = _trained(dense, tmp_path / "run", {"aux_loss_steps": 2, "aux_loss_end": 0.5}, steps=4)
-    anneal = Anneal(start=seen["coefficients"][0].pop(), end=0.5, steps=2)
-    assert anneal.start > 0
-    assert [one.pop() for one in seen["coefficients"][1:]] == [anneal.at(step) for step in (1, 2, 3)]
+@pytest.mark.parametrize("layout", [{}, {"ep": 2}, {"pp": 2}], ids=str)
+def test_routers_have_the_coefficient_of_the_step(dense: Path, tmp_path: Path, layout: dict[str, int]) -> None:
+    settings, ranks = {"aux_loss_steps": 2, "aux_loss_end": 0.5}, 2 if layout else 1
+    for seen in _trained(dense, tmp_path / "run", settings, ranks=ranks, steps=4, **layout):
+        anneal = Anneal(start=seen["coefficients"][0].pop(), end=0.5, steps=2)
+        assert anneal.start > 0
+        assert [one.pop() for one in seen["coefficients"][1:]] == [anneal.at(step) for step in (1, 2, 3)]
+    words = "aux_loss 0.01, to 0.5 in the first 2 steps (cosine)"
+    assert read_json(tmp_path / "run/training.json")["balancing"] == words
 
 
 @pytest.mark.parametrize("layout", [{}, {"ep": 2}, {"tp": 2}], ids=["dp2", "ep2", "tp2"])

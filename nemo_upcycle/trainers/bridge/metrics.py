@@ -19,6 +19,7 @@ from nemo_upcycle.models.hybrid import hybrid_of
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.monitoring.router_health import RouterHealth
 from nemo_upcycle.monitoring.step_metrics import StepMetrics, TrainingFacts
+from nemo_upcycle.trainers.balancing import describe_balancing
 from nemo_upcycle.trainers.base import Evaluations
 from nemo_upcycle.trainers.bridge.blend import BlendDataset
 from nemo_upcycle.trainers.bridge.settings import settings_of
@@ -135,7 +136,7 @@ def loss_on_last_rank(losses: dict[str, torch.Tensor] | None) -> torch.Tensor | 
 def _settings(config: ConfigContainer) -> dict[str, Any]:
     """Return what a run is trained on and with: data, batch, sequence length, precision, learning rate."""
     data, scheduler, optimizer = config.dataset, config.scheduler, config.optimizer
-    factors, _ = settings_of(config).schedules()
+    factors, anneal = settings_of(config).schedules()
     precision = get_mixed_precision_config(config.mixed_precision) if config.mixed_precision else None
     name = "bf16" if precision and precision.bf16 else "fp16" if precision and precision.fp16 else "32"
     return {
@@ -156,4 +157,5 @@ def _settings(config: ConfigContainer) -> dict[str, Any]:
         },
         "lr_factors": asdict(factors),
         **({DENSE_GRADIENT: True} if settings_of(config).dense_router_gradient else {}),
+        **describe_balancing(getattr(config.model, "transformer", config.model), anneal),
     }

@@ -16,6 +16,7 @@ from nemo_upcycle.data.blend_module import describe_data
 from nemo_upcycle.models.megatron_config import architecture_of
 from nemo_upcycle.monitoring.router_health import RouterHealth
 from nemo_upcycle.monitoring.step_metrics import StepMetrics, TrainingFacts
+from nemo_upcycle.trainers.balancing import describe_balancing
 from nemo_upcycle.trainers.router_gradient import DENSE_GRADIENT
 from nemo_upcycle.utils.nested import flat
 
@@ -137,7 +138,8 @@ def _settings(trainer: Any, pl_module: Any) -> dict[str, Any]:
         "max_lr": optim.config.lr,
         "schedule": schedule | {name: getattr(scheduler, name) for name in parts if hasattr(scheduler, name)},
     }
-    factors = getattr(optim, "factors", None)  # of `UpcycleOptimizer`
+    settings |= describe_balancing(pl_module.config, getattr(optim, "aux_loss", None))  # of `UpcycleOptimizer`
+    factors = getattr(optim, "factors", None)
     settings |= {"lr_factors": asdict(factors)} if factors else {}
     return settings | ({DENSE_GRADIENT: True} if getattr(optim, DENSE_GRADIENT, False) else {})
 
